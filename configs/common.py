@@ -1,0 +1,61 @@
+"""Every setting with its default, unit and source. A config file starts from `get_config()` and changes what it needs.
+
+Sources: [paper] the IMM paper and its appendix A; [code] the command its authors published; [ours] our choice.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.model = "tiny"  # base model: an HF checkpoint folder, or "tiny" for the embedded one
+  config.method = "imm"  # imm: SFT and merge each round; star: SFT only; real: SFT on gold answers, no sampling
+  config.rounds = 3  # T [paper]; a finished run may be continued with more
+  config.seed = 0  # of questions, samples, order of training and drop masks
+
+  config.task = task = ml_collections.ConfigDict()
+  task.name = "stories"  # in-domain task: sampled, trained and evaluated
+  task.ood = ("groups", "compare", "price", "sequence", "choice")  # out-of-domain tasks: evaluated only
+  task.questions_per_round = 500  # fresh questions of the train split in every round
+  task.eval_questions = 200  # test questions of each task
+
+  config.prompt = prompt = ml_collections.ConfigDict()
+  prompt.header = ""  # a line before everything else that describes the task
+  prompt.few_shot = 8  # worked examples when sampling for training, 0 for none [paper: tables 11 and 12]
+
+  config.sample = sample = ml_collections.ConfigDict()
+  sample.num_samples = 3  # k, answers to each question [paper: GSM8K 3, MATH 6]
+  sample.temperatures = (0.2, 0.4, 0.6)  # sample j uses number j modulo their count [paper]
+  sample.top_p = 1.0  # nucleus: 1 keeps the whole distribution [ours]
+  sample.max_new_tokens = 512  # tokens of an answer [ours]
+  sample.stop = ("### Instruction",)  # an answer ends before any of these strings
+  sample.batch_size = 64  # samples decoded at once
+  sample.compute_dtype = "bfloat16"  # of weights, activations and cache: bfloat16 or float32
+
+  config.sft = sft = ml_collections.ConfigDict()
+  sft.epochs = 3  # passes over a round's answers [paper]
+  sft.learning_rate = 2e-5  # peak [paper]
+  sft.schedule = "cosine"  # after the warm-up: cosine, linear or constant [paper: cosine]
+  sft.warmup_ratio = 0.03  # share of steps with a rising learning rate [paper]
+  sft.weight_decay = 0.0  # AdamW's [paper]
+  sft.grad_clip = 1.0  # largest global norm of the gradient, 0 for none [ours: the HF trainer's default]
+  sft.global_batch = 128  # answers of an optimizer step, over all devices [paper: 4 x 8 x 4]
+  sft.accumulation = 1  # parts that a batch is run in: less memory, same gradient
+  sft.row_length = 1024  # tokens of a packed row; longer answers are dropped and counted
+  sft.compute_dtype = "bfloat16"  # of activations; weights, moments and gradients are float32 [paper]
+  sft.remat = True  # recompute activations in the backward pass: less memory
+  sft.log_every = 10  # steps between metrics; the host waits for the device only then
+
+  config.merge = merge = ml_collections.ConfigDict()
+  merge.base_weight = 0.5  # alpha of eq. 6, the weight of the base [paper]; table 3's alpha is 1 - base_weight
+  merge.drop_rate = 0.2  # DARE's p [code]
+  merge.delta_ref = "start"  # delta = tuned - start of the round (eq. 5), or tuned - "base" [code]
+
+  config.eval = evaluation = ml_collections.ConfigDict()
+  evaluation.max_new_tokens = 512  # greedy, zero-shot [paper]
+  evaluation.batch_size = 64  # questions decoded at once
+
+  config.mesh = mesh = ml_collections.ConfigDict()
+  mesh.data = 1  # copies of the model, each with its share of a batch
+  mesh.fsdp = -1  # devices that a copy is split over; -1 takes all that are left
+  return config

@@ -1,0 +1,63 @@
+"""Checks a config before anything is spent."""
+
+import math
+
+import ml_collections
+
+from imm_jax import cli, tasks
+from imm_jax.errors import UserError
+from imm_jax.merging import quantise_drop_rate
+
+METHODS = ("imm", "star", "real")
+_DTYPES = ("bfloat16", "float32")
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Raises UserError for the first value that cannot work: its key, the value, what would be right.
+
+  What depends on the machine (mesh, batch over devices) is checked when the devices are known, in `stages`.
+  """
+  one_of = [("method", METHODS), ("task.name", tasks.NAMES), ("sft.schedule", ("cosine", "linear", "constant")),
+            ("merge.delta_ref", ("start", "base")), ("sft.compute_dtype", _DTYPES), ("sample.compute_dtype", _DTYPES)]
+  for key, allowed in one_of:
+    value = _get(config, key)
+    if value not in allowed:
+      raise UserError(f"config.{key}={value!r}: {cli.nearest(str(value), list(allowed))}")
+  for name in config.task.ood:
+    if name not in tasks.NAMES:
+      raise UserError(f"config.task.ood has {name!r}: {cli.nearest(str(name), list(tasks.NAMES))}")
+    if name == config.task.name:
+      raise UserError(f"config.task.ood has {name!r}, which is the in-domain task")
+  for key in ("rounds", "task.questions_per_round", "task.eval_questions", "sample.num_samples",
+              "sample.max_new_tokens", "sample.batch_size", "sft.epochs", "sft.global_batch", "sft.accumulation",
+              "sft.row_length", "sft.log_every", "eval.max_new_tokens", "eval.batch_size"):
+    _require(config, key, lambda v: v >= 1, "expected 1 or more")
+  for key in ("seed", "prompt.few_shot"):
+    _require(config, key, lambda v: v >= 0, "expected 0 or more")
+  for key in ("sft.weight_decay", "sft.grad_clip"):
+    _require(config, key, lambda v: math.isfinite(v) and v >= 0, "expected a number >= 0")
+  _require(config, "sft.learning_rate", lambda v: math.isfinite(v) and v > 0, "expected a number > 0")
+  _require(config, "sft.warmup_ratio", lambda v: 0 <= v < 1, "expected 0 <= warmup_ratio < 1")
+  _require(config, "sample.top_p", lambda v: 0 < v <= 1, "expected 0 < top_p <= 1")
+  _require(config, "merge.base_weight", lambda v: 0 <= v <= 1, "expected 0 <= base_weight <= 1")
+  if not config.sample.temperatures or not all(math.isfinite(t) and t >= 0 for t in config.sample.temperatures):
+    raise UserError(f"config.sample.temperatures={config.sample.temperatures}: expected one or more numbers >= 0")
+  if config.sft.global_batch % config.sft.accumulation:
+    raise UserError(f"config.sft.global_batch={config.sft.global_batch} is not divisible by "
+                    f"config.sft.accumulation={config.sft.accumulation}")
+  try:
+    quantise_drop_rate(config.merge.drop_rate)
+  except ValueError as e:
+    raise UserError(f"config.merge.{e}") from e
+
+
+def _get(config: ml_collections.ConfigDict, key: str) -> object:
+  for part in key.split("."):
+    config = config[part]
+  return config
+
+
+def _require(config: ml_collections.ConfigDict, key: str, check: object, expected: str) -> None:
+  value = _get(config, key)
+  if not check(value):
+    raise UserError(f"config.{key}={value}: {expected}")

@@ -1,0 +1,114 @@
+"""Files that appear whole or not at all, and reading them with clear errors."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from imm_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def committed(target: Path) -> Iterator[Path]:
+  """A path to write a file or a folder to; it takes the target's place when the block ends without an error.
+
+  What an earlier, killed attempt left behind is removed first.
+
+  Raises:
+    UserError: when the disk refuses (full, read-only).
+  """
+  temporary = target.with_name(f".{target.name}.part")
+  try:
+    remove(temporary)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    yield temporary
+    _sync(temporary)
+    remove(target)
+    os.replace(temporary, target)
+  except OSError as e:
+    if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+      raise
+    with contextlib.suppress(OSError):
+      remove(temporary)
+    raise UserError(f"{target}: cannot be written ({e.strerror}); make room and start again, finished stages are kept"
+                    ) from e
+
+
+def write_text(path: Path, text: str) -> None:
+  """Replaces a file's text in one move."""
+  with committed(path) as temporary:
+    temporary.write_text(text)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+  """Writes one JSON object a line."""
+  with path.open("w") as f:
+    for row in rows:
+      f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+  """Reads one JSON object a line; a line that is none is a UserError that names it."""
+  rows = []
+  with path.open() as f:
+    for number, line in enumerate(f, 1):
+      try:
+        rows.append(json.loads(line))
+      except ValueError as e:
+        raise UserError(f"{path}:{number}: not a JSON object ({e}); remove the file to have it made again") from e
+  return rows
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """Reads a JSON object; a file that is missing or holds something else is a UserError that names it."""
+  try:
+    value = json.loads(path.read_text())
+  except OSError as e:
+    raise UserError(f"{path}: cannot be read ({e.strerror})") from e
+  except ValueError as e:
+    raise UserError(f"{path}: is not JSON ({e})") from e
+  if not isinstance(value, dict):
+    raise UserError(f"{path}: expected a JSON object")
+  return value
+
+
+def remove(path: Path) -> None:
+  """Removes a file or a folder, if it is there."""
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
+
+
+def files_of(path: Path) -> list[Path]:
+  """The file itself, or all files below a folder, in a fixed order."""
+  return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+
+
+def size_of(path: Path) -> int:
+  """Bytes of a file, or of all files below a folder."""
+  return sum(p.stat().st_size for p in files_of(path))
+
+
+def digest(path: Path) -> str:
+  """sha256 over the contents (and, in a folder, the names) of all files."""
+  total = hashlib.sha256()
+  for file in files_of(path):
+    with file.open("rb") as f:
+      total.update(f"{file.relative_to(path)}\0{hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
+  return total.hexdigest()
+
+
+def _sync(path: Path) -> None:
+  """Puts written files on disk, so that a rename never outlives its bytes."""
+  for file in files_of(path):
+    fd = os.open(file, os.O_RDONLY)
+    try:
+      os.fsync(fd)
+    finally:
+      os.close(fd)

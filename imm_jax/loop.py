@@ -1,0 +1,107 @@
+"""The rounds: which stages a run has, in which order, and what came out.
+
+    round t:  samples -> train -> sft -> (merged) -> eval;  round t+1 starts from the merged model, else the tuned one
+"""
+
+import functools
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from imm_jax import __version__, files, memory, report, rundir, stages
+from imm_jax.model import hf
+from imm_jax.rundir import Stage
+
+
+def plan(config: ml_collections.ConfigDict, root: Path) -> list[Stage]:
+  """All stages of a run in order; `root` is the run directory."""
+  base = hf.resolve(config.model)
+  settings = config.to_dict()
+  result = [_evaluation(config, base, root, "base/eval", "base", -1)]
+  start, start_name = base, "base"
+  for t in range(config.rounds):
+    name = f"round_{t}"
+    here = root / name
+    add = functools.partial(_stage, result, name)
+    if config.method == "real":
+      add("train.jsonl", (), _pick(settings, "seed", "task", "prompt"),
+          f"{config.task.questions_per_round} gold answers", functools.partial(stages.gold_answers, config, t))
+    else:
+      count = config.task.questions_per_round * config.sample.num_samples
+      add("samples.jsonl", (start_name,), _pick(settings, "seed", "task", "prompt", "sample"),
+          f"{config.task.questions_per_round} questions x {config.sample.num_samples} = {count} answers, up to "
+          f"{count * config.sample.max_new_tokens:,} tokens", functools.partial(stages.synthesize, config, start, t))
+      add("train.jsonl", (f"{name}/samples.jsonl",), {}, "keep the right answers",
+          functools.partial(stages.keep_correct, here / "samples.jsonl"))
+    add("sft", (start_name, f"{name}/train.jsonl"), _pick(settings, "seed", "prompt", "sft", "mesh"),
+        f"{config.sft.epochs} epochs, {config.sft.global_batch} answers a step",
+        functools.partial(stages.fine_tune, config, start, here / "train.jsonl", root, t))
+    result.append(_evaluation(config, here / "sft", root, f"{name}/eval/sft", f"{name}/sft", t))
+    if config.method == "imm":
+      add("merged", ("base", start_name, f"{name}/sft"), _pick(settings, "seed", "merge"),
+          f"base_weight {config.merge.base_weight}, drop_rate {config.merge.drop_rate}",
+          functools.partial(stages.merge, config, base, start, here / "sft", t))
+      result.append(_evaluation(config, here / "merged", root, f"{name}/eval/merged", f"{name}/merged", t))
+    start_name = f"{name}/{'merged' if config.method == 'imm' else 'sft'}"
+    start = root / start_name
+  return result
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+  """Runs what is not done yet, then prints the table and writes the report."""
+  base = hf.resolve(config.model)
+  hf.load(base)  # a damaged base model ends the run before it begins
+  with rundir.RunDir(workdir, config) as directory:
+    directory.note(versions=_versions(), devices=[d.device_kind for d in jax.devices()], method=config.method,
+                   tasks={"id": config.task.name, "ood": list(config.task.ood)})
+    external = {"base": files.digest(base)}
+    steps = plan(config, directory.path)
+    ran = sum(directory.run(stage, external) for stage in steps)
+    print(f"{ran} of {len(steps)} stages were run, the others were done before")
+    results = report.Results.of(directory.path)
+    with files.committed(directory.path / "report") as out:
+      report.write(results, out)
+    print(report.table(results))
+    print(f"report: {directory.path / 'report' / 'index.html'}")
+
+
+def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
+  """Prints what `run` would do and changes nothing."""
+  root = Path(workdir)
+  base = hf.resolve(config.model)
+  model = hf.read_config(base)
+  record, external = rundir.read_record(root), {"base": files.digest(base)}
+  steps = plan(config, root)
+  waiting = 0
+  print(f"{'stage':<24}{'state':<10}work")
+  for stage in steps:
+    done = rundir.why(stage, record, root, external) is None and not waiting
+    waiting += not done
+    print(f"{stage.name:<24}{'done' if done else 'to do':<10}{stage.plan}")
+  print(f"\n{waiting} of {len(steps)} stages to do; {memory.estimate(config, model, jax.device_count())}")
+
+
+def _evaluation(config: ml_collections.ConfigDict, model: Path, root: Path, name: str, need: str, round_: int) -> Stage:
+  names = (config.task.name, *config.task.ood)
+  settings = _pick(config.to_dict(), "task", "prompt", "eval") | {
+      "stop": list(config.sample.stop), "compute_dtype": config.sample.compute_dtype}
+  return Stage(name, (need,), settings, f"{len(names)} tasks x {config.task.eval_questions} questions",
+               functools.partial(stages.evaluate, config, model, root, name, round_))
+
+
+def _stage(result: list[Stage], round_name: str, target: str, needs: tuple[str, ...], settings: dict[str, Any],
+           what: str, make: Callable[[Path], dict[str, Any]]) -> None:
+  result.append(Stage(f"{round_name}/{target}", needs, settings, what, make))
+
+
+def _pick(settings: dict[str, Any], *keys: str) -> dict[str, Any]:
+  return {key: settings[key] for key in keys}
+
+
+def _versions() -> dict[str, str]:
+  return {"imm_jax": __version__} | {
+      name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "transformers", "numpy")}

@@ -1,0 +1,48 @@
+"""Metrics of a run: `metrics.jsonl` (one JSON object a line) and TensorBoard."""
+
+import json
+import time
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+from imm_jax import files
+
+
+class StageMetrics:
+  """Metrics of one stage; use as a context manager.
+
+  A stage that is run again (after a kill, say) replaces what its earlier attempt logged, so that the file holds every
+  step once.
+  """
+
+  def __init__(self, root: Path, stage: str):
+    self._stage = stage
+    path = root / "metrics.jsonl"
+    kept = [line for line in path.read_text().splitlines() if _of_another_stage(line, stage)] if path.exists() else []
+    files.write_text(path, "".join(line + "\n" for line in kept))
+    self._file = path.open("a")
+    folder = root / "tb" / stage.replace("/", "_")
+    files.remove(folder)
+    self._board = SummaryWriter(str(folder))
+
+  def write(self, step: int, **values: float) -> None:
+    """Logs the values of one step."""
+    self._file.write(json.dumps({"stage": self._stage, "step": step, "time": round(time.time(), 3), **values}) + "\n")
+    self._file.flush()
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
+
+  def __enter__(self) -> "StageMetrics":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._file.close()
+    self._board.close()
+
+
+def _of_another_stage(line: str, stage: str) -> bool:
+  try:
+    return json.loads(line).get("stage") != stage
+  except ValueError:  # the last line of a killed process
+    return False

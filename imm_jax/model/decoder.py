@@ -1,0 +1,306 @@
+"""One decoder for the Qwen2 and Llama families, in Flax NNX.
+
+Axes: B batch, T query length, S key length, L layers, D model, H heads, K key/value heads, G = H / K, h head dim,
+F feed-forward, V vocabulary.
+
+Parameters keep the names and the [out, in] layout of the HF checkpoint, so that reading one is a copy. Layers are
+stacked on a leading axis and run under `lax.scan` (training, scoring), or are a list (decoding, where a scanned cache
+would be copied at every step); `unstack_layers` turns the first form into the second.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from imm_jax.errors import UserError
+
+Params = dict[str, Any]
+# One layer's keys and values, each [B, K, S, h].
+LayerCache = tuple[jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """What the arithmetic of a decoder depends on."""
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  rope_theta: float
+  rms_norm_eps: float
+  tie_embeddings: bool
+  qkv_bias: bool
+
+  @classmethod
+  def from_hf(cls, config: dict[str, Any], *, source: str = "config.json") -> "ModelConfig":
+    """Reads a checkpoint's config.json.
+
+    Raises:
+      UserError: for an unknown architecture, a missing key, or an option that changes the arithmetic and is not
+        supported; it is never ignored.
+    """
+    family = config.get("model_type")
+    if family not in ("qwen2", "llama"):
+      raise UserError(f"{source}: model_type={family!r} is not supported; expected qwen2 or llama")
+    # transformers 5 writes rope_parameters, older releases rope_theta and rope_scaling.
+    rope = config.get("rope_parameters") or {}
+    scaling = rope or config.get("rope_scaling") or {}
+    unsupported = {
+        "hidden_act": config.get("hidden_act", "silu") != "silu",
+        "rope_scaling": scaling.get("rope_type", scaling.get("type", "default")) != "default",
+        "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0,
+        "use_sliding_window": bool(config.get("use_sliding_window")),
+        "attention_bias": family == "llama" and bool(config.get("attention_bias")),
+        "mlp_bias": bool(config.get("mlp_bias")),
+        "quantization_config": "quantization_config" in config,
+    }
+    if any(unsupported.values()):
+      key = next(k for k, bad in unsupported.items() if bad)
+      value = config.get("rope_parameters" if key == "rope_scaling" and rope else key)
+      raise UserError(f"{source}: {key}={value!r} changes the arithmetic and is not supported")
+    try:
+      return cls(
+          vocab_size=config["vocab_size"],
+          hidden_size=config["hidden_size"],
+          intermediate_size=config["intermediate_size"],
+          num_layers=config["num_hidden_layers"],
+          num_heads=config["num_attention_heads"],
+          num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+          head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+          rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
+          rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+          tie_embeddings=config.get("tie_word_embeddings", False),
+          qkv_bias=family == "qwen2",
+      )
+    except KeyError as e:
+      raise UserError(f"{source}: key {e} is missing") from e
+
+
+class Linear(nnx.Module):
+  """y = x W^T + b with W [out, in]."""
+
+  def __init__(self, in_dim: int, out_dim: int, *, bias: bool, dtype: jnp.dtype, key: jax.Array):
+    self.weight = nnx.Param(0.02 * jax.random.normal(key, (out_dim, in_dim), dtype))
+    if bias:
+      self.bias = nnx.Param(jnp.zeros((out_dim,), dtype))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = _dot(x, self.weight[...])
+    return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
+
+
+class RMSNorm(nnx.Module):
+  """Root-mean-square norm, computed in float32."""
+
+  def __init__(self, dim: int, *, eps: float, dtype: jnp.dtype):
+    self.weight = nnx.Param(jnp.ones((dim,), dtype))
+    self.eps = eps
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+    return self.weight[...].astype(x.dtype) * x32.astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+
+  def __init__(self, vocab: int, dim: int, *, dtype: jnp.dtype, key: jax.Array):
+    self.weight = nnx.Param(0.02 * jax.random.normal(key, (vocab, dim), dtype))
+
+
+class Attention(nnx.Module):
+  """Grouped-query attention with rotary positions."""
+
+  def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, key: jax.Array):
+    q, k, v, o = jax.random.split(key, 4)
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    self.q_proj = Linear(config.hidden_size, heads, bias=config.qkv_bias, dtype=dtype, key=q)
+    self.k_proj = Linear(config.hidden_size, kv_heads, bias=config.qkv_bias, dtype=dtype, key=k)
+    self.v_proj = Linear(config.hidden_size, kv_heads, bias=config.qkv_bias, dtype=dtype, key=v)
+    self.o_proj = Linear(heads, config.hidden_size, bias=False, dtype=dtype, key=o)
+    self.num_kv_heads = config.num_kv_heads
+    self.head_dim = config.head_dim
+
+  def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array,
+               cache: LayerCache | None, index: jax.Array | int) -> tuple[jax.Array, LayerCache]:
+    """x [B, T, D], mask [B, T, S] -> ([B, T, D], keys and values); `index` is where the cache takes the new ones."""
+    batch, length, _ = x.shape
+
+    def split_heads(y: jax.Array) -> jax.Array:  # -> [B, heads, T, h]
+      return y.reshape(batch, length, -1, self.head_dim).swapaxes(1, 2)
+
+    q = _rotate(split_heads(self.q_proj(x)), rope)
+    k = _rotate(split_heads(self.k_proj(x)), rope)
+    v = split_heads(self.v_proj(x))
+    if cache is not None:
+      k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, index, axis=2)
+      v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, index, axis=2)
+    q = q.reshape(batch, self.num_kv_heads, -1, length, self.head_dim)
+    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * self.head_dim**-0.5
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
+    out = jnp.einsum("bkgts,bksh->bkgth", weights, v, preferred_element_type=jnp.float32).astype(x.dtype)
+    out = out.reshape(batch, -1, length, self.head_dim).swapaxes(1, 2).reshape(batch, length, -1)
+    return self.o_proj(out), (k, v)
+
+
+class MLP(nnx.Module):
+  """SwiGLU."""
+
+  def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, key: jax.Array):
+    gate, up, down = jax.random.split(key, 3)
+    self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False, dtype=dtype, key=gate)
+    self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False, dtype=dtype, key=up)
+    self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False, dtype=dtype, key=down)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nnx.Module):
+
+  def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, key: jax.Array):
+    attention, mlp = jax.random.split(key)
+    self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+    self.self_attn = Attention(config, dtype=dtype, key=attention)
+    self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+    self.mlp = MLP(config, dtype=dtype, key=mlp)
+
+  def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array,
+               cache: LayerCache | None = None, index: jax.Array | int = 0) -> tuple[jax.Array, LayerCache]:
+    attended, cache = self.self_attn(self.input_layernorm(x), rope, mask, cache, index)
+    x = x + attended
+    return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Decoder(nnx.Module):
+  """The language model; build it from parameters with `bind`."""
+
+  def __init__(self, config: ModelConfig, *, key: jax.Array, dtype: jnp.dtype = jnp.float32, scan: bool = True):
+    embed, layers, head = jax.random.split(key, 3)
+    self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, key=embed)
+    keys = jax.random.split(layers, config.num_layers)
+    if scan:
+      self.layers = jax.vmap(lambda k: Layer(config, dtype=dtype, key=k))(keys)
+    else:
+      self.layers = nnx.List([Layer(config, dtype=dtype, key=k) for k in keys])
+    self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+    if not config.tie_embeddings:
+      self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, key=head)
+    self.config = config
+    self.scan = scan
+
+  def __call__(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array,
+               compute_dtype: jnp.dtype, remat: bool = False) -> jax.Array:
+    """Scores packed rows.
+
+    Args:
+      tokens: int32 [B, T].
+      positions: int32 [B, T], counted from 0 in every segment.
+      segment_ids: int32 [B, T], 0 where there is padding; tokens see earlier tokens of their own segment.
+      compute_dtype: dtype of activations; softmax and norms are float32 in any case.
+      remat: recompute each layer's activations in the backward pass.
+
+    Returns:
+      float32 logits [B, T, V].
+    """
+    length = tokens.shape[1]
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    mask = causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    rope = self._rope(positions, compute_dtype)
+    x = self._embed(tokens, compute_dtype)
+    step = jax.checkpoint(_run_layer) if remat else _run_layer
+    x, _ = jax.lax.scan(lambda x, layer: (step(layer, x, rope, mask), None), x, self.layers)
+    return self._logits(x)
+
+  def with_cache(self, tokens: jax.Array, *, positions: jax.Array, mask: jax.Array, caches: list[LayerCache],
+                 index: jax.Array | int, compute_dtype: jnp.dtype) -> tuple[jax.Array, list[LayerCache]]:
+    """Extends a key/value cache by T tokens (T = 1 when decoding); needs the list form of layers.
+
+    Args:
+      tokens: int32 [B, T].
+      positions: int32 [B, T].
+      mask: bool [B, T, S], true where a token sees a cache slot.
+      caches: for every layer keys and values [B, K, S, h].
+      index: the first cache slot that is written.
+      compute_dtype: dtype of activations and caches.
+
+    Returns:
+      float32 logits of the last token [B, V], and the caches.
+    """
+    rope = self._rope(positions, compute_dtype)
+    x = self._embed(tokens, compute_dtype)
+    new_caches = []
+    for layer, cache in zip(self.layers, caches, strict=True):
+      x, cache = layer(x, rope, mask, cache, index)
+      new_caches.append(cache)
+    return self._logits(x[:, -1]), new_caches
+
+  def _embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jnp.take(self.embed_tokens.weight[...], tokens, axis=0).astype(dtype)
+
+  def _rope(self, positions: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotation angles, each [B, 1, T, h]."""
+    half = jnp.arange(0, self.config.head_dim, 2, dtype=jnp.float32) / self.config.head_dim
+    angles = positions.astype(jnp.float32)[:, None, :, None] * (1.0 / self.config.rope_theta**half)
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+
+  def _logits(self, x: jax.Array) -> jax.Array:
+    head = self.embed_tokens if self.config.tie_embeddings else self.lm_head
+    return _dot(self.norm(x), head.weight[...], out_dtype=jnp.float32)
+
+
+def bind(config: ModelConfig, params: Params, *, scan: bool = True) -> Decoder:
+  """A decoder over these parameters (no copy; works under jit, grad and eval_shape).
+
+  >>> config = ModelConfig(vocab_size=8, hidden_size=4, intermediate_size=8, num_layers=2, num_heads=2,
+  ...     num_kv_heads=1, head_dim=2, rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=True, qkv_bias=True)
+  >>> params = init_params(config, key=jax.random.key(0))
+  >>> row = jnp.arange(3)[None]
+  >>> bind(config, params)(row, positions=row, segment_ids=jnp.ones_like(row), compute_dtype=jnp.float32).shape
+  (1, 3, 8)
+  """
+  graph, _ = nnx.split(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0), scan=scan)))
+  return nnx.merge(graph, params)
+
+
+def init_params(config: ModelConfig, *, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Params:
+  """Random parameters (normal, 0.02), layers stacked."""
+  return nnx.to_pure_dict(nnx.state(Decoder(config, key=key, dtype=dtype)))
+
+
+def abstract_params(config: ModelConfig, *, dtype: jnp.dtype = jnp.float32) -> Params:
+  """Shapes and dtypes of the parameters, without allocating any."""
+  return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0), dtype=dtype))))
+
+
+def unstack_layers(params: Params, num_layers: int) -> Params:
+  """The list form of layers, for decoding."""
+  layers = {i: jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(num_layers)}
+  return {**params, "layers": layers}
+
+
+def _run_layer(layer: Layer, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array) -> jax.Array:
+  return layer(x, rope, mask)[0]
+
+
+def _dot(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+  """x [..., in] times W [out, in] transposed, accumulated in float32."""
+  dims = (((x.ndim - 1,), (1,)), ((), ()))
+  y = jax.lax.dot_general(x, weight.astype(x.dtype), dims, preferred_element_type=jnp.float32)
+  return y.astype(out_dtype or x.dtype)
+
+
+def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Rotary embedding in the half-split form of HF checkpoints; x [B, heads, T, h]."""
+  cos, sin = rope
+  first, second = jnp.split(x, 2, axis=-1)
+  return x * cos + jnp.concatenate([-second, first], axis=-1) * sin

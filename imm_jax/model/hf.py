@@ -1,0 +1,195 @@
+"""HF checkpoint folders <-> parameter trees.
+
+The tree mirrors the checkpoint's names, with layers stacked: `layers.self_attn.q_proj.weight` [L, out, in] holds the
+tensors `model.layers.{0..L-1}.self_attn.q_proj.weight` [out, in].
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imm_jax import files
+from imm_jax.errors import UserError
+from imm_jax.model import safetensors
+from imm_jax.model.decoder import ModelConfig, Params, abstract_params
+
+# Names of a leaf's tensors: one, or one for each layer of a stacked leaf.
+TensorNames = str | tuple[str, ...]
+_EMBEDDED = Path(__file__).parent.parent / "assets"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# Everything in a checkpoint folder that is not weights and that an exported copy needs.
+_SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+               "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+def resolve(model: str) -> Path:
+  """The checkpoint folder that a config's `model` means: a folder, or `tiny` for the embedded one."""
+  return _EMBEDDED / model if model == "tiny" else Path(model)
+
+
+def tensor_names(params: Params) -> Any:
+  """The checkpoint's tensor names, in a tree of the same form as stacked parameters."""
+  num_layers = jax.tree.leaves(params["layers"])[0].shape[0]
+
+  def name(path: tuple[jax.tree_util.DictKey, ...], _: Any) -> TensorNames:
+    keys = [str(p.key) for p in path]
+    if keys[0] == "layers":
+      rest = ".".join(keys[1:])
+      return tuple(f"model.layers.{i}.{rest}" for i in range(num_layers))
+    return ".".join(keys) if keys[0] == "lm_head" else ".".join(["model", *keys])
+
+  return jax.tree_util.tree_map_with_path(name, params)
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+  """Reads config.json of a checkpoint folder; raises UserError where it is missing or unsupported."""
+  path = Path(folder) / "config.json"
+  if not Path(folder).is_dir():
+    raise UserError(f"{folder}: no such checkpoint folder; expected one with config.json and {_WEIGHTS}")
+  return ModelConfig.from_hf(files.read_json(path), source=str(path))
+
+
+def load(folder: str | Path, *, dtype: jnp.dtype | None = None,
+         put: Callable[[str, np.ndarray], jax.Array] | None = None) -> tuple[ModelConfig, Params]:
+  """Reads a checkpoint folder.
+
+  Args:
+    folder: holds config.json and model.safetensors, or shards with an index.
+    dtype: of the parameters; None keeps what is stored.
+    put: places a host array (given its path in the tree, `layers.mlp.up_proj.weight`) on devices; by default
+      `jnp.asarray`.
+
+  Returns:
+    The model's config and its parameters, layers stacked.
+
+  Raises:
+    UserError: for missing, unknown or misshapen tensors (with the list), or a damaged file.
+  """
+  config = read_config(folder)
+  tensors = _map_tensors(Path(folder))
+  abstract = abstract_params(config)
+  names = tensor_names(abstract)
+  _check(Path(folder), tensors, abstract, names)
+
+  def read(path: tuple[jax.tree_util.DictKey, ...], leaf_names: TensorNames) -> jax.Array:
+    if isinstance(leaf_names, str):
+      array = np.array(tensors[leaf_names], dtype)
+    else:
+      first = tensors[leaf_names[0]]
+      array = np.empty((len(leaf_names), *first.shape), dtype or first.dtype)
+      for i, name in enumerate(leaf_names):
+        array[i] = tensors[name]
+    return put(".".join(str(p.key) for p in path), array) if put else jnp.asarray(array)
+
+  return config, jax.tree_util.tree_map_with_path(read, names, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def save(params: Params, folder: str | Path, *, like: str | Path | None = None,
+         max_shard_bytes: int = 5_000_000_000) -> None:
+  """Writes a checkpoint folder that transformers and vLLM read.
+
+  Args:
+    params: parameters with stacked layers, in the dtype to store.
+    folder: a new or empty folder; the caller renames it when it is whole.
+    like: the checkpoint folder whose config.json and tokenizer files are copied unchanged.
+    max_shard_bytes: weights beyond this go into several files with an index.
+  """
+  folder = Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  shards: list[list[tuple]] = [[]]
+  shard_bytes, total = 0, 0
+  for entry in _entries(params):
+    size = int(np.prod(entry[2])) * np.dtype(entry[1]).itemsize
+    if shards[-1] and shard_bytes + size > max_shard_bytes:
+      shards.append([])
+      shard_bytes = 0
+    shards[-1].append(entry)
+    shard_bytes += size
+    total += size
+  if len(shards) == 1:
+    safetensors.write(folder / _WEIGHTS, shards[0])
+  else:
+    weight_map = {}
+    for i, shard in enumerate(shards):
+      file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+      safetensors.write(folder / file, shard)
+      weight_map.update({entry[0]: file for entry in shard})
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+  if like is not None:
+    for file in _SIDE_FILES:
+      if (Path(like) / file).exists():
+        shutil.copyfile(Path(like) / file, folder / file)
+
+
+def _entries(params: Params) -> Iterator[tuple[str, np.dtype, tuple[int, ...], Callable[[], np.ndarray]]]:
+  """Tensors in the order of the model: embedding, layer by layer, norm, head."""
+  leaves, _ = jax.tree.flatten(params)
+  names = jax.tree.leaves(tensor_names(params), is_leaf=lambda x: isinstance(x, tuple))
+  flat = []
+  for leaf, leaf_names in zip(leaves, names, strict=True):
+    if isinstance(leaf_names, str):
+      flat.append((leaf_names, np.dtype(leaf.dtype), leaf.shape, lambda leaf=leaf: np.asarray(leaf)))
+    else:
+      for i, name in enumerate(leaf_names):
+        flat.append((name, np.dtype(leaf.dtype), leaf.shape[1:], lambda leaf=leaf, i=i: np.asarray(leaf[i])))
+
+  def order(entry: tuple) -> tuple:
+    parts = entry[0].split(".")
+    if parts[1] == "layers":
+      return (1, int(parts[2]), parts[3:])
+    return ({"embed_tokens": 0, "norm": 2}.get(parts[1], 3), 0, parts)
+
+  return iter(sorted(flat, key=order))
+
+
+def _map_tensors(folder: Path) -> dict[str, np.ndarray]:
+  if (folder / _INDEX).exists():
+    weight_map = files.read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+      raise UserError(f"{folder / _INDEX}: has no weight_map")
+    tensors: dict[str, np.ndarray] = {}
+    for file in sorted(set(weight_map.values())):
+      if not (folder / file).exists():
+        raise UserError(f"{folder / file}: missing, {_INDEX} names it; copy the checkpoint again")
+      for name, tensor in safetensors.read(folder / file).items():
+        if name in tensors:
+          raise UserError(f"{folder / file}: tensor {name!r} stands in another shard too")
+        tensors[name] = tensor
+    return tensors
+  if (folder / _WEIGHTS).exists():
+    return safetensors.read(folder / _WEIGHTS)
+  if (folder / "pytorch_model.bin").exists() or (folder / "pytorch_model.bin.index.json").exists():
+    raise UserError(f"{folder}: holds a pickle checkpoint, which is not read; save it again with "
+                    "save_pretrained(..., safe_serialization=True)")
+  raise UserError(f"{folder / _WEIGHTS}: missing; expected it or {_INDEX}")
+
+
+def _check(folder: Path, tensors: dict[str, np.ndarray], abstract: Params, names: Any) -> None:
+  expected = {}
+  for leaf, leaf_names in zip(jax.tree.leaves(abstract),
+                              jax.tree.leaves(names, is_leaf=lambda x: isinstance(x, tuple)), strict=True):
+    stacked = not isinstance(leaf_names, str)
+    for name in leaf_names if stacked else (leaf_names,):
+      expected[name] = leaf.shape[1:] if stacked else leaf.shape
+  # Tied checkpoints may store the head too, and old ones the rotary frequencies; both follow from the rest.
+  ignored = {n for n in tensors if n.endswith("rotary_emb.inv_freq")}
+  if "lm_head.weight" in tensors and "lm_head.weight" not in expected:
+    if not np.array_equal(tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight")):
+      raise UserError(f"{folder}: config.json ties the embeddings, but lm_head.weight differs from the embedding")
+    ignored.add("lm_head.weight")
+  problems = [f"missing {n}" for n in sorted(expected.keys() - tensors.keys())]
+  problems += [f"unknown {n}" for n in sorted(tensors.keys() - expected.keys() - ignored)]
+  problems += [f"{n} has shape {tensors[n].shape}, config.json needs {shape}"
+               for n, shape in expected.items() if n in tensors and tensors[n].shape != shape]
+  problems += [f"{n} has dtype {tensors[n].dtype}, expected a floating dtype"
+               for n in expected if n in tensors and not jnp.issubdtype(tensors[n].dtype, jnp.floating)]
+  if problems:
+    more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+    raise UserError(f"{folder}: tensors do not fit config.json: {'; '.join(problems[:8])}{more}")

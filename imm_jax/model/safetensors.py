@@ -1,0 +1,100 @@
+"""The safetensors file format: an 8-byte header length, a JSON header, then the tensors' bytes.
+
+Reading maps the file and hands out views, so that only what is used is read; writing streams one tensor at a time.
+Both check what they are given: a damaged file is an error that names it, never a wrong number.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from imm_jax.errors import UserError
+
+_DTYPES = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_MAX_HEADER = 100_000_000
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+  """Maps one file: tensor name -> read-only view of the file, in the file's order.
+
+  Raises:
+    UserError: when the file is missing, truncated, or its header does not describe its bytes.
+  """
+  try:
+    size = path.stat().st_size
+    with path.open("rb") as f:
+      prefix = f.read(8)
+      length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+      if length > min(_MAX_HEADER, size - 8):
+        raise UserError(f"{path}: not a whole safetensors file ({size} bytes, header of {length}); copy it again")
+      header = json.loads(f.read(length), object_pairs_hook=_no_duplicates)
+  except OSError as e:
+    raise UserError(f"{path}: cannot be read ({e.strerror})") from e
+  except (UnicodeDecodeError, json.JSONDecodeError, _DuplicateKeyError) as e:
+    raise UserError(f"{path}: the safetensors header is damaged ({e}); copy the file again") from e
+  if not isinstance(header, dict):
+    raise UserError(f"{path}: the safetensors header is damaged (not a JSON object); copy the file again")
+  start, tensors = 8 + length, {}
+  data = np.memmap(path, np.uint8, "r", offset=start) if size > start else np.empty(0, np.uint8)
+  for name, entry in header.items():
+    if name == "__metadata__":
+      continue
+    try:
+      dtype, shape = _DTYPES[entry["dtype"]], tuple(int(d) for d in entry["shape"])
+      begin, end = (int(o) for o in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError) as e:
+      raise UserError(f"{path}: tensor {name!r} has a header entry that cannot be read: {entry!r}") from e
+    if min(shape, default=0) < 0 or end - begin != dtype.itemsize * math.prod(shape):
+      raise UserError(f"{path}: tensor {name!r} has {end - begin} bytes, its shape {shape} needs another number")
+    if begin < 0 or end > data.size:
+      raise UserError(f"{path}: truncated: tensor {name!r} ends at byte {start + end}, the file at {size}; "
+                      "copy it again")
+    tensors[name] = data[begin:end].view(dtype).reshape(shape)
+  return tensors
+
+
+def write(path: Path, tensors: Iterable[tuple[str, np.dtype, tuple[int, ...], Callable[[], np.ndarray]]]) -> None:
+  """Streams tensors into a new file.
+
+  Args:
+    path: the file.
+    tensors: name, dtype, shape, and a function that returns the array; each is called once, in order.
+  """
+  header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+  offset, entries = 0, list(tensors)
+  for name, dtype, shape, _ in entries:
+    end = offset + math.prod(shape) * np.dtype(dtype).itemsize
+    header[name] = {"dtype": _CODES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [offset, end]}
+    offset = end
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  with path.open("wb") as f:
+    f.write(struct.pack("<Q", len(text)))
+    f.write(text)
+    for name, dtype, shape, get in entries:
+      array = np.ascontiguousarray(get())
+      if array.dtype != dtype or array.shape != shape:
+        raise ValueError(f"{name}: got {array.dtype}{array.shape}, announced {dtype}{shape}")
+      f.write(array.reshape(-1).view(np.uint8).data)
+
+
+class _DuplicateKeyError(ValueError):
+  pass
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+  result = dict(pairs)
+  if len(result) != len(pairs):
+    names = [k for k, _ in pairs]
+    raise _DuplicateKeyError(f"{next(n for n in names if names.count(n) > 1)!r} stands in it twice")
+  return result

@@ -1,0 +1,80 @@
+"""Scores of a run, read from its record."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from imm_jax import files, rundir
+from imm_jax.evaluation import Accuracy, accuracy
+
+
+class Model(NamedTuple):
+  """One evaluated model: `base`, or `sft` or `merged` of a round (base has round -1)."""
+
+  kind: str
+  round: int
+  scores: dict[str, Accuracy]
+
+  @property
+  def label(self) -> str:
+    return "base" if self.kind == "base" else f"round {self.round} {self.kind}"
+
+
+class Results(NamedTuple):
+  """Everything a report shows.
+
+  Attributes:
+    method: of the run.
+    id_task: the in-domain task.
+    ood_tasks: the out-of-domain tasks.
+    models: base first, then by round.
+    data: for every round, how many answers were sampled, kept and dropped.
+    config: as recorded.
+  """
+
+  method: str
+  id_task: str
+  ood_tasks: tuple[str, ...]
+  models: tuple[Model, ...]
+  data: tuple[dict[str, Any], ...]
+  config: dict[str, Any]
+
+  @classmethod
+  def of(cls, root: Path) -> "Results":
+    """Reads a run directory; stages that are not done are left out."""
+    record = rundir.read_record(root)
+    stages = record["stages"]
+    rounds = sorted({int(name.split("/")[0].removeprefix("round_")) for name in stages if name.startswith("round_")})
+    places = [("base", -1, "base/eval")]
+    for t in rounds:
+      places += [("sft", t, f"round_{t}/eval/sft"), ("merged", t, f"round_{t}/eval/merged")]
+    models = tuple(
+        Model(kind, t, {task: Accuracy(**score) for task, score in stages[name]["facts"].items()})
+        for kind, t, name in places if name in stages)
+    data = tuple({"round": t} | stages.get(f"round_{t}/samples.jsonl", {}).get("facts", {})
+                 | stages.get(f"round_{t}/train.jsonl", {}).get("facts", {}) for t in rounds)
+    config = files.read_json(root / "config.json")
+    return cls(record["method"], record["tasks"]["id"], tuple(record["tasks"]["ood"]), models, data, config)
+
+  def in_domain(self, model: Model) -> Accuracy:
+    """Accuracy on the in-domain task."""
+    return model.scores[self.id_task]
+
+  def out_of_domain(self, model: Model) -> Accuracy:
+    """Accuracy over the questions of all out-of-domain tasks together."""
+    scores = [model.scores[task] for task in self.ood_tasks]
+    return accuracy(sum(round(s.value * s.n) for s in scores), sum(s.n for s in scores))
+
+
+def table(results: Results) -> str:
+  """A table of accuracies: a line a model, a column a task, with 95 % intervals for ID and OOD."""
+  columns = ["", "ID", "OOD", *results.ood_tasks]
+  lines = []
+  for model in results.models:
+    # Without out-of-domain tasks there is no such figure.
+    totals = [results.in_domain(model), *([results.out_of_domain(model)] if results.ood_tasks else [])]
+    cells = [f"{a.value:.3f} [{a.low:.3f}, {a.high:.3f}]" for a in totals] + [""] * (2 - len(totals))
+    lines.append([model.label, *cells, *(f"{model.scores[task].value:.3f}" for task in results.ood_tasks)])
+  widths = [max(len(row[i]) for row in [columns, *lines]) for i in range(len(columns))]
+  text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+          for row in [columns, *lines]]
+  return "\n".join([f"accuracy, method {results.method}; ID is {results.id_task}; brackets are 95 % intervals", *text])

@@ -1,0 +1,174 @@
+"""The run directory: the record of which stages are done.
+
+`run.json` holds for every finished stage a digest of what it read (earlier stages, the base model, its settings) and of
+what it wrote. A stage is skipped while that still fits, and otherwise run again, with the reason.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from imm_jax import files
+from imm_jax.errors import UserError
+
+# Keys of a config that may change between two starts of one run: they add stages and change none.
+_MAY_GROW = ("rounds",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One step of a run.
+
+  Attributes:
+    name: the path it writes, relative to the run directory: a file, or a folder.
+    needs: names of the stages whose output it reads, and names given to `RunDir.run` as external inputs.
+    settings: what else its output depends on; anything that json can write.
+    plan: what `--dry_run` says about it.
+    make: writes the output to the path it is given and returns facts worth recording (counts, scores).
+  """
+
+  name: str
+  needs: tuple[str, ...]
+  settings: Mapping[str, Any]
+  plan: str
+  make: Callable[[Path], dict[str, Any]]
+
+
+class RunDir:
+  """An open run directory; use as a context manager, which also keeps a second process out."""
+
+  def __init__(self, path: str | Path, config: ml_collections.ConfigDict):
+    """Opens or creates the directory.
+
+    Raises:
+      UserError: when it cannot be written, belongs to another config, or another process runs in it.
+    """
+    self.path = Path(path)
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      self._lock = (self.path / ".lock").open("w")  # closed by __exit__
+      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise UserError(f"{self.path}: another process is running in it; wait for it or use another --workdir") from e
+    except OSError as e:
+      raise UserError(f"{self.path}: the run directory cannot be written ({e.strerror}); use another --workdir") from e
+    try:
+      self._check_config(config)
+      self._record = read_record(self.path)
+    except BaseException:
+      self._lock.close()
+      raise
+
+  def __enter__(self) -> "RunDir":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._lock.close()
+
+  @property
+  def facts(self) -> dict[str, dict[str, Any]]:
+    """What each finished stage recorded, by stage name."""
+    return {name: entry["facts"] for name, entry in self._record["stages"].items()}
+
+  def run(self, stage: Stage, external: Mapping[str, str]) -> bool:
+    """Runs a stage unless it is done.
+
+    Args:
+      stage: what to do.
+      external: digests of inputs that no stage wrote.
+
+    Returns:
+      Whether it ran.
+    """
+    reason = why(stage, self._record, self.path, external)
+    if reason is None:
+      return False
+    target = self.path / stage.name
+    print(f"{stage.name}: {reason}", flush=True)
+    # From here the old output no longer counts, should this process be killed.
+    if self._record["stages"].pop(stage.name, None):
+      self._save_record()
+    started = time.time()
+    with files.committed(target) as out:
+      facts = stage.make(out)
+    self._record["stages"][stage.name] = {
+        "inputs": inputs_of(stage, self._record, external), "output": files.digest(target),
+        "bytes": files.size_of(target), "facts": facts, "seconds": round(time.time() - started, 2)}
+    self._save_record()
+    return True
+
+  def note(self, **values: Any) -> None:
+    """Records facts about the run as a whole (versions, devices)."""
+    self._record.update(values)
+    self._save_record()
+
+  def _save_record(self) -> None:
+    files.write_text(self.path / "run.json", json.dumps(self._record, indent=1, sort_keys=True) + "\n")
+
+  def _check_config(self, config: ml_collections.ConfigDict) -> None:
+    path, wanted = self.path / "config.json", json.loads(json.dumps(config.to_dict()))
+    if path.exists():
+      try:
+        found = json.loads(path.read_text())
+      except ValueError as e:
+        raise UserError(f"{path}: is not JSON ({e}); the run directory is damaged, use another --workdir") from e
+      different = [f"{key} is {old} there, {new} here" for key, old, new in _differences(found, wanted)
+                   if key not in _MAY_GROW or new < old]
+      if different:
+        raise UserError(f"{self.path}: made with another config ({'; '.join(different)}); use another --workdir, or "
+                        "the values it was made with")
+    files.write_text(path, json.dumps(wanted, indent=1, sort_keys=True) + "\n")
+
+
+def why(stage: Stage, record: Mapping[str, Any], root: Path, external: Mapping[str, str]) -> str | None:
+  """Why a stage must run, or None when it is done."""
+  done = record["stages"].get(stage.name)
+  if done is None:
+    return "run"
+  inputs = inputs_of(stage, record, external)
+  changed = sorted(k for k in inputs.keys() | done["inputs"].keys() if inputs.get(k) != done["inputs"].get(k))
+  if changed:
+    return f"run again, because of a change in: {', '.join(changed)}"
+  if not (root / stage.name).exists():
+    return "run again, because its output is missing"
+  if files.size_of(root / stage.name) != done["bytes"]:
+    return "run again, because its output has another size than when it was written"
+  return None
+
+
+def inputs_of(stage: Stage, record: Mapping[str, Any], external: Mapping[str, str]) -> dict[str, str | None]:
+  """Digests of everything a stage reads; None for a stage that is not done."""
+  inputs = {need: external[need] if need in external else record["stages"].get(need, {}).get("output")
+            for need in stage.needs}
+  settings = json.dumps(stage.settings, sort_keys=True).encode()
+  return {**inputs, "settings": hashlib.sha256(settings).hexdigest()[:16]}
+
+
+def read_record(root: Path) -> dict[str, Any]:
+  """run.json of a run directory, or an empty record."""
+  path = root / "run.json"
+  if not path.exists():
+    return {"stages": {}}
+  try:
+    record = json.loads(path.read_text())
+    if not isinstance(record["stages"], dict):
+      raise TypeError
+    return record
+  except (ValueError, KeyError, TypeError) as e:
+    raise UserError(f"{path}: damaged; remove it to run every stage again, or use another --workdir") from e
+
+
+def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+  for key in sorted(old.keys() | new.keys()):
+    a, b = old.get(key), new.get(key)
+    if isinstance(a, dict) and isinstance(b, dict):
+      yield from _differences(a, b, f"{prefix}{key}.")
+    elif a != b:
+      yield f"{prefix}{key}", a, b

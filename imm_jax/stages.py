@@ -1,0 +1,161 @@
+"""What each stage of a round does: synthesize, filter, SFT, merge, evaluate.
+
+Stages read files of the run directory and write files of the run directory; nothing else passes between them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from imm_jax import evaluation, files, merging, tasks
+from imm_jax.errors import UserError
+from imm_jax.metrics import StageMetrics
+from imm_jax.model import hf, sharding
+from imm_jax.sampling import Completion, Prompt
+from imm_jax.sampling.native import NativeSampler, load_tokenizer
+from imm_jax.tasks import answers, prompts
+from imm_jax.tasks.base import Example
+from imm_jax.training import trainer
+from imm_jax.training.packing import PackedBatches, TokenizedExample
+from imm_jax.training.step import make_schedule
+
+# Test questions are part of a task and the same in every run, as those of a published data set are.
+_TEST_SEED = 0
+
+
+def questions(config: ml_collections.ConfigDict, round_: int) -> tuple[list[Example], list[Example]]:
+  """The worked examples of the prompt, and the questions of a round; no question is among the examples."""
+  shots, count = config.prompt.few_shot, config.task.questions_per_round
+  pool = tasks.load(config.task.name, split="train", count=shots + (round_ + 1) * count, seed=config.seed)
+  return pool[:shots], pool[shots + round_ * count:]
+
+
+def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, out: Path) -> dict[str, Any]:
+  """Samples answers to the round's questions and judges them: samples.jsonl."""
+  shots, examples = questions(config, round_)
+  sample = config.sample
+  sampler = NativeSampler(model, compute_dtype=sample.compute_dtype, batch_size=sample.batch_size)
+  asked = [Prompt(f"round_{round_}/{e.id}", prompts.build(e.question, header=config.prompt.header, examples=shots))
+           for e in examples]
+  completions = sampler.generate(
+      asked, max_new_tokens=sample.max_new_tokens, num_samples=sample.num_samples, temperatures=sample.temperatures,
+      top_p=sample.top_p, stop=sample.stop, seed=config.seed, label=f"round {round_}: sample")
+  rows = [_judged(example, completion, strict=True, sample=s,
+                  temperature=sample.temperatures[s % len(sample.temperatures)])
+          for example, group in zip(examples, completions, strict=True) for s, completion in enumerate(group)]
+  files.write_jsonl(out, rows)
+  return {"samples": len(rows), "correct": sum(r["correct"] for r in rows), "tokens": sum(r["tokens"] for r in rows),
+          "unfinished": sum(r["finish"] == "length" for r in rows), "no_answer": sum(not r["span"] for r in rows)}
+
+
+def keep_correct(samples: Path, out: Path) -> dict[str, Any]:
+  """Keeps the samples with the right answer, once each: train.jsonl.
+
+  Raises:
+    UserError: when none is right.
+  """
+  rows = files.read_jsonl(samples)
+  correct = [r for r in rows if r["correct"]]
+  kept = {(r["question"], r["text"]): {"id": r["id"], "question": r["question"], "response": r["text"]}
+          for r in reversed(correct)}  # reversed: the first of equal answers stays
+  if not kept:
+    raise UserError(
+        f"{samples}: none of {len(rows)} samples is right ({sum(r['finish'] == 'length' for r in rows)} cut at "
+        f"max_new_tokens, {sum(not r['span'] for r in rows)} without an answer), so there is nothing to train on; read "
+        "some samples, then start a run with more sample.num_samples or max_new_tokens, other temperatures, more "
+        "prompt.few_shot, or an easier task. The samples are kept")
+  train = list(reversed(kept.values()))
+  files.write_jsonl(out, train)
+  return {"kept": len(train), "dropped_wrong": len(rows) - len(correct), "dropped_duplicate": len(correct) - len(train)}
+
+
+def gold_answers(config: ml_collections.ConfigDict, round_: int, out: Path) -> dict[str, Any]:
+  """The worked gold answers of the round's questions in place of samples: train.jsonl."""
+  _, examples = questions(config, round_)
+  files.write_jsonl(out, [{"id": e.id, "question": e.question, "response": e.rationale} for e in examples])
+  return {"kept": len(examples)}
+
+
+def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root: Path, round_: int, out: Path,
+              ) -> dict[str, Any]:
+  """Fine-tunes the model on the kept answers: an HF checkpoint folder in the model's own dtype."""
+  sft = config.sft
+  mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+  tokenizer = load_tokenizer(model)
+  rows = files.read_jsonl(train)
+  tokenized = [TokenizedExample(
+      tokenizer(prompts.build(r["question"], header=config.prompt.header))["input_ids"],
+      tokenizer(r["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]) for r in rows]
+  fitting = [e for e in tokenized if len(e.prompt) + len(e.response) <= sft.row_length]
+  if not fitting:
+    raise UserError(f"{train}: all {len(rows)} answers are longer than config.sft.row_length={sft.row_length} tokens")
+  batches = PackedBatches(fitting, epochs=sft.epochs, global_batch=sft.global_batch, row_length=sft.row_length,
+                          seed=(config.seed, round_), row_multiple=mesh.size * sft.accumulation)
+  schedule = make_schedule(sft.schedule, peak=sft.learning_rate, total_steps=len(batches),
+                           warmup_ratio=sft.warmup_ratio)
+  stored: dict[str, jnp.dtype] = {}
+
+  def place(path: str, array: Any) -> jax.Array:
+    stored[path] = array.dtype
+    return trainer.place_params(mesh)(path, array.astype(jnp.float32))
+
+  model_config, params = hf.load(model, put=place)
+  first_and_last = []
+  with StageMetrics(root, f"round_{round_}/sft") as metrics:
+
+    def report(step: int, values: dict[str, float]) -> None:
+      metrics.write(step, **values)
+      first_and_last[1:] = [values["loss"]]
+
+    params = trainer.train(
+        model_config, params, batches, schedule=schedule, weight_decay=sft.weight_decay, grad_clip=sft.grad_clip,
+        compute_dtype=jnp.dtype(sft.compute_dtype), accumulation=sft.accumulation, remat=sft.remat, mesh=mesh,
+        log_every=sft.log_every, report=report, label=f"round {round_}: SFT")
+  params = jax.tree_util.tree_map_with_path(lambda path, p: p.astype(stored[".".join(k.key for k in path)]), params)
+  hf.save(params, out, like=model)
+  return {"examples": len(fitting), "dropped_long": len(rows) - len(fitting), "steps": len(batches),
+          "padding": round(batches.padding, 4), "first_loss": round(first_and_last[0], 6),
+          "last_loss": round(first_and_last[-1], 6)}
+
+
+def merge(config: ml_collections.ConfigDict, base: Path, start: Path, tuned: Path, round_: int, out: Path,
+          ) -> dict[str, Any]:
+  """Merges the tuned model with the base (eq. 5 and 6): an HF checkpoint folder."""
+  settings = config.merge
+  _, base_params = hf.load(base)
+  _, tuned_params = hf.load(tuned)
+  start_params = base_params if settings.delta_ref == "base" or start == base else hf.load(start)[1]
+  merged = merging.imm(
+      base_params, start_params, tuned_params, base_weight=settings.base_weight, drop_rate=settings.drop_rate,
+      key=jax.random.fold_in(jax.random.key(config.seed), round_), names=hf.tensor_names(base_params))
+  hf.save(merged, out, like=base)
+  return {"base_weight": settings.base_weight, "drop_rate": settings.drop_rate}
+
+
+def evaluate(config: ml_collections.ConfigDict, model: Path, root: Path, stage: str, round_: int, out: Path,
+             ) -> dict[str, Any]:
+  """Answers every task's test questions greedily, zero-shot: a folder with <task>.jsonl."""
+  sampler = NativeSampler(model, compute_dtype=config.sample.compute_dtype, batch_size=config.eval.batch_size)
+  out.mkdir()
+  scores = {}
+  for name in (config.task.name, *config.task.ood):
+    examples = tasks.load(name, split="test", count=config.task.eval_questions, seed=_TEST_SEED)
+    completions = sampler.generate(
+        [Prompt(e.id, prompts.build(e.question, header=config.prompt.header)) for e in examples],
+        max_new_tokens=config.eval.max_new_tokens, stop=config.sample.stop, label=f"{stage}: {name}")
+    rows = [_judged(e, c[0], strict=False) for e, c in zip(examples, completions, strict=True)]
+    files.write_jsonl(out / f"{name}.jsonl", rows)
+    scores[name] = evaluation.accuracy(sum(r["correct"] for r in rows), len(rows))
+  with StageMetrics(root, stage) as metrics:
+    metrics.write(round_ + 1, **{f"accuracy/{name}": score.value for name, score in scores.items()})
+  return {name: score._asdict() for name, score in scores.items()}
+
+
+def _judged(example: Example, completion: Completion, *, strict: bool, **extra: Any) -> dict[str, Any]:
+  verdict = answers.verdict(completion.text, example.answer, example.kind, strict=strict)
+  return {"id": example.id, **extra, "question": example.question, "gold": example.answer, "text": completion.text,
+          "tokens": completion.num_tokens, "finish": completion.finish, "correct": verdict.correct,
+          "span": verdict.span}

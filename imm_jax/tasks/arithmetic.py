@@ -1,0 +1,201 @@
+"""Generated word problems: the tasks of the embedded model.
+
+`stories` is the in-domain family (two or three additions and subtractions); the others are out of domain: different
+operations, wording and answer forms. `drill` holds bare facts for pre-training only. Every worked answer ends in
+`The answer is X.`
+
+Splits are disjoint by content, whatever the seed: the hash of a question's text decides which split may hold it, so a
+question that one seed trains on can be in no other seed's test set, nor in pre-training.
+"""
+
+import random
+import zlib
+from collections.abc import Callable
+
+from imm_jax.tasks.base import Example
+
+NAMES = ("Tom", "Ann", "Sam", "Mia", "Ben", "Eva", "Leo", "Zoe", "Max", "Amy", "Jack", "Lily")
+ITEMS = ("apples", "pens", "books", "coins", "cards", "shells", "stamps", "eggs", "cups", "toys", "keys", "nuts")
+BOXES = ("boxes", "bags", "jars", "trays")
+# Share of hash space of each split: 3/16 test, 5/16 train, the rest pre-training.
+_SPLIT_OF_BUCKET = ("test",) * 3 + ("train",) * 5 + ("pretrain",) * 8
+SPLITS = ("pretrain", "train", "test")
+MAX_VALUE = 60
+
+
+def split_of(question: str) -> str:
+  """The only split that may hold this question text.
+
+  >>> split_of("What is 2 + 3 ?") in SPLITS
+  True
+  """
+  return _SPLIT_OF_BUCKET[zlib.crc32(question.encode()) % len(_SPLIT_OF_BUCKET)]
+
+
+def _stories(rng: random.Random) -> tuple[str, str, str]:
+  """Two or three steps of adding and subtracting."""
+  name, other = rng.sample(NAMES, 2)
+  item = rng.choice(ITEMS)
+  value = rng.randint(5, 30)
+  question = [rng.choice((f"{name} has {value} {item}.", f"{name} starts with {value} {item}.",
+                          f"There are {value} {item} in the room of {name}."))]
+  work = []
+  for _ in range(rng.choice((2, 2, 3))):
+    step = rng.randint(2, 12)
+    if value - step < 1 or (value + step <= MAX_VALUE and rng.random() < 0.5):
+      question.append(rng.choice((f"{name} finds {step} more.", f"{other} gives {name} {step} more.",
+                                  f"Then {name} buys {step}.", f"{step} more are added.")))
+      work.append(f"{value}+{step}={value + step}.")
+      value += step
+    else:
+      question.append(rng.choice((f"{name} loses {step}.", f"{name} gives {step} to {other}.",
+                                  f"Then {name} sells {step}.", f"{step} are taken away.")))
+      work.append(f"{value}-{step}={value - step}.")
+      value -= step
+  question.append(rng.choice((f"How many {item} are left?", f"How many {item} does {name} have now?",
+                              f"How many {item} are there in the end?")))
+  return " ".join(question), " ".join(work), str(value)
+
+
+def _groups(rng: random.Random) -> tuple[str, str, str]:
+  """One multiplication or one division."""
+  a, b = rng.randint(2, 12), rng.randint(2, 5)
+  if rng.random() < 0.5:
+    a, b = b, a
+  name, item, box = rng.choice(NAMES), rng.choice(ITEMS), rng.choice(BOXES)
+  if rng.random() < 0.5:
+    question = rng.choice((f"{name} has {a} {box} with {b} {item} in each. How many {item} is that?",
+                           f"Each of {a} {box} of {name} holds {b} {item}. What is the total of {item}?"))
+    return question, f"{a}*{b}={a * b}.", str(a * b)
+  question = rng.choice((f"{name} puts {a * b} {item} into {a} {box}. How many {item} are in each?",
+                         f"{name} shares {a * b} {item} among {a} friends. How many {item} does each get?"))
+  return question, f"{a * b}/{a}={b}.", str(b)
+
+
+def _compare(rng: random.Random) -> tuple[str, str, str]:
+  """The difference between two people."""
+  name, other = rng.sample(NAMES, 2)
+  item = rng.choice(ITEMS)
+  small = rng.randint(2, 30)
+  large = small + rng.randint(2, 12)
+  if rng.random() < 0.5:
+    facts, asked = f"{name} owns {large} {item} and {other} owns {small}.", f"more {item} does {name} own than {other}"
+  else:
+    facts, asked = f"{other} owns {small} {item} and {name} owns {large}.", f"fewer {item} does {other} own than {name}"
+  return f"{facts} How many {asked}?", f"{name} owns more. {large}-{small}={large - small}.", str(large - small)
+
+
+def _price(rng: random.Random) -> tuple[str, str, str]:
+  """The change from a purchase: a product and a difference, the answer in dollars."""
+  name, item = rng.choice(NAMES), rng.choice(ITEMS)
+  count, price = rng.randint(2, 9), rng.randint(2, 5)
+  cost = count * price
+  paid = rng.choice([bill for bill in (20, 50, 60) if bill > cost])
+  question = rng.choice((
+      f"{name} buys {count} {item} at ${price} each and pays with ${paid}. How much change does {name} get?",
+      f"One of the {item} costs ${price}. {name} wants {count} and hands over ${paid}. What is the change?"))
+  return question, f"{count}*{price}={cost}. {paid}-{cost}={paid - cost}.", f"${paid - cost}"
+
+
+def _sequence(rng: random.Random) -> tuple[str, str, str]:
+  """The next number of an arithmetic sequence."""
+  name = rng.choice(NAMES)
+  start, step = rng.randint(2, 24), rng.randint(2, 9)
+  terms = [start + i * step for i in range(4)]
+  if rng.random() < 0.3:
+    terms.reverse()
+    if terms[-1] <= step:
+      terms = [t + step for t in terms]
+    work = f"{terms[0]}-{terms[1]}={step}. {terms[-1]}-{step}={terms[-1] - step}."
+    answer = terms[-1] - step
+  else:
+    work = f"{terms[1]}-{terms[0]}={step}. {terms[-1]}+{step}={terms[-1] + step}."
+    answer = terms[-1] + step
+  listed = ", ".join(map(str, terms))
+  question = rng.choice((f"{name} writes {listed}. What number comes next?",
+                         f"What number comes next in the list of {name}: {listed}?"))
+  return question, work, str(answer)
+
+
+def _choice(rng: random.Random) -> tuple[str, str, str]:
+  """Multiple choice: who holds the most or the fewest."""
+  people = rng.sample(NAMES, 3)
+  counts = rng.sample(range(2, 50), 3)
+  item = rng.choice(ITEMS)
+  most = rng.random() < 0.5
+  winner = counts.index(max(counts) if most else min(counts))
+  options = " ".join(f"({letter}) {name} {count}" for letter, name, count in zip("ABC", people, counts, strict=True))
+  word = "most" if most else "fewest"
+  question = rng.choice((f"Who has the {word} {item}? {options}", f"Pick the one with the {word} {item}. {options}"))
+  return question, f"{counts[winner]} is the {word}. {people[winner]} has {counts[winner]}.", "ABC"[winner]
+
+
+def _drill(rng: random.Random) -> tuple[str, str, str]:
+  """One bare fact of the kinds the families use."""
+  operator = rng.choice("++--*/")
+  if operator == "+":
+    b = rng.randint(2, 12)
+    a = rng.randint(1, MAX_VALUE - b)
+    value = a + b
+  elif operator == "-":
+    b = rng.choice((rng.randint(2, 12), rng.randint(2, 45)))
+    value = rng.randint(1, MAX_VALUE - b)
+    a = b + value
+  else:
+    a, b = rng.randint(2, 12), rng.randint(2, 5)
+    if rng.random() < 0.5:
+      a, b = b, a
+    value = a * b
+    if operator == "/":
+      a, value = value, a
+  return f"{a}{operator}{b}=?", f"{a}{operator}{b}={value}.", str(value)
+
+
+_FAMILIES: dict[str, tuple[str, Callable[[random.Random], tuple[str, str, str]]]] = {
+    "stories": ("number", _stories),
+    "groups": ("number", _groups),
+    "compare": ("number", _compare),
+    "price": ("number", _price),
+    "sequence": ("number", _sequence),
+    "choice": ("choice", _choice),
+    "drill": ("number", _drill),
+}
+FAMILIES = tuple(name for name in _FAMILIES if name != "drill")
+
+
+def generate(family: str, *, split: str, count: int, seed: int, distinct: bool = True) -> list[Example]:
+  """Draws `count` questions of one family and split, a pure function of its arguments.
+
+  Args:
+    family: a name of `FAMILIES`, or `drill`.
+    split: `pretrain`, `train` or `test`.
+    count: how many; the first n of a longer draw are the draw of n.
+    seed: of the draw.
+    distinct: never the same question twice. Without it repeats may occur (small families, long pre-training).
+
+  Raises:
+    KeyError: for an unknown family.
+    ValueError: for an unknown split, or when the family holds too few distinct questions.
+
+  >>> example = generate("stories", split="test", count=1, seed=0)[0]
+  >>> example.rationale.endswith(f"The answer is {example.answer}.")
+  True
+  """
+  kind, draw = _FAMILIES[family]
+  if split not in SPLITS:
+    raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
+  if family == "drill" and split != "pretrain":
+    raise ValueError("drill holds bare facts for pre-training only")
+  rng = random.Random(f"{family}/{split}/{seed}")
+  examples, seen, misses = [], set(), 0
+  while len(examples) < count:
+    question, work, answer = draw(rng)
+    if (family != "drill" and split_of(question) != split) or (distinct and question in seen):
+      misses += 1
+      if misses > 10_000 + 100 * count:
+        raise ValueError(f"{family}/{split} holds only about {len(seen)} distinct questions, {count} were asked for")
+      continue
+    seen.add(question)
+    examples.append(Example(id=f"{family}/{split}/{seed}/{len(examples)}", question=question,
+                            answer=answer.lstrip("$"), rationale=f"{work} The answer is {answer}.", kind=kind))
+  return examples

@@ -1,0 +1,100 @@
+"""The loss, the optimizer, and one training step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from imm_jax.model import sharding
+from imm_jax.model.decoder import ModelConfig, Params, bind
+
+# params: float32 master weights; opt_state: optax's; step: int32.
+TrainState = dict[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array], *, compute_dtype: jnp.dtype,
+                 remat: bool = False) -> tuple[jax.Array, jax.Array]:
+  """Sum of -log p over the learned tokens of a packed batch, and their number.
+
+  Args:
+    config: of the model.
+    params: parameters with stacked layers.
+    batch: see `packing.PackedBatches`.
+    compute_dtype: dtype of activations.
+    remat: recompute activations in the backward pass.
+
+  Returns:
+    (sum of losses, number of learned tokens), both float32 scalars.
+  """
+  logits = bind(config, params)(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"],
+                                compute_dtype=compute_dtype, remat=remat)
+  # Token t+1 is predicted at t; a segment's first token is never learned, so no loss crosses segments.
+  weights = batch["weights"][:, 1:]
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch["tokens"][:, 1:])
+  return jnp.sum(losses * weights), jnp.sum(weights)
+
+
+def make_schedule(kind: str, *, peak: float, total_steps: int, warmup_ratio: float) -> optax.Schedule:
+  """Learning rate by step: linear warm-up, then `cosine` or `linear` decay to 0, or `constant`.
+
+  >>> schedule = make_schedule("cosine", peak=1.0, total_steps=100, warmup_ratio=0.1)
+  >>> float(schedule(5)), float(schedule(10)), round(float(schedule(55)), 3)
+  (0.5, 1.0, 0.5)
+  """
+  warmup = max(1, round(total_steps * warmup_ratio)) if warmup_ratio > 0 else 0
+  decay = {"cosine": optax.cosine_decay_schedule(peak, max(1, total_steps - warmup)),
+           "linear": optax.linear_schedule(peak, 0.0, max(1, total_steps - warmup)),
+           "constant": optax.constant_schedule(peak)}[kind]
+  return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup]) if warmup else decay
+
+
+def make_optimizer(schedule: optax.Schedule, *, weight_decay: float, grad_clip: float) -> optax.GradientTransformation:
+  """AdamW (b1 0.9, b2 0.999, eps 1e-8) after clipping the gradient's global norm; `grad_clip` 0 does not clip."""
+  clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
+  return optax.chain(clip, optax.adamw(schedule, weight_decay=weight_decay))
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+  """The first state: moments lie where their parameters lie."""
+
+  def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    name = ".".join(p.key for p in path if isinstance(p, jax.tree_util.DictKey))
+    return sharding.param_sharding(mesh, name, leaf.shape) if name else NamedSharding(mesh, P())
+
+  shardings = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
+  step = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, P()))
+  return {"params": params, "opt_state": jax.jit(optimizer.init, out_shardings=shardings)(params), "step": step}
+
+
+def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation, *, compute_dtype: jnp.dtype,
+                    accumulation: int = 1, remat: bool = False,
+                    ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+  """A jitted step (state, batch) -> (state, metrics) that donates its state.
+
+  The loss is the mean over the learned tokens of the whole batch; with `accumulation` the batch runs in that many
+  parts, which gives the same gradient. Metrics: `loss`, `grad_norm` (before clipping), `tokens` (learned ones).
+  """
+
+  def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+    total = jnp.sum(batch["weights"][:, 1:])
+
+    def mean_loss(params: Params, part: dict[str, jax.Array]) -> jax.Array:
+      return token_losses(config, params, part, compute_dtype=compute_dtype, remat=remat)[0] / total
+
+    if accumulation == 1:
+      loss, grads = jax.value_and_grad(mean_loss)(state["params"], batch)
+    else:
+      parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+      zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["params"]))
+      add = lambda sums, part: (jax.tree.map(jnp.add, sums, jax.value_and_grad(mean_loss)(state["params"], part)), None)
+      (loss, grads), _ = jax.lax.scan(add, zero, parts)
+    updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+    params = optax.apply_updates(state["params"], updates)
+    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "tokens": total}
+    return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+
+  return jax.jit(step, donate_argnums=0)

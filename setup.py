@@ -1,0 +1,33 @@
+"""Installs imm_jax: `pip install -e .`, with extras `test`, `cuda13`, `tpu`."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="imm_jax",
+    version="0.1.0",
+    description="Iterative Model Merging: language models that improve their own reasoning without going shallow",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["imm_jax", "imm_jax.*"]),
+    package_data={"imm_jax": ["assets/tiny/*"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "flax>=0.12",
+        "jax>=0.10,<0.12",
+        "matplotlib>=3.9",
+        "ml_collections>=1.0",
+        "ml_dtypes>=0.5",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "tensorboardX>=2.6.2",
+        "tqdm>=4.66",
+        # vLLM needs less than 5.21; one environment may hold both.
+        "transformers>=5.16,<5.21",
+    ],
+    extras_require={
+        "cuda13": ["jax[cuda13]>=0.10,<0.12"],
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        # torch and transformers' own models are what the tests compare with; nothing imports torch at run time.
+        "test": ["hypothesis>=6.100", "pytest>=8", "ruff==0.17.*", "torch==2.13.0"],
+    },
+)
