@@ -5,7 +5,8 @@ import re
 import sys
 from collections.abc import Callable
 
-from absl import app, flags
+import ml_collections
+from absl import app, flags, logging
 
 from imm_jax.errors import UserError
 
@@ -21,13 +22,15 @@ def run(main: Callable[[], None]) -> None:
     except (AttributeError, KeyError, TypeError, ValueError) as e:
       # ml_collections raises these for a config key or value that does not fit.
       _fail(_config_message(e))
-    except (OSError, ImportError, SyntaxError) as e:
-      _fail(f"the config file cannot be loaded: {e}")
+    except Exception as e:  # a config file is Python and may raise anything
+      _fail(f"the config file cannot be loaded: {_one_line(e)}")
     if len(rest) > 1:
       _fail(f"unexpected argument {rest[1]!r}; options are given as --name=value (see --help)")
     return rest
 
   def call(_: list[str]) -> None:
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)  # INFO is libraries talking to themselves
     try:
       main()
     except UserError as e:
@@ -49,9 +52,26 @@ def nearest(name: str, known: list[str]) -> str:
   return f"did you mean {close[0]}?" if close else f"expected one of: {', '.join(known)}"
 
 
+def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
+  """The config of a `--config` flag; a file that cannot be loaded is a UserError."""
+  try:
+    holder.value.to_dict()
+  except OSError as e:  # ml_collections reports a file that it could not load at first use
+    cause = re.search(r"\[Errno \d+\] (.*)", _one_line(e))
+    raise UserError(f"--config: {cause[1] if cause else _one_line(e)}") from e
+  return holder.value
+
+
 def _config_message(error: Exception) -> str:
-  text = str(error.args[0]) if error.args else str(error)
-  return re.sub(r"\s+", " ", text).strip()
+  text = _one_line(error)
+  hint = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', text)
+  if hint:
+    return f"the config has no key {hint[2]!r}; did you mean {hint[1]!r}?"
+  return f"the config has no such key or value: {text} (configs/common.py lists all keys)"
+
+
+def _one_line(error: Exception) -> str:
+  return re.sub(r"\s+", " ", str(error).replace("\\n", " ")).strip()
 
 
 def _fail(message: str) -> None:

@@ -13,7 +13,8 @@ import jax
 import ml_collections
 
 from imm_jax import __version__, files, memory, report, rundir, stages
-from imm_jax.model import hf
+from imm_jax.model import hf, sharding
+from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.rundir import Stage
 
 
@@ -54,7 +55,10 @@ def plan(config: ml_collections.ConfigDict, root: Path) -> list[Stage]:
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs what is not done yet, then prints the table and writes the report."""
   base = hf.resolve(config.model)
-  hf.load(base)  # a damaged base model ends the run before it begins
+  # What cannot work ends the run before anything is spent.
+  hf.check(base)
+  load_tokenizer(base)
+  sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
   with rundir.RunDir(workdir, config) as directory:
     directory.note(versions=_versions(), devices=[d.device_kind for d in jax.devices()], method=config.method,
                    tasks={"id": config.task.name, "ood": list(config.task.ood)})
@@ -73,7 +77,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Prints what `run` would do and changes nothing."""
   root = Path(workdir)
   base = hf.resolve(config.model)
-  model = hf.read_config(base)
+  model = hf.check(base)
   record, external = rundir.read_record(root), {"base": files.digest(base)}
   steps = plan(config, root)
   waiting = 0

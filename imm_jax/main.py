@@ -13,17 +13,16 @@ from ml_collections import config_flags
 from imm_jax import cli, config, loop
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/tiny.py", "Settings; change one with --config.key=value (configs/common.py explains them).")
+    "config", None, "Settings; change one with --config.key=value (configs/common.py explains them).")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; made if missing, continued if not.", required=True)
+flags.mark_flag_as_required("config")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the stages, their sizes and what is done; change nothing.")
 
 
 def main() -> None:
-  config.validate(_CONFIG.value)
-  if _DRY_RUN.value:
-    loop.dry_run(_CONFIG.value, _WORKDIR.value)
-  else:
-    loop.run(_CONFIG.value, _WORKDIR.value)
+  settings = cli.config_of(_CONFIG)
+  config.validate(settings)
+  (loop.dry_run if _DRY_RUN.value else loop.run)(settings, _WORKDIR.value)
 
 
 if __name__ == "__main__":

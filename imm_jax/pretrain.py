@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import ml_collections
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
@@ -28,7 +28,8 @@ from imm_jax.training import trainer
 from imm_jax.training.packing import PackedBatches, TokenizedExample
 from imm_jax.training.step import make_schedule
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny_pretrain.py", "The recipe.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, such as configs/tiny_pretrain.py.")
+flags.mark_flag_as_required("config")
 _OUT = flags.DEFINE_string("out", "imm_jax/assets/tiny", "Folder to write; an existing one is replaced when done.")
 
 _END = "<|endoftext|>"
@@ -65,7 +66,7 @@ def corpus(config: ml_collections.ConfigDict) -> list[Example]:
 
 
 def main() -> None:
-  config, out = _CONFIG.value, Path(_OUT.value)
+  config, out = cli.config_of(_CONFIG), Path(_OUT.value)
   tokenizer = build_tokenizer()
   hf_config = {
       "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "dtype": "bfloat16", "hidden_act": "silu",
@@ -81,8 +82,8 @@ def main() -> None:
   batches = PackedBatches(tokenized, epochs=1, global_batch=config.global_batch, row_length=config.row_length,
                           seed=config.seed, row_multiple=jax.device_count())
   tokens = sum(len(e.prompt) + len(e.response) for e in tokenized)
-  logging.info("%d examples, %d tokens, %d steps of %d rows, %.1f %% padding", len(examples), tokens, len(batches),
-               batches.rows, 100 * batches.padding)
+  print(f"{len(examples):,} examples, {tokens:,} tokens, {len(batches)} steps of {batches.rows} rows, "
+        f"{batches.padding:.1%} padding")
   params = init_params(model_config, key=jax.random.key(config.seed))
   schedule = make_schedule("linear", peak=config.learning_rate, total_steps=len(batches),
                            warmup_ratio=config.warmup_ratio)

@@ -14,8 +14,9 @@ from imm_jax import evaluation, files, merging, tasks
 from imm_jax.errors import UserError
 from imm_jax.metrics import StageMetrics
 from imm_jax.model import hf, sharding
+from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.sampling import Completion, Prompt
-from imm_jax.sampling.native import NativeSampler, load_tokenizer
+from imm_jax.sampling.native import NativeSampler
 from imm_jax.tasks import answers, prompts
 from imm_jax.tasks.base import Example
 from imm_jax.training import trainer

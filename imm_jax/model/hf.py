@@ -55,6 +55,11 @@ def read_config(folder: str | Path) -> ModelConfig:
   return ModelConfig.from_hf(files.read_json(path), source=str(path))
 
 
+def check(folder: str | Path) -> ModelConfig:
+  """Checks that a checkpoint folder is whole, without reading its weights; raises the errors of `load`."""
+  return _open(Path(folder))[0]
+
+
 def load(folder: str | Path, *, dtype: jnp.dtype | None = None,
          put: Callable[[str, np.ndarray], jax.Array] | None = None) -> tuple[ModelConfig, Params]:
   """Reads a checkpoint folder.
@@ -71,11 +76,8 @@ def load(folder: str | Path, *, dtype: jnp.dtype | None = None,
   Raises:
     UserError: for missing, unknown or misshapen tensors (with the list), or a damaged file.
   """
-  config = read_config(folder)
-  tensors = _map_tensors(Path(folder))
-  abstract = abstract_params(config)
-  names = tensor_names(abstract)
-  _check(Path(folder), tensors, abstract, names)
+  config, tensors = _open(Path(folder))
+  names = tensor_names(abstract_params(config))
 
   def read(path: tuple[jax.tree_util.DictKey, ...], leaf_names: TensorNames) -> jax.Array:
     if isinstance(leaf_names, str):
@@ -171,8 +173,11 @@ def _map_tensors(folder: Path) -> dict[str, np.ndarray]:
   raise UserError(f"{folder / _WEIGHTS}: missing; expected it or {_INDEX}")
 
 
-def _check(folder: Path, tensors: dict[str, np.ndarray], abstract: Params, names: Any) -> None:
-  expected = {}
+def _open(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+  """The config and the mapped tensors, which fit each other."""
+  config, tensors = read_config(folder), _map_tensors(folder)
+  abstract = abstract_params(config)
+  names, expected = tensor_names(abstract), {}
   for leaf, leaf_names in zip(jax.tree.leaves(abstract),
                               jax.tree.leaves(names, is_leaf=lambda x: isinstance(x, tuple)), strict=True):
     stacked = not isinstance(leaf_names, str)
@@ -193,3 +198,4 @@ def _check(folder: Path, tensors: dict[str, np.ndarray], abstract: Params, names
   if problems:
     more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
     raise UserError(f"{folder}: tensors do not fit config.json: {'; '.join(problems[:8])}{more}")
+  return config, tensors

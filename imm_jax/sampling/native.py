@@ -12,31 +12,25 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from imm_jax.errors import UserError
 from imm_jax.model import hf
 from imm_jax.model.decoder import LayerCache, ModelConfig, Params, bind, unstack_layers
+from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.sampling import Completion, Prompt
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerBase
 
 # Steps between looks at the text while stop strings are asked for.
 _STOP_CHECK_EVERY = 16
 _MIN_PROMPT_BUCKET = 64
-
-
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-  """The tokenizer of a checkpoint folder; raises UserError where there is none."""
-  try:
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-  except (OSError, ValueError, KeyError) as e:
-    raise UserError(f"{folder}: no tokenizer can be loaded from it ({str(e).splitlines()[0]}); "
-                    "expected tokenizer.json and tokenizer_config.json") from e
 
 
 class NativeSampler:
@@ -175,7 +169,7 @@ def _row_keys(seed: int, ids: list[str], samples: list[int], batch_size: int) ->
   return jax.jit(fold)(codes, numbers)
 
 
-def _eos_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _eos_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
   path = folder / "generation_config.json"
   ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
   ids = ids if isinstance(ids, list) else [] if ids is None else [ids]

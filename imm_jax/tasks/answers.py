@@ -1,25 +1,49 @@
 """Verdicts: is a model's answer right?
 
-Model output is text from a stranger: it is matched by regular expressions of bounded work and never evaluated.
+Model output is text from a stranger: it is matched by regular expressions of linear work and never evaluated.
 """
 
 import re
 from fractions import Fraction
 from typing import NamedTuple
 
-TOLERANCE = 1e-4
+TOLERANCE = Fraction(1, 10_000)
 # Longer answers are judged by their end, where the answer stands.
 _MAX_CHARS = 20_000
-_NEXT_QUESTION = re.compile(r"\n\s*(?:### Instruction|Question:|Q:|Problem:)")
-_MARKER = re.compile(r"answer is|####|(?<![A-Za-z])A:", re.IGNORECASE)
-_BOXED = re.compile(r"\\boxed\s*\{")
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,]*,\d)|\d{1,400})(?:\.\d{1,400})?|\.\d{1,400}"
+_NEXT_QUESTION = re.compile(r"\n[ \t]*+(?:### Instruction|Question:|Q:|Problem:)")
+_MARKER = re.compile(r"answer is|answer\**:|####", re.IGNORECASE)
+# In multiple choice an option may begin like this, so there it only counts without any other marker.
+_WEAK_MARKER = re.compile(r"(?:\A|[\n.?!])[ \t]*+A:")
+_BOXED = re.compile(r"\\boxed\s?\{")
+# The rest of the line, or of the next one that says something.
+_LINE = re.compile(r"[\s:*]*+[^\n]*")
+
+_SPELLINGS = (("−", "-"), ("–", "-"), ("½", " 1/2"), ("¼", " 1/4"), ("¾", " 3/4"), ("\\!", ""), ("\\,", ""),
+              ("{,}", ","), ("\\$", "$"), ("\\%", "%"))
+_FRACTION = re.compile(r"([0-9]?)\\[cdt]?frac\s?\{(-?[0-9.,]{1,400})\}\s?\{([0-9.,]{1,400})\}")
+# A whole run of digits, points and commas is taken first and judged afterwards, so that no part of a malformed one is
+# ever a number. Digits inside words (mp3) are none.
+_DIGITS = r"[0-9]+(?:[.,][0-9]+)*"
 _NUMBER = re.compile(
-    rf"(?P<sign>-\s?)?[$€£]?\s?(?P<sign2>-)?(?P<whole>{_DIGITS})"
-    rf"(?:\s+(?P<mixed>\d{{1,9}}/\d{{1,9}})|\s?/\s?(?P<over>\d{{1,400}}(?:\.\d{{1,400}})?))?"
-    r"(?:[eE](?P<exp>[+-]?\d{1,3})|\s?(?:×|x|\*|\\times|\\cdot)\s?10\s?\^\s?\{?(?P<power>-?\d{1,3})\}?)?")
-_MALFORMED_GROUP = re.compile(r"(?<![\d,])\d+(?:,\d+)+(?![\d,])")
-_CHOICE = re.compile(r"^[\s:*\"'`]*(?:option\s+)?[(\[{]?([A-H])(?:[)\]}.,:*\"'`\s]|$)", re.IGNORECASE)
+    r"(?P<root>(?:\\sqrt\s?\{|√)\s?)?(?P<sign>-\s?)?[$€£]?\s?(?P<sign2>-)?"
+    rf"(?P<whole>(?<![A-Za-z0-9_])(?<![0-9][.,]){_DIGITS}|(?<![A-Za-z0-9_.])\.[0-9]+)"
+    rf"(?:[ ]{{1,4}}(?P<mixed>[0-9]+)/(?P<part>[0-9]+)|\s?/\s?(?P<over>{_DIGITS})|\s?\^\s?\{{?(?P<caret>-?[0-9]+)\}}?)?"
+    r"(?:[eE](?P<exp>[+-]?[0-9]+)|\s?(?:×|x|\*|\\times|\\cdot)\s?10\s?\^\s?\{?(?P<power>[+-]?[0-9]+)\}?)?"
+    # What makes it a time, a ratio, a date, a power, a multiple of a root or of pi.
+    r"(?P<more>:[0-9]|\s?/\s?[0-9]|\s?\^|\s?\\(?:sqrt|pi|[cdt]?frac)|\s?[√π]|[²³¹⁰-⁹⁻])?")
+_WELL_FORMED = re.compile(r"(?:[0-9]{1,400}|[0-9]{1,3}(?:,[0-9]{3}){1,133})?(?:\.[0-9]{1,400})?")
+
+# A letter where the answer begins, alone or set off: `B`, `(b)`, `B.`, `option B`, `B because`; never the article of
+# `A dog` or of a cut `a`, nor the variable of `B = 3`.
+_CHOICE = re.compile(
+    r"""[\s:*_"'`$]*+(?:(?i:option|choice|letter)\b)?+[\s:*_"'`$]*+(?:\\[a-z]{1,9}\s?\{)?"""
+    r"""(?:[(\[{]\s?(?P<bracketed>[A-Ha-h])\s?[)\]}]"""
+    r"""|[(\[{]?(?P<ended>[A-Ha-h](?=[)\]}:]|[.,;*_"'`$\\](?![A-Za-z]))|[A-Hb-h](?=[ \t]*(?:\n|\Z)))"""
+    r"""|(?P<followed>[B-H](?=\s)|A(?=\s+(?:[^\sA-Za-z]|(?:as|because|for|is|since|which|with)\b))))"""
+    r"""(?!\s*[=+^<>])""")
+_HEDGE = re.compile(
+    r"""[)\]}*_"'`$]{0,4}\s?(?:(?:/|&|or\b|and\b)\s?[(\[]?[A-H]\b|,\s?[(\[]?[A-H](?:[)\],.]|\s?(?:or|and)\b|\s*\Z))""")
+_ONLY_CHOICE = re.compile(r"[(\[]?([A-H])[)\].]{0,2}")
 
 
 class Verdict(NamedTuple):
@@ -32,8 +56,8 @@ class Verdict(NamedTuple):
 def verdict(text: str, gold: str, kind: str, *, strict: bool) -> Verdict:
   """Judges one answer.
 
-  The final answer is what follows the later of the last marker (`answer is`, `####`, `A:`) and the last `\\boxed`,
-  before a next question begins.
+  The final answer is what follows the later of the last marker (`answer is`, `answer:`, `####`, `A:`) and the last
+  `\\boxed`, before a next question begins.
 
   Args:
     text: what the model wrote.
@@ -48,64 +72,33 @@ def verdict(text: str, gold: str, kind: str, *, strict: bool) -> Verdict:
   Verdict(correct=True, span='7.00')
   >>> verdict("It must be 7.", "7", "number", strict=True).correct
   False
+  >>> verdict("The answer is (B).", "B", "choice", strict=True)
+  Verdict(correct=True, span='B')
   """
-  if kind not in ("number", "choice"):
+  if kind == "number":
+    target = parse_number(gold)
+    if target is None:
+      raise ValueError(f"gold answer {gold!r} is not a number")
+  elif kind == "choice":
+    if not re.fullmatch("[A-H]", gold):
+      raise ValueError(f"gold answer {gold!r} is not a letter from A to H")
+  else:
     raise ValueError(f"kind={kind!r}: expected number or choice")
-  text = text[-_MAX_CHARS:].replace("−", "-")
   following = _NEXT_QUESTION.search(text)
   if following:
     text = text[:following.start()]
-  span, marked = _final_span(text)
-  if strict and not marked:
+  text = _plain(text[-_MAX_CHARS:])
+  span = _final_span(text, kind)
+  if span is None and strict:
     return Verdict(False, "")
-  return _choice_verdict(span, gold, marked) if kind == "choice" else _number_verdict(span, gold, marked)
-
-
-def _final_span(text: str) -> tuple[str, bool]:
-  marker = max((m.end() for m in _MARKER.finditer(text)), default=-1)
-  boxed = max((m.end() for m in _BOXED.finditer(text)), default=-1)
-  if marker < 0 and boxed < 0:
-    return text, False
-  if boxed > marker:
-    depth = 1
-    for i in range(boxed, len(text)):
-      depth += {"{": 1, "}": -1}.get(text[i], 0)
-      if depth == 0:
-        return text[boxed:i], True
-    return text[boxed:], True
-  return text[marker:], True
-
-
-def _choice_verdict(span: str, gold: str, marked: bool) -> Verdict:
-  if not re.fullmatch("[A-H]", gold):
-    raise ValueError(f"gold answer {gold!r} is not a letter from A to H")
-  match = _CHOICE.search(span) if marked else re.fullmatch(r"\s*[(\[]?([A-H])[)\].]?\s*", span)
-  return Verdict(match is not None and match[1].upper() == gold, match[1] if match else "")
-
-
-def _number_verdict(span: str, gold: str, marked: bool) -> Verdict:
-  target = parse_number(gold)
-  if target is None:
-    raise ValueError(f"gold answer {gold!r} is not a number")
-  if marked:
-    line = span.lstrip().split("\n", 1)[0]
-    _, equals, after = line.rpartition("=")
-    matches = [m for m in (_first_number(after) if equals else None, _first_number(line)) if m]
-    match = matches[0] if matches else None
-  else:
-    match = max(_NUMBER.finditer(span), key=lambda m: m.start(), default=None)
+  if kind == "choice":
+    letter = _choice(text, span)
+    return Verdict(letter.upper() == gold, letter)
+  match = _last_number(text) if span is None else _stated_number(span, strict)
   if match is None:
     return Verdict(False, "")
   value = _value(match)
   return Verdict(value is not None and abs(value - target) <= TOLERANCE, match[0].strip(" $€£"))
-
-
-def _first_number(text: str) -> re.Match | None:
-  match = _NUMBER.search(text)
-  malformed = match and _MALFORMED_GROUP.match(text, match.start("whole"))
-  if malformed and not re.fullmatch(r"\d{1,3}(?:,\d{3})+", malformed[0]):
-    return None
-  return match
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -114,20 +107,84 @@ def parse_number(text: str) -> Fraction | None:
   >>> parse_number("$1,234.50")
   Fraction(2469, 2)
   """
-  match = _NUMBER.fullmatch(text.strip().rstrip("%").rstrip())
+  match = _NUMBER.fullmatch(_plain(text).strip().rstrip("%").rstrip())
   return _value(match) if match else None
 
 
-def _value(match: re.Match) -> Fraction | None:
-  value = Fraction(match["whole"].replace(",", ""))
-  try:
-    if match["mixed"]:
-      value += Fraction(match["mixed"])
-    elif match["over"]:
-      value /= Fraction(match["over"])
-  except ZeroDivisionError:
+def _plain(text: str) -> str:
+  """Without the LaTeX and the Unicode that only change how a number looks."""
+  for old, new in _SPELLINGS:
+    text = text.replace(old, new)
+  return _FRACTION.sub(lambda m: f"{m[1]}{' ' if m[1] else ''}{m[2]}/{m[3]}", text)
+
+
+def _final_span(text: str, kind: str) -> str | None:
+  """What follows the last marker or stands in the last box; None without either."""
+  last = lambda pattern: max((m.end() for m in pattern.finditer(text)), default=-1)
+  marker, weak, boxed = last(_MARKER), last(_WEAK_MARKER), last(_BOXED)
+  if kind == "number" or max(marker, boxed) < 0:
+    marker = max(marker, weak)
+  if marker < 0 and boxed < 0:
     return None
-  exponent = match["exp"] or match["power"]
-  if exponent:
-    value *= Fraction(10) ** int(exponent)
-  return -value if match["sign"] or match["sign2"] else value
+  if marker > boxed:
+    return text[marker:]
+  depth = 1
+  for i in range(boxed, len(text)):
+    depth += {"{": 1, "}": -1}.get(text[i], 0)
+    if depth == 0:
+      return text[boxed:i]
+  return text[boxed:]
+
+
+def _choice(text: str, span: str | None) -> str:
+  """The letter that is answered, or an empty string."""
+  if span is None:
+    only = _ONLY_CHOICE.fullmatch(text.strip().rpartition("\n")[2].strip())
+    return only[1] if only else ""
+  match = _CHOICE.match(span)
+  if match is None or _HEDGE.match(span, match.end(match.lastgroup)):
+    return ""
+  return match[match.lastgroup]
+
+
+def _stated_number(span: str, strict: bool) -> re.Match | None:
+  """The first number after the last `=` of the line, else of the line."""
+  line = _LINE.match(span)[0]
+  _, equals, after = line.rpartition("=")
+  match = (_NUMBER.search(after) if equals else None) or _NUMBER.search(line)
+  # "The answer is the number of boxes. Therefore, ..." states nothing yet.
+  return match if match or strict else _last_number(span)
+
+
+def _last_number(text: str) -> re.Match | None:
+  return next((m for m in reversed(list(_NUMBER.finditer(text))) if _value(m) is not None), None)
+
+
+def _value(match: re.Match) -> Fraction | None:
+  """The number of a match, or None for one that is malformed, beyond all bounds, or more than a number."""
+  parts = match.group("whole", "mixed", "part", "over")
+  exponent = match["exp"] or match["power"] or match["caret"] or "0"
+  if match["root"] or match["more"] or any(p and not _WELL_FORMED.fullmatch(p) for p in parts) or len(exponent) > 4:
+    return None
+  if match["caret"] and parts[0] != "10":
+    return None
+  whole, mixed, part, over = (Fraction(p.replace(",", "")) if p else None for p in parts)
+  if part == 0 or over == 0:
+    return None
+  if match["caret"]:
+    whole = Fraction(1)
+  value = whole + mixed / part if part else whole / over if over else whole
+  value *= Fraction(10) ** int(exponent)
+  return -value if _negative(match) else value
+
+
+def _negative(match: re.Match) -> bool:
+  """Whether a minus is a sign: not in `9-2`, and in `- 2` only where an answer begins."""
+  sign, start = match["sign"], match.start("sign")
+  if not sign:
+    return match["sign2"] is not None
+  before = match.string[max(0, start - 8):start]
+  if sign == "-":
+    return not (before[-1:].isalnum() or before[-1:] in (")", "]", "}"))
+  before = before.rstrip(" ")
+  return not before or before[-1] in ":=($"

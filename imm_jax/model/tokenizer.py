@@ -1,0 +1,28 @@
+"""Tokenizers of checkpoint folders."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from imm_jax.errors import UserError
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
+  """The tokenizer of an HF checkpoint folder.
+
+  Raises:
+    UserError: when the folder holds none that can be loaded.
+  """
+  # At import transformers advises to install torch, which nothing here uses.
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+  from transformers import AutoTokenizer
+
+  if not any((Path(folder) / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    raise UserError(f"{folder}: has no tokenizer; expected tokenizer.json (or tokenizer.model, vocab.json) in it")
+  try:
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+  except Exception as e:  # tokenizers raises a bare Exception for a damaged file
+    raise UserError(f"{folder}: its tokenizer cannot be loaded ({str(e).splitlines()[0]})") from e

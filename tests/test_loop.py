@@ -1,0 +1,299 @@
+"""The command end to end: what a run leaves behind, resume after kills, and bad input."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from imm_jax.model import hf, safetensors
+
+REPO = Path(__file__).parent.parent
+TINY = REPO / "imm_jax" / "assets" / "tiny"
+# Small enough for seconds; the model, the stages and the code are those of configs/tiny.py.
+SMALL = ("--config.rounds=2", "--config.task.questions_per_round=24", "--config.task.eval_questions=8",
+         "--config.task.ood=('groups',)", "--config.sample.batch_size=12", "--config.eval.batch_size=8",
+         "--config.sft.epochs=1", "--config.sft.log_every=2")
+TIMED = ("seconds", "time", "tokens_per_s")
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+  """Processes share compiled code, so that a start costs seconds."""
+  return os.environ | {
+      "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+
+
+def command(workdir: Path, *extra: str) -> list[str]:
+  return [sys.executable, "-m", "imm_jax.main", "--config=configs/tiny.py", f"--workdir={workdir}", *SMALL, *extra]
+
+
+def start(workdir: Path, environment: dict[str, str], *extra: str) -> subprocess.CompletedProcess:
+  return subprocess.run(command(workdir, *extra), cwd=REPO, env=environment, capture_output=True, text=True,
+                        check=False)
+
+
+@pytest.fixture(scope="session")
+def finished(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+  workdir = tmp_path_factory.mktemp("runs") / "imm"
+  done = start(workdir, environment)
+  assert done.returncode == 0, done.stderr
+  return workdir
+
+
+def contents(workdir: Path) -> dict[str, object]:
+  """Every file of a run, less what measures time."""
+  found: dict[str, object] = {}
+  for path in sorted(p for p in workdir.rglob("*") if p.is_file()):
+    name = str(path.relative_to(workdir))
+    if name.startswith("tb/"):  # TensorBoard's files hold the time of every record
+      continue
+    if path.name in ("run.json", "metrics.jsonl"):
+      records = [json.loads(line) for line in path.read_text().splitlines()] if path.suffix == ".jsonl" else json.loads(
+          path.read_text())
+      found[name] = without_times(records)
+    else:
+      found[name] = path.read_bytes()
+  return found
+
+
+def without_times(value: object) -> object:
+  if isinstance(value, dict):
+    return {k: without_times(v) for k, v in value.items() if k not in TIMED}
+  return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+  left, right = contents(a), contents(b)
+  assert left.keys() == right.keys()
+  assert [name for name in left if left[name] != right[name]] == []
+
+
+def test_run_leaves_the_documented_files(finished: Path):
+  for name in ("config.json", "run.json", "metrics.jsonl", "tb", "base/eval/stories.jsonl", "round_0/samples.jsonl",
+               "round_0/train.jsonl", "round_0/sft/model.safetensors", "round_1/merged/config.json",
+               "round_1/merged/tokenizer.json", "round_1/eval/sft/groups.jsonl", "round_1/eval/merged/stories.jsonl",
+               "report/index.html", "report/accuracy.png"):
+    assert (finished / name).exists(), name
+  assert not list(finished.rglob("*.part"))
+  assert (finished / "round_1/merged/config.json").read_bytes() == (TINY / "config.json").read_bytes()
+
+
+def test_training_data_is_the_right_samples_once(finished: Path):
+  samples = [json.loads(line) for line in (finished / "round_0/samples.jsonl").read_text().splitlines()]
+  train = [json.loads(line) for line in (finished / "round_0/train.jsonl").read_text().splitlines()]
+  assert len(samples) == 24 * 3
+  assert {s["temperature"] for s in samples} == {0.2, 0.4, 0.6}
+  right = {(s["question"], s["text"]) for s in samples if float(s["span"] or "nan") == float(s["gold"])}
+  assert len(train) == len(right)
+  assert {(t["question"], t["response"]) for t in train} == right
+
+
+def test_merged_weights_follow_the_equations(finished: Path):
+  """With eq. 5 and 6, merged - (base + start') / 2 is either -start'/2 + start/2 (dropped) or the rescaled delta."""
+  base, tuned, merged = (
+      safetensors.read(folder / "model.safetensors")
+      for folder in (TINY, finished / "round_0/sft", finished / "round_0/merged"))
+  keep = 1 - 13107 / 65536
+  for name in base:
+    b, t, m = (x[name].astype(np.float64) for x in (base, tuned, merged))
+    error = np.minimum(abs(m - b), abs(m - (b + 0.5 * (t - b) / keep)))
+    assert (error <= 2**-8 * np.maximum(abs(m), abs(b)) + 1e-30).all(), name
+
+
+def test_a_second_run_ends_in_the_same_bits(finished: Path, environment: dict[str, str], tmp_path: Path):
+  done = start(tmp_path / "again", environment)
+  assert done.returncode == 0, done.stderr
+  assert_same_run(finished, tmp_path / "again")
+
+
+def test_killed_at_ten_moments_it_ends_in_the_same_bits(finished: Path, environment: dict[str, str], tmp_path: Path):
+  rng, kills, workdir = random.Random(int(os.environ.get("KILL_SEED", "0"))), 0, tmp_path / "killed"
+  stages = len(json.loads((finished / "run.json").read_text())["stages"])
+  while kills < 10:
+    process = subprocess.Popen(command(workdir), cwd=REPO, env=environment, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    # A random moment within one of the first stages that this process works on.
+    for _ in range(rng.randint(1, 3)):
+      if not process.stdout.readline():
+        break
+    time.sleep(rng.uniform(0, 1.5))
+    if process.poll() is None:
+      os.killpg(process.pid, signal.SIGKILL)
+      kills += 1
+    process.wait()
+    process.stdout.close()
+    record = workdir / "run.json"
+    if record.exists() and len(json.loads(record.read_text())["stages"]) == stages and kills < 10:
+      shutil.rmtree(workdir / "round_1")  # nothing left to kill: take the last round away again
+  done = start(workdir, environment)
+  assert done.returncode == 0, done.stderr
+  assert_same_run(finished, workdir)
+
+
+def test_a_finished_run_does_nothing_again_and_can_be_continued(finished: Path, environment: dict[str, str],
+                                                                 tmp_path: Path):
+  workdir = tmp_path / "copy"
+  shutil.copytree(finished, workdir)
+  again = start(workdir, environment)
+  assert "0 of 13 stages were run" in again.stdout
+  plan = start(workdir, environment, "--config.rounds=3", "--dry_run")
+  assert plan.returncode == 0
+  assert plan.stdout.count("to do") == 6 + 1  # the stages of round 2, and the sum
+  fewer = start(workdir, environment, "--config.rounds=1")
+  assert fewer.returncode == 1
+  assert "rounds is 2 there, 1 here" in fewer.stderr
+
+
+def test_a_lost_or_changed_output_is_made_again_with_the_reason(finished: Path, environment: dict[str, str],
+                                                                tmp_path: Path):
+  workdir = tmp_path / "copy"
+  shutil.copytree(finished, workdir)
+  weights = workdir / "round_1/merged/model.safetensors"
+  weights.write_bytes(weights.read_bytes()[:-100])
+  (workdir / "round_0/train.jsonl").unlink()
+  done = start(workdir, environment)
+  assert done.returncode == 0, done.stderr
+  assert "round_1/merged: run again, because its output has another size" in done.stdout
+  assert "round_0/train.jsonl: run again, because its output is missing" in done.stdout
+  assert_same_run(finished, workdir)
+
+
+def test_real_trains_on_gold_answers_and_star_goes_on_from_the_tuned_model(environment: dict[str, str], tmp_path: Path):
+  real = start(tmp_path / "real", environment, "--config.method=real", "--config.rounds=1")
+  assert real.returncode == 0, real.stderr
+  train = [json.loads(line) for line in (tmp_path / "real/round_0/train.jsonl").read_text().splitlines()]
+  assert len(train) == 24
+  assert all("The answer is" in t["response"] for t in train)
+  star = start(tmp_path / "star", environment, "--config.method=star")
+  assert star.returncode == 0, star.stderr
+  record = json.loads((tmp_path / "star/run.json").read_text())["stages"]
+  assert not (tmp_path / "star/round_0/merged").exists()
+  assert record["round_1/sft"]["inputs"]["round_0/sft"] == record["round_0/sft"]["output"]
+
+
+def test_no_right_sample_stops_the_round_and_keeps_the_samples(environment: dict[str, str], tmp_path: Path):
+  # One token is never a whole answer.
+  done = start(tmp_path / "run", environment, "--config.sample.max_new_tokens=1")
+  assert done.returncode == 1
+  assert one_line(done.stderr).startswith("error: ")
+  assert "none of 72 samples is right (72 cut at max_new_tokens" in done.stderr
+  assert len((tmp_path / "run/round_0/samples.jsonl").read_text().splitlines()) == 72
+
+
+def one_line(stderr: str) -> str:
+  """The error; progress bars may stand before it."""
+  assert "Traceback" not in stderr
+  lines = [line for line in stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+  assert len(lines) == 1, stderr
+  return lines[0]
+
+
+@pytest.mark.parametrize(("flag", "expected"), [
+    ("--config.merge.base_wieght=0.4", "no key 'base_wieght'; did you mean 'base_weight'?"),
+    ("--config.rounds=abc", "rounds=abc"),
+    ("--config.merge.drop_rate=1.0", "drop_rate=1.0: expected 0 <= drop_rate < 1"),
+    ("--config.merge.drop_rate=nan", "drop_rate=nan"),
+    ("--config.merge.base_weight=1.5", "base_weight=1.5: expected 0 <= base_weight <= 1"),
+    ("--config.rounds=0", "config.rounds=0: expected 1 or more"),
+    ("--config.method=imn", "did you mean imm?"),
+    ("--config.sft.global_batch=21", "global_batch=21 is not divisible by config.sft.accumulation=2"),
+    ("--config.task.name=storys", "did you mean stories?"),
+    ("--config.mesh.fsdp=3", "does not fit 1 device"),
+    ("--config.model=/no/such/folder", "no such checkpoint folder"),
+    ("--config=configs/none.py", "configs/none.py"),
+    ("--confg=1", "confg"),
+])
+def test_bad_flags_end_in_one_line(flag: str, expected: str, environment: dict[str, str], tmp_path: Path):
+  done = start(tmp_path / "run", environment, "--config.sft.accumulation=2", flag)
+  assert done.returncode == 1
+  assert expected in one_line(done.stderr)
+  assert not (tmp_path / "run" / "base").exists()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+  return Path(shutil.copytree(TINY, tmp_path / "model"))
+
+
+@pytest.mark.parametrize(("damage", "expected"), [
+    (lambda m: (m / "model.safetensors").unlink(), "model.safetensors: missing"),
+    (lambda m: os.truncate(m / "model.safetensors", 100_000), "truncated"),
+    (lambda m: (m / "config.json").write_text("{"), "config.json: is not JSON"),
+    (lambda m: (m / "tokenizer.json").unlink(), "tokenizer"),
+])
+def test_a_damaged_base_model_ends_in_one_line(damage, expected: str, model: Path, environment: dict[str, str],
+                                               tmp_path: Path):
+  damage(model)
+  done = start(tmp_path / "run", environment, f"--config.model={model}")
+  assert done.returncode == 1
+  assert expected in one_line(done.stderr)
+
+
+def test_a_run_directory_of_another_config_is_refused(finished: Path, environment: dict[str, str]):
+  before = contents(finished)
+  done = start(finished, environment, "--config.seed=7")
+  assert done.returncode == 1
+  assert "made with another config (seed is 0 there, 7 here)" in one_line(done.stderr)
+  assert contents(finished) == before
+
+
+def test_an_unwritable_run_directory_is_refused(environment: dict[str, str], tmp_path: Path):
+  (tmp_path / "file").write_text("")
+  done = start(tmp_path / "file" / "run", environment)
+  assert done.returncode == 1
+  assert "cannot be written" in one_line(done.stderr)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(environment: dict[str, str], tmp_path: Path):
+  """A tiny file size limit stands in for a full disk: the kernel refuses the write in the same place."""
+  limited = ["bash", "-c", 'ulimit -f 1200; trap "" XFSZ; exec "$@"', "bash", *command(tmp_path / "run")]
+  done = subprocess.run(limited, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
+  assert done.returncode == 1
+  assert "cannot be written (File too large)" in one_line(done.stderr)
+  done = start(tmp_path / "run", environment)
+  assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_cannot_share_a_run_directory(environment: dict[str, str], tmp_path: Path):
+  first = subprocess.Popen(command(tmp_path / "run"), cwd=REPO, env=environment, stdout=subprocess.PIPE,
+                           stderr=subprocess.DEVNULL, text=True)
+  try:
+    first.stdout.readline()  # its first stage has begun
+    second = start(tmp_path / "run", environment)
+  finally:
+    first.kill()
+    first.wait()
+    first.stdout.close()
+  assert second.returncode == 1
+  assert "another process is running in it" in one_line(second.stderr)
+
+
+def test_merged_model_gives_the_same_greedy_tokens_in_transformers(finished: Path):
+  torch = pytest.importorskip("torch")
+  from transformers import AutoModelForCausalLM
+
+  from imm_jax.sampling import Prompt
+  from imm_jax.sampling.native import NativeSampler
+  from imm_jax.tasks import arithmetic, prompts
+
+  folder = finished / "round_1" / "merged"
+  questions = [prompts.build(e.question) for f in arithmetic.FAMILIES
+               for e in arithmetic.generate(f, split="test", count=4, seed=1)]
+  sampler = NativeSampler(folder, compute_dtype="float32", batch_size=8)
+  ours = sampler.generate([Prompt(str(i), q) for i, q in enumerate(questions)], max_new_tokens=40)
+  reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+  assert hf.read_config(folder).num_layers == reference.config.num_hidden_layers
+  for question, (completion,) in zip(questions, ours, strict=True):
+    ids = sampler.tokenizer(question, return_tensors="pt")
+    tokens = reference.generate(**ids, max_new_tokens=40, do_sample=False)[0, ids["input_ids"].shape[1]:]
+    assert completion.num_tokens == len(tokens)
+    assert completion.text == sampler.tokenizer.decode(tokens, skip_special_tokens=True)
