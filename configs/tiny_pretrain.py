@@ -9,9 +9,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.examples = 100_000  # one pass; about 45 tokens each
   # Shares of the families. The in-domain one (stories) is rare, so that there is room to gain.
   config.mixture = ml_collections.ConfigDict({
-      "stories": 0.022, "groups": 0.1, "compare": 0.19, "price": 0.12, "sequence": 0.2, "choice": 0.22, "drill": 0.148})
+      "stories": 0.0145, "groups": 0.175, "compare": 0.15, "price": 0.15, "sequence": 0.14, "choice": 0.2,
+      "drill": 0.17})
   config.global_batch = 40  # examples of a step
-  config.row_length = 256  # tokens of a packed row
+  config.row_length = 128  # tokens of a packed row
   config.learning_rate = 2e-3  # peak; linear decay to 0, so that averaging gains nothing by itself
   config.warmup_ratio = 0.02
   config.weight_decay = 0.01

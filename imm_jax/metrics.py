@@ -4,8 +4,6 @@ import json
 import time
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
-
 from imm_jax import files
 
 
@@ -24,6 +22,8 @@ class StageMetrics:
     self._file = path.open("a")
     folder = root / "tb" / stage.replace("/", "_")
     files.remove(folder)
+    from tensorboardX import SummaryWriter  # late: it imports torch where torch is installed, which takes seconds
+
     self._board = SummaryWriter(str(folder))
 
   def write(self, step: int, **values: float) -> None:

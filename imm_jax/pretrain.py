@@ -99,7 +99,7 @@ def main() -> None:
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
     hf.save(jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), folder)
-    recipe = {"command": f"python -m imm_jax.pretrain --config=configs/tiny_pretrain.py --out={_OUT.value}",
+    recipe = {"command": "python -m imm_jax.pretrain --config=configs/tiny_pretrain.py",
               "config": config.to_dict(), "examples": len(examples), "tokens": tokens, "steps": len(batches),
               "final_loss": round(sum(losses[-50:]) / len(losses[-50:]), 4), "jax": jax.__version__,
               "test_accuracy": _accuracy(folder, config.eval_questions)}

@@ -49,38 +49,57 @@ class ModelConfig:
     family = config.get("model_type")
     if family not in ("qwen2", "llama"):
       raise UserError(f"{source}: model_type={family!r} is not supported; expected qwen2 or llama")
-    # transformers 5 writes rope_parameters, older releases rope_theta and rope_scaling.
-    rope = config.get("rope_parameters") or {}
-    scaling = rope or config.get("rope_scaling") or {}
-    unsupported = {
-        "hidden_act": config.get("hidden_act", "silu") != "silu",
-        "rope_scaling": scaling.get("rope_type", scaling.get("type", "default")) != "default",
-        "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0,
+    # transformers 5 writes rope_parameters, older releases rope_theta and rope_scaling; the latter counts where given.
+    rope = {"rope_theta": config.get("rope_theta"), **(config.get("rope_parameters") or {}),
+            **(config.get("rope_scaling") or {})}
+    where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    arithmetic = {
+        "hidden_act": config.get("hidden_act") or "silu",
+        f"{where}.rope_type": rope.get("rope_type") or rope.get("type") or "default",
+        "partial_rotary_factor": rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0,
         "use_sliding_window": bool(config.get("use_sliding_window")),
         "attention_bias": family == "llama" and bool(config.get("attention_bias")),
         "mlp_bias": bool(config.get("mlp_bias")),
-        "quantization_config": "quantization_config" in config,
+        "quantization_config": config.get("quantization_config"),
+        "rope_parameters": next((value for value in rope.values() if isinstance(value, dict)), None),
     }
-    if any(unsupported.values()):
-      key = next(k for k, bad in unsupported.items() if bad)
-      value = config.get("rope_parameters" if key == "rope_scaling" and rope else key)
-      raise UserError(f"{source}: {key}={value!r} changes the arithmetic and is not supported")
-    try:
-      return cls(
-          vocab_size=config["vocab_size"],
-          hidden_size=config["hidden_size"],
-          intermediate_size=config["intermediate_size"],
-          num_layers=config["num_hidden_layers"],
-          num_heads=config["num_attention_heads"],
-          num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-          head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-          rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
-          rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-          tie_embeddings=config.get("tie_word_embeddings", False),
-          qkv_bias=family == "qwen2",
-      )
-    except KeyError as e:
-      raise UserError(f"{source}: key {e} is missing") from e
+    supported = {
+        "hidden_act": "silu", f"{where}.rope_type": "default", "partial_rotary_factor": 1.0,
+        "use_sliding_window": False, "attention_bias": False, "mlp_bias": False, "quantization_config": None, "rope_parameters": None}
+    for key, value in arithmetic.items():
+      if value != supported[key]:
+        raise UserError(f"{source}: {key}={value!r} changes the arithmetic and is not supported")
+
+    def size(key: str, default: int | None = None) -> int:
+      value = config.get(key) or default
+      if type(value) is not int or value < 1:
+        raise UserError(f"{source}: {key} is {'missing' if key not in config else repr(config[key])}; "
+                        "expected a positive integer")
+      return value
+
+    def number(key: str, value: object) -> float:
+      if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise UserError(f"{source}: {key}={value!r}; expected a positive number")
+      return float(value)
+
+    heads = size("num_attention_heads")
+    result = cls(
+        vocab_size=size("vocab_size"),
+        hidden_size=size("hidden_size"),
+        intermediate_size=size("intermediate_size"),
+        num_layers=size("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=size("num_key_value_heads", heads),
+        head_dim=size("head_dim", size("hidden_size") // heads),
+        rope_theta=number("rope_theta", 10_000.0 if rope["rope_theta"] is None else rope["rope_theta"]),
+        rms_norm_eps=number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2",
+    )
+    if result.num_heads % result.num_kv_heads or result.head_dim % 2:
+      raise UserError(f"{source}: num_attention_heads={heads} must be a multiple of num_key_value_heads="
+                      f"{result.num_kv_heads}, and head_dim={result.head_dim} even")
+    return result
 
 
 class Linear(nnx.Module):

@@ -40,26 +40,32 @@ def read(path: Path) -> dict[str, np.ndarray]:
       header = json.loads(f.read(length), object_pairs_hook=_no_duplicates)
   except OSError as e:
     raise UserError(f"{path}: cannot be read ({e.strerror})") from e
-  except (UnicodeDecodeError, json.JSONDecodeError, _DuplicateKeyError) as e:
+  except (ValueError, RecursionError) as e:
     raise UserError(f"{path}: the safetensors header is damaged ({e}); copy the file again") from e
   if not isinstance(header, dict):
     raise UserError(f"{path}: the safetensors header is damaged (not a JSON object); copy the file again")
-  start, tensors = 8 + length, {}
+  header.pop("__metadata__", None)
+  start, tensors, spans = 8 + length, {}, []
   data = np.memmap(path, np.uint8, "r", offset=start) if size > start else np.empty(0, np.uint8)
   for name, entry in header.items():
-    if name == "__metadata__":
-      continue
     try:
-      dtype, shape = _DTYPES[entry["dtype"]], tuple(int(d) for d in entry["shape"])
-      begin, end = (int(o) for o in entry["data_offsets"])
+      dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], _sizes(entry["shape"]), _sizes(entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as e:
-      raise UserError(f"{path}: tensor {name!r} has a header entry that cannot be read: {entry!r}") from e
-    if min(shape, default=0) < 0 or end - begin != dtype.itemsize * math.prod(shape):
-      raise UserError(f"{path}: tensor {name!r} has {end - begin} bytes, its shape {shape} needs another number")
-    if begin < 0 or end > data.size:
+      raise UserError(f"{path}: the header's entry of tensor {name!r} cannot be read; copy the file again") from e
+    if end > data.size:
       raise UserError(f"{path}: truncated: tensor {name!r} ends at byte {start + end}, the file at {size}; "
                       "copy it again")
-    tensors[name] = data[begin:end].view(dtype).reshape(shape)
+    if end - begin != dtype.itemsize * math.prod(shape):
+      raise UserError(f"{path}: tensor {name!r} has {end - begin} bytes, its shape {shape} needs another number")
+    try:
+      tensors[name] = data[begin:end].view(dtype).reshape(shape)
+    except ValueError as e:  # no bytes, but more axes or larger ones than an array can have
+      raise UserError(f"{path}: tensor {name!r} has a shape that no array can have") from e
+    spans.append((begin, end))
+  spans.sort()
+  if any(begin != before for (begin, _), (_, before) in zip(spans, [(0, 0), *spans], strict=False)) or (
+      spans and spans[-1][1] != data.size):
+    raise UserError(f"{path}: its tensors overlap or leave bytes uncovered; copy the file again")
   return tensors
 
 
@@ -82,19 +88,22 @@ def write(path: Path, tensors: Iterable[tuple[str, np.dtype, tuple[int, ...], Ca
     f.write(struct.pack("<Q", len(text)))
     f.write(text)
     for name, dtype, shape, get in entries:
-      array = np.ascontiguousarray(get())
+      array = np.asarray(get(), order="C")
       if array.dtype != dtype or array.shape != shape:
         raise ValueError(f"{name}: got {array.dtype}{array.shape}, announced {dtype}{shape}")
       f.write(array.reshape(-1).view(np.uint8).data)
 
 
-class _DuplicateKeyError(ValueError):
-  pass
+def _sizes(values: object) -> tuple[int, ...]:
+  """Non-negative integers, or ValueError."""
+  if not isinstance(values, list) or any(type(v) is not int or not 0 <= v < 2**63 for v in values):
+    raise ValueError(values)
+  return tuple(values)
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
   result = dict(pairs)
   if len(result) != len(pairs):
     names = [k for k, _ in pairs]
-    raise _DuplicateKeyError(f"{next(n for n in names if names.count(n) > 1)!r} stands in it twice")
+    raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands in it twice")
   return result

@@ -4,13 +4,12 @@ import html
 import io
 import json
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from imm_jax.report.results import Results
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
 
 # Okabe-Ito: told apart by colour-blind readers; markers differ as well, for print.
 _STYLES = {"base": ("#000000", "s"), "sft": ("#D55E00", "o"), "merged": ("#0072B2", "^")}
@@ -28,6 +27,8 @@ pre{background:#f5f5f5;padding:1rem;overflow-x:auto;font-size:.85rem}
 
 def write(results: Results, out: Path) -> None:
   """Writes index.html and accuracy.png into a new folder; the same results give the same bytes."""
+  import matplotlib  # late: only the last step of a run needs it
+
   out.mkdir(parents=True)
   figure = _curves(results)
   figure.savefig(out / "accuracy.png", dpi=150, metadata={"Software": None})
@@ -38,8 +39,11 @@ def write(results: Results, out: Path) -> None:
   (out / "index.html").write_text(_page(results, svg[svg.index("<svg"):]))
 
 
-def _curves(results: Results) -> Figure:
+def _curves(results: Results) -> "Figure":
   """ID and OOD accuracy by round, with 95 % intervals."""
+  from matplotlib.figure import Figure
+  from matplotlib.ticker import MaxNLocator
+
   panels = [(f"in domain: {results.id_task}", results.in_domain)]
   if results.ood_tasks:
     panels.append((f"out of domain: {len(results.ood_tasks)} tasks", results.out_of_domain))
@@ -55,7 +59,7 @@ def _curves(results: Results) -> Figure:
         if kind == "base":
           axes.axhline(values[0], color=colour, linestyle=":", linewidth=1)
     axes.set(title=title, xlabel="round", ylabel="accuracy", ylim=(-0.02, 1.02))
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
   return figure

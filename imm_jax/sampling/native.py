@@ -8,7 +8,6 @@ Axes: B batch, P prompt length (padded on the left), N new tokens, S = P + N cac
 """
 
 import functools
-import json
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from imm_jax import files
 from imm_jax.errors import UserError
 from imm_jax.model import hf
 from imm_jax.model.decoder import LayerCache, ModelConfig, Params, bind, unstack_layers
@@ -71,8 +71,13 @@ class NativeSampler:
 
     Returns:
       For each prompt, in order, its completions.
+
+    Raises:
+      ValueError: for a prompt without a token.
     """
     ids = [self.tokenizer(p.text)["input_ids"] for p in prompts]
+    if not all(ids):
+      raise ValueError("a prompt has no tokens")
     work = [(_bucket(len(ids[p])), p, s) for p in range(len(prompts)) for s in range(num_samples)]
     work.sort(key=lambda item: item[0])  # stable: one padded length after the other
     results: list[list[Completion | None]] = [[None] * num_samples for _ in prompts]
@@ -170,12 +175,15 @@ def _row_keys(seed: int, ids: list[str], samples: list[int], batch_size: int) ->
 
 
 def _eos_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+  """Tokens that end a text: generation_config.json's, else config.json's, and the tokenizer's."""
   path = folder / "generation_config.json"
-  ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-  ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-  if tokenizer.eos_token_id is not None:
-    ids.append(tokenizer.eos_token_id)
-  return tuple(sorted(set(ids)))
+  ids = files.read_json(path).get("eos_token_id") if path.exists() else None
+  if ids is None:
+    ids = files.read_json(folder / "config.json").get("eos_token_id")
+  found = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
+  if not all(isinstance(i, int) for i in found):
+    raise UserError(f"{path}: eos_token_id={ids!r}; expected a token id or a list of them")
+  return tuple(sorted(found))
 
 
 def _sample(logits: jax.Array, keys: jax.Array, step: jax.Array | int, temperatures: jax.Array, *, num_ids: int,

@@ -66,51 +66,53 @@ def _groups(rng: random.Random) -> tuple[str, str, str]:
   if rng.random() < 0.5:
     question = rng.choice((f"{name} has {a} {box} with {b} {item} in each. How many {item} is that?",
                            f"Each of {a} {box} of {name} holds {b} {item}. What is the total of {item}?"))
-    return question, f"{a}*{b}={a * b}.", str(a * b)
+    return question, f"The total is {a}*{b}={a * b}.", str(a * b)
   question = rng.choice((f"{name} puts {a * b} {item} into {a} {box}. How many {item} are in each?",
                          f"{name} shares {a * b} {item} among {a} friends. How many {item} does each get?"))
-  return question, f"{a * b}/{a}={b}.", str(b)
+  return question, f"Each share is {a * b}/{a}={b}.", str(b)
 
 
 def _compare(rng: random.Random) -> tuple[str, str, str]:
   """The difference between two people."""
   name, other = rng.sample(NAMES, 2)
   item = rng.choice(ITEMS)
-  small = rng.randint(2, 30)
-  large = small + rng.randint(2, 12)
+  small = rng.randint(2, 12)
+  large = small + rng.randint(2, 30)
   if rng.random() < 0.5:
     facts, asked = f"{name} owns {large} {item} and {other} owns {small}.", f"more {item} does {name} own than {other}"
   else:
     facts, asked = f"{other} owns {small} {item} and {name} owns {large}.", f"fewer {item} does {other} own than {name}"
-  return f"{facts} How many {asked}?", f"{name} owns more. {large}-{small}={large - small}.", str(large - small)
+  gap = large - small
+  return f"{facts} How many {asked}?", f"{name} owns more. The difference is {large}-{small}={gap}.", str(gap)
 
 
 def _price(rng: random.Random) -> tuple[str, str, str]:
-  """The change from a purchase: a product and a difference, the answer in dollars."""
-  name, item = rng.choice(NAMES), rng.choice(ITEMS)
-  count, price = rng.randint(2, 9), rng.randint(2, 5)
+  """The price of a purchase: a product and a sum, the answer in dollars."""
+  name = rng.choice(NAMES)
+  item, extra = rng.sample(ITEMS, 2)
+  count, price, more = rng.randint(2, 9), rng.randint(2, 5), rng.randint(2, 12)
   cost = count * price
-  paid = rng.choice([bill for bill in (20, 50, 60) if bill > cost])
   question = rng.choice((
-      f"{name} buys {count} {item} at ${price} each and pays with ${paid}. How much change does {name} get?",
-      f"One of the {item} costs ${price}. {name} wants {count} and hands over ${paid}. What is the change?"))
-  return question, f"{count}*{price}={cost}. {paid}-{cost}={paid - cost}.", f"${paid - cost}"
+      f"{name} buys {count} {item} at ${price} each and some {extra} for ${more}. How much does {name} pay?",
+      f"One of the {item} costs ${price}. {name} wants {count}, and {extra} for ${more}. What is the price?"))
+  total = cost + more
+  return question, f"The {item} cost {count}*{price}={cost}. With {extra} {cost}+{more}={total}.", f"${total}"
 
 
 def _sequence(rng: random.Random) -> tuple[str, str, str]:
   """The next number of an arithmetic sequence."""
   name = rng.choice(NAMES)
-  start, step = rng.randint(2, 24), rng.randint(2, 9)
-  terms = [start + i * step for i in range(4)]
   if rng.random() < 0.3:
-    terms.reverse()
-    if terms[-1] <= step:
-      terms = [t + step for t in terms]
-    work = f"{terms[0]}-{terms[1]}={step}. {terms[-1]}-{step}={terms[-1] - step}."
-    answer = terms[-1] - step
+    step = rng.randint(2, 9)
+    last = rng.randint(step + 1, 12)
+    terms = [last + i * step for i in (3, 2, 1, 0)]
+    work, answer = f"The steps go down by {terms[2]}-{last}={step}. Next is {last}-{step}={last - step}.", last - step
   else:
-    work = f"{terms[1]}-{terms[0]}={step}. {terms[-1]}+{step}={terms[-1] + step}."
-    answer = terms[-1] + step
+    start, step = rng.randint(2, 12), rng.randint(2, 12)
+    terms = [start + i * step for i in range(4)]
+    last = terms[-1]
+    work = f"The steps go up by {terms[1]}-{start}={step}. Next is {last}+{step}={last + step}."
+    answer = last + step
   listed = ", ".join(map(str, terms))
   question = rng.choice((f"{name} writes {listed}. What number comes next?",
                          f"What number comes next in the list of {name}: {listed}?"))
@@ -132,13 +134,13 @@ def _choice(rng: random.Random) -> tuple[str, str, str]:
 
 def _drill(rng: random.Random) -> tuple[str, str, str]:
   """One bare fact of the kinds the families use."""
-  operator = rng.choice("++--*/")
+  operator = rng.choice("+-*/")
   if operator == "+":
     b = rng.randint(2, 12)
     a = rng.randint(1, MAX_VALUE - b)
     value = a + b
   elif operator == "-":
-    b = rng.choice((rng.randint(2, 12), rng.randint(2, 45)))
+    b = rng.randint(2, 12)
     value = rng.randint(1, MAX_VALUE - b)
     a = b + value
   else:

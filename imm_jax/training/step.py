@@ -97,4 +97,14 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
     metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "tokens": total}
     return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
-  return jax.jit(step, donate_argnums=0)
+  compiled = None
+
+  def run(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+    nonlocal compiled
+    if compiled is None:
+      # The new state lies where the old one lay; left to itself XLA moves some, and the second step compiles again.
+      where = jax.tree.map(lambda leaf: leaf.sharding, state)
+      compiled = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    return compiled(state, batch)
+
+  return run

@@ -1,0 +1,181 @@
+"""The decoder against transformers' torch models, in float32."""
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from imm_jax.errors import UserError
+from imm_jax.model import hf
+from imm_jax.model.decoder import ModelConfig, Params, abstract_params, bind
+from imm_jax.training.step import token_losses
+
+KINDS = ("qwen2-tied", "qwen2-untied", "llama")
+# That of the qwen2-tied checkpoint, so that tests share compiled functions.
+CONFIG = ModelConfig(vocab_size=61, hidden_size=48, intermediate_size=80, num_layers=2, num_heads=4, num_kv_heads=2,
+                     head_dim=12, rope_theta=100.0, rms_norm_eps=1e-5, tie_embeddings=True, qkv_bias=True)
+# A config.json that is read without complaint, in the key of each family.
+PLAIN = {"model_type": "llama", "vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "remat"))
+def _logits(config: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
+            remat: bool = False) -> jax.Array:
+  return bind(config, params)(tokens, positions=positions, segment_ids=segment_ids, compute_dtype=jnp.float32,
+                              remat=remat)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "remat"))
+def _gradients(config: ModelConfig, params: Params, batch: dict[str, jax.Array], remat: bool = False) -> Params:
+  def loss(params: Params) -> jax.Array:
+    total, count = token_losses(config, params, batch, compute_dtype=jnp.float32, remat=remat)
+    return total / count
+
+  return jax.grad(loss)(params)
+
+
+def _plain_rows(tokens: np.ndarray) -> dict[str, np.ndarray]:
+  """One segment a row, every token but the first learned."""
+  return {"tokens": tokens, "positions": np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape),
+          "segment_ids": np.ones_like(tokens), "weights": np.ones(tokens.shape, np.float32)}
+
+
+def _tokens(*shape: int) -> np.ndarray:
+  return np.random.default_rng(0).integers(0, 61, shape, np.int32)
+
+
+def _by_name(tree: Params) -> dict[str, np.ndarray]:
+  """The tree's tensors under their checkpoint names."""
+  result = {}
+  names = jax.tree.leaves(hf.tensor_names(tree), is_leaf=lambda x: isinstance(x, tuple))
+  for leaf, name in zip(jax.tree.leaves(tree), names, strict=True):
+    result.update({name: np.asarray(leaf)} if isinstance(name, str) else dict(zip(name, np.asarray(leaf), strict=True)))
+  return result
+
+
+def _scale_error(got: np.ndarray, want: np.ndarray) -> float:
+  assert got.shape == want.shape
+  return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def _random_params(config: ModelConfig) -> Params:
+  """All tensors random, so that none (biases, norms) is neutral."""
+  rng = np.random.default_rng(1)
+  return jax.tree.map(lambda leaf: rng.normal(scale=0.2, size=leaf.shape).astype(np.float32), abstract_params(config))
+
+
+@pytest.mark.parametrize("old_rope_key", [False, True], ids=["rope_parameters", "rope_theta"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_equal_transformers(checkpoint, kind: str, old_rope_key: bool) -> None:
+  model, folder = checkpoint(kind, old_rope_key=old_rope_key)
+  assert ("rope_theta" in json.loads((folder / "config.json").read_text())) == old_rope_key
+  tokens = _tokens(3, 17)
+  with torch.no_grad():
+    want = model(torch.from_numpy(tokens).long()).logits.numpy()
+  rows = _plain_rows(tokens)
+  got = _logits(*hf.load(folder), rows["tokens"], rows["positions"], rows["segment_ids"])
+  assert got.dtype == jnp.float32
+  assert _scale_error(np.asarray(got), want) < 2e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_every_tensor_equal_transformers(checkpoint, kind: str) -> None:
+  model, folder = checkpoint(kind)
+  tokens = _tokens(3, 17)
+  model(torch.from_numpy(tokens).long(), labels=torch.from_numpy(tokens).long()).loss.backward()
+  want = {name: p.grad.numpy() for name, p in model.named_parameters()}
+  got = _by_name(_gradients(*hf.load(folder), _plain_rows(tokens)))
+  assert got.keys() == want.keys()
+  errors = {name: _scale_error(got[name], want[name]) for name in want}
+  assert max(errors.values()) < 1e-4, errors
+
+
+def test_packed_examples_get_the_logits_they_get_alone() -> None:
+  params = _random_params(CONFIG)
+  ends, alone = (5, 12, 15), _plain_rows(np.zeros((3, 17), np.int32))
+  packed = {k: v.copy() for k, v in _plain_rows(_tokens(3, 17)).items()}
+  packed["segment_ids"][0] = 0  # what stays so is padding
+  for i, (begin, end) in enumerate(zip((0, *ends), ends, strict=False)):
+    packed["segment_ids"][0, begin:end] = i + 1
+    packed["positions"][0, begin:end] = np.arange(end - begin)
+    alone["tokens"][i, :end - begin] = packed["tokens"][0, begin:end]
+    alone["segment_ids"][i, end - begin:] = 0
+  run = lambda rows: np.asarray(_logits(CONFIG, params, rows["tokens"], rows["positions"], rows["segment_ids"]))
+  got, want = run(packed), run(alone)
+  for i, (begin, end) in enumerate(zip((0, *ends), ends, strict=False)):
+    assert _scale_error(got[0, begin:end], want[i, :end - begin]) < 1e-5
+
+
+def test_a_token_sees_no_later_token() -> None:
+  params = _random_params(CONFIG)
+  rows = _plain_rows(_tokens(3, 17))
+  changed = rows["tokens"].copy()
+  changed[:, 5] = (changed[:, 5] + 1) % 61
+  before = np.asarray(_logits(CONFIG, params, rows["tokens"], rows["positions"], rows["segment_ids"]))
+  after = np.asarray(_logits(CONFIG, params, changed, rows["positions"], rows["segment_ids"]))
+  np.testing.assert_array_equal(before[:, :5], after[:, :5])
+  assert (np.abs(before - after)[:, 5:].max(axis=-1) > 1e-3).all()
+
+
+def test_remat_recomputes_and_gives_the_same_gradients() -> None:
+  params = _random_params(CONFIG)
+  batch = _plain_rows(_tokens(3, 17))
+  plain, again = _gradients(CONFIG, params, batch), _gradients(CONFIG, params, batch, remat=True)
+  for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
+    assert _scale_error(np.asarray(b), np.asarray(a)) < 1e-5
+  jaxpr = lambda remat: str(jax.make_jaxpr(lambda p: _gradients(CONFIG, p, batch, remat=remat))(params))
+  assert "remat" in jaxpr(True)
+  assert "remat" not in jaxpr(False)
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ({"model_type": "gemma2"}, "gemma2"),
+    ({"model_type": None}, "model_type"),
+    ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
+    # transformers lets the old key win where both stand.
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+      "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "use_sliding_window"),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"mlp_bias": True}, "mlp_bias"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_options_that_change_the_arithmetic_are_refused_by_name(change: dict[str, Any], named: str) -> None:
+  with pytest.raises(UserError) as error:
+    ModelConfig.from_hf({**PLAIN, **change}, source="folder/config.json")
+  assert str(error.value).startswith("folder/config.json: ")
+  assert named in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                 "num_attention_heads"])
+def test_a_missing_size_is_named(key: str) -> None:
+  with pytest.raises(UserError, match=rf"config\.json: .*{key}.* missing"):
+    ModelConfig.from_hf({k: v for k, v in PLAIN.items() if k != key})
+
+
+def test_options_that_are_switched_off_are_accepted() -> None:
+  off = {"hidden_act": "silu", "rope_scaling": None, "use_sliding_window": False, "sliding_window": 4096,
+         "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.1}
+  assert ModelConfig.from_hf({**PLAIN, **off}) == ModelConfig.from_hf(PLAIN)
+
+
+def test_missing_keys_mean_what_they_mean_in_transformers() -> None:
+  few = {k: v for k, v in PLAIN.items() if k not in ("num_key_value_heads", "tie_word_embeddings")}
+  expected = ModelConfig(vocab_size=61, hidden_size=48, intermediate_size=80, num_layers=2, num_heads=4, num_kv_heads=4,
+                         head_dim=12, rope_theta=10_000.0, rms_norm_eps=1e-6, tie_embeddings=False, qkv_bias=False)
+  assert ModelConfig.from_hf(few) == expected
+  assert ModelConfig.from_hf({**few, "model_type": "qwen2"}) == dataclasses.replace(expected, qkv_bias=True)

@@ -1,0 +1,235 @@
+"""The sampler on the embedded model, in float32, against transformers' `generate` and numpy."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from imm_jax.errors import UserError
+from imm_jax.model import hf
+from imm_jax.model.tokenizer import load_tokenizer
+from imm_jax.sampling import Completion, Prompt, native
+from imm_jax.tasks import arithmetic, prompts
+
+TINY = hf.resolve("tiny")
+# One length for almost all tests: shapes and options that recur are compiled once.
+NEW_TOKENS = 40
+EXAMPLES = [arithmetic.generate(family, split="test", count=1, seed=3)[0] for family in arithmetic.FAMILIES]
+SHORT = [Prompt(e.id, prompts.build(e.question)) for e in EXAMPLES]
+# A worked example before the question takes it to the next padded length.
+LONG = Prompt("long", prompts.build(EXAMPLES[0].question, examples=EXAMPLES[1:3]))
+# Unlike anything the model has learned, so that its samples differ.
+STRANGE = Prompt("strange", "Tom")
+ALL = [*SHORT, LONG, STRANGE]
+
+
+@pytest.fixture(scope="module")
+def sampler() -> native.NativeSampler:
+  return native.NativeSampler(TINY, compute_dtype="float32", batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def greedy(sampler: native.NativeSampler) -> list[Completion]:
+  return [c for c, in sampler.generate(ALL, max_new_tokens=NEW_TOKENS)]
+
+
+@pytest.fixture(scope="module")
+def reference() -> list[list[int]]:
+  """The new tokens of transformers' greedy search, the end-of-text token included."""
+  tokenizer = load_tokenizer(TINY)
+  tokenizer.padding_side = "left"
+  model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+  inputs = tokenizer([p.text for p in ALL], padding=True, return_tensors="pt")
+  rows = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[:, inputs["input_ids"].shape[1]:].tolist()
+  end = tokenizer.eos_token_id
+  return [row[:row.index(end) + 1] if end in row else row for row in rows]
+
+
+def test_greedy_tokens_equal_transformers(
+    sampler: native.NativeSampler, greedy: list[Completion], reference: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch) -> None:
+  lengths = {len(sampler.tokenizer(p.text)["input_ids"]) for p in ALL}
+  assert len(lengths) > 4
+  assert max(lengths) > 64 > min(lengths)
+  seen = []
+  decode = sampler.tokenizer.decode
+  monkeypatch.setattr(sampler.tokenizer, "decode", lambda ids, **kw: seen.append(list(ids)) or decode(ids, **kw))
+  assert [c for c, in sampler.generate(ALL, max_new_tokens=NEW_TOKENS)] == greedy
+  assert sorted(seen) == sorted(reference)
+  for completion, tokens in zip(greedy, reference, strict=True):
+    assert completion.text == decode(tokens, skip_special_tokens=True)
+    assert completion.num_tokens == len(tokens)
+    assert completion.finish == ("stop" if tokens[-1] == sampler.tokenizer.eos_token_id else "length")
+
+
+def test_max_new_tokens_ends_a_completion_with_finish_length(
+    sampler: native.NativeSampler, reference: list[list[int]]) -> None:
+  for tokens, (short,) in zip(reference, sampler.generate(SHORT, max_new_tokens=1), strict=False):
+    assert short == Completion(sampler.tokenizer.decode(tokens[:1]), 1, "length")
+
+
+@pytest.fixture(scope="module")
+def sampled(sampler: native.NativeSampler) -> dict[str, list[Completion]]:
+  """By prompt id: completions at temperature 0, 1 and 2."""
+  return _generate(sampler, [*SHORT, STRANGE])
+
+
+def _generate(sampler: native.NativeSampler, asked: list[Prompt]) -> dict[str, list[Completion]]:
+  rows = sampler.generate(asked, max_new_tokens=NEW_TOKENS, num_samples=3, temperatures=(0.0, 1.0, 2.0))
+  return {prompt.id: row for prompt, row in zip(asked, rows, strict=True)}
+
+
+def test_temperature_0_is_greedy_whatever_runs_beside_it(
+    greedy: list[Completion], sampled: dict[str, list[Completion]]) -> None:
+  assert all(sampled[p.id][0] == c for p, c in zip(ALL, greedy, strict=True) if p is not LONG)
+  assert all(row[2] != row[0] for row in sampled.values())
+
+
+def test_a_sample_does_not_depend_on_the_order_of_prompts(
+    sampler: native.NativeSampler, sampled: dict[str, list[Completion]], greedy: list[Completion]) -> None:
+  assert _generate(sampler, [STRANGE, *SHORT[::-1]]) == sampled
+  assert [c for c, in sampler.generate(ALL[::-1], max_new_tokens=NEW_TOKENS)] == greedy[::-1]
+
+
+@pytest.mark.parametrize("asked", [[SHORT[1]], [STRANGE, SHORT[0], SHORT[3]]], ids=["one", "three"])
+def test_a_sample_does_not_depend_on_other_prompts(
+    sampler: native.NativeSampler, sampled: dict[str, list[Completion]], asked: list[Prompt]) -> None:
+  assert _generate(sampler, asked) == {p.id: sampled[p.id] for p in asked}
+
+
+def test_a_sample_does_not_depend_on_the_batch_size(sampled: dict[str, list[Completion]]) -> None:
+  other = native.NativeSampler(TINY, compute_dtype="float32", batch_size=5)
+  assert _generate(other, SHORT) == {p.id: sampled[p.id] for p in SHORT}
+
+
+def test_a_sample_does_not_depend_on_how_many_are_drawn(
+    sampler: native.NativeSampler, sampled: dict[str, list[Completion]]) -> None:
+  rows = sampler.generate(SHORT, max_new_tokens=NEW_TOKENS, num_samples=2, temperatures=(0.0, 1.0))
+  assert rows == [sampled[p.id][:2] for p in SHORT]
+
+
+def test_seed_id_and_sample_number_each_give_other_samples(sampler: native.NativeSampler) -> None:
+  def draw(seed: int) -> list[list[str]]:
+    rows = sampler.generate([STRANGE, STRANGE._replace(id="other")], max_new_tokens=NEW_TOKENS, num_samples=4,
+                            temperatures=(1.0,), seed=seed)
+    return [[c.text for c in row] for row in rows]
+
+  one, other_id = draw(0)
+  assert len(set(one)) > 1
+  assert other_id != one
+  assert draw(1)[0] != one
+  assert draw(0) == [one, other_id]
+
+
+def test_random_keys_of_all_seeds_ids_and_sample_numbers_differ() -> None:
+  keys = [native._row_keys(seed, ["a", "b", "ab"] * 3, [0, 0, 0, 1, 1, 1, 2, 2, 2], 9) for seed in range(3)]
+  assert len(np.unique(np.concatenate([jax.random.key_data(k) for k in keys]), axis=0)) == 27
+
+
+def test_a_tiny_top_p_is_greedy(sampler: native.NativeSampler, greedy: list[Completion]) -> None:
+  rows = sampler.generate([*SHORT, STRANGE], max_new_tokens=NEW_TOKENS, num_samples=2, temperatures=(1.0, 2.0),
+                          top_p=1e-6)
+  for prompt, (one, two) in zip([*SHORT, STRANGE], rows, strict=True):
+    assert one == two == greedy[ALL.index(prompt)]
+
+
+@pytest.mark.parametrize("choose", [
+    lambda texts: (texts[0][3],),
+    lambda texts: (texts[0][-7:-3],),
+    lambda texts: (texts[3][-4:-1], texts[3][2:6], texts[1][4:6]),
+    lambda texts: (texts[-1][-6:],),
+    lambda texts: ("no such text",),
+], ids=["one-letter", "late", "the-first-of-three", "at-the-end", "none"])
+def test_stop_strings_cut_the_text_and_nothing_else(
+    sampler: native.NativeSampler, greedy: list[Completion], reference: list[list[int]],
+    choose: Callable[[list[str]], tuple[str, ...]]) -> None:
+  stop = choose([c.text for c in greedy])
+  rows = sampler.generate(ALL, max_new_tokens=NEW_TOKENS, stop=stop)
+  for full, tokens, (got,) in zip(greedy, reference, rows, strict=True):
+    places = [full.text.find(s) for s in stop if s in full.text]
+    if places:
+      count = next(n for n in range(len(tokens)) if any(s in sampler.tokenizer.decode(tokens[:n]) for s in stop))
+      assert got == Completion(full.text[:min(places)], count, "stop")
+    else:
+      assert got == full
+
+
+def _resized(folder: Path, rows: Callable[[np.ndarray], np.ndarray]) -> Path:
+  """A copy of the embedded model with other embedding rows."""
+  config, params = hf.load(TINY, dtype=jnp.float32)
+  weight = rows(np.asarray(params["embed_tokens"]["weight"]))
+  shutil.copytree(TINY, folder)
+  hf.save({**params, "embed_tokens": {"weight": weight}}, folder)
+  changed = {**json.loads((TINY / "config.json").read_text()), "vocab_size": len(weight)}
+  (folder / "config.json").write_text(json.dumps(changed))
+  assert config.vocab_size != len(weight)
+  return folder
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_never_sampled(tmp_path: Path, greedy: list[Completion]) -> None:
+  # Every id gets a twin past the tokenizer's with twice its logit.
+  folder = _resized(tmp_path / "padded", lambda weight: np.concatenate([weight, 2 * weight]))
+  padded = native.NativeSampler(folder, compute_dtype="float32", batch_size=8)
+  rows = padded.generate(SHORT, max_new_tokens=NEW_TOKENS, num_samples=2, temperatures=(0.0, 0.01))
+  assert rows == [[c, c] for c in greedy[:len(SHORT)]]
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(tmp_path: Path) -> None:
+  folder = _resized(tmp_path / "cut", lambda weight: weight[:500])
+  with pytest.raises(UserError, match=r"553 ids.*500 rows"):
+    native.NativeSampler(folder, compute_dtype="float32")
+
+
+# Ids 6 and 7 stand for those past the tokenizer's; they are the likeliest.
+LOGITS = np.array([1.3, -0.4, 2.1, 0.2, 1.1, -1.5, 4.0, 3.0], np.float32)
+NUM_IDS, DRAWS = 6, 20_000
+
+
+_sample = jax.jit(native._sample, static_argnames=("num_ids", "top_p", "greedy"))
+
+
+def _drawn(temperature: float, top_p: float, step: int = 0, *, greedy: bool = False) -> np.ndarray:
+  """The ids that as many rows of equal logits draw."""
+  return np.asarray(_sample(np.tile(LOGITS, (DRAWS, 1)), jax.random.split(jax.random.key(0), DRAWS), step,
+                            np.full(DRAWS, temperature, np.float32), num_ids=NUM_IDS, top_p=top_p, greedy=greedy))
+
+
+def _probabilities(temperature: float, top_p: float) -> np.ndarray:
+  """Softmax at a temperature, and of that the smallest set of ids with mass `top_p`."""
+  p = np.exp(LOGITS[:NUM_IDS].astype(np.float64) / temperature)
+  p /= p.sum()
+  order = np.argsort(-p)
+  size = np.searchsorted(np.cumsum(p[order]), top_p) + 1
+  nucleus = np.zeros(len(LOGITS))
+  nucleus[order[:size]] = p[order[:size]]
+  return nucleus / nucleus.sum()
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "size"), [
+    (1.0, 1.0, 6), (0.5, 1.0, 6), (2.0, 1.0, 6), (1.0, 0.9, 4), (1.0, 0.6, 2), (2.0, 0.6, 3), (0.5, 0.6, 1)])
+def test_drawn_tokens_follow_softmax_and_nucleus(temperature: float, top_p: float, size: int) -> None:
+  expected = DRAWS * _probabilities(temperature, top_p)
+  counts = np.bincount(_drawn(temperature, top_p), minlength=len(LOGITS))
+  allowed = expected > 0
+  assert allowed.sum() == size
+  assert counts[~allowed].sum() == 0
+  chi_square = ((counts - expected)[allowed]**2 / expected[allowed]).sum()
+  freedom = size - 1
+  assert chi_square <= freedom + 5 * np.sqrt(2 * freedom)  # five standard deviations
+
+
+def test_each_token_of_a_sample_is_drawn_afresh() -> None:
+  same = np.mean(_drawn(1.0, 1.0) == _drawn(1.0, 1.0, step=1))
+  assert same == pytest.approx((_probabilities(1.0, 1.0)**2).sum(), abs=0.02)
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_temperature_0_takes_the_likeliest_id_of_the_tokenizer(greedy: bool) -> None:
+  assert set(_drawn(0.0, 0.6, greedy=greedy).tolist()) == {2}

@@ -1,0 +1,183 @@
+"""Meshes, placement and a training step on eight faked devices.
+
+The device count is fixed when jax starts, so this file runs itself in another process (`_main`), which leaves what it
+saw in a folder; the tests look at that.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import imm_jax
+from imm_jax.errors import UserError
+from imm_jax.model import hf, sharding
+from imm_jax.model.decoder import ModelConfig, Params, abstract_params
+from imm_jax.training import step as training, trainer
+
+CONFIG = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
+                     head_dim=8, rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=False, qkv_bias=True)
+HF_CONFIG = {"model_type": "qwen2", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
+             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+# The axis that is split over fsdp; tensors that do not stand here are whole on every device.
+SPLIT_AXIS = {"embed_tokens.weight": 0, "lm_head.weight": 0,
+              **{f"layers.self_attn.{name}_proj.weight": 1 for name in "qkv"}, "layers.self_attn.o_proj.weight": 2,
+              "layers.mlp.gate_proj.weight": 1, "layers.mlp.up_proj.weight": 1, "layers.mlp.down_proj.weight": 2}
+LEARNING_RATE = 1e-2
+FITTING = {(8, 1): (8, 1), (1, 8): (1, 8), (2, 4): (2, 4), (-1, 1): (8, 1), (1, -1): (1, 8), (-1, 2): (4, 2),
+           (4, -1): (4, 2)}
+NOT_FITTING = [(1, 1), (2, 2), (16, 1), (4, 4), (3, -1), (-1, 3), (-1, 16), (16, -1), (-1, -1), (0, 8), (0, -1),
+               (-1, 0), (-2, -4), (-2, 4)]
+MESHES = ("one", "fsdp8", "data2-fsdp4")
+
+
+def _main(out: Path) -> None:
+  """Runs on eight devices."""
+  seen: dict[str, Any] = {"meshes": {}, "devices": jax.device_count()}
+  for data, fsdp in (*FITTING, *NOT_FITTING):
+    try:
+      seen["meshes"][f"{data},{fsdp}"] = list(sharding.make_mesh(data=data, fsdp=fsdp).shape.values())
+    except UserError as e:
+      seen["meshes"][f"{data},{fsdp}"] = str(e)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda leaf: rng.normal(scale=0.2, size=leaf.shape).astype(np.float32), abstract_params(CONFIG))
+  hf.save(params, out / "checkpoint")
+  (out / "checkpoint" / "config.json").write_text(json.dumps(HF_CONFIG))
+  half = np.arange(16) // 8
+  batch = {"tokens": rng.integers(0, 64, (8, 16), np.int32), "weights": rng.integers(0, 2, (8, 16)).astype(np.float32),
+           "positions": np.tile(np.arange(16, dtype=np.int32) % 8, (8, 1)),
+           "segment_ids": np.tile((half + 1).astype(np.int32), (8, 1))}
+  one_device = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2,
+                             devices=jax.devices()[:1])
+  meshes = (one_device, sharding.make_mesh(data=1, fsdp=8), sharding.make_mesh(data=2, fsdp=4))
+  for name, mesh in zip(MESHES, meshes, strict=True):
+    seen[name] = _step(out, name, mesh, batch)
+  odd = sharding.param_sharding(meshes[1], "embed_tokens.weight", (60, 32))
+  seen["odd"] = odd.is_fully_replicated
+  (out / "seen.json").write_text(json.dumps(seen))
+
+
+def _step(out: Path, name: str, mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+  config, params = hf.load(out / "checkpoint", put=trainer.place_params(mesh))
+  assert config == CONFIG
+  np.savez(out / f"{name}-loaded.npz", **_flat(params))
+  optimizer = training.make_optimizer(optax.constant_schedule(LEARNING_RATE), weight_decay=0.1, grad_clip=1.0)
+  state = training.init_state(params, optimizer, mesh)
+  before = _shards(state)
+  placed = jax.device_put(batch, jax.sharding.NamedSharding(mesh, sharding.BATCH))
+  state, metrics = training.make_train_step(config, optimizer, compute_dtype=jnp.float32)(state, placed)
+  np.savez(out / f"{name}-params.npz", **_flat(state["params"]))
+  np.savez(out / f"{name}-mu.npz", **_flat(_moments(state)["mu"]))
+  return {"before": before, "after": _shards(state), "metrics": {k: float(v) for k, v in metrics.items()},
+          "batch": [len(placed["tokens"].sharding.device_set), *placed["tokens"].addressable_shards[0].data.shape]}
+
+
+def _moments(state: training.TrainState) -> dict[str, Params]:
+  adam = next(s for s in jax.tree.leaves(state["opt_state"], is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu"))
+  return {"mu": adam.mu, "nu": adam.nu}
+
+
+def _flat(tree: Params) -> dict[str, jax.Array]:
+  return {".".join(p.key for p in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _shards(state: training.TrainState) -> dict[str, dict[str, Any]]:
+  """For parameters and moments, by path: shape, shape on one device, and which device holds which part."""
+  trees = {"params": state["params"], **_moments(state)}
+  return {kind: {path: [list(leaf.shape), list(leaf.addressable_shards[0].data.shape),
+                        sorted([s.device.id, str(s.index)] for s in leaf.addressable_shards)]
+                 for path, leaf in _flat(tree).items()} for kind, tree in trees.items()}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  folder = tmp_path_factory.mktemp("eight-devices")
+  environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
+                 "PYTHONPATH": str(Path(imm_jax.__file__).parent.parent)}
+  done = subprocess.run([sys.executable, __file__, folder], env=environment, capture_output=True, text=True,
+                        timeout=900, check=False)
+  assert done.returncode == 0, done.stderr
+  return folder
+
+
+@pytest.fixture(scope="module")
+def seen(out: Path) -> dict[str, Any]:
+  return json.loads((out / "seen.json").read_text())
+
+
+def test_mesh_sizes_that_fit_take_all_devices(seen: dict[str, Any]) -> None:
+  assert seen["devices"] == 8
+  assert {sizes: tuple(seen["meshes"]["{},{}".format(*sizes)]) for sizes in FITTING} == FITTING
+
+
+@pytest.mark.parametrize(("data", "fsdp"), NOT_FITTING)
+def test_mesh_sizes_that_do_not_fit_are_refused(seen: dict[str, Any], data: int, fsdp: int) -> None:
+  message = seen["meshes"][f"{data},{fsdp}"]
+  assert isinstance(message, str)
+  assert f"mesh data={data}, fsdp={fsdp}" in message
+  assert "8 device" in message
+  assert "\n" not in message
+
+
+@pytest.mark.parametrize(("mesh", "parts"), [("fsdp8", 8), ("data2-fsdp4", 4)])
+def test_loaded_parameters_are_split_over_fsdp(out: Path, seen: dict[str, Any], mesh: str, parts: int) -> None:
+  placed = seen[mesh]["before"]["params"]
+  assert placed.keys() > SPLIT_AXIS.keys()
+  for path, (shape, on_one, where) in placed.items():
+    expected = list(shape)
+    if path in SPLIT_AXIS:
+      expected[SPLIT_AXIS[path]] //= parts
+    assert on_one == expected, path
+    assert len({device for device, _ in where}) == 8
+    assert len({index for _, index in where}) == (parts if path in SPLIT_AXIS else 1)
+  whole = np.load(out / "one-loaded.npz")
+  assert all((np.load(out / f"{mesh}-loaded.npz")[path] == whole[path]).all() for path in whole)
+
+
+def test_a_parameter_that_the_mesh_does_not_divide_is_whole_everywhere(seen: dict[str, Any]) -> None:
+  assert seen["odd"] is True
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_moments_lie_where_their_parameters_lie(seen: dict[str, Any], mesh: str) -> None:
+  before = seen[mesh]["before"]
+  assert before["mu"] == before["params"]
+  assert before["nu"] == before["params"]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_step_leaves_everything_where_it_lies(seen: dict[str, Any], mesh: str) -> None:
+  assert seen[mesh]["after"] == seen[mesh]["before"]
+
+
+def test_a_batch_is_split_over_both_axes(seen: dict[str, Any]) -> None:
+  assert seen["fsdp8"]["batch"] == seen["data2-fsdp4"]["batch"] == [8, 1, 16]
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:])
+def test_a_step_on_eight_devices_equals_the_step_on_one(out: Path, seen: dict[str, Any], mesh: str) -> None:
+  assert seen[mesh]["metrics"] == pytest.approx(seen["one"]["metrics"], rel=1e-6)
+  load = lambda name: dict(np.load(out / f"{name}.npz"))
+  start, mu, want = load("one-loaded"), load("one-mu"), load("one-params")
+  other_mu, got = load(f"{mesh}-mu"), load(f"{mesh}-params")
+  for path in want:
+    scale = np.abs(mu[path]).max()
+    assert scale > 0, path
+    np.testing.assert_allclose(other_mu[path], mu[path], rtol=1e-5, atol=1e-5 * scale, err_msg=path)
+    # Adam divides a gradient by its size, which leaves nothing but rounding of a tiny one.
+    clear = (mu[path] == 0) | (np.abs(mu[path]) > 1e-4 * scale)
+    assert clear.mean() > 0.9, path
+    np.testing.assert_allclose(got[path][clear], want[path][clear], rtol=1e-6, atol=1e-3 * LEARNING_RATE, err_msg=path)
+    assert (np.abs(want[path] - start[path]) > 0.1 * LEARNING_RATE).mean() > 0.5, path
+
+
+if __name__ == "__main__":
+  _main(Path(sys.argv[1]))
