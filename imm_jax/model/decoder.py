@@ -50,24 +50,22 @@ class ModelConfig:
     if family not in ("qwen2", "llama"):
       raise UserError(f"{source}: model_type={family!r} is not supported; expected qwen2 or llama")
     # transformers 5 writes rope_parameters, older releases rope_theta and rope_scaling; the latter counts where given.
-    rope = {"rope_theta": config.get("rope_theta"), **(config.get("rope_parameters") or {}),
-            **(config.get("rope_scaling") or {})}
+    rope = {"rope_theta": config.get("rope_theta")}
+    for key in ("rope_parameters", "rope_scaling"):
+      if not isinstance(config.get(key) or {}, dict):
+        raise UserError(f"{source}: {key}={config[key]!r}; expected an object")
+      rope |= config.get(key) or {}
     where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    arithmetic = {
-        "hidden_act": config.get("hidden_act") or "silu",
-        f"{where}.rope_type": rope.get("rope_type") or rope.get("type") or "default",
-        "partial_rotary_factor": rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0,
-        "use_sliding_window": bool(config.get("use_sliding_window")),
-        "attention_bias": family == "llama" and bool(config.get("attention_bias")),
-        "mlp_bias": bool(config.get("mlp_bias")),
-        "quantization_config": config.get("quantization_config"),
-        "rope_parameters": next((value for value in rope.values() if isinstance(value, dict)), None),
-    }
-    supported = {
-        "hidden_act": "silu", f"{where}.rope_type": "default", "partial_rotary_factor": 1.0,
-        "use_sliding_window": False, "attention_bias": False, "mlp_bias": False, "quantization_config": None, "rope_parameters": None}
-    for key, value in arithmetic.items():
-      if value != supported[key]:
+    for key, value, supported in (
+        ("hidden_act", config.get("hidden_act") or "silu", "silu"),
+        (f"{where}.rope_type", rope.get("rope_type") or rope.get("type") or "default", "default"),
+        ("partial_rotary_factor", rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0, 1.0),
+        ("use_sliding_window", bool(config.get("use_sliding_window")), False),
+        ("attention_bias", family == "llama" and bool(config.get("attention_bias")), False),
+        ("mlp_bias", bool(config.get("mlp_bias")), False),
+        ("quantization_config", config.get("quantization_config"), None),
+        (where, next((v for v in rope.values() if isinstance(v, dict)), None), None)):
+      if value != supported:
         raise UserError(f"{source}: {key}={value!r} changes the arithmetic and is not supported")
 
     def size(key: str, default: int | None = None) -> int:
