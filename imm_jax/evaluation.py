@@ -35,4 +35,5 @@ def accuracy(correct: int, n: int) -> Accuracy:
   p, z2n = correct / n, z * z / n
   centre = (p + z2n / 2) / (1 + z2n)
   half = z * math.sqrt(p * (1 - p) / n + z2n / (4 * n)) / (1 + z2n)
-  return Accuracy(p, n, max(0.0, centre - half), min(1.0, centre + half))
+  # Rounding must not push an end past the value (0 or n correct).
+  return Accuracy(p, n, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)))

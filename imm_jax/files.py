@@ -31,7 +31,7 @@ def committed(target: Path) -> Iterator[Path]:
     remove(target)
     os.replace(temporary, target)
   except OSError as e:
-    if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+    if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
       raise
     with contextlib.suppress(OSError):
       remove(temporary)

@@ -78,15 +78,17 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   root = Path(workdir)
   base = hf.resolve(config.model)
   model = hf.check(base)
-  record, external = rundir.read_record(root), {"base": files.digest(base)}
+  record = rundir.read_record(root)
+  external = {"base": files.digest(base) if record["stages"] else ""}  # a large model takes a while
   steps = plan(config, root)
-  waiting = 0
+  waiting: set[str] = set()
   print(f"{'stage':<24}{'state':<10}work")
   for stage in steps:
-    done = rundir.why(stage, record, root, external) is None and not waiting
-    waiting += not done
-    print(f"{stage.name:<24}{'done' if done else 'to do':<10}{stage.plan}")
-  print(f"\n{waiting} of {len(steps)} stages to do; {memory.estimate(config, model, jax.device_count())}")
+    # What reads a stage that will be made again may have to follow.
+    if rundir.why(stage, record, root, external) is not None or waiting.intersection(stage.needs):
+      waiting.add(stage.name)
+    print(f"{stage.name:<24}{'to do' if stage.name in waiting else 'done':<10}{stage.plan}")
+  print(f"\n{len(waiting)} of {len(steps)} stages to do; {memory.estimate(config, model, jax.device_count())}")
 
 
 def _evaluation(config: ml_collections.ConfigDict, model: Path, root: Path, name: str, need: str, round_: int) -> Stage:

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from imm_jax.errors import UserError
 from imm_jax.model import hf
 from imm_jax.model.decoder import ModelConfig, Params, abstract_params, bind
 from imm_jax.training.step import token_losses
+
+torch = pytest.importorskip("torch")
 
 KINDS = ("qwen2-tied", "qwen2-untied", "llama")
 # That of the qwen2-tied checkpoint, so that tests share compiled functions.

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import safetensors as library
 import safetensors.numpy as library_numpy
-import torch
 import transformers
 from hypothesis import given, settings, strategies as st
 
 from imm_jax.errors import UserError
 from imm_jax.model import hf, safetensors
+
+torch = pytest.importorskip("torch")
 
 TINY = hf.resolve("tiny")
 Q0, UP1 = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"

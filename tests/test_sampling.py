@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 
 from imm_jax.errors import UserError
@@ -17,6 +16,8 @@ from imm_jax.model import hf
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.sampling import Completion, Prompt, native
 from imm_jax.tasks import arithmetic, prompts
+
+torch = pytest.importorskip("torch")
 
 TINY = hf.resolve("tiny")
 # One length for almost all tests: shapes and options that recur are compiled once.

@@ -64,7 +64,8 @@ def dare(delta: PyTree, *, drop_rate: float, key: jax.Array, names: PyTree | Non
   >>> sorted(set(kept.ravel().tolist()))
   [0.0, 2.0]
   """
-  codes = _codes(delta, names)
+  check_same(delta)
+  codes, _ = _codes_and_scales(delta, names, None)
   return _dare(delta, codes, key, jnp.uint32(quantise_drop_rate(drop_rate)))
 
 
@@ -141,23 +142,21 @@ def _merge(base: PyTree, start: PyTree, tuned: PyTree, base_weight: float, drop_
     raise ValueError(f"base_weight={base_weight}: expected 0 <= base_weight <= 1")
   steps = jnp.uint32(quantise_drop_rate(drop_rate))
   check_same(base, start=start, tuned=tuned)
-  codes = _codes(base, names)
-  scales = jax.tree.map(lambda leaf_names: _leaf_scales(leaf_names, layer_scales),
-                        names if names is not None else default_names(base), is_leaf=_is_names)
+  codes, scales = _codes_and_scales(base, names, layer_scales)
   return _imm(base, start, tuned, codes, scales, key, steps, jnp.float32(base_weight))
 
 
 def check_same(base: PyTree, **others: PyTree) -> None:
-  """Raises ValueError unless all trees have the base's paths, shapes and floating dtypes; it names what differs."""
-  expected = _shapes(base)
-  problems = [f"base has {path} of {dtype}, which is not floating" for path, (_, dtype) in expected.items()
-              if not jnp.issubdtype(dtype, jnp.floating)]
-  for label, tree in others.items():
+  """Raises ValueError unless all trees have the base's paths and shapes and floating dtypes; it names what differs."""
+  expected, problems = _shapes(base), []
+  for label, tree in {"base": base, **others}.items():
     found = _shapes(tree)
     problems += [f"{label} lacks {path}" for path in expected if path not in found]
     problems += [f"{label} has {path}, base has not" for path in found if path not in expected]
     problems += [f"{path} is {shape} in base, {found[path][0]} in {label}"
                  for path, (shape, _) in expected.items() if path in found and found[path][0] != shape]
+    problems += [f"{label} has {path} of {dtype}, which is not floating" for path, (_, dtype) in found.items()
+                 if not jnp.issubdtype(dtype, jnp.floating)]
   if problems:
     raise ValueError("the trees do not match: " + "; ".join(problems))
 
@@ -168,22 +167,22 @@ def _shapes(tree: PyTree) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
           for path, leaf in leaves}
 
 
-def _is_names(node: Any) -> bool:
-  return isinstance(node, str) or (isinstance(node, tuple) and all(isinstance(n, str) for n in node))
+def _codes_and_scales(tree: PyTree, names: PyTree | None, layer_scales: np.ndarray | None) -> tuple[PyTree, PyTree]:
+  """For every leaf crc32 of its names and its layers' scales: [] for a tensor, [L] for a stacked leaf."""
+  leaves, treedef = jax.tree.flatten(tree)
+  # A leaf's names may be a tuple, so they are found by the tree's form and not by their own.
+  flat = treedef.flatten_up_to(default_names(tree) if names is None else names)
+  for leaf, leaf_names in zip(leaves, flat, strict=True):
+    if not isinstance(leaf_names, str) and len(leaf_names) != jnp.shape(leaf)[0]:
+      raise ValueError(f"{len(leaf_names)} names for a leaf of shape {jnp.shape(leaf)}: {leaf_names}")
+  return (treedef.unflatten([_leaf_codes(leaf_names) for leaf_names in flat]),
+          treedef.unflatten([_leaf_scales(leaf_names, layer_scales) for leaf_names in flat]))
 
 
-def _codes(tree: PyTree, names: PyTree | None) -> PyTree:
-  """crc32 of the names: uint32 [] for a tensor, [L] for a stacked leaf."""
-  names = default_names(tree) if names is None else names
-
-  def code(leaf: jax.Array, leaf_names: str | tuple[str, ...]) -> np.ndarray:
-    if isinstance(leaf_names, str):
-      return np.uint32(zlib.crc32(leaf_names.encode()))
-    if len(leaf_names) != jnp.shape(leaf)[0]:
-      raise ValueError(f"{len(leaf_names)} names for a leaf of shape {jnp.shape(leaf)}: {leaf_names[0]} ...")
-    return np.array([zlib.crc32(n.encode()) for n in leaf_names], np.uint32)
-
-  return jax.tree.map(code, tree, names)
+def _leaf_codes(names: str | tuple[str, ...]) -> np.ndarray:
+  if isinstance(names, str):
+    return np.uint32(zlib.crc32(names.encode()))
+  return np.array([zlib.crc32(name.encode()) for name in names], np.uint32)
 
 
 def _leaf_scales(names: str | tuple[str, ...], layer_scales: np.ndarray | None) -> np.ndarray:

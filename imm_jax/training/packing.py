@@ -76,7 +76,8 @@ class PackedBatches:
       begin = 0
       for segment, index in enumerate(row, 1):
         prompt, response = self._examples[index]
-        learned, end = begin + len(prompt), begin + len(prompt) + len(response)
+        # Nothing predicts a segment's first token, not even where a prompt is empty.
+        learned, end = begin + max(1, len(prompt)), begin + len(prompt) + len(response)
         batch["tokens"][r, begin:end] = prompt + response
         batch["positions"][r, begin:end] = np.arange(end - begin)
         batch["segment_ids"][r, begin:end] = segment

@@ -1,0 +1,351 @@
+"""Packing, the loss, the optimizer and the trainer, against plain loops and against torch."""
+
+import collections
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from imm_jax.errors import UserError
+from imm_jax.model import hf, sharding
+from imm_jax.model.decoder import ModelConfig, bind, init_params
+from imm_jax.training import step as training_step, trainer
+from imm_jax.training.packing import Batch, PackedBatches, TokenizedExample
+
+# TODO: remove when the step uses optax.tree.norm.
+pytestmark = pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")
+
+CONFIG = ModelConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1,
+                     head_dim=8, rope_theta=100.0, rms_norm_eps=1e-5, tie_embeddings=False, qkv_bias=True)
+
+
+def make_examples(count: int, seed: int = 0, *, longest: int = 7) -> list[TokenizedExample]:
+  rng = np.random.default_rng(seed)
+  draw = lambda: rng.integers(1, 60, rng.integers(1, longest + 1)).tolist()
+  return [TokenizedExample(draw(), draw()) for _ in range(count)]
+
+
+def pack(examples: list[TokenizedExample], **options) -> PackedBatches:
+  return PackedBatches(examples, **{"epochs": 1, "global_batch": 4, "row_length": 16, "seed": 0, **options})
+
+
+def segments(batch: Batch) -> Iterator[tuple[list[int], list[int], list[float]]]:
+  """Tokens, positions and weights of each segment; checks that segments are 1, 2, ... from the left, then padding."""
+  for r in range(len(batch["tokens"])):
+    ids = batch["segment_ids"][r].tolist()
+    last = max(ids)
+    used = sum(i > 0 for i in ids)
+    assert ids[:used] == sorted(ids[:used])
+    assert set(ids[:used]) == set(range(1, last + 1))
+    for name in ("tokens", "positions", "segment_ids", "weights"):
+      assert not batch[name][r, used:].any()
+    for segment in range(1, last + 1):
+      begin, end = ids.index(segment), ids.index(segment) + ids.count(segment)
+      yield tuple(batch[name][r, begin:end].tolist() for name in ("tokens", "positions", "weights"))
+
+
+_LENGTHS = st.tuples(st.integers(1, 8), st.integers(1, 8))
+
+
+@settings(max_examples=150, deadline=None)
+@given(lengths=st.lists(_LENGTHS, min_size=1, max_size=25), epochs=st.integers(1, 3), global_batch=st.integers(1, 9),
+       row_length=st.integers(16, 24), row_multiple=st.integers(1, 4), seed=st.integers(0, 99))
+def test_each_epoch_holds_every_example_once_and_whole(lengths, epochs, global_batch, row_length, row_multiple, seed):
+  # Every token is unique, so that it tells where it comes from.
+  number = iter(range(1, 10**6))
+  examples = [TokenizedExample([next(number) for _ in range(p)], [next(number) for _ in range(r)]) for p, r in lengths]
+  batches = PackedBatches(examples, epochs=epochs, global_batch=global_batch, row_length=row_length, seed=seed,
+                          row_multiple=row_multiple)
+  by_tokens = {tuple(e.prompt + e.response): e for e in examples}
+  steps_an_epoch = math.ceil(len(examples) / global_batch)
+  assert len(batches) == epochs * steps_an_epoch
+  assert batches.rows % row_multiple == 0
+  padding = 0
+  for epoch in range(epochs):
+    seen = collections.Counter()
+    for i in range(steps_an_epoch):
+      batch = batches[epoch * steps_an_epoch + i]
+      assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
+          name: ((batches.rows, row_length), np.float32 if name == "weights" else np.int32)
+          for name in ("tokens", "positions", "segment_ids", "weights")}
+      found = list(segments(batch))
+      for tokens, positions, weights in found:
+        example = by_tokens[tuple(tokens)]
+        assert positions == list(range(len(tokens)))
+        assert weights == [0.0] * len(example.prompt) + [1.0] * len(example.response)
+      seen.update(tuple(tokens) for tokens, _, _ in found)
+      assert len(found) == min(global_batch, len(examples) - i * global_batch)
+      # First fit leaves at most one row that is no more than half full.
+      used = (batch["segment_ids"] > 0).sum(axis=1)
+      assert ((used > 0) & (used <= row_length // 2)).sum() <= 1
+      padding += (batch["segment_ids"] == 0).sum()
+    assert seen == collections.Counter(dict.fromkeys(by_tokens, 1))
+  assert batches.padding == pytest.approx(padding / (len(batches) * batches.rows * row_length))
+
+
+def test_the_order_belongs_to_the_seed_and_the_epoch():
+  examples = make_examples(40)
+  tokens = lambda seed, step: pack(examples, epochs=2, seed=seed)[step]["tokens"].tolist()
+  assert tokens(0, 3) == tokens(0, 3)
+  assert tokens(0, 0) != tokens(1, 0)
+  assert tokens((0, 1), 0) != tokens((0, 2), 0)
+  assert tokens(0, 0) != tokens(0, 10)  # the second epoch begins at step 10
+
+
+def test_a_step_does_not_depend_on_the_steps_before():
+  batches = pack(make_examples(20))
+  late = {name: array.copy() for name, array in batches[3].items()}
+  for i in (0, 4, 3):
+    batch = batches[i]
+  jax.tree.map(np.testing.assert_array_equal, batch, late)
+  batch["tokens"][:] = -1
+  jax.tree.map(np.testing.assert_array_equal, batches[3], late)
+
+
+def test_what_cannot_be_packed_is_an_error():
+  with pytest.raises(ValueError, match="no example"):
+    pack([])
+  with pytest.raises(ValueError, match="example 1 has 17 tokens, a row holds 16"):
+    pack([TokenizedExample([1], [2]), TokenizedExample([1] * 9, [2] * 8)])
+  assert len(pack([TokenizedExample([1] * 8, [2] * 8)])) == 1
+
+
+def test_no_loss_crosses_segments_where_a_prompt_is_empty():
+  first, empty = TokenizedExample([1, 2], [3, 4]), TokenizedExample([], [5, 6])
+  batch = pack([first, empty])[0]
+  assert (batch["segment_ids"] > 0).sum(axis=1).max() == 6  # both in one row
+  assert batch["weights"][:, 1:].sum() == 2 + 1  # 6 is predicted from 5, and nothing before 5
+
+
+@jax.jit
+def all_log_p(params, tokens: jax.Array) -> jax.Array:
+  """log p [T, V] of every next token of one sequence [T]."""
+  row = jnp.arange(len(tokens))[None]
+  logits = bind(CONFIG, params)(tokens[None], positions=row, segment_ids=jnp.ones_like(row), compute_dtype=jnp.float32)
+  return jax.nn.log_softmax(logits[0])
+
+
+def alone(params, example: TokenizedExample) -> float:
+  """Sum of -log p of one example's response, in a row of its own; what follows it is never seen."""
+  tokens = np.zeros(16, np.int32)
+  tokens[:len(example.prompt + example.response)] = example.prompt + example.response
+  log_p, begin = np.asarray(all_log_p(params, tokens), np.float64), len(example.prompt)
+  return -sum(log_p[begin + i - 1, token] for i, token in enumerate(example.response))
+
+
+@pytest.fixture(scope="module")
+def params():
+  weights = init_params(CONFIG, key=jax.random.key(0))
+  return jax.tree.map(lambda p: p * 8 if p.ndim > 1 else p + 0.1, weights)  # far from a uniform distribution
+
+
+DESCENT = optax.sgd(1.0)
+
+
+def gradient_step(params, batch: Batch, step):
+  """The parameters' change by one step of plain gradient descent, and the metrics."""
+  mesh = sharding.make_mesh(data=1, fsdp=1)
+  state = training_step.init_state(jax.tree.map(jnp.copy, params), DESCENT, mesh)
+  state, metrics = step(state, jax.device_put(batch, jax.NamedSharding(mesh, sharding.BATCH)))
+  assert state["step"] == 1
+  return jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), state["params"], params), metrics
+
+
+@pytest.fixture(scope="module")
+def descent_step():
+  return training_step.make_train_step(CONFIG, DESCENT, compute_dtype=jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def whole(params, descent_step):
+  """Examples, the one batch they make, and a gradient step on it."""
+  examples = make_examples(9)
+  batch = pack(examples, global_batch=9, row_multiple=8)[0]
+  return examples, batch, *gradient_step(params, batch, descent_step)
+
+
+def test_the_loss_of_packed_rows_is_the_mean_over_response_tokens(params, whole):
+  examples, batch, _, metrics = whole
+  assert batch["segment_ids"].max() > 1
+  count = sum(len(e.response) for e in examples)
+  assert metrics["tokens"] == count
+  assert metrics["loss"] == pytest.approx(sum(alone(params, e) for e in examples) / count, rel=1e-5)
+
+
+def test_a_batch_in_two_parts_gives_the_same_gradient(params, whole):
+  _, batch, change, metrics = whole
+  counts = batch["weights"][:, 1:].reshape(2, -1).sum(axis=1)
+  assert counts[0] != counts[1]  # a mean of the parts' means would be another loss
+  in_parts = training_step.make_train_step(CONFIG, DESCENT, compute_dtype=jnp.float32, accumulation=2)
+  parts_change, parts_metrics = gradient_step(params, batch, in_parts)
+  largest = max(np.abs(c).max() for c in jax.tree.leaves(change))
+  assert largest > 0
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest), change, parts_change)
+  for name, value in metrics.items():
+    assert parts_metrics[name] == pytest.approx(float(value), rel=1e-5)
+  norm = math.sqrt(sum(float((c.astype(np.float64)**2).sum()) for c in jax.tree.leaves(change)))
+  assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def closed_form(kind: str, step: int, *, peak: float, total: int, warmup: int) -> float:
+  if step < warmup:
+    return peak * step / warmup
+  done = min(1.0, (step - warmup) / max(1, total - warmup))
+  return peak * {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[kind]
+
+
+def torch_loss(model, examples: list[TokenizedExample]):
+  """Mean -log p of the response tokens of a batch, each example run alone."""
+  torch = pytest.importorskip("torch")
+  total, count = 0.0, 0
+  for example in examples:
+    ids = torch.tensor([example.prompt + example.response])
+    begin = len(example.prompt)
+    log_p = model(input_ids=ids).logits[0].log_softmax(-1)
+    total -= log_p[begin - 1:-1].gather(-1, ids[0, begin:, None]).sum()
+    count += len(example.response)
+  return total / count
+
+
+def test_ten_steps_equal_adamw_of_torch(checkpoint):
+  torch = pytest.importorskip("torch")
+  weight_decay, clip, peak, total_steps, warmup = 0.1, 0.5, 3e-3, 10, 3
+  model, folder = checkpoint("qwen2-tied")
+  config, params = hf.load(folder)
+  examples = make_examples(20)
+  batches = pack(examples, epochs=2, row_length=24)
+  by_tokens = {tuple(e.prompt + e.response): e for e in examples}
+  assert len(batches) == total_steps
+
+  optimizer = training_step.make_optimizer(
+      training_step.make_schedule("cosine", peak=peak, total_steps=total_steps, warmup_ratio=warmup / total_steps),
+      weight_decay=weight_decay, grad_clip=clip)
+  state = training_step.init_state(params, optimizer, sharding.make_mesh(data=1, fsdp=1))
+  step = training_step.make_train_step(config, optimizer, compute_dtype=jnp.float32)
+  first = {name: p.detach().clone() for name, p in model.named_parameters()}
+  adamw = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=weight_decay)
+  for i in range(total_steps):
+    state, metrics = step(state, batches[i])
+    loss = torch_loss(model, [by_tokens[tuple(tokens)] for tokens, _, _ in segments(batches[i])])
+    adamw.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    adamw.param_groups[0]["lr"] = closed_form("cosine", i, peak=peak, total=total_steps, warmup=warmup)
+    adamw.step()
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert norm > clip
+
+  names = hf.tensor_names(state["params"])
+  got = {}
+  for leaf_names, leaf in zip(jax.tree.leaves(names, is_leaf=lambda n: isinstance(n, tuple)),
+                              jax.tree.leaves(state["params"]), strict=True):
+    got |= {leaf_names: leaf} if isinstance(leaf_names, str) else dict(zip(leaf_names, leaf, strict=True))
+  wanted = {name: p.detach() for name, p in model.named_parameters()}
+  assert got.keys() == wanted.keys()
+  for name, p in wanted.items():
+    change = (p - first[name]).norm().item()
+    assert change > 1e-4  # all are trained
+    assert np.linalg.norm(np.asarray(got[name]) - p.numpy()) < 1e-4 * p.norm().item(), name
+    assert np.linalg.norm(np.asarray(got[name]) - p.numpy()) < 1e-2 * change, name
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(("total", "ratio", "warmup"), [
+    (100, 0.03, 3), (100, 0.0, 0), (10, 0.01, 1), (47, 0.5, 24), (1, 0.0, 0), (1000, 0.9, 900)])
+def test_schedules_have_their_closed_form(kind, total, ratio, warmup):
+  schedule = training_step.make_schedule(kind, peak=2e-5, total_steps=total, warmup_ratio=ratio)
+  steps = np.linspace(0, total + 2, 50).astype(np.int32)
+  expected = [closed_form(kind, s, peak=2e-5, total=total, warmup=warmup) for s in steps.tolist()]
+  np.testing.assert_allclose(schedule(steps), expected, rtol=1e-5, atol=1e-11)
+  assert float(schedule(warmup)) == pytest.approx(2e-5)
+
+
+def test_an_unknown_schedule_is_an_error():
+  with pytest.raises(KeyError):
+    training_step.make_schedule("exponential", peak=1.0, total_steps=10, warmup_ratio=0.0)
+
+
+@pytest.mark.parametrize(("clip", "scale"), [(0.0, 1.0), (1.0, 0.2), (100.0, 1.0)])
+def test_gradients_are_clipped_by_their_global_norm(clip, scale):
+  grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}  # norm 5
+  optimizer = training_step.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.0, grad_clip=clip)
+  _, state = optimizer.update(grads, optimizer.init(grads), grads)
+  moments = optax.tree_utils.tree_get(state, "mu")
+  jax.tree.map(lambda m, g: np.testing.assert_allclose(m, 0.1 * scale * g, rtol=1e-6), moments, grads)
+
+
+def train(params, batches: PackedBatches, reports: dict[int, dict[str, float]], **options):
+  def report(step: int, values: dict[str, float]) -> None:
+    assert step not in reports
+    reports[step] = values
+
+  options = {"schedule": optax.constant_schedule(1e-3), "log_every": 1, **options}
+  mesh = sharding.make_mesh(data=1, fsdp=1)
+  return trainer.train(
+      CONFIG, jax.tree.map(jnp.copy, params), batches, weight_decay=0.0, grad_clip=1.0, accumulation=1, remat=False,
+      compute_dtype=jnp.float32, mesh=mesh, report=report, label="round 0: SFT", **options)
+
+
+@pytest.fixture
+def losses(monkeypatch) -> list[float]:
+  """The losses that training will see: steps do nothing else."""
+  values: list[float] = []
+
+  def step(state, batch):
+    metrics = {"loss": jnp.float32(values[int(state["step"])]), "grad_norm": jnp.float32(2), "tokens": jnp.float32(3)}
+    return {**state, "step": state["step"] + 1}, metrics
+
+  monkeypatch.setattr(trainer, "make_train_step", lambda *args, **options: step)
+  return values
+
+
+@pytest.mark.parametrize("log_every", [1, 4, 100])
+def test_every_step_is_reported_once_whatever_the_interval(params, losses, log_every):
+  losses[:] = [0.5 * i for i in range(10)]
+  batches = pack(make_examples(20), epochs=2)
+  schedule = training_step.make_schedule("cosine", peak=1e-3, total_steps=10, warmup_ratio=0.3)
+  reports = {}
+  after = train(params, batches, reports, schedule=schedule, log_every=log_every)
+  jax.tree.map(np.testing.assert_array_equal, after, params)
+  assert list(reports) == list(range(10))
+  for i, values in reports.items():
+    assert values.pop("tokens_per_s") > 0
+    assert values.pop("learning_rate") == pytest.approx(float(schedule(i)))
+    assert values == {"loss": 0.5 * i, "grad_norm": 2.0, "tokens": 3.0}
+    assert all(type(value) is float for value in values.values())
+
+
+@pytest.mark.parametrize(("value", "bad", "log_every"), [
+    (math.nan, 0, 1), (math.nan, 9, 4), (math.inf, 5, 3), (-math.inf, 7, 100)])
+def test_the_first_loss_that_is_not_finite_is_named(params, losses, value, bad, log_every):
+  losses[:] = [1.0] * bad + [value] * (10 - bad)
+  reports = {}
+  with pytest.raises(UserError, match=rf"^round 0: SFT: the loss is {value} at step {bad}; lower the learning rate"):
+    train(params, pack(make_examples(20), epochs=2), reports, log_every=log_every)
+  assert list(reports) == list(range(bad))
+
+
+def test_training_ends_where_the_model_gives_no_finite_loss(params, descent_step, monkeypatch):
+  # Plain descent and eight rows, because that step is compiled already.
+  monkeypatch.setattr(trainer, "make_optimizer", lambda *args, **options: DESCENT)
+  monkeypatch.setattr(trainer, "make_train_step", lambda *args, **options: descent_step)
+  poison = 60  # make_examples draws no 60
+  examples = make_examples(20)
+  examples[11].prompt[0] = poison
+  batches = pack(examples, row_multiple=8, seed=1)
+  bad, = (i for i in range(len(batches)) if any(poison in tokens for tokens, _, _ in segments(batches[i])))
+  assert bad == 1
+  embedding = params["embed_tokens"]["weight"]
+  poisoned = {**params, "embed_tokens": {"weight": embedding.at[poison].set(jnp.nan)}}
+  reports = {}
+  with pytest.raises(UserError, match="the loss is nan at step 1;"):
+    train(poisoned, batches, reports)
+  assert list(reports) == [0]
+  assert reports[0]["loss"] > 0
+  assert reports[0]["tokens"] == batches[0]["weights"].sum()
