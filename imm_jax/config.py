@@ -28,6 +28,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
       raise UserError(f"config.task.ood has {name!r}: {cli.nearest(str(name), list(tasks.NAMES))}")
     if name == config.task.name:
       raise UserError(f"config.task.ood has {name!r}, which is the in-domain task")
+  if len(set(config.task.ood)) < len(config.task.ood):
+    raise UserError(f"config.task.ood={config.task.ood} names a task twice")
   for key in ("rounds", "task.questions_per_round", "task.eval_questions", "sample.num_samples",
               "sample.max_new_tokens", "sample.batch_size", "sft.epochs", "sft.global_batch", "sft.accumulation",
               "sft.row_length", "sft.log_every", "eval.max_new_tokens", "eval.batch_size"):
@@ -40,7 +42,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _require(config, "sft.warmup_ratio", lambda v: 0 <= v < 1, "expected 0 <= warmup_ratio < 1")
   _require(config, "sample.top_p", lambda v: 0 < v <= 1, "expected 0 < top_p <= 1")
   _require(config, "merge.base_weight", lambda v: 0 <= v <= 1, "expected 0 <= base_weight <= 1")
-  if not config.sample.temperatures or not all(math.isfinite(t) and t >= 0 for t in config.sample.temperatures):
+  _require(config, "seed", lambda v: v < 2**32, "expected less than 2**32")
+  if not all(isinstance(s, str) and s for s in config.sample.stop):
+    raise UserError(f"config.sample.stop={config.sample.stop}: expected strings that are not empty")
+  if not config.sample.temperatures or not all(
+      isinstance(t, int | float) and math.isfinite(t) and t >= 0 for t in config.sample.temperatures):
     raise UserError(f"config.sample.temperatures={config.sample.temperatures}: expected one or more numbers >= 0")
   if config.sft.global_batch % config.sft.accumulation:
     raise UserError(f"config.sft.global_batch={config.sft.global_batch} is not divisible by "
@@ -49,6 +55,17 @@ def validate(config: ml_collections.ConfigDict) -> None:
     quantise_drop_rate(config.merge.drop_rate)
   except ValueError as e:
     raise UserError(f"config.merge.{e}") from e
+  try:
+    tasks.load(config.task.name, split="train", seed=config.seed,
+               count=config.prompt.few_shot + config.rounds * config.task.questions_per_round)
+  except ValueError as e:
+    raise UserError(f"config.task.questions_per_round={config.task.questions_per_round} in {config.rounds} rounds: {e}"
+                    ) from e
+  for name in (config.task.name, *config.task.ood):
+    try:
+      tasks.load(name, split="test", count=config.task.eval_questions, seed=0)
+    except ValueError as e:
+      raise UserError(f"config.task.eval_questions={config.task.eval_questions}: {e}") from e
 
 
 def _get(config: ml_collections.ConfigDict, key: str) -> object:

@@ -12,6 +12,9 @@ from typing import Any
 
 from imm_jax.errors import UserError
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_REFUSES = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+
 
 @contextlib.contextmanager
 def committed(target: Path) -> Iterator[Path]:
@@ -22,32 +25,36 @@ def committed(target: Path) -> Iterator[Path]:
   Raises:
     UserError: when the disk refuses (full, read-only).
   """
-  temporary = target.with_name(f".{target.name}.part")
+  temporary, replaced = (target.with_name(f".{target.name}.{suffix}") for suffix in ("part", "old"))
   try:
     remove(temporary)
     temporary.parent.mkdir(parents=True, exist_ok=True)
     yield temporary
     _sync(temporary)
-    remove(target)
+    if target.is_dir() and not target.is_symlink():
+      remove(replaced)
+      os.replace(target, replaced)  # a folder cannot be replaced in one move, a file can
     os.replace(temporary, target)
+    remove(replaced)
   except OSError as e:
-    if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+    if e.errno not in _DISK_REFUSES + _DISK_FULL:
       raise
     with contextlib.suppress(OSError):
       remove(temporary)
-    raise UserError(f"{target}: cannot be written ({e.strerror}); make room and start again, finished stages are kept"
+    advice = "make room" if e.errno in _DISK_FULL else "make it writable"
+    raise UserError(f"{target}: cannot be written ({e.strerror}); {advice} and start again, finished stages are kept"
                     ) from e
 
 
 def write_text(path: Path, text: str) -> None:
   """Replaces a file's text in one move."""
   with committed(path) as temporary:
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
   """Writes one JSON object a line."""
-  with path.open("w") as f:
+  with path.open("w", encoding="utf-8") as f:
     for row in rows:
       f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -55,19 +62,21 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
   """Reads one JSON object a line; a line that is none is a UserError that names it."""
   rows = []
-  with path.open() as f:
+  with path.open(encoding="utf-8") as f:
     for number, line in enumerate(f, 1):
       try:
         rows.append(json.loads(line))
       except ValueError as e:
         raise UserError(f"{path}:{number}: not a JSON object ({e}); remove the file to have it made again") from e
+      if not isinstance(rows[-1], dict):
+        raise UserError(f"{path}:{number}: not a JSON object; remove the file to have it made again")
   return rows
 
 
 def read_json(path: Path) -> dict[str, Any]:
   """Reads a JSON object; a file that is missing or holds something else is a UserError that names it."""
   try:
-    value = json.loads(path.read_text())
+    value = json.loads(path.read_text(encoding="utf-8"))
   except OSError as e:
     raise UserError(f"{path}: cannot be read ({e.strerror})") from e
   except ValueError as e:

@@ -43,6 +43,7 @@ class StageMetrics:
 
 def _of_another_stage(line: str, stage: str) -> bool:
   try:
-    return json.loads(line).get("stage") != stage
+    record = json.loads(line)
   except ValueError:  # the last line of a killed process
     return False
+  return isinstance(record, dict) and record.get("stage") != stage

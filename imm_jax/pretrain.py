@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
 from imm_jax import cli, files
+from imm_jax.errors import UserError
 from imm_jax.model import hf, sharding
 from imm_jax.model.decoder import ModelConfig, init_params
 from imm_jax.sampling import Prompt
@@ -30,7 +31,7 @@ from imm_jax.training.step import make_schedule
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, such as configs/tiny_pretrain.py.")
 flags.mark_flag_as_required("config")
-_OUT = flags.DEFINE_string("out", "imm_jax/assets/tiny", "Folder to write; an existing one is replaced when done.")
+_OUT = flags.DEFINE_string("out", None, "Folder to write; an earlier result is replaced when done.", required=True)
 
 _END = "<|endoftext|>"
 
@@ -67,6 +68,8 @@ def corpus(config: ml_collections.ConfigDict) -> list[Example]:
 
 def main() -> None:
   config, out = cli.config_of(_CONFIG), Path(_OUT.value)
+  if out.exists() and not (out / "recipe.json").exists():
+    raise UserError(f"--out={out}: exists and is no pre-trained model (it has no recipe.json); choose another folder")
   tokenizer = build_tokenizer()
   hf_config = {
       "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "dtype": "bfloat16", "hidden_act": "silu",

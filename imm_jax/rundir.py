@@ -51,6 +51,8 @@ class RunDir:
       UserError: when it cannot be written, belongs to another config, or another process runs in it.
     """
     self.path = Path(path)
+    if "://" in str(path):
+      raise UserError(f"--workdir={path}: only a folder on this machine's file systems is supported so far")
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       self._lock = (self.path / ".lock").open("w")  # closed by __exit__
@@ -115,15 +117,14 @@ class RunDir:
   def _check_config(self, config: ml_collections.ConfigDict) -> None:
     path, wanted = self.path / "config.json", json.loads(json.dumps(config.to_dict()))
     if path.exists():
-      try:
-        found = json.loads(path.read_text())
-      except ValueError as e:
-        raise UserError(f"{path}: is not JSON ({e}); the run directory is damaged, use another --workdir") from e
+      found = files.read_json(path)
       different = [f"{key} is {old} there, {new} here" for key, old, new in _differences(found, wanted)
-                   if key not in _MAY_GROW or new < old]
+                   if key not in _MAY_GROW or not isinstance(old, int) or new < old]
       if different:
         raise UserError(f"{self.path}: made with another config ({'; '.join(different)}); use another --workdir, or "
                         "the values it was made with")
+    elif (self.path / "run.json").exists():
+      raise UserError(f"{path}: missing, so nobody can say whether this run has the same config; use another --workdir")
     files.write_text(path, json.dumps(wanted, indent=1, sort_keys=True) + "\n")
 
 
@@ -156,13 +157,14 @@ def read_record(root: Path) -> dict[str, Any]:
   path = root / "run.json"
   if not path.exists():
     return {"stages": {}}
-  try:
-    record = json.loads(path.read_text())
-    if not isinstance(record["stages"], dict):
-      raise TypeError
-    return record
-  except (ValueError, KeyError, TypeError) as e:
-    raise UserError(f"{path}: damaged; remove it to run every stage again, or use another --workdir") from e
+  record = files.read_json(path)
+  stages = record.get("stages")
+  kinds = {"inputs": dict, "output": str, "bytes": int, "facts": dict}
+  if not isinstance(stages, dict) or not all(
+      isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+      for entry in stages.values()):
+    raise UserError(f"{path}: damaged; remove it to run every stage again, or use another --workdir")
+  return record
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

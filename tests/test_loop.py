@@ -98,14 +98,14 @@ def test_training_data_is_the_right_samples_once(finished: Path):
 
 
 def test_merged_weights_follow_the_equations(finished: Path):
-  """With eq. 5 and 6, merged - (base + start') / 2 is either -start'/2 + start/2 (dropped) or the rescaled delta."""
+  """By eq. 5 and 6 an entry is the base's (dropped), or has moved by its share of the rescaled delta."""
   base, tuned, merged = (
       safetensors.read(folder / "model.safetensors")
       for folder in (TINY, finished / "round_0/sft", finished / "round_0/merged"))
-  keep = 1 - 13107 / 65536
+  moved = (1 - json.loads((finished / "config.json").read_text())["merge"]["base_weight"]) / (1 - 13107 / 65536)
   for name in base:
     b, t, m = (x[name].astype(np.float64) for x in (base, tuned, merged))
-    error = np.minimum(abs(m - b), abs(m - (b + 0.5 * (t - b) / keep)))
+    error = np.minimum(abs(m - b), abs(m - (b + moved * (t - b))))
     assert (error <= 2**-8 * np.maximum(abs(m), abs(b)) + 1e-30).all(), name
 
 
@@ -204,6 +204,8 @@ def one_line(stderr: str) -> str:
     ("--config.merge.drop_rate=nan", "drop_rate=nan"),
     ("--config.merge.base_weight=1.5", "base_weight=1.5: expected 0 <= base_weight <= 1"),
     ("--config.rounds=0", "config.rounds=0: expected 1 or more"),
+    ("--config.task.eval_questions=5000", "eval_questions=5000"),
+    ("--config.sample.stop=('',)", "not empty"),
     ("--config.method=imn", "did you mean imm?"),
     ("--config.sft.global_batch=21", "global_batch=21 is not divisible by config.sft.accumulation=2"),
     ("--config.task.name=storys", "did you mean stories?"),
@@ -244,6 +246,30 @@ def test_a_run_directory_of_another_config_is_refused(finished: Path, environmen
   assert done.returncode == 1
   assert "made with another config (seed is 0 there, 7 here)" in one_line(done.stderr)
   assert contents(finished) == before
+
+
+@pytest.mark.parametrize(("file", "text", "expected"), [
+    ("run.json", '{"stages": {"base/eval": {}}}', "damaged"), ("run.json", "[]", "expected a JSON object"),
+    ("config.json", "[]", "expected a JSON object"), ("config.json", None, "missing")])
+def test_a_damaged_run_directory_is_one_line(finished: Path, environment: dict[str, str], tmp_path: Path, file: str,
+                                             text: str | None, expected: str):
+  shutil.copytree(finished, tmp_path / "run")
+  if text is None:
+    (tmp_path / "run" / file).unlink()
+  else:
+    (tmp_path / "run" / file).write_text(text)
+  done = start(tmp_path / "run", environment)
+  assert done.returncode == 1
+  assert expected in one_line(done.stderr)
+
+
+def test_a_kill_while_a_file_is_replaced_leaves_the_old_or_the_new_one(tmp_path: Path):
+  """The moment before the last move is the worst one."""
+  script = ("import os, signal, sys, pathlib; from imm_jax import files; path = pathlib.Path(sys.argv[1]);"
+            "files.write_text(path, 'old'); os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
+            "files.write_text(path, 'new')")
+  subprocess.run([sys.executable, "-c", script, str(tmp_path / "file")], cwd=REPO, check=False)
+  assert (tmp_path / "file").read_text() == "old"
 
 
 def test_an_unwritable_run_directory_is_refused(environment: dict[str, str], tmp_path: Path):

@@ -184,7 +184,7 @@ def test_ids_that_the_tokenizer_does_not_have_are_never_sampled(tmp_path: Path, 
 
 def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(tmp_path: Path) -> None:
   folder = _resized(tmp_path / "cut", lambda weight: weight[:500])
-  with pytest.raises(UserError, match=r"553 ids.*500 rows"):
+  with pytest.raises(UserError, match=r"\d+ ids.*500 rows"):
     native.NativeSampler(folder, compute_dtype="float32")
 
 

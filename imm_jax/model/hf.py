@@ -154,7 +154,8 @@ def _entries(params: Params) -> Iterator[tuple[str, np.dtype, tuple[int, ...], C
 def _map_tensors(folder: Path) -> dict[str, np.ndarray]:
   if (folder / _INDEX).exists():
     weight_map = files.read_json(folder / _INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
       raise UserError(f"{folder / _INDEX}: has no weight_map from tensor names to file names")
     tensors: dict[str, np.ndarray] = {}
     for file in sorted(set(weight_map.values())):

@@ -23,6 +23,6 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
   if not any((Path(folder) / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
     raise UserError(f"{folder}: has no tokenizer; expected tokenizer.json (or tokenizer.model, vocab.json) in it")
   try:
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
   except Exception as e:  # tokenizers raises a bare Exception for a damaged file
-    raise UserError(f"{folder}: its tokenizer cannot be loaded ({str(e).splitlines()[0]})") from e
+    raise UserError(f"{folder}: its tokenizer cannot be loaded ({str(e).partition(chr(10))[0]})") from e

@@ -61,9 +61,9 @@ def train(config: ModelConfig, params: Params, batches: PackedBatches, *, schedu
         seconds, started = time.monotonic() - started, time.monotonic()
         rate = sum(float(v["tokens"]) for v in values) / seconds
         for i, value in enumerate(values, step + 1 - len(values)):
-          if not np.isfinite(value["loss"]):
-            raise UserError(f"{label}: the loss is {value['loss']} at step {i}; lower the learning rate or raise "
-                            "warmup_ratio (nothing was saved from this stage)")
+          if not np.isfinite([value["loss"], value["grad_norm"]]).all():
+            raise UserError(f"{label}: the loss is {value['loss']} at step {i} (gradient norm {value['grad_norm']}); "
+                            "lower the learning rate or raise warmup_ratio (nothing was saved from this stage)")
           report(i, {"loss": float(value["loss"]), "grad_norm": float(value["grad_norm"]),
                      "learning_rate": float(learning_rates[i]), "tokens": float(value["tokens"]), "tokens_per_s": rate})
         bar.set_postfix(loss=f"{value['loss']:.3f}", tokens_per_s=f"{rate:.0f}", refresh=False)
