@@ -204,7 +204,7 @@ def one_line(stderr: str) -> str:
     ("--config.merge.drop_rate=nan", "drop_rate=nan"),
     ("--config.merge.base_weight=1.5", "base_weight=1.5: expected 0 <= base_weight <= 1"),
     ("--config.rounds=0", "config.rounds=0: expected 1 or more"),
-    ("--config.task.eval_questions=5000", "eval_questions=5000"),
+    ("--config.task.eval_questions=1000000", "eval_questions=1000000"),
     ("--config.sample.stop=('',)", "not empty"),
     ("--config.method=imn", "did you mean imm?"),
     ("--config.sft.global_batch=21", "global_batch=21 is not divisible by config.sft.accumulation=2"),

@@ -326,7 +326,8 @@ def test_every_step_is_reported_once_whatever_the_interval(params, losses, log_e
 def test_the_first_loss_that_is_not_finite_is_named(params, losses, value, bad, log_every):
   losses[:] = [1.0] * bad + [value] * (10 - bad)
   reports = {}
-  with pytest.raises(UserError, match=rf"^round 0: SFT: the loss is {value} at step {bad}; lower the learning rate"):
+  named = rf"^round 0: SFT: the loss is {value} at step {bad}\b.*; lower the learning rate"
+  with pytest.raises(UserError, match=named):
     train(params, pack(make_examples(20), epochs=2), reports, log_every=log_every)
   assert list(reports) == list(range(bad))
 
@@ -344,7 +345,7 @@ def test_training_ends_where_the_model_gives_no_finite_loss(params, descent_step
   embedding = params["embed_tokens"]["weight"]
   poisoned = {**params, "embed_tokens": {"weight": embedding.at[poison].set(jnp.nan)}}
   reports = {}
-  with pytest.raises(UserError, match="the loss is nan at step 1;"):
+  with pytest.raises(UserError, match=r"the loss is nan at step 1\b"):
     train(poisoned, batches, reports)
   assert list(reports) == [0]
   assert reports[0]["loss"] > 0

@@ -21,6 +21,7 @@ BOXES = ("boxes", "bags", "jars", "trays")
 _SPLIT_OF_BUCKET = ("test",) * 3 + ("train",) * 5 + ("pretrain",) * 8
 SPLITS = ("pretrain", "train", "test")
 MAX_VALUE = 60
+_MOST_DISTINCT = 100_000
 
 
 def split_of(question: str) -> str:
@@ -186,6 +187,8 @@ def generate(family: str, *, split: str, count: int, seed: int, distinct: bool =
   kind, draw = _FAMILIES[family]
   if split not in SPLITS:
     raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
+  if distinct and count > _MOST_DISTINCT:
+    raise ValueError(f"{count} questions were asked for, a generated task gives at most {_MOST_DISTINCT} distinct ones")
   if family == "drill" and split != "pretrain":
     raise ValueError("drill holds bare facts for pre-training only")
   rng = random.Random(f"{family}/{split}/{seed}")
