@@ -34,6 +34,11 @@ def pack(examples: list[TokenizedExample], **options) -> PackedBatches:
   return PackedBatches(examples, **{"epochs": 1, "global_batch": 4, "row_length": 16, "seed": 0, **options})
 
 
+def replicated() -> jax.NamedSharding:
+  """One place for everything, as in the trainer, so that a step compiles once."""
+  return jax.NamedSharding(sharding.make_mesh(data=1, fsdp=1), sharding.P())
+
+
 def segments(batch: Batch) -> Iterator[tuple[list[int], list[int], list[float]]]:
   """Tokens, positions and weights of each segment; checks that segments are 1, 2, ... from the left, then padding."""
   for r in range(len(batch["tokens"])):
@@ -140,8 +145,8 @@ def alone(params, example: TokenizedExample) -> float:
 
 @pytest.fixture(scope="module")
 def params():
-  weights = init_params(CONFIG, key=jax.random.key(0))
-  return jax.tree.map(lambda p: p * 8 if p.ndim > 1 else p + 0.1, weights)  # far from a uniform distribution
+  weights = jax.tree.map(lambda p: p * 8 if p.ndim > 1 else p + 0.1, init_params(CONFIG, key=jax.random.key(0)))
+  return jax.device_put(weights, replicated())  # far from a uniform distribution
 
 
 DESCENT = optax.sgd(1.0)
@@ -216,7 +221,7 @@ def test_ten_steps_equal_adamw_of_torch(checkpoint):
   torch = pytest.importorskip("torch")
   weight_decay, clip, peak, total_steps, warmup = 0.1, 0.5, 3e-3, 10, 3
   model, folder = checkpoint("qwen2-tied")
-  config, params = hf.load(folder)
+  config, params = hf.load(folder, put=lambda _, array: jax.device_put(array, replicated()))
   examples = make_examples(20)
   batches = pack(examples, epochs=2, row_length=24)
   by_tokens = {tuple(e.prompt + e.response): e for e in examples}
@@ -230,7 +235,7 @@ def test_ten_steps_equal_adamw_of_torch(checkpoint):
   first = {name: p.detach().clone() for name, p in model.named_parameters()}
   adamw = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=weight_decay)
   for i in range(total_steps):
-    state, metrics = step(state, batches[i])
+    state, metrics = step(state, jax.device_put(batches[i], replicated()))
     loss = torch_loss(model, [by_tokens[tuple(tokens)] for tokens, _, _ in segments(batches[i])])
     adamw.zero_grad()
     loss.backward()
