@@ -1,10 +1,15 @@
 """Installs imm_jax: `pip install -e .`, with extras `test`, `cuda13`, `tpu`."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+_PACKAGE = Path(__file__).with_name("imm_jax") / "__init__.py"
 
 setup(
     name="imm_jax",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', _PACKAGE.read_text())[1],
     description="Iterative Model Merging: language models that improve their own reasoning without going shallow",
     license="Apache-2.0",
     python_requires=">=3.11",
@@ -20,6 +25,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.6",
         "tensorboardX>=2.6.2",
+        "tokenizers>=0.22",
         "tqdm>=4.66",
         # vLLM needs less than 5.21; one environment may hold both.
         "transformers>=5.16,<5.21",

@@ -3,11 +3,12 @@
     python benchmarks/seeds.py --workdir=runs/seeds --seeds=10
 
 Every run is the command of the README (`python -m imm_jax.main --config=configs/tiny.py`) with its own seed and method;
-`real` is the control that trains on gold answers in place of samples. A killed benchmark goes on where it was. Prints a
-Markdown table with mean and standard error, and what imm and star change against the base; WORKDIR/seeds.png shows
-it by round, WORKDIR/scores.json holds every figure.
+`real` is the control that trains on gold answers in place of samples. Linux only (one process a core, through taskset);
+a killed benchmark goes on where it was. Prints a Markdown table with mean and standard error, and what imm and star
+change against the base; WORKDIR/seeds.png shows it by round, WORKDIR/scores.json holds every figure.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -47,9 +48,11 @@ def run_all(jobs: list[tuple[str, int]], root: Path) -> None:
     command = ["taskset", "-c", str(core), sys.executable, "-m", "imm_jax.main", "--config=configs/tiny.py",
                f"--workdir={root / f'{method}_{seed}'}", f"--config.method={method}", f"--config.seed={seed}",
                *_OVERRIDES.value]
-    with (root / f"{method}_{seed}.log").open("w") as log:
-      code = subprocess.run(command, cwd=REPO, env=environment, stdout=log, stderr=log, check=False).returncode
-    cores.put(core)
+    try:
+      with (root / f"{method}_{seed}.log").open("w") as log:
+        code = subprocess.run(command, cwd=REPO, env=environment, stdout=log, stderr=log, check=False).returncode
+    finally:
+      cores.put(core)
     if code:
       raise SystemExit(f"{' '.join(command)} ended with {code}; see {log.name}")
     print(f"{method} seed {seed} done", flush=True)
@@ -92,7 +95,7 @@ def plot(table: dict[str, dict[str, np.ndarray]], path: Path) -> None:
   """Mean accuracy by round with standard errors."""
   figure = Figure(figsize=(8, 3.4), layout="constrained")
   for axes, domain in zip(figure.subplots(1, 2), ("ID", "OOD"), strict=True):
-    for (method, scores), (colour, marker) in zip(table.items(), _STYLES, strict=False):
+    for (method, scores), (colour, marker) in zip(table.items(), itertools.cycle(_STYLES)):
       values = scores[domain]
       axes.errorbar(range(values.shape[1]), values.mean(0), yerr=values.std(0, ddof=1) / len(values)**0.5,
                     color=colour, marker=marker, capsize=3, label=method)
@@ -117,8 +120,9 @@ def main(_: list[str]) -> None:
                     for d in ("ID", "OOD"))
     print(f"\nstar gains {gain['star']:+.3f} in domain (wanted +0.08 or more: {gain['star'] >= 0.08}) and changes by "
           f"{change['star']:+.3f} out of domain (wanted -0.10 or less: {change['star'] <= -0.10})")
+    kept = f"{gain['imm'] / gain['star']:.0%}" if gain["star"] > 0 else "none"
     print(f"imm changes by {change['imm']:+.3f} out of domain (wanted -0.02 or more: {change['imm'] >= -0.02}), keeps "
-          f"{gain['imm'] / gain['star']:.0%} of star's gain (wanted 75 %: {gain['imm'] >= 0.75 * gain['star']})")
+          f"{kept} of star's gain (wanted 75 %: {gain['imm'] >= 0.75 * gain['star']})")
 
 
 if __name__ == "__main__":

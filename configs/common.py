@@ -28,9 +28,9 @@ def get_config() -> ml_collections.ConfigDict:
   sample.temperatures = (0.2, 0.4, 0.6)  # sample j uses number j modulo their count [paper]
   sample.top_p = 1.0  # nucleus: 1 keeps the whole distribution [ours]
   sample.max_new_tokens = 512  # tokens of an answer [ours]
-  sample.stop = ("### Instruction",)  # an answer ends before any of these strings
+  sample.stop = ("### Instruction",)  # an answer ends before any of these strings, in evaluation too
   sample.batch_size = 64  # samples decoded at once
-  sample.compute_dtype = "bfloat16"  # of weights, activations and cache: bfloat16 or float32
+  sample.compute_dtype = "bfloat16"  # of weights, activations and cache, in evaluation too: bfloat16 or float32
 
   config.sft = sft = ml_collections.ConfigDict()
   sft.epochs = 3  # passes over a round's answers [paper]

@@ -1,9 +1,9 @@
 """How every command line tool starts: flags, then `main`, and one clear line for a user's mistake."""
 
-import difflib
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import ml_collections
 from absl import app, flags, logging
@@ -16,6 +16,9 @@ def run(main: Callable[[], None]) -> None:
 
   def parse(argv: list[str]) -> list[str]:
     try:
+      # A config file may import its neighbours (`from configs import common`) wherever the command is given.
+      given = re.findall(r"(?m)^--?config[=\n]([^:\n]+)", "\n".join(argv))
+      sys.path += [str(Path(file).resolve().parent.parent) for file in given]
       rest = flags.FLAGS(argv)
     except flags.Error as e:
       _fail(str(e))
@@ -40,16 +43,6 @@ def run(main: Callable[[], None]) -> None:
       sys.exit(130)
 
   app.run(call, flags_parser=parse)
-
-
-def nearest(name: str, known: list[str]) -> str:
-  """A hint for a mistyped name.
-
-  >>> nearest("base_wieght", ["base_weight", "drop_rate"])
-  'did you mean base_weight?'
-  """
-  close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-  return f"did you mean {close[0]}?" if close else f"expected one of: {', '.join(known)}"
 
 
 def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:

@@ -1,15 +1,17 @@
 """Checks a config before anything is spent."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import ml_collections
 
-from imm_jax import cli, tasks
-from imm_jax.errors import UserError
+from imm_jax import tasks
+from imm_jax.errors import UserError, nearest
 from imm_jax.merging import quantise_drop_rate
 
 METHODS = ("imm", "star", "real")
-_DTYPES = ("bfloat16", "float32")
+DTYPES = ("bfloat16", "float32")
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -18,14 +20,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
   What depends on the machine (mesh, batch over devices) is checked when the devices are known, in `stages`.
   """
   one_of = [("method", METHODS), ("task.name", tasks.NAMES), ("sft.schedule", ("cosine", "linear", "constant")),
-            ("merge.delta_ref", ("start", "base")), ("sft.compute_dtype", _DTYPES), ("sample.compute_dtype", _DTYPES)]
+            ("merge.delta_ref", ("start", "base")), ("sft.compute_dtype", DTYPES), ("sample.compute_dtype", DTYPES)]
   for key, allowed in one_of:
     value = _get(config, key)
     if value not in allowed:
-      raise UserError(f"config.{key}={value!r}: {cli.nearest(str(value), list(allowed))}")
+      raise UserError(f"config.{key}={value!r}: {nearest(str(value), list(allowed))}")
   for name in config.task.ood:
     if name not in tasks.NAMES:
-      raise UserError(f"config.task.ood has {name!r}: {cli.nearest(str(name), list(tasks.NAMES))}")
+      raise UserError(f"config.task.ood has {name!r}: {nearest(str(name), list(tasks.NAMES))}")
     if name == config.task.name:
       raise UserError(f"config.task.ood has {name!r}, which is the in-domain task")
   if len(set(config.task.ood)) < len(config.task.ood):
@@ -33,16 +35,16 @@ def validate(config: ml_collections.ConfigDict) -> None:
   for key in ("rounds", "task.questions_per_round", "task.eval_questions", "sample.num_samples",
               "sample.max_new_tokens", "sample.batch_size", "sft.epochs", "sft.global_batch", "sft.accumulation",
               "sft.row_length", "sft.log_every", "eval.max_new_tokens", "eval.batch_size"):
-    _require(config, key, lambda v: v >= 1, "expected 1 or more")
+    require(config, key, lambda v: v >= 1, "expected 1 or more")
   for key in ("seed", "prompt.few_shot"):
-    _require(config, key, lambda v: v >= 0, "expected 0 or more")
+    require(config, key, lambda v: v >= 0, "expected 0 or more")
   for key in ("sft.weight_decay", "sft.grad_clip"):
-    _require(config, key, lambda v: math.isfinite(v) and v >= 0, "expected a number >= 0")
-  _require(config, "sft.learning_rate", lambda v: math.isfinite(v) and v > 0, "expected a number > 0")
-  _require(config, "sft.warmup_ratio", lambda v: 0 <= v < 1, "expected 0 <= warmup_ratio < 1")
-  _require(config, "sample.top_p", lambda v: 0 < v <= 1, "expected 0 < top_p <= 1")
-  _require(config, "merge.base_weight", lambda v: 0 <= v <= 1, "expected 0 <= base_weight <= 1")
-  _require(config, "seed", lambda v: v < 2**32, "expected less than 2**32")
+    require(config, key, lambda v: math.isfinite(v) and v >= 0, "expected a number >= 0")
+  require(config, "sft.learning_rate", lambda v: math.isfinite(v) and v > 0, "expected a number > 0")
+  require(config, "sft.warmup_ratio", lambda v: 0 <= v < 1, "expected 0 <= warmup_ratio < 1")
+  require(config, "sample.top_p", lambda v: 0 < v <= 1, "expected 0 < top_p <= 1")
+  require(config, "merge.base_weight", lambda v: 0 <= v <= 1, "expected 0 <= base_weight <= 1")
+  require(config, "seed", lambda v: v < 2**32, "expected less than 2**32")
   if not all(isinstance(s, str) and s for s in config.sample.stop):
     raise UserError(f"config.sample.stop={config.sample.stop}: expected strings that are not empty")
   if not config.sample.temperatures or not all(
@@ -68,13 +70,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
       raise UserError(f"config.task.eval_questions={config.task.eval_questions}: {e}") from e
 
 
-def _get(config: ml_collections.ConfigDict, key: str) -> object:
+def _get(config: ml_collections.ConfigDict, key: str) -> Any:
   for part in key.split("."):
     config = config[part]
   return config
 
 
-def _require(config: ml_collections.ConfigDict, key: str, check: object, expected: str) -> None:
+def require(config: ml_collections.ConfigDict, key: str, check: Callable[[Any], bool], expected: str) -> None:
+  """Raises UserError unless the value at `key` (`sft.epochs`) passes."""
   value = _get(config, key)
   if not check(value):
     raise UserError(f"config.{key}={value}: {expected}")

@@ -1,5 +1,7 @@
 """Errors that a user can mend: shown as one line, without a traceback."""
 
+import difflib
+
 
 class UserError(Exception):
   """A mistake in the config, the files or the environment.
@@ -7,3 +9,13 @@ class UserError(Exception):
   The message says what was wrong, where (file, key, line), and what would be right. The command line
   tools print it as `error: ...` on stderr and exit with code 1; library callers catch it like any exception.
   """
+
+
+def nearest(name: str, known: list[str]) -> str:
+  """A hint for a mistyped name.
+
+  >>> nearest("base_wieght", ["base_weight", "drop_rate"])
+  'did you mean base_weight?'
+  """
+  close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+  return f"did you mean {close[0]}?" if close else f"expected one of: {', '.join(known)}"

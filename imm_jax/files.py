@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,9 @@ def committed(target: Path) -> Iterator[Path]:
     with contextlib.suppress(OSError):
       remove(temporary)
     advice = "make room" if e.errno in _DISK_FULL else "make it writable"
-    raise UserError(f"{target}: cannot be written ({e.strerror}); {advice} and start again, finished stages are kept"
-                    ) from e
+    where = f" {e.filename}" if e.filename else ""
+    raise UserError(f"{target}: cannot be written ({e.strerror}{where}); {advice} and start again, what was finished "
+                    "before is kept") from e
 
 
 def write_text(path: Path, text: str) -> None:
@@ -59,8 +60,8 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
       f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-  """Reads one JSON object a line; a line that is none is a UserError that names it."""
+def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+  """Reads one JSON object a line; a line that is none, or lacks one of `fields`, is a UserError that names it."""
   rows = []
   with path.open(encoding="utf-8") as f:
     for number, line in enumerate(f, 1):
@@ -70,6 +71,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}:{number}: not a JSON object ({e}); remove the file to have it made again") from e
       if not isinstance(rows[-1], dict):
         raise UserError(f"{path}:{number}: not a JSON object; remove the file to have it made again")
+      wrong = [field for field, kind in fields.items() if not isinstance(rows[-1].get(field), kind)]
+      if wrong:
+        raise UserError(f"{path}:{number}: {wrong[0]!r} is missing or no {fields[wrong[0]].__name__}; remove the file "
+                        "to have it made again")
   return rows
 
 
@@ -104,10 +109,10 @@ def size_of(path: Path) -> int:
   return sum(p.stat().st_size for p in files_of(path))
 
 
-def digest(path: Path) -> str:
-  """sha256 over the contents (and, in a folder, the names) of all files."""
+def digest(path: Path, only: Sequence[Path] | None = None) -> str:
+  """sha256 over the contents (and, in a folder, the names) of all files, or of `only` these."""
   total = hashlib.sha256()
-  for file in files_of(path):
+  for file in files_of(path) if only is None else only:
     with file.open("rb") as f:
       total.update(f"{file.relative_to(path)}\0{hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
   return total.hexdigest()

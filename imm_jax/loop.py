@@ -14,6 +14,7 @@ import ml_collections
 
 from imm_jax import __version__, files, memory, report, rundir, stages
 from imm_jax.model import hf, sharding
+from imm_jax.model.decoder import ModelConfig
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.rundir import Stage
 
@@ -54,15 +55,11 @@ def plan(config: ml_collections.ConfigDict, root: Path) -> list[Stage]:
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs what is not done yet, then prints the table and writes the report."""
-  base = hf.resolve(config.model)
-  # What cannot work ends the run before anything is spent.
-  hf.check(base)
-  load_tokenizer(base)
-  sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+  base, _ = _check(config)
   with rundir.RunDir(workdir, config) as directory:
     directory.note(versions=_versions(), devices=[d.device_kind for d in jax.devices()], method=config.method,
                    tasks={"id": config.task.name, "ood": list(config.task.ood)})
-    external = {"base": files.digest(base)}
+    external = {"base": hf.digest(base)}
     steps = plan(config, directory.path)
     ran = sum(directory.run(stage, external) for stage in steps)
     print(f"{ran} of {len(steps)} stages were run, the others were done before")
@@ -76,19 +73,30 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
 def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Prints what `run` would do and changes nothing."""
   root = Path(workdir)
-  base = hf.resolve(config.model)
-  model = hf.check(base)
+  base, model = _check(config)
+  rundir.check_config(root, config)
   record = rundir.read_record(root)
-  external = {"base": files.digest(base) if record["stages"] else ""}  # a large model takes a while
+  external = {"base": hf.digest(base) if record["stages"] else ""}  # a large model takes a while
   steps = plan(config, root)
   waiting: set[str] = set()
-  print(f"{'stage':<24}{'state':<10}work")
+  print(f"{'stage':<24}{'state':<8}work")
   for stage in steps:
+    reason = rundir.why(stage, record, root, external)
     # What reads a stage that will be made again may have to follow.
-    if rundir.why(stage, record, root, external) is not None or waiting.intersection(stage.needs):
+    if reason or waiting.intersection(stage.needs):
       waiting.add(stage.name)
-    print(f"{stage.name:<24}{'to do' if stage.name in waiting else 'done':<10}{stage.plan}")
+    again = f" ({reason})" if reason not in (None, "run") else ""
+    print(f"{stage.name:<24}{'to do' if stage.name in waiting else 'done':<8}{stage.plan}{again}")
   print(f"\n{len(waiting)} of {len(steps)} stages to do; {memory.estimate(config, model, jax.device_count())}")
+
+
+def _check(config: ml_collections.ConfigDict) -> tuple[Path, ModelConfig]:
+  """The base model's folder and config; what cannot work ends the run before anything is spent."""
+  base = hf.resolve(config.model)
+  model = hf.check(base)
+  load_tokenizer(base)
+  sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+  return base, model
 
 
 def _evaluation(config: ml_collections.ConfigDict, model: Path, root: Path, name: str, need: str, round_: int) -> Stage:

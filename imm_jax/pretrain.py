@@ -6,6 +6,7 @@ Takes minutes on 2 cores. The folder loads in transformers and vLLM; recipe.json
 """
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
 from imm_jax import cli, files
-from imm_jax.errors import UserError
+from imm_jax.config import DTYPES, require
+from imm_jax.errors import UserError, nearest
 from imm_jax.model import hf, sharding
 from imm_jax.model.decoder import ModelConfig, init_params
 from imm_jax.sampling import Prompt
@@ -66,8 +68,27 @@ def corpus(config: ml_collections.ConfigDict) -> list[Example]:
   return examples
 
 
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Raises UserError for the first value that cannot work."""
+  for key in ("examples", "global_batch", "row_length", "eval_questions"):
+    require(config, key, lambda v: v >= 1, "expected 1 or more")
+  require(config, "seed", lambda v: 0 <= v < 2**32, "expected 0 <= seed < 2**32")
+  require(config, "learning_rate", lambda v: math.isfinite(v) and v > 0, "expected a number > 0")
+  require(config, "warmup_ratio", lambda v: 0 <= v < 1, "expected 0 <= warmup_ratio < 1")
+  for key in ("weight_decay", "grad_clip"):
+    require(config, key, lambda v: math.isfinite(v) and v >= 0, "expected a number >= 0")
+  require(config, "compute_dtype", lambda v: v in DTYPES, f"expected one of: {', '.join(DTYPES)}")
+  families = (*arithmetic.FAMILIES, "drill")
+  for family in config.mixture:
+    if family not in families:
+      raise UserError(f"config.mixture has {family!r}: {nearest(family, list(families))}")
+  require(config, "mixture", lambda v: all(s >= 0 for s in v.values()) and sum(v.values()) > 0,
+          "expected shares >= 0 with a positive sum")
+
+
 def main() -> None:
   config, out = cli.config_of(_CONFIG), Path(_OUT.value)
+  validate(config)
   if out.exists() and not (out / "recipe.json").exists():
     raise UserError(f"--out={out}: exists and is no pre-trained model (it has no recipe.json); choose another folder")
   tokenizer = build_tokenizer()
@@ -81,6 +102,9 @@ def main() -> None:
   model_config = ModelConfig.from_hf(hf_config)
   examples = corpus(config)
   tokenized = [_tokenize(tokenizer, example) for example in examples]
+  longest = max(len(e.prompt) + len(e.response) for e in tokenized)
+  if longest > config.row_length:
+    raise UserError(f"config.row_length={config.row_length}: the longest example has {longest} tokens")
   mesh = sharding.make_mesh(data=-1, fsdp=1)
   batches = PackedBatches(tokenized, epochs=1, global_batch=config.global_batch, row_length=config.row_length,
                           seed=config.seed, row_multiple=jax.device_count())

@@ -8,6 +8,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -53,6 +54,8 @@ class RunDir:
     self.path = Path(path)
     if "://" in str(path):
       raise UserError(f"--workdir={path}: only a folder on this machine's file systems is supported so far")
+    if self.path.exists() and not self.path.is_dir():
+      raise UserError(f"--workdir={path}: is a file; expected a folder, or a name for a new one")
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       self._lock = (self.path / ".lock").open("w")  # closed by __exit__
@@ -62,7 +65,9 @@ class RunDir:
     except OSError as e:
       raise UserError(f"{self.path}: the run directory cannot be written ({e.strerror}); use another --workdir") from e
     try:
-      self._check_config(config)
+      check_config(self.path, config)
+      files.write_text(self.path / "config.json",
+                       json.dumps(_plain(config), indent=1, sort_keys=True) + "\n")
       self._record = read_record(self.path)
     except BaseException:
       self._lock.close()
@@ -107,25 +112,30 @@ class RunDir:
     return True
 
   def note(self, **values: Any) -> None:
-    """Records facts about the run as a whole (versions, devices)."""
+    """Records facts about the run as a whole (versions, devices), and says what another start had otherwise."""
+    for name, value in values.items():
+      before = self._record.get(name, value)
+      if before != value:
+        print(f"warning: {name} was {before} and is {value} now; the bits of new stages may differ", file=sys.stderr)
     self._record.update(values)
     self._save_record()
 
   def _save_record(self) -> None:
     files.write_text(self.path / "run.json", json.dumps(self._record, indent=1, sort_keys=True) + "\n")
 
-  def _check_config(self, config: ml_collections.ConfigDict) -> None:
-    path, wanted = self.path / "config.json", json.loads(json.dumps(config.to_dict()))
-    if path.exists():
-      found = files.read_json(path)
-      different = [f"{key} is {old} there, {new} here" for key, old, new in _differences(found, wanted)
-                   if key not in _MAY_GROW or not isinstance(old, int) or new < old]
-      if different:
-        raise UserError(f"{self.path}: made with another config ({'; '.join(different)}); use another --workdir, or "
-                        "the values it was made with")
-    elif (self.path / "run.json").exists():
-      raise UserError(f"{path}: missing, so nobody can say whether this run has the same config; use another --workdir")
-    files.write_text(path, json.dumps(wanted, indent=1, sort_keys=True) + "\n")
+
+def check_config(root: Path, config: ml_collections.ConfigDict) -> None:
+  """Raises UserError when a run directory was made with another config; it names every key that differs."""
+  path = root / "config.json"
+  if path.exists():
+    different = [f"{key} is {old} there, {new} here" for key, old, new in _differences(files.read_json(path),
+                                                                                       _plain(config))
+                 if key not in _MAY_GROW or not isinstance(old, int) or new < old]
+    if different:
+      raise UserError(f"{root}: made with another config ({'; '.join(different)}); use another --workdir, or "
+                      "the values it was made with")
+  elif (root / "run.json").exists():
+    raise UserError(f"{path}: missing, so nobody can say whether this run has the same config; use another --workdir")
 
 
 def why(stage: Stage, record: Mapping[str, Any], root: Path, external: Mapping[str, str]) -> str | None:
@@ -174,3 +184,8 @@ def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, 
       yield from _differences(a, b, f"{prefix}{key}.")
     elif a != b:
       yield f"{prefix}{key}", a, b
+
+
+def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """As json reads it back: tuples are lists."""
+  return json.loads(json.dumps(config.to_dict()))

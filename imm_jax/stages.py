@@ -58,7 +58,8 @@ def keep_correct(samples: Path, out: Path) -> dict[str, Any]:
   Raises:
     UserError: when none is right.
   """
-  rows = files.read_jsonl(samples)
+  rows = files.read_jsonl(
+      samples, {"id": str, "question": str, "text": str, "finish": str, "span": str, "correct": bool})
   correct = [r for r in rows if r["correct"]]
   kept = {(r["question"], r["text"]): {"id": r["id"], "question": r["question"], "response": r["text"]}
           for r in reversed(correct)}  # reversed: the first of equal answers stays
@@ -86,7 +87,7 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root:
   sft = config.sft
   mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
   tokenizer = load_tokenizer(model)
-  rows = files.read_jsonl(train)
+  rows = files.read_jsonl(train, {"question": str, "response": str})
   tokenized = [TokenizedExample(
       tokenizer(prompts.build(r["question"], header=config.prompt.header))["input_ids"],
       tokenizer(r["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]) for r in rows]

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from imm_jax import stages
+from imm_jax.errors import UserError
 from imm_jax.model import hf, safetensors
 
 REPO = Path(__file__).parent.parent
@@ -33,7 +35,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def command(workdir: Path, *extra: str) -> list[str]:
-  return [sys.executable, "-m", "imm_jax.main", "--config=configs/tiny.py", f"--workdir={workdir}", *SMALL, *extra]
+  return [sys.executable, "-m", "imm_jax.main", f"--config={REPO / 'configs/tiny.py'}",
+          f"--workdir={workdir}", *SMALL, *extra]
 
 
 def start(workdir: Path, environment: dict[str, str], *extra: str) -> subprocess.CompletedProcess:
@@ -180,6 +183,17 @@ def test_real_trains_on_gold_answers_and_star_goes_on_from_the_tuned_model(envir
   assert record["round_1/sft"]["inputs"]["round_0/sft"] == record["round_0/sft"]["output"]
 
 
+def test_bfloat16_runs_from_any_folder_to_the_same_bits(environment: dict[str, str], tmp_path: Path):
+  bfloat16 = ("--config.rounds=1", "--config.sft.compute_dtype=bfloat16", "--config.sample.compute_dtype=bfloat16")
+  for name in ("a", "b"):
+    done = subprocess.run(command(tmp_path / name, *bfloat16), cwd=tmp_path, env=environment, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stderr
+  assert_same_run(tmp_path / "a", tmp_path / "b")
+  facts = json.loads((tmp_path / "a/run.json").read_text())["stages"]["round_0/sft"]["facts"]
+  assert 0 < facts["last_loss"] < 3
+
+
 def test_no_right_sample_stops_the_round_and_keeps_the_samples(environment: dict[str, str], tmp_path: Path):
   # One token is never a whole answer.
   done = start(tmp_path / "run", environment, "--config.sample.max_new_tokens=1")
@@ -211,6 +225,8 @@ def one_line(stderr: str) -> str:
     ("--config.task.name=storys", "did you mean stories?"),
     ("--config.mesh.fsdp=3", "does not fit 1 device"),
     ("--config.model=/no/such/folder", "no such checkpoint folder"),
+    ("--config.model=", "config.model is empty"),
+    (f"--workdir={REPO / 'README.md'}", "is a file"),
     ("--config=configs/none.py", "configs/none.py"),
     ("--confg=1", "confg"),
 ])
@@ -261,6 +277,15 @@ def test_a_damaged_run_directory_is_one_line(finished: Path, environment: dict[s
   done = start(tmp_path / "run", environment)
   assert done.returncode == 1
   assert expected in one_line(done.stderr)
+
+
+@pytest.mark.parametrize(("row", "expected"), [("{}", "'id' is missing or no str"), ("[]", "not a JSON object"),
+                                               ("nonsense", "not a JSON object")])
+def test_damaged_samples_are_named_with_their_line(row: str, expected: str, tmp_path: Path):
+  good = {"id": "a", "question": "q", "text": "t", "finish": "stop", "span": "1", "correct": True}
+  (tmp_path / "samples.jsonl").write_text(json.dumps(good) + "\n" + row + "\n")
+  with pytest.raises(UserError, match=f"samples.jsonl:2: {expected}"):
+    stages.keep_correct(tmp_path / "samples.jsonl", tmp_path / "out")
 
 
 def test_a_kill_while_a_file_is_replaced_leaves_the_old_or_the_new_one(tmp_path: Path):

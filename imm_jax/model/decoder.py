@@ -127,6 +127,7 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
+  """A table [V, D] of token vectors; also the head where the two are tied."""
 
   def __init__(self, vocab: int, dim: int, *, dtype: jnp.dtype, key: jax.Array):
     self.weight = nnx.Param(0.02 * jax.random.normal(key, (vocab, dim), dtype))
@@ -182,6 +183,7 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
+  """A pre-norm transformer layer: attention, then the feed-forward."""
 
   def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, key: jax.Array):
     attention, mlp = jax.random.split(key)

@@ -30,6 +30,8 @@ _SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "token
 
 def resolve(model: str) -> Path:
   """The checkpoint folder that a config's `model` means: a folder, or `tiny` for the embedded one."""
+  if not model:
+    raise UserError("config.model is empty; expected an HF checkpoint folder, or tiny for the embedded model")
   return _EMBEDDED / model if model == "tiny" else Path(model)
 
 
@@ -58,6 +60,13 @@ def read_config(folder: str | Path) -> ModelConfig:
 def check(folder: str | Path) -> ModelConfig:
   """Checks that a checkpoint folder is whole, without reading its weights; raises the errors of `load`."""
   return _open(Path(folder))[0]
+
+
+def digest(folder: Path) -> str:
+  """Of everything in a checkpoint folder that this package reads; other files may come and go."""
+  weights = _index(folder).values() if (folder / _INDEX).exists() else [_WEIGHTS]
+  names = sorted({*weights, *(name for name in _SIDE_FILES if (folder / name).exists())})
+  return files.digest(folder, only=[folder / name for name in names])
 
 
 def load(folder: str | Path, *, dtype: jnp.dtype | None = None,
@@ -151,12 +160,18 @@ def _entries(params: Params) -> Iterator[tuple[str, np.dtype, tuple[int, ...], C
   return iter(sorted(flat, key=order))
 
 
+def _index(folder: Path) -> dict[str, str]:
+  """The index of a sharded checkpoint: tensor name -> file name."""
+  weight_map = files.read_json(folder / _INDEX).get("weight_map")
+  if not isinstance(weight_map, dict) or not all(
+      isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
+    raise UserError(f"{folder / _INDEX}: has no weight_map from tensor names to file names")
+  return weight_map
+
+
 def _map_tensors(folder: Path) -> dict[str, np.ndarray]:
   if (folder / _INDEX).exists():
-    weight_map = files.read_json(folder / _INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
-      raise UserError(f"{folder / _INDEX}: has no weight_map from tensor names to file names")
+    weight_map = _index(folder)
     tensors: dict[str, np.ndarray] = {}
     for file in sorted(set(weight_map.values())):
       if not (folder / file).exists():

@@ -14,7 +14,7 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
   """The tokenizer of an HF checkpoint folder.
 
   Raises:
-    UserError: when the folder holds none that can be loaded.
+    UserError: when the folder holds none that can be loaded, or it has no end-of-text token.
   """
   # At import transformers advises to install torch, which nothing here uses.
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -23,6 +23,9 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
   if not any((Path(folder) / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
     raise UserError(f"{folder}: has no tokenizer; expected tokenizer.json (or tokenizer.model, vocab.json) in it")
   try:
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
   except Exception as e:  # tokenizers raises a bare Exception for a damaged file
     raise UserError(f"{folder}: its tokenizer cannot be loaded ({str(e).partition(chr(10))[0]})") from e
+  if tokenizer.eos_token_id is None:
+    raise UserError(f"{folder}: its tokenizer has no end-of-text token; set eos_token in tokenizer_config.json")
+  return tokenizer

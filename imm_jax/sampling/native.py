@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from imm_jax import files
+from imm_jax import files, progress
 from imm_jax.errors import UserError
 from imm_jax.model import hf
-from imm_jax.model.decoder import LayerCache, ModelConfig, Params, bind, unstack_layers
+from imm_jax.model.decoder import ModelConfig, Params, bind, unstack_layers
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.sampling import Completion, Prompt
 
@@ -82,13 +81,13 @@ class NativeSampler:
     work.sort(key=lambda item: item[0])  # stable: one padded length after the other
     results: list[list[Completion | None]] = [[None] * num_samples for _ in prompts]
     total_tokens = 0
-    with tqdm(total=len(work), desc=label, unit="sample", disable=jax.process_index() != 0, mininterval=1.0) as bar:
+    with progress.bar(len(work), label, "sample") as bar:
       for bucket, rows in _batches(work, self._batch_size):
         batch = _Rows.of([ids[p] for p, _ in rows], bucket, self._batch_size)
         keys = _row_keys(seed, [prompts[p].id for p, _ in rows], [s for _, s in rows], self._batch_size)
-        heat = np.zeros(self._batch_size, np.float32)
-        heat[:len(rows)] = [temperatures[s % len(temperatures)] for _, s in rows]
-        completions = self._run(batch, keys, heat, top_p, max_new_tokens, tuple(stop))
+        row_temperatures = np.zeros(self._batch_size, np.float32)
+        row_temperatures[:len(rows)] = [temperatures[s % len(temperatures)] for _, s in rows]
+        completions = self._run(batch, keys, row_temperatures, top_p, max_new_tokens, tuple(stop))
         for (p, s), completion in zip(rows, completions, strict=True):
           results[p][s] = completion
           total_tokens += completion.num_tokens
@@ -223,7 +222,7 @@ def _prefill(params: Params, pad: jax.Array, keys: jax.Array, temperatures: jax.
   logits, caches = bind(config, params, scan=False).with_cache(
       tokens, positions=jnp.maximum(slots - pad[:, None], 0), mask=mask, caches=[(empty, empty)] * config.num_layers,
       index=0, compute_dtype=dtype)
-  widen: LayerCache = lambda cache: jnp.pad(cache, ((0, 0), (0, 0), (0, new_tokens), (0, 0)))
+  widen = lambda cache: jnp.pad(cache, ((0, 0), (0, 0), (0, new_tokens), (0, 0)))
   first = _sample(logits, keys, 0, temperatures, num_ids=num_ids, top_p=top_p, greedy=greedy)
   return {"step": jnp.int32(1), "tokens": jnp.zeros((batch, new_tokens), jnp.int32).at[:, 0].set(first),
           "done": unused | jnp.isin(first, jnp.array(eos, jnp.int32)), "caches": jax.tree.map(widen, caches)}

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from imm_jax.model import sharding
 from imm_jax.model.decoder import ModelConfig, Params, bind
 
-# params: float32 master weights; opt_state: optax's; step: int32.
+# params: float32 master weights; opt_state: optax's, which also counts the steps.
 TrainState = dict[str, Any]
 Metrics = dict[str, jax.Array]
 
@@ -66,8 +66,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Me
     return sharding.param_sharding(mesh, name, leaf.shape) if name else NamedSharding(mesh, P())
 
   shardings = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
-  step = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, P()))
-  return {"params": params, "opt_state": jax.jit(optimizer.init, out_shardings=shardings)(params), "step": step}
+  return {"params": params, "opt_state": jax.jit(optimizer.init, out_shardings=shardings)(params)}
 
 
 def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation, *, compute_dtype: jnp.dtype,
@@ -95,7 +94,7 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "tokens": total}
-    return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+    return {"params": params, "opt_state": opt_state}, metrics
 
   compiled = None
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
-from tqdm import tqdm
 
+from imm_jax import progress
 from imm_jax.errors import UserError
 from imm_jax.model import sharding
 from imm_jax.model.decoder import ModelConfig, Params
@@ -52,7 +52,7 @@ def train(config: ModelConfig, params: Params, batches: PackedBatches, *, schedu
   learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(len(batches))))
   pending: list[dict[str, Any]] = []
   started = time.monotonic()
-  with tqdm(total=len(batches), desc=label, unit="step", disable=jax.process_index() != 0, mininterval=1.0) as bar:
+  with progress.bar(len(batches), label, "step") as bar:
     for step in range(len(batches)):
       state, metrics = train_step(state, jax.device_put(batches[step], batch_sharding))
       pending.append(metrics)

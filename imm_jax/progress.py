@@ -1,0 +1,12 @@
+"""The progress bar of every long piece of work."""
+
+import sys
+
+import jax
+from tqdm import tqdm
+
+
+def bar(total: int, label: str, unit: str, **options: object) -> tqdm:
+  """A bar on the first process: drawn every second on a terminal, a line now and then in a log file."""
+  return tqdm(total=total, desc=label, unit=unit, disable=jax.process_index() != 0,
+              mininterval=1.0 if sys.stderr.isatty() else 30.0, **options)
