@@ -124,8 +124,7 @@ def test_a_stacked_leaf_drops_as_its_layers_do_bit_for_bit():
   np.testing.assert_array_equal(*stacked_and_apart(merging.dare, (3, 4, 5)))
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 5), pytest.param((3, 8), marks=pytest.mark.xfail(
-    strict=False, reason="XLA fuses multiply and add differently in small leaves: one unit in the last place"))])
+@pytest.mark.parametrize("shape", [(3, 4, 5), (3, 8)])
 def test_a_stacked_leaf_merges_as_its_layers_bit_for_bit(shape):
   np.testing.assert_array_equal(*stacked_and_apart(merging.imm, shape, base_weight=0.4))
   importance = np.arange(1.0, shape[0] + 1)
@@ -254,8 +253,6 @@ def test_sharded_matrices_merge_to_the_same_bits(different_when_sharded):
   assert not different_when_sharded & {("imm", "w"), ("imm", "stack"), ("imm", "norm")}
 
 
-@pytest.mark.xfail(
-    strict=False, reason="XLA fuses multiply and add differently in small leaves: one unit in the last place")
 def test_sharded_small_leaves_merge_to_the_same_bits(different_when_sharded):
   assert ("imm", "bias") not in different_when_sharded
 
@@ -299,29 +296,33 @@ def test_a_drop_rate_out_of_range_is_an_error(drop_rate):
   ones = {"w": np.ones(2, np.float32)}
   for call in (lambda: merging.dare(ones, drop_rate=drop_rate, key=KEY),
                lambda: merge(ones, ones, ones, drop_rate=drop_rate), lambda: merging.quantise_drop_rate(drop_rate)):
-    with pytest.raises(ValueError, match=r"drop_rate=.*expected 0 <= drop_rate < 1"):
+    with pytest.raises(ValueError, match=r"drop_rate=.*expected (0 <= drop_rate < 1|a finite number)"):
       call()
 
 
 @pytest.mark.parametrize("base_weight", [-0.1, 1.0001, math.nan, math.inf, -math.inf])
 def test_a_base_weight_out_of_range_is_an_error(base_weight):
   ones = {"w": np.ones(2, np.float32)}
-  with pytest.raises(ValueError, match=r"base_weight=.*expected 0 <= base_weight <= 1"):
+  with pytest.raises(ValueError, match=r"base_weight=.*expected (0 <= base_weight <= 1|a finite number)"):
     merge(ones, ones, ones, base_weight=base_weight)
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.bool_])
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["base", "start", "tuned"])
-def test_a_leaf_that_is_not_floating_is_an_error(which, dtype):
+def test_a_leaf_that_is_floating_in_one_model_only_is_an_error(which, dtype):
   trees = [{"w": np.ones((2, 2), np.float32), "steps": np.ones(2, dtype if i == which else np.float32)}
            for i in range(3)]
-  with pytest.raises(ValueError, match=r"steps.*not floating"):
+  with pytest.raises(ValueError, match=r"steps is (float32 in base, (int32|bool)|(int32|bool) in base, float32)"):
     merge(*trees)
 
 
-def test_a_delta_that_is_not_floating_is_an_error():
-  with pytest.raises(ValueError, match="steps"):
-    merging.dare({"steps": np.ones((2, 2), np.int32)}, drop_rate=0.2, key=KEY)
+@pytest.mark.parametrize("dtype", [np.int32, np.bool_])
+def test_leaves_that_are_not_floating_must_be_equal_and_are_copied(dtype):
+  trees = [{"w": np.full(2, i, np.float32), "ids": np.array([1, 0], dtype)} for i in range(3)]
+  assert merge(*trees)["ids"].tolist() == trees[0]["ids"].tolist()
+  trees[2]["ids"] = np.array([1, 1], dtype)
+  with pytest.raises(ValueError, match=r"ids of (int32|bool) differs between base and tuned"):
+    merge(*trees)
 
 
 @pytest.mark.parametrize("importance", [

@@ -1,0 +1,105 @@
+"""Which entries a seed drops, by a tensor's name and row alone.
+
+Row r of the tensor named n is drawn from `fold_in(fold_in(key, crc32(n)), r)` of `jax.random` (threefry), in 16-bit
+draws, two to a 32-bit word, low half first. So one seed drops the same entries in memory, streamed from disk in blocks,
+stacked or layer by layer, on any mesh and platform. A tensor of at most one axis is one row.
+
+Threefry is written out here so that every entry computes its own draw from its position: nothing is stored, and a
+sharded tensor draws its own part without a word to its neighbours.
+"""
+
+import math
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+STEPS = 65_536
+_PARITY = np.uint32(0x1BD11BDA)
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def quantise_drop_rate(drop_rate: float, name: str = "drop_rate") -> int:
+  """A drop rate in steps of 1/65536, which is what is drawn and what the rescale uses.
+
+  Raises:
+    ValueError: unless 0 <= drop_rate < 1 after rounding.
+
+  >>> quantise_drop_rate(0.2)
+  13107
+  """
+  steps = round(drop_rate * STEPS) if math.isfinite(drop_rate) else -1
+  if not 0 <= steps < STEPS or drop_rate < 0:
+    raise ValueError(f"{name}={drop_rate}: expected 0 <= {name} < 1")
+  return steps
+
+
+def tensor_code(name: str) -> np.uint32:
+  """What a tensor's name adds to the key.
+
+  >>> int(tensor_code("model.norm.weight"))
+  605179714
+  """
+  return np.uint32(zlib.crc32(name.encode()))
+
+
+def key_words(key: jax.Array) -> jax.Array:
+  """The two words [2] of a threefry key, typed or raw.
+
+  Raises:
+    ValueError: for a key of another kind.
+  """
+  if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if str(jax.random.key_impl(key)) != "threefry2x32":
+      raise ValueError(f"key: expected a threefry key such as jax.random.key(0), got {jax.random.key_impl(key)}")
+    key = jax.random.key_data(key)
+  if key.shape != (2,) or key.dtype != jnp.uint32:
+    raise ValueError(f"key: expected one key, got {key.dtype}{list(key.shape)}")
+  return key
+
+
+def fold_in(words: Any, data: Any) -> tuple[Any, Any]:
+  """`jax.random.fold_in` on the words (two arrays, jax's or numpy's) of keys; `data` broadcasts against them."""
+  return _threefry(words[0], words[1], np.zeros((), np.uint32), data)
+
+
+def draws(words: tuple[jax.Array, jax.Array], codes: jax.Array, shape: tuple[int, ...],
+          first_row: jax.Array | int = 0) -> jax.Array:
+  """Uniform draws in [0, 65536) for stacked tensors, or for a block of their rows.
+
+  Args:
+    words: the key's two words.
+    codes: uint32 [L], a `tensor_code` for each tensor.
+    shape: [L, rows, ...], or [L, columns] for tensors of one axis, or [L] for scalars.
+    first_row: where the block begins in the tensor.
+
+  Returns:
+    uint32 of this shape.
+  """
+  rank = len(shape)
+  codes = codes.reshape(-1, *(1,) * (rank - 1))
+  # A row's key for every row, at the rank of the result.
+  row = (jax.lax.broadcasted_iota(jnp.uint32, (1, shape[1], *(1,) * (rank - 2)), 1) + jnp.uint32(first_row)
+         if rank > 2 else jnp.zeros((1,) * rank, jnp.uint32))
+  row_key = fold_in(fold_in(words, codes), row)
+  column, stride = jnp.zeros((1,) * rank, jnp.uint32), 1
+  for axis in reversed(range(2 if rank > 2 else 1, rank)):
+    column = column + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+    stride *= shape[axis]
+  # Two columns share a word; computing it twice is faster than putting the halves side by side.
+  high, low = _threefry(row_key[0], row_key[1], np.zeros((), np.uint32), column >> 1)
+  return jnp.broadcast_to(((high ^ low) >> ((column & 1) * 16)) & 0xFFFF, shape)
+
+
+def _threefry(k0: Any, k1: Any, x0: Any, x1: Any) -> tuple[Any, Any]:
+  """Threefry-2x32 with 20 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")."""
+  schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
+  x0, x1 = x0 + k0, x1 + k1
+  for i in range(5):
+    for r in _ROTATIONS[i % 2]:
+      x0 = x0 + x1
+      x1 = ((x1 << np.uint32(r)) | (x1 >> np.uint32(32 - r))) ^ x0
+    x0, x1 = x0 + schedule[(i + 1) % 3], x1 + (schedule[(i + 2) % 3] + np.uint32(i + 1))
+  return x0, x1
