@@ -82,7 +82,8 @@ def markdown(table: dict[str, dict[str, np.ndarray]]) -> str:
   """Accuracy of the last round by method, with the change against the base."""
   first = next(iter(table.values()))
   seeds, rounds = first["ID"].shape[0], first["ID"].shape[1] - 1
-  lines = [f"| {seeds} seeds, round {rounds} | ID | OOD | change in ID | change in OOD |", "|---|---|---|---|---|",
+  lines = [f"| {seeds} seeds, after {rounds} rounds | ID | OOD | change in ID | change in OOD |",
+           "|---|---|---|---|---|",
            f"| base | {first['ID'][0, 0]:.3f} | {first['OOD'][0, 0]:.3f} | | |"]
   for method, scores in table.items():
     cells = [mean(scores[d][:, -1]) for d in ("ID", "OOD")]
@@ -99,7 +100,7 @@ def plot(table: dict[str, dict[str, np.ndarray]], path: Path) -> None:
       values = scores[domain]
       axes.errorbar(range(values.shape[1]), values.mean(0), yerr=values.std(0, ddof=1) / len(values)**0.5,
                     color=colour, marker=marker, capsize=3, label=method)
-    axes.set(title={"ID": "in domain", "OOD": "out of domain"}[domain], xlabel="round (0 is the base)",
+    axes.set(title={"ID": "in domain", "OOD": "out of domain"}[domain], xlabel="rounds done",
              ylabel="accuracy", ylim=(0, 1.02), xticks=range(values.shape[1]))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")

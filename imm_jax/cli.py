@@ -1,5 +1,6 @@
 """How every command line tool starts: flags, then `main`, and one clear line for a user's mistake."""
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -18,10 +19,12 @@ def run(main: Callable[[], None]) -> None:
     try:
       # A config file may import its neighbours (`from configs import common`) wherever the command is given.
       given = re.findall(r"(?m)^--?config[=\n]([^:\n]+)", "\n".join(argv))
-      sys.path += [str(Path(file).resolve().parent.parent) for file in given]
+      sys.path[:0] = [str(Path(file).resolve().parent.parent) for file in given]
       rest = flags.FLAGS(argv)
     except flags.Error as e:
-      _fail(str(e))
+      lines = str(e).strip().splitlines()
+      # ml_collections packs the traceback of a config file into the message; its last line says what happened.
+      _fail(f"the config file cannot be loaded: {lines[-1]}" if "Traceback" in str(e) else _one_line(e))
     except (AttributeError, KeyError, TypeError, ValueError) as e:
       # ml_collections raises these for a config key or value that does not fit.
       _fail(_config_message(e))
@@ -36,8 +39,16 @@ def run(main: Callable[[], None]) -> None:
       logging.set_verbosity(logging.WARNING)  # INFO is libraries talking to themselves
     try:
       main()
+      sys.stdout.flush()
     except UserError as e:
       _fail(str(e))
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      sys.exit(1)
+    except OSError as e:
+      if e.filename is None:
+        raise
+      _fail(f"{e.filename}: {e.strerror}")
     except KeyboardInterrupt:
       print("\ninterrupted; the same command goes on from the last finished stage", file=sys.stderr)
       sys.exit(130)
@@ -60,7 +71,7 @@ def _config_message(error: Exception) -> str:
   hint = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', text)
   if hint:
     return f"the config has no key {hint[2]!r}; did you mean {hint[1]!r}?"
-  return f"the config has no such key or value: {text} (configs/common.py lists all keys)"
+  return f"the config has no such key or value: {text.strip('"')} (configs/common.py lists all keys)"
 
 
 def _one_line(error: Exception) -> str:

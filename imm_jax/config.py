@@ -35,7 +35,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   for key in ("rounds", "task.questions_per_round", "task.eval_questions", "sample.num_samples",
               "sample.max_new_tokens", "sample.batch_size", "sft.epochs", "sft.global_batch", "sft.accumulation",
               "sft.row_length", "sft.log_every", "eval.max_new_tokens", "eval.batch_size"):
-    require(config, key, lambda v: v >= 1, "expected 1 or more")
+    require(config, key, lambda v: 1 <= v < 2**31, "expected 1 or more, less than 2**31")
   for key in ("seed", "prompt.few_shot"):
     require(config, key, lambda v: v >= 0, "expected 0 or more")
   for key in ("sft.weight_decay", "sft.grad_clip"):
@@ -72,6 +72,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 def _get(config: ml_collections.ConfigDict, key: str) -> Any:
   for part in key.split("."):
+    if part not in config:
+      raise UserError(f"the config has no key {key}; is --config the right file?")
     config = config[part]
   return config
 

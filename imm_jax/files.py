@@ -13,7 +13,8 @@ from typing import Any
 from imm_jax.errors import UserError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_DISK_REFUSES = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+_DISK_REFUSES = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+                 errno.ENOENT, errno.ENAMETOOLONG)
 
 
 @contextlib.contextmanager
@@ -63,10 +64,10 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
   """Reads one JSON object a line; a line that is none, or lacks one of `fields`, is a UserError that names it."""
   rows = []
-  with path.open(encoding="utf-8") as f:
+  with path.open("rb") as f:
     for number, line in enumerate(f, 1):
       try:
-        rows.append(json.loads(line))
+        rows.append(json.loads(line.decode()))
       except ValueError as e:
         raise UserError(f"{path}:{number}: not a JSON object ({e}); remove the file to have it made again") from e
       if not isinstance(rows[-1], dict):

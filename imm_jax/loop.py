@@ -5,6 +5,7 @@
 
 import functools
 import importlib.metadata
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import jax
 import ml_collections
 
 from imm_jax import __version__, files, memory, report, rundir, stages
-from imm_jax.model import hf, sharding
+from imm_jax.model import folder, hf, sharding
 from imm_jax.model.decoder import ModelConfig
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.rundir import Stage
@@ -57,9 +58,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs what is not done yet, then prints the table and writes the report."""
   base, _ = _check(config)
   with rundir.RunDir(workdir, config) as directory:
+    # The bits of a sum on CPU depend on how many threads share it.
+    threads = {"threads": len(os.sched_getaffinity(0))} if jax.default_backend() == "cpu" else {}
     directory.note(versions=_versions(), devices=[d.device_kind for d in jax.devices()], method=config.method,
-                   tasks={"id": config.task.name, "ood": list(config.task.ood)})
-    external = {"base": hf.digest(base)}
+                   tasks={"id": config.task.name, "ood": list(config.task.ood)}, **threads)
+    external = {"base": folder.digest(base)}
     steps = plan(config, directory.path)
     ran = sum(directory.run(stage, external) for stage in steps)
     print(f"{ran} of {len(steps)} stages were run, the others were done before")
@@ -74,9 +77,9 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Prints what `run` would do and changes nothing."""
   root = Path(workdir)
   base, model = _check(config)
-  rundir.check_config(root, config)
+  rundir.check(workdir, config)
   record = rundir.read_record(root)
-  external = {"base": hf.digest(base) if record["stages"] else ""}  # a large model takes a while
+  external = {"base": folder.digest(base) if record["stages"] else ""}  # a large model takes a while
   steps = plan(config, root)
   waiting: set[str] = set()
   print(f"{'stage':<24}{'state':<8}work")

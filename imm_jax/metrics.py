@@ -17,9 +17,10 @@ class StageMetrics:
   def __init__(self, root: Path, stage: str):
     self._stage = stage
     path = root / "metrics.jsonl"
-    kept = [line for line in path.read_text().splitlines() if _of_another_stage(line, stage)] if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    kept = [line for line in lines if _of_another_stage(line, stage)]
     files.write_text(path, "".join(line + "\n" for line in kept))
-    self._file = path.open("a")
+    self._file = path.open("a", encoding="utf-8")
     folder = root / "tb" / stage.replace("/", "_")
     files.remove(folder)
     from tensorboardX import SummaryWriter  # late: it imports torch where torch is installed, which takes seconds

@@ -1,6 +1,6 @@
 """Makes the embedded base model: a small decoder pre-trained on generated word problems.
 
-    python -m imm_jax.pretrain --config=configs/tiny_pretrain.py --out=imm_jax/assets/tiny
+    python -m imm_jax.pretrain --config=configs/tiny_pretrain.py
 
 Takes minutes on 2 cores. The folder loads in transformers and vLLM; recipe.json in it records how it was made.
 """
@@ -8,6 +8,8 @@ Takes minutes on 2 cores. The folder loads in transformers and vLLM; recipe.json
 import json
 import math
 import random
+import shlex
+import sys
 from pathlib import Path
 
 import jax
@@ -33,7 +35,7 @@ from imm_jax.training.step import make_schedule
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, such as configs/tiny_pretrain.py.")
 flags.mark_flag_as_required("config")
-_OUT = flags.DEFINE_string("out", None, "Folder to write; an earlier result is replaced when done.", required=True)
+_OUT = flags.DEFINE_string("out", "runs/base", "Folder to write; an earlier result is replaced when done.")
 
 _END = "<|endoftext|>"
 
@@ -57,12 +59,17 @@ def build_tokenizer() -> Qwen2Tokenizer:
   return tokenizer
 
 
-def corpus(config: ml_collections.ConfigDict) -> list[Example]:
-  """The pre-training examples, in a fixed order; families by their share of `config.examples`."""
+def corpus_sizes(config: ml_collections.ConfigDict) -> dict[str, int]:
+  """Examples of each family that has any, by their share of `config.examples`."""
   total = sum(config.mixture.values())
+  counts = {family: round(config.examples * share / total) for family, share in config.mixture.items()}
+  return {family: count for family, count in counts.items() if count}
+
+
+def corpus(config: ml_collections.ConfigDict) -> list[Example]:
+  """The pre-training examples, in a fixed order."""
   examples = []
-  for family, share in config.mixture.items():
-    count = round(config.examples * share / total)
+  for family, count in corpus_sizes(config).items():
     examples += arithmetic.generate(family, split="pretrain", count=count, seed=config.seed, distinct=False)
   random.Random(config.seed).shuffle(examples)
   return examples
@@ -82,8 +89,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
   for family in config.mixture:
     if family not in families:
       raise UserError(f"config.mixture has {family!r}: {nearest(family, list(families))}")
-  require(config, "mixture", lambda v: all(s >= 0 for s in v.values()) and sum(v.values()) > 0,
+  require(config, "mixture", lambda v: all(math.isfinite(s) and s >= 0 for s in v.values()) and sum(v.values()) > 0,
           "expected shares >= 0 with a positive sum")
+  if not corpus_sizes(config):
+    raise UserError(f"config.examples={config.examples}: too few for the mixture, every family gets none")
+  for family in arithmetic.FAMILIES:
+    try:
+      arithmetic.generate(family, split="test", count=config.eval_questions, seed=0)
+    except ValueError as e:
+      raise UserError(f"config.eval_questions={config.eval_questions}: {e}") from e
 
 
 def main() -> None:
@@ -91,6 +105,9 @@ def main() -> None:
   validate(config)
   if out.exists() and not (out / "recipe.json").exists():
     raise UserError(f"--out={out}: exists and is no pre-trained model (it has no recipe.json); choose another folder")
+  with files.committed(out.with_name(f".{out.name}.probe")) as probe:  # what cannot be written should fail now
+    probe.touch()
+  files.remove(out.with_name(f".{out.name}.probe"))
   tokenizer = build_tokenizer()
   hf_config = {
       "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "dtype": "bfloat16", "hidden_act": "silu",
@@ -126,7 +143,7 @@ def main() -> None:
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
     hf.save(jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), folder)
-    recipe = {"command": "python -m imm_jax.pretrain --config=configs/tiny_pretrain.py",
+    recipe = {"command": shlex.join(["python", "-m", "imm_jax.pretrain", *sys.argv[1:]]),
               "config": config.to_dict(), "examples": len(examples), "tokens": tokens, "steps": len(batches),
               "final_loss": round(sum(losses[-50:]) / len(losses[-50:]), 4), "jax": jax.__version__,
               "test_accuracy": _accuracy(folder, config.eval_questions)}

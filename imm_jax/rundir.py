@@ -8,6 +8,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -51,11 +52,8 @@ class RunDir:
     Raises:
       UserError: when it cannot be written, belongs to another config, or another process runs in it.
     """
+    check(path, config)
     self.path = Path(path)
-    if "://" in str(path):
-      raise UserError(f"--workdir={path}: only a folder on this machine's file systems is supported so far")
-    if self.path.exists() and not self.path.is_dir():
-      raise UserError(f"--workdir={path}: is a file; expected a folder, or a name for a new one")
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       self._lock = (self.path / ".lock").open("w")  # closed by __exit__
@@ -65,9 +63,8 @@ class RunDir:
     except OSError as e:
       raise UserError(f"{self.path}: the run directory cannot be written ({e.strerror}); use another --workdir") from e
     try:
-      check_config(self.path, config)
-      files.write_text(self.path / "config.json",
-                       json.dumps(_plain(config), indent=1, sort_keys=True) + "\n")
+      check(path, config)  # again: before the lock another process may have been at it
+      files.write_text(self.path / "config.json", json.dumps(_plain(config), indent=1, sort_keys=True) + "\n")
       self._record = read_record(self.path)
     except BaseException:
       self._lock.close()
@@ -124,18 +121,37 @@ class RunDir:
     files.write_text(self.path / "run.json", json.dumps(self._record, indent=1, sort_keys=True) + "\n")
 
 
-def check_config(root: Path, config: ml_collections.ConfigDict) -> None:
-  """Raises UserError when a run directory was made with another config; it names every key that differs."""
-  path = root / "config.json"
-  if path.exists():
-    different = [f"{key} is {old} there, {new} here" for key, old, new in _differences(files.read_json(path),
-                                                                                       _plain(config))
+def check(path: str | Path, config: ml_collections.ConfigDict) -> None:
+  """Checks that a run with this config can use the directory, and changes nothing.
+
+  Raises:
+    UserError: when it is no folder, cannot be written, holds something else, or belongs to another config (with every
+      key that differs).
+  """
+  root = Path(path)
+  if not str(path) or "://" in str(path):
+    raise UserError(f"--workdir={path}: expected a folder on this machine's file systems")
+  try:
+    if root.exists() and not root.is_dir():
+      raise UserError(f"--workdir={path}: is a file; expected a folder, or a name for a new one")
+    existing = next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+      raise UserError(f"{root}: the run directory cannot be written ({existing} refuses); use another --workdir")
+    held = {p.name for p in root.iterdir()} if root.exists() else set()
+  except OSError as e:
+    raise UserError(f"{root}: the run directory cannot be read ({e.strerror}); use another --workdir") from e
+  if "config.json" in held:
+    different = [f"{key} is {old} there, {new} here"
+                 for key, old, new in _differences(files.read_json(root / "config.json"), _plain(config))
                  if key not in _MAY_GROW or not isinstance(old, int) or new < old]
     if different:
       raise UserError(f"{root}: made with another config ({'; '.join(different)}); use another --workdir, or "
                       "the values it was made with")
-  elif (root / "run.json").exists():
-    raise UserError(f"{path}: missing, so nobody can say whether this run has the same config; use another --workdir")
+  elif "run.json" in held:
+    raise UserError(f"{root / 'config.json'}: missing, so nobody can say whether this run has the same config; use "
+                    "another --workdir")
+  elif held - {".lock", ".config.json.part"}:
+    raise UserError(f"{root}: is not empty and no run directory (it has no config.json); use another --workdir")
 
 
 def why(stage: Stage, record: Mapping[str, Any], root: Path, external: Mapping[str, str]) -> str | None:

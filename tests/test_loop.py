@@ -22,7 +22,7 @@ TINY = REPO / "imm_jax" / "assets" / "tiny"
 # Small enough for seconds; the model, the stages and the code are those of configs/tiny.py.
 SMALL = ("--config.rounds=2", "--config.task.questions_per_round=24", "--config.task.eval_questions=8",
          "--config.task.ood=('groups',)", "--config.sample.batch_size=12", "--config.eval.batch_size=8",
-         "--config.sft.epochs=1", "--config.sft.log_every=2")
+         "--config.sft.epochs=2", "--config.sft.global_batch=4", "--config.sft.log_every=2")
 TIMED = ("seconds", "time", "tokens_per_s")
 
 
@@ -49,6 +49,9 @@ def finished(environment: dict[str, str], tmp_path_factory: pytest.TempPathFacto
   workdir = tmp_path_factory.mktemp("runs") / "imm"
   done = start(workdir, environment)
   assert done.returncode == 0, done.stderr
+  # Every model is another one, or the tests below would compare copies of the base.
+  models = [TINY, *(workdir / f"round_{t}" / kind for t in range(2) for kind in ("sft", "merged"))]
+  assert len({(m / "model.safetensors").read_bytes() for m in models}) == 5
   return workdir
 
 
@@ -192,6 +195,7 @@ def test_bfloat16_runs_from_any_folder_to_the_same_bits(environment: dict[str, s
   assert_same_run(tmp_path / "a", tmp_path / "b")
   facts = json.loads((tmp_path / "a/run.json").read_text())["stages"]["round_0/sft"]["facts"]
   assert 0 < facts["last_loss"] < 3
+  assert (tmp_path / "a/round_0/sft/model.safetensors").read_bytes() != (TINY / "model.safetensors").read_bytes()
 
 
 def test_no_right_sample_stops_the_round_and_keeps_the_samples(environment: dict[str, str], tmp_path: Path):
@@ -286,6 +290,27 @@ def test_damaged_samples_are_named_with_their_line(row: str, expected: str, tmp_
   (tmp_path / "samples.jsonl").write_text(json.dumps(good) + "\n" + row + "\n")
   with pytest.raises(UserError, match=f"samples.jsonl:2: {expected}"):
     stages.keep_correct(tmp_path / "samples.jsonl", tmp_path / "out")
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_folder_that_holds_other_things_is_refused(environment: dict[str, str], tmp_path: Path, dry_run: bool):
+  (tmp_path / "report").mkdir()
+  (tmp_path / "report/thesis.txt").write_text("mine")
+  done = start(tmp_path, environment, *(["--dry_run"] if dry_run else []))
+  assert done.returncode == 1
+  assert "is not empty and no run directory" in one_line(done.stderr)
+  assert (tmp_path / "report/thesis.txt").read_text() == "mine"
+
+
+def test_the_wrong_config_file_is_one_line(environment: dict[str, str], tmp_path: Path):
+  done = start(tmp_path / "run", environment, f"--config={REPO / 'configs/tiny_pretrain.py'}")
+  assert done.returncode == 1
+  assert "error: " in one_line(done.stderr)
+  (tmp_path / "bad.py").write_text((REPO / "configs/tiny.py").read_text().replace(
+      "return config", "config.rounds = '3'; return config"))
+  done = start(tmp_path / "run", environment, f"--config={tmp_path / 'bad.py'}")
+  assert done.returncode == 1
+  assert "config" in one_line(done.stderr)
 
 
 def test_a_kill_while_a_file_is_replaced_leaves_the_old_or_the_new_one(tmp_path: Path):

@@ -234,3 +234,18 @@ def test_each_token_of_a_sample_is_drawn_afresh() -> None:
 @pytest.mark.parametrize("greedy", [True, False])
 def test_temperature_0_takes_the_likeliest_id_of_the_tokenizer(greedy: bool) -> None:
   assert set(_drawn(0.0, 0.6, greedy=greedy).tolist()) == {2}
+
+
+def test_a_special_token_stops_a_sample_as_a_token(sampler: native.NativeSampler) -> None:
+  """The instruction header never shows in a decoded text where it is special."""
+  end = sampler.tokenizer.eos_token
+  with_stop = sampler.generate(SHORT, max_new_tokens=NEW_TOKENS, stop=(end,))
+  assert with_stop == sampler.generate(SHORT, max_new_tokens=NEW_TOKENS)
+
+
+@pytest.mark.parametrize("options", [
+    {"max_new_tokens": 0}, {"num_samples": 0}, {"temperatures": ()}, {"temperatures": (-1.0,)}, {"top_p": 0.0},
+    {"top_p": float("nan")}, {"top_p": 2.0}, {"stop": ("",)}, {"stop": "The"}, {"seed": 2**32}])
+def test_arguments_out_of_range_are_errors(sampler: native.NativeSampler, options: dict) -> None:
+  with pytest.raises(ValueError, match=f"{next(iter(options))}.*expected"):
+    sampler.generate(SHORT, **{"max_new_tokens": 4, **options})

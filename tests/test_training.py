@@ -271,6 +271,12 @@ def test_schedules_have_their_closed_form(kind, total, ratio, warmup):
   assert float(schedule(warmup)) == pytest.approx(2e-5)
 
 
+def test_the_shortest_training_has_a_step_at_the_peak():
+  for total in (1, 2, 3):
+    schedule = training_step.make_schedule("cosine", peak=1.0, total_steps=total, warmup_ratio=0.9)
+    assert max(float(schedule(s)) for s in range(total)) == 1
+
+
 def test_an_unknown_schedule_is_an_error():
   with pytest.raises(KeyError):
     training_step.make_schedule("exponential", peak=1.0, total_steps=10, warmup_ratio=0.0)

@@ -247,9 +247,9 @@ def _shares(importance: Sequence[float], names: Sequence[str]) -> np.ndarray:
   scores = np.asarray(importance, np.float64)
   if scores.ndim != 1 or not np.isfinite(scores).all() or (scores < 0).any() or scores.sum() <= 0:
     raise ValueError("importance: expected one finite score >= 0 for each layer, with a positive sum")
-  for name in names:
-    if (layer_of(name) or 0) >= len(scores):
-      raise ValueError(f"importance has {len(scores)} layers, but there is {name}")
+  if len(scores) != count_layers(names):
+    raise ValueError(f"importance has {len(scores)} scores, but the names have {count_layers(names)} layers, such as "
+                     f"{names[-1] if names else 'none'}")
   return scores * len(scores) / scores.sum()
 
 

@@ -4,8 +4,6 @@ The tree mirrors the checkpoint's names, with layers stacked: `layers.self_attn.
 tensors `model.layers.{0..L-1}.self_attn.q_proj.weight` [out, in].
 """
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,12 @@ import numpy as np
 
 from imm_jax import files
 from imm_jax.errors import UserError
-from imm_jax.model import safetensors
+from imm_jax.model import folder as checkpoint, safetensors
 from imm_jax.model.decoder import ModelConfig, Params, abstract_params
 
 # Names of a leaf's tensors: one, or one for each layer of a stacked leaf.
 TensorNames = str | tuple[str, ...]
 _EMBEDDED = Path(__file__).parent.parent / "assets"
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-# Everything in a checkpoint folder that is not weights and that an exported copy needs.
-_SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-               "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 def resolve(model: str) -> Path:
@@ -53,20 +47,13 @@ def read_config(folder: str | Path) -> ModelConfig:
   """Reads config.json of a checkpoint folder; raises UserError where it is missing or unsupported."""
   path = Path(folder) / "config.json"
   if not Path(folder).is_dir():
-    raise UserError(f"{folder}: no such checkpoint folder; expected one with config.json and {_WEIGHTS}")
+    raise UserError(f"{folder}: no such checkpoint folder; expected one with config.json and {checkpoint.WEIGHTS}")
   return ModelConfig.from_hf(files.read_json(path), source=str(path))
 
 
 def check(folder: str | Path) -> ModelConfig:
   """Checks that a checkpoint folder is whole, without reading its weights; raises the errors of `load`."""
   return _open(Path(folder))[0]
-
-
-def digest(folder: Path) -> str:
-  """Of everything in a checkpoint folder that this package reads; other files may come and go."""
-  weights = _index(folder).values() if (folder / _INDEX).exists() else [_WEIGHTS]
-  names = sorted({*weights, *(name for name in _SIDE_FILES if (folder / name).exists())})
-  return files.digest(folder, only=[folder / name for name in names])
 
 
 def load(folder: str | Path, *, dtype: jnp.dtype | None = None,
@@ -102,7 +89,7 @@ def load(folder: str | Path, *, dtype: jnp.dtype | None = None,
 
 
 def save(params: Params, folder: str | Path, *, like: str | Path | None = None,
-         max_shard_bytes: int = 5_000_000_000) -> None:
+         max_shard_bytes: int = checkpoint.MAX_SHARD_BYTES) -> None:
   """Writes a checkpoint folder that transformers and vLLM read.
 
   Args:
@@ -113,30 +100,12 @@ def save(params: Params, folder: str | Path, *, like: str | Path | None = None,
   """
   folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  shards: list[list[tuple]] = [[]]
-  shard_bytes, total = 0, 0
-  for entry in _entries(params):
-    size = int(np.prod(entry[2])) * np.dtype(entry[1]).itemsize
-    if shards[-1] and shard_bytes + size > max_shard_bytes:
-      shards.append([])
-      shard_bytes = 0
-    shards[-1].append(entry)
-    shard_bytes += size
-    total += size
-  if len(shards) == 1:
-    safetensors.write(folder / _WEIGHTS, shards[0])
-  else:
-    weight_map = {}
-    for i, shard in enumerate(shards):
-      file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-      safetensors.write(folder / file, shard)
-      weight_map.update({entry[0]: file for entry in shard})
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+  shards = checkpoint.split(_entries(params), max_shard_bytes)
+  for file, shard in shards:
+    safetensors.write(folder / file, shard)
+  checkpoint.write_index(folder, shards)
   if like is not None:
-    for file in _SIDE_FILES:
-      if (Path(like) / file).exists():
-        shutil.copyfile(Path(like) / file, folder / file)
+    checkpoint.copy_side_files(Path(like), folder)
 
 
 def _entries(params: Params) -> Iterator[tuple[str, np.dtype, tuple[int, ...], Callable[[], np.ndarray]]]:
@@ -151,42 +120,13 @@ def _entries(params: Params) -> Iterator[tuple[str, np.dtype, tuple[int, ...], C
       for i, name in enumerate(leaf_names):
         flat.append((name, np.dtype(leaf.dtype), leaf.shape[1:], lambda leaf=leaf, i=i: np.asarray(leaf[i])))
 
-  def order(entry: tuple) -> tuple:
-    parts = entry[0].split(".")
-    if parts[1] == "layers":
-      return (1, int(parts[2]), parts[3:])
-    return ({"embed_tokens": 0, "norm": 2}.get(parts[1], 3), 0, parts)
-
-  return iter(sorted(flat, key=order))
-
-
-def _index(folder: Path) -> dict[str, str]:
-  """The index of a sharded checkpoint: tensor name -> file name."""
-  weight_map = files.read_json(folder / _INDEX).get("weight_map")
-  if not isinstance(weight_map, dict) or not all(
-      isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
-    raise UserError(f"{folder / _INDEX}: has no weight_map from tensor names to file names")
-  return weight_map
+  return iter(sorted(flat, key=lambda entry: checkpoint.model_order(entry[0])))
 
 
 def _map_tensors(folder: Path) -> dict[str, np.ndarray]:
-  if (folder / _INDEX).exists():
-    weight_map = _index(folder)
-    tensors: dict[str, np.ndarray] = {}
-    for file in sorted(set(weight_map.values())):
-      if not (folder / file).exists():
-        raise UserError(f"{folder / file}: missing, {_INDEX} names it; copy the checkpoint again")
-      for name, tensor in safetensors.read(folder / file).items():
-        if name in tensors:
-          raise UserError(f"{folder / file}: tensor {name!r} stands in another shard too")
-        tensors[name] = tensor
-    return tensors
-  if (folder / _WEIGHTS).exists():
-    return safetensors.read(folder / _WEIGHTS)
-  if (folder / "pytorch_model.bin").exists() or (folder / "pytorch_model.bin.index.json").exists():
-    raise UserError(f"{folder}: holds a pickle checkpoint, which is not read; save it again with "
-                    "save_pretrained(..., safe_serialization=True)")
-  raise UserError(f"{folder / _WEIGHTS}: missing; expected it or {_INDEX}")
+  found = checkpoint.tensors(folder)
+  maps = {path: safetensors.read(path) for path in {entry.path for entry in found.values()}}
+  return {name: maps[entry.path][name] for name, entry in found.items()}
 
 
 def _open(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:

@@ -9,6 +9,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -24,8 +25,22 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000
 
 
-def read(path: Path) -> dict[str, np.ndarray]:
-  """Maps one file: tensor name -> read-only view of the file, in the file's order.
+class Entry(NamedTuple):
+  """Where one tensor lies: `offset` bytes into the file."""
+
+  path: Path
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  offset: int
+
+  @property
+  def size(self) -> int:
+    """Number of elements."""
+    return math.prod(self.shape)
+
+
+def entries(path: Path) -> dict[str, Entry]:
+  """What the file holds, in its order, from the header alone.
 
   Raises:
     UserError: when the file is missing, truncated, or its header does not describe its bytes.
@@ -45,28 +60,49 @@ def read(path: Path) -> dict[str, np.ndarray]:
   if not isinstance(header, dict):
     raise UserError(f"{path}: the safetensors header is damaged (not a JSON object); copy the file again")
   header.pop("__metadata__", None)
-  start, tensors, spans = 8 + length, {}, []
-  data = np.memmap(path, np.uint8, "r", offset=start) if size > start else np.empty(0, np.uint8)
+  start, found, spans = 8 + length, {}, []
   for name, entry in header.items():
     try:
       dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], _sizes(entry["shape"]), _sizes(entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as e:
       raise UserError(f"{path}: the header's entry of tensor {name!r} cannot be read; copy the file again") from e
-    if end > data.size:
+    if start + end > size:
       raise UserError(f"{path}: truncated: tensor {name!r} ends at byte {start + end}, the file at {size}; "
                       "copy it again")
     if end - begin != dtype.itemsize * math.prod(shape):
       raise UserError(f"{path}: tensor {name!r} has {end - begin} bytes, its shape {shape} needs another number")
-    try:
-      tensors[name] = data[begin:end].view(dtype).reshape(shape)
-    except ValueError as e:  # no bytes, but more axes or larger ones than an array can have
-      raise UserError(f"{path}: tensor {name!r} has a shape that no array can have") from e
+    if len(shape) > 64 or max(shape, default=0) * dtype.itemsize >= 2**63:  # possible where there are no bytes
+      raise UserError(f"{path}: tensor {name!r} has a shape that no array can have")
+    found[name] = Entry(path, dtype, shape, start + begin)
     spans.append((begin, end))
   spans.sort()
   if any(begin != before for (begin, _), (_, before) in zip(spans, [(0, 0), *spans], strict=False)) or (
-      spans and spans[-1][1] != data.size):
+      spans and start + spans[-1][1] != size):
     raise UserError(f"{path}: its tensors overlap or leave bytes uncovered; copy the file again")
-  return tensors
+  return found
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+  """Maps one file: tensor name -> read-only view of the file, in the file's order; raises as `entries` does."""
+  found = entries(path)
+  size = path.stat().st_size
+  data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
+  return {name: data[e.offset:e.offset + e.size * e.dtype.itemsize].view(e.dtype).reshape(e.shape)
+          for name, e in found.items()}
+
+
+def header(tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+  """The first bytes of a file of these tensors, and where in the file each begins."""
+  described: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+  end = 0
+  for name, dtype, shape in tensors:
+    begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+    described[name] = {"dtype": _CODES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [begin, end]}
+  text = json.dumps(described, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  start = 8 + len(text)
+  return struct.pack("<Q", len(text)) + text, {
+      name: start + d["data_offsets"][0] for name, d in described.items() if name != "__metadata__"}
 
 
 def write(path: Path, tensors: Iterable[tuple[str, np.dtype, tuple[int, ...], Callable[[], np.ndarray]]]) -> None:
@@ -76,18 +112,10 @@ def write(path: Path, tensors: Iterable[tuple[str, np.dtype, tuple[int, ...], Ca
     path: the file.
     tensors: name, dtype, shape, and a function that returns the array; each is called once, in order.
   """
-  header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-  offset, entries = 0, list(tensors)
-  for name, dtype, shape, _ in entries:
-    end = offset + math.prod(shape) * np.dtype(dtype).itemsize
-    header[name] = {"dtype": _CODES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [offset, end]}
-    offset = end
-  text = json.dumps(header, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)
+  tensors = list(tensors)
   with path.open("wb") as f:
-    f.write(struct.pack("<Q", len(text)))
-    f.write(text)
-    for name, dtype, shape, get in entries:
+    f.write(header(tensor[:3] for tensor in tensors)[0])
+    for name, dtype, shape, get in tensors:
       array = np.asarray(get(), order="C")
       if array.dtype != dtype or array.shape != shape:
         raise ValueError(f"{name}: got {array.dtype}{array.shape}, announced {dtype}{shape}")

@@ -58,7 +58,7 @@ def _curves(results: Results) -> "Figure":
         axes.errorbar(rounds, values, yerr=error, color=colour, marker=marker, capsize=3, label=_NAMES[kind])
         if kind == "base":
           axes.axhline(values[0], color=colour, linestyle=":", linewidth=1)
-    axes.set(title=title, xlabel="round", ylabel="accuracy", ylim=(-0.02, 1.02))
+    axes.set(title=title, xlabel="rounds done", ylabel="accuracy", ylim=(-0.02, 1.02))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")

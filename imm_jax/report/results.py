@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from imm_jax import files, rundir
+from imm_jax.errors import UserError
 from imm_jax.evaluation import Accuracy, accuracy
 
 
@@ -42,6 +43,13 @@ class Results(NamedTuple):
   def of(cls, root: Path) -> "Results":
     """Reads a run directory; stages that are not done are left out."""
     record = rundir.read_record(root)
+    try:
+      return cls._of(root, record)
+    except (KeyError, TypeError, ValueError) as e:
+      raise UserError(f"{root / 'run.json'}: damaged ({e!r}); remove it to run every stage again") from e
+
+  @classmethod
+  def _of(cls, root: Path, record: dict[str, Any]) -> "Results":
     stages = record["stages"]
     rounds = sorted({int(name.split("/")[0].removeprefix("round_")) for name in stages if name.startswith("round_")})
     places = [("base", -1, "base/eval")]

@@ -8,6 +8,7 @@ Axes: B batch, P prompt length (padded on the left), N new tokens, S = P + N cac
 """
 
 import functools
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ class NativeSampler:
       compute_dtype: dtype of weights, activations and cache.
       batch_size: samples that are decoded at once.
     """
+    if batch_size < 1:
+      raise ValueError(f"batch_size={batch_size}: expected 1 or more")
     self._dtype = jnp.dtype(compute_dtype)
     self._batch_size = batch_size
     self.tokenizer = load_tokenizer(folder)
@@ -64,7 +67,7 @@ class NativeSampler:
       num_samples: completions of each prompt.
       temperatures: sample j runs at `temperatures[j % len(temperatures)]`; 0 is greedy.
       top_p: sample from the smallest set of tokens that holds this much probability.
-      stop: a completion ends before the first of these strings.
+      stop: a completion ends before the first of these strings or special tokens.
       seed: of all samples.
       label: what the progress bar says.
 
@@ -72,11 +75,16 @@ class NativeSampler:
       For each prompt, in order, its completions.
 
     Raises:
-      ValueError: for a prompt without a token.
+      ValueError: for a prompt without a token, or an argument out of range.
     """
+    _check(max_new_tokens, num_samples, temperatures, top_p, stop, seed)
     ids = [self.tokenizer(p.text)["input_ids"] for p in prompts]
     if not all(ids):
       raise ValueError("a prompt has no tokens")
+    # Special tokens do not show in the text, so that they stop a sample as tokens.
+    special = set(stop) & set(self.tokenizer.all_special_tokens)
+    ends = tuple(sorted({*self._eos, *(self.tokenizer.convert_tokens_to_ids(s) for s in special)}))
+    texts = tuple(s for s in stop if s not in special)
     work = [(_bucket(len(ids[p])), p, s) for p in range(len(prompts)) for s in range(num_samples)]
     work.sort(key=lambda item: item[0])  # stable: one padded length after the other
     results: list[list[Completion | None]] = [[None] * num_samples for _ in prompts]
@@ -87,7 +95,7 @@ class NativeSampler:
         keys = _row_keys(seed, [prompts[p].id for p, _ in rows], [s for _, s in rows], self._batch_size)
         row_temperatures = np.zeros(self._batch_size, np.float32)
         row_temperatures[:len(rows)] = [temperatures[s % len(temperatures)] for _, s in rows]
-        completions = self._run(batch, keys, row_temperatures, top_p, max_new_tokens, tuple(stop))
+        completions = self._run(batch, keys, row_temperatures, top_p, max_new_tokens, ends, texts)
         for (p, s), completion in zip(rows, completions, strict=True):
           results[p][s] = completion
           total_tokens += completion.num_tokens
@@ -96,8 +104,8 @@ class NativeSampler:
     return results
 
   def _run(self, rows: "_Rows", keys: jax.Array, temperatures: np.ndarray, top_p: float, max_new_tokens: int,
-           stop: tuple[str, ...]) -> list[Completion]:
-    static = {"config": self._config, "eos": self._eos, "num_ids": len(self.tokenizer), "top_p": top_p,
+           ends: tuple[int, ...], stop: tuple[str, ...]) -> list[Completion]:
+    static = {"config": self._config, "eos": ends, "num_ids": len(self.tokenizer), "top_p": top_p,
               "greedy": not temperatures.any()}
     args = (self._params, jnp.asarray(rows.pad), keys, jnp.asarray(temperatures))
     state = _prefill(*args, jnp.asarray(rows.tokens), jnp.asarray(rows.unused), new_tokens=max_new_tokens,
@@ -112,17 +120,17 @@ class NativeSampler:
       for i in range(rows.count):
         text = self.tokenizer.decode(tokens[i, :step], skip_special_tokens=True)
         if texts[i] is None and any(s in text for s in stop):
-          texts[i] = self._completion(tokens[i, :step], stop)
+          texts[i] = self._completion(tokens[i, :step], ends, stop)
       done = np.asarray(state["done"]) | np.array([t is not None for t in texts] + [True] * (len(keys) - rows.count))
       state["done"] = jnp.asarray(done)
     tokens, step = np.asarray(state["tokens"]), int(state["step"])
-    return [texts[i] or self._completion(tokens[i, :step], stop) for i in range(rows.count)]
+    return [texts[i] or self._completion(tokens[i, :step], ends, stop) for i in range(rows.count)]
 
-  def _completion(self, tokens: np.ndarray, stop: tuple[str, ...]) -> Completion:
-    ends = np.flatnonzero(np.isin(tokens, self._eos))
-    finish = "stop" if len(ends) else "length"
-    if len(ends):
-      tokens = tokens[:ends[0] + 1]
+  def _completion(self, tokens: np.ndarray, ends: tuple[int, ...], stop: tuple[str, ...]) -> Completion:
+    ended = np.flatnonzero(np.isin(tokens, ends))
+    finish = "stop" if len(ended) else "length"
+    if len(ended):
+      tokens = tokens[:ended[0] + 1]
     text = self.tokenizer.decode(tokens, skip_special_tokens=True)
     cut = min((text.find(s) for s in stop if s in text), default=-1)
     if cut < 0:
@@ -131,6 +139,20 @@ class NativeSampler:
     count = next(n for n in range(1, len(tokens) + 1)
                  if any(s in self.tokenizer.decode(tokens[:n], skip_special_tokens=True) for s in stop))
     return Completion(text[:cut], count, "stop")
+
+
+def _check(max_new_tokens: int, num_samples: int, temperatures: Sequence[float], top_p: float, stop: Sequence[str],
+           seed: int) -> None:
+  if max_new_tokens < 1 or num_samples < 1:
+    raise ValueError(f"max_new_tokens={max_new_tokens}, num_samples={num_samples}: expected 1 or more")
+  if not len(temperatures) or not all(math.isfinite(t) and t >= 0 for t in temperatures):
+    raise ValueError(f"temperatures={temperatures}: expected one or more numbers >= 0")
+  if not 0 < top_p <= 1:
+    raise ValueError(f"top_p={top_p}: expected 0 < top_p <= 1")
+  if isinstance(stop, str) or not all(stop):
+    raise ValueError(f"stop={stop!r}: expected a sequence of strings that are not empty")
+  if not 0 <= seed < 2**32:
+    raise ValueError(f"seed={seed}: expected 0 <= seed < 2**32")
 
 
 class _Rows:
@@ -169,8 +191,13 @@ def _row_keys(seed: int, ids: list[str], samples: list[int], batch_size: int) ->
   codes, numbers = np.zeros(batch_size, np.uint32), np.zeros(batch_size, np.uint32)
   codes[:len(ids)] = [zlib.crc32(i.encode()) for i in ids]
   numbers[:len(ids)] = samples
-  fold = jax.vmap(lambda code, number: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), code), number))
-  return jax.jit(fold)(codes, numbers)
+  return _fold(np.uint32(seed), codes, numbers)
+
+
+@jax.jit
+def _fold(seed: jax.Array, codes: jax.Array, numbers: jax.Array) -> jax.Array:
+  fold = lambda code, number: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), code), number)
+  return jax.vmap(fold)(codes, numbers)
 
 
 def _eos_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:

@@ -39,13 +39,15 @@ def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array
 
 
 def make_schedule(kind: str, *, peak: float, total_steps: int, warmup_ratio: float) -> optax.Schedule:
-  """Learning rate by step: linear warm-up, then `cosine` or `linear` decay to 0, or `constant`.
+  """Learning rate by step: linear warm-up from 0, then `cosine` or `linear` decay to 0, or `constant`.
+
+  The warm-up leaves at least one step at the peak, so that the shortest training trains.
 
   >>> schedule = make_schedule("cosine", peak=1.0, total_steps=100, warmup_ratio=0.1)
   >>> float(schedule(5)), float(schedule(10)), round(float(schedule(55)), 3)
   (0.5, 1.0, 0.5)
   """
-  warmup = max(1, round(total_steps * warmup_ratio)) if warmup_ratio > 0 else 0
+  warmup = min(max(1, round(total_steps * warmup_ratio)), total_steps - 1) if warmup_ratio > 0 else 0
   decay = {"cosine": optax.cosine_decay_schedule(peak, max(1, total_steps - warmup)),
            "linear": optax.linear_schedule(peak, 0.0, max(1, total_steps - warmup)),
            "constant": optax.constant_schedule(peak)}[kind]

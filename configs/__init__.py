@@ -1,0 +1,1 @@
+"""Config files: `--config=configs/NAME.py`; `common` explains every key."""

@@ -1,0 +1,105 @@
+"""HF checkpoint folders as files: weights in one safetensors file or in shards with an index, and what lies beside."""
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from imm_jax import files
+from imm_jax.errors import UserError
+from imm_jax.model import safetensors
+from imm_jax.model.safetensors import Entry
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
+# Everything in a checkpoint folder that is not weights and that an exported copy needs.
+SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+              "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+# (name, dtype, shape, ...) of a tensor to be written.
+_Tensor = TypeVar("_Tensor", bound=tuple)
+
+
+def weight_files(folder: Path) -> list[Path]:
+  """The files that hold a checkpoint's tensors.
+
+  Raises:
+    UserError: when there are none, or the index is damaged or names a file that is missing.
+  """
+  if not folder.is_dir():
+    raise UserError(f"{folder}: no such checkpoint folder; expected one with config.json and {WEIGHTS}")
+  if (folder / INDEX).exists():
+    weight_map = files.read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
+      raise UserError(f"{folder / INDEX}: has no weight_map from tensor names to file names")
+    for file in sorted(set(weight_map.values())):
+      if not (folder / file).exists():
+        raise UserError(f"{folder / file}: missing, {INDEX} names it; copy the checkpoint again")
+    return [folder / file for file in sorted(set(weight_map.values()))]
+  if (folder / WEIGHTS).exists():
+    return [folder / WEIGHTS]
+  if (folder / "pytorch_model.bin").exists() or (folder / "pytorch_model.bin.index.json").exists():
+    raise UserError(f"{folder}: holds a pickle checkpoint, which is not read; save it again with "
+                    "save_pretrained(..., safe_serialization=True)")
+  raise UserError(f"{folder / WEIGHTS}: missing; expected it or {INDEX}")
+
+
+def tensors(folder: Path) -> dict[str, Entry]:
+  """Where every tensor of a checkpoint lies; raises UserError as `weight_files` and `safetensors.entries` do."""
+  found: dict[str, Entry] = {}
+  for file in weight_files(folder):
+    for name, entry in safetensors.entries(file).items():
+      if name in found:
+        raise UserError(f"{file}: tensor {name!r} stands in {found[name].path.name} too")
+      found[name] = entry
+  return found
+
+
+def split(entries: Iterable[_Tensor], max_shard_bytes: int) -> list[tuple[str, list[_Tensor]]]:
+  """File names and what goes into each: one file, or shards of at most this many bytes (or of one tensor)."""
+  shards: list[list[_Tensor]] = [[]]
+  used = 0
+  for entry in entries:
+    size = int(np.prod(entry[2])) * np.dtype(entry[1]).itemsize
+    if shards[-1] and used + size > max_shard_bytes:
+      shards.append([])
+      used = 0
+    shards[-1].append(entry)
+    used += size
+  if len(shards) == 1:
+    return [(WEIGHTS, shards[0])]
+  return [(f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors", shard) for i, shard in enumerate(shards)]
+
+
+def write_index(folder: Path, shards: Sequence[tuple[str, Sequence[tuple]]]) -> None:
+  """Writes the index of more than one shard."""
+  if len(shards) > 1:
+    total = sum(int(np.prod(e[2])) * np.dtype(e[1]).itemsize for _, shard in shards for e in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": {e[0]: file for file, shard in shards for e in shard}}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+  """Copies config, tokenizer and generation files unchanged."""
+  for file in SIDE_FILES:
+    if (source / file).exists():
+      shutil.copyfile(source / file, target / file)
+
+
+def model_order(name: str) -> tuple[Any, ...]:
+  """Sorts tensor names: embedding, layer by layer, norm, head."""
+  parts = name.split(".")
+  if "layers" in parts[:-1]:
+    at = parts.index("layers")
+    if parts[at + 1].isdigit():
+      return (1, int(parts[at + 1]), parts)
+  return ({"embed_tokens": 0, "norm": 2}.get(parts[1] if len(parts) > 1 else "", 3), 0, parts)
+
+
+def digest(folder: Path) -> str:
+  """Of everything in a checkpoint folder that this package reads; other files may come and go."""
+  beside = [folder / name for name in (*SIDE_FILES, INDEX) if (folder / name).exists()]
+  return files.digest(folder, only=[*beside, *weight_files(folder)])
