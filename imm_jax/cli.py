@@ -67,11 +67,11 @@ def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
 
 
 def _config_message(error: Exception) -> str:
-  text = _one_line(error)
+  text = _one_line(error).strip('"')
   hint = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', text)
   if hint:
     return f"the config has no key {hint[2]!r}; did you mean {hint[1]!r}?"
-  return f"the config has no such key or value: {text.strip('"')} (configs/common.py lists all keys)"
+  return f"the config has no such key or value: {text} (configs/common.py lists all keys)"
 
 
 def _one_line(error: Exception) -> str:
