@@ -24,11 +24,13 @@ setup(
         "ml_dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.6",
+        "pyyaml>=6",
         "tensorboardX>=2.6.2",
         "tokenizers>=0.22",
         "tqdm>=4.66",
         # vLLM needs less than 5.21; one environment may hold both.
         "transformers>=5.16,<5.21",
+        "xxhash>=3.4",
     ],
     extras_require={
         "cuda13": ["jax[cuda13]>=0.10,<0.12"],

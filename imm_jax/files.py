@@ -37,11 +37,11 @@ def committed(target: Path) -> Iterator[Path]:
       os.replace(target, replaced)  # a folder cannot be replaced in one move, a file can
     os.replace(temporary, target)
     remove(replaced)
-  except OSError as e:
-    if e.errno not in _DISK_REFUSES + _DISK_FULL:
-      raise
+  except BaseException as e:
     with contextlib.suppress(OSError):
       remove(temporary)
+    if not isinstance(e, OSError) or e.errno not in _DISK_REFUSES + _DISK_FULL:
+      raise
     advice = "make room" if e.errno in _DISK_FULL else "make it writable"
     where = f" {e.filename}" if e.filename else ""
     raise UserError(f"{target}: cannot be written ({e.strerror}{where}); {advice} and start again, what was finished "

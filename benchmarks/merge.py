@@ -1,0 +1,161 @@
+"""Merging checkpoints on disk beside mergekit, whole processes from the shell, in one interleaved run. Linux only.
+
+    python benchmarks/merge.py --workdir=/tmp/merge-benchmark --shape=0.5b --repeats=3
+
+Makes random bfloat16 checkpoints of Qwen2.5's shape, installs mergekit into an environment of its own in the work
+folder, and runs: the floor (read the inputs, write as much as the output), imm_jax, mergekit; again and again. Prints
+a Markdown table of medians: wall and CPU seconds, the CPU seconds beyond those of imports alone, and the peak of
+anonymous memory.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from absl import app, flags
+
+from imm_jax.model import safetensors
+
+_WORKDIR = flags.DEFINE_string("workdir", "/tmp/merge-benchmark", "Checkpoints, environment and outputs go here.")
+_SHAPE = flags.DEFINE_enum("shape", "0.5b", ["tiny", "0.5b", "3b"], "Of the checkpoints.")
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Runs of everything, interleaved.", lower_bound=1)
+_PEER = flags.DEFINE_bool("mergekit", True, "Run mergekit too.")
+MERGEKIT = "mergekit==0.1.5"
+REPO = Path(__file__).parent.parent
+# hidden, feed-forward, layers, key/value width, vocabulary
+SHAPES = {"tiny": (64, 128, 2, 32, 512), "0.5b": (896, 4864, 24, 128, 151_936), "3b": (2048, 11_008, 36, 256, 151_936)}
+FLOOR = """
+import os, sys
+*inputs, out = sys.argv[1:]
+block = bytearray(1 << 21)
+with open(out, "wb", buffering=0) as target:
+  for i, name in enumerate(inputs):
+    with open(name, "rb", buffering=0) as source:
+      while count := source.readinto(block):
+        if i == 0:
+          target.write(memoryview(block)[:count])
+"""
+
+
+def make(folder: Path, seed: int, near: Path | None = None) -> None:
+  """A random checkpoint; `near` adds its entries to another one's."""
+  hidden, inner, layers, kv, vocab = SHAPES[_SHAPE.value]
+  shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+  for i in range(layers):
+    shapes |= {f"model.layers.{i}.{name}": shape for name, shape in {
+        "input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (hidden, hidden), "self_attn.q_proj.bias": (hidden,),
+        "self_attn.k_proj.weight": (kv, hidden), "self_attn.k_proj.bias": (kv,),
+        "self_attn.v_proj.weight": (kv, hidden), "self_attn.v_proj.bias": (kv,),
+        "self_attn.o_proj.weight": (hidden, hidden),
+        "mlp.gate_proj.weight": (inner, hidden), "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner)}.items()}
+  rng = np.random.default_rng(seed)
+  other = safetensors.read(near / "model.safetensors") if near else {}
+
+  def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    x = rng.standard_normal(shape, np.float32) * (0.001 if near else 0.02)
+    return (x + other[name].astype(np.float32) if near else x).astype(ml_dtypes.bfloat16)
+
+  folder.mkdir(parents=True)
+  safetensors.write(folder / "model.safetensors", [
+      (name, np.dtype(ml_dtypes.bfloat16), shape, lambda n=name, s=shape: values(n, s))
+      for name, shape in shapes.items()])
+  (folder / "config.json").write_text(json.dumps({
+      "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": hidden, "intermediate_size": inner,
+      "num_hidden_layers": layers, "num_attention_heads": hidden // 32, "num_key_value_heads": kv // 32,
+      "vocab_size": vocab, "tie_word_embeddings": True, "dtype": "bfloat16"}))
+
+
+def measure(command: list[str]) -> dict[str, float]:
+  """Runs a command: wall and CPU seconds of it and its children, peak of its anonymous memory in GiB."""
+  started, before, peak = time.monotonic(), os.times(), 0
+  with subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    while process.poll() is None:
+      status = Path(f"/proc/{process.pid}/status")
+      try:
+        lines = [line for line in status.read_text().splitlines() if line.startswith("RssAnon")]
+      except (FileNotFoundError, ProcessLookupError):  # it ended between the two
+        break
+      peak = max(peak, *(int(line.split()[1]) for line in lines), 0)
+      time.sleep(0.005)
+    _, errors = process.communicate()
+  if process.returncode:
+    raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{errors[-2000:]}")
+  after = os.times()
+  cpu = after.children_user + after.children_system - before.children_user - before.children_system
+  return {"wall": time.monotonic() - started, "cpu": cpu, "anonymous": peak / 2**20}
+
+
+def peer_program(root: Path) -> Path:
+  """mergekit in an environment of its own."""
+  home = root / "mergekit"
+  program = home / "bin" / "mergekit-yaml"
+  if not program.exists():
+    venv.create(home, with_pip=True, clear=True)
+    subprocess.run([home / "bin" / "pip", "install", "--quiet", MERGEKIT, "torch==2.13.0"], check=True)
+  return program
+
+
+def main(_: list[str]) -> None:
+  root = Path(_WORKDIR.value).resolve() / _SHAPE.value
+  base, a, b = (root / name for name in ("base", "a", "b"))
+  for i, folder in enumerate((base, a, b)):
+    if not (folder / "config.json").exists():
+      shutil.rmtree(folder, ignore_errors=True)
+      make(folder, i, near=None if folder == base else base)
+  out = root / "out"
+  ours = [sys.executable, "-m", "imm_jax.merge", f"--out={out}"]
+  recipes = {
+      "linear": {"merge_method": "linear", "dtype": "float32", "out_dtype": "bfloat16",
+                 "models": [{"model": str(m), "parameters": {"weight": w}} for m, w in ((a, 0.3), (b, 0.7))]},
+      "dare_linear": {"merge_method": "dare_linear", "dtype": "float32", "out_dtype": "bfloat16",
+                      "base_model": str(base),
+                      "models": [{"model": str(a), "parameters": {"weight": 0.5, "density": 0.5}}]}}
+  commands = {"imports": [sys.executable, "-c", "import imm_jax.merge"],
+              "floor": [sys.executable, "-c", FLOOR, *(str(m / "model.safetensors") for m in (a, b)), str(out)]}
+  for name, recipe in recipes.items():
+    path = root / f"{name}.yml"
+    path.write_text(json.dumps(recipe))  # JSON is YAML
+    commands[f"imm_jax {name}"] = [*ours, f"--recipe={path}"]
+    if _PEER.value:
+      commands[f"mergekit {name}"] = [str(peer_program(root.parent)), str(path), str(out), "--quiet"]
+  commands["imm_jax imm"] = [*ours, "--method=imm", f"--base={base}", f"--tuned={a}", "--drop_rate=0.5"]
+  results: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+  for repeat in range(-1, _REPEATS.value):  # the first round warms the page cache and does not count
+    for name, command in commands.items():
+      if out.is_dir():
+        shutil.rmtree(out)
+      out.unlink(missing_ok=True)
+      measured = measure(command)
+      if repeat >= 0:
+        results[name].append(measured)
+      print(f"{name}: {measured}", file=sys.stderr, flush=True)
+  table = {name: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for name, runs in results.items()}
+  bare = measure([sys.executable, "-c", "pass"])["cpu"]
+  floor = table["floor"]["cpu"] - bare
+  size = (a / "model.safetensors").stat().st_size / 1e9
+  print(f"{_SHAPE.value}: two inputs and one output of {size:.2f} GB, median of {_REPEATS.value} runs, "
+        f"{len(os.sched_getaffinity(0))} cores\n")
+  print("| process | wall s | CPU s | CPU s beyond imports | times the floor | anonymous GiB | wall, mergekit / this |")
+  print("|---|---|---|---|---|---|---|")
+  for name, row in table.items():
+    beyond = {"floor": row["cpu"] - bare}.get(name, row["cpu"] - table["imports"]["cpu"])
+    peer = table.get(name.replace("imm_jax", "mergekit")) if name.startswith("imm_jax") else None
+    known = name.startswith(("imm_jax", "floor"))
+    cells = [name, f"{row['wall']:.2f}", f"{row['cpu']:.2f}", f"{beyond:.2f}" if known else "",
+             f"{beyond / floor:.1f}" if known else "", f"{row['anonymous']:.2f}",
+             f"{peer['wall'] / row['wall']:.1f}" if peer else ""]
+    print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+  app.run(main)

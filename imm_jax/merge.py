@@ -1,0 +1,224 @@
+"""Merges HF checkpoints on disk.
+
+    python -m imm_jax.merge --method=imm --base=BASE --start=START --tuned=TUNED --out=OUT --base_weight=0.5
+    python -m imm_jax.merge --method=imm --base=BASE --tuned=TUNED --out=OUT --sweep_base_weight=0.1,0.3,0.5
+    python -m imm_jax.merge --method=linear --models=A,B --weights='[0.3, 0.7]' --out=OUT
+    python -m imm_jax.merge --method=ties --base=BASE --models=A,B --weights=1 --densities=0.2 --out=OUT
+    python -m imm_jax.merge --recipe=mergekit.yml --out=OUT
+
+A setting is YAML: a number, a list over the layers, or a mapping from regex to either; what is per model is one of
+these for all, or a list with one for each. OUT appears whole or not at all; merge.json in it says how it was made.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+# Merging is bound by the disk: an accelerator would only be started in vain.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import yaml
+from absl import flags
+
+from imm_jax import __version__, cli, files
+from imm_jax.errors import UserError, nearest
+from imm_jax.merging import checkpoint, masks, recipe
+from imm_jax.merging.recipe import Recipe
+from imm_jax.model import folder
+
+_METHOD = flags.DEFINE_enum("method", "imm", sorted(recipe.METHODS), "How to merge; without --recipe.")
+_BASE = flags.DEFINE_string("base", None, "The base model's folder.")
+_START = flags.DEFINE_string("start", None, "imm: the model that was tuned [default: the base].")
+_TUNED = flags.DEFINE_string("tuned", None, "imm: the model after SFT.")
+_MODELS = flags.DEFINE_list("models", [], "Other methods: folders of the models, less the base.")
+_OUT = flags.DEFINE_string("out", None, "The folder to write; with a sweep, one for each weight in it.", required=True)
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an --out that exists.")
+_RECIPE = flags.DEFINE_string("recipe", None, "A mergekit YAML file in place of the other flags.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the masks.", lower_bound=0, upper_bound=2**32 - 1)
+_SWEEP = flags.DEFINE_list("sweep_base_weight", [], "imm: write a checkpoint for each of these, from one read.")
+_DTYPE = flags.DEFINE_enum("out_dtype", None, sorted(recipe.DTYPES), "What to write [default: the first model's].")
+_SHARD = flags.DEFINE_string("max_shard_size", "5GB", "Split the weights into files of at most this size.")
+_OPTIONS = {
+    "base_weight": "imm: the weight of the base [default: 0.5].", "drop_rate": "imm: DARE's p [default: 0.2].",
+    "importance": "iimm: a score for each layer.", "weights": "A weight for each model, or one for all.",
+    "densities": "Share of a task vector that stays.", "gammas": "breadcrumbs: share of outliers that goes.",
+    "epsilons": "della: half the range of probabilities.", "t": "slerp: 0 is the base, 1 the other model.",
+    "scale": "Of what is added to the base [default: 1].", "normalize": "Divide by the sum of the weights.",
+    "rescale": "Divide what is drawn by the share that stays."}
+_FLAGS = {name: flags.DEFINE_string(name, None, text) for name, text in _OPTIONS.items()}
+_TAKES = {
+    "imm": ("base_weight", "drop_rate"), "iimm": ("base_weight", "drop_rate", "importance"),
+    "linear": ("weights", "normalize"), "slerp": ("t",), "model_stock": (),
+    "task_arithmetic": ("weights", "scale", "normalize"), "ties": ("weights", "densities", "scale", "normalize"),
+    "dare_linear": ("weights", "densities", "scale", "normalize", "rescale"),
+    "dare_ties": ("weights", "densities", "scale", "normalize", "rescale"),
+    "breadcrumbs": ("weights", "densities", "gammas", "scale", "normalize"),
+    "della": ("weights", "densities", "epsilons", "scale", "normalize", "rescale")}
+_REQUIRED = {"importance", "weights", "densities", "t"}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def from_flags() -> Recipe:
+  """The recipe that the flags describe; a flag that the method does not take is a UserError."""
+  method = _METHOD.value
+  for name, flag in _FLAGS.items():
+    if flag.value is not None and name not in _TAKES[method]:
+      known = ", ".join(f"--{n}" for n in _TAKES[method]) or "no setting"
+      raise UserError(f"--{name}: {method} does not take it, but {known}")
+    if flag.value is None and name in _TAKES[method] and name in _REQUIRED:
+      raise UserError(f"--{name} is missing; {method} needs it")
+  options = {name: _setting(name, _FLAGS[name].value) for name in _TAKES[method] if _FLAGS[name].value is not None}
+  if method in ("imm", "iimm"):
+    if _MODELS.value:
+      raise UserError(f"--models: {method} takes --base, --start and --tuned")
+    if not _BASE.value or not _TUNED.value:
+      raise UserError(f"--{'tuned' if _BASE.value else 'base'} is missing; {method} needs it")
+    models = {"base": _BASE.value, "start": _START.value or _BASE.value, "tuned": _TUNED.value}
+    options = {"base_weight": 0.5, "drop_rate": 0.2, **options}
+  else:
+    if _START.value or _TUNED.value:
+      raise UserError(f"--start, --tuned: {method} takes --models" + (" and --base" if method != "linear" else ""))
+    if bool(_BASE.value) == (method == "linear"):
+      raise UserError(f"--base: {method} takes none, only --models" if _BASE.value else f"--base is missing; {method} "
+                      "needs it")
+    least = {"linear": 1, "model_stock": 2}.get(method, 1)
+    if len(_MODELS.value) < least or (method == "slerp" and len(_MODELS.value) > 1):
+      wanted = "1" if method == "slerp" else f"{least} or more"
+      raise UserError(f"--models has {len(_MODELS.value)}; {method} takes {wanted}")
+    models = {"base": _BASE.value} if _BASE.value else {}
+    models |= {f"models[{i}]": model for i, model in enumerate(_MODELS.value)}
+  return Recipe(method, {label: Path(path) for label, path in models.items()}, options, _DTYPE.value)
+
+
+def main() -> None:
+  """Reads the flags, merges, and says what came out."""
+  if _RECIPE.value:
+    given = [f"--{name}" for name, flag in [*_FLAGS.items(), ("base", _BASE), ("start", _START), ("tuned", _TUNED),
+                                            ("models", _MODELS), ("method", _METHOD)] if flag.present and flag.value]
+    if given:
+      raise UserError(f"{', '.join(given)}: --recipe says it all; leave out one or the other")
+    made = recipe.read(Path(_RECIPE.value))
+    if _DTYPE.value:
+      made = Recipe(made.method, made.models, made.options, _DTYPE.value)
+  else:
+    made = from_flags()
+  jobs = _jobs(made)
+  root = Path(_OUT.value)
+  if root.exists() and not _OVERWRITE.value:
+    raise UserError(f"--out={root}: exists; give another folder, or --overwrite to replace it")
+  for label, path in made.models.items():
+    if root.resolve() in (path.resolve(), *path.resolve().parents):
+      raise UserError(f"--out={root}: holds the input {label} ({path}); give another folder")
+  run(made, jobs, root, seed=_SEED.value, max_shard_bytes=_bytes(_SHARD.value))
+
+
+def run(made: Recipe, jobs: dict[str, Recipe], root: Path, *, seed: int, max_shard_bytes: int) -> None:
+  """Writes one checkpoint for each job, named by its folder below `root` ("" is `root` itself), from one read."""
+  started = time.monotonic()
+  with checkpoint.CheckpointSource(made.models) as source, files.committed(root) as temporary:
+    _require_space(source, len(jobs), made.dtype, root)
+    first = next(iter(made.models.values()))
+    outputs = [checkpoint.Output(temporary / name, recipe.build(source, job),
+                                 recipe.DTYPES[job.dtype] if job.dtype else None) for name, job in jobs.items()]
+    words = np.asarray(masks.key_words(jax.random.key(seed)))
+    digests = checkpoint.merge(source, outputs, key=words, max_shard_bytes=max_shard_bytes)
+    for (name, job), output in zip(jobs.items(), outputs, strict=True):
+      folder.copy_side_files(first, output.folder)
+      if job.dtype:
+        _set_dtype(output.folder / "config.json", job.dtype)
+      record = {"imm_jax": __version__, "method": job.method, "options": dict(job.options), "seed": seed,
+                "dtype": job.dtype, "inputs": {label: {"path": str(path), "xxh3_128": digests[label]}
+                                               for label, path in job.models.items()}}
+      text = json.dumps(record, indent=2) + "\n"
+      (output.folder / "merge.json").write_text(text, encoding="utf-8")
+      (output.folder / "README.md").write_text(_card((root / name).name, record), encoding="utf-8")
+  size = sum(folder_file.stat().st_size for folder_file in root.rglob("*.safetensors"))
+  print(f"{root}: {len(jobs)} checkpoint{'s' if len(jobs) > 1 else ''}, {size / 1e9:.2f} GB in "
+        f"{time.monotonic() - started:.1f} s")
+
+
+def _jobs(made: Recipe) -> dict[str, Recipe]:
+  """What is written, by folder below --out."""
+  if not _SWEEP.value:
+    return {"": made}
+  if made.method not in ("imm", "iimm"):
+    raise UserError(f"--sweep_base_weight: {made.method} has no base_weight; it is for imm and iimm")
+  if _FLAGS["base_weight"].value is not None:
+    raise UserError("--base_weight: --sweep_base_weight gives it; leave out one or the other")
+  jobs = {}
+  for text in _SWEEP.value:
+    weight = _setting("sweep_base_weight", text)
+    if not isinstance(weight, int | float) or not 0 <= weight <= 1:
+      raise UserError(f"--sweep_base_weight={text}: expected numbers from 0 to 1")
+    jobs[f"base_weight_{text.strip()}"] = Recipe(made.method, made.models, {**made.options, "base_weight": weight},
+                                                 made.dtype)
+  return jobs
+
+
+def _setting(name: str, text: str) -> Any:
+  try:
+    value = yaml.safe_load(text)
+  except yaml.YAMLError as e:
+    raise UserError(f"--{name}={text!r}: is not YAML ({' '.join(str(e).split())})") from e
+  if name in ("normalize", "rescale"):
+    if not isinstance(value, bool):
+      raise UserError(f"--{name}={text}: expected true or false")
+    return value
+  return _numbers(name, text, value)
+
+
+def _numbers(name: str, text: str, value: Any) -> Any:
+  """YAML's reading, with numbers that it takes for texts (1e-3) made numbers."""
+  if isinstance(value, list):
+    return [_numbers(name, text, v) for v in value]
+  if isinstance(value, dict):
+    return {str(pattern): _numbers(name, text, v) for pattern, v in value.items()}
+  with contextlib.suppress(TypeError, ValueError):
+    if not isinstance(value, bool) and math.isfinite(float(value)):
+      return float(value)
+  raise UserError(f"--{name}={text}: expected a number, a list, or a mapping from regex to either (YAML)")
+
+
+def _bytes(text: str) -> int:
+  unit = text.strip()[-2:].upper()
+  with contextlib.suppress(ValueError):
+    size = int(float(text.strip()[:-2]) * _UNITS[unit]) if unit in _UNITS else int(text)
+    if size > 0:
+      return size
+  raise UserError(f"--max_shard_size={text}: expected bytes, or a number with {nearest(unit, list(_UNITS))}")
+
+
+def _require_space(source: checkpoint.CheckpointSource, copies: int, dtype: str | None, root: Path) -> None:
+  """Fails before the work where the disk is too full for the result."""
+  width = lambda entry: (recipe.DTYPES[dtype] if dtype else entry.dtype).itemsize
+  needed = copies * sum(source.size(name) * width(source.entries(name)[0]) for name in source.order)
+  free = shutil.disk_usage(next(p for p in root.absolute().parents if p.exists())).free
+  if needed > free:
+    raise UserError(f"--out={root}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; make room or "
+                    "give another folder")
+
+
+def _set_dtype(path: Path, dtype: str) -> None:
+  config = files.read_json(path)
+  config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+  path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _card(name: str, record: dict[str, Any]) -> str:
+  """A model card: what was merged and how."""
+  lines = [f"- {label}: `{model['path']}`" for label, model in record["inputs"].items()]
+  return "\n".join([
+      "---", "library_name: transformers", "tags:", "- merge", "- imm_jax", "---", f"# {name}", "",
+      f"A merge by the method `{record['method']}`, made with imm_jax {record['imm_jax']}.", "", *lines, "",
+      "```json", json.dumps(record["options"] | {"seed": record["seed"]}, indent=2), "```", ""])
+
+
+if __name__ == "__main__":
+  cli.run(main)
