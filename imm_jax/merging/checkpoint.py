@@ -4,12 +4,14 @@ Only blocks are held, so memory does not grow with the model: one thread reads a
 block is a run of entries, or of whole rows where masks are drawn.
 """
 
+import collections
 import contextlib
 import functools
+import math
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +24,12 @@ from imm_jax import files, progress
 from imm_jax.errors import UserError
 from imm_jax.merging.methods import Plan
 from imm_jax.merging.statistics import Statistic
-from imm_jax.model import folder as checkpoint, safetensors
+from imm_jax.model import folder as checkpoint
 from imm_jax.model.safetensors import Entry
+from imm_jax.model.writer import WeightsWriter
 
 # Entries of a block: small enough for the caches, large enough to outweigh a call.
-BLOCK = 1 << 20
+BLOCK = 1 << 19
 _SMALL = 1 << 14
 # XLA reads arrays in place where they begin at such an address.
 _ALIGNMENT = 64
@@ -163,22 +166,23 @@ def merge(source: CheckpointSource, outputs: Sequence[Output], *, key: np.ndarra
     model, so that the same tensors have one digest however they lie in files.
   """
   by_rows = any(output.plan.draws for output in outputs)
-  dtype_of = lambda name, output: (output.dtype if output.dtype is not None and name in source.names
+  dtype_of = lambda name, output: (output.dtype if output.dtype is not None and name in shapes
                                    else source.entries(name)[0].dtype)
+  shapes = _block_shapes(source, by_rows)
   digests = [xxhash.xxh3_128() for _ in source.folders]
-  workers = max(1, min(_MAX_WORKERS, os.cpu_count() or 1))
+  workers = max(2, min(_MAX_WORKERS, len(os.sched_getaffinity(0))))
   total = sum(entry.size * entry.dtype.itemsize for name in source.order for entry in source.entries(name))
   with contextlib.ExitStack() as stack:
-    writers = [stack.enter_context(_Writer(
+    writers = [stack.enter_context(WeightsWriter(
         output.folder, [(name, dtype_of(name, output), source.entries(name)[0].shape) for name in source.order],
         max_shard_bytes)) for output in outputs]
     bar = stack.enter_context(progress.bar(total, "merge", "B", unit_scale=True))
-    pool = stack.enter_context(_Pool(workers))
+    pool, buffers = stack.enter_context(_Pool(workers)), _Buffers()
     for name in source.order:
       entries = source.entries(name)
       for entry, digest in zip(entries, digests, strict=True):
         digest.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
-      if name not in source.names:
+      if name not in shapes:
         whole = source.read_equal(name)
         for digest in digests:
           digest.update(whole.view(np.uint8).data)
@@ -186,82 +190,50 @@ def merge(source: CheckpointSource, outputs: Sequence[Output], *, key: np.ndarra
           writer.write(name, 0, whole)
         continue
       scalars = [{k: np.asarray(v)[None] for k, v in output.plan.scalars(name).items()} for output in outputs]
-      for begin, count, shape in _blocks(entries[0].shape, source.block, by_rows):
+      shape = shapes[name]
+      for begin in range(0, source.size(name), math.prod(shape)):
+        count = min(math.prod(shape), source.size(name) - begin)
+        pool.reserve()
         read: dict[Entry, np.ndarray] = {}
         for entry, digest in zip(entries, digests, strict=True):
           if entry not in read:  # in the first round a model is both base and start
             # The end of a last block is not read, and not written.
-            read[entry] = _aligned(int(np.prod(shape)), entry.dtype)
+            read[entry] = buffers.take(math.prod(shape), entry.dtype)
             source.read(entry, begin, read[entry][:count])
           digest.update(read[entry][:count].view(np.uint8).data)
         arrays = [read[entry].reshape(1, *shape) for entry in entries]
         first_row = np.uint32(begin // shape[-1] if by_rows else 0)
-        pool.submit(_merge_block, outputs, writers, name, begin, count, arrays, scalars,
-                    {"key": key, "zero": np.uint32(0), "first_row": first_row}, bar)
+        shared = {"key": key, "zero": np.uint32(0), "first_row": first_row}
+
+        def work(arrays=arrays, scalars=scalars, shared=shared, name=name, begin=begin, count=count) -> None:
+          for output, writer, numbers in zip(outputs, writers, scalars, strict=True):
+            kernel = _compiled(output.plan.kernel, tuple(output.plan.static.items()), writer.dtype(name))
+            merged = np.asarray(kernel(tuple(arrays), numbers, shared))
+            writer.write(name, begin, merged.reshape(-1)[:count])
+          with bar.get_lock():
+            bar.update(sum(count * array.itemsize for array in arrays))
+
+        pool.submit(work, lambda read=read: buffers.give(read.values()))
   return {label: digest.hexdigest() for label, digest in zip(source.folders, digests, strict=True)}
 
 
-def _merge_block(outputs: Sequence[Output], writers: Sequence["_Writer"], name: str, begin: int, count: int,
-                 arrays: Sequence[np.ndarray], scalars: Sequence[Any], shared: Any, bar: Any) -> None:
-  for output, writer, numbers in zip(outputs, writers, scalars, strict=True):
-    merged = _compiled(output.plan.kernel, tuple(output.plan.static.items()), writer.dtype(name))(
-        tuple(arrays), numbers, shared)
-    writer.write(name, begin, np.asarray(merged).reshape(-1)[:count])
-  bar.update(sum(count * a.itemsize for a in arrays))
-
-
-def _blocks(shape: tuple[int, ...], size: int, by_rows: bool) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-  """(first entry, number of entries, shape to merge them in) of each block; few shapes, so that little is compiled."""
-  entries = int(np.prod(shape))
-  if not entries:
-    return
-  if not by_rows or len(shape) < 2:
-    # A tensor of one axis is one row, so it is never cut where masks are drawn.
-    length = _SMALL if entries <= _SMALL else max(size, entries) if by_rows else size
-    for begin in range(0, entries, length):
-      yield begin, min(length, entries - begin), (length,)
-    return
-  columns = entries // shape[0]
-  rows = min(1 << (max(1, size // columns).bit_length() - 1), 1 << (shape[0] - 1).bit_length())
-  for row in range(0, shape[0], rows):
-    yield row * columns, min(rows, shape[0] - row) * columns, (rows, columns)
-
-
-class _Writer:
-  """A checkpoint's weights, written at any place in any order."""
-
-  def __init__(self, folder: Path, tensors: Sequence[tuple[str, np.dtype, tuple[int, ...]]], max_shard_bytes: int):
-    folder.mkdir(parents=True)
-    shards = checkpoint.split(tensors, max_shard_bytes)
-    checkpoint.write_index(folder, shards)
-    self._places: dict[str, tuple[int, int, np.dtype]] = {}
-    self._files: list[int] = []
-    for file, shard in shards:
-      start, offsets = safetensors.header(shard)
-      self._files.append(os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
-      self._put(self._files[-1], start, 0)
-      self._places |= {name: (self._files[-1], offsets[name], np.dtype(dtype)) for name, dtype, _ in shard}
-
-  def __enter__(self) -> "_Writer":
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    while self._files:
-      os.close(self._files.pop())
-
-  def dtype(self, name: str) -> np.dtype:
-    return self._places[name][2]
-
-  def write(self, name: str, begin: int, values: np.ndarray) -> None:
-    """Puts values of the tensor's dtype at its entries from `begin` on."""
-    file, offset, dtype = self._places[name]
-    self._put(file, values.view(np.uint8), offset + begin * dtype.itemsize)
-
-  def _put(self, file: int, data: Any, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-      count = os.pwrite(file, view, offset)
-      view, offset = view[count:], offset + count
+def _block_shapes(source: CheckpointSource, by_rows: bool) -> dict[str, tuple[int, ...]]:
+  """In which shape each tensor is merged, block by block: few different ones, so that little is compiled."""
+  shapes = {name: source.entries(name)[0].shape for name in source.names}
+  if not by_rows:
+    return {name: (_SMALL if source.size(name) <= _SMALL else source.block,) for name in shapes}
+  result: dict[str, tuple[int, ...]] = {}
+  for name, shape in shapes.items():
+    if len(shape) > 1 and source.size(name):
+      columns = source.size(name) // shape[0]
+      fitting, all_rows = max(1, source.block // columns), shape[0]
+      # Powers of two, so that tensors of one width share a shape.
+      result[name] = min(1 << fitting.bit_length() - 1, 1 << (all_rows - 1).bit_length()), columns
+  matrices = sorted(set(result.values()), key=math.prod)
+  for name in shapes.keys() - result.keys():
+    # A tensor of one axis is one row, the first of a block that is wide enough.
+    result[name] = next((m for m in matrices if m[1] >= source.size(name)), (max(1, source.size(name)),))
+  return result
 
 
 class _Pool:
@@ -269,7 +241,7 @@ class _Pool:
 
   def __init__(self, workers: int):
     self._pool = ThreadPoolExecutor(workers)
-    self._free = threading.Semaphore(2 * workers)
+    self._free = threading.Semaphore(workers + 2)
     self._errors: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
 
   def __enter__(self) -> "_Pool":
@@ -277,20 +249,45 @@ class _Pool:
 
   def __exit__(self, kind: type | None, *_: object) -> None:
     self._pool.shutdown(cancel_futures=kind is not None)
-    if kind is None and not self._errors.empty():
-      raise self._errors.get()
+    if kind is None:
+      self._raise()
 
-  def submit(self, work: Callable[..., None], *args: Any) -> None:
+  def reserve(self) -> None:
+    """Waits until one more block may be held."""
     self._free.acquire()
-    if not self._errors.empty():
-      self._free.release()
-      raise self._errors.get()
-    self._pool.submit(work, *args).add_done_callback(self._done)
+    self._raise()
 
-  def _done(self, future: "Future[None]") -> None:
-    if not future.cancelled() and future.exception():
-      self._errors.put(future.exception())
-    self._free.release()
+  def submit(self, work: Callable[[], None], after: Callable[[], None]) -> None:
+    """Runs `work`, then `after`, and frees the place that was reserved."""
+
+    def done(future: "Future[None]") -> None:
+      if not future.cancelled() and future.exception():
+        self._errors.put(future.exception())
+      after()
+      self._free.release()
+
+    self._pool.submit(work).add_done_callback(done)
+
+  def _raise(self) -> None:
+    if not self._errors.empty():
+      raise self._errors.get()
+
+
+class _Buffers:
+  """Aligned arrays that are used again: memory that the system hands out anew is slow at its first touch."""
+
+  def __init__(self) -> None:
+    self._spare: dict[int, list[np.ndarray]] = collections.defaultdict(list)
+
+  def take(self, count: int, dtype: np.dtype) -> np.ndarray:
+    """An array [count] with anything in it."""
+    spare = self._spare[count * dtype.itemsize]
+    return spare.pop().view(dtype) if spare else _aligned(count, dtype)
+
+  def give(self, arrays: Iterable[np.ndarray]) -> None:
+    """Takes arrays back."""
+    for array in arrays:
+      self._spare[array.nbytes].append(array)
 
 
 def _match(labels: Sequence[str], models: Sequence[Mapping[str, Entry]]) -> None:

@@ -122,12 +122,11 @@ def _setting(path: Path, where: str, value: Any) -> Any:
       patterns.setdefault("" if part in (None, "*") else re.escape(str(part)),
                           _setting(path, where, condition["value"]))
     return patterns
-  if isinstance(value, list) and value and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
-    return [float(v) for v in value]
   if isinstance(value, bool):
     return value
   try:
-    return float(value)  # YAML reads 1e-3 as a text
+    # YAML reads 1e-3 as a text.
+    return [float(v) for v in value] if isinstance(value, list) and value else float(value)
   except (TypeError, ValueError) as e:
     raise UserError(f"{path}: {where}={value!r}: expected a number, a list of numbers, or a list of filters") from e
 

@@ -64,7 +64,11 @@ def resolve(setting: Setting, name: str, num_layers: int, what: str) -> float:
   """
   if isinstance(setting, Mapping):
     for pattern, value in setting.items():
-      if re.search(pattern, name):
+      try:
+        found = re.search(pattern, name)
+      except re.error as e:
+        raise ValueError(f"{what}: {pattern!r} is no regular expression ({e})") from e
+      if found:
         return resolve(value, name, num_layers, what)
     raise ValueError(f"{what}: no pattern of {list(setting)} matches {name!r}; add '.*' for the others")
   if isinstance(setting, Sequence | np.ndarray) and not isinstance(setting, str):

@@ -1,0 +1,128 @@
+"""Writes a checkpoint's weights at any place in any order, past the page cache where the file system lets it.
+
+A merged checkpoint is written once and is often larger than memory: through the page cache it would push out the
+inputs, and a cache page costs several times what the copy to the disk does. So whole, aligned segments are written with
+O_DIRECT.
+"""
+
+import mmap
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imm_jax.model import folder as checkpoint, safetensors
+
+_SEGMENT = 1 << 22
+# What O_DIRECT asks of addresses, offsets and lengths; no device needs more.
+_PAGE = 4096
+
+
+class WeightsWriter:
+  """The weight files of a new folder; use as a context manager. Threads may share it."""
+
+  def __init__(self, folder: Path, tensors: Sequence[tuple[str, np.dtype, tuple[int, ...]]], max_shard_bytes: int):
+    """Makes the folder, its files with their headers, and the index.
+
+    Args:
+      folder: made here.
+      tensors: name, dtype and shape, in the order of the files.
+      max_shard_bytes: see `folder.split`.
+    """
+    folder.mkdir(parents=True)
+    shards = checkpoint.split(tensors, max_shard_bytes)
+    checkpoint.write_index(folder, shards)
+    self._places: dict[str, tuple[_File, int, np.dtype]] = {}
+    self._files: list[_File] = []
+    try:
+      for name, shard in shards:
+        start, offsets = safetensors.header(shard)
+        size = len(start) + sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for _, dtype, shape in shard)
+        file = _File(folder / name, size)
+        self._files.append(file)
+        file.write(0, start)
+        self._places |= {tensor: (file, offsets[tensor], np.dtype(dtype)) for tensor, dtype, _ in shard}
+    except BaseException:
+      self._close()
+      raise
+
+  def __enter__(self) -> "WeightsWriter":
+    return self
+
+  def __exit__(self, kind: type | None, *_: object) -> None:
+    try:
+      if kind is None:
+        for file in self._files:
+          file.finish()
+    finally:
+      self._close()
+
+  def dtype(self, name: str) -> np.dtype:
+    """Of a tensor in the file."""
+    return self._places[name][2]
+
+  def write(self, name: str, begin: int, values: np.ndarray) -> None:
+    """Puts values [n] of the tensor's dtype at its entries from `begin` on; each entry once."""
+    file, offset, dtype = self._places[name]
+    if values.dtype != dtype:
+      raise ValueError(f"{name}: got {values.dtype}, announced {dtype}")
+    file.write(offset + begin * dtype.itemsize, values.view(np.uint8))
+
+  def _close(self) -> None:
+    while self._files:
+      os.close(self._files.pop().number)
+
+
+class _File:
+  """A file of known size that is filled piece by piece and written segment by segment."""
+
+  def __init__(self, path: Path, size: int):
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    try:
+      self.number = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o644)
+    except OSError:  # not on this file system: it refuses after it made the file
+      path.unlink(missing_ok=True)
+      self.number = os.open(path, flags, 0o644)
+    self._size = size
+    self._lock = threading.Lock()
+    # Segment -> its buffer, and how many bytes it still lacks.
+    self._open: dict[int, tuple[mmap.mmap, int]] = {}
+    self._spare: list[mmap.mmap] = []
+
+  def write(self, offset: int, data: Any) -> None:
+    view = memoryview(data)
+    while view:
+      segment, at = divmod(offset, _SEGMENT)
+      count = min(len(view), _SEGMENT - at)
+      with self._lock:
+        if segment not in self._open:
+          buffer = self._spare.pop() if self._spare else mmap.mmap(-1, _SEGMENT)
+          self._open[segment] = buffer, min(_SEGMENT, self._size - segment * _SEGMENT)
+        buffer = self._open[segment][0]
+      buffer[at:at + count] = view[:count]
+      with self._lock:
+        lacks = self._open[segment][1] - count
+        self._open[segment] = buffer, lacks
+        if not lacks:
+          del self._open[segment]
+      if not lacks:
+        self._put(buffer, segment)
+        with self._lock:
+          self._spare.append(buffer)
+      view, offset = view[count:], offset + count
+
+  def finish(self) -> None:
+    """Cuts what the last segment has too much."""
+    if self._open:
+      raise ValueError("some entries of the checkpoint were not written")
+    os.ftruncate(self.number, self._size)
+
+  def _put(self, buffer: mmap.mmap, segment: int) -> None:
+    used = min(_SEGMENT, self._size - segment * _SEGMENT)
+    view, offset = memoryview(buffer)[:-(-used // _PAGE) * _PAGE], segment * _SEGMENT
+    while view:
+      count = os.pwrite(self.number, view, offset)
+      view, offset = view[count:], offset + count

@@ -1,0 +1,374 @@
+"""Merging checkpoints on disk: the bits of the functions on trees, the command, and what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from imm_jax import merging
+from imm_jax.errors import UserError
+from imm_jax.merging import checkpoint, masks, methods, recipe
+from imm_jax.model import hf, safetensors
+
+REPO = Path(__file__).parent.parent
+KEY = jax.random.key(7)
+WORDS = np.asarray(masks.key_words(KEY))
+# Rows of several lengths, odd and even, one row, one entry, one axis, more than two, none.
+SHAPES = {"model.embed_tokens.weight": (37, 6), "model.layers.0.mlp.up_proj.weight": (7, 5),
+          "model.layers.1.mlp.up_proj.weight": (7, 5), "model.layers.0.self_attn.q_proj.bias": (9,),
+          "model.layers.1.self_attn.q_proj.bias": (9,), "model.norm.weight": (6,), "conv": (3, 2, 5), "one": (1, 1),
+          "scalar": (), "nothing": (0, 4)}
+OPTIONS = {
+    "linear": {"weights": [0.2, 0.5, 0.1, 0.4]}, "task_arithmetic": {"weights": 0.4},
+    "ties": {"weights": 1.0, "densities": 0.5}, "breadcrumbs": {"weights": 0.5, "densities": 0.6, "gammas": 0.1},
+    "dare_linear": {"weights": 0.5, "densities": [0.5, 0.7, 0.2]}, "dare_ties": {"weights": 0.5, "densities": 0.5},
+    "della": {"weights": 0.5, "densities": 0.5}, "model_stock": {}, "slerp": {"t": [0.2, 0.8]},
+    "imm": {"base_weight": 0.4, "drop_rate": 0.3}}
+RANDOM = {"dare_linear", "dare_ties", "della", "imm"}
+COUNT = {"slerp": 2, "imm": 3}
+
+
+def models(dtypes=(np.float32, ml_dtypes.bfloat16, np.float16, np.float32)):
+  rng = np.random.default_rng(0)
+  first = {name: rng.normal(size=shape) for name, shape in SHAPES.items()}
+  trees = [first, *({n: x + 0.1 * rng.normal(size=x.shape) for n, x in first.items()} for _ in range(3))]
+  return [{n: np.asarray(x, dtype) for n, x in tree.items()} | {"ids": np.arange(5)}
+          for tree, dtype in zip(trees, dtypes, strict=True)]
+
+
+def write(folder: Path, tree: dict[str, np.ndarray], shards: int = 1) -> Path:
+  folder.mkdir(parents=True)
+  (folder / "config.json").write_text('{"model_type": "qwen2", "torch_dtype": "float32"}')
+  (folder / "tokenizer.json").write_text("{}")
+  names = list(tree)
+  parts = [names[i::shards] for i in range(shards)]
+  weight_map = {}
+  for i, part in enumerate(parts):
+    file = "model.safetensors" if shards == 1 else f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+    safetensors.write(folder / file, [(n, tree[n].dtype, tree[n].shape, lambda n=n: tree[n]) for n in part])
+    weight_map |= dict.fromkeys(part, file)
+  if shards > 1:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+  root = tmp_path_factory.mktemp("models")
+  return [write(root / str(i), tree, shards=3 if i == 2 else 1) for i, tree in enumerate(models())]
+
+
+def read(folder: Path) -> dict[str, np.ndarray]:
+  index = folder / "model.safetensors.index.json"
+  files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+  return {name: np.array(x) for file in files for name, x in safetensors.read(folder / file).items()}
+
+
+def in_memory(method: str):
+  trees, options = models(), dict(OPTIONS[method])
+  if method in RANDOM:
+    options["key"] = KEY
+  if method == "linear":
+    return merging.linear(trees, **options)
+  if method == "imm":
+    return merging.imm(*trees[:3], **options)
+  return getattr(merging, method)(trees[0], trees[1] if method == "slerp" else trees[1:], **options)
+
+
+def on_disk(folders: list[Path], out: Path, method: str, *, block: int, **options) -> dict[str, np.ndarray]:
+  models = {str(i): folder for i, folder in enumerate(folders[:COUNT.get(method, 4)])}
+  with checkpoint.CheckpointSource(models, block=block) as source:
+    plan = methods.METHODS[method](source, **OPTIONS[method])
+    checkpoint.merge(source, [checkpoint.Output(out, plan)], key=WORDS, **options)
+  return read(out)
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_a_file_has_the_bits_of_a_tree_in_blocks_and_shards_of_any_size(method: str, folders: list[Path],
+                                                                        tmp_path: Path):
+  expected = in_memory(method)
+  for i, (block, shard) in enumerate([(1 << 19, 10**9), (5, 200), (16, 10**9)]):
+    got = on_disk(folders, tmp_path / str(i), method, block=block, max_shard_bytes=shard)
+    assert got.keys() == expected.keys()
+    for name, leaf in expected.items():
+      assert got[name].dtype == leaf.dtype
+      assert got[name].tobytes() == np.asarray(leaf).tobytes(), (method, block, name)
+  assert len(list((tmp_path / "1").glob("*.safetensors"))) > 3
+
+
+def run(*flags: str, **options) -> subprocess.CompletedProcess:
+  return subprocess.run([sys.executable, "-m", "imm_jax.merge", *flags], cwd=REPO, capture_output=True, text=True,
+                        check=False, **options)
+
+
+def test_the_command_merges_as_the_loop_does(tmp_path: Path):
+  """On the embedded model: the weights of `merging.imm` on stacked layers, and everything that transformers reads."""
+  base = hf.resolve("tiny")
+  _, params = hf.load(base)
+  tuned = jax.tree.map(lambda p: (p.astype(np.float32) * 1.01 + 0.001).astype(p.dtype), params)
+  hf.save(tuned, tmp_path / "tuned", like=base)
+  done = run("--method=imm", f"--base={base}", f"--tuned={tmp_path / 'tuned'}", f"--out={tmp_path / 'out'}", "--seed=3",
+             "--base_weight=0.4", "--drop_rate=0.3")
+  assert done.returncode == 0, done.stderr
+  expected = merging.imm(params, params, tuned, base_weight=0.4, drop_rate=0.3, key=jax.random.key(3),
+                         names=hf.tensor_names(params))
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
+               hf.load(tmp_path / "out")[1], expected)
+  for name in ("config.json", "tokenizer.json", "generation_config.json"):
+    assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+  record = json.loads((tmp_path / "out/merge.json").read_text())
+  assert (record["method"], record["seed"]) == ("imm", 3)
+  assert record["options"] == {"base_weight": 0.4, "drop_rate": 0.3}
+  digests = {label: model["xxh3_128"] for label, model in record["inputs"].items()}
+  assert digests["base"] == digests["start"] != digests["tuned"]
+  assert "imm" in (tmp_path / "out/README.md").read_text()
+
+
+def test_digests_are_of_the_tensors_however_they_lie(folders: list[Path], tmp_path: Path):
+  again = write(tmp_path / "again", models()[2])
+  with checkpoint.CheckpointSource({"a": folders[2], "b": again}, block=7) as source:
+    plan = methods.linear(source, weights=1)
+    found = checkpoint.merge(source, [checkpoint.Output(tmp_path / "out", plan)], key=WORDS)
+  assert found["a"] == found["b"]
+
+
+def test_a_sweep_writes_what_single_merges_write(folders: list[Path], tmp_path: Path):
+  flags = ["--method=imm", f"--base={folders[0]}", f"--start={folders[1]}", f"--tuned={folders[2]}", "--drop_rate=0.3"]
+  assert run(*flags, f"--out={tmp_path / 'sweep'}", "--sweep_base_weight=0.1,0.5").returncode == 0
+  for weight in ("0.1", "0.5"):
+    out = tmp_path / weight
+    assert run(*flags, f"--out={out}", f"--base_weight={weight}").returncode == 0
+    swept = tmp_path / "sweep" / f"base_weight_{weight}"
+    assert (swept / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert json.loads((swept / "merge.json").read_text())["options"]["base_weight"] == float(weight)
+
+
+def test_out_dtype_is_written_and_named_in_the_config(folders: list[Path], tmp_path: Path):
+  done = run("--method=linear", f"--models={folders[0]},{folders[3]}", "--weights=1", "--out_dtype=bfloat16",
+             f"--out={tmp_path / 'out'}")
+  assert done.returncode == 0, done.stderr
+  expected = merging.linear([models()[0], models()[3]], weights=1)
+  for name, x in read(tmp_path / "out").items():
+    if name == "ids":
+      assert x.tolist() == [0, 1, 2, 3, 4]
+    else:
+      np.testing.assert_array_equal(x, np.asarray(expected[name]).astype(ml_dtypes.bfloat16))
+  assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+RECIPE = """
+merge_method: ties
+base_model: {0}
+models:
+  - model: {1}
+    parameters:
+      weight: 0.5
+      density: [0.2, 0.8]
+  - model: {2}
+    parameters:
+      weight:
+        - filter: mlp
+          value: [1e-1, 0.9]
+        - value: 0.3
+  - model: {0}
+parameters:
+  density:
+    - filter: norm
+      value: 1.0
+    - value: 0.4
+  normalize: true
+  int8_mask: true
+  lambda: 0.7
+dtype: bfloat16
+out_dtype: float32
+"""
+
+
+def test_a_recipe_of_mergekit_means_what_it_says(folders: list[Path], tmp_path: Path):
+  (tmp_path / "recipe.yml").write_text(RECIPE.format(*folders))
+  read_recipe = recipe.read(tmp_path / "recipe.yml")
+  assert (read_recipe.method, read_recipe.dtype) == ("ties", "float32")
+  assert list(read_recipe.models.values()) == folders[:3]
+  assert read_recipe.options["weights"] == [0.5, {"mlp": [0.1, 0.9], "": 0.3}]
+  assert read_recipe.options["densities"] == [[0.2, 0.8], {"norm": 1.0, "": 0.4}]
+  assert (read_recipe.options["scale"], read_recipe.options["normalize"]) == (0.7, True)
+  done = run(f"--recipe={tmp_path / 'recipe.yml'}", f"--out={tmp_path / 'out'}")
+  assert done.returncode == 0, done.stderr
+  base, *others = models()
+  expected = merging.ties(base, others[:2], **read_recipe.options)
+  for name, x in read(tmp_path / "out").items():
+    np.testing.assert_array_equal(x, expected[name])
+
+
+@pytest.mark.parametrize(("change", "expected"), [
+    (("merge_method: ties", "merge_method: tiess"), "merge_method='tiess': did you mean ties?"),
+    (("merge_method: ties", "merge_method: nuslerp"), "merge_method='nuslerp'"),
+    (("base_model:", "base_modle:"), "base_modle is not supported; did you mean base_model?"),
+    (("  lambda: 0.7", "  lamda: 0.7"), "parameters.lamda is not supported; did you mean lambda?"),
+    (("  lambda: 0.7", "  t: 0.7"), "parameters.t is not supported"),
+    (("weight: 0.5", "weight: heavy"), "models[0].parameters.weight='heavy'"),
+    (("weight: 0.5", "gamma: 0.5"), "models[0].parameters.gamma is not supported"),
+    (("weight: 0.5", "density: 0.1"), "models[0].parameters.weight is missing"),
+    (("out_dtype: float32", "out_dtype: int4"), "dtype='int4'"),
+    (("dtype: bfloat16", "slices: []"), "slices is not supported"),
+    (("dtype: bfloat16", "tokenizer_source: union"), "tokenizer_source is not supported"),
+    (("merge_method: ties", "[1, 2"), "is not YAML"),
+    (("models:", "models: []\nother:"), "other is not supported")])
+def test_what_a_recipe_has_wrong_is_named(change: tuple[str, str], expected: str, folders: list[Path], tmp_path: Path):
+  path = tmp_path / "recipe.yml"
+  path.write_text(RECIPE.format(*folders).replace(*change, 1))
+  with pytest.raises(UserError) as error:
+    recipe.read(path)
+  assert str(path) in str(error.value)
+  assert expected in str(error.value)
+
+
+def refusal(folders: dict[str, Path]) -> str:
+  with pytest.raises(UserError) as error, checkpoint.CheckpointSource(folders) as source:
+    methods.linear(source, weights=1)
+  return str(error.value)
+
+
+def test_checkpoints_that_do_not_match_are_named_tensor_by_tensor(folders: list[Path], tmp_path: Path):
+  tree = models()[0]
+  lacking = write(tmp_path / "lacking", {n: x for n, x in tree.items() if n != "one"} | {"more": tree["one"]})
+  text = refusal({"a": folders[0], "b": lacking})
+  assert "b lacks one" in text
+  assert "b has more, a has not" in text
+  other = write(tmp_path / "other", tree | {"model.embed_tokens.weight": np.zeros((40, 6), np.float32)})
+  assert "model.embed_tokens.weight has shape (37, 6) in a, (40, 6) in b (other vocabularies" in refusal(
+      {"a": folders[0], "b": other})
+  integer = write(tmp_path / "integer", tree | {"one": np.zeros((1, 1), np.int64)})
+  assert "one is float32 in a, int64 in b" in refusal({"a": folders[0], "b": integer})
+
+
+def test_damaged_files_are_named(folders: list[Path], tmp_path: Path):
+  for name, damage, expected in [
+      ("cut", lambda f: os.truncate(f, f.stat().st_size - 3), "truncated"),
+      ("gone", lambda f: f.unlink(), "missing"),
+      ("corrupt", lambda f: f.write_bytes(b"\xff" * 200), "not a whole safetensors file"),
+      ("twice", lambda f: f.write_bytes(f.read_bytes().replace(b'"scalar"', b'"conv"  ', 1)), "damaged")]:
+    folder = Path(shutil.copytree(folders[0], tmp_path / name))
+    damage(folder / "model.safetensors")
+    assert expected in refusal({"a": folders[1], "b": folder})
+
+
+def test_tensors_of_integers_must_be_equal(folders: list[Path], tmp_path: Path):
+  other = write(tmp_path / "other", models()[1] | {"ids": np.arange(1, 6)})
+  with checkpoint.CheckpointSource({"a": folders[0], "b": other}) as source:
+    plan = methods.linear(source, weights=1)
+    with pytest.raises(UserError, match="ids of int64 differs between the models"):
+      checkpoint.merge(source, [checkpoint.Output(tmp_path / "out", plan)], key=WORDS)
+
+
+def test_tied_weights_are_merged_once(tmp_path: Path):
+  """A stored copy of the embedding would else be dropped by another name."""
+  rng = np.random.default_rng(0)
+  folders = []
+  for i in range(2):
+    embedding = rng.normal(size=(20, 4)).astype(np.float32)
+    folders.append(write(tmp_path / str(i), {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}))
+    (folders[-1] / "config.json").write_text('{"tie_word_embeddings": true}')
+  with checkpoint.CheckpointSource(dict(zip("ab", folders, strict=True))) as source:
+    assert source.names == ["model.embed_tokens.weight"]
+  untied = write(tmp_path / "untied", read(folders[0]) | {"lm_head.weight": np.zeros((20, 4), np.float32)})
+  (untied / "config.json").write_text('{"tie_word_embeddings": true}')
+  assert "lm_head.weight differs from the embedding" in refusal({"a": untied})
+
+
+def one_line(done: subprocess.CompletedProcess) -> str:
+  assert done.returncode == 1
+  assert "Traceback" not in done.stderr
+  lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+  assert len(lines) == 1, done.stderr
+  return lines[0]
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    (("--method=imm", "--base=BASE"), "--tuned is missing"),
+    (("--method=tise", "--base=BASE"), "ties"),
+    (("--method=ties", "--models=BASE", "--weights=1", "--densities=0.5"), "--base is missing"),
+    (("--method=ties", "--base=BASE", "--models=BASE", "--weights=1"), "--densities is missing"),
+    (("--method=linear", "--models=BASE", "--weights=1", "--t=1"), "--t: linear does not take it, but --weights"),
+    (("--method=imm", "--base=BASE", "--tuned=BASE", "--drop_rate=1"), "drop_rate=1.0: expected 0 <= drop_rate < 1"),
+    (("--method=imm", "--base=BASE", "--tuned=BASE", "--base_weight=[x"), "is not YAML"),
+    (("--method=imm", "--base=BASE", "--tuned=/no/such"), "/no/such: no such checkpoint folder"),
+    (("--method=imm", "--base=BASE", "--tuned=BASE", "--sweep_base_weight=0.1,2"), "expected numbers from 0 to 1"),
+    (("--method=imm", "--base=BASE", "--tuned=BASE", "--max_shard_size=big"), "--max_shard_size=big"),
+    (("--recipe=/no/such.yml",), "/no/such.yml: cannot be read")])
+def test_bad_flags_are_one_line(flags: tuple[str, ...], expected: str, folders: list[Path], tmp_path: Path):
+  done = run(*(f.replace("BASE", str(folders[0])) for f in flags), f"--out={tmp_path / 'out'}")
+  assert expected in one_line(done)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_exists_is_kept_unless_asked(folders: list[Path], tmp_path: Path):
+  flags = ("--method=linear", f"--models={folders[0]},{folders[1]}", "--weights=1")
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out/mine.txt").write_text("mine")
+  assert "exists; give another folder, or --overwrite" in one_line(run(*flags, f"--out={tmp_path / 'out'}"))
+  assert (tmp_path / "out/mine.txt").read_text() == "mine"
+  assert run(*flags, f"--out={tmp_path / 'out'}", "--overwrite").returncode == 0
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+  assert not (tmp_path / "out/mine.txt").exists()
+  assert "holds the input" in one_line(run(*flags, f"--out={folders[0]}", "--overwrite"))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(folders: list[Path], tmp_path: Path):
+  big = {"w": np.zeros((600, 1000), np.float32)}
+  a, b = write(tmp_path / "a", big), write(tmp_path / "b", big)
+  # A limit on the size of files stands in for a full disk: the kernel refuses the write in the same place.
+  done = subprocess.run(
+      ["bash", "-c", 'ulimit -f 1024; trap "" XFSZ; exec "$@"', "bash", sys.executable, "-m", "imm_jax.merge",
+       "--method=linear", f"--models={a},{b}", "--weights=1", f"--out={tmp_path / 'out'}"],
+      cwd=REPO, capture_output=True, text=True, check=False)
+  assert "cannot be written (File too large)" in one_line(done)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_disk_too_small_is_refused_before_the_work(folders: list[Path], tmp_path: Path):
+  mount = tmp_path / "disk"
+  mount.mkdir()
+  command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount]
+  if subprocess.run(command, capture_output=True, check=False).returncode:
+    pytest.skip("needs the right to mount")
+  try:
+    big = {"w": np.zeros((600, 1000), np.float32)}
+    a, b = write(tmp_path / "a", big), write(tmp_path / "b", big)
+    flags = ("--method=linear", f"--models={a},{b}", "--weights=1", f"--out={mount / 'out'}")
+    assert "needs 0.00 GB, the disk has 0.00 GB free" in one_line(run(*flags))
+    assert list(mount.iterdir()) == []
+  finally:
+    subprocess.run(["umount", mount], check=True)
+
+
+def test_a_killed_merge_leaves_no_output_and_the_next_one_is_whole(tmp_path: Path):
+  rng = np.random.default_rng(0)
+  folders = [write(tmp_path / str(i), {f"w{j}": rng.normal(size=(500, 1000)).astype(np.float32) for j in range(20)})
+             for i in range(2)]
+  before = [(f / "model.safetensors").read_bytes() for f in folders]
+  flags = ("--method=dare_linear", f"--base={folders[0]}", f"--models={folders[1]}", "--weights=1", "--densities=0.5",
+           f"--out={tmp_path / 'out'}")
+  process = subprocess.Popen([sys.executable, "-m", "imm_jax.merge", *flags], cwd=REPO, stderr=subprocess.DEVNULL)
+  part = tmp_path / ".out.part"
+  while process.poll() is None and not (part / "model.safetensors").exists():
+    time.sleep(0.001)
+  process.send_signal(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+  assert not (tmp_path / "out").exists()
+  assert run(*flags).returncode == 0
+  assert not part.exists()
+  assert [(f / "model.safetensors").read_bytes() for f in folders] == before
+  key = jax.random.key(0)
+  expected = merging.dare_linear(read(folders[0]), [read(folders[1])], weights=1, densities=0.5, key=key)
+  for name, x in read(tmp_path / "out").items():
+    np.testing.assert_array_equal(x, expected[name])

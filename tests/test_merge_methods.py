@@ -1,0 +1,367 @@
+"""Every merging method against its equation in float64 numpy, and its bits on every layout."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from imm_jax import merging
+
+KEY = jax.random.key(5)
+LAYERS = 3
+# One element, odd and even rows, one axis; the layers of a model and what stands outside them.
+SHAPES = {"model.embed_tokens.weight": (9, 6), "model.norm.weight": (6,), "scale": (1,),
+          **{f"model.layers.{i}.{name}": shape for i in range(LAYERS)
+             for name, shape in {"mlp.up_proj.weight": (7, 5), "self_attn.q_proj.bias": (8,)}.items()}}
+
+
+def models(count: int, dtype: type = np.float32) -> list[dict[str, np.ndarray]]:
+  """A base and what was tuned from it; some entries are zero, some deltas are equal in magnitude."""
+  rng = np.random.default_rng(0)
+  base = {name: rng.normal(size=shape) for name, shape in SHAPES.items()}
+  result = [base]
+  for _ in range(count - 1):
+    tuned = {name: base[name] + 0.1 * rng.normal(size=shape) for name, shape in SHAPES.items()}
+    tuned["model.embed_tokens.weight"][0] = base["model.embed_tokens.weight"][0]
+    result.append(tuned)
+  return [{name: x.astype(dtype) for name, x in model.items()} for model in result]
+
+
+BASE, A, B, C = models(4)
+WEIGHTS, DENSITIES = [0.7, -0.3, 0.5], [0.5, 0.4, 0.9]
+# Method -> (options, all models in order), run by `call`.
+CASES = {
+    "linear": {"weights": WEIGHTS}, "task_arithmetic": {"weights": WEIGHTS, "scale": 0.8},
+    "ties": {"weights": [0.7, 0.3, 0.5], "densities": DENSITIES},
+    "breadcrumbs": {"weights": WEIGHTS, "densities": DENSITIES, "gammas": 0.2},
+    "dare_linear": {"weights": WEIGHTS, "densities": DENSITIES, "key": KEY},
+    "dare_ties": {"weights": [0.7, 0.3, 0.5], "densities": DENSITIES, "key": KEY},
+    "della": {"weights": WEIGHTS, "densities": 0.5, "epsilons": 0.2, "key": KEY},
+    "model_stock": {}, "slerp": {"t": 0.3},
+    "imm": {"base_weight": 0.4, "drop_rate": 0.3, "key": KEY},
+    "iimm": {"base_weight": 0.4, "drop_rate": 0.3, "key": KEY, "importance": [1.0, 2.0, 0.5]}}
+
+
+def call(method: str, trees, **options):
+  """Runs a method on (base, a, b, c), or on as many of them as it takes."""
+  function, options = getattr(merging, method), {**CASES[method], **options}
+  if method == "linear":
+    return function(trees[1:], **options)
+  if method in ("imm", "iimm"):
+    return function(*trees[:3], **options)
+  return function(trees[0], trees[1] if method == "slerp" else trees[1:], **options)
+
+
+def f64(tree):
+  return {name: x.astype(np.float64) for name, x in tree.items()}
+
+
+def deltas(name):
+  return [model[name].astype(np.float64) - BASE[name].astype(np.float64) for model in (A, B, C)]
+
+
+def elected(weighted, weights):
+  """TIES: the mean of what has the sign of the sum."""
+  sign = np.where(sum(weighted) >= 0, 1, -1)
+  agree = [np.sign(d) == sign for d in weighted]
+  total = sum(np.where(m, w, 0.0) for m, w in zip(agree, weights, strict=True))
+  return sum(np.where(m, d, 0.0) for m, d in zip(agree, weighted, strict=True)), np.where(total == 0, 1, total)
+
+
+def test_linear_is_the_weighted_mean():
+  got = call("linear", (BASE, A, B, C))
+  for name in SHAPES:
+    expected = sum(w * m[name].astype(np.float64) for w, m in zip(WEIGHTS, (A, B, C), strict=True)) / sum(WEIGHTS)
+    np.testing.assert_allclose(got[name], expected, rtol=1e-5, atol=1e-6)
+  total = merging.linear([A, B], weights=[2, 3], normalize=False)
+  np.testing.assert_allclose(total["scale"], 2 * A["scale"] + 3 * B["scale"], rtol=1e-6)
+
+
+def test_task_arithmetic_adds_weighted_deltas():
+  got = call("task_arithmetic", (BASE, A, B, C))
+  for name in SHAPES:
+    expected = BASE[name] + 0.8 * sum(w * d for w, d in zip(WEIGHTS, deltas(name), strict=True))
+    np.testing.assert_allclose(got[name], expected, rtol=1e-5, atol=1e-6)
+  mean = merging.task_arithmetic(BASE, [A, B], weights=[1, 3], normalize=True)
+  np.testing.assert_allclose(mean["scale"], BASE["scale"] * 0 + (A["scale"] + 3 * B["scale"]) / 4, rtol=1e-5)
+
+
+def test_ties_trims_over_the_model_then_elects_signs():
+  got = call("ties", (BASE, A, B, C))
+  size = sum(math.prod(s) for s in SHAPES.values())
+  floors = []
+  for i, density in enumerate(DENSITIES):
+    magnitudes = np.sort(np.concatenate([np.abs(deltas(name)[i]).ravel() for name in SHAPES]))
+    floors.append(magnitudes[size - int(density * size)])
+  weights = [0.7, 0.3, 0.5]
+  for name in SHAPES:
+    trimmed = [np.where(np.abs(d) >= floor, d, 0) for d, floor in zip(deltas(name), floors, strict=True)]
+    mixed, total = elected([w * d for w, d in zip(weights, trimmed, strict=True)], weights)
+    np.testing.assert_allclose(got[name], BASE[name] + mixed / total, rtol=1e-5, atol=1e-6)
+
+
+def test_ties_keeps_all_entries_of_equal_magnitude():
+  """mergekit keeps int(density * n) of them, whichever its sort puts first."""
+  tuned = {"w": np.array([1, -1, 1, 1, 3], np.float32)}
+  got = merging.ties({"w": np.zeros(5, np.float32)}, [tuned], densities=0.4)
+  assert got["w"].tolist() == [1, -1, 1, 1, 3]
+  assert merging.ties({"w": np.zeros(5, np.float32)}, [tuned], densities=0.2)["w"].tolist() == [0, 0, 0, 0, 3]
+  assert merging.ties({"w": np.zeros(5, np.float32)}, [tuned], densities=0.0)["w"].tolist() == [0] * 5
+
+
+def test_breadcrumbs_drops_outliers_and_small_entries_of_each_tensor():
+  got = call("breadcrumbs", (BASE, A, B, C))
+  for name, shape in SHAPES.items():
+    size, kept = math.prod(shape), []
+    for density, d in zip(DENSITIES, deltas(name), strict=True):
+      count = int(density * size)
+      first = max(0, size - count - int(0.2 * size))
+      order = np.sort(np.abs(d), axis=None)
+      band = (order[first], order[first + count - 1]) if count else (np.inf, 0)
+      kept.append(np.where((np.abs(d) >= band[0]) & (np.abs(d) <= band[1]), d, 0))
+    expected = BASE[name] + sum(w * d for w, d in zip(WEIGHTS, kept, strict=True))
+    np.testing.assert_allclose(got[name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_dare_methods_combine_deltas_that_dare_has_thinned(method):
+  got = call(method, (BASE, A, B, C))
+  weights = CASES[method]["weights"]
+  thinned = [merging.dare({n: x - BASE[n] for n, x in model.items()}, drop_rate=1 - density,
+                          key=jax.random.fold_in(KEY, i))
+             for i, (model, density) in enumerate(zip((A, B, C), DENSITIES, strict=True))]
+  for name in SHAPES:
+    weighted = [w * np.asarray(t[name], np.float64) for w, t in zip(weights, thinned, strict=True)]
+    mixed = sum(weighted) if method == "dare_linear" else elected(weighted, weights)[0]
+    np.testing.assert_allclose(got[name], BASE[name] + mixed, rtol=1e-4, atol=1e-5)
+
+
+def test_della_keeps_large_entries_more_often_and_stays_unbiased():
+  n, density, epsilon = 4001, 0.5, 0.3
+  base, tuned = {"w": np.zeros(n, np.float32)}, {"w": np.arange(1, n + 1, dtype=np.float32)}
+  options = {"weights": 1, "densities": density, "epsilons": epsilon}
+  runs = [np.asarray(merging.della(base, [tuned], key=jax.random.key(seed), **options)["w"]) for seed in range(60)]
+  # Entry r stays with density - epsilon + 2 epsilon r / (n - 1), and is divided by it.
+  expected = density - epsilon + 2 * epsilon * np.arange(n) / (n - 1)
+  kept = np.stack(runs) != 0
+  for part in np.array_split(np.arange(n), 8):
+    share = expected[part].mean()
+    assert abs(kept[:, part].mean() - share) < 5 * math.sqrt(share * (1 - share) / kept[:, part].size)
+  values = np.stack(runs)[kept] / np.broadcast_to(tuned["w"], kept.shape)[kept]
+  np.testing.assert_allclose(values, 1 / np.broadcast_to(expected, kept.shape)[kept], rtol=2e-3)
+  assert merging.della(base, [tuned], key=KEY, weights=1, densities=1)["w"].tolist() == tuned["w"].tolist()
+
+
+@pytest.mark.parametrize("t", [-0.5, 0.0, 0.3, 1.0])
+def test_slerp_goes_along_the_arc(t):
+  got = merging.slerp(BASE, C, t=t)
+  for name in SHAPES:
+    a, b = BASE[name].astype(np.float64), C[name].astype(np.float64)
+    cos = (a * b).sum() / math.sqrt((a * a).sum() * (b * b).sum())
+    if abs(cos) > 0.9995:
+      expected = (1 - t) * a + t * b
+    else:
+      theta = math.acos(cos)
+      expected = (math.sin((1 - t) * theta) * a + math.sin(t * theta) * b) / math.sin(theta)
+    np.testing.assert_allclose(got[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_slerp_of_zero_opposite_and_tiny_tensors():
+  zero, x = {"w": np.zeros(3, np.float32)}, {"w": np.array([3.0, -4.0, 0.0], np.float32)}
+  np.testing.assert_allclose(merging.slerp(zero, x, t=0.5)["w"], math.sin(math.pi / 4) * x["w"], rtol=1e-6)
+  np.testing.assert_allclose(merging.slerp(x, {"w": -x["w"]}, t=0.25)["w"], 0.5 * x["w"], rtol=1e-6)
+  # Lengths do not matter: mergekit takes vectors shorter than 1e-8 for zero.
+  tiny = {"w": np.array([0.0, 0.0, 1e-20], np.float32)}
+  np.testing.assert_allclose(merging.slerp({"w": x["w"] * np.float32(1e-20)}, tiny, t=1.0)["w"], tiny["w"], rtol=1e-5)
+
+
+def test_model_stock_weighs_by_the_angle_between_deltas():
+  got = call("model_stock", (BASE, A, B, C))
+  for name in SHAPES:
+    d = [x.ravel() for x in deltas(name)]
+    cos = np.mean([d[i] @ d[j] / math.sqrt((d[i] @ d[i]) * (d[j] @ d[j])) for i, j in ((0, 1), (0, 2), (1, 2))])
+    ratio = 3 * cos / (1 + 2 * cos)
+    mean = sum(m[name].astype(np.float64) for m in (A, B, C)) / 3
+    np.testing.assert_allclose(got[name], ratio * mean + (1 - ratio) * BASE[name], rtol=1e-4, atol=1e-5)
+
+
+def test_model_stock_keeps_the_base_where_deltas_cancel():
+  base, x = {"w": np.ones(2, np.float32)}, np.array([0.5, 0.0], np.float32)
+  got = merging.model_stock(base, [{"w": base["w"] + x}, {"w": base["w"] - x}])
+  assert got["w"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_bfloat16_is_merged_in_float32_and_rounded_once(method):
+  low = models(4, ml_dtypes.bfloat16)
+  wide = [{name: x.astype(np.float32) for name, x in model.items()} for model in low]
+  got, expected = call(method, low), call(method, wide)
+  for name in SHAPES:
+    assert got[name].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(got[name], np.asarray(expected[name]).astype(ml_dtypes.bfloat16))
+
+
+def stack(tree):
+  """The same model with its layers stacked, and the names of both forms."""
+  inner = [name.removeprefix("model.layers.0.") for name in tree if name.startswith("model.layers.0.")]
+  stacked = {name: x for name, x in tree.items() if ".layers." not in name}
+  return stacked | {name: np.stack([tree[f"model.layers.{i}.{name}"] for i in range(LAYERS)]) for name in inner}
+
+
+def stacked_names(tree):
+  return {name: tuple(f"model.layers.{i}.{name}" for i in range(LAYERS)) if "proj" in name else name
+          for name in stack(tree)}
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_stacked_layers_give_the_bits_of_single_ones(method):
+  expected = stack({n: np.asarray(x) for n, x in call(method, (BASE, A, B, C)).items()})
+  got = call(method, [stack(t) for t in (BASE, A, B, C)], names=stacked_names(BASE))
+  for name, leaf in got.items():
+    np.testing.assert_array_equal(np.asarray(leaf).view(np.uint32), expected[name].view(np.uint32))
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_results_repeat_and_donation_changes_nothing(method):
+  expected = call(method, (BASE, A, B, C))
+  trees = [jax.tree.map(jnp.asarray, t) for t in (BASE, A, B, C)]
+  got = call(method, trees, donate=True)
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
+  donated = trees[1] if method == "linear" else trees[0]
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated))
+
+
+def test_settings_may_vary_by_tensor():
+  """A list over the layers, and a mapping from regex."""
+  got = merging.imm(BASE, BASE, A, base_weight=[1.0, 0.0], drop_rate={"mlp": 0.0, "": 0.0}, key=KEY)
+  for name in SHAPES:
+    layer = int(name.split(".")[2]) if ".layers." in name else 0
+    weight = 1 - layer / (LAYERS - 1)
+    np.testing.assert_allclose(got[name], weight * BASE[name] + (1 - weight) * A[name], rtol=1e-5, atol=1e-6)
+  got = merging.linear([A, B], weights=[{"mlp": 1, ".*": 0}, {"mlp": 0, ".*": 1}])
+  for name in SHAPES:
+    np.testing.assert_array_equal(got[name], (A if "mlp" in name else B)[name])
+
+
+def test_tied_leaves_are_merged_once():
+  """The same array at two places would else be dropped by two names."""
+  def tie(tree):
+    return {"embed": tree["scale"].repeat(64), "norm": tree["model.norm.weight"]}
+  trees = [tie(t) for t in (BASE, BASE, A)]
+  for tree in trees:
+    tree["head"] = tree["embed"]
+  got = merging.imm(*trees, base_weight=0.5, drop_rate=0.5, key=KEY)
+  assert got["head"] is got["embed"]
+  apart = merging.imm(*({**t, "head": t["embed"].copy()} for t in trees), base_weight=0.5, drop_rate=0.5, key=KEY)
+  assert (np.asarray(apart["head"]) != np.asarray(apart["embed"])).any()
+
+
+def test_elementwise_methods_run_under_jit_with_the_same_bits():
+  for method in ("linear", "task_arithmetic", "dare_linear", "dare_ties", "imm", "iimm"):
+    direct = call(method, (BASE, A, B, C))
+    inside = jax.jit(lambda trees, method=method: call(method, trees))((BASE, A, B, C))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), inside, direct)
+  for method in ("ties", "breadcrumbs", "della", "slerp", "model_stock"):
+    with pytest.raises(ValueError, match=r"cannot run under jax\.jit"):
+      jax.jit(lambda trees, method=method: call(method, trees))((BASE, A, B, C))
+
+
+@settings(max_examples=30, deadline=None)
+@given(weight=st.floats(0, 1, width=32), seed=st.integers(0, 2**31 - 1))
+def test_imm_without_drops_is_a_mean_and_the_ends_are_exact(weight, seed):
+  merge = lambda w: merging.imm(BASE, A, B, base_weight=w, drop_rate=0.0, key=jax.random.key(seed))
+  for name, leaf in merge(weight).items():
+    expected = weight * BASE[name].astype(np.float64) + (1 - weight) * B[name]
+    np.testing.assert_allclose(leaf, expected, rtol=1e-5, atol=1e-6)
+  jax.tree.map(np.testing.assert_array_equal, merge(1.0), BASE)
+  jax.tree.map(np.testing.assert_array_equal, merge(0.0), B)
+
+
+@settings(max_examples=20, deadline=None)
+@given(density=st.floats(0.05, 1), seed=st.integers(0, 2**31 - 1))
+def test_dare_linear_is_unbiased(density, seed):
+  n = 128 * 128
+  ones, zeros = {"w": np.ones((128, 128), np.float32)}, {"w": np.zeros((128, 128), np.float32)}
+  got = np.asarray(merging.dare_linear(zeros, [ones], weights=1, densities=density, key=jax.random.key(seed))["w"])
+  deviation = math.sqrt(density * (1 - density) / n)
+  assert abs((got != 0).mean() - density) <= 6 * deviation + 1 / 65_536
+  assert abs(got.mean() - 1) <= 6 * deviation / density + 1e-4
+
+
+@pytest.mark.parametrize(("method", "options", "expected"), [
+    ("linear", {"weights": [1, 2]}, "weights: 2 of them for 3 models"),
+    ("linear", {"weights": [1, -1, 0]}, "weights: they add up to 0"),
+    ("linear", {"weights": math.nan}, "expected a finite number"),
+    ("ties", {"densities": 1.5}, r"densities: .*expected values from 0 to 1"),
+    ("ties", {"densities": {"mlp": 0.5}}, "no pattern of .* matches 'model"),
+    ("ties", {"densities": {"(": 0.5}}, "no regular expression"),
+    ("ties", {"densities": [[], 0.5, 0.5]}, "an empty list"),
+    ("dare_linear", {"densities": 0.0}, "1 - density=1.0: expected 0 <= 1 - density < 1"),
+    ("della", {"densities": 0.9, "epsilons": 0.2}, "expected 0 < density - epsilon"),
+    ("slerp", {"t": "half"}, "t='half'"),
+    ("imm", {"key": jax.random.key(0, impl="rbg")}, "expected a threefry key")])
+def test_options_that_cannot_work_are_errors(method, options, expected):
+  with pytest.raises(ValueError, match=expected):
+    call(method, (BASE, A, B, C), **options)
+
+
+def test_model_stock_needs_two_models_and_directions_are_finite():
+  with pytest.raises(ValueError, match="two or more"):
+    merging.model_stock(BASE, [A])
+  broken = {**A, "scale": np.array([np.nan], np.float32)}
+  with pytest.raises(ValueError, match="scale has values that are not finite"):
+    merging.slerp(BASE, broken, t=0.5)
+  with pytest.raises(ValueError, match="none given"):
+    merging.ties(BASE, [], densities=0.5)
+
+
+_SHARDED = """
+import json, sys
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+sys.path.insert(0, "tests")
+import test_merge_methods as t
+rng = np.random.default_rng(1)
+names = {"w": "lm_head.weight", "stack": ("model.layers.0.w", "model.layers.1.w"), "bias": "model.norm.weight"}
+def tree():
+  return {"w": rng.normal(size=(16, 24)).astype(np.float32), "stack": rng.normal(size=(2, 8, 16)).astype(np.float32),
+          "bias": rng.normal(size=(32,)).astype(np.float32)}
+trees = [tree() for _ in range(4)]
+found = {"different": [], "moved": []}
+layouts = {2: {"w": P("x"), "stack": P(None, "x"), "bias": P("x")},
+           8: {"w": P("x", "y"), "stack": P(None, "y", "x"), "bias": P(("x", "y"))}}
+for method in t.CASES:
+  options = {"names": names, **({"importance": [1.0, 2.0]} if method == "iimm" else {})}
+  expected = t.call(method, trees, **options)
+  for count, layout in layouts.items():
+    shape = (2, 1) if count == 2 else (2, 4)
+    mesh = jax.make_mesh(shape, ("x", "y"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:count])
+    put = lambda tr: {k: jax.device_put(v, NamedSharding(mesh, layout[k])) for k, v in tr.items()}
+    got = t.call(method, [put(tr) for tr in trees], **options)
+    for name, leaf in got.items():
+      if np.asarray(leaf).tobytes() != np.asarray(expected[name]).tobytes():
+        found["different"].append([method, count, name])
+      if not leaf.sharding.is_equivalent_to(NamedSharding(mesh, layout[name]), leaf.ndim):
+        found["moved"].append([method, count, name])
+put = [{k: jax.device_put(v, NamedSharding(mesh, layout[k])) for k, v in tr.items()} for tr in trees[:3]]
+imm = lambda b, s, u: t.merging.imm(b, s, u, base_weight=0.4, drop_rate=0.3, key=t.KEY, names=names)
+hlo = jax.jit(imm).lower(*put).compile().as_text()
+words = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
+found["collectives"] = [word for word in words if word in hlo]
+print(json.dumps(found))
+"""
+
+
+def test_sharded_trees_give_the_bits_of_whole_ones_where_they_lie_and_imm_moves_nothing():
+  environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run([sys.executable, "-c", _SHARDED], env=environment, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert json.loads(done.stdout) == {"different": [], "moved": [], "collectives": []}
