@@ -22,8 +22,6 @@ from typing import Any
 # Merging is bound by the disk: an accelerator would only be started in vain.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
-import numpy as np
 import yaml
 from absl import flags
 
@@ -127,8 +125,7 @@ def run(made: Recipe, jobs: dict[str, Recipe], root: Path, *, seed: int, max_sha
     first = next(iter(made.models.values()))
     outputs = [checkpoint.Output(temporary / name, recipe.build(source, job),
                                  recipe.DTYPES[job.dtype] if job.dtype else None) for name, job in jobs.items()]
-    words = np.asarray(masks.key_words(jax.random.key(seed)))
-    digests = checkpoint.merge(source, outputs, key=words, max_shard_bytes=max_shard_bytes)
+    digests = checkpoint.merge(source, outputs, key=masks.seed_words(seed), max_shard_bytes=max_shard_bytes)
     for (name, job), output in zip(jobs.items(), outputs, strict=True):
       folder.copy_side_files(first, output.folder)
       if job.dtype:

@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
-from imm_jax import evaluation, files, merging, tasks
+from imm_jax import evaluation, files, tasks
 from imm_jax.errors import UserError
+from imm_jax.merging import checkpoint, masks, methods
 from imm_jax.metrics import StageMetrics
-from imm_jax.model import hf, sharding
+from imm_jax.model import folder, hf, sharding
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.sampling import Completion, Prompt
 from imm_jax.sampling.native import NativeSampler
@@ -127,13 +129,12 @@ def merge(config: ml_collections.ConfigDict, base: Path, start: Path, tuned: Pat
           ) -> dict[str, Any]:
   """Merges the tuned model with the base (eq. 5 and 6): an HF checkpoint folder."""
   settings = config.merge
-  _, base_params = hf.load(base)
-  _, tuned_params = hf.load(tuned)
-  start_params = base_params if settings.delta_ref == "base" or start == base else hf.load(start)[1]
-  merged = merging.imm(
-      base_params, start_params, tuned_params, base_weight=settings.base_weight, drop_rate=settings.drop_rate,
-      key=jax.random.fold_in(jax.random.key(config.seed), round_), names=hf.tensor_names(base_params))
-  hf.save(merged, out, like=base)
+  models = {"base": base, "start": base if settings.delta_ref == "base" else start, "tuned": tuned}
+  key = jax.random.fold_in(jax.random.key(config.seed), round_)
+  with checkpoint.CheckpointSource(models) as source:
+    plan = methods.imm(source, base_weight=settings.base_weight, drop_rate=settings.drop_rate)
+    checkpoint.merge(source, [checkpoint.Output(out, plan)], key=np.asarray(masks.key_words(key)))
+  folder.copy_side_files(base, out)
   return {"base_weight": settings.base_weight, "drop_rate": settings.drop_rate}
 
 

@@ -96,13 +96,25 @@ def on_disk(folders: list[Path], out: Path, method: str, *, block: int, **option
 def test_a_file_has_the_bits_of_a_tree_in_blocks_and_shards_of_any_size(method: str, folders: list[Path],
                                                                         tmp_path: Path):
   expected = in_memory(method)
-  for i, (block, shard) in enumerate([(1 << 19, 10**9), (5, 200), (16, 10**9)]):
+  for i, (block, shard) in enumerate([(1 << 19, 10**9), (16, 200)]):
     got = on_disk(folders, tmp_path / str(i), method, block=block, max_shard_bytes=shard)
     assert got.keys() == expected.keys()
     for name, leaf in expected.items():
       assert got[name].dtype == leaf.dtype
       assert got[name].tobytes() == np.asarray(leaf).tobytes(), (method, block, name)
   assert len(list((tmp_path / "1").glob("*.safetensors"))) > 3
+
+
+@pytest.mark.parametrize("method", sorted(RANDOM))
+def test_bfloat16_has_the_bits_of_a_tree_too(method: str, tmp_path: Path):
+  """Neighbours share a draw where all is bfloat16 and rows are even: a way of its own."""
+  trees = [{n: x for n, x in t.items() if n != "ids"} for t in models((ml_dtypes.bfloat16,) * 4)]
+  folders = [write(tmp_path / str(i), tree) for i, tree in enumerate(trees)]
+  arguments = trees[:3] if method == "imm" else (trees[0], trees[1:])
+  expected = getattr(merging, method)(*arguments, **OPTIONS[method], key=KEY)
+  for i, block in enumerate((1 << 19, 6)):
+    for name, x in on_disk(folders, tmp_path / f"out{i}", method, block=block).items():
+      assert x.tobytes() == np.asarray(expected[name]).tobytes(), (name, block)
 
 
 def run(*flags: str, **options) -> subprocess.CompletedProcess:

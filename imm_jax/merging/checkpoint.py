@@ -9,10 +9,7 @@ import contextlib
 import functools
 import math
 import os
-import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +24,12 @@ from imm_jax.merging.statistics import Statistic
 from imm_jax.model import folder as checkpoint
 from imm_jax.model.safetensors import Entry
 from imm_jax.model.writer import WeightsWriter
+from imm_jax.threads import BoundedPool
 
 # Entries of a block: small enough for the caches, large enough to outweigh a call.
 BLOCK = 1 << 19
 _SMALL = 1 << 14
+_BFLOAT16 = np.dtype(jax.numpy.bfloat16)
 # XLA reads arrays in place where they begin at such an address.
 _ALIGNMENT = 64
 _MAX_WORKERS = 8
@@ -113,7 +112,7 @@ class CheckpointSource:
           tensors = [_aligned(count, entry.dtype) for entry in self.entries(name)]
           for entry, tensor in zip(self.entries(name), tensors, strict=True):
             self.read(entry, begin, tensor)
-          with jax.enable_x64(True):  # for sums in int64
+          with jax.enable_x64(True), _on_cpu():  # for sums in int64
             part = np.asarray(compiled(tensors, numbers))
           result = part if result is None else combine(result, part)
           bar.update(sum(t.nbytes for t in tensors))
@@ -168,6 +167,8 @@ def merge(source: CheckpointSource, outputs: Sequence[Output], *, key: np.ndarra
   by_rows = any(output.plan.draws for output in outputs)
   dtype_of = lambda name, output: (output.dtype if output.dtype is not None and name in shapes
                                    else source.entries(name)[0].dtype)
+  numbers_of = lambda name: [{k: np.asarray(v)[None] for k, v in output.plan.scalars(name).items()}
+                             for output in outputs]
   shapes = _block_shapes(source, by_rows)
   digests = [xxhash.xxh3_128() for _ in source.folders]
   workers = max(2, min(_MAX_WORKERS, len(os.sched_getaffinity(0))))
@@ -177,7 +178,26 @@ def merge(source: CheckpointSource, outputs: Sequence[Output], *, key: np.ndarra
         output.folder, [(name, dtype_of(name, output), source.entries(name)[0].shape) for name in source.order],
         max_shard_bytes)) for output in outputs]
     bar = stack.enter_context(progress.bar(total, "merge", "B", unit_scale=True))
-    pool, buffers = stack.enter_context(_Pool(workers)), _Buffers()
+    pool, buffers = BoundedPool(workers, workers + 2), _Buffers()
+    stack.push(lambda kind, *_: pool.close(cancel=kind is not None))
+
+    def merge_block(name: str, begin: int, count: int, arrays: Sequence[np.ndarray], scalars: Sequence[Any]) -> None:
+      first_row = np.uint32(begin // shapes[name][-1] if by_rows else 0)
+      shared = {"key": key, "zero": np.uint32(0), "first_row": first_row}
+      for output, writer, numbers in zip(outputs, writers, scalars, strict=True):
+        merged = _merge_block(output.plan, arrays, numbers, shared, writer.dtype(name))
+        if count:
+          writer.write(name, begin, merged.reshape(-1)[:count])
+      with bar.get_lock():
+        bar.update(sum(count * array.itemsize for array in arrays))
+
+    # What differs in shape or dtype is compiled side by side, not one after the other as the tensors come.
+    kinds = {(shapes[name], *(entry.dtype for entry in source.entries(name))): name
+             for name in sorted(shapes, key=source.size, reverse=True)}
+    for shape, *dtypes in kinds:
+      name = kinds[shape, *dtypes]
+      blank = [_aligned(math.prod(shape), dtype).reshape(1, *shape) for dtype in dtypes]
+      pool.submit(functools.partial(merge_block, name, 0, 0, blank, numbers_of(name)))
     for name in source.order:
       entries = source.entries(name)
       for entry, digest in zip(entries, digests, strict=True):
@@ -189,8 +209,7 @@ def merge(source: CheckpointSource, outputs: Sequence[Output], *, key: np.ndarra
         for writer in writers:
           writer.write(name, 0, whole)
         continue
-      scalars = [{k: np.asarray(v)[None] for k, v in output.plan.scalars(name).items()} for output in outputs]
-      shape = shapes[name]
+      scalars, shape = numbers_of(name), shapes[name]
       for begin in range(0, source.size(name), math.prod(shape)):
         count = min(math.prod(shape), source.size(name) - begin)
         pool.reserve()
@@ -202,19 +221,19 @@ def merge(source: CheckpointSource, outputs: Sequence[Output], *, key: np.ndarra
             source.read(entry, begin, read[entry][:count])
           digest.update(read[entry][:count].view(np.uint8).data)
         arrays = [read[entry].reshape(1, *shape) for entry in entries]
-        first_row = np.uint32(begin // shape[-1] if by_rows else 0)
-        shared = {"key": key, "zero": np.uint32(0), "first_row": first_row}
-
-        def work(arrays=arrays, scalars=scalars, shared=shared, name=name, begin=begin, count=count) -> None:
-          for output, writer, numbers in zip(outputs, writers, scalars, strict=True):
-            kernel = _compiled(output.plan.kernel, tuple(output.plan.static.items()), writer.dtype(name))
-            merged = np.asarray(kernel(tuple(arrays), numbers, shared))
-            writer.write(name, begin, merged.reshape(-1)[:count])
-          with bar.get_lock():
-            bar.update(sum(count * array.itemsize for array in arrays))
-
-        pool.submit(work, lambda read=read: buffers.give(read.values()))
+        pool.submit_reserved(functools.partial(merge_block, name, begin, count, arrays, scalars),
+                             functools.partial(buffers.give, list(read.values())))
   return {label: digest.hexdigest() for label, digest in zip(source.folders, digests, strict=True)}
+
+
+def _merge_block(plan: Plan, arrays: Sequence[np.ndarray], scalars: Any, shared: Any, dtype: np.dtype) -> np.ndarray:
+  static = tuple(plan.static.items())
+  pairs = plan.draws and arrays[0].shape[-1] % 2 == 0 and {a.dtype for a in arrays} == {_BFLOAT16} == {dtype}
+  with _on_cpu():
+    if pairs:
+      return np.asarray(_compiled_pairs(plan.kernel, static)(
+          tuple(a.view(np.uint32) for a in arrays), scalars, shared)).view(dtype)
+    return np.asarray(_compiled(plan.kernel, static, dtype)(tuple(arrays), scalars, shared))
 
 
 def _block_shapes(source: CheckpointSource, by_rows: bool) -> dict[str, tuple[int, ...]]:
@@ -222,55 +241,19 @@ def _block_shapes(source: CheckpointSource, by_rows: bool) -> dict[str, tuple[in
   shapes = {name: source.entries(name)[0].shape for name in source.names}
   if not by_rows:
     return {name: (_SMALL if source.size(name) <= _SMALL else source.block,) for name in shapes}
-  result: dict[str, tuple[int, ...]] = {}
+  rows: dict[int, int] = {}  # by row length, of the tallest tensor
   for name, shape in shapes.items():
     if len(shape) > 1 and source.size(name):
       columns = source.size(name) // shape[0]
-      fitting, all_rows = max(1, source.block // columns), shape[0]
-      # Powers of two, so that tensors of one width share a shape.
-      result[name] = min(1 << fitting.bit_length() - 1, 1 << (all_rows - 1).bit_length()), columns
+      rows[columns] = max(rows.get(columns, 1), min(shape[0], max(1, source.block // columns)))
+  result: dict[str, tuple[int, ...]] = {
+      name: (rows[source.size(name) // shape[0]], source.size(name) // shape[0])
+      for name, shape in shapes.items() if len(shape) > 1 and source.size(name)}
   matrices = sorted(set(result.values()), key=math.prod)
   for name in shapes.keys() - result.keys():
     # A tensor of one axis is one row, the first of a block that is wide enough.
     result[name] = next((m for m in matrices if m[1] >= source.size(name)), (max(1, source.size(name)),))
   return result
-
-
-class _Pool:
-  """Threads that hold a bounded number of blocks; the first error of any of them is raised to the submitter."""
-
-  def __init__(self, workers: int):
-    self._pool = ThreadPoolExecutor(workers)
-    self._free = threading.Semaphore(workers + 2)
-    self._errors: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
-
-  def __enter__(self) -> "_Pool":
-    return self
-
-  def __exit__(self, kind: type | None, *_: object) -> None:
-    self._pool.shutdown(cancel_futures=kind is not None)
-    if kind is None:
-      self._raise()
-
-  def reserve(self) -> None:
-    """Waits until one more block may be held."""
-    self._free.acquire()
-    self._raise()
-
-  def submit(self, work: Callable[[], None], after: Callable[[], None]) -> None:
-    """Runs `work`, then `after`, and frees the place that was reserved."""
-
-    def done(future: "Future[None]") -> None:
-      if not future.cancelled() and future.exception():
-        self._errors.put(future.exception())
-      after()
-      self._free.release()
-
-    self._pool.submit(work).add_done_callback(done)
-
-  def _raise(self) -> None:
-    if not self._errors.empty():
-      raise self._errors.get()
 
 
 class _Buffers:
@@ -309,6 +292,14 @@ def _match(labels: Sequence[str], models: Sequence[Mapping[str, Entry]]) -> None
     raise UserError(f"the checkpoints do not match: {'; '.join(problems[:20])}{more}")
 
 
+def _on_cpu() -> contextlib.AbstractContextManager:
+  """Where there is an accelerator too: to and fro would cost more than the merge."""
+  try:
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
+  except RuntimeError:  # the user has switched that backend off
+    return contextlib.nullcontext()
+
+
 def _floating(entry: Entry) -> bool:
   return jax.numpy.issubdtype(entry.dtype, jax.numpy.floating)
 
@@ -325,6 +316,22 @@ def _aligned(count: int, dtype: np.dtype) -> np.ndarray:
 def _compiled(kernel: Callable[..., jax.Array], static: tuple[tuple[str, Any], ...], dtype: np.dtype,
               ) -> Callable[..., jax.Array]:
   return jax.jit(lambda tensors, scalars, shared: kernel(tensors, scalars, shared, **dict(static)).astype(dtype))
+
+
+@functools.cache
+def _compiled_pairs(kernel: Callable[..., jax.Array], static: tuple[tuple[str, Any], ...]) -> Callable[..., jax.Array]:
+  """The kernel on pairs of bfloat16 in words of 32 bits: two neighbours share a draw, which is most of the work."""
+
+  def merge(tensors: tuple[jax.Array, ...], scalars: Any, shared: Any) -> jax.Array:
+    halves = []
+    for half in (0, 1):  # a float32 is a bfloat16 and 16 bits more; the first of a pair is the low half
+      floats = tuple(jax.lax.bitcast_convert_type(t & np.uint32(0xFFFF0000) if half else t << 16, np.float32)
+                     for t in tensors)
+      merged = kernel(floats, scalars, {**shared, "half": half}, **dict(static)).astype(_BFLOAT16)
+      halves.append(jax.lax.bitcast_convert_type(merged, np.uint16).astype(np.uint32))
+    return halves[0] | halves[1] << 16
+
+  return jax.jit(merge)
 
 
 @functools.cache

@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 
 from imm_jax.model import folder as checkpoint, safetensors
+from imm_jax.threads import BoundedPool
 
 _SEGMENT = 1 << 22
 # What O_DIRECT asks of addresses, offsets and lengths; no device needs more.
 _PAGE = 4096
+# Segments on their way to the disk: enough to keep it busy, few enough to hold no memory.
+_IN_FLIGHT = 8
 
 
 class WeightsWriter:
@@ -37,11 +40,12 @@ class WeightsWriter:
     checkpoint.write_index(folder, shards)
     self._places: dict[str, tuple[_File, int, np.dtype]] = {}
     self._files: list[_File] = []
+    self._disk = BoundedPool(2, _IN_FLIGHT)
     try:
       for name, shard in shards:
         start, offsets = safetensors.header(shard)
         size = len(start) + sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for _, dtype, shape in shard)
-        file = _File(folder / name, size)
+        file = _File(folder / name, size, self._disk)
         self._files.append(file)
         file.write(0, start)
         self._places |= {tensor: (file, offsets[tensor], np.dtype(dtype)) for tensor, dtype, _ in shard}
@@ -54,6 +58,7 @@ class WeightsWriter:
 
   def __exit__(self, kind: type | None, *_: object) -> None:
     try:
+      self._disk.close(cancel=kind is not None)
       if kind is None:
         for file in self._files:
           file.finish()
@@ -72,6 +77,7 @@ class WeightsWriter:
     file.write(offset + begin * dtype.itemsize, values.view(np.uint8))
 
   def _close(self) -> None:
+    self._disk.close(cancel=True, quiet=True)
     while self._files:
       os.close(self._files.pop().number)
 
@@ -79,14 +85,14 @@ class WeightsWriter:
 class _File:
   """A file of known size that is filled piece by piece and written segment by segment."""
 
-  def __init__(self, path: Path, size: int):
+  def __init__(self, path: Path, size: int, disk: BoundedPool):
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
       self.number = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o644)
     except OSError:  # not on this file system: it refuses after it made the file
       path.unlink(missing_ok=True)
       self.number = os.open(path, flags, 0o644)
-    self._size = size
+    self._size, self._disk = size, disk
     self._lock = threading.Lock()
     # Segment -> its buffer, and how many bytes it still lacks.
     self._open: dict[int, tuple[mmap.mmap, int]] = {}
@@ -109,9 +115,7 @@ class _File:
         if not lacks:
           del self._open[segment]
       if not lacks:
-        self._put(buffer, segment)
-        with self._lock:
-          self._spare.append(buffer)
+        self._disk.submit(lambda buffer=buffer, segment=segment: self._put(buffer, segment))
       view, offset = view[count:], offset + count
 
   def finish(self) -> None:
@@ -126,3 +130,5 @@ class _File:
     while view:
       count = os.pwrite(self.number, view, offset)
       view, offset = view[count:], offset + count
+    with self._lock:
+      self._spare.append(buffer)
