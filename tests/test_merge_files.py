@@ -105,10 +105,11 @@ def test_a_file_has_the_bits_of_a_tree_in_blocks_and_shards_of_any_size(method: 
   assert len(list((tmp_path / "1").glob("*.safetensors"))) > 3
 
 
-@pytest.mark.parametrize("method", sorted(RANDOM))
+@pytest.mark.parametrize("method", ["dare_ties", "imm"])
 def test_bfloat16_has_the_bits_of_a_tree_too(method: str, tmp_path: Path):
   """Neighbours share a draw where all is bfloat16 and rows are even: a way of its own."""
-  trees = [{n: x for n, x in t.items() if n != "ids"} for t in models((ml_dtypes.bfloat16,) * 4)]
+  kept = ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight")
+  trees = [{n: t[n] for n in kept} for t in models((ml_dtypes.bfloat16,) * 4)]
   folders = [write(tmp_path / str(i), tree) for i, tree in enumerate(trees)]
   arguments = trees[:3] if method == "imm" else (trees[0], trees[1:])
   expected = getattr(merging, method)(*arguments, **OPTIONS[method], key=KEY)
