@@ -15,7 +15,7 @@ import ml_collections
 
 from imm_jax import __version__, files, memory, report, rundir, stages
 from imm_jax.model import folder, hf, sharding
-from imm_jax.model.decoder import ModelConfig
+from imm_jax.model.config import ModelConfig
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.rundir import Stage
 

@@ -5,7 +5,8 @@ import math
 import jax
 import ml_collections
 
-from imm_jax.model.decoder import ModelConfig, abstract_params
+from imm_jax.model.config import ModelConfig
+from imm_jax.model.decoder import abstract_params
 
 _BYTES = {"bfloat16": 2, "float32": 4}
 

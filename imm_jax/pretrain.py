@@ -24,7 +24,8 @@ from imm_jax import cli, files
 from imm_jax.config import DTYPES, require
 from imm_jax.errors import UserError, nearest
 from imm_jax.model import hf, sharding
-from imm_jax.model.decoder import ModelConfig, init_params
+from imm_jax.model.config import ModelConfig
+from imm_jax.model.decoder import init_params
 from imm_jax.sampling import Prompt
 from imm_jax.sampling.native import NativeSampler
 from imm_jax.tasks import answers, arithmetic, prompts

@@ -18,14 +18,30 @@ _SIZES = {"vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "num_hid
           "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}  # torch learns no pad row
 
 
+def _rope(theta: float, **scaling: object) -> dict[str, object]:
+  return {"rope_parameters": {"rope_type": "llama3" if scaling else "default", "rope_theta": theta, **scaling}}
+
+
+# Family and what it changes in _SIZES: the models whose arithmetic differs.
+_KINDS = {
+    "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-untied": ("Qwen2", {"tie_word_embeddings": False, **_rope(1e6)}),
+    "qwen2.5-math": ("Qwen2", {"tie_word_embeddings": False, **_rope(1e4)}),
+    "llama": ("Llama", {"tie_word_embeddings": False, "head_dim": 8}),
+    "llama2": ("Llama", {"tie_word_embeddings": False, "num_key_value_heads": 4, **_rope(1e4)}),
+    "llama3": ("Llama", {"tie_word_embeddings": False, **_rope(5e5)}),
+    # The original context is so short that every kind of frequency occurs: kept, blended, stretched.
+    "llama3.1": ("Llama", {"tie_word_embeddings": True, **_rope(
+        50.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)}),
+    "qwen3": ("Qwen3", {"tie_word_embeddings": True, "head_dim": 10}),
+}
+
+
 def _torch_model(kind: str) -> "transformers.PreTrainedModel":
   """A small model whose every parameter is random and matters; its dimensions are all different."""
-  if kind == "llama":
-    config = transformers.LlamaConfig(**_SIZES, head_dim=8, tie_word_embeddings=False)
-    model = transformers.LlamaForCausalLM(config)
-  else:
-    config = transformers.Qwen2Config(**_SIZES, tie_word_embeddings=kind == "qwen2-tied")
-    model = transformers.Qwen2ForCausalLM(config)
+  family, changes = _KINDS[kind]
+  config = getattr(transformers, f"{family}Config")(**{**_SIZES, **changes})
+  model = getattr(transformers, f"{family}ForCausalLM")(config)
   generator = torch.Generator().manual_seed(0)
   with torch.no_grad():
     for name, p in model.named_parameters():
@@ -36,7 +52,7 @@ def _torch_model(kind: str) -> "transformers.PreTrainedModel":
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> "Callable[..., tuple[transformers.PreTrainedModel, Path]]":
-  """Makes (torch model, its folder) for `qwen2-tied`, `qwen2-untied` or `llama` (untied, its own head_dim)."""
+  """Makes (torch model, its folder) for one of `_KINDS`."""
 
   def make(kind: str, *, dtype: "torch.dtype | None" = None, old_rope_key: bool = False):
     model = _torch_model(kind).to(dtype or torch.float32)
@@ -44,7 +60,10 @@ def checkpoint(tmp_path: Path) -> "Callable[..., tuple[transformers.PreTrainedMo
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     if old_rope_key:
-      config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+      rope = config.pop("rope_parameters")
+      config["rope_theta"] = rope.pop("rope_theta")
+      if rope["rope_type"] != "default":
+        config["rope_scaling"] = rope
       (folder / "config.json").write_text(json.dumps(config))
     return model, folder
 

@@ -12,12 +12,13 @@ import pytest
 
 from imm_jax.errors import UserError
 from imm_jax.model import hf
-from imm_jax.model.decoder import ModelConfig, Params, abstract_params, bind
+from imm_jax.model.config import ModelConfig
+from imm_jax.model.decoder import Params, abstract_params, bind
 from imm_jax.training.step import token_losses
 
 torch = pytest.importorskip("torch")
 
-KINDS = ("qwen2-tied", "qwen2-untied", "llama")
+KINDS = ("qwen2-tied", "qwen2-untied", "qwen2.5-math", "llama", "llama2", "llama3", "llama3.1", "qwen3")
 # That of the qwen2-tied checkpoint, so that tests share compiled functions.
 CONFIG = ModelConfig(vocab_size=61, hidden_size=48, intermediate_size=80, num_layers=2, num_heads=4, num_kv_heads=2,
                      head_dim=12, rope_theta=100.0, rms_norm_eps=1e-5, tie_embeddings=True, qkv_bias=True)
@@ -86,6 +87,32 @@ def test_logits_equal_transformers(checkpoint, kind: str, old_rope_key: bool) ->
   assert _scale_error(np.asarray(got), want) < 2e-5
 
 
+@pytest.mark.parametrize("kind", ["qwen2-tied", "llama3.1", "qwen3"])
+def test_positions_past_the_original_context_equal_transformers(checkpoint, kind: str) -> None:
+  model, folder = checkpoint(kind)
+  tokens = _tokens(1, 150)
+  assert tokens.shape[1] > 2 * model.config.max_position_embeddings
+  with torch.no_grad():
+    want = model(torch.from_numpy(tokens).long()).logits.numpy()
+  rows = _plain_rows(tokens)
+  got = _logits(*hf.load(folder), rows["tokens"], rows["positions"], rows["segment_ids"])
+  assert _scale_error(np.asarray(got), want) < 2e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_errs_no_more_than_bfloat16_does_in_torch(checkpoint, kind: str) -> None:
+  model, folder = checkpoint(kind)
+  tokens = _tokens(3, 17)
+  config, params = hf.load(folder)
+  rows = _plain_rows(tokens)
+  with torch.no_grad():
+    want = model(torch.from_numpy(tokens).long()).logits.numpy()
+    torch_error = _scale_error(model.bfloat16()(torch.from_numpy(tokens).long()).logits.float().numpy(), want)
+  got = jax.jit(lambda p: bind(config, p)(rows["tokens"], positions=rows["positions"], segment_ids=rows["segment_ids"],
+                                          compute_dtype=jnp.bfloat16))(params)
+  assert _scale_error(np.asarray(got), want) < 1.5 * torch_error + 1e-3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_every_tensor_equal_transformers(checkpoint, kind: str) -> None:
   model, folder = checkpoint(kind)
@@ -140,7 +167,11 @@ def test_remat_recomputes_and_gives_the_same_gradients() -> None:
     ({"model_type": "gemma2"}, "gemma2"),
     ({"model_type": None}, "model_type"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor=None"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
+                       "original_max_position_embeddings": 8192}}, "must be less than high_freq_factor"),
+    ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+    ({"model_type": "qwen3", "attention_bias": True}, "attention_bias"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
     # transformers lets the old key win where both stand.

@@ -20,7 +20,8 @@ import pytest
 import imm_jax
 from imm_jax.errors import UserError
 from imm_jax.model import hf, sharding
-from imm_jax.model.decoder import ModelConfig, Params, abstract_params
+from imm_jax.model.config import ModelConfig
+from imm_jax.model.decoder import Params, abstract_params
 from imm_jax.training import step as training, trainer
 
 CONFIG = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,

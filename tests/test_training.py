@@ -14,7 +14,8 @@ from hypothesis import given, settings, strategies as st
 
 from imm_jax.errors import UserError
 from imm_jax.model import hf, sharding
-from imm_jax.model.decoder import ModelConfig, bind, init_params
+from imm_jax.model.config import ModelConfig
+from imm_jax.model.decoder import bind, init_params
 from imm_jax.training import step as training_step, trainer
 from imm_jax.training.packing import Batch, PackedBatches, TokenizedExample
 

@@ -1,4 +1,4 @@
-"""One decoder for the Qwen2 and Llama families, in Flax NNX.
+"""One decoder for the Qwen2, Qwen3 and Llama families, in Flax NNX.
 
 Axes: B batch, T query length, S key length, L layers, D model, H heads, K key/value heads, G = H / K, h head dim,
 F feed-forward, V vocabulary.
@@ -8,96 +8,17 @@ stacked on a leading axis and run under `lax.scan` (training, scoring), or are a
 would be copied at every step); `unstack_layers` turns the first form into the second.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from imm_jax.errors import UserError
+from imm_jax.model.config import ModelConfig, rope_frequencies
 
 Params = dict[str, Any]
 # One layer's keys and values, each [B, K, S, h].
 LayerCache = tuple[jax.Array, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """What the arithmetic of a decoder depends on."""
-
-  vocab_size: int
-  hidden_size: int
-  intermediate_size: int
-  num_layers: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  rope_theta: float
-  rms_norm_eps: float
-  tie_embeddings: bool
-  qkv_bias: bool
-
-  @classmethod
-  def from_hf(cls, config: dict[str, Any], *, source: str = "config.json") -> "ModelConfig":
-    """Reads a checkpoint's config.json.
-
-    Raises:
-      UserError: for an unknown architecture, a missing key, or an option that changes the arithmetic and is not
-        supported; it is never ignored.
-    """
-    family = config.get("model_type")
-    if family not in ("qwen2", "llama"):
-      raise UserError(f"{source}: model_type={family!r} is not supported; expected qwen2 or llama")
-    # transformers 5 writes rope_parameters, older releases rope_theta and rope_scaling; the latter counts where given.
-    rope = {"rope_theta": config.get("rope_theta")}
-    for key in ("rope_parameters", "rope_scaling"):
-      if not isinstance(config.get(key) or {}, dict):
-        raise UserError(f"{source}: {key}={config[key]!r}; expected an object")
-      rope |= config.get(key) or {}
-    where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    for key, value, supported in (
-        ("hidden_act", config.get("hidden_act") or "silu", "silu"),
-        (f"{where}.rope_type", rope.get("rope_type") or rope.get("type") or "default", "default"),
-        ("partial_rotary_factor", rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0, 1.0),
-        ("use_sliding_window", bool(config.get("use_sliding_window")), False),
-        ("attention_bias", family == "llama" and bool(config.get("attention_bias")), False),
-        ("mlp_bias", bool(config.get("mlp_bias")), False),
-        ("quantization_config", config.get("quantization_config"), None),
-        (where, next((v for v in rope.values() if isinstance(v, dict)), None), None)):
-      if value != supported:
-        raise UserError(f"{source}: {key}={value!r} changes the arithmetic and is not supported")
-
-    def size(key: str, default: int | None = None) -> int:
-      value = config.get(key) or default
-      if type(value) is not int or value < 1:
-        raise UserError(f"{source}: {key} is {'missing' if key not in config else repr(config[key])}; "
-                        "expected a positive integer")
-      return value
-
-    def number(key: str, value: object) -> float:
-      if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise UserError(f"{source}: {key}={value!r}; expected a positive number")
-      return float(value)
-
-    heads = size("num_attention_heads")
-    result = cls(
-        vocab_size=size("vocab_size"),
-        hidden_size=size("hidden_size"),
-        intermediate_size=size("intermediate_size"),
-        num_layers=size("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=size("num_key_value_heads", heads),
-        head_dim=size("head_dim", size("hidden_size") // heads),
-        rope_theta=number("rope_theta", 10_000.0 if rope["rope_theta"] is None else rope["rope_theta"]),
-        rms_norm_eps=number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2",
-    )
-    if result.num_heads % result.num_kv_heads or result.head_dim % 2:
-      raise UserError(f"{source}: num_attention_heads={heads} must be a multiple of num_key_value_heads="
-                      f"{result.num_kv_heads}, and head_dim={result.head_dim} even")
-    return result
 
 
 class Linear(nnx.Module):
@@ -143,6 +64,9 @@ class Attention(nnx.Module):
     self.k_proj = Linear(config.hidden_size, kv_heads, bias=config.qkv_bias, dtype=dtype, key=k)
     self.v_proj = Linear(config.hidden_size, kv_heads, bias=config.qkv_bias, dtype=dtype, key=v)
     self.o_proj = Linear(heads, config.hidden_size, bias=False, dtype=dtype, key=o)
+    if config.qk_norm:
+      self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
+      self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
     self.num_kv_heads = config.num_kv_heads
     self.head_dim = config.head_dim
 
@@ -154,8 +78,10 @@ class Attention(nnx.Module):
     def split_heads(y: jax.Array) -> jax.Array:  # -> [B, heads, T, h]
       return y.reshape(batch, length, -1, self.head_dim).swapaxes(1, 2)
 
-    q = _rotate(split_heads(self.q_proj(x)), rope)
-    k = _rotate(split_heads(self.k_proj(x)), rope)
+    q, k = split_heads(self.q_proj(x)), split_heads(self.k_proj(x))
+    if hasattr(self, "q_norm"):
+      q, k = self.q_norm(q), self.k_norm(k)
+    q, k = _rotate(q, rope), _rotate(k, rope)
     v = split_heads(self.v_proj(x))
     if cache is not None:
       k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, index, axis=2)
@@ -267,8 +193,7 @@ class Decoder(nnx.Module):
 
   def _rope(self, positions: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """cos and sin of the rotation angles, each [B, 1, T, h]."""
-    half = jnp.arange(0, self.config.head_dim, 2, dtype=jnp.float32) / self.config.head_dim
-    angles = positions.astype(jnp.float32)[:, None, :, None] * (1.0 / self.config.rope_theta**half)
+    angles = positions.astype(jnp.float32)[:, None, :, None] * rope_frequencies(self.config)
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 

@@ -15,7 +15,8 @@ import numpy as np
 from imm_jax import files
 from imm_jax.errors import UserError
 from imm_jax.model import folder as checkpoint, safetensors
-from imm_jax.model.decoder import ModelConfig, Params, abstract_params
+from imm_jax.model.config import ModelConfig
+from imm_jax.model.decoder import Params, abstract_params
 
 # Names of a leaf's tensors: one, or one for each layer of a stacked leaf.
 TensorNames = str | tuple[str, ...]

@@ -21,7 +21,8 @@ import numpy as np
 from imm_jax import files, progress
 from imm_jax.errors import UserError
 from imm_jax.model import hf
-from imm_jax.model.decoder import ModelConfig, Params, bind, unstack_layers
+from imm_jax.model.config import ModelConfig
+from imm_jax.model.decoder import Params, bind, unstack_layers
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.sampling import Completion, Prompt
 

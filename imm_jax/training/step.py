@@ -9,7 +9,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from imm_jax.model import sharding
-from imm_jax.model.decoder import ModelConfig, Params, bind
+from imm_jax.model.config import ModelConfig
+from imm_jax.model.decoder import Params, bind
 
 # params: float32 master weights; opt_state: optax's, which also counts the steps.
 TrainState = dict[str, Any]

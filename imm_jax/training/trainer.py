@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 from imm_jax import progress
 from imm_jax.errors import UserError
 from imm_jax.model import sharding
-from imm_jax.model.decoder import ModelConfig, Params
+from imm_jax.model.config import ModelConfig
+from imm_jax.model.decoder import Params
 from imm_jax.training.packing import PackedBatches
 from imm_jax.training.step import init_state, make_optimizer, make_train_step
 
