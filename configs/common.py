@@ -8,7 +8,7 @@ import ml_collections
 
 def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
-  config.model = "tiny"  # base model: an HF checkpoint folder, or "tiny" for the embedded one
+  config.model = "tiny"  # base model: an HF checkpoint folder, a hub id, or "tiny" for the embedded one
   config.method = "imm"  # imm: SFT and merge each round; star: SFT only; real: SFT on gold answers, no sampling
   config.rounds = 3  # T [paper]; a finished run may be continued with more
   config.seed = 0  # of questions, samples, order of training and drop masks

@@ -14,15 +14,14 @@ import jax
 import ml_collections
 
 from imm_jax import __version__, files, memory, report, rundir, stages
-from imm_jax.model import folder, hf, sharding
+from imm_jax.model import folder, hf, hub, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.rundir import Stage
 
 
-def plan(config: ml_collections.ConfigDict, root: Path) -> list[Stage]:
-  """All stages of a run in order; `root` is the run directory."""
-  base = hf.resolve(config.model)
+def plan(config: ml_collections.ConfigDict, base: Path, root: Path) -> list[Stage]:
+  """All stages of a run in order; `base` is the base model's folder, `root` the run directory."""
   settings = config.to_dict()
   result = [_evaluation(config, base, root, "base/eval", "base", -1)]
   start, start_name = base, "base"
@@ -63,7 +62,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     directory.note(versions=_versions(), devices=[d.device_kind for d in jax.devices()], method=config.method,
                    tasks={"id": config.task.name, "ood": list(config.task.ood)}, **threads)
     external = {"base": folder.digest(base)}
-    steps = plan(config, directory.path)
+    steps = plan(config, base, directory.path)
     ran = sum(directory.run(stage, external) for stage in steps)
     print(f"{ran} of {len(steps)} stages were run, the others were done before")
     results = report.Results.of(directory.path)
@@ -80,7 +79,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   rundir.check(workdir, config)
   record = rundir.read_record(root)
   external = {"base": folder.digest(base) if record["stages"] else ""}  # a large model takes a while
-  steps = plan(config, root)
+  steps = plan(config, base, root)
   waiting: set[str] = set()
   print(f"{'stage':<24}{'state':<8}work")
   for stage in steps:
@@ -95,7 +94,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 def _check(config: ml_collections.ConfigDict) -> tuple[Path, ModelConfig]:
   """The base model's folder and config; what cannot work ends the run before anything is spent."""
-  base = hf.resolve(config.model)
+  base = hub.resolve(config.model)
   model = hf.check(base)
   load_tokenizer(base)
   sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)

@@ -29,7 +29,7 @@ from imm_jax import __version__, cli, files
 from imm_jax.errors import UserError, nearest
 from imm_jax.merging import checkpoint, masks, recipe
 from imm_jax.merging.recipe import Recipe
-from imm_jax.model import folder
+from imm_jax.model import folder, hub
 
 _METHOD = flags.DEFINE_enum("method", "imm", sorted(recipe.METHODS), "How to merge; without --recipe.")
 _BASE = flags.DEFINE_string("base", None, "The base model's folder.")
@@ -92,7 +92,7 @@ def from_flags() -> Recipe:
       raise UserError(f"--models has {len(_MODELS.value)}; {method} takes {wanted}")
     models = {"base": _BASE.value} if _BASE.value else {}
     models |= {f"models[{i}]": model for i, model in enumerate(_MODELS.value)}
-  return Recipe(method, {label: Path(path) for label, path in models.items()}, options, _DTYPE.value)
+  return Recipe(method, {label: hub.resolve(path) for label, path in models.items()}, options, _DTYPE.value)
 
 
 def main() -> None:

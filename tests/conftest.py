@@ -37,10 +37,10 @@ _KINDS = {
 }
 
 
-def _torch_model(kind: str) -> "transformers.PreTrainedModel":
+def _torch_model(kind: str, **sizes: int) -> "transformers.PreTrainedModel":
   """A small model whose every parameter is random and matters; its dimensions are all different."""
   family, changes = _KINDS[kind]
-  config = getattr(transformers, f"{family}Config")(**{**_SIZES, **changes})
+  config = getattr(transformers, f"{family}Config")(**{**_SIZES, **changes, **sizes})
   model = getattr(transformers, f"{family}ForCausalLM")(config)
   generator = torch.Generator().manual_seed(0)
   with torch.no_grad():
@@ -54,8 +54,8 @@ def _torch_model(kind: str) -> "transformers.PreTrainedModel":
 def checkpoint(tmp_path: Path) -> "Callable[..., tuple[transformers.PreTrainedModel, Path]]":
   """Makes (torch model, its folder) for one of `_KINDS`."""
 
-  def make(kind: str, *, dtype: "torch.dtype | None" = None, old_rope_key: bool = False):
-    model = _torch_model(kind).to(dtype or torch.float32)
+  def make(kind: str, *, dtype: "torch.dtype | None" = None, old_rope_key: bool = False, **sizes: int):
+    model = _torch_model(kind, **sizes).to(dtype or torch.float32)
     folder = tmp_path / kind
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())

@@ -19,11 +19,11 @@ import transformers
 from hypothesis import given, settings, strategies as st
 
 from imm_jax.errors import UserError
-from imm_jax.model import hf, safetensors
+from imm_jax.model import hf, hub, safetensors
 
 torch = pytest.importorskip("torch")
 
-TINY = hf.resolve("tiny")
+TINY = hub.resolve("tiny")
 Q0, UP1 = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
 
 

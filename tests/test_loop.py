@@ -229,7 +229,7 @@ def one_line(stderr: str) -> str:
     ("--config.task.name=storys", "did you mean stories?"),
     ("--config.mesh.fsdp=3", "does not fit 1 device"),
     ("--config.model=/no/such/folder", "no such checkpoint folder"),
-    ("--config.model=", "config.model is empty"),
+    ("--config.model=", "name is empty"),
     (f"--workdir={REPO / 'README.md'}", "is a file"),
     ("--config=configs/none.py", "configs/none.py"),
     ("--confg=1", "confg"),

@@ -17,7 +17,7 @@ import pytest
 from imm_jax import merging
 from imm_jax.errors import UserError
 from imm_jax.merging import checkpoint, masks, methods, recipe
-from imm_jax.model import hf, safetensors
+from imm_jax.model import hf, hub, safetensors
 
 REPO = Path(__file__).parent.parent
 KEY = jax.random.key(7)
@@ -125,7 +125,7 @@ def run(*flags: str, **options) -> subprocess.CompletedProcess:
 
 def test_the_command_merges_as_the_loop_does(tmp_path: Path):
   """On the embedded model: the weights of `merging.imm` on stacked layers, and everything that transformers reads."""
-  base = hf.resolve("tiny")
+  base = hub.resolve("tiny")
   _, params = hf.load(base)
   tuned = jax.tree.map(lambda p: (p.astype(np.float32) * 1.01 + 0.001).astype(p.dtype), params)
   hf.save(tuned, tmp_path / "tuned", like=base)

@@ -12,14 +12,14 @@ import pytest
 import transformers
 
 from imm_jax.errors import UserError
-from imm_jax.model import hf
+from imm_jax.model import hf, hub
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.sampling import Completion, Prompt, native
 from imm_jax.tasks import arithmetic, prompts
 
 torch = pytest.importorskip("torch")
 
-TINY = hf.resolve("tiny")
+TINY = hub.resolve("tiny")
 # One length for almost all tests: shapes and options that recur are compiled once.
 NEW_TOKENS = 40
 EXAMPLES = [arithmetic.generate(family, split="test", count=1, seed=3)[0] for family in arithmetic.FAMILIES]
@@ -249,3 +249,35 @@ def test_a_special_token_stops_a_sample_as_a_token(sampler: native.NativeSampler
 def test_arguments_out_of_range_are_errors(sampler: native.NativeSampler, options: dict) -> None:
   with pytest.raises(ValueError, match=f"{next(iter(options))}.*expected"):
     sampler.generate(SHORT, **{"max_new_tokens": 4, **options})
+
+
+@pytest.mark.parametrize("kind", ["qwen2-untied", "llama2", "llama3.1", "qwen3"])
+def test_greedy_tokens_of_every_family_equal_transformers(
+    checkpoint: Callable, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+  """128 tokens from prompts of several lengths, in one batch and alone; the embedding has rows that are no tokens."""
+  model, folder = checkpoint(kind, vocab_size=600)
+  for name in ("tokenizer.json", "tokenizer_config.json"):
+    shutil.copyfile(TINY / name, folder / name)
+  sampler = native.NativeSampler(folder, compute_dtype="float32", batch_size=4)
+  ids = len(sampler.tokenizer)
+  assert ids < 600
+  asked = [SHORT[0], SHORT[1], LONG, STRANGE]
+  seen: dict[str, list[list[int]]] = {"batch": [], "alone": []}
+  decode = sampler.tokenizer.decode
+  for how, groups in (("batch", [asked]), ("alone", [[p] for p in asked[:1]])):
+    monkeypatch.setattr(
+        sampler.tokenizer, "decode", lambda t, how=how, **kw: seen[how].append(list(t)) or decode(t, **kw))
+    for group in groups:
+      sampler.generate(group, max_new_tokens=128)
+  wanted = []
+  for prompt in asked:
+    tokens = torch.tensor([sampler.tokenizer(prompt.text)["input_ids"]])
+    for _ in range(128):  # plain search over tokens that exist
+      with torch.no_grad():
+        best = model(tokens).logits[0, -1, :ids].argmax()
+      tokens = torch.cat([tokens, best[None, None]], 1)
+      if int(best) in sampler._eos:
+        break
+    wanted.append(tokens[0, len(sampler.tokenizer(prompt.text)["input_ids"]):].tolist())
+  assert sorted(seen["batch"]) == sorted(wanted)
+  assert seen["alone"] == wanted[:1]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from imm_jax import tasks
-from imm_jax.model import hf
+from imm_jax.model import hub
 from imm_jax.sampling.native import load_tokenizer
 from imm_jax.tasks import answers, arithmetic, prompts
 from imm_jax.tasks.base import Example
@@ -224,7 +224,7 @@ def test_any_seed_gives_whole_examples(seed, family, split):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-  return load_tokenizer(hf.resolve("tiny"))
+  return load_tokenizer(hub.resolve("tiny"))
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "drill"])

@@ -18,6 +18,7 @@ import yaml
 
 from imm_jax.errors import UserError, nearest
 from imm_jax.merging.methods import METHODS
+from imm_jax.model import hub
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 # Recipe parameter -> option of our method, by what it varies over: models, or the whole merge.
@@ -153,6 +154,6 @@ def _refuse_unknown(path: Path, where: str, raw: Mapping[str, Any], known: set[s
 
 
 def _folder(path: Path, model: Any) -> Path:
-  if not isinstance(model, str) or not Path(model).is_dir():
-    raise UserError(f"{path}: model {model!r} is no checkpoint folder (from a hub: `hf download {model}` first)")
-  return Path(model)
+  if not isinstance(model, str):
+    raise UserError(f"{path}: model {model!r}: expected a folder or a hub id")
+  return hub.resolve(model)

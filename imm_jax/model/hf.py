@@ -20,14 +20,6 @@ from imm_jax.model.decoder import Params, abstract_params
 
 # Names of a leaf's tensors: one, or one for each layer of a stacked leaf.
 TensorNames = str | tuple[str, ...]
-_EMBEDDED = Path(__file__).parent.parent / "assets"
-
-
-def resolve(model: str) -> Path:
-  """The checkpoint folder that a config's `model` means: a folder, or `tiny` for the embedded one."""
-  if not model:
-    raise UserError("config.model is empty; expected an HF checkpoint folder, or tiny for the embedded model")
-  return _EMBEDDED / model if model == "tiny" else Path(model)
 
 
 def tensor_names(params: Params) -> Any:

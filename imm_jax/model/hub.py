@@ -1,0 +1,49 @@
+"""Checkpoints by name: a folder, the embedded model, or a model of the Hugging Face hub."""
+
+import re
+from pathlib import Path
+
+from imm_jax.errors import UserError
+from imm_jax.model.folder import INDEX, SIDE_FILES
+
+_EMBEDDED = Path(__file__).parent.parent / "assets"
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+
+def resolve(model: str) -> Path:
+  """The checkpoint folder that a name means; a model of the hub is downloaded, or taken from the cache.
+
+  Args:
+    model: a folder, `tiny` for the embedded model, or a hub id such as `Qwen/Qwen2.5-0.5B-Instruct`. A folder counts
+      before a hub id.
+
+  Raises:
+    UserError: when there is no such folder, or the hub refuses; with the line to run.
+  """
+  if not model:
+    raise UserError("the model's name is empty; expected an HF checkpoint folder, a hub id such as "
+                    "Qwen/Qwen2.5-0.5B-Instruct, or tiny for the embedded model")
+  if model == "tiny":
+    return _EMBEDDED / model
+  if Path(model).is_dir() or not _HUB_ID.fullmatch(model):
+    return Path(model)
+  return _download(model)
+
+
+def _download(model: str) -> Path:
+  import huggingface_hub  # late: most runs have a folder
+  from huggingface_hub import errors
+
+  instead = f"or `hf download {model} --local-dir=DIR` where there is a network, and give DIR"
+  try:
+    # Weights in safetensors only; what broke off goes on where it was.
+    return Path(huggingface_hub.snapshot_download(model, allow_patterns=[*SIDE_FILES, INDEX, "*.safetensors"]))
+  except errors.GatedRepoError as e:
+    raise UserError(f"{model}: is gated; accept its terms at https://huggingface.co/{model}, run `hf auth login`, and "
+                    "start again") from e
+  except errors.RepositoryNotFoundError as e:
+    raise UserError(f"{model}: no such folder, and no such model on the hub that you may read; check the name, or run "
+                    "`hf auth login` if it is private") from e
+  except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as e:  # LocalEntryNotFoundError is an OSError
+    cause = str(e).strip().partition("\n")[0]
+    raise UserError(f"{model}: no such folder, and the hub cannot be reached ({cause}); try again, {instead}") from e
