@@ -24,6 +24,7 @@ setup(
         "ml_dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.20",
         "pyyaml>=6",
         "tensorboardX>=2.6.2",
         "tokenizers>=0.22",

@@ -62,6 +62,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     directory.note(versions=_versions(), devices=[d.device_kind for d in jax.devices()], method=config.method,
                    tasks={"id": config.task.name, "ood": list(config.task.ood)}, **threads)
     external = {"base": folder.digest(base)}
+    if not directory.facts:
+      hf.check_bytes(base)
     steps = plan(config, base, directory.path)
     ran = sum(directory.run(stage, external) for stage in steps)
     print(f"{ran} of {len(steps)} stages were run, the others were done before")

@@ -49,6 +49,26 @@ def check(folder: str | Path) -> ModelConfig:
   return _open(Path(folder))[0]
 
 
+def check_bytes(folder: str | Path) -> int:
+  """Reads a checkpoint and compares what `save` would write with its files, tensor by tensor.
+
+  Returns:
+    The number of tensors.
+
+  Raises:
+    UserError: as `load` does, or with the first tensor that would come back otherwise.
+  """
+  _, tensors = _open(Path(folder))
+  _, params = load(folder)
+  count = 0
+  for name, dtype, shape, get in _entries(params):
+    stored, written = tensors[name], np.asarray(get(), order="C")
+    if (dtype, shape) != (stored.dtype, stored.shape) or written.tobytes() != stored.tobytes():
+      raise UserError(f"{folder}: tensor {name!r} would not come back as it was read; this is a fault of imm_jax")
+    count += 1
+  return count
+
+
 def load(folder: str | Path, *, dtype: jnp.dtype | None = None,
          put: Callable[[str, np.ndarray], jax.Array] | None = None) -> tuple[ModelConfig, Params]:
   """Reads a checkpoint folder.

@@ -1,0 +1,144 @@
+"""Converts checkpoints between HF and orbax, and checks that a checkpoint is read as transformers reads it.
+
+    python -m imm_jax.convert --source=HF_FOLDER --out=DIR --to=orbax
+    python -m imm_jax.convert --source=DIR --out=HF_FOLDER --to=hf
+    python -m imm_jax.convert --verify=HF_FOLDER
+
+DIR holds the parameters (`params/`, orbax, layers stacked) and the files beside them (`hf/`: config, tokenizer).
+`--verify`
+reads every tensor and compares what would be written with the file, byte for byte; where torch is installed it also
+compares the logits of random tokens in float32 with those of transformers.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from imm_jax import cli, files
+from imm_jax.errors import UserError
+from imm_jax.model import folder, hf, hub
+from imm_jax.model.decoder import abstract_params, bind
+
+_SOURCE = flags.DEFINE_string("source", None, "The checkpoint to read: HF folder, hub id, or what --to=orbax wrote.")
+_OUT = flags.DEFINE_string("out", None, "The folder to write.")
+_TO = flags.DEFINE_enum("to", None, ["hf", "orbax"], "The form to write.")
+_VERIFY = flags.DEFINE_string("verify", None, "Check this HF folder or hub id.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an --out that exists.")
+
+# Largest error of logits relative to their scale that is rounding, in float32.
+_TOLERANCE = 2e-5
+_ROWS, _LENGTH = 4, 64
+
+
+class Comparison(NamedTuple):
+  """Logits of ours against transformers', in float32.
+
+  Attributes:
+    max_error: largest difference, relative to the largest logit.
+    kl: largest KL divergence of ours from theirs over the tokens, in nats.
+    agreement: share of tokens with the same most likely successor.
+    worst: (row, position) of the largest difference.
+  """
+
+  max_error: float
+  kl: float
+  agreement: float
+  worst: tuple[int, int]
+
+
+def to_orbax(source: Path, out: Path) -> None:
+  """Writes the parameters of an HF folder with orbax, and the files beside them."""
+  import orbax.checkpoint as ocp
+
+  _, params = hf.load(source)
+  with files.committed(out) as temporary:
+    (temporary / "hf").mkdir(parents=True)
+    folder.copy_side_files(source, temporary / "hf")
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save((temporary / "params").absolute(), params)
+
+
+def from_orbax(source: Path, out: Path) -> None:
+  """Writes an HF folder from what `to_orbax` wrote, or from another orbax checkpoint of the same tree beside `hf/`."""
+  import orbax.checkpoint as ocp
+
+  if not (source / "params").is_dir() or not (source / "hf").is_dir():
+    raise UserError(f"{source}: expected params/ (orbax) and hf/ (config.json, tokenizer) in it, as --to=orbax writes")
+  config = hf.read_config(source / "hf")
+  with ocp.StandardCheckpointer() as checkpointer:
+    try:
+      stored = checkpointer.metadata((source / "params").absolute()).item_metadata
+      as_stored = lambda leaf, found: jax.ShapeDtypeStruct(leaf.shape, found.dtype)
+      abstract = jax.tree.map(as_stored, abstract_params(config), dict(stored))
+      params = checkpointer.restore((source / "params").absolute(), abstract)
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as e:
+      cause = str(e).strip().partition("\n")[0]
+      raise UserError(f"{source / 'params'}: is no orbax checkpoint of what hf/config.json describes ({cause})") from e
+  with files.committed(out) as temporary:
+    hf.save(params, temporary, like=source / "hf")
+
+
+def compare_logits(source: Path) -> Comparison:
+  """Runs random tokens through our decoder and transformers' model, both in float32; needs torch."""
+  import torch
+  import transformers
+
+  config, params = hf.load(source, dtype=jnp.float32)
+  tokens = np.random.default_rng(0).integers(0, config.vocab_size, (_ROWS, _LENGTH), np.int32)
+  model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False).eval()
+  with torch.no_grad():
+    theirs = model(torch.from_numpy(tokens).long()).logits.numpy().astype(np.float64)
+  positions = np.broadcast_to(np.arange(_LENGTH), tokens.shape)
+  run = jax.jit(lambda p: bind(config, p)(tokens, positions=positions, segment_ids=np.ones_like(tokens),
+                                          compute_dtype=jnp.float32))
+  ours = np.asarray(run(params), np.float64)
+  error = np.abs(ours - theirs).max(-1)
+  log_ours, log_theirs = (x - np.logaddexp.reduce(x, -1, keepdims=True) for x in (ours, theirs))
+  divergence = (np.exp(log_theirs) * (log_theirs - log_ours)).sum(-1)
+  worst = np.unravel_index(error.argmax(), error.shape)
+  return Comparison(float(error.max() / np.abs(theirs).max()), float(divergence.max()),
+                    float((ours.argmax(-1) == theirs.argmax(-1)).mean()), (int(worst[0]), int(worst[1])))
+
+
+def verify(source: Path) -> None:
+  """Prints what the checks found; raises UserError when one fails."""
+  count = hf.check_bytes(source)
+  print(f"{source}: {count} tensors come back byte for byte")
+  if importlib.util.find_spec("torch") is None:
+    print("torch is not installed, so logits were not compared with transformers")
+    return
+  found = compare_logits(source)
+  print(f"logits of {_ROWS} x {_LENGTH} random tokens against transformers in float32: largest error "
+        f"{found.max_error:.1e} of their scale (row {found.worst[0]}, position {found.worst[1]}), KL {found.kl:.1e} "
+        f"nats, same most likely token {found.agreement:.2%}")
+  if not found.max_error <= _TOLERANCE:
+    raise UserError(f"{source}: the logits differ from transformers' by more than {_TOLERANCE:.0e} of their scale")
+
+
+def main() -> None:
+  """Reads the flags and does what they say."""
+  if _VERIFY.value:
+    if _SOURCE.value or _OUT.value or _TO.value:
+      raise UserError("--verify goes alone")
+    return verify(hub.resolve(_VERIFY.value))
+  for name, value in (("source", _SOURCE.value), ("out", _OUT.value), ("to", _TO.value)):
+    if not value:
+      raise UserError(f"--{name} is missing; expected --source, --out and --to, or --verify")
+  out = Path(_OUT.value)
+  if out.exists() and not _OVERWRITE.value:
+    raise UserError(f"--out={out}: exists; give another folder, or --overwrite to replace it")
+  if _TO.value == "orbax":
+    to_orbax(hub.resolve(_SOURCE.value), out)
+  else:
+    from_orbax(Path(_SOURCE.value), out)
+  print(f"{out}: written")
+  return None
+
+
+if __name__ == "__main__":
+  cli.run(main)

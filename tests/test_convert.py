@@ -1,0 +1,70 @@
+"""Conversion between HF and orbax, and the checks of `--verify`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from imm_jax import convert
+from imm_jax.errors import UserError
+from imm_jax.model import hf, hub, safetensors
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.mark.parametrize("kind", ["qwen2-tied", "qwen3", "llama3.1"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_orbax_and_back_gives_every_byte(checkpoint, kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+  _, source = checkpoint(kind, dtype=dtype)
+  convert.to_orbax(source, tmp_path / "orbax")
+  convert.from_orbax(tmp_path / "orbax", tmp_path / "back")
+  before, after = (safetensors.read(f / "model.safetensors") for f in (source, tmp_path / "back"))
+  assert before.keys() == after.keys()
+  assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+  assert (tmp_path / "back/config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["qwen2-untied", "qwen3", "llama3.1"])
+def test_logits_are_compared_with_transformers(checkpoint, kind: str) -> None:
+  _, source = checkpoint(kind)
+  found = convert.compare_logits(source)
+  assert found.max_error < 2e-5
+  assert found.kl < 1e-6
+  assert found.agreement > 0.99
+
+
+def test_verify_finds_arithmetic_that_differs(checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+  """A wrong RoPE theta is what ports get wrong most."""
+  _, source = checkpoint("llama3")
+  convert.verify(source)
+  read_config = hf.read_config
+  wrong = lambda folder: read_config(folder).__class__(**{**vars(read_config(folder)), "rope_theta": 1e4})
+  monkeypatch.setattr(hf, "read_config", wrong)
+  with pytest.raises(UserError, match="logits differ from transformers'"):
+    convert.verify(source)
+
+
+def test_check_bytes_finds_a_tensor_that_comes_back_otherwise(checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+  _, source = checkpoint("qwen2-tied")
+  assert hf.check_bytes(source) == len(safetensors.read(source / "model.safetensors"))
+  load = hf.load
+  monkeypatch.setattr(hf, "load", lambda folder: (load(folder)[0], {
+      **load(folder)[1], "norm": {"weight": np.nextafter(load(folder)[1]["norm"]["weight"], 9)}}))
+  with pytest.raises(UserError, match=r"model\.norm\.weight"):
+    hf.check_bytes(source)
+
+
+def test_what_is_no_orbax_checkpoint_is_named(tmp_path: Path) -> None:
+  with pytest.raises(UserError, match="expected params/"):
+    convert.from_orbax(tmp_path, tmp_path / "out")
+  convert.to_orbax(hub.resolve("tiny"), tmp_path / "orbax")
+  config = json.loads((tmp_path / "orbax/hf/config.json").read_text())
+  (tmp_path / "orbax/hf/config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+  with pytest.raises(UserError, match="is no orbax checkpoint of what"):
+    convert.from_orbax(tmp_path / "orbax", tmp_path / "out")
+  shutil.rmtree(tmp_path / "orbax/params/d")
+  with pytest.raises(UserError, match="is no orbax checkpoint of what"):
+    convert.from_orbax(tmp_path / "orbax", tmp_path / "out")
+  assert not (tmp_path / "out").exists()
