@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -46,6 +47,27 @@ def committed(target: Path) -> Iterator[Path]:
     where = f" {e.filename}" if e.filename else ""
     raise UserError(f"{target}: cannot be written ({e.strerror}{where}); {advice} and start again, what was finished "
                     "before is kept") from e
+
+
+@contextlib.contextmanager
+def alone(target: Path) -> Iterator[None]:
+  """Keeps other processes from writing the same target for the length of a block.
+
+  Raises:
+    UserError: when another one does.
+  """
+  lock = target.with_name(f".{target.name}.lock")
+  lock.parent.mkdir(parents=True, exist_ok=True)
+  with lock.open("w") as f:
+    try:
+      fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise UserError(f"{target}: another process writes it; wait for it or give another name") from e
+    try:
+      yield
+    finally:
+      # Gone before it is free: who opened this file in between finds it locked, and a later one makes its own.
+      lock.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -109,12 +109,9 @@ def main() -> None:
     made = from_flags()
   jobs = _jobs(made)
   root = Path(_OUT.value)
-  if root.exists() and not _OVERWRITE.value:
-    raise UserError(f"--out={root}: exists; give another folder, or --overwrite to replace it")
-  for label, path in made.models.items():
-    if root.resolve() in (path.resolve(), *path.resolve().parents):
-      raise UserError(f"--out={root}: holds the input {label} ({path}); give another folder")
-  run(made, jobs, root, seed=_SEED.value, max_shard_bytes=_bytes(_SHARD.value))
+  _check_out(root, made)
+  with files.alone(root):
+    run(made, jobs, root, seed=_SEED.value, max_shard_bytes=_bytes(_SHARD.value))
 
 
 def run(made: Recipe, jobs: dict[str, Recipe], root: Path, *, seed: int, max_shard_bytes: int) -> None:
@@ -141,9 +138,30 @@ def run(made: Recipe, jobs: dict[str, Recipe], root: Path, *, seed: int, max_sha
         f"{time.monotonic() - started:.1f} s")
 
 
+def _check_out(root: Path, made: Recipe) -> None:
+  """Raises UserError unless --out may be written: it is new, or --overwrite replaces an earlier merge."""
+  if not root.name or root.name == "..":
+    raise UserError(f"--out={root}: expected the name of a folder")
+  for label, path in made.models.items():
+    here, there = root.resolve(), path.resolve()
+    if here in (there, *there.parents):
+      raise UserError(f"--out={root}: holds the input {label} ({path}); give another folder")
+    if there in here.parents:
+      raise UserError(f"--out={root}: lies in the input {label} ({path}); give another folder")
+  if root.is_symlink() or (root.exists() and not root.is_dir()):
+    raise UserError(f"--out={root}: is a link or a file; give a folder")
+  if root.exists() and not _OVERWRITE.value:
+    raise UserError(f"--out={root}: exists; give another folder, or --overwrite to replace it")
+  if root.exists() and any(root.iterdir()) and not any(root.rglob("merge.json")):
+    raise UserError(f"--out={root}: is no earlier merge (it has no merge.json), so it is not replaced; give another "
+                    "folder")
+
+
 def _jobs(made: Recipe) -> dict[str, Recipe]:
   """What is written, by folder below --out."""
   if not _SWEEP.value:
+    if _SWEEP.present:
+      raise UserError("--sweep_base_weight is empty; expected numbers from 0 to 1")
     return {"": made}
   if made.method not in ("imm", "iimm"):
     raise UserError(f"--sweep_base_weight: {made.method} has no base_weight; it is for imm and iimm")
@@ -154,6 +172,8 @@ def _jobs(made: Recipe) -> dict[str, Recipe]:
     weight = _setting("sweep_base_weight", text)
     if not isinstance(weight, int | float) or not 0 <= weight <= 1:
       raise UserError(f"--sweep_base_weight={text}: expected numbers from 0 to 1")
+    if weight in [job.options["base_weight"] for job in jobs.values()]:
+      raise UserError(f"--sweep_base_weight={','.join(_SWEEP.value)}: {text} stands in it twice")
     jobs[f"base_weight_{text.strip()}"] = Recipe(made.method, made.models, {**made.options, "base_weight": weight},
                                                  made.dtype)
   return jobs
@@ -185,7 +205,7 @@ def _numbers(name: str, text: str, value: Any) -> Any:
 
 def _bytes(text: str) -> int:
   unit = text.strip()[-2:].upper()
-  with contextlib.suppress(ValueError):
+  with contextlib.suppress(ValueError, OverflowError):
     size = int(float(text.strip()[:-2]) * _UNITS[unit]) if unit in _UNITS else int(text)
     if size > 0:
       return size

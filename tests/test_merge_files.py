@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from imm_jax import merging
+from imm_jax import files, merging
 from imm_jax.errors import UserError
 from imm_jax.merging import checkpoint, masks, methods, recipe
 from imm_jax.model import hf, hub, safetensors
@@ -26,7 +26,7 @@ WORDS = np.asarray(masks.key_words(KEY))
 SHAPES = {"model.embed_tokens.weight": (37, 6), "model.layers.0.mlp.up_proj.weight": (7, 5),
           "model.layers.1.mlp.up_proj.weight": (7, 5), "model.layers.0.self_attn.q_proj.bias": (9,),
           "model.layers.1.self_attn.q_proj.bias": (9,), "model.norm.weight": (6,), "conv": (3, 2, 5), "one": (1, 1),
-          "scalar": (), "nothing": (0, 4)}
+          "scalar": (), "nothing": (0, 4), "thin": (600, 3), "conv1d": (700, 1, 4)}
 OPTIONS = {
     "linear": {"weights": [0.2, 0.5, 0.1, 0.4]}, "task_arithmetic": {"weights": 0.4},
     "ties": {"weights": 1.0, "densities": 0.5}, "breadcrumbs": {"weights": 0.5, "densities": 0.6, "gammas": 0.1},
@@ -235,7 +235,10 @@ def test_a_recipe_of_mergekit_means_what_it_says(folders: list[Path], tmp_path: 
     (("dtype: bfloat16", "slices: []"), "slices is not supported"),
     (("dtype: bfloat16", "tokenizer_source: union"), "tokenizer_source is not supported"),
     (("merge_method: ties", "[1, 2"), "is not YAML"),
-    (("models:", "models: []\nother:"), "other is not supported")])
+    (("models:", "models: []\nother:"), "other is not supported"),
+    (("normalize: true", "normalize: [{filter: mlp, value: true}, {value: false}]"), "normalize=[{'filter': 'mlp'"),
+    (("normalize: true", "normalize: 0.5"), "normalize=0.5: expected true or false"),
+    (("normalize: true", "rescale: true"), "parameters.rescale is not supported")])
 def test_what_a_recipe_has_wrong_is_named(change: tuple[str, str], expected: str, folders: list[Path], tmp_path: Path):
   path = tmp_path / "recipe.yml"
   path.write_text(RECIPE.format(*folders).replace(*change, 1))
@@ -273,6 +276,25 @@ def test_damaged_files_are_named(folders: list[Path], tmp_path: Path):
     folder = Path(shutil.copytree(folders[0], tmp_path / name))
     damage(folder / "model.safetensors")
     assert expected in refusal({"a": folders[1], "b": folder})
+
+
+def test_an_index_that_disagrees_with_its_shards_is_named(folders: list[Path], tmp_path: Path):
+  folder = Path(shutil.copytree(folders[2], tmp_path / "index"))
+  index = folder / "model.safetensors.index.json"
+  content = json.loads(index.read_text())
+  content["weight_map"]["model.layers.9.mlp.up_proj.weight"] = content["weight_map"]["conv"]
+  index.write_text(json.dumps(content))
+  assert "disagrees with the shards on model.layers.9.mlp.up_proj.weight" in refusal({"a": folders[0], "b": folder})
+
+
+def test_float64_checkpoints_come_back_as_float64(tmp_path: Path):
+  trees = [{"w": np.random.default_rng(i).normal(size=(3, 4))} for i in range(2)]
+  folders = [write(tmp_path / str(i), tree) for i, tree in enumerate(trees)]
+  with checkpoint.CheckpointSource(dict(zip("ab", folders, strict=True))) as source:
+    checkpoint.merge(source, [checkpoint.Output(tmp_path / "out", methods.linear(source, weights=1))], key=WORDS)
+  got = read(tmp_path / "out")["w"]
+  assert got.dtype == np.float64
+  np.testing.assert_allclose(got, (trees[0]["w"] + trees[1]["w"]) / 2, rtol=1e-6)
 
 
 def test_tensors_of_integers_must_be_equal(folders: list[Path], tmp_path: Path):
@@ -330,10 +352,18 @@ def test_an_output_that_exists_is_kept_unless_asked(folders: list[Path], tmp_pat
   (tmp_path / "out/mine.txt").write_text("mine")
   assert "exists; give another folder, or --overwrite" in one_line(run(*flags, f"--out={tmp_path / 'out'}"))
   assert (tmp_path / "out/mine.txt").read_text() == "mine"
+  assert "is no earlier merge" in one_line(run(*flags, f"--out={tmp_path / 'out'}", "--overwrite"))
+  assert (tmp_path / "out/mine.txt").read_text() == "mine"
+  (tmp_path / "out/merge.json").write_text("{}")
   assert run(*flags, f"--out={tmp_path / 'out'}", "--overwrite").returncode == 0
   assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
   assert not (tmp_path / "out/mine.txt").exists()
   assert "holds the input" in one_line(run(*flags, f"--out={folders[0]}", "--overwrite"))
+  assert "lies in the input" in one_line(run(*flags, f"--out={folders[0] / 'merged'}"))
+  (tmp_path / "link").symlink_to(tmp_path / "out")
+  assert "is a link or a file" in one_line(run(*flags, f"--out={tmp_path / 'link'}", "--overwrite"))
+  with files.alone(tmp_path / "other"):
+    assert "another process writes it" in one_line(run(*flags, f"--out={tmp_path / 'other'}"))
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(folders: list[Path], tmp_path: Path):

@@ -239,6 +239,33 @@ def test_results_repeat_and_donation_changes_nothing(method):
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated))
 
 
+def test_a_buffer_that_is_needed_elsewhere_is_not_donated():
+  """In the first round the base is the start too."""
+  base, tuned = (jax.tree.map(jnp.asarray, t) for t in (BASE, A))
+  got = merging.imm(base, base, tuned, base_weight=0.4, drop_rate=0.3, key=KEY, donate=True)
+  jax.tree.map(np.testing.assert_array_equal, got, call("imm", (BASE, BASE, A)))
+
+
+def test_integer_leaves_may_pass_through_jit():
+  trees = [{**t, "step": jnp.int32(3)} for t in (BASE, A, B)]
+  assert int(jax.jit(lambda ts: call("imm", ts))(trees)["step"]) == 3
+
+
+def test_names_that_stand_for_two_tensors_and_lists_without_layers_are_errors():
+  pair = [{"a": np.ones(2, np.float32), "b": np.ones(2, np.float32)} for _ in range(2)]
+  with pytest.raises(ValueError, match=r"names: \['q'\] stand for several tensors"):
+    merging.linear(pair, weights=1, names={"a": "q", "b": "q"})
+  with pytest.raises(ValueError, match="a list over the layers, but no name"):
+    merging.imm(pair[0], pair[0], pair[1], base_weight=[0.0, 1.0], drop_rate=0.0, key=KEY)
+  with pytest.raises(ValueError, match="holds numbers only"):
+    call("imm", (BASE, A, B), base_weight=[[0.1, 0.2], 0.3])
+  with pytest.raises(ValueError, match=r"normalize=.*expected True or False"):
+    call("ties", (BASE, A, B, C), normalize=[True])
+  nested = [{"a": {"b": np.ones(2, np.float32)}, "a.b": np.ones(2, np.float32)} for _ in range(2)]
+  with pytest.raises(ValueError, match="names: .* stand for several"):
+    merging.linear(nested, weights=1)
+
+
 def test_settings_may_vary_by_tensor():
   """A list over the layers, and a mapping from regex."""
   got = merging.imm(BASE, BASE, A, base_weight=[1.0, 0.0], drop_rate={"mlp": 0.0, "": 0.0}, key=KEY)
@@ -268,7 +295,7 @@ def test_elementwise_methods_run_under_jit_with_the_same_bits():
   for method in ("linear", "task_arithmetic", "dare_linear", "dare_ties", "imm", "iimm"):
     direct = call(method, (BASE, A, B, C))
     inside = jax.jit(lambda trees, method=method: call(method, trees))((BASE, A, B, C))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), inside, direct)
+    jax.tree.map(np.testing.assert_array_equal, inside, direct)
   for method in ("ties", "breadcrumbs", "della", "slerp", "model_stock"):
     with pytest.raises(ValueError, match=r"cannot run under jax\.jit"):
       jax.jit(lambda trees, method=method: call(method, trees))((BASE, A, B, C))
@@ -353,6 +380,18 @@ for method in t.CASES:
         found["different"].append([method, count, name])
       if not leaf.sharding.is_equivalent_to(NamedSharding(mesh, layout[name]), leaf.ndim):
         found["moved"].append([method, count, name])
+thin = [{"w": rng.normal(size=(16, 64, 32)).astype(np.float32), "v": rng.normal(size=(64, 1, 8)).astype(np.float32)}
+        for _ in range(3)]
+whole = t.merging.linear(thin, weights=[0.3, 0.21, 0.4])
+for kind in (AxisType.Auto, AxisType.Explicit):
+  line = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+  apart = [jax.tree.map(lambda v: jax.device_put(v, NamedSharding(line, P(None, None, "x"))), tr) for tr in thin]
+  for name, leaf in t.merging.linear(apart, weights=[0.3, 0.21, 0.4]).items():
+    if np.asarray(leaf).tobytes() != np.asarray(whole[name]).tobytes():
+      found["different"].append(["linear", str(kind), name])
+  trimmed = t.merging.ties(apart[0], apart[1:], densities=0.3)
+  expected = t.merging.ties(thin[0], thin[1:], densities=0.3)
+  found["different"] += [["ties", str(kind), n] for n in thin[0] if (np.asarray(trimmed[n]) != expected[n]).any()]
 put = [{k: jax.device_put(v, NamedSharding(mesh, layout[k])) for k, v in tr.items()} for tr in trees[:3]]
 imm = lambda b, s, u: t.merging.imm(b, s, u, base_weight=0.4, drop_rate=0.3, key=t.KEY, names=names)
 hlo = jax.jit(imm).lower(*put).compile().as_text()

@@ -102,9 +102,11 @@ class CheckpointSource:
              arguments: Callable[[str], Mapping[str, np.ndarray]] = lambda _: {}, names: Sequence[str] | None = None,
              **static: Any) -> Iterator[tuple[str, np.ndarray]]:
     compiled = _compiled_statistic(statistic, tuple(static.items()))
+    whole = names is None or len(names) == len(self.names)
     names = self.names if names is None else names
     total = sum(e.size * e.dtype.itemsize for name in names for e in self.entries(name))
-    with progress.bar(total, "measure", "B", unit_scale=True, leave=False) as bar:
+    # What is measured for one tensor belongs to the bar of the merge.
+    with progress.bar(total, "measure", "B", quiet=not whole, unit_scale=True, leave=False) as bar:
       for name in names:
         numbers, result = dict(arguments(name)), None
         for begin in range(0, max(1, self.size(name)), 4 * self.block):
@@ -123,10 +125,13 @@ class CheckpointSource:
     found = checkpoint.tensors(path)
     head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
     config = files.read_json(path / "config.json")
-    if head is not None and embedding is not None and config.get("tie_word_embeddings"):
-      if not self._equal([head, embedding]):
+    tied = config.get("tie_word_embeddings")
+    # Where config.json does not say, the family decides, and equal bytes tell.
+    if head is not None and embedding is not None and (tied or tied is None):
+      if self._equal([head, embedding]):
+        del found["lm_head.weight"]
+      elif tied:
         raise UserError(f"{path}: config.json ties the embeddings, but lm_head.weight differs from the embedding")
-      del found["lm_head.weight"]
     return {name: entry for name, entry in found.items() if not name.endswith("rotary_emb.inv_freq")}
 
   def _equal(self, entries: Sequence[Entry]) -> bool:
@@ -233,7 +238,11 @@ def _merge_block(plan: Plan, arrays: Sequence[np.ndarray], scalars: Any, shared:
     if pairs:
       return np.asarray(_compiled_pairs(plan.kernel, static)(
           tuple(a.view(np.uint32) for a in arrays), scalars, shared)).view(dtype)
-    return np.asarray(_compiled(plan.kernel, static, dtype)(tuple(arrays), scalars, shared))
+    # XLA has no float64 here; the arithmetic is float32 in any case.
+    with np.errstate(over="ignore", invalid="ignore"):  # what lies past the end of a last block is anything
+      single = tuple(a.astype(np.float32) if a.dtype == np.float64 else a for a in arrays)
+    narrow = np.dtype(np.float32) if dtype == np.float64 else dtype
+    return np.asarray(_compiled(plan.kernel, static, narrow)(single, scalars, shared)).astype(dtype, copy=False)
 
 
 def _block_shapes(source: CheckpointSource, by_rows: bool) -> dict[str, tuple[int, ...]]:

@@ -1,5 +1,6 @@
 """Runs a plan on trees in memory, leaf by leaf, each leaf in one jitted pass."""
 
+import collections
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -48,7 +49,7 @@ class TreeSource:
                          "is jitted inside")
       with jax.enable_x64(True):  # for sums in int64
         measured = _compiled_statistic(statistic, leaf.stacked, tuple(static.items()))(
-            leaf.tensors, dict(arguments(name)), np.int32(i))
+            tuple(map(_auto, leaf.tensors)), dict(arguments(name)), np.int32(i))
       yield name, np.asarray(measured)
 
 
@@ -67,6 +68,8 @@ def run(plan: Plan, source: TreeSource, *, key: jax.Array | None = None, donate:
   """
   words = np.zeros(2, np.uint32) if key is None else masks.key_words(key)
   merged: dict[tuple[int, ...], Any] = {}
+  # A buffer that stands elsewhere too, as base and start say, is still needed.
+  uses = collections.Counter(id(tensor) for leaf in source.leaves for tensor in leaf.tensors)
   result = []
   for leaf in source.leaves:
     if not trees.is_floating(leaf):
@@ -74,7 +77,7 @@ def run(plan: Plan, source: TreeSource, *, key: jax.Array | None = None, donate:
       continue
     same = tuple(id(t) for t in leaf.tensors)
     if same not in merged:
-      merged[same] = _merge_leaf(plan, leaf, words, donate)
+      merged[same] = _merge_leaf(plan, leaf, words, donate and uses[id(leaf.tensors[0])] == 1)
     result.append(merged[same])
   return source.treedef.unflatten(result)
 
@@ -89,7 +92,21 @@ def _merge_leaf(plan: Plan, leaf: Leaf, words: Any, donate: bool) -> jax.Array:
   if not isinstance(sharding, jax.NamedSharding):
     sharding = None
   merge = _compiled(plan.kernel, tuple(plan.static.items()), leaf.stacked, sharding, donate)
-  return merge(first, tuple(others), stacked, {"key": words, "zero": np.uint32(0), "first_row": np.uint32(0)})
+  inside = any(isinstance(t, jax.core.Tracer) for t in leaf.tensors)
+  shared = {"key": words, "zero": None if inside else np.uint32(0), "first_row": np.uint32(0)}
+  return merge(first, tuple(others), stacked, shared)
+
+
+def _auto(tensor: Any) -> Any:
+  """The same array on a mesh whose axes the compiler may use as it likes; nothing moves."""
+  sharding = tensor.sharding if isinstance(tensor, jax.Array) else None
+  if not isinstance(sharding, jax.NamedSharding) or not isinstance(sharding.mesh, jax.sharding.Mesh):
+    return tensor
+  mesh = sharding.mesh
+  if all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types):
+    return tensor
+  mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=(jax.sharding.AxisType.Auto,) * mesh.devices.ndim)
+  return jax.device_put(tensor, jax.NamedSharding(mesh, sharding.spec))
 
 
 @functools.lru_cache(maxsize=1024)

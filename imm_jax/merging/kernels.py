@@ -22,11 +22,9 @@ Arrays = Mapping[str, jax.Array]
 
 def linear(tensors: Tensors, scalars: Arrays, shared: Arrays, *, divide: bool) -> jax.Array:
   """sum_i w_i t_i, divided by the sum of the weights where `divide`; `weight` [L, n], `total` [L]."""
-  total = None
+  total = jnp.zeros((), jnp.float32)
   for i, tensor in enumerate(tensors):
-    product = _f32(tensor) * _expand(scalars["weight"][:, i], tensor)
-    # The first product is rounded; the others have one sum each to fuse with, which torch does too.
-    total = _pin(product, shared) if total is None else total + product
+    total = _multiply_add(_f32(tensor), _expand(scalars["weight"][:, i], tensor), total)
   return _divide(total, _expand(scalars["total"], total), shared) if divide else total
 
 
@@ -78,8 +76,8 @@ def task_vectors(tensors: Tensors, scalars: Arrays, shared: Arrays, *, sparsify:
       delta = jnp.where((bits >= low) & (bits <= high), delta, 0.0)
     elif sparsify is not None:
       if sparsify == "ranked":
-        table, bucket = scalars["table"][:, i], bucket_of(delta).reshape(delta.shape[0], -1)
-        steps = jnp.take_along_axis(table, bucket, axis=1, mode="clip").reshape(delta.shape).astype(jnp.uint32)
+        steps = jax.vmap(lambda table, bucket: table[bucket])(scalars["table"][:, i], bucket_of(delta))
+        steps = steps.astype(jnp.uint32)
       else:
         steps = _expand(scalars["steps"][:, i], delta)
       words = masks.fold_in((shared["key"][0], shared["key"][1]), jnp.uint32(i))
@@ -144,14 +142,30 @@ def _expand(scalar: jax.Array, like: jax.Array) -> jax.Array:
   return scalar.reshape(-1, *(1,) * (like.ndim - 1))
 
 
+def _multiply_add(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+  """a * b + c, rounded once to float32, as torch's `addcmul_` does: the product is exact in float64."""
+  with jax.enable_x64(True):
+    wide = a.astype(jnp.float64) * b.astype(jnp.float64) + c.astype(jnp.float64)
+    return wide.astype(jnp.float32)
+
+
 def _pin(x: jax.Array, shared: Arrays) -> jax.Array:
-  """x, rounded: no fusion looks through the exclusive or with a zero that only the caller knows to be one."""
-  return _to_float(_to_bits(x) ^ shared["zero"])
+  """x, rounded: no fusion looks through the exclusive or with a zero that the compiler cannot know to be one."""
+  return _to_float(_to_bits(x) ^ _zero(x, shared))
+
+
+def _zero(x: jax.Array, shared: Arrays) -> jax.Array:
+  """The caller's zero, an argument of the compiled program; within another program, where it would be a constant, one
+  made of the data: n (n + 1) is even."""
+  if shared["zero"] is not None:
+    return shared["zero"]
+  bits = _to_bits(x)
+  return (bits * (bits + 1)) & 1
 
 
 def _divide(x: jax.Array, divisor: jax.Array, shared: Arrays) -> jax.Array:
   """x / divisor, rounded once: a divisor that seems to vary by entry is not replaced by a factor."""
-  return x / _to_float(_to_bits(divisor) ^ (_to_bits(x) & shared["zero"]))
+  return x / _to_float(_to_bits(divisor) ^ (_to_bits(x) & _zero(x, shared)))
 
 
 def _to_bits(x: jax.Array) -> jax.Array:

@@ -38,6 +38,7 @@ class Plan:
 
 
 def linear(source: Source, *, weights: PerModel, normalize: bool = True) -> Plan:
+  _require_flags(normalize=normalize)
   weight = _per_model(source, weights, "weights", source.num_models)
   totals = {name: np.float32(weight(name).sum(dtype=np.float32)) for name in source.names}
   if normalize:
@@ -92,24 +93,27 @@ def ties(source: Source, *, weights: PerModel = 1.0, densities: PerModel, scale:
     for i, value in enumerate(groups[name]):
       sizes[i, value] = sizes.get((i, value), 0) + source.size(name)
   group_of = {name: [(i, value) for i, value in enumerate(groups[name])] for name in source.names}
-  return _trimmed(source, weights, scale, normalize, group_of, lambda group: _largest(sizes[group], group[1]),
-                  elect=True)
+  bands = {group: _largest(sizes[group], group[1]) for group in sizes}
+  limits = _limits(source, bands, group_of, source.names)
+  return _task_vectors(source, weights, scale, normalize, limits, sparsify="magnitude", elect=True)
 
 
 def breadcrumbs(source: Source, *, weights: PerModel, densities: PerModel, gammas: PerModel = 0.01,
                 scale: Setting = 1.0, normalize: bool = False) -> Plan:
   density, gamma = _fractions(source, densities, "densities"), _fractions(source, gammas, "gammas")
-  group_of = {name: [(name, i) for i in range(source.num_models - 1)] for name in source.names}
 
-  def band(group: tuple[str, int]) -> tuple[int, int]:
-    name, i = group
+  def band(name: str, i: int) -> tuple[int, int]:
     size, kept = source.size(name), int(density(name)[i] * source.size(name))
     if density(name)[i] >= 1:
       return 0, size - 1
     first = max(0, size - kept - int(gamma(name)[i] * size))
     return first, first + kept - 1
 
-  return _trimmed(source, weights, scale, normalize, group_of, band, elect=False)
+  def limits(name: str) -> Scalars:  # of one tensor when it is due, so that not all are held
+    groups = list(range(source.num_models - 1))
+    return _limits(source, {i: band(name, i) for i in groups}, {name: groups}, [name])(name)
+
+  return _task_vectors(source, weights, scale, normalize, limits, sparsify="magnitude")
 
 
 def dare_linear(source: Source, *, weights: PerModel, densities: PerModel, scale: Setting = 1.0,
@@ -172,6 +176,7 @@ def model_stock(source: Source) -> Plan:
 def _task_vectors(source: Source, weights: PerModel, scale: Setting, normalize: bool,
                   extra: Callable[[str], Scalars], *, sparsify: str | None, elect: bool = False,
                   rescale: bool = False) -> Plan:
+  _require_flags(normalize=normalize, rescale=rescale)
   weight = _per_model(source, weights, "weights", source.num_models - 1)
   layers = count_layers(source.names)
 
@@ -184,22 +189,20 @@ def _task_vectors(source: Source, weights: PerModel, scale: Setting, normalize: 
   return Plan(kernels.task_vectors, static, scalars, draws=sparsify in ("random", "ranked"))
 
 
-def _trimmed(source: Source, weights: PerModel, scale: Setting, normalize: bool,
-             group_of: Mapping[str, Sequence[Any]], band: Callable[[Any], tuple[int, int]], *, elect: bool) -> Plan:
-  """Keeps the entries whose magnitudes have ranks within a band of their group."""
-  count = source.num_models - 1
-  bands = {group: band(group) for groups in group_of.values() for group in groups}
-  ranks = {group: np.array([[max(0, low), max(0, high)]] * count) for group, (low, high) in bands.items()}
-  bits = statistics.magnitudes_of_rank(source, ranks, group_of)
+def _limits(source: Source, bands: Mapping[Any, tuple[int, int]], group_of: Mapping[str, Sequence[Any]],
+            names: Sequence[str]) -> Callable[[str], Scalars]:
+  """Bits of the least and the greatest magnitude that stays, where the ranks of a band of each group stay."""
+  ranks = {group: np.maximum(band, 0) for group, band in bands.items()}
+  bits = statistics.magnitudes_of_rank(source, ranks, group_of, names)
 
-  def extra(name: str) -> Scalars:
-    limits = np.stack([bits[group, i] for i, group in enumerate(group_of[name])])
+  def limits(name: str) -> Scalars:
+    found = np.stack([bits[group, i] for i, group in enumerate(group_of[name])])
     for i, group in enumerate(group_of[name]):
       if bands[group][1] < bands[group][0]:
-        limits[i] = (np.uint32(0xFFFFFFFF), 0)  # nothing stays
-    return {"low": limits[:, 0], "high": limits[:, 1]}
+        found[i] = (np.uint32(0xFFFFFFFF), 0)  # nothing stays
+    return {"low": found[:, 0], "high": found[:, 1]}
 
-  return _task_vectors(source, weights, scale, normalize, extra, sparsify="magnitude", elect=elect)
+  return limits
 
 
 def _largest(size: int, density: float) -> tuple[int, int]:
@@ -236,6 +239,12 @@ def _fractions(source: Source, settings: PerModel, what: str) -> Callable[[str],
   return values
 
 
+def _require_flags(**flags: bool) -> None:
+  for name, value in flags.items():
+    if not isinstance(value, bool | np.bool_):
+      raise ValueError(f"{name}={value!r}: expected True or False")
+
+
 def _require_totals(totals: Mapping[str, np.floating]) -> None:
   for name, total in totals.items():
     if total == 0:
@@ -244,7 +253,10 @@ def _require_totals(totals: Mapping[str, np.floating]) -> None:
 
 def _shares(importance: Sequence[float], names: Sequence[str]) -> np.ndarray:
   """N I_n / sum(I) for every layer (IIMM, eq. 7)."""
-  scores = np.asarray(importance, np.float64)
+  try:
+    scores = np.asarray(importance, np.float64)
+  except (TypeError, ValueError):
+    scores = np.zeros(())
   if scores.ndim != 1 or not np.isfinite(scores).all() or (scores < 0).any() or scores.sum() <= 0:
     raise ValueError("importance: expected one finite score >= 0 for each layer, with a positive sum")
   if len(scores) != count_layers(names):

@@ -26,6 +26,9 @@ _PER_MODEL = {"weight": "weights", "density": "densities", "gamma": "gammas", "e
 _SHARED = {"normalize": "normalize", "rescale": "rescale", "lambda": "scale", "t": "t"}
 # Accepted and without effect: mergekit saves memory with it.
 _IDLE = {"int8_mask"}
+_FLAGS = {"normalize", "rescale"}
+# What mergekit accepts where it changes nothing.
+_WITHOUT_EFFECT = (("rescale", False), ("filter_wise", False))
 _OPTIONS = {
     "linear": {"weight", "normalize"}, "slerp": {"t"}, "model_stock": set(),
     "task_arithmetic": {"weight", "lambda", "normalize"},
@@ -96,7 +99,7 @@ def build(source: Any, recipe: Recipe) -> Any:
   """The plan of a recipe's method; what its options have wrong is a UserError."""
   try:
     return METHODS[recipe.method](source, **recipe.options)
-  except (ValueError, re.error) as e:
+  except (TypeError, ValueError) as e:
     raise UserError(f"{recipe.method}: {e}") from e
 
 
@@ -106,8 +109,18 @@ def _parameters(path: Path, where: str, raw: Any, known: set[str]) -> dict[str, 
     return {}
   if not isinstance(raw, dict):
     raise UserError(f"{path}: {where}: expected a mapping")
-  _refuse_unknown(path, f"{where}.", raw, known | _IDLE)
-  return {key: _setting(path, f"{where}.{key}", value) for key, value in raw.items() if key not in _IDLE}
+  _refuse_unknown(path, f"{where}.", {k: v for k, v in raw.items() if k in known or (k, v) not in _WITHOUT_EFFECT},
+                  known | _IDLE)
+  return {key: (_flag if key in _FLAGS else _setting)(path, f"{where}.{key}", value)
+          for key, value in raw.items() if key in known}
+
+
+def _flag(path: Path, where: str, value: Any) -> bool:
+  if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and set(value[0]) == {"value"}:
+    value = value[0]["value"]
+  if not isinstance(value, bool | int) or value not in (0, 1):
+    raise UserError(f"{path}: {where}={value!r}: expected true or false, the same for all tensors")
+  return bool(value)
 
 
 def _setting(path: Path, where: str, value: Any) -> Any:

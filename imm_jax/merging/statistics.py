@@ -61,33 +61,34 @@ def cosines(source: Source, *, deltas: bool) -> dict[str, tuple[np.ndarray, np.n
   return result
 
 
-def magnitudes_of_rank(source: Source, ranks: Mapping[str, np.ndarray], group_of: Mapping[str, Sequence[Any]],
-                       ) -> dict[tuple[Any, int], np.ndarray]:
+def magnitudes_of_rank(source: Source, ranks: Mapping[Any, np.ndarray], group_of: Mapping[str, Sequence[Any]],
+                       names: Sequence[str]) -> dict[tuple[Any, int], np.ndarray]:
   """Exact order statistics of |t_i - base|.
 
   Args:
     source: a base and n models.
-    ranks: group -> int64 [n, m]: the ranks that are asked for, 0 the smallest magnitude, counted over the group.
+    ranks: group -> [m]: the ranks that are asked for, 0 the smallest magnitude, counted over the group.
     group_of: tensor name -> group for each of the n models.
+    names: the tensors to count.
 
   Returns:
     (group, model) -> uint32 [m], the bits of the magnitudes with these ranks.
   """
   find = lambda histogram, rank: np.searchsorted(np.cumsum(histogram), rank, side="right")
   high: dict[tuple[Any, int], np.ndarray] = {}
-  for name, counts in source.reduce(_high_counts, np.add):
+  for name, counts in source.reduce(_high_counts, np.add, names=names):
     for i, group in enumerate(group_of[name]):
       high[group, i] = high.get((group, i), 0) + counts[i].astype(np.int64)
-  top = {key: find(histogram, ranks[key[0]][key[1]]) for key, histogram in high.items()}
+  top = {key: find(histogram, ranks[key[0]]) for key, histogram in high.items()}
   low: dict[tuple[Any, int], np.ndarray] = {}
   arguments = lambda name: {"top": np.stack([top[group, i] for i, group in enumerate(group_of[name])]).astype(np.int32)}
-  for name, counts in source.reduce(_low_counts, np.add, arguments):
+  for name, counts in source.reduce(_low_counts, np.add, arguments, names=names):
     for i, group in enumerate(group_of[name]):
       low[group, i] = low.get((group, i), 0) + counts[i].astype(np.int64)
   result = {}
   for key, counts in low.items():
     before = np.concatenate([[0], np.cumsum(high[key])])[top[key]]
-    rest = [find(counts[m], rank - before[m]) for m, rank in enumerate(ranks[key[0]][key[1]])]
+    rest = [find(counts[m], rank - before[m]) for m, rank in enumerate(ranks[key[0]])]
     result[key] = (top[key].astype(np.uint32) << _LOW_BITS) | np.array(rest, np.uint32)
   return result
 

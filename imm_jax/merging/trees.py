@@ -4,6 +4,7 @@ A leaf is one tensor, or several of equal shape stacked on its first axis (layer
 says so. Every setting may be a number, a list interpolated over the layers, or a mapping from regex to either.
 """
 
+import collections
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,9 +73,14 @@ def resolve(setting: Setting, name: str, num_layers: int, what: str) -> float:
         return resolve(value, name, num_layers, what)
     raise ValueError(f"{what}: no pattern of {list(setting)} matches {name!r}; add '.*' for the others")
   if isinstance(setting, Sequence | np.ndarray) and not isinstance(setting, str):
+    if any(isinstance(value, Sequence | Mapping | np.ndarray) and not isinstance(value, str) for value in setting):
+      raise ValueError(f"{what}={setting!r}: a list over the layers holds numbers only")
     values = [resolve(value, name, num_layers, what) for value in setting]
     if not values:
       raise ValueError(f"{what}: an empty list; expected one value or more")
+    if not num_layers and len(values) > 1:
+      raise ValueError(f"{what}={setting!r}: a list over the layers, but no name such as {name!r} has layers.<n>.; "
+                       "give names")
     layer = layer_of(name)
     # As mergekit has it: tensors outside the layers stand at the beginning, a single layer at the end.
     position = 0.0 if layer is None else layer / (num_layers - 1) if num_layers > 1 else 1.0
@@ -82,7 +88,7 @@ def resolve(setting: Setting, name: str, num_layers: int, what: str) -> float:
     low = min(int(index), len(values) - 1)
     high = min(low + 1, len(values) - 1)
     return (1 - (index - low)) * values[low] + (index - low) * values[high]
-  if isinstance(setting, bool | str) or not np.isfinite(setting):
+  if not isinstance(setting, int | float | np.number) or isinstance(setting, bool) or not np.isfinite(setting):
     raise ValueError(f"{what}={setting!r}: expected a finite number, a list of them, or a mapping from regex to these")
   return float(setting)
 
@@ -144,6 +150,9 @@ def match(trees: Mapping[str, PyTree], names: PyTree | None) -> tuple[list[Leaf]
     if not isinstance(leaf_names, str) and (not shape or len(leaf_names) != shape[0]):
       raise ValueError(f"{len(leaf_names)} names for a leaf of shape {shape}: {leaf_names}")
     leaves.append(Leaf(path, leaf_names, (leaf, *(other[path] for other in others))))
+  doubled = [n for n, count in collections.Counter(n for leaf in leaves for n in leaf.names).items() if count > 1]
+  if doubled:
+    raise ValueError(f"names: {doubled[:8]} stand for several tensors")
   return leaves, treedef
 
 
@@ -154,7 +163,9 @@ def is_floating(leaf: Leaf) -> bool:
 
 def _by_path(tree: PyTree) -> dict[str, Any]:
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+  found = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+  # Two paths may read alike ({"a": {"b": x}, "a.b": y}); then they are written out.
+  return found if len(found) == len(leaves) else {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 def _floating(leaf: Any) -> bool:
@@ -163,5 +174,5 @@ def _floating(leaf: Any) -> bool:
 
 def _equal(a: Any, b: Any) -> bool:
   if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
-    return a is b  # values are not known under jit
+    return True  # values are not known under jit
   return a is b or bool(np.array_equal(np.asarray(a), np.asarray(b)))

@@ -17,7 +17,9 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 # Everything in a checkpoint folder that is not weights and that an exported copy needs.
 SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-              "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+              "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
+              "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+              "preprocessor_config.json")
 # (name, dtype, shape, ...) of a tensor to be written.
 _Tensor = TypeVar("_Tensor", bound=tuple)
 
@@ -55,6 +57,12 @@ def tensors(folder: Path) -> dict[str, Entry]:
       if name in found:
         raise UserError(f"{file}: tensor {name!r} stands in {found[name].path.name} too")
       found[name] = entry
+  if (folder / INDEX).exists():
+    named = files.read_json(folder / INDEX)["weight_map"]
+    wrong = sorted(n for n in named.keys() | found.keys() if n not in found or named.get(n) != found[n].path.name)
+    if wrong:
+      raise UserError(f"{folder / INDEX}: disagrees with the shards on {', '.join(wrong[:8])}"
+                      f"{f' and {len(wrong) - 8} more' if len(wrong) > 8 else ''}; copy the checkpoint again")
   return found
 
 

@@ -62,6 +62,9 @@ def entries(path: Path) -> dict[str, Entry]:
   header.pop("__metadata__", None)
   start, found, spans = 8 + length, {}, []
   for name, entry in header.items():
+    if isinstance(entry, dict) and isinstance(entry.get("dtype"), str) and entry["dtype"] not in _DTYPES:
+      raise UserError(f"{path}: tensor {name!r} has dtype {entry['dtype']}, which is not supported; expected one of "
+                      f"{', '.join(_DTYPES)}")
     try:
       dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], _sizes(entry["shape"]), _sizes(entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as e:
