@@ -50,7 +50,7 @@ def run(main: Callable[[], None]) -> None:
         raise
       _fail(f"{e.filename}: {e.strerror}")
     except KeyboardInterrupt:
-      print("\ninterrupted; the same command goes on from the last finished stage", file=sys.stderr)
+      print("\ninterrupted; the same command goes on after what was finished", file=sys.stderr)
       sys.exit(130)
 
   app.run(call, flags_parser=parse)

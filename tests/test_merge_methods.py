@@ -262,7 +262,7 @@ def test_names_that_stand_for_two_tensors_and_lists_without_layers_are_errors():
   with pytest.raises(ValueError, match=r"normalize=.*expected True or False"):
     call("ties", (BASE, A, B, C), normalize=[True])
   nested = [{"a": {"b": np.ones(2, np.float32)}, "a.b": np.ones(2, np.float32)} for _ in range(2)]
-  with pytest.raises(ValueError, match="names: .* stand for several"):
+  with pytest.raises(ValueError, match=r"names: .* stand for several"):
     merging.linear(nested, weights=1)
 
 

@@ -109,8 +109,8 @@ class CheckpointSource:
     with progress.bar(total, "measure", "B", quiet=not whole, unit_scale=True, leave=False) as bar:
       for name in names:
         numbers, result = dict(arguments(name)), None
-        for begin in range(0, max(1, self.size(name)), 4 * self.block):
-          count = min(4 * self.block, self.size(name) - begin)
+        for begin in range(0, max(1, self.size(name)), self.block):
+          count = min(self.block, self.size(name) - begin)
           tensors = [_aligned(count, entry.dtype) for entry in self.entries(name)]
           for entry, tensor in zip(self.entries(name), tensors, strict=True):
             self.read(entry, begin, tensor)
