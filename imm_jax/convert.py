@@ -72,10 +72,14 @@ def from_orbax(source: Path, out: Path) -> None:
   config = hf.read_config(source / "hf")
   with ocp.StandardCheckpointer() as checkpointer:
     try:
-      stored = checkpointer.metadata((source / "params").absolute()).item_metadata
-      as_stored = lambda leaf, found: jax.ShapeDtypeStruct(leaf.shape, found.dtype)
-      abstract = jax.tree.map(as_stored, abstract_params(config), dict(stored))
-      params = checkpointer.restore((source / "params").absolute(), abstract)
+      # Compared before anything is read: a restore that breaks off leaves threads and coroutines behind.
+      metadata = checkpointer.metadata((source / "params").absolute()).item_metadata
+      stored = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype), dict(metadata))
+      expected = jax.tree.map(lambda leaf: tuple(leaf.shape), abstract_params(config))
+      found = jax.tree.map(lambda leaf: tuple(leaf.shape), stored)
+      if found != expected:
+        raise ValueError("its tensors have other names or shapes")
+      params = checkpointer.restore((source / "params").absolute(), stored)
     except (ValueError, KeyError, TypeError, FileNotFoundError) as e:
       cause = str(e).strip().partition("\n")[0]
       raise UserError(f"{source / 'params'}: is no orbax checkpoint of what hf/config.json describes ({cause})") from e
