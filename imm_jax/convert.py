@@ -136,10 +136,11 @@ def main() -> None:
   out = Path(_OUT.value)
   if out.exists() and not _OVERWRITE.value:
     raise UserError(f"--out={out}: exists; give another folder, or --overwrite to replace it")
-  if _TO.value == "orbax":
-    to_orbax(hub.resolve(_SOURCE.value), out)
-  else:
-    from_orbax(Path(_SOURCE.value), out)
+  with files.alone(out):
+    if _TO.value == "orbax":
+      to_orbax(hub.resolve(_SOURCE.value), out)
+    else:
+      from_orbax(Path(_SOURCE.value), out)
   print(f"{out}: written")
   return None
 

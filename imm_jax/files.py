@@ -61,12 +61,14 @@ def alone(target: Path) -> Iterator[None]:
   with lock.open("w") as f:
     try:
       fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
+      # Who opened the file before its last owner removed it holds a lock that nobody else sees.
+      if not os.path.samestat(os.fstat(f.fileno()), lock.stat()):
+        raise BlockingIOError
+    except (BlockingIOError, FileNotFoundError) as e:
       raise UserError(f"{target}: another process writes it; wait for it or give another name") from e
     try:
       yield
     finally:
-      # Gone before it is free: who opened this file in between finds it locked, and a later one makes its own.
       lock.unlink(missing_ok=True)
 
 

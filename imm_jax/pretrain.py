@@ -2,7 +2,7 @@
 
     python -m imm_jax.pretrain --config=configs/tiny_pretrain.py
 
-Takes minutes on 2 cores. The folder loads in transformers and vLLM; recipe.json in it records how it was made.
+Takes minutes on 2 cores. transformers loads the folder; recipe.json in it records how it was made.
 """
 
 import json
@@ -106,9 +106,12 @@ def main() -> None:
   validate(config)
   if out.exists() and not (out / "recipe.json").exists():
     raise UserError(f"--out={out}: exists and is no pre-trained model (it has no recipe.json); choose another folder")
-  with files.committed(out.with_name(f".{out.name}.probe")) as probe:  # what cannot be written should fail now
-    probe.touch()
-  files.remove(out.with_name(f".{out.name}.probe"))
+  with files.alone(out):  # first, so that a folder that cannot be written fails now
+    make(config, out)
+
+
+def make(config: ml_collections.ConfigDict, out: Path) -> None:
+  """Trains the model and writes its folder."""
   tokenizer = build_tokenizer()
   hf_config = {
       "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "dtype": "bfloat16", "hidden_act": "silu",

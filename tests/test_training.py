@@ -19,9 +19,6 @@ from imm_jax.model.decoder import bind, init_params
 from imm_jax.training import step as training_step, trainer
 from imm_jax.training.packing import Batch, PackedBatches, TokenizedExample
 
-# TODO: remove when the step uses optax.tree.norm.
-pytestmark = pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")
-
 CONFIG = ModelConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1,
                      head_dim=8, rope_theta=100.0, rms_norm_eps=1e-5, tie_embeddings=False, qkv_bias=True)
 

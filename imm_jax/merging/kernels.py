@@ -87,7 +87,7 @@ def task_vectors(tensors: Tensors, scalars: Arrays, shared: Arrays, *, sparsify:
     weights.append(_expand(scalars["weight"][:, i], delta))
     deltas.append(_pin(weights[-1] * delta, shared))
   if elect:
-    positive = sum(deltas[1:], deltas[0]) >= 0
+    positive = _sum(deltas) >= 0
     agree = [(d != 0) & ((d > 0) == positive) for d in deltas]
     mixed = _sum([jnp.where(a, d, 0.0) for a, d in zip(agree, deltas, strict=True)])
     if normalize:

@@ -265,9 +265,5 @@ def _shares(importance: Sequence[float], names: Sequence[str]) -> np.ndarray:
   return scores * len(scores) / scores.sum()
 
 
-# Methods of a base and any number of models.
-TASK_VECTOR_METHODS: Mapping[str, Callable[..., Plan]] = {
-    f.__name__: f for f in (task_arithmetic, ties, breadcrumbs, dare_linear, dare_ties, della)}
-METHODS: Mapping[str, Callable[..., Plan]] = {
-    **TASK_VECTOR_METHODS, "linear": linear, "imm": imm, "iimm": imm, "slerp": slerp,
-    "model_stock": model_stock}
+METHODS: Mapping[str, Callable[..., Plan]] = {"iimm": imm} | {f.__name__: f for f in (
+    linear, imm, task_arithmetic, ties, breadcrumbs, dare_linear, dare_ties, della, slerp, model_stock)}

@@ -103,7 +103,7 @@ def load(folder: str | Path, *, dtype: jnp.dtype | None = None,
 
 def save(params: Params, folder: str | Path, *, like: str | Path | None = None,
          max_shard_bytes: int = checkpoint.MAX_SHARD_BYTES) -> None:
-  """Writes a checkpoint folder that transformers and vLLM read.
+  """Writes a checkpoint folder in the form that transformers and vLLM read.
 
   Args:
     params: parameters with stacked layers, in the dtype to store.

@@ -96,7 +96,7 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
       (loss, grads), _ = jax.lax.scan(add, zero, parts)
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "tokens": total}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": total}
     return {"params": params, "opt_state": opt_state}, metrics
 
   compiled = None
