@@ -27,11 +27,11 @@ from absl import flags
 
 from imm_jax import __version__, cli, files
 from imm_jax.errors import UserError, nearest
-from imm_jax.merging import checkpoint, masks, recipe
+from imm_jax.merging import checkpoint, masks, methods, recipe
 from imm_jax.merging.recipe import Recipe
 from imm_jax.model import folder, hub
 
-_METHOD = flags.DEFINE_enum("method", "imm", sorted(recipe.METHODS), "How to merge; without --recipe.")
+_METHOD = flags.DEFINE_enum("method", "imm", sorted(methods.METHODS), "How to merge; without --recipe.")
 _BASE = flags.DEFINE_string("base", None, "The base model's folder.")
 _START = flags.DEFINE_string("start", None, "imm: the model that was tuned [default: the base].")
 _TUNED = flags.DEFINE_string("tuned", None, "imm: the model after SFT.")
@@ -51,35 +51,28 @@ _OPTIONS = {
     "scale": "Of what is added to the base [default: 1].", "normalize": "Divide by the sum of the weights.",
     "rescale": "Divide what is drawn by the share that stays."}
 _FLAGS = {name: flags.DEFINE_string(name, None, text) for name, text in _OPTIONS.items()}
-_TAKES = {
-    "imm": ("base_weight", "drop_rate"), "iimm": ("base_weight", "drop_rate", "importance"),
-    "linear": ("weights", "normalize"), "slerp": ("t",), "model_stock": (),
-    "task_arithmetic": ("weights", "scale", "normalize"), "ties": ("weights", "densities", "scale", "normalize"),
-    "dare_linear": ("weights", "densities", "scale", "normalize", "rescale"),
-    "dare_ties": ("weights", "densities", "scale", "normalize", "rescale"),
-    "breadcrumbs": ("weights", "densities", "gammas", "scale", "normalize"),
-    "della": ("weights", "densities", "epsilons", "scale", "normalize", "rescale")}
-_REQUIRED = {"importance", "weights", "densities", "t"}
+_DEFAULTS = {"base_weight": 0.5, "drop_rate": 0.2}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def from_flags() -> Recipe:
   """The recipe that the flags describe; a flag that the method does not take is a UserError."""
   method = _METHOD.value
+  takes = methods.options(method)
   for name, flag in _FLAGS.items():
-    if flag.value is not None and name not in _TAKES[method]:
-      known = ", ".join(f"--{n}" for n in _TAKES[method]) or "no setting"
+    if flag.value is not None and name not in takes:
+      known = ", ".join(f"--{n}" for n in takes) or "no setting"
       raise UserError(f"--{name}: {method} does not take it, but {known}")
-    if flag.value is None and name in _TAKES[method] and name in _REQUIRED:
+    if flag.value is None and takes.get(name) and name not in _DEFAULTS:
       raise UserError(f"--{name} is missing; {method} needs it")
-  options = {name: _setting(name, _FLAGS[name].value) for name in _TAKES[method] if _FLAGS[name].value is not None}
+  options = {name: value for name, value in _DEFAULTS.items() if name in takes}
+  options |= {name: _setting(name, _FLAGS[name].value) for name in takes if _FLAGS[name].value is not None}
   if method in ("imm", "iimm"):
     if _MODELS.value:
       raise UserError(f"--models: {method} takes --base, --start and --tuned")
     if not _BASE.value or not _TUNED.value:
       raise UserError(f"--{'tuned' if _BASE.value else 'base'} is missing; {method} needs it")
     models = {"base": _BASE.value, "start": _START.value or _BASE.value, "tuned": _TUNED.value}
-    options = {"base_weight": 0.5, "drop_rate": 0.2, **options}
   else:
     if _START.value or _TUNED.value:
       raise UserError(f"--start, --tuned: {method} takes --models" + (" and --base" if method != "linear" else ""))

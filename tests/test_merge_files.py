@@ -96,7 +96,7 @@ def on_disk(folders: list[Path], out: Path, method: str, *, block: int, **option
 def test_a_file_has_the_bits_of_a_tree_in_blocks_and_shards_of_any_size(method: str, folders: list[Path],
                                                                         tmp_path: Path):
   expected = in_memory(method)
-  for i, (block, shard) in enumerate([(1 << 19, 10**9), (16, 200)]):
+  for i, (block, shard) in enumerate([(1 << 19, 10**9), (16, 200), (4, 10**9)]):  # the last cuts rows
     got = on_disk(folders, tmp_path / str(i), method, block=block, max_shard_bytes=shard)
     assert got.keys() == expected.keys()
     for name, leaf in expected.items():
@@ -113,7 +113,7 @@ def test_bfloat16_has_the_bits_of_a_tree_too(method: str, tmp_path: Path):
   folders = [write(tmp_path / str(i), tree) for i, tree in enumerate(trees)]
   arguments = trees[:3] if method == "imm" else (trees[0], trees[1:])
   expected = getattr(merging, method)(*arguments, **OPTIONS[method], key=KEY)
-  for i, block in enumerate((1 << 19, 6)):
+  for i, block in enumerate((1 << 19, 6, 4)):
     for name, x in on_disk(folders, tmp_path / f"out{i}", method, block=block).items():
       assert x.tobytes() == np.asarray(expected[name]).tobytes(), (name, block)
 

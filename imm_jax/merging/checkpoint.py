@@ -1,7 +1,7 @@
 """Merges HF checkpoints on disk in blocks, with the bits of the functions on trees in memory.
 
 Only blocks are held, so memory does not grow with the model: one thread reads and digests, others merge and write. A
-block is a run of entries, or of whole rows where masks are drawn.
+block is a run of entries; where masks are drawn, whole rows or a part of one.
 """
 
 import collections
@@ -81,6 +81,11 @@ class CheckpointSource:
 
   def size(self, name: str) -> int:
     return self._models[0][name].size
+
+  def row_length(self, name: str) -> int:
+    """Entries of a tensor with one index on its first axis; a tensor of at most one axis is one row."""
+    shape = self._models[0][name].shape
+    return math.prod(shape[1:] if len(shape) > 1 else shape)
 
   def entries(self, name: str) -> list[Entry]:
     """Where a tensor lies in every model."""
@@ -175,6 +180,7 @@ def merge(source: CheckpointSource, outputs: Sequence[Output], *, key: np.ndarra
   numbers_of = lambda name: [{k: np.asarray(v)[None] for k, v in output.plan.scalars(name).items()}
                              for output in outputs]
   shapes = _block_shapes(source, by_rows)
+  row_length = lambda name: max(1, source.row_length(name)) if by_rows else source.block
   digests = [xxhash.xxh3_128() for _ in source.folders]
   workers = max(2, min(_MAX_WORKERS, len(os.sched_getaffinity(0))))
   total = sum(entry.size * entry.dtype.itemsize for name in source.order for entry in source.entries(name))
@@ -187,8 +193,7 @@ def merge(source: CheckpointSource, outputs: Sequence[Output], *, key: np.ndarra
     stack.push(lambda kind, *_: pool.close(cancel=kind is not None))
 
     def merge_block(name: str, begin: int, count: int, arrays: Sequence[np.ndarray], scalars: Sequence[Any]) -> None:
-      first_row = np.uint32(begin // shapes[name][-1] if by_rows else 0)
-      shared = {"key": key, "zero": np.uint32(0), "first_row": first_row}
+      shared = {"key": key, "zero": np.uint32(0), "first": np.array(divmod(begin, row_length(name)), np.uint32)}
       for output, writer, numbers in zip(outputs, writers, scalars, strict=True):
         merged = _merge_block(output.plan, arrays, numbers, shared, writer.dtype(name))
         if count:
@@ -215,8 +220,7 @@ def merge(source: CheckpointSource, outputs: Sequence[Output], *, key: np.ndarra
           writer.write(name, 0, whole)
         continue
       scalars, shape = numbers_of(name), shapes[name]
-      for begin in range(0, source.size(name), math.prod(shape)):
-        count = min(math.prod(shape), source.size(name) - begin)
+      for begin, count in _blocks(source.size(name), row_length(name), shape):
         pool.reserve()
         read: dict[Entry, np.ndarray] = {}
         for entry, digest in zip(entries, digests, strict=True):
@@ -250,19 +254,31 @@ def _block_shapes(source: CheckpointSource, by_rows: bool) -> dict[str, tuple[in
   shapes = {name: source.entries(name)[0].shape for name in source.names}
   if not by_rows:
     return {name: (_SMALL if source.size(name) <= _SMALL else source.block,) for name in shapes}
+  # A row that is too long is cut at even columns, for two of them share a word of random bits.
+  width = max(2, source.block // 2 * 2)
   rows: dict[int, int] = {}  # by row length, of the tallest tensor
   for name, shape in shapes.items():
     if len(shape) > 1 and source.size(name):
-      columns = source.size(name) // shape[0]
+      columns = source.row_length(name)
       rows[columns] = max(rows.get(columns, 1), min(shape[0], max(1, source.block // columns)))
   result: dict[str, tuple[int, ...]] = {
-      name: (rows[source.size(name) // shape[0]], source.size(name) // shape[0])
+      name: (1, width) if source.row_length(name) > width else (rows[source.row_length(name)], source.row_length(name))
       for name, shape in shapes.items() if len(shape) > 1 and source.size(name)}
   matrices = sorted(set(result.values()), key=math.prod)
   for name in shapes.keys() - result.keys():
     # A tensor of one axis is one row, the first of a block that is wide enough.
-    result[name] = next((m for m in matrices if m[1] >= source.size(name)), (max(1, source.size(name)),))
+    size = source.size(name)
+    result[name] = next((m for m in matrices if m[1] >= size), (max(1, min(size, width)),))
   return result
+
+
+def _blocks(size: int, row_length: int, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+  """Where blocks of this shape begin in a tensor, and how many entries each has; none reaches from a part of one row
+  into the next."""
+  run, step = row_length if row_length > shape[-1] else max(size, 1), math.prod(shape)
+  for first in range(0, size, run):
+    for begin in range(first, min(first + run, size), step):
+      yield begin, min(step, first + run - begin, size - begin)
 
 
 class _Buffers:

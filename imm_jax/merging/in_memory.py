@@ -93,7 +93,7 @@ def _merge_leaf(plan: Plan, leaf: Leaf, words: Any, donate: bool) -> jax.Array:
     sharding = None
   merge = _compiled(plan.kernel, tuple(plan.static.items()), leaf.stacked, sharding, donate)
   inside = any(isinstance(t, jax.core.Tracer) for t in leaf.tensors)
-  shared = {"key": words, "zero": None if inside else np.uint32(0), "first_row": np.uint32(0)}
+  shared = {"key": words, "zero": None if inside else np.uint32(0), "first": np.zeros(2, np.uint32)}
   return merge(first, tuple(others), stacked, shared)
 
 

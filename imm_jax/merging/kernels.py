@@ -1,9 +1,9 @@
 """The arithmetic of every method on one leaf: float32 from what is stored, rounded once.
 
 A kernel takes `tensors`, the leaf of every model as [L, ...] (L tensors of equal shape, or one); `scalars`, arrays
-[L, ...] with each tensor's settings; and `shared`, what is the same for all: the key's words, the first row of a block,
-`zero`, and `half` where only every second column is there. A file streamed in blocks and a tree in memory run the same
-kernels.
+[L, ...] with each tensor's settings; and `shared`, what is the same for all: the key's words, `first` (row and column
+where a block begins), `zero`, and `half` where only every second column is there. A file streamed in blocks and a tree
+in memory run the same kernels.
 
 A compiler may fuse a product and a sum, which rounds once instead of twice, and it chooses anew for every shape and
 layout. So that bits do not depend on that choice, products that meet a sum are pinned.
@@ -81,7 +81,7 @@ def task_vectors(tensors: Tensors, scalars: Arrays, shared: Arrays, *, sparsify:
       else:
         steps = _expand(scalars["steps"][:, i], delta)
       words = masks.fold_in((shared["key"][0], shared["key"][1]), jnp.uint32(i))
-      draws = masks.draws(words, scalars["code"], delta.shape, shared["first_row"], shared.get("half"))
+      draws = masks.draws(words, scalars["code"], delta.shape, shared["first"], shared.get("half"))
       kept = masks.STEPS - steps.astype(jnp.float32)
       delta = jnp.where(draws < steps, 0.0, _pin(delta * (masks.STEPS / kept), shared) if rescale else delta)
     weights.append(_expand(scalars["weight"][:, i], delta))
@@ -124,7 +124,7 @@ def bucket_of(x: jax.Array) -> jax.Array:
 
 
 def _dropped(shape: tuple[int, ...], code: jax.Array, steps: jax.Array, shared: Arrays) -> jax.Array:
-  draws = masks.draws((shared["key"][0], shared["key"][1]), code, shape, shared["first_row"], shared.get("half"))
+  draws = masks.draws((shared["key"][0], shared["key"][1]), code, shape, shared["first"], shared.get("half"))
   return draws < steps.reshape(-1, *(1,) * (len(shape) - 1))
 
 

@@ -75,15 +75,15 @@ def fold_in(words: Any, data: Any) -> tuple[Any, Any]:
 
 
 def draws(words: tuple[jax.Array, jax.Array], codes: jax.Array, shape: tuple[int, ...],
-          first_row: jax.Array | int = 0, half: int | None = None) -> jax.Array:
-  """Uniform draws in [0, 65536) for stacked tensors, or for a block of their rows.
+          first: tuple[jax.Array | int, jax.Array | int] = (0, 0), half: int | None = None) -> jax.Array:
+  """Uniform draws in [0, 65536) for stacked tensors, or for a block of them.
 
   Args:
     words: the key's two words.
     codes: uint32 [L], a `tensor_code` for each tensor.
     shape: [L, rows, ...], or [L, columns] for tensors of one axis, or [L] for scalars.
-    first_row: where the block begins in the tensor.
-    half: with 0 or 1 the block holds every second column only, the even or the odd ones.
+    first: row and column of the tensor where the block begins.
+    half: with 0 or 1 the block holds every second column only, the even or the odd ones; it begins at an even column.
 
   Returns:
     uint32 of this shape.
@@ -91,10 +91,11 @@ def draws(words: tuple[jax.Array, jax.Array], codes: jax.Array, shape: tuple[int
   rank = len(shape)
   codes = codes.reshape(-1, *(1,) * (rank - 1))
   # A row's key for every row, at the rank of the result.
-  row = (jax.lax.broadcasted_iota(jnp.uint32, (1, shape[1], *(1,) * (rank - 2)), 1) + jnp.uint32(first_row)
+  row = (jax.lax.broadcasted_iota(jnp.uint32, (1, shape[1], *(1,) * (rank - 2)), 1) + jnp.uint32(first[0])
          if rank > 2 else jnp.zeros((1,) * rank, jnp.uint32))
   row_key = fold_in(fold_in(words, codes), row)
-  column, stride = jnp.zeros((1,) * rank, jnp.uint32), 1
+  column = jnp.full((1,) * rank, jnp.uint32(first[1]) >> (half is not None), jnp.uint32)
+  stride = 1
   for axis in reversed(range(2 if rank > 2 else 1, rank)):
     column = column + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
     stride *= shape[axis]

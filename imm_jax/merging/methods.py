@@ -6,6 +6,7 @@ names.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -47,9 +48,16 @@ def linear(source: Source, *, weights: PerModel, normalize: bool = True) -> Plan
   return Plan(kernels.linear, {"divide": divide}, lambda name: {"weight": weight(name), "total": totals[name]})
 
 
-def imm(source: Source, *, base_weight: Setting, drop_rate: Setting, importance: Sequence[float] | None = None) -> Plan:
+def imm(source: Source, *, base_weight: Setting, drop_rate: Setting) -> Plan:
+  return _imm(source, base_weight, drop_rate, None)
+
+
+def iimm(source: Source, *, base_weight: Setting, drop_rate: Setting, importance: Sequence[float]) -> Plan:
+  return _imm(source, base_weight, drop_rate, _shares(importance, source.names))
+
+
+def _imm(source: Source, base_weight: Setting, drop_rate: Setting, shares: np.ndarray | None) -> Plan:
   layers = count_layers(source.names)
-  shares = None if importance is None else _shares(importance, source.names)
 
   def scalars(name: str) -> Scalars:
     steps = masks.quantise_drop_rate(resolve(drop_rate, name, layers, "drop_rate"))
@@ -265,5 +273,15 @@ def _shares(importance: Sequence[float], names: Sequence[str]) -> np.ndarray:
   return scores * len(scores) / scores.sum()
 
 
-METHODS: Mapping[str, Callable[..., Plan]] = {"iimm": imm} | {f.__name__: f for f in (
-    linear, imm, task_arithmetic, ties, breadcrumbs, dare_linear, dare_ties, della, slerp, model_stock)}
+METHODS: Mapping[str, Callable[..., Plan]] = {f.__name__: f for f in (
+    linear, imm, iimm, task_arithmetic, ties, breadcrumbs, dare_linear, dare_ties, della, slerp, model_stock)}
+
+
+def options(method: str) -> dict[str, bool]:
+  """What a method takes beside its models, and whether it must be given.
+
+  >>> options("ties")
+  {'weights': False, 'densities': True, 'scale': False, 'normalize': False}
+  """
+  parameters = inspect.signature(METHODS[method]).parameters.values()
+  return {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}

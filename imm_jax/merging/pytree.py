@@ -144,7 +144,7 @@ def iimm(base: PyTree, start: PyTree, tuned: PyTree, *, base_weight: Setting, dr
   [[0.5, 0.5], [1.5, 1.5]]
   """
   source = TreeSource({"base": base, "start": start, "tuned": tuned}, names)
-  plan = methods.imm(source, base_weight=base_weight, drop_rate=drop_rate, importance=importance)
+  plan = methods.iimm(source, base_weight=base_weight, drop_rate=drop_rate, importance=importance)
   return in_memory.run(plan, source, key=key, donate=donate)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from imm_jax.errors import UserError, nearest
-from imm_jax.merging.methods import METHODS
+from imm_jax.merging import methods
 from imm_jax.model import hub
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
@@ -29,14 +29,9 @@ _IDLE = {"int8_mask"}
 _FLAGS = {"normalize", "rescale"}
 # What mergekit accepts where it changes nothing.
 _WITHOUT_EFFECT = (("rescale", False), ("filter_wise", False))
-_OPTIONS = {
-    "linear": {"weight", "normalize"}, "slerp": {"t"}, "model_stock": set(),
-    "task_arithmetic": {"weight", "lambda", "normalize"},
-    "ties": {"weight", "density", "lambda", "normalize"},
-    "dare_linear": {"weight", "density", "lambda", "normalize", "rescale"},
-    "dare_ties": {"weight", "density", "lambda", "normalize", "rescale"},
-    "breadcrumbs": {"weight", "density", "gamma", "lambda", "normalize"},
-    "della": {"weight", "density", "epsilon", "lambda", "normalize", "rescale"}}
+# By mergekit's method (imm and iimm are ours): the parameters that it may have.
+_PARAMETERS = {method: {key for key, option in (_PER_MODEL | _SHARED).items() if option in methods.options(method)}
+               for method in methods.METHODS if method not in ("imm", "iimm")}
 _DEFAULTS = {"density": 1.0, "gamma": 0.01, "epsilon": 0.15}
 _KEYS = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype"}
 
@@ -67,24 +62,24 @@ def read(path: Path) -> Recipe:
     raise UserError(f"{path}: expected a mapping with merge_method and models")
   _refuse_unknown(path, "", raw, _KEYS)
   method = raw.get("merge_method")
-  if method not in _OPTIONS:
-    raise UserError(f"{path}: merge_method={method!r}: {nearest(str(method), sorted(_OPTIONS))}")
+  if method not in _PARAMETERS:
+    raise UserError(f"{path}: merge_method={method!r}: {nearest(str(method), sorted(_PARAMETERS))}")
   models = raw.get("models")
   if not isinstance(models, list) or not models or not all(isinstance(m, dict) and "model" in m for m in models):
     raise UserError(f"{path}: models: expected a list of entries with the key model")
   for i, entry in enumerate(models):
     _refuse_unknown(path, f"models[{i}].", entry, {"model", "parameters"})
-  shared = _parameters(path, "parameters", raw.get("parameters"), _OPTIONS[method])
+  shared = _parameters(path, "parameters", raw.get("parameters"), _PARAMETERS[method])
   base = raw.get("base_model")
   if base is None and method != "linear":
     raise UserError(f"{path}: base_model is missing; {method} needs one")
   others = [m for m in models if method == "linear" or m["model"] != base]
-  own = [_parameters(path, f"models[{i}].parameters", m.get("parameters"), _OPTIONS[method] & _PER_MODEL.keys())
+  own = [_parameters(path, f"models[{i}].parameters", m.get("parameters"), _PARAMETERS[method] & _PER_MODEL.keys())
          for i, m in enumerate(others)]
   options: dict[str, Any] = {_SHARED[key]: value for key, value in shared.items() if key in _SHARED}
   if method == "slerp" and (len(others) != 1 or "t" not in options):
     raise UserError(f"{path}: slerp takes base_model, one other model, and parameters.t")
-  for key in sorted(_OPTIONS[method] & _PER_MODEL.keys()):
+  for key in sorted(_PARAMETERS[method] & _PER_MODEL.keys()):
     settings = [_inherit(path, key, i, mine.get(key), shared.get(key)) for i, mine in enumerate(own)]
     options[_PER_MODEL[key]] = settings
   labels = {} if method == "linear" else {"base_model": _folder(path, base)}
@@ -98,7 +93,7 @@ def read(path: Path) -> Recipe:
 def build(source: Any, recipe: Recipe) -> Any:
   """The plan of a recipe's method; what its options have wrong is a UserError."""
   try:
-    return METHODS[recipe.method](source, **recipe.options)
+    return methods.METHODS[recipe.method](source, **recipe.options)
   except (TypeError, ValueError) as e:
     raise UserError(f"{recipe.method}: {e}") from e
 
