@@ -18,11 +18,8 @@ import time
 import venv
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
+import random_checkpoints
 from absl import app, flags
-
-from imm_jax.model import safetensors
 
 _WORKDIR = flags.DEFINE_string("workdir", "/tmp/merge-benchmark", "Checkpoints, environment and outputs go here.")
 _SHAPE = flags.DEFINE_enum("shape", "0.5b", ["tiny", "0.5b", "3b"], "Of the checkpoints.")
@@ -30,8 +27,6 @@ _REPEATS = flags.DEFINE_integer("repeats", 3, "Runs of everything, interleaved."
 _PEER = flags.DEFINE_bool("mergekit", True, "Run mergekit too.")
 MERGEKIT = "mergekit==0.1.5"
 REPO = Path(__file__).parent.parent
-# hidden, feed-forward, layers, key/value width, vocabulary
-SHAPES = {"tiny": (64, 128, 2, 32, 512), "0.5b": (896, 4864, 24, 128, 151_936), "3b": (2048, 11_008, 36, 256, 151_936)}
 FLOOR = """
 import os, sys
 *inputs, out = sys.argv[1:]
@@ -43,36 +38,6 @@ with open(out, "wb", buffering=0) as target:
         if i == 0:
           target.write(memoryview(block)[:count])
 """
-
-
-def make(folder: Path, seed: int, near: Path | None = None) -> None:
-  """A random checkpoint; `near` adds its entries to another one's."""
-  hidden, inner, layers, kv, vocab = SHAPES[_SHAPE.value]
-  shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
-  for i in range(layers):
-    shapes |= {f"model.layers.{i}.{name}": shape for name, shape in {
-        "input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (hidden, hidden), "self_attn.q_proj.bias": (hidden,),
-        "self_attn.k_proj.weight": (kv, hidden), "self_attn.k_proj.bias": (kv,),
-        "self_attn.v_proj.weight": (kv, hidden), "self_attn.v_proj.bias": (kv,),
-        "self_attn.o_proj.weight": (hidden, hidden),
-        "mlp.gate_proj.weight": (inner, hidden), "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner)}.items()}
-  rng = np.random.default_rng(seed)
-  other = safetensors.read(near / "model.safetensors") if near else {}
-
-  def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    x = rng.standard_normal(shape, np.float32) * (0.001 if near else 0.02)
-    return (x + other[name].astype(np.float32) if near else x).astype(ml_dtypes.bfloat16)
-
-  folder.mkdir(parents=True)
-  safetensors.write(folder / "model.safetensors", [
-      (name, np.dtype(ml_dtypes.bfloat16), shape, lambda n=name, s=shape: values(n, s))
-      for name, shape in shapes.items()])
-  (folder / "config.json").write_text(json.dumps({
-      "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": hidden, "intermediate_size": inner,
-      "num_hidden_layers": layers, "num_attention_heads": hidden // 32, "num_key_value_heads": kv // 32,
-      "vocab_size": vocab, "tie_word_embeddings": True, "dtype": "bfloat16"}))
 
 
 def measure(command: list[str]) -> dict[str, float]:
@@ -109,9 +74,7 @@ def main(_: list[str]) -> None:
   root = Path(_WORKDIR.value).resolve() / _SHAPE.value
   base, a, b = (root / name for name in ("base", "a", "b"))
   for i, folder in enumerate((base, a, b)):
-    if not (folder / "config.json").exists():
-      shutil.rmtree(folder, ignore_errors=True)
-      make(folder, i, near=None if folder == base else base)
+    random_checkpoints.make(folder, _SHAPE.value, i, near=None if folder == base else base)
   out = root / "out"
   ours = [sys.executable, "-m", "imm_jax.merge", f"--out={out}"]
   recipes = {

@@ -43,7 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
   sft.accumulation = 1  # parts that a batch is run in: less memory, same gradient
   sft.row_length = 1024  # tokens of a packed row; longer answers are dropped and counted
   sft.compute_dtype = "bfloat16"  # of activations; weights, moments and gradients are float32 [paper]
-  sft.remat = True  # recompute activations in the backward pass: less memory
+  sft.remat = "full"  # computed again in the backward pass: none, dots (all but matrix products), full; less memory
   sft.log_every = 10  # steps between metrics; the host waits for the device only then
 
   config.merge = merge = ml_collections.ConfigDict()

@@ -9,6 +9,7 @@ import ml_collections
 from imm_jax import tasks
 from imm_jax.errors import UserError, nearest
 from imm_jax.merging import quantise_drop_rate
+from imm_jax.model.decoder import REMAT
 
 METHODS = ("imm", "star", "real")
 DTYPES = ("bfloat16", "float32")
@@ -20,7 +21,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
   What depends on the machine (mesh, batch over devices) is checked when the devices are known, in `stages`.
   """
   one_of = [("method", METHODS), ("task.name", tasks.NAMES), ("sft.schedule", ("cosine", "linear", "constant")),
-            ("merge.delta_ref", ("start", "base")), ("sft.compute_dtype", DTYPES), ("sample.compute_dtype", DTYPES)]
+            ("merge.delta_ref", ("start", "base")), ("sft.compute_dtype", DTYPES), ("sample.compute_dtype", DTYPES),
+            ("sft.remat", tuple(REMAT))]
   for key, allowed in one_of:
     value = _get(config, key)
     if value not in allowed:

@@ -138,7 +138,7 @@ def make(config: ml_collections.ConfigDict, out: Path) -> None:
   losses: list[float] = []
   params = trainer.train(
       model_config, params, batches, schedule=schedule, weight_decay=config.weight_decay, grad_clip=config.grad_clip,
-      compute_dtype=jnp.dtype(config.compute_dtype), accumulation=1, remat=True, mesh=mesh,
+      compute_dtype=jnp.dtype(config.compute_dtype), accumulation=1, remat="full", mesh=mesh,
       log_every=50, report=lambda step, values: losses.append(values["loss"]), label="pretrain")
   with files.committed(out) as folder:
     folder.mkdir()

@@ -3,6 +3,7 @@
 Stages read files of the run directory and write files of the run directory; nothing else passes between them.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from imm_jax import evaluation, files, tasks
 from imm_jax.errors import UserError
@@ -40,7 +42,7 @@ def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, out:
   """Samples answers to the round's questions and judges them: samples.jsonl."""
   shots, examples = questions(config, round_)
   sample = config.sample
-  sampler = NativeSampler(model, compute_dtype=sample.compute_dtype, batch_size=sample.batch_size)
+  sampler = NativeSampler(model, compute_dtype=sample.compute_dtype, batch_size=sample.batch_size, mesh=_mesh(config))
   asked = [Prompt(f"round_{round_}/{e.id}", prompts.build(e.question, header=config.prompt.header, examples=shots))
            for e in examples]
   completions = sampler.generate(
@@ -87,7 +89,7 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root:
               ) -> dict[str, Any]:
   """Fine-tunes the model on the kept answers: an HF checkpoint folder in the model's own dtype."""
   sft = config.sft
-  mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+  mesh = _mesh(config)
   tokenizer = load_tokenizer(model)
   rows = files.read_jsonl(train, {"question": str, "response": str})
   tokenized = [TokenizedExample(
@@ -100,13 +102,7 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root:
                           seed=(config.seed, round_), row_multiple=mesh.size * sft.accumulation)
   schedule = make_schedule(sft.schedule, peak=sft.learning_rate, total_steps=len(batches),
                            warmup_ratio=sft.warmup_ratio)
-  stored: dict[str, jnp.dtype] = {}
-
-  def place(path: str, array: Any) -> jax.Array:
-    stored[path] = array.dtype
-    return trainer.place_params(mesh)(path, array.astype(jnp.float32))
-
-  model_config, params = hf.load(model, put=place)
+  model_config, params = hf.load(model, dtype=jnp.float32, place=functools.partial(sharding.param_sharding, mesh))
   first_and_last = []
   with StageMetrics(root, f"round_{round_}/sft") as metrics:
 
@@ -118,8 +114,7 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root:
         model_config, params, batches, schedule=schedule, weight_decay=sft.weight_decay, grad_clip=sft.grad_clip,
         compute_dtype=jnp.dtype(sft.compute_dtype), accumulation=sft.accumulation, remat=sft.remat, mesh=mesh,
         log_every=sft.log_every, report=report, label=f"round {round_}: SFT")
-  params = jax.tree_util.tree_map_with_path(lambda path, p: p.astype(stored[".".join(k.key for k in path)]), params)
-  hf.save(params, out, like=model)
+  hf.save(params, out, like=model, keep_dtypes=True)
   return {"examples": len(fitting), "dropped_long": len(rows) - len(fitting), "steps": len(batches),
           "padding": round(batches.padding, 4), "first_loss": round(first_and_last[0], 6),
           "last_loss": round(first_and_last[-1], 6)}
@@ -141,7 +136,8 @@ def merge(config: ml_collections.ConfigDict, base: Path, start: Path, tuned: Pat
 def evaluate(config: ml_collections.ConfigDict, model: Path, root: Path, stage: str, round_: int, out: Path,
              ) -> dict[str, Any]:
   """Answers every task's test questions greedily, zero-shot: a folder with <task>.jsonl."""
-  sampler = NativeSampler(model, compute_dtype=config.sample.compute_dtype, batch_size=config.eval.batch_size)
+  sampler = NativeSampler(model, compute_dtype=config.sample.compute_dtype, batch_size=config.eval.batch_size,
+                          mesh=_mesh(config))
   out.mkdir()
   scores = {}
   for name in (config.task.name, *config.task.ood):
@@ -155,6 +151,10 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, root: Path, stage: 
   with StageMetrics(root, stage) as metrics:
     metrics.write(round_ + 1, **{f"accuracy/{name}": score.value for name, score in scores.items()})
   return {name: score._asdict() for name, score in scores.items()}
+
+
+def _mesh(config: ml_collections.ConfigDict) -> Mesh:
+  return sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
 
 
 def _judged(example: Example, completion: Completion, *, strict: bool, **extra: Any) -> dict[str, Any]:

@@ -1,11 +1,16 @@
 """Fixtures that several test files share."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import transformers
+
+import imm_jax
 
 try:
   import torch
@@ -48,6 +53,20 @@ def _torch_model(kind: str, **sizes: int) -> "transformers.PreTrainedModel":
       noise = torch.randn(p.shape, generator=generator)
       p.copy_(1 + 0.3 * noise if "norm" in name else 0.3 * noise if p.ndim == 1 else noise * 1.5 / p.shape[1]**0.5)
   return model.eval()
+
+
+@pytest.fixture(scope="session")
+def run_on_devices() -> Callable[..., None]:
+  """Runs a file with arguments as a program of its own on that many faked devices."""
+
+  def run(file: str, *arguments: object, devices: int = 8) -> None:
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                   "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(imm_jax.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, file, *map(str, arguments)], env=environment, capture_output=True, text=True,
+                          timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+
+  return run
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from imm_jax.errors import UserError
 from imm_jax.model import hf
 from imm_jax.model.config import ModelConfig
-from imm_jax.model.decoder import Params, abstract_params, bind
+from imm_jax.model.decoder import REMAT, Params, abstract_params, bind
 from imm_jax.training.step import token_losses
 
 torch = pytest.importorskip("torch")
@@ -29,13 +29,13 @@ PLAIN = {"model_type": "llama", "vocab_size": 61, "hidden_size": 48, "intermedia
 
 @functools.partial(jax.jit, static_argnames=("config", "remat"))
 def _logits(config: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
-            remat: bool = False) -> jax.Array:
+            remat: str = "none") -> jax.Array:
   return bind(config, params)(tokens, positions=positions, segment_ids=segment_ids, compute_dtype=jnp.float32,
                               remat=remat)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "remat"))
-def _gradients(config: ModelConfig, params: Params, batch: dict[str, jax.Array], remat: bool = False) -> Params:
+def _gradients(config: ModelConfig, params: Params, batch: dict[str, jax.Array], remat: str = "none") -> Params:
   def loss(params: Params) -> jax.Array:
     total, count = token_losses(config, params, batch, compute_dtype=jnp.float32, remat=remat)
     return total / count
@@ -155,12 +155,14 @@ def test_a_token_sees_no_later_token() -> None:
 def test_remat_recomputes_and_gives_the_same_gradients() -> None:
   params = _random_params(CONFIG)
   batch = _plain_rows(_tokens(3, 17))
-  plain, again = _gradients(CONFIG, params, batch), _gradients(CONFIG, params, batch, remat=True)
-  for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
-    assert _scale_error(np.asarray(b), np.asarray(a)) < 1e-5
-  jaxpr = lambda remat: str(jax.make_jaxpr(lambda p: _gradients(CONFIG, p, batch, remat=remat))(params))
-  assert "remat" in jaxpr(True)
-  assert "remat" not in jaxpr(False)
+  plain = _gradients(CONFIG, params, batch)
+  for policy in ("dots", "full"):
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(_gradients(CONFIG, params, batch, policy)), strict=True):
+      assert _scale_error(np.asarray(b), np.asarray(a)) < 1e-5
+  # Each policy computes more of the forward pass again than the one before.
+  dots = {policy: str(jax.make_jaxpr(lambda p, r=policy: _gradients(CONFIG, p, batch, r))(params)).count("dot_general")
+          for policy in REMAT}
+  assert dots["none"] < dots["dots"] < dots["full"]
 
 
 @pytest.mark.parametrize(("change", "named"), [

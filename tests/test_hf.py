@@ -120,16 +120,16 @@ def test_config_and_tokenizer_files_are_copied_unchanged_and_nothing_else(tmp_pa
   assert all((out / name).read_bytes() == (source / name).read_bytes() for name in copied)
 
 
-def test_layers_are_stacked_in_order_and_put_gets_every_tensor_with_its_path(checkpoint) -> None:
+def test_layers_are_stacked_in_order_and_place_is_asked_for_every_parameter(checkpoint) -> None:
   model, folder = checkpoint("llama")
-  seen = {}
-  _, params = hf.load(folder, put=lambda path, array: seen.setdefault(path, array))
+  seen, device = {}, jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  _, params = hf.load(folder, place=lambda path, shape: seen.setdefault(path, shape) and device)
   state = model.state_dict()
   for i in range(2):
     want = state[f"model.layers.{i}.mlp.down_proj.weight"].numpy()
     np.testing.assert_array_equal(params["layers"]["mlp"]["down_proj"]["weight"][i], want)
   assert len(seen) == len(jax.tree.leaves(params)) == 12
-  assert seen["lm_head.weight"] is params["lm_head"]["weight"]
+  assert seen["lm_head.weight"] == params["lm_head"]["weight"].shape
 
 
 def test_dtype_converts_every_tensor(checkpoint) -> None:

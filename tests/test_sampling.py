@@ -14,7 +14,7 @@ import transformers
 from imm_jax.errors import UserError
 from imm_jax.model import hf, hub
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.sampling import Completion, Prompt, native
+from imm_jax.sampling import Completion, Prompt, decode, native
 from imm_jax.tasks import arithmetic, prompts
 
 torch = pytest.importorskip("torch")
@@ -60,12 +60,12 @@ def test_greedy_tokens_equal_transformers(
   assert len(lengths) > 4
   assert max(lengths) > 64 > min(lengths)
   seen = []
-  decode = sampler.tokenizer.decode
-  monkeypatch.setattr(sampler.tokenizer, "decode", lambda ids, **kw: seen.append(list(ids)) or decode(ids, **kw))
+  plain = sampler.tokenizer.decode
+  monkeypatch.setattr(sampler.tokenizer, "decode", lambda ids, **kw: seen.append(list(ids)) or plain(ids, **kw))
   assert [c for c, in sampler.generate(ALL, max_new_tokens=NEW_TOKENS)] == greedy
   assert sorted(seen) == sorted(reference)
   for completion, tokens in zip(greedy, reference, strict=True):
-    assert completion.text == decode(tokens, skip_special_tokens=True)
+    assert completion.text == plain(tokens, skip_special_tokens=True)
     assert completion.num_tokens == len(tokens)
     assert completion.finish == ("stop" if tokens[-1] == sampler.tokenizer.eos_token_id else "length")
 
@@ -130,8 +130,9 @@ def test_seed_id_and_sample_number_each_give_other_samples(sampler: native.Nativ
 
 
 def test_random_keys_of_all_seeds_ids_and_sample_numbers_differ() -> None:
-  keys = [native._row_keys(seed, ["a", "b", "ab"] * 3, [0, 0, 0, 1, 1, 1, 2, 2, 2], 9) for seed in range(3)]
-  assert len(np.unique(np.concatenate([jax.random.key_data(k) for k in keys]), axis=0)) == 27
+  samples = [native._Sample(0, number, id_, 0.0) for number in range(3) for id_ in ("a", "b", "ab")]
+  keys = [native._row_keys(seed, samples, 9) for seed in range(3)]
+  assert len(np.unique(np.concatenate(keys), axis=0)) == 27
 
 
 def test_a_tiny_top_p_is_greedy(sampler: native.NativeSampler, greedy: list[Completion]) -> None:
@@ -166,7 +167,7 @@ def _resized(folder: Path, rows: Callable[[np.ndarray], np.ndarray]) -> Path:
   """A copy of the embedded model with other embedding rows."""
   config, params = hf.load(TINY, dtype=jnp.float32)
   weight = rows(np.asarray(params["embed_tokens"]["weight"]))
-  shutil.copytree(TINY, folder)
+  shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
   hf.save({**params, "embed_tokens": {"weight": weight}}, folder)
   changed = {**json.loads((TINY / "config.json").read_text()), "vocab_size": len(weight)}
   (folder / "config.json").write_text(json.dumps(changed))
@@ -193,12 +194,13 @@ LOGITS = np.array([1.3, -0.4, 2.1, 0.2, 1.1, -1.5, 4.0, 3.0], np.float32)
 NUM_IDS, DRAWS = 6, 20_000
 
 
-_sample = jax.jit(native._sample, static_argnames=("num_ids", "top_p", "greedy"))
+_sample = jax.jit(decode.sample, static_argnames=("num_ids", "top_p", "greedy"))
 
 
 def _drawn(temperature: float, top_p: float, step: int = 0, *, greedy: bool = False) -> np.ndarray:
   """The ids that as many rows of equal logits draw."""
-  return np.asarray(_sample(np.tile(LOGITS, (DRAWS, 1)), jax.random.split(jax.random.key(0), DRAWS), step,
+  keys = jax.random.key_data(jax.random.split(jax.random.key(0), DRAWS))
+  return np.asarray(_sample(np.tile(LOGITS, (DRAWS, 1)), keys, np.full(DRAWS, step, np.int32),
                             np.full(DRAWS, temperature, np.float32), num_ids=NUM_IDS, top_p=top_p, greedy=greedy))
 
 
@@ -224,6 +226,25 @@ def test_drawn_tokens_follow_softmax_and_nucleus(temperature: float, top_p: floa
   chi_square = ((counts - expected)[allowed]**2 / expected[allowed]).sum()
   freedom = size - 1
   assert chi_square <= freedom + 5 * np.sqrt(2 * freedom)  # five standard deviations
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 1000, 5000])
+def test_a_draw_is_where_its_share_of_the_mass_ends_and_never_without_mass(size: int) -> None:
+  rng = np.random.default_rng(size)
+  weights = np.exp(rng.normal(scale=4, size=(64, size))).astype(np.float32)
+  weights[rng.random(weights.shape) < 0.3] = 0
+  weights[:, rng.integers(size)] = 1
+  weights[:8, size // 2:] *= 0
+  weights[:8, 0] = 1e-30
+  # Both ends too: zero, and the greatest float below one.
+  uniform = np.concatenate([np.tile(np.array([0, np.nextafter(np.float32(1), 0)], np.float32), 16), rng.random(32)])
+  drawn = np.asarray(jax.jit(decode._inverse)(weights, uniform.astype(np.float32)))
+  rows = np.arange(64)
+  assert (weights[rows, drawn] > 0).all()
+  ends = np.cumsum(weights.astype(np.float64), axis=1)
+  target, slack = uniform * ends[:, -1], 1e-5 * ends[:, -1]
+  assert (target <= ends[rows, drawn] + slack).all()
+  assert (target >= ends[rows, drawn] - weights[rows, drawn] - slack).all()
 
 
 def test_each_token_of_a_sample_is_drawn_afresh() -> None:
@@ -263,10 +284,10 @@ def test_greedy_tokens_of_every_family_equal_transformers(
   assert ids < 600
   asked = [SHORT[0], SHORT[1], LONG, STRANGE]
   seen: dict[str, list[list[int]]] = {"batch": [], "alone": []}
-  decode = sampler.tokenizer.decode
+  plain = sampler.tokenizer.decode
   for how, groups in (("batch", [asked]), ("alone", [[p] for p in asked[:1]])):
     monkeypatch.setattr(
-        sampler.tokenizer, "decode", lambda t, how=how, **kw: seen[how].append(list(t)) or decode(t, **kw))
+        sampler.tokenizer, "decode", lambda t, how=how, **kw: seen[how].append(list(t)) or plain(t, **kw))
     for group in groups:
       sampler.generate(group, max_new_tokens=128)
   wanted = []

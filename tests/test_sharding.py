@@ -4,10 +4,10 @@ The device count is fixed when jax starts, so this file runs itself in another p
 saw in a folder; the tests look at that.
 """
 
+import functools
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,11 @@ import numpy as np
 import optax
 import pytest
 
-import imm_jax
 from imm_jax.errors import UserError
 from imm_jax.model import hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params
-from imm_jax.training import step as training, trainer
+from imm_jax.training import step as training
 
 CONFIG = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
                      head_dim=8, rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=False, qkv_bias=True)
@@ -67,7 +66,7 @@ def _main(out: Path) -> None:
 
 
 def _step(out: Path, name: str, mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-  config, params = hf.load(out / "checkpoint", put=trainer.place_params(mesh))
+  config, params = hf.load(out / "checkpoint", place=functools.partial(sharding.param_sharding, mesh))
   assert config == CONFIG
   np.savez(out / f"{name}-loaded.npz", **_flat(params))
   optimizer = training.make_optimizer(optax.constant_schedule(LEARNING_RATE), weight_decay=0.1, grad_clip=1.0)
@@ -99,13 +98,9 @@ def _shards(state: training.TrainState) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def out(tmp_path_factory: pytest.TempPathFactory, run_on_devices: Callable[..., None]) -> Path:
   folder = tmp_path_factory.mktemp("eight-devices")
-  environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
-                 "PYTHONPATH": str(Path(imm_jax.__file__).parent.parent)}
-  done = subprocess.run([sys.executable, __file__, folder], env=environment, capture_output=True, text=True,
-                        timeout=900, check=False)
-  assert done.returncode == 0, done.stderr
+  run_on_devices(__file__, folder)
   return folder
 
 

@@ -219,7 +219,7 @@ def test_ten_steps_equal_adamw_of_torch(checkpoint):
   torch = pytest.importorskip("torch")
   weight_decay, clip, peak, total_steps, warmup = 0.1, 0.5, 3e-3, 10, 3
   model, folder = checkpoint("qwen2-tied")
-  config, params = hf.load(folder, put=lambda _, array: jax.device_put(array, replicated()))
+  config, params = hf.load(folder, place=lambda *_: replicated())
   examples = make_examples(20)
   batches = pack(examples, epochs=2, row_length=24)
   by_tokens = {tuple(e.prompt + e.response): e for e in examples}
@@ -297,7 +297,7 @@ def train(params, batches: PackedBatches, reports: dict[int, dict[str, float]], 
   options = {"schedule": optax.constant_schedule(1e-3), "log_every": 1, **options}
   mesh = sharding.make_mesh(data=1, fsdp=1)
   return trainer.train(
-      CONFIG, jax.tree.map(jnp.copy, params), batches, weight_decay=0.0, grad_clip=1.0, accumulation=1, remat=False,
+      CONFIG, jax.tree.map(jnp.copy, params), batches, weight_decay=0.0, grad_clip=1.0, accumulation=1, remat="none",
       compute_dtype=jnp.float32, mesh=mesh, report=report, label="round 0: SFT", **options)
 
 

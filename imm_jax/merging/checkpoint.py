@@ -22,7 +22,7 @@ from imm_jax.errors import UserError
 from imm_jax.merging.methods import Plan
 from imm_jax.merging.statistics import Statistic
 from imm_jax.model import folder as checkpoint
-from imm_jax.model.safetensors import Entry
+from imm_jax.model.safetensors import Entry, Reader, aligned
 from imm_jax.model.writer import WeightsWriter
 from imm_jax.threads import BoundedPool
 
@@ -30,8 +30,6 @@ from imm_jax.threads import BoundedPool
 BLOCK = 1 << 19
 _SMALL = 1 << 14
 _BFLOAT16 = np.dtype(jax.numpy.bfloat16)
-# XLA reads arrays in place where they begin at such an address.
-_ALIGNMENT = 64
 _MAX_WORKERS = 8
 
 
@@ -57,7 +55,7 @@ class CheckpointSource:
       UserError: for what `folder.tensors` raises, and unless all have the same tensors; it names those that differ.
     """
     self.folders, self.block = dict(folders), block
-    self._files: dict[Path, int] = {}
+    self._reader = Reader()
     try:
       self._models = [self._tensors(path) for path in self.folders.values()]
       _match(list(self.folders), self._models)
@@ -76,8 +74,7 @@ class CheckpointSource:
 
   def close(self) -> None:
     """Closes all files."""
-    while self._files:
-      os.close(self._files.popitem()[1])
+    self._reader.close()
 
   def size(self, name: str) -> int:
     return self._models[0][name].size
@@ -93,15 +90,7 @@ class CheckpointSource:
 
   def read(self, entry: Entry, begin: int, out: np.ndarray) -> None:
     """Fills `out` with a tensor's entries from `begin` on."""
-    file = self._files.get(entry.path)
-    if file is None:
-      file = self._files[entry.path] = os.open(entry.path, os.O_RDONLY)
-    view, offset = memoryview(out.view(np.uint8)), entry.offset + begin * entry.dtype.itemsize
-    while view:
-      count = os.preadv(file, [view], offset)
-      if not count:
-        raise UserError(f"{entry.path}: ends at byte {offset}, in the middle of a tensor; it changed while it was read")
-      view, offset = view[count:], offset + count
+    self._reader.read(entry, begin, out)
 
   def reduce(self, statistic: Statistic, combine: Callable[..., np.ndarray],
              arguments: Callable[[str], Mapping[str, np.ndarray]] = lambda _: {}, names: Sequence[str] | None = None,
@@ -116,7 +105,7 @@ class CheckpointSource:
         numbers, result = dict(arguments(name)), None
         for begin in range(0, max(1, self.size(name)), self.block):
           count = min(self.block, self.size(name) - begin)
-          tensors = [_aligned(count, entry.dtype) for entry in self.entries(name)]
+          tensors = [aligned((count,), entry.dtype) for entry in self.entries(name)]
           for entry, tensor in zip(self.entries(name), tensors, strict=True):
             self.read(entry, begin, tensor)
           with jax.enable_x64(True), _on_cpu():  # for sums in int64
@@ -143,7 +132,7 @@ class CheckpointSource:
     if len({(e.dtype, e.shape) for e in entries}) > 1:
       return False
     for begin in range(0, entries[0].size, self.block):
-      blocks = [_aligned(min(self.block, e.size - begin), e.dtype) for e in entries]
+      blocks = [aligned((min(self.block, e.size - begin),), e.dtype) for e in entries]
       for entry, block in zip(entries, blocks, strict=True):
         self.read(entry, begin, block)
       if len({block.tobytes() for block in blocks}) > 1:
@@ -155,7 +144,7 @@ class CheckpointSource:
     entries = self.entries(name)
     if not self._equal(entries):
       raise UserError(f"{name} of {entries[0].dtype} differs between the models; only floating tensors are merged")
-    whole = _aligned(entries[0].size, entries[0].dtype)
+    whole = aligned((entries[0].size,), entries[0].dtype)
     self.read(entries[0], 0, whole)
     return whole
 
@@ -206,7 +195,7 @@ def merge(source: CheckpointSource, outputs: Sequence[Output], *, key: np.ndarra
              for name in sorted(shapes, key=source.size, reverse=True)}
     for shape, *dtypes in kinds:
       name = kinds[shape, *dtypes]
-      blank = [_aligned(math.prod(shape), dtype).reshape(1, *shape) for dtype in dtypes]
+      blank = [aligned((1, *shape), dtype) for dtype in dtypes]
       pool.submit(functools.partial(merge_block, name, 0, 0, blank, numbers_of(name)))
     for name in source.order:
       entries = source.entries(name)
@@ -290,7 +279,7 @@ class _Buffers:
   def take(self, count: int, dtype: np.dtype) -> np.ndarray:
     """An array [count] with anything in it."""
     spare = self._spare[count * dtype.itemsize]
-    return spare.pop().view(dtype) if spare else _aligned(count, dtype)
+    return spare.pop().view(dtype) if spare else aligned((count,), dtype)
 
   def give(self, arrays: Iterable[np.ndarray]) -> None:
     """Takes arrays back."""
@@ -327,14 +316,6 @@ def _on_cpu() -> contextlib.AbstractContextManager:
 
 def _floating(entry: Entry) -> bool:
   return jax.numpy.issubdtype(entry.dtype, jax.numpy.floating)
-
-
-def _aligned(count: int, dtype: np.dtype) -> np.ndarray:
-  """An uninitialised array at an address that XLA reads in place."""
-  size = count * dtype.itemsize
-  raw = np.empty(size + _ALIGNMENT, np.uint8)
-  start = -raw.ctypes.data % _ALIGNMENT
-  return raw[start:start + size].view(dtype)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ stacked on a leading axis and run under `lax.scan` (training, scoring), or are a
 would be copied at every step); `unstack_layers` turns the first form into the second.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +18,11 @@ from flax import nnx
 from imm_jax.model.config import ModelConfig, rope_frequencies
 
 Params = dict[str, Any]
+# What the backward pass keeps of each layer: all activations, the results of its products with weights, or its input.
+REMAT: dict[str, Callable[..., bool] | None] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "full": jax.checkpoint_policies.nothing_saveable}
 # One layer's keys and values, each [B, K, S, h].
 LayerCache = tuple[jax.Array, jax.Array]
 
@@ -70,9 +76,9 @@ class Attention(nnx.Module):
     self.num_kv_heads = config.num_kv_heads
     self.head_dim = config.head_dim
 
-  def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array,
-               cache: LayerCache | None, index: jax.Array | int) -> tuple[jax.Array, LayerCache]:
-    """x [B, T, D], mask [B, T, S] -> ([B, T, D], keys and values); `index` is where the cache takes the new ones."""
+  def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array, cache: LayerCache | None,
+               slots: jax.Array | None) -> tuple[jax.Array, LayerCache]:
+    """x [B, T, D], mask [B or 1, T, S] -> ([B, T, D], keys and values); a cache takes row b (T = 1) at slots[b]."""
     batch, length, _ = x.shape
 
     def split_heads(y: jax.Array) -> jax.Array:  # -> [B, heads, T, h]
@@ -84,8 +90,7 @@ class Attention(nnx.Module):
     q, k = _rotate(q, rope), _rotate(k, rope)
     v = split_heads(self.v_proj(x))
     if cache is not None:
-      k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, index, axis=2)
-      v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, index, axis=2)
+      k, v = _put(cache[0], k, slots), _put(cache[1], v, slots)
     q = q.reshape(batch, self.num_kv_heads, -1, length, self.head_dim)
     scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * self.head_dim**-0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
@@ -119,8 +124,8 @@ class Layer(nnx.Module):
     self.mlp = MLP(config, dtype=dtype, key=mlp)
 
   def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array,
-               cache: LayerCache | None = None, index: jax.Array | int = 0) -> tuple[jax.Array, LayerCache]:
-    attended, cache = self.self_attn(self.input_layernorm(x), rope, mask, cache, index)
+               cache: LayerCache | None = None, slots: jax.Array | None = None) -> tuple[jax.Array, LayerCache]:
+    attended, cache = self.self_attn(self.input_layernorm(x), rope, mask, cache, slots)
     x = x + attended
     return x + self.mlp(self.post_attention_layernorm(x)), cache
 
@@ -143,7 +148,7 @@ class Decoder(nnx.Module):
     self.scan = scan
 
   def __call__(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array,
-               compute_dtype: jnp.dtype, remat: bool = False) -> jax.Array:
+               compute_dtype: jnp.dtype, remat: str = "none") -> jax.Array:
     """Scores packed rows.
 
     Args:
@@ -151,7 +156,7 @@ class Decoder(nnx.Module):
       positions: int32 [B, T], counted from 0 in every segment.
       segment_ids: int32 [B, T], 0 where there is padding; tokens see earlier tokens of their own segment.
       compute_dtype: dtype of activations; softmax and norms are float32 in any case.
-      remat: recompute each layer's activations in the backward pass.
+      remat: one of REMAT; what is not kept is computed again in the backward pass.
 
     Returns:
       float32 logits [B, T, V].
@@ -161,32 +166,51 @@ class Decoder(nnx.Module):
     mask = causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
     rope = self._rope(positions, compute_dtype)
     x = self._embed(tokens, compute_dtype)
-    step = jax.checkpoint(_run_layer) if remat else _run_layer
+    step = _run_layer if remat == "none" else jax.checkpoint(_run_layer, policy=REMAT[remat])
     x, _ = jax.lax.scan(lambda x, layer: (step(layer, x, rope, mask), None), x, self.layers)
     return self._logits(x)
 
-  def with_cache(self, tokens: jax.Array, *, positions: jax.Array, mask: jax.Array, caches: list[LayerCache],
-                 index: jax.Array | int, compute_dtype: jnp.dtype) -> tuple[jax.Array, list[LayerCache]]:
-    """Extends a key/value cache by T tokens (T = 1 when decoding); needs the list form of layers.
+  def prefill(self, tokens: jax.Array, *, lengths: jax.Array, compute_dtype: jnp.dtype,
+              ) -> tuple[jax.Array, list[LayerCache]]:
+    """Starts a key/value cache with prompts; needs the list form of layers.
 
     Args:
-      tokens: int32 [B, T].
-      positions: int32 [B, T].
-      mask: bool [B, T, S], true where a token sees a cache slot.
-      caches: for every layer keys and values [B, K, S, h].
-      index: the first cache slot that is written.
-      compute_dtype: dtype of activations and caches.
+      tokens: int32 [B, T], each prompt from the left, then anything.
+      lengths: int32 [B], of the prompts.
+      compute_dtype: dtype of activations and cache.
 
     Returns:
-      float32 logits of the last token [B, V], and the caches.
+      float32 logits of each prompt's last token [B, V], and the caches with S = T.
     """
-    rope = self._rope(positions, compute_dtype)
-    x = self._embed(tokens, compute_dtype)
-    new_caches = []
+    positions = jnp.arange(tokens.shape[1])
+    causal = (positions[:, None] >= positions)[None]
+    rope = self._rope(positions[None], compute_dtype)
+    x, caches = self._embed(tokens, compute_dtype), []
+    for layer in self.layers:
+      x, cache = layer(x, rope, causal)
+      caches.append(cache)
+    return self._logits(jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]), caches
+
+  def decode(self, tokens: jax.Array, *, positions: jax.Array, caches: list[LayerCache], compute_dtype: jnp.dtype,
+             ) -> tuple[jax.Array, list[LayerCache]]:
+    """Extends every row of a cache by one token; needs the list form of layers.
+
+    Args:
+      tokens: int32 [B].
+      positions: int32 [B], how many tokens each row has in the cache.
+      caches: for every layer keys and values [B, K, S, h].
+      compute_dtype: dtype of activations and cache.
+
+    Returns:
+      float32 logits [B, V], and the caches.
+    """
+    seen = (jnp.arange(caches[0][0].shape[2]) <= positions[:, None])[:, None]
+    rope = self._rope(positions[:, None], compute_dtype)
+    x, new_caches = self._embed(tokens[:, None], compute_dtype), []
     for layer, cache in zip(self.layers, caches, strict=True):
-      x, cache = layer(x, rope, mask, cache, index)
+      x, cache = layer(x, rope, seen, cache, positions)
       new_caches.append(cache)
-    return self._logits(x[:, -1]), new_caches
+    return self._logits(x[:, 0]), new_caches
 
   def _embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jnp.take(self.embed_tokens.weight[...], tokens, axis=0).astype(dtype)
@@ -241,6 +265,15 @@ def _dot(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) ->
   dims = (((x.ndim - 1,), (1,)), ((), ()))
   y = jax.lax.dot_general(x, weight.astype(x.dtype), dims, preferred_element_type=jnp.float32)
   return y.astype(out_dtype or x.dtype)
+
+
+def _put(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+  """cache [B, K, S, h] with new [B, K, 1, h] at [b, :, slots[b]]."""
+  # As integers: on CPU XLA would widen the scatter to float32, and with it the whole cache.
+  bits = jnp.uint16 if cache.dtype.itemsize == 2 else jnp.uint32
+  cast = lambda x: jax.lax.bitcast_convert_type(x, bits)
+  update = jax.vmap(lambda row, values, slot: jax.lax.dynamic_update_slice_in_dim(row, values, slot, axis=1))
+  return jax.lax.bitcast_convert_type(update(cast(cache), cast(new), slots), cache.dtype)
 
 
 def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:

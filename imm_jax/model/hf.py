@@ -4,33 +4,45 @@ The tree mirrors the checkpoint's names, with layers stacked: `layers.self_attn.
 tensors `model.layers.{0..L-1}.self_attn.q_proj.weight` [out, in].
 """
 
+import functools
+import math
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from imm_jax import files
 from imm_jax.errors import UserError
 from imm_jax.model import folder as checkpoint, safetensors
 from imm_jax.model.config import ModelConfig
-from imm_jax.model.decoder import Params, abstract_params
+from imm_jax.model.decoder import Params, abstract_params, unstack_layers
+from imm_jax.model.safetensors import Entry
+from imm_jax.model.writer import WeightsWriter
 
 # Names of a leaf's tensors: one, or one for each layer of a stacked leaf.
 TensorNames = str | tuple[str, ...]
+# (path in the tree, shape) -> where a parameter lies.
+Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+
+# Entries that are read, converted or written at once: enough to outweigh a call, few beside the parameters.
+_BLOCK = 1 << 21
+_MAX_READERS = 8
 
 
 def tensor_names(params: Params) -> Any:
-  """The checkpoint's tensor names, in a tree of the same form as stacked parameters."""
-  num_layers = jax.tree.leaves(params["layers"])[0].shape[0]
+  """The checkpoint's tensor names, in a tree of the same form as the parameters, with layers stacked or in a list."""
 
-  def name(path: tuple[jax.tree_util.DictKey, ...], _: Any) -> TensorNames:
+  def name(path: tuple[jax.tree_util.DictKey, ...], leaf: Any) -> TensorNames:
     keys = [str(p.key) for p in path]
-    if keys[0] == "layers":
+    if keys[0] == "layers" and not keys[1].isdigit():
       rest = ".".join(keys[1:])
-      return tuple(f"model.layers.{i}.{rest}" for i in range(num_layers))
+      return tuple(f"model.layers.{i}.{rest}" for i in range(leaf.shape[0]))
     return ".".join(keys) if keys[0] == "lm_head" else ".".join(["model", *keys])
 
   return jax.tree_util.tree_map_with_path(name, params)
@@ -58,113 +70,215 @@ def check_bytes(folder: str | Path) -> int:
   Raises:
     UserError: as `load` does, or with the first tensor that would come back otherwise.
   """
-  _, tensors = _open(Path(folder))
+  _, stored = _open(Path(folder))
   _, params = load(folder)
-  count = 0
-  for name, dtype, shape, get in _entries(params):
-    stored, written = tensors[name], np.asarray(get(), order="C")
-    if (dtype, shape) != (stored.dtype, stored.shape) or written.tobytes() != stored.tobytes():
-      raise UserError(f"{folder}: tensor {name!r} would not come back as it was read; this is a fault of imm_jax")
-    count += 1
-  return count
+  tensors = _tensors(params)
+  with safetensors.Reader() as reader:
+    for tensor in tensors:
+      entry = stored[tensor.name]
+      same = (tensor.dtype, tensor.shape) == (entry.dtype, entry.shape)
+      for begin, block in _blocks(tensor) if same else ():
+        want = np.empty_like(block)
+        reader.read(entry, begin, want)
+        same = same and want.tobytes() == block.tobytes()
+      if not same:
+        raise UserError(f"{folder}: tensor {tensor.name!r} would not come back as it was read; this is a fault of "
+                        "imm_jax")
+  return len(tensors)
 
 
-def load(folder: str | Path, *, dtype: jnp.dtype | None = None,
-         put: Callable[[str, np.ndarray], jax.Array] | None = None) -> tuple[ModelConfig, Params]:
-  """Reads a checkpoint folder.
+def load(folder: str | Path, *, dtype: jnp.dtype | None = None, place: Place | None = None, stacked: bool = True,
+         ) -> tuple[ModelConfig, Params]:
+  """Reads a checkpoint folder; each device's part of a parameter is read on its own, and nothing is held twice.
 
   Args:
     folder: holds config.json and model.safetensors, or shards with an index.
     dtype: of the parameters; None keeps what is stored.
-    put: places a host array (given its path in the tree, `layers.mlp.up_proj.weight`) on devices; by default
-      `jnp.asarray`.
+    place: (path in the tree, shape) -> sharding, such as ("layers.mlp.up_proj.weight", (L, F, D)) -> where it lies; by
+      default the first device has all.
+    stacked: whether layers are stacked or, for decoding, in a list (`decoder.unstack_layers`).
 
   Returns:
-    The model's config and its parameters, layers stacked.
+    The model's config and its parameters.
 
   Raises:
     UserError: for missing, unknown or misshapen tensors (with the list), or a damaged file.
   """
   config, tensors = _open(Path(folder))
-  names = tensor_names(abstract_params(config))
+  abstract = abstract_params(config)
+  if not stacked:
+    abstract = jax.eval_shape(functools.partial(unstack_layers, num_layers=config.num_layers), abstract)
+  place = place or (lambda *_: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+  with safetensors.Reader() as reader, ThreadPoolExecutor(min(_MAX_READERS, len(os.sched_getaffinity(0)))) as pool:
 
-  def read(path: tuple[jax.tree_util.DictKey, ...], leaf_names: TensorNames) -> jax.Array:
-    if isinstance(leaf_names, str):
-      array = np.array(tensors[leaf_names], dtype)
-    else:
-      first = tensors[leaf_names[0]]
-      array = np.empty((len(leaf_names), *first.shape), dtype or first.dtype)
-      for i, name in enumerate(leaf_names):
-        array[i] = tensors[name]
-    return put(".".join(str(p.key) for p in path), array) if put else jnp.asarray(array)
+    def read(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct, names: TensorNames) -> jax.Array:
+      entries = tensors[names] if isinstance(names, str) else [tensors[name] for name in names]
+      stored = entries.dtype if isinstance(names, str) else entries[0].dtype
+      sharding = place(".".join(str(p.key) for p in path), leaf.shape)
+      parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+      arrays = []
+      for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index, leaf.shape, strict=True))
+        if bounds not in parts:
+          parts[bounds] = _read_part(reader, pool, entries, bounds, np.dtype(dtype or stored))
+        # On CPU the array is the buffer: it is never written to again.
+        arrays.append(jax.device_put(parts[bounds], device))
+      return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
-  return config, jax.tree_util.tree_map_with_path(read, names, is_leaf=lambda x: isinstance(x, tuple))
+    return config, jax.tree_util.tree_map_with_path(read, abstract, tensor_names(abstract))
 
 
-def save(params: Params, folder: str | Path, *, like: str | Path | None = None,
+def save(params: Params, folder: str | Path, *, like: str | Path | None = None, keep_dtypes: bool = False,
          max_shard_bytes: int = checkpoint.MAX_SHARD_BYTES) -> None:
-  """Writes a checkpoint folder in the form that transformers and vLLM read.
+  """Writes a checkpoint folder in the form that transformers and vLLM read, in blocks.
 
   Args:
-    params: parameters with stacked layers, in the dtype to store.
-    folder: a new or empty folder; the caller renames it when it is whole.
+    params: parameters with stacked layers, on any devices of this process.
+    folder: a new folder, or one without weights; the caller renames it when it is whole.
     like: the checkpoint folder whose config.json and tokenizer files are copied unchanged.
+    keep_dtypes: write each tensor in the dtype that it has in `like`, rather than in its own.
     max_shard_bytes: weights beyond this go into several files with an index.
   """
   folder = Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  shards = checkpoint.split(_entries(params), max_shard_bytes)
-  for file, shard in shards:
-    safetensors.write(folder / file, shard)
-  checkpoint.write_index(folder, shards)
+  stored = {name: entry.dtype for name, entry in checkpoint.tensors(Path(like)).items()} if keep_dtypes and like else {}
+  tensors = [t._replace(dtype=stored.get(t.name, t.dtype)) for t in _tensors(params)]
+  with WeightsWriter(folder, [(t.name, t.dtype, t.shape) for t in tensors], max_shard_bytes) as writer:
+    for tensor in tensors:
+      for begin, block in _blocks(tensor):
+        writer.write(tensor.name, begin, block)
   if like is not None:
     checkpoint.copy_side_files(Path(like), folder)
 
 
-def _entries(params: Params) -> Iterator[tuple[str, np.dtype, tuple[int, ...], Callable[[], np.ndarray]]]:
-  """Tensors in the order of the model: embedding, layer by layer, norm, head."""
-  leaves, _ = jax.tree.flatten(params)
+class _Tensor(NamedTuple):
+  """A tensor of the checkpoint: a leaf, or the layer `index` of a stacked leaf."""
+
+  name: str
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  leaf: Any
+  index: int | None
+
+
+def _tensors(params: Params) -> list[_Tensor]:
+  """In the order of the model: embedding, layer by layer, norm, head."""
   names = jax.tree.leaves(tensor_names(params), is_leaf=lambda x: isinstance(x, tuple))
-  flat = []
-  for leaf, leaf_names in zip(leaves, names, strict=True):
+  found = []
+  for leaf, leaf_names in zip(jax.tree.leaves(params), names, strict=True):
     if isinstance(leaf_names, str):
-      flat.append((leaf_names, np.dtype(leaf.dtype), leaf.shape, lambda leaf=leaf: np.asarray(leaf)))
+      found.append(_Tensor(leaf_names, np.dtype(leaf.dtype), leaf.shape, leaf, None))
     else:
-      for i, name in enumerate(leaf_names):
-        flat.append((name, np.dtype(leaf.dtype), leaf.shape[1:], lambda leaf=leaf, i=i: np.asarray(leaf[i])))
-
-  return iter(sorted(flat, key=lambda entry: checkpoint.model_order(entry[0])))
+      found += [_Tensor(name, np.dtype(leaf.dtype), leaf.shape[1:], leaf, i) for i, name in enumerate(leaf_names)]
+  return sorted(found, key=lambda tensor: checkpoint.model_order(tensor.name))
 
 
-def _map_tensors(folder: Path) -> dict[str, np.ndarray]:
-  found = checkpoint.tensors(folder)
-  maps = {path: safetensors.read(path) for path in {entry.path for entry in found.values()}}
-  return {name: maps[entry.path][name] for name, entry in found.items()}
+def _blocks(tensor: _Tensor) -> Iterator[tuple[int, np.ndarray]]:
+  """(first entry, flat values) of a tensor, some rows at a time, in its dtype."""
+  rows, row = tensor.shape[0], math.prod(tensor.shape[1:])
+  step = max(1, _BLOCK // max(1, row))
+  whole = np.asarray(tensor.leaf) if _on_host(tensor) else None
+  if whole is not None and tensor.index is not None:
+    whole = whole[tensor.index]
+  for begin in range(0, rows, step):
+    if whole is not None:
+      block = whole[begin:begin + step].astype(tensor.dtype, copy=False)
+    else:
+      block = np.asarray(_cut(tensor.leaf, tensor.index or 0, begin, stacked=tensor.index is not None,
+                              count=min(step, rows - begin), dtype=tensor.dtype))
+    yield begin * row, np.ascontiguousarray(block).reshape(-1)
 
 
-def _open(folder: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
-  """The config and the mapped tensors, which fit each other."""
-  config, tensors = read_config(folder), _map_tensors(folder)
+def _on_host(tensor: _Tensor) -> bool:
+  """Whether the leaf is in this process's memory as one piece, in the dtype to write."""
+  leaf = tensor.leaf
+  if not isinstance(leaf, jax.Array):
+    return True
+  return leaf.dtype == tensor.dtype and len(leaf.devices()) == 1 and next(iter(leaf.devices())).platform == "cpu"
+
+
+@functools.partial(jax.jit, static_argnames=("stacked", "count", "dtype"))
+def _cut(leaf: jax.Array, index: jax.Array | int, begin: jax.Array | int, *, stacked: bool, count: int,
+         dtype: np.dtype) -> jax.Array:
+  if stacked:
+    leaf = jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+  return jax.lax.dynamic_slice_in_dim(leaf, begin, count).astype(dtype)
+
+
+def _read_part(reader: safetensors.Reader, pool: ThreadPoolExecutor, entries: Entry | list[Entry],
+               bounds: tuple[tuple[int, int], ...], dtype: np.dtype) -> np.ndarray:
+  """The part of a parameter within these bounds (begin, end) on each axis, in an array of its own."""
+  stacked = isinstance(entries, list)
+  layers, inner = (entries[slice(*bounds[0])], bounds[1:]) if stacked else ([entries], bounds)
+  # What becomes wider is written to every second word, see `_convert`.
+  out = safetensors.aligned(tuple(end - begin for begin, end in bounds), dtype, zero=dtype.itemsize == 4)
+  jobs = []
+  for layer, target in zip(layers, out if stacked else [out], strict=True):
+    step = max(1, _BLOCK // max(1, math.prod(target.shape[1:])))
+    for begin in range(0, len(target), step):
+      rows = (inner[0][0] + begin, min(inner[0][0] + begin + step, inner[0][1]))
+      jobs.append(pool.submit(_fill, reader, layer, (rows, *inner[1:]), target[begin:begin + step]))
+  for job in jobs:
+    job.result()
+  return out
+
+
+def _fill(reader: safetensors.Reader, entry: Entry, bounds: tuple[tuple[int, int], ...], out: np.ndarray) -> None:
+  """Reads the entries within the bounds into `out`."""
+  (begin, _), *others = bounds
+  if all(b == (0, size) for b, size in zip(others, entry.shape[1:], strict=True)):
+    whole = out if out.dtype == entry.dtype else np.empty(out.shape, entry.dtype)
+    reader.read(entry, begin * math.prod(entry.shape[1:]), whole)
+    if whole is not out:
+      _convert(whole, out)
+  else:  # pieces of rows: the map touches only these
+    mapped = np.memmap(entry.path, np.uint8, "r", entry.offset, entry.size * entry.dtype.itemsize)
+    _convert(mapped.view(entry.dtype).reshape(entry.shape)[tuple(slice(*b) for b in bounds)], out)
+
+
+def _convert(values: np.ndarray, out: np.ndarray) -> None:
+  """Fills `out`, which is zero where it is wider, with the values in its dtype."""
+  if values.dtype == ml_dtypes.bfloat16 and out.dtype == np.float32:
+    out.view(np.uint16)[..., 1::2] = values.view(np.uint16)  # a bfloat16 is the upper half of a float32
+  else:
+    np.copyto(out, values, casting="unsafe")
+
+
+def _open(folder: Path) -> tuple[ModelConfig, dict[str, Entry]]:
+  """The config and where its tensors lie, which fit each other."""
+  config, tensors = read_config(folder), checkpoint.tensors(folder)
   abstract = abstract_params(config)
-  names, expected = tensor_names(abstract), {}
+  names, expected, first = tensor_names(abstract), {}, {}
   for leaf, leaf_names in zip(jax.tree.leaves(abstract),
                               jax.tree.leaves(names, is_leaf=lambda x: isinstance(x, tuple)), strict=True):
     stacked = not isinstance(leaf_names, str)
     for name in leaf_names if stacked else (leaf_names,):
       expected[name] = leaf.shape[1:] if stacked else leaf.shape
+      first[name] = leaf_names[0] if stacked else name
   # Tied checkpoints may store the head too, and old ones the rotary frequencies; both follow from the rest.
   ignored = {n for n in tensors if n.endswith("rotary_emb.inv_freq")}
   if "lm_head.weight" in tensors and "lm_head.weight" not in expected:
-    if not np.array_equal(tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight")):
+    if not _equal(tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight")):
       raise UserError(f"{folder}: config.json ties the embeddings, but lm_head.weight differs from the embedding")
     ignored.add("lm_head.weight")
   problems = [f"missing {n}" for n in sorted(expected.keys() - tensors.keys())]
   problems += [f"unknown {n}" for n in sorted(tensors.keys() - expected.keys() - ignored)]
-  problems += [f"{n} has shape {tensors[n].shape}, config.json needs {shape}"
-               for n, shape in expected.items() if n in tensors and tensors[n].shape != shape]
-  problems += [f"{n} has dtype {tensors[n].dtype}, expected a floating dtype"
-               for n in expected if n in tensors and not jnp.issubdtype(tensors[n].dtype, jnp.floating)]
+  for name in expected.keys() & tensors.keys():
+    (_, dtype, shape, _), other = tensors[name], tensors.get(first[name], tensors[name]).dtype
+    if shape != expected[name]:
+      problems.append(f"{name} has shape {shape}, config.json needs {expected[name]}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+      problems.append(f"{name} has dtype {dtype}, expected a floating dtype")
+    elif dtype != other:
+      problems.append(f"{name} has dtype {dtype}, {first[name]} {other}; expected one dtype for all layers")
   if problems:
+    problems.sort(key=lambda problem: (problem.split()[0] not in ("missing", "unknown"), problem))
     more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
     raise UserError(f"{folder}: tensors do not fit config.json: {'; '.join(problems[:8])}{more}")
   return config, tensors
+
+
+def _equal(a: Entry, b: Entry | None) -> bool:
+  if b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
+    return False
+  views = (np.memmap(e.path, np.uint8, "r", e.offset, e.size * e.dtype.itemsize) for e in (a, b))
+  return np.array_equal(*views)

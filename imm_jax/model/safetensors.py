@@ -6,7 +6,9 @@ Both check what they are given: a damaged file is an error that names it, never 
 
 import json
 import math
+import os
 import struct
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +25,7 @@ _DTYPES = {
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000
+_ALIGNMENT = 64
 
 
 class Entry(NamedTuple):
@@ -92,6 +95,50 @@ def read(path: Path) -> dict[str, np.ndarray]:
   data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
   return {name: data[e.offset:e.offset + e.size * e.dtype.itemsize].view(e.dtype).reshape(e.shape)
           for name, e in found.items()}
+
+
+class Reader:
+  """Files that stay open while parts of their tensors are read; use as a context manager. Threads may share it."""
+
+  def __init__(self) -> None:
+    self._files: dict[Path, int] = {}
+    self._lock = threading.Lock()
+
+  def __enter__(self) -> "Reader":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Closes all files."""
+    while self._files:
+      os.close(self._files.popitem()[1])
+
+  def read(self, entry: Entry, begin: int, out: np.ndarray) -> None:
+    """Fills `out`, C-contiguous and of the tensor's dtype, with its entries from `begin` on.
+
+    Raises:
+      UserError: when the file ends too early.
+    """
+    with self._lock:
+      file = self._files.get(entry.path)
+      if file is None:
+        file = self._files[entry.path] = os.open(entry.path, os.O_RDONLY)
+    view, offset = memoryview(out.reshape(-1).view(np.uint8)), entry.offset + begin * entry.dtype.itemsize
+    while view:
+      count = os.preadv(file, [view], offset)
+      if not count:
+        raise UserError(f"{entry.path}: ends at byte {offset}, in the middle of a tensor; it changed while it was read")
+      view, offset = view[count:], offset + count
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype, *, zero: bool = False) -> np.ndarray:
+  """An array with anything in it, or zeros, at an address that XLA on CPU uses in place."""
+  size = math.prod(shape) * dtype.itemsize
+  raw = (np.zeros if zero else np.empty)(size + _ALIGNMENT, np.uint8)
+  start = -raw.ctypes.data % _ALIGNMENT
+  return raw[start:start + size].view(dtype).reshape(shape)
 
 
 def header(tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:

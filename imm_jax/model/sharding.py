@@ -39,12 +39,23 @@ def make_mesh(*, data: int, fsdp: int) -> Mesh:
 
 
 def spec_of(path: str) -> P:
-  """The partition of the parameter at this path.
+  """The partition of the parameter at this path; a single layer's (`layers.3.`) lacks the first axis.
 
-  >>> tuple(spec_of("layers.mlp.down_proj.weight"))
-  (None, None, 'fsdp')
+  >>> tuple(spec_of("layers.mlp.down_proj.weight")), tuple(spec_of("layers.3.mlp.down_proj.weight"))
+  ((None, None, 'fsdp'), (None, 'fsdp'))
   """
-  return next(spec for pattern, spec in RULES if re.fullmatch(pattern, path))
+  spec = next(spec for pattern, spec in RULES if re.fullmatch(pattern, path))
+  return P(*spec[1:]) if re.match(r"layers\.\d+\.", path) else spec
+
+
+def cache_sharding(mesh: Mesh, rows: int, kv_heads: int) -> NamedSharding:
+  """Where a key/value cache [B, K, S, h] lies: rows over `data`, heads over `fsdp` as the weights that make them.
+
+  Where there are fewer heads, rows are split over both axes; what does not divide is repeated.
+  """
+  if kv_heads % mesh.shape["fsdp"] == 0:
+    return NamedSharding(mesh, P("data" if rows % mesh.shape["data"] == 0 else None, "fsdp"))
+  return NamedSharding(mesh, BATCH if rows % mesh.size == 0 else P("data" if rows % mesh.shape["data"] == 0 else None))
 
 
 def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:

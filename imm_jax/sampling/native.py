@@ -1,30 +1,29 @@
-"""The JAX sampler: jitted prefill and decode with a key/value cache.
+"""The JAX sampler: continuous batching over a fixed number of rows.
 
-The text of a sample depends on the checkpoint, the prompt, its id, the sample's number and the seed, never on the batch
-it ran in: random keys are folded from (seed, prompt id, sample number, token number), and the shapes a prompt runs in
-follow from its own length.
-
-Axes: B batch, P prompt length (padded on the left), N new tokens, S = P + N cache slots, V vocabulary.
+Rows whose samples end make room for prompts that wait, a few at a time, so that answers of very different lengths keep
+the device busy. Random keys are folded from (seed, prompt id, sample number, token number): which row a sample ran in
+and what ran beside it changes nothing but the rounding of sums.
 """
 
+import collections
 import functools
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from imm_jax import files, progress
 from imm_jax.errors import UserError
-from imm_jax.model import hf
-from imm_jax.model.config import ModelConfig
-from imm_jax.model.decoder import Params, bind, unstack_layers
+from imm_jax.model import hf, sharding
+from imm_jax.model.decoder import LayerCache
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.sampling import Completion, Prompt
+from imm_jax.sampling import Completion, Prompt, decode
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
@@ -32,29 +31,38 @@ if TYPE_CHECKING:
 # Steps between looks at the text while stop strings are asked for.
 _STOP_CHECK_EVERY = 16
 _MIN_PROMPT_BUCKET = 64
+# Rows join once this share of all is free: rarer than one by one, and most rows stay busy.
+_REFILL_SHARE = 8
+# Tokens that prompts are run in at once; what more would gain is small, what it would hold is not.
+_PREFILL_TOKENS = 8192
+# The cache grows by this share of itself as samples grow.
+_GROWTH = 0.5
 
 
 class NativeSampler:
-  """Samples from an HF checkpoint folder on this process's default device."""
+  """Samples from an HF checkpoint folder, on one device or a mesh."""
 
-  def __init__(self, folder: str | Path, *, compute_dtype: str = "bfloat16", batch_size: int = 64):
+  def __init__(self, folder: str | Path, *, compute_dtype: str = "bfloat16", batch_size: int = 64,
+               mesh: Mesh | None = None):
     """Loads the checkpoint.
 
     Args:
       folder: an HF checkpoint folder with a tokenizer.
       compute_dtype: dtype of weights, activations and cache.
       batch_size: samples that are decoded at once.
+      mesh: weights and cache are split over it as in training; None takes the first device.
     """
     if batch_size < 1:
       raise ValueError(f"batch_size={batch_size}: expected 1 or more")
     self._dtype = jnp.dtype(compute_dtype)
     self._batch_size = batch_size
     self.tokenizer = load_tokenizer(folder)
-    self._config, params = hf.load(folder, dtype=self._dtype)
+    self._mesh = mesh if mesh is not None and mesh.size > 1 else None
+    place = functools.partial(sharding.param_sharding, mesh) if self._mesh else None
+    self._config, self._params = hf.load(folder, dtype=self._dtype, place=place, stacked=False)
     if len(self.tokenizer) > self._config.vocab_size:
       raise UserError(f"{folder}: the tokenizer has {len(self.tokenizer)} ids, the embedding only "
                       f"{self._config.vocab_size} rows")
-    self._params = unstack_layers(params, self._config.num_layers)
     self._eos = _eos_ids(Path(folder), self.tokenizer)
 
   def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int, num_samples: int = 1,
@@ -86,46 +94,69 @@ class NativeSampler:
     special = set(stop) & set(self.tokenizer.all_special_tokens)
     ends = tuple(sorted({*self._eos, *(self.tokenizer.convert_tokens_to_ids(s) for s in special)}))
     texts = tuple(s for s in stop if s not in special)
-    work = [(_bucket(len(ids[p])), p, s) for p in range(len(prompts)) for s in range(num_samples)]
-    work.sort(key=lambda item: item[0])  # stable: one padded length after the other
+    asked = [_Sample(p, s, prompts[p].id, temperatures[s % len(temperatures)])
+             for p in range(len(prompts)) for s in range(num_samples)]
+    static = decode.Static(self._config, self._dtype, ends, len(self.tokenizer), top_p, not any(temperatures),
+                           self._mesh)
     results: list[list[Completion | None]] = [[None] * num_samples for _ in prompts]
     total_tokens = 0
-    with progress.bar(len(work), label, "sample") as bar:
-      for bucket, rows in _batches(work, self._batch_size):
-        batch = _Rows.of([ids[p] for p, _ in rows], bucket, self._batch_size)
-        keys = _row_keys(seed, [prompts[p].id for p, _ in rows], [s for _, s in rows], self._batch_size)
-        row_temperatures = np.zeros(self._batch_size, np.float32)
-        row_temperatures[:len(rows)] = [temperatures[s % len(temperatures)] for _, s in rows]
-        completions = self._run(batch, keys, row_temperatures, top_p, max_new_tokens, ends, texts)
-        for (p, s), completion in zip(rows, completions, strict=True):
-          results[p][s] = completion
-          total_tokens += completion.num_tokens
-        bar.update(len(rows))
+    with progress.bar(len(asked), label, "sample") as bar:
+      for sample, tokens in self._run(ids, asked, static, max_new_tokens, texts, seed):
+        completion = self._completion(tokens, ends, texts)
+        results[sample.prompt][sample.number] = completion
+        total_tokens += completion.num_tokens
+        bar.update()
         bar.set_postfix(tokens=total_tokens, refresh=False)
     return results
 
-  def _run(self, rows: "_Rows", keys: jax.Array, temperatures: np.ndarray, top_p: float, max_new_tokens: int,
-           ends: tuple[int, ...], stop: tuple[str, ...]) -> list[Completion]:
-    static = {"config": self._config, "eos": ends, "num_ids": len(self.tokenizer), "top_p": top_p,
-              "greedy": not temperatures.any()}
-    args = (self._params, jnp.asarray(rows.pad), keys, jnp.asarray(temperatures))
-    state = _prefill(*args, jnp.asarray(rows.tokens), jnp.asarray(rows.unused), new_tokens=max_new_tokens,
-                     dtype=self._dtype, **static)
-    texts: list[Completion | None] = [None] * rows.count
-    for end in range(_STOP_CHECK_EVERY if stop else max_new_tokens, max_new_tokens + _STOP_CHECK_EVERY,
-                     _STOP_CHECK_EVERY):
-      state = _decode(*args, state, jnp.int32(min(end, max_new_tokens)), dtype=self._dtype, **static)
-      if not stop or bool(state["done"].all()) or end >= max_new_tokens:
-        break
-      tokens, step = np.asarray(state["tokens"]), int(state["step"])
-      for i in range(rows.count):
-        text = self.tokenizer.decode(tokens[i, :step], skip_special_tokens=True)
-        if texts[i] is None and any(s in text for s in stop):
-          texts[i] = self._completion(tokens[i, :step], ends, stop)
-      done = np.asarray(state["done"]) | np.array([t is not None for t in texts] + [True] * (len(keys) - rows.count))
-      state["done"] = jnp.asarray(done)
-    tokens, step = np.asarray(state["tokens"]), int(state["step"])
-    return [texts[i] or self._completion(tokens[i, :step], ends, stop) for i in range(rows.count)]
+  def _run(self, ids: list[list[int]], asked: list["_Sample"], static: decode.Static, max_new_tokens: int,
+           stop: tuple[str, ...], seed: int) -> Iterator[tuple["_Sample", np.ndarray]]:
+    """Yields samples with their tokens as they end."""
+    rows = self._batch_size
+    refill = max(1, rows // _REFILL_SHARE)
+    queue = _Queue(ids, asked, refill)
+    longest = max(map(len, ids), default=0) + max_new_tokens
+    slots = min(longest, _bucket(min(map(len, ids), default=0)))
+    state = decode.init(rows, slots, max_new_tokens, static)
+    row_samples: list[_Sample | None] = [None] * rows
+    while True:
+      while queue and (free := [i for i, sample in enumerate(row_samples) if sample is None]):
+        batch = queue.prompts(lambda tokens, lengths: decode.prefill(self._params, tokens, lengths, static=static))
+        slots = max(slots, batch.tokens.shape[1])
+        state = decode.grow(state, slots)
+        joining = [batch.waiting.popleft() for _ in range(min(len(free), len(batch.waiting), refill))]
+        sources, places = np.zeros(refill, np.int32), np.full(refill, rows, np.int32)
+        sources[:len(joining)], places[:len(joining)] = [source for source, _ in joining], free[:len(joining)]
+        samples = [sample for _, sample in joining]
+        state = decode.insert(state, *batch.run, batch.lengths, sources, places, _row_keys(seed, samples, refill),
+                              _padded([s.temperature for s in samples], refill, np.float32), static=static)
+        for place, sample in zip(places, samples, strict=False):
+          row_samples[place] = sample
+      going = [i for i, sample in enumerate(row_samples) if sample is not None]
+      if not going:
+        return
+      used = int(np.asarray(state["used"]).max(initial=0, where=~np.asarray(state["done"])))
+      if used >= slots:
+        slots = min(longest, max(slots + _MIN_PROMPT_BUCKET, round(slots * (1 + _GROWTH))))
+        state = decode.grow(state, slots)
+      steps = min(slots - used, _STOP_CHECK_EVERY if stop else max_new_tokens)
+      state = decode.decode(self._params, state, np.int32(steps), np.int32(refill if queue else rows), static=static)
+      done, counts = np.array(state["done"]), np.asarray(state["count"])
+      tokens = np.asarray(state["tokens"]) if stop or done[going].any() else None
+      for i in going:
+        if not done[i] and stop and self._stopped(tokens[i, :counts[i]], stop):
+          done[i] = True
+        if done[i]:
+          yield row_samples[i], tokens[i, :counts[i]].copy()
+          row_samples[i] = None
+      if stop:
+        state["done"] = jnp.asarray(done)
+
+  def _stopped(self, tokens: np.ndarray, stop: tuple[str, ...]) -> bool:
+    """Whether a stop string shows; a look at the end of the text says mostly that none does."""
+    recent = _STOP_CHECK_EVERY + 4 * max(map(len, stop))  # a character has at most four tokens
+    shows = lambda part: any(s in self.tokenizer.decode(part, skip_special_tokens=True) for s in stop)
+    return shows(tokens[-recent:]) and shows(tokens)
 
   def _completion(self, tokens: np.ndarray, ends: tuple[int, ...], stop: tuple[str, ...]) -> Completion:
     ended = np.flatnonzero(np.isin(tokens, ends))
@@ -156,21 +187,57 @@ def _check(max_new_tokens: int, num_samples: int, temperatures: Sequence[float],
     raise ValueError(f"seed={seed}: expected 0 <= seed < 2**32")
 
 
-class _Rows:
-  """Prompts of one padded length, filled up to a whole batch with unused rows."""
+class _Sample(NamedTuple):
+  """One completion that is asked for: of the prompt with this index and id, its number among that prompt's."""
 
-  def __init__(self, tokens: np.ndarray, pad: np.ndarray, count: int):
-    self.tokens, self.pad, self.count = tokens, pad, count
-    self.unused = np.arange(len(tokens)) >= count
+  prompt: int
+  number: int
+  id: str
+  temperature: float
 
-  @classmethod
-  def of(cls, ids: list[list[int]], length: int, batch_size: int) -> "_Rows":
-    tokens = np.zeros((batch_size, length), np.int32)
-    pad = np.full(batch_size, length - 1, np.int32)
-    for i, prompt in enumerate(ids):
-      pad[i] = length - len(prompt)
-      tokens[i, pad[i]:] = prompt
-    return cls(tokens, pad, len(ids))
+
+class _Prompts(NamedTuple):
+  """Prompts that were run: tokens [M, P], lengths [M], (logits, caches), and the samples that wait for a row, each
+  with its prompt's place in the batch."""
+
+  tokens: np.ndarray
+  lengths: np.ndarray
+  run: tuple[jax.Array, list[LayerCache]]
+  waiting: collections.deque[tuple[int, _Sample]]
+
+
+class _Queue:
+  """Samples that wait for a row; prompts are run a few at a time, once each, those of a padded length together."""
+
+  def __init__(self, ids: list[list[int]], asked: list[_Sample], size: int):
+    self._ids, self._size = ids, size
+    by_prompt = collections.defaultdict(list)
+    for sample in asked:
+      by_prompt[sample.prompt].append(sample)
+    # Stable: short prompts first, then in the order asked.
+    self._waiting = collections.deque(sorted(by_prompt.items(), key=lambda item: _bucket(len(ids[item[0]]))))
+    self._batch: _Prompts | None = None
+
+  def __bool__(self) -> bool:
+    return bool(self._waiting) or (self._batch is not None and bool(self._batch.waiting))
+
+  def prompts(self, run: Callable[[np.ndarray, np.ndarray], tuple[jax.Array, list[LayerCache]]]) -> _Prompts:
+    """The batch whose samples join next; runs a new one where the last is used up."""
+    if self._batch is not None and self._batch.waiting:
+      return self._batch
+    self._batch = None  # frees its caches
+    length = _bucket(len(self._ids[self._waiting[0][0]]))
+    count = max(1, min(self._size, _PREFILL_TOKENS // length))
+    tokens, lengths, waiting = np.zeros((count, length), np.int32), np.ones(count, np.int32), collections.deque()
+    for source in range(count):
+      if not self._waiting or _bucket(len(self._ids[self._waiting[0][0]])) != length:
+        break
+      prompt, samples = self._waiting.popleft()
+      lengths[source] = len(self._ids[prompt])
+      tokens[source, :lengths[source]] = self._ids[prompt]
+      waiting.extend((source, sample) for sample in samples)
+    self._batch = _Prompts(tokens, lengths, run(tokens, lengths), waiting)
+    return self._batch
 
 
 def _bucket(length: int) -> int:
@@ -178,26 +245,21 @@ def _bucket(length: int) -> int:
   return max(_MIN_PROMPT_BUCKET, 1 << (length - 1).bit_length())
 
 
-def _batches(work: list[tuple[int, int, int]], size: int) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-  """Runs of at most `size` rows of equal padded length."""
-  begin = 0
-  while begin < len(work):
-    bucket = work[begin][0]
-    rows = [(p, s) for b, p, s in work[begin:begin + size] if b == bucket]
-    yield bucket, rows
-    begin += len(rows)
+def _padded(values: Sequence[float], size: int, dtype: type) -> np.ndarray:
+  result = np.zeros(size, dtype)
+  result[:len(values)] = values
+  return result
 
 
-def _row_keys(seed: int, ids: list[str], samples: list[int], batch_size: int) -> jax.Array:
-  codes, numbers = np.zeros(batch_size, np.uint32), np.zeros(batch_size, np.uint32)
-  codes[:len(ids)] = [zlib.crc32(i.encode()) for i in ids]
-  numbers[:len(ids)] = samples
-  return _fold(np.uint32(seed), codes, numbers)
+def _row_keys(seed: int, samples: Sequence[_Sample], size: int) -> jax.Array:
+  return _fold(np.uint32(seed), _padded([zlib.crc32(s.id.encode()) for s in samples], size, np.uint32),
+               _padded([s.number for s in samples], size, np.uint32))
 
 
 @jax.jit
 def _fold(seed: jax.Array, codes: jax.Array, numbers: jax.Array) -> jax.Array:
-  fold = lambda code, number: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), code), number)
+  fold = lambda code, number: jax.random.key_data(
+      jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), code), number))
   return jax.vmap(fold)(codes, numbers)
 
 
@@ -211,71 +273,3 @@ def _eos_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, .
   if not all(isinstance(i, int) for i in found):
     raise UserError(f"{path}: eos_token_id={ids!r}; expected a token id or a list of them")
   return tuple(sorted(found))
-
-
-def _sample(logits: jax.Array, keys: jax.Array, step: jax.Array | int, temperatures: jax.Array, *, num_ids: int,
-            top_p: float, greedy: bool) -> jax.Array:
-  """One token for each row from float32 logits [B, V]; ids past the tokenizer's are never drawn."""
-  if num_ids < logits.shape[1]:
-    logits = jnp.where(jnp.arange(logits.shape[1]) < num_ids, logits, -jnp.inf)
-  best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  if greedy:
-    return best
-  scaled = logits / jnp.maximum(temperatures, 1e-6)[:, None]
-  if top_p < 1.0:
-    order = jnp.sort(scaled, axis=-1, descending=True)
-    probabilities = jax.nn.softmax(order, axis=-1)
-    # A token stays while the mass before it is below top_p, so the first always stays.
-    kept = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
-    floor = jnp.min(jnp.where(kept, order, jnp.inf), axis=-1, keepdims=True)
-    scaled = jnp.where(scaled >= floor, scaled, -jnp.inf)
-  step_keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
-  drawn = jax.vmap(jax.random.categorical)(step_keys, scaled).astype(jnp.int32)
-  return jnp.where(temperatures > 0, drawn, best)
-
-
-_STATIC = ("config", "eos", "num_ids", "top_p", "greedy", "dtype")
-_State = dict[str, Any]
-
-
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "new_tokens"))
-def _prefill(params: Params, pad: jax.Array, keys: jax.Array, temperatures: jax.Array, tokens: jax.Array,
-             unused: jax.Array, *, new_tokens: int, config: ModelConfig, eos: tuple[int, ...], num_ids: int,
-             top_p: float, greedy: bool, dtype: jnp.dtype) -> _State:
-  """Runs the prompts and draws the first token."""
-  batch, length = tokens.shape
-  slots = jnp.arange(length)
-  mask = (slots[None, :, None] >= slots) & (slots >= pad[:, None])[:, None, :]
-  empty = jnp.zeros((batch, config.num_kv_heads, length, config.head_dim), dtype)
-  logits, caches = bind(config, params, scan=False).with_cache(
-      tokens, positions=jnp.maximum(slots - pad[:, None], 0), mask=mask, caches=[(empty, empty)] * config.num_layers,
-      index=0, compute_dtype=dtype)
-  widen = lambda cache: jnp.pad(cache, ((0, 0), (0, 0), (0, new_tokens), (0, 0)))
-  first = _sample(logits, keys, 0, temperatures, num_ids=num_ids, top_p=top_p, greedy=greedy)
-  return {"step": jnp.int32(1), "tokens": jnp.zeros((batch, new_tokens), jnp.int32).at[:, 0].set(first),
-          "done": unused | jnp.isin(first, jnp.array(eos, jnp.int32)), "caches": jax.tree.map(widen, caches)}
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
-def _decode(params: Params, pad: jax.Array, keys: jax.Array, temperatures: jax.Array, state: _State, end: jax.Array, *,
-            config: ModelConfig, eos: tuple[int, ...], num_ids: int, top_p: float, greedy: bool, dtype: jnp.dtype,
-            ) -> _State:
-  """Draws tokens until every row is done or `end` tokens stand."""
-  model = bind(config, params, scan=False)
-  new_tokens = state["tokens"].shape[1]
-  slots = jnp.arange(state["caches"][0][0].shape[2])
-  length = slots.shape[0] - new_tokens
-
-  def body(state: _State) -> _State:
-    step = state["step"]
-    slot = length + step - 1
-    last = jax.lax.dynamic_slice_in_dim(state["tokens"], step - 1, 1, axis=1)
-    mask = ((slots <= slot) & (slots >= pad[:, None]))[:, None, :]
-    logits, caches = model.with_cache(last, positions=(slot - pad)[:, None], mask=mask, caches=state["caches"],
-                                      index=slot, compute_dtype=dtype)
-    token = _sample(logits, keys, step, temperatures, num_ids=num_ids, top_p=top_p, greedy=greedy)
-    token = jnp.where(state["done"], eos[0] if eos else 0, token)
-    return {"step": step + 1, "tokens": state["tokens"].at[:, step].set(token),
-            "done": state["done"] | jnp.isin(token, jnp.array(eos, jnp.int32)), "caches": caches}
-
-  return jax.lax.while_loop(lambda s: (s["step"] < end) & ~jnp.all(s["done"]), body, state)

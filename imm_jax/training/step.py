@@ -18,7 +18,7 @@ Metrics = dict[str, jax.Array]
 
 
 def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array], *, compute_dtype: jnp.dtype,
-                 remat: bool = False) -> tuple[jax.Array, jax.Array]:
+                 remat: str = "none") -> tuple[jax.Array, jax.Array]:
   """Sum of -log p over the learned tokens of a packed batch, and their number.
 
   Args:
@@ -26,7 +26,7 @@ def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array
     params: parameters with stacked layers.
     batch: see `packing.PackedBatches`.
     compute_dtype: dtype of activations.
-    remat: recompute activations in the backward pass.
+    remat: one of `decoder.REMAT`.
 
   Returns:
     (sum of losses, number of learned tokens), both float32 scalars.
@@ -73,7 +73,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Me
 
 
 def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation, *, compute_dtype: jnp.dtype,
-                    accumulation: int = 1, remat: bool = False,
+                    accumulation: int = 1, remat: str = "none",
                     ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
   """A jitted step (state, batch) -> (state, metrics) that donates its state.
 

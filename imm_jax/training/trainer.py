@@ -23,7 +23,7 @@ Report = Callable[[int, dict[str, float]], None]
 
 
 def train(config: ModelConfig, params: Params, batches: PackedBatches, *, schedule: optax.Schedule,
-          weight_decay: float, grad_clip: float, compute_dtype: jnp.dtype, accumulation: int, remat: bool, mesh: Mesh,
+          weight_decay: float, grad_clip: float, compute_dtype: jnp.dtype, accumulation: int, remat: str, mesh: Mesh,
           log_every: int, report: Report, label: str) -> Params:
   """Trains float32 parameters over all batches and returns them.
 
@@ -36,7 +36,7 @@ def train(config: ModelConfig, params: Params, batches: PackedBatches, *, schedu
     grad_clip: largest global norm of the gradient; 0 does not clip.
     compute_dtype: dtype of activations.
     accumulation: parts that a batch is run in.
-    remat: recompute activations in the backward pass.
+    remat: one of `decoder.REMAT`.
     mesh: devices; parameters are placed by `sharding.RULES`.
     log_every: steps between reports; the host waits for the device only then.
     report: takes the metrics of each step.
@@ -71,8 +71,3 @@ def train(config: ModelConfig, params: Params, batches: PackedBatches, *, schedu
         bar.update(len(pending))
         pending = []
   return state["params"]
-
-
-def place_params(mesh: Mesh) -> Callable[[str, np.ndarray], jax.Array]:
-  """For `hf.load`: puts every parameter where the mesh wants it."""
-  return lambda path, array: jax.device_put(array, sharding.param_sharding(mesh, path, array.shape))

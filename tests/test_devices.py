@@ -1,0 +1,123 @@
+"""Checkpoints and the sampler on one, two and eight devices; this file is also the program that runs on eight."""
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from imm_jax.model import hf, hub, safetensors, sharding
+from imm_jax.sampling import Prompt, native
+from imm_jax.sampling.native import NativeSampler
+
+CONFIG = {"model_type": "llama", "hidden_act": "silu", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
+          "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4,
+          "rms_norm_eps": 1e-5, "rope_theta": 1e4}
+DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
+CASES = [f"{dtype}-{'tied' if tied else 'untied'}" for dtype in DTYPES for tied in (True, False)]
+MESHES = {"1": (1, 1), "2": (1, 2), "8": (1, 8), "2x4": (2, 4)}
+SAMPLING = {"1": (1, 1), "4x2": (4, 2), "1x8": (1, 8)}
+PROMPTS = [Prompt(str(i), f"Tom has {i} apples and buys {i + 2} more.") for i in range(11)]
+
+
+def _mesh(data: int, fsdp: int) -> jax.sharding.Mesh:
+  return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2,
+                       devices=jax.devices()[:data * fsdp])
+
+
+def _write(folder: Path, dtype: np.dtype, tied: bool) -> None:
+  rng = np.random.default_rng(0)
+  sizes = {"model.embed_tokens.weight": (64, 32), "model.norm.weight": (32,)}
+  sizes |= {} if tied else {"lm_head.weight": (64, 32)}
+  for i in range(3):
+    sizes |= {f"model.layers.{i}.{name}.weight": size for name, size in {
+        "input_layernorm": (32,), "post_attention_layernorm": (32,), "self_attn.q_proj": (32, 32),
+        "self_attn.k_proj": (32, 32), "self_attn.v_proj": (32, 32), "self_attn.o_proj": (32, 32),
+        "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32), "mlp.down_proj": (32, 48)}.items()}
+  folder.mkdir(parents=True)
+  safetensors.write(folder / "model.safetensors", [
+      (name, dtype, size, lambda size=size: rng.normal(size=size).astype(dtype)) for name, size in sizes.items()])
+  (folder / "config.json").write_text(json.dumps({**CONFIG, "tie_word_embeddings": tied}))
+
+
+def _main(out: Path) -> None:
+  """Runs on eight devices."""
+  seen: dict[str, Any] = {"read": {}, "texts": {}, "cache": {}}
+  fill, read = hf._fill, []
+  hf._fill = lambda reader, entry, bounds, part: read.append(part.size) or fill(reader, entry, bounds, part)
+  for case in CASES:
+    dtype, tied = case.split("-")
+    _write(out / case, DTYPES[dtype], tied == "tied")
+    for name, sizes in MESHES.items():
+      read.clear()
+      _, params = hf.load(out / case, place=functools.partial(sharding.param_sharding, _mesh(*sizes)))
+      seen["read"][f"{case}/{name}"] = [sum(read), sum(leaf.size for leaf in jax.tree.leaves(params))]
+      hf.save(params, out / f"{case}-{name}", like=out / case)
+  decode, shapes = native.decode.decode, set()
+  native.decode.decode = lambda params, state, *rest, **options: (
+      shapes.add(state["caches"][0][0].addressable_shards[0].data.shape) or decode(params, state, *rest, **options))
+  for name, sizes in SAMPLING.items():
+    shapes.clear()
+    sampler = NativeSampler(hub.resolve("tiny"), compute_dtype="float32", batch_size=8, mesh=_mesh(*sizes))
+    done = sampler.generate(PROMPTS, max_new_tokens=24, num_samples=2, temperatures=(0.0, 2.0))
+    seen["texts"][name] = [[c.text for c in row] for row in done]
+    seen["cache"][name] = sorted(shapes)
+  (out / "seen.json").write_text(json.dumps(seen))
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory, run_on_devices: Callable[..., None]) -> Path:
+  folder = tmp_path_factory.mktemp("devices")
+  run_on_devices(__file__, folder)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def seen(out: Path) -> dict[str, Any]:
+  return json.loads((out / "seen.json").read_text())
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_comes_back_byte_for_byte_from_any_mesh(out: Path, case: str, mesh: str) -> None:
+  for name in ("model.safetensors", "config.json"):
+    want = safetensors.read(out / case / name) if name.endswith("safetensors") else None
+    if want is None:
+      assert (out / f"{case}-{mesh}" / name).read_bytes() == (out / case / name).read_bytes()
+      continue
+    got = safetensors.read(out / f"{case}-{mesh}" / name)
+    assert got.keys() == want.keys()
+    for tensor in want:
+      assert got[tensor].dtype == want[tensor].dtype
+      assert got[tensor].tobytes() == want[tensor].tobytes(), tensor
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_entry_is_read_once_whatever_the_mesh(seen: dict[str, Any], mesh: str) -> None:
+  for case in CASES:
+    read, size = seen["read"][f"{case}/{mesh}"]
+    assert read == size
+
+
+@pytest.mark.parametrize("mesh", ["4x2", "1x8"])
+def test_texts_do_not_depend_on_the_mesh(seen: dict[str, Any], mesh: str) -> None:
+  assert len({text for row in seen["texts"]["1"] for text in row}) > len(PROMPTS)
+  assert seen["texts"][mesh] == seen["texts"]["1"]
+
+
+def test_the_cache_is_split_like_the_model(seen: dict[str, Any]) -> None:
+  """Eight rows and two key/value heads: over both axes, or the rows alone where there are more devices than heads."""
+  whole = {tuple(shape[:2]) for shape in seen["cache"]["1"]}
+  assert whole == {(8, 2)}
+  assert {tuple(shape[:2]) for shape in seen["cache"]["4x2"]} == {(2, 1)}
+  assert {tuple(shape[:2]) for shape in seen["cache"]["1x8"]} == {(1, 2)}
+
+
+if __name__ == "__main__":
+  _main(Path(sys.argv[1]))
