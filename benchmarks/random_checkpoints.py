@@ -46,7 +46,8 @@ def make(folder: Path, shape: str, seed: int, near: Path | None = None) -> Path:
 
   folder.mkdir(parents=True)
   safetensors.write(folder / "model.safetensors", [
-      (name, np.dtype(ml_dtypes.bfloat16), size, lambda n=name, s=size: values(n, s)) for name, size in shapes.items()])
+      (name, np.dtype(ml_dtypes.bfloat16), size, lambda n=name, s=size: [values(n, s)])
+      for name, size in shapes.items()])
   (folder / "config.json").write_text(json.dumps({
       "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": hidden,
       "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,

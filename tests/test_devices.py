@@ -42,7 +42,7 @@ def _write(folder: Path, dtype: np.dtype, tied: bool) -> None:
         "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32), "mlp.down_proj": (32, 48)}.items()}
   folder.mkdir(parents=True)
   safetensors.write(folder / "model.safetensors", [
-      (name, dtype, size, lambda size=size: rng.normal(size=size).astype(dtype)) for name, size in sizes.items()])
+      (name, dtype, size, lambda size=size: [rng.normal(size=size).astype(dtype)]) for name, size in sizes.items()])
   (folder / "config.json").write_text(json.dumps({**CONFIG, "tie_word_embeddings": tied}))
 
 

@@ -254,7 +254,7 @@ _ARRAYS = {
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-  safetensors.write(path, [(name, a.dtype, a.shape, lambda a=a: a) for name, a in arrays.items()])
+  safetensors.write(path, [(name, a.dtype, a.shape, lambda a=a: [a]) for name, a in arrays.items()])
 
 
 def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
@@ -284,9 +284,10 @@ def test_written_data_is_aligned_to_eight_bytes(tmp_path: Path) -> None:
 
 
 def test_an_array_that_is_not_the_announced_one_is_not_written(tmp_path: Path) -> None:
-  for got in (np.zeros(3, np.float32), np.zeros(2, np.float64)):
-    with pytest.raises(ValueError, match="announced"):
-      safetensors.write(tmp_path / "x", [("a", np.dtype(np.float32), (2,), lambda got=got: got)])
+  for got, words in ((np.zeros(3, np.float32), "announced"), (np.zeros(2, np.float64), "announced"),
+                     (np.zeros(1, np.float32), "1 of the entries")):
+    with pytest.raises(ValueError, match=words):
+      safetensors.write(tmp_path / "x", [("a", np.dtype(np.float32), (2,), lambda got=got: [got])])
 
 
 @pytest.mark.parametrize("header", [

@@ -54,7 +54,7 @@ def write(folder: Path, tree: dict[str, np.ndarray], shards: int = 1) -> Path:
   weight_map = {}
   for i, part in enumerate(parts):
     file = "model.safetensors" if shards == 1 else f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-    safetensors.write(folder / file, [(n, tree[n].dtype, tree[n].shape, lambda n=n: tree[n]) for n in part])
+    safetensors.write(folder / file, [(n, tree[n].dtype, tree[n].shape, lambda n=n: [tree[n]]) for n in part])
     weight_map |= dict.fromkeys(part, file)
   if shards > 1:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

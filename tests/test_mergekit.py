@@ -54,7 +54,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = result[model] = root / model
     folder.mkdir()
     safetensors.write(folder / "model.safetensors", [
-        (name, BFLOAT16, x.shape, lambda x=x: x.astype(BFLOAT16)) for name, x in tree.items()])
+        (name, BFLOAT16, x.shape, lambda x=x: [x.astype(BFLOAT16)]) for name, x in tree.items()])
     (folder / "config.json").write_text(json.dumps({
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 24, "intermediate_size": 64,
         "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 50,

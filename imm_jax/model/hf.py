@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from imm_jax import files
@@ -23,7 +22,6 @@ from imm_jax.model import folder as checkpoint, safetensors
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params, unstack_layers
 from imm_jax.model.safetensors import Entry
-from imm_jax.model.writer import WeightsWriter
 
 # Names of a leaf's tensors: one, or one for each layer of a stacked leaf.
 TensorNames = str | tuple[str, ...]
@@ -77,10 +75,11 @@ def check_bytes(folder: str | Path) -> int:
     for tensor in tensors:
       entry = stored[tensor.name]
       same = (tensor.dtype, tensor.shape) == (entry.dtype, entry.shape)
-      for begin, block in _blocks(tensor) if same else ():
+      begin = 0
+      for block in _blocks(tensor) if same else ():
         want = np.empty_like(block)
         reader.read(entry, begin, want)
-        same = same and want.tobytes() == block.tobytes()
+        same, begin = same and want.tobytes() == block.tobytes(), begin + block.size
       if not same:
         raise UserError(f"{folder}: tensor {tensor.name!r} would not come back as it was read; this is a fault of "
                         "imm_jax")
@@ -142,10 +141,12 @@ def save(params: Params, folder: str | Path, *, like: str | Path | None = None, 
   folder = Path(folder)
   stored = {name: entry.dtype for name, entry in checkpoint.tensors(Path(like)).items()} if keep_dtypes and like else {}
   tensors = [t._replace(dtype=stored.get(t.name, t.dtype)) for t in _tensors(params)]
-  with WeightsWriter(folder, [(t.name, t.dtype, t.shape) for t in tensors], max_shard_bytes) as writer:
-    for tensor in tensors:
-      for begin, block in _blocks(tensor):
-        writer.write(tensor.name, begin, block)
+  folder.mkdir(parents=True, exist_ok=True)
+  shards = checkpoint.split(
+      [(t.name, t.dtype, t.shape, functools.partial(_blocks, t)) for t in tensors], max_shard_bytes)
+  for file, shard in shards:
+    safetensors.write(folder / file, shard)
+  checkpoint.write_index(folder, shards)
   if like is not None:
     checkpoint.copy_side_files(Path(like), folder)
 
@@ -172,36 +173,61 @@ def _tensors(params: Params) -> list[_Tensor]:
   return sorted(found, key=lambda tensor: checkpoint.model_order(tensor.name))
 
 
-def _blocks(tensor: _Tensor) -> Iterator[tuple[int, np.ndarray]]:
-  """(first entry, flat values) of a tensor, some rows at a time, in its dtype."""
-  rows, row = tensor.shape[0], math.prod(tensor.shape[1:])
-  step = max(1, _BLOCK // max(1, row))
-  whole = np.asarray(tensor.leaf) if _on_host(tensor) else None
-  if whole is not None and tensor.index is not None:
-    whole = whole[tensor.index]
+def _blocks(tensor: _Tensor) -> Iterator[np.ndarray]:
+  """Some rows of a tensor at a time, C-contiguous and in its dtype; put together from the devices' parts."""
+  rows = tensor.shape[0]
+  step = max(1, _BLOCK // max(1, math.prod(tensor.shape[1:])))
+  parts = _parts(tensor.leaf)
   for begin in range(0, rows, step):
-    if whole is not None:
-      block = whole[begin:begin + step].astype(tensor.dtype, copy=False)
-    else:
-      block = np.asarray(_cut(tensor.leaf, tensor.index or 0, begin, stacked=tensor.index is not None,
-                              count=min(step, rows - begin), dtype=tensor.dtype))
-    yield begin * row, np.ascontiguousarray(block).reshape(-1)
+    end = min(begin + step, rows)
+    block = None
+    for bounds, data in parts:
+      index = None
+      if tensor.index is not None:
+        (first, last), *bounds = bounds
+        if not first <= tensor.index < last:
+          continue
+        index = tensor.index - first
+      low, high = max(begin, bounds[0][0]), min(end, bounds[0][1])
+      if low >= high:
+        continue
+      piece = _cut(data, index, low - bounds[0][0], high - low, tensor.dtype)
+      if piece.shape == (end - begin, *tensor.shape[1:]):
+        block = piece
+        break
+      block = np.empty((end - begin, *tensor.shape[1:]), tensor.dtype) if block is None else block
+      block[(slice(low - begin, high - begin), *(slice(*b) for b in bounds[1:]))] = piece
+    yield np.ascontiguousarray(block)
 
 
-def _on_host(tensor: _Tensor) -> bool:
-  """Whether the leaf is in this process's memory as one piece, in the dtype to write."""
-  leaf = tensor.leaf
+def _parts(leaf: Any) -> list[tuple[list[tuple[int, int]], Any]]:
+  """(begin, end) on each axis and data of every part of an array, once where devices hold the same."""
   if not isinstance(leaf, jax.Array):
-    return True
-  return leaf.dtype == tensor.dtype and len(leaf.devices()) == 1 and next(iter(leaf.devices())).platform == "cpu"
+    return [([(0, size) for size in leaf.shape], leaf)]
+  if not leaf.is_fully_addressable:
+    raise ValueError("some of the parameters lie on other hosts")
+  found = {}
+  for shard in leaf.addressable_shards:
+    bounds = tuple(axis.indices(size)[:2] for axis, size in zip(shard.index, leaf.shape, strict=True))
+    found.setdefault(bounds, shard.data)
+  return [(list(bounds), data) for bounds, data in found.items()]
+
+
+def _cut(data: Any, index: int | None, begin: int, count: int, dtype: np.dtype) -> np.ndarray:
+  """Rows of one device's part, or of a layer of it, in this dtype and in this process's memory."""
+  if isinstance(data, jax.Array):
+    if data.dtype != dtype or next(iter(data.devices())).platform != "cpu":
+      return np.asarray(_cut_on_device(data, index or 0, begin, stacked=index is not None, count=count, dtype=dtype))
+    data = np.asarray(data)  # no copy
+  rows = data if index is None else data[index]
+  return rows[begin:begin + count].astype(dtype, copy=False)
 
 
 @functools.partial(jax.jit, static_argnames=("stacked", "count", "dtype"))
-def _cut(leaf: jax.Array, index: jax.Array | int, begin: jax.Array | int, *, stacked: bool, count: int,
-         dtype: np.dtype) -> jax.Array:
-  if stacked:
-    leaf = jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
-  return jax.lax.dynamic_slice_in_dim(leaf, begin, count).astype(dtype)
+def _cut_on_device(data: jax.Array, index: jax.Array | int, begin: jax.Array | int, *, stacked: bool, count: int,
+                   dtype: np.dtype) -> jax.Array:
+  rows = jax.lax.dynamic_index_in_dim(data, index, keepdims=False) if stacked else data
+  return jax.lax.dynamic_slice_in_dim(rows, begin, count).astype(dtype)
 
 
 def _read_part(reader: safetensors.Reader, pool: ThreadPoolExecutor, entries: Entry | list[Entry],
@@ -209,8 +235,7 @@ def _read_part(reader: safetensors.Reader, pool: ThreadPoolExecutor, entries: En
   """The part of a parameter within these bounds (begin, end) on each axis, in an array of its own."""
   stacked = isinstance(entries, list)
   layers, inner = (entries[slice(*bounds[0])], bounds[1:]) if stacked else ([entries], bounds)
-  # What becomes wider is written to every second word, see `_convert`.
-  out = safetensors.aligned(tuple(end - begin for begin, end in bounds), dtype, zero=dtype.itemsize == 4)
+  out = safetensors.aligned(tuple(end - begin for begin, end in bounds), dtype)
   jobs = []
   for layer, target in zip(layers, out if stacked else [out], strict=True):
     step = max(1, _BLOCK // max(1, math.prod(target.shape[1:])))
@@ -229,18 +254,10 @@ def _fill(reader: safetensors.Reader, entry: Entry, bounds: tuple[tuple[int, int
     whole = out if out.dtype == entry.dtype else np.empty(out.shape, entry.dtype)
     reader.read(entry, begin * math.prod(entry.shape[1:]), whole)
     if whole is not out:
-      _convert(whole, out)
+      np.copyto(out, whole, casting="unsafe")
   else:  # pieces of rows: the map touches only these
     mapped = np.memmap(entry.path, np.uint8, "r", entry.offset, entry.size * entry.dtype.itemsize)
-    _convert(mapped.view(entry.dtype).reshape(entry.shape)[tuple(slice(*b) for b in bounds)], out)
-
-
-def _convert(values: np.ndarray, out: np.ndarray) -> None:
-  """Fills `out`, which is zero where it is wider, with the values in its dtype."""
-  if values.dtype == ml_dtypes.bfloat16 and out.dtype == np.float32:
-    out.view(np.uint16)[..., 1::2] = values.view(np.uint16)  # a bfloat16 is the upper half of a float32
-  else:
-    np.copyto(out, values, casting="unsafe")
+    np.copyto(out, mapped.view(entry.dtype).reshape(entry.shape)[tuple(slice(*b) for b in bounds)], casting="unsafe")
 
 
 def _open(folder: Path) -> tuple[ModelConfig, dict[str, Entry]]:

@@ -4,6 +4,7 @@ Reading maps the file and hands out views, so that only what is used is read; wr
 Both check what they are given: a damaged file is an error that names it, never a wrong number.
 """
 
+import io
 import json
 import math
 import os
@@ -133,10 +134,10 @@ class Reader:
       view, offset = view[count:], offset + count
 
 
-def aligned(shape: tuple[int, ...], dtype: np.dtype, *, zero: bool = False) -> np.ndarray:
-  """An array with anything in it, or zeros, at an address that XLA on CPU uses in place."""
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """An array with anything in it, at an address that XLA on CPU uses in place."""
   size = math.prod(shape) * dtype.itemsize
-  raw = (np.zeros if zero else np.empty)(size + _ALIGNMENT, np.uint8)
+  raw = np.empty(size + _ALIGNMENT, np.uint8)
   start = -raw.ctypes.data % _ALIGNMENT
   return raw[start:start + size].view(dtype).reshape(shape)
 
@@ -155,21 +156,33 @@ def header(tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> tuple[by
       name: start + d["data_offsets"][0] for name, d in described.items() if name != "__metadata__"}
 
 
-def write(path: Path, tensors: Iterable[tuple[str, np.dtype, tuple[int, ...], Callable[[], np.ndarray]]]) -> None:
-  """Streams tensors into a new file.
+def write(path: Path, tensors: Iterable[tuple[str, np.dtype, tuple[int, ...], Callable[[], Iterable[np.ndarray]]]],
+          ) -> None:
+  """Streams tensors into a new file, block by block.
 
   Args:
     path: the file.
-    tensors: name, dtype, shape, and a function that returns the array; each is called once, in order.
+    tensors: name, dtype, shape, and a function that gives the tensor's entries in order, in arrays of any shape; each
+      is called once, in order.
   """
   tensors = list(tensors)
-  with path.open("wb") as f:
-    f.write(header(tensor[:3] for tensor in tensors)[0])
-    for name, dtype, shape, get in tensors:
-      array = np.asarray(get(), order="C")
-      if array.dtype != dtype or array.shape != shape:
-        raise ValueError(f"{name}: got {array.dtype}{array.shape}, announced {dtype}{shape}")
-      f.write(array.reshape(-1).view(np.uint8).data)
+  with path.open("wb", buffering=0) as f:
+    _write_all(f, header(tensor[:3] for tensor in tensors)[0])
+    for name, dtype, shape, blocks in tensors:
+      missing = math.prod(shape)
+      for block in blocks():
+        missing -= block.size
+        if block.dtype != dtype or missing < 0:
+          raise ValueError(f"{name}: got {block.size} entries of {block.dtype}, announced {dtype}{shape}")
+        _write_all(f, np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+      if missing:
+        raise ValueError(f"{name}: {missing} of the entries of {dtype}{shape} are missing")
+
+
+def _write_all(file: io.RawIOBase, data: bytes | memoryview) -> None:
+  view = memoryview(data)
+  while view:
+    view = view[file.write(view):]
 
 
 def _sizes(values: object) -> tuple[int, ...]:

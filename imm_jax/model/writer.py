@@ -31,11 +31,11 @@ class WeightsWriter:
     """Makes the folder, its files with their headers, and the index.
 
     Args:
-      folder: made here where it is not there; it has no weights.
+      folder: made here.
       tensors: name, dtype and shape, in the order of the files.
       max_shard_bytes: see `folder.split`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
     shards = checkpoint.split(tensors, max_shard_bytes)
     checkpoint.write_index(folder, shards)
     self._places: dict[str, tuple[_File, int, np.dtype]] = {}
