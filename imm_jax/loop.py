@@ -98,7 +98,7 @@ def _check(config: ml_collections.ConfigDict) -> tuple[Path, ModelConfig]:
   """The base model's folder and config; what cannot work ends the run before anything is spent."""
   base = hub.resolve(config.model)
   model = hf.check(base)
-  load_tokenizer(base)
+  load_tokenizer(base, rows=model.vocab_size)
   sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
   return base, model
 

@@ -24,10 +24,11 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, devices: int
   state = 16 * count / fsdp
   width = _BYTES[config.sample.compute_dtype]
   cache = (2 * model.num_layers * model.num_kv_heads * model.head_dim * width
-           * config.sample.batch_size * (512 + config.sample.max_new_tokens))
+           * config.sample.batch_size * (512 + config.sample.max_new_tokens)) / devices
   checkpoints = config.rounds * (2 if config.method == "imm" else 1)
-  return (f"{count:,} parameters; SFT state {_size(state)} a device; sampling weights {_size(width * count)} and cache "
-          f"{_size(cache)} (prompts of 512 tokens); {checkpoints} checkpoints of {_size(2 * count)} in bfloat16")
+  return (f"{count:,} parameters; on each device SFT state {_size(state)}, sampling weights "
+          f"{_size(width * count / fsdp)} and cache {_size(cache)} (prompts of 512 tokens); {checkpoints} checkpoints "
+          f"of {_size(2 * count)} in bfloat16")
 
 
 def _size(num_bytes: float) -> str:

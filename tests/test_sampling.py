@@ -272,7 +272,8 @@ def test_arguments_out_of_range_are_errors(sampler: native.NativeSampler, option
     sampler.generate(SHORT, **{"max_new_tokens": 4, **options})
 
 
-@pytest.mark.parametrize("kind", ["qwen2-untied", "llama2", "llama3.1", "qwen3"])
+@pytest.mark.parametrize("kind", [
+    "qwen2-tied", "qwen2-untied", "qwen2.5-math", "llama", "llama2", "llama3", "llama3.1", "qwen3"])
 def test_greedy_tokens_of_every_family_equal_transformers(
     checkpoint: Callable, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
   """128 tokens from prompts of several lengths, in one batch and alone; the embedding has rows that are no tokens."""

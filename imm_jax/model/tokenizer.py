@@ -10,11 +10,15 @@ if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
+def load_tokenizer(folder: str | Path, *, rows: int | None = None) -> "PreTrainedTokenizerBase":
   """The tokenizer of an HF checkpoint folder.
 
+  Args:
+    folder: holds tokenizer.json, tokenizer.model or vocab.json.
+    rows: of the model's embedding; it may have more than the tokenizer has ids, but not fewer.
+
   Raises:
-    UserError: when the folder holds none that can be loaded, or it has no end-of-text token.
+    UserError: when the folder holds none that can be loaded, it has no end-of-text token, or more ids than `rows`.
   """
   # At import transformers advises to install torch, which nothing here uses.
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -28,4 +32,7 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     raise UserError(f"{folder}: its tokenizer cannot be loaded ({str(e).partition(chr(10))[0]})") from e
   if tokenizer.eos_token_id is None:
     raise UserError(f"{folder}: its tokenizer has no end-of-text token; set eos_token in tokenizer_config.json")
+  if rows is not None and len(tokenizer) > rows:
+    raise UserError(f"{folder}: the tokenizer has {len(tokenizer)} ids, the embedding only {rows} rows; is it this "
+                    "model's tokenizer?")
   return tokenizer

@@ -35,8 +35,8 @@ _MIN_PROMPT_BUCKET = 64
 _REFILL_SHARE = 8
 # Tokens that prompts are run in at once; what more would gain is small, what it would hold is not.
 _PREFILL_TOKENS = 8192
-# The cache grows by this share of itself as samples grow.
-_GROWTH = 0.5
+# The cache doubles as samples grow, or grows by this many slots: few sizes, for each is compiled.
+_MIN_GROWTH = 256
 
 
 class NativeSampler:
@@ -56,13 +56,10 @@ class NativeSampler:
       raise ValueError(f"batch_size={batch_size}: expected 1 or more")
     self._dtype = jnp.dtype(compute_dtype)
     self._batch_size = batch_size
-    self.tokenizer = load_tokenizer(folder)
     self._mesh = mesh if mesh is not None and mesh.size > 1 else None
     place = functools.partial(sharding.param_sharding, mesh) if self._mesh else None
+    self.tokenizer = load_tokenizer(folder, rows=hf.read_config(folder).vocab_size)  # fails before weights are read
     self._config, self._params = hf.load(folder, dtype=self._dtype, place=place, stacked=False)
-    if len(self.tokenizer) > self._config.vocab_size:
-      raise UserError(f"{folder}: the tokenizer has {len(self.tokenizer)} ids, the embedding only "
-                      f"{self._config.vocab_size} rows")
     self._eos = _eos_ids(Path(folder), self.tokenizer)
 
   def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int, num_samples: int = 1,
@@ -137,7 +134,7 @@ class NativeSampler:
         return
       used = int(np.asarray(state["used"]).max(initial=0, where=~np.asarray(state["done"])))
       if used >= slots:
-        slots = min(longest, max(slots + _MIN_PROMPT_BUCKET, round(slots * (1 + _GROWTH))))
+        slots = min(longest, slots + max(slots, _MIN_GROWTH))
         state = decode.grow(state, slots)
       steps = min(slots - used, _STOP_CHECK_EVERY if stop else max_new_tokens)
       state = decode.decode(self._params, state, np.int32(steps), np.int32(refill if queue else rows), static=static)
