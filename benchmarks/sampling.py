@@ -1,14 +1,16 @@
 """The native sampler beside transformers' `generate`, in one interleaved run on the same cores.
 
-    taskset -c 0,1 python benchmarks/sampling.py --workdir=/tmp/sampling-benchmark --shape=small
+    python benchmarks/sampling.py --workdir=/tmp/sampling-benchmark --shape=small --cores=2
 
 Two workloads on a random checkpoint with a tokenizer: `equal` (prompts of 128 tokens, greedy, exactly
-128 new ones, batches of 32) and `ragged` (512 prompts of 32 to 128 tokens, temperature 1, answers that end after 64
-tokens on average and 256 at most). Each runs in a process of its own, once to warm up (compilation) and once for the
-clock. Prints a Markdown table; for `equal` in float32 also how many texts are equal.
+128 new ones, batches of 32) and `ragged` (512 prompts of 32 to 128 tokens, temperature 1, one token in 64 ends an
+answer, 256 tokens at most; `generate` takes the prompts in batches, in the order given). Each runs in a process of its
+own, once with other prompts to warm up (compilation) and once for the clock. Prints a Markdown table; for `equal` in
+float32 also how many texts are equal.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,6 +27,7 @@ _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Compute dtypes."
 _BATCH = flags.DEFINE_integer("batch_size", 32, "Rows at once.")
 _ONLY = flags.DEFINE_list("workloads", ["equal", "ragged"], "Which to run.")
 _PEER = flags.DEFINE_bool("transformers", True, "Run transformers too.")
+_CORES = flags.DEFINE_integer("cores", 2, "Every process is pinned to this many cores.", lower_bound=1)
 _CHILD = flags.DEFINE_string("child", None, "Internal: workload,dtype,program.")
 END = "<|endoftext|>"
 NEW, PROMPT, MOST, MEAN, RAGGED = 128, 128, 256, 64, 512
@@ -50,17 +53,17 @@ def make(folder: Path) -> None:
                                 ).save_pretrained(folder)
 
 
-def workload(name: str, folder: Path) -> tuple[list[str], list[int]]:
-  """Prompts of known numbers of tokens, and the ids that end an answer."""
+def workload(name: str, folder: Path, seed: int) -> tuple[list[str], list[int]]:
+  """Prompts of known numbers of tokens, and the ids that end an answer, which are the same for every seed."""
   tokenizer = transformers_tokenizer(folder)
   vocab = len(tokenizer)
-  rng = np.random.default_rng(0)
+  ends = sorted(np.random.default_rng(0).choice(vocab, vocab // MEAN, replace=False).tolist())
+  rng = np.random.default_rng(seed)
   words = sorted(word for word in tokenizer.get_vocab() if len(word) == 4)  # a space and three letters
   text = lambda count: "".join(words[i].replace("\u0120", " ") for i in rng.integers(0, len(words), count))
   if name == "equal":
     return [text(PROMPT) for _ in range(_BATCH.value)], []
-  return ([text(count) for count in rng.integers(32, PROMPT + 1, RAGGED)],
-          sorted(rng.choice(vocab, vocab // MEAN, replace=False).tolist()))
+  return [text(count) for count in rng.integers(32, PROMPT + 1, RAGGED)], ends
 
 
 def transformers_tokenizer(folder: Path):
@@ -75,13 +78,13 @@ def ours(name: str, dtype: str, folder: Path) -> dict:
   from imm_jax.sampling import Prompt
   from imm_jax.sampling.native import NativeSampler
 
-  prompts, ends = workload(name, folder)
+  _, ends = workload(name, folder, 0)
   (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends or None}))
   sampler = NativeSampler(folder, compute_dtype=dtype, batch_size=_BATCH.value)
-  asked = [Prompt(str(i), p) for i, p in enumerate(prompts)]
   options = {"max_new_tokens": NEW} if name == "equal" else {"max_new_tokens": MOST, "temperatures": (1.0,)}
   seconds = []
-  for _ in range(2):
+  for seed in (1, 0):
+    asked = [Prompt(f"{seed}/{i}", p) for i, p in enumerate(workload(name, folder, seed)[0])]
     started = time.perf_counter()
     done = [c for c, in sampler.generate(asked, **options)]
     seconds.append(time.perf_counter() - started)
@@ -93,7 +96,7 @@ def theirs(name: str, dtype: str, folder: Path) -> dict:
   import torch
   import transformers
 
-  prompts, ends = workload(name, folder)
+  prompts, ends = workload(name, folder, 0)
   (folder / "generation_config.json").unlink(missing_ok=True)
   tokenizer = transformers_tokenizer(folder)
   model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
@@ -123,14 +126,15 @@ def theirs(name: str, dtype: str, folder: Path) -> dict:
 
 def main(_: list[str]) -> None:
   folder = Path(_WORKDIR.value) / _SHAPE.value
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:_CORES.value])  # and all children
   if _CHILD.value:
     name, dtype, program = _CHILD.value.split(",")
     print(json.dumps({"imm_jax": ours, "transformers": theirs}[program](name, dtype, folder)))
     return
   make(folder)
   programs = ["imm_jax"] + ["transformers"] * _PEER.value
-  print(f"{_SHAPE.value}, batches of {_BATCH.value}\n\n| workload | dtype | program | tokens | s | tokens/s | first s "
-        "| this / transformers |\n|---|---|---|---|---|---|---|---|")
+  print(f"{_SHAPE.value}, batches of {_BATCH.value}\n\n| workload | dtype | program | tokens | tokens an answer | s "
+        "| tokens/s | warm-up s | this / transformers |\n|---|---|---|---|---|---|---|---|---|")
   for name in _ONLY.value:
     for dtype in _DTYPES.value:
       best: dict[str, dict] = {}
@@ -144,11 +148,12 @@ def main(_: list[str]) -> None:
       rates = {program: run["count"] / run["seconds"][1] for program, run in best.items()}
       for program, run in best.items():
         ratio = f"{rates[program] / rates['transformers']:.2f}" if program == "imm_jax" and _PEER.value else ""
-        print(f"| {name} | {dtype} | {program} | {run['count']} | {run['seconds'][1]:.2f} | {rates[program]:.0f} | "
+        print(f"| {name} | {dtype} | {program} | {run['count']} | "
+              f"{run['count'] / len(run['texts']):.0f} | {run['seconds'][1]:.2f} | {rates[program]:.0f} | "
               f"{run['seconds'][0]:.1f} | {ratio} |", flush=True)
       if name == "equal" and dtype == "float32" and _PEER.value:
         same = [a == b for a, b in zip(best["imm_jax"]["texts"], best["transformers"]["texts"], strict=True)]
-        print(f"| {name} | {dtype} | equal texts | {sum(same)} of {len(same)} | | | | |", flush=True)
+        print(f"| {name} | {dtype} | equal texts | {sum(same)} of {len(same)} | | | | | |", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
     python -m imm_jax.convert --verify=HF_FOLDER
 
 DIR holds the parameters (`params/`, orbax, layers stacked) and the files beside them (`hf/`: config, tokenizer).
-`--verify`
-reads every tensor and compares what would be written with the file, byte for byte; where torch is installed it also
-compares the logits of random tokens in float32 with those of transformers.
+`--verify` reads every tensor and compares what would be written with the file, byte for byte; where torch is installed
+it also compares the logits of random tokens in float32 with those of transformers. All of it runs on the CPU, where a
+model that no single accelerator holds has room.
 """
 
 import importlib.util
@@ -55,7 +55,7 @@ def to_orbax(source: Path, out: Path) -> None:
   """Writes the parameters of an HF folder with orbax, and the files beside them."""
   import orbax.checkpoint as ocp
 
-  _, params = hf.load(source)
+  _, params = hf.load(source, place=_on_host)
   with files.committed(out) as temporary:
     (temporary / "hf").mkdir(parents=True)
     folder.copy_side_files(source, temporary / "hf")
@@ -74,7 +74,8 @@ def from_orbax(source: Path, out: Path) -> None:
     try:
       # Compared before anything is read: a restore that breaks off leaves threads and coroutines behind.
       metadata = checkpointer.metadata((source / "params").absolute()).item_metadata
-      stored = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype), dict(metadata))
+      stored = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=_on_host()),
+                            dict(metadata))
       expected = jax.tree.map(lambda leaf: tuple(leaf.shape), abstract_params(config))
       found = jax.tree.map(lambda leaf: tuple(leaf.shape), stored)
       if found != expected:
@@ -92,7 +93,7 @@ def compare_logits(source: Path) -> Comparison:
   import torch
   import transformers
 
-  config, params = hf.load(source, dtype=jnp.float32)
+  config, params = hf.load(source, dtype=jnp.float32, place=_on_host)
   tokens = np.random.default_rng(0).integers(0, config.vocab_size, (_ROWS, _LENGTH), np.int32)
   model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False).eval()
   with torch.no_grad():
@@ -111,8 +112,10 @@ def compare_logits(source: Path) -> Comparison:
 
 def verify(source: Path) -> None:
   """Prints what the checks found; raises UserError when one fails."""
-  count = hf.check_bytes(source)
-  print(f"{source}: {count} tensors come back byte for byte")
+  checked = hf.check_bytes(source)
+  print(f"{source}: {checked.count} tensors come back byte for byte")
+  if checked.left_out:
+    print(f"not written, since they follow from the rest: {', '.join(checked.left_out)}")
   if importlib.util.find_spec("torch") is None:
     print("torch is not installed, so logits were not compared with transformers")
     return
@@ -122,6 +125,13 @@ def verify(source: Path) -> None:
         f"nats, same most likely token {found.agreement:.2%}")
   if not found.max_error <= _TOLERANCE:
     raise UserError(f"{source}: the logits differ from transformers' by more than {_TOLERANCE:.0e} of their scale")
+
+
+def _on_host(*_: object) -> jax.sharding.Sharding:
+  try:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+  except RuntimeError:  # the user has switched that backend off
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def main() -> None:

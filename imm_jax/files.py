@@ -109,7 +109,7 @@ def read_json(path: Path) -> dict[str, Any]:
     value = json.loads(path.read_text(encoding="utf-8"))
   except OSError as e:
     raise UserError(f"{path}: cannot be read ({e.strerror})") from e
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise UserError(f"{path}: is not JSON ({e})") from e
   if not isinstance(value, dict):
     raise UserError(f"{path}: expected a JSON object")

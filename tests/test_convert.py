@@ -52,12 +52,26 @@ def test_verify_finds_arithmetic_that_differs(checkpoint, monkeypatch: pytest.Mo
 
 def test_check_bytes_finds_a_tensor_that_comes_back_otherwise(checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
   _, source = checkpoint("qwen2-tied")
-  assert hf.check_bytes(source) == len(safetensors.read(source / "model.safetensors"))
-  load = hf.load
-  monkeypatch.setattr(hf, "load", lambda folder: (load(folder)[0], {
-      **load(folder)[1], "norm": {"weight": np.nextafter(load(folder)[1]["norm"]["weight"], 9)}}))
-  with pytest.raises(UserError, match=r"model\.norm\.weight"):
+  assert hf.check_bytes(source) == (len(safetensors.read(source / "model.safetensors")), [])
+  fill = hf._fill
+
+  def wrong(reader, entry, bounds, out):
+    fill(reader, entry, bounds, out)
+    if out.shape == (24, 48):  # a key projection, or a value's
+      out[-1, -1] = np.nextafter(out[-1, -1], 9)
+
+  monkeypatch.setattr(hf, "_fill", wrong)
+  with pytest.raises(UserError, match=r"k_proj\.weight' would not come back"):
     hf.check_bytes(source)
+
+
+def test_what_follows_from_the_rest_is_named_as_left_out(checkpoint, capsys: pytest.CaptureFixture[str]) -> None:
+  _, source = checkpoint("qwen2-tied")
+  tensors = {name: np.array(x) for name, x in safetensors.read(source / "model.safetensors").items()}
+  tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+  safetensors.write(source / "model.safetensors", [(n, x.dtype, x.shape, lambda x=x: [x]) for n, x in tensors.items()])
+  convert.verify(source)
+  assert "not written, since they follow from the rest: lm_head.weight" in capsys.readouterr().out
 
 
 def test_what_is_no_orbax_checkpoint_is_named(tmp_path: Path) -> None:

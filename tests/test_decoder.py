@@ -185,6 +185,12 @@ def test_remat_recomputes_and_gives_the_same_gradients() -> None:
     ({"attention_bias": True}, "attention_bias"),
     ({"mlp_bias": True}, "mlp_bias"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    ({"is_causal": False}, "is_causal=False"),
+    ({"rope_theta": float("inf")}, "rope_theta=inf"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false'"),
+    ({"num_hidden_layers": 10**11}, "num_hidden_layers"),
+    ({"num_hidden_layers": 10**5}, "num_hidden_layers=100000"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_options_that_change_the_arithmetic_are_refused_by_name(change: dict[str, Any], named: str) -> None:
   with pytest.raises(UserError) as error:

@@ -44,6 +44,11 @@ def _write(folder: Path, dtype: np.dtype, tied: bool) -> None:
   safetensors.write(folder / "model.safetensors", [
       (name, dtype, size, lambda size=size: [rng.normal(size=size).astype(dtype)]) for name, size in sizes.items()])
   (folder / "config.json").write_text(json.dumps({**CONFIG, "tie_word_embeddings": tied}))
+  (folder / "tokenizer.json").write_text("{}\r\n")
+
+
+def _stored(folder: Path) -> dict[str, np.ndarray]:
+  return {name: x for file in folder.glob("*.safetensors") for name, x in safetensors.read(file).items()}
 
 
 def _main(out: Path) -> None:
@@ -58,7 +63,12 @@ def _main(out: Path) -> None:
       read.clear()
       _, params = hf.load(out / case, place=functools.partial(sharding.param_sharding, _mesh(*sizes)))
       seen["read"][f"{case}/{name}"] = [sum(read), sum(leaf.size for leaf in jax.tree.leaves(params))]
-      hf.save(params, out / f"{case}-{name}", like=out / case)
+      hf.save(params, out / f"{case}-{name}", like=out / case, max_shard_bytes=8000 if name == "8" else 10**9)
+      # As after training: float32 in memory, written as it was stored.
+      if dtype != "float16" and name != "1":
+        place = functools.partial(sharding.param_sharding, _mesh(*sizes))
+        _, params = hf.load(out / case, dtype=np.float32, place=place)
+        hf.save(params, out / f"{case}-{name}-trained", like=out / case, keep_dtypes=True)
   decode, shapes = native.decode.decode, set()
   native.decode.decode = lambda params, state, *rest, **options: (
       shapes.add(state["caches"][0][0].addressable_shards[0].data.shape) or decode(params, state, *rest, **options))
@@ -86,16 +96,18 @@ def seen(out: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("case", CASES)
 def test_a_checkpoint_comes_back_byte_for_byte_from_any_mesh(out: Path, case: str, mesh: str) -> None:
-  for name in ("model.safetensors", "config.json"):
-    want = safetensors.read(out / case / name) if name.endswith("safetensors") else None
-    if want is None:
-      assert (out / f"{case}-{mesh}" / name).read_bytes() == (out / case / name).read_bytes()
-      continue
-    got = safetensors.read(out / f"{case}-{mesh}" / name)
+  saved = [out / f"{case}-{mesh}", *out.glob(f"{case}-{mesh}-trained")]
+  assert len(saved) == 1 + (mesh != "1" and not case.startswith("float16"))
+  want = _stored(out / case)
+  for folder in saved:
+    for name in ("config.json", "tokenizer.json"):
+      assert (folder / name).read_bytes() == (out / case / name).read_bytes()
+    got = _stored(folder)
     assert got.keys() == want.keys()
     for tensor in want:
       assert got[tensor].dtype == want[tensor].dtype
       assert got[tensor].tobytes() == want[tensor].tobytes(), tensor
+  assert (len(list(saved[0].glob("*.safetensors"))) > 3) == (mesh == "8")
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -172,8 +172,11 @@ def test_missing_files_are_named(checkpoint, tmp_path: Path) -> None:
     (lambda t: t.update({UP1: t[UP1].T.copy()}), [UP1, "(48, 80)", "(80, 48)"]),
     (lambda t: t.update({UP1: t[UP1][0]}), [UP1, "(48,)", "(80, 48)"]),
     (lambda t: t.update({Q0: t[Q0].astype(np.int32)}), [Q0, "int32"]),
+    (lambda t: t.update({Q0: t[Q0].astype(np.float64)}), [Q0, "float64", "float32"]),
+    (lambda t: t.update({UP1: t[UP1].astype(np.float16)}), [UP1, "float16", "one dtype for all layers"]),
     (lambda t: (t.pop(Q0), t.pop("lm_head.weight")), [f"missing {Q0}", "missing lm_head.weight"]),
-], ids=["missing", "unknown", "transposed", "too-few-axes", "integers", "all-problems"])
+], ids=["missing", "unknown", "transposed", "too-few-axes", "integers", "float64",
+        "mixed-dtypes", "all-problems"])
 def test_tensors_that_do_not_fit_the_config_are_named(
     checkpoint, change: Callable[[dict[str, np.ndarray]], Any], words: list[str]) -> None:
   _, folder = checkpoint("llama")

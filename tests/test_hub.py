@@ -32,6 +32,9 @@ def test_a_hub_id_is_downloaded_without_pickles(tmp_path: Path, monkeypatch: pyt
   asked = {}
   monkeypatch.setattr(huggingface_hub, "snapshot_download",
                       lambda model, **options: asked.update(model=model, **options) or str(tmp_path))
+  with pytest.raises(UserError, match=f"{ID}: has no safetensors on the hub"):
+    hub.resolve(ID)
+  (tmp_path / "model-00001-of-00002.safetensors").touch()
   assert hub.resolve(ID) == tmp_path
   assert asked["model"] == ID
   assert {"config.json", "tokenizer.json", "model.safetensors.index.json", "*.safetensors"} <= set(
@@ -44,6 +47,8 @@ def test_a_hub_id_is_downloaded_without_pickles(tmp_path: Path, monkeypatch: pyt
     (_http(errors.RepositoryNotFoundError), "no such folder, and no such model on the hub"),
     (_http(errors.HfHubHTTPError), f"`hf download {ID} --local-dir=DIR`"),
     (errors.LocalEntryNotFoundError("no network\nmore"), "the hub cannot be reached (no network); try again"),
+    (ConnectionResetError("peer closed\nmore"), "the hub cannot be reached (peer closed)"),
+    (type("RemoteProtocolError", (Exception,), {})("incomplete body"), "the hub cannot be reached (incomplete body)"),
     (OSError(28, "No space left on device"), "No space left on device")])
 def test_what_the_hub_refuses_is_one_line(error: Exception, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
   def refuse(*_, **__):

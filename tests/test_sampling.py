@@ -185,7 +185,7 @@ def test_ids_that_the_tokenizer_does_not_have_are_never_sampled(tmp_path: Path, 
 
 def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(tmp_path: Path) -> None:
   folder = _resized(tmp_path / "cut", lambda weight: weight[:500])
-  with pytest.raises(UserError, match=r"\d+ ids.*500 rows"):
+  with pytest.raises(UserError, match=r"ids up to \d+.*500 rows"):
     native.NativeSampler(folder, compute_dtype="float32")
 
 
@@ -194,14 +194,15 @@ LOGITS = np.array([1.3, -0.4, 2.1, 0.2, 1.1, -1.5, 4.0, 3.0], np.float32)
 NUM_IDS, DRAWS = 6, 20_000
 
 
-_sample = jax.jit(decode.sample, static_argnames=("num_ids", "top_p", "greedy"))
+_sample = jax.jit(decode.sample, static_argnames=("top_p", "greedy"))
 
 
 def _drawn(temperature: float, top_p: float, step: int = 0, *, greedy: bool = False) -> np.ndarray:
   """The ids that as many rows of equal logits draw."""
   keys = jax.random.key_data(jax.random.split(jax.random.key(0), DRAWS))
   return np.asarray(_sample(np.tile(LOGITS, (DRAWS, 1)), keys, np.full(DRAWS, step, np.int32),
-                            np.full(DRAWS, temperature, np.float32), num_ids=NUM_IDS, top_p=top_p, greedy=greedy))
+                            np.full(DRAWS, temperature, np.float32), np.arange(len(LOGITS)) < NUM_IDS, top_p=top_p,
+                            greedy=greedy))
 
 
 def _probabilities(temperature: float, top_p: float) -> np.ndarray:
@@ -238,13 +239,15 @@ def test_a_draw_is_where_its_share_of_the_mass_ends_and_never_without_mass(size:
   weights[:8, 0] = 1e-30
   # Both ends too: zero, and the greatest float below one.
   uniform = np.concatenate([np.tile(np.array([0, np.nextafter(np.float32(1), 0)], np.float32), 16), rng.random(32)])
-  drawn = np.asarray(jax.jit(decode._inverse)(weights, uniform.astype(np.float32)))
+  drawn = np.asarray(jax.jit(decode._draw)(weights, uniform.astype(np.float32)))
   rows = np.arange(64)
   assert (weights[rows, drawn] > 0).all()
   ends = np.cumsum(weights.astype(np.float64), axis=1)
   target, slack = uniform * ends[:, -1], 1e-5 * ends[:, -1]
   assert (target <= ends[rows, drawn] + slack).all()
   assert (target >= ends[rows, drawn] - weights[rows, drawn] - slack).all()
+  both = np.stack([uniform, uniform[::-1]], axis=1).astype(np.float32)
+  assert (weights[rows, np.asarray(jax.jit(decode._inverse)(weights, both))] > 0).all()
 
 
 def test_each_token_of_a_sample_is_drawn_afresh() -> None:
@@ -257,11 +260,42 @@ def test_temperature_0_takes_the_likeliest_id_of_the_tokenizer(greedy: bool) -> 
   assert set(_drawn(0.0, 0.6, greedy=greedy).tolist()) == {2}
 
 
-def test_a_special_token_stops_a_sample_as_a_token(sampler: native.NativeSampler) -> None:
-  """The instruction header never shows in a decoded text where it is special."""
-  end = sampler.tokenizer.eos_token
-  with_stop = sampler.generate(SHORT, max_new_tokens=NEW_TOKENS, stop=(end,))
-  assert with_stop == sampler.generate(SHORT, max_new_tokens=NEW_TOKENS)
+def test_a_special_token_stops_a_sample_as_a_token() -> None:
+  """It never shows in a decoded text; here a word that answers hold is made special."""
+  sampler = native.NativeSampler(TINY, compute_dtype="float32", batch_size=8)
+  plain = [row[0] for row in sampler.generate(SHORT, max_new_tokens=NEW_TOKENS)]
+  word = sampler.tokenizer.convert_tokens_to_ids("\u0120answer")
+  sampler.tokenizer.add_special_tokens({"additional_special_tokens": ["\u0120answer"]})
+  assert sampler.tokenizer.convert_tokens_to_ids("\u0120answer") == word
+  rows = sampler.generate(SHORT, max_new_tokens=NEW_TOKENS, stop=("\u0120answer",))
+  for full, (got,) in zip(plain, rows, strict=True):
+    assert got.text == full.text[:full.text.index(" answer")]
+    assert got.finish == "stop"
+    assert got.num_tokens < full.num_tokens
+
+
+def test_nothing_asked_is_nothing_done(sampler: native.NativeSampler) -> None:
+  assert sampler.generate([], max_new_tokens=4) == []
+
+
+def test_other_prompts_compile_nothing_new(sampler: native.NativeSampler) -> None:
+  """Shapes are few: rounds and tasks whose prompts differ in number and length share them."""
+  sampler.generate(ALL, max_new_tokens=NEW_TOKENS, stop=("zebra",), num_samples=3)
+  sizes = lambda: [f._cache_size() for f in (decode.prefill, decode.insert, decode.decode)]
+  before = sizes()
+  for seed in range(2):
+    others = [Prompt(str(i), prompts.build(arithmetic.generate(family, split="train", count=1, seed=seed)[0].question))
+              for i, family in enumerate(arithmetic.FAMILIES)]
+    sampler.generate([*others, LONG], max_new_tokens=NEW_TOKENS, stop=("zebra",), num_samples=3)
+  assert sizes() == before
+
+
+def test_ids_that_a_tokenizer_skips_are_never_sampled(greedy: list[Completion]) -> None:
+  sampler = native.NativeSampler(TINY, compute_dtype="float32", batch_size=8)
+  hole = sampler.tokenizer(greedy[0].text)["input_ids"][0]
+  sampler._allowed = sampler._allowed.at[hole].set(False)
+  assert all(hole not in sampler.tokenizer(c.text)["input_ids"]
+             for c, in sampler.generate(SHORT, max_new_tokens=NEW_TOKENS))
 
 
 @pytest.mark.parametrize("options", [

@@ -1,6 +1,7 @@
 """What the arithmetic of a decoder depends on, read from a checkpoint's config.json."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,6 +9,8 @@ import numpy as np
 from imm_jax.errors import UserError, nearest
 
 _FAMILIES = ("qwen2", "qwen3", "llama")
+# What no model comes near; a damaged file might say it.
+_MAX_SIZE, _MAX_LAYERS = 2**31, 10_000
 
 
 class RopeScaling(NamedTuple):
@@ -67,6 +70,7 @@ class ModelConfig:
         ("layer_types", next((t for t in layer_types if t != "full_attention"), None), None),
         ("attention_bias", family != "qwen2" and bool(config.get("attention_bias")), False),
         ("mlp_bias", bool(config.get("mlp_bias")), False),
+        ("is_causal", config.get("is_causal", True), True),
         ("quantization_config", config.get("quantization_config"), None),
         (where, next((v for v in rope.values() if isinstance(v, dict)), None), None)):
       if value != supported:
@@ -74,13 +78,13 @@ class ModelConfig:
 
     def size(key: str, default: int | None = None) -> int:
       value = config.get(key) or default
-      if type(value) is not int or value < 1:
+      if type(value) is not int or not 1 <= value < _MAX_SIZE:
         raise UserError(f"{source}: {key} is {'missing' if key not in config else repr(config[key])}; "
-                        "expected a positive integer")
+                        f"expected a positive integer below {_MAX_SIZE}")
       return value
 
     def number(key: str, value: object) -> float:
-      if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+      if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise UserError(f"{source}: {key}={value!r}; expected a positive number")
       return float(value)
 
@@ -92,7 +96,12 @@ class ModelConfig:
       if scaling.low_freq_factor >= scaling.high_freq_factor:
         raise UserError(f"{source}: {where}.low_freq_factor={scaling.low_freq_factor:g} must be less than "
                         f"high_freq_factor={scaling.high_freq_factor:g}")
+    tied = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+      raise UserError(f"{source}: tie_word_embeddings={tied!r}; expected true or false")
     heads = size("num_attention_heads")
+    if size("num_hidden_layers") > _MAX_LAYERS:
+      raise UserError(f"{source}: num_hidden_layers={config['num_hidden_layers']}; expected at most {_MAX_LAYERS}")
     result = cls(
         vocab_size=size("vocab_size"),
         hidden_size=size("hidden_size"),
@@ -104,7 +113,7 @@ class ModelConfig:
         head_dim=size("head_dim", 128 if family == "qwen3" else size("hidden_size") // heads),
         rope_theta=number("rope_theta", 10_000.0 if rope["rope_theta"] is None else rope["rope_theta"]),
         rms_norm_eps=number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_embeddings=tied,
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         rope_scaling=scaling,

@@ -8,6 +8,7 @@ stacked on a leading axis and run under `lax.scan` (training, scoring), or are a
 would be copied at every step); `unstack_layers` turns the first form into the second.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -92,10 +93,11 @@ class Attention(nnx.Module):
     if cache is not None:
       k, v = _put(cache[0], k, slots), _put(cache[1], v, slots)
     q = q.reshape(batch, self.num_kv_heads, -1, length, self.head_dim)
-    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * self.head_dim**-0.5
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=_precision(x.dtype))
+    scores = einsum("bkgth,bksh->bkgts", q, k) * self.head_dim**-0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-    out = jnp.einsum("bkgts,bksh->bkgth", weights, v, preferred_element_type=jnp.float32).astype(x.dtype)
+    out = einsum("bkgts,bksh->bkgth", weights, v).astype(x.dtype)
     out = out.reshape(batch, -1, length, self.head_dim).swapaxes(1, 2).reshape(batch, length, -1)
     return self.o_proj(out), (k, v)
 
@@ -263,17 +265,25 @@ def _run_layer(layer: Layer, x: jax.Array, rope: tuple[jax.Array, jax.Array], ma
 def _dot(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
   """x [..., in] times W [out, in] transposed, accumulated in float32."""
   dims = (((x.ndim - 1,), (1,)), ((), ()))
-  y = jax.lax.dot_general(x, weight.astype(x.dtype), dims, preferred_element_type=jnp.float32)
+  y = jax.lax.dot_general(x, weight.astype(x.dtype), dims, precision=_precision(x.dtype),
+                          preferred_element_type=jnp.float32)
   return y.astype(out_dtype or x.dtype)
+
+
+def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+  """float32 means float32: left to themselves, GPUs take TF32 and TPUs bfloat16 for its products."""
+  return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def _put(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
   """cache [B, K, S, h] with new [B, K, 1, h] at [b, :, slots[b]]."""
-  # As integers: on CPU XLA would widen the scatter to float32, and with it the whole cache.
-  bits = jnp.uint16 if cache.dtype.itemsize == 2 else jnp.uint32
-  cast = lambda x: jax.lax.bitcast_convert_type(x, bits)
   update = jax.vmap(lambda row, values, slot: jax.lax.dynamic_update_slice_in_dim(row, values, slot, axis=1))
-  return jax.lax.bitcast_convert_type(update(cast(cache), cast(new), slots), cache.dtype)
+  return jax.lax.bitcast_convert_type(update(as_bits(cache), as_bits(new), slots), cache.dtype)
+
+
+def as_bits(x: jax.Array) -> jax.Array:
+  """The same bits as unsigned integers: on CPU XLA would widen a bfloat16 scatter to float32, and the whole array."""
+  return jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32)
 
 
 def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -30,6 +30,7 @@ Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 # Entries that are read, converted or written at once: enough to outweigh a call, few beside the parameters.
 _BLOCK = 1 << 21
+_DTYPES = tuple(np.dtype(dtype) for dtype in (jnp.bfloat16, jnp.float16, jnp.float32))
 _MAX_READERS = 8
 
 
@@ -59,31 +60,47 @@ def check(folder: str | Path) -> ModelConfig:
   return _open(Path(folder))[0]
 
 
-def check_bytes(folder: str | Path) -> int:
-  """Reads a checkpoint and compares what `save` would write with its files, tensor by tensor.
+class Checked(NamedTuple):
+  """What `check_bytes` found: the number of tensors that come back, and the names of those that are not written."""
 
-  Returns:
-    The number of tensors.
+  count: int
+  left_out: list[str]
+
+
+def check_bytes(folder: str | Path) -> Checked:
+  """Reads a checkpoint and compares what `save` would write with its files, tensor by tensor, one parameter in memory.
+
+  Left out is what follows from the rest: a head that is tied and stored too, rotary frequencies.
 
   Raises:
     UserError: as `load` does, or with the first tensor that would come back otherwise.
   """
-  _, stored = _open(Path(folder))
-  _, params = load(folder)
-  tensors = _tensors(params)
-  with safetensors.Reader() as reader:
-    for tensor in tensors:
-      entry = stored[tensor.name]
-      same = (tensor.dtype, tensor.shape) == (entry.dtype, entry.shape)
-      begin = 0
-      for block in _blocks(tensor) if same else ():
-        want = np.empty_like(block)
-        reader.read(entry, begin, want)
-        same, begin = same and want.tobytes() == block.tobytes(), begin + block.size
-      if not same:
-        raise UserError(f"{folder}: tensor {tensor.name!r} would not come back as it was read; this is a fault of "
-                        "imm_jax")
-  return len(tensors)
+  config, stored = _open(Path(folder))
+  abstract, seen = abstract_params(config), set()
+  with safetensors.Reader() as reader, ThreadPoolExecutor(_readers()) as pool:
+    for leaf, names in zip(jax.tree.leaves(abstract), _leaf_names(abstract), strict=True):
+      entries = stored[names] if isinstance(names, str) else [stored[name] for name in names]
+      dtype = entries.dtype if isinstance(names, str) else entries[0].dtype
+      array = _read_part(reader, pool, entries, tuple((0, size) for size in leaf.shape), dtype)
+      for tensor in _tensors_of(array, names):
+        seen.add(tensor.name)
+        if not _comes_back(tensor, stored[tensor.name], reader):
+          raise UserError(f"{folder}: tensor {tensor.name!r} would not come back as it was read; this is a fault of "
+                          "imm_jax")
+  return Checked(len(seen), sorted(stored.keys() - seen))
+
+
+def _comes_back(tensor: "_Tensor", entry: Entry, reader: safetensors.Reader) -> bool:
+  if (tensor.dtype, tensor.shape) != (entry.dtype, entry.shape):
+    return False
+  begin = 0
+  for block in _blocks(tensor):
+    want = np.empty_like(block)
+    reader.read(entry, begin, want)
+    if want.tobytes() != block.tobytes():
+      return False
+    begin += block.size
+  return True
 
 
 def load(folder: str | Path, *, dtype: jnp.dtype | None = None, place: Place | None = None, stacked: bool = True,
@@ -108,7 +125,7 @@ def load(folder: str | Path, *, dtype: jnp.dtype | None = None, place: Place | N
   if not stacked:
     abstract = jax.eval_shape(functools.partial(unstack_layers, num_layers=config.num_layers), abstract)
   place = place or (lambda *_: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
-  with safetensors.Reader() as reader, ThreadPoolExecutor(min(_MAX_READERS, len(os.sched_getaffinity(0)))) as pool:
+  with safetensors.Reader() as reader, ThreadPoolExecutor(_readers()) as pool:
 
     def read(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct, names: TensorNames) -> jax.Array:
       entries = tensors[names] if isinstance(names, str) else [tensors[name] for name in names]
@@ -163,14 +180,24 @@ class _Tensor(NamedTuple):
 
 def _tensors(params: Params) -> list[_Tensor]:
   """In the order of the model: embedding, layer by layer, norm, head."""
-  names = jax.tree.leaves(tensor_names(params), is_leaf=lambda x: isinstance(x, tuple))
-  found = []
-  for leaf, leaf_names in zip(jax.tree.leaves(params), names, strict=True):
-    if isinstance(leaf_names, str):
-      found.append(_Tensor(leaf_names, np.dtype(leaf.dtype), leaf.shape, leaf, None))
-    else:
-      found += [_Tensor(name, np.dtype(leaf.dtype), leaf.shape[1:], leaf, i) for i, name in enumerate(leaf_names)]
+  found = [tensor for leaf, names in zip(jax.tree.leaves(params), _leaf_names(params), strict=True)
+           for tensor in _tensors_of(leaf, names)]
   return sorted(found, key=lambda tensor: checkpoint.model_order(tensor.name))
+
+
+def _tensors_of(leaf: Any, names: TensorNames) -> list[_Tensor]:
+  if isinstance(names, str):
+    return [_Tensor(names, np.dtype(leaf.dtype), leaf.shape, leaf, None)]
+  return [_Tensor(name, np.dtype(leaf.dtype), leaf.shape[1:], leaf, i) for i, name in enumerate(names)]
+
+
+def _leaf_names(params: Params) -> list[TensorNames]:
+  return jax.tree.leaves(tensor_names(params), is_leaf=lambda x: isinstance(x, tuple))
+
+
+def _readers() -> int:
+  """Threads that read: more than a few do not make a disk faster."""
+  return min(_MAX_READERS, len(os.sched_getaffinity(0)))
 
 
 def _blocks(tensor: _Tensor) -> Iterator[np.ndarray]:
@@ -264,9 +291,8 @@ def _open(folder: Path) -> tuple[ModelConfig, dict[str, Entry]]:
   """The config and where its tensors lie, which fit each other."""
   config, tensors = read_config(folder), checkpoint.tensors(folder)
   abstract = abstract_params(config)
-  names, expected, first = tensor_names(abstract), {}, {}
-  for leaf, leaf_names in zip(jax.tree.leaves(abstract),
-                              jax.tree.leaves(names, is_leaf=lambda x: isinstance(x, tuple)), strict=True):
+  expected, first = {}, {}
+  for leaf, leaf_names in zip(jax.tree.leaves(abstract), _leaf_names(abstract), strict=True):
     stacked = not isinstance(leaf_names, str)
     for name in leaf_names if stacked else (leaf_names,):
       expected[name] = leaf.shape[1:] if stacked else leaf.shape
@@ -283,8 +309,8 @@ def _open(folder: Path) -> tuple[ModelConfig, dict[str, Entry]]:
     (_, dtype, shape, _), other = tensors[name], tensors.get(first[name], tensors[name]).dtype
     if shape != expected[name]:
       problems.append(f"{name} has shape {shape}, config.json needs {expected[name]}")
-    if not jnp.issubdtype(dtype, jnp.floating):
-      problems.append(f"{name} has dtype {dtype}, expected a floating dtype")
+    if dtype not in _DTYPES:
+      problems.append(f"{name} has dtype {dtype}, expected one of {', '.join(map(str, _DTYPES))}")
     elif dtype != other:
       problems.append(f"{name} has dtype {dtype}, {first[name]} {other}; expected one dtype for all layers")
   if problems:

@@ -37,13 +37,17 @@ def _download(model: str) -> Path:
   instead = f"or `hf download {model} --local-dir=DIR` where there is a network, and give DIR"
   try:
     # Weights in safetensors only; what broke off goes on where it was.
-    return Path(huggingface_hub.snapshot_download(model, allow_patterns=[*SIDE_FILES, INDEX, "*.safetensors"]))
+    folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=[*SIDE_FILES, INDEX, "*.safetensors"]))
   except errors.GatedRepoError as e:
     raise UserError(f"{model}: is gated; accept its terms at https://huggingface.co/{model}, run `hf auth login`, and "
                     "start again") from e
   except errors.RepositoryNotFoundError as e:
     raise UserError(f"{model}: no such folder, and no such model on the hub that you may read; check the name, or run "
                     "`hf auth login` if it is private") from e
-  except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as e:  # LocalEntryNotFoundError is an OSError
+  except Exception as e:  # the hub's own, the system's, and those of whichever HTTP library it uses
     cause = str(e).strip().partition("\n")[0]
     raise UserError(f"{model}: no such folder, and the hub cannot be reached ({cause}); try again, {instead}") from e
+  if not any(folder.glob("*.safetensors")):
+    raise UserError(f"{model}: has no safetensors on the hub (a pickle checkpoint is not read); take a model that has, "
+                    "or save it again with save_pretrained(..., safe_serialization=True) and give that folder")
+  return folder

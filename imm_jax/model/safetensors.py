@@ -1,7 +1,7 @@
 """The safetensors file format: an 8-byte header length, a JSON header, then the tensors' bytes.
 
-Reading maps the file and hands out views, so that only what is used is read; writing streams one tensor at a time.
-Both check what they are given: a damaged file is an error that names it, never a wrong number.
+`Reader` reads parts of tensors, `read` maps a whole file and hands out views; `write` streams tensors in blocks. All
+check what they are given: a damaged file is an error that names it, never a wrong number.
 """
 
 import io

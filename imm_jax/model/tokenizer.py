@@ -15,10 +15,10 @@ def load_tokenizer(folder: str | Path, *, rows: int | None = None) -> "PreTraine
 
   Args:
     folder: holds tokenizer.json, tokenizer.model or vocab.json.
-    rows: of the model's embedding; it may have more than the tokenizer has ids, but not fewer.
+    rows: of the model's embedding; it may have some that are no id, but each id needs one.
 
   Raises:
-    UserError: when the folder holds none that can be loaded, it has no end-of-text token, or more ids than `rows`.
+    UserError: when the folder holds none that can be loaded, it has no end-of-text token, or ids past `rows`.
   """
   # At import transformers advises to install torch, which nothing here uses.
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -32,7 +32,8 @@ def load_tokenizer(folder: str | Path, *, rows: int | None = None) -> "PreTraine
     raise UserError(f"{folder}: its tokenizer cannot be loaded ({str(e).partition(chr(10))[0]})") from e
   if tokenizer.eos_token_id is None:
     raise UserError(f"{folder}: its tokenizer has no end-of-text token; set eos_token in tokenizer_config.json")
-  if rows is not None and len(tokenizer) > rows:
-    raise UserError(f"{folder}: the tokenizer has {len(tokenizer)} ids, the embedding only {rows} rows; is it this "
+  largest = max(tokenizer.get_vocab().values())
+  if rows is not None and largest >= rows:
+    raise UserError(f"{folder}: the tokenizer has ids up to {largest}, the embedding only {rows} rows; is it this "
                     "model's tokenizer?")
   return tokenizer

@@ -16,18 +16,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from imm_jax.model.config import ModelConfig
-from imm_jax.model.decoder import LayerCache, Params, bind
+from imm_jax.model.decoder import LayerCache, Params, as_bits, bind
 from imm_jax.model.sharding import cache_sharding
 
 
 class Static(NamedTuple):
-  """What is compiled in: the model, its dtype, ids that end a sample, how many ids exist, how tokens are drawn, and the
-  devices where there are several."""
+  """What is compiled in: the model, its dtype, ids that end a sample, how tokens are drawn, and the devices where there
+  are several."""
 
   config: ModelConfig
   dtype: jnp.dtype
   ends: tuple[int, ...]
-  num_ids: int
   top_p: float
   greedy: bool
   mesh: Mesh | None = None
@@ -61,12 +60,16 @@ def prefill(params: Params, tokens: jax.Array, lengths: jax.Array, *, static: St
 
 @functools.partial(jax.jit, static_argnames="static", donate_argnames="state")
 def insert(state: State, logits: jax.Array, caches: list[LayerCache], lengths: jax.Array, sources: jax.Array,
-           rows: jax.Array, keys: jax.Array, temperatures: jax.Array, *, static: Static) -> State:
+           rows: jax.Array, keys: jax.Array, temperatures: jax.Array, allowed: jax.Array, *, static: Static) -> State:
   """Puts prompts `sources` [I] of those that were run into `rows` [I] and draws their first tokens; row B is none."""
-  first = sample(logits[sources], keys, jnp.zeros_like(rows), temperatures, num_ids=static.num_ids, top_p=static.top_p,
+  first = sample(logits[sources], keys, jnp.zeros_like(rows), temperatures, allowed, top_p=static.top_p,
                  greedy=static.greedy)
-  length = caches[0][0].shape[2]
-  put = lambda cache, new: cache.at[rows, :, :length].set(new[sources], mode="drop")
+  length = min(caches[0][0].shape[2], state["caches"][0][0].shape[2])  # what lies beyond is padding
+
+  def put(cache: jax.Array, new: jax.Array) -> jax.Array:
+    merged = as_bits(cache).at[rows, :, :length].set(as_bits(new[sources, :, :length]), mode="drop")
+    return jax.lax.bitcast_convert_type(merged, cache.dtype)
+
   done = _ends(first, static) | (state["tokens"].shape[1] == 1)
   values = {"used": lengths[sources], "last": first, "count": jnp.ones_like(rows), "done": done, "keys": keys,
             "temperatures": temperatures}
@@ -90,8 +93,9 @@ def _widen(layer: LayerCache, *, slots: int) -> LayerCache:
 
 
 @functools.partial(jax.jit, static_argnames="static", donate_argnames="state")
-def decode(params: Params, state: State, steps: jax.Array, most_done: jax.Array, *, static: Static) -> State:
-  """Extends all rows for at most `steps` tokens, or until `most_done` rows are done."""
+def decode(params: Params, state: State, stopped: jax.Array, steps: jax.Array, most_done: jax.Array,
+           allowed: jax.Array, *, static: Static) -> State:
+  """Extends all rows but those `stopped` [B] for at most `steps` tokens, or until `most_done` rows are done."""
   model = bind(static.config, params, scan=False)
   rows = jnp.arange(state["done"].shape[0])
   new_tokens = state["tokens"].shape[1]
@@ -99,8 +103,7 @@ def decode(params: Params, state: State, steps: jax.Array, most_done: jax.Array,
   def body(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
     step, s = carry
     logits, caches = model.decode(s["last"], positions=s["used"], caches=s["caches"], compute_dtype=static.dtype)
-    token = sample(logits, s["keys"], s["count"], s["temperatures"], num_ids=static.num_ids, top_p=static.top_p,
-                   greedy=static.greedy)
+    token = sample(logits, s["keys"], s["count"], s["temperatures"], allowed, top_p=static.top_p, greedy=static.greedy)
     going = ~s["done"]
     count = s["count"] + going
     # What a row that is done draws goes nowhere.
@@ -110,27 +113,28 @@ def decode(params: Params, state: State, steps: jax.Array, most_done: jax.Array,
         "used": s["used"] + going, "done": s["done"] | _ends(token, static) | (count >= new_tokens)}, static)
 
   going = lambda carry: (carry[0] < steps) & (jnp.sum(carry[1]["done"]) < most_done)
+  state = state | {"done": state["done"] | stopped}
   return jax.lax.while_loop(going, body, (jnp.int32(0), state))[1]
 
 
-def sample(logits: jax.Array, keys: jax.Array, steps: jax.Array, temperatures: jax.Array, *, num_ids: int,
+def sample(logits: jax.Array, keys: jax.Array, steps: jax.Array, temperatures: jax.Array, allowed: jax.Array, *,
            top_p: float, greedy: bool) -> jax.Array:
-  """One token for each row; ids past the tokenizer's are never drawn.
+  """One token for each row.
 
   Args:
     logits: float32 [B, V].
     keys: uint32 [B, 2], a threefry key for each row.
     steps: int32 [B], the number of the token in its sample; with the key it decides the draw.
     temperatures: [B]; 0 takes the likeliest token.
-    num_ids: V or less.
+    allowed: bool [V]; ids that the tokenizer does not have are never drawn.
     top_p: see `NativeSampler.generate`.
     greedy: all temperatures are 0.
   """
-  if num_ids < logits.shape[1]:
-    logits = jnp.where(jnp.arange(logits.shape[1]) < num_ids, logits, -jnp.inf)
+  logits = jnp.where(allowed, logits, -jnp.inf)
   # The first of the largest; two passes are faster than argmax, which no compiler vectorises on CPU.
   peak = jnp.max(logits, axis=-1, keepdims=True)
-  best = jnp.min(jnp.where(logits == peak, jnp.arange(logits.shape[1], dtype=jnp.int32), num_ids - 1), axis=-1)
+  ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
+  best = jnp.min(jnp.where(logits == peak, ids, logits.shape[1] - 1), axis=-1)
   if greedy:
     return best
   scaled = (logits - peak) / jnp.maximum(temperatures, 1e-6)[:, None]
@@ -141,32 +145,32 @@ def sample(logits: jax.Array, keys: jax.Array, steps: jax.Array, temperatures: j
     kept = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
     floor = jnp.min(jnp.where(kept, order, jnp.inf), axis=-1, keepdims=True)
     scaled = jnp.where(scaled >= floor, scaled, -jnp.inf)
-  uniform = jax.vmap(lambda key, step: jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key), step)))
-  return jnp.where(temperatures > 0, _inverse(jnp.exp(scaled), uniform(keys, steps)), best)
+  step_keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys), steps)
+  uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(step_keys)
+  return jnp.where(temperatures > 0, _inverse(jnp.exp(scaled), uniform), best)
 
 
 def _inverse(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-  """The index whose stretch of the cumulated weights [B, V] holds the share `uniform` [B] of their sum.
+  """An index drawn by weight [B, V]: a block of entries by the first of two uniform numbers [B, 2], then one of its
+  entries by the second.
 
-  In two levels, blocks and then the entries of one block: one pass over the weights and one random number a row, where
-  the Gumbel trick takes as many as there are entries.
+  That is one pass over the weights and two random numbers a row, where the Gumbel trick takes as many as there are
+  entries.
   """
   size = weights.shape[1]
   block = max(1, round(size**0.5))
   blocks = jnp.pad(weights, ((0, 0), (0, -size % block))).reshape(weights.shape[0], -1, block)
-  sums = jnp.sum(blocks, axis=-1)
-  ends = jnp.cumsum(sums, axis=-1)
-  target = uniform * ends[:, -1]
-  which = _first_above(sums, ends, target)
-  before = jnp.where(which > 0, jnp.take_along_axis(ends, jnp.maximum(which - 1, 0)[:, None], axis=1)[:, 0], 0.0)
+  which = _draw(jnp.sum(blocks, axis=-1), uniform[:, 0])
   inside = jnp.take_along_axis(blocks, which[:, None, None], axis=1)[:, 0]
-  return (which * block + _first_above(inside, jnp.cumsum(inside, axis=-1), target - before)).astype(jnp.int32)
+  return (which * block + _draw(inside, uniform[:, 1])).astype(jnp.int32)
 
 
-def _first_above(weights: jax.Array, ends: jax.Array, target: jax.Array) -> jax.Array:
-  """The first index with weight whose stretch ends above the target; where rounding leaves none, one of the last."""
-  ends = jnp.where(weights > 0, ends, -jnp.inf)  # however it is rounded, what has no weight is not drawn
-  return jnp.argmax(ends > jnp.minimum(target, jnp.nextafter(jnp.max(ends, axis=-1), -jnp.inf))[:, None], axis=-1)
+def _draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+  """The index whose stretch of the cumulated weights [B, N] holds this share [B] of their sum."""
+  # However it is rounded, what has no weight is not drawn.
+  ends = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), -jnp.inf)
+  last = jnp.max(ends, axis=-1)
+  return jnp.argmax(ends > jnp.minimum(uniform * last, jnp.nextafter(last, -jnp.inf))[:, None], axis=-1)
 
 
 def _placed(arrays: State, static: Static) -> State:

@@ -5,6 +5,7 @@ the device busy. Random keys are folded from (seed, prompt id, sample number, to
 and what ran beside it changes nothing but the rounding of sums.
 """
 
+import bisect
 import collections
 import functools
 import math
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from imm_jax import files, progress
 from imm_jax.errors import UserError
@@ -35,8 +36,8 @@ _MIN_PROMPT_BUCKET = 64
 _REFILL_SHARE = 8
 # Tokens that prompts are run in at once; what more would gain is small, what it would hold is not.
 _PREFILL_TOKENS = 8192
-# The cache doubles as samples grow, or grows by this many slots: few sizes, for each is compiled.
-_MIN_GROWTH = 256
+# The cache has a multiple of this many slots, and as samples grow it doubles or grows by that many.
+_SLOTS, _MIN_GROWTH = 128, 256
 
 
 class NativeSampler:
@@ -61,6 +62,10 @@ class NativeSampler:
     self.tokenizer = load_tokenizer(folder, rows=hf.read_config(folder).vocab_size)  # fails before weights are read
     self._config, self._params = hf.load(folder, dtype=self._dtype, place=place, stacked=False)
     self._eos = _eos_ids(Path(folder), self.tokenizer)
+    known = np.zeros(self._config.vocab_size, bool)
+    known[list(self.tokenizer.get_vocab().values())] = True
+    self._allowed = jax.device_put(known, NamedSharding(self._mesh, P()) if self._mesh else
+                                   jax.tree.leaves(self._params)[0].sharding)
 
   def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int, num_samples: int = 1,
                temperatures: Sequence[float] = (0.0,), top_p: float = 1.0, stop: Sequence[str] = (), seed: int = 0,
@@ -93,8 +98,7 @@ class NativeSampler:
     texts = tuple(s for s in stop if s not in special)
     asked = [_Sample(p, s, prompts[p].id, temperatures[s % len(temperatures)])
              for p in range(len(prompts)) for s in range(num_samples)]
-    static = decode.Static(self._config, self._dtype, ends, len(self.tokenizer), top_p, not any(temperatures),
-                           self._mesh)
+    static = decode.Static(self._config, self._dtype, ends, top_p, not any(temperatures), self._mesh)
     results: list[list[Completion | None]] = [[None] * num_samples for _ in prompts]
     total_tokens = 0
     with progress.bar(len(asked), label, "sample") as bar:
@@ -109,45 +113,48 @@ class NativeSampler:
   def _run(self, ids: list[list[int]], asked: list["_Sample"], static: decode.Static, max_new_tokens: int,
            stop: tuple[str, ...], seed: int) -> Iterator[tuple["_Sample", np.ndarray]]:
     """Yields samples with their tokens as they end."""
-    rows = self._batch_size
+    # Few sizes of everything, for each is compiled.
+    rows = min(self._batch_size, 1 << (max(1, len(asked)) - 1).bit_length())
     refill = max(1, rows // _REFILL_SHARE)
+    most_slots = _slots(max(map(len, ids), default=0) + max_new_tokens)
     queue = _Queue(ids, asked, refill)
-    longest = max(map(len, ids), default=0) + max_new_tokens
-    slots = min(longest, _bucket(min(map(len, ids), default=0)))
+    slots = _slots(1)
     state = decode.init(rows, slots, max_new_tokens, static)
+    if self._mesh is None:  # where the weights are: an array that may be anywhere is another argument to jit
+      state = jax.device_put(state, self._allowed.sharding)
     row_samples: list[_Sample | None] = [None] * rows
     while True:
       while queue and (free := [i for i, sample in enumerate(row_samples) if sample is None]):
-        batch = queue.prompts(lambda tokens, lengths: decode.prefill(self._params, tokens, lengths, static=static))
-        slots = max(slots, batch.tokens.shape[1])
+        joining, prompts = queue.take(min(len(free), refill), lambda tokens, lengths: decode.prefill(
+            self._params, tokens, lengths, static=static))
+        slots = max(slots, _slots(int(prompts.lengths.max()) + 1))
         state = decode.grow(state, slots)
-        joining = [batch.waiting.popleft() for _ in range(min(len(free), len(batch.waiting), refill))]
-        sources, places = np.zeros(refill, np.int32), np.full(refill, rows, np.int32)
-        sources[:len(joining)], places[:len(joining)] = [source for source, _ in joining], free[:len(joining)]
+        places = np.full(refill, rows, np.int32)
+        places[:len(joining)] = free[:len(joining)]
         samples = [sample for _, sample in joining]
-        state = decode.insert(state, *batch.run, batch.lengths, sources, places, _row_keys(seed, samples, refill),
-                              _padded([s.temperature for s in samples], refill, np.float32), static=static)
+        state = decode.insert(
+            state, *prompts.run, prompts.lengths, _padded([source for source, _ in joining], refill, np.int32), places,
+            _row_keys(seed, samples, refill), _padded([s.temperature for s in samples], refill, np.float32),
+            self._allowed, static=static)
+        del prompts  # with its caches
         for place, sample in zip(places, samples, strict=False):
           row_samples[place] = sample
       going = [i for i, sample in enumerate(row_samples) if sample is not None]
       if not going:
         return
-      used = int(np.asarray(state["used"]).max(initial=0, where=~np.asarray(state["done"])))
+      used = int(np.asarray(state["used"])[going].max())
       if used >= slots:
-        slots = min(longest, slots + max(slots, _MIN_GROWTH))
+        slots = min(most_slots, slots + max(slots, _MIN_GROWTH))
         state = decode.grow(state, slots)
       steps = min(slots - used, _STOP_CHECK_EVERY if stop else max_new_tokens)
-      state = decode.decode(self._params, state, np.int32(steps), np.int32(refill if queue else rows), static=static)
-      done, counts = np.array(state["done"]), np.asarray(state["count"])
-      tokens = np.asarray(state["tokens"]) if stop or done[going].any() else None
+      state = decode.decode(
+          self._params, state, np.array([sample is None for sample in row_samples]), np.int32(steps),
+          np.int32(refill if queue else rows), self._allowed, static=static)
+      done, counts, tokens = (np.asarray(state[name]) for name in ("done", "count", "tokens"))
       for i in going:
-        if not done[i] and stop and self._stopped(tokens[i, :counts[i]], stop):
-          done[i] = True
-        if done[i]:
+        if done[i] or (stop and self._stopped(tokens[i, :counts[i]], stop)):
           yield row_samples[i], tokens[i, :counts[i]].copy()
           row_samples[i] = None
-      if stop:
-        state["done"] = jnp.asarray(done)
 
   def _stopped(self, tokens: np.ndarray, stop: tuple[str, ...]) -> bool:
     """Whether a stop string shows; a look at the end of the text says mostly that none does."""
@@ -165,9 +172,8 @@ class NativeSampler:
     if cut < 0:
       return Completion(text, len(tokens), finish)
     # The tokens that were needed for the stop string to show.
-    count = next(n for n in range(1, len(tokens) + 1)
-                 if any(s in self.tokenizer.decode(tokens[:n], skip_special_tokens=True) for s in stop))
-    return Completion(text[:cut], count, "stop")
+    shows = lambda n: any(s in self.tokenizer.decode(tokens[:n], skip_special_tokens=True) for s in stop)
+    return Completion(text[:cut], bisect.bisect_left(range(len(tokens)), True, key=shows), "stop")
 
 
 def _check(max_new_tokens: int, num_samples: int, temperatures: Sequence[float], top_p: float, stop: Sequence[str],
@@ -194,10 +200,9 @@ class _Sample(NamedTuple):
 
 
 class _Prompts(NamedTuple):
-  """Prompts that were run: tokens [M, P], lengths [M], (logits, caches), and the samples that wait for a row, each
-  with its prompt's place in the batch."""
+  """Prompts that were run: lengths [M], (logits, caches), and the samples that wait for a row, each with its prompt's
+  place in the batch."""
 
-  tokens: np.ndarray
   lengths: np.ndarray
   run: tuple[jax.Array, list[LayerCache]]
   waiting: collections.deque[tuple[int, _Sample]]
@@ -213,16 +218,20 @@ class _Queue:
       by_prompt[sample.prompt].append(sample)
     # Stable: short prompts first, then in the order asked.
     self._waiting = collections.deque(sorted(by_prompt.items(), key=lambda item: _bucket(len(ids[item[0]]))))
-    self._batch: _Prompts | None = None
+    self._prompts: _Prompts | None = None
 
   def __bool__(self) -> bool:
-    return bool(self._waiting) or (self._batch is not None and bool(self._batch.waiting))
+    return bool(self._waiting) or self._prompts is not None
 
-  def prompts(self, run: Callable[[np.ndarray, np.ndarray], tuple[jax.Array, list[LayerCache]]]) -> _Prompts:
-    """The batch whose samples join next; runs a new one where the last is used up."""
-    if self._batch is not None and self._batch.waiting:
-      return self._batch
-    self._batch = None  # frees its caches
+  def take(self, count: int, run: Callable[[np.ndarray, np.ndarray], tuple[jax.Array, list[LayerCache]]],
+           ) -> tuple[list[tuple[int, _Sample]], _Prompts]:
+    """At most `count` samples, each with the place of its prompt in a batch, and the batch; runs one if need be."""
+    prompts = self._prompts or self._next(run)
+    taken = [prompts.waiting.popleft() for _ in range(min(count, len(prompts.waiting)))]
+    self._prompts = prompts if prompts.waiting else None
+    return taken, prompts
+
+  def _next(self, run: Callable[[np.ndarray, np.ndarray], tuple[jax.Array, list[LayerCache]]]) -> _Prompts:
     length = _bucket(len(self._ids[self._waiting[0][0]]))
     count = max(1, min(self._size, _PREFILL_TOKENS // length))
     tokens, lengths, waiting = np.zeros((count, length), np.int32), np.ones(count, np.int32), collections.deque()
@@ -233,13 +242,16 @@ class _Queue:
       lengths[source] = len(self._ids[prompt])
       tokens[source, :lengths[source]] = self._ids[prompt]
       waiting.extend((source, sample) for sample in samples)
-    self._batch = _Prompts(tokens, lengths, run(tokens, lengths), waiting)
-    return self._batch
+    return _Prompts(lengths, run(tokens, lengths), waiting)
 
 
 def _bucket(length: int) -> int:
   """The padded length of a prompt: a power of two, so that few shapes are compiled."""
   return max(_MIN_PROMPT_BUCKET, 1 << (length - 1).bit_length())
+
+
+def _slots(length: int) -> int:
+  return -(-length // _SLOTS) * _SLOTS
 
 
 def _padded(values: Sequence[float], size: int, dtype: type) -> np.ndarray:
@@ -268,5 +280,5 @@ def _eos_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, .
     ids = files.read_json(folder / "config.json").get("eos_token_id")
   found = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
   if not all(isinstance(i, int) for i in found):
-    raise UserError(f"{path}: eos_token_id={ids!r}; expected a token id or a list of them")
+    raise UserError(f"{folder}: eos_token_id={ids!r}; expected a token id or a list of them")
   return tuple(sorted(found))
