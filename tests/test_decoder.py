@@ -87,16 +87,32 @@ def test_logits_equal_transformers(checkpoint, kind: str, old_rope_key: bool) ->
   assert _scale_error(np.asarray(got), want) < 2e-5
 
 
-@pytest.mark.parametrize("kind", ["qwen2-tied", "llama3.1", "qwen3"])
-def test_positions_past_the_original_context_equal_transformers(checkpoint, kind: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_rows_past_the_context_equal_transformers(checkpoint, kind: str) -> None:
+  """Two segments and padding in a row, logits and gradients; the first goes on where the original context ends."""
   model, folder = checkpoint(kind)
-  tokens = _tokens(1, 150)
-  assert tokens.shape[1] > 2 * model.config.max_position_embeddings
-  with torch.no_grad():
-    want = model(torch.from_numpy(tokens).long()).logits.numpy()
-  rows = _plain_rows(tokens)
-  got = _logits(*hf.load(folder), rows["tokens"], rows["positions"], rows["segment_ids"])
-  assert _scale_error(np.asarray(got), want) < 2e-5
+  lengths = (100, 41)
+  assert lengths[0] > model.config.max_position_embeddings
+  tokens, row = _tokens(sum(lengths)), np.zeros((1, 160), np.int32)
+  batch = {"tokens": row, "positions": row.copy(), "segment_ids": row.copy(), "weights": np.zeros((1, 160), np.float32)}
+  total, wanted, begin = 0.0, [], 0
+  for i, length in enumerate(lengths):
+    part = slice(begin, begin + length)
+    batch["tokens"][0, part], batch["positions"][0, part] = tokens[part], np.arange(length)
+    batch["segment_ids"][0, part] = i + 1
+    batch["weights"][0, begin + 1:begin + length] = 1
+    ids = torch.from_numpy(tokens[part]).long()[None]
+    logits = model(ids).logits
+    total += torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum")
+    wanted.append(logits.detach().numpy()[0])
+    begin += length
+  (total / (sum(lengths) - len(lengths))).backward()
+  config, params = hf.load(folder)
+  got = np.asarray(_logits(config, params, batch["tokens"], batch["positions"], batch["segment_ids"]))
+  assert _scale_error(got[0, :begin], np.concatenate(wanted)) < 2e-5
+  gradients = _by_name(_gradients(config, params, batch))
+  errors = {name: _scale_error(gradients[name], p.grad.numpy()) for name, p in model.named_parameters()}
+  assert max(errors.values()) < 1e-4, errors
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -163,6 +163,24 @@ def test_stop_strings_cut_the_text_and_nothing_else(
       assert got == full
 
 
+def test_stop_strings_cut_the_same_while_rows_are_refilled(sampler: native.NativeSampler) -> None:
+  asked = [p._replace(id=f"{p.id}/{i}") for i in range(3) for p in ALL]
+  options = {"max_new_tokens": NEW_TOKENS, "num_samples": 2, "temperatures": (0.0, 1.0), "stop": ("=", "answer is 1")}
+  few = native.NativeSampler(TINY, compute_dtype="float32", batch_size=3)
+  rows = few.generate(asked, **options)
+  assert rows == sampler.generate(asked, **options)
+  assert {c.finish for row in rows for c in row} == {"stop"}
+  assert not any("=" in c.text for row in rows for c in row)
+
+
+def test_a_sample_may_end_with_its_first_token(
+    sampler: native.NativeSampler, greedy: list[Completion], monkeypatch: pytest.MonkeyPatch) -> None:
+  firsts = {sampler.tokenizer(c.text)["input_ids"][0] for c in greedy}
+  monkeypatch.setattr(sampler, "_eos", tuple(sorted(firsts)))
+  rows = sampler.generate([*ALL, *ALL], max_new_tokens=NEW_TOKENS)
+  assert all((c.num_tokens, c.finish) == (1, "stop") for c, in rows)
+
+
 def _resized(folder: Path, rows: Callable[[np.ndarray], np.ndarray]) -> Path:
   """A copy of the embedded model with other embedding rows."""
   config, params = hf.load(TINY, dtype=jnp.float32)

@@ -127,7 +127,8 @@ class NativeSampler:
       while queue and (free := [i for i, sample in enumerate(row_samples) if sample is None]):
         joining, prompts = queue.take(min(len(free), refill), lambda tokens, lengths: decode.prefill(
             self._params, tokens, lengths, static=static))
-        slots = max(slots, _slots(int(prompts.lengths.max()) + 1))
+        # With room for some steps, or a size would be compiled for one step alone.
+        slots = max(slots, min(most_slots, _slots(int(prompts.lengths.max()) + _SLOTS)))
         state = decode.grow(state, slots)
         places = np.full(refill, rows, np.int32)
         places[:len(joining)] = free[:len(joining)]
