@@ -5,9 +5,9 @@
     python -m imm_jax.convert --verify=HF_FOLDER
 
 DIR holds the parameters (`params/`, orbax, layers stacked) and the files beside them (`hf/`: config, tokenizer).
-`--verify` reads every tensor and compares what would be written with the file, byte for byte; where torch is installed
-it also compares the logits of random tokens in float32 with those of transformers. All of it runs on the CPU, where a
-model that no single accelerator holds has room.
+`--verify` reads every tensor and compares what would be written with the file, byte for byte, and checks that the
+tokenizer's ids fit the embedding; where torch is installed it also compares the logits of random tokens in float32 with
+those of transformers. All of it runs on the CPU, where a model that no single accelerator holds has room.
 """
 
 import importlib.util
@@ -23,6 +23,7 @@ from imm_jax import cli, files
 from imm_jax.errors import UserError
 from imm_jax.model import folder, hf, hub
 from imm_jax.model.decoder import abstract_params, bind
+from imm_jax.model.tokenizer import has_tokenizer, load_tokenizer
 
 _SOURCE = flags.DEFINE_string("source", None, "The checkpoint to read: HF folder, hub id, or what --to=orbax wrote.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write.")
@@ -116,6 +117,11 @@ def verify(source: Path) -> None:
   print(f"{source}: {checked.count} tensors come back byte for byte")
   if checked.left_out:
     print(f"not written, since they follow from the rest: {', '.join(checked.left_out)}")
+  if has_tokenizer(source):
+    rows = hf.read_config(source).vocab_size
+    print(f"the tokenizer's {len(load_tokenizer(source, rows=rows))} ids fit the embedding's {rows} rows")
+  else:
+    print("no tokenizer beside the weights, so none was checked")
   if importlib.util.find_spec("torch") is None:
     print("torch is not installed, so logits were not compared with transformers")
     return

@@ -50,6 +50,29 @@ def test_verify_finds_arithmetic_that_differs(checkpoint, monkeypatch: pytest.Mo
     convert.verify(source)
 
 
+def test_verify_finds_a_tokenizer_that_is_larger_than_the_embedding(
+    checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+  _, source = checkpoint("llama2")
+  folder = shutil.copytree(source, tmp_path / "copy")
+  rows = hf.read_config(folder).vocab_size
+  convert.verify(folder)
+  assert "no tokenizer beside the weights" in capsys.readouterr().out
+  for ids in (rows, rows + 1):
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "added_tokens": [{"id": 0, "content": "<end>", "special": True, "single_word": False,
+                                            "lstrip": False, "rstrip": False, "normalized": False}],
+        "model": {"type": "WordLevel", "vocab": {"<end>": 0, **{f"w{i}": i for i in range(1, ids)}},
+                  "unk_token": "<end>"}}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}))
+    if ids == rows:
+      convert.verify(folder)
+      assert f"the tokenizer's {rows} ids fit the embedding's {rows} rows" in capsys.readouterr().out
+    else:
+      with pytest.raises(UserError, match=f"ids up to {rows}, the embedding only {rows} rows"):
+        convert.verify(folder)
+
+
 def test_check_bytes_finds_a_tensor_that_comes_back_otherwise(checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
   _, source = checkpoint("qwen2-tied")
   assert hf.check_bytes(source) == (len(safetensors.read(source / "model.safetensors")), [])
@@ -91,6 +114,6 @@ def test_a_damaged_orbax_checkpoint_is_one_line(tmp_path: Path) -> None:
   shutil.rmtree(tmp_path / "orbax/params/d")
   done = subprocess.run([sys.executable, "-m", "imm_jax.convert", f"--source={tmp_path / 'orbax'}", "--to=hf",
                          f"--out={tmp_path / 'out'}"], cwd=REPO, capture_output=True, text=True, check=False)
-  assert done.returncode == 1
+  assert done.returncode == 1, done.stderr
   assert [line for line in done.stderr.splitlines() if line.startswith("error: ") and "is no orbax checkpoint" in line]
   assert not (tmp_path / "out").exists()

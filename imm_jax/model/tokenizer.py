@@ -10,6 +10,11 @@ if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+  """Whether an HF checkpoint folder holds a tokenizer."""
+  return any((Path(folder) / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
 def load_tokenizer(folder: str | Path, *, rows: int | None = None) -> "PreTrainedTokenizerBase":
   """The tokenizer of an HF checkpoint folder.
 
@@ -24,7 +29,7 @@ def load_tokenizer(folder: str | Path, *, rows: int | None = None) -> "PreTraine
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   from transformers import AutoTokenizer
 
-  if not any((Path(folder) / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+  if not has_tokenizer(folder):
     raise UserError(f"{folder}: has no tokenizer; expected tokenizer.json (or tokenizer.model, vocab.json) in it")
   try:
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
