@@ -57,5 +57,6 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.mesh = mesh = ml_collections.ConfigDict()
   mesh.data = 1  # copies of the model, each with its share of a batch
-  mesh.fsdp = -1  # devices that a copy is split over; -1 takes all that are left
+  mesh.fsdp = -1  # devices that a copy's weights and moments are split over; -1 takes all that are left
+  mesh.tensor = 1  # devices that the work on each row is split over
   return config

@@ -14,7 +14,7 @@ import jax
 import ml_collections
 
 from imm_jax import __version__, files, memory, report, rundir, stages
-from imm_jax.model import folder, hf, hub, sharding
+from imm_jax.model import folder, hf, hub
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.rundir import Stage
@@ -99,7 +99,7 @@ def _check(config: ml_collections.ConfigDict) -> tuple[Path, ModelConfig]:
   base = hub.resolve(config.model)
   model = hf.check(base)
   load_tokenizer(base, rows=model.vocab_size)
-  sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+  stages.mesh_of(config)
   return base, model
 
 

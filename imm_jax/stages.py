@@ -42,7 +42,7 @@ def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, out:
   """Samples answers to the round's questions and judges them: samples.jsonl."""
   shots, examples = questions(config, round_)
   sample = config.sample
-  sampler = NativeSampler(model, compute_dtype=sample.compute_dtype, batch_size=sample.batch_size, mesh=_mesh(config))
+  sampler = NativeSampler(model, compute_dtype=sample.compute_dtype, batch_size=sample.batch_size, mesh=mesh_of(config))
   asked = [Prompt(f"round_{round_}/{e.id}", prompts.build(e.question, header=config.prompt.header, examples=shots))
            for e in examples]
   completions = sampler.generate(
@@ -89,7 +89,7 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root:
               ) -> dict[str, Any]:
   """Fine-tunes the model on the kept answers: an HF checkpoint folder in the model's own dtype."""
   sft = config.sft
-  mesh = _mesh(config)
+  mesh = mesh_of(config)
   tokenizer = load_tokenizer(model)
   rows = files.read_jsonl(train, {"question": str, "response": str})
   tokenized = [TokenizedExample(
@@ -137,7 +137,7 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, root: Path, stage: 
              ) -> dict[str, Any]:
   """Answers every task's test questions greedily, zero-shot: a folder with <task>.jsonl."""
   sampler = NativeSampler(model, compute_dtype=config.sample.compute_dtype, batch_size=config.eval.batch_size,
-                          mesh=_mesh(config))
+                          mesh=mesh_of(config))
   out.mkdir()
   scores = {}
   for name in (config.task.name, *config.task.ood):
@@ -153,8 +153,9 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, root: Path, stage: 
   return {name: score._asdict() for name, score in scores.items()}
 
 
-def _mesh(config: ml_collections.ConfigDict) -> Mesh:
-  return sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
+  """The devices of a run."""
+  return sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
 
 
 def _judged(example: Example, completion: Completion, *, strict: bool, **extra: Any) -> dict[str, Any]:

@@ -21,14 +21,14 @@ CONFIG = {"model_type": "llama", "hidden_act": "silu", "vocab_size": 64, "hidden
           "rms_norm_eps": 1e-5, "rope_theta": 1e4}
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 CASES = [f"{dtype}-{'tied' if tied else 'untied'}" for dtype in DTYPES for tied in (True, False)]
-MESHES = {"1": (1, 1), "2": (1, 2), "8": (1, 8), "2x4": (2, 4)}
-SAMPLING = {"1": (1, 1), "4x2": (4, 2), "1x8": (1, 8)}
+MESHES = {"1": (1, 1, 1), "2": (1, 2, 1), "8": (1, 8, 1), "2x2x2": (2, 2, 2)}
+SAMPLING = {"1": (1, 1, 1), "4x2": (4, 2, 1), "1x8": (1, 8, 1)}
 PROMPTS = [Prompt(str(i), f"Tom has {i} apples and buys {i + 2} more.") for i in range(11)]
 
 
-def _mesh(data: int, fsdp: int) -> jax.sharding.Mesh:
-  return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2,
-                       devices=jax.devices()[:data * fsdp])
+def _mesh(*sizes: int) -> jax.sharding.Mesh:
+  return jax.make_mesh(sizes, sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3,
+                       devices=jax.devices()[:int(np.prod(sizes))])
 
 
 def _write(folder: Path, dtype: np.dtype, tied: bool) -> None:

@@ -27,26 +27,36 @@ CONFIG = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_la
                      head_dim=8, rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=False, qkv_bias=True)
 HF_CONFIG = {"model_type": "qwen2", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
-# The axis that is split over fsdp; tensors that do not stand here are whole on every device.
-SPLIT_AXIS = {"embed_tokens.weight": 0, "lm_head.weight": 0,
-              **{f"layers.self_attn.{name}_proj.weight": 1 for name in "qkv"}, "layers.self_attn.o_proj.weight": 2,
-              "layers.mlp.gate_proj.weight": 1, "layers.mlp.up_proj.weight": 1, "layers.mlp.down_proj.weight": 2}
+# By axis, the mesh axes that split it; tensors that do not stand here are whole on every device.
+BOTH = ("tensor", "fsdp")
+SPLIT = {"embed_tokens.weight": (BOTH, ()), "lm_head.weight": (BOTH, ()),
+         **{f"layers.self_attn.{name}_proj.weight": ((), BOTH, ()) for name in "qkv"},
+         **{f"layers.self_attn.{name}_proj.bias": ((), ("tensor",)) for name in "qkv"},
+         "layers.self_attn.o_proj.weight": ((), ("fsdp",), ("tensor",)),
+         "layers.mlp.gate_proj.weight": ((), BOTH, ()), "layers.mlp.up_proj.weight": ((), BOTH, ()),
+         "layers.mlp.down_proj.weight": ((), ("fsdp",), ("tensor",))}
 LEARNING_RATE = 1e-2
-FITTING = {(8, 1): (8, 1), (1, 8): (1, 8), (2, 4): (2, 4), (-1, 1): (8, 1), (1, -1): (1, 8), (-1, 2): (4, 2),
-           (4, -1): (4, 2)}
-NOT_FITTING = [(1, 1), (2, 2), (16, 1), (4, 4), (3, -1), (-1, 3), (-1, 16), (16, -1), (-1, -1), (0, 8), (0, -1),
-               (-1, 0), (-2, -4), (-2, 4)]
-MESHES = ("one", "fsdp8", "data2-fsdp4")
+FITTING = {(8, 1, 1): (8, 1, 1), (1, 8, 1): (1, 8, 1), (2, 4, 1): (2, 4, 1), (-1, 1, 1): (8, 1, 1),
+           (1, -1, 1): (1, 8, 1), (-1, 2, 1): (4, 2, 1), (4, -1, 1): (4, 2, 1), (1, -1, 2): (1, 4, 2),
+           (2, 2, -1): (2, 2, 2)}
+NOT_FITTING = [(1, 1, 1), (2, 2, 1), (16, 1, 1), (4, 4, 1), (3, -1, 1), (-1, 3, 1), (-1, 16, 1), (16, -1, 1),
+               (-1, -1, 1), (0, 8, 1), (0, -1, 1), (-1, 0, 1), (-2, -4, 1), (-2, 4, -1), (1, -1, 3), (1, 8, 2)]
+# Mesh sizes, and how the step is run on them.
+MESHES = {"one": ((1, 1, 1), {}), "data2": ((2, 1, 1), {}), "fsdp4": ((1, 4, 1), {"remat": "full"}),
+          "fsdp8": ((1, 8, 1), {"remat": "full", "chunk": 5}),
+          "data2-fsdp4": ((2, 4, 1), {"remat": "dots", "chunk": 16}),
+          "fsdp4-tensor2": ((1, 4, 2), {"chunk": 7}), "data2-fsdp2-tensor2": ((2, 2, 2), {"accumulation": 2})}
 
 
 def _main(out: Path) -> None:
   """Runs on eight devices."""
   seen: dict[str, Any] = {"meshes": {}, "devices": jax.device_count()}
-  for data, fsdp in (*FITTING, *NOT_FITTING):
+  for sizes in (*FITTING, *NOT_FITTING):
     try:
-      seen["meshes"][f"{data},{fsdp}"] = list(sharding.make_mesh(data=data, fsdp=fsdp).shape.values())
+      data, fsdp, tensor = sizes
+      seen["meshes"][str(sizes)] = list(sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor).shape.values())
     except UserError as e:
-      seen["meshes"][f"{data},{fsdp}"] = str(e)
+      seen["meshes"][str(sizes)] = str(e)
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda leaf: rng.normal(scale=0.2, size=leaf.shape).astype(np.float32), abstract_params(CONFIG))
   hf.save(params, out / "checkpoint")
@@ -55,17 +65,17 @@ def _main(out: Path) -> None:
   batch = {"tokens": rng.integers(0, 64, (8, 16), np.int32), "weights": rng.integers(0, 2, (8, 16)).astype(np.float32),
            "positions": np.tile(np.arange(16, dtype=np.int32) % 8, (8, 1)),
            "segment_ids": np.tile((half + 1).astype(np.int32), (8, 1))}
-  one_device = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2,
-                             devices=jax.devices()[:1])
-  meshes = (one_device, sharding.make_mesh(data=1, fsdp=8), sharding.make_mesh(data=2, fsdp=4))
-  for name, mesh in zip(MESHES, meshes, strict=True):
-    seen[name] = _step(out, name, mesh, batch)
-  odd = sharding.param_sharding(meshes[1], "embed_tokens.weight", (60, 32))
+  for name, (sizes, options) in MESHES.items():
+    mesh = jax.make_mesh(sizes, sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3,
+                         devices=jax.devices()[:int(np.prod(sizes))])
+    seen[name] = _step(out, name, mesh, batch, **options)
+  odd = sharding.param_sharding(sharding.make_mesh(data=1, fsdp=8), "embed_tokens.weight", (60, 32))
   seen["odd"] = odd.is_fully_replicated
   (out / "seen.json").write_text(json.dumps(seen))
 
 
-def _step(out: Path, name: str, mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+def _step(out: Path, name: str, mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray], **options: Any,
+          ) -> dict[str, Any]:
   config, params = hf.load(out / "checkpoint", place=functools.partial(sharding.param_sharding, mesh))
   assert config == CONFIG
   np.savez(out / f"{name}-loaded.npz", **_flat(params))
@@ -73,7 +83,8 @@ def _step(out: Path, name: str, mesh: jax.sharding.Mesh, batch: dict[str, np.nda
   state = training.init_state(params, optimizer, mesh)
   before = _shards(state)
   placed = jax.device_put(batch, jax.sharding.NamedSharding(mesh, sharding.BATCH))
-  state, metrics = training.make_train_step(config, optimizer, compute_dtype=jnp.float32)(state, placed)
+  step = training.make_train_step(config, optimizer, compute_dtype=jnp.float32, mesh=mesh, **options)
+  state, metrics = step(state, placed)
   np.savez(out / f"{name}-params.npz", **_flat(state["params"]))
   np.savez(out / f"{name}-mu.npz", **_flat(_moments(state)["mu"]))
   return {"before": before, "after": _shards(state), "metrics": {k: float(v) for k, v in metrics.items()},
@@ -111,29 +122,28 @@ def seen(out: Path) -> dict[str, Any]:
 
 def test_mesh_sizes_that_fit_take_all_devices(seen: dict[str, Any]) -> None:
   assert seen["devices"] == 8
-  assert {sizes: tuple(seen["meshes"]["{},{}".format(*sizes)]) for sizes in FITTING} == FITTING
+  assert {sizes: tuple(seen["meshes"][str(sizes)]) for sizes in FITTING} == FITTING
 
 
-@pytest.mark.parametrize(("data", "fsdp"), NOT_FITTING)
-def test_mesh_sizes_that_do_not_fit_are_refused(seen: dict[str, Any], data: int, fsdp: int) -> None:
-  message = seen["meshes"][f"{data},{fsdp}"]
+@pytest.mark.parametrize("sizes", NOT_FITTING, ids=str)
+def test_mesh_sizes_that_do_not_fit_are_refused(seen: dict[str, Any], sizes: tuple[int, int, int]) -> None:
+  message = seen["meshes"][str(sizes)]
   assert isinstance(message, str)
-  assert f"mesh data={data}, fsdp={fsdp}" in message
+  assert "mesh data={}, fsdp={}, tensor={}".format(*sizes) in message
   assert "8 device" in message
   assert "\n" not in message
 
 
-@pytest.mark.parametrize(("mesh", "parts"), [("fsdp8", 8), ("data2-fsdp4", 4)])
-def test_loaded_parameters_are_split_over_fsdp(out: Path, seen: dict[str, Any], mesh: str, parts: int) -> None:
+@pytest.mark.parametrize("mesh", list(MESHES)[1:])
+def test_loaded_parameters_are_split_as_the_table_says(out: Path, seen: dict[str, Any], mesh: str) -> None:
+  sizes = dict(zip(sharding.AXES, MESHES[mesh][0], strict=True))
   placed = seen[mesh]["before"]["params"]
-  assert placed.keys() > SPLIT_AXIS.keys()
+  assert placed.keys() > SPLIT.keys()
   for path, (shape, on_one, where) in placed.items():
-    expected = list(shape)
-    if path in SPLIT_AXIS:
-      expected[SPLIT_AXIS[path]] //= parts
-    assert on_one == expected, path
-    assert len({device for device, _ in where}) == 8
-    assert len({index for _, index in where}) == (parts if path in SPLIT_AXIS else 1)
+    parts = [int(np.prod([sizes[axis] for axis in axes])) for axes in SPLIT.get(path, ((),) * len(shape))]
+    assert on_one == [size // part for size, part in zip(shape, parts, strict=True)], path
+    assert len({device for device, _ in where}) == np.prod(list(sizes.values()))
+    assert len({index for _, index in where}) == np.prod(parts)
   whole = np.load(out / "one-loaded.npz")
   assert all((np.load(out / f"{mesh}-loaded.npz")[path] == whole[path]).all() for path in whole)
 
@@ -156,10 +166,11 @@ def test_a_step_leaves_everything_where_it_lies(seen: dict[str, Any], mesh: str)
 
 def test_a_batch_is_split_over_both_axes(seen: dict[str, Any]) -> None:
   assert seen["fsdp8"]["batch"] == seen["data2-fsdp4"]["batch"] == [8, 1, 16]
+  assert seen["fsdp4-tensor2"]["batch"] == [8, 2, 16]
 
 
-@pytest.mark.parametrize("mesh", MESHES[1:])
-def test_a_step_on_eight_devices_equals_the_step_on_one(out: Path, seen: dict[str, Any], mesh: str) -> None:
+@pytest.mark.parametrize("mesh", list(MESHES)[1:])
+def test_a_step_on_several_devices_equals_the_step_on_one(out: Path, seen: dict[str, Any], mesh: str) -> None:
   assert seen[mesh]["metrics"] == pytest.approx(seen["one"]["metrics"], rel=1e-6)
   load = lambda name: dict(np.load(out / f"{name}.npz"))
   start, mu, want = load("one-loaded"), load("one-mu"), load("one-params")

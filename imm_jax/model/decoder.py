@@ -151,7 +151,14 @@ class Decoder(nnx.Module):
 
   def __call__(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array,
                compute_dtype: jnp.dtype, remat: str = "none") -> jax.Array:
-    """Scores packed rows.
+    """Scores packed rows: float32 logits [B, T, V] from what `hidden` takes."""
+    return self._head(self.hidden(tokens, positions=positions, segment_ids=segment_ids, compute_dtype=compute_dtype,
+                                  remat=remat))
+
+  def hidden(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, compute_dtype: jnp.dtype,
+             remat: str = "none", use: Callable[[Layer], Layer] = lambda layer: layer,
+             pin: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array:
+    """What the head reads, for packed rows.
 
     Args:
       tokens: int32 [B, T].
@@ -159,18 +166,26 @@ class Decoder(nnx.Module):
       segment_ids: int32 [B, T], 0 where there is padding; tokens see earlier tokens of their own segment.
       compute_dtype: dtype of activations; softmax and norms are float32 in any case.
       remat: one of REMAT; what is not kept is computed again in the backward pass.
+      use: applied to each layer before it runs, such as the gathering of its weights.
+      pin: applied to what passes from layer to layer, such as a constraint on where it lies.
 
     Returns:
-      float32 logits [B, T, V].
+      [B, T, D] in the compute dtype.
     """
     length = tokens.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
     mask = causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
     rope = self._rope(positions, compute_dtype)
-    x = self._embed(tokens, compute_dtype)
-    step = _run_layer if remat == "none" else jax.checkpoint(_run_layer, policy=REMAT[remat])
-    x, _ = jax.lax.scan(lambda x, layer: (step(layer, x, rope, mask), None), x, self.layers)
-    return self._logits(x)
+    run = lambda layer, x, rope, mask: pin(use(layer)(x, rope, mask)[0])
+    step = run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat])
+    x, _ = jax.lax.scan(lambda x, layer: (step(layer, x, rope, mask), None), pin(self._embed(tokens, compute_dtype)),
+                        self.layers)
+    return self.norm(x)
+
+  @property
+  def head(self) -> jax.Array:
+    """The head's weight [V, D]."""
+    return (self.embed_tokens if self.config.tie_embeddings else self.lm_head).weight[...]
 
   def prefill(self, tokens: jax.Array, *, lengths: jax.Array, compute_dtype: jnp.dtype,
               ) -> tuple[jax.Array, list[LayerCache]]:
@@ -191,7 +206,7 @@ class Decoder(nnx.Module):
     for layer in self.layers:
       x, cache = layer(x, rope, causal)
       caches.append(cache)
-    return self._logits(jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]), caches
+    return self._head(self.norm(jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0])), caches
 
   def decode(self, tokens: jax.Array, *, positions: jax.Array, caches: list[LayerCache], compute_dtype: jnp.dtype,
              ) -> tuple[jax.Array, list[LayerCache]]:
@@ -212,7 +227,7 @@ class Decoder(nnx.Module):
     for layer, cache in zip(self.layers, caches, strict=True):
       x, cache = layer(x, rope, seen, cache, positions)
       new_caches.append(cache)
-    return self._logits(x[:, 0]), new_caches
+    return self._head(self.norm(x[:, 0])), new_caches
 
   def _embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jnp.take(self.embed_tokens.weight[...], tokens, axis=0).astype(dtype)
@@ -223,9 +238,8 @@ class Decoder(nnx.Module):
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 
-  def _logits(self, x: jax.Array) -> jax.Array:
-    head = self.embed_tokens if self.config.tie_embeddings else self.lm_head
-    return _dot(self.norm(x), head.weight[...], out_dtype=jnp.float32)
+  def _head(self, x: jax.Array) -> jax.Array:
+    return _dot(x, self.head, out_dtype=jnp.float32)
 
 
 def bind(config: ModelConfig, params: Params, *, scan: bool = True) -> Decoder:
@@ -256,10 +270,6 @@ def unstack_layers(params: Params, num_layers: int) -> Params:
   """The list form of layers, for decoding."""
   layers = {i: jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(num_layers)}
   return {**params, "layers": layers}
-
-
-def _run_layer(layer: Layer, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array) -> jax.Array:
-  return layer(x, rope, mask)[0]
 
 
 def _dot(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:

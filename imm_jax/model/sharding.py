@@ -1,9 +1,11 @@
 """The device mesh, and which parameter is split along which axis.
 
 Sharding is a table of (path regex -> PartitionSpec); the first match counts. Mesh axes: `data` repeats the parameters,
-`fsdp` splits them; batches are split over both.
+`fsdp` splits them where they are stored and gathers them where they are used (ZeRO-3), `tensor` splits what is computed
+with them (Megatron). Batches are split over `data` and `fsdp`.
 """
 
+import math
 import re
 
 import jax
@@ -11,55 +13,79 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from imm_jax.errors import UserError
 
+AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
-# Stacked layers have a leading axis; weights are [out, in].
+# Stacked layers have a leading axis; weights are [out, in]. `fsdp` always splits rows: a row's bytes lie together in a
+# checkpoint, and parts stay multiples of a TPU's tile.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"(embed_tokens|lm_head)\.weight", P("fsdp", None)),
-    (r"layers\..*(q|k|v|gate|up)_proj\.weight", P(None, "fsdp", None)),
-    (r"layers\..*(o|down)_proj\.weight", P(None, None, "fsdp")),
+    (r"(embed_tokens|lm_head)\.weight", P(("tensor", "fsdp"), None)),
+    (r"layers\..*(q|k|v|gate|up)_proj\.weight", P(None, ("tensor", "fsdp"), None)),
+    (r"layers\..*(q|k|v)_proj\.bias", P(None, "tensor")),
+    (r"layers\..*(o|down)_proj\.weight", P(None, "fsdp", "tensor")),
     (r".*", P()),
 )
 
 
-def make_mesh(*, data: int, fsdp: int) -> Mesh:
+def make_mesh(*, data: int, fsdp: int, tensor: int = 1) -> Mesh:
   """A mesh over all devices; one of the sizes may be -1, which takes what is left.
 
   Raises:
     UserError: when the sizes do not multiply to the number of devices.
   """
   count = jax.device_count()
-  asked = f"mesh data={data}, fsdp={fsdp}"
-  if data == -1 and fsdp > 0:
-    data = count // fsdp
-  elif fsdp == -1 and data > 0:
-    fsdp = count // data
-  if data < 1 or fsdp < 1 or data * fsdp != count:
-    raise UserError(f"config.{asked} does not fit {count} device(s); sizes must multiply to {count}, or one be -1")
-  return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+  sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+  free = [axis for axis, size in sizes.items() if size == -1]
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if len(free) == 1 and fixed > 0:
+    sizes[free[0]] = count // fixed
+  if min(sizes.values()) < 1 or math.prod(sizes.values()) != count:
+    raise UserError(f"config.mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {count} device(s); sizes must "
+                    f"multiply to {count}, or one be -1")
+  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def for_decoding(mesh: Mesh) -> Mesh:
+  """The same devices with `tensor` in place of `fsdp`: a step of one token would spend its time gathering weights."""
+  data, fsdp, tensor = (mesh.shape[axis] for axis in AXES)
+  return Mesh(mesh.devices.reshape(data, 1, fsdp * tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec_of(path: str) -> P:
   """The partition of the parameter at this path; a single layer's (`layers.3.`) lacks the first axis.
 
   >>> tuple(spec_of("layers.mlp.down_proj.weight")), tuple(spec_of("layers.3.mlp.down_proj.weight"))
-  ((None, None, 'fsdp'), (None, 'fsdp'))
+  ((None, 'fsdp', 'tensor'), ('fsdp', 'tensor'))
   """
   spec = next(spec for pattern, spec in RULES if re.fullmatch(pattern, path))
   return P(*spec[1:]) if re.match(r"layers\.\d+\.", path) else spec
 
 
+def used_spec(path: str) -> P:
+  """The partition of a parameter where it is used: `fsdp` is gathered.
+
+  >>> tuple(used_spec("layers.3.mlp.up_proj.weight")), tuple(used_spec("layers.3.mlp.down_proj.weight"))
+  (('tensor',), (None, 'tensor'))
+  """
+  without = lambda axis: tuple(a for a in axis if a != "fsdp") if isinstance(axis, tuple) else axis
+  axes = [None if axis == "fsdp" else without(axis) for axis in spec_of(path)]
+  while axes and axes[-1] is None:
+    axes.pop()
+  return P(*axes)
+
+
 def cache_sharding(mesh: Mesh, rows: int, kv_heads: int) -> NamedSharding:
-  """Where a key/value cache [B, K, S, h] lies: rows over `data`, heads over `fsdp` as the weights that make them.
+  """Where a key/value cache [B, K, S, h] lies: rows over `data`, heads over `tensor` as the weights that make them.
 
   Where there are fewer heads, rows are split over both axes; what does not divide is repeated.
   """
-  if kv_heads % mesh.shape["fsdp"] == 0:
-    return NamedSharding(mesh, P("data" if rows % mesh.shape["data"] == 0 else None, "fsdp"))
-  return NamedSharding(mesh, BATCH if rows % mesh.size == 0 else P("data" if rows % mesh.shape["data"] == 0 else None))
+  batch = "data" if rows % mesh.shape["data"] == 0 else None
+  if kv_heads % mesh.shape["tensor"] == 0:
+    return NamedSharding(mesh, P(batch, "tensor"))
+  return NamedSharding(mesh, P(("data", "tensor")) if rows % mesh.size == 0 else P(batch))
 
 
 def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
   """Where a parameter lies; an axis that the mesh does not divide is repeated instead."""
-  spec = spec_of(path)
-  fits = all(axis is None or size % mesh.shape[axis] == 0 for axis, size in zip(spec, shape, strict=False))
-  return NamedSharding(mesh, spec if fits else P())
+  parts = lambda axis: math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
+  return NamedSharding(mesh, P(*(axis if size % parts(axis) == 0 else None
+                                 for axis, size in zip(spec_of(path), shape, strict=False))))

@@ -51,14 +51,14 @@ class NativeSampler:
       folder: an HF checkpoint folder with a tokenizer.
       compute_dtype: dtype of weights, activations and cache.
       batch_size: samples that are decoded at once.
-      mesh: weights and cache are split over it as in training; None takes the first device.
+      mesh: weights and cache are split over it, see `sharding.for_decoding`; None takes the first device.
     """
     if batch_size < 1:
       raise ValueError(f"batch_size={batch_size}: expected 1 or more")
     self._dtype = jnp.dtype(compute_dtype)
     self._batch_size = batch_size
-    self._mesh = mesh if mesh is not None and mesh.size > 1 else None
-    place = functools.partial(sharding.param_sharding, mesh) if self._mesh else None
+    self._mesh = sharding.for_decoding(mesh) if mesh is not None and mesh.size > 1 else None
+    place = functools.partial(sharding.param_sharding, self._mesh) if self._mesh else None
     self.tokenizer = load_tokenizer(folder, rows=hf.read_config(folder).vocab_size)  # fails before weights are read
     self._config, self._params = hf.load(folder, dtype=self._dtype, place=place, stacked=False)
     self._eos = _eos_ids(Path(folder), self.tokenizer)

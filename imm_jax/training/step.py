@@ -1,5 +1,6 @@
 """The loss, the optimizer, and one training step."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from imm_jax.model import sharding
 from imm_jax.model.config import ModelConfig
-from imm_jax.model.decoder import Params, bind
+from imm_jax.model.decoder import Layer, Params, bind
+from imm_jax.training.loss import CHUNK, head_loss
 
 # params: float32 master weights; opt_state: optax's, which also counts the steps.
 TrainState = dict[str, Any]
@@ -18,7 +20,7 @@ Metrics = dict[str, jax.Array]
 
 
 def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array], *, compute_dtype: jnp.dtype,
-                 remat: str = "none") -> tuple[jax.Array, jax.Array]:
+                 remat: str = "none", mesh: Mesh | None = None, chunk: int = CHUNK) -> tuple[jax.Array, jax.Array]:
   """Sum of -log p over the learned tokens of a packed batch, and their number.
 
   Args:
@@ -27,16 +29,34 @@ def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array
     batch: see `packing.PackedBatches`.
     compute_dtype: dtype of activations.
     remat: one of `decoder.REMAT`.
+    mesh: weights are gathered over `fsdp` layer by layer, as they are used, and rows stay where they are.
+    chunk: see `loss.head_loss`.
 
   Returns:
     (sum of losses, number of learned tokens), both float32 scalars.
   """
-  logits = bind(config, params)(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"],
-                                compute_dtype=compute_dtype, remat=remat)
+  model = bind(config, params)
+  split = {} if mesh is None or mesh.size == 1 else {
+      "use": functools.partial(_gather, mesh, compute_dtype),
+      "pin": lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, sharding.BATCH))}
+  x = model.hidden(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"],
+                   compute_dtype=compute_dtype, remat=remat, **split)
+  head = model.head
+  if split:
+    head = _constrain(mesh, "lm_head.weight", head.astype(compute_dtype))
   # Token t+1 is predicted at t; a segment's first token is never learned, so no loss crosses segments.
-  weights = batch["weights"][:, 1:]
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch["tokens"][:, 1:])
-  return jnp.sum(losses * weights), jnp.sum(weights)
+  targets, weights = (jnp.pad(batch[name][:, 1:], ((0, 0), (0, 1))) for name in ("tokens", "weights"))
+  return head_loss(x, head, targets, weights, chunk), jnp.sum(weights)
+
+
+def _gather(mesh: Mesh, dtype: jnp.dtype, layer: Layer) -> Layer:
+  """A layer's weights in the compute dtype, which halves what moves, gathered over `fsdp`."""
+  name = lambda path: ".".join(["layers.0", *(key.name for key in path if key.name != "value")])
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: _constrain(mesh, name(path), leaf.astype(dtype)), layer)
+
+
+def _constrain(mesh: Mesh, path: str, leaf: jax.Array) -> jax.Array:
+  return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, sharding.used_spec(path)))
 
 
 def make_schedule(kind: str, *, peak: float, total_steps: int, warmup_ratio: float) -> optax.Schedule:
@@ -73,7 +93,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Me
 
 
 def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation, *, compute_dtype: jnp.dtype,
-                    accumulation: int = 1, remat: str = "none",
+                    accumulation: int = 1, remat: str = "none", mesh: Mesh | None = None, chunk: int = CHUNK,
                     ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
   """A jitted step (state, batch) -> (state, metrics) that donates its state.
 
@@ -85,7 +105,8 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
     total = jnp.sum(batch["weights"][:, 1:])
 
     def mean_loss(params: Params, part: dict[str, jax.Array]) -> jax.Array:
-      return token_losses(config, params, part, compute_dtype=compute_dtype, remat=remat)[0] / total
+      return token_losses(config, params, part, compute_dtype=compute_dtype, remat=remat, mesh=mesh,
+                          chunk=chunk)[0] / total
 
     if accumulation == 1:
       loss, grads = jax.value_and_grad(mean_loss)(state["params"], batch)

@@ -48,7 +48,8 @@ def train(config: ModelConfig, params: Params, batches: PackedBatches, *, schedu
   optimizer = make_optimizer(schedule, weight_decay=weight_decay, grad_clip=grad_clip)
   state = init_state(params, optimizer, mesh)
   del params
-  train_step = make_train_step(config, optimizer, compute_dtype=compute_dtype, accumulation=accumulation, remat=remat)
+  train_step = make_train_step(config, optimizer, compute_dtype=compute_dtype, accumulation=accumulation, remat=remat,
+                               mesh=mesh)
   batch_sharding = NamedSharding(mesh, sharding.BATCH)
   learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(len(batches))))
   pending: list[dict[str, Any]] = []

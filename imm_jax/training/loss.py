@@ -1,0 +1,83 @@
+"""Cross-entropy of a language model's head, some positions at a time.
+
+Logits of a batch are its largest array by far: [tokens, vocabulary] in float32. Here they exist for one chunk of
+positions at a time, and since the loss is a sum over tokens, each chunk's gradients are at hand with its logits:
+nothing is computed twice.
+
+Axes: B rows, T positions, D model, V vocabulary, C positions of a chunk.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+# Positions of a row whose logits exist at once.
+CHUNK = 512
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def head_loss(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int = CHUNK) -> jax.Array:
+  """Weighted sum of -log softmax(x W^T)[target] over all positions.
+
+  Args:
+    x: [B, T, D], what the head reads, in the compute dtype.
+    weight: [V, D], the head.
+    targets: int32 [B, T].
+    weights: float32 [B, T].
+    chunk: C; logits are [B, C, V].
+
+  Returns:
+    A float32 scalar. Gradients flow to `x` and `weight`.
+
+  >>> x, w = jnp.array([[[1.0, 0.0]]]), jnp.eye(2)
+  >>> round(float(head_loss(x, w, jnp.array([[0]]), jnp.ones((1, 1)))), 4)
+  0.3133
+  """
+  return _scan(x, weight, targets, weights, chunk, gradients=False)[0]
+
+
+def _forward(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int):
+  loss, dx, dw = _scan(x, weight, targets, weights, chunk, gradients=True)
+  return loss, (dx, dw)
+
+
+def _backward(chunk: int, residuals: tuple[jax.Array, jax.Array], g: jax.Array):
+  del chunk
+  dx, dw = residuals
+  return (g * dx).astype(dx.dtype), (g * dw).astype(dw.dtype), None, None
+
+
+head_loss.defvjp(_forward, _backward)
+
+
+def _scan(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int, *, gradients: bool):
+  """(loss, its gradient in x, its gradient in weight), the latter two None without `gradients`."""
+  batch, length, _ = x.shape
+  chunks = -(-length // chunk)
+  size = -(-length // chunks)
+  # Rows stay whole on their devices: chunks are cut along the positions.
+  cut = lambda a: jnp.moveaxis(jnp.pad(a, ((0, 0), (0, chunks * size - length), *((0, 0),) * (a.ndim - 2))).reshape(
+      batch, chunks, size, *a.shape[2:]), 1, 0)
+  w = weight.astype(x.dtype)
+
+  def step(carry, part):
+    loss, dw = carry
+    x, targets, weights = part
+    logits = jax.lax.dot_general(x, w, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    hit = jnp.arange(w.shape[0]) == targets[..., None]
+    loss += jnp.sum(weights * (norm[..., 0] - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)))
+    if not gradients:
+      return (loss, dw), None
+    d = ((jnp.exp(logits - norm) - hit) * weights[..., None]).astype(x.dtype)
+    dx = jax.lax.dot_general(d, w, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
+    dw += jax.lax.dot_general(d, x, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
+    return (loss, dw), dx
+
+  zero = jnp.zeros(w.shape, jnp.float32) if gradients else None
+  (loss, dw), dx = jax.lax.scan(step, (jnp.zeros((), jnp.float32), zero), (cut(x), cut(targets), cut(weights)))
+  if not gradients:
+    return loss, None, None
+  dx = jnp.moveaxis(dx, 0, 1).reshape(batch, chunks * size, -1)[:, :length]
+  return loss, dx, dw.astype(weight.dtype)
