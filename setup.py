@@ -17,7 +17,9 @@ setup(
     package_data={"imm_jax": ["assets/tiny/*"]},
     install_requires=[
         "absl-py>=2.1",
+        "etils>=1.9",
         "flax>=0.12",
+        "grain>=0.2.18",
         "jax>=0.10,<0.12",
         "matplotlib>=3.9",
         "ml_collections>=1.0",

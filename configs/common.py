@@ -39,12 +39,15 @@ def get_config() -> ml_collections.ConfigDict:
   sft.warmup_ratio = 0.03  # share of steps with a rising learning rate [paper]
   sft.weight_decay = 0.0  # AdamW's [paper]
   sft.grad_clip = 1.0  # largest global norm of the gradient, 0 for none [ours: the HF trainer's default]
-  sft.global_batch = 128  # answers of an optimizer step, over all devices [paper: 4 x 8 x 4]
+  sft.global_batch = 128  # answers of an optimizer step over all devices, on average [paper: 4 x 8 x 4]
   sft.accumulation = 1  # parts that a batch is run in: less memory, same gradient
   sft.row_length = 1024  # tokens of a packed row; longer answers are dropped and counted
   sft.compute_dtype = "bfloat16"  # of activations; weights, moments and gradients are float32 [paper]
   sft.remat = "full"  # computed again in the backward pass: none, dots (all but matrix products), full; less memory
-  sft.log_every = 10  # steps between metrics; the host waits for the device only then
+  sft.log_every = 10  # steps between metrics; the host waits for the device only then, and to save
+  sft.save_interval = 200  # steps between training states on disk; SIGTERM saves one too
+  sft.max_to_keep = 2  # training states kept; all are removed when a round's training is done
+  sft.state_dir = ""  # where they are: a folder or a bucket (gs://...); empty for the run directory
 
   config.merge = merge = ml_collections.ConfigDict()
   merge.base_weight = 0.5  # alpha of eq. 6, the weight of the base [paper]; table 3's alpha is 1 - base_weight
@@ -54,6 +57,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.eval = evaluation = ml_collections.ConfigDict()
   evaluation.max_new_tokens = 512  # greedy, zero-shot [paper]
   evaluation.batch_size = 64  # questions decoded at once
+
+  config.profile = ""  # steps of each round's SFT that the profiler records, such as "10:13", into WORKDIR/profile
 
   config.mesh = mesh = ml_collections.ConfigDict()
   mesh.data = 1  # copies of the model, each with its share of a batch

@@ -9,7 +9,7 @@ from pathlib import Path
 import ml_collections
 from absl import app, flags, logging
 
-from imm_jax.errors import UserError
+from imm_jax.errors import PreemptedError, UserError
 
 
 def run(main: Callable[[], None]) -> None:
@@ -42,6 +42,9 @@ def run(main: Callable[[], None]) -> None:
       sys.stdout.flush()
     except UserError as e:
       _fail(str(e))
+    except PreemptedError as e:
+      print(f"\n{e}", file=sys.stderr)
+      sys.exit(143)  # as a process that SIGTERM ended
     except BrokenPipeError:  # the reader, `head` say, has seen enough
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
       sys.exit(1)

@@ -10,9 +10,13 @@ from imm_jax import tasks
 from imm_jax.errors import UserError, nearest
 from imm_jax.merging import quantise_drop_rate
 from imm_jax.model.decoder import REMAT
+from imm_jax.training import throughput
 
 METHODS = ("imm", "star", "real")
 DTYPES = ("bfloat16", "float32")
+# Keys that say how a run is computed, not what: they may change between two starts of it.
+HOW = ("mesh", "profile", "sft.accumulation", "sft.log_every", "sft.max_to_keep", "sft.remat", "sft.save_interval",
+       "sft.state_dir")
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -36,7 +40,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise UserError(f"config.task.ood={config.task.ood} names a task twice")
   for key in ("rounds", "task.questions_per_round", "task.eval_questions", "sample.num_samples",
               "sample.max_new_tokens", "sample.batch_size", "sft.epochs", "sft.global_batch", "sft.accumulation",
-              "sft.row_length", "sft.log_every", "eval.max_new_tokens", "eval.batch_size"):
+              "sft.row_length", "sft.log_every", "sft.save_interval", "sft.max_to_keep", "eval.max_new_tokens",
+              "eval.batch_size"):
     require(config, key, lambda v: 1 <= v < 2**31, "expected 1 or more, less than 2**31")
   for key in ("seed", "prompt.few_shot"):
     require(config, key, lambda v: v >= 0, "expected 0 or more")
@@ -52,9 +57,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
   if not config.sample.temperatures or not all(
       isinstance(t, int | float) and math.isfinite(t) and t >= 0 for t in config.sample.temperatures):
     raise UserError(f"config.sample.temperatures={config.sample.temperatures}: expected one or more numbers >= 0")
-  if config.sft.global_batch % config.sft.accumulation:
-    raise UserError(f"config.sft.global_batch={config.sft.global_batch} is not divisible by "
-                    f"config.sft.accumulation={config.sft.accumulation}")
+  try:
+    throughput.window(config.profile)
+  except ValueError as e:
+    raise UserError(f"config.profile={e}") from e
   try:
     quantise_drop_rate(config.merge.drop_rate)
   except ValueError as e:

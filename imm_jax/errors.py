@@ -1,4 +1,4 @@
-"""Errors that a user can mend: shown as one line, without a traceback."""
+"""What ends a run with one line and no traceback."""
 
 import difflib
 
@@ -9,6 +9,10 @@ class UserError(Exception):
   The message says what was wrong, where (file, key, line), and what would be right. The command line
   tools print it as `error: ...` on stderr and exit with code 1; library callers catch it like any exception.
   """
+
+
+class PreemptedError(Exception):
+  """A run was told to stop (SIGTERM); its state is saved, and the same command goes on from it."""
 
 
 def nearest(name: str, known: list[str]) -> str:

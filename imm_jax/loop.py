@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import ml_collections
 
-from imm_jax import __version__, files, memory, report, rundir, stages
+from imm_jax import __version__, distributed, files, memory, report, rundir, stages
+from imm_jax.config import HOW
 from imm_jax.model import folder, hf, hub
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.tokenizer import load_tokenizer
@@ -36,12 +37,14 @@ def plan(config: ml_collections.ConfigDict, base: Path, root: Path) -> list[Stag
       count = config.task.questions_per_round * config.sample.num_samples
       add("samples.jsonl", (start_name,), _pick(settings, "seed", "task", "prompt", "sample"),
           f"{config.task.questions_per_round} questions x {config.sample.num_samples} = {count} answers, up to "
-          f"{count * config.sample.max_new_tokens:,} tokens", functools.partial(stages.synthesize, config, start, t))
+          f"{count * config.sample.max_new_tokens:,} tokens", functools.partial(stages.synthesize, config, start, t),
+          everywhere=True)
       add("train.jsonl", (f"{name}/samples.jsonl",), {}, "keep the right answers",
           functools.partial(stages.keep_correct, here / "samples.jsonl"))
-    add("sft", (start_name, f"{name}/train.jsonl"), _pick(settings, "seed", "prompt", "sft", "mesh"),
-        f"{config.sft.epochs} epochs, {config.sft.global_batch} answers a step",
-        functools.partial(stages.fine_tune, config, start, here / "train.jsonl", root, t))
+    result.append(Stage(f"{name}/sft", (start_name, f"{name}/train.jsonl"), _pick(settings, "seed", "prompt", "sft"),
+                        f"{config.sft.epochs} epochs, {config.sft.global_batch} answers a step",
+                        functools.partial(stages.fine_tune, config, start, here / "train.jsonl", root, t),
+                        everywhere=True))
     result.append(_evaluation(config, here / "sft", root, f"{name}/eval/sft", f"{name}/sft", t))
     if config.method == "imm":
       add("merged", ("base", start_name, f"{name}/sft"), _pick(settings, "seed", "merge"),
@@ -56,22 +59,24 @@ def plan(config: ml_collections.ConfigDict, base: Path, root: Path) -> list[Stag
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs what is not done yet, then prints the table and writes the report."""
   base, _ = _check(config)
-  with rundir.RunDir(workdir, config) as directory:
+  root = Path(workdir)
+  with rundir.RunDir(workdir, config) as directory, distributed.FailTogether(root):
     # The bits of a sum on CPU depend on how many threads share it.
     threads = {"threads": len(os.sched_getaffinity(0))} if jax.default_backend() == "cpu" else {}
     directory.note(versions=_versions(), devices=[d.device_kind for d in jax.devices()], method=config.method,
                    tasks={"id": config.task.name, "ood": list(config.task.ood)}, **threads)
-    external = {"base": folder.digest(base)}
-    if not directory.facts:
+    external = {"base": folder.digest(base)} if distributed.is_main() else {}
+    if distributed.is_main() and not directory.facts:
       hf.check_bytes(base)
-    steps = plan(config, base, directory.path)
+    steps = plan(config, base, root)
     ran = sum(directory.run(stage, external) for stage in steps)
-    print(f"{ran} of {len(steps)} stages were run, the others were done before")
-    results = report.Results.of(directory.path)
-    with files.committed(directory.path / "report") as out:
-      report.write(results, out)
-    print(report.table(results))
-    print(f"report: {directory.path / 'report' / 'index.html'}")
+    if distributed.is_main():
+      print(f"{ran} of {len(steps)} stages were run, the others were done before")
+      results = report.Results.of(root)
+      with files.committed(root / "report") as out:
+        report.write(results, out)
+      print(report.table(results))
+      print(f"report: {root / 'report' / 'index.html'}")
 
 
 def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -107,17 +112,20 @@ def _evaluation(config: ml_collections.ConfigDict, model: Path, root: Path, name
   names = (config.task.name, *config.task.ood)
   settings = _pick(config.to_dict(), "task", "prompt", "eval") | {
       "stop": list(config.sample.stop), "compute_dtype": config.sample.compute_dtype}
+  evaluate = functools.partial(stages.evaluate, config, model, root, name, round_)
   return Stage(name, (need,), settings, f"{len(names)} tasks x {config.task.eval_questions} questions",
-               functools.partial(stages.evaluate, config, model, root, name, round_))
+               lambda out, _: evaluate(out), everywhere=True)
 
 
 def _stage(result: list[Stage], round_name: str, target: str, needs: tuple[str, ...], settings: dict[str, Any],
-           what: str, make: Callable[[Path], dict[str, Any]]) -> None:
-  result.append(Stage(f"{round_name}/{target}", needs, settings, what, make))
+           what: str, make: Callable[[Path], dict[str, Any]], *, everywhere: bool = False) -> None:
+  result.append(Stage(f"{round_name}/{target}", needs, settings, what, lambda out, _: make(out), everywhere))
 
 
 def _pick(settings: dict[str, Any], *keys: str) -> dict[str, Any]:
-  return {key: settings[key] for key in keys}
+  """Some of the settings, without those that do not change what comes out."""
+  return {key: {k: v for k, v in settings[key].items() if f"{key}.{k}" not in HOW}
+          if isinstance(settings[key], dict) else settings[key] for key in keys}
 
 
 def _versions() -> dict[str, str]:

@@ -4,24 +4,32 @@
     python -m imm_jax.main --config=configs/tiny.py --workdir=runs/star --config.method=star --config.rounds=2
     python -m imm_jax.main --config=configs/tiny.py --workdir=runs/tiny --dry_run
 
-The same command goes on where a killed run stopped, and ends in the same bits.
+The same command goes on where a killed run stopped, and ends in the same bits. On several hosts give it to each (a file
+system that all share holds --workdir); on Slurm, Kubernetes and Cloud TPU they find each other.
 """
 
 from absl import flags
 from ml_collections import config_flags
 
-from imm_jax import cli, config, loop
+from imm_jax import cli, config, distributed, loop
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Settings; change one with --config.key=value (configs/common.py explains them).")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; made if missing, continued if not.", required=True)
 flags.mark_flag_as_required("config")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the stages, their sizes and what is done; change nothing.")
+_DISTRIBUTED = flags.DEFINE_enum("distributed", "auto", ["auto", "on", "off"], "Several processes as one run; auto: "
+                                 "where the flags below, JAX_COORDINATOR_ADDRESS or the cluster's variables say so.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where it cannot be found out.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of this run.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process, from 0.", lower_bound=0)
 
 
 def main() -> None:
   settings = cli.config_of(_CONFIG)
   config.validate(settings)
+  distributed.start(_DISTRIBUTED.value, coordinator=_COORDINATOR.value, num_processes=_NUM_PROCESSES.value,
+                    process_id=_PROCESS_ID.value)
   (loop.dry_run if _DRY_RUN.value else loop.run)(settings, _WORKDIR.value)
 
 

@@ -132,14 +132,14 @@ def make(config: ml_collections.ConfigDict, out: Path) -> None:
   tokens = sum(len(e.prompt) + len(e.response) for e in tokenized)
   print(f"{len(examples):,} examples, {tokens:,} tokens, {len(batches)} steps of {batches.rows} rows, "
         f"{batches.padding:.1%} padding")
-  params = init_params(model_config, key=jax.random.key(config.seed))
   schedule = make_schedule("linear", peak=config.learning_rate, total_steps=len(batches),
                            warmup_ratio=config.warmup_ratio)
   losses: list[float] = []
   params = trainer.train(
-      model_config, params, batches, schedule=schedule, weight_decay=config.weight_decay, grad_clip=config.grad_clip,
-      compute_dtype=jnp.dtype(config.compute_dtype), accumulation=1, remat="full", mesh=mesh,
-      log_every=50, report=lambda step, values: losses.append(values["loss"]), label="pretrain")
+      model_config, lambda: init_params(model_config, key=jax.random.key(config.seed)), batches, schedule=schedule,
+      weight_decay=config.weight_decay, grad_clip=config.grad_clip, compute_dtype=jnp.dtype(config.compute_dtype),
+      accumulation=1, remat="full", mesh=mesh, log_every=50,
+      report=lambda step, **values: losses.append(values["loss"]), label="pretrain").params
   with files.committed(out) as folder:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")

@@ -17,7 +17,8 @@ from typing import Any
 
 import ml_collections
 
-from imm_jax import files
+from imm_jax import distributed, files
+from imm_jax.config import HOW
 from imm_jax.errors import UserError
 
 # Keys of a config that may change between two starts of one run: they add stages and change none.
@@ -33,14 +34,17 @@ class Stage:
     needs: names of the stages whose output it reads, and names given to `RunDir.run` as external inputs.
     settings: what else its output depends on; anything that json can write.
     plan: what `--dry_run` says about it.
-    make: writes the output to the path it is given and returns facts worth recording (counts, scores).
+    make: writes the output to the path it is given and returns facts worth recording (counts, scores); it is also
+      given the digests of what it reads.
+    everywhere: whether all processes take part, or process 0 alone.
   """
 
   name: str
   needs: tuple[str, ...]
   settings: Mapping[str, Any]
   plan: str
-  make: Callable[[Path], dict[str, Any]]
+  make: Callable[[Path, Mapping[str, str | None]], dict[str, Any]]
+  everywhere: bool = False
 
 
 class RunDir:
@@ -52,8 +56,16 @@ class RunDir:
     Raises:
       UserError: when it cannot be written, belongs to another config, or another process runs in it.
     """
-    check(path, config)
     self.path = Path(path)
+    self._record: dict[str, Any] = {"stages": {}}
+    self._lock = None
+    if distributed.is_main():
+      changed = check(path, config)
+      self._open(path, config)
+      for line in changed:
+        print(f"note: {line}", file=sys.stderr)
+
+  def _open(self, path: str | Path, config: ml_collections.ConfigDict) -> None:
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       self._lock = (self.path / ".lock").open("w")  # closed by __exit__
@@ -74,7 +86,8 @@ class RunDir:
     return self
 
   def __exit__(self, *_: object) -> None:
-    self._lock.close()
+    if self._lock:
+      self._lock.close()
 
   @property
   def facts(self) -> dict[str, dict[str, Any]]:
@@ -91,25 +104,33 @@ class RunDir:
     Returns:
       Whether it ran.
     """
-    reason = why(stage, self._record, self.path, external)
-    if reason is None:
+    reason = why(stage, self._record, self.path, external) if distributed.is_main() else None
+    inputs = inputs_of(stage, self._record, external) if distributed.is_main() else {}
+    wanted, inputs = distributed.from_main([reason is not None, inputs])
+    if not wanted:
       return False
     target = self.path / stage.name
-    print(f"{stage.name}: {reason}", flush=True)
-    # From here the old output no longer counts, should this process be killed.
-    if self._record["stages"].pop(stage.name, None):
+    if distributed.is_main():
+      print(f"{stage.name}: {reason}", flush=True)
+      # From here the old output no longer counts, should this process be killed.
+      if self._record["stages"].pop(stage.name, None):
+        self._save_record()
+      started = time.time()
+      with files.committed(target) as out:
+        facts = stage.make(out, inputs)
+      self._record["stages"][stage.name] = {
+          "inputs": inputs, "output": files.digest(target), "bytes": files.size_of(target), "facts": facts,
+          "seconds": round(time.time() - started, 2)}
       self._save_record()
-    started = time.time()
-    with files.committed(target) as out:
-      facts = stage.make(out)
-    self._record["stages"][stage.name] = {
-        "inputs": inputs_of(stage, self._record, external), "output": files.digest(target),
-        "bytes": files.size_of(target), "facts": facts, "seconds": round(time.time() - started, 2)}
-    self._save_record()
+    elif stage.everywhere:
+      stage.make(target, inputs)
+    distributed.barrier(stage.name)
     return True
 
   def note(self, **values: Any) -> None:
     """Records facts about the run as a whole (versions, devices), and says what another start had otherwise."""
+    if not distributed.is_main():
+      return
     for name, value in values.items():
       before = self._record.get(name, value)
       if before != value:
@@ -121,8 +142,11 @@ class RunDir:
     files.write_text(self.path / "run.json", json.dumps(self._record, indent=1, sort_keys=True) + "\n")
 
 
-def check(path: str | Path, config: ml_collections.ConfigDict) -> None:
+def check(path: str | Path, config: ml_collections.ConfigDict) -> list[str]:
   """Checks that a run with this config can use the directory, and changes nothing.
+
+  Returns:
+    What differs from an earlier start, as it may.
 
   Raises:
     UserError: when it is no folder, cannot be written, holds something else, or belongs to another config (with every
@@ -140,10 +164,12 @@ def check(path: str | Path, config: ml_collections.ConfigDict) -> None:
     held = {p.name for p in root.iterdir()} if root.exists() else set()
   except OSError as e:
     raise UserError(f"{root}: the run directory cannot be read ({e.strerror}); use another --workdir") from e
+  how: list[str] = []
   if "config.json" in held:
-    different = [f"{key} is {old} there, {new} here"
-                 for key, old, new in _differences(files.read_json(root / "config.json"), _plain(config))
-                 if key not in _MAY_GROW or not isinstance(old, int) or new < old]
+    changed = list(_differences(files.read_json(root / "config.json"), _plain(config)))
+    how = [f"config.{key} was {old!r} and is {new!r} now" for key, old, new in changed if _only_how(key)]
+    different = [f"{key} is {old} there, {new} here" for key, old, new in changed if not _only_how(key)
+                 and (key not in _MAY_GROW or not isinstance(old, int) or new < old)]
     if different:
       raise UserError(f"{root}: made with another config ({'; '.join(different)}); use another --workdir, or "
                       "the values it was made with")
@@ -152,6 +178,7 @@ def check(path: str | Path, config: ml_collections.ConfigDict) -> None:
                     "another --workdir")
   elif held - {".lock", ".config.json.part"}:
     raise UserError(f"{root}: is not empty and no run directory (it has no config.json); use another --workdir")
+  return how
 
 
 def why(stage: Stage, record: Mapping[str, Any], root: Path, external: Mapping[str, str]) -> str | None:
@@ -200,6 +227,10 @@ def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, 
       yield from _differences(a, b, f"{prefix}{key}.")
     elif a != b:
       yield f"{prefix}{key}", a, b
+
+
+def _only_how(key: str) -> bool:
+  return any(key == how or key.startswith(f"{how}.") for how in HOW)
 
 
 def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -4,6 +4,8 @@ Stages read files of the run directory and write files of the run directory; not
 """
 
 import functools
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from imm_jax import evaluation, files, tasks
+from imm_jax import distributed, evaluation, files, tasks
 from imm_jax.errors import UserError
 from imm_jax.merging import checkpoint, masks, methods
 from imm_jax.metrics import StageMetrics
@@ -23,7 +25,8 @@ from imm_jax.sampling import Completion, Prompt
 from imm_jax.sampling.native import NativeSampler
 from imm_jax.tasks import answers, prompts
 from imm_jax.tasks.base import Example
-from imm_jax.training import trainer
+from imm_jax.training import throughput, trainer
+from imm_jax.training.checkpoints import Checkpoints
 from imm_jax.training.packing import PackedBatches, TokenizedExample
 from imm_jax.training.step import make_schedule
 
@@ -42,16 +45,17 @@ def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, out:
   """Samples answers to the round's questions and judges them: samples.jsonl."""
   shots, examples = questions(config, round_)
   sample = config.sample
-  sampler = NativeSampler(model, compute_dtype=sample.compute_dtype, batch_size=sample.batch_size, mesh=mesh_of(config))
   asked = [Prompt(f"round_{round_}/{e.id}", prompts.build(e.question, header=config.prompt.header, examples=shots))
            for e in examples]
-  completions = sampler.generate(
-      asked, max_new_tokens=sample.max_new_tokens, num_samples=sample.num_samples, temperatures=sample.temperatures,
-      top_p=sample.top_p, stop=sample.stop, seed=config.seed, label=f"round {round_}: sample")
+  completions = _generate(
+      _sampler(config, model, sample.batch_size), asked, max_new_tokens=sample.max_new_tokens,
+      num_samples=sample.num_samples, temperatures=sample.temperatures, top_p=sample.top_p, stop=sample.stop,
+      seed=config.seed, label=f"round {round_}: sample")
   rows = [_judged(example, completion, strict=True, sample=s,
                   temperature=sample.temperatures[s % len(sample.temperatures)])
           for example, group in zip(examples, completions, strict=True) for s, completion in enumerate(group)]
-  files.write_jsonl(out, rows)
+  if distributed.is_main():
+    files.write_jsonl(out, rows)
   return {"samples": len(rows), "correct": sum(r["correct"] for r in rows), "tokens": sum(r["tokens"] for r in rows),
           "unfinished": sum(r["finish"] == "length" for r in rows), "no_answer": sum(not r["span"] for r in rows)}
 
@@ -86,38 +90,55 @@ def gold_answers(config: ml_collections.ConfigDict, round_: int, out: Path) -> d
 
 
 def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root: Path, round_: int, out: Path,
-              ) -> dict[str, Any]:
-  """Fine-tunes the model on the kept answers: an HF checkpoint folder in the model's own dtype."""
+              inputs: Mapping[str, str | None]) -> dict[str, Any]:
+  """Fine-tunes the model on the kept answers: an HF checkpoint folder in the model's own dtype.
+
+  `inputs` are the digests of what it reads: training goes on from a saved state of the same ones.
+  """
   sft = config.sft
   mesh = mesh_of(config)
+  name = f"round_{round_}"
+  fitting, dropped = _tokenized(config, model, train)
+  multiple = sharding.batch_parts(mesh) * sft.accumulation
+  batches = PackedBatches(fitting, epochs=sft.epochs, global_batch=sft.global_batch, row_length=sft.row_length,
+                          seed=(config.seed, round_), row_multiple=multiple)
+  if batches.empty_rows and distributed.is_main():
+    filled = batches.rows - batches.empty_rows
+    print(f"note: {batches.empty_rows} of {batches.rows} rows of a step are empty, since {mesh.size} devices and "
+          f"config.sft.accumulation={sft.accumulation} need a multiple of {multiple}; "
+          f"config.sft.global_batch={round(sft.global_batch * batches.rows / filled)} would fill them", file=sys.stderr)
+  schedule = make_schedule(sft.schedule, peak=sft.learning_rate, total_steps=len(batches),
+                           warmup_ratio=sft.warmup_ratio)
+  model_config = hf.read_config(model)
+  place = functools.partial(sharding.param_sharding, mesh)
+  states = Checkpoints(f"{sft.state_dir}/{name}" if sft.state_dir else root / name / "sft_state",
+                       save_interval=sft.save_interval, max_to_keep=sft.max_to_keep, identity=dict(inputs))
+  with states as checkpoints, StageMetrics(root, f"{name}/sft", keep=checkpoints.step) as metrics:
+    trained = trainer.train(
+        model_config, lambda: hf.load(model, dtype=jnp.float32, place=place)[1], batches, schedule=schedule,
+        weight_decay=sft.weight_decay, grad_clip=sft.grad_clip, compute_dtype=jnp.dtype(sft.compute_dtype),
+        accumulation=sft.accumulation, remat=sft.remat, mesh=mesh, log_every=sft.log_every, report=metrics.write,
+        label=f"round {round_}: SFT", checkpoints=checkpoints,
+        profile=throughput.Profile(config.profile, root / "profile" / name))
+    hf.save(trained.params, out, like=model, keep_dtypes=True)
+    checkpoints.remove()
+  return {"examples": len(fitting), "dropped_long": dropped, "steps": len(batches),
+          "examples_per_step": round(batches.per_step, 2), "padding": round(batches.padding, 4),
+          "first_loss": round(trained.first_loss, 6), "last_loss": round(trained.last_loss, 6)}
+
+
+def _tokenized(config: ml_collections.ConfigDict, model: Path, train: Path) -> tuple[list[TokenizedExample], int]:
+  """The kept answers that fit in a row, and how many do not."""
   tokenizer = load_tokenizer(model)
   rows = files.read_jsonl(train, {"question": str, "response": str})
   tokenized = [TokenizedExample(
       tokenizer(prompts.build(r["question"], header=config.prompt.header))["input_ids"],
       tokenizer(r["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]) for r in rows]
-  fitting = [e for e in tokenized if len(e.prompt) + len(e.response) <= sft.row_length]
+  fitting = [e for e in tokenized if len(e.prompt) + len(e.response) <= config.sft.row_length]
   if not fitting:
-    raise UserError(f"{train}: all {len(rows)} answers are longer than config.sft.row_length={sft.row_length} tokens")
-  batches = PackedBatches(fitting, epochs=sft.epochs, global_batch=sft.global_batch, row_length=sft.row_length,
-                          seed=(config.seed, round_), row_multiple=mesh.size * sft.accumulation)
-  schedule = make_schedule(sft.schedule, peak=sft.learning_rate, total_steps=len(batches),
-                           warmup_ratio=sft.warmup_ratio)
-  model_config, params = hf.load(model, dtype=jnp.float32, place=functools.partial(sharding.param_sharding, mesh))
-  first_and_last = []
-  with StageMetrics(root, f"round_{round_}/sft") as metrics:
-
-    def report(step: int, values: dict[str, float]) -> None:
-      metrics.write(step, **values)
-      first_and_last[1:] = [values["loss"]]
-
-    params = trainer.train(
-        model_config, params, batches, schedule=schedule, weight_decay=sft.weight_decay, grad_clip=sft.grad_clip,
-        compute_dtype=jnp.dtype(sft.compute_dtype), accumulation=sft.accumulation, remat=sft.remat, mesh=mesh,
-        log_every=sft.log_every, report=report, label=f"round {round_}: SFT")
-  hf.save(params, out, like=model, keep_dtypes=True)
-  return {"examples": len(fitting), "dropped_long": len(rows) - len(fitting), "steps": len(batches),
-          "padding": round(batches.padding, 4), "first_loss": round(first_and_last[0], 6),
-          "last_loss": round(first_and_last[-1], 6)}
+    raise UserError(f"{train}: all {len(rows)} answers are longer than config.sft.row_length="
+                    f"{config.sft.row_length} tokens")
+  return fitting, len(rows) - len(fitting)
 
 
 def merge(config: ml_collections.ConfigDict, base: Path, start: Path, tuned: Path, round_: int, out: Path,
@@ -136,17 +157,18 @@ def merge(config: ml_collections.ConfigDict, base: Path, start: Path, tuned: Pat
 def evaluate(config: ml_collections.ConfigDict, model: Path, root: Path, stage: str, round_: int, out: Path,
              ) -> dict[str, Any]:
   """Answers every task's test questions greedily, zero-shot: a folder with <task>.jsonl."""
-  sampler = NativeSampler(model, compute_dtype=config.sample.compute_dtype, batch_size=config.eval.batch_size,
-                          mesh=mesh_of(config))
-  out.mkdir()
+  sampler = _sampler(config, model, config.eval.batch_size)
+  if distributed.is_main():
+    out.mkdir()
   scores = {}
   for name in (config.task.name, *config.task.ood):
     examples = tasks.load(name, split="test", count=config.task.eval_questions, seed=_TEST_SEED)
-    completions = sampler.generate(
-        [Prompt(e.id, prompts.build(e.question, header=config.prompt.header)) for e in examples],
+    completions = _generate(
+        sampler, [Prompt(e.id, prompts.build(e.question, header=config.prompt.header)) for e in examples],
         max_new_tokens=config.eval.max_new_tokens, stop=config.sample.stop, label=f"{stage}: {name}")
     rows = [_judged(e, c[0], strict=False) for e, c in zip(examples, completions, strict=True)]
-    files.write_jsonl(out / f"{name}.jsonl", rows)
+    if distributed.is_main():
+      files.write_jsonl(out / f"{name}.jsonl", rows)
     scores[name] = evaluation.accuracy(sum(r["correct"] for r in rows), len(rows))
   with StageMetrics(root, stage) as metrics:
     metrics.write(round_ + 1, **{f"accuracy/{name}": score.value for name, score in scores.items()})
@@ -156,6 +178,21 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, root: Path, stage: 
 def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
   """The devices of a run."""
   return sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+
+
+def _sampler(config: ml_collections.ConfigDict, model: Path, batch_size: int) -> NativeSampler:
+  """On this process's own devices: each process samples its share of the questions."""
+  if jax.process_count() == 1:
+    mesh = mesh_of(config)
+  else:
+    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=-1, devices=jax.local_devices())
+  return NativeSampler(model, compute_dtype=config.sample.compute_dtype, batch_size=batch_size, mesh=mesh)
+
+
+def _generate(sampler: NativeSampler, asked: list[Prompt], **options: Any) -> list[list[Completion]]:
+  """Every prompt's completions, by all processes together."""
+  done = distributed.gather(sampler.generate(list(distributed.share(asked)), **options))
+  return [[Completion(*completion) for completion in group] for group in done]
 
 
 def _judged(example: Example, completion: Completion, *, strict: bool, **extra: Any) -> dict[str, Any]:

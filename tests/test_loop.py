@@ -22,8 +22,9 @@ TINY = REPO / "imm_jax" / "assets" / "tiny"
 # Small enough for seconds; the model, the stages and the code are those of configs/tiny.py.
 SMALL = ("--config.rounds=2", "--config.task.questions_per_round=24", "--config.task.eval_questions=8",
          "--config.task.ood=('groups',)", "--config.sample.batch_size=12", "--config.eval.batch_size=8",
-         "--config.sft.epochs=2", "--config.sft.global_batch=4", "--config.sft.log_every=2")
-TIMED = ("seconds", "time", "tokens_per_s")
+         "--config.sft.epochs=2", "--config.sft.global_batch=4", "--config.sft.log_every=2",
+         "--config.sft.save_interval=2")
+TIMED = ("seconds", "time", "tokens_per_s", "step_s", "input_wait_s")
 
 
 @pytest.fixture(scope="session")
@@ -225,7 +226,9 @@ def one_line(stderr: str) -> str:
     ("--config.task.eval_questions=1000000", "eval_questions=1000000"),
     ("--config.sample.stop=('',)", "not empty"),
     ("--config.method=imn", "did you mean imm?"),
-    ("--config.sft.global_batch=21", "global_batch=21 is not divisible by config.sft.accumulation=2"),
+    ("--config.profile=3", "config.profile='3': expected first:end"),
+    ("--config.sft.save_interval=0", "save_interval=0: expected 1 or more"),
+    ("--num_processes=2 --process_id=0 --coordinator=nowhere", "do not find each other"),
     ("--config.task.name=storys", "did you mean stories?"),
     ("--config.mesh.fsdp=3", "does not fit 1 device"),
     ("--config.model=/no/such/folder", "no such checkpoint folder"),

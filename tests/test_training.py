@@ -1,7 +1,6 @@
 """Packing, the loss, the optimizer and the trainer, against plain loops and against torch."""
 
 import collections
-import itertools
 import math
 from collections.abc import Iterator
 
@@ -12,11 +11,10 @@ import optax
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from imm_jax.errors import UserError
 from imm_jax.model import hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import bind, init_params
-from imm_jax.training import step as training_step, trainer
+from imm_jax.training import step as training_step
 from imm_jax.training.packing import Batch, PackedBatches, TokenizedExample
 
 CONFIG = ModelConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1,
@@ -66,39 +64,71 @@ def test_each_epoch_holds_every_example_once_and_whole(lengths, epochs, global_b
   batches = PackedBatches(examples, epochs=epochs, global_batch=global_batch, row_length=row_length, seed=seed,
                           row_multiple=row_multiple)
   by_tokens = {tuple(e.prompt + e.response): e for e in examples}
-  steps_an_epoch = math.ceil(len(examples) / global_batch)
-  assert len(batches) == epochs * steps_an_epoch
   assert batches.rows % row_multiple == 0
-  padding = 0
-  for epoch in range(epochs):
-    seen = collections.Counter()
-    for i in range(steps_an_epoch):
-      batch = batches[epoch * steps_an_epoch + i]
-      assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
-          name: ((batches.rows, row_length), np.float32 if name == "weights" else np.int32)
-          for name in ("tokens", "positions", "segment_ids", "weights")}
-      found = list(segments(batch))
-      for tokens, positions, weights in found:
-        example = by_tokens[tuple(tokens)]
-        assert positions == list(range(len(tokens)))
-        assert weights == [0.0] * len(example.prompt) + [1.0] * len(example.response)
-      seen.update(tuple(tokens) for tokens, _, _ in found)
-      assert len(found) == min(global_batch, len(examples) - i * global_batch)
-      # First fit leaves at most one row that is no more than half full.
-      used = (batch["segment_ids"] > 0).sum(axis=1)
-      assert ((used > 0) & (used <= row_length // 2)).sum() <= 1
-      padding += (batch["segment_ids"] == 0).sum()
-    assert seen == collections.Counter(dict.fromkeys(by_tokens, 1))
+  assert batches.rows - batches.empty_rows > 0
+  seen, order, padding = collections.Counter(), [], 0
+  for step in range(len(batches)):
+    batch = batches[step]
+    assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
+        name: ((batches.rows, row_length), np.float32 if name == "weights" else np.int32)
+        for name in ("tokens", "positions", "segment_ids", "weights")}
+    assert not batch["segment_ids"][batches.rows - batches.empty_rows:].any()
+    found = list(segments(batch))
+    for tokens, positions, weights in found:
+      example = by_tokens[tuple(tokens)]
+      assert positions == list(range(len(tokens)))
+      assert weights == [0.0] * len(example.prompt) + [1.0] * len(example.response)
+    assert batches.members(step) == sorted(examples.index(by_tokens[tuple(tokens)]) for tokens, _, _ in found)
+    seen.update(tuple(tokens) for tokens, _, _ in found)
+    order += [tuple(tokens) for tokens, _, _ in found]
+    padding += (batch["segment_ids"] == 0).sum()
+  assert seen == collections.Counter(dict.fromkeys(by_tokens, epochs))
+  # An epoch ends before the next begins.
+  assert all(len(set(order[e * len(examples):(e + 1) * len(examples)])) == len(examples) for e in range(epochs))
   assert batches.padding == pytest.approx(padding / (len(batches) * batches.rows * row_length))
+  assert batches.per_step == epochs * len(examples) / len(batches)
+  lengths = np.array([p + r for p, r in lengths])
+  assert batches.tokens_per_step * len(batches) == pytest.approx(epochs * lengths.sum())
+  assert batches.squares_per_step * len(batches) == pytest.approx(epochs * (lengths**2).sum())
+
+
+def test_short_answers_leave_little_padding_and_steps_hold_what_was_asked_for():
+  rng = np.random.default_rng(0)
+  for shortest, longest, row_length in ((100, 400, 1024), (20, 60, 1024), (150, 600, 2048)):
+    examples = [TokenizedExample([1] * 10, [2] * n) for n in rng.integers(shortest, longest, 8000) - 10]
+    batches = pack(examples, global_batch=128, row_length=row_length)
+    assert batches.padding < 0.03
+    assert 128 * 0.87 < batches.per_step < 128 * 1.13
+
+
+def test_rows_do_not_depend_on_the_mesh():
+  """A mesh adds empty rows, or takes what there is, and changes no order."""
+  examples = make_examples(200)
+  plain = pack(examples, global_batch=40)
+  assert plain.rows % 8 == 0
+  for multiple in (1, 4, 16, 64):
+    other = pack(examples, global_batch=40, row_multiple=multiple)
+    assert (len(other), other.rows % multiple) == (len(plain), 0)
+    for step in range(len(plain)):
+      for name, rows in plain[step].items():
+        np.testing.assert_array_equal(other[step][name][:plain.rows], rows)
+
+
+def test_parts_of_a_batch_are_its_rows():
+  batches = pack(make_examples(60), global_batch=20, row_multiple=8)
+  for name, rows in batches[1].items():
+    np.testing.assert_array_equal(np.concatenate([batches.part(1, 0, 3)[name], batches.part(1, 3, 8)[name]]), rows[:8])
 
 
 def test_the_order_belongs_to_the_seed_and_the_epoch():
   examples = make_examples(40)
   tokens = lambda seed, step: pack(examples, epochs=2, seed=seed)[step]["tokens"].tolist()
+  steps = len(pack(examples))
+  assert len(pack(examples, epochs=2)) in (2 * steps, 2 * steps - 1)
   assert tokens(0, 3) == tokens(0, 3)
   assert tokens(0, 0) != tokens(1, 0)
   assert tokens((0, 1), 0) != tokens((0, 2), 0)
-  assert tokens(0, 0) != tokens(0, 10)  # the second epoch begins at step 10
+  assert tokens(0, 0) != tokens(0, steps)  # about where the second epoch begins
 
 
 def test_a_step_does_not_depend_on_the_steps_before():
@@ -221,9 +251,9 @@ def test_ten_steps_equal_adamw_of_torch(checkpoint):
   model, folder = checkpoint("qwen2-tied")
   config, params = hf.load(folder, place=lambda *_: replicated())
   examples = make_examples(20)
-  batches = pack(examples, epochs=2, row_length=24)
+  batches = pack(examples, epochs=3, row_length=24)
   by_tokens = {tuple(e.prompt + e.response): e for e in examples}
-  assert len(batches) == total_steps
+  assert len(batches) >= total_steps
 
   optimizer = training_step.make_optimizer(
       training_step.make_schedule("cosine", peak=peak, total_steps=total_steps, warmup_ratio=warmup / total_steps),
@@ -287,75 +317,3 @@ def test_gradients_are_clipped_by_their_global_norm(clip, scale):
   _, state = optimizer.update(grads, optimizer.init(grads), grads)
   moments = optax.tree_utils.tree_get(state, "mu")
   jax.tree.map(lambda m, g: np.testing.assert_allclose(m, 0.1 * scale * g, rtol=1e-6), moments, grads)
-
-
-def train(params, batches: PackedBatches, reports: dict[int, dict[str, float]], **options):
-  def report(step: int, values: dict[str, float]) -> None:
-    assert step not in reports
-    reports[step] = values
-
-  options = {"schedule": optax.constant_schedule(1e-3), "log_every": 1, **options}
-  mesh = sharding.make_mesh(data=1, fsdp=1)
-  return trainer.train(
-      CONFIG, jax.tree.map(jnp.copy, params), batches, weight_decay=0.0, grad_clip=1.0, accumulation=1, remat="none",
-      compute_dtype=jnp.float32, mesh=mesh, report=report, label="round 0: SFT", **options)
-
-
-@pytest.fixture
-def losses(monkeypatch) -> list[float]:
-  """The losses that training will see: steps do nothing else."""
-  values: list[float] = []
-  steps = itertools.count()
-
-  def step(state, batch):
-    return state, {"loss": jnp.float32(values[next(steps)]), "grad_norm": jnp.float32(2), "tokens": jnp.float32(3)}
-
-  monkeypatch.setattr(trainer, "make_train_step", lambda *args, **options: step)
-  return values
-
-
-@pytest.mark.parametrize("log_every", [1, 4, 100])
-def test_every_step_is_reported_once_whatever_the_interval(params, losses, log_every):
-  losses[:] = [0.5 * i for i in range(10)]
-  batches = pack(make_examples(20), epochs=2)
-  schedule = training_step.make_schedule("cosine", peak=1e-3, total_steps=10, warmup_ratio=0.3)
-  reports = {}
-  after = train(params, batches, reports, schedule=schedule, log_every=log_every)
-  jax.tree.map(np.testing.assert_array_equal, after, params)
-  assert list(reports) == list(range(10))
-  for i, values in reports.items():
-    assert values.pop("tokens_per_s") > 0
-    assert values.pop("learning_rate") == pytest.approx(float(schedule(i)))
-    assert values == {"loss": 0.5 * i, "grad_norm": 2.0, "tokens": 3.0}
-    assert all(type(value) is float for value in values.values())
-
-
-@pytest.mark.parametrize(("value", "bad", "log_every"), [
-    (math.nan, 0, 1), (math.nan, 9, 4), (math.inf, 5, 3), (-math.inf, 7, 100)])
-def test_the_first_loss_that_is_not_finite_is_named(params, losses, value, bad, log_every):
-  losses[:] = [1.0] * bad + [value] * (10 - bad)
-  reports = {}
-  named = rf"^round 0: SFT: the loss is {value} at step {bad}\b.*; lower the learning rate"
-  with pytest.raises(UserError, match=named):
-    train(params, pack(make_examples(20), epochs=2), reports, log_every=log_every)
-  assert list(reports) == list(range(bad))
-
-
-def test_training_ends_where_the_model_gives_no_finite_loss(params, descent_step, monkeypatch):
-  # Plain descent and eight rows, because that step is compiled already.
-  monkeypatch.setattr(trainer, "make_optimizer", lambda *args, **options: DESCENT)
-  monkeypatch.setattr(trainer, "make_train_step", lambda *args, **options: descent_step)
-  poison = 60  # make_examples draws no 60
-  examples = make_examples(20)
-  examples[11].prompt[0] = poison
-  batches = pack(examples, row_multiple=8, seed=1)
-  bad, = (i for i in range(len(batches)) if any(poison in tokens for tokens, _, _ in segments(batches[i])))
-  assert bad == 1
-  embedding = params["embed_tokens"]["weight"]
-  poisoned = {**params, "embed_tokens": {"weight": embedding.at[poison].set(jnp.nan)}}
-  reports = {}
-  with pytest.raises(UserError, match=r"the loss is nan at step 1\b"):
-    train(poisoned, batches, reports)
-  assert list(reports) == [0]
-  assert reports[0]["loss"] > 0
-  assert reports[0]["tokens"] == batches[0]["weights"].sum()

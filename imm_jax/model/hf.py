@@ -148,8 +148,11 @@ def save(params: Params, folder: str | Path, *, like: str | Path | None = None, 
          max_shard_bytes: int = checkpoint.MAX_SHARD_BYTES) -> None:
   """Writes a checkpoint folder in the form that transformers and vLLM read, in blocks.
 
+  With several processes all of them call it, and process 0 writes; a tensor that is spread over hosts is brought to
+  every device, one after the other.
+
   Args:
-    params: parameters with stacked layers, on any devices of this process.
+    params: parameters with stacked layers, on any devices.
     folder: a new folder, or one without weights; the caller renames it when it is whole.
     like: the checkpoint folder whose config.json and tokenizer files are copied unchanged.
     keep_dtypes: write each tensor in the dtype that it has in `like`, rather than in its own.
@@ -158,6 +161,10 @@ def save(params: Params, folder: str | Path, *, like: str | Path | None = None, 
   folder = Path(folder)
   stored = {name: entry.dtype for name, entry in checkpoint.tensors(Path(like)).items()} if keep_dtypes and like else {}
   tensors = [t._replace(dtype=stored.get(t.name, t.dtype)) for t in _tensors(params)]
+  if jax.process_index() != 0:
+    for tensor in tensors:
+      _gathered(tensor)
+    return
   folder.mkdir(parents=True, exist_ok=True)
   shards = checkpoint.split(
       [(t.name, t.dtype, t.shape, functools.partial(_blocks, t)) for t in tensors], max_shard_bytes)
@@ -200,8 +207,25 @@ def _readers() -> int:
   return min(_MAX_READERS, len(os.sched_getaffinity(0)))
 
 
+def _gathered(tensor: _Tensor) -> _Tensor:
+  """The tensor on every device where parts of it lie on other hosts; a collective, so all processes must call it."""
+  if not isinstance(tensor.leaf, jax.Array) or tensor.leaf.is_fully_addressable:
+    return tensor
+  everywhere = jax.sharding.NamedSharding(tensor.leaf.sharding.mesh, jax.sharding.PartitionSpec())
+  return tensor._replace(index=None, leaf=_whole(tensor.leaf, tensor.index or 0, stacked=tensor.index is not None,
+                                                 dtype=tensor.dtype, sharding=everywhere))
+
+
+@functools.partial(jax.jit, static_argnames=("stacked", "dtype", "sharding"))
+def _whole(leaf: jax.Array, index: jax.Array | int, *, stacked: bool, dtype: np.dtype,
+           sharding: jax.sharding.Sharding) -> jax.Array:
+  tensor = jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False) if stacked else leaf
+  return jax.lax.with_sharding_constraint(tensor.astype(dtype), sharding)
+
+
 def _blocks(tensor: _Tensor) -> Iterator[np.ndarray]:
   """Some rows of a tensor at a time, C-contiguous and in its dtype; put together from the devices' parts."""
+  tensor = _gathered(tensor)
   rows = tensor.shape[0]
   step = max(1, _BLOCK // max(1, math.prod(tensor.shape[1:])))
   parts = _parts(tensor.leaf)
@@ -231,8 +255,6 @@ def _parts(leaf: Any) -> list[tuple[list[tuple[int, int]], Any]]:
   """(begin, end) on each axis and data of every part of an array, once where devices hold the same."""
   if not isinstance(leaf, jax.Array):
     return [([(0, size) for size in leaf.shape], leaf)]
-  if not leaf.is_fully_addressable:
-    raise ValueError("some of the parameters lie on other hosts")
   found = {}
   for shard in leaf.addressable_shards:
     bounds = tuple(axis.indices(size)[:2] for axis, size in zip(shard.index, leaf.shape, strict=True))

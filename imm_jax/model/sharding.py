@@ -7,6 +7,7 @@ with them (Megatron). Batches are split over `data` and `fsdp`.
 
 import math
 import re
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
@@ -26,13 +27,13 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(*, data: int, fsdp: int, tensor: int = 1) -> Mesh:
-  """A mesh over all devices; one of the sizes may be -1, which takes what is left.
+def make_mesh(*, data: int, fsdp: int, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh over all devices, or over these; one of the sizes may be -1, which takes what is left.
 
   Raises:
     UserError: when the sizes do not multiply to the number of devices.
   """
-  count = jax.device_count()
+  count = jax.device_count() if devices is None else len(devices)
   sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
   free = [axis for axis, size in sizes.items() if size == -1]
   fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -41,7 +42,7 @@ def make_mesh(*, data: int, fsdp: int, tensor: int = 1) -> Mesh:
   if min(sizes.values()) < 1 or math.prod(sizes.values()) != count:
     raise UserError(f"config.mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {count} device(s); sizes must "
                     f"multiply to {count}, or one be -1")
-  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def for_decoding(mesh: Mesh) -> Mesh:
@@ -71,6 +72,11 @@ def used_spec(path: str) -> P:
   while axes and axes[-1] is None:
     axes.pop()
   return P(*axes)
+
+
+def batch_parts(mesh: Mesh) -> int:
+  """Into how many parts a batch is split."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def cache_sharding(mesh: Mesh, rows: int, kv_heads: int) -> NamedSharding:

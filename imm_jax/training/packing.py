@@ -1,8 +1,8 @@
 """Examples of different lengths into rows of one length.
 
-A batch holds `global_batch` examples, packed by first fit (longest first) into rows; segment ids keep the examples of a
-row apart. The number of rows is the same in every step, so the step compiles once. A batch is a pure function of
-(examples, seed, step): nothing has to be saved to go on from any step.
+Each epoch's examples are packed by first fit, longest first, and its rows shuffled; steps take rows in that order. The
+order follows from (examples, seed) alone, not from the machine, and a batch from (order, step): nothing but the step
+has to be saved to go on from it.
 
 Axes: R rows of a batch, T row length.
 """
@@ -28,6 +28,15 @@ class PackedBatches:
   A batch has int32 arrays [R, T]: `tokens`, `positions` and `segment_ids` (0 is padding), and float32 `weights` [R, T],
   1 where the token is learned.
 
+  Attributes:
+    rows: R.
+    row_length: T.
+    empty_rows: rows of every step that hold nothing, since R has to be a multiple.
+    padding: share of all positions that hold nothing.
+    per_step: examples of a step, on average.
+    tokens_per_step: of those, padding not counted.
+    squares_per_step: sum of the squares of their lengths.
+
   >>> examples = [TokenizedExample([1, 2], [3]), TokenizedExample([4], [5, 6])]
   >>> batches = PackedBatches(examples, epochs=1, global_batch=2, row_length=8, seed=0)
   >>> batches[0]["segment_ids"].tolist()
@@ -40,11 +49,11 @@ class PackedBatches:
 
     Args:
       examples: none longer than a row.
-      epochs: passes over the examples, each in its own order.
-      global_batch: examples of a step; the last step of an epoch may hold fewer.
+      epochs: passes over the examples, each packed and ordered anew.
+      global_batch: examples of a step, on average; a step has a fixed number of rows, which is chosen for that.
       row_length: tokens of a row.
       seed: of the order.
-      row_multiple: rows of a batch are a multiple of this (devices times accumulation steps).
+      row_multiple: R is a multiple of this (devices times accumulation steps); rows that are added for it are empty.
 
     Raises:
       ValueError: when there is no example, or one is longer than a row.
@@ -55,24 +64,32 @@ class PackedBatches:
     if lengths.max() > row_length:
       raise ValueError(f"example {int(lengths.argmax())} has {int(lengths.max())} tokens, a row holds {row_length}")
     self._examples = examples
-    self._row_length = row_length
-    self._plan: list[list[list[int]]] = []
+    self.row_length = row_length
+    self._plan: list[list[int]] = []
     for epoch in range(epochs):
-      order = np.random.default_rng([*np.atleast_1d(seed), epoch]).permutation(len(examples))
-      for start in range(0, len(examples), global_batch):
-        self._plan.append(_first_fit(order[start:start + global_batch], lengths, row_length))
-    rows = max(len(step) for step in self._plan)
-    self.rows = -(-rows // row_multiple) * row_multiple
-    self.padding = 1 - epochs * int(lengths.sum()) / (len(self._plan) * self.rows * row_length)
+      rng = np.random.default_rng([*np.atleast_1d(seed), epoch])
+      rows = _first_fit(rng.permutation(len(examples)), lengths, row_length)
+      self._plan += [rows[i] for i in rng.permutation(len(rows))]
+    self._filled = _rows_of_a_step(len(self._plan) * global_batch / (epochs * len(examples)), len(self._plan))
+    self.rows = -(-self._filled // row_multiple) * row_multiple
+    self.empty_rows = self.rows - self._filled
+    self.padding = 1 - epochs * int(lengths.sum()) / (len(self) * self.rows * row_length)
+    of_a_step = lambda total: epochs * float(total) / len(self)
+    self.per_step = of_a_step(len(examples))
+    self.tokens_per_step, self.squares_per_step = of_a_step(lengths.sum()), of_a_step((lengths**2).sum())
 
   def __len__(self) -> int:
-    return len(self._plan)
+    return -(-len(self._plan) // self._filled)
 
   def __getitem__(self, step: int) -> Batch:
-    shape = (self.rows, self._row_length)
+    return self.part(step, 0, self.rows)
+
+  def part(self, step: int, start: int, stop: int) -> Batch:
+    """Rows start to stop of a step's batch."""
+    shape = (stop - start, self.row_length)
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids")}
     batch["weights"] = np.zeros(shape, np.float32)
-    for r, row in enumerate(self._plan[step]):
+    for r, row in enumerate(self._step(step)[start:stop]):
       begin = 0
       for segment, index in enumerate(row, 1):
         prompt, response = self._examples[index]
@@ -85,17 +102,36 @@ class PackedBatches:
         begin = end
     return batch
 
+  def members(self, step: int) -> list[int]:
+    """Indices of the examples of a step, in order."""
+    return sorted(index for row in self._step(step) for index in row)
+
+  def _step(self, step: int) -> list[list[int]]:
+    if not 0 <= step < len(self):
+      raise IndexError(f"step {step} of {len(self)}")
+    return self._plan[step * self._filled:(step + 1) * self._filled]
+
+
+def _rows_of_a_step(wanted: float, available: int) -> int:
+  """About as many as are wanted: a multiple of 2, 4 or 8 where that changes it by an eighth at most.
+
+  Most meshes then divide it. It must not depend on the mesh itself, or the order of the data would.
+  """
+  rows = max(1, min(round(wanted), available))
+  unit = 1 << min(3, max(0, rows.bit_length() - 3))
+  return round(rows / unit) * unit
+
 
 def _first_fit(indices: np.ndarray, lengths: np.ndarray, row_length: int) -> list[list[int]]:
   """Rows of example indices; each example goes to the first row with room, long examples first."""
   rows: list[list[int]] = []
-  room: list[int] = []
-  for index in sorted(indices.tolist(), key=lambda i: -lengths[i]):
-    row = next((r for r, free in enumerate(room) if free >= lengths[index]), None)
-    if row is None:
+  room = np.zeros(len(indices), np.int64)
+  for index in indices[np.argsort(-lengths[indices], kind="stable")].tolist():
+    fits = room[:len(rows)] >= lengths[index]
+    row = int(fits.argmax()) if fits.any() else len(rows)
+    if row == len(rows):
       rows.append([])
-      room.append(row_length)
-      row = -1
+      room[row] = row_length
     rows[row].append(index)
-    room[row] -= int(lengths[index])
+    room[row] -= lengths[index]
   return rows

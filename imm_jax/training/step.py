@@ -11,11 +11,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from imm_jax.model import sharding
 from imm_jax.model.config import ModelConfig
-from imm_jax.model.decoder import Layer, Params, bind
+from imm_jax.model.decoder import Layer, Params, abstract_params, bind
 from imm_jax.training.loss import CHUNK, head_loss
 
-# params: float32 master weights; opt_state: optax's, which also counts the steps.
+# params: float32 master weights; opt_state: optax's, which also counts the steps; halted: whether a loss or a gradient
+# was not finite, after which nothing changes any more.
 TrainState = dict[str, Any]
+_STATE = ("params", "opt_state", "halted")
 Metrics = dict[str, jax.Array]
 
 
@@ -83,13 +85,33 @@ def make_optimizer(schedule: optax.Schedule, *, weight_decay: float, grad_clip: 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
   """The first state: moments lie where their parameters lie."""
+  shardings = _shardings(jax.eval_shape(optimizer.init, params), mesh)
+  return {"params": params, "opt_state": jax.jit(optimizer.init, out_shardings=shardings)(params),
+          "halted": not_halted(mesh)}
+
+
+def not_halted(mesh: Mesh) -> jax.Array:
+  """The flag of a state that training goes on from."""
+  return jax.jit(lambda: jnp.zeros((), bool), out_shardings=NamedSharding(mesh, P()))()
+
+
+def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+  """Shapes, dtypes and shardings of a model's training state, without allocating any."""
+  params = abstract_params(config)
+  state = {"params": params, "opt_state": jax.eval_shape(optimizer.init, params),
+           "halted": jax.ShapeDtypeStruct((), bool)}
+  return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), state,
+                      _shardings(state, mesh))
+
+
+def _shardings(tree: Any, mesh: Mesh) -> Any:
+  """Where the leaves of a state lie: by the parameter's path at the end of their own, else everywhere."""
 
   def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-    name = ".".join(p.key for p in path if isinstance(p, jax.tree_util.DictKey))
+    name = ".".join(p.key for p in path if isinstance(p, jax.tree_util.DictKey) and p.key not in _STATE)
     return sharding.param_sharding(mesh, name, leaf.shape) if name else NamedSharding(mesh, P())
 
-  shardings = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
-  return {"params": params, "opt_state": jax.jit(optimizer.init, out_shardings=shardings)(params)}
+  return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation, *, compute_dtype: jnp.dtype,
@@ -98,7 +120,8 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
   """A jitted step (state, batch) -> (state, metrics) that donates its state.
 
   The loss is the mean over the learned tokens of the whole batch; with `accumulation` the batch runs in that many
-  parts, which gives the same gradient. Metrics: `loss`, `grad_norm` (before clipping), `tokens` (learned ones).
+  parts, which gives the same gradient. A step whose loss or gradient is not finite changes nothing, and neither do the
+  steps after it. Metrics: `loss`, `grad_norm` (before clipping), `tokens` (learned ones).
   """
 
   def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
@@ -115,10 +138,13 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
       zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["params"]))
       add = lambda sums, part: (jax.tree.map(jnp.add, sums, jax.value_and_grad(mean_loss)(state["params"], part)), None)
       (loss, grads), _ = jax.lax.scan(add, zero, parts)
+    norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-    params = optax.apply_updates(state["params"], updates)
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": total}
-    return {"params": params, "opt_state": opt_state}, metrics
+    new = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
+    # The host looks at the loss now and then; until it does, the last good state stays.
+    halted = state["halted"] | ~jnp.isfinite(loss) | ~jnp.isfinite(norm)
+    new = jax.tree.map(lambda n, old: jnp.where(halted, old, n), new, {name: state[name] for name in new})
+    return new | {"halted": halted}, {"loss": loss, "grad_norm": norm, "tokens": total}
 
   compiled = None
 

@@ -1,35 +1,48 @@
-"""Runs training steps over packed batches and reports how they go."""
+"""Runs training steps over packed batches, saves their state, and reports how they go."""
 
-import time
+import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from imm_jax import progress
-from imm_jax.errors import UserError
-from imm_jax.model import sharding
+from imm_jax.errors import PreemptedError, UserError
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params
+from imm_jax.training import preemption, throughput
+from imm_jax.training.checkpoints import Checkpoints
+from imm_jax.training.input import Input
 from imm_jax.training.packing import PackedBatches
-from imm_jax.training.step import init_state, make_optimizer, make_train_step
+from imm_jax.training.step import TrainState, abstract_state, init_state, make_optimizer, make_train_step, not_halted
 
-# Called with (step, values) for every step; values are plain floats.
-Report = Callable[[int, dict[str, float]], None]
+# Called with a step and its values, plain floats by name, for every step in order.
+Report = Callable[..., None]
+# Examples that an error names.
+_NAMED = 8
 
 
-def train(config: ModelConfig, params: Params, batches: PackedBatches, *, schedule: optax.Schedule,
+class Trained(NamedTuple):
+  """The parameters that training ends with, and the losses of its first and last step."""
+
+  params: Params
+  first_loss: float
+  last_loss: float
+
+
+def train(config: ModelConfig, load_params: Callable[[], Params], batches: PackedBatches, *, schedule: optax.Schedule,
           weight_decay: float, grad_clip: float, compute_dtype: jnp.dtype, accumulation: int, remat: str, mesh: Mesh,
-          log_every: int, report: Report, label: str) -> Params:
-  """Trains float32 parameters over all batches and returns them.
+          log_every: int, report: Report, label: str, checkpoints: Checkpoints | None = None,
+          profile: throughput.Profile | None = None) -> Trained:
+  """Trains float32 parameters over all batches.
 
   Args:
     config: of the model.
-    params: float32, stacked layers; donated.
+    load_params: gives the parameters to begin with: float32, stacked layers; not called where a saved state is.
     batches: one for each step.
     schedule: learning rate by step.
     weight_decay: AdamW's.
@@ -38,37 +51,82 @@ def train(config: ModelConfig, params: Params, batches: PackedBatches, *, schedu
     accumulation: parts that a batch is run in.
     remat: one of `decoder.REMAT`.
     mesh: devices; parameters are placed by `sharding.RULES`.
-    log_every: steps between reports; the host waits for the device only then.
+    log_every: steps between reports; the host waits for the device only then, and to save.
     report: takes the metrics of each step.
     label: what the progress bar says.
+    checkpoints: states are saved there and training goes on from the newest, on whatever mesh it was saved from.
+    profile: records some of the steps.
 
   Raises:
-    UserError: when the loss is not finite.
+    UserError: when the loss is not finite (the state before it is saved), or a state cannot be read or written.
+    PreemptedError: after SIGTERM, when the state is saved.
   """
   optimizer = make_optimizer(schedule, weight_decay=weight_decay, grad_clip=grad_clip)
-  state = init_state(params, optimizer, mesh)
-  del params
+  saved = checkpoints and checkpoints.latest()
+  if saved:
+    start, first_loss = saved["step"], saved["first_loss"]
+    like = abstract_state(config, optimizer, mesh)
+    state = like | checkpoints.restore(start, _kept(like)) | {"halted": not_halted(mesh)}
+  else:
+    start, first_loss = 0, None
+    state = init_state(load_params(), optimizer, mesh)
   train_step = make_train_step(config, optimizer, compute_dtype=compute_dtype, accumulation=accumulation, remat=remat,
                                mesh=mesh)
-  batch_sharding = NamedSharding(mesh, sharding.BATCH)
+  inputs = Input(batches, mesh, saved and saved["input"])
+  meter = throughput.Meter(config, batches, mesh.size)
   learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(len(batches))))
-  pending: list[dict[str, Any]] = []
-  started = time.monotonic()
-  with progress.bar(len(batches), label, "step") as bar:
-    for step in range(len(batches)):
-      state, metrics = train_step(state, jax.device_put(batches[step], batch_sharding))
-      pending.append(metrics)
-      if len(pending) == log_every or step == len(batches) - 1:
-        values = jax.device_get(pending)
-        seconds, started = time.monotonic() - started, time.monotonic()
-        rate = sum(float(v["tokens"]) for v in values) / seconds
-        for i, value in enumerate(values, step + 1 - len(values)):
-          if not np.isfinite([value["loss"], value["grad_norm"]]).all():
-            raise UserError(f"{label}: the loss is {value['loss']} at step {i} (gradient norm {value['grad_norm']}); "
-                            "lower the learning rate or raise warmup_ratio (nothing was saved from this stage)")
-          report(i, {"loss": float(value["loss"]), "grad_norm": float(value["grad_norm"]),
-                     "learning_rate": float(learning_rates[i]), "tokens": float(value["tokens"]), "tokens_per_s": rate})
-        bar.set_postfix(loss=f"{value['loss']:.3f}", tokens_per_s=f"{rate:.0f}", refresh=False)
-        bar.update(len(pending))
-        pending = []
-  return state["params"]
+  last_loss = first_loss
+  pending: list[tuple[dict[str, Any], dict[str, jax.Array]]] = []
+  watch = preemption.watch() if checkpoints else contextlib.nullcontext(lambda _: False)
+  with watch as told_to_stop, progress.bar(len(batches), label, "step", initial=start) as bar:
+    for step in range(start, len(batches)):
+      if profile:
+        profile.before(step)
+      position = inputs.state
+      with meter.waiting():
+        batch = next(inputs)
+      state, metrics = train_step(state, batch)
+      pending.append((position, metrics))
+      done = step + 1
+      stop, last = told_to_stop(step), done == len(batches)
+      if profile:
+        profile.after(step, metrics, last=last or stop)
+      save = checkpoints and not last and (stop or checkpoints.due(done))
+      if not (save or last or len(pending) == log_every):
+        continue
+      values = jax.device_get([metrics for _, metrics in pending])
+      speed = meter.read(len(pending))
+      for i, value in enumerate(values, done - len(pending)):
+        if not np.isfinite([value["loss"], value["grad_norm"]]).all():
+          if checkpoints and i > start:
+            checkpoints.save(i, _kept(state), input=pending[i - done][0], first_loss=first_loss)
+            checkpoints.wait()
+          raise UserError(_not_finite(label, i, value, batches, checkpoints and checkpoints.folder))
+        last_loss = float(value["loss"])
+        first_loss = last_loss if first_loss is None else first_loss
+        report(i, loss=last_loss, grad_norm=float(value["grad_norm"]), tokens=float(value["tokens"]),
+               learning_rate=float(learning_rates[i]), **speed)
+      bar.set_postfix(loss=f"{last_loss:.3f}", tokens_per_s=f"{speed['tokens_per_s']:.0f}", refresh=False)
+      bar.update(len(pending))
+      pending = []
+      if save:
+        checkpoints.save(done, _kept(state), input=inputs.state, first_loss=first_loss)
+      if stop and save:
+        checkpoints.wait()
+        raise PreemptedError(f"{label}: told to stop, after step {done} of {len(batches)}; its state is saved, and "
+                                   "the same command goes on from it")
+  return Trained(state["params"], first_loss, last_loss)
+
+
+def _kept(state: TrainState) -> TrainState:
+  """What is saved of a state; whether it was halted is not."""
+  return {name: state[name] for name in ("params", "opt_state")}
+
+
+def _not_finite(label: str, step: int, value: dict[str, Any], batches: PackedBatches, folder: Any) -> str:
+  members = [i + 1 for i in batches.members(step)]
+  more = f" and {len(members) - _NAMED} more" if len(members) > _NAMED else ""
+  lines = ", ".join(map(str, members[:_NAMED])) + more
+  kept = f"; the state before that step is kept in {folder}" if folder else ""
+  return (f"{label}: the loss is {value['loss']} at step {step} (gradient norm {value['grad_norm']}), on examples "
+          f"{lines}; lower the learning rate or raise warmup_ratio{kept}")

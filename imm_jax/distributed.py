@@ -1,0 +1,158 @@
+"""Several processes as one run: how they find each other, wait for each other, and fail together.
+
+All of them run the same program. Process 0 decides what is run, and writes; the run directory lies on a file system
+that all of them share. Training spreads over the devices of all; sampling takes each process's own, with its share of
+the questions.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from imm_jax.errors import PreemptedError, UserError
+
+# Where a launcher says that there are several processes: Slurm, Kubernetes' indexed jobs, Cloud TPU, multi-slice.
+_SEVERAL = {"SLURM_NTASKS": lambda v: int(v) > 1, "TPU_WORKER_HOSTNAMES": lambda v: "," in v,
+            "MEGASCALE_NUM_SLICES": lambda v: int(v) > 1, "JAX_NUM_PROCESSES": lambda v: int(v) > 1,
+            "JAX_COORDINATOR_ADDRESS": bool}
+# A process that is gone is noticed after so long.
+_HEARTBEAT_S = 60
+_POLL_S = 1.0
+
+
+def start(mode: str = "auto", *, coordinator: str | None = None, num_processes: int | None = None,
+          process_id: int | None = None) -> None:
+  """Joins the other processes of this run, before any other use of jax.
+
+  Args:
+    mode: `on`, `off`, or `auto`, which joins where flags or the environment speak of several processes.
+    coordinator: host:port of process 0; it, and the other two, default to what JAX_COORDINATOR_ADDRESS,
+      JAX_NUM_PROCESSES and JAX_PROCESS_ID say, else to what jax finds out from Slurm, MPI, Kubernetes or Cloud TPU.
+    num_processes: of the run.
+    process_id: of this process, from 0.
+
+  Raises:
+    UserError: when the others cannot be found, with the cause.
+  """
+  number = lambda name: int(os.environ[name]) if os.environ.get(name) else None
+  try:
+    several = any(test(os.environ[name]) for name, test in _SEVERAL.items() if os.environ.get(name))
+    num_processes = number("JAX_NUM_PROCESSES") if num_processes is None else num_processes
+    process_id = number("JAX_PROCESS_ID") if process_id is None else process_id
+  except ValueError as e:
+    raise UserError(f"one of {', '.join(_SEVERAL)}, JAX_PROCESS_ID is no number ({e})") from e
+  if mode == "off" or (mode == "auto" and coordinator is None and not several):
+    return
+  try:
+    jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_S)
+  except (ValueError, RuntimeError, TypeError) as e:
+    cause = str(e).strip().partition("\n")[0] or type(e).__name__
+    raise UserError(f"the processes of this run do not find each other ({cause}); give --coordinator=HOST:PORT, "
+                    "--num_processes and --process_id to each, or --distributed=off for one process alone") from e
+
+
+def is_main() -> bool:
+  """Whether this is process 0, which writes and prints."""
+  return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+  """Returns when all processes are here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def from_main(value: Any) -> Any:
+  """What process 0 has for `value`, anything that json can write, on all of them."""
+  if jax.process_count() == 1:
+    return value
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8) if is_main() else np.zeros(0, np.uint8)
+  size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+  data = data if is_main() else np.zeros(size, np.uint8)
+  return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(data), np.uint8).tobytes())
+
+
+def share(items: Sequence[Any]) -> Sequence[Any]:
+  """This process's part of a list: every n-th, so that parts are alike."""
+  return items[jax.process_index()::jax.process_count()]
+
+
+def gather(items: Sequence[Any]) -> list[Any]:
+  """The whole list on every process, from what became of each one's `share`; items are anything that json can write."""
+  if jax.process_count() == 1:
+    return list(items)
+  data = np.frombuffer(json.dumps(items).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int64(data.size)).tolist()
+  rows = multihost_utils.process_allgather(np.pad(data, (0, max(sizes) - data.size)))
+  parts = [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+  whole: list[Any] = [None] * sum(map(len, parts))
+  for i, part in enumerate(parts):
+    whole[i::len(parts)] = part
+  return whole
+
+
+class FailTogether:
+  """Ends all processes when one fails, with that one's error; use as a context manager.
+
+  The first to fail leaves its error in the run directory, where the others look once a second: they may wait for it in
+  a collective that never ends.
+  """
+
+  def __init__(self, root: Path):
+    self._file = root / ".failed"
+    self._done = threading.Event()
+
+  def __enter__(self) -> "FailTogether":
+    if jax.process_count() > 1:
+      if is_main():
+        self._file.unlink(missing_ok=True)
+      barrier("start")
+      self._check_shared()
+      threading.Thread(target=self._watch, daemon=True).start()
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+    self._done.set()
+    if jax.process_count() == 1 or not isinstance(error, Exception) or isinstance(error, PreemptedError):
+      return
+    text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+    try:
+      with self._file.open("x", encoding="utf-8") as f:
+        f.write(f"process {jax.process_index()}: {text}")
+    except FileExistsError:
+      self._end(self._file.read_text(encoding="utf-8"))
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    time.sleep(3 * _POLL_S)  # until the others have seen it: they need process 0 to live
+    os._exit(1)
+
+  def _check_shared(self) -> None:
+    marker = self._file.with_name(".shared")
+    if is_main():
+      marker.write_text(str(time.time_ns()))
+    barrier("marker")
+    if not all(gather([marker.exists()])):
+      raise UserError(f"{self._file.parent}: not all hosts see the same run directory; give a --workdir on a file "
+                      "system that they share (NFS, Filestore, a bucket mounted with gcsfuse)")
+    barrier("seen")
+    if is_main():
+      marker.unlink()
+
+  def _watch(self) -> None:
+    while not self._done.wait(_POLL_S):
+      if self._file.exists():
+        time.sleep(_POLL_S)  # until it is written
+        self._end(self._file.read_text(encoding="utf-8"))
+
+  def _end(self, error: str) -> None:
+    print(f"error: another process failed first: {error}", file=sys.stderr, flush=True)
+    os._exit(1)  # threads of the collectives may never end

@@ -1,0 +1,129 @@
+"""Training state on disk: parameters, moments, step and the position of the input, written in the background by orbax.
+
+    FOLDER/<step>/state/   float32 parameters, moments, optax's counters, in each host's own shards
+    FOLDER/<step>/about/   JSON: the input's position, what is trained on what, and the first loss
+
+A step's folder appears whole or not at all. It is read onto any mesh and any number of processes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from imm_jax.errors import UserError
+
+# What the disk, a bucket or tensorstore may refuse with.
+_REFUSALS = (OSError, ValueError, RuntimeError)
+
+
+class Checkpoints:
+  """The training states of one fine-tuning; use as a context manager, which waits for what is being written."""
+
+  def __init__(self, folder: str | Path, *, save_interval: int, max_to_keep: int, identity: dict[str, Any]):
+    """Opens or makes the folder.
+
+    Args:
+      folder: a folder, or a bucket's path (`gs://...`).
+      save_interval: steps between two saves.
+      max_to_keep: states kept; older ones are removed.
+      identity: what is trained on what, as JSON; states of anything else are refused.
+
+    Raises:
+      UserError: when it cannot be written.
+    """
+    self.folder = epath.Path(folder)
+    self.save_interval = save_interval
+    self._identity = identity
+    options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True)
+    try:
+      self.folder.mkdir(parents=True, exist_ok=True)
+      self._manager = ocp.CheckpointManager(
+          self.folder if "://" in str(folder) else Path(folder).absolute(), item_names=("state", "about"),
+          options=options)
+    except _REFUSALS as e:
+      raise UserError(f"{folder}: training states cannot be written there ({_cause(e)})") from e
+
+  @property
+  def step(self) -> int:
+    """Steps done in the newest state, 0 where there is none."""
+    return self._manager.latest_step() or 0
+
+  def latest(self) -> dict[str, Any] | None:
+    """What the newest state says about itself (`step`, `input`, `first_loss`), or None where training must begin.
+
+    Raises:
+      UserError: when it is damaged, or of another model, other data or settings.
+    """
+    step = self._manager.latest_step()
+    if step is None:
+      return None
+    about = self._read(step, "about", ocp.args.JsonRestore())
+    found = about.get("identity", {})
+    other = sorted(key for key in found.keys() | self._identity.keys() if found.get(key) != self._identity.get(key))
+    if other:
+      raise UserError(f"{self.folder}: holds the training state of something else ({', '.join(other)} differ); remove "
+                      "it to begin this training from its first step, or keep states elsewhere (config.sft.state_dir)")
+    return about
+
+  def restore(self, step: int, like: Any) -> Any:
+    """The state of a step, placed as the ShapeDtypeStructs of `like` say.
+
+    Raises:
+      UserError: when it is damaged or of another model.
+    """
+    return self._read(step, "state", ocp.args.StandardRestore(like))
+
+  def due(self, step: int) -> bool:
+    """Whether the state after so many steps is to be saved."""
+    return step % self.save_interval == 0
+
+  def save(self, step: int, state: Any, **about: Any) -> None:
+    """Saves the state after so many steps, while training goes on; a step that is saved already is left alone.
+
+    Raises:
+      UserError: when this save, or the one before, fails; older states are kept.
+    """
+    if step == self._manager.latest_step():
+      return
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state),
+                               about=ocp.args.JsonSave({"step": step, "identity": self._identity, **about}))
+    self._guarded(lambda: self._manager.save(step, args=items, force=True))
+
+  def wait(self) -> None:
+    """Returns when everything is written; raises as `save` does."""
+    self._guarded(self._manager.wait_until_finished)
+    self._guarded(self._manager.check_for_errors)
+
+  def remove(self) -> None:
+    """Removes all states: the training is done."""
+    self._manager.close()
+    if jax.process_index() == 0:
+      self.folder.rmtree(missing_ok=True)
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._manager.close()
+
+  def _guarded(self, work: Any) -> None:
+    try:
+      work()
+    except _REFUSALS as e:
+      raise UserError(f"{self.folder}: the training state cannot be written ({_cause(e)}); the last one that was "
+                      "written is kept; make room, then give the same command again") from e
+
+  def _read(self, step: int, item: str, how: Any) -> Any:
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
+    except (*_REFUSALS, KeyError, TypeError) as e:
+      raise UserError(f"{self.folder / str(step)}: this training state cannot be read ({_cause(e)}); remove that "
+                      "folder to go on from the one before, or to begin again") from e
+
+
+def _cause(error: BaseException) -> str:
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  return (lines or [type(error).__name__])[0][:200]

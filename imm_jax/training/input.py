@@ -1,0 +1,64 @@
+"""Batches on their way to the devices: read ahead by grain, each process only its own rows.
+
+The order is the plan's (`packing.PackedBatches`), whatever the number of processes: each builds the rows that its
+devices hold and no others.
+"""
+
+from typing import Any
+
+import grain
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from imm_jax.model.sharding import BATCH
+from imm_jax.training.packing import Batch, PackedBatches
+
+_READ_AHEAD = 4
+
+
+class Input:
+  """Iterates over the batches of a run as arrays on a mesh, split over `data` and `fsdp`.
+
+  `state` says where it stands and can be written as JSON; `Input(batches, mesh, state)` goes on from there.
+  """
+
+  def __init__(self, batches: PackedBatches, mesh: Mesh, state: dict[str, Any] | None = None):
+    self._sharding = NamedSharding(mesh, BATCH)
+    self._shape = (batches.rows, batches.row_length)
+    rows = [index[0].indices(batches.rows)
+            for index in self._sharding.addressable_devices_indices_map(self._shape).values()]
+    self._first = min(begin for begin, _, _ in rows)
+    source = _Rows(batches, self._first, max(end for _, end, _ in rows))
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READ_AHEAD)
+    self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))
+    if state is not None:
+      self._iterator.set_state(state)
+
+  @property
+  def state(self) -> dict[str, Any]:
+    """Where the iterator stands: after the batch that was taken last."""
+    return self._iterator.get_state()
+
+  def __iter__(self) -> "Input":
+    return self
+
+  def __next__(self) -> dict[str, jax.Array]:
+    return {name: jax.make_array_from_callback(self._shape, self._sharding, lambda index, x=x: self._mine(x, index))
+            for name, x in next(self._iterator).items()}
+
+  def _mine(self, rows: Any, index: tuple[slice, ...]) -> Any:
+    begin, end, _ = index[0].indices(self._shape[0])
+    return rows[begin - self._first:end - self._first]
+
+
+class _Rows:
+  """The rows `first` to `last` of every batch, for grain."""
+
+  def __init__(self, batches: PackedBatches, first: int, last: int):
+    self._batches, self._first, self._last = batches, first, last
+
+  def __len__(self) -> int:
+    return len(self._batches)
+
+  def __getitem__(self, step: int) -> Batch:
+    return self._batches.part(step, self._first, self._last)

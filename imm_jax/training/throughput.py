@@ -1,0 +1,110 @@
+"""How fast training goes, and how near that is to what the devices can do."""
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from imm_jax.hardware import peak_flops
+from imm_jax.model.config import ModelConfig
+from imm_jax.training.packing import PackedBatches
+
+
+def matmul_params(config: ModelConfig) -> int:
+  """Weights that every token is multiplied with: projections and head, not the embedding table's lookup.
+
+  >>> matmul_params(ModelConfig(vocab_size=8, hidden_size=4, intermediate_size=8, num_layers=2, num_heads=2,
+  ...     num_kv_heads=1, head_dim=2, rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=True, qkv_bias=True))
+  320
+  """
+  attention = 2 * config.hidden_size * config.head_dim * (config.num_heads + config.num_kv_heads)
+  mlp = 3 * config.hidden_size * config.intermediate_size
+  return config.num_layers * (attention + mlp) + config.hidden_size * config.vocab_size
+
+
+def train_flops(config: ModelConfig, batches: PackedBatches) -> float:
+  """Floating-point operations of an average step: 6 for each weight and token, and attention's products.
+
+  A segment of n tokens takes 6 n^2 h H in a layer, forward and backward, for scores and for values under a causal mask
+  (PaLM, appendix B, with half of the square). Padding and what is computed again count as nothing.
+  """
+  attention = 6 * config.num_layers * config.num_heads * config.head_dim
+  return 6 * matmul_params(config) * batches.tokens_per_step + attention * batches.squares_per_step
+
+
+def window(steps: str) -> tuple[int, int] | None:
+  """The first step and the one after the last of a profile, from `first:end`; None for an empty string.
+
+  >>> window("10:13"), window("")
+  ((10, 13), None)
+
+  Raises:
+    ValueError: when it is neither.
+  """
+  if not steps:
+    return None
+  found = re.fullmatch(r"(\d+):(\d+)", steps)
+  if not found or int(found[1]) >= int(found[2]):
+    raise ValueError(f"{steps!r}: expected first:end, such as 10:13 for steps 10, 11 and 12")
+  return int(found[1]), int(found[2])
+
+
+class Profile:
+  """Records some steps with jax's profiler, for TensorBoard and Perfetto."""
+
+  def __init__(self, steps: str, folder: Path):
+    self._window, self._folder, self._running = window(steps), folder, False
+
+  def before(self, step: int) -> None:
+    """To be called before each step."""
+    if self._window and step == self._window[0]:
+      jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
+      self._running = True
+
+  def after(self, step: int, result: Any, *, last: bool) -> None:
+    """To be called after each step with what it gave, which is waited for where the recording ends."""
+    if self._running and (last or step + 1 == self._window[1]):
+      jax.block_until_ready(result)
+      jax.profiler.stop_trace()
+      self._running = False
+
+
+class Meter:
+  """Speed between two readings."""
+
+  def __init__(self, config: ModelConfig, batches: PackedBatches, devices: int):
+    self._flops = train_flops(config, batches)
+    self._tokens = batches.tokens_per_step
+    peak = peak_flops(jax.devices()[0].device_kind)
+    self._peak = peak and peak * devices
+    self._waited = 0.0
+    self._began = time.monotonic()
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """Around what waits for input."""
+    began = time.monotonic()
+    yield
+    self._waited += time.monotonic() - began
+
+  def read(self, steps: int) -> dict[str, float]:
+    """What `steps` steps since the last reading took.
+
+    Returns:
+      `tokens_per_s` (all tokens but padding, prompts too), `step_s` and `input_wait_s` of a step; `mfu`, the share of
+      the devices' bfloat16 peak, where that is known; `memory_gib`, the most a device held, where it says.
+    """
+    now = time.monotonic()
+    seconds, waited = (now - self._began) / steps, self._waited / steps
+    self._began, self._waited = now, 0.0
+    values = {"tokens_per_s": self._tokens / seconds, "step_s": seconds, "input_wait_s": waited}
+    if self._peak:
+      values["mfu"] = self._flops / seconds / self._peak
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if memory:
+      values["memory_gib"] = memory / 2**30
+    return values
