@@ -101,6 +101,26 @@ def gather(items: Sequence[Any]) -> list[Any]:
   return whole
 
 
+def check_shared(folder: Path) -> None:
+  """Checks that all hosts see the folder that process 0 has made.
+
+  Raises:
+    UserError: when one does not.
+  """
+  if jax.process_count() == 1:
+    return
+  marker = folder / f".shared-{from_main(time.time_ns())}"
+  if is_main():
+    marker.touch()
+  barrier("shared")
+  seen = all(gather([marker.exists()]))
+  if is_main():
+    marker.unlink()
+  if not seen:
+    raise UserError(f"{folder}: not all hosts see the same run directory; give a --workdir on a file system that they "
+                    "share (NFS, Filestore, a bucket mounted with gcsfuse)")
+
+
 class FailTogether:
   """Ends all processes when one fails, with that one's error; use as a context manager.
 
@@ -117,7 +137,6 @@ class FailTogether:
       if is_main():
         self._file.unlink(missing_ok=True)
       barrier("start")
-      self._check_shared()
       threading.Thread(target=self._watch, daemon=True).start()
     return self
 
@@ -127,25 +146,12 @@ class FailTogether:
       return
     text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
     try:
+      self._file.parent.mkdir(parents=True, exist_ok=True)
       with self._file.open("x", encoding="utf-8") as f:
         f.write(f"process {jax.process_index()}: {text}")
     except FileExistsError:
       self._end(self._file.read_text(encoding="utf-8"))
-    print(f"error: {text}", file=sys.stderr, flush=True)
-    time.sleep(3 * _POLL_S)  # until the others have seen it: they need process 0 to live
-    os._exit(1)
-
-  def _check_shared(self) -> None:
-    marker = self._file.with_name(".shared")
-    if is_main():
-      marker.write_text(str(time.time_ns()))
-    barrier("marker")
-    if not all(gather([marker.exists()])):
-      raise UserError(f"{self._file.parent}: not all hosts see the same run directory; give a --workdir on a file "
-                      "system that they share (NFS, Filestore, a bucket mounted with gcsfuse)")
-    barrier("seen")
-    if is_main():
-      marker.unlink()
+    self._exit(text)
 
   def _watch(self) -> None:
     while not self._done.wait(_POLL_S):
@@ -154,5 +160,10 @@ class FailTogether:
         self._end(self._file.read_text(encoding="utf-8"))
 
   def _end(self, error: str) -> None:
-    print(f"error: another process failed first: {error}", file=sys.stderr, flush=True)
+    self._exit(f"another process failed first: {error}")
+
+  def _exit(self, error: str) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    if is_main():
+      time.sleep(4 * _POLL_S)  # the others abort where process 0 is gone before they have seen the error
     os._exit(1)  # threads of the collectives may never end

@@ -3,10 +3,11 @@
     round t:  samples -> train -> sft -> (merged) -> eval;  round t+1 starts from the merged model, else the tuned one
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,8 @@ def plan(config: ml_collections.ConfigDict, base: Path, root: Path) -> list[Stag
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs what is not done yet, then prints the table and writes the report."""
-  base, _ = _check(config)
   root = Path(workdir)
-  with rundir.RunDir(workdir, config) as directory, distributed.FailTogether(root):
+  with distributed.FailTogether(root), _opened(config, workdir) as (base, directory):
     # The bits of a sum on CPU depend on how many threads share it.
     threads = {"threads": len(os.sched_getaffinity(0))} if jax.default_backend() == "cpu" else {}
     directory.note(versions=_versions(), devices=[d.device_kind for d in jax.devices()], method=config.method,
@@ -77,6 +77,15 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         report.write(results, out)
       print(report.table(results))
       print(f"report: {root / 'report' / 'index.html'}")
+
+
+@contextlib.contextmanager
+def _opened(config: ml_collections.ConfigDict, workdir: str) -> Iterator[tuple[Path, rundir.RunDir]]:
+  """The base model's folder and the run directory, both looked at before anything is spent."""
+  base, _ = _check(config)
+  with rundir.RunDir(workdir, config) as directory:
+    distributed.check_shared(directory.path)
+    yield base, directory
 
 
 def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:

@@ -56,15 +56,16 @@ def _torch_model(kind: str, **sizes: int) -> "transformers.PreTrainedModel":
 
 
 @pytest.fixture(scope="session")
-def run_on_devices() -> Callable[..., None]:
-  """Runs a file with arguments as a program of its own on that many faked devices."""
+def run_on_devices() -> Callable[..., str]:
+  """Runs a file with arguments as a program of its own on that many faked devices; gives its stderr."""
 
-  def run(file: str, *arguments: object, devices: int = 8) -> None:
+  def run(file: str, *arguments: object, devices: int = 8) -> str:
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
                    "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(imm_jax.__file__).parent.parent)}
     done = subprocess.run([sys.executable, file, *map(str, arguments)], env=environment, capture_output=True, text=True,
                           timeout=900, check=False)
     assert done.returncode == 0, done.stderr
+    return done.stderr
 
   return run
 

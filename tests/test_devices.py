@@ -84,7 +84,7 @@ def _main(out: Path) -> None:
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory, run_on_devices: Callable[..., None]) -> Path:
   folder = tmp_path_factory.mktemp("devices")
-  run_on_devices(__file__, folder)
+  (folder / "stderr").write_text(run_on_devices(__file__, folder))
   return folder
 
 
@@ -124,11 +124,16 @@ def test_texts_do_not_depend_on_the_mesh(seen: dict[str, Any], mesh: str) -> Non
 
 
 def test_the_cache_is_split_like_the_model(seen: dict[str, Any]) -> None:
-  """Eight rows and two key/value heads: over both axes, or the rows alone where there are more devices than heads."""
+  """Eight rows and two key/value heads: heads over two devices, rows over the rest."""
   whole = {tuple(shape[:2]) for shape in seen["cache"]["1"]}
   assert whole == {(8, 2)}
   assert {tuple(shape[:2]) for shape in seen["cache"]["4x2"]} == {(2, 1)}
-  assert {tuple(shape[:2]) for shape in seen["cache"]["1x8"]} == {(1, 2)}
+  assert {tuple(shape[:2]) for shape in seen["cache"]["1x8"]} == {(2, 1)}
+
+
+def test_the_compiler_has_nothing_to_move_about(out: Path) -> None:
+  """XLA warns where a sharding forces it to bring a whole array to every device."""
+  assert "rematerialization" not in (out / "stderr").read_text()
 
 
 if __name__ == "__main__":

@@ -45,10 +45,14 @@ def make_mesh(*, data: int, fsdp: int, tensor: int = 1, devices: Sequence[jax.De
   return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def for_decoding(mesh: Mesh) -> Mesh:
-  """The same devices with `tensor` in place of `fsdp`: a step of one token would spend its time gathering weights."""
-  data, fsdp, tensor = (mesh.shape[axis] for axis in AXES)
-  return Mesh(mesh.devices.reshape(data, 1, fsdp * tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def for_decoding(mesh: Mesh, kv_heads: int) -> Mesh:
+  """The same devices with no `fsdp`: a step of one token would spend its time gathering weights.
+
+  `tensor` takes as many of them as share the key/value heads evenly, so that each head's cache lies with the weights
+  that make it, and `data` the rest, with a copy of the weights for each.
+  """
+  tensor = math.gcd(kv_heads, mesh.shape["fsdp"] * mesh.shape["tensor"])
+  return Mesh(mesh.devices.reshape(-1, 1, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec_of(path: str) -> P:
@@ -79,15 +83,9 @@ def batch_parts(mesh: Mesh) -> int:
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def cache_sharding(mesh: Mesh, rows: int, kv_heads: int) -> NamedSharding:
-  """Where a key/value cache [B, K, S, h] lies: rows over `data`, heads over `tensor` as the weights that make them.
-
-  Where there are fewer heads, rows are split over both axes; what does not divide is repeated.
-  """
-  batch = "data" if rows % mesh.shape["data"] == 0 else None
-  if kv_heads % mesh.shape["tensor"] == 0:
-    return NamedSharding(mesh, P(batch, "tensor"))
-  return NamedSharding(mesh, P(("data", "tensor")) if rows % mesh.size == 0 else P(batch))
+def cache_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+  """Where a key/value cache [B, K, S, h] lies on a mesh of `for_decoding`: rows over `data`, heads over `tensor`."""
+  return NamedSharding(mesh, P("data" if rows % mesh.shape["data"] == 0 else None, "tensor"))
 
 
 def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:

@@ -178,7 +178,7 @@ def _placed(arrays: State, static: Static) -> State:
   if static.mesh is None:
     return arrays
   everywhere = NamedSharding(static.mesh, P())
-  where = lambda name, x: cache_sharding(static.mesh, *x.shape[:2]) if name == "caches" else everywhere
+  where = lambda name, x: cache_sharding(static.mesh, x.shape[0]) if name == "caches" else everywhere
   return {name: jax.tree.map(lambda x, n=name: jax.lax.with_sharding_constraint(x, where(n, x)), value)
           for name, value in arrays.items()}
 

@@ -57,9 +57,10 @@ class NativeSampler:
       raise ValueError(f"batch_size={batch_size}: expected 1 or more")
     self._dtype = jnp.dtype(compute_dtype)
     self._batch_size = batch_size
-    self._mesh = sharding.for_decoding(mesh) if mesh is not None and mesh.size > 1 else None
+    config = hf.read_config(folder)
+    self._mesh = sharding.for_decoding(mesh, config.num_kv_heads) if mesh is not None and mesh.size > 1 else None
     place = functools.partial(sharding.param_sharding, self._mesh) if self._mesh else None
-    self.tokenizer = load_tokenizer(folder, rows=hf.read_config(folder).vocab_size)  # fails before weights are read
+    self.tokenizer = load_tokenizer(folder, rows=config.vocab_size)  # fails before weights are read
     self._config, self._params = hf.load(folder, dtype=self._dtype, place=place, stacked=False)
     self._eos = _eos_ids(Path(folder), self.tokenizer)
     known = np.zeros(self._config.vocab_size, bool)
