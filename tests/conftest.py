@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fake_pod
 import pytest
 import transformers
 
@@ -68,6 +71,23 @@ def run_on_devices() -> Callable[..., str]:
     return done.stderr
 
   return run
+
+
+@pytest.fixture(scope="session")
+def pod_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  if not all(map(shutil.which, ("bash", "git", "setsid"))) or not Path("/proc/self/cwd").exists():
+    pytest.skip("needs Linux, bash and git")
+  return fake_pod.make_template(tmp_path_factory.mktemp("pod"))
+
+
+@pytest.fixture
+def pod(pod_template: Path, tmp_path: Path) -> Iterator[fake_pod.Pod]:
+  """A repository with launch_tpu.sh and a TPU pod that is not there."""
+  pod = fake_pod.Pod(Path(shutil.copytree(pod_template, tmp_path / "pod")))
+  yield pod
+  for worker in pod.workers():
+    for process in pod.running(worker):
+      os.killpg(process, signal.SIGKILL)
 
 
 @pytest.fixture
