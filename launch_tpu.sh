@@ -27,7 +27,7 @@ Options (--key=value or --key value):
   --grace=SECONDS     that a run has to save before SIGKILL (start, restart, stop); default 300
 start:
   --config=FILE       as for imm_jax.main
-  --workdir=DIR       gs://BUCKET/DIR, or a folder that all workers share
+  --workdir=DIR       gs://BUCKET/DIR, which the workers mount with gcsfuse, or a folder that they share
   --type=TYPE         v5litepod-16, v5p-32, v6e-16, ...; needed where the TPU does not exist
   --version=VERSION   of the TPU VM's software; default: by type
   --queued            ask for a queued resource and wait until it is there
@@ -135,6 +135,7 @@ check_run() {
   [[ -f $root/$file && -n $(git -C "$root" ls-files --cached --others --exclude-standard -- "$file" 2>/dev/null) ]] ||
     die "--config: $file is not among the files of $root that are shipped"
   if [[ $workdir == gs://* ]]; then
+    [[ $workdir == gs://*/?* ]] || misuse "--workdir=$workdir: a folder in the bucket is needed, gs://BUCKET/DIR"
     query gcloud storage ls "gs://${bucket%%/*}" --project="$project" ||
       die "--workdir: gs://${bucket%%/*} cannot be reached: $complaint"
   else
@@ -247,7 +248,7 @@ start() {
   ship
   call_workers stop "$grace"
   call_workers install "$code_version"
-  call_workers run --config="$config" --workdir="$workdir" "${overrides[@]}"
+  call_workers run --config="$config" --workdir="$workdir" --distributed=on "${overrides[@]}"
   ((dry_run)) || note "started; its log: launch_tpu.sh tail --name=$name ${where[*]}"
 }
 

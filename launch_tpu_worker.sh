@@ -3,7 +3,7 @@
 #
 #   bash imm_jax_run/launch_tpu_worker.sh install VERSION | run [ARGUMENT...] | stop GRACE | status | tail
 #
-# All of it lies in one folder, ~/imm_jax_run: code.tar.gz, code, version, venv, args, pid, run.log.
+# All of it lies in one folder, ~/imm_jax_run: code.tar.gz, code, version, venv, args, pid, run.log, bucket.
 set -euo pipefail
 
 note() { printf '%s: %s\n' "$HOSTNAME" "$1" >&2; }
@@ -36,6 +36,36 @@ install() {  # VERSION
   note "installed $1"
 }
 
+# A run directory needs a file system that all hosts share: the bucket, seen as one. Directories are renamed in it.
+mount_bucket() {  # NAME
+  if mountpoint --quiet bucket; then return; fi
+  if ! command -v gcsfuse >/dev/null; then
+    local key=/usr/share/keyrings/cloud.google.asc source=https://packages.cloud.google.com/apt
+    curl --silent --show-error --fail $source/doc/apt-key.gpg | sudo tee $key >/dev/null
+    echo "deb [signed-by=$key] $source gcsfuse-$(lsb_release --codename --short) main" |
+      sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+    sudo apt-get --quiet=2 update
+    sudo apt-get --quiet=2 --yes install gcsfuse >/dev/null
+  fi
+  mkdir -p bucket
+  gcsfuse --implicit-dirs --rename-dir-limit=1000000 "$1" bucket >/dev/null || die "gcsfuse cannot mount gs://$1"
+}
+
+# Training states, the large and frequent files of a run, go to the bucket past the mount.
+place_workdir() {  # sets args as imm_jax.main is to have them, from those that were given
+  local arg path given=("${args[@]}")
+  args=()
+  for arg in "${given[@]}"; do
+    if [[ $arg == --workdir=gs://* ]]; then
+      path=${arg#--workdir=gs://}
+      mount_bucket "${path%%/*}"
+      args+=("--workdir=$PWD/bucket/${path#*/}" "--config.sft.state_dir=gs://$path/states")
+    else
+      args+=("$arg")
+    fi
+  done
+}
+
 run() {  # ARGUMENT of imm_jax.main...; none: those of the last time
   # No error, for gcloud repeats a command whose connection broke.
   if alive; then note "runs already as $(<pid)"; return; fi
@@ -43,6 +73,7 @@ run() {  # ARGUMENT of imm_jax.main...; none: those of the last time
   [[ -s args ]] || die "no run was started here"
   local args tick
   mapfile -d '' -t args <args
+  place_workdir
   printf '== %s %s %s\n' "$(date --utc --iso-8601=seconds)" "$(<version)" "${args[*]@Q}" >>run.log
   cd code
   # A session of its own outlives ssh. This is no job of an interactive shell, so setsid does not fork: $! is the run.

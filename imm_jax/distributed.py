@@ -131,6 +131,7 @@ class FailTogether:
   def __init__(self, root: Path):
     self._file = root / ".failed"
     self._done = threading.Event()
+    self._ending = threading.Lock()
 
   def __enter__(self) -> "FailTogether":
     if jax.process_count() > 1:
@@ -163,6 +164,7 @@ class FailTogether:
     self._exit(f"another process failed first: {error}")
 
   def _exit(self, error: str) -> None:
+    self._ending.acquire()  # for good: this and the watching thread may both get here, and one is to speak
     print(f"error: {error}", file=sys.stderr, flush=True)
     if is_main():
       time.sleep(4 * _POLL_S)  # the others abort where process 0 is gone before they have seen the error

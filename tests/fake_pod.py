@@ -38,6 +38,11 @@ case "$1 $2" in
   *) exit 9 ;;
 esac
 """
+# A folder stands for the bucket, and a file in it for the mount.
+_GCSFUSE = """#!/usr/bin/env bash
+echo "$*" >>"$HOME/gcsfuse"
+[[ -z ${FAKE_GCSFUSE_FAILS:-} ]]
+"""
 
 
 def wait_for(what: Callable[[], object]) -> None:
@@ -61,7 +66,7 @@ def make_template(folder: Path) -> Path:
     subprocess.run([*git, *command], check=True)
   fake = Path(__file__).with_name("fake_gcloud.py").read_text()
   pythons = {f"python3{minor}": _PYTHON for minor in ("", ".11", ".12", ".13", ".14")}
-  for name, text in {"gcloud": f"#!{sys.executable} -IS\n{fake}", **pythons}.items():
+  for name, text in {"gcloud": f"#!{sys.executable} -IS\n{fake}", "gcsfuse": _GCSFUSE, **pythons}.items():
     (folder / "bin" / name).write_text(text)
     (folder / "bin" / name).chmod(0o755)
   return folder

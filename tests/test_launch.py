@@ -27,7 +27,8 @@ def test_a_dry_run_prints_the_commands_and_runs_none(pod):
             for line in lines[5:]]
   assert remote[0] == ["stop", "300"]
   assert remote[1][0] == "install"
-  assert remote[2] == ["run", "--config=configs/common.py", "--workdir=gs://bucket/run", *overrides]
+  assert remote[2] == ["run", "--config=configs/common.py", "--workdir=gs://bucket/run", "--distributed=on",
+                       *overrides]
   assert pod.changes() == []
   assert pod.workers() == []
 
@@ -76,6 +77,8 @@ def test_without_gcloud_or_git_it_says_so(pod):
     (("stop", "--name"), "--name needs a value"),
     (("stop", "--name=pod", "--grace=long"), "--grace='long' is no whole number"),
     (("stop", "--name=pod", "--dry_run=1"), "--dry_run takes no value"),
+    (("start", "--name=pod", "--config=configs/common.py", "--workdir=gs://bucket"),
+     "--workdir=gs://bucket: a folder in the bucket is needed"),
     (("start", "--name=pod"), "start needs --config and --workdir"),
     (("restart", "--name=pod", "--", "--config.seed=1"), "--config, --workdir, --type and overrides are for start"),
     ((*START, "--config.seed=1"), "no option '--config.seed=1'; what imm_jax.main is to get follows --"),

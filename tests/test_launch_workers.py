@@ -13,8 +13,10 @@ def test_arguments_arrive_as_they_were_given(pod):
   pod.run(*START, "--type", "v5litepod-16", "--", *overrides)
   assert len(pod.workers()) == 2
   for worker in pod.workers():
-    assert pod.argv(worker) == [f"{worker}/imm_jax_run/code", "--config=configs/common.py", "--workdir=gs://bucket/run",
-                                *overrides]
+    assert pod.argv(worker) == [
+        f"{worker}/imm_jax_run/code", "--config=configs/common.py", f"--workdir={worker}/imm_jax_run/bucket/run",
+        "--config.sft.state_dir=gs://bucket/run/states", "--distributed=on", *overrides]
+    assert (worker / "gcsfuse").read_text() == "--implicit-dirs --rename-dir-limit=1000000 bucket bucket\n"
     assert len(pod.running(worker)) == 1
   assert pod.changes() == ["create", "scp", "ssh", "ssh", "ssh"]
 
@@ -101,6 +103,21 @@ def test_an_install_that_fails_starts_nothing(pod):
   pod.scenario(**{"tpu-vm": ["READY"]})
   error = pod.run(*START, code=1, FAKE_PIP_FAILS="1").stderr
   assert error.splitlines()[-1] == "launch_tpu.sh: install failed on a worker of pod (messages above)"
+  assert all(pod.running(worker) == [] for worker in pod.workers())
+
+
+def test_a_folder_that_workers_share_is_taken_as_it_is(pod):
+  pod.scenario(**{"tpu-vm": ["READY"]})
+  pod.run(*START, "--workdir=/mnt/shared/run")
+  for worker in pod.workers():
+    assert pod.argv(worker)[2:] == ["--workdir=/mnt/shared/run", "--distributed=on"]
+    assert not (worker / "gcsfuse").exists()
+
+
+def test_a_bucket_that_cannot_be_mounted_starts_nothing(pod):
+  pod.scenario(**{"tpu-vm": ["READY"]})
+  error = pod.run(*START, code=1, FAKE_GCSFUSE_FAILS="1").stderr
+  assert "gcsfuse cannot mount gs://bucket" in error
   assert all(pod.running(worker) == [] for worker in pod.workers())
 
 
