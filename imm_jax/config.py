@@ -9,14 +9,15 @@ import ml_collections
 from imm_jax import tasks
 from imm_jax.errors import UserError, nearest
 from imm_jax.merging import quantise_drop_rate
+from imm_jax.model import attention
 from imm_jax.model.decoder import REMAT
 from imm_jax.training import throughput
 
 METHODS = ("imm", "star", "real")
 DTYPES = ("bfloat16", "float32")
 # Keys that say how a run is computed, not what: they may change between two starts of it.
-HOW = ("mesh", "profile", "sft.accumulation", "sft.log_every", "sft.max_to_keep", "sft.remat", "sft.save_interval",
-       "sft.state_dir")
+HOW = ("mesh", "profile", "sft.accumulation", "sft.attention", "sft.log_every", "sft.max_to_keep", "sft.remat",
+       "sft.save_interval", "sft.state_dir")
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -26,7 +27,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   """
   one_of = [("method", METHODS), ("task.name", tasks.NAMES), ("sft.schedule", ("cosine", "linear", "constant")),
             ("merge.delta_ref", ("start", "base")), ("sft.compute_dtype", DTYPES), ("sample.compute_dtype", DTYPES),
-            ("sft.remat", tuple(REMAT))]
+            ("sft.remat", tuple(REMAT)), ("sft.attention", attention.BACKENDS)]
   for key, allowed in one_of:
     value = _get(config, key)
     if value not in allowed:

@@ -19,7 +19,7 @@ from imm_jax import distributed, evaluation, files, tasks
 from imm_jax.errors import UserError
 from imm_jax.merging import checkpoint, masks, methods
 from imm_jax.metrics import StageMetrics
-from imm_jax.model import folder, hf, sharding
+from imm_jax.model import attention, folder, hf, sharding
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.sampling import Completion, Prompt
 from imm_jax.sampling.native import NativeSampler
@@ -109,21 +109,23 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root:
           f"config.sft.global_batch={round(sft.global_batch * batches.rows / filled)} would fill them", file=sys.stderr)
   schedule = make_schedule(sft.schedule, peak=sft.learning_rate, total_steps=len(batches),
                            warmup_ratio=sft.warmup_ratio)
-  model_config = hf.read_config(model)
+  model_config, dtype = hf.read_config(model), jnp.dtype(sft.compute_dtype)
+  kernel = attention.choose(sft.attention, model_config, dtype=dtype, length=sft.row_length,
+                            rows=batches.rows // sft.accumulation, mesh=mesh)
   place = functools.partial(sharding.param_sharding, mesh)
   states = Checkpoints(f"{sft.state_dir}/{name}" if sft.state_dir else root / name / "sft_state",
                        save_interval=sft.save_interval, max_to_keep=sft.max_to_keep, identity=dict(inputs))
   with states as checkpoints, StageMetrics(root, f"{name}/sft", keep=checkpoints.step) as metrics:
     trained = trainer.train(
         model_config, lambda: hf.load(model, dtype=jnp.float32, place=place)[1], batches, schedule=schedule,
-        weight_decay=sft.weight_decay, grad_clip=sft.grad_clip, compute_dtype=jnp.dtype(sft.compute_dtype),
-        accumulation=sft.accumulation, remat=sft.remat, mesh=mesh, log_every=sft.log_every, report=metrics.write,
+        weight_decay=sft.weight_decay, grad_clip=sft.grad_clip, compute_dtype=dtype, accumulation=sft.accumulation,
+        remat=sft.remat, attention=kernel, mesh=mesh, log_every=sft.log_every, report=metrics.write,
         label=f"round {round_}: SFT", checkpoints=checkpoints,
         profile=throughput.Profile(config.profile, root / "profile" / name))
     hf.save(trained.params, out, like=model, keep_dtypes=True)
     checkpoints.remove()
   return {"examples": len(fitting), "dropped_long": dropped, "steps": len(batches),
-          "examples_per_step": round(batches.per_step, 2), "padding": round(batches.padding, 4),
+          "attention": kernel, "examples_per_step": round(batches.per_step, 2), "padding": round(batches.padding, 4),
           "first_loss": round(trained.first_loss, 6), "last_loss": round(trained.last_loss, 6)}
 
 

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from imm_jax.model import attention
+from imm_jax.model.attention import Attend
 from imm_jax.model.config import ModelConfig, rope_frequencies
 
 Params = dict[str, Any]
@@ -74,12 +76,11 @@ class Attention(nnx.Module):
     if config.qk_norm:
       self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
       self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
-    self.num_kv_heads = config.num_kv_heads
     self.head_dim = config.head_dim
 
-  def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array, cache: LayerCache | None,
+  def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, cache: LayerCache | None,
                slots: jax.Array | None) -> tuple[jax.Array, LayerCache]:
-    """x [B, T, D], mask [B or 1, T, S] -> ([B, T, D], keys and values); a cache takes row b (T = 1) at slots[b]."""
+    """x [B, T, D] -> ([B, T, D], keys and values); a cache takes row b (T = 1) at slots[b]."""
     batch, length, _ = x.shape
 
     def split_heads(y: jax.Array) -> jax.Array:  # -> [B, heads, T, h]
@@ -92,13 +93,7 @@ class Attention(nnx.Module):
     v = split_heads(self.v_proj(x))
     if cache is not None:
       k, v = _put(cache[0], k, slots), _put(cache[1], v, slots)
-    q = q.reshape(batch, self.num_kv_heads, -1, length, self.head_dim)
-    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=_precision(x.dtype))
-    scores = einsum("bkgth,bksh->bkgts", q, k) * self.head_dim**-0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-    out = einsum("bkgts,bksh->bkgth", weights, v).astype(x.dtype)
-    out = out.reshape(batch, -1, length, self.head_dim).swapaxes(1, 2).reshape(batch, length, -1)
+    out = attend(q, k, v).swapaxes(1, 2).reshape(batch, length, -1)
     return self.o_proj(out), (k, v)
 
 
@@ -125,9 +120,9 @@ class Layer(nnx.Module):
     self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
     self.mlp = MLP(config, dtype=dtype, key=mlp)
 
-  def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array,
+  def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend,
                cache: LayerCache | None = None, slots: jax.Array | None = None) -> tuple[jax.Array, LayerCache]:
-    attended, cache = self.self_attn(self.input_layernorm(x), rope, mask, cache, slots)
+    attended, cache = self.self_attn(self.input_layernorm(x), rope, attend, cache, slots)
     x = x + attended
     return x + self.mlp(self.post_attention_layernorm(x)), cache
 
@@ -156,7 +151,7 @@ class Decoder(nnx.Module):
                                   remat=remat))
 
   def hidden(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, compute_dtype: jnp.dtype,
-             remat: str = "none", use: Callable[[Layer], Layer] = lambda layer: layer,
+             remat: str = "none", attend: Attend | None = None, use: Callable[[Layer], Layer] = lambda layer: layer,
              pin: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array:
     """What the head reads, for packed rows.
 
@@ -166,19 +161,18 @@ class Decoder(nnx.Module):
       segment_ids: int32 [B, T], 0 where there is padding; tokens see earlier tokens of their own segment.
       compute_dtype: dtype of activations; softmax and norms are float32 in any case.
       remat: one of REMAT; what is not kept is computed again in the backward pass.
+      attend: attention within the segments, such as `attention.packed` with a kernel; None runs it in plain XLA.
       use: applied to each layer before it runs, such as the gathering of its weights.
       pin: applied to what passes from layer to layer, such as a constraint on where it lies.
 
     Returns:
       [B, T, D] in the compute dtype.
     """
-    length = tokens.shape[1]
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    mask = causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    attend = attend or attention.packed(segment_ids, backend="xla")
     rope = self._rope(positions, compute_dtype)
-    run = lambda layer, x, rope, mask: pin(use(layer)(x, rope, mask)[0])
+    run = lambda layer, x, rope: pin(use(layer)(x, rope, attend)[0])
     step = run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat])
-    x, _ = jax.lax.scan(lambda x, layer: (step(layer, x, rope, mask), None), pin(self._embed(tokens, compute_dtype)),
+    x, _ = jax.lax.scan(lambda x, layer: (step(layer, x, rope), None), pin(self._embed(tokens, compute_dtype)),
                         self.layers)
     return self.norm(x)
 
@@ -200,7 +194,7 @@ class Decoder(nnx.Module):
       float32 logits of each prompt's last token [B, V], and the caches with S = T.
     """
     positions = jnp.arange(tokens.shape[1])
-    causal = (positions[:, None] >= positions)[None]
+    causal = functools.partial(attention.masked, mask=(positions[:, None] >= positions)[None])
     rope = self._rope(positions[None], compute_dtype)
     x, caches = self._embed(tokens, compute_dtype), []
     for layer in self.layers:
@@ -221,7 +215,8 @@ class Decoder(nnx.Module):
     Returns:
       float32 logits [B, V], and the caches.
     """
-    seen = (jnp.arange(caches[0][0].shape[2]) <= positions[:, None])[:, None]
+    slots = jnp.arange(caches[0][0].shape[2])
+    seen = functools.partial(attention.masked, mask=(slots <= positions[:, None])[:, None])
     rope = self._rope(positions[:, None], compute_dtype)
     x, new_caches = self._embed(tokens[:, None], compute_dtype), []
     for layer, cache in zip(self.layers, caches, strict=True):
@@ -275,14 +270,9 @@ def unstack_layers(params: Params, num_layers: int) -> Params:
 def _dot(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
   """x [..., in] times W [out, in] transposed, accumulated in float32."""
   dims = (((x.ndim - 1,), (1,)), ((), ()))
-  y = jax.lax.dot_general(x, weight.astype(x.dtype), dims, precision=_precision(x.dtype),
+  y = jax.lax.dot_general(x, weight.astype(x.dtype), dims, precision=attention.precision(x.dtype),
                           preferred_element_type=jnp.float32)
   return y.astype(out_dtype or x.dtype)
-
-
-def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
-  """float32 means float32: left to themselves, GPUs take TF32 and TPUs bfloat16 for its products."""
-  return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def _put(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:

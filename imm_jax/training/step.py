@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from imm_jax.model import sharding
+from imm_jax.model import attention as attention_lib, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Layer, Params, abstract_params, bind
 from imm_jax.training.loss import CHUNK, head_loss
@@ -22,7 +22,8 @@ Metrics = dict[str, jax.Array]
 
 
 def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array], *, compute_dtype: jnp.dtype,
-                 remat: str = "none", mesh: Mesh | None = None, chunk: int = CHUNK) -> tuple[jax.Array, jax.Array]:
+                 remat: str = "none", attention: str = "xla", mesh: Mesh | None = None, chunk: int = CHUNK,
+                 ) -> tuple[jax.Array, jax.Array]:
   """Sum of -log p over the learned tokens of a packed batch, and their number.
 
   Args:
@@ -31,6 +32,7 @@ def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array
     batch: see `packing.PackedBatches`.
     compute_dtype: dtype of activations.
     remat: one of `decoder.REMAT`.
+    attention: what `attention.choose` gave.
     mesh: weights are gathered over `fsdp` layer by layer, as they are used, and rows stay where they are.
     chunk: see `loss.head_loss`.
 
@@ -41,8 +43,9 @@ def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array
   split = {} if mesh is None or mesh.size == 1 else {
       "use": functools.partial(_gather, mesh, compute_dtype),
       "pin": lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, sharding.BATCH))}
+  attend = attention_lib.packed(batch["segment_ids"], backend=attention, mesh=mesh)
   x = model.hidden(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"],
-                   compute_dtype=compute_dtype, remat=remat, **split)
+                   compute_dtype=compute_dtype, remat=remat, attend=attend, **split)
   head = model.head
   if split:
     head = _constrain(mesh, "lm_head.weight", head.astype(compute_dtype))
@@ -115,8 +118,8 @@ def _shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation, *, compute_dtype: jnp.dtype,
-                    accumulation: int = 1, remat: str = "none", mesh: Mesh | None = None, chunk: int = CHUNK,
-                    ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+                    accumulation: int = 1, remat: str = "none", attention: str = "xla", mesh: Mesh | None = None,
+                    chunk: int = CHUNK) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
   """A jitted step (state, batch) -> (state, metrics) that donates its state.
 
   The loss is the mean over the learned tokens of the whole batch; with `accumulation` the batch runs in that many
@@ -128,8 +131,8 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
     total = jnp.sum(batch["weights"][:, 1:])
 
     def mean_loss(params: Params, part: dict[str, jax.Array]) -> jax.Array:
-      return token_losses(config, params, part, compute_dtype=compute_dtype, remat=remat, mesh=mesh,
-                          chunk=chunk)[0] / total
+      return token_losses(config, params, part, compute_dtype=compute_dtype, remat=remat, attention=attention,
+                          mesh=mesh, chunk=chunk)[0] / total
 
     if accumulation == 1:
       loss, grads = jax.value_and_grad(mean_loss)(state["params"], batch)

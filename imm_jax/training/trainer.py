@@ -36,7 +36,7 @@ class Trained(NamedTuple):
 
 def train(config: ModelConfig, load_params: Callable[[], Params], batches: PackedBatches, *, schedule: optax.Schedule,
           weight_decay: float, grad_clip: float, compute_dtype: jnp.dtype, accumulation: int, remat: str, mesh: Mesh,
-          log_every: int, report: Report, label: str, checkpoints: Checkpoints | None = None,
+          log_every: int, report: Report, label: str, attention: str = "xla", checkpoints: Checkpoints | None = None,
           profile: throughput.Profile | None = None) -> Trained:
   """Trains float32 parameters over all batches.
 
@@ -54,6 +54,7 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
     log_every: steps between reports; the host waits for the device only then, and to save.
     report: takes the metrics of each step.
     label: what the progress bar says.
+    attention: what `attention.choose` gave.
     checkpoints: states are saved there and training goes on from the newest, on whatever mesh it was saved from.
     profile: records some of the steps.
 
@@ -71,7 +72,7 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
     start, first_loss = 0, None
     state = init_state(load_params(), optimizer, mesh)
   train_step = make_train_step(config, optimizer, compute_dtype=compute_dtype, accumulation=accumulation, remat=remat,
-                               mesh=mesh)
+                               attention=attention, mesh=mesh)
   inputs = Input(batches, mesh, saved and saved["input"])
   meter = throughput.Meter(config, batches, mesh.size)
   learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(len(batches))))

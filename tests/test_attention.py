@@ -1,0 +1,164 @@
+"""Attention of every backend against a plain softmax over each segment, and which backend is chosen where."""
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import tiny
+from imm_jax import config as settings
+from imm_jax.errors import UserError
+from imm_jax.model import attention, sharding
+from imm_jax.model.config import ModelConfig
+
+CONFIG = ModelConfig(vocab_size=64, hidden_size=256, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
+                     head_dim=64, rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=False, qkv_bias=True)
+
+
+def _inputs(batch: int, heads: int, kv_heads: int, length: int, head_dim: int, dtype: jnp.dtype) -> list[jax.Array]:
+  """q, k, v and a direction for the output's gradient."""
+  rng = np.random.default_rng(0)
+  return [jnp.asarray(rng.normal(size=(batch, n, length, head_dim)), dtype) for n in (heads, kv_heads, kv_heads, heads)]
+
+
+def _segments(batch: int, length: int) -> np.ndarray:
+  """Rows with three segments and padding, one segment, none."""
+  ids = np.zeros((batch, length), np.int32)
+  for row, ends in enumerate(((length // 3, length // 2 + 3, length - 9), (length,))):
+    ids[row, :ends[-1]] = 1 + np.searchsorted(ends, np.arange(ends[-1]), side="right")
+  return ids
+
+
+def _run(attend: attention.Attend, q: jax.Array, k: jax.Array, v: jax.Array, direction: jax.Array) -> list[np.ndarray]:
+  """The output, and the gradients of q, k and v."""
+
+  def along(*qkv: jax.Array) -> tuple[jax.Array, jax.Array]:
+    out = attend(*qkv)
+    return jnp.vdot(out.astype(jnp.float32), direction.astype(jnp.float32)), out
+
+  (_, out), grads = jax.jit(jax.value_and_grad(along, (0, 1, 2), has_aux=True))(q, k, v)
+  return [np.asarray(x, np.float32) for x in (out, *grads)]
+
+
+def _close(got: list[np.ndarray], want: list[np.ndarray], tolerance: float) -> None:
+  for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=name)
+
+
+def test_xla_is_a_softmax_over_each_segment() -> None:
+  q, k, v, _ = _inputs(2, 4, 2, 48, 8, jnp.float32)
+  ids = _segments(2, 48)
+  got = attention.packed(jnp.asarray(ids), backend="xla")(q, k, v)
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  for b, h, t in np.ndindex(2, 4, 48):
+    seen = [s for s in range(t + 1) if ids[b, s] == ids[b, t]]
+    weights = np.exp(k[b, h // 2, seen] @ q[b, h, t] / 8**0.5)
+    np.testing.assert_allclose(got[b, h, t], weights @ v[b, h // 2, seen] / weights.sum(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "length", "head_dim", "dtype", "tolerance"), [
+    (4, 2, 256, 64, jnp.float32, 2e-6), (2, 2, 384, 128, jnp.bfloat16, 1e-2)], ids=str)
+def test_splash_equals_xla(heads: int, kv_heads: int, length: int, head_dim: int, dtype: Any, tolerance: float) -> None:
+  inputs, ids = _inputs(3, heads, kv_heads, length, head_dim, dtype), jnp.asarray(_segments(3, length))
+  got = _run(attention.packed(ids, backend="splash", interpret=True), *inputs)
+  _close(got, _run(attention.packed(ids, backend="xla"), *inputs), tolerance)
+
+
+def _main(out: Path) -> None:
+  """Runs on four devices: rows over two, heads over two."""
+  mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2)
+  inputs, ids = _inputs(2, 4, 2, 128, 64, jnp.float32), jnp.asarray(_segments(2, 128))
+  got = _run(attention.packed(ids, backend="splash", mesh=mesh, interpret=True), *inputs)
+  want = _run(attention.packed(ids, backend="xla"), *inputs)
+  out.write_text(json.dumps([float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(got, want, strict=True)]))
+
+
+def test_splash_on_a_mesh_equals_xla(run_on_devices: Callable[..., None], tmp_path: Path) -> None:
+  run_on_devices(__file__, tmp_path / "errors.json", devices=4)
+  assert max(json.loads((tmp_path / "errors.json").read_text())) < 2e-6
+
+
+def test_the_mask_for_cudnn_says_what_segments_say() -> None:
+  inputs, ids = _inputs(3, 4, 2, 48, 8, jnp.float32), jnp.asarray(_segments(3, 48))
+  with mock.patch.object(attention, "cudnn", functools.partial(attention.cudnn, implementation="xla")):
+    attend = attention.packed(ids, backend="cudnn")
+  _close(_run(attend, *inputs), _run(attention.packed(ids, backend="xla"), *inputs), 2e-6)
+
+
+def test_cudnn_lowers_to_one_fused_kernel_each_way() -> None:
+  library = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+  q, k, v, direction = _inputs(2, 4, 2, 128, 64, jnp.bfloat16)
+  attend = attention.packed(jnp.asarray(_segments(2, 128)), backend="cudnn")
+  step = jax.jit(jax.grad(lambda *qkv: jnp.vdot(attend(*qkv), direction), (0, 1, 2)))
+  with mock.patch.object(library, "check_cudnn_version", return_value=91000):  # none is installed here
+    text = step.trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("@__cudnn$fmhaScaleBiasSoftmax(") == text.count("@__cudnn$fmhaScaleBiasSoftmaxBackward(") == 1
+  assert "tensor<2x4x128x128x" not in text  # the scores
+
+
+@pytest.mark.parametrize("backend", ["xla", "splash"])
+def test_padding_is_finite_and_gets_no_gradient_from_tokens(backend: str) -> None:
+  q, k, v, direction = _inputs(1, 2, 1, 128, 64, jnp.float32)
+  ids = jnp.asarray(np.arange(128)[None] < 100, jnp.int32)
+  direction = direction * ids[:, None, :, None]
+  interpret = {"interpret": True} if backend == "splash" else {}
+  out, *grads = _run(attention.packed(ids, backend=backend, **interpret), q, k, v, direction)
+  assert np.isfinite(out).all()
+  for grad in grads:
+    assert (grad[:, :, 100:] == 0).all()
+    assert (grad[:, :, :100] != 0).any()
+
+
+def _mesh(platform: str, *, kind: str = "chip", capability: str = "9.0", sizes: tuple[int, ...] = (1, 8, 1)) -> Any:
+  """What `choose` looks at, of devices that are not here."""
+  device = SimpleNamespace(platform=platform, device_kind=kind, compute_capability=capability,
+                           client=SimpleNamespace(platform_version="cuda 13000"))
+  return SimpleNamespace(devices=np.full(sizes, device), size=int(np.prod(sizes)),
+                         shape=dict(zip(sharding.AXES, sizes, strict=True)))
+
+
+@pytest.mark.parametrize(("platform", "changes", "want"), [
+    ("tpu", {}, "splash"), ("gpu", {}, "cudnn"), ("cpu", {}, "xla"),
+    ("tpu", {"dtype": jnp.float32}, "xla"), ("gpu", {"dtype": jnp.float32}, "xla"),
+    ("tpu", {"length": 200}, "xla"), ("gpu", {"length": 200}, "cudnn"), ("gpu", {"length": 201}, "xla"),
+    ("tpu", {"head_dim": 80}, "xla"), ("gpu", {"head_dim": 80}, "cudnn"), ("gpu", {"head_dim": 10}, "xla"),
+    ("tpu", {"rows": 12}, "xla"), ("gpu", {"rows": 12}, "xla"),
+    ("tpu", {"sizes": (1, 2, 4)}, "xla"), ("tpu", {"sizes": (1, 4, 2)}, "splash"),
+    ("gpu", {"capability": "7.0"}, "xla"), ("gpu", {"head_dim": 256}, "cudnn"),
+    ("gpu", {"head_dim": 256, "capability": "8.0"}, "xla")], ids=str)
+def test_auto_takes_the_kernel_of_the_platform_where_it_can_run(platform: str, changes: dict[str, Any], want: str,
+                                                                ) -> None:
+  mesh = _mesh(platform, **{k: v for k, v in changes.items() if k in ("sizes", "capability")})
+  config = dataclasses.replace(CONFIG, head_dim=changes.get("head_dim", 64))
+  choose = functools.partial(attention.choose, config=config, dtype=changes.get("dtype", jnp.bfloat16), mesh=mesh,
+                             length=changes.get("length", 256), rows=changes.get("rows", 8))
+  assert choose("auto") == want
+  assert choose("xla") == "xla"
+  kernel = {"tpu": "splash", "gpu": "cudnn", "cpu": "splash"}[platform]
+  if want == "xla":
+    with pytest.raises(UserError, match=f"config.sft.attention='{kernel}' (needs|computes)") as error:
+      choose(kernel)
+    assert "\n" not in str(error.value)
+  else:
+    assert choose(kernel) == want
+
+
+def test_an_unknown_backend_is_refused_with_the_nearest_name() -> None:
+  config = tiny.get_config()
+  config.sft.attention = "splsh"
+  with pytest.raises(UserError, match=r"config\.sft\.attention='splsh': did you mean splash"):
+    settings.validate(config)
+
+
+if __name__ == "__main__":
+  _main(Path(sys.argv[1]))
