@@ -6,11 +6,15 @@
 A step's folder appears whole or not at all. It is read onto any mesh and any number of processes.
 """
 
+import os
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
 from imm_jax.errors import UserError
@@ -104,10 +108,19 @@ class Checkpoints:
       self.folder.rmtree(missing_ok=True)
 
   def __enter__(self) -> "Checkpoints":
+    self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
+    logging.get_absl_logger().addFilter(_no_traceback)
     return self
 
   def __exit__(self, *_: object) -> None:
     self._manager.close()
+    sys.unraisablehook = self._hook
+    logging.get_absl_logger().removeFilter(_no_traceback)
+
+  def _unraisable(self, event: Any) -> None:
+    # After a write that failed tensorstore calls back into a loop that orbax has closed: no news to anybody.
+    if "Event loop is closed" not in str(event.exc_value):
+      self._hook(event)
 
   def _guarded(self, work: Any) -> None:
     try:
@@ -124,6 +137,14 @@ class Checkpoints:
                       "folder to go on from the one before, or to begin again") from e
 
 
+def _no_traceback(record: Any) -> bool:
+  """Leaves out what orbax's threads log of an error that is raised, too."""
+  return not (record.exc_info and "orbax" in record.pathname)
+
+
 def _cause(error: BaseException) -> str:
+  system = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's, at the end of a long line
+  if system:
+    return os.strerror(int(system[1]))
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   return (lines or [type(error).__name__])[0][:200]
