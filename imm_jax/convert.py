@@ -6,8 +6,9 @@
 
 DIR holds the parameters (`params/`, orbax, layers stacked) and the files beside them (`hf/`: config, tokenizer).
 `--verify` reads every tensor and compares what would be written with the file, byte for byte, and checks that the
-tokenizer's ids fit the embedding; where torch is installed it also compares the logits of random tokens in float32 with
-those of transformers. All of it runs on the CPU, where a model that no single accelerator holds has room.
+tokenizer's ids fit the embedding; where torch is installed it also compares the logits of random tokens in float32, at
+positions of the whole context, with those of transformers. All of it runs on the CPU, where a model that no single
+accelerator holds has room.
 """
 
 import importlib.util
@@ -34,6 +35,8 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an --out that exists
 # Largest error of logits relative to their scale that is rounding, in float32.
 _TOLERANCE = 2e-5
 _ROWS, _LENGTH = 4, 64
+# The context where a config.json does not give it.
+_CONTEXT = 4096
 
 
 class Comparison(NamedTuple):
@@ -56,6 +59,8 @@ def to_orbax(source: Path, out: Path) -> None:
   """Writes the parameters of an HF folder with orbax, and the files beside them."""
   import orbax.checkpoint as ocp
 
+  if (source / "params").is_dir() and not (source / "config.json").exists():
+    raise UserError(f"{source}: is an orbax checkpoint; expected an HF folder, or --to=hf")
   _, params = hf.load(source, place=_on_host)
   with files.committed(out) as temporary:
     (temporary / "hf").mkdir(parents=True)
@@ -68,6 +73,10 @@ def from_orbax(source: Path, out: Path) -> None:
   """Writes an HF folder from what `to_orbax` wrote, or from another orbax checkpoint of the same tree beside `hf/`."""
   import orbax.checkpoint as ocp
 
+  if not source.is_dir():
+    raise UserError(f"{source}: no such folder; expected one that --to=orbax wrote")
+  if (source / "config.json").exists():
+    raise UserError(f"{source}: is an HF folder; expected one that --to=orbax wrote, or --to=orbax")
   if not (source / "params").is_dir() or not (source / "hf").is_dir():
     raise UserError(f"{source}: expected params/ (orbax) and hf/ (config.json, tokenizer) in it, as --to=orbax writes")
   config = hf.read_config(source / "hf")
@@ -75,6 +84,8 @@ def from_orbax(source: Path, out: Path) -> None:
     try:
       # Compared before anything is read: a restore that breaks off leaves threads and coroutines behind.
       metadata = checkpointer.metadata((source / "params").absolute()).item_metadata
+      if metadata is None:
+        raise ValueError("its list of tensors is missing or damaged")
       stored = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=_on_host()),
                             dict(metadata))
       expected = jax.tree.map(lambda leaf: tuple(leaf.shape), abstract_params(config))
@@ -90,25 +101,36 @@ def from_orbax(source: Path, out: Path) -> None:
 
 
 def compare_logits(source: Path) -> Comparison:
-  """Runs random tokens through our decoder and transformers' model, both in float32; needs torch."""
+  """Runs random tokens through our decoder and transformers' model, both in float32; needs torch.
+
+  Half of the rows begin at position 0, the others have ascending random positions over the whole context: an error in
+  the rotary frequencies grows with the position.
+  """
   import torch
   import transformers
 
   config, params = hf.load(source, dtype=jnp.float32, place=_on_host)
-  tokens = np.random.default_rng(0).integers(0, config.vocab_size, (_ROWS, _LENGTH), np.int32)
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, config.vocab_size, (_ROWS, _LENGTH), np.int32)
+  positions = np.tile(np.arange(_LENGTH), (_ROWS, 1))
+  context = max(_LENGTH, config.max_positions or _CONTEXT)
+  for row in range(_ROWS // 2, _ROWS):
+    positions[row] = np.sort(rng.choice(context, _LENGTH, replace=False))
   model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False).eval()
   with torch.no_grad():
-    theirs = model(torch.from_numpy(tokens).long()).logits.numpy().astype(np.float64)
-  positions = np.broadcast_to(np.arange(_LENGTH), tokens.shape)
+    ids = torch.from_numpy(tokens).long()
+    # Without a mask transformers takes a gap in the positions for the next text of a packed row.
+    theirs = model(ids, attention_mask=torch.ones_like(ids), position_ids=torch.from_numpy(positions)).logits
+    theirs = theirs.numpy().astype(np.float64)
   run = jax.jit(lambda p: bind(config, p)(tokens, positions=positions, segment_ids=np.ones_like(tokens),
                                           compute_dtype=jnp.float32))
   ours = np.asarray(run(params), np.float64)
   error = np.abs(ours - theirs).max(-1)
   log_ours, log_theirs = (x - np.logaddexp.reduce(x, -1, keepdims=True) for x in (ours, theirs))
   divergence = (np.exp(log_theirs) * (log_theirs - log_ours)).sum(-1)
-  worst = np.unravel_index(error.argmax(), error.shape)
+  row, column = np.unravel_index(error.argmax(), error.shape)
   return Comparison(float(error.max() / np.abs(theirs).max()), float(divergence.max()),
-                    float((ours.argmax(-1) == theirs.argmax(-1)).mean()), (int(worst[0]), int(worst[1])))
+                    float((ours.argmax(-1) == theirs.argmax(-1)).mean()), (int(row), int(positions[row, column])))
 
 
 def verify(source: Path) -> None:
@@ -126,11 +148,23 @@ def verify(source: Path) -> None:
     print("torch is not installed, so logits were not compared with transformers")
     return
   found = compare_logits(source)
-  print(f"logits of {_ROWS} x {_LENGTH} random tokens against transformers in float32: largest error "
-        f"{found.max_error:.1e} of their scale (row {found.worst[0]}, position {found.worst[1]}), KL {found.kl:.1e} "
-        f"nats, same most likely token {found.agreement:.2%}")
+  print(f"logits of {_ROWS} x {_LENGTH} random tokens, half of them spread over the context, against transformers in "
+        f"float32: largest error {found.max_error:.1e} of their scale (row {found.worst[0]}, position "
+        f"{found.worst[1]}), KL {found.kl:.1e} nats, same most likely token {found.agreement:.2%}")
   if not found.max_error <= _TOLERANCE:
     raise UserError(f"{source}: the logits differ from transformers' by more than {_TOLERANCE:.0e} of their scale")
+
+
+def _foreign(path: Path) -> str:
+  """Why a folder is not what a conversion writes; "" where it is."""
+  names = {file.name for file in path.iterdir()}
+  if names == {"params", "hf"}:
+    return ""
+  weights = {name for name in names if name.endswith(".safetensors")}
+  if not weights or "config.json" not in names:
+    return "is no checkpoint"
+  others = sorted(names - weights - {folder.INDEX, *folder.SIDE_FILES})
+  return f"holds {others[0]}, which no conversion writes" if others else ""
 
 
 def _on_host(*_: object) -> jax.sharding.Sharding:
@@ -142,7 +176,7 @@ def _on_host(*_: object) -> jax.sharding.Sharding:
 
 def main() -> None:
   """Reads the flags and does what they say."""
-  if _VERIFY.value:
+  if _VERIFY.value is not None:
     if _SOURCE.value or _OUT.value or _TO.value:
       raise UserError("--verify goes alone")
     return verify(hub.resolve(_VERIFY.value))
@@ -150,13 +184,13 @@ def main() -> None:
     if not value:
       raise UserError(f"--{name} is missing; expected --source, --out and --to, or --verify")
   out = Path(_OUT.value)
-  if out.exists() and not _OVERWRITE.value:
-    raise UserError(f"--out={out}: exists; give another folder, or --overwrite to replace it")
+  source = Path(_SOURCE.value)
+  files.check_out(out, {"--source": source}, overwrite=_OVERWRITE.value, foreign=_foreign)
   with files.alone(out):
     if _TO.value == "orbax":
       to_orbax(hub.resolve(_SOURCE.value), out)
     else:
-      from_orbax(Path(_SOURCE.value), out)
+      from_orbax(source, out)
   print(f"{out}: written")
   return None
 

@@ -1,6 +1,10 @@
 """What ends a run with one line and no traceback."""
 
 import difflib
+from collections.abc import Sequence
+
+# Of the items of a list in a message.
+_MOST = 50
 
 
 class UserError(Exception):
@@ -23,3 +27,13 @@ def nearest(name: str, known: list[str]) -> str:
   """
   close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
   return f"did you mean {close[0]}?" if close else f"expected one of: {', '.join(known)}"
+
+
+def listed(items: Sequence[str], separator: str = ", ") -> str:
+  """All of them in one line, but for those past the fiftieth.
+
+  >>> listed(["a", "b"])
+  'a, b'
+  """
+  more = f" and {len(items) - _MOST} more" if len(items) > _MOST else ""
+  return separator.join(items[:_MOST]) + more

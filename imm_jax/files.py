@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ def committed(target: Path) -> Iterator[Path]:
   What an earlier, killed attempt left behind is removed first.
 
   Raises:
-    UserError: when the disk refuses (full, read-only).
+    UserError: when the disk refuses (full, read-only), or the target is the current directory or holds it.
   """
-  temporary, replaced = (target.with_name(f".{target.name}.{suffix}") for suffix in ("part", "old"))
+  temporary, replaced = _beside(target, "part"), _beside(target, "old")
   try:
     remove(temporary)
     temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -43,10 +43,7 @@ def committed(target: Path) -> Iterator[Path]:
       remove(temporary)
     if not isinstance(e, OSError) or e.errno not in _DISK_REFUSES + _DISK_FULL:
       raise
-    advice = "make room" if e.errno in _DISK_FULL else "make it writable"
-    where = f" {e.filename}" if e.filename else ""
-    raise UserError(f"{target}: cannot be written ({e.strerror}{where}); {advice} and start again, what was finished "
-                    "before is kept") from e
+    raise _refused(target, e) from e
 
 
 @contextlib.contextmanager
@@ -54,11 +51,15 @@ def alone(target: Path) -> Iterator[None]:
   """Keeps other processes from writing the same target for the length of a block.
 
   Raises:
-    UserError: when another one does.
+    UserError: when another one does, the disk refuses, or the target is the current directory or holds it.
   """
-  lock = target.with_name(f".{target.name}.lock")
-  lock.parent.mkdir(parents=True, exist_ok=True)
-  with lock.open("w") as f:
+  lock = _beside(target, "lock")
+  try:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    file = lock.open("w")
+  except OSError as e:
+    raise _refused(target, e) from e
+  with file as f:
     try:
       fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
       # Who opened the file before its last owner removed it holds a lock that nobody else sees.
@@ -70,6 +71,36 @@ def alone(target: Path) -> Iterator[None]:
       yield
     finally:
       lock.unlink(missing_ok=True)
+
+
+def check_out(out: Path, inputs: Mapping[str, Path], *, overwrite: bool, foreign: Callable[[Path], str]) -> None:
+  """Checks that a tool may write the folder --out, before any work.
+
+  Args:
+    out: what the flag says.
+    inputs: the folders that are read, by what they are called.
+    overwrite: whether --overwrite is given.
+    foreign: says of a folder that is there why it is no earlier output of the tool; "" where it is one.
+
+  Raises:
+    UserError: when it is, holds or lies in an input, is the current directory or holds it, is no folder, or is there
+      and is no earlier output that --overwrite replaces.
+  """
+  for label, path in inputs.items():
+    here, there = out.resolve(), path.resolve()
+    if here in (there, *there.parents):
+      raise UserError(f"--out={out}: is or holds the input {label} ({path}); give another folder")
+    if there in here.parents:
+      raise UserError(f"--out={out}: lies in the input {label} ({path}); give another folder")
+  if out.is_symlink() or (out.exists() and not out.is_dir()):
+    raise UserError(f"--out={out}: is a link or a file; give a folder")
+  if not out.exists():
+    return
+  _beside(out, "")
+  if not overwrite:
+    raise UserError(f"--out={out}: exists; give another folder, or --overwrite to replace it")
+  if any(out.iterdir()) and (reason := foreign(out)):
+    raise UserError(f"--out={out}: {reason}, so it is not replaced; give another folder")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -104,9 +135,9 @@ def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """Reads a JSON object; a file that is missing or holds something else is a UserError that names it."""
+  """Reads a JSON object; a file that is missing, holds something else, or a key twice, is a UserError that names it."""
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
   except OSError as e:
     raise UserError(f"{path}: cannot be read ({e.strerror})") from e
   except (ValueError, RecursionError) as e:
@@ -114,6 +145,15 @@ def read_json(path: Path) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise UserError(f"{path}: expected a JSON object")
   return value
+
+
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """An `object_pairs_hook` for json; raises ValueError where a key stands twice, of which one would be lost."""
+  result = dict(pairs)
+  if len(result) != len(pairs):
+    names = [name for name, _ in pairs]
+    raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands in it twice")
+  return result
 
 
 def remove(path: Path) -> None:
@@ -141,6 +181,22 @@ def digest(path: Path, only: Sequence[Path] | None = None) -> str:
     with file.open("rb") as f:
       total.update(f"{file.relative_to(path)}\0{hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
   return total.hexdigest()
+
+
+def _beside(target: Path, suffix: str) -> Path:
+  """A hidden neighbour of a file or folder; a UserError where nothing can take the target's place."""
+  path = Path(os.path.abspath(target))  # "." has no name
+  path = path.parent.resolve() / path.name
+  if path.is_dir() and path in (Path.cwd(), *Path.cwd().parents):
+    raise UserError(f"{target}: is the current directory or holds it; give another name")
+  return path.with_name(f".{path.name}.{suffix}")
+
+
+def _refused(target: Path, error: OSError) -> UserError:
+  advice = "make room" if error.errno in _DISK_FULL else "make it writable"
+  where = f" {error.filename}" if error.filename else ""
+  return UserError(f"{target}: cannot be written ({error.strerror}{where}); {advice} and start again, what was "
+                   "finished before is kept")
 
 
 def _sync(path: Path) -> None:

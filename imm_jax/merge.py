@@ -102,7 +102,8 @@ def main() -> None:
     made = from_flags()
   jobs = _jobs(made)
   root = Path(_OUT.value)
-  _check_out(root, made)
+  files.check_out(root, made.models, overwrite=_OVERWRITE.value, foreign=lambda out: (
+      "" if any(out.rglob("merge.json")) else "is no earlier merge (it has no merge.json)"))
   with files.alone(root):
     run(made, jobs, root, seed=_SEED.value, max_shard_bytes=_bytes(_SHARD.value))
 
@@ -129,25 +130,6 @@ def run(made: Recipe, jobs: dict[str, Recipe], root: Path, *, seed: int, max_sha
   size = sum(folder_file.stat().st_size for folder_file in root.rglob("*.safetensors"))
   print(f"{root}: {len(jobs)} checkpoint{'s' if len(jobs) > 1 else ''}, {size / 1e9:.2f} GB in "
         f"{time.monotonic() - started:.1f} s")
-
-
-def _check_out(root: Path, made: Recipe) -> None:
-  """Raises UserError unless --out may be written: it is new, or --overwrite replaces an earlier merge."""
-  if not root.name or root.name == "..":
-    raise UserError(f"--out={root}: expected the name of a folder")
-  for label, path in made.models.items():
-    here, there = root.resolve(), path.resolve()
-    if here in (there, *there.parents):
-      raise UserError(f"--out={root}: holds the input {label} ({path}); give another folder")
-    if there in here.parents:
-      raise UserError(f"--out={root}: lies in the input {label} ({path}); give another folder")
-  if root.is_symlink() or (root.exists() and not root.is_dir()):
-    raise UserError(f"--out={root}: is a link or a file; give a folder")
-  if root.exists() and not _OVERWRITE.value:
-    raise UserError(f"--out={root}: exists; give another folder, or --overwrite to replace it")
-  if root.exists() and any(root.iterdir()) and not any(root.rglob("merge.json")):
-    raise UserError(f"--out={root}: is no earlier merge (it has no merge.json), so it is not replaced; give another "
-                    "folder")
 
 
 def _jobs(made: Recipe) -> dict[str, Recipe]:

@@ -11,7 +11,7 @@ import pytest
 
 from imm_jax import convert
 from imm_jax.errors import UserError
-from imm_jax.model import hf, hub, safetensors
+from imm_jax.model import decoder, hf, hub, safetensors
 
 torch = pytest.importorskip("torch")
 
@@ -46,6 +46,17 @@ def test_verify_finds_arithmetic_that_differs(checkpoint, monkeypatch: pytest.Mo
   read_config = hf.read_config
   wrong = lambda folder: read_config(folder).__class__(**{**vars(read_config(folder)), "rope_theta": 1e4})
   monkeypatch.setattr(hf, "read_config", wrong)
+  with pytest.raises(UserError, match="logits differ from transformers'"):
+    convert.verify(source)
+
+
+def test_verify_finds_errors_that_only_show_late_in_the_context(checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Frequencies of which every other one is off by a unit in the last place."""
+  _, source = checkpoint("llama3", head_dim=64, max_position_embeddings=131_072)
+  convert.verify(source)
+  exact = decoder.rope_frequencies
+  monkeypatch.setattr(decoder, "rope_frequencies", lambda config: np.where(
+      np.arange(32) % 2, np.nextafter(exact(config), np.float32(2)), exact(config)))
   with pytest.raises(UserError, match="logits differ from transformers'"):
     convert.verify(source)
 
@@ -91,10 +102,10 @@ def test_check_bytes_finds_a_tensor_that_comes_back_otherwise(checkpoint, monkey
 def test_what_follows_from_the_rest_is_named_as_left_out(checkpoint, capsys: pytest.CaptureFixture[str]) -> None:
   _, source = checkpoint("qwen2-tied")
   tensors = {name: np.array(x) for name, x in safetensors.read(source / "model.safetensors").items()}
-  tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+  tensors["model.rotary_emb.inv_freq"] = np.ones(6, np.float32)
   safetensors.write(source / "model.safetensors", [(n, x.dtype, x.shape, lambda x=x: [x]) for n, x in tensors.items()])
   convert.verify(source)
-  assert "not written, since they follow from the rest: lm_head.weight" in capsys.readouterr().out
+  assert "not written, since they follow from the rest: model.rotary_emb.inv_freq" in capsys.readouterr().out
 
 
 def test_what_is_no_orbax_checkpoint_is_named(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from imm_jax.errors import UserError, nearest
+from imm_jax.errors import UserError
+from imm_jax.model import config_keys
 
-_FAMILIES = ("qwen2", "qwen3", "llama")
 # What no model comes near; a damaged file might say it.
 _MAX_SIZE, _MAX_LAYERS = 2**31, 10_000
 
@@ -39,6 +39,8 @@ class ModelConfig:
   qkv_bias: bool
   qk_norm: bool = False
   rope_scaling: RopeScaling | None = None
+  # The context that it was trained for, where config.json says it; it changes no arithmetic.
+  max_positions: int | None = None
 
   @classmethod
   def from_hf(cls, config: dict[str, Any], *, source: str = "config.json") -> "ModelConfig":
@@ -46,38 +48,14 @@ class ModelConfig:
 
     Raises:
       UserError: for an unknown architecture, a missing key, or an option that changes the arithmetic and is not
-        supported; it is never ignored.
+        supported, or might; it is never ignored.
     """
-    family = config.get("model_type")
-    if family not in _FAMILIES:
-      raise UserError(f"{source}: model_type={family!r} is not supported; {nearest(str(family), list(_FAMILIES))}")
-    # transformers 5 writes rope_parameters, older releases rope_theta and rope_scaling; the latter counts where given.
-    rope = {"rope_theta": config.get("rope_theta")}
-    for key in ("rope_parameters", "rope_scaling"):
-      if not isinstance(config.get(key) or {}, dict):
-        raise UserError(f"{source}: {key}={config[key]!r}; expected an object")
-      rope |= config.get(key) or {}
-    where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    layer_types = config.get("layer_types") or []
-    if not isinstance(layer_types, list):
-      raise UserError(f"{source}: layer_types={layer_types!r}; expected a list")
-    for key, value, supported in (
-        ("hidden_act", config.get("hidden_act") or "silu", "silu"),
-        (f"{where}.rope_type", kind if kind != "llama3" else "default", "default"),
-        ("partial_rotary_factor", rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0, 1.0),
-        ("use_sliding_window", bool(config.get("use_sliding_window")), False),
-        ("layer_types", next((t for t in layer_types if t != "full_attention"), None), None),
-        ("attention_bias", family != "qwen2" and bool(config.get("attention_bias")), False),
-        ("mlp_bias", bool(config.get("mlp_bias")), False),
-        ("is_causal", config.get("is_causal", True), True),
-        ("quantization_config", config.get("quantization_config"), None),
-        (where, next((v for v in rope.values() if isinstance(v, dict)), None), None)):
-      if value != supported:
-        raise UserError(f"{source}: {key}={value!r} changes the arithmetic and is not supported")
+    family = config_keys.check(config, source)
+    where, rope = config_keys.rope(config, source)
 
-    def size(key: str, default: int | None = None) -> int:
-      value = config.get(key) or default
+    def size(key: str, absent: int | None = None, null: int | None = None) -> int:
+      value = config.get(key, absent)
+      value = null if value is None else value
       if type(value) is not int or not 1 <= value < _MAX_SIZE:
         raise UserError(f"{source}: {key} is {'missing' if key not in config else repr(config[key])}; "
                         f"expected a positive integer below {_MAX_SIZE}")
@@ -89,39 +67,39 @@ class ModelConfig:
       return float(value)
 
     scaling = None
-    if kind == "llama3":
-      given = {key: rope.get(key) or (config.get(key) if key == "original_max_position_embeddings" else None)
-               for key in RopeScaling._fields}
-      scaling = RopeScaling(*(number(f"{where}.{key}", value) for key, value in given.items()))
+    if rope["rope_type"] == "llama3":
+      scaling = RopeScaling(*(number(f"{where}.{key}", rope.get(key)) for key in RopeScaling._fields))
       if scaling.low_freq_factor >= scaling.high_freq_factor:
         raise UserError(f"{source}: {where}.low_freq_factor={scaling.low_freq_factor:g} must be less than "
                         f"high_freq_factor={scaling.high_freq_factor:g}")
     tied = config.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
       raise UserError(f"{source}: tie_word_embeddings={tied!r}; expected true or false")
-    heads = size("num_attention_heads")
-    if size("num_hidden_layers") > _MAX_LAYERS:
-      raise UserError(f"{source}: num_hidden_layers={config['num_hidden_layers']}; expected at most {_MAX_LAYERS}")
-    result = cls(
+    heads, layers, width = (size(key) for key in ("num_attention_heads", "num_hidden_layers", "hidden_size"))
+    if layers > _MAX_LAYERS:
+      raise UserError(f"{source}: num_hidden_layers={layers}; expected at most {_MAX_LAYERS}")
+    # What is left out has the value that transformers gives it.
+    kv_heads = size("num_key_value_heads", absent=heads if family == "llama" else 32, null=heads)
+    head_dim = size("head_dim", absent=128 if family == "qwen3" else width // heads, null=width // heads)
+    if heads % kv_heads or head_dim % 2:
+      raise UserError(f"{source}: num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}, "
+                      f"and head_dim={head_dim} even")
+    return cls(
         vocab_size=size("vocab_size"),
-        hidden_size=size("hidden_size"),
+        hidden_size=width,
         intermediate_size=size("intermediate_size"),
-        num_layers=size("num_hidden_layers"),
+        num_layers=layers,
         num_heads=heads,
-        num_kv_heads=size("num_key_value_heads", heads),
-        # Qwen3 does not derive it from the width.
-        head_dim=size("head_dim", 128 if family == "qwen3" else size("hidden_size") // heads),
-        rope_theta=number("rope_theta", 10_000.0 if rope["rope_theta"] is None else rope["rope_theta"]),
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope_theta=number(f"{where}.rope_theta" if where in config else "rope_theta", rope.get("rope_theta")),
         rms_norm_eps=number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
         tie_embeddings=tied,
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         rope_scaling=scaling,
+        max_positions=None if config.get("max_position_embeddings") is None else size("max_position_embeddings"),
     )
-    if result.num_heads % result.num_kv_heads or result.head_dim % 2:
-      raise UserError(f"{source}: num_attention_heads={heads} must be a multiple of num_key_value_heads="
-                      f"{result.num_kv_heads}, and head_dim={result.head_dim} even")
-    return result
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -129,13 +107,27 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 
   theta^(-2i / head_dim), and for Llama 3.1 divided by `factor` where a turn takes more than original / low_freq_factor
   positions, as it is below original / high_freq_factor, and a blend between the two.
+
+  Positions multiply an error in the last bit, so every step is rounded as in torch, with which checkpoints are trained:
+  float32 throughout, the power correctly rounded, a number divided by an array as the number times the reciprocal.
+
+  >>> config = ModelConfig(vocab_size=8, hidden_size=4, intermediate_size=8, num_layers=2, num_heads=1,
+  ...     num_kv_heads=1, head_dim=4, rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=True, qkv_bias=True)
+  >>> rope_frequencies(config)
+  array([1.  , 0.01], dtype=float32)
   """
   exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-  frequencies = (1.0 / np.float32(config.rope_theta)**exponents).astype(np.float32)
+  powers = np.float64(np.float32(config.rope_theta))**exponents.astype(np.float64)
+  frequencies = np.float32(1) / powers.astype(np.float32)
   scaling = config.rope_scaling
   if scaling is None:
     return frequencies
-  turns = scaling.original_max_position_embeddings * frequencies.astype(np.float64) / (2 * np.pi)
-  blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-  blend = blend.clip(0, 1)
-  return ((1 - blend) * frequencies / scaling.factor + blend * frequencies).astype(np.float32)
+  one, original, low, high, factor = map(np.float32, (
+      1, scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor, scaling.factor))
+  wavelengths = one / frequencies * np.float32(2 * math.pi)
+  blend = (one / wavelengths * original - low) / (high - low)
+  blended = (one - blend) * frequencies / factor + blend * frequencies
+  # The bounds are quotients of float64, as Python's are.
+  slow = wavelengths > np.float32(scaling.original_max_position_embeddings / scaling.low_freq_factor)
+  fast = wavelengths < np.float32(scaling.original_max_position_embeddings / scaling.high_freq_factor)
+  return np.where(slow, frequencies / factor, np.where(fast, frequencies, blended))

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from imm_jax import files
-from imm_jax.errors import UserError
+from imm_jax.errors import UserError, listed
 from imm_jax.model import safetensors
 from imm_jax.model.safetensors import Entry
 
@@ -24,11 +24,17 @@ SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokeni
 _Tensor = TypeVar("_Tensor", bound=tuple)
 
 
+def has_weights(folder: Path) -> bool:
+  """Whether a folder has weights in it, beside its config."""
+  return (folder / INDEX).exists() or (folder / WEIGHTS).exists()
+
+
 def weight_files(folder: Path) -> list[Path]:
   """The files that hold a checkpoint's tensors.
 
   Raises:
-    UserError: when there are none, or the index is damaged or names a file that is missing.
+    UserError: when there are none, the index is damaged or names a file that is missing, or there is a single file
+      beside the index: programs differ in which they read.
   """
   if not folder.is_dir():
     raise UserError(f"{folder}: no such checkpoint folder; expected one with config.json and {WEIGHTS}")
@@ -37,14 +43,19 @@ def weight_files(folder: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
       raise UserError(f"{folder / INDEX}: has no weight_map from tensor names to file names")
-    for file in sorted(set(weight_map.values())):
+    names = sorted(set(weight_map.values()))
+    if (folder / WEIGHTS).exists() and names != [WEIGHTS]:
+      raise UserError(f"{folder}: holds both {WEIGHTS} and {INDEX}, which are two checkpoints; remove the one that is "
+                      "not meant")
+    for file in names:
       if not (folder / file).exists():
         raise UserError(f"{folder / file}: missing, {INDEX} names it; copy the checkpoint again")
-    return [folder / file for file in sorted(set(weight_map.values()))]
+    return [folder / file for file in names]
   if (folder / WEIGHTS).exists():
     return [folder / WEIGHTS]
-  if (folder / "pytorch_model.bin").exists() or (folder / "pytorch_model.bin.index.json").exists():
-    raise UserError(f"{folder}: holds a pickle checkpoint, which is not read; save it again with "
+  pickles = sorted(file.name for file in folder.iterdir() if file.name.endswith((".bin", ".bin.index.json", ".pth")))
+  if pickles:
+    raise UserError(f"{folder}: holds a pickle checkpoint ({pickles[0]}), which is not read; save it again with "
                     "save_pretrained(..., safe_serialization=True)")
   raise UserError(f"{folder / WEIGHTS}: missing; expected it or {INDEX}")
 
@@ -61,8 +72,7 @@ def tensors(folder: Path) -> dict[str, Entry]:
     named = files.read_json(folder / INDEX)["weight_map"]
     wrong = sorted(n for n in named.keys() | found.keys() if n not in found or named.get(n) != found[n].path.name)
     if wrong:
-      raise UserError(f"{folder / INDEX}: disagrees with the shards on {', '.join(wrong[:8])}"
-                      f"{f' and {len(wrong) - 8} more' if len(wrong) > 8 else ''}; copy the checkpoint again")
+      raise UserError(f"{folder / INDEX}: disagrees with the shards on {listed(wrong)}; copy the checkpoint again")
   return found
 
 

@@ -7,7 +7,8 @@ tensors `model.layers.{0..L-1}.self_attn.q_proj.weight` [out, in].
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,21 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from imm_jax import files
-from imm_jax.errors import UserError
+from imm_jax.errors import UserError, listed
 from imm_jax.model import folder as checkpoint, safetensors
+from imm_jax.model.blocks import BLOCK, Tensor, TensorNames, blocks, gathered, tensors_of
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params, unstack_layers
 from imm_jax.model.safetensors import Entry
 
-# Names of a leaf's tensors: one, or one for each layer of a stacked leaf.
-TensorNames = str | tuple[str, ...]
 # (path in the tree, shape) -> where a parameter lies.
 Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
-# Entries that are read, converted or written at once: enough to outweigh a call, few beside the parameters.
-_BLOCK = 1 << 21
 _DTYPES = tuple(np.dtype(dtype) for dtype in (jnp.bfloat16, jnp.float16, jnp.float32))
 _MAX_READERS = 8
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_ROTARY = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 def tensor_names(params: Params) -> Any:
@@ -70,7 +70,7 @@ class Checked(NamedTuple):
 def check_bytes(folder: str | Path) -> Checked:
   """Reads a checkpoint and compares what `save` would write with its files, tensor by tensor, one parameter in memory.
 
-  Left out is what follows from the rest: a head that is tied and stored too, rotary frequencies.
+  Left out are rotary frequencies, which follow from config.json.
 
   Raises:
     UserError: as `load` does, or with the first tensor that would come back otherwise.
@@ -82,7 +82,7 @@ def check_bytes(folder: str | Path) -> Checked:
       entries = stored[names] if isinstance(names, str) else [stored[name] for name in names]
       dtype = entries.dtype if isinstance(names, str) else entries[0].dtype
       array = _read_part(reader, pool, entries, tuple((0, size) for size in leaf.shape), dtype)
-      for tensor in _tensors_of(array, names):
+      for tensor in _with_head(tensors_of(array, names), stored if config.tie_embeddings else ()):
         seen.add(tensor.name)
         if not _comes_back(tensor, stored[tensor.name], reader):
           raise UserError(f"{folder}: tensor {tensor.name!r} would not come back as it was read; this is a fault of "
@@ -90,11 +90,11 @@ def check_bytes(folder: str | Path) -> Checked:
   return Checked(len(seen), sorted(stored.keys() - seen))
 
 
-def _comes_back(tensor: "_Tensor", entry: Entry, reader: safetensors.Reader) -> bool:
+def _comes_back(tensor: Tensor, entry: Entry, reader: safetensors.Reader) -> bool:
   if (tensor.dtype, tensor.shape) != (entry.dtype, entry.shape):
     return False
   begin = 0
-  for block in _blocks(tensor):
+  for block in blocks(tensor):
     want = np.empty_like(block)
     reader.read(entry, begin, want)
     if want.tobytes() != block.tobytes():
@@ -154,20 +154,28 @@ def save(params: Params, folder: str | Path, *, like: str | Path | None = None, 
   Args:
     params: parameters with stacked layers, on any devices.
     folder: a new folder, or one without weights; the caller renames it when it is whole.
-    like: the checkpoint folder whose config.json and tokenizer files are copied unchanged.
+    like: the checkpoint folder whose config.json and tokenizer files are copied unchanged; where it stores a head that
+      is tied, so does the new one.
     keep_dtypes: write each tensor in the dtype that it has in `like`, rather than in its own.
     max_shard_bytes: weights beyond this go into several files with an index.
+
+  Raises:
+    UserError: when the folder holds weights.
   """
   folder = Path(folder)
-  stored = {name: entry.dtype for name, entry in checkpoint.tensors(Path(like)).items()} if keep_dtypes and like else {}
-  tensors = [t._replace(dtype=stored.get(t.name, t.dtype)) for t in _tensors(params)]
+  if jax.process_index() == 0 and (older := next(folder.glob("*.safetensors*"), None)):
+    raise UserError(f"{folder}: holds {older.name} already; give a new folder")
+  stored = checkpoint.tensors(Path(like)) if like and (keep_dtypes or checkpoint.has_weights(Path(like))) else {}
+  tensors = _with_head(_tensors(params), stored)
+  if keep_dtypes:
+    tensors = [t._replace(dtype=stored[t.name].dtype if t.name in stored else t.dtype) for t in tensors]
   if jax.process_index() != 0:
     for tensor in tensors:
-      _gathered(tensor)
+      gathered(tensor)
     return
   folder.mkdir(parents=True, exist_ok=True)
   shards = checkpoint.split(
-      [(t.name, t.dtype, t.shape, functools.partial(_blocks, t)) for t in tensors], max_shard_bytes)
+      [(t.name, t.dtype, t.shape, functools.partial(blocks, t)) for t in tensors], max_shard_bytes)
   for file, shard in shards:
     safetensors.write(folder / file, shard)
   checkpoint.write_index(folder, shards)
@@ -175,27 +183,19 @@ def save(params: Params, folder: str | Path, *, like: str | Path | None = None, 
     checkpoint.copy_side_files(Path(like), folder)
 
 
-class _Tensor(NamedTuple):
-  """A tensor of the checkpoint: a leaf, or the layer `index` of a stacked leaf."""
-
-  name: str
-  dtype: np.dtype
-  shape: tuple[int, ...]
-  leaf: Any
-  index: int | None
-
-
-def _tensors(params: Params) -> list[_Tensor]:
+def _tensors(params: Params) -> list[Tensor]:
   """In the order of the model: embedding, layer by layer, norm, head."""
   found = [tensor for leaf, names in zip(jax.tree.leaves(params), _leaf_names(params), strict=True)
-           for tensor in _tensors_of(leaf, names)]
+           for tensor in tensors_of(leaf, names)]
   return sorted(found, key=lambda tensor: checkpoint.model_order(tensor.name))
 
 
-def _tensors_of(leaf: Any, names: TensorNames) -> list[_Tensor]:
-  if isinstance(names, str):
-    return [_Tensor(names, np.dtype(leaf.dtype), leaf.shape, leaf, None)]
-  return [_Tensor(name, np.dtype(leaf.dtype), leaf.shape[1:], leaf, i) for i, name in enumerate(names)]
+def _with_head(tensors: list[Tensor], stored: Container[str]) -> list[Tensor]:
+  """And the embedding as the head where that is stored too, although the two are tied."""
+  embedding = next((t for t in tensors if t.name == _EMBEDDING), None)
+  if embedding is None or _HEAD not in stored or any(t.name == _HEAD for t in tensors):
+    return tensors
+  return [*tensors, embedding._replace(name=_HEAD)]
 
 
 def _leaf_names(params: Params) -> list[TensorNames]:
@@ -207,78 +207,6 @@ def _readers() -> int:
   return min(_MAX_READERS, len(os.sched_getaffinity(0)))
 
 
-def _gathered(tensor: _Tensor) -> _Tensor:
-  """The tensor on every device where parts of it lie on other hosts; a collective, so all processes must call it."""
-  if not isinstance(tensor.leaf, jax.Array) or tensor.leaf.is_fully_addressable:
-    return tensor
-  everywhere = jax.sharding.NamedSharding(tensor.leaf.sharding.mesh, jax.sharding.PartitionSpec())
-  return tensor._replace(index=None, leaf=_whole(tensor.leaf, tensor.index or 0, stacked=tensor.index is not None,
-                                                 dtype=tensor.dtype, sharding=everywhere))
-
-
-@functools.partial(jax.jit, static_argnames=("stacked", "dtype", "sharding"))
-def _whole(leaf: jax.Array, index: jax.Array | int, *, stacked: bool, dtype: np.dtype,
-           sharding: jax.sharding.Sharding) -> jax.Array:
-  tensor = jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False) if stacked else leaf
-  return jax.lax.with_sharding_constraint(tensor.astype(dtype), sharding)
-
-
-def _blocks(tensor: _Tensor) -> Iterator[np.ndarray]:
-  """Some rows of a tensor at a time, C-contiguous and in its dtype; put together from the devices' parts."""
-  tensor = _gathered(tensor)
-  rows = tensor.shape[0]
-  step = max(1, _BLOCK // max(1, math.prod(tensor.shape[1:])))
-  parts = _parts(tensor.leaf)
-  for begin in range(0, rows, step):
-    end = min(begin + step, rows)
-    block = None
-    for bounds, data in parts:
-      index = None
-      if tensor.index is not None:
-        (first, last), *bounds = bounds
-        if not first <= tensor.index < last:
-          continue
-        index = tensor.index - first
-      low, high = max(begin, bounds[0][0]), min(end, bounds[0][1])
-      if low >= high:
-        continue
-      piece = _cut(data, index, low - bounds[0][0], high - low, tensor.dtype)
-      if piece.shape == (end - begin, *tensor.shape[1:]):
-        block = piece
-        break
-      block = np.empty((end - begin, *tensor.shape[1:]), tensor.dtype) if block is None else block
-      block[(slice(low - begin, high - begin), *(slice(*b) for b in bounds[1:]))] = piece
-    yield np.ascontiguousarray(block)
-
-
-def _parts(leaf: Any) -> list[tuple[list[tuple[int, int]], Any]]:
-  """(begin, end) on each axis and data of every part of an array, once where devices hold the same."""
-  if not isinstance(leaf, jax.Array):
-    return [([(0, size) for size in leaf.shape], leaf)]
-  found = {}
-  for shard in leaf.addressable_shards:
-    bounds = tuple(axis.indices(size)[:2] for axis, size in zip(shard.index, leaf.shape, strict=True))
-    found.setdefault(bounds, shard.data)
-  return [(list(bounds), data) for bounds, data in found.items()]
-
-
-def _cut(data: Any, index: int | None, begin: int, count: int, dtype: np.dtype) -> np.ndarray:
-  """Rows of one device's part, or of a layer of it, in this dtype and in this process's memory."""
-  if isinstance(data, jax.Array):
-    if data.dtype != dtype or next(iter(data.devices())).platform != "cpu":
-      return np.asarray(_cut_on_device(data, index or 0, begin, stacked=index is not None, count=count, dtype=dtype))
-    data = np.asarray(data)  # no copy
-  rows = data if index is None else data[index]
-  return rows[begin:begin + count].astype(dtype, copy=False)
-
-
-@functools.partial(jax.jit, static_argnames=("stacked", "count", "dtype"))
-def _cut_on_device(data: jax.Array, index: jax.Array | int, begin: jax.Array | int, *, stacked: bool, count: int,
-                   dtype: np.dtype) -> jax.Array:
-  rows = jax.lax.dynamic_index_in_dim(data, index, keepdims=False) if stacked else data
-  return jax.lax.dynamic_slice_in_dim(rows, begin, count).astype(dtype)
-
-
 def _read_part(reader: safetensors.Reader, pool: ThreadPoolExecutor, entries: Entry | list[Entry],
                bounds: tuple[tuple[int, int], ...], dtype: np.dtype) -> np.ndarray:
   """The part of a parameter within these bounds (begin, end) on each axis, in an array of its own."""
@@ -287,7 +215,7 @@ def _read_part(reader: safetensors.Reader, pool: ThreadPoolExecutor, entries: En
   out = safetensors.aligned(tuple(end - begin for begin, end in bounds), dtype)
   jobs = []
   for layer, target in zip(layers, out if stacked else [out], strict=True):
-    step = max(1, _BLOCK // max(1, math.prod(target.shape[1:])))
+    step = max(1, BLOCK // max(1, math.prod(target.shape[1:])))
     for begin in range(0, len(target), step):
       rows = (inner[0][0] + begin, min(inner[0][0] + begin + step, inner[0][1]))
       jobs.append(pool.submit(_fill, reader, layer, (rows, *inner[1:]), target[begin:begin + step]))
@@ -319,12 +247,11 @@ def _open(folder: Path) -> tuple[ModelConfig, dict[str, Entry]]:
     for name in leaf_names if stacked else (leaf_names,):
       expected[name] = leaf.shape[1:] if stacked else leaf.shape
       first[name] = leaf_names[0] if stacked else name
-  # Tied checkpoints may store the head too, and old ones the rotary frequencies; both follow from the rest.
-  ignored = {n for n in tensors if n.endswith("rotary_emb.inv_freq")}
-  if "lm_head.weight" in tensors and "lm_head.weight" not in expected:
-    if not _equal(tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight")):
-      raise UserError(f"{folder}: config.json ties the embeddings, but lm_head.weight differs from the embedding")
-    ignored.add("lm_head.weight")
+  # Old checkpoints store rotary frequencies, which follow from the config; tied ones may store the head too.
+  ignored = {name for name in tensors if _ROTARY.fullmatch(name)}
+  if _HEAD in tensors and _HEAD not in expected:
+    ignored.add(_HEAD)
+    _check_tied(folder, tensors[_HEAD], tensors.get(_EMBEDDING))
   problems = [f"missing {n}" for n in sorted(expected.keys() - tensors.keys())]
   problems += [f"unknown {n}" for n in sorted(tensors.keys() - expected.keys() - ignored)]
   for name in expected.keys() & tensors.keys():
@@ -337,13 +264,16 @@ def _open(folder: Path) -> tuple[ModelConfig, dict[str, Entry]]:
       problems.append(f"{name} has dtype {dtype}, {first[name]} {other}; expected one dtype for all layers")
   if problems:
     problems.sort(key=lambda problem: (problem.split()[0] not in ("missing", "unknown"), problem))
-    more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-    raise UserError(f"{folder}: tensors do not fit config.json: {'; '.join(problems[:8])}{more}")
+    raise UserError(f"{folder}: tensors do not fit config.json: {listed(problems, '; ')}")
   return config, tensors
 
 
-def _equal(a: Entry, b: Entry | None) -> bool:
-  if b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
-    return False
-  views = (np.memmap(e.path, np.uint8, "r", e.offset, e.size * e.dtype.itemsize) for e in (a, b))
-  return np.array_equal(*views)
+def _check_tied(folder: Path, head: Entry, embedding: Entry | None) -> None:
+  if embedding is None:
+    return  # it is missed anyhow
+  if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+    raise UserError(f"{folder}: config.json ties the embeddings, but {_HEAD} is {head.dtype} {head.shape} and "
+                    f"{_EMBEDDING} {embedding.dtype} {embedding.shape}; store it alike, or leave it out")
+  views = (np.memmap(e.path, np.uint8, "r", e.offset, e.size * e.dtype.itemsize) for e in (head, embedding))
+  if not np.array_equal(*views):
+    raise UserError(f"{folder}: config.json ties the embeddings, but {_HEAD} differs from the embedding")

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from imm_jax import files
 from imm_jax.errors import UserError
 
 _DTYPES = {
@@ -27,6 +28,8 @@ _DTYPES = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000
 _ALIGNMENT = 64
+# How a file begins that git has not fetched.
+_LFS = b"version https://git-lfs"
 
 
 class Entry(NamedTuple):
@@ -53,10 +56,13 @@ def entries(path: Path) -> dict[str, Entry]:
     size = path.stat().st_size
     with path.open("rb") as f:
       prefix = f.read(8)
+      if (prefix + f.read(len(_LFS))).startswith(_LFS):
+        raise UserError(f"{path}: is a pointer of Git LFS, not the weights; run `git lfs pull` in that folder")
+      f.seek(8)
       length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
       if length > min(_MAX_HEADER, size - 8):
         raise UserError(f"{path}: not a whole safetensors file ({size} bytes, header of {length}); copy it again")
-      header = json.loads(f.read(length), object_pairs_hook=_no_duplicates)
+      header = json.loads(f.read(length), object_pairs_hook=files.no_duplicates)
   except OSError as e:
     raise UserError(f"{path}: cannot be read ({e.strerror})") from e
   except (ValueError, RecursionError) as e:
@@ -67,8 +73,8 @@ def entries(path: Path) -> dict[str, Entry]:
   start, found, spans = 8 + length, {}, []
   for name, entry in header.items():
     if isinstance(entry, dict) and isinstance(entry.get("dtype"), str) and entry["dtype"] not in _DTYPES:
-      raise UserError(f"{path}: tensor {name!r} has dtype {entry['dtype']}, which is not supported; expected one of "
-                      f"{', '.join(_DTYPES)}")
+      raise UserError(f"{path}: tensor {name!r} has dtype {entry['dtype']}, which is not supported; expected weights "
+                      "in BF16, F16 or F32")
     try:
       dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], _sizes(entry["shape"]), _sizes(entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as e:
@@ -190,11 +196,3 @@ def _sizes(values: object) -> tuple[int, ...]:
   if not isinstance(values, list) or any(type(v) is not int or not 0 <= v < 2**63 for v in values):
     raise ValueError(values)
   return tuple(values)
-
-
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-  result = dict(pairs)
-  if len(result) != len(pairs):
-    names = [k for k, _ in pairs]
-    raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands in it twice")
-  return result

@@ -9,6 +9,7 @@ import bisect
 import collections
 import functools
 import math
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ _REFILL_SHARE = 8
 _PREFILL_TOKENS = 8192
 # The cache has a multiple of this many slots, and as samples grow it doubles or grows by that many.
 _SLOTS, _MIN_GROWTH = 128, 256
+_DTYPES = ("bfloat16", "float16", "float32")
 
 
 class NativeSampler:
@@ -49,10 +51,16 @@ class NativeSampler:
 
     Args:
       folder: an HF checkpoint folder with a tokenizer.
-      compute_dtype: dtype of weights, activations and cache.
+      compute_dtype: of weights, activations and cache: bfloat16, float16 or float32.
       batch_size: samples that are decoded at once.
       mesh: weights and cache are split over it, see `sharding.for_decoding`; None takes the first device.
+
+    Raises:
+      ValueError: for an argument out of range.
+      UserError: for a checkpoint or tokenizer that cannot be read, or an end-of-text token that is no token id.
     """
+    if compute_dtype not in _DTYPES:
+      raise ValueError(f"compute_dtype={compute_dtype!r}: expected one of {', '.join(_DTYPES)}")
     if batch_size < 1:
       raise ValueError(f"batch_size={batch_size}: expected 1 or more")
     self._dtype = jnp.dtype(compute_dtype)
@@ -60,9 +68,11 @@ class NativeSampler:
     config = hf.read_config(folder)
     self._mesh = sharding.for_decoding(mesh, config.num_kv_heads) if mesh is not None and mesh.size > 1 else None
     place = functools.partial(sharding.param_sharding, self._mesh) if self._mesh else None
-    self.tokenizer = load_tokenizer(folder, rows=config.vocab_size)  # fails before weights are read
+    # What is wrong with the small files shows before weights are read.
+    ends = _eos_ids(Path(folder), config.vocab_size)
+    self.tokenizer = load_tokenizer(folder, rows=config.vocab_size)
+    self._eos = tuple(sorted({*ends, self.tokenizer.eos_token_id}))
     self._config, self._params = hf.load(folder, dtype=self._dtype, place=place, stacked=False)
-    self._eos = _eos_ids(Path(folder), self.tokenizer)
     known = np.zeros(self._config.vocab_size, bool)
     known[list(self.tokenizer.get_vocab().values())] = True
     self._allowed = jax.device_put(known, NamedSharding(self._mesh, P()) if self._mesh else
@@ -79,7 +89,8 @@ class NativeSampler:
       num_samples: completions of each prompt.
       temperatures: sample j runs at `temperatures[j % len(temperatures)]`; 0 is greedy.
       top_p: sample from the smallest set of tokens that holds this much probability.
-      stop: a completion ends before the first of these strings or special tokens.
+      stop: a completion ends before the first of these strings; a special token counts as the text that it stands
+        for, such as `<|im_end|>`, alone or with other text.
       seed: of all samples.
       label: what the progress bar says.
 
@@ -92,10 +103,12 @@ class NativeSampler:
     _check(max_new_tokens, num_samples, temperatures, top_p, stop, seed)
     ids = [self.tokenizer(p.text)["input_ids"] for p in prompts]
     if not all(ids):
-      raise ValueError("a prompt has no tokens")
-    # Special tokens do not show in the text, so that they stop a sample as tokens.
-    special = set(stop) & set(self.tokenizer.all_special_tokens)
-    ends = tuple(sorted({*self._eos, *(self.tokenizer.convert_tokens_to_ids(s) for s in special)}))
+      raise ValueError(f"prompt {prompts[ids.index([])].id!r} has no tokens")
+    if ids and (self._config.max_positions or math.inf) < max(map(len, ids)) + max_new_tokens:
+      _warn_past_context(self._config.max_positions, max_new_tokens)
+    # A special token stops a sample where it is drawn, without a look at the text.
+    special = _special_ids(self.tokenizer)
+    ends = tuple(sorted({*self._eos, *(special[s] for s in stop if s in special)}))
     texts = tuple(s for s in stop if s not in special)
     asked = [_Sample(p, s, prompts[p].id, temperatures[s % len(temperatures)])
              for p in range(len(prompts)) for s in range(num_samples)]
@@ -161,7 +174,7 @@ class NativeSampler:
   def _stopped(self, tokens: np.ndarray, stop: tuple[str, ...]) -> bool:
     """Whether a stop string shows; a look at the end of the text says mostly that none does."""
     recent = _STOP_CHECK_EVERY + 4 * max(map(len, stop))  # a character has at most four tokens
-    shows = lambda part: any(s in self.tokenizer.decode(part, skip_special_tokens=True) for s in stop)
+    shows = lambda part: any(s in self.tokenizer.decode(part, skip_special_tokens=False) for s in stop)
     return shows(tokens[-recent:]) and shows(tokens)
 
   def _completion(self, tokens: np.ndarray, ends: tuple[int, ...], stop: tuple[str, ...]) -> Completion:
@@ -169,13 +182,17 @@ class NativeSampler:
     finish = "stop" if len(ended) else "length"
     if len(ended):
       tokens = tokens[:ended[0] + 1]
-    text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+    plain = lambda n: self.tokenizer.decode(tokens[:n], skip_special_tokens=True)
+    full = lambda n: self.tokenizer.decode(tokens[:n], skip_special_tokens=False)
+    text = full(len(tokens)) if stop else ""
     cut = min((text.find(s) for s in stop if s in text), default=-1)
     if cut < 0:
-      return Completion(text, len(tokens), finish)
-    # The tokens that were needed for the stop string to show.
-    shows = lambda n: any(s in self.tokenizer.decode(tokens[:n], skip_special_tokens=True) for s in stop)
-    return Completion(text[:cut], bisect.bisect_left(range(len(tokens)), True, key=shows), "stop")
+      return Completion(plain(len(tokens)), len(tokens), finish)
+    # The tokens that were needed for the stop string to show, and those that lie before it.
+    count = bisect.bisect_left(range(len(tokens)), True, key=lambda n: any(s in full(n) for s in stop))
+    before = next(n for n in range(count - 1, -1, -1) if text[:cut].startswith(full(n)))
+    part = "" if tokens[before] in _special_ids(self.tokenizer).values() else text[len(full(before)):cut]
+    return Completion(plain(before) + part, count, "stop")
 
 
 def _check(max_new_tokens: int, num_samples: int, temperatures: Sequence[float], top_p: float, stop: Sequence[str],
@@ -274,13 +291,26 @@ def _fold(seed: jax.Array, codes: jax.Array, numbers: jax.Array) -> jax.Array:
   return jax.vmap(fold)(codes, numbers)
 
 
-def _eos_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-  """Tokens that end a text: generation_config.json's, else config.json's, and the tokenizer's."""
+def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+  """By text: what a decoded text may leave out; of some tokenizers `all_special_tokens` names only a few."""
+  marked = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+  return marked | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
+@functools.cache  # once
+def _warn_past_context(positions: int, max_new_tokens: int) -> None:
+  print(f"warning: prompts with max_new_tokens={max_new_tokens} go past the {positions} positions that config.json "
+        "gives the model (max_position_embeddings); what it writes there may make no sense", file=sys.stderr)
+
+
+def _eos_ids(folder: Path, rows: int) -> list[int]:
+  """Tokens that end a text: generation_config.json's, else config.json's."""
   path = folder / "generation_config.json"
   ids = files.read_json(path).get("eos_token_id") if path.exists() else None
   if ids is None:
-    ids = files.read_json(folder / "config.json").get("eos_token_id")
-  found = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
-  if not all(isinstance(i, int) for i in found):
-    raise UserError(f"{folder}: eos_token_id={ids!r}; expected a token id or a list of them")
-  return tuple(sorted(found))
+    path = folder / "config.json"
+    ids = files.read_json(path).get("eos_token_id")
+  found = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
+  if not all(type(i) is int and 0 <= i < rows for i in found):
+    raise UserError(f"{path}: eos_token_id={ids!r}; expected a token id, from 0 to {rows - 1}, or a list of them")
+  return found
