@@ -11,7 +11,8 @@ from imm_jax.model import safetensors
 
 # hidden, feed-forward, layers, heads, key/value heads, vocabulary; tied, with biases, as Qwen2.5's are.
 SHAPES = {
-    "tiny": (64, 128, 2, 2, 1, 512), "small": (512, 1536, 8, 8, 2, 32_000), "0.5b": (896, 4864, 24, 14, 2, 151_936),
+    "tiny": (64, 128, 2, 2, 1, 512), "sft": (256, 768, 6, 8, 2, 16_384),
+    "small": (512, 1536, 8, 8, 2, 32_000), "0.5b": (896, 4864, 24, 14, 2, 151_936),
     "1.5b": (1536, 8960, 28, 12, 2, 151_936), "3b": (2048, 11_008, 36, 16, 2, 151_936)}
 SCALE, CHANGE = 0.02, 0.001
 

@@ -39,7 +39,7 @@ class Linear(nnx.Module):
       self.bias = nnx.Param(jnp.zeros((out_dim,), dtype))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    y = _dot(x, self.weight[...])
+    y = _linear(x, self.weight[...])
     return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
 
@@ -269,10 +269,33 @@ def unstack_layers(params: Params, num_layers: int) -> Params:
 
 def _dot(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
   """x [..., in] times W [out, in] transposed, accumulated in float32."""
-  dims = (((x.ndim - 1,), (1,)), ((), ()))
-  y = jax.lax.dot_general(x, weight.astype(x.dtype), dims, precision=attention.precision(x.dtype),
-                          preferred_element_type=jnp.float32)
-  return y.astype(out_dtype or x.dtype)
+  return _contract(x, weight.astype(x.dtype), ((x.ndim - 1,), (1,))).astype(out_dtype or x.dtype)
+
+
+@jax.custom_vjp
+def _linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+  """`_dot` whose gradients, too, are products in the dtype of `x`; autodiff would take those of bfloat16 in float32."""
+  return _dot(x, weight)
+
+
+def _linear_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return _dot(x, weight), (x, weight)
+
+
+def _linear_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+  x, weight = residuals
+  tokens = tuple(range(x.ndim - 1))
+  dx = _contract(g, weight.astype(g.dtype), ((g.ndim - 1,), (0,)))
+  return dx.astype(x.dtype), _contract(g, x, (tokens, tokens)).astype(weight.dtype)
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _contract(a: jax.Array, b: jax.Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
+  """Sum of products over these axes of `a` and `b`, accumulated in float32 and returned so."""
+  return jax.lax.dot_general(a, b, (axes, ((), ())), precision=attention.precision(a.dtype),
+                             preferred_element_type=jnp.float32)
 
 
 def _put(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:

@@ -72,12 +72,14 @@ def _scan(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.Arra
       return (loss, dw), None
     d = ((jnp.exp(logits - norm) - hit) * weights[..., None]).astype(x.dtype)
     dx = jax.lax.dot_general(d, w, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
-    dw += jax.lax.dot_general(d, x, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
+    # Summed as [D, V]: XLA's CPU backend transposes the first operand in memory, and x is the narrower: twice as fast.
+    dw += jax.lax.dot_general(x, d, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
     return (loss, dw), dx
 
-  zero = jnp.zeros(w.shape, jnp.float32) if gradients else None
+  zero = jnp.zeros(w.shape[::-1], jnp.float32) if gradients else None
   (loss, dw), dx = jax.lax.scan(step, (jnp.zeros((), jnp.float32), zero), (cut(x), cut(targets), cut(weights)))
   if not gradients:
     return loss, None, None
   dx = jnp.moveaxis(dx, 0, 1).reshape(batch, chunks * size, -1)[:, :length]
-  return loss, dx, dw.astype(weight.dtype)
+  # The barrier keeps XLA from swapping the operands of a single chunk back.
+  return loss, dx, jax.lax.optimization_barrier(dw).T.astype(weight.dtype)

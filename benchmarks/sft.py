@@ -1,0 +1,166 @@
+"""Training steps beside transformers and torch, in one interleaved run on the same cores.
+
+    python benchmarks/sft.py --workdir=/tmp/sft-benchmark --cores=2
+
+A random Qwen2 of 6 layers, width 256, vocabulary 16,384; a step takes full rows, every token learned, in float32 master
+weights, AdamW and clipping. The peer is transformers' model with scaled-dot-product attention (which, for full rows,
+skips what the causal mask hides), `torch.autocast` for bfloat16 and torch's fused AdamW. Each program runs in processes
+of its own: seconds are of the fastest step after warm-up in any, memory is the peak of the process's anonymous memory.
+Prints a Markdown table; both see the same weights and tokens, so losses are equal but for rounding.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import random_checkpoints
+from absl import app, flags
+
+_WORKDIR = flags.DEFINE_string("workdir", "/tmp/sft-benchmark", "The checkpoint goes here.")
+_SHAPE = flags.DEFINE_enum("shape", "sft", sorted(random_checkpoints.SHAPES), "Of the checkpoint.")
+_ROWS = flags.DEFINE_integer("rows", 8, "Of a step.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("row_length", 512, "Tokens of a row.", lower_bound=2)
+_STEPS = flags.DEFINE_integer("steps", 10, "For the clock, after WARM_UP.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Processes of each kind, interleaved; the fastest counts.", lower_bound=1)
+_DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Compute dtypes.")
+_REMAT = flags.DEFINE_list("remat", ["none", "full"], "What is computed again; torch: gradient checkpointing or none.")
+_PEER = flags.DEFINE_bool("transformers", True, "Run transformers too.")
+_CORES = flags.DEFINE_integer("cores", 2, "Every process is pinned to this many cores.", lower_bound=1)
+_CHILD = flags.DEFINE_string("child", None, "Internal: dtype,remat,program.")
+WARM_UP = 3
+
+
+def tokens() -> np.ndarray:
+  """The rows of every step."""
+  vocab = random_checkpoints.SHAPES[_SHAPE.value][-1]
+  return np.random.default_rng(0).integers(0, vocab, (_ROWS.value, _LENGTH.value))
+
+
+def ours(dtype: str, remat: str, folder: Path) -> Callable[[], float]:
+  """A training step; returns its loss."""
+  import jax
+  import optax
+
+  from imm_jax.model import hf, sharding
+  from imm_jax.training.packing import PackedBatches, TokenizedExample
+  from imm_jax.training.step import init_state, make_optimizer, make_train_step
+
+  mesh = sharding.make_mesh(data=1, fsdp=1)
+  config, params = hf.load(folder, dtype="float32", place=lambda *_: jax.NamedSharding(mesh, sharding.P()))
+  optimizer = make_optimizer(optax.constant_schedule(1e-4), weight_decay=0.0, grad_clip=1.0)
+  state = init_state(params, optimizer, mesh)
+  del params
+  train_step = make_train_step(config, optimizer, compute_dtype=dtype, remat=remat, mesh=mesh)
+  examples = [TokenizedExample(row[:1].tolist(), row[1:].tolist()) for row in tokens()]
+  batch = PackedBatches(examples, epochs=1, global_batch=len(examples), row_length=_LENGTH.value, seed=0)[0]
+  place = jax.NamedSharding(mesh, sharding.BATCH)
+
+  def step() -> float:
+    nonlocal state
+    state, metrics = train_step(state, jax.device_put(batch, place))
+    return float(jax.block_until_ready((state, metrics))[1]["loss"])
+
+  return step
+
+
+def theirs(dtype: str, remat: str, folder: Path) -> Callable[[], float]:
+  """The same of torch."""
+  import torch
+  import transformers
+
+  torch.set_num_threads(_CORES.value)
+  transformers.utils.logging.disable_progress_bar()
+  model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+  model.config.use_cache = False
+  model.train()
+  if remat != "none":
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+  ids = torch.tensor(tokens())
+
+  def step() -> float:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+      loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+  return step
+
+
+def anonymous() -> float:
+  """Anonymous memory of this process in GiB."""
+  lines = Path("/proc/self/status").read_text().splitlines()
+  return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 2**20
+
+
+def measure(step: Callable[[], float]) -> dict[str, float]:
+  """Seconds and processor seconds of the fastest step, loss of the last, GiB of memory at most."""
+  peak, done = 0.0, threading.Event()
+
+  def watch() -> None:
+    nonlocal peak
+    while not done.wait(0.005):
+      peak = max(peak, anonymous())
+
+  started = time.perf_counter()
+  first = step()
+  compiled = time.perf_counter() - started
+  for _ in range(WARM_UP - 1):
+    step()
+  watcher = threading.Thread(target=watch)
+  watcher.start()
+  wall, cpu = [], []
+  for _ in range(_STEPS.value):
+    started = time.perf_counter(), time.process_time()
+    last = step()
+    wall.append(time.perf_counter() - started[0])
+    cpu.append(time.process_time() - started[1])
+  done.set()
+  watcher.join()
+  return {"s": min(wall), "median": float(np.median(wall)), "cpu": min(cpu), "gib": peak, "compile": compiled,
+          "first": first, "last": last}
+
+
+def main(_: list[str]) -> None:
+  folder = Path(_WORKDIR.value) / _SHAPE.value
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:_CORES.value])  # and all children
+  if _CHILD.value:
+    dtype, remat, program = _CHILD.value.split(",")
+    print(json.dumps(measure({"imm_jax": ours, "transformers": theirs}[program](dtype, remat, folder))))
+    return
+  random_checkpoints.make(folder, _SHAPE.value, 0)
+  programs = ["imm_jax"] + ["transformers"] * _PEER.value
+  kinds = [(dtype, remat, program) for dtype in _DTYPES.value for remat in _REMAT.value for program in programs]
+  runs: dict[tuple[str, str, str], list[dict]] = {kind: [] for kind in kinds}
+  for _ in range(_REPEATS.value):
+    for kind in kinds:
+      command = [sys.executable, __file__, *sys.argv[1:], f"--child={','.join(kind)}"]
+      output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+      runs[kind].append(json.loads(output.splitlines()[-1]))
+  count = _ROWS.value * _LENGTH.value
+  print(f"{_SHAPE.value}, {_ROWS.value} x {_LENGTH.value} tokens a step, {_CORES.value} cores\n\n"
+        "| dtype | remat | program | ms | median ms | CPU ms | tokens/s | GiB | first loss | last loss | first step s "
+        "| tokens/s, this / transformers | CPU | GiB |\n|" + "---|" * 14)
+  for kind in kinds:
+    best = {name: min(run[name] for run in runs[kind]) for name in ("s", "median", "cpu", "gib", "compile")}
+    beside = ""
+    if kind[2] == "imm_jax" and _PEER.value:
+      peer = {name: min(run[name] for run in runs[*kind[:2], "transformers"]) for name in ("s", "cpu", "gib")}
+      beside = " | ".join(f"{x:.2f}" for x in (peer["s"] / best["s"], peer["cpu"] / best["cpu"],
+                                               best["gib"] / peer["gib"]))
+    print(f"| {' | '.join(kind)} | {best['s'] * 1e3:.0f} | {best['median'] * 1e3:.0f} | {best['cpu'] * 1e3:.0f} | "
+          f"{count / best['s']:.0f} | {best['gib']:.2f} | {runs[kind][0]['first']:.4f} | {runs[kind][0]['last']:.4f} | "
+          f"{best['compile']:.1f} | {beside or ' | | '} |", flush=True)
+
+
+if __name__ == "__main__":
+  app.run(main)
