@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -163,9 +162,7 @@ def main(_: list[str]) -> None:
   for repeat in range(-1, _REPEATS.value):  # the first round warms the page cache and does not count
     for name, (_, options, _, _) in PROGRAMS.items():
       env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={options.get('devices', 1)}"}
-      output = subprocess.run([sys.executable, __file__, *sys.argv[1:], f"--child={name}"], check=True, env=env,
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
-      measured = json.loads(output.splitlines()[-1])
+      measured = json.loads(random_checkpoints.run_child(__file__, name, env).splitlines()[-1])
       print(f"{name}: {measured}", file=sys.stderr, flush=True)
       if repeat >= 0:
         results[name].append(measured)

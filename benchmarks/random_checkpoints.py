@@ -1,7 +1,10 @@
-"""Random checkpoints of published shapes, for the other benchmarks."""
+"""What the other benchmarks share: random checkpoints of published shapes, and a process for each measurement."""
 
 import json
 import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -55,3 +58,12 @@ def make(folder: Path, shape: str, seed: int, near: Path | None = None) -> Path:
       "num_key_value_heads": kv_heads, "vocab_size": vocab, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6,
       "rope_theta": 1e6, "tie_word_embeddings": True, "dtype": "bfloat16"}))
   return folder
+
+
+def run_child(file: str, child: str, env: Mapping[str, str] | None = None) -> str:
+  """What this program prints when it is run again with `--child`; where it fails, its messages end the benchmark."""
+  command = [sys.executable, file, *sys.argv[1:], f"--child={child}"]
+  done = subprocess.run(command, check=False, capture_output=True, text=True, env=env)
+  if done.returncode:
+    sys.exit(f"{done.stderr}\n{' '.join(command)}: exit code {done.returncode}")
+  return done.stdout

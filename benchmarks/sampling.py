@@ -11,8 +11,7 @@ float32 also how many texts are equal.
 
 import json
 import os
-import subprocess
-import sys
+import string
 import time
 from pathlib import Path
 
@@ -41,13 +40,15 @@ def make(folder: Path) -> None:
   vocab = random_checkpoints.SHAPES[_SHAPE.value][-1]
   random_checkpoints.make(folder, _SHAPE.value, 0)
   if not (folder / "tokenizer.json").exists():
-    letters = "abcdefghijklmnopqrstuvwxyz"
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    room = vocab - len(alphabet) - 1
+    # All letters, or as many as leave room for half of the words.
+    letters = string.ascii_lowercase[:max(n for n in range(27) if n**2 + 1.5 * n**3 <= room)]
     space = "\u0120"  # how byte-level tokenizers write a space
     pairs = [(a, b) for a in letters for b in letters]
     triples = [(a + b, c) for a, b in pairs for c in letters]
     merges = [*pairs, *triples, *((space, a + b) for a, b in triples)]
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    merges = merges[:vocab - len(alphabet) - 1]
+    merges = merges[:room]
     ids = {word: i for i, word in enumerate([END, *alphabet, *(a + b for a, b in merges)])}
     transformers.Qwen2Tokenizer(vocab=ids, merges=merges, eos_token=END, pad_token=END, unk_token=None,
                                 ).save_pretrained(folder)
@@ -140,8 +141,7 @@ def main(_: list[str]) -> None:
       best: dict[str, dict] = {}
       for _ in range(_REPEATS.value):
         for program in programs:
-          command = [sys.executable, __file__, *sys.argv[1:], f"--child={name},{dtype},{program}"]
-          output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+          output = random_checkpoints.run_child(__file__, f"{name},{dtype},{program}")
           found = json.loads(output.splitlines()[-1])
           if program not in best or found["seconds"][1] < best[program]["seconds"][1]:
             best[program] = found

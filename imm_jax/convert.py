@@ -30,7 +30,7 @@ _SOURCE = flags.DEFINE_string("source", None, "The checkpoint to read: HF folder
 _OUT = flags.DEFINE_string("out", None, "The folder to write.")
 _TO = flags.DEFINE_enum("to", None, ["hf", "orbax"], "The form to write.")
 _VERIFY = flags.DEFINE_string("verify", None, "Check this HF folder or hub id.")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an --out that exists.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier conversion at --out.")
 
 # Largest error of logits relative to their scale that is rounding, in float32.
 _TOLERANCE = 2e-5

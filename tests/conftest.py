@@ -12,6 +12,7 @@ from pathlib import Path
 import fake_pod
 import pytest
 import transformers
+from merge_folders import models, write
 
 import imm_jax
 
@@ -108,3 +109,10 @@ def checkpoint(tmp_path: Path) -> "Callable[..., tuple[transformers.PreTrainedMo
     return model, folder
 
   return make
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+  """Four models that can be merged, one of them in shards; nobody writes to them."""
+  root = tmp_path_factory.mktemp("models")
+  return [write(root / str(i), tree, shards=3 if i == 2 else 1) for i, tree in enumerate(models())]
