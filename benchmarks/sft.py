@@ -47,7 +47,7 @@ def ours(dtype: str, remat: str, folder: Path) -> Callable[[], float]:
   import jax
   import optax
 
-  from imm_jax.model import hf, sharding
+  from imm_jax.model import attention, hf, sharding
   from imm_jax.training.packing import PackedBatches, TokenizedExample
   from imm_jax.training.step import init_state, make_optimizer, make_train_step
 
@@ -56,7 +56,8 @@ def ours(dtype: str, remat: str, folder: Path) -> Callable[[], float]:
   optimizer = make_optimizer(optax.constant_schedule(1e-4), weight_decay=0.0, grad_clip=1.0)
   state = init_state(params, optimizer, mesh)
   del params
-  train_step = make_train_step(config, optimizer, compute_dtype=dtype, remat=remat, mesh=mesh)
+  chosen = attention.choose("auto", config, dtype=dtype, length=_LENGTH.value, rows=_ROWS.value, mesh=mesh)
+  train_step = make_train_step(config, optimizer, compute_dtype=dtype, remat=remat, attention=chosen, mesh=mesh)
   examples = [TokenizedExample(row[:1].tolist(), row[1:].tolist()) for row in tokens()]
   batch = PackedBatches(examples, epochs=1, global_batch=len(examples), row_length=_LENGTH.value, seed=0)[0]
   place = jax.NamedSharding(mesh, sharding.BATCH)

@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
   sft.row_length = 1024  # tokens of a packed row; longer answers are dropped and counted
   sft.compute_dtype = "bfloat16"  # of activations; weights, moments and gradients are float32 [paper]
   sft.remat = "full"  # computed again in the backward pass: none, dots (all but matrix products), full; less memory
-  sft.attention = "auto"  # xla, cudnn (NVIDIA), splash (TPU); auto takes the platform's kernel where it can run
+  sft.attention = "auto"  # xla, blockwise (CPU), cudnn (NVIDIA), splash (TPU); auto: what suits the platform
   sft.log_every = 10  # steps between metrics; the host waits for the device only then, and to save
   sft.save_interval = 200  # steps between training states on disk; SIGTERM saves one too
   sft.max_to_keep = 2  # training states kept; all are removed when a round's training is done

@@ -66,6 +66,24 @@ def test_xla_is_a_softmax_over_each_segment() -> None:
     np.testing.assert_allclose(got[b, h, t], weights @ v[b, h // 2, seen] / weights.sum(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("length", "dtype", "tolerance"), [
+    (40, jnp.float32, 2e-6), (300, jnp.float32, 2e-6), (2100, jnp.float32, 4e-6), (256, jnp.bfloat16, 1e-2)], ids=str)
+def test_blockwise_equals_xla(length: int, dtype: Any, tolerance: float) -> None:
+  inputs, ids = _inputs(3, 4, 2, length, 8, dtype), jnp.asarray(_segments(3, length))  # 1, 3, 16 and 2 blocks
+  got = _run(attention.packed(ids, backend="blockwise"), *inputs)
+  _close(got, _run(attention.packed(ids, backend="xla"), *inputs), tolerance)
+
+
+def test_blockwise_holds_no_whole_scores() -> None:
+  q, k, v, direction = _inputs(2, 4, 2, 512, 8, jnp.float32)
+  attend = attention.packed(jnp.asarray(_segments(2, 512)), backend="blockwise")
+  step = jax.jit(jax.grad(lambda *qkv: jnp.vdot(attend(*qkv), direction), (0, 1, 2)))
+  text = step.lower(q, k, v).as_text()
+  assert "tensor<2x2x256x512x" in text  # two queries a key/value head, 128 of each
+  assert "x512x512x" not in text
+  assert "x1024x512x" not in text
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "length", "head_dim", "dtype", "tolerance"), [
     (4, 2, 256, 64, jnp.float32, 2e-6), (2, 2, 384, 128, jnp.bfloat16, 1e-2)], ids=str)
 def test_splash_equals_xla(heads: int, kv_heads: int, length: int, head_dim: int, dtype: Any, tolerance: float) -> None:
@@ -79,11 +97,14 @@ def _main(out: Path) -> None:
   mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2)
   inputs, ids = _inputs(2, 4, 2, 128, 64, jnp.float32), jnp.asarray(_segments(2, 128))
   got = _run(attention.packed(ids, backend="splash", mesh=mesh, interpret=True), *inputs)
+  placed = jax.device_put(inputs, jax.NamedSharding(mesh, sharding.P(("data", "fsdp"), "tensor")))
+  blocks = _run(attention.packed(ids, backend="blockwise", mesh=mesh), *placed)
   want = _run(attention.packed(ids, backend="xla"), *inputs)
-  out.write_text(json.dumps([float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(got, want, strict=True)]))
+  error = lambda a, b: float(np.abs(a - b).max() / np.abs(b).max())
+  out.write_text(json.dumps([error(a, b) for some in (got, blocks) for a, b in zip(some, want, strict=True)]))
 
 
-def test_splash_on_a_mesh_equals_xla(run_on_devices: Callable[..., None], tmp_path: Path) -> None:
+def test_splash_and_blockwise_on_a_mesh_equal_xla(run_on_devices: Callable[..., None], tmp_path: Path) -> None:
   run_on_devices(__file__, tmp_path / "errors.json", devices=4)
   assert max(json.loads((tmp_path / "errors.json").read_text())) < 2e-6
 
@@ -106,7 +127,7 @@ def test_cudnn_lowers_to_one_fused_kernel_each_way() -> None:
   assert "tensor<2x4x128x128x" not in text  # the scores
 
 
-@pytest.mark.parametrize("backend", ["xla", "splash"])
+@pytest.mark.parametrize("backend", ["xla", "blockwise", "splash"])
 def test_padding_is_finite_and_gets_no_gradient_from_tokens(backend: str) -> None:
   q, k, v, direction = _inputs(1, 2, 1, 128, 64, jnp.float32)
   ids = jnp.asarray(np.arange(128)[None] < 100, jnp.int32)
@@ -128,7 +149,7 @@ def _mesh(platform: str, *, kind: str = "chip", capability: str = "9.0", sizes: 
 
 
 @pytest.mark.parametrize(("platform", "changes", "want"), [
-    ("tpu", {}, "splash"), ("gpu", {}, "cudnn"), ("cpu", {}, "xla"),
+    ("tpu", {}, "splash"), ("gpu", {}, "cudnn"), ("cpu", {}, "blockwise"),
     ("tpu", {"dtype": jnp.float32}, "xla"), ("gpu", {"dtype": jnp.float32}, "xla"),
     ("tpu", {"length": 200}, "xla"), ("gpu", {"length": 200}, "cudnn"), ("gpu", {"length": 201}, "xla"),
     ("tpu", {"head_dim": 80}, "xla"), ("gpu", {"head_dim": 80}, "cudnn"), ("gpu", {"head_dim": 10}, "xla"),
@@ -145,7 +166,7 @@ def test_auto_takes_the_kernel_of_the_platform_where_it_can_run(platform: str, c
   assert choose("auto") == want
   assert choose("xla") == "xla"
   kernel = {"tpu": "splash", "gpu": "cudnn", "cpu": "splash"}[platform]
-  if want == "xla":
+  if want in ("xla", "blockwise"):
     with pytest.raises(UserError, match=f"config.sft.attention='{kernel}' (needs|computes)") as error:
       choose(kernel)
     assert "\n" not in str(error.value)

@@ -1,13 +1,13 @@
-"""Attention over packed rows, by platform: plain XLA, cuDNN's flash attention, or the splash kernel of TPUs.
+"""Attention over packed rows, by platform: XLA, whole or by blocks, cuDNN's flash attention, or TPUs' splash kernel.
 
 A token sees itself and the earlier tokens of its own segment. All backends compute the same thing: scores and softmax
 in float32, products of the weights in the compute dtype. Padding is segment 0 and sees padding, so no row of scores is
 ever empty and nothing becomes NaN.
 
-`xla` holds all scores [B, H, T, T] at once, the two kernels a tile of them. `splash` skips tiles above the diagonal and
-reads segment ids. cuDNN's interface in JAX has none: `cudnn` gives it the segments as a mask [B, 1, T, T], one for all
-heads, and leaves the causal half to the kernel, which skips it. That path was lowered for CUDA, and its mask compared
-through `implementation="xla"`; on a GPU it has not run.
+`xla` holds all scores [B, H, T, T] at once, `blockwise` those of some queries, the two kernels a tile of them.
+`splash` skips tiles above the diagonal and reads segment ids. cuDNN's interface in JAX has none: `cudnn` gives it the
+segments as a mask [B, 1, T, T], one for all heads, and leaves the causal half to the kernel, which skips it. That path
+was lowered for CUDA, and its mask compared through `implementation="xla"`; on a GPU it has not run.
 
 Axes: B batch, T length, S key length, H heads, K key/value heads, G = H / K, h head dim.
 """
@@ -21,11 +21,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import Mesh, PartitionSpec as P
 
 from imm_jax.errors import UserError
+from imm_jax.model.blockwise import blockwise, precision
 from imm_jax.model.config import ModelConfig
 
 # (q [B, H, T, h], k [B, K, S, h], v [B, K, S, h]) -> [B, H, T, h]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-BACKENDS = ("auto", "xla", "cudnn", "splash")
+BACKENDS = ("auto", "xla", "blockwise", "cudnn", "splash")
 _ROWS, _HEADS = ("data", "fsdp"), "tensor"
 # Tiles of the splash kernel, the first that divides the length: large ones keep the matrix units busy, and several to a
 # row leave more of them above the diagonal, where they are skipped.
@@ -34,7 +35,9 @@ _TILES = (512, 256, 128)
 
 def choose(backend: str, config: ModelConfig, *, dtype: jnp.dtype, length: int, rows: int, mesh: Mesh | None = None,
            ) -> str:
-  """The backend that will run: the one asked for, or for `auto` the kernel of the platform where it can run, else xla.
+  """The backend that will run: the one asked for, or for `auto` what is fastest of those that can run.
+
+  That is the platform's kernel, on CPUs `blockwise`, else `xla`.
 
   Args:
     backend: one of BACKENDS.
@@ -45,7 +48,7 @@ def choose(backend: str, config: ModelConfig, *, dtype: jnp.dtype, length: int, 
     mesh: devices, or the description of those that are compiled for; None means the default device.
 
   Returns:
-    `xla`, `cudnn` or `splash`.
+    `xla`, `blockwise`, `cudnn` or `splash`.
 
   Raises:
     UserError: when a backend is asked for by name and cannot run there.
@@ -55,8 +58,11 @@ def choose(backend: str, config: ModelConfig, *, dtype: jnp.dtype, length: int, 
   >>> choose("xla", config, dtype=jnp.float32, length=16, rows=1)
   'xla'
   """
-  if backend == "xla":
+  if backend in ("xla", "blockwise"):
     return backend
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  if backend == "auto" and device.platform == "cpu":
+    return "blockwise"
   wanted = ("splash", "cudnn") if backend == "auto" else (backend,)
   obstacles = {name: _obstacle(name, config, jnp.dtype(dtype), length, rows, mesh) for name in wanted}
   chosen = next((name for name, obstacle in obstacles.items() if obstacle is None), "xla")
@@ -118,6 +124,8 @@ def packed(segment_ids: jax.Array, *, backend: str, mesh: Mesh | None = None, in
     length = segment_ids.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
     return functools.partial(masked, mask=causal & _same(segment_ids))
+  if backend == "blockwise":
+    return functools.partial(blockwise, segment_ids=segment_ids)
   if backend == "splash":
     kernel = functools.partial(_splash, interpret=interpret)
   else:
@@ -168,11 +176,6 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, in
 def splash_tile(length: int) -> int:
   """The edge of the tiles that the splash kernel cuts scores into."""
   return next(tile for tile in _TILES if length % tile == 0)
-
-
-def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
-  """float32 means float32: left to themselves, GPUs take TF32 and TPUs bfloat16 for its products."""
-  return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def _same(segment_ids: jax.Array) -> jax.Array:
