@@ -1,4 +1,4 @@
-"""Installs imm_jax: `pip install -e .`, with extras `test`, `cuda13`, `tpu`."""
+"""Installs imm_jax: `pip install -e .`, with extras `test`, `aot`, `cuda13`, `tpu`."""
 
 import re
 from pathlib import Path
@@ -36,6 +36,8 @@ setup(
         "xxhash>=3.4",
     ],
     extras_require={
+        # TPU's compiler, for --compile_only on any machine: 700 MB, no TPU needed.
+        "aot": ["jax[tpu]>=0.10,<0.12"],
         "cuda13": ["jax[cuda13]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         # torch and transformers' own models are what the tests compare with; nothing imports torch at run time.

@@ -43,7 +43,9 @@ def get_config() -> ml_collections.ConfigDict:
   sft.accumulation = 1  # parts that a batch is run in: less memory, same gradient
   sft.row_length = 1024  # tokens of a packed row; longer answers are dropped and counted
   sft.compute_dtype = "bfloat16"  # of activations; weights, moments and gradients are float32 [paper]
-  sft.remat = "full"  # computed again in the backward pass: none, dots (all but matrix products), full; less memory
+  # Computed again in the backward pass, from least memory to most: full (all), attention (all but what attention reads
+  # and gives), dots (all but matrix products), none.
+  sft.remat = "full"
   sft.attention = "auto"  # xla, blockwise (CPU), cudnn (NVIDIA), splash (TPU); auto: what suits the platform
   sft.log_every = 10  # steps between metrics; the host waits for the device only then, and to save
   sft.save_interval = 200  # steps between training states on disk; SIGTERM saves one too

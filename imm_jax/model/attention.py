@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import Mesh, PartitionSpec as P
 
@@ -27,6 +28,8 @@ from imm_jax.model.config import ModelConfig
 # (q [B, H, T, h], k [B, K, S, h], v [B, K, S, h]) -> [B, H, T, h]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 BACKENDS = ("auto", "xla", "blockwise", "cudnn", "splash")
+# Under this name `jax.checkpoint` keeps what attention reads and gives.
+NAME = "attention"
 _ROWS, _HEADS = ("data", "fsdp"), "tensor"
 # Tiles of the splash kernel, the first that divides the length: large ones keep the matrix units busy, and several to a
 # row leave more of them above the diagonal, where they are skipped.
@@ -123,9 +126,10 @@ def packed(segment_ids: jax.Array, *, backend: str, mesh: Mesh | None = None, in
   if backend == "xla":
     length = segment_ids.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
-    return functools.partial(masked, mask=causal & _same(segment_ids))
+    mask = causal & _same(segment_ids)
+    return lambda *qkv: _keep(masked(*map(_keep, qkv), mask=mask))
   if backend == "blockwise":
-    return functools.partial(blockwise, segment_ids=segment_ids)
+    return lambda *qkv: _keep(blockwise(*map(_keep, qkv), segment_ids))
   if backend == "splash":
     kernel = functools.partial(_splash, interpret=interpret)
   else:
@@ -152,7 +156,7 @@ def masked(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array) -> jax.
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, implementation: str = "cudnn") -> jax.Array:
   """cuDNN's flash attention with the segments as a mask [B, 1, T, T]; it takes [B, T, heads, h]."""
-  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+  q, k, v = (_keep(x.swapaxes(1, 2)) for x in (q, k, v))
   return jax.nn.dot_product_attention(q, k, v, mask=segments, is_causal=True, implementation=implementation,
                                       ).swapaxes(1, 2)
 
@@ -161,21 +165,26 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, in
   """The splash kernel on one device's rows [B, T]; it reads each key/value head for its group, nothing is repeated."""
   heads, length = q.shape[1:3]
   tile = splash_tile(length)
-  # The fused backward kernel would compute scores once, not twice, but writes q's gradient once for every tile of keys,
-  # rounded, to be added up afterwards.
+  # The fused backward kernel would compute scores once, not twice, but leaves q's gradient in parts, one of each key
+  # tile: by the compiler's estimate it takes longer to add them up than was saved.
   sizes = splash_attention_kernel.BlockSizes(
       block_q=tile, block_kv=tile, block_kv_compute=tile, block_q_dkv=tile, block_kv_dkv=tile,
       block_kv_dkv_compute=tile, block_q_dq=tile, block_kv_dq=tile)
   mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads)
   kernel = splash_attention_kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1,
-                                                   interpret=interpret)
+                                                   residual_checkpoint_name=NAME, interpret=interpret)
   run = lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash_attention_kernel.SegmentIds(ids, ids))
-  return jax.vmap(run)(q * q.shape[-1]**-0.5, k, v, segments)
+  return jax.vmap(run)(_keep(q * q.shape[-1]**-0.5), _keep(k), _keep(v), segments)
 
 
 def splash_tile(length: int) -> int:
   """The edge of the tiles that the splash kernel cuts scores into."""
   return next(tile for tile in _TILES if length % tile == 0)
+
+
+def _keep(x: jax.Array) -> jax.Array:
+  """Marks what the backward pass need not compute again, see `decoder.REMAT`."""
+  return checkpoint_name(x, NAME)
 
 
 def _same(segment_ids: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from imm_jax.model import attention
@@ -21,10 +22,12 @@ from imm_jax.model.attention import Attend
 from imm_jax.model.config import ModelConfig, rope_frequencies
 
 Params = dict[str, Any]
-# What the backward pass keeps of each layer: all activations, the results of its products with weights, or its input.
+# What the backward pass keeps of each layer: all activations, the results of its products with weights, what attention
+# reads and gives, or its input.
 REMAT: dict[str, Callable[..., bool] | None] = {
     "none": None,
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "attention": jax.checkpoint_policies.save_only_these_names(attention.NAME),
     "full": jax.checkpoint_policies.nothing_saveable}
 # One layer's keys and values, each [B, K, S, h].
 LayerCache = tuple[jax.Array, jax.Array]
@@ -39,7 +42,7 @@ class Linear(nnx.Module):
       self.bias = nnx.Param(jnp.zeros((out_dim,), dtype))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    y = _linear(x, self.weight[...])
+    y = _dot(x, self.weight[...])
     return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
 
@@ -268,33 +271,35 @@ def unstack_layers(params: Params, num_layers: int) -> Params:
 
 
 def _dot(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-  """x [..., in] times W [out, in] transposed, accumulated in float32."""
-  return _contract(x, weight.astype(x.dtype), ((x.ndim - 1,), (1,))).astype(out_dtype or x.dtype)
+  """x [..., in] times W [out, in] transposed, accumulated in float32; so is the gradient of W, in W's own dtype."""
+  return _linear(x, weight, jnp.dtype(out_dtype or x.dtype))
 
 
-@jax.custom_vjp
-def _linear(x: jax.Array, weight: jax.Array) -> jax.Array:
-  """`_dot` whose gradients, too, are products in the dtype of `x`; autodiff would take those of bfloat16 in float32."""
-  return _dot(x, weight)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _linear(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+  return _contract(x, weight.astype(x.dtype), x.ndim - 1, 1).astype(out_dtype)
 
 
-def _linear_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return _dot(x, weight), (x, weight)
+def _linear_forward(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype):
+  # The product itself, not `_linear`: policies of `jax.checkpoint` do not look into the latter.
+  return _contract(x, weight.astype(x.dtype), x.ndim - 1, 1).astype(out_dtype), (x, weight)
 
 
-def _linear_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _linear_backward(out_dtype: jnp.dtype, residuals: tuple[jax.Array, jax.Array], g: jax.Array):
+  del out_dtype
   x, weight = residuals
-  tokens = tuple(range(x.ndim - 1))
-  dx = _contract(g, weight.astype(g.dtype), ((g.ndim - 1,), (0,)))
-  return dx.astype(x.dtype), _contract(g, x, (tokens, tokens)).astype(weight.dtype)
+  g = g.astype(x.dtype)
+  rows = tuple(range(x.ndim - 1))
+  return (_contract(g, weight.astype(x.dtype), x.ndim - 1, 0).astype(x.dtype),
+          _contract(g, x, rows, rows).astype(weight.dtype))
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
-def _contract(a: jax.Array, b: jax.Array, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
-  """Sum of products over these axes of `a` and `b`, accumulated in float32 and returned so."""
-  return jax.lax.dot_general(a, b, (axes, ((), ())), precision=attention.precision(a.dtype),
+def _contract(a: jax.Array, b: jax.Array, a_dims: int | tuple[int, ...], b_dims: int | tuple[int, ...]) -> jax.Array:
+  dims = tuple((d,) if isinstance(d, int) else d for d in (a_dims, b_dims))
+  return jax.lax.dot_general(a, b, (dims, ((), ())), precision=attention.precision(a.dtype),
                              preferred_element_type=jnp.float32)
 
 
@@ -312,5 +317,16 @@ def as_bits(x: jax.Array) -> jax.Array:
 def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
   """Rotary embedding in the half-split form of HF checkpoints; x [B, heads, T, h]."""
   cos, sin = rope
+  # A TPU moves entries within its 128 lanes slowly, and multiplies by a matrix of ones and zeros at no cost.
+  return x * cos + jax.lax.platform_dependent(x, tpu=_turn_by_product, default=_turn) * sin
+
+
+def _turn(x: jax.Array) -> jax.Array:
+  """(a, b) -> (-b, a), the halves of the last axis."""
   first, second = jnp.split(x, 2, axis=-1)
-  return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+  return jnp.concatenate([-second, first], axis=-1)
+
+
+def _turn_by_product(x: jax.Array) -> jax.Array:
+  """`_turn` as a product; each sum has one term, so it is exact."""
+  return _dot(x, jnp.asarray(np.kron([[0, -1], [1, 0]], np.eye(x.shape[-1] // 2)), x.dtype))

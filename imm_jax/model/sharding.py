@@ -33,7 +33,16 @@ def make_mesh(*, data: int, fsdp: int, tensor: int = 1, devices: Sequence[jax.De
   Raises:
     UserError: when the sizes do not multiply to the number of devices.
   """
-  count = jax.device_count() if devices is None else len(devices)
+  sizes = mesh_sizes(jax.device_count() if devices is None else len(devices), data=data, fsdp=fsdp, tensor=tensor)
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_sizes(count: int, *, data: int, fsdp: int, tensor: int) -> tuple[int, int, int]:
+  """The sizes of a mesh over `count` devices; see `make_mesh`.
+
+  >>> mesh_sizes(16, data=2, fsdp=-1, tensor=1)
+  (2, 8, 1)
+  """
   sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
   free = [axis for axis, size in sizes.items() if size == -1]
   fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -42,7 +51,7 @@ def make_mesh(*, data: int, fsdp: int, tensor: int = 1, devices: Sequence[jax.De
   if min(sizes.values()) < 1 or math.prod(sizes.values()) != count:
     raise UserError(f"config.mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {count} device(s); sizes must "
                     f"multiply to {count}, or one be -1")
-  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  return tuple(sizes.values())
 
 
 def for_decoding(mesh: Mesh, kv_heads: int) -> Mesh:
@@ -86,6 +95,11 @@ def batch_parts(mesh: Mesh) -> int:
 def cache_sharding(mesh: Mesh, rows: int) -> NamedSharding:
   """Where a key/value cache [B, K, S, h] lies on a mesh of `for_decoding`: rows over `data`, heads over `tensor`."""
   return NamedSharding(mesh, P("data" if rows % mesh.shape["data"] == 0 else None, "tensor"))
+
+
+def path_name(path: tuple) -> str:
+  """The dotted path of a leaf in a nested dict."""
+  return ".".join(part.key for part in path if isinstance(part, jax.tree_util.DictKey))
 
 
 def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:

@@ -11,19 +11,25 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from imm_jax.model import attention as attention_lib, sharding
 from imm_jax.model.config import ModelConfig
-from imm_jax.model.decoder import Layer, Params, abstract_params, bind
+from imm_jax.model.decoder import Params, abstract_params, bind
+from imm_jax.training import fsdp
 from imm_jax.training.loss import CHUNK, head_loss
+
+# Has XLA add up gradients on a TPU while it computes; left alone it does one after the other (`benchmarks/README.md`).
+_TPU_OPTIONS = {"xla_enable_async_all_reduce": "true",
+                "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+                "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": "true"}
 
 # params: float32 master weights; opt_state: optax's, which also counts the steps; halted: whether a loss or a gradient
 # was not finite, after which nothing changes any more.
 TrainState = dict[str, Any]
-_STATE = ("params", "opt_state", "halted")
 Metrics = dict[str, jax.Array]
+_STATE = ("params", "opt_state", "halted")
 
 
 def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array], *, compute_dtype: jnp.dtype,
-                 remat: str = "none", attention: str = "xla", mesh: Mesh | None = None, chunk: int = CHUNK,
-                 ) -> tuple[jax.Array, jax.Array]:
+                 remat: str = "none", attention: str = "xla", mesh: Mesh | None = None,
+                 gather: fsdp.Gather | None = None, chunk: int = CHUNK) -> tuple[jax.Array, jax.Array]:
   """Sum of -log p over the learned tokens of a packed batch, and their number.
 
   Args:
@@ -33,35 +39,27 @@ def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array
     compute_dtype: dtype of activations.
     remat: one of `decoder.REMAT`.
     attention: what `attention.choose` gave.
-    mesh: weights are gathered over `fsdp` layer by layer, as they are used, and rows stay where they are.
+    mesh: where rows stay, and what attention is mapped over; None where this runs on one device's rows.
+    gather: gives a parameter as it is used: the layers' one by one, the others at the start.
     chunk: see `loss.head_loss`.
 
   Returns:
     (sum of losses, number of learned tokens), both float32 scalars.
   """
+  hooks = {}
+  if gather is not None:
+    params = {name: tree if name == "layers" else {"weight": gather(f"{name}.weight", tree["weight"])}
+              for name, tree in params.items()}
+    hooks["use"] = functools.partial(fsdp.gather_layer, gather)
+  if mesh is not None:
+    hooks["pin"] = lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, sharding.BATCH))
   model = bind(config, params)
-  split = {} if mesh is None or mesh.size == 1 else {
-      "use": functools.partial(_gather, mesh, compute_dtype),
-      "pin": lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, sharding.BATCH))}
   attend = attention_lib.packed(batch["segment_ids"], backend=attention, mesh=mesh)
   x = model.hidden(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"],
-                   compute_dtype=compute_dtype, remat=remat, attend=attend, **split)
-  head = model.head
-  if split:
-    head = _constrain(mesh, "lm_head.weight", head.astype(compute_dtype))
+                   compute_dtype=compute_dtype, remat=remat, attend=attend, **hooks)
   # Token t+1 is predicted at t; a segment's first token is never learned, so no loss crosses segments.
   targets, weights = (jnp.pad(batch[name][:, 1:], ((0, 0), (0, 1))) for name in ("tokens", "weights"))
-  return head_loss(x, head, targets, weights, chunk), jnp.sum(weights)
-
-
-def _gather(mesh: Mesh, dtype: jnp.dtype, layer: Layer) -> Layer:
-  """A layer's weights in the compute dtype, which halves what moves, gathered over `fsdp`."""
-  name = lambda path: ".".join(["layers.0", *(key.name for key in path if key.name != "value")])
-  return jax.tree_util.tree_map_with_path(lambda path, leaf: _constrain(mesh, name(path), leaf.astype(dtype)), layer)
-
-
-def _constrain(mesh: Mesh, path: str, leaf: jax.Array) -> jax.Array:
-  return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, sharding.used_spec(path)))
+  return head_loss(x, model.head, targets, weights, chunk), jnp.sum(weights)
 
 
 def make_schedule(kind: str, *, peak: float, total_steps: int, warmup_ratio: float) -> optax.Schedule:
@@ -86,9 +84,19 @@ def make_optimizer(schedule: optax.Schedule, *, weight_decay: float, grad_clip: 
   return optax.chain(clip, optax.adamw(schedule, weight_decay=weight_decay))
 
 
+def state_sharding(state: Any, mesh: Mesh) -> Any:
+  """Where a state lies: its parameters, and moments where their parameters lie; the rest is whole everywhere."""
+
+  def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    name = sharding.path_name([key for key in path if getattr(key, "key", None) not in _STATE])
+    return sharding.param_sharding(mesh, name, leaf.shape) if name else NamedSharding(mesh, P())
+
+  return jax.tree_util.tree_map_with_path(place, state)
+
+
 def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
   """The first state: moments lie where their parameters lie."""
-  shardings = _shardings(jax.eval_shape(optimizer.init, params), mesh)
+  shardings = state_sharding(jax.eval_shape(optimizer.init, params), mesh)
   return {"params": params, "opt_state": jax.jit(optimizer.init, out_shardings=shardings)(params),
           "halted": not_halted(mesh)}
 
@@ -104,59 +112,71 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation,
   state = {"params": params, "opt_state": jax.eval_shape(optimizer.init, params),
            "halted": jax.ShapeDtypeStruct((), bool)}
   return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), state,
-                      _shardings(state, mesh))
+                      state_sharding(state, mesh))
 
 
-def _shardings(tree: Any, mesh: Mesh) -> Any:
-  """Where the leaves of a state lie: by the parameter's path at the end of their own, else everywhere."""
+def make_train_step(*args: Any, **options: Any) -> Callable[[TrainState, dict[str, jax.Array]],
+                                                            tuple[TrainState, Metrics]]:
+  """`step_function` jitted, compiled at the first call."""
+  step = step_function(*args, **options)
+  compiled = None
 
-  def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-    name = ".".join(p.key for p in path if isinstance(p, jax.tree_util.DictKey) and p.key not in _STATE)
-    return sharding.param_sharding(mesh, name, leaf.shape) if name else NamedSharding(mesh, P())
+  def run(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+    nonlocal compiled
+    compiled = compiled or jit_step(step, state)
+    return compiled(state, batch)
 
-  return jax.tree_util.tree_map_with_path(place, tree)
+  return run
 
 
-def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation, *, compute_dtype: jnp.dtype,
-                    accumulation: int = 1, remat: str = "none", attention: str = "xla", mesh: Mesh | None = None,
-                    chunk: int = CHUNK) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
-  """A jitted step (state, batch) -> (state, metrics) that donates its state.
+def jit_step(step: Callable[..., tuple[TrainState, Metrics]], state: TrainState) -> jax.stages.Wrapped:
+  """Jits a step that donates its state; `state` may be shapes with shardings.
+
+  The new state lies where the old one lay; left to itself XLA moves some, and the second step compiles again.
+  """
+  where = jax.tree.map(lambda leaf: leaf.sharding, state)
+  platform = next(iter(jax.tree.leaves(where)[0].device_set)).platform
+  return jax.jit(step, donate_argnums=0, out_shardings=(where, None),
+                 compiler_options=_TPU_OPTIONS if platform == "tpu" else None)
+
+
+def step_function(config: ModelConfig, optimizer: optax.GradientTransformation, *, compute_dtype: jnp.dtype,
+                  accumulation: int = 1, remat: str = "none", attention: str = "xla", mesh: Mesh | None = None,
+                  chunk: int = CHUNK) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+  """A step (state, batch) -> (state, metrics), to be jitted.
 
   The loss is the mean over the learned tokens of the whole batch; with `accumulation` the batch runs in that many
   parts, which gives the same gradient. A step whose loss or gradient is not finite changes nothing, and neither do the
   steps after it. Metrics: `loss`, `grad_norm` (before clipping), `tokens` (learned ones).
   """
+  options = {"compute_dtype": compute_dtype, "remat": remat, "attention": attention, "chunk": chunk}
+
+  def gradients(params: Params, batch: dict[str, jax.Array], gather: fsdp.Gather | None = None,
+                add_up: Callable[[jax.Array], jax.Array] = lambda x: x, mesh: Mesh | None = None,
+                ) -> tuple[jax.Array, Params, jax.Array]:
+    total = add_up(jnp.sum(batch["weights"][:, 1:]))
+    mean_loss = lambda params, part: token_losses(config, params, part, mesh=mesh, gather=gather, **options)[0] / total
+    if accumulation == 1:
+      return *jax.value_and_grad(mean_loss)(params, batch), total
+    parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    add = lambda sums, part: (jax.tree.map(jnp.add, sums, jax.value_and_grad(mean_loss)(params, part)), None)
+    return *jax.lax.scan(add, zero, parts)[0], total
 
   def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
-    total = jnp.sum(batch["weights"][:, 1:])
-
-    def mean_loss(params: Params, part: dict[str, jax.Array]) -> jax.Array:
-      return token_losses(config, params, part, compute_dtype=compute_dtype, remat=remat, attention=attention,
-                          mesh=mesh, chunk=chunk)[0] / total
-
-    if accumulation == 1:
-      loss, grads = jax.value_and_grad(mean_loss)(state["params"], batch)
+    params = state["params"]
+    if mesh is None or mesh.size == 1:
+      loss, grads, total = gradients(params, batch)
+    elif mesh.shape["tensor"] == 1:
+      loss, grads, total = fsdp.map_gradients(gradients, params, batch, mesh=mesh, dtype=compute_dtype)
     else:
-      parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
-      zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["params"]))
-      add = lambda sums, part: (jax.tree.map(jnp.add, sums, jax.value_and_grad(mean_loss)(state["params"], part)), None)
-      (loss, grads), _ = jax.lax.scan(add, zero, parts)
+      loss, grads, total = gradients(params, batch, fsdp.constrained(mesh, compute_dtype), mesh=mesh)
     norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-    new = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
+    updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+    new = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
     # The host looks at the loss now and then; until it does, the last good state stays.
     halted = state["halted"] | ~jnp.isfinite(loss) | ~jnp.isfinite(norm)
     new = jax.tree.map(lambda n, old: jnp.where(halted, old, n), new, {name: state[name] for name in new})
     return new | {"halted": halted}, {"loss": loss, "grad_norm": norm, "tokens": total}
 
-  compiled = None
-
-  def run(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
-    nonlocal compiled
-    if compiled is None:
-      # The new state lies where the old one lay; left to itself XLA moves some, and the second step compiles again.
-      where = jax.tree.map(lambda leaf: leaf.sharding, state)
-      compiled = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-    return compiled(state, batch)
-
-  return run
+  return step

@@ -1,0 +1,1 @@
+"""The ahead-of-time check: compiling for TPU slices that are not here."""

@@ -1,0 +1,281 @@
+"""Compiles the SFT step and the merge for a TPU slice on a machine that has none, and prints what they will take."""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from imm_jax import merging
+from imm_jax.aot import costs, hlo, topology
+from imm_jax.errors import UserError
+from imm_jax.model import attention, hf, hub, sharding
+from imm_jax.model.config import ModelConfig
+from imm_jax.model.decoder import abstract_params
+from imm_jax.training import step as training
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is compiled.
+
+  Attributes:
+    model: of the checkpoint.
+    slice_: what it is compiled for.
+    mesh: over the chips of the slice.
+    rows: rows of one forward pass on a chip; of a group of chips that `tensor` splits, taken together.
+    length: tokens of a row.
+    accumulation: forward passes of a step.
+    remat: one of `decoder.REMAT`.
+    attention: one of `attention.BACKENDS`.
+    compute_dtype: of activations.
+    weight_decay: AdamW's.
+    grad_clip: largest norm of the gradient.
+  """
+
+  model: ModelConfig
+  slice_: topology.Slice
+  mesh: Mesh
+  rows: int
+  length: int
+  accumulation: int
+  remat: str
+  attention: str
+  compute_dtype: jnp.dtype
+  weight_decay: float = 0.0
+  grad_clip: float = 1.0
+
+  @property
+  def step_rows(self) -> int:
+    """Rows of an optimizer step, over all chips."""
+    return self.rows * self.accumulation * self.mesh.size // self.mesh.shape["tensor"]
+
+  @property
+  def tokens(self) -> float:
+    """Tokens of an optimizer step for each chip."""
+    return self.step_rows * self.length / self.mesh.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What became of a plan.
+
+  Attributes:
+    attention: the backend that was chosen.
+    memory: bytes on a chip: `arguments`, `outputs`, `aliased`, `temporaries`, `peak`; empty when it does not fit.
+    excess: what the compiler says when it does not fit.
+    flops: of a step on one chip.
+    estimate: of a step on one chip.
+    ideal: seconds of 6 N tokens at the peak.
+    mfu: FLOPs that the model needs over those that the peak gives in the estimated time.
+    seconds: that compiling took.
+  """
+
+  attention: str
+  memory: dict[str, float]
+  excess: str = ""
+  flops: float = 0.0
+  estimate: costs.Estimate | None = None
+  ideal: float = 0.0
+  mfu: float = 0.0
+  seconds: float = 0.0
+
+
+def run(config: ml_collections.ConfigDict, *, topology_name: str, slices: int, rows_per_chip: int) -> None:
+  """Prints the report of the SFT step and of the merge; the model's weights are not needed.
+
+  Raises:
+    UserError: for a slice, a mesh or a model that cannot be; and after the report, when the step does not fit.
+  """
+  plan = plan_of(config, topology_name=topology_name, slices=slices, rows_per_chip=rows_per_chip)
+  params = num_params(plan.model)
+  shape = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.shape.items())
+  print(f"{config.model}: {params:,} parameters; {slices} x {topology_name} = {plan.mesh.size} chips "
+        f"({plan.mesh.devices.flat[0].device_kind}), mesh {shape}\n"
+        "estimates of the compiler and a roofline; nothing runs on a TPU", flush=True)
+  report = check(plan)
+  for line in describe(plan, report):
+    print(line, flush=True)
+  if report.excess:
+    raise UserError(f"the step does not fit a chip's memory ({report.excess}); {suggestion(plan, report.excess)}")
+  for line in _describe_merge(plan):
+    print(line, flush=True)
+
+
+def plan_of(config: ml_collections.ConfigDict, *, topology_name: str, slices: int, rows_per_chip: int) -> Plan:
+  """The plan of a config; raises UserError as `run` does."""
+  if rows_per_chip < 1:
+    raise UserError(f"--rows_per_chip={rows_per_chip}: expected 1 or more")
+  model = hf.read_config(_config_folder(config.model))
+  slice_ = topology.describe(topology_name, slices=slices)
+  data = slices if slices > 1 and config.mesh.data == 1 else config.mesh.data
+  sft = config.sft
+  return Plan(model, slice_, slice_.mesh(data=data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor), rows_per_chip,
+              sft.row_length, sft.accumulation, sft.remat, sft.attention, jnp.dtype(sft.compute_dtype),
+              sft.weight_decay, sft.grad_clip)
+
+
+def _config_folder(model: str) -> Path:
+  """A folder with the model's config.json; nothing is downloaded."""
+  folder = hub.resolve(model) if model == "tiny" else Path(model)
+  if not folder.is_dir():
+    raise UserError(f"--config.model={model}: no such folder; --compile_only reads its config.json alone, so "
+                    f"`hf download {model} config.json --local-dir=DIR` and DIR will do")
+  return folder
+
+
+def num_params(config: ModelConfig) -> int:
+  """N, embeddings and head included."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+def check(plan: Plan) -> Report:
+  """Compiles the step."""
+  backend = attention.choose(plan.attention, plan.model, dtype=plan.compute_dtype, length=plan.length,
+                             rows=plan.step_rows // plan.accumulation, mesh=plan.mesh)
+  # The learning rate is a function of the step; which one makes no difference here.
+  optimizer = training.make_optimizer(optax.constant_schedule(1e-5), weight_decay=plan.weight_decay,
+                                      grad_clip=plan.grad_clip)
+  state = training.abstract_state(plan.model, optimizer, plan.mesh)
+  rows = NamedSharding(plan.mesh, sharding.BATCH)
+  batch = {name: jax.ShapeDtypeStruct((plan.step_rows, plan.length), dtype, sharding=rows) for name, dtype in (
+      ("tokens", jnp.int32), ("positions", jnp.int32), ("segment_ids", jnp.int32), ("weights", jnp.float32))}
+  step = training.step_function(plan.model, optimizer, compute_dtype=plan.compute_dtype, remat=plan.remat,
+                                accumulation=plan.accumulation, attention=backend, mesh=plan.mesh)
+  started = time.monotonic()
+  traced = training.jit_step(step, state).trace(state, batch)
+  try:
+    compiled = _compile(traced)
+  except MemoryError as e:
+    return Report(backend, {}, excess=str(e), seconds=time.monotonic() - started)
+  module = hlo.Module(compiled.as_text())
+  estimate = costs.estimate(module, plan.slice_, plan.mesh)
+  least, needed = costs.model_flops(plan.model, num_params(plan.model), tokens=plan.tokens, length=plan.length)
+  peak = plan.slice_.chip.flops
+  return Report(backend, _memory(compiled), "", costs.flops(traced.jaxpr) / plan.mesh.size, estimate, least / peak,
+                needed / (peak * estimate.seconds), time.monotonic() - started)
+
+
+def _compile(traced: Any) -> Any:
+  """Compiles; a MemoryError says in one line what does not fit."""
+  try:
+    with topology.quiet():
+      return traced.lower().compile()
+  except jax.errors.JaxRuntimeError as e:
+    if "RESOURCE_EXHAUSTED" not in str(e):
+      raise
+    # Two forms: "Used 18.1G of 15.75G hbm", "temporaries (65.6G) exceeds available HBM (15.75G)".
+    sizes = re.findall(r"\d[\d.]*[KMGT]\b", str(e))
+    raise MemoryError(f"{sizes[0]} of {sizes[1]}" if len(sizes) > 1 else str(e).splitlines()[0]) from e
+
+
+def _memory(compiled: Any) -> dict[str, float]:
+  stats = compiled.memory_analysis()
+  return {"arguments": stats.argument_size_in_bytes, "outputs": stats.output_size_in_bytes,
+          "aliased": stats.alias_size_in_bytes, "temporaries": stats.temp_size_in_bytes,
+          "peak": stats.peak_memory_in_bytes}
+
+
+def describe(plan: Plan, report: Report) -> Iterator[str]:
+  """The lines of a report."""
+  chip = plan.slice_.chip
+  yield (f"SFT step: {plan.rows * plan.accumulation} x {plan.length} tokens a chip, remat {plan.remat}, attention "
+         f"{report.attention}, compiled in {report.seconds:.0f} s")
+  if report.excess:
+    return
+  memory = {name: size / _GIB for name, size in report.memory.items()}
+  yield (f"memory a chip, GiB: arguments {memory['arguments']:.2f}, outputs {memory['outputs']:.2f} (of them "
+         f"{memory['aliased']:.2f} in place), temporaries {memory['temporaries']:.2f}; peak {memory['peak']:.2f} of "
+         f"{chip.hbm / _GIB:.2f}: fits")
+  e = report.estimate
+  yield (f"a step on a chip: {report.flops / 1e12:.1f} TFLOP (6 N tokens: {report.ideal * chip.flops / 1e12:.1f}), "
+         f"{e.traffic / 1e9:.0f} GB of HBM traffic")
+  yield from _describe_collectives(plan, e.collectives)
+  longest, terms = e.roofline(plan.slice_, report.flops)
+  yield (f"roofline, the longest of {', '.join(f'{name} {1e3 * t:.0f}' for name, t in terms.items())}: "
+         f"{1e3 * longest:.0f} ms")
+  yield (f"step time, over all loops max(compute + kernels, collectives beside them) + collectives alone, from cycles "
+         f"{1e3 * e.compute:.0f}, splash {1e3 * e.kernels:.0f} (at {costs.KERNEL_EFFICIENCY:.0%} of the peak), beside "
+         f"{1e3 * e.overlapped:.0f}, alone {1e3 * e.exposed:.0f}: {1e3 * e.seconds:.0f} ms")
+  yield (f"that is {e.seconds / report.ideal:.2f} times 6 N tokens at the peak ({1e3 * report.ideal:.0f} ms), an MFU "
+         f"of {report.mfu:.1%}, {plan.tokens / e.seconds:,.0f} tokens/s a chip")
+
+
+def _describe_collectives(plan: Plan, found: list[hlo.Collective]) -> Iterator[str]:
+  kinds: dict[str, list[hlo.Collective]] = collections.defaultdict(list)
+  for c in found:
+    kinds[c.kind].append(c)
+  for kind, group in sorted(kinds.items()):
+    yield (f"{kind}: {sum(c.times for c in group)} a step, {sum(c.size * c.times for c in group) / 1e9:.2f} GB, the "
+           f"largest {max(c.size for c in group) / 1e6:.1f} MB")
+  largest = max((c.size for c in found if c.kind == "all-gather"), default=0.0)
+  limit = largest_use(plan.model, plan.compute_dtype)
+  yield (f"weights are gathered {'layer by layer' if largest <= limit else 'WHOLE'}: a layer or a table has up to "
+         f"{limit / 1e6:.1f} MB")
+
+
+def largest_use(config: ModelConfig, dtype: jnp.dtype) -> float:
+  """Bytes of the largest of what is used at once: a layer's weights, the embeddings, the head."""
+  params = abstract_params(config)
+  layer = sum(math.prod(leaf.shape) // config.num_layers for leaf in jax.tree.leaves(params["layers"]))
+  return jnp.dtype(dtype).itemsize * max(layer, config.vocab_size * config.hidden_size)
+
+
+def suggestion(plan: Plan, excess: str) -> str:
+  """What fits instead, tried: more computed again, fewer rows on a chip, weights split over more chips."""
+  found = re.match(r"([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", excess)
+  scale = {"K": 1, "M": 2**10, "G": 2**20, "T": 2**30}
+  over = float(found[1]) * scale[found[2]] / (float(found[3]) * scale[found[4]]) if found else 2.0
+  fewer = max(1, min(plan.rows // 2, int(plan.rows / over)))
+  changes = [{"remat": "full"}, {"rows": fewer}, {"rows": 1, "remat": "full"}]
+  if plan.mesh.shape["data"] > plan.slice_.slices:
+    changes.append({"rows": 1, "remat": "full", "mesh": plan.slice_.mesh(
+        data=plan.slice_.slices, fsdp=-1, tensor=plan.mesh.shape["tensor"])})
+  tried = []
+  for change in changes:
+    other = dataclasses.replace(plan, **change)
+    if other in (plan, *tried):
+      continue
+    tried.append(other)
+    report = check(other)
+    if not report.excess:
+      return f"tried, and fits with {_options(other)}: peak {report.memory['peak'] / _GIB:.2f} GiB"
+  return f"tried {'; '.join(map(_options, tried)) or 'nothing smaller'}, which do not fit either: take more chips"
+
+
+def _options(plan: Plan) -> str:
+  return (f"--rows_per_chip={plan.rows} --config.sft.remat={plan.remat} "
+          f"--config.mesh.data={plan.mesh.shape['data']} --config.mesh.fsdp={plan.mesh.shape['fsdp']}")
+
+
+def _describe_merge(plan: Plan) -> Iterator[str]:
+  """The merge of three trees in the compute dtype, placed as the parameters are."""
+  params = abstract_params(plan.model, dtype=plan.compute_dtype)
+  tree = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), params,
+                      training.state_sharding(params, plan.mesh))
+  merge = functools.partial(merging.imm, base_weight=0.5, drop_rate=0.2, key=jax.random.key(0))
+  started = time.monotonic()
+  try:
+    compiled = _compile(jax.jit(merge, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, tree)).trace(
+        tree, tree, tree))
+  except MemoryError as e:
+    yield f"merge imm of three {plan.compute_dtype} models in memory: does not fit, {e}"
+    return
+  memory = {name: size / _GIB for name, size in _memory(compiled).items()}
+  estimate = costs.estimate(hlo.Module(compiled.as_text()), plan.slice_, plan.mesh)
+  moved = sum(c.size * c.times for c in estimate.collectives)
+  yield (f"merge imm of three {plan.compute_dtype} models in memory, compiled in {time.monotonic() - started:.0f} s: "
+         f"on a chip arguments {memory['arguments']:.2f} GiB, temporaries {memory['temporaries']:.2f}, peak "
+         f"{memory['peak']:.2f}; {moved / 1e9:.2f} GB of collectives, {1e3 * estimate.seconds:.1f} ms")

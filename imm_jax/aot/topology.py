@@ -1,0 +1,153 @@
+"""TPU slices that are not here: their chips, their links, and a mesh over them to compile for."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import AxisType, Mesh
+
+from imm_jax.errors import UserError, nearest
+from imm_jax.model import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One TPU chip, which jax sees as one device.
+
+  Attributes:
+    flops: peak bfloat16 FLOP/s.
+    clock: cycles a second of the core, in which the compiler counts.
+    unit: edge of a matrix unit.
+    hbm: bytes that a program can use.
+    hbm_rate: bytes a second.
+    link: bytes a second of one link to a neighbour, one way.
+    wrap: chips along an axis from which on its ends are linked.
+    network: bytes a second of a chip's share of its host's network, for what leaves the slice.
+    name: as libtpu calls it, before the sizes.
+    options: what libtpu must be told besides.
+  """
+
+  flops: float
+  clock: float
+  unit: int
+  hbm: float
+  hbm_rate: float
+  link: float
+  wrap: int
+  network: float
+  name: str
+  options: tuple[tuple[str, str], ...] = ()
+
+
+# Peak, HBM and links: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e ("key specifications"). Their figure for the links of
+# a chip (1600, 4800, 3200 Gbps, 2400 for v4) covers all ports (4 in a 2D torus, 6 in a 3D torus), each way. The network
+# is a host's NICs over its chips (v5e 2 x 100 Gbps and v6e 4 x 200 Gbps for 8 chips, v4 and v5p 200 Gbps for 4).
+# The clock is that at which the matrix units of a chip (128 x 128, v6e 256 x 256) give its peak. Of HBM, `hbm` is what
+# the compiler offers a program; it says so when one does not fit.
+CHIPS = {
+    "v4": Chip(275e12, 1.05e9, 128, 30.75 * 2**30, 1228e9, 50e9, 4, 6.25e9, "v4", (("chip_config_name", "megacore"),)),
+    "v5e": Chip(197e12, 1.5e9, 128, 15.75 * 2**30, 819e9, 50e9, 16, 3.125e9, "v5e"),
+    "v5p": Chip(459e12, 1.75e9, 128, 95.74 * 2**30, 2765e9, 100e9, 4, 6.25e9, "v5p"),
+    "v6e": Chip(918e12, 1.75e9, 256, 31.25 * 2**30, 1640e9, 100e9, 16, 12.5e9, "v6e"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+  """One TPU slice or several equal ones, joined by the network."""
+
+  name: str
+  chip: Chip
+  sizes: tuple[int, ...]
+  slices: int
+  devices: tuple[jax.Device, ...]
+
+  def mesh(self, *, data: int, fsdp: int, tensor: int) -> Mesh:
+    """A mesh over all chips, neighbours beside each other; slices split `data`, for the network is slow.
+
+    Args:
+      data: -1 takes what is left, as for the other two.
+      fsdp: see data.
+      tensor: see data.
+
+    Raises:
+      UserError: when the sizes do not multiply to the number of chips, or the slices do not divide `data`.
+    """
+    sizes = sharding.mesh_sizes(len(self.devices), data=data, fsdp=fsdp, tensor=tensor)
+    if sizes[0] % self.slices:
+      raise UserError(f"--slices={self.slices} must divide the mesh's data={sizes[0]}, for only gradients should cross "
+                      f"between slices; set config.mesh.data to a multiple of {self.slices}")
+    within = (sizes[0] // self.slices, *sizes[1:])
+    devices = (mesh_utils.create_device_mesh(within, self.devices) if self.slices == 1 else
+               mesh_utils.create_hybrid_device_mesh(within, (self.slices, 1, 1), self.devices))
+    return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
+
+  def seconds(self, kind: str, size: float, group: list[jax.Device]) -> tuple[float, float]:
+    """Seconds that a collective takes on links and on the network, by the bytes that a chip has to receive.
+
+    In a gather or a scatter of `size` bytes over n chips each receives size * (n - 1) / n, in a reduction twice that,
+    all links that its group spans at work; a line's ends have one. Over slices, a reduction is scattered first.
+
+    Args:
+      kind: such as `all-gather`.
+      size: bytes of the whole array.
+      group: the chips that take part.
+    """
+    slices = len({getattr(d, "slice_index", 0) for d in group})  # a single slice has no number
+    within = len(group) / slices
+    rounds = 2 if kind == "all-reduce" else 1
+    if kind == "collective-permute":
+      return (0.0, size / self.chip.network) if slices > 1 else (size / self.chip.link, 0.0)
+    links = sum(2 if size >= self.chip.wrap else 1 for axis, size in enumerate(self.sizes)
+                if len({d.coords[axis] for d in group}) > 1)
+    inside = rounds * size * (within - 1) / within / (links * self.chip.link) if links else 0.0
+    return inside, rounds * size / within * (slices - 1) / slices / self.chip.network
+
+
+def describe(name: str, *, slices: int = 1) -> Slice:
+  """A slice by its name: the kind of chip and the chips along each axis, such as `v5e:4x4`.
+
+  Raises:
+    UserError: for a name that libtpu does not know, or when libtpu is missing.
+  """
+  if importlib.util.find_spec("libtpu") is None:
+    raise UserError("--compile_only needs libtpu, TPU's compiler: pip install -e '.[aot]'")
+  kind, _, sizes = name.partition(":")
+  known = "v5e:4x4, v5e:16x16, v5p:2x2x2, v6e:4x4, v4:2x2x2"
+  if kind not in CHIPS:
+    raise UserError(f"--topology={name}: {nearest(kind, list(CHIPS))}, then the chips along each axis, such as {known}")
+  if not re.fullmatch(r"\d+(x\d+){1,2}", sizes) or slices < 1:
+    raise UserError(f"--topology={name} --slices={slices}: expected the chips along each axis and 1 slice or more, "
+                    f"such as {known}")
+  chip = CHIPS[kind]
+  options = {} if slices == 1 else {"num_slices": slices}
+  try:
+    with quiet():
+      described = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip.name}:{sizes}",
+                                               **dict(chip.options), **options)
+  except Exception as e:  # libtpu raises several kinds
+    raise UserError(f"--topology={name}: {str(e).strip().splitlines()[0]} (known are such as {known})") from e
+  return Slice(name, chip, tuple(int(n) for n in sizes.split("x")), slices, tuple(described.devices))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+  """Keeps libtpu from asking for a machine's metadata, and from complaining on stderr that there is none."""
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  # Only one process may hold a TPU; here none is held.
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  sys.stderr.flush()
+  kept = os.dup(2)
+  try:
+    with open(os.devnull, "w") as nowhere:
+      os.dup2(nowhere.fileno(), 2)
+      yield
+  finally:
+    os.dup2(kept, 2)
+    os.close(kept)
