@@ -45,8 +45,8 @@ class Checkpoints:
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
       self._manager = ocp.CheckpointManager(
-          self.folder if "://" in str(folder) else Path(folder).absolute(), item_names=("state", "about"),
-          options=options)
+          self.folder if "://" in str(folder) else Path(folder).absolute(), options=options,
+          item_handlers={"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()})
     except _REFUSALS as e:
       raise UserError(f"{folder}: training states cannot be written there ({_cause(e)})") from e
 
@@ -78,6 +78,14 @@ class Checkpoints:
     Raises:
       UserError: when it is damaged or of another model.
     """
+    # Compared before anything is read: a restore that breaks off leaves threads and coroutines behind.
+    shapes = lambda tree: sorted(tuple(leaf.shape) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape"))
+    try:
+      stored = shapes(self._manager.item_metadata(step)["state"])
+    except (*_REFUSALS, KeyError, TypeError, AttributeError) as e:
+      raise self._unreadable(step, _cause(e)) from e
+    if stored != shapes(like):
+      raise self._unreadable(step, "its tensors have other shapes than this model's")
     return self._read(step, "state", ocp.args.StandardRestore(like))
 
   def due(self, step: int) -> bool:
@@ -133,8 +141,11 @@ class Checkpoints:
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
     except (*_REFUSALS, KeyError, TypeError) as e:
-      raise UserError(f"{self.folder / str(step)}: this training state cannot be read ({_cause(e)}); remove that "
-                      "folder to go on from the one before, or to begin again") from e
+      raise self._unreadable(step, _cause(e)) from e
+
+  def _unreadable(self, step: int, cause: str) -> UserError:
+    return UserError(f"{self.folder / str(step)}: this training state cannot be read ({cause}); remove that folder to "
+                     "go on from the one before, or to begin again")
 
 
 def _no_traceback(record: Any) -> bool:
