@@ -64,7 +64,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.profile = ""  # steps of each round's SFT that the profiler records, such as "10:13", into WORKDIR/profile
 
   config.mesh = mesh = ml_collections.ConfigDict()
-  mesh.data = 1  # copies of the model, each with its share of a batch
-  mesh.fsdp = -1  # devices that a copy's weights and moments are split over; -1 takes all that are left
+  mesh.data = -1  # copies of the model, each with its share of a batch; -1 for it and fsdp: chosen by the model's size
+  mesh.fsdp = -1  # devices that a copy's weights and moments are split over; -1 for one of them takes all that are left
   mesh.tensor = 1  # devices that the work on each row is split over
   return config

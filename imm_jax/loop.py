@@ -105,7 +105,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
       waiting.add(stage.name)
     again = f" ({reason})" if reason not in (None, "run") else ""
     print(f"{stage.name:<24}{'to do' if stage.name in waiting else 'done':<8}{stage.plan}{again}")
-  print(f"\n{len(waiting)} of {len(steps)} stages to do; {memory.estimate(config, model, jax.device_count())}")
+  print(f"\n{len(waiting)} of {len(steps)} stages to do; {memory.estimate(config, model, stages.mesh_of(config))}")
 
 
 def _check(config: ml_collections.ConfigDict) -> tuple[Path, ModelConfig]:

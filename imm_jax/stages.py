@@ -19,7 +19,7 @@ from imm_jax import distributed, evaluation, files, tasks
 from imm_jax.errors import UserError
 from imm_jax.merging import checkpoint, masks, methods
 from imm_jax.metrics import StageMetrics
-from imm_jax.model import attention, folder, hf, sharding
+from imm_jax.model import attention, folder, hf, hub, sharding
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.sampling import Completion, Prompt
 from imm_jax.sampling.native import NativeSampler
@@ -179,7 +179,8 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, root: Path, stage: 
 
 def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
   """The devices of a run."""
-  return sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+  return sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor,
+                            hidden_size=hf.read_config(hub.resolve(config.model)).hidden_size)
 
 
 def _sampler(config: ml_collections.ConfigDict, model: Path, batch_size: int) -> NativeSampler:

@@ -143,6 +143,15 @@ def test_mesh_sizes_that_do_not_fit_are_refused(seen: dict[str, Any], sizes: tup
   assert "\n" not in message
 
 
+@pytest.mark.parametrize(("count", "hidden_size", "tensor", "slices", "want"), [
+    (1, 896, 1, 1, (1, 1, 1)), (16, 896, 1, 1, (2, 8, 1)), (16, 3584, 1, 1, (1, 16, 1)), (256, 3584, 1, 1, (8, 32, 1)),
+    (256, 4096, 1, 1, (1, 256, 1)), (512, 4096, 1, 2, (2, 256, 1)), (16, 4096, 4, 1, (1, 4, 4)),
+    (8, 100, 1, 1, (8, 1, 1)), (8, 128, 1, 1, (1, 8, 1))])
+def test_a_chosen_mesh_keeps_whole_tiles_within_a_slice(count: int, hidden_size: int, tensor: int, slices: int,
+                                                        want: tuple[int, int, int]) -> None:
+  assert sharding.mesh_sizes(count, data=-1, fsdp=-1, tensor=tensor, hidden_size=hidden_size, slices=slices) == want
+
+
 @pytest.mark.parametrize("mesh", list(MESHES)[1:])
 def test_loaded_parameters_are_split_as_the_table_says(out: Path, seen: dict[str, Any], mesh: str) -> None:
   sizes = dict(zip(sharding.AXES, MESHES[mesh][0], strict=True))

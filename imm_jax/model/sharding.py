@@ -10,11 +10,13 @@ import re
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from imm_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+_TILE_ROWS = 16  # of bfloat16; float32 has 8
 BATCH = P(("data", "fsdp"))
 # Stacked layers have a leading axis; weights are [out, in]. `fsdp` always splits rows: a row's bytes lie together in a
 # checkpoint, and parts stay multiples of a TPU's tile.
@@ -27,22 +29,48 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(*, data: int, fsdp: int, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh over all devices, or over these; one of the sizes may be -1, which takes what is left.
+def make_mesh(*, data: int, fsdp: int, tensor: int = 1, hidden_size: int | None = None,
+              devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh over all devices, or over these; several TPU slices split `data`, for the network between them is slow.
+
+  Args:
+    data: size of the axis; one of the three may be -1, which takes what is left.
+    fsdp: see data; -1 for both of them lets `mesh_sizes` choose.
+    tensor: see data.
+    hidden_size: of the model, to choose by.
+    devices: of the mesh.
 
   Raises:
     UserError: when the sizes do not multiply to the number of devices.
   """
-  sizes = mesh_sizes(jax.device_count() if devices is None else len(devices), data=data, fsdp=fsdp, tensor=tensor)
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  devices = jax.devices() if devices is None else devices
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  sizes = mesh_sizes(len(devices), data=data, fsdp=fsdp, tensor=tensor, hidden_size=hidden_size, slices=slices)
+  axis_types = (AxisType.Auto,) * len(AXES)
+  if slices == 1:
+    return jax.make_mesh(sizes, AXES, axis_types=axis_types, devices=devices)
+  if sizes[0] % slices:
+    raise UserError(f"config.mesh.data={sizes[0]}: {slices} slices must divide it, for only gradients should cross "
+                    "between them")
+  within = (sizes[0] // slices, *sizes[1:])
+  return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices), AXES, axis_types=axis_types)
 
 
-def mesh_sizes(count: int, *, data: int, fsdp: int, tensor: int) -> tuple[int, int, int]:
-  """The sizes of a mesh over `count` devices; see `make_mesh`.
+def mesh_sizes(count: int, *, data: int, fsdp: int, tensor: int, hidden_size: int | None = None, slices: int = 1,
+               ) -> tuple[int, int, int]:
+  """The sizes of a mesh over `count` devices in `slices`; see `make_mesh`.
+
+  Where `data` and `fsdp` are both -1, `fsdp` is the largest size within a slice by which rows of weights still divide
+  into whole tiles of a TPU (16 rows): smaller parts are padded. `data` takes the rest.
 
   >>> mesh_sizes(16, data=2, fsdp=-1, tensor=1)
   (2, 8, 1)
+  >>> mesh_sizes(256, data=-1, fsdp=-1, tensor=1, hidden_size=1536)
+  (8, 32, 1)
   """
+  if data == fsdp == -1 and hidden_size and tensor > 0 and count % (slices * tensor) == 0:
+    within = count // (slices * tensor)
+    fsdp = max(n for n in range(1, within + 1) if n == 1 or within % n == hidden_size % (_TILE_ROWS * n * tensor) == 0)
   sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
   free = [axis for axis, size in sizes.items() if size == -1]
   fixed = math.prod(size for size in sizes.values() if size != -1)
