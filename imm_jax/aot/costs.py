@@ -128,11 +128,11 @@ def estimate(module: hlo.Module, slice_: Slice, mesh: Mesh) -> Estimate:
     parts = {"compute": module.cycles(region) / slice_.chip.clock, "traffic": module.traffic(region), "network": 0.0,
              "kernels": kernel_seconds(module, region, slice_), "overlapped": 0.0, "exposed": 0.0}
     for c in collectives:
-      if c.region == region.name and len(c.group) > 1:
+      if c.region == region.name:
+        taken = slice_.seconds(c.kind, c.size, [devices[i] for i in c.group])
         parts["traffic"] += 2 * c.size
-        links, network = slice_.seconds(c.kind, c.size, [devices[i] for i in c.group])
-        parts["overlapped" if c.overlapped else "exposed"] += links + network
-        parts["network"] += network
+        parts["overlapped" if c.overlapped else "exposed"] += taken
+        parts["network"] += taken if c.kind == "send" else 0.0
     seconds += region.times * (max(parts["compute"] + parts["kernels"], parts["overlapped"]) + parts["exposed"])
     totals = {name: total + region.times * parts[name] for name, total in totals.items()}
   return Estimate(seconds, collectives=collectives, **totals)

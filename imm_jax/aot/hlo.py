@@ -13,7 +13,8 @@ import numpy as np
 
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4,
           "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-_COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+# A send crosses between slices, where the compiler has split a reduction into parts within a slice and one between.
+_COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "send")
 # What moves nothing itself: names of values, or the second half of a pair whose first half was counted.
 _FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all",
          "partition-id", "replica-id")
@@ -48,7 +49,7 @@ class Collective(NamedTuple):
   Attributes:
     kind: such as `all-gather`.
     size: bytes of the whole array that a device ends up with (gather) or starts from (scatter, reduce).
-    group: partition numbers of the devices that take part, of the first group.
+    group: partition numbers within a slice of the devices that take part, of the first group.
     times: how often a step runs it.
     overlapped: whether it runs beside computation.
     region: of which region.
@@ -143,7 +144,7 @@ class Module:
         # Channels are shared by all collectives of a shard_map; a chain is one collective in several fusions.
         chain = fused and (i.attribute(r'chain_id="(\d+)"') or i.attribute(r"channel_id=(\d+)"))
         group = _group(i)
-        size = _size(i.shape, biggest=i.opcode.endswith("-start"))
+        size = _size(i.shape, biggest=i.opcode.endswith("-start") or kind == "send")
         size *= len(group) if i.opcode == "reduce-scatter" else 1
         found.setdefault((region.name, chain or i.name), Collective(
             kind, size, group, region.times, fused or i.opcode.endswith("-start"), region.name, i.name))

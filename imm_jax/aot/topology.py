@@ -6,7 +6,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 from jax.experimental import mesh_utils, topologies
@@ -88,26 +88,26 @@ class Slice:
                mesh_utils.create_hybrid_device_mesh(within, (self.slices, 1, 1), self.devices))
     return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
 
-  def seconds(self, kind: str, size: float, group: list[jax.Device]) -> tuple[float, float]:
-    """Seconds that a collective takes on links and on the network, by the bytes that a chip has to receive.
+  def seconds(self, kind: str, size: float, group: Sequence[jax.Device]) -> float:
+    """Seconds that a collective takes, by the bytes that a chip has to receive.
 
     In a gather or a scatter of `size` bytes over n chips each receives size * (n - 1) / n, in a reduction twice that,
-    all links that its group spans at work; a line's ends have one. Over slices, a reduction is scattered first.
+    with all links at work that its group spans: two along an axis that is a ring, one along a line, whose ends have no
+    more. A permutation takes one link, a send the chip's share of the network.
 
     Args:
       kind: such as `all-gather`.
       size: bytes of the whole array.
       group: the chips that take part.
     """
-    slices = len({getattr(d, "slice_index", 0) for d in group})  # a single slice has no number
-    within = len(group) / slices
-    rounds = 2 if kind == "all-reduce" else 1
+    if kind == "send":
+      return size / self.chip.network
     if kind == "collective-permute":
-      return (0.0, size / self.chip.network) if slices > 1 else (size / self.chip.link, 0.0)
-    links = sum(2 if size >= self.chip.wrap else 1 for axis, size in enumerate(self.sizes)
+      return size / self.chip.link
+    links = sum(2 if chips >= self.chip.wrap else 1 for axis, chips in enumerate(self.sizes)
                 if len({d.coords[axis] for d in group}) > 1)
-    inside = rounds * size * (within - 1) / within / (links * self.chip.link) if links else 0.0
-    return inside, rounds * size / within * (slices - 1) / slices / self.chip.network
+    rounds = 2 if kind == "all-reduce" else 1
+    return rounds * size * (len(group) - 1) / len(group) / (links * self.chip.link) if links else 0.0
 
 
 def describe(name: str, *, slices: int = 1) -> Slice:

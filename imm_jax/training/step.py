@@ -15,10 +15,12 @@ from imm_jax.model.decoder import Params, abstract_params, bind
 from imm_jax.training import fsdp
 from imm_jax.training.loss import CHUNK, head_loss
 
-# Has XLA add up gradients on a TPU while it computes; left alone it does one after the other (`benchmarks/README.md`).
+# Has XLA add up gradients on a TPU while it computes, one weight at a time; left alone it collects those of a layer and
+# sends them when nothing else runs (benchmarks/README.md says what that takes).
 _TPU_OPTIONS = {"xla_enable_async_all_reduce": "true",
                 "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
-                "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": "true"}
+                "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": "true",
+                "xla_jf_crs_combiner_threshold_in_bytes": "0"}
 
 # params: float32 master weights; opt_state: optax's, which also counts the steps; halted: whether a loss or a gradient
 # was not finite, after which nothing changes any more.

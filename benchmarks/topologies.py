@@ -1,0 +1,108 @@
+"""Which models train on which TPU slices, by the compiler's word: memory, step time, MFU. Nothing runs on a TPU.
+
+    python benchmarks/topologies.py --out=benchmarks/topologies.json
+    python benchmarks/topologies.py --out=FILE --models=llama-2-7b --topologies=v5e:4x4
+
+Needs libtpu (`pip install -e '.[aot]'`). A cell takes one to three minutes; what FILE holds is not compiled again.
+Packed rows of 2048 tokens, bfloat16 compute, float32 master weights and AdamW's moments. Of the settings below the
+first that fits is shown.
+"""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+from absl import app, flags
+
+from imm_jax.aot import check, topology
+from imm_jax.errors import UserError
+from imm_jax.model.config import ModelConfig
+
+_OUT = flags.DEFINE_string("out", None, "Results, one JSON object for each cell.", required=True)
+_MODELS = flags.DEFINE_list("models", [], "Names; all if empty.")
+_TOPOLOGIES = flags.DEFINE_list("topologies", [], "Names; all if empty.")
+
+LENGTH = 2048
+_QWEN = {"rope_theta": 1e6, "rms_norm_eps": 1e-6, "qkv_bias": True}
+MODELS = {
+    "qwen2.5-0.5b": ModelConfig(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_layers=24, num_heads=14,
+                                num_kv_heads=2, head_dim=64, tie_embeddings=True, **_QWEN),
+    "qwen2.5-1.5b": ModelConfig(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_layers=28,
+                                num_heads=12, num_kv_heads=2, head_dim=128, tie_embeddings=True, **_QWEN),
+    "qwen2.5-7b": ModelConfig(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_layers=28, num_heads=28,
+                              num_kv_heads=4, head_dim=128, tie_embeddings=False, **_QWEN),
+    "llama-2-7b": ModelConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32,
+                              num_kv_heads=32, head_dim=128, rope_theta=1e4, rms_norm_eps=1e-5, tie_embeddings=False,
+                              qkv_bias=False),
+    "llama-3-8b": ModelConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32,
+                              num_kv_heads=8, head_dim=128, rope_theta=5e5, rms_norm_eps=1e-5, tie_embeddings=False,
+                              qkv_bias=False),
+}
+# Name: the topology as libtpu says it, slices, data. v5p counts cores: v5p-16 has 8 chips.
+TOPOLOGIES = {
+    "v5e-16": ("v5e:4x4", 1, 1),
+    "v5e-256": ("v5e:16x16", 1, 16),
+    "v5p-16": ("v5p:2x2x2", 1, 1),
+    "v6e-16": ("v6e:4x4", 1, 1),
+    "2 x v5e-256": ("v5e:16x16", 2, 32),
+}
+# Rows of a chip and what is computed again.
+SETTINGS = ((2, "attention"), (2, "full"), (1, "full"))
+
+
+def cell(model: str, name: str) -> dict[str, object]:
+  """One model on one slice."""
+  topology_name, slices, data = TOPOLOGIES[name]
+  slice_ = topology.describe(topology_name, slices=slices)
+  mesh = slice_.mesh(data=data, fsdp=-1, tensor=1)
+  for rows, remat in SETTINGS:
+    plan = check.Plan(MODELS[model], slice_, mesh, rows, LENGTH, 1, remat, "auto", jnp.dtype("bfloat16"))
+    report = check.check(plan)
+    if not report.excess:
+      break
+  result = {"model": model, "slice": name, "mesh": dict(mesh.shape), "rows": rows, "remat": remat,
+            "attention": report.attention, "fits": not report.excess, "compile_s": round(report.seconds, 1)}
+  if report.excess:
+    return result | {"needs": report.excess}
+  e = report.estimate
+  longest, terms = e.roofline(slice_, report.flops)
+  largest = max(c.size for c in e.collectives if c.kind == "all-gather")
+  return result | {
+      "arguments_gib": report.memory["arguments"] / 2**30, "peak_gib": report.memory["peak"] / 2**30,
+      "hbm_gib": slice_.chip.hbm / 2**30, "step_ms": 1e3 * e.seconds, "compute_ms": 1e3 * e.compute,
+      "kernels_ms": 1e3 * e.kernels, "beside_ms": 1e3 * e.overlapped, "alone_ms": 1e3 * e.exposed,
+      "ideal_ms": 1e3 * report.ideal, "ratio": e.seconds / report.ideal, "mfu": report.mfu,
+      "roofline_ms": 1e3 * longest, "roofline_terms_ms": {k: 1e3 * t for k, t in terms.items()},
+      "tflop": report.flops / 1e12, "tokens_per_s": mesh.size * plan.tokens / e.seconds,
+      "largest_gather_mb": largest / 1e6, "layer_mb": check.largest_use(plan.model, plan.compute_dtype) / 1e6}
+
+
+def table(cells: list[dict[str, object]]) -> str:
+  """Markdown, a row for each cell."""
+  lines = ["| model | slice | rows a chip, remat | peak GiB of | step ms | times 6N | MFU | roofline ms | alone ms |",
+           "|---|---|---|---|---|---|---|---|---|"]
+  for c in cells:
+    start = f"| {c['model']} | {c['slice']} | {c['rows']}, {c['remat']} | "
+    lines.append(start + (
+        f"{c['peak_gib']:.1f} of {c['hbm_gib']:.1f} | {c['step_ms']:.0f} | {c['ratio']:.2f} | {c['mfu']:.0%} | "
+        f"{c['roofline_ms']:.0f} | {c['alone_ms']:.0f} |" if c["fits"] else f"does not fit: {c['needs']} | | | | | |"))
+  return "\n".join(lines)
+
+
+def main(_: list[str]) -> None:
+  out = Path(_OUT.value)
+  cells = {(c["model"], c["slice"]): c for c in json.loads(out.read_text())} if out.exists() else {}
+  for name in _TOPOLOGIES.value or TOPOLOGIES:
+    for model in _MODELS.value or MODELS:
+      if (model, name) not in cells:
+        cells[model, name] = cell(model, name)
+        print(json.dumps(cells[model, name]), flush=True)
+        out.write_text("[\n" + ",\n".join(json.dumps(c) for c in cells.values()) + "\n]\n")
+  print(table(list(cells.values())))
+
+
+if __name__ == "__main__":
+  try:
+    app.run(main)
+  except UserError as e:
+    raise SystemExit(f"error: {e}") from e
