@@ -120,11 +120,10 @@ def plan_of(config: ml_collections.ConfigDict, *, topology_name: str, slices: in
     raise UserError(f"--rows_per_chip={rows_per_chip}: expected 1 or more")
   model = hf.read_config(_config_folder(config.model))
   slice_ = topology.describe(topology_name, slices=slices)
-  data = slices if slices > 1 and config.mesh.data == 1 else config.mesh.data
+  mesh = slice_.mesh(**config.mesh, hidden_size=model.hidden_size)
   sft = config.sft
-  return Plan(model, slice_, slice_.mesh(data=data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor), rows_per_chip,
-              sft.row_length, sft.accumulation, sft.remat, sft.attention, jnp.dtype(sft.compute_dtype),
-              sft.weight_decay, sft.grad_clip)
+  return Plan(model, slice_, mesh, rows_per_chip, sft.row_length, sft.accumulation, sft.remat, sft.attention,
+              jnp.dtype(sft.compute_dtype), sft.weight_decay, sft.grad_clip)
 
 
 def _config_folder(model: str) -> Path:

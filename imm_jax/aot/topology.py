@@ -9,10 +9,11 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import jax
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType, Mesh
+from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from imm_jax.errors import UserError, nearest
+from imm_jax.hardware import peak_flops
 from imm_jax.model import sharding
 
 
@@ -45,16 +46,17 @@ class Chip:
   options: tuple[tuple[str, str], ...] = ()
 
 
-# Peak, HBM and links: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e ("key specifications"). Their figure for the links of
+# HBM and links: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e ("key specifications"). Their figure for the links of
 # a chip (1600, 4800, 3200 Gbps, 2400 for v4) covers all ports (4 in a 2D torus, 6 in a 3D torus), each way. The network
 # is a host's NICs over its chips (v5e 2 x 100 Gbps and v6e 4 x 200 Gbps for 8 chips, v4 and v5p 200 Gbps for 4).
 # The clock is that at which the matrix units of a chip (128 x 128, v6e 256 x 256) give its peak. Of HBM, `hbm` is what
 # the compiler offers a program; it says so when one does not fit.
 CHIPS = {
-    "v4": Chip(275e12, 1.05e9, 128, 30.75 * 2**30, 1228e9, 50e9, 4, 6.25e9, "v4", (("chip_config_name", "megacore"),)),
-    "v5e": Chip(197e12, 1.5e9, 128, 15.75 * 2**30, 819e9, 50e9, 16, 3.125e9, "v5e"),
-    "v5p": Chip(459e12, 1.75e9, 128, 95.74 * 2**30, 2765e9, 100e9, 4, 6.25e9, "v5p"),
-    "v6e": Chip(918e12, 1.75e9, 256, 31.25 * 2**30, 1640e9, 100e9, 16, 12.5e9, "v6e"),
+    "v4": Chip(peak_flops("TPU v4"), 1.05e9, 128, 30.75 * 2**30, 1228e9, 50e9, 4, 6.25e9, "v4",
+               (("chip_config_name", "megacore"),)),
+    "v5e": Chip(peak_flops("TPU v5e"), 1.5e9, 128, 15.75 * 2**30, 819e9, 50e9, 16, 3.125e9, "v5e"),
+    "v5p": Chip(peak_flops("TPU v5p"), 1.75e9, 128, 95.74 * 2**30, 2765e9, 100e9, 4, 6.25e9, "v5p"),
+    "v6e": Chip(peak_flops("TPU v6"), 1.75e9, 256, 31.25 * 2**30, 1640e9, 100e9, 16, 12.5e9, "v6e"),
 }
 
 
@@ -68,25 +70,9 @@ class Slice:
   slices: int
   devices: tuple[jax.Device, ...]
 
-  def mesh(self, *, data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh over all chips, neighbours beside each other; slices split `data`, for the network is slow.
-
-    Args:
-      data: -1 takes what is left, as for the other two.
-      fsdp: see data.
-      tensor: see data.
-
-    Raises:
-      UserError: when the sizes do not multiply to the number of chips, or the slices do not divide `data`.
-    """
-    sizes = sharding.mesh_sizes(len(self.devices), data=data, fsdp=fsdp, tensor=tensor)
-    if sizes[0] % self.slices:
-      raise UserError(f"--slices={self.slices} must divide the mesh's data={sizes[0]}, for only gradients should cross "
-                      f"between slices; set config.mesh.data to a multiple of {self.slices}")
-    within = (sizes[0] // self.slices, *sizes[1:])
-    devices = (mesh_utils.create_device_mesh(within, self.devices) if self.slices == 1 else
-               mesh_utils.create_hybrid_device_mesh(within, (self.slices, 1, 1), self.devices))
-    return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
+  def mesh(self, **sizes: int) -> Mesh:
+    """A mesh over all chips, neighbours beside each other; takes and raises what `sharding.make_mesh` does."""
+    return sharding.make_mesh(**sizes, devices=self.devices)
 
   def seconds(self, kind: str, size: float, group: Sequence[jax.Device]) -> float:
     """Seconds that a collective takes, by the bytes that a chip has to receive.
