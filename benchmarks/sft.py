@@ -5,7 +5,7 @@
 A random Qwen2 of 6 layers, width 256, vocabulary 16,384; a step takes full rows, every token learned, in float32 master
 weights, AdamW and clipping. The peer is transformers' model with scaled-dot-product attention (which, for full rows,
 skips what the causal mask hides), `torch.autocast` for bfloat16 and torch's fused AdamW. Each program runs in processes
-of its own: seconds are of the fastest step after warm-up in any, memory is the peak of the process's anonymous memory.
+of its own: seconds are of the fastest step after warm-up in any, memory is the peak of anonymous memory in those steps.
 Prints a Markdown table; both see the same weights and tokens, so losses are equal but for rounding.
 """
 

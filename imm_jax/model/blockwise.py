@@ -65,7 +65,7 @@ def _backward(residuals, g: jax.Array):
     weights = jnp.exp(_scale(q) * _dot(keys, queries, 3, 3) - norms[i][:, :, None])
     weights = jnp.where(_seen(segment_ids, begin, end, groups).swapaxes(2, 3), weights, 0.0)
     dscores = (weights * (_dot(values, dout, 3, 3) - slope[:, :, None])).astype(q.dtype)
-    # The barrier keeps XLA from swapping the operands back.
+    # The barrier keeps XLA from swapping the operands back (see `training.loss`).
     dqueries = _scale(q) * jax.lax.optimization_barrier(_dot(keys, dscores, 2, 2)).swapaxes(2, 3)
     dq.append(dqueries.astype(q.dtype).reshape(*q.shape[:2], end - begin, -1))
     dkeys, dvalues = _scale(q) * _dot(dscores, queries, 3, 2), _dot(weights.astype(q.dtype), dout, 3, 2)

@@ -12,6 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from imm_jax.model.attention import precision
+
 # Positions of a row whose logits exist at once.
 CHUNK = 512
 
@@ -60,20 +62,21 @@ def _scan(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.Arra
   cut = lambda a: jnp.moveaxis(jnp.pad(a, ((0, 0), (0, chunks * size - length), *((0, 0),) * (a.ndim - 2))).reshape(
       batch, chunks, size, *a.shape[2:]), 1, 0)
   w = weight.astype(x.dtype)
+  dot = functools.partial(jax.lax.dot_general, precision=precision(x.dtype), preferred_element_type=jnp.float32)
 
   def step(carry, part):
     loss, dw = carry
     x, targets, weights = part
-    logits = jax.lax.dot_general(x, w, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    logits = dot(x, w, (((2,), (1,)), ((), ())))
     norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     hit = jnp.arange(w.shape[0]) == targets[..., None]
     loss += jnp.sum(weights * (norm[..., 0] - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)))
     if not gradients:
       return (loss, dw), None
     d = ((jnp.exp(logits - norm) - hit) * weights[..., None]).astype(x.dtype)
-    dx = jax.lax.dot_general(d, w, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
+    dx = dot(d, w, (((2,), (0,)), ((), ()))).astype(x.dtype)
     # Summed as [D, V]: XLA's CPU backend transposes the first operand in memory, and x is the narrower: twice as fast.
-    dw += jax.lax.dot_general(x, d, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
+    dw += dot(x, d, (((0, 1), (0, 1)), ((), ())))
     return (loss, dw), dx
 
   zero = jnp.zeros(w.shape[::-1], jnp.float32) if gradients else None
@@ -81,5 +84,6 @@ def _scan(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.Arra
   if not gradients:
     return loss, None, None
   dx = jnp.moveaxis(dx, 0, 1).reshape(batch, chunks * size, -1)[:, :length]
-  # The barrier keeps XLA from swapping the operands of a single chunk back.
+  # The barrier keeps XLA from swapping the operands of a single chunk back, to a product in bfloat16 that its CPU
+  # backend then refuses to run.
   return loss, dx, jax.lax.optimization_barrier(dw).T.astype(weight.dtype)
