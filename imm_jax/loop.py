@@ -45,7 +45,7 @@ def plan(config: ml_collections.ConfigDict, base: Path, root: Path) -> list[Stag
     result.append(Stage(f"{name}/sft", (start_name, f"{name}/train.jsonl"), _pick(settings, "seed", "prompt", "sft"),
                         f"{config.sft.epochs} epochs, {config.sft.global_batch} answers a step",
                         functools.partial(stages.fine_tune, config, start, here / "train.jsonl", root, t),
-                        everywhere=True))
+                        everywhere=True, scratch=stages.states_folder(config, root, t)))
     result.append(_evaluation(config, here / "sft", root, f"{name}/eval/sft", f"{name}/sft", t))
     if config.method == "imm":
       add("merged", ("base", start_name, f"{name}/sft"), _pick(settings, "seed", "merge"),

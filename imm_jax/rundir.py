@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
+from etils import epath
 
 from imm_jax import distributed, files
 from imm_jax.config import HOW
@@ -37,6 +38,7 @@ class Stage:
     make: writes the output to the path it is given and returns facts worth recording (counts, scores); it is also
       given the digests of what it reads.
     everywhere: whether all processes take part, or process 0 alone.
+    scratch: a folder, or a bucket's path, that is removed when the stage is done.
   """
 
   name: str
@@ -45,6 +47,7 @@ class Stage:
   plan: str
   make: Callable[[Path, Mapping[str, str | None]], dict[str, Any]]
   everywhere: bool = False
+  scratch: str = ""
 
 
 class RunDir:
@@ -122,6 +125,8 @@ class RunDir:
           "inputs": inputs, "output": files.digest(target), "bytes": files.size_of(target), "facts": facts,
           "seconds": round(time.time() - started, 2)}
       self._save_record()
+      if stage.scratch:
+        epath.Path(stage.scratch).rmtree(missing_ok=True)
     elif stage.everywhere:
       stage.make(target, inputs)
     distributed.barrier(stage.name)

@@ -110,11 +110,15 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root:
   schedule = make_schedule(sft.schedule, peak=sft.learning_rate, total_steps=len(batches),
                            warmup_ratio=sft.warmup_ratio)
   model_config, dtype = hf.read_config(model), jnp.dtype(sft.compute_dtype)
+  longest = max(len(e.prompt) + len(e.response) for e in fitting)
+  if model_config.max_positions and longest > model_config.max_positions and distributed.is_main():
+    print(f"note: the longest answer has {longest} tokens with its prompt, the model's context "
+          f"{model_config.max_positions} (max_position_embeddings): the rest was never trained", file=sys.stderr)
   kernel = attention.choose(sft.attention, model_config, dtype=dtype, length=sft.row_length,
                             rows=batches.rows // sft.accumulation, mesh=mesh)
   place = functools.partial(sharding.param_sharding, mesh)
-  states = Checkpoints(f"{sft.state_dir}/{name}" if sft.state_dir else root / name / "sft_state",
-                       save_interval=sft.save_interval, max_to_keep=sft.max_to_keep, identity=dict(inputs))
+  states = Checkpoints(states_folder(config, root, round_), save_interval=sft.save_interval,
+                       max_to_keep=sft.max_to_keep, identity=dict(inputs))
   with states as checkpoints, StageMetrics(root, f"{name}/sft", keep=checkpoints.step) as metrics:
     trained = trainer.train(
         model_config, lambda: hf.load(model, dtype=jnp.float32, place=place)[1], batches, schedule=schedule,
@@ -123,10 +127,15 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root:
         label=f"round {round_}: SFT", checkpoints=checkpoints,
         profile=throughput.Profile(config.profile, root / "profile" / name))
     hf.save(trained.params, out, like=model, keep_dtypes=True)
-    checkpoints.remove()
   return {"examples": len(fitting), "dropped_long": dropped, "steps": len(batches),
           "attention": kernel, "examples_per_step": round(batches.per_step, 2), "padding": round(batches.padding, 4),
           "first_loss": round(trained.first_loss, 6), "last_loss": round(trained.last_loss, 6)}
+
+
+def states_folder(config: ml_collections.ConfigDict, root: Path, round_: int) -> str:
+  """Where the training states of a round are, until it is done."""
+  name = f"round_{round_}"
+  return f"{config.sft.state_dir}/{name}" if config.sft.state_dir else str(root / name / "sft_state")
 
 
 def _tokenized(config: ml_collections.ConfigDict, model: Path, train: Path) -> tuple[list[TokenizedExample], int]:

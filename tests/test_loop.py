@@ -91,6 +91,7 @@ def test_run_leaves_the_documented_files(finished: Path):
                "report/index.html", "report/accuracy.png"):
     assert (finished / name).exists(), name
   assert not list(finished.rglob("*.part"))
+  assert not list(finished.rglob("sft_state"))
   assert (finished / "round_1/merged/config.json").read_bytes() == (TINY / "config.json").read_bytes()
 
 

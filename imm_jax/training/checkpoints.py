@@ -109,12 +109,6 @@ class Checkpoints:
     self._guarded(self._manager.wait_until_finished)
     self._guarded(self._manager.check_for_errors)
 
-  def remove(self) -> None:
-    """Removes all states: the training is done."""
-    self._manager.close()
-    if jax.process_index() == 0:
-      self.folder.rmtree(missing_ok=True)
-
   def __enter__(self) -> "Checkpoints":
     self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
     logging.get_absl_logger().addFilter(_no_traceback)
