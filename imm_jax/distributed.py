@@ -5,6 +5,7 @@ that all of them share. Training spreads over the devices of all; sampling takes
 the questions.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -21,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from imm_jax.errors import PreemptedError, UserError
 
-# Where a launcher says that there are several processes: Slurm, Kubernetes' indexed jobs, Cloud TPU, multi-slice.
+# Where the environment says that there are several processes: Slurm, GKE with TPUs, multi-slice, jax's own variables.
 _SEVERAL = {"SLURM_NTASKS": lambda v: int(v) > 1, "TPU_WORKER_HOSTNAMES": lambda v: "," in v,
             "MEGASCALE_NUM_SLICES": lambda v: int(v) > 1, "JAX_NUM_PROCESSES": lambda v: int(v) > 1,
             "JAX_COORDINATOR_ADDRESS": bool}
@@ -53,6 +54,8 @@ def start(mode: str = "auto", *, coordinator: str | None = None, num_processes: 
     raise UserError(f"one of {', '.join(_SEVERAL)}, JAX_PROCESS_ID is no number ({e})") from e
   if mode == "off" or (mode == "auto" and coordinator is None and not several):
     return
+  # Its handler would swallow SIGTERM for as long as the run lasts; ours watches while it trains (`training.preemption`).
+  jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_S)
   except (ValueError, RuntimeError, TypeError) as e:
@@ -124,20 +127,18 @@ def check_shared(folder: Path) -> None:
 class FailTogether:
   """Ends all processes when one fails, with that one's error; use as a context manager.
 
-  The first to fail leaves its error in the run directory, where the others look once a second: they may wait for it in
-  a collective that never ends.
+  The first to fail leaves its error in a file beside the run directory, where the others look once a second: they may
+  wait for it in a collective that never ends.
   """
 
   def __init__(self, root: Path):
-    self._file = root / ".failed"
+    # A name of its own for each start: what an earlier one has left must not end this one.
+    self._file = root.with_name(f".{root.name}.failed-{from_main(time.time_ns())}")
     self._done = threading.Event()
     self._ending = threading.Lock()
 
   def __enter__(self) -> "FailTogether":
     if jax.process_count() > 1:
-      if is_main():
-        self._file.unlink(missing_ok=True)
-      barrier("start")
       threading.Thread(target=self._watch, daemon=True).start()
     return self
 
@@ -146,26 +147,32 @@ class FailTogether:
     if jax.process_count() == 1 or not isinstance(error, Exception) or isinstance(error, PreemptedError):
       return
     text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+    first = self._first()
+    if first is None:
+      # A full disk, say, is no reason to keep this process: the others lose it and end too.
+      with contextlib.suppress(OSError):
+        part = self._file.with_name(f"{self._file.name}.{jax.process_index()}")
+        part.write_text(f"process {jax.process_index()}: {text}", encoding="utf-8")
+        part.rename(self._file)
+    self._exit(text if first is None else f"another process failed first: {first}")
+
+  def _first(self) -> str | None:
     try:
-      self._file.parent.mkdir(parents=True, exist_ok=True)
-      with self._file.open("x", encoding="utf-8") as f:
-        f.write(f"process {jax.process_index()}: {text}")
-    except FileExistsError:
-      self._end(self._file.read_text(encoding="utf-8"))
-    self._exit(text)
+      return self._file.read_text(encoding="utf-8")
+    except OSError:
+      return None
 
   def _watch(self) -> None:
     while not self._done.wait(_POLL_S):
-      if self._file.exists():
-        time.sleep(_POLL_S)  # until it is written
-        self._end(self._file.read_text(encoding="utf-8"))
-
-  def _end(self, error: str) -> None:
-    self._exit(f"another process failed first: {error}")
+      first = self._first()
+      if first is not None:
+        self._exit(f"another process failed first: {first}")
 
   def _exit(self, error: str) -> None:
     self._ending.acquire()  # for good: this and the watching thread may both get here, and one is to speak
     print(f"error: {error}", file=sys.stderr, flush=True)
     if is_main():
       time.sleep(4 * _POLL_S)  # the others abort where process 0 is gone before they have seen the error
+      with contextlib.suppress(OSError):
+        self._file.unlink(missing_ok=True)
     os._exit(1)  # threads of the collectives may never end

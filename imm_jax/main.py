@@ -6,7 +6,7 @@
     python -m imm_jax.main --config=configs/common.py --config.model=FOLDER --compile_only --topology=v5e:4x4
 
 The same command goes on where a killed run stopped, and ends in the same bits. On several hosts give it to each (a file
-system that all share holds --workdir); on Slurm, Kubernetes and Cloud TPU they find each other.
+system that all share holds --workdir); on Slurm and Cloud TPU (--distributed=on) they find each other.
 """
 
 from absl import flags

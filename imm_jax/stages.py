@@ -125,7 +125,7 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root:
         weight_decay=sft.weight_decay, grad_clip=sft.grad_clip, compute_dtype=dtype, accumulation=sft.accumulation,
         remat=sft.remat, attention=kernel, mesh=mesh, log_every=sft.log_every, report=metrics.write,
         label=f"round {round_}: SFT", checkpoints=checkpoints,
-        profile=throughput.Profile(config.profile, root / "profile" / name))
+        profile=throughput.Profile(config.profile, root / "profile" / name / f"process_{jax.process_index()}"))
     hf.save(trained.params, out, like=model, keep_dtypes=True)
   return {"examples": len(fitting), "dropped_long": dropped, "steps": len(batches),
           "attention": kernel, "examples_per_step": round(batches.per_step, 2), "padding": round(batches.padding, 4),

@@ -187,3 +187,12 @@ def test_remat_recomputes_and_gives_the_same_gradients() -> None:
           for policy in REMAT}
   assert cost["none"] < cost["dots"] < cost["full"]
   assert cost["none"] < cost["attention"] < cost["full"]
+
+
+def test_gradients_of_float32_weights_are_not_rounded_to_the_compute_dtype() -> None:
+  params, batch = _random_params(CONFIG), _plain_rows(_tokens(3, 17))
+  loss = lambda p: token_losses(CONFIG, p, batch, compute_dtype=jnp.bfloat16)[0]
+  for path, grad in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(params)):
+    assert grad.dtype == jnp.float32
+    if grad.ndim == 3:
+      assert (np.asarray(grad) != np.asarray(grad.astype(jnp.bfloat16), np.float32)).mean() > 0.9, path

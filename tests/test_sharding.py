@@ -44,7 +44,8 @@ NOT_FITTING = [(1, 1, 1), (2, 2, 1), (16, 1, 1), (4, 4, 1), (3, -1, 1), (-1, 3, 
                (-1, -1, 1), (0, 8, 1), (0, -1, 1), (-1, 0, 1), (-2, -4, 1), (-2, 4, -1), (1, -1, 3), (1, 8, 2)]
 # Mesh sizes, and how the step is run on them.
 MESHES = {"one": ((1, 1, 1), {}), "data2": ((2, 1, 1), {}), "data4": ((4, 1, 1), {"accumulation": 2}),
-          "fsdp2-tensor2": ((1, 2, 2), {"remat": "dots"}), "fsdp4": ((1, 4, 1), {"remat": "full"}),
+          "fsdp2-tensor2": ((1, 2, 2), {"remat": "dots"}),
+          "fsdp4": ((1, 4, 1), {"remat": "attention", "accumulation": 2}),
           "fsdp8": ((1, 8, 1), {"remat": "full", "chunk": 5}),
           "data2-fsdp4": ((2, 4, 1), {"remat": "dots", "chunk": 16}),
           "fsdp4-tensor2": ((1, 4, 2), {"chunk": 7}), "data2-fsdp2-tensor2": ((2, 2, 2), {"accumulation": 2})}

@@ -20,7 +20,7 @@ from etils import epath
 from imm_jax.errors import UserError
 
 # What the disk, a bucket or tensorstore may refuse with.
-_REFUSALS = (OSError, ValueError, RuntimeError)
+_REFUSALS = (OSError, ValueError, RuntimeError, ImportError)  # ImportError: what a bucket needs is not installed
 
 
 class Checkpoints:
@@ -114,10 +114,16 @@ class Checkpoints:
     logging.get_absl_logger().addFilter(_no_traceback)
     return self
 
-  def __exit__(self, *_: object) -> None:
-    self._manager.close()
-    sys.unraisablehook = self._hook
-    logging.get_absl_logger().removeFilter(_no_traceback)
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    try:
+      self._manager.close()
+    except _REFUSALS as e:
+      # An error under way says more; and where all went well, states are needed no more.
+      if kind is None and jax.process_index() == 0:
+        print(f"warning: {self.folder}: the last training state was not written ({_cause(e)})", file=sys.stderr)
+    finally:
+      sys.unraisablehook = self._hook
+      logging.get_absl_logger().removeFilter(_no_traceback)
 
   def _unraisable(self, event: Any) -> None:
     # After a write that failed tensorstore calls back into a loop that orbax has closed: no news to anybody.

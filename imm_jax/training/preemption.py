@@ -3,28 +3,29 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[Callable[[int], bool]]:
-  """For the length of a block, SIGTERM does not end the process but is told.
+def watch() -> Iterator[threading.Event]:
+  """For the length of a block, SIGTERM does not end the process but sets the event."""
+  told = threading.Event()
+  if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+    yield told
+    return
+  before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+  try:
+    yield told
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
-  Yields:
-    A function of the step that says whether to save and stop now. With several processes all of them get the same
-    answer at the same step, whichever was signalled (`jax.distributed`'s coordinator agrees on one).
-  """
-  if jax.process_count() > 1:
-    yield multihost_utils.reached_preemption_sync_point
-  elif threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-    yield lambda step: False
-  else:
-    told = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
-    try:
-      yield lambda step: told.is_set()
-    finally:
-      signal.signal(signal.SIGTERM, before)
+
+def agreed(told: threading.Event) -> bool:
+  """Whether any process of the run was told to stop; all of them must ask at the same step, and get the same answer."""
+  if jax.process_count() == 1:
+    return told.is_set()
+  return bool(multihost_utils.process_allgather(np.int32(told.is_set())).any())

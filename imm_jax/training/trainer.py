@@ -1,6 +1,7 @@
 """Runs training steps over packed batches, saves their state, and reports how they go."""
 
 import contextlib
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -76,10 +77,10 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
   inputs = Input(batches, mesh, saved and saved["input"])
   meter = throughput.Meter(config, batches, mesh.size)
   learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(len(batches))))
-  last_loss = first_loss
+  last_loss = saved["last_loss"] if saved else None
   pending: list[tuple[dict[str, Any], dict[str, jax.Array]]] = []
-  watch = preemption.watch() if checkpoints else contextlib.nullcontext(lambda _: False)
-  with watch as told_to_stop, progress.bar(len(batches), label, "step", initial=start) as bar:
+  watch = preemption.watch() if checkpoints else contextlib.nullcontext(threading.Event())
+  with watch as told, progress.bar(len(batches), label, "step", initial=start) as bar:
     for step in range(start, len(batches)):
       if profile:
         profile.before(step)
@@ -89,20 +90,23 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
       state, metrics = train_step(state, batch)
       pending.append((position, metrics))
       done = step + 1
-      stop, last = told_to_stop(step), done == len(batches)
+      last = done == len(batches)
+      due = bool(checkpoints) and checkpoints.due(done) and not last
+      waits = due or last or len(pending) == log_every
+      # Several processes ask each other only where they wait anyway.
+      stop = preemption.agreed(told) if jax.process_count() == 1 or waits else False
       if profile:
         profile.after(step, metrics, last=last or stop)
-      save = checkpoints and not last and (stop or checkpoints.due(done))
-      if not (save or last or len(pending) == log_every):
+      if not (waits or stop):
         continue
       values = jax.device_get([metrics for _, metrics in pending])
       speed = meter.read(len(pending))
       for i, value in enumerate(values, done - len(pending)):
         if not np.isfinite([value["loss"], value["grad_norm"]]).all():
           if checkpoints and i > start:
-            checkpoints.save(i, _kept(state), input=pending[i - done][0], first_loss=first_loss)
+            checkpoints.save(i, _kept(state), input=pending[i - done][0], first_loss=first_loss, last_loss=last_loss)
             checkpoints.wait()
-          raise UserError(_not_finite(label, i, value, batches, checkpoints and checkpoints.folder))
+          raise UserError(_not_finite(label, i, value, batches, checkpoints and checkpoints.step and checkpoints.folder))
         last_loss = float(value["loss"])
         first_loss = last_loss if first_loss is None else first_loss
         report(i, loss=last_loss, grad_norm=float(value["grad_norm"]), tokens=float(value["tokens"]),
@@ -110,12 +114,12 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
       bar.set_postfix(loss=f"{last_loss:.3f}", tokens_per_s=f"{speed['tokens_per_s']:.0f}", refresh=False)
       bar.update(len(pending))
       pending = []
-      if save:
-        checkpoints.save(done, _kept(state), input=inputs.state, first_loss=first_loss)
-      if stop and save:
+      if due or stop:
+        checkpoints.save(done, _kept(state), input=inputs.state, first_loss=first_loss, last_loss=last_loss)
+      if stop:
         checkpoints.wait()
-        raise PreemptedError(f"{label}: told to stop, after step {done} of {len(batches)}; its state is saved, and "
-                                   "the same command goes on from it")
+        raise PreemptedError(f"{label}: told to stop, after step {done} of {len(batches)}; its state is saved, and the "
+                             "same command goes on from it")
   return Trained(state["params"], first_loss, last_loss)
 
 
@@ -130,4 +134,5 @@ def _not_finite(label: str, step: int, value: dict[str, Any], batches: PackedBat
   lines = ", ".join(map(str, members[:_NAMED])) + more
   kept = f"; the state before that step is kept in {folder}" if folder else ""
   return (f"{label}: the loss is {value['loss']} at step {step} (gradient norm {value['grad_norm']}), on examples "
-          f"{lines}; lower the learning rate or raise warmup_ratio{kept}")
+          f"{lines} of train.jsonl, long ones not counted; lower the learning rate or raise warmup_ratio, in a new "
+          f"--workdir{kept}")
