@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
   sft.row_length = 1024  # tokens of a packed row; longer answers are dropped and counted
   sft.compute_dtype = "bfloat16"  # of activations; weights, moments and gradients are float32 [paper]
   # Computed again in the backward pass, from least memory to most: full (all), attention (all but what attention reads
-  # and gives), dots (all but matrix products), none.
+  # and gives), dots (all but matrix products), none (which with fsdp keeps the gathered weights, too).
   sft.remat = "full"
   sft.attention = "auto"  # xla, blockwise (CPU), cudnn (NVIDIA), splash (TPU); auto: what suits the platform
   sft.log_every = 10  # steps between metrics; the host waits for the device only then, and to save

@@ -54,7 +54,7 @@ def start(mode: str = "auto", *, coordinator: str | None = None, num_processes: 
     raise UserError(f"one of {', '.join(_SEVERAL)}, JAX_PROCESS_ID is no number ({e})") from e
   if mode == "off" or (mode == "auto" and coordinator is None and not several):
     return
-  # Its handler would swallow SIGTERM for as long as the run lasts; ours watches while it trains (`training.preemption`).
+  # Its handler would swallow SIGTERM as long as the run lasts; ours watches while it trains (`training.preemption`).
   jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_S)
@@ -151,6 +151,7 @@ class FailTogether:
     if first is None:
       # A full disk, say, is no reason to keep this process: the others lose it and end too.
       with contextlib.suppress(OSError):
+        self._file.parent.mkdir(parents=True, exist_ok=True)
         part = self._file.with_name(f"{self._file.name}.{jax.process_index()}")
         part.write_text(f"process {jax.process_index()}: {text}", encoding="utf-8")
         part.rename(self._file)

@@ -60,6 +60,7 @@ def plan(config: ml_collections.ConfigDict, base: Path, root: Path) -> list[Stag
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs what is not done yet, then prints the table and writes the report."""
   root = Path(workdir)
+  rundir.check(workdir, config)
   with distributed.FailTogether(root), _opened(config, workdir) as (base, directory):
     # The bits of a sum on CPU depend on how many threads share it.
     threads = {"threads": len(os.sched_getaffinity(0))} if jax.default_backend() == "cpu" else {}

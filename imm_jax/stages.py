@@ -119,13 +119,15 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root:
   place = functools.partial(sharding.param_sharding, mesh)
   states = Checkpoints(states_folder(config, root, round_), save_interval=sft.save_interval,
                        max_to_keep=sft.max_to_keep, identity=dict(inputs))
-  with states as checkpoints, StageMetrics(root, f"{name}/sft", keep=checkpoints.step) as metrics:
-    trained = trainer.train(
-        model_config, lambda: hf.load(model, dtype=jnp.float32, place=place)[1], batches, schedule=schedule,
-        weight_decay=sft.weight_decay, grad_clip=sft.grad_clip, compute_dtype=dtype, accumulation=sft.accumulation,
-        remat=sft.remat, attention=kernel, mesh=mesh, log_every=sft.log_every, report=metrics.write,
-        label=f"round {round_}: SFT", checkpoints=checkpoints,
-        profile=throughput.Profile(config.profile, root / "profile" / name / f"process_{jax.process_index()}"))
+  with states as checkpoints:
+    saved = checkpoints.latest()  # refuses another training's before metrics are dropped
+    with StageMetrics(root, f"{name}/sft", keep=saved["step"] if saved else 0) as metrics:
+      trained = trainer.train(
+          model_config, lambda: hf.load(model, dtype=jnp.float32, place=place)[1], batches, schedule=schedule,
+          weight_decay=sft.weight_decay, grad_clip=sft.grad_clip, compute_dtype=dtype, accumulation=sft.accumulation,
+          remat=sft.remat, attention=kernel, mesh=mesh, log_every=sft.log_every, report=metrics.write,
+          label=f"round {round_}: SFT", checkpoints=checkpoints,
+          profile=throughput.Profile(config.profile, root / "profile" / name / f"process_{jax.process_index()}"))
     hf.save(trained.params, out, like=model, keep_dtypes=True)
   return {"examples": len(fitting), "dropped_long": dropped, "steps": len(batches),
           "attention": kernel, "examples_per_step": round(batches.per_step, 2), "padding": round(batches.padding, 4),

@@ -154,7 +154,7 @@ def test_the_last_good_state_outlives_a_loss_that_is_not_finite(params, log_ever
   assert not same(finite(kept), finite(poisoned))
 
 
-@pytest.mark.parametrize("stop_after", [1, 4, 7])
+@pytest.mark.parametrize("stop_after", [1, 4, 9])
 def test_training_that_is_told_to_stop_goes_on_to_the_same_bits(params, stop_after, tmp_path: Path):
   whole_reports, reports = {}, {}
   whole = train(params, make_batches(), whole_reports)

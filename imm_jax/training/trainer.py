@@ -106,7 +106,8 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
           if checkpoints and i > start:
             checkpoints.save(i, _kept(state), input=pending[i - done][0], first_loss=first_loss, last_loss=last_loss)
             checkpoints.wait()
-          raise UserError(_not_finite(label, i, value, batches, checkpoints and checkpoints.step and checkpoints.folder))
+          kept = checkpoints and checkpoints.step and checkpoints.folder
+          raise UserError(_not_finite(label, i, value, batches, kept))
         last_loss = float(value["loss"])
         first_loss = last_loss if first_loss is None else first_loss
         report(i, loss=last_loss, grad_norm=float(value["grad_norm"]), tokens=float(value["tokens"]),
