@@ -191,7 +191,12 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, root: Path, stage: 
 def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
   """The devices of a run."""
   return sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor,
-                            hidden_size=hf.read_config(hub.resolve(config.model)).hidden_size)
+                            hidden_size=_hidden_size(config.model))
+
+
+@functools.cache  # a hub id is asked for over the network
+def _hidden_size(model: str) -> int:
+  return hf.read_config(hub.resolve(model)).hidden_size
 
 
 def _sampler(config: ml_collections.ConfigDict, model: Path, batch_size: int) -> NativeSampler:

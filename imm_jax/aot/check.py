@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from imm_jax import merging
 from imm_jax.aot import costs, hlo, topology
 from imm_jax.errors import UserError
+from imm_jax.memory import count_params
 from imm_jax.model import attention, hf, hub, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
@@ -100,7 +101,7 @@ def run(config: ml_collections.ConfigDict, *, topology_name: str, slices: int, r
     UserError: for a slice, a mesh or a model that cannot be; and after the report, when the step does not fit.
   """
   plan = plan_of(config, topology_name=topology_name, slices=slices, rows_per_chip=rows_per_chip)
-  params = num_params(plan.model)
+  params = count_params(plan.model)
   shape = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.shape.items())
   print(f"{config.model}: {params:,} parameters; {slices} x {topology_name} = {plan.mesh.size} chips "
         f"({plan.mesh.devices.flat[0].device_kind}), mesh {shape}\n"
@@ -135,11 +136,6 @@ def _config_folder(model: str) -> Path:
   return folder
 
 
-def num_params(config: ModelConfig) -> int:
-  """N, embeddings and head included."""
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
-
-
 def check(plan: Plan) -> Report:
   """Compiles the step."""
   backend = attention.choose(plan.attention, plan.model, dtype=plan.compute_dtype, length=plan.length,
@@ -161,7 +157,7 @@ def check(plan: Plan) -> Report:
     return Report(backend, {}, excess=str(e), seconds=time.monotonic() - started)
   module = hlo.Module(compiled.as_text())
   estimate = costs.estimate(module, plan.slice_, plan.mesh)
-  least, needed = costs.model_flops(plan.model, num_params(plan.model), tokens=plan.tokens, length=plan.length)
+  least, needed = costs.model_flops(plan.model, count_params(plan.model), tokens=plan.tokens, length=plan.length)
   peak = plan.slice_.chip.flops
   return Report(backend, _memory(compiled), "", costs.flops(traced.jaxpr) / plan.mesh.size, estimate, least / peak,
                 needed / (peak * estimate.seconds), time.monotonic() - started)
