@@ -15,9 +15,11 @@ from imm_jax.model.decoder import Params, abstract_params, bind
 from imm_jax.training import fsdp
 from imm_jax.training.loss import CHUNK, head_loss
 
-# Has XLA add up gradients on a TPU while it computes, one weight at a time; left alone it collects those of a layer and
-# sends them when nothing else runs (benchmarks/README.md says what that takes).
-_TPU_OPTIONS = {"xla_enable_async_all_reduce": "true",
+# Has XLA gather weights and add up gradients on a TPU while it computes, one weight at a time. Left alone it collects a
+# layer's gradients and sends them when nothing else runs; benchmarks/README.md says what that takes.
+_TPU_OPTIONS = {"xla_enable_async_all_gather": "true",
+                "xla_enable_async_all_reduce": "true",
+                "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
                 "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
                 "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": "true",
                 "xla_jf_crs_combiner_threshold_in_bytes": "0"}
