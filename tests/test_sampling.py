@@ -260,7 +260,7 @@ def test_ids_that_a_tokenizer_skips_are_never_sampled(greedy: list[Completion]) 
     "qwen2-tied", "qwen2-untied", "qwen2.5-math", "llama", "llama2", "llama3", "llama3.1", "qwen3"])
 def test_greedy_tokens_of_every_family_equal_transformers(
     checkpoint: Callable, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-  """128 tokens from prompts of several lengths, in one batch and alone; the embedding has rows that are no tokens."""
+  """128 tokens from prompts of several lengths, in a batch, one kind also alone; some embedding rows are no tokens."""
   model, folder = checkpoint(kind, vocab_size=600)
   for name in ("tokenizer.json", "tokenizer_config.json"):
     shutil.copyfile(TINY / name, folder / name)
@@ -270,7 +270,8 @@ def test_greedy_tokens_of_every_family_equal_transformers(
   asked = [SHORT[0], SHORT[1], LONG, STRANGE]
   seen: dict[str, list[list[int]]] = {"batch": [], "alone": []}
   plain = sampler.tokenizer.decode
-  for how, groups in (("batch", [asked]), ("alone", [[p] for p in asked[:1]])):
+  single = asked[:1] if kind == "qwen2-tied" else []  # compiles all once more
+  for how, groups in (("batch", [asked]), ("alone", [[p] for p in single])):
     monkeypatch.setattr(
         sampler.tokenizer, "decode", lambda t, how=how, **kw: seen[how].append(list(t)) or plain(t, **kw))
     for group in groups:
@@ -286,4 +287,4 @@ def test_greedy_tokens_of_every_family_equal_transformers(
         break
     wanted.append(tokens[0, len(sampler.tokenizer(prompt.text)["input_ids"]):].tolist())
   assert sorted(seen["batch"]) == sorted(wanted)
-  assert seen["alone"] == wanted[:1]
+  assert seen["alone"] == wanted[:len(single)]
