@@ -18,6 +18,7 @@ import imm_jax
 
 try:
   import torch
+  torch.set_num_threads(1)  # for models this small its threads wait for each other, and for the other worker's
 except ImportError:  # the tests that need it are skipped
   torch = None
 
