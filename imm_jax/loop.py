@@ -20,6 +20,7 @@ from imm_jax.model import folder, hf, hub
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.rundir import Stage
+from imm_jax.training.checkpoints import check_folder
 
 
 def plan(config: ml_collections.ConfigDict, base: Path, root: Path) -> list[Stage]:
@@ -84,6 +85,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
 def _opened(config: ml_collections.ConfigDict, workdir: str) -> Iterator[tuple[Path, rundir.RunDir]]:
   """The base model's folder and the run directory, both looked at before anything is spent."""
   base, _ = _check(config)
+  if config.sft.state_dir and distributed.is_main():
+    check_folder(config.sft.state_dir)  # now, for training comes late
   with rundir.RunDir(workdir, config) as directory:
     distributed.check_shared(directory.path)
     yield base, directory
@@ -96,6 +99,8 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   rundir.check(workdir, config)
   record = rundir.read_record(root)
   external = {"base": folder.digest(base) if record["stages"] else ""}  # a large model takes a while
+  if not distributed.is_main():
+    return
   steps = plan(config, base, root)
   waiting: set[str] = set()
   print(f"{'stage':<24}{'state':<8}work")

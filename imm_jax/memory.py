@@ -4,11 +4,11 @@ import math
 
 import jax
 import ml_collections
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
-from imm_jax.model.sharding import for_decoding
+from imm_jax.model.sharding import for_decoding, param_sharding, path_name, spec_of
 from imm_jax.training.loss import CHUNK
 
 _BYTES = {"bfloat16": 2, "float32": 4}
@@ -43,12 +43,28 @@ def row_activations(model: ModelConfig, *, length: int, remat: str, width: int) 
   return model.num_layers * length * kept * width + logits
 
 
+def state_bytes(model: ModelConfig, mesh: Mesh) -> int:
+  """Bytes of SFT's float32 weights, AdamW's two moments and the gradients on one device."""
+  return 16 * sum(math.prod(where.shard_shape(shape)) for where, shape in _placed(model, mesh).values())
+
+
+def undivided(model: ModelConfig, mesh: Mesh) -> list[str]:
+  """Parameters that every device holds whole although they are to be split, for the mesh does not divide them."""
+  return [path for path, (where, _) in _placed(model, mesh).items()
+          if where.is_fully_replicated and not NamedSharding(mesh, spec_of(path)).is_fully_replicated]
+
+
+def _placed(model: ModelConfig, mesh: Mesh) -> dict[str, tuple[NamedSharding, tuple[int, ...]]]:
+  """Where each parameter lies, and its shape."""
+  return {path_name(path): (param_sharding(mesh, path_name(path), leaf.shape), leaf.shape)
+          for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(model))}
+
+
 def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh) -> str:
   """One line on sizes: parameters, training state, activations, sampling cache, disk."""
   count = count_params(model)
-  fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-  # float32 weights, two moments and gradients.
-  state = 16 * count / (fsdp * tensor)
+  tensor = mesh.shape["tensor"]
+  state = state_bytes(model, mesh)
   width = _BYTES[config.sample.compute_dtype]
   row = row_activations(model, length=config.sft.row_length, remat=config.sft.remat,
                         width=_BYTES[config.sft.compute_dtype]) / tensor

@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from imm_jax import distributed, evaluation, files, tasks
+from imm_jax import distributed, evaluation, files, memory, tasks
 from imm_jax.errors import UserError
 from imm_jax.merging import checkpoint, masks, methods
 from imm_jax.metrics import StageMetrics
@@ -110,6 +110,10 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root:
   schedule = make_schedule(sft.schedule, peak=sft.learning_rate, total_steps=len(batches),
                            warmup_ratio=sft.warmup_ratio)
   model_config, dtype = hf.read_config(model), jnp.dtype(sft.compute_dtype)
+  whole = memory.undivided(model_config, mesh)
+  if whole and distributed.is_main():
+    print(f"note: every device holds these whole, for config.mesh does not divide them: {', '.join(whole)}",
+          file=sys.stderr)
   longest = max(len(e.prompt) + len(e.response) for e in fitting)
   if model_config.max_positions and longest > model_config.max_positions and distributed.is_main():
     print(f"note: the longest answer has {longest} tokens with its prompt, the model's context "

@@ -296,6 +296,12 @@ def test_profile_records_what_perfetto_and_tensorboard_open(params, tmp_path: Pa
   assert list(tmp_path.rglob("*.xplane.pb"))
 
 
+def test_a_profile_beyond_the_last_step_says_that_nothing_was_recorded(params, tmp_path: Path, capfd):
+  train(params, make_batches(), profile=throughput.Profile("200:204", tmp_path))
+  assert "config.profile=200:204: nothing was recorded" in capfd.readouterr().err
+  assert not list(tmp_path.iterdir())
+
+
 def test_flops_of_a_step_are_those_of_its_products():
   """Against the operations that XLA counts in the compiled forward and backward pass, attention's square in full."""
   config = CONFIG.__class__(**{**vars(CONFIG), "num_layers": 1, "hidden_size": 64, "intermediate_size": 128,
@@ -305,10 +311,11 @@ def test_flops_of_a_step_are_those_of_its_products():
   grad = jax.grad(lambda p, b: training_step.token_losses(config, p, b, compute_dtype=jnp.float32, chunk=64)[0])
   params = init_params(config, key=jax.random.key(0))
   counted = jax.jit(grad).lower(params, batches[0]).compile().cost_analysis()["flops"]
-  square = throughput.train_flops(config, batches) - 6 * throughput.matmul_params(config) * 256
+  needed = throughput.train_flops(config, tokens=batches.tokens_per_step, squares=batches.squares_per_step)
+  square = needed - 6 * throughput.matmul_params(config) * 256
   assert square == 6 * 2 * 32 * 4 * 64**2
   # A causal mask saves half of the square where the kernel skips it; this one does not.
-  assert counted == pytest.approx(throughput.train_flops(config, batches) + square, rel=0.1)
+  assert counted == pytest.approx(needed + square, rel=0.1)
 
 
 def test_meter_reads_time_and_share_of_the_peak(monkeypatch):
@@ -322,7 +329,8 @@ def test_meter_reads_time_and_share_of_the_peak(monkeypatch):
   assert 0.05 <= found["step_s"] < 0.2
   assert 0.025 <= found["input_wait_s"] < found["step_s"]
   assert found["tokens_per_s"] == pytest.approx(batches.tokens_per_step / found["step_s"])
-  assert found["mfu"] == pytest.approx(throughput.train_flops(CONFIG, batches) / found["step_s"] / 4e9)
+  needed = throughput.train_flops(CONFIG, tokens=batches.tokens_per_step, squares=batches.squares_per_step)
+  assert found["mfu"] == pytest.approx(needed / found["step_s"] / 4e9)
   assert json.dumps(found)
 
 

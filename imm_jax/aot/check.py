@@ -24,6 +24,7 @@ from imm_jax.model import attention, hf, hub, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
 from imm_jax.training import step as training
+from imm_jax.training.throughput import train_flops
 
 _GIB = 2**30
 
@@ -157,9 +158,10 @@ def check(plan: Plan) -> Report:
     return Report(backend, {}, excess=str(e), seconds=time.monotonic() - started)
   module = hlo.Module(compiled.as_text())
   estimate = costs.estimate(module, plan.slice_, plan.mesh)
-  least, needed = costs.model_flops(plan.model, count_params(plan.model), tokens=plan.tokens, length=plan.length)
   peak = plan.slice_.chip.flops
-  return Report(backend, _memory(compiled), "", costs.flops(traced.jaxpr) / plan.mesh.size, estimate, least / peak,
+  ideal = 6 * count_params(plan.model) * plan.tokens / peak
+  needed = train_flops(plan.model, tokens=plan.tokens, squares=plan.tokens * plan.length)
+  return Report(backend, _memory(compiled), "", costs.flops(traced.jaxpr) / plan.mesh.size, estimate, ideal,
                 needed / (peak * estimate.seconds), time.monotonic() - started)
 
 

@@ -1,8 +1,7 @@
 """What a step costs: FLOPs from its jaxpr, time from what the compiler made of it.
 
 `flops` counts products (2 for each multiply-add) times the trips of the scans around them, as the program says it,
-with what is computed again. `model_flops` counts what the model needs, however it is computed: 6 for each parameter and
-token, and causal attention. `estimate` puts the compiler's cycles, the kernels' FLOPs and the collectives' bytes
+with what is computed again. `estimate` puts the compiler's cycles, the kernels' FLOPs and the collectives' bytes
 together.
 """
 
@@ -18,7 +17,6 @@ from jax.sharding import Mesh
 from imm_jax.aot import hlo
 from imm_jax.aot.topology import Slice
 from imm_jax.model.attention import splash_tile
-from imm_jax.model.config import ModelConfig
 
 # Products of [T, S] by h that each kernel makes: q k and p v; q k, do v and ds k; q k, p do, do v and ds q.
 _SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
@@ -80,12 +78,6 @@ def kernel_flops(name: str, queries: Sequence[int]) -> float:
   *rows, length, head_dim = queries
   tiles = length // splash_tile(length)
   return _SPLASH[phase[1]] * 2.0 * math.prod(rows) * length**2 * head_dim * (tiles + 1) / (2 * tiles)
-
-
-def model_flops(config: ModelConfig, num_params: int, *, tokens: int, length: int) -> tuple[float, float]:
-  """(6 N tokens, that and causal attention forward and backward) for rows of `length`."""
-  attention = 6 * config.num_layers * config.num_heads * config.head_dim * length
-  return 6.0 * num_params * tokens, (6.0 * num_params + attention) * tokens
 
 
 class Estimate(NamedTuple):

@@ -17,10 +17,27 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from imm_jax import distributed
 from imm_jax.errors import UserError
 
 # What the disk, a bucket or tensorstore may refuse with.
 _REFUSALS = (OSError, ValueError, RuntimeError, ImportError)  # ImportError: what a bucket needs is not installed
+
+
+def check_folder(folder: str) -> None:
+  """Makes a folder for states, or a bucket's path, and writes a file to it.
+
+  Raises:
+    UserError: when that cannot be done.
+  """
+  try:
+    path = epath.Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / f".writable-{os.getpid()}"
+    probe.write_text("")
+    probe.unlink()
+  except _REFUSALS as e:
+    raise _unwritable(folder, e) from e
 
 
 class Checkpoints:
@@ -48,7 +65,7 @@ class Checkpoints:
           self.folder if "://" in str(folder) else Path(folder).absolute(), options=options,
           item_handlers={"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()})
     except _REFUSALS as e:
-      raise UserError(f"{folder}: training states cannot be written there ({_cause(e)})") from e
+      raise _unwritable(folder, e) from e
 
   @property
   def step(self) -> int:
@@ -61,7 +78,7 @@ class Checkpoints:
     Raises:
       UserError: when it is damaged, or of another model, other data or settings.
     """
-    step = self._manager.latest_step()
+    step = distributed.from_main(self._manager.latest_step())  # file systems may show it to some hosts later
     if step is None:
       return None
     about = self._read(step, "about", ocp.args.JsonRestore())
@@ -148,6 +165,10 @@ class Checkpoints:
                      "go on from the one before, or to begin again")
 
 
+def _unwritable(folder: str | Path, error: BaseException) -> UserError:
+  return UserError(f"{folder}: training states cannot be written there ({_cause(error)})")
+
+
 def _no_traceback(record: Any) -> bool:
   """Leaves out what orbax's threads log of an error that is raised, too."""
   return not (record.exc_info and "orbax" in record.pathname)
@@ -157,5 +178,7 @@ def _cause(error: BaseException) -> str:
   system = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's, at the end of a long line
   if system:
     return os.strerror(int(system[1]))
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   return (lines or [type(error).__name__])[0][:200]

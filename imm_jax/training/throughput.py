@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,14 +27,19 @@ def matmul_params(config: ModelConfig) -> int:
   return config.num_layers * (attention + mlp) + config.hidden_size * config.vocab_size
 
 
-def train_flops(config: ModelConfig, batches: PackedBatches) -> float:
-  """Floating-point operations of an average step: 6 for each weight and token, and attention's products.
+def train_flops(config: ModelConfig, *, tokens: float, squares: float) -> float:
+  """Floating-point operations of a step, however it is computed: 6 for each weight and token, and attention's products.
 
   A segment of n tokens takes 6 n^2 h H in a layer, forward and backward, for scores and for values under a causal mask
-  (PaLM, appendix B, with half of the square). Padding and what is computed again count as nothing.
+  (PaLM, appendix B, with half of the square). What is computed again counts as nothing.
+
+  Args:
+    config: of the model.
+    tokens: of the step, padding not counted.
+    squares: sum over the segments of the squares of their lengths.
   """
   attention = 6 * config.num_layers * config.num_heads * config.head_dim
-  return 6 * matmul_params(config) * batches.tokens_per_step + attention * batches.squares_per_step
+  return 6 * matmul_params(config) * tokens + attention * squares
 
 
 def window(steps: str) -> tuple[int, int] | None:
@@ -70,19 +76,25 @@ class Profile:
     if self._running and (last or step + 1 == self._window[1]):
       jax.block_until_ready(result)
       jax.profiler.stop_trace()
-      self._running = False
+      self._running, self._window = False, None
+    elif last and self._window and jax.process_index() == 0:
+      print(f"note: config.profile={self._window[0]}:{self._window[1]}: nothing was recorded, for none of these steps "
+            f"was run now (the last was {step})", file=sys.stderr)
 
 
 class Meter:
   """Speed between two readings."""
 
   def __init__(self, config: ModelConfig, batches: PackedBatches, devices: int):
-    self._flops = train_flops(config, batches)
+    self._flops = train_flops(config, tokens=batches.tokens_per_step, squares=batches.squares_per_step)
     self._tokens = batches.tokens_per_step
     peak = peak_flops(jax.devices()[0].device_kind)
     self._peak = peak and peak * devices
-    self._waited = 0.0
-    self._began = time.monotonic()
+    self.start()
+
+  def start(self) -> None:
+    """What was before this counts as nothing."""
+    self._waited, self._began = 0.0, time.monotonic()
 
   @contextlib.contextmanager
   def waiting(self) -> Iterator[None]:
@@ -98,9 +110,8 @@ class Meter:
       `tokens_per_s` (all tokens but padding, prompts too), `step_s` and `input_wait_s` of a step; `mfu`, the share of
       the devices' bfloat16 peak, where that is known; `memory_gib`, the most a device held, where it says.
     """
-    now = time.monotonic()
-    seconds, waited = (now - self._began) / steps, self._waited / steps
-    self._began, self._waited = now, 0.0
+    seconds, waited = (time.monotonic() - self._began) / steps, self._waited / steps
+    self.start()
     values = {"tokens_per_s": self._tokens / seconds, "step_s": seconds, "input_wait_s": waited}
     if self._peak:
       values["mfu"] = self._flops / seconds / self._peak

@@ -78,6 +78,7 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
   meter = throughput.Meter(config, batches, mesh.size)
   learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(len(batches))))
   last_loss = saved["last_loss"] if saved else None
+  speed: dict[str, float] = {}
   pending: list[tuple[dict[str, Any], dict[str, jax.Array]]] = []
   watch = preemption.watch() if checkpoints else contextlib.nullcontext(threading.Event())
   with watch as told, progress.bar(len(batches), label, "step", initial=start) as bar:
@@ -89,6 +90,9 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
         batch = next(inputs)
       state, metrics = train_step(state, batch)
       pending.append((position, metrics))
+      if step == start:
+        jax.block_until_ready(metrics)
+        meter.start()  # the first step has compiled, and is not timed
       done = step + 1
       last = done == len(batches)
       due = bool(checkpoints) and checkpoints.due(done) and not last
@@ -100,7 +104,8 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
       if not (waits or stop):
         continue
       values = jax.device_get([metrics for _, metrics in pending])
-      speed = meter.read(len(pending))
+      timed = len(pending) - (done - len(pending) == start)
+      speed = meter.read(timed) if timed else speed
       for i, value in enumerate(values, done - len(pending)):
         if not np.isfinite([value["loss"], value["grad_norm"]]).all():
           if checkpoints and i > start:
@@ -112,7 +117,7 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
         first_loss = last_loss if first_loss is None else first_loss
         report(i, loss=last_loss, grad_norm=float(value["grad_norm"]), tokens=float(value["tokens"]),
                learning_rate=float(learning_rates[i]), **speed)
-      bar.set_postfix(loss=f"{last_loss:.3f}", tokens_per_s=f"{speed['tokens_per_s']:.0f}", refresh=False)
+      bar.set_postfix(loss=f"{last_loss:.3f}", tokens_per_s=f"{speed.get('tokens_per_s', 0):.0f}", refresh=False)
       bar.update(len(pending))
       pending = []
       if due or stop:
