@@ -4,23 +4,32 @@ Sources: [paper] the IMM paper and its appendix A; [code] the command its author
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.model = "tiny"  # base model: an HF checkpoint folder, a hub id, or "tiny" for the embedded one
-  config.method = "imm"  # imm: SFT and merge each round; star: SFT only; real: SFT on gold answers, no sampling
+  # imm: SFT on right samples and merge in each round; iimm: each layer's change scaled by its importance (eq. 7);
+  # star: SFT, no merge; data_mixture, data_accumulation: star on earlier rounds' answers too; real: on worked answers.
+  config.method = "imm"
+  config.teacher = ""  # a stronger model (folder or hub id) that samples in place of the trained one [paper: 5.4]
   config.rounds = 3  # T [paper]; a finished run may be continued with more
   config.seed = 0  # of questions, samples, order of training and drop masks
 
   config.task = task = ml_collections.ConfigDict()
   task.name = "stories"  # in-domain task: sampled, trained and evaluated
-  task.ood = ("groups", "compare", "price", "sequence", "choice")  # out-of-domain tasks: evaluated only
-  task.questions_per_round = 500  # fresh questions of the train split in every round
-  task.eval_questions = 200  # test questions of each task
+  task.source = ""  # where its questions are: hf:ID[:CONFIG], tfds:NAME, file:PATH; empty for the published place
+  task.fields = _strings("question", "answer", "rationale", "choices")  # of a custom task's records
+  task.kind = "number"  # of a custom task's answers: number, latex or choice
+  # Out-of-domain tasks, evaluated only; NAME=SOURCE where one's questions are elsewhere.
+  task.ood = ("groups", "compare", "price", "sequence", "choice")
+  task.questions_per_round = 500  # of the train split, fresh ones while they last; 0 for all of them in every round
+  task.eval_questions = 200  # test questions of each task; 0 for all
 
   config.prompt = prompt = ml_collections.ConfigDict()
   prompt.header = ""  # a line before everything else that describes the task
+  prompt.style = "plain"  # plain: the paper's template; chat: the tokenizer's chat template
   prompt.few_shot = 8  # worked examples when sampling for training, 0 for none [paper: tables 11 and 12]
 
   config.sample = sample = ml_collections.ConfigDict()
@@ -32,12 +41,22 @@ def get_config() -> ml_collections.ConfigDict:
   sample.batch_size = 64  # samples decoded at once
   sample.compute_dtype = "bfloat16"  # of weights, activations and cache, in evaluation too: bfloat16 or float32
 
+  config.data = data = ml_collections.ConfigDict()
+  data.mixture_share = 0.5  # of each earlier round's right answers that data_mixture adds [ours]
+  data.with_real = False  # whether data_accumulation adds the real worked answers of all rounds' questions
+  data.real_fraction = 0.0  # share of real worked answers in what a round trains on; at 1 nothing is sampled [ours]
+
   config.sft = sft = ml_collections.ConfigDict()
   sft.epochs = 3  # passes over a round's answers [paper]
   sft.learning_rate = 2e-5  # peak [paper]
   sft.schedule = "cosine"  # after the warm-up: cosine, linear or constant [paper: cosine]
   sft.warmup_ratio = 0.03  # share of steps with a rising learning rate [paper]
   sft.weight_decay = 0.0  # AdamW's [paper]
+  # [paper: table 5] gradient_decay, gradient_clipping, weight_masking, or none; `training.interventions` defines them
+  sft.intervention = "none"
+  sft.gradient_decay = 0.9  # gamma
+  sft.max_norm = 2.0  # of gradient_clipping, in place of grad_clip
+  sft.top_share = 0.3  # of each matrix's entries that weight_masking lets move
   sft.grad_clip = 1.0  # largest global norm of the gradient, 0 for none [ours: the HF trainer's default]
   sft.global_batch = 128  # answers of an optimizer step over all devices, on average [paper: 4 x 8 x 4]
   sft.accumulation = 1  # parts that a batch is run in: less memory, same gradient
@@ -53,13 +72,26 @@ def get_config() -> ml_collections.ConfigDict:
   sft.state_dir = ""  # where they are: a folder or a bucket (gs://...); empty for the run directory
 
   config.merge = merge = ml_collections.ConfigDict()
-  merge.base_weight = 0.5  # alpha of eq. 6, the weight of the base [paper]; table 3's alpha is 1 - base_weight
+  # alpha of eq. 6, the weight of the base [paper]; table 3's alpha is 1 - base_weight. A number; a list over the
+  # layers, first to last; or auto: chosen in each round on questions that are held out (merge.auto).
+  merge.base_weight = config_dict.FieldReference(0.5, field_type=object)
   merge.drop_rate = 0.2  # DARE's p [code]
   merge.delta_ref = "start"  # delta = tuned - start of the round (eq. 5), or tuned - "base" [code]
+  merge.sweep = ()  # more base weights that are merged and evaluated beside, and lead nowhere
+  merge.auto = auto = ml_collections.ConfigDict()
+  auto.weights = (0.1, 0.3, 0.5, 0.7, 0.9)  # that are tried
+  auto.general = ("groups", "compare")  # tasks whose train splits stand for what is to be kept, as in task.ood
+  auto.questions = 200  # held-out questions of the in-domain task, and of each of these
+  auto.groups = 0  # of layers, each with a weight of its own; 0 for one weight
+  auto.step = 0.2  # by which a group's weight is tried higher and lower
 
   config.eval = evaluation = ml_collections.ConfigDict()
   evaluation.max_new_tokens = 512  # greedy, zero-shot [paper]
   evaluation.batch_size = 64  # questions decoded at once
+  evaluation.num_samples = 0  # M, samples of each question for pass@k and the majority vote; 0 for greedy answers only
+  evaluation.pass_at_k = (1, 2, 4, 8, 16, 32, 64)  # those up to M
+  evaluation.temperature = 0.6  # of the samples [ours]
+  evaluation.top_p = 1.0  # of the samples
 
   config.profile = ""  # steps of each round's SFT that the profiler records, such as "10:13", into WORKDIR/profile
 
@@ -68,3 +100,7 @@ def get_config() -> ml_collections.ConfigDict:
   mesh.fsdp = -1  # devices that a copy's weights and moments are split over; -1 for one of them takes all that are left
   mesh.tensor = 1  # devices that the work on each row is split over
   return config
+
+
+def _strings(*names: str) -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(dict.fromkeys(names, ""))

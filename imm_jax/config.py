@@ -11,72 +11,133 @@ from imm_jax.errors import UserError, nearest
 from imm_jax.merging import quantise_drop_rate
 from imm_jax.model import attention
 from imm_jax.model.decoder import REMAT
+from imm_jax.stages import questions
 from imm_jax.training import throughput
 
-METHODS = ("imm", "star", "real")
+METHODS = ("imm", "star", "data_mixture", "data_accumulation", "real")
+MERGES = ("imm",)  # those that merge with the base after SFT
+REUSES = ("data_mixture", "data_accumulation")  # those that train on answers of earlier rounds, too
+INTERVENTIONS = ("none",)
 DTYPES = ("bfloat16", "float32")
 # Keys that say how a run is computed, not what: they may change between two starts of it.
 HOW = ("mesh", "profile", "sft.accumulation", "sft.attention", "sft.log_every", "sft.max_to_keep", "sft.remat",
        "sft.save_interval", "sft.state_dir")
 
+_ONE_OF = {"method": METHODS, "task.kind": ("number", "latex", "choice"), "prompt.style": ("plain", "chat"),
+           "sft.schedule": ("cosine", "linear", "constant"), "sft.intervention": INTERVENTIONS,
+           "sft.compute_dtype": DTYPES, "sft.remat": tuple(REMAT), "sft.attention": attention.BACKENDS,
+           "sample.compute_dtype": DTYPES, "merge.delta_ref": ("start", "base")}
+_AT_LEAST_ONE = ("rounds", "sample.num_samples", "sample.max_new_tokens", "sample.batch_size", "sft.epochs",
+                 "sft.global_batch", "sft.accumulation", "sft.row_length", "sft.log_every", "sft.save_interval",
+                 "sft.max_to_keep", "eval.max_new_tokens", "eval.batch_size", "merge.auto.questions")
+_AT_LEAST_ZERO = ("seed", "prompt.few_shot", "task.questions_per_round", "task.eval_questions", "eval.num_samples",
+                  "merge.auto.groups")
+_FINITE = ("sft.weight_decay", "sft.grad_clip", "eval.temperature")
+_SHARES = ("merge.auto.step", "data.mixture_share", "data.real_fraction")
+_POSITIVE = ("sft.learning_rate", "sft.max_norm")
+_POSITIVE_SHARES = ("sample.top_p", "eval.top_p", "sft.gradient_decay", "sft.top_share")
 
-def validate(config: ml_collections.ConfigDict) -> None:
+
+def validate(config: ml_collections.ConfigDict, *, trains: bool = True) -> None:
   """Raises UserError for the first value that cannot work: its key, the value, what would be right.
 
-  What depends on the machine (mesh, batch over devices) is checked when the devices are known, in `stages`.
+  Without `trains` the questions to train on are not looked at. What depends on the machine (mesh, batch over devices)
+  is checked when the devices are known, in `stages`.
   """
-  one_of = [("method", METHODS), ("task.name", tasks.NAMES), ("sft.schedule", ("cosine", "linear", "constant")),
-            ("merge.delta_ref", ("start", "base")), ("sft.compute_dtype", DTYPES), ("sample.compute_dtype", DTYPES),
-            ("sft.remat", tuple(REMAT)), ("sft.attention", attention.BACKENDS)]
-  for key, allowed in one_of:
+  for key, allowed in _ONE_OF.items():
     value = _get(config, key)
     if value not in allowed:
       raise UserError(f"config.{key}={value!r}: {nearest(str(value), list(allowed))}")
-  for name in config.task.ood:
-    if name not in tasks.NAMES:
-      raise UserError(f"config.task.ood has {name!r}: {nearest(str(name), list(tasks.NAMES))}")
-    if name == config.task.name:
-      raise UserError(f"config.task.ood has {name!r}, which is the in-domain task")
-  if len(set(config.task.ood)) < len(config.task.ood):
-    raise UserError(f"config.task.ood={config.task.ood} names a task twice")
-  for key in ("rounds", "task.questions_per_round", "task.eval_questions", "sample.num_samples",
-              "sample.max_new_tokens", "sample.batch_size", "sft.epochs", "sft.global_batch", "sft.accumulation",
-              "sft.row_length", "sft.log_every", "sft.save_interval", "sft.max_to_keep", "eval.max_new_tokens",
-              "eval.batch_size"):
-    require(config, key, lambda v: 1 <= v < 2**31, "expected 1 or more, less than 2**31")
-  for key in ("seed", "prompt.few_shot"):
-    require(config, key, lambda v: v >= 0, "expected 0 or more")
-  for key in ("sft.weight_decay", "sft.grad_clip"):
-    require(config, key, lambda v: math.isfinite(v) and v >= 0, "expected a number >= 0")
-  require(config, "sft.learning_rate", lambda v: math.isfinite(v) and v > 0, "expected a number > 0")
-  require(config, "sft.warmup_ratio", lambda v: 0 <= v < 1, "expected 0 <= warmup_ratio < 1")
-  require(config, "sample.top_p", lambda v: 0 < v <= 1, "expected 0 < top_p <= 1")
-  require(config, "merge.base_weight", lambda v: 0 <= v <= 1, "expected 0 <= base_weight <= 1")
-  require(config, "seed", lambda v: v < 2**32, "expected less than 2**32")
+  for keys, check, expected in (
+      (_AT_LEAST_ONE, lambda v: 1 <= v < 2**31, "expected 1 or more, less than 2**31"),
+      (_AT_LEAST_ZERO, lambda v: 0 <= v < 2**31, "expected 0 or more, less than 2**31"),
+      (_FINITE, lambda v: math.isfinite(v) and v >= 0, "expected a number >= 0"),
+      (_POSITIVE, lambda v: math.isfinite(v) and v > 0, "expected a number > 0"),
+      (_SHARES, lambda v: 0 <= v <= 1, "expected a share, from 0 to 1"),
+      (_POSITIVE_SHARES, lambda v: 0 < v <= 1, "expected more than 0 and at most 1"),
+      (("sft.warmup_ratio",), lambda v: 0 <= v < 1, "expected 0 <= warmup_ratio < 1")):
+    for key in keys:
+      require(config, key, check, expected)
   if not all(isinstance(s, str) and s for s in config.sample.stop):
     raise UserError(f"config.sample.stop={config.sample.stop}: expected strings that are not empty")
   if not config.sample.temperatures or not all(
       isinstance(t, int | float) and math.isfinite(t) and t >= 0 for t in config.sample.temperatures):
     raise UserError(f"config.sample.temperatures={config.sample.temperatures}: expected one or more numbers >= 0")
+  if not all(isinstance(k, int) and k >= 1 for k in config.eval.pass_at_k):
+    raise UserError(f"config.eval.pass_at_k={config.eval.pass_at_k}: expected whole numbers, 1 or more")
   try:
     throughput.window(config.profile)
   except ValueError as e:
     raise UserError(f"config.profile={e}") from e
+  _validate_merge(config)
+  _validate_data(config)
+  _validate_tasks(config, trains)
+
+
+def _validate_merge(config: ml_collections.ConfigDict) -> None:
+  merge = config.merge
   try:
-    quantise_drop_rate(config.merge.drop_rate)
+    quantise_drop_rate(merge.drop_rate)
   except ValueError as e:
     raise UserError(f"config.merge.{e}") from e
+  weights = merge.base_weight if isinstance(merge.base_weight, tuple | list) else [merge.base_weight]
+  if merge.base_weight != "auto" and not (weights and all(map(_is_weight, weights))):
+    raise UserError(f"config.merge.base_weight={merge.base_weight!r}: expected a number from 0 to 1, a list of them "
+                    "over the layers, or auto")
+  for key, values in (("sweep", merge.sweep), ("auto.weights", merge.auto.weights)):
+    if not all(map(_is_weight, values)) or len(set(values)) < len(values):
+      raise UserError(f"config.merge.{key}={values}: expected different numbers from 0 to 1")
+  if merge.base_weight == "auto" and config.method in MERGES and not (merge.auto.weights and merge.auto.general):
+    raise UserError("config.merge.base_weight=auto needs one or more of merge.auto.weights and of merge.auto.general")
+
+
+def _is_weight(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _validate_data(config: ml_collections.ConfigDict) -> None:
+  data = config.data
+  if config.method == "real" and (data.real_fraction or config.teacher):
+    raise UserError("config.method=real trains on worked answers alone: data.real_fraction and teacher mean nothing "
+                    "beside it")
+  if data.with_real and config.method != "data_accumulation":
+    raise UserError(f"config.data.with_real: is for method=data_accumulation; {config.method} has data.real_fraction")
+  if data.with_real and data.real_fraction:
+    raise UserError("config.data.with_real adds all real answers, so data.real_fraction means nothing beside it")
+  if config.teacher and data.real_fraction == 1:
+    raise UserError("config.data.real_fraction=1 samples nothing, so teacher means nothing beside it")
+
+
+def _validate_tasks(config: ml_collections.ConfigDict, trains: bool) -> None:
+  entries = [("task.name", config.task.name), *(("task.ood", e) for e in config.task.ood)]
+  if config.merge.base_weight == "auto":
+    entries += [("merge.auto.general", e) for e in config.merge.auto.general]
+  for key, entry in entries:
+    name = questions.name_of(str(entry))
+    if name not in tasks.NAMES:
+      raise UserError(f"config.{key} has {name!r}: {nearest(name, list(tasks.NAMES))}")
+  ood = [questions.name_of(entry) for entry in config.task.ood]
+  if config.task.name in ood:
+    raise UserError(f"config.task.ood has {config.task.name!r}, which is the in-domain task")
+  if len(set(ood)) < len(ood):
+    raise UserError(f"config.task.ood={config.task.ood} names a task twice")
   try:
-    tasks.load(config.task.name, split="train", seed=config.seed,
-               count=config.prompt.few_shot + config.rounds * config.task.questions_per_round)
+    questions.of_tests(config)
+  except ValueError as e:
+    raise UserError(f"config.task.eval_questions={config.task.eval_questions}: {e}") from e
+  if not trains:
+    return
+  try:
+    questions.of_round(config, config.rounds - 1)
   except ValueError as e:
     raise UserError(f"config.task.questions_per_round={config.task.questions_per_round} in {config.rounds} rounds: {e}"
                     ) from e
-  for name in (config.task.name, *config.task.ood):
+  if config.merge.base_weight == "auto" and config.method in MERGES:
     try:
-      tasks.load(name, split="test", count=config.task.eval_questions, seed=0)
+      for entry in config.merge.auto.general:
+        questions.load(config, entry, split="train", count=config.merge.auto.questions)
     except ValueError as e:
-      raise UserError(f"config.task.eval_questions={config.task.eval_questions}: {e}") from e
+      raise UserError(f"config.merge.auto.questions={config.merge.auto.questions}: {e}") from e
 
 
 def _get(config: ml_collections.ConfigDict, key: str) -> Any:

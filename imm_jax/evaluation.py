@@ -1,6 +1,9 @@
-"""Accuracy with its uncertainty."""
+"""Figures of merit with their uncertainty: accuracy, pass@k, majority vote."""
 
+import collections
+import functools
 import math
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 
@@ -8,7 +11,7 @@ class Accuracy(NamedTuple):
   """A share of right answers.
 
   Attributes:
-    value: correct / n.
+    value: the share.
     n: number of questions.
     low: lower end of the 95 % interval.
     high: upper end.
@@ -31,9 +34,70 @@ def accuracy(correct: int, n: int) -> Accuracy:
   """
   if n <= 0 or not 0 <= correct <= n:
     raise ValueError(f"{correct} correct of {n}")
+  return _wilson(correct / n, n)
+
+
+def mean(scores: Sequence[float]) -> Accuracy:
+  """The mean of a score in [0, 1] over the questions.
+
+  Among all scores in [0, 1] with this mean those that are 0 or 1 vary most, so Wilson's interval covers any.
+
+  Raises:
+    ValueError: without a score, or for one outside.
+
+  >>> [round(x, 3) for x in mean([0.5, 1.0, 0.9])]
+  [0.8, 3, 0.282, 0.977]
+  """
+  if not scores or not all(0 <= score <= 1 for score in scores):
+    raise ValueError("expected one or more scores from 0 to 1")
+  return _wilson(min(1.0, math.fsum(scores) / len(scores)), len(scores))
+
+
+def _wilson(p: float, n: int) -> Accuracy:
   z = 1.959963984540054
-  p, z2n = correct / n, z * z / n
+  z2n = z * z / n
   centre = (p + z2n / 2) / (1 + z2n)
   half = z * math.sqrt(p * (1 - p) / n + z2n / (4 * n)) / (1 + z2n)
   # Rounding must not push an end past the value (0 or n correct).
   return Accuracy(p, n, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)))
+
+
+def pass_at_k(num_samples: int, correct: int, k: int) -> float:
+  """1 - C(M - c, k) / C(M, k): the probability that of k samples, drawn from M of which c are right, one is right.
+
+  The unbiased estimator of M. Chen et al., "Evaluating Large Language Models Trained on Code" (2021), in whole numbers
+  and rounded once.
+
+  Args:
+    num_samples: M.
+    correct: c.
+    k: samples drawn.
+
+  Raises:
+    ValueError: unless 0 <= c <= M and 1 <= k <= M.
+
+  >>> pass_at_k(4, 1, 2)
+  0.5
+  """
+  if not 0 <= correct <= num_samples or not 1 <= k <= num_samples:
+    raise ValueError(f"pass@{k} with {correct} right of {num_samples} samples: expected 0 <= right <= samples and "
+                     "1 <= k <= samples")
+  return _pass_at_k(num_samples, correct, k)
+
+
+@functools.lru_cache(maxsize=65536)  # many questions have the same counts
+def _pass_at_k(num_samples: int, correct: int, k: int) -> float:
+  total = math.comb(num_samples, k)
+  return (total - math.comb(num_samples - correct, k)) / total
+
+
+def majority(answers: Sequence[Hashable | None]) -> int | None:
+  """The index of the first sample with the most common answer (X. Wang et al., "Self-consistency", 2023).
+
+  None does not vote; of answers that are as common the first given wins; None where nobody votes.
+
+  >>> majority(["7", None, "8", "8"]), majority(["7", "8"]), majority([None])
+  (2, 0, None)
+  """
+  votes = collections.Counter(answer for answer in answers if answer is not None)
+  return answers.index(votes.most_common(1)[0][0]) if votes else None

@@ -4,73 +4,152 @@
 """
 
 import contextlib
-import functools
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 
-from imm_jax import __version__, distributed, files, memory, report, rundir, stages
-from imm_jax.config import HOW
+from imm_jax import __version__, cost, distributed, files, memory, report, rundir
+from imm_jax.config import HOW, MERGES, REUSES
 from imm_jax.model import folder, hf, hub
-from imm_jax.model.config import ModelConfig
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.rundir import Stage
+from imm_jax.stages import evaluating, merging, questions, sampling, selection, tuning
+from imm_jax.stages.devices import mesh_of
 from imm_jax.training.checkpoints import check_folder
 
+# Settings of greedy answers, wherever they are asked for.
+_ANSWERING = ("eval", "sample.stop", "sample.compute_dtype")
 
-def plan(config: ml_collections.ConfigDict, base: Path, root: Path) -> list[Stage]:
-  """All stages of a run in order; `base` is the base model's folder, `root` the run directory."""
-  settings = config.to_dict()
-  result = [_evaluation(config, base, root, "base/eval", "base", -1)]
+
+def plan(config: ml_collections.ConfigDict, base: Path, root: Path, teacher: Path | None = None) -> list[Stage]:
+  """All stages of a run in order.
+
+  Args:
+    config: of the run.
+    base: the base model's folder.
+    root: the run directory.
+    teacher: the folder of the model that samples, or None for the model that the round starts from.
+  """
+  settings, auto = config.to_dict(), _is_auto(config)
+  result: list[Stage] = []
+
+  def add(name: str, needs: Sequence[str], keys: Sequence[str], what: str, make: Callable[..., dict[str, Any]], *,
+          with_inputs: bool = False, **options: Any) -> None:
+    result.append(Stage(name, tuple(needs), _pick(settings, *keys), what,
+                        make if with_inputs else lambda out, _: make(out), **options))
+
+  def evaluate(model: Path, name: str, need: str, round_: int) -> None:
+    add(name, (need,), ("seed", "task", "prompt", *_ANSWERING), _evaluation_plan(config),
+        partial(evaluating.stage, config, model, root, name, round_), everywhere=True)
+
+  asks = ("seed", "task", "prompt", *(("merge.auto.questions",) if auto else ()))
+  samples = config.method != "real" and config.data.real_fraction < 1
+  if samples and config.prompt.few_shot:
+    add("few_shot.jsonl", (), asks, f"the {config.prompt.few_shot} worked examples of the prompt",
+        partial(sampling.write_shots, config))
+  evaluate(base, "base/eval", "base", -1)
   start, start_name = base, "base"
   for t in range(config.rounds):
-    name = f"round_{t}"
-    here = root / name
-    add = functools.partial(_stage, result, name)
-    if config.method == "real":
-      add("train.jsonl", (), _pick(settings, "seed", "task", "prompt"),
-          f"{config.task.questions_per_round} gold answers", functools.partial(stages.gold_answers, config, t))
-    else:
-      count = config.task.questions_per_round * config.sample.num_samples
-      add("samples.jsonl", (start_name,), _pick(settings, "seed", "task", "prompt", "sample"),
-          f"{config.task.questions_per_round} questions x {config.sample.num_samples} = {count} answers, up to "
-          f"{count * config.sample.max_new_tokens:,} tokens", functools.partial(stages.synthesize, config, start, t),
-          everywhere=True)
-      add("train.jsonl", (f"{name}/samples.jsonl",), {}, "keep the right answers",
-          functools.partial(stages.keep_correct, here / "samples.jsonl"))
-    result.append(Stage(f"{name}/sft", (start_name, f"{name}/train.jsonl"), _pick(settings, "seed", "prompt", "sft"),
-                        f"{config.sft.epochs} epochs, {config.sft.global_batch} answers a step",
-                        functools.partial(stages.fine_tune, config, start, here / "train.jsonl", root, t),
-                        everywhere=True, scratch=stages.states_folder(config, root, t)))
-    result.append(_evaluation(config, here / "sft", root, f"{name}/eval/sft", f"{name}/sft", t))
-    if config.method == "imm":
-      add("merged", ("base", start_name, f"{name}/sft"), _pick(settings, "seed", "merge"),
+    here, name = root / f"round_{t}", f"round_{t}"
+    train, tuned = here / "train.jsonl", here / "sft"
+    if samples:
+      sampler, sampler_name = (teacher, "teacher") if teacher else (start, start_name)
+      add(f"{name}/samples.jsonl", (sampler_name,), (*asks, "sample"), _sampling_plan(config),
+          partial(sampling.synthesize, config, sampler, t), everywhere=True)
+    drawn = [f"round_{s}/samples.jsonl" for s in range(t + 1)] if samples else []
+    add(f"{name}/train.jsonl", drawn if config.method in REUSES else drawn[-1:], (*asks, "method", "data"),
+        _selection_plan(config), partial(selection.select, config, [root / name for name in drawn], t))
+    add(f"{name}/sft", (start_name, f"{name}/train.jsonl"), ("seed", "prompt", "sft"),
+        f"{config.sft.epochs} epochs, {config.sft.global_batch} answers a step",
+        partial(tuning.fine_tune, config, start, train, root, t), with_inputs=True, everywhere=True,
+        scratch=tuning.states_folder(config, root, t))
+    evaluate(tuned, f"{name}/eval/sft", f"{name}/sft", t)
+    if config.method in MERGES:
+      models = merging.Models(base, start, tuned, here / "importance.json" if config.method == "iimm" else None)
+      inputs = ["base", start_name, f"{name}/sft"]
+      if models.importance:
+        add(f"{name}/importance.json", (start_name, f"{name}/train.jsonl"), ("seed", "prompt", "sft"),
+            "of each layer of the start, on train.jsonl (eq. 3)", partial(tuning.importance, config, start, train),
+            everywhere=True)
+        inputs.append(f"{name}/importance.json")
+      if config.merge.sweep:
+        add(f"{name}/sweep", inputs, ("seed", "merge"), f"base weights {config.merge.sweep}",
+            partial(merging.sweep, config, models, t))
+        for weight in config.merge.sweep:
+          evaluate(here / "sweep" / f"{weight:g}", f"{name}/eval/sweep_{weight:g}", f"{name}/sweep", t)
+      weight_file = here / "base_weight.json" if auto else None
+      if weight_file:
+        add(f"{name}/base_weight.json", inputs, (*asks, "merge", *_ANSWERING), _choice_plan(config),
+            partial(merging.choose_weight, config, models, t, here / "trial"), everywhere=True,
+            scratch=str(here / "trial"))
+        inputs = [*inputs, f"{name}/base_weight.json"]
+      add(f"{name}/merged", inputs, ("seed", "merge"),
           f"base_weight {config.merge.base_weight}, drop_rate {config.merge.drop_rate}",
-          functools.partial(stages.merge, config, base, start, here / "sft", t))
-      result.append(_evaluation(config, here / "merged", root, f"{name}/eval/merged", f"{name}/merged", t))
-    start_name = f"{name}/{'merged' if config.method == 'imm' else 'sft'}"
+          partial(merging.merge, config, models, t, weight_file))
+      evaluate(here / "merged", f"{name}/eval/merged", f"{name}/merged", t)
+    start_name = f"{name}/{'merged' if config.method in MERGES else 'sft'}"
     start = root / start_name
   return result
+
+
+def _is_auto(config: ml_collections.ConfigDict) -> bool:
+  return config.method in MERGES and config.merge.base_weight == "auto"
+
+
+def _evaluation_plan(config: ml_collections.ConfigDict) -> str:
+  samples = f", {config.eval.num_samples} samples each" if config.eval.num_samples else ""
+  return f"{1 + len(config.task.ood)} tasks x {config.task.eval_questions or 'all'} questions{samples}"
+
+
+def _choice_plan(config: ml_collections.ConfigDict) -> str:
+  auto = config.merge.auto
+  groups = f", up to {2 * auto.groups} more by groups of layers" if auto.groups else ""
+  return f"{len(auto.weights)} base weights{groups}, on {1 + len(auto.general)} x {auto.questions} held-out questions"
+
+
+def _sampling_plan(config: ml_collections.ConfigDict) -> str:
+  asked = config.task.questions_per_round
+  if not asked:
+    return f"{config.sample.num_samples} answers to every train question"
+  count = asked * config.sample.num_samples
+  return (f"{asked} questions x {config.sample.num_samples} = {count} answers, up to "
+          f"{count * config.sample.max_new_tokens:,} tokens")
+
+
+def _selection_plan(config: ml_collections.ConfigDict) -> str:
+  data, real = config.data, "real worked answers"
+  if config.method == "real" or data.real_fraction == 1:
+    return real
+  parts = {"data_mixture": f"the right answers, and {data.mixture_share:.0%} of each earlier round's",
+           "data_accumulation": "the right answers of all rounds so far"}.get(config.method, "the right answers")
+  if config.method == "data_accumulation" and data.with_real:
+    return f"{parts}, and {real}"
+  return f"{parts}, {data.real_fraction:.0%} {real}" if data.real_fraction else parts
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs what is not done yet, then prints the table and writes the report."""
   root = Path(workdir)
   rundir.check(workdir, config)
-  with distributed.FailTogether(root), _opened(config, workdir) as (base, directory):
+  with distributed.FailTogether(root), _opened(config, workdir) as (found, directory):
     # The bits of a sum on CPU depend on how many threads share it.
     threads = {"threads": len(os.sched_getaffinity(0))} if jax.default_backend() == "cpu" else {}
     directory.note(versions=_versions(), devices=[d.device_kind for d in jax.devices()], method=config.method,
-                   tasks={"id": config.task.name, "ood": list(config.task.ood)}, **threads)
-    external = {"base": folder.digest(base)} if distributed.is_main() else {}
-    if distributed.is_main() and not directory.facts:
-      hf.check_bytes(base)
-    steps = plan(config, base, root)
+                   tasks={"id": config.task.name, "ood": [questions.name_of(entry) for entry in config.task.ood]},
+                   **threads)
+    external = {}
+    if distributed.is_main():
+      external = {name: folder.digest(model) for name, model in found.items()}
+      if not directory.facts:
+        for model in found.values():
+          hf.check_bytes(model)
+    steps = plan(config, found["base"], root, found.get("teacher"))
     ran = sum(directory.run(stage, external) for stage in steps)
     if distributed.is_main():
       print(f"{ran} of {len(steps)} stages were run, the others were done before")
@@ -82,26 +161,27 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 @contextlib.contextmanager
-def _opened(config: ml_collections.ConfigDict, workdir: str) -> Iterator[tuple[Path, rundir.RunDir]]:
-  """The base model's folder and the run directory, both looked at before anything is spent."""
-  base, _ = _check(config)
+def _opened(config: ml_collections.ConfigDict, workdir: str) -> Iterator[tuple[dict[str, Path], rundir.RunDir]]:
+  """The models' folders and the run directory, all looked at before anything is spent."""
+  found = _check(config)
   if config.sft.state_dir and distributed.is_main():
     check_folder(config.sft.state_dir)  # now, for training comes late
   with rundir.RunDir(workdir, config) as directory:
     distributed.check_shared(directory.path)
-    yield base, directory
+    yield found, directory
 
 
 def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Prints what `run` would do and changes nothing."""
   root = Path(workdir)
-  base, model = _check(config)
+  found = _check(config)
   rundir.check(workdir, config)
-  record = rundir.read_record(root)
-  external = {"base": folder.digest(base) if record["stages"] else ""}  # a large model takes a while
   if not distributed.is_main():
     return
-  steps = plan(config, base, root)
+  record = rundir.read_record(root)
+  # A large model takes a while.
+  external = {name: folder.digest(model) if record["stages"] else "" for name, model in found.items()}
+  steps = plan(config, found["base"], root, found.get("teacher"))
   waiting: set[str] = set()
   print(f"{'stage':<24}{'state':<8}work")
   for stage in steps:
@@ -111,36 +191,29 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
       waiting.add(stage.name)
     again = f" ({reason})" if reason not in (None, "run") else ""
     print(f"{stage.name:<24}{'to do' if stage.name in waiting else 'done':<8}{stage.plan}{again}")
-  print(f"\n{len(waiting)} of {len(steps)} stages to do; {memory.estimate(config, model, stages.mesh_of(config))}")
+  sizes = memory.estimate(config, hf.read_config(found["base"]), mesh_of(config))
+  print(f"\n{len(waiting)} of {len(steps)} stages to do; {sizes}\n"
+        f"the whole run: {cost.estimate(config, hf.read_config(found['base']), record)}")
 
 
-def _check(config: ml_collections.ConfigDict) -> tuple[Path, ModelConfig]:
-  """The base model's folder and config; what cannot work ends the run before anything is spent."""
-  base = hub.resolve(config.model)
-  model = hf.check(base)
-  load_tokenizer(base, rows=model.vocab_size)
-  stages.mesh_of(config)
-  return base, model
-
-
-def _evaluation(config: ml_collections.ConfigDict, model: Path, root: Path, name: str, need: str, round_: int) -> Stage:
-  names = (config.task.name, *config.task.ood)
-  settings = _pick(config.to_dict(), "task", "prompt", "eval") | {
-      "stop": list(config.sample.stop), "compute_dtype": config.sample.compute_dtype}
-  evaluate = functools.partial(stages.evaluate, config, model, root, name, round_)
-  return Stage(name, (need,), settings, f"{len(names)} tasks x {config.task.eval_questions} questions",
-               lambda out, _: evaluate(out), everywhere=True)
-
-
-def _stage(result: list[Stage], round_name: str, target: str, needs: tuple[str, ...], settings: dict[str, Any],
-           what: str, make: Callable[[Path], dict[str, Any]], *, everywhere: bool = False) -> None:
-  result.append(Stage(f"{round_name}/{target}", needs, settings, what, lambda out, _: make(out), everywhere))
+def _check(config: ml_collections.ConfigDict) -> dict[str, Path]:
+  """The folders of the base model and of the teacher; what cannot work ends the run before anything is spent."""
+  found = {"base": hub.resolve(config.model)} | ({"teacher": hub.resolve(config.teacher)} if config.teacher else {})
+  for model in found.values():
+    load_tokenizer(model, rows=hf.check(model).vocab_size)
+  mesh_of(config)
+  return found
 
 
 def _pick(settings: dict[str, Any], *keys: str) -> dict[str, Any]:
-  """Some of the settings, without those that do not change what comes out."""
-  return {key: {k: v for k, v in settings[key].items() if f"{key}.{k}" not in HOW}
-          if isinstance(settings[key], dict) else settings[key] for key in keys}
+  """Some of the settings (`sft`, `sample.stop`), without those that do not change what comes out."""
+  picked = {}
+  for key in keys:
+    value: Any = settings
+    for part in key.split("."):
+      value = value[part]
+    picked[key] = {k: v for k, v in value.items() if f"{key}.{k}" not in HOW} if isinstance(value, dict) else value
+  return picked
 
 
 def _versions() -> dict[str, str]:

@@ -12,7 +12,8 @@ system that all share holds --workdir); on Slurm and Cloud TPU (--distributed=on
 from absl import flags
 from ml_collections import config_flags
 
-from imm_jax import cli, config, distributed, loop
+from imm_jax import cli, config, distributed, experiments, loop
+from imm_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Settings; change one with --config.key=value (configs/common.py explains them).")
@@ -37,14 +38,18 @@ flags.register_multi_flags_validator(
 
 def main() -> None:
   settings = cli.config_of(_CONFIG)
-  config.validate(settings)
+  several = experiments.is_experiment(settings)
+  (experiments if several else config).validate(settings)
   if _COMPILE_ONLY.value:
+    if several:
+      raise UserError("--compile_only: takes the config of a single run")
     from imm_jax.aot import check  # late: only this needs it
     check.run(settings, topology_name=_TOPOLOGY.value, slices=_SLICES.value, rows_per_chip=_ROWS_PER_CHIP.value)
     return
   distributed.start(_DISTRIBUTED.value, coordinator=_COORDINATOR.value, num_processes=_NUM_PROCESSES.value,
                     process_id=_PROCESS_ID.value)
-  (loop.dry_run if _DRY_RUN.value else loop.run)(settings, _WORKDIR.value)
+  runner = experiments if several else loop
+  (runner.dry_run if _DRY_RUN.value else runner.run)(settings, _WORKDIR.value)
 
 
 if __name__ == "__main__":

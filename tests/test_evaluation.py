@@ -1,11 +1,14 @@
-"""Accuracy and Wilson's interval."""
+"""Accuracy with Wilson's interval, pass@k, majority vote."""
 
+import itertools
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from imm_jax.evaluation import accuracy
+from imm_jax.evaluation import accuracy, majority, mean, pass_at_k
 
 Z = 1.959963984540054
 
@@ -61,3 +64,54 @@ def test_none_or_all_right_keeps_an_interval():
 def test_counts_that_cannot_be_are_an_error(correct, n):
   with pytest.raises(ValueError, match=f"{correct} correct of {n}"):
     accuracy(correct, n)
+
+
+@pytest.mark.parametrize("num_samples", range(1, 8))
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(num_samples):
+  for correct, k in itertools.product(range(num_samples + 1), range(1, num_samples + 1)):
+    subsets = list(itertools.combinations([i < correct for i in range(num_samples)], k))
+    assert pass_at_k(num_samples, correct, k) == sum(map(any, subsets)) / len(subsets)
+
+
+@pytest.mark.parametrize(("correct", "k"), [(0, 100), (1, 1), (1, 5000), (3, 7), (17, 100), (5000, 1), (9_999, 1)])
+def test_pass_at_k_of_ten_thousand_samples_is_exact(correct, k):
+  """Against the product 1 - prod (M - c - i) / (M - i), in fractions and rounded once."""
+  miss = Fraction(1)
+  for i in range(k):
+    miss *= Fraction(max(0, 10_000 - correct - i), 10_000 - i)
+  assert pass_at_k(10_000, correct, k) == float(1 - miss)
+
+
+@pytest.mark.parametrize(("num_samples", "correct", "k"), [(4, 5, 1), (4, -1, 1), (4, 1, 0), (4, 1, 5), (0, 0, 1)])
+def test_pass_at_k_of_what_cannot_be_is_an_error(num_samples, correct, k):
+  with pytest.raises(ValueError, match=f"pass@{k} with {correct} right of {num_samples} samples"):
+    pass_at_k(num_samples, correct, k)
+
+
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=50))
+def test_the_mean_of_right_and_wrong_is_the_accuracy(scores):
+  assert mean(scores) == accuracy(sum(scores), len(scores))
+
+
+def test_the_interval_of_a_mean_covers():
+  """Scores of questions that are answered with probabilities of their own, as pass@k's are."""
+  rng = np.random.default_rng(0)
+  inside = 0
+  for _ in range(300):
+    scores = rng.beta(0.5, 0.8, size=60)
+    found = mean(scores.tolist())
+    inside += found.low <= 0.5 / 1.3 <= found.high
+  assert inside >= 0.95 * 300
+
+
+@pytest.mark.parametrize("scores", [[], [1.5], [0.5, -0.1], [math.nan]])
+def test_scores_outside_are_an_error(scores):
+  with pytest.raises(ValueError, match="scores from 0 to 1"):
+    mean(scores)
+
+
+@pytest.mark.parametrize(("answers", "winner"), [
+    (["a"], 0), (["a", "b", "b"], 1), (["a", "b"], 0), (["b", "a", "a", "b"], 0), ([None, None, "c"], 2),
+    ([None], None), ([], None)])
+def test_majority_is_the_first_of_the_most_common_answers(answers, winner):
+  assert majority(answers) == winner

@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imm_jax import stages
-from imm_jax.errors import UserError
 from imm_jax.model import hf, safetensors
 
 REPO = Path(__file__).parent.parent
@@ -284,15 +282,6 @@ def test_a_damaged_run_directory_is_one_line(finished: Path, environment: dict[s
   done = start(tmp_path / "run", environment)
   assert done.returncode == 1
   assert expected in one_line(done.stderr)
-
-
-@pytest.mark.parametrize(("row", "expected"), [("{}", "'id' is missing or no str"), ("[]", "not a JSON object"),
-                                               ("nonsense", "not a JSON object")])
-def test_damaged_samples_are_named_with_their_line(row: str, expected: str, tmp_path: Path):
-  good = {"id": "a", "question": "q", "text": "t", "finish": "stop", "span": "1", "correct": True}
-  (tmp_path / "samples.jsonl").write_text(json.dumps(good) + "\n" + row + "\n")
-  with pytest.raises(UserError, match=f"samples.jsonl:2: {expected}"):
-    stages.keep_correct(tmp_path / "samples.jsonl", tmp_path / "out")
 
 
 @pytest.mark.parametrize("dry_run", [False, True])

@@ -9,11 +9,19 @@ from imm_jax.evaluation import Accuracy, accuracy
 
 
 class Model(NamedTuple):
-  """One evaluated model: `base`, or `sft` or `merged` of a round (base has round -1)."""
+  """One evaluated model.
+
+  Attributes:
+    kind: `base`, or of a round `sft`, `merged`, or `merged 0.3`, a base weight of the sweep.
+    round: -1 for the base.
+    scores: greedy accuracy by task.
+    sampled: by task, figures of its samples by name (`pass@4`, `majority@16`).
+  """
 
   kind: str
   round: int
   scores: dict[str, Accuracy]
+  sampled: dict[str, dict[str, Accuracy]]
 
   @property
   def label(self) -> str:
@@ -54,14 +62,22 @@ class Results(NamedTuple):
     rounds = sorted({int(name.split("/")[0].removeprefix("round_")) for name in stages if name.startswith("round_")})
     places = [("base", -1, "base/eval")]
     for t in rounds:
-      places += [("sft", t, f"round_{t}/eval/sft"), ("merged", t, f"round_{t}/eval/merged")]
-    models = tuple(
-        Model(kind, t, {task: Accuracy(**score) for task, score in stages[name]["facts"].items()})
-        for kind, t, name in places if name in stages)
+      found = [name for name in stages if name.startswith(f"round_{t}/eval/sweep_")]
+      places += [("sft", t, f"round_{t}/eval/sft"),
+                 *((f"merged {name.partition('sweep_')[2]}", t, name) for name in sorted(found)),
+                 ("merged", t, f"round_{t}/eval/merged")]
+    models = []
+    for kind, t, name in places:
+      if name in stages:
+        scores = {task: {metric: Accuracy(**score) for metric, score in found.items()}
+                  for task, found in stages[name]["facts"]["scores"].items()}
+        greedy = {task: found.pop("greedy") for task, found in scores.items()}
+        models.append(Model(kind, t, greedy, {task: found for task, found in scores.items() if found}))
     data = tuple({"round": t} | stages.get(f"round_{t}/samples.jsonl", {}).get("facts", {})
                  | stages.get(f"round_{t}/train.jsonl", {}).get("facts", {}) for t in rounds)
     config = files.read_json(root / "config.json")
-    return cls(record["method"], record["tasks"]["id"], tuple(record["tasks"]["ood"]), models, data, config)
+    return cls(record["method"], record["tasks"]["id"], tuple(record["tasks"]["ood"]), tuple(models), data,
+               config)
 
   def in_domain(self, model: Model) -> Accuracy:
     """Accuracy on the in-domain task."""
@@ -85,4 +101,15 @@ def table(results: Results) -> str:
   widths = [max(len(row[i]) for row in [columns, *lines]) for i in range(len(columns))]
   text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
           for row in [columns, *lines]]
+  text += _sampled(results)
   return "\n".join([f"accuracy, method {results.method}; ID is {results.id_task}; brackets are 95 % intervals", *text])
+
+
+def _sampled(results: Results) -> list[str]:
+  """Lines on pass@k and the majority vote, where answers were sampled."""
+  lines = []
+  for model in results.models:
+    for task, found in model.sampled.items():
+      figures = ", ".join(f"{name} {a.value:.3f} [{a.low:.3f}, {a.high:.3f}]" for name, a in found.items())
+      lines.append(f"{model.label}, {task}, n={next(iter(found.values())).n}: {figures}")
+  return lines

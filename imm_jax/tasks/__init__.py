@@ -20,3 +20,8 @@ def load(name: str, *, split: str, count: int, seed: int) -> list[Example]:
   ['choice', 'choice']
   """
   return arithmetic.generate(name, split=split, count=count, seed=seed)
+
+
+def is_endless(name: str) -> bool:
+  """Whether a task makes as many questions as it is asked for."""
+  return name in arithmetic.FAMILIES

@@ -188,3 +188,15 @@ def _negative(match: re.Match) -> bool:
     return not (before[-1:].isalnum() or before[-1:] in (")", "]", "}"))
   before = before.rstrip(" ")
   return not before or before[-1] in ":=($"
+
+
+def canonical(span: str, kind: str) -> str | None:
+  """What equal answers have in common, for votes; None where there is no answer.
+
+  >>> canonical("1,200.0", "number") == canonical("$1200", "number")
+  True
+  """
+  if not span:
+    return None
+  value = parse_number(span) if kind == "number" else None
+  return span if value is None else str(value)

@@ -1,0 +1,133 @@
+"""The paper's tables 2 to 9 and figures 2 to 13 (1 and 5 are drawings), each as the runs and analyses behind it.
+
+    python -m imm_jax.main --config=configs/paper.py:table=3 --workdir=runs/table3 --dry_run
+    python -m imm_jax.main --config=configs/paper.py:figure=7 --workdir=runs/figure7
+    python -m imm_jax.main --config=configs/paper.py:table=3,scale=tiny --workdir=runs/tiny3
+
+Every run has its folder in WORKDIR. `scale=tiny` keeps the plan and puts the embedded model and its tasks in place of
+the paper's. One run is changed with --config.runs.NAME.KEY=VALUE.
+"""
+
+import ml_collections
+
+from configs import arguments, llama, qwen, reasoning, tiny
+
+TABLES = tuple(map(str, range(2, 10)))
+FIGURES = ("2", "3", "4", "6", "7", "8", "9", "10", "11", "12", "13")
+# Section 5.1's models; figures 3 and 4 look at the last two.
+MODELS = {"qwen_0_5b": qwen.MODELS["0.5b"], "qwen_1_5b": qwen.MODELS["1.5b"], "llama2_7b": llama.MODELS["llama2-7b"],
+          "llama3_8b": llama.MODELS["llama3-8b"], "qwen_1_5b_base": "Qwen/Qwen2.5-1.5B",
+          "qwen_1_5b_math": "Qwen/Qwen2.5-Math-1.5B"}
+SIZES = ("qwen_0_5b", "qwen_1_5b", "llama2_7b")
+TASKS = ("gsm8k", "math")
+INTERVENTIONS = ("gradient_decay", "gradient_clipping", "weight_masking")
+SWEEP = (0.1, 0.3, 0.4, 0.6, 0.7, 0.9)  # base weights beside 0.5; table 3's alpha is 1 less these
+
+
+def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
+  given = arguments.parse(argument, table=("", *TABLES), figure=("", *FIGURES), scale=("paper", "tiny"))
+  table, figure, scale = given["table"], given["figure"], given["scale"]
+  if bool(table) == bool(figure):
+    raise ValueError("expected one table or figure, such as configs/paper.py:table=3 or configs/paper.py:figure=7")
+  name = f"table {table}" if table else f"figure {figure}"
+  runs, analyses = _PLANS[name](scale)
+  config = ml_collections.ConfigDict({"title": f"{name} of the paper" + " at tiny scale" * (scale == "tiny")})
+  config.runs = ml_collections.ConfigDict(runs)
+  config.analyses = ml_collections.ConfigDict(analyses)
+  return config
+
+
+def _runs(scale: str, models: tuple[str, ...], tasks: tuple[str, ...] = TASKS, **changes: object) -> dict:
+  """A run for each model and task, `imm` over one round unless changed; keys are dotted with double underscores."""
+  runs = {}
+  for model in models if scale == "paper" else ("tiny",):
+    for task in tasks if scale == "paper" else ("stories",):
+      config = reasoning.get_config(model=MODELS[model], task=task) if scale == "paper" else tiny.get_config()
+      config.rounds = 1
+      for key, value in changes.items():
+        if scale == "paper" or key not in ("task__ood", "teacher"):
+          config.update_from_flattened_dict({key.replace("__", "."): value})
+      if scale == "tiny" and "teacher" in changes:
+        config.teacher = "tiny"
+      runs[f"{model}_{task}"] = config
+  return runs
+
+
+def _named(prefix: str, runs: dict) -> dict:
+  return {f"{prefix}_{name}": config for name, config in runs.items()}
+
+
+def _methods(scale: str, models: tuple[str, ...], *methods: str, **changes: object) -> dict:
+  runs = {}
+  for method in methods:
+    runs |= _named(method, _runs(scale, models, method=method, **changes))
+  return runs
+
+
+def _importance(scale: str, model: str, task: str) -> dict[str, str]:
+  return {"kind": "importance", "model": MODELS[model] if scale == "paper" else "tiny",
+          "task": task if scale == "paper" else {"math": "stories"}.get(task, "groups")}
+
+
+def _change(scale: str, run: str, *models: str) -> dict[str, dict[str, str]]:
+  """What of each of these models of a run has changed, against what the model before it was."""
+  run = run if scale == "paper" else run.split("_")[0] + "_tiny_stories"
+  return {f"change_{run}_{m.replace('/', '_')}": {"kind": "weight_change", "run": run, "model": m} for m in models}
+
+
+def _table_5(scale: str) -> tuple[dict, dict]:
+  runs = _methods(scale, ("qwen_1_5b",), "star", "imm")
+  for intervention in INTERVENTIONS:
+    runs |= _named(intervention, _runs(scale, ("qwen_1_5b",), method="star", sft__intervention=intervention))
+  return runs, {}
+
+
+def _figure_4(scale: str) -> tuple[dict, dict]:
+  runs = _named("star", _runs(scale, ("qwen_1_5b_base",), ("math",), method="star"))
+  analyses = _change(scale, "star_qwen_1_5b_base_math", "round_0/sft")
+  if scale == "paper":
+    analyses["change_post_training"] = {"kind": "weight_change", "before": MODELS["qwen_1_5b_base"],
+                                        "after": MODELS["qwen_1_5b_math"]}
+  return runs, analyses
+
+
+def _figure_9(scale: str) -> tuple[dict, dict]:
+  runs, analyses = {}, {}
+  for method in ("star", "real"):
+    runs |= _named(method, _runs(scale, ("qwen_1_5b_base",), ("math",), method=method))
+    analyses |= _change(scale, f"{method}_qwen_1_5b_base_math", "round_0/sft")
+  return runs, analyses
+
+
+def _pass_at_k(scale: str, task: str) -> tuple[dict, dict]:
+  return _runs(scale, SIZES, (task,), eval__num_samples=64 if scale == "paper" else 8), {}
+
+
+_BASELINES = ("imm", "star", "data_mixture", "data_accumulation")
+_PLANS = {
+    # 5.4: a stronger model samples.
+    "table 2": lambda scale: (_runs(scale, ("qwen_1_5b", "llama2_7b"), teacher=qwen.MODELS["7b"]), {}),
+    # Appendix A.2: in the setting of 5.4; one training, merged with each weight.
+    "table 3": lambda scale: (_runs(scale, ("llama2_7b",), teacher=qwen.MODELS["7b"], merge__sweep=SWEEP), {}),
+    "table 4": lambda scale: (_runs(scale, SIZES, ("gsm8k",), rounds=3,
+                                    task__ood=("svamp", "asdiv", "mathqa", "mmlu_stem")), {}),
+    "table 5": _table_5,
+    "table 6": lambda scale: (_methods(scale, ("qwen_1_5b",), "iimm", "imm"), {}),
+    "table 7": lambda scale: (_runs(scale, SIZES, ("gsm8k",), task__ood=("mawps",)), {}),
+    "table 8": lambda scale: (_runs(scale, ("qwen_1_5b",), ("gsm8k",), task__ood=(
+        "sat_math", "mawps", "mathqa", "mmlu_stem", "svamp")), {}),
+    "table 9": lambda scale: (_runs(scale, ("llama3_8b",)), {}),
+    "figure 2": lambda scale: (_methods(scale, SIZES, "star"), {}),
+    "figure 3": lambda scale: ({}, {f"importance_{task}": _importance(scale, "qwen_1_5b_math", task)
+                                    for task in ("bookcorpus", "math")}),
+    "figure 4": _figure_4,
+    "figure 6": lambda scale: (_methods(scale, SIZES, *_BASELINES, rounds=3), {}),
+    "figure 7": lambda scale: (_methods(scale, SIZES, *_BASELINES, rounds=3), {}),
+    "figure 8": lambda scale: _pass_at_k(scale, "gsm8k"),
+    "figure 9": _figure_9,
+    "figure 10": lambda scale: ({}, {"importance_math": _importance(scale, "qwen_1_5b_base", "math")}),
+    "figure 11": lambda scale: ({}, {"importance_mbpp": _importance(scale, "qwen_1_5b_base", "mbpp")}),
+    "figure 12": lambda scale: (_named("imm", _runs(scale, ("qwen_1_5b_base",), ("math",), rounds=3)), _change(
+        scale, "imm_qwen_1_5b_base_math", *(f"round_{t}/sft" for t in range(3)))),
+    "figure 13": lambda scale: _pass_at_k(scale, "math"),
+}

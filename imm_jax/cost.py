@@ -1,0 +1,97 @@
+"""What a run will cost, in tokens and device hours, before it is begun or when a part of it is done."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+
+from imm_jax.config import MERGES
+from imm_jax.hardware import peak_flops
+from imm_jax.memory import count_params
+from imm_jax.model.config import ModelConfig
+from imm_jax.stages import questions
+
+# Where nothing was measured yet: the share of a device's peak that training and sampling reach, the length of an answer
+# as a share of what is allowed, the share of right ones, and the tokens of a question.
+ASSUMED = {"training": 0.4, "sampling": 0.1, "length": 0.4, "right": 0.5, "question": 128}
+_STAND_IN = "TPU v5e"  # for a device whose peak is not known
+
+
+class Work(NamedTuple):
+  """Tokens of a whole run: sampled for training, trained on (all epochs), and sampled in evaluation."""
+
+  sampled: float
+  trained: float
+  evaluated: float
+
+
+def work(config: ml_collections.ConfigDict, record: Mapping[str, Any]) -> Work:
+  """The tokens of all rounds; what the first rounds in `record` (run.json) measured stands for the others."""
+  facts = [entry["facts"] for name, entry in record["stages"].items() if name.endswith("/samples.jsonl")]
+  samples, tokens = sum(f["samples"] for f in facts), sum(f["tokens"] for f in facts)
+  length = tokens / samples if samples else ASSUMED["length"] * config.sample.max_new_tokens
+  right = sum(f["correct"] for f in facts) / samples if samples else ASSUMED["right"]
+  asked = len(questions.of_round(config, 0).asked)
+  draws = config.method != "real" and config.data.real_fraction < 1
+  sampled = config.rounds * asked * config.sample.num_samples * length if draws else 0.0
+  answers = right * asked * config.sample.num_samples if draws else 0.0
+  answers /= max(1 - config.data.real_fraction, 0.5)
+  rounds = range(1, config.rounds + 1)
+  if not draws:
+    seen = config.rounds * asked
+  elif config.method == "data_accumulation":
+    seen = sum(rounds) * (answers + asked * config.data.with_real)
+  elif config.method == "data_mixture":
+    seen = sum(1 + config.data.mixture_share * (t - 1) for t in rounds) * answers
+  else:
+    seen = config.rounds * answers
+  tests = sum(map(len, questions.of_tests(config).values()))
+  models = 1 + config.rounds * (1 + (1 + len(config.merge.sweep)) * (config.method in MERGES))
+  tried = 0
+  if config.merge.base_weight == "auto" and config.method in MERGES:
+    auto = config.merge.auto
+    tried = config.rounds * (len(auto.weights) + 2 * auto.groups) * auto.questions * (1 + len(auto.general))
+  evaluated = (models * tests * (1 + config.eval.num_samples) + tried) * min(length, config.eval.max_new_tokens)
+  return Work(sampled, config.sft.epochs * seen * (length + ASSUMED["question"]), evaluated)
+
+
+def estimate(config: ml_collections.ConfigDict, model: ModelConfig, record: Mapping[str, Any]) -> str:
+  """One line: tokens, and device hours by the measured throughput, or by an assumed share of the device's peak."""
+  w = work(config, record)
+  text = (f"{_count(w.sampled)} tokens sampled, {_count(w.trained)} trained on, {_count(w.evaluated)} sampled in "
+          "evaluation")
+  devices = len(record.get("devices", ())) or 1
+  speeds = {kind: _measured(record, kind, config) for kind in ("sampling", "training")}
+  if all(speeds.values()):
+    hours = ((w.sampled + w.evaluated) / speeds["sampling"] + w.trained / speeds["training"]) * devices / 3600
+    return (f"{text}; about {hours:.2g} device hours at the measured {_count(speeds['sampling'])} sampled and "
+            f"{_count(speeds['training'])} trained tokens/s on {devices} device(s)")
+  kind = jax.devices()[0].device_kind
+  kind = kind if peak_flops(kind) else _STAND_IN
+  params, peak = count_params(model), peak_flops(kind)
+  hours = (2 * params * (w.sampled + w.evaluated) / ASSUMED["sampling"]
+           + 6 * params * w.trained / ASSUMED["training"]) / peak / 3600
+  return (f"{text}; about {hours:.2g} hours of one {kind}, if training reaches {ASSUMED['training']:.0%} and sampling "
+          f"{ASSUMED['sampling']:.0%} of its peak (once a round is done: by what it took)")
+
+
+def _measured(record: Mapping[str, Any], kind: str, config: ml_collections.ConfigDict) -> float | None:
+  """Tokens a second of the finished stages of a kind, over all devices; None where there are none."""
+  ending = {"sampling": "/samples.jsonl", "training": "/sft"}[kind]
+  done = [entry for name, entry in record["stages"].items() if name.endswith(ending) and not name.endswith("eval/sft")]
+  seconds = sum(entry.get("seconds", 0.0) for entry in done)
+  tokens = sum(entry["facts"].get("tokens", 0) for entry in done)
+  return tokens / seconds if seconds and tokens else None
+
+
+def _count(number: float) -> str:
+  """A number to three digits.
+
+  >>> _count(1234567), _count(950)
+  ('1.23 M', '950')
+  """
+  for unit, size in ((" G", 1e9), (" M", 1e6), (" k", 1e3)):
+    if number >= size:
+      return f"{number / size:.3g}{unit}"
+  return f"{number:.3g}"

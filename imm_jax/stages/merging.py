@@ -1,0 +1,135 @@
+"""Merging of a round's model with the base (eq. 5 to 7)."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from imm_jax import distributed, evaluation, files
+from imm_jax.merging import checkpoint, masks, methods
+from imm_jax.merging.trees import Setting
+from imm_jax.model import folder, hf
+from imm_jax.stages import evaluating, questions, sampling
+
+
+class Models(NamedTuple):
+  """What is merged in a round.
+
+  Attributes:
+    base: folder of the base model.
+    start: of the model that the round started from.
+    tuned: of what SFT made of it.
+    importance: the file with the layers' importance, or None for equal shares.
+  """
+
+  base: Path
+  start: Path
+  tuned: Path
+  importance: Path | None
+
+
+def merge(config: ml_collections.ConfigDict, models: Models, round_: int, weight_file: Path | None, out: Path,
+          ) -> dict[str, Any]:
+  """Merges with the base weight of the config, or with the one that `choose_weight` has written: an HF checkpoint."""
+  weight = files.read_json(weight_file)["base_weight"] if weight_file else _setting(config.merge.base_weight)
+  with _source(config, models) as source:
+    _merge(config, source, models, round_, [(weight, out)])
+  return {"base_weight": weight, "drop_rate": config.merge.drop_rate}
+
+
+def sweep(config: ml_collections.ConfigDict, models: Models, round_: int, out: Path) -> dict[str, Any]:
+  """Merges with each weight of `config.merge.sweep`, reading once: a folder with a checkpoint for each."""
+  out.mkdir()
+  with _source(config, models) as source:
+    _merge(config, source, models, round_, [(weight, out / f"{weight:g}") for weight in config.merge.sweep])
+  return {"base_weights": list(config.merge.sweep)}
+
+
+def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int, trial: Path, out: Path,
+                  ) -> dict[str, Any]:
+  """Tries base weights on held-out questions and writes the best: base_weight.json, with every score.
+
+  The score of a weight is the mean of two accuracies, greedy and zero-shot: on questions of the in-domain train split
+  that no prompt and no round uses, and on questions of the tasks in `merge.auto.general`, of their train splits. Of
+  equal scores the larger weight wins, which is nearer to the base. With `merge.auto.groups` the layers are then taken
+  in so many groups, from the first to the last: a group's weight moves by `merge.auto.step` up or down where that is
+  better. `trial` is the folder, of all processes, where the models that are tried lie.
+  """
+  auto = config.merge.auto
+  asked = questions.of_round(config, round_).held_out
+  general = [e for entry in auto.general for e in questions.load(config, entry, split="train", count=auto.questions)]
+  tried: list[dict[str, Any]] = []
+
+  def score(weight: Setting) -> float:
+    if distributed.is_main():
+      files.remove(trial)
+      with _source(config, models) as source:
+        _merge(config, source, models, round_, [(weight, trial)])
+    distributed.barrier("merged on trial")
+    sampler = sampling.make_sampler(config, trial, config.eval.batch_size)
+    found: dict[str, evaluation.Accuracy] = {}
+    for name, examples in (("in_domain", asked), ("general", general)):
+      rows, _ = evaluating.greedy(config, trial, sampler, examples,
+                                  label=f"round {round_}: base weight {len(tried) + 1}, {name}")
+      if distributed.is_main():
+        found[name] = evaluation.accuracy(sum(r["correct"] for r in rows), len(rows))
+    value = distributed.from_main(sum(a.value for a in found.values()) / 2)
+    tried.append({"base_weight": weight, "score": value, **{name: a._asdict() for name, a in found.items()}})
+    return value
+
+  scores = {weight: score(weight) for weight in sorted(auto.weights)}
+  uniform = best = max(scores, key=lambda weight: (scores[weight], weight))
+  highest, chosen = scores[uniform], [uniform] * auto.groups
+  layers = hf.read_config(models.base).num_layers
+  for group in range(auto.groups):
+    for step in (auto.step, -auto.step):
+      weights = [*chosen]
+      weights[group] = round(min(1.0, max(0.0, chosen[group] + step)), 6)
+      setting = _by_layer(weights, uniform, layers)
+      if weights != chosen and (value := score(setting)) > highest:
+        highest, chosen, best = value, weights, setting
+        break
+  if distributed.is_main():
+    files.write_text(out, json.dumps({"base_weight": best, "score": highest, "tried": tried}, indent=1) + "\n")
+  return {"base_weight": best, "score": highest, "tried": len(tried)}
+
+
+def _by_layer(weights: Sequence[float], other: float, layers: int) -> dict[str, float]:
+  """A setting that gives each of as many equal groups of layers its weight, and `other` to what is in no layer.
+
+  >>> _by_layer([0.3, 0.7], 0.5, 4)
+  {'layers\\\\.(0|1)\\\\.': 0.3, 'layers\\\\.(2|3)\\\\.': 0.7, '.*': 0.5}
+  """
+  groups = [group.tolist() for group in np.array_split(np.arange(layers), len(weights)) if len(group)]
+  return {rf"layers\.({'|'.join(map(str, group))})\.": weight
+          for group, weight in zip(groups, weights, strict=False)} | {".*": other}
+
+
+@contextlib.contextmanager
+def _source(config: ml_collections.ConfigDict, models: Models) -> Iterator[checkpoint.CheckpointSource]:
+  start = models.base if config.merge.delta_ref == "base" else models.start
+  with checkpoint.CheckpointSource({"base": models.base, "start": start, "tuned": models.tuned}) as source:
+    yield source
+
+
+def _merge(config: ml_collections.ConfigDict, source: checkpoint.CheckpointSource, models: Models, round_: int,
+           outputs: Sequence[tuple[Setting, Path]]) -> None:
+  """Merges with each weight; all of them drop the same entries."""
+  key = jax.random.fold_in(jax.random.key(config.seed), round_)
+  method, options = methods.imm, {"drop_rate": config.merge.drop_rate}
+  if models.importance:
+    method, options = methods.iimm, options | {"importance": files.read_json(models.importance)["layers"]}
+  checkpoint.merge(source, [checkpoint.Output(out, method(source, base_weight=weight, **options))
+                            for weight, out in outputs], key=np.asarray(masks.key_words(key)))
+  for _, out in outputs:
+    folder.copy_side_files(models.base, out)
+
+
+def _setting(value: Any) -> Setting:
+  """A setting of the config as plain Python."""
+  return value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value

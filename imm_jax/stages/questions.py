@@ -1,0 +1,89 @@
+"""Which questions a run asks, and which worked examples its prompts show."""
+
+import functools
+from typing import NamedTuple
+
+import ml_collections
+
+from imm_jax import tasks
+from imm_jax.tasks.base import Example
+
+# Test questions are part of a task and the same in every run, as those of a published data set are.
+_TEST_SEED = 0
+
+
+class Questions(NamedTuple):
+  """Questions of the in-domain train split; no question is in two of the three.
+
+  Attributes:
+    shots: worked examples of the prompt.
+    held_out: what `merge.base_weight=auto` is chosen on.
+    asked: of a round.
+  """
+
+  shots: list[Example]
+  held_out: list[Example]
+  asked: list[Example]
+
+
+def of_round(config: ml_collections.ConfigDict, round_: int) -> Questions:
+  """The questions of a round.
+
+  Raises:
+    ValueError: when the task has too few.
+  """
+  shots, count = config.prompt.few_shot, config.task.questions_per_round
+  before = shots + (config.merge.auto.questions if config.merge.base_weight == "auto" else 0)
+  if tasks.is_endless(config.task.name):
+    pool = load(config, config.task.name, split="train", count=before + (round_ + 1) * count if count else None)
+    asked = pool[before + round_ * count:]
+  else:
+    pool = load(config, config.task.name, split="train")
+    rest = pool[before:]
+    if not rest or count > len(rest):
+      raise ValueError(f"{config.task.name} has {len(pool)} train questions, of which {before} are set apart; "
+                       f"{max(1, count)} are asked for in a round")
+    # Round after round from where the one before has ended, and again from the beginning.
+    asked = [rest[i % len(rest)] for i in range(round_ * count, (round_ + 1) * count)] if count else rest
+  return Questions(pool[:shots], pool[shots:before], asked)
+
+
+def of_tests(config: ml_collections.ConfigDict) -> dict[str, list[Example]]:
+  """The test questions of every task by its name, the in-domain one first.
+
+  Raises:
+    ValueError: when a task has too few.
+  """
+  entries = (config.task.name, *config.task.ood)
+  return {name_of(entry): load(config, entry, split="test", count=config.task.eval_questions or None)
+          for entry in entries}
+
+
+def load(config: ml_collections.ConfigDict, entry: str, *, split: str, count: int | None = None) -> list[Example]:
+  """Questions of a task, by its entry in the config: `NAME` or `NAME=SOURCE`.
+
+  Raises:
+    ValueError: when there are fewer than `count`.
+  """
+  name, _, source = entry.partition("=")
+  if count is None and tasks.is_endless(name):
+    raise ValueError(f"{name} makes as many questions as it is asked for: expected 1 or more")
+  custom = ()
+  if name == config.task.name:
+    source = source or config.task.source
+    custom = (("fields", tuple(sorted(config.task.fields.items()))), ("kind", config.task.kind))
+  return list(_load(name, split, count, _TEST_SEED if split == "test" else config.seed, source, custom))
+
+
+def name_of(entry: str) -> str:
+  """The task that an entry of the config names.
+
+  >>> name_of("svamp=file:data/SVAMP.json")
+  'svamp'
+  """
+  return entry.partition("=")[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _load(name: str, split: str, count: int | None, seed: int, source: str, custom: tuple) -> list[Example]:
+  return tasks.load(name, split=split, count=count, seed=seed)

@@ -1,0 +1,91 @@
+"""Sampled answers with verdicts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from imm_jax import distributed, files
+from imm_jax.errors import UserError
+from imm_jax.model import hf, sharding
+from imm_jax.model.tokenizer import load_tokenizer
+from imm_jax.sampling import Completion, Prompt
+from imm_jax.sampling.native import NativeSampler
+from imm_jax.stages import questions
+from imm_jax.stages.devices import mesh_of
+from imm_jax.tasks import answers, prompts
+from imm_jax.tasks.base import Example
+
+
+def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, out: Path) -> dict[str, Any]:
+  """Samples answers to the round's questions and judges them: samples.jsonl."""
+  sample = config.sample
+  asked = questions.of_round(config, round_)
+  examples, long = fitting(config, model, asked.asked, max_new_tokens=sample.max_new_tokens, shots=asked.shots)
+  completions = generate(
+      make_sampler(config, model, sample.batch_size), [Prompt(f"round_{round_}/{e.id}", text) for e, text in examples],
+      max_new_tokens=sample.max_new_tokens, num_samples=sample.num_samples, temperatures=sample.temperatures,
+      top_p=sample.top_p, stop=sample.stop, seed=config.seed, label=f"round {round_}: sample")
+  if not distributed.is_main():
+    return {}
+  rows = judged([e for e, _ in examples], completions, strict=True, temperatures=sample.temperatures)
+  files.write_jsonl(out, rows)
+  return {"samples": len(rows), "correct": sum(r["correct"] for r in rows), "tokens": sum(r["tokens"] for r in rows),
+          "unfinished": sum(r["finish"] == "length" for r in rows), "no_answer": sum(not r["span"] for r in rows),
+          "long_prompts": long}
+
+
+def write_shots(config: ml_collections.ConfigDict, out: Path) -> dict[str, Any]:
+  """The worked examples of the prompts: few_shot.jsonl."""
+  shots = questions.of_round(config, 0).shots
+  files.write_jsonl(out, [{"id": e.id, "question": e.question, "response": e.rationale} for e in shots])
+  return {"examples": len(shots)}
+
+
+def make_sampler(config: ml_collections.ConfigDict, model: Path, batch_size: int) -> NativeSampler:
+  """A sampler on this process's own devices: each process samples its share of the questions."""
+  if jax.process_count() == 1:
+    mesh = mesh_of(config)
+  else:
+    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=-1, devices=jax.local_devices())
+  return NativeSampler(model, compute_dtype=config.sample.compute_dtype, batch_size=batch_size, mesh=mesh)
+
+
+def fitting(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Example], *, max_new_tokens: int,
+            shots: Sequence[Example] = ()) -> tuple[list[tuple[Example, str]], int]:
+  """Questions with their prompts, as far as prompt and answer fit in the model's context, and how many do not.
+
+  Raises:
+    UserError: when none fits.
+  """
+  tokenizer, positions = load_tokenizer(model), hf.read_config(model).max_positions
+  asked = [(e, prompts.build(e.question, header=config.prompt.header, examples=shots)) for e in examples]
+  if not positions:
+    return asked, 0
+  fit = [(e, text) for e, text in asked if len(tokenizer(text)["input_ids"]) + max_new_tokens <= positions]
+  if not fit:
+    raise UserError(f"no prompt leaves room for max_new_tokens={max_new_tokens} in the {positions} positions of "
+                    f"{model} (max_position_embeddings): lower max_new_tokens or config.prompt.few_shot")
+  return fit, len(asked) - len(fit)
+
+
+def generate(sampler: NativeSampler, asked: list[Prompt], **options: Any) -> list[list[Completion]]:
+  """Every prompt's completions, by all processes together."""
+  done = distributed.gather(sampler.generate(list(distributed.share(asked)), **options))
+  return [[Completion(*completion) for completion in group] for group in done]
+
+
+def judged(examples: Sequence[Example], completions: Sequence[Sequence[Completion]], *, strict: bool,
+           temperatures: Sequence[float] = ()) -> list[dict[str, Any]]:
+  """A row for each sample, with its verdict; `temperatures` are those that the samples of a question ran at in turn."""
+  rows = []
+  for example, group in zip(examples, completions, strict=True):
+    for s, completion in enumerate(group):
+      verdict = answers.verdict(completion.text, example.answer, example.kind, strict=strict)
+      drawn = {"sample": s, "temperature": temperatures[s % len(temperatures)]} if temperatures else {}
+      rows.append({"id": example.id, **drawn, "question": example.question, "gold": example.answer,
+                   "text": completion.text, "tokens": completion.num_tokens, "finish": completion.finish,
+                   "correct": verdict.correct, "span": verdict.span})
+  return rows

@@ -1,0 +1,111 @@
+"""What a round trains on: right samples, of this round or of earlier ones too, and real worked answers."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from imm_jax import files
+from imm_jax.errors import UserError
+from imm_jax.stages import questions
+
+Row = dict[str, Any]
+
+
+def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: int, out: Path) -> dict[str, Any]:
+  """Writes train.jsonl: id, question, response, round, and source (`synthetic` or `real`).
+
+  | method | what round t trains on |
+  |---|---|
+  | `imm`, `iimm`, `star` | the right samples of round t |
+  | `data_mixture` | these, and a share of each earlier round's (`data.mixture_share`), drawn anew in each round |
+  | `data_accumulation` | the right samples of rounds 0 to t (M. Gerstgrasser et al., 2024) |
+  | `real` | the real worked answers to the questions of round t |
+
+  `data.with_real` adds to `data_accumulation` the real worked answers to the questions of rounds 0 to t. With
+  `data.real_fraction` f as many real answers to the round's questions are added as make f of the whole, all of them
+  where there are fewer; at 1 they are all there is, and nothing is sampled.
+
+  Args:
+    config: of the run.
+    samples: samples.jsonl of rounds 0 to t, empty where nothing is sampled.
+    round_: t.
+    out: the file.
+
+  Raises:
+    UserError: when nothing is left to train on.
+  """
+  rng = np.random.default_rng((config.seed, round_))
+  fraction = 1.0 if config.method == "real" else config.data.real_fraction
+  facts: dict[str, Any] = {}
+  synthetic: list[Row] = []
+  if fraction < 1:
+    own = files.read_jsonl(samples[round_], _SAMPLE)
+    right = kept(own, round_)
+    if not right:
+      raise UserError(_nothing_right(samples[round_], own))
+    facts = {"dropped_wrong": sum(not r["correct"] for r in own)}
+    facts["dropped_duplicate"] = len(own) - facts["dropped_wrong"] - len(right)
+    earlier = [kept(files.read_jsonl(path, _SAMPLE), t) for t, path in enumerate(samples[:round_])]
+    if config.method == "data_mixture":
+      earlier = [_draw(rows, round(config.data.mixture_share * len(rows)), rng) for rows in earlier]
+    elif config.method != "data_accumulation":
+      earlier = []
+    synthetic = _once([*(row for rows in earlier for row in rows), *right])
+  real: list[Row] = []
+  if config.method == "data_accumulation" and config.data.with_real:
+    real = _once(row for t in range(round_ + 1) for row in worked_answers(config, t))
+  elif fraction == 1:
+    real = worked_answers(config, round_)
+  elif fraction:
+    available = worked_answers(config, round_)
+    real = _draw(available, min(len(available), round(fraction / (1 - fraction) * len(synthetic))), rng)
+  rows = _once([*real, *synthetic])
+  files.write_jsonl(out, rows)
+  count = sum(row["source"] == "real" for row in rows)
+  return {"kept": len(rows), "real": count, "of_earlier_rounds": sum(row["round"] != round_ for row in rows), **facts}
+
+
+_SAMPLE = {"id": str, "question": str, "text": str, "finish": str, "span": str, "correct": bool}
+
+
+def kept(samples: Sequence[Row], round_: int) -> list[Row]:
+  """The right ones of a round's samples, each text once."""
+  return _once({"id": r["id"], "question": r["question"], "response": r["text"], "round": round_,
+                "source": "synthetic"} for r in samples if r["correct"])
+
+
+def worked_answers(config: ml_collections.ConfigDict, round_: int) -> list[Row]:
+  """The real worked answers to a round's questions.
+
+  Raises:
+    UserError: when the task has none.
+  """
+  rows = [{"id": e.id, "question": e.question, "response": e.rationale, "round": round_, "source": "real"}
+          for e in questions.of_round(config, round_).asked if e.rationale]
+  if not rows:
+    raise UserError(f"config.task.name={config.task.name}: has no worked answers to train on (method=real, "
+                    "data.real_fraction and data.with_real need them)")
+  return rows
+
+
+def _once(rows: Iterable[Row]) -> list[Row]:
+  """The first of rows with the same question and response."""
+  found: dict[tuple[str, str], Row] = {}
+  for row in rows:
+    found.setdefault((row["question"], row["response"]), row)
+  return list(found.values())
+
+
+def _draw(rows: Sequence[Row], count: int, rng: np.random.Generator) -> list[Row]:
+  """So many of the rows, in their order."""
+  return [rows[i] for i in sorted(rng.choice(len(rows), count, replace=False))]
+
+
+def _nothing_right(samples: Path, rows: Sequence[Row]) -> str:
+  return (f"{samples}: none of {len(rows)} samples is right ({sum(r['finish'] == 'length' for r in rows)} cut at "
+          f"max_new_tokens, {sum(not r['span'] for r in rows)} without an answer), so there is nothing to train on; "
+          "read some samples, then start a run with more sample.num_samples or max_new_tokens, other temperatures, "
+          "more prompt.few_shot, or an easier task. The samples are kept")

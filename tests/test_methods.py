@@ -1,0 +1,95 @@
+"""What makes each method another one, seen in whole runs of the embedded model."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_loop import TINY, assert_same_run, environment, start  # noqa: F401
+
+from imm_jax.model import safetensors
+
+
+@pytest.fixture(scope="module")
+def run(environment, tmp_path_factory):  # noqa: F811
+  """A run with these overrides; the same ones run once."""
+  done: dict[tuple[str, ...], Path] = {}
+
+  def of(*overrides: str) -> Path:
+    if overrides not in done:
+      workdir = tmp_path_factory.mktemp("runs") / "run"
+      ended = start(workdir, environment, "--config.task.eval_questions=4", *overrides)
+      assert ended.returncode == 0, ended.stderr
+      done[overrides] = workdir
+    return done[overrides]
+
+  return of
+
+
+def facts(workdir: Path, stage: str) -> dict:
+  return json.loads((workdir / "run.json").read_text())["stages"][stage]["facts"]
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+  return {name: value.astype(np.float64) for name, value in safetensors.read(folder / "model.safetensors").items()}
+
+
+def test_imm_that_gives_the_base_no_weight_and_drops_nothing_is_star(run):
+  imm, star = run("--config.merge.base_weight=0", "--config.merge.drop_rate=0"), run("--config.method=star")
+  for t in (0, 1):
+    tuned = (star / f"round_{t}/sft/model.safetensors").read_bytes()
+    assert (imm / f"round_{t}/sft/model.safetensors").read_bytes() == tuned
+    assert (imm / f"round_{t}/merged/model.safetensors").read_bytes() == tuned
+    assert (imm / f"round_{t}/samples.jsonl").read_bytes() == (star / f"round_{t}/samples.jsonl").read_bytes()
+
+
+def test_accumulation_differs_from_star_from_the_second_round_on(run):
+  star, both = run("--config.method=star"), run("--config.method=data_accumulation")
+  assert (both / "round_0/sft/model.safetensors").read_bytes() == (star / "round_0/sft/model.safetensors").read_bytes()
+  assert facts(both, "round_1/train.jsonl")["of_earlier_rounds"] == facts(both, "round_0/train.jsonl")["kept"]
+  assert (both / "round_1/sft/model.safetensors").read_bytes() != (star / "round_1/sft/model.safetensors").read_bytes()
+
+
+def test_a_teacher_samples_in_every_round_and_the_student_is_trained(run):
+  star = run("--config.method=star")
+  taught = run("--config.method=star", f"--config.teacher={star / 'round_1/sft'}")
+  assert (taught / "round_0/samples.jsonl").read_bytes() != (star / "round_0/samples.jsonl").read_bytes()
+  record = json.loads((taught / "run.json").read_text())["stages"]
+  assert "teacher" in record["round_1/samples.jsonl"]["inputs"]
+  assert record["round_1/sft"]["inputs"].keys() == {"round_0/sft", "round_1/train.jsonl", "settings"}
+  assert (taught / "round_0/sft/model.safetensors").read_bytes() != (TINY / "model.safetensors").read_bytes()
+
+
+def test_the_base_weight_that_is_chosen_is_the_best_of_those_tried_and_is_used(run):
+  workdir = run("--config.rounds=1", "--config.merge.base_weight=auto", "--config.merge.auto.questions=12",
+                "--config.merge.auto.weights=(0.25, 1.0)", "--config.merge.auto.groups=2",
+                "--config.merge.auto.general=('compare',)", "--config.merge.drop_rate=0",
+                "--config.merge.sweep=(0.25,)", "--config.eval.num_samples=3", "--config.eval.pass_at_k=(1,3,5)")
+  choice = json.loads((workdir / "round_0/base_weight.json").read_text())
+  assert [t["base_weight"] for t in choice["tried"][:2]] == [0.25, 1.0]
+  for tried in choice["tried"]:
+    assert tried["score"] == pytest.approx((tried["in_domain"]["value"] + tried["general"]["value"]) / 2)
+    assert tried["in_domain"]["n"] == tried["general"]["n"] == 12
+  assert choice["score"] == max(t["score"] for t in choice["tried"])
+  assert not (workdir / "round_0/trial").exists()
+  base, tuned = weights(TINY), weights(workdir / "round_0/sft")
+  for folder, chosen in (("merged", choice["base_weight"]), ("sweep/0.25", 0.25)):
+    merged = weights(workdir / "round_0" / folder)
+    for name in base:
+      by_layer = chosen if isinstance(chosen, dict) else {".*": chosen}
+      weight = next(w for pattern, w in by_layer.items() if re.search(pattern, name))
+      np.testing.assert_allclose(merged[name], weight * base[name] + (1 - weight) * tuned[name], rtol=2**-7, atol=1e-6)
+  scores = facts(workdir, "round_0/eval/sweep_0.25")["scores"]["stories"]
+  assert scores.keys() == {"greedy", "pass@1", "pass@3", "majority@3"}
+  lines = (workdir / "round_0/eval/merged/stories_samples.jsonl").read_text().splitlines()
+  samples = [json.loads(line) for line in lines]
+  assert [s["sample"] for s in samples] == [0, 1, 2] * 4
+
+
+def test_worked_examples_are_listed_and_never_asked(run):
+  workdir = run("--config.rounds=1", "--config.prompt.few_shot=2", "--config.method=star")
+  shots = {json.loads(line)["question"] for line in (workdir / "few_shot.jsonl").read_text().splitlines()}
+  asked = {json.loads(line)["question"] for line in (workdir / "round_0/samples.jsonl").read_text().splitlines()}
+  assert len(shots) == 2
+  assert not shots & asked

@@ -1,0 +1,138 @@
+"""What each method trains on in a round, from samples written here."""
+
+import json
+from pathlib import Path
+
+import ml_collections
+import pytest
+
+from configs import common
+from imm_jax.errors import UserError
+from imm_jax.stages import questions, selection
+
+ROUNDS, COUNT = 3, 40
+
+
+@pytest.fixture
+def config() -> ml_collections.ConfigDict:
+  config = common.get_config()
+  config.task.questions_per_round = COUNT
+  config.prompt.few_shot = 2
+  return config
+
+
+def write_samples(folder: Path, config: ml_collections.ConfigDict) -> list[Path]:
+  """Two samples a question: the first is right, but for each fifth question, where both are wrong; of each fourth
+  question both are right and equal."""
+  paths = []
+  for t in range(ROUNDS):
+    rows = []
+    for i, e in enumerate(questions.of_round(config, t).asked):
+      for s in range(2):
+        right = i % 5 > 0 and (s == 0 or i % 4 == 0)
+        rows.append({"id": e.id, "question": e.question, "text": f"round {t} says {e.answer if right else 'no'}",
+                     "finish": "stop", "span": e.answer, "correct": right})
+    paths.append(folder / f"samples_{t}.jsonl")
+    paths[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return paths
+
+
+def select(config: ml_collections.ConfigDict, folder: Path, round_: int) -> tuple[list[dict], dict]:
+  samples = write_samples(folder, config)
+  facts = selection.select(config, samples[:round_ + 1], round_, folder / "train.jsonl")
+  return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()], facts
+
+
+def texts(rows: list[dict]) -> set[tuple[str, str]]:
+  assert len({(r["question"], r["response"]) for r in rows}) == len(rows)
+  return {(r["question"], r["response"]) for r in rows}
+
+
+def right(config: ml_collections.ConfigDict, round_: int) -> set[tuple[str, str]]:
+  asked = questions.of_round(config, round_).asked
+  return {(e.question, f"round {round_} says {e.answer}") for i, e in enumerate(asked) if i % 5}
+
+
+def worked(config: ml_collections.ConfigDict, round_: int) -> set[tuple[str, str]]:
+  return {(e.question, e.rationale) for e in questions.of_round(config, round_).asked}
+
+
+@pytest.mark.parametrize("method", ["imm", "iimm", "star"])
+def test_right_samples_of_the_round_once(method: str, config, tmp_path: Path):
+  config.method = method
+  rows, facts = select(config, tmp_path, 1)
+  assert texts(rows) == right(config, 1)
+  both = sum(i % 4 == 0 and i % 5 > 0 for i in range(COUNT))
+  assert facts == {"kept": 32, "real": 0, "of_earlier_rounds": 0, "dropped_wrong": 2 * COUNT - 32 - both,
+                   "dropped_duplicate": both}
+  assert {r["source"] for r in rows} == {"synthetic"}
+
+
+def test_data_mixture_adds_a_share_of_each_earlier_round(config, tmp_path: Path):
+  config.method, config.data.mixture_share = "data_mixture", 0.25
+  assert texts(select(config, tmp_path, 0)[0]) == right(config, 0)
+  rows, facts = select(config, tmp_path, 2)
+  assert right(config, 2) <= texts(rows)
+  for t in (0, 1):
+    mixed = texts([r for r in rows if r["round"] == t])
+    assert len(mixed) == 8
+    assert mixed < right(config, t)
+  assert facts["of_earlier_rounds"] == 16
+  config.seed = 1
+  assert texts([r for r in select(config, tmp_path, 2)[0] if r["round"] == 0]) != mixed
+
+
+def test_data_accumulation_keeps_all_rounds_and_real_answers_where_asked(config, tmp_path: Path):
+  config.method = "data_accumulation"
+  everything = right(config, 0) | right(config, 1) | right(config, 2)
+  assert texts(select(config, tmp_path, 2)[0]) == everything
+  config.data.with_real = True
+  rows, facts = select(config, tmp_path, 2)
+  assert texts(rows) == everything | worked(config, 0) | worked(config, 1) | worked(config, 2)
+  assert facts["real"] == sum(r["source"] == "real" for r in rows) == 3 * COUNT
+
+
+def test_real_trains_on_worked_answers(config, tmp_path: Path):
+  config.method = "real"
+  facts = selection.select(config, [], 1, tmp_path / "train.jsonl")
+  rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+  assert texts(rows) == worked(config, 1)
+  assert facts == {"kept": COUNT, "real": COUNT, "of_earlier_rounds": 0}
+
+
+@pytest.mark.parametrize(("fraction", "real"), [(0.2, 8), (0.5, 32), (0.9, COUNT)])
+def test_real_fraction_mixes_in_worked_answers(fraction: float, real: int, config, tmp_path: Path):
+  config.data.real_fraction = fraction
+  rows, facts = select(config, tmp_path, 1)
+  found = texts([r for r in rows if r["source"] == "real"])
+  assert len(found) == facts["real"] == real
+  assert found <= worked(config, 1)
+  assert texts(rows) - found == right(config, 1)
+
+
+def test_nothing_right_is_an_error_that_says_why(config, tmp_path: Path):
+  samples = write_samples(tmp_path, config)
+  rows = [json.loads(line) | {"correct": False, "finish": "length"} for line in samples[0].read_text().splitlines()]
+  samples[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
+  with pytest.raises(UserError, match=r"none of 80 samples is right \(80 cut at max_new_tokens"):
+    selection.select(config, samples[:1], 0, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("row", "expected"), [("{}", "'id' is missing or no str"), ("[]", "not a JSON object"),
+                                               ("nonsense", "not a JSON object")])
+def test_damaged_samples_are_named_with_their_line(row: str, expected: str, config, tmp_path: Path):
+  good = {"id": "a", "question": "q", "text": "t", "finish": "stop", "span": "1", "correct": True}
+  (tmp_path / "samples.jsonl").write_text(json.dumps(good) + "\n" + row + "\n")
+  with pytest.raises(UserError, match=f"samples.jsonl:2: {expected}"):
+    selection.select(config, [tmp_path / "samples.jsonl"], 0, tmp_path / "out")
+
+
+def test_examples_held_out_and_asked_questions_are_apart(config):
+  config.merge.base_weight, config.merge.auto.questions = "auto", 30
+  seen: list[str] = []
+  for t in range(ROUNDS):
+    found = questions.of_round(config, t)
+    assert (len(found.shots), len(found.held_out), len(found.asked)) == (2, 30, COUNT)
+    seen += [e.question for e in found.asked]
+  seen += [e.question for e in found.shots + found.held_out]
+  assert len(set(seen)) == len(seen) == ROUNDS * COUNT + 32
