@@ -22,6 +22,7 @@ setup(
         "grain>=0.2.18",
         "jax>=0.10,<0.12",
         "matplotlib>=3.9",
+        "math-verify[antlr4_13_2]>=0.9",
         "ml_collections>=1.0",
         "ml_dtypes>=0.5",
         "numpy>=2.0",

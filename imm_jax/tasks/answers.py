@@ -1,20 +1,23 @@
 """Verdicts: is a model's answer right?
 
 Model output is text from a stranger: it is matched by regular expressions of linear work and never evaluated.
+`judge.py` judges many at once.
 """
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
+
+from imm_jax.tasks import latex, workers
 
 TOLERANCE = Fraction(1, 10_000)
 # Longer answers are judged by their end, where the answer stands.
 _MAX_CHARS = 20_000
 _NEXT_QUESTION = re.compile(r"\n[ \t]*+(?:### Instruction|Question:|Q:|Problem:)")
-_MARKER = re.compile(r"answer is|answer\**:|####", re.IGNORECASE)
+_MARKER = re.compile(r"answer is|answer\**:|(?<!#)####(?!#)", re.IGNORECASE)
 # In multiple choice an option may begin like this, so there it only counts without any other marker.
 _WEAK_MARKER = re.compile(r"(?:\A|[\n.?!])[ \t]*+A:")
-_BOXED = re.compile(r"\\boxed\s?\{")
 # The rest of the line, or of the next one that says something.
 _LINE = re.compile(r"[\s:*]*+[^\n]*")
 
@@ -53,7 +56,8 @@ class Verdict(NamedTuple):
   span: str
 
 
-def verdict(text: str, gold: str, kind: str, *, strict: bool) -> Verdict:
+def verdict(text: str, gold: str, kind: str, *, strict: bool,
+            equal: Callable[[str, str], bool] | None = None) -> Verdict:
   """Judges one answer.
 
   The final answer is what follows the later of the last marker (`answer is`, `answer:`, `####`, `A:`) and the last
@@ -62,8 +66,9 @@ def verdict(text: str, gold: str, kind: str, *, strict: bool) -> Verdict:
   Args:
     text: what the model wrote.
     gold: the right answer.
-    kind: `number` (equal within 1e-4) or `choice` (the letter).
-    strict: an answer without a marker is wrong (filtering); else the last number counts (evaluation).
+    kind: `number` (equal within 1e-4), `latex` (equal as mathematics) or `choice` (the letter).
+    strict: an answer without a marker is wrong (filtering); else the last number or formula counts (evaluation).
+    equal: whether two LaTeX expressions that are spelled otherwise are equal; by default a worker process is asked.
 
   Raises:
     ValueError: for an unknown kind, or a gold answer that is not of its kind.
@@ -72,9 +77,12 @@ def verdict(text: str, gold: str, kind: str, *, strict: bool) -> Verdict:
   Verdict(correct=True, span='7.00')
   >>> verdict("It must be 7.", "7", "number", strict=True).correct
   False
+  >>> verdict(r"Hence $x = \\boxed{\\dfrac12}$.", "0.5", "latex", strict=True)
+  Verdict(correct=True, span='\\\\dfrac12')
   >>> verdict("The answer is (B).", "B", "choice", strict=True)
   Verdict(correct=True, span='B')
   """
+  target = None
   if kind == "number":
     target = parse_number(gold)
     if target is None:
@@ -82,12 +90,15 @@ def verdict(text: str, gold: str, kind: str, *, strict: bool) -> Verdict:
   elif kind == "choice":
     if not re.fullmatch("[A-H]", gold):
       raise ValueError(f"gold answer {gold!r} is not a letter from A to H")
-  else:
-    raise ValueError(f"kind={kind!r}: expected number or choice")
+  elif kind != "latex":
+    raise ValueError(f"kind={kind!r}: expected number, latex or choice")
   following = _NEXT_QUESTION.search(text)
   if following:
     text = text[:following.start()]
-  text = _plain(text[-_MAX_CHARS:])
+  text = text[-_MAX_CHARS:]
+  if kind == "latex":
+    return _latex_verdict(text, gold, strict, equal)
+  text = _plain(text)
   span = _final_span(text, kind)
   if span is None and strict:
     return Verdict(False, "")
@@ -99,6 +110,21 @@ def verdict(text: str, gold: str, kind: str, *, strict: bool) -> Verdict:
     return Verdict(False, "")
   value = _value(match)
   return Verdict(value is not None and abs(value - target) <= TOLERANCE, match[0].strip(" $€£"))
+
+
+def _latex_verdict(text: str, gold: str, strict: bool, equal: Callable[[str, str], bool] | None) -> Verdict:
+  boxed, marker = latex.find_last_boxed(text), _last_end(_MARKER, text)
+  if boxed and boxed.start >= marker:
+    span = boxed.inside
+  elif marker >= 0:
+    span = latex.stated(text[marker:])
+  else:
+    span = "" if strict else latex.concluded(text)
+  span = span.strip()[:latex.MAX_CHARS + 1]
+  correct = latex.same(gold, span)
+  if correct is None:
+    correct = (equal or workers.shared().equal)(latex.tidy(gold), latex.tidy(span))
+  return Verdict(correct, span)
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -118,22 +144,18 @@ def _plain(text: str) -> str:
   return _FRACTION.sub(lambda m: f"{m[1]}{' ' if m[1] else ''}{m[2]}/{m[3]}", text)
 
 
+def _last_end(pattern: re.Pattern, text: str) -> int:
+  return max((m.end() for m in pattern.finditer(text)), default=-1)
+
+
 def _final_span(text: str, kind: str) -> str | None:
   """What follows the last marker or stands in the last box; None without either."""
-  last = lambda pattern: max((m.end() for m in pattern.finditer(text)), default=-1)
-  marker, weak, boxed = last(_MARKER), last(_WEAK_MARKER), last(_BOXED)
-  if kind == "number" or max(marker, boxed) < 0:
-    marker = max(marker, weak)
-  if marker < 0 and boxed < 0:
-    return None
-  if marker > boxed:
-    return text[marker:]
-  depth = 1
-  for i in range(boxed, len(text)):
-    depth += {"{": 1, "}": -1}.get(text[i], 0)
-    if depth == 0:
-      return text[boxed:i]
-  return text[boxed:]
+  marker, boxed = _last_end(_MARKER, text), latex.find_last_boxed(text)
+  if kind == "number" or (marker < 0 and boxed is None):
+    marker = max(marker, _last_end(_WEAK_MARKER, text))
+  if boxed and boxed.start >= marker:
+    return boxed.inside
+  return text[marker:] if marker >= 0 else None
 
 
 def _choice(text: str, span: str | None) -> str:

@@ -1,12 +1,65 @@
-"""Answers in LaTeX: the last box of a text, and whether two expressions are the same but for spelling."""
+"""Answers in LaTeX: the last box of a text, and whether two expressions are the same but for spelling.
+
+Text is matched by regular expressions and never evaluated.
+"""
 
 import re
+from fractions import Fraction
 from typing import NamedTuple
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 # What a box without braces holds: a command, or characters up to the end of the formula.
 _BARE = re.compile(r"\\[A-Za-z]+|[^\s$\\.,;{}]+")
+
+# What is longer than this is no answer (the longest of MATH has 159 characters).
+MAX_CHARS = 1000
+# Decimals are right to six digits: 0.333333 is a third.
+_TOLERANCE = Fraction(1, 1_000_000)
+
+_UNICODE = str.maketrans({
+    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt",
+    "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
+    "±": r"\pm ", "θ": r"\theta ", "²": "^2", "³": "^3", "½": r" \frac{1}{2}", "¼": r" \frac{1}{4}",
+    "¾": r" \frac{3}{4}", "，": ",", "（": "(", "）": ")", "\n": " ", "\t": " ", "\u00a0": " "})
+# Two backslashes begin a row of a matrix; anywhere else they are a command that was escaped twice.
+_ROWS = re.compile(r"\\begin\s?\{(?:[bpvBV]?matrix|array|cases|align)")
+_ESCAPED_TWICE = re.compile(r"\\\\(?=[A-Za-z!,;:%$()\[\]{}])")
+_NAMES = tuple((re.compile(pattern + "(?![A-Za-z])"), name) for pattern, name in (
+    (r"\\[dtc]frac", r"\\frac"), (r"\\[dt]binom", r"\\binom"), (r"\\leq(?:slant)?", r"\\le"),
+    (r"\\geq(?:slant)?", r"\\ge"), (r"\\neq", r"\\ne"), (r"\\lbrace", r"\\{"), (r"\\rbrace", r"\\}"),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|q?quad|degree)", " ")))
+_THOUSANDS = re.compile(r"(?<=[0-9])(?:,\s?\\!\s?|\{,\}|\\[,!;:]\s?)(?=[0-9]{3}(?![0-9]))")
+_PLAIN_TEXT = re.compile(r"\\(text(?:normal|bf|it|rm|sf|tt)?|mbox|hbox|math(?:rm|bf|it|sf|tt)|operatorname)\s?"
+                         r"\{([^{}]*)\}(\s?\^\s?\{?[23]\}?)?")
+_INVISIBLE = re.compile(r"\\[!,;: >()\[\]]|~|\\?\$|\\(?:hspace|phantom)\s?\{[^{}]*\}|\\phantom|\^\s?\{?\s?\\circ\s?\}?")
+_PERCENT = re.compile(r"\\?%|(?<=[0-9])\s?percent\b")
+_AND = re.compile(r"(?:,\s*)?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])")
+_FUNCTIONS = re.compile(r"(?:arc)?(?:sin|cos|tan|cot|sec|csc|cis)h?|log|ln|exp|[a-zA-Z]")
+_LETTER_UNITS = ("m", "s", "g", "h", "L", "V")
+# Words after a number are its unit; a few letters may be variables, but for these.
+_UNIT = re.compile(
+    r"(?<=[0-9}])\s+(?:(?:square|cubic|sq)\.?\s+)?(?:[A-Za-z]{4,}|feet|foot|ft|inch|in|cm|mm|km|mi|mph|kg|lbs?|sec|min"
+    r"|hrs?)(?:\s+[A-Za-z]+){0,4}\.?\s?(?:\^\s?\{?[23]\}?)?$")
+_FRACTION = re.compile(r"\\frac\s*([0-9A-Za-z]|\\pi(?![A-Za-z])|\{[^{}]*\})\s*([0-9A-Za-z]|\{[^{}]*\})")
+_ROOT = re.compile(r"\\sqrt\s*([0-9A-Za-z])")
+_SLASH = re.compile(r"(?<![\w}.)^/])([0-9]{1,50})\s?/\s?([0-9]{1,50})(?![\w{.(^/\\])")
+_SPACE = re.compile(r"(?<=[0-9])(\s)\s*(?=[0-9](?![0-9]{2}(?![0-9])))|\s+")
+_GROUP_OF_ONE = re.compile(r"([\^_])\{(\w)\}")
+_ASSIGNED = re.compile(r"(?:[A-Za-z]{1,3}|\\[a-z]+|[A-Za-z]\([A-Za-z]\))(?:_\w)?(?:=|\\in(?![A-Za-z]))(?=[^=<>]+$)")
+_RATIONAL = re.compile(
+    r"(?P<sign>[+-]?)(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{0,50})(?P<decimals>\.[0-9]{1,50})?"
+    r"(?:\\frac\{(?P<minus>-?)(?P<over>[0-9]{1,50})\}\{(?P<under>[0-9]{1,50})\})?"
+    r"(?:\\(?:times|cdot)10\^\{?(?P<power>-?[0-9]{1,2})\}?)?")
+_CLOCK = re.compile(r"[0-9]{1,2}:[0-9]{2}")
+_FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_DELIMITER = re.compile(r"\\[()\[\]]|(?<!\\)\$+")
+_SENTENCE_END = re.compile(r"\.(?=\s|$)|\n|I hope")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
+# A unit or a mark, after the last formula.
+_REST = re.compile(r"[^\\=$0-9]{0,3}(?:[A-Za-z]{1,20}[^\\=$0-9A-Za-z]{0,3})?")
+_NUMBER_AT_END = re.compile(r"(?<![\w.,^/+*=-])(?:-\s?)?\$?[0-9][0-9,]{0,50}(?:\.[0-9]{1,50}|/[0-9]{1,50})?$")
+_BRACKETS = re.compile(r"[()\[\]{}|]|\\(?:frac|cup|cap)")
 
 
 class Boxed(NamedTuple):
@@ -50,3 +103,137 @@ def solution_answer(solution: str) -> str | None:
   '43_5'
   """
   return (last_boxed(solution) or "").strip().rstrip(".,").rstrip() or None
+
+
+def tidy(text: str) -> str:
+  r"""Without what only changes an expression's looks: sizes, units, degrees, `$`, `\dfrac12` for `\frac{1}{2}`."""
+  text = text.translate(_UNICODE)
+  if not _ROWS.search(text):
+    text = _ESCAPED_TWICE.sub(r"\\", text)
+  for pattern, name in _NAMES:
+    text = pattern.sub(name, text)
+  text = _THOUSANDS.sub("", text)
+  text = _PLAIN_TEXT.sub(_words, text)
+  text = _PERCENT.sub(r"\\%", _INVISIBLE.sub(" ", text))
+  text = _UNIT.sub("", _AND.sub(",", text).strip(" .,;:"))
+  text = _FRACTION.sub(lambda m: rf"\frac{_braced(m[1])}{_braced(m[2])}", text)
+  return _SLASH.sub(r"\\frac{\1}{\2}", _ROOT.sub(r"\\sqrt{\1}", text)).strip()
+
+
+def normalise(text: str) -> str:
+  r"""One spelling of what is written alike but for looks.
+
+  >>> normalise(r"x = \left(\dfrac12, 10,\!000\text{ cm}^2\right).")
+  '(\\frac{1}{2},10000)'
+  """
+  text = _SPACE.sub(lambda m: m[1] or "", tidy(text))
+  text = _GROUP_OF_ONE.sub(r"\1\2", text)
+  return _ASSIGNED.sub("", text, count=1) if _ASSIGNED.match(text) else text
+
+
+def same(gold: str, span: str) -> bool | None:
+  r"""Whether an answer is the gold one, as far as their spelling tells; None where only mathematics can tell.
+
+  >>> same(r"\frac{1}{2}", "0.5"), same("(1, 2)", "[1, 2]"), same(r"2\sqrt{2}", r"\sqrt{8}")
+  (True, None, None)
+  """
+  if len(span) > MAX_CHARS:
+    return False
+  a, b = normalise(gold), normalise(span)
+  if not a or not b:
+    return False
+  if a == b or _items(a) == _items(b) or (a.isalpha() and len(a) > 2 and a.lower() == b.lower()):
+    return True
+  if a.strip("()") == b.strip("()") and re.fullmatch(r"\(?[A-Z]\)?", a):
+    return True
+  x, y = (_rational(c.replace("\\%", "")) for c in (a, b))
+  if x is not None and y is not None and (abs(x - y) <= _TOLERANCE * abs(x) or ("%" in a) == ("%" in b)):
+    return abs(x - y) <= _TOLERANCE * abs(x)
+  # math-verify reads 43_5 and 43_6 as 43, and 2:30 as 2/30.
+  if "_" in a or _CLOCK.search(a):
+    return False
+  # It takes the right side of any equation for its answer.
+  if "=" not in a and re.match(r"[^=]*[A-Za-z][^=]*[+-][^=]*=|[^=]*[+-][^=]*[A-Za-z][^=]*=", b):
+    return False
+  return None if _balanced(b) else False
+
+
+def _words(match: re.Match) -> str:
+  r"""The inside of `\text`; nothing where it is the unit of what stands before."""
+  command, words, power = match[1], match[2].strip(), match[3] or ""
+  before = match.string[:match.start()].rstrip(" \\,;!~")[-1:]
+  if words.strip(", ") in ("and", "or"):
+    return f" {words} "
+  clock = re.match(r"([ap])\.?\s?m\b", words, re.IGNORECASE)
+  if clock:
+    return clock[1].lower() + "m"
+  name = command == "operatorname" or (_FUNCTIONS.fullmatch(words) and words not in _LETTER_UNITS)
+  if name or not (before.isalnum() or before in ("}", ")", "$", "%")) or words[:1] == "(":
+    return f" {match[2]}{power} "
+  return " "
+
+
+def _braced(text: str) -> str:
+  return text if text[0] == "{" else f"{{{text}}}"
+
+
+def _items(text: str) -> list[str]:
+  """The sorted items of a list without brackets, where order says nothing."""
+  return sorted(text.split(",")) if "," in text and not _BRACKETS.search(text) else [text]
+
+
+def _rational(text: str) -> Fraction | None:
+  """The value of a plain number: `-1,000.5`, `\\frac{1}{2}`, `3\\frac{1}{2}`, `2\\times10^{-3}`."""
+  match = _RATIONAL.fullmatch(text)
+  if match is None or not (match["whole"] or match["decimals"] or match["over"]):
+    return None
+  value = Fraction((match["whole"].replace(",", "") or "0") + (match["decimals"] or ""))
+  if match["over"]:
+    if int(match["under"]) == 0 or match["decimals"] or (match["minus"] and match["whole"]):
+      return None
+    part = Fraction(int(match["over"]), int(match["under"]))
+    value += -part if match["minus"] else part
+  value *= Fraction(10) ** int(match["power"] or 0)
+  return -value if match["sign"] == "-" else value
+
+
+def _balanced(text: str) -> bool:
+  depth = 0
+  for brace in _BRACE.finditer(text):
+    depth += {"{": 1, "}": -1}.get(brace[0], 0)
+    if depth < 0:
+      return False
+  return depth == 0
+
+
+def stated(text: str) -> str:
+  r"""The answer of the sentence that follows a marker.
+
+  >>> stated(r" the point $(1, 2)$. I hope it is correct.")
+  '(1, 2)'
+  """
+  text = text[:2 * MAX_CHARS].lstrip(" \t\n:*")
+  formula = _FORMULA.match(text)
+  end = _SENTENCE_END.search(text, formula.end() if formula else 0)
+  sentence = text[:end.start()] if end else text
+  formulas = list(_FORMULA.finditer(sentence))
+  # Words that come first say what the formula is; words that follow are its unit.
+  if formulas and re.match("[A-Za-z]{2}", sentence):
+    return formulas[-1][formulas[-1].lastindex].strip()
+  return _DELIMITER.sub(" ", sentence).strip()
+
+
+def concluded(text: str) -> str:
+  r"""What a text without a marker ends in: a formula, a number, or a last line that is nothing but an answer.
+
+  >>> concluded(r"Hence \(x = 2\), so there are $3$.")
+  '3'
+  """
+  line = text.rstrip().rpartition("\n")[2][-2 * MAX_CHARS:].rstrip(" .*")
+  formulas = list(_FORMULA.finditer(line))
+  if formulas and _REST.fullmatch(line, formulas[-1].end()):
+    return formulas[-1][formulas[-1].lastindex].strip()
+  number = _NUMBER_AT_END.search(line)
+  if number and (not line[:number.start()] or _WORD.search(line)):
+    return number[0].strip()
+  return "" if formulas or _WORD.search(line) else line

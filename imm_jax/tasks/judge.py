@@ -1,0 +1,51 @@
+"""Verdicts in batches: nothing a model writes can hang, crash or slow the run.
+
+Finding an answer, and judging numbers and letters, is work linear in the text and done here. What only mathematics can
+tell, whether two LaTeX expressions are equal, is asked of worker processes.
+"""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Self
+
+from imm_jax.tasks import answers
+from imm_jax.tasks.workers import Workers
+
+
+class Judge:
+  """Judges answers with the help of worker processes, which start when they are first needed.
+
+  >>> with Judge(workers=1) as judge:
+  ...   [v.correct for v in judge.verdicts([("The answer is 7.", "7", "number"),
+  ...                                       (r"So \\boxed{2\\sqrt{2}}.", r"\\sqrt{8}", "latex")], strict=True)]
+  [True, True]
+  """
+
+  def __init__(self, *, workers: int | None = None) -> None:
+    """Takes the number of worker processes; see `Workers`."""
+    self._workers = Workers(workers)
+
+  def verdicts(self, items: Iterable[tuple[str, str, str]], *, strict: bool) -> list[answers.Verdict]:
+    """`answers.verdict` of many (text, gold, kind), in their order.
+
+    Raises:
+      UserError: when the worker processes cannot start.
+      ValueError: for an unknown kind, or a gold answer that is not of its kind.
+    """
+    judged = lambda item: answers.verdict(*item, strict=strict, equal=self._workers.equal)
+    with ThreadPoolExecutor(self._workers.count) as pool:
+      try:
+        return list(pool.map(judged, items))
+      except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+  def close(self) -> None:
+    """Ends the worker processes."""
+    self._workers.close()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
