@@ -1,18 +1,12 @@
-"""Verdicts on single answers, on hostile text, and on real model outputs."""
+"""Verdicts on single answers, and on hostile text."""
 
-import collections
-import gzip
-import json
 import time
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
 from imm_jax.tasks import answers
-
-REAL_OUTPUTS = Path(__file__).parents[1] / "../shared/data/answers/answers.jsonl.gz"
 
 
 def right(text: str, gold: str, kind: str = "number", *, strict: bool = True) -> bool:
@@ -31,6 +25,9 @@ def right(text: str, gold: str, kind: str = "number", *, strict: bool = True) ->
     ("The answer is 5. No: the answer is 7.", "7"),
     ("#### 5\nThe answer is 7.", "7"),
     ("The answer is 5. Checked: \\boxed{7}", "7"),
+    ("so \\fbox{7} of 9", "7"),
+    ("so $\\boxed 7$ of 9", "7"),
+    ("The answer is 7. ###### 5", "7"),
     ("\\boxed{5} is too low. The answer is 7.", "7"),
     ("so \\boxed{\\text{about } {7}} of 9", "7"),
     ("so \\boxed {7", "7"),
@@ -245,13 +242,13 @@ _FRAGMENTS = ("1", ",111", "1,", " ", "\n", "\t", "- ", "$", ".", "= ", "/", "1/
               "option", "\\", "\x00", "\nQ", "a")
 
 
-@pytest.mark.parametrize("kind", ["number", "choice"])
+@pytest.mark.parametrize("kind", ["number", "latex", "choice"])
 @pytest.mark.parametrize("fragment", _FRAGMENTS)
 def test_a_megabyte_of_anything_is_judged_at_once(fragment, kind):
   started = time.process_time()
   for start in ("", "The answer is ", "\\boxed{"):
     text = start + fragment * (1_000_000 // len(fragment))
-    answers.verdict(text, "7" if kind == "number" else "B", kind, strict=False)
+    answers.verdict(text, "B" if kind == "choice" else "7", kind, strict=False, equal=lambda *_: False)
   assert time.process_time() - started < 1.0
 
 
@@ -274,14 +271,14 @@ _WORDS = st.sampled_from([*_FRAGMENTS, "7", "B", "\\boxed{7}", "e", "−", "½",
 @example(text="The answer is 1/0", strict=False)
 @example(text="\\boxed{" * 3, strict=False)
 def test_any_text_gets_a_verdict(text, strict):
-  for gold, kind in (("7", "number"), ("B", "choice")):
-    correct, span = answers.verdict(text, gold, kind, strict=strict)
+  for gold, kind in (("7", "number"), ("B", "choice"), (r"\frac{1}{7}", "latex")):
+    correct, span = answers.verdict(text, gold, kind, strict=strict, equal=lambda *_: False)
     assert isinstance(correct, bool)
     assert span or not correct
     value = answers.parse_number(text)
     assert value is None or isinstance(value, Fraction)
     if strict and correct:
-      assert right(text, gold, kind, strict=False)
+      assert answers.verdict(text, gold, kind, strict=False, equal=lambda *_: False).correct
 
 
 @settings(max_examples=200, deadline=None)
@@ -303,43 +300,3 @@ def test_parse_number_agrees_with_exact_arithmetic(whole, denominator, exponent)
   assert answers.parse_number(f"{whole}e{exponent}") == whole * Fraction(10) ** exponent
   assert answers.parse_number(f"{whole} \\times 10^{{{exponent}}}") == whole * Fraction(10) ** exponent
   assert answers.parse_number(f"{whole} {denominator}") is None
-
-
-@pytest.fixture(scope="module")
-def real_rows():
-  if not REAL_OUTPUTS.exists():
-    pytest.skip("real model outputs are not at hand")
-  with gzip.open(REAL_OUTPUTS, "rt") as f:
-    return [json.loads(line) for line in f]
-
-
-def _wrong(rows, kind: str, *, strict: bool) -> tuple[collections.Counter, int]:
-  """Counts of false positives and false negatives, and how many rows have a gold answer of the kind."""
-  found, n = collections.Counter(), 0
-  for row in rows:
-    if kind == "number" and answers.parse_number(row["gold"]) is None:
-      continue
-    n += 1
-    correct = right(row["output"], row["gold"], kind, strict=strict)
-    found["false_positive"] += correct and not row["correct"]
-    found["false_negative"] += row["correct"] and not correct
-  return found, n
-
-
-def test_verdicts_on_real_numbers_are_wrong_for_less_than_one_in_a_thousand(real_rows):
-  found, n = _wrong([r for r in real_rows if r["kind"] == "num"], "number", strict=False)
-  assert n > 15_000
-  assert found["false_positive"] <= 2
-  assert found["false_negative"] <= 5
-
-
-def test_filtering_real_numbers_keeps_almost_nothing_wrong(real_rows):
-  found, _ = _wrong([r for r in real_rows if r["kind"] == "num"], "number", strict=True)
-  assert found["false_positive"] <= 1
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_verdicts_on_real_choices_are_right(real_rows, strict):
-  found, n = _wrong([r for r in real_rows if r["kind"] == "mc"], "choice", strict=strict)
-  assert n > 1_000
-  assert found.total() == 0

@@ -18,6 +18,7 @@ _NEXT_QUESTION = re.compile(r"\n[ \t]*+(?:### Instruction|Question:|Q:|Problem:)
 _MARKER = re.compile(r"answer is|answer\**:|(?<!#)####(?!#)", re.IGNORECASE)
 # In multiple choice an option may begin like this, so there it only counts without any other marker.
 _WEAK_MARKER = re.compile(r"(?:\A|[\n.?!])[ \t]*+A:")
+_WORDS = re.compile(r"[\s:*]*+[A-Za-z](?:[A-Za-z]|\s+[a-z]{2})")
 # The rest of the line, or of the next one that says something.
 _LINE = re.compile(r"[\s:*]*+[^\n]*")
 
@@ -114,7 +115,8 @@ def verdict(text: str, gold: str, kind: str, *, strict: bool,
 
 def _latex_verdict(text: str, gold: str, strict: bool, equal: Callable[[str, str], bool] | None) -> Verdict:
   boxed, marker = latex.find_last_boxed(text), _last_end(_MARKER, text)
-  if boxed and boxed.start >= marker:
+  # After a box, "This answer is correct" and "Let us check our answer: as ..." state no other.
+  if boxed and (boxed.start >= marker or _WORDS.match(text, marker)):
     span = boxed.inside
   elif marker >= 0:
     span = latex.stated(text[marker:])

@@ -25,14 +25,18 @@ _UNICODE = str.maketrans({
 # Two backslashes begin a row of a matrix; anywhere else they are a command that was escaped twice.
 _ROWS = re.compile(r"\\begin\s?\{(?:[bpvBV]?matrix|array|cases|align)")
 _ESCAPED_TWICE = re.compile(r"\\\\(?=[A-Za-z!,;:%$()\[\]{}])")
-_NAMES = tuple((re.compile(pattern + "(?![A-Za-z])"), name) for pattern, name in (
-    (r"\\[dtc]frac", r"\\frac"), (r"\\[dt]binom", r"\\binom"), (r"\\leq(?:slant)?", r"\\le"),
-    (r"\\geq(?:slant)?", r"\\ge"), (r"\\neq", r"\\ne"), (r"\\lbrace", r"\\{"), (r"\\rbrace", r"\\}"),
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|q?quad|degree)", " ")))
+_NAMES = tuple((re.compile(pattern), name) for pattern, name in (
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"), (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
+    (r"\\leq(?:slant)?(?![A-Za-z])", r"\\le"), (r"\\geq(?:slant)?(?![A-Za-z])", r"\\ge"),
+    (r"\\neq(?![A-Za-z])", r"\\ne"), (r"\\lbrace(?![A-Za-z])", r"\\{"), (r"\\rbrace(?![A-Za-z])", r"\\}"),
+    (r"\\(?:left|right)\s?\.", " "),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|q?quad|degree)(?![A-Za-z])", " ")))
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:,\s?\\!\s?|\{,\}|\\[,!;:]\s?)(?=[0-9]{3}(?![0-9]))")
 _PLAIN_TEXT = re.compile(r"\\(text(?:normal|bf|it|rm|sf|tt)?|mbox|hbox|math(?:rm|bf|it|sf|tt)|operatorname)\s?"
                          r"\{([^{}]*)\}(\s?\^\s?\{?[23]\}?)?")
-_INVISIBLE = re.compile(r"\\[!,;: >()\[\]]|~|\\?\$|\\(?:hspace|phantom)\s?\{[^{}]*\}|\\phantom|\^\s?\{?\s?\\circ\s?\}?")
+# But for a row's end, which may stand before a space.
+_INVISIBLE = re.compile(r"(\\\\)|\\[!,;: >()\[\]]|~|\\?\$|\\(?:hspace|phantom)\s?\{[^{}]*\}|\\phantom"
+                        r"|\^\s?(?:\{\s?\\circ\s?\}|\\circ(?![A-Za-z]))")
 _PERCENT = re.compile(r"\\?%|(?<=[0-9])\s?percent\b")
 _AND = re.compile(r"(?:,\s*)?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])")
 _FUNCTIONS = re.compile(r"(?:arc)?(?:sin|cos|tan|cot|sec|csc|cis)h?|log|ln|exp|[a-zA-Z]")
@@ -41,6 +45,7 @@ _LETTER_UNITS = ("m", "s", "g", "h", "L", "V")
 _UNIT = re.compile(
     r"(?<=[0-9}])\s+(?:(?:square|cubic|sq)\.?\s+)?(?:[A-Za-z]{4,}|feet|foot|ft|inch|in|cm|mm|km|mi|mph|kg|lbs?|sec|min"
     r"|hrs?)(?:\s+[A-Za-z]+){0,4}\.?\s?(?:\^\s?\{?[23]\}?)?$")
+_UNIT_OF_POWER = re.compile(r"\\(?:text(?:rm)?|mbox|mathrm)\s?\{[^{}]*\}(?=\s?\^)")
 _FRACTION = re.compile(r"\\frac\s*([0-9A-Za-z]|\\pi(?![A-Za-z])|\{[^{}]*\})\s*([0-9A-Za-z]|\{[^{}]*\})")
 _ROOT = re.compile(r"\\sqrt\s*([0-9A-Za-z])")
 _SLASH = re.compile(r"(?<![\w}.)^/])([0-9]{1,50})\s?/\s?([0-9]{1,50})(?![\w{.(^/\\])")
@@ -51,6 +56,8 @@ _RATIONAL = re.compile(
     r"(?P<sign>[+-]?)(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{0,50})(?P<decimals>\.[0-9]{1,50})?"
     r"(?:\\frac\{(?P<minus>-?)(?P<over>[0-9]{1,50})\}\{(?P<under>[0-9]{1,50})\})?"
     r"(?:\\(?:times|cdot)10\^\{?(?P<power>-?[0-9]{1,2})\}?)?")
+_THOUSANDS_ALONE = re.compile(r"\{[0-9]{1,3}(?:,[0-9]{3})+\}")
+_HALF_OF_DAY = re.compile(r"(?<=[0-9])[ap]m$")
 _CLOCK = re.compile(r"[0-9]{1,2}:[0-9]{2}")
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _DELIMITER = re.compile(r"\\[()\[\]]|(?<!\\)\$+")
@@ -114,8 +121,8 @@ def tidy(text: str) -> str:
     text = pattern.sub(name, text)
   text = _THOUSANDS.sub("", text)
   text = _PLAIN_TEXT.sub(_words, text)
-  text = _PERCENT.sub(r"\\%", _INVISIBLE.sub(" ", text))
-  text = _UNIT.sub("", _AND.sub(",", text).strip(" .,;:"))
+  text = _PERCENT.sub(r"\\%", _INVISIBLE.sub(lambda m: m[1] or " ", text))
+  text = _UNIT.sub("", _AND.sub(",", text).lstrip(" ,;:").rstrip(" .,;:?\\"))
   text = _FRACTION.sub(lambda m: rf"\frac{_braced(m[1])}{_braced(m[2])}", text)
   return _SLASH.sub(r"\\frac{\1}{\2}", _ROOT.sub(r"\\sqrt{\1}", text)).strip()
 
@@ -127,7 +134,7 @@ def normalise(text: str) -> str:
   '(\\frac{1}{2},10000)'
   """
   text = _SPACE.sub(lambda m: m[1] or "", tidy(text))
-  text = _GROUP_OF_ONE.sub(r"\1\2", text)
+  text = _THOUSANDS_ALONE.sub(lambda m: m[0].replace(",", ""), _GROUP_OF_ONE.sub(r"\1\2", text))
   return _ASSIGNED.sub("", text, count=1) if _ASSIGNED.match(text) else text
 
 
@@ -142,18 +149,23 @@ def same(gold: str, span: str) -> bool | None:
   a, b = normalise(gold), normalise(span)
   if not a or not b:
     return False
+  if _CLOCK.search(a) and _HALF_OF_DAY.search(a) is None:
+    b = _HALF_OF_DAY.sub("", b)
   if a == b or _items(a) == _items(b) or (a.isalpha() and len(a) > 2 and a.lower() == b.lower()):
     return True
   if a.strip("()") == b.strip("()") and re.fullmatch(r"\(?[A-Z]\)?", a):
     return True
+  # A gold answer that has lost its unit, but not the unit's power.
+  if a == normalise(_UNIT_OF_POWER.sub("", span)):
+    return True
   x, y = (_rational(c.replace("\\%", "")) for c in (a, b))
   if x is not None and y is not None and (abs(x - y) <= _TOLERANCE * abs(x) or ("%" in a) == ("%" in b)):
     return abs(x - y) <= _TOLERANCE * abs(x)
-  # math-verify reads 43_5 and 43_6 as 43, and 2:30 as 2/30.
-  if "_" in a or _CLOCK.search(a):
+  # math-verify reads 43_5 and 43_6 as 43, and the times 1:20 and 2:40 as one twentieth.
+  if "_" in a or (_CLOCK.search(a) and ":" in b):
     return False
   # It takes the right side of any equation for its answer.
-  if "=" not in a and re.match(r"[^=]*[A-Za-z][^=]*[+-][^=]*=|[^=]*[+-][^=]*[A-Za-z][^=]*=", b):
+  if "=" not in gold and re.match(r"[^=]*[A-Za-z][^=]*[+-][^=]*=|[^=]*[+-][^=]*[A-Za-z][^=]*=", b):
     return False
   return None if _balanced(b) else False
 
