@@ -14,7 +14,7 @@ _BARE = re.compile(r"\\[A-Za-z]+|[^\s$\\.,;{}]+")
 
 # What is longer than this is no answer (the longest of MATH has 159 characters).
 MAX_CHARS = 1000
-# Decimals are right to six digits: 0.333333 is a third.
+# Of decimals, relative below one: 0.333333 is a third.
 _TOLERANCE = Fraction(1, 1_000_000)
 
 _UNICODE = str.maketrans({
@@ -159,8 +159,10 @@ def same(gold: str, span: str) -> bool | None:
   if a == normalise(_UNIT_OF_POWER.sub("", span)):
     return True
   x, y = (_rational(c.replace("\\%", "")) for c in (a, b))
-  if x is not None and y is not None and (abs(x - y) <= _TOLERANCE * abs(x) or ("%" in a) == ("%" in b)):
-    return abs(x - y) <= _TOLERANCE * abs(x)
+  if x is not None and y is not None:
+    close = abs(x - y) <= (_TOLERANCE * min(1, abs(x)) if "." in a + b else 0)
+    if close or ("%" in a) == ("%" in b):
+      return close
   # math-verify reads 43_5 and 43_6 as 43, and the times 1:20 and 2:40 as one twentieth.
   if "_" in a or (_CLOCK.search(a) and ":" in b):
     return False
