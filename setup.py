@@ -17,10 +17,16 @@ setup(
     package_data={"imm_jax": ["assets/tiny/*"]},
     install_requires=[
         "absl-py>=2.1",
+        # Since 4.0 it runs no code of a data set.
+        "datasets>=4.0",
         "etils>=1.9",
         "flax>=0.12",
         "grain>=0.2.18",
+        # tensorflow-datasets imports it, and so far names it only for older Pythons.
+        "importlib_resources>=6.0",
         "jax>=0.10,<0.12",
+        # transformers renders chat templates with it, and leaves it to torch to bring it.
+        "jinja2>=3.1",
         "matplotlib>=3.9",
         "math-verify[antlr4_13_2]>=0.9",
         "ml_collections>=1.0",
@@ -30,6 +36,7 @@ setup(
         "orbax-checkpoint>=0.11.20",
         "pyyaml>=6",
         "tensorboardX>=2.6.2",
+        "tensorflow-datasets>=4.9.8",
         "tokenizers>=0.22",
         "tqdm>=4.66",
         # vLLM needs less than 5.21; one environment may hold both.

@@ -4,13 +4,14 @@ A record is a dict with lower-case keys. A value of the wrong kind is a ValueErr
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from imm_jax.tasks import answers, latex
 from imm_jax.tasks.base import Example
 
 Record = Mapping[str, Any]
+Parser = Callable[[Record], Example | None]
 
 LETTERS = "ABCDEFGH"
 KINDS = ("number", "latex", "choice")
@@ -59,10 +60,11 @@ def asdiv(record: Record) -> Example | None:
     return None
   match = _WITH_UNIT.fullmatch(gold) or _ORDINAL.fullmatch(gold)
   bare = number(match["number"].replace("(", "").replace(")", "")) if match else None
-  return _bare(question, bare, "number") if bare else _bare(question, gold.rstrip("."), "latex")
+  # A full stop ends a sentence, but not `3:30 p.m.`
+  return _bare(question, bare, "number") if bare else _bare(question, re.sub(r"(?<!\.m)\.$", "", gold), "latex")
 
 
-def numeric(question: str, answer: str):
+def numeric(question: str, answer: str) -> Parser:
   """The parser of records with a question and a number under these names."""
   return lambda record: _bare(_text(record, question), number(record[answer]), "number")
 
@@ -82,7 +84,7 @@ def mathqa(record: Record) -> Example | None:
                  str(record.get("rationale", "")).strip().strip('"'))
 
 
-def sat(options: str):
+def sat(options: str) -> Parser:
   """The parser of the 32 questions of May 2023, whose options are one string."""
   return lambda record: _choice(_text(record, "question"), split_options(_text(record, options)),
                                 _letter(record["answer"]))
@@ -120,7 +122,7 @@ def mbpp(record: Record) -> Example | None:
   return Example("", _text(record, "text"), "", _text(record, "code").replace("\r\n", "\n"), "")
 
 
-def custom(fields: Mapping[str, str], kind: str):
+def custom(fields: Mapping[str, str], kind: str) -> Parser:
   """The parser of records with the names that a config gives.
 
   Args:
@@ -178,14 +180,15 @@ def split_options(text: str) -> list[str]:
     if not found:
       break
     starts.append(found)
-  ends = [s.start() for s in starts[1:]] + [len(text)]
-  return [_unmarked(text[s.end():end].strip().rstrip(",").strip(), letter)
-          for s, end, letter in zip(starts, ends, LETTERS, strict=False)]
+  if not starts:
+    raise ValueError(f"{text[:80]!r} holds no options `A) ... B) ...`")
+  ends = [found.start() for found in starts[1:]] + [len(text)]
+  return _options([text[found.end():end].rstrip(" ,") for found, end in zip(starts, ends, strict=True)])
 
 
 def _options(values: Any) -> list[str]:
   if not isinstance(values, Sequence) or isinstance(values, str) or not 2 <= len(values) <= len(LETTERS):
-    raise ValueError(f"{values!r} is no list of 2 to {len(LETTERS)} options")
+    raise ValueError(f"{str(values)[:80]!r} is no list of 2 to {len(LETTERS)} options")
   return [_unmarked(str(value).strip(), letter) for value, letter in zip(values, LETTERS, strict=False)]
 
 

@@ -28,7 +28,7 @@ class Format(NamedTuple):
   """
 
   fields: tuple[str, ...]
-  parse: Callable[[formats.Record], Example | None]
+  parse: formats.Parser
   sizes: Mapping[str, tuple[int, ...]]
 
 

@@ -116,8 +116,8 @@ def _unreachable(source: str, error: Exception, where: Where) -> UserError:
 def _read_files(source: str, rest: str, where: Where) -> Iterator[tuple[str, dict[str, Any]]]:
   from etils import epath  # late: 40 ms
 
-  path = epath.Path(rest.replace("{split}", where.split))
   try:
+    path = epath.Path(rest.replace("{split}", where.split))
     files = [path] if path.is_file() else _of_folder(path, where)
   except Exception as e:  # a bucket's client raises its own
     raise UserError(f"{source}: cannot be read ({_cause(e)})") from e
@@ -215,7 +215,7 @@ def _xml(file: Any, text: str, _: Where) -> Iterator[tuple[str, Any]]:
 
 
 def _txt(file: Any, text: str, _: Where) -> Iterator[tuple[str, Any]]:
-  yield str(file), {"text": text}
+  yield str(file), {"text": text.replace("\r\n", "\n")}
 
 
 def _cause(error: Exception) -> str:

@@ -1,0 +1,102 @@
+"""Chat prompts, through chat templates of real forms on a small tokenizer."""
+
+from pathlib import Path
+
+import pytest
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+
+from imm_jax.errors import UserError
+from imm_jax.model import hub
+from imm_jax.model.tokenizer import load_tokenizer
+from imm_jax.tasks import formats, prompts
+from imm_jax.tasks.base import Example
+
+# ChatML, as Qwen's; and one that begins with a BOS, as Llama's.
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+WITH_BOS = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+SHOTS = [Example("a", "What is 1+1?", "2", "1+1=2. The answer is 2", "number"),
+         Example("b", "What is {2}+2?", "4", "The answer is 4", "number")]
+STEPS = "\n\nLet's think step by step."
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+  return load_tokenizer(hub.resolve("tiny"))
+
+
+def bos_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> PreTrainedTokenizerFast:
+  """The same with a BOS before every text that it encodes."""
+  tokenizer.add_special_tokens({"bos_token": "<s>"})
+  tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+      single="<s> $A", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))])
+  tokenizer.save_pretrained(folder)
+  return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def test_a_chat_holds_the_examples_as_turns_and_asks_for_the_answer(tokenizer):
+  tokenizer.chat_template = CHATML
+  built = prompts.build("What is 3+3?", header="Solve.", examples=SHOTS, style="chat", tokenizer=tokenizer)
+  assert built == (
+      f"<|im_start|>user\nSolve.\n\nWhat is 1+1?{STEPS}<|im_end|>\n"
+      "<|im_start|>assistant\n1+1=2. The answer is 2<|im_end|>\n"
+      f"<|im_start|>user\nWhat is {{2}}+2?{STEPS}<|im_end|>\n"
+      "<|im_start|>assistant\nThe answer is 4<|im_end|>\n"
+      f"<|im_start|>user\nWhat is 3+3?{STEPS}<|im_end|>\n"
+      "<|im_start|>assistant\n")
+  assert prompts.build("Q?", style="chat", tokenizer=tokenizer) == (
+      f"<|im_start|>user\nQ?{STEPS}<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("text", [
+    "{{ bos_token }}", "{% if x %}", "{question}", "\\frac{1}{2} \\{a\\}", "%s", "é e\u0301 \u00a0", "\u202e\u200b",
+    "😀", "a\x00b", "\r\n\t", "x\u2028y", "<b>&amp;</b>"])
+def test_a_chat_keeps_braces_and_odd_unicode(text, tokenizer):
+  tokenizer.chat_template = CHATML
+  shot = Example("a", text, "2", text, "number")
+  built = prompts.build(text, examples=[shot], style="chat", tokenizer=tokenizer)
+  assert built.count(f"{text}{STEPS}") == 2
+  assert f"assistant\n{text}<|im_end|>" in built
+
+
+def test_a_bos_that_the_tokenizer_adds_itself_is_not_doubled(tokenizer, tmp_path):
+  tokenizer = bos_tokenizer(tokenizer, tmp_path)
+  tokenizer.chat_template = WITH_BOS
+  built = prompts.build("Q?", style="chat", tokenizer=tokenizer)
+  ids = tokenizer(built)["input_ids"]
+  assert ids[0] == tokenizer.bos_token_id
+  assert ids.count(tokenizer.bos_token_id) == 1
+  assert built == f"[user]Q?{STEPS}[assistant]"
+
+
+def test_a_bos_that_the_tokenizer_does_not_add_stays(tokenizer):
+  tokenizer.add_special_tokens({"bos_token": "<s>"})
+  tokenizer.chat_template = WITH_BOS
+  built = prompts.build("Q?", style="chat", tokenizer=tokenizer)
+  ids = tokenizer(built)["input_ids"]
+  assert ids[0] == tokenizer.bos_token_id
+  assert ids.count(tokenizer.bos_token_id) == 1
+  assert built == f"<s>[user]Q?{STEPS}[assistant]"
+
+
+def test_without_a_chat_template_the_style_is_refused(tokenizer):
+  with pytest.raises(UserError, match="its tokenizer has no chat template, which prompt style chat needs; take an"):
+    prompts.build("Q?", style="chat", tokenizer=tokenizer)
+  with pytest.raises(UserError, match="no chat template"):
+    prompts.build("Q?", style="chat")
+  with pytest.raises(UserError, match="prompt style 'chatt': did you mean chat"):
+    prompts.build("Q?", style="chatt")
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate\nmore') }}", "{% if %}"])
+def test_a_chat_template_that_refuses_is_one_line(template, tokenizer):
+  tokenizer.chat_template = template
+  with pytest.raises(UserError, match="its chat template refuses the prompt") as raised:
+    prompts.build("Q?", style="chat", tokenizer=tokenizer)
+  assert "\n" not in str(raised.value)
+
+
+def test_every_kind_of_answer_has_a_header_that_says_its_form():
+  assert set(prompts.HEADERS) == set(formats.KINDS)
+  assert all("The answer is" in header for header in prompts.HEADERS.values())

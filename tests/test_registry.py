@@ -1,0 +1,268 @@
+"""The table of real tasks: records in each published form (invented here), golds, ids, order, and what is left out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imm_jax import tasks
+from imm_jax.errors import UserError
+from imm_jax.tasks import answers, formats, registry
+from imm_jax.tasks.base import Example
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> Path:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text("".join(json.dumps(r) + "\n" for r in records))
+  return path
+
+
+def parsed(tmp_path: Path, name: str, record: dict[str, Any], split: str = "test") -> Example:
+  source = f"file:{write(tmp_path / 'one.jsonl', [record])}"
+  example, = registry.read(name, split=split, source=source).examples
+  return example
+
+
+def gsm8k(question: str, gold: str = "3") -> dict[str, str]:
+  return {"question": question, "answer": f"1+2=<<1+2={gold}>>{gold}.\n#### {gold}"}
+
+
+_OPTIONS = "\n(A) 4\n(B) 5 , 5\n(C) $f(A)$\n(D) none"
+# Task, record, question, gold, kind: one for each form in which a task is published.
+FORMS = [
+    ("gsm8k", {"question": " Two and\u2028three? ", "answer": "2+3=<<2+3=5>>5 and <<5*320=1600>>1,600\n#### 1,600"},
+     "Two and\u2028three?", "1600", "number"),
+    ("gsm8k", {"question": "Q?", "answer": "Down.\n#### -12", "annotation": "Down.\n", "short_answer": "-12"},
+     "Q?", "-12", "number"),
+    ("math", {"problem": "Half of {x}?", "solution": r"First \boxed{1}, no: $\boxed{\frac{1}{2}.}$", "level": "Level 1",
+              "type": "Algebra"}, "Half of {x}?", r"\frac{1}{2}", "latex"),
+    ("math", {"problem": "P?", "solution": r"It is $\boxed 7$."}, "P?", "7", "latex"),
+    ("svamp", {"ID": "x", "Body": "Ann has 5 pens", "Question": "How many?", "Equation": "5", "Answer": 145.0,
+               "Type": "none"}, "Ann has 5 pens. How many?", "145", "number"),
+    ("svamp", {"Body": "Is it so?", "Question": "How many?", "Answer": "2.5"}, "Is it so? How many?", "2.5", "number"),
+    ("asdiv", {"body": "A.", "question": "B?", "answer": "9 (apples)", "formula": ""}, "A. B?", "9", "number"),
+    ("asdiv", {"body": "A.", "question": "B?", "answer": "-(1/3)"}, "A. B?", "-1/3", "number"),
+    ("asdiv", {"body": "A.", "question": "B?", "answer": "5/2"}, "A. B?", "5/2", "number"),
+    ("asdiv", {"body": "A.", "question": "B?", "answer": "The 60th caller."}, "A. B?", "60", "number"),
+    ("asdiv", {"body": "A.", "question": "B?", "answer": "June 1st"}, "A. B?", "1", "number"),
+    ("asdiv", {"body": "A.", "question": "B?", "answer": "5:6"}, "A. B?", "5:6", "latex"),
+    ("asdiv", {"body": "A.", "question": "B?", "answer": "3:30 p.m."}, "A. B?", "3:30 p.m.", "latex"),
+    ("asdiv", {"body": "A.", "question": "B?", "answer": "They are equal."}, "A. B?", "They are equal", "latex"),
+    ("mawps", {"input": "N?", "target": 43.0, "type": "addsub", "idx": 0}, "N?", "43", "number"),
+    ("mawps", {"input": "N?", "target": 1.8333333333333335}, "N?", "1.8333333333333335", "number"),
+    ("mawps", {"iIndex": 1, "sQuestion": " N? ", "lEquations": ["X=1"], "lSolutions": [504.0]}, "N?", "504", "number"),
+    ("mawps", {"id": 1, "original_text": "N?", "segmented_text": "N ?", "equation": "x", "ans": "11687.0"},
+     "N?", "11687", "number"),
+    ("mawps", {"id": "m", "question": "N?", "chain": "", "result": "1_000", "result_float": 1000.0},
+     "N?", "1000", "number"),
+    ("mathqa", {"Problem": "P ?", "Rationale": '"so . answer : d"', "correct": "d", "category": "other",
+                "options": "a ) 4 , b ) 5 , 5 , c ) $f(A)$ , d ) none"}, f"P ?{_OPTIONS}", "D", "choice"),
+    ("mathqa", {"problem": "P ?", "rationale": "so", "correct": "b",
+                "options": "['a ) 4', 'b ) 5 , 5', 'c ) $f(A)$', \"d ) none\"]"}, f"P ?{_OPTIONS}", "B", "choice"),
+    ("mathqa", {"problem": "P ?", "rationale": "so", "correct": "a", "options": "a ) a ) 4 , b ) b ) 5"},
+     "P ?\n(A) 4\n(B) 5", "A", "choice"),
+    ("sat_math", {"id": "0", "question": "P?", "options": "A) 4 B) 5 , 5 C) $f(A)$ D) none", "Answer": "C"},
+     f"P?{_OPTIONS}", "C", "choice"),
+    ("sat_math", {"Question": "P?", "Possible Answers": "A. 4 B. 5 , 5 C. $f(A)$ D. none", "Answer": "C"},
+     f"P?{_OPTIONS}", "C", "choice"),
+    ("sat_math_agieval", {"passage": "", "question": "P?", "options": ["(A)4", "(B)5 , 5", "(C)$f(A)$", "(D)none"],
+                          "label": "A", "other": {"solution": "Choice A."}}, f"P?{_OPTIONS}", "A", "choice"),
+    ("sat_math_agieval", {"passage": "A table.", "question": "P?", "options": ["(A)4", "(B)5"], "label": "B"},
+     "A table.\nP?\n(A) 4\n(B) 5", "B", "choice"),
+    ("sat_math_agieval", {"query": "A table.Q: P? Answer Choices: (A)4 (B)5\nA: Among A through B, the answer is",
+                          "choices": ["(A)4", "(B)5"], "gold": [1]}, "A table.\nP?\n(A) 4\n(B) 5", "B", "choice"),
+    ("mmlu_stem", {"question": "P?", "type": "x", "choices": ["4", "5 , 5", "$f(A)$", "none"], "answer": 3},
+     f"P?{_OPTIONS}", "D", "choice"),
+    ("mmlu_stem", {"question": "P?", "choice0": "0", "choice1": "1", "choice2": "2", "choice3": "3", "answer": "0"},
+     "P?\n(A) 0\n(B) 1\n(C) 2\n(D) 3", "A", "choice"),
+    ("mbpp", {"text": "Add two.", "code": "def f(a, b):\r\n  return a+b", "task_id": 11, "test_list": []},
+     "Add two.", "", ""),
+]
+
+
+@pytest.mark.parametrize(("name", "record", "question", "gold", "kind"), FORMS)
+def test_each_published_form_gives_question_gold_and_kind(name, record, question, gold, kind, tmp_path):
+  example = parsed(tmp_path, name, record)
+  assert (example.question, example.answer, example.kind) == (question, gold, kind)
+  if kind == "number":
+    assert answers.parse_number(example.answer) is not None
+
+
+def test_every_form_of_every_task_is_tried():
+  tried = {(name, form.fields) for name, record, *_ in FORMS for form in registry.TASKS[name].formats
+           if {k.lower() for k in record} >= set(form.fields)}
+  assert tried == {(name, form.fields) for name, task in registry.TASKS.items() for form in task.formats}
+
+
+def test_a_rationale_ends_in_the_answer_and_holds_no_calculator_marks(tmp_path):
+  assert parsed(tmp_path / "a", "gsm8k", FORMS[0][1]).rationale == "2+3=5 and 1,600\nThe answer is 1600"
+  solution = FORMS[2][1]["solution"]
+  assert parsed(tmp_path / "b", "math", FORMS[2][1]).rationale == f"{solution}\nThe answer is \\frac{{1}}{{2}}"
+  mathqa = next(f for f in FORMS if f[0] == "mathqa")[1]
+  assert parsed(tmp_path / "c", "mathqa", mathqa).rationale == "so . answer : d\nThe answer is D"
+  assert parsed(tmp_path / "d", "mbpp", FORMS[-1][1]).rationale == "def f(a, b):\n  return a+b"
+  for name, record, *_, kind in FORMS:
+    example = parsed(tmp_path / "e" / str(id(record)), name, record)
+    if example.rationale and kind in ("number", "choice"):
+      assert answers.verdict(example.rationale, example.answer, kind, strict=True).correct
+
+
+@pytest.mark.parametrize(("name", "record", "message"), [
+    ("gsm8k", {"question": "Q?", "answer": "5"}, "'answer' has no line `#### number`"),
+    ("gsm8k", {"question": "", "answer": "#### 5"}, "'question' is empty"),
+    ("gsm8k", {"question": 5, "answer": "#### 5"}, "'question' is no text"),
+    ("gsm8k", {"problem": "Q?", "answer": "#### 5"}, "has no field 'question' but problem, answer; expected records "
+                                                    "with the fields question, answer"),
+    ("svamp", {"body": "B", "question": "Q", "answer": None}, "None is no number"),
+    ("mawps", {"squestion": "Q", "lsolutions": 5.0}, "'lSolutions' is no list"),
+    ("mathqa", {"problem": "Q", "options": "a ) 1 , b ) 2", "correct": "c"}, "the gold 'C' is none of the 2 options"),
+    ("mathqa", {"problem": "Q", "options": "[]", "correct": "c"}, r"'\[\]' is no list of 2 to 8 options"),
+    ("mathqa", {"problem": "Q", "options": "yes or no", "correct": "c"}, "'yes or no' holds no options"),
+    ("mmlu_stem", {"question": "Q", "choices": "1, 2", "answer": 0}, "'1, 2' is no list of 2 to 8 options"),
+    ("mmlu_stem", {"question": "Q", "choices": list("ABCD"), "answer": 4}, "the gold 'E' is none of the 4 options"),
+    ("sat_math_agieval", {"query": "Q?", "choices": ["1", "2"], "gold": [0]}, "'query' is not of the form"),
+    ("mbpp", {"text": "T", "code": "C", "task_id": "x"}, "invalid literal"),
+])
+def test_a_wrong_record_is_named_by_file_and_line(name, record, message, tmp_path):
+  with pytest.raises(UserError, match=message) as raised:
+    parsed(tmp_path, name, record)
+  assert str(raised.value).startswith(f"{tmp_path}/one.jsonl:1: ")
+  assert "\n" not in str(raised.value)
+
+
+def test_ids_follow_from_split_and_content_alone(tmp_path):
+  records = [gsm8k(f"Question {i}?") for i in range(20)]
+  one = registry.read("gsm8k", split="test", source=f"file:{write(tmp_path / 'a.jsonl', records)}")
+  other = registry.read("gsm8k", split="test", source=f"file:{write(tmp_path / 'b.jsonl', records[:0:-1])}")
+  ids = {e.question: e.id for e in one.examples}
+  assert len(set(ids.values())) == 20
+  assert all(ids[e.question] == e.id for e in other.examples)
+  write(tmp_path / "train.jsonl", records)
+  write(tmp_path / "test.jsonl", [gsm8k("Another?")])
+  train = registry.read("gsm8k", split="train", source=f"file:{tmp_path}")
+  assert not {e.id for e in train.examples} & set(ids.values())
+
+
+def test_the_order_follows_from_seed_and_split_whatever_the_order_of_the_file(tmp_path):
+  records = [gsm8k(f"Question {i}?") for i in range(50)]
+  sources = [f"file:{write(tmp_path / name, rows)}" for name, rows in (
+      ("a.jsonl", records), ("b.jsonl", records[::-1]))]
+  load = lambda source, **options: [e.question for e in tasks.load("gsm8k", split="test", source=source, **options)]
+  whole = load(sources[0])
+  assert sorted(whole) == sorted(r["question"] for r in records)
+  assert whole != [r["question"] for r in records]
+  assert load(sources[1]) == whole
+  assert load(sources[0], count=7) == whole[:7]
+  assert load(sources[0], seed=1) != whole
+  with pytest.raises(ValueError, match=r"gsm8k/test holds 50 questions, 51 were asked for"):
+    load(sources[0], count=51)
+
+
+def test_what_is_in_the_test_set_or_repeated_is_left_out_and_told_once(tmp_path, capsys):
+  write(tmp_path / "test.jsonl", [gsm8k("Both?"), gsm8k("Test?"), gsm8k("Test?", "4")])
+  write(tmp_path / "train.jsonl", [gsm8k("Train?"), gsm8k(" Both? "), gsm8k("Train?", "5"), gsm8k("None?", "five"),
+                                   gsm8k("Last?")])
+  source = f"file:{tmp_path}"
+  found = registry.read("gsm8k", split="train", source=source)
+  assert [e.question for e in found.examples] == ["Train?", "Last?"]
+  assert found.facts == {"records": 5, "no_gold": 1, "repeated": 1, "in_test": 1}
+  for _ in range(2):
+    tasks.load("gsm8k", split="train", source=source)
+  told = capsys.readouterr().err.splitlines()
+  assert told == [
+      f"warning: gsm8k/train: {source} holds 5 records, published are 7473; the source is short or changed",
+      f"note: gsm8k/train: {source}: of 5 records left out 1 without an answer that can be judged, 1 that repeat "
+      "another, 1 that are in the test set"]
+  test = tasks.load("gsm8k", split="test", source=source)
+  assert {(e.question, e.answer) for e in test} == {("Both?", "3"), ("Test?", "3")}
+
+
+def test_a_set_of_the_published_size_gives_no_warning(tmp_path, capsys):
+  records = [{"question": f"P{i}?", "options": "A) 1 B) 2", "Answer": "A"} for i in range(33)]
+  assert len(tasks.load("sat_math", split="test", source=f"file:{write(tmp_path / 'a.jsonl', records[:32])}")) == 32
+  assert not capsys.readouterr().err
+  assert len(tasks.load("sat_math", split="test", source=f"file:{write(tmp_path / 'b.jsonl', records)}")) == 33
+  assert "holds 33 records, published are 32" in capsys.readouterr().err
+
+
+def test_one_file_for_both_splits_is_refused(tmp_path):
+  source = f"file:{write(tmp_path / 'train.jsonl', [gsm8k('A?'), gsm8k('B?')])}"
+  with pytest.raises(UserError, match=r"holds no question for gsm8k/train, for its 2 are the test set's; does it name "
+                                      "one split for both"):
+    tasks.load("gsm8k", split="train", source=source)
+
+
+@pytest.mark.parametrize("name", [n for n, t in registry.TASKS.items() if "train" not in t.source])
+def test_a_task_without_a_train_split_says_so(name):
+  with pytest.raises(UserError, match=f"task {name} has no train split, only .*test; it is for evaluation"):
+    tasks.load(name, split="train", count=1)
+
+
+def test_one_file_holds_the_splits_of_mbpp(tmp_path):
+  records = [{"text": f"Task {i}.", "code": "pass", "task_id": i} for i in range(1, 975)]
+  source = f"file:{write(tmp_path / 'mbpp.jsonl', records).parent}"
+  for split, size in {"prompt": 10, "test": 500, "validation": 90, "train": 374}.items():
+    found = registry.read("mbpp", split=split, source=source)
+    assert len(found.examples) == size
+    assert not found.notes
+
+
+def test_the_table_says_where_from_what_role_and_what_licence():
+  for name, task in registry.TASKS.items():
+    assert task.role in ("id", "ood", "importance")
+    assert task.kind in (*formats.KINDS, "")
+    assert (task.role == "importance") == (not task.kind) == (name not in tasks.JUDGED)
+    assert task.licence
+    assert "test" in task.source
+    assert all(source.startswith("hf:") for source in task.source.values())
+    assert all(form.sizes.keys() <= task.source.keys() for form in task.formats)
+  assert set(tasks.NAMES) >= {"stories", "custom", *registry.TASKS}
+
+
+CUSTOM = {"prompt": "P?", "gold": "1,600", "work": "So it is.", "opts": ["x", "y"]}
+
+
+@pytest.mark.parametrize(("kind", "change", "fields", "expected"), [
+    ("number", {}, {}, ("P?", "1600", "")),
+    ("number", {}, {"rationale": "Work"}, ("P?", "1600", "So it is.\nThe answer is 1600")),
+    ("number", {"gold": 7}, {}, ("P?", "7", "")),
+    ("number", {"work": "It is 7. The answer is 7.", "gold": 7}, {"rationale": "work"},
+     ("P?", "7", "It is 7. The answer is 7.")),
+    ("latex", {"gold": "$\\pi$"}, {}, ("P?", "\\pi", "")),
+    ("latex", {"gold": "Hence $\\boxed{\\frac12}$."}, {}, ("P?", "\\frac12", "")),
+    ("choice", {"gold": "b"}, {}, ("P?", "B", "")),
+    ("choice", {"gold": "(B)"}, {"choices": "opts"}, ("P?\n(A) x\n(B) y", "B", "")),
+    ("choice", {"gold": 0}, {"choices": "opts"}, ("P?\n(A) x\n(B) y", "A", "")),
+    ("choice", {"gold": "1", "opts": ["2", "1", "0"]}, {"choices": "opts"}, ("P?\n(A) 2\n(B) 1\n(C) 0", "B", "")),
+    ("choice", {"gold": "yes", "opts": ["no", "yes"]}, {"choices": "opts"}, ("P?\n(A) no\n(B) yes", "B", "")),
+])
+def test_custom_records_are_read_by_the_names_given(kind, change, fields, expected, tmp_path):
+  source = f"file:{write(tmp_path / 'own.jsonl', [CUSTOM | change])}"
+  example, = tasks.load("custom", split="test", source=source, kind=kind,
+                        fields={"question": "Prompt", "answer": "gold", **fields})
+  assert (example.question, example.answer, example.rationale) == expected
+  assert example.kind == kind
+  assert example.id.startswith("custom/test/")
+
+
+def test_custom_needs_a_source_a_kind_and_fields_that_are_there(tmp_path):
+  write(tmp_path / "test.jsonl", [CUSTOM])
+  source = f"file:{tmp_path}"
+  for options, message in [
+      ({"kind": "number"}, "needs a source"), ({"source": source}, "kind='' of its answers: "),
+      ({"source": source, "kind": "nummer"}, "did you mean number"),
+      ({"source": source, "kind": "number", "fields": {"anwser": "gold"}}, "no field 'anwser': did you mean answer"),
+      ({"source": source, "kind": "number"}, "has no field 'question' but prompt, gold, work, opts"),
+      ({"source": source, "kind": "latex", "fields": {"question": "prompt", "answer": "gold", "rationale": "why"}},
+       "has no field 'why'")]:
+    with pytest.raises(UserError, match=message):
+      tasks.load("custom", split="test", **options)
+  with pytest.raises(UserError, match="task gsm8k has its own fields and kind"):
+    tasks.load("gsm8k", split="test", source=source, kind="number")
+
+
+def test_nothing_that_can_be_judged_is_an_error(tmp_path):
+  source = f"file:{write(tmp_path / 'a.jsonl', [gsm8k('A?', 'none')])}"
+  with pytest.raises(UserError, match="holds no question for gsm8k/test"):
+    tasks.load("gsm8k", split="test", source=source)
