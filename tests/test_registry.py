@@ -38,6 +38,8 @@ FORMS = [
     ("math", {"problem": "Half of {x}?", "solution": r"First \boxed{1}, no: $\boxed{\frac{1}{2}.}$", "level": "Level 1",
               "type": "Algebra"}, "Half of {x}?", r"\frac{1}{2}", "latex"),
     ("math", {"problem": "P?", "solution": r"It is $\boxed 7$."}, "P?", "7", "latex"),
+    ("math", {"problem": "P?", "solution": "$\\boxed{9 \\text{ square\nfeet}}$"},
+     "P?", r"9 \text{ square feet}", "latex"),
     ("svamp", {"ID": "x", "Body": "Ann has 5 pens", "Question": "How many?", "Equation": "5", "Answer": 145.0,
                "Type": "none"}, "Ann has 5 pens. How many?", "145", "number"),
     ("svamp", {"Body": "Is it so?", "Question": "How many?", "Answer": "2.5"}, "Is it so? How many?", "2.5", "number"),

@@ -214,9 +214,10 @@ def _choice(question: str, options: Sequence[str], letter: str | None, rationale
 
 
 def _worked(question: str, gold: str | None, rationale: str, kind: str) -> Example | None:
-  """An example whose rationale, if it has one, ends in `The answer is X`."""
+  """An example whose rationale, if it has one, ends in `The answer is X`, in one line."""
   if not gold:
     return None
+  gold = " ".join(gold.split())
   rationale = rationale.strip()
   end = f"The answer is {gold}"
   if rationale and not rationale.rstrip(".").endswith(end):
