@@ -16,7 +16,7 @@ from etils import epath
 
 from imm_jax import tasks
 from imm_jax.errors import UserError
-from imm_jax.tasks import sources
+from imm_jax.tasks import registry, sources
 
 RECORDS = [{"question": "1+1, or \"2\"?\nSay.", "answer": "two"}, {"question": "é\u2028{x} \\frac12", "answer": ""}]
 WHERE = sources.Where("test", "task", ("published.json", "sub/*.json", "a.csv|b.csv"), ("question", "answer"),
@@ -27,6 +27,11 @@ XML = """<?xml version="1.0" encoding="UTF-8"?>
 <File><Set><Problem ID="7"><Question>1+1, or "2"?
 Say.</Question><Answer>two</Answer></Problem>
 <Problem ID="8"><Question>é&#8232;{x} \\frac12</Question><Answer/></Problem></Set></File>"""
+
+
+@pytest.fixture(autouse=True)
+def _nothing_read_before() -> None:
+  registry._read.cache_clear()  # each test has a hub and a tfds of its own
 
 
 def read(source: str, where: sources.Where = WHERE) -> list[dict[str, Any]]:
