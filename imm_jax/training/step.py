@@ -144,14 +144,13 @@ def jit_step(step: Callable[..., tuple[TrainState, Metrics]], state: TrainState)
                  compiler_options=_TPU_OPTIONS if platform == "tpu" else None)
 
 
-def step_function(config: ModelConfig, optimizer: optax.GradientTransformation, *, compute_dtype: jnp.dtype,
-                  accumulation: int = 1, remat: str = "none", attention: str = "xla", mesh: Mesh | None = None,
-                  chunk: int = CHUNK) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
-  """A step (state, batch) -> (state, metrics), to be jitted.
+def gradient_function(config: ModelConfig, *, compute_dtype: jnp.dtype, accumulation: int = 1, remat: str = "none",
+                      attention: str = "xla", mesh: Mesh | None = None, chunk: int = CHUNK, mean: bool = True,
+                      ) -> Callable[[Params, dict[str, jax.Array]], tuple[jax.Array, Params, jax.Array]]:
+  """A function (params, batch) -> (loss, its gradient, number of learned tokens), to be jitted.
 
-  The loss is the mean over the learned tokens of the whole batch; with `accumulation` the batch runs in that many
-  parts, which gives the same gradient. A step whose loss or gradient is not finite changes nothing, and neither do the
-  steps after it. Metrics: `loss`, `grad_norm` (before clipping), `tokens` (learned ones).
+  The loss is the mean over the learned tokens of the whole batch, or with `mean=False` their sum; with `accumulation`
+  the batch runs in that many parts, which gives the same gradient. The gradient lies where the parameters lie.
   """
   options = {"compute_dtype": compute_dtype, "remat": remat, "attention": attention, "chunk": chunk}
 
@@ -159,22 +158,37 @@ def step_function(config: ModelConfig, optimizer: optax.GradientTransformation, 
                 add_up: Callable[[jax.Array], jax.Array] = lambda x: x, mesh: Mesh | None = None,
                 ) -> tuple[jax.Array, Params, jax.Array]:
     total = add_up(jnp.sum(batch["weights"][:, 1:]))
-    mean_loss = lambda params, part: token_losses(config, params, part, mesh=mesh, gather=gather, **options)[0] / total
+
+    def loss(params: Params, part: dict[str, jax.Array]) -> jax.Array:
+      summed = token_losses(config, params, part, mesh=mesh, gather=gather, **options)[0]
+      return summed / total if mean else summed
+
     if accumulation == 1:
-      return *jax.value_and_grad(mean_loss)(params, batch), total
+      return *jax.value_and_grad(loss)(params, batch), total
     parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    add = lambda sums, part: (jax.tree.map(jnp.add, sums, jax.value_and_grad(mean_loss)(params, part)), None)
+    add = lambda sums, part: (jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(params, part)), None)
     return *jax.lax.scan(add, zero, parts)[0], total
+
+  if mesh is None or mesh.size == 1:
+    return gradients
+  if mesh.shape["tensor"] == 1:
+    return functools.partial(fsdp.map_gradients, gradients, mesh=mesh, dtype=compute_dtype)
+  return lambda params, batch: gradients(params, batch, fsdp.constrained(mesh, compute_dtype), mesh=mesh)
+
+
+def step_function(config: ModelConfig, optimizer: optax.GradientTransformation, **options: Any,
+                  ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+  """A step (state, batch) -> (state, metrics), to be jitted; `options` are those of `gradient_function`.
+
+  A step whose loss or gradient is not finite changes nothing, and neither do the steps after it. Metrics: `loss`,
+  `grad_norm` (before clipping), `tokens` (learned ones).
+  """
+  gradients = gradient_function(config, **options)
 
   def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
     params = state["params"]
-    if mesh is None or mesh.size == 1:
-      loss, grads, total = gradients(params, batch)
-    elif mesh.shape["tensor"] == 1:
-      loss, grads, total = fsdp.map_gradients(gradients, params, batch, mesh=mesh, dtype=compute_dtype)
-    else:
-      loss, grads, total = gradients(params, batch, fsdp.constrained(mesh, compute_dtype), mesh=mesh)
+    loss, grads, total = gradients(params, batch)
     norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state["opt_state"], params)
     new = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
