@@ -7,6 +7,7 @@ has to be saved to go on from it.
 Axes: R rows of a batch, T row length.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -64,6 +65,8 @@ class PackedBatches:
     if lengths.max() > row_length:
       raise ValueError(f"example {int(lengths.argmax())} has {int(lengths.max())} tokens, a row holds {row_length}")
     self._examples = examples
+    self._pack = functools.partial(PackedBatches, examples, global_batch=global_batch, row_length=row_length,
+                                   seed=seed, row_multiple=row_multiple)
     self.row_length = row_length
     self._plan: list[list[int]] = []
     for epoch in range(epochs):
@@ -101,6 +104,10 @@ class PackedBatches:
         batch["weights"][r, learned:end] = 1
         begin = end
     return batch
+
+  def one_epoch(self) -> "PackedBatches":
+    """The batches of one pass over the same examples, packed as the first epoch is."""
+    return self._pack(epochs=1)
 
   def members(self, step: int) -> list[int]:
     """Indices of the examples of a step, in order."""

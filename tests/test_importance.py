@@ -1,0 +1,197 @@
+"""Layer importance against torch, against removing weights one by one, and on eight faked devices.
+
+The device count is fixed when jax starts, so this file runs itself in another process (`_main`).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_training as t
+
+from imm_jax.analysis import importance
+from imm_jax.analysis.importance import LayerImportance, layer_importance
+from imm_jax.errors import UserError
+from imm_jax.model import hf, sharding
+from imm_jax.model.decoder import Params, bind, init_params
+from imm_jax.training.packing import PackedBatches
+
+BLOCK = {**dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn"),
+         **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")}
+# Mesh sizes, and how the gradient is computed on them.
+MESHES = {"one": ((1, 1, 1), {}), "fsdp8": ((1, 8, 1), {"remat": "full"}),
+          "data2-fsdp4": ((2, 4, 1), {"accumulation": 2}), "fsdp2-tensor2": ((1, 2, 2), {"remat": "dots"})}
+
+
+def of_module(params: Params, name: str) -> jax.Array:
+  return params["layers"][BLOCK[name]][name]["weight"]
+
+
+def with_module(params: Params, name: str, weight: jax.Array) -> Params:
+  block = params["layers"][BLOCK[name]]
+  return {**params, "layers": {**params["layers"], BLOCK[name]: {**block, name: {**block[name], "weight": weight}}}}
+
+
+def make_params(scale: float = 4) -> Params:
+  return jax.tree.map(lambda p: p * scale if p.ndim > 1 else p + 0.1, init_params(t.CONFIG, key=jax.random.key(0)))
+
+
+def gradient(params: Params, batches: PackedBatches, mesh: jax.sharding.Mesh | None = None, **options) -> Params:
+  mesh = mesh or sharding.make_mesh(data=1, fsdp=1)
+  place = lambda path, leaf: jax.device_put(leaf, sharding.param_sharding(mesh, sharding.path_name(path), leaf.shape))
+  return importance.gradient(options.pop("config", t.CONFIG), jax.tree_util.tree_map_with_path(place, params), batches,
+                             mesh=mesh, compute_dtype=jnp.float32, **options)
+
+
+def close(got: LayerImportance, want: LayerImportance, rel: float) -> None:
+  assert got.modules.keys() == want.modules.keys()
+  np.testing.assert_allclose(got.total, want.total, rtol=rel)
+  for name, scores in want.modules.items():
+    np.testing.assert_allclose(got.modules[name], scores, rtol=rel, err_msg=name)
+
+
+def _main(out: Path) -> None:
+  """Runs on eight devices."""
+  batches = t.pack(t.make_examples(60), global_batch=16, row_multiple=16)
+  for name, (sizes, options) in MESHES.items():
+    mesh = jax.make_mesh(sizes, sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3,
+                         devices=jax.devices()[:int(np.prod(sizes))])
+    params = make_params()
+    grads = gradient(params, batches, mesh, **options)
+    scores = layer_importance(params, grads)
+    placed = jax.tree_util.tree_map_with_path(
+        lambda path, leaf, mesh=mesh: leaf.sharding.is_equivalent_to(
+            sharding.param_sharding(mesh, sharding.path_name(path), leaf.shape), leaf.ndim), grads)
+    (out / f"{name}.json").write_text(json.dumps(
+        {"total": scores.total.tolist(), "modules": {key: value.tolist() for key, value in scores.modules.items()},
+         "placed": all(jax.tree.leaves(placed)), "batches": len(batches)}))
+    np.savez(out / f"{name}.npz", **{sharding.path_name(path): leaf for path, leaf in
+                                     jax.tree_util.tree_leaves_with_path(grads)})
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory, run_on_devices) -> Path:
+  folder = tmp_path_factory.mktemp("importance")
+  run_on_devices(__file__, folder)
+  return folder
+
+
+@pytest.mark.parametrize("mesh", list(MESHES)[1:])
+def test_a_mesh_gives_the_scores_of_one_device(out: Path, mesh: str):
+  read = lambda name: json.loads((out / f"{name}.json").read_text())
+  scores = lambda seen: LayerImportance(np.array(seen["total"]), {k: np.array(v) for k, v in seen["modules"].items()})
+  assert read(mesh)["placed"]
+  assert read(mesh)["batches"] > 2
+  close(scores(read(mesh)), scores(read("one")), rel=2e-6)
+  got, want = np.load(out / f"{mesh}.npz"), np.load(out / "one.npz")
+  for path in want:
+    np.testing.assert_allclose(got[path], want[path], atol=1e-5 * np.abs(want[path]).max(), err_msg=path)
+
+
+@pytest.mark.parametrize("kind", ["qwen2-tied", "llama"])
+def test_scores_equal_those_of_torch_over_the_whole_data(checkpoint, kind):
+  model, folder = checkpoint(kind)
+  config, params = hf.load(folder, place=lambda *_: t.replicated())
+  examples = t.make_examples(24)
+  batches = t.pack(examples, global_batch=6)
+  assert len(batches) > 3
+  t.torch_loss(model, examples).backward()
+
+  def torch_scores(grad) -> LayerImportance:
+    modules = {}
+    for name, block in BLOCK.items():
+      weights = [getattr(getattr(layer, block), name).weight for layer in model.model.layers]
+      modules[name] = np.array([(grad(w).double() * w.double()).abs().sum().item() for w in weights])
+    return LayerImportance(sum(modules.values()), modules)
+
+  got = layer_importance(params, gradient(params, batches, config=config))
+  close(got, torch_scores(lambda w: w.grad), rel=1e-4)
+
+  # Eq. 3 takes the absolute value last. Taken batch by batch, what cancels would count.
+  whole = sum(len(e.response) for e in examples)
+  parts = []
+  for i in range(0, len(examples), 4):
+    model.zero_grad()
+    part = examples[i:i + 4]
+    (t.torch_loss(model, part) * sum(len(e.response) for e in part) / whole).backward()
+    parts.append(torch_scores(lambda w: w.grad).total)
+  assert (sum(parts) > 1.3 * got.total).all()
+
+
+def test_scores_rank_weights_as_removing_them_does():
+  """With weights so small that the loss is nearly linear in each, yet what each does is well above rounding."""
+  params, rng = make_params(scale=1.2), np.random.default_rng(0)
+  batches = t.pack(t.make_examples(30), global_batch=30)
+  assert len(batches) == 1
+  batch = batches[0]
+  targets, learned = np.roll(batch["tokens"], -1, axis=1), np.roll(batch["weights"], -1, axis=1)
+
+  def log_p(params: Params) -> jax.Array:
+    """Of the next token at each position [B, T]."""
+    logits = bind(t.CONFIG, params)(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"],
+                                    compute_dtype=jnp.float32)
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+
+  @jax.jit
+  def changes(params: Params, places: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What removing each of n entries changes [n, B, T]."""
+    whole, found = log_p(params), {}
+    for name, at in places.items():
+      weight, put = of_module(params, name), lambda w, name=name: with_module(params, name, w)
+      found[name] = jax.lax.map(lambda i, w=weight, put=put: log_p(put(w.at[i[0], i[1], i[2]].set(0))) - whole, at)
+    return found
+
+  places = {name: rng.integers(0, of_module(params, name).shape, (40, 3)) for name in BLOCK}
+  found = {name: np.abs((np.asarray(c, np.float64) * learned).sum(axis=(1, 2)) / learned.sum())
+           for name, c in changes(params, places).items()}
+  grads = gradient(params, batches)
+  scores = {name: np.abs(np.asarray(of_module(params, name) * of_module(grads, name)))[tuple(at.T)]
+            for name, at in places.items()}
+  removed, scored = (np.concatenate([of[name] for name in BLOCK]) for of in (found, scores))
+  ranks = lambda x: np.argsort(np.argsort(x))
+  assert np.corrcoef(ranks(removed), ranks(scored))[0, 1] > 0.99
+  assert scored.sum() == pytest.approx(removed.sum(), rel=0.05)
+
+
+def test_scores_do_not_depend_on_the_batches_and_repeat_bit_for_bit():
+  examples, params = t.make_examples(40), make_params()
+  grads = {size: gradient(params, t.pack(examples, global_batch=size)) for size in (4, 9, 40)}
+  again = gradient(params, t.pack(examples, global_batch=4))
+  jax.tree.map(np.testing.assert_array_equal, again, grads[4])
+  want = layer_importance(params, grads[40])
+  assert (want.total > 0).all()
+  for size in (4, 9):
+    close(layer_importance(params, grads[size]), want, rel=2e-6)
+
+
+def test_the_parameters_are_left_as_they_are():
+  params = make_params()
+  before = jax.tree.map(np.array, params)
+  gradient(params, t.pack(t.make_examples(8)))
+  jax.tree.map(np.testing.assert_array_equal, params, before)
+
+
+def test_one_epoch_holds_every_example_once():
+  examples = t.make_examples(30)
+  three = t.pack(examples, epochs=3, global_batch=7, row_multiple=2)
+  one = three.one_epoch()
+  assert sorted(i for step in range(len(one)) for i in one.members(step)) == list(range(30))
+  assert (one.rows % 2, one.row_length) == (0, three.row_length)
+  order = lambda batches: [tuple(tokens) for i in range(len(batches)) for tokens, _, _ in t.segments(batches[i])]
+  assert order(one) == order(three)[:30]
+
+
+def test_a_gradient_that_is_not_finite_is_an_error():
+  params = make_params()
+  params = with_module(params, "up_proj", of_module(params, "up_proj").at[1, 2, 3].set(jnp.nan))
+  with pytest.raises(UserError, match=r"importance: the gradient .* is not finite") as caught:
+    gradient(params, t.pack(t.make_examples(8)), label="round 0: importance")
+  assert "\n" not in str(caught.value)
+
+
+if __name__ == "__main__":
+  _main(Path(sys.argv[1]))
