@@ -82,10 +82,14 @@ def make_schedule(kind: str, *, peak: float, total_steps: int, warmup_ratio: flo
   return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup]) if warmup else decay
 
 
-def make_optimizer(schedule: optax.Schedule, *, weight_decay: float, grad_clip: float) -> optax.GradientTransformation:
-  """AdamW (b1 0.9, b2 0.999, eps 1e-8) after clipping the gradient's global norm; `grad_clip` 0 does not clip."""
+def make_optimizer(schedule: optax.Schedule, *, weight_decay: float, grad_clip: float,
+                   transform: optax.GradientTransformation | None = None) -> optax.GradientTransformation:
+  """AdamW (b1 0.9, b2 0.999, eps 1e-8) after clipping the gradient's global norm; `grad_clip` 0 does not clip.
+
+  `transform` changes the update that AdamW gives, weight decay and learning rate included.
+  """
   clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
-  return optax.chain(clip, optax.adamw(schedule, weight_decay=weight_decay))
+  return optax.chain(clip, optax.adamw(schedule, weight_decay=weight_decay), *([transform] if transform else []))
 
 
 def state_sharding(state: Any, mesh: Mesh) -> Any:

@@ -12,12 +12,14 @@ import optax
 from jax.sharding import Mesh
 
 from imm_jax import progress
+from imm_jax.analysis import importance
 from imm_jax.errors import PreemptedError, UserError
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params
-from imm_jax.training import preemption, throughput
+from imm_jax.training import interventions, preemption, throughput
 from imm_jax.training.checkpoints import Checkpoints
 from imm_jax.training.input import Input
+from imm_jax.training.interventions import Intervention
 from imm_jax.training.packing import PackedBatches
 from imm_jax.training.step import TrainState, abstract_state, init_state, make_optimizer, make_train_step, not_halted
 
@@ -38,7 +40,7 @@ class Trained(NamedTuple):
 def train(config: ModelConfig, load_params: Callable[[], Params], batches: PackedBatches, *, schedule: optax.Schedule,
           weight_decay: float, grad_clip: float, compute_dtype: jnp.dtype, accumulation: int, remat: str, mesh: Mesh,
           log_every: int, report: Report, label: str, attention: str = "xla", checkpoints: Checkpoints | None = None,
-          profile: throughput.Profile | None = None) -> Trained:
+          profile: throughput.Profile | None = None, intervention: Intervention | None = None) -> Trained:
   """Trains float32 parameters over all batches.
 
   Args:
@@ -58,12 +60,17 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
     attention: what `attention.choose` gave.
     checkpoints: states are saved there and training goes on from the newest, on whatever mesh it was saved from.
     profile: records some of the steps.
+    intervention: what is done differently, such as `interventions.gradient_decay()`.
 
   Raises:
     UserError: when the loss is not finite (the state before it is saved), or a state cannot be read or written.
     PreemptedError: after SIGTERM, when the state is saved.
   """
-  optimizer = make_optimizer(schedule, weight_decay=weight_decay, grad_clip=grad_clip)
+  intervention = intervention or Intervention()
+  clip = grad_clip if intervention.grad_clip is None else intervention.grad_clip
+  optimizer = make_optimizer(schedule, weight_decay=weight_decay, grad_clip=clip, transform=intervention.transform)
+  options = {"compute_dtype": compute_dtype, "accumulation": accumulation, "remat": remat, "attention": attention,
+             "mesh": mesh}
   saved = checkpoints and checkpoints.latest()
   if saved:
     start, first_loss = saved["step"], saved["first_loss"]
@@ -71,9 +78,8 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
     state = like | checkpoints.restore(start, _kept(like)) | {"halted": not_halted(mesh)}
   else:
     start, first_loss = 0, None
-    state = init_state(load_params(), optimizer, mesh)
-  train_step = make_train_step(config, optimizer, compute_dtype=compute_dtype, accumulation=accumulation, remat=remat,
-                               attention=attention, mesh=mesh)
+    state = _first_state(config, load_params(), batches, optimizer, intervention, options, label)
+  train_step = make_train_step(config, optimizer, **options)
   inputs = Input(batches, mesh, saved and saved["input"])
   meter = throughput.Meter(config, batches, mesh.size)
   learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(len(batches))))
@@ -127,6 +133,17 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
         raise PreemptedError(f"{label}: told to stop, after step {done} of {len(batches)}; its state is saved, and the "
                              "same command goes on from it")
   return Trained(state["params"], first_loss, last_loss)
+
+
+def _first_state(config: ModelConfig, params: Params, batches: PackedBatches, optimizer: optax.GradientTransformation,
+                 intervention: Intervention, options: dict[str, Any], label: str) -> TrainState:
+  if intervention.top_p is None:
+    return init_state(params, optimizer, options["mesh"])
+  # Before there are moments: the gradient takes their memory.
+  grads = importance.gradient(config, params, batches.one_epoch(), label=f"{label}: importance", **options)
+  mask = interventions.important(params, grads, intervention.top_p)
+  del grads
+  return interventions.set_mask(init_state(params, optimizer, options["mesh"]), mask)
 
 
 def _kept(state: TrainState) -> TrainState:

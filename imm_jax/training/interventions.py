@@ -1,0 +1,171 @@
+"""What is changed about SFT so that a model forgets less, as baselines (the paper's table 5).
+
+The paper names three interventions and defines the values of their one setting each; two of them it describes no
+further, and the docstrings say how they are read here.
+
+Axes: L layers, out and in of a weight matrix.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from imm_jax.merging import kernels
+from imm_jax.model.decoder import Params
+from imm_jax.model.sharding import path_name
+from imm_jax.training.step import TrainState
+
+
+class Intervention(NamedTuple):
+  """What `trainer.train` does differently; the defaults change nothing.
+
+  Attributes:
+    grad_clip: largest global norm of the gradient, in place of the usual one.
+    transform: changes the updates that AdamW gives.
+    top_p: the share of each weight matrix that is trained, by importance on the data; `transform` holds the mask.
+  """
+
+  grad_clip: float | None = None
+  transform: optax.GradientTransformation | None = None
+  top_p: float | None = None
+
+
+class MaskState(NamedTuple):
+  """Which entries are trained: a tree like the parameters, bool."""
+
+  mask: Params
+
+
+def gradient_decay(gamma: float = 0.9) -> Intervention:
+  """Scales layer n of N by gamma^(N-1-n): the nearer a layer is to the input, the less it moves.
+
+  A reading: the paper gives gamma alone. AdamW divides a gradient by its own size, so that a factor before it would do
+  next to nothing; the factor is put on the update that AdamW makes of the gradient, as layer-wise learning-rate decay
+  does. Embeddings, final norm and head keep theirs.
+
+  Args:
+    gamma: in (0, 1].
+
+  Raises:
+    ValueError: for any other gamma.
+  """
+  if not 0 < gamma <= 1:
+    raise ValueError(f"gamma={gamma}: expected 0 < gamma <= 1")
+
+  def scale(leaf: jax.Array) -> jax.Array:
+    factors = gamma ** np.arange(leaf.shape[0] - 1, -1, -1)
+    return leaf * jnp.asarray(factors, leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 1))
+
+  change = lambda updates, _: {**updates, "layers": jax.tree.map(scale, updates["layers"])}
+  return Intervention(transform=optax.stateless(change))
+
+
+def gradient_clipping(max_norm: float = 2.0) -> Intervention:
+  """Clips the gradient's global norm at `max_norm`, in place of `sft.grad_clip`.
+
+  Raises:
+    ValueError: for a norm that is not positive.
+  """
+  if not max_norm > 0:
+    raise ValueError(f"max_norm={max_norm}: expected a norm > 0")
+  return Intervention(grad_clip=max_norm)
+
+
+def weight_masking(top_p: float = 0.3) -> Intervention:
+  """Trains the share `top_p` of each weight matrix's entries, the most important ones by |g W|; the others stay.
+
+  A reading: the paper gives the share alone. g is the gradient of the loss over the whole data at the start of SFT
+  (eq. 3), a matrix is one of one layer, the embeddings or the head. Norms and biases are trained as usual. Entries that
+  stay do so bit for bit, under weight decay too; the gradient's norm and AdamW's moments know nothing of the mask.
+
+  The mask is part of the optimizer's state: it lies where the parameters lie, is no constant of the compiled step, and
+  is saved with the moments, a byte for each parameter. A run that goes on after it was stopped needs neither the first
+  model nor another pass over the data, and has the same mask on another mesh too, where the gradient would be rounded
+  differently.
+
+  Args:
+    top_p: in (0, 1].
+
+  Raises:
+    ValueError: for any other share.
+  """
+  if not 0 < top_p <= 1:
+    raise ValueError(f"top_p={top_p}: expected 0 < top_p <= 1")
+
+  def init(params: Params) -> MaskState:
+    return MaskState(jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params))
+
+  def update(updates: Params, state: MaskState, params: Params | None = None) -> tuple[Params, MaskState]:
+    del params
+    # x + -0.0 is x for every x; x + 0.0 turns -0.0 around.
+    return jax.tree.map(lambda mask, u: jnp.where(mask, u, -0.0), state.mask, updates), state
+
+  return Intervention(transform=optax.GradientTransformation(init, update), top_p=top_p)
+
+
+INTERVENTIONS: Mapping[str, Callable[..., Intervention]] = {
+    f.__name__: f for f in (gradient_decay, gradient_clipping, weight_masking)}
+
+
+def set_mask(state: TrainState, mask: Params) -> TrainState:
+  """The state of a `weight_masking` run with another mask."""
+  return state | {"opt_state": optax.tree.set(state["opt_state"], mask=mask)}
+
+
+def important(params: Params, grads: Params, top_p: float) -> Params:
+  """Which entries are the share `top_p` of their weight matrix with the largest |g W|.
+
+  Exactly round(top_p * size) entries of each matrix, at least one; of equal ones at the limit the first in row order.
+  The same parameters and gradients give the same mask on every mesh.
+
+  Args:
+    params: W, stacked layers; a matrix has less than 2**32 entries.
+    grads: g, of the same form.
+    top_p: in (0, 1].
+
+  Returns:
+    A bool tree like `params`, placed as they are; True for all of a norm or bias.
+  """
+
+  def mask(path: tuple, weight: jax.Array, grad: jax.Array) -> jax.Array:
+    stacked = path_name(path).startswith("layers.")
+    if weight.ndim - stacked < 2:
+      return jnp.ones(weight.shape, bool)
+    of_matrix = lambda pair: _largest(pair[0] * pair[1], top_p)
+    # One matrix at a time: what the search needs beside the weights is of one matrix's size.
+    return jax.lax.map(of_matrix, (weight, grad)) if stacked else of_matrix((weight, grad))
+
+  where = jax.tree.map(lambda leaf: leaf.sharding, params)
+  return jax.jit(lambda *trees: jax.tree_util.tree_map_with_path(mask, *trees), out_shardings=where)(params, grads)
+
+
+def _largest(scores: jax.Array, share: float) -> jax.Array:
+  """Which entries of a matrix [out, in] are the share of largest magnitude.
+
+  The limit is found bit by bit, by counting what is not below it: each count is a sum of integers over all parts of the
+  matrix, wherever they lie, so that it is exact, and nothing is sorted, moved or scattered.
+  """
+  bits = kernels.magnitude_bits(scores)
+  count = lambda entries: jnp.sum(entries, dtype=jnp.uint32)
+  kept = jnp.uint32(max(1, round(share * scores.size)))
+  limit = _greatest(lambda value: count(bits >= value) >= kept)
+  # Equal ones are common: all entries of tokens that do not occur are 0.
+  row, column = (jax.lax.broadcasted_iota(jnp.uint32, scores.shape, axis) for axis in (0, 1))
+  index = row * scores.shape[1] + column
+  ties, missing = bits == limit, kept - count(bits > limit)
+  end = _greatest(lambda value: count(ties & (index < value)) <= missing)
+  return (bits > limit) | ties & (index < end)
+
+
+def _greatest(holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
+  """The greatest uint32 for which something holds that holds for 0 and for all below it."""
+
+  def try_bit(i: jax.Array, value: jax.Array) -> jax.Array:
+    higher = value | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+    return jnp.where(holds(higher), higher, value)
+
+  return jax.lax.fori_loop(0, 32, try_bit, jnp.uint32(0))
