@@ -16,28 +16,16 @@ from absl import app, flags
 
 from imm_jax.aot import check, topology
 from imm_jax.errors import UserError
-from imm_jax.model.config import ModelConfig
+from imm_jax.model import published
 
 _OUT = flags.DEFINE_string("out", None, "Results, one JSON object for each cell.", required=True)
 _MODELS = flags.DEFINE_list("models", [], "Names; all if empty.")
 _TOPOLOGIES = flags.DEFINE_list("topologies", [], "Names; all if empty.")
 
 LENGTH = 2048
-_QWEN = {"rope_theta": 1e6, "rms_norm_eps": 1e-6, "qkv_bias": True}
-MODELS = {
-    "qwen2.5-0.5b": ModelConfig(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_layers=24, num_heads=14,
-                                num_kv_heads=2, head_dim=64, tie_embeddings=True, **_QWEN),
-    "qwen2.5-1.5b": ModelConfig(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_layers=28,
-                                num_heads=12, num_kv_heads=2, head_dim=128, tie_embeddings=True, **_QWEN),
-    "qwen2.5-7b": ModelConfig(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_layers=28, num_heads=28,
-                              num_kv_heads=4, head_dim=128, tie_embeddings=False, **_QWEN),
-    "llama-2-7b": ModelConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32,
-                              num_kv_heads=32, head_dim=128, rope_theta=1e4, rms_norm_eps=1e-5, tie_embeddings=False,
-                              qkv_bias=False),
-    "llama-3-8b": ModelConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32,
-                              num_kv_heads=8, head_dim=128, rope_theta=5e5, rms_norm_eps=1e-5, tie_embeddings=False,
-                              qkv_bias=False),
-}
+MODELS = {name: published.MODELS[hub_id] for name, hub_id in {
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B", "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B", "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf", "llama-3-8b": "meta-llama/Meta-Llama-3-8B"}.items()}
 # Name: the topology as libtpu says it, slices, data. v5p counts cores: v5p-16 has 8 chips.
 TOPOLOGIES = {
     "v5e-16": ("v5e:4x4", 1, 1),

@@ -1,7 +1,7 @@
 """Checks a config before anything is spent."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
@@ -14,10 +14,10 @@ from imm_jax.model.decoder import REMAT
 from imm_jax.stages import questions
 from imm_jax.training import throughput
 
-METHODS = ("imm", "star", "data_mixture", "data_accumulation", "real")
-MERGES = ("imm",)  # those that merge with the base after SFT
+METHODS = ("imm", "iimm", "star", "data_mixture", "data_accumulation", "real")
+MERGES = ("imm", "iimm")  # those that merge with the base after SFT
 REUSES = ("data_mixture", "data_accumulation")  # those that train on answers of earlier rounds, too
-INTERVENTIONS = ("none",)
+INTERVENTIONS = ("none", "gradient_decay", "gradient_clipping", "weight_masking")
 DTYPES = ("bfloat16", "float32")
 # Keys that say how a run is computed, not what: they may change between two starts of it.
 HOW = ("mesh", "profile", "sft.accumulation", "sft.attention", "sft.log_every", "sft.max_to_keep", "sft.remat",
@@ -38,11 +38,11 @@ _POSITIVE = ("sft.learning_rate", "sft.max_norm")
 _POSITIVE_SHARES = ("sample.top_p", "eval.top_p", "sft.gradient_decay", "sft.top_share")
 
 
-def validate(config: ml_collections.ConfigDict, *, trains: bool = True) -> None:
+def validate(config: ml_collections.ConfigDict, *, trains: bool = True, downloads: bool = True) -> None:
   """Raises UserError for the first value that cannot work: its key, the value, what would be right.
 
-  Without `trains` the questions to train on are not looked at. What depends on the machine (mesh, batch over devices)
-  is checked when the devices are known, in `stages`.
+  Without `trains` the questions to train on are not looked at, without `downloads` none that come over the network.
+  What depends on the machine (mesh, batch over devices) is checked when the devices are known, in `stages`.
   """
   for key, allowed in _ONE_OF.items():
     value = _get(config, key)
@@ -72,6 +72,7 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True) -> None:
   _validate_merge(config)
   _validate_data(config)
   _validate_tasks(config, trains)
+  _validate_questions(config, trains, downloads)
 
 
 def _validate_merge(config: ml_collections.ConfigDict) -> None:
@@ -109,35 +110,53 @@ def _validate_data(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_tasks(config: ml_collections.ConfigDict, trains: bool) -> None:
-  entries = [("task.name", config.task.name), *(("task.ood", e) for e in config.task.ood)]
+  for key, entry in (("task.name", config.task.name), *(("task.ood", e) for e in config.task.ood)):
+    _known(key, questions.name_of(str(entry)), tasks.JUDGED)
+  trained = [("task.name", config.task.name)] if trains else []
   if config.merge.base_weight == "auto":
-    entries += [("merge.auto.general", e) for e in config.merge.auto.general]
-  for key, entry in entries:
-    name = questions.name_of(str(entry))
-    if name not in tasks.NAMES:
-      raise UserError(f"config.{key} has {name!r}: {nearest(name, list(tasks.NAMES))}")
+    trained += [("merge.auto.general", e) for e in config.merge.auto.general]
+  for key, entry in trained:
+    _known(key, questions.name_of(str(entry)), [name for name in tasks.JUDGED if "train" in tasks.splits(name)],
+           "has no train split; ")
   ood = [questions.name_of(entry) for entry in config.task.ood]
   if config.task.name in ood:
     raise UserError(f"config.task.ood has {config.task.name!r}, which is the in-domain task")
   if len(set(ood)) < len(ood):
     raise UserError(f"config.task.ood={config.task.ood} names a task twice")
-  try:
-    questions.of_tests(config)
-  except ValueError as e:
-    raise UserError(f"config.task.eval_questions={config.task.eval_questions}: {e}") from e
-  if not trains:
-    return
-  try:
-    questions.of_round(config, config.rounds - 1)
-  except ValueError as e:
-    raise UserError(f"config.task.questions_per_round={config.task.questions_per_round} in {config.rounds} rounds: {e}"
-                    ) from e
-  if config.merge.base_weight == "auto" and config.method in MERGES:
-    try:
-      for entry in config.merge.auto.general:
-        questions.load(config, entry, split="train", count=config.merge.auto.questions)
-    except ValueError as e:
-      raise UserError(f"config.merge.auto.questions={config.merge.auto.questions}: {e}") from e
+  if "custom" in ood:
+    raise UserError("config.task.ood has 'custom', which only the in-domain task can be")
+
+
+def _known(key: str, name: str, allowed: Sequence[str], otherwise: str = "") -> None:
+  if name not in allowed:
+    why = otherwise if name in tasks.JUDGED else ""
+    raise UserError(f"config.{key} has {name!r}: {why}{nearest(name, list(allowed))}")
+
+
+def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloads: bool) -> None:
+  """Reads the questions, so that what is wrong with them shows before anything is spent."""
+  reads = lambda *entries: downloads or not any(questions.is_remote(config, entry) for entry in entries)
+  checks: list[tuple[str, Callable[[], object], tuple[str, ...]]] = [
+      (f"task.eval_questions={config.task.eval_questions}", lambda: questions.of_tests(config),
+       (config.task.name, *config.task.ood))]
+  if trains:
+    checks.append((f"task.questions_per_round={config.task.questions_per_round} in {config.rounds} rounds",
+                   lambda: questions.of_round(config, config.rounds - 1), (config.task.name,)))
+  if trains and config.merge.base_weight == "auto" and config.method in MERGES:
+    auto = config.merge.auto
+    checks += [(f"merge.auto.questions={auto.questions}", lambda entry=entry: questions.load(
+        config, entry, split="train", count=auto.questions), (entry,)) for entry in auto.general]
+  for what, check, entries in checks:
+    if reads(*entries):
+      try:
+        check()
+      except ValueError as e:
+        raise UserError(f"config.{what}: {e}") from e
+  if trains and reads(config.task.name) and not any(
+      e.rationale for e in questions.of_round(config, 0).asked) and (
+      config.method == "real" or config.data.real_fraction or config.data.with_real):
+    raise UserError(f"config.task.name={config.task.name}: has no worked answers, which method=real, "
+                    "data.real_fraction and data.with_real train on")
 
 
 def _get(config: ml_collections.ConfigDict, key: str) -> Any:

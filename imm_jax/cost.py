@@ -32,7 +32,7 @@ def work(config: ml_collections.ConfigDict, record: Mapping[str, Any]) -> Work:
   samples, tokens = sum(f["samples"] for f in facts), sum(f["tokens"] for f in facts)
   length = tokens / samples if samples else ASSUMED["length"] * config.sample.max_new_tokens
   right = sum(f["correct"] for f in facts) / samples if samples else ASSUMED["right"]
-  asked = len(questions.of_round(config, 0).asked)
+  asked, tests = questions.counts(config)
   draws = config.method != "real" and config.data.real_fraction < 1
   sampled = config.rounds * asked * config.sample.num_samples * length if draws else 0.0
   answers = right * asked * config.sample.num_samples if draws else 0.0
@@ -46,7 +46,6 @@ def work(config: ml_collections.ConfigDict, record: Mapping[str, Any]) -> Work:
     seen = sum(1 + config.data.mixture_share * (t - 1) for t in rounds) * answers
   else:
     seen = config.rounds * answers
-  tests = sum(map(len, questions.of_tests(config).values()))
   models = 1 + config.rounds * (1 + (1 + len(config.merge.sweep)) * (config.method in MERGES))
   tried = 0
   if config.merge.base_weight == "auto" and config.method in MERGES:
@@ -56,17 +55,20 @@ def work(config: ml_collections.ConfigDict, record: Mapping[str, Any]) -> Work:
   return Work(sampled, config.sft.epochs * seen * (length + ASSUMED["question"]), evaluated)
 
 
-def estimate(config: ml_collections.ConfigDict, model: ModelConfig, record: Mapping[str, Any]) -> str:
-  """One line: tokens, and device hours by the measured throughput, or by an assumed share of the device's peak."""
+def estimate(config: ml_collections.ConfigDict, model: ModelConfig | None, record: Mapping[str, Any]) -> str:
+  """One line: tokens, and device hours by the measured throughput, or by an assumed share of the device's peak; without
+  the model's config, tokens alone."""
   w = work(config, record)
   text = (f"{_count(w.sampled)} tokens sampled, {_count(w.trained)} trained on, {_count(w.evaluated)} sampled in "
           "evaluation")
   devices = len(record.get("devices", ())) or 1
-  speeds = {kind: _measured(record, kind, config) for kind in ("sampling", "training")}
+  speeds = {kind: _measured(record, kind) for kind in ("sampling", "training")}
   if all(speeds.values()):
     hours = ((w.sampled + w.evaluated) / speeds["sampling"] + w.trained / speeds["training"]) * devices / 3600
     return (f"{text}; about {hours:.2g} device hours at the measured {_count(speeds['sampling'])} sampled and "
             f"{_count(speeds['training'])} trained tokens/s on {devices} device(s)")
+  if model is None:
+    return text
   kind = jax.devices()[0].device_kind
   kind = kind if peak_flops(kind) else _STAND_IN
   params, peak = count_params(model), peak_flops(kind)
@@ -76,7 +78,7 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, record: Mapp
           f"{ASSUMED['sampling']:.0%} of its peak (once a round is done: by what it took)")
 
 
-def _measured(record: Mapping[str, Any], kind: str, config: ml_collections.ConfigDict) -> float | None:
+def _measured(record: Mapping[str, Any], kind: str) -> float | None:
   """Tokens a second of the finished stages of a kind, over all devices; None where there are none."""
   ending = {"sampling": "/samples.jsonl", "training": "/sft"}[kind]
   done = [entry for name, entry in record["stages"].items() if name.endswith(ending) and not name.endswith("eval/sft")]

@@ -17,11 +17,11 @@ def is_experiment(config: ml_collections.ConfigDict) -> bool:
   return "runs" in config
 
 
-def validate(config: ml_collections.ConfigDict) -> None:
+def validate(config: ml_collections.ConfigDict, *, downloads: bool = True) -> None:
   """Raises UserError for the first run whose config cannot work, with its name."""
   for name, settings in config.runs.items():
     try:
-      configs.validate(settings)
+      configs.validate(settings, downloads=downloads)
     except UserError as e:
       raise UserError(f"run {name}: {e}") from e
 

@@ -16,7 +16,7 @@ import ml_collections
 
 from imm_jax import __version__, cost, distributed, files, memory, report, rundir
 from imm_jax.config import HOW, MERGES, REUSES
-from imm_jax.model import folder, hf, hub
+from imm_jax.model import folder, hf, hub, published
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.rundir import Stage
 from imm_jax.stages import evaluating, merging, questions, sampling, selection, tuning
@@ -172,15 +172,18 @@ def _opened(config: ml_collections.ConfigDict, workdir: str) -> Iterator[tuple[d
 
 
 def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Prints what `run` would do and changes nothing."""
+  """Prints what `run` would do and changes nothing; of a model of the hub nothing is downloaded."""
   root = Path(workdir)
-  found = _check(config)
+  local = all(map(hub.is_local, filter(None, (config.model, config.teacher))))
+  found = _check(config) if local else {"base": Path(config.model)} | (
+      {"teacher": Path(config.teacher)} if config.teacher else {})
+  model = published.config_of(config.model)
   rundir.check(workdir, config)
   if not distributed.is_main():
     return
   record = rundir.read_record(root)
-  # A large model takes a while.
-  external = {name: folder.digest(model) if record["stages"] else "" for name, model in found.items()}
+  # A large model takes a while; one of the hub has the digest that was recorded.
+  external = {name: folder.digest(model) if record["stages"] and local else "" for name, model in found.items()}
   steps = plan(config, found["base"], root, found.get("teacher"))
   waiting: set[str] = set()
   print(f"{'stage':<24}{'state':<8}work")
@@ -191,9 +194,10 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
       waiting.add(stage.name)
     again = f" ({reason})" if reason not in (None, "run") else ""
     print(f"{stage.name:<24}{'to do' if stage.name in waiting else 'done':<8}{stage.plan}{again}")
-  sizes = memory.estimate(config, hf.read_config(found["base"]), mesh_of(config))
+  sizes = memory.estimate(config, model, mesh_of(config)) if model else (
+      f"{config.model} is not on this machine, so its size is not known")
   print(f"\n{len(waiting)} of {len(steps)} stages to do; {sizes}\n"
-        f"the whole run: {cost.estimate(config, hf.read_config(found['base']), record)}")
+        f"the whole run: {cost.estimate(config, model, record)}")
 
 
 def _check(config: ml_collections.ConfigDict) -> dict[str, Path]:

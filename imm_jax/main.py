@@ -39,7 +39,7 @@ flags.register_multi_flags_validator(
 def main() -> None:
   settings = cli.config_of(_CONFIG)
   several = experiments.is_experiment(settings)
-  (experiments if several else config).validate(settings)
+  (experiments if several else config).validate(settings, downloads=not (_DRY_RUN.value or _COMPILE_ONLY.value))
   if _COMPILE_ONLY.value:
     if several:
       raise UserError("--compile_only: takes the config of a single run")

@@ -220,7 +220,7 @@ def one_line(stderr: str) -> str:
     ("--config.rounds=abc", "rounds=abc"),
     ("--config.merge.drop_rate=1.0", "drop_rate=1.0: expected 0 <= drop_rate < 1"),
     ("--config.merge.drop_rate=nan", "drop_rate=nan"),
-    ("--config.merge.base_weight=1.5", "base_weight=1.5: expected 0 <= base_weight <= 1"),
+    ("--config.merge.base_weight=1.5", "base_weight=1.5: expected a number from 0 to 1"),
     ("--config.rounds=0", "config.rounds=0: expected 1 or more"),
     ("--config.task.eval_questions=1000000", "eval_questions=1000000"),
     ("--config.sample.stop=('',)", "not empty"),

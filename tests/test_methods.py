@@ -44,6 +44,40 @@ def test_imm_that_gives_the_base_no_weight_and_drops_nothing_is_star(run):
     assert (imm / f"round_{t}/samples.jsonl").read_bytes() == (star / f"round_{t}/samples.jsonl").read_bytes()
 
 
+def test_iimm_scales_each_layer_by_its_importance(run):
+  workdir = run("--config.rounds=1", "--config.method=iimm", "--config.merge.base_weight=0.5",
+                "--config.merge.drop_rate=0")
+  importance = json.loads((workdir / "round_0/importance.json").read_text())
+  layers = np.array(importance["layers"])
+  np.testing.assert_allclose(sum(np.array(v) for v in importance["modules"].values()), layers)
+  shares = len(layers) * layers / layers.sum()
+  base, tuned, merged = (weights(f) for f in (TINY, workdir / "round_0/sft", workdir / "round_0/merged"))
+  for name in base:
+    share = shares[int(name.split(".")[2])] if ".layers." in name else 1.0
+    wanted = base[name] + 0.5 * share * (tuned[name] - base[name])
+    np.testing.assert_allclose(merged[name], wanted, rtol=2**-8, atol=1e-6)
+
+
+def test_interventions_hold_back_what_they_say(run):
+  """Decay: the first layers move less; masking: a share of each matrix alone; clipping: grad_clip at another norm."""
+  star, *others = (run("--config.rounds=1", "--config.method=star", *more) for more in (
+      (), ("--config.sft.intervention=gradient_decay", "--config.sft.gradient_decay=0.5"),
+      ("--config.sft.intervention=weight_masking", "--config.sft.top_share=0.25"),
+      ("--config.sft.intervention=gradient_clipping", "--config.sft.max_norm=0.02"), ("--config.sft.grad_clip=0.02",)))
+  base = weights(TINY)
+  decayed, masked, clipped, same = ({name: value - base[name] for name, value in weights(w / "round_0/sft").items()}
+                                    for w in others)
+  moved = {name: value - base[name] for name, value in weights(star / "round_0/sft").items()}
+  size = lambda change, layer: sum(np.abs(v).sum() for n, v in change.items() if f".layers.{layer}." in n)
+  for layer in range(4):
+    assert size(decayed, layer) / size(moved, layer) == pytest.approx(0.5 ** (3 - layer), rel=0.35)
+  matrices = [name for name, value in base.items() if value.ndim == 2]
+  assert max((masked[name] != 0).mean() for name in matrices) <= 0.251
+  assert np.mean([(moved[name] != 0).mean() for name in matrices]) > 0.4
+  assert all((clipped[name] == same[name]).all() for name in base)
+  assert any((clipped[name] != moved[name]).any() for name in base)
+
+
 def test_accumulation_differs_from_star_from_the_second_round_on(run):
   star, both = run("--config.method=star"), run("--config.method=data_accumulation")
   assert (both / "round_0/sft/model.safetensors").read_bytes() == (star / "round_0/sft/model.safetensors").read_bytes()

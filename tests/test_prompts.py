@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from imm_jax.errors import UserError
 from imm_jax.model import hub
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.tasks import formats, prompts
+from imm_jax.tasks import prompts
 from imm_jax.tasks.base import Example
 
 # ChatML, as Qwen's; and one that begins with a BOS, as Llama's.
@@ -95,8 +95,3 @@ def test_a_chat_template_that_refuses_is_one_line(template, tokenizer):
   with pytest.raises(UserError, match="its chat template refuses the prompt") as raised:
     prompts.build("Q?", style="chat", tokenizer=tokenizer)
   assert "\n" not in str(raised.value)
-
-
-def test_every_kind_of_answer_has_a_header_that_says_its_form():
-  assert set(prompts.HEADERS) == set(formats.KINDS)
-  assert all("The answer is" in header for header in prompts.HEADERS.values())

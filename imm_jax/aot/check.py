@@ -7,7 +7,6 @@ import math
 import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from imm_jax import merging
 from imm_jax.aot import costs, hlo, topology
 from imm_jax.errors import UserError
 from imm_jax.memory import count_params
-from imm_jax.model import attention, hf, hub, sharding
+from imm_jax.model import attention, hub, published, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
 from imm_jax.training import step as training
@@ -120,7 +119,7 @@ def plan_of(config: ml_collections.ConfigDict, *, topology_name: str, slices: in
   """The plan of a config; raises UserError as `run` does."""
   if rows_per_chip < 1:
     raise UserError(f"--rows_per_chip={rows_per_chip}: expected 1 or more")
-  model = hf.read_config(_config_folder(config.model))
+  model = _shape(config.model)
   slice_ = topology.describe(topology_name, slices=slices)
   mesh = slice_.mesh(**config.mesh, hidden_size=model.hidden_size)
   sft = config.sft
@@ -128,13 +127,15 @@ def plan_of(config: ml_collections.ConfigDict, *, topology_name: str, slices: in
               jnp.dtype(sft.compute_dtype), sft.weight_decay, sft.grad_clip)
 
 
-def _config_folder(model: str) -> Path:
-  """A folder with the model's config.json; nothing is downloaded."""
-  folder = hub.resolve(model) if model == "tiny" else Path(model)
-  if not folder.is_dir():
-    raise UserError(f"--config.model={model}: no such folder; --compile_only reads its config.json alone, so "
+def _shape(model: str) -> ModelConfig:
+  """The model's shape; nothing is downloaded."""
+  if hub.is_local(model) and not hub.resolve(model).is_dir():
+    raise UserError(f"--config.model={model}: no such folder, and no hub id")
+  found = published.config_of(model)
+  if found is None:
+    raise UserError(f"--config.model={model}: its shape is not known here; --compile_only reads config.json alone, so "
                     f"`hf download {model} config.json --local-dir=DIR` and DIR will do")
-  return folder
+  return found
 
 
 def check(plan: Plan) -> Report:

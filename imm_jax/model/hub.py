@@ -25,9 +25,26 @@ def resolve(model: str) -> Path:
                     "Qwen/Qwen2.5-0.5B-Instruct, or tiny for the embedded model")
   if model == "tiny":
     return _EMBEDDED / model
-  if Path(model).is_dir() or not _HUB_ID.fullmatch(model):
-    return Path(model)
-  return _download(model)
+  return Path(model) if is_local(model) else _download(model)
+
+
+def config_folder(model: str) -> Path | None:
+  """A folder with the model's config.json, without a download: None for a model of the hub that is not in the cache.
+
+  Raises:
+    UserError: for an empty name.
+  """
+  if is_local(model):
+    return resolve(model)
+  import huggingface_hub
+
+  found = huggingface_hub.try_to_load_from_cache(model, "config.json")
+  return Path(found).parent if isinstance(found, str) else None
+
+
+def is_local(model: str) -> bool:
+  """Whether a name means a folder of this machine; what is neither that nor a hub id counts as one."""
+  return model == "tiny" or Path(model).is_dir() or not _HUB_ID.fullmatch(model)
 
 
 def _download(model: str) -> Path:

@@ -5,7 +5,7 @@ import functools
 import ml_collections
 from jax.sharding import Mesh
 
-from imm_jax.model import hf, hub, sharding
+from imm_jax.model import hf, hub, published, sharding
 
 
 def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
@@ -14,6 +14,6 @@ def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
                             hidden_size=_hidden_size(config.model))
 
 
-@functools.cache  # a hub id is asked for over the network
+@functools.cache
 def _hidden_size(model: str) -> int:
-  return hf.read_config(hub.resolve(model)).hidden_size
+  return (published.config_of(model) or hf.read_config(hub.resolve(model))).hidden_size

@@ -68,11 +68,31 @@ def load(config: ml_collections.ConfigDict, entry: str, *, split: str, count: in
   name, _, source = entry.partition("=")
   if count is None and tasks.is_endless(name):
     raise ValueError(f"{name} makes as many questions as it is asked for: expected 1 or more")
-  custom = ()
   if name == config.task.name:
     source = source or config.task.source
-    custom = (("fields", tuple(sorted(config.task.fields.items()))), ("kind", config.task.kind))
-  return list(_load(name, split, count, _TEST_SEED if split == "test" else config.seed, source, custom))
+  seed = _TEST_SEED if split == "test" else config.seed
+  return list(_load(name, split, count, seed, source, tuple(sorted(config.task.fields.items())), config.task.kind))
+
+
+def counts(config: ml_collections.ConfigDict) -> tuple[int, int]:
+  """How many questions a round asks and how many the tests hold; by the published sizes where they would have to be
+  downloaded."""
+
+  def size(entry: str, split: str, limit: int) -> int:
+    name = name_of(entry)
+    known = limit if tasks.is_endless(name) else tasks.published_size(name, split) if is_remote(config, entry) else len(
+        load(config, entry, split=split))
+    return min(limit, known) if limit else known
+
+  asked = size(config.task.name, "train", config.task.questions_per_round)
+  return asked, sum(size(entry, "test", config.task.eval_questions) for entry in (config.task.name, *config.task.ood))
+
+
+def is_remote(config: ml_collections.ConfigDict, entry: str) -> bool:
+  """Whether a task's questions come over the network."""
+  name, _, source = entry.partition("=")
+  source = source or (config.task.source if name == config.task.name else "")
+  return not tasks.is_endless(name) and not source.startswith("file:")
 
 
 def name_of(entry: str) -> str:
@@ -85,5 +105,7 @@ def name_of(entry: str) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _load(name: str, split: str, count: int | None, seed: int, source: str, custom: tuple) -> list[Example]:
-  return tasks.load(name, split=split, count=count, seed=seed)
+def _load(name: str, split: str, count: int | None, seed: int, source: str,
+          fields: tuple[tuple[str, str], ...], kind: str) -> list[Example]:
+  options = {"fields": dict(fields), "kind": kind} if name == "custom" else {}
+  return tasks.load(name, split=split, count=count, seed=seed, source=source, **options)

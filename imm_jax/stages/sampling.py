@@ -15,8 +15,9 @@ from imm_jax.sampling import Completion, Prompt
 from imm_jax.sampling.native import NativeSampler
 from imm_jax.stages import questions
 from imm_jax.stages.devices import mesh_of
-from imm_jax.tasks import answers, prompts
+from imm_jax.tasks import prompts
 from imm_jax.tasks.base import Example
+from imm_jax.tasks.judge import Judge
 
 
 def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, out: Path) -> dict[str, Any]:
@@ -61,7 +62,8 @@ def fitting(config: ml_collections.ConfigDict, model: Path, examples: Sequence[E
     UserError: when none fits.
   """
   tokenizer, positions = load_tokenizer(model), hf.read_config(model).max_positions
-  asked = [(e, prompts.build(e.question, header=config.prompt.header, examples=shots)) for e in examples]
+  asked = [(e, prompts.build(e.question, header=config.prompt.header, examples=shots, style=config.prompt.style,
+                             tokenizer=tokenizer)) for e in examples]
   if not positions:
     return asked, 0
   fit = [(e, text) for e, text in asked if len(tokenizer(text)["input_ids"]) + max_new_tokens <= positions]
@@ -80,12 +82,11 @@ def generate(sampler: NativeSampler, asked: list[Prompt], **options: Any) -> lis
 def judged(examples: Sequence[Example], completions: Sequence[Sequence[Completion]], *, strict: bool,
            temperatures: Sequence[float] = ()) -> list[dict[str, Any]]:
   """A row for each sample, with its verdict; `temperatures` are those that the samples of a question ran at in turn."""
-  rows = []
-  for example, group in zip(examples, completions, strict=True):
-    for s, completion in enumerate(group):
-      verdict = answers.verdict(completion.text, example.answer, example.kind, strict=strict)
-      drawn = {"sample": s, "temperature": temperatures[s % len(temperatures)]} if temperatures else {}
-      rows.append({"id": example.id, **drawn, "question": example.question, "gold": example.answer,
-                   "text": completion.text, "tokens": completion.num_tokens, "finish": completion.finish,
-                   "correct": verdict.correct, "span": verdict.span})
-  return rows
+  drawn = [(example, s, completion) for example, group in zip(examples, completions, strict=True)
+           for s, completion in enumerate(group)]
+  with Judge() as judge:
+    verdicts = judge.verdicts([(completion.text, e.answer, e.kind) for e, _, completion in drawn], strict=strict)
+  return [{"id": e.id, **({"sample": s, "temperature": temperatures[s % len(temperatures)]} if temperatures else {}),
+           "question": e.question, "gold": e.answer, "text": completion.text, "tokens": completion.num_tokens,
+           "finish": completion.finish, "correct": verdict.correct, "span": verdict.span}
+          for (e, s, completion), verdict in zip(drawn, verdicts, strict=True)]

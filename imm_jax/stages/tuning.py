@@ -1,23 +1,27 @@
 """SFT of a round's model on its training data."""
 
 import functools
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+from jax.sharding import Mesh
 
 from imm_jax import distributed, files, memory
+from imm_jax.analysis import importance as layers
 from imm_jax.errors import UserError
 from imm_jax.metrics import StageMetrics
 from imm_jax.model import attention, hf, sharding
+from imm_jax.model.config import ModelConfig
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.stages.devices import mesh_of
 from imm_jax.tasks import prompts
-from imm_jax.training import throughput, trainer
+from imm_jax.training import interventions, throughput, trainer
 from imm_jax.training.checkpoints import Checkpoints
 from imm_jax.training.packing import PackedBatches, TokenizedExample
 from imm_jax.training.step import make_schedule
@@ -29,48 +33,94 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root:
 
   `inputs` are the digests of what it reads: training goes on from a saved state of the same ones.
   """
-  sft = config.sft
-  mesh = mesh_of(config)
-  name = f"round_{round_}"
-  fitting, dropped = _tokenized(config, model, train)
-  multiple = sharding.batch_parts(mesh) * sft.accumulation
-  batches = PackedBatches(fitting, epochs=sft.epochs, global_batch=sft.global_batch, row_length=sft.row_length,
-                          seed=(config.seed, round_), row_multiple=multiple)
-  if batches.empty_rows and distributed.is_main():
-    filled = batches.rows - batches.empty_rows
-    print(f"note: {batches.empty_rows} of {batches.rows} rows of a step are empty, since {mesh.size} devices and "
-          f"config.sft.accumulation={sft.accumulation} need a multiple of {multiple}; "
-          f"config.sft.global_batch={round(sft.global_batch * batches.rows / filled)} would fill them", file=sys.stderr)
+  sft, name = config.sft, f"round_{round_}"
+  data = _data(config, model, train, epochs=sft.epochs, seed=(config.seed, round_))
+  batches = data.batches
   schedule = make_schedule(sft.schedule, peak=sft.learning_rate, total_steps=len(batches),
                            warmup_ratio=sft.warmup_ratio)
-  model_config, dtype = hf.read_config(model), jnp.dtype(sft.compute_dtype)
-  whole = memory.undivided(model_config, mesh)
-  if whole and distributed.is_main():
-    print(f"note: every device holds these whole, for config.mesh does not divide them: {', '.join(whole)}",
-          file=sys.stderr)
-  longest = max(len(e.prompt) + len(e.response) for e in fitting)
-  if model_config.max_positions and longest > model_config.max_positions and distributed.is_main():
-    print(f"note: the longest answer has {longest} tokens with its prompt, the model's context "
-          f"{model_config.max_positions} (max_position_embeddings): the rest was never trained", file=sys.stderr)
-  kernel = attention.choose(sft.attention, model_config, dtype=dtype, length=sft.row_length,
-                            rows=batches.rows // sft.accumulation, mesh=mesh)
-  place = functools.partial(sharding.param_sharding, mesh)
+  place = functools.partial(sharding.param_sharding, data.options["mesh"])
   states = Checkpoints(states_folder(config, root, round_), save_interval=sft.save_interval,
                        max_to_keep=sft.max_to_keep, identity=dict(inputs))
   with states as checkpoints:
     saved = checkpoints.latest()  # refuses another training's before metrics are dropped
     with StageMetrics(root, f"{name}/sft", keep=saved["step"] if saved else 0) as metrics:
       trained = trainer.train(
-          model_config, lambda: hf.load(model, dtype=jnp.float32, place=place)[1], batches, schedule=schedule,
-          weight_decay=sft.weight_decay, grad_clip=sft.grad_clip, compute_dtype=dtype, accumulation=sft.accumulation,
-          remat=sft.remat, attention=kernel, mesh=mesh, log_every=sft.log_every, report=metrics.write,
-          label=f"round {round_}: SFT", checkpoints=checkpoints,
-          profile=throughput.Profile(config.profile, root / "profile" / name / f"process_{jax.process_index()}"))
+          data.model, lambda: hf.load(model, dtype=jnp.float32, place=place)[1], batches, schedule=schedule,
+          weight_decay=sft.weight_decay, grad_clip=sft.grad_clip, intervention=_intervention(sft),
+          log_every=sft.log_every, report=metrics.write, label=f"round {round_}: SFT", checkpoints=checkpoints,
+          profile=throughput.Profile(config.profile, root / "profile" / name / f"process_{jax.process_index()}"),
+          **data.options)
     hf.save(trained.params, out, like=model, keep_dtypes=True)
-  return {"examples": len(fitting), "dropped_long": dropped, "steps": len(batches),
-          "tokens": round(batches.tokens_per_step * len(batches)),
-          "attention": kernel, "examples_per_step": round(batches.per_step, 2), "padding": round(batches.padding, 4),
+  return {"examples": data.examples, "dropped_long": data.dropped, "steps": len(batches),
+          "tokens": round(batches.tokens_per_step * len(batches)), "attention": data.options["attention"],
+          "examples_per_step": round(batches.per_step, 2), "padding": round(batches.padding, 4),
           "first_loss": round(trained.first_loss, 6), "last_loss": round(trained.last_loss, 6)}
+
+
+def importance(config: ml_collections.ConfigDict, model: Path, train: Path, out: Path) -> dict[str, Any]:
+  """Eq. 3 for the model on the training data: importance.json, by layer and by module."""
+  data = _data(config, model, train, epochs=1, seed=config.seed)
+  place = functools.partial(sharding.param_sharding, data.options["mesh"])
+  params = hf.load(model, dtype=jnp.float32, place=place)[1]
+  grads = layers.gradient(data.model, params, data.batches, label="importance", **data.options)
+  scores = layers.layer_importance(params, grads)
+  if distributed.is_main():
+    found = {"layers": scores.total.tolist(), "modules": {name: s.tolist() for name, s in scores.modules.items()}}
+    files.write_text(out, json.dumps(found, indent=1) + "\n")
+  return {"examples": data.examples, "most_important": int(scores.total.argmax())}
+
+
+class _Data(NamedTuple):
+  """What is trained on, and how: the model's config, packed batches, examples that fit, how many are too long, and the
+  options that training and gradients share."""
+
+  model: ModelConfig
+  batches: PackedBatches
+  examples: int
+  dropped: int
+  options: dict[str, Any]
+
+
+def _data(config: ml_collections.ConfigDict, model: Path, train: Path, *, epochs: int, seed: Any) -> _Data:
+  """Packs the answers for the run's devices; what a user should know of it is said once, on stderr."""
+  sft, mesh = config.sft, mesh_of(config)
+  fitting, dropped = _tokenized(config, model, train)
+  multiple = sharding.batch_parts(mesh) * sft.accumulation
+  batches = PackedBatches(fitting, epochs=epochs, global_batch=sft.global_batch, row_length=sft.row_length, seed=seed,
+                          row_multiple=multiple)
+  model_config, dtype = hf.read_config(model), jnp.dtype(sft.compute_dtype)
+  if distributed.is_main():
+    longest = max(len(e.prompt) + len(e.response) for e in fitting)
+    for note in _notes(config, model_config, mesh, batches, multiple, longest):
+      print(f"note: {note}", file=sys.stderr)
+  kernel = attention.choose(sft.attention, model_config, dtype=dtype, length=sft.row_length,
+                            rows=batches.rows // sft.accumulation, mesh=mesh)
+  options = {"compute_dtype": dtype, "accumulation": sft.accumulation, "remat": sft.remat, "attention": kernel,
+             "mesh": mesh}
+  return _Data(model_config, batches, len(fitting), dropped, options)
+
+
+def _notes(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, batches: PackedBatches, multiple: int,
+           longest: int) -> Iterator[str]:
+  sft = config.sft
+  if batches.empty_rows:
+    filled = batches.rows - batches.empty_rows
+    yield (f"{batches.empty_rows} of {batches.rows} rows of a step are empty, since {mesh.size} devices and "
+           f"config.sft.accumulation={sft.accumulation} need a multiple of {multiple}; "
+           f"config.sft.global_batch={round(sft.global_batch * batches.rows / filled)} would fill them")
+  whole = memory.undivided(model, mesh)
+  if whole:
+    yield f"every device holds these whole, for config.mesh does not divide them: {', '.join(whole)}"
+  if model.max_positions and longest > model.max_positions:
+    yield (f"the longest answer has {longest} tokens with its prompt, the model's context {model.max_positions} "
+           "(max_position_embeddings): the rest was never trained")
+
+
+def _intervention(sft: ml_collections.ConfigDict) -> interventions.Intervention | None:
+  setting = {"gradient_decay": "gradient_decay", "gradient_clipping": "max_norm", "weight_masking": "top_share"}
+  if sft.intervention == "none":
+    return None
+  return interventions.INTERVENTIONS[sft.intervention](sft[setting[sft.intervention]])
 
 
 def states_folder(config: ml_collections.ConfigDict, root: Path, round_: int) -> str:
@@ -84,7 +134,8 @@ def _tokenized(config: ml_collections.ConfigDict, model: Path, train: Path) -> t
   tokenizer = load_tokenizer(model)
   rows = files.read_jsonl(train, {"question": str, "response": str})
   tokenized = [TokenizedExample(
-      tokenizer(prompts.build(r["question"], header=config.prompt.header))["input_ids"],
+      tokenizer(prompts.build(r["question"], header=config.prompt.header, style=config.prompt.style,
+                              tokenizer=tokenizer))["input_ids"],
       tokenizer(r["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]) for r in rows]
   fitting = [e for e in tokenized if len(e.prompt) + len(e.response) <= config.sft.row_length]
   if not fitting:

@@ -13,7 +13,8 @@ from imm_jax.tasks import arithmetic, registry
 from imm_jax.tasks.base import Example
 from imm_jax.tasks.texts import load_text
 
-__all__ = ["JUDGED", "NAMES", "Example", "is_endless", "load", "load_text"]
+__all__ = ["JUDGED", "NAMES", "Example", "is_endless", "load", "load_text", "published_size",
+           "splits"]
 
 NAMES = (*arithmetic.FAMILIES, *registry.TASKS, "custom")
 # Those whose answers can be right or wrong; the others are for layer importance.
@@ -59,6 +60,21 @@ def load(name: str, *, split: str, count: int | None = None, seed: int = 0, sour
 def is_endless(name: str) -> bool:
   """Whether a task makes as many questions as it is asked for."""
   return name in arithmetic.FAMILIES
+
+
+def splits(name: str) -> tuple[str, ...]:
+  """The splits of a task.
+
+  >>> splits("gsm8k"), splits("svamp")
+  (('train', 'test'), ('test',))
+  """
+  return tuple(registry.TASKS[name].source) if name in registry.TASKS else ("train", "test")
+
+
+def published_size(name: str, split: str) -> int | None:
+  """How many records a real task's split is published with; None for a task of another kind."""
+  sizes = registry.TASKS[name].formats[0].sizes.get(split) if name in registry.TASKS else None
+  return sizes[0] if sizes else None
 
 
 @functools.cache  # once, however often the split is loaded

@@ -222,5 +222,7 @@ def canonical(span: str, kind: str) -> str | None:
   """
   if not span:
     return None
+  if kind == "latex":
+    return latex.normalise(span)
   value = parse_number(span) if kind == "number" else None
   return span if value is None else str(value)

@@ -13,15 +13,6 @@ INSTRUCTION = "### Instruction:"
 _STEPS = "Let's think step by step."
 RESPONSE = f"### Response: {_STEPS}"
 STYLES = ("plain", "chat")
-# What a header may be, by the kind of the task's answers: it says in which form an answer can be judged.
-HEADERS = {
-    "number": 'Solve the problem. Work step by step and end with "The answer is" and the number.',
-    "latex": 'Solve the problem. Work step by step and end with "The answer is" and the result in LaTeX.',
-    "choice": 'Choose the right option. Work step by step and end with "The answer is" and its letter.',
-}
-# The paper's, in both of its tables; "like given examples below" where there are examples.
-PAPER_HEADER = ("Below is an instruction that describes a task.\n"
-                "Write a response that appropriately completes the request like given examples below:")
 
 
 def build(question: str, *, header: str = "", examples: Sequence[Example] = (), style: str = "plain",

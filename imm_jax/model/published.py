@@ -1,0 +1,32 @@
+"""Shapes of published models by their hub id, for what is said of a model before it is downloaded."""
+
+from imm_jax.model import hf, hub
+from imm_jax.model.config import ModelConfig
+
+_QWEN = {"rope_theta": 1e6, "rms_norm_eps": 1e-6, "qkv_bias": True}
+_LLAMA = {"rms_norm_eps": 1e-5, "tie_embeddings": False, "qkv_bias": False, "head_dim": 128, "hidden_size": 4096,
+          "num_layers": 32, "num_heads": 32}
+_QWEN_0_5B = ModelConfig(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_layers=24, num_heads=14,
+                         num_kv_heads=2, head_dim=64, tie_embeddings=True, **_QWEN)
+_QWEN_1_5B = ModelConfig(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_layers=28, num_heads=12,
+                         num_kv_heads=2, head_dim=128, tie_embeddings=True, **_QWEN)
+_QWEN_7B = ModelConfig(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_layers=28, num_heads=28,
+                       num_kv_heads=4, head_dim=128, tie_embeddings=False, **_QWEN)
+MODELS = {
+    "Qwen/Qwen2.5-0.5B": _QWEN_0_5B, "Qwen/Qwen2.5-0.5B-Instruct": _QWEN_0_5B,
+    "Qwen/Qwen2.5-1.5B": _QWEN_1_5B, "Qwen/Qwen2.5-1.5B-Instruct": _QWEN_1_5B, "Qwen/Qwen2.5-Math-1.5B": _QWEN_1_5B,
+    "Qwen/Qwen2.5-7B": _QWEN_7B, "Qwen/Qwen2.5-7B-Instruct": _QWEN_7B,
+    "meta-llama/Llama-2-7b-hf": ModelConfig(vocab_size=32000, intermediate_size=11008, num_kv_heads=32, rope_theta=1e4,
+                                            **_LLAMA),
+    "meta-llama/Meta-Llama-3-8B": ModelConfig(vocab_size=128256, intermediate_size=14336, num_kv_heads=8,
+                                              rope_theta=5e5, **_LLAMA)}
+
+
+def config_of(model: str) -> ModelConfig | None:
+  """The shape of a model: of its folder, else of the hub's cache on this machine, else as published; None if unknown.
+
+  >>> config_of("Qwen/Qwen2.5-7B-Instruct").num_layers
+  28
+  """
+  folder = hub.config_folder(model)
+  return hf.read_config(folder) if folder else MODELS.get(model)
