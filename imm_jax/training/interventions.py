@@ -1,9 +1,6 @@
 """What is changed about SFT so that a model forgets less, as baselines (the paper's table 5).
 
-The paper names three interventions and defines the values of their one setting each; two of them it describes no
-further, and the docstrings say how they are read here.
-
-Axes: L layers, out and in of a weight matrix.
+The paper gives each of the three one number and no definition; the docstrings say how they are read here.
 """
 
 from collections.abc import Callable, Mapping
@@ -52,6 +49,10 @@ def gradient_decay(gamma: float = 0.9) -> Intervention:
 
   Raises:
     ValueError: for any other gamma.
+
+  >>> transform, updates = gradient_decay(0.5).transform, {"layers": {"norm": jnp.ones(3)}}
+  >>> transform.update(updates, transform.init(updates))[0]["layers"]["norm"].tolist()
+  [0.25, 0.5, 1.0]
   """
   if not 0 < gamma <= 1:
     raise ValueError(f"gamma={gamma}: expected 0 < gamma <= 1")
@@ -129,6 +130,10 @@ def important(params: Params, grads: Params, top_p: float) -> Params:
 
   Returns:
     A bool tree like `params`, placed as they are; True for all of a norm or bias.
+
+  >>> head = lambda rows: {"lm_head": {"weight": jnp.array(rows)}}
+  >>> important(head([[1., -2.], [3., 4.]]), head([[1., 1.], [1., 0.]]), 0.5)["lm_head"]["weight"].tolist()
+  [[False, True], [True, False]]
   """
 
   def mask(path: tuple, weight: jax.Array, grad: jax.Array) -> jax.Array:
