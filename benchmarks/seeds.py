@@ -2,10 +2,11 @@
 
     python benchmarks/seeds.py --workdir=runs/seeds --seeds=10
 
-Every run is the command of the README (`python -m imm_jax.main --config=configs/tiny.py`) with its own seed and method;
-`real` is the control that trains on gold answers in place of samples. Linux only (one process a core, through taskset);
-a killed benchmark goes on where it was. Prints a Markdown table with mean and standard error, and what imm and star
-change against the base; WORKDIR/seeds.png shows it by round, WORKDIR/scores.json holds every figure.
+Every run is the command of the README (`python -m imm_jax.main --config=configs/tiny.py`) with its own seed and method,
+or with an intervention in `star`; `real` is the control that trains on gold answers in place of samples. Linux only
+(one process a core, through taskset); a killed benchmark goes on where it was. Prints Markdown tables with mean and
+standard error, by round too, and what imm and star change against the base; WORKDIR/seeds.png shows it by round,
+WORKDIR/scores.json holds every figure.
 """
 
 import itertools
@@ -25,11 +26,17 @@ from imm_jax.report import Results
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/seeds", "Where the run directories go.")
 _SEEDS = flags.DEFINE_integer("seeds", 10, "Runs of each method.", lower_bound=2)
-_METHODS = flags.DEFINE_list("methods", ["star", "imm", "real"], "Methods to compare.")
+# What each method is to the command.
+METHODS = {name: (f"--config.method={name}",) for name in (
+    "star", "imm", "iimm", "data_mixture", "data_accumulation", "real")} | {
+        name: ("--config.method=star", f"--config.sft.intervention={name}") for name in (
+            "gradient_decay", "gradient_clipping", "weight_masking")}
+_METHODS = flags.DEFINE_list("methods", list(METHODS), "Methods to compare.")
 _OVERRIDES = flags.DEFINE_multi_string("override", [], "A flag passed on to every run, such as --config.rounds=2.")
 
 # Okabe-Ito, told apart by colour-blind readers.
-_STYLES = (("#D55E00", "o"), ("#0072B2", "^"), ("#009E73", "s"), ("#CC79A7", "D"))
+_STYLES = (("#D55E00", "o"), ("#0072B2", "^"), ("#56B4E9", "v"), ("#E69F00", "P"), ("#F0E442", "X"), ("#009E73", "s"),
+           ("#CC79A7", "D"), ("#999999", "<"), ("#000000", ">"))
 REPO = Path(__file__).parent.parent
 
 
@@ -46,7 +53,7 @@ def run_all(jobs: list[tuple[str, int]], root: Path) -> None:
     method, seed = job
     core = cores.get()
     command = ["taskset", "-c", str(core), sys.executable, "-m", "imm_jax.main", "--config=configs/tiny.py",
-               f"--workdir={root / f'{method}_{seed}'}", f"--config.method={method}", f"--config.seed={seed}",
+               f"--workdir={root / f'{method}_{seed}'}", f"--config.seed={seed}", *METHODS[method],
                *_OVERRIDES.value]
     try:
       with (root / f"{method}_{seed}.log").open("w") as log:
@@ -92,6 +99,17 @@ def markdown(table: dict[str, dict[str, np.ndarray]]) -> str:
   return "\n".join(lines)
 
 
+def by_round(table: dict[str, dict[str, np.ndarray]]) -> str:
+  """Mean ID and OOD accuracy of the model that each round hands on."""
+  rounds = range(next(iter(table.values()))["ID"].shape[1])
+  heads = [f"{domain} {t or 'base'}" for domain in ("ID", "OOD") for t in rounds]
+  lines = [f"| by round | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+  for method, scores in table.items():
+    cells = [f"{scores[domain][:, t].mean():.3f}" for domain in ("ID", "OOD") for t in rounds]
+    lines.append(f"| `{method}` | {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
 def plot(table: dict[str, dict[str, np.ndarray]], path: Path) -> None:
   """Mean accuracy by round with standard errors."""
   figure = Figure(figsize=(8, 3.4), layout="constrained")
@@ -115,7 +133,7 @@ def main(_: list[str]) -> None:
   (root / "scores.json").write_text(json.dumps(raw, indent=1) + "\n")
   table = {method: {d: np.array(v) for d, v in scores.items()} for method, scores in raw.items()}
   plot(table, root / "seeds.png")
-  print(markdown(table))
+  print(markdown(table), by_round(table), sep="\n\n")
   if {"star", "imm"} <= table.keys():
     gain, change = ({m: float((table[m][d][:, -1] - table[m][d][:, 0]).mean()) for m in ("star", "imm")}
                     for d in ("ID", "OOD"))

@@ -22,7 +22,7 @@ def get_config(*, model: str, task: str) -> ml_collections.ConfigDict:
   config.sample.stop = ("### Instruction", "\nQuestion:")
   config.sft.row_length = 2048
   config.eval.batch_size = 256
-  config.merge.auto.general = ("svamp", "mathqa")  # ours
+  config.merge.auto.general = ("mathqa",)  # ours: its train split
   if task == "math":  # its solutions are longer: ours
     config.sample.max_new_tokens = config.eval.max_new_tokens = 1024
   return config

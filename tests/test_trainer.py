@@ -111,8 +111,9 @@ def test_every_step_is_reported_once_whatever_the_interval(params, losses, log_e
   assert list(reports) == list(range(STEPS))
   for i, values in reports.items():
     assert all(type(value) is float for value in values.values())
-    assert values.pop("tokens_per_s") > 0
-    assert values["step_s"] > values["input_wait_s"] >= 0
+    if i or log_every > 1:  # the first step compiles, and is not timed
+      assert values.pop("tokens_per_s") > 0
+      assert values["step_s"] > values["input_wait_s"] >= 0
     assert values.pop("learning_rate") == pytest.approx(float(schedule(i)))
     assert {name: values[name] for name in ("loss", "grad_norm", "tokens")} == {
         "loss": 0.5 * i, "grad_norm": 2.0, "tokens": 3.0}

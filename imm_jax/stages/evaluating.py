@@ -47,8 +47,7 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, out: Path, *, label
       scores[name] = {"greedy": evaluation.accuracy(sum(r["correct"] for r in rows), len(rows))}
       if drawn:
         files.write_jsonl(out / f"{name}_samples.jsonl", drawn)
-        scores[name] |= of_samples(drawn, [k for k in config.eval.pass_at_k if k <= config.eval.num_samples],
-                                   kind=examples[0].kind)
+        scores[name] |= of_samples(drawn, [k for k in config.eval.pass_at_k if k <= config.eval.num_samples])
   return {"scores": {name: {metric: score._asdict() for metric, score in found.items()}
                      for name, found in scores.items()},
           "long_prompts": {name: count for name, count in skipped.items() if count}}
@@ -77,13 +76,13 @@ def _samples(config: ml_collections.ConfigDict, model: Path, sampler: NativeSamp
                          temperatures=(settings.temperature,)) if distributed.is_main() else []
 
 
-def of_samples(rows: Sequence[dict[str, Any]], ks: Sequence[int], *, kind: str) -> dict[str, evaluation.Accuracy]:
+def of_samples(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, evaluation.Accuracy]:
   """pass@k for each k, and the accuracy of the majority vote, over samples of which each question has as many."""
   groups: dict[str, list[dict[str, Any]]] = {}
   for row in rows:
     groups.setdefault(row["id"], []).append(row)
   found = {f"pass@{k}": evaluation.mean([evaluation.pass_at_k(len(g), sum(r["correct"] for r in g), k)
                                          for g in groups.values()]) for k in ks}
-  winners = [(g, evaluation.majority([answers.canonical(r["span"], kind) for r in g])) for g in groups.values()]
+  winners = [(g, evaluation.majority([answers.canonical(r["span"], r["kind"]) for r in g])) for g in groups.values()]
   right = sum(winner is not None and g[winner]["correct"] for g, winner in winners)
   return found | {f"majority@{len(next(iter(groups.values())))}": evaluation.accuracy(right, len(groups))}

@@ -1,0 +1,168 @@
+"""The config files: that every one can run, what the paper's tables ask for, and what a run is said to cost."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_collections
+import pytest
+from test_loop import SMALL, environment  # noqa: F401
+
+from configs import arguments, common, llama, paper, qwen, tiny
+from imm_jax import config as checks, cost, experiments
+from imm_jax.errors import UserError
+from imm_jax.memory import count_params
+from imm_jax.model import published
+
+REPO = Path(__file__).parent.parent
+PLANS = [f"{kind}={n}" for kind, numbers in (("table", paper.TABLES), ("figure", paper.FIGURES)) for n in numbers]
+# Published: the model cards.
+SIZES = {"Qwen/Qwen2.5-0.5B": 494_032_768, "Qwen/Qwen2.5-1.5B": 1_543_714_304, "Qwen/Qwen2.5-7B": 7_615_616_512,
+         "meta-llama/Llama-2-7b-hf": 6_738_415_616, "meta-llama/Meta-Llama-3-8B": 8_030_261_248}
+
+
+@pytest.mark.parametrize(("module", "argument", "model", "task"), [
+    (qwen, None, "Qwen/Qwen2.5-0.5B-Instruct", "gsm8k"), (qwen, "1.5b,task=math", "Qwen/Qwen2.5-1.5B-Instruct", "math"),
+    (qwen, "size=7b,gsm8k", "Qwen/Qwen2.5-7B-Instruct", "gsm8k"), (llama, "math", "meta-llama/Llama-2-7b-hf", "math"),
+    (llama, "llama3-8b", "meta-llama/Meta-Llama-3-8B", "gsm8k")])
+def test_model_configs_take_size_and_task(module, argument, model, task):
+  config = module.get_config(argument)
+  checks.validate(config, downloads=False)
+  assert (config.model, config.task.name) == (model, task)
+  assert config.sample.num_samples == {"gsm8k": 3, "math": 6}[task]
+  assert (config.sft.learning_rate, config.sft.epochs, config.sft.global_batch) == (2e-5, 3, 128)
+
+
+@pytest.mark.parametrize("argument", ["3b", "size=3b", "size=0.5b,colour=red", "="])
+def test_an_unknown_argument_names_the_known_ones(argument):
+  with pytest.raises(ValueError, match=r"known are size=0\.5b\|1\.5b\|7b; task=gsm8k\|math"):
+    qwen.get_config(argument)
+
+
+def test_a_value_counts_for_the_argument_that_knows_it():
+  assert arguments.parse("b,y", first=("a", "b"), second=("x", "y")) == {"first": "b", "second": "y"}
+
+
+@pytest.mark.parametrize("scale", ["paper", "tiny"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_table_and_figure_can_run(plan, scale):
+  config = paper.get_config(f"{plan},scale={scale}")
+  experiments.validate(config, downloads=scale == "tiny")
+  assert config.runs or config.analyses
+  for analysis in config.analyses.values():
+    assert "run" not in analysis or analysis.run in config.runs
+
+
+def test_the_sweep_of_table_3_trains_once_for_each_task():
+  runs = paper.get_config("table=3").runs
+  assert {name: run.rounds for name, run in runs.items()} == {"llama2_7b_gsm8k": 1, "llama2_7b_math": 1}
+  for run in runs.values():
+    assert sorted([*run.merge.sweep, run.merge.base_weight]) == [0.1, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9]
+    assert run.teacher == "Qwen/Qwen2.5-7B-Instruct"
+
+
+def test_the_methods_of_figure_7_and_interventions_of_table_5():
+  methods = [run.method for run in paper.get_config("figure=7").runs.values()]
+  assert {m: methods.count(m) for m in methods} == dict.fromkeys(
+      ("imm", "star", "data_mixture", "data_accumulation"), 6)
+  found = {run.sft.intervention for run in paper.get_config("table=5").runs.values()}
+  assert found == {"none", "gradient_decay", "gradient_clipping", "weight_masking"}
+
+
+@pytest.mark.parametrize("argument", [None, "table=3,figure=7", "table=1", "figure=5"])
+def test_what_is_no_table_or_figure_is_an_error(argument):
+  with pytest.raises(ValueError, match=r"expected one table or figure|no argument"):
+    paper.get_config(argument)
+
+
+@pytest.mark.parametrize(("model", "count"), SIZES.items())
+def test_shapes_of_published_models_have_the_published_number_of_parameters(model, count):
+  assert count_params(published.MODELS[model]) == count
+
+
+def run(key: str, value: object) -> ml_collections.ConfigDict:
+  config = common.get_config()
+  config.update_from_flattened_dict({key: value})
+  return config
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), [
+    ("method", "immm", "did you mean imm"), ("task.name", "svamp", "has no train split; expected one of"),
+    ("task.name", "mbpp", "config.task.name has 'mbpp'"), ("task.ood", ("gsm9k",), "did you mean gsm8k"),
+    ("task.ood", ("custom",), "only the in-domain task"), ("task.questions_per_round", 0, "expected 1 or more"),
+    ("prompt.style", "chatty", "did you mean chat"), ("merge.base_weight", "automatic", "a list of them over the"),
+    ("merge.base_weight", [], "a list of them over"), ("merge.base_weight", [0.1, 2.0], "a list of them over"),
+    ("merge.sweep", (0.3, 0.3), "expected different numbers"), ("merge.sweep", (1.3,), "expected different numbers"),
+    ("eval.pass_at_k", (0,), "expected whole numbers"), ("data.real_fraction", 1.5, "expected a share"),
+    ("data.with_real", True, "is for method=data_accumulation"), ("sft.top_share", 0.0, "more than 0 and at most 1"),
+    ("sft.intervention", "decay", "config.sft.intervention='decay'"), ("sft.max_norm", 0.0, "expected a number > 0")])
+def test_a_value_that_cannot_work_is_one_line(key, value, expected):
+  with pytest.raises(UserError) as raised:
+    checks.validate(run(key, value))
+  assert expected in str(raised.value)
+  assert "\n" not in str(raised.value)
+
+
+def test_values_that_contradict_each_other_are_one_line():
+  config = run("method", "real")
+  config.teacher = "tiny"
+  with pytest.raises(UserError, match="method=real trains on worked answers alone"):
+    checks.validate(config)
+  config = run("merge.base_weight", "auto")
+  config.merge.auto.general = ()
+  with pytest.raises(UserError, match=r"needs one or more of merge\.auto\.weights"):
+    checks.validate(config)
+
+
+def test_the_cost_of_a_run_counts_its_tokens():
+  config = tiny.get_config()
+  config.rounds, config.method = 2, "data_accumulation"
+  found = cost.work(config, {"stages": {}})
+  length = 0.4 * 40
+  assert found.sampled == 2 * 1000 * 3 * length
+  assert found.trained == pytest.approx(3 * (1 + 2) * 1500 * (length + 128))
+  assert found.evaluated == (1 + 2) * 6 * 200 * length
+  record = {"devices": ["cpu"], "stages": {
+      "round_0/samples.jsonl": {"seconds": 10.0, "facts": {"samples": 3000, "tokens": 90_000, "correct": 600}},
+      "round_0/sft": {"seconds": 5.0, "facts": {"tokens": 100_000}}}}
+  found = cost.work(config, record)
+  assert found.sampled == 2 * 1000 * 3 * 30
+  assert found.trained == pytest.approx(3 * (1 + 2) * 600 * (30 + 128))
+  hours = ((found.sampled + found.evaluated) / 9000 + found.trained / 20_000) / 3600
+  assert f"about {hours:.2g} device hours at the measured 9 k sampled and 20 k trained tokens/s" in cost.estimate(
+      config, None, record)
+
+
+def test_an_experiment_runs_each_of_its_runs_in_a_folder(environment, tmp_path):  # noqa: F811
+  flags = [flag.replace("--config.", "--config.runs.tiny_stories.") for flag in SMALL]
+  command = [sys.executable, "-m", "imm_jax.main", "--config=configs/paper.py:table=7,scale=tiny",
+             f"--workdir={tmp_path / 'all'}", *flags, "--config.runs.tiny_stories.rounds=1"]
+  of = lambda *more: subprocess.run([*command, *more], cwd=REPO, env=environment, capture_output=True, text=True,
+                                    check=False)
+  planned = of("--dry_run")
+  assert planned.returncode == 0, planned.stderr
+  assert "7 of 7 stages to do" in planned.stdout
+  assert not (tmp_path / "all").exists()
+  done = of()
+  assert done.returncode == 0, done.stderr
+  assert "table 7 of the paper at tiny scale, run 1 of 1: tiny_stories" in done.stdout
+  assert (tmp_path / "all/tiny_stories/round_0/merged/model.safetensors").exists()
+  planned = of("--dry_run").stdout
+  assert "0 of 7 stages to do" in planned
+  assert "at the measured" in planned
+
+
+def test_scores_of_one_checkpoint(environment, tmp_path):  # noqa: F811
+  command = [sys.executable, "-m", "imm_jax.evaluate", "--config=configs/tiny.py", "--model=tiny",
+             f"--out={tmp_path / 'out'}", "--config.task.ood=('choice',)", "--config.task.eval_questions=6",
+             "--config.eval.batch_size=8", "--config.eval.num_samples=2"]
+  done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  lines = [line.split()[:2] for line in done.stdout.splitlines()[:-1]]
+  assert lines == [[task, metric] for task in ("stories", "choice") for metric in (
+      "greedy", "pass@1", "pass@2", "majority@2")]
+  assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+      "choice.jsonl", "choice_samples.jsonl", "scores.json", "stories.jsonl", "stories_samples.jsonl"]
+  again = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
+  assert again.returncode == 1
+  assert "exists; give another folder, or --overwrite" in again.stderr
