@@ -3,7 +3,8 @@
 Axes: L layers, out and in of a weight matrix.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,22 @@ from imm_jax.training.step import gradient_function, jit_step
 # The weights of a layer that eq. 3 sums over.
 _MODULES = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
             "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}
+
+
+Sums = tuple[Params, jax.Array]  # of the gradients, and of the learned tokens
+
+
+def add_function(config: ModelConfig, **options: Any,
+                 ) -> Callable[[Sums, Params, dict[str, jax.Array]], tuple[Sums, jax.Array]]:
+  """A function (sums, params, batch) -> (sums with the batch's, its loss), to be jitted; `options` are those of
+  `gradient_function`."""
+  of_batch = gradient_function(config, mean=False, **options)
+
+  def add(sums: Sums, params: Params, batch: dict[str, jax.Array]) -> tuple[Sums, jax.Array]:
+    loss, grads, tokens = of_batch(params, batch)
+    return jax.tree.map(jnp.add, sums, (grads, tokens.astype(jnp.int32))), loss
+
+  return add
 
 
 class LayerImportance(NamedTuple):
@@ -55,12 +72,8 @@ def gradient(config: ModelConfig, params: Params, batches: PackedBatches, *, mes
   Raises:
     UserError: when it is not finite.
   """
-  of_batch = gradient_function(config, compute_dtype=compute_dtype, remat=remat, attention=attention, mesh=mesh,
-                               accumulation=accumulation, mean=False)
-
-  def add(sums: tuple, params: Params, batch: dict[str, jax.Array]) -> tuple[tuple, jax.Array]:
-    loss, grads, tokens = of_batch(params, batch)
-    return jax.tree.map(jnp.add, sums, (grads, tokens.astype(jnp.int32))), loss
+  add = add_function(config, compute_dtype=compute_dtype, remat=remat, attention=attention, mesh=mesh,
+                     accumulation=accumulation)
 
   def finish(sums: tuple) -> tuple[Params, jax.Array]:
     mean = jax.tree.map(lambda total: total / sums[1], sums[0])

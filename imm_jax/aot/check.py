@@ -1,4 +1,4 @@
-"""Compiles the SFT step and the merge for a TPU slice on a machine that has none, and prints what they will take."""
+"""Compiles the SFT step, layer importance and the merge for a TPU slice that is not here, and prints what they take."""
 
 import collections
 import dataclasses
@@ -13,15 +13,16 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imm_jax import merging
+from imm_jax.analysis import importance
 from imm_jax.aot import costs, hlo, topology
 from imm_jax.errors import UserError
 from imm_jax.memory import count_params
 from imm_jax.model import attention, hub, published, sharding
 from imm_jax.model.config import ModelConfig
-from imm_jax.model.decoder import abstract_params
+from imm_jax.model.decoder import Params, abstract_params
 from imm_jax.training import step as training
 from imm_jax.training.throughput import train_flops
 
@@ -95,7 +96,7 @@ class Report:
 
 
 def run(config: ml_collections.ConfigDict, *, topology_name: str, slices: int, rows_per_chip: int) -> None:
-  """Prints the report of the SFT step and of the merge; the model's weights are not needed.
+  """Prints the report of the SFT step, of layer importance and of the merge; the model's weights are not needed.
 
   Raises:
     UserError: for a slice, a mesh or a model that cannot be; and after the report, when the step does not fit.
@@ -111,7 +112,7 @@ def run(config: ml_collections.ConfigDict, *, topology_name: str, slices: int, r
     print(line, flush=True)
   if report.excess:
     raise UserError(f"the step does not fit a chip's memory ({report.excess}); {suggestion(plan, report.excess)}")
-  for line in _describe_merge(plan):
+  for line in (*_describe_importance(plan, report.attention), *_describe_merge(plan)):
     print(line, flush=True)
 
 
@@ -146,13 +147,10 @@ def check(plan: Plan) -> Report:
   optimizer = training.make_optimizer(optax.constant_schedule(1e-5), weight_decay=plan.weight_decay,
                                       grad_clip=plan.grad_clip)
   state = training.abstract_state(plan.model, optimizer, plan.mesh)
-  rows = NamedSharding(plan.mesh, sharding.BATCH)
-  batch = {name: jax.ShapeDtypeStruct((plan.step_rows, plan.length), dtype, sharding=rows) for name, dtype in (
-      ("tokens", jnp.int32), ("positions", jnp.int32), ("segment_ids", jnp.int32), ("weights", jnp.float32))}
   step = training.step_function(plan.model, optimizer, compute_dtype=plan.compute_dtype, remat=plan.remat,
                                 accumulation=plan.accumulation, attention=backend, mesh=plan.mesh)
   started = time.monotonic()
-  traced = training.jit_step(step, state).trace(state, batch)
+  traced = training.jit_step(step, state).trace(state, _batch(plan))
   try:
     compiled = _compile(traced)
   except MemoryError as e:
@@ -164,6 +162,12 @@ def check(plan: Plan) -> Report:
   needed = train_flops(plan.model, tokens=plan.tokens, squares=plan.tokens * plan.length)
   return Report(backend, _memory(compiled), "", costs.flops(traced.jaxpr) / plan.mesh.size, estimate, ideal,
                 needed / (peak * estimate.seconds), time.monotonic() - started)
+
+
+def _batch(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
+  rows = NamedSharding(plan.mesh, sharding.BATCH)
+  return {name: jax.ShapeDtypeStruct((plan.step_rows, plan.length), dtype, sharding=rows) for name, dtype in (
+      ("tokens", jnp.int32), ("positions", jnp.int32), ("segment_ids", jnp.int32), ("weights", jnp.float32))}
 
 
 def _compile(traced: Any) -> Any:
@@ -258,22 +262,41 @@ def _options(plan: Plan) -> str:
           f"--config.mesh.data={plan.mesh.shape['data']} --config.mesh.fsdp={plan.mesh.shape['fsdp']}")
 
 
+def _describe_importance(plan: Plan, backend: str) -> Iterator[str]:
+  """The gradient of a batch, added to the sum over a data set (eq. 3)."""
+  params = _placed(abstract_params(plan.model), plan.mesh)
+  sums = (params, jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(plan.mesh, PartitionSpec())))
+  add = importance.add_function(plan.model, compute_dtype=plan.compute_dtype, remat=plan.remat, attention=backend,
+                                mesh=plan.mesh, accumulation=plan.accumulation)
+  yield from _describe_other(f"layer importance, {plan.rows * plan.accumulation} x {plan.length} tokens a chip", plan,
+                             training.jit_step(add, sums).trace(sums, params, _batch(plan)))
+
+
 def _describe_merge(plan: Plan) -> Iterator[str]:
   """The merge of three trees in the compute dtype, placed as the parameters are."""
-  params = abstract_params(plan.model, dtype=plan.compute_dtype)
-  tree = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), params,
-                      training.state_sharding(params, plan.mesh))
+  tree = _placed(abstract_params(plan.model, dtype=plan.compute_dtype), plan.mesh)
   merge = functools.partial(merging.imm, base_weight=0.5, drop_rate=0.2, key=jax.random.key(0))
+  yield from _describe_other(
+      f"merge imm of three {plan.compute_dtype} models in memory", plan,
+      jax.jit(merge, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, tree)).trace(tree, tree, tree))
+
+
+def _placed(params: Params, mesh: Mesh) -> Params:
+  """Shapes with shardings."""
+  return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), params,
+                      training.state_sharding(params, mesh))
+
+
+def _describe_other(what: str, plan: Plan, traced: Any) -> Iterator[str]:
   started = time.monotonic()
   try:
-    compiled = _compile(jax.jit(merge, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, tree)).trace(
-        tree, tree, tree))
+    compiled = _compile(traced)
   except MemoryError as e:
-    yield f"merge imm of three {plan.compute_dtype} models in memory: does not fit, {e}"
+    yield f"{what}: does not fit, {e}"
     return
   memory = {name: size / _GIB for name, size in _memory(compiled).items()}
   estimate = costs.estimate(hlo.Module(compiled.as_text()), plan.slice_, plan.mesh)
   moved = sum(c.size * c.times for c in estimate.collectives)
-  yield (f"merge imm of three {plan.compute_dtype} models in memory, compiled in {time.monotonic() - started:.0f} s: "
-         f"on a chip arguments {memory['arguments']:.2f} GiB, temporaries {memory['temporaries']:.2f}, peak "
-         f"{memory['peak']:.2f}; {moved / 1e9:.2f} GB of collectives, {1e3 * estimate.seconds:.1f} ms")
+  yield (f"{what}, compiled in {time.monotonic() - started:.0f} s: on a chip arguments {memory['arguments']:.2f} GiB, "
+         f"temporaries {memory['temporaries']:.2f}, peak {memory['peak']:.2f}; {moved / 1e9:.2f} GB of collectives, "
+         f"{1e3 * estimate.seconds:.1f} ms")

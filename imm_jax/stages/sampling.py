@@ -88,5 +88,6 @@ def judged(examples: Sequence[Example], completions: Sequence[Sequence[Completio
     verdicts = judge.verdicts([(completion.text, e.answer, e.kind) for e, _, completion in drawn], strict=strict)
   return [{"id": e.id, **({"sample": s, "temperature": temperatures[s % len(temperatures)]} if temperatures else {}),
            "question": e.question, "gold": e.answer, "kind": e.kind, "text": completion.text,
-           "tokens": completion.num_tokens, "finish": completion.finish, "correct": verdict.correct, "span": verdict.span}
+           "tokens": completion.num_tokens, "finish": completion.finish, "correct": verdict.correct,
+           "span": verdict.span}
           for (e, s, completion), verdict in zip(drawn, verdicts, strict=True)]
