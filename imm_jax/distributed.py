@@ -8,6 +8,7 @@ the questions.
 import contextlib
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -29,6 +30,8 @@ _SEVERAL = {"SLURM_NTASKS": lambda v: int(v) > 1, "TPU_WORKER_HOSTNAMES": lambda
 # A process that is gone is noticed after so long.
 _HEARTBEAT_S = 60
 _POLL_S = 1.0
+# How a collective says that its other end is gone.
+_LOST = re.compile(r"(?i)gloo|connection (closed|reset|refused)|heartbeat|unavailable|peer")
 
 
 def start(mode: str = "auto", *, coordinator: str | None = None, num_processes: int | None = None,
@@ -52,13 +55,18 @@ def start(mode: str = "auto", *, coordinator: str | None = None, num_processes: 
     process_id = number("JAX_PROCESS_ID") if process_id is None else process_id
   except ValueError as e:
     raise UserError(f"one of {', '.join(_SEVERAL)}, JAX_PROCESS_ID is no number ({e})") from e
-  if mode == "off" or (mode == "auto" and coordinator is None and not several):
+  asked = coordinator is not None or (num_processes or 1) > 1 or (process_id or 0) > 0
+  if mode == "off" or (mode == "auto" and not asked and not several):
     return
+  if coordinator is not None and not re.fullmatch(r".+:\d{1,5}", coordinator):
+    raise UserError(f"--coordinator={coordinator}: expected HOST:PORT of process 0")
+  print(f"waiting for the other processes of this run{f' at {coordinator}' if coordinator else ''}", file=sys.stderr,
+        flush=True)
   # Its handler would swallow SIGTERM as long as the run lasts; ours watches while it trains (`training.preemption`).
   jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_S)
-  except (ValueError, RuntimeError, TypeError) as e:
+  except (ValueError, RuntimeError, TypeError, IndexError) as e:
     cause = str(e).strip().partition("\n")[0] or type(e).__name__
     raise UserError(f"the processes of this run do not find each other ({cause}); give --coordinator=HOST:PORT, "
                     "--num_processes and --process_id to each, or --distributed=off for one process alone") from e
@@ -134,6 +142,9 @@ class FailTogether:
   def __init__(self, root: Path):
     # A name of its own for each start: what an earlier one has left must not end this one.
     self._file = root.with_name(f".{root.name}.failed-{from_main(time.time_ns())}")
+    if is_main():  # what a process 0 that was killed could not remove
+      for old in root.parent.glob(f".{root.name}.failed-*"):
+        old.unlink(missing_ok=True)
     self._done = threading.Event()
     self._ending = threading.Lock()
 
@@ -146,7 +157,7 @@ class FailTogether:
     self._done.set()
     if jax.process_count() == 1 or not isinstance(error, Exception) or isinstance(error, PreemptedError):
       return
-    text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+    text = _said(error)
     first = self._first()
     if first is None:
       # A full disk, say, is no reason to keep this process: the others lose it and end too.
@@ -177,3 +188,13 @@ class FailTogether:
       with contextlib.suppress(OSError):
         self._file.unlink(missing_ok=True)
     os._exit(1)  # threads of the collectives may never end
+
+
+def _said(error: Exception) -> str:
+  """What the users of all processes are shown."""
+  if isinstance(error, UserError):
+    return str(error)
+  if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)):
+    return ("another process of this run is gone, killed perhaps; give the same command again "
+            f"({str(error).strip().splitlines()[0][:200]})")
+  return "".join(traceback.format_exception(error))

@@ -164,9 +164,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
 def _opened(config: ml_collections.ConfigDict, workdir: str) -> Iterator[tuple[dict[str, Path], rundir.RunDir]]:
   """The models' folders and the run directory, all looked at before anything is spent."""
   found = _check(config)
-  if config.sft.state_dir and distributed.is_main():
-    check_folder(config.sft.state_dir)  # now, for training comes late
   with rundir.RunDir(workdir, config) as directory:
+    if config.sft.state_dir and distributed.is_main():
+      check_folder(config.sft.state_dir)  # now, for training comes late
     distributed.check_shared(directory.path)
     yield found, directory
 

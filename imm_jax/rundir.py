@@ -111,6 +111,8 @@ class RunDir:
     inputs = inputs_of(stage, self._record, external) if distributed.is_main() else {}
     wanted, inputs = distributed.from_main([reason is not None, inputs])
     if not wanted:
+      if stage.scratch and distributed.is_main():  # of a start that was killed before it could remove it
+        epath.Path(stage.scratch).rmtree(missing_ok=True)
       return False
     target = self.path / stage.name
     if distributed.is_main():

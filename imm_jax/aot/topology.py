@@ -43,6 +43,7 @@ class Chip:
   wrap: int
   network: float
   name: str
+  largest: tuple[int, ...]
   options: tuple[tuple[str, str], ...] = ()
 
 
@@ -52,11 +53,11 @@ class Chip:
 # The clock is that at which the matrix units of a chip (128 x 128, v6e 256 x 256) give its peak. Of HBM, `hbm` is what
 # the compiler offers a program; it says so when one does not fit.
 CHIPS = {
-    "v4": Chip(peak_flops("TPU v4"), 1.05e9, 128, 30.75 * 2**30, 1228e9, 50e9, 4, 6.25e9, "v4",
+    "v4": Chip(peak_flops("TPU v4"), 1.05e9, 128, 30.75 * 2**30, 1228e9, 50e9, 4, 6.25e9, "v4", (16, 16, 16),
                (("chip_config_name", "megacore"),)),
-    "v5e": Chip(peak_flops("TPU v5e"), 1.5e9, 128, 15.75 * 2**30, 819e9, 50e9, 16, 3.125e9, "v5e"),
-    "v5p": Chip(peak_flops("TPU v5p"), 1.75e9, 128, 95.74 * 2**30, 2765e9, 100e9, 4, 6.25e9, "v5p"),
-    "v6e": Chip(peak_flops("TPU v6"), 1.75e9, 256, 31.25 * 2**30, 1640e9, 100e9, 16, 12.5e9, "v6e"),
+    "v5e": Chip(peak_flops("TPU v5e"), 1.5e9, 128, 15.75 * 2**30, 819e9, 50e9, 16, 3.125e9, "v5e", (16, 16)),
+    "v5p": Chip(peak_flops("TPU v5p"), 1.75e9, 128, 95.74 * 2**30, 2765e9, 100e9, 4, 6.25e9, "v5p", (16, 16, 24)),
+    "v6e": Chip(peak_flops("TPU v6"), 1.75e9, 256, 31.25 * 2**30, 1640e9, 100e9, 16, 12.5e9, "v6e", (16, 16)),
 }
 
 
@@ -112,6 +113,9 @@ def describe(name: str, *, slices: int = 1) -> Slice:
     raise UserError(f"--topology={name} --slices={slices}: expected the chips along each axis and 1 slice or more, "
                     f"such as {known}")
   chip = CHIPS[kind]
+  lengths = [int(n) for n in sizes.split("x")]
+  if len(lengths) != len(chip.largest) or any(n > most for n, most in zip(sorted(lengths), chip.largest, strict=True)):
+    raise UserError(f"--topology={name}: a {kind} slice has at most {'x'.join(map(str, chip.largest))} chips")
   options = {} if slices == 1 else {"num_slices": slices}
   try:
     with quiet():
@@ -119,7 +123,7 @@ def describe(name: str, *, slices: int = 1) -> Slice:
                                                **dict(chip.options), **options)
   except Exception as e:  # libtpu raises several kinds
     raise UserError(f"--topology={name}: {str(e).strip().splitlines()[0]} (known are such as {known})") from e
-  return Slice(name, chip, tuple(int(n) for n in sizes.split("x")), slices, tuple(described.devices))
+  return Slice(name, chip, tuple(lengths), slices, tuple(described.devices))
 
 
 @contextlib.contextmanager

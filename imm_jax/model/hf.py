@@ -171,7 +171,7 @@ def save(params: Params, folder: str | Path, *, like: str | Path | None = None, 
     tensors = [t._replace(dtype=stored[t.name].dtype if t.name in stored else t.dtype) for t in tensors]
   if jax.process_index() != 0:
     for tensor in tensors:
-      gathered(tensor)
+      jax.block_until_ready(gathered(tensor).leaf)  # as process 0 does: two at once may meet in another order there
     return
   folder.mkdir(parents=True, exist_ok=True)
   shards = checkpoint.split(

@@ -76,7 +76,12 @@ def mesh_sizes(count: int, *, data: int, fsdp: int, tensor: int, hidden_size: in
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if len(free) == 1 and fixed > 0:
     sizes[free[0]] = count // fixed
+  if any(size < 1 and size != -1 for size in (data, fsdp, tensor)):
+    raise UserError(f"config.mesh data={data}, fsdp={fsdp}, tensor={tensor}: sizes are 1 or more, or -1")
   if min(sizes.values()) < 1 or math.prod(sizes.values()) != count:
+    if len(free) == 1:
+      raise UserError(f"config.mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {count} device(s): {fixed} "
+                      f"does not divide {count}")
     raise UserError(f"config.mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {count} device(s); sizes must "
                     f"multiply to {count}, or one be -1")
   return tuple(sizes.values())

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -49,9 +50,9 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root:
           weight_decay=sft.weight_decay, grad_clip=sft.grad_clip, intervention=_intervention(sft),
           log_every=sft.log_every, report=metrics.write, label=f"round {round_}: SFT", checkpoints=checkpoints,
           profile=throughput.Profile(config.profile, root / "profile" / name / f"process_{jax.process_index()}"),
-          **data.options)
+          lines=data.lines, **data.options)
     hf.save(trained.params, out, like=model, keep_dtypes=True)
-  return {"examples": data.examples, "dropped_long": data.dropped, "steps": len(batches),
+  return {"examples": len(data.lines), "dropped_long": data.dropped, "steps": len(batches),
           "tokens": round(batches.tokens_per_step * len(batches)), "attention": data.options["attention"],
           "examples_per_step": round(batches.per_step, 2), "padding": round(batches.padding, 4),
           "first_loss": round(trained.first_loss, 6), "last_loss": round(trained.last_loss, 6)}
@@ -67,16 +68,16 @@ def importance(config: ml_collections.ConfigDict, model: Path, train: Path, out:
   if distributed.is_main():
     found = {"layers": scores.total.tolist(), "modules": {name: s.tolist() for name, s in scores.modules.items()}}
     files.write_text(out, json.dumps(found, indent=1) + "\n")
-  return {"examples": data.examples, "most_important": int(scores.total.argmax())}
+  return {"examples": len(data.lines), "most_important": int(scores.total.argmax())}
 
 
 class _Data(NamedTuple):
-  """What is trained on, and how: the model's config, packed batches, examples that fit, how many are too long, and the
-  options that training and gradients share."""
+  """What is trained on, and how: the model's config, packed batches, the lines of the examples in them, how many others
+  are too long, and the options that training and gradients share."""
 
   model: ModelConfig
   batches: PackedBatches
-  examples: int
+  lines: list[int]
   dropped: int
   options: dict[str, Any]
 
@@ -84,7 +85,8 @@ class _Data(NamedTuple):
 def _data(config: ml_collections.ConfigDict, model: Path, train: Path, *, epochs: int, seed: Any) -> _Data:
   """Packs the answers for the run's devices; what a user should know of it is said once, on stderr."""
   sft, mesh = config.sft, mesh_of(config)
-  fitting, dropped = _tokenized(config, model, train)
+  by_line, dropped = _tokenized(config, model, train)
+  fitting = list(by_line.values())
   multiple = sharding.batch_parts(mesh) * sft.accumulation
   batches = PackedBatches(fitting, epochs=epochs, global_batch=sft.global_batch, row_length=sft.row_length, seed=seed,
                           row_multiple=multiple)
@@ -97,17 +99,16 @@ def _data(config: ml_collections.ConfigDict, model: Path, train: Path, *, epochs
                             rows=batches.rows // sft.accumulation, mesh=mesh)
   options = {"compute_dtype": dtype, "accumulation": sft.accumulation, "remat": sft.remat, "attention": kernel,
              "mesh": mesh}
-  return _Data(model_config, batches, len(fitting), dropped, options)
+  return _Data(model_config, batches, list(by_line), dropped, options)
 
 
 def _notes(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, batches: PackedBatches, multiple: int,
            longest: int) -> Iterator[str]:
   sft = config.sft
   if batches.empty_rows:
-    filled = batches.rows - batches.empty_rows
     yield (f"{batches.empty_rows} of {batches.rows} rows of a step are empty, since {mesh.size} devices and "
-           f"config.sft.accumulation={sft.accumulation} need a multiple of {multiple}; "
-           f"config.sft.global_batch={round(sft.global_batch * batches.rows / filled)} would fill them")
+           f"config.sft.accumulation={sft.accumulation} need a multiple of {multiple}; another mesh, or in a new run "
+           "another config.sft.global_batch, fills them")
   whole = memory.undivided(model, mesh)
   if whole:
     yield f"every device holds these whole, for config.mesh does not divide them: {', '.join(whole)}"
@@ -124,20 +125,21 @@ def _intervention(sft: ml_collections.ConfigDict) -> interventions.Intervention 
 
 
 def states_folder(config: ml_collections.ConfigDict, root: Path, round_: int) -> str:
-  """Where the training states of a round are, until it is done."""
-  name = f"round_{round_}"
-  return f"{config.sft.state_dir}/{name}" if config.sft.state_dir else str(root / name / "sft_state")
+  """Where the training states of a round are, until it is done: a folder that holds nothing else."""
+  if not config.sft.state_dir:
+    return str(root / f"round_{round_}" / "sft_state")
+  return f"{os.path.expanduser(config.sft.state_dir)}/round_{round_}_sft_state"
 
 
-def _tokenized(config: ml_collections.ConfigDict, model: Path, train: Path) -> tuple[list[TokenizedExample], int]:
-  """The kept answers that fit in a row, and how many do not."""
+def _tokenized(config: ml_collections.ConfigDict, model: Path, train: Path) -> tuple[dict[int, TokenizedExample], int]:
+  """The kept answers that fit in a row, by their line, and how many do not fit."""
   tokenizer = load_tokenizer(model)
   rows = files.read_jsonl(train, {"question": str, "response": str})
   tokenized = [TokenizedExample(
       tokenizer(prompts.build(r["question"], header=config.prompt.header, style=config.prompt.style,
                               tokenizer=tokenizer))["input_ids"],
       tokenizer(r["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]) for r in rows]
-  fitting = [e for e in tokenized if len(e.prompt) + len(e.response) <= config.sft.row_length]
+  fitting = {line: e for line, e in enumerate(tokenized, 1) if len(e.prompt) + len(e.response) <= config.sft.row_length}
   if not fitting:
     raise UserError(f"{train}: all {len(rows)} answers are longer than config.sft.row_length="
                     f"{config.sft.row_length} tokens")

@@ -22,6 +22,8 @@ from imm_jax.errors import UserError
 
 # What the disk, a bucket or tensorstore may refuse with.
 _REFUSALS = (OSError, ValueError, RuntimeError, ImportError)  # ImportError: what a bucket needs is not installed
+# A state, one that is being written, and what orbax keeps beside them.
+_STATE = re.compile(r"\d+(\..*)?|.*orbax.*|_\w+|\.\w+")
 
 
 def check_folder(folder: str) -> None:
@@ -31,12 +33,12 @@ def check_folder(folder: str) -> None:
     UserError: when that cannot be done.
   """
   try:
-    path = epath.Path(folder)
+    path = epath.Path(os.path.expanduser(folder))
     path.mkdir(parents=True, exist_ok=True)
     probe = path / f".writable-{os.getpid()}"
     probe.write_text("")
     probe.unlink()
-  except _REFUSALS as e:
+  except (*_REFUSALS, KeyError) as e:  # KeyError: a scheme that nobody knows
     raise _unwritable(folder, e) from e
 
 
@@ -61,11 +63,15 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True)
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
+      foreign = sorted(path.name for path in self.folder.iterdir() if not _STATE.fullmatch(path.name))
       self._manager = ocp.CheckpointManager(
           self.folder if "://" in str(folder) else Path(folder).absolute(), options=options,
           item_handlers={"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()})
     except _REFUSALS as e:
       raise _unwritable(folder, e) from e
+    if foreign:  # all of it is removed when training is done
+      raise UserError(f"{folder}: holds {foreign[0]}, which is no training state; keep states elsewhere "
+                      "(config.sft.state_dir)")
 
   @property
   def step(self) -> int:
@@ -82,6 +88,8 @@ class Checkpoints:
     if step is None:
       return None
     about = self._read(step, "about", ocp.args.JsonRestore())
+    if about.get("step") != step or about.get("input", {}).get("next_index") != step:
+      raise self._unreadable(step, f"about: step {about.get('step')}, input {about.get('input')}")
     found = about.get("identity", {})
     other = sorted(key for key in found.keys() | self._identity.keys() if found.get(key) != self._identity.get(key))
     if other:
@@ -99,7 +107,7 @@ class Checkpoints:
     shapes = lambda tree: sorted(tuple(leaf.shape) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape"))
     try:
       stored = shapes(self._manager.item_metadata(step)["state"])
-    except (*_REFUSALS, KeyError, TypeError, AttributeError) as e:
+    except Exception as e:  # of a damaged state orbax raises anything
       raise self._unreadable(step, _cause(e)) from e
     if stored != shapes(like):
       raise self._unreadable(step, "its tensors have other shapes than this model's")
@@ -157,7 +165,7 @@ class Checkpoints:
   def _read(self, step: int, item: str, how: Any) -> Any:
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
-    except (*_REFUSALS, KeyError, TypeError) as e:
+    except Exception as e:  # see restore
       raise self._unreadable(step, _cause(e)) from e
 
   def _unreadable(self, step: int, cause: str) -> UserError:

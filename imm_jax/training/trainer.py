@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +40,8 @@ class Trained(NamedTuple):
 def train(config: ModelConfig, load_params: Callable[[], Params], batches: PackedBatches, *, schedule: optax.Schedule,
           weight_decay: float, grad_clip: float, compute_dtype: jnp.dtype, accumulation: int, remat: str, mesh: Mesh,
           log_every: int, report: Report, label: str, attention: str = "xla", checkpoints: Checkpoints | None = None,
-          profile: throughput.Profile | None = None, intervention: Intervention | None = None) -> Trained:
+          profile: throughput.Profile | None = None, intervention: Intervention | None = None,
+          lines: Sequence[int] | None = None) -> Trained:
   """Trains float32 parameters over all batches.
 
   Args:
@@ -61,6 +62,7 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
     checkpoints: states are saved there and training goes on from the newest, on whatever mesh it was saved from.
     profile: records some of the steps.
     intervention: what is done differently, such as `interventions.gradient_decay()`.
+    lines: of each example in its file, from 1, for errors; by default they are counted.
 
   Raises:
     UserError: when the loss is not finite (the state before it is saved), or a state cannot be read or written.
@@ -103,7 +105,10 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
       last = done == len(batches)
       due = bool(checkpoints) and checkpoints.due(done) and not last
       waits = due or last or len(pending) == log_every
-      # Several processes ask each other only where they wait anyway.
+      # Several processes ask each other only where they wait anyway, and when no step is under way: its collectives and
+      # these could meet in another order on another host.
+      if waits and jax.process_count() > 1:
+        jax.block_until_ready(metrics)
       stop = preemption.agreed(told) if jax.process_count() == 1 or waits else False
       if profile:
         profile.after(step, metrics, last=last or stop)
@@ -118,7 +123,7 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
             checkpoints.save(i, _kept(state), input=pending[i - done][0], first_loss=first_loss, last_loss=last_loss)
             checkpoints.wait()
           kept = checkpoints and checkpoints.step and checkpoints.folder
-          raise UserError(_not_finite(label, i, value, batches, kept))
+          raise UserError(_not_finite(label, i, value, batches, kept, lines))
         last_loss = float(value["loss"])
         first_loss = last_loss if first_loss is None else first_loss
         report(i, loss=last_loss, grad_norm=float(value["grad_norm"]), tokens=float(value["tokens"]),
@@ -151,11 +156,13 @@ def _kept(state: TrainState) -> TrainState:
   return {name: state[name] for name in ("params", "opt_state")}
 
 
-def _not_finite(label: str, step: int, value: dict[str, Any], batches: PackedBatches, folder: Any) -> str:
-  members = [i + 1 for i in batches.members(step)]
+def _not_finite(label: str, step: int, value: dict[str, Any], batches: PackedBatches, folder: Any,
+                lines: Sequence[int] | None) -> str:
+  members = [lines[i] if lines else i + 1 for i in batches.members(step)]
   more = f" and {len(members) - _NAMED} more" if len(members) > _NAMED else ""
-  lines = ", ".join(map(str, members[:_NAMED])) + more
+  where = ", ".join(map(str, members[:_NAMED])) + more
+  advice = ("lower the learning rate or raise warmup_ratio, in a new --workdir" if step else
+            "look for weights of the model that are not finite")
   kept = f"; the state before that step is kept in {folder}" if folder else ""
-  return (f"{label}: the loss is {value['loss']} at step {step} (gradient norm {value['grad_norm']}), on examples "
-          f"{lines} of train.jsonl, long ones not counted; lower the learning rate or raise warmup_ratio, in a new "
-          f"--workdir{kept}")
+  return (f"{label}: the loss is {value['loss']} at step {step} (gradient norm {value['grad_norm']}), on lines {where} "
+          f"of train.jsonl; {advice}{kept}")
