@@ -20,7 +20,7 @@ def parse(argument: str | None, **choices: Sequence[str]) -> dict[str, str]:
     if not given:
       name, value = next((n for n, allowed in choices.items() if part in allowed), ""), part
     if value not in choices.get(name, ()):
-      known = "; ".join(f"{n}={'|'.join(allowed)}" for n, allowed in choices.items())
+      known = "; ".join(f"{n}={'|'.join(filter(None, allowed))}" for n, allowed in choices.items())
       raise ValueError(f"the config has no argument {part!r}; known are {known}")
     values[name] = value
   return values

@@ -108,7 +108,8 @@ _PLANS = {
     # 5.4: a stronger model samples.
     "table 2": lambda scale: (_runs(scale, ("qwen_1_5b", "llama2_7b"), teacher=qwen.MODELS["7b"]), {}),
     # Appendix A.2: in the setting of 5.4; one training, merged with each weight.
-    "table 3": lambda scale: (_runs(scale, ("llama2_7b",), teacher=qwen.MODELS["7b"], merge__sweep=SWEEP), {}),
+    "table 3": lambda scale: (_runs(scale, ("llama2_7b",), teacher=qwen.MODELS["7b"], merge__base_weight=0.5,
+                                    merge__sweep=SWEEP), {}),
     "table 4": lambda scale: (_runs(scale, SIZES, ("gsm8k",), rounds=3,
                                     task__ood=("svamp", "asdiv", "mathqa", "mmlu_stem")), {}),
     "table 5": _table_5,

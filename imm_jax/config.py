@@ -33,9 +33,9 @@ _AT_LEAST_ONE = ("rounds", "sample.num_samples", "sample.max_new_tokens", "sampl
 _AT_LEAST_ZERO = ("seed", "prompt.few_shot", "task.questions_per_round", "task.eval_questions", "eval.num_samples",
                   "merge.auto.groups")
 _FINITE = ("sft.weight_decay", "sft.grad_clip", "eval.temperature")
-_SHARES = ("merge.auto.step", "data.mixture_share", "data.real_fraction")
+_SHARES = ("data.mixture_share", "data.real_fraction")
 _POSITIVE = ("sft.learning_rate", "sft.max_norm")
-_POSITIVE_SHARES = ("sample.top_p", "eval.top_p", "sft.gradient_decay", "sft.top_share")
+_POSITIVE_SHARES = ("merge.auto.step", "sample.top_p", "eval.top_p", "sft.gradient_decay", "sft.top_share")
 
 
 def validate(config: ml_collections.ConfigDict, *, trains: bool = True, downloads: bool = True) -> None:
@@ -65,6 +65,9 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
     raise UserError(f"config.sample.temperatures={config.sample.temperatures}: expected one or more numbers >= 0")
   if not all(isinstance(k, int) and k >= 1 for k in config.eval.pass_at_k):
     raise UserError(f"config.eval.pass_at_k={config.eval.pass_at_k}: expected whole numbers, 1 or more")
+  if config.eval.num_samples and config.eval.pass_at_k and min(config.eval.pass_at_k) > config.eval.num_samples:
+    raise UserError(f"config.eval.pass_at_k={config.eval.pass_at_k}: all are more than "
+                    f"eval.num_samples={config.eval.num_samples}")
   try:
     throughput.window(config.profile)
   except ValueError as e:
@@ -86,9 +89,12 @@ def _validate_merge(config: ml_collections.ConfigDict) -> None:
     raise UserError(f"config.merge.base_weight={merge.base_weight!r}: expected a number from 0 to 1, a list of them "
                     "over the layers, or auto")
   for key, values in (("sweep", merge.sweep), ("auto.weights", merge.auto.weights)):
-    if not all(map(_is_weight, values)) or len(set(values)) < len(values):
+    if not all(map(_is_weight, values)) or len({f"{value:g}" for value in values}) < len(values):
       raise UserError(f"config.merge.{key}={values}: expected different numbers from 0 to 1")
-  if merge.base_weight == "auto" and config.method in MERGES and not (merge.auto.weights and merge.auto.general):
+  if config.method not in MERGES and (merge.sweep or merge.base_weight == "auto"):
+    raise UserError(f"config.method={config.method} merges nothing: merge.sweep and merge.base_weight=auto are for "
+                    f"{' and '.join(MERGES)}")
+  if merge.base_weight == "auto" and not (merge.auto.weights and merge.auto.general):
     raise UserError("config.merge.base_weight=auto needs one or more of merge.auto.weights and of merge.auto.general")
 
 
@@ -113,11 +119,22 @@ def _validate_tasks(config: ml_collections.ConfigDict, trains: bool) -> None:
   for key, entry in (("task.name", config.task.name), *(("task.ood", e) for e in config.task.ood)):
     _known(key, questions.name_of(str(entry)), tasks.JUDGED)
   trained = [("task.name", config.task.name)] if trains else []
-  if config.merge.base_weight == "auto":
+  if trains and config.merge.base_weight == "auto":
+    names = [questions.name_of(entry) for entry in config.merge.auto.general]
+    if config.task.name in names or len(set(names)) < len(names):
+      raise UserError(f"config.merge.auto.general={config.merge.auto.general}: expected different tasks, and not the "
+                      "in-domain one")
     trained += [("merge.auto.general", e) for e in config.merge.auto.general]
   for key, entry in trained:
     _known(key, questions.name_of(str(entry)), [name for name in tasks.JUDGED if "train" in tasks.splits(name)],
            "has no train split; ")
+  for key, entry in (("task.source", f"{config.task.name}={config.task.source}"),
+                     *(("task.ood", e) for e in config.task.ood)):
+    name, _, source = entry.partition("=")
+    if source and tasks.is_endless(name):
+      raise UserError(f"config.{key}={source}: {name} is generated and has no source")
+  if config.task.name != "custom" and any(config.task.fields.values()):
+    raise UserError(f"config.task.fields: is for task custom; {config.task.name} has its own")
   ood = [questions.name_of(entry) for entry in config.task.ood]
   if config.task.name in ood:
     raise UserError(f"config.task.ood has {config.task.name!r}, which is the in-domain task")
@@ -142,7 +159,7 @@ def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloa
   if trains:
     checks.append((f"task.questions_per_round={config.task.questions_per_round} in {config.rounds} rounds",
                    lambda: questions.of_round(config, config.rounds - 1), (config.task.name,)))
-  if trains and config.merge.base_weight == "auto" and config.method in MERGES:
+  if trains and config.merge.base_weight == "auto":
     auto = config.merge.auto
     checks += [(f"merge.auto.questions={auto.questions}", lambda entry=entry: questions.load(
         config, entry, split="train", count=auto.questions), (entry,)) for entry in auto.general]

@@ -19,11 +19,21 @@ _STAND_IN = "TPU v5e"  # for a device whose peak is not known
 
 
 class Work(NamedTuple):
-  """Tokens of a whole run: sampled for training, trained on (all epochs), and sampled in evaluation."""
+  """Tokens of a whole run.
+
+  Attributes:
+    sampled: for training.
+    trained: over all epochs, and those that layer importance is measured on.
+    evaluated: sampled in evaluation.
+    read: of the prompts of what is sampled for training.
+    asked: of the prompts in evaluation.
+  """
 
   sampled: float
   trained: float
   evaluated: float
+  read: float
+  asked: float
 
 
 def work(config: ml_collections.ConfigDict, record: Mapping[str, Any]) -> Work:
@@ -41,7 +51,9 @@ def work(config: ml_collections.ConfigDict, record: Mapping[str, Any]) -> Work:
   if not draws:
     seen = config.rounds * asked
   elif config.method == "data_accumulation":
-    seen = sum(rounds) * (answers + asked * config.data.with_real)
+    # With all questions in every round the real answers are the same ones.
+    real = config.data.with_real * asked * (sum(rounds) if config.task.questions_per_round else config.rounds)
+    seen = sum(rounds) * answers + real
   elif config.method == "data_mixture":
     seen = sum(1 + config.data.mixture_share * (t - 1) for t in rounds) * answers
   else:
@@ -52,12 +64,23 @@ def work(config: ml_collections.ConfigDict, record: Mapping[str, Any]) -> Work:
     auto = config.merge.auto
     tried = config.rounds * (len(auto.weights) + 2 * auto.groups) * auto.questions * (1 + len(auto.general))
   evaluated = (models * tests * (1 + config.eval.num_samples) + tried) * min(length, config.eval.max_new_tokens)
-  return Work(sampled, config.sft.epochs * seen * (length + ASSUMED["question"]), evaluated)
+  passes = config.sft.epochs + (config.method == "iimm") + (config.sft.intervention == "weight_masking")
+  shots = config.prompt.few_shot * (ASSUMED["question"] + length)
+  return Work(sampled, passes * seen * (length + ASSUMED["question"]), evaluated,
+              config.rounds * asked * (ASSUMED["question"] + shots) if draws else 0.0,
+              (models * tests + tried) * ASSUMED["question"])
 
 
-def estimate(config: ml_collections.ConfigDict, model: ModelConfig | None, record: Mapping[str, Any]) -> str:
-  """One line: tokens, and device hours by the measured throughput, or by an assumed share of the device's peak; without
-  the model's config, tokens alone."""
+def estimate(config: ml_collections.ConfigDict, model: ModelConfig | None, record: Mapping[str, Any],
+             sampler: ModelConfig | None = None) -> str:
+  """One line: tokens, and device hours by the measured throughput, or by an assumed share of the device's peak.
+
+  Args:
+    config: of the run.
+    model: its shape; without it tokens alone are told.
+    record: run.json.
+    sampler: the shape of the model that samples for training, where it is another.
+  """
   w = work(config, record)
   text = (f"{_count(w.sampled)} tokens sampled, {_count(w.trained)} trained on, {_count(w.evaluated)} sampled in "
           "evaluation")
@@ -71,9 +94,11 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig | None, recor
     return text
   kind = jax.devices()[0].device_kind
   kind = kind if peak_flops(kind) else _STAND_IN
-  params, peak = count_params(model), peak_flops(kind)
-  hours = (2 * params * (w.sampled + w.evaluated) / ASSUMED["sampling"]
-           + 6 * params * w.trained / ASSUMED["training"]) / peak / 3600
+  params, sampler_params = count_params(model), count_params(sampler or model)
+  # Prompts are read many tokens at once, as in training.
+  flops = (2 * (sampler_params * w.sampled + params * w.evaluated) / ASSUMED["sampling"]
+           + (6 * params * w.trained + 2 * (sampler_params * w.read + params * w.asked)) / ASSUMED["training"])
+  hours = flops / peak_flops(kind) / 3600
   return (f"{text}; about {hours:.2g} hours of one {kind}, if training reaches {ASSUMED['training']:.0%} and sampling "
           f"{ASSUMED['sampling']:.0%} of its peak (once a round is done: by what it took)")
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from imm_jax import cli, config, files
+from imm_jax import cli, config, experiments, files
+from imm_jax.errors import UserError
 from imm_jax.evaluation import Accuracy
 from imm_jax.model import hf, hub
 from imm_jax.stages import evaluating
@@ -27,6 +28,8 @@ flags.mark_flags_as_required(["config", "model", "out"])
 
 def main() -> None:
   settings = cli.config_of(_CONFIG)
+  if experiments.is_experiment(settings):
+    raise UserError("--config: holds several runs; give the config of one, such as configs/qwen.py")
   settings.model = _MODEL.value
   config.validate(settings, trains=False)
   out = Path(_OUT.value)

@@ -49,7 +49,7 @@ def plan(config: ml_collections.ConfigDict, base: Path, root: Path, teacher: Pat
         partial(evaluating.stage, config, model, root, name, round_), everywhere=True)
 
   asks = ("seed", "task", "prompt", *(("merge.auto.questions",) if auto else ()))
-  samples = config.method != "real" and config.data.real_fraction < 1
+  samples = _samples(config)
   if samples and config.prompt.few_shot:
     add("few_shot.jsonl", (), asks, f"the {config.prompt.few_shot} worked examples of the prompt",
         partial(sampling.write_shots, config))
@@ -98,8 +98,12 @@ def plan(config: ml_collections.ConfigDict, base: Path, root: Path, teacher: Pat
   return result
 
 
+def _samples(config: ml_collections.ConfigDict) -> bool:
+  return config.method != "real" and config.data.real_fraction < 1
+
+
 def _is_auto(config: ml_collections.ConfigDict) -> bool:
-  return config.method in MERGES and config.merge.base_weight == "auto"
+  return config.merge.base_weight == "auto"
 
 
 def _evaluation_plan(config: ml_collections.ConfigDict) -> str:
@@ -175,7 +179,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Prints what `run` would do and changes nothing; of a model of the hub nothing is downloaded."""
   root = Path(workdir)
   local = all(map(hub.is_local, filter(None, (config.model, config.teacher))))
-  found = _check(config) if local else {"base": Path(config.model)} | (
+  found = _check(config, dry=True) if local else {"base": Path(config.model)} | (
       {"teacher": Path(config.teacher)} if config.teacher else {})
   model = published.config_of(config.model)
   rundir.check(workdir, config)
@@ -196,16 +200,23 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
     print(f"{stage.name:<24}{'to do' if stage.name in waiting else 'done':<8}{stage.plan}{again}")
   sizes = memory.estimate(config, model, mesh_of(config)) if model else (
       f"{config.model} is not on this machine, so its size is not known")
+  teacher = published.config_of(config.teacher) if config.teacher else None
   print(f"\n{len(waiting)} of {len(steps)} stages to do; {sizes}\n"
-        f"the whole run: {cost.estimate(config, model, record)}")
+        f"the whole run: {cost.estimate(config, model, record, teacher)}")
 
 
-def _check(config: ml_collections.ConfigDict) -> dict[str, Path]:
-  """The folders of the base model and of the teacher; what cannot work ends the run before anything is spent."""
+def _check(config: ml_collections.ConfigDict, *, dry: bool = False) -> dict[str, Path]:
+  """The folders of the base model and of the teacher; what cannot work ends the run before anything is spent.
+
+  With `dry` no questions are downloaded.
+  """
   found = {"base": hub.resolve(config.model)} | ({"teacher": hub.resolve(config.teacher)} if config.teacher else {})
   for model in found.values():
     load_tokenizer(model, rows=hf.check(model).vocab_size)
   mesh_of(config)
+  entries = (config.task.name, *config.task.ood)
+  if not (dry and any(questions.is_remote(config, entry) for entry in entries)):
+    sampling.check(config, found["base"], found.get("teacher", found["base"]), _samples(config))
   return found
 
 

@@ -58,6 +58,7 @@ def test_the_sweep_of_table_3_trains_once_for_each_task():
   assert {name: run.rounds for name, run in runs.items()} == {"llama2_7b_gsm8k": 1, "llama2_7b_math": 1}
   for run in runs.values():
     assert sorted([*run.merge.sweep, run.merge.base_weight]) == [0.1, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9]
+    assert paper.get_config("table=3,scale=tiny").runs.tiny_stories.merge.base_weight == 0.5
     assert run.teacher == "Qwen/Qwen2.5-7B-Instruct"
 
 
@@ -95,6 +96,9 @@ def run(key: str, value: object) -> ml_collections.ConfigDict:
     ("merge.sweep", (0.3, 0.3), "expected different numbers"), ("merge.sweep", (1.3,), "expected different numbers"),
     ("eval.pass_at_k", (0,), "expected whole numbers"), ("data.real_fraction", 1.5, "expected a share"),
     ("data.with_real", True, "is for method=data_accumulation"), ("sft.top_share", 0.0, "more than 0 and at most 1"),
+    ("task.source", "file:/x", "stories is generated"), ("task.ood", ("groups=file:/x",), "groups is generated"),
+    ("task.fields.question", "q", "is for task custom"), ("merge.auto.step", 0.0, "more than 0"),
+    ("merge.sweep", (0.12345671, 0.12345672), "expected different numbers"),
     ("sft.intervention", "decay", "config.sft.intervention='decay'"), ("sft.max_norm", 0.0, "expected a number > 0")])
 def test_a_value_that_cannot_work_is_one_line(key, value, expected):
   with pytest.raises(UserError) as raised:
@@ -108,6 +112,19 @@ def test_values_that_contradict_each_other_are_one_line():
   config.teacher = "tiny"
   with pytest.raises(UserError, match="method=real trains on worked answers alone"):
     checks.validate(config)
+  config = run("merge.base_weight", "auto")
+  config.method = "star"
+  with pytest.raises(UserError, match="method=star merges nothing"):
+    checks.validate(config)
+  config = run("eval.num_samples", 8)
+  config.eval.pass_at_k = (16,)
+  with pytest.raises(UserError, match=r"all are more than eval\.num_samples=8"):
+    checks.validate(config)
+  for general in (("stories",), ("groups", "groups")):
+    config = run("merge.auto.general", general)
+    config.merge.base_weight = "auto"
+    with pytest.raises(UserError, match="expected different tasks, and not the in-domain one"):
+      checks.validate(config)
   config = run("merge.base_weight", "auto")
   config.merge.auto.general = ()
   with pytest.raises(UserError, match=r"needs one or more of merge\.auto\.weights"):
@@ -128,6 +145,7 @@ def test_the_cost_of_a_run_counts_its_tokens():
   found = cost.work(config, record)
   assert found.sampled == 2 * 1000 * 3 * 30
   assert found.trained == pytest.approx(3 * (1 + 2) * 600 * (30 + 128))
+  assert found.read == 2 * 1000 * 128
   hours = ((found.sampled + found.evaluated) / 9000 + found.trained / 20_000) / 3600
   assert f"about {hours:.2g} device hours at the measured 9 k sampled and 20 k trained tokens/s" in cost.estimate(
       config, None, record)
@@ -150,6 +168,20 @@ def test_an_experiment_runs_each_of_its_runs_in_a_folder(environment, tmp_path):
   planned = of("--dry_run").stdout
   assert "0 of 7 stages to do" in planned
   assert "at the measured" in planned
+
+
+def test_what_cannot_be_asked_shows_before_the_run(environment, tmp_path):  # noqa: F811
+  """The embedded model has 256 positions and no chat template."""
+  for flag, expected in (("--config.eval.max_new_tokens=250", "task stories: none of 8 prompts leaves room for "
+                          "config.eval.max_new_tokens=250 in the 256 positions"),
+                         ("--config.prompt.few_shot=8", "lower config.sample.max_new_tokens or config.prompt.few_shot"),
+                         ("--config.prompt.style=chat", "has no chat template")):
+    done = subprocess.run([sys.executable, "-m", "imm_jax.main", "--config=configs/tiny.py", *SMALL, flag,
+                           f"--workdir={tmp_path / 'run'}"], cwd=REPO, env=environment, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 1
+    assert expected in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_scores_of_one_checkpoint(environment, tmp_path):  # noqa: F811

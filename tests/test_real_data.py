@@ -19,7 +19,7 @@ SOURCE = f"file:{DATA}"
 pytestmark = pytest.mark.skipif(not (DATA / "gsm8k").is_dir(), reason=f"no data sets in {DATA}")
 
 # Task, split, records as published, without a gold, repeated, in the test set.
-COUNTS = [("gsm8k", "train", 7473, 0, 0, 0), ("gsm8k", "test", 1319, 0, 0, 0), ("math", "train", 7500, 2, 1, 1),
+COUNTS = [("gsm8k", "train", 7473, 0, 0, 0), ("gsm8k", "test", 1319, 0, 0, 0), ("math", "train", 7500, 2, 1, 2),
           ("math", "test", 5000, 0, 0, 0), ("svamp", "test", 1000, 0, 0, 0), ("asdiv", "test", 2305, 90, 1, 0),
           ("mawps", "test", 2065, 0, 87, 0), ("mathqa", "validation", 4475, 0, 0, 0), ("mathqa", "test", 2985, 0, 0, 0),
           ("sat_math", "test", 32, 0, 0, 0), ("sat_math_agieval", "test", 220, 0, 0, 0),

@@ -64,7 +64,7 @@ def test_right_samples_of_the_round_once(method: str, config, tmp_path: Path):
   assert texts(rows) == right(config, 1)
   both = sum(i % 4 == 0 and i % 5 > 0 for i in range(COUNT))
   assert facts == {"kept": 32, "real": 0, "of_earlier_rounds": 0, "dropped_wrong": 2 * COUNT - 32 - both,
-                   "dropped_duplicate": both}
+                   "dropped_unfinished": 0, "dropped_duplicate": both}
   assert {r["source"] for r in rows} == {"synthetic"}
 
 
@@ -98,6 +98,28 @@ def test_real_trains_on_worked_answers(config, tmp_path: Path):
   rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
   assert texts(rows) == worked(config, 1)
   assert facts == {"kept": COUNT, "real": COUNT, "of_earlier_rounds": 0}
+
+
+def test_what_is_learned_is_what_was_judged(config, tmp_path: Path):
+  """An answer that was cut off is none; what follows a made-up question is left out."""
+  rows = [{"id": str(i), "question": f"q{i}", "text": text, "finish": finish, "span": "8", "correct": True}
+          for i, (text, finish) in enumerate([("The answer is 8.", "stop"), ("The answer is 8. And so", "length"),
+                                              ("The answer is 8.\nQ: Who is next? The answer is", "length")])]
+  (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  facts = selection.select(config, [tmp_path / "samples.jsonl"], 0, tmp_path / "train.jsonl")
+  train = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+  assert [(r["question"], r["response"]) for r in train] == [("q0", "The answer is 8."), ("q2", "The answer is 8.")]
+  assert facts["dropped_unfinished"] == 1
+
+
+def test_a_real_answer_that_was_sampled_too_is_a_sample(config, tmp_path: Path):
+  config.data.real_fraction = 0.5
+  asked = questions.of_round(config, 0).asked
+  rows = [{"id": e.id, "question": e.question, "text": e.rationale, "finish": "stop", "span": e.answer,
+           "correct": True} for e in asked[:10]]
+  (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  facts = selection.select(config, [tmp_path / "samples.jsonl"], 0, tmp_path / "train.jsonl")
+  assert (facts["kept"], facts["real"]) == (20, 10)
 
 
 @pytest.mark.parametrize(("fraction", "real"), [(0.2, 8), (0.5, 32), (0.9, COUNT)])

@@ -222,9 +222,10 @@ def test_a_download_that_fails_names_the_local_alternative(error, monkeypatch):
   with pytest.raises(UserError) as raised:
     tasks.load("svamp", split="test", count=3)
   assert str(raised.value) == (
-      f"hf:ChilleD/SVAMP::train+test: split test cannot be read ({str(error).splitlines()[0]}); give a local copy with "
-      "--config.task.source=file:PATH, where PATH is a jsonl, json, csv, xml file (or a folder with test.jsonl or the "
-      "like) with the fields body, question, answer")
+      f"hf:ChilleD/SVAMP::train+test: split test cannot be read ({str(error).splitlines()[0]}); give a local copy, "
+      "--config.task.source=file:PATH for the task in domain, NAME=file:PATH in --config.task.ood for another, where "
+      "PATH is a jsonl, json, csv, xml file (or a folder with test.jsonl or the like) with the fields body, question, "
+      "answer")
 
 
 @pytest.fixture

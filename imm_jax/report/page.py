@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imm_jax.report.results import Results
+from imm_jax.report.results import Results, figure, skipped
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
@@ -71,7 +71,7 @@ def _page(results: Results, svg: str) -> str:
   if results.ood_tasks:
     sentences.append(f"OOD {results.out_of_domain(first).value:.3f} → {results.out_of_domain(last).value:.3f}")
   tasks = (results.id_task, *results.ood_tasks)
-  scores = _table(["model", *tasks], [
+  scores = _table(["model", *(f"{task}, n={first.scores[task].n}" for task in tasks)], [
       [m.label, *(f"{m.scores[t].value:.3f} <small>[{m.scores[t].low:.3f}, {m.scores[t].high:.3f}]</small>"
                   for t in tasks)] for m in results.models])
   keys = sorted({key for row in results.data for key in row} - {"round"})
@@ -82,12 +82,21 @@ def _page(results: Results, svg: str) -> str:
 <h1>{html.escape(results.method)}, base → {html.escape(last.label)}: {"; ".join(sentences)}</h1>
 {svg}
 <h2>Accuracy</h2>
-<p>Greedy, zero-shot; 95 % intervals (Wilson); {results.in_domain(first).n} questions a task.</p>
+<p>Greedy, zero-shot; 95 % intervals (Wilson). {html.escape(". ".join(skipped(results)))}</p>
 <div class="scroll">{scores}</div>
+{_samples(results)}
 <h2>Training data</h2><div class="scroll">{data}</div>
 <h2>Config</h2><pre>{html.escape(json.dumps(results.config, indent=1))}</pre>
 </body></html>
 """
+
+
+def _samples(results: Results) -> str:
+  """pass@k and majority vote, where answers were sampled."""
+  names = list(dict.fromkeys(name for m in results.models for found in m.sampled.values() for name in found))
+  rows = [[html.escape(f"{m.label}, {task}"), *(figure(found[name]) for name in names)]
+          for m in results.models for task, found in m.sampled.items()]
+  return f'<h2>Sampled answers</h2><div class="scroll">{_table(["model", *names], rows)}</div>' if rows else ""
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

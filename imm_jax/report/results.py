@@ -16,12 +16,14 @@ class Model(NamedTuple):
     round: -1 for the base.
     scores: greedy accuracy by task.
     sampled: by task, figures of its samples by name (`pass@4`, `majority@16`).
+    skipped: by task, questions that do not fit in the model's context.
   """
 
   kind: str
   round: int
   scores: dict[str, Accuracy]
   sampled: dict[str, dict[str, Accuracy]]
+  skipped: dict[str, int]
 
   @property
   def label(self) -> str:
@@ -72,7 +74,8 @@ class Results(NamedTuple):
         scores = {task: {metric: Accuracy(**score) for metric, score in found.items()}
                   for task, found in stages[name]["facts"]["scores"].items()}
         greedy = {task: found.pop("greedy") for task, found in scores.items()}
-        models.append(Model(kind, t, greedy, {task: found for task, found in scores.items() if found}))
+        models.append(Model(kind, t, greedy, {task: found for task, found in scores.items() if found},
+                            stages[name]["facts"]["long_prompts"]))
     data = tuple({"round": t} | stages.get(f"round_{t}/samples.jsonl", {}).get("facts", {})
                  | stages.get(f"round_{t}/train.jsonl", {}).get("facts", {}) for t in rounds)
     config = files.read_json(root / "config.json")
@@ -90,26 +93,35 @@ class Results(NamedTuple):
 
 
 def table(results: Results) -> str:
-  """A table of accuracies: a line a model, a column a task, with 95 % intervals for ID and OOD."""
-  columns = ["", "ID", "OOD", *results.ood_tasks]
-  lines = []
+  """A table of accuracies: a line a model, a column a task, each with its 95 % interval."""
+  first = results.models[0]
+  heads = {"ID": results.in_domain(first).n}
+  if results.ood_tasks:
+    heads |= {"OOD": results.out_of_domain(first).n} | {task: first.scores[task].n for task in results.ood_tasks}
+  lines = [["", *(f"{name}, n={n}" for name, n in heads.items())]]
   for model in results.models:
-    # Without out-of-domain tasks there is no such figure.
-    totals = [results.in_domain(model), *([results.out_of_domain(model)] if results.ood_tasks else [])]
-    cells = [f"{a.value:.3f} [{a.low:.3f}, {a.high:.3f}]" for a in totals] + [""] * (2 - len(totals))
-    lines.append([model.label, *cells, *(f"{model.scores[task].value:.3f}" for task in results.ood_tasks)])
-  widths = [max(len(row[i]) for row in [columns, *lines]) for i in range(len(columns))]
-  text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-          for row in [columns, *lines]]
-  text += _sampled(results)
-  return "\n".join([f"accuracy, method {results.method}; ID is {results.id_task}; brackets are 95 % intervals", *text])
+    figures = [results.in_domain(model), *([results.out_of_domain(model)] if results.ood_tasks else []),
+               *(model.scores[task] for task in results.ood_tasks)]
+    lines.append([model.label, *map(figure, figures)])
+  widths = [max(len(row[i]) for row in lines) for i in range(len(lines[0]))]
+  text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]
+  return "\n".join([f"accuracy, method {results.method}; ID is {results.id_task}; brackets are 95 % intervals", *text,
+                    *_sampled(results), *skipped(results)])
+
+
+def figure(a: Accuracy) -> str:
+  """A figure with its interval."""
+  return f"{a.value:.3f} [{a.low:.3f}, {a.high:.3f}]"
+
+
+def skipped(results: Results) -> list[str]:
+  """A line for each task of which questions were skipped."""
+  return [f"{task}: {count} questions were skipped, for with an answer they do not fit in the model's context"
+          for task, count in results.models[0].skipped.items()]
 
 
 def _sampled(results: Results) -> list[str]:
   """Lines on pass@k and the majority vote, where answers were sampled."""
-  lines = []
-  for model in results.models:
-    for task, found in model.sampled.items():
-      figures = ", ".join(f"{name} {a.value:.3f} [{a.low:.3f}, {a.high:.3f}]" for name, a in found.items())
-      lines.append(f"{model.label}, {task}, n={next(iter(found.values())).n}: {figures}")
-  return lines
+  return [f"{model.label}, {task}, n={next(iter(found.values())).n}: "
+          + ", ".join(f"{name} {figure(a)}" for name, a in found.items())
+          for model in results.models for task, found in model.sampled.items()]

@@ -56,7 +56,7 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, out: Path, *, label
 def greedy(config: ml_collections.ConfigDict, model: Path, sampler: NativeSampler, examples: Sequence[Example], *,
            label: str) -> tuple[list[dict[str, Any]], int]:
   """Greedy answers with verdicts (empty but on process 0), and how many questions do not fit."""
-  asked, long = sampling.fitting(config, model, examples, max_new_tokens=config.eval.max_new_tokens)
+  asked, long = sampling.fitting(config, model, examples, limit="eval.max_new_tokens", what=label)
   completions = sampling.generate(sampler, [Prompt(e.id, text) for e, text in asked], label=label,
                                   max_new_tokens=config.eval.max_new_tokens, stop=config.sample.stop)
   return sampling.judged([e for e, _ in asked], completions, strict=False) if distributed.is_main() else [], long
@@ -67,7 +67,7 @@ def _samples(config: ml_collections.ConfigDict, model: Path, sampler: NativeSamp
   settings = config.eval
   if not settings.num_samples:
     return []
-  asked, _ = sampling.fitting(config, model, examples, max_new_tokens=settings.max_new_tokens)
+  asked, _ = sampling.fitting(config, model, examples, limit="eval.max_new_tokens", what=label)
   completions = sampling.generate(
       sampler, [Prompt(f"eval/{e.id}", text) for e, text in asked], max_new_tokens=settings.max_new_tokens,
       num_samples=settings.num_samples, temperatures=(settings.temperature,), top_p=settings.top_p,

@@ -83,10 +83,11 @@ def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int
     return value
 
   scores = {weight: score(weight) for weight in sorted(auto.weights)}
-  uniform = best = max(scores, key=lambda weight: (scores[weight], weight))
-  highest, chosen = scores[uniform], [uniform] * auto.groups
   layers = hf.read_config(models.base).num_layers
-  for group in range(auto.groups):
+  groups = min(auto.groups, layers)
+  uniform = best = max(scores, key=lambda weight: (scores[weight], weight))
+  highest, chosen = scores[uniform], [uniform] * groups
+  for group in range(groups):
     for step in (auto.step, -auto.step):
       weights = [*chosen]
       weights[group] = round(min(1.0, max(0.0, chosen[group] + step)), 6)

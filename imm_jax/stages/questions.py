@@ -6,6 +6,7 @@ from typing import NamedTuple
 import ml_collections
 
 from imm_jax import tasks
+from imm_jax.errors import UserError
 from imm_jax.tasks.base import Example
 
 # Test questions are part of a task and the same in every run, as those of a published data set are.
@@ -71,7 +72,10 @@ def load(config: ml_collections.ConfigDict, entry: str, *, split: str, count: in
   if name == config.task.name:
     source = source or config.task.source
   seed = _TEST_SEED if split == "test" else config.seed
-  return list(_load(name, split, count, seed, source, tuple(sorted(config.task.fields.items())), config.task.kind))
+  try:
+    return list(_load(name, split, count, seed, source, tuple(sorted(config.task.fields.items())), config.task.kind))
+  except UserError as e:
+    raise UserError(f"task {name}: {e}") from e
 
 
 def counts(config: ml_collections.ConfigDict) -> tuple[int, int]:
@@ -80,7 +84,10 @@ def counts(config: ml_collections.ConfigDict) -> tuple[int, int]:
 
   def size(entry: str, split: str, limit: int) -> int:
     name = name_of(entry)
-    known = limit if tasks.is_endless(name) else tasks.published_size(name, split) if is_remote(config, entry) else len(
+    if tasks.is_endless(name):
+      return limit
+    # Nobody knows how many a custom task of the hub has.
+    known = (tasks.published_size(name, split) or limit) if is_remote(config, entry) else len(
         load(config, entry, split=split))
     return min(limit, known) if limit else known
 

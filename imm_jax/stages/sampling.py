@@ -19,12 +19,16 @@ from imm_jax.tasks import prompts
 from imm_jax.tasks.base import Example
 from imm_jax.tasks.judge import Judge
 
+# Questions of a task that are looked at before a run.
+_LOOKED_AT = 100
+
 
 def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, out: Path) -> dict[str, Any]:
   """Samples answers to the round's questions and judges them: samples.jsonl."""
   sample = config.sample
   asked = questions.of_round(config, round_)
-  examples, long = fitting(config, model, asked.asked, max_new_tokens=sample.max_new_tokens, shots=asked.shots)
+  examples, long = fitting(config, model, asked.asked, limit="sample.max_new_tokens",
+                           what=f"task {config.task.name}, train", shots=asked.shots)
   completions = generate(
       make_sampler(config, model, sample.batch_size), [Prompt(f"round_{round_}/{e.id}", text) for e, text in examples],
       max_new_tokens=sample.max_new_tokens, num_samples=sample.num_samples, temperatures=sample.temperatures,
@@ -54,23 +58,51 @@ def make_sampler(config: ml_collections.ConfigDict, model: Path, batch_size: int
   return NativeSampler(model, compute_dtype=config.sample.compute_dtype, batch_size=batch_size, mesh=mesh)
 
 
-def fitting(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Example], *, max_new_tokens: int,
+def fitting(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Example], *, limit: str, what: str,
             shots: Sequence[Example] = ()) -> tuple[list[tuple[Example, str]], int]:
   """Questions with their prompts, as far as prompt and answer fit in the model's context, and how many do not.
+
+  Args:
+    config: of the run.
+    model: whose tokenizer and context count.
+    examples: the questions.
+    limit: the key of the most tokens of an answer, such as `eval.max_new_tokens`.
+    what: whose questions they are, for the error.
+    shots: worked examples of the prompt.
 
   Raises:
     UserError: when none fits.
   """
   tokenizer, positions = load_tokenizer(model), hf.read_config(model).max_positions
+  max_new_tokens = config[limit.partition(".")[0]].max_new_tokens
   asked = [(e, prompts.build(e.question, header=config.prompt.header, examples=shots, style=config.prompt.style,
                              tokenizer=tokenizer)) for e in examples]
   if not positions:
     return asked, 0
   fit = [(e, text) for e, text in asked if len(tokenizer(text)["input_ids"]) + max_new_tokens <= positions]
   if not fit:
-    raise UserError(f"no prompt leaves room for max_new_tokens={max_new_tokens} in the {positions} positions of "
-                    f"{model} (max_position_embeddings): lower max_new_tokens or config.prompt.few_shot")
+    fewer = " or config.prompt.few_shot" if shots else ""
+    raise UserError(f"{what}: none of {len(asked)} prompts leaves room for config.{limit}={max_new_tokens} in the "
+                    f"{positions} positions of {model} (max_position_embeddings); lower config.{limit}{fewer}, or take "
+                    "another task")
   return fit, len(asked) - len(fit)
+
+
+def check(config: ml_collections.ConfigDict, base: Path, sampler: Path, draws: bool) -> None:
+  """Raises UserError when a prompt cannot be built, or no prompt of a task fits, before anything is spent.
+
+  `sampler` is the model that samples for training, where it `draws`.
+  """
+  asked = [(base, examples, (), "eval.max_new_tokens", f"task {name}")
+           for name, examples in questions.of_tests(config).items()]
+  if draws:
+    found = questions.of_round(config, 0)
+    asked.append((sampler, found.asked, found.shots, "sample.max_new_tokens", f"task {config.task.name}, train"))
+  for model, examples, shots, limit, what in asked:
+    try:  # a few say it, and are quick to read
+      fitting(config, model, examples[:_LOOKED_AT], limit=limit, what=what, shots=shots)
+    except UserError:
+      fitting(config, model, examples, limit=limit, what=what, shots=shots)
 
 
 def generate(sampler: NativeSampler, asked: list[Prompt], **options: Any) -> list[list[Completion]]:

@@ -10,6 +10,7 @@ import numpy as np
 from imm_jax import files
 from imm_jax.errors import UserError
 from imm_jax.stages import questions
+from imm_jax.tasks import answers
 
 Row = dict[str, Any]
 
@@ -46,8 +47,9 @@ def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: i
     right = kept(own, round_)
     if not right:
       raise UserError(_nothing_right(samples[round_], own))
-    facts = {"dropped_wrong": sum(not r["correct"] for r in own)}
-    facts["dropped_duplicate"] = len(own) - facts["dropped_wrong"] - len(right)
+    facts = {"dropped_wrong": sum(not r["correct"] for r in own),
+             "dropped_unfinished": sum(r["correct"] and _response(r) is None for r in own)}
+    facts["dropped_duplicate"] = len(own) - sum(facts.values()) - len(right)
     earlier = [kept(files.read_jsonl(path, _SAMPLE), t) for t, path in enumerate(samples[:round_])]
     if config.method == "data_mixture":
       earlier = [_draw(rows, round(config.data.mixture_share * len(rows)), rng) for rows in earlier]
@@ -60,9 +62,10 @@ def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: i
   elif fraction == 1:
     real = worked_answers(config, round_)
   elif fraction:
-    available = worked_answers(config, round_)
+    sampled = {(row["question"], row["response"]) for row in synthetic}
+    available = [r for r in worked_answers(config, round_) if (r["question"], r["response"]) not in sampled]
     real = _draw(available, min(len(available), round(fraction / (1 - fraction) * len(synthetic))), rng)
-  rows = _once([*real, *synthetic])
+  rows = _once([*synthetic, *real])
   files.write_jsonl(out, rows)
   count = sum(row["source"] == "real" for row in rows)
   return {"kept": len(rows), "real": count, "of_earlier_rounds": sum(row["round"] != round_ for row in rows), **facts}
@@ -72,9 +75,15 @@ _SAMPLE = {"id": str, "question": str, "text": str, "finish": str, "span": str, 
 
 
 def kept(samples: Sequence[Row], round_: int) -> list[Row]:
-  """The right ones of a round's samples, each text once."""
-  return _once({"id": r["id"], "question": r["question"], "response": r["text"], "round": round_,
-                "source": "synthetic"} for r in samples if r["correct"])
+  """The right ones of a round's samples, as far as they were judged, each text once; none that was cut off."""
+  return _once({"id": r["id"], "question": r["question"], "response": response, "round": round_, "source": "synthetic"}
+               for r in samples if r["correct"] and (response := _response(r)) is not None)
+
+
+def _response(sample: Row) -> str | None:
+  """What is learned of a sample: its text before a next question that it makes up; None where it was cut off."""
+  text = answers.before_next_question(sample["text"])
+  return text if sample["finish"] == "stop" or text != sample["text"] else None
 
 
 def worked_answers(config: ml_collections.ConfigDict, round_: int) -> list[Row]:

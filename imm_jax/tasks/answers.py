@@ -93,10 +93,7 @@ def verdict(text: str, gold: str, kind: str, *, strict: bool,
       raise ValueError(f"gold answer {gold!r} is not a letter from A to H")
   elif kind != "latex":
     raise ValueError(f"kind={kind!r}: expected number, latex or choice")
-  following = _NEXT_QUESTION.search(text)
-  if following:
-    text = text[:following.start()]
-  text = text[-_MAX_CHARS:]
+  text = before_next_question(text)[-_MAX_CHARS:]
   if kind == "latex":
     return _latex_verdict(text, gold, strict, equal)
   text = _plain(text)
@@ -212,6 +209,16 @@ def _negative(match: re.Match) -> bool:
     return not (before[-1:].isalnum() or before[-1:] in (")", "]", "}"))
   before = before.rstrip(" ")
   return not before or before[-1] in ":=($"
+
+
+def before_next_question(text: str) -> str:
+  """The part of an answer before a next question, which some models go on to make up.
+
+  >>> before_next_question("The answer is 8.\\nQ: Who is next?")
+  'The answer is 8.'
+  """
+  following = _NEXT_QUESTION.search(text)
+  return text[:following.start()] if following else text
 
 
 def canonical(span: str, kind: str) -> str | None:

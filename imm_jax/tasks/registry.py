@@ -159,7 +159,7 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
   if split not in task.source:
     raise UserError(f"task {name} has no {split} split, only {', '.join(task.source)}"
                     + ("; it is for evaluation" if split == "train" else ""))
-  test = set() if split == "test" else {_key(e) for e in _read(name, "test", source, fields, kind).examples}
+  test = set() if split == "test" else {_unspaced(e) for e in _read(name, "test", source, fields, kind).examples}
   source = source or task.source[split]
   where = sources.Where(split, task.folder or name, task.files.get(split, ()), task.columns,
                         "with the fields " + " or ".join(", ".join(f.fields) for f in task.formats))
@@ -178,7 +178,8 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
       raise UserError(f"{place}: {e}") from e
     facts["records"] += 1
     key = _key(example) if example else ""
-    left_out = "no_gold" if not example else "repeated" if key in found else "in_test" if key in test else ""
+    left_out = "no_gold" if not example else "repeated" if key in found else "in_test" if _unspaced(
+        example) in test else ""
     if left_out:
       facts[left_out] += 1
     else:
@@ -187,13 +188,20 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
   if not found:
     raise UserError(f"{source}: holds no question for {name}/{split}"
                     + (f", for its {facts['in_test']} are the test set's; does it name one split for both?"
-                       if facts["in_test"] else ""))
+                       if facts["in_test"] else "")
+                    + (f"; {facts['no_gold']} of its {facts['records']} records have no answer that can be judged"
+                       if facts["no_gold"] else ""))
   return Split(tuple(found.values()), facts, tuple(_notes(f"{name}/{split}: {source}", form.sizes.get(split), facts)))
 
 
 def _key(example: Example) -> str:
-  """What makes two questions the same: their words."""
+  """What makes two questions of a split the same: their words."""
   return " ".join(example.question.split())
+
+
+def _unspaced(example: Example) -> str:
+  """What makes a train question one of the test set: what it says, however that is spaced."""
+  return "".join(example.question.split())
 
 
 def _notes(what: str, sizes: Sequence[int] | None, facts: Mapping[str, int]) -> list[str]:

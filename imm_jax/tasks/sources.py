@@ -108,8 +108,9 @@ def _decoded(value: Any) -> Any:
 
 def _unreachable(source: str, error: Exception, where: Where) -> UserError:
   cause = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-  return UserError(f"{source}: split {where.split} cannot be read ({cause}); give a local copy with "
-                   f"--config.task.source=file:PATH, where PATH is a {', '.join(FORMATS[:-1])} file (or a folder with "
+  return UserError(f"{source}: split {where.split} cannot be read ({cause}); give a local copy, "
+                   "--config.task.source=file:PATH for the task in domain, NAME=file:PATH in --config.task.ood for "
+                   f"another, where PATH is a {', '.join(FORMATS[:-1])} file (or a folder with "
                    f"{where.split}.jsonl or the like) {where.needs}".rstrip())
 
 
