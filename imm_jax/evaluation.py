@@ -46,7 +46,7 @@ def mean(scores: Sequence[float]) -> Accuracy:
     ValueError: without a score, or for one outside.
 
   >>> [round(x, 3) for x in mean([0.5, 1.0, 0.9])]
-  [0.8, 3, 0.282, 0.977]
+  [0.8, 3, 0.288, 0.975]
   """
   if not scores or not all(0 <= score <= 1 for score in scores):
     raise ValueError("expected one or more scores from 0 to 1")

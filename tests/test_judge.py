@@ -27,7 +27,7 @@ BAD = (r"so \boxed{2\sqrt{3}}", r"\sqrt{8}", "latex")
 
 @pytest.fixture(scope="module")
 def judge():
-  with Judge(workers=2) as judge:
+  with Judge(workers=1) as judge:
     yield judge
 
 
@@ -178,7 +178,9 @@ def test_a_worker_that_was_killed_is_replaced(of):
 
 
 _PROGRAM = r"""
+import signal
 from imm_jax.tasks.judge import Judge
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children inherit that it is ignored
 with Judge(workers=1) as judge:
   judge.verdicts([(r"\boxed{2\sqrt{2}}", r"\sqrt{8}", "latex")], strict=True)
   print(judge._workers._all[0]._process.pid, flush=True)

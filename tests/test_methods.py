@@ -59,23 +59,19 @@ def test_iimm_scales_each_layer_by_its_importance(run):
 
 
 def test_interventions_hold_back_what_they_say(run):
-  """Decay: the first layers move less; masking: a share of each matrix alone; clipping: grad_clip at another norm."""
-  star, *others = (run("--config.rounds=1", "--config.method=star", *more) for more in (
-      (), ("--config.sft.intervention=gradient_decay", "--config.sft.gradient_decay=0.5"),
-      ("--config.sft.intervention=weight_masking", "--config.sft.top_share=0.25"),
-      ("--config.sft.intervention=gradient_clipping", "--config.sft.max_norm=0.02"), ("--config.sft.grad_clip=0.02",)))
+  """Decay: the first layers move less; masking: a share of each matrix alone. (Clipping: test_interventions.)"""
+  decay, masking = (run("--config.rounds=1", "--config.method=star", *more) for more in (
+      ("--config.sft.intervention=gradient_decay", "--config.sft.gradient_decay=0.5"),
+      ("--config.sft.intervention=weight_masking", "--config.sft.top_share=0.25")))
   base = weights(TINY)
-  decayed, masked, clipped, same = ({name: value - base[name] for name, value in weights(w / "round_0/sft").items()}
-                                    for w in others)
-  moved = {name: value - base[name] for name, value in weights(star / "round_0/sft").items()}
+  decayed, masked, moved = ({name: value - base[name] for name, value in weights(w / "round_0/sft").items()}
+                            for w in (decay, masking, run("--config.method=star")))
   size = lambda change, layer: sum(np.abs(v).sum() for n, v in change.items() if f".layers.{layer}." in n)
   for layer in range(4):
     assert size(decayed, layer) / size(moved, layer) == pytest.approx(0.5 ** (3 - layer), rel=0.35)
   matrices = [name for name, value in base.items() if value.ndim == 2]
   assert max((masked[name] != 0).mean() for name in matrices) <= 0.251
   assert np.mean([(moved[name] != 0).mean() for name in matrices]) > 0.4
-  assert all((clipped[name] == same[name]).all() for name in base)
-  assert any((clipped[name] != moved[name]).any() for name in base)
 
 
 def test_accumulation_differs_from_star_from_the_second_round_on(run):
@@ -87,11 +83,11 @@ def test_accumulation_differs_from_star_from_the_second_round_on(run):
 
 def test_a_teacher_samples_in_every_round_and_the_student_is_trained(run):
   star = run("--config.method=star")
-  taught = run("--config.method=star", f"--config.teacher={star / 'round_1/sft'}")
+  taught = run("--config.rounds=1", "--config.method=star", f"--config.teacher={star / 'round_1/sft'}")
   assert (taught / "round_0/samples.jsonl").read_bytes() != (star / "round_0/samples.jsonl").read_bytes()
   record = json.loads((taught / "run.json").read_text())["stages"]
-  assert "teacher" in record["round_1/samples.jsonl"]["inputs"]
-  assert record["round_1/sft"]["inputs"].keys() == {"round_0/sft", "round_1/train.jsonl", "settings"}
+  assert record["round_0/samples.jsonl"]["inputs"].keys() == {"teacher", "settings"}
+  assert record["round_0/sft"]["inputs"].keys() == {"base", "round_0/train.jsonl", "settings"}
   assert (taught / "round_0/sft/model.safetensors").read_bytes() != (TINY / "model.safetensors").read_bytes()
 
 
@@ -99,7 +95,8 @@ def test_the_base_weight_that_is_chosen_is_the_best_of_those_tried_and_is_used(r
   workdir = run("--config.rounds=1", "--config.merge.base_weight=auto", "--config.merge.auto.questions=12",
                 "--config.merge.auto.weights=(0.25, 1.0)", "--config.merge.auto.groups=2",
                 "--config.merge.auto.general=('compare',)", "--config.merge.drop_rate=0",
-                "--config.merge.sweep=(0.25,)", "--config.eval.num_samples=3", "--config.eval.pass_at_k=(1,3,5)")
+                "--config.merge.sweep=(0.25,)", "--config.eval.num_samples=3", "--config.eval.pass_at_k=(1,3,5)",
+                "--config.prompt.few_shot=2")
   choice = json.loads((workdir / "round_0/base_weight.json").read_text())
   assert [t["base_weight"] for t in choice["tried"][:2]] == [0.25, 1.0]
   for tried in choice["tried"]:
@@ -119,10 +116,6 @@ def test_the_base_weight_that_is_chosen_is_the_best_of_those_tried_and_is_used(r
   lines = (workdir / "round_0/eval/merged/stories_samples.jsonl").read_text().splitlines()
   samples = [json.loads(line) for line in lines]
   assert [s["sample"] for s in samples] == [0, 1, 2] * 4
-
-
-def test_worked_examples_are_listed_and_never_asked(run):
-  workdir = run("--config.rounds=1", "--config.prompt.few_shot=2", "--config.method=star")
   shots = {json.loads(line)["question"] for line in (workdir / "few_shot.jsonl").read_text().splitlines()}
   asked = {json.loads(line)["question"] for line in (workdir / "round_0/samples.jsonl").read_text().splitlines()}
   assert len(shots) == 2
