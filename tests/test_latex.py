@@ -64,6 +64,13 @@ def test_the_gold_answer_of_a_solution(solution, gold):
     (r"x \leq 3", r"x \le 3"), ("10 : 15", "2:3"), ("8:34", r"8\!:\!34"), (r"\dbinom{31}{28}", r"\binom{31}{28}"),
     (r"\boxed{5}", "5"), ("24?", "24"), (r"8:34 \text{ p.m.}", "8:34"), (r"15\mbox{ cm}^2", "15^2"),
     (r"\frac{12}{5,\!525}", r"\frac{12}{5,525}"),
+    (r"x \ge 2", r"[2,\infty)"), ("2 ≤ x", r"[2,\infty)"), (r"[2,\infty)", r"x \ge 2"), ("x > 2", r"(2,\infty)"),
+    (r"x \leq -\frac12", r"(-\infty,-\frac{1}{2}]"), ("2 > x", r"(-\infty,2)"), (r"1 < x \le 3", "(1,3]"),
+    (r"3 \ge x > 1", "(1,3]"), (r"\varnothing", r"\emptyset"), ("∅", r"\varnothing"),
+    (r"1010_{\text{two}}", "1010_2"), (r"43_5", r"43_{\text{five}}"), (r"0.\overline{3}", r"\frac13"),
+    (r"\frac{1}{6}", r"0.1\overline{6}"), (r"1.\bar{3}", r"\frac43"), (r"0.333333", r"0.\overline{3}"),
+    (r"5\text{ inches}", r"5\text{ in}"), (r"5\text{ cm}^2", r"5\text{ cm}"), ("X = 5", "x=5"),
+    (r"y=\frac{x}{2}", "x=2y"), ("100,200", "100, 200"),
 ])
 def test_equal_answers_are_accepted(span, gold, equal):
   assert right(span, gold, equal)
@@ -88,6 +95,10 @@ def test_equal_answers_are_accepted(span, gold, equal):
     ("5", ""), (" ", " "), ("{", "5"), ("}5{", "5"), (r"\{1", r"\{1\}"), ("5" * 2000, "5"), (r"\emptyset", "0"),
     ("|x|", "x"),
     (r"3\text{ or }4", "3"), ("nan", "5"), ("oo", "5"),
+    ("x > 2", r"[2,\infty)"), (r"x \le 2", r"[2,\infty)"), (r"1 < x > 3", "(1,3)"), (r"x \ge 3", r"[2,\infty)"),
+    (r"1010_{\text{two}}", "1010_3"), (r"0.\overline{3}", "0.3"), (r"0.\overline{6}", r"\frac13"),
+    (r"5\overline{3}", r"\frac{16}{3}"),
+    ("1, 234", "1234"), ("x=5", "y=5"), (r"5\text{m}", r"5\text{ cm}"), (r"5\text{ cents}", r"5\text{ dollars}"),
 ])
 def test_other_answers_are_not(span, gold, equal):
   assert not right(span, gold, equal)
@@ -104,6 +115,9 @@ def test_other_answers_are_not(span, gold, equal):
     (r"\boxed{3}? No: the answer is $4$.", "4"),
     (r"The answer is $4$, as \boxed{5} shows.", "5"),
     ("The answer is 7.\n\n### Instruction:\nNext\nThe answer is 8.", "7"),
+    ("The answer is 4, as 2+2=4.", "4"),
+    ("The answer is $4$, since $2+2=4$.", "4"),
+    ("The answer is the point $(1, 2)$, which we get from $x=1$.", "(1, 2)"),
     (r"Thus \boxed{5}. ###### and so on", "5"),
     (r"Thus \boxed{5}. We see that the answer is correct.", "5"),
     (r"Thus \boxed{5}. Let us check our answer: for $n=7$ we get 35.", "5"),

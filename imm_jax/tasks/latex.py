@@ -20,7 +20,7 @@ _TOLERANCE = Fraction(1, 1_000_000)
 _UNICODE = str.maketrans({
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt",
     "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
-    "±": r"\pm ", "θ": r"\theta ", "²": "^2", "³": "^3", "½": r" \frac{1}{2}", "¼": r" \frac{1}{4}",
+    "±": r"\pm ", "θ": r"\theta ", "∅": r"\emptyset ", "²": "^2", "³": "^3", "½": r" \frac{1}{2}", "¼": r" \frac{1}{4}",
     "¾": r" \frac{3}{4}", "，": ",", "（": "(", "）": ")", "\n": " ", "\t": " ", "\u00a0": " "})
 # Two backslashes begin a row of a matrix; anywhere else they are a command that was escaped twice.
 _ROWS = re.compile(r"\\begin\s?\{(?:[bpvBV]?matrix|array|cases|align)")
@@ -28,6 +28,7 @@ _ESCAPED_TWICE = re.compile(r"\\\\(?=[A-Za-z!,;:%$()\[\]{}])")
 _NAMES = tuple((re.compile(pattern), name) for pattern, name in (
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"), (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
     (r"\\leq(?:slant)?(?![A-Za-z])", r"\\le"), (r"\\geq(?:slant)?(?![A-Za-z])", r"\\ge"),
+    (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
     (r"\\neq(?![A-Za-z])", r"\\ne"), (r"\\lbrace(?![A-Za-z])", r"\\{"), (r"\\rbrace(?![A-Za-z])", r"\\}"),
     (r"\\(?:left|right)\s?\.", " "),
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|q?quad|degree)(?![A-Za-z])", " ")))
@@ -53,15 +54,27 @@ _SPACE = re.compile(r"(?<=[0-9])(\s)\s*(?=[0-9](?![0-9]{2}(?![0-9])))|\s+")
 _GROUP_OF_ONE = re.compile(r"([\^_])\{(\w)\}")
 _ASSIGNED = re.compile(r"(?:[A-Za-z]{1,3}|\\[a-z]+|[A-Za-z]\([A-Za-z]\))(?:_\w)?(?:=|\\in(?![A-Za-z]))(?=[^=<>]+$)")
 _RATIONAL = re.compile(
-    r"(?P<sign>[+-]?)(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{0,50})(?P<decimals>\.[0-9]{1,50})?"
+    r"(?P<sign>[+-]?)(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{0,50})"
+    r"(?:\.(?=[0-9]|\\(?:overline|bar))(?P<decimals>[0-9]{0,50})(?:\\(?:overline|bar)\{(?P<repeated>[0-9]{1,50})\})?)?"
     r"(?:\\frac\{(?P<minus>-?)(?P<over>[0-9]{1,50})\}\{(?P<under>[0-9]{1,50})\})?"
     r"(?:\\(?:times|cdot)10\^\{?(?P<power>-?[0-9]{1,2})\}?)?")
 _THOUSANDS_ALONE = re.compile(r"\{[0-9]{1,3}(?:,[0-9]{3})+\}")
+_SPACED_LIST = re.compile(r"[0-9],\s+[0-9]")
+_BASES = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_BASE = re.compile(rf"_(?:\{{({'|'.join(_BASES)})\}}|({'|'.join(_BASES)})$)")
+_NAME = re.compile(r"[\s$]*([A-Za-z])\s*=")
+# Units that are taken for others only where both answers have one.
+_UNITS = {spelling: names.split()[0] for names in (
+    "m meter metre", "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre", "in inch inche",
+    "ft foot feet", "yd yard", "mi mile", "g gram", "kg kilogram", "lb pound", "oz ounce", "sec second", "min minute",
+    "hr hour", "day", "week", "month", "year", "cent", "dollar") for spelling in names.split()}
+_RELATION = re.compile(r"(<|>|\\[lg]e(?![a-z]{2}))")
 _HALF_OF_DAY = re.compile(r"(?<=[0-9])[ap]m$")
 _CLOCK = re.compile(r"[0-9]{1,2}:[0-9]{2}")
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _DELIMITER = re.compile(r"\\[()\[\]]|(?<!\\)\$+")
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|\n|I hope")
+_REASON = re.compile(r",\s*(?:as|since|because|which|so)\b|\s(?:since|because)\b")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 # A unit or a mark, after the last formula.
 _REST = re.compile(r"[^\\=$0-9]{0,3}(?:[A-Za-z]{1,20}[^\\=$0-9A-Za-z]{0,3})?")
@@ -134,7 +147,8 @@ def normalise(text: str) -> str:
   '(\\frac{1}{2},10000)'
   """
   text = _SPACE.sub(lambda m: m[1] or "", tidy(text))
-  text = _THOUSANDS_ALONE.sub(lambda m: m[0].replace(",", ""), _GROUP_OF_ONE.sub(r"\1\2", text))
+  text = _BASE.sub(lambda m: f"_{2 + _BASES.index(m[m.lastindex])}", _GROUP_OF_ONE.sub(r"\1\2", text))
+  text = _THOUSANDS_ALONE.sub(lambda m: m[0].replace(",", ""), text)
   return _ASSIGNED.sub("", text, count=1) if _ASSIGNED.match(text) else text
 
 
@@ -151,6 +165,9 @@ def same(gold: str, span: str) -> bool | None:
     return False
   if _CLOCK.search(a) and _HALF_OF_DAY.search(a) is None:
     b = _HALF_OF_DAY.sub("", b)
+  x, y = (_rational(c.replace("\\%", "")) for c in (a, b))
+  if x is not None and (("," not in a and _SPACED_LIST.search(span)) or _of_another(gold, span)):
+    return False
   if a == b or _items(a) == _items(b) or (a.isalpha() and len(a) > 2 and a.lower() == b.lower()):
     return True
   if a.strip("()") == b.strip("()") and re.fullmatch(r"\(?[A-Z]\)?", a):
@@ -158,7 +175,8 @@ def same(gold: str, span: str) -> bool | None:
   # A gold answer that has lost its unit, but not the unit's power.
   if a == normalise(_UNIT_OF_POWER.sub("", span)):
     return True
-  x, y = (_rational(c.replace("\\%", "")) for c in (a, b))
+  if _RELATION.search(b) and _interval(b) == _interval(a):
+    return True
   if x is not None and y is not None:
     close = abs(x - y) <= (_TOLERANCE * min(1, abs(x)) if "." in a + b else 0)
     if close or ("%" in a) == ("%" in b):
@@ -170,6 +188,49 @@ def same(gold: str, span: str) -> bool | None:
   if "=" not in gold and re.match(r"[^=]*[A-Za-z][^=]*[+-][^=]*=|[^=]*[+-][^=]*[A-Za-z][^=]*=", b):
     return False
   return None if _balanced(b) else False
+
+
+def _of_another(gold: str, span: str) -> bool:
+  """Whether two numbers are assigned to different variables, or have different units."""
+  names = [m[1].lower() for m in map(_NAME.match, (gold, span)) if m]
+  if len(set(names)) == 2:
+    return True
+  units = []
+  for text in (gold, span):
+    # Words before the number are none of its units.
+    words = re.findall("[A-Za-z]+", re.sub(r"\A[^0-9]*", "", text))
+    units.append({_UNITS[w.removesuffix("s")] for w in words if w.removesuffix("s") in _UNITS})
+  return len(units[0]) == len(units[1]) == 1 and units[0] != units[1]
+
+
+def _interval(text: str) -> str:
+  r"""`x\ge2` as `[2,\infty)`, and `1<x<3` as `(1,3)`; what is no such inequality, or has a long bound, as it is."""
+  parts = _RELATION.split(text)
+  if len(parts) == 3 and parts[0].isalpha():
+    parts = [*reversed(parts)]
+    parts[1] = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}[parts[1]]
+  if len(parts) == 3:
+    parts += [parts[1], r"\infty" if parts[1] in ("<", r"\le") else r"-\infty"]
+  if len(parts) != 5 or len(parts[2]) != 1 or not parts[2].isalpha():
+    return text
+  low, left, _, right, high = parts
+  if left in (">", r"\ge"):
+    low, left, right, high = high, right, left, low
+  if {left, right} & {">", r"\ge"} and {left, right} & {"<", r"\le"}:
+    return text
+  closed = lambda relation, bound: relation in (r"\le", r"\ge") and "infty" not in bound
+  return f"{'[' if closed(left, low) else '('}{low},{high}{']' if closed(right, high) else ')'}"
+
+
+def value(text: str) -> Fraction | None:
+  r"""The value of an answer that is a plain number, without its unit or percent sign; None for any other.
+
+  >>> value(r"\dfrac{2}{4}\text{ cm}"), value(r"2\pi")
+  (Fraction(1, 2), None)
+  """
+  if len(text) > MAX_CHARS or _SPACED_LIST.search(text):
+    return None
+  return _rational(normalise(text).replace("\\%", ""))
 
 
 def _words(match: re.Match) -> str:
@@ -197,11 +258,14 @@ def _items(text: str) -> list[str]:
 
 
 def _rational(text: str) -> Fraction | None:
-  """The value of a plain number: `-1,000.5`, `\\frac{1}{2}`, `3\\frac{1}{2}`, `2\\times10^{-3}`."""
+  r"""The value of a plain number: `-1,000.5`, `0.1\overline{6}`, `\frac{1}{2}`, `3\frac{1}{2}`, `2\times10^{-3}`."""
   match = _RATIONAL.fullmatch(text)
-  if match is None or not (match["whole"] or match["decimals"] or match["over"]):
+  if match is None or not any(match.group("whole", "decimals", "repeated", "over")):
     return None
-  value = Fraction((match["whole"].replace(",", "") or "0") + (match["decimals"] or ""))
+  decimals, repeated = match["decimals"] or "0", match["repeated"]
+  value = Fraction(f"{match['whole'].replace(',', '') or '0'}.{decimals}")
+  if repeated:
+    value += Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(match["decimals"]))
   if match["over"]:
     if int(match["under"]) == 0 or match["decimals"] or (match["minus"] and match["whole"]):
       return None
@@ -230,6 +294,8 @@ def stated(text: str) -> str:
   formula = _FORMULA.match(text)
   end = _SENTENCE_END.search(text, formula.end() if formula else 0)
   sentence = text[:end.start()] if end else text
+  reason = _REASON.search(sentence, formula.end() if formula else 1)
+  sentence = sentence[:reason.start()] if reason else sentence
   formulas = list(_FORMULA.finditer(sentence))
   # Words that come first say what the formula is; words that follow are its unit.
   if formulas and re.match("[A-Za-z]{2}", sentence):
