@@ -69,8 +69,25 @@ def right(text: str, gold: str, kind: str = "number", *, strict: bool = True) ->
     ("The answer is -$7", "-7"),
     ("The answer is $-7", "-7"),
     ("The answer is 5 - 12 = -7", "-7"),
-    ("The answer is 12-5", "12"),
     ("The answer is 7.00005", "7"),
+    ("The answer is $7 = 12 - 5$", "7"),
+    ("The answer is 7, 5 of which are red", "7"),
+    ("The answer is negative 7", "-7"),
+    ("The answer is **minus 7**", "-7"),
+    ("The answer is 2.5 million", "2500000"),
+    ("The answer is $3 Thousand.", "3000"),
+    ("The answer is $42k.", "42000"),
+    ("The answer is $42k$", "42"),  # a variable in a formula
+    ("The answer is 1 234", "1234"),
+    ("The answer is 1 234 567.", "1234567"),
+    ("The answer is 1\u00a0234 km", "1234"),
+    ("The answer is 2^5", "32"),
+    ("The answer is 2^{5}", "32"),
+    ("The answer is -2^2", "-4"),
+    ("The answer is 12. Check: 6+7=13.", "12"),
+    ("The answer is $12$. Check: 6+7=13.", "12"),
+    ("So the answer is 12. Wait, no, let me recompute. 7+6=13. So it is 13.", "12"),
+    ("Answer: Tom has 3. He finds 4. 3 + 4 = 7.", "7"),
     ("The answer is 7.\n\n### Instruction:\nAnother\nThe answer is 5.", "7"),
     ("The answer is 7.\nQ: And 5?\nA: 5", "7"),
     ("The answer is 7.\n  Question: And?\nThe answer is 5.", "7"),
@@ -98,7 +115,35 @@ def test_the_number_of_the_last_marker_is_read(text, gold):
     ("The answer is 2:3", "2"),
     ("The answer is 1/2/2020", "0.5"),
     ("The answer is 2^5", "2"),
-    ("The answer is 2^5", "32"),
+    ("The answer is 2^{0.5}", "1"),
+    ("The answer is 2^{5x}", "32"),
+    ("The answer is 2^3^2", "8"),
+    ("The answer is 5 or 7", "5"),
+    ("The answer is $5$ or $7$", "5"),
+    ("The answer is between 5 and 7", "5"),
+    ("The answer is 5 to 7", "5"),
+    ("The answer is 5-7", "5"),
+    ("The answer is $5-$7", "5"),
+    ("The answer is 5, 6, 7", "5"),
+    ("The answer is 5, 6 and 7", "5"),
+    ("The answer is 3 + 4", "3"),
+    ("The answer is 3 × 4", "3"),
+    ("The answer is 3 \\cdot 4", "3"),
+    ("The answer is 12 minus 5", "12"),
+    ("The answer is not 42", "42"),
+    ("The answer is negative 5", "5"),
+    ("The answer is 2.5 million", "2.5"),
+    ("The answer is $42k", "42"),
+    ("The answer is 1 234", "1"),
+    ("The answer is 1 234.5", "1"),
+    ("The answer is 12-5", "12"),
+    ("The answer is \\frac{10}{2\\sqrt{3}}", "10"),
+    ("The answer is \\sqrt[3]{8}", "3"),
+    ("The answer is 5. Wait, this answer is wrong.", "5"),
+    ("The answer is 5. No: the answer is seven.", "5"),
+    ("The answer is 5 at first. Then he gets more, so the answer is $", "5"),  # cut
+    ("So the answer is 12. Wait, no, let me recompute. 7+6=13. So it is 13.", "13"),
+    ("Let us verify the answer: 7", "7"),
     ("The answer is 10^3", "10"),
     ("The answer is 3\\sqrt{2}", "3"),
     ("The answer is \\sqrt{2}", "2"),
@@ -126,6 +171,39 @@ def test_the_number_of_the_last_marker_is_read(text, gold):
 ])
 def test_what_states_no_such_number_is_wrong_when_filtering(text, gold):
   assert not right(text, gold)
+
+
+@pytest.mark.parametrize("rest", [
+    " This answer is correct.", " This answer is reasonable, for 3 < 5.", "\n\nNote: the answer is rounded.",
+    " I hope this helps! If the answer is unclear, let me know.", " To check the answer: 42/6 = 7.",
+    " Let me verify my final answer: 42/6 = 7.", "\nThe answer is rounded. The answer is exact."])
+@pytest.mark.parametrize("stated", ["So \\boxed{42}.", "The answer is 42.", "#### 42\n"])
+def test_a_later_mention_of_an_answer_leaves_the_stated_one(stated, rest):
+  assert right(stated + rest, "42")
+  assert right(stated.replace("42", "B") + rest, "B", "choice")
+
+
+def test_mentions_between_answers_leave_the_last_one():
+  assert right("The answer is 5. This answer is rounded. The answer is 7. This answer is exact.", "7")
+  assert right("\\boxed{7} is stated. The answer is 5. The answer is rounded.", "5")
+  assert not right("The answer is 7. \\boxed{\\text{unknown}} This answer is rounded.", "7")  # a box is an answer
+  assert right("Thus \\boxed{B}. This answer is correct since (A) fails.", "B", "choice")
+  assert right("The answer is B. This answer is the only one.", "B", "choice")
+  assert not right("The answer is B. The answer is A or B.", "B", "choice")
+  assert not right("The answer is B. The answer is not B.", "B", "choice")
+
+
+@pytest.mark.parametrize("start", ["\n### Instruction:", "\nQuestion:", "\n\n Q:", "\nProblem:", "\nUser:",
+                                   "\n\tHuman:", "<|im_start|>user\n", "<|im_end|>\n<|im_start|> user"])
+def test_a_text_ends_where_a_next_question_begins(start):
+  kept = answers.before_next_question(f"Q: 2+5? It is 7.{start} 2+3?\nQ: x")
+  assert kept.removesuffix("<|im_end|>\n").rstrip() == "Q: 2+5? It is 7."
+  assert right(f"The answer is 7.{start} 2+3? The answer is 5.", "7")
+
+
+@pytest.mark.parametrize("text", ["", "Q: 7", "User: 7", "The user: 7\nHumans: 8", "<|im_start|>assistant\n7\n"])
+def test_a_text_without_a_next_question_is_left_whole(text):
+  assert answers.before_next_question(text) == text
 
 
 @pytest.mark.parametrize(("text", "gold"), [
@@ -156,59 +234,31 @@ def test_a_stated_answer_is_never_replaced_by_a_later_number(text, gold):
   assert not right(text, gold, strict=False)
 
 
-@pytest.mark.parametrize("text", [
-    "The answer is B", "The answer is B.", "The answer is (B).", "The answer is [B]", "The answer is: B",
-    "The answer is (b)", "The answer is b.", "The answer is **B**", "The answer is $B$", "The answer is option B.",
-    "The answer is Choice (B)", "The answer is\nB", "The answer is (B) 12 km", "The answer is B) 12 km",
-    "The answer is B: 12 km", "The answer is B 12 km", "The answer is B because A is less",
-    "The answer is (B), as (A) is 5", "The answer is \"B\"",
-    "\\boxed{B}", "\\boxed{\\text{B}}", "\\boxed{\\text{(B)}}", "\\boxed{(B)}", "#### B", "A: B",
-    "Answer: B", "The answer is A. Wait, the answer is B.", "The answer is B.\n\nQ: Next?\nThe answer is C.",
-    "Options:\nA: 12\nB: 14\nThe answer is B.", "The answer is:\nB: 14\nA: 12",
-])
-def test_an_anchored_letter_is_the_choice(text):
-  correct, span = answers.verdict(text, "B", "choice", strict=True)
-  assert correct
-  assert span in ("b", "B")
-  assert not right(text, "C", "choice")
-
-
-@pytest.mark.parametrize("text", [
-    "The answer is A", "The answer is A.", "The answer is A because it is less", "The answer is A, which is less",
-    "The answer is A 12 km", "The answer is A is right", "The answer is (A) dog",
-])
-def test_the_letter_a_is_a_choice_where_it_is_no_article(text):
-  assert right(text, "A", "choice")
-
-
-@pytest.mark.parametrize("text", [
-    "The answer is A dog", "The answer is a dog", "The answer is a", "The answer is A Tale", "The answer is (A dog)",
-    "The answer is Ann", "The answer is Bob", "The answer is 5 A", "The answer is not A", "The answer is AB",
-    "The answer is A.M.", "The answer is a.m.", "The answer is A = 3", "The answer is A's", "The answer is A or B",
-    "The answer is (A) and (B)", "The answer is A/B", "The answer is A, B", "The answer is A, B or C.",
-    "A is 5", "A dog", "Answers: A", "the A train", "(A) 5 (B) 6", "A", "(A)", "The answer is", "",
-])
-def test_any_other_capital_letter_is_no_choice(text):
-  assert not right(text, "A", "choice")
-
-
-@pytest.mark.parametrize("text", ["B", "(B)", "B.", "(B).", " B \n", "First A, then B.\n(B)"])
-def test_a_bare_letter_is_a_choice_only_when_evaluating(text):
-  assert right(text, "B", "choice", strict=False)
-  assert not right(text, "B", "choice", strict=True)
-
-
-@pytest.mark.parametrize("text", ["A B", "It is B", "B C", "(A) Tom 5 (B) Ann 6", "I think B."])
-def test_a_letter_in_running_text_is_no_choice(text):
-  assert not right(text, "B", "choice", strict=False)
-
-
 def test_the_span_is_what_was_judged():
   judge = lambda text: answers.verdict(text, "7", "number", strict=True).span
   assert judge("2+5=7. The answer is $7.00.") == "7.00"
   assert judge("The answer is -3 1/2 cups") == "-3 1/2"
   assert judge("There are 7.") == ""
   assert answers.verdict("The answer is (C).", "B", "choice", strict=True) == answers.Verdict(False, "C")
+
+
+def test_votes_are_counted_by_value():
+  same = lambda kind, *spans: len({answers.canonical(s, kind) for s in spans}) == 1
+  assert same("number", "1,200", "$1200.0", "1 200", "1.2 thousand", "1.2e3")
+  assert same("choice", "b", "B")
+  assert same("latex", r"\frac12", "0.5", r"\frac{2}{4}", "x = 1/2", r"0.50\text{ cm}")
+  assert same("latex", r"\frac13", r"0.\overline{3}")
+  assert same("latex", r"2\sqrt2", r"2 \sqrt{2}")
+  assert not same("latex", "1, 234", "1234")
+  assert not same("latex", r"\frac12", r"\frac13")
+  assert not same("number", "1", "2")
+  assert {answers.canonical("", kind) for kind in ("number", "choice", "latex")} == {None}
+
+
+def test_the_vote_of_a_span_is_the_value_that_was_judged():
+  correct, span = answers.verdict("So he lost 12 -5", "5", "number", strict=False)
+  assert correct == (answers.canonical(span, "number") == "5")
+  assert answers.canonical(answers.verdict("It is 9-2", "2", "number", strict=False).span, "number") == "2"
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -222,24 +272,11 @@ def test_a_gold_answer_of_another_kind_is_an_error_whatever_the_text(text, gold,
     answers.verdict(text, gold, kind, strict=strict)
 
 
-@pytest.mark.parametrize("number", [
-    "1e999", "-1e999", "10^999", "10^{-999}", "1e-999", "1 × 10^999", "1e99999999999", "10^" + "9" * 5000, "9" * 5000,
-    "1." + "3" * 5000, "1" + ",000" * 2000, "1/" + "3" * 5000, "1/1e-999", "0/0", "1/0.0", "5 0/0", "1/" * 5000,
-    "9" * 400 + "e999", "\x00" * 1000 + "1", "1\x00", "٣", "²", "½", "∞", "nan", "inf", "1_000", "0x7",
-    "__import__('os')", "-" * 10_000, "$" * 10_000, "= " * 10_000, "1" + " " * 10_000 + "1/", "{" * 10_000,
-    "}" * 10_000, "\ud800"])
-def test_numbers_beyond_all_bounds_are_judged_at_once(number):
-  started = time.process_time()
-  for form in ("The answer is {}", "\\boxed{{{}}}", "{}", "The answer is 3 = {}", "7 {}"):
-    answers.verdict(form.format(number), "12345", "number", strict=False)
-    assert not right(form.format(number), "12345", strict=False)
-  answers.parse_number(number)
-  assert time.process_time() - started < 0.5
-
-
 _FRAGMENTS = ("1", ",111", "1,", " ", "\n", "\t", "- ", "$", ".", "= ", "/", "1/1", "^", "{", "}", "(", "**", "10^",
               "1e9", "x 10", "\\frac{1}{", "\\sqrt{", "\\boxed{", "The answer is ", "A:", "####", "B or ", "\\text{",
-              "option", "\\", "\x00", "\nQ", "a")
+              "option", "\\", "\x00", "\nQ", "a", " 111", "1 or ", "is negative ", "not ", "check the answer: ",
+              "correct option is ", "which is option ", "Option B is ", "\nB) ", "wait ", "<|im_start|>", "\\overline{",
+              "x<", "1. A", "The answer is 1 ")
 
 
 @pytest.mark.parametrize("kind", ["number", "latex", "choice"])
@@ -250,17 +287,6 @@ def test_a_megabyte_of_anything_is_judged_at_once(fragment, kind):
     text = start + fragment * (1_000_000 // len(fragment))
     answers.verdict(text, "B" if kind == "choice" else "7", kind, strict=False, equal=lambda *_: False)
   assert time.process_time() - started < 1.0
-
-
-def test_the_tail_of_a_run_of_digits_is_no_number():
-  for count in (400, 401, 799, 800, 4300, 30_000):
-    assert not right("1" * count + "7", "7", strict=False)
-    assert not right("The answer is 7" + "7" * count, "7" * 400)
-
-
-def test_a_number_of_four_hundred_digits_is_read():
-  assert right("The answer is " + "9" * 400, "9" * 400)
-  assert not right("The answer is " + "9" * 399, "9" * 400)
 
 
 _WORDS = st.sampled_from([*_FRAGMENTS, "7", "B", "\\boxed{7}", "e", "−", "½", "Q:", "###", "/0", "^{", "😀"])
@@ -279,24 +305,3 @@ def test_any_text_gets_a_verdict(text, strict):
     assert value is None or isinstance(value, Fraction)
     if strict and correct:
       assert answers.verdict(text, gold, kind, strict=False, equal=lambda *_: False).correct
-
-
-@settings(max_examples=200, deadline=None)
-@given(value=st.decimals(-10**9, 10**9, places=3), gold=st.decimals(-10**9, 10**9, places=3),
-       form=st.sampled_from(["The answer is {}.", "3 + 4 = {} #### {}", "\\boxed{{{}}}", "The answer is x = ${}$"]))
-def test_a_stated_number_is_right_exactly_when_it_equals_the_gold(value, gold, form):
-  text = form.format(*[f"{value:,}"] * 2)
-  assert right(text, str(value))
-  assert right(text, str(gold)) == (abs(Fraction(value) - Fraction(gold)) <= Fraction(1, 10_000))
-
-
-@settings(max_examples=100, deadline=None)
-@given(whole=st.integers(-10**6, 10**6), denominator=st.integers(1, 999), exponent=st.integers(-9, 9))
-def test_parse_number_agrees_with_exact_arithmetic(whole, denominator, exponent):
-  assert answers.parse_number(f"{whole}") == whole
-  assert answers.parse_number(f" {whole:,} ") == whole
-  assert answers.parse_number(f"{whole}/{denominator}") == Fraction(whole, denominator)
-  assert answers.parse_number(f"{abs(whole)} 1/{denominator}") == abs(whole) + Fraction(1, denominator)
-  assert answers.parse_number(f"{whole}e{exponent}") == whole * Fraction(10) ** exponent
-  assert answers.parse_number(f"{whole} \\times 10^{{{exponent}}}") == whole * Fraction(10) ** exponent
-  assert answers.parse_number(f"{whole} {denominator}") is None

@@ -118,6 +118,8 @@ def test_other_answers_are_not(span, gold, equal):
     ("The answer is 4, as 2+2=4.", "4"),
     ("The answer is $4$, since $2+2=4$.", "4"),
     ("The answer is the point $(1, 2)$, which we get from $x=1$.", "(1, 2)"),
+    ("The answer is $4$. This answer is correct.", "4"),
+    ("The answer is 4. To check the answer: $4=2+2$.", "4"),
     (r"Thus \boxed{5}. ###### and so on", "5"),
     (r"Thus \boxed{5}. We see that the answer is correct.", "5"),
     (r"Thus \boxed{5}. Let us check our answer: for $n=7$ we get 35.", "5"),

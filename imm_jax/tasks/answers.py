@@ -9,45 +9,26 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
-from imm_jax.tasks import latex, workers
+from imm_jax.tasks import choices, latex, numerals, workers
+from imm_jax.tasks.numerals import parse_number
 
 TOLERANCE = Fraction(1, 10_000)
 # Longer answers are judged by their end, where the answer stands.
 _MAX_CHARS = 20_000
-_NEXT_QUESTION = re.compile(r"\n[ \t]*+(?:### Instruction|Question:|Q:|Problem:)")
+_NEXT_QUESTION = re.compile(
+    r"\n[ \t]*+(?:### Instruction|Question:|Q:|Problem:|User:|Human:)|<\|im_start\|>[ \t]*+user\b")
 _MARKER = re.compile(r"answer is|answer\**:|(?<!#)####(?!#)", re.IGNORECASE)
+_OPTION_MARKER = re.compile(r"(?:correct|right|best) (?:option|choice|letter)(?: is|\**:)", re.IGNORECASE)
 # In multiple choice an option may begin like this, so there it only counts without any other marker.
 _WEAK_MARKER = re.compile(r"(?:\A|[\n.?!])[ \t]*+A:")
+# Before and after a marker: what speaks of an answer that stands elsewhere.
+_CHECK = re.compile(r"\b(?:check|verif|confirm)[a-z]{0,5}\s(?:(?:the|our|my|this)\s)?(?:final\s)?\Z", re.IGNORECASE)
+_ASSESSED = re.compile(r"\s+(?:correct|reasonable|plausible|sensible|verified|confirmed|accurate|consistent)\b")
+# An answer that is followed by this is no more the one that is meant.
+_TAKEN_BACK = re.compile(
+    r"\b(?:wait|wrong|incorrect|mistaken?)\b|\bis[\s*:]{0,4}(?:not|no|none|zero|one|two|three|four|five|six|seven|eight"
+    r"|nine|ten|eleven|twelve)\b", re.IGNORECASE)
 _WORDS = re.compile(r"[\s:*]*+[A-Za-z](?:[A-Za-z]|\s+[a-z]{2})")
-# The rest of the line, or of the next one that says something.
-_LINE = re.compile(r"[\s:*]*+[^\n]*")
-
-_SPELLINGS = (("−", "-"), ("–", "-"), ("½", " 1/2"), ("¼", " 1/4"), ("¾", " 3/4"), ("\\!", ""), ("\\,", ""),
-              ("{,}", ","), ("\\$", "$"), ("\\%", "%"))
-_FRACTION = re.compile(r"([0-9]?)\\[cdt]?frac\s?\{(-?[0-9.,]{1,400})\}\s?\{([0-9.,]{1,400})\}")
-# A whole run of digits, points and commas is taken first and judged afterwards, so that no part of a malformed one is
-# ever a number. Digits inside words (mp3) are none.
-_DIGITS = r"[0-9]+(?:[.,][0-9]+)*"
-_NUMBER = re.compile(
-    r"(?P<root>(?:\\sqrt\s?\{|√)\s?)?(?P<sign>-\s?)?[$€£]?\s?(?P<sign2>-)?"
-    rf"(?P<whole>(?<![A-Za-z0-9_])(?<![0-9][.,]){_DIGITS}|(?<![A-Za-z0-9_.])\.[0-9]+)"
-    rf"(?:[ ]{{1,4}}(?P<mixed>[0-9]+)/(?P<part>[0-9]+)|\s?/\s?(?P<over>{_DIGITS})|\s?\^\s?\{{?(?P<caret>-?[0-9]+)\}}?)?"
-    r"(?:[eE](?P<exp>[+-]?[0-9]+)|\s?(?:×|x|\*|\\times|\\cdot)\s?10\s?\^\s?\{?(?P<power>[+-]?[0-9]+)\}?)?"
-    # What makes it a time, a ratio, a date, a power, a multiple of a root or of pi.
-    r"(?P<more>:[0-9]|\s?/\s?[0-9]|\s?\^|\s?\\(?:sqrt|pi|[cdt]?frac)|\s?[√π]|[²³¹⁰-⁹⁻])?")
-_WELL_FORMED = re.compile(r"(?:[0-9]{1,400}|[0-9]{1,3}(?:,[0-9]{3}){1,133})?(?:\.[0-9]{1,400})?")
-
-# A letter where the answer begins, alone or set off: `B`, `(b)`, `B.`, `option B`, `B because`; never the article of
-# `A dog` or of a cut `a`, nor the variable of `B = 3`.
-_CHOICE = re.compile(
-    r"""[\s:*_"'`$]*+(?:(?i:option|choice|letter)\b)?+[\s:*_"'`$]*+(?:\\[a-z]{1,9}\s?\{)?"""
-    r"""(?:[(\[{]\s?(?P<bracketed>[A-Ha-h])\s?[)\]}]"""
-    r"""|[(\[{]?(?P<ended>[A-Ha-h](?=[)\]}:]|[.,;*_"'`$\\](?![A-Za-z]))|[A-Hb-h](?=[ \t]*(?:\n|\Z)))"""
-    r"""|(?P<followed>[B-H](?=\s)|A(?=\s+(?:[^\sA-Za-z]|(?:as|because|for|is|since|which|with)\b))))"""
-    r"""(?!\s*[=+^<>])""")
-_HEDGE = re.compile(
-    r"""[)\]}*_"'`$]{0,4}\s?(?:(?:/|&|or\b|and\b)\s?[(\[]?[A-H]\b|,\s?[(\[]?[A-H](?:[)\],.]|\s?(?:or|and)\b|\s*\Z))""")
-_ONLY_CHOICE = re.compile(r"[(\[]?([A-H])[)\].]{0,2}")
 
 
 class Verdict(NamedTuple):
@@ -62,7 +43,8 @@ def verdict(text: str, gold: str, kind: str, *, strict: bool,
   """Judges one answer.
 
   The final answer is what follows the later of the last marker (`answer is`, `answer:`, `####`, `A:`) and the last
-  `\\boxed`, before a next question begins.
+  `\\boxed`, before a next question begins. A marker that states no number or letter (`This answer is rounded`) gives
+  way to the one before it.
 
   Args:
     text: what the model wrote.
@@ -96,22 +78,45 @@ def verdict(text: str, gold: str, kind: str, *, strict: bool,
   text = before_next_question(text)[-_MAX_CHARS:]
   if kind == "latex":
     return _latex_verdict(text, gold, strict, equal)
-  text = _plain(text)
-  span = _final_span(text, kind)
+  return _number_verdict(text, target, strict) if kind == "number" else _choice_verdict(text, gold, strict)
+
+
+def before_next_question(text: str) -> str:
+  """A text up to where it goes on to a next question, as base models do.
+
+  >>> before_next_question("The answer is 7.\\nQ: What is 2 + 3?")
+  'The answer is 7.'
+  """
+  following = _NEXT_QUESTION.search(text)
+  return text[:following.start()] if following else text
+
+
+def _number_verdict(text: str, target: Fraction, strict: bool) -> Verdict:
+  text = numerals.plain(text)
+  span = _final_span(text, _markers(text, _MARKER, _WEAK_MARKER), numerals.any_stated)
   if span is None and strict:
     return Verdict(False, "")
-  if kind == "choice":
-    letter = _choice(text, span)
-    return Verdict(letter.upper() == gold, letter)
-  match = _last_number(text) if span is None else _stated_number(span, strict)
+  match = numerals.last(text) if span is None else numerals.stated(span, strict)
   if match is None:
     return Verdict(False, "")
-  value = _value(match)
-  return Verdict(value is not None and abs(value - target) <= TOLERANCE, match[0].strip(" $€£"))
+  value = numerals.value(match)
+  return Verdict(value is not None and abs(value - target) <= TOLERANCE, numerals.spelled(match))
+
+
+def _choice_verdict(text: str, gold: str, strict: bool) -> Verdict:
+  text = numerals.plain(text)
+  markers = _markers(text, _MARKER, _OPTION_MARKER)
+  if not markers and latex.find_last_boxed(text) is None:
+    markers = _markers(text, _WEAK_MARKER)
+  span = _final_span(text, markers, lambda s: choices.stated(s) is not None)
+  letter = None if span is None else choices.stated(span)
+  if letter is None and not strict:
+    letter = choices.concluded(text) if span is None else choices.said_correct(text)
+  return Verdict((letter or "").upper() == gold, letter or "")
 
 
 def _latex_verdict(text: str, gold: str, strict: bool, equal: Callable[[str, str], bool] | None) -> Verdict:
-  boxed, marker = latex.find_last_boxed(text), _last_end(_MARKER, text)
+  boxed, marker = latex.find_last_boxed(text), max((m.end() for m in _markers(text, _MARKER)), default=-1)
   # After a box, "This answer is correct" and "Let us check our answer: as ..." state no other.
   if boxed and (boxed.start >= marker or _WORDS.match(text, marker)):
     span = boxed.inside
@@ -126,89 +131,31 @@ def _latex_verdict(text: str, gold: str, strict: bool, equal: Callable[[str, str
   return Verdict(correct, span)
 
 
-def parse_number(text: str) -> Fraction | None:
-  """The number a text holds and nothing else, or None.
+def _markers(text: str, *patterns: re.Pattern) -> list[re.Match]:
+  """The markers of a text that begin an answer, in their order."""
+  found = (m for pattern in patterns for m in pattern.finditer(text))
+  begins = lambda m: not (_CHECK.search(text, max(0, m.start() - 40), m.start()) or _ASSESSED.match(text, m.end()))
+  return sorted(filter(begins, found), key=re.Match.end)
 
-  >>> parse_number("$1,234.50")
-  Fraction(2469, 2)
+
+def _final_span(text: str, markers: list[re.Match], states: Callable[[str], bool]) -> str | None:
+  """What stands in the last box or follows the last marker that states something; None without a box or a marker.
+
+  A box states what it holds, and so does a last marker at the end of a text that was cut. What follows a marker ends at
+  the next one, so that all of them are read in linear time.
   """
-  match = _NUMBER.fullmatch(_plain(text).strip().rstrip("%").rstrip())
-  return _value(match) if match else None
-
-
-def _plain(text: str) -> str:
-  """Without the LaTeX and the Unicode that only change how a number looks."""
-  for old, new in _SPELLINGS:
-    text = text.replace(old, new)
-  return _FRACTION.sub(lambda m: f"{m[1]}{' ' if m[1] else ''}{m[2]}/{m[3]}", text)
-
-
-def _last_end(pattern: re.Pattern, text: str) -> int:
-  return max((m.end() for m in pattern.finditer(text)), default=-1)
-
-
-def _final_span(text: str, kind: str) -> str | None:
-  """What follows the last marker or stands in the last box; None without either."""
-  marker, boxed = _last_end(_MARKER, text), latex.find_last_boxed(text)
-  if kind == "number" or (marker < 0 and boxed is None):
-    marker = max(marker, _last_end(_WEAK_MARKER, text))
-  if boxed and boxed.start >= marker:
+  boxed = latex.find_last_boxed(text)
+  last, end = None, len(text)
+  for marker in reversed(markers):
+    if boxed and boxed.start >= marker.end():
+      break
+    span = text[marker.end():end]
+    if states(span) or (last is None and not re.search(r"\w", span)):
+      return span if last is None or not _TAKEN_BACK.search(text, marker.end()) else last
+    last, end = span if last is None else last, marker.start()
+  if boxed and (last is None or not _TAKEN_BACK.search(text, boxed.start)):
     return boxed.inside
-  return text[marker:] if marker >= 0 else None
-
-
-def _choice(text: str, span: str | None) -> str:
-  """The letter that is answered, or an empty string."""
-  if span is None:
-    only = _ONLY_CHOICE.fullmatch(text.strip().rpartition("\n")[2].strip())
-    return only[1] if only else ""
-  match = _CHOICE.match(span)
-  if match is None or _HEDGE.match(span, match.end(match.lastgroup)):
-    return ""
-  return match[match.lastgroup]
-
-
-def _stated_number(span: str, strict: bool) -> re.Match | None:
-  """The first number after the last `=` of the line, else of the line."""
-  line = _LINE.match(span)[0]
-  _, equals, after = line.rpartition("=")
-  match = (_NUMBER.search(after) if equals else None) or _NUMBER.search(line)
-  # "The answer is the number of boxes. Therefore, ..." states nothing yet.
-  return match if match or strict else _last_number(span)
-
-
-def _last_number(text: str) -> re.Match | None:
-  return next((m for m in reversed(list(_NUMBER.finditer(text))) if _value(m) is not None), None)
-
-
-def _value(match: re.Match) -> Fraction | None:
-  """The number of a match, or None for one that is malformed, beyond all bounds, or more than a number."""
-  parts = match.group("whole", "mixed", "part", "over")
-  exponent = match["exp"] or match["power"] or match["caret"] or "0"
-  if match["root"] or match["more"] or any(p and not _WELL_FORMED.fullmatch(p) for p in parts) or len(exponent) > 4:
-    return None
-  if match["caret"] and parts[0] != "10":
-    return None
-  whole, mixed, part, over = (Fraction(p.replace(",", "")) if p else None for p in parts)
-  if part == 0 or over == 0:
-    return None
-  if match["caret"]:
-    whole = Fraction(1)
-  value = whole + mixed / part if part else whole / over if over else whole
-  value *= Fraction(10) ** int(exponent)
-  return -value if _negative(match) else value
-
-
-def _negative(match: re.Match) -> bool:
-  """Whether a minus is a sign: not in `9-2`, and in `- 2` only where an answer begins."""
-  sign, start = match["sign"], match.start("sign")
-  if not sign:
-    return match["sign2"] is not None
-  before = match.string[max(0, start - 8):start]
-  if sign == "-":
-    return not (before[-1:].isalnum() or before[-1:] in (")", "]", "}"))
-  before = before.rstrip(" ")
-  return not before or before[-1] in ":=($"
+  return last
 
 
 def before_next_question(text: str) -> str:
@@ -226,10 +173,14 @@ def canonical(span: str, kind: str) -> str | None:
 
   >>> canonical("1,200.0", "number") == canonical("$1200", "number")
   True
+  >>> canonical(r"\\frac12", "latex") == canonical("0.5", "latex")
+  True
   """
   if not span:
     return None
-  if kind == "latex":
-    return latex.normalise(span)
-  value = parse_number(span) if kind == "number" else None
-  return span if value is None else str(value)
+  if kind == "choice":
+    return span.upper()
+  value = parse_number(span) if kind == "number" else latex.value(span)
+  if value is not None:
+    return str(value)
+  return latex.normalise(span) if kind == "latex" else span
