@@ -87,6 +87,7 @@ def right(text: str, gold: str, kind: str = "number", *, strict: bool = True) ->
     ("The answer is 12. Check: 6+7=13.", "12"),
     ("The answer is $12$. Check: 6+7=13.", "12"),
     ("So the answer is 12. Wait, no, let me recompute. 7+6=13. So it is 13.", "12"),
+    ("This confirms the answer is 7", "7"),
     ("Answer: Tom has 3. He finds 4. 3 + 4 = 7.", "7"),
     ("The answer is 7.\n\n### Instruction:\nAnother\nThe answer is 5.", "7"),
     ("The answer is 7.\nQ: And 5?\nA: 5", "7"),

@@ -21,7 +21,7 @@ _MARKER = re.compile(r"answer is|answer\**:|(?<!#)####(?!#)", re.IGNORECASE)
 _OPTION_MARKER = re.compile(r"(?:correct|right|best) (?:option|choice|letter)(?: is|\**:)", re.IGNORECASE)
 # In multiple choice an option may begin like this, so there it only counts without any other marker.
 _WEAK_MARKER = re.compile(r"(?:\A|[\n.?!])[ \t]*+A:")
-# Before and after a marker: what speaks of an answer that stands elsewhere.
+# Before `answer:` and after any marker: what speaks of an answer that stands elsewhere.
 _CHECK = re.compile(r"\b(?:check|verif|confirm)[a-z]{0,5}\s(?:(?:the|our|my|this)\s)?(?:final\s)?\Z", re.IGNORECASE)
 _ASSESSED = re.compile(r"\s+(?:correct|reasonable|plausible|sensible|verified|confirmed|accurate|consistent)\b")
 # An answer that is followed by this is no more the one that is meant.
@@ -134,8 +134,8 @@ def _latex_verdict(text: str, gold: str, strict: bool, equal: Callable[[str, str
 def _markers(text: str, *patterns: re.Pattern) -> list[re.Match]:
   """The markers of a text that begin an answer, in their order."""
   found = (m for pattern in patterns for m in pattern.finditer(text))
-  begins = lambda m: not (_CHECK.search(text, max(0, m.start() - 40), m.start()) or _ASSESSED.match(text, m.end()))
-  return sorted(filter(begins, found), key=re.Match.end)
+  checks = lambda m: m[0].endswith(":") and _CHECK.search(text, max(0, m.start() - 40), m.start())
+  return sorted((m for m in found if not (checks(m) or _ASSESSED.match(text, m.end()))), key=re.Match.end)
 
 
 def _final_span(text: str, markers: list[re.Match], states: Callable[[str], bool]) -> str | None:

@@ -105,9 +105,11 @@ def value(match: re.Match) -> Fraction | None:
     return None
   if caret and whole != 10 and (len(parts[0]) > _MAX_BASE_CHARS or not 0 <= int(caret) <= _MAX_EXPONENT):
     return None
-  number = whole + mixed / part if part else whole / over if over else whole ** int(caret or 1)
-  number *= Fraction(10) ** int(exponent) * _SCALES.get((match["scale"] or "").lower(), 1)
-  number *= 1000 if match["k"] and match["money"] else 1
+  number = whole + mixed / part if part else whole / over if over else whole ** int(caret) if caret else whole
+  if exponent != "0":
+    number *= Fraction(10) ** int(exponent)
+  if match["scale"] or (match["k"] and match["money"]):
+    number *= _SCALES[(match["scale"] or "thousand").lower()]
   return -number if _negative(match) else number
 
 
