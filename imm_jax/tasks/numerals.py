@@ -9,7 +9,7 @@ from fractions import Fraction
 _SPELLINGS = (("−", "-"), ("–", "-"), ("½", " 1/2"), ("¼", " 1/4"), ("¾", " 3/4"), ("\\!", ""), ("\\,", ""),
               ("{,}", ","), ("\\$", "$"), ("\\%", "%"), ("\u00a0", " "), ("\u2009", " "), ("\u202f", " "))
 _FRACTION = re.compile(r"([0-9]?)\\[cdt]?frac\s?\{(-?[0-9.,]{1,400})\}\s?\{([0-9.,]{1,400})\}")
-_MINUS = re.compile(r"(\bis|[:=])([\s*$(]*+)(?:negative|minus)\s(?=[$€£]?[0-9])", re.IGNORECASE)
+_MINUS = re.compile(r"(\bis|[:=#{])([\s*$(]*+)(?:negative|minus)\s(?=[$€£]?[0-9])", re.IGNORECASE)
 # A whole run of digits, points and commas is taken first and judged afterwards, so that no part of a malformed one is
 # ever a number. Digits inside words (mp3) are none.
 _DIGITS = r"[0-9]+(?:[.,][0-9]+)*"
@@ -28,13 +28,13 @@ _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
 # Powers of other bases than ten are read within these bounds.
 _MAX_BASE_CHARS, _MAX_EXPONENT = 20, 64
 
-# The rest of the line, or of the next one that says something.
-_LINE = re.compile(r"[\s:*]*+[^\n]*")
+# The rest of the line, or of the next one that says something; a formula may begin before it.
+_LINE = re.compile(r"(?:[\s:*$]|\\[(\[])*+[^\n]*")
 _SENTENCE = re.compile(r"[\s:*]*+[A-Z][a-z]")
 _NEXT_SENTENCE = re.compile(r"[.!?][)\]}\"'*$]{0,4}\s+(?=[A-Z])")
-# What makes a number one of several: a range, a choice, a list, a term. `7, 5 of them` is no list.
+# What makes a number one of several: a range, a choice, a list, a term. Not `7, 5 of them`, nor `7.5 to 1 decimal`.
 _ONE_OF_SEVERAL = re.compile(
-    r"[%*$)]{0,4}(?:\s*(?:[-+*÷×x]|\\(?:times|cdot|div|pm)|(?:or|and|to|plus|minus|times)\b)\s*[*($€£-]{0,4}[0-9]"
+    r"[%*$)]{0,4}(?:\s*(?:[-+*÷×x]|\\(?:times|cdot|div|pm)|(?:or|and|plus|minus|times)\b|to\b(?!\s[0-9]+\sdecimal))\s*[*($€£-]{0,4}[0-9]"
     r"|\s*,\s*[$€£-]?[0-9]+(?=\s*(?:,|(?:or|and)\b|[.!$]{0,2}\s*\Z))|\s+[0-9])")
 _DENIED = re.compile(r"\bnot[\s*$]*\Z")
 
