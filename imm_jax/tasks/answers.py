@@ -158,16 +158,6 @@ def _final_span(text: str, markers: list[re.Match], states: Callable[[str], bool
   return last
 
 
-def before_next_question(text: str) -> str:
-  """The part of an answer before a next question, which some models go on to make up.
-
-  >>> before_next_question("The answer is 8.\\nQ: Who is next?")
-  'The answer is 8.'
-  """
-  following = _NEXT_QUESTION.search(text)
-  return text[:following.start()] if following else text
-
-
 def canonical(span: str, kind: str) -> str | None:
   """What equal answers have in common, for votes; None where there is no answer.
 
