@@ -5,7 +5,6 @@ the device busy. Random keys are folded from (seed, prompt id, sample number, to
 and what ran beside it changes nothing but the rounding of sums.
 """
 
-import bisect
 import collections
 import functools
 import math
@@ -13,22 +12,17 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from imm_jax import files, progress
-from imm_jax.errors import UserError
+from imm_jax import progress
 from imm_jax.model import hf, sharding
 from imm_jax.model.decoder import LayerCache
-from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.sampling import Completion, Prompt, decode
-
-if TYPE_CHECKING:
-  from transformers import PreTrainedTokenizerBase
+from imm_jax.sampling import Completion, Prompt, completions, decode
 
 # Steps between looks at the text while stop strings are asked for.
 _STOP_CHECK_EVERY = 16
@@ -69,9 +63,7 @@ class NativeSampler:
     self._mesh = sharding.for_decoding(mesh, config.num_kv_heads) if mesh is not None and mesh.size > 1 else None
     place = functools.partial(sharding.param_sharding, self._mesh) if self._mesh else None
     # What is wrong with the small files shows before weights are read.
-    ends = _eos_ids(Path(folder), config.vocab_size)
-    self.tokenizer = load_tokenizer(folder, rows=config.vocab_size)
-    self._eos = tuple(sorted({*ends, self.tokenizer.eos_token_id}))
+    self.tokenizer, self._eos = completions.load(Path(folder), config.vocab_size)
     self._config, self._params = hf.load(folder, dtype=self._dtype, place=place, stacked=False)
     known = np.zeros(self._config.vocab_size, bool)
     known[list(self.tokenizer.get_vocab().values())] = True
@@ -100,16 +92,12 @@ class NativeSampler:
     Raises:
       ValueError: for a prompt without a token, or an argument out of range.
     """
-    _check(max_new_tokens, num_samples, temperatures, top_p, stop, seed)
-    ids = [self.tokenizer(p.text)["input_ids"] for p in prompts]
-    if not all(ids):
-      raise ValueError(f"prompt {prompts[ids.index([])].id!r} has no tokens")
+    completions.check_arguments(max_new_tokens, num_samples, temperatures, top_p, stop, seed)
+    ids = completions.encode(self.tokenizer, prompts)
     if ids and (self._config.max_positions or math.inf) < max(map(len, ids)) + max_new_tokens:
       _warn_past_context(self._config.max_positions, max_new_tokens)
     # A special token stops a sample where it is drawn, without a look at the text.
-    special = _special_ids(self.tokenizer)
-    ends = tuple(sorted({*self._eos, *(special[s] for s in stop if s in special)}))
-    texts = tuple(s for s in stop if s not in special)
+    ends, texts = completions.endings(self.tokenizer, self._eos, stop)
     asked = [_Sample(p, s, prompts[p].id, temperatures[s % len(temperatures)])
              for p in range(len(prompts)) for s in range(num_samples)]
     static = decode.Static(self._config, self._dtype, ends, top_p, not any(temperatures), self._mesh)
@@ -117,7 +105,7 @@ class NativeSampler:
     total_tokens = 0
     with progress.bar(len(asked), label, "sample") as bar:
       for sample, tokens in self._run(ids, asked, static, max_new_tokens, texts, seed):
-        completion = self._completion(tokens, ends, texts)
+        completion = completions.completion(self.tokenizer, tokens, ends, texts)
         results[sample.prompt][sample.number] = completion
         total_tokens += completion.num_tokens
         bar.update()
@@ -176,37 +164,6 @@ class NativeSampler:
     recent = _STOP_CHECK_EVERY + 4 * max(map(len, stop))  # a character has at most four tokens
     shows = lambda part: any(s in self.tokenizer.decode(part, skip_special_tokens=False) for s in stop)
     return shows(tokens[-recent:]) and shows(tokens)
-
-  def _completion(self, tokens: np.ndarray, ends: tuple[int, ...], stop: tuple[str, ...]) -> Completion:
-    ended = np.flatnonzero(np.isin(tokens, ends))
-    finish = "stop" if len(ended) else "length"
-    if len(ended):
-      tokens = tokens[:ended[0] + 1]
-    plain = lambda n: self.tokenizer.decode(tokens[:n], skip_special_tokens=True)
-    full = lambda n: self.tokenizer.decode(tokens[:n], skip_special_tokens=False)
-    text = full(len(tokens)) if stop else ""
-    cut = min((text.find(s) for s in stop if s in text), default=-1)
-    if cut < 0:
-      return Completion(plain(len(tokens)), len(tokens), finish)
-    # The tokens that were needed for the stop string to show, and those that lie before it.
-    count = bisect.bisect_left(range(len(tokens)), True, key=lambda n: any(s in full(n) for s in stop))
-    before = next(n for n in range(count - 1, -1, -1) if text[:cut].startswith(full(n)))
-    part = "" if tokens[before] in _special_ids(self.tokenizer).values() else text[len(full(before)):cut]
-    return Completion(plain(before) + part, count, "stop")
-
-
-def _check(max_new_tokens: int, num_samples: int, temperatures: Sequence[float], top_p: float, stop: Sequence[str],
-           seed: int) -> None:
-  if max_new_tokens < 1 or num_samples < 1:
-    raise ValueError(f"max_new_tokens={max_new_tokens}, num_samples={num_samples}: expected 1 or more")
-  if not len(temperatures) or not all(math.isfinite(t) and t >= 0 for t in temperatures):
-    raise ValueError(f"temperatures={temperatures}: expected one or more numbers >= 0")
-  if not 0 < top_p <= 1:
-    raise ValueError(f"top_p={top_p}: expected 0 < top_p <= 1")
-  if isinstance(stop, str) or not all(stop):
-    raise ValueError(f"stop={stop!r}: expected a sequence of strings that are not empty")
-  if not 0 <= seed < 2**32:
-    raise ValueError(f"seed={seed}: expected 0 <= seed < 2**32")
 
 
 class _Sample(NamedTuple):
@@ -291,26 +248,7 @@ def _fold(seed: jax.Array, codes: jax.Array, numbers: jax.Array) -> jax.Array:
   return jax.vmap(fold)(codes, numbers)
 
 
-def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
-  """By text: what a decoded text may leave out; of some tokenizers `all_special_tokens` names only a few."""
-  marked = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-  return marked | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-
-
 @functools.cache  # once
 def _warn_past_context(positions: int, max_new_tokens: int) -> None:
   print(f"warning: prompts with max_new_tokens={max_new_tokens} go past the {positions} positions that config.json "
         "gives the model (max_position_embeddings); what it writes there may make no sense", file=sys.stderr)
-
-
-def _eos_ids(folder: Path, rows: int) -> list[int]:
-  """Tokens that end a text: generation_config.json's, else config.json's."""
-  path = folder / "generation_config.json"
-  ids = files.read_json(path).get("eos_token_id") if path.exists() else None
-  if ids is None:
-    path = folder / "config.json"
-    ids = files.read_json(path).get("eos_token_id")
-  found = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
-  if not all(type(i) is int and 0 <= i < rows for i in found):
-    raise UserError(f"{path}: eos_token_id={ids!r}; expected a token id, from 0 to {rows - 1}, or a list of them")
-  return found
