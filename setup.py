@@ -41,6 +41,7 @@ setup(
         "tqdm>=4.66",
         # vLLM needs less than 5.21; one environment may hold both.
         "transformers>=5.16,<5.21",
+        "urllib3>=2.0",
         "xxhash>=3.4",
     ],
     extras_require={

@@ -1,0 +1,148 @@
+"""Whether a server runs the weights that it should.
+
+A server can hold others without an error: after a reload whose prefix cache was kept, of a checkpoint with tied
+embeddings on vLLM's CPU backend, or from a folder that lacks a tensor or has a file too many. So it continues a few of
+the prompts greedily and says each token's log-probability, and the decoder of this package, on the checkpoint that is
+meant, says what it gives the same tokens.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from imm_jax.errors import UserError
+from imm_jax.model import hf, sharding
+from imm_jax.model.config import ModelConfig
+from imm_jax.model.decoder import LayerCache, Params, bind
+from imm_jax.sampling import decode
+from imm_jax.sampling.vllm_client import Generated, Server, ServerError
+
+PROMPTS, TOKENS = 4, 16
+_PAD = 64  # prompts' length to a multiple of this: few shapes are compiled
+# Mean and largest difference of log-probabilities (nats) that rounding explains. Two programs add in another order and
+# round at other places. bfloat16 has 8 bits: a logit of 16 to 32 is stored to 1/8, and what leads to it is rounded in
+# each layer, so single tokens differ by tenths, while the likeliest ones, which greedy search takes, mostly differ by
+# hundredths. float16 has 11 bits, float32 has 24. Weights that differ by less than this sample alike.
+TOLERANCES = {"bfloat16": (0.05, 0.5), "float16": (0.02, 0.2), "float32": (1e-3, 1e-2)}
+
+
+class Agreement(NamedTuple):
+  """How far a server and the decoder differ, in nats.
+
+  Attributes:
+    mean: of the absolute differences of all tokens' log-probabilities.
+    largest: of them; also by how much the likeliest token beats the one that the server took.
+    where: (prompt, token) of the largest.
+  """
+
+  mean: float
+  largest: float
+  where: tuple[int, int]
+
+
+def check(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]], *, dtype: str, new_tokens: int,
+          mesh: Mesh | None = None) -> dict[Server, Agreement | ServerError]:
+  """Checks that servers run the weights in a folder.
+
+  Args:
+    servers: that were started or have reloaded.
+    folder: an HF checkpoint.
+    prompts: token ids; best are those that will be asked, whose beginnings a server may have kept.
+    dtype: of weights and activations, here and there.
+    new_tokens: at most so many are compared, of each prompt.
+    mesh: where the decoder runs; None is the CPU, for a GPU may be full of the server.
+
+  Returns:
+    How far each differs, or why it did not answer.
+
+  Raises:
+    UserError: when a server differs by more than rounding does, with the numbers.
+  """
+  tokens = min(TOKENS, new_tokens)
+  scorer = _Scorer(folder, dtype, mesh)
+  result: dict[Server, Agreement | ServerError] = {}
+  for server in servers:
+    try:
+      greedy = [server.complete(prompt, n=1, max_tokens=tokens, logprobs=True, temperature=0.0, ignore_eos=True)[0]
+                for prompt in prompts]
+    except ServerError as e:
+      result[server] = e
+      continue
+    logprobs, best = scorer.score(prompts, [g.tokens for g in greedy])
+    result[server] = found = agreement(greedy, logprobs, best)
+    mean, largest = TOLERANCES[dtype]
+    if not (found.mean <= mean and found.largest <= largest):  # so is what is no number
+      row, t = found.where
+      raise UserError(
+          f"{server}: does not run the weights of {folder}. Over {len(prompts)} greedy answers of {tokens} tokens its "
+          f"log-probabilities differ from the native decoder's by {found.mean:.3g} on average and {found.largest:.3g} "
+          f"at most (prompt {row}, token {t}: id {greedy[row].tokens[t]} has {greedy[row].logprobs[t]:.4f} there, "
+          f"{logprobs[row, t]:.4f} here, where the likeliest has {best[row, t]:.4f}); rounding to {dtype} explains "
+          f"{mean:g} and {largest:g}. Have it start again on this folder (sampler.vllm.python or .restart)")
+  return result
+
+
+def agreement(greedy: Sequence[Generated], logprobs: np.ndarray, best: np.ndarray) -> Agreement:
+  """Compares what a server said with the decoder's log-probabilities of the same tokens and of the likeliest [B, N]."""
+  difference = np.abs(np.array([g.logprobs for g in greedy]) - logprobs)
+  worst = np.maximum(difference, best - logprobs)
+  return Agreement(float(difference.mean()), float(worst.max()), tuple(
+      int(i) for i in np.unravel_index(np.argmax(worst), worst.shape)))
+
+
+class _Scorer:
+  """The native decoder over a checkpoint, following tokens that are given."""
+
+  def __init__(self, folder: Path, dtype: str, mesh: Mesh | None):
+    config = hf.read_config(folder)
+    if mesh is None:
+      device = SingleDeviceSharding(_cpu())
+      place = lambda path, shape: device
+    else:
+      place = functools.partial(sharding.param_sharding, sharding.for_decoding(mesh, config.num_kv_heads))
+    self._static = decode.Static(config, jnp.dtype(dtype), (), 1.0, True)
+    _, self._params = hf.load(folder, dtype=self._static.dtype, place=place, stacked=False)
+
+  def score(self, prompts: Sequence[list[int]], tokens: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities of tokens [B, N] after prompts, and of the likeliest in each place."""
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    padded = np.zeros((len(prompts), -(-int(lengths.max()) // _PAD) * _PAD), np.int32)
+    for row, prompt in enumerate(prompts):
+      padded[row, :len(prompt)] = prompt
+    followed = np.array(tokens, np.int32)
+    logits, caches = decode.prefill(self._params, padded, lengths, static=self._static)
+    caches = decode.grow({"caches": caches}, padded.shape[1] + followed.shape[1])["caches"]
+    scores = [_scores(logits, followed[:, 0])]
+    for t in range(1, followed.shape[1]):
+      logits, caches = _step(self._params, followed[:, t - 1], lengths + t - 1, caches, config=self._static.config,
+                             dtype=self._static.dtype)
+      scores.append(_scores(logits, followed[:, t]))
+    logprobs, best = np.stack(jax.device_get(scores), axis=-1)
+    return logprobs, best
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="caches")
+def _step(params: Params, tokens: jax.Array, positions: jax.Array, caches: list[LayerCache], *, config: ModelConfig,
+          dtype: jnp.dtype) -> tuple[jax.Array, list[LayerCache]]:
+  return bind(config, params, scan=False).decode(tokens, positions=positions, caches=caches, compute_dtype=dtype)
+
+
+@jax.jit
+def _scores(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Log-probabilities of tokens [B] and of the likeliest: [2, B]."""
+  logprobs = jax.nn.log_softmax(logits)
+  return jnp.stack([jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0], jnp.max(logprobs, axis=1)])
+
+
+def _cpu() -> jax.Device:
+  """The CPU, else (with JAX_PLATFORMS=cuda) what there is."""
+  try:
+    return jax.local_devices(backend="cpu")[0]
+  except RuntimeError:
+    return jax.local_devices()[0]

@@ -1,0 +1,80 @@
+"""Samples on disk as they come, so that a killed run goes on where it was."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from imm_jax.sampling import Completion
+
+_SYNC_EVERY_S = 5.0
+
+
+class Journal:
+  """A file of JSON lines: a header that says what is sampled, then the completions of a request in each line.
+
+  A torn last line, and all that would follow, is dropped; a file whose header is another's is started anew.
+
+  >>> import contextlib, tempfile
+  >>> path = Path(tempfile.mkdtemp()) / "journal.jsonl"
+  >>> journal = Journal(path, {"model": "a"})
+  >>> journal.add(7, [Completion("four", 2, "stop")])
+  >>> journal.close()
+  >>> for model in ("a", "b"):
+  ...   with contextlib.closing(Journal(path, {"model": model})) as journal:
+  ...     journal.done
+  {7: [Completion(text='four', num_tokens=2, finish='stop')]}
+  {}
+  """
+
+  def __init__(self, path: Path, header: dict[str, Any]):
+    """Reads what an earlier run has left.
+
+    Args:
+      path: of the file; made where it is missing.
+      header: what decides the samples: model, settings, questions. Anything that json can write.
+    """
+    self.done: dict[int, list[Completion]] = {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    self._file = path.open("a+b")
+    self._synced = time.monotonic()
+    self._file.seek(0)
+    first = _line(header)
+    end = len(first) if self._file.readline() == first else 0
+    while end and (found := _parsed(line := self._file.readline())):
+      self.done[found[0]] = found[1]
+      end += len(line)
+    self._file.truncate(end)
+    if not end:
+      self._file.write(first)
+      self._file.flush()
+
+  def add(self, number: int, completions: list[Completion]) -> None:
+    """Writes the completions of a request: at once to the file, a few seconds later to the disk."""
+    self._file.write(_line([number, completions]))
+    self._file.flush()
+    if time.monotonic() - self._synced > _SYNC_EVERY_S:
+      self._sync()
+
+  def close(self) -> None:
+    """Puts all on disk."""
+    self._sync()
+    self._file.close()
+
+  def _sync(self) -> None:
+    os.fsync(self._file.fileno())
+    self._synced = time.monotonic()
+
+
+def _line(value: Any) -> bytes:
+  return json.dumps(value, sort_keys=True).encode() + b"\n"
+
+
+def _parsed(line: bytes) -> tuple[int, list[Completion]] | None:
+  """None for what is no whole line of a journal."""
+  try:
+    number, completions = json.loads(line) if line.endswith(b"\n") else None
+    return (number, [Completion(str(text), int(tokens), str(finish)) for text, tokens, finish in completions])
+  except (ValueError, TypeError):
+    return None

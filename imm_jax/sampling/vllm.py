@@ -1,0 +1,297 @@
+"""Sampling with vLLM, which runs in processes, environments or hosts of its own.
+
+    python -m imm_jax.sampling.vllm --check --python=/path/to/venv/bin/python
+    python -m imm_jax.sampling.vllm --check --urls=http://host:8000,http://other:8000
+
+says whether a usable vLLM is there, and which.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from imm_jax import progress
+from imm_jax.errors import UserError
+from imm_jax.model import folder as checkpoint, hf
+from imm_jax.sampling import Completion, Prompt, completions, freshness
+from imm_jax.sampling.dispatch import Dispatcher, none_left
+from imm_jax.sampling.journal import Journal
+from imm_jax.sampling.vllm_client import Generated, Server, ServerError
+from imm_jax.sampling.vllm_server import SpawnedServer
+
+# Seeds of a question at a temperature are consecutive; the questions' lie at least so far apart.
+_SEED_STEP = 1 << 12
+_POLL_S = 2.0
+
+
+class VllmSampler:
+  """Samples from an HF checkpoint folder with vLLM; use as a context manager.
+
+  It is either started here (`python`) or runs elsewhere (`urls`), where it reloads the weights from the same folder.
+  """
+
+  def __init__(self, folder: str | Path, *, python: str = "", urls: Sequence[str] = (), args: Sequence[str] = (),
+               restart: str = "", compute_dtype: str = "bfloat16", concurrency: int = 256, timeout: float = 1800.0,
+               start_timeout: float = 1800.0, log: str | Path = "vllm.log", mesh: Mesh | None = None):
+    """Starts a server, or has those elsewhere reload; returns when they can answer.
+
+    Args:
+      folder: an HF checkpoint folder with a tokenizer; servers elsewhere see it under the same path.
+      python: the interpreter of an environment with vLLM, or
+      urls: of servers.
+      args: more arguments for the server that is started, such as `--gpu-memory-utilization=0.8`.
+      restart: a command that starts the servers elsewhere again, in place of a reload; `{model}` in it is the folder.
+      compute_dtype: of weights and activations: bfloat16, float16 or float32.
+      concurrency: requests under way at each server.
+      timeout: seconds that a request may take.
+      start_timeout: seconds that a server may take to start or reload.
+      log: a file that gets what a server that is started says.
+      mesh: of this process's own devices, for the check of the servers' weights; None takes the CPU.
+
+    Raises:
+      ValueError: for an argument out of range.
+      UserError: for a checkpoint or tokenizer that cannot be read, or when no server can be used.
+    """
+    if compute_dtype not in freshness.TOLERANCES:
+      raise ValueError(f"compute_dtype={compute_dtype!r}: expected one of {', '.join(freshness.TOLERANCES)}")
+    if bool(python) == bool(urls):
+      raise ValueError(f"python={python!r}, urls={urls}: expected one of the two")
+    if concurrency < 1:
+      raise ValueError(f"concurrency={concurrency}: expected 1 or more")
+    self._folder, self._dtype, self._concurrency, self._mesh = Path(folder), compute_dtype, concurrency, mesh
+    config = hf.read_config(folder)
+    self.tokenizer, self._eos = completions.load(self._folder, config.vocab_size)
+    known = set(self.tokenizer.get_vocab().values())
+    self._unknown = frozenset(range(config.vocab_size)) - known
+    self._vocab_size = config.vocab_size
+    self._checked = False
+    self._servers: list[Server] = []
+    self._out: dict[Server, str] = {}  # those that are not used any more, and why
+    try:
+      if python:
+        self._servers = [SpawnedServer(python, self._folder, dtype=compute_dtype, args=args, log=Path(log),
+                                       connections=concurrency, timeout=timeout)]
+        self._servers[0].wait(start_timeout)
+      else:
+        self._servers = [Server(url, connections=concurrency, timeout=timeout) for url in urls]
+        if restart:
+          _restart(restart, self._folder, start_timeout)
+          self._use(lambda server: _await(server, start_timeout))
+        else:
+          self._use(lambda server: server.reload(str(self._folder.resolve()), self._digest))
+    except BaseException:
+      self.close()
+      raise
+
+  def __enter__(self) -> "VllmSampler":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Ends a server that was started here."""
+    for server in self._servers:
+      server.close()
+
+  def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int, num_samples: int = 1,
+               temperatures: Sequence[float] = (0.0,), top_p: float = 1.0, stop: Sequence[str] = (), seed: int = 0,
+               label: str = "sample", journal: Path | None = None) -> list[list[Completion]]:
+    """Samples `num_samples` completions of every prompt, as `NativeSampler.generate` does.
+
+    Prompts are sent as token ids of the checkpoint's own tokenizer and come back as token ids, so that what the model
+    reads and what counts as its answer does not depend on vLLM's tokenizer, template or detokenizer. The draws are
+    vLLM's own: they differ from the native sampler's, and follow from (seed, prompt id, sample's number).
+
+    Args:
+      prompts: see `NativeSampler.generate`.
+      max_new_tokens: see there, and so on.
+      num_samples: of each prompt.
+      temperatures: of the samples in turn.
+      top_p: of the nucleus.
+      stop: strings.
+      seed: of all samples.
+      label: what the progress bar says.
+      journal: a file that gets the samples as they come; a call with the same arguments goes on from it.
+
+    Returns:
+      For each prompt, in order, its completions.
+
+    Raises:
+      ValueError: for a prompt without a token, or an argument out of range.
+      UserError: when a server runs other weights (before the first samples), refuses a prompt, such as one that does
+        not fit in its context, or none is left.
+    """
+    completions.check_arguments(max_new_tokens, num_samples, temperatures, top_p, stop, seed)
+    ids = completions.encode(self.tokenizer, prompts)
+    ends, texts = completions.endings(self.tokenizer, self._eos, stop)
+    requests = _requests(prompts, ids, num_samples, temperatures, seed)
+    results: list[list[Completion | None]] = [[None] * num_samples for _ in prompts]
+
+    def put(request: _Request, done: list[Completion]) -> None:
+      for number, completion in zip(range(request.first, num_samples, len(temperatures)), done, strict=True):
+        results[request.prompt][number] = completion
+
+    settings = {"max_new_tokens": max_new_tokens, "num_samples": num_samples, "temperatures": list(temperatures),
+                "top_p": top_p, "stop": list(stop), "seed": seed, "dtype": self._dtype}
+    options = {"top_p": top_p, "stop": list(texts), "stop_token_ids": list(ends)}
+    ask = lambda server, request: self._ask(server, request, max_new_tokens, options)
+    with contextlib.ExitStack() as stack:
+      kept = Journal(journal, self._header(settings, prompts)) if journal else None
+      if kept:
+        stack.enter_context(contextlib.closing(kept))
+      earlier = kept.done if kept else {}
+      for i, done in earlier.items():
+        put(requests[i], done)
+      left = [(i, request) for i, request in enumerate(requests) if i not in earlier]
+      if left and not self._usable():
+        raise UserError(none_left(self._out))
+      if left and not self._checked:
+        self._check(list({request.prompt: request.ids for _, request in left}.values()), max_new_tokens)
+      dispatcher = Dispatcher(self._usable(), lambda server, item: ask(server, item[1]), left,
+                              concurrency=self._concurrency)
+      stack.callback(lambda: self._out.update(dispatcher.out))
+      bar = stack.enter_context(progress.bar(len(prompts) * num_samples, label, "sample", initial=sum(
+          map(len, earlier.values()))))
+      tokens = sum(c.num_tokens for done in earlier.values() for c in done)
+      for (i, request), generated in dispatcher:
+        done = [completions.completion(self.tokenizer, np.array(g.tokens), ends, texts) for g in generated]
+        # An end that only the server knows of.
+        done = [c._replace(finish=g.finish) if g.finish == "stop" else c for c, g in zip(done, generated, strict=True)]
+        done *= request.count // len(done)
+        if kept:
+          kept.add(i, done)
+        put(request, done)
+        tokens += sum(c.num_tokens for c in done)
+        bar.update(len(done))
+        bar.set_postfix(tokens=tokens, refresh=False)
+    return results
+
+  def _ask(self, server: Server, request: "_Request", max_new_tokens: int, options: dict[str, Any]) -> list[Generated]:
+    greedy = request.temperature == 0
+    ask = lambda **more: server.complete(
+        request.ids, n=1 if greedy else request.count, max_tokens=max_new_tokens, temperature=request.temperature,
+        seed=request.seed, skip_special_tokens=False, ignore_eos=True, top_k=0, min_p=0.0, repetition_penalty=1.0,
+        presence_penalty=0.0, frequency_penalty=0.0, **options, **more)
+    generated = ask()
+    if self._unknown and any(self._unknown.intersection(g.tokens) for g in generated):
+      # The embedding has rows that are no tokens, which are hardly ever drawn; a bias in every request would cost.
+      generated = ask(logit_bias={str(i): -100.0 for i in sorted(self._unknown)})
+    if any(t >= self._vocab_size or t in self._unknown for g in generated for t in g.tokens):
+      raise ServerError("its answer has token ids that the tokenizer does not have")
+    return generated
+
+  def _check(self, ids: Sequence[list[int]], new_tokens: int) -> None:
+    """Checks the servers' weights, once, with some of the prompts that will be asked."""
+    step = -(-len(ids) // freshness.PROMPTS)
+    found = freshness.check(self._usable(), self._folder, ids[::step], dtype=self._dtype, new_tokens=new_tokens,
+                            mesh=self._mesh)
+    self._leave_out({server: str(e) for server, e in found.items() if isinstance(e, ServerError)})
+    self._checked = True
+
+  def _use(self, prepare: Callable[[Server], None]) -> None:
+    """Prepares all servers at once and keeps those that can be used."""
+
+    def attempt(server: Server) -> str:
+      try:
+        prepare(server)
+      except ServerError as e:
+        return str(e)
+      return ""
+
+    with ThreadPoolExecutor(len(self._servers)) as pool:
+      failed = zip(self._servers, pool.map(attempt, self._servers), strict=True)
+      self._leave_out({server: why for server, why in failed if why})
+
+  def _leave_out(self, failed: dict[Server, str]) -> None:
+    """Takes servers out that failed; raises UserError when none is left."""
+    self._out |= failed
+    if not self._usable():
+      raise UserError(none_left(self._out))
+    for server, why in failed.items():
+      print(f"warning: server {server} is not used in this round ({why})", file=sys.stderr)
+
+  def _usable(self) -> list[Server]:
+    return [server for server in self._servers if server not in self._out]
+
+  def _header(self, settings: dict[str, Any], prompts: Sequence[Prompt]) -> dict[str, Any]:
+    questions = hashlib.sha256(json.dumps([tuple(p) for p in prompts]).encode()).hexdigest()
+    return {"journal": 1, "model": self._digest, "questions": questions, **settings}
+
+  @functools.cached_property
+  def _digest(self) -> str:
+    return checkpoint.digest(self._folder)
+
+
+class _Request(NamedTuple):
+  """Samples of one prompt at one temperature: those with the numbers `first`, `first` + all temperatures, and so on."""
+
+  prompt: int
+  first: int
+  ids: list[int]
+  temperature: float
+  count: int
+  seed: int
+
+
+def _requests(prompts: Sequence[Prompt], ids: Sequence[list[int]], num_samples: int, temperatures: Sequence[float],
+              seed: int) -> list[_Request]:
+  """One for each prompt and temperature; vLLM gives sample j of a request the seed `seed` + j."""
+  if -(-num_samples // len(temperatures)) > _SEED_STEP:
+    raise ValueError(f"num_samples={num_samples}: expected at most {_SEED_STEP} for each temperature")
+  result, taken = [], set()
+  for p, prompt in enumerate(prompts):
+    for first, temperature in enumerate(temperatures[:num_samples]):
+      hashed = hashlib.sha256(f"{seed}/{first}/{prompt.id}".encode()).digest()
+      block = int.from_bytes(hashed[:6])
+      while block in taken:  # by chance, or two prompts of one id
+        block = (block + 1) % (1 << 48)
+      taken.add(block)
+      count = len(range(first, num_samples, len(temperatures)))
+      result.append(_Request(p, first, ids[p], temperature, count, block * _SEED_STEP))
+  return result
+
+
+def _restart(command: str, folder: Path, timeout: float) -> None:
+  """Runs the user's command."""
+  words = [word.replace("{model}", str(folder.resolve())) for word in shlex.split(command)]
+  try:
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+                          timeout=timeout, check=False, env={**os.environ, "IMM_JAX_MODEL": str(folder.resolve())})
+  except (OSError, subprocess.TimeoutExpired) as e:
+    raise UserError(f"sampler.vllm.restart={command!r}: {e}") from e
+  if done.returncode:
+    raise UserError(f"sampler.vllm.restart={command!r}: ended with exit code {done.returncode}: "
+                    f"{(done.stderr or done.stdout).strip()[-500:]}")
+
+
+def _await(server: Server, timeout: float) -> None:
+  """Returns when a server elsewhere answers; raises ServerError when it takes longer than this many seconds."""
+  end = time.monotonic() + timeout
+  while True:
+    try:
+      return server.check_health()
+    except ServerError:
+      if time.monotonic() > end:
+        raise
+      time.sleep(_POLL_S)
+
+
+if __name__ == "__main__":
+  from imm_jax import cli
+  from imm_jax.sampling import vllm_check
+
+  cli.run(vllm_check.main)

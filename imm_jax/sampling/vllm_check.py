@@ -1,0 +1,64 @@
+"""`python -m imm_jax.sampling.vllm --check`: whether a usable vLLM is there, and which."""
+
+import os
+import subprocess
+
+from absl import flags
+
+from imm_jax.errors import UserError
+from imm_jax.sampling import vllm_server
+from imm_jax.sampling.vllm_client import Server, ServerError
+
+_CHECK = flags.DEFINE_bool("check", False, "Say which vLLM is there; all that this program does.")
+_PYTHON = flags.DEFINE_string("python", "", "The python of an environment with vLLM, as in sampler.vllm.python.")
+_URLS = flags.DEFINE_list("urls", [], "Servers, as in sampler.vllm.urls.")
+_TIMEOUT_S = 600
+_ASK = """
+import platform, sys, torch, vllm
+import vllm.entrypoints.openai.api_server
+gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+print("vLLM", vllm.__version__, "torch", torch.__version__, "Python", platform.python_version(),
+      "GPUs:", ", ".join(gpus) or "none")
+"""
+
+
+def main() -> None:
+  """Prints a line for the environment and for each server; a UserError when none can be used."""
+  if not _CHECK.value or bool(_PYTHON.value) == bool(_URLS.value):
+    raise UserError("give --check, and --python=PROGRAM or --urls=URL,...")
+  if _PYTHON.value:
+    print(f"{_PYTHON.value}: {of_environment(_PYTHON.value)}")
+    return
+  usable = 0
+  for url in _URLS.value:
+    try:
+      print(f"{url}: {of_server(Server(url))}")
+      usable += 1
+    except (ServerError, UserError) as e:
+      print(f"{url}: not usable: {e}")
+  if not usable:
+    raise UserError("no server can be used")
+
+
+def of_environment(python: str) -> str:
+  """Which vLLM an interpreter has; raises UserError when it cannot be imported."""
+  python = vllm_server.find_python(python)
+  try:
+    done = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, errors="replace", check=False,
+                          timeout=_TIMEOUT_S, env=vllm_server.environment(python, os.environ))
+  except subprocess.TimeoutExpired as e:
+    raise UserError(f"{python}: importing vLLM takes more than {_TIMEOUT_S} s") from e
+  if done.returncode:
+    raise UserError(f"{python}: vLLM cannot be imported ({done.stderr.strip().rpartition(chr(10))[2]}); install it "
+                    "there with `pip install vllm`")
+  return done.stdout.strip().rpartition("\n")[2]
+
+
+def of_server(server: Server) -> str:
+  """Which vLLM a server is, what it serves, and whether it can reload weights."""
+  server.check_health()
+  version, model = server.version(), server.model()
+  reloads = "reloads weights" if server.can_reload() else (
+      "cannot reload weights (start it with VLLM_SERVER_DEV_MODE=1 in its environment)")
+  return (f"vLLM {version}, serves {model['id']!r} from {model.get('root')}, context {model.get('max_model_len')}; "
+          f"{reloads}")

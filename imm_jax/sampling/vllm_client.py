@@ -1,0 +1,249 @@
+"""One vLLM server over HTTP: completions through its OpenAI-compatible API, and its reload of weights.
+
+What a server answers is not trusted: a body has a largest size and a time by which it is here, and what is in it is
+looked at before it is used. There are two kinds of errors. A `ServerError` may pass, or is that one server's: the
+request can be sent again, or to another. A `UserError` is the server's refusal of what was asked (HTTP 4xx), which
+others would refuse as well.
+"""
+
+import json
+import math
+import os
+import socket
+import time
+from typing import Any, NamedTuple
+
+import urllib3
+
+from imm_jax.errors import UserError
+
+# Of one answer: this much whatever was asked, and this much for each token that may come.
+_MOST_BYTES, _MOST_BYTES_PER_TOKEN = 1 << 20, 512
+_CHUNK = 1 << 16
+_CONNECT_S = 10.0
+# Of what should be answered at once, and of loading weights.
+_SHORT_S, _RELOAD_S = 30.0, 1800.0
+_BUSY = (408, 425, 429)
+# A host that vanishes without a word is noticed after about a minute, however long the answer may take.
+_KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)] + [
+    (socket.IPPROTO_TCP, getattr(socket, name), value)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)) if hasattr(socket, name)]
+
+
+class ServerError(Exception):
+  """A server did not answer, or not with what was asked."""
+
+
+class TimedOutError(ServerError):
+  """An answer did not come in time; to ask the same server again would take as long."""
+
+
+class Generated(NamedTuple):
+  """One choice of a completion.
+
+  Attributes:
+    tokens: ids that were drawn, with the one that ended the sample.
+    logprobs: of each of them, where asked for.
+    finish: `stop` or `length`.
+  """
+
+  tokens: list[int]
+  logprobs: list[float]
+  finish: str
+
+
+class Server:
+  """A vLLM server at a URL such as http://host:8000; safe to use from many threads."""
+
+  def __init__(self, url: str, *, connections: int = 1, timeout: float = 600.0):
+    """Contacts nobody yet.
+
+    Args:
+      url: without a path.
+      connections: that are kept open.
+      timeout: seconds that a completion may take, waiting in the server's queue included.
+
+    Raises:
+      UserError: when it is no such URL.
+    """
+    try:
+      parts = urllib3.util.parse_url(url)
+    except urllib3.exceptions.LocationParseError:
+      parts = urllib3.util.Url()
+    if parts.scheme not in ("http", "https") or not parts.host or parts.path not in (None, "/") or parts.query:
+      raise UserError(f"{url}: expected the URL of a server, such as http://host:8000")
+    self.url = url.rstrip("/")
+    self._timeout = timeout
+    # No proxy: the servers are on this machine or on a private network.
+    self._pool = urllib3.PoolManager(maxsize=connections, retries=False, socket_options=_KEEPALIVE)
+    key = os.environ.get("VLLM_API_KEY")
+    self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+    self._model = ""
+
+  def __str__(self) -> str:
+    return self.url
+
+  def alive(self) -> bool:
+    """Whether there is any point in asking again; of a server elsewhere nobody knows."""
+    return True
+
+  def last_words(self) -> str:
+    """The end of its log, where it is known."""
+    return ""
+
+  def close(self) -> None:
+    """Closes connections that are idle."""
+    self._pool.clear()
+
+  def check_health(self) -> None:
+    """Raises ServerError unless the server can answer requests."""
+    self._call("GET", "/health", timeout=_SHORT_S, parse=False)
+
+  def version(self) -> str:
+    """Of vLLM."""
+    return str(_field(self._call("GET", "/version", timeout=_SHORT_S), "version", str))
+
+  def can_reload(self) -> bool:
+    """Whether it has the endpoints that `reload` needs."""
+    try:
+      self._call("GET", "/weight_info", timeout=_SHORT_S)
+    except UserError:
+      return False
+    return True
+
+  def model(self) -> dict[str, Any]:
+    """What is served: `id`, its name in requests; `root`, the folder it was started with; `max_model_len`."""
+    models = _field(self._call("GET", "/v1/models", timeout=_SHORT_S), "data", list)
+    if not models or not isinstance(models[0], dict) or not isinstance(models[0].get("id"), str):
+      raise ServerError("it serves no model")
+    self._model = models[0]["id"]
+    return models[0]
+
+  def complete(self, prompt: list[int], *, n: int, max_tokens: int, logprobs: bool = False, **options: Any,
+               ) -> list[Generated]:
+    """Continues a prompt n times.
+
+    Args:
+      prompt: token ids.
+      n: completions.
+      max_tokens: of each.
+      logprobs: whether to ask for those of the tokens drawn.
+      **options: more keys of the request, such as `temperature`.
+
+    Returns:
+      The n completions, in the order of their seeds.
+
+    Raises:
+      ServerError: when it gives no such answer.
+      UserError: when it refuses the request.
+    """
+    if not self._model:
+      self.model()
+    body = {"model": self._model, "prompt": prompt, "n": n, "max_tokens": max_tokens, "return_token_ids": True,
+            "logprobs": 1 if logprobs else None, **options}
+    answer = self._call("POST", "/v1/completions", {k: v for k, v in body.items() if v is not None},
+                        timeout=self._timeout, most_bytes=_MOST_BYTES + _MOST_BYTES_PER_TOKEN * n * max_tokens)
+    choices = _field(answer, "choices", list)
+    numbers = [choice.get("index") if isinstance(choice, dict) else None for choice in choices]
+    if len(numbers) != n or any(i not in numbers for i in range(n)):
+      raise ServerError(f"it gave completions {numbers!s:.99}, and {n} were asked for")
+    by_index = dict(zip(numbers, choices, strict=True))
+    return [_generated(by_index[i], max_tokens, logprobs) for i in range(n)]
+
+  def reload(self, folder: str, version: str) -> None:
+    """Has the server read the weights in `folder` (as it sees it), and forget what it computed with the old ones.
+
+    Requests under way are ended. A server that fails stays paused: its weights may be half of each.
+
+    Args:
+      folder: a checkpoint of the same architecture.
+      version: a name for the weights, which the server repeats.
+
+    Raises:
+      ServerError: when a step fails.
+      UserError: when the server has no such endpoints.
+    """
+    self._dev("POST", "/pause?mode=abort")
+    self._dev("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
+    # Keys and values of prompts that came before were computed with the old weights.
+    if not _field(self._dev("POST", "/reset_prefix_cache"), "success", bool):
+      raise ServerError("its prefix cache cannot be reset")
+    self._dev("POST", "/update_weight_version", {"new_version": version})
+    found = _field(self._dev("GET", "/weight_info"), "weight_version", str)
+    if found != version:
+      raise ServerError(f"it says that its weights are {found!r:.99} and not {version!r}")
+    self._dev("POST", "/resume")
+
+  def _dev(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    try:
+      return self._call(method, path, body, timeout=_RELOAD_S)
+    except UserError as e:
+      raise UserError(f"{e}; reloading needs vLLM 0.32 or newer, started with VLLM_SERVER_DEV_MODE=1 in its "
+                      "environment, or give sampler.vllm.restart") from e
+
+  def _call(self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float,
+            most_bytes: int = _MOST_BYTES, parse: bool = True) -> Any:
+    """The JSON object that the server answers with."""
+    end = time.monotonic() + timeout
+    try:
+      response = self._pool.request(
+          method, self.url + path, json=body, headers=self._headers, preload_content=False, redirect=False,
+          timeout=urllib3.Timeout(connect=min(_CONNECT_S, timeout), read=timeout))
+      try:
+        data = bytearray()
+        for chunk in response.stream(_CHUNK, decode_content=False):
+          data += chunk
+          if len(data) > most_bytes:
+            raise ServerError(f"its answer to {path} has more than {most_bytes} bytes")
+          if time.monotonic() > end:
+            raise TimedOutError(f"its answer to {path} takes more than {timeout:g} s")
+      except BaseException:
+        response.close()  # with its connection, on which the rest may still come
+        raise
+      response.release_conn()
+    except urllib3.exceptions.ReadTimeoutError as e:
+      raise TimedOutError(f"it has not answered {path} for {timeout:g} s") from e
+    except urllib3.exceptions.HTTPError as e:
+      raise ServerError(f"{path}: {e}") from e
+    if 400 <= response.status < 500 and response.status not in _BUSY:
+      raise UserError(f"{self.url}{path}: the server refuses (HTTP {response.status}): {_said(data)}")
+    if response.status != 200:
+      raise ServerError(f"{path}: HTTP {response.status}: {_said(data)}")
+    if not parse:
+      return None
+    try:
+      value = json.loads(data)
+    except (ValueError, RecursionError) as e:
+      raise ServerError(f"{path}: its answer is not JSON: {_said(data)}") from e
+    if not isinstance(value, dict):
+      raise ServerError(f"{path}: its answer is no JSON object: {_said(data)}")
+    return value
+
+
+def _field(answer: dict[str, Any], name: str, kind: type) -> Any:
+  value = answer.get(name)
+  if not isinstance(value, kind):
+    raise ServerError(f"{name!r} is missing in its answer, or no {kind.__name__}")
+  return value
+
+
+def _generated(choice: dict[str, Any], max_tokens: int, logprobs: bool) -> Generated:
+  tokens, finish = choice.get("token_ids"), choice.get("finish_reason")
+  if not isinstance(tokens, list) or not all(type(t) is int and t >= 0 for t in tokens):
+    raise ServerError("its answer has no token_ids; it needs vLLM 0.10.2 or newer")
+  if not 1 <= len(tokens) <= max_tokens or finish not in ("stop", "length") or (
+      finish == "length" and len(tokens) < max_tokens):
+    raise ServerError(f"a completion of {len(tokens)} tokens of {max_tokens} ended with {finish!r:.99}")
+  if not logprobs:
+    return Generated(tokens, [], finish)
+  found = choice.get("logprobs")
+  values = found.get("token_logprobs") if isinstance(found, dict) else None
+  if not isinstance(values, list) or len(values) != len(tokens) or not all(
+      isinstance(v, float) and math.isfinite(v) for v in values):
+    raise ServerError("its answer has no log-probability for each token")
+  return Generated(tokens, values, finish)
+
+
+def _said(data: bytes) -> str:
+  """The start of what a server answered, in one line."""
+  return " ".join(data[:2000].decode(errors="replace").split())[:300] or "nothing"

@@ -1,0 +1,135 @@
+"""A vLLM server that this process starts: in an environment of its own, on loopback, ended with all its processes."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from imm_jax import progress
+from imm_jax.errors import UserError
+from imm_jax.sampling import supervisor
+from imm_jax.sampling.vllm_client import Server, ServerError
+
+_POLL_S = 0.5
+_LOG_LINES, _LOG_BYTES = 20, 20_000
+# Variables that are meant for jax, for this Python, or for this process among several (torch would join them).
+_JAX = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "MEGASCALE_", "TF_", "PYTHON", "VIRTUAL_ENV")
+_OTHER_RUNS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OWN = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1"}  # `-m` is not to find modules in the current directory
+
+
+def find_python(python: str) -> str:
+  """The interpreter at this path; raises UserError where there is none."""
+  found = shutil.which(os.path.expanduser(python))
+  if not found:
+    raise UserError(f"sampler.vllm.python={python}: no such program; give the python of an environment with vLLM")
+  return os.path.abspath(found)
+
+
+def environment(python: str, given: Mapping[str, str]) -> dict[str, str]:
+  """The environment of a child that runs another Python: `given` less what is meant for this process.
+
+  >>> made = environment("/venv/bin/python", {"PATH": "/bin", "XLA_FLAGS": "--x", "HOME": "/home/me"})
+  >>> made["PATH"], made["HOME"], "XLA_FLAGS" in made
+  ('/venv/bin:/bin', '/home/me', False)
+  """
+  kept = {k: v for k, v in given.items() if not k.startswith(_JAX) and k not in _OTHER_RUNS}
+  # The CUDA libraries that came with jax are not those that torch was built for.
+  libraries = [p for p in kept.pop("LD_LIBRARY_PATH", "").split(":") if p and not p.startswith(sys.prefix + os.sep)]
+  # Kernels are compiled with programs that lie beside the interpreter.
+  path = os.pathsep.join([os.path.dirname(python), kept.get("PATH", os.defpath)])
+  return {**kept, "PATH": path, **({"LD_LIBRARY_PATH": ":".join(libraries)} if libraries else {}), **_OWN}
+
+
+class SpawnedServer(Server):
+  """A server with this checkpoint, in a process of its own."""
+
+  def __init__(self, python: str, folder: Path, *, dtype: str, args: Sequence[str] = (), log: Path,
+               connections: int = 1, timeout: float = 600.0):
+    """Starts it; `wait` returns when it can answer.
+
+    Args:
+      python: the interpreter of an environment with vLLM.
+      folder: an HF checkpoint.
+      dtype: of weights and activations.
+      args: more arguments of vLLM's server; the last of one name counts.
+      log: a file that gets all that the server says.
+      connections: see `Server`.
+      timeout: see `Server`.
+
+    Raises:
+      UserError: when there is no such interpreter.
+    """
+    python = find_python(python)
+    with socket.socket() as s:
+      s.bind(("127.0.0.1", 0))
+      port = s.getsockname()[1]
+    super().__init__(f"http://127.0.0.1:{port}", connections=connections, timeout=timeout)
+    self._log, self._folder = log, folder
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder.resolve()), "--dtype", dtype,
+               "--generation-config", "vllm", "--served-model-name", "imm_jax", *args,
+               "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("ab") as out:
+      out.write(f"\n{time.strftime('%F %T')} {' '.join(command)}\n".encode())
+      out.flush()
+      self._begin = out.tell()
+      # In a session of its own, so that Ctrl-C at a terminal does not reach it before this process has decided.
+      self._process = subprocess.Popen(
+          [sys.executable, "-I", supervisor.__file__, str(os.getpid()), *command], stdin=subprocess.DEVNULL, stdout=out,
+          stderr=subprocess.STDOUT, start_new_session=True, env=environment(python, os.environ))
+
+  def alive(self) -> bool:
+    """Whether its process runs."""
+    return self._process.poll() is None
+
+  def last_words(self) -> str:
+    """The last lines that it said, and where the rest is."""
+    return f"\nthe last lines of {self._log}:\n" + "\n".join(f"  {line}" for line in self._lines()[-_LOG_LINES:])
+
+  def wait(self, timeout: float) -> None:
+    """Returns when it answers.
+
+    Raises:
+      UserError: when it ends first, takes longer than this many seconds, or is another's; with its last lines.
+    """
+    begin = time.monotonic()
+    with progress.bar(None, "vLLM starts", "s", bar_format="{desc}: {n:.0f} s {postfix}") as bar:
+      while True:
+        try:
+          self.check_health()
+          served = self.model().get("root")
+        except ServerError:
+          if not self.alive():
+            raise UserError(f"the vLLM server has ended while it started (exit code {self._process.returncode})"
+                            f"{self.last_words()}") from None
+        else:
+          if served != str(self._folder.resolve()):
+            raise UserError(f"{self}: another server ({served!r:.99}) has taken the port; start again")
+          return
+        waited = time.monotonic() - begin
+        if waited > timeout:
+          raise UserError(f"the vLLM server is not ready after {timeout:g} s (sampler.vllm.start_timeout)"
+                          f"{self.last_words()}")
+        bar.set_postfix_str("".join(self._lines()[-1:])[:100], refresh=False)
+        bar.update(waited - bar.n)
+        time.sleep(_POLL_S)
+
+  def close(self) -> None:
+    """Ends it and all its processes."""
+    super().close()
+    if self.alive():
+      self._process.send_signal(signal.SIGTERM)
+    self._process.wait()
+
+  def _lines(self) -> list[str]:
+    with self._log.open("rb") as f:
+      size = f.seek(0, os.SEEK_END)
+      f.seek(max(self._begin, size - _LOG_BYTES))
+      return [line for line in f.read().decode(errors="replace").splitlines() if line.strip()]
