@@ -111,19 +111,21 @@ class _Scorer:
 
   def score(self, prompts: Sequence[list[int]], tokens: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities of tokens [B, N] after prompts, and of the likeliest in each place."""
-    lengths = np.array([len(p) for p in prompts], np.int32)
-    padded = np.zeros((len(prompts), -(-int(lengths.max()) // _PAD) * _PAD), np.int32)
-    for row, prompt in enumerate(prompts):
-      padded[row, :len(prompt)] = prompt
-    followed = np.array(tokens, np.int32)
+    # As many rows for fewer prompts: what is compiled fits all.
+    rows = np.arange(max(PROMPTS, len(prompts))) % len(prompts)
+    lengths = np.array([len(prompts[row]) for row in rows], np.int32)
+    padded = np.zeros((len(rows), -(-int(lengths.max()) // _PAD) * _PAD), np.int32)
+    for place, row in enumerate(rows):
+      padded[place, :lengths[place]] = prompts[row]
+    followed = np.array(tokens, np.int32)[rows]
     logits, caches = decode.prefill(self._params, padded, lengths, static=self._static)
-    caches = decode.grow({"caches": caches}, padded.shape[1] + followed.shape[1])["caches"]
+    caches = decode.grow({"caches": caches}, padded.shape[1] + TOKENS)["caches"]
     scores = [_scores(logits, followed[:, 0])]
     for t in range(1, followed.shape[1]):
       logits, caches = _step(self._params, followed[:, t - 1], lengths + t - 1, caches, config=self._static.config,
                              dtype=self._static.dtype)
       scores.append(_scores(logits, followed[:, t]))
-    logprobs, best = np.stack(jax.device_get(scores), axis=-1)
+    logprobs, best = np.stack(jax.device_get(scores), axis=-1)[:, :len(prompts)]
     return logprobs, best
 
 

@@ -14,8 +14,9 @@ _PYTHON = flags.DEFINE_string("python", "", "The python of an environment with v
 _URLS = flags.DEFINE_list("urls", [], "Servers, as in sampler.vllm.urls.")
 _TIMEOUT_S = 600
 _ASK = """
-import platform, sys, torch, vllm
+import platform
 import vllm.entrypoints.openai.api_server
+import torch
 gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 print("vLLM", vllm.__version__, "torch", torch.__version__, "Python", platform.python_version(),
       "GPUs:", ", ".join(gpus) or "none")

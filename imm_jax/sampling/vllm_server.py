@@ -1,6 +1,7 @@
 """A vLLM server that this process starts: in an environment of its own, on loopback, ended with all its processes."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,7 +17,9 @@ from imm_jax.sampling import supervisor
 from imm_jax.sampling.vllm_client import Server, ServerError
 
 _POLL_S = 0.5
-_LOG_LINES, _LOG_BYTES = 20, 20_000
+_LOG_LINES, _LOG_BYTES = 15, 1_000_000
+# A traceback's last line, in the log of one of several processes.
+_ERROR, _ERRORS = re.compile(r"\b[A-Z]\w*(?:Error|Exception): .*"), 5
 # Variables that are meant for jax, for this Python, or for this process among several (torch would join them).
 _JAX = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "MEGASCALE_", "TF_", "PYTHON", "VIRTUAL_ENV")
 _OTHER_RUNS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -90,8 +93,12 @@ class SpawnedServer(Server):
     return self._process.poll() is None
 
   def last_words(self) -> str:
-    """The last lines that it said, and where the rest is."""
-    return f"\nthe last lines of {self._log}:\n" + "\n".join(f"  {line}" for line in self._lines()[-_LOG_LINES:])
+    """The errors and the last lines that it said, and where the rest is."""
+    lines = self._lines()
+    # The cause comes first and far from the end: one process after the other says that it failed.
+    errors = list(dict.fromkeys(found[0] for line in lines if (found := _ERROR.search(line))))[:_ERRORS]
+    said = [f"its errors in {self._log}:", *errors] if errors else []
+    return "\n" + "\n  ".join([*said, f"the last lines of {self._log}:", *lines[-_LOG_LINES:]])
 
   def wait(self, timeout: float) -> None:
     """Returns when it answers.
