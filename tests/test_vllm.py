@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import resource
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -346,8 +349,33 @@ def test_many_servers_that_fail_at_random_lose_and_repeat_nothing() -> None:
 
 def test_breaking_off_stops_asking() -> None:
   asked = []
-  dispatcher = Dispatcher([Server("http://127.0.0.1:1")], lambda s, r: asked.append(r), list(range(10_000)),
-                          concurrency=2)
-  with contextlib.closing(iter(dispatcher)) as answers:
-    next(answers)
-  assert len(asked) < 10_000
+
+  def ask(server: Server, request: int) -> None:
+    asked.append(request)
+    time.sleep(0.01)
+
+  with contextlib.closing(iter(Dispatcher([Server("http://127.0.0.1:1")], ask, range(10_000), concurrency=2))) as found:
+    next(found)
+  count = len(asked)
+  time.sleep(0.1)
+  assert len(asked) <= count + 2
+
+
+def test_a_full_disk_ends_it_with_one_line_and_the_journal_is_whole(
+    fake: FakeVllm, plain: list[list[Completion]], tmp_path: Path) -> None:
+  path = tmp_path / "journal.jsonl"
+  _sample(fake, journal=path)
+  size = path.stat().st_size
+  path.unlink()
+  _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
+  try:
+    with pytest.raises(UserError, match=r"journal.jsonl: cannot be written \("):
+      _sample(fake, journal=path)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    signal.signal(signal.SIGXFSZ, old)
+  fake.seen.clear()
+  assert _sample(fake, journal=path) == plain
+  assert 0 < len(fake.seen) < len(PROMPTS) * 3

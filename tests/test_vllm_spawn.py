@@ -85,7 +85,7 @@ def test_a_server_starts_answers_and_ends_with_all_its_processes(
   assert "PYTHONPATH" not in said
 
 
-def test_a_server_that_ends_at_its_start_is_reported_with_its_errors_and_last_lines(spawn: Callable[..., SpawnedServer]) -> None:
+def test_a_server_that_ends_at_its_start_is_reported_with_its_errors(spawn: Callable[..., SpawnedServer]) -> None:
   server = spawn("dies")
   with pytest.raises(UserError, match=r"has ended while it started \(exit code 1\)") as error:
     server.wait(30)

@@ -1,11 +1,13 @@
 """Samples on disk as they come, so that a killed run goes on where it was."""
 
+import errno
 import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
+from imm_jax.errors import UserError
 from imm_jax.sampling import Completion
 
 _SYNC_EVERY_S = 5.0
@@ -36,24 +38,27 @@ class Journal:
       header: what decides the samples: model, settings, questions. Anything that json can write.
     """
     self.done: dict[int, list[Completion]] = {}
+    self._path = path
     path.parent.mkdir(parents=True, exist_ok=True)
-    self._file = path.open("a+b")
+    self._file = path.open("ab", buffering=0)
     self._synced = time.monotonic()
-    self._file.seek(0)
     first = _line(header)
-    end = len(first) if self._file.readline() == first else 0
-    while end and (found := _parsed(line := self._file.readline())):
-      self.done[found[0]] = found[1]
-      end += len(line)
+    with path.open("rb") as f:
+      end = len(first) if f.readline() == first else 0
+      while end and (found := _parsed(line := f.readline())):
+        self.done[found[0]] = found[1]
+        end += len(line)
     self._file.truncate(end)
     if not end:
-      self._file.write(first)
-      self._file.flush()
+      self._write(first)
 
   def add(self, number: int, completions: list[Completion]) -> None:
-    """Writes the completions of a request: at once to the file, a few seconds later to the disk."""
-    self._file.write(_line([number, completions]))
-    self._file.flush()
+    """Writes the completions of a request: at once to the file, a few seconds later to the disk.
+
+    Raises:
+      UserError: when the disk refuses.
+    """
+    self._write(_line([number, completions]))
     if time.monotonic() - self._synced > _SYNC_EVERY_S:
       self._sync()
 
@@ -61,6 +66,14 @@ class Journal:
     """Puts all on disk."""
     self._sync()
     self._file.close()
+
+  def _write(self, line: bytes) -> None:
+    try:
+      if self._file.write(line) < len(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as e:
+      raise UserError(f"{self._path}: cannot be written ({e.strerror}); the same command goes on after what is in "
+                      "it") from e
 
   def _sync(self) -> None:
     os.fsync(self._file.fileno())

@@ -167,7 +167,7 @@ class VllmSampler:
       bar = stack.enter_context(progress.bar(len(prompts) * num_samples, label, "sample", initial=sum(
           map(len, earlier.values()))))
       tokens = sum(c.num_tokens for done in earlier.values() for c in done)
-      for (i, request), generated in dispatcher:
+      for (i, request), generated in stack.enter_context(contextlib.closing(iter(dispatcher))):
         done = [completions.completion(self.tokenizer, np.array(g.tokens), ends, texts) for g in generated]
         # An end that only the server knows of.
         done = [c._replace(finish=g.finish) if g.finish == "stop" else c for c, g in zip(done, generated, strict=True)]
