@@ -25,11 +25,14 @@ from imm_jax.sampling.vllm_client import Generated, Server, ServerError
 
 PROMPTS, TOKENS = 4, 16
 _PAD = 64  # prompts' length to a multiple of this: few shapes are compiled
-# Mean and largest difference of log-probabilities (nats) that rounding explains. Two programs add in another order and
-# round at other places. bfloat16 has 8 bits: a logit of 16 to 32 is stored to 1/8, and what leads to it is rounded in
-# each layer, so single tokens differ by tenths, while the likeliest ones, which greedy search takes, mostly differ by
-# hundredths. float16 has 11 bits, float32 has 24. Weights that differ by less than this sample alike.
-TOLERANCES = {"bfloat16": (0.05, 0.5), "float16": (0.02, 0.2), "float32": (1e-3, 1e-2)}
+# The mean difference of log-probabilities (nats) that rounding explains; a single token's may be ten times as large.
+# Two programs add in another order and round at other places. bfloat16 has 8 significant bits: what passes from layer
+# to layer is rounded to 1/256 of it, and so may the logits be. But what greedy search takes is mostly sure,
+# whose log-probability hardly moves: of 240 answers of the embedded model in bfloat16, on vLLM's CPU backend, four
+# differ by 0.003 on average at most, and a single token by 0.05. Ten times that leaves room for deeper models. float16
+# has 11 bits, float32 24. Weights that differ by less than this sample alike.
+TOLERANCES = {"bfloat16": 0.03, "float16": 0.01, "float32": 1e-3}
+_SINGLE = 10
 
 
 class Agreement(NamedTuple):
@@ -45,9 +48,13 @@ class Agreement(NamedTuple):
   largest: float
   where: tuple[int, int]
 
+  def within(self, tolerance: float) -> bool:
+    """Whether rounding explains it; what is no number is not explained."""
+    return self.mean <= tolerance and self.largest <= _SINGLE * tolerance
+
 
 def check(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]], *, dtype: str, new_tokens: int,
-          mesh: Mesh | None = None) -> dict[Server, Agreement | ServerError]:
+          tolerance: float = 0.0, mesh: Mesh | None = None) -> dict[Server, Agreement | ServerError]:
   """Checks that servers run the weights in a folder.
 
   Args:
@@ -56,6 +63,7 @@ def check(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]],
     prompts: token ids; best are those that will be asked, whose beginnings a server may have kept.
     dtype: of weights and activations, here and there.
     new_tokens: at most so many are compared, of each prompt.
+    tolerance: in place of the one in TOLERANCES, where it is not 0.
     mesh: where the decoder runs; None is the CPU, for a GPU may be full of the server.
 
   Returns:
@@ -65,6 +73,7 @@ def check(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]],
     UserError: when a server differs by more than rounding does, with the numbers.
   """
   tokens = min(TOKENS, new_tokens)
+  allowed = tolerance or TOLERANCES[dtype]
   scorer = _Scorer(folder, dtype, mesh)
   result: dict[Server, Agreement | ServerError] = {}
   for server in servers:
@@ -76,15 +85,14 @@ def check(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]],
       continue
     logprobs, best = scorer.score(prompts, [g.tokens for g in greedy])
     result[server] = found = agreement(greedy, logprobs, best)
-    mean, largest = TOLERANCES[dtype]
-    if not (found.mean <= mean and found.largest <= largest):  # so is what is no number
+    if not found.within(allowed):
       row, t = found.where
       raise UserError(
           f"{server}: does not run the weights of {folder}. Over {len(prompts)} greedy answers of {tokens} tokens its "
           f"log-probabilities differ from the native decoder's by {found.mean:.3g} on average and {found.largest:.3g} "
           f"at most (prompt {row}, token {t}: id {greedy[row].tokens[t]} has {greedy[row].logprobs[t]:.4f} there, "
           f"{logprobs[row, t]:.4f} here, where the likeliest has {best[row, t]:.4f}); rounding to {dtype} explains "
-          f"{mean:g} and {largest:g}. Have it start again on this folder (sampler.vllm.python or .restart)")
+          f"{allowed:g} and {_SINGLE * allowed:g} (sampler.vllm.tolerance). Have it start again on this folder")
   return result
 
 

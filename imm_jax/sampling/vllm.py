@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -45,7 +46,8 @@ class VllmSampler:
 
   def __init__(self, folder: str | Path, *, python: str = "", urls: Sequence[str] = (), args: Sequence[str] = (),
                restart: str = "", compute_dtype: str = "bfloat16", concurrency: int = 256, timeout: float = 1800.0,
-               start_timeout: float = 1800.0, log: str | Path = "vllm.log", mesh: Mesh | None = None):
+               start_timeout: float = 1800.0, tolerance: float = 0.0, log: str | Path = "vllm.log",
+               mesh: Mesh | None = None):
     """Starts a server, or has those elsewhere reload; returns when they can answer.
 
     Args:
@@ -58,6 +60,8 @@ class VllmSampler:
       concurrency: requests under way at each server.
       timeout: seconds that a request may take.
       start_timeout: seconds that a server may take to start or reload.
+      tolerance: by how much the servers' log-probabilities may differ from the native decoder's, on average; 0 for what
+        rounding to `compute_dtype` explains (`freshness.TOLERANCES`).
       log: a file that gets what a server that is started says.
       mesh: of this process's own devices, for the check of the servers' weights; None takes the CPU.
 
@@ -71,6 +75,9 @@ class VllmSampler:
       raise ValueError(f"python={python!r}, urls={urls}: expected one of the two")
     if concurrency < 1:
       raise ValueError(f"concurrency={concurrency}: expected 1 or more")
+    if not 0 <= tolerance < math.inf:
+      raise ValueError(f"tolerance={tolerance}: expected a number >= 0")
+    self._tolerance = tolerance
     self._folder, self._dtype, self._concurrency, self._mesh = Path(folder), compute_dtype, concurrency, mesh
     config = hf.read_config(folder)
     self.tokenizer, self._eos = completions.load(self._folder, config.vocab_size)
@@ -91,7 +98,8 @@ class VllmSampler:
           _restart(restart, self._folder, start_timeout)
           self._use(lambda server: _await(server, start_timeout))
         else:
-          self._use(lambda server: server.reload(str(self._folder.resolve()), self._digest))
+          self._use(lambda server: server.reload(str(self._folder.resolve()), self._digest,
+                                                   timeout=start_timeout))
     except BaseException:
       self.close()
       raise
@@ -198,7 +206,7 @@ class VllmSampler:
     """Checks the servers' weights, once, with some of the prompts that will be asked."""
     step = -(-len(ids) // freshness.PROMPTS)
     found = freshness.check(self._usable(), self._folder, ids[::step], dtype=self._dtype, new_tokens=new_tokens,
-                            mesh=self._mesh)
+                            tolerance=self._tolerance, mesh=self._mesh)
     self._leave_out({server: str(e) for server, e in found.items() if isinstance(e, ServerError)})
     self._checked = True
 

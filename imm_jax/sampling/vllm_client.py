@@ -6,6 +6,7 @@ request can be sent again, or to another. A `UserError` is the server's refusal 
 others would refuse as well.
 """
 
+import functools
 import json
 import math
 import os
@@ -21,8 +22,7 @@ from imm_jax.errors import UserError
 _MOST_BYTES, _MOST_BYTES_PER_TOKEN = 1 << 20, 512
 _CHUNK = 1 << 16
 _CONNECT_S = 10.0
-# Of what should be answered at once, and of loading weights.
-_SHORT_S, _RELOAD_S = 30.0, 1800.0
+_SHORT_S = 30.0  # for what should be answered at once
 _BUSY = (408, 425, 429)
 # A host that vanishes without a word is noticed after about a minute, however long the answer may take.
 _KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)] + [
@@ -150,7 +150,7 @@ class Server:
     by_index = dict(zip(numbers, choices, strict=True))
     return [_generated(by_index[i], max_tokens, logprobs) for i in range(n)]
 
-  def reload(self, folder: str, version: str) -> None:
+  def reload(self, folder: str, version: str, *, timeout: float) -> None:
     """Has the server read the weights in `folder` (as it sees it), and forget what it computed with the old ones.
 
     Requests under way are ended. A server that fails stays paused: its weights may be half of each.
@@ -158,25 +158,24 @@ class Server:
     Args:
       folder: a checkpoint of the same architecture.
       version: a name for the weights, which the server repeats.
+      timeout: seconds that a step may take.
 
     Raises:
       ServerError: when a step fails.
       UserError: when the server has no such endpoints.
     """
-    self._dev("POST", "/pause?mode=abort")
-    self._dev("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
-    # Keys and values of prompts that came before were computed with the old weights.
-    if not _field(self._dev("POST", "/reset_prefix_cache"), "success", bool):
-      raise ServerError("its prefix cache cannot be reset")
-    self._dev("POST", "/update_weight_version", {"new_version": version})
-    found = _field(self._dev("GET", "/weight_info"), "weight_version", str)
-    if found != version:
-      raise ServerError(f"it says that its weights are {found!r:.99} and not {version!r}")
-    self._dev("POST", "/resume")
-
-  def _dev(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    call = functools.partial(self._call, timeout=timeout)
     try:
-      return self._call(method, path, body, timeout=_RELOAD_S)
+      call("POST", "/pause?mode=abort")
+      call("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
+      # Keys and values of prompts that came before were computed with the old weights.
+      if not _field(call("POST", "/reset_prefix_cache"), "success", bool):
+        raise ServerError("its prefix cache cannot be reset")
+      call("POST", "/update_weight_version", {"new_version": version})
+      found = _field(call("GET", "/weight_info"), "weight_version", str)
+      if found != version:
+        raise ServerError(f"it says that its weights are {found!r:.99} and not {version!r}")
+      call("POST", "/resume")
     except UserError as e:
       raise UserError(f"{e}; reloading needs vLLM 0.32 or newer, started with VLLM_SERVER_DEV_MODE=1 in its "
                       "environment, or give sampler.vllm.restart") from e
