@@ -379,3 +379,8 @@ def test_a_full_disk_ends_it_with_one_line_and_the_journal_is_whole(
   fake.seen.clear()
   assert _sample(fake, journal=path) == plain
   assert 0 < len(fake.seen) < len(PROMPTS) * 3
+
+
+def test_nothing_asked_is_nothing_done(fake: FakeVllm) -> None:
+  assert _sample(fake, prompts=[]) == []
+  assert not fake.seen
