@@ -33,8 +33,10 @@ PYTHON = os.environ.get("IMM_JAX_VLLM_PYTHON", "")
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not PYTHON, reason="IMM_JAX_VLLM_PYTHON names no Python with vLLM")]
 
 TINY = hub.resolve("tiny")
-# Small blocks, so that short prompts have keys and values that are kept.
-ARGS = ("--enforce-eager", "--max-num-seqs", "32", "--block-size", "32")
+# Small blocks, so that short prompts have keys and values that are kept. Prompts in one piece: of the CPU backend a
+# request with a seed whose prompt is run in parts ends the server (its generator has no offset to be put back).
+ARGS = ("--enforce-eager", "--max-num-seqs", "32", "--block-size", "32", "--no-enable-chunked-prefill",
+        "--max-num-batched-tokens", "4096")
 SHOTS = arithmetic.generate("stories", split="train", count=2, seed=3)
 PROMPTS = [Prompt(f"{family}/{i}", prompts.build(e.question, examples=SHOTS)) for family in arithmetic.FAMILIES
            for i, e in enumerate(arithmetic.generate(family, split="test", count=12, seed=3))]

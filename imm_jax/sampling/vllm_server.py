@@ -96,7 +96,8 @@ class SpawnedServer(Server):
     """The errors and the last lines that it said, and where the rest is."""
     lines = self._lines()
     # The cause comes first and far from the end: one process after the other says that it failed.
-    errors = list(dict.fromkeys(found[0] for line in lines if (found := _ERROR.search(line))))[:_ERRORS]
+    found = [_ERROR.search(line) for line in lines if "WARNING" not in line]
+    errors = list(dict.fromkeys(match[0] for match in found if match))[:_ERRORS]
     said = [f"its errors in {self._log}:", *errors] if errors else []
     return "\n" + "\n  ".join([*said, f"the last lines of {self._log}:", *lines[-_LOG_LINES:]])
 
