@@ -151,6 +151,7 @@ def test_the_cost_of_a_run_counts_its_tokens():
       config, None, record)
 
 
+@pytest.mark.slow
 def test_an_experiment_runs_each_of_its_runs_in_a_folder(environment, tmp_path):  # noqa: F811
   flags = [flag.replace("--config.", "--config.runs.tiny_stories.") for flag in SMALL]
   command = [sys.executable, "-m", "imm_jax.main", "--config=configs/paper.py:table=7,scale=tiny",

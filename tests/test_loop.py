@@ -175,6 +175,7 @@ def test_a_lost_or_changed_output_is_made_again_with_the_reason(finished: Path, 
   assert_same_run(finished, workdir)
 
 
+@pytest.mark.slow
 def test_real_trains_on_gold_answers_and_star_goes_on_from_the_tuned_model(environment: dict[str, str], tmp_path: Path):
   real = start(tmp_path / "real", environment, "--config.method=real", "--config.rounds=1")
   assert real.returncode == 0, real.stderr
@@ -188,6 +189,7 @@ def test_real_trains_on_gold_answers_and_star_goes_on_from_the_tuned_model(envir
   assert record["round_1/sft"]["inputs"]["round_0/sft"] == record["round_0/sft"]["output"]
 
 
+@pytest.mark.slow
 def test_bfloat16_runs_from_any_folder_to_the_same_bits(environment: dict[str, str], tmp_path: Path):
   bfloat16 = ("--config.rounds=1", "--config.sft.compute_dtype=bfloat16", "--config.sample.compute_dtype=bfloat16")
   for name in ("a", "b"):

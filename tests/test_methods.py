@@ -35,6 +35,7 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
   return {name: value.astype(np.float64) for name, value in safetensors.read(folder / "model.safetensors").items()}
 
 
+@pytest.mark.slow
 def test_imm_that_gives_the_base_no_weight_and_drops_nothing_is_star(run):
   imm, star = run("--config.merge.base_weight=0", "--config.merge.drop_rate=0"), run("--config.method=star")
   for t in (0, 1):
@@ -58,6 +59,7 @@ def test_iimm_scales_each_layer_by_its_importance(run):
     np.testing.assert_allclose(merged[name], wanted, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_interventions_hold_back_what_they_say(run):
   """Decay: the first layers move less; masking: a share of each matrix alone. (Clipping: test_interventions.)"""
   decay, masking = (run("--config.rounds=1", "--config.method=star", *more) for more in (
@@ -74,6 +76,7 @@ def test_interventions_hold_back_what_they_say(run):
   assert np.mean([(moved[name] != 0).mean() for name in matrices]) > 0.4
 
 
+@pytest.mark.slow
 def test_accumulation_differs_from_star_from_the_second_round_on(run):
   star, both = run("--config.method=star"), run("--config.method=data_accumulation")
   assert (both / "round_0/sft/model.safetensors").read_bytes() == (star / "round_0/sft/model.safetensors").read_bytes()
@@ -81,6 +84,7 @@ def test_accumulation_differs_from_star_from_the_second_round_on(run):
   assert (both / "round_1/sft/model.safetensors").read_bytes() != (star / "round_1/sft/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_teacher_samples_in_every_round_and_the_student_is_trained(run):
   star = run("--config.method=star")
   taught = run("--config.rounds=1", "--config.method=star", f"--config.teacher={star / 'round_1/sft'}")

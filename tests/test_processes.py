@@ -117,6 +117,7 @@ def test_two_processes_give_the_run_of_one(alone: Path, start: Callable[..., Run
   assert "round_0" not in run.said[1]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_on_other_numbers_of_processes(alone: Path, start: Callable[..., Run], tmp_path: Path):
   workdir = tmp_path / "run"
   states = workdir / "round_0/sft_state"
@@ -152,6 +153,7 @@ def test_all_processes_end_with_the_first_error(start: Callable[..., Run], tmp_p
     assert ("another process failed first: process" in errors[0]) == (i != failing)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_saves_and_stops_all(start: Callable[..., Run], tmp_path: Path):
   states = tmp_path / "run/round_0/sft_state"
   long = ("--config.sft.epochs=60", "--config.sft.save_interval=1000")

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from imm_jax import tasks
 from imm_jax.model import hub
-from imm_jax.sampling.native import load_tokenizer
+from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.tasks import answers, arithmetic, prompts
 from imm_jax.tasks.base import Example
 

@@ -6,6 +6,7 @@
 A step's folder appears whole or not at all. It is read onto any mesh and any number of processes.
 """
 
+import logging as std_logging
 import os
 import re
 import sys
@@ -137,6 +138,8 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
     logging.get_absl_logger().addFilter(_no_traceback)
+    # Not taken away again: what broke off is collected at some later time.
+    std_logging.getLogger("asyncio").addFilter(_no_orphan)
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -171,6 +174,11 @@ class Checkpoints:
   def _unreadable(self, step: int, cause: str) -> UserError:
     return UserError(f"{self.folder / str(step)}: this training state cannot be read ({cause}); remove that folder to "
                      "go on from the one before, or to begin again")
+
+
+def _no_orphan(record: Any) -> bool:
+  """Leaves out asyncio's word on orbax's other writes when one has failed, and is raised."""
+  return not ("never retrieved" in record.getMessage() and "orbax" in record.getMessage())
 
 
 def _unwritable(folder: str | Path, error: BaseException) -> UserError:
