@@ -38,8 +38,20 @@ def get_config() -> ml_collections.ConfigDict:
   sample.top_p = 1.0  # nucleus: 1 keeps the whole distribution [ours]
   sample.max_new_tokens = 512  # tokens of an answer [ours]
   sample.stop = ("### Instruction",)  # an answer ends before any of these strings, in evaluation too
-  sample.batch_size = 64  # samples decoded at once
+  sample.batch_size = 64  # samples decoded at once (native)
   sample.compute_dtype = "bfloat16"  # of weights, activations and cache, in evaluation too: bfloat16 or float32
+
+  config.sampler = sampler = ml_collections.ConfigDict()
+  sampler.kind = "native"  # what samples, in evaluation too: this package, on the devices that train; or vllm
+  sampler.vllm = vllm = ml_collections.ConfigDict()
+  vllm.python = ""  # of an environment with vLLM, whose server each stage starts on this host; empty for this Python
+  vllm.urls = ()  # or servers that run elsewhere and see --workdir under the same path: ("http://host:8000",)
+  vllm.args = ()  # more arguments of a server that is started: ("--gpu-memory-utilization=0.8",)
+  vllm.restart = ""  # a command that starts the servers elsewhere again with {model}, in place of a reload
+  vllm.concurrency = 256  # requests under way at each server; one asks for all of a question's samples at a temperature
+  vllm.timeout = 1800.0  # seconds that a request may take, waiting included
+  vllm.start_timeout = 1800.0  # seconds that a server may take to start or reload
+  vllm.tolerance = 0.0  # nats that log-probabilities may differ from the native decoder's; 0: what rounding explains
 
   config.data = data = ml_collections.ConfigDict()
   data.mixture_share = 0.5  # of each earlier round's right answers that data_mixture adds [ours]
@@ -87,7 +99,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.eval = evaluation = ml_collections.ConfigDict()
   evaluation.max_new_tokens = 512  # greedy, zero-shot [paper]
-  evaluation.batch_size = 64  # questions decoded at once
+  evaluation.batch_size = 64  # questions decoded at once (native)
   evaluation.num_samples = 0  # M, samples of each question for pass@k and the majority vote; 0 for greedy answers only
   evaluation.pass_at_k = (1, 2, 4, 8, 16, 32, 64)  # those up to M
   evaluation.temperature = 0.6  # of the samples [ours]

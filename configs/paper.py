@@ -5,7 +5,8 @@
     python -m imm_jax.main --config=configs/paper.py:table=3,scale=tiny --workdir=runs/tiny3
 
 Every run has its folder in WORKDIR. `scale=tiny` keeps the plan and puts the embedded model and its tasks in place of
-the paper's. One run is changed with --config.runs.NAME.KEY=VALUE.
+the paper's. One run is changed with --config.runs.NAME.KEY=VALUE, what samples in all of them with
+--config.sampler.KEY=VALUE.
 """
 
 import ml_collections
@@ -33,6 +34,10 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
   runs, analyses = _PLANS[name](scale)
   config = ml_collections.ConfigDict({"title": f"{name} of the paper" + " at tiny scale" * (scale == "tiny")})
   config.runs = ml_collections.ConfigDict(runs)
+  if runs:
+    config.sampler = next(iter(config.runs.values())).sampler
+    for run in config.runs.values():
+      run.sampler = config.sampler  # one and the same
   config.analyses = ml_collections.ConfigDict(analyses)
   return config
 

@@ -11,6 +11,7 @@ from imm_jax.errors import UserError, nearest
 from imm_jax.merging import quantise_drop_rate
 from imm_jax.model import attention
 from imm_jax.model.decoder import REMAT
+from imm_jax.sampling.vllm_client import Server
 from imm_jax.stages import questions
 from imm_jax.training import throughput
 
@@ -19,22 +20,24 @@ MERGES = ("imm", "iimm")  # those that merge with the base after SFT
 REUSES = ("data_mixture", "data_accumulation")  # those that train on answers of earlier rounds, too
 INTERVENTIONS = ("none", "gradient_decay", "gradient_clipping", "weight_masking")
 DTYPES = ("bfloat16", "float32")
+SAMPLERS = ("native", "vllm")
 # Keys that say how a run is computed, not what: they may change between two starts of it.
 HOW = ("mesh", "profile", "sft.accumulation", "sft.attention", "sft.log_every", "sft.max_to_keep", "sft.remat",
-       "sft.save_interval", "sft.state_dir")
+       "sft.save_interval", "sft.state_dir", "sampler.vllm")
 
 _ONE_OF = {"method": METHODS, "task.kind": ("number", "latex", "choice"), "prompt.style": ("plain", "chat"),
            "sft.schedule": ("cosine", "linear", "constant"), "sft.intervention": INTERVENTIONS,
            "sft.compute_dtype": DTYPES, "sft.remat": tuple(REMAT), "sft.attention": attention.BACKENDS,
-           "sample.compute_dtype": DTYPES, "merge.delta_ref": ("start", "base")}
+           "sample.compute_dtype": DTYPES, "sampler.kind": SAMPLERS, "merge.delta_ref": ("start", "base")}
 _AT_LEAST_ONE = ("rounds", "sample.num_samples", "sample.max_new_tokens", "sample.batch_size", "sft.epochs",
                  "sft.global_batch", "sft.accumulation", "sft.row_length", "sft.log_every", "sft.save_interval",
-                 "sft.max_to_keep", "eval.max_new_tokens", "eval.batch_size", "merge.auto.questions")
+                 "sft.max_to_keep", "eval.max_new_tokens", "eval.batch_size", "merge.auto.questions",
+                 "sampler.vllm.concurrency")
 _AT_LEAST_ZERO = ("seed", "prompt.few_shot", "task.questions_per_round", "task.eval_questions", "eval.num_samples",
                   "merge.auto.groups")
-_FINITE = ("sft.weight_decay", "sft.grad_clip", "eval.temperature")
+_FINITE = ("sft.weight_decay", "sft.grad_clip", "eval.temperature", "sampler.vllm.tolerance")
 _SHARES = ("data.mixture_share", "data.real_fraction")
-_POSITIVE = ("sft.learning_rate", "sft.max_norm")
+_POSITIVE = ("sft.learning_rate", "sft.max_norm", "sampler.vllm.timeout", "sampler.vllm.start_timeout")
 _POSITIVE_SHARES = ("merge.auto.step", "sample.top_p", "eval.top_p", "sft.gradient_decay", "sft.top_share")
 
 
@@ -72,10 +75,35 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
     throughput.window(config.profile)
   except ValueError as e:
     raise UserError(f"config.profile={e}") from e
+  _validate_sampler(config)
   _validate_merge(config)
   _validate_data(config)
   _validate_tasks(config, trains)
   _validate_questions(config, trains, downloads)
+
+
+def _validate_sampler(config: ml_collections.ConfigDict) -> None:
+  vllm = config.sampler.vllm
+  given = [f"sampler.vllm.{key}" for key in ("python", "urls", "args", "restart") if vllm[key]]
+  if config.sampler.kind == "native" and given:
+    raise UserError(f"config.{given[0]}={config.sampler.vllm[given[0].rpartition('.')[2]]!r}: is for "
+                    "sampler.kind=vllm, and sampler.kind is native")
+  if vllm.urls and (vllm.python or vllm.args):
+    raise UserError("config.sampler.vllm.urls: are servers that run elsewhere; python and args are for one that is "
+                    "started here. Give one or the other")
+  if vllm.restart and not vllm.urls:
+    raise UserError(f"config.sampler.vllm.restart={vllm.restart!r}: is for sampler.vllm.urls; a server that is started "
+                    "here starts again for each model")
+  for key in ("urls", "args"):
+    if not all(isinstance(value, str) for value in vllm[key]):
+      raise UserError(f"config.sampler.vllm.{key}={vllm[key]}: expected strings")
+  if len(set(vllm.urls)) < len(vllm.urls):
+    raise UserError(f"config.sampler.vllm.urls={vllm.urls} names a server twice")
+  for url in vllm.urls:
+    try:
+      Server(url)
+    except UserError as e:
+      raise UserError(f"config.sampler.vllm.urls: {e}") from e
 
 
 def _validate_merge(config: ml_collections.ConfigDict) -> None:

@@ -17,9 +17,9 @@ from imm_jax import cli, config, experiments, files
 from imm_jax.errors import UserError
 from imm_jax.evaluation import Accuracy
 from imm_jax.model import hf, hub
-from imm_jax.stages import evaluating
+from imm_jax.stages import devices, evaluating, sampling
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: task, prompt, eval, sample.stop and mesh count.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: task, prompt, eval, sampler and mesh count.")
 _MODEL = flags.DEFINE_string("model", None, "An HF checkpoint folder, a hub id, or tiny.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier result in --out.")
@@ -32,13 +32,17 @@ def main() -> None:
     raise UserError("--config: holds several runs; give the config of one, such as configs/qwen.py")
   settings.model = _MODEL.value
   config.validate(settings, trains=False)
+  devices.leave_to_others(settings)
+  sampling.check_sampler(settings)
   out = Path(_OUT.value)
   model = hub.resolve(settings.model)
   hf.check(model)
   files.check_out(out, {"model": model}, overwrite=_OVERWRITE.value, foreign=_foreign)
+  scratch = out.with_name(f".{out.name}.sampling")
   with files.alone(out), files.committed(out) as folder:
-    facts = evaluating.evaluate(settings, model, folder, label=model.name)
+    facts = evaluating.evaluate(settings, model, scratch, folder, label=model.name)
     files.write_text(folder / "scores.json", json.dumps({"model": settings.model, **facts}, indent=1) + "\n")
+  files.remove(scratch)
   for task, found in facts["scores"].items():
     for metric, score in found.items():
       a = Accuracy(**score)

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 
 from imm_jax import __version__, cost, distributed, files, memory, report, rundir
@@ -19,12 +18,11 @@ from imm_jax.config import HOW, MERGES, REUSES
 from imm_jax.model import folder, hf, hub, published
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.rundir import Stage
-from imm_jax.stages import evaluating, merging, questions, sampling, selection, tuning
-from imm_jax.stages.devices import mesh_of
+from imm_jax.stages import devices, evaluating, merging, questions, sampling, selection, tuning
 from imm_jax.training.checkpoints import check_folder
 
 # Settings of greedy answers, wherever they are asked for.
-_ANSWERING = ("eval", "sample.stop", "sample.compute_dtype")
+_ANSWERING = ("eval", "sample.stop", "sample.compute_dtype", "sampler")
 
 
 def plan(config: ml_collections.ConfigDict, base: Path, root: Path, teacher: Path | None = None) -> list[Stage]:
@@ -44,9 +42,13 @@ def plan(config: ml_collections.ConfigDict, base: Path, root: Path, teacher: Pat
     result.append(Stage(name, tuple(needs), _pick(settings, *keys), what,
                         make if with_inputs else lambda out, _: make(out), **options))
 
+  def scratch(name: str) -> Path:
+    return (root / name).with_name(f".{Path(name).name}.sampling")
+
   def evaluate(model: Path, name: str, need: str, round_: int) -> None:
     add(name, (need,), ("seed", "task", "prompt", *_ANSWERING), _evaluation_plan(config),
-        partial(evaluating.stage, config, model, root, name, round_), everywhere=True)
+        partial(evaluating.stage, config, model, root, name, round_, scratch(name)), everywhere=True,
+        scratch=str(scratch(name)))
 
   asks = ("seed", "task", "prompt", *(("merge.auto.questions",) if auto else ()))
   samples = _samples(config)
@@ -60,23 +62,24 @@ def plan(config: ml_collections.ConfigDict, base: Path, root: Path, teacher: Pat
     train, tuned = here / "train.jsonl", here / "sft"
     if samples:
       sampler, sampler_name = (teacher, "teacher") if teacher else (start, start_name)
-      add(f"{name}/samples.jsonl", (sampler_name,), (*asks, "sample"), _sampling_plan(config),
-          partial(sampling.synthesize, config, sampler, t), everywhere=True)
+      beside = scratch(f"{name}/samples.jsonl")
+      add(f"{name}/samples.jsonl", (sampler_name,), (*asks, "sample", "sampler"), _sampling_plan(config),
+          partial(sampling.synthesize, config, sampler, t, beside), everywhere=True, scratch=str(beside))
     drawn = [f"round_{s}/samples.jsonl" for s in range(t + 1)] if samples else []
     add(f"{name}/train.jsonl", drawn if config.method in REUSES else drawn[-1:], (*asks, "method", "data"),
         _selection_plan(config), partial(selection.select, config, [root / name for name in drawn], t))
     add(f"{name}/sft", (start_name, f"{name}/train.jsonl"), ("seed", "prompt", "sft"),
         f"{config.sft.epochs} epochs, {config.sft.global_batch} answers a step",
-        partial(tuning.fine_tune, config, start, train, root, t), with_inputs=True, everywhere=True,
-        scratch=tuning.states_folder(config, root, t))
+        partial(devices.call, config, tuning.fine_tune, config, start, train, root, t), with_inputs=True,
+        everywhere=True, scratch=tuning.states_folder(config, root, t))
     evaluate(tuned, f"{name}/eval/sft", f"{name}/sft", t)
     if config.method in MERGES:
       models = merging.Models(base, start, tuned, here / "importance.json" if config.method == "iimm" else None)
       inputs = ["base", start_name, f"{name}/sft"]
       if models.importance:
         add(f"{name}/importance.json", (start_name, f"{name}/train.jsonl"), ("seed", "prompt", "sft"),
-            "of each layer of the start, on train.jsonl (eq. 3)", partial(tuning.importance, config, start, train),
-            everywhere=True)
+            "of each layer of the start, on train.jsonl (eq. 3)",
+            partial(devices.call, config, tuning.importance, config, start, train), everywhere=True)
         inputs.append(f"{name}/importance.json")
       if config.merge.sweep:
         add(f"{name}/sweep", inputs, ("seed", "merge"), f"base weights {config.merge.sweep}",
@@ -86,8 +89,8 @@ def plan(config: ml_collections.ConfigDict, base: Path, root: Path, teacher: Pat
       weight_file = here / "base_weight.json" if auto else None
       if weight_file:
         add(f"{name}/base_weight.json", inputs, (*asks, "merge", *_ANSWERING), _choice_plan(config),
-            partial(merging.choose_weight, config, models, t, here / "trial"), everywhere=True,
-            scratch=str(here / "trial"))
+            partial(merging.choose_weight, config, models, t, scratch(f"{name}/base_weight.json")), everywhere=True,
+            scratch=str(scratch(f"{name}/base_weight.json")))
         inputs = [*inputs, f"{name}/base_weight.json"]
       add(f"{name}/merged", inputs, ("seed", "merge"),
           f"base_weight {config.merge.base_weight}, drop_rate {config.merge.drop_rate}",
@@ -140,11 +143,12 @@ def _selection_plan(config: ml_collections.ConfigDict) -> str:
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs what is not done yet, then prints the table and writes the report."""
   root = Path(workdir)
+  devices.leave_to_others(config)
   rundir.check(workdir, config)
-  with distributed.FailTogether(root), _opened(config, workdir) as (found, directory):
+  with distributed.FailTogether(root), _opened(config, workdir) as (found, directory, (platform, kinds)):
     # The bits of a sum on CPU depend on how many threads share it.
-    threads = {"threads": len(os.sched_getaffinity(0))} if jax.default_backend() == "cpu" else {}
-    directory.note(versions=_versions(), devices=[d.device_kind for d in jax.devices()], method=config.method,
+    threads = {"threads": len(os.sched_getaffinity(0))} if platform == "cpu" else {}
+    directory.note(versions=_versions(), devices=kinds, method=config.method,
                    tasks={"id": config.task.name, "ood": [questions.name_of(entry) for entry in config.task.ood]},
                    **threads)
     external = {}
@@ -165,20 +169,24 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 @contextlib.contextmanager
-def _opened(config: ml_collections.ConfigDict, workdir: str) -> Iterator[tuple[dict[str, Path], rundir.RunDir]]:
-  """The models' folders and the run directory, all looked at before anything is spent."""
+def _opened(config: ml_collections.ConfigDict, workdir: str,
+            ) -> Iterator[tuple[dict[str, Path], rundir.RunDir, tuple[str, list[str]]]]:
+  """The models' folders, the run directory and `devices.look`, all looked at before anything is spent."""
   found = _check(config)
+  sampling.check_sampler(config)
+  looked = devices.call(config, devices.look, config)
   with rundir.RunDir(workdir, config) as directory:
     if config.sft.state_dir and distributed.is_main():
       check_folder(config.sft.state_dir)  # now, for training comes late
     distributed.check_shared(directory.path)
-    yield found, directory
+    yield found, directory, looked
 
 
 def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Prints what `run` would do and changes nothing; of a model of the hub nothing is downloaded."""
   root = Path(workdir)
   local = all(map(hub.is_local, filter(None, (config.model, config.teacher))))
+  devices.mesh_of(config)
   found = _check(config, dry=True) if local else {"base": Path(config.model)} | (
       {"teacher": Path(config.teacher)} if config.teacher else {})
   model = published.config_of(config.model)
@@ -198,7 +206,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
       waiting.add(stage.name)
     again = f" ({reason})" if reason not in (None, "run") else ""
     print(f"{stage.name:<24}{'to do' if stage.name in waiting else 'done':<8}{stage.plan}{again}")
-  sizes = memory.estimate(config, model, mesh_of(config)) if model else (
+  sizes = memory.estimate(config, model, devices.mesh_of(config)) if model else (
       f"{config.model} is not on this machine, so its size is not known")
   teacher = published.config_of(config.teacher) if config.teacher else None
   print(f"\n{len(waiting)} of {len(steps)} stages to do; {sizes}\n"
@@ -213,7 +221,6 @@ def _check(config: ml_collections.ConfigDict, *, dry: bool = False) -> dict[str,
   found = {"base": hub.resolve(config.model)} | ({"teacher": hub.resolve(config.teacher)} if config.teacher else {})
   for model in found.values():
     load_tokenizer(model, rows=hf.check(model).vocab_size)
-  mesh_of(config)
   entries = (config.task.name, *config.task.ood)
   if not (dry and any(questions.is_remote(config, entry) for entry in entries)):
     sampling.check(config, found["base"], found.get("teacher", found["base"]), _samples(config))

@@ -2,7 +2,7 @@
 
 Its answers are random tokens that follow from the prompt and the seed; where log-probabilities are asked for, the
 greedy ones of transformers' model. As a program it takes the arguments of vLLM's server, and `--fake=` what to do:
-`never-healthy`, `dies`, or `orphan` (a child in a session of its own).
+`never-healthy`, `dies`, `orphan` (a child in a session of its own), or `greedy` (its answers are the model's).
 """
 
 import functools
@@ -195,6 +195,11 @@ class _Handler(BaseHTTPRequestHandler):
       self.close_connection = True
 
 
+def _answer(folder: str, prompt: list[int], seed: int, temperature: float, most: int) -> list[int]:
+  tokens, _ = greedy(folder, tuple(prompt), most)
+  return tokens[:tokens.index(END) + 1] if END in tokens else tokens
+
+
 def _choices(choices: list[dict]) -> dict:
   return {"choices": choices, "usage": {}}
 
@@ -211,6 +216,8 @@ def main() -> None:
     print("orphan", child.pid, flush=True)
   with FakeVllm(given["--model"], port=int(given["--port"])) as fake:
     fake.healthy = what != "never-healthy"
+    if what == "greedy":
+      fake.draw = functools.partial(_answer, given["--model"])
     time.sleep(600)
 
 

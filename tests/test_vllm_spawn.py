@@ -97,7 +97,7 @@ def test_a_server_that_ends_at_its_start_is_reported_with_its_errors(spawn: Call
 
 def test_a_server_that_never_gets_healthy_is_reported_and_ended(python: str, tmp_path: Path) -> None:
   log = tmp_path / "vllm.log"
-  said = r"is not ready after 2 s \(sampler.vllm.start_timeout\)\n(.*\n)*  the fake server"
+  said = r"is not ready after 2 s \(config.sampler.vllm.start_timeout\)\n(.*\n)*  the fake server"
   with pytest.raises(UserError, match=said):
     VllmSampler(TINY, python=python, args=("--fake", "never-healthy"), log=log, start_timeout=2)
   port = _said(log, r"--port (\d+)")
@@ -155,7 +155,7 @@ def test_check_says_which_vllm_a_server_is() -> None:
 
 
 @pytest.mark.parametrize(("flags", "said"), [
-    (["--check", "--python=/no/such/python"], "sampler.vllm.python=/no/such/python: no such program"),
+    (["--check", "--python=/no/such/python"], "config.sampler.vllm.python=/no/such/python: no such program"),
     (["--check", f"--python={sys.executable}"], "cannot be imported (ModuleNotFoundError: No module named 'vllm')"),
     (["--check", "--urls=http://127.0.0.1:1"], "no server can be used"),
     (["--check"], "give --check, and --python=PROGRAM or --urls=URL"),

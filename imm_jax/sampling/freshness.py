@@ -92,7 +92,7 @@ def check(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]],
           f"log-probabilities differ from the native decoder's by {found.mean:.3g} on average and {found.largest:.3g} "
           f"at most (prompt {row}, token {t}: id {greedy[row].tokens[t]} has {greedy[row].logprobs[t]:.4f} there, "
           f"{logprobs[row, t]:.4f} here, where the likeliest has {best[row, t]:.4f}); rounding to {dtype} explains "
-          f"{allowed:g} and {_SINGLE * allowed:g} (sampler.vllm.tolerance). Have it start again on this folder")
+          f"{allowed:g} and {_SINGLE * allowed:g} (config.sampler.vllm.tolerance). Have it start again on this folder")
   return result
 
 

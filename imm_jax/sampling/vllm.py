@@ -280,9 +280,9 @@ def _restart(command: str, folder: Path, timeout: float) -> None:
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
                           timeout=timeout, check=False, env={**os.environ, "IMM_JAX_MODEL": str(folder.resolve())})
   except (OSError, subprocess.TimeoutExpired) as e:
-    raise UserError(f"sampler.vllm.restart={command!r}: {e}") from e
+    raise UserError(f"config.sampler.vllm.restart={command!r}: {e}") from e
   if done.returncode:
-    raise UserError(f"sampler.vllm.restart={command!r}: ended with exit code {done.returncode}: "
+    raise UserError(f"config.sampler.vllm.restart={command!r}: ended with exit code {done.returncode}: "
                     f"{(done.stderr or done.stdout).strip()[-500:]}")
 
 

@@ -178,7 +178,7 @@ class Server:
       call("POST", "/resume")
     except UserError as e:
       raise UserError(f"{e}; reloading needs vLLM 0.32 or newer, started with VLLM_SERVER_DEV_MODE=1 in its "
-                      "environment, or give sampler.vllm.restart") from e
+                      "environment, or give config.sampler.vllm.restart") from e
 
   def _call(self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float,
             most_bytes: int = _MOST_BYTES, parse: bool = True) -> Any:

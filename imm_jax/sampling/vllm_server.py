@@ -31,7 +31,8 @@ def find_python(python: str) -> str:
   """The interpreter at this path; raises UserError where there is none."""
   found = shutil.which(os.path.expanduser(python))
   if not found:
-    raise UserError(f"sampler.vllm.python={python}: no such program; give the python of an environment with vLLM")
+    raise UserError(f"config.sampler.vllm.python={python}: no such program; expected the python of an environment "
+                    "with vLLM")
   return os.path.abspath(found)
 
 
@@ -123,7 +124,7 @@ class SpawnedServer(Server):
           return
         waited = time.monotonic() - begin
         if waited > timeout:
-          raise UserError(f"the vLLM server is not ready after {timeout:g} s (sampler.vllm.start_timeout)"
+          raise UserError(f"the vLLM server is not ready after {timeout:g} s (config.sampler.vllm.start_timeout)"
                           f"{self.last_words()}")
         bar.set_postfix_str("".join(self._lines()[-1:])[:100], refresh=False)
         bar.update(waited - bar.n)

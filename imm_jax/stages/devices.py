@@ -1,11 +1,23 @@
-"""The devices of a run."""
+"""The devices of a run, and who has them."""
 
 import functools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent import futures
+from typing import Any
 
+import jax
 import ml_collections
 from jax.sharding import Mesh
 
+from imm_jax.errors import PreemptedError, UserError
 from imm_jax.model import hf, hub, published, sharding
+from imm_jax.training import preemption
+
+_POLL_S = 0.2
 
 
 def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
@@ -17,3 +29,66 @@ def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
 @functools.cache
 def _hidden_size(model: str) -> int:
   return (published.config_of(model) or hf.read_config(hub.resolve(model))).hidden_size
+
+
+def starts_server(config: ml_collections.ConfigDict) -> bool:
+  """Whether stages start a vLLM server of their own, which takes this machine's accelerators while it samples."""
+  return config.sampler.kind == "vllm" and not config.sampler.vllm.urls
+
+
+def leave_to_others(config: ml_collections.ConfigDict) -> None:
+  """Keeps this process on the CPU, before its first use of jax, where accelerators go from hand to hand.
+
+  A process has their memory from its first use of jax until it ends. So none that lasts touches them: `call` trains in
+  a process of its own, and vLLM's server is one.
+  """
+  if starts_server(config):
+    jax.config.update("jax_platforms", "cpu")
+
+
+def call(config: ml_collections.ConfigDict, function: Callable[..., Any], *args: Any) -> Any:
+  """`function(*args)` with the accelerators of this machine: here, or in a process that gives them back by its end.
+
+  Args:
+    config: of the run.
+    function: of a module; it, its arguments and its result go to and from the process.
+    *args: of it.
+
+  Raises:
+    PreemptedError: after SIGTERM, which is passed on.
+    UserError: when the process was killed.
+  """
+  if not starts_server(config):
+    return function(*args)
+  context = multiprocessing.get_context("spawn")  # a fork would share this process's jax
+  with preemption.watch() as told, futures.ProcessPoolExecutor(1, context, _end_with_parent) as pool:
+    process = pool.submit(os.getpid).result()
+    running = pool.submit(function, *args)
+    passed_on = False
+    while not futures.wait([running], timeout=_POLL_S).done:
+      if told.is_set() and not passed_on:
+        os.kill(process, signal.SIGTERM)
+        passed_on = True
+    try:
+      return running.result()
+    except futures.process.BrokenProcessPool as e:
+      if passed_on:
+        raise PreemptedError("told to stop; the same command goes on after what was finished") from e
+      raise UserError("the process that had the accelerators was killed, for want of memory perhaps; the same command "
+                      "goes on after what was finished") from e
+
+
+def _end_with_parent() -> None:
+  """Has this process end when its parent is gone, which may have been killed."""
+
+  def watch() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
+def look(config: ml_collections.ConfigDict) -> tuple[str, list[str]]:
+  """(platform, kind of each device); raises UserError where the config's mesh does not fit them."""
+  mesh_of(config)
+  return jax.default_backend(), [d.device_kind for d in jax.devices()]

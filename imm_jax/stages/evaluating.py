@@ -9,67 +9,67 @@ import ml_collections
 from imm_jax import distributed, evaluation, files
 from imm_jax.metrics import StageMetrics
 from imm_jax.sampling import Prompt
-from imm_jax.sampling.native import NativeSampler
 from imm_jax.stages import questions, sampling
 from imm_jax.tasks import answers
 from imm_jax.tasks.base import Example
 
 
-def stage(config: ml_collections.ConfigDict, model: Path, root: Path, name: str, round_: int, out: Path,
+def stage(config: ml_collections.ConfigDict, model: Path, root: Path, name: str, round_: int, scratch: Path, out: Path,
           ) -> dict[str, Any]:
   """The stage `name` of a run: `evaluate`, and its figures among the run's metrics."""
-  facts = evaluate(config, model, out, label=name)
+  facts = evaluate(config, model, scratch, out, label=name)
   with StageMetrics(root, name) as metrics:
     metrics.write(round_ + 1, **{f"accuracy/{task}" if metric == "greedy" else f"{metric}/{task}": score["value"]
                                  for task, found in facts["scores"].items() for metric, score in found.items()})
   return facts
 
 
-def evaluate(config: ml_collections.ConfigDict, model: Path, out: Path, *, label: str) -> dict[str, Any]:
+def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: Path, *, label: str) -> dict[str, Any]:
   """Answers every task's test questions, zero-shot: a folder with <task>.jsonl, a row a question, answered greedily.
 
-  With `config.eval.num_samples` also <task>_samples.jsonl, for pass@k and the majority vote.
+  With `config.eval.num_samples` also <task>_samples.jsonl, for pass@k and the majority vote. `scratch` is a folder for
+  what vLLM leaves (`sampling.sampler_of`).
 
   Returns:
     `scores`: for each task, figures by name (`greedy`, `pass@4`, `majority@16`); `long_prompts`: questions that were
     skipped since they do not fit, for each task that has any.
   """
-  sampler = sampling.make_sampler(config, model, config.eval.batch_size)
   if distributed.is_main():
     out.mkdir()
   scores: dict[str, dict[str, evaluation.Accuracy]] = {}
   skipped: dict[str, int] = {}
-  for name, examples in questions.of_tests(config).items():
-    rows, skipped[name] = greedy(config, model, sampler, examples, label=f"{label}: {name}")
-    drawn = _samples(config, model, sampler, examples, label=f"{label}: {name}, samples")
-    if distributed.is_main():
-      files.write_jsonl(out / f"{name}.jsonl", rows)
-      scores[name] = {"greedy": evaluation.accuracy(sum(r["correct"] for r in rows), len(rows))}
-      if drawn:
-        files.write_jsonl(out / f"{name}_samples.jsonl", drawn)
-        scores[name] |= of_samples(drawn, [k for k in config.eval.pass_at_k if k <= config.eval.num_samples])
+  with sampling.sampler_of(config, model, config.eval.batch_size, scratch) as sampler:
+    for name, examples in questions.of_tests(config).items():
+      rows, skipped[name] = greedy(config, model, sampler, examples, label=f"{label}: {name}")
+      drawn = _samples(config, model, sampler, examples, label=f"{label}: {name}, samples")
+      if distributed.is_main():
+        files.write_jsonl(out / f"{name}.jsonl", rows)
+        scores[name] = {"greedy": evaluation.accuracy(sum(r["correct"] for r in rows), len(rows))}
+        if drawn:
+          files.write_jsonl(out / f"{name}_samples.jsonl", drawn)
+          scores[name] |= of_samples(drawn, [k for k in config.eval.pass_at_k if k <= config.eval.num_samples])
   return {"scores": {name: {metric: score._asdict() for metric, score in found.items()}
                      for name, found in scores.items()},
           "long_prompts": {name: count for name, count in skipped.items() if count}}
 
 
-def greedy(config: ml_collections.ConfigDict, model: Path, sampler: NativeSampler, examples: Sequence[Example], *,
+def greedy(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Sampler, examples: Sequence[Example], *,
            label: str) -> tuple[list[dict[str, Any]], int]:
   """Greedy answers with verdicts (empty but on process 0), and how many questions do not fit."""
   asked, long = sampling.fitting(config, model, examples, limit="eval.max_new_tokens", what=label)
-  completions = sampling.generate(sampler, [Prompt(e.id, text) for e, text in asked], label=label,
-                                  max_new_tokens=config.eval.max_new_tokens, stop=config.sample.stop)
+  completions = sampler([Prompt(e.id, text) for e, text in asked], label=label,
+                        max_new_tokens=config.eval.max_new_tokens, stop=config.sample.stop)
   return sampling.judged([e for e, _ in asked], completions, strict=False) if distributed.is_main() else [], long
 
 
-def _samples(config: ml_collections.ConfigDict, model: Path, sampler: NativeSampler, examples: Sequence[Example], *,
+def _samples(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Sampler, examples: Sequence[Example], *,
              label: str) -> list[dict[str, Any]]:
   settings = config.eval
   if not settings.num_samples:
     return []
   asked, _ = sampling.fitting(config, model, examples, limit="eval.max_new_tokens", what=label)
-  completions = sampling.generate(
-      sampler, [Prompt(f"eval/{e.id}", text) for e, text in asked], max_new_tokens=settings.max_new_tokens,
+  completions = sampler(
+      [Prompt(f"eval/{e.id}", text) for e, text in asked], max_new_tokens=settings.max_new_tokens,
       num_samples=settings.num_samples, temperatures=(settings.temperature,), top_p=settings.top_p,
       stop=config.sample.stop, seed=config.seed, label=label)
   return sampling.judged([e for e, _ in asked], completions, strict=False,

@@ -50,7 +50,7 @@ def sweep(config: ml_collections.ConfigDict, models: Models, round_: int, out: P
   return {"base_weights": list(config.merge.sweep)}
 
 
-def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int, trial: Path, out: Path,
+def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int, scratch: Path, out: Path,
                   ) -> dict[str, Any]:
   """Tries base weights on held-out questions and writes the best: base_weight.json, with every score.
 
@@ -58,26 +58,28 @@ def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int
   that no prompt and no round uses, and on questions of the tasks in `merge.auto.general`, of their train splits. Of
   equal scores the larger weight wins, which is nearer to the base. With `merge.auto.groups` the layers are then taken
   in so many groups, from the first to the last: a group's weight moves by `merge.auto.step` up or down where that is
-  better. `trial` is the folder, of all processes, where the models that are tried lie.
+  better. `scratch` is a folder, of all processes, for the models that are tried.
   """
   auto = config.merge.auto
   asked = questions.of_round(config, round_).held_out
   general = [e for entry in auto.general for e in questions.load(config, entry, split="train", count=auto.questions)]
   tried: list[dict[str, Any]] = []
+  trial = scratch / "model"
 
   def score(weight: Setting) -> float:
     if distributed.is_main():
       files.remove(trial)
+      scratch.mkdir(parents=True, exist_ok=True)
       with _source(config, models) as source:
         _merge(config, source, models, round_, [(weight, trial)])
     distributed.barrier("merged on trial")
-    sampler = sampling.make_sampler(config, trial, config.eval.batch_size)
     found: dict[str, evaluation.Accuracy] = {}
-    for name, examples in (("in_domain", asked), ("general", general)):
-      rows, _ = evaluating.greedy(config, trial, sampler, examples,
-                                  label=f"round {round_}: base weight {len(tried) + 1}, {name}")
-      if distributed.is_main():
-        found[name] = evaluation.accuracy(sum(r["correct"] for r in rows), len(rows))
+    with sampling.sampler_of(config, trial, config.eval.batch_size, scratch) as sampler:
+      for name, examples in (("in_domain", asked), ("general", general)):
+        rows, _ = evaluating.greedy(config, trial, sampler, examples,
+                                    label=f"round {round_}: base weight {len(tried) + 1}, {name}")
+        if distributed.is_main():
+          found[name] = evaluation.accuracy(sum(r["correct"] for r in rows), len(rows))
     value = distributed.from_main(sum(a.value for a in found.values()) / 2)
     tried.append({"base_weight": weight, "score": value, **{name: a._asdict() for name, a in found.items()}})
     return value

@@ -1,38 +1,48 @@
 """Sampled answers with verdicts."""
 
-from collections.abc import Sequence
+import contextlib
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
+from jax.sharding import Mesh
 
 from imm_jax import distributed, files
 from imm_jax.errors import UserError
 from imm_jax.model import hf, sharding
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.sampling import Completion, Prompt
+from imm_jax.sampling import Completion, Prompt, vllm_server
 from imm_jax.sampling.native import NativeSampler
+from imm_jax.sampling.vllm import VllmSampler
 from imm_jax.stages import questions
-from imm_jax.stages.devices import mesh_of
+from imm_jax.stages.devices import mesh_of, starts_server
 from imm_jax.tasks import prompts
 from imm_jax.tasks.base import Example
 from imm_jax.tasks.judge import Judge
 
 # Questions of a task that are looked at before a run.
 _LOOKED_AT = 100
+# `generate` of a sampler: (prompts, options) -> completions, which count on process 0 alone.
+Sampler = Callable[..., list[list[Completion]]]
 
 
-def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, out: Path) -> dict[str, Any]:
+def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, scratch: Path, out: Path,
+               ) -> dict[str, Any]:
   """Samples answers to the round's questions and judges them: samples.jsonl."""
   sample = config.sample
   asked = questions.of_round(config, round_)
   examples, long = fitting(config, model, asked.asked, limit="sample.max_new_tokens",
                            what=f"task {config.task.name}, train", shots=asked.shots)
-  completions = generate(
-      make_sampler(config, model, sample.batch_size), [Prompt(f"round_{round_}/{e.id}", text) for e, text in examples],
-      max_new_tokens=sample.max_new_tokens, num_samples=sample.num_samples, temperatures=sample.temperatures,
-      top_p=sample.top_p, stop=sample.stop, seed=config.seed, label=f"round {round_}: sample")
+  with sampler_of(config, model, sample.batch_size, scratch) as sampler:
+    completions = sampler(
+        [Prompt(f"round_{round_}/{e.id}", text) for e, text in examples], max_new_tokens=sample.max_new_tokens,
+        num_samples=sample.num_samples, temperatures=sample.temperatures, top_p=sample.top_p, stop=sample.stop,
+        seed=config.seed, label=f"round {round_}: sample")
   if not distributed.is_main():
     return {}
   rows = judged([e for e, _ in examples], completions, strict=True, temperatures=sample.temperatures)
@@ -49,13 +59,54 @@ def write_shots(config: ml_collections.ConfigDict, out: Path) -> dict[str, Any]:
   return {"examples": len(shots)}
 
 
-def make_sampler(config: ml_collections.ConfigDict, model: Path, batch_size: int) -> NativeSampler:
-  """A sampler on this process's own devices: each process samples its share of the questions."""
+@contextlib.contextmanager
+def sampler_of(config: ml_collections.ConfigDict, model: Path, batch_size: int, scratch: Path) -> Iterator[Sampler]:
+  """A sampler of a model, as the config has it.
+
+  The native one runs in every process, on its own devices, with a share of the prompts. vLLM is asked by process 0; in
+  the folder `scratch` lie its log and, by label, the samples that have come, from which a killed run goes on.
+  """
+  if config.sampler.kind == "native":
+    sampler = NativeSampler(model, compute_dtype=config.sample.compute_dtype, batch_size=batch_size,
+                            mesh=_own_devices(config))
+    yield lambda asked, **options: [
+        [Completion(*completion) for completion in group]
+        for group in distributed.gather(sampler.generate(list(distributed.share(asked)), **options))]
+    return
+  if not distributed.is_main():
+    yield lambda asked, **options: []
+    return
+  vllm = config.sampler.vllm
+  spawns = starts_server(config)
+  with VllmSampler(
+      model, python=(vllm.python or sys.executable) if spawns else "", urls=vllm.urls, args=vllm.args,
+      restart=vllm.restart, compute_dtype=config.sample.compute_dtype, concurrency=vllm.concurrency,
+      timeout=vllm.timeout, start_timeout=vllm.start_timeout, tolerance=vllm.tolerance, log=scratch / "vllm.log",
+      mesh=None if spawns else _own_devices(config)) as sampler:
+    yield lambda asked, *, label, **options: sampler.generate(
+        asked, label=label, journal=scratch / f"{re.sub(r'[^A-Za-z0-9]+', '_', label)}.jsonl", **options)
+
+
+def _own_devices(config: ml_collections.ConfigDict) -> Mesh:
+  """This process's devices."""
   if jax.process_count() == 1:
-    mesh = mesh_of(config)
-  else:
-    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=-1, devices=jax.local_devices())
-  return NativeSampler(model, compute_dtype=config.sample.compute_dtype, batch_size=batch_size, mesh=mesh)
+    return mesh_of(config)
+  return sharding.make_mesh(data=1, fsdp=1, tensor=-1, devices=jax.local_devices())
+
+
+def check_sampler(config: ml_collections.ConfigDict) -> None:
+  """Raises UserError when a vLLM server that the config asks for cannot be started."""
+  if not starts_server(config):
+    return
+  if config.sampler.vllm.python:
+    vllm_server.find_python(config.sampler.vllm.python)
+  elif importlib.util.find_spec("vllm") is None:
+    raise UserError("config.sampler.kind=vllm, and this Python has no vLLM: give --config.sampler.vllm.python=PROGRAM, "
+                    "the python of an environment that has it, or --config.sampler.vllm.urls, servers that run "
+                    "elsewhere, or sample without vLLM: --config.sampler.kind=native")
+  if jax.process_count() > 1:
+    raise UserError(f"config.sampler.kind=vllm in a run of {jax.process_count()} processes needs servers on other "
+                    "hosts (--config.sampler.vllm.urls): these have the accelerators")
 
 
 def fitting(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Example], *, limit: str, what: str,
@@ -103,12 +154,6 @@ def check(config: ml_collections.ConfigDict, base: Path, sampler: Path, draws: b
       fitting(config, model, examples[:_LOOKED_AT], limit=limit, what=what, shots=shots)
     except UserError:
       fitting(config, model, examples, limit=limit, what=what, shots=shots)
-
-
-def generate(sampler: NativeSampler, asked: list[Prompt], **options: Any) -> list[list[Completion]]:
-  """Every prompt's completions, by all processes together."""
-  done = distributed.gather(sampler.generate(list(distributed.share(asked)), **options))
-  return [[Completion(*completion) for completion in group] for group in done]
 
 
 def judged(examples: Sequence[Example], completions: Sequence[Sequence[Completion]], *, strict: bool,
