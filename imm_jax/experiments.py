@@ -10,6 +10,7 @@ import ml_collections
 
 from imm_jax import config as configs, distributed, loop
 from imm_jax.errors import UserError
+from imm_jax.stages import devices
 
 
 def is_experiment(config: ml_collections.ConfigDict) -> bool:
@@ -24,6 +25,9 @@ def validate(config: ml_collections.ConfigDict, *, downloads: bool = True) -> No
       configs.validate(settings, downloads=downloads)
     except UserError as e:
       raise UserError(f"run {name}: {e}") from e
+  if len({devices.starts_server(settings) for settings in config.runs.values()}) > 1:
+    raise UserError("config.runs: some start vLLM servers on this machine and some do not, and who has its "
+                    "accelerators is decided once; set --config.sampler.kind for all, or give them different commands")
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -35,6 +39,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   _check(config, workdir)
   if not config.runs:
     raise UserError(f"{config.title} has no runs, only analyses: {', '.join(map(_describe, config.analyses.values()))}")
+  for settings in config.runs.values():
+    devices.leave_to_others(settings)
   for i, (name, settings) in enumerate(config.runs.items()):
     if distributed.is_main():
       print(f"\n{config.title}, run {i + 1} of {len(config.runs)}: {name}", flush=True)

@@ -199,3 +199,14 @@ def test_scores_of_one_checkpoint(environment, tmp_path):  # noqa: F811
   again = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
   assert again.returncode == 1
   assert "exists; give another folder, or --overwrite" in again.stderr
+
+
+def test_runs_start_servers_together_or_not_at_all():
+  config = paper.get_config("table=5,scale=tiny")
+  config.sampler.kind = "vllm"  # of all runs
+  assert {run.sampler.kind for run in config.runs.values()} == {"vllm"}
+  experiments.validate(config)
+  config.runs.star_tiny_stories.sampler = config.sampler.copy_and_resolve_references()
+  config.runs.star_tiny_stories.sampler.kind = "native"
+  with pytest.raises(UserError, match="some start vLLM servers"):
+    experiments.validate(config)
