@@ -207,7 +207,7 @@ def test_one_of_two_servers_is_killed_and_each_question_is_answered_once(
   killer.join()
   assert rows == native[1] * 8
   assert at[0] < len(asked)
-  assert not servers[0].alive()
+  servers[0]._process.wait(60)  # the process that watches over the others
   assert [str(s) for s in sampler._out] == [servers[0].url]
   numbers = [json.loads(line)[0] for line in journal.read_text().splitlines()[1:]]
   assert sorted(numbers) == list(range(len(asked)))
@@ -268,6 +268,6 @@ def test_a_run_on_two_servers_of_which_one_is_killed(
     killer.start()
     loop.run(config, str(root))
     killer.join(1)
-    assert not victim.alive()
+    victim._process.wait(60)
   assert f"server {victim.url} is taken out" in capsys.readouterr().err
   _check_run(config, root)
