@@ -1,8 +1,9 @@
-"""Which layers matter for a data set (the paper's eq. 3).
+"""Which layers matter for a data set (the paper's eq. 3, and eq. 2 of second order).
 
 Axes: L layers, out and in of a weight matrix.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,20 +16,21 @@ from imm_jax import progress
 from imm_jax.errors import UserError
 from imm_jax.model import sharding
 from imm_jax.model.config import ModelConfig
-from imm_jax.model.decoder import Params
+from imm_jax.model.decoder import Params, abstract_params
 from imm_jax.training.input import Input
 from imm_jax.training.packing import PackedBatches
 from imm_jax.training.step import gradient_function, jit_step
 
-# The weights of a layer that eq. 3 sums over.
-_MODULES = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
-            "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}
+# The weights of a layer that eq. 2 to 4 sum over, and the block that holds each.
+MODULES = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
+           "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}
+ORDERS = (1, 2)
+
+# Of the gradients, with order 2 of their squares, and of the learned tokens.
+Sums = tuple[Params | jax.Array, ...]
 
 
-Sums = tuple[Params, jax.Array]  # of the gradients, and of the learned tokens
-
-
-def add_function(config: ModelConfig, **options: Any,
+def add_function(config: ModelConfig, *, order: int = 1, **options: Any,
                  ) -> Callable[[Sums, Params, dict[str, jax.Array]], tuple[Sums, jax.Array]]:
   """A function (sums, params, batch) -> (sums with the batch's, its loss), to be jitted; `options` are those of
   `gradient_function`."""
@@ -36,13 +38,14 @@ def add_function(config: ModelConfig, **options: Any,
 
   def add(sums: Sums, params: Params, batch: dict[str, jax.Array]) -> tuple[Sums, jax.Array]:
     loss, grads, tokens = of_batch(params, batch)
-    return jax.tree.map(jnp.add, sums, (grads, tokens.astype(jnp.int32))), loss
+    powers = (grads, jax.tree.map(jnp.square, grads))[:order]
+    return jax.tree.map(jnp.add, sums, (*powers, tokens.astype(jnp.int32))), loss
 
   return add
 
 
 class LayerImportance(NamedTuple):
-  """Eq. 3 by layer: `total` is a float64 [L], the sum over `modules`, each one a float64 [L] by its name (`q_proj`)."""
+  """Scores by layer: `total` is a float64 [L], the sum over `modules`, each a float64 [L] by its name (`q_proj`)."""
 
   total: np.ndarray
   modules: dict[str, np.ndarray]
@@ -72,33 +75,91 @@ def gradient(config: ModelConfig, params: Params, batches: PackedBatches, *, mes
   Raises:
     UserError: when it is not finite.
   """
-  add = add_function(config, compute_dtype=compute_dtype, remat=remat, attention=attention, mesh=mesh,
-                     accumulation=accumulation)
+  grads, = _means(config, params, batches, mesh, label, order=1, compute_dtype=compute_dtype, remat=remat,
+                  attention=attention, accumulation=accumulation)
+  return grads
 
-  def finish(sums: tuple) -> tuple[Params, jax.Array]:
-    mean = jax.tree.map(lambda total: total / sums[1], sums[0])
-    return mean, jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(mean)]))
 
-  where = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: sharding.param_sharding(mesh, sharding.path_name(path), leaf.shape), params)
-  zeros = lambda: (jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params), jnp.zeros((), jnp.int32))
-  sums = jax.jit(zeros, out_shardings=(where, NamedSharding(mesh, P())))()
-  add, before = jit_step(add, sums), None
+def gradient_and_squares(config: ModelConfig, params: Params, batches: PackedBatches, *, mesh: Mesh,
+                         compute_dtype: jnp.dtype, remat: str = "full", attention: str = "xla",
+                         label: str = "gradient") -> tuple[Params, Params]:
+  """What eq. 2 needs: `gradient`, and the squares of every single example's gradient, added up.
+
+  With T learned tokens in all and G_j the gradient of -log p of the whole response of example j, a sum over its tokens:
+  (sum of G_j / T, sum of G_j^2 / T). Both are divided by T alone, so that the second, which stands for the curvature
+  (the empirical Fisher information), is that of the same mean loss whose gradient the first is.
+
+  Each example runs in a batch of its own; where a mesh splits batches, the other rows are empty and their devices add
+  nothing. On top of the parameters a device holds its parts of the two sums and of one example's gradient.
+
+  Args:
+    config: of the model.
+    params: as for `gradient`.
+    batches: the data set, however it is packed.
+    mesh: devices.
+    compute_dtype: dtype of activations.
+    remat: one of `decoder.REMAT`.
+    attention: what `attention.choose` gave.
+    label: what the progress bar says.
+
+  Returns:
+    Two float32 trees like `params`, placed as they are.
+
+  Raises:
+    UserError: when one is not finite.
+  """
+  return _means(config, params, batches.one_by_one(sharding.batch_parts(mesh)), mesh, label, order=2,
+                compute_dtype=compute_dtype, remat=remat, attention=attention)
+
+
+def _means(config: ModelConfig, params: Params, batches: PackedBatches, mesh: Mesh, label: str, *, order: int,
+           **options: Any) -> tuple[Params, ...]:
+  """The sums of all batches, divided by the learned tokens."""
+  zeros, add, finish = _programs(config, mesh, order, tuple(options.items()))
+  sums, before = zeros(), None
   with progress.bar(len(batches), label, "batch") as bar:
     for batch in Input(batches, mesh):
       sums, loss = add(sums, params, batch)
       jax.block_until_ready(before)  # the host is one batch ahead, no more: batches take memory
       before = loss
       bar.update()
-  grads, finite = jax.jit(finish, donate_argnums=0, out_shardings=(where, None))(sums)
+  means, finite = finish(sums)
   if not finite:
     raise UserError(f"{label}: the gradient of the loss over the data is not finite, so the model cannot be trained on "
                     "it; look for weights that are not finite")
-  return grads
+  return means
 
 
-def layer_importance(params: Params, grads: Params) -> LayerImportance:
+@functools.lru_cache(maxsize=8)  # a run comes here in every round
+def _programs(config: ModelConfig, mesh: Mesh, order: int, options: tuple[tuple[str, Any], ...],
+              ) -> tuple[Callable[..., Any], ...]:
+  """Compiled: first sums, a batch's are added, the means of the sums and whether they are finite."""
+  shapes = abstract_params(config)
+  where = jax.tree_util.tree_map_with_path(
+      lambda path, leaf: sharding.param_sharding(mesh, sharding.path_name(path), leaf.shape), shapes)
+  placed = (*(where,) * order, NamedSharding(mesh, P()))
+
+  def zeros() -> Sums:
+    return (*(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes) for _ in range(order)),
+            jnp.zeros((), jnp.int32))
+
+  def finish(sums: Sums) -> tuple[tuple[Params, ...], jax.Array]:
+    *totals, tokens = sums
+    means = jax.tree.map(lambda total: total / tokens, tuple(totals))
+    return means, jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(means)]))
+
+  abstract = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+                          jax.eval_shape(zeros), placed)
+  return (jax.jit(zeros, out_shardings=placed),
+          jit_step(add_function(config, order=order, mesh=mesh, **dict(options)), abstract),
+          jax.jit(finish, donate_argnums=0, out_shardings=((where,) * order, None)))
+
+
+def layer_importance(params: Params, grads: Params, squares: Params | None = None) -> LayerImportance:
   """I^n, the sum of |g W| over all entries of layer n's q, k, v, o, gate, up and down weights (eq. 3).
+
+  With `squares` it is the sum of |g W - 1/2 sum_j (g_j W)^2| (eq. 2; LLM-Pruner, Ma et al., 2023): what the loss is
+  expected to change by where an entry is set to 0, to second order.
 
   The absolute value is taken of the gradient over the whole data set: what single batches disagree on cancels first.
   Rows are summed in float32, the rows' sums in float64.
@@ -106,26 +167,37 @@ def layer_importance(params: Params, grads: Params) -> LayerImportance:
   Args:
     params: W, stacked layers.
     grads: g, as `gradient` gives it.
+    squares: sum_j g_j^2, as `gradient_and_squares` gives it beside g.
 
   Returns:
     Scores of each layer, by module and in total.
 
-  >>> matrices = lambda **of: {name: {"weight": jnp.asarray(of.get(name, np.zeros((2, 1, 1))))} for name in _MODULES}
+  >>> matrices = lambda **of: {name: {"weight": jnp.asarray(of.get(name, np.zeros((2, 1, 1))))} for name in MODULES}
   >>> tree = lambda **of: {"layers": {"self_attn": matrices(**of), "mlp": matrices(**of)}}
-  >>> scores = layer_importance(tree(q_proj=[[[1., -2.]], [[3., 0.]]]), tree(q_proj=[[[1., 2.]], [[-1., 9.]]]))
+  >>> weights, grads = tree(q_proj=[[[1., -2.]], [[3., 0.]]]), tree(q_proj=[[[1., 2.]], [[-1., 9.]]])
+  >>> scores = layer_importance(weights, grads)
   >>> scores.total.tolist(), scores.modules["up_proj"].tolist()
   ([5.0, 3.0], [0.0, 0.0])
+  >>> layer_importance(weights, grads, tree(q_proj=[[[4., 2.]], [[2., 0.]]])).total.tolist()
+  [9.0, 12.0]
   """
-  weights = lambda tree: {name: tree["layers"][block][name]["weight"] for name, block in _MODULES.items()}
-  rows = jax.device_get(_rows(weights(params), weights(grads)))
+  weights = lambda tree: {name: tree["layers"][block][name]["weight"] for name, block in MODULES.items()}
+  trees = [weights(tree) for tree in (params, grads, squares) if tree is not None]
+  where = trees[0]["q_proj"].sharding
+  # Whole on every device, so that each process has them.
+  whole = NamedSharding(where.mesh, P()) if isinstance(where, NamedSharding) else None
+  rows = jax.device_get(_row_sums(whole)(*trees))
   modules = {name: sums.astype(np.float64).sum(axis=1) for name, sums in rows.items()}
   return LayerImportance(sum(modules.values()), modules)
 
 
-def _rows(weights: dict[str, jax.Array], grads: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """The sums of the rows [L, out], whole on every device so that each process has them."""
-  where = next(iter(weights.values())).sharding
-  whole = NamedSharding(where.mesh, P()) if isinstance(where, NamedSharding) else None
-  sums = lambda weights, grads: jax.tree.map(
-      lambda w, g: jnp.sum(jnp.abs(g.astype(jnp.float32) * w.astype(jnp.float32)), axis=2), weights, grads)
-  return jax.jit(sums, out_shardings=whole)(weights, grads)
+@functools.lru_cache(maxsize=8)
+def _row_sums(where: NamedSharding | None) -> Callable[..., dict[str, jax.Array]]:
+  """Compiled: the sums of the rows' scores [L, out]."""
+
+  def score(w: jax.Array, g: jax.Array, squares: jax.Array | None = None) -> jax.Array:
+    w = w.astype(jnp.float32)
+    change = g.astype(jnp.float32) * w
+    return jnp.sum(jnp.abs(change if squares is None else change - 0.5 * squares * w * w), axis=2)
+
+  return jax.jit(lambda *trees: jax.tree.map(score, *trees), out_shardings=where)

@@ -45,7 +45,7 @@ class PackedBatches:
   """
 
   def __init__(self, examples: Sequence[TokenizedExample], *, epochs: int, global_batch: int, row_length: int,
-               seed: int | Sequence[int], row_multiple: int = 1):
+               seed: int | Sequence[int], row_multiple: int = 1, alone: bool = False):
     """Plans the run.
 
     Args:
@@ -55,6 +55,7 @@ class PackedBatches:
       row_length: tokens of a row.
       seed: of the order.
       row_multiple: R is a multiple of this (devices times accumulation steps); rows that are added for it are empty.
+      alone: whether each example has a step of its own, in place of `global_batch` of them.
 
     Raises:
       ValueError: when there is no example, or one is longer than a row.
@@ -65,15 +66,18 @@ class PackedBatches:
     if lengths.max() > row_length:
       raise ValueError(f"example {int(lengths.argmax())} has {int(lengths.max())} tokens, a row holds {row_length}")
     self._examples = examples
-    self._pack = functools.partial(PackedBatches, examples, global_batch=global_batch, row_length=row_length,
-                                   seed=seed, row_multiple=row_multiple)
+    self._pack = functools.partial(PackedBatches, examples, epochs=1, global_batch=global_batch, row_length=row_length,
+                                   seed=seed)
+    self._row_multiple = row_multiple
     self.row_length = row_length
     self._plan: list[list[int]] = []
     for epoch in range(epochs):
       rng = np.random.default_rng([*np.atleast_1d(seed), epoch])
-      rows = _first_fit(rng.permutation(len(examples)), lengths, row_length)
+      order = rng.permutation(len(examples))
+      rows = [[i] for i in order.tolist()] if alone else _first_fit(order, lengths, row_length)
       self._plan += [rows[i] for i in rng.permutation(len(rows))]
-    self._filled = _rows_of_a_step(len(self._plan) * global_batch / (epochs * len(examples)), len(self._plan))
+    self._filled = 1 if alone else _rows_of_a_step(
+        len(self._plan) * global_batch / (epochs * len(examples)), len(self._plan))
     self.rows = -(-self._filled // row_multiple) * row_multiple
     self.empty_rows = self.rows - self._filled
     self.padding = 1 - epochs * int(lengths.sum()) / (len(self) * self.rows * row_length)
@@ -107,7 +111,11 @@ class PackedBatches:
 
   def one_epoch(self) -> "PackedBatches":
     """The batches of one pass over the same examples, packed as the first epoch is."""
-    return self._pack(epochs=1)
+    return self._pack(row_multiple=self._row_multiple)
+
+  def one_by_one(self, row_multiple: int) -> "PackedBatches":
+    """The batches of one pass over the same examples, of one example each."""
+    return self._pack(row_multiple=row_multiple, alone=True)
 
   def members(self, step: int) -> list[int]:
     """Indices of the examples of a step, in order."""
