@@ -105,6 +105,10 @@ def get_config() -> ml_collections.ConfigDict:
   evaluation.temperature = 0.6  # of the samples [ours]
   evaluation.top_p = 1.0  # of the samples
 
+  config.analysis = analysis = ml_collections.ConfigDict()
+  # Answers of a round, at most, that layer importance and token entropy are measured on; 0 for neither [ours]
+  analysis.examples = 256
+
   config.profile = ""  # steps of each round's SFT that the profiler records, such as "10:13", into WORKDIR/profile
 
   config.mesh = mesh = ml_collections.ConfigDict()

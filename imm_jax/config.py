@@ -34,7 +34,7 @@ _AT_LEAST_ONE = ("rounds", "sample.num_samples", "sample.max_new_tokens", "sampl
                  "sft.max_to_keep", "eval.max_new_tokens", "eval.batch_size", "merge.auto.questions",
                  "sampler.vllm.concurrency")
 _AT_LEAST_ZERO = ("seed", "prompt.few_shot", "task.questions_per_round", "task.eval_questions", "eval.num_samples",
-                  "merge.auto.groups")
+                  "merge.auto.groups", "analysis.examples")
 _FINITE = ("sft.weight_decay", "sft.grad_clip", "eval.temperature", "sampler.vllm.tolerance")
 _SHARES = ("data.mixture_share", "data.real_fraction")
 _POSITIVE = ("sft.learning_rate", "sft.max_norm", "sampler.vllm.timeout", "sampler.vllm.start_timeout")

@@ -18,7 +18,7 @@ from imm_jax.config import HOW, MERGES, REUSES
 from imm_jax.model import folder, hf, hub, published
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.rundir import Stage
-from imm_jax.stages import devices, evaluating, merging, questions, sampling, selection, tuning
+from imm_jax.stages import analysing, devices, evaluating, merging, questions, sampling, selection, tuning
 from imm_jax.training.checkpoints import check_folder
 
 # Settings of greedy answers, wherever they are asked for.
@@ -79,7 +79,7 @@ def plan(config: ml_collections.ConfigDict, base: Path, root: Path, teacher: Pat
       if models.importance:
         add(f"{name}/importance.json", (start_name, f"{name}/train.jsonl"), ("seed", "prompt", "sft"),
             "of each layer of the start, on train.jsonl (eq. 3)",
-            partial(devices.call, config, tuning.importance, config, start, train), everywhere=True)
+            partial(devices.call, config, analysing.importance, config, start, train), everywhere=True)
         inputs.append(f"{name}/importance.json")
       if config.merge.sweep:
         add(f"{name}/sweep", inputs, ("seed", "merge"), f"base weights {config.merge.sweep}",
@@ -96,7 +96,14 @@ def plan(config: ml_collections.ConfigDict, base: Path, root: Path, teacher: Pat
           f"base_weight {config.merge.base_weight}, drop_rate {config.merge.drop_rate}",
           partial(merging.merge, config, models, t, weight_file))
       evaluate(here / "merged", f"{name}/eval/merged", f"{name}/merged", t)
-    start_name = f"{name}/{'merged' if config.method in MERGES else 'sft'}"
+    merges = config.method in MERGES
+    seen = analysing.Round(t, here, base, start, (teacher or start) if samples else None, merges)
+    inputs = ["base", start_name, f"{name}/train.jsonl", f"{name}/sft"]
+    inputs += [f"{name}/merged"] * merges + [f"{name}/importance.json"] * (config.method == "iimm")
+    inputs += [sampler_name, f"{name}/samples.jsonl"] if samples else []
+    add(f"{name}/analysis.json", inputs, (*asks, "sft", "analysis"), _analysis_plan(config),
+        partial(devices.call, config, analysing.analyse, config, seen), everywhere=True)
+    start_name = f"{name}/{'merged' if merges else 'sft'}"
     start = root / start_name
   return result
 
@@ -127,6 +134,11 @@ def _sampling_plan(config: ml_collections.ConfigDict) -> str:
   count = asked * config.sample.num_samples
   return (f"{asked} questions x {config.sample.num_samples} = {count} answers, up to "
           f"{count * config.sample.max_new_tokens:,} tokens")
+
+
+def _analysis_plan(config: ml_collections.ConfigDict) -> str:
+  count = config.analysis.examples
+  return "weight change by layer" + (f"; importance and entropy on {count} answers" if count else "")
 
 
 def _selection_plan(config: ml_collections.ConfigDict) -> str:

@@ -44,12 +44,14 @@ class Output(NamedTuple):
 class CheckpointSource:
   """Checkpoint folders as the `Source` of a plan; use as a context manager."""
 
-  def __init__(self, folders: Mapping[str, Path], *, block: int = BLOCK):
+  def __init__(self, folders: Mapping[str, Path], *, block: int = BLOCK,
+               only: Callable[[str], bool] | None = None):
     """Opens the folders and matches their tensors.
 
     Args:
       folders: label -> folder; the first one's tensors are what the others are compared with.
       block: entries that are held at once.
+      only: says by name which tensors count; None for all.
 
     Raises:
       UserError: for what `folder.tensors` raises, and unless all have the same tensors; it names those that differ.
@@ -57,7 +59,9 @@ class CheckpointSource:
     self.folders, self.block = dict(folders), block
     self._reader = Reader()
     try:
-      self._models = [self._tensors(path) for path in self.folders.values()]
+      self._models = [self._tensors(path) if only is None else
+                      {name: entry for name, entry in checkpoint.tensors(path).items() if only(name)}
+                      for path in self.folders.values()]
       _match(list(self.folders), self._models)
     except BaseException:
       self.close()
@@ -108,7 +112,7 @@ class CheckpointSource:
           tensors = [aligned((count,), entry.dtype) for entry in self.entries(name)]
           for entry, tensor in zip(self.entries(name), tensors, strict=True):
             self.read(entry, begin, tensor)
-          with jax.enable_x64(True), _on_cpu():  # for sums in int64
+          with jax.enable_x64(True), _on_cpu():  # for sums in int64 and float64
             part = np.asarray(compiled(tensors, numbers))
           result = part if result is None else combine(result, part)
           bar.update(sum(t.nbytes for t in tensors))

@@ -1,10 +1,9 @@
 """SFT of a round's model on its training data."""
 
 import functools
-import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +13,15 @@ import ml_collections
 from jax.sharding import Mesh
 
 from imm_jax import distributed, files, memory
-from imm_jax.analysis import importance as layers
 from imm_jax.errors import UserError
 from imm_jax.metrics import StageMetrics
 from imm_jax.model import attention, hf, sharding
 from imm_jax.model.config import ModelConfig
+from imm_jax.model.decoder import Params
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.stages.devices import mesh_of
 from imm_jax.tasks import prompts
+from imm_jax.tasks.base import Example
 from imm_jax.training import interventions, throughput, trainer
 from imm_jax.training.checkpoints import Checkpoints
 from imm_jax.training.packing import PackedBatches, TokenizedExample
@@ -35,19 +35,19 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root:
   `inputs` are the digests of what it reads: training goes on from a saved state of the same ones.
   """
   sft, name = config.sft, f"round_{round_}"
-  data = _data(config, model, train, epochs=sft.epochs, seed=(config.seed, round_))
+  data = pack(config, model, list(map(encoder(config, model), read_train(train))), what=train, epochs=sft.epochs,
+              seed=(config.seed, round_))
   batches = data.batches
   schedule = make_schedule(sft.schedule, peak=sft.learning_rate, total_steps=len(batches),
                            warmup_ratio=sft.warmup_ratio)
-  place = functools.partial(sharding.param_sharding, data.options["mesh"])
   states = Checkpoints(states_folder(config, root, round_), save_interval=sft.save_interval,
                        max_to_keep=sft.max_to_keep, identity=dict(inputs))
   with states as checkpoints:
     saved = checkpoints.latest()  # refuses another training's before metrics are dropped
     with StageMetrics(root, f"{name}/sft", keep=saved["step"] if saved else 0) as metrics:
       trained = trainer.train(
-          data.model, lambda: hf.load(model, dtype=jnp.float32, place=place)[1], batches, schedule=schedule,
-          weight_decay=sft.weight_decay, grad_clip=sft.grad_clip, intervention=_intervention(sft),
+          data.model, lambda: load_params(config, model), batches, schedule=schedule, weight_decay=sft.weight_decay,
+          grad_clip=sft.grad_clip, intervention=_intervention(sft),
           log_every=sft.log_every, report=metrics.write, label=f"round {round_}: SFT", checkpoints=checkpoints,
           profile=throughput.Profile(config.profile, root / "profile" / name / f"process_{jax.process_index()}"),
           lines=data.lines, **data.options)
@@ -58,20 +58,7 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root:
           "first_loss": round(trained.first_loss, 6), "last_loss": round(trained.last_loss, 6)}
 
 
-def importance(config: ml_collections.ConfigDict, model: Path, train: Path, out: Path) -> dict[str, Any]:
-  """Eq. 3 for the model on the training data: importance.json, by layer and by module."""
-  data = _data(config, model, train, epochs=1, seed=config.seed)
-  place = functools.partial(sharding.param_sharding, data.options["mesh"])
-  params = hf.load(model, dtype=jnp.float32, place=place)[1]
-  grads = layers.gradient(data.model, params, data.batches, label="importance", **data.options)
-  scores = layers.layer_importance(params, grads)
-  if distributed.is_main():
-    found = {"layers": scores.total.tolist(), "modules": {name: s.tolist() for name, s in scores.modules.items()}}
-    files.write_text(out, json.dumps(found, indent=1) + "\n")
-  return {"examples": len(data.lines), "most_important": int(scores.total.argmax())}
-
-
-class _Data(NamedTuple):
+class Data(NamedTuple):
   """What is trained on, and how: the model's config, packed batches, the lines of the examples in them, how many others
   are too long, and the options that training and gradients share."""
 
@@ -82,24 +69,46 @@ class _Data(NamedTuple):
   options: dict[str, Any]
 
 
-def _data(config: ml_collections.ConfigDict, model: Path, train: Path, *, epochs: int, seed: Any) -> _Data:
-  """Packs the answers for the run's devices; what a user should know of it is said once, on stderr."""
-  sft, mesh = config.sft, mesh_of(config)
-  by_line, dropped = _tokenized(config, model, train)
+def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[TokenizedExample], *, what: Any,
+         epochs: int, seed: Any, row_length: int = 0, quiet: bool = False) -> Data:
+  """Packs examples for the run's devices; what a user should know of it is said on stderr, unless `quiet`.
+
+  Args:
+    config: of the run.
+    model: whose they are.
+    examples: by line; those that do not fit in a row are left out.
+    what: where they come from, for the error.
+    epochs: passes over them.
+    seed: of their order.
+    row_length: in place of `sft.row_length`.
+    quiet: says nothing.
+
+  Raises:
+    UserError: when none fits in a row.
+  """
+  sft, mesh, length = config.sft, mesh_of(config), row_length or config.sft.row_length
+  by_line = {line: e for line, e in enumerate(examples, 1) if len(e.prompt) + len(e.response) <= length}
+  if not by_line:
+    raise UserError(f"{what}: all {len(examples)} answers are longer than config.sft.row_length={length} tokens")
   fitting = list(by_line.values())
   multiple = sharding.batch_parts(mesh) * sft.accumulation
-  batches = PackedBatches(fitting, epochs=epochs, global_batch=sft.global_batch, row_length=sft.row_length, seed=seed,
+  batches = PackedBatches(fitting, epochs=epochs, global_batch=sft.global_batch, row_length=length, seed=seed,
                           row_multiple=multiple)
   model_config, dtype = hf.read_config(model), jnp.dtype(sft.compute_dtype)
-  if distributed.is_main():
+  if distributed.is_main() and not quiet:
     longest = max(len(e.prompt) + len(e.response) for e in fitting)
     for note in _notes(config, model_config, mesh, batches, multiple, longest):
       print(f"note: {note}", file=sys.stderr)
-  kernel = attention.choose(sft.attention, model_config, dtype=dtype, length=sft.row_length,
+  kernel = attention.choose(sft.attention, model_config, dtype=dtype, length=length,
                             rows=batches.rows // sft.accumulation, mesh=mesh)
   options = {"compute_dtype": dtype, "accumulation": sft.accumulation, "remat": sft.remat, "attention": kernel,
              "mesh": mesh}
-  return _Data(model_config, batches, list(by_line), dropped, options)
+  return Data(model_config, batches, list(by_line), len(examples) - len(by_line), options)
+
+
+def load_params(config: ml_collections.ConfigDict, model: Path) -> Params:
+  """The model's parameters in float32, where SFT has them."""
+  return hf.load(model, dtype=jnp.float32, place=functools.partial(sharding.param_sharding, mesh_of(config)))[1]
 
 
 def _notes(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, batches: PackedBatches, multiple: int,
@@ -131,16 +140,28 @@ def states_folder(config: ml_collections.ConfigDict, root: Path, round_: int) ->
   return f"{os.path.expanduser(config.sft.state_dir)}/round_{round_}_sft_state"
 
 
-def _tokenized(config: ml_collections.ConfigDict, model: Path, train: Path) -> tuple[dict[int, TokenizedExample], int]:
-  """The kept answers that fit in a row, by their line, and how many do not fit."""
+def encoder(config: ml_collections.ConfigDict, model: Path, *, shots: Sequence[Example] = (), ends: bool = True,
+            ) -> Callable[[Mapping[str, Any]], TokenizedExample]:
+  """A function that encodes a question and its response.
+
+  Args:
+    config: of the run.
+    model: whose tokenizer counts.
+    shots: worked examples of the prompt.
+    ends: whether the token that ends an answer belongs to the response.
+  """
   tokenizer = load_tokenizer(model)
-  rows = files.read_jsonl(train, {"question": str, "response": str})
-  tokenized = [TokenizedExample(
-      tokenizer(prompts.build(r["question"], header=config.prompt.header, style=config.prompt.style,
-                              tokenizer=tokenizer))["input_ids"],
-      tokenizer(r["response"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]) for r in rows]
-  fitting = {line: e for line, e in enumerate(tokenized, 1) if len(e.prompt) + len(e.response) <= config.sft.row_length}
-  if not fitting:
-    raise UserError(f"{train}: all {len(rows)} answers are longer than config.sft.row_length="
-                    f"{config.sft.row_length} tokens")
-  return fitting, len(rows) - len(fitting)
+  end = [tokenizer.eos_token_id] if ends else []
+
+  def encode(row: Mapping[str, Any]) -> TokenizedExample:
+    prompt = prompts.build(row["question"], header=config.prompt.header, examples=shots, style=config.prompt.style,
+                           tokenizer=tokenizer)
+    return TokenizedExample(tokenizer(prompt)["input_ids"],
+                            tokenizer(row["response"], add_special_tokens=False)["input_ids"] + end)
+
+  return encode
+
+
+def read_train(path: Path) -> list[dict[str, Any]]:
+  """The rows of train.jsonl."""
+  return files.read_jsonl(path, {"question": str, "response": str})

@@ -53,14 +53,36 @@ def _backward(chunk: int, residuals: tuple[jax.Array, jax.Array], g: jax.Array):
 head_loss.defvjp(_forward, _backward)
 
 
+def head_entropy(x: jax.Array, weight: jax.Array, weights: jax.Array, chunk: int = CHUNK) -> jax.Array:
+  """Weighted sum of the entropies of softmax(x W^T) over all positions, in nats; arguments as for `head_loss`.
+
+  >>> x, w = jnp.zeros((1, 1, 2)), jnp.eye(2)
+  >>> round(float(head_entropy(x, w, jnp.ones((1, 1)))), 4)  # log 2
+  0.6931
+  """
+  w = weight.astype(x.dtype)
+  dot = functools.partial(jax.lax.dot_general, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+
+  def step(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    x, weights = part
+    log_p = jax.nn.log_softmax(dot(x, w, (((2,), (1,)), ((), ()))))
+    return total - jnp.sum(weights * jnp.sum(jnp.exp(log_p) * log_p, axis=-1)), None
+
+  return jax.lax.scan(step, jnp.zeros((), jnp.float32), (_cut(x, chunk), _cut(weights, chunk)))[0]
+
+
+def _cut(a: jax.Array, chunk: int) -> jax.Array:
+  """[B, T, ...] as [number of chunks, B, C, ...], padded with zeros; rows stay whole on their devices."""
+  length = a.shape[1]
+  chunks = -(-length // chunk)
+  size = -(-length // chunks)
+  padded = jnp.pad(a, ((0, 0), (0, chunks * size - length), *((0, 0),) * (a.ndim - 2)))
+  return jnp.moveaxis(padded.reshape(a.shape[0], chunks, size, *a.shape[2:]), 1, 0)
+
+
 def _scan(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int, *, gradients: bool):
   """(loss, its gradient in x, its gradient in weight), the latter two None without `gradients`."""
   batch, length, _ = x.shape
-  chunks = -(-length // chunk)
-  size = -(-length // chunks)
-  # Rows stay whole on their devices: chunks are cut along the positions.
-  cut = lambda a: jnp.moveaxis(jnp.pad(a, ((0, 0), (0, chunks * size - length), *((0, 0),) * (a.ndim - 2))).reshape(
-      batch, chunks, size, *a.shape[2:]), 1, 0)
   w = weight.astype(x.dtype)
   dot = functools.partial(jax.lax.dot_general, precision=precision(x.dtype), preferred_element_type=jnp.float32)
 
@@ -80,10 +102,11 @@ def _scan(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.Arra
     return (loss, dw), dx
 
   zero = jnp.zeros(w.shape[::-1], jnp.float32) if gradients else None
-  (loss, dw), dx = jax.lax.scan(step, (jnp.zeros((), jnp.float32), zero), (cut(x), cut(targets), cut(weights)))
+  (loss, dw), dx = jax.lax.scan(step, (jnp.zeros((), jnp.float32), zero),
+                                tuple(_cut(a, chunk) for a in (x, targets, weights)))
   if not gradients:
     return loss, None, None
-  dx = jnp.moveaxis(dx, 0, 1).reshape(batch, chunks * size, -1)[:, :length]
+  dx = jnp.moveaxis(dx, 0, 1).reshape(batch, -1, x.shape[2])[:, :length]
   # The barrier keeps XLA from swapping the operands of a single chunk back, to a product in bfloat16 that its CPU
   # backend then refuses to run.
   return loss, dx, jax.lax.optimization_barrier(dw).T.astype(weight.dtype)

@@ -31,10 +31,28 @@ Metrics = dict[str, jax.Array]
 _STATE = ("params", "opt_state", "halted")
 
 
-def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array], *, compute_dtype: jnp.dtype,
-                 remat: str = "none", attention: str = "xla", mesh: Mesh | None = None,
-                 gather: fsdp.Gather | None = None, chunk: int = CHUNK) -> tuple[jax.Array, jax.Array]:
+def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array], *, chunk: int = CHUNK,
+                 **options: Any) -> tuple[jax.Array, jax.Array]:
   """Sum of -log p over the learned tokens of a packed batch, and their number.
+
+  Args:
+    config: of the model.
+    params: parameters with stacked layers.
+    batch: see `packing.PackedBatches`.
+    chunk: see `loss.head_loss`.
+    **options: of `head_inputs`.
+
+  Returns:
+    (sum of losses, number of learned tokens), both float32 scalars.
+  """
+  x, head, targets, weights = head_inputs(config, params, batch, **options)
+  return head_loss(x, head, targets, weights, chunk), jnp.sum(weights)
+
+
+def head_inputs(config: ModelConfig, params: Params, batch: dict[str, jax.Array], *, compute_dtype: jnp.dtype,
+                remat: str = "none", attention: str = "xla", mesh: Mesh | None = None,
+                gather: fsdp.Gather | None = None) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """What a loss over the next tokens of a packed batch is computed from.
 
   Args:
     config: of the model.
@@ -45,10 +63,10 @@ def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array
     attention: what `attention.choose` gave.
     mesh: where rows stay, and what attention is mapped over; None where this runs on one device's rows.
     gather: gives a parameter as it is used: the layers' one by one, the others at the start.
-    chunk: see `loss.head_loss`.
 
   Returns:
-    (sum of losses, number of learned tokens), both float32 scalars.
+    What the head reads [B, T, D] in the compute dtype, the head's weight [V, D], the next token at each position int32
+    [B, T], and float32 [B, T], 1 where that token is learned.
   """
   hooks = {}
   if gather is not None:
@@ -63,7 +81,7 @@ def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array
                    compute_dtype=compute_dtype, remat=remat, attend=attend, **hooks)
   # Token t+1 is predicted at t; a segment's first token is never learned, so no loss crosses segments.
   targets, weights = (jnp.pad(batch[name][:, 1:], ((0, 0), (0, 1))) for name in ("tokens", "weights"))
-  return head_loss(x, model.head, targets, weights, chunk), jnp.sum(weights)
+  return x, model.head, targets, weights
 
 
 def make_schedule(kind: str, *, peak: float, total_steps: int, warmup_ratio: float) -> optax.Schedule:

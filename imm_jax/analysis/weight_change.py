@@ -1,0 +1,97 @@
+"""How far a model's layers have moved (the paper's eq. 4), from checkpoint folder to checkpoint folder.
+
+Axes: L layers.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imm_jax.analysis.importance import MODULES
+from imm_jax.errors import UserError
+from imm_jax.merging.checkpoint import CheckpointSource
+
+_MATRIX = re.compile(rf"(?:.*\.)?layers\.(\d+)\.(?:self_attn|mlp)\.({'|'.join(MODULES)})\.weight")
+
+
+class LayerChange(NamedTuple):
+  """Eq. 4 by layer: `total` is a float64 [L], the sum over `modules`, each a float64 [L] by its name (`q_proj`)."""
+
+  total: np.ndarray
+  modules: dict[str, np.ndarray]
+
+  @property
+  def share(self) -> np.ndarray:
+    """Each layer's part of the whole change [L], which sums to 1; zeros where nothing has changed."""
+    whole = self.total.sum()
+    return self.total / whole if whole else np.zeros_like(self.total)
+
+
+def weight_change(before: Path, after: Path) -> LayerChange:
+  """The sum of the Frobenius norms of W - W' over the q, k, v, o, gate, up and down weights of each layer (eq. 4).
+
+  Both checkpoints are read once, in blocks of half a million entries, so that memory does not grow with the model; they
+  may have different dtypes, and other vocabularies. Differences and their squares are float64.
+
+  Args:
+    before: an HF checkpoint folder.
+    after: another one, of the same layers.
+
+  Raises:
+    UserError: for a folder that is no checkpoint, other numbers of layers, other shapes, a layer that lacks one of
+      those weights, or weights that are not finite.
+  """
+  matrices = lambda name: _MATRIX.fullmatch(name) is not None
+  with CheckpointSource({"before": before, "after": after}, only=matrices) as source:
+    places = {name: _MATRIX.fullmatch(name).groups() for name in source.names}
+    layers = 1 + max((int(layer) for layer, _ in places.values()), default=-1)
+    missing = {(str(n), module) for n in range(layers) for module in MODULES} - set(places.values())
+    if missing or not layers:
+      layer, module = min(missing, default=("0", "q_proj"))
+      raise UserError(f"{before}: layer {layer} has no {module}.weight; expected a checkpoint of the Qwen2, Qwen3 or "
+                      "Llama families")
+    modules = {module: np.zeros(layers) for module in MODULES}
+    for name, squares in source.reduce(_squared_distance, np.add):
+      layer, module = places[name]
+      modules[module][int(layer)] = np.sqrt(squares)
+  total = sum(modules.values())
+  if not np.isfinite(total).all():
+    raise UserError(f"{before}, {after}: layer {int(np.argmin(np.isfinite(total)))} has weights that are not finite, "
+                    "or differences too large for float64")
+  return LayerChange(total, modules)
+
+
+def _squared_distance(tensors: Sequence[jax.Array]) -> jax.Array:
+  before, after = (t.astype(jnp.float64) for t in tensors)
+  return jnp.sum(jnp.square(after - before))
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
+  """Spearman's rank correlation, from -1 to 1; equal values share their mean rank.
+
+  Between layer importance and weight change it is the paper's "superficial" tuning as one number: near 1 where SFT
+  moves the layers that matter, near or below 0 where it moves the others.
+
+  Returns:
+    None where it is not defined: for less than two values, or where all of one are equal.
+
+  >>> spearman([1, 2, 3], [10, 20, 15]), spearman([1, 2, 2], [3, 1, 1]), spearman([1, 2], [5, 5])
+  (0.5, -1.0, None)
+  """
+  if len(a) != len(b):
+    raise ValueError(f"{len(a)} and {len(b)} values: expected as many of each")
+  ranks = [_ranks(np.asarray(values, np.float64)) for values in (a, b)]
+  x, y = (r - r.mean() for r in ranks)
+  norm = float(np.sqrt((x @ x) * (y @ y))) if len(a) else 0.0
+  return round(float(x @ y) / norm, 12) if norm else None
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+  _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+  last = np.cumsum(counts)
+  return (last - (counts - 1) / 2)[inverse]
