@@ -6,7 +6,8 @@
 
 Every run has its folder in WORKDIR. `scale=tiny` keeps the plan and puts the embedded model and its tasks in place of
 the paper's. One run is changed with --config.runs.NAME.KEY=VALUE, what samples in all of them with
---config.sampler.KEY=VALUE.
+--config.sampler.KEY=VALUE, an analysis with --config.analyses.NAME.task=NAME=SOURCE (where its questions are) and
+--config.analyses.NAME.config.KEY=VALUE. Analyses come after the runs, each in a folder in WORKDIR/analyses.
 """
 
 import ml_collections
@@ -36,7 +37,7 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
   config.runs = ml_collections.ConfigDict(runs)
   if runs:
     config.sampler = next(iter(config.runs.values())).sampler
-    for run in config.runs.values():
+    for run in (*config.runs.values(), *(a.config for a in config.analyses.values() if "config" in a)):
       run.sampler = config.sampler  # one and the same
   config.analyses = ml_collections.ConfigDict(analyses)
   return config
@@ -69,8 +70,10 @@ def _methods(scale: str, models: tuple[str, ...], *methods: str, **changes: obje
   return runs
 
 
-def _importance(scale: str, model: str, task: str) -> dict[str, str]:
-  return {"kind": "importance", "model": MODELS[model] if scale == "paper" else "tiny",
+def _importance(scale: str, model: str, task: str) -> dict[str, object]:
+  config = reasoning.get_config(model=MODELS[model], task="math") if scale == "paper" else tiny.get_config()
+  config.sampler.kind = "native"  # nothing is sampled; beside runs: theirs
+  return {"kind": "importance", "model": config.model, "config": config,
           "task": task if scale == "paper" else {"math": "stories"}.get(task, "groups")}
 
 

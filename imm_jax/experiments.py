@@ -1,16 +1,21 @@
 """Several runs under one config, such as those behind a table of the paper (`configs/paper.py`).
 
 Such a config has `title`, `runs` (a config for each name) and `analyses`. Every run has its folder in the work
-directory, where it resumes like any other.
+directory, where it resumes like any other. After the runs come the analyses, each in a folder in `analyses`; one that
+is done is skipped while its models and settings are the same. `analyses/figures` shows them side by side.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
-from imm_jax import config as configs, distributed, loop
+from imm_jax import config as configs, distributed, files, loop
+from imm_jax.analysis import output
 from imm_jax.errors import UserError
-from imm_jax.stages import devices
+from imm_jax.model import folder, hf, hub
+from imm_jax.stages import analysing, devices
 
 
 def is_experiment(config: ml_collections.ConfigDict) -> bool:
@@ -28,27 +33,92 @@ def validate(config: ml_collections.ConfigDict, *, downloads: bool = True) -> No
   if len({devices.starts_server(settings) for settings in config.runs.values()}) > 1:
     raise UserError("config.runs: some start vLLM servers on this machine and some do not, and who has its "
                     "accelerators is decided once; set --config.sampler.kind for all, or give them different commands")
+  for name, analysis in config.analyses.items():
+    try:
+      if analysis.kind == "importance":
+        configs.validate(analysis.config, trains=False, downloads=False)
+        configs.require(analysis.config, "analysis.examples", lambda n: n > 0, "expected 1 or more")
+        analysing.check_entry(analysis.task)
+    except UserError as e:
+      raise UserError(f"analysis {name}: {e}") from e
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Does one run after the other.
-
-  Raises:
-    UserError: where there are analyses alone.
-  """
-  _check(config, workdir)
-  if not config.runs:
-    raise UserError(f"{config.title} has no runs, only analyses: {', '.join(map(_describe, config.analyses.values()))}")
-  for settings in config.runs.values():
+  """Does one run after the other, then the analyses."""
+  for settings in list(config.runs.values())[:1]:  # all sample alike
     devices.leave_to_others(settings)
+  _check(config, workdir)
   for i, (name, settings) in enumerate(config.runs.items()):
     if distributed.is_main():
       print(f"\n{config.title}, run {i + 1} of {len(config.runs)}: {name}", flush=True)
     loop.run(settings, str(Path(workdir) / name))
+  if config.analyses:
+    _analyse(config, Path(workdir))
+
+
+def _analyse(config: ml_collections.ConfigDict, root: Path) -> None:
+  """Does the analyses that are not done yet, and draws all of them together."""
+  together: dict[str, dict[str, Any]] = {"importance": {}, "weight_change": {}}
+  with distributed.FailTogether(root):
+    for name, analysis in config.analyses.items():
+      models = {label: hub.resolve(model) for label, model in _models(config, analysis, root).items()}
+      out = root / "analyses" / name
+      asked = _asked(analysis, models) if distributed.is_main() else {}
+      done = distributed.from_main((out / output.FILE).exists() and files.read_json(out / output.FILE).get(
+          "asked") == asked)
+      if distributed.is_main():
+        print(f"\nanalysis {name}: {_describe(analysis)}: {'done before' if done else 'run'}", flush=True)
+      if not done:
+        _one(analysis, models, out, asked)
+      if distributed.is_main():
+        found = files.read_json(out / output.FILE)
+        print(output.table(found))
+        for measure, of in together.items():
+          of |= {name: values for values in found[measure].values()}
+    if distributed.is_main():
+      with files.committed(root / "analyses" / "figures") as out:
+        out.mkdir()
+        output.draw(out, together)
+      print(f"analyses: {root / 'analyses'}")
+
+
+def _one(analysis: ml_collections.ConfigDict, models: dict[str, Path], out: Path, asked: dict[str, Any]) -> None:
+  """Does one analysis: a folder like that of `python -m imm_jax.analyze`."""
+  scores: dict[str, Any] = {}
+  if analysis.kind == "importance":
+    hf.check(models["model"])
+    scores = devices.call(analysis.config, analysing.importances, analysis.config, models["model"], [analysis.task])
+  if distributed.is_main():
+    change = {} if scores else {analysis.get("model") or analysis.after: analysing.changes(**models)}
+    with files.committed(out) as made:
+      output.write(made, {"asked": asked, **output.together(scores, change)})
+  distributed.barrier(str(out))
+
+
+def _models(config: ml_collections.ConfigDict, analysis: ml_collections.ConfigDict, root: Path) -> dict[str, str]:
+  """The models that an analysis reads, by what they are to it; before one of a run is what its round started from."""
+  if analysis.kind == "importance":
+    return {"model": analysis.model}
+  if "run" not in analysis:
+    return {"before": analysis.before, "after": analysis.after}
+  settings, here = config.runs[analysis.run], root / analysis.run
+  number = int(analysis.model.partition("/")[0].removeprefix("round_"))
+  handed_on = "merged" if settings.method in configs.MERGES else "sft"
+  return {"before": str(here / f"round_{number - 1}" / handed_on) if number else settings.model,
+          "after": str(here / analysis.model)}
+
+
+def _asked(analysis: ml_collections.ConfigDict, models: dict[str, Path]) -> dict[str, Any]:
+  """What an analysis depends on, as json reads it back."""
+  settings = loop.pick(analysis.config.to_dict(), "seed", "task", "prompt", "sft", "analysis") if (
+      "config" in analysis) else {}
+  return json.loads(json.dumps({
+      **{key: value for key, value in analysis.items() if key != "config"}, "settings": settings,
+      "digests": {label: folder.digest(model) for label, model in models.items()}}))
 
 
 def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Prints what `run` would do, run by run, and the analyses that go with them."""
+  """Prints what `run` would do, run by run and analysis by analysis; nothing is downloaded."""
   _check(config, workdir)
   if distributed.is_main():
     print(f"{config.title}: {len(config.runs)} runs, {len(config.analyses)} analyses")
@@ -59,7 +129,8 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
     loop.dry_run(settings, str(Path(workdir) / name))
   for name, analysis in config.analyses.items():
     if distributed.is_main():
-      print(f"\nanalysis {name}: {_describe(analysis)}")
+      there = (Path(workdir) / "analyses" / name / output.FILE).exists()
+      print(f"\nanalysis {name}: {_describe(analysis)}: {'done' if there else 'to do'}")
 
 
 def _check(config: ml_collections.ConfigDict, workdir: str) -> None:

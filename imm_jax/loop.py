@@ -39,7 +39,7 @@ def plan(config: ml_collections.ConfigDict, base: Path, root: Path, teacher: Pat
 
   def add(name: str, needs: Sequence[str], keys: Sequence[str], what: str, make: Callable[..., dict[str, Any]], *,
           with_inputs: bool = False, **options: Any) -> None:
-    result.append(Stage(name, tuple(needs), _pick(settings, *keys), what,
+    result.append(Stage(name, tuple(needs), pick(settings, *keys), what,
                         make if with_inputs else lambda out, _: make(out), **options))
 
   def scratch(name: str) -> Path:
@@ -239,7 +239,7 @@ def _check(config: ml_collections.ConfigDict, *, dry: bool = False) -> dict[str,
   return found
 
 
-def _pick(settings: dict[str, Any], *keys: str) -> dict[str, Any]:
+def pick(settings: dict[str, Any], *keys: str) -> dict[str, Any]:
   """Some of the settings (`sft`, `sample.stop`), without those that do not change what comes out."""
   picked = {}
   for key in keys:

@@ -187,7 +187,7 @@ def layer_importance(params: Params, grads: Params, squares: Params | None = Non
   # Whole on every device, so that each process has them.
   whole = NamedSharding(where.mesh, P()) if isinstance(where, NamedSharding) else None
   rows = jax.device_get(_row_sums(whole)(*trees))
-  modules = {name: sums.astype(np.float64).sum(axis=1) for name, sums in rows.items()}
+  modules = {name: rows[name].astype(np.float64).sum(axis=1) for name in MODULES}  # jax sorts names
   return LayerImportance(sum(modules.values()), modules)
 
 

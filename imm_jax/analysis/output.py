@@ -1,0 +1,77 @@
+"""What an analysis leaves behind: analysis.json, layers.csv, figures, and a table for the terminal."""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from imm_jax.analysis.importance import MODULES
+from imm_jax.analysis.weight_change import spearman
+from imm_jax.report import layers as figures
+
+Found = dict[str, Any]
+FILE = "analysis.json"
+
+
+def together(importance: Mapping[str, Found], change: Mapping[str, Found]) -> Found:
+  """Importance by task and weight change by model, with Spearman's rank correlation between each two of them."""
+  pairs = {task: {name: spearman(scores["layers"], moved["layers"]) for name, moved in change.items()}
+           for task, scores in importance.items()}
+  return {"importance": dict(importance), "weight_change": dict(change), "spearman": pairs if change else {}}
+
+
+def write(folder: Path, found: Found) -> None:
+  """Writes all files into a new folder; `found` is what `together` gives, and what else analysis.json is to hold."""
+  folder.mkdir()
+  (folder / FILE).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+  with (folder / "layers.csv").open("w", newline="", encoding="utf-8") as f:
+    rows = csv.writer(f)
+    rows.writerow(["measure", "of", "layer", "value", "share", *MODULES])
+    for measure, name, of in _measures(found):
+      for layer, (value, share) in enumerate(zip(of["layers"], _shares(of), strict=True)):
+        rows.writerow([measure, name, layer, value, share, *(of["modules"][m][layer] for m in MODULES)])
+  draw(folder, found)
+
+
+def draw(folder: Path, found: Found) -> None:
+  """Writes the figures of what there is."""
+  if found["importance"]:
+    figures.save(figures.importance(found["importance"]), folder, "importance")
+  if found["weight_change"]:
+    figures.save(figures.weight_change(found["weight_change"]), folder, "weight_change")
+
+
+def table(found: Found) -> str:
+  """A line a layer, a column a measure with each layer's share of it; then the modules' sums, and the correlations."""
+  columns = list(_measures(found))
+  preposition = {"importance": "importance on", "weight_change": "change to"}
+  rows = [["", *(f"{preposition[measure]} {figures.short(name)}" for measure, name, _ in columns)]]
+  count = max(len(of["layers"]) for *_, of in columns)
+  for layer in range(count):
+    rows.append([f"layer {layer}", *(f"{of['layers'][layer]:.4g} ({_shares(of)[layer]:.1%})" for *_, of in columns)])
+  for module in MODULES:
+    sums = [(sum(of["modules"][module]), sum(of["layers"])) for *_, of in columns]
+    rows.append([module, *(f"{part:.4g} ({part / whole if whole else 0:.1%})" for part, whole in sums)])
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+  for task, pairs in found["spearman"].items():
+    lines += [f"Spearman, importance on {figures.short(task)} and change to {figures.short(name)}: "
+              + ("not defined" if rank is None else f"{rank:.3f}") for name, rank in pairs.items()]
+  return "\n".join(lines)
+
+
+def foreign(folder: Path) -> str:
+  """Why a folder is no earlier output; "" where it is one."""
+  return "" if (folder / FILE).is_file() else f"is no earlier result (it has no {FILE})"
+
+
+def _measures(found: Found) -> Iterator[tuple[str, str, Found]]:
+  for measure in ("importance", "weight_change"):
+    for of, values in found[measure].items():
+      yield measure, of, values
+
+
+def _shares(of: Found) -> list[float]:
+  whole = sum(of["layers"])
+  return [value / whole if whole else 0.0 for value in of["layers"]]

@@ -1,0 +1,73 @@
+"""Which layers of a checkpoint matter for a task or a text, and which have moved on the way to another checkpoint.
+
+    python -m imm_jax.analyze --config=configs/tiny.py --model=tiny --task=stories --task=groups --out=runs/layers
+    python -m imm_jax.analyze --config=configs/qwen.py --model=DIR --task=math --task=bookcorpus --order=2 --out=OUT
+    python -m imm_jax.analyze --model=DIR --tuned=DIR --tuned=DIR --out=OUT
+
+With --task the importance of each layer (eq. 3; --order=2: eq. 2) on the worked answers of a task's train split, on a
+corpus (bookcorpus, tiny_shakespeare) or on text=file:PATH; each may be NAME=SOURCE, and several stand side by side.
+With --tuned how far each layer has moved (eq. 4). With both also Spearman's rank correlation between the two.
+
+OUT holds analysis.json, layers.csv, and importance and weight_change as .png and .svg. It appears whole or not at all.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from imm_jax import cli, config, experiments, files
+from imm_jax.analysis import output
+from imm_jax.analysis.importance import ORDERS
+from imm_jax.errors import UserError
+from imm_jax.model import hf, hub
+from imm_jax.stages import analysing
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "With --task: settings, of which prompt, sft (rows, dtype, attention), seed and mesh count.")
+_MODEL = flags.DEFINE_string("model", None, "An HF checkpoint folder, a hub id, or tiny.")
+_TASK = flags.DEFINE_multi_string("task", [], "What importance is measured on, NAME or NAME=SOURCE; may be repeated.")
+_TUNED = flags.DEFINE_multi_string("tuned", [], "What has become of --model, as --model; may be repeated.")
+_ORDER = flags.DEFINE_enum("order", "1", list(map(str, ORDERS)), "Of importance: 1 (eq. 3) or 2 (eq. 2).")
+_EXAMPLES = flags.DEFINE_integer("examples", None, "Of each task, at most; by default analysis.examples of the config.",
+                                 lower_bound=1)
+_OUT = flags.DEFINE_string("out", None, "The folder to write.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier result in --out.")
+flags.mark_flags_as_required(["model", "out"])
+
+
+def main() -> None:
+  asked, tuned = _TASK.value, _TUNED.value
+  if not asked and not tuned:
+    raise UserError("give --task=NAME, for layer importance, --tuned=DIR, for weight change, or both")
+  if len(set(asked)) < len(asked) or len(set(tuned)) < len(tuned):
+    raise UserError("--task and --tuned: one is given twice")
+  settings = None
+  if asked:
+    if _CONFIG.value is None:
+      raise UserError("--task needs --config, such as --config=configs/qwen.py: prompt, rows and mesh come from it")
+    settings = cli.config_of(_CONFIG)
+    if experiments.is_experiment(settings):
+      raise UserError("--config: holds several runs; give the config of one, such as configs/qwen.py")
+    settings.model = _MODEL.value
+    if _EXAMPLES.value:
+      settings.analysis.examples = _EXAMPLES.value
+    config.validate(settings, trains=False, downloads=False)
+    config.require(settings, "analysis.examples", lambda n: n > 0, "expected 1 or more, or --examples")
+    for entry in asked:
+      analysing.check_entry(entry)
+  model, others = hub.resolve(_MODEL.value), {name: hub.resolve(name) for name in tuned}
+  for folder in (model, *others.values()):
+    hf.check(folder)
+  out = Path(_OUT.value)
+  files.check_out(out, {"model": model, **others}, overwrite=_OVERWRITE.value, foreign=output.foreign)
+  with files.alone(out), files.committed(out) as folder:
+    scores = analysing.importances(settings, model, asked, order=int(_ORDER.value)) if asked else {}
+    found = output.together(scores, {name: analysing.changes(model, other) for name, other in others.items()})
+    output.write(folder, {"model": _MODEL.value, **found})
+  print(output.table(found))
+  print(f"json, csv and figures: {out}")
+
+
+if __name__ == "__main__":
+  cli.run(main)
