@@ -73,8 +73,9 @@ def _analyse(config: ml_collections.ConfigDict, root: Path) -> None:
       if distributed.is_main():
         found = files.read_json(out / output.FILE)
         print(output.table(found))
-        for measure, of in together.items():
-          of |= {name: values for values in found[measure].values()}
+        for measure in together:
+          for values in found[measure].values():
+            together[measure][name] = values
     if distributed.is_main():
       with files.committed(root / "analyses" / "figures") as out:
         out.mkdir()

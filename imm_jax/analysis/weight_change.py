@@ -85,9 +85,8 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
   """
   if len(a) != len(b):
     raise ValueError(f"{len(a)} and {len(b)} values: expected as many of each")
-  ranks = [_ranks(np.asarray(values, np.float64)) for values in (a, b)]
-  x, y = (r - r.mean() for r in ranks)
-  norm = float(np.sqrt((x @ x) * (y @ y))) if len(a) else 0.0
+  x, y = (_ranks(np.asarray(values, np.float64)) - (1 + len(a)) / 2 for values in (a, b))
+  norm = float(np.sqrt((x @ x) * (y @ y)))
   return round(float(x @ y) / norm, 12) if norm else None
 
 
