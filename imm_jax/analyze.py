@@ -62,7 +62,7 @@ def main() -> None:
   out = Path(_OUT.value)
   files.check_out(out, {"model": model, **others}, overwrite=_OVERWRITE.value, foreign=output.foreign)
   with files.alone(out), files.committed(out) as folder:
-    scores = analysing.importances(settings, model, asked, order=int(_ORDER.value)) if asked else {}
+    scores = analysing.importances(settings, model, asked, int(_ORDER.value)) if asked else {}
     found = output.together(scores, {name: analysing.changes(model, other) for name, other in others.items()})
     output.write(folder, {"model": _MODEL.value, **found})
   print(output.table(found))

@@ -160,14 +160,14 @@ def test_an_experiment_runs_each_of_its_runs_in_a_folder(environment, tmp_path):
                                     check=False)
   planned = of("--dry_run")
   assert planned.returncode == 0, planned.stderr
-  assert "7 of 7 stages to do" in planned.stdout
+  assert "8 of 8 stages to do" in planned.stdout
   assert not (tmp_path / "all").exists()
   done = of()
   assert done.returncode == 0, done.stderr
   assert "table 7 of the paper at tiny scale, run 1 of 1: tiny_stories" in done.stdout
   assert (tmp_path / "all/tiny_stories/round_0/merged/model.safetensors").exists()
   planned = of("--dry_run").stdout
-  assert "0 of 7 stages to do" in planned
+  assert "0 of 8 stages to do" in planned
   assert "at the measured" in planned
 
 

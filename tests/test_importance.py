@@ -15,9 +15,10 @@ import test_training as t
 
 from imm_jax.analysis import importance
 from imm_jax.analysis.importance import LayerImportance, layer_importance
+from imm_jax.analysis.weight_change import spearman
 from imm_jax.errors import UserError
 from imm_jax.model import hf, sharding
-from imm_jax.model.decoder import Params, bind, init_params
+from imm_jax.model.decoder import Params, init_params
 from imm_jax.training.packing import PackedBatches
 
 BLOCK = {**dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn"),
@@ -122,39 +123,49 @@ def test_scores_equal_those_of_torch_over_the_whole_data(checkpoint, kind):
   assert (sum(parts) > 1.3 * got.total).all()
 
 
-def test_scores_rank_weights_as_removing_them_does():
-  """With weights so small that the loss is nearly linear in each, yet what each does is well above rounding."""
-  params, rng = make_params(scale=1.2), np.random.default_rng(0)
-  batches = t.pack(t.make_examples(30), global_batch=30)
-  assert len(batches) == 1
-  batch = batches[0]
-  targets, learned = np.roll(batch["tokens"], -1, axis=1), np.roll(batch["weights"], -1, axis=1)
+def test_scores_rank_weights_as_removing_them_does(checkpoint, monkeypatch):
+  """In float64, with weights so small that the loss is nearly linear in each."""
+  torch = pytest.importorskip("torch")
+  from transformers.models.qwen2 import modeling_qwen2
 
-  def log_p(params: Params) -> jax.Array:
-    """Of the next token at each position [B, T]."""
-    logits = bind(t.CONFIG, params)(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"],
-                                    compute_dtype=jnp.float32)
-    return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+  # Its own goes through float32.
+  monkeypatch.setattr(modeling_qwen2.Qwen2RMSNorm, "forward", lambda self, x: self.weight * x * torch.rsqrt(
+      x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+  model, folder = checkpoint("qwen2-tied")
+  with torch.no_grad():
+    for p in model.parameters():
+      p *= 0.1 if p.ndim > 1 else 1
+  model.save_pretrained(folder)
+  config, params = hf.load(folder, place=lambda *_: t.replicated())
+  examples, rng = t.make_examples(30), np.random.default_rng(0)
+  grads = gradient(params, t.pack(examples, global_batch=9), config=config)
 
-  @jax.jit
-  def changes(params: Params, places: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """What removing each of n entries changes [n, B, T]."""
-    whole, found = log_p(params), {}
-    for name, at in places.items():
-      weight, put = of_module(params, name), lambda w, name=name: with_module(params, name, w)
-      found[name] = jax.lax.map(lambda i, w=weight, put=put: log_p(put(w.at[i[0], i[1], i[2]].set(0))) - whole, at)
-    return found
+  model.double()
+  ids = torch.zeros(len(examples), 14, dtype=torch.long)  # what follows an example is not seen from it
+  learned = torch.zeros(ids.shape)
+  for row, e in enumerate(examples):
+    ids[row, :len(e.prompt + e.response)] = torch.tensor(e.prompt + e.response)
+    learned[row, len(e.prompt):len(e.prompt + e.response)] = 1
 
-  places = {name: rng.integers(0, of_module(params, name).shape, (40, 3)) for name in BLOCK}
-  found = {name: np.abs((np.asarray(c, np.float64) * learned).sum(axis=(1, 2)) / learned.sum())
-           for name, c in changes(params, places).items()}
-  grads = gradient(params, batches)
-  scores = {name: np.abs(np.asarray(of_module(params, name) * of_module(grads, name)))[tuple(at.T)]
-            for name, at in places.items()}
-  removed, scored = (np.concatenate([of[name] for name in BLOCK]) for of in (found, scores))
-  ranks = lambda x: np.argsort(np.argsort(x))
-  assert np.corrcoef(ranks(removed), ranks(scored))[0, 1] > 0.99
-  assert scored.sum() == pytest.approx(removed.sum(), rel=0.05)
+  def loss() -> float:
+    log_p = model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    assert log_p.dtype == torch.float64
+    return -(log_p * learned[:, 1:]).sum().item() / learned.sum().item()
+
+  removed, scored = [], []
+  with torch.no_grad():
+    whole = loss()
+    for name, block in BLOCK.items():
+      weights, grad = of_module(params, name), of_module(grads, name)
+      for n, i, j in rng.integers(0, weights.shape, (40, 3)):
+        entry = getattr(getattr(model.model.layers[n], block), name).weight[i, j]
+        before = entry.item()
+        entry.fill_(0)
+        removed.append(abs(loss() - whole))
+        entry.fill_(before)
+        scored.append(abs(float(weights[n, i, j]) * float(grad[n, i, j])))
+  assert spearman(removed, scored) > 0.99
+  assert sum(scored) == pytest.approx(sum(removed), rel=0.05)
 
 
 def test_scores_do_not_depend_on_the_batches_and_repeat_bit_for_bit():

@@ -21,7 +21,7 @@ TINY = REPO / "imm_jax" / "assets" / "tiny"
 SMALL = ("--config.rounds=2", "--config.task.questions_per_round=24", "--config.task.eval_questions=8",
          "--config.task.ood=('groups',)", "--config.sample.batch_size=12", "--config.eval.batch_size=8",
          "--config.sft.epochs=2", "--config.sft.global_batch=4", "--config.sft.log_every=2",
-         "--config.sft.save_interval=2")
+         "--config.sft.save_interval=2", "--config.analysis.examples=0")
 # KILLS=10 KILL_SEED=1 in the environment kills at other moments, and more often.
 KILLS = int(os.environ.get("KILLS", "4"))
 TIMED = ("seconds", "time", "tokens_per_s", "step_s", "input_wait_s")
@@ -88,7 +88,7 @@ def test_run_leaves_the_documented_files(finished: Path):
   for name in ("config.json", "run.json", "metrics.jsonl", "tb", "base/eval/stories.jsonl", "round_0/samples.jsonl",
                "round_0/train.jsonl", "round_0/sft/model.safetensors", "round_1/merged/config.json",
                "round_1/merged/tokenizer.json", "round_1/eval/sft/groups.jsonl", "round_1/eval/merged/stories.jsonl",
-               "report/index.html", "report/accuracy.png"):
+               "round_1/analysis.json", "report/index.html", "report/accuracy.png"):
     assert (finished / name).exists(), name
   assert not list(finished.rglob("*.part"))
   assert not list(finished.rglob("sft_state"))
@@ -152,10 +152,10 @@ def test_a_finished_run_does_nothing_again_and_can_be_continued(finished: Path, 
   workdir = tmp_path / "copy"
   shutil.copytree(finished, workdir)
   again = start(workdir, environment)
-  assert "0 of 13 stages were run" in again.stdout
+  assert "0 of 15 stages were run" in again.stdout
   plan = start(workdir, environment, "--config.rounds=3", "--dry_run")
   assert plan.returncode == 0
-  assert plan.stdout.count("to do") == 6 + 1  # the stages of round 2, and the sum
+  assert plan.stdout.count("to do") == 7 + 1  # the stages of round 2, and the sum
   fewer = start(workdir, environment, "--config.rounds=1")
   assert fewer.returncode == 1
   assert "rounds is 2 there, 1 here" in fewer.stderr

@@ -2,13 +2,18 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_loop import TINY, assert_same_run, environment, start  # noqa: F401
 
+from configs import tiny
+from imm_jax.analysis.weight_change import spearman
+from imm_jax.errors import UserError
 from imm_jax.model import safetensors
+from imm_jax.stages import analysing
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +62,44 @@ def test_iimm_scales_each_layer_by_its_importance(run):
     share = shares[int(name.split(".")[2])] if ".layers." in name else 1.0
     wanted = base[name] + 0.5 * share * (tuned[name] - base[name])
     np.testing.assert_allclose(merged[name], wanted, rtol=2**-8, atol=1e-6)
+
+
+def test_the_analysis_of_a_round(run, tmp_path):
+  """Of what the run left behind, and once more with importance and entropy measured."""
+  workdir = run("--config.rounds=1", "--config.method=iimm", "--config.merge.base_weight=0.5",
+                "--config.merge.drop_rate=0")
+  read = lambda name: json.loads((workdir / name).read_text())
+  found = read("round_0/analysis.json")
+  assert found["importance"] == read("round_0/importance.json")
+  base, tuned, merged = (weights(f) for f in (TINY, workdir / "round_0/sft", workdir / "round_0/merged"))
+  for of, model in (("sft", tuned), ("merged", merged)):
+    for module, layers in found["weight_change"][of]["modules"].items():
+      wanted = [np.linalg.norm(model[name] - base[name]) for name in sorted(base) if f".{module}.weight" in name]
+      np.testing.assert_allclose(layers, wanted, rtol=1e-12)
+    change = found["weight_change"][of]
+    np.testing.assert_allclose(np.array(change["layers"]) / sum(change["layers"]), change["share"])
+  assert found["spearman"] == spearman(found["importance"]["layers"], found["weight_change"]["sft"]["layers"])
+  assert (found["diversity"]["questions"], found["diversity"]["samples"]) == (24, 72)
+  assert found["diversity"]["token_entropy"] is None
+  assert facts(workdir, "round_0/analysis.json").keys() == {"spearman", "distinct_answers"}
+
+  config = tiny.get_config()
+  config.analysis.examples = 6
+  here = shutil.copytree(workdir / "round_0", tmp_path / "round_0")
+  (here / "importance.json").unlink()
+  round_ = analysing.Round(0, here, TINY, TINY, TINY, True)
+  said = analysing.analyse(config, round_, tmp_path / "analysis.json")
+  again = json.loads((tmp_path / "analysis.json").read_text())
+  assert again["weight_change"] == found["weight_change"]
+  assert (again["importance"]["examples"], again["importance"]["order"]) == (6, 1)
+  assert 0.3 < sum(again["importance"]["layers"]) / sum(found["importance"]["layers"]) < 3
+  assert 0.01 < again["diversity"]["token_entropy"] < 1
+  assert said["token_entropy"] == pytest.approx(again["diversity"]["token_entropy"], abs=1e-6)
+  assert analysing.analyse(config, round_, tmp_path / "third.json") == said
+
+  (here / "train.jsonl").write_text("{}\n")
+  with pytest.raises(UserError, match=r"train\.jsonl:1: 'question' is missing"):
+    analysing.analyse(config, round_, tmp_path / "fourth.json")
 
 
 @pytest.mark.slow

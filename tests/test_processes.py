@@ -21,7 +21,9 @@ REPO = Path(__file__).parent.parent
 SMALL = ("--config.rounds=1", "--config.task.questions_per_round=24", "--config.task.eval_questions=8",
          "--config.task.ood=('groups',)", "--config.sample.batch_size=12", "--config.eval.batch_size=8",
          "--config.sft.epochs=4", "--config.sft.global_batch=8", "--config.sft.log_every=1",
-         "--config.sft.save_interval=2", "--config.sft.accumulation=1")
+         "--config.sft.save_interval=2", "--config.sft.accumulation=1", "--config.analysis.examples=0")
+# Where importance and entropy are measured too.
+MEASURED = "--config.analysis.examples=6"
 
 
 @pytest.fixture(scope="session")
@@ -98,13 +100,13 @@ def assert_same_training(a: Path, b: Path) -> None:
 def alone(cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
   """The same run in one process with four devices."""
   workdir = tmp_path_factory.mktemp("alone") / "run"
-  finish(Run(workdir, 1, cache, devices=4))
+  finish(Run(workdir, 1, cache, MEASURED, devices=4))
   return workdir
 
 
 def test_two_processes_give_the_run_of_one(alone: Path, start: Callable[..., Run], tmp_path: Path):
-  """Sampling, filter, training, export, merge and evaluation; process 0 alone writes and prints."""
-  run = start("two", 2)
+  """Sampling, filter, training, export, merge, evaluation and analysis; process 0 alone writes and prints."""
+  run = start("two", 2, MEASURED)
   finish(run)
   workdir = tmp_path / "two"
   read = lambda root: [json.loads(line) for line in (root / "round_0/samples.jsonl").read_text().splitlines()]
@@ -115,6 +117,10 @@ def test_two_processes_give_the_run_of_one(alone: Path, start: Callable[..., Run
   assert names(workdir) == names(alone)
   assert "stages were run" in run.said[0]
   assert "round_0" not in run.said[1]
+  ours, theirs = (json.loads((root / "round_0/analysis.json").read_text()) for root in (alone, workdir))
+  assert ours["importance"]["examples"] == 6
+  np.testing.assert_allclose(ours["importance"]["layers"], theirs["importance"]["layers"], rtol=1e-4)
+  assert ours["diversity"] == pytest.approx(theirs["diversity"], rel=1e-5)
 
 
 @pytest.mark.slow

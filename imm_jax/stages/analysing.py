@@ -55,7 +55,7 @@ def importance(config: ml_collections.ConfigDict, model: Path, train: Path, out:
   return {"examples": found["examples"], "most_important": int(np.argmax(found["layers"]))}
 
 
-def importances(config: ml_collections.ConfigDict, model: Path, entries: Sequence[str], *, order: int,
+def importances(config: ml_collections.ConfigDict, model: Path, entries: Sequence[str], order: int = 1,
                 ) -> dict[str, Found]:
   """The model's layer importance on tasks and corpora, by entry, on `config.analysis.examples` of each.
 

@@ -1,0 +1,142 @@
+"""`python -m imm_jax.analyze`, its figures, and the analyses behind the paper's figures."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_loop import TINY, environment  # noqa: F401
+
+from configs import paper
+from imm_jax import experiments
+from imm_jax.errors import UserError
+from imm_jax.model import safetensors
+from imm_jax.report import layers as figures
+from imm_jax.stages import analysing
+
+REPO = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """The embedded model with every layer moved, each twice as far as the one before."""
+  folder = Path(shutil.copytree(TINY, tmp_path_factory.mktemp("models") / "tuned"))
+  rng, found = np.random.default_rng(0), safetensors.read(TINY / "model.safetensors")
+  moved = {name: (x.astype(np.float32) + (0.01 * 2**int(name.split(".")[2]) * rng.standard_normal(
+      x.shape) if ".layers." in name else 0)).astype(x.dtype) for name, x in found.items()}
+  safetensors.write(folder / "model.safetensors", [
+      (name, x.dtype, x.shape, lambda x=x: [x]) for name, x in moved.items()])
+  return folder
+
+
+@pytest.fixture
+def analyze(environment, tmp_path):  # noqa: F811
+  return lambda *flags: subprocess.run(
+      [sys.executable, "-m", "imm_jax.analyze", f"--out={tmp_path / 'out'}", *flags], cwd=REPO, env=environment,
+      capture_output=True, text=True, check=False)
+
+
+def test_importance_and_weight_change_of_a_checkpoint(analyze, tuned: Path, tmp_path: Path):
+  (tmp_path / "a.txt").write_text("Tom has 3 apples.\n\nSara sells 4 pens " * 40)
+  text = f"text=file:{tmp_path / 'a.txt'}"
+  flags = ("--config=configs/tiny.py", "--model=tiny", f"--task={text}", f"--tuned={tuned}", "--examples=2")
+  done = analyze(*flags)
+  assert done.returncode == 0, done.stderr
+  found = json.loads((tmp_path / "out/analysis.json").read_text())
+  scores = found["importance"][text]
+  assert (scores["examples"], scores["order"]) == (2, 1)
+  change = found["weight_change"][str(tuned)]["layers"]
+  np.testing.assert_allclose(np.array(change[1:]) / change[:-1], 2, rtol=0.02)
+  lines = done.stdout.splitlines()
+  assert lines[1].startswith(f"layer 0    {scores['layers'][0]:.4g} (")
+  assert [line.split()[0] for line in lines[5:12]] == [
+      "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+  assert lines[12].endswith(f": {found['spearman'][text][str(tuned)]:.3f}")
+  rows = list(csv.DictReader((tmp_path / "out/layers.csv").read_text().splitlines()))
+  assert [(row["measure"], row["layer"]) for row in rows] == [
+      (measure, str(n)) for measure in ("importance", "weight_change") for n in range(4)]
+  assert [float(row["value"]) for row in rows[4:]] == change
+  assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+      "analysis.json", "importance.png", "importance.svg", "layers.csv", "weight_change.png", "weight_change.svg"]
+  again = analyze(*flags)
+  assert again.returncode == 1
+  assert "exists; give another folder, or --overwrite" in again.stderr
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    (("--model=tiny", "--task=stories"), "--task needs --config"),
+    (("--model=tiny", "--tuned=/no/such"), "/no/such: no such checkpoint folder"),
+    (("--config=configs/tiny.py", "--model=tiny", "--task=storys"), "task 'storys': did you mean stories?")])
+def test_bad_input_is_one_line(analyze, tmp_path: Path, flags: tuple[str, ...], expected: str):
+  done = analyze(*flags)
+  assert done.returncode == 1
+  line, = done.stderr.splitlines()
+  assert line.startswith("error: ")
+  assert expected in line
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("entry", "expected"), [
+    ("text", "needs a source"), ("stories=file:/x", "is generated and has no source"), ("bookcorpos", "bookcorpus")])
+def test_an_entry_that_is_no_task_is_named(entry: str, expected: str):
+  with pytest.raises(UserError, match=expected):
+    analysing.check_entry(entry)
+
+
+def test_figures_hold_every_name_and_the_same_bytes_again(tmp_path: Path):
+  modules = {f"{m}_proj": [1.0, 2.0] for m in ("q", "k", "v", "o", "gate", "up", "down")}
+  scores = {"order": 1, "layers": [7.0, 14.0], "modules": modules}
+  change = scores | {"share": [1 / 3, 2 / 3]}
+  for name, draw, found in (("importance", figures.importance, {"math": scores, "books": {**scores, "order": 2}}),
+                            ("weight_change", figures.weight_change, {f"round {i}": change for i in range(10)})):
+    texts = [figures.svg(draw(found)) for _ in range(2)]
+    assert texts[0] == texts[1]
+    assert all(f">{of}<" in texts[0] or f"importance on {of}<" in texts[0] for of in found)
+    figures.save(draw(found), tmp_path, name)
+  assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_the_analyses_of_figure_3_run_and_are_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+  config = paper.get_config("figure=3,scale=tiny")
+  for analysis in config.analyses.values():
+    analysis.config.analysis.examples = 4
+  experiments.validate(config)
+  experiments.run(config, str(tmp_path))
+  names = ["importance_bookcorpus", "importance_math"]
+  books, maths = (json.loads((tmp_path / "analyses" / name / "analysis.json").read_text()) for name in names)
+  assert (list(books["importance"]), list(maths["importance"])) == (["groups"], ["stories"])
+  assert maths["importance"]["stories"]["examples"] == 4
+  assert (tmp_path / "analyses/figures/importance.png").exists()
+  assert capsys.readouterr().out.count(": run\n") == 2
+  config.analyses.importance_math.config.sft.remat = "none"  # how, not what
+  experiments.run(config, str(tmp_path))
+  assert capsys.readouterr().out.count("done before") == 2
+  config.analyses.importance_math.config.sft.remat = "full"
+  config.analyses.importance_math.config.seed = 1
+  experiments.run(config, str(tmp_path))
+  said = capsys.readouterr().out
+  assert "analysis importance_bookcorpus: layer importance of tiny on groups: done before" in said
+  assert "analysis importance_math: layer importance of tiny on stories: run" in said
+  config.analyses.importance_math.task = "none"
+  with pytest.raises(UserError, match="analysis importance_math: task 'none': expected one of"):
+    experiments.validate(config)
+
+
+@pytest.mark.slow
+def test_the_weight_changes_of_figure_12_are_those_of_its_run(tmp_path: Path):
+  config = paper.get_config("figure=12,scale=tiny")
+  run = next(iter(config.runs.values()))
+  run.rounds = 3
+  run.task.update({"questions_per_round": 24, "eval_questions": 4, "ood": ()})
+  run.sft.update({"epochs": 1, "global_batch": 4})
+  run.analysis.examples = 0
+  experiments.run(config, str(tmp_path))
+  root, = (tmp_path / name for name in config.runs)
+  for t in range(3):
+    found, = (json.loads(path.read_text()) for path in (tmp_path / "analyses").glob(f"*_round_{t}_sft/analysis.json"))
+    of_round = json.loads((root / f"round_{t}/analysis.json").read_text())["weight_change"]["sft"]
+    assert next(iter(found["weight_change"].values())) == of_round
