@@ -11,17 +11,18 @@ With --tuned how far each layer has moved (eq. 4). With both also Spearman's ran
 OUT holds analysis.json, layers.csv, and importance and weight_change as .png and .svg. It appears whole or not at all.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from imm_jax import cli, config, experiments, files
-from imm_jax.analysis import output
-from imm_jax.analysis.importance import ORDERS
+from imm_jax import cli, files
+from imm_jax.analysis import ORDERS, output
+from imm_jax.analysis.weight_change import weight_change
 from imm_jax.errors import UserError
 from imm_jax.model import hf, hub
-from imm_jax.stages import analysing
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "With --task: settings, of which prompt, sft (rows, dtype, attention), seed and mesh count.")
@@ -42,31 +43,44 @@ def main() -> None:
     raise UserError("give --task=NAME, for layer importance, --tuned=DIR, for weight change, or both")
   if len(set(asked)) < len(asked) or len(set(tuned)) < len(tuned):
     raise UserError("--task and --tuned: one is given twice")
-  settings = None
-  if asked:
-    if _CONFIG.value is None:
-      raise UserError("--task needs --config, such as --config=configs/qwen.py: prompt, rows and mesh come from it")
-    settings = cli.config_of(_CONFIG)
-    if experiments.is_experiment(settings):
-      raise UserError("--config: holds several runs; give the config of one, such as configs/qwen.py")
-    settings.model = _MODEL.value
-    if _EXAMPLES.value:
-      settings.analysis.examples = _EXAMPLES.value
-    config.validate(settings, trains=False, downloads=False)
-    config.require(settings, "analysis.examples", lambda n: n > 0, "expected 1 or more, or --examples")
-    for entry in asked:
-      analysing.check_entry(entry)
+  settings = _settings(asked) if asked else None
   model, others = hub.resolve(_MODEL.value), {name: hub.resolve(name) for name in tuned}
   for folder in (model, *others.values()):
     hf.check(folder)
   out = Path(_OUT.value)
   files.check_out(out, {"model": model, **others}, overwrite=_OVERWRITE.value, foreign=output.foreign)
   with files.alone(out), files.committed(out) as folder:
-    scores = analysing.importances(settings, model, asked, int(_ORDER.value)) if asked else {}
-    found = output.together(scores, {name: analysing.changes(model, other) for name, other in others.items()})
+    change = {name: weight_change(model, other).to_json() for name, other in others.items()}
+    found = output.together(_importance(settings, model, asked) if asked else {}, change)
     output.write(folder, {"model": _MODEL.value, **found})
   print(output.table(found))
   print(f"json, csv and figures: {out}")
+
+
+# Both import late: weight change needs none of it, and it takes longer than to read a small model.
+def _settings(asked: Sequence[str]) -> Any:
+  from imm_jax import config, experiments
+  from imm_jax.stages import analysing
+
+  if _CONFIG.value is None:
+    raise UserError("--task needs --config, such as --config=configs/qwen.py: prompt, rows and mesh come from it")
+  settings = cli.config_of(_CONFIG)
+  if experiments.is_experiment(settings):
+    raise UserError("--config: holds several runs; give the config of one, such as configs/qwen.py")
+  settings.model = _MODEL.value
+  if _EXAMPLES.value:
+    settings.analysis.examples = _EXAMPLES.value
+  config.validate(settings, trains=False, downloads=False)
+  config.require(settings, "analysis.examples", lambda n: n > 0, "expected 1 or more, or --examples")
+  for entry in asked:
+    analysing.check_entry(entry)
+  return settings
+
+
+def _importance(settings: Any, model: Path, asked: Sequence[str]) -> Mapping[str, Any]:
+  from imm_jax.stages import analysing
+
+  return analysing.importances(settings, model, asked, int(_ORDER.value))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import ml_collections
 
 from imm_jax import config as configs, distributed, files, loop
 from imm_jax.analysis import output
+from imm_jax.analysis.weight_change import weight_change
 from imm_jax.errors import UserError
 from imm_jax.model import folder, hf, hub
 from imm_jax.stages import analysing, devices
@@ -90,7 +91,7 @@ def _one(analysis: ml_collections.ConfigDict, models: dict[str, Path], out: Path
     hf.check(models["model"])
     scores = devices.call(analysis.config, analysing.importances, analysis.config, models["model"], [analysis.task])
   if distributed.is_main():
-    change = {} if scores else {analysis.get("model") or analysis.after: analysing.changes(**models)}
+    change = {} if scores else {analysis.get("model") or analysis.after: weight_change(**models).to_json()}
     with files.committed(out) as made:
       output.write(made, {"asked": asked, **output.together(scores, change)})
   distributed.barrier(str(out))

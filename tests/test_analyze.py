@@ -41,7 +41,7 @@ def analyze(environment, tmp_path):  # noqa: F811
 
 
 def test_importance_and_weight_change_of_a_checkpoint(analyze, tuned: Path, tmp_path: Path):
-  (tmp_path / "a.txt").write_text("Tom has 3 apples.\n\nSara sells 4 pens " * 40)
+  (tmp_path / "a.txt").write_text("Tom has 3 apples.\n\nSara sells 4 pens " * 80)
   text = f"text=file:{tmp_path / 'a.txt'}"
   flags = ("--config=configs/tiny.py", "--model=tiny", f"--task={text}", f"--tuned={tuned}", "--examples=2")
   done = analyze(*flags)

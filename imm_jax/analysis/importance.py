@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from imm_jax import progress
+from imm_jax.analysis import MODULES
 from imm_jax.errors import UserError
 from imm_jax.model import sharding
 from imm_jax.model.config import ModelConfig
@@ -20,11 +21,6 @@ from imm_jax.model.decoder import Params, abstract_params
 from imm_jax.training.input import Input
 from imm_jax.training.packing import PackedBatches
 from imm_jax.training.step import gradient_function, jit_step
-
-# The weights of a layer that eq. 2 to 4 sum over, and the block that holds each.
-MODULES = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
-           "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}
-ORDERS = (1, 2)
 
 # Of the gradients, with order 2 of their squares, and of the learned tokens.
 Sums = tuple[Params | jax.Array, ...]
@@ -49,6 +45,10 @@ class LayerImportance(NamedTuple):
 
   total: np.ndarray
   modules: dict[str, np.ndarray]
+
+  def to_json(self) -> dict[str, Any]:
+    """`layers` and `modules`, as analysis.json holds them."""
+    return {"layers": self.total.tolist(), "modules": {name: scores.tolist() for name, scores in self.modules.items()}}
 
 
 def gradient(config: ModelConfig, params: Params, batches: PackedBatches, *, mesh: Mesh, compute_dtype: jnp.dtype,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from imm_jax.analysis.importance import MODULES
+from imm_jax.analysis import MODULES
 from imm_jax.analysis.weight_change import spearman
 from imm_jax.report import layers as figures
 

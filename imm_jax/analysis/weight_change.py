@@ -6,13 +6,13 @@ Axes: L layers.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imm_jax.analysis.importance import MODULES
+from imm_jax.analysis import MODULES
 from imm_jax.errors import UserError
 from imm_jax.merging.checkpoint import CheckpointSource
 
@@ -30,6 +30,11 @@ class LayerChange(NamedTuple):
     """Each layer's part of the whole change [L], which sums to 1; zeros where nothing has changed."""
     whole = self.total.sum()
     return self.total / whole if whole else np.zeros_like(self.total)
+
+  def to_json(self) -> dict[str, Any]:
+    """`layers`, `share` and `modules`, as analysis.json holds them."""
+    return {"layers": self.total.tolist(), "share": self.share.tolist(),
+            "modules": {name: change.tolist() for name, change in self.modules.items()}}
 
 
 def weight_change(before: Path, after: Path) -> LayerChange:

@@ -82,13 +82,6 @@ def importances(config: ml_collections.ConfigDict, model: Path, entries: Sequenc
           for entry, of_entry in data.items()}
 
 
-def changes(before: Path, after: Path) -> Found:
-  """The weight change from one checkpoint to another (eq. 4), as json holds it."""
-  found = weight_change(before, after)
-  return {"layers": found.total.tolist(), "share": found.share.tolist(),
-          "modules": {name: change.tolist() for name, change in found.modules.items()}}
-
-
 def analyse(config: ml_collections.ConfigDict, round_: Round, out: Path) -> dict[str, Any]:
   """Writes analysis.json of a round.
 
@@ -112,9 +105,9 @@ def analyse(config: ml_collections.ConfigDict, round_: Round, out: Path) -> dict
   held.clear()
   if not distributed.is_main():
     return {}
-  change = {"sft": changes(round_.start, round_.folder / "sft")}
+  change = {"sft": weight_change(round_.start, round_.folder / "sft").to_json()}
   if round_.merges:
-    change["merged"] = changes(round_.base, round_.folder / "merged")
+    change["merged"] = weight_change(round_.base, round_.folder / "merged").to_json()
   rank = spearman(scores["layers"], change["sft"]["layers"]) if scores else None
   sampled = diversity.diversity(rows)._asdict() | {"token_entropy": entropy} if rows else None
   found = {"importance": scores, "weight_change": change, "spearman": rank, "diversity": sampled}
@@ -171,9 +164,7 @@ def _scores(data: tuning.Data, params: Params, *, order: int, label: str) -> Fou
   else:
     del options["accumulation"]  # one example at a time leaves nothing to divide
     sums = layers.gradient_and_squares(data.model, params, data.batches, **options)
-  scores = layers.layer_importance(params, *sums)
-  return {"examples": len(data.lines), "order": order, "layers": scores.total.tolist(),
-          "modules": {name: s.tolist() for name, s in scores.modules.items()}}
+  return {"examples": len(data.lines), "order": order, **layers.layer_importance(params, *sums).to_json()}
 
 
 def check_entry(entry: str) -> None:

@@ -1,0 +1,148 @@
+"""What analysis costs beside what it resembles, in one interleaved run on the same cores. Linux only.
+
+    python benchmarks/analysis.py --workdir=/tmp/analysis-benchmark --cores=2
+
+Importance: `importance.gradient` over packed batches beside the forward and backward pass of SFT over the same batches
+(`gradient_function`, jitted; no optimizer), and beside whole SFT steps, taking turns pass by pass in one process.
+Seconds are the fastest pass of each over all batches, input included.
+
+Weight change: `python -m imm_jax.analyze --tuned` beside `python -m imm_jax.merge --method=linear` of the same two
+checkpoints (of which merging reads embeddings too, and writes a third), whole processes in turns, and both functions
+alone in one process. GB/s counts the bytes that each has to read. Prints two Markdown tables.
+"""
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import random_checkpoints
+from absl import app, flags
+
+_WORKDIR = flags.DEFINE_string("workdir", "/tmp/analysis-benchmark", "Checkpoints and outputs go here.")
+_SHAPE = flags.DEFINE_enum("shape", "sft", sorted(random_checkpoints.SHAPES), "Of the model for importance.")
+_STREAMED = flags.DEFINE_enum("streamed", "0.5b", sorted(random_checkpoints.SHAPES), "Of the two for weight change.")
+_ROWS = flags.DEFINE_integer("rows", 8, "Of a batch.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("row_length", 512, "Tokens of a row.", lower_bound=2)
+_BATCHES = flags.DEFINE_integer("batches", 6, "Of a pass.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Passes and processes of each kind, in turns.", lower_bound=1)
+_DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Compute dtypes.")
+_REMAT = flags.DEFINE_enum("remat", "full", ["none", "dots", "attention", "full"], "What is computed again.")
+_CORES = flags.DEFINE_integer("cores", 2, "The processes are pinned to this many cores.", lower_bound=1)
+REPO = Path(__file__).parent.parent
+
+
+def passes(dtype: str, folder: Path) -> dict[str, Callable[[], None]]:
+  """By name, a pass over all batches."""
+  import jax
+  import jax.numpy as jnp
+  import optax
+
+  from imm_jax.analysis import importance
+  from imm_jax.model import attention, hf, sharding
+  from imm_jax.training import step
+  from imm_jax.training.input import Input
+  from imm_jax.training.packing import PackedBatches, TokenizedExample
+
+  mesh = sharding.make_mesh(data=1, fsdp=1)
+  place = lambda *_: jax.NamedSharding(mesh, sharding.P())
+  config, params = hf.load(folder, dtype=jnp.float32, place=place)
+  vocab = random_checkpoints.SHAPES[_SHAPE.value][-1]
+  rows = np.random.default_rng(0).integers(0, vocab, (_BATCHES.value * _ROWS.value, _LENGTH.value)).tolist()
+  batches = PackedBatches([TokenizedExample(row[:1], row[1:]) for row in rows], epochs=1, global_batch=_ROWS.value,
+                          row_length=_LENGTH.value, seed=0)
+  chosen = attention.choose("auto", config, dtype=dtype, length=_LENGTH.value, rows=_ROWS.value, mesh=mesh)
+  options = {"compute_dtype": jnp.dtype(dtype), "remat": _REMAT.value, "attention": chosen, "mesh": mesh}
+  both = jax.jit(step.gradient_function(config, **options))
+  optimizer = step.make_optimizer(optax.constant_schedule(1e-5), weight_decay=0.0, grad_clip=1.0)
+  train_step = step.make_train_step(config, optimizer, **options)
+  state = step.init_state(hf.load(folder, dtype=jnp.float32, place=place)[1], optimizer, mesh)
+
+  def forward_and_backward() -> None:
+    for batch in Input(batches, mesh):
+      jax.block_until_ready(both(params, batch))
+
+  def whole_steps() -> None:
+    nonlocal state
+    for batch in Input(batches, mesh):
+      state, metrics = train_step(state, batch)
+      jax.block_until_ready(metrics)
+
+  return {"forward and backward": forward_and_backward,
+          "importance": lambda: jax.block_until_ready(importance.gradient(config, params, batches, **options)),
+          "SFT steps": whole_steps}
+
+
+def in_turns(works: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+  """Seconds of each, one after the other again and again; the first round warms up and does not count."""
+  seconds: dict[str, list[float]] = {name: [] for name in works}
+  for repeat in range(-1, repeats):
+    for name, work in works.items():
+      started = time.perf_counter()
+      work()
+      if repeat >= 0:
+        seconds[name].append(time.perf_counter() - started)
+  return seconds
+
+
+def streamed(root: Path) -> tuple[dict[str, Callable[[], None]], float, float]:
+  """By name, what reads two checkpoints; then the bytes of what each reads: all, and the layers' matrices."""
+  import jax
+
+  from imm_jax.analysis.weight_change import weight_change
+  from imm_jax.merging import checkpoint, masks, methods
+  from imm_jax.model import folder
+
+  a, b = (random_checkpoints.make(root / name, _STREAMED.value, i) for i, name in enumerate(("a", "b")))
+  out = root / "out"
+
+  def merge() -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    with checkpoint.CheckpointSource({"a": a, "b": b}) as source:
+      plan = methods.linear(source, weights=[0.3, 0.7])
+      checkpoint.merge(source, [checkpoint.Output(out, plan)], key=np.asarray(masks.key_words(jax.random.key(0))))
+
+  def process(*command: str) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", *command, f"--out={out}"], cwd=REPO, check=True, capture_output=True)
+
+  size = lambda only: 2 * sum(e.size * e.dtype.itemsize for name, e in folder.tensors(a).items() if only(name))
+  return ({"linear": merge, "weight change": lambda: weight_change(a, b),
+           "linear, process": lambda: process("imm_jax.merge", "--method=linear", f"--models={a},{b}",
+                                              "--weights=[0.3, 0.7]"),
+           "weight change, process": lambda: process("imm_jax.analyze", f"--model={a}", f"--tuned={b}")},
+          size(lambda _: True), size(lambda name: name.endswith("_proj.weight")))
+
+
+def main(_: list[str]) -> None:
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:_CORES.value])
+  root = Path(_WORKDIR.value).resolve()
+  folder = random_checkpoints.make(root / _SHAPE.value, _SHAPE.value, 0)
+  tokens = _BATCHES.value * _ROWS.value * _LENGTH.value
+  print(f"{_SHAPE.value}, {_BATCHES.value} x {_ROWS.value} x {_LENGTH.value} tokens, remat {_REMAT.value}, "
+        f"{_CORES.value} cores, fastest of {_REPEATS.value}\n\n"
+        "| dtype | work | s | tokens/s | times forward and backward | median s |\n|---|---|---|---|---|---|")
+  for dtype in _DTYPES.value:
+    found = in_turns(passes(dtype, folder), _REPEATS.value)
+    for name, seconds in found.items():
+      print(f"| {dtype} | {name} | {min(seconds):.2f} | {tokens / min(seconds):.0f} | "
+            f"{min(seconds) / min(found['forward and backward']):.3f} | {statistics.median(seconds):.2f} |", flush=True)
+  works, everything, matrices = streamed(root)
+  print(f"\n{_STREAMED.value}, bfloat16, {_CORES.value} cores, fastest of {_REPEATS.value}\n\n"
+        "| work | s | GB read | GB/s | GB/s, over linear's | median s |\n|---|---|---|---|---|---|")
+  found = in_turns(works, _REPEATS.value)
+  for name, seconds in found.items():
+    read = (matrices if name.startswith("weight") else everything) / 1e9
+    peer = everything / 1e9 / min(found["linear, process" if name.endswith("process") else "linear"])
+    speed = read / min(seconds)
+    print(f"| {name} | {min(seconds):.2f} | {read:.2f} | {speed:.2f} | {speed / peer:.2f} | "
+          f"{statistics.median(seconds):.2f} |")
+
+
+if __name__ == "__main__":
+  app.run(main)
