@@ -98,7 +98,7 @@ def streamed(root: Path) -> tuple[dict[str, Callable[[], None]], float, float]:
   from imm_jax.merging import checkpoint, masks, methods
   from imm_jax.model import folder
 
-  a, b = (random_checkpoints.make(root / name, _STREAMED.value, i) for i, name in enumerate(("a", "b")))
+  a, b = (random_checkpoints.make(root / f"{_STREAMED.value}-{i}", _STREAMED.value, i) for i in (0, 1))
   out = root / "out"
 
   def merge() -> None:
