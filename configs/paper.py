@@ -5,7 +5,7 @@
     python -m imm_jax.main --config=configs/paper.py:table=3,scale=tiny --workdir=runs/tiny3
 
 Every run has its folder in WORKDIR. `scale=tiny` keeps the plan and puts the embedded model and its tasks in place of
-the paper's. One run is changed with --config.runs.NAME.KEY=VALUE, what samples in all of them with
+the paper's. One run is changed with --config.runs.NAME.KEY=VALUE, what samples is one for all,
 --config.sampler.KEY=VALUE, an analysis with --config.analyses.NAME.task=NAME=SOURCE (where its questions are) and
 --config.analyses.NAME.config.KEY=VALUE. Analyses come after the runs, each in a folder in WORKDIR/analyses.
 """
@@ -34,12 +34,11 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
   name = f"table {table}" if table else f"figure {figure}"
   runs, analyses = _PLANS[name](scale)
   config = ml_collections.ConfigDict({"title": f"{name} of the paper" + " at tiny scale" * (scale == "tiny")})
-  config.runs = ml_collections.ConfigDict(runs)
+  config.runs, config.analyses = ml_collections.ConfigDict(runs), ml_collections.ConfigDict(analyses)
   if runs:
     config.sampler = next(iter(config.runs.values())).sampler
     for run in (*config.runs.values(), *(a.config for a in config.analyses.values() if "config" in a)):
       run.sampler = config.sampler  # one and the same
-  config.analyses = ml_collections.ConfigDict(analyses)
   return config
 
 

@@ -1,6 +1,7 @@
 """Checks a config before anything is spent."""
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,7 +98,11 @@ def _validate_sampler(config: ml_collections.ConfigDict) -> None:
   for key in ("urls", "args"):
     if not all(isinstance(value, str) for value in vllm[key]):
       raise UserError(f"config.sampler.vllm.{key}={vllm[key]}: expected strings")
-  if len(set(vllm.urls)) < len(vllm.urls):
+  try:
+    shlex.split(vllm.restart)
+  except ValueError as e:
+    raise UserError(f"config.sampler.vllm.restart={vllm.restart!r}: {e}") from e
+  if len({url.rstrip("/") for url in vllm.urls}) < len(vllm.urls):
     raise UserError(f"config.sampler.vllm.urls={vllm.urls} names a server twice")
   for url in vllm.urls:
     try:

@@ -6,7 +6,7 @@ import jax
 from tqdm import tqdm
 
 
-def bar(total: int, label: str, unit: str, *, quiet: bool = False, **options: object) -> tqdm:
+def bar(total: int | None, label: str, unit: str, *, quiet: bool = False, **options: object) -> tqdm:
   """A bar on the first process: drawn every second on a terminal, a line now and then in a log file."""
   return tqdm(total=total, desc=label, unit=unit, disable=quiet or jax.process_index() != 0,
               mininterval=1.0 if sys.stderr.isatty() else 30.0, **options)

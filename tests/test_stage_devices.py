@@ -52,7 +52,7 @@ def _children(process: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_it_does_not_outlive_the_process_that_asked(number: int, tmp_path: Path) -> None:
   script = tmp_path / "script.py"
   script.write_text(_SLEEP)
@@ -69,6 +69,6 @@ def test_it_does_not_outlive_the_process_that_asked(number: int, tmp_path: Path)
   while time.monotonic() < end and Path(f"/proc/{worker[0]}").exists():
     time.sleep(0.1)
   assert not Path(f"/proc/{worker[0]}").exists()
-  assert parent.returncode == (143 if number == signal.SIGTERM else -9)
+  assert parent.returncode == {signal.SIGTERM: 143, signal.SIGKILL: -9, signal.SIGINT: 130}[number]
   assert ("told to stop" in said) == (number == signal.SIGTERM)
   assert "Traceback" not in said

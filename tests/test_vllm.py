@@ -219,6 +219,10 @@ def test_ids_that_the_tokenizer_does_not_have_are_drawn_again(fake: FakeVllm, tm
   checkpoint.copy_side_files(TINY, tmp_path / "padded")
   config = {**json.loads((TINY / "config.json").read_text()), "vocab_size": 600, "dtype": "float32"}
   (tmp_path / "padded" / "config.json").write_text(json.dumps(config))
+  with pytest.raises(UserError, match="a model of another shape"):
+    _sample(fake, folder=tmp_path / "padded")
+  assert "/pause" not in fake.steps
+  fake.folder = str(tmp_path / "padded")
   fake.draw = lambda prompt, seed, temperature, most: [5, 6 if "logit_bias" in fake.seen[-1] else 580, END]
   rows = _sample(fake, folder=tmp_path / "padded", concurrency=1)
   assert {c.text for row in rows for c in row} == {TOKENIZER.decode([5, 6])}
@@ -277,6 +281,33 @@ def test_a_server_with_other_weights_is_found_before_it_samples(
     assert sampler.generate(PROMPTS, **OPTIONS) == plain
 
 
+def test_weights_that_differ_less_than_rounding_may_are_found_by_what_the_server_ran_before(
+    fake: FakeVllm, tmp_path: Path) -> None:
+  _sample(fake)
+  folder = _noisy(tmp_path / "newer", 0.002)
+  fake.stale = True
+  with VllmSampler(folder, urls=[fake.url], compute_dtype="float32", tolerance=5.0) as sampler, pytest.raises(
+      UserError, match=f"still runs the weights of {TINY}"):
+    sampler.generate(PROMPTS, **OPTIONS)
+  assert len(fake.seen) == len(PROMPTS) * 3  # of the first
+  fake.stale = False
+  assert _sample(fake, folder=folder)
+
+
+def test_a_server_that_another_run_gives_its_weights_ends_this_one(fake: FakeVllm, tmp_path: Path) -> None:
+  journal = tmp_path / "journal.jsonl"
+
+  def trouble(number: int, body: dict) -> str:
+    if number == 10:
+      fake.version = "of another run"
+    return ""
+
+  fake.trouble = trouble
+  with pytest.raises(UserError, match="was given other weights .*'of another run'"):
+    _sample(fake, journal=journal)
+  assert not journal.exists()
+
+
 def test_the_decoder_and_transformers_agree_to_a_hundredth_of_the_tolerance(
     fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
   found = []
@@ -302,6 +333,9 @@ def test_a_restart_command_replaces_the_reload(fake: FakeVllm, tmp_path: Path, p
   assert told.read_text() == (TINY / "config.json").read_text()
   with pytest.raises(UserError, match=r"restart='cat /no/such/file': ended with exit code 1: .*No such file"):
     VllmSampler(TINY, urls=[fake.url], compute_dtype="float32", restart="cat /no/such/file")
+  # What goes on in the background is not waited for.
+  with VllmSampler(TINY, urls=[fake.url], compute_dtype="float32", restart="sh -c 'sleep 5 & exit 0'", start_timeout=3):
+    pass
 
 
 @pytest.mark.parametrize("options", [

@@ -30,7 +30,8 @@ def python(tmp_path: Path) -> str:
   """A program that runs the fake server where `python -m vllm...` is asked for."""
   program = tmp_path / "bin" / "python"
   program.parent.mkdir()
-  program.write_text(f"#!/bin/sh\nshift 2\nexec {sys.executable} {fake_vllm.__file__} \"$@\"\n")
+  program.write_text("#!/bin/sh\n[ $1 = -c ] && echo vllm True && exit\nshift 2\n"
+                     f"exec {sys.executable} {fake_vllm.__file__} \"$@\"\n")
   program.chmod(0o755)
   return str(program)
 

@@ -7,7 +7,7 @@ meant, says what it gives the same tokens.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from imm_jax.model import hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import LayerCache, Params, bind
 from imm_jax.sampling import decode
-from imm_jax.sampling.vllm_client import Generated, Server, ServerError
+from imm_jax.sampling.vllm_client import NEUTRAL, Generated, Server, ServerError
 
 PROMPTS, TOKENS = 4, 16
 _PAD = 64  # prompts' length to a multiple of this: few shapes are compiled
@@ -33,6 +33,8 @@ _PAD = 64  # prompts' length to a multiple of this: few shapes are compiled
 # has 11 bits, float32 24. Weights that differ by less than this sample alike.
 TOLERANCES = {"bfloat16": 0.03, "float16": 0.01, "float32": 1e-3}
 _SINGLE = 10
+# Weights that a server ran before are those it still runs where they explain so much more of what it says.
+_NEARER = 0.5
 
 
 class Agreement(NamedTuple):
@@ -54,7 +56,8 @@ class Agreement(NamedTuple):
 
 
 def check(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]], *, dtype: str, new_tokens: int,
-          tolerance: float = 0.0, mesh: Mesh | None = None) -> dict[Server, Agreement | ServerError]:
+          tolerance: float = 0.0, mesh: Mesh | None = None, earlier: Mapping[Server, Path] | None = None,
+          ) -> dict[Server, Agreement | ServerError]:
   """Checks that servers run the weights in a folder.
 
   Args:
@@ -65,25 +68,29 @@ def check(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]],
     new_tokens: at most so many are compared, of each prompt.
     tolerance: in place of the one in TOLERANCES, where it is not 0.
     mesh: where the decoder runs; None is the CPU, for a GPU may be full of the server.
+    earlier: for servers of which it is known, the checkpoint that they ran before. A round changes a model by little,
+      in bfloat16 by no more than rounding may: then the server must not be much nearer to the old one.
 
   Returns:
     How far each differs, or why it did not answer.
 
   Raises:
-    UserError: when a server differs by more than rounding does, with the numbers.
+    UserError: when a server differs by more than rounding does, or is nearer to the earlier weights; with the numbers.
   """
   tokens = min(TOKENS, new_tokens)
   allowed = tolerance or TOLERANCES[dtype]
-  scorer = _Scorer(folder, dtype, mesh)
+  score = _Scorer(folder, dtype, mesh).score
   result: dict[Server, Agreement | ServerError] = {}
+  said: dict[Server, list[Generated]] = {}
   for server in servers:
     try:
-      greedy = [server.complete(prompt, n=1, max_tokens=tokens, logprobs=True, temperature=0.0, ignore_eos=True)[0]
+      greedy = [server.complete(prompt, n=1, max_tokens=tokens, logprobs=True, temperature=0.0, **NEUTRAL)[0]
                 for prompt in prompts]
     except ServerError as e:
       result[server] = e
       continue
-    logprobs, best = scorer.score(prompts, [g.tokens for g in greedy])
+    said[server] = greedy
+    logprobs, best = score(prompts, [g.tokens for g in greedy])
     result[server] = found = agreement(greedy, logprobs, best)
     if not found.within(allowed):
       row, t = found.where
@@ -93,6 +100,17 @@ def check(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]],
           f"at most (prompt {row}, token {t}: id {greedy[row].tokens[t]} has {greedy[row].logprobs[t]:.4f} there, "
           f"{logprobs[row, t]:.4f} here, where the likeliest has {best[row, t]:.4f}); rounding to {dtype} explains "
           f"{allowed:g} and {_SINGLE * allowed:g} (config.sampler.vllm.tolerance). Have it start again on this folder")
+  del score  # one model is in memory at a time
+  old = {server: path for server, path in (earlier or {}).items() if server in said and path.is_dir()}
+  for path in dict.fromkeys(old.values()):
+    score = _Scorer(path, dtype, mesh).score
+    for server in (s for s in said if old.get(s) == path):
+      before = agreement(said[server], *score(prompts, [g.tokens for g in said[server]]))
+      if before.mean < _NEARER * result[server].mean:
+        raise UserError(f"{server}: still runs the weights of {path}. From those its log-probabilities differ by "
+                        f"{before.mean:.3g} on average, from {folder}'s by {result[server].mean:.3g}. Have it start "
+                        "again on this folder")
+    del score
   return result
 
 

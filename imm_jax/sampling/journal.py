@@ -2,6 +2,7 @@
 
 import errno
 import json
+import operator
 import os
 import time
 from pathlib import Path
@@ -72,11 +73,17 @@ class Journal:
       if self._file.write(line) < len(line):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as e:
-      raise UserError(f"{self._path}: cannot be written ({e.strerror}); the same command goes on after what is in "
-                      "it") from e
+      raise self._refused(e) from e
+
+  def _refused(self, error: OSError) -> UserError:
+    return UserError(f"{self._path}: cannot be written ({error.strerror}); the same command goes on after what is in "
+                     "it")
 
   def _sync(self) -> None:
-    os.fsync(self._file.fileno())
+    try:
+      os.fsync(self._file.fileno())
+    except OSError as e:
+      raise self._refused(e) from e
     self._synced = time.monotonic()
 
 
@@ -88,6 +95,7 @@ def _parsed(line: bytes) -> tuple[int, list[Completion]] | None:
   """None for what is no whole line of a journal."""
   try:
     number, completions = json.loads(line) if line.endswith(b"\n") else None
-    return (number, [Completion(str(text), int(tokens), str(finish)) for text, tokens, finish in completions])
-  except (ValueError, TypeError):
+    done = [Completion(str(text), int(tokens), str(finish)) for text, tokens, finish in completions]
+    return operator.index(number), done
+  except (ValueError, TypeError, IndexError):
     return None

@@ -7,14 +7,13 @@ says whether a usable vLLM is there, and which.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import math
-import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,18 +29,22 @@ from imm_jax.model import folder as checkpoint, hf
 from imm_jax.sampling import Completion, Prompt, completions, freshness
 from imm_jax.sampling.dispatch import Dispatcher, none_left
 from imm_jax.sampling.journal import Journal
-from imm_jax.sampling.vllm_client import Generated, Server, ServerError
+from imm_jax.sampling.vllm_client import NEUTRAL, Generated, Server, ServerError
 from imm_jax.sampling.vllm_server import SpawnedServer
 
 # Seeds of a question at a temperature are consecutive; the questions' lie at least so far apart.
 _SEED_STEP = 1 << 12
 _POLL_S = 2.0
+# By URL, the checkpoint that this process last had a server elsewhere load.
+_last_loaded: dict[str, Path] = {}
 
 
 class VllmSampler:
   """Samples from an HF checkpoint folder with vLLM; use as a context manager.
 
-  It is either started here (`python`) or runs elsewhere (`urls`), where it reloads the weights from the same folder.
+  It is either started here (`python`) or runs elsewhere (`urls`), where it reloads the weights from the same folder. A
+  server that is started here needs the GPUs' memory: this process must not have used jax on them
+  (`jax.config.update("jax_platforms", "cpu")`).
   """
 
   def __init__(self, folder: str | Path, *, python: str = "", urls: Sequence[str] = (), args: Sequence[str] = (),
@@ -84,7 +87,9 @@ class VllmSampler:
     known = set(self.tokenizer.get_vocab().values())
     self._unknown = frozenset(range(config.vocab_size)) - known
     self._vocab_size = config.vocab_size
-    self._checked = False
+    self._checked, self._restarted = False, bool(restart)
+    self._earlier: dict[Server, Path] = {}
+    self._digest = checkpoint.digest(self._folder)
     self._servers: list[Server] = []
     self._out: dict[Server, str] = {}  # those that are not used any more, and why
     try:
@@ -98,8 +103,9 @@ class VllmSampler:
           _restart(restart, self._folder, start_timeout)
           self._use(lambda server: _await(server, start_timeout))
         else:
-          self._use(lambda server: server.reload(str(self._folder.resolve()), self._digest,
-                                                   timeout=start_timeout))
+          self._use(lambda server: self._reload(server, start_timeout))
+          self._earlier = {server: _last_loaded[server.url] for server in self._usable() if server.url in _last_loaded}
+          _last_loaded.update((server.url, self._folder.resolve()) for server in self._usable())
     except BaseException:
       self.close()
       raise
@@ -161,12 +167,14 @@ class VllmSampler:
       kept = Journal(journal, self._header(settings, prompts)) if journal else None
       if kept:
         stack.enter_context(contextlib.closing(kept))
-      earlier = kept.done if kept else {}
+      earlier = {i: done for i, done in kept.done.items()
+                 if 0 <= i < len(requests) and len(done) == requests[i].count} if kept else {}
       for i, done in earlier.items():
         put(requests[i], done)
       left = [(i, request) for i, request in enumerate(requests) if i not in earlier]
       if left and not self._usable():
         raise UserError(none_left(self._out))
+      self._check_versions(journal)
       if left and not self._checked:
         self._check(list({request.prompt: request.ids for _, request in left}.values()), max_new_tokens)
       dispatcher = Dispatcher(self._usable(), lambda server, item: ask(server, item[1]), left,
@@ -186,14 +194,14 @@ class VllmSampler:
         tokens += sum(c.num_tokens for c in done)
         bar.update(len(done))
         bar.set_postfix(tokens=tokens, refresh=False)
+      self._check_versions(journal)
     return results
 
   def _ask(self, server: Server, request: "_Request", max_new_tokens: int, options: dict[str, Any]) -> list[Generated]:
     greedy = request.temperature == 0
     ask = lambda **more: server.complete(
         request.ids, n=1 if greedy else request.count, max_tokens=max_new_tokens, temperature=request.temperature,
-        seed=request.seed, skip_special_tokens=False, ignore_eos=True, top_k=0, min_p=0.0, repetition_penalty=1.0,
-        presence_penalty=0.0, frequency_penalty=0.0, **options, **more)
+        seed=request.seed, **NEUTRAL, **options, **more)
     generated = ask()
     if self._unknown and any(self._unknown.intersection(g.tokens) for g in generated):
       # The embedding has rows that are no tokens, which are hardly ever drawn; a bias in every request would cost.
@@ -206,9 +214,31 @@ class VllmSampler:
     """Checks the servers' weights, once, with some of the prompts that will be asked."""
     step = -(-len(ids) // freshness.PROMPTS)
     found = freshness.check(self._usable(), self._folder, ids[::step], dtype=self._dtype, new_tokens=new_tokens,
-                            tolerance=self._tolerance, mesh=self._mesh)
+                            tolerance=self._tolerance, mesh=self._mesh, earlier=self._earlier)
     self._leave_out({server: str(e) for server, e in found.items() if isinstance(e, ServerError)})
     self._checked = True
+
+  def _reload(self, server: Server, timeout: float) -> None:
+    """Has a server elsewhere load the weights, unless it is seen to run another kind of model."""
+    served = Path(str(server.model().get("root")))
+    if (served / "config.json").is_file() and hf.read_config(served) != hf.read_config(self._folder):
+      raise ServerError(f"it serves {served}, a model of another shape than {self._folder}; start it with that one")
+    server.reload(str(self._folder.resolve()), self._digest, timeout=timeout)
+
+  def _check_versions(self, journal: Path | None) -> None:
+    """Raises UserError when a server elsewhere has other weights by now; what the journal holds is then dropped."""
+    if self._restarted or isinstance(self._servers[0], SpawnedServer):
+      return
+    for server in self._usable():
+      try:
+        found = server.weights()
+      except ServerError:
+        continue  # who asks it next finds out
+      if found != self._digest:
+        if journal:
+          journal.unlink(missing_ok=True)
+        raise UserError(f"{server}: was given other weights ({found!r:.99}, and not {self._digest!r}) or was started "
+                        "again while it was used here. Let no other run use it, and give the same command again")
 
   def _use(self, prepare: Callable[[Server], None]) -> None:
     """Prepares all servers at once and keeps those that can be used."""
@@ -238,10 +268,6 @@ class VllmSampler:
   def _header(self, settings: dict[str, Any], prompts: Sequence[Prompt]) -> dict[str, Any]:
     questions = hashlib.sha256(json.dumps([tuple(p) for p in prompts]).encode()).hexdigest()
     return {"journal": 1, "model": self._digest, "questions": questions, **settings}
-
-  @functools.cached_property
-  def _digest(self) -> str:
-    return checkpoint.digest(self._folder)
 
 
 class _Request(NamedTuple):
@@ -275,15 +301,17 @@ def _requests(prompts: Sequence[Prompt], ids: Sequence[list[int]], num_samples: 
 
 def _restart(command: str, folder: Path, timeout: float) -> None:
   """Runs the user's command."""
-  words = [word.replace("{model}", str(folder.resolve())) for word in shlex.split(command)]
-  try:
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-                          timeout=timeout, check=False, env={**os.environ, "IMM_JAX_MODEL": str(folder.resolve())})
-  except (OSError, subprocess.TimeoutExpired) as e:
-    raise UserError(f"config.sampler.vllm.restart={command!r}: {e}") from e
-  if done.returncode:
-    raise UserError(f"config.sampler.vllm.restart={command!r}: ended with exit code {done.returncode}: "
-                    f"{(done.stderr or done.stdout).strip()[-500:]}")
+  with tempfile.TemporaryFile() as said:  # no pipe: what it leaves running in the background would hold that
+    try:
+      words = [word.replace("{model}", str(folder.resolve())) for word in shlex.split(command)]
+      code = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, timeout=timeout,
+                            check=False).returncode
+    except (OSError, ValueError, subprocess.TimeoutExpired) as e:
+      raise UserError(f"config.sampler.vllm.restart={command!r}: {e}") from e
+    if code:
+      said.seek(0)
+      raise UserError(f"config.sampler.vllm.restart={command!r}: ended with exit code {code}: "
+                      f"{said.read().decode(errors='replace').strip()[-500:]}")
 
 
 def _await(server: Server, timeout: float) -> None:
@@ -299,7 +327,10 @@ def _await(server: Server, timeout: float) -> None:
 
 
 if __name__ == "__main__":
+  from absl import flags
+
   from imm_jax import cli
   from imm_jax.sampling import vllm_check
 
+  flags.adopt_module_key_flags(vllm_check)
   cli.run(vllm_check.main)

@@ -49,10 +49,11 @@ def of_environment(python: str) -> str:
                           timeout=_TIMEOUT_S, env=vllm_server.environment(python, os.environ))
   except subprocess.TimeoutExpired as e:
     raise UserError(f"{python}: importing vLLM takes more than {_TIMEOUT_S} s") from e
-  if done.returncode:
-    raise UserError(f"{python}: vLLM cannot be imported ({done.stderr.strip().rpartition(chr(10))[2]}); install it "
-                    "there with `pip install vllm`")
-  return done.stdout.strip().rpartition("\n")[2]
+  said = done.stdout.strip().rpartition("\n")[2]
+  if done.returncode or not said.startswith("vLLM "):
+    why = done.stderr.strip().rpartition("\n")[2] or "it says nothing"
+    raise UserError(f"{python}: vLLM cannot be imported ({why}); install it there with `pip install vllm`")
+  return said
 
 
 def of_server(server: Server) -> str:

@@ -24,6 +24,10 @@ _CHUNK = 1 << 16
 _CONNECT_S = 10.0
 _SHORT_S = 30.0  # for what should be answered at once
 _BUSY = (408, 425, 429)
+_OF_THIS_SERVER = (401, 403, 404, 405)  # what it lacks, not what was asked
+# Whatever a checkpoint's generation_config.json has made the server's defaults: only what is asked for counts.
+NEUTRAL = {"ignore_eos": True, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+           "frequency_penalty": 0.0, "skip_special_tokens": False}
 # A host that vanishes without a word is noticed after about a minute, however long the answer may take.
 _KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)] + [
     (socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -36,6 +40,10 @@ class ServerError(Exception):
 
 class TimedOutError(ServerError):
   """An answer did not come in time; to ask the same server again would take as long."""
+
+
+class _RefusedError(ServerError):
+  """The server has no such endpoint, or not for this client."""
 
 
 class Generated(NamedTuple):
@@ -106,10 +114,14 @@ class Server:
   def can_reload(self) -> bool:
     """Whether it has the endpoints that `reload` needs."""
     try:
-      self._call("GET", "/weight_info", timeout=_SHORT_S)
-    except UserError:
+      self.weights()
+    except (ServerError, UserError):
       return False
     return True
+
+  def weights(self) -> str:
+    """The name of its weights, as `reload` gave it."""
+    return _field(self._call("GET", "/weight_info", timeout=_SHORT_S), "weight_version", str)
 
   def model(self) -> dict[str, Any]:
     """What is served: `id`, its name in requests; `root`, the folder it was started with; `max_model_len`."""
@@ -161,8 +173,7 @@ class Server:
       timeout: seconds that a step may take.
 
     Raises:
-      ServerError: when a step fails.
-      UserError: when the server has no such endpoints.
+      ServerError: when a step fails, or the server has no such endpoints.
     """
     call = functools.partial(self._call, timeout=timeout)
     try:
@@ -172,13 +183,12 @@ class Server:
       if not _field(call("POST", "/reset_prefix_cache"), "success", bool):
         raise ServerError("its prefix cache cannot be reset")
       call("POST", "/update_weight_version", {"new_version": version})
-      found = _field(call("GET", "/weight_info"), "weight_version", str)
-      if found != version:
+      if (found := self.weights()) != version:
         raise ServerError(f"it says that its weights are {found!r:.99} and not {version!r}")
       call("POST", "/resume")
-    except UserError as e:
-      raise UserError(f"{e}; reloading needs vLLM 0.32 or newer, started with VLLM_SERVER_DEV_MODE=1 in its "
-                      "environment, or give config.sampler.vllm.restart") from e
+    except _RefusedError as e:
+      raise ServerError(f"{e}; reloading needs vLLM 0.32 or newer, started with VLLM_SERVER_DEV_MODE=1 in its "
+                        "environment, or give config.sampler.vllm.restart") from e
 
   def _call(self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float,
             most_bytes: int = _MOST_BYTES, parse: bool = True) -> Any:
@@ -204,6 +214,8 @@ class Server:
       raise TimedOutError(f"it has not answered {path} for {timeout:g} s") from e
     except urllib3.exceptions.HTTPError as e:
       raise ServerError(f"{path}: {e}") from e
+    if response.status in _OF_THIS_SERVER:
+      raise _RefusedError(f"{path}: the server refuses (HTTP {response.status}): {_said(data)}")
     if 400 <= response.status < 500 and response.status not in _BUSY:
       raise UserError(f"{self.url}{path}: the server refuses (HTTP {response.status}): {_said(data)}")
     if response.status != 200:

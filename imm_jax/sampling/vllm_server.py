@@ -1,5 +1,6 @@
 """A vLLM server that this process starts: in an environment of its own, on loopback, ended with all its processes."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from imm_jax import progress
 from imm_jax.errors import UserError
@@ -17,6 +19,7 @@ from imm_jax.sampling import supervisor
 from imm_jax.sampling.vllm_client import Server, ServerError
 
 _POLL_S = 0.5
+_EARLIER_S = 90.0
 _LOG_LINES, _LOG_BYTES = 15, 1_000_000
 # A traceback's last line, in the log of one of several processes.
 _ERROR, _ERRORS = re.compile(r"\b[A-Z]\w*(?:Error|Exception): .*"), 5
@@ -34,6 +37,19 @@ def find_python(python: str) -> str:
     raise UserError(f"config.sampler.vllm.python={python}: no such program; expected the python of an environment "
                     "with vLLM")
   return os.path.abspath(found)
+
+
+def check_has_vllm(python: str) -> None:
+  """Raises UserError when an interpreter is not there, or finds no vLLM; a look that imports nothing."""
+  look = "import importlib.util as u; print('vllm', bool(getattr(u.find_spec('vllm'), 'origin', None)))"
+  path = find_python(python)
+  try:
+    done = subprocess.run([path, "-c", look], capture_output=True, text=True, errors="replace", check=False, timeout=60,
+                          env=environment(path, os.environ))
+  except (OSError, subprocess.TimeoutExpired) as e:
+    raise UserError(f"config.sampler.vllm.python={python}: cannot be run ({e})") from e
+  if done.stdout.strip() != "vllm True":
+    raise UserError(f"config.sampler.vllm.python={python}: no Python that has vLLM; `{python} -m pip install vllm`")
 
 
 def environment(python: str, given: Mapping[str, str]) -> dict[str, str]:
@@ -81,6 +97,7 @@ class SpawnedServer(Server):
                "--generation-config", "vllm", "--served-model-name", "imm_jax", *args,
                "--host", "127.0.0.1", "--port", str(port)]
     with log.open("ab") as out:
+      _wait_for_earlier(out)
       out.write(f"\n{time.strftime('%F %T')} {' '.join(command)}\n".encode())
       out.flush()
       self._begin = out.tell()
@@ -114,6 +131,8 @@ class SpawnedServer(Server):
         try:
           self.check_health()
           served = self.model().get("root")
+        except UserError as e:
+          raise UserError(f"another program answers at this port ({e}); start again") from e
         except ServerError:
           if not self.alive():
             raise UserError(f"the vLLM server has ended while it started (exit code {self._process.returncode})"
@@ -142,3 +161,16 @@ class SpawnedServer(Server):
       size = f.seek(0, os.SEEK_END)
       f.seek(max(self._begin, size - _LOG_BYTES))
       return [line for line in f.read().decode(errors="replace").splitlines() if line.strip()]
+
+
+def _wait_for_earlier(log: IO[bytes]) -> None:
+  """Waits for a server that wrote to this log and may still hold a GPU, its run having been killed just now."""
+  end = time.monotonic() + _EARLIER_S
+  while True:
+    try:
+      fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the server's processes inherit it
+      return
+    except BlockingIOError:
+      if time.monotonic() > end:
+        raise UserError(f"{log.name}: the server of an earlier start still runs; end it") from None
+      time.sleep(_POLL_S)

@@ -1,11 +1,12 @@
 """The devices of a run, and who has them."""
 
+import contextlib
 import functools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
@@ -62,13 +63,19 @@ def call(config: ml_collections.ConfigDict, function: Callable[..., Any], *args:
     return function(*args)
   context = multiprocessing.get_context("spawn")  # a fork would share this process's jax
   with preemption.watch() as told, futures.ProcessPoolExecutor(1, context, _end_with_parent) as pool:
-    process = pool.submit(os.getpid).result()
+    with _ignoring_interrupts():  # Ctrl-C is this process's to handle; the other one inherits that
+      started = pool.submit(os.getpid)
+    process = started.result()
     running = pool.submit(function, *args)
     passed_on = False
-    while not futures.wait([running], timeout=_POLL_S).done:
-      if told.is_set() and not passed_on:
-        os.kill(process, signal.SIGTERM)
-        passed_on = True
+    try:
+      while not futures.wait([running], timeout=_POLL_S).done:
+        if told.is_set() and not passed_on:
+          os.kill(process, signal.SIGTERM)
+          passed_on = True
+    except KeyboardInterrupt:
+      os.kill(process, signal.SIGKILL)
+      raise
     try:
       return running.result()
     except futures.process.BrokenProcessPool as e:
@@ -76,6 +83,18 @@ def call(config: ml_collections.ConfigDict, function: Callable[..., Any], *args:
         raise PreemptedError("told to stop; the same command goes on after what was finished") from e
       raise UserError("the process that had the accelerators was killed, for want of memory perhaps; the same command "
                       "goes on after what was finished") from e
+
+
+@contextlib.contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+  if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+    yield
+    return
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 def _end_with_parent() -> None:

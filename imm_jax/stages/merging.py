@@ -64,9 +64,9 @@ def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int
   asked = questions.of_round(config, round_).held_out
   general = [e for entry in auto.general for e in questions.load(config, entry, split="train", count=auto.questions)]
   tried: list[dict[str, Any]] = []
-  trial = scratch / "model"
 
   def score(weight: Setting) -> float:
+    trial = scratch / f"model_{len(tried)}"  # its own path: servers elsewhere may remember what lay there
     if distributed.is_main():
       files.remove(trial)
       scratch.mkdir(parents=True, exist_ok=True)
@@ -81,6 +81,8 @@ def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int
         if distributed.is_main():
           found[name] = evaluation.accuracy(sum(r["correct"] for r in rows), len(rows))
     value = distributed.from_main(sum(a.value for a in found.values()) / 2)
+    if distributed.is_main() and tried:
+      files.remove(scratch / f"model_{len(tried) - 1}")
     tried.append({"base_weight": weight, "score": value, **{name: a._asdict() for name, a in found.items()}})
     return value
 

@@ -99,8 +99,8 @@ def check_sampler(config: ml_collections.ConfigDict) -> None:
   if not starts_server(config):
     return
   if config.sampler.vllm.python:
-    vllm_server.find_python(config.sampler.vllm.python)
-  elif importlib.util.find_spec("vllm") is None:
+    vllm_server.check_has_vllm(config.sampler.vllm.python)
+  elif not getattr(importlib.util.find_spec("vllm"), "origin", None):  # a folder of that name is no package
     raise UserError("config.sampler.kind=vllm, and this Python has no vLLM: give --config.sampler.vllm.python=PROGRAM, "
                     "the python of an environment that has it, or --config.sampler.vllm.urls, servers that run "
                     "elsewhere, or sample without vLLM: --config.sampler.kind=native")
