@@ -303,7 +303,7 @@ def test_a_server_that_another_run_gives_its_weights_ends_this_one(fake: FakeVll
     return ""
 
   fake.trouble = trouble
-  with pytest.raises(UserError, match="was given other weights .*'of another run'"):
+  with pytest.raises(UserError, match=r"was given other weights .*'of another run'"):
     _sample(fake, journal=journal)
   assert not journal.exists()
 
