@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from test_loop import TINY, environment  # noqa: F401
 
-from configs import paper
+from configs import paper, tiny
 from imm_jax import experiments
 from imm_jax.errors import UserError
 from imm_jax.model import safetensors
+from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.report import layers as figures
 from imm_jax.stages import analysing
 
@@ -85,6 +86,38 @@ def test_bad_input_is_one_line(analyze, tmp_path: Path, flags: tuple[str, ...], 
 def test_an_entry_that_is_no_task_is_named(entry: str, expected: str):
   with pytest.raises(UserError, match=expected):
     analysing.check_entry(entry)
+
+
+def test_every_corpus_of_the_papers_analyses_is_read(tmp_path: Path):
+  """From files; what they hold comes back from the tokens of the embedded model, which knows few words."""
+  config = tiny.get_config()
+  config.analysis.examples = 2
+  tasks = [{"text": f"Tom buys {i} apples", "code": f"Tom sells {i}", "task_id": 600 + i} for i in range(1, 4)]
+  maths = [{"problem": task["text"], "solution": rf"{task['code']} \boxed{{1}}"} for task in tasks]
+  # Each has a test split, too, which no train question may be in.
+  texts = {"mbpp/mbpp": [{**tasks[0], "text": "x", "task_id": 11}, *tasks], "math/train": maths,
+           "math/test": [{"problem": "x", "solution": r"\boxed{1}"}],
+           "bookcorpus/all": [{"text": f"Sara has {i} pens . " * 90} for i in range(1, 4)]}
+  for name, records in texts.items():
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+  tokenizer = load_tokenizer(TINY)
+  for name, source in {"mbpp": "mbpp", "math": "math", "bookcorpus": "bookcorpus/all.jsonl"}.items():
+    source = tmp_path / source
+    found = analysing.examples_of(config, TINY, f"{name}=file:{source}")
+    assert len(found) == 2
+    for example in found:
+      prompt, response = (tokenizer.decode(ids) for ids in example)
+      if name == "bookcorpus":
+        assert example.prompt == []
+        assert len(example.response) == config.sft.row_length
+        assert response.count("Sara has") > 10
+      else:
+        assert "Tom buys" in prompt
+        assert "Tom sells" in response
+        assert example.response[-1] == tokenizer.eos_token_id
+  with pytest.raises(UserError, match="task svamp has no train split"):
+    analysing.examples_of(config, TINY, "svamp")
 
 
 def test_figures_hold_every_name_and_the_same_bytes_again(tmp_path: Path):

@@ -73,7 +73,8 @@ def _ngrams(words: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def token_entropy(config: ModelConfig, params: Params, batches: PackedBatches, *, mesh: Mesh,
-                  compute_dtype: jnp.dtype, attention: str = "xla", label: str = "entropy") -> float:
+                  compute_dtype: jnp.dtype, attention: str = "xla", accumulation: int = 1, label: str = "entropy",
+                  ) -> float:
   """Mean entropy, in nats, of the model's distribution of the next token, over the responses' tokens.
 
   The responses are given, not drawn (teacher forcing), and the distribution is that of temperature 1 over the whole
@@ -86,9 +87,10 @@ def token_entropy(config: ModelConfig, params: Params, batches: PackedBatches, *
     mesh: devices.
     compute_dtype: dtype of activations.
     attention: what `attention.choose` gave.
+    accumulation: parts that a batch is run in.
     label: what the progress bar says.
   """
-  program = _program(config, mesh, compute_dtype, attention)
+  program = _program(config, mesh, compute_dtype, attention, accumulation)
   total, count, before = 0.0, 0.0, None
   with progress.bar(len(batches), label, "batch") as bar:
     for batch in Input(batches, mesh):
@@ -101,7 +103,7 @@ def token_entropy(config: ModelConfig, params: Params, batches: PackedBatches, *
 
 
 @functools.lru_cache(maxsize=8)  # a run comes here in every round
-def _program(config: ModelConfig, mesh: Mesh, compute_dtype: jnp.dtype, attention: str,
+def _program(config: ModelConfig, mesh: Mesh, compute_dtype: jnp.dtype, attention: str, accumulation: int,
              ) -> Callable[[Params, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
   """Compiled: (params, batch) -> (sum of the entropies, number of tokens)."""
   options = {"compute_dtype": compute_dtype, "attention": attention}
@@ -109,7 +111,12 @@ def _program(config: ModelConfig, mesh: Mesh, compute_dtype: jnp.dtype, attentio
     options |= {"mesh": mesh, "gather": fsdp.constrained(mesh, compute_dtype)}
 
   def entropies(params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    x, head, _, weights = head_inputs(config, params, batch, **options)
-    return head_entropy(x, head, weights), jnp.sum(weights)
+
+    def of_part(part: dict[str, jax.Array]) -> jax.Array:
+      x, head, _, weights = head_inputs(config, params, part, **options)
+      return jnp.stack([head_entropy(x, head, weights), jnp.sum(weights)])
+
+    parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+    return tuple(jnp.sum(jax.lax.map(of_part, parts), axis=0))
 
   return jax.jit(entropies)

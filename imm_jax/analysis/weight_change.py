@@ -79,8 +79,8 @@ def _squared_distance(tensors: Sequence[jax.Array]) -> jax.Array:
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
   """Spearman's rank correlation, from -1 to 1; equal values share their mean rank.
 
-  Between layer importance and weight change it is the paper's "superficial" tuning as one number: near 1 where SFT
-  moves the layers that matter, near or below 0 where it moves the others.
+  Between layer importance and weight change it is one number for the mismatch that the paper shows by eye (section
+  3.2): near 1 where SFT moves the layers that matter, near or below 0 where it moves the others.
 
   Returns:
     None where it is not defined: for less than two values, or where all of one are equal.

@@ -69,14 +69,9 @@ def importances(config: ml_collections.ConfigDict, model: Path, entries: Sequenc
   Raises:
     UserError: for an unknown name, or a task without worked answers to train on.
   """
-  encode, count = tuning.encoder(config, model), config.analysis.examples
-  # Read all of them before anything is computed.
-  data = {}
-  for entry in entries:
-    name = entry.partition("=")[0]
-    examples = (_passages(config, model, entry) if _is_text(name) else
-                [encode(row) for row in _worked_answers(config, entry, count)])
-    data[entry] = tuning.pack(config, model, examples, what=entry, epochs=1, seed=config.seed)
+  # All of them are read before anything is computed.
+  data = {entry: tuning.pack(config, model, examples_of(config, model, entry), what=entry, epochs=1, seed=config.seed)
+          for entry in entries}
   params = tuning.load_params(config, model)
   return {entry: _scores(of_entry, params, order=order, label=f"importance on {entry}")
           for entry, of_entry in data.items()}
@@ -144,9 +139,9 @@ def _entropy(config: ml_collections.ConfigDict, round_: Round, rows: Sequence[Fo
   longest = max(len(e.prompt) + len(e.response) for e in examples)
   data = tuning.pack(config, model, examples, what="samples", epochs=1, seed=config.seed, quiet=True,
                      row_length=max(config.sft.row_length, -(-longest // _ROW) * _ROW))
-  return diversity.token_entropy(data.model, params(model), data.batches, mesh=data.options["mesh"],
-                                 compute_dtype=data.options["compute_dtype"], attention=data.options["attention"],
-                                 label=f"round {round_.number}: entropy")
+  options = {name: value for name, value in data.options.items() if name != "remat"}  # there is no backward pass
+  return diversity.token_entropy(data.model, params(model), data.batches, label=f"round {round_.number}: entropy",
+                                 **options)
 
 
 def _some(rows: Sequence[Found], count: int, rng: np.random.Generator, encode: Callable[[Found], TokenizedExample],
@@ -179,22 +174,21 @@ def check_entry(entry: str) -> None:
     raise UserError(f"task {entry}: {name} is generated and has no source")
 
 
-def _is_text(name: str) -> bool:
-  return name == "text" or name in texts.CORPORA
+def examples_of(config: ml_collections.ConfigDict, model: Path, entry: str) -> list[TokenizedExample]:
+  """What importance on an entry is measured on: worked answers to questions, or passages, cut where a row ends.
 
-
-def _passages(config: ml_collections.ConfigDict, model: Path, entry: str) -> list[TokenizedExample]:
-  """Passages of a corpus without a prompt, cut where a row ends."""
-  name, _, source = entry.partition("=")
-  tokenizer = load_tokenizer(model)
-  passages = tasks.load_text(name if name in texts.CORPORA else "", source=source, count=config.analysis.examples)
-  return [TokenizedExample([], tokenizer(text)["input_ids"][:config.sft.row_length]) for text in passages]
-
-
-def _worked_answers(config: ml_collections.ConfigDict, entry: str, count: int) -> list[dict[str, str]]:
-  name = questions.name_of(entry)
+  Raises:
+    UserError: as `importances` does.
+  """
+  check_entry(entry)
+  (name, _, source), count = entry.partition("="), config.analysis.examples
+  if name == "text" or name in texts.CORPORA:
+    tokenizer = load_tokenizer(model)
+    return [TokenizedExample([], tokenizer(text)["input_ids"][:config.sft.row_length])
+            for text in tasks.load_text(name.removeprefix("text"), source=source, count=count)]
   found = questions.load(config, entry, split="train", count=count if tasks.is_endless(name) else None)
-  rows = [{"question": e.question, "response": e.rationale} for e in found if e.rationale][:count]
-  if not rows:
+  worked = [e for e in found if e.rationale][:count]
+  if not worked:
     raise UserError(f"task {name}: has no worked answers to measure importance on")
-  return rows
+  encode = tuning.encoder(config, model)
+  return [encode({"question": e.question, "response": e.rationale}) for e in worked]
