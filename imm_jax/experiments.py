@@ -89,6 +89,7 @@ def _one(analysis: ml_collections.ConfigDict, models: dict[str, Path], out: Path
   scores: dict[str, Any] = {}
   if analysis.kind == "importance":
     hf.check(models["model"])
+    analysis.config.model = analysis.model  # the mesh follows from its size
     scores = devices.call(analysis.config, analysing.importances, analysis.config, models["model"], [analysis.task])
   if distributed.is_main():
     change = {} if scores else {analysis.get("model") or analysis.after: weight_change(**models).to_json()}
