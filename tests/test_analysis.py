@@ -41,7 +41,7 @@ def _entropy(config, params, batches, mesh=None) -> float:
 
 def _main(out: Path) -> None:
   """Runs on eight devices. Gradients are mapped over `fsdp`, the entropy is left to the partitioner on any mesh."""
-  batches, params, found = t.pack(t.make_examples(12), global_batch=8, row_multiple=8), make_params(), {}
+  batches, params, found = t.pack(t.make_examples(8), global_batch=8, row_multiple=8), make_params(), {}
   for name, sizes in {"one": (1, 1, 1), "fsdp8": (1, 8, 1), "data2-fsdp2-tensor2": (2, 2, 2)}.items():
     mesh = jax.make_mesh(sizes, sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3,
                          devices=jax.devices()[:int(np.prod(sizes))])

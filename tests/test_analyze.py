@@ -44,7 +44,8 @@ def analyze(environment, tmp_path):  # noqa: F811
 def test_importance_and_weight_change_of_a_checkpoint(analyze, tuned: Path, tmp_path: Path):
   (tmp_path / "a.txt").write_text("Tom has 3 apples.\n\nSara sells 4 pens " * 80)
   text = f"text=file:{tmp_path / 'a.txt'}"
-  flags = ("--config=configs/tiny.py", "--model=tiny", f"--task={text}", f"--tuned={tuned}", "--examples=2")
+  flags = ("--config=configs/tiny.py", "--model=tiny", f"--task={text}", f"--tuned={tuned}", "--examples=2",
+           "--config.sft.remat=none", "--config.sft.attention=xla")  # which compile fast
   done = analyze(*flags)
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / "out/analysis.json").read_text())
@@ -133,28 +134,27 @@ def test_figures_hold_every_name_and_the_same_bytes_again(tmp_path: Path):
   assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_the_analyses_of_figure_3_run_and_are_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-  config = paper.get_config("figure=3,scale=tiny")
-  for analysis in config.analyses.values():
-    analysis.config.analysis.examples = 4
+def test_the_analysis_of_figure_10_runs_and_is_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+  config = paper.get_config("figure=10,scale=tiny")
+  of = config.analyses.importance_math
+  of.config.analysis.examples = 4
+  of.config.sft.update({"remat": "none", "attention": "xla"})
   experiments.validate(config)
   experiments.run(config, str(tmp_path))
-  names = ["importance_bookcorpus", "importance_math"]
-  books, maths = (json.loads((tmp_path / "analyses" / name / "analysis.json").read_text()) for name in names)
-  assert (list(books["importance"]), list(maths["importance"])) == (["groups"], ["stories"])
-  assert maths["importance"]["stories"]["examples"] == 4
+  said = "analysis importance_math: layer importance of tiny on stories:"
+  assert f"{said} run\n" in capsys.readouterr().out
+  found = json.loads((tmp_path / "analyses/importance_math/analysis.json").read_text())
+  assert found["importance"]["stories"]["examples"] == 4
   assert (tmp_path / "analyses/figures/importance.png").exists()
-  assert capsys.readouterr().out.count(": run\n") == 2
-  config.analyses.importance_math.config.sft.remat = "none"  # how, not what
+  of.config.sft.remat = "full"  # how, not what
   experiments.run(config, str(tmp_path))
-  assert capsys.readouterr().out.count("done before") == 2
-  config.analyses.importance_math.config.sft.remat = "full"
-  config.analyses.importance_math.config.seed = 1
+  assert f"{said} done before\n" in capsys.readouterr().out
+  of.config.update({"seed": 1, "sft": {"remat": "none"}})
   experiments.run(config, str(tmp_path))
-  said = capsys.readouterr().out
-  assert "analysis importance_bookcorpus: layer importance of tiny on groups: done before" in said
-  assert "analysis importance_math: layer importance of tiny on stories: run" in said
-  config.analyses.importance_math.task = "none"
+  assert f"{said} run\n" in capsys.readouterr().out
+  again = json.loads((tmp_path / "analyses/importance_math/analysis.json").read_text())
+  assert again["importance"] != found["importance"]
+  of.task = "none"
   with pytest.raises(UserError, match="analysis importance_math: task 'none': expected one of"):
     experiments.validate(config)
 
