@@ -27,10 +27,10 @@ def _placed(params, mesh):
       leaf, sharding.param_sharding(mesh, sharding.path_name(path), leaf.shape)), params)
 
 
-def _second_order(config, params, batches, mesh=None, **options) -> LayerImportance:
+def _second_order(config, params, batches, mesh=None) -> LayerImportance:
   mesh = mesh or sharding.make_mesh(data=1, fsdp=1)
   params = _placed(params, mesh)
-  sums = importance.gradient_and_squares(config, params, batches, mesh=mesh, compute_dtype=jnp.float32, **options)
+  sums = importance.gradient_and_squares(config, params, batches, mesh=mesh, compute_dtype=jnp.float32, remat="none")
   return layer_importance(params, *sums)
 
 
