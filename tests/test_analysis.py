@@ -1,62 +1,17 @@
-"""Importance of second order, weight change, diversity and rank correlation, against torch, numpy and hand counts.
+"""Importance of second order, weight change, diversity and rank correlation, against torch, numpy and hand counts."""
 
-The device count is fixed when jax starts, so this file runs itself in another process (`_main`).
-"""
-
-import json
-import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import test_training as t
-from test_importance import BLOCK, make_params
+from test_importance import BLOCK, entropy, second_order
 
-from imm_jax.analysis import diversity, importance
-from imm_jax.analysis.importance import LayerImportance, layer_importance
+from imm_jax.analysis import diversity
 from imm_jax.analysis.weight_change import spearman, weight_change
 from imm_jax.errors import UserError
-from imm_jax.model import hf, safetensors, sharding
-
-
-def _placed(params, mesh):
-  return jax.tree_util.tree_map_with_path(lambda path, leaf: jax.device_put(
-      leaf, sharding.param_sharding(mesh, sharding.path_name(path), leaf.shape)), params)
-
-
-def _second_order(config, params, batches, mesh=None) -> LayerImportance:
-  mesh = mesh or sharding.make_mesh(data=1, fsdp=1)
-  params = _placed(params, mesh)
-  sums = importance.gradient_and_squares(config, params, batches, mesh=mesh, compute_dtype=jnp.float32, remat="none")
-  return layer_importance(params, *sums)
-
-
-def _entropy(config, params, batches, mesh=None) -> float:
-  mesh = mesh or sharding.make_mesh(data=1, fsdp=1)
-  return diversity.token_entropy(config, _placed(params, mesh), batches, mesh=mesh, compute_dtype=jnp.float32)
-
-
-def _main(out: Path) -> None:
-  """Runs on eight devices. Gradients are mapped over `fsdp`, the entropy is left to the partitioner on any mesh."""
-  batches, params, found = t.pack(t.make_examples(8), global_batch=8, row_multiple=8), make_params(), {}
-  for name, sizes in {"one": (1, 1, 1), "fsdp8": (1, 8, 1), "data2-fsdp2-tensor2": (2, 2, 2)}.items():
-    mesh = jax.make_mesh(sizes, sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3,
-                         devices=jax.devices()[:int(np.prod(sizes))])
-    if name != "data2-fsdp2-tensor2":
-      found[name, "order 2"] = _second_order(t.CONFIG, params, batches, mesh).total.tolist()
-    if name != "fsdp8":
-      found[name, "entropy"] = [_entropy(t.CONFIG, params, batches, mesh)]
-  (out / "found.json").write_text(json.dumps({" ".join(key): values for key, values in found.items()}))
-
-
-def test_a_mesh_gives_the_scores_and_the_entropy_of_one_device(tmp_path: Path, run_on_devices):
-  run_on_devices(__file__, tmp_path)
-  found = json.loads((tmp_path / "found.json").read_text())
-  np.testing.assert_allclose(found["fsdp8 order 2"], found["one order 2"], rtol=5e-6)
-  np.testing.assert_allclose(found["data2-fsdp2-tensor2 entropy"], found["one entropy"], rtol=2e-6)
+from imm_jax.model import hf, safetensors
 
 
 def test_second_order_equals_per_example_gradients_of_torch(checkpoint):
@@ -76,7 +31,7 @@ def test_second_order_equals_per_example_gradients_of_torch(checkpoint):
         change = w.grad.double() * w.double()
         first[name][n] += change
         second[name][n] += change**2
-  got = _second_order(config, params, t.pack(examples, global_batch=5))
+  got = second_order(config, params, t.pack(examples, global_batch=5))
   for name in BLOCK:
     want = [(a - b / 2).abs().sum().item() / tokens for a, b in zip(first[name], second[name], strict=True)]
     np.testing.assert_allclose(got.modules[name], want, rtol=1e-4, err_msg=name)
@@ -107,7 +62,7 @@ def test_entropy_equals_that_of_torch(checkpoint):
   want = total / sum(len(e.response) for e in examples)
   assert 0.5 < want < np.log(61)
   for size in (4, 15):
-    assert _entropy(config, params, t.pack(examples, global_batch=size)) == pytest.approx(want, rel=1e-5)
+    assert entropy(config, params, t.pack(examples, global_batch=size)) == pytest.approx(want, rel=1e-5)
 
 
 def _write(folder: Path, tensors: dict[str, np.ndarray]) -> Path:
@@ -197,6 +152,3 @@ def test_spearman_is_that_of_ranks_with_ties():
   assert spearman([], []) is None
   assert spearman([1], [2]) is None
 
-
-if __name__ == "__main__":
-  _main(Path(sys.argv[1]))

@@ -6,6 +6,7 @@ The device count is fixed when jax starts, so this file runs itself in another p
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 import test_training as t
 
-from imm_jax.analysis import importance
+from imm_jax.analysis import diversity, importance
 from imm_jax.analysis.importance import LayerImportance, layer_importance
 from imm_jax.analysis.weight_change import spearman
 from imm_jax.errors import UserError
 from imm_jax.model import hf, sharding
+from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, init_params
 from imm_jax.training.packing import PackedBatches
 
@@ -41,11 +43,29 @@ def make_params(scale: float = 4) -> Params:
   return jax.tree.map(lambda p: p * scale if p.ndim > 1 else p + 0.1, init_params(t.CONFIG, key=jax.random.key(0)))
 
 
+def place(params: Params, mesh: jax.sharding.Mesh) -> Params:
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: jax.device_put(
+      leaf, sharding.param_sharding(mesh, sharding.path_name(path), leaf.shape)), params)
+
+
 def gradient(params: Params, batches: PackedBatches, mesh: jax.sharding.Mesh | None = None, **options) -> Params:
   mesh = mesh or sharding.make_mesh(data=1, fsdp=1)
-  place = lambda path, leaf: jax.device_put(leaf, sharding.param_sharding(mesh, sharding.path_name(path), leaf.shape))
-  return importance.gradient(options.pop("config", t.CONFIG), jax.tree_util.tree_map_with_path(place, params), batches,
-                             mesh=mesh, compute_dtype=jnp.float32, **options)
+  return importance.gradient(options.pop("config", t.CONFIG), place(params, mesh), batches, mesh=mesh,
+                             compute_dtype=jnp.float32, **options)
+
+
+def second_order(config: ModelConfig, params: Params, batches: PackedBatches,
+                 mesh: jax.sharding.Mesh | None = None) -> LayerImportance:
+  mesh = mesh or sharding.make_mesh(data=1, fsdp=1)
+  params = place(params, mesh)
+  sums = importance.gradient_and_squares(config, params, batches, mesh=mesh, compute_dtype=jnp.float32, remat="none")
+  return layer_importance(params, *sums)
+
+
+def entropy(config: ModelConfig, params: Params, batches: PackedBatches,
+            mesh: jax.sharding.Mesh | None = None) -> float:
+  mesh = mesh or sharding.make_mesh(data=1, fsdp=1)
+  return diversity.token_entropy(config, place(params, mesh), batches, mesh=mesh, compute_dtype=jnp.float32)
 
 
 def close(got: LayerImportance, want: LayerImportance, rel: float) -> None:
@@ -57,7 +77,8 @@ def close(got: LayerImportance, want: LayerImportance, rel: float) -> None:
 
 def _main(out: Path) -> None:
   """Runs on eight devices."""
-  batches = t.pack(t.make_examples(60), global_batch=16, row_multiple=16)
+  batches, few = (t.pack(t.make_examples(count), global_batch=16, row_multiple=16) for count in (60, 8))
+  more: dict[str, Any] = {}
   for name, (sizes, options) in MESHES.items():
     mesh = jax.make_mesh(sizes, sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3,
                          devices=jax.devices()[:int(np.prod(sizes))])
@@ -70,8 +91,14 @@ def _main(out: Path) -> None:
     (out / f"{name}.json").write_text(json.dumps(
         {"total": scores.total.tolist(), "modules": {key: value.tolist() for key, value in scores.modules.items()},
          "placed": all(jax.tree.leaves(placed)), "batches": len(batches)}))
+    # Gradients are mapped over `fsdp`; the entropy is left to the partitioner on any mesh.
+    if name in ("one", "fsdp8"):
+      more[f"second order, {name}"] = second_order(t.CONFIG, params, few, mesh).total.tolist()
+    if name in ("one", "fsdp2-tensor2"):
+      more[f"entropy, {name}"] = entropy(t.CONFIG, params, few, mesh)
     np.savez(out / f"{name}.npz", **{sharding.path_name(path): leaf for path, leaf in
                                      jax.tree_util.tree_leaves_with_path(grads)})
+  (out / "more.json").write_text(json.dumps(more))
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +118,12 @@ def test_a_mesh_gives_the_scores_of_one_device(out: Path, mesh: str):
   got, want = np.load(out / f"{mesh}.npz"), np.load(out / "one.npz")
   for path in want:
     np.testing.assert_allclose(got[path], want[path], atol=1e-5 * np.abs(want[path]).max(), err_msg=path)
+
+
+def test_a_mesh_gives_the_second_order_and_the_entropy_of_one_device(out: Path):
+  found = json.loads((out / "more.json").read_text())
+  np.testing.assert_allclose(found["second order, fsdp8"], found["second order, one"], rtol=5e-6)
+  np.testing.assert_allclose(found["entropy, fsdp2-tensor2"], found["entropy, one"], rtol=2e-6)
 
 
 @pytest.mark.parametrize("kind", ["qwen2-tied", "llama"])
