@@ -13,7 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from imm_jax import __version__, cost, distributed, files, memory, report, rundir
+from imm_jax import __version__, cost, distributed, memory, report, rundir
 from imm_jax.config import HOW, MERGES, REUSES
 from imm_jax.model import folder, hf, hub, published
 from imm_jax.model.tokenizer import load_tokenizer
@@ -153,7 +153,7 @@ def _selection_plan(config: ml_collections.ConfigDict) -> str:
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Runs what is not done yet, then prints the table and writes the report."""
+  """Runs what is not done yet, with a report after each stage, then prints the table."""
   root = Path(workdir)
   devices.leave_to_others(config)
   rundir.check(workdir, config)
@@ -170,13 +170,15 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         for model in found.values():
           hf.check_bytes(model)
     steps = plan(config, found["base"], root, found.get("teacher"))
-    ran = sum(directory.run(stage, external) for stage in steps)
+    ran = 0
+    with report.Live(root, [stage.name for stage in steps]) as page:
+      for stage in steps:
+        if directory.run(stage, external):
+          ran += 1
+          page.update()
     if distributed.is_main():
       print(f"{ran} of {len(steps)} stages were run, the others were done before")
-      results = report.Results.of(root)
-      with files.committed(root / "report") as out:
-        report.write(results, out)
-      print(report.table(results))
+      print(report.table(report.Results.of(root)))
       print(f"report: {root / 'report' / 'index.html'}")
 
 

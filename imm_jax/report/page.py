@@ -1,104 +1,288 @@
-"""`index.html`: one page that works from disk, with the curves and the tables."""
+"""The page of one run: what stands on it."""
 
 import html
-import io
+import importlib.resources
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from imm_jax.report.results import Results, figure, skipped
+from imm_jax.report import figures
+from imm_jax.report.figures import MODELS, Panel
+from imm_jax.report.markup import Markup, Plot, Section, Table, page, section
+from imm_jax.report.results import Model, Results, skipped
+from imm_jax.report.samples import Chunk
 
-if TYPE_CHECKING:
-  from matplotlib.figure import Figure
-
-# Okabe-Ito: told apart by colour-blind readers; markers differ as well, for print.
-_STYLES = {"base": ("#000000", "s"), "sft": ("#D55E00", "o"), "merged": ("#0072B2", "^")}
-_NAMES = {"base": "base model", "sft": "after SFT", "merged": "after merging"}
-
-_STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}svg{width:100%;height:auto}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.25rem .75rem;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}small{color:#555}
-pre{background:#f5f5f5;padding:1rem;overflow-x:auto;font-size:.85rem}
-"""
+_RELOAD_S = 30
+# Facts of a round's data, in the order of a round, and what they count.
+_COUNTS = {"samples": "sampled", "correct": "right", "dropped_wrong": "dropped: wrong answer",
+           "dropped_unfinished": "dropped: cut off", "dropped_duplicate": "dropped: repeated", "kept": "trained on",
+           "real": "of these real", "of_earlier_rounds": "of these of earlier rounds",
+           "dropped_long": "dropped in SFT: too long", "no_answer": "without an answer",
+           "unfinished": "cut at max_new_tokens", "long_prompts": "questions too long to ask",
+           "tokens": "tokens sampled"}
 
 
-def write(results: Results, out: Path) -> None:
-  """Writes index.html and accuracy.png into a new folder; the same results give the same bytes."""
-  import matplotlib  # late: only the last step of a run needs it
+class Status(NamedTuple):
+  """Where a run stands.
 
-  out.mkdir(parents=True)
-  figure = _curves(results)
-  figure.savefig(out / "accuracy.png", dpi=150, metadata={"Software": None})
-  image = io.StringIO()
-  with matplotlib.rc_context({"svg.hashsalt": "imm_jax", "svg.fonttype": "none"}):
-    figure.savefig(image, format="svg", metadata={"Date": None, "Creator": None})
-  svg = image.getvalue()
-  (out / "index.html").write_text(_page(results, svg[svg.index("<svg"):]))
+  Attributes:
+    plan: the names of all its stages, or empty where that is not known.
+    state: `running`, `finished`, `stopped`, or empty where that is not known.
+    why: what stopped it.
+  """
+
+  plan: tuple[str, ...] = ()
+  state: str = ""
+  why: str = ""
 
 
-def _curves(results: Results) -> "Figure":
-  """ID and OOD accuracy by round, with 95 % intervals."""
-  from matplotlib.figure import Figure
-  from matplotlib.ticker import MaxNLocator
+def sections(results: Results, chunks: Sequence[Chunk]) -> list[Section]:
+  """What stands on the page of a run, but for its head and the samples."""
+  found = [_accuracy(results), _sampled(results), *_layers(results), _diversity(results), _data(results),
+           _stages(results, chunks), _config(results)]
+  return [part for part in found if part.parts]
 
-  panels = [(f"in domain: {results.id_task}", results.in_domain)]
+
+def write(results: Results, status: Status, parts: Sequence[Section], chunks: Sequence[Chunk], problems: Sequence[str],
+          drawn: Mapping[str, Sequence[str]], *, written: str = "") -> str:
+  """The page as HTML.
+
+  Args:
+    results: of the run.
+    status: where it stands.
+    parts: from `sections`, and what else is to stand there.
+    chunks: its samples.
+    problems: what is missing or damaged, besides what `results` says.
+    drawn: SVG of the plots by name, as `writer.Plots` gives it.
+    written: when, for a run that goes on.
+  """
+  problems = [*results.problems, *problems]
+  name = results.root.resolve().name
+  top = [f"<h1>{html.escape(f'{results.method}: {name}')}</h1>", _status(results, status, written), _summary(results)]
+  if problems:
+    items = "".join(f"<li>{html.escape(p)}</li>" for p in problems)
+    top.append(f'<div class="problems" role="note"><strong>Missing or left out</strong><ul>{items}</ul></div>')
+  links = [(part.id, part.title) for part in parts]
+  browser = ""
+  if chunks:
+    links.insert(-1, ("samples", "Answers"))
+    browser = _browser(chunks)
+  texts = [section(part, drawn) for part in parts]
+  data = "".join(f'<script type="application/gzip+base64" class="chunk">{chunk.packed}</script>' for chunk in chunks)
+  return page(f"{results.method}: {name}", "".join(top), [*texts[:-1], browser, texts[-1]], links, bottom=data,
+              reload_s=_RELOAD_S if status.state == "running" else 0)
+
+
+def _status(results: Results, status: Status, written: str) -> str:
+  done = [name for name in status.plan if name in results.stages]
+  count = f"{len(done)} of {len(status.plan)} stages done" if status.plan else f"{len(results.stages)} stages done"
+  todo = next((name for name in status.plan if name not in results.stages), "")
+  text = {"running": f"Running: {count}" + f"; next {todo}" * bool(todo), "finished": f"Finished: {count}",
+          "stopped": f"Stopped: {count}" + f"; next {todo}" * bool(todo)}.get(status.state, count)
+  text += f" (as of {written}; the page looks for a newer one every {_RELOAD_S} s)" if written else ""
+  text += f". {status.why}" if status.why else ""
+  bar = f'<progress value="{len(done)}" max="{len(status.plan)}" aria-label="stages done"></progress> ' if todo else ""
+  return f'<p class="status {html.escape(status.state)}">{bar}{html.escape(text)}</p>'
+
+
+def _summary(results: Results) -> str:
+  models = results.handed_on()
+  if not models:
+    return '<p class="sentence">No model was evaluated yet.</p>'
+  first, last = models[0], models[-1]
+  scores = [("in domain", results.id_task, results.in_domain)]
   if results.ood_tasks:
-    panels.append((f"out of domain: {len(results.ood_tasks)} tasks", results.out_of_domain))
-  figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
-  for axes, (title, score) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-    for kind, (colour, marker) in _STYLES.items():
-      points = [(m.round + 1, score(m)) for m in results.models if m.kind == kind]
-      if points:
-        rounds, scores = zip(*points, strict=True)
-        values = [s.value for s in scores]
-        error = [[s.value - s.low for s in scores], [s.high - s.value for s in scores]]
-        axes.errorbar(rounds, values, yerr=error, color=colour, marker=marker, capsize=3, label=_NAMES[kind])
-        if kind == "base":
-          axes.axhline(values[0], color=colour, linestyle=":", linewidth=1)
-    axes.set(title=title, xlabel="rounds done", ylabel="accuracy", ylim=(-0.02, 1.02))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
-  return figure
+    scores.append(("out of domain", ", ".join(results.ood_tasks), results.out_of_domain))
+  cards = []
+  for where, tasks, score in scores:
+    a, before = score(last), score(first)
+    beside = f"base {before.value:.3f} [{before.low:.3f}, {before.high:.3f}]"
+    tuned = [m for m in results.models if (m.kind, m.round) == ("sft", last.round)]
+    if last.kind == "merged" and tuned:
+      beside += f"; SFT before merging {score(tuned[0]).value:.3f}"
+    cards.append((f"{where}: {tasks}", f"{a.value:.3f}", f"95 % interval {a.low:.3f} to {a.high:.3f}, n={a.n}", beside))
+  if results.data:
+    kept, drawn = (sum(_count(row, key) for row in results.data) for key in ("kept", "samples"))
+    cards.append(("answers trained on", f"{kept:,}", f"of {drawn:,} sampled" if drawn else "none was sampled", ""))
+  seconds = sum(_seconds(entry) for entry in results.stages.values())
+  cards.append(("time of all stages", _duration(seconds), f"on {_devices(results)}", ""))
+  boxes = "".join(f'<div class="card"><span>{html.escape(a)}</span><b>{html.escape(b)}</b><span>{html.escape(c)}</span>'
+                  f"<span>{html.escape(d)}</span></div>" for a, b, c, d in cards)
+  return f'<p class="sentence">{html.escape(_sentence(results, first, last))}</p><div class="cards">{boxes}</div>'
 
 
-def _page(results: Results, svg: str) -> str:
-  first, last = results.models[0], results.models[-1]
-  sentences = [f"ID {results.in_domain(first).value:.3f} → {results.in_domain(last).value:.3f}"]
+def _sentence(results: Results, first: Model, last: Model) -> str:
+  model = results.config.get("model", "the base")
+  if first.kind != "base":
+    return "The base model's scores are missing, so nobody can say what the run changed."
+  if last is first:
+    return f"No round of {results.method} on {model} is done yet; these are the base model's scores."
+  done = f"{last.round + 1} round{'s' * (last.round > 0)} of {results.method} on {model}"
+  parts = [_change(results.in_domain(first).value, results.in_domain(last).value, f"in domain ({results.id_task})")]
   if results.ood_tasks:
-    sentences.append(f"OOD {results.out_of_domain(first).value:.3f} → {results.out_of_domain(last).value:.3f}")
+    tasks = f"{len(results.ood_tasks)} task{'s' * (len(results.ood_tasks) > 1)}"
+    parts.append(_change(results.out_of_domain(first).value, results.out_of_domain(last).value,
+                         f"out of domain ({tasks})"))
+  return f"After {done}, accuracy {' and '.join(parts)}."
+
+
+def _change(before: float, after: float, where: str) -> str:
+  verb = "rose" if after > before else "fell" if after < before else "stayed"
+  return f"{where} {verb} from {before:.3f} to {after:.3f}" if after != before else f"{where} {verb} at {after:.3f}"
+
+
+def _accuracy(results: Results) -> Section:
+  if not results.models:
+    return Section("accuracy", "Accuracy by round", [])
+  names = {"in domain": results.id_task} | ({"out of domain": f"{len(results.ood_tasks)} tasks"}
+                                            if results.ood_tasks else {})
+  panels = []
+  for (where, tasks), score in zip(names.items(), (results.in_domain, results.out_of_domain), strict=False):
+    lines = [figures.scores(label, (colour, marker), [m.round + 1 for m in found], [score(m) for m in found])
+             for kind, (colour, marker, label) in MODELS.items()
+             if (found := [m for m in results.models if m.kind == kind])]
+    base = [score(m).value for m in results.models if m.kind == "base"]
+    panels.append(Panel(f"{where}: {tasks}", "rounds done", "accuracy", tuple(lines), level=base[0] if base else None,
+                        shares=True))
   tasks = (results.id_task, *results.ood_tasks)
-  scores = _table(["model", *(f"{task}, n={first.scores[task].n}" for task in tasks)], [
-      [m.label, *(f"{m.scores[t].value:.3f} <small>[{m.scores[t].low:.3f}, {m.scores[t].high:.3f}]</small>"
-                  for t in tasks)] for m in results.models])
-  keys = sorted({key for row in results.data for key in row} - {"round"})
-  data = _table(["round", *keys], [[str(row["round"]), *(str(row.get(k, "")) for k in keys)] for row in results.data])
-  return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>imm_jax: {html.escape(results.method)}</title><style>{_STYLE}</style></head><body>
-<h1>{html.escape(results.method)}, base → {html.escape(last.label)}: {"; ".join(sentences)}</h1>
-{svg}
-<h2>Accuracy</h2>
-<p>Greedy, zero-shot; 95 % intervals (Wilson). {html.escape(". ".join(skipped(results)))}</p>
-<div class="scroll">{scores}</div>
-{_samples(results)}
-<h2>Training data</h2><div class="scroll">{data}</div>
-<h2>Config</h2><pre>{html.escape(json.dumps(results.config, indent=1))}</pre>
-</body></html>
-"""
+  pooled = ["all out of domain"] if len(results.ood_tasks) > 1 else []
+  rows = [[m.label, results.in_domain(m), *([results.out_of_domain(m)] if pooled else []),
+           *(m.scores[t] for t in results.ood_tasks)] for m in results.models]
+  counts = [f"{t}, n={results.models[0].scores[t].n}" for t in tasks]
+  head = ["model", counts[0], *pooled, *counts[1:]]
+  return Section("accuracy", "Accuracy by round", [
+      "Greedy answers, zero-shot, with 95 % intervals (Wilson). "
+      f"In domain is {results.id_task}; the dotted line is the base model.", *skipped(results),
+      Plot("accuracy", f"Accuracy of the base model, after SFT and after merging by round, {' and '.join(names)}; the "
+           "table below has the values", figures.draw, tuple(panels)),
+      Table("accuracy", "Accuracy", head, rows)])
 
 
-def _samples(results: Results) -> str:
+def _sampled(results: Results) -> Section:
   """pass@k and majority vote, where answers were sampled."""
+  if not any(m.sampled for m in results.models):
+    return Section("sampled", "Several samples a question", [])
   names = list(dict.fromkeys(name for m in results.models for found in m.sampled.values() for name in found))
-  rows = [[html.escape(f"{m.label}, {task}"), *(figure(found[name]) for name in names)]
+  rows = [[m.label, task, *(found.get(name) for name in names)]
           for m in results.models for task, found in m.sampled.items()]
-  return f'<h2>Sampled answers</h2><div class="scroll">{_table(["model", *names], rows)}</div>' if rows else ""
+  last = max(m.round for m in results.models)
+  panels = []
+  for task in (results.id_task, *results.ood_tasks[:1]):
+    lines = []
+    for m in results.models:
+      curve = {int(name[5:]): a for name, a in m.sampled.get(task, {}).items() if name.startswith("pass@")}
+      if m.kind in MODELS and m.round in (-1, last) and curve:
+        colour, marker, label = MODELS[m.kind]
+        lines.append(figures.scores(label, (colour, marker), list(curve), list(curve.values())))
+    if lines:
+      panels.append(Panel(f"{task}, after round {last}", "k (samples)", "pass@k", tuple(lines), log2=True, shares=True))
+  plot = [Plot("pass_at_k", "pass@k over k of the base model and of the last round's models; the table below has the "
+               "values", figures.draw, tuple(panels))] if panels else []
+  evaluation = results.config.get("eval") if isinstance(results.config.get("eval"), dict) else {}
+  return Section("sampled", "Several samples a question", [
+      f"pass@k: the share of questions of which one of k samples is right (unbiased estimate of "
+      f"{evaluation.get('num_samples', '?')} samples at temperature {evaluation.get('temperature', '?')}); majority: "
+      "the most common answer is right.",
+      *plot, Table("pass_at_k", "pass@k and majority vote", ["model", "task", *names], rows)])
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-  cells = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-  return f"<table><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in head)}</tr>{cells}</table>"
+def _layers(results: Results) -> list[Section]:
+  return []
+
+
+def _diversity(results: Results) -> Section:
+  found = {t: part["diversity"] for t, part in results.analysis.items() if "diversity" in part}
+  if not found:
+    return Section("diversity", "Diversity of samples", [])
+  names = {"distinct_answers": "distinct answers a question", "distinct_4grams": "share of distinct 4-grams",
+           "token_entropy": "token entropy, nats"}
+  panels = []
+  for key, label in names.items():
+    values = {t: d[key] for t, d in found.items() if d.get(key) is not None}
+    if values:
+      panels.append(Panel(label, "round", label, (figures.over_rounds(values, "samples", MODELS["merged"][:2]),),
+                          floor=0))
+  rows = [[t, d.get("questions"), d.get("samples"), *(d.get(key) for key in names)] for t, d in found.items()]
+  return Section("diversity", "Diversity of samples", [
+      "Fewer distinct answers to a question from round to round are a sign of collapse.",
+      Plot("diversity", f"{', '.join(names.values())} of the samples by round; the table below has the values",
+           figures.draw, tuple(panels)),
+      Table("diversity", "Diversity of each round's samples", ["round", "questions", "samples", *names.values()],
+            rows)])
+
+
+def _data(results: Results) -> Section:
+  keys = [key for key in _COUNTS if any(row.get(key, 0) != 0 for row in results.data)]
+  rows = [[row["round"], *(_count(row, key) for key in keys)] for row in results.data]
+  return Section("data", "Answers kept and dropped", [Table(
+      "data", "Answers by round", ["round", *(_COUNTS[key] for key in keys)], rows)] if rows else [])
+
+
+def _count(row: Mapping[str, object], key: str) -> int:
+  return value if isinstance(value := row.get(key, 0), int) else 0
+
+
+def _stages(results: Results, chunks: Sequence[Chunk]) -> Section:
+  tokens: dict[str, int] = {}
+  for chunk in chunks:
+    name = chunk.name.rpartition("/")[0] if "/eval/" in chunk.name else chunk.name
+    tokens[name] = tokens.get(name, 0) + chunk.tokens
+  rows, most = [], max([_seconds(entry) for entry in results.stages.values()], default=0)
+  for name, entry in sorted(results.stages.items(), key=lambda item: _order(item[0])):
+    seconds = _seconds(entry)
+    count = _count(entry["facts"], "tokens") or tokens.get(name)
+    rows.append([name, seconds, count, count / seconds if count and seconds else None,
+                 results.memory.get(name), entry.get("bytes")])
+  meters = "".join(f'<div><span>{html.escape(row[0])}</span><meter min="0" max="{most:g}" value="{row[1]:g}">'
+                   f"{row[1]:g} s</meter><span>{row[1]:,.1f} s</span></div>" for row in rows)
+  return Section("stages", "Time, tokens and memory by stage", [
+      Markup(f'<div class="meters">{meters}</div>'),
+      Table("stages", "Stages; tokens are those sampled or trained on, memory the most that a device held, where it "
+            "tells", ["stage", "seconds", "tokens", "tokens/s", "memory, GiB", "bytes written"], rows)] if rows else [])
+
+
+def _order(name: str) -> tuple[int, int, str]:
+  """Stages in the order of a run."""
+  head, _, rest = name.partition("/")
+  kinds = ["samples.jsonl", "train.jsonl", "sft", "eval/sft", "importance.json", "sweep", "base_weight.json", "merged",
+           "eval/merged"]
+  number = head.removeprefix("round_")
+  return int(number) if number.isdigit() else -1, kinds.index(rest) if rest in kinds else len(kinds), name
+
+
+def _seconds(entry: Mapping[str, object]) -> float:
+  value = entry.get("seconds")
+  return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _duration(seconds: float) -> str:
+  """Time in two units.
+
+  >>> _duration(8.4), _duration(100), _duration(7260), _duration(200000)
+  ('8 s', '1 min 40 s', '2 h 1 min', '55 h 33 min')
+  """
+  if seconds < 60:
+    return f"{seconds:.0f} s"
+  minutes, rest = divmod(round(seconds), 60)
+  return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _devices(results: Results) -> str:
+  devices = results.facts.get("devices")
+  if not isinstance(devices, list) or not devices:
+    return "unknown devices"
+  return f"{len(devices)} x {devices[0]}"
+
+
+def _config(results: Results) -> Section:
+  versions = results.facts.get("versions") if isinstance(results.facts.get("versions"), dict) else {}
+  rows = [[name, str(version)] for name, version in sorted(versions.items())]
+  config = html.escape(json.dumps(results.config, indent=1))
+  return Section("config", "Config and versions", [
+      *([Table("versions", f"Versions; devices: {_devices(results)}", ["package", "version"], rows)] if rows else []),
+      Markup(f"<details><summary>The whole config</summary><pre>{config}</pre></details>")])
+
+
+def _browser(chunks: Sequence[Chunk]) -> str:
+  text = importlib.resources.files("imm_jax.report").joinpath("browser.html").read_text(encoding="utf-8")
+  return text.replace("COUNT", f"{sum(chunk.rows for chunk in chunks):,}")

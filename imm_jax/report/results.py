@@ -1,11 +1,18 @@
-"""Scores of a run, read from its record."""
+"""What came out of a run, read from its directory; what cannot be read is left out and named."""
 
+import collections
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from imm_jax import files, rundir
-from imm_jax.errors import UserError
+from imm_jax import files
+from imm_jax.errors import UserError, listed
 from imm_jax.evaluation import Accuracy, accuracy
+
+_NUMBER = (int, float)
 
 
 class Model(NamedTuple):
@@ -31,56 +38,61 @@ class Model(NamedTuple):
 
 
 class Results(NamedTuple):
-  """Everything a report shows.
+  """Everything a report shows, but for the samples.
 
   Attributes:
+    root: the run directory.
     method: of the run.
     id_task: the in-domain task.
     ood_tasks: the out-of-domain tasks.
     models: base first, then by round.
     data: for every round, how many answers were sampled, kept and dropped.
+    stages: run.json's entry of each finished stage, by name.
+    memory: by stage, the most GiB that a device held, where it says.
+    analysis: by round, the content of analysis.json.
+    facts: what run.json says of the run as a whole: versions, devices.
     config: as recorded.
+    problems: what is missing or damaged, a line each.
   """
 
+  root: Path
   method: str
   id_task: str
   ood_tasks: tuple[str, ...]
   models: tuple[Model, ...]
   data: tuple[dict[str, Any], ...]
+  stages: dict[str, dict[str, Any]]
+  memory: dict[str, float]
+  analysis: dict[int, dict[str, Any]]
+  facts: dict[str, Any]
   config: dict[str, Any]
+  problems: tuple[str, ...]
 
   @classmethod
   def of(cls, root: Path) -> "Results":
-    """Reads a run directory; stages that are not done are left out."""
-    record = rundir.read_record(root)
-    try:
-      return cls._of(root, record)
-    except (KeyError, TypeError, ValueError) as e:
-      raise UserError(f"{root / 'run.json'}: damaged ({e!r}); remove it to run every stage again") from e
+    """Reads a run directory; stages that are not done are left out.
 
-  @classmethod
-  def _of(cls, root: Path, record: dict[str, Any]) -> "Results":
-    stages = record["stages"]
-    rounds = sorted({int(name.split("/")[0].removeprefix("round_")) for name in stages if name.startswith("round_")})
-    places = [("base", -1, "base/eval")]
-    for t in rounds:
-      found = [name for name in stages if name.startswith(f"round_{t}/eval/sweep_")]
-      places += [("sft", t, f"round_{t}/eval/sft"),
-                 *((f"merged {name.partition('sweep_')[2]}", t, name) for name in sorted(found)),
-                 ("merged", t, f"round_{t}/eval/merged")]
-    models = []
-    for kind, t, name in places:
-      if name in stages:
-        scores = {task: {metric: Accuracy(**score) for metric, score in found.items()}
-                  for task, found in stages[name]["facts"]["scores"].items()}
-        greedy = {task: found.pop("greedy") for task, found in scores.items()}
-        models.append(Model(kind, t, greedy, {task: found for task, found in scores.items() if found},
-                            stages[name]["facts"]["long_prompts"]))
+    Raises:
+      UserError: when it is no run directory.
+    """
+    if not is_run(root):
+      raise UserError(f"{root}: is no run directory (it has no run.json, and no config.json of a run)")
+    problems: list[str] = []
+    config = _object(root / "config.json", problems)
+    record = _object(root / "run.json", problems)
+    stages = _stages(root, record, problems)
+    method, id_task, ood_tasks = _what(record, config, problems)
+    rounds = sorted({int(found[1]) for name in stages if (found := re.match(r"round_(\d+)/", name))})
+    models = _models(stages, rounds, (id_task, *ood_tasks), problems)
     data = tuple({"round": t} | stages.get(f"round_{t}/samples.jsonl", {}).get("facts", {})
-                 | stages.get(f"round_{t}/train.jsonl", {}).get("facts", {}) for t in rounds)
-    config = files.read_json(root / "config.json")
-    return cls(record["method"], record["tasks"]["id"], tuple(record["tasks"]["ood"]), tuple(models), data,
-               config)
+                 | stages.get(f"round_{t}/train.jsonl", {}).get("facts", {})
+                 | {k: v for k, v in stages.get(f"round_{t}/sft", {}).get("facts", {}).items() if k == "dropped_long"}
+                 for t in rounds if any(f"round_{t}/{file}.jsonl" in stages for file in ("samples", "train")))
+    memory = _memory(root, any(name.endswith("/sft") for name in stages), problems)
+    analysis = {t: found for t in rounds if (root / f"round_{t}/analysis.json").exists()
+                and (found := _analysis(root / f"round_{t}/analysis.json", problems))}
+    return cls(root, method, id_task, ood_tasks, models, data, stages, memory, analysis, record, config,
+               tuple(problems))
 
   def in_domain(self, model: Model) -> Accuracy:
     """Accuracy on the in-domain task."""
@@ -91,9 +103,144 @@ class Results(NamedTuple):
     scores = [model.scores[task] for task in self.ood_tasks]
     return accuracy(sum(round(s.value * s.n) for s in scores), sum(s.n for s in scores))
 
+  def handed_on(self) -> tuple[Model, ...]:
+    """The base, and of each round the model that the next one starts from."""
+    merges = any(m.kind == "merged" for m in self.models)
+    return tuple(m for m in self.models if m.kind in ("base", "merged" if merges else "sft"))
+
+
+def is_run(root: Path) -> bool:
+  """Whether a folder is a run directory, perhaps a damaged one; a checkpoint has a config.json, too."""
+  return (root / "run.json").is_file() or any((root / name).is_dir() for name in ("base/eval", "round_0")) or (
+      "method" in _object(root / "config.json", []))
+
+
+def _object(path: Path, problems: list[str]) -> dict[str, Any]:
+  if not path.is_file():
+    problems.append(f"{path.name}: missing")
+    return {}
+  try:
+    return files.read_json(path)
+  except UserError as e:
+    problems.append(f"{path.name}: damaged ({e})")
+    return {}
+
+
+def _stages(root: Path, record: Mapping[str, Any], problems: list[str]) -> dict[str, dict[str, Any]]:
+  found = record.get("stages", {})
+  if record and not (isinstance(found, dict) and "stages" in record):
+    problems.append("run.json: has no list of stages")
+  entries = found.items() if isinstance(found, dict) else ()
+  stages = {name: entry for name, entry in entries if isinstance(entry, dict) and isinstance(entry.get("facts"), dict)}
+  if len(stages) < len(entries):
+    problems.append(f"run.json: damaged entries of {listed([name for name, _ in entries if name not in stages])}")
+  problems += [f"{name}: missing, though run.json says that it was made" for name in stages
+               if not (root / name).exists()]
+  if not entries:  # answers are shown all the same
+    there = [p for pattern in ("base/eval", "round_*/samples.jsonl", "round_*/eval/*") for p in root.glob(pattern)]
+    stages = {str(path.relative_to(root)): {"facts": {}} for path in sorted(there)}
+  return stages
+
+
+def _what(record: Mapping[str, Any], config: Mapping[str, Any], problems: list[str],
+          ) -> tuple[str, str, tuple[str, ...]]:
+  """The method, the in-domain task and the others; of the config where run.json does not say."""
+  task = config.get("task") if isinstance(config.get("task"), dict) else {}
+  tasks = record.get("tasks") if isinstance(record.get("tasks"), dict) else {}
+  id_task, ood = tasks.get("id", task.get("name")), tasks.get("ood", task.get("ood", ()))
+  if not isinstance(id_task, str):
+    problems.append("run.json and config.json: neither names the in-domain task")
+  ood = [name.partition("=")[0] for name in ood if isinstance(name, str)] if isinstance(ood, list) else []
+  return str(record.get("method", config.get("method", "unknown"))), str(id_task), tuple(ood)
+
+
+def _models(stages: Mapping[str, Any], rounds: list[int], tasks: tuple[str, ...], problems: list[str],
+            ) -> tuple[Model, ...]:
+  places = [("base", -1, "base/eval")]
+  for t in rounds:
+    sweep = sorted(name for name in stages if name.startswith(f"round_{t}/eval/sweep_"))
+    places += [("sft", t, f"round_{t}/eval/sft"),
+               *((f"merged {name.partition('sweep_')[2]}", t, name) for name in sweep),
+               ("merged", t, f"round_{t}/eval/merged")]
+  models = []
+  for kind, t, name in places:
+    if stages.get(name, {}).get("facts"):
+      try:
+        models.append(_model(kind, t, stages[name]["facts"], tasks))
+      except (AttributeError, KeyError, TypeError, ValueError) as e:
+        problems.append(f"run.json: the scores of {name} are damaged ({e!r})")
+  return tuple(models)
+
+
+def _model(kind: str, round_: int, facts: Mapping[str, Any], tasks: tuple[str, ...]) -> Model:
+  scores = {task: {metric: _score(score) for metric, score in found.items()} for task, found in facts["scores"].items()}
+  greedy = {task: scores[task].pop("greedy") for task in tasks}
+  return Model(kind, round_, greedy, {task: found for task, found in scores.items() if found},
+               dict(facts.get("long_prompts", {})))
+
+
+def _score(found: Mapping[str, Any]) -> Accuracy:
+  score = Accuracy(**found)
+  if not (score.n > 0 and 0 <= score.low <= score.value <= score.high <= 1):
+    raise ValueError(f"{found} is no accuracy")
+  return score
+
+
+def _memory(root: Path, trained: bool, problems: list[str]) -> dict[str, float]:
+  path = root / "metrics.jsonl"
+  most: dict[str, float] = collections.defaultdict(float)
+  if not path.is_file():
+    problems += ["metrics.jsonl: missing, so nobody can say how much memory the devices took"] * trained
+    return most
+  damaged = 0
+  with path.open(encoding="utf-8", errors="replace") as f:
+    for line in f:
+      try:
+        row = json.loads(line)
+        value = row.get("memory_gib", 0)
+        if isinstance(value, _NUMBER) and math.isfinite(value) and value > most.get(row["stage"], 0):
+          most[row["stage"]] = value
+      except (AttributeError, KeyError, TypeError, ValueError):
+        damaged += 1
+  problems += [f"metrics.jsonl: {damaged} lines cannot be read"] * bool(damaged)
+  return most
+
+
+def _analysis(path: Path, problems: list[str]) -> dict[str, Any]:
+  """The parts of analysis.json that have the form they should have."""
+  name = f"{path.parent.name}/{path.name}"
+  try:
+    found = files.read_json(path)
+  except UserError as e:
+    problems.append(f"{name}: damaged ({e})")
+    return {}
+  checks: dict[str, Callable[[Any], bool]] = {
+      "importance": lambda x: _numbers(x["layers"]),
+      "weight_change": lambda x: bool(x) and all(_numbers(y["layers"]) and _numbers(y["share"]) for y in x.values()),
+      "spearman": lambda x: _numbers([x]),
+      "diversity": lambda x: _numbers([x["distinct_answers"], x["distinct_4grams"]]) and (
+          x.get("token_entropy") is None or _numbers([x["token_entropy"]]))}
+  good = {}
+  for part, check in checks.items():
+    if found.get(part) is not None:
+      try:
+        if not check(found[part]):
+          raise ValueError(f"{part} holds no numbers")
+        good[part] = found[part]
+      except (AttributeError, KeyError, TypeError, ValueError) as e:
+        problems.append(f"{name}: {part} is damaged ({e!r})")
+  return good
+
+
+def _numbers(values: Any) -> bool:
+  return isinstance(values, list) and bool(values) and all(
+      isinstance(x, _NUMBER) and math.isfinite(x) for x in values)
+
 
 def table(results: Results) -> str:
   """A table of accuracies: a line a model, a column a task, each with its 95 % interval."""
+  if not results.models:
+    return "no model was evaluated yet"
   first = results.models[0]
   heads = {"ID": results.in_domain(first).n}
   if results.ood_tasks:
@@ -117,7 +264,7 @@ def figure(a: Accuracy) -> str:
 def skipped(results: Results) -> list[str]:
   """A line for each task of which questions were skipped."""
   return [f"{task}: {count} questions were skipped, for with an answer they do not fit in the model's context"
-          for task, count in results.models[0].skipped.items()]
+          for model in results.models[:1] for task, count in model.skipped.items()]
 
 
 def _sampled(results: Results) -> list[str]:

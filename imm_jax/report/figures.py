@@ -1,0 +1,114 @@
+"""The curves of a run and of a comparison, drawn by matplotlib.
+
+Colours are those of M. Okabe and K. Ito, told apart by colour-blind readers; markers differ as well, for print.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from imm_jax.evaluation import Accuracy
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
+
+# Of models: colour, marker, name.
+MODELS = {"base": ("#000000", "s", "base model"), "sft": ("#D55E00", "o", "after SFT"),
+          "merged": ("#0072B2", "^", "after merging")}
+METHODS = {"imm": ("#0072B2", "^"), "iimm": ("#56B4E9", "v"), "star": ("#D55E00", "o"),
+           "data_mixture": ("#E69F00", "D"), "data_accumulation": ("#009E73", "P"), "real": ("#CC79A7", "X")}
+_OTHER = ("#666666", "*")
+_LINES = ("-", "--", ":", "-.")
+_WIDTH, _HEIGHT = 4.4, 3.3  # inches of a panel
+
+
+class Line(NamedTuple):
+  """A curve: where its points are, their heights, and where they are known the intervals."""
+
+  label: str
+  colour: str
+  marker: str
+  dash: str
+  x: tuple[float, ...]
+  y: tuple[float, ...]
+  low: tuple[float, ...] = ()
+  high: tuple[float, ...] = ()
+
+
+class Panel(NamedTuple):
+  """Curves over one pair of axes; `floor` is where the y axis starts, at the data where it is None."""
+
+  title: str
+  x: str
+  y: str
+  lines: tuple[Line, ...]
+  level: float | None = None
+  shares: bool = False
+  log2: bool = False
+  floor: float | None = None
+
+
+def draw(*panels: Panel) -> "Figure":
+  """The panels side by side, with one legend below them."""
+  from matplotlib.figure import Figure  # late: a command that draws nothing does not wait for it
+
+  figure = Figure(figsize=(_WIDTH * len(panels) + 0.3, _HEIGHT + 0.45))
+  axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  handles = {}
+  for place, panel in zip(axes, panels, strict=True):
+    handles |= _draw_panel(place, panel)
+  rows = -(-len(handles) // max(1, 3 * len(panels)))
+  figure.legend(handles.values(), handles, loc="lower center", ncols=-(-len(handles) // max(1, rows)), frameon=False)
+  figure.subplots_adjust(left=0.62 / figure.get_figwidth(), right=1 - 0.12 / figure.get_figwidth(), top=0.91,
+                         bottom=(0.62 + 0.24 * rows) / figure.get_figheight(), wspace=0.24)
+  return figure
+
+
+def _draw_panel(axes: "Axes", panel: Panel) -> dict[str, object]:
+  from matplotlib.ticker import MaxNLocator
+
+  handles = {}
+  # Points at one place stand side by side, or their intervals hide each other.
+  spread = 0.0 if panel.log2 else 0.06
+  for i, line in enumerate(panel.lines):
+    error = [[y - a for y, a in zip(line.y, line.low, strict=True)],
+             [b - y for y, b in zip(line.y, line.high, strict=True)]] if line.low else None
+    x = [x + spread * (i - (len(panel.lines) - 1) / 2) for x in line.x] if line.low else line.x
+    handles[line.label] = axes.errorbar(x, line.y, yerr=error, color=line.colour, marker=line.marker,
+                                        linestyle=line.dash, capsize=3, markersize=5, linewidth=1.4)
+  if panel.level is not None:
+    axes.axhline(panel.level, color="#000000", linestyle=":", linewidth=1)
+  axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
+  if panel.shares:
+    axes.set_ylim(-0.02, 1.02)
+  elif panel.floor is not None:
+    axes.set_ylim(bottom=panel.floor)
+  if panel.log2:
+    ticks = sorted({x for line in panel.lines for x in line.x})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+  else:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+  axes.grid(alpha=0.3)
+  return handles
+
+
+def scores(label: str, style: tuple[str, str], x: Sequence[float], found: Sequence[Accuracy], dash: str = "-") -> Line:
+  """A curve of accuracies with their intervals."""
+  return Line(label, *style, dash, tuple(x), tuple(a.value for a in found), tuple(a.low for a in found),
+              tuple(a.high for a in found))
+
+
+def method_style(method: str) -> tuple[str, str]:
+  """Colour and marker of a method."""
+  return METHODS.get(method, _OTHER)
+
+
+def dash(i: int) -> str:
+  """The i-th kind of line."""
+  return _LINES[i % len(_LINES)]
+
+
+def over_rounds(values: Mapping[int, float], label: str, style: tuple[str, str], dash: str = "-") -> Line:
+  """A curve of one number a round, counted from 1."""
+  return Line(label, *style, dash, tuple(t + 1 for t in values), tuple(values.values()))

@@ -1,0 +1,127 @@
+"""The answers of a run, packed for the page's browser of samples.
+
+Each file becomes one chunk: gzip of JSON with its questions once and its answers as rows. The page unpacks them when a
+reader gets there.
+"""
+
+import base64
+import gzip
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from imm_jax.report.results import Results
+
+# Bytes of the files whose answers the page holds; a browser keeps about as much in memory.
+MOST_BYTES = 150_000_000
+
+
+class Chunk(NamedTuple):
+  """The answers of one file.
+
+  Attributes:
+    name: the file, relative to the run directory.
+    rows: how many.
+    tokens: of all answers.
+    damaged: the first lines that are no JSON object, by number, at most five.
+    packed: base64 of gzip of JSON: `kind`, `round`, `task`, `questions` ([id, question, gold]) and `rows`
+      ([number of the question, sample, temperature, right, cut off, span, text]).
+  """
+
+  name: str
+  rows: int
+  tokens: int
+  damaged: tuple[int, ...]
+  packed: str
+
+
+class Packer:
+  """Packs files, and remembers those that have not changed since."""
+
+  def __init__(self) -> None:
+    self._known: dict[Path, tuple[tuple[int, int], Chunk]] = {}
+
+  def chunks(self, results: Results, *, most_bytes: int = MOST_BYTES) -> tuple[list[Chunk], list[str]]:
+    """The chunks of a run, and what is missing or left out, a line each.
+
+    What was trained on comes first, then greedy answers of evaluation, then samples of evaluation; what would take the
+    page past `most_bytes` is left out.
+    """
+    found, problems, left = [], [], most_bytes
+    for path, kind, round_, task in _files(results, problems):
+      status = path.stat()
+      name = str(path.relative_to(results.root))
+      if status.st_size > left:
+        problems.append(f"{name}: not in the browser of samples, which holds {most_bytes:,} bytes of answers at most")
+        continue
+      left -= status.st_size
+      stamp = (status.st_mtime_ns, status.st_size)
+      if self._known.get(path, (None,))[0] != stamp:
+        self._known[path] = stamp, _pack(path, name, kind, round_, task)
+      chunk = self._known[path][1]
+      found.append(chunk)
+      if chunk.damaged:
+        more = " and others" if len(chunk.damaged) == 5 else ""
+        problems.append(f"{name}: lines that are no JSON object were left out: "
+                        f"{', '.join(map(str, chunk.damaged))}{more}")
+    return found, problems
+
+
+def _files(results: Results, problems: list[str]) -> Iterable[tuple[Path, str, int, str]]:
+  """(file, kind, round, task) of every file of answers whose stage is done."""
+  greedy, drawn = [], []
+  for name in sorted(results.stages):
+    match = re.fullmatch(r"(?:round_(\d+)|base)/(samples\.jsonl|eval(?:/(.+))?)", name)
+    path = results.root / name
+    if not match or not path.exists():
+      continue  # that it is missing was said before
+    round_ = int(match[1] or -1)
+    if path.is_file():
+      yield path, "training samples", round_, results.id_task
+      continue
+    model = (match[3] or "base").replace("sweep_", "merged ")
+    for task in (results.id_task, *results.ood_tasks):
+      if (path / f"{task}.jsonl").is_file():
+        greedy.append((path / f"{task}.jsonl", f"evaluation: {model}", round_, task))
+      else:
+        problems.append(f"{name}/{task}.jsonl: missing")
+      if (path / f"{task}_samples.jsonl").is_file():
+        drawn.append((path / f"{task}_samples.jsonl", f"evaluation: {model}, samples", round_, task))
+  yield from (*greedy, *drawn)
+
+
+def _pack(path: Path, name: str, kind: str, round_: int, task: str) -> Chunk:
+  questions: dict[tuple[str, str, str], int] = {}
+  rows, tokens, damaged = [], 0, []
+  with path.open("rb") as f:
+    for number, line in enumerate(f, 1):
+      try:
+        row = json.loads(line.decode(errors="replace"))
+      except (ValueError, RecursionError):
+        row = None
+      if not isinstance(row, dict):
+        damaged.append(number)
+        continue
+      question = (_text(row, "id"), _text(row, "question"), _text(row, "gold"))
+      rows.append([questions.setdefault(question, len(questions)), _number(row, "sample"), _number(row, "temperature"),
+                   int(row.get("correct") is True), int(row.get("finish") == "length"), _text(row, "span"),
+                   _text(row, "text")])
+      tokens += int(_number(row, "tokens") or 0)
+  # As ASCII, in which lone surrogates of a model's output survive; JSON has no NaN.
+  found = json.dumps({"kind": kind, "round": round_, "task": task, "questions": list(questions), "rows": rows},
+                     allow_nan=False, separators=(",", ":"))
+  packed = base64.b64encode(gzip.compress(found.encode("ascii"), compresslevel=5, mtime=0)).decode()
+  return Chunk(name, len(rows), tokens, tuple(damaged[:5]), packed)
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+  value = row.get(key)
+  return value if isinstance(value, str) else ""
+
+
+def _number(row: dict[str, Any], key: str) -> float | None:
+  value = row.get(key)
+  return value if isinstance(value, int | float) and math.isfinite(value) else None
