@@ -18,6 +18,7 @@ MODELS = {"base": ("#000000", "s", "base model"), "sft": ("#D55E00", "o", "after
 METHODS = {"imm": ("#0072B2", "^"), "iimm": ("#56B4E9", "v"), "star": ("#D55E00", "o"),
            "data_mixture": ("#E69F00", "D"), "data_accumulation": ("#009E73", "P"), "real": ("#CC79A7", "X")}
 _OTHER = ("#666666", "*")
+_INTERVENTIONS = {"gradient_decay": "<", "gradient_clipping": ">", "weight_masking": "d"}
 _LINES = ("-", "--", ":", "-.")
 _WIDTH, _HEIGHT = 4.4, 3.3  # inches of a panel
 
@@ -36,7 +37,7 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-  """Curves over one pair of axes; `floor` is where the y axis starts, at the data where it is None."""
+  """Curves over one pair of axes; `span` is the y axis's, where the data are not to choose it."""
 
   title: str
   x: str
@@ -45,22 +46,26 @@ class Panel(NamedTuple):
   level: float | None = None
   shares: bool = False
   log2: bool = False
-  floor: float | None = None
+  span: tuple[float, float] | None = None
 
 
 def draw(*panels: Panel) -> "Figure":
   """The panels side by side, with one legend below them."""
   from matplotlib.figure import Figure  # late: a command that draws nothing does not wait for it
 
-  figure = Figure(figsize=(_WIDTH * len(panels) + 0.3, _HEIGHT + 0.45))
+  labels = {line.label for panel in panels for line in panel.lines}
+  width = _WIDTH * len(panels) + 0.3
+  columns = min(len(labels), max(1, int(width / (0.5 + 0.07 * max(map(len, labels))))))
+  rows = -(-len(labels) // columns)
+  height = _HEIGHT + 0.18 * rows + 0.15
+  figure = Figure(figsize=(width, height))
   axes = figure.subplots(1, len(panels), squeeze=False)[0]
   handles = {}
   for place, panel in zip(axes, panels, strict=True):
     handles |= _draw_panel(place, panel)
-  rows = -(-len(handles) // max(1, 3 * len(panels)))
-  figure.legend(handles.values(), handles, loc="lower center", ncols=-(-len(handles) // max(1, rows)), frameon=False)
-  figure.subplots_adjust(left=0.62 / figure.get_figwidth(), right=1 - 0.12 / figure.get_figwidth(), top=0.91,
-                         bottom=(0.62 + 0.24 * rows) / figure.get_figheight(), wspace=0.24)
+  figure.legend(handles.values(), handles, loc="lower center", ncols=columns, frameon=False, fontsize=9)
+  figure.subplots_adjust(left=0.72 / width, right=1 - 0.12 / width, top=1 - 0.32 / height,
+                         bottom=(0.66 + 0.18 * rows) / height, wspace=0.26)
   return figure
 
 
@@ -69,7 +74,7 @@ def _draw_panel(axes: "Axes", panel: Panel) -> dict[str, object]:
 
   handles = {}
   # Points at one place stand side by side, or their intervals hide each other.
-  spread = 0.0 if panel.log2 else 0.06
+  spread = 0.0 if panel.log2 else min(0.06, 0.3 / max(1, len(panel.lines)))
   for i, line in enumerate(panel.lines):
     error = [[y - a for y, a in zip(line.y, line.low, strict=True)],
              [b - y for y, b in zip(line.y, line.high, strict=True)]] if line.low else None
@@ -78,11 +83,12 @@ def _draw_panel(axes: "Axes", panel: Panel) -> dict[str, object]:
                                         linestyle=line.dash, capsize=3, markersize=5, linewidth=1.4)
   if panel.level is not None:
     axes.axhline(panel.level, color="#000000", linestyle=":", linewidth=1)
-  axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
+  axes.set(xlabel=panel.x, ylabel=panel.y)
+  axes.set_title(panel.title, fontsize=11)
   if panel.shares:
     axes.set_ylim(-0.02, 1.02)
-  elif panel.floor is not None:
-    axes.set_ylim(bottom=panel.floor)
+  elif panel.span:
+    axes.set_ylim(*panel.span)
   if panel.log2:
     ticks = sorted({x for line in panel.lines for x in line.x})
     axes.set_xscale("log", base=2)
@@ -99,9 +105,10 @@ def scores(label: str, style: tuple[str, str], x: Sequence[float], found: Sequen
               tuple(a.high for a in found))
 
 
-def method_style(method: str) -> tuple[str, str]:
-  """Colour and marker of a method."""
-  return METHODS.get(method, _OTHER)
+def method_style(method: str, intervention: str = "none") -> tuple[str, str]:
+  """Colour and marker of a method; an intervention in SFT has the method's colour and a marker of its own."""
+  colour, marker = METHODS.get(method, _OTHER)
+  return colour, _INTERVENTIONS.get(intervention, marker)
 
 
 def dash(i: int) -> str:
@@ -110,5 +117,5 @@ def dash(i: int) -> str:
 
 
 def over_rounds(values: Mapping[int, float], label: str, style: tuple[str, str], dash: str = "-") -> Line:
-  """A curve of one number a round, counted from 1."""
-  return Line(label, *style, dash, tuple(t + 1 for t in values), tuple(values.values()))
+  """A curve of one number a round."""
+  return Line(label, *style, dash, tuple(values), tuple(values.values()))

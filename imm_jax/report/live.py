@@ -81,7 +81,7 @@ def write(root: Path, out: Path, *, status: Status | None = None, extra: Sequenc
     root: the run directory.
     out: the folder.
     status: where the run stands; without it, as found in the directory.
-    extra: sections that stand before the run's own.
+    extra: sections that stand after the run's first.
     plots: that hold what is drawn already.
     packer: that holds what is packed already.
 
@@ -91,7 +91,8 @@ def write(root: Path, out: Path, *, status: Status | None = None, extra: Sequenc
   results = Results.of(root)
   status = status or status_of(root)
   chunks, problems = (packer or Packer()).chunks(results)
-  parts = [*extra, *page.sections(results, chunks)]
+  first, *others = page.sections(results, chunks)
+  parts = [first, *extra, *others]
   drawn = (plots or writer.Plots()).svg(parts)
   with files.committed(out) as folder:
     writer.write(folder, page.write(results, status, parts, chunks, problems, drawn), parts)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from imm_jax.report import figures
+from imm_jax.report import figures, insides
 from imm_jax.report.figures import MODELS, Panel
 from imm_jax.report.markup import Markup, Plot, Section, Table, page, section
 from imm_jax.report.results import Model, Results, skipped
@@ -38,7 +38,7 @@ class Status(NamedTuple):
 
 def sections(results: Results, chunks: Sequence[Chunk]) -> list[Section]:
   """What stands on the page of a run, but for its head and the samples."""
-  found = [_accuracy(results), _sampled(results), *_layers(results), _diversity(results), _data(results),
+  found = [_accuracy(results), _sampled(results), insides.layers(results), insides.diversity(results), _data(results),
            _stages(results, chunks), _config(results)]
   return [part for part in found if part.parts]
 
@@ -104,8 +104,7 @@ def _summary(results: Results) -> str:
   if results.data:
     kept, drawn = (sum(_count(row, key) for row in results.data) for key in ("kept", "samples"))
     cards.append(("answers trained on", f"{kept:,}", f"of {drawn:,} sampled" if drawn else "none was sampled", ""))
-  seconds = sum(_seconds(entry) for entry in results.stages.values())
-  cards.append(("time of all stages", _duration(seconds), f"on {_devices(results)}", ""))
+  cards.append(("time of all stages", _duration(seconds(results)), f"on {devices(results)}", ""))
   boxes = "".join(f'<div class="card"><span>{html.escape(a)}</span><b>{html.escape(b)}</b><span>{html.escape(c)}</span>'
                   f"<span>{html.escape(d)}</span></div>" for a, b, c, d in cards)
   return f'<p class="sentence">{html.escape(_sentence(results, first, last))}</p><div class="cards">{boxes}</div>'
@@ -166,49 +165,21 @@ def _sampled(results: Results) -> Section:
   rows = [[m.label, task, *(found.get(name) for name in names)]
           for m in results.models for task, found in m.sampled.items()]
   last = max(m.round for m in results.models)
-  panels = []
-  for task in (results.id_task, *results.ood_tasks[:1]):
-    lines = []
-    for m in results.models:
-      curve = {int(name[5:]): a for name, a in m.sampled.get(task, {}).items() if name.startswith("pass@")}
-      if m.kind in MODELS and m.round in (-1, last) and curve:
-        colour, marker, label = MODELS[m.kind]
-        lines.append(figures.scores(label, (colour, marker), list(curve), list(curve.values())))
-    if lines:
-      panels.append(Panel(f"{task}, after round {last}", "k (samples)", "pass@k", tuple(lines), log2=True, shares=True))
+  lines = []
+  for m in results.models:
+    curve = {int(name[5:]): a for name, a in m.sampled.get(results.id_task, {}).items() if name.startswith("pass@")}
+    if m.kind in MODELS and m.round in (-1, last) and curve:
+      colour, marker, label = MODELS[m.kind]
+      lines.append(figures.scores(label, (colour, marker), list(curve), list(curve.values())))
   plot = [Plot("pass_at_k", "pass@k over k of the base model and of the last round's models; the table below has the "
-               "values", figures.draw, tuple(panels))] if panels else []
+               "values", figures.draw, (Panel(f"{results.id_task}, after {last + 1} rounds", "k (samples)", "pass@k",
+                                              tuple(lines), log2=True, shares=True),))] if lines else []
   evaluation = results.config.get("eval") if isinstance(results.config.get("eval"), dict) else {}
   return Section("sampled", "Several samples a question", [
       f"pass@k: the share of questions of which one of k samples is right (unbiased estimate of "
       f"{evaluation.get('num_samples', '?')} samples at temperature {evaluation.get('temperature', '?')}); majority: "
       "the most common answer is right.",
       *plot, Table("pass_at_k", "pass@k and majority vote", ["model", "task", *names], rows)])
-
-
-def _layers(results: Results) -> list[Section]:
-  return []
-
-
-def _diversity(results: Results) -> Section:
-  found = {t: part["diversity"] for t, part in results.analysis.items() if "diversity" in part}
-  if not found:
-    return Section("diversity", "Diversity of samples", [])
-  names = {"distinct_answers": "distinct answers a question", "distinct_4grams": "share of distinct 4-grams",
-           "token_entropy": "token entropy, nats"}
-  panels = []
-  for key, label in names.items():
-    values = {t: d[key] for t, d in found.items() if d.get(key) is not None}
-    if values:
-      panels.append(Panel(label, "round", label, (figures.over_rounds(values, "samples", MODELS["merged"][:2]),),
-                          floor=0))
-  rows = [[t, d.get("questions"), d.get("samples"), *(d.get(key) for key in names)] for t, d in found.items()]
-  return Section("diversity", "Diversity of samples", [
-      "Fewer distinct answers to a question from round to round are a sign of collapse.",
-      Plot("diversity", f"{', '.join(names.values())} of the samples by round; the table below has the values",
-           figures.draw, tuple(panels)),
-      Table("diversity", "Diversity of each round's samples", ["round", "questions", "samples", *names.values()],
-            rows)])
 
 
 def _data(results: Results) -> Section:
@@ -229,9 +200,9 @@ def _stages(results: Results, chunks: Sequence[Chunk]) -> Section:
     tokens[name] = tokens.get(name, 0) + chunk.tokens
   rows, most = [], max([_seconds(entry) for entry in results.stages.values()], default=0)
   for name, entry in sorted(results.stages.items(), key=lambda item: _order(item[0])):
-    seconds = _seconds(entry)
+    took = _seconds(entry)
     count = _count(entry["facts"], "tokens") or tokens.get(name)
-    rows.append([name, seconds, count, count / seconds if count and seconds else None,
+    rows.append([name, took, count, count / took if count and took else None,
                  results.memory.get(name), entry.get("bytes")])
   meters = "".join(f'<div><span>{html.escape(row[0])}</span><meter min="0" max="{most:g}" value="{row[1]:g}">'
                    f"{row[1]:g} s</meter><span>{row[1]:,.1f} s</span></div>" for row in rows)
@@ -245,7 +216,7 @@ def _order(name: str) -> tuple[int, int, str]:
   """Stages in the order of a run."""
   head, _, rest = name.partition("/")
   kinds = ["samples.jsonl", "train.jsonl", "sft", "eval/sft", "importance.json", "sweep", "base_weight.json", "merged",
-           "eval/merged"]
+           "eval/merged", "analysis.json"]
   number = head.removeprefix("round_")
   return int(number) if number.isdigit() else -1, kinds.index(rest) if rest in kinds else len(kinds), name
 
@@ -255,23 +226,27 @@ def _seconds(entry: Mapping[str, object]) -> float:
   return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _duration(seconds: float) -> str:
+def seconds(results: Results) -> float:
+  """Seconds of all stages of a run."""
+  return sum(_seconds(entry) for entry in results.stages.values())
+
+
+def _duration(total: float) -> str:
   """Time in two units.
 
   >>> _duration(8.4), _duration(100), _duration(7260), _duration(200000)
   ('8 s', '1 min 40 s', '2 h 1 min', '55 h 33 min')
   """
-  if seconds < 60:
-    return f"{seconds:.0f} s"
-  minutes, rest = divmod(round(seconds), 60)
+  if total < 60:
+    return f"{total:.0f} s"
+  minutes, rest = divmod(round(total), 60)
   return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _devices(results: Results) -> str:
-  devices = results.facts.get("devices")
-  if not isinstance(devices, list) or not devices:
-    return "unknown devices"
-  return f"{len(devices)} x {devices[0]}"
+def devices(results: Results) -> str:
+  """How many devices of which kind."""
+  found = results.facts.get("devices")
+  return f"{len(found)} x {found[0]}" if isinstance(found, list) and found else "unknown devices"
 
 
 def _config(results: Results) -> Section:
@@ -279,7 +254,7 @@ def _config(results: Results) -> Section:
   rows = [[name, str(version)] for name, version in sorted(versions.items())]
   config = html.escape(json.dumps(results.config, indent=1))
   return Section("config", "Config and versions", [
-      *([Table("versions", f"Versions; devices: {_devices(results)}", ["package", "version"], rows)] if rows else []),
+      *([Table("versions", f"Versions; devices: {devices(results)}", ["package", "version"], rows)] if rows else []),
       Markup(f"<details><summary>The whole config</summary><pre>{config}</pre></details>")])
 
 

@@ -23,7 +23,7 @@ class Plots:
     for plot in _plots(sections):
       key = repr(plot.data)
       if draw and self._drawn.get(plot.name, ("",))[0] != key:
-        self._drawn[plot.name] = key, [_svg(plot.draw(piece)) for piece in plot.data]
+        self._drawn[plot.name] = key, [svg(plot.draw(piece)) for piece in plot.data]
       if self._drawn.get(plot.name, ("",))[0] == key:
         found[plot.name] = self._drawn[plot.name][1]
     return found
@@ -35,7 +35,7 @@ def write(out: Path, html: str, sections: Sequence[Section]) -> None:
   write_page(out / "index.html", html)
   for plot in _plots(sections):
     figure = plot.draw(*plot.data)
-    (out / f"{plot.name}.svg").write_text(_svg(figure), encoding="utf-8")
+    (out / f"{plot.name}.svg").write_text(svg(figure), encoding="utf-8")
     figure.savefig(out / f"{plot.name}.png", dpi=150, metadata={"Software": None})
   for part in sections:
     for piece in part.parts:
@@ -52,7 +52,7 @@ def _plots(sections: Sequence[Section]) -> Iterable[Plot]:
   return (piece for part in sections for piece in part.parts if isinstance(piece, Plot))
 
 
-def _svg(figure: "Figure") -> str:
+def svg(figure: "Figure") -> str:
   import matplotlib  # late: a command that draws nothing does not wait for it
 
   image = io.StringIO()

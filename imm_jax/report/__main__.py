@@ -1,0 +1,72 @@
+"""The report of a run, or of several side by side.
+
+    python -m imm_jax.report --workdirs=runs/tiny
+    python -m imm_jax.report --workdirs=runs/tiny,runs/star --out=runs/compared
+    python -m imm_jax.report --workdirs=runs/table5 --out=runs/report5 --paper
+
+A folder that holds run directories stands for all of them. One run's report goes to WORKDIR/report where --out is not
+given; --paper sets the paper's published figures beside a run's, where its config is one of the paper's tables.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from imm_jax import cli, files
+from imm_jax.errors import UserError
+from imm_jax.report import compare, live, paper, results
+
+_WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, or folders that hold some.")
+_OUT = flags.DEFINE_string("out", None, "The folder to write; for one run WORKDIR/report where it is not given.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier report in --out.")
+_PAPER = flags.DEFINE_bool("paper", False, "Set the paper's published figures beside the runs'.")
+flags.mark_flag_as_required("workdirs")
+
+
+def main() -> None:
+  roots = find(_WORKDIRS.value)
+  if _OUT.value is None and len(roots) > 1:
+    raise UserError(f"--workdirs: holds {len(roots)} runs; say with --out=DIR where their report is to be written")
+  out = Path(_OUT.value) if _OUT.value else roots[0] / "report"
+  if _OUT.value:
+    files.check_out(out, {f"workdir {root.name}": root for root in roots}, overwrite=_OVERWRITE.value, foreign=_foreign)
+  elif live.is_running(roots[0]):
+    raise UserError(f"{roots[0]}: runs, and writes {out} itself; give --out=DIR for another report")
+  with files.alone(out):
+    if len(roots) == 1:
+      found = results.Results.of(roots[0])
+      live.write(roots[0], out, extra=paper.sections({"": found}) if _PAPER.value else ())
+      print(results.table(found))
+    else:
+      runs = [results.Results.of(root) for root in roots]
+      compare.write(runs, out, extra=paper.sections if _PAPER.value else None)
+  print(f"report: {out / 'index.html'}")
+
+
+def find(given: list[str]) -> list[Path]:
+  """The run directories that --workdirs names.
+
+  Raises:
+    UserError: for a folder that is none and holds none.
+  """
+  roots: list[Path] = []
+  for name in given:
+    root = Path(name)
+    if not root.is_dir():
+      raise UserError(f"--workdirs: {name} is no folder")
+    below = [root] if results.is_run(root) else [p for p in sorted(root.iterdir()) if p.is_dir() and results.is_run(p)]
+    if not below:
+      raise UserError(f"--workdirs: {name} is no run directory (it has no run.json, and no config.json of a run) and "
+                      "holds none")
+    roots += below
+  if not roots:
+    raise UserError("--workdirs: names no run directory")
+  return roots
+
+
+def _foreign(folder: Path) -> str:
+  return "" if (folder / "index.html").is_file() else "is no earlier report (it has no index.html)"
+
+
+if __name__ == "__main__":
+  cli.run(main)

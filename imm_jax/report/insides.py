@@ -1,0 +1,108 @@
+"""What analysis.json says of each round: layers that matter, layers that move, and how diverse the samples are."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from imm_jax.report import figures
+from imm_jax.report.figures import Line, Panel
+from imm_jax.report.markup import Plot, Section, Table
+from imm_jax.report.results import Results
+
+# A colour and marker for each round.
+_ROUNDS = (("#0072B2", "^"), ("#D55E00", "o"), ("#009E73", "s"), ("#CC79A7", "X"), ("#E69F00", "D"), ("#000000", "P"))
+_MODELS = {"sft": "by SFT", "merged": "from base to merged"}
+
+
+def layers(results: Results) -> Section:
+  """Importance and weight change by layer, and their correlation by round."""
+  importance = _part(results, "importance")
+  changes = {name: {t: found[name] for t, found in _part(results, "weight_change").items() if name in found}
+             for name in _MODELS}
+  spearman = _part(results, "spearman")
+  panels = []
+  if importance:
+    panels.append(_by_layer("importance by layer", {t: shares(found["layers"]) for t, found in importance.items()}))
+  panels += [_by_layer(f"weight change {label}", {t: found["share"] for t, found in changes[name].items()})
+             for name, label in _MODELS.items() if changes[name]]
+  if spearman:
+    panels.append(Panel("Spearman of importance and change by SFT", "round", "rank correlation", (
+        figures.over_rounds(spearman, "layers", _ROUNDS[0]),), level=0.0, span=(-1.05, 1.05)))
+  if not panels:
+    return Section("layers", "Layers", [])
+  return Section("layers", "Layers", [
+      "Importance is the sum of |gradient x weight| over a layer's matrices (eq. 3), weight change the sum of their "
+      "Frobenius norms (eq. 4); each as a share of all layers. A negative correlation means that what moves most "
+      "matters least.",
+      Plot("layers", "Share of importance and of weight change by layer, a curve each round, and their rank "
+           "correlation by round; the tables below have the values", figures.draw, tuple(panels)),
+      *_tables(results, importance, changes, spearman)])
+
+
+def diversity(results: Results) -> Section:
+  """Distinct answers, distinct 4-grams and token entropy of the samples by round."""
+  found = _part(results, "diversity")
+  if not found:
+    return Section("diversity", "Diversity of samples", [])
+  names = {"distinct_answers": "distinct answers a question", "distinct_4grams": "share of distinct 4-grams",
+           "token_entropy": "token entropy, nats"}
+  panels = []
+  for key, label in names.items():
+    values = {t: d[key] for t, d in found.items() if d.get(key) is not None}
+    if values:
+      panels.append(Panel(label, "round", label, (figures.over_rounds(values, "samples", _ROUNDS[0]),),
+                          span=(0, 1.15 * max(values.values()) or 1)))
+  rows = [[t, d.get("questions"), d.get("samples"), *(d.get(key) for key in names)] for t, d in found.items()]
+  return Section("diversity", "Diversity of samples", [
+      "Fewer distinct answers to a question from round to round are a sign of collapse.",
+      Plot("diversity", f"{', '.join(names.values())} of the samples by round; the table below has the values",
+           figures.draw, tuple(panels)),
+      Table("diversity", "Diversity of each round's samples", ["round", "questions", "samples", *names.values()],
+            rows)])
+
+
+def shares(values: Sequence[float]) -> list[float]:
+  """Each value's share of their sum.
+
+  >>> shares([1.0, 3.0]), shares([0.0])
+  ([0.25, 0.75], [0.0])
+  """
+  whole = sum(values)
+  return [value / whole if whole else 0.0 for value in values]
+
+
+def _part(results: Results, name: str) -> dict[int, Any]:
+  return {t: found[name] for t, found in results.analysis.items() if name in found}
+
+
+def _by_layer(title: str, found: Mapping[int, Sequence[float]]) -> Panel:
+  lines = tuple(Line(f"round {t}", *_ROUNDS[i % len(_ROUNDS)], figures.dash(i // len(_ROUNDS)),
+                     tuple(range(len(values))), tuple(100 * v for v in values))
+                for i, (t, values) in enumerate(found.items()))
+  highest = max(max(line.y) for line in lines)
+  return Panel(title, "layer", "% of all layers", lines, span=(0, 1.1 * highest or 1))
+
+
+def _tables(results: Results, importance: Mapping[int, Any], changes: Mapping[str, Mapping[int, Any]],
+            spearman: Mapping[int, float]) -> list[Table]:
+  measures = {"importance": importance, **{f"weight change {_MODELS[name]}": found for name, found in changes.items()}}
+  measures = {name: found for name, found in measures.items() if found}
+  by_layer, by_module = [], []
+  for t in results.analysis:
+    here = {name: found[t] for name, found in measures.items() if t in found}
+    count = max((len(of["layers"]) for of in here.values()), default=0)
+    for layer in range(count):
+      cells = [(here[name]["layers"][layer], shares(here[name]["layers"])[layer])
+               if name in here and layer < len(here[name]["layers"]) else (None, None) for name in measures]
+      by_layer.append([t, layer, *(value for pair in cells for value in pair)])
+    modules = {name: of.get("modules", {}) for name, of in here.items()}
+    by_module += [[t, module, *(sum(modules[name][module]) if module in modules.get(name, {}) else None
+                                for name in measures)]
+                  for module in dict.fromkeys(module for of in modules.values() for module in of)]
+  head = [part for name in measures for part in (name, "share")]
+  tables = [Table("layers", "Importance and weight change by layer", ["round", "layer", *head], by_layer)]
+  if by_module:
+    tables.append(Table("modules", "By module, summed over layers", ["round", "module", *measures], by_module))
+  if spearman:
+    tables.append(Table("spearman", "Rank correlation of importance and change by SFT",
+                        ["round", "Spearman"], [[t, value] for t, value in spearman.items()]))
+  return tables
