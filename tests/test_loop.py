@@ -61,7 +61,8 @@ def contents(workdir: Path) -> dict[str, object]:
   found: dict[str, object] = {}
   for path in sorted(p for p in workdir.rglob("*") if p.is_file()):
     name = str(path.relative_to(workdir))
-    if name.startswith("tb/"):  # TensorBoard's files hold the time of every record
+    # They hold times: of every record, of every stage.
+    if name.startswith("tb/") or name in ("report/index.html", "report/stages.csv"):
       continue
     if path.name in ("run.json", "metrics.jsonl"):
       records = [json.loads(line) for line in path.read_text().splitlines()] if path.suffix == ".jsonl" else json.loads(
@@ -88,7 +89,7 @@ def test_run_leaves_the_documented_files(finished: Path):
   for name in ("config.json", "run.json", "metrics.jsonl", "tb", "base/eval/stories.jsonl", "round_0/samples.jsonl",
                "round_0/train.jsonl", "round_0/sft/model.safetensors", "round_1/merged/config.json",
                "round_1/merged/tokenizer.json", "round_1/eval/sft/groups.jsonl", "round_1/eval/merged/stories.jsonl",
-               "round_1/analysis.json", "report/index.html", "report/accuracy.png"):
+               "round_1/analysis.json", "report/index.html", "report/accuracy.png", "report/accuracy.csv"):
     assert (finished / name).exists(), name
   assert not list(finished.rglob("*.part"))
   assert not list(finished.rglob("sft_state"))

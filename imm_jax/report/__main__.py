@@ -24,7 +24,7 @@ flags.mark_flag_as_required("workdirs")
 
 
 def main() -> None:
-  roots = find(_WORKDIRS.value)
+  roots = results.find(_WORKDIRS.value)
   if _OUT.value is None and len(roots) > 1:
     raise UserError(f"--workdirs: holds {len(roots)} runs; say with --out=DIR where their report is to be written")
   out = Path(_OUT.value) if _OUT.value else roots[0] / "report"
@@ -41,27 +41,6 @@ def main() -> None:
       runs = [results.Results.of(root) for root in roots]
       compare.write(runs, out, extra=paper.sections if _PAPER.value else None)
   print(f"report: {out / 'index.html'}")
-
-
-def find(given: list[str]) -> list[Path]:
-  """The run directories that --workdirs names.
-
-  Raises:
-    UserError: for a folder that is none and holds none.
-  """
-  roots: list[Path] = []
-  for name in given:
-    root = Path(name)
-    if not root.is_dir():
-      raise UserError(f"--workdirs: {name} is no folder")
-    below = [root] if results.is_run(root) else [p for p in sorted(root.iterdir()) if p.is_dir() and results.is_run(p)]
-    if not below:
-      raise UserError(f"--workdirs: {name} is no run directory (it has no run.json, and no config.json of a run) and "
-                      "holds none")
-    roots += below
-  if not roots:
-    raise UserError("--workdirs: names no run directory")
-  return roots
 
 
 def _foreign(folder: Path) -> str:

@@ -131,8 +131,8 @@ def _ends(runs: Mapping[str, Results]) -> Table:
     for score in scores:
       cells += [score(last), f"{_change(score, models):+.3f}" if models[0].kind == "base" else None]
     rows.append([name, _label(run), last.round + 1, *cells, *[None] * (4 - len(cells))])
-  return Table("last_round", "After the last round", ["run", "method", "rounds", "in domain", "change from base",
-                                                      "out of domain", "change from base"], rows)
+  return Table("last_round", "After the last round", [
+      "run", "method", "rounds", "in domain", "change in domain", "out of domain", "change out of domain"], rows)
 
 
 def _sampled(runs: Mapping[str, Results]) -> Section:

@@ -106,8 +106,8 @@ def status_of(root: Path) -> Status:
   try:
     found = files.read_json(path)
     plan, state, why = found["plan"], found["state"], found["why"]
-    if not (isinstance(plan, list) and all(isinstance(x, str) for x in (*plan, state, why))):
-      raise ValueError("not as it is written")
+    if not (isinstance(plan, list) and plan and all(isinstance(x, str) for x in (*plan, state, why))):
+      raise ValueError("no plan")
   except (KeyError, UserError, ValueError):
     return Status(state="running" if is_running(root) else "")
   if state != "finished":

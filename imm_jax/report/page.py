@@ -76,6 +76,8 @@ def write(results: Results, status: Status, parts: Sequence[Section], chunks: Se
 def _status(results: Results, status: Status, written: str) -> str:
   done = [name for name in status.plan if name in results.stages]
   count = f"{len(done)} of {len(status.plan)} stages done" if status.plan else f"{len(results.stages)} stages done"
+  if not isinstance(results.facts.get("stages"), dict):
+    count = "nobody can say which stages are done"
   todo = next((name for name in status.plan if name not in results.stages), "")
   text = {"running": f"Running: {count}" + f"; next {todo}" * bool(todo), "finished": f"Finished: {count}",
           "stopped": f"Stopped: {count}" + f"; next {todo}" * bool(todo)}.get(status.state, count)

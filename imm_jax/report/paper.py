@@ -60,17 +60,18 @@ def _section(results: Results, label: str, entries: Sequence[Mapping[str, Any]])
                      "inside" if inside else "outside"])
   tables = ", ".join(str(t) for t in sorted({entry["table"] for entry in entries}))
   notes = list(dict.fromkeys(entry["note"] for entry in entries if "note" in entry))
-  different = _different(results.config)
+  others = different(results.config)
   return Section(name, "Beside the paper" + f": {label}" * bool(label), [
       f"Published figures of table {tables}; the paper gives neither intervals nor the number of runs.", *notes,
-      *([f"Settings that differ from the paper's: {'; '.join(different)}."] if different else []),
+      *([f"Settings that differ from the paper's: {'; '.join(others)}."] if others else []),
       *([f"{missing} figures of these tables are of tasks or models that this run has not evaluated."] * bool(missing)),
       *([Table(name, "The paper's figures and this run's", ["table", "task", "model", "paper", "this run", "difference",
                                                             "paper's figure, in this run's interval"], rows)]
         if rows else [])])
 
 
-def _different(config: Mapping[str, Any]) -> list[str]:
+def different(config: Mapping[str, Any]) -> list[str]:
+  """Settings of a run that are not the paper's, a phrase each."""
   paper = load()
   wanted = dict(paper["settings"])
   if (task := _value(config, "task.name")) in paper["num_samples"]:

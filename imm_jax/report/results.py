@@ -4,7 +4,7 @@ import collections
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,6 +115,27 @@ def is_run(root: Path) -> bool:
       "method" in _object(root / "config.json", []))
 
 
+def find(given: Sequence[str]) -> list[Path]:
+  """The run directories that --workdirs names: each itself, or those that it holds.
+
+  Raises:
+    UserError: for a folder that is none and holds none.
+  """
+  roots: list[Path] = []
+  for name in given:
+    root = Path(name)
+    if not root.is_dir():
+      raise UserError(f"--workdirs: {name} is no folder")
+    below = [root] if is_run(root) else [p for p in sorted(root.iterdir()) if p.is_dir() and is_run(p)]
+    if not below:
+      raise UserError(f"--workdirs: {name} is no run directory (it has no run.json, and no config.json of a run) and "
+                      "holds none")
+    roots += below
+  if not roots:
+    raise UserError("--workdirs: names no run directory")
+  return roots
+
+
 def _object(path: Path, problems: list[str]) -> dict[str, Any]:
   if not path.is_file():
     problems.append(f"{path.name}: missing")
@@ -136,7 +157,7 @@ def _stages(root: Path, record: Mapping[str, Any], problems: list[str]) -> dict[
     problems.append(f"run.json: damaged entries of {listed([name for name, _ in entries if name not in stages])}")
   problems += [f"{name}: missing, though run.json says that it was made" for name in stages
                if not (root / name).exists()]
-  if not entries:  # answers are shown all the same
+  if not isinstance(record.get("stages"), dict):  # answers are shown all the same
     there = [p for pattern in ("base/eval", "round_*/samples.jsonl", "round_*/eval/*") for p in root.glob(pattern)]
     stages = {str(path.relative_to(root)): {"facts": {}} for path in sorted(there)}
   return stages
