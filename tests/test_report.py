@@ -6,6 +6,7 @@ import gzip
 import html
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -203,6 +204,29 @@ def test_a_broken_run_directory_gives_a_page_that_says_what_is_missing(run: Path
   shutil.copytree(run, root)
   damage(root)
   assert said in quick(root)
+
+
+def places(value: object, path: tuple = ()) -> list[tuple]:
+  """Where everything in a JSON value stands."""
+  inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+  return [found for key, part in inner for found in [(*path, key), *places(part, (*path, key))]]
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.json", "round_0/analysis.json"])
+def test_no_wrong_value_in_a_file_keeps_the_page_away(run: Path, tmp_path: Path, name: str):
+  root = tmp_path / "run"
+  shutil.copytree(run, root)
+  text, rng = (root / name).read_text(), random.Random(name)
+  for wrong in ("null", "-1", "1e300", "NaN", '""', '"\\ud800"', "[]", "{}", "[[1]]", '{"a": 1}', "true", "9" * 400):
+    for _ in range(6):
+      found = json.loads(text)
+      *path, last = rng.choice(places(found))
+      holder = found
+      for key in path:
+        holder = holder[key]
+      holder[last] = json.loads(wrong)
+      (root / name).write_text(json.dumps(found))
+      assert "Config and versions" in quick(root), (path, last, wrong)
 
 
 def test_a_run_that_has_just_begun_has_a_page(run: Path, tmp_path: Path):

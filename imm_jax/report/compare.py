@@ -10,7 +10,7 @@ from imm_jax.evaluation import Accuracy
 from imm_jax.report import figures, markup, page, writer
 from imm_jax.report.figures import Panel
 from imm_jax.report.markup import Plot, Section, Table
-from imm_jax.report.results import Model, Results
+from imm_jax.report.results import Model, Results, count
 
 
 def write(runs: Sequence[Results], out: Path, *, extra: Callable[[Mapping[str, Results]], list[Section]] | None = None,
@@ -42,8 +42,8 @@ def names(roots: Sequence[Path]) -> list[str]:
   (['x/run', 'y/run'], ['imm', 'star'])
   """
   full = [root.resolve().parts for root in roots]
-  for count in range(1, max(map(len, full)) + 1):
-    found = ["/".join(parts[-count:]) for parts in full]
+  for length in range(1, max(map(len, full)) + 1):
+    found = ["/".join(parts[-length:]) for parts in full]
     if len(set(found)) == len(found):
       return found
   return [f"{name} ({i})" for i, name in enumerate(found, 1)]
@@ -153,7 +153,7 @@ def _sampled(runs: Mapping[str, Results]) -> Section:
 def _by_round(runs: Mapping[str, Results]) -> Section:
   """What analysis.json and the training data say by round."""
   measures: dict[str, Callable[[Results], dict[int, Any]]] = {
-      "answers trained on": lambda r: {row["round"]: row["kept"] for row in r.data if "kept" in row},
+      "answers trained on": lambda r: {row["round"]: count(row, "kept") for row in r.data if "kept" in row},
       "distinct answers a question": lambda r: {t: a["diversity"]["distinct_answers"] for t, a in r.analysis.items()
                                                 if "diversity" in a},
       "Spearman of importance and weight change": lambda r: {t: a["spearman"] for t, a in r.analysis.items()
@@ -178,7 +178,7 @@ def _by_round(runs: Mapping[str, Results]) -> Section:
 def _cost(runs: Mapping[str, Results]) -> Section:
   rows = []
   for name, run in runs.items():
-    tokens = {kind: sum(entry["facts"].get("tokens", 0) for stage, entry in run.stages.items() if stage.endswith(end))
+    tokens = {kind: sum(count(entry["facts"], "tokens") for stage, entry in run.stages.items() if stage.endswith(end))
               for kind, end in (("sampled", "/samples.jsonl"), ("trained", "/sft"))}
     rows.append([name, page.seconds(run), tokens["sampled"], tokens["trained"], max(run.memory.values(), default=None),
                  page.devices(run), str(_versions(run).get("imm_jax", "unknown"))])

@@ -97,7 +97,7 @@ def _cell(cell: "Cell") -> str:
     return f"{cell:,}"
   if isinstance(cell, float):
     return f"{cell:,.0f}" if abs(cell) >= 100 else f"{cell:.3g}"
-  return html.escape(cell)
+  return html.escape(str(cell))
 
 
 def _download(name: str, kind: str, content: str) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from imm_jax.report import figures, insides
 from imm_jax.report.figures import MODELS, Panel
 from imm_jax.report.markup import Markup, Plot, Section, Table, page, section
-from imm_jax.report.results import Model, Results, skipped
+from imm_jax.report.results import Model, Results, count, is_number, skipped
 from imm_jax.report.samples import Chunk
 
 _RELOAD_S = 30
@@ -75,12 +75,12 @@ def write(results: Results, status: Status, parts: Sequence[Section], chunks: Se
 
 def _status(results: Results, status: Status, written: str) -> str:
   done = [name for name in status.plan if name in results.stages]
-  count = f"{len(done)} of {len(status.plan)} stages done" if status.plan else f"{len(results.stages)} stages done"
+  stages = f"{len(done)} of {len(status.plan)} stages done" if status.plan else f"{len(results.stages)} stages done"
   if not isinstance(results.facts.get("stages"), dict):
-    count = "nobody can say which stages are done"
+    stages = "nobody can say which stages are done"
   todo = next((name for name in status.plan if name not in results.stages), "")
-  text = {"running": f"Running: {count}" + f"; next {todo}" * bool(todo), "finished": f"Finished: {count}",
-          "stopped": f"Stopped: {count}" + f"; next {todo}" * bool(todo)}.get(status.state, count)
+  text = {"running": f"Running: {stages}" + f"; next {todo}" * bool(todo), "finished": f"Finished: {stages}",
+          "stopped": f"Stopped: {stages}" + f"; next {todo}" * bool(todo)}.get(status.state, stages)
   text += f" (as of {written}; the page looks for a newer one every {_RELOAD_S} s)" if written else ""
   text += f". {status.why}" if status.why else ""
   bar = f'<progress value="{len(done)}" max="{len(status.plan)}" aria-label="stages done"></progress> ' if todo else ""
@@ -104,7 +104,7 @@ def _summary(results: Results) -> str:
       beside += f"; SFT before merging {score(tuned[0]).value:.3f}"
     cards.append((f"{where}: {tasks}", f"{a.value:.3f}", f"95 % interval {a.low:.3f} to {a.high:.3f}, n={a.n}", beside))
   if results.data:
-    kept, drawn = (sum(_count(row, key) for row in results.data) for key in ("kept", "samples"))
+    kept, drawn = (sum(count(row, key) for row in results.data) for key in ("kept", "samples"))
     cards.append(("answers trained on", f"{kept:,}", f"of {drawn:,} sampled" if drawn else "none was sampled", ""))
   cards.append(("time of all stages", _duration(seconds(results)), f"on {devices(results)}", ""))
   boxes = "".join(f'<div class="card"><span>{html.escape(a)}</span><b>{html.escape(b)}</b><span>{html.escape(c)}</span>'
@@ -186,13 +186,9 @@ def _sampled(results: Results) -> Section:
 
 def _data(results: Results) -> Section:
   keys = [key for key in _COUNTS if any(row.get(key, 0) != 0 for row in results.data)]
-  rows = [[row["round"], *(_count(row, key) for key in keys)] for row in results.data]
+  rows = [[row["round"], *(count(row, key) for key in keys)] for row in results.data]
   return Section("data", "Answers kept and dropped", [Table(
       "data", "Answers by round", ["round", *(_COUNTS[key] for key in keys)], rows)] if rows else [])
-
-
-def _count(row: Mapping[str, object], key: str) -> int:
-  return value if isinstance(value := row.get(key, 0), int) else 0
 
 
 def _stages(results: Results, chunks: Sequence[Chunk]) -> Section:
@@ -203,9 +199,9 @@ def _stages(results: Results, chunks: Sequence[Chunk]) -> Section:
   rows, most = [], max([_seconds(entry) for entry in results.stages.values()], default=0)
   for name, entry in sorted(results.stages.items(), key=lambda item: _order(item[0])):
     took = _seconds(entry)
-    count = _count(entry["facts"], "tokens") or tokens.get(name)
-    rows.append([name, took, count, count / took if count and took else None,
-                 results.memory.get(name), entry.get("bytes")])
+    done = count(entry["facts"], "tokens") or tokens.get(name)
+    rows.append([name, took, done, done / took if done and took else None, results.memory.get(name),
+                 count(entry, "bytes") or None])
   meters = "".join(f'<div><span>{html.escape(row[0])}</span><meter min="0" max="{most:g}" value="{row[1]:g}">'
                    f"{row[1]:g} s</meter><span>{row[1]:,.1f} s</span></div>" for row in rows)
   return Section("stages", "Time, tokens and memory by stage", [
@@ -225,7 +221,7 @@ def _order(name: str) -> tuple[int, int, str]:
 
 def _seconds(entry: Mapping[str, object]) -> float:
   value = entry.get("seconds")
-  return float(value) if isinstance(value, int | float) else 0.0
+  return float(value) if is_number(value) else 0.0
 
 
 def seconds(results: Results) -> float:

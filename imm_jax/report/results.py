@@ -2,7 +2,6 @@
 
 import collections
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any, NamedTuple
 from imm_jax import files
 from imm_jax.errors import UserError, listed
 from imm_jax.evaluation import Accuracy, accuracy
-
-_NUMBER = (int, float)
 
 
 class Model(NamedTuple):
@@ -202,7 +199,8 @@ def _model(kind: str, round_: int, facts: Mapping[str, Any], tasks: tuple[str, .
 
 def _score(found: Mapping[str, Any]) -> Accuracy:
   score = Accuracy(**found)
-  if not (score.n > 0 and 0 <= score.low <= score.value <= score.high <= 1):
+  whole = isinstance(score.n, int) and is_number(score.n) and score.n > 0
+  if not (whole and 0 <= score.low <= score.value <= score.high <= 1):
     raise ValueError(f"{found} is no accuracy")
   return score
 
@@ -219,7 +217,7 @@ def _memory(root: Path, trained: bool, problems: list[str]) -> dict[str, float]:
       try:
         row = json.loads(line)
         value = row.get("memory_gib", 0)
-        if isinstance(value, _NUMBER) and math.isfinite(value) and value > most.get(row["stage"], 0):
+        if is_number(value) and value > most.get(row["stage"], 0):
           most[row["stage"]] = value
       except (AttributeError, KeyError, TypeError, ValueError):
         damaged += 1
@@ -236,11 +234,11 @@ def _analysis(path: Path, problems: list[str]) -> dict[str, Any]:
     problems.append(f"{name}: damaged ({e})")
     return {}
   checks: dict[str, Callable[[Any], bool]] = {
-      "importance": lambda x: _numbers(x["layers"]),
-      "weight_change": lambda x: bool(x) and all(_numbers(y["layers"]) and _numbers(y["share"]) for y in x.values()),
-      "spearman": lambda x: _numbers([x]),
-      "diversity": lambda x: _numbers([x["distinct_answers"], x["distinct_4grams"]]) and (
-          x.get("token_entropy") is None or _numbers([x["token_entropy"]]))}
+      "importance": _layers,
+      "weight_change": lambda x: bool(x) and all(_layers(y) and _numbers(y["share"]) for y in x.values()),
+      "spearman": is_number,
+      "diversity": lambda x: is_number(x["distinct_answers"]) and all(
+          y is None or is_number(y) for y in (x.get(key) for key in ("distinct_4grams", "token_entropy")))}
   good = {}
   for part, check in checks.items():
     if found.get(part) is not None:
@@ -253,9 +251,24 @@ def _analysis(path: Path, problems: list[str]) -> dict[str, Any]:
   return good
 
 
+def is_number(value: Any) -> bool:
+  """Whether a value is a number that can be shown and drawn: no NaN, no infinity, nothing huge."""
+  return isinstance(value, int | float) and -1e100 < value < 1e100
+
+
+def count(facts: Mapping[str, Any], key: str) -> int:
+  """A count among facts, 0 where there is none."""
+  value = facts.get(key)
+  return value if isinstance(value, int) and is_number(value) else 0
+
+
 def _numbers(values: Any) -> bool:
-  return isinstance(values, list) and bool(values) and all(
-      isinstance(x, _NUMBER) and math.isfinite(x) for x in values)
+  return isinstance(values, list) and bool(values) and all(map(is_number, values))
+
+
+def _layers(found: Mapping[str, Any]) -> bool:
+  """Whether these are numbers by layer, and by layer of each module."""
+  return _numbers(found["layers"]) and all(map(_numbers, found.get("modules", {}).values()))
 
 
 def table(results: Results) -> str:

@@ -7,13 +7,12 @@ reader gets there.
 import base64
 import gzip
 import json
-import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from imm_jax.report.results import Results
+from imm_jax.report.results import Results, is_number
 
 # Bytes of the files whose answers the page holds; a browser keeps about as much in memory.
 MOST_BYTES = 150_000_000
@@ -124,4 +123,4 @@ def _text(row: dict[str, Any], key: str) -> str:
 
 def _number(row: dict[str, Any], key: str) -> float | None:
   value = row.get(key)
-  return value if isinstance(value, int | float) and math.isfinite(value) else None
+  return value if is_number(value) else None
