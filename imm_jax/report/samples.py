@@ -112,7 +112,7 @@ def _pack(path: Path, name: str, kind: str, round_: int, task: str) -> Chunk:
   # As ASCII, in which lone surrogates of a model's output survive; JSON has no NaN.
   found = json.dumps({"kind": kind, "round": round_, "task": task, "questions": list(questions), "rows": rows},
                      allow_nan=False, separators=(",", ":"))
-  packed = base64.b64encode(gzip.compress(found.encode("ascii"), compresslevel=5, mtime=0)).decode()
+  packed = base64.b64encode(gzip.compress(found.encode("ascii"), compresslevel=3, mtime=0)).decode()
   return Chunk(name, len(rows), tokens, tuple(damaged[:5]), packed)
 
 
