@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from imm_jax import distributed, files
-from imm_jax.errors import UserError
+from imm_jax.errors import PreemptedError, UserError
 from imm_jax.report import page, writer
 from imm_jax.report.markup import Section
 from imm_jax.report.page import Status
@@ -69,7 +69,7 @@ class Live:
       write(self._root, self._root / "report", status=Status(self._plan, "finished"), plots=self._plots,
             packer=self._packer)
     elif error is not None:
-      why = str(error) if isinstance(error, UserError) else kind.__name__
+      why = str(error) if isinstance(error, UserError | PreemptedError) else kind.__name__
       self.update(Status(self._plan, "stopped", why))
 
 

@@ -11,19 +11,13 @@
   let run = 0;  // a newer search ends an older one
   let loading = null;
 
-  async function unpack(script) {
+  function unpack(script) {
     const text = atob(script.textContent);
     script.textContent = "";
     const bytes = new Uint8Array(text.length);
     for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-    const chunk = await new Response(stream).json();
-    for (const row of chunk.rows) {
-      row.push(chunk);
-      rows.push(row);
-    }
-    delete chunk.rows;
-    return chunk;
+    return new Response(stream).json();
   }
 
   async function load() {
@@ -31,10 +25,19 @@
       byId("found").textContent = "This browser cannot unpack the answers (it has no DecompressionStream).";
       return;
     }
+    const scripts = [...document.querySelectorAll("script.chunk")];
     const chunks = [];
-    for (const script of document.querySelectorAll("script.chunk")) {
+    let next = unpack(scripts[0]);
+    for (let i = 0; i < scripts.length; i++) {
       byId("found").textContent = `Unpacking: ${rows.length.toLocaleString("en")} answers so far.`;
-      chunks.push(await unpack(script));
+      const chunk = await next;
+      if (i + 1 < scripts.length) next = unpack(scripts[i + 1]);  // while this one is taken in
+      for (const row of chunk.rows) {
+        row.push(chunk);
+        rows.push(row);
+      }
+      delete chunk.rows;
+      chunks.push(chunk);
     }
     const roundName = (round) => (round < 0 ? "base" : String(round));
     options("kind", chunks.map((chunk) => chunk.kind));

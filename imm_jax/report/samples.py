@@ -1,31 +1,34 @@
 """The answers of a run, packed for the page's browser of samples.
 
-Each file becomes one chunk: gzip of JSON with its questions once and its answers as rows. The page unpacks them when a
-reader gets there.
+Each file becomes chunks of some thousand answers: gzip of JSON with the questions once and the answers as rows. The
+page unpacks them when a reader gets there.
 """
 
 import base64
 import gzip
+import itertools
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from imm_jax.errors import listed
 from imm_jax.report.results import Results, is_number
 
 # Bytes of the files whose answers the page holds; a browser keeps about as much in memory.
 MOST_BYTES = 150_000_000
+_ROWS = 20_000  # of a chunk
 
 
 class Chunk(NamedTuple):
-  """The answers of one file.
+  """Answers of one file.
 
   Attributes:
     name: the file, relative to the run directory.
     rows: how many.
     tokens: of all answers.
-    damaged: the first lines that are no JSON object, by number, at most five.
+    damaged: lines that are no JSON object, by number.
     packed: base64 of gzip of JSON: `kind`, `round`, `task`, `questions` ([id, question, gold]) and `rows`
       ([number of the question, sample, temperature, right, cut off, span, text]).
   """
@@ -41,7 +44,7 @@ class Packer:
   """Packs files, and remembers those that have not changed since."""
 
   def __init__(self) -> None:
-    self._known: dict[Path, tuple[tuple[int, int], Chunk]] = {}
+    self._known: dict[Path, tuple[tuple[int, int], list[Chunk]]] = {}
 
   def chunks(self, results: Results, *, most_bytes: int = MOST_BYTES) -> tuple[list[Chunk], list[str]]:
     """The chunks of a run, and what is missing or left out, a line each.
@@ -59,25 +62,23 @@ class Packer:
       left -= status.st_size
       stamp = (status.st_mtime_ns, status.st_size)
       if self._known.get(path, (None,))[0] != stamp:
-        self._known[path] = stamp, _pack(path, name, kind, round_, task)
-      chunk = self._known[path][1]
-      found.append(chunk)
-      if chunk.damaged:
-        more = " and others" if len(chunk.damaged) == 5 else ""
-        problems.append(f"{name}: lines that are no JSON object were left out: "
-                        f"{', '.join(map(str, chunk.damaged))}{more}")
+        self._known[path] = stamp, list(_pack(path, name, kind, round_, task))
+      found += self._known[path][1]
+      damaged = [str(number) for chunk in self._known[path][1] for number in chunk.damaged]
+      problems += [f"{name}: lines that are no JSON object were left out: {listed(damaged)}"] * bool(damaged)
     return found, problems
 
 
 def _files(results: Results, problems: list[str]) -> Iterable[tuple[Path, str, int, str]]:
   """(file, kind, round, task) of every file of answers whose stage is done."""
   greedy, drawn = [], []
-  for name in sorted(results.stages):
-    match = re.fullmatch(r"(?:round_(\d+)|base)/(samples\.jsonl|eval(?:/(.+))?)", name)
+  matches = [match for name in results.stages
+             if (match := re.fullmatch(r"(?:round_(\d+)|base)/(samples\.jsonl|eval(?:/(.+))?)", name))]
+  for match in sorted(matches, key=lambda match: (int(match[1] or -1), match[0])):
+    name, round_ = match[0], int(match[1] or -1)
     path = results.root / name
-    if not match or not path.exists():
+    if not path.exists():
       continue  # that it is missing was said before
-    round_ = int(match[1] or -1)
     if path.is_file():
       yield path, "training samples", round_, results.id_task
       continue
@@ -92,28 +93,33 @@ def _files(results: Results, problems: list[str]) -> Iterable[tuple[Path, str, i
   yield from (*greedy, *drawn)
 
 
-def _pack(path: Path, name: str, kind: str, round_: int, task: str) -> Chunk:
+def _pack(path: Path, name: str, kind: str, round_: int, task: str) -> Iterable[Chunk]:
+  with path.open("rb") as f:
+    lines = enumerate(f, 1)
+    while some := list(itertools.islice(lines, _ROWS)):
+      yield _pack_lines(some, name, {"kind": kind, "round": round_, "task": task})
+
+
+def _pack_lines(lines: Iterable[tuple[int, bytes]], name: str, about: dict[str, Any]) -> Chunk:
   questions: dict[tuple[str, str, str], int] = {}
   rows, tokens, damaged = [], 0, []
-  with path.open("rb") as f:
-    for number, line in enumerate(f, 1):
-      try:
-        row = json.loads(line.decode(errors="replace"))
-      except (ValueError, RecursionError):
-        row = None
-      if not isinstance(row, dict):
-        damaged.append(number)
-        continue
-      question = (_text(row, "id"), _text(row, "question"), _text(row, "gold"))
-      rows.append([questions.setdefault(question, len(questions)), _number(row, "sample"), _number(row, "temperature"),
-                   int(row.get("correct") is True), int(row.get("finish") == "length"), _text(row, "span"),
-                   _text(row, "text")])
-      tokens += int(_number(row, "tokens") or 0)
+  for number, line in lines:
+    try:
+      row = json.loads(line.decode(errors="replace"))
+    except (ValueError, RecursionError):
+      row = None
+    if not isinstance(row, dict):
+      damaged.append(number)
+      continue
+    question = (_text(row, "id"), _text(row, "question"), _text(row, "gold"))
+    rows.append([questions.setdefault(question, len(questions)), _number(row, "sample"), _number(row, "temperature"),
+                 int(row.get("correct") is True), int(row.get("finish") == "length"), _text(row, "span"),
+                 _text(row, "text")])
+    tokens += int(_number(row, "tokens") or 0)
   # As ASCII, in which lone surrogates of a model's output survive; JSON has no NaN.
-  found = json.dumps({"kind": kind, "round": round_, "task": task, "questions": list(questions), "rows": rows},
-                     allow_nan=False, separators=(",", ":"))
+  found = json.dumps(about | {"questions": list(questions), "rows": rows}, allow_nan=False, separators=(",", ":"))
   packed = base64.b64encode(gzip.compress(found.encode("ascii"), compresslevel=3, mtime=0)).decode()
-  return Chunk(name, len(rows), tokens, tuple(damaged[:5]), packed)
+  return Chunk(name, len(rows), tokens, tuple(damaged), packed)
 
 
 def _text(row: dict[str, Any], key: str) -> str:
