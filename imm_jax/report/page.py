@@ -200,14 +200,16 @@ def _stages(results: Results, chunks: Sequence[Chunk]) -> Section:
   for name, entry in sorted(results.stages.items(), key=lambda item: _order(item[0])):
     took = _seconds(entry)
     done = count(entry["facts"], "tokens") or tokens.get(name)
-    rows.append([name, took, done, done / took if done and took else None, results.memory.get(name),
-                 count(entry, "bytes") or None])
+    rows.append([name, took, done, done / took if done and took else None, count(entry, "bytes") or None,
+                 *([results.memory.get(name)] if results.memory else [])])
   meters = "".join(f'<div><span>{html.escape(row[0])}</span><meter min="0" max="{most:g}" value="{row[1]:g}">'
                    f"{row[1]:g} s</meter><span>{row[1]:,.1f} s</span></div>" for row in rows)
   return Section("stages", "Time, tokens and memory by stage", [
       Markup(f'<div class="meters">{meters}</div>'),
-      Table("stages", "Stages; tokens are those sampled or trained on, memory the most that a device held, where it "
-            "tells", ["stage", "seconds", "tokens", "tokens/s", "memory, GiB", "bytes written"], rows)] if rows else [])
+      *(["The devices did not say how much memory they held."] * (not results.memory)),
+      Table("stages", "Stages; tokens are those sampled or trained on", [
+          "stage", "seconds", "tokens", "tokens/s", "bytes written",
+          *(["most memory of a device, GiB"] if results.memory else [])], rows)] if rows else [])
 
 
 def _order(name: str) -> tuple[int, int, str]:

@@ -34,9 +34,7 @@ def write(out: Path, html: str, sections: Sequence[Section]) -> None:
   out.mkdir(parents=True)
   write_page(out / "index.html", html)
   for plot in _plots(sections):
-    figure = plot.draw(*plot.data)
-    (out / f"{plot.name}.svg").write_text(svg(figure), encoding="utf-8")
-    figure.savefig(out / f"{plot.name}.png", dpi=150, metadata={"Software": None})
+    save(plot.draw(*plot.data), out, plot.name)
   for part in sections:
     for piece in part.parts:
       if isinstance(piece, Table):
@@ -52,7 +50,14 @@ def _plots(sections: Sequence[Section]) -> Iterable[Plot]:
   return (piece for part in sections for piece in part.parts if isinstance(piece, Plot))
 
 
+def save(figure: "Figure", folder: Path, name: str) -> None:
+  """Writes NAME.png and NAME.svg into a folder; the same figure gives the same bytes."""
+  figure.savefig(folder / f"{name}.png", dpi=150, metadata={"Software": None})
+  (folder / f"{name}.svg").write_text(svg(figure), encoding="utf-8")
+
+
 def svg(figure: "Figure") -> str:
+  """The figure as an <svg> element; the same figure gives the same text."""
   import matplotlib  # late: a command that draws nothing does not wait for it
 
   image = io.StringIO()
