@@ -50,22 +50,23 @@ class Panel(NamedTuple):
 
 
 def draw(*panels: Panel) -> "Figure":
-  """The panels side by side, with one legend below them."""
+  """The panels side by side, with one legend below them where there are several curves."""
   from matplotlib.figure import Figure  # late: a command that draws nothing does not wait for it
 
   labels = {line.label for panel in panels for line in panel.lines}
   width = _WIDTH * len(panels) + 0.3
   columns = min(len(labels), max(1, int(width / (0.5 + 0.07 * max(map(len, labels))))))
-  rows = -(-len(labels) // columns)
-  height = _HEIGHT + 0.18 * rows + 0.15
+  rows = -(-len(labels) // columns) if len(labels) > 1 else 0
+  height = _HEIGHT + 0.18 * rows + 0.1
   figure = Figure(figsize=(width, height))
   axes = figure.subplots(1, len(panels), squeeze=False)[0]
   handles = {}
   for place, panel in zip(axes, panels, strict=True):
     handles |= _draw_panel(place, panel)
-  figure.legend(handles.values(), handles, loc="lower center", ncols=columns, frameon=False, fontsize=9)
+  if rows:
+    figure.legend(handles.values(), handles, loc="lower center", ncols=columns, frameon=False, fontsize=9)
   figure.subplots_adjust(left=0.72 / width, right=1 - 0.12 / width, top=1 - 0.32 / height,
-                         bottom=(0.66 + 0.18 * rows) / height, wspace=0.26)
+                         bottom=(0.6 + 0.18 * rows) / height, wspace=0.26)
   return figure
 
 

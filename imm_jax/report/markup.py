@@ -17,7 +17,7 @@ if TYPE_CHECKING:
   Cell = str | int | float | Accuracy | None
 
 # Rows of a table that is folded.
-_LONG = 24
+_LONG = 16
 
 
 class Table(NamedTuple):
