@@ -8,7 +8,7 @@ from typing import Any
 
 from imm_jax.analysis import MODULES
 from imm_jax.analysis.weight_change import spearman
-from imm_jax.report import layers as figures
+from imm_jax.report import layers as figures, writer
 
 Found = dict[str, Any]
 FILE = "analysis.json"
@@ -37,9 +37,9 @@ def write(folder: Path, found: Found) -> None:
 def draw(folder: Path, found: Found) -> None:
   """Writes the figures of what there is."""
   if found["importance"]:
-    figures.save(figures.importance(found["importance"]), folder, "importance")
+    writer.save(figures.importance(found["importance"]), folder, "importance")
   if found["weight_change"]:
-    figures.save(figures.weight_change(found["weight_change"]), folder, "weight_change")
+    writer.save(figures.weight_change(found["weight_change"]), folder, "weight_change")
 
 
 def table(found: Found) -> str:

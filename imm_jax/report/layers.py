@@ -1,11 +1,9 @@
 """Figures by layer: importance (the paper's figures 3, 10 and 11) and weight change (figures 4, 9 and 12).
 
-Each takes what analysis.json holds, by name, and gives a matplotlib figure; `save` writes one.
+Each takes what analysis.json holds, by name, and gives a matplotlib figure; `writer.save` writes one.
 """
 
-import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,23 +72,6 @@ def short(name: str) -> str:
   ('runs/tiny', '...ebody/runs/tiny/round_0/sft')
   """
   return name if len(name) <= _WIDTH else f"...{name[3 - _WIDTH:]}"
-
-
-def svg(figure: "Figure") -> str:
-  """The figure as an <svg> element; the same figure gives the same text."""
-  import matplotlib
-
-  image = io.StringIO()
-  with matplotlib.rc_context({"svg.hashsalt": "imm_jax", "svg.fonttype": "none"}):
-    figure.savefig(image, format="svg", metadata={"Date": None, "Creator": None})
-  text = image.getvalue()
-  return text[text.index("<svg"):]
-
-
-def save(figure: "Figure", folder: Path, name: str) -> None:
-  """Writes NAME.png and NAME.svg into a folder; the same figure gives the same bytes."""
-  figure.savefig(folder / f"{name}.png", dpi=150, metadata={"Software": None})
-  (folder / f"{name}.svg").write_text(svg(figure), encoding="utf-8")
 
 
 def _describe(axes: "Axes", title: str, y: str, x: str = "layer") -> None:
