@@ -16,7 +16,7 @@ from imm_jax import experiments
 from imm_jax.errors import UserError
 from imm_jax.model import safetensors
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.report import layers as figures
+from imm_jax.report import layers as figures, writer
 from imm_jax.stages import analysing
 
 REPO = Path(__file__).parent.parent
@@ -127,10 +127,10 @@ def test_figures_hold_every_name_and_the_same_bytes_again(tmp_path: Path):
   change = scores | {"share": [1 / 3, 2 / 3]}
   for name, draw, found in (("importance", figures.importance, {"math": scores, "books": {**scores, "order": 2}}),
                             ("weight_change", figures.weight_change, {f"round {i}": change for i in range(10)})):
-    texts = [figures.svg(draw(found)) for _ in range(2)]
+    texts = [writer.svg(draw(found)) for _ in range(2)]
     assert texts[0] == texts[1]
     assert all(f">{of}<" in texts[0] or f"importance on {of}<" in texts[0] for of in found)
-    figures.save(draw(found), tmp_path, name)
+    writer.save(draw(found), tmp_path, name)
   assert len(list(tmp_path.iterdir())) == 4
 
 
