@@ -112,7 +112,7 @@ def by_round(table: dict[str, dict[str, np.ndarray]]) -> str:
 
 def plot(table: dict[str, dict[str, np.ndarray]], path: Path) -> None:
   """Mean accuracy by round with standard errors."""
-  figure = Figure(figsize=(8, 3.4), layout="constrained")
+  figure = Figure(figsize=(8, 4.2), layout="constrained")
   for axes, domain in zip(figure.subplots(1, 2), ("ID", "OOD"), strict=True):
     for (method, scores), (colour, marker) in zip(table.items(), itertools.cycle(_STYLES)):
       values = scores[domain]
@@ -121,7 +121,7 @@ def plot(table: dict[str, dict[str, np.ndarray]], path: Path) -> None:
     axes.set(title={"ID": "in domain", "OOD": "out of domain"}[domain], xlabel="rounds done",
              ylabel="accuracy", ylim=(0, 1.02), xticks=range(values.shape[1]))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
+  figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
   figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
