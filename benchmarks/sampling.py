@@ -162,7 +162,8 @@ def offline_vllm(name: str, dtype: str, folder: Path) -> dict:
                         text=True, check=False, env=environment(_VLLM.value, os.environ))
   if done.returncode:
     sys.exit(done.stderr)
-  found = json.loads(done.stdout.splitlines()[-1])
+  # vLLM's own messages stand around it.
+  found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"seconds"')))
   return found | {"count": sum(found["counts"]), "texts": found["counts"]}
 
 
