@@ -18,7 +18,10 @@ def parse(argument: str | None, **choices: Sequence[str]) -> dict[str, str]:
   for part in filter(None, (argument or "").split(",")):
     name, given, value = part.partition("=")
     if not given:
-      name, value = next((n for n, allowed in choices.items() if part in allowed), ""), part
+      fitting = [n for n, allowed in choices.items() if part in allowed]
+      if len(fitting) > 1:
+        raise ValueError(f"{part!r} may be {' or '.join(f'{n}={part}' for n in fitting)}: say which")
+      name, value = fitting[0] if fitting else "", part
     if value not in choices.get(name, ()):
       known = "; ".join(f"{n}={'|'.join(filter(None, allowed))}" for n, allowed in choices.items())
       raise ValueError(f"the config has no argument {part!r}; known are {known}")

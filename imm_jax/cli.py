@@ -66,6 +66,8 @@ def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
   except OSError as e:  # ml_collections reports a file that it could not load at first use
     cause = re.search(r"\[Errno \d+\] (.*)", _one_line(e))
     raise UserError(f"--config: {cause[1] if cause else _one_line(e)}") from e
+  except AttributeError as e:
+    raise UserError("--config: the file's get_config() returns no ConfigDict") from e
   return holder.value
 
 

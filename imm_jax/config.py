@@ -1,6 +1,7 @@
 """Checks a config before anything is spent."""
 
 import math
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from imm_jax.model import attention
 from imm_jax.model.decoder import REMAT
 from imm_jax.sampling.vllm_client import Server
 from imm_jax.stages import questions
+from imm_jax.tasks import sources
 from imm_jax.training import throughput
 
 METHODS = ("imm", "iimm", "star", "data_mixture", "data_accumulation", "real")
@@ -48,6 +50,9 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
   Without `trains` the questions to train on are not looked at, without `downloads` none that come over the network.
   What depends on the machine (mesh, batch over devices) is checked when the devices are known, in `stages`.
   """
+  for text in (config.prompt.header, *config.sample.stop):
+    if not isinstance(text, str) or (not text.isascii() and re.search("[\ud800-\udfff]", text)):
+      raise UserError(f"config.prompt.header and sample.stop: {text!r} is no valid text")
   for key, allowed in _ONE_OF.items():
     value = _get(config, key)
     if value not in allowed:
@@ -149,6 +154,12 @@ def _validate_data(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_tasks(config: ml_collections.ConfigDict, trains: bool) -> None:
+  name, given, source = config.task.name.partition("=")
+  if given:
+    raise UserError(f"config.task.name={config.task.name}: expected the name alone; say where its questions are with "
+                    f"--config.task.name={name} --config.task.source={source}")
+  if name == "custom" and not config.task.source:
+    raise UserError("config.task.name=custom needs config.task.source=file:PATH (or hf:ID, tfds:NAME)")
   for key, entry in (("task.name", config.task.name), *(("task.ood", e) for e in config.task.ood)):
     _known(key, questions.name_of(str(entry)), tasks.JUDGED)
   trained = [("task.name", config.task.name)] if trains else []
@@ -166,6 +177,11 @@ def _validate_tasks(config: ml_collections.ConfigDict, trains: bool) -> None:
     name, _, source = entry.partition("=")
     if source and tasks.is_endless(name):
       raise UserError(f"config.{key}={source}: {name} is generated and has no source")
+    if source:
+      try:
+        sources.check(source)
+      except UserError as e:
+        raise UserError(f"config.{key}: {e}") from e
   if config.task.name != "custom" and any(config.task.fields.values()):
     raise UserError(f"config.task.fields: is for task custom; {config.task.name} has its own")
   ood = [questions.name_of(entry) for entry in config.task.ood]
@@ -196,6 +212,8 @@ def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloa
     auto = config.merge.auto
     checks += [(f"merge.auto.questions={auto.questions}", lambda entry=entry: questions.load(
         config, entry, split="train", count=auto.questions), (entry,)) for entry in auto.general]
+  if trains and config.prompt.few_shot and config.method != "real" and config.data.real_fraction < 1:
+    checks.append((f"prompt.few_shot={config.prompt.few_shot}", lambda: _check_shots(config), (config.task.name,)))
   for what, check, entries in checks:
     if reads(*entries):
       try:
@@ -207,6 +225,13 @@ def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloa
       config.method == "real" or config.data.real_fraction or config.data.with_real):
     raise UserError(f"config.task.name={config.task.name}: has no worked answers, which method=real, "
                     "data.real_fraction and data.with_real train on")
+
+
+def _check_shots(config: ml_collections.ConfigDict) -> None:
+  bare = [e.id for e in questions.of_round(config, 0).shots if not e.rationale]
+  if bare:
+    raise ValueError(f"{config.task.name} has no worked answers to show ({bare[0]}); name their field in "
+                     "task.fields.rationale, or give prompt.few_shot=0")
 
 
 def _get(config: ml_collections.ConfigDict, key: str) -> Any:

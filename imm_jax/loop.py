@@ -46,14 +46,14 @@ def plan(config: ml_collections.ConfigDict, base: Path, root: Path, teacher: Pat
     return (root / name).with_name(f".{Path(name).name}.sampling")
 
   def evaluate(model: Path, name: str, need: str, round_: int) -> None:
-    add(name, (need,), ("seed", "task", "prompt", *_ANSWERING), _evaluation_plan(config),
+    add(name, (need, "test questions"), ("seed", "task", "prompt", *_ANSWERING), _evaluation_plan(config),
         partial(evaluating.stage, config, model, root, name, round_, scratch(name)), everywhere=True,
         scratch=str(scratch(name)))
 
   asks = ("seed", "task", "prompt", *(("merge.auto.questions",) if auto else ()))
   samples = _samples(config)
   if samples and config.prompt.few_shot:
-    add("few_shot.jsonl", (), asks, f"the {config.prompt.few_shot} worked examples of the prompt",
+    add("few_shot.jsonl", ("train questions",), asks, f"the {config.prompt.few_shot} worked examples of the prompt",
         partial(sampling.write_shots, config))
   evaluate(base, "base/eval", "base", -1)
   start, start_name = base, "base"
@@ -63,10 +63,12 @@ def plan(config: ml_collections.ConfigDict, base: Path, root: Path, teacher: Pat
     if samples:
       sampler, sampler_name = (teacher, "teacher") if teacher else (start, start_name)
       beside = scratch(f"{name}/samples.jsonl")
-      add(f"{name}/samples.jsonl", (sampler_name,), (*asks, "sample", "sampler"), _sampling_plan(config),
-          partial(sampling.synthesize, config, sampler, t, beside), everywhere=True, scratch=str(beside))
+      add(f"{name}/samples.jsonl", (sampler_name, "train questions"), (*asks, "sample", "sampler"),
+          _sampling_plan(config), partial(sampling.synthesize, config, sampler, t, beside), everywhere=True,
+          scratch=str(beside))
     drawn = [f"round_{s}/samples.jsonl" for s in range(t + 1)] if samples else []
-    add(f"{name}/train.jsonl", drawn if config.method in REUSES else drawn[-1:], (*asks, "method", "data"),
+    reads = drawn if config.method in REUSES else drawn[-1:]
+    add(f"{name}/train.jsonl", ("train questions", *reads), (*asks, "method", "data"),
         _selection_plan(config), partial(selection.select, config, [root / name for name in drawn], t))
     add(f"{name}/sft", (start_name, f"{name}/train.jsonl"), ("seed", "prompt", "sft"),
         f"{config.sft.epochs} epochs, {config.sft.global_batch} answers a step",
@@ -88,9 +90,10 @@ def plan(config: ml_collections.ConfigDict, base: Path, root: Path, teacher: Pat
           evaluate(here / "sweep" / f"{weight:g}", f"{name}/eval/sweep_{weight:g}", f"{name}/sweep", t)
       weight_file = here / "base_weight.json" if auto else None
       if weight_file:
-        add(f"{name}/base_weight.json", inputs, (*asks, "merge", *_ANSWERING), _choice_plan(config),
-            partial(merging.choose_weight, config, models, t, scratch(f"{name}/base_weight.json")), everywhere=True,
-            scratch=str(scratch(f"{name}/base_weight.json")))
+        beside = scratch(f"{name}/base_weight.json")
+        add(f"{name}/base_weight.json", [*inputs, "train questions"], (*asks, "merge", *_ANSWERING),
+            _choice_plan(config), partial(merging.choose_weight, config, models, t, beside), everywhere=True,
+            scratch=str(beside))
         inputs = [*inputs, f"{name}/base_weight.json"]
       add(f"{name}/merged", inputs, ("seed", "merge"),
           f"base_weight {config.merge.base_weight}, drop_rate {config.merge.drop_rate}",
@@ -165,7 +168,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
                    **threads)
     external = {}
     if distributed.is_main():
-      external = {name: folder.digest(model) for name, model in found.items()}
+      external = {name: folder.digest(model) for name, model in found.items()} | questions.digests(config)
       if not directory.facts:
         for model in found.values():
           hf.check_bytes(model)
@@ -210,6 +213,11 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   record = rundir.read_record(root)
   # A large model takes a while; one of the hub has the digest that was recorded.
   external = {name: folder.digest(model) if record["stages"] and local else "" for name, model in found.items()}
+  if any(questions.is_remote(config, entry) for entry in (config.task.name, *config.task.ood)):
+    recorded = {name: value for entry in record["stages"].values() for name, value in entry["inputs"].items()}
+    external |= {name: recorded.get(name, "") for name in ("train questions", "test questions")}
+  else:
+    external |= questions.digests(config)
   steps = plan(config, found["base"], root, found.get("teacher"))
   waiting: set[str] = set()
   print(f"{'stage':<24}{'state':<8}work")

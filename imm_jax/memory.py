@@ -71,7 +71,7 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh) 
   cache = (2 * model.num_layers * model.num_kv_heads * model.head_dim * width
            * config.sample.batch_size * (512 + config.sample.max_new_tokens)) / mesh.size
   copies = for_decoding(mesh, model.num_kv_heads).shape["tensor"]
-  checkpoints = config.rounds * (2 if config.method == "imm" else 1)
+  checkpoints = config.rounds * (1 + (1 + len(config.merge.sweep) if config.method in ("imm", "iimm") else 0))
   return (f"{count:,} parameters; on each device SFT state {_size(state)} and {_size(row)} for each row of "
           f"{config.sft.row_length} tokens that it holds at once, sampling weights {_size(width * count / copies)} and "
           f"cache {_size(cache)} (prompts of 512 tokens); {checkpoints} checkpoints of {_size(2 * count)} in bfloat16")

@@ -70,3 +70,19 @@ def test_an_only_option_or_one_that_is_called_correct_is_a_choice_when_evaluatin
     "B is 42", "vitamin B is best", "B42", "B.42"])
 def test_a_letter_in_running_text_is_no_choice(text):
   assert not right(text, "B", strict=False)
+
+
+@pytest.mark.parametrize("text", [
+    r"The answer is \(B\).", r"The correct answer is \( \text{B} \).", "The correct answer is:\n\n\\[ \\text{B} \\]",
+    r"The answer is \[ \text{(B) } 42 \]", "The answer is ($B$)", "The answer is “B”."])
+def test_letters_in_the_dress_of_mathematics_or_quotes_are_read_in_both_modes(text):
+  for strict in (True, False):
+    assert answers.verdict(text, "B", "choice", strict=strict).correct
+    assert not answers.verdict(text, "C", "choice", strict=strict).correct
+
+
+@pytest.mark.parametrize("text", [
+    "So x = 5.\n\n**B**", "Hence:\n**(B)**", "B is the correct answer.", "Hence (B) is correct."])
+def test_a_bare_letter_or_one_called_correct_counts_where_no_marker_is_asked_for(text):
+  assert answers.verdict(text, "B", "choice", strict=False).correct
+  assert not answers.verdict(text, "B", "choice", strict=True).correct

@@ -1,5 +1,6 @@
 """The config files: that every one can run, what the paper's tables ask for, and what a run is said to cost."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from imm_jax import config as checks, cost, experiments
 from imm_jax.errors import UserError
 from imm_jax.memory import count_params
 from imm_jax.model import published
+from imm_jax.stages import questions
 
 REPO = Path(__file__).parent.parent
 PLANS = [f"{kind}={n}" for kind, numbers in (("table", paper.TABLES), ("figure", paper.FIGURES)) for n in numbers]
@@ -210,3 +212,48 @@ def test_runs_start_servers_together_or_not_at_all():
   config.runs.star_tiny_stories.sampler.kind = "native"
   with pytest.raises(UserError, match="some start vLLM servers"):
     experiments.validate(config)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"task.name": "gsm8k=file:DIR"}, "expected the name alone; .*--config.task.name=gsm8k --config.task.source=file"),
+    ({"task.name": "custom"}, "needs config.task.source=file:PATH"),
+    ({"task.name": "gsm8k", "task.source": "/data/gsm8k"}, "config.task.source: source '/data/gsm8k': expected hf:ID"),
+    ({"task.ood": ("svamp=fil:x",)}, "config.task.ood: source 'fil:x': expected hf:ID"),
+    ({"prompt.header": "half \ud83d of a pair"}, "is no valid text"),
+])
+def test_what_no_run_can_start_from_is_refused_without_a_look_at_the_questions(change, message):
+  config = tiny.get_config()
+  config.update_from_flattened_dict(change)
+  with pytest.raises(UserError, match=message):
+    checks.validate(config, downloads=False)
+
+
+def _custom(folder, **records):
+  folder.mkdir()
+  for split in ("train", "test"):
+    rows = [{"question": f"{split} {i}?", "answer": str(i), **records} for i in range(9)]
+    (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  config = tiny.get_config()
+  config.task.update({"name": "custom", "source": f"file:{folder}", "questions_per_round": 4, "eval_questions": 2})
+  return config
+
+
+def test_worked_examples_need_worked_answers(tmp_path):
+  config = _custom(tmp_path / "a")
+  checks.validate(config)
+  config.prompt.few_shot = 2
+  with pytest.raises(UserError, match=r"few_shot=2: custom has no worked answers .*task.fields.rationale"):
+    checks.validate(config)
+
+
+def test_questions_that_change_are_noticed(tmp_path):
+  first, same, other = (questions.digests(_custom(tmp_path / name, **more)) for name, more in (
+      ("a", {}), ("b", {}), ("c", {"answer": "7"})))
+  assert first == same
+  assert all(first[split] != other[split] for split in first)
+  assert set(first) == {"train questions", "test questions"}
+
+
+def test_a_number_alone_must_say_whether_it_is_a_table_or_a_figure():
+  with pytest.raises(ValueError, match="may be table=3 or figure=3: say which"):
+    paper.get_config("3")

@@ -268,3 +268,13 @@ def test_nothing_that_can_be_judged_is_an_error(tmp_path):
   source = f"file:{write(tmp_path / 'a.jsonl', [gsm8k('A?', 'none')])}"
   with pytest.raises(UserError, match="holds no question for gsm8k/test"):
     tasks.load("gsm8k", split="test", source=source)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"gold": True}, "'gold' is True; expected text or a number"), ({"gold": ["42"]}, "expected text or a number"),
+    ({"prompt": "half \ud83d"}, r"own.jsonl:1: .*surrogates not allowed"),
+    ({"gold": None}, "no answer that can be judged")])
+def test_what_is_no_gold_answer_or_no_text_is_an_error_with_its_line(change, message, tmp_path):
+  source = f"file:{write(tmp_path / 'own.jsonl', [CUSTOM | change])}"
+  with pytest.raises(UserError, match=message):
+    tasks.load("custom", split="test", source=source, kind="latex", fields={"question": "prompt", "answer": "gold"})

@@ -1,6 +1,8 @@
 """Which questions a run asks, and which worked examples its prompts show."""
 
 import functools
+import hashlib
+import json
 from typing import NamedTuple
 
 import ml_collections
@@ -93,6 +95,16 @@ def counts(config: ml_collections.ConfigDict) -> tuple[int, int]:
 
   asked = size(config.task.name, "train", config.task.questions_per_round)
   return asked, sum(size(entry, "test", config.task.eval_questions) for entry in (config.task.name, *config.task.ood))
+
+
+def digests(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """What the questions are, by split: of those that are read, not made; a source may change between two starts."""
+  found = {}
+  for split, entries in (("train", (config.task.name,)), ("test", (config.task.name, *config.task.ood))):
+    entries = [e for e in entries if not tasks.is_endless(name_of(e)) and split in tasks.splits(name_of(e))]
+    known = [(e.id, e.answer, e.rationale) for entry in entries for e in load(config, entry, split=split)]
+    found[f"{split} questions"] = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+  return found
 
 
 def is_remote(config: ml_collections.ConfigDict, entry: str) -> bool:

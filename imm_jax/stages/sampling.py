@@ -146,6 +146,9 @@ def check(config: ml_collections.ConfigDict, base: Path, sampler: Path, draws: b
   """
   asked = [(base, examples, (), "eval.max_new_tokens", f"task {name}")
            for name, examples in questions.of_tests(config).items()]
+  if config.merge.base_weight == "auto":
+    asked += [(base, questions.load(config, entry, split="train", count=config.merge.auto.questions), (),
+               "eval.max_new_tokens", f"merge.auto.general {entry}") for entry in config.merge.auto.general]
   if draws:
     found = questions.of_round(config, 0)
     asked.append((sampler, found.asked, found.shots, "sample.max_new_tokens", f"task {config.task.name}, train"))

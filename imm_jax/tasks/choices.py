@@ -5,9 +5,10 @@ import re
 # A letter where the answer begins, alone or set off: `B`, `(b)`, `B.`, `option B`, `B because`; never the article of
 # `A dog` or of a cut `a`, nor the variable of `B = 3`.
 _CHOICE = re.compile(
-    r"""[\s:*_"'`$]*+(?:(?i:option|choice|letter)\b)?+[\s:*_"'`$]*+(?:\\[a-z]{1,9}\s?\{)?"""
+    r"""(?:[\s:*_"'`$“‘]|\\[(\[])*+(?:(?i:option|choice|letter)\b)?+(?:[\s:*_"'`$“‘]|\\[(\[])*+"""
+    r"""(?:\\[a-z]{1,9}\s?\{|\(\$)?"""
     r"""(?:[(\[{]\s?(?P<bracketed>[A-Ha-h])\s?[)\]}]"""
-    r"""|[(\[{]?(?P<ended>[A-Ha-h](?=[)\]}:]|[.,;!?*_"'`$\\](?![A-Za-z]))|[A-Hb-h](?=[ \t]*(?:\n|\Z)))"""
+    r"""|[(\[{]?(?P<ended>[A-Ha-h](?=[)\]}:]|[.,;!?*_"'`$”’\\](?![A-Za-z]))|[A-Hb-h](?=[ \t]*(?:\n|\Z)))"""
     r"""|(?P<followed>[B-H](?=\s)|A(?=\s+(?:[^\sA-Za-z]|(?:and|as|because|for|is|or|since|which|with)\b))))"""
     r"""(?!\s*[=+^<>])""")
 # Another letter beside it, but not one of which something is said: `(D), (E) is wrong`.
@@ -15,10 +16,11 @@ _HEDGE = re.compile(
     r"""[)\]}*_"'`$]{0,4}\s?(?:(?:/|&|or\b|and\b)\s?[(\[]?[A-H]\b"""
     r"""|,\s?[(\[]?[A-H](?:[)\]](?!\s+(?!or\b|and\b)[a-z])|[,.]|\s?(?:or|and)\b|\s*\Z))""")
 _NAMED = re.compile(r"[^\n]*?\bwhich (?:is|matches|corresponds to) (?i:option|choice)[\s*]{1,4}\(?([A-H])\b(?!['+=^])")
-_ONLY_CHOICE = re.compile(r"[(\[]?([A-H])[)\].]{0,2}")
+_ONLY_CHOICE = re.compile(r"[*_]{0,2}[(\[]?([A-H])[)\].]{0,2}[*_]{0,2}")
 _OPTION = re.compile(r"(?m)^[ \t]*+(?:\*\*)?(?:[(\[]([A-H])[)\]]|([A-H])[).])[ \t]+(?=\S)")
 _OTHER_OPTION = re.compile(r"[(\s][A-H][).]|\b(?:or|and) \(?[A-H]\b")
-_CORRECT = re.compile(r"\b(?i:option|choice|answer)[ *]{1,4}\(?([A-H])\)?[\s*]{1,3}is (?:the )?(?:correct|right|best)")
+_CORRECT = re.compile(r"(?:\b(?i:option|choice|answer)[ *]{1,4}\(?|(?<!\w)\((?=[A-H]\))|(?m:^)(?=[B-H] ))([A-H])\)?"
+                      r"[\s*]{1,3}is (?:the )?(?:correct|right|best)")
 
 
 def stated(span: str) -> str | None:

@@ -81,7 +81,7 @@ def mathqa(record: Record) -> Example | None:
   """Options in one string, of two forms; the rationale may stand in quotes."""
   options = split_options(_text(record, "options"))
   return _choice(_text(record, "problem"), options, _letter(record["correct"]),
-                 str(record.get("rationale", "")).strip().strip('"'))
+                 str(record.get("rationale") or "").strip().strip('"'))
 
 
 def sat(options: str) -> Parser:
@@ -140,6 +140,10 @@ def custom(fields: Mapping[str, str], kind: str) -> Parser:
       return _choice(question, options, LETTERS[options.index(gold.strip())] if named else _letter(gold), rationale)
     if kind == "number":
       return _worked(question, number(gold), rationale, kind)
+    if gold is None:
+      return None
+    if isinstance(gold, bool) or not isinstance(gold, str | int | float):
+      raise ValueError(f"{fields['answer']!r} is {gold!r:.50}; expected text or a number")
     text = str(gold).strip()
     boxed = latex.last_boxed(text)
     return _worked(question, text.strip("$ ") if boxed is None else boxed.strip(), rationale, kind)

@@ -174,6 +174,7 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
       if task.select and not task.select(record, split):
         continue
       example = form.parse(record)
+      "".join(filter(None, example or ())).encode()  # JSON can spell half of a surrogate pair
     except (TypeError, ValueError) as e:
       raise UserError(f"{place}: {e}") from e
     facts["records"] += 1

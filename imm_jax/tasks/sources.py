@@ -53,14 +53,19 @@ def read(source: str, where: Where) -> Iterator[tuple[str, dict[str, Any]]]:
   Raises:
     UserError: for a source that is not of a known form, that cannot be read, or that holds something else.
   """
-  scheme, colon, rest = source.partition(":")
-  readers = {"hf": _read_hf, "tfds": _read_tfds, "file": _read_files}
-  if not colon or scheme not in readers or not rest:
-    raise UserError(f"source {source!r}: expected hf:ID[:config][:split], tfds:NAME[:split] or file:PATH")
-  for place, record in readers[scheme](source, rest, where):
+  check(source)
+  scheme, _, rest = source.partition(":")
+  for place, record in _READERS[scheme](source, rest, where):
     if not isinstance(record, dict):
       raise UserError(f"{place}: expected an object with fields, not {type(record).__name__}")
     yield place, {str(key).lower(): value for key, value in record.items()}
+
+
+def check(source: str) -> None:
+  """Raises UserError for a source that is not of a known form; looks nowhere."""
+  scheme, _, rest = source.partition(":")
+  if scheme not in _READERS or not rest:
+    raise UserError(f"source {source!r}: expected hf:ID[:config][:split], tfds:NAME[:split] or file:PATH")
 
 
 def _read_hf(source: str, rest: str, where: Where) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -221,3 +226,6 @@ def _txt(file: Any, text: str, _: Where) -> Iterator[tuple[str, Any]]:
 
 def _cause(error: Exception) -> str:
   return getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+_READERS = {"hf": _read_hf, "tfds": _read_tfds, "file": _read_files}
