@@ -195,7 +195,7 @@ def test_model_stock_keeps_the_base_where_deltas_cancel():
   assert got["w"].tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("method", CASES)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) if m == "della" else m for m in CASES])
 def test_bfloat16_is_merged_in_float32_and_rounded_once(method):
   low = models(4, ml_dtypes.bfloat16)
   wide = [{name: x.astype(np.float32) for name, x in model.items()} for model in low]

@@ -138,6 +138,7 @@ def test_a_teacher_samples_in_every_round_and_the_student_is_trained(run):
   assert (taught / "round_0/sft/model.safetensors").read_bytes() != (TINY / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_base_weight_that_is_chosen_is_the_best_of_those_tried_and_is_used(run):
   workdir = run("--config.rounds=1", "--config.merge.base_weight=auto", "--config.merge.auto.questions=12",
                 "--config.merge.auto.weights=(0.25, 1.0)", "--config.merge.auto.groups=2",
