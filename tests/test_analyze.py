@@ -13,6 +13,7 @@ from test_loop import TINY, environment  # noqa: F401
 
 from configs import paper, tiny
 from imm_jax import experiments
+from imm_jax.analysis import output
 from imm_jax.errors import UserError
 from imm_jax.model import safetensors
 from imm_jax.model.tokenizer import load_tokenizer
@@ -119,6 +120,15 @@ def test_every_corpus_of_the_papers_analyses_is_read(tmp_path: Path):
         assert example.response[-1] == tokenizer.eos_token_id
   with pytest.raises(UserError, match="task svamp has no train split"):
     analysing.examples_of(config, TINY, "svamp")
+
+
+def test_a_folder_that_holds_more_than_a_result_is_not_replaced(tmp_path: Path):
+  for name in (output.FILE, output.TABLE):
+    assert "is no earlier result (it has no" in output.foreign(tmp_path)
+    (tmp_path / name).touch()
+  assert output.foreign(tmp_path) == ""
+  (tmp_path / "samples.jsonl").touch()
+  assert output.foreign(tmp_path) == "is no earlier result (it holds samples.jsonl)"
 
 
 def test_figures_hold_every_name_and_the_same_bytes_again(tmp_path: Path):

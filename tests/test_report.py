@@ -306,7 +306,42 @@ def test_figures_of_a_run_that_goes_on_are_drawn_only_when_they_change_and_there
   record(lambda r: r["stages"]["base/eval"]["facts"]["scores"]["stories"]["greedy"].update(low=0.0))(root)
   report.update()
   assert len(drawn) == first
-  assert "The figure is drawn later" in (root / "report/index.html").read_text()
+  text = (root / "report/index.html").read_text()
+  assert "data:image/svg+xml" in text  # the last ones stay
+  assert "The figure is drawn later" not in text
+
+
+def test_a_round_counts_once_the_model_that_it_hands_on_is_scored(run: Path, tmp_path: Path):
+  root = tmp_path / "run"
+  shutil.copytree(run, root)
+  record(lambda r: [r["stages"].pop(name) for name in list(r["stages"]) if name.startswith("round_1") or (
+      name == "round_0/eval/merged")])(root)
+  found = results.Results.of(root)
+  assert [m.label for m in found.models] == ["base", "round 0 sft"]
+  assert [m.label for m in found.handed_on()] == ["base"]
+
+
+@pytest.mark.parametrize("name", ["pass@x", "pass@0", "best"])
+def test_a_figure_of_no_known_name_keeps_nothing_away(run: Path, tmp_path: Path, name: str):
+  root = tmp_path / "run"
+  shutil.copytree(run, root)
+  record(lambda r: r["stages"]["base/eval"]["facts"]["scores"]["stories"].update(
+      {name: r["stages"]["base/eval"]["facts"]["scores"]["stories"]["greedy"]}))(root)
+  live.write(root, tmp_path / "out")
+  assert name not in results.Results.of(root).models[0].sampled.get("stories", {})
+
+
+def test_only_an_earlier_report_is_replaced(run: Path, tmp_path: Path):
+  out = tmp_path / "www"
+  command = [sys.executable, "-m", "imm_jax.report", f"--workdirs={run}", f"--out={out}", "--overwrite"]
+  live.write(run, out)
+  (out / "thesis.tex").write_text("years")
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert done.returncode == 1
+  assert "it holds thesis.tex" in done.stderr
+  assert (out / "thesis.tex").read_text() == "years"
+  (out / "thesis.tex").unlink()
+  assert subprocess.run(command, capture_output=True, text=True, check=False).returncode == 0
 
 
 def test_a_report_that_fails_does_not_end_the_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -11,7 +11,7 @@ from imm_jax.analysis.weight_change import spearman
 from imm_jax.report import layers as figures, writer
 
 Found = dict[str, Any]
-FILE = "analysis.json"
+FILE, TABLE = "analysis.json", "layers.csv"
 
 
 def together(importance: Mapping[str, Found], change: Mapping[str, Found]) -> Found:
@@ -25,7 +25,7 @@ def write(folder: Path, found: Found) -> None:
   """Writes all files into a new folder; `found` is what `together` gives, and what else analysis.json is to hold."""
   folder.mkdir()
   (folder / FILE).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-  with (folder / "layers.csv").open("w", newline="", encoding="utf-8") as f:
+  with (folder / TABLE).open("w", newline="", encoding="utf-8") as f:
     rows = csv.writer(f)
     rows.writerow(["measure", "of", "layer", "value", "share", *MODULES])
     for measure, name, of in _measures(found):
@@ -63,7 +63,11 @@ def table(found: Found) -> str:
 
 def foreign(folder: Path) -> str:
   """Why a folder is no earlier output; "" where it is one."""
-  return "" if (folder / FILE).is_file() else f"is no earlier result (it has no {FILE})"
+  figures = {f"{measure}.{kind}" for measure in ("importance", "weight_change") for kind in ("png", "svg")}
+  if not (folder / FILE).is_file() or not (folder / TABLE).is_file():
+    return f"is no earlier result (it has no {FILE} and {TABLE})"
+  others = sorted({path.name for path in folder.iterdir()} - figures - {FILE, TABLE})
+  return f"is no earlier result (it holds {others[0]})" if others else ""
 
 
 def _measures(found: Found) -> Iterator[tuple[str, str, Found]]:

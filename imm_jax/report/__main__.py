@@ -14,7 +14,7 @@ from absl import flags
 
 from imm_jax import cli, files
 from imm_jax.errors import UserError
-from imm_jax.report import compare, live, paper, results
+from imm_jax.report import compare, live, markup, paper, results
 
 _WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, or folders that hold some.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write; for one run WORKDIR/report where it is not given.")
@@ -44,7 +44,12 @@ def main() -> None:
 
 
 def _foreign(folder: Path) -> str:
-  return "" if (folder / "index.html").is_file() else "is no earlier report (it has no index.html)"
+  page = folder / "index.html"
+  if not page.is_file() or markup.GENERATOR not in page.read_text(encoding="utf-8", errors="replace")[:2000]:
+    return "is no earlier report (it has no index.html of one)"
+  others = sorted(p.name for p in folder.iterdir() if p.suffix not in (".csv", ".png", ".svg") and p.name not in (
+      "index.html", "status.json"))
+  return f"is no earlier report (it holds {others[0]})" if others else ""
 
 
 if __name__ == "__main__":

@@ -66,8 +66,12 @@ class Live:
 
   def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
     if error is None and distributed.is_main():
-      write(self._root, self._root / "report", status=Status(self._plan, "finished"), plots=self._plots,
-            packer=self._packer)
+      try:
+        write(self._root, self._root / "report", status=Status(self._plan, "finished"), plots=self._plots,
+              packer=self._packer)
+      except Exception as e:  # as in `update`: the run is done, and its table is still to be printed
+        print(f"warning: the report could not be written ({e!r}); `python -m imm_jax.report --workdirs={self._root}` "
+              "writes it", file=sys.stderr)
     elif error is not None:
       why = str(error) if isinstance(error, UserError | PreemptedError) else kind.__name__
       self.update(Status(self._plan, "stopped", why))

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # Rows of a table that is folded.
 _LONG = 16
 
+# By which a page is known to be one of this package.
+GENERATOR = '<meta name="generator" content="imm_jax">'
+
 
 class Table(NamedTuple):
   """Rows of cells under a head; an `Accuracy` is shown with its interval, and takes four columns of the CSV."""
@@ -144,7 +147,7 @@ def page(title: str, top: str, sections: Sequence[str], links: Sequence[tuple[st
             "base-uri 'none'; form-action 'none'")
   nav = "".join(f'<a href="#{name}">{html.escape(text)}</a>' for name, text in links)
   return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
+<html lang="en"><head><meta charset="utf-8">{GENERATOR}<meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">
 <title>{html.escape(title)}</title><style>{style}</style></head>
 <body data-reload="{reload_s}"><header>{top}<nav aria-label="Sections">{nav}</nav></header>

@@ -137,6 +137,7 @@
   }
 
   function turn(step) {
+    reading = true;
     first += step * PAGE;
     show();
     byId("filters").scrollIntoView();
@@ -155,23 +156,29 @@
     setTimeout(() => URL.revokeObjectURL(link.href), 60000);
   }
 
+  let reading = false;
   const section = byId("samples");
   if (section) {
     const begin = () => loading || (loading = load());
+    const read = () => { reading = true; return begin(); };
     let waiting = 0;
     const later = () => {
       clearTimeout(waiting);
-      waiting = setTimeout(() => begin().then(search), 150);
+      waiting = setTimeout(() => read().then(search), 150);
     };
     byId("filters").addEventListener("submit", (event) => event.preventDefault());
     byId("filters").addEventListener("input", later);
-    byId("filters").addEventListener("focusin", begin);
+    byId("filters").addEventListener("focusin", read);
     byId("previous").addEventListener("click", () => turn(-1));
     byId("next").addEventListener("click", () => turn(1));
     byId("save").addEventListener("click", save);
     const watch = new IntersectionObserver((entries) => {
       if (entries.some((entry) => entry.isIntersecting)) {
-        watch.disconnect();
+        // On a high screen the answers are in view before anyone has scrolled to them.
+        if (window.scrollY > 0) {
+          watch.disconnect();
+          reading = true;
+        }
         begin();
       }
     }, {rootMargin: "300px"});
@@ -182,7 +189,7 @@
   const seconds = Number(document.body.dataset.reload);
   if (seconds) {
     setInterval(() => {
-      if (!loading && !document.hidden && !document.querySelector("details[open]")) location.reload();
+      if (!reading && !document.hidden && !document.querySelector("details[open]")) location.reload();
     }, 1000 * seconds);
   }
 })();

@@ -11,6 +11,8 @@ from imm_jax import files
 from imm_jax.errors import UserError, listed
 from imm_jax.evaluation import Accuracy, accuracy
 
+_METRIC = re.compile(r"greedy|(pass|majority)@[1-9]\d{0,8}")
+
 
 class Model(NamedTuple):
   """One evaluated model.
@@ -102,7 +104,9 @@ class Results(NamedTuple):
 
   def handed_on(self) -> tuple[Model, ...]:
     """The base, and of each round the model that the next one starts from."""
-    merges = any(m.kind == "merged" for m in self.models)
+    from imm_jax.config import MERGES  # late: it imports what training needs
+
+    merges = self.method in MERGES
     return tuple(m for m in self.models if m.kind in ("base", "merged" if merges else "sft"))
 
 
@@ -192,6 +196,8 @@ def _models(stages: Mapping[str, Any], rounds: list[int], tasks: tuple[str, ...]
 
 def _model(kind: str, round_: int, facts: Mapping[str, Any], tasks: tuple[str, ...]) -> Model:
   scores = {task: {metric: _score(score) for metric, score in found.items()} for task, found in facts["scores"].items()}
+  scores = {task: {name: score for name, score in found.items() if _METRIC.fullmatch(name)}
+            for task, found in scores.items()}
   greedy = {task: scores[task].pop("greedy") for task in tasks}
   return Model(kind, round_, greedy, {task: found for task, found in scores.items() if found},
                dict(facts.get("long_prompts", {})))

@@ -18,13 +18,13 @@ class Plots:
     self._drawn: dict[str, tuple[str, list[str]]] = {}
 
   def svg(self, sections: Sequence[Section], *, draw: bool = True) -> dict[str, list[str]]:
-    """SVG of each piece of every plot, by name; without `draw` of those alone that need no drawing."""
+    """SVG of each piece of every plot, by name; without `draw` as they were last drawn, if they were."""
     found = {}
     for plot in _plots(sections):
       key = repr(plot.data)
       if draw and self._drawn.get(plot.name, ("",))[0] != key:
         self._drawn[plot.name] = key, [svg(plot.draw(piece)) for piece in plot.data]
-      if self._drawn.get(plot.name, ("",))[0] == key:
+      if plot.name in self._drawn and (len(self._drawn[plot.name][1]) == len(plot.data)):
         found[plot.name] = self._drawn[plot.name][1]
     return found
 
