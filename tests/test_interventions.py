@@ -215,6 +215,7 @@ def test_masks_are_those_of_a_sort(top_p: float):
   assert ties or top_p != 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_masks_are_the_same_on_every_mesh(out: Path, mesh: str):
   assert json.loads((out / "placed.json").read_text())[mesh]
