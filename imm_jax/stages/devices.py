@@ -65,19 +65,19 @@ def call(config: ml_collections.ConfigDict, function: Callable[..., Any], *args:
   with preemption.watch() as told, futures.ProcessPoolExecutor(1, context, _end_with_parent) as pool:
     with _ignoring_interrupts():  # Ctrl-C is this process's to handle; the other one inherits that
       started = pool.submit(os.getpid)
-    process = started.result()
-    running = pool.submit(function, *args)
-    passed_on = False
+    process, passed_on = None, False
     try:
+      process = started.result()
+      running = pool.submit(function, *args)
       while not futures.wait([running], timeout=_POLL_S).done:
         if told.is_set() and not passed_on:
           os.kill(process, signal.SIGTERM)
           passed_on = True
-    except KeyboardInterrupt:
-      os.kill(process, signal.SIGKILL)
-      raise
-    try:
       return running.result()
+    except KeyboardInterrupt:
+      if process:  # one that only starts soon ends by itself
+        os.kill(process, signal.SIGKILL)
+      raise
     except futures.process.BrokenProcessPool as e:
       if passed_on:
         raise PreemptedError("told to stop; the same command goes on after what was finished") from e
