@@ -3,6 +3,7 @@
 The device count is fixed when jax starts, so this file runs itself in another process (`_main`).
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from imm_jax.analysis.weight_change import spearman
 from imm_jax.errors import UserError
 from imm_jax.model import hf, sharding
 from imm_jax.model.config import ModelConfig
-from imm_jax.model.decoder import Params, init_params
+from imm_jax.model.decoder import Params, abstract_params, init_params
 from imm_jax.training.packing import PackedBatches
 
 BLOCK = {**dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn"),
@@ -210,6 +211,22 @@ def test_scores_do_not_depend_on_the_batches_and_repeat_bit_for_bit():
   assert (want.total > 0).all()
   for size in (4, 9):
     close(layer_importance(params, grads[size]), want, rel=2e-6)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_memory_is_the_parameters_and_one_gradient(remat: str):
+  """By the compiled program: with short rows, what it needs beside the two is less than half the parameters."""
+  config = dataclasses.replace(t.CONFIG, vocab_size=64, hidden_size=128, intermediate_size=512, num_layers=12)
+  params = abstract_params(config)
+  size = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
+  batch = {name: jax.ShapeDtypeStruct((1, 16), dtype) for name, dtype in {
+      "tokens": jnp.int32, "positions": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}.items()}
+  add = importance.add_function(config, compute_dtype=jnp.float32, remat=remat)
+  sums = (params, jax.ShapeDtypeStruct((), jnp.int32))
+  memory = jax.jit(add, donate_argnums=0).lower(sums, params, batch).compile().memory_analysis()
+  assert memory.argument_size_in_bytes == pytest.approx(2 * size, rel=0.01)
+  assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 0.01 * size
+  assert memory.temp_size_in_bytes < 0.5 * size
 
 
 def test_the_parameters_are_left_as_they_are():

@@ -33,9 +33,11 @@ def add_function(config: ModelConfig, *, order: int = 1, **options: Any,
   of_batch = gradient_function(config, mean=False, **options)
 
   def add(sums: Sums, params: Params, batch: dict[str, jax.Array]) -> tuple[Sums, jax.Array]:
+    if order == 1:
+      loss, total, tokens = of_batch(params, batch, sums[0])
+      return (total, sums[1] + tokens.astype(jnp.int32)), loss
     loss, grads, tokens = of_batch(params, batch)
-    powers = (grads, jax.tree.map(jnp.square, grads))[:order]
-    return jax.tree.map(jnp.add, sums, (*powers, tokens.astype(jnp.int32))), loss
+    return jax.tree.map(jnp.add, sums, (grads, jax.tree.map(jnp.square, grads), tokens.astype(jnp.int32))), loss
 
   return add
 
@@ -56,7 +58,7 @@ def gradient(config: ModelConfig, params: Params, batches: PackedBatches, *, mes
   """The gradient of the loss over a whole data set: of the mean of -log p over all its learned tokens.
 
   It is added up in float32, batch by batch in the order of `batches`: for one order and mesh always the same bits. On
-  top of the parameters a device holds its parts of the sum and of one batch's gradient, less than a training step.
+  top of the parameters a device holds its part of one gradient, which every layer of every batch is added to.
 
   Args:
     config: of the model.

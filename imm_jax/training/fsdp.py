@@ -24,15 +24,17 @@ Gather = Callable[[str, jax.Array], jax.Array]
 _ROWS = ("data", "fsdp")
 
 
-def map_gradients(gradients: Callable[..., tuple[Any, Params, Any]], params: Params, batch: dict[str, jax.Array], *,
-                  mesh: Mesh, dtype: jnp.dtype) -> tuple[jax.Array, Params, jax.Array]:
+def map_gradients(gradients: Callable[..., tuple[Any, Params, Any]], params: Params, batch: dict[str, jax.Array],
+                  sums: Params | None = None, *, mesh: Mesh, dtype: jnp.dtype) -> tuple[jax.Array, Params, jax.Array]:
   """Runs `gradients` on every device's rows and adds up what comes out.
 
   Args:
-    gradients: of (params, batch, gather, add_up): a device's parts of the parameters, its rows, how to gather a
-      parameter, how to add a number up over devices; gives (loss, gradients, a number that is equal everywhere).
+    gradients: of (params, batch, sums, gather=, add_up=): a device's parts of the parameters, its rows, its parts of
+      `sums`, how to gather a parameter, how to add a number up over devices; gives (loss, gradients added to sums, a
+      number that is equal everywhere).
     params: placed by `sharding.param_sharding`.
     batch: rows split over `data` and `fsdp`.
+    sums: what gradients are added to, placed as the parameters are; None for zeros.
     mesh: with a `tensor` axis of 1.
     dtype: weights travel in it.
 
@@ -49,15 +51,31 @@ def map_gradients(gradients: Callable[..., tuple[Any, Params, Any]], params: Par
     # A layer's own weights lack the axis that layers are stacked on.
     return part if axis is None else _gather(part, dtype, axis - path.startswith("layers."))
 
-  def local(params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, Params, jax.Array]:
-    loss, grads, number = gradients(params, batch, gather, lambda x: jax.lax.psum(x, _ROWS))
-    grads = jax.tree.map(lambda spec, g: jax.lax.psum(g, _ROWS if _axis(spec) is None else "data"), specs, grads,
-                         is_leaf=lambda x: isinstance(x, P))
+  # Over which devices a parameter's gradients are still to be added up.
+  apart = jax.tree.map(lambda spec: _ROWS if _axis(spec) is None else ("data",), specs,
+                       is_leaf=lambda x: isinstance(x, P))
+
+  def local(params: Params, batch: dict[str, jax.Array], sums: Params | None) -> tuple[jax.Array, Params, jax.Array]:
+    if sums is not None:
+      sums = jax.tree.map(lambda axes, total: _once(total, axes, mesh), apart, sums, is_leaf=_is_axes)
+    loss, grads, number = gradients(params, batch, sums, gather=gather, add_up=lambda x: jax.lax.psum(x, _ROWS))
+    grads = jax.tree.map(lambda axes, g: jax.lax.psum(g, axes), apart, grads, is_leaf=_is_axes)
     return jax.lax.psum(loss, _ROWS), grads, number
 
   # Nothing is differentiated across the boundary, so nothing need be known about what varies over which axis.
-  return jax.shard_map(local, mesh=mesh, in_specs=(specs, sharding.BATCH), out_specs=(P(), specs, P()),
-                       check_vma=False)(params, batch)
+  return jax.shard_map(local, mesh=mesh, in_specs=(specs, sharding.BATCH, specs if sums is not None else None),
+                       out_specs=(P(), specs, P()), check_vma=False)(params, batch, sums)
+
+
+def _once(total: jax.Array, axes: tuple[str, ...], mesh: Mesh) -> jax.Array:
+  """A number that devices along these axes share, on the first of them, and 0 on the others."""
+  if all(mesh.shape[axis] == 1 for axis in axes):
+    return total
+  return jnp.where(jax.lax.axis_index(axes) == 0, total, 0)
+
+
+def _is_axes(x: Any) -> bool:
+  return isinstance(x, tuple) and all(isinstance(name, str) for name in x)
 
 
 def gather_layer(gather: Gather, layer: Layer) -> Layer:

@@ -168,35 +168,42 @@ def jit_step(step: Callable[..., tuple[TrainState, Metrics]], state: TrainState)
 
 def gradient_function(config: ModelConfig, *, compute_dtype: jnp.dtype, accumulation: int = 1, remat: str = "none",
                       attention: str = "xla", mesh: Mesh | None = None, chunk: int = CHUNK, mean: bool = True,
-                      ) -> Callable[[Params, dict[str, jax.Array]], tuple[jax.Array, Params, jax.Array]]:
-  """A function (params, batch) -> (loss, its gradient, number of learned tokens), to be jitted.
+                      ) -> Callable[..., tuple[jax.Array, Params, jax.Array]]:
+  """A function (params, batch, sums=None) -> (loss, its gradient, number of learned tokens), to be jitted.
 
   The loss is the mean over the learned tokens of the whole batch, or with `mean=False` their sum; with `accumulation`
-  the batch runs in that many parts, which gives the same gradient. The gradient lies where the parameters lie.
+  the batch runs in that many parts, which gives the same gradient. The gradient lies where the parameters lie. Where
+  `sums` is given, a tree of that form, the gradient is added to it layer by layer, as the backward pass comes to them:
+  where the caller donates it, there is no second tree.
   """
   options = {"compute_dtype": compute_dtype, "remat": remat, "attention": attention, "chunk": chunk}
 
-  def gradients(params: Params, batch: dict[str, jax.Array], gather: fsdp.Gather | None = None,
-                add_up: Callable[[jax.Array], jax.Array] = lambda x: x, mesh: Mesh | None = None,
-                ) -> tuple[jax.Array, Params, jax.Array]:
+  def gradients(params: Params, batch: dict[str, jax.Array], sums: Params | None = None, *,
+                gather: fsdp.Gather | None = None, add_up: Callable[[jax.Array], jax.Array] = lambda x: x,
+                mesh: Mesh | None = None) -> tuple[jax.Array, Params, jax.Array]:
     total = add_up(jnp.sum(batch["weights"][:, 1:]))
 
     def loss(params: Params, part: dict[str, jax.Array]) -> jax.Array:
       summed = token_losses(config, params, part, mesh=mesh, gather=gather, **options)[0]
       return summed / total if mean else summed
 
-    if accumulation == 1:
+    def add(carry: tuple[jax.Array, Params], part: dict[str, jax.Array]) -> tuple[tuple[jax.Array, Params], None]:
+      value, backward = jax.vjp(lambda params: loss(params, part), params)
+      refs = jax.tree.map(jax.new_ref, carry[1])
+      backward.with_refs(refs)(jnp.ones_like(value))
+      return (carry[0] + value, jax.tree.map(jax.freeze, refs)), None
+
+    if accumulation == 1 and sums is None:
       return *jax.value_and_grad(loss)(params, batch), total
     parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    add = lambda sums, part: (jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(params, part)), None)
-    return *jax.lax.scan(add, zero, parts)[0], total
+    first = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params) if sums is None else sums)
+    return *jax.lax.scan(add, first, parts)[0], total
 
   if mesh is None or mesh.size == 1:
     return gradients
   if mesh.shape["tensor"] == 1:
     return functools.partial(fsdp.map_gradients, gradients, mesh=mesh, dtype=compute_dtype)
-  return lambda params, batch: gradients(params, batch, fsdp.constrained(mesh, compute_dtype), mesh=mesh)
+  return functools.partial(gradients, gather=fsdp.constrained(mesh, compute_dtype), mesh=mesh)
 
 
 def step_function(config: ModelConfig, optimizer: optax.GradientTransformation, **options: Any,
