@@ -1,11 +1,15 @@
 """Run directories for the tests of reports: the files of a finished run but for checkpoints, with made-up content."""
 
+import html
 import json
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from imm_jax import evaluation
+from imm_jax import evaluation, files
+from imm_jax.report import live, page, samples
+from imm_jax.report.results import Results
 
 OOD = ("groups", "choice")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -23,8 +27,8 @@ def make(root: Path, *, method: str = "imm", rounds: int = 2, questions: int = 6
   stages: dict[str, dict] = {}
 
   def stage(name: str, **facts: object) -> None:
-    stages[name] = {"inputs": {}, "output": "0" * 64, "bytes": 1000, "seconds": round(rng.uniform(1, 90), 2),
-                    "facts": facts}
+    stages[name] = {"inputs": {}, "output": "0" * 64, "bytes": files.size_of(root / name),
+                    "seconds": round(rng.uniform(1, 90), 2), "facts": facts}
 
   def evaluate(name: str) -> None:
     scores = {}
@@ -107,3 +111,25 @@ def read_record(root: Path) -> dict:
 
 def write_record(root: Path, record: dict) -> None:
   (root / "run.json").write_text(json.dumps(record))
+
+
+def change(how: Callable[[dict], object]) -> Callable[[Path], None]:
+  """A function that changes the run.json of a run directory."""
+  def apply(root: Path) -> None:
+    found = read_record(root)
+    how(found)
+    write_record(root, found)
+  return apply
+
+
+def text_of(page_: str) -> str:
+  """What a reader sees of a page, about."""
+  body = re.sub(r"<(script|style)[^>]*>.*?</\1>", "", page_, flags=re.DOTALL)
+  return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body)))
+
+
+def quick(root: Path) -> str:
+  """The text of a run's page without its figures."""
+  found = Results.of(root)
+  chunks, problems = samples.Packer().chunks(found)
+  return text_of(page.write(found, live.status_of(root), page.sections(found, chunks), chunks, problems, {}))

@@ -1,12 +1,10 @@
-"""The report's page, files and data: what they say of a run, of a broken one, and of several."""
+"""The report's page, files and data: what they say of a run, finished or going on."""
 
 import base64
 import csv
+import fcntl
 import gzip
-import html
 import json
-import os
-import random
 import re
 import shutil
 import subprocess
@@ -37,19 +35,6 @@ def written(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
   return out
 
 
-def text_of(page_: str) -> str:
-  """What a reader sees, about."""
-  body = re.sub(r"<(script|style)[^>]*>.*?</\1>", "", page_, flags=re.DOTALL)
-  return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body)))
-
-
-def quick(root: Path) -> str:
-  """The text of a run's page without its figures."""
-  found = Results.of(root)
-  chunks, problems = samples.Packer().chunks(found)
-  return text_of(page.write(found, live.status_of(root), page.sections(found, chunks), chunks, problems, {}))
-
-
 def rows_of(path: Path) -> list[dict[str, str]]:
   with path.open(newline="") as f:
     return list(csv.DictReader(f))
@@ -59,7 +44,7 @@ def test_the_summary_says_what_changed(run: Path, written: Path):
   scores = {name: entry["facts"]["scores"] for name, entry in report_runs.read_record(run)["stages"].items()
             if "scores" in entry["facts"]}
   before, after = (scores[name]["stories"]["greedy"]["value"] for name in ("base/eval", "round_1/eval/merged"))
-  text = text_of((written / "index.html").read_text())
+  text = report_runs.text_of((written / "index.html").read_text())
   verb = "rose from" if after > before else "fell from" if after < before else "stayed at"
   assert f"After 2 rounds of imm on tiny, accuracy in domain (stories) {verb} " in text
   assert f"{after:.3f}" in text
@@ -147,92 +132,8 @@ def test_names_and_settings_are_escaped(run: Path, tmp_path: Path):
   text = page.write(found, page.Status(), page.sections(found, []), [], [], {})
   assert "<b>run" not in text
   assert "<script>alert" not in text
-  assert "<b>run" in text_of(text)
-  assert "alert(1)" in text_of(text)
-
-
-def drop(*names: str):
-  def damage(root: Path) -> None:
-    for name in names:
-      (shutil.rmtree if (root / name).is_dir() else os.remove)(root / name)
-  return damage
-
-
-def put(name: str, text: str):
-  return lambda root: (root / name).write_text(text)
-
-
-def record(change):
-  def damage(root: Path) -> None:
-    found = report_runs.read_record(root)
-    change(found)
-    report_runs.write_record(root, found)
-  return damage
-
-
-def cut_samples(root: Path) -> None:
-  path = root / "round_1/samples.jsonl"
-  path.write_bytes(path.read_bytes()[:-40])
-
-
-@pytest.mark.parametrize(("damage", "said"), [
-    (drop("round_0/samples.jsonl"), "round_0/samples.jsonl: missing"),
-    (cut_samples, "round_1/samples.jsonl: lines that are no JSON object were left out: 18"),
-    (drop("round_1/eval/sft"), "round_1/eval/sft: missing"),
-    (drop("base/eval/groups.jsonl"), "base/eval/groups.jsonl: missing"),
-    (drop("metrics.jsonl"), "metrics.jsonl: missing"),
-    (put("metrics.jsonl", '{"stage": "round_0/sft", "memory_gib": 1}\n{"sta\n[]\n'), "metrics.jsonl: 2 lines"),
-    (put("round_0/analysis.json", "{"), "round_0/analysis.json: damaged"),
-    (put("round_0/analysis.json", '{"importance": {"layers": "many"}, "spearman": NaN, "diversity": {}}'),
-     "round_0/analysis.json: diversity is damaged"),
-    (drop("config.json"), "config.json: missing"),
-    (put("config.json", "[1"), "config.json: damaged"),
-    (drop("run.json"), "run.json: missing"),
-    (put("run.json", '{"stages": {"ba'), "run.json: damaged"),
-    (put("run.json", '{"method": "imm"}'), "run.json: has no list of stages"),
-    (put("run.json", '{"stages": []}'), "run.json: has no list of stages"),
-    (record(lambda r: r["stages"].update({"round_0/sft": 3})), "run.json: damaged entries of round_0/sft"),
-    (record(lambda r: r["stages"]["round_0/eval/sft"]["facts"].update(scores={"stories": 1})),
-     "the scores of round_0/eval/sft are damaged"),
-    (record(lambda r: r["stages"]["base/eval"]["facts"]["scores"].pop("stories")),
-     "the scores of base/eval are damaged"),
-    (record(lambda r: r["stages"]["base/eval"]["facts"]["scores"]["stories"]["greedy"].update(value=1e9)), "base/eval"),
-    (record(lambda r: (r.pop("versions"), r.pop("devices"), r.pop("tasks"))), "unknown devices"),
-])
-def test_a_broken_run_directory_gives_a_page_that_says_what_is_missing(run: Path, tmp_path: Path, damage, said: str):
-  root = tmp_path / "run"
-  shutil.copytree(run, root)
-  damage(root)
-  assert said in quick(root)
-
-
-def places(value: object, path: tuple = ()) -> list[tuple]:
-  """Where everything in a JSON value stands."""
-  inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-  return [found for key, part in inner for found in [(*path, key), *places(part, (*path, key))]]
-
-
-@pytest.mark.parametrize("name", ["run.json", "config.json", "round_0/analysis.json"])
-def test_no_wrong_value_in_a_file_keeps_the_page_away(run: Path, tmp_path: Path, name: str):
-  root = tmp_path / "run"
-  shutil.copytree(run, root)
-  text, rng = (root / name).read_text(), random.Random(name)
-  for wrong in ("null", "-1", "1e300", "NaN", '""', '"\\ud800"', "[]", "{}", "[[1]]", '{"a": 1}', "true", "9" * 400):
-    for _ in range(6):
-      found = json.loads(text)
-      *path, last = rng.choice(places(found))
-      holder = found
-      for key in path:
-        holder = holder[key]
-      holder[last] = json.loads(wrong)
-      (root / name).write_text(json.dumps(found))
-      assert "Config and versions" in quick(root), (path, last, wrong)
-
-
-def test_a_run_that_has_just_begun_has_a_page(run: Path, tmp_path: Path):
-  (tmp_path / "run").mkdir()
-  shutil.copy(run / "config.json", tmp_path / "run")
-  assert "No model was evaluated yet" in quick(tmp_path / "run")
+  assert "<b>run" in report_runs.text_of(text)
+  assert "alert(1)" in report_runs.text_of(text)
 
 
 def test_what_is_no_run_directory_is_refused(run: Path, tmp_path: Path):
@@ -255,7 +156,7 @@ def test_the_command_writes_and_refuses_in_one_line(run: Path, tmp_path: Path):
   done = command(f"--workdirs={run}", f"--out={out}", "--paper")
   assert done.returncode == 0, done.stderr
   assert "round 1 merged" in done.stdout
-  assert "No table of the paper has this config (model tiny" in text_of((out / "index.html").read_text())
+  assert "No table of the paper has this config (model tiny" in report_runs.text_of((out / "index.html").read_text())
   (tmp_path / "other").mkdir()
   done = command(f"--workdirs={tmp_path / 'other'}", f"--out={out}")
   assert done.returncode == 1
@@ -271,7 +172,7 @@ def test_the_page_of_a_run_that_goes_on(run: Path, tmp_path: Path, monkeypatch: 
   plan = list(whole["stages"])
   report_runs.write_record(root, whole | {"stages": {}})
   monkeypatch.setattr(live, "_SHARE", 1e9)
-  read = lambda: text_of((root / "report/index.html").read_text())
+  read = lambda: report_runs.text_of((root / "report/index.html").read_text())
   with live.Live(root, plan) as report:
     assert f"Running: 0 of {len(plan)} stages done; next base/eval" in read()
     report_runs.write_record(root, whole | {"stages": {name: whole["stages"][name] for name in plan[:2]}})
@@ -289,6 +190,18 @@ def test_the_page_of_a_run_that_goes_on(run: Path, tmp_path: Path, monkeypatch: 
   assert f"Stopped: {len(plan)} of {len(plan) + 1} stages done; next round_2/samples.jsonl. the disk is full" in read()
 
 
+def test_a_copy_of_a_running_runs_page_does_not_look_for_a_newer_one(run: Path, tmp_path: Path):
+  root = tmp_path / "run"
+  shutil.copytree(run, root)
+  with live.Live(root, list(report_runs.read_record(root)["stages"])), (root / ".lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    live.write(root, tmp_path / "copy")
+  page_ = (tmp_path / "copy/index.html").read_text()
+  assert 'data-reload="0"' in page_
+  text = report_runs.text_of(page_)
+  assert re.search(r"Running: \d+ of \d+ stages done \(as of [^;]+; this page stays as it is\)", text)
+
+
 def test_figures_of_a_run_that_goes_on_are_drawn_only_when_they_change_and_there_is_time(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
   root = tmp_path / "run"
@@ -303,7 +216,7 @@ def test_figures_of_a_run_that_goes_on_are_drawn_only_when_they_change_and_there
   report.update()
   assert len(drawn) == first
   monkeypatch.setattr(live, "_SHARE", 0.0)
-  record(lambda r: r["stages"]["base/eval"]["facts"]["scores"]["stories"]["greedy"].update(low=0.0))(root)
+  report_runs.change(lambda r: r["stages"]["base/eval"]["facts"]["scores"]["stories"]["greedy"].update(low=0.0))(root)
   report.update()
   assert len(drawn) == first
   text = (root / "report/index.html").read_text()
@@ -314,21 +227,11 @@ def test_figures_of_a_run_that_goes_on_are_drawn_only_when_they_change_and_there
 def test_a_round_counts_once_the_model_that_it_hands_on_is_scored(run: Path, tmp_path: Path):
   root = tmp_path / "run"
   shutil.copytree(run, root)
-  record(lambda r: [r["stages"].pop(name) for name in list(r["stages"]) if name.startswith("round_1") or (
+  report_runs.change(lambda r: [r["stages"].pop(name) for name in list(r["stages"]) if name.startswith("round_1") or (
       name == "round_0/eval/merged")])(root)
   found = results.Results.of(root)
   assert [m.label for m in found.models] == ["base", "round 0 sft"]
   assert [m.label for m in found.handed_on()] == ["base"]
-
-
-@pytest.mark.parametrize("name", ["pass@x", "pass@0", "best"])
-def test_a_figure_of_no_known_name_keeps_nothing_away(run: Path, tmp_path: Path, name: str):
-  root = tmp_path / "run"
-  shutil.copytree(run, root)
-  record(lambda r: r["stages"]["base/eval"]["facts"]["scores"]["stories"].update(
-      {name: r["stages"]["base/eval"]["facts"]["scores"]["stories"]["greedy"]}))(root)
-  live.write(root, tmp_path / "out")
-  assert name not in results.Results.of(root).models[0].sampled.get("stories", {})
 
 
 def test_only_an_earlier_report_is_replaced(run: Path, tmp_path: Path):

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import report_runs
 
-from imm_jax.report import live
+from imm_jax.report import compare, live
+from imm_jax.report.results import Results
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 _BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -232,6 +233,25 @@ def test_a_hundred_thousand_answers_load_in_three_seconds_and_are_searched_in_on
   print(f"{MANY} answers, page of {size / 1e6:.1f} MB: {min(times):.2f} s to load, {min(searches):.2f} s to search")
   assert min(times) < 3
   assert min(searches) < 1
+
+
+def test_runs_side_by_side_are_drawn_and_their_answers_filtered_by_run(browser, tmp_path: Path):
+  roots = [report_runs.make(tmp_path / method, method=method) for method in ("imm", "star")]
+  compare.write([Results.of(root) for root in roots], tmp_path / "page")
+  browser.get_log("browser")
+  browser.get(f"file://{tmp_path}/page/index.html")
+  show_answers(browser)
+  images = browser.execute_script("return [...document.images].map((i) => i.complete && i.naturalWidth > 200)")
+  assert images == [True] * (2 + 1 + 4 + 2 + 2 + 1)
+  choose(browser, "run", "star")
+  wait(browser, lambda: f"of {2 * 18 + 3 * 18} found" in found(browser))
+  assert "run star" in browser.find_element("css selector", "#list li .facts").text
+  assert browser.get_log("browser") == []
+
+
+def test_one_run_has_no_filter_for_runs(opened):
+  assert not opened.find_element("id", "filter-run").is_displayed()
+  assert opened.find_element("id", "filter-round").is_displayed()
 
 
 def test_a_picture_of_the_page_is_not_blank(opened):

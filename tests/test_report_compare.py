@@ -1,15 +1,24 @@
 """Several runs side by side, and the paper's figures beside a run's."""
 
+import base64
 import csv
+import gzip
+import io
 import json
+import os
 import re
+import shutil
+import urllib.parse
 from pathlib import Path
 
+import numpy as np
 import pytest
 import report_runs
 
 from configs import paper as plans
-from imm_jax.report import compare, paper
+from imm_jax.report import compare, groups, live, page, paper, samples
+from imm_jax.report.figures import Panel
+from imm_jax.report.markup import Plot, Table, csv_of
 from imm_jax.report.results import Results
 
 QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
@@ -22,9 +31,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
           for seed, name in enumerate(("imm_0", "imm_1", "star_0"))]
 
 
-def test_runs_side_by_side(runs: list[Results], tmp_path: Path):
-  compare.write(runs, tmp_path / "out")
-  with (tmp_path / "out/last_round.csv").open(newline="") as f:
+@pytest.fixture(scope="module")
+def compared(runs: list[Results], tmp_path_factory: pytest.TempPathFactory) -> Path:
+  out = tmp_path_factory.mktemp("reports") / "out"
+  compare.write(runs, out)
+  return out
+
+
+def test_runs_side_by_side(runs: list[Results], compared: Path):
+  with (compared / "last_round.csv").open(newline="") as f:
     rows = list(csv.DictReader(f))
   assert [(row["run"], row["method"]) for row in rows] == [("imm_0", "imm"), ("imm_1", "imm"), ("star_0", "star")]
   for row, run in zip(rows, runs, strict=True):
@@ -33,26 +48,123 @@ def test_runs_side_by_side(runs: list[Results], tmp_path: Path):
     assert float(row["in domain"]) == last["stories"]["greedy"]["value"]
     before = scores["base/eval"]["facts"]["scores"]["stories"]["greedy"]["value"]
     assert float(row["change in domain"]) == pytest.approx(float(row["in domain"]) - before, abs=6e-4)
-  text = (tmp_path / "out/index.html").read_text()
+  text = (compared / "index.html").read_text()
   for name in ("imm_0", "star_0", "Settings that differ", "distinct answers a question"):
     assert name in text
-  with (tmp_path / "out/settings.csv").open(newline="") as f:
+  with (compared / "settings.csv").open(newline="") as f:
     assert {row["key"]: row["imm_1"] for row in csv.DictReader(f)} == {"method": "imm", "seed": "1"}
 
 
-def test_a_method_has_one_colour(runs: list[Results]):
-  section = next(part for part in compare.sections({run.root.name: run for run in runs}) if part.id == "accuracy")
-  panel = next(part for part in section.parts if hasattr(part, "draw")).data[0]
-  imm_0, imm_1, star = panel.lines
-  assert imm_0.colour == imm_1.colour != star.colour
-  assert imm_0.dash != imm_1.dash
-  assert imm_0.marker != star.marker
+def panels(runs: dict[str, Results], id_: str = "accuracy") -> list[Panel]:
+  section = next(part for part in compare.sections(runs, {}, Path("out")) if part.id == id_)
+  return list(next(part for part in section.parts if isinstance(part, Plot)).data)
+
+
+def test_seeds_are_one_curve_their_mean_with_its_standard_error(runs: list[Results], compared: Path):
+  into, _ = panels({run.root.name: run for run in runs})
+  imm, star = into.lines
+  assert (imm.label, star.label) == ("imm (2 seeds)", "star_0")
+  scores = np.array([[run.in_domain(m).value for m in run.handed_on()] for run in runs[:2]])
+  error = np.abs(scores[0] - scores[1]) / 2  # of two values s / sqrt 2
+  np.testing.assert_allclose(imm.y, scores.mean(0))
+  np.testing.assert_allclose(imm.high, scores.mean(0) + error)
+  np.testing.assert_allclose(imm.low, scores.mean(0) - error)
+  assert star.low == tuple(runs[2].in_domain(m).low for m in runs[2].handed_on())
+  with (compared / "means.csv").open(newline="") as f:
+    rows = list(csv.DictReader(f))
+  assert [(row["runs"], row["n"]) for row in rows] == [("imm (2 seeds)", "2"), ("star_0", "1")]
+  assert float(rows[0]["in domain"]) == pytest.approx(scores[:, -1].mean())
+  assert float(rows[0]["in domain: s.e."]) == pytest.approx(error[-1])
+  assert float(rows[0]["change in domain"]) == pytest.approx((scores[:, -1] - scores[:, 0]).mean())
+
+
+def test_a_method_has_one_colour_and_each_curve_a_look_of_its_own(runs: list[Results], tmp_path: Path):
+  """Also with more settings than there are kinds of line, and as many runs as nobody could read a legend of."""
+  others = {f"{method}_{rounds}_{seed}": Results.of(report_runs.make(
+      tmp_path / f"{method}_{rounds}_{seed}", method=method, rounds=rounds, seed=seed, questions=2))
+      for method, most in (("imm", 7), ("star", 2)) for rounds in range(1, most) for seed in range(3)}
+  lines = panels(others)[0].lines
+  assert len(lines) == 7
+  assert len({(line.colour, line.marker, line.dash) for line in lines}) == 7
+  assert len({line.colour for line in lines}) == 2
+  assert [line.label for line in lines][:2] == ["imm, rounds=1 (3 seeds)", "imm, rounds=2 (3 seeds)"]
+  assert lines[-1].label == "star (3 seeds)"
+
+
+def test_settings_that_change_nothing_do_not_keep_seeds_apart(runs: list[Results]):
+  other = runs[1]._replace(config=runs[1].config | {"mesh": {"data": 8}})
+  assert [len(group.runs) for group in groups.group({"a": runs[0], "b": other, "c": runs[2]})] == [2, 1]
+  lost = runs[1]._replace(config={})
+  assert len(groups.group({"a": lost, "b": lost})) == 2
+
+
+@pytest.mark.parametrize("name", ["data", "layers", "modules", "spearman", "diversity", "stages", "versions",
+                                  "pass_at_k"])
+def test_each_table_of_a_run_is_in_the_comparison(runs: list[Results], compared: Path, name: str):
+  with (compared / f"{name}.csv").open(newline="") as f:
+    joined = list(csv.DictReader(f))
+  for run in runs:
+    table = next(part for section in page.sections(run, samples.Packer().chunks(run)[0]) for part in section.parts
+                 if isinstance(part, Table) and part.name == name)
+    own = list(csv.DictReader(io.StringIO(csv_of(table))))
+    assert own
+    mine = [{key: value for key, value in row.items() if key in own[0]} for row in joined
+            if row["run"] == run.root.name]
+    assert mine == own
+
+
+def test_layers_and_diversity_of_the_last_round_are_drawn(runs: list[Results]):
+  importance, sft, merged, rank = panels({"a": runs[0], "b": runs[2]}, "layers")
+  want = np.array(runs[0].analysis[2]["importance"]["layers"])
+  np.testing.assert_allclose(importance.lines[0].y, 100 * want / want.sum())
+  np.testing.assert_allclose(sft.lines[1].y, 100 * np.array(runs[2].analysis[2]["weight_change"]["sft"]["share"]))
+  assert len(merged.lines) == 1
+  assert rank.lines[0].y == (-0.4, -0.4, -0.4)
+  assert [panel.title for panel in panels({"a": runs[0], "b": runs[2]}, "diversity")] == [
+      "distinct answers a question", "share of distinct 4-grams"]
+
+
+def test_answers_of_all_runs_are_there_and_share_the_room(runs: list[Results], compared: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch):
+  unpack = lambda text: [json.loads(gzip.decompress(base64.b64decode(chunk)))
+                         for chunk in re.findall(r'class="chunk">([^<]+)<', text)]
+  found = unpack((compared / "index.html").read_text())
+  assert {chunk["run"] for chunk in found} == {"imm_0", "imm_1", "star_0"}
+  count = sum(len(path.read_text().splitlines()) for run in runs for path in run.root.rglob("*.jsonl")
+              if path.name not in ("metrics.jsonl", "train.jsonl"))
+  assert sum(len(chunk["rows"]) for chunk in found) == count
+  size = (runs[0].root / "round_0/samples.jsonl").stat().st_size
+  monkeypatch.setattr(compare, "MOST_BYTES", 3 * size + 600)
+  compare.write(runs, tmp_path / "small")
+  text = (tmp_path / "small/index.html").read_text()
+  assert {chunk["run"] for chunk in unpack(text)} == {"imm_0", "imm_1", "star_0"}
+  assert "star_0: round_2/samples.jsonl: not in the browser of samples" in report_runs.text_of(text)
+
+
+def test_the_page_says_where_runs_stand_and_leads_to_their_pages(runs: list[Results], tmp_path: Path):
+  root = report_runs.make(tmp_path / "a run", rounds=1)
+  live.write(root, root / "report")
+  compare.write([runs[0], Results.of(root)], tmp_path / "pages/out")
+  text = (tmp_path / "pages/out/index.html").read_text()
+  link, = re.findall(r'<a href="([^"#]+)">a run</a>', text)
+  assert (tmp_path / "pages/out" / urllib.parse.unquote(link)).resolve() == (root / "report/index.html").resolve()
+  assert ">imm_0<" in text  # has no page
 
 
 def test_runs_of_other_tasks_are_told_apart(runs: list[Results], tmp_path: Path):
   other = Results.of(report_runs.make(tmp_path / "other", task="gsm8k", ood=()))
-  section = next(part for part in compare.sections({"a": runs[0], "b": other}) if part.id == "accuracy")
+  section = next(part for part in compare.sections({"a": runs[0], "b": other}, {}, tmp_path) if part.id == "accuracy")
   assert any("differ in their tasks" in part for part in section.parts if isinstance(part, str))
+
+
+@pytest.mark.parametrize("missing", ["base/eval", "run.json", "round_0", "config.json"])
+def test_a_broken_run_does_not_keep_the_others_away(runs: list[Results], tmp_path: Path, missing: str):
+  root = report_runs.make(tmp_path / "broken", rounds=1)
+  (shutil.rmtree if (root / missing).is_dir() else os.remove)(root / missing)
+  compare.write([runs[0], Results.of(root)], tmp_path / "out")
+  text = report_runs.text_of((tmp_path / "out/index.html").read_text())
+  assert f"broken: {missing}" in text
+  assert "imm_0" in text
 
 
 def test_every_run_of_the_papers_tables_is_set_beside_its_table_and_has_its_settings():

@@ -19,8 +19,13 @@ METHODS = {"imm": ("#0072B2", "^"), "iimm": ("#56B4E9", "v"), "star": ("#D55E00"
            "data_mixture": ("#E69F00", "D"), "data_accumulation": ("#009E73", "P"), "real": ("#CC79A7", "X")}
 _OTHER = ("#666666", "*")
 _INTERVENTIONS = {"gradient_decay": "<", "gradient_clipping": ">", "weight_masking": "d"}
+# For curves that are no method's: a colour and marker each.
+SERIES = (("#0072B2", "^"), ("#D55E00", "o"), ("#009E73", "s"), ("#CC79A7", "X"), ("#E69F00", "D"), ("#000000", "P"),
+          ("#56B4E9", "v"), ("#F0E442", "*"))
+_HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++", "oo")
 _LINES = ("-", "--", ":", "-.")
 _WIDTH, _HEIGHT = 4.4, 3.3  # inches of a panel
+_SHORT = 32
 
 
 class Line(NamedTuple):
@@ -37,7 +42,8 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-  """Curves over one pair of axes; `span` is the y axis's, where the data are not to choose it."""
+  """Curves over one pair of axes; `span` is the y axis's, where the data are not to choose it. A curve that is alone
+  has a name in the legend where `named` says so."""
 
   title: str
   x: str
@@ -47,16 +53,25 @@ class Panel(NamedTuple):
   shares: bool = False
   log2: bool = False
   span: tuple[float, float] | None = None
+  named: bool = False
+
+
+class Bars(NamedTuple):
+  """Horizontal bars: their names, and of each part by its name a length for every bar."""
+
+  x: str
+  names: tuple[str, ...]
+  parts: dict[str, tuple[float, ...]]
 
 
 def draw(*panels: Panel) -> "Figure":
-  """The panels side by side, with one legend below them where there are several curves."""
+  """The panels side by side, with one legend below them."""
   from matplotlib.figure import Figure  # late: a command that draws nothing does not wait for it
 
   labels = {line.label for panel in panels for line in panel.lines}
   width = _WIDTH * len(panels) + 0.3
   columns = min(len(labels), max(1, int(width / (0.5 + 0.07 * max(map(len, labels))))))
-  rows = -(-len(labels) // columns) if len(labels) > 1 else 0
+  rows = -(-len(labels) // columns) if len(labels) > 1 or panels[0].named else 0
   height = _HEIGHT + 0.18 * rows + 0.1
   figure = Figure(figsize=(width, height))
   axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -106,15 +121,59 @@ def scores(label: str, style: tuple[str, str], x: Sequence[float], found: Sequen
               tuple(a.high for a in found))
 
 
-def method_style(method: str, intervention: str = "none") -> tuple[str, str]:
-  """Colour and marker of a method; an intervention in SFT has the method's colour and a marker of its own."""
+def bars(data: Bars) -> "Figure":
+  """Horizontal bars, each made of its parts."""
+  from matplotlib.figure import Figure
+
+  columns = 3
+  width, height = _WIDTH + 0.3, 0.62 + 0.18 * -(-len(data.parts) // columns) + 0.28 * len(data.names)
+  figure = Figure(figsize=(width, height))
+  axes = figure.subplots()
+  left = [0.0] * len(data.names)
+  for i, (part, values) in enumerate(data.parts.items()):
+    axes.barh(range(len(data.names)), values, left=left, color=series(i)[0], hatch=_HATCHES[i % len(_HATCHES)],
+              edgecolor="white", linewidth=0, height=0.7, label=part)
+    left = [a + b for a, b in zip(left, values, strict=True)]
+  axes.set_yticks(range(len(data.names)), data.names, fontsize=9)
+  axes.invert_yaxis()
+  axes.set_xlabel(data.x)
+  axes.grid(axis="x", alpha=0.3)
+  axes.set_axisbelow(True)
+  figure.legend(*axes.get_legend_handles_labels(), loc="upper center", ncols=columns, frameon=False, fontsize=9)
+  margin = 0.2 + 0.07 * max(map(len, data.names))
+  figure.subplots_adjust(left=margin / width, right=1 - 0.2 / width, bottom=0.5 / height,
+                         top=1 - (0.12 + 0.18 * -(-len(data.parts) // columns)) / height)
+  return figure
+
+
+def method_style(method: str, intervention: str = "none", i: int = 0) -> tuple[str, str]:
+  """Colour and marker of a method; an intervention in SFT has the method's colour and a marker of its own.
+
+  So has the i-th curve of a method once its kinds of line are used up.
+  """
   colour, marker = METHODS.get(method, _OTHER)
-  return colour, _INTERVENTIONS.get(intervention, marker)
+  looks = [_INTERVENTIONS.get(intervention, marker)]
+  looks += [other for _, other in SERIES if other not in looks]
+  return colour, looks[i // len(_LINES) % len(looks)]
+
+
+def series(i: int) -> tuple[str, str]:
+  """Colour and marker of the i-th of some curves."""
+  return SERIES[i % len(SERIES)]
 
 
 def dash(i: int) -> str:
   """The i-th kind of line."""
   return _LINES[i % len(_LINES)]
+
+
+def short(name: str) -> str:
+  """The end of a name that is long, such as a path.
+
+  >>> short("runs/tiny"), short("/home/somebody/runs/tiny/round_0/sft")
+  ('runs/tiny', '...ebody/runs/tiny/round_0/sft')
+  """
+  return name if len(name) <= _SHORT else f"...{name[3 - _SHORT:]}"
 
 
 def over_rounds(values: Mapping[int, float], label: str, style: tuple[str, str], dash: str = "-") -> Line:

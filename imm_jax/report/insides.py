@@ -8,31 +8,34 @@ from imm_jax.report.figures import Line, Panel
 from imm_jax.report.markup import Plot, Section, Table
 from imm_jax.report.results import Results
 
-# A colour and marker for each round.
-_ROUNDS = (("#0072B2", "^"), ("#D55E00", "o"), ("#009E73", "s"), ("#CC79A7", "X"), ("#E69F00", "D"), ("#000000", "P"))
-_MODELS = {"sft": "by SFT", "merged": "from base to merged"}
+# What is said of a weight change, and of a measure of diversity, by their names in analysis.json.
+CHANGES = {"sft": "by SFT", "merged": "from base to merged"}
+DIVERSITY = {"distinct_answers": "distinct answers a question", "distinct_4grams": "share of distinct 4-grams",
+             "token_entropy": "token entropy, nats"}
+LAYERS = ("Importance is the sum of |gradient x weight| over a layer's matrices (eq. 3), weight change the sum of "
+          "their Frobenius norms (eq. 4); each as a share of all layers. A negative correlation means that what moves "
+          "most matters least.")
+COLLAPSE = "Fewer distinct answers to a question from round to round are a sign of collapse."
 
 
 def layers(results: Results) -> Section:
   """Importance and weight change by layer, and their correlation by round."""
   importance = _part(results, "importance")
   changes = {name: {t: found[name] for t, found in _part(results, "weight_change").items() if name in found}
-             for name in _MODELS}
+             for name in CHANGES}
   spearman = _part(results, "spearman")
   panels = []
   if importance:
     panels.append(_by_layer("importance by layer", {t: shares(found["layers"]) for t, found in importance.items()}))
   panels += [_by_layer(f"weight change {label}", {t: found["share"] for t, found in changes[name].items()})
-             for name, label in _MODELS.items() if changes[name]]
+             for name, label in CHANGES.items() if changes[name]]
   if spearman:
     panels.append(Panel("Spearman of importance and change by SFT", "round", "rank correlation", (
-        figures.over_rounds(spearman, "layers", _ROUNDS[0]),), level=0.0, span=(-1.05, 1.05)))
+        figures.over_rounds(spearman, "layers", figures.series(0)),), level=0.0, span=(-1.05, 1.05)))
   if not panels:
     return Section("layers", "Layers", [])
   return Section("layers", "Layers", [
-      "Importance is the sum of |gradient x weight| over a layer's matrices (eq. 3), weight change the sum of their "
-      "Frobenius norms (eq. 4); each as a share of all layers. A negative correlation means that what moves most "
-      "matters least.",
+      LAYERS,
       Plot("layers", "Share of importance and of weight change by layer, a curve each round, and their rank "
            "correlation by round; the tables below have the values", figures.draw, tuple(panels)),
       *_tables(results, importance, changes, spearman)])
@@ -43,21 +46,30 @@ def diversity(results: Results) -> Section:
   found = _part(results, "diversity")
   if not found:
     return Section("diversity", "Diversity of samples", [])
-  names = {"distinct_answers": "distinct answers a question", "distinct_4grams": "share of distinct 4-grams",
-           "token_entropy": "token entropy, nats"}
   panels = []
-  for key, label in names.items():
+  for key, label in DIVERSITY.items():
     values = {t: d[key] for t, d in found.items() if d.get(key) is not None}
     if values:
-      panels.append(Panel(label, "round", label, (figures.over_rounds(values, "samples", _ROUNDS[0]),),
+      panels.append(Panel(label, "round", label, (figures.over_rounds(values, "samples", figures.series(0)),),
                           span=(0, 1.15 * max(values.values()) or 1)))
-  rows = [[t, d.get("questions"), d.get("samples"), *(d.get(key) for key in names)] for t, d in found.items()]
+  rows = [[t, d.get("questions"), d.get("samples"), *(d.get(key) for key in DIVERSITY)] for t, d in found.items()]
   return Section("diversity", "Diversity of samples", [
-      "Fewer distinct answers to a question from round to round are a sign of collapse.",
-      Plot("diversity", f"{', '.join(names.values())} of the samples by round; the table below has the values",
+      COLLAPSE,
+      Plot("diversity", f"{', '.join(DIVERSITY.values())} of the samples by round; the table below has the values",
            figures.draw, tuple(panels)),
-      Table("diversity", "Diversity of each round's samples", ["round", "questions", "samples", *names.values()],
+      Table("diversity", "Diversity of each round's samples", ["round", "questions", "samples", *DIVERSITY.values()],
             rows)])
+
+
+def value(found: Any, *path: str) -> Any:
+  """What stands in analysis.json under some keys; None where one is missing.
+
+  >>> value({"diversity": {"token_entropy": 0.5}}, "diversity", "token_entropy"), value({}, "importance", "layers")
+  (0.5, None)
+  """
+  for key in path:
+    found = found.get(key) if isinstance(found, Mapping) else None
+  return found
 
 
 def shares(values: Sequence[float]) -> list[float]:
@@ -75,7 +87,7 @@ def _part(results: Results, name: str) -> dict[int, Any]:
 
 
 def _by_layer(title: str, found: Mapping[int, Sequence[float]]) -> Panel:
-  lines = tuple(Line(f"round {t}", *_ROUNDS[i % len(_ROUNDS)], figures.dash(i // len(_ROUNDS)),
+  lines = tuple(Line(f"round {t}", *figures.series(i), figures.dash(i // len(figures.SERIES)),
                      tuple(range(len(values))), tuple(100 * v for v in values))
                 for i, (t, values) in enumerate(found.items()))
   highest = max(max(line.y) for line in lines)
@@ -84,7 +96,7 @@ def _by_layer(title: str, found: Mapping[int, Sequence[float]]) -> Panel:
 
 def _tables(results: Results, importance: Mapping[int, Any], changes: Mapping[str, Mapping[int, Any]],
             spearman: Mapping[int, float]) -> list[Table]:
-  measures = {"importance": importance, **{f"weight change {_MODELS[name]}": found for name, found in changes.items()}}
+  measures = {"importance": importance, **{f"weight change {CHANGES[name]}": found for name, found in changes.items()}}
   measures = {name: found for name, found in measures.items() if found}
   by_layer, by_module = [], []
   for t in results.analysis:

@@ -50,10 +50,9 @@ class Live:
       folder.mkdir(exist_ok=True)
       status = status or Status(self._plan, "running")
       files.write_text(folder / "status.json", json.dumps(status._asdict()) + "\n")
-      written = time.strftime("%Y-%m-%d %H:%M:%S %Z")
       with files.committed(folder / "index.html") as out:
-        writer.write_page(out, page.write(results, status, parts, self._chunks, self._problems, drawn, written=written
-                                          if status.state == "running" else ""))
+        writer.write_page(out, page.write(results, status, parts, self._chunks, self._problems, drawn,
+                                          written=_now(status), renewed=status.state == "running"))
     except Exception as e:  # a run of days does not end over its report
       if not self._warned:
         print(f"warning: the report could not be written ({e!r}); it is tried again after each stage", file=sys.stderr)
@@ -99,9 +98,14 @@ def write(root: Path, out: Path, *, status: Status | None = None, extra: Sequenc
   parts = [first, *extra, *others]
   drawn = (plots or writer.Plots()).svg(parts)
   with files.committed(out) as folder:
-    writer.write(folder, page.write(results, status, parts, chunks, problems, drawn), parts)
+    writer.write(folder, page.write(results, status, parts, chunks, problems, drawn, written=_now(status)), parts)
     files.write_text(folder / "status.json", json.dumps(status._asdict()) + "\n")
   return results
+
+
+def _now(status: Status) -> str:
+  """The time, for the page of a run that goes on; of others a page does not depend on when it was written."""
+  return time.strftime("%Y-%m-%d %H:%M:%S %Z") if status.state == "running" else ""
 
 
 def status_of(root: Path) -> Status:

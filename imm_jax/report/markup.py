@@ -14,13 +14,20 @@ from imm_jax.evaluation import Accuracy
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
-  Cell = str | int | float | Accuracy | None
+  Cell = "str | int | float | Accuracy | Link | None"
 
 # Rows of a table that is folded.
 _LONG = 16
 
 # By which a page is known to be one of this package.
 GENERATOR = '<meta name="generator" content="imm_jax">'
+
+
+class Link(NamedTuple):
+  """Text that leads somewhere; a CSV has the text."""
+
+  text: str
+  href: str
 
 
 class Table(NamedTuple):
@@ -76,6 +83,8 @@ def csv_of(table: Table) -> str:
 def _values(cell: "Cell", four: bool) -> tuple[Any, ...]:
   if isinstance(cell, Accuracy):
     return cell.value, cell.low, cell.high, cell.n
+  if isinstance(cell, Link):
+    cell = cell.text
   return (cell, "", "", "") if four else (cell,)
 
 
@@ -96,6 +105,8 @@ def _cell(cell: "Cell") -> str:
     return ""
   if isinstance(cell, Accuracy):
     return f"{cell.value:.3f} <small>[{cell.low:.3f}, {cell.high:.3f}]</small>"
+  if isinstance(cell, Link):
+    return f'<a href="{html.escape(cell.href)}">{html.escape(cell.text)}</a>'
   if isinstance(cell, int):
     return f"{cell:,}"
   if isinstance(cell, float):

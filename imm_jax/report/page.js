@@ -40,6 +40,8 @@
       chunks.push(chunk);
     }
     const roundName = (round) => (round < 0 ? "base" : String(round));
+    options("run", chunks.map((chunk) => chunk.run));
+    byId("filter-run").parentElement.hidden = new Set(chunks.map((chunk) => chunk.run)).size < 2;
     options("kind", chunks.map((chunk) => chunk.kind));
     options("round", [...new Set(chunks.map((chunk) => chunk.round))].sort((a, b) => a - b).map(roundName));
     options("task", chunks.map((chunk) => chunk.task));
@@ -61,13 +63,14 @@
 
   // What the filters ask for, as a function of a row.
   function wanted() {
-    const [kind, round, task, asked] = ["kind", "round", "task", "verdict"].map((name) => byId(`filter-${name}`).value);
+    const [runName, kind, round, task, asked] =
+        ["run", "kind", "round", "task", "verdict"].map((name) => byId(`filter-${name}`).value);
     const text = byId("query").value.trim();
     const pattern = text && new RegExp(text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), "iu");
     const chunks = new Map();  // whether a file's rows are wanted, and which of its questions hold the text
     const look = (chunk) => {
-      const fits = (!kind || chunk.kind === kind) && (!task || chunk.task === task) &&
-          (!round || chunk.round === (round === "base" ? -1 : Number(round)));
+      const fits = (!runName || chunk.run === runName) && (!kind || chunk.kind === kind) &&
+          (!task || chunk.task === task) && (!round || chunk.round === (round === "base" ? -1 : Number(round)));
       const hits = fits && pattern && chunk.questions.map((question) => pattern.test(question[1]));
       chunks.set(chunk, {fits, hits});
       return chunks.get(chunk);
@@ -113,6 +116,7 @@
     facts.append(part("span", "verdict", verdict(row) + (cut ? ", cut off" : "")));
     add("extracted", span || "nothing");
     add("gold", gold);
+    if (chunk.run) add("run", chunk.run);
     add("", chunk.round < 0 ? "base" : `round ${chunk.round}`);
     add("", chunk.kind);
     add("task", chunk.task);
@@ -146,7 +150,7 @@
   function save() {
     const lines = found.map(([question, sample, temperature, right, cut, span, text, chunk]) => {
       const [id, asked, gold] = chunk.questions[question];
-      return JSON.stringify({id, round: chunk.round, from: chunk.kind, task: chunk.task, sample, temperature,
+      return JSON.stringify({id, run: chunk.run || undefined, round: chunk.round, from: chunk.kind, task: chunk.task, sample, temperature,
                              question: asked, gold, text, span, correct: right === 1, cut_off: cut === 1}) + "\n";
     });
     const link = part("a");

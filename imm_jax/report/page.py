@@ -1,25 +1,20 @@
 """The page of one run: what stands on it."""
 
 import html
-import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from imm_jax.report import figures, insides
+from imm_jax.evaluation import Accuracy
+from imm_jax.report import browser, figures, insides
 from imm_jax.report.figures import MODELS, Panel
 from imm_jax.report.markup import Markup, Plot, Section, Table, page, section
-from imm_jax.report.results import Model, Results, count, is_number, skipped
+from imm_jax.report.reading import COUNTS, count, is_number
+from imm_jax.report.results import Model, Results, skipped
 from imm_jax.report.samples import Chunk
 
 _RELOAD_S = 30
-# Facts of a round's data, in the order of a round, and what they count.
-_COUNTS = {"samples": "sampled", "correct": "right", "dropped_wrong": "dropped: wrong answer",
-           "dropped_unfinished": "dropped: cut off", "dropped_duplicate": "dropped: repeated", "kept": "trained on",
-           "real": "of these real", "of_earlier_rounds": "of these of earlier rounds",
-           "dropped_long": "dropped in SFT: too long", "no_answer": "without an answer",
-           "unfinished": "cut at max_new_tokens", "long_prompts": "questions too long to ask",
-           "tokens": "tokens sampled"}
+NO_MEMORY = "The devices did not say how much memory they held."
 
 
 class Status(NamedTuple):
@@ -44,7 +39,7 @@ def sections(results: Results, chunks: Sequence[Chunk]) -> list[Section]:
 
 
 def write(results: Results, status: Status, parts: Sequence[Section], chunks: Sequence[Chunk], problems: Sequence[str],
-          drawn: Mapping[str, Sequence[str]], *, written: str = "") -> str:
+          drawn: Mapping[str, Sequence[str]], *, written: str = "", renewed: bool = False) -> str:
   """The page as HTML.
 
   Args:
@@ -55,25 +50,37 @@ def write(results: Results, status: Status, parts: Sequence[Section], chunks: Se
     problems: what is missing or damaged, besides what `results` says.
     drawn: SVG of the plots by name, as `writer.Plots` gives it.
     written: when, for a run that goes on.
+    renewed: whether the page is written again then.
   """
-  problems = [*results.problems, *problems]
-  name = results.root.resolve().name
-  top = [f"<h1>{html.escape(f'{results.method}: {name}')}</h1>", _status(results, status, written), _summary(results)]
+  name = f"{results.method}: {results.root.resolve().name}"
+  top = f"<h1>{html.escape(name)}</h1>{_status(results, status, written, renewed)}{_summary(results)}"
+  return assemble(name, top, [*results.problems, *problems], parts, chunks, drawn, reload_s=_RELOAD_S if renewed else 0)
+
+
+def assemble(title: str, top: str, problems: Sequence[str], parts: Sequence[Section], chunks: Sequence[Chunk],
+             drawn: Mapping[str, Sequence[str]], *, reload_s: int = 0) -> str:
+  """A page of one run or several; the answers stand before its last section.
+
+  Args:
+    title: plain text.
+    top: HTML of its head.
+    problems: what is missing or damaged, a line each.
+    parts: the sections.
+    chunks: of answers.
+    drawn: SVG of the plots by name.
+    reload_s: as for `markup.page`.
+  """
   if problems:
     items = "".join(f"<li>{html.escape(p)}</li>" for p in problems)
-    top.append(f'<div class="problems" role="note"><strong>Missing or left out</strong><ul>{items}</ul></div>')
-  links = [(part.id, part.title) for part in parts]
-  browser = ""
+    top += f'<div class="problems" role="note"><strong>Missing or left out</strong><ul>{items}</ul></div>'
+  links, texts = [(part.id, part.title) for part in parts], [section(part, drawn) for part in parts]
   if chunks:
     links.insert(-1, ("samples", "Answers"))
-    browser = _browser(chunks)
-  texts = [section(part, drawn) for part in parts]
-  data = "".join(f'<script type="application/gzip+base64" class="chunk">{chunk.packed}</script>' for chunk in chunks)
-  return page(f"{results.method}: {name}", "".join(top), [*texts[:-1], browser, texts[-1]], links, bottom=data,
-              reload_s=_RELOAD_S if status.state == "running" else 0)
+    texts.insert(-1, browser.section(chunks))
+  return page(title, top, texts, links, bottom=browser.data(chunks), reload_s=reload_s)
 
 
-def _status(results: Results, status: Status, written: str) -> str:
+def _status(results: Results, status: Status, written: str, renewed: bool) -> str:
   done = [name for name in status.plan if name in results.stages]
   stages = f"{len(done)} of {len(status.plan)} stages done" if status.plan else f"{len(results.stages)} stages done"
   if not isinstance(results.facts.get("stages"), dict):
@@ -81,7 +88,8 @@ def _status(results: Results, status: Status, written: str) -> str:
   todo = next((name for name in status.plan if name not in results.stages), "")
   text = {"running": f"Running: {stages}" + f"; next {todo}" * bool(todo), "finished": f"Finished: {stages}",
           "stopped": f"Stopped: {stages}" + f"; next {todo}" * bool(todo)}.get(status.state, stages)
-  text += f" (as of {written}; the page looks for a newer one every {_RELOAD_S} s)" if written else ""
+  how = f"the page looks for a newer one every {_RELOAD_S} s" if renewed else "this page stays as it is"
+  text += f" (as of {written}; {how})" if written else ""
   text += f". {status.why}" if status.why else ""
   bar = f'<progress value="{len(done)}" max="{len(status.plan)}" aria-label="stages done"></progress> ' if todo else ""
   return f'<p class="status {html.escape(status.state)}">{bar}{html.escape(text)}</p>'
@@ -169,7 +177,7 @@ def _sampled(results: Results) -> Section:
   last = max(m.round for m in results.models)
   lines = []
   for m in results.models:
-    curve = {int(name[5:]): a for name, a in m.sampled.get(results.id_task, {}).items() if name.startswith("pass@")}
+    curve = pass_at_k(m, results.id_task)
     if m.kind in MODELS and m.round in (-1, last) and curve:
       colour, marker, label = MODELS[m.kind]
       lines.append(figures.scores(label, (colour, marker), list(curve), list(curve.values())))
@@ -184,11 +192,16 @@ def _sampled(results: Results) -> Section:
       *plot, Table("pass_at_k", "pass@k and majority vote", ["model", "task", *names], rows)])
 
 
+def pass_at_k(model: Model, task: str) -> dict[int, Accuracy]:
+  """The model's pass@k on a task by k."""
+  return {int(name[5:]): a for name, a in model.sampled.get(task, {}).items() if name.startswith("pass@")}
+
+
 def _data(results: Results) -> Section:
-  keys = [key for key in _COUNTS if any(row.get(key, 0) != 0 for row in results.data)]
+  keys = [key for key in COUNTS if any(row.get(key, 0) != 0 for row in results.data)]
   rows = [[row["round"], *(count(row, key) for key in keys)] for row in results.data]
   return Section("data", "Answers kept and dropped", [Table(
-      "data", "Answers by round", ["round", *(_COUNTS[key] for key in keys)], rows)] if rows else [])
+      "data", "Answers by round", ["round", *(COUNTS[key] for key in keys)], rows)] if rows else [])
 
 
 def _stages(results: Results, chunks: Sequence[Chunk]) -> Section:
@@ -196,9 +209,9 @@ def _stages(results: Results, chunks: Sequence[Chunk]) -> Section:
   for chunk in chunks:
     name = chunk.name.rpartition("/")[0] if "/eval/" in chunk.name else chunk.name
     tokens[name] = tokens.get(name, 0) + chunk.tokens
-  rows, most = [], max([_seconds(entry) for entry in results.stages.values()], default=0)
+  rows, most = [], max([seconds_of(entry) for entry in results.stages.values()], default=0)
   for name, entry in sorted(results.stages.items(), key=lambda item: _order(item[0])):
-    took = _seconds(entry)
+    took = seconds_of(entry)
     done = count(entry["facts"], "tokens") or tokens.get(name)
     rows.append([name, took, done, done / took if done and took else None, count(entry, "bytes") or None,
                  *([results.memory.get(name)] if results.memory else [])])
@@ -206,7 +219,7 @@ def _stages(results: Results, chunks: Sequence[Chunk]) -> Section:
                    f"{row[1]:g} s</meter><span>{row[1]:,.1f} s</span></div>" for row in rows)
   return Section("stages", "Time, tokens and memory by stage", [
       Markup(f'<div class="meters">{meters}</div>'),
-      *(["The devices did not say how much memory they held."] * (not results.memory)),
+      *([NO_MEMORY] * (not results.memory)),
       Table("stages", "Stages; tokens are those sampled or trained on", [
           "stage", "seconds", "tokens", "tokens/s", "bytes written",
           *(["most memory of a device, GiB"] if results.memory else [])], rows)] if rows else [])
@@ -221,14 +234,14 @@ def _order(name: str) -> tuple[int, int, str]:
   return int(number) if number.isdigit() else -1, kinds.index(rest) if rest in kinds else len(kinds), name
 
 
-def _seconds(entry: Mapping[str, object]) -> float:
+def seconds_of(entry: Mapping[str, object]) -> float:
   value = entry.get("seconds")
   return float(value) if is_number(value) else 0.0
 
 
 def seconds(results: Results) -> float:
   """Seconds of all stages of a run."""
-  return sum(_seconds(entry) for entry in results.stages.values())
+  return sum(seconds_of(entry) for entry in results.stages.values())
 
 
 def _duration(total: float) -> str:
@@ -252,12 +265,12 @@ def devices(results: Results) -> str:
 def _config(results: Results) -> Section:
   versions = results.facts.get("versions") if isinstance(results.facts.get("versions"), dict) else {}
   rows = [[name, str(version)] for name, version in sorted(versions.items())]
-  config = html.escape(json.dumps(results.config, indent=1))
   return Section("config", "Config and versions", [
       *([Table("versions", f"Versions; devices: {devices(results)}", ["package", "version"], rows)] if rows else []),
-      Markup(f"<details><summary>The whole config</summary><pre>{config}</pre></details>")])
+      Markup(details("The whole config", json.dumps(results.config, indent=1)))])
 
 
-def _browser(chunks: Sequence[Chunk]) -> str:
-  text = importlib.resources.files("imm_jax.report").joinpath("browser.html").read_text(encoding="utf-8")
-  return text.replace("COUNT", f"{sum(chunk.rows for chunk in chunks):,}")
+def details(summary: str, text: str) -> str:
+  """HTML of a text that is folded away."""
+  return f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>"
+

@@ -1,15 +1,14 @@
 """What came out of a run, read from its directory; what cannot be read is left out and named."""
 
-import collections
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from imm_jax import files
-from imm_jax.errors import UserError, listed
+from imm_jax.errors import UserError
 from imm_jax.evaluation import Accuracy, accuracy
+from imm_jax.report import reading
+from imm_jax.report.reading import is_number
 
 _METRIC = re.compile(r"greedy|(pass|majority)@[1-9]\d{0,8}")
 
@@ -77,9 +76,9 @@ class Results(NamedTuple):
     if not is_run(root):
       raise UserError(f"{root}: is no run directory (it has no run.json, and no config.json of a run)")
     problems: list[str] = []
-    config = _object(root / "config.json", problems)
-    record = _object(root / "run.json", problems)
-    stages = _stages(root, record, problems)
+    config = reading.config(root / "config.json", problems)
+    record = reading.record(root / "run.json", problems)
+    stages = reading.stages(root, record, problems)
     method, id_task, ood_tasks = _what(record, config, problems)
     rounds = sorted({int(found[1]) for name in stages if (found := re.match(r"round_(\d+)/", name))})
     models = _models(stages, rounds, (id_task, *ood_tasks), problems)
@@ -87,9 +86,9 @@ class Results(NamedTuple):
                  | stages.get(f"round_{t}/train.jsonl", {}).get("facts", {})
                  | {k: v for k, v in stages.get(f"round_{t}/sft", {}).get("facts", {}).items() if k == "dropped_long"}
                  for t in rounds if any(f"round_{t}/{file}.jsonl" in stages for file in ("samples", "train")))
-    memory = _memory(root, any(name.endswith("/sft") for name in stages), problems)
+    memory = reading.memory(root, any(name.endswith("/sft") for name in stages), problems)
     analysis = {t: found for t in rounds if (root / f"round_{t}/analysis.json").exists()
-                and (found := _analysis(root / f"round_{t}/analysis.json", problems))}
+                and (found := reading.analysis(root / f"round_{t}/analysis.json", problems))}
     return cls(root, method, id_task, ood_tasks, models, data, stages, memory, analysis, record, config,
                tuple(problems))
 
@@ -113,7 +112,7 @@ class Results(NamedTuple):
 def is_run(root: Path) -> bool:
   """Whether a folder is a run directory, perhaps a damaged one; a checkpoint has a config.json, too."""
   return (root / "run.json").is_file() or any((root / name).is_dir() for name in ("base/eval", "round_0")) or (
-      "method" in _object(root / "config.json", []))
+      "method" in reading.json_object(root / "config.json", []))
 
 
 def find(given: Sequence[str]) -> list[Path]:
@@ -135,33 +134,6 @@ def find(given: Sequence[str]) -> list[Path]:
   if not roots:
     raise UserError("--workdirs: names no run directory")
   return roots
-
-
-def _object(path: Path, problems: list[str]) -> dict[str, Any]:
-  if not path.is_file():
-    problems.append(f"{path.name}: missing")
-    return {}
-  try:
-    return files.read_json(path)
-  except UserError as e:
-    problems.append(f"{path.name}: damaged ({e})")
-    return {}
-
-
-def _stages(root: Path, record: Mapping[str, Any], problems: list[str]) -> dict[str, dict[str, Any]]:
-  found = record.get("stages", {})
-  if record and not (isinstance(found, dict) and "stages" in record):
-    problems.append("run.json: has no list of stages")
-  entries = found.items() if isinstance(found, dict) else ()
-  stages = {name: entry for name, entry in entries if isinstance(entry, dict) and isinstance(entry.get("facts"), dict)}
-  if len(stages) < len(entries):
-    problems.append(f"run.json: damaged entries of {listed([name for name, _ in entries if name not in stages])}")
-  problems += [f"{name}: missing, though run.json says that it was made" for name in stages
-               if not (root / name).exists()]
-  if not isinstance(record.get("stages"), dict):  # answers are shown all the same
-    there = [p for pattern in ("base/eval", "round_*/samples.jsonl", "round_*/eval/*") for p in root.glob(pattern)]
-    stages = {str(path.relative_to(root)): {"facts": {}} for path in sorted(there)}
-  return stages
 
 
 def _what(record: Mapping[str, Any], config: Mapping[str, Any], problems: list[str],
@@ -209,72 +181,6 @@ def _score(found: Mapping[str, Any]) -> Accuracy:
   if not (whole and 0 <= score.low <= score.value <= score.high <= 1):
     raise ValueError(f"{found} is no accuracy")
   return score
-
-
-def _memory(root: Path, trained: bool, problems: list[str]) -> dict[str, float]:
-  path = root / "metrics.jsonl"
-  most: dict[str, float] = collections.defaultdict(float)
-  if not path.is_file():
-    problems += ["metrics.jsonl: missing, so nobody can say how much memory the devices took"] * trained
-    return most
-  damaged = 0
-  with path.open(encoding="utf-8", errors="replace") as f:
-    for line in f:
-      try:
-        row = json.loads(line)
-        value = row.get("memory_gib", 0)
-        if is_number(value) and value > most.get(row["stage"], 0):
-          most[row["stage"]] = value
-      except (AttributeError, KeyError, TypeError, ValueError):
-        damaged += 1
-  problems += [f"metrics.jsonl: {damaged} lines cannot be read"] * bool(damaged)
-  return most
-
-
-def _analysis(path: Path, problems: list[str]) -> dict[str, Any]:
-  """The parts of analysis.json that have the form they should have."""
-  name = f"{path.parent.name}/{path.name}"
-  try:
-    found = files.read_json(path)
-  except UserError as e:
-    problems.append(f"{name}: damaged ({e})")
-    return {}
-  checks: dict[str, Callable[[Any], bool]] = {
-      "importance": _layers,
-      "weight_change": lambda x: bool(x) and all(_layers(y) and _numbers(y["share"]) for y in x.values()),
-      "spearman": is_number,
-      "diversity": lambda x: is_number(x["distinct_answers"]) and all(
-          y is None or is_number(y) for y in (x.get(key) for key in ("distinct_4grams", "token_entropy")))}
-  good = {}
-  for part, check in checks.items():
-    if found.get(part) is not None:
-      try:
-        if not check(found[part]):
-          raise ValueError(f"{part} holds no numbers")
-        good[part] = found[part]
-      except (AttributeError, KeyError, TypeError, ValueError) as e:
-        problems.append(f"{name}: {part} is damaged ({e!r})")
-  return good
-
-
-def is_number(value: Any) -> bool:
-  """Whether a value is a number that can be shown and drawn: no NaN, no infinity, nothing huge."""
-  return isinstance(value, int | float) and -1e100 < value < 1e100
-
-
-def count(facts: Mapping[str, Any], key: str) -> int:
-  """A count among facts, 0 where there is none."""
-  value = facts.get(key)
-  return value if isinstance(value, int) and is_number(value) else 0
-
-
-def _numbers(values: Any) -> bool:
-  return isinstance(values, list) and bool(values) and all(map(is_number, values))
-
-
-def _layers(found: Mapping[str, Any]) -> bool:
-  """Whether these are numbers by layer, and by layer of each module."""
-  return _numbers(found["layers"]) and all(map(_numbers, found.get("modules", {}).values()))
 
 
 def table(results: Results) -> str:

@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from imm_jax.errors import listed
-from imm_jax.report.results import Results, is_number
+from imm_jax.report.reading import is_number
+from imm_jax.report.results import Results
 
 # Bytes of the files whose answers the page holds; a browser keeps about as much in memory.
 MOST_BYTES = 150_000_000
 _ROWS = 20_000  # of a chunk
+# What a line has to hold.
+_ROW = {"id": str, "question": str, "gold": str, "text": str, "span": str, "correct": bool, "tokens": int,
+        "finish": str}
 
 
 class Chunk(NamedTuple):
@@ -29,7 +33,8 @@ class Chunk(NamedTuple):
     rows: how many.
     tokens: of all answers.
     damaged: lines that are no JSON object, by number.
-    packed: base64 of gzip of JSON: `kind`, `round`, `task`, `questions` ([id, question, gold]) and `rows`
+    lacking: lines in which something is missing or of a wrong kind, by number; they are shown without it.
+    packed: base64 of gzip of JSON: `run`, `kind`, `round`, `task`, `questions` ([id, question, gold]) and `rows`
       ([number of the question, sample, temperature, right, cut off, span, text]).
   """
 
@@ -37,13 +42,19 @@ class Chunk(NamedTuple):
   rows: int
   tokens: int
   damaged: tuple[int, ...]
+  lacking: tuple[int, ...]
   packed: str
 
 
 class Packer:
-  """Packs files, and remembers those that have not changed since."""
+  """Packs the files of a run, and remembers those that have not changed since.
 
-  def __init__(self) -> None:
+  Args:
+    run: what the run is called, where a page has several.
+  """
+
+  def __init__(self, run: str = "") -> None:
+    self._run = run
     self._known: dict[Path, tuple[tuple[int, int], list[Chunk]]] = {}
 
   def chunks(self, results: Results, *, most_bytes: int = MOST_BYTES) -> tuple[list[Chunk], list[str]]:
@@ -62,10 +73,13 @@ class Packer:
       left -= status.st_size
       stamp = (status.st_mtime_ns, status.st_size)
       if self._known.get(path, (None,))[0] != stamp:
-        self._known[path] = stamp, list(_pack(path, name, kind, round_, task))
+        about = {"run": self._run, "kind": kind, "round": round_, "task": task}
+        self._known[path] = stamp, list(_pack(path, name, about))
       found += self._known[path][1]
-      damaged = [str(number) for chunk in self._known[path][1] for number in chunk.damaged]
-      problems += [f"{name}: lines that are no JSON object were left out: {listed(damaged)}"] * bool(damaged)
+      for which, said in (("damaged", "that are no JSON object were left out"),
+                          ("lacking", f"in which one of {', '.join(_ROW)} is missing or damaged")):
+        lines = [str(number) for chunk in self._known[path][1] for number in getattr(chunk, which)]
+        problems += [f"{name}: lines {said}: {listed(lines)}"] * bool(lines)
     return found, problems
 
 
@@ -93,16 +107,16 @@ def _files(results: Results, problems: list[str]) -> Iterable[tuple[Path, str, i
   yield from (*greedy, *drawn)
 
 
-def _pack(path: Path, name: str, kind: str, round_: int, task: str) -> Iterable[Chunk]:
+def _pack(path: Path, name: str, about: dict[str, Any]) -> Iterable[Chunk]:
   with path.open("rb") as f:
     lines = enumerate(f, 1)
     while some := list(itertools.islice(lines, _ROWS)):
-      yield _pack_lines(some, name, {"kind": kind, "round": round_, "task": task})
+      yield _pack_lines(some, name, about)
 
 
 def _pack_lines(lines: Iterable[tuple[int, bytes]], name: str, about: dict[str, Any]) -> Chunk:
   questions: dict[tuple[str, str, str], int] = {}
-  rows, tokens, damaged = [], 0, []
+  rows, tokens, damaged, lacking = [], 0, [], []
   for number, line in lines:
     try:
       row = json.loads(line.decode(errors="replace"))
@@ -111,6 +125,8 @@ def _pack_lines(lines: Iterable[tuple[int, bytes]], name: str, about: dict[str, 
     if not isinstance(row, dict):
       damaged.append(number)
       continue
+    if not all(isinstance(row.get(key), kind) for key, kind in _ROW.items()):
+      lacking.append(number)
     question = (_text(row, "id"), _text(row, "question"), _text(row, "gold"))
     rows.append([questions.setdefault(question, len(questions)), _number(row, "sample"), _number(row, "temperature"),
                  int(row.get("correct") is True), int(row.get("finish") == "length"), _text(row, "span"),
@@ -119,7 +135,7 @@ def _pack_lines(lines: Iterable[tuple[int, bytes]], name: str, about: dict[str, 
   # As ASCII, in which lone surrogates of a model's output survive; JSON has no NaN.
   found = json.dumps(about | {"questions": list(questions), "rows": rows}, allow_nan=False, separators=(",", ":"))
   packed = base64.b64encode(gzip.compress(found.encode("ascii"), compresslevel=3, mtime=0)).decode()
-  return Chunk(name, len(rows), tokens, tuple(damaged), packed)
+  return Chunk(name, len(rows), tokens, tuple(damaged), tuple(lacking), packed)
 
 
 def _text(row: dict[str, Any], key: str) -> str:

@@ -1,0 +1,131 @@
+"""Runs that differ in nothing but their seed, as one: their mean, their style and what they are called."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from imm_jax.evaluation import Accuracy
+from imm_jax.report import figures
+from imm_jax.report.figures import Line
+from imm_jax.report.results import Results
+
+
+class Group(NamedTuple):
+  """Runs that differ in nothing but their seed.
+
+  Attributes:
+    label: in legends and tables: of one run its name, of several what they have in common.
+    style: colour and marker, those of the method.
+    dash: the kind of line.
+    runs: by name.
+  """
+
+  label: str
+  style: tuple[str, str]
+  dash: str
+  runs: Mapping[str, Results]
+
+
+def group(runs: Mapping[str, Results]) -> list[Group]:
+  """The runs, those together whose configs differ in the seed alone and which have the same tasks."""
+  found: dict[str, dict[str, Results]] = {}
+  for name, run in runs.items():
+    settings = relevant(run.config)
+    # A run whose config is lost is like no other.
+    key = json.dumps([settings, run.id_task, run.ood_tasks], sort_keys=True) if settings else name
+    found.setdefault(key, {})[name] = run
+  labels = _labels(list(found.values()))
+  seen: dict[str, int] = {}
+  groups = []
+  for label, members in zip(labels, found.values(), strict=True):
+    run = next(iter(members.values()))
+    i = seen[run.method] = seen.get(run.method, -1) + 1
+    groups.append(Group(label, figures.method_style(run.method, intervention(run), i), figures.dash(i), members))
+  return groups
+
+
+def relevant(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The settings, by dotted key, that decide what comes out of a run, but for the seed."""
+  from imm_jax.config import HOW  # late: it imports what training needs
+
+  how = (*HOW, "seed")
+  return {key: value for key, value in flat(config).items()
+          if not any(key == name or key.startswith(f"{name}.") for name in how)}
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Settings by dotted key.
+
+  >>> flat({"seed": 1, "sft": {"epochs": 3}})
+  {'seed': 1, 'sft.epochs': 3}
+  """
+  found: dict[str, Any] = {}
+  for key, value in config.items():
+    found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+  return found
+
+
+def method(run: Results) -> str:
+  """The method, and the intervention in SFT where there is one."""
+  return run.method if intervention(run) == "none" else f"{run.method}, {intervention(run)}"
+
+
+def intervention(run: Results) -> str:
+  """The intervention in SFT, or `none`."""
+  sft = run.config.get("sft")
+  return str(sft.get("intervention", "none")) if isinstance(sft, dict) else "none"
+
+
+def curve(group: Group, measure: Callable[[Results], Mapping[int, Accuracy | float]]) -> Line | None:
+  """A group's curve of what `measure` gives of a run, by its place on the x axis; None where there is nothing.
+
+  Of one run the values, with their intervals where they have some; of several the mean and its standard error, at the
+  places that all of them have.
+  """
+  found = [values for run in group.runs.values() if (values := measure(run))]
+  if not found:
+    return None
+  if len(found) == 1:
+    values = found[0]
+    if all(isinstance(value, Accuracy) for value in values.values()):
+      return figures.scores(group.label, group.style, list(values), list(values.values()), group.dash)
+    return figures.over_rounds(values, group.label, group.style, group.dash)
+  places = [x for x in found[0] if all(x in values for values in found)]
+  means = [mean([number(values[x]) for values in found]) for x in places]
+  return Line(group.label, *group.style, group.dash, tuple(places), tuple(m for m, _ in means),
+              tuple(m - e for m, e in means), tuple(m + e for m, e in means))
+
+
+def number(value: Accuracy | float) -> float:
+  """The number itself."""
+  return value.value if isinstance(value, Accuracy) else value
+
+
+def mean(values: Sequence[float]) -> tuple[float, float]:
+  """The mean of some values and its standard error, 0 for one value.
+
+  >>> mean([1.0, 3.0]), mean([2.0])
+  ((2.0, 1.0), (2.0, 0.0))
+  """
+  error = np.std(values, ddof=1) / len(values)**0.5 if len(values) > 1 else 0.0
+  return float(np.mean(values)), float(error)
+
+
+def _labels(groups: Sequence[Mapping[str, Results]]) -> list[str]:
+  """Names of runs that are alone; for the others the method, and the settings in which groups of one method differ."""
+  first = [next(iter(members.values())) for members in groups]
+  methods = [method(run) for run in first]
+  labels = []
+  for members, run, label in zip(groups, first, methods, strict=True):
+    if len(members) == 1:
+      name = next(iter(members))
+      labels.append(figures.short(name) if label in name or run.method in name else f"{figures.short(name)} ({label})")
+      continue
+    alike = [relevant(other.config) for other, of, same in zip(first, groups, methods, strict=True)
+             if same == label and len(of) > 1]
+    mine = relevant(run.config)
+    different = [f"{key}={value}" for key, value in mine.items() if any(other.get(key) != value for other in alike)]
+    labels.append(f"{', '.join([label, *different])} ({len(members)} seeds)")
+  return labels

@@ -1,0 +1,215 @@
+"""The figures and tables of several runs; runs that differ in their seed alone are one curve, their mean."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from imm_jax.evaluation import Accuracy
+from imm_jax.report import figures, groups, insides, page
+from imm_jax.report.figures import Bars, Panel
+from imm_jax.report.groups import Group
+from imm_jax.report.markup import Plot, Section, Table
+from imm_jax.report.reading import count
+from imm_jax.report.results import Results
+
+# (name, caption) -> the runs' tables of that name as one
+Join = Callable[[str, str], list[Table]]
+Curve = Callable[[Results], Mapping[int, Accuracy | float]]
+# Seconds from which time is given in hours.
+_LONG_S = 3 * 3600
+# Parts of a run's time, by how the names of their stages end.
+_KINDS = {"sampling": ("samples.jsonl",), "SFT": ("train.jsonl", "sft"), "merging": (
+    "merged", "base_weight.json", "importance.json"), "evaluation": ("eval",), "analysis": ("analysis.json",)}
+
+
+def sections(runs: Mapping[str, Results], join: Join) -> list[Section]:
+  """What is shown of these runs, by name; a section without parts has nothing to show."""
+  found = groups.group(runs)
+  return [_accuracy(runs, found), _sampled(found, join), _layers(found, join), _diversity(found, join),
+          _data(found, join), _cost(runs, found, join)]
+
+
+class End(NamedTuple):
+  """What came out of a group after its last round: means and standard errors over those runs that have finished one and
+  know their base's scores; None out of domain where there are no such tasks.
+
+  Attributes:
+    count: how many runs.
+    into: accuracy in domain.
+    into_change: against the base.
+    out: accuracy out of domain.
+    out_change: against the base.
+  """
+
+  count: int
+  into: tuple[float, float]
+  into_change: tuple[float, float]
+  out: tuple[float, float] | None
+  out_change: tuple[float, float] | None
+
+
+def end(group: Group) -> End | None:
+  """What came out of a group; None where no run has finished a round."""
+  ends = [(run, models[0], models[-1]) for run in group.runs.values()
+          if len(models := run.handed_on()) > 1 and models[0].kind == "base"]
+  if not ends:
+    return None
+  means: list[tuple[float, float] | None] = []
+  for score in (Results.in_domain, Results.out_of_domain):
+    if score is Results.out_of_domain and not ends[0][0].ood_tasks:
+      means += [None, None]
+      continue
+    values = [(score(run, last).value, score(run, first).value) for run, first, last in ends]
+    means += [groups.mean([last for last, _ in values]), groups.mean([last - first for last, first in values])]
+  return End(len(ends), *means)
+
+
+def _plot(name: str, what: str, found: Sequence[Group], measures: Mapping[str, tuple[Curve, dict[str, Any]]],
+          ) -> list[Plot]:
+  """A plot with a panel for each measure, by its title, that any group has; none where none has any."""
+  panels = []
+  for title, (measure, options) in measures.items():
+    lines = tuple(line for group in found if (line := groups.curve(group, measure)))
+    if lines:
+      highest = max(max(line.high or line.y) for line in lines)
+      span = None if options.get("shares") else (0, 1.1 * highest or 1)
+      panels.append(Panel(title=title, lines=lines, named=True, **{"span": span} | options))
+  return [Plot(name, f"{what} of every run; the tables below have the values", figures.draw, tuple(panels))] * bool(
+      panels)
+
+
+def _accuracy(runs: Mapping[str, Results], found: Sequence[Group]) -> Section:
+  tasks = list(dict.fromkeys(task for run in runs.values() for task in (run.id_task, *run.ood_tasks)))
+  rows = [[name, groups.method(run), m.label, run.in_domain(m), run.out_of_domain(m) if run.ood_tasks else None,
+           *(m.scores.get(task) for task in tasks)] for name, run in runs.items() for m in run.models]
+  if not rows:
+    return Section("accuracy", "Accuracy by round", [])
+  into = lambda run: {m.round + 1: run.in_domain(m) for m in run.handed_on()}
+  out = lambda run: {m.round + 1: run.out_of_domain(m) for m in run.handed_on()} if run.ood_tasks else {}
+  options = {"x": "rounds done", "y": "accuracy", "shares": True}
+  several = any(len(group.runs) > 1 for group in found)
+  notes = ["Of each round the model that the next one starts from (merged, or tuned where nothing is merged), with "
+           "95 % intervals (Wilson). Each method has a colour.",
+           *(["Runs that differ in their seed alone are one curve, their mean with its standard error."] * several),
+           *(["The runs differ in their tasks, so their curves are of different questions."]
+             * (len({(run.id_task, run.ood_tasks) for run in runs.values()}) > 1))]
+  return Section("accuracy", "Accuracy by round", [
+      " ".join(notes),
+      *_plot("accuracy", "Accuracy in and out of domain by round", found,
+             {"in domain": (into, options), "out of domain": (out, options)}),
+      *_means(found), *_ends(runs),
+      Table("accuracy", "Every model", ["run", "method", "model", "in domain", "out of domain", *tasks], rows)])
+
+
+def _means(found: Sequence[Group]) -> list[Table]:
+  """What came out by group, where a group has several runs."""
+  rows = []
+  for group in found:
+    if of := end(group):
+      pairs = (of.into, of.into_change, of.out, of.out_change)
+      rows.append([group.label, of.count, *(value for pair in pairs for value in (pair or (None, None)))])
+  if all(len(group.runs) == 1 for group in found) or not rows:
+    return []
+  head = [name for measure in ("in domain", "change in domain", "out of domain", "change out of domain")
+          for name in (measure, f"{measure}: s.e.")]
+  return [Table("means", "After the last round, means over seeds with their standard errors", ["runs", "n", *head],
+                rows)]
+
+
+def _ends(runs: Mapping[str, Results]) -> list[Table]:
+  rows = []
+  for name, run in runs.items():
+    models = run.handed_on()
+    if models:
+      scores = [run.in_domain, *([run.out_of_domain] if run.ood_tasks else [])]
+      cells = [cell for score in scores for cell in (
+          score(models[-1]),
+          f"{score(models[-1]).value - score(models[0]).value:+.3f}" if models[0].kind == "base" else None)]
+      rows.append([name, groups.method(run), models[-1].round + 1, *cells, *[None] * (4 - len(cells))])
+  return [Table("last_round", "After the last round", [
+      "run", "method", "rounds", "in domain", "change in domain", "out of domain", "change out of domain"], rows)]
+
+
+def _sampled(found: Sequence[Group], join: Join) -> Section:
+  curve = lambda run: {k: a for m in run.handed_on()[-1:] for k, a in page.pass_at_k(m, run.id_task).items()}
+  return Section("sampled", "Several samples a question", [
+      *_plot("pass_at_k", "pass@k over k", found, {"in domain, after the last round": (
+          curve, {"x": "k (samples)", "y": "pass@k", "shares": True, "log2": True})}),
+      *join("pass_at_k", "pass@k and majority vote")])
+
+
+def _layers(found: Sequence[Group], join: Join) -> Section:
+  """Of each run the last round that was analysed."""
+
+  def last(run: Results, *path: str) -> dict[int, float]:
+    analysed = [of for of in run.analysis.values() if insides.value(of, *path) is not None]
+    values = insides.value(analysed[-1], *path) if analysed else []
+    return {layer: 100 * share for layer, share in enumerate(insides.shares(values))}
+
+  rank = lambda run: {t: of["spearman"] for t, of in run.analysis.items() if "spearman" in of}
+  by_layer = {"x": "layer", "y": "% of all layers"}
+  measures = {"importance by layer": (lambda run: last(run, "importance", "layers"), by_layer)} | {
+      f"weight change {label}": (lambda run, name=name: last(run, "weight_change", name, "layers"), by_layer)
+      for name, label in insides.CHANGES.items()}
+  measures["Spearman of importance and change by SFT"] = rank, {
+      "x": "round", "y": "rank correlation", "level": 0.0, "span": (-1.05, 1.05)}
+  tables = [*join("layers", "Importance and weight change by layer"), *join("modules", "By module, summed over layers"),
+            *join("spearman", "Rank correlation of importance and change by SFT")]
+  return Section("layers", "Layers", [
+      f"{insides.LAYERS} The curves by layer are of the last round.",
+      *_plot("layers", "Share of importance and of weight change by layer, and their rank correlation by round", found,
+             measures), *tables] if tables else [])
+
+
+def _diversity(found: Sequence[Group], join: Join) -> Section:
+  def by_round(key: str) -> Curve:
+    return lambda run: {t: value for t, of in run.analysis.items()
+                        if (value := insides.value(of, "diversity", key)) is not None}
+  measures = {label: (by_round(key), {"x": "round", "y": label}) for key, label in insides.DIVERSITY.items()}
+  tables = join("diversity", "Diversity of each round's samples")
+  return Section("diversity", "Diversity of samples", [
+      insides.COLLAPSE, *_plot("diversity", f"{', '.join(measures)} of the samples by round", found, measures), *tables,
+  ] if tables else [])
+
+
+def _data(found: Sequence[Group], join: Join) -> Section:
+  kept = lambda run: {row["round"]: count(row, "kept") for row in run.data if "kept" in row}
+  right = lambda run: {row["round"]: 100 * count(row, "correct") / drawn for row in run.data
+                       if (drawn := count(row, "samples"))}
+  return Section("data", "Answers kept and dropped", [
+      *_plot("data", "Answers trained on, and the share of right ones among those sampled, by round", found, {
+          "answers trained on": (kept, {"x": "round", "y": "answers"}),
+          "right answers among those sampled": (right, {"x": "round", "y": "% of the samples"})}),
+      *join("data", "Answers by round")])
+
+
+def _cost(runs: Mapping[str, Results], found: Sequence[Group], join: Join) -> Section:
+  if not any(run.stages for run in runs.values()):
+    return Section("stages", "Time, tokens and memory", [])
+  took = {group.label: [_took(run) for run in group.runs.values()] for group in found}
+  long = max(sum(of.values()) for of_group in took.values() for of in of_group) > _LONG_S
+  parts = {kind: tuple(groups.mean([of[kind] for of in of_group])[0] / (3600 if long else 60)
+                       for of_group in took.values()) for kind in (*_KINDS, "other")}
+  bars = Bars("hours" if long else "minutes", tuple(took), {kind: of for kind, of in parts.items() if any(of)})
+  memory = any(run.memory for run in runs.values())
+  rows = []
+  for name, run in runs.items():
+    tokens = {kind: sum(count(entry["facts"], "tokens") for stage, entry in run.stages.items() if stage.endswith(end))
+              for kind, end in (("sampled", "/samples.jsonl"), ("trained", "/sft"))}
+    most = [max(run.memory.values(), default=None)] if memory else []
+    rows.append([name, page.seconds(run), tokens["sampled"], tokens["trained"], *most, page.devices(run)])
+  return Section("stages", "Time, tokens and memory", [
+      *([page.NO_MEMORY] * (not memory)),
+      *([Plot("time", "Time of each run by kind of stage; the tables below have the values", figures.bars, (bars,))]
+        if bars.parts else []),
+      Table("cost", "All stages of each run", ["run", "seconds", "tokens sampled", "tokens trained on",
+                                               *["most memory of a device, GiB"] * memory, "devices"], rows),
+      *join("stages", "By stage; tokens are those sampled or trained on")])
+
+
+def _took(run: Results) -> dict[str, float]:
+  """Seconds of a run's stages, by their kind."""
+  found = dict.fromkeys((*_KINDS, "other"), 0.0)
+  for stage, entry in run.stages.items():
+    end = stage.split("/")[1:2]  # of round_0/eval/sft it is eval
+    found[next((kind for kind, ends in _KINDS.items() if end and end[0] in ends), "other")] += page.seconds_of(entry)
+  return found
