@@ -1,6 +1,7 @@
 """The report in a real browser: chromium, driven by selenium; skipped where either is missing."""
 
 import base64
+import contextlib
 import json
 import random
 import shutil
@@ -175,15 +176,20 @@ def test_downloads_hold_the_tables_and_the_answers(opened, folder: Path, downloa
   assert {row["round"] for row in saved} == {1}
 
 
-def test_a_phone_shows_it_without_scrolling_sideways(opened):
-  opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
-                         {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True})
+@contextlib.contextmanager
+def phone(browser: "webdriver.Chrome") -> Iterator[None]:
+  browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                          {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True})
   try:
-    wide, shown = opened.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
-    assert (wide, shown) == (390, 390)
-    assert min(opened.execute_script("return [...document.images].map((i) => i.clientWidth)")) > 300
+    yield
   finally:
-    opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_phone_shows_it_without_scrolling_sideways(opened):
+  with phone(opened):
+    assert opened.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]") == [390, 390]
+    assert min(opened.execute_script("return [...document.images].map((i) => i.clientWidth)")) > 300
 
 
 def test_it_can_be_read_without_eyes(opened):
@@ -236,17 +242,20 @@ def test_a_hundred_thousand_answers_load_in_three_seconds_and_are_searched_in_on
 
 
 def test_runs_side_by_side_are_drawn_and_their_answers_filtered_by_run(browser, tmp_path: Path):
-  roots = [report_runs.make(tmp_path / method, method=method) for method in ("imm", "star")]
+  long = f"star_{'x' * 80}"
+  roots = [report_runs.make(tmp_path / name, method=name.partition("_")[0]) for name in ("imm", long)]
   compare.write([Results.of(root) for root in roots], tmp_path / "page")
   browser.get_log("browser")
   browser.get(f"file://{tmp_path}/page/index.html")
   show_answers(browser)
   images = browser.execute_script("return [...document.images].map((i) => i.complete && i.naturalWidth > 200)")
   assert images == [True] * (2 + 1 + 4 + 2 + 2 + 1)
-  choose(browser, "run", "star")
+  choose(browser, "run", long)
   wait(browser, lambda: f"of {2 * 18 + 3 * 18} found" in found(browser))
-  assert "run star" in browser.find_element("css selector", "#list li .facts").text
+  assert f"run {long}" in browser.find_element("css selector", "#list li .facts").text
   assert browser.get_log("browser") == []
+  with phone(browser):
+    assert browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]") == [390, 390]
 
 
 def test_one_run_has_no_filter_for_runs(opened):

@@ -24,7 +24,7 @@ SERIES = (("#0072B2", "^"), ("#D55E00", "o"), ("#009E73", "s"), ("#CC79A7", "X")
           ("#56B4E9", "v"), ("#F0E442", "*"))
 _HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++", "oo")
 _LINES = ("-", "--", ":", "-.")
-_WIDTH, _HEIGHT = 4.4, 3.3  # inches of a panel
+_WIDTH, _HEIGHT, _ROW = 4.4, 3.3, 0.195  # inches of a panel, and of a row of its legend
 _SHORT = 32
 
 
@@ -72,7 +72,7 @@ def draw(*panels: Panel) -> "Figure":
   width = _WIDTH * len(panels) + 0.3
   columns = min(len(labels), max(1, int(width / (0.5 + 0.07 * max(map(len, labels))))))
   rows = -(-len(labels) // columns) if len(labels) > 1 or panels[0].named else 0
-  height = _HEIGHT + 0.18 * rows + 0.1
+  height = _HEIGHT + _ROW * rows + 0.1
   figure = Figure(figsize=(width, height))
   axes = figure.subplots(1, len(panels), squeeze=False)[0]
   handles = {}
@@ -81,7 +81,7 @@ def draw(*panels: Panel) -> "Figure":
   if rows:
     figure.legend(handles.values(), handles, loc="lower center", ncols=columns, frameon=False, fontsize=9)
   figure.subplots_adjust(left=0.72 / width, right=1 - 0.12 / width, top=1 - 0.32 / height,
-                         bottom=(0.6 + 0.18 * rows) / height, wspace=0.26)
+                         bottom=(0.6 + _ROW * rows) / height, wspace=0.26)
   return figure
 
 
@@ -126,7 +126,7 @@ def bars(data: Bars) -> "Figure":
   from matplotlib.figure import Figure
 
   columns = 3
-  width, height = _WIDTH + 0.3, 0.62 + 0.18 * -(-len(data.parts) // columns) + 0.28 * len(data.names)
+  width, height = _WIDTH + 0.3, 0.62 + _ROW * -(-len(data.parts) // columns) + 0.28 * len(data.names)
   figure = Figure(figsize=(width, height))
   axes = figure.subplots()
   left = [0.0] * len(data.names)
@@ -142,7 +142,7 @@ def bars(data: Bars) -> "Figure":
   figure.legend(*axes.get_legend_handles_labels(), loc="upper center", ncols=columns, frameon=False, fontsize=9)
   margin = 0.2 + 0.07 * max(map(len, data.names))
   figure.subplots_adjust(left=margin / width, right=1 - 0.2 / width, bottom=0.5 / height,
-                         top=1 - (0.12 + 0.18 * -(-len(data.parts) // columns)) / height)
+                         top=1 - (0.12 + _ROW * -(-len(data.parts) // columns)) / height)
   return figure
 
 

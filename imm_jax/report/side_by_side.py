@@ -105,8 +105,10 @@ def _means(found: Sequence[Group]) -> list[Table]:
   rows = []
   for group in found:
     if of := end(group):
-      pairs = (of.into, of.into_change, of.out, of.out_change)
-      rows.append([group.label, of.count, *(value for pair in pairs for value in (pair or (None, None)))])
+      row: list[Any] = [group.label, of.count]
+      for pair in (of.into, of.into_change, of.out, of.out_change):
+        row += [pair and pair[0], pair[1] if pair and of.count > 1 else None]
+      rows.append(row)
   if all(len(group.runs) == 1 for group in found) or not rows:
     return []
   head = [name for measure in ("in domain", "change in domain", "out of domain", "change out of domain")
