@@ -9,7 +9,6 @@ standard error, by round too, and what imm and star change against the base; WOR
 WORKDIR/scores.json holds every figure.
 """
 
-import itertools
 import json
 import os
 import subprocess
@@ -20,9 +19,8 @@ from queue import SimpleQueue
 
 import numpy as np
 from absl import app, flags
-from matplotlib.figure import Figure
 
-from imm_jax.report import Results
+from imm_jax.report import Results, figures, groups, writer
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/seeds", "Where the run directories go.")
 _SEEDS = flags.DEFINE_integer("seeds", 10, "Runs of each method.", lower_bound=2)
@@ -33,10 +31,6 @@ METHODS = {name: (f"--config.method={name}",) for name in (
             "gradient_decay", "gradient_clipping", "weight_masking")}
 _METHODS = flags.DEFINE_list("methods", list(METHODS), "Methods to compare.")
 _OVERRIDES = flags.DEFINE_multi_string("override", [], "A flag passed on to every run, such as --config.rounds=2.")
-
-# Okabe-Ito, told apart by colour-blind readers.
-_STYLES = (("#D55E00", "o"), ("#0072B2", "^"), ("#56B4E9", "v"), ("#E69F00", "P"), ("#F0E442", "X"), ("#009E73", "s"),
-           ("#CC79A7", "D"), ("#999999", "<"), ("#000000", ">"))
 REPO = Path(__file__).parent.parent
 
 
@@ -110,19 +104,19 @@ def by_round(table: dict[str, dict[str, np.ndarray]]) -> str:
   return "\n".join(lines)
 
 
-def plot(table: dict[str, dict[str, np.ndarray]], path: Path) -> None:
-  """Mean accuracy by round with standard errors."""
-  figure = Figure(figsize=(8, 4.2), layout="constrained")
-  for axes, domain in zip(figure.subplots(1, 2), ("ID", "OOD"), strict=True):
-    for (method, scores), (colour, marker) in zip(table.items(), itertools.cycle(_STYLES)):
-      values = scores[domain]
-      axes.errorbar(range(values.shape[1]), values.mean(0), yerr=values.std(0, ddof=1) / len(values)**0.5,
-                    color=colour, marker=marker, capsize=3, label=method)
-    axes.set(title={"ID": "in domain", "OOD": "out of domain"}[domain], xlabel="rounds done",
-             ylabel="accuracy", ylim=(0, 1.02), xticks=range(values.shape[1]))
-    axes.grid(alpha=0.3)
-  figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
-  figure.savefig(path, dpi=150, metadata={"Software": None})
+def plot(table: dict[str, dict[str, np.ndarray]], folder: Path) -> None:
+  """Mean accuracy by round with standard errors: seeds.png and seeds.svg."""
+  panels = []
+  for domain, title in (("ID", "in domain"), ("OOD", "out of domain")):
+    lines = []
+    for i, (name, scores) in enumerate(table.items()):
+      means = [groups.mean(values) for values in scores[domain].T]
+      style = figures.method_style(*(("star", name) if name not in figures.METHODS else (name,)))
+      lines.append(figures.Line(name, *style, "-" if name in figures.METHODS else figures.dash(1 + i % 3),
+                                tuple(range(len(means))), tuple(m for m, _ in means), tuple(m - e for m, e in means),
+                                tuple(m + e for m, e in means)))
+    panels.append(figures.Panel(title, "rounds done", "accuracy", tuple(lines), shares=True))
+  writer.save(figures.draw(*panels), folder, "seeds")
 
 
 def main(_: list[str]) -> None:
@@ -132,7 +126,7 @@ def main(_: list[str]) -> None:
   raw = {method: scores_by_round(root, method, _SEEDS.value) for method in _METHODS.value}
   (root / "scores.json").write_text(json.dumps(raw, indent=1) + "\n")
   table = {method: {d: np.array(v) for d, v in scores.items()} for method, scores in raw.items()}
-  plot(table, root / "seeds.png")
+  plot(table, root)
   print(markdown(table), by_round(table), sep="\n\n")
   if {"star", "imm"} <= table.keys():
     gain, change = ({m: float((table[m][d][:, -1] - table[m][d][:, 0]).mean()) for m in ("star", "imm")}
