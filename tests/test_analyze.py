@@ -5,15 +5,19 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from test_loop import TINY, environment  # noqa: F401
 
 from configs import paper, tiny
 from imm_jax import experiments
-from imm_jax.analysis import output
+from imm_jax.analysis import MODULES, output
 from imm_jax.errors import UserError
 from imm_jax.model import safetensors
 from imm_jax.model.tokenizer import load_tokenizer
@@ -131,17 +135,43 @@ def test_a_folder_that_holds_more_than_a_result_is_not_replaced(tmp_path: Path):
   assert output.foreign(tmp_path) == "is no earlier result (it holds samples.jsonl)"
 
 
+def _layers(*values: float) -> dict[str, Any]:
+  """What analysis.json holds of these layers, as importance and as weight change."""
+  modules = {f"{m}_proj": list(values) for m in ("q", "k", "v", "o", "gate", "up", "down")}
+  whole = sum(values) or 1
+  return {"order": 1, "layers": [7 * v for v in values], "modules": modules, "share": [v / whole for v in values]}
+
+
 def test_figures_hold_every_name_and_the_same_bytes_again(tmp_path: Path):
-  modules = {f"{m}_proj": [1.0, 2.0] for m in ("q", "k", "v", "o", "gate", "up", "down")}
-  scores = {"order": 1, "layers": [7.0, 14.0], "modules": modules}
-  change = scores | {"share": [1 / 3, 2 / 3]}
+  scores = _layers(1.0, 2.0)
   for name, draw, found in (("importance", figures.importance, {"math": scores, "books": {**scores, "order": 2}}),
-                            ("weight_change", figures.weight_change, {f"round {i}": change for i in range(10)})):
+                            ("weight_change", figures.weight_change, {f"round {i}": scores for i in range(10)})):
     texts = [writer.svg(draw(found)) for _ in range(2)]
     assert texts[0] == texts[1]
-    assert all(f">{of}<" in texts[0] or f"importance on {of}<" in texts[0] for of in found)
+    assert all(f">{of}<" in texts[0] for of in found)
     writer.save(draw(found), tmp_path, name)
   assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("draw", [figures.importance, figures.weight_change])
+@pytest.mark.parametrize("values", [(1.0,), (0.0, 0.0), (2e-9, 1e-9, 0.0), np.linspace(1e8, 2e8, 32)], ids=len)
+def test_nothing_in_a_figure_reaches_into_something_else(draw: Callable[..., Figure], values: Sequence[float]):
+  names = [f"runs/a$b{i}/" + "a_long_name_of_32/"[:8 + 8 * (i % 2)] for i in range(10 if len(values) > 3 else 1)]
+  names[0] = r"/somewhere/a$\nothing$b/" + "a_long_name_of_32"
+  figure = draw(dict.fromkeys(names, _layers(*values)))
+  renderer = FigureCanvasAgg(figure).get_renderer()
+  figure.draw(renderer)
+  legend, = figure.legends  # its frame is not drawn
+  parts = [*(axes.get_tightbbox(renderer) for axes in figure.axes),
+           *(part.get_window_extent(renderer) for part in (*legend.get_texts(), *legend.get_patches()))]
+  assert len(parts) >= len(figure.axes) + len(names if draw is figures.weight_change else MODULES)
+  for i, part in enumerate(parts):
+    assert (part.min >= 0).all()
+    assert (part.max <= figure.bbox.max).all()
+    assert not any(part.overlaps(other) for other in parts[:i])
+  ticks = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
+  assert all(text.isdigit() for text, x in zip(ticks, figure.axes[0].get_xticks(), strict=True)
+             if 0 <= x < len(values))
 
 
 def test_the_analysis_of_figure_10_runs_and_is_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -4,7 +4,7 @@ Colours are those of M. Okabe and K. Ito, told apart by colour-blind readers; ma
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imm_jax.evaluation import Accuracy
 
@@ -68,21 +68,34 @@ def draw(*panels: Panel) -> "Figure":
   """The panels side by side, with one legend below them."""
   from matplotlib.figure import Figure  # late: a command that draws nothing does not wait for it
 
-  labels = {line.label for panel in panels for line in panel.lines}
-  width = _WIDTH * len(panels) + 0.3
-  columns = min(len(labels), max(1, int(width / (0.5 + 0.07 * max(map(len, labels))))))
-  rows = -(-len(labels) // columns) if len(labels) > 1 or panels[0].named else 0
-  height = _HEIGHT + _ROW * rows + 0.1
-  figure = Figure(figsize=(width, height))
-  axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  figure = Figure()
   handles = {}
-  for place, panel in zip(axes, panels, strict=True):
+  for place, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
     handles |= _draw_panel(place, panel)
-  if rows:
-    figure.legend(handles.values(), handles, loc="lower center", ncols=columns, frameon=False, fontsize=9)
-  figure.subplots_adjust(left=0.72 / width, right=1 - 0.12 / width, top=1 - 0.32 / height,
-                         bottom=(0.6 + _ROW * rows) / height, wspace=0.26)
+  arrange(figure, list(handles.items()) if len(handles) > 1 or panels[0].named else ())
   return figure
+
+
+def arrange(figure: "Figure", legend: Sequence[tuple[str, Any]], *, title_lines: int = 1) -> None:
+  """Gives the panels of a row their size and places, and one legend below them; a layout engine draws twice for that.
+
+  Args:
+    figure: its subplots lie side by side.
+    legend: label and artist of each entry; empty for no legend.
+    title_lines: of the tallest title.
+  """
+  width, rows = _WIDTH * len(figure.axes) + 0.3, 0
+  if legend:
+    labels, handles = zip(*legend, strict=True)
+    columns = min(len(labels), max(1, int(width / (0.5 + 0.07 * max(map(len, labels))))))
+    rows = -(-len(labels) // columns)
+    shown = figure.legend(handles, labels, loc="lower center", ncols=columns, frameon=False, fontsize=9)
+    for text in shown.get_texts():
+      text.set_parse_math(False)  # names may hold dollar signs
+  height = _HEIGHT + _ROW * (rows + title_lines - 1) + 0.1
+  figure.set_size_inches(width, height)
+  figure.subplots_adjust(left=0.72 / width, right=1 - 0.12 / width, top=1 - (0.14 + _ROW * title_lines) / height,
+                         bottom=(0.6 + _ROW * rows) / height, wspace=0.26)
 
 
 def _draw_panel(axes: "Axes", panel: Panel) -> dict[str, object]:
@@ -100,7 +113,7 @@ def _draw_panel(axes: "Axes", panel: Panel) -> dict[str, object]:
   if panel.level is not None:
     axes.axhline(panel.level, color="#000000", linestyle=":", linewidth=1)
   axes.set(xlabel=panel.x, ylabel=panel.y)
-  axes.set_title(panel.title, fontsize=11)
+  axes.set_title(panel.title, fontsize=11, parse_math=False)  # names may hold dollar signs
   if panel.shares:
     axes.set_ylim(-0.02, 1.02)
   elif panel.span:
@@ -134,7 +147,7 @@ def bars(data: Bars) -> "Figure":
     axes.barh(range(len(data.names)), values, left=left, color=series(i)[0], hatch=_HATCHES[i % len(_HATCHES)],
               edgecolor="white", linewidth=0, height=0.7, label=part)
     left = [a + b for a, b in zip(left, values, strict=True)]
-  axes.set_yticks(range(len(data.names)), data.names, fontsize=9)
+  axes.set_yticks(range(len(data.names)), data.names, fontsize=9, parse_math=False)
   axes.invert_yaxis()
   axes.set_xlabel(data.x)
   axes.grid(axis="x", alpha=0.3)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from imm_jax.report.figures import arrange
+
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
   from matplotlib.figure import Figure
@@ -29,15 +31,15 @@ def importance(found: Mapping[str, Mapping[str, Any]]) -> "Figure":
   """
   from matplotlib.figure import Figure  # late: most of what imports this draws nothing
 
-  figure = Figure(figsize=(4.6 * len(found), 3.6), layout="constrained")
+  figure, handles = Figure(), {}
   for axes, (name, scores) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
     bottom = np.zeros(len(scores["layers"]))
     for i, (module, values) in enumerate(scores["modules"].items()):
-      axes.bar(range(len(values)), values, bottom=bottom, color=_COLOURS[i], hatch=_HATCHES[i], edgecolor="white",
-               linewidth=0, label=module)
+      handles[module] = axes.bar(range(len(values)), values, bottom=bottom, color=_COLOURS[i], hatch=_HATCHES[i],
+                                 edgecolor="white", linewidth=0)
       bottom += values
-    _describe(axes, f"importance on {short(name)}", _SUMS[scores["order"]])
-  _legend(figure, figure.axes[0])
+    _describe(axes, f"importance on\n{short(name)}", _SUMS[scores["order"]], layers=len(bottom))
+  arrange(figure, list(handles.items()), title_lines=2)
   return figure
 
 
@@ -49,19 +51,22 @@ def weight_change(found: Mapping[str, Mapping[str, Any]]) -> "Figure":
   """
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(13.8, 3.6), layout="constrained")
+  figure, legend = Figure(), []
   by_layer, share, by_module = figure.subplots(1, 3)
   for i, (name, change) in enumerate(found.items()):
-    style = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
-    by_layer.plot(change["layers"], label=short(name), **style)
+    # After all colours each has another marker.
+    style = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)]}
+    line, = by_layer.plot(change["layers"], **style)
+    legend.append((short(name), line))
     share.plot(100 * np.asarray(change["share"]), **style)
     by_module.plot([sum(values) for values in change["modules"].values()], linestyle="", **style)
     by_module.set_xticks(range(len(change["modules"])), [module.removesuffix("_proj") for module in change["modules"]])
-  _describe(by_layer, "weight change by layer", "change (sum of Frobenius norms)")
-  _describe(share, "each layer's share", "% of all layers' change")
-  share.axhline(100 / max(len(change["layers"]) for change in found.values()), color="#555555", linestyle=":")
-  _describe(by_module, "weight change by module", "change, summed over layers", x="")
-  _legend(figure, by_layer)
+  layers = max(len(change["layers"]) for change in found.values())
+  _describe(by_layer, "weight change by layer", "change (sum of Frobenius norms)", layers=layers)
+  _describe(share, "each layer's share", "% of all layers' change", layers=layers)
+  share.axhline(100 / layers, color="#555555", linestyle=":")
+  _describe(by_module, "weight change by module", "change, summed over layers")
+  arrange(figure, legend)
   return figure
 
 
@@ -74,17 +79,16 @@ def short(name: str) -> str:
   return name if len(name) <= _WIDTH else f"...{name[3 - _WIDTH:]}"
 
 
-def _describe(axes: "Axes", title: str, y: str, x: str = "layer") -> None:
+def _describe(axes: "Axes", title: str, y: str, *, layers: int = 0) -> None:
+  """Names the axes; the x axis is one of so many layers, if any."""
   from matplotlib.ticker import MaxNLocator
 
-  axes.set(title=title, xlabel=x, ylabel=y)
-  axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
+  axes.set(ylabel=y, ylim=(0, 1.1 * axes.dataLim.y1 or 1))
+  # Not above the exponent of the y axis, where matplotlib moves it and it would be cut; names may hold dollar signs.
+  axes.set_title(title, fontsize=11, y=1, parse_math=False)
+  axes.ticklabel_format(axis="y", scilimits=(-2, 4))  # wider labels would reach into the next panel
   axes.grid(alpha=0.3)
   axes.set_axisbelow(True)
-  if x:
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _legend(figure: "Figure", axes: "Axes") -> None:
-  """One for all panels, beside them."""
-  figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+  if layers:
+    axes.set(xlabel="layer", xlim=(-0.6, layers - 0.4))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
