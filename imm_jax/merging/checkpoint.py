@@ -101,7 +101,7 @@ class CheckpointSource:
              **static: Any) -> Iterator[tuple[str, np.ndarray]]:
     compiled = _compiled_statistic(statistic, tuple(static.items()))
     whole = names is None or len(names) == len(self.names)
-    names = self.names if names is None else names
+    names, buffers = self.names if names is None else names, _Buffers()
     total = sum(e.size * e.dtype.itemsize for name in names for e in self.entries(name))
     # What is measured for one tensor belongs to the bar of the merge.
     with progress.bar(total, "measure", "B", quiet=not whole, unit_scale=True, leave=False) as bar:
@@ -109,13 +109,14 @@ class CheckpointSource:
         numbers, result = dict(arguments(name)), None
         for begin in range(0, max(1, self.size(name)), self.block):
           count = min(self.block, self.size(name) - begin)
-          tensors = [aligned((count,), entry.dtype) for entry in self.entries(name)]
+          tensors = [buffers.take(count, entry.dtype) for entry in self.entries(name)]
           for entry, tensor in zip(self.entries(name), tensors, strict=True):
             self.read(entry, begin, tensor)
           with jax.enable_x64(True), _on_cpu():  # for sums in int64 and float64
             part = np.asarray(compiled(tensors, numbers))
           result = part if result is None else combine(result, part)
           bar.update(sum(t.nbytes for t in tensors))
+          buffers.give(tensors)
         yield name, result
 
   def _tensors(self, path: Path) -> dict[str, Entry]:
