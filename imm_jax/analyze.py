@@ -11,6 +11,7 @@ With --tuned how far each layer has moved (eq. 4). With both also Spearman's ran
 OUT holds analysis.json, layers.csv, and importance and weight_change as .png and .svg. It appears whole or not at all.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from imm_jax import cli, files
-from imm_jax.analysis import ORDERS, output
-from imm_jax.analysis.weight_change import weight_change
+from imm_jax.analysis import ORDERS
 from imm_jax.errors import UserError
-from imm_jax.model import hf, hub
+from imm_jax.model import hub
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "With --task: settings, of which prompt, sft (rows, dtype, attention), seed and mesh count.")
@@ -41,14 +41,29 @@ def main() -> None:
   asked, tuned = _TASK.value, _TUNED.value
   if not asked and not tuned:
     raise UserError("give --task=NAME, for layer importance, --tuned=DIR, for weight change, or both")
-  if len(set(asked)) < len(asked) or len(set(tuned)) < len(tuned):
-    raise UserError("--task and --tuned: one is given twice")
+  for flag, given in ((_TASK, asked), (_TUNED, tuned)):
+    if twice := [name for i, name in enumerate(given) if name in given[:i]]:
+      raise UserError(f"--{flag.name}={twice[0]}: is given twice")
+  if not asked:
+    idle = [f"--{flag.name}" for flag in (_CONFIG, _ORDER, _EXAMPLES) if flag.present]
+    if idle:
+      raise UserError(f"only --task, layer importance, reads {', '.join(idle)}; give a --task, or leave that out")
+    # Weight change is bound by the disk: an accelerator would only be started in vain.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
   settings = _settings(asked) if asked else None
+  from imm_jax.analysis import output  # late: jax reads the variable above when it is imported
+  from imm_jax.analysis.weight_change import check, weight_change
+
   model, others = hub.resolve(_MODEL.value), {name: hub.resolve(name) for name in tuned}
-  for folder in (model, *others.values()):
-    hf.check(folder)
+  for other in others.values():
+    check(model, other)
+  if asked:
+    from imm_jax.model import hf  # late, as below
+
+    hf.check(model)
   out = Path(_OUT.value)
-  files.check_out(out, {"model": model, **others}, overwrite=_OVERWRITE.value, foreign=output.foreign)
+  inputs = {"model": model} | {f"tuned[{i}]": folder for i, folder in enumerate(others.values())}
+  files.check_out(out, inputs, overwrite=_OVERWRITE.value, foreign=output.foreign)
   with files.alone(out), files.committed(out) as folder:
     change = {name: weight_change(model, other).to_json() for name, other in others.items()}
     found = output.together(_importance(settings, model, asked) if asked else {}, change)

@@ -24,6 +24,8 @@ def test_a_folder_and_the_embedded_model_need_no_hub(tmp_path: Path, monkeypatch
   monkeypatch.chdir(tmp_path)
   (tmp_path / ID).mkdir(parents=True)
   assert hub.resolve(ID) == Path(ID)
+  (tmp_path / f"{ID}.txt").touch()
+  assert hub.resolve(f"{ID}.txt") == Path(f"{ID}.txt")
   assert (hub.resolve("tiny") / "model.safetensors").exists()
   assert hub.resolve("/no/such/folder") == Path("/no/such/folder")  # the error is left to whoever reads it
 

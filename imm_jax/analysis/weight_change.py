@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from imm_jax.analysis import MODULES
-from imm_jax.errors import UserError
+from imm_jax.errors import UserError, listed
 from imm_jax.merging.checkpoint import CheckpointSource
+from imm_jax.model.config import read_config
+from imm_jax.model.folder import tensors
 
 _MATRIX = re.compile(rf"(?:.*\.)?layers\.(\d+)\.(?:self_attn|mlp)\.({'|'.join(MODULES)})\.weight")
 
@@ -35,6 +37,38 @@ class LayerChange(NamedTuple):
     """`layers`, `share` and `modules`, as analysis.json holds them."""
     return {"layers": self.total.tolist(), "share": self.share.tolist(),
             "modules": {name: change.tolist() for name, change in self.modules.items()}}
+
+
+def check(before: Path, after: Path) -> None:
+  """Checks that two checkpoints are of one model, from config.json and the headers of their files alone.
+
+  Raises:
+    UserError: for a folder that is no checkpoint, other layers than its config.json says, other numbers of layers, or
+      other shapes.
+  """
+  old, new = (_shapes(folder) for folder in (before, after))
+  if len(old) != len(new):
+    raise UserError(f"{after}: has {len(new) // len(MODULES)} layers, {before} {len(old) // len(MODULES)}; expected "
+                    "two checkpoints of one model")
+  for name, shape in old.items():
+    if new[name] != shape:
+      raise UserError(f"{after}: {name} has shape {new[name]}, in {before} {shape}; expected two checkpoints of one "
+                      "model")
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+  """Of the matrices of every layer, by `layers.0.q_proj`."""
+  layers, found = read_config(folder).num_layers, {}
+  for name, entry in tensors(folder).items():
+    if place := _MATRIX.fullmatch(name):
+      if not jnp.issubdtype(entry.dtype, jnp.floating):
+        raise UserError(f"{folder}: {name} has dtype {entry.dtype}; expected weights in BF16, F16 or F32")
+      found["layers.{}.{}".format(*place.groups())] = entry.shape
+  expected = {f"layers.{layer}.{module}" for layer in range(layers) for module in MODULES}
+  if problems := [f"missing {name}" for name in expected - found.keys()] + [
+      f"unknown {name}" for name in found.keys() - expected]:
+    raise UserError(f"{folder}: weights do not fit config.json with its {layers} layers: {listed(sorted(problems))}")
+  return found
 
 
 def weight_change(before: Path, after: Path) -> LayerChange:
@@ -71,8 +105,8 @@ def weight_change(before: Path, after: Path) -> LayerChange:
   return LayerChange(total, modules)
 
 
-def _squared_distance(tensors: Sequence[jax.Array]) -> jax.Array:
-  before, after = (t.astype(jnp.float64) for t in tensors)
+def _squared_distance(both: Sequence[jax.Array]) -> jax.Array:
+  before, after = (t.astype(jnp.float64) for t in both)
   return jnp.sum(jnp.square(after - before))
 
 

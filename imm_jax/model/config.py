@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from imm_jax import files
 from imm_jax.errors import UserError
-from imm_jax.model import config_keys
+from imm_jax.model import config_keys, folder as checkpoint
 
 # What no model comes near; a damaged file might say it.
 _MAX_SIZE, _MAX_LAYERS = 2**31, 10_000
@@ -100,6 +102,13 @@ class ModelConfig:
         rope_scaling=scaling,
         max_positions=None if config.get("max_position_embeddings") is None else size("max_position_embeddings"),
     )
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+  """Reads config.json of a checkpoint folder; raises UserError where it is missing or unsupported."""
+  checkpoint.require(Path(folder))
+  path = Path(folder) / "config.json"
+  return ModelConfig.from_hf(files.read_json(path), source=str(path))
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:

@@ -24,6 +24,13 @@ SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokeni
 _Tensor = TypeVar("_Tensor", bound=tuple)
 
 
+def require(folder: Path) -> None:
+  """Raises UserError unless this is a folder."""
+  if not folder.is_dir():
+    raise UserError(f"{folder}: {'is a file' if folder.exists() else 'no such checkpoint folder'}; expected a folder "
+                    f"with config.json and {WEIGHTS}")
+
+
 def has_weights(folder: Path) -> bool:
   """Whether a folder has weights in it, beside its config."""
   return (folder / INDEX).exists() or (folder / WEIGHTS).exists()
@@ -36,8 +43,7 @@ def weight_files(folder: Path) -> list[Path]:
     UserError: when there are none, the index is damaged or names a file that is missing, or there is a single file
       beside the index: programs differ in which they read.
   """
-  if not folder.is_dir():
-    raise UserError(f"{folder}: no such checkpoint folder; expected one with config.json and {WEIGHTS}")
+  require(folder)
   if (folder / INDEX).exists():
     weight_map = files.read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(

@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imm_jax import files
 from imm_jax.errors import UserError, listed
 from imm_jax.model import folder as checkpoint, safetensors
 from imm_jax.model.blocks import BLOCK, Tensor, TensorNames, blocks, gathered, tensors_of
-from imm_jax.model.config import ModelConfig
+from imm_jax.model.config import ModelConfig, read_config
 from imm_jax.model.decoder import Params, abstract_params, unstack_layers
 from imm_jax.model.safetensors import Entry
 
@@ -45,14 +44,6 @@ def tensor_names(params: Params) -> Any:
     return ".".join(keys) if keys[0] == "lm_head" else ".".join(["model", *keys])
 
   return jax.tree_util.tree_map_with_path(name, params)
-
-
-def read_config(folder: str | Path) -> ModelConfig:
-  """Reads config.json of a checkpoint folder; raises UserError where it is missing or unsupported."""
-  path = Path(folder) / "config.json"
-  if not Path(folder).is_dir():
-    raise UserError(f"{folder}: no such checkpoint folder; expected one with config.json and {checkpoint.WEIGHTS}")
-  return ModelConfig.from_hf(files.read_json(path), source=str(path))
 
 
 def check(folder: str | Path) -> ModelConfig:

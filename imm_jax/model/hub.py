@@ -43,8 +43,8 @@ def config_folder(model: str) -> Path | None:
 
 
 def is_local(model: str) -> bool:
-  """Whether a name means a folder of this machine; what is neither that nor a hub id counts as one."""
-  return model == "tiny" or Path(model).is_dir() or not _HUB_ID.fullmatch(model)
+  """Whether a name means a folder of this machine; what is neither that nor a hub id counts as one, as a file does."""
+  return model == "tiny" or Path(model).exists() or not _HUB_ID.fullmatch(model)
 
 
 def _download(model: str) -> Path:
