@@ -193,7 +193,9 @@ def _beside(target: Path, suffix: str) -> Path:
 
 
 def _refused(target: Path, error: OSError) -> UserError:
-  advice = "make room" if error.errno in _DISK_FULL else "make it writable"
+  advice = ("make room" if error.errno in _DISK_FULL else
+            "give another name" if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG) else
+            "make it writable")
   where = f" {error.filename}" if error.filename else ""
   return UserError(f"{target}: cannot be written ({error.strerror}{where}); {advice} and start again, what was "
                    "finished before is kept")

@@ -18,6 +18,7 @@ from test_loop import TINY, environment  # noqa: F401
 from configs import paper, tiny
 from imm_jax import experiments
 from imm_jax.analysis import MODULES, output
+from imm_jax.analysis.weight_change import check
 from imm_jax.errors import UserError
 from imm_jax.model import safetensors
 from imm_jax.model.tokenizer import load_tokenizer
@@ -76,7 +77,11 @@ def test_importance_and_weight_change_of_a_checkpoint(analyze, tuned: Path, tmp_
 
 @pytest.mark.parametrize(("flags", "expected"), [
     (("--model=tiny", "--task=stories"), "--task needs --config"),
-    (("--model=tiny", "--tuned=/no/such"), "/no/such: no such checkpoint folder"),
+    (("--model=tiny", "--tuned=tiny", "--tuned=/no/such"), "/no/such: no such checkpoint folder"),
+    (("--model=tiny", "--tuned=tiny", "--tuned=tiny"), "--tuned=tiny: is given twice"),
+    (("--model=tiny", "--tuned=tiny", "--config=configs/tiny.py", "--examples=3", "--order=2"),
+     "only --task, layer importance, reads --config, --order, --examples; give a --task"),
+    (("--config=configs/tiny.py", "--model=tiny", "--task=stories", "--examples=0"), "--examples=0: 0 is not a "),
     (("--config=configs/tiny.py", "--model=tiny", "--task=storys"), "task 'storys': did you mean stories?")])
 def test_bad_input_is_one_line(analyze, tmp_path: Path, flags: tuple[str, ...], expected: str):
   done = analyze(*flags)
@@ -84,7 +89,7 @@ def test_bad_input_is_one_line(analyze, tmp_path: Path, flags: tuple[str, ...], 
   line, = done.stderr.splitlines()
   assert line.startswith("error: ")
   assert expected in line
-  assert not (tmp_path / "out").exists()
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("entry", "expected"), [
@@ -92,6 +97,74 @@ def test_bad_input_is_one_line(analyze, tmp_path: Path, flags: tuple[str, ...], 
 def test_an_entry_that_is_no_task_is_named(entry: str, expected: str):
   with pytest.raises(UserError, match=expected):
     analysing.check_entry(entry)
+
+
+@pytest.mark.parametrize(("entry", "text", "expected"), [
+    ("text=file:DIR/train.txt", b"", "train.txt: holds no text"),
+    ("text=file:DIR/train.txt", b" \t\r\n\n  ", "train.txt: holds no text"),
+    ("text=file:DIR", b'{"text": " "}', "file:.*: holds no text"),
+    ("text=file:DIR", b'{"text": null}', "train.jsonl:1: the field 'text' is null; expected a text"),
+    ("text=file:DIR", b'{"text": "a \\ud800"}', "train.jsonl:1: the field 'text' is no valid text"),
+    ("text=file:DIR/train.txt", b"Tom isst \xc4pfel", r"train.txt: cannot be read \(.*\); expected UTF-8"),
+    ("text=file:DIR/none.txt", b"", "none.txt is no file or folder"),
+    ("text=file:DIR/train.txt", b"7", "task text=.*train.txt: no passage has a second token"),
+    ("gsm8k=file:DIR", b'{"question": "Tom", "answer": "#### 1"}', "gsm8k=.*: none of its 1 answers is worked out"),
+    ("gsm8k=file:DIR", b'{"question": "Tom", "answer": "%s #### 1"}' % (b"so " * 300),
+     "gsm8k=.*: none of its 1 answers fits with its prompt in config.sft.row_length=192 tokens; the shortest takes"),
+    ("stories", b"", "task stories, config.analysis.examples=200000: 200000 questions were asked for")])
+def test_what_importance_cannot_be_measured_on_is_one_line(entry: str, text: bytes, expected: str, tmp_path: Path):
+  config = tiny.get_config()
+  config.analysis.examples = 200_000
+  (tmp_path / ("train.txt" if entry.endswith(".txt") else "train.jsonl")).write_bytes(text)
+  (tmp_path / "test.jsonl").write_text('{"question": "in no train split", "answer": "#### 1"}')
+  with pytest.raises(UserError, match=expected) as caught:
+    analysing.importances(config, TINY, [entry.replace("DIR", str(tmp_path))])
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("edit", "config", "expected"), [
+    (lambda name, x: None if ".layers.3." in name else x, {"num_hidden_layers": 3}, r"x: has 3 layers, \S+tiny 4"),
+    (lambda name, x: None if ".layers.3." in name else x, {}, "x: weights do not fit config.json with its 4 layers: "
+     "missing layers.3.down_proj, missing layers.3.gate_proj"),
+    (lambda name, x: x, {"num_hidden_layers": 3}, "3 layers: unknown layers.3.down_proj"),
+    (lambda name, x: x[:-2] if "gate_proj" in name else x, {},
+     r"x: layers.0.gate_proj has shape \(382, 128\), in \S+tiny \(384, 128\); expected two checkpoints of one model"),
+    (lambda name, x: x.astype(np.int8) if "2.mlp.up_proj" in name else x, {}, "x: .*up_proj.weight has dtype int8; "),
+    (lambda name, x: x, {"model_type": "gemma"}, "config.json: model_type='gemma' is not supported"),
+    (None, {}, "x: is a file; expected a folder with config.json")])
+def test_checkpoints_that_are_not_of_one_model_are_one_line(edit: Any, config: dict, expected: str, tmp_path: Path):
+  folder = tmp_path / "x"
+  if edit is None:
+    folder.touch()
+  else:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(json.loads((TINY / "config.json").read_text()) | config))
+    found = {name: edit(name, x) for name, x in safetensors.read(TINY / "model.safetensors").items()}
+    safetensors.write(folder / "model.safetensors", [
+        (name, x.dtype, x.shape, lambda x=x: [x]) for name, x in found.items() if x is not None])
+  with pytest.raises(UserError, match=expected) as caught:
+    check(TINY, folder)
+  assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_has_not_moved_has_a_result_and_starts_fast(environment, tmp_path: Path):  # noqa: F811
+  command = [sys.executable, "-X", "importtime", "-m", "imm_jax.analyze", "--model=tiny", f"--tuned={TINY}"]
+  done = subprocess.run([*command, f"--out={tmp_path / 'out'}"], cwd=REPO, env=environment, capture_output=True,
+                        text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+  assert "jax" in imported
+  assert not imported & {"flax", "optax", "transformers", "datasets", "imm_jax.model.decoder"}
+  change = json.loads((tmp_path / "out/analysis.json").read_text())["weight_change"][str(TINY)]
+  assert change["layers"] == change["share"] == [0.0] * 4
+  assert "layer 3    0 (0.0%)\n" in done.stdout
+
+
+def test_no_change_has_no_rank_correlation(tmp_path: Path):
+  found = output.together({"math": _layers(1.0, 2.0)}, {"tiny": _layers(0.0, 0.0)})
+  output.write(tmp_path / "out", found)
+  assert output.table(found).endswith("\nSpearman, importance on math and change to tiny: not defined")
+  assert (tmp_path / "out/weight_change.svg").exists()
 
 
 def test_every_corpus_of_the_papers_analyses_is_read(tmp_path: Path):

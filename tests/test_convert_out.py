@@ -108,6 +108,7 @@ def test_an_out_that_cannot_be_a_folder_is_named(source: Path, tmp_path: Path) -
         source=source, out=file, to="orbax", overwrite=overwrite)
   message = _refusal(source=source, out=file / "out", to="orbax")
   assert message.startswith(f"{file / 'out'}: cannot be written (")
+  assert "; give another name and start again" in message
   assert "lock" not in message
   assert file.read_text() == "mine"
 

@@ -183,12 +183,20 @@ def examples_of(config: ml_collections.ConfigDict, model: Path, entry: str) -> l
   check_entry(entry)
   (name, _, source), count = entry.partition("="), config.analysis.examples
   if name == "text" or name in texts.CORPORA:
-    tokenizer = load_tokenizer(model)
-    return [TokenizedExample([], tokenizer(text)["input_ids"][:config.sft.row_length])
-            for text in tasks.load_text(name.removeprefix("text"), source=source, count=count)]
-  found = questions.load(config, entry, split="train", count=count if tasks.is_endless(name) else None)
+    passages = tasks.load_text(name.removeprefix("text"), source=source, count=count)
+    tokenizer, length = load_tokenizer(model), config.sft.row_length
+    found = [TokenizedExample([], tokenizer(text)["input_ids"][:length]) for text in passages]
+    if all(len(e.response) < 2 for e in found):
+      raise UserError(f"task {entry}: no passage has a second token that is predicted from the first (they are cut at "
+                      f"config.sft.row_length={length}); give more text")
+    return found
+  try:
+    found = questions.load(config, entry, split="train", count=count if tasks.is_endless(name) else None)
+  except ValueError as e:
+    raise UserError(f"task {entry}, config.analysis.examples={count}: {e}") from e
   worked = [e for e in found if e.rationale][:count]
   if not worked:
-    raise UserError(f"task {name}: has no worked answers to measure importance on")
+    raise UserError(f"task {entry}: none of its {len(found)} answers is worked out, as importance is measured on them; "
+                    "give a source whose answers are")
   encode = tuning.encoder(config, model)
   return [encode({"question": e.question, "response": e.rationale}) for e in worked]

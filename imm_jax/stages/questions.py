@@ -77,7 +77,7 @@ def load(config: ml_collections.ConfigDict, entry: str, *, split: str, count: in
   try:
     return list(_load(name, split, count, seed, source, tuple(sorted(config.task.fields.items())), config.task.kind))
   except UserError as e:
-    raise UserError(f"task {name}: {e}") from e
+    raise UserError(str(e) if str(e).startswith("task ") else f"task {name}: {e}") from e
 
 
 def counts(config: ml_collections.ConfigDict) -> tuple[int, int]:

@@ -89,7 +89,9 @@ def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Toke
   sft, mesh, length = config.sft, mesh_of(config), row_length or config.sft.row_length
   by_line = {line: e for line, e in enumerate(examples, 1) if len(e.prompt) + len(e.response) <= length}
   if not by_line:
-    raise UserError(f"{what}: all {len(examples)} answers are longer than config.sft.row_length={length} tokens")
+    shortest = min((len(e.prompt) + len(e.response) for e in examples), default=0)
+    raise UserError(f"{what}: none of its {len(examples)} answers fits with its prompt in config.sft.row_length="
+                    f"{length} tokens; the shortest takes {shortest}")
   fitting = list(by_line.values())
   multiple = sharding.batch_parts(mesh) * sft.accumulation
   batches = PackedBatches(fitting, epochs=epochs, global_batch=sft.global_batch, row_length=length, seed=seed,

@@ -114,9 +114,9 @@ def _decoded(value: Any) -> Any:
 def _unreachable(source: str, error: Exception, where: Where) -> UserError:
   cause = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
   return UserError(f"{source}: split {where.split} cannot be read ({cause}); give a local copy, "
-                   "--config.task.source=file:PATH for the task in domain, NAME=file:PATH in --config.task.ood for "
-                   f"another, where PATH is a {', '.join(FORMATS[:-1])} file (or a folder with "
-                   f"{where.split}.jsonl or the like) {where.needs}".rstrip())
+                   "--config.task.source=file:PATH for the task in domain, NAME=file:PATH in --config.task.ood (or in "
+                   f"--task of imm_jax.analyze) for another, where PATH is a {', '.join(FORMATS[:-1])} file (or a "
+                   f"folder with {where.split}.jsonl or the like) {where.needs}".rstrip())
 
 
 def _read_files(source: str, rest: str, where: Where) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -158,7 +158,8 @@ def _parse(file: Any, where: Where) -> Iterator[tuple[str, Any]]:
     data = file.read_bytes()
     text = (gzip.decompress(data) if file.name.endswith(".gz") else data).decode("utf-8-sig")
   except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
-    raise UserError(f"{file}: cannot be read ({_cause(e)})") from e
+    expected = "; expected UTF-8" if isinstance(e, UnicodeDecodeError) else ""
+    raise UserError(f"{file}: cannot be read ({_cause(e)}){expected}") from e
   return parse(file, text, where)
 
 

@@ -1,6 +1,7 @@
 """Plain text for layer importance: passages of a corpus."""
 
 import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator
 
@@ -36,16 +37,22 @@ def load_text(name: str = "", *, count: int | None = None, source: str = "", spl
   where = sources.Where(split, name, needs="with a field text, or a txt file", stream=True)
   passages = list(itertools.islice(_joined(_paragraphs(source, where), chars), count))
   if not passages:
-    raise UserError(f"{source}: holds no text")
+    raise UserError(f"{source}: holds no text; expected more than white space")
   return passages
 
 
 def _paragraphs(source: str, where: sources.Where) -> Iterator[tuple[str, str]]:
   """(what stands between it and the one before, paragraph)"""
   for place, record in sources.read(source, where):
-    text = record.get("text")
+    if "text" not in record:
+      raise UserError(f"{place}: has no field 'text' but {', '.join(record)}; expected records {where.needs}")
+    text = record["text"]
     if not isinstance(text, str):
-      raise UserError(f"{place}: has no field 'text' but {', '.join(record)}")
+      raise UserError(f"{place}: the field 'text' is {json.dumps(text, default=repr)[:50]}; expected a text")
+    try:
+      text.encode()  # JSON can spell half of a surrogate pair
+    except UnicodeEncodeError as e:
+      raise UserError(f"{place}: the field 'text' is no valid text ({e})") from e
     body = _GUTENBERG.search(text)
     between = "\n"
     for paragraph in re.split(r"\n\s*\n", body[1] if body else text):
