@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from imm_jax.analysis import MODULES
+from imm_jax.analysis import MODULES, shares
 from imm_jax.analysis.weight_change import spearman
 from imm_jax.report import layers as figures, writer
+from imm_jax.report.figures import short
 
 Found = dict[str, Any]
 FILE, TABLE = "analysis.json", "layers.csv"
@@ -29,7 +30,7 @@ def write(folder: Path, found: Found) -> None:
     rows = csv.writer(f)
     rows.writerow(["measure", "of", "layer", "value", "share", *MODULES])
     for measure, name, of in _measures(found):
-      for layer, (value, share) in enumerate(zip(of["layers"], _shares(of), strict=True)):
+      for layer, (value, share) in enumerate(zip(of["layers"], shares(of["layers"]), strict=True)):
         rows.writerow([measure, name, layer, value, share, *(of["modules"][m][layer] for m in MODULES)])
   draw(folder, found)
 
@@ -46,17 +47,17 @@ def table(found: Found) -> str:
   """A line a layer, a column a measure with each layer's share of it; then the modules' sums, and the correlations."""
   columns = list(_measures(found))
   preposition = {"importance": "importance on", "weight_change": "change to"}
-  rows = [["", *(f"{preposition[measure]} {figures.short(name)}" for measure, name, _ in columns)]]
-  count = max(len(of["layers"]) for *_, of in columns)
-  for layer in range(count):
-    rows.append([f"layer {layer}", *(f"{of['layers'][layer]:.4g} ({_shares(of)[layer]:.1%})" for *_, of in columns)])
+  rows = [["", *(f"{preposition[measure]} {short(name)}" for measure, name, _ in columns)]]
+  layers = [list(zip(of["layers"], shares(of["layers"]), strict=True)) for *_, of in columns]
+  for layer, cells in enumerate(zip(*layers, strict=True)):
+    rows.append([f"layer {layer}", *(f"{value:.4g} ({share:.1%})" for value, share in cells)])
   for module in MODULES:
     sums = [(sum(of["modules"][module]), sum(of["layers"])) for *_, of in columns]
     rows.append([module, *(f"{part:.4g} ({part / whole if whole else 0:.1%})" for part, whole in sums)])
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
   lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
   for task, pairs in found["spearman"].items():
-    lines += [f"Spearman, importance on {figures.short(task)} and change to {figures.short(name)}: "
+    lines += [f"Spearman, importance on {short(task)} and change to {short(name)}: "
               + ("not defined" if rank is None else f"{rank:.3f}") for name, rank in pairs.items()]
   return "\n".join(lines)
 
@@ -74,8 +75,3 @@ def _measures(found: Found) -> Iterator[tuple[str, str, Found]]:
   for measure in ("importance", "weight_change"):
     for of, values in found[measure].items():
       yield measure, of, values
-
-
-def _shares(of: Found) -> list[float]:
-  whole = sum(of["layers"])
-  return [value / whole if whole else 0.0 for value in of["layers"]]

@@ -144,7 +144,7 @@ def bars(data: Bars) -> "Figure":
   axes = figure.subplots()
   left = [0.0] * len(data.names)
   for i, (part, values) in enumerate(data.parts.items()):
-    axes.barh(range(len(data.names)), values, left=left, color=series(i)[0], hatch=_HATCHES[i % len(_HATCHES)],
+    axes.barh(range(len(data.names)), values, left=left, color=series(i)[0], hatch=hatch(i),
               edgecolor="white", linewidth=0, height=0.7, label=part)
     left = [a + b for a, b in zip(left, values, strict=True)]
   axes.set_yticks(range(len(data.names)), data.names, fontsize=9, parse_math=False)
@@ -171,8 +171,13 @@ def method_style(method: str, intervention: str = "none", i: int = 0) -> tuple[s
 
 
 def series(i: int) -> tuple[str, str]:
-  """Colour and marker of the i-th of some curves."""
-  return SERIES[i % len(SERIES)]
+  """Colour and marker of the i-th of some curves; after all colours each has another marker."""
+  return SERIES[i % len(SERIES)][0], SERIES[(i + i // len(SERIES)) % len(SERIES)][1]
+
+
+def hatch(i: int) -> str:
+  """The i-th pattern of bars, for print."""
+  return _HATCHES[i % len(_HATCHES)]
 
 
 def dash(i: int) -> str:

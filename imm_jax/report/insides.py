@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from imm_jax.analysis import shares
 from imm_jax.report import figures
 from imm_jax.report.figures import Line, Panel
 from imm_jax.report.markup import Plot, Section, Table
@@ -70,16 +71,6 @@ def value(found: Any, *path: str) -> Any:
   for key in path:
     found = found.get(key) if isinstance(found, Mapping) else None
   return found
-
-
-def shares(values: Sequence[float]) -> list[float]:
-  """Each value's share of their sum.
-
-  >>> shares([1.0, 3.0]), shares([0.0])
-  ([0.25, 0.75], [0.0])
-  """
-  whole = sum(values)
-  return [value / whole if whole else 0.0 for value in values]
 
 
 def _part(results: Results, name: str) -> dict[int, Any]:

@@ -8,19 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from imm_jax.report.figures import arrange
+from imm_jax.report.figures import arrange, hatch, series, short
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
   from matplotlib.figure import Figure
 
-# Okabe-Ito: told apart by colour-blind readers; markers and hatches differ as well, for print.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-_MARKERS = "o^sDvPX*"
-_HATCHES = ("", "//", "\\\\", "..", "xx", "--", "++")
 # Importance by its order.
 _SUMS = {1: "sum of |g W|", 2: "sum of |g W - 1/2 sum of (g_j W)^2|"}
-_WIDTH = 32
 
 
 def importance(found: Mapping[str, Mapping[str, Any]]) -> "Figure":
@@ -35,7 +30,7 @@ def importance(found: Mapping[str, Mapping[str, Any]]) -> "Figure":
   for axes, (name, scores) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
     bottom = np.zeros(len(scores["layers"]))
     for i, (module, values) in enumerate(scores["modules"].items()):
-      handles[module] = axes.bar(range(len(values)), values, bottom=bottom, color=_COLOURS[i], hatch=_HATCHES[i],
+      handles[module] = axes.bar(range(len(values)), values, bottom=bottom, color=series(i)[0], hatch=hatch(i),
                                  edgecolor="white", linewidth=0)
       bottom += values
     _describe(axes, f"importance on\n{short(name)}", _SUMS[scores["order"]], layers=len(bottom))
@@ -54,8 +49,7 @@ def weight_change(found: Mapping[str, Mapping[str, Any]]) -> "Figure":
   figure, legend = Figure(), []
   by_layer, share, by_module = figure.subplots(1, 3)
   for i, (name, change) in enumerate(found.items()):
-    # After all colours each has another marker.
-    style = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)]}
+    style = dict(zip(("color", "marker"), series(i), strict=True))
     line, = by_layer.plot(change["layers"], **style)
     legend.append((short(name), line))
     share.plot(100 * np.asarray(change["share"]), **style)
@@ -68,15 +62,6 @@ def weight_change(found: Mapping[str, Mapping[str, Any]]) -> "Figure":
   _describe(by_module, "weight change by module", "change, summed over layers")
   arrange(figure, legend)
   return figure
-
-
-def short(name: str) -> str:
-  """The end of a name that is long, such as a path.
-
-  >>> short("runs/tiny"), short("/home/somebody/runs/tiny/round_0/sft")
-  ('runs/tiny', '...ebody/runs/tiny/round_0/sft')
-  """
-  return name if len(name) <= _WIDTH else f"...{name[3 - _WIDTH:]}"
 
 
 def _describe(axes: "Axes", title: str, y: str, *, layers: int = 0) -> None:

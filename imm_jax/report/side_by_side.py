@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from imm_jax.analysis import shares
 from imm_jax.evaluation import Accuracy
 from imm_jax.report import figures, groups, insides, page
 from imm_jax.report.figures import Bars, Panel
@@ -145,7 +146,7 @@ def _layers(found: Sequence[Group], join: Join) -> Section:
   def last(run: Results, *path: str) -> dict[int, float]:
     analysed = [of for of in run.analysis.values() if insides.value(of, *path) is not None]
     values = insides.value(analysed[-1], *path) if analysed else []
-    return {layer: 100 * share for layer, share in enumerate(insides.shares(values))}
+    return {layer: 100 * share for layer, share in enumerate(shares(values))}
 
   rank = lambda run: {t: of["spearman"] for t, of in run.analysis.items() if "spearman" in of}
   by_layer = {"x": "layer", "y": "% of all layers"}
