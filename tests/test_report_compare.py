@@ -91,6 +91,12 @@ def test_a_method_has_one_colour_and_each_curve_a_look_of_its_own(runs: list[Res
   assert lines[-1].label == "star (3 seeds)"
 
 
+def test_seeds_that_have_no_round_in_common_have_no_curve(runs: list[Results]):
+  apart = [run._replace(analysis={t: run.analysis[t]}) for t, run in enumerate(runs[:2])]
+  *_, rank = panels({"a": apart[0], "b": apart[1], "c": runs[2]}, "layers")
+  assert [line.label for line in rank.lines] == ["c (star)"]
+
+
 def test_settings_that_change_nothing_do_not_keep_seeds_apart(runs: list[Results]):
   other = runs[1]._replace(config=runs[1].config | {"mesh": {"data": 8}})
   assert [len(group.runs) for group in groups.group({"a": runs[0], "b": other, "c": runs[2]})] == [2, 1]

@@ -93,6 +93,8 @@ def curve(group: Group, measure: Callable[[Results], Mapping[int, Accuracy | flo
       return figures.scores(group.label, group.style, list(values), list(values.values()), group.dash)
     return figures.over_rounds(values, group.label, group.style, group.dash)
   places = [x for x in found[0] if all(x in values for values in found)]
+  if not places:
+    return None
   means = [mean([number(values[x]) for values in found]) for x in places]
   return Line(group.label, *group.style, group.dash, tuple(places), tuple(m for m, _ in means),
               tuple(m - e for m, e in means), tuple(m + e for m, e in means))
