@@ -63,11 +63,13 @@ def test_importance_and_weight_change_of_a_checkpoint(analyze, tuned: Path, tmp_
   assert lines[1].startswith(f"layer 0    {scores['layers'][0]:.4g} (")
   assert [line.split()[0] for line in lines[5:12]] == [
       "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-  assert lines[12].endswith(f": {found['spearman'][text][str(tuned)]:.3f}")
+  assert lines[12].endswith("a.txt: order 1, 2 examples")
+  assert lines[13].endswith(f": {found['spearman'][text][str(tuned)]:.3f}")
   rows = list(csv.DictReader((tmp_path / "out/layers.csv").read_text().splitlines()))
   assert [(row["measure"], row["layer"]) for row in rows] == [
       (measure, str(n)) for measure in ("importance", "weight_change") for n in range(4)]
   assert [float(row["value"]) for row in rows[4:]] == change
+  assert [row["order"] for row in rows] == ["1"] * 4 + [""] * 4
   assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
       "analysis.json", "importance.png", "importance.svg", "layers.csv", "weight_change.png", "weight_change.svg"]
   again = analyze(*flags)
@@ -167,6 +169,20 @@ def test_no_change_has_no_rank_correlation(tmp_path: Path):
   assert (tmp_path / "out/weight_change.svg").exists()
 
 
+def test_examples_that_do_not_fit_are_counted(tmp_path: Path):
+  found = output.together({"math": _layers(1.0, 2.0) | {"dropped_long": 35, "order": 2}}, {})
+  assert output.table(found).endswith("\nimportance on math: order 2, 5 examples; 35 more do not fit in a row")
+  config = tiny.get_config()
+  config.sft.update({"remat": "none", "attention": "xla"})
+  answers = ["Tom buys 3 apples"] * 2 + ["Tom buys 3 apples " * 100]
+  (tmp_path / "test.jsonl").write_text(json.dumps({"question": "x", "answer": "1 #### 1"}) + "\n")
+  rows = [{"question": f"How many? {i}", "answer": f"{text} #### {i}"} for i, text in enumerate(answers)]
+  (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  entry = f"gsm8k=file:{tmp_path}"
+  scores = analysing.importances(config, TINY, [entry])[entry]
+  assert (scores["examples"], scores["dropped_long"]) == (2, 1)
+
+
 def test_every_corpus_of_the_papers_analyses_is_read(tmp_path: Path):
   """From files; what they hold comes back from the tokens of the embedded model, which knows few words."""
   config = tiny.get_config()
@@ -212,7 +228,8 @@ def _layers(*values: float) -> dict[str, Any]:
   """What analysis.json holds of these layers, as importance and as weight change."""
   modules = {f"{m}_proj": list(values) for m in ("q", "k", "v", "o", "gate", "up", "down")}
   whole = sum(values) or 1
-  return {"order": 1, "layers": [7 * v for v in values], "modules": modules, "share": [v / whole for v in values]}
+  return {"examples": 5, "dropped_long": 0, "order": 1, "layers": [7 * v for v in values], "modules": modules,
+          "share": [v / whole for v in values]}
 
 
 def test_figures_hold_every_name_and_the_same_bytes_again(tmp_path: Path):

@@ -16,7 +16,9 @@ import pytest
 import report_runs
 
 from configs import paper as plans
-from imm_jax.report import compare, groups, live, page, paper, samples
+from imm_jax.errors import UserError
+from imm_jax.evaluation import accuracy
+from imm_jax.report import compare, figures, groups, live, page, paper, results, samples
 from imm_jax.report.figures import Panel
 from imm_jax.report.markup import Plot, Table, csv_of
 from imm_jax.report.results import Results
@@ -91,10 +93,69 @@ def test_a_method_has_one_colour_and_each_curve_a_look_of_its_own(runs: list[Res
   assert lines[-1].label == "star (3 seeds)"
 
 
-def test_seeds_that_have_no_round_in_common_have_no_curve(runs: list[Results]):
+def test_seeds_that_have_not_come_as_far_leave_the_mean_to_the_others(runs: list[Results]):
+  begun = runs[0]._replace(models=runs[0].models[:1], analysis={})
+  into, _ = panels({"a": begun, "b": runs[1], "c": runs[2]})
+  line = into.lines[0]
+  assert line.label == "imm (2 seeds)"
+  assert line.x == (0, 1, 2, 3)
+  assert line.y[1:] == tuple(runs[1].in_domain(m).value for m in runs[1].handed_on()[1:])
   apart = [run._replace(analysis={t: run.analysis[t]}) for t, run in enumerate(runs[:2])]
   *_, rank = panels({"a": apart[0], "b": apart[1], "c": runs[2]}, "layers")
-  assert [line.label for line in rank.lines] == ["c (star)"]
+  assert rank.lines[0].x == (0, 1)
+
+
+def test_labels_are_short_and_no_two_are_equal(runs: list[Results], tmp_path: Path):
+  def run(method: str, seed: int, **settings: object) -> Results:
+    found = runs[0] if method == "imm" else runs[2]
+    return found._replace(config=found.config | {"seed": seed} | settings)
+
+  models = [f"/data/models/{letter}{'long' * 20}" for letter in "ab"]
+  many = {f"{method}{i}{j}": run(method, j, model=model, ood=["svamp", "asdiv", "mawps"], rate=rate)
+          for i, (model, rate) in enumerate(zip([*models, models[0]], (1, 1, 2), strict=True))
+          for method in ("imm", "star") for j in range(2)}
+  many |= {f"{letter}_the_same_long_end_of_two_names_of_runs": run("imm", 7, other=letter) for letter in "xy"}
+  found = [group.label for group in groups.group(many)]
+  assert len(set(found)) == len(found) == 8
+  assert max(map(len, found)) < 60
+  compare.write([run._replace(root=tmp_path / name) for name, run in many.items()], tmp_path / "out")
+  assert (tmp_path / "out/time.png").exists()
+
+
+def test_who_leads(runs: list[Results], tmp_path: Path):
+  sentence = lambda named: compare._sentence(groups.group(named))
+  values = {"a": 0.5, "b": 0.75, "c": 0.75}
+  score = lambda value: accuracy(round(4 * value), 4)
+  named = {name: runs[2]._replace(config={}, models=(
+      runs[2].models[0], runs[2].models[1]._replace(scores={task: score(value if task == "stories" else 0.5)
+                                                            for task in runs[2].models[1].scores})))
+           for name, value in values.items()}
+  before = named["a"].out_of_domain(named["a"].models[0]).value
+  change = f"{0.5 - before:+.3f}"
+  assert sentence(named) == ("After the last round b (star) and c (star) are highest in domain (0.750); a (star) and "
+                             f"b (star) and c (star) keep most out of domain ({change}).")
+  two = {name: named[name] for name in "ab"}
+  assert sentence(two).startswith("After the last round b (star) is highest in domain (0.750; out of domain "
+                                  f"{change} against its base); ")
+  other = Results.of(report_runs.make(tmp_path / "other", task="gsm8k", ood=()))
+  assert "none leads" in sentence({"a": runs[0], "b": other})
+  alone = {name: run._replace(ood_tasks=()) for name, run in named.items()}
+  assert sentence(alone) == "After the last round b (star) and c (star) are highest in domain (0.750)."
+
+
+def test_an_axis_of_one_round_counts_in_rounds():
+  figure = figures.draw(Panel("t", "round", "y", (figures.over_rounds({2: 0.5}, "a", figures.series(0)),)))
+  axes, = figure.axes
+  low, high = axes.get_xlim()
+  assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [2]
+
+
+def test_a_run_that_is_named_twice_and_an_empty_name_are_refused(runs: list[Results]):
+  root = str(runs[0].root)
+  for given, said in (([root, f"{root}/."], "is given twice"), ([str(runs[0].root.parent), root], "is given twice"),
+                      ([root, "", root], "one of the names is empty")):
+    with pytest.raises(UserError, match=said):
+      results.find(given)
 
 
 def test_settings_that_change_nothing_do_not_keep_seeds_apart(runs: list[Results]):
@@ -186,8 +247,8 @@ def test_every_figure_of_the_paper_is_of_a_task_that_a_run_of_its_table_evaluate
     runs = plans.get_config(f"table={entry['table']}").runs.values()
     tasks = {task for run in runs for task in (run.task.name, *run.task.ood)}
     assert set(entry["figures"]) <= tasks, entry["table"]
-    for figures in entry["figures"].values():
-      assert all(re.fullmatch(r"base|sft|merged( 0\.\d)?", kind) and 0 < percent < 100 for kind, _, percent in figures)
+    for of_task in entry["figures"].values():
+      assert all(re.fullmatch(r"base|sft|merged( 0\.\d)?", kind) and 0 < percent < 100 for kind, _, percent in of_task)
 
 
 @pytest.mark.parametrize(("table", "index", "task", "place", "percent"), [

@@ -40,6 +40,12 @@ def cut_a_line(root: Path) -> None:
   path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
 
 
+def turn_a_verdict(root: Path) -> None:
+  """Leaves the file as long as it was."""
+  path = root / "round_0/samples.jsonl"
+  path.write_text(path.read_text().replace('"correct": true, "', '"correct": false,"', 1))
+
+
 @pytest.mark.parametrize(("damage", "said"), [
     (drop("round_0/samples.jsonl"), "round_0/samples.jsonl: missing"),
     (cut_samples, "round_1/samples.jsonl: lines that are no JSON object were left out: 18"),
@@ -71,6 +77,15 @@ def cut_a_line(root: Path) -> None:
     (put("config.json", '{"model": "tiny", "method": "imm", "sft": 3}'),
      "config.json: damaged or missing in it: task, sft, eval"),
     (cut_a_line, "round_1/samples.jsonl: has "),
+    (turn_a_verdict, "round_0/samples.jsonl: 18 answers, "),
+    (change(lambda r: r["stages"]["round_1/eval/merged"].update(facts={})), "round_1/eval/merged are damaged"),
+    (change(lambda r: r.update(stages={})), "does not know of what is there: base/eval, round_0/analysis.json"),
+    (change(lambda r: r["stages"].pop("round_1/eval/merged")),
+     "run.json: does not know of what is there: round_1/eval/merged"),
+    (change(lambda r: r["stages"]["round_0/train.jsonl"]["facts"].pop("dropped_duplicate")),
+     "run.json: damaged or missing of round_0/train.jsonl: dropped_duplicate"),
+    (change(lambda r: r["stages"]["base/eval"]["facts"]["scores"]["stories"]["greedy"].update(n=True)),
+     "the scores of base/eval are damaged"),
     (put("round_0/merged/model.safetensors", "half a mod"), "round_0/merged: has 10 bytes, and had 0 when it was made"),
     (put("base/eval/groups.jsonl", '{"id": "a", "question": "b", "gold": 3}\n'),
      "base/eval/groups.jsonl: lines in which one of id, question, gold"),
@@ -115,15 +130,18 @@ def test_nothing_of_a_wrong_kind_changes_the_page_without_a_word(run: Path, tmp_
   found = random.Random(0).sample(found, min(60, len(found)))
   assert len(found) > 10
   for *path, last in found:
-    for wrong in (None, "x", [], {}):
+    for wrong in (None, "x", [], {}, True, "deleted"):
       value = json.loads(first)
       holder = value
       for key in path:
         holder = holder[key]
-      measured = wrong is not None or name != "round_0/analysis.json"  # null is what was not measured
-      if isinstance(holder[last], type(wrong)) or not measured or holder[last] is None:
+      # null is what was not measured; pass@k is of as many k as were asked for.
+      free = (wrong is None and name == "round_0/analysis.json") or (wrong == "deleted" and "@" in str(last))
+      if type(holder[last]) is type(wrong) or free or holder[last] is None:
         continue
       holder[last] = wrong
+      if wrong == "deleted":
+        del holder[last]
       (root / name).write_text("\n".join([json.dumps(value), *others]) + "\n")
       now = quick(root)
       assert now == sound or "Missing or left out" in now, (path, last, wrong)

@@ -28,10 +28,11 @@ def write(folder: Path, found: Found) -> None:
   (folder / FILE).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
   with (folder / TABLE).open("w", newline="", encoding="utf-8") as f:
     rows = csv.writer(f)
-    rows.writerow(["measure", "of", "layer", "value", "share", *MODULES])
+    rows.writerow(["measure", "order", "of", "layer", "value", "share", *MODULES])
     for measure, name, of in _measures(found):
       for layer, (value, share) in enumerate(zip(of["layers"], shares(of["layers"]), strict=True)):
-        rows.writerow([measure, name, layer, value, share, *(of["modules"][m][layer] for m in MODULES)])
+        modules = [of["modules"][module][layer] for module in MODULES]
+        rows.writerow([measure, of.get("order"), name, layer, value, share, *modules])
   draw(folder, found)
 
 
@@ -56,6 +57,9 @@ def table(found: Found) -> str:
     rows.append([module, *(f"{part:.4g} ({part / whole if whole else 0:.1%})" for part, whole in sums)])
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
   lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+  for task, of in found["importance"].items():
+    left_out = f"; {of['dropped_long']} more do not fit in a row" if of["dropped_long"] else ""
+    lines.append(f"importance on {short(task)}: order {of['order']}, {of['examples']} examples{left_out}")
   for task, pairs in found["spearman"].items():
     lines += [f"Spearman, importance on {short(task)} and change to {short(name)}: "
               + ("not defined" if rank is None else f"{rank:.3f}") for name, rank in pairs.items()]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from imm_jax import files
+from imm_jax.errors import listed
 from imm_jax.report import groups, live, page, side_by_side, writer
 from imm_jax.report.groups import Group
 from imm_jax.report.markup import Link, Markup, Section, Table
@@ -39,17 +40,15 @@ def write(runs: Sequence[Results], out: Path, *, extra: Callable[[Mapping[str, R
 
 
 def names(roots: Sequence[Path]) -> list[str]:
-  """The shortest ends of the paths that tell them apart.
+  """The shortest ends of the paths, no two of which are equal, that tell them apart.
 
   >>> names([Path("/a/x/run"), Path("/a/y/run")]), names([Path("/a/imm"), Path("/a/star")])
   (['x/run', 'y/run'], ['imm', 'star'])
   """
   full = [root.resolve().parts for root in roots]
-  for length in range(1, max(map(len, full)) + 1):
-    found = ["/".join(parts[-length:]) for parts in full]
-    if len(set(found)) == len(found):
-      return found
-  return [f"{name} ({i})" for i, name in enumerate(found, 1)]
+  lengths = range(1, max(map(len, full)) + 1)
+  found = ([str(Path(*parts[-length:])) for parts in full] for length in lengths)
+  return next(ends for ends in found if len(set(ends)) == len(ends))
 
 
 def sections(runs: Mapping[str, Results], packed: Mapping[str, Sequence[Chunk]], out: Path) -> list[Section]:
@@ -90,17 +89,27 @@ def _packed(runs: Mapping[str, Results]) -> tuple[dict[str, list[Chunk]], list[s
 
 
 def _sentence(found: Sequence[Group]) -> str:
-  ends = {group.label: end for group in found if (end := side_by_side.end(group)) and end.out_change}
+  """Who leads; nobody where the runs answer different questions."""
+  ends = [(group.label, end) for group in found if (end := side_by_side.end(group))]
   if not ends:
-    return "No run has finished a round with scores in and out of domain yet."
-  best = max(ends, key=lambda label: ends[label].into[0])
-  kept = max(ends, key=lambda label: ends[label].out_change[0])
-  of = lambda label: (f"{ends[label].into[0]:.3f}", f"{ends[label].out_change[0]:+.3f}")
-  first = f"After its last round {best} is highest in domain"
-  if best == kept:
-    return f"{first} ({of(best)[0]}) and keeps most out of domain ({of(best)[1]} against its base)."
-  return (f"{first} ({of(best)[0]}; out of domain {of(best)[1]} against its base); {kept} keeps most out of domain "
-          f"({of(kept)[1]}; in domain {of(kept)[0]}).")
+    return "No run has finished a round with scores of its base yet."
+  if len({(run.id_task, run.ood_tasks) for group in found for run in group.runs.values()}) > 1:
+    return "The runs differ in their tasks, so that none leads; their figures are below."
+  into, out = ({label: format(of, form) for label, of in values.items()} for values, form in (
+      ({label: end.into[0] for label, end in ends}, ".3f"),
+      ({label: end.out_change[0] for label, end in ends if end.out_change}, "+.3f")))
+  said = _lead(into, "is highest in domain", "are highest in domain", out, "out of domain", "against its base")
+  if out:
+    said += "; " + _lead(out, "keeps most out of domain", "keep most out of domain", into, "in domain", "")
+  return f"After the last round {said}."
+
+
+def _lead(shown: Mapping[str, str], one: str, several: str, others: Mapping[str, str], where: str, beside: str) -> str:
+  """Who has the greatest number, as it is shown, and where it is one what it has in the `others`."""
+  best = max(shown.values(), key=float)
+  leaders = [label for label, value in shown.items() if value == best]
+  also = f"; {where} {others[leaders[0]]} {beside}".rstrip() if len(leaders) == 1 and leaders[0] in others else ""
+  return f"{listed(leaders, ' and ')} {one if len(leaders) == 1 else several} ({best}{also})"
 
 
 def _runs(runs: Mapping[str, Results], out: Path) -> Section:

@@ -123,7 +123,10 @@ def _draw_panel(axes: "Axes", panel: Panel) -> dict[str, object]:
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
   else:
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    places = [x for line in panel.lines for x in line.x]
+    if max(places) - min(places) < 1:  # or matplotlib numbers what lies between two integers
+      axes.set_xlim(min(places) - 0.6, max(places) + 0.6)
   axes.grid(alpha=0.3)
   return handles
 
@@ -138,8 +141,8 @@ def bars(data: Bars) -> "Figure":
   """Horizontal bars, each made of its parts."""
   from matplotlib.figure import Figure
 
-  columns = 3
-  width, height = _WIDTH + 0.3, 0.62 + _ROW * -(-len(data.parts) // columns) + 0.28 * len(data.names)
+  columns, margin = 3, 0.2 + 0.075 * max(map(len, data.names))
+  width, height = margin + 0.8 * _WIDTH, 0.62 + _ROW * -(-len(data.parts) // columns) + 0.28 * len(data.names)
   figure = Figure(figsize=(width, height))
   axes = figure.subplots()
   left = [0.0] * len(data.names)
@@ -153,7 +156,6 @@ def bars(data: Bars) -> "Figure":
   axes.grid(axis="x", alpha=0.3)
   axes.set_axisbelow(True)
   figure.legend(*axes.get_legend_handles_labels(), loc="upper center", ncols=columns, frameon=False, fontsize=9)
-  margin = 0.2 + 0.07 * max(map(len, data.names))
   figure.subplots_adjust(left=margin / width, right=1 - 0.2 / width, bottom=0.5 / height,
                          top=1 - (0.12 + _ROW * -(-len(data.parts) // columns)) / height)
   return figure

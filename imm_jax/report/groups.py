@@ -11,12 +11,15 @@ from imm_jax.report import figures
 from imm_jax.report.figures import Line
 from imm_jax.report.results import Results
 
+# Letters of a label's settings.
+_LONGEST = 40
+
 
 class Group(NamedTuple):
   """Runs that differ in nothing but their seed.
 
   Attributes:
-    label: in legends and tables: of one run its name, of several what they have in common.
+    label: in legends and tables, of no other group: of one run its name, of several what they have in common.
     style: colour and marker, those of the method.
     dash: the kind of line.
     runs: by name.
@@ -81,23 +84,21 @@ def intervention(run: Results) -> str:
 def curve(group: Group, measure: Callable[[Results], Mapping[int, Accuracy | float]]) -> Line | None:
   """A group's curve of what `measure` gives of a run, by its place on the x axis; None where there is nothing.
 
-  Of one run the values, with their intervals where they have some; of several the mean and its standard error, at the
-  places that all of them have.
+  Of one run the values, with their intervals where they have some; of several the mean and its standard error over
+  those that have a value at that place.
   """
-  found = [values for run in group.runs.values() if (values := measure(run))]
-  if not found:
-    return None
-  if len(found) == 1:
-    values = found[0]
-    if all(isinstance(value, Accuracy) for value in values.values()):
-      return figures.scores(group.label, group.style, list(values), list(values.values()), group.dash)
-    return figures.over_rounds(values, group.label, group.style, group.dash)
-  places = [x for x in found[0] if all(x in values for values in found)]
+  found = [measure(run) for run in group.runs.values()]
+  places = sorted({x for values in found for x in values})
   if not places:
     return None
-  means = [mean([number(values[x]) for values in found]) for x in places]
-  return Line(group.label, *group.style, group.dash, tuple(places), tuple(m for m, _ in means),
-              tuple(m - e for m, e in means), tuple(m + e for m, e in means))
+  if len(found) > 1:
+    means = [mean([number(values[x]) for values in found if x in values]) for x in places]
+    return Line(group.label, *group.style, group.dash, tuple(places), tuple(m for m, _ in means),
+                tuple(m - e for m, e in means), tuple(m + e for m, e in means))
+  values = found[0]
+  if all(isinstance(value, Accuracy) for value in values.values()):
+    return figures.scores(group.label, group.style, list(values), list(values.values()), group.dash)
+  return figures.over_rounds(values, group.label, group.style, group.dash)
 
 
 def number(value: Accuracy | float) -> float:
@@ -116,18 +117,37 @@ def mean(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _labels(groups: Sequence[Mapping[str, Results]]) -> list[str]:
-  """Names of runs that are alone; for the others the method, and the settings in which groups of one method differ."""
+  """Names of runs that are alone; for the others the method, and the settings in which groups of one method differ.
+
+  They are short, and no two are equal.
+  """
   first = [next(iter(members.values())) for members in groups]
   methods = [method(run) for run in first]
-  labels = []
+  labels: list[str] = []
   for members, run, label in zip(groups, first, methods, strict=True):
     if len(members) == 1:
-      name = next(iter(members))
-      labels.append(figures.short(name) if label in name or run.method in name else f"{figures.short(name)} ({label})")
-      continue
-    alike = [relevant(other.config) for other, of, same in zip(first, groups, methods, strict=True)
-             if same == label and len(of) > 1]
-    mine = relevant(run.config)
-    different = [f"{key}={value}" for key, value in mine.items() if any(other.get(key) != value for other in alike)]
-    labels.append(f"{', '.join([label, *different])} ({len(members)} seeds)")
-  return labels
+      name, = members
+      text = figures.short(name) if label in name or run.method in name else f"{figures.short(name)} ({label})"
+    else:
+      alike = [relevant(other.config) for other, of, same in zip(first, groups, methods, strict=True)
+               if same == label and len(of) > 1]
+      different = [f"{key.rpartition('.')[2]}={_brief(value)}" for key, value in relevant(run.config).items()
+                   if any(other.get(key) != value for other in alike)]
+      seeds = {str(member.config.get("seed")) for member in members.values()}
+      text = ", ".join([label, *different])
+      text = text if len(text) <= _LONGEST else f"{text[:_LONGEST - 3]}..."
+      text += f" ({len(members)} {'seeds' if len(seeds) == len(members) else 'runs'})"
+    labels.append(text)
+  return [label if labels.count(label) == 1 else f"{label} [{labels[:i].count(label) + 1}]"
+          for i, label in enumerate(labels)]
+
+
+def _brief(value: Any) -> str:
+  """A setting in few letters: of a path or hub id the last part, of a list how many entries.
+
+  >>> _brief("Qwen/Qwen2.5-0.5B"), _brief(["svamp", "asdiv"]), _brief(0.3)
+  ('Qwen2.5-0.5B', '2 entries', '0.3')
+  """
+  if isinstance(value, list) and len(value) > 1:
+    return f"{len(value)} entries"
+  return str(value).rstrip("/").rpartition("/")[2]

@@ -16,6 +16,8 @@ DIVERSITY = {"distinct_answers": "distinct answers a question", "distinct_4grams
 LAYERS = ("Importance is the sum of |gradient x weight| over a layer's matrices (eq. 3), weight change the sum of "
           "their Frobenius norms (eq. 4); each as a share of all layers. A negative correlation means that what moves "
           "most matters least.")
+# Curves of a panel by layer.
+_MOST = 8
 COLLAPSE = "Fewer distinct answers to a question from round to round are a sign of collapse."
 
 
@@ -78,9 +80,12 @@ def _part(results: Results, name: str) -> dict[int, Any]:
 
 
 def _by_layer(title: str, found: Mapping[int, Sequence[float]]) -> Panel:
-  lines = tuple(Line(f"round {t}", *figures.series(i), figures.dash(i // len(figures.SERIES)),
-                     tuple(range(len(values))), tuple(100 * v for v in values))
-                for i, (t, values) in enumerate(found.items()))
+  """A curve each round; of many rounds some, the first and the last among them."""
+  rounds = list(found)
+  if len(rounds) > _MOST:
+    rounds = [rounds[round(i * (len(rounds) - 1) / (_MOST - 1))] for i in range(_MOST)]
+  lines = tuple(Line(f"round {t}", *figures.series(i), "-", tuple(range(len(found[t]))),
+                     tuple(100 * v for v in found[t])) for i, t in enumerate(rounds))
   highest = max(max(line.y) for line in lines)
   return Panel(title, "layer", "% of all layers", lines, span=(0, 1.1 * highest or 1))
 

@@ -172,6 +172,7 @@
     };
     byId("filters").addEventListener("submit", (event) => event.preventDefault());
     byId("filters").addEventListener("input", later);
+    byId("filters").addEventListener("change", later);  // all that some assistive technology sends
     byId("filters").addEventListener("focusin", read);
     byId("previous").addEventListener("click", () => turn(-1));
     byId("next").addEventListener("click", () => turn(1));

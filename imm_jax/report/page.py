@@ -14,6 +14,8 @@ from imm_jax.report.results import Model, Results, skipped
 from imm_jax.report.samples import Chunk
 
 _RELOAD_S = 30
+PASS_AT_K = ("pass@k: the share of questions of which one of k samples is right (unbiased estimate); majority: the "
+             "most common answer is right.")
 NO_MEMORY = "The devices did not say how much memory they held."
 
 
@@ -82,12 +84,13 @@ def assemble(title: str, top: str, problems: Sequence[str], parts: Sequence[Sect
 
 def _status(results: Results, status: Status, written: str, renewed: bool) -> str:
   done = [name for name in status.plan if name in results.stages]
-  stages = f"{len(done)} of {len(status.plan)} stages done" if status.plan else f"{len(results.stages)} stages done"
+  stages = f"{len(done)} of {len(status.plan)} stages done" if status.plan else (
+      f"{len(results.stages)} stages done, of how many is not known")
   if not isinstance(results.facts.get("stages"), dict):
     stages = "nobody can say which stages are done"
   todo = next((name for name in status.plan if name not in results.stages), "")
-  text = {"running": f"Running: {stages}" + f"; next {todo}" * bool(todo), "finished": f"Finished: {stages}",
-          "stopped": f"Stopped: {stages}" + f"; next {todo}" * bool(todo)}.get(status.state, stages)
+  left = todo and (f"; {todo} is missing" if status.state == "finished" else f"; next {todo}")
+  text = f"{status.state.capitalize()}: {stages}{left}" if status.state else stages
   how = f"the page looks for a newer one every {_RELOAD_S} s" if renewed else "this page stays as it is"
   text += f" (as of {written}; {how})" if written else ""
   text += f". {status.why}" if status.why else ""
@@ -127,17 +130,24 @@ def _sentence(results: Results, first: Model, last: Model) -> str:
   if last is first:
     return f"No round of {results.method} on {model} is done yet; these are the base model's scores."
   done = f"{last.round + 1} round{'s' * (last.round > 0)} of {results.method} on {model}"
-  parts = [_change(results.in_domain(first).value, results.in_domain(last).value, f"in domain ({results.id_task})")]
+  parts = [_change(results.in_domain(first), results.in_domain(last), f"in domain ({results.id_task})")]
   if results.ood_tasks:
     tasks = f"{len(results.ood_tasks)} task{'s' * (len(results.ood_tasks) > 1)}"
-    parts.append(_change(results.out_of_domain(first).value, results.out_of_domain(last).value,
-                         f"out of domain ({tasks})"))
+    parts.append(_change(results.out_of_domain(first), results.out_of_domain(last), f"out of domain ({tasks})"))
   return f"After {done}, accuracy {' and '.join(parts)}."
 
 
-def _change(before: float, after: float, where: str) -> str:
-  verb = "rose" if after > before else "fell" if after < before else "stayed"
-  return f"{where} {verb} from {before:.3f} to {after:.3f}" if after != before else f"{where} {verb} at {after:.3f}"
+def _change(before: Accuracy, after: Accuracy, where: str) -> str:
+  """How accuracy changed; what lies in the other's interval is no rise or fall.
+
+  >>> _change(Accuracy(0.4, 100, 0.31, 0.50), Accuracy(0.6, 100, 0.50, 0.69), "in domain")
+  'in domain rose from 0.400 to 0.600'
+  >>> _change(Accuracy(0.98, 100, 0.93, 0.99), Accuracy(0.97, 100, 0.92, 0.99), "out of domain")
+  'out of domain stayed within its interval, 0.980 and 0.970'
+  """
+  if after.low <= before.value <= after.high or before.low <= after.value <= before.high:
+    return f"{where} stayed within its interval, {before.value:.3f} and {after.value:.3f}"
+  return f"{where} {'rose' if after.value > before.value else 'fell'} from {before.value:.3f} to {after.value:.3f}"
 
 
 def _accuracy(results: Results) -> Section:
@@ -186,9 +196,8 @@ def _sampled(results: Results) -> Section:
                                               tuple(lines), log2=True, shares=True),))] if lines else []
   evaluation = results.config.get("eval") if isinstance(results.config.get("eval"), dict) else {}
   return Section("sampled", "Several samples a question", [
-      f"pass@k: the share of questions of which one of k samples is right (unbiased estimate of "
-      f"{evaluation.get('num_samples', '?')} samples at temperature {evaluation.get('temperature', '?')}); majority: "
-      "the most common answer is right.",
+      f"{PASS_AT_K} Of each question {evaluation.get('num_samples', '?')} samples at temperature "
+      f"{evaluation.get('temperature', '?')}.",
       *plot, Table("pass_at_k", "pass@k and majority vote", ["model", "task", *names], rows)])
 
 

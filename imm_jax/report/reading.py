@@ -23,7 +23,12 @@ COUNTS = {"samples": "sampled", "correct": "right", "dropped_wrong": "dropped: w
           "unfinished": "cut at max_new_tokens", "long_prompts": "questions too long to ask",
           "tokens": "tokens sampled"}
 # Those that a stage has in any case, by how its name ends.
-_ALWAYS = {"/samples.jsonl": ("samples", "correct", "tokens"), "/train.jsonl": ("kept",)}
+_ALWAYS = {"/samples.jsonl": ("samples", "correct", "tokens"), "/train.jsonl": ("kept", "real", "of_earlier_rounds")}
+# And where there are samples to choose from.
+_CHOSEN = ("dropped_wrong", "dropped_duplicate", "dropped_unfinished")
+# Where stages leave what they make.
+_OUTPUTS = ("base/eval", *(f"round_*/{name}" for name in (
+    "samples.jsonl", "train.jsonl", "sft", "merged", "eval/*", "analysis.json", "importance.json", "base_weight.json")))
 
 
 def config(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -61,17 +66,22 @@ def json_object(path: Path, problems: list[str]) -> dict[str, Any]:
 def stages(root: Path, record: Mapping[str, Any], problems: list[str]) -> dict[str, dict[str, Any]]:
   """The entries of run.json's finished stages, by name; where it has none, stages whose answers are there."""
   found = record.get("stages")
+  there = sorted(str(path.relative_to(root)) for pattern in _OUTPUTS for path in root.glob(pattern)
+                 if not path.name.startswith("."))  # which is what a stage is still at
   if not isinstance(found, dict):
     problems += ["run.json: has no list of stages"] * bool(record)
-    there = [p for pattern in ("base/eval", "round_*/samples.jsonl", "round_*/eval/*") for p in root.glob(pattern)]
-    return {str(path.relative_to(root)): {"facts": {}} for path in sorted(there)}
+    return {name: {"facts": {}} for name in there if name == "base/eval" or "samples.jsonl" in name or "/eval/" in name}
   good = {name: entry for name, entry in found.items() if isinstance(entry, dict)
           and isinstance(entry.get("facts"), dict)}
   bad = [name for name in found if name not in good]
   problems += [f"run.json: damaged entries of {listed(bad)}"] * bool(bad)
+  unknown = [name for name in there if name not in found]
+  problems += [f"run.json: does not know of what is there: {listed(unknown)}"] * bool(unknown)
   for name, entry in good.items():
     wrong = [key for key in ("bytes", "seconds") if not (is_number(entry.get(key)) and entry[key] >= 0)]
     counts = [*_ALWAYS.get(name[name.rfind("/"):], ()), *COUNTS.keys() & entry["facts"].keys()]
+    if name.endswith("/train.jsonl") and name.replace("train", "samples") in good:
+      counts += _CHOSEN
     if not name.partition("/")[2].startswith("eval"):  # where long_prompts are counted by task
       wrong += sorted({key for key in counts if not _is_count(entry["facts"].get(key))})
     problems += [f"run.json: damaged or missing of {name}: {listed(wrong)}"] * bool(wrong)
@@ -127,7 +137,7 @@ def analysis(path: Path, problems: list[str]) -> dict[str, Any]:
 
 def is_number(value: Any) -> bool:
   """Whether a value is a number that can be shown and drawn: no NaN, no infinity, nothing huge."""
-  return isinstance(value, int | float) and -1e100 < value < 1e100
+  return isinstance(value, int | float) and not isinstance(value, bool) and -1e100 < value < 1e100
 
 
 def count(facts: Mapping[str, Any], key: str) -> int:

@@ -81,7 +81,7 @@ class Results(NamedTuple):
     stages = reading.stages(root, record, problems)
     method, id_task, ood_tasks = _what(record, config, problems)
     rounds = sorted({int(found[1]) for name in stages if (found := re.match(r"round_(\d+)/", name))})
-    models = _models(stages, rounds, (id_task, *ood_tasks), problems)
+    models = _models(stages, rounds, (id_task, *ood_tasks), problems) if isinstance(record.get("stages"), dict) else ()
     data = tuple({"round": t} | stages.get(f"round_{t}/samples.jsonl", {}).get("facts", {})
                  | stages.get(f"round_{t}/train.jsonl", {}).get("facts", {})
                  | {k: v for k, v in stages.get(f"round_{t}/sft", {}).get("facts", {}).items() if k == "dropped_long"}
@@ -119,10 +119,12 @@ def find(given: Sequence[str]) -> list[Path]:
   """The run directories that --workdirs names: each itself, or those that it holds.
 
   Raises:
-    UserError: for a folder that is none and holds none.
+    UserError: for a folder that is none and holds none, and for a run that is named twice.
   """
   roots: list[Path] = []
   for name in given:
+    if not name:
+      raise UserError(f"--workdirs={','.join(given)}: one of the names is empty; expected DIR,DIR,...")
     root = Path(name)
     if not root.is_dir():
       raise UserError(f"--workdirs: {name} is no folder")
@@ -133,6 +135,9 @@ def find(given: Sequence[str]) -> list[Path]:
     roots += below
   if not roots:
     raise UserError("--workdirs: names no run directory")
+  for i, root in enumerate(roots):
+    if root.resolve() in [other.resolve() for other in roots[:i]]:
+      raise UserError(f"--workdirs: {root} is given twice")
   return roots
 
 
@@ -158,7 +163,7 @@ def _models(stages: Mapping[str, Any], rounds: list[int], tasks: tuple[str, ...]
                ("merged", t, f"round_{t}/eval/merged")]
   models = []
   for kind, t, name in places:
-    if stages.get(name, {}).get("facts"):
+    if name in stages:
       try:
         models.append(_model(kind, t, stages[name]["facts"], tasks))
       except (AttributeError, KeyError, TypeError, ValueError) as e:
@@ -178,7 +183,7 @@ def _model(kind: str, round_: int, facts: Mapping[str, Any], tasks: tuple[str, .
 def _score(found: Mapping[str, Any]) -> Accuracy:
   score = Accuracy(**found)
   whole = isinstance(score.n, int) and is_number(score.n) and score.n > 0
-  if not (whole and 0 <= score.low <= score.value <= score.high <= 1):
+  if not (whole and all(map(is_number, score)) and 0 <= score.low <= score.value <= score.high <= 1):
     raise ValueError(f"{found} is no accuracy")
   return score
 

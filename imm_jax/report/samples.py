@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from imm_jax.errors import listed
-from imm_jax.report.reading import is_number
+from imm_jax.report.reading import count, is_number
 from imm_jax.report.results import Results
 
 # Bytes of the files whose answers the page holds; a browser keeps about as much in memory.
@@ -31,6 +31,7 @@ class Chunk(NamedTuple):
   Attributes:
     name: the file, relative to the run directory.
     rows: how many.
+    right: how many of them are.
     tokens: of all answers.
     damaged: lines that are no JSON object, by number.
     lacking: lines in which something is missing or of a wrong kind, by number; they are shown without it.
@@ -40,6 +41,7 @@ class Chunk(NamedTuple):
 
   name: str
   rows: int
+  right: int
   tokens: int
   damaged: tuple[int, ...]
   lacking: tuple[int, ...]
@@ -63,7 +65,7 @@ class Packer:
     What was trained on comes first, then greedy answers of evaluation, then samples of evaluation; what would take the
     page past `most_bytes` is left out.
     """
-    found, problems, left = [], [], most_bytes
+    found, problems, left, expected = [], [], most_bytes, _expected(results)
     for path, kind, round_, task in _files(results, problems):
       status = path.stat()
       name = str(path.relative_to(results.root))
@@ -80,7 +82,22 @@ class Packer:
                           ("lacking", f"in which one of {', '.join(_ROW)} is missing or damaged")):
         lines = [str(number) for chunk in self._known[path][1] for number in getattr(chunk, which)]
         problems += [f"{name}: lines {said}: {listed(lines)}"] * bool(lines)
+      counts = tuple(sum(getattr(chunk, which) for chunk in self._known[path][1]) for which in ("rows", "right"))
+      if counts != expected.get(name, counts):
+        problems.append("{}: {:,} answers, {:,} of them right; by run.json {:,}, {:,} of them right".format(
+            name, *counts, *expected[name]))
     return found, problems
+
+
+def _expected(results: Results) -> dict[str, tuple[int, int]]:
+  """How many answers a file holds, and how many of them are right, by the scores and counts of run.json."""
+  found = {f"round_{row['round']}/samples.jsonl": (count(row, "samples"), count(row, "correct"))
+           for row in results.data if "samples" in row}
+  for model in results.models:
+    kind = model.kind.replace("merged ", "sweep_")
+    folder = "base/eval" if kind == "base" else f"round_{model.round}/eval/{kind}"
+    found |= {f"{folder}/{task}.jsonl": (a.n, round(a.value * a.n)) for task, a in model.scores.items()}
+  return found
 
 
 def _files(results: Results, problems: list[str]) -> Iterable[tuple[Path, str, int, str]]:
@@ -135,7 +152,7 @@ def _pack_lines(lines: Iterable[tuple[int, bytes]], name: str, about: dict[str, 
   # As ASCII, in which lone surrogates of a model's output survive; JSON has no NaN.
   found = json.dumps(about | {"questions": list(questions), "rows": rows}, allow_nan=False, separators=(",", ":"))
   packed = base64.b64encode(gzip.compress(found.encode("ascii"), compresslevel=3, mtime=0)).decode()
-  return Chunk(name, len(rows), tokens, tuple(damaged), tuple(lacking), packed)
+  return Chunk(name, len(rows), sum(row[3] for row in rows), tokens, tuple(damaged), tuple(lacking), packed)
 
 
 def _text(row: dict[str, Any], key: str) -> str:

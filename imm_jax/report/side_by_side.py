@@ -90,7 +90,8 @@ def _accuracy(runs: Mapping[str, Results], found: Sequence[Group]) -> Section:
   several = any(len(group.runs) > 1 for group in found)
   notes = ["Of each round the model that the next one starts from (merged, or tuned where nothing is merged), with "
            "95 % intervals (Wilson). Each method has a colour.",
-           *(["Runs that differ in their seed alone are one curve, their mean with its standard error."] * several),
+           *(["Runs that differ in their seed alone are one curve, their mean with its standard error; where some have "
+              "not come as far, of the others."] * several),
            *(["The runs differ in their tasks, so their curves are of different questions."]
              * (len({(run.id_task, run.ood_tasks) for run in runs.values()}) > 1))]
   return Section("accuracy", "Accuracy by round", [
@@ -134,10 +135,10 @@ def _ends(runs: Mapping[str, Results]) -> list[Table]:
 
 def _sampled(found: Sequence[Group], join: Join) -> Section:
   curve = lambda run: {k: a for m in run.handed_on()[-1:] for k, a in page.pass_at_k(m, run.id_task).items()}
+  tables = join("pass_at_k", "pass@k and majority vote")
   return Section("sampled", "Several samples a question", [
-      *_plot("pass_at_k", "pass@k over k", found, {"in domain, after the last round": (
-          curve, {"x": "k (samples)", "y": "pass@k", "shares": True, "log2": True})}),
-      *join("pass_at_k", "pass@k and majority vote")])
+      page.PASS_AT_K, *_plot("pass_at_k", "pass@k over k", found, {"in domain, after the last round": (
+          curve, {"x": "k (samples)", "y": "pass@k", "shares": True, "log2": True})}), *tables] if tables else [])
 
 
 def _layers(found: Sequence[Group], join: Join) -> Section:

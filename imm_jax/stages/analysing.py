@@ -159,7 +159,8 @@ def _scores(data: tuning.Data, params: Params, *, order: int, label: str) -> Fou
   else:
     del options["accumulation"]  # one example at a time leaves nothing to divide
     sums = layers.gradient_and_squares(data.model, params, data.batches, **options)
-  return {"examples": len(data.lines), "order": order, **layers.layer_importance(params, *sums).to_json()}
+  return {"examples": len(data.lines), "dropped_long": data.dropped, "order": order,
+          **layers.layer_importance(params, *sums).to_json()}
 
 
 def check_entry(entry: str) -> None:

@@ -45,37 +45,26 @@ def map_gradients(gradients: Callable[..., tuple[Any, Params, Any]], params: Par
       lambda path, leaf: sharding.param_sharding(mesh, sharding.path_name(path), leaf.shape).spec, params)
   split = {sharding.path_name(path): _axis(spec) for path, spec in jax.tree_util.tree_leaves_with_path(
       specs, is_leaf=lambda x: isinstance(x, P))}
+  # Over which devices a gradient is still to be added up once it is scattered.
+  apart = lambda axis: _ROWS if axis is None else ("data",)
 
   def gather(path: str, part: jax.Array) -> jax.Array:
     axis = split[path]
+    if sums is not None:  # they hold what all devices gave before, so each layer's gradient joins them added up
+      part = _added_up(part, apart(axis))
     # A layer's own weights lack the axis that layers are stacked on.
     return part if axis is None else _gather(part, dtype, axis - path.startswith("layers."))
 
-  # Over which devices a parameter's gradients are still to be added up.
-  apart = jax.tree.map(lambda spec: _ROWS if _axis(spec) is None else ("data",), specs,
-                       is_leaf=lambda x: isinstance(x, P))
-
   def local(params: Params, batch: dict[str, jax.Array], sums: Params | None) -> tuple[jax.Array, Params, jax.Array]:
-    if sums is not None:
-      sums = jax.tree.map(lambda axes, total: _once(total, axes, mesh), apart, sums, is_leaf=_is_axes)
     loss, grads, number = gradients(params, batch, sums, gather=gather, add_up=lambda x: jax.lax.psum(x, _ROWS))
-    grads = jax.tree.map(lambda axes, g: jax.lax.psum(g, axes), apart, grads, is_leaf=_is_axes)
+    if sums is None:
+      grads = jax.tree.map(lambda spec, g: jax.lax.psum(g, apart(_axis(spec))), specs, grads,
+                           is_leaf=lambda x: isinstance(x, P))
     return jax.lax.psum(loss, _ROWS), grads, number
 
   # Nothing is differentiated across the boundary, so nothing need be known about what varies over which axis.
   return jax.shard_map(local, mesh=mesh, in_specs=(specs, sharding.BATCH, specs if sums is not None else None),
                        out_specs=(P(), specs, P()), check_vma=False)(params, batch, sums)
-
-
-def _once(total: jax.Array, axes: tuple[str, ...], mesh: Mesh) -> jax.Array:
-  """A number that devices along these axes share, on the first of them, and 0 on the others."""
-  if all(mesh.shape[axis] == 1 for axis in axes):
-    return total
-  return jnp.where(jax.lax.axis_index(axes) == 0, total, 0)
-
-
-def _is_axes(x: Any) -> bool:
-  return isinstance(x, tuple) and all(isinstance(name, str) for name in x)
 
 
 def gather_layer(gather: Gather, layer: Layer) -> Layer:
@@ -100,8 +89,8 @@ def _axis(spec: P) -> int | None:
   return next((i for i, axes in enumerate(spec) if axes == "fsdp" or "fsdp" in (axes or ())), None)
 
 
-# Both say float32 of what has travelled in the compute dtype: the cast back costs nothing, for the next one undoes it,
-# and with it the gradient arrives in float32, not rounded before it is added up.
+# `_gather` and `_constrain` say float32 of what has travelled in the compute dtype: the cast back costs nothing, for
+# the next one undoes it, and with it the gradient arrives in float32, not rounded before it is added up.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(part: jax.Array, dtype: jnp.dtype, axis: int) -> jax.Array:
   return jax.lax.all_gather(part.astype(dtype), "fsdp", axis=axis, tiled=True).astype(part.dtype)
@@ -118,3 +107,13 @@ def _constrain(part: jax.Array, dtype: jnp.dtype, used: NamedSharding, stored: N
 
 _constrain.defvjp(lambda part, dtype, used, stored: (_constrain(part, dtype, used, stored), None),
                   lambda dtype, used, stored, _, g: (jax.lax.with_sharding_constraint(g, stored),))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _added_up(part: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  """The part itself; its gradient is the sum over these axes."""
+  del axes
+  return part
+
+
+_added_up.defvjp(lambda part, axes: (part, None), lambda axes, _, g: (jax.lax.psum(g, axes),))
