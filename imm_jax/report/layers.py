@@ -60,6 +60,7 @@ def weight_change(found: Mapping[str, Mapping[str, Any]]) -> "Figure":
   _describe(share, "each layer's share", "% of all layers' change", layers=layers)
   share.axhline(100 / layers, color="#555555", linestyle=":")
   _describe(by_module, "weight change by module", "change, summed over layers")
+  by_module.margins(x=0.1)
   arrange(figure, legend)
   return figure
 
