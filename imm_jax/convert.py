@@ -190,6 +190,9 @@ def main() -> None:
     if _TO.value == "orbax":
       to_orbax(hub.resolve(_SOURCE.value), out)
     else:
+      from imm_jax.training import checkpoints  # late: orbax takes its time
+
+      checkpoints.ignore_closed_loops()  # for good: they may speak while the error is being printed
       from_orbax(source, out)
   print(f"{out}: written")
   return None

@@ -127,4 +127,5 @@ def test_a_damaged_orbax_checkpoint_is_one_line(tmp_path: Path) -> None:
                          f"--out={tmp_path / 'out'}"], cwd=REPO, capture_output=True, text=True, check=False)
   assert done.returncode == 1, done.stderr
   assert [line for line in done.stderr.splitlines() if line.startswith("error: ") and "is no orbax checkpoint" in line]
+  assert "Traceback" not in done.stderr
   assert not (tmp_path / "out").exists()

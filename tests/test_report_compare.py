@@ -18,7 +18,7 @@ import report_runs
 from configs import paper as plans
 from imm_jax.errors import UserError
 from imm_jax.evaluation import accuracy
-from imm_jax.report import compare, figures, groups, live, page, paper, results, samples
+from imm_jax.report import compare, figures, groups, live, page, paper, results, samples, side_by_side
 from imm_jax.report.figures import Panel
 from imm_jax.report.markup import Plot, Table, csv_of
 from imm_jax.report.results import Results
@@ -100,6 +100,9 @@ def test_seeds_that_have_not_come_as_far_leave_the_mean_to_the_others(runs: list
   assert line.label == "imm (2 seeds)"
   assert line.x == (0, 1, 2, 3)
   assert line.y[1:] == tuple(runs[1].in_domain(m).value for m in runs[1].handed_on()[1:])
+  half = runs[0]._replace(models=runs[0].models[:3])  # one round, sft and merged
+  of = side_by_side.end(groups.group({"a": half, "b": runs[1]})[0])
+  assert (of.rounds, of.count, of.into[0]) == (3, 1, line.y[-1])
   apart = [run._replace(analysis={t: run.analysis[t]}) for t, run in enumerate(runs[:2])]
   *_, rank = panels({"a": apart[0], "b": apart[1], "c": runs[2]}, "layers")
   assert rank.lines[0].x == (0, 1)

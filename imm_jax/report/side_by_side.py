@@ -30,17 +30,19 @@ def sections(runs: Mapping[str, Results], join: Join) -> list[Section]:
 
 
 class End(NamedTuple):
-  """What came out of a group after its last round: means and standard errors over those runs that have finished one and
+  """What came out of a group after its last round: means and standard errors over the runs that have finished it and
   know their base's scores; None out of domain where there are no such tasks.
 
   Attributes:
-    count: how many runs.
+    rounds: how many are done then.
+    count: how many runs have come so far.
     into: accuracy in domain.
     into_change: against the base.
     out: accuracy out of domain.
     out_change: against the base.
   """
 
+  rounds: int
   count: int
   into: tuple[float, float]
   into_change: tuple[float, float]
@@ -54,6 +56,8 @@ def end(group: Group) -> End | None:
           if len(models := run.handed_on()) > 1 and models[0].kind == "base"]
   if not ends:
     return None
+  furthest = max(last.round for _, _, last in ends)
+  ends = [(run, first, last) for run, first, last in ends if last.round == furthest]
   means: list[tuple[float, float] | None] = []
   for score in (Results.in_domain, Results.out_of_domain):
     if score is Results.out_of_domain and not ends[0][0].ood_tasks:
@@ -61,7 +65,7 @@ def end(group: Group) -> End | None:
       continue
     values = [(score(run, last).value, score(run, first).value) for run, first, last in ends]
     means += [groups.mean([last for last, _ in values]), groups.mean([last - first for last, first in values])]
-  return End(len(ends), *means)
+  return End(furthest + 1, len(ends), *means)
 
 
 def _plot(name: str, what: str, found: Sequence[Group], measures: Mapping[str, tuple[Curve, dict[str, Any]]],
@@ -107,7 +111,7 @@ def _means(found: Sequence[Group]) -> list[Table]:
   rows = []
   for group in found:
     if of := end(group):
-      row: list[Any] = [group.label, of.count]
+      row: list[Any] = [group.label, of.rounds, of.count]
       for pair in (of.into, of.into_change, of.out, of.out_change):
         row += [pair and pair[0], pair[1] if pair and of.count > 1 else None]
       rows.append(row)
@@ -115,8 +119,8 @@ def _means(found: Sequence[Group]) -> list[Table]:
     return []
   head = [name for measure in ("in domain", "change in domain", "out of domain", "change out of domain")
           for name in (measure, f"{measure}: s.e.")]
-  return [Table("means", "After the last round, means over seeds with their standard errors", ["runs", "n", *head],
-                rows)]
+  return [Table("means", "After the last round, means over seeds with their standard errors", ["runs", "rounds", "n",
+                                                                                               *head], rows)]
 
 
 def _ends(runs: Mapping[str, Results]) -> list[Table]:

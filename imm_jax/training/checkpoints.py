@@ -10,6 +10,7 @@ import logging as std_logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ class Checkpoints:
     self._guarded(self._manager.check_for_errors)
 
   def __enter__(self) -> "Checkpoints":
-    self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
+    self._hook = ignore_closed_loops()
     logging.get_absl_logger().addFilter(_no_traceback)
     # Not taken away again: what broke off is collected at some later time.
     std_logging.getLogger("asyncio").addFilter(_no_orphan)
@@ -152,11 +153,6 @@ class Checkpoints:
     finally:
       sys.unraisablehook = self._hook
       logging.get_absl_logger().removeFilter(_no_traceback)
-
-  def _unraisable(self, event: Any) -> None:
-    # After a write that failed tensorstore calls back into a loop that orbax has closed: no news to anybody.
-    if "Event loop is closed" not in str(event.exc_value):
-      self._hook(event)
 
   def _guarded(self, work: Any) -> None:
     try:
@@ -174,6 +170,21 @@ class Checkpoints:
   def _unreadable(self, step: int, cause: str) -> UserError:
     return UserError(f"{self.folder / str(step)}: this training state cannot be read ({cause}); remove that folder to "
                      "go on from the one before, or to begin again")
+
+
+def ignore_closed_loops() -> Callable[[Any], Any]:
+  """Leaves out what tensorstore's threads say of a read or write that failed, and is raised; gives the hook before.
+
+  They call back into a loop that orbax has closed by then: no news to anybody.
+  """
+  before = sys.unraisablehook
+
+  def hook(event: Any) -> None:
+    if "Event loop is closed" not in str(event.exc_value):
+      before(event)
+
+  sys.unraisablehook = hook
+  return before
 
 
 def _no_orphan(record: Any) -> bool:
