@@ -32,6 +32,18 @@ def _rope(theta: float, **scaling: object) -> dict[str, object]:
   return {"rope_parameters": {"rope_type": "llama3" if scaling else "default", "rope_theta": theta, **scaling}}
 
 
+# Files that take longest go first, so that no worker is left with one at the end.
+_LONG = [f"test_{name}.py" for name in (
+    "processes", "loop", "methods", "sharding", "trainer_states", "importance", "interventions", "merge_sharded",
+    "loop_errors", "vllm_spawn", "vllm_loop", "trainer", "devices", "decoder", "sampling")]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Puts the tests of _LONG before the others."""
+  place = {name: i for i, name in enumerate(_LONG)}
+  items.sort(key=lambda item: place.get(item.path.name, len(_LONG)))
+
+
 # Family and what it changes in _SIZES: the models whose arithmetic differs.
 _KINDS = {
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
