@@ -234,7 +234,8 @@ def test_a_damaged_run_directory_is_one_line(finished: Path, environment: dict[s
   assert expected in one_line(done.stderr)
 
 
-@pytest.mark.parametrize(("interval", "where"), [(2, "sft_state: the training state"), (100, "sft:")])
+@pytest.mark.parametrize(("interval", "where"), [
+    (2, "sft_state: the training state"), pytest.param(100, "sft:", marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_line_and_loses_nothing(environment: dict[str, str], tmp_path: Path, interval: int,
                                                    where: str):
   """A tiny file size limit stands in for a full disk: the kernel refuses the write in the same place."""

@@ -46,7 +46,8 @@ def on_disk(folders: list[Path], out: Path, method: str, *, block: int, **option
   return read(out)
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) if m == "della" else m for m in OPTIONS])
+@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) if m in ("della", "dare_linear") else m
+                                    for m in OPTIONS])
 def test_a_file_has_the_bits_of_a_tree_in_blocks_and_shards_of_any_size(method: str, folders: list[Path],
                                                                         tmp_path: Path):
   expected = in_memory(method)

@@ -120,10 +120,10 @@ def _read_what_cannot_be_read(folder: Path) -> None:
   """Resumes from a state that fits no longer, for each reason; leaves what was said."""
   params = init_params(CONFIG, key=jax.random.key(0))  # noqa: F811
   said = {}
+  with states(folder / "whole") as checkpoints:
+    train(params, make_batches(), checkpoints=checkpoints)
   for i, damage in enumerate(DAMAGES):
-    here = folder / str(i)
-    with states(here) as checkpoints:
-      train(params, make_batches(), checkpoints=checkpoints)
+    here = Path(shutil.copytree(folder / "whole", folder / str(i)))
     if damage == "another model":
       other = CONFIG.__class__(**{**vars(CONFIG), "hidden_size": 24})
       resume = lambda checkpoints, other=other: trainer.train(
