@@ -24,6 +24,7 @@ from imm_jax.errors import UserError
 
 # Keys of a config that may change between two starts of one run: they add stages and change none.
 _MAY_GROW = ("rounds",)
+_TRIES = 10  # at the lock, within half a second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class RunDir:
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       self._lock = (self.path / ".lock").open("w")  # closed by __exit__
-      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      self._take()
     except BlockingIOError as e:
       raise UserError(f"{self.path}: another process is running in it; wait for it or use another --workdir") from e
     except OSError as e:
@@ -84,6 +85,16 @@ class RunDir:
     except BaseException:
       self._lock.close()
       raise
+
+  def _take(self) -> None:
+    """Takes the lock; who only asks whether somebody has it, as reports do, has it for a moment."""
+    for left in reversed(range(_TRIES)):
+      try:
+        return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        if not left:
+          raise
+        time.sleep(0.05)
 
   def __enter__(self) -> "RunDir":
     return self

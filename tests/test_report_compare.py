@@ -100,6 +100,10 @@ def test_seeds_that_have_not_come_as_far_leave_the_mean_to_the_others(runs: list
   assert line.label == "imm (2 seeds)"
   assert line.x == (0, 1, 2, 3)
   assert line.y[1:] == tuple(runs[1].in_domain(m).value for m in runs[1].handed_on()[1:])
+  importance = panels({"a": begun, "b": runs[1]._replace(analysis={}), "c": runs[2]}, "layers")[0]
+  assert len(importance.lines) == 1
+  pass_at_k, = panels({"a": begun, "b": runs[1]}, "sampled")
+  assert pass_at_k.lines[0].y == tuple(a.value for a in page.pass_at_k(runs[1].handed_on()[-1], "stories").values())
   half = runs[0]._replace(models=runs[0].models[:3])  # one round, sft and merged
   of = side_by_side.end(groups.group({"a": half, "b": runs[1]})[0])
   assert (of.rounds, of.count, of.into[0]) == (3, 1, line.y[-1])
@@ -123,6 +127,16 @@ def test_labels_are_short_and_no_two_are_equal(runs: list[Results], tmp_path: Pa
   assert max(map(len, found)) < 60
   compare.write([run._replace(root=tmp_path / name) for name, run in many.items()], tmp_path / "out")
   assert (tmp_path / "out/time.png").exists()
+
+
+def test_equal_figures_have_no_single_leader():
+  assert compare._lead({"a": "+0.000", "b": "+0.000"}, "is", "are", {}, "", "") == "a and b are (+0.000)"
+
+
+def test_a_name_tells_its_method_in_a_whole_word(runs: list[Results]):
+  lost = lambda run: run._replace(config={})
+  named = {"imm_0": runs[0], "iimm_0": lost(runs[0]), "star_3": runs[2], "start": lost(runs[2])}
+  assert [group.label for group in groups.group(named)] == ["imm_0", "iimm_0 (imm)", "star_3", "start (star)"]
 
 
 def test_who_leads(runs: list[Results], tmp_path: Path):

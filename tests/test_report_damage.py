@@ -1,5 +1,6 @@
 """The report of a run directory of which something is missing or damaged: a page that says what."""
 
+import fcntl
 import json
 import os
 import random
@@ -79,9 +80,9 @@ def turn_a_verdict(root: Path) -> None:
     (cut_a_line, "round_1/samples.jsonl: has "),
     (turn_a_verdict, "round_0/samples.jsonl: 18 answers, "),
     (change(lambda r: r["stages"]["round_1/eval/merged"].update(facts={})), "round_1/eval/merged are damaged"),
-    (change(lambda r: r.update(stages={})), "does not know of what is there: base/eval, round_0/analysis.json"),
+    (change(lambda r: r.update(stages={})), "does not say that they were finished: base/eval, round_0/analysis.json"),
     (change(lambda r: r["stages"].pop("round_1/eval/merged")),
-     "run.json: does not know of what is there: round_1/eval/merged"),
+     "left out, for run.json does not say that they were finished: round_1/eval/merged"),
     (change(lambda r: r["stages"]["round_0/train.jsonl"]["facts"].pop("dropped_duplicate")),
      "run.json: damaged or missing of round_0/train.jsonl: dropped_duplicate"),
     (change(lambda r: r["stages"]["base/eval"]["facts"]["scores"]["stories"]["greedy"].update(n=True)),
@@ -95,6 +96,18 @@ def test_a_broken_run_directory_gives_a_page_that_says_what_is_missing(run: Path
   shutil.copytree(run, root)
   damage(root)
   assert said in quick(root)
+
+
+def test_what_a_run_that_goes_on_is_at_is_no_damage(run: Path, tmp_path: Path):
+  root = tmp_path / "run"
+  shutil.copytree(run, root)
+  change(lambda r: r["stages"].pop("round_1/eval/merged"))(root)
+  with (root / "metrics.jsonl").open("a") as f:
+    f.write('{"stage": "round_1/s')
+  assert "left out, for run.json does not say" in quick(root)
+  with (root / ".lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert "Missing or left out" not in quick(root)
 
 
 def places(value: object, path: tuple = ()) -> list[tuple]:

@@ -82,8 +82,9 @@ def _packed(runs: Mapping[str, Results]) -> tuple[dict[str, list[Chunk]], list[s
   """The answers of each run, which share the page's room evenly, and what is missing or left out, a line each."""
   found, problems, left = {}, [], MOST_BYTES
   for i, (name, run) in enumerate(runs.items()):
-    found[name], of_run = Packer(name).chunks(run, most_bytes=left // (len(runs) - i))
-    left -= sum((run.root / file).stat().st_size for file in {chunk.name for chunk in found[name]})
+    packer = Packer(name)
+    found[name], of_run = packer.chunks(run, most_bytes=left // (len(runs) - i))
+    left -= packer.size
     problems += [f"{name}: {problem}" for problem in of_run]
   return found, problems
 
@@ -95,13 +96,14 @@ def _sentence(found: Sequence[Group]) -> str:
     return "No run has finished a round with scores of its base yet."
   if len({(run.id_task, run.ood_tasks) for group in found for run in group.runs.values()}) > 1:
     return "The runs differ in their tasks, so that none leads; their figures are below."
-  into, out = ({label: format(of, form) for label, of in values.items()} for values, form in (
-      ({label: end.into[0] for label, end in ends}, ".3f"),
-      ({label: end.out_change[0] for label, end in ends if end.out_change}, "+.3f")))
+  rounds = sorted({end.rounds for _, end in ends})
+  into = {label: f"{end.into[0]:.3f}" for label, end in ends}
+  out = {label: f"{end.out_change[0]:+.3f}".replace("-0.000", "+0.000") for label, end in ends if end.out_change}
   said = _lead(into, "is highest in domain", "are highest in domain", out, "out of domain", "against its base")
   if out:
     said += "; " + _lead(out, "keeps most out of domain", "keep most out of domain", into, "in domain", "")
-  return f"After the last round {said}."
+  of_each = f" of each ({rounds[0]} to {rounds[-1]} rounds done)" if len(rounds) > 1 else ""
+  return f"After the last round{of_each} {said}."
 
 
 def _lead(shown: Mapping[str, str], one: str, several: str, others: Mapping[str, str], where: str, beside: str) -> str:

@@ -1,6 +1,7 @@
 """Runs that differ in nothing but their seed, as one: their mean, their style and what they are called."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ _LONGEST = 40
 
 
 class Group(NamedTuple):
-  """Runs that differ in nothing but their seed.
+  """Runs that differ in nothing that decides what comes out but their seed.
 
   Attributes:
     label: in legends and tables, of no other group: of one run its name, of several what they have in common.
@@ -127,7 +128,8 @@ def _labels(groups: Sequence[Mapping[str, Results]]) -> list[str]:
   for members, run, label in zip(groups, first, methods, strict=True):
     if len(members) == 1:
       name, = members
-      text = figures.short(name) if label in name or run.method in name else f"{figures.short(name)} ({label})"
+      told = all(re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z])", name) for word in label.split(", "))
+      text = figures.short(name) if told else f"{figures.short(name)} ({label})"
     else:
       alike = [relevant(other.config) for other, of, same in zip(first, groups, methods, strict=True)
                if same == label and len(of) > 1]

@@ -1,6 +1,5 @@
 """The report of a run: written again after each stage, and by `python -m imm_jax.report`."""
 
-import fcntl
 import json
 import sys
 import time
@@ -13,6 +12,7 @@ from imm_jax.errors import PreemptedError, UserError
 from imm_jax.report import page, writer
 from imm_jax.report.markup import Section
 from imm_jax.report.page import Status
+from imm_jax.report.reading import is_running
 from imm_jax.report.results import Results
 from imm_jax.report.samples import Packer
 
@@ -121,15 +121,3 @@ def status_of(root: Path) -> Status:
   if state != "finished":
     state = "running" if is_running(root) else "stopped"
   return Status(tuple(plan), state, why if state == "stopped" else "")
-
-
-def is_running(root: Path) -> bool:
-  """Whether a process works in a run directory."""
-  try:
-    with (root / ".lock").open("r") as f:
-      fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return True
-  except OSError:
-    return False
-  return False

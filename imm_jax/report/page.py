@@ -185,6 +185,7 @@ def _sampled(results: Results) -> Section:
   rows = [[m.label, task, *(found.get(name) for name in names)]
           for m in results.models for task, found in m.sampled.items()]
   last = max(m.round for m in results.models)
+  rounds = f"after round {last}" if last >= 0 else "base"
   lines = []
   for m in results.models:
     curve = pass_at_k(m, results.id_task)
@@ -192,7 +193,7 @@ def _sampled(results: Results) -> Section:
       colour, marker, label = MODELS[m.kind]
       lines.append(figures.scores(label, (colour, marker), list(curve), list(curve.values())))
   plot = [Plot("pass_at_k", "pass@k over k of the base model and of the last round's models; the table below has the "
-               "values", figures.draw, (Panel(f"{results.id_task}, after {last + 1} rounds", "k (samples)", "pass@k",
+               "values", figures.draw, (Panel(f"{results.id_task}, {rounds}", "k (samples)", "pass@k",
                                               tuple(lines), log2=True, shares=True),))] if lines else []
   evaluation = results.config.get("eval") if isinstance(results.config.get("eval"), dict) else {}
   return Section("sampled", "Several samples a question", [
@@ -215,13 +216,16 @@ def _data(results: Results) -> Section:
 
 def _stages(results: Results, chunks: Sequence[Chunk]) -> Section:
   tokens: dict[str, int] = {}
+  whole = {chunk.name for chunk in chunks}
   for chunk in chunks:
     name = chunk.name.rpartition("/")[0] if "/eval/" in chunk.name else chunk.name
     tokens[name] = tokens.get(name, 0) + chunk.tokens
   rows, most = [], max([seconds_of(entry) for entry in results.stages.values()], default=0)
   for name, entry in sorted(results.stages.items(), key=lambda item: _order(item[0])):
     took = seconds_of(entry)
-    done = count(entry["facts"], "tokens") or tokens.get(name)
+    answers = (results.root / name).glob("*.jsonl") if "eval" in name else ()
+    shown = all(str(path.relative_to(results.root)) in whole for path in answers)  # or its tokens are not known
+    done = count(entry["facts"], "tokens") or (tokens.get(name) if shown else None)
     rows.append([name, took, done, done / took if done and took else None, count(entry, "bytes") or None,
                  *([results.memory.get(name)] if results.memory else [])])
   meters = "".join(f'<div><span>{html.escape(row[0])}</span><meter min="0" max="{most:g}" value="{row[1]:g}">'
@@ -237,8 +241,11 @@ def _stages(results: Results, chunks: Sequence[Chunk]) -> Section:
 def _order(name: str) -> tuple[int, int, str]:
   """Stages in the order of a run."""
   head, _, rest = name.partition("/")
+  rest = rest if not rest.startswith("eval/sweep_") else "eval/sweep"
+  if head == "few_shot.jsonl":
+    return -2, 0, name
   kinds = ["samples.jsonl", "train.jsonl", "sft", "eval/sft", "importance.json", "sweep", "base_weight.json", "merged",
-           "eval/merged", "analysis.json"]
+           "eval/merged", "eval/sweep", "analysis.json"]
   number = head.removeprefix("round_")
   return int(number) if number.isdigit() else -1, kinds.index(rest) if rest in kinds else len(kinds), name
 

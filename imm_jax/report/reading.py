@@ -4,6 +4,7 @@ Each function takes `problems`, a list that it adds a line to for all that it le
 """
 
 import collections
+import fcntl
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,8 +28,9 @@ _ALWAYS = {"/samples.jsonl": ("samples", "correct", "tokens"), "/train.jsonl": (
 # And where there are samples to choose from.
 _CHOSEN = ("dropped_wrong", "dropped_duplicate", "dropped_unfinished")
 # Where stages leave what they make.
-_OUTPUTS = ("base/eval", *(f"round_*/{name}" for name in (
-    "samples.jsonl", "train.jsonl", "sft", "merged", "eval/*", "analysis.json", "importance.json", "base_weight.json")))
+_OUTPUTS = ("few_shot.jsonl", "base/eval", *(f"round_*/{name}" for name in (
+    "samples.jsonl", "train.jsonl", "sft", "importance.json", "sweep", "base_weight.json", "merged", "eval/*",
+    "analysis.json")))
 
 
 def config(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -75,8 +77,10 @@ def stages(root: Path, record: Mapping[str, Any], problems: list[str]) -> dict[s
           and isinstance(entry.get("facts"), dict)}
   bad = [name for name in found if name not in good]
   problems += [f"run.json: damaged entries of {listed(bad)}"] * bool(bad)
-  unknown = [name for name in there if name not in found]
-  problems += [f"run.json: does not know of what is there: {listed(unknown)}"] * bool(unknown)
+  # A run that goes on has outputs that it has not recorded yet.
+  goes_on = is_running(root)
+  unknown = [name for name in there if name not in found and not goes_on]
+  problems += [f"left out, for run.json does not say that they were finished: {listed(unknown)}"] * bool(unknown)
   for name, entry in good.items():
     wrong = [key for key in ("bytes", "seconds") if not (is_number(entry.get(key)) and entry[key] >= 0)]
     counts = [*_ALWAYS.get(name[name.rfind("/"):], ()), *COUNTS.keys() & entry["facts"].keys()]
@@ -87,7 +91,7 @@ def stages(root: Path, record: Mapping[str, Any], problems: list[str]) -> dict[s
     problems += [f"run.json: damaged or missing of {name}: {listed(wrong)}"] * bool(wrong)
     if not (root / name).exists():
       problems.append(f"{name}: missing, though run.json says that it was made")
-    elif "bytes" not in wrong and (size := files.size_of(root / name)) != entry["bytes"]:
+    elif "bytes" not in wrong and not goes_on and (size := files.size_of(root / name)) != entry["bytes"]:
       problems.append(f"{name}: has {size:,} bytes, and had {entry['bytes']:,} when it was made")
   return good
 
@@ -102,6 +106,8 @@ def memory(root: Path, trained: bool, problems: list[str]) -> dict[str, float]:
   damaged = 0
   with path.open(encoding="utf-8", errors="replace") as f:
     for line in f:
+      if not line.endswith("\n"):
+        continue  # being written, or the last of a killed process
       try:
         row = json.loads(line)
         stage, value = row["stage"], row.get("memory_gib", 0)
@@ -111,7 +117,7 @@ def memory(root: Path, trained: bool, problems: list[str]) -> dict[str, float]:
           most[stage] = value
       except (AttributeError, KeyError, TypeError, ValueError):
         damaged += 1
-  problems += [f"metrics.jsonl: {damaged} lines cannot be read"] * bool(damaged)
+  problems += [f"metrics.jsonl: {damaged} line{'s' * (damaged > 1)} cannot be read"] * bool(damaged)
   return most
 
 
@@ -133,6 +139,18 @@ def analysis(path: Path, problems: list[str]) -> dict[str, Any]:
     except (AttributeError, KeyError, TypeError, ValueError) as e:
       problems.append(f"{name}: {part} is damaged or missing ({e!r})")
   return good
+
+
+def is_running(root: Path) -> bool:
+  """Whether a process works in a run directory."""
+  try:
+    with (root / ".lock").open("r") as f:
+      fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return True
+  except OSError:
+    return False
+  return False
 
 
 def is_number(value: Any) -> bool:

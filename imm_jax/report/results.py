@@ -87,7 +87,9 @@ class Results(NamedTuple):
                  | {k: v for k, v in stages.get(f"round_{t}/sft", {}).get("facts", {}).items() if k == "dropped_long"}
                  for t in rounds if any(f"round_{t}/{file}.jsonl" in stages for file in ("samples", "train")))
     memory = reading.memory(root, any(name.endswith("/sft") for name in stages), problems)
-    analysis = {t: found for t in rounds if (root / f"round_{t}/analysis.json").exists()
+    recorded = stages if isinstance(record.get("stages"), dict) else [f"round_{t}/analysis.json" for t in rounds]
+    analysis = {t: found for t in rounds if f"round_{t}/analysis.json" in recorded
+                and (root / f"round_{t}/analysis.json").exists()
                 and (found := reading.analysis(root / f"round_{t}/analysis.json", problems))}
     return cls(root, method, id_task, ood_tasks, models, data, stages, memory, analysis, record, config,
                tuple(problems))

@@ -57,6 +57,7 @@ class Packer:
 
   def __init__(self, run: str = "") -> None:
     self._run = run
+    self.size = 0  # bytes of the files in the last chunks
     self._known: dict[Path, tuple[tuple[int, int], list[Chunk]]] = {}
 
   def chunks(self, results: Results, *, most_bytes: int = MOST_BYTES) -> tuple[list[Chunk], list[str]]:
@@ -66,13 +67,19 @@ class Packer:
     page past `most_bytes` is left out.
     """
     found, problems, left, expected = [], [], most_bytes, _expected(results)
+    self.size = 0
     for path, kind, round_, task in _files(results, problems):
-      status = path.stat()
       name = str(path.relative_to(results.root))
+      try:
+        status = path.stat()
+      except OSError as e:  # a run that goes on may make it again just now
+        problems.append(f"{name}: cannot be read ({e.strerror})")
+        continue
       if status.st_size > left:
         problems.append(f"{name}: not in the browser of samples, which holds {most_bytes:,} bytes of answers at most")
         continue
       left -= status.st_size
+      self.size += status.st_size
       stamp = (status.st_mtime_ns, status.st_size)
       if self._known.get(path, (None,))[0] != stamp:
         about = {"run": self._run, "kind": kind, "round": round_, "task": task}

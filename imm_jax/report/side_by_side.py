@@ -1,6 +1,8 @@
 """The figures and tables of several runs; runs that differ in their seed alone are one curve, their mean."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from imm_jax.analysis import shares
@@ -17,9 +19,9 @@ Join = Callable[[str, str], list[Table]]
 Curve = Callable[[Results], Mapping[int, Accuracy | float]]
 # Seconds from which time is given in hours.
 _LONG_S = 3 * 3600
-# Parts of a run's time, by how the names of their stages end.
-_KINDS = {"sampling": ("samples.jsonl",), "SFT": ("train.jsonl", "sft"), "merging": (
-    "merged", "base_weight.json", "importance.json"), "evaluation": ("eval",), "analysis": ("analysis.json",)}
+# Parts of a run's time, and the stages of a round that take it.
+_KINDS = {"sampling": ("samples.jsonl",), "SFT": ("sft",), "merging": ("sweep", "base_weight.json", "merged"),
+          "evaluation": ("eval",), "importance and analysis": ("importance.json", "analysis.json")}
 
 
 def sections(runs: Mapping[str, Results], join: Join) -> list[Section]:
@@ -137,8 +139,16 @@ def _ends(runs: Mapping[str, Results]) -> list[Table]:
       "run", "method", "rounds", "in domain", "change in domain", "out of domain", "change out of domain"], rows)]
 
 
+def _furthest(found: Sequence[Group], rounds: Callable[[Results], Iterable[int]]) -> dict[Path, int]:
+  """By folder of a run, the last of the rounds that any run of its group has, -1 for none."""
+  return {run.root: max((t for other in group.runs.values() for t in rounds(other)), default=-1)
+          for group in found for run in group.runs.values()}
+
+
 def _sampled(found: Sequence[Group], join: Join) -> Section:
-  curve = lambda run: {k: a for m in run.handed_on()[-1:] for k, a in page.pass_at_k(m, run.id_task).items()}
+  last = _furthest(found, lambda run: [m.round for m in run.handed_on()])
+  curve = lambda run: {k: a for m in run.handed_on() if m.round == last[run.root] >= 0
+                       for k, a in page.pass_at_k(m, run.id_task).items()}
   tables = join("pass_at_k", "pass@k and majority vote")
   return Section("sampled", "Several samples a question", [
       page.PASS_AT_K, *_plot("pass_at_k", "pass@k over k", found, {"in domain, after the last round": (
@@ -146,11 +156,11 @@ def _sampled(found: Sequence[Group], join: Join) -> Section:
 
 
 def _layers(found: Sequence[Group], join: Join) -> Section:
-  """Of each run the last round that was analysed."""
+  """By layer of the last round that was analysed of a group."""
+  furthest = _furthest(found, lambda run: run.analysis)
 
   def last(run: Results, *path: str) -> dict[int, float]:
-    analysed = [of for of in run.analysis.values() if insides.value(of, *path) is not None]
-    values = insides.value(analysed[-1], *path) if analysed else []
+    values = insides.value(run.analysis.get(furthest[run.root]), *path) or []
     return {layer: 100 * share for layer, share in enumerate(shares(values))}
 
   rank = lambda run: {t: of["spearman"] for t, of in run.analysis.items() if "spearman" in of}
@@ -193,7 +203,10 @@ def _data(found: Sequence[Group], join: Join) -> Section:
 def _cost(runs: Mapping[str, Results], found: Sequence[Group], join: Join) -> Section:
   if not any(run.stages for run in runs.values()):
     return Section("stages", "Time, tokens and memory", [])
-  took = {group.label: [_took(run) for run in group.runs.values()] for group in found}
+  took = {}
+  for group in found:
+    most = max(len(run.stages) for run in group.runs.values())
+    took[group.label] = [_took(run) for run in group.runs.values() if len(run.stages) == most]
   long = max(sum(of.values()) for of_group in took.values() for of in of_group) > _LONG_S
   parts = {kind: tuple(groups.mean([of[kind] for of in of_group])[0] / (3600 if long else 60)
                        for of_group in took.values()) for kind in (*_KINDS, "other")}
@@ -201,12 +214,13 @@ def _cost(runs: Mapping[str, Results], found: Sequence[Group], join: Join) -> Se
   memory = any(run.memory for run in runs.values())
   rows = []
   for name, run in runs.items():
-    tokens = {kind: sum(count(entry["facts"], "tokens") for stage, entry in run.stages.items() if stage.endswith(end))
-              for kind, end in (("sampled", "/samples.jsonl"), ("trained", "/sft"))}
+    tokens = {kind: sum(count(entry["facts"], "tokens") for stage, entry in run.stages.items()
+                        if re.fullmatch(rf"round_\d+/{name_}", stage))
+              for kind, name_ in (("sampled", r"samples\.jsonl"), ("trained", "sft"))}
     most = [max(run.memory.values(), default=None)] if memory else []
     rows.append([name, page.seconds(run), tokens["sampled"], tokens["trained"], *most, page.devices(run)])
   return Section("stages", "Time, tokens and memory", [
-      *([page.NO_MEMORY] * (not memory)),
+      "A bar is the mean of the runs of one curve that have come furthest." + f" {page.NO_MEMORY}" * (not memory),
       *([Plot("time", "Time of each run by kind of stage; the tables below have the values", figures.bars, (bars,))]
         if bars.parts else []),
       Table("cost", "All stages of each run", ["run", "seconds", "tokens sampled", "tokens trained on",
@@ -218,6 +232,6 @@ def _took(run: Results) -> dict[str, float]:
   """Seconds of a run's stages, by their kind."""
   found = dict.fromkeys((*_KINDS, "other"), 0.0)
   for stage, entry in run.stages.items():
-    end = stage.split("/")[1:2]  # of round_0/eval/sft it is eval
-    found[next((kind for kind, ends in _KINDS.items() if end and end[0] in ends), "other")] += page.seconds_of(entry)
+    what = f"{stage}/".split("/")[1]  # of round_0/eval/sft it is eval
+    found[next((kind for kind, stages in _KINDS.items() if what in stages), "other")] += page.seconds_of(entry)
   return found

@@ -174,7 +174,7 @@ def gradient_function(config: ModelConfig, *, compute_dtype: jnp.dtype, accumula
   The loss is the mean over the learned tokens of the whole batch, or with `mean=False` their sum; with `accumulation`
   the batch runs in that many parts, which gives the same gradient. The gradient lies where the parameters lie. Where
   `sums` is given, a tree of that form, the gradient is added to it layer by layer, as the backward pass comes to them:
-  where the caller donates it, there is no second tree.
+  where the caller donates it, there is no second tree. Over the `data` axis each part of a batch is then added up.
   """
   options = {"compute_dtype": compute_dtype, "remat": remat, "attention": attention, "chunk": chunk}
 
