@@ -28,8 +28,8 @@ _SIZES = {"vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "num_hid
           "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}  # torch learns no pad row
 
 
-def _rope(theta: float, **scaling: object) -> dict[str, object]:
-  return {"rope_parameters": {"rope_type": "llama3" if scaling else "default", "rope_theta": theta, **scaling}}
+def _rope(theta: float, kind: str = "default", **scaling: object) -> dict[str, object]:
+  return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **scaling}}
 
 
 # Files that take longest go first, so that no worker is left with one at the end.
@@ -54,8 +54,17 @@ _KINDS = {
     "llama3": ("Llama", {"tie_word_embeddings": False, **_rope(5e5)}),
     # The original context is so short that every kind of frequency occurs: kept, blended, stretched.
     "llama3.1": ("Llama", {"tie_word_embeddings": True, **_rope(
-        50.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)}),
+        50.0, "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)}),
+    "llama-biased": ("Llama", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True,
+                               "hidden_act": "gelu_pytorch_tanh", **_rope(100.0, "linear", factor=3.7)}),
+    "mistral": ("Mistral", {"tie_word_embeddings": False, "sliding_window": None, "num_key_value_heads": 4}),
+    "granite": ("Granite", {"tie_word_embeddings": True, "attention_bias": True, "hidden_act": "gelu",
+                            "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.3,
+                            "logits_scaling": 6.0}),
     "qwen3": ("Qwen3", {"tie_word_embeddings": True, "head_dim": 10}),
+    # Of the five frequencies two are kept, one is blended, two are divided.
+    "qwen3-yarn": ("Qwen3", {"tie_word_embeddings": False, "head_dim": 10, **_rope(
+        100.0, "yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=4.0)}),
 }
 
 

@@ -127,6 +127,17 @@ def test_cudnn_lowers_to_one_fused_kernel_each_way() -> None:
   assert "tensor<2x4x128x128x" not in text  # the scores
 
 
+@pytest.mark.parametrize("backend", ["xla", "blockwise", "splash", "cudnn"])
+def test_a_scale_in_place_of_the_usual_one_is_a_multiple_of_the_queries(backend: str) -> None:
+  q, k, v, direction = _inputs(2, 4, 2, 128, 64, jnp.float32)
+  ids, scale = jnp.asarray(_segments(2, 128)), 0.3
+  plain = attention.packed(ids, backend="xla")
+  with mock.patch.object(attention, "cudnn", functools.partial(attention.cudnn, implementation="xla")):
+    attend = attention.packed(ids, backend=backend, **({"interpret": True} if backend == "splash" else {}))
+  got = _run(functools.partial(attend, scale=scale), q, k, v, direction)
+  _close(got, _run(lambda q, k, v: plain(q * (scale * 64**0.5), k, v), q, k, v, direction), 4e-6)
+
+
 @pytest.mark.parametrize("backend", ["xla", "blockwise", "splash"])
 def test_padding_is_finite_and_gets_no_gradient_from_tokens(backend: str) -> None:
   q, k, v, direction = _inputs(1, 2, 1, 128, 64, jnp.float32)

@@ -16,7 +16,8 @@ from imm_jax.training.step import token_losses
 
 torch = pytest.importorskip("torch")
 
-KINDS = ("qwen2-tied", "qwen2-untied", "qwen2.5-math", "llama", "llama2", "llama3", "llama3.1", "qwen3")
+KINDS = ("qwen2-tied", "qwen2-untied", "llama", "llama3", "llama3.1", "llama-biased", "mistral", "granite", "qwen3",
+         "qwen3-yarn")
 # That of the qwen2-tied checkpoint, so that tests share compiled functions.
 CONFIG = ModelConfig(vocab_size=61, hidden_size=48, intermediate_size=80, num_layers=2, num_heads=4, num_kv_heads=2,
                      head_dim=12, rope_theta=100.0, rms_norm_eps=1e-5, tie_embeddings=True, qkv_bias=True,
@@ -83,7 +84,7 @@ def test_logits_equal_transformers(checkpoint, kind: str, old_rope_key: bool) ->
   assert _scale_error(np.asarray(got), want) < 2e-5
 
 
-@pytest.mark.parametrize("kind", ["qwen2.5-math", "llama3", "llama3.1"])
+@pytest.mark.parametrize("kind", ["qwen2.5-math", "llama3", "llama3.1", "llama-biased", "qwen3-yarn"])
 def test_logits_equal_transformers_far_into_the_context(checkpoint, kind: str) -> None:
   """A last bit that is wrong in a rotary frequency grows with the position."""
   model, folder = checkpoint(kind, num_attention_heads=1, num_key_value_heads=1, head_dim=64)

@@ -16,6 +16,7 @@ from imm_jax.analysis import MODULES
 from imm_jax.errors import UserError, listed
 from imm_jax.merging.checkpoint import CheckpointSource
 from imm_jax.model.config import read_config
+from imm_jax.model.families import FAMILIES
 from imm_jax.model.folder import tensors
 
 _MATRIX = re.compile(rf"(?:.*\.)?layers\.(\d+)\.(?:self_attn|mlp)\.({'|'.join(MODULES)})\.weight")
@@ -92,8 +93,8 @@ def weight_change(before: Path, after: Path) -> LayerChange:
     missing = {(str(n), module) for n in range(layers) for module in MODULES} - set(places.values())
     if missing or not layers:
       layer, module = min(missing, default=("0", "q_proj"))
-      raise UserError(f"{before}: layer {layer} has no {module}.weight; expected a checkpoint of the Qwen2, Qwen3 or "
-                      "Llama families")
+      raise UserError(f"{before}: layer {layer} has no {module}.weight; expected a checkpoint of one of the "
+                      f"families {', '.join(FAMILIES)}")
     modules = {module: np.zeros(layers) for module in MODULES}
     for name, squares in source.reduce(_squared_distance, np.add):
       layer, module = places[name]

@@ -22,11 +22,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import Mesh, PartitionSpec as P
 
 from imm_jax.errors import UserError
-from imm_jax.model.blockwise import blockwise, precision
+from imm_jax.model.blockwise import blockwise, precision, scale_of
 from imm_jax.model.config import ModelConfig
 
-# (q [B, H, T, h], k [B, K, S, h], v [B, K, S, h]) -> [B, H, T, h]
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# (q [B, H, T, h], k [B, K, S, h], v [B, K, S, h], scale of the scores: None for h^-0.5) -> [B, H, T, h]
+Attend = Callable[..., jax.Array]
 BACKENDS = ("auto", "xla", "blockwise", "cudnn", "splash")
 # Under this name `jax.checkpoint` keeps what attention reads and gives.
 NAME = "attention"
@@ -116,7 +116,8 @@ def packed(segment_ids: jax.Array, *, backend: str, mesh: Mesh | None = None, in
     interpret: runs splash in Pallas' interpreter, for tests on machines without a TPU.
 
   Returns:
-    A function of q [B, H, T, h], k and v [B, K, T, h] that gives [B, H, T, h]; gradients flow to all three.
+    A function of q [B, H, T, h], k and v [B, K, T, h], and the scale of the scores (None for h^-0.5), that gives
+    [B, H, T, h]; gradients flow to q, k and v.
 
   >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 2, 4, 8))
   >>> out = packed(jnp.array([[1, 1, 2, 0]]), backend="xla")(q, k, v)
@@ -127,9 +128,9 @@ def packed(segment_ids: jax.Array, *, backend: str, mesh: Mesh | None = None, in
     length = segment_ids.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
     mask = causal & _same(segment_ids)
-    return lambda *qkv: _keep(masked(*map(_keep, qkv), mask=mask))
+    return lambda *qkv, scale=None: _keep(masked(*map(_keep, qkv), mask=mask, scale=scale))
   if backend == "blockwise":
-    return lambda *qkv: _keep(blockwise(*map(_keep, qkv), segment_ids))
+    return lambda *qkv, scale=None: _keep(blockwise(*map(_keep, qkv), segment_ids, scale))
   if backend == "splash":
     kernel = functools.partial(_splash, interpret=interpret)
   else:
@@ -137,31 +138,37 @@ def packed(segment_ids: jax.Array, *, backend: str, mesh: Mesh | None = None, in
   if mesh is None or mesh.size == 1:
     return functools.partial(kernel, segments=segment_ids)
   where = P(_ROWS, _HEADS)
-  # What a kernel is made of says nothing about the mesh axes that its results vary over.
-  mapped = jax.shard_map(lambda q, k, v, segments: kernel(q, k, v, segments=segments), mesh=mesh,
-                         in_specs=(where, where, where, P(_ROWS)), out_specs=where, check_vma=False)
-  return lambda q, k, v: mapped(q, k, v, segment_ids)
+
+  def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float | None = None) -> jax.Array:
+    # What a kernel is made of says nothing about the mesh axes that its results vary over.
+    mapped = jax.shard_map(lambda q, k, v, segments: kernel(q, k, v, segments=segments, scale=scale), mesh=mesh,
+                           in_specs=(where, where, where, P(_ROWS)), out_specs=where, check_vma=False)
+    return mapped(q, k, v, segment_ids)
+
+  return attend
 
 
-def masked(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array) -> jax.Array:
+def masked(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array, scale: float | None = None) -> jax.Array:
   """Plain attention: q [B, H, T, h], k and v [B, K, S, h], mask [B or 1, T, S] -> [B, H, T, h]."""
   batch, heads, length, head_dim = q.shape
   grouped = q.reshape(batch, k.shape[1], -1, length, head_dim)
   einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision(q.dtype))
-  scores = einsum("bkgth,bksh->bkgts", grouped, k) * head_dim**-0.5
+  scores = einsum("bkgth,bksh->bkgts", grouped, k) * scale_of(q, scale)
   scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
   return einsum("bkgts,bksh->bkgth", weights, v).astype(q.dtype).reshape(batch, heads, length, head_dim)
 
 
-def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, implementation: str = "cudnn") -> jax.Array:
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, scale: float | None = None,
+          implementation: str = "cudnn") -> jax.Array:
   """cuDNN's flash attention with the segments as a mask [B, 1, T, T]; it takes [B, T, heads, h]."""
   q, k, v = (_keep(x.swapaxes(1, 2)) for x in (q, k, v))
-  return jax.nn.dot_product_attention(q, k, v, mask=segments, is_causal=True, implementation=implementation,
-                                      ).swapaxes(1, 2)
+  return jax.nn.dot_product_attention(q, k, v, mask=segments, is_causal=True, scale=scale,
+                                      implementation=implementation).swapaxes(1, 2)
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, interpret: bool) -> jax.Array:
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, scale: float | None = None,
+            interpret: bool) -> jax.Array:
   """The splash kernel on one device's rows [B, T]; it reads each key/value head for its group, nothing is repeated."""
   heads, length = q.shape[1:3]
   tile = splash_tile(length)
@@ -174,7 +181,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, in
   kernel = splash_attention_kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1,
                                                    residual_checkpoint_name=NAME, interpret=interpret)
   run = lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash_attention_kernel.SegmentIds(ids, ids))
-  return jax.vmap(run)(_keep(q * q.shape[-1]**-0.5), _keep(k), _keep(v), segments)
+  return jax.vmap(run)(_keep(q * scale_of(q, scale)), _keep(k), _keep(v), segments)
 
 
 def splash_tile(length: int) -> int:

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 BLOCK, MOST = 128, 16
 
 
-@jax.custom_vjp
-def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scale: float | None = None,
+              ) -> jax.Array:
   """Causal attention within segments; scores and softmax are float32.
 
   Args:
@@ -25,6 +26,7 @@ def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) 
     k: [B, K, T, h].
     v: [B, K, T, h].
     segment_ids: int32 [B, T].
+    scale: of the scores; None for h^-0.5.
 
   Returns:
     [B, H, T, h] in the dtype of `q`. Gradients flow to `q`, `k` and `v`.
@@ -34,13 +36,13 @@ def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) 
   >>> bool(jnp.allclose(out[:, :, [0, 2, 3]], v[:, :, [0, 2, 3]]))  # the first of a segment sees itself alone
   True
   """
-  return _forward(q, k, v, segment_ids)[0]
+  return _forward(q, k, v, segment_ids, scale)[0]
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array):
-  outs, norms = [], []
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scale: float | None):
+  outs, norms, factor = [], [], scale_of(q, scale)
   for begin, end in _blocks(q.shape[2]):
-    scores = _scale(q) * _dot(_queries(q, k, begin, end), k[:, :, :end], 3, 3)  # [B, K, G*t, S]
+    scores = factor * _dot(_queries(q, k, begin, end), k[:, :, :end], 3, 3)  # [B, K, G*t, S]
     scores = jnp.where(_seen(segment_ids, begin, end, q.shape[1] // k.shape[1]), scores, jnp.finfo(jnp.float32).min)
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
@@ -52,8 +54,9 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array):
   return out, (q, k, v, segment_ids, out, norms)
 
 
-def _backward(residuals, g: jax.Array):
+def _backward(scale: float | None, residuals, g: jax.Array):
   q, k, v, segment_ids, out, norms = residuals
+  factor = scale_of(q, scale)
   groups, blocks = q.shape[1] // k.shape[1], _blocks(q.shape[2])
   dq, dk, dv = [], [[] for _ in blocks], [[] for _ in blocks]
   for i, (begin, end) in enumerate(blocks):
@@ -62,13 +65,13 @@ def _backward(residuals, g: jax.Array):
     slope = jnp.sum(dout.astype(jnp.float32) * _queries(out, k, begin, end), axis=-1)  # of each query's norm
     # Scores lie [B, K, S, G*t] here: XLA's CPU backend transposes in memory what is summed over its first axis, which
     # this way is never the scores.
-    weights = jnp.exp(_scale(q) * _dot(keys, queries, 3, 3) - norms[i][:, :, None])
+    weights = jnp.exp(factor * _dot(keys, queries, 3, 3) - norms[i][:, :, None])
     weights = jnp.where(_seen(segment_ids, begin, end, groups).swapaxes(2, 3), weights, 0.0)
     dscores = (weights * (_dot(values, dout, 3, 3) - slope[:, :, None])).astype(q.dtype)
     # The barrier keeps XLA from swapping the operands back (see `training.loss`).
-    dqueries = _scale(q) * jax.lax.optimization_barrier(_dot(keys, dscores, 2, 2)).swapaxes(2, 3)
+    dqueries = factor * jax.lax.optimization_barrier(_dot(keys, dscores, 2, 2)).swapaxes(2, 3)
     dq.append(dqueries.astype(q.dtype).reshape(*q.shape[:2], end - begin, -1))
-    dkeys, dvalues = _scale(q) * _dot(dscores, queries, 3, 2), _dot(weights.astype(q.dtype), dout, 3, 2)
+    dkeys, dvalues = factor * _dot(dscores, queries, 3, 2), _dot(weights.astype(q.dtype), dout, 3, 2)
     for j, (first, last) in enumerate(blocks[:i + 1]):
       dk[j].append(dkeys[:, :, first:last])
       dv[j].append(dvalues[:, :, first:last])
@@ -84,8 +87,9 @@ def _blocks(length: int) -> list[tuple[int, int]]:
   return [(begin, min(begin + size, length)) for begin in range(0, length, size)]
 
 
-def _scale(q: jax.Array) -> float:
-  return q.shape[-1]**-0.5
+def scale_of(q: jax.Array, scale: float | None) -> float:
+  """The factor of the scores: the one given, or h^-0.5."""
+  return q.shape[-1]**-0.5 if scale is None else scale
 
 
 def _queries(q: jax.Array, k: jax.Array, begin: int, end: int) -> jax.Array:

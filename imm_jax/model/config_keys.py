@@ -1,121 +1,128 @@
-"""Which keys of a config.json a decoder depends on, and which are known to change nothing it computes."""
+"""Which keys of a config.json count: those that are read, those that must have a certain value, those without effect.
 
+A key counts if the family's config class in transformers declares it or transformers' shared code reads it; a test
+holds these tables against the installed classes and sources. Every other key is passed over, whatever its value.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from imm_jax.errors import UserError, nearest
-
-# model_type -> the class of transformers whose weights are read.
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+from imm_jax.model.families import COMMON, FAMILIES, Family
 
 _READ = frozenset((
     "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "rope_theta",
-    "rope_parameters", "rope_scaling", "original_max_position_embeddings", "max_position_embeddings", "layer_types"))
+    "num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta", "rope_parameters", "rope_scaling",
+    "original_max_position_embeddings", "max_position_embeddings", "layer_types", "sliding_window",
+    "partial_rotary_factor", "is_causal", *COMMON))
 
-# What transformers 4 and 5 write and what publishers of these families add, of which no result depends.
-_HARMLESS = frozenset((
+# What transformers declares, reads or has written, of which no result here depends.
+NO_EFFECT = frozenset((
     # Ids and texts of tokens, and what generation and classification would take by default.
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "forced_bos_token_id",
     "forced_eos_token_id", "tokenizer_class", "prefix", "id2label", "label2id", "num_labels", "problem_type",
     "finetuning_task", "task_specific_params", "max_length", "min_length", "do_sample", "early_stopping", "num_beams",
-    "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
-    "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
-    "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
+    "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "epsilon_cutoff",
+    "eta_cutoff", "repetition_penalty", "encoder_repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind",
+    # Of heads that are not the language model's.
+    "classifier_dropout", "hidden_dropout", "token_classification_bias", "unpadded_vocab_size",
     # How a program runs and what it returns.
     "use_cache", "return_dict", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores",
     "torchscript", "chunk_size_feed_forward", "attn_implementation", "_attn_implementation",
-    "_attn_implementation_autoset", "is_decoder", "tf_legacy_loss",
-    # Where the weights come from and how they are stored.
-    "dtype", "torch_dtype", "use_bfloat16", "initializer_range", "transformers_version", "_name_or_path",
-    "max_sequence_length", "unsloth_fixed", "unsloth_version",
-    # The layer from which windows slide, and their width; nothing where they do not.
-    "max_window_layers", "sliding_window"))
+    "_attn_implementation_autoset", "is_decoder", "tf_legacy_loss", "pretraining_tp", "gradient_checkpointing",
+    "distributed_config", "fusion_config", "capture_scalar_outputs", "sub_config_name",
+    # Where the weights come from and how they are stored and first drawn.
+    "dtype", "torch_dtype", "use_bfloat16", "initializer_range", "initializer_factor", "init_std",
+    "transformers_version", "transformers_weights", "_name_or_path", "unsloth_fixed", "unsloth_version"))
+
+_QUANTISED = "quantised weights are not read; take the unquantised model that they were made from"
+_OTHER = "is of another architecture"
+# Keys of transformers' shared code that must be off, and why.
+_OFF = {
+    "quantization_config": _QUANTISED, "quantization": _QUANTISED, "compression_config": _QUANTISED,
+    "auto_map": "the model runs code of its own, which is not run; take one that transformers has a class for",
+    "text_config": _OTHER, "vision_config": _OTHER, "audio_config": _OTHER, "text_encoder": _OTHER, "decoder": _OTHER,
+    "encoder": _OTHER, "generator": _OTHER, "is_encoder_decoder": _OTHER, "add_cross_attention": _OTHER,
+    "cross_attention_hidden_size": _OTHER, "pruned_heads": _OTHER,
+    "attention_chunk_size": "attention by chunks is not supported",
+    "per_layer_config": "layers that differ are not supported", "num_kv_shared_layers": "layers that share keys and "
+    "values are not supported", "first_k_dense_replace": _OTHER, "mlp_layer_types": _OTHER,
+    "num_mtp_layers": "heads for several tokens are not supported", "mtp_layer_types": _OTHER,
+    "mtp_mlp_layer_types": _OTHER, "mtp_per_layer_config": _OTHER, "mtp_hidden_states_first": _OTHER,
+    "chain_hidden_post_norm": _OTHER, "logits_mup_width_multiplier": _OTHER,
+    "attention_dropout": "training here has no dropout; give 0"}
 
 
-def check(config: dict[str, Any], source: str) -> str:
-  """The model family of a config.json of which every key is known.
+def check(config: Mapping[str, Any], source: str) -> tuple[Family, list[str]]:
+  """Checks that no key of a config.json asks for arithmetic that is not there.
+
+  Returns:
+    The model's family, and the keys that are passed over: those that are not off and that transformers does not read
+    for this family.
 
   Raises:
-    UserError: for another architecture, an option that changes the arithmetic and is not supported, or a key that is
-      not known to be harmless; the message begins with `source`.
+    UserError: for another architecture, or a value that is not supported; the message begins with `source`.
   """
-  family = config.get("model_type")
-  if not isinstance(family, str) or family not in ARCHITECTURES:
-    raise UserError(f"{source}: model_type={family!r} is not supported; {nearest(str(family), list(ARCHITECTURES))}")
-  architectures = config.get("architectures") or []
-  if not isinstance(architectures, list) or (architectures and ARCHITECTURES[family] not in architectures):
-    raise UserError(f"{source}: architectures={architectures!r} is not supported; expected "
-                    f"[{ARCHITECTURES[family]!r}] for model_type={family!r}")
-  slides = config.get("use_sliding_window", family == "llama" and config.get("sliding_window") is not None)
-  supported = {
-      "hidden_act": config.get("hidden_act", "silu") == "silu",
-      "use_sliding_window": not config.get("use_sliding_window"),
-      "sliding_window": not slides,
-      "attention_bias": family == "qwen2" or not config.get("attention_bias"),
-      "mlp_bias": not config.get("mlp_bias"),
-      "attention_dropout": not config.get("attention_dropout"),
-      "partial_rotary_factor": config.get("partial_rotary_factor") in (None, 1),
-      "pretraining_tp": config.get("pretraining_tp") in (None, 1),
-      "is_causal": config.get("is_causal", True) is True}
-  for key, value in config.items():
-    if not supported.get(key, True):
+  name = config.get("model_type")
+  if not isinstance(name, str) or name not in FAMILIES:
+    raise UserError(f"{source}: model_type={name!r} is not supported; {nearest(str(name), list(FAMILIES))}")
+  family = FAMILIES[name]
+  _check_architectures(config.get("architectures") or [], name, family, source)
+  for key, reason in _OFF.items():
+    if not _is_off(config.get(key)) and config[key] != 0:
+      raise UserError(f"{source}: {key}={config[key]!r:.100}: {reason}")
+  for key, allowed in (("partial_rotary_factor", (None, 1)), ("is_causal", (True,))):
+    if (value := config.get(key, allowed[0])) not in allowed:
       raise UserError(f"{source}: {key}={value!r} changes the arithmetic and is not supported")
-    if key not in supported and key not in _READ | _HARMLESS and not _is_off(value):
-      raise UserError(f"{source}: {key}={value!r:.200} is not known to be harmless: it may change the arithmetic, so "
-                      "the model is not read")
-  layers = config.get("layer_types")
+  _check_windows(config, family, source)
+  known = known_keys(family)
+  return family, [key for key, value in config.items() if key not in known and not _is_off(value)]
+
+
+def known_keys(family: Family) -> frozenset[str]:
+  """Lists the keys that are read, checked, or known to have no effect."""
+  return _READ | NO_EFFECT | _OFF.keys() | family.keys.keys()
+
+
+def reader(config: Mapping[str, Any], family: Family) -> Callable[[str], Any]:
+  """Gives a function from a key to its value: the file's, the family's default, or None where it has no effect."""
+  declared = {**COMMON, **family.keys}
+  return lambda key: config.get(key, declared[key]) if key in declared else None
+
+
+def _check_architectures(given: object, name: str, family: Family, source: str) -> None:
+  # FSDP's wrapper, and Llama's first spelling, have been published in names.
+  plain = lambda text: str(text).lower().removeprefix("fsdp")
+  if not isinstance(given, list) or (given and plain(family.architecture) not in map(plain, given)):
+    raise UserError(f"{source}: architectures={given!r} is not supported; expected [{family.architecture!r}] for "
+                    f"model_type={name!r}")
+
+
+def _check_windows(config: Mapping[str, Any], family: Family, source: str) -> None:
+  """Raises UserError where attention slides in some layer."""
+  count, layers = config.get("num_hidden_layers"), config.get("layer_types")
   if layers is not None and not isinstance(layers, list):
     raise UserError(f"{source}: layer_types={layers!r}; expected a list")
-  other = next((kind for kind in layers or [] if kind != "full_attention"), None)
+  other = next((kind for kind in layers or [] if kind not in ("full_attention", "attention")), None)
   if other is not None:
-    raise UserError(f"{source}: layer_types={other!r} changes the arithmetic and is not supported")
-  if layers and len(layers) != config.get("num_hidden_layers"):
-    raise UserError(f"{source}: layer_types has {len(layers)} entries, num_hidden_layers is "
-                    f"{config.get('num_hidden_layers')!r}")
-  return family
-
-
-def rope(config: dict[str, Any], source: str) -> tuple[str, dict[str, Any]]:
-  """What turns the heads: the key that says it, and its values with `rope_type` and `rope_theta` in any case.
-
-  transformers 5 writes rope_parameters, older releases rope_theta and rope_scaling; a file may hold both.
-
-  Raises:
-    UserError: where they disagree, or a value is not supported or not known.
-  """
-  found = {}
-  for where in ("rope_parameters", "rope_scaling"):
-    given = config.get(where)
-    if given is None or given == {}:
-      continue
-    if not isinstance(given, dict):
-      raise UserError(f"{source}: {where}={given!r}; expected an object")
-    found[where] = _normalised(config, where, given, source)
-  if len(found) == 2 and found["rope_parameters"] != found["rope_scaling"]:
-    raise UserError(f"{source}: rope_parameters={config['rope_parameters']!r} and rope_scaling="
-                    f"{config['rope_scaling']!r} disagree; remove the one that is not meant")
-  return next(iter(found.items()), None) or ("rope_parameters", _normalised(config, "rope_parameters", {}, source))
-
-
-def _normalised(config: dict[str, Any], where: str, given: dict[str, Any], source: str) -> dict[str, Any]:
-  kind = given.get("rope_type") or given.get("type") or "default"
-  if given.get("type", kind) != kind:
-    raise UserError(f"{source}: {where}.rope_type={kind!r} and {where}.type={given['type']!r} disagree")
-  if kind not in ("default", "llama3"):
-    raise UserError(f"{source}: {where}.rope_type={kind!r} changes the arithmetic and is not supported")
-  values = {"rope_type": kind} | {key: value for key, value in given.items() if key != "type" and not _is_off(value)}
-  for key, default in (("rope_theta", 10_000.0), ("original_max_position_embeddings", None)):
-    above = config.get(key)
-    if above is not None and given.get(key, above) != above:
-      raise UserError(f"{source}: {key}={above!r} and {where}.{key}={given[key]!r} disagree")
-    if key not in given:
-      values[key] = default if above is None else above
-  known = {"rope_type", "rope_theta", "original_max_position_embeddings"}
-  known |= {"factor", "low_freq_factor", "high_freq_factor"} if kind == "llama3" else set()
-  for key, value in values.items():
-    if key not in known and (key, value) != ("partial_rotary_factor", 1):
-      raise UserError(f"{source}: {where}.{key}={value!r:.200} changes the arithmetic and is not supported")
-  return {key: value for key, value in values.items() if key in known}
+    raise UserError(f"{source}: layer_types={other!r} changes the arithmetic and is not supported; expected "
+                    "'full_attention' alone")
+  if layers and len(layers) != count:
+    raise UserError(f"{source}: layer_types has {len(layers)} entries, num_hidden_layers is {count!r}")
+  read = reader(config, family)
+  window = config.get("sliding_window", read("sliding_window"))
+  if family.windows_by_layer:
+    first = read("max_window_layers")
+    whole = layers or (isinstance(first, int) and isinstance(count, int) and first >= count)
+    if not read("use_sliding_window") or whole:
+      return
+    window = f"{window!r} with use_sliding_window={config['use_sliding_window']!r}" if window is not None else None
+  if window is not None:
+    raise UserError(f"{source}: sliding_window={window}: attention within a window is not supported; where all texts "
+                    "are shorter than it, null gives the same results")
 
 
 def _is_off(value: object) -> bool:

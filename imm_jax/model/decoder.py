@@ -1,4 +1,4 @@
-"""One decoder for the Qwen2, Qwen3 and Llama families, in Flax NNX.
+"""One decoder for all model families (`families.FAMILIES`), in Flax NNX.
 
 Axes: B batch, T query length, S key length, L layers, D model, H heads, K key/value heads, G = H / K, h head dim,
 F feed-forward, V vocabulary.
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from imm_jax.model import attention
+from imm_jax.model import attention, rope
 from imm_jax.model.attention import Attend
-from imm_jax.model.config import ModelConfig, rope_frequencies
+from imm_jax.model.config import ModelConfig
 
 Params = dict[str, Any]
 # What the backward pass keeps of each layer: all activations, the results of its products with weights, what attention
@@ -29,6 +29,9 @@ REMAT: dict[str, Callable[..., bool] | None] = {
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
     "attention": jax.checkpoint_policies.save_only_these_names(attention.NAME),
     "full": jax.checkpoint_policies.nothing_saveable}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True), "relu": jax.nn.relu}
 # One layer's keys and values, each [B, K, S, h].
 LayerCache = tuple[jax.Array, jax.Array]
 
@@ -75,11 +78,11 @@ class Attention(nnx.Module):
     self.q_proj = Linear(config.hidden_size, heads, bias=config.qkv_bias, dtype=dtype, key=q)
     self.k_proj = Linear(config.hidden_size, kv_heads, bias=config.qkv_bias, dtype=dtype, key=k)
     self.v_proj = Linear(config.hidden_size, kv_heads, bias=config.qkv_bias, dtype=dtype, key=v)
-    self.o_proj = Linear(heads, config.hidden_size, bias=False, dtype=dtype, key=o)
+    self.o_proj = Linear(heads, config.hidden_size, bias=config.o_bias, dtype=dtype, key=o)
     if config.qk_norm:
       self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
       self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
-    self.head_dim = config.head_dim
+    self.head_dim, self.scale = config.head_dim, config.attention_scale
 
   def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, cache: LayerCache | None,
                slots: jax.Array | None) -> tuple[jax.Array, LayerCache]:
@@ -96,21 +99,22 @@ class Attention(nnx.Module):
     v = split_heads(self.v_proj(x))
     if cache is not None:
       k, v = _put(cache[0], k, slots), _put(cache[1], v, slots)
-    out = attend(q, k, v).swapaxes(1, 2).reshape(batch, length, -1)
+    out = attend(q, k, v, scale=self.scale).swapaxes(1, 2).reshape(batch, length, -1)
     return self.o_proj(out), (k, v)
 
 
 class MLP(nnx.Module):
-  """SwiGLU."""
+  """A gated feed-forward; SwiGLU with silu."""
 
   def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, key: jax.Array):
     gate, up, down = jax.random.split(key, 3)
-    self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False, dtype=dtype, key=gate)
-    self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False, dtype=dtype, key=up)
-    self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False, dtype=dtype, key=down)
+    self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, dtype=dtype, key=gate)
+    self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, dtype=dtype, key=up)
+    self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias, dtype=dtype, key=down)
+    self.activation = ACTIVATIONS[config.activation]
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+    return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nnx.Module):
@@ -122,12 +126,13 @@ class Layer(nnx.Module):
     self.self_attn = Attention(config, dtype=dtype, key=attention)
     self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
     self.mlp = MLP(config, dtype=dtype, key=mlp)
+    self.residual_multiplier = config.residual_multiplier
 
   def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend,
                cache: LayerCache | None = None, slots: jax.Array | None = None) -> tuple[jax.Array, LayerCache]:
     attended, cache = self.self_attn(self.input_layernorm(x), rope, attend, cache, slots)
-    x = x + attended
-    return x + self.mlp(self.post_attention_layernorm(x)), cache
+    x = x + _times(attended, self.residual_multiplier)
+    return x + _times(self.mlp(self.post_attention_layernorm(x)), self.residual_multiplier), cache
 
 
 class Decoder(nnx.Module):
@@ -177,7 +182,7 @@ class Decoder(nnx.Module):
     step = run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat])
     x, _ = jax.lax.scan(lambda x, layer: (step(layer, x, rope), None), pin(self._embed(tokens, compute_dtype)),
                         self.layers)
-    return self.norm(x)
+    return self._final(x)
 
   @property
   def head(self) -> jax.Array:
@@ -203,7 +208,7 @@ class Decoder(nnx.Module):
     for layer in self.layers:
       x, cache = layer(x, rope, causal)
       caches.append(cache)
-    return self._head(self.norm(jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0])), caches
+    return self._head(self._final(jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0])), caches
 
   def decode(self, tokens: jax.Array, *, positions: jax.Array, caches: list[LayerCache], compute_dtype: jnp.dtype,
              ) -> tuple[jax.Array, list[LayerCache]]:
@@ -225,16 +230,24 @@ class Decoder(nnx.Module):
     for layer, cache in zip(self.layers, caches, strict=True):
       x, cache = layer(x, rope, seen, cache, positions)
       new_caches.append(cache)
-    return self._head(self.norm(x[:, 0])), new_caches
+    return self._head(self._final(x[:, 0])), new_caches
 
   def _embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return jnp.take(self.embed_tokens.weight[...], tokens, axis=0).astype(dtype)
+    return _times(jnp.take(self.embed_tokens.weight[...], tokens, axis=0).astype(dtype),
+                  self.config.embedding_multiplier)
 
   def _rope(self, positions: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """cos and sin of the rotation angles, each [B, 1, T, h]."""
-    angles = positions.astype(jnp.float32)[:, None, :, None] * rope_frequencies(self.config)
+    config = self.config
+    frequencies = rope.frequencies(config.rope_theta, config.rope_scaling, config.head_dim)
+    angles = positions.astype(jnp.float32)[:, None, :, None] * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+    magnitude = rope.magnitude(config.rope_scaling)
+    return _times(jnp.cos(angles), magnitude).astype(dtype), _times(jnp.sin(angles), magnitude).astype(dtype)
+
+  def _final(self, x: jax.Array) -> jax.Array:
+    """What the head reads; the divisor of the logits is applied here, so that no loss needs to know of it."""
+    return _times(self.norm(x), 1 / self.config.logits_divisor)
 
   def _head(self, x: jax.Array) -> jax.Array:
     return _dot(x, self.head, out_dtype=jnp.float32)
@@ -268,6 +281,11 @@ def unstack_layers(params: Params, num_layers: int) -> Params:
   """The list form of layers, for decoding."""
   layers = {i: jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(num_layers)}
   return {**params, "layers": layers}
+
+
+def _times(x: jax.Array, factor: float) -> jax.Array:
+  """x times a factor of the config; nothing at all for 1, which most families have."""
+  return x if factor == 1 else x * factor
 
 
 def _dot(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:

@@ -23,7 +23,7 @@ BATCH = P(("data", "fsdp"))
 RULES: tuple[tuple[str, P], ...] = (
     (r"(embed_tokens|lm_head)\.weight", P(("tensor", "fsdp"), None)),
     (r"layers\..*(q|k|v|gate|up)_proj\.weight", P(None, ("tensor", "fsdp"), None)),
-    (r"layers\..*(q|k|v)_proj\.bias", P(None, "tensor")),
+    (r"layers\..*(q|k|v|gate|up)_proj\.bias", P(None, "tensor")),
     (r"layers\..*(o|down)_proj\.weight", P(None, "fsdp", "tensor")),
     (r".*", P()),
 )

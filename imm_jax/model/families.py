@@ -1,0 +1,46 @@
+"""The model families that are read, a record each; docs/model_families.md shows how to add one."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """How the decoder of a family is configured, by the names of its config.json.
+
+  Attributes:
+    architecture: the class of transformers whose weights are read.
+    keys: keys that the family's config class declares and the decoder implements, beside those of `COMMON`, with the
+      class's defaults. A key that is not among them has no effect in this family.
+    qkv_bias: whether q, k and v have biases; None where `attention_bias` says it, of o too.
+    qk_norm: whether the heads of q and k are normalised.
+    windows_by_layer: attention slides in the layers from `max_window_layers` on where `use_sliding_window` is on;
+      otherwise in all layers where `sliding_window` is given.
+  """
+
+  architecture: str
+  keys: Mapping[str, Any]
+  qkv_bias: bool | None = None
+  qk_norm: bool = False
+  windows_by_layer: bool = False
+
+
+# Keys of every family. A head_dim that is not given is hidden_size / num_attention_heads, and num_key_value_heads that
+# are null are num_attention_heads.
+COMMON = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+_BIASES = {"attention_bias": False, "mlp_bias": False}
+_QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+# model_type -> family.
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", {"num_key_value_heads": None, "head_dim": None, **_BIASES}),
+    "mistral": Family("MistralForCausalLM", {"num_key_value_heads": 8, "head_dim": None, "sliding_window": 4096},
+                      qkv_bias=False),
+    "qwen2": Family("Qwen2ForCausalLM", {"num_key_value_heads": 32, **_QWEN_WINDOWS}, qkv_bias=True,
+                    windows_by_layer=True),
+    "qwen3": Family("Qwen3ForCausalLM", {"num_key_value_heads": 32, "head_dim": 128, "attention_bias": False,
+                                         **_QWEN_WINDOWS}, qk_norm=True, windows_by_layer=True),
+    "granite": Family("GraniteForCausalLM", {
+        "num_key_value_heads": None, **_BIASES, "embedding_multiplier": 1.0, "attention_multiplier": 1.0,
+        "residual_multiplier": 1.0, "logits_scaling": 1.0}),
+}
