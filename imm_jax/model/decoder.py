@@ -20,6 +20,7 @@ from flax import nnx
 from imm_jax.model import attention, rope
 from imm_jax.model.attention import Attend
 from imm_jax.model.config import ModelConfig
+from imm_jax.model.products import dot
 
 Params = dict[str, Any]
 # What the backward pass keeps of each layer: all activations, the results of its products with weights, what attention
@@ -45,7 +46,7 @@ class Linear(nnx.Module):
       self.bias = nnx.Param(jnp.zeros((out_dim,), dtype))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    y = _dot(x, self.weight[...])
+    y = dot(x, self.weight[...])
     return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
 
@@ -250,7 +251,7 @@ class Decoder(nnx.Module):
     return _times(self.norm(x), 1 / self.config.logits_divisor)
 
   def _head(self, x: jax.Array) -> jax.Array:
-    return _dot(x, self.head, out_dtype=jnp.float32)
+    return dot(x, self.head, out_dtype=jnp.float32)
 
 
 def bind(config: ModelConfig, params: Params, *, scan: bool = True) -> Decoder:
@@ -288,39 +289,6 @@ def _times(x: jax.Array, factor: float) -> jax.Array:
   return x if factor == 1 else x * factor
 
 
-def _dot(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-  """x [..., in] times W [out, in] transposed, accumulated in float32; so is the gradient of W, in W's own dtype."""
-  return _linear(x, weight, jnp.dtype(out_dtype or x.dtype))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _linear(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-  return _contract(x, weight.astype(x.dtype), x.ndim - 1, 1).astype(out_dtype)
-
-
-def _linear_forward(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype):
-  # The product itself, not `_linear`: policies of `jax.checkpoint` do not look into the latter.
-  return _contract(x, weight.astype(x.dtype), x.ndim - 1, 1).astype(out_dtype), (x, weight)
-
-
-def _linear_backward(out_dtype: jnp.dtype, residuals: tuple[jax.Array, jax.Array], g: jax.Array):
-  del out_dtype
-  x, weight = residuals
-  g = g.astype(x.dtype)
-  rows = tuple(range(x.ndim - 1))
-  return (_contract(g, weight.astype(x.dtype), x.ndim - 1, 0).astype(x.dtype),
-          _contract(g, x, rows, rows).astype(weight.dtype))
-
-
-_linear.defvjp(_linear_forward, _linear_backward)
-
-
-def _contract(a: jax.Array, b: jax.Array, a_dims: int | tuple[int, ...], b_dims: int | tuple[int, ...]) -> jax.Array:
-  dims = tuple((d,) if isinstance(d, int) else d for d in (a_dims, b_dims))
-  return jax.lax.dot_general(a, b, (dims, ((), ())), precision=attention.precision(a.dtype),
-                             preferred_element_type=jnp.float32)
-
-
 def _put(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
   """cache [B, K, S, h] with new [B, K, 1, h] at [b, :, slots[b]]."""
   update = jax.vmap(lambda row, values, slot: jax.lax.dynamic_update_slice_in_dim(row, values, slot, axis=1))
@@ -347,4 +315,4 @@ def _turn(x: jax.Array) -> jax.Array:
 
 def _turn_by_product(x: jax.Array) -> jax.Array:
   """`_turn` as a product; each sum has one term, so it is exact."""
-  return _dot(x, jnp.asarray(np.kron([[0, -1], [1, 0]], np.eye(x.shape[-1] // 2)), x.dtype))
+  return dot(x, jnp.asarray(np.kron([[0, -1], [1, 0]], np.eye(x.shape[-1] // 2)), x.dtype))
