@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 import safetensors as library
 import transformers
 
-from imm_jax.model import hf, hub, safetensors
+from imm_jax.errors import UserError
+from imm_jax.merging.checkpoint import CheckpointSource
+from imm_jax.model import folder as checkpoint_folder, hf, hub, safetensors
 
 torch = pytest.importorskip("torch")
 
@@ -69,16 +72,73 @@ def test_a_tensor_larger_than_a_shard_has_its_own_file(checkpoint, tmp_path: Pat
 def test_a_tied_head_that_is_stored_too_is_written_too(checkpoint, tmp_path: Path, dtype: torch.dtype | None) -> None:
   _, folder = checkpoint("qwen2-tied", dtype=dtype)
   want = hf.load(folder)[1]
-  tensors = {name: np.array(x) for name, x in safetensors.read(folder / "model.safetensors").items()}
-  tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-  safetensors.write(folder / "model.safetensors", [(n, x.dtype, x.shape, lambda x=x: [x]) for n, x in tensors.items()])
+  _rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
   loaded = hf.load(folder)[1]
   assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), loaded, want))
-  assert hf.check_bytes(folder) == (len(tensors), [])
+  assert hf.check_bytes(folder) == (len(_stored(folder)), [])
   hf.save(loaded, tmp_path / "out", like=folder)
   assert _stored(tmp_path / "out") == _stored(folder)
   hf.save(jax.tree.map(lambda x: x.astype(jnp.float32), loaded), tmp_path / "kept", like=folder, keep_dtypes=True)
   assert _stored(tmp_path / "kept") == _stored(folder)
+
+
+def _rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+  tensors = {name: np.array(x) for name, x in safetensors.read(folder / "model.safetensors").items()}
+  change(tensors)
+  safetensors.write(folder / "model.safetensors", [(n, x.dtype, x.shape, lambda x=x: [x]) for n, x in tensors.items()])
+
+
+def test_of_a_tied_pair_either_name_serves_and_the_embeddings_is_written(checkpoint, tmp_path: Path) -> None:
+  """vLLM looks for no other name."""
+  model, folder = checkpoint("qwen2-tied", dtype=torch.bfloat16)
+  want, before = hf.load(folder)[1], _stored(folder)
+  _rewrite(folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+  loaded = hf.load(folder)[1]
+  assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), loaded, want))
+  assert hf.check_bytes(folder) == (len(before), [])
+  hf.save(jax.tree.map(lambda x: x.astype(jnp.float32), loaded), tmp_path / "out", like=folder, keep_dtypes=True)
+  assert _stored(tmp_path / "out") == before
+  with CheckpointSource({"stored as the head": folder, "as the embedding": tmp_path / "out"}) as both:
+    assert set(both.order) == before.keys()
+  read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+  assert all(torch.equal(read.state_dict()[name], x) for name, x in model.state_dict().items())
+
+
+def test_layers_of_several_dtypes_are_promoted_and_written_as_they_were(checkpoint, tmp_path: Path) -> None:
+  _, folder = checkpoint("llama", dtype=torch.bfloat16)
+  norm, up = "model.layers.1.input_layernorm.weight", "model.layers.0.mlp.up_proj.weight"
+  _rewrite(folder, lambda t: t.update({norm: t[norm].astype(np.float32) * np.float32(1.001),
+                                       up: t[up].astype(np.float16)}))
+  tensors = safetensors.read(folder / "model.safetensors")
+  params = hf.load(folder)[1]["layers"]
+  for stacked, name in ((params["input_layernorm"]["weight"], "model.layers.{}.input_layernorm.weight"),
+                        (params["mlp"]["up_proj"]["weight"], "model.layers.{}.mlp.up_proj.weight")):
+    assert stacked.dtype == np.float32
+    for i in range(2):
+      np.testing.assert_array_equal(stacked[i], tensors[name.format(i)].astype(np.float32))
+  assert params["self_attn"]["q_proj"]["weight"].dtype == jnp.bfloat16
+  assert hf.check_bytes(folder) == (len(tensors), [])
+  hf.save(hf.load(folder)[1], tmp_path / "out", like=folder, keep_dtypes=True)
+  assert _stored(tmp_path / "out") == _stored(folder)
+
+
+def test_the_index_may_name_what_no_shard_holds_and_nothing_needs(checkpoint, tmp_path: Path) -> None:
+  _, source = checkpoint("qwen2-tied")
+  want, folder = hf.load(source)[1], tmp_path / "shards"
+  hf.save(want, folder, like=source, max_shard_bytes=20_000)
+  path = folder / "model.safetensors.index.json"
+  index = json.loads(path.read_text())
+  shard = index["weight_map"]["model.norm.weight"]
+  index["weight_map"] |= {"lm_head.weight": shard, "model.layers.0.self_attn.rotary_emb.inv_freq": shard}
+  path.write_text(json.dumps(index))
+  assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), hf.load(folder)[1], want))
+  with CheckpointSource({"a": source, "b": folder}) as both:
+    assert both.order == [name for name, _ in sorted(checkpoint_folder.tensors(source).items(),
+                                                     key=lambda e: checkpoint_folder.model_order(e[0]))]
+  index["weight_map"]["model.extra.weight"] = shard
+  path.write_text(json.dumps(index))
+  with pytest.raises(UserError, match=r"index.json: disagrees with the shards on model\.extra\.weight; copy"):
+    hf.load(folder)
 
 
 @pytest.mark.parametrize("kind", ["qwen2-tied", "llama"])
@@ -97,12 +157,18 @@ def test_transformers_loads_saved_shards(checkpoint, tmp_path: Path, kind: str) 
 def test_config_and_tokenizer_files_are_copied_unchanged_and_nothing_else(tmp_path: Path) -> None:
   source, out = tmp_path / "source", tmp_path / "out"
   shutil.copytree(TINY, source)
-  extra = {"merges.txt": b"#version\r\na b\r\n", "vocab.json": b"{}", "chat_template.jinja": "é {{x}}".encode()}
+  (source / "additional_chat_templates").mkdir()
+  extra = {"merges.txt": b"#version\r\na b\r\n", "vocab.json": b"{}", "chat_template.jinja": "é {{x}}".encode(),
+           "additional_chat_templates/tool_use.jinja": b"{{x}}"}
   for name, content in {**extra, "optimizer.pt": b"x", "README.md": b"x"}.items():
     (source / name).write_bytes(content)
   hf.save(hf.load(source)[1], out, like=source)
   copied = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", *extra)
-  assert {f.name for f in out.iterdir()} == {"model.safetensors", *copied}
+  assert {str(f.relative_to(out)) for f in out.rglob("*") if f.is_file()} == {"model.safetensors", *copied}
+  before = checkpoint_folder.digest(out)
+  (out / "additional_chat_templates/tool_use.jinja").write_text("{{y}}")
+  assert checkpoint_folder.digest(out) != before
+  (out / "additional_chat_templates/tool_use.jinja").write_text("{{x}}")
   assert all((out / name).read_bytes() == (source / name).read_bytes() for name in copied)
 
 

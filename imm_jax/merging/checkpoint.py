@@ -122,16 +122,16 @@ class CheckpointSource:
   def _tensors(self, path: Path) -> dict[str, Entry]:
     """A model's tensors, less those that follow from the others."""
     found = checkpoint.tensors(path)
-    head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
+    head, embedding = found.get(checkpoint.HEAD), found.get(checkpoint.EMBEDDING)
     config = files.read_json(path / "config.json")
     tied = config.get("tie_word_embeddings")
     # Where config.json does not say, the family decides, and equal bytes tell.
     if head is not None and embedding is not None and (tied or tied is None):
       if self._equal([head, embedding]):
-        del found["lm_head.weight"]
+        del found[checkpoint.HEAD]
       elif tied:
-        raise UserError(f"{path}: config.json ties the embeddings, but lm_head.weight differs from the embedding")
-    return {name: entry for name, entry in found.items() if not name.endswith("rotary_emb.inv_freq")}
+        raise checkpoint.untied(path)
+    return {name: entry for name, entry in found.items() if not checkpoint.is_rotary(name)}
 
   def _equal(self, entries: Sequence[Entry]) -> bool:
     if len({(e.dtype, e.shape) for e in entries}) > 1:

@@ -1,6 +1,7 @@
 """HF checkpoint folders as files: weights in one safetensors file or in shards with an index, and what lies beside."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,21 +15,31 @@ from imm_jax.model import safetensors
 from imm_jax.model.safetensors import Entry
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 MAX_SHARD_BYTES = 5_000_000_000
 # Everything in a checkpoint folder that is not weights and that an exported copy needs.
 SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
               "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
               "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
               "preprocessor_config.json")
+# Beside them: chat templates by name, as transformers stores all but the first.
+TEMPLATES = "additional_chat_templates"
+# What a checkpoint in pickle is called; training_args.bin and the like are none.
+_PICKLE = re.compile(r"(pytorch_model.*\.bin(\.index\.json)?|consolidated.*\.pth)")
 # (name, dtype, shape, ...) of a tensor to be written.
 _Tensor = TypeVar("_Tensor", bound=tuple)
 
 
 def require(folder: Path) -> None:
-  """Raises UserError unless this is a folder."""
+  """Raises UserError unless this is a folder, and of more than an adapter."""
   if not folder.is_dir():
     raise UserError(f"{folder}: {'is a file' if folder.exists() else 'no such checkpoint folder'}; expected a folder "
                     f"with config.json and {WEIGHTS}")
+  if (folder / ADAPTER_CONFIG).exists() and not has_weights(folder):
+    base = files.read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
+    raise UserError(f"{folder}: is a LoRA adapter{'' if base == 'BASE' else f' of {base}'}, not a whole model; give "
+                    f"{base}+{folder} as the model")
 
 
 def has_weights(folder: Path) -> bool:
@@ -59,15 +70,34 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / file for file in names]
   if (folder / WEIGHTS).exists():
     return [folder / WEIGHTS]
-  pickles = sorted(file.name for file in folder.iterdir() if file.name.endswith((".bin", ".bin.index.json", ".pth")))
+  pickles = sorted(file.name for file in folder.iterdir() if is_pickle(file.name))
   if pickles:
     raise UserError(f"{folder}: holds a pickle checkpoint ({pickles[0]}), which is not read; save it again with "
                     "save_pretrained(..., safe_serialization=True)")
   raise UserError(f"{folder / WEIGHTS}: missing; expected it or {INDEX}")
 
 
+def is_pickle(name: str) -> bool:
+  """Whether a file's name is that of a checkpoint's weights in pickle, which are not read."""
+  return _PICKLE.fullmatch(name) is not None
+
+
+def is_rotary(name: str) -> bool:
+  """Whether a tensor holds rotary frequencies, as old checkpoints do, though they follow from config.json."""
+  return name.endswith("rotary_emb.inv_freq")
+
+
 def tensors(folder: Path) -> dict[str, Entry]:
-  """Where every tensor of a checkpoint lies; raises UserError as `weight_files` and `safetensors.entries` do."""
+  """Where every tensor of a checkpoint lies.
+
+  A head that config.json ties to the embedding, and that alone is stored, stands under the embedding's name. The index
+  may name what no shard holds where nothing needs it: rotary frequencies, and one of a tied head and embedding.
+
+  Raises:
+    UserError: as `weight_files` and `safetensors.entries` do, and where the index disagrees with the shards.
+  """
+  config = files.read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+  tied = config.get("tie_word_embeddings") is True
   found: dict[str, Entry] = {}
   for file in weight_files(folder):
     for name, entry in safetensors.entries(file).items():
@@ -76,10 +106,20 @@ def tensors(folder: Path) -> dict[str, Entry]:
       found[name] = entry
   if (folder / INDEX).exists():
     named = files.read_json(folder / INDEX)["weight_map"]
-    wrong = sorted(n for n in named.keys() | found.keys() if n not in found or named.get(n) != found[n].path.name)
+    twins = {HEAD, EMBEDDING} if tied and not found.keys().isdisjoint((HEAD, EMBEDDING)) else set()
+    wrong = sorted(n for n in named.keys() | found.keys() if not is_rotary(n) and (
+        n not in twins if n not in found else named.get(n) != found[n].path.name))
     if wrong:
       raise UserError(f"{folder / INDEX}: disagrees with the shards on {listed(wrong)}; copy the checkpoint again")
+  if tied and HEAD in found and EMBEDDING not in found:
+    found[EMBEDDING] = found.pop(HEAD)
   return found
+
+
+def untied(folder: Path) -> UserError:
+  """What is wrong where config.json ties the embeddings and the two that are stored differ."""
+  return UserError(f"{folder}: config.json ties the embeddings, but {HEAD} differs from the embedding; if it is meant "
+                   'to, set "tie_word_embeddings": false in config.json, or else remove it from the weights')
 
 
 def split(entries: Iterable[_Tensor], max_shard_bytes: int) -> list[tuple[str, list[_Tensor]]]:
@@ -107,10 +147,16 @@ def write_index(folder: Path, shards: Sequence[tuple[str, Sequence[tuple]]]) -> 
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-  """Copies config, tokenizer and generation files unchanged."""
-  for file in SIDE_FILES:
-    if (source / file).exists():
-      shutil.copyfile(source / file, target / file)
+  """Copies config, tokenizer, template and generation files unchanged."""
+  for file in side_files(source):
+    (target / file).parent.mkdir(exist_ok=True)
+    shutil.copyfile(source / file, target / file)
+
+
+def side_files(folder: Path) -> list[str]:
+  """Those of SIDE_FILES that are there, and the templates below TEMPLATES."""
+  templates = sorted(f"{TEMPLATES}/{file.name}" for file in (folder / TEMPLATES).glob("*.jinja"))
+  return [name for name in (*SIDE_FILES, *templates) if (folder / name).exists()]
 
 
 def model_order(name: str) -> tuple[Any, ...]:
@@ -125,5 +171,5 @@ def model_order(name: str) -> tuple[Any, ...]:
 
 def digest(folder: Path) -> str:
   """Of everything in a checkpoint folder that this package reads; other files may come and go."""
-  beside = [folder / name for name in (*SIDE_FILES, INDEX) if (folder / name).exists()]
+  beside = [folder / name for name in (*side_files(folder), INDEX) if (folder / name).exists()]
   return files.digest(folder, only=[*beside, *weight_files(folder)])

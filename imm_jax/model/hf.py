@@ -22,6 +22,7 @@ from imm_jax.model import folder as checkpoint, safetensors
 from imm_jax.model.blocks import BLOCK, Tensor, TensorNames, blocks, gathered, tensors_of
 from imm_jax.model.config import ModelConfig, read_config
 from imm_jax.model.decoder import Params, abstract_params, unstack_layers
+from imm_jax.model.folder import EMBEDDING, HEAD
 from imm_jax.model.safetensors import Entry
 
 # (path in the tree, shape) -> where a parameter lies.
@@ -29,7 +30,6 @@ Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 _DTYPES = tuple(np.dtype(dtype) for dtype in (jnp.bfloat16, jnp.float16, jnp.float32))
 _MAX_READERS = 8
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _ROTARY = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
@@ -61,7 +61,8 @@ class Checked(NamedTuple):
 def check_bytes(folder: str | Path) -> Checked:
   """Reads a checkpoint and compares what `save` would write with its files, tensor by tensor, one parameter in memory.
 
-  Left out are rotary frequencies, which follow from config.json.
+  Each tensor is written in the dtype that it is stored in, as with `keep_dtypes`. Left out are rotary frequencies: they
+  follow from config.json.
 
   Raises:
     UserError: as `load` does, or with the first tensor that would come back otherwise.
@@ -71,18 +72,17 @@ def check_bytes(folder: str | Path) -> Checked:
   with safetensors.Reader() as reader, ThreadPoolExecutor(_readers()) as pool:
     for leaf, names in zip(jax.tree.leaves(abstract), _leaf_names(abstract), strict=True):
       entries = stored[names] if isinstance(names, str) else [stored[name] for name in names]
-      dtype = entries.dtype if isinstance(names, str) else entries[0].dtype
-      array = _read_part(reader, pool, entries, tuple((0, size) for size in leaf.shape), dtype)
+      array = _read_part(reader, pool, entries, tuple((0, size) for size in leaf.shape), _dtype(entries))
       for tensor in _with_head(tensors_of(array, names), stored if config.tie_embeddings else ()):
         seen.add(tensor.name)
-        if not _comes_back(tensor, stored[tensor.name], reader):
+        if not _comes_back(tensor._replace(dtype=stored[tensor.name].dtype), stored[tensor.name], reader):
           raise UserError(f"{folder}: tensor {tensor.name!r} would not come back as it was read; this is a fault of "
                           "imm_jax")
   return Checked(len(seen), sorted(stored.keys() - seen))
 
 
 def _comes_back(tensor: Tensor, entry: Entry, reader: safetensors.Reader) -> bool:
-  if (tensor.dtype, tensor.shape) != (entry.dtype, entry.shape):
+  if tensor.shape != entry.shape:
     return False
   begin = 0
   for block in blocks(tensor):
@@ -100,7 +100,7 @@ def load(folder: str | Path, *, dtype: jnp.dtype | None = None, place: Place | N
 
   Args:
     folder: holds config.json and model.safetensors, or shards with an index.
-    dtype: of the parameters; None keeps what is stored.
+    dtype: of the parameters; None keeps what is stored, and where layers differ takes the dtype that holds all.
     place: (path in the tree, shape) -> sharding, such as ("layers.mlp.up_proj.weight", (L, F, D)) -> where it lies; by
       default the first device has all.
     stacked: whether layers are stacked or, for decoding, in a list (`decoder.unstack_layers`).
@@ -120,14 +120,13 @@ def load(folder: str | Path, *, dtype: jnp.dtype | None = None, place: Place | N
 
     def read(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct, names: TensorNames) -> jax.Array:
       entries = tensors[names] if isinstance(names, str) else [tensors[name] for name in names]
-      stored = entries.dtype if isinstance(names, str) else entries[0].dtype
       sharding = place(".".join(str(p.key) for p in path), leaf.shape)
       parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
       arrays = []
       for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index, leaf.shape, strict=True))
         if bounds not in parts:
-          parts[bounds] = _read_part(reader, pool, entries, bounds, np.dtype(dtype or stored))
+          parts[bounds] = _read_part(reader, pool, entries, bounds, np.dtype(dtype or _dtype(entries)))
         # On CPU the array is the buffer: it is never written to again.
         arrays.append(jax.device_put(parts[bounds], device))
       return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
@@ -183,10 +182,10 @@ def _tensors(params: Params) -> list[Tensor]:
 
 def _with_head(tensors: list[Tensor], stored: Container[str]) -> list[Tensor]:
   """And the embedding as the head where that is stored too, although the two are tied."""
-  embedding = next((t for t in tensors if t.name == _EMBEDDING), None)
-  if embedding is None or _HEAD not in stored or any(t.name == _HEAD for t in tensors):
+  embedding = next((t for t in tensors if t.name == EMBEDDING), None)
+  if embedding is None or HEAD not in stored or any(t.name == HEAD for t in tensors):
     return tensors
-  return [*tensors, embedding._replace(name=_HEAD)]
+  return [*tensors, embedding._replace(name=HEAD)]
 
 
 def _leaf_names(params: Params) -> list[TensorNames]:
@@ -196,6 +195,13 @@ def _leaf_names(params: Params) -> list[TensorNames]:
 def _readers() -> int:
   """Threads that read: more than a few do not make a disk faster."""
   return min(_MAX_READERS, len(os.sched_getaffinity(0)))
+
+
+def _dtype(entries: Entry | list[Entry]) -> np.dtype:
+  """That of a tensor, or the one that holds the values of all layers."""
+  if isinstance(entries, list):
+    return np.dtype(functools.reduce(jnp.promote_types, {entry.dtype for entry in entries}))
+  return entries.dtype
 
 
 def _read_part(reader: safetensors.Reader, pool: ThreadPoolExecutor, entries: Entry | list[Entry],
@@ -232,27 +238,24 @@ def _open(folder: Path) -> tuple[ModelConfig, dict[str, Entry]]:
   """The config and where its tensors lie, which fit each other."""
   config, tensors = read_config(folder), checkpoint.tensors(folder)
   abstract = abstract_params(config)
-  expected, first = {}, {}
+  expected = {}
   for leaf, leaf_names in zip(jax.tree.leaves(abstract), _leaf_names(abstract), strict=True):
     stacked = not isinstance(leaf_names, str)
     for name in leaf_names if stacked else (leaf_names,):
       expected[name] = leaf.shape[1:] if stacked else leaf.shape
-      first[name] = leaf_names[0] if stacked else name
   # Old checkpoints store rotary frequencies, which follow from the config; tied ones may store the head too.
   ignored = {name for name in tensors if _ROTARY.fullmatch(name)}
-  if _HEAD in tensors and _HEAD not in expected:
-    ignored.add(_HEAD)
-    _check_tied(folder, tensors[_HEAD], tensors.get(_EMBEDDING))
+  if HEAD in tensors and HEAD not in expected:
+    ignored.add(HEAD)
+    _check_tied(folder, tensors[HEAD], tensors.get(EMBEDDING))
   problems = [f"missing {n}" for n in sorted(expected.keys() - tensors.keys())]
   problems += [f"unknown {n}" for n in sorted(tensors.keys() - expected.keys() - ignored)]
   for name in expected.keys() & tensors.keys():
-    (_, dtype, shape, _), other = tensors[name], tensors.get(first[name], tensors[name]).dtype
+    _, dtype, shape, _ = tensors[name]
     if shape != expected[name]:
       problems.append(f"{name} has shape {shape}, config.json needs {expected[name]}")
     if dtype not in _DTYPES:
       problems.append(f"{name} has dtype {dtype}, expected one of {', '.join(map(str, _DTYPES))}")
-    elif dtype != other:
-      problems.append(f"{name} has dtype {dtype}, {first[name]} {other}; expected one dtype for all layers")
   if problems:
     problems.sort(key=lambda problem: (problem.split()[0] not in ("missing", "unknown"), problem))
     raise UserError(f"{folder}: tensors do not fit config.json: {listed(problems, '; ')}")
@@ -263,8 +266,8 @@ def _check_tied(folder: Path, head: Entry, embedding: Entry | None) -> None:
   if embedding is None:
     return  # it is missed anyhow
   if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
-    raise UserError(f"{folder}: config.json ties the embeddings, but {_HEAD} is {head.dtype} {head.shape} and "
-                    f"{_EMBEDDING} {embedding.dtype} {embedding.shape}; store it alike, or leave it out")
+    raise UserError(f"{folder}: config.json ties the embeddings, but {HEAD} is {head.dtype} {head.shape} and "
+                    f"{EMBEDDING} {embedding.dtype} {embedding.shape}; store it alike, or leave it out")
   views = (np.memmap(e.path, np.uint8, "r", e.offset, e.size * e.dtype.itemsize) for e in (head, embedding))
   if not np.array_equal(*views):
-    raise UserError(f"{folder}: config.json ties the embeddings, but {_HEAD} differs from the embedding")
+    raise checkpoint.untied(folder)
