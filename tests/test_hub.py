@@ -1,64 +1,148 @@
-"""Models by name, with a hub that answers as told."""
+"""Models by name, with a hub in memory."""
 
+import json
 from pathlib import Path
 
-import huggingface_hub
 import pytest
+from fake_hub import Hub, http_error
 from huggingface_hub import errors
 
 from imm_jax.errors import UserError
-from imm_jax.model import hub
+from imm_jax.model import hub, published
 
 ID = "someone/some-model-1.5b"
+CONFIG = (hub.resolve("tiny") / "config.json").read_bytes()
+INDEX = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}})
+SHARDS = {"model.safetensors.index.json": INDEX.encode(), "model-00001-of-00002.safetensors": b"1" * 1_500_000,
+          "model-00002-of-00002.safetensors": b"22"}
+SIDE = {"tokenizer.json": b"{}", "chat_template.jinja": b"x", "additional_chat_templates/tool_use.jinja": b"y"}
+# What publishers put beside.
+OTHERS = {"fp8/config.json": b"{}", "fp8/model.safetensors": b"x", "checkpoint-500/tokenizer.json": b"{}",
+          "checkpoint-500/model-00001-of-00002.safetensors": b"x", "model.fp16.safetensors": b"x", "README.md": b"x",
+          "consolidated.safetensors": b"x", "original/consolidated.00.pth": b"x", "pytorch_model.bin": b"x",
+          "modeling.py": b"x", "additional_chat_templates/README.md": b"x"}
 
 
-def _http(kind: type[Exception]) -> Exception:
-  """Such an error without the response it was made from."""
-  error = kind.__new__(kind)
-  Exception.__init__(error, "refused\nmore")
-  return error
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+  return Hub(tmp_path / "cache", monkeypatch)
 
 
-def test_a_folder_and_the_embedded_model_need_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+def _refusal(model: str) -> str:
+  with pytest.raises(UserError) as raised:
+    hub.resolve(model)
+  assert "\n" not in str(raised.value)
+  return str(raised.value)
+
+
+def test_a_folder_and_the_embedded_model_need_no_hub(
+    fake: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+  fake.raises = AssertionError("asked the hub")
   monkeypatch.chdir(tmp_path)
-  (tmp_path / ID).mkdir(parents=True)
-  assert hub.resolve(ID) == Path(ID)
+  for name in (ID, f"{ID}@main", f"{ID}+someone/adapter"):
+    Path(name).mkdir(parents=True)
+    assert hub.resolve(name) == Path(name)
+    assert hub.is_local(name)
   (tmp_path / f"{ID}.txt").touch()
   assert hub.resolve(f"{ID}.txt") == Path(f"{ID}.txt")
   assert (hub.resolve("tiny") / "model.safetensors").exists()
   assert hub.resolve("/no/such/folder") == Path("/no/such/folder")  # the error is left to whoever reads it
+  assert hub.resolve("/no/such+folder") == Path("/no/such+folder")
+  assert not capsys.readouterr().err
 
 
-def test_a_hub_id_is_downloaded_without_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  asked = {}
-  monkeypatch.setattr(huggingface_hub, "snapshot_download",
-                      lambda model, **options: asked.update(model=model, **options) or str(tmp_path))
-  with pytest.raises(UserError, match=f"{ID}: has no safetensors on the hub"):
-    hub.resolve(ID)
-  (tmp_path / "model-00001-of-00002.safetensors").touch()
-  assert hub.resolve(ID) == tmp_path
-  assert asked["model"] == ID
-  assert {"config.json", "tokenizer.json", "model.safetensors.index.json", "*.safetensors"} <= set(
-      asked["allow_patterns"])
-  assert not any(pattern.endswith(("bin", "pt", "py")) for pattern in asked["allow_patterns"])
+def test_config_comes_first_then_exactly_what_the_index_names(fake: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+  fake.add(ID, {**OTHERS, **SHARDS, **SIDE, "config.json": CONFIG})
+  assert hub.resolve(ID) == fake.folder(ID)
+  first, second, *others = fake.fetched
+  assert (first, second) == ("config.json", "model.safetensors.index.json@cmain")
+  assert set(others) == {f"{name}@cmain" for name in (SHARDS.keys() | SIDE.keys()) - {"model.safetensors.index.json"}}
+  assert f"{ID}: fetching 5 files, 1.5 MB\n" == capsys.readouterr().err
+  # All is there: nothing is fetched and nothing said, with a network and without.
+  for fake.offline in (False, True):
+    fake.fetched.clear()
+    assert hub.resolve(ID) == fake.folder(ID)
+    assert not fake.fetched
+    assert not capsys.readouterr().err
+  (fake.folder(ID) / "model-00002-of-00002.safetensors").unlink()
+  assert "the hub cannot be reached (offline; the cache holds only a part of it)" in _refusal(ID)
+
+
+def test_a_revision_is_asked_for_and_all_files_are_of_its_commit(fake: Hub) -> None:
+  fake.add(ID, {"config.json": CONFIG, "model.safetensors": b"old", "tokenizer.json": b"{}"}, revision="v1.0")
+  fake.add(ID, {"config.json": b"{}", "model.safetensors": b"new"})
+  model = f"{ID}@v1.0"
+  assert not hub.is_local(model)
+  assert hub.config_folder(model) is None
+  assert published.config_of(model) is None
+  assert published.config_of("Qwen/Qwen2.5-7B@main").num_layers == 28
+  assert (hub.resolve(model) / "model.safetensors").read_bytes() == b"old"
+  assert fake.fetched == ["config.json", "model.safetensors@cv1.0", "tokenizer.json@cv1.0"]
+  assert hub.config_folder(model) == fake.folder(ID, "v1.0")
+  assert published.config_of(model).num_layers == json.loads(CONFIG)["num_hidden_layers"]
+  assert _refusal(f"{ID}@v2") == (
+      f"{ID}@v2: {ID} has no revision 'v2' on the hub; expected a branch, a tag or a commit")
+
+
+@pytest.mark.parametrize(("files", "expected"), [
+    ({"config.json": b'{"model_type": "mamba"}', "model.safetensors": b"x"},
+     f"{ID}/config.json: model_type='mamba' is not supported"),
+    ({"config.json": CONFIG, "pytorch_model.bin": b"x"},
+     f"{ID}: has no model.safetensors on the hub, only a pickle checkpoint (pytorch_model.bin), which is not read"),
+    ({"config.json": CONFIG, "training_args.bin": b"x"}, f"{ID}: has no model.safetensors on the hub; take a model"),
+    ({"config.json": CONFIG, **SHARDS, "model.safetensors": b"x"}, f"{ID}: holds both model.safetensors and"),
+    ({"config.json": CONFIG, "model.safetensors.index.json": INDEX.encode()},
+     "names model-00001-of-00002.safetensors, model-00002-of-00002.safetensors, which the hub does not hold"),
+    ({"config.json": CONFIG, "model.safetensors.index.json": b"{}"}, "has no weight_map"),
+    ({"adapter_config.json": b'{"base_model_name_or_path": "org/base"}', "adapter_model.safetensors": b"x"},
+     f"{ID}: is a LoRA adapter of org/base, not a whole model; give org/base+{ID} as the model"),
+    ({"README.md": b"x"}, f"{ID}: has no config.json on the hub; expected a model of transformers")])
+def test_what_cannot_be_read_is_refused_before_weights_come(fake: Hub, files: dict[str, bytes], expected: str) -> None:
+  fake.add(ID, files)
+  assert expected in _refusal(ID)
+  assert not [name for name in fake.fetched if ".safetensors@" in name]
+
+
+def test_a_model_with_an_adapter_beside_it_says_that_the_adapter_is_ignored(
+    fake: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+  fake.add(ID, {"config.json": CONFIG, "model.safetensors": b"x", "adapter_config.json": b"{}",
+                "adapter_model.safetensors": b"x"})
+  note = "holds a whole model and a LoRA adapter; the adapter is ignored\n"
+  for _ in range(2):  # once is enough
+    assert not (hub.resolve(ID) / "adapter_model.safetensors").exists()
+  assert capsys.readouterr().err == f"{ID}: fetching 2 files, 0.0 MB\nnote: {ID}: {note}"
+  for name in ("config.json", "model.safetensors", "adapter_config.json"):
+    (tmp_path / name).write_bytes(b"{}")
+  hub.resolve(str(tmp_path))
+  assert capsys.readouterr().err == f"note: {tmp_path}: {note}"
 
 
 @pytest.mark.parametrize(("error", "expected"), [
-    (_http(errors.GatedRepoError), f"is gated; accept its terms at https://huggingface.co/{ID}, run `hf auth login`"),
-    (_http(errors.RepositoryNotFoundError), "no such folder, and no such model on the hub"),
-    (_http(errors.HfHubHTTPError), f"`hf download {ID} --local-dir=DIR`"),
+    (http_error(errors.GatedRepoError), f"is gated; accept its terms at https://huggingface.co/{ID}, run `hf auth"),
+    (http_error(errors.RepositoryNotFoundError), "no such folder, and no such model on the hub"),
+    (http_error(errors.HfHubHTTPError), f"`hf download {ID} --revision=v1 --local-dir=DIR`"),
     (errors.LocalEntryNotFoundError("no network\nmore"), "the hub cannot be reached (no network); try again"),
     (ConnectionResetError("peer closed\nmore"), "the hub cannot be reached (peer closed)"),
     (type("RemoteProtocolError", (Exception,), {})("incomplete body"), "the hub cannot be reached (incomplete body)"),
     (OSError(28, "No space left on device"), "No space left on device")])
-def test_what_the_hub_refuses_is_one_line(error: Exception, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-  def refuse(*_, **__):
-    raise error
+def test_what_the_hub_refuses_is_one_line(fake: Hub, error: Exception, expected: str) -> None:
+  fake.raises = error
+  message = _refusal(f"{ID}@v1")
+  assert message.startswith(f"{ID}@v1: ")
+  assert expected in message
 
-  monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-  with pytest.raises(UserError) as raised:
-    hub.resolve(ID)
-  assert str(raised.value).startswith(f"{ID}: ")
-  assert expected in str(raised.value)
-  assert "\n" not in str(raised.value)
+
+def test_base_and_adapter_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.chdir(tmp_path)
+  for name in ("a+b/base", "c+d"):
+    Path(name).mkdir(parents=True)
+  pairs = [("a+b/base", "c+d"), ("org/base@v1", "c+d"), ("a+b/base", "org/adapter@main"), ("tiny", "c+d"),
+           ("org/base", "org/adapter")]
+  for base, adapter in pairs:
+    name = f"{base}+{adapter}"
+    assert hub.split_adapter(name) == (base, adapter)
+    assert hub.base_of(name) == base
+    assert not hub.is_local(name)
+  assert published.config_of("tiny+c+d") == published.config_of("tiny")
+  assert "no such adapter folder, and no hub id: 'nowhere'" in _refusal("tiny+nowhere")
+  assert "no such base model folder, and no hub id: '/nowhere'" in _refusal("/nowhere+c+d")

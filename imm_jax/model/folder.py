@@ -37,9 +37,14 @@ def require(folder: Path) -> None:
     raise UserError(f"{folder}: {'is a file' if folder.exists() else 'no such checkpoint folder'}; expected a folder "
                     f"with config.json and {WEIGHTS}")
   if (folder / ADAPTER_CONFIG).exists() and not has_weights(folder):
-    base = files.read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
-    raise UserError(f"{folder}: is a LoRA adapter{'' if base == 'BASE' else f' of {base}'}, not a whole model; give "
-                    f"{base}+{folder} as the model")
+    raise no_model(str(folder), folder / ADAPTER_CONFIG)
+
+
+def no_model(name: str, adapter_config: Path) -> UserError:
+  """What is wrong where a LoRA adapter is given as the model."""
+  base = files.read_json(adapter_config).get("base_model_name_or_path")
+  return UserError(f"{name}: is a LoRA adapter{f' of {base}' if base else ''}, not a whole model; give "
+                   f"{base or 'BASE'}+{name} as the model")
 
 
 def has_weights(folder: Path) -> bool:
@@ -56,11 +61,7 @@ def weight_files(folder: Path) -> list[Path]:
   """
   require(folder)
   if (folder / INDEX).exists():
-    weight_map = files.read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
-      raise UserError(f"{folder / INDEX}: has no weight_map from tensor names to file names")
-    names = sorted(set(weight_map.values()))
+    names = shards(folder / INDEX)
     if (folder / WEIGHTS).exists() and names != [WEIGHTS]:
       raise UserError(f"{folder}: holds both {WEIGHTS} and {INDEX}, which are two checkpoints; remove the one that is "
                       "not meant")
@@ -85,6 +86,15 @@ def is_pickle(name: str) -> bool:
 def is_rotary(name: str) -> bool:
   """Whether a tensor holds rotary frequencies, as old checkpoints do, though they follow from config.json."""
   return name.endswith("rotary_emb.inv_freq")
+
+
+def shards(index: Path) -> list[str]:
+  """The names of the files that an index says hold the weights; raises UserError where it is damaged."""
+  weight_map = files.read_json(index).get("weight_map")
+  if not isinstance(weight_map, dict) or not all(
+      isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
+    raise UserError(f"{index}: has no weight_map from tensor names to file names")
+  return sorted(set(weight_map.values()))
 
 
 def tensors(folder: Path) -> dict[str, Entry]:

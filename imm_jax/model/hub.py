@@ -1,70 +1,101 @@
-"""Checkpoints by name: a folder, the embedded model, or a model of the Hugging Face hub."""
+"""Checkpoints by name: a folder, the embedded model, a model of the Hugging Face hub, and each with a LoRA adapter."""
 
 import re
+import sys
 from pathlib import Path
 
 from imm_jax.errors import UserError
-from imm_jax.model.folder import INDEX, SIDE_FILES
+from imm_jax.model import download, folder as checkpoint
 
 _EMBEDDED = Path(__file__).parent.parent / "assets"
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+# org/name, and a revision: a branch, a tag, a commit, or refs/pr/1.
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?")
+# Folders of which it was said that their adapter is ignored.
+_said: set[Path] = set()
 
 
 def resolve(model: str) -> Path:
   """The checkpoint folder that a name means; a model of the hub is downloaded, or taken from the cache.
 
   Args:
-    model: a folder, `tiny` for the embedded model, or a hub id such as `Qwen/Qwen2.5-0.5B-Instruct`. A folder counts
-      before a hub id.
+    model: a folder, `tiny` for the embedded model, a hub id such as `Qwen/Qwen2.5-0.5B-Instruct` or, of a revision,
+      `Qwen/Qwen2.5-0.5B-Instruct@main`; or BASE+ADAPTER, each a folder or a hub id: a LoRA adapter of peft, which is
+      merged into its base once and then taken from a cache (`lora.materialise`). A folder counts before the others.
 
   Raises:
-    UserError: when there is no such folder, or the hub refuses; with the line to run.
+    UserError: when there is no such folder, or the hub refuses, with the line to run; or as `lora.merge` does.
   """
   if not model:
     raise UserError("the model's name is empty; expected an HF checkpoint folder, a hub id such as "
                     "Qwen/Qwen2.5-0.5B-Instruct, or tiny for the embedded model")
-  if model == "tiny":
-    return _EMBEDDED / model
-  return Path(model) if is_local(model) else _download(model)
+  if pair := split_adapter(model):
+    from imm_jax.model import lora  # late: most runs have none
+
+    return lora.materialise(*parts(model), name="+".join(_label(part) for part in pair))
+  found = _EMBEDDED / model if model == "tiny" else Path(model) if is_local(model) else download.model(model)
+  if (found / checkpoint.ADAPTER_CONFIG).exists() and checkpoint.has_weights(found) and found not in _said:
+    _said.add(found)
+    print(f"note: {model}: holds a whole model and a LoRA adapter; the adapter is ignored", file=sys.stderr)
+  return found
+
+
+def parts(model: str) -> tuple[Path, Path]:
+  """The folders of base and adapter of BASE+ADAPTER; downloads as `resolve` does, the adapter first, which is small."""
+  base, adapter = split_adapter(model) or (model, "")
+  found = Path(adapter) if is_local(adapter) else download.adapter(adapter)
+  return resolve(base), found
+
+
+def split_adapter(model: str) -> tuple[str, str] | None:
+  """BASE and ADAPTER of a name that means a model with an adapter; None for all others.
+
+  Raises:
+    UserError: where one side of a + is a model and the other is none.
+
+  >>> split_adapter("Qwen/Qwen2.5-0.5B+someone/adapter@v2")
+  ('Qwen/Qwen2.5-0.5B', 'someone/adapter@v2')
+  """
+  if "+" not in model or Path(model).exists():
+    return None
+  splits = [(model[:i], model[i + 1:]) for i, letter in enumerate(model) if letter == "+"]
+  exists = lambda name: name == "tiny" or bool(name and Path(name).is_dir())
+  known = lambda name: exists(name) or _HUB_ID.fullmatch(name) is not None
+  for judge in (exists, known):
+    if found := next((pair for pair in splits if all(map(judge, pair))), None):
+      return found
+  for base, adapter in splits:
+    if known(base) or exists(adapter):
+      missing, what = (adapter, "adapter") if known(base) else (base, "base model")
+      raise UserError(f"{model}: no such {what} folder, and no hub id: {missing!r}; expected BASE+ADAPTER, each a "
+                      "folder or a hub id")
+  return None
+
+
+def base_of(model: str) -> str:
+  """BASE of BASE+ADAPTER, and every other name itself."""
+  return (split_adapter(model) or (model,))[0]
 
 
 def config_folder(model: str) -> Path | None:
   """A folder with the model's config.json, without a download: None for a model of the hub that is not in the cache.
 
+  Of a model with an adapter it is the base's.
+
   Raises:
     UserError: for an empty name.
   """
-  if is_local(model):
-    return resolve(model)
-  import huggingface_hub
-
-  found = huggingface_hub.try_to_load_from_cache(model, "config.json")
-  return Path(found).parent if isinstance(found, str) else None
+  model = base_of(model)
+  return resolve(model) if is_local(model) else download.cached_config(model)
 
 
 def is_local(model: str) -> bool:
-  """Whether a name means a folder of this machine; what is neither that nor a hub id counts as one, as a file does."""
-  return model == "tiny" or Path(model).exists() or not _HUB_ID.fullmatch(model)
+  """Whether a name means a folder of this machine; what is neither that nor a hub id counts as one, as a file does.
+
+  A model with an adapter is none before `resolve` has merged them.
+  """
+  return model == "tiny" or Path(model).exists() or not (_HUB_ID.fullmatch(model) or split_adapter(model))
 
 
-def _download(model: str) -> Path:
-  import huggingface_hub  # late: most runs have a folder
-  from huggingface_hub import errors
-
-  instead = f"or `hf download {model} --local-dir=DIR` where there is a network, and give DIR"
-  try:
-    # Weights in safetensors only; what broke off goes on where it was.
-    folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=[*SIDE_FILES, INDEX, "*.safetensors"]))
-  except errors.GatedRepoError as e:
-    raise UserError(f"{model}: is gated; accept its terms at https://huggingface.co/{model}, run `hf auth login`, and "
-                    "start again") from e
-  except errors.RepositoryNotFoundError as e:
-    raise UserError(f"{model}: no such folder, and no such model on the hub that you may read; check the name, or run "
-                    "`hf auth login` if it is private") from e
-  except Exception as e:  # the hub's own, the system's, and those of whichever HTTP library it uses
-    cause = str(e).strip().partition("\n")[0]
-    raise UserError(f"{model}: no such folder, and the hub cannot be reached ({cause}); try again, {instead}") from e
-  if not any(folder.glob("*.safetensors")):
-    raise UserError(f"{model}: has no safetensors on the hub (a pickle checkpoint is not read); take a model that has, "
-                    "or save it again with save_pretrained(..., safe_serialization=True) and give that folder")
-  return folder
+def _label(name: str) -> str:
+  """The last part of a folder's name or a hub id, as part of a file's name."""
+  return re.sub(r"[^\w.-]", "_", Path(name).absolute().name)[:60]

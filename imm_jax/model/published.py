@@ -25,8 +25,10 @@ MODELS = {
 def config_of(model: str) -> ModelConfig | None:
   """The shape of a model: of its folder, else of the hub's cache on this machine, else as published; None if unknown.
 
+  Of a model with an adapter it is the base's.
+
   >>> config_of("Qwen/Qwen2.5-7B-Instruct").num_layers
   28
   """
   folder = hub.config_folder(model)
-  return hf.read_config(folder) if folder else MODELS.get(model)
+  return hf.read_config(folder) if folder else MODELS.get(hub.base_of(model).partition("@")[0])
