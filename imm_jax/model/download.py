@@ -12,6 +12,7 @@ from imm_jax.errors import UserError, listed
 from imm_jax.model import folder as checkpoint
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, SIDE_FILES, TEMPLATES, WEIGHTS
+from imm_jax.model.lora_config import read_settings
 
 # Seconds that the hub has to list a repository's files.
 _PATIENCE = 30
@@ -75,11 +76,9 @@ def model(name: str) -> Path:
 
 def adapter(name: str) -> Path:
   """Brings a LoRA adapter of the hub into its cache as `model` does: adapter_config.json, then what is beside it."""
-  from imm_jax.model import lora  # it is read here to judge it; lora needs nothing of the hub
-
   with _refusals(name):
     repository = _open(name, ADAPTER_CONFIG)
-    lora.read_settings(repository.folder, source=name)
+    read_settings(repository.folder, source=name)
     if repository.sizes is None:
       if not (repository.folder / ADAPTER_WEIGHTS).exists():
         raise ConnectionError(f"{repository.why}; the cache holds only a part of it")

@@ -156,9 +156,9 @@ def write_index(folder: Path, shards: Sequence[tuple[str, Sequence[tuple]]]) -> 
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-  """Copies config, tokenizer, template and generation files unchanged."""
-  for file in side_files(source):
+def copy_side_files(source: Path, target: Path, names: Iterable[str] | None = None) -> None:
+  """Copies config, tokenizer, template and generation files unchanged, or those of `names`."""
+  for file in side_files(source) if names is None else names:
     (target / file).parent.mkdir(exist_ok=True)
     shutil.copyfile(source / file, target / file)
 

@@ -1,0 +1,110 @@
+"""What the adapter_config.json of a LoRA adapter says of the merged weights."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from imm_jax import files
+from imm_jax.errors import UserError
+from imm_jax.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+# Of adapter_config.json: what is read here, and what changes no merged weight; bias, lora_bias, modules_to_save and
+# ensure_weight_tying are told by the tensors that are stored.
+_KNOWN = frozenset((
+    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "base_model_name_or_path",
+    "auto_mapping", "task_type", "peft_version", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out",
+    "bias", "lora_bias", "modules_to_save", "ensure_weight_tying", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "runtime_config", "megatron_core", "qalora_group_size"))
+# Initial values that leave the base as it is; others (pissa, olora, corda, loftq) subtract them from it.
+_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+class Settings(NamedTuple):
+  """What an adapter_config.json says of the merged weights.
+
+  Attributes:
+    source: the name of the file, for messages.
+    rank: of modules that no pattern of `ranks` matches; alpha likewise.
+    ranks: regex -> rank; a pattern fits the end of a module's name, from a dot or the beginning on.
+    rslora: whether updates are divided by sqrt(r).
+    targets: the ends of the names of all modules with an update, where the file lists them and nothing else.
+  """
+
+  source: str
+  rank: int
+  alpha: float
+  ranks: Mapping[str, int]
+  alphas: Mapping[str, float]
+  rslora: bool
+  targets: tuple[str, ...]
+
+  def rank_and_scale(self, module: str) -> tuple[int, float]:
+    """Of a module such as `model.layers.0.self_attn.q_proj`."""
+    rank, alpha = _matched(self.ranks, module, self.rank), _matched(self.alphas, module, self.alpha)
+    return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def read_settings(folder: Path, *, source: str | None = None) -> Settings:
+  """Reads adapter_config.json of a folder.
+
+  Args:
+    folder: an adapter's.
+    source: what messages call it; by default the folder.
+
+  Raises:
+    UserError: for another method than LoRA, DoRA and other variants, and every key that may change the result and is
+      not supported.
+  """
+  source = f"{source or folder}/{ADAPTER_CONFIG}"
+  if not (folder / ADAPTER_CONFIG).is_file():
+    raise UserError(f"{folder}: {f'has no {ADAPTER_CONFIG}' if folder.is_dir() else 'no such folder'}; expected a LoRA "
+                    f"adapter with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
+  config = files.read_json(folder / ADAPTER_CONFIG)
+  if config.get("peft_type") != "LORA":
+    raise UserError(f"{source}: peft_type={config.get('peft_type')!r} is not supported; expected 'LORA'")
+  if config.get("use_dora"):
+    raise UserError(f"{source}: use_dora=true (DoRA) is not supported; merge it with peft's merge_and_unload, and give "
+                    "the folder that its save_pretrained writes")
+  for key, value in config.items():
+    if key not in _KNOWN and value not in (None, False, 0, "", [], {}):
+      raise UserError(f"{source}: {key}={value!r:.200} is not supported: it may change the merged weights")
+  if (init := config.get("init_lora_weights", True)) not in _INITS:
+    raise UserError(f"{source}: init_lora_weights={init!r} is not supported: the adapter belongs to a base that this "
+                    "has changed; save it with peft's path_initial_model_for_weight_conversion")
+  number = lambda key, value, kinds: value if isinstance(value, kinds) and not isinstance(value, bool) and (
+      0 < value < math.inf) else _refuse(source, key, value, "a positive number")
+  patterns = {}
+  for key, kinds in (("rank_pattern", int), ("alpha_pattern", int | float)):
+    given = config.get(key) or {}
+    if not isinstance(given, dict):
+      _refuse(source, key, given, "an object")
+    patterns[key] = {_checked(source, key, name): number(f"{key}.{name}", v, kinds) for name, v in given.items()}
+  rslora = config.get("use_rslora") or False
+  if not isinstance(rslora, bool):
+    _refuse(source, "use_rslora", rslora, "true or false")
+  targets = config.get("target_modules")
+  partly = any(config.get(key) not in (None, [], "") for key in ("exclude_modules", "layers_to_transform"))
+  return Settings(source, number("r", config.get("r", 8), int), number("lora_alpha", config.get("lora_alpha", 8),
+                                                                       int | float),
+                  patterns["rank_pattern"], patterns["alpha_pattern"], rslora,
+                  tuple(targets) if isinstance(targets, list) and not partly else ())
+
+
+def _matched(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+  """Of the first pattern that fits; as peft's get_pattern_key."""
+  return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _checked(source: str, key: str, pattern: str) -> str:
+  try:
+    re.compile(rf"(.*\.)?({pattern})$")
+  except re.error as e:
+    raise UserError(f"{source}: {key}: {pattern!r} is no regex ({e})") from e
+  return pattern
+
+
+def _refuse(source: str, key: str, value: Any, expected: str) -> Any:
+  raise UserError(f"{source}: {key}={value!r:.200}; expected {expected}")
