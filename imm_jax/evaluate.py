@@ -20,7 +20,7 @@ from imm_jax.model import hf, hub
 from imm_jax.stages import devices, evaluating, sampling
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: task, prompt, eval, sampler and mesh count.")
-_MODEL = flags.DEFINE_string("model", None, "An HF checkpoint folder, a hub id, or tiny.")
+_MODEL = flags.DEFINE_string("model", None, "An HF checkpoint folder, a hub id, tiny, or BASE+ADAPTER.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier result in --out.")
 flags.mark_flags_as_required(["config", "model", "out"])
