@@ -199,6 +199,11 @@ def _known(key: str, name: str, allowed: Sequence[str], otherwise: str = "") -> 
     raise UserError(f"config.{key} has {name!r}: {why}{nearest(name, list(allowed))}")
 
 
+def draws(config: ml_collections.ConfigDict) -> bool:
+  """Whether a run samples answers to train on."""
+  return config.method != "real" and config.data.real_fraction < 1
+
+
 def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloads: bool) -> None:
   """Reads the questions, so that what is wrong with them shows before anything is spent."""
   reads = lambda *entries: downloads or not any(questions.is_remote(config, entry) for entry in entries)
@@ -212,7 +217,7 @@ def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloa
     auto = config.merge.auto
     checks += [(f"merge.auto.questions={auto.questions}", lambda entry=entry: questions.load(
         config, entry, split="train", count=auto.questions), (entry,)) for entry in auto.general]
-  if trains and config.prompt.few_shot and config.method != "real" and config.data.real_fraction < 1:
+  if trains and config.prompt.few_shot and draws(config):
     checks.append((f"prompt.few_shot={config.prompt.few_shot}", lambda: _check_shots(config), (config.task.name,)))
   for what, check, entries in checks:
     if reads(*entries):

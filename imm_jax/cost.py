@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from imm_jax.config import MERGES
+from imm_jax.config import MERGES, draws
 from imm_jax.hardware import peak_flops
 from imm_jax.memory import count_params
 from imm_jax.model.config import ModelConfig
@@ -43,12 +43,12 @@ def work(config: ml_collections.ConfigDict, record: Mapping[str, Any]) -> Work:
   length = tokens / samples if samples else ASSUMED["length"] * config.sample.max_new_tokens
   right = sum(f["correct"] for f in facts) / samples if samples else ASSUMED["right"]
   asked, tests = questions.counts(config)
-  draws = config.method != "real" and config.data.real_fraction < 1
-  sampled = config.rounds * asked * config.sample.num_samples * length if draws else 0.0
-  answers = right * asked * config.sample.num_samples if draws else 0.0
+  drawn = draws(config)
+  sampled = config.rounds * asked * config.sample.num_samples * length if drawn else 0.0
+  answers = right * asked * config.sample.num_samples if drawn else 0.0
   answers /= max(1 - config.data.real_fraction, 0.5)
   rounds = range(1, config.rounds + 1)
-  if not draws:
+  if not drawn:
     seen = config.rounds * asked
   elif config.method == "data_accumulation":
     # With all questions in every round the real answers are the same ones.
@@ -67,7 +67,7 @@ def work(config: ml_collections.ConfigDict, record: Mapping[str, Any]) -> Work:
   passes = config.sft.epochs + (config.method == "iimm") + (config.sft.intervention == "weight_masking")
   shots = config.prompt.few_shot * (ASSUMED["question"] + length)
   return Work(sampled, passes * seen * (length + ASSUMED["question"]), evaluated,
-              config.rounds * asked * (ASSUMED["question"] + shots) if draws else 0.0,
+              config.rounds * asked * (ASSUMED["question"] + shots) if drawn else 0.0,
               (models * tests + tried) * ASSUMED["question"])
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 
 from imm_jax import __version__, cost, distributed, memory, report, rundir
-from imm_jax.config import HOW, MERGES, REUSES
+from imm_jax.config import HOW, MERGES, REUSES, draws
 from imm_jax.model import folder, hf, hub, published
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.rundir import Stage
@@ -51,7 +51,7 @@ def plan(config: ml_collections.ConfigDict, base: Path, root: Path, teacher: Pat
         scratch=str(scratch(name)))
 
   asks = ("seed", "task", "prompt", *(("merge.auto.questions",) if auto else ()))
-  samples = _samples(config)
+  samples = draws(config)
   if samples and config.prompt.few_shot:
     add("few_shot.jsonl", ("train questions",), asks, f"the {config.prompt.few_shot} worked examples of the prompt",
         partial(sampling.write_shots, config))
@@ -111,17 +111,16 @@ def plan(config: ml_collections.ConfigDict, base: Path, root: Path, teacher: Pat
   return result
 
 
-def _samples(config: ml_collections.ConfigDict) -> bool:
-  return config.method != "real" and config.data.real_fraction < 1
-
-
 def _is_auto(config: ml_collections.ConfigDict) -> bool:
   return config.merge.base_weight == "auto"
 
 
 def _evaluation_plan(config: ml_collections.ConfigDict) -> str:
   samples = f", {config.eval.num_samples} samples each" if config.eval.num_samples else ""
-  return f"{1 + len(config.task.ood)} tasks x {config.task.eval_questions or 'all'} questions{samples}"
+  limit, counts = config.task.eval_questions, questions.count_tests(config)
+  fewer = any(count < limit for count in counts)
+  asked = f", {sum(counts)} questions" if fewer else f" x {limit or 'all'} questions"
+  return f"{len(counts)} tasks{asked}{samples}"
 
 
 def _choice_plan(config: ml_collections.ConfigDict) -> str:
@@ -166,6 +165,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     directory.note(versions=_versions(), devices=kinds, method=config.method,
                    tasks={"id": config.task.name, "ood": [questions.name_of(entry) for entry in config.task.ood]},
                    **threads)
+    on_host = platform == "cpu" and not devices.starts_server(config)  # else others compute, or devices hold it
     external = {}
     if distributed.is_main():
       external = {name: folder.digest(model) for name, model in found.items()} | questions.digests(config)
@@ -176,7 +176,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     ran = 0
     with report.Live(root, [stage.name for stage in steps]) as page:
       for stage in steps:
-        if directory.run(stage, external):
+        if directory.run(stage, external, on_host=on_host):
           ran += 1
           page.update()
     if distributed.is_main():
@@ -228,10 +228,12 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
       waiting.add(stage.name)
     again = f" ({reason})" if reason not in (None, "run") else ""
     print(f"{stage.name:<24}{'to do' if stage.name in waiting else 'done':<8}{stage.plan}{again}")
-  sizes = memory.estimate(config, model, devices.mesh_of(config)) if model else (
-      f"{config.model} is not on this machine, so its size is not known")
   teacher = published.config_of(config.teacher) if config.teacher else None
-  print(f"\n{len(waiting)} of {len(steps)} stages to do; {sizes}\n"
+  sizes = f"{config.model} is not on this machine, so its size is not known"
+  if model:
+    expected = tuning.expect(config, model, found["base"] if local else None)
+    sizes = memory.estimate(config, model, devices.mesh_of(config), expected, teacher)
+  print(f"\n{len(waiting)} of {len(steps)} stages to do\n{sizes}\n"
         f"the whole run: {cost.estimate(config, model, record, teacher)}")
 
 
@@ -245,7 +247,7 @@ def _check(config: ml_collections.ConfigDict, *, dry: bool = False) -> dict[str,
     load_tokenizer(model, rows=hf.check(model).vocab_size)
   entries = (config.task.name, *config.task.ood)
   if not (dry and any(questions.is_remote(config, entry) for entry in entries)):
-    sampling.check(config, found["base"], found.get("teacher", found["base"]), _samples(config))
+    sampling.check(config, found["base"], found.get("teacher", found["base"]), draws(config))
   return found
 
 

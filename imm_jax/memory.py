@@ -1,17 +1,51 @@
-"""What a run needs, estimated from the model's config before anything is loaded."""
+"""What a run needs, estimated from the shapes of the model and of what its programs keep, before anything is loaded."""
 
 import math
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
+from imm_jax import resident
+from imm_jax.config import MERGES, draws
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
-from imm_jax.model.sharding import for_decoding, param_sharding, path_name, spec_of
-from imm_jax.training.loss import CHUNK
+from imm_jax.model.sharding import batch_parts, for_decoding, param_sharding, path_name, spec_of
+from imm_jax.sampling import decode, native
+from imm_jax.stages import questions
+from imm_jax.training import step
+from imm_jax.training.loss import chunk_of
 
-_BYTES = {"bfloat16": 2, "float32": 4}
+# What compiling takes of this machine's memory and what the programs take then, beside their arrays: as measured, for
+# they are as long for any model.
+_PROGRAMS = 0.3 * 2**30
+# The backward pass of a layer has what its forward pass kept, and the gradients of a part of that.
+_BACKWARD = 4 / 3
+# Tokens of a prompt, where nobody has counted them.
+_PROMPT = 512
+
+
+class Peak(NamedTuple):
+  """The most bytes that a stage holds: `of` what, by name."""
+
+  stage: str
+  of: dict[str, float]
+
+  @property
+  def total(self) -> float:
+    """All of it."""
+    return sum(self.of.values())
+
+
+class Expected(NamedTuple):
+  """What a run will probably compute with: rows of an SFT step, the attention that was chosen, and the tokens of the
+  longest prompt, 0 where nobody has counted them."""
+
+  rows: int
+  attention: str
+  prompt: int
 
 
 def count_params(model: ModelConfig) -> int:
@@ -19,33 +53,97 @@ def count_params(model: ModelConfig) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(model)))
 
 
-def row_activations(model: ModelConfig, *, length: int, remat: str, width: int) -> int:
-  """Bytes that the forward pass of SFT keeps of one row for the backward pass, and its logits.
+def kept_of_row(model: ModelConfig, *, length: int, remat: str, dtype: jnp.dtype, attention: str = "xla",
+                widened: bool = False) -> int:
+  """Bytes that the forward pass keeps of one row for the backward pass, all layers together.
 
   Args:
     model: of the checkpoint.
     length: tokens of the row.
     remat: one of `decoder.REMAT`.
-    width: bytes of an activation.
+    dtype: of activations.
+    attention: what `attention.choose` gave.
+    widened: counts 2-byte activations as 4 bytes: XLA keeps them so on CPU, where it computes in float32.
 
   >>> model = ModelConfig(vocab_size=8, hidden_size=4, intermediate_size=8, num_layers=2, num_heads=2, num_kv_heads=1,
   ...     head_dim=2, rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=True, qkv_bias=True)
-  >>> row_activations(model, length=10, remat="full", width=2)
-  800
+  >>> full, none = (kept_of_row(model, length=10, remat=remat, dtype=jnp.bfloat16) for remat in ("full", "none"))
+  >>> full < none / 5
+  True
   """
-  hidden, inner = model.hidden_size, model.intermediate_size
-  queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-  # Of a token and layer: its input; what attention reads and gives; results of products; inputs of products and norms.
-  kept = {"full": hidden, "attention": hidden + 2 * (queries + keys),
-          "dots": 3 * hidden + queries + 2 * keys + 2 * inner,
-          "none": 7 * hidden + 3 * queries + 3 * keys + 4 * inner}[remat]
-  logits = 2 * min(length, CHUNK) * model.vocab_size * 4
-  return model.num_layers * length * kept * width + logits
+  params = abstract_params(model)
+
+  def kept(rows: int) -> int:
+    batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in ("tokens", "positions", "segment_ids")}
+    batch["weights"] = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+    hidden = lambda params, batch: step.head_inputs(model, params, batch, compute_dtype=dtype, remat=remat,
+                                                    attention=attention)[0]
+    return _size(jax.eval_shape(lambda params, batch: jax.vjp(lambda p: hidden(p, batch), params)[1], params, batch),
+                 4 if widened else 1)
+
+  return kept(2) - kept(1)  # what does not grow with the rows is the weights
+
+
+def step_temporaries(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, accumulation: int, remat: str,
+                     dtype: jnp.dtype, attention: str, sums: bool = False) -> dict[str, float]:
+  """Bytes on one device that a training step takes beside its state, by name: `gradients`, `activations`, `logits`.
+
+  Args:
+    model: of the checkpoint.
+    mesh: devices.
+    rows: of a step, over all devices.
+    length: tokens of a row.
+    accumulation: parts that a batch is run in.
+    remat: one of `decoder.REMAT`.
+    dtype: of activations.
+    attention: what `attention.choose` gave.
+    sums: whether gradients are added to sums that the caller holds, as for layer importance.
+  """
+  options = {"length": length, "dtype": dtype, "attention": attention, "widened": _platform(mesh) == "cpu"}
+  here = math.ceil(rows / accumulation / batch_parts(mesh))
+  kept = here * kept_of_row(model, remat=remat, **options) / mesh.shape["tensor"]
+  layer = here * kept_of_row(model, remat="none", **options) / mesh.shape["tensor"] / model.num_layers
+  table = model.vocab_size * model.hidden_size
+  logits = 2 * here * min(length, chunk_of(here)) * model.vocab_size * 4 / mesh.shape["tensor"]
+  params, layers = (_on_device(model, mesh, of) for of in ("", "layers."))
+  # The head's gradient is summed apart; the embedding's comes when activations are gone. Where there are sums, there is
+  # no other gradient.
+  gradients = (0 if sums else 4 * params if accumulation > 1 else 4 * layers) + 4 * table
+  gathered = (2 * table + 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(model)["layers"]))
+              / model.num_layers) * jnp.dtype(dtype).itemsize if mesh.shape["fsdp"] > 1 else 0
+  found = {"gradients": gradients, "activations": kept, "gathered weights": gathered}
+  # Logits are gone when the layers' backward pass begins.
+  found |= {"logits": logits} if logits > _BACKWARD * layer else {"a layer's backward pass": _BACKWARD * layer}
+  return {name: size for name, size in found.items() if size}
 
 
 def state_bytes(model: ModelConfig, mesh: Mesh) -> int:
-  """Bytes of SFT's float32 weights, AdamW's two moments and the gradients on one device."""
-  return 16 * sum(math.prod(where.shard_shape(shape)) for where, shape in _placed(model, mesh).values())
+  """Bytes of SFT's float32 weights and AdamW's two moments on one device."""
+  return 12 * _on_device(model, mesh)
+
+
+def sampling(model: ModelConfig, mesh: Mesh, *, rows: int, prompt: int, new_tokens: int, dtype: jnp.dtype,
+             ) -> dict[str, float]:
+  """Bytes on one device that the native sampler takes, by name: `weights`, `cache`, `prompts` (while they are read).
+
+  Args:
+    model: of the checkpoint.
+    mesh: devices.
+    rows: samples decoded at once.
+    prompt: tokens of the longest prompt.
+    new_tokens: tokens of an answer at most.
+    dtype: of weights, activations and cache.
+  """
+  copies = for_decoding(mesh, model.num_kv_heads).shape["tensor"]
+  static = decode.Static(model, dtype, (), 1.0, True)
+  state = lambda rows, slots: _size(jax.eval_shape(lambda: decode.init(rows, slots, new_tokens, static)))
+  joining, length = native.prompts_at_once(rows, prompt)
+  caches = joining * length * (state(1, 2) - state(1, 1))
+  layer = kept_of_row(model, length=length, remat="none", dtype=dtype, widened=_platform(mesh) == "cpu")
+  logits = 3 * joining * model.vocab_size * 4
+  return {"weights": count_params(model) * jnp.dtype(dtype).itemsize / copies,
+          "cache": state(rows, native.slots_of(prompt + new_tokens)) / mesh.size,
+          "prompts": (caches + joining * layer / model.num_layers + logits) / mesh.size}
 
 
 def undivided(model: ModelConfig, mesh: Mesh) -> list[str]:
@@ -54,30 +152,77 @@ def undivided(model: ModelConfig, mesh: Mesh) -> list[str]:
           if where.is_fully_replicated and not NamedSharding(mesh, spec_of(path)).is_fully_replicated]
 
 
+def peaks(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, expected: Expected,
+          sampler: ModelConfig | None = None) -> list[Peak]:
+  """What the stages of a run hold at most: each device, or on CPU this process, with what it holds anyhow.
+
+  Args:
+    config: of the run.
+    model: its shape.
+    mesh: devices.
+    expected: `tuning.expect`.
+    sampler: the shape of the model that samples for training, where it is another.
+  """
+  sft, found = config.sft, []
+  if config.sampler.kind == "native":
+    asked, tests = questions.counts(config)
+    settings = [("evaluation", model, config.eval, tests * max(1, config.eval.num_samples))]
+    if draws(config):
+      settings.append(("sampling", sampler or model, config.sample, asked * config.sample.num_samples))
+    found = [Peak(name, sampling(of, mesh, rows=native.rows_of(given.batch_size, count), prompt=expected.prompt or _PROMPT,
+                                 new_tokens=given.max_new_tokens, dtype=jnp.dtype(config.sample.compute_dtype)))
+             for name, of, given, count in settings]
+  options = {"rows": expected.rows, "length": sft.row_length, "accumulation": sft.accumulation, "remat": sft.remat,
+             "dtype": jnp.dtype(sft.compute_dtype), "attention": expected.attention}
+  temporaries = step_temporaries(model, mesh, **options)
+  found.append(Peak("SFT", {"weights and moments": state_bytes(model, mesh), **temporaries}))
+  if config.analysis.examples or config.method == "iimm":
+    found.append(Peak("importance", {"weights and sums": 8 * _on_device(model, mesh),
+                                     **step_temporaries(model, mesh, sums=True, **options)}))
+  if _platform(mesh) != "cpu":
+    return found
+  here = len(mesh.local_devices)
+  return [Peak(p.stage, {name: here * size for name, size in p.of.items()} | {
+      "programs": resident.now() + _PROGRAMS}) for p in found]
+
+
+def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, expected: Expected,
+             sampler: ModelConfig | None = None) -> str:
+  """A line for each of `peaks`, with what takes most first; before them parameters and checkpoints on disk."""
+  count, found = count_params(model), peaks(config, model, mesh, expected, sampler)
+  checkpoints = config.rounds * (1 + (1 + len(config.merge.sweep)) * (config.method in MERGES))
+  where = "of this process" if _platform(mesh) == "cpu" else "of each device"
+  lines = [f"{count:,} parameters; {checkpoints} checkpoints of {_text(2 * count)} in bfloat16",
+           f"most memory {where}: about {_text(max(p.total for p in found))} (SFT: {expected.rows} rows a step)"]
+  for p in found:
+    parts = sorted(p.of.items(), key=lambda item: -item[1])
+    lines.append(f"  {p.stage:<12}{_text(p.total):>10}  " + ", ".join(f"{name} {_text(size)}" for name, size in parts))
+  return "\n".join(lines)
+
+
 def _placed(model: ModelConfig, mesh: Mesh) -> dict[str, tuple[NamedSharding, tuple[int, ...]]]:
   """Where each parameter lies, and its shape."""
   return {path_name(path): (param_sharding(mesh, path_name(path), leaf.shape), leaf.shape)
           for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(model))}
 
 
-def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh) -> str:
-  """One line on sizes: parameters, training state, activations, sampling cache, disk."""
-  count = count_params(model)
-  tensor = mesh.shape["tensor"]
-  state = state_bytes(model, mesh)
-  width = _BYTES[config.sample.compute_dtype]
-  row = row_activations(model, length=config.sft.row_length, remat=config.sft.remat,
-                        width=_BYTES[config.sft.compute_dtype]) / tensor
-  cache = (2 * model.num_layers * model.num_kv_heads * model.head_dim * width
-           * config.sample.batch_size * (512 + config.sample.max_new_tokens)) / mesh.size
-  copies = for_decoding(mesh, model.num_kv_heads).shape["tensor"]
-  checkpoints = config.rounds * (1 + (1 + len(config.merge.sweep) if config.method in ("imm", "iimm") else 0))
-  return (f"{count:,} parameters; on each device SFT state {_size(state)} and {_size(row)} for each row of "
-          f"{config.sft.row_length} tokens that it holds at once, sampling weights {_size(width * count / copies)} and "
-          f"cache {_size(cache)} (prompts of 512 tokens); {checkpoints} checkpoints of {_size(2 * count)} in bfloat16")
+def _on_device(model: ModelConfig, mesh: Mesh, prefix: str = "") -> int:
+  """Entries of the parameters of this prefix that one device holds."""
+  return sum(math.prod(where.shard_shape(shape)) for path, (where, shape) in _placed(model, mesh).items()
+             if path.startswith(prefix))
 
 
-def _size(num_bytes: float) -> str:
+def _platform(mesh: Mesh) -> str:
+  return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else ""
+
+
+def _size(tree: Any, least: int = 1) -> int:
+  """Bytes of a tree of shapes, a floating-point entry counted as `least` bytes or more."""
+  width = lambda dtype: max(least, dtype.itemsize) if jnp.issubdtype(dtype, jnp.floating) else dtype.itemsize
+  return sum(math.prod(leaf.shape) * width(leaf.dtype) for leaf in jax.tree.leaves(tree))
+
+
+def _text(num_bytes: float) -> str:
   for unit in ("B", "KiB", "MiB"):
     if num_bytes < 1024:
       return f"{num_bytes:.1f} {unit}"

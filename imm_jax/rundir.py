@@ -18,7 +18,7 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from imm_jax import distributed, files
+from imm_jax import distributed, files, resident
 from imm_jax.config import HOW
 from imm_jax.errors import UserError
 
@@ -108,12 +108,13 @@ class RunDir:
     """What each finished stage recorded, by stage name."""
     return {name: entry["facts"] for name, entry in self._record["stages"].items()}
 
-  def run(self, stage: Stage, external: Mapping[str, str]) -> bool:
+  def run(self, stage: Stage, external: Mapping[str, str], *, on_host: bool = False) -> bool:
     """Runs a stage unless it is done.
 
     Args:
       stage: what to do.
       external: digests of inputs that no stage wrote.
+      on_host: whether what it computes lies in this process's memory, so that its peak is worth recording.
 
     Returns:
       Whether it ran.
@@ -131,17 +132,19 @@ class RunDir:
       # From here the old output no longer counts, should this process be killed.
       if self._record["stages"].pop(stage.name, None):
         self._save_record()
-      started = time.time()
+      started, counts = time.time(), on_host and resident.start_peak()
       with files.committed(target) as out:
         facts = stage.make(out, inputs)
+      memory = {"memory_gib": round(resident.peak(), 3)} if counts else {}
       self._record["stages"][stage.name] = {
           "inputs": inputs, "output": files.digest(target), "bytes": files.size_of(target), "facts": facts,
-          "seconds": round(time.time() - started, 2)}
+          "seconds": round(time.time() - started, 2), **memory}
       self._save_record()
       if stage.scratch:
         epath.Path(stage.scratch).rmtree(missing_ok=True)
     elif stage.everywhere:
       stage.make(target, inputs)
+    resident.release()
     distributed.barrier(stage.name)
     return True
 

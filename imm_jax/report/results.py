@@ -86,7 +86,8 @@ class Results(NamedTuple):
                  | stages.get(f"round_{t}/train.jsonl", {}).get("facts", {})
                  | {k: v for k, v in stages.get(f"round_{t}/sft", {}).get("facts", {}).items() if k == "dropped_long"}
                  for t in rounds if any(f"round_{t}/{file}.jsonl" in stages for file in ("samples", "train")))
-    memory = reading.memory(root, any(name.endswith("/sft") for name in stages), problems)
+    memory = reading.memory(root, any(name.endswith("/sft") for name in stages), problems) | {
+        name: entry["memory_gib"] for name, entry in stages.items() if reading.is_number(entry.get("memory_gib"))}
     recorded = stages if isinstance(record.get("stages"), dict) else [f"round_{t}/analysis.json" for t in rounds]
     analysis = {t: found for t in rounds if f"round_{t}/analysis.json" in recorded
                 and (root / f"round_{t}/analysis.json").exists()

@@ -116,11 +116,11 @@ class NativeSampler:
            stop: tuple[str, ...], seed: int) -> Iterator[tuple["_Sample", np.ndarray]]:
     """Yields samples with their tokens as they end."""
     # Few sizes of everything, for each is compiled.
-    rows = min(self._batch_size, 1 << (max(1, len(asked)) - 1).bit_length())
-    refill = max(1, rows // _REFILL_SHARE)
-    most_slots = _slots(max(map(len, ids), default=0) + max_new_tokens)
+    rows = rows_of(self._batch_size, len(asked))
+    refill = _refill(rows)
+    most_slots = slots_of(max(map(len, ids), default=0) + max_new_tokens)
     queue = _Queue(ids, asked, refill)
-    slots = _slots(1)
+    slots = slots_of(1)
     state = decode.init(rows, slots, max_new_tokens, static)
     if self._mesh is None:  # where the weights are: an array that may be anywhere is another argument to jit
       state = jax.device_put(state, self._allowed.sharding)
@@ -130,7 +130,7 @@ class NativeSampler:
         joining, prompts = queue.take(min(len(free), refill), lambda tokens, lengths: decode.prefill(
             self._params, tokens, lengths, static=static))
         # With room for some steps, or a size would be compiled for one step alone.
-        slots = max(slots, min(most_slots, _slots(int(prompts.lengths.max()) + _SLOTS)))
+        slots = max(slots, min(most_slots, slots_of(int(prompts.lengths.max()) + _SLOTS)))
         state = decode.grow(state, slots)
         places = np.full(refill, rows, np.int32)
         places[:len(joining)] = free[:len(joining)]
@@ -209,7 +209,7 @@ class _Queue:
 
   def _next(self, run: Callable[[np.ndarray, np.ndarray], tuple[jax.Array, list[LayerCache]]]) -> _Prompts:
     length = _bucket(len(self._ids[self._waiting[0][0]]))
-    count = max(1, min(self._size, _PREFILL_TOKENS // length))
+    count = _at_once(self._size, length)
     tokens, lengths, waiting = np.zeros((count, length), np.int32), np.ones(count, np.int32), collections.deque()
     for source in range(count):
       if not self._waiting or _bucket(len(self._ids[self._waiting[0][0]])) != length:
@@ -226,7 +226,26 @@ def _bucket(length: int) -> int:
   return max(_MIN_PROMPT_BUCKET, 1 << (length - 1).bit_length())
 
 
-def _slots(length: int) -> int:
+def _refill(rows: int) -> int:
+  return max(1, rows // _REFILL_SHARE)
+
+
+def _at_once(most: int, length: int) -> int:
+  return max(1, min(most, _PREFILL_TOKENS // length))
+
+
+def rows_of(batch_size: int, asked: int) -> int:
+  """Samples that are decoded at once, of so many that are asked for."""
+  return min(batch_size, 1 << (max(1, asked) - 1).bit_length())
+
+
+def prompts_at_once(rows: int, longest: int) -> tuple[int, int]:
+  """How many prompts are run at once beside so many rows, and their padded length."""
+  return _at_once(_refill(rows), _bucket(longest)), _bucket(longest)
+
+
+def slots_of(length: int) -> int:
+  """Slots of the cache that hold so many tokens."""
   return -(-length // _SLOTS) * _SLOTS
 
 

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import sys
 from typing import NamedTuple
 
 import ml_collections
@@ -52,14 +53,22 @@ def of_round(config: ml_collections.ConfigDict, round_: int) -> Questions:
 
 
 def of_tests(config: ml_collections.ConfigDict) -> dict[str, list[Example]]:
-  """The test questions of every task by its name, the in-domain one first.
+  """The test questions of every task by its name, the in-domain one first: all that there are, where that is fewer than
+  `task.eval_questions`, which is told once on stderr."""
+  limit, found = config.task.eval_questions or None, {}
+  for entry in (config.task.name, *config.task.ood):
+    name = name_of(entry)
+    examples = load(config, entry, split="test", count=limit if tasks.is_endless(name) else None)[:limit]
+    if limit and len(examples) < limit:
+      _say_fewer(name, len(examples), limit)
+    found[name] = examples
+  return found
 
-  Raises:
-    ValueError: when a task has too few.
-  """
-  entries = (config.task.name, *config.task.ood)
-  return {name_of(entry): load(config, entry, split="test", count=config.task.eval_questions or None)
-          for entry in entries}
+
+@functools.cache  # once
+def _say_fewer(name: str, count: int, limit: int) -> None:
+  print(f"note: task {name} has {count} test questions, and all of them are asked (config.task.eval_questions={limit})",
+        file=sys.stderr)
 
 
 def load(config: ml_collections.ConfigDict, entry: str, *, split: str, count: int | None = None) -> list[Example]:
@@ -84,17 +93,23 @@ def counts(config: ml_collections.ConfigDict) -> tuple[int, int]:
   """How many questions a round asks and how many the tests hold; by the published sizes where they would have to be
   downloaded."""
 
-  def size(entry: str, split: str, limit: int) -> int:
-    name = name_of(entry)
-    if tasks.is_endless(name):
-      return limit
-    # Nobody knows how many a custom task of the hub has.
-    known = (tasks.published_size(name, split) or limit) if is_remote(config, entry) else len(
-        load(config, entry, split=split))
-    return min(limit, known) if limit else known
+  asked = _size(config, config.task.name, "train", config.task.questions_per_round)
+  return asked, sum(count_tests(config))
 
-  asked = size(config.task.name, "train", config.task.questions_per_round)
-  return asked, sum(size(entry, "test", config.task.eval_questions) for entry in (config.task.name, *config.task.ood))
+
+def count_tests(config: ml_collections.ConfigDict) -> list[int]:
+  """How many test questions each task is asked, as in `counts`; 0 for all of a number that is not known."""
+  return [_size(config, entry, "test", config.task.eval_questions) for entry in (config.task.name, *config.task.ood)]
+
+
+def _size(config: ml_collections.ConfigDict, entry: str, split: str, limit: int) -> int:
+  name = name_of(entry)
+  if tasks.is_endless(name):
+    return limit
+  # Nobody knows how many a custom task of the hub has.
+  known = (tasks.published_size(name, split) or limit) if is_remote(config, entry) else len(
+      load(config, entry, split=split))
+  return min(limit, known) if limit else known
 
 
 def digests(config: ml_collections.ConfigDict) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """SFT of a round's model on its training data."""
 
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,13 +13,15 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from imm_jax import distributed, files, memory
+from imm_jax import cost, distributed, files, memory
+from imm_jax.config import draws
 from imm_jax.errors import UserError
 from imm_jax.metrics import StageMetrics
 from imm_jax.model import attention, hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params
 from imm_jax.model.tokenizer import load_tokenizer
+from imm_jax.stages import questions
 from imm_jax.stages.devices import mesh_of
 from imm_jax.tasks import prompts
 from imm_jax.tasks.base import Example
@@ -26,6 +29,9 @@ from imm_jax.training import interventions, throughput, trainer
 from imm_jax.training.checkpoints import Checkpoints
 from imm_jax.training.packing import PackedBatches, TokenizedExample
 from imm_jax.training.step import make_schedule
+
+# Questions whose lengths are counted before a run.
+_LOOKED_AT = 100
 
 
 def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root: Path, round_: int, out: Path,
@@ -111,6 +117,31 @@ def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Toke
 def load_params(config: ml_collections.ConfigDict, model: Path) -> Params:
   """The model's parameters in float32, where SFT has them."""
   return hf.load(model, dtype=jnp.float32, place=functools.partial(sharding.param_sharding, mesh_of(config)))[1]
+
+
+def expect(config: ml_collections.ConfigDict, model: ModelConfig, folder: Path | None) -> memory.Expected:
+  """What a round's training and sampling will probably run, before there are answers: told by the worked answers of the
+  task, or where it has none or they are elsewhere (`folder` of the model too), by assumed lengths."""
+  sft, mesh, count = config.sft, mesh_of(config), questions.counts(config)[0]
+  assumed = round(cost.ASSUMED["question"] + cost.ASSUMED["length"] * config.sample.max_new_tokens)
+  lengths, prompt = [assumed], 0
+  if folder and not questions.is_remote(config, config.task.name):
+    asked, encode = questions.of_round(config, 0), encoder(config, folder)
+    worked = [encode({"question": e.question, "response": e.rationale})
+              for e in asked.asked[:_LOOKED_AT] if e.rationale]
+    lengths = [len(e.prompt) + len(e.response) for e in worked] or lengths
+    asks = encoder(config, folder, shots=asked.shots if draws(config) else ())
+    prompt = max(len(asks({"question": e.question, "response": ""}).prompt) for e in asked.asked[:_LOOKED_AT])
+  if draws(config):
+    count = round(count * config.sample.num_samples * cost.ASSUMED["right"] / max(1 - config.data.real_fraction, 0.5))
+  drawn = itertools.islice(itertools.cycle(lengths), max(1, min(count, 1000)))
+  lengths = [min(length, sft.row_length) for length in drawn]
+  rows = PackedBatches([TokenizedExample([], [0] * length) for length in lengths], epochs=1, row_length=sft.row_length,
+                       global_batch=sft.global_batch, seed=0,
+                       row_multiple=sharding.batch_parts(mesh) * sft.accumulation).rows
+  kernel = attention.choose(sft.attention, model, dtype=jnp.dtype(sft.compute_dtype), length=sft.row_length,
+                            rows=rows // sft.accumulation, mesh=mesh)
+  return memory.Expected(rows, kernel, prompt)
 
 
 def _notes(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, batches: PackedBatches, multiple: int,

@@ -14,12 +14,22 @@ import jax.numpy as jnp
 
 from imm_jax.model.attention import precision
 
-# Positions of a row whose logits exist at once.
-CHUNK = 512
+# Positions of a row whose logits exist at once, and of all rows of a device together.
+CHUNK, CHUNK_OF_ALL = 512, 1024
+
+
+def chunk_of(rows: int) -> int:
+  """The positions of each of so many rows whose logits exist at once: enough for the products to be fast, and no more
+  than that, for logits are a batch's largest array.
+
+  >>> chunk_of(1), chunk_of(8), chunk_of(5000)
+  (512, 128, 1)
+  """
+  return max(1, min(CHUNK, CHUNK_OF_ALL // rows))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def head_loss(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int = CHUNK) -> jax.Array:
+def head_loss(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int) -> jax.Array:
   """Weighted sum of -log softmax(x W^T)[target] over all positions.
 
   Args:
@@ -27,13 +37,13 @@ def head_loss(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.
     weight: [V, D], the head.
     targets: int32 [B, T].
     weights: float32 [B, T].
-    chunk: C; logits are [B, C, V].
+    chunk: C; logits are [B, C, V]. See `chunk_of`.
 
   Returns:
     A float32 scalar. Gradients flow to `x` and `weight`.
 
   >>> x, w = jnp.array([[[1.0, 0.0]]]), jnp.eye(2)
-  >>> round(float(head_loss(x, w, jnp.array([[0]]), jnp.ones((1, 1)))), 4)
+  >>> round(float(head_loss(x, w, jnp.array([[0]]), jnp.ones((1, 1)), 1)), 4)
   0.3133
   """
   return _scan(x, weight, targets, weights, chunk, gradients=False)[0]
@@ -53,11 +63,11 @@ def _backward(chunk: int, residuals: tuple[jax.Array, jax.Array], g: jax.Array):
 head_loss.defvjp(_forward, _backward)
 
 
-def head_entropy(x: jax.Array, weight: jax.Array, weights: jax.Array, chunk: int = CHUNK) -> jax.Array:
+def head_entropy(x: jax.Array, weight: jax.Array, weights: jax.Array, chunk: int) -> jax.Array:
   """Weighted sum of the entropies of softmax(x W^T) over all positions, in nats; arguments as for `head_loss`.
 
   >>> x, w = jnp.zeros((1, 1, 2)), jnp.eye(2)
-  >>> round(float(head_entropy(x, w, jnp.ones((1, 1)))), 4)  # log 2
+  >>> round(float(head_entropy(x, w, jnp.ones((1, 1)), 1)), 4)  # log 2
   0.6931
   """
   w = weight.astype(x.dtype)

@@ -13,7 +13,7 @@ from imm_jax.model import attention as attention_lib, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params, bind
 from imm_jax.training import fsdp
-from imm_jax.training.loss import CHUNK, head_loss
+from imm_jax.training.loss import chunk_of, head_loss
 
 # Has XLA gather weights and add up gradients on a TPU while it computes, one weight at a time. Left alone it collects a
 # layer's gradients and sends them when nothing else runs; benchmarks/README.md says what that takes.
@@ -31,7 +31,7 @@ Metrics = dict[str, jax.Array]
 _STATE = ("params", "opt_state", "halted")
 
 
-def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array], *, chunk: int = CHUNK,
+def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array], *, chunk: int = 0,
                  **options: Any) -> tuple[jax.Array, jax.Array]:
   """Sum of -log p over the learned tokens of a packed batch, and their number.
 
@@ -39,14 +39,20 @@ def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array
     config: of the model.
     params: parameters with stacked layers.
     batch: see `packing.PackedBatches`.
-    chunk: see `loss.head_loss`.
+    chunk: see `loss.head_loss`; 0 for `loss.chunk_of` a device's rows.
     **options: of `head_inputs`.
 
   Returns:
     (sum of losses, number of learned tokens), both float32 scalars.
   """
   x, head, targets, weights = head_inputs(config, params, batch, **options)
+  chunk = chunk or chunk_of(rows_of_device(x.shape[0], options.get("mesh")))
   return head_loss(x, head, targets, weights, chunk), jnp.sum(weights)
+
+
+def rows_of_device(rows: int, mesh: Mesh | None) -> int:
+  """How many of the rows of a batch a device has, where the mesh splits them; None means that it has them all."""
+  return -(-rows // sharding.batch_parts(mesh)) if mesh is not None else rows
 
 
 def head_inputs(config: ModelConfig, params: Params, batch: dict[str, jax.Array], *, compute_dtype: jnp.dtype,
@@ -106,8 +112,41 @@ def make_optimizer(schedule: optax.Schedule, *, weight_decay: float, grad_clip: 
 
   `transform` changes the update that AdamW gives, weight decay and learning rate included.
   """
-  clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
-  return optax.chain(clip, optax.adamw(schedule, weight_decay=weight_decay), *([transform] if transform else []))
+  clip = _clip(grad_clip) if grad_clip else optax.identity()
+  return optax.chain(clip, _adamw(schedule, weight_decay), *([transform] if transform else []))
+
+
+def _clip(largest: float) -> optax.GradientTransformation:
+  """`optax.clip_by_global_norm`, which divides entry by entry and so has XLA keep a second gradient."""
+
+  def clip(grads: Params, _: Params | None) -> Params:
+    norm = optax.tree.norm(grads)
+    scale = jnp.where(norm < largest, 1.0, largest / norm)
+    return jax.tree.map(lambda g: g * scale, grads)
+
+  return optax.stateless(clip)
+
+
+def _adamw(schedule: optax.Schedule, weight_decay: float, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
+           ) -> optax.GradientTransformationExtraArgs:
+  """`optax.adamw` with the same state, whose moments are updated in place; `halted` in `update` keeps the state.
+
+  The moments are finished before the update reads them. Left to itself XLA computes them twice, once for the update,
+  and keeps a copy of both old ones for that: on CPU twice the parameters' memory.
+  """
+  moments, after = optax.scale_by_adam(b1, b2, eps), optax.chain(
+      optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(schedule))
+
+  def update(grads: Params, state: Any, params: Params | None = None, *, halted: jax.Array | bool = False,
+             **_: Any) -> tuple[Params, Any]:
+    first, *rest = state
+    keep = lambda old, new: jax.tree.map(lambda o, n: jnp.where(halted, o, n), old, new)
+    first = jax.lax.optimization_barrier(keep(first, moments.update(grads, first)[1]))
+    means = (optax.tree.bias_correction(m, b, first.count) for m, b in ((first.mu, b1), (first.nu, b2)))
+    updates, new = after.update(jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), *means), tuple(rest), params)
+    return updates, (first, *keep(tuple(rest), new))
+
+  return optax.GradientTransformationExtraArgs(lambda params: (moments.init(params), *after.init(params)), update)
 
 
 def state_sharding(state: Any, mesh: Mesh) -> Any:
@@ -121,10 +160,20 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-  """The first state: moments lie where their parameters lie."""
+  """The first state, which takes the parameters over; moments lie where their parameters lie."""
+  params = jax.tree.map(_own, params)
   shardings = state_sharding(jax.eval_shape(optimizer.init, params), mesh)
   return {"params": params, "opt_state": jax.jit(optimizer.init, out_shardings=shardings)(params),
           "halted": not_halted(mesh)}
+
+
+def _own(leaf: jax.Array) -> jax.Array:
+  """The array in memory of XLA's: on CPU a loaded one is numpy's, which the first step would copy, not write to."""
+  if next(iter(leaf.devices())).platform != "cpu":
+    return leaf
+  own = jax.block_until_ready(jnp.copy(leaf))
+  leaf.delete()
+  return own
 
 
 def not_halted(mesh: Mesh) -> jax.Array:
@@ -167,7 +216,7 @@ def jit_step(step: Callable[..., tuple[TrainState, Metrics]], state: TrainState)
 
 
 def gradient_function(config: ModelConfig, *, compute_dtype: jnp.dtype, accumulation: int = 1, remat: str = "none",
-                      attention: str = "xla", mesh: Mesh | None = None, chunk: int = CHUNK, mean: bool = True,
+                      attention: str = "xla", mesh: Mesh | None = None, chunk: int = 0, mean: bool = True,
                       ) -> Callable[..., tuple[jax.Array, Params, jax.Array]]:
   """A function (params, batch, sums=None) -> (loss, its gradient, number of learned tokens), to be jitted.
 
@@ -210,8 +259,9 @@ def step_function(config: ModelConfig, optimizer: optax.GradientTransformation, 
                   ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
   """A step (state, batch) -> (state, metrics), to be jitted; `options` are those of `gradient_function`.
 
-  A step whose loss or gradient is not finite changes nothing, and neither do the steps after it. Metrics: `loss`,
-  `grad_norm` (before clipping), `tokens` (learned ones).
+  `optimizer` is one of `make_optimizer`'s, which keeps its state where it is told to halt. A step whose loss or
+  gradient is not finite changes nothing, and neither do the steps after it. Metrics: `loss`, `grad_norm` (before
+  clipping), `tokens` (learned ones).
   """
   gradients = gradient_function(config, **options)
 
@@ -219,11 +269,10 @@ def step_function(config: ModelConfig, optimizer: optax.GradientTransformation, 
     params = state["params"]
     loss, grads, total = gradients(params, batch)
     norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state["opt_state"], params)
-    new = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
     # The host looks at the loss now and then; until it does, the last good state stays.
     halted = state["halted"] | ~jnp.isfinite(loss) | ~jnp.isfinite(norm)
-    new = jax.tree.map(lambda n, old: jnp.where(halted, old, n), new, {name: state[name] for name in new})
-    return new | {"halted": halted}, {"loss": loss, "grad_norm": norm, "tokens": total}
+    updates, opt_state = optimizer.update(grads, state["opt_state"], params, halted=halted)
+    new = jax.tree.map(lambda n, old: jnp.where(halted, old, n), optax.apply_updates(params, updates), params)
+    return {"params": new, "opt_state": opt_state, "halted": halted}, {"loss": loss, "grad_norm": norm, "tokens": total}
 
   return step
