@@ -169,8 +169,9 @@ def peaks(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, exp
     settings = [("evaluation", model, config.eval, tests * max(1, config.eval.num_samples))]
     if draws(config):
       settings.append(("sampling", sampler or model, config.sample, asked * config.sample.num_samples))
-    found = [Peak(name, sampling(of, mesh, rows=native.rows_of(given.batch_size, count), prompt=expected.prompt or _PROMPT,
-                                 new_tokens=given.max_new_tokens, dtype=jnp.dtype(config.sample.compute_dtype)))
+    found = [Peak(name, sampling(of, mesh, rows=native.rows_of(given.batch_size, count),
+                                 prompt=expected.prompt or _PROMPT, new_tokens=given.max_new_tokens,
+                                 dtype=jnp.dtype(config.sample.compute_dtype)))
              for name, of, given, count in settings]
   options = {"rows": expected.rows, "length": sft.row_length, "accumulation": sft.accumulation, "remat": sft.remat,
              "dtype": jnp.dtype(sft.compute_dtype), "attention": expected.attention}

@@ -58,24 +58,39 @@ def prefill(params: Params, tokens: jax.Array, lengths: jax.Array, *, static: St
   return placed["logits"], placed["caches"]
 
 
-@functools.partial(jax.jit, static_argnames="static", donate_argnames="state")
 def insert(state: State, logits: jax.Array, caches: list[LayerCache], lengths: jax.Array, sources: jax.Array,
            rows: jax.Array, keys: jax.Array, temperatures: jax.Array, allowed: jax.Array, *, static: Static) -> State:
   """Puts prompts `sources` [I] of those that were run into `rows` [I] and draws their first tokens; row B is none."""
+  rest = {name: value for name, value in state.items() if name != "caches"}
+  started = _start(rest, logits, lengths, sources, rows, keys, temperatures, allowed, static=static)
+  held = state["caches"]
+  for i, new in enumerate(caches):  # one after the other: XLA copies what it writes to here, and as one program all
+    held[i] = _join(held[i], new, sources, rows, static=static)
+  return {**started, "caches": held}
+
+
+@functools.partial(jax.jit, static_argnames="static", donate_argnames="state")
+def _start(state: State, logits: jax.Array, lengths: jax.Array, sources: jax.Array, rows: jax.Array, keys: jax.Array,
+           temperatures: jax.Array, allowed: jax.Array, *, static: Static) -> State:
+  """All of a state but its caches, with the rows' first tokens."""
   first = sample(logits[sources], keys, jnp.zeros_like(rows), temperatures, allowed, top_p=static.top_p,
                  greedy=static.greedy)
-  length = min(caches[0][0].shape[2], state["caches"][0][0].shape[2])  # what lies beyond is padding
+  done = _ends(first, static) | (state["tokens"].shape[1] == 1)
+  values = {"used": lengths[sources], "last": first, "count": jnp.ones_like(rows), "done": done, "keys": keys,
+            "temperatures": temperatures}
+  new = {name: state[name].at[rows].set(value, mode="drop") for name, value in values.items()}
+  return _placed({**new, "tokens": state["tokens"].at[rows, 0].set(first, mode="drop")}, static)
+
+
+@functools.partial(jax.jit, static_argnames="static", donate_argnames="layer")
+def _join(layer: LayerCache, new: LayerCache, sources: jax.Array, rows: jax.Array, *, static: Static) -> LayerCache:
+  length = min(new[0].shape[2], layer[0].shape[2])  # what lies beyond is padding
 
   def put(cache: jax.Array, new: jax.Array) -> jax.Array:
     merged = as_bits(cache).at[rows, :, :length].set(as_bits(new[sources, :, :length]), mode="drop")
     return jax.lax.bitcast_convert_type(merged, cache.dtype)
 
-  done = _ends(first, static) | (state["tokens"].shape[1] == 1)
-  values = {"used": lengths[sources], "last": first, "count": jnp.ones_like(rows), "done": done, "keys": keys,
-            "temperatures": temperatures}
-  new = {name: state[name].at[rows].set(value, mode="drop") for name, value in values.items()}
-  return _placed({**new, "caches": jax.tree.map(put, state["caches"], caches),
-                  "tokens": state["tokens"].at[rows, 0].set(first, mode="drop")}, static)
+  return _placed({"caches": jax.tree.map(put, layer, new)}, static)["caches"]
 
 
 def grow(state: State, slots: int) -> State:
