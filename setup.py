@@ -35,7 +35,11 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.20",
+        # transformers needs it to read tokenizer.model, sentencepiece's file.
+        "protobuf>=5",
         "pyyaml>=6",
+        # A tokenizer.model without a tokenizer.json; Llama 2 and Mistral came so.
+        "sentencepiece>=0.2",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.8",
         "tokenizers>=0.22",

@@ -1,44 +1,196 @@
-"""Tokenizers of checkpoint folders."""
+"""Tokenizers of checkpoint folders, as their files say."""
 
+import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from imm_jax import files
 from imm_jax.errors import UserError
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
+# In the order in which they count, where a folder has several.
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_LFS = b"version https://git-lfs"
+# What sentencepiece writes for a space.
+_SPACE = "\u2581"
+# Encoded by a sentencepiece file and by what was made of it: runs of spaces, digits, bytes, an accent on its own.
+_PROBES = ("What is 12 + 30?", "a  b\n\n   c", "x = 3.5, \\frac{1}{2}\t\u00e9 e\u0301 \u2460 \U0001f600", "\n1", " the")
+
 
 def has_tokenizer(folder: str | Path) -> bool:
   """Whether an HF checkpoint folder holds a tokenizer."""
-  return any((Path(folder) / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+  return any((Path(folder) / name).exists() for name in FILES)
 
 
 def load_tokenizer(folder: str | Path, *, rows: int | None = None) -> "PreTrainedTokenizerBase":
-  """The tokenizer of an HF checkpoint folder.
+  """The tokenizer of an HF checkpoint folder, which gives the ids that its files do.
+
+  tokenizer.json is taken as written. transformers' AutoTokenizer rebuilds some from the name of a class, and then they
+  give other ids (its issue 45488). tokenizer_config.json and what else is beside it name the special tokens and the
+  chat templates, and may add tokens.
 
   Args:
-    folder: holds tokenizer.json, tokenizer.model or vocab.json.
-    rows: of the model's embedding; it may have some that are no id, but each id needs one.
+    folder: holds tokenizer.json, tokenizer.model (sentencepiece) or vocab.json with merges.txt.
+    rows: of the model's embedding. It may have some that are no id. Each id of the vocabulary and the end-of-text token
+      need one; added tokens may lie past them (`[PAD]` of Llama-2's fine-tunes), see `tokenization.check_ids`.
 
   Raises:
-    UserError: when the folder holds none that can be loaded, it has no end-of-text token, or ids past `rows`.
+    UserError: when the folder holds none that can be loaded, or what transformers makes of it is not what the file
+      says; when it has no end-of-text token of its own, or ids past `rows`.
   """
   # At import transformers advises to install torch, which nothing here uses.
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-  from transformers import AutoTokenizer
-
-  if not has_tokenizer(folder):
+  folder = Path(folder)
+  name = next((name for name in FILES if (folder / name).exists()), None)
+  if name is None:
     raise UserError(f"{folder}: has no tokenizer; expected tokenizer.json (or tokenizer.model, vocab.json) in it")
+  _check_pointer(folder / name)
   try:
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    tokenizer = {"tokenizer.json": _from_json, "tokenizer.model": _from_sentencepiece, "vocab.json": _from_vocab}[name](
+        folder)
+  except UserError:
+    raise
   except Exception as e:  # tokenizers raises a bare Exception for a damaged file
-    raise UserError(f"{folder}: its tokenizer cannot be loaded ({str(e).partition(chr(10))[0]})") from e
-  if tokenizer.eos_token_id is None:
-    raise UserError(f"{folder}: its tokenizer has no end-of-text token; set eos_token in tokenizer_config.json")
-  largest = max(tokenizer.get_vocab().values())
+    raise UserError(f"{folder}: its tokenizer cannot be loaded ({str(e).strip().partition(chr(10))[0]})") from e
+  _check_special(tokenizer, folder)
+  vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()
+  largest = max([*vocabulary, tokenizer.eos_token_id])
   if rows is not None and largest >= rows:
     raise UserError(f"{folder}: the tokenizer has ids up to {largest}, the embedding only {rows} rows; is it this "
                     "model's tokenizer?")
   return tokenizer
+
+
+def _check_pointer(path: Path) -> None:
+  with path.open("rb") as f:
+    if f.read(len(_LFS)) == _LFS:
+      raise UserError(f"{path}: is a pointer of Git LFS, not the tokenizer; run `git lfs pull` in that folder")
+
+
+def _from_pretrained(folder: Path) -> "PreTrainedTokenizerBase":
+  """With the special tokens and chat templates beside it, and the class that changes the least."""
+  from transformers import PreTrainedTokenizerFast
+
+  # The last two: tokenizer_config.json may name them, and they change ids.
+  return PreTrainedTokenizerFast.from_pretrained(
+      str(folder), local_files_only=True, trust_remote_code=False, split_special_tokens=False, fix_mistral_regex=False)
+
+
+def _from_json(folder: Path) -> "PreTrainedTokenizerBase":
+  from tokenizers import AddedToken, Tokenizer
+
+  file, tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json")), _from_pretrained(folder)
+  backend = tokenizer.backend_tokenizer
+  for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+    setattr(backend, part, getattr(file, part))
+  # tokenizer_config.json may make tokens special, which changes no id. How they are found in a text is the file's.
+  found, written = backend.get_added_tokens_decoder(), file.get_added_tokens_decoder()
+  flags = lambda token: {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+  backend.add_tokens([AddedToken(token.content, special=token.special or found[i].special, **flags(token))
+                      for i, token in written.items() if i in found and flags(found[i]) != flags(token)])
+  for i, token in (_config(folder).get("added_tokens_decoder") or {}).items():
+    content = token["content"] if isinstance(token, dict) else token
+    if backend.token_to_id(content) != int(i):
+      raise UserError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder gives {content!r} the id {i}, with "
+                      f"tokenizer.json it has {backend.token_to_id(content)}; correct one of the files")
+  return tokenizer
+
+
+def _from_sentencepiece(folder: Path) -> "PreTrainedTokenizerBase":
+  """From tokenizer.model alone, whose normalisation and leading space transformers leaves out or changes."""
+  from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+
+  path = folder / "tokenizer.model"
+  pieces = read_sentencepiece(path)
+  from sentencepiece import sentencepiece_model_pb2  # read_sentencepiece has said so where it is missing
+
+  proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+  if proto.trainer_spec.model_type not in (1, 2):
+    raise UserError(f"{path}: is of neither sentencepiece's BPE nor its unigram kind; expected one of them")
+  tokenizer, spec, config = _from_pretrained(folder), proto.normalizer_spec, _config(folder)
+  backend = tokenizer.backend_tokenizer
+  steps = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+  if spec.remove_extra_whitespaces:
+    steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+  # With transformers' `"legacy": false` a text has its space at the very front alone, and not after special tokens too.
+  front = spec.add_dummy_prefix and config.get("legacy") is False
+  if spec.add_dummy_prefix and not front:
+    steps.append(normalizers.Prepend(_SPACE))
+  backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+  backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, "first", split=False) if front else None
+  strip = [decoders.Strip(content=" ", left=1)] if spec.add_dummy_prefix else []
+  backend.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+  # Models with such a file begin a text with BOS, unless they say otherwise.
+  tokenizer.add_bos_token = bool(config.get("add_bos_token", True)) and tokenizer.bos_token_id is not None
+  tokenizer.add_eos_token = bool(config.get("add_eos_token", False))
+  vocabulary = tokenizer.get_vocab()
+  wrong = next((i for i in range(len(pieces)) if vocabulary.get(pieces.id_to_piece(i)) != i), None)
+  if wrong is not None:
+    raise UserError(f"{path}: transformers gives its piece {pieces.id_to_piece(wrong)!r} the id "
+                    f"{vocabulary.get(pieces.id_to_piece(wrong))}, the file {wrong}; give a tokenizer.json")
+  for text in _PROBES[:-1] if front else _PROBES:  # which adds none to a text that begins with one
+    if tokenizer(text, add_special_tokens=False)["input_ids"] != pieces.encode(text):
+      raise UserError(f"{path}: what transformers makes of it gives {text!r} other ids than sentencepiece does; give a "
+                      "tokenizer.json")
+  return tokenizer
+
+
+def read_sentencepiece(path: Path) -> Any:
+  """The sentencepiece.SentencePieceProcessor of a file.
+
+  Raises:
+    UserError: when a package is missing, or the file is none of sentencepiece's.
+  """
+  for package, module in (("sentencepiece", "sentencepiece"), ("protobuf", "google.protobuf")):
+    try:
+      missing = importlib.util.find_spec(module) is None
+    except (ModuleNotFoundError, ValueError):
+      missing = True
+    if missing:
+      raise UserError(f"{path}: needs the package {package} to be read; `pip install {package}`, or give a "
+                      "tokenizer.json")
+  import sentencepiece
+
+  try:
+    return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+  except RuntimeError as e:
+    raise UserError(f"{path}: is no sentencepiece model; give the tokenizer.json that belongs to it") from e
+
+
+def _from_vocab(folder: Path) -> "PreTrainedTokenizerBase":
+  from transformers import AutoTokenizer
+
+  tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+  found = tokenizer.get_vocab()
+  wrong = next((token for token, i in files.read_json(folder / "vocab.json").items() if found.get(token) != i), None)
+  if wrong is not None or not tokenizer.is_fast:
+    raise UserError(f"{folder}: of vocab.json transformers makes a {type(tokenizer).__name__} without its tokens, such "
+                    f"as {wrong!r}; give the tokenizer.json that belongs to it")
+  return tokenizer
+
+
+def _config(folder: Path) -> dict[str, Any]:
+  path = folder / "tokenizer_config.json"
+  return files.read_json(path) if path.exists() else {}
+
+
+def _check_special(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+  """Raises UserError unless there is an end-of-text token that no text can give; drops others that are empty."""
+  end = tokenizer.eos_token
+  if end == "":
+    raise UserError(f"{folder}: its tokenizer's end-of-text token is empty; set eos_token in tokenizer_config.json to "
+                    "the model's own")
+  for name in ("bos_token", "unk_token", "pad_token"):
+    if getattr(tokenizer, name) == "":
+      setattr(tokenizer, name, None)  # transformers looks for the id of one that is not there until Python gives up
+  if end is None or tokenizer.eos_token_id is None:
+    raise UserError(f"{folder}: its tokenizer has no end-of-text token; set eos_token in tokenizer_config.json")
+  # Byte-level models name one in tokenizer_config.json that no text gives, and often it is the end token.
+  model = tokenizer.backend_tokenizer.model
+  unknown = getattr(model, "unk_token", None) if type(model).__name__ != "Unigram" else tokenizer.unk_token
+  if end == unknown:
+    raise UserError(f"{folder}: its tokenizer's end-of-text token is {end!r}, which also stands for what it does not "
+                    "know; set eos_token in tokenizer_config.json to the model's own")
