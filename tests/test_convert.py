@@ -73,7 +73,7 @@ def test_verify_finds_a_tokenizer_that_is_larger_than_the_embedding(
         "version": "1.0", "added_tokens": [{"id": 0, "content": "<end>", "special": True, "single_word": False,
                                             "lstrip": False, "rstrip": False, "normalized": False}],
         "model": {"type": "WordLevel", "vocab": {"<end>": 0, **{f"w{i}": i for i in range(1, ids)}},
-                  "unk_token": "<end>"}}))
+                  "unk_token": "w1"}}))
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}))
     if ids == rows:

@@ -10,6 +10,7 @@ import numpy as np
 
 from imm_jax import files
 from imm_jax.errors import UserError
+from imm_jax.model.tokenization import decode_continuation, encode_prompt
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.sampling import Completion, Prompt
 
@@ -50,18 +51,18 @@ def load(folder: Path, rows: int) -> tuple["PreTrainedTokenizerBase", tuple[int,
   return tokenizer, tuple(sorted({*found, tokenizer.eos_token_id}))
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt]) -> list[list[int]]:
-  """The prompts' token ids; raises ValueError for a prompt without a token."""
-  ids = [tokenizer(p.text)["input_ids"] for p in prompts]
+def encode(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], rows: int) -> list[list[int]]:
+  """The prompts' token ids; raises ValueError for a prompt without a token, UserError for an id past `rows`."""
+  ids = [encode_prompt(tokenizer, p.text, rows=rows) for p in prompts]
   if not all(ids):
     raise ValueError(f"prompt {prompts[ids.index([])].id!r} has no tokens")
   return ids
 
 
-def endings(tokenizer: "PreTrainedTokenizerBase", eos: Sequence[int], stop: Sequence[str],
+def endings(tokenizer: "PreTrainedTokenizerBase", eos: Sequence[int], stop: Sequence[str], rows: int,
             ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-  """(ids that end a sample where they are drawn, strings that end it where its text shows them)."""
-  special = special_ids(tokenizer)
+  """(ids below `rows` that end a sample where they are drawn, strings that end it where its text shows them)."""
+  special = {text: i for text, i in special_ids(tokenizer).items() if i < rows}
   return (tuple(sorted({*eos, *(special[s] for s in stop if s in special)})),
           tuple(s for s in stop if s not in special))
 
@@ -86,8 +87,8 @@ def completion(tokenizer: "PreTrainedTokenizerBase", tokens: np.ndarray, ends: t
   finish = "stop" if len(ended) else "length"
   if len(ended):
     tokens = tokens[:ended[0] + 1]
-  plain = lambda n: tokenizer.decode(tokens[:n], skip_special_tokens=True)
-  full = lambda n: tokenizer.decode(tokens[:n], skip_special_tokens=False)
+  plain = lambda n: decode_continuation(tokenizer, tokens[:n], skip_special_tokens=True)
+  full = lambda n: decode_continuation(tokenizer, tokens[:n], skip_special_tokens=False)
   text = full(len(tokens)) if stop else ""
   cut = min((text.find(s) for s in stop if s in text), default=-1)
   if cut < 0:

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from imm_jax import progress
 from imm_jax.model import hf, sharding
 from imm_jax.model.decoder import LayerCache
+from imm_jax.model.tokenization import decode_continuation, known_ids
 from imm_jax.sampling import Completion, Prompt, completions, decode
 
 # Steps between looks at the text while stop strings are asked for.
@@ -66,7 +67,7 @@ class NativeSampler:
     self.tokenizer, self._eos = completions.load(Path(folder), config.vocab_size)
     self._config, self._params = hf.load(folder, dtype=self._dtype, place=place, stacked=False)
     known = np.zeros(self._config.vocab_size, bool)
-    known[list(self.tokenizer.get_vocab().values())] = True
+    known[known_ids(self.tokenizer, len(known))] = True
     self._allowed = jax.device_put(known, NamedSharding(self._mesh, P()) if self._mesh else
                                    jax.tree.leaves(self._params)[0].sharding)
 
@@ -91,13 +92,14 @@ class NativeSampler:
 
     Raises:
       ValueError: for a prompt without a token, or an argument out of range.
+      UserError: for a prompt with a token that the embedding has no row of.
     """
     completions.check_arguments(max_new_tokens, num_samples, temperatures, top_p, stop, seed)
-    ids = completions.encode(self.tokenizer, prompts)
+    ids = completions.encode(self.tokenizer, prompts, self._config.vocab_size)
     if ids and (self._config.max_positions or math.inf) < max(map(len, ids)) + max_new_tokens:
       _warn_past_context(self._config.max_positions, max_new_tokens)
     # A special token stops a sample where it is drawn, without a look at the text.
-    ends, texts = completions.endings(self.tokenizer, self._eos, stop)
+    ends, texts = completions.endings(self.tokenizer, self._eos, stop, self._config.vocab_size)
     asked = [_Sample(p, s, prompts[p].id, temperatures[s % len(temperatures)])
              for p in range(len(prompts)) for s in range(num_samples)]
     static = decode.Static(self._config, self._dtype, ends, top_p, not any(temperatures), self._mesh)
@@ -162,7 +164,7 @@ class NativeSampler:
   def _stopped(self, tokens: np.ndarray, stop: tuple[str, ...]) -> bool:
     """Whether a stop string shows; a look at the end of the text says mostly that none does."""
     recent = _STOP_CHECK_EVERY + 4 * max(map(len, stop))  # a character has at most four tokens
-    shows = lambda part: any(s in self.tokenizer.decode(part, skip_special_tokens=False) for s in stop)
+    shows = lambda part: any(s in decode_continuation(self.tokenizer, part, skip_special_tokens=False) for s in stop)
     return shows(tokens[-recent:]) and shows(tokens)
 
 

@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from imm_jax import progress
 from imm_jax.errors import UserError
 from imm_jax.model import folder as checkpoint, hf
+from imm_jax.model.tokenization import known_ids
 from imm_jax.sampling import Completion, Prompt, completions, freshness
 from imm_jax.sampling.dispatch import Dispatcher, none_left
 from imm_jax.sampling.journal import Journal
@@ -84,8 +85,7 @@ class VllmSampler:
     self._folder, self._dtype, self._concurrency, self._mesh = Path(folder), compute_dtype, concurrency, mesh
     config = hf.read_config(folder)
     self.tokenizer, self._eos = completions.load(self._folder, config.vocab_size)
-    known = set(self.tokenizer.get_vocab().values())
-    self._unknown = frozenset(range(config.vocab_size)) - known
+    self._unknown = frozenset(range(config.vocab_size)).difference(known_ids(self.tokenizer, config.vocab_size))
     self._vocab_size = config.vocab_size
     self._checked, self._restarted = False, bool(restart)
     self._earlier: dict[Server, Path] = {}
@@ -146,12 +146,12 @@ class VllmSampler:
 
     Raises:
       ValueError: for a prompt without a token, or an argument out of range.
-      UserError: when a server runs other weights (before the first samples), refuses a prompt, such as one that does
-        not fit in its context, or none is left.
+      UserError: for a prompt with a token that the embedding has no row of; when a server runs other weights (before
+        the first samples), refuses a prompt, such as one that does not fit in its context, or none is left.
     """
     completions.check_arguments(max_new_tokens, num_samples, temperatures, top_p, stop, seed)
-    ids = completions.encode(self.tokenizer, prompts)
-    ends, texts = completions.endings(self.tokenizer, self._eos, stop)
+    ids = completions.encode(self.tokenizer, prompts, self._vocab_size)
+    ends, texts = completions.endings(self.tokenizer, self._eos, stop, self._vocab_size)
     requests = _requests(prompts, ids, num_samples, temperatures, seed)
     results: list[list[Completion | None]] = [[None] * num_samples for _ in prompts]
 

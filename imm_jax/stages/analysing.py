@@ -13,7 +13,9 @@ from imm_jax import distributed, files, tasks
 from imm_jax.analysis import diversity, importance as layers
 from imm_jax.analysis.weight_change import spearman, weight_change
 from imm_jax.errors import UserError, nearest
+from imm_jax.model import hf
 from imm_jax.model.decoder import Params
+from imm_jax.model.tokenization import check_ids
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.stages import questions, tuning
 from imm_jax.tasks import texts
@@ -185,8 +187,10 @@ def examples_of(config: ml_collections.ConfigDict, model: Path, entry: str) -> l
   (name, _, source), count = entry.partition("="), config.analysis.examples
   if name == "text" or name in texts.CORPORA:
     passages = tasks.load_text(name.removeprefix("text"), source=source, count=count)
-    tokenizer, length = load_tokenizer(model), config.sft.row_length
-    found = [TokenizedExample([], tokenizer(text)["input_ids"][:length]) for text in passages]
+    rows, length = hf.read_config(model).vocab_size, config.sft.row_length
+    tokenizer = load_tokenizer(model, rows=rows)
+    found = [TokenizedExample([], check_ids(tokenizer, tokenizer(text)["input_ids"][:length], rows))
+             for text in passages]
     if all(len(e.response) < 2 for e in found):
       raise UserError(f"task {entry}: no passage has a second token that is predicted from the first (they are cut at "
                       f"config.sft.row_length={length}); give more text")

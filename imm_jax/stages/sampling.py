@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from imm_jax import distributed, files
 from imm_jax.errors import UserError
 from imm_jax.model import hf, sharding
+from imm_jax.model.tokenization import encode_prompt
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.sampling import Completion, Prompt, vllm_server
 from imm_jax.sampling.native import NativeSampler
@@ -124,13 +125,15 @@ def fitting(config: ml_collections.ConfigDict, model: Path, examples: Sequence[E
   Raises:
     UserError: when none fits.
   """
-  tokenizer, positions = load_tokenizer(model), hf.read_config(model).max_positions
+  shape = hf.read_config(model)
+  tokenizer, positions = load_tokenizer(model, rows=shape.vocab_size), shape.max_positions
   max_new_tokens = config[limit.partition(".")[0]].max_new_tokens
   asked = [(e, prompts.build(e.question, header=config.prompt.header, examples=shots, style=config.prompt.style,
                              tokenizer=tokenizer)) for e in examples]
   if not positions:
     return asked, 0
-  fit = [(e, text) for e, text in asked if len(tokenizer(text)["input_ids"]) + max_new_tokens <= positions]
+  ids = lambda text: encode_prompt(tokenizer, text, rows=shape.vocab_size)
+  fit = [(e, text) for e, text in asked if len(ids(text)) + max_new_tokens <= positions]
   if not fit:
     fewer = " or config.prompt.few_shot" if shots else ""
     raise UserError(f"{what}: none of {len(asked)} prompts leaves room for config.{limit}={max_new_tokens} in the "

@@ -20,6 +20,7 @@ from imm_jax.metrics import StageMetrics
 from imm_jax.model import attention, hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params
+from imm_jax.model.tokenization import encode_continuation, encode_prompt
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.stages import questions
 from imm_jax.stages.devices import mesh_of
@@ -175,7 +176,7 @@ def states_folder(config: ml_collections.ConfigDict, root: Path, round_: int) ->
 
 def encoder(config: ml_collections.ConfigDict, model: Path, *, shots: Sequence[Example] = (), ends: bool = True,
             ) -> Callable[[Mapping[str, Any]], TokenizedExample]:
-  """A function that encodes a question and its response.
+  """A function that encodes a question and its response, to the ids that a sampler read and gave.
 
   Args:
     config: of the run.
@@ -183,14 +184,15 @@ def encoder(config: ml_collections.ConfigDict, model: Path, *, shots: Sequence[E
     shots: worked examples of the prompt.
     ends: whether the token that ends an answer belongs to the response.
   """
-  tokenizer = load_tokenizer(model)
+  rows = hf.read_config(model).vocab_size
+  tokenizer = load_tokenizer(model, rows=rows)
   end = [tokenizer.eos_token_id] if ends else []
 
   def encode(row: Mapping[str, Any]) -> TokenizedExample:
     prompt = prompts.build(row["question"], header=config.prompt.header, examples=shots, style=config.prompt.style,
                            tokenizer=tokenizer)
-    return TokenizedExample(tokenizer(prompt)["input_ids"],
-                            tokenizer(row["response"], add_special_tokens=False)["input_ids"] + end)
+    return TokenizedExample(encode_prompt(tokenizer, prompt, rows=rows),
+                            encode_continuation(tokenizer, row["response"], rows=rows) + end)
 
   return encode
 

@@ -24,8 +24,8 @@ def build(question: str, *, header: str = "", examples: Sequence[Example] = (), 
     header: a line that describes the task, or nothing; in a chat it begins the first message.
     examples: worked examples shown before the question, in a chat as earlier turns; training and evaluation use none.
     style: `plain`, or `chat` for the tokenizer's chat template.
-    tokenizer: of the model, for `chat`. A first token that it puts before every text is left out of the prompt, so
-      that it is not there twice when the prompt is encoded.
+    tokenizer: of the model, for `chat`. A BOS that the template writes stays in the text: `encode_prompt` adds none
+      to such a text.
 
   Raises:
     UserError: for an unknown style, or a tokenizer whose chat template is missing or refuses.
@@ -60,11 +60,7 @@ def _chat(question: str, header: str, examples: Sequence[Example], tokenizer: "P
     turns += [{"role": "user", "content": text}, {"role": "assistant", "content": example.rationale}]
   turns.append({"role": "user", "content": asked[-1]})
   try:
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
   except Exception as e:  # a template is a program of its own, which raises what it likes
     cause = str(e).strip().partition("\n")[0]
     raise UserError(f"{name}: its chat template refuses the prompt ({cause}); take style plain") from e
-  first = tokenizer.bos_token
-  if first and text.startswith(first) and tokenizer(first)["input_ids"] == [tokenizer.bos_token_id] * 2:
-    return text[len(first):]
-  return text
