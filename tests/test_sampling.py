@@ -239,7 +239,7 @@ def test_nothing_asked_is_nothing_done(sampler: native.NativeSampler) -> None:
 def test_other_prompts_compile_nothing_new(sampler: native.NativeSampler) -> None:
   """Shapes are few: rounds and tasks whose prompts differ in number and length share them."""
   sampler.generate(ALL, max_new_tokens=NEW_TOKENS, stop=("zebra",), num_samples=3)
-  sizes = lambda: [f._cache_size() for f in (decode.prefill, decode.insert, decode.decode)]
+  sizes = lambda: [f._cache_size() for f in (decode.prefill, decode._start, decode._join, decode.decode)]
   before = sizes()
   for seed in range(2):
     others = [Prompt(str(i), prompts.build(arithmetic.generate(family, split="train", count=1, seed=seed)[0].question))
