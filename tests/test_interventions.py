@@ -165,7 +165,7 @@ def test_without_an_intervention_a_step_is_optax_own():
     params, opt_state = plain(params, opt_state, batch)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
   jax.tree.map(close, state["params"], params)
-  jax.tree.map(close, state["opt_state"][1], opt_state[1])
+  jax.tree.map(close, state["opt_state"][1][0], opt_state[1][0])  # count and moments
 
 
 def test_gradient_decay_scales_the_update_of_each_layer(optimizer_of):
