@@ -7,26 +7,20 @@
 
 DIR holds the parameters (`params/`, orbax, layers stacked) and the files beside them (`hf/`: config, tokenizer).
 ADAPTER is a LoRA adapter of peft, which is merged into BASE.
-`--verify` reads every tensor and compares what would be written with the file, byte for byte, and checks that the
-tokenizer's ids fit the embedding; where torch is installed it also compares the logits of random tokens in float32, at
-positions of the whole context, with those of transformers. All of it runs on the CPU, where a model that no single
-accelerator holds has room.
+`--verify` reads every tensor and compares what would be written with the file, byte for byte, and the tokenizer with
+its file, on texts; where torch is installed it also compares logits with those of transformers, see `verification`. All
+of it runs on the CPU, where a model that no single accelerator holds has room.
 """
 
-import importlib.util
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
-from imm_jax import cli, files
+from imm_jax import cli, files, verification
 from imm_jax.errors import UserError
 from imm_jax.model import folder, hf, hub, lora
-from imm_jax.model.decoder import abstract_params, bind
-from imm_jax.model.tokenizer import has_tokenizer, load_tokenizer
+from imm_jax.model.decoder import abstract_params
 
 _SOURCE = flags.DEFINE_string("source", None, "The checkpoint to read: HF folder, hub id, BASE+ADAPTER, or what "
                               "--to=orbax wrote.")
@@ -35,28 +29,6 @@ _TO = flags.DEFINE_enum("to", None, ["hf", "orbax"], "The form to write.")
 _VERIFY = flags.DEFINE_string("verify", None, "Check this HF folder or hub id.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier conversion at --out.")
 
-# Largest error of logits relative to their scale that is rounding, in float32.
-_TOLERANCE = 2e-5
-_ROWS, _LENGTH = 4, 64
-# The context where a config.json does not give it.
-_CONTEXT = 4096
-
-
-class Comparison(NamedTuple):
-  """Logits of ours against transformers', in float32.
-
-  Attributes:
-    max_error: largest difference, relative to the largest logit.
-    kl: largest KL divergence of ours from theirs over the tokens, in nats.
-    agreement: share of tokens with the same most likely successor.
-    worst: (row, position) of the largest difference.
-  """
-
-  max_error: float
-  kl: float
-  agreement: float
-  worst: tuple[int, int]
-
 
 def to_orbax(source: Path, out: Path) -> None:
   """Writes the parameters of an HF folder with orbax, and the files beside them."""
@@ -64,7 +36,7 @@ def to_orbax(source: Path, out: Path) -> None:
 
   if (source / "params").is_dir() and not (source / "config.json").exists():
     raise UserError(f"{source}: is an orbax checkpoint; expected an HF folder, or --to=hf")
-  _, params = hf.load(source, place=_on_host)
+  _, params = hf.load(source, place=hf.on_host)
   with files.committed(out) as temporary:
     (temporary / "hf").mkdir(parents=True)
     folder.copy_side_files(source, temporary / "hf")
@@ -89,7 +61,7 @@ def from_orbax(source: Path, out: Path) -> None:
       metadata = checkpointer.metadata((source / "params").absolute()).item_metadata
       if metadata is None:
         raise ValueError("its list of tensors is missing or damaged")
-      stored = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=_on_host()),
+      stored = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=hf.on_host()),
                             dict(metadata))
       expected = jax.tree.map(lambda leaf: tuple(leaf.shape), abstract_params(config))
       found = jax.tree.map(lambda leaf: tuple(leaf.shape), stored)
@@ -101,61 +73,6 @@ def from_orbax(source: Path, out: Path) -> None:
       raise UserError(f"{source / 'params'}: is no orbax checkpoint of what hf/config.json describes ({cause})") from e
   with files.committed(out) as temporary:
     hf.save(params, temporary, like=source / "hf")
-
-
-def compare_logits(source: Path) -> Comparison:
-  """Runs random tokens through our decoder and transformers' model, both in float32; needs torch.
-
-  Half of the rows begin at position 0, the others have ascending random positions over the whole context: an error in
-  the rotary frequencies grows with the position.
-  """
-  import torch
-  import transformers
-
-  config, params = hf.load(source, dtype=jnp.float32, place=_on_host)
-  rng = np.random.default_rng(0)
-  tokens = rng.integers(0, config.vocab_size, (_ROWS, _LENGTH), np.int32)
-  positions = np.tile(np.arange(_LENGTH), (_ROWS, 1))
-  context = max(_LENGTH, config.max_positions or _CONTEXT)
-  for row in range(_ROWS // 2, _ROWS):
-    positions[row] = np.sort(rng.choice(context, _LENGTH, replace=False))
-  model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False).eval()
-  with torch.no_grad():
-    ids = torch.from_numpy(tokens).long()
-    # Without a mask transformers takes a gap in the positions for the next text of a packed row.
-    theirs = model(ids, attention_mask=torch.ones_like(ids), position_ids=torch.from_numpy(positions)).logits
-    theirs = theirs.numpy().astype(np.float64)
-  run = jax.jit(lambda p: bind(config, p)(tokens, positions=positions, segment_ids=np.ones_like(tokens),
-                                          compute_dtype=jnp.float32))
-  ours = np.asarray(run(params), np.float64)
-  error = np.abs(ours - theirs).max(-1)
-  log_ours, log_theirs = (x - np.logaddexp.reduce(x, -1, keepdims=True) for x in (ours, theirs))
-  divergence = (np.exp(log_theirs) * (log_theirs - log_ours)).sum(-1)
-  row, column = np.unravel_index(error.argmax(), error.shape)
-  return Comparison(float(error.max() / np.abs(theirs).max()), float(divergence.max()),
-                    float((ours.argmax(-1) == theirs.argmax(-1)).mean()), (int(row), int(positions[row, column])))
-
-
-def verify(source: Path) -> None:
-  """Prints what the checks found; raises UserError when one fails."""
-  checked = hf.check_bytes(source)
-  print(f"{source}: {checked.count} tensors come back byte for byte")
-  if checked.left_out:
-    print(f"not written, since they follow from the rest: {', '.join(checked.left_out)}")
-  if has_tokenizer(source):
-    rows = hf.read_config(source).vocab_size
-    print(f"the tokenizer's {len(load_tokenizer(source, rows=rows))} ids fit the embedding's {rows} rows")
-  else:
-    print("no tokenizer beside the weights, so none was checked")
-  if importlib.util.find_spec("torch") is None:
-    print("torch is not installed, so logits were not compared with transformers")
-    return
-  found = compare_logits(source)
-  print(f"logits of {_ROWS} x {_LENGTH} random tokens, half of them spread over the context, against transformers in "
-        f"float32: largest error {found.max_error:.1e} of their scale (row {found.worst[0]}, position "
-        f"{found.worst[1]}), KL {found.kl:.1e} nats, same most likely token {found.agreement:.2%}")
-  if not found.max_error <= _TOLERANCE:
-    raise UserError(f"{source}: the logits differ from transformers' by more than {_TOLERANCE:.0e} of their scale")
 
 
 def _foreign(path: Path) -> str:
@@ -170,19 +87,12 @@ def _foreign(path: Path) -> str:
   return f"holds {others[0]}, which no conversion writes" if others else ""
 
 
-def _on_host(*_: object) -> jax.sharding.Sharding:
-  try:
-    return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-  except RuntimeError:  # the user has switched that backend off
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-
 def main() -> None:
   """Reads the flags and does what they say."""
   if _VERIFY.value is not None:
     if _SOURCE.value or _OUT.value or _TO.value:
       raise UserError("--verify goes alone")
-    return verify(hub.resolve(_VERIFY.value))
+    return verification.verify(hub.resolve(_VERIFY.value))
   for name, value in (("source", _SOURCE.value), ("out", _OUT.value), ("to", _TO.value)):
     if not value:
       raise UserError(f"--{name} is missing; expected --source, --out and --to, or --verify")

@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 # Family and what it changes in _SIZES: the models whose arithmetic differs.
-_KINDS = {
+KINDS = {
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2-untied": ("Qwen2", {"tie_word_embeddings": False, **_rope(1e6)}),
     "qwen2.5-math": ("Qwen2", {"tie_word_embeddings": False, **_rope(1e4)}),
@@ -70,7 +70,7 @@ _KINDS = {
 
 def _torch_model(kind: str, **sizes: int) -> "transformers.PreTrainedModel":
   """A small model whose every parameter is random and matters; its dimensions are all different."""
-  family, changes = _KINDS[kind]
+  family, changes = KINDS[kind]
   config = getattr(transformers, f"{family}Config")(**{**_SIZES, **changes, **sizes})
   model = getattr(transformers, f"{family}ForCausalLM")(config)
   generator = torch.Generator().manual_seed(0)
@@ -115,7 +115,7 @@ def pod(pod_template: Path, tmp_path: Path) -> Iterator[fake_pod.Pod]:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> "Callable[..., tuple[transformers.PreTrainedModel, Path]]":
-  """Makes (torch model, its folder) for one of `_KINDS`."""
+  """Makes (torch model, its folder) for one of `KINDS`."""
 
   def make(kind: str, *, dtype: "torch.dtype | None" = None, old_rope_key: bool = False, **sizes: int):
     model = _torch_model(kind, **sizes).to(dtype or torch.float32)

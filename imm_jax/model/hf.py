@@ -33,6 +33,14 @@ _MAX_READERS = 8
 _ROTARY = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
+def on_host(*_: object) -> jax.sharding.Sharding:
+  """A `Place` that keeps everything in the machine's memory, where large models have room."""
+  try:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+  except RuntimeError:  # the user has switched that backend off
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
 def tensor_names(params: Params) -> Any:
   """The checkpoint's tensor names, in a tree of the same form as the parameters, with layers stacked or in a list."""
 
