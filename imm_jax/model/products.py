@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from imm_jax.model.blockwise import precision
 
 # Of float32 products on CPUs, see `_project`.
-_LONG_SUM, _PART, _MANY_ROWS = 1024, 128, 64
+_LONG_SUM, _PART, _MANY_ROWS = 512, 192, 64
 
 
 def dot(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
