@@ -18,6 +18,7 @@ from imm_jax.errors import UserError
 from imm_jax.model import hf
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import bind
+from imm_jax.model.products import short_sums
 from imm_jax.model.tokenization import check_ids
 from imm_jax.model.tokenizer import has_tokenizer, load_tokenizer
 from imm_jax.model.tokenizer_check import check_tokenizer
@@ -152,7 +153,8 @@ def _run_ours(source: Path, kinds: list[_Rows]) -> list[np.ndarray]:
   config, params = hf.load(source, dtype=jnp.float32, place=hf.on_host)
   run = jax.jit(lambda p, tokens, positions: bind(config, p)(
       tokens, positions=positions, segment_ids=jnp.ones_like(tokens), compute_dtype=jnp.float32))
-  return [np.asarray(run(params, rows.tokens, rows.positions)) for rows in kinds]
+  with short_sums():  # the order of sums is XLA's, not the decoder's
+    return [np.asarray(run(params, rows.tokens, rows.positions)) for rows in kinds]
 
 
 def _load_torch(source: Path) -> tuple[Callable[[_Rows], np.ndarray], Callable[[], None]]:

@@ -1,15 +1,34 @@
 """Products of activations with weights, in the manner that is fast and exact on each platform."""
 
+import contextlib
+import contextvars
 import functools
-import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
 from imm_jax.model.blockwise import precision
 
-# Of float32 products on CPUs, see `_project`.
-_LONG_SUM, _PART, _MANY_ROWS = 512, 192, 64
+# Terms of a sum that `short_sums` leaves together.
+_PART = 192
+_short: contextvars.ContextVar[bool] = contextvars.ContextVar("short_sums", default=False)
+
+
+@contextlib.contextmanager
+def short_sums() -> Iterator[None]:
+  """Has what is traced in this block cut the sums of float32 products into parts, which are added in pairs.
+
+  XLA's CPU backend adds the terms of a sum one after the other: for 1536 of them it errs 2.7 times as much as torch,
+  and a model's few very large activations carry that on. To cut all sums takes 13 % of a forward pass's time there,
+  11 % of a training step's, and nearly doubles the time of a decoding step and the weights' memory in sampling, so only
+  what compares with another program does it.
+  """
+  token = _short.set(True)
+  try:
+    yield
+  finally:
+    _short.reset(token)
 
 
 def dot(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
@@ -52,15 +71,9 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 def _project(x: jax.Array, weight: jax.Array) -> jax.Array:
-  """x [..., in] times W [out, in] transposed, in float32.
-
-  In float32 XLA's CPU backend adds the terms of a sum one after the other: for 1536 of them it errs 2.7 times as much
-  as torch, and a model's few very large activations carry that on. Long sums are cut there, unless there are so few
-  rows that the copies of W would cost more than the products.
-  """
+  """x [..., in] times W [out, in] transposed, in float32."""
   length, last = x.shape[-1], x.ndim - 1
-  if (x.dtype != jnp.float32 or length <= _LONG_SUM or math.prod(x.shape[:-1]) < _MANY_ROWS
-      or jax.default_backend() != "cpu"):
+  if not _short.get() or x.dtype != jnp.float32:
     return _contract(x, weight, last, 1)
   parts = [_contract(jax.lax.slice_in_dim(x, begin, min(begin + _PART, length), axis=last),
                      jax.lax.slice_in_dim(weight, begin, min(begin + _PART, length), axis=1), last, 1)

@@ -1,6 +1,7 @@
 """How fast training goes, and how near that is to what the devices can do."""
 
 import contextlib
+import math
 import re
 import sys
 import time
@@ -12,6 +13,7 @@ import jax
 
 from imm_jax.hardware import peak_flops
 from imm_jax.model.config import ModelConfig
+from imm_jax.model.decoder import abstract_params
 from imm_jax.training.packing import PackedBatches
 
 
@@ -22,9 +24,9 @@ def matmul_params(config: ModelConfig) -> int:
   ...     num_kv_heads=1, head_dim=2, rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=True, qkv_bias=True))
   320
   """
-  attention = 2 * config.hidden_size * config.head_dim * (config.num_heads + config.num_kv_heads)
-  mlp = 3 * config.hidden_size * config.intermediate_size
-  return config.num_layers * (attention + mlp) + config.hidden_size * config.vocab_size
+  # Stacked matrices have three axes, biases and norms two.
+  layers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)["layers"]) if leaf.ndim == 3)
+  return layers + config.hidden_size * config.vocab_size
 
 
 def train_flops(config: ModelConfig, *, tokens: float, squares: float) -> float:
