@@ -246,6 +246,21 @@ def test_worked_examples_need_worked_answers(tmp_path):
     checks.validate(config)
 
 
+def test_a_task_with_fewer_test_questions_than_asked_for_gives_all_it_has(tmp_path, capsys):
+  config = _custom(tmp_path / "a")
+  svamp = tmp_path / "svamp.jsonl"
+  svamp.write_text("\n".join(json.dumps({"Body": f"There are {i}.", "Question": "How many?", "Answer": i, "ID": str(i)})
+                             for i in range(5)))
+  config.task.update({"eval_questions": 7, "ood": ("groups", f"svamp=file:{svamp}")})
+  for _ in range(2):
+    checks.validate(config, trains=False)
+  assert {name: len(found) for name, found in questions.of_tests(config).items()} == {
+      "custom": 7, "groups": 7, "svamp": 5}
+  assert questions.count_tests(config) == [7, 7, 5]
+  told = [line for line in capsys.readouterr().err.splitlines() if "all of them are asked" in line]
+  assert told == ["note: task svamp has 5 test questions, and all of them are asked (config.task.eval_questions=7)"]
+
+
 def test_questions_that_change_are_noticed(tmp_path):
   first, same, other = (questions.digests(_custom(tmp_path / name, **more)) for name, more in (
       ("a", {}), ("b", {}), ("c", {"answer": "7"})))

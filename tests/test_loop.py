@@ -24,7 +24,7 @@ SMALL = ("--config.rounds=2", "--config.task.questions_per_round=24", "--config.
          "--config.sft.save_interval=2", "--config.analysis.examples=0")
 # KILLS=10 KILL_SEED=1 in the environment kills at other moments, and more often.
 KILLS = int(os.environ.get("KILLS", "3"))
-TIMED = ("seconds", "time", "tokens_per_s", "step_s", "input_wait_s")
+TIMED = ("seconds", "time", "tokens_per_s", "step_s", "input_wait_s", "memory_gib")
 
 
 @pytest.fixture(scope="session")
