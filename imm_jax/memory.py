@@ -124,7 +124,8 @@ def state_bytes(model: ModelConfig, mesh: Mesh) -> int:
 
 def sampling(model: ModelConfig, mesh: Mesh, *, rows: int, prompt: int, new_tokens: int, dtype: jnp.dtype,
              ) -> dict[str, float]:
-  """Bytes on one device that the native sampler takes, by name: `weights`, `cache`, `prompts` (while they are read).
+  """Bytes on one device that the native sampler takes, by name: `weights`, `cache`, and the larger of `prompts`, while
+  they are read, and `decoding`, while answers are drawn.
 
   Args:
     model: of the checkpoint.
@@ -141,9 +142,14 @@ def sampling(model: ModelConfig, mesh: Mesh, *, rows: int, prompt: int, new_toke
   caches = joining * length * (state(1, 2) - state(1, 1))
   layer = kept_of_row(model, length=length, remat="none", dtype=dtype, widened=_platform(mesh) == "cpu")
   logits = 3 * joining * model.vocab_size * 4
-  return {"weights": count_params(model) * jnp.dtype(dtype).itemsize / copies,
-          "cache": state(rows, native.slots_of(prompt + new_tokens)) / mesh.size,
-          "prompts": (caches + joining * layer / model.num_layers + logits) / mesh.size}
+  width = jnp.dtype(dtype).itemsize
+  found = {"weights": count_params(model) * width / copies,
+           "cache": state(rows, native.slots_of(prompt + new_tokens)) / mesh.size}
+  reading = (caches + joining * layer / model.num_layers + logits) / mesh.size
+  # XLA's CPU backend copies the keys of all layers, in float32, and a head of another dtype.
+  drawing = (found["cache"] / 2 * 4 / width + (width < 4) * 4 * model.vocab_size * model.hidden_size
+             ) * (_platform(mesh) == "cpu")
+  return found | ({"prompts": reading} if reading > drawing else {"decoding": drawing})
 
 
 def undivided(model: ModelConfig, mesh: Mesh) -> list[str]:
