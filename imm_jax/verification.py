@@ -141,7 +141,9 @@ def _make_rows(source: Path, config: ModelConfig) -> list[_Rows]:
   if has_tokenizer(source):
     tokenizer = load_tokenizer(source, rows=config.vocab_size)
     ids = check_ids(tokenizer, tokenizer("\n\n".join(TEXTS))["input_ids"], config.vocab_size)
-    tokens = {"text": np.resize(np.asarray(ids, np.int32), shape), **tokens}
+    starts = np.linspace(0, max(0, len(ids) - _LENGTH), len(tokens["random tokens"])).astype(int)  # over all texts
+    text = np.resize(np.asarray(ids, np.int32), max(len(ids), _LENGTH))
+    tokens = {"text": np.stack([text[start:start + _LENGTH] for start in starts]), **tokens}
   early = np.tile(np.arange(_LENGTH, dtype=np.int32), (_ROWS, 1))
   late = np.sort([rng.choice(context, _LENGTH, replace=False) for _ in range(_ROWS)]).astype(np.int32)
   return [rows for name, t in tokens.items() for rows in (

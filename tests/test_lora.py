@@ -154,13 +154,18 @@ def test_blocks_make_no_difference(checkpoint, adapter: Make, tmp_path: Path, mo
     ({"megatron_config": {"a": 1}}, "megatron_config={'a': 1} is not supported"),
     ({"use_qalora": True}, "use_qalora=True is not supported"),
     ({"of_next_year": 7}, "of_next_year=7 is not supported"),
-    ({"r": 0}, "r=0; expected a positive number"),
+    ({"r": 0}, "r=0; expected a positive integer"),
     ({"lora_alpha": "16"}, "lora_alpha='16'; expected a positive number"),
-    ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern.q_proj=2.5; expected a positive number"),
+    ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern.q_proj=2.5; expected a positive integer"),
     ({"alpha_pattern": {"(": 2}}, "alpha_pattern: '(' is no regex"),
     ({"use_rslora": "yes"}, "use_rslora='yes'; expected true or false"),
     ({"r": 8}, "q_proj.lora_A.weight has shape (4, 48), adapter_config.json and the base need (8, 48)"),
-    ({"target_modules": ["q_proj", "k_proj"]}, "an update of model.layers.0.self_attn.k_proj is missing")])
+    ({"target_modules": ["q_proj", "k_proj"]}, "an update of model.layers.0.self_attn.k_proj is missing"),
+    ({"target_modules": r".*\.(q|k)_proj"}, "an update of model.layers.0.self_attn.k_proj is missing"),
+    ({"target_modules": ["k_proj"], "layers_to_transform": 1},
+     "an update of model.layers.1.self_attn.k_proj is missing"),
+    ({"modules_to_save": ["lm_head"]}, "lm_head is missing, adapter_config.json names it in modules_to_save"),
+    ({"lora_bias": True}, "a bias of the update of model.layers.0.self_attn.q_proj is missing")])
 def test_settings_that_change_the_result_are_refused_by_name(
     checkpoint, adapter: Make, tmp_path: Path, config: dict, expected: str) -> None:
   _, base = checkpoint("llama")
@@ -320,3 +325,14 @@ def test_merges_take_models_with_adapters(adapter: Make, tmp_path: Path) -> None
   base, tuned, merged = (hf.load(path, dtype=np.float32)[1]["layers"]["mlp"]["up_proj"]["weight"]
                          for path in (TINY, hub.resolve(f"tiny+{made}"), tmp_path / "out"))
   np.testing.assert_allclose(merged, 0.25 * np.asarray(base) + 0.75 * np.asarray(tuned), rtol=1e-5, atol=1e-6)
+
+
+def test_one_folder_may_hold_base_and_adapter(checkpoint, adapter: Make, tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setenv("IMM_JAX_CACHE", str(tmp_path / "cache"))
+  _, base = checkpoint("llama")
+  for file in adapter(base).iterdir():
+    (base / file.name).write_bytes(file.read_bytes())
+  lora.merge(base, base, tmp_path / "out")
+  merged = hub.resolve(f"{base}+{base}")
+  assert (merged / "model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()

@@ -278,6 +278,23 @@ def test_an_end_token_that_is_none_is_refused(tmp_path: Path, changes: dict, mes
     assert completions.special_ids(load_tokenizer(tmp_path)) == {"<|endoftext|>": 0}
 
 
+def test_words_stay_words_whatever_is_called_special(tmp_path: Path) -> None:
+  """A word of the vocabulary as padding, as fine-tunes have it, is not cut out of texts."""
+  shutil.copytree(TINY, tmp_path / "copy")
+  path = tmp_path / "copy/tokenizer_config.json"
+  settings = json.loads(path.read_text())
+  path.write_text(json.dumps({**settings, "pad_token": "!", "additional_special_tokens": ["5", "<new>"]}))
+  plain, tokenizer = load_tokenizer(TINY), load_tokenizer(tmp_path / "copy")
+  text = "Wow!! So 5! = 5 x 24."
+  ids = encode_continuation(tokenizer, text)
+  assert ids == encode_continuation(plain, text)
+  assert decode_continuation(tokenizer, ids, skip_special_tokens=True) == text
+  assert encode_continuation(tokenizer, "<new>") == [len(plain)]
+  path.write_text(json.dumps({**settings, "eos_token": "</s>"}))
+  with pytest.raises(UserError, match=r"end-of-text token '</s>', which tokenizer\.json does not have"):
+    load_tokenizer(tmp_path / "copy")
+
+
 def test_an_end_token_that_stands_for_the_unknown_is_refused(tmp_path: Path) -> None:
   with pytest.raises(UserError, match="end-of-text token is '<unk>', which also stands for"):
     load_tokenizer(alone(tmp_path, config={"eos_token": "<unk>"}))

@@ -114,7 +114,7 @@ def _read(config: dict[str, Any], source: str) -> tuple[ModelConfig, tuple[str, 
     raise UserError(f"{source}: num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}, "
                     f"and head_dim={head_dim} even")
   activation = read("hidden_act")
-  if activation not in _ACTIVATIONS:
+  if not isinstance(activation, str) or activation not in _ACTIVATIONS:
     raise UserError(f"{source}: hidden_act={activation!r} is not supported; "
                     f"{nearest(str(activation), list(_ACTIVATIONS))}")
   biased = switch("attention_bias")

@@ -16,7 +16,7 @@ _READ = frozenset((
     "original_max_position_embeddings", "max_position_embeddings", "layer_types", "sliding_window",
     "partial_rotary_factor", "is_causal", *COMMON))
 
-# What transformers declares, reads or has written, of which no result here depends.
+# What transformers declares, reads or has written, on which no result here depends.
 NO_EFFECT = frozenset((
     # Ids and texts of tokens, and what generation and classification would take by default.
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "forced_bos_token_id",
@@ -27,8 +27,8 @@ NO_EFFECT = frozenset((
     "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "remove_invalid_values",
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "num_assistant_tokens",
     "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind",
-    # Of heads that are not the language model's.
-    "classifier_dropout", "hidden_dropout", "token_classification_bias", "unpadded_vocab_size",
+    # Of heads that are not the language model's, and dropout, which training here has none of.
+    "attention_dropout", "classifier_dropout", "hidden_dropout", "token_classification_bias", "unpadded_vocab_size",
     # How a program runs and what it returns.
     "use_cache", "return_dict", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores",
     "torchscript", "chunk_size_feed_forward", "attn_implementation", "_attn_implementation",
@@ -52,8 +52,7 @@ _OFF = {
     "values are not supported", "first_k_dense_replace": _OTHER, "mlp_layer_types": _OTHER,
     "num_mtp_layers": "heads for several tokens are not supported", "mtp_layer_types": _OTHER,
     "mtp_mlp_layer_types": _OTHER, "mtp_per_layer_config": _OTHER, "mtp_hidden_states_first": _OTHER,
-    "chain_hidden_post_norm": _OTHER, "logits_mup_width_multiplier": _OTHER,
-    "attention_dropout": "training here has no dropout; give 0"}
+    "chain_hidden_post_norm": _OTHER, "logits_mup_width_multiplier": _OTHER}
 
 
 def check(config: Mapping[str, Any], source: str) -> tuple[Family, list[str]]:

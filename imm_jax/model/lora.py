@@ -11,7 +11,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ from imm_jax.model.lora_config import Settings, read_settings
 from imm_jax.model.safetensors import Entry
 from imm_jax.model.writer import WeightsWriter
 
+# Of merges in the cache; another number has them made again.
+_FORMAT = 1
 _PREFIX = "base_model.model."
 _PART = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B)")
 _WHOLE = re.compile(r"(.+?)(\.base_layer)?\.(\w+)")
@@ -98,11 +100,12 @@ def materialise(base: Path, adapter: Path, *, name: str) -> Path:
   """
   read_settings(adapter)
   side = [adapter / file for file in checkpoint.side_files(adapter)]
-  inputs = {base: [*(base / file for file in checkpoint.side_files(base)), *checkpoint.weight_files(base)],
-            adapter: [adapter / ADAPTER_CONFIG, _weights(adapter), *side]}
+  # Not a dict: one folder may hold both.
+  inputs = ((base, [*(base / file for file in checkpoint.side_files(base)), *checkpoint.weight_files(base)]),
+            (adapter, [adapter / ADAPTER_CONFIG, _weights(adapter), *side]))
   digests = [_digest(root, tuple((p, p.stat().st_size, p.stat().st_mtime_ns) for p in paths))
-             for root, paths in inputs.items()]
-  target = _cache() / "adapters" / f"{name}-{digests[0][:16]}-{digests[1][:16]}"
+             for root, paths in inputs]
+  target = _cache() / "adapters" / f"{name}-{digests[0][:16]}-{digests[1][:16]}-{_FORMAT}"
   if not target.is_dir():
     with files.alone(target, wait=True):
       if not target.is_dir():  # another process may have made it
@@ -118,7 +121,7 @@ def _plan(base: Path, adapter: Path, reader: safetensors.Reader) -> tuple[list[_
   stored = checkpoint.tensors(base)
   where = _weights(adapter)
   parts, whole = _sort(where, stored.keys() | ({HEAD} if tied else set()))
-  changes: dict[str, Any] = {}
+  here, changes = frozenset(whole), {}
   if tied and (split := [name for name in (EMBEDDING, HEAD) if name.removesuffix(".weight") in parts]):
     raise UserError(f"{where}: has an update of {split[0]}, which the base ties to the other embedding: a merge would "
                     "change both, unlike training; untie the base first (tie_word_embeddings=False), and train on that")
@@ -143,13 +146,31 @@ def _plan(base: Path, adapter: Path, reader: safetensors.Reader) -> tuple[list[_
     planned[name] = _Planned(name, entry.dtype, source)
   for module, found in parts.items():
     problems += _add(planned, module, found, settings, reader)
-  stems = {name.removesuffix(".weight") for name in stored if name.endswith(".weight") and name not in whole}
-  problems += [f"an update of {stem} is missing, adapter_config.json names it in target_modules"
-               for stem in sorted(stems - parts.keys()) for target in settings.targets
-               if stem == target or stem.endswith(f".{target}")]
+  problems += _missing(stored, parts, here, settings)
   if problems:
     raise UserError(f"{where}: does not fit {base}: {listed(problems, '; ')}")
   return sorted(planned.values(), key=lambda tensor: checkpoint.model_order(tensor.name)), changes
+
+
+def _missing(stored: Mapping[str, Entry], parts: Mapping[str, Mapping[str, Entry]], whole: Set[str],
+             settings: Settings) -> list[str]:
+  """What adapter_config.json says of tensors that are not there."""
+  found = []
+  for name in sorted(stored):
+    stem, _, kind = name.rpartition(".")
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    within = settings.layers is None or (layer is not None and int(layer[1]) in settings.layers)
+    if kind == "bias" and settings.biases and name not in whole:
+      found.append(f"{name} is missing, adapter_config.json says bias='all'")
+    elif (kind == "weight" and name not in whole and stem not in parts and within and settings.targets
+          and settings.targets.fullmatch(stem)):
+      found.append(f"an update of {stem} is missing, adapter_config.json names it in target_modules")
+  found += [f"{name} is missing, adapter_config.json names it in modules_to_save" for name in settings.saved
+            if not any(f".{key}".endswith(f".{name}.weight") for key in whole)]
+  if settings.lora_bias:
+    found += [f"a bias of the update of {stem} is missing, adapter_config.json says lora_bias"
+              for stem, part in sorted(parts.items()) if "lora_B.weight" in part and "lora_B.bias" not in part]
+  return found
 
 
 def _sort(where: Path, known: set[str]) -> tuple[dict[str, dict[str, Entry]], dict[str, Entry]]:

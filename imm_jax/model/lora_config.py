@@ -10,8 +10,7 @@ from imm_jax import files
 from imm_jax.errors import UserError
 from imm_jax.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-# Of adapter_config.json: what is read here, and what changes no merged weight; bias, lora_bias, modules_to_save and
-# ensure_weight_tying are told by the tensors that are stored.
+# Of adapter_config.json: what is read here, and what changes no merged weight.
 _KNOWN = frozenset((
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "base_model_name_or_path",
@@ -30,7 +29,11 @@ class Settings(NamedTuple):
     rank: of modules that no pattern of `ranks` matches; alpha likewise.
     ranks: regex -> rank; a pattern fits the end of a module's name, from a dot or the beginning on.
     rslora: whether updates are divided by sqrt(r).
-    targets: the ends of the names of all modules with an update, where the file lists them and nothing else.
+    targets: regex of the names of all modules with an update; None where the file does not say it alone.
+    layers: those with updates; None for all.
+    saved: the ends of the names of modules that are stored whole.
+    biases: whether every bias is stored.
+    lora_bias: whether updates have biases.
   """
 
   source: str
@@ -39,7 +42,11 @@ class Settings(NamedTuple):
   ranks: Mapping[str, int]
   alphas: Mapping[str, float]
   rslora: bool
-  targets: tuple[str, ...]
+  targets: re.Pattern[str] | None
+  layers: frozenset[int] | None
+  saved: tuple[str, ...]
+  biases: bool
+  lora_bias: bool
 
   def rank_and_scale(self, module: str) -> tuple[int, float]:
     """Of a module such as `model.layers.0.self_attn.q_proj`."""
@@ -75,7 +82,7 @@ def read_settings(folder: Path, *, source: str | None = None) -> Settings:
     raise UserError(f"{source}: init_lora_weights={init!r} is not supported: the adapter belongs to a base that this "
                     "has changed; save it with peft's path_initial_model_for_weight_conversion")
   number = lambda key, value, kinds: value if isinstance(value, kinds) and not isinstance(value, bool) and (
-      0 < value < math.inf) else _refuse(source, key, value, "a positive number")
+      0 < value < math.inf) else _refuse(source, key, value, f"a positive {'integer' if kinds is int else 'number'}")
   patterns = {}
   for key, kinds in (("rank_pattern", int), ("alpha_pattern", int | float)):
     given = config.get(key) or {}
@@ -85,12 +92,30 @@ def read_settings(folder: Path, *, source: str | None = None) -> Settings:
   rslora = config.get("use_rslora") or False
   if not isinstance(rslora, bool):
     _refuse(source, "use_rslora", rslora, "true or false")
-  targets = config.get("target_modules")
-  partly = any(config.get(key) not in (None, [], "") for key in ("exclude_modules", "layers_to_transform"))
-  return Settings(source, number("r", config.get("r", 8), int), number("lora_alpha", config.get("lora_alpha", 8),
-                                                                       int | float),
-                  patterns["rank_pattern"], patterns["alpha_pattern"], rslora,
-                  tuple(targets) if isinstance(targets, list) and not partly else ())
+  layers, saved = config.get("layers_to_transform"), config.get("modules_to_save") or []
+  layers = [layers] if isinstance(layers, int) else layers or None
+  if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
+    _refuse(source, "layers_to_transform", layers, "an integer or a list of them")
+  if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+    _refuse(source, "modules_to_save", saved, "a list of names")
+  return Settings(
+      source, number("r", config.get("r", 8), int), number("lora_alpha", config.get("lora_alpha", 8), int | float),
+      patterns["rank_pattern"], patterns["alpha_pattern"], rslora, _targets(source, config),
+      None if layers is None else frozenset(layers), tuple(saved), config.get("bias") == "all",
+      bool(config.get("lora_bias")))
+
+
+def _targets(source: str, config: Mapping[str, Any]) -> re.Pattern[str] | None:
+  """peft matches a text as a regex of whole names, and the names of a list with the ends of names."""
+  given = config.get("target_modules")
+  if not given or given == "all-linear" or config.get("exclude_modules"):
+    return None
+  if isinstance(given, str):
+    _checked(source, "target_modules", given)
+    return re.compile(given)
+  if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+    _refuse(source, "target_modules", given, "a list of names or a regex")
+  return re.compile(rf"(.*\.)?({'|'.join(map(re.escape, given))})")
 
 
 def _matched(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

@@ -119,8 +119,6 @@ _KEYS = {
     "llama3": Llama3Scaling._fields,
     "yarn": (*YarnScaling._fields, "mscale", "mscale_all_dim")}
 _ORIGINAL = "original_max_position_embeddings"
-# Keys that some rope type reads: where it is another type, somebody meant something else.
-_MEANINGFUL = {key for keys in _KEYS.values() for key in keys} - {_ORIGINAL} | {"short_factor", "long_factor"}
 
 
 def frequencies(theta: float, scaling: RopeScaling | None, head_dim: int) -> np.ndarray:
@@ -168,7 +166,7 @@ def read(config: Mapping[str, Any], source: str) -> Rope:
   found = {}
   for where in ("rope_parameters", "rope_scaling"):
     given = config.get(where)
-    if given is None or given == {}:
+    if given in (None, False, {}, []):  # nothing, to transformers too
       continue
     if not isinstance(given, dict):
       raise UserError(f"{source}: {where}={given!r}; expected an object")
@@ -181,9 +179,9 @@ def read(config: Mapping[str, Any], source: str) -> Rope:
 
 def _read(config: Mapping[str, Any], where: str, given: dict[str, Any], source: str) -> Rope:
   kind = given.get("rope_type") or given.get("type") or "default"
-  if given.get("type", kind) != kind:
+  if given.get("type") not in (None, kind):
     raise UserError(f"{source}: {where}.rope_type={kind!r} and {where}.type={given['type']!r} disagree")
-  if kind not in _KEYS:
+  if not isinstance(kind, str) or kind not in _KEYS:
     raise UserError(f"{source}: {where}.rope_type={kind!r} changes the arithmetic and is not supported; "
                     f"expected one of {', '.join(_KEYS)}")
   values = {key: value for key, value in given.items() if key not in ("type", "rope_type")}
@@ -202,15 +200,19 @@ def _read(config: Mapping[str, Any], where: str, given: dict[str, Any], source: 
       continue
     if isinstance(value, dict):
       raise UserError(f"{source}: {where}.{key}={value!r:.200}: rotary positions by kind of layer are not supported")
-    if key in _MEANINGFUL:
-      raise UserError(f"{source}: {where}.{key}={value!r:.200} means nothing for rope_type={kind!r}; give the "
-                      "rope_type that is meant, or remove the key")
     passed_over.append(f"{where}.{key}")
   number = lambda key, default=None: _number(source, f"{where}.{key}", values.get(key), default)
   theta = _number(source, f"{where}.rope_theta" if "rope_theta" in given else "rope_theta", values.get("rope_theta"),
                   10_000.0)
-  # What transformers takes where it is left out.
-  original = lambda: number(_ORIGINAL, config.get("max_position_embeddings"))
+  if not 1 < theta < 1e30:
+    raise UserError(f"{source}: rope_theta={theta:g}; expected a number above 1 that float32 holds")
+
+  def original() -> float:
+    # What transformers takes where it is left out.
+    if values.get(_ORIGINAL) is None and config.get("max_position_embeddings") is None:
+      raise UserError(f"{source}: {where}: rope_type={kind!r} needs {_ORIGINAL}, or max_position_embeddings")
+    return number(_ORIGINAL, config.get("max_position_embeddings"))
+
   if kind == "default":
     scaling = None
   elif kind == "linear":
@@ -226,17 +228,19 @@ def _read(config: Mapping[str, Any], where: str, given: dict[str, Any], source: 
 
 def _yarn(values: Mapping[str, Any], number: Any, original: Any, context: object, where: str) -> YarnScaling:
   truncate = values.get("truncate", True)
-  if not isinstance(truncate, bool):
+  if truncate not in (None, True, False):
     raise UserError(f"{where}.truncate={truncate!r}; expected true or false")
-  factor = number("factor", context / original() if isinstance(context, int) else None)
+  # A factor that is null follows from the contexts, one that is missing is an error in transformers.
+  factor = number("factor", context / original() if "factor" in values and isinstance(context, int) else None)
   if values.get("attention_factor") is not None:
     attention_factor = number("attention_factor")
   elif values.get("mscale") and values.get("mscale_all_dim"):
     attention_factor = _mscale(factor, number("mscale")) / _mscale(factor, number("mscale_all_dim"))
   else:
     attention_factor = _mscale(factor, 1.0)
-  return YarnScaling(factor, original(), number("beta_fast", 32.0), number("beta_slow", 1.0), attention_factor,
-                     truncate)
+  fast, slow = (number(key) if values.get(key) else default
+                for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0)))
+  return YarnScaling(factor, original(), fast, slow, attention_factor, bool(truncate))
 
 
 def _mscale(factor: float, weight: float) -> float:

@@ -17,6 +17,7 @@ _LFS = b"version https://git-lfs"
 # What sentencepiece writes for a space.
 _SPACE = "\u2581"
 # Encoded by a sentencepiece file and by what was made of it: runs of spaces, digits, bytes, an accent on its own.
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _PROBES = ("What is 12 + 30?", "a  b\n\n   c", "x = 3.5, \\frac{1}{2}\t\u00e9 e\u0301 \u2460 \U0001f600", "\n1", " the")
 
 
@@ -55,6 +56,7 @@ def load_tokenizer(folder: str | Path, *, rows: int | None = None) -> "PreTraine
     raise
   except Exception as e:  # tokenizers raises a bare Exception for a damaged file
     raise UserError(f"{folder}: its tokenizer cannot be loaded ({str(e).strip().partition(chr(10))[0]})") from e
+  tokenizer.model_max_length = 10**30  # nothing is cut here, and it may be no number
   _check_special(tokenizer, folder)
   vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()
   largest = max([*vocabulary, tokenizer.eos_token_id])
@@ -82,15 +84,22 @@ def _from_pretrained(folder: Path) -> "PreTrainedTokenizerBase":
 def _from_json(folder: Path) -> "PreTrainedTokenizerBase":
   from tokenizers import AddedToken, Tokenizer
 
-  file, tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json")), _from_pretrained(folder)
-  backend = tokenizer.backend_tokenizer
-  for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-    setattr(backend, part, getattr(file, part))
-  # tokenizer_config.json may make tokens special, which changes no id. How they are found in a text is the file's.
-  found, written = backend.get_added_tokens_decoder(), file.get_added_tokens_decoder()
-  flags = lambda token: {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
-  backend.add_tokens([AddedToken(token.content, special=token.special or found[i].special, **flags(token))
-                      for i, token in written.items() if i in found and flags(found[i]) != flags(token)])
+  backend, tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json")), _from_pretrained(folder)
+  found, written = tokenizer.backend_tokenizer.get_added_tokens_decoder(), backend.get_added_tokens_decoder()
+  # tokenizer_config.json may make added tokens special, which changes no id, and add others. A word of the vocabulary
+  # that it names as padding, say, stays a word, or it would be cut out of texts.
+  special = [AddedToken(token.content, special=True, **{flag: getattr(token, flag) for flag in _FLAGS})
+             for i, token in written.items() if i in found and found[i].special and not token.special]
+  new = [token for i, token in sorted(found.items()) if i not in written and (
+      backend.token_to_id(token.content) is None or token.content == tokenizer.eos_token)]
+  named = [token["content"] if isinstance(token, dict) else token
+           for token in (_config(folder).get("added_tokens_decoder") or {}).values()]
+  end = tokenizer.eos_token
+  if end and backend.token_to_id(end) is None and end not in named and not (folder / "added_tokens.json").exists():
+    raise UserError(f"{folder}: tokenizer_config.json names the end-of-text token {end!r}, which tokenizer.json does "
+                    "not have; set eos_token to the model's own")
+  backend.add_tokens([*special, *new])
+  tokenizer._tokenizer = backend
   for i, token in (_config(folder).get("added_tokens_decoder") or {}).items():
     content = token["content"] if isinstance(token, dict) else token
     if backend.token_to_id(content) != int(i):
