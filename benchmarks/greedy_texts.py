@@ -7,6 +7,8 @@ Prints how many texts are equal in every character, and the first that is not. t
 sampler's prompt tokens.
 """
 
+import tempfile
+
 from absl import app, flags
 
 from imm_jax import tasks
@@ -64,8 +66,9 @@ def main(_: list[str]) -> None:
   ends, _ = completions.endings(sampler.tokenizer, sampler._eos, ())
   _compare("transformers", _transformers_texts(str(folder), ids, ends, sampler), want, asked)
   if _VLLM_PYTHON.value:
-    with VllmSampler(folder, python=_VLLM_PYTHON.value, args=_VLLM_ARGS.value, compute_dtype="float32",
-                     log="/tmp/vllm.log") as vllm:
+    with tempfile.TemporaryDirectory() as logs, VllmSampler(
+        folder, python=_VLLM_PYTHON.value, args=_VLLM_ARGS.value, compute_dtype="float32",
+        log=f"{logs}/vllm.log") as vllm:
       _compare("vLLM", [group[0] for group in vllm.generate(asked, max_new_tokens=_NEW_TOKENS.value)], want, asked)
 
 
