@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from imm_jax.model.attention import precision
 
 # Positions of a row whose logits exist at once, and of all rows of a device together.
-CHUNK, CHUNK_OF_ALL = 512, 1024
+CHUNK, CHUNK_OF_ALL = 512, 4096
 
 
 def chunk_of(rows: int) -> int:
   """The positions of each of so many rows whose logits exist at once: enough for the products to be fast, and no more
   than that, for logits are a batch's largest array.
 
-  >>> chunk_of(1), chunk_of(8), chunk_of(5000)
+  >>> chunk_of(8), chunk_of(32), chunk_of(5000)
   (512, 128, 1)
   """
   return max(1, min(CHUNK, CHUNK_OF_ALL // rows))
