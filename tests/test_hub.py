@@ -15,7 +15,8 @@ CONFIG = (hub.resolve("tiny") / "config.json").read_bytes()
 INDEX = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}})
 SHARDS = {"model.safetensors.index.json": INDEX.encode(), "model-00001-of-00002.safetensors": b"1" * 1_500_000,
           "model-00002-of-00002.safetensors": b"22"}
-SIDE = {"tokenizer.json": b"{}", "chat_template.jinja": b"x", "additional_chat_templates/tool_use.jinja": b"y"}
+SIDE = {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}", "generation_config.json": b"{}",
+        "chat_template.jinja": b"x", "additional_chat_templates/tool_use.jinja": b"y"}
 # What publishers put beside.
 OTHERS = {"fp8/config.json": b"{}", "fp8/model.safetensors": b"x", "checkpoint-500/tokenizer.json": b"{}",
           "checkpoint-500/model-00001-of-00002.safetensors": b"x", "model.fp16.safetensors": b"x", "README.md": b"x",
@@ -46,9 +47,27 @@ def test_a_folder_and_the_embedded_model_need_no_hub(
   (tmp_path / f"{ID}.txt").touch()
   assert hub.resolve(f"{ID}.txt") == Path(f"{ID}.txt")
   assert (hub.resolve("tiny") / "model.safetensors").exists()
-  assert hub.resolve("/no/such/folder") == Path("/no/such/folder")  # the error is left to whoever reads it
-  assert hub.resolve("/no/such+folder") == Path("/no/such+folder")
   assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "meant"), [
+    (f"https://huggingface.co/{ID}", ID), (f"https://huggingface.co/{ID}/tree/v1.0", f"{ID}@v1.0"),
+    (f"https://hf.co/{ID}/blob/main/config.json", ID), (f"huggingface.co/{ID}/", ID), (f"hf://{ID}", ID),
+    (f"{ID} ", ID), (f" {ID}@main", f"{ID}@main"), (f"{ID}@", ID), (f"{ID}/", ID), (f"{ID}:v1", f"{ID}@v1"),
+    ("~/models/m", str(Path.home() / "models/m")), ("/no/such/folder", ""), ("/no/such+folder", ""), ("/no/x", ""),
+    ("./x", ""), ("gpt2", ""), ("models/of/mine", ""), ("a/b/tree/c/d", "")])
+def test_a_name_that_is_neither_says_what_may_be_meant(fake: Hub, name: str, meant: str) -> None:
+  fake.raises = AssertionError("asked the hub")
+  message = _refusal(name)
+  assert message.startswith(f"{name}: no such checkpoint folder; expected a folder with config.json")
+  assert message.endswith(f"; did you mean {meant!r}?" if meant else " or org/name@revision")
+
+
+@pytest.mark.parametrize("name", ["a--b/c..d", "org/-name", "o" * 100 + "/x", "\u00fc/x"])
+def test_ids_that_the_hub_cannot_have_are_one_line(name: str) -> None:
+  assert f"{name}: no such folder, and no id that the hub can have (" in _refusal(name)
+  with pytest.raises(UserError, match="no id that the hub can have"):
+    published.config_of(name)
 
 
 def test_config_comes_first_then_exactly_what_the_index_names(fake: Hub, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,13 +76,20 @@ def test_config_comes_first_then_exactly_what_the_index_names(fake: Hub, capsys:
   first, second, *others = fake.fetched
   assert (first, second) == ("config.json", "model.safetensors.index.json@cmain")
   assert set(others) == {f"{name}@cmain" for name in (SHARDS.keys() | SIDE.keys()) - {"model.safetensors.index.json"}}
-  assert f"{ID}: fetching 5 files, 1.5 MB\n" == capsys.readouterr().err
+  assert f"{ID}: fetching 7 files, 1.5 MB\n" == capsys.readouterr().err
   # All is there: nothing is fetched and nothing said, with a network and without.
   for fake.offline in (False, True):
     fake.fetched.clear()
     assert hub.resolve(ID) == fake.folder(ID)
     assert not fake.fetched
     assert not capsys.readouterr().err
+  # What somebody else left in the cache may be less than the commit has.
+  (fake.folder(ID) / "generation_config.json").unlink()
+  hub.resolve(ID)
+  assert f"note: {ID}: the hub cannot be asked, and the cache holds no generation_config.json; " in (
+      capsys.readouterr().err)
+  (fake.folder(ID) / "tokenizer.json").unlink()
+  assert "(offline; the cache holds its weights, but no tokenizer)" in _refusal(ID)
   (fake.folder(ID) / "model-00002-of-00002.safetensors").unlink()
   assert "the hub cannot be reached (offline; the cache holds only a part of it)" in _refusal(ID)
 

@@ -258,6 +258,11 @@ def test_what_is_beside_tokenizer_json_takes_effect_and_changes_no_id(tmp_path: 
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
   with pytest.raises(UserError, match=r"gives '\[PAD\]' the id 600, with tokenizer\.json it has 569"):
     load_tokenizer(tmp_path)
+  for value in (None, [], {"x": "y"}, {"5": {}}):
+    config["added_tokens_decoder"] = value
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: added_tokens_decoder=.* expected an object"):
+      load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -130,8 +130,6 @@ def plan_of(config: ml_collections.ConfigDict, *, topology_name: str, slices: in
 
 def _shape(model: str) -> ModelConfig:
   """The model's shape; nothing is downloaded."""
-  if hub.is_local(model) and not hub.resolve(model).is_dir():
-    raise UserError(f"--config.model={model}: no such folder, and no hub id")
   found = published.config_of(model)
   if found is None:
     raise UserError(f"--config.model={model}: its shape is not known here; --compile_only reads config.json alone, so "

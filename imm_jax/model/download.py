@@ -13,6 +13,7 @@ from imm_jax.model import folder as checkpoint
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, SIDE_FILES, TEMPLATES, WEIGHTS
 from imm_jax.model.lora_config import read_settings
+from imm_jax.model.tokenizer import has_tokenizer
 
 # Seconds that the hub has to list a repository's files.
 _PATIENCE = 30
@@ -91,11 +92,16 @@ def adapter(name: str) -> Path:
 
 
 def cached_config(name: str) -> Path | None:
-  """The folder in the cache with a model's config.json, without asking the hub; None where there is none."""
+  """The folder in the cache with a model's config.json, without asking the hub; None where there is none.
+
+  Raises:
+    UserError: for an id that the hub cannot have.
+  """
   import huggingface_hub
 
   id_, _, revision = name.partition("@")
-  found = huggingface_hub.try_to_load_from_cache(id_, "config.json", revision=revision or None)
+  with _refusals(name):
+    found = huggingface_hub.try_to_load_from_cache(id_, "config.json", revision=revision or None)
   return Path(found).parent if isinstance(found, str) else None
 
 
@@ -148,11 +154,18 @@ def _fetch(repository: _Repository, names: list[str]) -> None:
 
 
 def _whole(repository: _Repository) -> Path:
-  """The folder in the cache, where its weights are whole; the hub cannot say what else there is."""
+  """The folder in the cache, where weights and tokenizer are there; the hub cannot say what else there is."""
   try:
     checkpoint.weight_files(repository.folder)
   except UserError as e:
     raise ConnectionError(f"{repository.why}; the cache holds only a part of it") from e
+  if not has_tokenizer(repository.folder):
+    raise ConnectionError(f"{repository.why}; the cache holds its weights, but no tokenizer")
+  # Without them other tokens may end a text, so a run would give other answers.
+  if missing := [file for file in ("generation_config.json", "tokenizer_config.json")
+                 if not (repository.folder / file).exists()]:
+    print(f"note: {repository.name}: the hub cannot be asked, and the cache holds no {listed(missing)}; the model may "
+          "have more files than that", file=sys.stderr)
   return repository.folder
 
 
@@ -190,6 +203,8 @@ def _refusals(name: str) -> Iterator[None]:
   except errors.RepositoryNotFoundError as e:
     raise UserError(f"{name}: no such folder, and no such model on the hub that you may read; check the name, or run "
                     "`hf auth login` if it is private") from e
+  except errors.HFValidationError as e:
+    raise UserError(f"{name}: no such folder, and no id that the hub can have ({_first_line(e)})") from e
   except Exception as e:  # the hub's own, the system's, and those of whichever HTTP library it uses
     raise UserError(f"{name}: no such folder, and the hub cannot be reached ({_first_line(e)}); try again, {instead}"
                     ) from e

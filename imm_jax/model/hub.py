@@ -10,6 +10,9 @@ from imm_jax.model import download, folder as checkpoint
 _EMBEDDED = Path(__file__).parent.parent / "assets"
 # org/name, and a revision: a branch, a tag, a commit, or refs/pr/1.
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?")
+# What people put around an id: a page of the hub, and the file or the branch that it shows.
+_ADDRESS = re.compile(r"(?:https?://|hf://)?(?:www\.)?(?:(?:huggingface|hf)\.co/)?(.*?)"
+                      r"(?:(?:/tree/|:)([^/]*)|/blob/.*|/resolve/.*)?")
 # Folders of which it was said that their adapter is ignored.
 _said: set[Path] = set()
 
@@ -32,7 +35,7 @@ def resolve(model: str) -> Path:
     from imm_jax.model import lora  # late: most runs have none
 
     return lora.materialise(*parts(model), name="+".join(_label(part) for part in pair))
-  found = _EMBEDDED / model if model == "tiny" else Path(model) if is_local(model) else download.model(model)
+  found = _EMBEDDED / model if model == "tiny" else _folder(model) if is_local(model) else download.model(model)
   if (found / checkpoint.ADAPTER_CONFIG).exists() and checkpoint.has_weights(found) and found not in _said:
     _said.add(found)
     print(f"note: {model}: holds a whole model and a LoRA adapter; the adapter is ignored", file=sys.stderr)
@@ -82,7 +85,7 @@ def config_folder(model: str) -> Path | None:
   Of a model with an adapter it is the base's.
 
   Raises:
-    UserError: for an empty name.
+    UserError: for an empty name, a folder that is not there, or an id that the hub cannot have.
   """
   model = base_of(model)
   return resolve(model) if is_local(model) else download.cached_config(model)
@@ -94,6 +97,19 @@ def is_local(model: str) -> bool:
   A model with an adapter is none before `resolve` has merged them.
   """
   return model == "tiny" or Path(model).exists() or not (_HUB_ID.fullmatch(model) or split_adapter(model))
+
+
+def _folder(model: str) -> Path:
+  """The folder of this name; raises UserError where there is none, with what may have been meant."""
+  if Path(model).exists():
+    return Path(model)
+  address, branch = _ADDRESS.fullmatch(model.strip()).groups()
+  meant = address.rstrip("/@") + (f"@{branch}" if branch else "")
+  meant = str(Path(model).expanduser()) if model.startswith("~") else meant if (
+      _HUB_ID.fullmatch(meant) or Path(meant).is_dir()) else ""
+  raise UserError(f"{model}: no such checkpoint folder; expected a folder with config.json and "
+                  f"{checkpoint.WEIGHTS}, or a hub id, org/name or org/name@revision"
+                  + (f"; did you mean {meant!r}?" if meant and meant != model else ""))
 
 
 def _label(name: str) -> str:

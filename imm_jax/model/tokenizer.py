@@ -84,6 +84,7 @@ def _from_pretrained(folder: Path) -> "PreTrainedTokenizerBase":
 def _from_json(folder: Path) -> "PreTrainedTokenizerBase":
   from tokenizers import AddedToken, Tokenizer
 
+  named = _named_tokens(folder)
   backend, tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json")), _from_pretrained(folder)
   found, written = tokenizer.backend_tokenizer.get_added_tokens_decoder(), backend.get_added_tokens_decoder()
   # tokenizer_config.json may make added tokens special, which changes no id, and add others. A word of the vocabulary
@@ -92,17 +93,14 @@ def _from_json(folder: Path) -> "PreTrainedTokenizerBase":
              for i, token in written.items() if i in found and found[i].special and not token.special]
   new = [token for i, token in sorted(found.items()) if i not in written and (
       backend.token_to_id(token.content) is None or token.content == tokenizer.eos_token)]
-  named = [token["content"] if isinstance(token, dict) else token
-           for token in (_config(folder).get("added_tokens_decoder") or {}).values()]
   end = tokenizer.eos_token
-  if end and backend.token_to_id(end) is None and end not in named and not (folder / "added_tokens.json").exists():
+  if end and backend.token_to_id(end) is None and end not in named.values() and not (folder / "added_tokens.json").exists():
     raise UserError(f"{folder}: tokenizer_config.json names the end-of-text token {end!r}, which tokenizer.json does "
                     "not have; set eos_token to the model's own")
   backend.add_tokens([*special, *new])
   tokenizer._tokenizer = backend
-  for i, token in (_config(folder).get("added_tokens_decoder") or {}).items():
-    content = token["content"] if isinstance(token, dict) else token
-    if backend.token_to_id(content) != int(i):
+  for i, content in named.items():
+    if backend.token_to_id(content) != i:
       raise UserError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder gives {content!r} the id {i}, with "
                       f"tokenizer.json it has {backend.token_to_id(content)}; correct one of the files")
   return tokenizer
@@ -179,6 +177,17 @@ def _from_vocab(folder: Path) -> "PreTrainedTokenizerBase":
     raise UserError(f"{folder}: of vocab.json transformers makes a {type(tokenizer).__name__} without its tokens, such "
                     f"as {wrong!r}; give the tokenizer.json that belongs to it")
   return tokenizer
+
+
+def _named_tokens(folder: Path) -> dict[int, str]:
+  """What tokenizer_config.json says of added tokens: their contents by id."""
+  tokens = _config(folder).get("added_tokens_decoder", {})
+  contents = lambda token: token.get("content") if isinstance(token, dict) else token
+  if not isinstance(tokens, dict) or not all(i.isdigit() and isinstance(contents(token), str)
+                                             for i, token in tokens.items()):
+    raise UserError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder={str(tokens)[:60]}; expected an object "
+                    "with the content of each token by its id, or no such key")
+  return {int(i): contents(token) for i, token in tokens.items()}
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -45,8 +45,9 @@ def check_tokenizer(folder: str | Path, texts: Sequence[str], *, rows: int) -> s
     back = decode(ids)
     should = file[1](ids) if file else unicodedata.normalize("NFC", text) if back != text else text
     if back != should:
-      raise UserError(f"{folder}: {_short(text)} comes back from the tokenizer's ids as {_short(back)}, expected "
-                      f"{_short(should)}")
+      at = next((i for i, pair in enumerate(zip(back, should)) if pair[0] != pair[1]), min(len(back), len(should)))
+      raise UserError(f"{folder}: {_short(text)} comes back from the tokenizer's ids as {_short(back, at)}, expected "
+                      f"{_short(should, at)}")
     if back == text and decode_continuation(
         tokenizer, encode_continuation(tokenizer, text), skip_special_tokens=True) != text:
       raise UserError(f"{folder}: {_short(text)} does not come back from the tokenizer's ids where it continues "
@@ -87,5 +88,7 @@ def _auto(folder: Path, texts: Sequence[str], encode: Callable[[str], list[int]]
           f"{_short(differ[0])}: programs that load it so see other tokens") if differ else ""
 
 
-def _short(text: str) -> str:
-  return repr(text if len(text) <= 40 else f"{text[:37]}...")
+def _short(text: str, at: int = 0) -> str:
+  """Some 40 characters of a text, those around a place in it."""
+  begin = max(0, min(at - 17, len(text) - 37))
+  return repr("..." * (begin > 0) + text[begin:begin + 37] + "..." * (begin + 37 < len(text)))
