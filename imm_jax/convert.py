@@ -49,8 +49,8 @@ def from_orbax(source: Path, out: Path) -> None:
   import orbax.checkpoint as ocp
 
   if not source.is_dir():
-    raise UserError(f"{source}: no such folder; expected one that --to=orbax wrote, or BASE+ADAPTER (a model of the hub "
-                    "is in HF form already)")
+    raise UserError(f"{source}: no such folder; expected one that --to=orbax wrote, or BASE+ADAPTER (a model of the "
+                    "hub is in HF form already)")
   if (source / "config.json").exists():
     raise UserError(f"{source}: is an HF folder; expected one that --to=orbax wrote, or --to=orbax")
   if not (source / "params").is_dir() or not (source / "hf").is_dir():

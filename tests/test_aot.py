@@ -189,7 +189,7 @@ def test_what_cannot_be_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_p
   config = common.get_config()
   config.model = str(tmp_path / "none")
   plan = functools.partial(check.plan_of, slices=1, rows_per_chip=1)
-  with pytest.raises(UserError, match="none: no such checkpoint folder; expected .* or a hub id"):
+  with pytest.raises(UserError, match=r"none: no such checkpoint folder; expected .* or a hub id"):
     plan(config, topology_name="v5e:4x4")
   with pytest.raises(UserError, match="rows_per_chip=0: expected 1 or more"):
     check.plan_of(config, topology_name="v5e:4x4", slices=1, rows_per_chip=0)

@@ -74,6 +74,27 @@ def test_blockwise_equals_xla(length: int, dtype: Any, tolerance: float) -> None
   _close(got, _run(attention.packed(ids, backend="xla"), *inputs), tolerance)
 
 
+def test_branches_see_what_is_before_them_in_their_own_text() -> None:
+  rng = np.random.default_rng(1)
+  length, parents = 150, np.full((2, 150), -1)
+  for row, t in np.ndindex(2, length):  # each token follows the one before, or one of its ancestors
+    line = [t - 1] if t else [-1]
+    while line[-1] >= 0:
+      line.append(parents[row, line[-1]])
+    parents[row, t] = line[0] if rng.random() < 0.7 else rng.choice(line)
+  sees = np.zeros((2, length, length), bool)
+  for row, t in np.ndindex(2, length):
+    sees[row, t, t] = True
+    if parents[row, t] >= 0:
+      sees[row, t] |= sees[row, parents[row, t]]
+  until = np.array([[np.flatnonzero(sees[row, :, t]).max() for t in range(length)] for row in range(2)], np.int32)
+  inputs = _inputs(2, 4, 2, length, 8, jnp.float32)
+  plain = _run(functools.partial(attention.masked, mask=jnp.asarray(sees)), *inputs)
+  for backend in ("xla", "blockwise", "cudnn"):
+    with mock.patch.object(attention, "cudnn", functools.partial(attention.cudnn, implementation="xla")):
+      _close(_run(attention.branching(jnp.asarray(until), backend=backend), *inputs), plain, 2e-6)
+
+
 def test_blockwise_holds_no_whole_scores() -> None:
   q, k, v, direction = _inputs(2, 4, 2, 512, 8, jnp.float32)
   attend = attention.packed(jnp.asarray(_segments(2, 512)), backend="blockwise")

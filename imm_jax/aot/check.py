@@ -20,7 +20,7 @@ from imm_jax.analysis import importance
 from imm_jax.aot import costs, hlo, topology
 from imm_jax.errors import UserError
 from imm_jax.memory import count_params
-from imm_jax.model import attention, hub, published, sharding
+from imm_jax.model import attention, published, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params
 from imm_jax.training import step as training

@@ -1,13 +1,14 @@
 """Attention over packed rows, by platform: XLA, whole or by blocks, cuDNN's flash attention, or TPUs' splash kernel.
 
-A token sees itself and the earlier tokens of its own segment. All backends compute the same thing: scores and softmax
-in float32, products of the weights in the compute dtype. Padding is segment 0 and sees padding, so no row of scores is
-ever empty and nothing becomes NaN.
+A token sees itself and the earlier tokens of its own segment (`packed`), or of its own branch (`branching`). Both come
+to one number a token, the last position that sees it. All backends compute the same thing: scores and softmax in
+float32, products of the weights in the compute dtype. Every token sees itself, padding too, so no row of scores is ever
+empty and nothing becomes NaN.
 
 `xla` holds all scores [B, H, T, T] at once, `blockwise` those of some queries, the two kernels a tile of them.
-`splash` skips tiles above the diagonal and reads segment ids. cuDNN's interface in JAX has none: `cudnn` gives it the
-segments as a mask [B, 1, T, T], one for all heads, and leaves the causal half to the kernel, which skips it. That path
-was lowered for CUDA, and its mask compared through `implementation="xla"`; on a GPU it has not run.
+`splash` skips tiles above the diagonal and reads segment ids, so it knows no branches. cuDNN's interface in JAX has
+none: `cudnn` gives it a mask [B, 1, T, T], one for all heads, and leaves the causal half to the kernel, which skips it.
+That path was lowered for CUDA, and its mask compared through `implementation="xla"`; on a GPU it has not run.
 
 Axes: B batch, T length, S key length, H heads, K key/value heads, G = H / K, h head dim.
 """
@@ -124,26 +125,59 @@ def packed(segment_ids: jax.Array, *, backend: str, mesh: Mesh | None = None, in
   >>> bool((out[:, :, [0, 2, 3]] == v[:, :, [0, 2, 3]]).all())  # the first of a segment sees itself alone
   True
   """
-  if backend == "xla":
-    length = segment_ids.shape[1]
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    mask = causal & _same(segment_ids)
-    return lambda *qkv, scale=None: _keep(masked(*map(_keep, qkv), mask=mask, scale=scale))
-  if backend == "blockwise":
-    return lambda *qkv, scale=None: _keep(blockwise(*map(_keep, qkv), segment_ids, scale))
   if backend == "splash":
-    kernel = functools.partial(_splash, interpret=interpret)
-  else:
-    segment_ids, kernel = _same(segment_ids)[:, None], cudnn
+    return _mapped(functools.partial(_splash, interpret=interpret), segment_ids, mesh)
+  return branching(_ends(segment_ids), backend=backend, mesh=mesh)
+
+
+def branching(until: jax.Array, *, backend: str, mesh: Mesh | None = None) -> Attend:
+  """Attention where texts that begin alike share what they begin with.
+
+  A tree of tokens lies in the order in which its branches are walked, each to its end before the next. So the tokens
+  that follow one are those up to some position, and each sees exactly what precedes it in its own text.
+
+  Args:
+    until: int32 [B, T], that position for each token; its own where nothing follows it.
+    backend: `xla`, `blockwise` or `cudnn`.
+    mesh: as in `packed`.
+
+  Returns:
+    As `packed` does.
+
+  >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 2, 3, 8))
+  >>> out = branching(jnp.array([[2, 1, 2]]), backend="xla")(q, k, v)  # the texts 0 1 and 0 2
+  >>> alone = branching(jnp.array([[1, 1]]), backend="xla")(q[:, :, ::2], k[:, :, ::2], v[:, :, ::2])
+  >>> bool(jnp.allclose(out[:, :, ::2], alone))
+  True
+  """
+  if backend == "blockwise":
+    return lambda *qkv, scale=None: _keep(blockwise(*map(_keep, qkv), until, scale))
+  positions = jnp.arange(until.shape[1])
+  seen = positions[:, None] <= until[:, None, :]
+  if backend == "cudnn":
+    return _mapped(cudnn, seen[:, None], mesh)
+  mask = seen & (positions[:, None] >= positions)
+  return lambda *qkv, scale=None: _keep(masked(*map(_keep, qkv), mask=mask, scale=scale))
+
+
+def _ends(segment_ids: jax.Array) -> jax.Array:
+  """The last position of each token's segment: [B, T]."""
+  length = segment_ids.shape[1]
+  last = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+  return jax.lax.cummin(jnp.where(last, jnp.arange(length), length), axis=1, reverse=True)
+
+
+def _mapped(kernel: Attend, seen: jax.Array, mesh: Mesh | None) -> Attend:
+  """A kernel that reads of `seen` who sees whom, on each device's rows and heads."""
   if mesh is None or mesh.size == 1:
-    return functools.partial(kernel, segments=segment_ids)
+    return functools.partial(kernel, seen=seen)
   where = P(_ROWS, _HEADS)
 
   def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float | None = None) -> jax.Array:
     # What a kernel is made of says nothing about the mesh axes that its results vary over.
-    mapped = jax.shard_map(lambda q, k, v, segments: kernel(q, k, v, segments=segments, scale=scale), mesh=mesh,
+    mapped = jax.shard_map(lambda q, k, v, seen: kernel(q, k, v, seen=seen, scale=scale), mesh=mesh,
                            in_specs=(where, where, where, P(_ROWS)), out_specs=where, check_vma=False)
-    return mapped(q, k, v, segment_ids)
+    return mapped(q, k, v, seen)
 
   return attend
 
@@ -159,17 +193,17 @@ def masked(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array, scale: 
   return einsum("bkgts,bksh->bkgth", weights, v).astype(q.dtype).reshape(batch, heads, length, head_dim)
 
 
-def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, scale: float | None = None,
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, seen: jax.Array, scale: float | None = None,
           implementation: str = "cudnn") -> jax.Array:
-  """cuDNN's flash attention with the segments as a mask [B, 1, T, T]; it takes [B, T, heads, h]."""
+  """cuDNN's flash attention with a mask [B, 1, T, T]; it takes [B, T, heads, h]."""
   q, k, v = (_keep(x.swapaxes(1, 2)) for x in (q, k, v))
-  return jax.nn.dot_product_attention(q, k, v, mask=segments, is_causal=True, scale=scale,
+  return jax.nn.dot_product_attention(q, k, v, mask=seen, is_causal=True, scale=scale,
                                       implementation=implementation).swapaxes(1, 2)
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, scale: float | None = None,
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, seen: jax.Array, scale: float | None = None,
             interpret: bool) -> jax.Array:
-  """The splash kernel on one device's rows [B, T]; it reads each key/value head for its group, nothing is repeated."""
+  """The splash kernel on one device's rows and their segment ids [B, T]; no key/value head is repeated for a group."""
   heads, length = q.shape[1:3]
   tile = splash_tile(length)
   # The fused backward kernel would compute scores once, not twice, but leaves q's gradient in parts, one of each key
@@ -181,7 +215,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, sc
   kernel = splash_attention_kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1,
                                                    residual_checkpoint_name=NAME, interpret=interpret)
   run = lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash_attention_kernel.SegmentIds(ids, ids))
-  return jax.vmap(run)(_keep(q * scale_of(q, scale)), _keep(k), _keep(v), segments)
+  return jax.vmap(run)(_keep(q * scale_of(q, scale)), _keep(k), _keep(v), seen)
 
 
 def splash_tile(length: int) -> int:
@@ -192,8 +226,3 @@ def splash_tile(length: int) -> int:
 def _keep(x: jax.Array) -> jax.Array:
   """Marks what the backward pass need not compute again, see `decoder.REMAT`."""
   return checkpoint_name(x, NAME)
-
-
-def _same(segment_ids: jax.Array) -> jax.Array:
-  """[B, T, T], true where two tokens are of one segment."""
-  return segment_ids[:, :, None] == segment_ids[:, None, :]

@@ -17,33 +17,32 @@ BLOCK, MOST = 128, 16
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scale: float | None = None,
-              ) -> jax.Array:
-  """Causal attention within segments; scores and softmax are float32.
+def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, until: jax.Array, scale: float | None = None) -> jax.Array:
+  """Causal attention; scores and softmax are float32.
 
   Args:
     q: [B, H, T, h].
     k: [B, K, T, h].
     v: [B, K, T, h].
-    segment_ids: int32 [B, T].
+    until: int32 [B, T], the last position that sees each key; that key's own, or a later one.
     scale: of the scores; None for h^-0.5.
 
   Returns:
     [B, H, T, h] in the dtype of `q`. Gradients flow to `q`, `k` and `v`.
 
   >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 2, 4, 8))
-  >>> out = blockwise(q, k, v, jnp.array([[1, 1, 2, 0]]))
-  >>> bool(jnp.allclose(out[:, :, [0, 2, 3]], v[:, :, [0, 2, 3]]))  # the first of a segment sees itself alone
+  >>> out = blockwise(q, k, v, jnp.array([[1, 1, 2, 3]]))
+  >>> bool(jnp.allclose(out[:, :, [0, 2, 3]], v[:, :, [0, 2, 3]]))  # none but the second sees another
   True
   """
-  return _forward(q, k, v, segment_ids, scale)[0]
+  return _forward(q, k, v, until, scale)[0]
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scale: float | None):
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, until: jax.Array, scale: float | None):
   outs, norms, factor = [], [], scale_of(q, scale)
   for begin, end in _blocks(q.shape[2]):
     scores = factor * _dot(_queries(q, k, begin, end), k[:, :, :end], 3, 3)  # [B, K, G*t, S]
-    scores = jnp.where(_seen(segment_ids, begin, end, q.shape[1] // k.shape[1]), scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(_seen(until, begin, end, q.shape[1] // k.shape[1]), scores, jnp.finfo(jnp.float32).min)
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -51,11 +50,11 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, s
     outs.append(out.astype(q.dtype).reshape(*q.shape[:2], end - begin, -1))
     norms.append((top + jnp.log(total))[..., 0])
   out = jnp.concatenate(outs, axis=2)
-  return out, (q, k, v, segment_ids, out, norms)
+  return out, (q, k, v, until, out, norms)
 
 
 def _backward(scale: float | None, residuals, g: jax.Array):
-  q, k, v, segment_ids, out, norms = residuals
+  q, k, v, until, out, norms = residuals
   factor = scale_of(q, scale)
   groups, blocks = q.shape[1] // k.shape[1], _blocks(q.shape[2])
   dq, dk, dv = [], [[] for _ in blocks], [[] for _ in blocks]
@@ -66,7 +65,7 @@ def _backward(scale: float | None, residuals, g: jax.Array):
     # Scores lie [B, K, S, G*t] here: XLA's CPU backend transposes in memory what is summed over its first axis, which
     # this way is never the scores.
     weights = jnp.exp(factor * _dot(keys, queries, 3, 3) - norms[i][:, :, None])
-    weights = jnp.where(_seen(segment_ids, begin, end, groups).swapaxes(2, 3), weights, 0.0)
+    weights = jnp.where(_seen(until, begin, end, groups).swapaxes(2, 3), weights, 0.0)
     dscores = (weights * (_dot(values, dout, 3, 3) - slope[:, :, None])).astype(q.dtype)
     # The barrier keeps XLA from swapping the operands back (see `training.loss`).
     dqueries = factor * jax.lax.optimization_barrier(_dot(keys, dscores, 2, 2)).swapaxes(2, 3)
@@ -97,11 +96,11 @@ def _queries(q: jax.Array, k: jax.Array, begin: int, end: int) -> jax.Array:
   return q[:, :, begin:end].reshape(*k.shape[:2], -1, q.shape[-1])
 
 
-def _seen(segment_ids: jax.Array, begin: int, end: int, groups: int) -> jax.Array:
+def _seen(until: jax.Array, begin: int, end: int, groups: int) -> jax.Array:
   """[B, 1, G*t, S], true where a query of the block sees a key."""
-  causal = jnp.arange(begin, end)[:, None] >= jnp.arange(end)
-  same = segment_ids[:, begin:end, None] == segment_ids[:, None, :end]
-  return jnp.tile(causal & same, (1, groups, 1))[:, None]
+  queries = jnp.arange(begin, end)[:, None]
+  seen = (queries >= jnp.arange(end)) & (queries <= until[:, None, :end])
+  return jnp.tile(seen, (1, groups, 1))[:, None]
 
 
 def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:

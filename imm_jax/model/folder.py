@@ -107,7 +107,7 @@ def tensors(folder: Path) -> dict[str, Entry]:
     UserError: as `weight_files` and `safetensors.entries` do, and where the index disagrees with the shards.
   """
   config = files.read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-  tied = config.get("tie_word_embeddings") == True  # noqa: E712; as `config.read_config`, which also takes 1
+  tied = config.get("tie_word_embeddings") in (True, 1)
   found: dict[str, Entry] = {}
   for file in weight_files(folder):
     for name, entry in safetensors.entries(file).items():

@@ -94,7 +94,8 @@ def _from_json(folder: Path) -> "PreTrainedTokenizerBase":
   new = [token for i, token in sorted(found.items()) if i not in written and (
       backend.token_to_id(token.content) is None or token.content == tokenizer.eos_token)]
   end = tokenizer.eos_token
-  if end and backend.token_to_id(end) is None and end not in named.values() and not (folder / "added_tokens.json").exists():
+  if end and backend.token_to_id(end) is None and end not in named.values() and not (
+      folder / "added_tokens.json").exists():
     raise UserError(f"{folder}: tokenizer_config.json names the end-of-text token {end!r}, which tokenizer.json does "
                     "not have; set eos_token to the model's own")
   backend.add_tokens([*special, *new])
