@@ -8,7 +8,7 @@ import pytest
 
 from imm_jax import tasks
 from imm_jax.errors import UserError
-from imm_jax.tasks import answers, formats, registry
+from imm_jax.tasks import answers, catalogue, formats, registry
 from imm_jax.tasks.base import Example
 
 
@@ -92,9 +92,9 @@ def test_each_published_form_gives_question_gold_and_kind(name, record, question
 
 
 def test_every_form_of_every_task_is_tried():
-  tried = {(name, form.fields) for name, record, *_ in FORMS for form in registry.TASKS[name].formats
+  tried = {(name, form.fields) for name, record, *_ in FORMS for form in catalogue.TASKS[name].formats
            if {k.lower() for k in record} >= set(form.fields)}
-  assert tried == {(name, form.fields) for name, task in registry.TASKS.items() for form in task.formats}
+  assert tried == {(name, form.fields) for name, task in catalogue.TASKS.items() for form in task.formats}
 
 
 def test_a_rationale_ends_in_the_answer_and_holds_no_calculator_marks(tmp_path):
@@ -195,7 +195,7 @@ def test_one_file_for_both_splits_is_refused(tmp_path):
     tasks.load("gsm8k", split="train", source=source)
 
 
-@pytest.mark.parametrize("name", [n for n, t in registry.TASKS.items() if "train" not in t.source])
+@pytest.mark.parametrize("name", [n for n, t in catalogue.TASKS.items() if "train" not in t.source])
 def test_a_task_without_a_train_split_says_so(name):
   with pytest.raises(UserError, match=f"task {name} has no train split, only .*test; it is for evaluation"):
     tasks.load(name, split="train", count=1)
@@ -211,7 +211,7 @@ def test_one_file_holds_the_splits_of_mbpp(tmp_path):
 
 
 def test_the_table_says_where_from_what_role_and_what_licence():
-  for name, task in registry.TASKS.items():
+  for name, task in catalogue.TASKS.items():
     assert task.role in ("id", "ood", "importance")
     assert task.kind in (*formats.KINDS, "")
     assert (task.role == "importance") == (not task.kind) == (name not in tasks.JUDGED)
@@ -219,7 +219,7 @@ def test_the_table_says_where_from_what_role_and_what_licence():
     assert "test" in task.source
     assert all(source.startswith("hf:") for source in task.source.values())
     assert all(form.sizes.keys() <= task.source.keys() for form in task.formats)
-  assert set(tasks.NAMES) >= {"stories", "custom", *registry.TASKS}
+  assert set(tasks.NAMES) >= {"stories", "custom", *catalogue.TASKS}
 
 
 CUSTOM = {"prompt": "P?", "gold": "1,600", "work": "So it is.", "opts": ["x", "y"]}

@@ -1,6 +1,6 @@
 """Tasks by name: questions with gold answers.
 
-`stories` and the other generated families stand in `arithmetic.py`, the real data sets in `registry.py`; `custom` is
+`stories` and the other generated families stand in `arithmetic.py`, the real data sets in `catalogue.py`; `custom` is
 whatever records a config names the fields of. `texts.py` reads corpora without questions.
 """
 
@@ -11,14 +11,15 @@ from collections.abc import Mapping
 
 from imm_jax.tasks import arithmetic, registry
 from imm_jax.tasks.base import Example
+from imm_jax.tasks.catalogue import TASKS
 from imm_jax.tasks.texts import load_text
 
 __all__ = ["JUDGED", "NAMES", "Example", "is_endless", "load", "load_text", "published_size",
            "splits"]
 
-NAMES = (*arithmetic.FAMILIES, *registry.TASKS, "custom")
+NAMES = (*arithmetic.FAMILIES, *TASKS, "custom")
 # Those whose answers can be right or wrong; the others are for layer importance.
-JUDGED = tuple(name for name in NAMES if name not in registry.TASKS or registry.TASKS[name].kind)
+JUDGED = tuple(name for name in NAMES if name not in TASKS or TASKS[name].kind)
 
 
 def load(name: str, *, split: str, count: int | None = None, seed: int = 0, source: str = "",
@@ -68,12 +69,12 @@ def splits(name: str) -> tuple[str, ...]:
   >>> splits("gsm8k"), splits("svamp")
   (('train', 'test'), ('test',))
   """
-  return tuple(registry.TASKS[name].source) if name in registry.TASKS else ("train", "test")
+  return tuple(TASKS[name].source) if name in TASKS else ("train", "test")
 
 
 def published_size(name: str, split: str) -> int | None:
   """How many records a real task's split is published with; None for a task of another kind."""
-  sizes = registry.TASKS[name].formats[0].sizes.get(split) if name in registry.TASKS else None
+  sizes = TASKS[name].formats[0].sizes.get(split) if name in TASKS else None
   return sizes[0] if sizes else None
 
 
