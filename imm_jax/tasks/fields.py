@@ -1,4 +1,4 @@
-"""The values of a published record: text, numbers, and what an Example is made of."""
+"""The values of a published record: text, numbers, and what an Example is made of; ValueError where they are not."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -17,6 +17,14 @@ def text_of(record: Record, field: str) -> str:
   if not isinstance(value, str) or not value.strip():
     raise ValueError(f"{field!r} is {'empty' if isinstance(value, str) else 'no text'}")
   return value.strip()
+
+
+def raw_of(record: Record, field: str) -> str:
+  """A field's text as it stands, which may be empty or lacking; ValueError for what is no text."""
+  value = record.get(field)
+  if value is not None and not isinstance(value, str):
+    raise ValueError(f"{field!r} is no text")
+  return value or ""
 
 
 def number(value: Any) -> str | None:

@@ -5,12 +5,12 @@ ValueError that says what was expected.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from imm_jax.tasks import latex
 from imm_jax.tasks.base import Example
-from imm_jax.tasks.fields import Parser, Record, number, text_of, worked
-from imm_jax.tasks.multiple import LETTERS, choice, letter_of, options_of
+from imm_jax.tasks.fields import Parser, Record, number, raw_of, text_of, worked
+from imm_jax.tasks.multiple import LETTERS, Posed, letter_of, lettered, options_of
 
 KINDS = ("number", "latex", "choice")
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
@@ -36,6 +36,32 @@ def competition(record: Record) -> Example | None:
   """MATH: the gold is the last box of the solution."""
   solution = text_of(record, "solution")
   return worked(text_of(record, "problem"), latex.solution_answer(solution), solution, "latex")
+
+
+def with_answer(record: Record) -> Example | None:
+  """MATH-500: the gold stands beside the solution."""
+  return worked(text_of(record, "problem"), text_of(record, "answer"), text_of(record, "solution"), "latex")
+
+
+def gsm_plus(record: Record) -> Example | None:
+  """GSM-Plus: a number and a worked answer; questions that lack what an answer needs have the gold `None`."""
+  return worked(text_of(record, "question"), number(record["answer"]), _CALCULATOR.sub("", _before_mark(record)),
+                "number")
+
+
+def _before_mark(record: Record) -> str:
+  return raw_of(record, "solution").partition("####")[0]
+
+
+def tabmwp(record: Record) -> Example | None:
+  """TabMWP: a table, a question on it, for some with options; a gold that is no number is compared as written."""
+  title, choices = str(record.get("table_title") or "").strip(), record.get("choices") or []
+  parts = [f"Table: {title}" if title else "Table:", text_of(record, "table"), text_of(record, "question")]
+  if choices:
+    parts.append(f"Options: {', '.join(map(str, choices))}")
+  gold = text_of(record, "answer")
+  bare = number(gold) if record.get("ans_type") in ("integer_number", "decimal_number") else None
+  return _bare("\n".join(parts), bare or gold, "number" if bare else "latex")
 
 
 def svamp(record: Record) -> Example | None:
@@ -78,22 +104,24 @@ def mbpp(record: Record) -> Example | None:
   return Example("", text_of(record, "text"), "", text_of(record, "code").replace("\r\n", "\n"), "")
 
 
-def custom(fields: Mapping[str, str], kind: str) -> Parser:
+def custom(fields: Mapping[str, str], kind: str) -> Callable[[Record], Example | Posed | None]:
   """The parser of records with the names that a config gives.
 
   Args:
-    fields: the record's names of `question`, `answer`, and where there are such, `rationale` and `choices`.
+    fields: the record's names of `question`, `answer`, and where there are such, `rationale` (which a record may lack)
+      and `choices`.
     kind: `number`, `latex` (the last box of the answer, where it has one) or `choice` (a letter, an index from 0, or
       the text of an option).
   """
-  def parse(record: Record) -> Example | None:
+  def parse(record: Record) -> Example | Posed | None:
     question, gold = text_of(record, fields["question"]), record[fields["answer"]]
-    rationale = text_of(record, fields["rationale"]) if fields.get("rationale") else ""
+    # A question without a worked answer is a question.
+    rationale = raw_of(record, fields["rationale"]).strip() if fields.get("rationale") else ""
     if kind == "choice":
       options = options_of(record[fields["choices"]]) if fields.get("choices") else []
       # The text of an option counts before an index: "2" is the option 2 where there is one.
       named = isinstance(gold, str) and len(gold.strip()) > 0 and gold.strip() in options
-      return choice(question, options, LETTERS[options.index(gold.strip())] if named else letter_of(gold), rationale)
+      return lettered(question, options, LETTERS[options.index(gold.strip())] if named else letter_of(gold), rationale)
     if kind == "number":
       return worked(question, number(gold), rationale, kind)
     if gold is None:

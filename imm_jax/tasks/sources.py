@@ -34,7 +34,7 @@ class Where(NamedTuple):
     folder: of the task's files below PATH, where they do not lie in PATH itself.
     files: the published files of this split below the folder: patterns, of which the first that fits any file counts;
       `a.csv|b.csv` stands for both together.
-    columns: of a csv file that has no header.
+    columns: of a csv file that has no header; its records then say their `file`, too.
     needs: what the records must hold, in words, for messages.
     stream: whether a hub's data set is read as it comes, without the rest of it, and kept nowhere.
   """
@@ -133,7 +133,9 @@ def _read_files(source: str, rest: str, where: Where) -> Iterator[tuple[str, dic
     raise UserError(f"{source}: {f'{path} holds no {known}' if path.is_dir() else f'{path} is no file or folder'}; "
                     f"expected records {where.needs}".rstrip())
   for file in files:
-    yield from _parse(file, where)
+    for place, record in _parse(file, where):
+      # What its name says (MMLU's subject) stands in no column.
+      yield place, {"file": file.name} | record if where.columns and isinstance(record, dict) else record
 
 
 def _of_folder(path: Any, where: Where) -> list[Any]:
