@@ -64,7 +64,8 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
   if not source:
     raise UserError(f"task {name} {task.paper}: give {name}=file:PATH")
   where = sources.Where(split, task.folder or name, task.files.get(split, ()), task.columns,
-                        "with the fields " + " or ".join(", ".join(f.fields) for f in task.formats))
+                        "with the fields " + " or ".join(", ".join(f.fields) for f in task.formats),
+                        with_file=bool(task.columns))  # the subject of MMLU's
   form, facts, seen = None, dict.fromkeys(("records", "no_gold", "repeated", "in_test"), 0), set[str]()
   found: dict[str, list[Posed]] = {}
   for place, record in sources.read(source, where):

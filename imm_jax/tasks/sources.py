@@ -34,8 +34,9 @@ class Where(NamedTuple):
     folder: of the task's files below PATH, where they do not lie in PATH itself.
     files: the published files of this split below the folder: patterns, of which the first that fits any file counts;
       `a.csv|b.csv` stands for both together.
-    columns: of a csv file that has no header; its records then say their `file`, too.
+    columns: of a csv file that has no header.
     needs: what the records must hold, in words, for messages.
+    with_file: whether a file's records say its name, as `file`: where that holds what no field does.
     stream: whether a hub's data set is read as it comes, without the rest of it, and kept nowhere.
   """
 
@@ -44,6 +45,7 @@ class Where(NamedTuple):
   files: Sequence[str] = ()
   columns: Sequence[str] = ()
   needs: str = ""
+  with_file: bool = False
   stream: bool = False
 
 
@@ -134,8 +136,7 @@ def _read_files(source: str, rest: str, where: Where) -> Iterator[tuple[str, dic
                     f"expected records {where.needs}".rstrip())
   for file in files:
     for place, record in _parse(file, where):
-      # What its name says (MMLU's subject) stands in no column.
-      yield place, {"file": file.name} | record if where.columns and isinstance(record, dict) else record
+      yield place, {"file": file.name} | record if where.with_file and isinstance(record, dict) else record
 
 
 def _of_folder(path: Any, where: Where) -> list[Any]:
