@@ -368,6 +368,24 @@ def test_where_the_own_place_has_other_questions_than_the_paper_it_is_said_once(
     tasks.load("tabmwp", split="test")
 
 
+def test_options_to_score_have_the_ids_and_the_order_of_the_questions(tmp_path):
+  rows = [CUSTOM | {"prompt": f"P{i}?", "gold": i % 2} for i in range(9)]
+  source = f"file:{write(tmp_path / 'own.jsonl', [*rows, rows[0]])}"
+  fields = {"question": "prompt", "answer": "gold", "choices": "opts"}
+  choices = tasks.load_choices("custom", source=source, fields=fields, count=7, seed=3)
+  examples = tasks.load("custom", split="test", source=source, fields=fields, kind="choice", count=7, seed=3)
+  assert [(c.id, c.question, "AB"[c.gold]) for c in choices] == [(e.id, e.question, e.answer) for e in examples]
+  one = choices[0]
+  assert (one.contexts, one.options) == ((f"Question: {one.question[:3]}\nAnswer:",), (" x", " y"))
+  with pytest.raises(ValueError, match="holds 10 questions, 11 were asked for"):
+    tasks.load_choices("custom", source=source, fields=fields, count=11)
+  with pytest.raises(UserError, match=r"task custom has no options that can be scored; .*task.fields.choices"):
+    tasks.load_choices("custom", source=source, fields={"question": "prompt", "answer": "gold"})
+  for name in ("stories", "gsm8k"):
+    with pytest.raises(UserError, match=f"task {name} has no options that can be scored; expected one of mathqa"):
+      tasks.load_choices(name, source=f"file:{write(tmp_path / 'a.jsonl', [gsm8k('A?')])}")
+
+
 def test_nothing_that_can_be_judged_is_an_error(tmp_path):
   source = f"file:{write(tmp_path / 'a.jsonl', [gsm8k('A?', 'none')])}"
   with pytest.raises(UserError, match="holds no question for gsm8k/test"):
