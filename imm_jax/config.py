@@ -225,18 +225,29 @@ def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloa
         check()
       except ValueError as e:
         raise UserError(f"config.{what}: {e}") from e
-  if trains and reads(config.task.name) and not any(
-      e.rationale for e in questions.of_round(config, 0).asked) and (
+  if trains and reads(config.task.name) and (
       config.method == "real" or config.data.real_fraction or config.data.with_real):
-    raise UserError(f"config.task.name={config.task.name}: has no worked answers, which method=real, "
-                    "data.real_fraction and data.with_real train on")
+    # Each round needs one of its own, but where the answers of earlier rounds are trained on, too.
+    alone = config.method == "real" or config.data.real_fraction
+    for t in range(config.rounds if alone else 1):
+      asked = questions.of_round(config, t).asked
+      if not any(e.rationale for e in asked):
+        raise UserError(f"config.task.name={config.task.name}: has no worked answers, which method=real, "
+                        f"data.real_fraction and data.with_real train on: {_of_worked(config)}, and none of the "
+                        f"{len(asked)} of round {t}")
 
 
 def _check_shots(config: ml_collections.ConfigDict) -> None:
-  bare = [e.id for e in questions.of_round(config, 0).shots if not e.rationale]
-  if bare:
-    raise ValueError(f"{config.task.name} has no worked answers to show ({bare[0]}); name their field in "
-                     "task.fields.rationale, or give prompt.few_shot=0")
+  if len(questions.of_round(config, 0).shots) < config.prompt.few_shot:
+    raise ValueError(f"{config.task.name} has no worked answers to show, or too few: {_of_worked(config)}; name their "
+                     "field in task.fields.rationale, or lower prompt.few_shot (0 for none)")
+
+
+def _of_worked(config: ml_collections.ConfigDict) -> str:
+  if tasks.is_endless(config.task.name):
+    return "its questions are generated"
+  worked, of = questions.count_worked(config)
+  return f"{worked} of its {of} train questions have one"
 
 
 def _get(config: ml_collections.ConfigDict, key: str) -> Any:

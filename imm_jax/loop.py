@@ -233,7 +233,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   if model:
     expected = tuning.expect(config, model, found["base"] if local else None)
     sizes = memory.estimate(config, model, devices.mesh_of(config), expected, teacher)
-  print(f"\n{len(waiting)} of {len(steps)} stages to do\n{sizes}\n"
+  print(f"\n{len(waiting)} of {len(steps)} stages to do\n{questions.describe_tests(config)}\n{sizes}\n"
         f"the whole run: {cost.estimate(config, model, record, teacher)}")
 
 

@@ -14,7 +14,7 @@ from imm_jax import config as checks, cost, experiments
 from imm_jax.errors import UserError
 from imm_jax.memory import count_params
 from imm_jax.model import published
-from imm_jax.stages import questions
+from imm_jax.stages import questions, selection
 
 REPO = Path(__file__).parent.parent
 PLANS = [f"{kind}={n}" for kind, numbers in (("table", paper.TABLES), ("figure", paper.FIGURES)) for n in numbers]
@@ -244,6 +244,61 @@ def test_worked_examples_need_worked_answers(tmp_path):
   config.prompt.few_shot = 2
   with pytest.raises(UserError, match=r"few_shot=2: custom has no worked answers .*task.fields.rationale"):
     checks.validate(config)
+
+
+def _half_worked(folder, worked=(1, 3, 4, 6)):
+  config = _custom(folder)
+  rows = [{"question": f"train {i}?", "answer": str(i), **({"why": f"It is {i}."} if i in worked else {})}
+          for i in range(9)]
+  (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  config.task.fields.rationale = "why"
+  return config
+
+
+def test_examples_of_prompts_and_real_answers_are_rows_with_a_worked_answer_and_the_others_are_asked(tmp_path):
+  config = _half_worked(tmp_path / "a")
+  config.prompt.few_shot, config.task.questions_per_round = 3, 0
+  checks.validate(config)
+  found = questions.of_round(config, 0)
+  assert len(found.shots) == 3
+  assert all(e.rationale for e in found.shots)
+  assert len(found.asked) == 6
+  assert not {e.id for e in found.asked} & {e.id for e in found.shots}
+  assert sum(not e.rationale for e in found.asked) == 5
+  assert len(selection.worked_answers(config, 0)) == 1
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"prompt.few_shot": 5}, r"few_shot=5: custom .*too few: 4 of its 9 train questions have one"),
+    ({"prompt.few_shot": 4, "method": "real"}, r"no worked answers.*: 4 of its 9 .* none of the 4 of round 0")])
+def test_too_few_worked_answers_are_counted(change, message, tmp_path):
+  config = _half_worked(tmp_path / "a")
+  config.update_from_flattened_dict(change)
+  with pytest.raises(UserError, match=message):
+    checks.validate(config)
+
+
+def test_which_examples_a_prompt_shows_does_not_change_where_all_are_worked(tmp_path):
+  config = _half_worked(tmp_path / "a", worked=range(9))
+  config.prompt.few_shot = 3
+  pool = questions.load(config, "custom", split="train")
+  found = questions.of_round(config, 0)
+  assert (found.shots, found.asked) == (pool[:3], pool[3:7])
+
+
+def test_the_dry_run_says_how_many_test_questions_are_asked_and_of_how_many(tmp_path):
+  config = _custom(tmp_path / "a")
+  (tmp_path / "a" / "test.jsonl").write_text("\n".join(
+      json.dumps({"question": "Test?", "answer": a}) for a in ("1", "2", "none", "1")))
+  config.task.update({"eval_questions": 1000, "ood": ("groups", "mawps", "asdiv", "sciq")})
+  assert questions.count_tests(config) == [3, 1000, 520, 1000, 1000]
+  first, note = questions.describe_tests(config).splitlines()
+  assert first == ("test questions: custom 3 of 4 (3 have an answer that can be judged); groups 1000 (generated); "
+                   "mawps 520 of 520; asdiv 1000 of 2305 (2215 have an answer that can be judged); sciq 1000 of 1000")
+  assert "mawps: hf:MU-NLPC/Calc-mawps has 520 other questions than the paper's 2065" in note
+  config.task.ood = ("tabmwp",)
+  with pytest.raises(UserError, match="give tabmwp=file:PATH"):
+    checks.validate(config, downloads=False)
 
 
 def test_a_task_with_fewer_test_questions_than_asked_for_gives_all_it_has(tmp_path, capsys):

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -20,7 +20,7 @@ class Questions(NamedTuple):
   """Questions of the in-domain train split; no question is in two of the three.
 
   Attributes:
-    shots: worked examples of the prompt.
+    shots: worked examples of the prompt, fewer than the config asks for where the task has fewer.
     held_out: what `merge.base_weight=auto` is chosen on.
     asked: of a round.
   """
@@ -37,19 +37,27 @@ def of_round(config: ml_collections.ConfigDict, round_: int) -> Questions:
     ValueError: when the task has too few.
   """
   shots, count = config.prompt.few_shot, config.task.questions_per_round
-  before = shots + (config.merge.auto.questions if config.merge.base_weight == "auto" else 0)
+  held_out = config.merge.auto.questions if config.merge.base_weight == "auto" else 0
   if tasks.is_endless(config.task.name):
+    before = shots + held_out
     pool = load(config, config.task.name, split="train", count=before + (round_ + 1) * count if count else None)
-    asked = pool[before + round_ * count:]
-  else:
-    pool = load(config, config.task.name, split="train")
-    rest = pool[before:]
-    if not rest or count > len(rest):
-      raise ValueError(f"{config.task.name} has {len(pool)} train questions, of which {before} are set apart; "
-                       f"{max(1, count)} are asked for in a round")
-    # Round after round from where the one before has ended, and again from the beginning.
-    asked = [rest[i % len(rest)] for i in range(round_ * count, (round_ + 1) * count)] if count else rest
-  return Questions(pool[:shots], pool[shots:before], asked)
+    return Questions(pool[:shots], pool[shots:before], pool[before + round_ * count:])
+  pool = load(config, config.task.name, split="train")
+  shown = [i for i, e in enumerate(pool) if e.rationale][:shots]
+  others = [e for i, e in enumerate(pool) if i not in set(shown)]
+  rest = others[held_out:]
+  if not rest or count > len(rest):
+    raise ValueError(f"{config.task.name} has {len(pool)} train questions, of which {len(pool) - len(rest)} are set "
+                     f"apart; {max(1, count)} are asked for in a round")
+  # Round after round from where the one before has ended, and again from the beginning.
+  asked = [rest[i % len(rest)] for i in range(round_ * count, (round_ + 1) * count)] if count else rest
+  return Questions([pool[i] for i in shown], others[:held_out], asked)
+
+
+def count_worked(config: ml_collections.ConfigDict) -> tuple[int, int]:
+  """How many of the in-domain task's train questions have a worked answer, and of how many; it is a real task."""
+  pool = load(config, config.task.name, split="train")
+  return sum(bool(e.rationale) for e in pool), len(pool)
 
 
 def of_tests(config: ml_collections.ConfigDict) -> dict[str, list[Example]]:
@@ -77,14 +85,14 @@ def load(config: ml_collections.ConfigDict, entry: str, *, split: str, count: in
   Raises:
     ValueError: when there are fewer than `count`.
   """
-  name, _, source = entry.partition("=")
+  name = name_of(entry)
   if count is None and tasks.is_endless(name):
     raise ValueError(f"{name} makes as many questions as it is asked for: expected 1 or more")
-  if name == config.task.name:
-    source = source or config.task.source
   seed = _TEST_SEED if split == "test" else config.seed
   try:
-    return list(_load(name, split, count, seed, source, tuple(sorted(config.task.fields.items())), config.task.kind))
+    described = _described(config, name)
+    return list(_load(name, split, count, seed, source_of(config, entry), tuple(sorted(described["fields"].items())),
+                      described["kind"]))
   except UserError as e:
     raise UserError(str(e) if str(e).startswith("task ") else f"task {name}: {e}") from e
 
@@ -100,6 +108,29 @@ def counts(config: ml_collections.ConfigDict) -> tuple[int, int]:
 def count_tests(config: ml_collections.ConfigDict) -> list[int]:
   """How many test questions each task is asked, as in `counts`; 0 for all of a number that is not known."""
   return [_size(config, entry, "test", config.task.eval_questions) for entry in (config.task.name, *config.task.ood)]
+
+
+def describe_tests(config: ml_collections.ConfigDict) -> str:
+  """A line on how many test questions of each task are asked, and of how many; by the published sizes as in `counts`.
+
+  Lines follow that say where a task's own source has other questions than the paper asks.
+  """
+  parts, notes = [], []
+  for entry, count in zip((config.task.name, *config.task.ood), count_tests(config), strict=True):
+    name, own = name_of(entry), not source_of(config, entry)
+    if tasks.is_endless(name):
+      parts.append(f"{name} {count} (generated)")
+      continue
+    if is_remote(config, entry):
+      usable, records = tasks.published_size(name, "test"), tasks.published_records(name, "test")
+    else:
+      usable = len(load(config, entry, split="test"))
+      records = tasks.count_records(name, "test", source=source_of(config, entry), **_described(config, name))
+    judged = f" ({usable} have an answer that can be judged)" if usable != records else ""
+    parts.append(f"{name} {count or 'all'} of {records or 'an unknown number'}{judged}")
+    if own and (note := tasks.paper_note(name)):
+      notes.append(note)
+  return "\n".join((f"test questions: {'; '.join(parts)}", *notes))
 
 
 def _size(config: ml_collections.ConfigDict, entry: str, split: str, limit: int) -> int:
@@ -124,9 +155,14 @@ def digests(config: ml_collections.ConfigDict) -> dict[str, str]:
 
 def is_remote(config: ml_collections.ConfigDict, entry: str) -> bool:
   """Whether a task's questions come over the network."""
+  name, source = name_of(entry), source_of(config, entry)
+  return not tasks.is_endless(name) and bool(source or tasks.has_place(name)) and not source.startswith("file:")
+
+
+def source_of(config: ml_collections.ConfigDict, entry: str) -> str:
+  """The source that the config gives for an entry; empty for the task's own."""
   name, _, source = entry.partition("=")
-  source = source or (config.task.source if name == config.task.name else "")
-  return not tasks.is_endless(name) and not source.startswith("file:")
+  return source or (config.task.source if name == config.task.name else "")
 
 
 def name_of(entry: str) -> str:
@@ -138,8 +174,13 @@ def name_of(entry: str) -> str:
   return entry.partition("=")[0]
 
 
+def _described(config: ml_collections.ConfigDict, name: str) -> dict[str, Any]:
+  """What the config says of the records of `custom`; of another task nothing."""
+  return {"fields": config.task.fields.to_dict(), "kind": config.task.kind} if name == "custom" else {
+      "fields": {}, "kind": ""}
+
+
 @functools.lru_cache(maxsize=64)
 def _load(name: str, split: str, count: int | None, seed: int, source: str,
           fields: tuple[tuple[str, str], ...], kind: str) -> list[Example]:
-  options = {"fields": dict(fields), "kind": kind} if name == "custom" else {}
-  return tasks.load(name, split=split, count=count, seed=seed, source=source, **options)
+  return tasks.load(name, split=split, count=count, seed=seed, source=source, fields=dict(fields), kind=kind)
