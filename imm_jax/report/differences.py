@@ -68,7 +68,7 @@ def _parts(found: Sequence[tuple[str, str, Comparison]], ood_tasks: Sequence[str
           for a, b, of in found if of.lines]
   tests = [[a, b, line.label, d.n, d.first, d.second, _cell(line), d.wins, d.losses, d.p, line.p,
             "yes" if line.real else "no"] for a, b, of in found for line in of.lines for d in (line.paired,)]
-  over = "one task" if len(labels) == 1 else f"{len(labels)} columns"
+  over = "tasks and all those out of domain together" if POOLED in labels else "tasks"
   tables = [
       _HOW.format(over),
       Table(f"{prefix}differences", f"Differences, {what} less the other; * is real", [what, "against", *labels], rows),
