@@ -79,10 +79,10 @@ def read_folder(folder: Path) -> dict[str, Answers]:
     UserError: when there are none, and for a file that cannot be read.
   """
   paths = [path for path in sorted(folder.glob("*.jsonl")) if not path.stem.endswith("_samples")]
-  if not paths:
-    below = sorted({str(path.parent) for path in folder.glob("**/eval/**/*.jsonl")}) if folder.is_dir() else []
+  below = sorted({str(path.parent) for path in folder.glob("**/eval/**/*.jsonl")}) if folder.is_dir() else []
+  if not paths or below:  # a run and its rounds hold other files, too
     ours = f"one of {listed(below)}" if below else "a folder such as RUN/base/eval or RUN/round_0/eval/sft"
-    raise UserError(f"{folder}: holds no answers (<task>.jsonl); expected an --out of imm_jax.evaluate, or of a run "
+    raise UserError(f"{folder}: is no folder of answers (<task>.jsonl); expected an --out of imm_jax.evaluate, or of a run "
                     f"{ours}")
   return {path.stem: read(path) for path in paths}
 
@@ -210,9 +210,11 @@ def table(found: Comparison, this: Path, other: Path) -> str:
   widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
   text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
           for row in (head, *rows)]
-  over = f"{len(rows)} lines" if len(rows) > 1 else "one line"
+  tests = "McNemar's (mid-p)"
+  if any(line.paired.wins is None for line in found.lines):
+    tests += ", of scores that are not 0 or 1 a randomisation test's"
   return "\n".join([f"{this} against {other}, on the same questions; brackets are 95 % intervals (paired bootstrap), p "
-                    f"is McNemar's (mid-p), corrected over {over}", *text, *found.notes])
+                    f"is {tests}, corrected by Holm over the {len(rows)} lines", *text, *found.notes])
 
 
 def facts(found: Comparison, other: Path) -> dict[str, Any]:

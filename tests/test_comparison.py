@@ -182,7 +182,8 @@ def test_other_scores_of_a_row_are_lines_of_their_own(tmp_path: Path):
 def test_a_folder_without_answers_says_where_some_are(tmp_path: Path):
   for name in ("base/eval", "round_0/eval/sft"):
     write(tmp_path / "run" / name, "add", "10")
-  with pytest.raises(UserError, match=r"holds no answers .* one of .*run/base/eval, .*run/round_0/eval/sft"):
+  (tmp_path / "run/metrics.jsonl").write_text("{}\n")
+  with pytest.raises(UserError, match=r"is no folder of answers .* one of .*run/base/eval, .*run/round_0/eval/sft"):
     against.read_folder(tmp_path / "run")
   with pytest.raises(UserError, match="a folder such as RUN/base/eval"):
     against.read_folder(tmp_path / "none")

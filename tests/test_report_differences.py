@@ -87,7 +87,7 @@ def test_a_method_that_does_not_merge_and_one_task(tmp_path: Path):
   assert [row[:2] for row in tables(section)["differences"].rows] == [
       ["round 0 sft", "base"], ["round 1 sft", "base"]]
   assert list(tables(section)["differences"].head)[2:] == ["stories"]
-  assert "Holm over the line's tasks, not" in section.parts[0]
+  assert "by Holm over the columns of the line" in section.parts[0]
   begun = run._replace(models=run.models[:1])
   assert "differences" not in [part.id for part in page.sections(begun, [])]
 

@@ -11,8 +11,9 @@ from imm_jax.report.results import Model, Results
 POOLED = "all out of domain"
 _HOW = ("The models of a line answered the same questions and are compared question by question: the difference in "
         "accuracy with its 95 % interval (paired bootstrap). A star marks a difference that is real at 5 %: p of "
-        "McNemar's test (mid-p), corrected by Holm over the line's {}, not over the lines. Real is what other "
-        "questions of the kind would show, too; another seed of the run may show something else.")
+        "McNemar's test (mid-p), corrected by Holm over the columns of the line, not over the lines; so an interval "
+        "that leaves 0 out may have none. Real is what other questions of the kind would show, too; another seed of "
+        "the run may show something else.")
 
 
 def section(results: Results) -> Section:
@@ -68,9 +69,8 @@ def _parts(found: Sequence[tuple[str, str, Comparison]], ood_tasks: Sequence[str
           for a, b, of in found if of.lines]
   tests = [[a, b, line.label, d.n, d.first, d.second, _cell(line), d.wins, d.losses, d.p, line.p,
             "yes" if line.real else "no"] for a, b, of in found for line in of.lines for d in (line.paired,)]
-  over = "tasks and all those out of domain together" if POOLED in labels else "tasks"
   tables = [
-      _HOW.format(over),
+      _HOW,
       Table(f"{prefix}differences", f"Differences, {what} less the other; * is real", [what, "against", *labels], rows),
       Table(f"{prefix}tests", "The tests behind them", [
           what, "against", "task", "questions", "accuracy", "the other's", "difference", f"right in this {what} alone",
