@@ -82,8 +82,8 @@ def read_folder(folder: Path) -> dict[str, Answers]:
   below = sorted({str(path.parent) for path in folder.glob("**/eval/**/*.jsonl")}) if folder.is_dir() else []
   if not paths or below:  # a run and its rounds hold other files, too
     ours = f"one of {listed(below)}" if below else "a folder such as RUN/base/eval or RUN/round_0/eval/sft"
-    raise UserError(f"{folder}: is no folder of answers (<task>.jsonl); expected an --out of imm_jax.evaluate, or of a run "
-                    f"{ours}")
+    raise UserError(f"{folder}: is no folder of answers (<task>.jsonl); expected an --out of imm_jax.evaluate, or of a "
+                    f"run {ours}")
   return {path.stem: read(path) for path in paths}
 
 
