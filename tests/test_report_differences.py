@@ -59,7 +59,7 @@ def test_every_pair_of_models_is_tested_on_every_task(root: Path):
       wins, losses = both.count((True, False)), both.count((False, True))
       assert int(row["difference n"]) == len(both) == 40 * len(tasks[row["task"]])
       assert float(row["difference"]) == pytest.approx((wins - losses) / len(both))
-      assert [int(row[f"right in {which} alone"]) for which in ("this model", "the other")] == [wins, losses]
+      assert [int(row[f"only {which} right"]) for which in ("this", "other")] == [wins, losses]
       assert float(row["p"]) == mcnemar(wins, losses)
     assert [float(row["p (Holm)"]) for row in of_pair] == holm([float(row["p"]) for row in of_pair])
   assert list(found["differences"].head) == ["model", "against", *tasks]
