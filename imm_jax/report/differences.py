@@ -73,8 +73,8 @@ def _parts(found: Sequence[tuple[str, str, Comparison]], ood_tasks: Sequence[str
       _HOW,
       Table(f"{prefix}differences", f"Differences, {what} less the other; * is real", [what, "against", *labels], rows),
       Table(f"{prefix}tests", "The tests behind them", [
-          what, "against", "task", "questions", "this", "other", "difference", "only this right", "only other right", "p",
-          "p (Holm)", "real at 5 %"], tests)] if rows else []
+          what, "against", "task", "questions", "this", "other", "difference", "only this right", "only other right",
+          "p", "p (Holm)", "real at 5 %"], tests)] if rows else []
   return [*tables, *notes]
 
 
