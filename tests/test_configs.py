@@ -10,7 +10,7 @@ import pytest
 from test_loop import SMALL, environment  # noqa: F401
 
 from configs import arguments, common, llama, paper, qwen, tiny
-from imm_jax import config as checks, cost, experiments
+from imm_jax import config as checks, cost, experiments, files, tasks
 from imm_jax.errors import UserError
 from imm_jax.memory import count_params
 from imm_jax.model import published
@@ -188,19 +188,33 @@ def test_what_cannot_be_asked_shows_before_the_run(environment, tmp_path):  # no
 
 
 def test_scores_of_one_checkpoint(environment, tmp_path):  # noqa: F811
+  other, asked = tmp_path / "other", tasks.load("choice", split="test", count=5, seed=0)
+  other.mkdir()
+  files.write_jsonl(other / "choice.jsonl", [
+      {"id": e.id, "question": e.question, "gold": e.answer, "correct": False} for e in asked])
   command = [sys.executable, "-m", "imm_jax.evaluate", "--config=configs/tiny.py", "--model=tiny",
-             f"--out={tmp_path / 'out'}", "--config.task.ood=('choice',)", "--config.task.eval_questions=6",
-             "--config.eval.batch_size=8", "--config.eval.num_samples=2"]
+             f"--out={tmp_path / 'out'}", f"--against={other}", "--config.task.ood=('choice',)",
+             "--config.task.eval_questions=6", "--config.eval.batch_size=8", "--config.eval.num_samples=2"]
   done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
-  lines = [line.split()[:2] for line in done.stdout.splitlines()[:-1]]
+  scores, _, compared = done.stdout.partition("answers and scores: ")
+  lines = [line.split()[:2] for line in scores.splitlines()]
   assert lines == [[task, metric] for task in ("stories", "choice") for metric in (
       "greedy", "pass@1", "pass@2", "majority@2")]
   assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-      "choice.jsonl", "choice_samples.jsonl", "scores.json", "stories.jsonl", "stories_samples.jsonl"]
+      "against.json", "choice.jsonl", "choice_samples.jsonl", "scores.json", "stories.jsonl", "stories_samples.jsonl"]
+  assert f"choice: compared on the 5 questions that both answered; {tmp_path}/out/choice.jsonl alone has 1" in compared
+  (found,), rows = (json.loads((tmp_path / "out/against.json").read_text()),
+                    (tmp_path / "out/choice.jsonl").read_text().splitlines()[:5])
+  assert [(test["task"], test["n"], test["only_this"]) for test in found["tests"]] == [
+      ("choice", 5, sum(json.loads(row)["correct"] for row in rows))]
   again = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
   assert again.returncode == 1
   assert "exists; give another folder, or --overwrite" in again.stderr
+  itself = subprocess.run([*command, "--overwrite", f"--against={tmp_path / 'out'}"], cwd=REPO, env=environment,
+                          capture_output=True, text=True, check=False)
+  assert itself.returncode == 1
+  assert "is or holds the input --against" in itself.stderr
 
 
 def test_runs_start_servers_together_or_not_at_all():

@@ -34,6 +34,12 @@ class Model(NamedTuple):
   def label(self) -> str:
     return "base" if self.kind == "base" else f"round {self.round} {self.kind}"
 
+  @property
+  def folder(self) -> str:
+    """Where its answers lie in the run directory."""
+    kind = self.kind.replace("merged ", "sweep_")
+    return "base/eval" if kind == "base" else f"round_{self.round}/eval/{kind}"
+
 
 class Results(NamedTuple):
   """Everything a report shows, but for the samples.
