@@ -1,6 +1,5 @@
 """Whether a loaded tokenizer gives the ids and texts that its file does."""
 
-import os
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,7 +45,7 @@ def check_tokenizer(folder: str | Path, texts: Sequence[str], *, rows: int) -> s
     back = decode(ids)
     should = file[1](ids) if file else unicodedata.normalize("NFC", text) if back != text else text
     if back != should:
-      at = len(os.path.commonprefix((back, should)))
+      at = next((i for i, (a, b) in enumerate(zip(back, should, strict=False)) if a != b), len(back))
       raise UserError(f"{folder}: {_short(text)} comes back from the tokenizer's ids as {_short(back, at)}, expected "
                       f"{_short(should, at)}")
     if back == text and decode_continuation(
