@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import ml_collections
-from jax.sharding import Mesh
 
 from imm_jax import distributed, files
 from imm_jax.errors import UserError
@@ -69,7 +68,7 @@ def sampler_of(config: ml_collections.ConfigDict, model: Path, batch_size: int, 
   """
   if config.sampler.kind == "native":
     sampler = NativeSampler(model, compute_dtype=config.sample.compute_dtype, batch_size=batch_size,
-                            mesh=_own_devices(config))
+                            mesh=sharding.own_devices(mesh_of(config)))
     yield lambda asked, **options: [
         [Completion(*completion) for completion in group]
         for group in distributed.gather(sampler.generate(list(distributed.share(asked)), **options))]
@@ -83,16 +82,9 @@ def sampler_of(config: ml_collections.ConfigDict, model: Path, batch_size: int, 
       model, python=(vllm.python or sys.executable) if spawns else "", urls=vllm.urls, args=vllm.args,
       restart=vllm.restart, compute_dtype=config.sample.compute_dtype, concurrency=vllm.concurrency,
       timeout=vllm.timeout, start_timeout=vllm.start_timeout, tolerance=vllm.tolerance, log=scratch / "vllm.log",
-      mesh=None if spawns else _own_devices(config)) as sampler:
+      mesh=None if spawns else sharding.own_devices(mesh_of(config))) as sampler:
     yield lambda asked, *, label, **options: sampler.generate(
         asked, label=label, journal=scratch / f"{re.sub(r'[^A-Za-z0-9]+', '_', label)}.jsonl", **options)
-
-
-def _own_devices(config: ml_collections.ConfigDict) -> Mesh:
-  """This process's devices."""
-  if jax.process_count() == 1:
-    return mesh_of(config)
-  return sharding.make_mesh(data=1, fsdp=1, tensor=-1, devices=jax.local_devices())
 
 
 def check_sampler(config: ml_collections.ConfigDict) -> None:
