@@ -50,7 +50,9 @@ def plan(config: ml_collections.ConfigDict, base: Path, root: Path, teacher: Pat
         partial(evaluating.stage, config, model, root, name, round_, scratch(name)), everywhere=True,
         scratch=str(scratch(name)))
 
-  asks = ("seed", "task", "prompt", *(("merge.auto.questions",) if auto else ()))
+  # Questions that are shown in evaluation or held out are not asked.
+  asks = ("seed", "task", "prompt", *(("merge.auto.questions",) if auto else ()),
+          *(("eval.protocol", "eval.few_shot", "eval.shots_file") if questions.shown_in_evaluation(config) else ()))
   samples = draws(config)
   if samples and config.prompt.few_shot:
     add("few_shot.jsonl", ("train questions",), asks, f"the {config.prompt.few_shot} worked examples of the prompt",
