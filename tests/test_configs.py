@@ -193,9 +193,16 @@ def test_scores_of_one_checkpoint(environment, tmp_path):  # noqa: F811
              "--config.eval.batch_size=8", "--config.eval.num_samples=2"]
   done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
-  lines = [line.split()[:2] for line in done.stdout.splitlines()[:-1]]
-  assert lines == [[task, metric] for task in ("stories", "choice") for metric in (
+  printed = done.stdout.splitlines()
+  assert [line.split()[:2] for line in printed[:-3]] == [[task, metric] for task in ("stories", "choice") for metric in (
       "greedy", "pass@1", "pass@2", "majority@2")]
+  scores = json.loads((tmp_path / "out/scores.json").read_text())
+  for line, task in zip(printed[-3:], ("stories", "choice"), strict=False):
+    rows = [json.loads(row) for row in (tmp_path / f"out/{task}.jsonl").read_text().splitlines()]
+    assert scores["protocol"][task] == {
+        "name": "paper", "shots": 0, "n": 6, "mean_tokens": round(sum(row["tokens"] for row in rows) / 6, 2),
+        "cut": round(sum(row["finish"] == "length" for row in rows) / 6, 4)}
+    assert line.startswith(f"{task}: protocol paper, 0 worked examples; ")
   assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
       "choice.jsonl", "choice_samples.jsonl", "scores.json", "stories.jsonl", "stories_samples.jsonl"]
   again = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)

@@ -188,6 +188,9 @@ def _models(stages: Mapping[str, Any], rounds: list[int], tasks: tuple[str, ...]
         models.append(_model(kind, t, stages[name]["facts"], tasks))
       except (AttributeError, KeyError, TypeError, ValueError) as e:
         problems.append(f"run.json: the scores of {name} are damaged ({e!r})")
+  untold = [model.label for model in models if not model.asked]
+  if untold and len(untold) < len(models):
+    problems.append(f"run.json: does not say by which protocol these were asked: {', '.join(untold)}")
   return tuple(models)
 
 
@@ -196,14 +199,17 @@ def _model(kind: str, round_: int, facts: Mapping[str, Any], tasks: tuple[str, .
   scores = {task: {name: score for name, score in found.items() if _METRIC.fullmatch(name)}
             for task, found in scores.items()}
   greedy = {task: scores[task].pop("greedy") for task in tasks}
+  asked = {task: _asked(found) for task, found in facts.get("protocol", {}).items()}  # earlier versions told of none
+  if asked and asked.keys() != scores.keys():
+    raise ValueError("its protocols are those of other tasks")
   return Model(kind, round_, greedy, {task: found for task, found in scores.items() if found},
-               dict(facts.get("long_prompts", {})),
-               {task: _asked(found) for task, found in facts.get("protocol", {}).items()})
+               dict(facts.get("long_prompts", {})), asked)
 
 
 def _asked(found: Mapping[str, Any]) -> Asked:
-  asked = Asked(**found)
-  if not (isinstance(asked.name, str) and all(map(is_number, asked[1:])) and 0 <= asked.cut <= 1):
+  asked = Asked(*(found[name] for name in Asked._fields))
+  known = isinstance(asked.name, str) and all(map(is_number, asked[1:]))
+  if not (known and min(asked[1:]) >= 0 and asked.n > 0 and asked.cut <= 1):
     raise ValueError(f"{found} is no protocol")
   return asked
 
