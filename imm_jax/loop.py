@@ -122,7 +122,9 @@ def _evaluation_plan(config: ml_collections.ConfigDict) -> str:
   limit, counts = config.task.eval_questions, questions.count_tests(config)
   fewer = any(count < limit for count in counts)
   asked = f", {sum(counts)} questions" if fewer else f" x {limit or 'all'} questions"
-  return f"{len(counts)} tasks{asked}{samples}"
+  shown = questions.shown_in_evaluation(config)
+  how = f", protocol {config.eval.protocol}" if shown or config.eval.protocol != "paper" else ""
+  return f"{len(counts)} tasks{asked}{samples}{how}"
 
 
 def _choice_plan(config: ml_collections.ConfigDict) -> str:

@@ -199,9 +199,7 @@ def _model(kind: str, round_: int, facts: Mapping[str, Any], tasks: tuple[str, .
   scores = {task: {name: score for name, score in found.items() if _METRIC.fullmatch(name)}
             for task, found in scores.items()}
   greedy = {task: scores[task].pop("greedy") for task in tasks}
-  asked = {task: _asked(found) for task, found in facts.get("protocol", {}).items()}  # earlier versions told of none
-  if asked and asked.keys() != scores.keys():
-    raise ValueError("its protocols are those of other tasks")
+  asked = {task: _asked(facts["protocol"][task]) for task in tasks} if "protocol" in facts else {}  # in older runs none
   return Model(kind, round_, greedy, {task: found for task, found in scores.items() if found},
                dict(facts.get("long_prompts", {})), asked)
 
