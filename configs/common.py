@@ -28,8 +28,12 @@ def get_config() -> ml_collections.ConfigDict:
   task.eval_questions = 200  # test questions of each task; 0 for all
 
   config.prompt = prompt = ml_collections.ConfigDict()
-  prompt.header = ""  # a line before everything else that describes the task
-  prompt.style = "plain"  # plain: the paper's template; chat: the tokenizer's chat template
+  # A sentence before everything else that describes the task. Where paper shows worked examples, "like given examples
+  # below:" takes the place of its full stop.
+  prompt.header = ""
+  # paper: its template, worked examples as in tables 11 and 12; plain: examples in the form of the question; chat: the
+  # tokenizer's chat template, examples as turns. Without examples, as in training, paper and plain are the same.
+  prompt.style = "paper"
   prompt.few_shot = 8  # worked examples when sampling for training, 0 for none [paper: tables 11 and 12]
 
   config.sample = sample = ml_collections.ConfigDict()
@@ -37,7 +41,8 @@ def get_config() -> ml_collections.ConfigDict:
   sample.temperatures = (0.2, 0.4, 0.6)  # sample j uses number j modulo their count [paper]
   sample.top_p = 1.0  # nucleus: 1 keeps the whole distribution [ours]
   sample.max_new_tokens = 512  # tokens of an answer [ours]
-  sample.stop = ("### Instruction",)  # an answer ends before any of these strings, in evaluation too
+  # An answer ends before any of these strings, in evaluation with eval.protocol=paper too.
+  sample.stop = ("### Instruction", "### Response", "\nQuestion:")
   sample.batch_size = 64  # samples decoded at once (native)
   sample.compute_dtype = "bfloat16"  # of weights, activations and cache, in evaluation too: bfloat16 or float32
 
@@ -98,7 +103,13 @@ def get_config() -> ml_collections.ConfigDict:
   auto.step = 0.2  # by which a group's weight is tried higher and lower
 
   config.eval = evaluation = ml_collections.ConfigDict()
-  evaluation.max_new_tokens = 512  # greedy, zero-shot [paper]
+  # How test questions are asked and answers read: paper (zero-shot in the prompt of training [code]), harness
+  # (math-evaluation-harness's few-shot chain of thought) or qwen (Qwen2.5-Math's chat); see docs/protocols.md.
+  evaluation.protocol = "paper"
+  evaluation.few_shot = -1  # worked examples before a test question; -1 for as many as the protocol has
+  # Worked examples (jsonl with question, answer, rationale, task) in place of those of train splits; empty for these.
+  evaluation.shots_file = ""
+  evaluation.max_new_tokens = 512  # greedy [code]; harness: 1024, Qwen2.5-Math: 2048
   evaluation.batch_size = 64  # questions decoded at once (native)
   evaluation.num_samples = 0  # M, samples of each question for pass@k and the majority vote; 0 for greedy answers only
   evaluation.pass_at_k = (1, 2, 4, 8, 16, 32, 64)  # those up to M

@@ -15,7 +15,7 @@ from imm_jax.model import attention
 from imm_jax.model.decoder import REMAT
 from imm_jax.sampling.vllm_client import Server
 from imm_jax.stages import questions
-from imm_jax.tasks import sources
+from imm_jax.tasks import prompts, protocols, sources
 from imm_jax.training import throughput
 
 METHODS = ("imm", "iimm", "star", "data_mixture", "data_accumulation", "real")
@@ -28,7 +28,8 @@ SAMPLERS = ("native", "vllm")
 HOW = ("mesh", "profile", "sft.accumulation", "sft.attention", "sft.log_every", "sft.max_to_keep", "sft.remat",
        "sft.save_interval", "sft.state_dir", "sampler.vllm")
 
-_ONE_OF = {"method": METHODS, "task.kind": ("number", "latex", "choice"), "prompt.style": ("plain", "chat"),
+_ONE_OF = {"method": METHODS, "task.kind": ("number", "latex", "choice"), "prompt.style": prompts.STYLES,
+           "eval.protocol": protocols.NAMES,
            "sft.schedule": ("cosine", "linear", "constant"), "sft.intervention": INTERVENTIONS,
            "sft.compute_dtype": DTYPES, "sft.remat": tuple(REMAT), "sft.attention": attention.BACKENDS,
            "sample.compute_dtype": DTYPES, "sampler.kind": SAMPLERS, "merge.delta_ref": ("start", "base")}
@@ -74,6 +75,10 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
     raise UserError(f"config.sample.temperatures={config.sample.temperatures}: expected one or more numbers >= 0")
   if not all(isinstance(k, int) and k >= 1 for k in config.eval.pass_at_k):
     raise UserError(f"config.eval.pass_at_k={config.eval.pass_at_k}: expected whole numbers, 1 or more")
+  require(config, "eval.few_shot", lambda v: -1 <= v < 2**31, "expected 0 or more, or -1 for the protocol's own number")
+  if config.eval.shots_file and not questions.shown_in_evaluation(config):
+    raise UserError(f"config.eval.shots_file={config.eval.shots_file}: eval.protocol={config.eval.protocol} shows no "
+                    "worked examples; give config.eval.few_shot=N, or another eval.protocol")
   if config.eval.num_samples and config.eval.pass_at_k and min(config.eval.pass_at_k) > config.eval.num_samples:
     raise UserError(f"config.eval.pass_at_k={config.eval.pass_at_k}: all are more than "
                     f"eval.num_samples={config.eval.num_samples}")
@@ -215,10 +220,12 @@ def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloa
                    lambda: questions.of_round(config, config.rounds - 1), (config.task.name,)))
   if trains and config.merge.base_weight == "auto":
     auto = config.merge.auto
-    checks += [(f"merge.auto.questions={auto.questions}", lambda entry=entry: questions.load(
-        config, entry, split="train", count=auto.questions), (entry,)) for entry in auto.general]
+    checks += [(f"merge.auto.questions={auto.questions}", lambda entry=entry: questions.general(config, entry),
+                (entry, config.task.name)) for entry in auto.general]
   if trains and config.prompt.few_shot and draws(config):
     checks.append((f"prompt.few_shot={config.prompt.few_shot}", lambda: _check_shots(config), (config.task.name,)))
+  checks += [(f"eval.protocol={config.eval.protocol}", lambda entry=entry: questions.shots_of(config, entry),
+              (entry, config.task.name)) for entry in (config.task.name, *config.task.ood)]
   for what, check, entries in checks:
     if reads(*entries):
       try:

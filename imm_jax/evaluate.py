@@ -1,11 +1,14 @@
 """Accuracy of one checkpoint on the tasks of a config: greedy, and with `eval.num_samples` pass@k and majority vote.
 
+Questions are asked by `eval.protocol` (docs/protocols.md).
+
     python -m imm_jax.evaluate --config=configs/tiny.py --model=tiny --out=runs/scores
     python -m imm_jax.evaluate --config=configs/tiny.py --model=DIR --out=OUT --config.eval.num_samples=16
     python -m imm_jax.evaluate --config=configs/tiny.py --model=DIR --out=OUT --against=runs/scores
 
 OUT holds <task>.jsonl (a row a question, with the answer, its verdict and what was judged), <task>_samples.jsonl, and
-scores.json. It appears whole or not at all. With --against comes OUT/against.json: which differences are real.
+scores.json, which says of each task the protocol, the worked examples, the mean tokens of an answer and the share that
+was cut. It appears whole or not at all. With --against comes OUT/against.json: which differences are real.
 """
 
 import json
@@ -18,6 +21,7 @@ from imm_jax import against, cli, config, experiments, files
 from imm_jax.errors import UserError
 from imm_jax.evaluation import Accuracy
 from imm_jax.model import hf, hub
+from imm_jax.report.results import Asked
 from imm_jax.stages import devices, evaluating, sampling
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: task, prompt, eval, sampler and mesh count.")
@@ -52,6 +56,9 @@ def main() -> None:
     for metric, score in found.items():
       a = Accuracy(**score)
       print(f"{task:<16}{metric:<14}{a.value:.3f} [{a.low:.3f}, {a.high:.3f}] n={a.n}")
+  for task, how in facts["protocol"].items():
+    print(f"{task}: {Asked(*(how[name] for name in Asked._fields)).rule}; {how['mean_tokens']:.1f} tokens an answer, {how['cut']:.1%} cut at "
+          f"config.eval.max_new_tokens={settings.eval.max_new_tokens}")
   for task, count in facts["long_prompts"].items():
     print(f"{task}: {count} questions were skipped: with their answers they do not fit in the model's context")
   print(f"answers and scores: {out}")

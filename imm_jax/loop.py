@@ -50,7 +50,9 @@ def plan(config: ml_collections.ConfigDict, base: Path, root: Path, teacher: Pat
         partial(evaluating.stage, config, model, root, name, round_, scratch(name)), everywhere=True,
         scratch=str(scratch(name)))
 
-  asks = ("seed", "task", "prompt", *(("merge.auto.questions",) if auto else ()))
+  # Questions that are shown in evaluation or held out are not asked.
+  asks = ("seed", "task", "prompt", *(("merge.auto.questions",) if auto else ()),
+          *(("eval.protocol", "eval.few_shot", "eval.shots_file") if questions.shown_in_evaluation(config) else ()))
   samples = draws(config)
   if samples and config.prompt.few_shot:
     add("few_shot.jsonl", ("train questions",), asks, f"the {config.prompt.few_shot} worked examples of the prompt",
@@ -120,7 +122,9 @@ def _evaluation_plan(config: ml_collections.ConfigDict) -> str:
   limit, counts = config.task.eval_questions, questions.count_tests(config)
   fewer = any(count < limit for count in counts)
   asked = f", {sum(counts)} questions" if fewer else f" x {limit or 'all'} questions"
-  return f"{len(counts)} tasks{asked}{samples}"
+  shown = questions.shown_in_evaluation(config)
+  how = f", protocol {config.eval.protocol}" if shown or config.eval.protocol != "paper" else ""
+  return f"{len(counts)} tasks{asked}{samples}{how}"
 
 
 def _choice_plan(config: ml_collections.ConfigDict) -> str:

@@ -198,9 +198,16 @@ def test_scores_of_one_checkpoint(environment, tmp_path):  # noqa: F811
   done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
   scores, _, compared = done.stdout.partition("answers and scores: ")
-  lines = [line.split()[:2] for line in scores.splitlines()]
-  assert lines == [[task, metric] for task in ("stories", "choice") for metric in (
+  printed = scores.splitlines()
+  assert [line.split()[:2] for line in printed[:-2]] == [[task, metric] for task in ("stories", "choice") for metric in (
       "greedy", "pass@1", "pass@2", "majority@2")]
+  scores = json.loads((tmp_path / "out/scores.json").read_text())
+  for line, task in zip(printed[-2:], ("stories", "choice"), strict=True):
+    rows = [json.loads(row) for row in (tmp_path / f"out/{task}.jsonl").read_text().splitlines()]
+    assert scores["protocol"][task] == {
+        "name": "paper", "shots": 0, "n": 6, "mean_tokens": round(sum(row["tokens"] for row in rows) / 6, 2),
+        "cut": round(sum(row["finish"] == "length" for row in rows) / 6, 4)}
+    assert line.startswith(f"{task}: protocol paper, 0 worked examples; ")
   assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
       "against.json", "choice.jsonl", "choice_samples.jsonl", "scores.json", "stories.jsonl", "stories_samples.jsonl"]
   assert f"choice: compared on the 5 questions that both answered; {tmp_path}/out/choice.jsonl alone has 1" in compared

@@ -10,7 +10,7 @@ from imm_jax.report import browser, differences, figures, insides
 from imm_jax.report.figures import MODELS, Panel
 from imm_jax.report.markup import Markup, Plot, Section, Table, page, section
 from imm_jax.report.reading import COUNTS, count, is_number
-from imm_jax.report.results import Model, Results, skipped
+from imm_jax.report.results import Model, Results, rules, skipped
 from imm_jax.report.samples import Chunk
 
 _RELOAD_S = 30
@@ -179,11 +179,19 @@ def _accuracy(results: Results) -> Section:
   counts = [f"{t}, n={results.models[0].scores[t].n}" for t in tasks]
   head = ["model", counts[0], *pooled, *counts[1:]]
   return Section("accuracy", "Accuracy by round", [
-      "Greedy answers, zero-shot, with 95 % intervals (Wilson). "
+      f"Greedy answers with 95 % intervals (Wilson){''.join(f'; {rule}' for rule in rules(results))}. "
       f"In domain is {results.id_task}; the dotted line is the base model.", *skipped(results),
       Plot("accuracy", f"Accuracy of the base model, after SFT and after merging by round, {' and '.join(names)}; the "
            "table below has the values", figures.draw, tuple(panels)),
-      Table("accuracy", "Accuracy", head, rows)])
+      Table("accuracy", "Accuracy", head, rows), *_asked(results)])
+
+
+def _asked(results: Results) -> list[Table]:
+  """How the greedy answers came, where that is known."""
+  rows = [[m.label, task, a.name, a.shots, a.n, a.mean_tokens, 100 * a.cut]
+          for m in results.models for task, a in m.asked.items()]
+  head = ["model", "task", "protocol", "worked examples", "answers", "mean tokens", "cut at the limit, %"]
+  return [Table("protocol", "How the answers came", head, rows)] if rows else []
 
 
 def _sampled(results: Results) -> Section:

@@ -13,6 +13,21 @@ from imm_jax.report.reading import is_number
 _METRIC = re.compile(r"greedy|(pass|majority)@[1-9]\d{0,8}")
 
 
+class Asked(NamedTuple):
+  """How a task's greedy answers came: protocol, worked examples in a prompt, answers, their mean tokens, share cut."""
+
+  name: str
+  shots: int
+  n: int
+  mean_tokens: float
+  cut: float
+
+  @property
+  def rule(self) -> str:
+    """The protocol with its worked examples."""
+    return f"protocol {self.name}, {self.shots} worked example{'s' * (self.shots != 1)}"
+
+
 class Model(NamedTuple):
   """One evaluated model.
 
@@ -22,6 +37,7 @@ class Model(NamedTuple):
     scores: greedy accuracy by task.
     sampled: by task, figures of its samples by name (`pass@4`, `majority@16`).
     skipped: by task, questions that do not fit in the model's context.
+    asked: by task, how its greedy answers came, where that is known.
   """
 
   kind: str
@@ -29,6 +45,7 @@ class Model(NamedTuple):
   scores: dict[str, Accuracy]
   sampled: dict[str, dict[str, Accuracy]]
   skipped: dict[str, int]
+  asked: Mapping[str, Asked] = {}
 
   @property
   def label(self) -> str:
@@ -177,6 +194,9 @@ def _models(stages: Mapping[str, Any], rounds: list[int], tasks: tuple[str, ...]
         models.append(_model(kind, t, stages[name]["facts"], tasks))
       except (AttributeError, KeyError, TypeError, ValueError) as e:
         problems.append(f"run.json: the scores of {name} are damaged ({e!r})")
+  untold = [model.label for model in models if not model.asked]
+  if untold and len(untold) < len(models):
+    problems.append(f"run.json: does not say by which protocol these were asked: {', '.join(untold)}")
   return tuple(models)
 
 
@@ -185,8 +205,17 @@ def _model(kind: str, round_: int, facts: Mapping[str, Any], tasks: tuple[str, .
   scores = {task: {name: score for name, score in found.items() if _METRIC.fullmatch(name)}
             for task, found in scores.items()}
   greedy = {task: scores[task].pop("greedy") for task in tasks}
+  asked = {task: _asked(facts["protocol"][task]) for task in tasks} if "protocol" in facts else {}  # in older runs none
   return Model(kind, round_, greedy, {task: found for task, found in scores.items() if found},
-               dict(facts.get("long_prompts", {})))
+               dict(facts.get("long_prompts", {})), asked)
+
+
+def _asked(found: Mapping[str, Any]) -> Asked:
+  asked = Asked(*(found[name] for name in Asked._fields))
+  known = isinstance(asked.name, str) and all(map(is_number, asked[1:]))
+  if not (known and min(asked[1:]) >= 0 and asked.n > 0 and asked.cut <= 1):
+    raise ValueError(f"{found} is no protocol")
+  return asked
 
 
 def _score(found: Mapping[str, Any]) -> Accuracy:
@@ -213,12 +242,28 @@ def table(results: Results) -> str:
   widths = [max(len(row[i]) for row in lines) for i in range(len(lines[0]))]
   text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]
   return "\n".join([f"accuracy, method {results.method}; ID is {results.id_task}; brackets are 95 % intervals", *text,
-                    *_sampled(results), *skipped(results)])
+                    *_sampled(results), *rules(results), *_lengths(results), *skipped(results)])
 
 
 def figure(a: Accuracy) -> str:
   """A figure with its interval."""
   return f"{a.value:.3f} [{a.low:.3f}, {a.high:.3f}]"
+
+
+def rules(results: Results) -> list[str]:
+  """A line for each way in which test questions were asked."""
+  tasks: dict[str, list[str]] = {}
+  for task, asked in (results.models[0].asked if results.models else {}).items():
+    tasks.setdefault(asked.rule, []).append(task)
+  return [f"{rule}: {', '.join(names)}" for rule, names in tasks.items()]
+
+
+def _lengths(results: Results) -> list[str]:
+  """A line for each model: how long its greedy answers were, over all tasks."""
+  found = {m.label: list(m.asked.values()) for m in results.models if m.asked}
+  return [f"{label}: {sum(a.mean_tokens * a.n for a in of) / sum(a.n for a in of):.1f} tokens an answer, "
+          f"{sum(a.cut * a.n for a in of) / sum(a.n for a in of):.1%} of {sum(a.n for a in of)} cut at "
+          "eval.max_new_tokens" for label, of in found.items()]
 
 
 def skipped(results: Results) -> list[str]:

@@ -54,7 +54,7 @@ def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int
                   ) -> dict[str, Any]:
   """Tries base weights on held-out questions and writes the best: base_weight.json, with every score.
 
-  The score of a weight is the mean of two accuracies, greedy and zero-shot: on questions of the in-domain train split
+  The score of a weight is the mean of two accuracies by `eval.protocol`: on questions of the in-domain train split
   that no prompt and no round uses, and on questions of the tasks in `merge.auto.general`, of their train splits. Of
   equal scores the larger weight wins, which is nearer to the base. With `merge.auto.groups` the layers are then taken
   in so many groups, from the first to the last: a group's weight moves by `merge.auto.step` up or down where that is
@@ -62,7 +62,7 @@ def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int
   """
   auto = config.merge.auto
   asked = questions.of_round(config, round_).held_out
-  general = [e for entry in auto.general for e in questions.load(config, entry, split="train", count=auto.questions)]
+  general = {entry: questions.general(config, entry) for entry in auto.general}
   tried: list[dict[str, Any]] = []
 
   def score(weight: Setting) -> float:
@@ -74,16 +74,24 @@ def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int
         _merge(config, source, models, round_, [(weight, trial)])
     distributed.barrier("merged on trial")
     found: dict[str, evaluation.Accuracy] = {}
+    how: dict[str, dict[str, Any]] = {}
     with sampling.sampler_of(config, trial, config.eval.batch_size, scratch) as sampler:
-      for name, examples in (("in_domain", asked), ("general", general)):
-        rows, _ = evaluating.greedy(config, trial, sampler, examples,
-                                    label=f"round {round_}: base weight {len(tried) + 1}, {name}")
+      for name, parts in (("in_domain", {config.task.name: asked}), ("general", general)):
+        rows = []
+        for entry, examples in parts.items():
+          task = questions.name_of(entry)
+          rows_of, _ = evaluating.greedy(config, trial, sampler, entry, examples,
+                                         label=f"round {round_}: base weight {len(tried) + 1}, {task}")
+          rows += rows_of
+          if distributed.is_main():
+            how[task] = evaluating.described(config, task, rows_of)
         if distributed.is_main():
           found[name] = evaluation.accuracy(sum(r["correct"] for r in rows), len(rows))
     value = distributed.from_main(sum(a.value for a in found.values()) / 2)
     if distributed.is_main() and tried:
       files.remove(scratch / f"model_{len(tried) - 1}")
-    tried.append({"base_weight": weight, "score": value, **{name: a._asdict() for name, a in found.items()}})
+    tried.append({"base_weight": weight, "score": value, **{name: a._asdict() for name, a in found.items()},
+                  "protocol": how})
     return value
 
   scores = {weight: score(weight) for weight in sorted(auto.weights)}

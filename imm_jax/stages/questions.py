@@ -1,4 +1,4 @@
-"""Which questions a run asks, and which worked examples its prompts show."""
+"""Which questions a run asks, and which worked examples its prompts show, in sampling and in evaluation."""
 
 import functools
 import hashlib
@@ -10,6 +10,7 @@ import ml_collections
 
 from imm_jax import tasks
 from imm_jax.errors import UserError
+from imm_jax.tasks import protocols, shots
 from imm_jax.tasks.base import Example
 
 # Test questions are part of a task and the same in every run, as those of a published data set are.
@@ -36,28 +37,103 @@ def of_round(config: ml_collections.ConfigDict, round_: int) -> Questions:
   Raises:
     ValueError: when the task has too few.
   """
-  shots, count = config.prompt.few_shot, config.task.questions_per_round
+  few, shown, count = config.prompt.few_shot, shown_in_evaluation(config), config.task.questions_per_round
+  shown = max(few, shown)
   held_out = config.merge.auto.questions if config.merge.base_weight == "auto" else 0
   if tasks.is_endless(config.task.name):
-    before = shots + held_out
-    pool = load(config, config.task.name, split="train", count=before + (round_ + 1) * count if count else None)
-    return Questions(pool[:shots], pool[shots:before], pool[before + round_ * count:])
-  pool = load(config, config.task.name, split="train")
-  shown = [i for i, e in enumerate(pool) if e.rationale][:shots]
-  others = [e for i, e in enumerate(pool) if i not in set(shown)]
+    before = shown + held_out
+    pool = _train(config, config.task.name, before + (round_ + 1) * count if count else None)
+    return Questions(pool[:few], pool[shown:before], pool[before + round_ * count:])
+  pool = _train(config, config.task.name)
+  apart = [i for i, e in enumerate(pool) if e.rationale][:shown]
+  others = [e for i, e in enumerate(pool) if i not in set(apart)]
   rest = others[held_out:]
   if not rest or count > len(rest):
     raise ValueError(f"{config.task.name} has {len(pool)} train questions, of which {len(pool) - len(rest)} are set "
                      f"apart; {max(1, count)} are asked for in a round")
   # Round after round from where the one before has ended, and again from the beginning.
   asked = [rest[i % len(rest)] for i in range(round_ * count, (round_ + 1) * count)] if count else rest
-  return Questions([pool[i] for i in shown], others[:held_out], asked)
+  return Questions([pool[i] for i in apart[:few]], others[:held_out], asked)
 
 
 def count_worked(config: ml_collections.ConfigDict) -> tuple[int, int]:
   """How many of the in-domain task's train questions have a worked answer, and of how many; it is a real task."""
   pool = load(config, config.task.name, split="train")
   return sum(bool(e.rationale) for e in pool), len(pool)
+
+
+def shown_in_evaluation(config: ml_collections.ConfigDict) -> int:
+  """How many worked examples `eval.protocol` shows for the in-domain task."""
+  return protocols.of(config, config.task.name).few_shot
+
+
+def shots_of(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
+  """The worked examples that `eval.protocol` shows before a task's test questions.
+
+  They are rows of `eval.shots_file` where it has any for the task, else the first of the task's own train split, else
+  of the in-domain task's, where its answers are of the same kind. Neither a round nor `merge.auto` asks them.
+
+  Raises:
+    UserError: when there are too few, or one is a test question.
+  """
+  name, file = name_of(entry), config.eval.shots_file
+  count, kind = protocols.of(config, name).few_shot, protocols.kind_of(config, name)
+  if not count:
+    return []
+  places = [file] if file and shots.read(file, name, kind) else [
+      source for source in dict.fromkeys((entry, config.task.name))
+      if "train" in tasks.splits(name_of(source)) and protocols.kind_of(config, name_of(source)) == kind]
+  found: dict[str, list[Example]] = {}
+  for place in places:
+    pool = shots.read(file, name, kind) if place == file else _train(
+        config, place, count if tasks.is_endless(name_of(place)) else None)
+    # The in-domain task's first ones are set apart in `of_round`.
+    found[place] = [e for e in pool if e.rationale][:count]
+  place = max(found, key=lambda place: len(found[place]), default="")
+  asks = f"config.eval.protocol={config.eval.protocol} shows {count} worked example{'s' * (count > 1)}"
+  if not found.get(place):
+    raise UserError(f"{asks}, and task {name} has none: they come from its train split, or from the in-domain task's "
+                    f"where that has answers of its kind ({kind}); give --config.eval.shots_file=FILE.jsonl, rows with "
+                    "question, answer and rationale, or --config.eval.few_shot=0")
+  if len(found[place]) < count:
+    where = file if place == file else f"the train split of {name_of(place)}"
+    raise UserError(f"{asks}, and {where} has {len(found[place])} for task {name}; give more in "
+                    f"--config.eval.shots_file, or --config.eval.few_shot={len(found[place])}")
+  if place != entry:
+    limit = config.task.eval_questions if tasks.is_endless(name) else None
+    tests = {_unspaced(e.question) for e in load(config, entry, split="test", count=limit)}
+    for e in found[place]:
+      if _unspaced(e.question) in tests:
+        raise UserError(f"{e.id}: {e.question[:60]!r} is a test question of {name}, so it is no worked example for it; "
+                        "give others in --config.eval.shots_file")
+  return found[place]
+
+
+def general(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
+  """What `merge.base_weight=auto` asks of a task of `merge.auto.general`: of its train split, none that is shown.
+
+  Raises:
+    ValueError: when there are too few.
+  """
+  count, shown = config.merge.auto.questions, {_unspaced(e.question) for e in shots_of(config, entry)}
+  pool = load(config, entry, split="train", count=count + len(shown) if tasks.is_endless(name_of(entry)) else None)
+  found = [e for e in pool if _unspaced(e.question) not in shown][:count]
+  if len(found) < count:
+    raise ValueError(f"{name_of(entry)}/train holds {len(found)} questions, {count} were asked for")
+  return found
+
+
+def _train(config: ml_collections.ConfigDict, entry: str, count: int | None = None) -> list[Example]:
+  """Train questions, without those that `eval.shots_file` shows."""
+  file = config.eval.shots_file
+  shown = {_unspaced(question) for question in shots.questions(file)} if file else ()
+  found = load(config, entry, split="train", count=None if count is None else count + len(shown))
+  return [e for e in found if _unspaced(e.question) not in shown][:count]
+
+
+def _unspaced(question: str) -> str:
+  """What makes two questions the same: what they say, however that is spaced."""
+  return "".join(question.split())
 
 
 def of_tests(config: ml_collections.ConfigDict) -> dict[str, list[Example]]:
@@ -148,7 +224,13 @@ def digests(config: ml_collections.ConfigDict) -> dict[str, str]:
   found = {}
   for split, entries in (("train", (config.task.name,)), ("test", (config.task.name, *config.task.ood))):
     entries = [e for e in entries if not tasks.is_endless(name_of(e)) and split in tasks.splits(name_of(e))]
-    known = [(e.id, e.answer, e.rationale) for entry in entries for e in load(config, entry, split=split)]
+    known: list[object] = [(e.id, e.answer, e.rationale) for entry in entries for e in (
+        load(config, entry, split="test") if split == "test" else _train(config, entry))]
+    if split == "test":  # with what is shown before them
+      known += [(e.question, e.rationale) for entry in (config.task.name, *config.task.ood)
+                for e in shots_of(config, entry)]
+    elif config.eval.shots_file:
+      known += shots.questions(config.eval.shots_file)
     found[f"{split} questions"] = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
   return found
 
