@@ -7,6 +7,7 @@ from typing import Any
 from imm_jax.errors import UserError
 from imm_jax.tasks import formats, sources
 from imm_jax.tasks.base import Example
+from imm_jax.tasks.multiple import Posed
 
 _NEEDS = "with question, and answer or rationale or both"
 
@@ -57,4 +58,4 @@ def _example(place: str, row: dict[str, Any], kind: str) -> Example:
     raise UserError(f"{place}: {e}") from e
   if found is None:
     raise UserError(f"{place}: its answer {row['answer'][:50]!r} is no {kind} that can be judged")
-  return found._replace(id=place)
+  return (found.example if isinstance(found, Posed) else found)._replace(id=place)
