@@ -52,7 +52,8 @@ def main() -> None:
       a = Accuracy(**score)
       print(f"{task:<16}{metric:<14}{a.value:.3f} [{a.low:.3f}, {a.high:.3f}] n={a.n}")
   for task, how in facts["protocol"].items():
-    print(f"{task}: {Asked(*(how[name] for name in Asked._fields)).rule}; {how['mean_tokens']:.1f} tokens an answer, {how['cut']:.1%} cut at "
+    asked = Asked(*(how[name] for name in Asked._fields))
+    print(f"{task}: {asked.rule}; {asked.mean_tokens:.1f} tokens an answer, {asked.cut:.1%} cut at "
           f"config.eval.max_new_tokens={settings.eval.max_new_tokens}")
   for task, count in facts["long_prompts"].items():
     print(f"{task}: {count} questions were skipped: with their answers they do not fit in the model's context")

@@ -194,8 +194,8 @@ def test_scores_of_one_checkpoint(environment, tmp_path):  # noqa: F811
   done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
   printed = done.stdout.splitlines()
-  assert [line.split()[:2] for line in printed[:-3]] == [[task, metric] for task in ("stories", "choice") for metric in (
-      "greedy", "pass@1", "pass@2", "majority@2")]
+  assert [line.split()[:2] for line in printed[:-3]] == [
+      [task, metric] for task in ("stories", "choice") for metric in ("greedy", "pass@1", "pass@2", "majority@2")]
   scores = json.loads((tmp_path / "out/scores.json").read_text())
   for line, task in zip(printed[-3:], ("stories", "choice"), strict=False):
     rows = [json.loads(row) for row in (tmp_path / f"out/{task}.jsonl").read_text().splitlines()]
