@@ -22,7 +22,8 @@ def get_config() -> ml_collections.ConfigDict:
   task.source = ""  # where its questions are: hf:ID[:CONFIG], tfds:NAME, file:PATH; empty for the published place
   task.fields = _strings("question", "answer", "rationale", "choices")  # of a custom task's records
   task.kind = "number"  # of a custom task's answers: number, latex or choice
-  # Out-of-domain tasks, evaluated only; NAME=SOURCE where one's questions are elsewhere.
+  # Out-of-domain tasks, evaluated only; NAME=SOURCE where one's questions are elsewhere, lm_eval:NAME for a task of
+  # lm-evaluation-harness.
   task.ood = ("groups", "compare", "price", "sequence", "choice")
   task.questions_per_round = 500  # of the train split, fresh ones while they last; 0 for all of them in every round
   task.eval_questions = 200  # test questions of each task; 0 for all
@@ -115,6 +116,14 @@ def get_config() -> ml_collections.ConfigDict:
   evaluation.pass_at_k = (1, 2, 4, 8, 16, 32, 64)  # those up to M
   evaluation.temperature = 0.6  # of the samples [ours]
   evaluation.top_p = 1.0  # of the samples
+  # Tasks of multiple choice whose options are scored by likelihood, besides those that are made for it (arc_easy, ...).
+  evaluation.by_likelihood = ()
+  # Texts of which nats a token are measured: NAME of a corpus, or text=SOURCE; task.eval_questions passages of each.
+  evaluation.texts = ()
+  evaluation.lm_eval = lm_eval = ml_collections.ConfigDict()
+  lm_eval.path = ""  # a folder with YAML files of tasks, besides lm_eval's own
+  lm_eval.few_shot = -1  # worked examples; -1 for as many as the task has
+  lm_eval.chat = False  # whether prompts go through the tokenizer's chat template
 
   config.analysis = analysis = ml_collections.ConfigDict()
   # Answers of a round, at most, that layer importance and token entropy are measured on; 0 for neither [ours]

@@ -69,7 +69,7 @@ def work(config: ml_collections.ConfigDict, record: Mapping[str, Any]) -> Work:
   shots = config.prompt.few_shot * (ASSUMED["question"] + length)
   # What is read before an answer in evaluation: the question, and what the protocol shows.
   asks = lambda name: ASSUMED["question"] + protocols.of(config, name).few_shot * (ASSUMED["question"] + length)
-  names = map(questions.name_of, (config.task.name, *config.task.ood))
+  names = map(questions.name_of, questions.own(config))
   asked_tests = sum(n * asks(name) for n, name in zip(questions.count_tests(config), names, strict=True))
   return Work(sampled, passes * seen * (length + ASSUMED["question"]), evaluated,
               config.rounds * asked * (ASSUMED["question"] + shots) if drawn else 0.0,

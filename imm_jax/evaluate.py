@@ -55,10 +55,16 @@ def main() -> None:
   for task, found in facts["scores"].items():
     for metric, score in found.items():
       a = Accuracy(**score)
-      print(f"{task:<16}{metric:<14}{a.value:.3f} [{a.low:.3f}, {a.high:.3f}] n={a.n}")
+      print(f"{task:<16}{metric:<16}{a.value:.3f} [{a.low:.3f}, {a.high:.3f}] n={a.n}")
+  for text, found in facts["texts"].items():
+    for metric in ("nats_per_token", "bits_per_byte"):
+      print(f"{text:<16}{metric:<16}{found[metric]['value']:.4f} [{found[metric]['low']:.4f}, "
+            f"{found[metric]['high']:.4f}] n={found['n']}")
   for task, how in facts["protocol"].items():
-    print(f"{task}: {Asked(*(how[name] for name in Asked._fields)).rule}; {how['mean_tokens']:.1f} tokens an answer, {how['cut']:.1%} cut at "
-          f"config.eval.max_new_tokens={settings.eval.max_new_tokens}")
+    asked = Asked(*(how[name] for name in Asked._fields))
+    length = (f"; {asked.mean_tokens:.1f} tokens an answer, {asked.cut:.1%} cut at config.eval.max_new_tokens="
+              f"{settings.eval.max_new_tokens}") if asked.mean_tokens else ""
+    print(f"{task}: {asked.rule}{length}")
   for task, count in facts["long_prompts"].items():
     print(f"{task}: {count} questions were skipped: with their answers they do not fit in the model's context")
   print(f"answers and scores: {out}")

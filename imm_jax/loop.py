@@ -217,7 +217,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   record = rundir.read_record(root)
   # A large model takes a while; one of the hub has the digest that was recorded.
   external = {name: folder.digest(model) if record["stages"] and local else "" for name, model in found.items()}
-  if any(questions.is_remote(config, entry) for entry in (config.task.name, *config.task.ood)):
+  if any(questions.is_remote(config, entry) for entry in questions.own(config)):
     recorded = {name: value for entry in record["stages"].values() for name, value in entry["inputs"].items()}
     external |= {name: recorded.get(name, "") for name in ("train questions", "test questions")}
   else:
@@ -249,7 +249,7 @@ def _check(config: ml_collections.ConfigDict, *, dry: bool = False) -> dict[str,
   found = {"base": hub.resolve(config.model)} | ({"teacher": hub.resolve(config.teacher)} if config.teacher else {})
   for model in found.values():
     load_tokenizer(model, rows=hf.check(model).vocab_size)
-  entries = (config.task.name, *config.task.ood)
+  entries = questions.own(config)
   if not (dry and any(questions.is_remote(config, entry) for entry in entries)):
     sampling.check(config, found["base"], found.get("teacher", found["base"]), draws(config))
   return found

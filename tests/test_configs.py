@@ -199,8 +199,9 @@ def test_scores_of_one_checkpoint(environment, tmp_path):  # noqa: F811
   assert done.returncode == 0, done.stderr
   scores, _, compared = done.stdout.partition("answers and scores: ")
   printed = scores.splitlines()
-  assert [line.split()[:2] for line in printed[:-2]] == [[task, metric] for task in ("stories", "choice") for metric in (
-      "greedy", "pass@1", "pass@2", "majority@2")]
+  metrics = ("greedy", "pass@1", "pass@2", "majority@2")
+  assert [line.split()[:2] for line in printed[:-2]] == [
+      [task, metric] for task in ("stories", "choice") for metric in metrics]
   scores = json.loads((tmp_path / "out/scores.json").read_text())
   for line, task in zip(printed[-2:], ("stories", "choice"), strict=True):
     rows = [json.loads(row) for row in (tmp_path / f"out/{task}.jsonl").read_text().splitlines()]

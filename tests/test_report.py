@@ -66,7 +66,7 @@ def test_csv_files_hold_the_values_of_the_run(run: Path, written: Path):
   assert [list(row.values()) for row in asked[:2]] == [
       ["base", task, "paper", "0", "6", "10.0", "25.0"] for task in ("stories", "groups")]
   text = report_runs.text_of((written / "index.html").read_text())
-  assert "Greedy answers with 95 % intervals (Wilson); protocol paper, 0 worked examples: stories, groups, choice" in text
+  assert "(Wilson); protocol paper, 0 worked examples: stories, groups, choice. In domain is stories" in text
   told = results.table(Results.of(run)).splitlines()
   assert "protocol paper, 0 worked examples: stories, groups, choice" in told
   assert "base: 10.0 tokens an answer, 25.0% of 18 cut at eval.max_new_tokens" in told

@@ -179,11 +179,27 @@ def _accuracy(results: Results) -> Section:
   counts = [f"{t}, n={results.models[0].scores[t].n}" for t in tasks]
   head = ["model", counts[0], *pooled, *counts[1:]]
   return Section("accuracy", "Accuracy by round", [
-      f"Greedy answers with 95 % intervals (Wilson){''.join(f'; {rule}' for rule in rules(results))}. "
+      f"Accuracy with 95 % intervals (Wilson){''.join(f'; {rule}' for rule in rules(results))}. "
       f"In domain is {results.id_task}; the dotted line is the base model.", *skipped(results),
       Plot("accuracy", f"Accuracy of the base model, after SFT and after merging by round, {' and '.join(names)}; the "
            "table below has the values", figures.draw, tuple(panels)),
-      Table("accuracy", "Accuracy", head, rows), *_asked(results)])
+      Table("accuracy", "Accuracy", head, rows), *_beside(results), *_texts(results), *_asked(results)])
+
+
+def _beside(results: Results) -> list[Table]:
+  """Further figures of tasks that have several, such as acc_norm."""
+  rows = [[m.label, task, name, a] for m in results.models for task, found in m.beside.items()
+          for name, a in found.items()]
+  return [Table("beside", "Further figures", ["model", "task", "figure", "value"], rows)] if rows else []
+
+
+def _texts(results: Results) -> list[Table]:
+  """How well texts are predicted."""
+  rows = [[m.label, text, *(spans[name][part] for name in ("nats_per_token", "bits_per_byte")
+                            for part in ("value", "low", "high"))]
+          for m in results.models for text, spans in m.texts.items()]
+  head = ["model", "text", "nats a token", "95 % from", "to", "bits a byte", "from", "to"]
+  return [Table("texts", "Likelihood of texts: less is better", head, rows)] if rows else []
 
 
 def _asked(results: Results) -> list[Table]:

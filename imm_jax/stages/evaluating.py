@@ -9,7 +9,7 @@ import ml_collections
 from imm_jax import distributed, evaluation, files
 from imm_jax.metrics import StageMetrics
 from imm_jax.sampling import Prompt
-from imm_jax.stages import questions, sampling
+from imm_jax.stages import devices, likelihood, lm_eval_tasks, questions, sampling
 from imm_jax.tasks import answers, protocols
 from imm_jax.tasks.base import Example
 
@@ -22,21 +22,24 @@ def stage(config: ml_collections.ConfigDict, model: Path, root: Path, name: str,
     metrics.write(round_ + 1, **{f"accuracy/{task}" if metric == "greedy" else f"{metric}/{task}": score["value"]
                                  for task, found in facts["scores"].items() for metric, score in found.items()},
                   **{f"{name}/{task}": how[name] for task, how in facts["protocol"].items()
-                     for name in ("mean_tokens", "cut")})
+                     for name in ("mean_tokens", "cut") if name in how},
+                  **{f"{name}/{text}": found[name]["value"] for text, found in facts["texts"].items()
+                     for name in ("nats_per_token", "bits_per_byte")})
   return facts
 
 
 def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: Path, *, label: str) -> dict[str, Any]:
-  """Answers every task's test questions by `eval.protocol`: a folder with <task>.jsonl, a row a question, answered
-  greedily.
+  """Asks a model all test questions of a config: a folder with <task>.jsonl, a row a question.
 
-  With `config.eval.num_samples` also <task>_samples.jsonl, for pass@k and the majority vote. `scratch` is a folder for
-  what vLLM leaves (`sampling.sampler_of`).
+  Answers are greedy and asked for by `eval.protocol`; with `config.eval.num_samples` there is also
+  <task>_samples.jsonl, for pass@k and the majority vote. Of other tasks options are scored (`likelihood`), or
+  lm-evaluation-harness runs them (`lm_eval_tasks`). `scratch` is a folder for what came of a start that was killed
+  (`sampling.sampler_of`).
 
   Returns:
-    `scores`: for each task, figures by name (`greedy`, `pass@4`, `majority@16`); `protocol`: for each task, how its
-    greedy answers came (`described`); `long_prompts`: questions that were skipped since they do not fit, for each task
-    that has any.
+    `scores`: for each task, figures by name, the first of which counts (`greedy`, `pass@4`, `majority@16`; `acc`,
+    `acc_norm`; lm_eval's); `texts`: see `likelihood.measure`; `protocol`: for each task, how its figures came
+    (`described`); `long_prompts`: questions that were skipped since they do not fit, for each task that has any.
   """
   if distributed.is_main():
     out.mkdir()
@@ -44,8 +47,9 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, out:
   how: dict[str, dict[str, Any]] = {}
   skipped: dict[str, int] = {}
   with sampling.sampler_of(config, model, config.eval.batch_size, scratch) as sampler:
-    entries = (config.task.name, *config.task.ood)
-    for entry, (name, examples) in zip(entries, questions.of_tests(config).items(), strict=True):
+    for entry, (name, examples) in zip(questions.own(config), questions.of_tests(config).items(), strict=True):
+      if questions.measure_of(config, entry) != "answer":
+        continue
       rows, skipped[name] = greedy(config, model, sampler, entry, examples, label=f"{label}: {name}")
       drawn = _samples(config, model, sampler, entry, examples, label=f"{label}: {name}, samples")
       if distributed.is_main():
@@ -55,9 +59,19 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, out:
         if drawn:
           files.write_jsonl(out / f"{name}_samples.jsonl", drawn)
           scores[name] |= of_samples(drawn, [k for k in config.eval.pass_at_k if k <= config.eval.num_samples])
-  return {"scores": {name: {metric: score._asdict() for metric, score in found.items()}
-                     for name, found in scores.items()},
-          "protocol": how, "long_prompts": {name: count for name, count in skipped.items() if count}}
+  found = {"scores": {name: {metric: score._asdict() for metric, score in found.items()}
+                      for name, found in scores.items()}, "protocol": how, "texts": {}}
+  if any(questions.measure_of(config, entry) == "choices" for entry in questions.own(config)) or config.eval.texts:
+    found = _joined(found, devices.call(config, likelihood.measure, config, model, out, label))
+  if questions.lm_eval_tasks(config):
+    found = _joined(found, devices.call(config, lm_eval_tasks.measure, config, model, out, label))
+  names = [questions.name_of(entry) for entry in (config.task.name, *config.task.ood)]
+  ordered = {key: {name: of[name] for name in names if name in of} for key, of in found.items() if key != "texts"}
+  return {**ordered, "texts": found["texts"], "long_prompts": {name: count for name, count in skipped.items() if count}}
+
+
+def _joined(found: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+  return {key: value | more[key] for key, value in found.items()}
 
 
 def greedy(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Sampler, entry: str,

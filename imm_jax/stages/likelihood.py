@@ -29,25 +29,40 @@ def measure(config: ml_collections.ConfigDict, model: Path, out: Path, label: st
 
   Returns:
     `scores`: for each task `acc` and `acc_norm`; `texts`: for each text what `of_texts` gives; `protocol`: for each
-    task `name`, `shots` and `n`.
+    task what `described` gives.
   """
   asked, texts = questions.choices_of_tests(config), questions.texts_of(config)
   if not asked and not texts:
     return {"scores": {}, "texts": {}, "protocol": {}}
   scorer = Scorer.load(model, mesh=mesh_of(config), compute_dtype=config.sample.compute_dtype)
   tokenizer = load_tokenizer(model, rows=scorer.config.vocab_size)
-  scores, found = {}, {}
+  scores, found, how = {}, {}, {}
   for name, choices in asked.items():
     rows = score_choices(scorer, tokenizer, choices, label=f"{label}: {name}")
     scores[name] = {metric: evaluation.accuracy(sum(row[key] for row in rows), len(rows))._asdict()
                     for metric, key in (("acc", "correct"), ("acc_norm", "correct_norm"))}
+    how[name] = described(rows)
     _write(out / f"{name}.jsonl", rows)
   for name, passages in texts.items():
     rows = score_texts(scorer, tokenizer, passages, label=f"{label}: {name}")
     found[name] = of_texts(rows)
     _write(out / f"{name}.jsonl", rows)
-  how = {name: {"name": "likelihood", "shots": 0, "n": len(choices)} for name, choices in asked.items()}
   return {"scores": scores, "texts": found, "protocol": how}
+
+
+def described(rows: Sequence[Row]) -> dict[str, Any]:
+  """How options were scored, in the form of `evaluating.described`: no answer has a length or is cut."""
+  return {"name": "likelihood", "shots": 0, "n": len(rows), "mean_tokens": 0.0, "cut": 0.0}
+
+
+def of_train(config: ml_collections.ConfigDict, model: Path, entries: Sequence[str], label: str,
+             ) -> dict[str, list[Row]]:
+  """Rows of the first `merge.auto.questions` train questions of each of these entries, in every process."""
+  scorer = Scorer.load(model, mesh=mesh_of(config), compute_dtype=config.sample.compute_dtype)
+  tokenizer = load_tokenizer(model, rows=scorer.config.vocab_size)
+  return {entry: score_choices(scorer, tokenizer, questions.choices(
+      config, entry, split="train", count=config.merge.auto.questions), label=f"{label}, {questions.name_of(entry)}")
+          for entry in entries}
 
 
 def score_choices(scorer: Scorer, tokenizer: "PreTrainedTokenizerBase", choices: Sequence[Choice], *, label: str,

@@ -11,8 +11,10 @@ import ml_collections
 from imm_jax import tasks
 from imm_jax.errors import UserError
 from imm_jax.tasks import protocols, shots
-from imm_jax.tasks.base import Example
+from imm_jax.tasks.base import Choice, Example
 
+# Before the name of a task of lm-evaluation-harness.
+LM_EVAL = "lm_eval:"
 # Test questions are part of a task and the same in every run, as those of a published data set are.
 _TEST_SEED = 0
 
@@ -77,6 +79,8 @@ def shots_of(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
     UserError: when there are too few, or one is a test question.
   """
   name, file = name_of(entry), config.eval.shots_file
+  if measure_of(config, entry) != "answer":
+    return []
   count, kind = protocols.of(config, name).few_shot, protocols.kind_of(config, name)
   if not count:
     return []
@@ -140,13 +144,64 @@ def of_tests(config: ml_collections.ConfigDict) -> dict[str, list[Example]]:
   """The test questions of every task by its name, the in-domain one first: all that there are, where that is fewer than
   `task.eval_questions`, which is told once on stderr."""
   limit, found = config.task.eval_questions or None, {}
-  for entry in (config.task.name, *config.task.ood):
+  for entry in own(config):
     name = name_of(entry)
     examples = load(config, entry, split="test", count=limit if tasks.is_endless(name) else None)[:limit]
     if limit and len(examples) < limit:
       _say_fewer(name, len(examples), limit)
     found[name] = examples
   return found
+
+
+def choices_of_tests(config: ml_collections.ConfigDict) -> dict[str, list[Choice]]:
+  """The same questions of those tasks whose options are scored by likelihood, by its name."""
+  return {name_of(entry): choices(config, entry, split="test", count=config.task.eval_questions)
+          for entry in own(config) if measure_of(config, entry) == "choices"}
+
+
+def choices(config: ml_collections.ConfigDict, entry: str, *, split: str, count: int) -> list[Choice]:
+  """The first questions of a task with options to score, all of them where there are fewer or `count` is 0."""
+  name = name_of(entry)
+  try:
+    return tasks.load_choices(name, split=split, seed=_seed_of(config, split),
+                              source=source_of(config, entry))[:count or None]
+  except UserError as e:
+    raise UserError(str(e) if str(e).startswith("task ") else f"task {name}: {e}") from e
+
+
+def texts_of(config: ml_collections.ConfigDict) -> dict[str, list[str]]:
+  """Passages of each text of `eval.texts`, by its name; `task.eval_questions` of them at most."""
+  found = {}
+  for entry in config.eval.texts:
+    name, _, source = entry.partition("=")
+    found[name] = tasks.load_text("" if name == "text" else name, source=source,
+                                  count=config.task.eval_questions or None)
+  return found
+
+
+def own(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+  """The entries of all tasks whose questions are read here: all but lm_eval's."""
+  return tuple(e for e in (config.task.name, *config.task.ood) if measure_of(config, e) != "lm_eval")
+
+
+def lm_eval_tasks(config: ml_collections.ConfigDict) -> list[str]:
+  """The names of lm_eval's tasks among `task.ood`."""
+  return [entry.removeprefix(LM_EVAL) for entry in config.task.ood if measure_of(config, entry) == "lm_eval"]
+
+
+def measure_of(config: ml_collections.ConfigDict, entry: str) -> str:
+  """How a task is measured: `answer` (generated, judged), `choices` (the likelihood of options) or `lm_eval`.
+
+  >>> from configs import tiny
+  >>> [measure_of(tiny.get_config(), entry) for entry in ("piqa", "svamp=file:DIR", "lm_eval:piqa")]
+  ['choices', 'answer', 'lm_eval']
+  """
+  name = name_of(entry)
+  if name.startswith(LM_EVAL):
+    return "lm_eval"
+  if name == config.task.name:  # it is sampled
+    return "answer"
+  return "choices" if name in config.eval.by_likelihood else tasks.measure_of(name)
 
 
 @functools.cache  # once
@@ -164,13 +219,17 @@ def load(config: ml_collections.ConfigDict, entry: str, *, split: str, count: in
   name = name_of(entry)
   if count is None and tasks.is_endless(name):
     raise ValueError(f"{name} makes as many questions as it is asked for: expected 1 or more")
-  seed = _TEST_SEED if split == "test" else config.seed
+  seed = _seed_of(config, split)
   try:
     described = _described(config, name)
     return list(_load(name, split, count, seed, source_of(config, entry), tuple(sorted(described["fields"].items())),
                       described["kind"]))
   except UserError as e:
     raise UserError(str(e) if str(e).startswith("task ") else f"task {name}: {e}") from e
+
+
+def _seed_of(config: ml_collections.ConfigDict, split: str) -> int:
+  return _TEST_SEED if split == "test" else config.seed
 
 
 def counts(config: ml_collections.ConfigDict) -> tuple[int, int]:
@@ -183,7 +242,7 @@ def counts(config: ml_collections.ConfigDict) -> tuple[int, int]:
 
 def count_tests(config: ml_collections.ConfigDict) -> list[int]:
   """How many test questions each task is asked, as in `counts`; 0 for all of a number that is not known."""
-  return [_size(config, entry, "test", config.task.eval_questions) for entry in (config.task.name, *config.task.ood)]
+  return [_size(config, entry, "test", config.task.eval_questions) for entry in own(config)]
 
 
 def describe_tests(config: ml_collections.ConfigDict) -> str:
@@ -192,8 +251,8 @@ def describe_tests(config: ml_collections.ConfigDict) -> str:
   Lines follow that say where a task's own source has other questions than the paper asks.
   """
   parts, notes = [], []
-  for entry, count in zip((config.task.name, *config.task.ood), count_tests(config), strict=True):
-    name, own = name_of(entry), not source_of(config, entry)
+  for entry, count in zip(own(config), count_tests(config), strict=True):
+    name, published = name_of(entry), not source_of(config, entry)
     if tasks.is_endless(name):
       parts.append(f"{name} {count} (generated)")
       continue
@@ -204,8 +263,10 @@ def describe_tests(config: ml_collections.ConfigDict) -> str:
       records = tasks.count_records(name, "test", source=source_of(config, entry), **_described(config, name))
     judged = f" ({usable} have an answer that can be judged)" if usable != records else ""
     parts.append(f"{name} {count or 'all'} of {records or 'an unknown number'}{judged}")
-    if own and (note := tasks.paper_note(name)):
+    if published and (note := tasks.paper_note(name)):
       notes.append(note)
+  parts += [f"{LM_EVAL}{name} up to {config.task.eval_questions or 'all'}" for name in lm_eval_tasks(config)]
+  parts += [f"{name_of(entry)} up to {config.task.eval_questions or 'all'} passages" for entry in config.eval.texts]
   return "\n".join((f"test questions: {'; '.join(parts)}", *notes))
 
 
@@ -222,13 +283,13 @@ def _size(config: ml_collections.ConfigDict, entry: str, split: str, limit: int)
 def digests(config: ml_collections.ConfigDict) -> dict[str, str]:
   """What the questions are, by split: of those that are read, not made; a source may change between two starts."""
   found = {}
-  for split, entries in (("train", (config.task.name,)), ("test", (config.task.name, *config.task.ood))):
+  for split, entries in (("train", (config.task.name,)), ("test", own(config))):
     entries = [e for e in entries if not tasks.is_endless(name_of(e)) and split in tasks.splits(name_of(e))]
     known: list[object] = [(e.id, e.answer, e.rationale) for entry in entries for e in (
         load(config, entry, split="test") if split == "test" else _train(config, entry))]
     if split == "test":  # with what is shown before them
-      known += [(e.question, e.rationale) for entry in (config.task.name, *config.task.ood)
-                for e in shots_of(config, entry)]
+      known += [(e.question, e.rationale) for entry in own(config) for e in shots_of(config, entry)]
+      known += list(texts_of(config).values())
     elif config.eval.shots_file:
       known += shots.questions(config.eval.shots_file)
     found[f"{split} questions"] = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]

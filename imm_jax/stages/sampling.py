@@ -142,11 +142,12 @@ def check(config: ml_collections.ConfigDict, base: Path, sampler: Path, draws: b
 
   `sampler` is the model that samples for training, where it `draws`.
   """
-  tests = zip((config.task.name, *config.task.ood), questions.of_tests(config).values(), strict=True)
+  tests = zip(questions.own(config), questions.of_tests(config).values(), strict=True)
   asked = [(base, entry, examples, f"task {questions.name_of(entry)}") for entry, examples in tests]
   if config.merge.base_weight == "auto":
     asked += [(base, entry, questions.general(config, entry), f"merge.auto.general {entry}")
               for entry in config.merge.auto.general]
+  asked = [found for found in asked if questions.measure_of(config, found[1]) == "answer"]
   options = [(model, examples, {"limit": "eval.max_new_tokens", "what": what,
                                 "shots": questions.shots_of(config, entry),
                                 "prompt": protocols.of(config, questions.name_of(entry)).prompt})

@@ -15,10 +15,11 @@ from imm_jax.tasks import arithmetic, registry
 from imm_jax.tasks.base import Choice, Example
 from imm_jax.tasks.catalogue import TASKS
 from imm_jax.tasks.registry import paper_note
-from imm_jax.tasks.texts import load_text
+from imm_jax.tasks.texts import CORPORA, load_text
 
-__all__ = ["JUDGED", "NAMES", "Choice", "Example", "count_records", "has_place", "is_endless", "load", "load_choices",
-           "load_text", "measure_of", "paper_note", "published_records", "published_size", "splits"]
+__all__ = ["CORPORA", "JUDGED", "NAMES", "Choice", "Example", "count_records", "has_choices", "has_place", "is_endless",
+           "load", "load_choices", "load_text", "measure_of", "paper_note", "published_records", "published_size",
+           "splits"]
 
 NAMES = (*arithmetic.FAMILIES, *TASKS, "custom")
 _Question = TypeVar("_Question", Choice, Example)
@@ -104,6 +105,15 @@ def measure_of(name: str) -> str:
   ('answer', 'choices')
   """
   return TASKS[name].measure if name in TASKS else "answer"
+
+
+def has_choices(name: str) -> bool:
+  """Whether a task's questions come with options that can be scored by likelihood.
+
+  >>> [name for name in ("gsm8k", "piqa", "mmlu_stem", "stories") if has_choices(name)]
+  ['piqa', 'mmlu_stem']
+  """
+  return name in TASKS and TASKS[name].kind == "choice"
 
 
 def is_endless(name: str) -> bool:
