@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,11 @@ def measure(config: ml_collections.ConfigDict, model: Path, out: Path, label: st
     except Exception as e:  # of the hub, of a task's own code, of lm_eval
       cause = str(e).strip().partition("\n")[0] or type(e).__name__
       raise UserError(f"{label}: lm_eval cannot run {name} ({cause})") from e
-    rows = [_row(task, sample) for task, samples in found["samples"].items() for sample in samples]
+    rows = _rows(found["samples"])
     metrics = _metrics(rows, entry)
     for row in rows:
-      row["correct"] = row["metrics"][metrics[0]]
+      value = row["metrics"][metrics[0]]
+      row["correct"] = bool(value) if value in (0.0, 1.0) else value
     scores[entry] = {metric: evaluation.mean([row["metrics"][metric] for row in rows])._asdict() for metric in metrics}
     shots = max((n for n in found["n-shot"].values() if isinstance(n, int)), default=0)
     how[entry] = {"name": f"lm_eval {lm_eval.__version__}", "shots": shots, "n": len(rows), "mean_tokens": 0.0,
@@ -91,15 +93,27 @@ def _nearest(name: str, known: Sequence[str]) -> str:
   return close if close.startswith("did you mean") else f"{len(known):,} tasks have other names"
 
 
-def _row(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
-  """A document as a row of ours; `metrics` are lm_eval's own figures of it that are a number."""
-  arguments, answers = sample["arguments"], sample["filtered_resps"]
-  asked = arguments[0][0] if isinstance(arguments, list) else arguments["gen_args_0"]["arg_0"]
-  text = answers[0] if answers and isinstance(answers[0], str) else json.dumps(answers, default=str)
-  figures = {name: float(sample[name]) for name in sample.get("metrics", ()) if isinstance(sample[name], int | float)}
-  name = f"{task}/{sample['doc_id']}" + (f"/{sample['filter']}" if sample.get("filter", "none") != "none" else "")
-  return {"id": name, "question": str(asked), "gold": str(sample["target"]), "kind": "lm_eval", "text": text,
-          "tokens": 0, "finish": "stop", "span": text, "metrics": figures}
+def _rows(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+  """A row of ours for each document; `metrics` are lm_eval's figures of it that are a number.
+
+  Of a task with several filters the first says what was answered; figures of the others have its name behind theirs.
+  """
+  rows: dict[str, dict[str, Any]] = {}
+  for task, of_task in samples.items():
+    for sample in of_task:
+      name, first = f"{task}/{sample['doc_id']}", of_task[0].get("filter")
+      behind = "" if sample.get("filter") == first else "_" + re.sub(r"\W", "_", sample["filter"])
+      figures = {f"{metric}{behind}": float(sample[metric]) for metric in sample.get("metrics", ())
+                 if isinstance(sample[metric], int | float)}
+      if name in rows:
+        rows[name]["metrics"] |= figures
+        continue
+      arguments, answers = sample["arguments"], sample["filtered_resps"]
+      asked = arguments[0][0] if isinstance(arguments, list) else arguments["gen_args_0"]["arg_0"]
+      text = answers[0] if answers and isinstance(answers[0], str) else json.dumps(answers, default=str)
+      rows[name] = {"id": name, "question": str(asked), "gold": str(sample["target"]), "kind": "lm_eval", "text": text,
+                    "tokens": 0, "finish": "stop", "span": text, "metrics": figures}
+  return list(rows.values())
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]], entry: str) -> list[str]:

@@ -13,10 +13,10 @@ import ml_collections
 
 from imm_jax import distributed, files
 from imm_jax.errors import UserError
-from imm_jax.model import hf, sharding
+from imm_jax.model import folder, hf, sharding
 from imm_jax.model.tokenization import encode_prompt
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.sampling import Completion, Prompt, vllm_server
+from imm_jax.sampling import Completion, Prompt, parts, vllm_server
 from imm_jax.sampling.native import NativeSampler
 from imm_jax.sampling.vllm import VllmSampler
 from imm_jax.stages import questions
@@ -63,15 +63,16 @@ def write_shots(config: ml_collections.ConfigDict, out: Path) -> dict[str, Any]:
 def sampler_of(config: ml_collections.ConfigDict, model: Path, batch_size: int, scratch: Path) -> Iterator[Sampler]:
   """A sampler of a model, as the config has it.
 
-  The native one runs in every process, on its own devices, with a share of the prompts. vLLM is asked by process 0; in
-  the folder `scratch` lie its log and, by label, the samples that have come, from which a killed run goes on.
+  The native one runs in every process, on its own devices, with a share of the prompts; vLLM is asked by process 0. In
+  the folder `scratch` lie by label the samples that have come, from which a killed run goes on, and vLLM's log.
   """
+  journal_of = lambda label: scratch / f"{re.sub(r'[^A-Za-z0-9]+', '_', label)}.jsonl"
   if config.sampler.kind == "native":
     sampler = NativeSampler(model, compute_dtype=config.sample.compute_dtype, batch_size=batch_size,
                             mesh=sharding.own_devices(mesh_of(config)))
-    yield lambda asked, **options: [
-        [Completion(*completion) for completion in group]
-        for group in distributed.gather(sampler.generate(list(distributed.share(asked)), **options))]
+    digest = folder.digest(model) if distributed.is_main() else ""
+    yield lambda asked, *, label, **options: parts.generate(
+        sampler.generate, asked, journal=journal_of(label), model=digest, rows=batch_size, label=label, **options)
     return
   if not distributed.is_main():
     yield lambda asked, **options: []
@@ -84,7 +85,7 @@ def sampler_of(config: ml_collections.ConfigDict, model: Path, batch_size: int, 
       timeout=vllm.timeout, start_timeout=vllm.start_timeout, tolerance=vllm.tolerance, log=scratch / "vllm.log",
       mesh=None if spawns else sharding.own_devices(mesh_of(config))) as sampler:
     yield lambda asked, *, label, **options: sampler.generate(
-        asked, label=label, journal=scratch / f"{re.sub(r'[^A-Za-z0-9]+', '_', label)}.jsonl", **options)
+        asked, label=label, journal=journal_of(label), **options)
 
 
 def check_sampler(config: ml_collections.ConfigDict) -> None:
