@@ -1,5 +1,6 @@
 """Tasks of lm-evaluation-harness among those of a config: lm_eval runs them on this package's model."""
 
+import functools
 import importlib.util
 import json
 import re
@@ -25,7 +26,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   if importlib.util.find_spec("lm_eval") is None:
     raise UserError(f"config.task.ood has {questions.LM_EVAL}{asked[0]}, and lm-evaluation-harness is not installed: "
                     "pip install -e '.[harness]'")
-  known = _manager(config).all_tasks
+  known = _manager(config.eval.lm_eval.path).all_tasks
   for name in asked:
     if name not in known:
       raise UserError(f"config.task.ood has {questions.LM_EVAL}{name}, which lm_eval does not know: "
@@ -51,7 +52,7 @@ def measure(config: ml_collections.ConfigDict, model: Path, out: Path, label: st
   settings, mesh = config.eval.lm_eval, config.mesh
   lm = HarnessLM(str(model), dtype=config.sample.compute_dtype, batch_size=config.eval.batch_size, data=mesh.data,
                  fsdp=mesh.fsdp, tensor=mesh.tensor)
-  manager, scores, how = _manager(config), {}, {}
+  manager, scores, how = _manager(settings.path), {}, {}
   for name in questions.lm_eval_tasks(config):
     entry = f"{questions.LM_EVAL}{name}"
     try:
@@ -79,10 +80,10 @@ def measure(config: ml_collections.ConfigDict, model: Path, out: Path, label: st
   return {"scores": scores, "protocol": how, "texts": {}}
 
 
-def _manager(config: ml_collections.ConfigDict) -> Any:
+@functools.lru_cache(maxsize=2)  # it reads ten thousand files
+def _manager(path: str) -> Any:
   from lm_eval.tasks import TaskManager
 
-  path = config.eval.lm_eval.path
   if path and not Path(path).is_dir():
     raise UserError(f"config.eval.lm_eval.path={path}: no such folder; expected one with YAML files of tasks")
   return TaskManager(include_path=path or None)
