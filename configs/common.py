@@ -32,8 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
   # A sentence before everything else that describes the task. Where paper shows worked examples, "like given examples
   # below:" takes the place of its full stop.
   prompt.header = ""
-  # paper: its template, worked examples as in tables 11 and 12; plain: examples in the form of the question; chat: the
-  # tokenizer's chat template, examples as turns. Without examples, as in training, paper and plain are the same.
+  # paper: its template, worked examples as in tables 11 and 12; chat: the tokenizer's chat template, examples as turns.
   prompt.style = "paper"
   prompt.few_shot = 8  # worked examples when sampling for training, 0 for none [paper: tables 11 and 12]
 

@@ -267,11 +267,6 @@ def test_a_prompt_has_header_examples_question_and_response_in_this_order():
       "### Instruction:\nWhat is 3+3?\n\n### Response: Let's think step by step.\n")
   assert prompts.build("What is 3+3?", header=f"{header}.") == (  # of training and evaluation
       f"{header}.\n\n### Instruction:\nWhat is 3+3?\n\n### Response: Let's think step by step.\n")
-  assert prompts.build("What is 3+3?", header="Solve.", examples=shots, style="plain") == (
-      "Solve.\n\n"
-      "### Instruction:\nWhat is 1+1?\n\n### Response: Let's think step by step.\n1+1=2. The answer is 2.\n\n"
-      "### Instruction:\nWhat is 2+2?\n\n### Response: Let's think step by step.\n2+2=4. The answer is 4.\n\n"
-      "### Instruction:\nWhat is 3+3?\n\n### Response: Let's think step by step.\n")
 
 
 @pytest.mark.parametrize("text", [

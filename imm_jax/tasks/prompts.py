@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 INSTRUCTION = "### Instruction:"
 STEPS = "Let's think step by step."
 RESPONSE = f"### Response: {STEPS}"
-STYLES = ("paper", "plain", "chat")
+STYLES = ("paper", "chat")
 _LIKE_EXAMPLES = " like given examples below:"
 
 
@@ -20,15 +20,15 @@ def build(question: str, *, header: str = "", examples: Sequence[Example] = (), 
           tokenizer: "PreTrainedTokenizerBase | None" = None) -> str:
   """The text before a model's answer; every text is inserted as it is (braces and odd Unicode pass unharmed).
 
-  Without examples `paper` and `plain` are the same prompt, that of training. With examples the header's full stop gives
-  way to "like given examples below:" in `paper`.
+  Without examples it is the prompt of training. With examples the header's full stop gives way to "like given examples
+  below:" in `paper`.
 
   Args:
     question: the question.
     header: a line that describes the task, or nothing; in a chat it begins the first message.
     examples: worked examples shown before the question, in a chat as earlier turns; training uses none.
-    style: `paper`, its tables 11 and 12: examples as `Question:` and `A:`; `plain`: examples in the form of the
-      question; or `chat` for the tokenizer's chat template.
+    style: `paper`, its tables 11 and 12, with examples as `Question:` and `A:`; or `chat` for the tokenizer's chat
+      template.
     tokenizer: of the model, for `chat`. A BOS that the template writes stays in the text: `encode_prompt` adds none
       to such a text.
 
@@ -46,11 +46,8 @@ def build(question: str, *, header: str = "", examples: Sequence[Example] = (), 
     raise UserError(f"prompt style {style!r}: {nearest(style, list(STYLES))}")
   if style == "chat":
     return _chat(question, header, examples, tokenizer)
-  if style == "paper":
-    shots = [f"Question: {e.question}\nA: {STEPS}\n{e.rationale}\n\n" for e in examples]
-    header = header.rstrip(" .:") + _LIKE_EXAMPLES if header and shots else header
-  else:
-    shots = [f"{INSTRUCTION}\n{e.question}\n\n{RESPONSE}\n{e.rationale}\n\n" for e in examples]
+  shots = [f"Question: {e.question}\nA: {STEPS}\n{e.rationale}\n\n" for e in examples]
+  header = header.rstrip(" .:") + _LIKE_EXAMPLES if header and shots else header
   return "".join([f"{header}\n\n" if header else "", *shots, f"{INSTRUCTION}\n{question}\n\n{RESPONSE}\n"])
 
 
