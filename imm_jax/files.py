@@ -213,7 +213,12 @@ def _beside(target: Path, suffix: str) -> Path:
   return path.with_name(f".{path.name}.{suffix}")
 
 
-def _refused(target: Path, error: OSError) -> UserError:
+def refusal(target: str | Path, error: OSError) -> UserError | None:
+  """What to say where the disk is full or refuses to be written; None for another error, as of a network."""
+  return _refused(target, error) if error.errno in _DISK_FULL + (errno.EROFS, errno.EACCES, errno.EPERM) else None
+
+
+def _refused(target: str | Path, error: OSError) -> UserError:
   advice = ("make room" if error.errno in _DISK_FULL else
             "give another name" if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG) else
             "make it writable")
