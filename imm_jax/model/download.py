@@ -72,7 +72,7 @@ def model(name: str) -> Path:
     else:
       unread = checkpoint.unread_weights(sizes)
       raise UserError(f"{name}: has no {WEIGHTS} on the hub" + (
-          f", only {unread}, and give that folder" if unread else f"; take a model that has it or {INDEX}"))
+          f", only {unread}" if unread else f"; take a model that has it or {INDEX}"))
     _fetch(repository, [file for file in sizes if _is_side(file) or file == ADAPTER_CONFIG] + weights)
     return repository.folder
 

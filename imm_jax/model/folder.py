@@ -34,7 +34,7 @@ _UNREAD = {
     f"{WEIGHTS} in a folder that holds no others",
     r"[^/]*\.gguf": "weights in GGUF ({}), which are not read; take the model in safetensors that they were made from",
     r"pytorch_model[^/]*\.bin(\.index\.json)?|consolidated[^/]*\.pth": "a pickle checkpoint ({}), which is not read; "
-    "save it again with save_pretrained(..., safe_serialization=True)"}
+    "save it again with save_pretrained(..., safe_serialization=True), and take that folder"}
 # What programs that quantise write beside config.json, and in place of a weight.
 _QUANTISED = re.compile(r"(quantize|quant|hf_quant)_config\.json|.*\.(qweight|weight_packed|weight\.absmax)")
 # (name, dtype, shape, ...) of a tensor to be written.
