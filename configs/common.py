@@ -22,14 +22,18 @@ def get_config() -> ml_collections.ConfigDict:
   task.source = ""  # where its questions are: hf:ID[:CONFIG], tfds:NAME, file:PATH; empty for the published place
   task.fields = _strings("question", "answer", "rationale", "choices")  # of a custom task's records
   task.kind = "number"  # of a custom task's answers: number, latex or choice
-  # Out-of-domain tasks, evaluated only; NAME=SOURCE where one's questions are elsewhere.
+  # Out-of-domain tasks, evaluated only; NAME=SOURCE where one's questions are elsewhere, lm_eval:NAME for a task of
+  # lm-evaluation-harness.
   task.ood = ("groups", "compare", "price", "sequence", "choice")
   task.questions_per_round = 500  # of the train split, fresh ones while they last; 0 for all of them in every round
   task.eval_questions = 200  # test questions of each task; 0 for all
 
   config.prompt = prompt = ml_collections.ConfigDict()
-  prompt.header = ""  # a line before everything else that describes the task
-  prompt.style = "plain"  # plain: the paper's template; chat: the tokenizer's chat template
+  # A sentence before everything else that describes the task. Where paper shows worked examples, "like given examples
+  # below:" takes the place of its full stop.
+  prompt.header = ""
+  # paper: its template, worked examples as in tables 11 and 12; chat: the tokenizer's chat template, examples as turns.
+  prompt.style = "paper"
   prompt.few_shot = 8  # worked examples when sampling for training, 0 for none [paper: tables 11 and 12]
 
   config.sample = sample = ml_collections.ConfigDict()
@@ -37,7 +41,8 @@ def get_config() -> ml_collections.ConfigDict:
   sample.temperatures = (0.2, 0.4, 0.6)  # sample j uses number j modulo their count [paper]
   sample.top_p = 1.0  # nucleus: 1 keeps the whole distribution [ours]
   sample.max_new_tokens = 512  # tokens of an answer [ours]
-  sample.stop = ("### Instruction",)  # an answer ends before any of these strings, in evaluation too
+  # An answer ends before any of these strings, in evaluation with eval.protocol=paper too.
+  sample.stop = ("### Instruction", "### Response", "\nQuestion:")
   sample.batch_size = 64  # samples decoded at once (native)
   sample.compute_dtype = "bfloat16"  # of weights, activations and cache, in evaluation too: bfloat16 or float32
 
@@ -98,12 +103,26 @@ def get_config() -> ml_collections.ConfigDict:
   auto.step = 0.2  # by which a group's weight is tried higher and lower
 
   config.eval = evaluation = ml_collections.ConfigDict()
-  evaluation.max_new_tokens = 512  # greedy, zero-shot [paper]
+  # How test questions are asked and answers read: paper (zero-shot in the prompt of training [code]), harness
+  # (math-evaluation-harness's few-shot chain of thought) or qwen (Qwen2.5-Math's chat); see docs/protocols.md.
+  evaluation.protocol = "paper"
+  evaluation.few_shot = -1  # worked examples before a test question; -1 for as many as the protocol has
+  # Worked examples (jsonl with question, answer, rationale, task) in place of those of train splits; empty for these.
+  evaluation.shots_file = ""
+  evaluation.max_new_tokens = 512  # greedy [code]; harness: 1024, Qwen2.5-Math: 2048
   evaluation.batch_size = 64  # questions decoded at once (native)
   evaluation.num_samples = 0  # M, samples of each question for pass@k and the majority vote; 0 for greedy answers only
   evaluation.pass_at_k = (1, 2, 4, 8, 16, 32, 64)  # those up to M
   evaluation.temperature = 0.6  # of the samples [ours]
   evaluation.top_p = 1.0  # of the samples
+  # Tasks of multiple choice whose options are scored by likelihood, besides those that are made for it (arc_easy, ...).
+  evaluation.by_likelihood = ()
+  # Texts of which nats a token are measured: NAME of a corpus, or text=SOURCE; task.eval_questions passages of each.
+  evaluation.texts = ()
+  evaluation.lm_eval = lm_eval = ml_collections.ConfigDict()
+  lm_eval.path = ""  # a folder with YAML files of tasks, besides lm_eval's own
+  lm_eval.few_shot = -1  # worked examples; -1 for as many as the task has
+  lm_eval.chat = False  # whether prompts go through the tokenizer's chat template
 
   config.analysis = analysis = ml_collections.ConfigDict()
   # Answers of a round, at most, that layer importance and token entropy are measured on; 0 for neither [ours]

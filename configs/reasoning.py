@@ -19,7 +19,6 @@ def get_config(*, model: str, task: str) -> ml_collections.ConfigDict:
   config.prompt.header = HEADER
   config.sample.num_samples = {"gsm8k": 3, "math": 6}[task]
   config.sample.batch_size = 256
-  config.sample.stop = ("### Instruction", "\nQuestion:")
   config.sampler.kind = "vllm"  # without it: --config.sampler.kind=native
   config.sft.row_length = 2048
   config.eval.batch_size = 256

@@ -14,8 +14,8 @@ from imm_jax.merging import quantise_drop_rate
 from imm_jax.model import attention
 from imm_jax.model.decoder import REMAT
 from imm_jax.sampling.vllm_client import Server
-from imm_jax.stages import questions
-from imm_jax.tasks import sources
+from imm_jax.stages import lm_eval_tasks, questions
+from imm_jax.tasks import prompts, protocols, sources
 from imm_jax.training import throughput
 
 METHODS = ("imm", "iimm", "star", "data_mixture", "data_accumulation", "real")
@@ -28,7 +28,8 @@ SAMPLERS = ("native", "vllm")
 HOW = ("mesh", "profile", "sft.accumulation", "sft.attention", "sft.log_every", "sft.max_to_keep", "sft.remat",
        "sft.save_interval", "sft.state_dir", "sampler.vllm")
 
-_ONE_OF = {"method": METHODS, "task.kind": ("number", "latex", "choice"), "prompt.style": ("plain", "chat"),
+_ONE_OF = {"method": METHODS, "task.kind": ("number", "latex", "choice"), "prompt.style": prompts.STYLES,
+           "eval.protocol": protocols.NAMES,
            "sft.schedule": ("cosine", "linear", "constant"), "sft.intervention": INTERVENTIONS,
            "sft.compute_dtype": DTYPES, "sft.remat": tuple(REMAT), "sft.attention": attention.BACKENDS,
            "sample.compute_dtype": DTYPES, "sampler.kind": SAMPLERS, "merge.delta_ref": ("start", "base")}
@@ -74,6 +75,10 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
     raise UserError(f"config.sample.temperatures={config.sample.temperatures}: expected one or more numbers >= 0")
   if not all(isinstance(k, int) and k >= 1 for k in config.eval.pass_at_k):
     raise UserError(f"config.eval.pass_at_k={config.eval.pass_at_k}: expected whole numbers, 1 or more")
+  require(config, "eval.few_shot", lambda v: -1 <= v < 2**31, "expected 0 or more, or -1 for the protocol's own number")
+  if config.eval.shots_file and not questions.shown_in_evaluation(config):
+    raise UserError(f"config.eval.shots_file={config.eval.shots_file}: eval.protocol={config.eval.protocol} shows no "
+                    "worked examples; give config.eval.few_shot=N, or another eval.protocol")
   if config.eval.num_samples and config.eval.pass_at_k and min(config.eval.pass_at_k) > config.eval.num_samples:
     raise UserError(f"config.eval.pass_at_k={config.eval.pass_at_k}: all are more than "
                     f"eval.num_samples={config.eval.num_samples}")
@@ -161,10 +166,15 @@ def _validate_tasks(config: ml_collections.ConfigDict, trains: bool) -> None:
   if name == "custom" and not config.task.source:
     raise UserError("config.task.name=custom needs config.task.source=file:PATH (or hf:ID, tfds:NAME)")
   for key, entry in (("task.name", config.task.name), *(("task.ood", e) for e in config.task.ood)):
-    _known(key, questions.name_of(str(entry)), tasks.JUDGED)
+    if key == "task.name" or questions.measure_of(config, str(entry)) != "lm_eval":
+      _known(key, questions.name_of(str(entry)), tasks.JUDGED)
+  _validate_measures(config)
   trained = [("task.name", config.task.name)] if trains else []
   if trains and config.merge.base_weight == "auto":
     names = [questions.name_of(entry) for entry in config.merge.auto.general]
+    if any(questions.measure_of(config, entry) == "lm_eval" for entry in config.merge.auto.general):
+      raise UserError(f"config.merge.auto.general={config.merge.auto.general}: a task of lm_eval has no train split "
+                      "that can be held out here; expected tasks of this package")
     if config.task.name in names or len(set(names)) < len(names):
       raise UserError(f"config.merge.auto.general={config.merge.auto.general}: expected different tasks, and not the "
                       "in-domain one")
@@ -193,6 +203,28 @@ def _validate_tasks(config: ml_collections.ConfigDict, trains: bool) -> None:
     raise UserError("config.task.ood has 'custom', which only the in-domain task can be")
 
 
+def _validate_measures(config: ml_collections.ConfigDict) -> None:
+  """What is measured without an answer: options, texts, tasks of lm_eval."""
+  for name in config.eval.by_likelihood:
+    _known("eval.by_likelihood", name, [n for n in tasks.JUDGED if tasks.has_choices(n)])
+    if name == config.task.name or name not in map(questions.name_of, config.task.ood):
+      raise UserError(f"config.eval.by_likelihood has {name!r}, which is no task of config.task.ood")
+  names = [entry.partition("=")[0] for entry in config.eval.texts]
+  for name, entry in zip(names, config.eval.texts, strict=True):
+    _known("eval.texts", name, [*tasks.CORPORA, "text"])
+    if name == "text" and "=" not in entry:
+      raise UserError("config.eval.texts has 'text', which needs its source: text=file:PATH.txt")
+    if "=" in entry:
+      try:
+        sources.check(entry.partition("=")[2])
+      except UserError as e:
+        raise UserError(f"config.eval.texts: {e}") from e
+  if len({*names, *map(questions.name_of, config.task.ood), config.task.name}) < len(names) + len(config.task.ood) + 1:
+    raise UserError(f"config.eval.texts={config.eval.texts} names a text twice, or as a task is named")
+  require(config, "eval.lm_eval.few_shot", lambda v: -1 <= v < 2**31, "expected 0 or more, or -1 for the task's own")
+  lm_eval_tasks.check(config)
+
+
 def _known(key: str, name: str, allowed: Sequence[str], otherwise: str = "") -> None:
   if name not in allowed:
     why = otherwise if name in tasks.JUDGED else ""
@@ -209,34 +241,49 @@ def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloa
   reads = lambda *entries: downloads or not any(questions.is_remote(config, entry) for entry in entries)
   checks: list[tuple[str, Callable[[], object], tuple[str, ...]]] = [
       (f"task.eval_questions={config.task.eval_questions}", lambda: questions.of_tests(config),
-       (config.task.name, *config.task.ood))]
+       questions.own(config))]
+  if downloads or not any(":" in e and not e.partition("=")[2].startswith("file:") for e in config.eval.texts):
+    checks.append((f"eval.texts={config.eval.texts}", lambda: questions.texts_of(config), ()))
   if trains:
     checks.append((f"task.questions_per_round={config.task.questions_per_round} in {config.rounds} rounds",
                    lambda: questions.of_round(config, config.rounds - 1), (config.task.name,)))
   if trains and config.merge.base_weight == "auto":
     auto = config.merge.auto
-    checks += [(f"merge.auto.questions={auto.questions}", lambda entry=entry: questions.load(
-        config, entry, split="train", count=auto.questions), (entry,)) for entry in auto.general]
+    checks += [(f"merge.auto.questions={auto.questions}", lambda entry=entry: questions.general(config, entry),
+                (entry, config.task.name)) for entry in auto.general]
   if trains and config.prompt.few_shot and draws(config):
     checks.append((f"prompt.few_shot={config.prompt.few_shot}", lambda: _check_shots(config), (config.task.name,)))
+  checks += [(f"eval.protocol={config.eval.protocol}", lambda entry=entry: questions.shots_of(config, entry),
+              (entry, config.task.name)) for entry in questions.own(config)]
   for what, check, entries in checks:
     if reads(*entries):
       try:
         check()
       except ValueError as e:
         raise UserError(f"config.{what}: {e}") from e
-  if trains and reads(config.task.name) and not any(
-      e.rationale for e in questions.of_round(config, 0).asked) and (
+  if trains and reads(config.task.name) and (
       config.method == "real" or config.data.real_fraction or config.data.with_real):
-    raise UserError(f"config.task.name={config.task.name}: has no worked answers, which method=real, "
-                    "data.real_fraction and data.with_real train on")
+    # Each round needs one of its own, but where the answers of earlier rounds are trained on, too.
+    alone = config.method == "real" or config.data.real_fraction
+    for t in range(config.rounds if alone else 1):
+      asked = questions.of_round(config, t).asked
+      if not any(e.rationale for e in asked):
+        raise UserError(f"config.task.name={config.task.name}: has no worked answers, which method=real, "
+                        f"data.real_fraction and data.with_real train on: {_of_worked(config)}, and none of the "
+                        f"{len(asked)} of round {t}")
 
 
 def _check_shots(config: ml_collections.ConfigDict) -> None:
-  bare = [e.id for e in questions.of_round(config, 0).shots if not e.rationale]
-  if bare:
-    raise ValueError(f"{config.task.name} has no worked answers to show ({bare[0]}); name their field in "
-                     "task.fields.rationale, or give prompt.few_shot=0")
+  if len(questions.of_round(config, 0).shots) < config.prompt.few_shot:
+    raise ValueError(f"{config.task.name} has no worked answers to show, or too few: {_of_worked(config)}; name their "
+                     "field in task.fields.rationale, or lower prompt.few_shot (0 for none)")
+
+
+def _of_worked(config: ml_collections.ConfigDict) -> str:
+  if tasks.is_endless(config.task.name):
+    return "its questions are generated"
+  worked, of = questions.count_worked(config)
+  return f"{worked} of its {of} train questions have one"
 
 
 def _get(config: ml_collections.ConfigDict, key: str) -> Any:

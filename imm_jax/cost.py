@@ -11,6 +11,7 @@ from imm_jax.hardware import peak_flops
 from imm_jax.memory import count_params
 from imm_jax.model.config import ModelConfig
 from imm_jax.stages import questions
+from imm_jax.tasks import protocols
 
 # Where nothing was measured yet: the share of a device's peak that training and sampling reach, the length of an answer
 # as a share of what is allowed, the share of right ones, and the tokens of a question.
@@ -66,9 +67,13 @@ def work(config: ml_collections.ConfigDict, record: Mapping[str, Any]) -> Work:
   evaluated = (models * tests * (1 + config.eval.num_samples) + tried) * min(length, config.eval.max_new_tokens)
   passes = config.sft.epochs + (config.method == "iimm") + (config.sft.intervention == "weight_masking")
   shots = config.prompt.few_shot * (ASSUMED["question"] + length)
+  # What is read before an answer in evaluation: the question, and what the protocol shows.
+  asks = lambda name: ASSUMED["question"] + protocols.of(config, name).few_shot * (ASSUMED["question"] + length)
+  names = map(questions.name_of, questions.own(config))
+  asked_tests = sum(n * asks(name) for n, name in zip(questions.count_tests(config), names, strict=True))
   return Work(sampled, passes * seen * (length + ASSUMED["question"]), evaluated,
               config.rounds * asked * (ASSUMED["question"] + shots) if drawn else 0.0,
-              (models * tests + tried) * ASSUMED["question"])
+              models * asked_tests + tried * asks(config.task.name))
 
 
 def estimate(config: ml_collections.ConfigDict, model: ModelConfig | None, record: Mapping[str, Any],

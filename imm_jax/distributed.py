@@ -77,6 +77,11 @@ def is_main() -> bool:
   return jax.process_index() == 0
 
 
+def count() -> int:
+  """How many processes there are."""
+  return jax.process_count()
+
+
 def barrier(name: str) -> None:
   """Returns when all processes are here."""
   if jax.process_count() > 1:

@@ -1,10 +1,14 @@
 """Accuracy of one checkpoint on the tasks of a config: greedy, and with `eval.num_samples` pass@k and majority vote.
 
+Questions are asked by `eval.protocol` (docs/protocols.md).
+
     python -m imm_jax.evaluate --config=configs/tiny.py --model=tiny --out=runs/scores
     python -m imm_jax.evaluate --config=configs/tiny.py --model=DIR --out=OUT --config.eval.num_samples=16
+    python -m imm_jax.evaluate --config=configs/tiny.py --model=DIR --out=OUT --against=runs/scores
 
 OUT holds <task>.jsonl (a row a question, with the answer, its verdict and what was judged), <task>_samples.jsonl, and
-scores.json. It appears whole or not at all.
+scores.json, which says of each task the protocol, the worked examples, the mean tokens of an answer and the share that
+was cut. It appears whole or not at all. With --against comes OUT/against.json: which differences are real.
 """
 
 import json
@@ -13,16 +17,19 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from imm_jax import cli, config, experiments, files
+from imm_jax import against, cli, config, experiments, files
 from imm_jax.errors import UserError
 from imm_jax.evaluation import Accuracy
 from imm_jax.model import hf, hub
+from imm_jax.report.results import Asked
 from imm_jax.stages import devices, evaluating, sampling
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: task, prompt, eval, sampler and mesh count.")
 _MODEL = flags.DEFINE_string("model", None, "An HF checkpoint folder, a hub id, tiny, or BASE+ADAPTER.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier result in --out.")
+_AGAINST = flags.DEFINE_multi_string("against", [], "An earlier --out, or an eval folder of a run, to compare with, "
+                                     "question by question; may be given several times.")
 flags.mark_flags_as_required(["config", "model", "out"])
 
 
@@ -37,7 +44,9 @@ def main() -> None:
   out = Path(_OUT.value)
   model = hub.resolve(settings.model)
   hf.check(model)
-  files.check_out(out, {"model": model}, overwrite=_OVERWRITE.value, foreign=_foreign)
+  others = {Path(name): against.read_folder(Path(name)) for name in _AGAINST.value}
+  files.check_out(out, {"model": model, **{f"--against={other}": other for other in others}},
+                  overwrite=_OVERWRITE.value, foreign=_foreign)
   scratch = out.with_name(f".{out.name}.sampling")
   with files.alone(out), files.committed(out) as folder:
     facts = evaluating.evaluate(settings, model, scratch, folder, label=model.name)
@@ -46,10 +55,21 @@ def main() -> None:
   for task, found in facts["scores"].items():
     for metric, score in found.items():
       a = Accuracy(**score)
-      print(f"{task:<16}{metric:<14}{a.value:.3f} [{a.low:.3f}, {a.high:.3f}] n={a.n}")
+      print(f"{task:<16}{metric:<16}{a.value:.3f} [{a.low:.3f}, {a.high:.3f}] n={a.n}")
+  for text, found in facts["texts"].items():
+    for metric in ("nats_per_token", "bits_per_byte"):
+      print(f"{text:<16}{metric:<16}{found[metric]['value']:.4f} [{found[metric]['low']:.4f}, "
+            f"{found[metric]['high']:.4f}] n={found['n']}")
+  for task, how in facts["protocol"].items():
+    asked = Asked(*(how[name] for name in Asked._fields))
+    length = (f"; {asked.mean_tokens:.1f} tokens an answer, {asked.cut:.1%} cut at config.eval.max_new_tokens="
+              f"{settings.eval.max_new_tokens}") if asked.mean_tokens else ""
+    print(f"{task}: {asked.rule}{length}")
   for task, count in facts["long_prompts"].items():
     print(f"{task}: {count} questions were skipped: with their answers they do not fit in the model's context")
   print(f"answers and scores: {out}")
+  if others:
+    against.report(out, others, out / "against.json")
 
 
 def _foreign(folder: Path) -> str:

@@ -50,7 +50,9 @@ def plan(config: ml_collections.ConfigDict, base: Path, root: Path, teacher: Pat
         partial(evaluating.stage, config, model, root, name, round_, scratch(name)), everywhere=True,
         scratch=str(scratch(name)))
 
-  asks = ("seed", "task", "prompt", *(("merge.auto.questions",) if auto else ()))
+  # Questions that are shown in evaluation or held out are not asked.
+  asks = ("seed", "task", "prompt", *(("merge.auto.questions",) if auto else ()),
+          *(("eval.protocol", "eval.few_shot", "eval.shots_file") if questions.shown_in_evaluation(config) else ()))
   samples = draws(config)
   if samples and config.prompt.few_shot:
     add("few_shot.jsonl", ("train questions",), asks, f"the {config.prompt.few_shot} worked examples of the prompt",
@@ -120,7 +122,9 @@ def _evaluation_plan(config: ml_collections.ConfigDict) -> str:
   limit, counts = config.task.eval_questions, questions.count_tests(config)
   fewer = any(count < limit for count in counts)
   asked = f", {sum(counts)} questions" if fewer else f" x {limit or 'all'} questions"
-  return f"{len(counts)} tasks{asked}{samples}"
+  shown = questions.shown_in_evaluation(config)
+  how = f", protocol {config.eval.protocol}" if shown or config.eval.protocol != "paper" else ""
+  return f"{len(counts)} tasks{asked}{samples}{how}"
 
 
 def _choice_plan(config: ml_collections.ConfigDict) -> str:
@@ -213,7 +217,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   record = rundir.read_record(root)
   # A large model takes a while; one of the hub has the digest that was recorded.
   external = {name: folder.digest(model) if record["stages"] and local else "" for name, model in found.items()}
-  if any(questions.is_remote(config, entry) for entry in (config.task.name, *config.task.ood)):
+  if any(questions.is_remote(config, entry) for entry in questions.own(config)):
     recorded = {name: value for entry in record["stages"].values() for name, value in entry["inputs"].items()}
     external |= {name: recorded.get(name, "") for name in ("train questions", "test questions")}
   else:
@@ -233,7 +237,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   if model:
     expected = tuning.expect(config, model, found["base"] if local else None)
     sizes = memory.estimate(config, model, devices.mesh_of(config), expected, teacher)
-  print(f"\n{len(waiting)} of {len(steps)} stages to do\n{sizes}\n"
+  print(f"\n{len(waiting)} of {len(steps)} stages to do\n{questions.describe_tests(config)}\n{sizes}\n"
         f"the whole run: {cost.estimate(config, model, record, teacher)}")
 
 
@@ -245,7 +249,7 @@ def _check(config: ml_collections.ConfigDict, *, dry: bool = False) -> dict[str,
   found = {"base": hub.resolve(config.model)} | ({"teacher": hub.resolve(config.teacher)} if config.teacher else {})
   for model in found.values():
     load_tokenizer(model, rows=hf.check(model).vocab_size)
-  entries = (config.task.name, *config.task.ood)
+  entries = questions.own(config)
   if not (dry and any(questions.is_remote(config, entry) for entry in entries)):
     sampling.check(config, found["base"], found.get("teacher", found["base"]), draws(config))
   return found

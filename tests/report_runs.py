@@ -31,16 +31,17 @@ def make(root: Path, *, method: str = "imm", rounds: int = 2, questions: int = 6
                     "seconds": round(rng.uniform(1, 90), 2), "facts": facts}
 
   def evaluate(name: str) -> None:
-    scores = {}
+    scores, how = {}, {}
     for one in (task, *ood):
       rows = [row(f"{one}/test/{q}", q, rng) for q in range(questions)]
       write_rows(root / name / f"{one}.jsonl", rows)
       right = sum(r["correct"] for r in rows)
+      how[one] = {"name": "paper", "shots": 0, "n": questions, "mean_tokens": 10.0, "cut": 0.25}
       scores[one] = {"greedy": evaluation.accuracy(right, questions)._asdict()}
       if one == task:
         scores[one] |= {f"pass@{k}": evaluation.mean([min(1, 0.3 + 0.2 * k)] * questions)._asdict() for k in (1, 2)}
         scores[one]["majority@2"] = evaluation.accuracy(right, questions)._asdict()
-    stage(name, scores=scores, long_prompts={})
+    stage(name, scores=scores, protocol=how, long_prompts={})
 
   evaluate("base/eval")
   kinds = ("sft", "merged") if method in ("imm", "iimm") else ("sft",)

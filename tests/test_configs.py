@@ -10,11 +10,11 @@ import pytest
 from test_loop import SMALL, environment  # noqa: F401
 
 from configs import arguments, common, llama, paper, qwen, tiny
-from imm_jax import config as checks, cost, experiments
+from imm_jax import config as checks, cost, experiments, files, tasks
 from imm_jax.errors import UserError
 from imm_jax.memory import count_params
 from imm_jax.model import published
-from imm_jax.stages import questions
+from imm_jax.stages import questions, selection
 
 REPO = Path(__file__).parent.parent
 PLANS = [f"{kind}={n}" for kind, numbers in (("table", paper.TABLES), ("figure", paper.FIGURES)) for n in numbers]
@@ -188,19 +188,41 @@ def test_what_cannot_be_asked_shows_before_the_run(environment, tmp_path):  # no
 
 
 def test_scores_of_one_checkpoint(environment, tmp_path):  # noqa: F811
+  other, asked = tmp_path / "other", tasks.load("choice", split="test", count=5, seed=0)
+  other.mkdir()
+  files.write_jsonl(other / "choice.jsonl", [
+      {"id": e.id, "question": e.question, "gold": e.answer, "correct": False} for e in asked])
   command = [sys.executable, "-m", "imm_jax.evaluate", "--config=configs/tiny.py", "--model=tiny",
-             f"--out={tmp_path / 'out'}", "--config.task.ood=('choice',)", "--config.task.eval_questions=6",
-             "--config.eval.batch_size=8", "--config.eval.num_samples=2"]
+             f"--out={tmp_path / 'out'}", f"--against={other}", "--config.task.ood=('choice',)",
+             "--config.task.eval_questions=6", "--config.eval.batch_size=8", "--config.eval.num_samples=2"]
   done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
-  lines = [line.split()[:2] for line in done.stdout.splitlines()[:-1]]
-  assert lines == [[task, metric] for task in ("stories", "choice") for metric in (
-      "greedy", "pass@1", "pass@2", "majority@2")]
+  scores, _, compared = done.stdout.partition("answers and scores: ")
+  printed = scores.splitlines()
+  metrics = ("greedy", "pass@1", "pass@2", "majority@2")
+  assert [line.split()[:2] for line in printed[:-2]] == [
+      [task, metric] for task in ("stories", "choice") for metric in metrics]
+  scores = json.loads((tmp_path / "out/scores.json").read_text())
+  for line, task in zip(printed[-2:], ("stories", "choice"), strict=True):
+    rows = [json.loads(row) for row in (tmp_path / f"out/{task}.jsonl").read_text().splitlines()]
+    assert scores["protocol"][task] == {
+        "name": "paper", "shots": 0, "n": 6, "mean_tokens": round(sum(row["tokens"] for row in rows) / 6, 2),
+        "cut": round(sum(row["finish"] == "length" for row in rows) / 6, 4)}
+    assert line.startswith(f"{task}: protocol paper, 0 worked examples; ")
   assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-      "choice.jsonl", "choice_samples.jsonl", "scores.json", "stories.jsonl", "stories_samples.jsonl"]
+      "against.json", "choice.jsonl", "choice_samples.jsonl", "scores.json", "stories.jsonl", "stories_samples.jsonl"]
+  assert f"choice: compared on the 5 questions that both answered; {tmp_path}/out/choice.jsonl alone has 1" in compared
+  (found,), rows = (json.loads((tmp_path / "out/against.json").read_text()),
+                    (tmp_path / "out/choice.jsonl").read_text().splitlines()[:5])
+  assert [(test["task"], test["n"], test["only_this"]) for test in found["tests"]] == [
+      ("choice", 5, sum(json.loads(row)["correct"] for row in rows))]
   again = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
   assert again.returncode == 1
   assert "exists; give another folder, or --overwrite" in again.stderr
+  itself = subprocess.run([*command, "--overwrite", f"--against={tmp_path / 'out'}"], cwd=REPO, env=environment,
+                          capture_output=True, text=True, check=False)
+  assert itself.returncode == 1
+  assert "is or holds the input --against" in itself.stderr
 
 
 def test_runs_start_servers_together_or_not_at_all():
@@ -244,6 +266,61 @@ def test_worked_examples_need_worked_answers(tmp_path):
   config.prompt.few_shot = 2
   with pytest.raises(UserError, match=r"few_shot=2: custom has no worked answers .*task.fields.rationale"):
     checks.validate(config)
+
+
+def _half_worked(folder, worked=(1, 3, 4, 6)):
+  config = _custom(folder)
+  rows = [{"question": f"train {i}?", "answer": str(i), **({"why": f"It is {i}."} if i in worked else {})}
+          for i in range(9)]
+  (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  config.task.fields.rationale = "why"
+  return config
+
+
+def test_examples_of_prompts_and_real_answers_are_rows_with_a_worked_answer_and_the_others_are_asked(tmp_path):
+  config = _half_worked(tmp_path / "a")
+  config.prompt.few_shot, config.task.questions_per_round = 3, 0
+  checks.validate(config)
+  found = questions.of_round(config, 0)
+  assert len(found.shots) == 3
+  assert all(e.rationale for e in found.shots)
+  assert len(found.asked) == 6
+  assert not {e.id for e in found.asked} & {e.id for e in found.shots}
+  assert sum(not e.rationale for e in found.asked) == 5
+  assert len(selection.worked_answers(config, 0)) == 1
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"prompt.few_shot": 5}, r"few_shot=5: custom .*too few: 4 of its 9 train questions have one"),
+    ({"prompt.few_shot": 4, "method": "real"}, r"no worked answers.*: 4 of its 9 .* none of the 4 of round 0")])
+def test_too_few_worked_answers_are_counted(change, message, tmp_path):
+  config = _half_worked(tmp_path / "a")
+  config.update_from_flattened_dict(change)
+  with pytest.raises(UserError, match=message):
+    checks.validate(config)
+
+
+def test_which_examples_a_prompt_shows_does_not_change_where_all_are_worked(tmp_path):
+  config = _half_worked(tmp_path / "a", worked=range(9))
+  config.prompt.few_shot = 3
+  pool = questions.load(config, "custom", split="train")
+  found = questions.of_round(config, 0)
+  assert (found.shots, found.asked) == (pool[:3], pool[3:7])
+
+
+def test_the_dry_run_says_how_many_test_questions_are_asked_and_of_how_many(tmp_path):
+  config = _custom(tmp_path / "a")
+  (tmp_path / "a" / "test.jsonl").write_text("\n".join(
+      json.dumps({"question": "Test?", "answer": a}) for a in ("1", "2", "none", "1")))
+  config.task.update({"eval_questions": 1000, "ood": ("groups", "mawps", "asdiv", "sciq")})
+  assert questions.count_tests(config) == [3, 1000, 520, 1000, 1000]
+  first, note = questions.describe_tests(config).splitlines()
+  assert first == ("test questions: custom 3 of 4 (3 have an answer that can be judged); groups 1000 (generated); "
+                   "mawps 520 of 520; asdiv 1000 of 2305 (2215 have an answer that can be judged); sciq 1000 of 1000")
+  assert "mawps: hf:MU-NLPC/Calc-mawps has 520 other questions than the paper's 2065" in note
+  config.task.ood = ("tabmwp",)
+  with pytest.raises(UserError, match="give tabmwp=file:PATH"):
+    checks.validate(config, downloads=False)
 
 
 def test_a_task_with_fewer_test_questions_than_asked_for_gives_all_it_has(tmp_path, capsys):

@@ -5,6 +5,7 @@ import functools
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -43,10 +44,11 @@ def test_counts_are_the_published_ones_and_every_record_is_accounted_for(
     name, split, records, no_gold, repeated, in_test):
   found = read(name, split)
   assert found.facts == {"records": records, "no_gold": no_gold, "repeated": repeated, "in_test": in_test}
-  assert len(found.examples) == records - no_gold - repeated - in_test
+  whole = split == "test"  # those that repeat another are asked, too
+  assert len(found.examples) == records - no_gold - in_test - (0 if whole else repeated)
   assert not any(note.startswith("warning") for note in found.notes)
   questions = {words(e.question) for e in found.examples}
-  assert len(questions) == len({e.id for e in found.examples}) == len(found.examples)
+  assert len({e.id for e in found.examples}) == len(found.examples) == len(questions) + repeated * whole
   if split != "test":
     assert not questions & {words(e.question) for e in read(name).examples}
 
@@ -100,12 +102,56 @@ def test_asdiv_keeps_what_can_be_judged():
   problems = [{c.tag: c.text for c in p} for p in ElementTree.parse(DATA / "asdiv/ASDiv.xml").getroot().iter("Problem")]
   assert sum(";" in p["Answer"] for p in problems) == read("asdiv").facts["no_gold"]
   kinds = collections.Counter(e.kind for e in read("asdiv").examples)
-  assert kinds == {"number": 2096, "latex": 118}
+  assert kinds == {"number": 2097, "latex": 118}
   ratios = [e.answer for e in read("asdiv").examples if e.kind == "latex" and e.answer.replace(":", "").isdecimal()]
   assert len(ratios) == 56
   names = {e.answer for e in read("asdiv").examples if e.kind == "latex"} - set(ratios)
   assert {"Yes", "No", "They are equal", "3:30 p.m."} <= names
   assert not any(answers.parse_number(name) for name in names)
+
+
+# Task, file, how many questions the paper's figures are over.
+WHOLE = [("mawps", "mawps/harness_test.jsonl", 2065), ("mmlu_stem", "mmlu_stem/harness_test.jsonl", 3018),
+         ("asdiv", "asdiv/harness_test.jsonl", 2215), ("mathqa", "mathqa/harness_test.jsonl", 1000),
+         ("svamp", "svamp/harness_test.jsonl", 1000), ("sat_math", "sat_math/harness_test.jsonl", 32),
+         ("math", "math", 5000), ("gsm8k", "gsm8k", 1319), ("multiarith", "mawps/harness_multiarith.jsonl", 600)]
+
+
+@pytest.mark.parametrize(("name", "path", "count"), WHOLE)
+def test_no_test_question_of_the_paper_is_left_out(name, path, count):
+  found = read(name, path=path)
+  assert len(found.examples) == len({e.id for e in found.examples}) == count
+  assert not found.notes
+
+
+# The file, and how often each option is the right one.
+COMMON = {"arc_easy": 2376, "arc_challenge": 1172, "boolq": 3270, "openbookqa": 500, "piqa": 1838, "sciq": 1000,
+          "siqa": 1954, "winogrande": 1267}
+
+
+@pytest.mark.parametrize(("name", "size"), COMMON.items())
+def test_common_sets_are_whole_and_their_golds_are_those_of_the_files(name, size):
+  choices, examples = tasks.load_choices(name, source=SOURCE), tasks.load(name, split="test", source=SOURCE)
+  assert len(choices) == size
+  assert [c.id for c in choices] == [e.id for e in examples]
+  assert not read(name).notes
+  file = {"siqa": "social_i_qa"}.get(name, name)
+  right = collections.Counter(r["choices"][r["answer"]].strip() for r in lines(f"commonsense/{file}.jsonl"))
+  listed = collections.Counter(
+      re.search(rf"\n\({e.answer}\) (.*)", e.question, re.DOTALL)[1].partition("\n(")[0] for e in examples)
+  if name == "boolq":
+    right = {"yes": right["true"], "no": right["false"]}
+  assert listed == right
+  for c in choices:
+    assert all(option.startswith(" ") for option in c.options)
+    assert len(c.contexts) in (1, len(c.options))
+    assert 0 <= c.gold < len(c.options)
+
+
+def test_choices_do_not_hang_on_the_form_of_the_file():
+  files = {tuple(tasks.load_choices("mmlu_stem", source=f"file:{DATA / path}"))
+           for path in ("mmlu_stem", "mmlu_stem/harness_test.jsonl")}
+  assert len(files) == 1
 
 
 @pytest.mark.parametrize(("name", "files"), [

@@ -8,7 +8,7 @@ import pytest
 
 from imm_jax import tasks
 from imm_jax.errors import UserError
-from imm_jax.tasks import answers, formats, registry
+from imm_jax.tasks import answers, catalogue, formats, registry
 from imm_jax.tasks.base import Example
 
 
@@ -29,6 +29,8 @@ def gsm8k(question: str, gold: str = "3") -> dict[str, str]:
 
 
 _OPTIONS = "\n(A) 4\n(B) 5 , 5\n(C) $f(A)$\n(D) none"
+ARC = {"question": "Q?", "choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "answerKey": "2"}
+DERIVED = {"question": "Q?", "choices": ["x", "y"], "answer": 1}
 # Task, record, question, gold, kind: one for each form in which a task is published.
 FORMS = [
     ("gsm8k", {"question": " Two and\u2028three? ", "answer": "2+3=<<2+3=5>>5 and <<5*320=1600>>1,600\n#### 1,600"},
@@ -78,6 +80,47 @@ FORMS = [
      f"P?{_OPTIONS}", "D", "choice"),
     ("mmlu_stem", {"question": "P?", "choice0": "0", "choice1": "1", "choice2": "2", "choice3": "3", "answer": "0"},
      "P?\n(A) 0\n(B) 1\n(C) 2\n(D) 3", "A", "choice"),
+    ("math_500", {"problem": "P?", "solution": r"$\boxed{\dfrac12}$", "answer": r"\frac{1}{2}", "subject": "Algebra"},
+     "P?", r"\frac{1}{2}", "latex"),
+    ("gsm_plus", {"question": "Q?", "solution": "2+3 = 5\n#### 5", "answer": "5.0", "perturbation_type": "x"},
+     "Q?", "5", "number"),
+    ("gsm_symbolic", {"id": 0, "instance": 0, "question": "Q?", "answer": "1+2=<<1+2=3>>3\n#### 3"},
+     "Q?", "3", "number"),
+    ("multiarith", {"question": " Q? ", "final_ans": "12"}, "Q?", "12", "number"),
+    ("multiarith", {"input": "Q?", "target": 12.0}, "Q?", "12", "number"),
+    ("tabmwp", {"question": "How many?", "choices": None, "answer": "1,200", "ans_type": "integer_number",
+                "table_title": "Apples", "table": "Day | Number\nMonday | 1,200"},
+     "Table: Apples\nDay | Number\nMonday | 1,200\nHow many?", "1200", "number"),
+    ("tabmwp", {"question": "Which?", "choices": ["a hat", "a cap"], "answer": "a hat", "ans_type": "multi_text",
+                "table_title": "", "table": "x | y"}, "Table:\nx | y\nWhich?\nOptions: a hat, a cap", "a hat", "latex"),
+    ("arc_easy", ARC, "Q?\n(A) x\n(B) y\n(C) z", "B", "choice"),
+    ("arc_easy", DERIVED, "Q?\n(A) x\n(B) y", "B", "choice"),
+    ("arc_challenge", ARC, "Q?\n(A) x\n(B) y\n(C) z", "B", "choice"),
+    ("arc_challenge", DERIVED, "Q?\n(A) x\n(B) y", "B", "choice"),
+    ("boolq", {"passage": "P.", "question": "is it so", "label": 1, "idx": 0},
+     "P.\nis it so?\n(A) no\n(B) yes", "B", "choice"),
+    ("boolq", {"passage": "P.", "question": "is it so", "answer": False, "title": "T"},
+     "P.\nis it so?\n(A) no\n(B) yes", "A", "choice"),
+    ("boolq", {"question": "is it so?", "choices": ["true", "false"], "answer": 0},
+     "is it so?\n(A) no\n(B) yes", "B", "choice"),
+    ("openbookqa", {"question_stem": "It is", "choices": ARC["choices"], "answerKey": "3"},
+     "It is\n(A) x\n(B) y\n(C) z", "C", "choice"),
+    ("openbookqa", DERIVED, "Q?\n(A) x\n(B) y", "B", "choice"),
+    ("piqa", {"goal": "Do it.", "sol1": " one", "sol2": "two ", "label": 0}, "Do it.\n(A) one\n(B) two", "A", "choice"),
+    ("piqa", DERIVED, "Q?\n(A) x\n(B) y", "B", "choice"),
+    ("sciq", {"question": "Q?", "support": "S. ", "distractor1": "x", "distractor2": "y", "distractor3": "z",
+              "correct_answer": "w"}, "S.\nQ?\n(A) x\n(B) y\n(C) z\n(D) w", "D", "choice"),
+    ("sciq", DERIVED, "Q?\n(A) x\n(B) y", "B", "choice"),
+    ("siqa", {"context": "C.", "question": "Q?", "answerA": "x", "answerB": "y", "answerC": "z", "label": "3"},
+     "C. Q?\n(A) x\n(B) y\n(C) z", "C", "choice"),
+    ("siqa", DERIVED, "Q?\n(A) x\n(B) y", "B", "choice"),
+    ("winogrande", {"sentence": "Ann saw _ run.", "option1": "Tom", "option2": "Sam", "answer": "2"},
+     "Ann saw _ run.\n(A) Tom\n(B) Sam", "B", "choice"),
+    ("winogrande", DERIVED | {"question": "Ann saw _ run."}, "Ann saw _ run.\n(A) x\n(B) y", "B", "choice"),
+    ("hellaswag", {"ctx_a": "[header] How to swim [title] Go in.", "ctx_b": "you", "activity_label": "Sport",
+                   "endings": ["swim.", "sink [step] ."], "label": "1"},
+     "Sport: How to swim. Go in. You\n(A) swim.\n(B) sink .", "B", "choice"),
+    ("hellaswag", DERIVED, "Q?\n(A) x\n(B) y", "B", "choice"),
     ("mbpp", {"text": "Add two.", "code": "def f(a, b):\r\n  return a+b", "task_id": 11, "test_list": []},
      "Add two.", "", ""),
 ]
@@ -92,9 +135,9 @@ def test_each_published_form_gives_question_gold_and_kind(name, record, question
 
 
 def test_every_form_of_every_task_is_tried():
-  tried = {(name, form.fields) for name, record, *_ in FORMS for form in registry.TASKS[name].formats
+  tried = {(name, form.fields) for name, record, *_ in FORMS for form in catalogue.TASKS[name].formats
            if {k.lower() for k in record} >= set(form.fields)}
-  assert tried == {(name, form.fields) for name, task in registry.TASKS.items() for form in task.formats}
+  assert tried == {(name, form.fields) for name, task in catalogue.TASKS.items() for form in task.formats}
 
 
 def test_a_rationale_ends_in_the_answer_and_holds_no_calculator_marks(tmp_path):
@@ -124,6 +167,13 @@ def test_a_rationale_ends_in_the_answer_and_holds_no_calculator_marks(tmp_path):
     ("mmlu_stem", {"question": "Q", "choices": "1, 2", "answer": 0}, "'1, 2' is no list of 2 to 8 options"),
     ("mmlu_stem", {"question": "Q", "choices": list("ABCD"), "answer": 4}, "the gold 'E' is none of the 4 options"),
     ("sat_math_agieval", {"query": "Q?", "choices": ["1", "2"], "gold": [0]}, "'query' is not of the form"),
+    ("arc_easy", ARC | {"answerKey": "D"}, "the gold 'D' is none of the options 1, 2, 3"),
+    ("arc_easy", ARC | {"choices": ["x", "y"]}, r"'choices' is .*expected lists `text` and `label`"),
+    ("arc_easy", DERIVED | {"answer": 2}, "the gold 2 is none of the 2 options"),
+    ("piqa", DERIVED | {"answer": "b"}, "the gold 'b' is no index of an option"),
+    ("piqa", {"goal": "G", "sol1": 1, "sol2": "x", "label": 0}, "'sol1' is no text"),
+    ("winogrande", DERIVED, "'Q.' has no gap `_`"),
+    ("boolq", DERIVED, r"\['x', 'y'\] are not true and false"),
     ("mbpp", {"text": "T", "code": "C", "task_id": "x"}, "invalid literal"),
 ])
 def test_a_wrong_record_is_named_by_file_and_line(name, record, message, tmp_path):
@@ -177,7 +227,33 @@ def test_what_is_in_the_test_set_or_repeated_is_left_out_and_told_once(tmp_path,
       f"note: gsm8k/train: {source}: of 5 records left out 1 without an answer that can be judged, 1 that repeat "
       "another, 1 that are in the test set"]
   test = tasks.load("gsm8k", split="test", source=source)
-  assert {(e.question, e.answer) for e in test} == {("Both?", "3"), ("Test?", "3")}
+  assert sorted((e.question, e.answer) for e in test) == [("Both?", "3"), ("Test?", "3"), ("Test?", "4")]
+
+
+def test_a_test_split_keeps_repeats_with_ids_that_do_not_hang_on_the_order(tmp_path):
+  once, twice = [gsm8k("A?"), gsm8k("B?")], [gsm8k("C?", "5"), gsm8k(" C? ", "4"), gsm8k("C?", "5")]
+  orders = [once + twice, twice[::-1] + once, [twice[1], *once, twice[0], twice[2]]]
+  found = [registry.read("gsm8k", split="test", source=f"file:{write(tmp_path / f'{i}.jsonl', records)}")
+           for i, records in enumerate(orders)]
+  ids = [{(e.id, e.answer) for e in split.examples} for split in found]
+  assert ids[0] == ids[1] == ids[2]
+  assert len(ids[0]) == 5
+  assert found[0].facts["repeated"] == 2
+  assert not any("left out" in note for note in found[0].notes)
+  alone = registry.read("gsm8k", split="test", source=f"file:{write(tmp_path / 'once.jsonl', once)}")
+  assert {(e.id, e.answer) for e in alone.examples} < ids[0]
+  assert sorted(id_.partition("-")[2] for id_, answer in ids[0]) == ["", "", "", "2", "3"]
+
+
+@pytest.mark.parametrize(("name", "record"), [
+    ("gsm_plus", {"question": "Q?", "solution": "It is not said.", "answer": "None"}),
+    ("arc_easy", ARC | {"answerKey": ""}), ("piqa", {"goal": "G", "sol1": "x", "sol2": "y", "label": -1}),
+    ("siqa", {"context": "C.", "question": "Q?", "answerA": "x", "answerB": "y", "answerC": "z", "label": ""}),
+    ("winogrande", {"sentence": "A _.", "option1": "x", "option2": "y", "answer": ""})])
+def test_a_record_whose_gold_is_not_told_is_left_out_and_counted(name, record, tmp_path):
+  known = next(r for n, r, *_ in FORMS if n == name)
+  found = registry.read(name, split="test", source=f"file:{write(tmp_path / 'a.jsonl', [known, record])}")
+  assert found.facts == {"records": 2, "no_gold": 1, "repeated": 0, "in_test": 0}
 
 
 def test_a_set_of_the_published_size_gives_no_warning(tmp_path, capsys):
@@ -191,11 +267,11 @@ def test_a_set_of_the_published_size_gives_no_warning(tmp_path, capsys):
 def test_one_file_for_both_splits_is_refused(tmp_path):
   source = f"file:{write(tmp_path / 'train.jsonl', [gsm8k('A?'), gsm8k('B?')])}"
   with pytest.raises(UserError, match=r"holds no question for gsm8k/train, for its 2 are the test set's; does it name "
-                                      "one split for both"):
+                                      r"one split for both\?; make DIR/train.jsonl and DIR/test.jsonl"):
     tasks.load("gsm8k", split="train", source=source)
 
 
-@pytest.mark.parametrize("name", [n for n, t in registry.TASKS.items() if "train" not in t.source])
+@pytest.mark.parametrize("name", [n for n, t in catalogue.TASKS.items() if "train" not in t.source])
 def test_a_task_without_a_train_split_says_so(name):
   with pytest.raises(UserError, match=f"task {name} has no train split, only .*test; it is for evaluation"):
     tasks.load(name, split="train", count=1)
@@ -211,15 +287,16 @@ def test_one_file_holds_the_splits_of_mbpp(tmp_path):
 
 
 def test_the_table_says_where_from_what_role_and_what_licence():
-  for name, task in registry.TASKS.items():
+  for name, task in catalogue.TASKS.items():
     assert task.role in ("id", "ood", "importance")
     assert task.kind in (*formats.KINDS, "")
     assert (task.role == "importance") == (not task.kind) == (name not in tasks.JUDGED)
     assert task.licence
     assert "test" in task.source
-    assert all(source.startswith("hf:") for source in task.source.values())
+    assert all(source.startswith("hf:") for source in task.source.values()) or (name == "tabmwp" and task.paper)
+    assert task.measure == ("choices" if task.folder == "commonsense" else "answer") == tasks.measure_of(name)
     assert all(form.sizes.keys() <= task.source.keys() for form in task.formats)
-  assert set(tasks.NAMES) >= {"stories", "custom", *registry.TASKS}
+  assert set(tasks.NAMES) >= {"stories", "custom", *catalogue.TASKS}
 
 
 CUSTOM = {"prompt": "P?", "gold": "1,600", "work": "So it is.", "opts": ["x", "y"]}
@@ -249,7 +326,8 @@ def test_custom_records_are_read_by_the_names_given(kind, change, fields, expect
 
 
 def test_custom_needs_a_source_a_kind_and_fields_that_are_there(tmp_path):
-  write(tmp_path / "test.jsonl", [CUSTOM])
+  write(tmp_path / "train.jsonl", [CUSTOM])
+  write(tmp_path / "test.jsonl", [CUSTOM | {"prompt": "Other?"}])
   source = f"file:{tmp_path}"
   for options, message in [
       ({"kind": "number"}, "needs a source"), ({"source": source}, "kind='' of its answers: "),
@@ -257,11 +335,55 @@ def test_custom_needs_a_source_a_kind_and_fields_that_are_there(tmp_path):
       ({"source": source, "kind": "number", "fields": {"anwser": "gold"}}, "no field 'anwser': did you mean answer"),
       ({"source": source, "kind": "number"}, "has no field 'question' but prompt, gold, work, opts"),
       ({"source": source, "kind": "latex", "fields": {"question": "prompt", "answer": "gold", "rationale": "why"}},
-       "has no field 'why'")]:
+       r"no record has a field 'why' \(task.fields.rationale\) but gold, opts, prompt, work")]:
     with pytest.raises(UserError, match=message):
-      tasks.load("custom", split="test", **options)
+      tasks.load("custom", split="train", **options)
   with pytest.raises(UserError, match="task gsm8k has its own fields and kind"):
     tasks.load("gsm8k", split="test", source=source, kind="number")
+
+
+def test_rows_without_a_worked_answer_are_questions(tmp_path):
+  rows = [{"question": f"{i}?", "answer": i, **more} for i, more in enumerate(
+      ({"why": "So."}, {}, {"why": None}, {"why": " "}))]
+  write(tmp_path / "train.jsonl", rows)
+  write(tmp_path / "test.jsonl", [{"question": "Test?", "answer": 1}])  # evaluation needs none at all
+  load = lambda split: tasks.load("custom", split=split, source=f"file:{tmp_path}", kind="number",
+                                  fields={"rationale": "why"})
+  assert {e.question: e.rationale for e in load("train")} == {
+      "0?": "So.\nThe answer is 0", "1?": "", "2?": "", "3?": ""}
+  assert [e.question for e in load("test")] == ["Test?"]
+
+
+def test_where_the_own_place_has_other_questions_than_the_paper_it_is_said_once(monkeypatch, tmp_path, capsys):
+  rows = [("place", {"question": f"{i}?", "result_float": i}) for i in range(520)]
+  monkeypatch.setattr(registry.sources, "read", lambda *_: iter(rows))
+  registry._read.cache_clear()
+  for _ in range(2):
+    assert len(tasks.load("mawps", split="test")) == 520 == tasks.published_size("mawps", "test")
+  assert capsys.readouterr().err == (
+      "note: mawps: hf:MU-NLPC/Calc-mawps has 520 other questions than the paper's 2065, which are "
+      "GAIR-NLP/math-evaluation-harness data/mawps/test.jsonl; give mawps=file:PATH for those\n")
+  registry._read.cache_clear()
+  with pytest.raises(UserError, match=r"task tabmwp is on no hub .* data/tabmwp/test.jsonl: give tabmwp=file:PATH"):
+    tasks.load("tabmwp", split="test")
+
+
+def test_options_to_score_have_the_ids_and_the_order_of_the_questions(tmp_path):
+  rows = [CUSTOM | {"prompt": f"P{i}?", "gold": i % 2} for i in range(9)]
+  source = f"file:{write(tmp_path / 'own.jsonl', [*rows, rows[0]])}"
+  fields = {"question": "prompt", "answer": "gold", "choices": "opts"}
+  choices = tasks.load_choices("custom", source=source, fields=fields, count=7, seed=3)
+  examples = tasks.load("custom", split="test", source=source, fields=fields, kind="choice", count=7, seed=3)
+  assert [(c.id, c.question, "AB"[c.gold]) for c in choices] == [(e.id, e.question, e.answer) for e in examples]
+  one = choices[0]
+  assert (one.contexts, one.options) == ((f"Question: {one.question[:3]}\nAnswer:",), (" x", " y"))
+  with pytest.raises(ValueError, match="holds 10 questions, 11 were asked for"):
+    tasks.load_choices("custom", source=source, fields=fields, count=11)
+  with pytest.raises(UserError, match=r"task custom has no options that can be scored; .*task.fields.choices"):
+    tasks.load_choices("custom", source=source, fields={"question": "prompt", "answer": "gold"})
+  for name in ("stories", "gsm8k"):
+    with pytest.raises(UserError, match=f"task {name} has no options that can be scored; expected one of mathqa"):
+      tasks.load_choices(name, source=f"file:{write(tmp_path / 'a.jsonl', [gsm8k('A?')])}")
 
 
 def test_nothing_that_can_be_judged_is_an_error(tmp_path):

@@ -45,7 +45,8 @@ def test_the_summary_says_what_changed(run: Path, written: Path):
             if "scores" in entry["facts"]}
   before, after = (scores[name]["stories"]["greedy"]["value"] for name in ("base/eval", "round_1/eval/merged"))
   text = report_runs.text_of((written / "index.html").read_text())
-  change = f"stayed within its interval, {before:.3f} and {after:.3f}"  # of six questions
+  assert before == after
+  change = f"stayed at {after:.3f}"
   assert f"After 2 rounds of imm on tiny, accuracy in domain (stories) {change} and out of domain (2 tasks) " in text
   right = sum(scores["base/eval"][task]["greedy"]["value"] * 6 for task in report_runs.OOD)
   assert f"base {right / 12:.3f} [" in text
@@ -60,6 +61,15 @@ def test_csv_files_hold_the_values_of_the_run(run: Path, written: Path):
     score = stages[name]["facts"]["scores"]["groups"]["greedy"]
     assert [float(row[f"groups, n=6{part}"]) for part in ("", " low", " high")] == [
         score["value"], score["low"], score["high"]]
+  asked = rows_of(written / "protocol.csv")
+  assert len(asked) == 5 * 3
+  assert [list(row.values()) for row in asked[:2]] == [
+      ["base", task, "paper", "0", "6", "10.0", "25.0"] for task in ("stories", "groups")]
+  text = report_runs.text_of((written / "index.html").read_text())
+  assert "(Wilson); protocol paper, 0 worked examples: stories, groups, choice. In domain is stories" in text
+  told = results.table(Results.of(run)).splitlines()
+  assert "protocol paper, 0 worked examples: stories, groups, choice" in told
+  assert "base: 10.0 tokens an answer, 25.0% of 18 cut at eval.max_new_tokens" in told
   data = rows_of(written / "data.csv")
   assert [int(row["dropped: repeated"]) for row in data] == [1, 1]
   assert [int(row["sampled"]) for row in data] == [18, 18]

@@ -69,6 +69,7 @@ def turn_a_verdict(root: Path) -> None:
     (change(lambda r: r["stages"]["base/eval"]["facts"]["scores"].pop("stories")),
      "the scores of base/eval are damaged"),
     (change(lambda r: r["stages"]["base/eval"]["facts"]["scores"]["stories"]["greedy"].update(value=1e9)), "base/eval"),
+    (change(lambda r: r["stages"]["base/eval"]["facts"]["protocol"]["stories"].update(n=0)), "base/eval are damaged"),
     (change(lambda r: (r.pop("versions"), r.pop("devices"), r.pop("tasks"))),
      "run.json: damaged or missing in it: versions, devices, tasks"),
     (change(lambda r: r["stages"]["round_0/train.jsonl"]["facts"].update(kept="many", dropped_wrong=-1)),

@@ -258,11 +258,15 @@ def test_digits_are_tokens_of_their_own(tokenizer):
 def test_a_prompt_has_header_examples_question_and_response_in_this_order():
   shots = [Example("a", "What is 1+1?", "2", "1+1=2. The answer is 2.", "number"),
            Example("b", "What is 2+2?", "4", "2+2=4. The answer is 4.", "number")]
-  assert prompts.build("What is 3+3?", header="Solve.", examples=shots) == (
-      "Solve.\n\n"
-      "### Instruction:\nWhat is 1+1?\n\n### Response: Let's think step by step.\n1+1=2. The answer is 2.\n\n"
-      "### Instruction:\nWhat is 2+2?\n\n### Response: Let's think step by step.\n2+2=4. The answer is 4.\n\n"
+  # Tables 11 and 12 of the paper.
+  header = "Below is an instruction that describes a task. Write a response that appropriately completes the request"
+  assert prompts.build("What is 3+3?", header=f"{header}.", examples=shots) == (
+      f"{header} like given examples below:\n\n"
+      "Question: What is 1+1?\nA: Let's think step by step.\n1+1=2. The answer is 2.\n\n"
+      "Question: What is 2+2?\nA: Let's think step by step.\n2+2=4. The answer is 4.\n\n"
       "### Instruction:\nWhat is 3+3?\n\n### Response: Let's think step by step.\n")
+  assert prompts.build("What is 3+3?", header=f"{header}.") == (  # of training and evaluation
+      f"{header}.\n\n### Instruction:\nWhat is 3+3?\n\n### Response: Let's think step by step.\n")
 
 
 @pytest.mark.parametrize("text", [
@@ -271,9 +275,10 @@ def test_a_prompt_has_header_examples_question_and_response_in_this_order():
     "### Response: no"])
 def test_a_prompt_keeps_braces_and_odd_unicode(text):
   shot = Example("a", text, "2", text, "number")
-  built = prompts.build(text, header=text, examples=[shot])
   ask = f"### Instruction:\n{text}\n\n### Response: Let's think step by step.\n"
-  assert built == (f"{text}\n\n" if text else "") + ask + f"{text}\n\n" + ask
+  assert prompts.build(text, header=text) == (f"{text}\n\n" if text else "") + ask
+  assert prompts.build(text, examples=[shot]) == (
+      f"Question: {text}\nA: Let's think step by step.\n{text}\n\n{ask}")
 
 
 @settings(max_examples=100, deadline=None)

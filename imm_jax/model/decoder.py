@@ -3,6 +3,9 @@
 Axes: B batch, T query length, S key length, L layers, D model, H heads, K key/value heads, G = H / K, h head dim,
 F feed-forward, V vocabulary.
 
+Products run in the compute dtype; the sum that passes from layer to layer, norms, rotation and gates are float32, as in
+torch's autocast. In bfloat16 that sum alone would take more than half of what a gradient errs (benchmarks/README.md).
+
 Parameters keep the names and the [out, in] layout of the HF checkpoint, so that reading one is a copy. Layers are
 stacked on a leading axis and run under `lax.scan` (training, scoring), or are a list (decoding, where a scanned cache
 would be copied at every step); `unstack_layers` turns the first form into the second.
@@ -51,16 +54,16 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-  """Root-mean-square norm, computed in float32."""
+  """Root-mean-square norm of x, computed in float32; the result is of `dtype`, or of x's own."""
 
   def __init__(self, dim: int, *, eps: float, dtype: jnp.dtype):
     self.weight = nnx.Param(jnp.ones((dim,), dtype))
     self.eps = eps
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
     x32 = x.astype(jnp.float32)
     x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-    return self.weight[...].astype(x.dtype) * x32.astype(x.dtype)
+    return (self.weight[...].astype(jnp.float32) * x32).astype(dtype or x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -115,7 +118,8 @@ class MLP(nnx.Module):
     self.activation = ACTIVATIONS[config.activation]
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+    gate, up = self.gate_proj(x).astype(jnp.float32), self.up_proj(x).astype(jnp.float32)
+    return self.down_proj((self.activation(gate) * up).astype(x.dtype))
 
 
 class Layer(nnx.Module):
@@ -129,11 +133,13 @@ class Layer(nnx.Module):
     self.mlp = MLP(config, dtype=dtype, key=mlp)
     self.residual_multiplier = config.residual_multiplier
 
-  def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend,
+  def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, dtype: jnp.dtype,
                cache: LayerCache | None = None, slots: jax.Array | None = None) -> tuple[jax.Array, LayerCache]:
-    attended, cache = self.self_attn(self.input_layernorm(x), rope, attend, cache, slots)
-    x = x + _times(attended, self.residual_multiplier)
-    return x + _times(self.mlp(self.post_attention_layernorm(x)), self.residual_multiplier), cache
+    """x [B, T, D] in float32 -> the same, and keys and values in the compute dtype."""
+    attended, cache = self.self_attn(self.input_layernorm(x, dtype), rope, attend, cache, slots)
+    x = x + _times(attended.astype(jnp.float32), self.residual_multiplier)
+    changed = self.mlp(self.post_attention_layernorm(x, dtype)).astype(jnp.float32)
+    return x + _times(changed, self.residual_multiplier), cache
 
 
 class Decoder(nnx.Module):
@@ -155,35 +161,36 @@ class Decoder(nnx.Module):
 
   def __call__(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array,
                compute_dtype: jnp.dtype, remat: str = "none") -> jax.Array:
-    """Scores packed rows: float32 logits [B, T, V] from what `hidden` takes."""
-    return self._head(self.hidden(tokens, positions=positions, segment_ids=segment_ids, compute_dtype=compute_dtype,
-                                  remat=remat))
+    """Scores packed rows: float32 logits [B, T, V].
 
-  def hidden(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, compute_dtype: jnp.dtype,
-             remat: str = "none", attend: Attend | None = None, use: Callable[[Layer], Layer] = lambda layer: layer,
+    segment_ids int32 [B, T] is 0 where there is padding; tokens see earlier tokens of their own segment. The others are
+    as for `hidden`.
+    """
+    attend = attention.packed(segment_ids, backend="xla")
+    return self._head(self.hidden(tokens, positions=positions, attend=attend, compute_dtype=compute_dtype, remat=remat))
+
+  def hidden(self, tokens: jax.Array, *, positions: jax.Array, attend: Attend, compute_dtype: jnp.dtype,
+             remat: str = "none", use: Callable[[Layer], Layer] = lambda layer: layer,
              pin: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array:
     """What the head reads, for packed rows.
 
     Args:
       tokens: int32 [B, T].
       positions: int32 [B, T], counted from 0 in every segment.
-      segment_ids: int32 [B, T], 0 where there is padding; tokens see earlier tokens of their own segment.
-      compute_dtype: dtype of activations; softmax and norms are float32 in any case.
+      attend: attention within texts, such as `attention.packed` gives.
+      compute_dtype: dtype of products and of what they are of; all else is float32 in any case.
       remat: one of REMAT; what is not kept is computed again in the backward pass.
-      attend: attention within the segments, such as `attention.packed` with a kernel; None runs it in plain XLA.
       use: applied to each layer before it runs, such as the gathering of its weights.
       pin: applied to what passes from layer to layer, such as a constraint on where it lies.
 
     Returns:
       [B, T, D] in the compute dtype.
     """
-    attend = attend or attention.packed(segment_ids, backend="xla")
-    rope = self._rope(positions, compute_dtype)
-    run = lambda layer, x, rope: pin(use(layer)(x, rope, attend)[0])
+    rope = self._rope(positions)
+    run = lambda layer, x, rope: pin(use(layer)(x, rope, attend, compute_dtype)[0])
     step = run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat])
-    x, _ = jax.lax.scan(lambda x, layer: (step(layer, x, rope), None), pin(self._embed(tokens, compute_dtype)),
-                        self.layers)
-    return self._final(x)
+    x, _ = jax.lax.scan(lambda x, layer: (step(layer, x, rope), None), pin(self._embed(tokens)), self.layers)
+    return self._final(x, compute_dtype)
 
   @property
   def head(self) -> jax.Array:
@@ -204,12 +211,13 @@ class Decoder(nnx.Module):
     """
     positions = jnp.arange(tokens.shape[1])
     causal = functools.partial(attention.masked, mask=(positions[:, None] >= positions)[None])
-    rope = self._rope(positions[None], compute_dtype)
-    x, caches = self._embed(tokens, compute_dtype), []
+    rope = self._rope(positions[None])
+    x, caches = self._embed(tokens), []
     for layer in self.layers:
-      x, cache = layer(x, rope, causal)
+      x, cache = layer(x, rope, causal, compute_dtype)
       caches.append(cache)
-    return self._head(self._final(jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0])), caches
+    last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
+    return self._head(self._final(last, compute_dtype)), caches
 
   def decode(self, tokens: jax.Array, *, positions: jax.Array, caches: list[LayerCache], compute_dtype: jnp.dtype,
              ) -> tuple[jax.Array, list[LayerCache]]:
@@ -226,29 +234,29 @@ class Decoder(nnx.Module):
     """
     slots = jnp.arange(caches[0][0].shape[2])
     seen = functools.partial(attention.masked, mask=(slots <= positions[:, None])[:, None])
-    rope = self._rope(positions[:, None], compute_dtype)
-    x, new_caches = self._embed(tokens[:, None], compute_dtype), []
+    rope = self._rope(positions[:, None])
+    x, new_caches = self._embed(tokens[:, None]), []
     for layer, cache in zip(self.layers, caches, strict=True):
-      x, cache = layer(x, rope, seen, cache, positions)
+      x, cache = layer(x, rope, seen, compute_dtype, cache, positions)
       new_caches.append(cache)
-    return self._head(self._final(x[:, 0])), new_caches
+    return self._head(self._final(x[:, 0], compute_dtype)), new_caches
 
-  def _embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return _times(jnp.take(self.embed_tokens.weight[...], tokens, axis=0).astype(dtype),
+  def _embed(self, tokens: jax.Array) -> jax.Array:
+    return _times(jnp.take(self.embed_tokens.weight[...], tokens, axis=0).astype(jnp.float32),
                   self.config.embedding_multiplier)
 
-  def _rope(self, positions: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+  def _rope(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin of the rotation angles, each [B, 1, T, h]."""
     config = self.config
     frequencies = rope.frequencies(config.rope_theta, config.rope_scaling, config.head_dim)
     angles = positions.astype(jnp.float32)[:, None, :, None] * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)
     magnitude = rope.magnitude(config.rope_scaling)
-    return _times(jnp.cos(angles), magnitude).astype(dtype), _times(jnp.sin(angles), magnitude).astype(dtype)
+    return _times(jnp.cos(angles), magnitude), _times(jnp.sin(angles), magnitude)
 
-  def _final(self, x: jax.Array) -> jax.Array:
+  def _final(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """What the head reads; the divisor of the logits is applied here, so that no loss needs to know of it."""
-    return _times(self.norm(x), 1 / self.config.logits_divisor)
+    return _times(self.norm(x, dtype), 1 / self.config.logits_divisor)
 
   def _head(self, x: jax.Array) -> jax.Array:
     return dot(x, self.head, out_dtype=jnp.float32)
@@ -301,10 +309,11 @@ def as_bits(x: jax.Array) -> jax.Array:
 
 
 def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotary embedding in the half-split form of HF checkpoints; x [B, heads, T, h]."""
+  """Rotary embedding in the half-split form of HF checkpoints; x [B, heads, T, h], angles in float32."""
   cos, sin = rope
   # A TPU moves entries within its 128 lanes slowly, and multiplies by a matrix of ones and zeros at no cost.
-  return x * cos + jax.lax.platform_dependent(x, tpu=_turn_by_product, default=_turn) * sin
+  turned = jax.lax.platform_dependent(x, tpu=_turn_by_product, default=_turn)
+  return (x.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin).astype(x.dtype)
 
 
 def _turn(x: jax.Array) -> jax.Array:

@@ -87,6 +87,13 @@ def mesh_sizes(count: int, *, data: int, fsdp: int, tensor: int, hidden_size: in
   return tuple(sizes.values())
 
 
+def own_devices(mesh: Mesh) -> Mesh:
+  """The mesh itself, or where several processes share it, this process's devices, which split the work on each row."""
+  if jax.process_count() == 1:
+    return mesh
+  return make_mesh(data=1, fsdp=1, tensor=-1, devices=jax.local_devices())
+
+
 def for_decoding(mesh: Mesh, kv_heads: int) -> Mesh:
   """The same devices with no `fsdp`: a step of one token would spend its time gathering weights.
 

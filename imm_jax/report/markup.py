@@ -14,7 +14,7 @@ from imm_jax.evaluation import Accuracy
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
-  Cell = "str | int | float | Accuracy | Link | None"
+  Cell = "str | int | float | Accuracy | Difference | Link | None"
 
 # Rows of a table that is folded.
 _LONG = 16
@@ -30,8 +30,19 @@ class Link(NamedTuple):
   href: str
 
 
+class Difference(NamedTuple):
+  """A difference between two models with its 95 % interval; a star marks one that is real."""
+
+  value: float
+  n: int
+  low: float
+  high: float
+  real: bool
+
+
 class Table(NamedTuple):
-  """Rows of cells under a head; an `Accuracy` is shown with its interval, and takes four columns of the CSV."""
+  """Rows of cells under a head; an `Accuracy` or a `Difference` is shown with its interval, and takes four columns of
+  the CSV."""
 
   name: str
   caption: str
@@ -70,7 +81,7 @@ def csv_of(table: Table) -> str:
   >>> csv_of(Table("t", "", ["model", "a"], [["base", Accuracy(0.5, 4, 0.15, 0.85)], ["sft", None]]))
   'model,a,a low,a high,a n\\nbase,0.5,0.15,0.85,4\\nsft,,,,\\n'
   """
-  wide = [any(isinstance(row[i], Accuracy) for row in table.rows) for i in range(len(table.head))]
+  wide = [any(isinstance(row[i], Accuracy | Difference) for row in table.rows) for i in range(len(table.head))]
   out = io.StringIO()
   writer = csv.writer(out, lineterminator="\n")
   writer.writerow([name for head, four in zip(table.head, wide, strict=True)
@@ -81,7 +92,7 @@ def csv_of(table: Table) -> str:
 
 
 def _values(cell: "Cell", four: bool) -> tuple[Any, ...]:
-  if isinstance(cell, Accuracy):
+  if isinstance(cell, Accuracy | Difference):
     return cell.value, cell.low, cell.high, cell.n
   if isinstance(cell, Link):
     cell = cell.text
@@ -105,6 +116,9 @@ def _cell(cell: "Cell") -> str:
     return ""
   if isinstance(cell, Accuracy):
     return f"{cell.value:.3f} <small>[{cell.low:.3f}, {cell.high:.3f}]</small>"
+  if isinstance(cell, Difference):
+    value = f"<b>{cell.value:+.3f}*</b>" if cell.real else f"{cell.value:+.3f}"
+    return f"{value} <small>[{cell.low:+.3f}, {cell.high:+.3f}]</small>"
   if isinstance(cell, Link):
     return f'<a href="{html.escape(cell.href)}">{html.escape(cell.text)}</a>'
   if isinstance(cell, int):

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from imm_jax.evaluation import Accuracy
-from imm_jax.report import browser, figures, insides
+from imm_jax.report import browser, differences, figures, insides
 from imm_jax.report.figures import MODELS, Panel
 from imm_jax.report.markup import Markup, Plot, Section, Table, page, section
 from imm_jax.report.reading import COUNTS, count, is_number
-from imm_jax.report.results import Model, Results, skipped
+from imm_jax.report.results import Model, Results, rules, skipped
 from imm_jax.report.samples import Chunk
 
 _RELOAD_S = 30
@@ -35,8 +35,8 @@ class Status(NamedTuple):
 
 def sections(results: Results, chunks: Sequence[Chunk]) -> list[Section]:
   """What stands on the page of a run, but for its head and the samples."""
-  found = [_accuracy(results), _sampled(results), insides.layers(results), insides.diversity(results), _data(results),
-           _stages(results, chunks), _config(results)]
+  found = [_accuracy(results), differences.section(results), _sampled(results), insides.layers(results),
+           insides.diversity(results), _data(results), _stages(results, chunks), _config(results)]
   return [part for part in found if part.parts]
 
 
@@ -130,22 +130,31 @@ def _sentence(results: Results, first: Model, last: Model) -> str:
   if last is first:
     return f"No round of {results.method} on {model} is done yet; these are the base model's scores."
   done = f"{last.round + 1} round{'s' * (last.round > 0)} of {results.method} on {model}"
-  parts = [_change(results.in_domain(first), results.in_domain(last), f"in domain ({results.id_task})")]
+  real = {line.label: line.real for line in differences.of_models(results, last, results, first).lines}
+  parts = [_change(results.in_domain(first), results.in_domain(last), f"in domain ({results.id_task})",
+                   real.get(results.id_task))]
   if results.ood_tasks:
     tasks = f"{len(results.ood_tasks)} task{'s' * (len(results.ood_tasks) > 1)}"
-    parts.append(_change(results.out_of_domain(first), results.out_of_domain(last), f"out of domain ({tasks})"))
+    parts.append(_change(results.out_of_domain(first), results.out_of_domain(last), f"out of domain ({tasks})",
+                         real.get(differences.POOLED if len(results.ood_tasks) > 1 else results.ood_tasks[0])))
   return f"After {done}, accuracy {' and '.join(parts)}."
 
 
-def _change(before: Accuracy, after: Accuracy, where: str) -> str:
-  """How accuracy changed; what lies in the other's interval is no rise or fall.
+def _change(before: Accuracy, after: Accuracy, where: str, real: bool | None) -> str:
+  """How accuracy changed; where nobody can say whether that is real, what lies in the other's interval is no change.
 
-  >>> _change(Accuracy(0.4, 100, 0.31, 0.50), Accuracy(0.6, 100, 0.50, 0.69), "in domain")
+  >>> _change(Accuracy(0.4, 100, 0.31, 0.50), Accuracy(0.6, 100, 0.50, 0.69), "in domain", True)
   'in domain rose from 0.400 to 0.600'
-  >>> _change(Accuracy(0.98, 100, 0.93, 0.99), Accuracy(0.97, 100, 0.92, 0.99), "out of domain")
+  >>> _change(Accuracy(0.98, 100, 0.93, 0.99), Accuracy(0.97, 100, 0.92, 0.99), "out of domain", False)
+  'out of domain went from 0.980 to 0.970, which may be chance'
+  >>> _change(Accuracy(0.98, 100, 0.93, 0.99), Accuracy(0.97, 100, 0.92, 0.99), "out of domain", None)
   'out of domain stayed within its interval, 0.980 and 0.970'
   """
-  if after.low <= before.value <= after.high or before.low <= after.value <= before.high:
+  if real is False and f"{before.value:.3f}" == f"{after.value:.3f}":
+    return f"{where} stayed at {after.value:.3f}"
+  if real is False:
+    return f"{where} went from {before.value:.3f} to {after.value:.3f}, which may be chance"
+  if real is None and (after.low <= before.value <= after.high or before.low <= after.value <= before.high):
     return f"{where} stayed within its interval, {before.value:.3f} and {after.value:.3f}"
   return f"{where} {'rose' if after.value > before.value else 'fell'} from {before.value:.3f} to {after.value:.3f}"
 
@@ -170,11 +179,35 @@ def _accuracy(results: Results) -> Section:
   counts = [f"{t}, n={results.models[0].scores[t].n}" for t in tasks]
   head = ["model", counts[0], *pooled, *counts[1:]]
   return Section("accuracy", "Accuracy by round", [
-      "Greedy answers, zero-shot, with 95 % intervals (Wilson). "
+      f"Accuracy with 95 % intervals (Wilson){''.join(f'; {rule}' for rule in rules(results))}. "
       f"In domain is {results.id_task}; the dotted line is the base model.", *skipped(results),
       Plot("accuracy", f"Accuracy of the base model, after SFT and after merging by round, {' and '.join(names)}; the "
            "table below has the values", figures.draw, tuple(panels)),
-      Table("accuracy", "Accuracy", head, rows)])
+      Table("accuracy", "Accuracy", head, rows), *_beside(results), *_texts(results), *_asked(results)])
+
+
+def _beside(results: Results) -> list[Table]:
+  """Further figures of tasks that have several, such as acc_norm."""
+  rows = [[m.label, task, name, a] for m in results.models for task, found in m.beside.items()
+          for name, a in found.items()]
+  return [Table("beside", "Further figures", ["model", "task", "figure", "value"], rows)] if rows else []
+
+
+def _texts(results: Results) -> list[Table]:
+  """How well texts are predicted."""
+  rows = [[m.label, text, *(spans[name][part] for name in ("nats_per_token", "bits_per_byte")
+                            for part in ("value", "low", "high"))]
+          for m in results.models for text, spans in m.texts.items()]
+  head = ["model", "text", "nats a token", "95 % from", "to", "bits a byte", "from", "to"]
+  return [Table("texts", "Likelihood of texts: less is better", head, rows)] if rows else []
+
+
+def _asked(results: Results) -> list[Table]:
+  """How the greedy answers came, where that is known."""
+  rows = [[m.label, task, a.name, a.shots, a.n, a.mean_tokens, 100 * a.cut]
+          for m in results.models for task, a in m.asked.items()]
+  head = ["model", "task", "protocol", "worked examples", "answers", "mean tokens", "cut at the limit, %"]
+  return [Table("protocol", "How the answers came", head, rows)] if rows else []
 
 
 def _sampled(results: Results) -> Section:

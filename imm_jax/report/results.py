@@ -10,7 +10,23 @@ from imm_jax.evaluation import Accuracy, accuracy
 from imm_jax.report import reading
 from imm_jax.report.reading import is_number
 
-_METRIC = re.compile(r"greedy|(pass|majority)@[1-9]\d{0,8}")
+_METRIC = re.compile(r"(pass|majority)@[1-9]\d{0,8}|[A-Za-z]\w{0,60}")
+_SAMPLED = re.compile(r"(pass|majority)@.*")
+
+
+class Asked(NamedTuple):
+  """How a task's greedy answers came: protocol, worked examples in a prompt, answers, their mean tokens, share cut."""
+
+  name: str
+  shots: int
+  n: int
+  mean_tokens: float
+  cut: float
+
+  @property
+  def rule(self) -> str:
+    """The protocol with its worked examples."""
+    return f"protocol {self.name}, {self.shots} worked example{'s' * (self.shots != 1)}"
 
 
 class Model(NamedTuple):
@@ -19,9 +35,12 @@ class Model(NamedTuple):
   Attributes:
     kind: `base`, or of a round `sft`, `merged`, or `merged 0.3`, a base weight of the sweep.
     round: -1 for the base.
-    scores: greedy accuracy by task.
+    scores: by task the figure that counts: accuracy of greedy answers, or of the likeliest options.
     sampled: by task, figures of its samples by name (`pass@4`, `majority@16`).
     skipped: by task, questions that do not fit in the model's context.
+    asked: by task, how its figures came, where that is known.
+    beside: by task, further figures by name (`acc_norm`).
+    texts: by text, `nats_per_token` and `bits_per_byte`, each a value with its interval.
   """
 
   kind: str
@@ -29,10 +48,19 @@ class Model(NamedTuple):
   scores: dict[str, Accuracy]
   sampled: dict[str, dict[str, Accuracy]]
   skipped: dict[str, int]
+  asked: Mapping[str, Asked] = {}
+  beside: Mapping[str, Mapping[str, Accuracy]] = {}
+  texts: Mapping[str, Mapping[str, Mapping[str, float]]] = {}
 
   @property
   def label(self) -> str:
     return "base" if self.kind == "base" else f"round {self.round} {self.kind}"
+
+  @property
+  def folder(self) -> str:
+    """Where its answers lie in the run directory."""
+    kind = self.kind.replace("merged ", "sweep_")
+    return "base/eval" if kind == "base" else f"round_{self.round}/eval/{kind}"
 
 
 class Results(NamedTuple):
@@ -171,6 +199,9 @@ def _models(stages: Mapping[str, Any], rounds: list[int], tasks: tuple[str, ...]
         models.append(_model(kind, t, stages[name]["facts"], tasks))
       except (AttributeError, KeyError, TypeError, ValueError) as e:
         problems.append(f"run.json: the scores of {name} are damaged ({e!r})")
+  untold = [model.label for model in models if not model.asked]
+  if untold and len(untold) < len(models):
+    problems.append(f"run.json: does not say by which protocol these were asked: {', '.join(untold)}")
   return tuple(models)
 
 
@@ -178,9 +209,30 @@ def _model(kind: str, round_: int, facts: Mapping[str, Any], tasks: tuple[str, .
   scores = {task: {metric: _score(score) for metric, score in found.items()} for task, found in facts["scores"].items()}
   scores = {task: {name: score for name, score in found.items() if _METRIC.fullmatch(name)}
             for task, found in scores.items()}
-  greedy = {task: scores[task].pop("greedy") for task in tasks}
-  return Model(kind, round_, greedy, {task: found for task, found in scores.items() if found},
-               dict(facts.get("long_prompts", {})))
+  # The first counts; json keeps the order.
+  first = {task: scores[task].pop(next(iter(scores[task]))) for task in tasks}
+  asked = {task: _asked(facts["protocol"][task]) for task in tasks} if "protocol" in facts else {}  # in older runs none
+  parts = [{task: chosen for task, found in scores.items() if (chosen := {
+      name: score for name, score in found.items() if bool(_SAMPLED.fullmatch(name)) == sampled})}
+           for sampled in (True, False)]
+  texts = {text: {name: _span(found[name]) for name in ("nats_per_token", "bits_per_byte")}
+           for text, found in facts.get("texts", {}).items()}
+  return Model(kind, round_, first, parts[0], dict(facts.get("long_prompts", {})), asked, parts[1], texts)
+
+
+def _span(found: Mapping[str, Any]) -> dict[str, float]:
+  span = {name: found[name] for name in ("value", "low", "high")}
+  if not (all(map(is_number, span.values())) and span["value"] >= 0 and span["low"] <= span["value"] <= span["high"]):
+    raise ValueError(f"{found} is no figure with its interval")
+  return span
+
+
+def _asked(found: Mapping[str, Any]) -> Asked:
+  asked = Asked(*(found[name] for name in Asked._fields))
+  known = isinstance(asked.name, str) and all(map(is_number, asked[1:]))
+  if not (known and min(asked[1:]) >= 0 and asked.n > 0 and asked.cut <= 1):
+    raise ValueError(f"{found} is no protocol")
+  return asked
 
 
 def _score(found: Mapping[str, Any]) -> Accuracy:
@@ -207,12 +259,45 @@ def table(results: Results) -> str:
   widths = [max(len(row[i]) for row in lines) for i in range(len(lines[0]))]
   text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]
   return "\n".join([f"accuracy, method {results.method}; ID is {results.id_task}; brackets are 95 % intervals", *text,
-                    *_sampled(results), *skipped(results)])
+                    *_beside(results), *_texts(results), *_sampled(results), *rules(results), *_lengths(results),
+                    *skipped(results)])
+
+
+def _beside(results: Results) -> list[str]:
+  """A line for each task with further figures: those of all models."""
+  tasks = dict.fromkeys(task for model in results.models for task in model.beside)
+  return [f"{task}: " + "; ".join(f"{model.label} {', '.join(f'{n} {figure(a)}' for n, a in found.items())}"
+                                  for model in results.models if (found := model.beside.get(task)))
+          for task in tasks]
+
+
+def _texts(results: Results) -> list[str]:
+  """A line for each model and text."""
+  return [f"{model.label}, text {text}: {spans['nats_per_token']['value']:.4f} "
+          f"[{spans['nats_per_token']['low']:.4f}, {spans['nats_per_token']['high']:.4f}] nats a token, "
+          f"{spans['bits_per_byte']['value']:.4f} bits a byte"
+          for model in results.models for text, spans in model.texts.items()]
 
 
 def figure(a: Accuracy) -> str:
   """A figure with its interval."""
   return f"{a.value:.3f} [{a.low:.3f}, {a.high:.3f}]"
+
+
+def rules(results: Results) -> list[str]:
+  """A line for each way in which test questions were asked."""
+  tasks: dict[str, list[str]] = {}
+  for task, asked in (results.models[0].asked if results.models else {}).items():
+    tasks.setdefault(asked.rule, []).append(task)
+  return [f"{rule}: {', '.join(names)}" for rule, names in tasks.items()]
+
+
+def _lengths(results: Results) -> list[str]:
+  """A line for each model: how long its greedy answers were, over all tasks."""
+  found = {m.label: [a for a in m.asked.values() if a.mean_tokens] for m in results.models}
+  return [f"{label}: {sum(a.mean_tokens * a.n for a in of) / sum(a.n for a in of):.1f} tokens an answer, "
+          f"{sum(a.cut * a.n for a in of) / sum(a.n for a in of):.1%} of {sum(a.n for a in of)} cut at "
+          "eval.max_new_tokens" for label, of in found.items() if of]
 
 
 def skipped(results: Results) -> list[str]:

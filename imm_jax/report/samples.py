@@ -101,9 +101,7 @@ def _expected(results: Results) -> dict[str, tuple[int, int]]:
   found = {f"round_{row['round']}/samples.jsonl": (count(row, "samples"), count(row, "correct"))
            for row in results.data if "samples" in row}
   for model in results.models:
-    kind = model.kind.replace("merged ", "sweep_")
-    folder = "base/eval" if kind == "base" else f"round_{model.round}/eval/{kind}"
-    found |= {f"{folder}/{task}.jsonl": (a.n, round(a.value * a.n)) for task, a in model.scores.items()}
+    found |= {f"{model.folder}/{task}.jsonl": (a.n, round(a.value * a.n)) for task, a in model.scores.items()}
   return found
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from imm_jax.analysis import shares
 from imm_jax.evaluation import Accuracy
-from imm_jax.report import figures, groups, insides, page
+from imm_jax.report import differences, figures, groups, insides, page
 from imm_jax.report.figures import Bars, Panel
 from imm_jax.report.groups import Group
 from imm_jax.report.markup import Plot, Section, Table
@@ -27,8 +27,8 @@ _KINDS = {"sampling": ("samples.jsonl",), "SFT": ("sft",), "merging": ("sweep", 
 def sections(runs: Mapping[str, Results], join: Join) -> list[Section]:
   """What is shown of these runs, by name; a section without parts has nothing to show."""
   found = groups.group(runs)
-  return [_accuracy(runs, found), _sampled(found, join), _layers(found, join), _diversity(found, join),
-          _data(found, join), _cost(runs, found, join)]
+  return [_accuracy(runs, found), _differences(runs, join), _sampled(found, join), _layers(found, join),
+          _diversity(found, join), _data(found, join), _cost(runs, found, join)]
 
 
 class End(NamedTuple):
@@ -106,6 +106,12 @@ def _accuracy(runs: Mapping[str, Results], found: Sequence[Group]) -> Section:
              {"in domain": (into, options), "out of domain": (out, options)}),
       *_means(found), *_ends(runs),
       Table("accuracy", "Every model", ["run", "method", "model", "in domain", "out of domain", *tasks], rows)])
+
+
+def _differences(runs: Mapping[str, Results], join: Join) -> Section:
+  return Section("differences", "Which differences are real", [
+      *differences.of_runs(runs), *join("differences", "Within each run, model less the other; * is real"),
+      *join("tests", "The tests within each run")])
 
 
 def _means(found: Sequence[Group]) -> list[Table]:

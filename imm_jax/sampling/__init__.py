@@ -4,10 +4,17 @@ from typing import NamedTuple
 
 
 class Prompt(NamedTuple):
-  """A text to continue. `id` decides the random keys of its samples, with the seed and the sample's number."""
+  """A text to continue.
+
+  Attributes:
+    id: decides the random keys of its samples, with the seed and the sample's number.
+    text: what is continued.
+    ids: the token ids of the text, where they are not those that `encode_prompt` gives.
+  """
 
   id: str
   text: str
+  ids: tuple[int, ...] = ()
 
 
 class Completion(NamedTuple):

@@ -53,7 +53,7 @@ def load(folder: Path, rows: int) -> tuple["PreTrainedTokenizerBase", tuple[int,
 
 def encode(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], rows: int) -> list[list[int]]:
   """The prompts' token ids; raises ValueError for a prompt without a token, UserError for an id past `rows`."""
-  ids = [encode_prompt(tokenizer, p.text, rows=rows) for p in prompts]
+  ids = [list(p.ids) or encode_prompt(tokenizer, p.text, rows=rows) for p in prompts]
   if not all(ids):
     raise ValueError(f"prompt {prompts[ids.index([])].id!r} has no tokens")
   return ids

@@ -73,7 +73,7 @@ class NativeSampler:
 
   def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int, num_samples: int = 1,
                temperatures: Sequence[float] = (0.0,), top_p: float = 1.0, stop: Sequence[str] = (), seed: int = 0,
-               label: str = "sample") -> list[list[Completion]]:
+               label: str = "sample", quiet: bool = False) -> list[list[Completion]]:
     """Samples `num_samples` completions of every prompt.
 
     Args:
@@ -86,6 +86,7 @@ class NativeSampler:
         for, such as `<|im_end|>`, alone or with other text.
       seed: of all samples.
       label: what the progress bar says.
+      quiet: shows none.
 
     Returns:
       For each prompt, in order, its completions.
@@ -107,7 +108,7 @@ class NativeSampler:
     static = decode.Static(self._config, self._dtype, ends, top_p, not any(temperatures), self._mesh)
     results: list[list[Completion | None]] = [[None] * num_samples for _ in prompts]
     total_tokens = 0
-    with progress.bar(len(asked), label, "sample") as bar:
+    with progress.bar(len(asked), label, "sample", quiet=quiet) as bar:
       for sample, tokens in self._run(ids, asked, static, max_new_tokens, texts, seed):
         completion = completions.completion(self.tokenizer, tokens, ends, texts)
         results[sample.prompt][sample.number] = completion

@@ -9,8 +9,8 @@ import ml_collections
 from imm_jax import distributed, evaluation, files
 from imm_jax.metrics import StageMetrics
 from imm_jax.sampling import Prompt
-from imm_jax.stages import questions, sampling
-from imm_jax.tasks import answers
+from imm_jax.stages import devices, likelihood, lm_eval_tasks, questions, sampling
+from imm_jax.tasks import answers, protocols
 from imm_jax.tasks.base import Example
 
 
@@ -20,59 +20,99 @@ def stage(config: ml_collections.ConfigDict, model: Path, root: Path, name: str,
   facts = evaluate(config, model, scratch, out, label=name)
   with StageMetrics(root, name) as metrics:
     metrics.write(round_ + 1, **{f"accuracy/{task}" if metric == "greedy" else f"{metric}/{task}": score["value"]
-                                 for task, found in facts["scores"].items() for metric, score in found.items()})
+                                 for task, found in facts["scores"].items() for metric, score in found.items()},
+                  **{f"{name}/{task}": how[name] for task, how in facts["protocol"].items()
+                     for name in ("mean_tokens", "cut") if name in how},
+                  **{f"{name}/{text}": found[name]["value"] for text, found in facts["texts"].items()
+                     for name in ("nats_per_token", "bits_per_byte")})
   return facts
 
 
 def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: Path, *, label: str) -> dict[str, Any]:
-  """Answers every task's test questions, zero-shot: a folder with <task>.jsonl, a row a question, answered greedily.
+  """Asks a model all test questions of a config: a folder with <task>.jsonl, a row a question.
 
-  With `config.eval.num_samples` also <task>_samples.jsonl, for pass@k and the majority vote. `scratch` is a folder for
-  what vLLM leaves (`sampling.sampler_of`).
+  Answers are greedy and asked for by `eval.protocol`; with `config.eval.num_samples` there is also
+  <task>_samples.jsonl, for pass@k and the majority vote. Of other tasks options are scored (`likelihood`), or
+  lm-evaluation-harness runs them (`lm_eval_tasks`). `scratch` is a folder for what came of a start that was killed
+  (`sampling.sampler_of`).
 
   Returns:
-    `scores`: for each task, figures by name (`greedy`, `pass@4`, `majority@16`); `long_prompts`: questions that were
-    skipped since they do not fit, for each task that has any.
+    `scores`: for each task, figures by name, the first of which counts (`greedy`, `pass@4`, `majority@16`; `acc`,
+    `acc_norm`; lm_eval's); `texts`: see `likelihood.measure`; `protocol`: for each task, how its figures came
+    (`described`); `long_prompts`: questions that were skipped since they do not fit, for each task that has any.
   """
   if distributed.is_main():
     out.mkdir()
   scores: dict[str, dict[str, evaluation.Accuracy]] = {}
+  how: dict[str, dict[str, Any]] = {}
   skipped: dict[str, int] = {}
   with sampling.sampler_of(config, model, config.eval.batch_size, scratch) as sampler:
-    for name, examples in questions.of_tests(config).items():
-      rows, skipped[name] = greedy(config, model, sampler, examples, label=f"{label}: {name}")
-      drawn = _samples(config, model, sampler, examples, label=f"{label}: {name}, samples")
+    for entry, (name, examples) in zip(questions.own(config), questions.of_tests(config).items(), strict=True):
+      if questions.measure_of(config, entry) != "answer":
+        continue
+      rows, skipped[name] = greedy(config, model, sampler, entry, examples, label=f"{label}: {name}")
+      drawn = _samples(config, model, sampler, entry, examples, label=f"{label}: {name}, samples")
       if distributed.is_main():
+        how[name] = described(config, name, rows)
         files.write_jsonl(out / f"{name}.jsonl", rows)
         scores[name] = {"greedy": evaluation.accuracy(sum(r["correct"] for r in rows), len(rows))}
         if drawn:
           files.write_jsonl(out / f"{name}_samples.jsonl", drawn)
           scores[name] |= of_samples(drawn, [k for k in config.eval.pass_at_k if k <= config.eval.num_samples])
-  return {"scores": {name: {metric: score._asdict() for metric, score in found.items()}
-                     for name, found in scores.items()},
-          "long_prompts": {name: count for name, count in skipped.items() if count}}
+  found = {"scores": {name: {metric: score._asdict() for metric, score in found.items()}
+                      for name, found in scores.items()}, "protocol": how, "texts": {}}
+  if any(questions.measure_of(config, entry) == "choices" for entry in questions.own(config)) or config.eval.texts:
+    found = _joined(found, devices.call(config, likelihood.measure, config, model, out, label))
+  if questions.lm_eval_tasks(config):
+    found = _joined(found, devices.call(config, lm_eval_tasks.measure, config, model, out, label))
+  names = [questions.name_of(entry) for entry in (config.task.name, *config.task.ood)]
+  ordered = {key: {name: of[name] for name in names if name in of} for key, of in found.items() if key != "texts"}
+  return {**ordered, "texts": found["texts"], "long_prompts": {name: count for name, count in skipped.items() if count}}
 
 
-def greedy(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Sampler, examples: Sequence[Example], *,
-           label: str) -> tuple[list[dict[str, Any]], int]:
-  """Greedy answers with verdicts (empty but on process 0), and how many questions do not fit."""
-  asked, long = sampling.fitting(config, model, examples, limit="eval.max_new_tokens", what=label)
+def _joined(found: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+  return {key: value | more[key] for key, value in found.items()}
+
+
+def greedy(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Sampler, entry: str,
+           examples: Sequence[Example], *, label: str) -> tuple[list[dict[str, Any]], int]:
+  """Greedy answers to questions of a task, by its entry in the config, with verdicts (empty but on process 0), and how
+  many questions do not fit."""
+  protocol, asked, long = _asked(config, model, entry, examples, label)
   completions = sampler([Prompt(e.id, text) for e, text in asked], label=label,
-                        max_new_tokens=config.eval.max_new_tokens, stop=config.sample.stop)
-  return sampling.judged([e for e, _ in asked], completions, strict=False) if distributed.is_main() else [], long
+                        max_new_tokens=config.eval.max_new_tokens, stop=protocol.stop)
+  return sampling.judged([e for e, _ in asked], completions, strict=False,
+                         read=protocol.read) if distributed.is_main() else [], long
 
 
-def _samples(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Sampler, examples: Sequence[Example], *,
-             label: str) -> list[dict[str, Any]]:
+def described(config: ml_collections.ConfigDict, task: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """How greedy answers came: the protocol's `name`, `shots` in a prompt, `n` answers, their `mean_tokens`, and the
+  share that was `cut` at `eval.max_new_tokens`."""
+  protocol = protocols.of(config, task)
+  return {"name": protocol.name, "shots": protocol.few_shot, "n": len(rows),
+          "mean_tokens": round(sum(r["tokens"] for r in rows) / len(rows), 2),
+          "cut": round(sum(r["finish"] == "length" for r in rows) / len(rows), 4)}
+
+
+def _asked(config: ml_collections.ConfigDict, model: Path, entry: str, examples: Sequence[Example], label: str,
+           ) -> tuple[protocols.Protocol, list[tuple[Example, str]], int]:
+  """The protocol of a task, its questions with their prompts, and how many do not fit."""
+  protocol = protocols.of(config, questions.name_of(entry))
+  return protocol, *sampling.fitting(config, model, examples, limit="eval.max_new_tokens", what=label,
+                                     shots=questions.shots_of(config, entry), prompt=protocol.prompt)
+
+
+def _samples(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Sampler, entry: str,
+             examples: Sequence[Example], *, label: str) -> list[dict[str, Any]]:
   settings = config.eval
   if not settings.num_samples:
     return []
-  asked, _ = sampling.fitting(config, model, examples, limit="eval.max_new_tokens", what=label)
+  protocol, asked, _ = _asked(config, model, entry, examples, label)
   completions = sampler(
       [Prompt(f"eval/{e.id}", text) for e, text in asked], max_new_tokens=settings.max_new_tokens,
       num_samples=settings.num_samples, temperatures=(settings.temperature,), top_p=settings.top_p,
-      stop=config.sample.stop, seed=config.seed, label=label)
-  return sampling.judged([e for e, _ in asked], completions, strict=False,
+      stop=protocol.stop, seed=config.seed, label=label)
+  return sampling.judged([e for e, _ in asked], completions, strict=False, read=protocol.read,
                          temperatures=(settings.temperature,)) if distributed.is_main() else []
 
 

@@ -14,7 +14,7 @@ from imm_jax import distributed, evaluation, files
 from imm_jax.merging import checkpoint, masks, methods
 from imm_jax.merging.trees import Setting
 from imm_jax.model import folder, hf
-from imm_jax.stages import evaluating, questions, sampling
+from imm_jax.stages import devices, evaluating, likelihood, questions, sampling
 
 
 class Models(NamedTuple):
@@ -54,15 +54,18 @@ def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int
                   ) -> dict[str, Any]:
   """Tries base weights on held-out questions and writes the best: base_weight.json, with every score.
 
-  The score of a weight is the mean of two accuracies, greedy and zero-shot: on questions of the in-domain train split
-  that no prompt and no round uses, and on questions of the tasks in `merge.auto.general`, of their train splits. Of
-  equal scores the larger weight wins, which is nearer to the base. With `merge.auto.groups` the layers are then taken
-  in so many groups, from the first to the last: a group's weight moves by `merge.auto.step` up or down where that is
-  better. `scratch` is a folder, of all processes, for the models that are tried.
+  The score of a weight is the mean of two accuracies, each as tests have it (by `eval.protocol`, or by likelihood): on
+  questions of the in-domain train split that no prompt and no round uses, and on questions of the tasks in
+  `merge.auto.general`, of their train splits. Of equal scores the larger weight wins, which is nearer to the base. With
+  `merge.auto.groups` the layers are then taken in so many groups, from the first to the last: a group's weight moves by
+  `merge.auto.step` up or down where that is better. `scratch` is a folder, of all processes, for the models that are
+  tried.
   """
   auto = config.merge.auto
   asked = questions.of_round(config, round_).held_out
-  general = [e for entry in auto.general for e in questions.load(config, entry, split="train", count=auto.questions)]
+  scored = [entry for entry in auto.general if questions.measure_of(config, entry) == "choices"]
+  answered = [("in_domain", config.task.name, asked), *(
+      ("general", entry, questions.general(config, entry)) for entry in auto.general if entry not in scored)]
   tried: list[dict[str, Any]] = []
 
   def score(weight: Setting) -> float:
@@ -73,17 +76,27 @@ def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int
       with _source(config, models) as source:
         _merge(config, source, models, round_, [(weight, trial)])
     distributed.barrier("merged on trial")
-    found: dict[str, evaluation.Accuracy] = {}
+    label = f"round {round_}: base weight {len(tried) + 1}"
+    rows: dict[str, list[dict[str, Any]]] = {"in_domain": [], "general": []}
+    how: dict[str, dict[str, Any]] = {}
     with sampling.sampler_of(config, trial, config.eval.batch_size, scratch) as sampler:
-      for name, examples in (("in_domain", asked), ("general", general)):
-        rows, _ = evaluating.greedy(config, trial, sampler, examples,
-                                    label=f"round {round_}: base weight {len(tried) + 1}, {name}")
+      for name, entry, examples in answered:
+        task = questions.name_of(entry)
+        rows_of, _ = evaluating.greedy(config, trial, sampler, entry, examples, label=f"{label}, {task}")
+        rows[name] += rows_of
         if distributed.is_main():
-          found[name] = evaluation.accuracy(sum(r["correct"] for r in rows), len(rows))
+          how[task] = evaluating.described(config, task, rows_of)
+    if scored:
+      for entry, rows_of in devices.call(config, likelihood.of_train, config, trial, scored, label).items():
+        rows["general"] += rows_of
+        how[questions.name_of(entry)] = likelihood.described(rows_of)
+    found = {name: evaluation.accuracy(sum(r["correct"] for r in of), len(of))
+             for name, of in rows.items()} if distributed.is_main() else {}
     value = distributed.from_main(sum(a.value for a in found.values()) / 2)
     if distributed.is_main() and tried:
       files.remove(scratch / f"model_{len(tried) - 1}")
-    tried.append({"base_weight": weight, "score": value, **{name: a._asdict() for name, a in found.items()}})
+    tried.append({"base_weight": weight, "score": value, **{name: a._asdict() for name, a in found.items()},
+                  "protocol": how})
     return value
 
   scores = {weight: score(weight) for weight in sorted(auto.weights)}

@@ -10,19 +10,18 @@ from typing import Any
 
 import jax
 import ml_collections
-from jax.sharding import Mesh
 
 from imm_jax import distributed, files
 from imm_jax.errors import UserError
-from imm_jax.model import hf, sharding
+from imm_jax.model import folder, hf, sharding
 from imm_jax.model.tokenization import encode_prompt
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.sampling import Completion, Prompt, vllm_server
+from imm_jax.sampling import Completion, Prompt, parts, vllm_server
 from imm_jax.sampling.native import NativeSampler
 from imm_jax.sampling.vllm import VllmSampler
 from imm_jax.stages import questions
 from imm_jax.stages.devices import mesh_of, starts_server
-from imm_jax.tasks import prompts
+from imm_jax.tasks import prompts, protocols
 from imm_jax.tasks.base import Example
 from imm_jax.tasks.judge import Judge
 
@@ -64,15 +63,16 @@ def write_shots(config: ml_collections.ConfigDict, out: Path) -> dict[str, Any]:
 def sampler_of(config: ml_collections.ConfigDict, model: Path, batch_size: int, scratch: Path) -> Iterator[Sampler]:
   """A sampler of a model, as the config has it.
 
-  The native one runs in every process, on its own devices, with a share of the prompts. vLLM is asked by process 0; in
-  the folder `scratch` lie its log and, by label, the samples that have come, from which a killed run goes on.
+  The native one runs in every process, on its own devices, with a share of the prompts; vLLM is asked by process 0. In
+  the folder `scratch` lie by label the samples that have come, from which a killed run goes on, and vLLM's log.
   """
+  journal_of = lambda label: scratch / f"{re.sub(r'[^A-Za-z0-9]+', '_', label)}.jsonl"
   if config.sampler.kind == "native":
     sampler = NativeSampler(model, compute_dtype=config.sample.compute_dtype, batch_size=batch_size,
-                            mesh=_own_devices(config))
-    yield lambda asked, **options: [
-        [Completion(*completion) for completion in group]
-        for group in distributed.gather(sampler.generate(list(distributed.share(asked)), **options))]
+                            mesh=sharding.own_devices(mesh_of(config)))
+    digest = folder.digest(model) if distributed.is_main() else ""
+    yield lambda asked, *, label, **options: parts.generate(
+        sampler.generate, asked, journal=journal_of(label), model=digest, rows=batch_size, label=label, **options)
     return
   if not distributed.is_main():
     yield lambda asked, **options: []
@@ -83,16 +83,9 @@ def sampler_of(config: ml_collections.ConfigDict, model: Path, batch_size: int, 
       model, python=(vllm.python or sys.executable) if spawns else "", urls=vllm.urls, args=vllm.args,
       restart=vllm.restart, compute_dtype=config.sample.compute_dtype, concurrency=vllm.concurrency,
       timeout=vllm.timeout, start_timeout=vllm.start_timeout, tolerance=vllm.tolerance, log=scratch / "vllm.log",
-      mesh=None if spawns else _own_devices(config)) as sampler:
+      mesh=None if spawns else sharding.own_devices(mesh_of(config))) as sampler:
     yield lambda asked, *, label, **options: sampler.generate(
-        asked, label=label, journal=scratch / f"{re.sub(r'[^A-Za-z0-9]+', '_', label)}.jsonl", **options)
-
-
-def _own_devices(config: ml_collections.ConfigDict) -> Mesh:
-  """This process's devices."""
-  if jax.process_count() == 1:
-    return mesh_of(config)
-  return sharding.make_mesh(data=1, fsdp=1, tensor=-1, devices=jax.local_devices())
+        asked, label=label, journal=journal_of(label), **options)
 
 
 def check_sampler(config: ml_collections.ConfigDict) -> None:
@@ -111,7 +104,8 @@ def check_sampler(config: ml_collections.ConfigDict) -> None:
 
 
 def fitting(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Example], *, limit: str, what: str,
-            shots: Sequence[Example] = ()) -> tuple[list[tuple[Example, str]], int]:
+            shots: Sequence[Example] = (), prompt: protocols.Prompt | None = None,
+            ) -> tuple[list[tuple[Example, str]], int]:
   """Questions with their prompts, as far as prompt and answer fit in the model's context, and how many do not.
 
   Args:
@@ -121,6 +115,7 @@ def fitting(config: ml_collections.ConfigDict, model: Path, examples: Sequence[E
     limit: the key of the most tokens of an answer, such as `eval.max_new_tokens`.
     what: whose questions they are, for the error.
     shots: worked examples of the prompt.
+    prompt: of a protocol; by default that of the run's samples.
 
   Raises:
     UserError: when none fits.
@@ -128,14 +123,15 @@ def fitting(config: ml_collections.ConfigDict, model: Path, examples: Sequence[E
   shape = hf.read_config(model)
   tokenizer, positions = load_tokenizer(model, rows=shape.vocab_size), shape.max_positions
   max_new_tokens = config[limit.partition(".")[0]].max_new_tokens
-  asked = [(e, prompts.build(e.question, header=config.prompt.header, examples=shots, style=config.prompt.style,
-                             tokenizer=tokenizer)) for e in examples]
+  build = prompt or (lambda e, shots, tokenizer: prompts.build(
+      e.question, header=config.prompt.header, examples=shots, style=config.prompt.style, tokenizer=tokenizer))
+  asked = [(e, build(e, shots, tokenizer)) for e in examples]
   if not positions:
     return asked, 0
   ids = lambda text: encode_prompt(tokenizer, text, rows=shape.vocab_size)
   fit = [(e, text) for e, text in asked if len(ids(text)) + max_new_tokens <= positions]
   if not fit:
-    fewer = " or config.prompt.few_shot" if shots else ""
+    fewer = f" or config.{'eval' if limit.startswith('eval') else 'prompt'}.few_shot" if shots else ""
     raise UserError(f"{what}: none of {len(asked)} prompts leaves room for config.{limit}={max_new_tokens} in the "
                     f"{positions} positions of {model} (max_position_embeddings); lower config.{limit}{fewer}, or take "
                     "another task")
@@ -147,28 +143,37 @@ def check(config: ml_collections.ConfigDict, base: Path, sampler: Path, draws: b
 
   `sampler` is the model that samples for training, where it `draws`.
   """
-  asked = [(base, examples, (), "eval.max_new_tokens", f"task {name}")
-           for name, examples in questions.of_tests(config).items()]
+  tests = zip(questions.own(config), questions.of_tests(config).values(), strict=True)
+  asked = [(base, entry, examples, f"task {questions.name_of(entry)}") for entry, examples in tests]
   if config.merge.base_weight == "auto":
-    asked += [(base, questions.load(config, entry, split="train", count=config.merge.auto.questions), (),
-               "eval.max_new_tokens", f"merge.auto.general {entry}") for entry in config.merge.auto.general]
+    asked += [(base, entry, questions.general(config, entry), f"merge.auto.general {entry}")
+              for entry in config.merge.auto.general]
+  asked = [found for found in asked if questions.measure_of(config, found[1]) == "answer"]
+  options = [(model, examples, {"limit": "eval.max_new_tokens", "what": what,
+                                "shots": questions.shots_of(config, entry),
+                                "prompt": protocols.of(config, questions.name_of(entry)).prompt})
+             for model, entry, examples, what in asked]
   if draws:
     found = questions.of_round(config, 0)
-    asked.append((sampler, found.asked, found.shots, "sample.max_new_tokens", f"task {config.task.name}, train"))
-  for model, examples, shots, limit, what in asked:
+    options.append((sampler, found.asked, {"limit": "sample.max_new_tokens", "shots": found.shots,
+                                           "what": f"task {config.task.name}, train"}))
+  for model, examples, given in options:
     try:  # a few say it, and are quick to read
-      fitting(config, model, examples[:_LOOKED_AT], limit=limit, what=what, shots=shots)
+      fitting(config, model, examples[:_LOOKED_AT], **given)
     except UserError:
-      fitting(config, model, examples, limit=limit, what=what, shots=shots)
+      fitting(config, model, examples, **given)
 
 
 def judged(examples: Sequence[Example], completions: Sequence[Sequence[Completion]], *, strict: bool,
-           temperatures: Sequence[float] = ()) -> list[dict[str, Any]]:
-  """A row for each sample, with its verdict; `temperatures` are those that the samples of a question ran at in turn."""
+           temperatures: Sequence[float] = (), read: Callable[[str, str], str] = lambda text, kind: text,
+           ) -> list[dict[str, Any]]:
+  """A row for each sample, with its verdict on what is `read` of it; `temperatures` are those that the samples of a
+  question ran at in turn."""
   drawn = [(example, s, completion) for example, group in zip(examples, completions, strict=True)
            for s, completion in enumerate(group)]
   with Judge() as judge:
-    verdicts = judge.verdicts([(completion.text, e.answer, e.kind) for e, _, completion in drawn], strict=strict)
+    verdicts = judge.verdicts([(read(completion.text, e.kind), e.answer, e.kind) for e, _, completion in drawn],
+                              strict=strict)
   return [{"id": e.id, **({"sample": s, "temperature": temperatures[s % len(temperatures)]} if temperatures else {}),
            "question": e.question, "gold": e.answer, "kind": e.kind, "text": completion.text,
            "tokens": completion.num_tokens, "finish": completion.finish, "correct": verdict.correct,

@@ -92,11 +92,12 @@ def worked_answers(config: ml_collections.ConfigDict, round_: int) -> list[Row]:
   Raises:
     UserError: when the task has none.
   """
+  asked = questions.of_round(config, round_).asked
   rows = [{"id": e.id, "question": e.question, "response": e.rationale, "round": round_, "source": "real"}
-          for e in questions.of_round(config, round_).asked if e.rationale]
+          for e in asked if e.rationale]
   if not rows:
-    raise UserError(f"config.task.name={config.task.name}: has no worked answers to train on (method=real, "
-                    "data.real_fraction and data.with_real need them)")
+    raise UserError(f"config.task.name={config.task.name}: has no worked answers to train on: none of the {len(asked)} "
+                    f"questions of round {round_} (method=real, data.real_fraction and data.with_real need them)")
   return rows
 
 

@@ -1,135 +1,35 @@
-"""The real tasks: where each comes from, how its records are read, and how many there should be."""
+"""Reading the real tasks of `catalogue.py`, and `custom`: the questions of a split, each with an id."""
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from imm_jax.errors import UserError, nearest
 from imm_jax.tasks import formats, sources
-from imm_jax.tasks.base import Example
+from imm_jax.tasks.base import Choice, Example
+from imm_jax.tasks.catalogue import TASKS, Format, Task, both
+from imm_jax.tasks.multiple import Posed
 
-_STEM = ("abstract_algebra", "astronomy", "college_biology", "college_chemistry", "college_computer_science",
-         "college_mathematics", "college_physics", "computer_security", "conceptual_physics", "electrical_engineering",
-         "elementary_mathematics", "high_school_biology", "high_school_chemistry", "high_school_computer_science",
-         "high_school_mathematics", "high_school_physics", "high_school_statistics", "machine_learning")
-# MBPP is one list; its splits are ranges of task_id.
-_MBPP_SPLITS = {"prompt": range(1, 11), "test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)}
 CUSTOM_FIELDS = ("question", "answer", "rationale", "choices")
-
-
-class Format(NamedTuple):
-  """One form in which a task's records are published.
-
-  Attributes:
-    fields: what a record must have, in lower case; the first format of a task that fits is taken.
-    parse: turns a record into an Example without an id; None where it has no gold that can be judged.
-    sizes: the published numbers of records by split; several where parts are published, too.
-  """
-
-  fields: tuple[str, ...]
-  parse: formats.Parser
-  sizes: Mapping[str, tuple[int, ...]]
-
-
-class Task(NamedTuple):
-  """A real data set.
-
-  Attributes:
-    role: `id` (trained on and evaluated), `ood` (evaluated), or `importance` (read for layer importance only).
-    kind: of most of its answers: `number`, `latex`, `choice`, or empty where they are not judged.
-    licence: of the records, in a word.
-    source: of each split, where no other is given.
-    formats: how its records look.
-    files: the published names by split, for a folder that holds no `<split>.jsonl` or the like (see `sources.Where`).
-    folder: its name below a folder of many tasks; empty for the task's own name.
-    columns: of its csv files, where they have no header.
-    select: whether a record belongs to a split, where one file holds several.
-  """
-
-  role: str
-  kind: str
-  licence: str
-  source: Mapping[str, str]
-  formats: tuple[Format, ...]
-  files: Mapping[str, tuple[str, ...]] = {}
-  folder: str = ""
-  columns: tuple[str, ...] = ()
-  select: Callable[[formats.Record, str], bool] | None = None
 
 
 class Split(NamedTuple):
   """The questions of a split in a fixed order, and what became of its records.
 
   Attributes:
-    examples: in the order of the source, no question twice.
-    facts: counts: records read, and those left out for want of a gold, as repeated, or as questions of the test set.
+    examples: in the order of the source. A test split has all of them, those that repeat another, too; of any other
+      no question is there twice.
+    choices: by id, the same questions with options to score; empty where the task has none.
+    facts: counts: records read; those left out for want of a gold, or as questions of the test set; and those that
+      repeat another (left out of what is no test split).
     notes: a line for each thing that a reader should know.
   """
 
   examples: tuple[Example, ...]
+  choices: Mapping[str, Choice]
   facts: Mapping[str, int]
   notes: tuple[str, ...]
-
-
-def _both(source: str, *splits: str) -> dict[str, str]:
-  return dict.fromkeys(splits or ("train", "test"), source)
-
-
-TASKS: dict[str, Task] = {
-    "gsm8k": Task(
-        "id", "number", "MIT", _both("hf:openai/gsm8k:main"),
-        (Format(("question", "answer"), formats.grade_school, {"train": (7473,), "test": (1319,)}),)),
-    "math": Task(
-        "id", "latex", "MIT", _both("hf:DigitalLearningGmbH/MATH-lighteval"),
-        (Format(("problem", "solution"), formats.competition, {"train": (7500,), "test": (5000,)}),),
-        files={split: (f"{split}/*/*.json",) for split in ("train", "test")}),
-    "svamp": Task(
-        "ood", "number", "MIT", {"test": "hf:ChilleD/SVAMP::train+test"},  # published as one set of 1000
-        (Format(("body", "question", "answer"), formats.svamp, {"test": (1000,)}),),
-        files={"test": ("SVAMP.json", "harness_test.jsonl")}),
-    "asdiv": Task(
-        "ood", "number", "CC-BY-NC-4.0", {"test": "hf:EleutherAI/asdiv:asdiv:validation"},
-        # 2215: without the questions that ask for several values.
-        (Format(("body", "question", "answer"), formats.asdiv, {"test": (2305, 2215)}),),
-        files={"test": ("ASDiv.xml", "harness_test.jsonl")}),
-    "mawps": Task(
-        # The hub has no copy of the 2065 questions that the paper's figures are over: give them as file:.
-        "ood", "number", "MIT", {"test": "hf:MU-NLPC/Calc-mawps"},
-        (Format(("input", "target"), formats.numeric("input", "target"), {"test": (2065,)}),
-         Format(("squestion", "lsolutions"), formats.mawps_source, {"test": (2373,)}),
-         Format(("original_text", "ans"), formats.numeric("original_text", "ans"), {"test": (2373, 238)}),
-         Format(("question", "result_float"), formats.numeric("question", "result_float"), {"test": (520,)})),
-        files={"test": ("harness_test.jsonl", "MAWPS.json", "mawps_source.json")}),
-    "mathqa": Task(
-        "ood", "choice", "Apache-2.0", _both("hf:regisss/math_qa", "train", "validation", "test"),
-        (Format(("problem", "options", "correct"), formats.mathqa,
-                {"train": (29837,), "validation": (4475,), "test": (2985, 1000)}),),
-        files={"validation": ("dev.json",), "test": ("harness_test.jsonl",)}),
-    "sat_math": Task(  # May 2023, without figures: the paper's
-        "ood", "choice", "MIT", {"test": "hf:mcaleste/sat_multiple_choice_math_may_23::train"},
-        (Format(("question", "options", "answer"), formats.sat("options"), {"test": (32,)}),
-         Format(("question", "possible answers", "answer"), formats.sat("possible answers"), {"test": (32,)})),
-        files={"test": ("harness_test.jsonl",)}),
-    "sat_math_agieval": Task(
-        "ood", "choice", "MIT", {"test": "hf:dmayhem93/agieval-sat-math"},
-        (Format(("question", "options", "label"), formats.agieval, {"test": (220,)}),
-         Format(("query", "choices", "gold"), formats.agieval_query, {"test": (220,)})),
-        files={"test": ("*sat-math.jsonl",)}, folder="sat_math"),
-    "mmlu_stem": Task(
-        "ood", "choice", "MIT", _both(f"hf:cais/mmlu:{'+'.join(_STEM)}", "dev", "test"),
-        (Format(("question", "choices", "answer"), formats.mmlu, {"dev": (90,), "test": (3018,)}),
-         Format(("question", "choice0", "choice1", "choice2", "choice3", "answer"), formats.mmlu_csv,
-                {"dev": (90,), "test": (3018,)})),
-        files={"dev": ("|".join(f"dev/{subject}_dev.csv" for subject in _STEM),),
-               "test": ("|".join(f"test/{subject}_test.csv" for subject in _STEM), "harness_test.jsonl")},
-        columns=("question", "choice0", "choice1", "choice2", "choice3", "answer")),
-    "mbpp": Task(
-        "importance", "", "CC-BY-4.0", _both("hf:google-research-datasets/mbpp:full", *_MBPP_SPLITS),
-        (Format(("text", "code", "task_id"), formats.mbpp, {name: (len(ids),) for name, ids in _MBPP_SPLITS.items()}),),
-        files=dict.fromkeys(_MBPP_SPLITS, ("mbpp.jsonl",)),
-        select=lambda record, split: int(record["task_id"]) in _MBPP_SPLITS[split]),
-}
 
 
 def read(name: str, *, split: str, source: str = "", fields: Mapping[str, str] | None = None,
@@ -141,7 +41,7 @@ def read(name: str, *, split: str, source: str = "", fields: Mapping[str, str] |
     split: as published; `custom` has train and test.
     source: in place of the task's own (`sources` says of which forms).
     fields: for `custom`: the record's names of `CUSTOM_FIELDS`; what is not given has its own name, and rationale and
-      choices are then not looked for.
+      choices are then not looked for. A record may lack its rationale.
     kind: for `custom`: `number`, `latex` or `choice`.
 
   Raises:
@@ -160,39 +60,76 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
     raise UserError(f"task {name} has no {split} split, only {', '.join(task.source)}"
                     + ("; it is for evaluation" if split == "train" else ""))
   test = set() if split == "test" else {_unspaced(e) for e in _read(name, "test", source, fields, kind).examples}
-  source = source or task.source[split]
+  published, source = not source, source or task.source[split]
+  if not source:
+    raise UserError(f"task {name} {task.paper}: give {name}=file:PATH")
   where = sources.Where(split, task.folder or name, task.files.get(split, ()), task.columns,
-                        "with the fields " + " or ".join(", ".join(f.fields) for f in task.formats))
-  form, facts = None, dict.fromkeys(("records", "no_gold", "repeated", "in_test"), 0)
-  found: dict[str, Example] = {}
+                        "with the fields " + " or ".join(", ".join(f.fields) for f in task.formats),
+                        with_file=bool(task.columns))  # the subject of MMLU's
+  form, facts, seen = None, dict.fromkeys(("records", "no_gold", "repeated", "in_test"), 0), set[str]()
+  found: dict[str, list[Posed]] = {}
   for place, record in sources.read(source, where):
     form = form or next((f for f in task.formats if record.keys() >= set(f.fields)), task.formats[0])
     missing = [field for field in form.fields if field not in record]
     if missing:
       raise UserError(f"{place}: has no field {missing[0]!r} but {', '.join(record)}; expected records {where.needs}")
+    seen.update(record)
     try:
       if task.select and not task.select(record, split):
         continue
-      example = form.parse(record)
-      "".join(filter(None, example or ())).encode()  # JSON can spell half of a surrogate pair
+      parsed = form.parse(record)
+      posed = parsed if isinstance(parsed, Posed | None) else Posed(parsed, None)
+      if posed:  # JSON can spell half of a surrogate pair
+        "".join((*posed.example, *(() if posed.choice is None else posed.choice.contexts))).encode()
     except (TypeError, ValueError) as e:
       raise UserError(f"{place}: {e}") from e
     facts["records"] += 1
-    key = _key(example) if example else ""
-    left_out = "no_gold" if not example else "repeated" if key in found else "in_test" if _unspaced(
-        example) in test else ""
-    if left_out:
-      facts[left_out] += 1
-    else:
-      # From the content, so that it is the same whatever the source, and in whatever order.
-      found[key] = example._replace(id=f"{name}/{split}/{hashlib.sha256(key.encode()).hexdigest()[:16]}")
+    key = _key(posed.example) if posed else ""
+    fact = "no_gold" if not posed else "repeated" if key in found else "in_test" if _unspaced(
+        posed.example) in test else ""
+    if fact:
+      facts[fact] += 1
+    if not fact or (fact == "repeated" and split == "test"):
+      found.setdefault(key, []).append(posed)
   if not found:
-    raise UserError(f"{source}: holds no question for {name}/{split}"
-                    + (f", for its {facts['in_test']} are the test set's; does it name one split for both?"
-                       if facts["in_test"] else "")
+    raise UserError(f"{source}: holds no question for {name}/{split}" + _one_for_both(source, facts)
                     + (f"; {facts['no_gold']} of its {facts['records']} records have no answer that can be judged"
                        if facts["no_gold"] else ""))
-  return Split(tuple(found.values()), facts, tuple(_notes(f"{name}/{split}: {source}", form.sizes.get(split), facts)))
+  worked = dict(fields).get("rationale", "").lower()
+  if worked and split == "train" and worked not in seen:
+    raise UserError(f"{source}: no record has a field {worked!r} (task.fields.rationale) but {', '.join(sorted(seen))}")
+  notes = _notes(f"{name}/{split}: {source}", form.sizes.get(split), facts, keeps_repeated=split == "test")
+  if published and split == "test" and task.paper:
+    notes.append(paper_note(name))
+  questions = [posed for key, group in found.items() for posed in _with_ids(f"{name}/{split}", key, group)]
+  return Split(tuple(posed.example for posed in questions),
+               {posed.choice.id: posed.choice for posed in questions if posed.choice}, facts, tuple(notes))
+
+
+def paper_note(name: str) -> str:
+  """A line that says where the paper's test questions are, where the task's own source has others; else nothing."""
+  task = TASKS.get(name)
+  if not task or not task.paper:
+    return ""
+  return f"note: {name}: {task.source['test']} {task.paper}; give {name}=file:PATH for those"
+
+
+def _with_ids(what: str, key: str, group: Sequence[Posed]) -> list[Posed]:
+  """Questions of the same words with ids that follow from the content, whatever the source and its order."""
+  ranks = {i: rank for rank, i in enumerate(sorted(range(len(group)), key=lambda i: group[i].example), 1)}
+  stem = f"{what}/{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+  ids = [stem if ranks[i] == 1 else f"{stem}-{ranks[i]}" for i in range(len(group))]
+  return [Posed(posed.example._replace(id=id_), posed.choice._replace(id=id_) if posed.choice else None)
+          for id_, posed in zip(ids, group, strict=True)]
+
+
+def _one_for_both(source: str, facts: Mapping[str, int]) -> str:
+  """What to do where a source gives the same questions for train and test."""
+  if not facts["in_test"]:
+    return ""
+  files = ("; make DIR/train.jsonl and DIR/test.jsonl of it and give file:DIR, or file:DIR/{split}.jsonl"
+           if source.startswith("file:") else "")
+  return f", for its {facts['in_test']} are the test set's; does it name one split for both?{files}"
 
 
 def _key(example: Example) -> str:
@@ -205,14 +142,15 @@ def _unspaced(example: Example) -> str:
   return "".join(example.question.split())
 
 
-def _notes(what: str, sizes: Sequence[int] | None, facts: Mapping[str, int]) -> list[str]:
+def _notes(what: str, sizes: Sequence[int] | None, facts: Mapping[str, int], *, keeps_repeated: bool) -> list[str]:
   notes = []
   if sizes and facts["records"] not in sizes:
     notes.append(f"warning: {what} holds {facts['records']} records, published are {' or '.join(map(str, sizes))}; "
                  "the source is short or changed")
   left_out = {"no_gold": "without an answer that can be judged", "repeated": "that repeat another",
               "in_test": "that are in the test set"}
-  counted = [f"{facts[fact]} {words}" for fact, words in left_out.items() if facts[fact]]
+  counted = [f"{facts[fact]} {words}" for fact, words in left_out.items()
+             if facts[fact] and not (fact == "repeated" and keeps_repeated)]
   if counted:
     notes.append(f"note: {what}: of {facts['records']} records left out {', '.join(counted)}")
   return notes
@@ -229,4 +167,5 @@ def _custom(fields: Mapping[str, str], kind: str, source: str) -> Task:
       raise UserError(f"task custom has no field {field!r}: {nearest(field, list(CUSTOM_FIELDS))}")
   names = {"question": "question", "answer": "answer"} | {field: name for field, name in fields.items() if name}
   names = {field: name.lower() for field, name in names.items()}
-  return Task("id", kind, "", _both(source), (Format(tuple(names.values()), formats.custom(names, kind), {}),))
+  needed = tuple(name for field, name in names.items() if field != "rationale")
+  return Task("id", kind, "", both(source), (Format(needed, formats.custom(names, kind), {}),))

@@ -36,6 +36,7 @@ class Where(NamedTuple):
       `a.csv|b.csv` stands for both together.
     columns: of a csv file that has no header.
     needs: what the records must hold, in words, for messages.
+    with_file: whether a file's records say its name, as `file`: where that holds what no field does.
     stream: whether a hub's data set is read as it comes, without the rest of it, and kept nowhere.
   """
 
@@ -44,6 +45,7 @@ class Where(NamedTuple):
   files: Sequence[str] = ()
   columns: Sequence[str] = ()
   needs: str = ""
+  with_file: bool = False
   stream: bool = False
 
 
@@ -133,7 +135,8 @@ def _read_files(source: str, rest: str, where: Where) -> Iterator[tuple[str, dic
     raise UserError(f"{source}: {f'{path} holds no {known}' if path.is_dir() else f'{path} is no file or folder'}; "
                     f"expected records {where.needs}".rstrip())
   for file in files:
-    yield from _parse(file, where)
+    for place, record in _parse(file, where):
+      yield place, {"file": file.name} | record if where.with_file and isinstance(record, dict) else record
 
 
 def _of_folder(path: Any, where: Where) -> list[Any]:

@@ -81,6 +81,41 @@ def head_entropy(x: jax.Array, weight: jax.Array, weights: jax.Array, chunk: int
   return jax.lax.scan(step, jnp.zeros((), jnp.float32), (_cut(x, chunk), _cut(weights, chunk)))[0]
 
 
+def token_scores(x: jax.Array, weight: jax.Array, indices: jax.Array, targets: jax.Array, chunk: int,
+                 ) -> tuple[jax.Array, jax.Array]:
+  """log softmax(x W^T) of some tokens, of which several may be of one position.
+
+  Args:
+    x: [B, S, D], what the head reads, in the compute dtype.
+    weight: [V, D], the head.
+    indices: int32 [B, E], a position in S for each token.
+    targets: int32 [B, E], the tokens.
+    chunk: C; logits are [B, C, V].
+
+  Returns:
+    Log-probabilities, float32 [B, E], and whether each token is the likeliest at its position, bool [B, E].
+
+  >>> x, w = jnp.array([[[1.0, 0.0]]]), jnp.eye(2)
+  >>> logprobs, best = token_scores(x, w, jnp.array([[0, 0]]), jnp.array([[0, 1]]), 1)
+  >>> [round(float(p), 4) for p in logprobs[0]], best.tolist()
+  ([-0.3133, -1.3133], [[True, False]])
+  """
+  w = weight.astype(x.dtype)
+  options = {"precision": precision(x.dtype), "preferred_element_type": jnp.float32}
+
+  def step(_: None, part: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
+    logits = jax.lax.dot_general(part, w, (((2,), (1,)), ((), ())), **options)
+    return None, (jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1))
+
+  norms, best = (jnp.moveaxis(found, 0, 1).reshape(x.shape[0], -1) for found in jax.lax.scan(
+      step, None, _cut(x, chunk))[1])
+  at = lambda values: jnp.take_along_axis(values, indices, axis=1)
+  # The logit of a target is a product of its own: to take it out of all logits needs them at hand.
+  logits = jnp.einsum("bed,bed->be", jnp.take_along_axis(x, indices[..., None], axis=1), jnp.take(w, targets, axis=0),
+                      **options)
+  return logits - at(norms), at(best) == targets
+
+
 def _cut(a: jax.Array, chunk: int) -> jax.Array:
   """[B, T, ...] as [number of chunks, B, C, ...], padded with zeros; rows stay whole on their devices."""
   length = a.shape[1]

@@ -55,24 +55,44 @@ def rows_of_device(rows: int, mesh: Mesh | None) -> int:
   return -(-rows // sharding.batch_parts(mesh)) if mesh is not None else rows
 
 
-def head_inputs(config: ModelConfig, params: Params, batch: dict[str, jax.Array], *, compute_dtype: jnp.dtype,
-                remat: str = "none", attention: str = "xla", mesh: Mesh | None = None,
-                gather: fsdp.Gather | None = None) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def head_inputs(config: ModelConfig, params: Params, batch: dict[str, jax.Array], *, attention: str = "xla",
+                mesh: Mesh | None = None, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """What a loss over the next tokens of a packed batch is computed from.
 
   Args:
     config: of the model.
     params: parameters with stacked layers.
     batch: see `packing.PackedBatches`.
-    compute_dtype: dtype of activations.
-    remat: one of `decoder.REMAT`.
     attention: what `attention.choose` gave.
-    mesh: where rows stay, and what attention is mapped over; None where this runs on one device's rows.
-    gather: gives a parameter as it is used: the layers' one by one, the others at the start.
+    mesh: as in `hidden_states`.
+    **options: of `hidden_states`.
 
   Returns:
     What the head reads [B, T, D] in the compute dtype, the head's weight [V, D], the next token at each position int32
     [B, T], and float32 [B, T], 1 where that token is learned.
+  """
+  attend = attention_lib.packed(batch["segment_ids"], backend=attention, mesh=mesh)
+  x, head = hidden_states(config, params, batch["tokens"], batch["positions"], attend=attend, mesh=mesh, **options)
+  # Token t+1 is predicted at t; a segment's first token is never learned, so no loss crosses segments.
+  targets, weights = (jnp.pad(batch[name][:, 1:], ((0, 0), (0, 1))) for name in ("tokens", "weights"))
+  return x, head, targets, weights
+
+
+def hidden_states(config: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array, *,
+                  attend: attention_lib.Attend, compute_dtype: jnp.dtype, remat: str = "none",
+                  mesh: Mesh | None = None, gather: fsdp.Gather | None = None) -> tuple[jax.Array, jax.Array]:
+  """What the head reads [B, T, D] in the compute dtype, and its weight [V, D].
+
+  Args:
+    config: of the model.
+    params: parameters with stacked layers.
+    tokens: int32 [B, T].
+    positions: int32 [B, T], of each token in its own text.
+    attend: who sees whom.
+    compute_dtype: dtype of products.
+    remat: one of `decoder.REMAT`.
+    mesh: where rows stay; None where this runs on one device's rows.
+    gather: gives a parameter as it is used: the layers' one by one, the others at the start.
   """
   hooks = {}
   if gather is not None:
@@ -82,12 +102,8 @@ def head_inputs(config: ModelConfig, params: Params, batch: dict[str, jax.Array]
   if mesh is not None:
     hooks["pin"] = lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, sharding.BATCH))
   model = bind(config, params)
-  attend = attention_lib.packed(batch["segment_ids"], backend=attention, mesh=mesh)
-  x = model.hidden(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"],
-                   compute_dtype=compute_dtype, remat=remat, attend=attend, **hooks)
-  # Token t+1 is predicted at t; a segment's first token is never learned, so no loss crosses segments.
-  targets, weights = (jnp.pad(batch[name][:, 1:], ((0, 0), (0, 1))) for name in ("tokens", "weights"))
-  return x, model.head, targets, weights
+  x = model.hidden(tokens, positions=positions, attend=attend, compute_dtype=compute_dtype, remat=remat, **hooks)
+  return x, model.head
 
 
 def make_schedule(kind: str, *, peak: float, total_steps: int, warmup_ratio: float) -> optax.Schedule:

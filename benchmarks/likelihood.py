@@ -1,0 +1,149 @@
+"""Options scored beside lm-evaluation-harness's own HF model, on the same cores.
+
+    python benchmarks/likelihood.py --model=DIR --source=file:FOLDER --tasks=arc_easy,piqa --questions=200
+
+FOLDER holds the tasks' files as `file:` sources have them. Both programs score the same options of the same questions
+in float32, each in a process of its own: seconds are of scoring without loading, memory is the process' peak above what
+it held with the model loaded, and in all. lm_eval runs at every batch size of --batch_sizes, and its fastest counts.
+Prints a Markdown table, the largest relative difference between log-likelihoods, and for how many questions `acc` and
+`acc_norm` differ.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+_MODEL = flags.DEFINE_string("model", "tiny", "A checkpoint folder or hub id.")
+_TASKS = flags.DEFINE_list("tasks", ["arc_easy"], "Of multiple choice.")
+_SOURCE = flags.DEFINE_string("source", "", "Of all of them; empty for their published places.")
+_QUESTIONS = flags.DEFINE_integer("questions", 200, "Of each task.", lower_bound=1)
+_BATCHES = flags.DEFINE_list("batch_sizes", ["1", "8", "32"], "That lm_eval is tried at.")
+_CORES = flags.DEFINE_integer("cores", 2, "Every process is pinned to this many cores.", lower_bound=1)
+_CHILD = flags.DEFINE_string("child", None, "Internal: ours, or a batch size of lm_eval.")
+
+
+def questions() -> dict[str, Any]:
+  """The choices of each task."""
+  from imm_jax import tasks
+
+  return {name: tasks.load_choices(name, source=_SOURCE.value)[:_QUESTIONS.value] for name in _TASKS.value}
+
+
+def pairs(choices: Any) -> list[tuple[str, str]]:
+  """(context, option) of each option."""
+  return [(c.contexts[i % len(c.contexts)], option) for c in choices for i, option in enumerate(c.options)]
+
+
+def child() -> None:
+  """Scores with one program and prints seconds, memory and log-likelihoods by task as JSON."""
+  asked = questions()
+  if _CHILD.value == "ours":
+    from imm_jax.model import hub, sharding
+    from imm_jax.model.tokenizer import load_tokenizer
+    from imm_jax.scoring import Scorer, encode_continuations
+
+    folder = hub.resolve(_MODEL.value)
+    scorer = Scorer.load(folder, mesh=sharding.make_mesh(data=1, fsdp=1), compute_dtype="float32")
+    tokenizer = load_tokenizer(folder)
+    score = lambda of: [s.logprob for s in scorer.score(encode_continuations(
+        tokenizer, of, rows=scorer.config.vocab_size, positions=scorer.config.max_positions), quiet=True)]
+  else:
+    import torch
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from imm_jax.model import hub
+
+    torch.set_num_threads(_CORES.value)
+    model = HFLM(pretrained=str(hub.resolve(_MODEL.value)), dtype="float32", device="cpu",
+                 batch_size=int(_CHILD.value))
+    score = lambda of: [float(p) for p, _ in model.loglikelihood(
+        [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(of)], disable_tqdm=True)]
+  held, found, seconds = _resident(), {}, {}
+  peak = _Peak()
+  for name, choices in asked.items():
+    start = time.perf_counter()
+    found[name] = score(pairs(choices))
+    seconds[name] = time.perf_counter() - start
+  highest = peak.stop()
+  print(json.dumps({"seconds": seconds, "extra": (highest - held) / 2**30, "peak": highest / 2**30, "found": found}))
+
+
+def _resident() -> int:
+  for line in Path("/proc/self/status").read_text().splitlines():
+    if line.startswith("RssAnon:"):
+      return int(line.split()[1]) * 1024
+  raise RuntimeError("no RssAnon in /proc/self/status")
+
+
+class _Peak:
+  """The most anonymous memory since it was made, looked at every 20 ms."""
+
+  def __init__(self):
+    self._most, self._stopped = 0, threading.Event()
+    self._thread = threading.Thread(target=self._watch)
+    self._thread.start()
+
+  def _watch(self) -> None:
+    while not self._stopped.wait(0.02):
+      self._most = max(self._most, _resident())
+
+  def stop(self) -> int:
+    self._stopped.set()
+    self._thread.join()
+    return self._most
+
+
+def run(program: str) -> dict[str, Any]:
+  """What a process that runs this program prints."""
+  cores = sorted(os.sched_getaffinity(0))[:_CORES.value]
+  command = ["taskset", "-c", ",".join(map(str, cores)), sys.executable, __file__, f"--child={program}",
+             *(f"--{flag.name}={','.join(flag.value) if isinstance(flag.value, list) else flag.value}"
+               for flag in (_MODEL, _TASKS, _SOURCE, _QUESTIONS, _CORES))]
+  done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True,
+                        env=os.environ | {"OMP_NUM_THREADS": str(_CORES.value), "TQDM_DISABLE": "1"})
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(_: list[str]) -> None:
+  """Runs every program, prints the table and the differences."""
+  if _CHILD.value:
+    return child()
+  asked = questions()
+  ours = run("ours")
+  theirs = {batch: run(batch) for batch in _BATCHES.value}
+  best = min(theirs, key=lambda batch: sum(theirs[batch]["seconds"].values()))
+  print("| program | " + " | ".join(f"{name}, s" for name in asked) + " | all, s | scoring, GiB | in all, GiB |")
+  print("|---" * (len(asked) + 4) + "|")
+  for label, found in (("imm_jax", ours), *((f"lm_eval hf, batch {batch}", f) for batch, f in theirs.items())):
+    print(f"| {label} | " + " | ".join(f"{s:.1f}" for s in found["seconds"].values())
+          + f" | {sum(found['seconds'].values()):.1f} | {found['extra']:.2f} | {found['peak']:.2f} |")
+  ratio = sum(theirs[best]["seconds"].values()) / sum(ours["seconds"].values())
+  print(f"\n{ratio:.2f} times as fast as lm_eval at its best batch size, {best}")
+  for name, choices in asked.items():
+    a, b = np.array(ours["found"][name]), np.array(theirs[best]["found"][name])
+    wrong = {"acc": 0, "acc_norm": 0}
+    right = {"acc": 0, "acc_norm": 0}
+    at = 0
+    for choice in choices:
+      here = slice(at, at := at + len(choice.options))
+      for metric, lengths in (("acc", 1.0), ("acc_norm", np.array([len(o) - 1 for o in choice.options]))):
+        said = [int(np.argmax(x[here] / lengths)) for x in (a, b)]
+        wrong[metric] += (said[0] == choice.gold) != (said[1] == choice.gold)
+        right[metric] += said[0] == choice.gold
+    print(f"{name}: {len(a)} options, largest relative difference {np.max(np.abs(a - b) / np.abs(b)):.1e}; "
+          + "; ".join(f"{metric} {right[metric] / len(choices):.4f}, different for {wrong[metric]} of {len(choices)}"
+                      for metric in wrong))
+  return None
+
+
+if __name__ == "__main__":
+  app.run(main)

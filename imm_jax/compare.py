@@ -1,0 +1,31 @@
+"""Which differences between models are real, of answers on disk: no model is run.
+
+    python -m imm_jax.compare --this=runs/a --against=runs/b
+    python -m imm_jax.compare --this=RUN/round_2/eval/merged --against=RUN/base/eval --against=RUN/round_2/eval/sft
+
+Each is an --out of imm_jax.evaluate or an eval folder of a run. Models are compared on the questions that both
+answered, which have to be the same by id, text and gold answer.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from imm_jax import against, cli
+from imm_jax.errors import UserError
+
+_THIS = flags.DEFINE_string("this", None, "The folder with the model's answers.", required=True)
+_AGAINST = flags.DEFINE_multi_string("against", None, "The folder with those of another; may be given several times.",
+                                     required=True)
+_OUT = flags.DEFINE_string("out", None, "A JSON file to write as well.")
+
+
+def main() -> None:
+  out = Path(_OUT.value) if _OUT.value else None
+  if out and (out.exists() or out.suffix != ".json"):
+    raise UserError(f"--out={out}: {'exists; give another name' if out.exists() else 'expected a name such as a.json'}")
+  against.report(Path(_THIS.value), {Path(name): against.read_folder(Path(name)) for name in _AGAINST.value}, out)
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,108 @@
+"""Requests packed into rows, where what several of them begin with stands once.
+
+A row is a walk through the tree of its texts: each token's branches follow it, one after the other. `until` says where
+the last of them ends, which is all that attention needs to know (`attention.branching`).
+
+Axes: N rows, T positions, S positions that are scored, E tokens that are scored.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from imm_jax.scoring.requests import Request
+
+
+class Rows(NamedTuple):
+  """Packed requests.
+
+  Attributes:
+    tokens: int32 [N, T].
+    positions: int32 [N, T], of each token in its own text.
+    until: int32 [N, T], the last position that sees it.
+    places: int32 [N, S], the positions that something is predicted at, then 0.
+    indices: int32 [N, E], for each scored token which of `places` predicts it.
+    targets: int32 [N, E], its id.
+    owners: for each row and scored token, in their order, which request it is of.
+    filled: tokens of all rows that are no padding.
+  """
+
+  tokens: np.ndarray
+  positions: np.ndarray
+  until: np.ndarray
+  places: np.ndarray
+  indices: np.ndarray
+  targets: np.ndarray
+  owners: list[list[int]]
+  filled: int
+
+
+class _Row:
+  """A row that is being filled."""
+
+  def __init__(self, length: int):
+    self.tokens, self.positions, self.until = np.zeros(length, int), np.zeros(length, int), np.arange(length)
+    self.used, self.path, self.text = 0, [], ()
+    self.places: dict[int, int] = {}
+    self.indices, self.targets, self.owners = [], [], []
+
+  def fits(self, request: Request) -> bool:
+    return self.used + len(request.tokens) - 1 - self._shared(request) <= len(self.tokens)
+
+  def add(self, request: Request, owner: int) -> None:
+    """Appends what the text before it does not share."""
+    shared = self._shared(request)
+    self.close(shared)
+    new = request.tokens[shared:-1]  # the last token is predicted, and predicts nothing
+    begin, self.used = self.used, self.used + len(new)
+    self.tokens[begin:self.used] = new
+    self.positions[begin:self.used] = np.arange(shared, shared + len(new))
+    self.path, self.text = [*self.path[:shared], *range(begin, self.used)], request.tokens[:-1]
+    for t in range(request.start, len(request.tokens)):
+      self.indices.append(self.places.setdefault(self.path[t - 1], len(self.places)))
+      self.targets.append(request.tokens[t])
+      self.owners.append(owner)
+
+  def close(self, shared: int = 0) -> None:
+    """Ends the branches of the last text after so many tokens."""
+    self.until[self.path[shared:]] = self.used - 1
+
+  def _shared(self, request: Request) -> int:
+    most = min(len(self.text), len(request.tokens) - 1)
+    return next((i for i in range(most) if self.text[i] != request.tokens[i]), most)
+
+
+def pack(requests: Sequence[Request], *, length: int) -> Rows:
+  """Packs requests into rows, in the order of their tokens: those that begin alike come together.
+
+  Args:
+    requests: of at most `length` + 1 tokens each.
+    length: T.
+
+  >>> rows = pack([Request((1, 2, 3, 4), 3), Request((1, 2, 3, 5, 6), 3)], length=6)
+  >>> rows.tokens.tolist(), rows.positions.tolist(), rows.until.tolist()
+  ([[1, 2, 3, 5, 0, 0]], [[0, 1, 2, 3, 0, 0]], [[3, 3, 3, 3, 4, 5]])
+  >>> rows.places.tolist(), rows.indices.tolist(), rows.targets.tolist()  # 4 and 5 after the 3, and 6 after the 5
+  ([[2, 3]], [[0, 0, 1]], [[4, 5, 6]])
+  """
+  rows: list[_Row] = []
+  for owner in sorted(range(len(requests)), key=lambda i: requests[i].tokens):
+    if not rows or not rows[-1].fits(requests[owner]):
+      if rows:
+        rows[-1].close()
+      rows.append(_Row(length))
+    rows[-1].add(requests[owner], owner)
+  if rows:
+    rows[-1].close()
+  return Rows(*(_stacked([getattr(row, name) for row in rows]) for name in ("tokens", "positions", "until")),
+              *(_stacked([list(getattr(row, name)) for row in rows]) for name in ("places", "indices", "targets")),
+              [row.owners for row in rows], sum(row.used for row in rows))
+
+
+def _stacked(rows: Sequence[Sequence[int]]) -> np.ndarray:
+  """Rows of different lengths as one array, filled up with zeros."""
+  result = np.zeros((len(rows), max(map(len, rows), default=0)), np.int32)
+  for row, values in zip(result, rows, strict=True):
+    row[:len(values)] = values
+  return result

@@ -1,0 +1,138 @@
+"""What a model finds likely: accuracy on multiple choice, and how well it predicts texts; nothing is generated."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_collections
+import numpy as np
+
+from imm_jax import distributed, evaluation, files
+from imm_jax.model.tokenizer import load_tokenizer
+from imm_jax.scoring import Scorer, encode_continuations, encode_text
+from imm_jax.stages import questions
+from imm_jax.stages.devices import mesh_of
+from imm_jax.tasks.base import Choice
+from imm_jax.tasks.multiple import LETTERS
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+# Tokens of a window of text, where the model has no limit of its own.
+_WINDOW = 2048
+
+
+def measure(config: ml_collections.ConfigDict, model: Path, out: Path, label: str) -> dict[str, Any]:
+  """Scores the tasks of multiple choice and the texts of a config: <task>.jsonl, a row a question or a passage, in out.
+
+  Returns:
+    `scores`: for each task `acc` and `acc_norm`; `texts`: for each text what `of_texts` gives; `protocol`: for each
+    task what `described` gives.
+  """
+  asked, texts = questions.choices_of_tests(config), questions.texts_of(config)
+  if not asked and not texts:
+    return {"scores": {}, "texts": {}, "protocol": {}}
+  scorer = Scorer.load(model, mesh=mesh_of(config), compute_dtype=config.sample.compute_dtype)
+  tokenizer = load_tokenizer(model, rows=scorer.config.vocab_size)
+  scores, found, how = {}, {}, {}
+  for name, choices in asked.items():
+    rows = score_choices(scorer, tokenizer, choices, label=f"{label}: {name}")
+    scores[name] = {metric: evaluation.accuracy(sum(row[key] for row in rows), len(rows))._asdict()
+                    for metric, key in (("acc", "correct"), ("acc_norm", "correct_norm"))}
+    how[name] = described(rows)
+    _write(out / f"{name}.jsonl", rows)
+  for name, passages in texts.items():
+    rows = score_texts(scorer, tokenizer, passages, label=f"{label}: {name}")
+    found[name] = of_texts(rows)
+    _write(out / f"{name}.jsonl", rows)
+  return {"scores": scores, "texts": found, "protocol": how}
+
+
+def described(rows: Sequence[Row]) -> dict[str, Any]:
+  """How options were scored, in the form of `evaluating.described`: no answer has a length or is cut."""
+  return {"name": "likelihood", "shots": 0, "n": len(rows), "mean_tokens": 0.0, "cut": 0.0}
+
+
+def of_train(config: ml_collections.ConfigDict, model: Path, entries: Sequence[str], label: str,
+             ) -> dict[str, list[Row]]:
+  """Rows of the first `merge.auto.questions` train questions of each of these entries, in every process."""
+  scorer = Scorer.load(model, mesh=mesh_of(config), compute_dtype=config.sample.compute_dtype)
+  tokenizer = load_tokenizer(model, rows=scorer.config.vocab_size)
+  return {entry: score_choices(scorer, tokenizer, questions.choices(
+      config, entry, split="train", count=config.merge.auto.questions), label=f"{label}, {questions.name_of(entry)}")
+          for entry in entries}
+
+
+def score_choices(scorer: Scorer, tokenizer: "PreTrainedTokenizerBase", choices: Sequence[Choice], *, label: str,
+                  ) -> list[Row]:
+  """A row for each question, in order, in every process.
+
+  `correct` says whether the right option is the likeliest, `correct_norm` whether it is by nats a character, as
+  lm-evaluation-harness's acc and acc_norm have it (of equal options the first counts).
+
+  Args:
+    scorer: of the model.
+    tokenizer: of the model.
+    choices: the questions.
+    label: what the progress bar says.
+  """
+  pairs = [(choice.contexts[i % len(choice.contexts)], option)
+           for choice in choices for i, option in enumerate(choice.options)]
+  requests = encode_continuations(tokenizer, pairs, rows=scorer.config.vocab_size,
+                                  positions=scorer.config.max_positions)
+  found = iter(scorer.score(requests, label=label))
+  rows = []
+  for choice in choices:
+    scores = [next(found) for _ in choice.options]
+    nats = np.array([score.logprob for score in scores])
+    best, norm = int(np.argmax(nats)), int(np.argmax(nats / [len(option) - 1 for option in choice.options]))
+    rows.append({"id": choice.id, "question": choice.question, "gold": LETTERS[choice.gold], "kind": "choice",
+                 "text": choice.options[best].strip(), "tokens": scores[best].tokens, "finish": "stop",
+                 "correct": best == choice.gold, "span": LETTERS[best], "correct_norm": norm == choice.gold,
+                 "span_norm": LETTERS[norm], "logprobs": [round(float(p), 6) for p in nats]})
+  return rows
+
+
+def score_texts(scorer: Scorer, tokenizer: "PreTrainedTokenizerBase", passages: Sequence[str], *, label: str,
+                ) -> list[Row]:
+  """A row for each passage, in order, in every process: its `nats`, `tokens` and `bytes`."""
+  positions = min(_WINDOW, scorer.config.max_positions or _WINDOW)
+  windows = [encode_text(tokenizer, text, rows=scorer.config.vocab_size, positions=positions) for text in passages]
+  found = iter(scorer.score([request for requests in windows for request in requests], label=label))
+  rows = []
+  for number, (text, requests) in enumerate(zip(passages, windows, strict=True)):
+    scores = [next(found) for _ in requests]
+    rows.append({"id": str(number), "question": text, "gold": "", "nats": -math.fsum(s.logprob for s in scores),
+                 "tokens": sum(s.tokens for s in scores), "bytes": len(text.encode())})
+  return rows
+
+
+def of_texts(rows: Sequence[Row]) -> dict[str, Any]:
+  """`nats_per_token` and `bits_per_byte`, each with its 95 % interval over the passages, and how much there was.
+
+  The interval is that of a ratio of sums, from the passages' residuals (Cochran, Sampling Techniques, 1977, eq. 6.13);
+  of one passage there is none.
+
+  >>> rows = [{"nats": 2.0, "tokens": 1, "bytes": 4}, {"nats": 4.0, "tokens": 2, "bytes": 8}]
+  >>> found = of_texts(rows)
+  >>> found["nats_per_token"], round(found["bits_per_byte"]["value"], 3), found["tokens"]
+  ({'value': 2.0, 'low': 2.0, 'high': 2.0}, 0.721, 3)
+  """
+  nats = np.array([row["nats"] for row in rows])
+
+  def ratio(unit: float, of: str) -> dict[str, float]:
+    sizes = np.array([row[of] for row in rows], float)
+    value = nats.sum() / unit / sizes.sum()
+    residuals = nats / unit - value * sizes
+    half = 1.96 * math.sqrt(len(rows) / max(1, len(rows) - 1) * float(residuals @ residuals)) / sizes.sum()
+    return {"value": float(value), "low": float(value - half), "high": float(value + half)}
+
+  return {"nats_per_token": ratio(1.0, "tokens"), "bits_per_byte": ratio(math.log(2), "bytes"), "n": len(rows),
+          "tokens": sum(row["tokens"] for row in rows), "bytes": sum(row["bytes"] for row in rows)}
+
+
+def _write(path: Path, rows: Sequence[Row]) -> None:
+  if distributed.is_main():
+    files.write_jsonl(path, rows)

@@ -1,0 +1,127 @@
+"""Tasks of lm-evaluation-harness among those of a config: lm_eval runs them on this package's model."""
+
+import functools
+import importlib.util
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from imm_jax import distributed, evaluation, files
+from imm_jax.errors import UserError, nearest
+from imm_jax.stages import questions
+
+# In this order, whichever a task has counts.
+_PRIMARY = ("acc", "exact_match", "pass@1", "acc_norm", "f1")
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises UserError where a task of lm_eval that the config names is not known there, or lm_eval is missing."""
+  asked = questions.lm_eval_tasks(config)
+  if not asked:
+    return
+  if importlib.util.find_spec("lm_eval") is None:
+    raise UserError(f"config.task.ood has {questions.LM_EVAL}{asked[0]}, and lm-evaluation-harness is not installed: "
+                    "pip install -e '.[harness]'")
+  known = _manager(config.eval.lm_eval.path).all_tasks
+  for name in asked:
+    if name not in known:
+      raise UserError(f"config.task.ood has {questions.LM_EVAL}{name}, which lm_eval does not know: "
+                      f"{nearest(name, known) if len(known) < 50 else _nearest(name, known)} (its list: `lm_eval ls "
+                      "tasks`; your own YAML files: config.eval.lm_eval.path)")
+
+
+def measure(config: ml_collections.ConfigDict, model: Path, out: Path, label: str) -> dict[str, Any]:
+  """Runs the tasks of lm_eval that a config names: <entry>.jsonl, a row a document, in out.
+
+  A group of tasks, such as `mmlu`, is one task here, over all documents of its parts.
+
+  Returns:
+    `scores`, the figure that counts first; `protocol` (`described` in `evaluating`); `texts` is empty.
+
+  Raises:
+    UserError: for a task that lm_eval cannot load, or without a figure of each document between 0 and 1.
+  """
+  import lm_eval  # late: seconds, and most runs have no such task
+
+  from imm_jax.harness import HarnessLM
+
+  settings, mesh = config.eval.lm_eval, config.mesh
+  lm = HarnessLM(str(model), dtype=config.sample.compute_dtype, batch_size=config.eval.batch_size, data=mesh.data,
+                 fsdp=mesh.fsdp, tensor=mesh.tensor)
+  manager, scores, how = _manager(settings.path), {}, {}
+  for name in questions.lm_eval_tasks(config):
+    entry = f"{questions.LM_EVAL}{name}"
+    try:
+      found = lm_eval.simple_evaluate(
+          lm, tasks=[name], task_manager=manager, limit=config.task.eval_questions or None, bootstrap_iters=0,
+          num_fewshot=None if settings.few_shot < 0 else settings.few_shot, apply_chat_template=settings.chat,
+          random_seed=config.seed, numpy_random_seed=config.seed, torch_random_seed=config.seed,
+          fewshot_random_seed=config.seed, log_samples=True, verbosity=None)
+    except UserError:
+      raise
+    except Exception as e:  # of the hub, of a task's own code, of lm_eval
+      cause = str(e).strip().partition("\n")[0] or type(e).__name__
+      raise UserError(f"{label}: lm_eval cannot run {name} ({cause})") from e
+    rows = _rows(found["samples"])
+    metrics = _metrics(rows, entry)
+    for row in rows:
+      value = row["metrics"][metrics[0]]
+      row["correct"] = bool(value) if value in (0.0, 1.0) else value
+    scores[entry] = {metric: evaluation.mean([row["metrics"][metric] for row in rows])._asdict() for metric in metrics}
+    shots = max((n for n in found["n-shot"].values() if isinstance(n, int)), default=0)
+    how[entry] = {"name": f"lm_eval {lm_eval.__version__}", "shots": shots, "n": len(rows), "mean_tokens": 0.0,
+                  "cut": 0.0}
+    if distributed.is_main():
+      files.write_jsonl(out / f"{entry}.jsonl", rows)
+  return {"scores": scores, "protocol": how, "texts": {}}
+
+
+@functools.lru_cache(maxsize=2)  # it reads ten thousand files
+def _manager(path: str) -> Any:
+  from lm_eval.tasks import TaskManager
+
+  if path and not Path(path).is_dir():
+    raise UserError(f"config.eval.lm_eval.path={path}: no such folder; expected one with YAML files of tasks")
+  return TaskManager(include_path=path or None)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+  close = nearest(name, [*known])
+  return close if close.startswith("did you mean") else f"{len(known):,} tasks have other names"
+
+
+def _rows(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+  """A row of ours for each document; `metrics` are lm_eval's figures of it that are a number.
+
+  Of a task with several filters the first says what was answered; figures of the others have its name behind theirs.
+  """
+  rows: dict[str, dict[str, Any]] = {}
+  for task, of_task in samples.items():
+    for sample in of_task:
+      name, first = f"{task}/{sample['doc_id']}", of_task[0].get("filter")
+      behind = "" if sample.get("filter") == first else "_" + re.sub(r"\W", "_", sample["filter"])
+      figures = {f"{metric}{behind}": float(sample[metric]) for metric in sample.get("metrics", ())
+                 if isinstance(sample[metric], int | float)}
+      if name in rows:
+        rows[name]["metrics"] |= figures
+        continue
+      arguments, answers = sample["arguments"], sample["filtered_resps"]
+      asked = arguments[0][0] if isinstance(arguments, list) else arguments["gen_args_0"]["arg_0"]
+      text = answers[0] if answers and isinstance(answers[0], str) else json.dumps(answers, default=str)
+      rows[name] = {"id": name, "question": str(asked), "gold": str(sample["target"]), "kind": "lm_eval", "text": text,
+                    "tokens": 0, "finish": "stop", "span": text, "metrics": figures}
+  return list(rows.values())
+
+
+def _metrics(rows: Sequence[Mapping[str, Any]], entry: str) -> list[str]:
+  """The figures that every document has, from 0 to 1, the one that counts first."""
+  names = [name for name in rows[0]["metrics"] if all(0 <= row["metrics"].get(name, -1) <= 1 for row in rows)]
+  if not names:
+    raise UserError(f"{entry}: has no figure of each document from 0 to 1, only "
+                    f"{', '.join(rows[0]['metrics']) or 'none'}; such a task is for lm_eval's own command, python -m "
+                    "imm_jax.harness")
+  return sorted(names, key=lambda name: _PRIMARY.index(name) if name in _PRIMARY else len(_PRIMARY))

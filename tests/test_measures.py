@@ -1,0 +1,142 @@
+"""Options by likelihood, texts, tasks of lm-evaluation-harness in the loop: evaluation, base_weight=auto, report."""
+
+import json
+import math
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from test_loop import command, environment  # noqa: F401
+
+from configs import tiny
+from imm_jax import config as checks
+from imm_jax.errors import UserError
+from imm_jax.model import hub, sharding
+from imm_jax.model.tokenizer import load_tokenizer
+from imm_jax.report.results import Results
+from imm_jax.scoring import Scorer, encode_text
+from imm_jax.stages import likelihood, lm_eval_tasks
+
+TINY = hub.resolve("tiny")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+  """Records of arc_easy in both splits, a text, and two tasks of lm_eval."""
+  rng, folder = random.Random(0), tmp_path / "data"
+  folder.mkdir()
+  for split, count in (("train", 9), ("test", 7)):
+    rows = []
+    for i in range(count):
+      a, b = rng.randint(2, 9), rng.randint(2, 9)
+      options = [str(a + b), str(a + b + 1), str(abs(a - b))]
+      rows.append({"question": f"What is {a} + {b} in {split} {i}?", "choices": options, "answer": i % 3})
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  (folder / "prose.txt").write_text("Tom has 3 apples.\n\n" * 300)
+  (folder / "lm_eval").mkdir()
+  common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "test.jsonl")}},
+            "test_split": "test", "doc_to_text": "{{question}}"}
+  (folder / "lm_eval/options.yaml").write_text(yaml.safe_dump(common | {
+      "task": "own_options", "output_type": "multiple_choice", "doc_to_choice": "{{choices}}",
+      "doc_to_target": "{{answer}}", "metric_list": [
+          {"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc_norm", "acc")]}))
+  take = {"function": "take_first"}
+  (folder / "lm_eval/answers.yaml").write_text(yaml.safe_dump(common | {
+      "task": "own_answers", "output_type": "generate_until", "doc_to_target": "{{choices[0]}}",
+      "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 30},
+      "filter_list": [{"name": "strict", "filter": [{"function": "regex", "regex_pattern": r"answer is (\d+)"}, take]},
+                      {"name": "any-number", "filter": [{"function": "regex", "regex_pattern": r"(\d+)"}, take]}],
+      "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]}))
+  return folder
+
+
+def test_a_run_measures_all_kinds(data: Path, tmp_path: Path, environment: dict[str, str]) -> None:  # noqa: F811
+  pytest.importorskip("lm_eval")
+  extra = ["--config.rounds=1", "--config.method=imm", "--config.merge.base_weight=auto",
+           "--config.merge.auto.weights=(0.5,)", "--config.merge.auto.questions=6",
+           f"--config.merge.auto.general=('arc_easy=file:{data}',)", "--config.task.questions_per_round=12",
+           "--config.eval.lm_eval.path=" + str(data / "lm_eval"),
+           f"--config.eval.texts=('text=file:{data / 'prose.txt'}',)"]
+  workdir, environment = tmp_path / "run", environment | {"HF_HUB_OFFLINE": "1"}
+  # Given once: flags of a tuple add up.
+  asked = [a for a in command(workdir, *extra) if not a.startswith("--config.task.ood")] + [
+      f"--config.task.ood=('groups','arc_easy=file:{data}','lm_eval:own_options','lm_eval:own_answers')"]
+  done = subprocess.run(asked, env=environment, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  results = Results.of(workdir)
+  assert not results.problems
+  assert results.ood_tasks == ("groups", "arc_easy", "lm_eval:own_options", "lm_eval:own_answers")
+  for model in results.models:
+    assert [model.asked[task].name.split()[0] for task in results.ood_tasks] == [
+        "paper", "likelihood", "lm_eval", "lm_eval"]
+    assert {task: list(found) for task, found in model.beside.items()} == {
+        "arc_easy": ["acc_norm"], "lm_eval:own_options": ["acc_norm"],
+        "lm_eval:own_answers": ["exact_match_any_number"]}
+    # lm_eval asks the same questions in a form of its own.
+    rows = [json.loads(line) for line in (workdir / model.folder / "arc_easy.jsonl").read_text().splitlines()]
+    assert model.scores["arc_easy"].value == sum(row["correct"] for row in rows) / 7
+    assert all(row["question"].startswith("What is") and len(row["logprobs"]) == 3 for row in rows)
+    assert 0 < model.texts["text"]["nats_per_token"]["value"] < 20
+  (tried,) = json.loads((workdir / "round_0/base_weight.json").read_text())["tried"]
+  assert (tried["in_domain"]["n"], tried["general"]["n"]) == (6, 6)
+  assert tried["protocol"]["arc_easy"]["name"] == "likelihood"
+  told = done.stdout
+  assert "base, text text: " in told
+  assert "arc_easy: base acc_norm " in told
+  page = (workdir / "report/index.html").read_text()
+  assert "Likelihood of texts" in page
+  assert "Further figures" in page
+  (data / "prose.txt").write_text("Tom has 4 apples.")  # what a run reads may not change unseen
+  again = subprocess.run([*asked, "--dry_run"], env=environment, capture_output=True, text=True, check=False)
+  assert "base/eval" in again.stdout
+  assert "to do" in again.stdout.partition("base/eval")[2].splitlines()[0]
+
+
+def test_lm_eval_scores_as_our_own_do(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """The same options in the same form: acc of lm_eval's task is that of ours."""
+  pytest.importorskip("lm_eval")
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  path = data / "lm_eval/options.yaml"
+  path.write_text(path.read_text().replace("'{{question}}'", r'"Question: {{question}}\nAnswer:"'))
+  config = tiny.get_config()
+  config.task.ood, config.eval.lm_eval.path = ("lm_eval:own_options",), str(data / "lm_eval")
+  (tmp_path / "out").mkdir()
+  found = lm_eval_tasks.measure(config, TINY, tmp_path / "out", "tiny")
+  config.task.ood = (f"arc_easy=file:{data}",)
+  ours = likelihood.measure(config, TINY, tmp_path / "out", "tiny")
+  assert found["scores"]["lm_eval:own_options"] == ours["scores"]["arc_easy"]
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"eval.by_likelihood": ("arc_eazy",)}, "did you mean arc_easy"),
+    ({"eval.by_likelihood": ("mmlu_stem",)}, "no task of config.task.ood"),
+    ({"eval.texts": ("tiny_shakespear",)}, "did you mean tiny_shakespeare"),
+    ({"eval.texts": ("text",)}, "needs its source: text=file:PATH.txt"),
+    ({"eval.texts": ("text=x",)}, "expected hf:ID"),
+    ({"eval.texts": ("text=file:a.txt", "text=file:b.txt")}, "names a text twice"),
+    ({"task.ood": ("lm_eval:arc_eazy",)}, "did you mean arc_easy"),
+    ({"task.ood": ("lm_eval:arc_easy",), "eval.lm_eval.path": "/no/such"}, "no such folder"),
+    ({"merge.base_weight": "auto", "merge.auto.general": ("lm_eval:arc_easy",)}, "has no train split")], ids=str)
+def test_what_cannot_be_measured_is_one_line(settings: dict, message: str) -> None:
+  if "lm_eval" in str(settings):
+    pytest.importorskip("lm_eval")
+  config = tiny.get_config()
+  config.update_from_flattened_dict(settings)
+  with pytest.raises(UserError, match=message):
+    checks.validate(config)
+
+
+def test_a_text_costs_what_its_tokens_cost() -> None:
+  """Nats a token of a text that the model was trained on lie below those of its words in another order."""
+  scorer = Scorer.load(TINY, mesh=sharding.make_mesh(data=1, fsdp=1), compute_dtype="float32")
+  tokenizer = load_tokenizer(TINY)
+  text = "Tom has 3 apples and buys 4 more. How many apples does Tom have now?"
+  words = text.split()
+  random.Random(0).shuffle(words)
+  nats = []
+  for words_ in (text, " ".join(words)):
+    (score,) = scorer.score(encode_text(tokenizer, words_, rows=scorer.config.vocab_size, positions=128), quiet=True)
+    nats.append(-score.logprob / score.tokens)
+  assert nats[0] < nats[1] < 3 * math.log(scorer.config.vocab_size)
