@@ -12,7 +12,7 @@ import tempfile
 from absl import app, flags
 
 from imm_jax import tasks
-from imm_jax.model import hub
+from imm_jax.model import hf, hub
 from imm_jax.sampling import Completion, Prompt, completions
 from imm_jax.sampling.native import NativeSampler
 from imm_jax.sampling.vllm import VllmSampler
@@ -62,8 +62,9 @@ def main(_: list[str]) -> None:
   want = [group[0] for group in sampler.generate(asked, max_new_tokens=_NEW_TOKENS.value)]
   print(f"{len(want)} questions of {_TASK.value}, style {_STYLE.value}: {sum(c.num_tokens for c in want)} tokens, "
         f"{sum(c.finish == 'length' for c in want)} answers cut at {_NEW_TOKENS.value}", flush=True)
-  ids = completions.encode(sampler.tokenizer, asked)
-  ends, _ = completions.endings(sampler.tokenizer, sampler._eos, ())
+  rows = hf.read_config(folder).vocab_size
+  ids = completions.encode(sampler.tokenizer, asked, rows)
+  ends, _ = completions.endings(sampler.tokenizer, sampler._eos, (), rows)
   _compare("transformers", _transformers_texts(str(folder), ids, ends, sampler), want, asked)
   if _VLLM_PYTHON.value:
     with tempfile.TemporaryDirectory() as logs, VllmSampler(

@@ -26,7 +26,7 @@ from imm_jax.model import hub
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "With --task: settings, of which prompt, sft (rows, dtype, attention), seed and mesh count.")
-_MODEL = flags.DEFINE_string("model", None, "An HF checkpoint folder, a hub id, or tiny.")
+_MODEL = flags.DEFINE_string("model", None, "An HF checkpoint folder, a hub id, tiny, or BASE+ADAPTER.")
 _TASK = flags.DEFINE_multi_string("task", [], "What importance is measured on, NAME or NAME=SOURCE; may be repeated.")
 _TUNED = flags.DEFINE_multi_string("tuned", [], "What has become of --model, as --model; may be repeated.")
 _ORDER = flags.DEFINE_enum("order", "1", list(map(str, ORDERS)), "Of importance: 1 (eq. 3) or 2 (eq. 2).")

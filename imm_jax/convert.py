@@ -26,7 +26,7 @@ _SOURCE = flags.DEFINE_string("source", None, "The checkpoint to read: HF folder
                               "--to=orbax wrote.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write.")
 _TO = flags.DEFINE_enum("to", None, ["hf", "orbax"], "The form to write.")
-_VERIFY = flags.DEFINE_string("verify", None, "Check this HF folder or hub id.")
+_VERIFY = flags.DEFINE_string("verify", None, "Check this HF folder, hub id or BASE+ADAPTER.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier conversion at --out.")
 
 
@@ -51,6 +51,8 @@ def from_orbax(source: Path, out: Path) -> None:
   if not source.is_dir():
     raise UserError(f"{source}: no such folder; expected one that --to=orbax wrote, or BASE+ADAPTER (a model of the "
                     "hub is in HF form already)")
+  if (source / folder.ADAPTER_CONFIG).exists() and not folder.has_weights(source):
+    raise folder.no_model(str(source), source / folder.ADAPTER_CONFIG)
   if (source / "config.json").exists():
     raise UserError(f"{source}: is an HF folder; expected one that --to=orbax wrote, or --to=orbax")
   if not (source / "params").is_dir() or not (source / "hf").is_dir():

@@ -1,6 +1,8 @@
-"""What ends a run with one line and no traceback."""
+"""What ends a run with one line and no traceback, and what is said once."""
 
 import difflib
+import functools
+import sys
 from collections.abc import Sequence
 
 # Of the items of a list in a message.
@@ -17,6 +19,12 @@ class UserError(Exception):
 
 class PreemptedError(Exception):
   """A run was told to stop (SIGTERM); its state is saved, and the same command goes on from it."""
+
+
+@functools.cache
+def say_once(line: str) -> None:
+  """Prints a line on stderr, unless this process has said it before."""
+  print(line, file=sys.stderr)
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from imm_jax.errors import UserError
 
+_LFS = b"version https://git-lfs"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK_REFUSES = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
                  errno.ENOENT, errno.ENAMETOOLONG)
@@ -149,6 +150,7 @@ def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
 def read_json(path: Path) -> dict[str, Any]:
   """Reads a JSON object; a file that is missing, holds something else, or a key twice, is a UserError that names it."""
   try:
+    check_pointer(path)
     value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
   except OSError as e:
     raise UserError(f"{path}: cannot be read ({e.strerror})") from e
@@ -157,6 +159,13 @@ def read_json(path: Path) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise UserError(f"{path}: expected a JSON object")
   return value
+
+
+def check_pointer(path: Path) -> None:
+  """Raises UserError where a file is what git leaves in place of one that Git LFS has not fetched."""
+  with path.open("rb") as f:
+    if f.read(len(_LFS)) == _LFS:
+      raise UserError(f"{path}: is a pointer of Git LFS, not the file itself; run `git lfs pull` in that folder")
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -204,7 +213,12 @@ def _beside(target: Path, suffix: str) -> Path:
   return path.with_name(f".{path.name}.{suffix}")
 
 
-def _refused(target: Path, error: OSError) -> UserError:
+def refusal(target: str | Path, error: OSError) -> UserError | None:
+  """What to say where the disk is full or refuses to be written; None for another error, as of a network."""
+  return _refused(target, error) if error.errno in _DISK_FULL + (errno.EROFS, errno.EACCES, errno.EPERM) else None
+
+
+def _refused(target: str | Path, error: OSError) -> UserError:
   advice = ("make room" if error.errno in _DISK_FULL else
             "give another name" if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG) else
             "make it writable")

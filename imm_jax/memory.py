@@ -190,9 +190,13 @@ def peaks(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, exp
                                      **step_temporaries(model, mesh, sums=True, **options)}))
   if _platform(mesh) != "cpu":
     return found
-  here = len(mesh.local_devices)
-  return [Peak(p.stage, {name: here * size for name, size in p.of.items()} | {
-      "programs": resident.now() + _PROGRAMS + i * _EARLIER}) for i, p in enumerate(found)]
+  here, held = len(mesh.local_devices), resident.now() + _PROGRAMS
+  of = lambda p, stage, earlier: Peak(stage, {name: here * size for name, size in p.of.items()} | {
+      "programs": held + earlier * _EARLIER})
+  tuned = next(i for i, p in enumerate(found) if p.stage == "SFT")
+  # What samples comes again after SFT, with the programs of all kinds but its own.
+  again = [of(p, f"later {p.stage}", tuned) for p in found[:tuned] if p.stage == "evaluation" or config.rounds > 1]
+  return [of(p, p.stage, i) for i, p in enumerate(found)] + again
 
 
 def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, expected: Expected,
@@ -205,7 +209,7 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, 
            f"most memory {where}: about {_text(max(p.total for p in found))} (SFT: {expected.rows} rows a step)"]
   for p in found:
     parts = sorted(p.of.items(), key=lambda item: -item[1])
-    lines.append(f"  {p.stage:<12}{_text(p.total):>10}  " + ", ".join(f"{name} {_text(size)}" for name, size in parts))
+    lines.append(f"  {p.stage:<18}{_text(p.total):>10}  " + ", ".join(f"{name} {_text(size)}" for name, size in parts))
   return "\n".join(lines)
 
 

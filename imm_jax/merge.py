@@ -32,10 +32,10 @@ from imm_jax.merging.recipe import Recipe
 from imm_jax.model import folder, hub
 
 _METHOD = flags.DEFINE_enum("method", "imm", sorted(methods.METHODS), "How to merge; without --recipe.")
-_BASE = flags.DEFINE_string("base", None, "The base model's folder.")
-_START = flags.DEFINE_string("start", None, "imm: the model that was tuned [default: the base].")
-_TUNED = flags.DEFINE_string("tuned", None, "imm: the model after SFT.")
-_MODELS = flags.DEFINE_list("models", [], "Other methods: folders of the models, less the base.")
+_BASE = flags.DEFINE_string("base", None, "The base model: an HF folder, hub id or BASE+ADAPTER.")
+_START = flags.DEFINE_string("start", None, "imm: the model that was tuned, as --base [default: the base].")
+_TUNED = flags.DEFINE_string("tuned", None, "imm: the model after SFT, as --base.")
+_MODELS = flags.DEFINE_list("models", [], "Other methods: the models, as --base, less the base.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write; with a sweep, one for each weight in it.", required=True)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an --out that exists.")
 _RECIPE = flags.DEFINE_string("recipe", None, "A mergekit YAML file in place of the other flags.")

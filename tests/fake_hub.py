@@ -10,10 +10,11 @@ import pytest
 from huggingface_hub import errors
 
 
-def http_error(kind: type[Exception], text: str = "refused\nmore") -> Exception:
-  """Such an error without the response it was made from."""
+def http_error(kind: type[Exception], text: str = "refused\nmore", status: int | None = None) -> Exception:
+  """Such an error, with no more of the response that it was made from than a status."""
   error = kind.__new__(kind)
   Exception.__init__(error, text)
+  error.response = SimpleNamespace(status_code=status)
   return error
 
 

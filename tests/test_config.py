@@ -8,7 +8,9 @@ import pytest
 import transformers
 
 from imm_jax.errors import UserError
+from imm_jax.model import config_keys
 from imm_jax.model.config import ModelConfig, read_config
+from imm_jax.model.families import FAMILIES
 from imm_jax.model.rope import Llama3Scaling
 
 # A config.json that is read without complaint, in the key of each family.
@@ -52,7 +54,21 @@ PLAIN = {"model_type": "llama", "vocab_size": 61, "hidden_size": 48, "intermedia
     ({"attention_bias": "yes"}, "attention_bias='yes'"),
     ({"quantization_config": {"quant_method": "gptq"}}, "take the unquantised model"),
     ({"quantization": {"bits": 4}}, "take the unquantised model"),
-    ({"text_config": {"model_type": "llama"}}, "text_config={'model_type': 'llama'}: is of another architecture"),
+    ({"text_config": {"model_type": "llama"}}, "text_config={'model_type': 'llama'}: the model has parts beside the"),
+    ({"pruned_heads": {"0": [1]}}, "pruned_heads={'0': [1]}: heads were taken out of the model"),
+    ({"is_encoder_decoder": True}, "take a decoder alone"),
+    ({"model_type": ["llama"]}, "model_type=['llama'] is not supported; expected one of: llama, mistral"),
+    ({"num_attention_heads": 96, "num_key_value_heads": 96}, "num_attention_heads=96 is more than hidden_size=48"),
+    ({"rope_theta": float("nan")}, "rope_theta=nan"),
+    ({"rope_theta": 10**400}, "rope_theta=1000"),
+    ({"rms_norm_eps": 10**400}, "rms_norm_eps=1000"),
+    ({"model_type": "granite", "logits_scaling": 10**400}, "logits_scaling=1000"),
+    ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "rope_scaling.factor=1000"),
+    ({"max_position_embeddings": 10**400, "rope_scaling": {"type": "yarn", "factor": None}}, "_embeddings=1000"),
+    ({"max_position_embeddings": 10**400}, "max_position_embeddings is 1000"),
+    ({"original_max_position_embeddings": float("nan"), "rope_scaling": {"type": "yarn", "factor": 2}}, "=nan"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1e38,
+                       "beta_slow": 1e-320}}, "rope_scaling.beta_slow=1e-320"),
     ({"is_causal": False}, "is_causal=False"),
     ({"rope_theta": float("inf")}, "rope_theta=inf"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
@@ -86,6 +102,26 @@ def test_options_that_change_the_arithmetic_are_refused_by_name(change: dict[str
   assert str(error.value).startswith("folder/config.json: ")
   assert named in str(error.value)
   assert "\n" not in str(error.value)
+
+
+def test_whatever_stands_at_a_key_is_read_or_refused_in_one_line() -> None:
+  values = (float("nan"), float("inf"), 10**400, -10**400, 1e-320, -1, 0, True, False, None, "x", "", [], [1], [{}], {},
+            {"a": [1]}, {"rope_type": {}})
+  scaling = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+             "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.5, "rope_theta": 1e4}
+  found = [{**PLAIN, "model_type": family, key: value} for family in FAMILIES
+           for key in config_keys.known_keys(FAMILIES[family]) for value in values]
+  found += [{**PLAIN, "max_position_embeddings": 64, "rope_scaling": {**scaling, "rope_type": kind, key: value}}
+            for kind in ("default", "linear", "llama3", "yarn")
+            for key in (*scaling, "rope_type", "type", "attention_factor", "truncate", "x") for value in values]
+  messages = []
+  for config in found:
+    try:
+      ModelConfig.from_hf(config)
+    except UserError as e:
+      messages.append(str(e))
+  assert messages
+  assert not [message for message in messages if "\n" in message or len(message) > 800]
 
 
 @pytest.mark.parametrize("change", [

@@ -24,6 +24,11 @@ def _edit(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
   library_numpy.save_file(tensors, folder / "model.safetensors")
 
 
+def _rename(tensors: dict[str, np.ndarray], prefix: str) -> None:
+  for name in list(tensors):
+    tensors[prefix + name] = tensors.pop(name)
+
+
 def _refusal(folder: Path) -> str:
   """The one line with which loading or checking this folder is refused."""
   with pytest.raises(UserError) as error:
@@ -70,11 +75,18 @@ def test_missing_files_are_named(checkpoint, tmp_path: Path) -> None:
   for name in ("training_args.bin", "scheduler.pth"):  # what a trainer leaves beside is no checkpoint
     (folder / name).write_bytes(b"x")
   assert "model.safetensors: missing" in _refusal(folder)
+  for name, words in (("x.gguf", "found only weights in GGUF (x.gguf)"), ("model.fp16.safetensors", "a name that is"),
+                      ("consolidated.safetensors", "another form"), ("model-00001-of-00002.safetensors", "shards (")):
+    (folder / name).write_bytes(b"x")
+    assert words in _refusal(folder)
+    (folder / name).unlink()
   (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
   assert f"is a LoRA adapter of org/base, not a whole model; give org/base+{folder}" in _refusal(folder)
   (folder / "adapter_config.json").unlink()
   (folder / "config.json").unlink()
-  assert "config.json" in _refusal(folder)
+  assert "config.json: missing; expected a checkpoint folder" in _refusal(folder)
+  (folder / "x.gguf").write_bytes(b"x")
+  assert "config.json: missing; found only weights in GGUF (x.gguf)" in _refusal(folder)
 
 
 @pytest.mark.parametrize(("change", "words"), [
@@ -85,8 +97,12 @@ def test_missing_files_are_named(checkpoint, tmp_path: Path) -> None:
     (lambda t: t.update({Q0: t[Q0].astype(np.int32)}), [Q0, "int32"]),
     (lambda t: t.update({Q0: t[Q0].astype(np.float64)}), [Q0, "float64", "float32"]),
     (lambda t: (t.pop(Q0), t.pop("lm_head.weight")), [f"missing {Q0}", "missing lm_head.weight"]),
-], ids=["missing", "unknown", "transposed", "too-few-axes", "integers", "float64",
-        "all-problems"])
+    (lambda t: _rename(t, "_orig_mod."), ["names of its tensors begin with '_orig_mod.model.' where 'model.' is"]),
+    (lambda t: _rename(t, "language_model."), ["begin with 'language_model.model.' where"]),
+    (lambda t: [t.update({n.removeprefix("model."): t.pop(n)}) for n in list(t)], ["lack a prefix where 'model.' is"]),
+    (lambda t: t.update({Q0.replace(".weight", ".qweight"): t.pop(Q0)}), ["q_proj.qweight says that its weights are"]),
+], ids=["missing", "unknown", "transposed", "too-few-axes", "integers", "float64", "all-problems", "compiled",
+        "of-another", "inner", "gptq"])
 def test_tensors_that_do_not_fit_the_config_are_named(
     checkpoint, change: Callable[[dict[str, np.ndarray]], Any], words: list[str]) -> None:
   _, folder = checkpoint("llama")

@@ -116,15 +116,27 @@ def test_a_revision_is_asked_for_and_all_files_are_of_its_commit(fake: Hub) -> N
     ({"config.json": CONFIG, "pytorch_model.bin": b"x"},
      f"{ID}: has no model.safetensors on the hub, only a pickle checkpoint (pytorch_model.bin), which is not read"),
     ({"config.json": CONFIG, "training_args.bin": b"x"}, f"{ID}: has no model.safetensors on the hub; take a model"),
+    ({"config.json": CONFIG, "model.fp16.safetensors": b"x", "pytorch_model.bin": b"x", "fp8/x.safetensors": b"x"},
+     "only model.fp16.safetensors, a name that is not read; if it is the whole model, call it model.safetensors"),
+    ({"config.json": CONFIG, "x.Q4.gguf": b"x"}, "has no model.safetensors on the hub, only weights in GGUF (x.Q4"),
+    ({"x.Q4.gguf": b"x"}, f"{ID}: has no config.json on the hub, only weights in GGUF (x.Q4.gguf), which are not read"),
+    ({"config.json": CONFIG, "model-00001-of-00002.safetensors": b"x"}, "without model.safetensors.index.json; get"),
+    ({"config.json": CONFIG, "model.safetensors": b"x", "tokenizer.json": None},
+     f"{ID}: has no tokenizer on the hub; expected tokenizer.json or tokenizer.model or vocab.json"),
+    ({"config.json": CONFIG, "model.safetensors": b"x", "quantize_config.json": b"{}"},
+     f"{ID}: quantize_config.json says that its weights are quantised"),
+    ({"config.json": CONFIG, "model.safetensors.index.json": b'{"weight_map": {}}'}, "its weight_map is empty"),
+    ({"config.json": CONFIG, "pytorch_model.bin": b"x", "model.safetensors.index.json":
+      b'{"weight_map": {"a": "pytorch_model.bin"}}'}, "names 'pytorch_model.bin', which is no safetensors file"),
     ({"config.json": CONFIG, **SHARDS, "model.safetensors": b"x"}, f"{ID}: holds both model.safetensors and"),
     ({"config.json": CONFIG, "model.safetensors.index.json": INDEX.encode()},
      "names model-00001-of-00002.safetensors, model-00002-of-00002.safetensors, which the hub does not hold"),
     ({"config.json": CONFIG, "model.safetensors.index.json": b"{}"}, "has no weight_map"),
     ({"adapter_config.json": b'{"base_model_name_or_path": "org/base"}', "adapter_model.safetensors": b"x"},
-     f"{ID}: is a LoRA adapter of org/base, not a whole model; give org/base+{ID} as the model"),
+     f"{ID}: is a LoRA adapter of org/base, not a whole model; give org/base+{ID}"),
     ({"README.md": b"x"}, f"{ID}: has no config.json on the hub; expected a model of transformers")])
 def test_what_cannot_be_read_is_refused_before_weights_come(fake: Hub, files: dict[str, bytes], expected: str) -> None:
-  fake.add(ID, files)
+  fake.add(ID, {name: content for name, content in {"tokenizer.json": b"{}", **files}.items() if content is not None})
   assert expected in _refusal(ID)
   assert not [name for name in fake.fetched if ".safetensors@" in name]
 
@@ -132,30 +144,39 @@ def test_what_cannot_be_read_is_refused_before_weights_come(fake: Hub, files: di
 def test_a_model_with_an_adapter_beside_it_says_that_the_adapter_is_ignored(
     fake: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
   fake.add(ID, {"config.json": CONFIG, "model.safetensors": b"x", "adapter_config.json": b"{}",
-                "adapter_model.safetensors": b"x"})
+                "adapter_model.safetensors": b"x", "tokenizer.json": b"{}"})
   note = "holds a whole model and a LoRA adapter; the adapter is ignored\n"
   for _ in range(2):  # once is enough
     assert not (hub.resolve(ID) / "adapter_model.safetensors").exists()
-  assert capsys.readouterr().err == f"{ID}: fetching 2 files, 0.0 MB\nnote: {ID}: {note}"
+  assert capsys.readouterr().err == f"{ID}: fetching 3 files, 0.0 MB\nnote: {ID}: {note}"
   for name in ("config.json", "model.safetensors", "adapter_config.json"):
     (tmp_path / name).write_bytes(b"{}")
   hub.resolve(str(tmp_path))
   assert capsys.readouterr().err == f"note: {tmp_path}: {note}"
 
 
+def _after(error: Exception, cause: Exception) -> Exception:
+  error.__cause__ = cause
+  return error
+
+
 @pytest.mark.parametrize(("error", "expected"), [
     (http_error(errors.GatedRepoError), f"is gated; accept its terms at https://huggingface.co/{ID}, run `hf auth"),
     (http_error(errors.RepositoryNotFoundError), "no such folder, and no such model on the hub"),
-    (http_error(errors.HfHubHTTPError), f"`hf download {ID} --revision=v1 --local-dir=DIR`"),
+    (http_error(errors.HfHubHTTPError), f"the hub refuses (refused); try again, or `hf download {ID} --revision=v1"),
+    (_after(errors.LocalEntryNotFoundError("none"), http_error(errors.HfHubHTTPError, "429 Too many", 429)),
+     "the hub refuses (429 Too many); too much was asked of it: wait, or run `hf auth login`"),
     (errors.LocalEntryNotFoundError("no network\nmore"), "the hub cannot be reached (no network); try again"),
     (ConnectionResetError("peer closed\nmore"), "the hub cannot be reached (peer closed)"),
     (type("RemoteProtocolError", (Exception,), {})("incomplete body"), "the hub cannot be reached (incomplete body)"),
-    (OSError(28, "No space left on device"), "No space left on device")])
+    (OSError(28, "No space left on device", "/x"),
+     "the hub's cache: cannot be written (No space left on device /x); make room and start again")])
 def test_what_the_hub_refuses_is_one_line(fake: Hub, error: Exception, expected: str) -> None:
   fake.raises = error
   message = _refusal(f"{ID}@v1")
   assert message.startswith(f"{ID}@v1: ")
   assert expected in message
+  assert ("cannot be reached" in message) == ("cannot be reached" in expected)
 
 
 def test_base_and_adapter_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,6 +155,8 @@ def test_blocks_make_no_difference(checkpoint, adapter: Make, tmp_path: Path, mo
     ({"use_qalora": True}, "use_qalora=True is not supported"),
     ({"of_next_year": 7}, "of_next_year=7 is not supported"),
     ({"r": 0}, "r=0; expected a positive integer"),
+    ({"bias": "weird"}, "bias='weird'; expected 'none', 'all' or 'lora_only'"),
+    ({"lora_alpha": 10**400}, "lora_alpha=1000"),
     ({"lora_alpha": "16"}, "lora_alpha='16'; expected a positive number"),
     ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern.q_proj=2.5; expected a positive integer"),
     ({"alpha_pattern": {"(": 2}}, "alpha_pattern: '(' is no regex"),
@@ -222,10 +224,14 @@ def test_an_update_of_one_of_a_tied_pair_is_refused(checkpoint, adapter: Make, t
 def test_what_is_no_adapter_is_named(checkpoint, adapter: Make, tmp_path: Path) -> None:
   _, base = checkpoint("llama")
   made = adapter(base)
-  with pytest.raises(UserError, match=f"{base}: has no adapter_config.json; expected a LoRA adapter"):
+  with pytest.raises(UserError, match=rf"{made} is a LoRA adapter and {base} a model; give {base}\+{made}"):
     hub.resolve(f"{made}+{base}")
+  with pytest.raises(UserError, match=f"{base}: has no adapter_config.json; expected a LoRA adapter"):
+    hub.resolve(f"{base}+{base}")
   with pytest.raises(UserError, match=rf"{made}: is a LoRA adapter of {base}, not a whole model; give {base}\+{made}"):
     hf.check(hub.resolve(str(made)))
+  with pytest.raises(UserError, match=rf"{made}: is a LoRA adapter of {base}, not a whole model; give {base}\+{made}"):
+    _convert(source=made, out=tmp_path / "out", to="hf")
   (made / "adapter_model.safetensors").rename(made / "adapter_model.bin")
   with pytest.raises(UserError, match=r"adapter_model\.safetensors: missing; adapter_model\.bin is a pickle"):
     hub.resolve(f"{base}+{made}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from imm_jax import errors
 from imm_jax.errors import UserError
 from imm_jax.model import hub
 from imm_jax.sampling import Prompt, native
@@ -63,7 +64,7 @@ def test_samples_past_the_context_are_warned_of_once(
   limit = json.loads((TINY / "config.json").read_text())["max_position_embeddings"]
   length = len(sampler.tokenizer(ASKED[0].text)["input_ids"])
   warnings = lambda: [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-  native._warn_past_context.cache_clear()
+  errors.say_once.cache_clear()
   sampler.generate(ASKED, max_new_tokens=limit - length)
   assert warnings() == []
   for expected in (1, 0):
@@ -76,6 +77,6 @@ def test_samples_past_the_context_are_warned_of_once(
   config = json.loads((folder / "config.json").read_text())
   del config["max_position_embeddings"]
   (folder / "config.json").write_text(json.dumps(config))
-  native._warn_past_context.cache_clear()
+  errors.say_once.cache_clear()
   native.NativeSampler(folder, compute_dtype="float32", batch_size=8).generate(ASKED, max_new_tokens=limit)
   assert warnings() == []

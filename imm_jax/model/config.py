@@ -1,15 +1,13 @@
 """What the arithmetic of a decoder depends on, read from a checkpoint's config.json."""
 
 import dataclasses
-import functools
-import math
-import sys
 from pathlib import Path
 from typing import Any
 
 from imm_jax import files
-from imm_jax.errors import UserError, listed, nearest
+from imm_jax.errors import UserError, listed, nearest, say_once
 from imm_jax.model import config_keys, folder as checkpoint, rope
+from imm_jax.model.numbers import positive
 from imm_jax.model.rope import RopeScaling
 
 # What no model comes near; a damaged file might say it.
@@ -67,16 +65,14 @@ def read_config(folder: str | Path) -> ModelConfig:
   """
   checkpoint.require(Path(folder))
   path = Path(folder) / "config.json"
+  if not path.exists():
+    unread = checkpoint.unread_weights(file.name for file in path.parent.iterdir())
+    raise UserError(f"{path}: missing; " + (f"found only {unread}" if unread else
+                                            "expected a checkpoint folder of transformers"))
   config, passed_over = _read(files.read_json(path), str(path))
-  _tell(path, passed_over)
-  return config
-
-
-@functools.cache  # once
-def _tell(path: Path, passed_over: tuple[str, ...]) -> None:
   if passed_over:
-    print(f"note: {path}: passed over, since transformers does not read them for this model: {listed(passed_over)}",
-          file=sys.stderr)
+    say_once(f"note: {path}: passed over, since transformers does not read them for this model: {listed(passed_over)}")
+  return config
 
 
 def _read(config: dict[str, Any], source: str) -> tuple[ModelConfig, tuple[str, ...]]:
@@ -86,16 +82,13 @@ def _read(config: dict[str, Any], source: str) -> tuple[ModelConfig, tuple[str, 
 
   def size(key: str, value: object) -> int:
     if type(value) is not int or not 1 <= value < _MAX_SIZE:
-      raise UserError(f"{source}: {key} is {'missing' if key not in config else repr(config[key])}; "
+      raise UserError(f"{source}: {key} is {'missing' if key not in config else f'{config[key]!r:.100}'}; "
                       f"expected a positive integer below {_MAX_SIZE}")
     return value
 
   def number(key: str, neutral: float | None = None) -> float:
     value = read(key)
-    value = neutral if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-      raise UserError(f"{source}: {key}={value!r}; expected a positive number")
-    return float(value)
+    return positive(source, key, neutral if value is None else value)
 
   def switch(key: str) -> bool:
     value = read(key)
@@ -109,6 +102,9 @@ def _read(config: dict[str, Any], source: str) -> tuple[ModelConfig, tuple[str, 
     raise UserError(f"{source}: num_hidden_layers={layers}; expected at most {_MAX_LAYERS}")
   kv_heads, head_dim = read("num_key_value_heads"), config.get("head_dim", read("head_dim"))
   kv_heads = size("num_key_value_heads", heads if kv_heads is None else kv_heads)
+  if head_dim is None and heads > width:
+    raise UserError(f"{source}: num_attention_heads={heads} is more than hidden_size={width}; correct one of them, or "
+                    "give head_dim")
   head_dim = size("head_dim", width // heads if head_dim is None else head_dim)
   if heads % kv_heads or head_dim % 2:
     raise UserError(f"{source}: num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}, "

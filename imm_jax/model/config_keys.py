@@ -39,20 +39,25 @@ NO_EFFECT = frozenset((
     "transformers_version", "transformers_weights", "_name_or_path", "unsloth_fixed", "unsloth_version"))
 
 _QUANTISED = "quantised weights are not read; take the unquantised model that they were made from"
-_OTHER = "is of another architecture"
-# Keys of transformers' shared code that must be off, and why.
+_PARTS = ("the model has parts beside the language model, which are not read; save its language model alone, with its "
+          "own config.json")
+_PAIR = "the model reads what another one (an encoder) gives, which is not supported; take a decoder alone"
+_EXPERTS = "mixtures of experts are not supported; take a dense model"
+_SEVERAL = "heads for several tokens are not supported; take a model that predicts the next token alone"
+# Keys of transformers' shared code that must be off (null, false, 0 or empty), and why.
 _OFF = {
     "quantization_config": _QUANTISED, "quantization": _QUANTISED, "compression_config": _QUANTISED,
     "auto_map": "the model runs code of its own, which is not run; take one that transformers has a class for",
-    "text_config": _OTHER, "vision_config": _OTHER, "audio_config": _OTHER, "text_encoder": _OTHER, "decoder": _OTHER,
-    "encoder": _OTHER, "generator": _OTHER, "is_encoder_decoder": _OTHER, "add_cross_attention": _OTHER,
-    "cross_attention_hidden_size": _OTHER, "pruned_heads": _OTHER,
+    **dict.fromkeys(("text_config", "vision_config", "audio_config", "text_encoder", "generator"), _PARTS),
+    **dict.fromkeys(("encoder", "decoder", "is_encoder_decoder", "add_cross_attention",
+                     "cross_attention_hidden_size"), _PAIR),
+    "pruned_heads": "heads were taken out of the model, which is not supported; take it as it was before",
     "attention_chunk_size": "attention by chunks is not supported",
     "per_layer_config": "layers that differ are not supported", "num_kv_shared_layers": "layers that share keys and "
-    "values are not supported", "first_k_dense_replace": _OTHER, "mlp_layer_types": _OTHER,
-    "num_mtp_layers": "heads for several tokens are not supported", "mtp_layer_types": _OTHER,
-    "mtp_mlp_layer_types": _OTHER, "mtp_per_layer_config": _OTHER, "mtp_hidden_states_first": _OTHER,
-    "chain_hidden_post_norm": _OTHER, "logits_mup_width_multiplier": _OTHER}
+    "values are not supported", **dict.fromkeys(("first_k_dense_replace", "mlp_layer_types"), _EXPERTS),
+    **dict.fromkeys(("num_mtp_layers", "mtp_layer_types", "mtp_mlp_layer_types", "mtp_per_layer_config",
+                     "mtp_hidden_states_first", "chain_hidden_post_norm"), _SEVERAL),
+    "logits_mup_width_multiplier": "logits with a multiplier of this kind are not supported"}
 
 
 def check(config: Mapping[str, Any], source: str) -> tuple[Family, list[str]]:
@@ -67,18 +72,19 @@ def check(config: Mapping[str, Any], source: str) -> tuple[Family, list[str]]:
   """
   name = config.get("model_type")
   if not isinstance(name, str) or name not in FAMILIES:
-    raise UserError(f"{source}: model_type={name!r} is not supported; {nearest(str(name), list(FAMILIES))}")
+    hint = nearest(name, list(FAMILIES)) if isinstance(name, str) else f"expected one of: {', '.join(FAMILIES)}"
+    raise UserError(f"{source}: model_type={name!r:.100} is not supported; {hint}")
   family = FAMILIES[name]
   _check_architectures(config.get("architectures") or [], name, family, source)
   for key, reason in _OFF.items():
-    if not _is_off(config.get(key)) and config[key] != 0:
+    if config.get(key):
       raise UserError(f"{source}: {key}={config[key]!r:.100}: {reason}")
   for key, allowed in (("partial_rotary_factor", (None, 1)), ("is_causal", (True,))):
     if (value := config.get(key, allowed[0])) not in allowed:
       raise UserError(f"{source}: {key}={value!r} changes the arithmetic and is not supported")
   _check_windows(config, family, source)
   known = known_keys(family)
-  return family, [key for key, value in config.items() if key not in known and not _is_off(value)]
+  return family, [key for key, value in config.items() if key not in known and value]
 
 
 def known_keys(family: Family) -> frozenset[str]:
@@ -122,7 +128,3 @@ def _check_windows(config: Mapping[str, Any], family: Family, source: str) -> No
   if window is not None:
     raise UserError(f"{source}: sliding_window={window}: attention within a window is not supported; where all texts "
                     "are shorter than it, null gives the same results")
-
-
-def _is_off(value: object) -> bool:
-  return value is None or value is False or (isinstance(value, str | list | dict) and not value)

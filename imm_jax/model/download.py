@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 from imm_jax import files
 from imm_jax.errors import UserError, listed
-from imm_jax.model import folder as checkpoint
+from imm_jax.model import folder as checkpoint, tokenizer
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, SIDE_FILES, TEMPLATES, WEIGHTS
 from imm_jax.model.lora_config import read_settings
-from imm_jax.model.tokenizer import has_tokenizer
 
 # Seconds that the hub has to list a repository's files.
 _PATIENCE = 30
@@ -56,6 +55,10 @@ def model(name: str) -> Path:
     sizes = repository.sizes
     if sizes is None:
       return _whole(repository)
+    checkpoint.check_quantised(name, sizes)
+    if not any(file in sizes for file in tokenizer.FILES):
+      raise UserError(f"{name}: has no tokenizer on the hub; expected {' or '.join(tokenizer.FILES)}; take a model "
+                      "that has, or download it, put the tokenizer beside it, and give that folder")
     if INDEX in sizes:
       _fetch(repository, [INDEX])
       weights = checkpoint.shards(repository.folder / INDEX)
@@ -67,10 +70,9 @@ def model(name: str) -> Path:
     elif WEIGHTS in sizes:
       weights = [WEIGHTS]
     else:
-      pickle = next((file for file in sorted(sizes) if checkpoint.is_pickle(file)), None)
-      only = f", only a pickle checkpoint ({pickle}), which is not read" if pickle else ""
-      raise UserError(f"{name}: has no {WEIGHTS} on the hub{only}; take a model that has, or save it again with "
-                      "save_pretrained(..., safe_serialization=True) and give that folder")
+      unread = checkpoint.unread_weights(sizes)
+      raise UserError(f"{name}: has no {WEIGHTS} on the hub" + (
+          f", only {unread}" if unread else f"; take a model that has it or {INDEX}"))
     _fetch(repository, [file for file in sizes if _is_side(file) or file == ADAPTER_CONFIG] + weights)
     return repository.folder
 
@@ -116,15 +118,28 @@ def _open(name: str, first: str) -> _Repository:
   except errors.EntryNotFoundError as e:
     if isinstance(e, errors.LocalEntryNotFoundError):
       raise
-    if first != ADAPTER_CONFIG:
-      _refuse_adapter(name, id_, revision)
-    raise UserError(f"{name}: has no {first} on the hub; expected "
-                    + ("a LoRA adapter" if first == ADAPTER_CONFIG else "a model of transformers")) from e
+    if first == ADAPTER_CONFIG:
+      raise UserError(f"{name}: has no {first} on the hub; expected a LoRA adapter, as the second of BASE+ADAPTER"
+                      ) from e
+    _refuse_adapter(name, id_, revision)
+    try:
+      unread = checkpoint.unread_weights(_list(id_, revision or "main"))
+    except Exception:  # it is for the message alone
+      unread = ""
+    raise UserError(f"{name}: has no {first} on the hub" + (
+        f", only {unread}" if unread else "; expected a model of transformers")) from e
   try:
-    info = huggingface_hub.HfApi().model_info(id_, revision=folder.name, files_metadata=True, timeout=_PATIENCE)
+    return _Repository(name, id_, folder, _list(id_, folder.name))
   except Exception as e:  # as in `_refusals`; the cache may have all
     return _Repository(name, id_, folder, None, _first_line(e))
-  return _Repository(name, id_, folder, {file.rfilename: file.size or 0 for file in info.siblings or ()})
+
+
+def _list(id_: str, revision: str) -> dict[str, int]:
+  """The bytes of every file of a repository by its path."""
+  import huggingface_hub
+
+  info = huggingface_hub.HfApi().model_info(id_, revision=revision, files_metadata=True, timeout=_PATIENCE)
+  return {file.rfilename: file.size or 0 for file in info.siblings or ()}
 
 
 def _refuse_adapter(name: str, id_: str, revision: str) -> None:
@@ -159,7 +174,7 @@ def _whole(repository: _Repository) -> Path:
     checkpoint.weight_files(repository.folder)
   except UserError as e:
     raise ConnectionError(f"{repository.why}; the cache holds only a part of it") from e
-  if not has_tokenizer(repository.folder):
+  if not tokenizer.has_tokenizer(repository.folder):
     raise ConnectionError(f"{repository.why}; the cache holds its weights, but no tokenizer")
   # Without them other tokens may end a text, so a run would give other answers.
   if missing := [file for file in ("generation_config.json", "tokenizer_config.json")
@@ -206,5 +221,15 @@ def _refusals(name: str) -> Iterator[None]:
   except errors.HFValidationError as e:
     raise UserError(f"{name}: no such folder, and no id that the hub can have ({_first_line(e)})") from e
   except Exception as e:  # the hub's own, the system's, and those of whichever HTTP library it uses
+    chain = [e, *filter(None, (e.__cause__, e.__context__))]
+    for cause in chain:
+      if isinstance(cause, OSError) and (refusal := files.refusal(f"{name}: the hub's cache", cause)):
+        raise refusal from e
+    answer = next((cause for cause in chain if isinstance(cause, errors.HfHubHTTPError)), None)
+    if answer is not None:
+      status = getattr(getattr(answer, "response", None), "status_code", None)
+      raise UserError(f"{name}: the hub refuses ({_first_line(answer)}); " + (
+          "too much was asked of it: wait, or run `hf auth login` for a higher limit" if status == 429 else
+          f"try again, {instead}")) from e
     raise UserError(f"{name}: no such folder, and the hub cannot be reached ({_first_line(e)}); try again, {instead}"
                     ) from e

@@ -12,7 +12,8 @@ class Family:
   Attributes:
     architecture: the class of transformers whose weights are read.
     keys: keys that the family's config class declares and the decoder implements, beside those of `COMMON`, with the
-      class's defaults. A key that is not among them has no effect in this family.
+      class's defaults. Biases, multipliers and other options that stand in neither keep their neutral value in this
+      family, whatever config.json says; sizes, rotary positions and windows are read in all families.
     qkv_bias: whether q, k and v have biases; None where `attention_bias` says it, of o too.
     qk_norm: whether the heads of q and k are normalised.
     windows_by_layer: attention slides in the layers from `max_window_layers` on where `use_sliding_window` is on;

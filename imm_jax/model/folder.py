@@ -25,8 +25,18 @@ SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokeni
               "preprocessor_config.json")
 # Beside them: chat templates by name, as transformers stores all but the first.
 TEMPLATES = "additional_chat_templates"
-# What a checkpoint in pickle is called; training_args.bin and the like are none.
-_PICKLE = re.compile(r"(pytorch_model.*\.bin(\.index\.json)?|consolidated.*\.pth)")
+# What weights are called that are not read, and what to do; training_args.bin and the like are none.
+_UNREAD = {
+    r"model-\d+-of-\d+\.safetensors": f"shards ({{}}) without {INDEX}; get that file too",
+    r"consolidated[^/]*\.safetensors": "weights in another form than transformers' ({}), which are not read; take the "
+    f"model as {WEIGHTS}",
+    r"(?!adapter_model)[^/]*\.safetensors": f"{{}}, a name that is not read; if it is the whole model, call it "
+    f"{WEIGHTS} in a folder that holds no others",
+    r"[^/]*\.gguf": "weights in GGUF ({}), which are not read; take the model in safetensors that they were made from",
+    r"pytorch_model[^/]*\.bin(\.index\.json)?|consolidated[^/]*\.pth": "a pickle checkpoint ({}), which is not read; "
+    "save it again with save_pretrained(..., safe_serialization=True), and take that folder"}
+# What programs that quantise write beside config.json, and in place of a weight.
+_QUANTISED = re.compile(r"(quantize|quant|hf_quant)_config\.json|.*\.(qweight|weight_packed|weight\.absmax)")
 # (name, dtype, shape, ...) of a tensor to be written.
 _Tensor = TypeVar("_Tensor", bound=tuple)
 
@@ -44,7 +54,7 @@ def no_model(name: str, adapter_config: Path) -> UserError:
   """What is wrong where a LoRA adapter is given as the model."""
   base = files.read_json(adapter_config).get("base_model_name_or_path")
   return UserError(f"{name}: is a LoRA adapter{f' of {base}' if base else ''}, not a whole model; give "
-                   f"{base or 'BASE'}+{name} as the model")
+                   f"{base or 'BASE'}+{name}")
 
 
 def has_weights(folder: Path) -> bool:
@@ -71,16 +81,23 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / file for file in names]
   if (folder / WEIGHTS).exists():
     return [folder / WEIGHTS]
-  pickles = sorted(file.name for file in folder.iterdir() if is_pickle(file.name))
-  if pickles:
-    raise UserError(f"{folder}: holds a pickle checkpoint ({pickles[0]}), which is not read; save it again with "
-                    "save_pretrained(..., safe_serialization=True)")
-  raise UserError(f"{folder / WEIGHTS}: missing; expected it or {INDEX}")
+  unread = unread_weights(file.name for file in folder.iterdir())
+  raise UserError(f"{folder / WEIGHTS}: missing; " + (f"found only {unread}" if unread else
+                                                      f"expected it or {INDEX}"))
 
 
-def is_pickle(name: str) -> bool:
-  """Whether a file's name is that of a checkpoint's weights in pickle, which are not read."""
-  return _PICKLE.fullmatch(name) is not None
+def unread_weights(names: Iterable[str]) -> str:
+  """Says which of the files hold weights that are not read, and what to do; "" where none does."""
+  names = sorted(names)
+  return next((text.format(name) for pattern, text in _UNREAD.items() for name in names
+               if re.fullmatch(pattern, name)), "")
+
+
+def check_quantised(where: str, names: Iterable[str]) -> None:
+  """Raises UserError where the name of a file or tensor says that weights are quantised; config.json may not say it."""
+  if found := next(filter(_QUANTISED.fullmatch, names), None):
+    raise UserError(f"{where}: {found} says that its weights are quantised, and such are not read; take the "
+                    "unquantised model that they were made from")
 
 
 def is_rotary(name: str) -> bool:
@@ -89,12 +106,17 @@ def is_rotary(name: str) -> bool:
 
 
 def shards(index: Path) -> list[str]:
-  """The names of the files that an index says hold the weights; raises UserError where it is damaged."""
+  """The names of the files that an index says hold the weights; raises UserError where it is damaged or names none."""
   weight_map = files.read_json(index).get("weight_map")
   if not isinstance(weight_map, dict) or not all(
       isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
     raise UserError(f"{index}: has no weight_map from tensor names to file names")
-  return sorted(set(weight_map.values()))
+  if not weight_map:
+    raise UserError(f"{index}: its weight_map is empty; expected the file of each tensor")
+  names = sorted(set(weight_map.values()))
+  if other := next((name for name in names if not name.endswith(".safetensors")), None):
+    raise UserError(f"{index}: names {other!r}, which is no safetensors file; expected weights in safetensors alone")
+  return names
 
 
 def tensors(folder: Path) -> dict[str, Entry]:

@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -265,9 +265,23 @@ def _open(folder: Path) -> tuple[ModelConfig, dict[str, Entry]]:
     if dtype not in _DTYPES:
       problems.append(f"{name} has dtype {dtype}, expected one of {', '.join(map(str, _DTYPES))}")
   if problems:
+    _check_names(folder, expected.keys(), tensors.keys())
     problems.sort(key=lambda problem: (problem.split()[0] not in ("missing", "unknown"), problem))
     raise UserError(f"{folder}: tensors do not fit config.json: {listed(problems, '; ')}")
   return config, tensors
+
+
+def _check_names(folder: Path, expected: Set[str], found: Set[str]) -> None:
+  """Raises UserError where the names show what the weights are: quantised, or those of a model within another."""
+  missing = expected - found
+  checkpoint.check_quantised(str(folder), (*(file.name for file in folder.iterdir()), *sorted(found)))
+  inner = EMBEDDING.removeprefix("model.")
+  for name in sorted(found):
+    prefix = name.removesuffix(inner)
+    if name.endswith(inner) and prefix != "model." and found >= {
+        prefix + n.removeprefix("model.") for n in missing if n != HEAD}:
+      raise UserError(f"{folder}: the names of its tensors {f'begin with {prefix!r}' if prefix else 'lack a prefix'} "
+                      "where 'model.' is expected; save the language model itself with save_pretrained, or rename them")
 
 
 def _check_tied(folder: Path, head: Entry, embedding: Entry | None) -> None:

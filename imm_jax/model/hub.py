@@ -1,10 +1,9 @@
 """Checkpoints by name: a folder, the embedded model, a model of the Hugging Face hub, and each with a LoRA adapter."""
 
 import re
-import sys
 from pathlib import Path
 
-from imm_jax.errors import UserError
+from imm_jax.errors import UserError, say_once
 from imm_jax.model import download, folder as checkpoint
 
 _EMBEDDED = Path(__file__).parent.parent / "assets"
@@ -13,8 +12,6 @@ _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?")
 # What people put around an id: a page of the hub, and the file or the branch that it shows.
 _ADDRESS = re.compile(r"(?:https?://|hf://)?(?:www\.)?(?:(?:huggingface|hf)\.co/)?(.*?)"
                       r"(?:(?:/tree/|:)([^/]*)|/blob/.*|/resolve/.*)?")
-# Folders of which it was said that their adapter is ignored.
-_said: set[Path] = set()
 
 
 def resolve(model: str) -> Path:
@@ -36,15 +33,18 @@ def resolve(model: str) -> Path:
 
     return lora.materialise(*parts(model), name="+".join(_label(part) for part in pair))
   found = _EMBEDDED / model if model == "tiny" else _folder(model) if is_local(model) else download.model(model)
-  if (found / checkpoint.ADAPTER_CONFIG).exists() and checkpoint.has_weights(found) and found not in _said:
-    _said.add(found)
-    print(f"note: {model}: holds a whole model and a LoRA adapter; the adapter is ignored", file=sys.stderr)
+  if (found / checkpoint.ADAPTER_CONFIG).exists() and checkpoint.has_weights(found):
+    say_once(f"note: {model}: holds a whole model and a LoRA adapter; the adapter is ignored")
   return found
 
 
 def parts(model: str) -> tuple[Path, Path]:
   """The folders of base and adapter of BASE+ADAPTER; downloads as `resolve` does, the adapter first, which is small."""
   base, adapter = split_adapter(model) or (model, "")
+  is_adapter = lambda name: (Path(name) / checkpoint.ADAPTER_CONFIG).exists()
+  if is_adapter(base) and not checkpoint.has_weights(Path(base)) and not is_adapter(adapter) and (
+      checkpoint.has_weights(Path(adapter)) or not is_local(adapter)):
+    raise UserError(f"{model}: {base} is a LoRA adapter and {adapter} a model; give {adapter}+{base}")
   found = Path(adapter) if is_local(adapter) else download.adapter(adapter)
   return resolve(base), found
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from imm_jax import files
 from imm_jax.errors import UserError
 from imm_jax.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from imm_jax.model.numbers import positive, positive_integer
 
 # Of adapter_config.json: what is read here, and what changes no merged weight.
 _KNOWN = frozenset((
@@ -76,22 +77,22 @@ def read_settings(folder: Path, *, source: str | None = None) -> Settings:
     raise UserError(f"{source}: use_dora=true (DoRA) is not supported; merge it with peft's merge_and_unload, and give "
                     "the folder that its save_pretrained writes")
   for key, value in config.items():
-    if key not in _KNOWN and value not in (None, False, 0, "", [], {}):
+    if key not in _KNOWN and value:
       raise UserError(f"{source}: {key}={value!r:.200} is not supported: it may change the merged weights")
   if (init := config.get("init_lora_weights", True)) not in _INITS:
     raise UserError(f"{source}: init_lora_weights={init!r} is not supported: the adapter belongs to a base that this "
                     "has changed; save it with peft's path_initial_model_for_weight_conversion")
-  number = lambda key, value, kinds: value if isinstance(value, kinds) and not isinstance(value, bool) and (
-      0 < value < math.inf) else _refuse(source, key, value, f"a positive {'integer' if kinds is int else 'number'}")
   patterns = {}
-  for key, kinds in (("rank_pattern", int), ("alpha_pattern", int | float)):
+  for key, number in (("rank_pattern", positive_integer), ("alpha_pattern", positive)):
     given = config.get(key) or {}
     if not isinstance(given, dict):
       _refuse(source, key, given, "an object")
-    patterns[key] = {_checked(source, key, name): number(f"{key}.{name}", v, kinds) for name, v in given.items()}
+    patterns[key] = {_checked(source, key, name): number(source, f"{key}.{name}", v) for name, v in given.items()}
   rslora = config.get("use_rslora") or False
   if not isinstance(rslora, bool):
     _refuse(source, "use_rslora", rslora, "true or false")
+  if (bias := config.get("bias", "none")) not in ("none", "all", "lora_only"):
+    _refuse(source, "bias", bias, "'none', 'all' or 'lora_only'")
   layers, saved = config.get("layers_to_transform"), config.get("modules_to_save") or []
   layers = [layers] if isinstance(layers, int) else layers or None
   if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
@@ -99,9 +100,10 @@ def read_settings(folder: Path, *, source: str | None = None) -> Settings:
   if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
     _refuse(source, "modules_to_save", saved, "a list of names")
   return Settings(
-      source, number("r", config.get("r", 8), int), number("lora_alpha", config.get("lora_alpha", 8), int | float),
+      source, positive_integer(source, "r", config.get("r", 8)),
+      positive(source, "lora_alpha", config.get("lora_alpha", 8)),
       patterns["rank_pattern"], patterns["alpha_pattern"], rslora, _targets(source, config),
-      None if layers is None else frozenset(layers), tuple(saved), config.get("bias") == "all",
+      None if layers is None else frozenset(layers), tuple(saved), bias == "all",
       bool(config.get("lora_bias")))
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from imm_jax.errors import UserError
+from imm_jax.model.numbers import positive
 
 
 class LinearScaling(NamedTuple):
@@ -187,7 +188,7 @@ def _read(config: Mapping[str, Any], where: str, given: dict[str, Any], source: 
   values = {key: value for key, value in given.items() if key not in ("type", "rope_type")}
   for key in ("rope_theta", _ORIGINAL):
     above = config.get(key)
-    if above is not None and values.get(key, above) != above:
+    if above is not None and key in values and values[key] != above:
       raise UserError(f"{source}: {key}={above!r} and {where}.{key}={values[key]!r} disagree")
     if above is not None:
       values[key] = above
@@ -196,14 +197,16 @@ def _read(config: Mapping[str, Any], where: str, given: dict[str, Any], source: 
                     "arithmetic and is not supported")
   passed_over = []
   for key, value in values.items():
-    if key in ("rope_theta", _ORIGINAL, "partial_rotary_factor", *_KEYS[kind]) or value in (None, False, "", [], {}):
+    if key in ("rope_theta", _ORIGINAL, "partial_rotary_factor", *_KEYS[kind]) or not value:
       continue
     if isinstance(value, dict):
       raise UserError(f"{source}: {where}.{key}={value!r:.200}: rotary positions by kind of layer are not supported")
     passed_over.append(f"{where}.{key}")
-  number = lambda key, default=None: _number(source, f"{where}.{key}", values.get(key), default)
-  theta = _number(source, f"{where}.rope_theta" if "rope_theta" in given else "rope_theta", values.get("rope_theta"),
-                  10_000.0)
+  number = lambda key, default=None: positive(source, f"{where}.{key}",
+                                              default if values.get(key) is None else values[key])
+  theta = values.get("rope_theta")
+  theta = positive(source, f"{where}.rope_theta" if "rope_theta" in given else "rope_theta",
+                   10_000.0 if theta is None else theta)
   if not 1 < theta < 1e30:
     raise UserError(f"{source}: rope_theta={theta:g}; expected a number above 1 that float32 holds")
 
@@ -231,7 +234,8 @@ def _yarn(values: Mapping[str, Any], number: Any, original: Any, context: object
   if truncate not in (None, True, False):
     raise UserError(f"{where}.truncate={truncate!r}; expected true or false")
   # A factor that is null follows from the contexts, one that is missing is an error in transformers.
-  factor = number("factor", context / original() if "factor" in values and isinstance(context, int) else None)
+  factor = number("factor", positive(where, "max_position_embeddings", context) / original()
+                  if "factor" in values and values["factor"] is None and context is not None else None)
   if values.get("attention_factor") is not None:
     attention_factor = number("attention_factor")
   elif values.get("mscale") and values.get("mscale_all_dim"):
@@ -246,10 +250,3 @@ def _yarn(values: Mapping[str, Any], number: Any, original: Any, context: object
 def _mscale(factor: float, weight: float) -> float:
   """Peng et al., eq. 22: 0.1 ln(factor) + 1."""
   return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
-def _number(source: str, key: str, value: object, default: float | None) -> float:
-  value = default if value is None else value
-  if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-    raise UserError(f"{source}: {key}={value!r}; expected a positive number")
-  return float(value)

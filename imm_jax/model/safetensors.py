@@ -28,8 +28,6 @@ _DTYPES = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000
 _ALIGNMENT = 64
-# How a file begins that git has not fetched.
-_LFS = b"version https://git-lfs"
 
 
 class Entry(NamedTuple):
@@ -54,11 +52,9 @@ def entries(path: Path) -> dict[str, Entry]:
   """
   try:
     size = path.stat().st_size
+    files.check_pointer(path)
     with path.open("rb") as f:
       prefix = f.read(8)
-      if (prefix + f.read(len(_LFS))).startswith(_LFS):
-        raise UserError(f"{path}: is a pointer of Git LFS, not the weights; run `git lfs pull` in that folder")
-      f.seek(8)
       length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
       if length > min(_MAX_HEADER, size - 8):
         raise UserError(f"{path}: not a whole safetensors file ({size} bytes, header of {length}); copy it again")

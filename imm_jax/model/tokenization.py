@@ -1,10 +1,12 @@
 """Text to token ids and back, where an answer continues a prompt.
 
-Tokenizers of sentencepiece's kind put a space before every text and take one away when they decode. An answer is no
-text of its own: what is trained on would get a space that the model never wrote, and lose one that it did.
+Tokenizers of sentencepiece's kind put a space before every text and take one away when they decode, and some drop the
+spaces at its ends. An answer is no text of its own: what is trained on would get a space that the model never wrote,
+and lose one that it did.
 """
 
 import json
+import re
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,8 @@ from imm_jax.errors import UserError
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
+# A regex that matches at the ends of a text alone: ^ and $ as no other characters, \A, \z.
+_ANCHORED = re.compile(r"(?<![\\\[])\^|(?<!\\)\$|\\[AzZ]")
 # By tokenizer: how many ids it had, and the one that adds and takes away nothing, or None where it does so itself.
 _continuing: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, Tokenizer | None]]" = (
     weakref.WeakKeyDictionary())
@@ -43,7 +47,7 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str, *, rows: int 
 
 
 def encode_continuation(tokenizer: "PreTrainedTokenizerBase", text: str, *, rows: int | None = None) -> list[int]:
-  """The ids of a text that continues another: no special tokens, and no space at its front that is not in it.
+  """The ids of a text that continues another: no special tokens, and the spaces at its ends that are in it.
 
   Args:
     tokenizer: of the model.
@@ -89,7 +93,7 @@ def known_ids(tokenizer: "PreTrainedTokenizerBase", rows: int) -> list[int]:
 
 
 def _plain(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer | None:
-  """One that adds and takes away no space at the front of a text; None where the tokenizer itself is such."""
+  """One that adds and takes away no space at the ends of a text; None where the tokenizer itself is such."""
   size, found = _continuing.get(tokenizer, (-1, None))
   if size != len(tokenizer):
     backend = tokenizer.backend_tokenizer
@@ -107,13 +111,17 @@ def _plain(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer | None:
 
 
 def _without_space(step: dict[str, Any] | None, part: str) -> dict[str, Any] | None:
-  """A step of a tokenizer, as tokenizer.json writes it, that neither adds nor takes away a space; None for none."""
+  """A step of a tokenizer, as tokenizer.json writes it, that neither adds nor takes away a space at the ends of a text;
+  None for none."""
   if step is None or step["type"] == "Prepend":
     return None
   if step["type"] == "Sequence":
     key = next(key for key in ("normalizers", "pretokenizers", "decoders") if key in step)
     return step | {key: [new for s in step[key] if (new := _without_space(s, part)) is not None]}
-  changes = {"prepend_scheme": "never", "add_prefix_space": False, "start": 0, "strip_left": False}
+  if step["type"] == "Replace" and _ANCHORED.search(step["pattern"].get("Regex", "")):
+    return None
+  changes = {"prepend_scheme": "never", "add_prefix_space": False, "start": 0, "stop": 0, "strip_left": False,
+             "strip_right": False}
   if step["type"] in ("Metaspace", "Strip") or (step["type"], part) == ("ByteLevel", "pre_tokenizer"):
     return step | {key: value for key, value in changes.items() if key in step}
   return step

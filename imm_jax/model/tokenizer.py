@@ -13,12 +13,15 @@ if TYPE_CHECKING:
 
 # In the order in which they count, where a folder has several.
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_LFS = b"version https://git-lfs"
 # What sentencepiece writes for a space.
 _SPACE = "\u2581"
-# Encoded by a sentencepiece file and by what was made of it: runs of spaces, digits, bytes, an accent on its own.
+# Of an added token, beside whether it is special: where it is found in a text.
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+# Encoded by a sentencepiece file and by what was made of it: runs of spaces, digits, bytes, an accent on its own.
 _PROBES = ("What is 12 + 30?", "a  b\n\n   c", "x = 3.5, \\frac{1}{2}\t\u00e9 e\u0301 \u2460 \U0001f600", "\n1", " the")
+# So is each of this many pieces that a file's maker defined, which are found whole in any text, within others.
+_MOST_DEFINED = 100
+_DEFINED = ("{0}a", "{0} a", "a{0}b", "a {0} b  {0}\n{0}{0}")
 
 
 def has_tokenizer(folder: str | Path) -> bool:
@@ -48,7 +51,7 @@ def load_tokenizer(folder: str | Path, *, rows: int | None = None) -> "PreTraine
   name = next((name for name in FILES if (folder / name).exists()), None)
   if name is None:
     raise UserError(f"{folder}: has no tokenizer; expected tokenizer.json (or tokenizer.model, vocab.json) in it")
-  _check_pointer(folder / name)
+  _check_file(folder / name)
   try:
     tokenizer = {"tokenizer.json": _from_json, "tokenizer.model": _from_sentencepiece, "vocab.json": _from_vocab}[name](
         folder)
@@ -56,6 +59,10 @@ def load_tokenizer(folder: str | Path, *, rows: int | None = None) -> "PreTraine
     raise
   except Exception as e:  # tokenizers raises a bare Exception for a damaged file
     raise UserError(f"{folder}: its tokenizer cannot be loaded ({str(e).strip().partition(chr(10))[0]})") from e
+  for source, i, content in _named_tokens(folder):
+    if (other := tokenizer.backend_tokenizer.token_to_id(content)) != i:
+      raise UserError(f"{folder / source}: gives {content!r} the id {i}, with {name} it has {other}; correct one of "
+                      "the files")
   tokenizer.model_max_length = 10**30  # nothing is cut here, and it may be no number
   _check_special(tokenizer, folder)
   vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()
@@ -66,10 +73,10 @@ def load_tokenizer(folder: str | Path, *, rows: int | None = None) -> "PreTraine
   return tokenizer
 
 
-def _check_pointer(path: Path) -> None:
-  with path.open("rb") as f:
-    if f.read(len(_LFS)) == _LFS:
-      raise UserError(f"{path}: is a pointer of Git LFS, not the tokenizer; run `git lfs pull` in that folder")
+def _check_file(path: Path) -> None:
+  if not path.is_file():
+    raise UserError(f"{path}: is a folder; expected the tokenizer's file of that name")
+  files.check_pointer(path)
 
 
 def _from_pretrained(folder: Path) -> "PreTrainedTokenizerBase":
@@ -84,7 +91,7 @@ def _from_pretrained(folder: Path) -> "PreTrainedTokenizerBase":
 def _from_json(folder: Path) -> "PreTrainedTokenizerBase":
   from tokenizers import AddedToken, Tokenizer
 
-  named = _named_tokens(folder)
+  named = {content for _, _, content in _named_tokens(folder)}
   backend, tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json")), _from_pretrained(folder)
   found, written = tokenizer.backend_tokenizer.get_added_tokens_decoder(), backend.get_added_tokens_decoder()
   # tokenizer_config.json may make added tokens special, which changes no id, and add others. A word of the vocabulary
@@ -94,16 +101,11 @@ def _from_json(folder: Path) -> "PreTrainedTokenizerBase":
   new = [token for i, token in sorted(found.items()) if i not in written and (
       backend.token_to_id(token.content) is None or token.content == tokenizer.eos_token)]
   end = tokenizer.eos_token
-  if end and backend.token_to_id(end) is None and end not in named.values() and not (
-      folder / "added_tokens.json").exists():
+  if end and backend.token_to_id(end) is None and end not in named:
     raise UserError(f"{folder}: tokenizer_config.json names the end-of-text token {end!r}, which tokenizer.json does "
                     "not have; set eos_token to the model's own")
   backend.add_tokens([*special, *new])
   tokenizer._tokenizer = backend
-  for i, content in named.items():
-    if backend.token_to_id(content) != i:
-      raise UserError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder gives {content!r} the id {i}, with "
-                      f"tokenizer.json it has {backend.token_to_id(content)}; correct one of the files")
   return tokenizer
 
 
@@ -139,7 +141,10 @@ def _from_sentencepiece(folder: Path) -> "PreTrainedTokenizerBase":
   if wrong is not None:
     raise UserError(f"{path}: transformers gives its piece {pieces.id_to_piece(wrong)!r} the id "
                     f"{vocabulary.get(pieces.id_to_piece(wrong))}, the file {wrong}; give a tokenizer.json")
-  for text in _PROBES[:-1] if front else _PROBES:  # which adds none to a text that begins with one
+  defined = [piece.piece.replace(_SPACE, " ") for piece in proto.pieces if piece.type == piece.USER_DEFINED]
+  defined = defined[::max(1, len(defined) // _MOST_DEFINED)]
+  probes = _PROBES[:-1] if front else _PROBES  # which adds none to a text that begins with one
+  for text in (*probes, *(form.format(piece) for piece in defined for form in _DEFINED)):
     if tokenizer(text, add_special_tokens=False)["input_ids"] != pieces.encode(text):
       raise UserError(f"{path}: what transformers makes of it gives {text!r} other ids than sentencepiece does; give a "
                       "tokenizer.json")
@@ -180,15 +185,20 @@ def _from_vocab(folder: Path) -> "PreTrainedTokenizerBase":
   return tokenizer
 
 
-def _named_tokens(folder: Path) -> dict[int, str]:
-  """What tokenizer_config.json says of added tokens: their contents by id."""
+def _named_tokens(folder: Path) -> list[tuple[str, int, str]]:
+  """What lies beside the vocabulary and says of added tokens: name of the file, id, content."""
   tokens = _config(folder).get("added_tokens_decoder", {})
   contents = lambda token: token.get("content") if isinstance(token, dict) else token
   if not isinstance(tokens, dict) or not all(i.isdigit() and isinstance(contents(token), str)
                                              for i, token in tokens.items()):
     raise UserError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder={str(tokens)[:60]}; expected an object "
                     "with the content of each token by its id, or no such key")
-  return {int(i): contents(token) for i, token in tokens.items()}
+  path = folder / "added_tokens.json"
+  ids = files.read_json(path) if path.exists() else {}
+  if wrong := next((content for content, i in ids.items() if type(i) is not int), None):
+    raise UserError(f"{path}: gives {wrong!r} the id {ids[wrong]!r}; expected an integer for each token")
+  return [*(("tokenizer_config.json", int(i), contents(token)) for i, token in tokens.items()),
+          *((path.name, i, content) for content, i in ids.items())]
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -3,10 +3,14 @@
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from imm_jax.errors import UserError
 from imm_jax.model.tokenization import check_ids, decode_continuation, encode_continuation
 from imm_jax.model.tokenizer import load_tokenizer, read_sentencepiece
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerBase
 
 _Codec = tuple[Callable[[str], list[int]], Callable[[list[int]], str]]
 
@@ -15,7 +19,8 @@ def check_tokenizer(folder: str | Path, texts: Sequence[str], *, rows: int) -> s
   """Compares a folder's tokenizer with its file, read by the library that the file is of, on texts.
 
   The ids have to be the file's, and so does the text that they decode to; where that is the text itself, it also has to
-  come back as one that continues another. What `AutoTokenizer` would give is said, not judged.
+  come back as one that continues another. So have ids that a model could give after others, from a word with its space
+  on: their text has to give the same ids. What `AutoTokenizer` would give is said, not judged.
 
   Args:
     folder: an HF checkpoint folder with a tokenizer.
@@ -38,25 +43,50 @@ def check_tokenizer(folder: str | Path, texts: Sequence[str], *, rows: int) -> s
     ids = check_ids(tokenizer, encode(text), rows)
     expected = file[0](text) if file else ids
     if ids != expected:
-      shorter = min(len(ids), len(expected))
-      at = next((i for i in range(shorter) if ids[i] != expected[i]), shorter)
+      at = _first_difference(ids, expected)
       raise UserError(f"{folder}: its tokenizer gives {_short(text)} other ids than {name} does: from token {at} on "
                       f"{ids[at:at + 4]}, expected {expected[at:at + 4]}")
     back = decode(ids)
     should = file[1](ids) if file else unicodedata.normalize("NFC", text) if back != text else text
     if back != should:
-      at = next((i for i, (a, b) in enumerate(zip(back, should, strict=False)) if a != b), len(back))
+      at = _first_difference(back, should)
       raise UserError(f"{folder}: {_short(text)} comes back from the tokenizer's ids as {_short(back, at)}, expected "
                       f"{_short(should, at)}")
     if back == text and decode_continuation(
         tokenizer, encode_continuation(tokenizer, text), skip_special_tokens=True) != text:
       raise UserError(f"{folder}: {_short(text)} does not come back from the tokenizer's ids where it continues "
                       "another text")
+    _check_continuation(folder, tokenizer, ids)
     others += back != text
     tokens += len(ids)
   found = f"the tokenizer gives the ids of {name} for {len(texts)} texts ({tokens:,} tokens)"
   found += f", and the texts come back but for {others}, which it normalises" if others else ", and the texts come back"
   return found + _auto(folder, texts, lambda text: tokenizer(text)["input_ids"])
+
+
+def _check_continuation(folder: Path, tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> None:
+  """Raises UserError where the end of a text, from a word with its space on, continues another with other ids."""
+  to_text = lambda ids: decode_continuation(tokenizer, ids, skip_special_tokens=False)
+  for begin in range(max(1, len(ids) // 2), len(ids)):
+    tail, text = ids[begin:], to_text(ids[begin:])
+    if tokenizer.unk_token_id in tail:
+      continue  # its text is lost anyhow
+    if text[:1] == " " and text[1:2].strip():
+      found, ended = encode_continuation(tokenizer, text), text.rstrip() + " "
+      if found != tail:
+        at = _first_difference(found, tail)
+        raise UserError(f"{folder}: where {_short(text)} continues another text, the tokenizer gives other ids than "
+                        f"within it: from token {at} on {found[at:at + 4]}, expected {tail[at:at + 4]}")
+      if to_text(encode_continuation(tokenizer, ended)) != ended:
+        raise UserError(f"{folder}: the tokenizer loses the space at the end of {_short(ended, len(ended))} where it "
+                        "continues another text")
+      return
+
+
+def _first_difference(one: Sequence[object], other: Sequence[object]) -> int:
+  """The first place where two sequences differ, or the end of the shorter one."""
+  shorter = min(len(one), len(other))
+  return next((i for i in range(shorter) if one[i] != other[i]), shorter)
 
 
 def _file(folder: Path) -> tuple[str, bool, _Codec | None]:

@@ -8,7 +8,6 @@ and what ran beside it changes nothing but the rounding of sums.
 import collections
 import functools
 import math
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from imm_jax import progress
+from imm_jax.errors import say_once
 from imm_jax.model import hf, sharding
 from imm_jax.model.decoder import LayerCache
 from imm_jax.model.tokenization import decode_continuation, known_ids
@@ -98,7 +98,9 @@ class NativeSampler:
     completions.check_arguments(max_new_tokens, num_samples, temperatures, top_p, stop, seed)
     ids = completions.encode(self.tokenizer, prompts, self._config.vocab_size)
     if ids and (self._config.max_positions or math.inf) < max(map(len, ids)) + max_new_tokens:
-      _warn_past_context(self._config.max_positions, max_new_tokens)
+      say_once(f"warning: prompts with max_new_tokens={max_new_tokens} go past the {self._config.max_positions} "
+               "positions that config.json gives the model (max_position_embeddings); what it writes there may make no "
+               "sense")
     # A special token stops a sample where it is drawn, without a look at the text.
     ends, texts = completions.endings(self.tokenizer, self._eos, stop, self._config.vocab_size)
     asked = [_Sample(p, s, prompts[p].id, temperatures[s % len(temperatures)])
@@ -268,9 +270,3 @@ def _fold(seed: jax.Array, codes: jax.Array, numbers: jax.Array) -> jax.Array:
   fold = lambda code, number: jax.random.key_data(
       jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), code), number))
   return jax.vmap(fold)(codes, numbers)
-
-
-@functools.cache  # once
-def _warn_past_context(positions: int, max_new_tokens: int) -> None:
-  print(f"warning: prompts with max_new_tokens={max_new_tokens} go past the {positions} positions that config.json "
-        "gives the model (max_position_embeddings); what it writes there may make no sense", file=sys.stderr)

@@ -3,13 +3,12 @@
 import functools
 import hashlib
 import json
-import sys
 from typing import Any, NamedTuple
 
 import ml_collections
 
 from imm_jax import tasks
-from imm_jax.errors import UserError
+from imm_jax.errors import UserError, say_once
 from imm_jax.tasks import protocols, shots
 from imm_jax.tasks.base import Choice, Example
 
@@ -148,7 +147,8 @@ def of_tests(config: ml_collections.ConfigDict) -> dict[str, list[Example]]:
     name = name_of(entry)
     examples = load(config, entry, split="test", count=limit if tasks.is_endless(name) else None)[:limit]
     if limit and len(examples) < limit:
-      _say_fewer(name, len(examples), limit)
+      say_once(f"note: task {name} has {len(examples)} test questions, and all of them are asked "
+               f"(config.task.eval_questions={limit})")
     found[name] = examples
   return found
 
@@ -202,12 +202,6 @@ def measure_of(config: ml_collections.ConfigDict, entry: str) -> str:
   if name == config.task.name:  # it is sampled
     return "answer"
   return "choices" if name in config.eval.by_likelihood else tasks.measure_of(name)
-
-
-@functools.cache  # once
-def _say_fewer(name: str, count: int, limit: int) -> None:
-  print(f"note: task {name} has {count} test questions, and all of them are asked (config.task.eval_questions={limit})",
-        file=sys.stderr)
 
 
 def load(config: ml_collections.ConfigDict, entry: str, *, split: str, count: int | None = None) -> list[Example]:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from imm_jax.model import attention, hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params
 from imm_jax.model.tokenization import encode_continuation, encode_prompt
-from imm_jax.model.tokenizer import load_tokenizer
+from imm_jax.sampling import completions
 from imm_jax.stages import questions
 from imm_jax.stages.devices import mesh_of
 from imm_jax.tasks import prompts
@@ -30,6 +30,9 @@ from imm_jax.training import interventions, throughput, trainer
 from imm_jax.training.checkpoints import Checkpoints
 from imm_jax.training.packing import PackedBatches, TokenizedExample
 from imm_jax.training.step import make_schedule
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerBase
 
 # Questions whose lengths are counted before a run.
 _LOOKED_AT = 100
@@ -184,17 +187,32 @@ def encoder(config: ml_collections.ConfigDict, model: Path, *, shots: Sequence[E
     shots: worked examples of the prompt.
     ends: whether the token that ends an answer belongs to the response.
   """
-  rows = hf.read_config(model).vocab_size
-  tokenizer = load_tokenizer(model, rows=rows)
-  end = [tokenizer.eos_token_id] if ends else []
+  rows, style = hf.read_config(model).vocab_size, config.prompt.style
+  tokenizer, known = completions.load(model, rows)
+  end = [_end_of_answer(tokenizer, known, style)] if ends else []
 
   def encode(row: Mapping[str, Any]) -> TokenizedExample:
-    prompt = prompts.build(row["question"], header=config.prompt.header, examples=shots, style=config.prompt.style,
+    prompt = prompts.build(row["question"], header=config.prompt.header, examples=shots, style=style,
                            tokenizer=tokenizer)
     return TokenizedExample(encode_prompt(tokenizer, prompt, rows=rows),
                             encode_continuation(tokenizer, row["response"], rows=rows) + end)
 
   return encode
+
+
+def _end_of_answer(tokenizer: "PreTrainedTokenizerBase", known: Sequence[int], style: str) -> int:
+  """The token that ends an answer in training: in a chat the one with which its template ends an answer, where samples
+  end on it too (they are `known`), else the tokenizer's own."""
+  if style == "chat":
+    answer = "An answer."
+    turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
+    try:
+      _, found, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)
+    except Exception:  # a template raises what it likes; one that takes no answer is no error here
+      found = ""
+    if found:
+      return next((i for i in encode_continuation(tokenizer, after) if i in known), tokenizer.eos_token_id)
+  return tokenizer.eos_token_id
 
 
 def read_train(path: Path) -> list[dict[str, Any]]:
