@@ -63,14 +63,21 @@ def work(config: ml_collections.ConfigDict, record: Mapping[str, Any]) -> Work:
   tried = 0
   if config.merge.base_weight == "auto" and config.method in MERGES:
     auto = config.merge.auto
-    tried = config.rounds * (len(auto.weights) + 2 * auto.groups) * auto.questions * (1 + len(auto.general))
+    answered = 1 + sum(questions.measure_of(config, entry) == "answer" for entry in auto.general)
+    tried = config.rounds * (len(auto.weights) + 2 * auto.groups) * auto.questions * answered
   evaluated = (models * tests * (1 + config.eval.num_samples) + tried) * min(length, config.eval.max_new_tokens)
   passes = config.sft.epochs + (config.method == "iimm") + (config.sft.intervention == "weight_masking")
   shots = config.prompt.few_shot * (ASSUMED["question"] + length)
-  # What is read before an answer in evaluation: the question, and what the protocol shows.
-  asks = lambda name: ASSUMED["question"] + protocols.of(config, name).few_shot * (ASSUMED["question"] + length)
-  names = map(questions.name_of, questions.own(config))
-  asked_tests = sum(n * asks(name) for n, name in zip(questions.count_tests(config), names, strict=True))
+
+  def asks(entry: str) -> float:
+    """What is read of a question in evaluation: it, and what the protocol shows, or its options."""
+    if questions.measure_of(config, entry) == "choices":
+      return 2 * ASSUMED["question"]
+    shown = protocols.of(config, questions.name_of(entry)).few_shot
+    return ASSUMED["question"] + shown * (ASSUMED["question"] + length)
+
+  counted = zip(questions.count_tests(config), questions.own(config), strict=True)
+  asked_tests = sum(n * asks(entry) for n, entry in counted)
   return Work(sampled, passes * seen * (length + ASSUMED["question"]), evaluated,
               config.rounds * asked * (ASSUMED["question"] + shots) if drawn else 0.0,
               models * asked_tests + tried * asks(config.task.name))

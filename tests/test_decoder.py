@@ -139,6 +139,28 @@ def test_bfloat16_errs_no_more_than_bfloat16_does_in_torch(checkpoint, kind: str
   assert _scale_error(np.asarray(got), want) < 1.5 * torch_error + 1e-3
 
 
+def test_bfloat16_gradients_err_no_more_than_those_of_autocast(checkpoint) -> None:
+  model, folder = checkpoint("llama", num_hidden_layers=8)
+  tokens = torch.from_numpy(_tokens(4, 40)).long()
+
+  def flat(by_name: dict[str, np.ndarray]) -> np.ndarray:
+    return np.concatenate([by_name[name].ravel() for name, _ in model.named_parameters()]).astype(np.float64)
+
+  def gradients(autocast: bool) -> np.ndarray:
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+      logits = model(tokens).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    return flat({name: p.grad.numpy() for name, p in model.named_parameters()})
+
+  exact = gradients(False)
+  away = lambda g: 1 - g @ exact / np.sqrt((g @ g) * (exact @ exact))
+  config, params = hf.load(folder)
+  batch = _plain_rows(tokens.numpy().astype(np.int32))
+  loss = lambda p: token_losses(config, p, batch, compute_dtype=jnp.bfloat16)[0]
+  assert 0 < away(flat(_by_name(jax.jit(jax.grad(loss))(params)))) < 1.5 * away(gradients(True))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_every_tensor_equal_transformers(checkpoint, kind: str) -> None:
   model, folder = checkpoint(kind)

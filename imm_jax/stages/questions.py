@@ -227,15 +227,15 @@ def _seed_of(config: ml_collections.ConfigDict, split: str) -> int:
 
 
 def counts(config: ml_collections.ConfigDict) -> tuple[int, int]:
-  """How many questions a round asks and how many the tests hold; by the published sizes where they would have to be
-  downloaded."""
-
+  """How many questions a round asks, and how many tests are to be answered; by the published sizes where they would
+  have to be downloaded."""
   asked = _size(config, config.task.name, "train", config.task.questions_per_round)
-  return asked, sum(count_tests(config))
+  return asked, sum(n for entry, n in zip(own(config), count_tests(config), strict=True)
+                    if measure_of(config, entry) == "answer")
 
 
 def count_tests(config: ml_collections.ConfigDict) -> list[int]:
-  """How many test questions each task is asked, as in `counts`; 0 for all of a number that is not known."""
+  """How many test questions each entry of `own` is asked, as in `counts`; 0 for all of a number that is not known."""
   return [_size(config, entry, "test", config.task.eval_questions) for entry in own(config)]
 
 
