@@ -91,8 +91,9 @@ class Scorer:
     length = ROW if longest <= ROW else 128 * math.ceil(longest / 128)
     packed = pack(requests, length=length)
     parts = sharding.batch_parts(self._mesh)
-    # No more rows than there are.
-    batch = parts * min(max(1, self._tokens // length), math.ceil(len(packed.owners) / parts))
+    most = parts * max(1, self._tokens // length)
+    steps = math.ceil(len(packed.owners) / most)
+    batch = parts * math.ceil(len(packed.owners) / (parts * steps))  # as even as can be: empty rows cost as much
     backend = attention.choose("auto", self.config, dtype=self._dtype, length=length, rows=batch, mesh=self._mesh)
     program = _program(self.config, self._mesh, self._dtype, "xla" if backend == "splash" else backend)
     logprobs, counts = np.zeros(len(requests)), np.zeros(len(requests), int)
@@ -122,18 +123,17 @@ def _placed(rows: Rows, begin: int, count: int, mesh: Mesh) -> dict[str, jax.Arr
   placed = {}
   for name in ("tokens", "positions", "until", "places", "indices", "targets"):
     part = getattr(rows, name)[begin:begin + count]
-    width = part.shape[1] if name in ("tokens", "positions", "until") else _step_up(part.shape[1])
+    width = part.shape[1]
+    if name == "places":
+      width = _STEP * math.ceil(width / _STEP)  # each costs a row of logits
+    elif name in ("indices", "targets"):
+      width = _STEP << max(0, math.ceil(math.log2(width / _STEP)))
     whole = np.zeros((count, width), np.int32)
     whole[:len(part), :part.shape[1]] = part
     if name == "until":
       whole[len(part):] = np.arange(width)  # padding sees itself
     placed[name] = jax.make_array_from_callback(whole.shape, where, lambda index, whole=whole: whole[index])
   return placed
-
-
-def _step_up(count: int) -> int:
-  """The next of 64, 128, 256, ..."""
-  return _STEP << max(0, math.ceil(math.log2(max(1, count) / _STEP)))
 
 
 @functools.lru_cache(maxsize=8)  # a run comes here for every model and task
