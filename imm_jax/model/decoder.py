@@ -118,8 +118,12 @@ class MLP(nnx.Module):
     self.activation = ACTIVATIONS[config.activation]
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    gate, up = self.gate_proj(x).astype(jnp.float32), self.up_proj(x).astype(jnp.float32)
-    return self.down_proj((self.activation(gate) * up).astype(x.dtype))
+
+    @jax.checkpoint  # else the backward pass would keep both in float32, and what lies between them
+    def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+      return (self.activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(x.dtype)
+
+    return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nnx.Module):
@@ -133,13 +137,13 @@ class Layer(nnx.Module):
     self.mlp = MLP(config, dtype=dtype, key=mlp)
     self.residual_multiplier = config.residual_multiplier
 
-  def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, dtype: jnp.dtype,
+  def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend,
                cache: LayerCache | None = None, slots: jax.Array | None = None) -> tuple[jax.Array, LayerCache]:
-    """x [B, T, D] in float32 -> the same, and keys and values in the compute dtype."""
-    attended, cache = self.self_attn(self.input_layernorm(x, dtype), rope, attend, cache, slots)
-    x = x + _times(attended.astype(jnp.float32), self.residual_multiplier)
-    changed = self.mlp(self.post_attention_layernorm(x, dtype)).astype(jnp.float32)
-    return x + _times(changed, self.residual_multiplier), cache
+    """x [B, T, D] in the compute dtype -> what the layer adds to it, in float32, and keys and values."""
+    attended, cache = self.self_attn(self.input_layernorm(x), rope, attend, cache, slots)
+    change = _times(attended.astype(jnp.float32), self.residual_multiplier)
+    changed = self.mlp(self.post_attention_layernorm(x.astype(jnp.float32) + change, x.dtype)).astype(jnp.float32)
+    return change + _times(changed, self.residual_multiplier), cache
 
 
 class Decoder(nnx.Module):
@@ -187,9 +191,11 @@ class Decoder(nnx.Module):
       [B, T, D] in the compute dtype.
     """
     rope = self._rope(positions)
-    run = lambda layer, x, rope: pin(use(layer)(x, rope, attend, compute_dtype)[0])
+    run = lambda layer, x, rope: use(layer)(x, rope, attend)[0]
+    # A layer reads the sum in the compute dtype, so that is what the backward pass keeps of it.
     step = run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat])
-    x, _ = jax.lax.scan(lambda x, layer: (step(layer, x, rope), None), pin(self._embed(tokens)), self.layers)
+    x, _ = jax.lax.scan(lambda x, layer: (pin(x + step(layer, x.astype(compute_dtype), rope)), None),
+                        pin(self._embed(tokens)), self.layers)
     return self._final(x, compute_dtype)
 
   @property
@@ -214,7 +220,8 @@ class Decoder(nnx.Module):
     rope = self._rope(positions[None])
     x, caches = self._embed(tokens), []
     for layer in self.layers:
-      x, cache = layer(x, rope, causal, compute_dtype)
+      change, cache = layer(x.astype(compute_dtype), rope, causal)
+      x += change
       caches.append(cache)
     last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
     return self._head(self._final(last, compute_dtype)), caches
@@ -237,7 +244,8 @@ class Decoder(nnx.Module):
     rope = self._rope(positions[:, None])
     x, new_caches = self._embed(tokens[:, None]), []
     for layer, cache in zip(self.layers, caches, strict=True):
-      x, cache = layer(x, rope, seen, compute_dtype, cache, positions)
+      change, cache = layer(x.astype(compute_dtype), rope, seen, cache, positions)
+      x += change
       new_caches.append(cache)
     return self._head(self._final(x[:, 0], compute_dtype)), new_caches
 
