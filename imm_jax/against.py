@@ -11,9 +11,9 @@ from imm_jax import comparison, files
 from imm_jax.comparison import Paired
 from imm_jax.errors import UserError, listed
 
-# Fields of a row that score its question. A rate has the field that it is per: row[nats] / row[tokens], weighted with
-# row[tokens], so that a mean over texts is that of all their tokens.
-METRICS: Mapping[str, str | None] = {"correct": None, "correct_norm": None, "nats": "tokens"}
+# Fields of a row that score its question. A rate has the field that it is per: row[nats] / row[bytes], weighted with
+# row[bytes], so that a mean over texts is that of all their bytes; tokens would be other ones with another tokenizer.
+METRICS: Mapping[str, str | None] = {"correct": None, "correct_norm": None, "nats": "bytes"}
 # Ids of questions in a message.
 _MOST = 3
 
@@ -178,7 +178,7 @@ def _paired(parts: Sequence[tuple[Answers, Answers, Sequence[str]]], metric: str
   if per := METRICS[metric]:
     weights, others = ([answers[i].weights[metric][id_] for *answers, ids in parts for id_ in ids] for i in (0, 1))
     if weights != others:
-      raise UserError(f"{parts[0][0].path} and {parts[0][1].path}: their {per} differ, as with another tokenizer, so "
+      raise UserError(f"{parts[0][0].path} and {parts[0][1].path}: their {per} differ, as of other texts, so "
                       f"{_name(metric)} are not to be compared")
   return comparison.paired(*([answers[i].scores[metric][id_] for *answers, ids in parts for id_ in ids]
                              for i in (0, 1)), weights)
@@ -188,7 +188,7 @@ def _name(metric: str) -> str:
   """A metric in words.
 
   >>> _name("nats"), _name("correct_norm")
-  ('nats per tokens', 'correct_norm')
+  ('nats per bytes', 'correct_norm')
   """
   return f"{metric} per {METRICS[metric]}" if METRICS[metric] else metric
 

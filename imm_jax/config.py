@@ -207,19 +207,19 @@ def _validate_measures(config: ml_collections.ConfigDict) -> None:
   """What is measured without an answer: options, texts, tasks of lm_eval."""
   for name in config.eval.by_likelihood:
     _known("eval.by_likelihood", name, [n for n in tasks.JUDGED if tasks.has_choices(n)])
-    if name == config.task.name or name not in map(questions.name_of, config.task.ood):
-      raise UserError(f"config.eval.by_likelihood has {name!r}, which is no task of config.task.ood")
+    if name not in (config.task.name, *map(questions.name_of, config.task.ood)):
+      raise UserError(f"config.eval.by_likelihood has {name!r}, which is neither task.name nor in task.ood")
   names = [entry.partition("=")[0] for entry in config.eval.texts]
   for name, entry in zip(names, config.eval.texts, strict=True):
-    _known("eval.texts", name, [*tasks.CORPORA, "text"])
-    if name == "text" and "=" not in entry:
-      raise UserError("config.eval.texts has 'text', which needs its source: text=file:PATH.txt")
+    if "=" not in entry and name not in tasks.CORPORA:
+      raise UserError(f"config.eval.texts has {name!r}: {nearest(name, [*tasks.CORPORA])}, or a text of your own, "
+                      f"{name}=file:PATH.txt")
     if "=" in entry:
       try:
         sources.check(entry.partition("=")[2])
       except UserError as e:
         raise UserError(f"config.eval.texts: {e}") from e
-  if len({*names, *map(questions.name_of, config.task.ood), config.task.name}) < len(names) + len(config.task.ood) + 1:
+  if len(set(names)) < len(names) or {*names} & {*map(questions.name_of, config.task.ood), config.task.name}:
     raise UserError(f"config.eval.texts={config.eval.texts} names a text twice, or as a task is named")
   require(config, "eval.lm_eval.few_shot", lambda v: -1 <= v < 2**31, "expected 0 or more, or -1 for the task's own")
   lm_eval_tasks.check(config)

@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from imm_jax import against, cli, config, experiments, files
+from imm_jax import against, cli, config, experiments, files, tasks
 from imm_jax.errors import UserError
 from imm_jax.evaluation import Accuracy
 from imm_jax.model import hf, hub
@@ -38,6 +38,8 @@ def main() -> None:
   if experiments.is_experiment(settings):
     raise UserError("--config: holds several runs; give the config of one, such as configs/qwen.py")
   settings.model = _MODEL.value
+  if tasks.measure_of(settings.task.name) == "choices":  # nothing is sampled to train on
+    settings.eval.by_likelihood = (*settings.eval.by_likelihood, settings.task.name)
   config.validate(settings, trains=False)
   devices.leave_to_others(settings)
   sampling.check_sampler(settings)
@@ -52,13 +54,15 @@ def main() -> None:
     facts = evaluating.evaluate(settings, model, scratch, folder, label=model.name)
     files.write_text(folder / "scores.json", json.dumps({"model": settings.model, **facts}, indent=1) + "\n")
   files.remove(scratch)
+  wide = max(14, *map(len, (*facts["scores"], *facts["texts"])))
+  far = max(14, *(len(metric) for found in facts["scores"].values() for metric in found))
   for task, found in facts["scores"].items():
     for metric, score in found.items():
       a = Accuracy(**score)
-      print(f"{task:<16}{metric:<16}{a.value:.3f} [{a.low:.3f}, {a.high:.3f}] n={a.n}")
+      print(f"{task:<{wide}}  {metric:<{far}}  {a.value:.3f} [{a.low:.3f}, {a.high:.3f}] n={a.n}")
   for text, found in facts["texts"].items():
     for metric in ("nats_per_token", "bits_per_byte"):
-      print(f"{text:<16}{metric:<16}{found[metric]['value']:.4f} [{found[metric]['low']:.4f}, "
+      print(f"{text:<{wide}}  {metric:<{far}}  {found[metric]['value']:.4f} [{found[metric]['low']:.4f}, "
             f"{found[metric]['high']:.4f}] n={found['n']}")
   for task, how in facts["protocol"].items():
     asked = Asked(*(how[name] for name in Asked._fields))

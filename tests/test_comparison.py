@@ -169,13 +169,13 @@ def test_what_are_not_the_same_questions_is_refused(tmp_path: Path, other: dict,
 def test_other_scores_of_a_row_are_lines_of_their_own(tmp_path: Path):
   a, b = write(tmp_path / "a", "arc", "110", correct_norm=1.0), write(tmp_path / "b", "arc", "100", correct_norm=0.0)
   for folder, change in ((a, 0.0), (b, 0.5)):
-    rows = [{"id": str(i), "nats": 2.0 * n + change * n, "tokens": n} for i, n in enumerate((10, 20, 70))]
+    rows = [{"id": str(i), "nats": 2.0 * n + change * n, "bytes": n} for i, n in enumerate((10, 20, 70))]
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   found = {line.label: line.paired for line in compare(a, b).lines}
-  assert list(found) == ["arc", "arc, correct_norm", "text, nats per tokens"]
+  assert list(found) == ["arc", "arc, correct_norm", "text, nats per bytes"]
   assert [(d.first, d.second) for d in found.values()] == [(2 / 3, 1 / 3), (1, 0), (2, 2.5)]
-  (b / "text.jsonl").write_text((b / "text.jsonl").read_text().replace('"tokens": 20', '"tokens": 21'))
-  with pytest.raises(UserError, match="their tokens differ, as with another tokenizer"):
+  (b / "text.jsonl").write_text((b / "text.jsonl").read_text().replace('"bytes": 20', '"bytes": 21'))
+  with pytest.raises(UserError, match="their bytes differ, as of other texts"):
     compare(a, b)
 
 

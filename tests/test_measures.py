@@ -74,6 +74,11 @@ def test_a_run_measures_all_kinds(data: Path, tmp_path: Path, environment: dict[
     assert {task: list(found) for task, found in model.beside.items()} == {
         "arc_easy": ["acc_norm"], "lm_eval:own_options": ["acc_norm"],
         "lm_eval:own_answers": ["exact_match_any_number"]}
+    lines = (workdir / model.folder / "lm_eval:own_answers.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert all(row["tokens"] and row["text"] != row["span"] for row in rows)
+    assert model.asked["lm_eval:own_answers"].mean_tokens == round(sum(row["tokens"] for row in rows) / 7, 2)
+    assert model.asked["lm_eval:own_answers"].cut == round(sum(row["finish"] == "length" for row in rows) / 7, 4)
     # lm_eval asks the same questions in a form of its own.
     rows = [json.loads(line) for line in (workdir / model.folder / "arc_easy.jsonl").read_text().splitlines()]
     assert model.scores["arc_easy"].value == sum(row["correct"] for row in rows) / 7
@@ -111,9 +116,9 @@ def test_lm_eval_scores_as_our_own_do(data: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"eval.by_likelihood": ("arc_eazy",)}, "did you mean arc_easy"),
-    ({"eval.by_likelihood": ("mmlu_stem",)}, "no task of config.task.ood"),
+    ({"eval.by_likelihood": ("mmlu_stem",)}, "neither task.name nor in task.ood"),
     ({"eval.texts": ("tiny_shakespear",)}, "did you mean tiny_shakespeare"),
-    ({"eval.texts": ("text",)}, "needs its source: text=file:PATH.txt"),
+    ({"eval.texts": ("alice",)}, "or a text of your own, alice=file:PATH.txt"),
     ({"eval.texts": ("text=x",)}, "expected hf:ID"),
     ({"eval.texts": ("text=file:a.txt", "text=file:b.txt")}, "names a text twice"),
     ({"task.ood": ("lm_eval:arc_eazy",)}, "did you mean arc_easy"),

@@ -29,7 +29,7 @@ class Sampler:
 
 def _run(path: Path, sampler: Sampler, **changes: Any) -> list[list[Completion]]:
   return parts.generate(sampler, PROMPTS, **{
-      "journal": path, "model": "a", "rows": 2, "label": "eval", "num_samples": 2, "seed": 1} | changes)
+      "journal": path, "model": "a", "rows": 4, "label": "eval", "num_samples": 2, "seed": 1} | changes)
 
 
 def test_a_killed_run_goes_on_after_the_last_whole_part(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_killed_run_goes_on_after_the_last_whole_part(tmp_path: Path) -> None:
   assert _run(path, again) == expected
   assert again.asked == whole.asked[2:]
   assert _run(path, Sampler(calls=0)) == expected  # all is there
-  for changes in ({"model": "b"}, {"seed": 2}, {"num_samples": 1}, {"rows": 4}):
+  for changes in ({"model": "b"}, {"seed": 2}, {"num_samples": 1}, {"rows": 2}):
     other = Sampler()
     _run(path, other, **changes)
     assert other.asked
@@ -56,7 +56,7 @@ def test_a_killed_run_goes_on_after_the_last_whole_part(tmp_path: Path) -> None:
 
 def test_an_evaluation_that_was_killed_comes_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   config = tiny.get_config()
-  config.task.ood, config.task.eval_questions, config.eval.batch_size = ("groups",), 12, 1
+  config.task.ood, config.task.eval_questions, config.eval.batch_size = ("groups",), 12, 2
   evaluate = lambda name: evaluating.evaluate(config, hub.resolve("tiny"), tmp_path / "scratch", tmp_path / name,
                                               label="tiny")
   expected, calls, own = evaluate("whole"), [], sampling.NativeSampler.generate

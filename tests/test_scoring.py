@@ -22,7 +22,8 @@ from imm_jax.tasks.base import Choice
 MESHES = {"data8": (8, 1, 1), "fsdp4-tensor2": (1, 4, 2), "data2-fsdp2-tensor2": (2, 2, 2)}
 PAIRS = [("Tom has 3 apples.", " He"), ("Tom has 3 apples.", " She"), ("Tom has 3 apples. ", "He buys 2"),
          ("What is 12 + 30?", " 42"), ("What is 12 + 30?", " 7"), ("What is 12 + 30?\n\n", "The answer is 42"),
-         ("", "Tom has 3"), ("", "What"), ("What is 12", " + 30?"), ("x", " the" * 40)]
+         ("", "Tom has 3"), ("", "What"), ("What is 12", " + 30?"), ("x", " the" * 40),
+         ("Tom", " has"), ("Tom", " has 3"), ("Tom", " has"), ("\u00e9 \U0001f600", " \u2603")]
 
 
 def _requests(seed: int = 0, count: int = 40, vocab: int = 61, longest: int = 30) -> list[Request]:
@@ -175,6 +176,66 @@ def _instances(kind: str, arguments: list[tuple]) -> list:
   from lm_eval.api.instance import Instance
 
   return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
+
+
+def test_a_context_without_a_token_is_what_texts_begin_after(models: tuple) -> None:
+  ours, tokenizer = models[0], load_tokenizer(hub.resolve("tiny"))
+  for context in ("", " ", "\n"):
+    (found,) = ours.loglikelihood(_instances("loglikelihood", [(context, "Tom has")]), disable_tqdm=True)
+    (request,) = encode_continuations(tokenizer, [(context, "Tom has")], rows=1000, positions=None)
+    assert request.tokens == (tokenizer.eos_token_id, *tokenizer(context + "Tom has")["input_ids"])
+    assert found[0] == pytest.approx(_scorer(hub.resolve("tiny")).score([request], quiet=True)[0].logprob, rel=1e-5)
+  with pytest.raises(ValueError, match="and not the first"):
+    _scorer(hub.resolve("tiny")).score([Request((1, 2), 0)])
+
+
+def test_settings_that_the_sampler_lacks_are_refused(models: tuple) -> None:
+  ours = models[0]
+  for settings, message in (({"top_k": 5}, "top_k=5"), ({"repetition_penalty": 1.2}, "repetition_penalty=1.2")):
+    with pytest.raises(UserError, match=message):
+      ours.generate_until(_instances("generate_until", [("Tom", {"until": [], **settings})]), disable_tqdm=True)
+  drawn = {"until": [], "do_sample": True, "temperature": 5.0, "max_gen_toks": 8, "top_k": 0}
+  twice = _instances("generate_until", [("Tom has", drawn)] * 2)
+  a, b = ours.generate_until(twice, disable_tqdm=True)
+  assert a != b  # repeats of a task
+  ours._seed = 1
+  assert ours.generate_until(twice, disable_tqdm=True) != [a, b]
+  ours._seed = 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_answers_of_a_sentencepiece_tokenizer_are_those_of_lm_eval(tmp_path: Path) -> None:
+  """Such a tokenizer takes a space at the front of a text away, also of an answer's, and begins texts with BOS."""
+  pytest.importorskip("lm_eval")
+  torch = pytest.importorskip("torch")
+  import transformers
+  from lm_eval.models.huggingface import HFLM
+  from tokenizers import Tokenizer, decoders, models as kinds, normalizers, processors
+
+  from imm_jax.harness import HarnessLM
+
+  words = ["<unk>", "<s>", "</s>", *(f"\u2581{w}" for w in ("Tom", "has", "the", "sum", "of", "it")), "\u2581",
+           *"Tomhasteufi"]
+  vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
+  backend = Tokenizer(kinds.Unigram([(w, -1.0 * len(w)) if i > 2 else (w, 0.0) for w, i in vocabulary.items()], 0))
+  backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+  backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+  backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+  backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+  transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>",
+                                       unk_token="<unk>").save_pretrained(tmp_path)
+  torch.manual_seed(0)
+  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+      vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+      num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, initializer_range=0.5))
+  model.save_pretrained(tmp_path)
+  pair = HarnessLM(str(tmp_path), dtype="float32"), HFLM(str(tmp_path), dtype="float32", device="cpu")
+  asked = [(text, {"until": ["@"], "max_gen_toks": 9}) for text in ("Tom has", "the sum of", "it", "Tom")]
+  texts = [m.generate_until(_instances("generate_until", asked), disable_tqdm=True) for m in pair]
+  assert texts[0] == texts[1]
+  scores = [m.loglikelihood(_instances("loglikelihood", [("Tom", " has"), ("the sum", " of it"), ("", "Tom")]),
+                            disable_tqdm=True) for m in pair]
+  np.testing.assert_allclose([p for p, _ in scores[0]], [p for p, _ in scores[1]], rtol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")

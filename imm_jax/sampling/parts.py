@@ -12,7 +12,7 @@ from imm_jax.sampling import Completion, Prompt
 from imm_jax.sampling.journal import Journal
 
 # Samples of a part for each row of the decoder: rows stand empty at the end of every part, and only one can be lost.
-_ROUNDS = 8
+_ROUNDS = 4
 
 
 def generate(sampler: Callable[..., list[list[Completion]]], prompts: Sequence[Prompt], *, journal: Path, model: str,

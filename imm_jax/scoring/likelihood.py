@@ -82,9 +82,12 @@ class Scorer:
 
     Raises:
       UserError: for a request that is longer than the model's context.
+      ValueError: for one that scores its first token, or none.
     """
     if not requests:
       return []
+    if not all(0 < r.start < len(r.tokens) for r in requests):
+      raise ValueError("a request scores some of its tokens, and not the first")
     longest, limit = max(len(r.tokens) - 1 for r in requests), self.config.max_positions
     if limit and longest > limit:
       raise UserError(f"a text of {longest + 1} tokens is longer than the {limit} positions of the model")

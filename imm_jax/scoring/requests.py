@@ -27,8 +27,8 @@ def encode_continuations(tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[t
   """Requests for continuations of contexts, tokenised as lm-evaluation-harness does (`TemplateLM.loglikelihood`).
 
   Context and continuation are tokenised as one text, of which the continuation is what follows as many tokens as the
-  context has by itself; spaces that end the context count as the continuation's. After an empty context comes what
-  `prefix_id` gives. What does not fit in the model's positions is cut off at the front.
+  context has by itself; spaces that end the context count as the continuation's. An empty context, or one of spaces,
+  stands for what `prefix_id` gives. What does not fit in the model's positions is cut off at the front.
 
   Args:
     tokenizer: of the model.
@@ -40,28 +40,42 @@ def encode_continuations(tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[t
     UserError: for a continuation without a token of its own, or longer than the context of the model.
   """
   # A text stands in many pairs.
-  encoded: dict[str, list[int]] = {}
-  result = []
+  encoded: dict[str, list[int]] = {"": []}
+  prefix, result = prefix_id(tokenizer), []
   for context, continuation in pairs:
     kept = context.rstrip()
-    whole = continuation if not context else context + continuation
-    if not context:
-      prefix = prefix_id(tokenizer)
-      scored = check_ids(tokenizer, tokenizer(continuation, add_special_tokens=False)["input_ids"], rows)
-      ids, start = (scored, 1) if scored[:1] == [prefix] else ([prefix, *scored], 1)
+    if kept not in encoded:
+      encoded[kept] = encode_prompt(tokenizer, kept, rows=rows)
+    if kept:
+      whole = encode_prompt(tokenizer, context + continuation, rows=rows)
     else:
-      if kept not in encoded:
-        encoded[kept] = encode_prompt(tokenizer, kept, rows=rows)
-      ids, start = encode_prompt(tokenizer, whole, rows=rows), len(encoded[kept])
-    # A context of spaces alone has no token of its own.
-    start = max(1, start)
-    cut = max(0, len(ids) - 1 - positions) if positions else 0
-    if start >= len(ids) or cut >= start:
-      why = ("has no token of its own after its context" if start >= len(ids) else
-             f"has {len(ids) - start} tokens, more than the {positions} positions of the model")
-      raise UserError(f"the continuation {continuation!r:.80} {why}; it cannot be scored")
-    result.append(Request(tuple(ids[cut:]), start - cut))
+      whole = check_ids(tokenizer, tokenizer(context + continuation, add_special_tokens=False)["input_ids"], rows)
+    before, scored = encoded[kept], whole[len(encoded[kept]):]
+    if not before and scored[:1] == [prefix]:  # a text that brings what it begins after
+      before, scored = scored[:1], scored[1:]
+    try:
+      result.append(continuing(before or [prefix], scored, positions=positions))
+    except UserError as e:
+      raise UserError(f"the continuation {continuation!r:.80} {e}; it cannot be scored") from None
   return result
+
+
+def continuing(before: Sequence[int], scored: Sequence[int], *, positions: int | None) -> Request:
+  """The request for what follows some tokens, at least one of them; what does not fit is cut off at the front.
+
+  Raises:
+    UserError: where nothing follows, or more than fits.
+
+  >>> continuing([1, 2, 3], [4, 5], positions=3)
+  Request(tokens=(2, 3, 4, 5), start=2)
+  """
+  if not scored:
+    raise UserError("has no token of its own after its context")
+  if positions and len(scored) > positions:
+    raise UserError(f"has {len(scored)} tokens, more than the {positions} positions of the model")
+  ids = [*before, *scored]
+  ids = ids[max(0, len(ids) - 1 - positions) if positions else 0:]
+  return Request(tuple(ids), len(ids) - len(scored))
 
 
 def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, rows: int, positions: int) -> list[Request]:
@@ -69,7 +83,7 @@ def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, rows: int, p
 
   The first window begins with what `prefix_id` gives. Where the text is longer than the model's positions it is cut
   into windows of so many new tokens, each after the last token of the one before; the last window looks back as far as
-  it can. A token that special tokens of the tokenizer put before the text is scored, too.
+  it can. Where the tokenizer itself begins a text with BOS, that is scored after the first one, as there.
 
   Args:
     tokenizer: of the model.

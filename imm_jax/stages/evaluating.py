@@ -1,5 +1,6 @@
 """How a model does on the test questions of every task."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ def stage(config: ml_collections.ConfigDict, model: Path, root: Path, name: str,
   with StageMetrics(root, name) as metrics:
     metrics.write(round_ + 1, **{f"accuracy/{task}" if metric == "greedy" else f"{metric}/{task}": score["value"]
                                  for task, found in facts["scores"].items() for metric, score in found.items()},
-                  **{f"{name}/{task}": how[name] for task, how in facts["protocol"].items()
-                     for name in ("mean_tokens", "cut") if name in how},
-                  **{f"{name}/{text}": found[name]["value"] for text, found in facts["texts"].items()
-                     for name in ("nats_per_token", "bits_per_byte")})
+                  **{f"{key}/{task}": how[key] for task, how in facts["protocol"].items()
+                     for key in ("mean_tokens", "cut")},
+                  **{f"{key}/{text}": found[key]["value"] for text, found in facts["texts"].items()
+                     for key in ("nats_per_token", "bits_per_byte")})
   return facts
 
 
@@ -46,10 +47,13 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, out:
   scores: dict[str, dict[str, evaluation.Accuracy]] = {}
   how: dict[str, dict[str, Any]] = {}
   skipped: dict[str, int] = {}
-  with sampling.sampler_of(config, model, config.eval.batch_size, scratch) as sampler:
-    for entry, (name, examples) in zip(questions.own(config), questions.of_tests(config).items(), strict=True):
-      if questions.measure_of(config, entry) != "answer":
-        continue
+  asked = [(entry, name, examples) for entry, (name, examples) in zip(
+      questions.own(config), questions.of_tests(config).items(), strict=True)
+           if questions.measure_of(config, entry) == "answer"]
+  with contextlib.ExitStack() as stack:
+    if asked:
+      sampler = stack.enter_context(sampling.sampler_of(config, model, config.eval.batch_size, scratch))
+    for entry, name, examples in asked:
       rows, skipped[name] = greedy(config, model, sampler, entry, examples, label=f"{label}: {name}")
       drawn = _samples(config, model, sampler, entry, examples, label=f"{label}: {name}, samples")
       if distributed.is_main():

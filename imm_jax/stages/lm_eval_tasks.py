@@ -2,16 +2,17 @@
 
 import functools
 import importlib.util
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from imm_jax import distributed, evaluation, files
 from imm_jax.errors import UserError, nearest
+from imm_jax.sampling import Completion
 from imm_jax.stages import questions
 
 # In this order, whichever a task has counts.
@@ -30,7 +31,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   for name in asked:
     if name not in known:
       raise UserError(f"config.task.ood has {questions.LM_EVAL}{name}, which lm_eval does not know: "
-                      f"{nearest(name, known) if len(known) < 50 else _nearest(name, known)} (its list: `lm_eval ls "
+                      f"{_nearest(name, known)} (its list: `lm_eval ls "
                       "tasks`; your own YAML files: config.eval.lm_eval.path)")
 
 
@@ -51,7 +52,7 @@ def measure(config: ml_collections.ConfigDict, model: Path, out: Path, label: st
 
   settings, mesh = config.eval.lm_eval, config.mesh
   lm = HarnessLM(str(model), dtype=config.sample.compute_dtype, batch_size=config.eval.batch_size, data=mesh.data,
-                 fsdp=mesh.fsdp, tensor=mesh.tensor)
+                 fsdp=mesh.fsdp, tensor=mesh.tensor, seed=config.seed)
   manager, scores, how = _manager(settings.path), {}, {}
   for name in questions.lm_eval_tasks(config):
     entry = f"{questions.LM_EVAL}{name}"
@@ -66,15 +67,17 @@ def measure(config: ml_collections.ConfigDict, model: Path, out: Path, label: st
     except Exception as e:  # of the hub, of a task's own code, of lm_eval
       cause = str(e).strip().partition("\n")[0] or type(e).__name__
       raise UserError(f"{label}: lm_eval cannot run {name} ({cause})") from e
-    rows = _rows(found["samples"])
+    rows = _rows(found["samples"], lm.completions)
     metrics = _metrics(rows, entry)
     for row in rows:
       value = row["metrics"][metrics[0]]
       row["correct"] = bool(value) if value in (0.0, 1.0) else value
     scores[entry] = {metric: evaluation.mean([row["metrics"][metric] for row in rows])._asdict() for metric in metrics}
-    shots = max((n for n in found["n-shot"].values() if isinstance(n, int)), default=0)
-    how[entry] = {"name": f"lm_eval {lm_eval.__version__}", "shots": shots, "n": len(rows), "mean_tokens": 0.0,
-                  "cut": 0.0}
+    shots = sorted({n for n in found["n-shot"].values() if isinstance(n, int)}) or [0]
+    parts = "" if len(shots) == 1 else f", {shots[0]} to {shots[-1]} examples by part"
+    how[entry] = {"name": f"lm_eval {lm_eval.__version__}{parts}", "shots": shots[-1], "n": len(rows),
+                  "mean_tokens": round(sum(row["tokens"] for row in rows) / len(rows), 2),
+                  "cut": round(sum(row["finish"] == "length" for row in rows) / len(rows), 4)}
     if distributed.is_main():
       files.write_jsonl(out / f"{entry}.jsonl", rows)
   return {"scores": scores, "protocol": how, "texts": {}}
@@ -94,10 +97,12 @@ def _nearest(name: str, known: Sequence[str]) -> str:
   return close if close.startswith("did you mean") else f"{len(known):,} tasks have other names"
 
 
-def _rows(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def _rows(samples: Mapping[str, Sequence[Mapping[str, Any]]], completions: Mapping[tuple[str, str], Completion],
+          ) -> list[dict[str, Any]]:
   """A row of ours for each document; `metrics` are lm_eval's figures of it that are a number.
 
-  Of a task with several filters the first says what was answered; figures of the others have its name behind theirs.
+  `text` is the first answer as it was generated, `span` what the first filter made of it; of options both are the
+  likeliest. Figures of other filters have the filter's name behind theirs.
   """
   rows: dict[str, dict[str, Any]] = {}
   for task, of_task in samples.items():
@@ -105,23 +110,33 @@ def _rows(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, 
       name, first = f"{task}/{sample['doc_id']}", of_task[0].get("filter")
       behind = "" if sample.get("filter") == first else "_" + re.sub(r"\W", "_", sample["filter"])
       figures = {f"{metric}{behind}": float(sample[metric]) for metric in sample.get("metrics", ())
-                 if isinstance(sample[metric], int | float)}
+                 if isinstance(sample[metric], int | float | np.number | np.bool_)}
       if name in rows:
         rows[name]["metrics"] |= figures
         continue
-      arguments, answers = sample["arguments"], sample["filtered_resps"]
-      asked = arguments[0][0] if isinstance(arguments, list) else arguments["gen_args_0"]["arg_0"]
-      text = answers[0] if answers and isinstance(answers[0], str) else json.dumps(answers, default=str)
-      rows[name] = {"id": name, "question": str(asked), "gold": str(sample["target"]), "kind": "lm_eval", "text": text,
-                    "tokens": 0, "finish": "stop", "span": text, "metrics": figures}
+      asked = [list(of.values()) for of in sample["arguments"].values()] if isinstance(
+          sample["arguments"], dict) else list(sample["arguments"])
+      answers, context = [resp[0] for resp in sample["resps"]], str(asked[0][0])
+      row = {"id": name, "question": context, "gold": str(sample["target"]), "kind": "lm_eval"}
+      if isinstance(answers[0], str):
+        done = completions.get((context, answers[0]), Completion(answers[0], 0, "stop"))
+        row |= {"text": answers[0], "tokens": done.num_tokens, "finish": done.finish,
+                "span": str(sample["filtered_resps"][0])}
+      else:
+        logprobs = [float(answer[0]) if isinstance(answer, tuple | list) else float(answer) for answer in answers]
+        best = str(asked[max(range(len(logprobs)), key=logprobs.__getitem__)][-1])
+        row |= {"text": best, "tokens": 0, "finish": "stop", "span": best, "logprobs": logprobs}
+      rows[name] = row | {"metrics": figures}
   return list(rows.values())
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]], entry: str) -> list[str]:
   """The figures that every document has, from 0 to 1, the one that counts first."""
-  names = [name for name in rows[0]["metrics"] if all(0 <= row["metrics"].get(name, -1) <= 1 for row in rows)]
+  figures = list(rows[0]["metrics"]) if rows else []
+  names = [name for name in figures if all(0 <= row["metrics"].get(name, -1) <= 1 for row in rows)]
   if not names:
-    raise UserError(f"{entry}: has no figure of each document from 0 to 1, only "
-                    f"{', '.join(rows[0]['metrics']) or 'none'}; such a task is for lm_eval's own command, python -m "
+    others = f" (it has {', '.join(figures)})" if figures else ""
+    raise UserError(f"{entry}: has no figure of each document from 0 to 1{others}; such a task is for lm_eval's own "
+                    "command, python -m "
                     "imm_jax.harness")
   return sorted(names, key=lambda name: _PRIMARY.index(name) if name in _PRIMARY else len(_PRIMARY))

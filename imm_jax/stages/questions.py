@@ -174,8 +174,7 @@ def texts_of(config: ml_collections.ConfigDict) -> dict[str, list[str]]:
   found = {}
   for entry in config.eval.texts:
     name, _, source = entry.partition("=")
-    found[name] = tasks.load_text("" if name == "text" else name, source=source,
-                                  count=config.task.eval_questions or None)
+    found[name] = tasks.load_text("" if source else name, source=source, count=config.task.eval_questions or None)
   return found
 
 
@@ -199,9 +198,9 @@ def measure_of(config: ml_collections.ConfigDict, entry: str) -> str:
   name = name_of(entry)
   if name.startswith(LM_EVAL):
     return "lm_eval"
-  if name == config.task.name:  # it is sampled
-    return "answer"
-  return "choices" if name in config.eval.by_likelihood else tasks.measure_of(name)
+  if name in config.eval.by_likelihood:
+    return "choices"
+  return "answer" if name == config.task.name else tasks.measure_of(name)  # the in-domain task is sampled
 
 
 def load(config: ml_collections.ConfigDict, entry: str, *, split: str, count: int | None = None) -> list[Example]:
