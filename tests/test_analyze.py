@@ -285,7 +285,7 @@ def test_the_analysis_of_figure_10_runs_and_is_not_run_again(tmp_path: Path, cap
   again = json.loads((tmp_path / "analyses/importance_math/analysis.json").read_text())
   assert again["importance"] != found["importance"]
   of.task = "none"
-  with pytest.raises(UserError, match="analysis importance_math: task 'none': expected one of"):
+  with pytest.raises(UserError, match="analysis importance_math: task 'none': did you mean"):
     experiments.validate(config)
 
 

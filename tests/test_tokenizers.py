@@ -243,7 +243,7 @@ def test_the_end_that_a_chat_learns_is_its_templates(
       "chat_template": "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<|im_end|>{% else %}" + answer
                        + "{% endif %}{% endfor %}"}))
   config = tiny.get_config()
-  for style, end in (("chat", learned), ("plain", 0)):
+  for style, end in (("chat", learned), ("paper", 0)):
     config.prompt.style = style
     encode = tuning.encoder(config, tmp_path)
     assert encode({"question": "1 + 1?", "response": "It is 2."}).response[-1] == end

@@ -209,8 +209,13 @@ def _model(kind: str, round_: int, facts: Mapping[str, Any], tasks: tuple[str, .
   scores = {task: {metric: _score(score) for metric, score in found.items()} for task, found in facts["scores"].items()}
   scores = {task: {name: score for name, score in found.items() if _METRIC.fullmatch(name)}
             for task, found in scores.items()}
-  # The first counts; json keeps the order.
-  first = {task: scores[task].pop(next(iter(scores[task]))) for task in tasks}
+  # The first that no samples were drawn for counts; json keeps the order.
+  first = {}
+  for task in tasks:
+    counts = [name for name in scores[task] if not _SAMPLED.fullmatch(name)]
+    if not counts:
+      raise KeyError(f"{task} has no figure that counts")
+    first[task] = scores[task].pop(counts[0])
   asked = {task: _asked(facts["protocol"][task]) for task in tasks} if "protocol" in facts else {}  # in older runs none
   parts = [{task: chosen for task, found in scores.items() if (chosen := {
       name: score for name, score in found.items() if bool(_SAMPLED.fullmatch(name)) == sampled})}
