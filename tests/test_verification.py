@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import KINDS
 
 from imm_jax import verification
 from imm_jax.errors import UserError
@@ -18,7 +17,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["qwen2-tied", "qwen3", "llama3.1", "granite"])
 def test_every_kind_passes(checkpoint, kind: str) -> None:
   stored = {"qwen2-tied": torch.bfloat16, "qwen3": torch.float16}.get(kind)  # read exactly
   _, source = checkpoint(kind, dtype=stored, max_position_embeddings=2048)
