@@ -25,7 +25,7 @@ def generate(sampler: Callable[..., list[list[Completion]]], prompts: Sequence[P
     sampler: `NativeSampler.generate`.
     prompts: the same in every process.
     journal: a file that gets the samples, a part at a time; a call with the same arguments goes on from it.
-    model: the digest of the model's folder, which decides the samples too; of process 0.
+    model: the digest of the model's folder and the compute dtype, which decide the samples too; of process 0.
     rows: samples that are decoded at once.
     label: what the progress bar says.
     num_samples: of each prompt.

@@ -63,6 +63,7 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, out:
         if drawn:
           files.write_jsonl(out / f"{name}_samples.jsonl", drawn)
           scores[name] |= of_samples(drawn, [k for k in config.eval.pass_at_k if k <= config.eval.num_samples])
+  sampler = None  # its weights are not to lie beside those that score
   found = {"scores": {name: {metric: score._asdict() for metric, score in found.items()}
                       for name, found in scores.items()}, "protocol": how, "texts": {}}
   if any(questions.measure_of(config, entry) == "choices" for entry in questions.own(config)) or config.eval.texts:

@@ -86,6 +86,7 @@ def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int
         rows[name] += rows_of
         if distributed.is_main():
           how[task] = evaluating.described(config, task, rows_of)
+    del sampler  # its weights are not to lie beside those that score
     if scored:
       for entry, rows_of in devices.call(config, likelihood.of_train, config, trial, scored, label).items():
         rows["general"] += rows_of

@@ -70,7 +70,7 @@ def sampler_of(config: ml_collections.ConfigDict, model: Path, batch_size: int, 
   if config.sampler.kind == "native":
     sampler = NativeSampler(model, compute_dtype=config.sample.compute_dtype, batch_size=batch_size,
                             mesh=sharding.own_devices(mesh_of(config)))
-    digest = folder.digest(model) if distributed.is_main() else ""
+    digest = f"{folder.digest(model)} in {config.sample.compute_dtype}" if distributed.is_main() else ""
     yield lambda asked, *, label, **options: parts.generate(
         sampler.generate, asked, journal=journal_of(label), model=digest, rows=batch_size, label=label, **options)
     return

@@ -4,13 +4,11 @@
 whatever records a config names the fields of. `texts.py` reads corpora without questions.
 """
 
-import functools
 import hashlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from imm_jax.errors import UserError
+from imm_jax.errors import UserError, say_once
 from imm_jax.tasks import arithmetic, registry
 from imm_jax.tasks.base import Choice, Example
 from imm_jax.tasks.catalogue import TASKS
@@ -88,7 +86,7 @@ def load_choices(name: str, *, split: str = "test", count: int | None = None, se
 def _read(name: str, split: str, source: str, fields: Mapping[str, str] | None, kind: str) -> registry.Split:
   found = registry.read(name, split=split, source=source, fields=fields, kind=kind)
   for note in found.notes:
-    _say(note)
+    say_once(note)
   return found
 
 
@@ -150,8 +148,3 @@ def count_records(name: str, split: str, *, source: str = "", fields: Mapping[st
 def has_place(name: str) -> bool:
   """Whether a task has questions where no source is given."""
   return name not in TASKS or all(TASKS[name].source.values())
-
-
-@functools.cache  # once, however often the split is loaded
-def _say(note: str) -> None:
-  print(note, file=sys.stderr)
