@@ -261,6 +261,8 @@ def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloa
         check()
       except ValueError as e:
         raise UserError(f"config.{what}: {e}") from e
+  if downloads:
+    lm_eval_tasks.load(config)
   if trains and reads(config.task.name) and (
       config.method == "real" or config.data.real_fraction or config.data.with_real):
     # Each round needs one of its own, but where the answers of earlier rounds are trained on, too.

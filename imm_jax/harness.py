@@ -12,6 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -25,19 +26,22 @@ except ImportError as e:
 
 from imm_jax import distributed
 from imm_jax.errors import UserError
-from imm_jax.model import hf, hub, sharding
+from imm_jax.model import folder, hf, hub, sharding
 from imm_jax.model.tokenization import encode_continuation, encode_prompt
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.sampling import Completion, Prompt
+from imm_jax.sampling import Completion, Prompt, parts
 from imm_jax.sampling.native import NativeSampler
-from imm_jax.scoring import Scorer, encode_text
+from imm_jax.scoring import Request, Score, Scorer, encode_text
 from imm_jax.scoring.requests import continuing, prefix_id
+from imm_jax.stages import kept
 
 if TYPE_CHECKING:
   from lm_eval.api.instance import Instance
 
 # Where a model names no limit; lm_eval's own.
 _CONTEXT, _NEW_TOKENS = 2048, 256
+# Texts that are scored before the next are kept on disk.
+_REQUESTS = 1024
 # Settings of generation that mean nothing at these values; at others they are refused, not ignored.
 _NEUTRAL = {"top_k": (None, 0, -1), "repetition_penalty": (None, 1, 1.0), "num_beams": (None, 1),
             "num_return_sequences": (None, 1), "min_p": (None, 0, 0.0), "do_sample": (None, True, False)}
@@ -53,7 +57,8 @@ class HarnessLM(TemplateLM):
   """
 
   def __init__(self, pretrained: str, *, dtype: str = "bfloat16", batch_size: int | str = 1, max_length: int = 0,
-               seed: int = 0, data: int = -1, fsdp: int = -1, tensor: int = 1, **others: Any):
+               seed: int = 0, data: int = -1, fsdp: int = -1, tensor: int = 1, scratch: Path | str = "",
+               **others: Any):
     """Reads the tokenizer; weights are loaded when they are needed.
 
     Args:
@@ -65,6 +70,7 @@ class HarnessLM(TemplateLM):
       data: of the mesh over all devices, as `mesh.data` in a config; so are `fsdp` and `tensor`.
       fsdp: see data.
       tensor: see data.
+      scratch: a folder that gets results as they come; the same calls, in the same order, go on from it. None if empty.
       others: what lm_eval passes on and this has no use for; anything else is an error.
 
     Raises:
@@ -74,7 +80,7 @@ class HarnessLM(TemplateLM):
     unknown = sorted(others.keys() - {"device", "max_batch_size", "trust_remote_code"})
     if unknown or others.get("trust_remote_code"):
       raise UserError(f"model_args of imm_jax: {', '.join(unknown) or 'trust_remote_code=True'} is not known; expected "
-                      "pretrained, dtype, max_length, seed, data, fsdp, tensor")
+                      "pretrained, dtype, max_length, seed, data, fsdp, tensor, scratch")
     self._folder, self._dtype, self._seed = hub.resolve(pretrained), dtype, int(seed)
     self._rows = 64 if str(batch_size).startswith("auto") or int(batch_size) == 1 else int(batch_size)
     self.config = hf.check(self._folder)
@@ -82,6 +88,9 @@ class HarnessLM(TemplateLM):
     self._mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor, hidden_size=self.config.hidden_size)
     self._max_length = int(max_length) or self.config.max_positions or _CONTEXT
     self._held: NativeSampler | Scorer | None = None
+    self._scratch, self._calls = Path(scratch) if scratch else None, 0
+    # Only what is kept asks whose it is.
+    self._digest = f"{folder.digest(self._folder)} in {dtype}" if scratch and distributed.is_main() else ""
     # lm_eval decodes answers as texts of their own: some tokenizers take a space at the front away.
     self._drops_space = self.tokenizer.decode(encode_continuation(self.tokenizer, " a"))[:1] != " "
     # By (context, answer), what was generated last.
@@ -139,8 +148,7 @@ class HarnessLM(TemplateLM):
     texts = [request.args[0] for request in requests]
     windows = [encode_text(self.tokenizer, text, rows=self.config.vocab_size, positions=self.max_length)
                for text in texts]
-    found = iter(self._scorer().score([w for of_text in windows for w in of_text], label="lm_eval: texts",
-                                      quiet=disable_tqdm))
+    found = iter(self._score([w for of_text in windows for w in of_text], "lm_eval: texts", quiet=disable_tqdm))
     sums = [math.fsum(next(found).logprob for _ in of_text) for of_text in windows]
     for text, value in zip(texts, sums, strict=True):
       self.cache_hook.add_partial("loglikelihood_rolling", (text,), value)
@@ -172,10 +180,12 @@ class HarnessLM(TemplateLM):
       # What does not fit is cut off at the front, as lm_eval's own models do.
       prompts = [Prompt(str(i), requests[i].args[0], tuple(
           self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id])) for i in members]
-      done = distributed.gather(self._sampler().generate(
-          list(distributed.share(prompts)), max_new_tokens=new_tokens, temperatures=(temperature,), seed=self._seed,
-          top_p=settings.get("top_p") or 1.0, stop=stop, label="lm_eval: texts", quiet=disable_tqdm))
-      for i, (found, *_) in zip(members, done, strict=True):
+      done = distributed.from_main(parts.generate(
+          lambda asked, **options: self._sampler().generate(asked, **options), prompts, journal=self._next_journal(),
+          model=self._digest, rows=self._rows, label="lm_eval: texts", max_new_tokens=new_tokens,
+          temperatures=(temperature,), seed=self._seed, top_p=settings.get("top_p") or 1.0, stop=stop,
+          quiet=disable_tqdm))
+      for i, (found,) in zip(members, done, strict=True):
         completion = Completion(*found)
         result[i] = completion.text.removeprefix(" ") if self._drops_space else completion.text
         self.completions[requests[i].args[0], result[i]] = completion
@@ -190,10 +200,21 @@ class HarnessLM(TemplateLM):
         asked.append(continuing(before or [self.prefix_token_id], scored, positions=self.max_length))
       except UserError as e:
         raise UserError(f"the continuation {continuation!r:.80} {e}; it cannot be scored") from None
-    found = self._scorer().score(asked, label="lm_eval: continuations", quiet=disable_tqdm)
+    found = self._score(asked, "lm_eval: continuations", quiet=disable_tqdm)
     for (pair, _before, _scored), score in zip(requests, found, strict=True):
       self.cache_hook.add_partial("loglikelihood", pair, (score.logprob, score.greedy))
     return [(score.logprob, score.greedy) for score in found]
+
+  def _score(self, requests: Sequence[Request], label: str, *, quiet: bool) -> list[Score]:
+    rows = kept.rows(
+        requests, lambda part, label: [score._asdict() for score in self._scorer().score(
+            [Request(*request) for request in part], label=label, quiet=quiet)],
+        size=_REQUESTS, journal=self._next_journal(), settings={"model": self._digest}, label=label)
+    return [Score(**row) for row in rows]
+
+  def _next_journal(self) -> Path | None:
+    self._calls += 1
+    return self._scratch and self._scratch / f"lm_eval_{self._calls}.jsonl"
 
   def _scorer(self) -> Scorer:
     if not isinstance(self._held, Scorer):

@@ -14,6 +14,7 @@ from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
 from imm_jax.model.sharding import batch_parts, for_decoding, param_sharding, path_name, spec_of
 from imm_jax.sampling import decode, native
+from imm_jax.scoring import likelihood
 from imm_jax.stages import questions
 from imm_jax.training import step
 from imm_jax.training.loss import chunk_of
@@ -154,6 +155,22 @@ def sampling(model: ModelConfig, mesh: Mesh, *, rows: int, prompt: int, new_toke
   return found | ({"prompts": reading} if reading > drawing else {"decoding": drawing})
 
 
+def scoring(model: ModelConfig, mesh: Mesh, *, dtype: jnp.dtype) -> dict[str, float]:
+  """Bytes on one device that `scoring.Scorer` takes, by name: `weights`, `activations` of a layer, `logits`.
+
+  Args:
+    model: of the checkpoint.
+    mesh: devices.
+    dtype: of weights and activations.
+  """
+  # About half of what a backward pass would need lives at once, as measured.
+  layer = likelihood.TOKENS // likelihood.ROW * kept_of_row(
+      model, length=likelihood.ROW, remat="none", dtype=dtype, widened=_platform(mesh) == "cpu") / model.num_layers / 2
+  return {"weights": _on_device(model, mesh) * jnp.dtype(dtype).itemsize,
+          "activations": layer / mesh.shape["tensor"],
+          "logits": 2 * 4 * likelihood.LOGITS * model.vocab_size / mesh.shape["tensor"]}
+
+
 def undivided(model: ModelConfig, mesh: Mesh) -> list[str]:
   """Parameters that every device holds whole although they are to be split, for the mesh does not divide them."""
   return [path for path, (where, _) in _placed(model, mesh).items()
@@ -181,6 +198,8 @@ def peaks(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, exp
                                  prompt=expected.prompt or _PROMPT, new_tokens=given.max_new_tokens,
                                  dtype=jnp.dtype(config.sample.compute_dtype)))
              for name, of, given, count in settings]
+  if questions.scores_texts(config):
+    found.append(Peak("likelihood", scoring(model, mesh, dtype=jnp.dtype(config.sample.compute_dtype))))
   options = {"rows": expected.rows, "length": sft.row_length, "accumulation": sft.accumulation, "remat": sft.remat,
              "dtype": jnp.dtype(sft.compute_dtype), "attention": expected.attention}
   temporaries = step_temporaries(model, mesh, **options)
@@ -195,7 +214,7 @@ def peaks(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, exp
       "programs": held + earlier * _EARLIER})
   tuned = next(i for i, p in enumerate(found) if p.stage == "SFT")
   # What samples comes again after SFT, with the programs of all kinds but its own.
-  again = [of(p, f"later {p.stage}", tuned) for p in found[:tuned] if p.stage == "evaluation" or config.rounds > 1]
+  again = [of(p, f"later {p.stage}", tuned) for p in found[:tuned] if p.stage != "sampling" or config.rounds > 1]
   return [of(p, p.stage, i) for i, p in enumerate(found)] + again
 
 

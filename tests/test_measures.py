@@ -1,10 +1,13 @@
 """Options by likelihood, texts, tasks of lm-evaluation-harness in the loop: evaluation, base_weight=auto, report."""
 
+import importlib
 import json
 import math
 import random
+import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,8 +19,9 @@ from imm_jax.errors import UserError
 from imm_jax.model import hub, sharding
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.report.results import Results
+from imm_jax.sampling.native import NativeSampler
 from imm_jax.scoring import Scorer, encode_text
-from imm_jax.stages import likelihood, lm_eval_tasks
+from imm_jax.stages import evaluating, likelihood, lm_eval_tasks
 
 TINY = hub.resolve("tiny")
 
@@ -108,10 +112,63 @@ def test_lm_eval_scores_as_our_own_do(data: Path, tmp_path: Path, monkeypatch: p
   config = tiny.get_config()
   config.task.ood, config.eval.lm_eval.path = ("lm_eval:own_options",), str(data / "lm_eval")
   (tmp_path / "out").mkdir()
-  found = lm_eval_tasks.measure(config, TINY, tmp_path / "out", "tiny")
+  found = lm_eval_tasks.measure(config, TINY, tmp_path / "scratch", tmp_path / "out", "tiny")
   config.task.ood = (f"arc_easy=file:{data}",)
-  ours = likelihood.measure(config, TINY, tmp_path / "out", "tiny")
+  ours = likelihood.measure(config, TINY, tmp_path / "scratch", tmp_path / "out", "tiny")
   assert found["scores"]["lm_eval:own_options"] == ours["scores"]["arc_easy"]
+
+
+def test_what_was_scored_is_not_scored_again(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Killed at the third, fifth and seventh part, an evaluation by likelihood and lm_eval comes to the same bits."""
+  pytest.importorskip("lm_eval")
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  harness = importlib.import_module("imm_jax.harness")
+  for module, name, size in ((likelihood, "_QUESTIONS", 4), (likelihood, "_PASSAGES", 1), (harness, "_REQUESTS", 8)):
+    monkeypatch.setattr(module, name, size)
+  config = tiny.get_config()
+  config.task.name, config.task.source, config.task.eval_questions = "arc_easy", f"file:{data}", 0
+  config.eval.by_likelihood, config.eval.lm_eval.path = ("arc_easy",), str(data / "lm_eval")
+  config.eval.texts = (f"prose=file:{data}/prose.txt",)
+  config.task.ood = ("lm_eval:own_options", "lm_eval:own_answers")
+  calls, limits = [], []
+
+  def count(scored: type, name: str) -> None:
+    own = getattr(scored, name)
+
+    def counted(*args: Any, **options: Any) -> Any:
+      if len(calls) in limits:
+        raise KeyboardInterrupt
+      calls.append(options["label"].partition(": ")[2])
+      return own(*args, **options)
+
+    monkeypatch.setattr(scored, name, counted)
+
+  count(Scorer, "score")
+  count(NativeSampler, "generate")
+  evaluate = lambda name: evaluating.evaluate(config, TINY, tmp_path / f"{name}_scratch", tmp_path / name, label="it")
+  expected, whole = evaluate("whole"), calls.copy()
+  assert whole == ["arc_easy (1 of 2)", "arc_easy (2 of 2)", "prose (1 of 3)", "prose (2 of 3)", "prose (3 of 3)",
+                   "continuations (1 of 3)", "continuations (2 of 3)", "continuations (3 of 3)", "texts"]
+  calls.clear()
+  for limits in ([1], [4], [7]):  # noqa: B007
+    with pytest.raises(KeyboardInterrupt):
+      evaluate("killed")
+    shutil.rmtree(tmp_path / "killed")
+  limits = []
+  assert evaluate("killed") == expected
+  assert calls == whole  # each once, in all starts together
+  for path in (tmp_path / "whole").iterdir():
+    assert (tmp_path / "killed" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_task_of_lm_eval_without_data_is_found_before_the_run(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  pytest.importorskip("lm_eval")
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  (data / "test.jsonl").unlink()
+  config = tiny.get_config()
+  config.task.ood, config.eval.lm_eval.path = ("lm_eval:own_options",), str(data / "lm_eval")
+  with pytest.raises(UserError, match=r"config\.task\.ood: lm_eval cannot run own_options \("):
+    checks.validate(config)
 
 
 @pytest.mark.parametrize(("settings", "message"), [

@@ -1,10 +1,11 @@
-"""Samples on disk as they come, so that a killed run goes on where it was."""
+"""Results on disk as they come, so that a killed run goes on where it was."""
 
 import errno
 import json
 import operator
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,19 @@ from imm_jax.sampling import Completion
 _SYNC_EVERY_S = 5.0
 
 
+def completions_of(value: Any) -> list[Completion]:
+  """Reads the completions of a request from what json gives for them.
+
+  Raises:
+    TypeError, ValueError: for anything else.
+  """
+  return [Completion(str(text), int(tokens), str(finish)) for text, tokens, finish in value]
+
+
 class Journal:
   """A file of JSON lines: a header that says what is sampled, then the completions of a request in each line.
+
+  Lines may hold other results than completions, which `parse` reads.
 
   A torn last line, and all that would follow, is dropped; a file whose header is another's is started anew.
 
@@ -31,35 +43,36 @@ class Journal:
   {}
   """
 
-  def __init__(self, path: Path, header: dict[str, Any]):
+  def __init__(self, path: Path, header: dict[str, Any], parse: Callable[[Any], list[Any]] = completions_of):
     """Reads what an earlier run has left.
 
     Args:
       path: of the file; made where it is missing.
       header: what decides the samples: model, settings, questions. Anything that json can write.
+      parse: makes a result of what json gives for it; raises TypeError or ValueError for what is none.
     """
-    self.done: dict[int, list[Completion]] = {}
+    self.done: dict[int, list[Any]] = {}
     self._path = path
     path.parent.mkdir(parents=True, exist_ok=True)
     self._file = path.open("ab", buffering=0)
     self._synced = time.monotonic()
-    first = _line(header)
+    first = _line(header, sort_keys=True)
     with path.open("rb") as f:
       end = len(first) if f.readline() == first else 0
-      while end and (found := _parsed(line := f.readline())):
+      while end and (found := _parsed(line := f.readline(), parse)):
         self.done[found[0]] = found[1]
         end += len(line)
     self._file.truncate(end)
     if not end:
       self._write(first)
 
-  def add(self, number: int, completions: list[Completion]) -> None:
-    """Writes the completions of a request: at once to the file, a few seconds later to the disk.
+  def add(self, number: int, result: list[Any]) -> None:
+    """Writes the completions of a request, or another result: at once to the file, a few seconds later to the disk.
 
     Raises:
       UserError: when the disk refuses.
     """
-    self._write(_line([number, completions]))
+    self._write(_line([number, result]))
     if time.monotonic() - self._synced > _SYNC_EVERY_S:
       self._sync()
 
@@ -87,15 +100,14 @@ class Journal:
     self._synced = time.monotonic()
 
 
-def _line(value: Any) -> bytes:
-  return json.dumps(value, sort_keys=True).encode() + b"\n"
+def _line(value: Any, *, sort_keys: bool = False) -> bytes:
+  return json.dumps(value, sort_keys=sort_keys).encode() + b"\n"
 
 
-def _parsed(line: bytes) -> tuple[int, list[Completion]] | None:
+def _parsed(line: bytes, parse: Callable[[Any], list[Any]]) -> tuple[int, list[Any]] | None:
   """None for what is no whole line of a journal."""
   try:
-    number, completions = json.loads(line) if line.endswith(b"\n") else None
-    done = [Completion(str(text), int(tokens), str(finish)) for text, tokens, finish in completions]
-    return operator.index(number), done
+    number, result = json.loads(line) if line.endswith(b"\n") else None
+    return operator.index(number), parse(result)
   except (ValueError, TypeError, IndexError):
     return None

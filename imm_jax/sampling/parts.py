@@ -15,8 +15,8 @@ from imm_jax.sampling.journal import Journal
 _ROUNDS = 4
 
 
-def generate(sampler: Callable[..., list[list[Completion]]], prompts: Sequence[Prompt], *, journal: Path, model: str,
-             rows: int, label: str, num_samples: int = 1, **options: Any) -> list[list[Completion]]:
+def generate(sampler: Callable[..., list[list[Completion]]], prompts: Sequence[Prompt], *, journal: Path | None,
+             model: str, rows: int, label: str, num_samples: int = 1, **options: Any) -> list[list[Completion]]:
   """`NativeSampler.generate` over all processes, each of which has a share of the prompts.
 
   Which prompts run together does not depend on what is done already, so the samples have the same bits.
@@ -24,7 +24,8 @@ def generate(sampler: Callable[..., list[list[Completion]]], prompts: Sequence[P
   Args:
     sampler: `NativeSampler.generate`.
     prompts: the same in every process.
-    journal: a file that gets the samples, a part at a time; a call with the same arguments goes on from it.
+    journal: a file that gets the samples, a part at a time; a call with the same arguments goes on from it. None
+      keeps nothing.
     model: the digest of the model's folder and the compute dtype, which decide the samples too; of process 0.
     rows: samples that are decoded at once.
     label: what the progress bar says.
@@ -39,7 +40,8 @@ def generate(sampler: Callable[..., list[list[Completion]]], prompts: Sequence[P
   settings = {"parts": 1, "size": size, "model": model, "questions": asked, "num_samples": num_samples, **options}
   result: list[list[Completion]] = []
   with contextlib.ExitStack() as stack:
-    kept = stack.enter_context(contextlib.closing(Journal(journal, settings))) if distributed.is_main() else None
+    keeps = journal is not None and distributed.is_main()
+    kept = stack.enter_context(contextlib.closing(Journal(journal, settings))) if keeps else None
     done = set(distributed.from_main(sorted(kept.done) if kept else []))
     count = -(-len(prompts) // size)
     for number, begin in enumerate(range(0, len(prompts), size), 1):

@@ -29,7 +29,7 @@ from imm_jax.training.step import hidden_states, rows_of_device
 # Tokens of a row, unless a text is longer, and of a device's forward pass: enough for products to be fast.
 ROW, TOKENS = 512, 4096
 # Positions of a device whose logits exist at once.
-_LOGITS = 512
+LOGITS = 512
 # Shapes come in steps, so that few are compiled.
 _STEP = 64
 
@@ -150,7 +150,7 @@ def _program(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype, backend: str,
     x, head = hidden_states(config, params, rows["tokens"], rows["positions"], attend=attend, compute_dtype=dtype,
                             **options)
     x = jnp.take_along_axis(x, rows["places"][..., None], axis=1)
-    chunk = max(1, _LOGITS // rows_of_device(x.shape[0], options.get("mesh")))
+    chunk = max(1, LOGITS // rows_of_device(x.shape[0], options.get("mesh")))
     return token_scores(x, head, rows["indices"], rows["targets"], chunk)
 
   return jax.jit(run, out_shardings=NamedSharding(mesh, P()))

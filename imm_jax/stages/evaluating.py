@@ -66,10 +66,10 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, out:
   sampler = None  # its weights are not to lie beside those that score
   found = {"scores": {name: {metric: score._asdict() for metric, score in found.items()}
                       for name, found in scores.items()}, "protocol": how, "texts": {}}
-  if any(questions.measure_of(config, entry) == "choices" for entry in questions.own(config)) or config.eval.texts:
-    found = _joined(found, devices.call(config, likelihood.measure, config, model, out, label))
+  if questions.scores_texts(config):
+    found = _joined(found, devices.call(config, likelihood.measure, config, model, scratch, out, label))
   if questions.lm_eval_tasks(config):
-    found = _joined(found, devices.call(config, lm_eval_tasks.measure, config, model, out, label))
+    found = _joined(found, devices.call(config, lm_eval_tasks.measure, config, model, scratch, out, label))
   names = [questions.name_of(entry) for entry in (config.task.name, *config.task.ood)]
   ordered = {key: {name: of[name] for name in names if name in of} for key, of in found.items() if key != "texts"}
   return {**ordered, "texts": found["texts"], "long_prompts": {name: count for name, count in skipped.items() if count}}

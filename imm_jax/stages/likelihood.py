@@ -1,7 +1,7 @@
 """What a model finds likely: accuracy on multiple choice, and how well it predicts texts; nothing is generated."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +9,10 @@ import ml_collections
 import numpy as np
 
 from imm_jax import distributed, evaluation, files
+from imm_jax.model import folder
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.scoring import Scorer, encode_continuations, encode_text
-from imm_jax.stages import questions
+from imm_jax.stages import kept, questions
 from imm_jax.stages.devices import mesh_of
 from imm_jax.tasks.base import Choice
 from imm_jax.tasks.multiple import LETTERS
@@ -22,10 +23,14 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 # Tokens of a window of text, where the model has no limit of its own.
 _WINDOW = 2048
+# Questions, or passages, of a part: what a run that was killed loses at most.
+_QUESTIONS, _PASSAGES = 256, 64
 
 
-def measure(config: ml_collections.ConfigDict, model: Path, out: Path, label: str) -> dict[str, Any]:
+def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: Path, label: str) -> dict[str, Any]:
   """Scores the tasks of multiple choice and the texts of a config: <task>.jsonl, a row a question or a passage, in out.
+
+  `scratch` is a folder for what came of a start that was killed.
 
   Returns:
     `scores`: for each task `acc` and `acc_norm`; `texts`: for each text what `of_texts` gives; `protocol`: for each
@@ -36,17 +41,24 @@ def measure(config: ml_collections.ConfigDict, model: Path, out: Path, label: st
     return {"scores": {}, "texts": {}, "protocol": {}}
   scorer = Scorer.load(model, mesh=mesh_of(config), compute_dtype=config.sample.compute_dtype)
   tokenizer = load_tokenizer(model, rows=scorer.config.vocab_size)
+  dtype = config.sample.compute_dtype
+  settings = {"model": f"{folder.digest(model)} in {dtype}" if distributed.is_main() else ""}
+
+  def rows_of(name: str, items: Sequence[Any], make: Callable[..., list[Row]], size: int) -> list[Row]:
+    rows = kept.rows(items, lambda part, label: make(scorer, tokenizer, part, label=label), size=size,
+                     journal=scratch / f"{name}_scores.jsonl", settings=settings, label=f"{label}: {name}")
+    if distributed.is_main():
+      files.write_jsonl(out / f"{name}.jsonl", rows)
+    return rows
+
   scores, found, how = {}, {}, {}
   for name, choices in asked.items():
-    rows = score_choices(scorer, tokenizer, choices, label=f"{label}: {name}")
+    rows = rows_of(name, choices, score_choices, _QUESTIONS)
     scores[name] = {metric: evaluation.accuracy(sum(row[key] for row in rows), len(rows))._asdict()
                     for metric, key in (("acc", "correct"), ("acc_norm", "correct_norm"))}
     how[name] = described(rows)
-    _write(out / f"{name}.jsonl", rows)
   for name, passages in texts.items():
-    rows = score_texts(scorer, tokenizer, passages, label=f"{label}: {name}")
-    found[name] = of_texts(rows)
-    _write(out / f"{name}.jsonl", rows)
+    found[name] = of_texts(rows_of(name, [*enumerate(passages)], score_texts, _PASSAGES))
   return {"scores": scores, "texts": found, "protocol": how}
 
 
@@ -95,14 +107,14 @@ def score_choices(scorer: Scorer, tokenizer: "PreTrainedTokenizerBase", choices:
   return rows
 
 
-def score_texts(scorer: Scorer, tokenizer: "PreTrainedTokenizerBase", passages: Sequence[str], *, label: str,
-                ) -> list[Row]:
-  """A row for each passage, in order, in every process: its `nats`, `tokens` and `bytes`."""
+def score_texts(scorer: Scorer, tokenizer: "PreTrainedTokenizerBase", passages: Sequence[tuple[int, str]], *,
+                label: str) -> list[Row]:
+  """A row for each passage, with its number, in order, in every process: its `nats`, `tokens` and `bytes`."""
   positions = min(_WINDOW, scorer.config.max_positions or _WINDOW)
-  windows = [encode_text(tokenizer, text, rows=scorer.config.vocab_size, positions=positions) for text in passages]
+  windows = [encode_text(tokenizer, text, rows=scorer.config.vocab_size, positions=positions) for _, text in passages]
   found = iter(scorer.score([request for requests in windows for request in requests], label=label))
   rows = []
-  for number, (text, requests) in enumerate(zip(passages, windows, strict=True)):
+  for (number, text), requests in zip(passages, windows, strict=True):
     scores = [next(found) for _ in requests]
     rows.append({"id": str(number), "question": text, "gold": "", "nats": -math.fsum(s.logprob for s in scores),
                  "tokens": sum(s.tokens for s in scores), "bytes": len(text.encode())})
@@ -131,8 +143,3 @@ def of_texts(rows: Sequence[Row]) -> dict[str, Any]:
 
   return {"nats_per_token": ratio(1.0, "tokens"), "bits_per_byte": ratio(math.log(2), "bytes"), "n": len(rows),
           "tokens": sum(row["tokens"] for row in rows), "bytes": sum(row["bytes"] for row in rows)}
-
-
-def _write(path: Path, rows: Sequence[Row]) -> None:
-  if distributed.is_main():
-    files.write_jsonl(path, rows)

@@ -1,9 +1,10 @@
 """Tasks of lm-evaluation-harness among those of a config: lm_eval runs them on this package's model."""
 
+import contextlib
 import functools
 import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,22 @@ def check(config: ml_collections.ConfigDict) -> None:
                       "tasks`; your own YAML files: config.eval.lm_eval.path)")
 
 
-def measure(config: ml_collections.ConfigDict, model: Path, out: Path, label: str) -> dict[str, Any]:
+def load(config: ml_collections.ConfigDict) -> None:
+  """Loads the tasks of lm_eval that a config names, with their data, so that one that cannot be had is no late error.
+
+  Raises:
+    UserError: for the first of them.
+  """
+  for name in questions.lm_eval_tasks(config):
+    with _told("config.task.ood", name):
+      _manager(config.eval.lm_eval.path).load([name])
+
+
+def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: Path, label: str) -> dict[str, Any]:
   """Runs the tasks of lm_eval that a config names: <entry>.jsonl, a row a document, in out.
 
-  A group of tasks, such as `mmlu`, is one task here, over all documents of its parts.
+  A group of tasks, such as `mmlu`, is one task here, over all documents of its parts. `scratch` is a folder for what
+  came of a start that was killed.
 
   Returns:
     `scores`, the figure that counts first; `protocol` (`described` in `evaluating`); `texts` is empty.
@@ -52,21 +65,16 @@ def measure(config: ml_collections.ConfigDict, model: Path, out: Path, label: st
 
   settings, mesh = config.eval.lm_eval, config.mesh
   lm = HarnessLM(str(model), dtype=config.sample.compute_dtype, batch_size=config.eval.batch_size, data=mesh.data,
-                 fsdp=mesh.fsdp, tensor=mesh.tensor, seed=config.seed)
+                 fsdp=mesh.fsdp, tensor=mesh.tensor, seed=config.seed, scratch=scratch)
   manager, scores, how = _manager(settings.path), {}, {}
   for name in questions.lm_eval_tasks(config):
     entry = f"{questions.LM_EVAL}{name}"
-    try:
+    with _told(label, name):
       found = lm_eval.simple_evaluate(
           lm, tasks=[name], task_manager=manager, limit=config.task.eval_questions or None, bootstrap_iters=0,
           num_fewshot=None if settings.few_shot < 0 else settings.few_shot, apply_chat_template=settings.chat,
           random_seed=config.seed, numpy_random_seed=config.seed, torch_random_seed=config.seed,
           fewshot_random_seed=config.seed, log_samples=True, verbosity=None)
-    except UserError:
-      raise
-    except Exception as e:  # of the hub, of a task's own code, of lm_eval
-      cause = str(e).strip().partition("\n")[0] or type(e).__name__
-      raise UserError(f"{label}: lm_eval cannot run {name} ({cause})") from e
     rows = _rows(found["samples"], lm.completions)
     metrics = _metrics(rows, entry)
     for row in rows:
@@ -81,6 +89,18 @@ def measure(config: ml_collections.ConfigDict, model: Path, out: Path, label: st
     if distributed.is_main():
       files.write_jsonl(out / f"{entry}.jsonl", rows)
   return {"scores": scores, "protocol": how, "texts": {}}
+
+
+@contextlib.contextmanager
+def _told(what: str, task: str) -> Iterator[None]:
+  """What lm_eval, the hub or a task's own code raises, as a UserError."""
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as e:
+    cause = str(e).strip().partition("\n")[0] or type(e).__name__
+    raise UserError(f"{what}: lm_eval cannot run {task} ({cause})") from e
 
 
 @functools.lru_cache(maxsize=2)  # it reads ten thousand files

@@ -169,6 +169,11 @@ def choices(config: ml_collections.ConfigDict, entry: str, *, split: str, count:
     raise UserError(str(e) if str(e).startswith("task ") else f"task {name}: {e}") from e
 
 
+def scores_texts(config: ml_collections.ConfigDict) -> bool:
+  """Whether an evaluation scores options or texts by likelihood."""
+  return bool(config.eval.texts) or any(measure_of(config, entry) == "choices" for entry in own(config))
+
+
 def texts_of(config: ml_collections.ConfigDict) -> dict[str, list[str]]:
   """Passages of each text of `eval.texts`, by its name; `task.eval_questions` of them at most."""
   found = {}
