@@ -11,6 +11,7 @@ import ml_collections
 from imm_jax import tasks
 from imm_jax.errors import UserError, nearest
 from imm_jax.merging import quantise_drop_rate
+from imm_jax.methods import METHODS, draws, merging, method_of
 from imm_jax.model import attention
 from imm_jax.model.decoder import REMAT
 from imm_jax.sampling.vllm_client import Server
@@ -18,9 +19,6 @@ from imm_jax.stages import lm_eval_tasks, questions
 from imm_jax.tasks import prompts, protocols, sources
 from imm_jax.training import throughput
 
-METHODS = ("imm", "iimm", "star", "data_mixture", "data_accumulation", "real")
-MERGES = ("imm", "iimm")  # those that merge with the base after SFT
-REUSES = ("data_mixture", "data_accumulation")  # those that train on answers of earlier rounds, too
 INTERVENTIONS = ("none", "gradient_decay", "gradient_clipping", "weight_masking")
 DTYPES = ("bfloat16", "float32")
 SAMPLERS = ("native", "vllm")
@@ -28,7 +26,7 @@ SAMPLERS = ("native", "vllm")
 HOW = ("mesh", "profile", "sft.accumulation", "sft.attention", "sft.log_every", "sft.max_to_keep", "sft.remat",
        "sft.save_interval", "sft.state_dir", "sampler.vllm")
 
-_ONE_OF = {"method": METHODS, "task.kind": ("number", "latex", "choice"), "prompt.style": prompts.STYLES,
+_ONE_OF = {"method": tuple(METHODS), "task.kind": ("number", "latex", "choice"), "prompt.style": prompts.STYLES,
            "eval.protocol": protocols.NAMES,
            "sft.schedule": ("cosine", "linear", "constant"), "sft.intervention": INTERVENTIONS,
            "sft.compute_dtype": DTYPES, "sft.remat": tuple(REMAT), "sft.attention": attention.BACKENDS,
@@ -134,9 +132,9 @@ def _validate_merge(config: ml_collections.ConfigDict) -> None:
   for key, values in (("sweep", merge.sweep), ("auto.weights", merge.auto.weights)):
     if not all(map(_is_weight, values)) or len({f"{value:g}" for value in values}) < len(values):
       raise UserError(f"config.merge.{key}={values}: expected different numbers from 0 to 1")
-  if config.method not in MERGES and (merge.sweep or merge.base_weight == "auto"):
+  if not method_of(config).merge and (merge.sweep or merge.base_weight == "auto"):
     raise UserError(f"config.method={config.method} merges nothing: merge.sweep and merge.base_weight=auto are for "
-                    f"{' and '.join(MERGES)}")
+                    f"{' and '.join(merging())}")
   if merge.base_weight == "auto" and not (merge.auto.weights and merge.auto.general):
     raise UserError("config.merge.base_weight=auto needs one or more of merge.auto.weights and of merge.auto.general")
 
@@ -147,10 +145,10 @@ def _is_weight(value: Any) -> bool:
 
 def _validate_data(config: ml_collections.ConfigDict) -> None:
   data = config.data
-  if config.method == "real" and (data.real_fraction or config.teacher):
-    raise UserError("config.method=real trains on worked answers alone: data.real_fraction and teacher mean nothing "
-                    "beside it")
-  if data.with_real and config.method != "data_accumulation":
+  if method_of(config).data == "worked" and (data.real_fraction or config.teacher):
+    raise UserError(f"config.method={config.method} trains on worked answers alone: data.real_fraction and teacher "
+                    "mean nothing beside it")
+  if data.with_real and method_of(config).data != "accumulation":
     raise UserError(f"config.data.with_real: is for method=data_accumulation; {config.method} has data.real_fraction")
   if data.with_real and data.real_fraction:
     raise UserError("config.data.with_real adds all real answers, so data.real_fraction means nothing beside it")
@@ -231,11 +229,6 @@ def _known(key: str, name: str, allowed: Sequence[str], otherwise: str = "") -> 
     raise UserError(f"config.{key} has {name!r}: {why}{nearest(name, list(allowed))}")
 
 
-def draws(config: ml_collections.ConfigDict) -> bool:
-  """Whether a run samples answers to train on."""
-  return config.method != "real" and config.data.real_fraction < 1
-
-
 def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloads: bool) -> None:
   """Reads the questions, so that what is wrong with them shows before anything is spent."""
   reads = lambda *entries: downloads or not any(questions.is_remote(config, entry) for entry in entries)
@@ -264,9 +257,9 @@ def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloa
   if downloads:
     lm_eval_tasks.load(config)
   if trains and reads(config.task.name) and (
-      config.method == "real" or config.data.real_fraction or config.data.with_real):
+      not draws(config) or config.data.real_fraction or config.data.with_real):
     # Each round needs one of its own, but where the answers of earlier rounds are trained on, too.
-    alone = config.method == "real" or config.data.real_fraction
+    alone = not draws(config) or config.data.real_fraction
     for t in range(config.rounds if alone else 1):
       asked = questions.of_round(config, t).asked
       if not any(e.rationale for e in asked):

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from imm_jax.config import MERGES, draws
 from imm_jax.hardware import peak_flops
 from imm_jax.memory import count_params
+from imm_jax.methods import draws, method_of
 from imm_jax.model.config import ModelConfig
 from imm_jax.stages import questions
 from imm_jax.tasks import protocols
@@ -44,29 +44,29 @@ def work(config: ml_collections.ConfigDict, record: Mapping[str, Any]) -> Work:
   length = tokens / samples if samples else ASSUMED["length"] * config.sample.max_new_tokens
   right = sum(f["correct"] for f in facts) / samples if samples else ASSUMED["right"]
   asked, tests = questions.counts(config)
-  drawn = draws(config)
+  drawn, method = draws(config), method_of(config)
   sampled = config.rounds * asked * config.sample.num_samples * length if drawn else 0.0
   answers = right * asked * config.sample.num_samples if drawn else 0.0
   answers /= max(1 - config.data.real_fraction, 0.5)
   rounds = range(1, config.rounds + 1)
   if not drawn:
     seen = config.rounds * asked
-  elif config.method == "data_accumulation":
+  elif method.data == "accumulation":
     # With all questions in every round the real answers are the same ones.
     real = config.data.with_real * asked * (sum(rounds) if config.task.questions_per_round else config.rounds)
     seen = sum(rounds) * answers + real
-  elif config.method == "data_mixture":
+  elif method.data == "mixture":
     seen = sum(1 + config.data.mixture_share * (t - 1) for t in rounds) * answers
   else:
     seen = config.rounds * answers
-  models = 1 + config.rounds * (1 + (1 + len(config.merge.sweep)) * (config.method in MERGES))
+  models = 1 + config.rounds * (1 + (1 + len(config.merge.sweep)) * bool(method.merge))
   tried = 0
-  if config.merge.base_weight == "auto" and config.method in MERGES:
+  if config.merge.base_weight == "auto" and method.merge:
     auto = config.merge.auto
     answered = 1 + sum(questions.measure_of(config, entry) == "answer" for entry in auto.general)
     tried = config.rounds * (len(auto.weights) + 2 * auto.groups) * auto.questions * answered
   evaluated = (models * tests * (1 + config.eval.num_samples) + tried) * min(length, config.eval.max_new_tokens)
-  passes = config.sft.epochs + (config.method == "iimm") + (config.sft.intervention == "weight_masking")
+  passes = config.sft.epochs + (method.merge == "iimm") + (config.sft.intervention == "weight_masking")
   shots = config.prompt.few_shot * (ASSUMED["question"] + length)
 
   def asks(entry: str) -> float:

@@ -15,7 +15,9 @@ from imm_jax import config as configs, distributed, files, loop
 from imm_jax.analysis import output
 from imm_jax.analysis.weight_change import weight_change
 from imm_jax.errors import UserError
+from imm_jax.methods import method_of
 from imm_jax.model import folder, hf, hub
+from imm_jax.run import pick
 from imm_jax.stages import analysing, devices
 
 
@@ -106,14 +108,14 @@ def _models(config: ml_collections.ConfigDict, analysis: ml_collections.ConfigDi
     return {"before": analysis.before, "after": analysis.after}
   settings, here = config.runs[analysis.run], root / analysis.run
   number = int(analysis.model.partition("/")[0].removeprefix("round_"))
-  handed_on = "merged" if settings.method in configs.MERGES else "sft"
+  handed_on = "merged" if method_of(settings).hands_on == "merged" else "sft"
   return {"before": str(here / f"round_{number - 1}" / handed_on) if number else settings.model,
           "after": str(here / analysis.model)}
 
 
 def _asked(analysis: ml_collections.ConfigDict, models: dict[str, Path]) -> dict[str, Any]:
   """What an analysis depends on, as json reads it back."""
-  settings = loop.pick(analysis.config.to_dict(), "seed", "task", "prompt", "sft", "analysis") if (
+  settings = pick(analysis.config, "seed", "task", "prompt", "sft", "analysis") if (
       "config" in analysis) else {}
   return json.loads(json.dumps({
       **{key: value for key, value in analysis.items() if key != "config"}, "settings": settings,

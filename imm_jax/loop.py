@@ -6,156 +6,40 @@
 import contextlib
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import ml_collections
 
 from imm_jax import __version__, cost, distributed, memory, report, rundir
-from imm_jax.config import HOW, MERGES, REUSES, draws
+from imm_jax.methods import draws
 from imm_jax.model import folder, hf, hub, published
 from imm_jax.model.tokenizer import load_tokenizer
+from imm_jax.run import Model, Run
 from imm_jax.rundir import Stage
 from imm_jax.stages import analysing, devices, evaluating, merging, questions, sampling, selection, tuning
 from imm_jax.training.checkpoints import check_folder
 
-# Settings of greedy answers, wherever they are asked for.
-_ANSWERING = ("eval", "sample.stop", "sample.compute_dtype", "sampler")
 
-
-def plan(config: ml_collections.ConfigDict, base: Path, root: Path, teacher: Path | None = None) -> list[Stage]:
-  """All stages of a run in order.
-
-  Args:
-    config: of the run.
-    base: the base model's folder.
-    root: the run directory.
-    teacher: the folder of the model that samples, or None for the model that the round starts from.
-  """
-  settings, auto = config.to_dict(), _is_auto(config)
-  result: list[Stage] = []
-
-  def add(name: str, needs: Sequence[str], keys: Sequence[str], what: str, make: Callable[..., dict[str, Any]], *,
-          with_inputs: bool = False, **options: Any) -> None:
-    result.append(Stage(name, tuple(needs), pick(settings, *keys), what,
-                        make if with_inputs else lambda out, _: make(out), **options))
-
-  def scratch(name: str) -> Path:
-    return (root / name).with_name(f".{Path(name).name}.sampling")
-
-  def evaluate(model: Path, name: str, need: str, round_: int) -> None:
-    add(name, (need, "test questions"), ("seed", "task", "prompt", *_ANSWERING), _evaluation_plan(config),
-        partial(evaluating.stage, config, model, root, name, round_, scratch(name)), everywhere=True,
-        scratch=str(scratch(name)))
-
-  # Questions that are shown in evaluation or held out are not asked.
-  asks = ("seed", "task", "prompt", *(("merge.auto.questions",) if auto else ()),
-          *(("eval.protocol", "eval.few_shot", "eval.shots_file") if questions.shown_in_evaluation(config) else ()))
-  samples = draws(config)
-  if samples and config.prompt.few_shot:
-    add("few_shot.jsonl", ("train questions",), asks, f"the {config.prompt.few_shot} worked examples of the prompt",
-        partial(sampling.write_shots, config))
-  evaluate(base, "base/eval", "base", -1)
-  start, start_name = base, "base"
-  for t in range(config.rounds):
-    here, name = root / f"round_{t}", f"round_{t}"
-    train, tuned = here / "train.jsonl", here / "sft"
-    if samples:
-      sampler, sampler_name = (teacher, "teacher") if teacher else (start, start_name)
-      beside = scratch(f"{name}/samples.jsonl")
-      add(f"{name}/samples.jsonl", (sampler_name, "train questions"), (*asks, "sample", "sampler"),
-          _sampling_plan(config), partial(sampling.synthesize, config, sampler, t, beside), everywhere=True,
-          scratch=str(beside))
-    drawn = [f"round_{s}/samples.jsonl" for s in range(t + 1)] if samples else []
-    reads = drawn if config.method in REUSES else drawn[-1:]
-    add(f"{name}/train.jsonl", ("train questions", *reads), (*asks, "method", "data"),
-        _selection_plan(config), partial(selection.select, config, [root / name for name in drawn], t))
-    add(f"{name}/sft", (start_name, f"{name}/train.jsonl"), ("seed", "prompt", "sft"),
-        f"{config.sft.epochs} epochs, {config.sft.global_batch} answers a step",
-        partial(devices.call, config, tuning.fine_tune, config, start, train, root, t), with_inputs=True,
-        everywhere=True, scratch=tuning.states_folder(config, root, t))
-    evaluate(tuned, f"{name}/eval/sft", f"{name}/sft", t)
-    if config.method in MERGES:
-      models = merging.Models(base, start, tuned, here / "importance.json" if config.method == "iimm" else None)
-      inputs = ["base", start_name, f"{name}/sft"]
-      if models.importance:
-        add(f"{name}/importance.json", (start_name, f"{name}/train.jsonl"), ("seed", "prompt", "sft"),
-            "of each layer of the start, on train.jsonl (eq. 3)",
-            partial(devices.call, config, analysing.importance, config, start, train), everywhere=True)
-        inputs.append(f"{name}/importance.json")
-      if config.merge.sweep:
-        add(f"{name}/sweep", inputs, ("seed", "merge"), f"base weights {config.merge.sweep}",
-            partial(merging.sweep, config, models, t))
-        for weight in config.merge.sweep:
-          evaluate(here / "sweep" / f"{weight:g}", f"{name}/eval/sweep_{weight:g}", f"{name}/sweep", t)
-      weight_file = here / "base_weight.json" if auto else None
-      if weight_file:
-        beside = scratch(f"{name}/base_weight.json")
-        add(f"{name}/base_weight.json", [*inputs, "train questions"], (*asks, "merge", *_ANSWERING),
-            _choice_plan(config), partial(merging.choose_weight, config, models, t, beside), everywhere=True,
-            scratch=str(beside))
-        inputs = [*inputs, f"{name}/base_weight.json"]
-      add(f"{name}/merged", inputs, ("seed", "merge"),
-          f"base_weight {config.merge.base_weight}, drop_rate {config.merge.drop_rate}",
-          partial(merging.merge, config, models, t, weight_file))
-      evaluate(here / "merged", f"{name}/eval/merged", f"{name}/merged", t)
-    merges = config.method in MERGES
-    seen = analysing.Round(t, here, base, start, (teacher or start) if samples else None, merges)
-    inputs = ["base", start_name, f"{name}/train.jsonl", f"{name}/sft"]
-    inputs += [f"{name}/merged"] * merges + [f"{name}/importance.json"] * (config.method == "iimm")
-    inputs += [sampler_name, f"{name}/samples.jsonl"] if samples else []
-    add(f"{name}/analysis.json", inputs, (*asks, "sft", "analysis"), _analysis_plan(config),
-        partial(devices.call, config, analysing.analyse, config, seen), everywhere=True)
-    start_name = f"{name}/{'merged' if merges else 'sft'}"
-    start = root / start_name
-  return result
-
-
-def _is_auto(config: ml_collections.ConfigDict) -> bool:
-  return config.merge.base_weight == "auto"
-
-
-def _evaluation_plan(config: ml_collections.ConfigDict) -> str:
-  samples = f", {config.eval.num_samples} samples each" if config.eval.num_samples else ""
-  limit, counts = config.task.eval_questions, questions.count_tests(config)
-  fewer = any(count < limit for count in counts)
-  asked = f", {sum(counts)} questions" if fewer else f" x {limit or 'all'} questions"
-  shown = questions.shown_in_evaluation(config)
-  how = f", protocol {config.eval.protocol}" if shown or config.eval.protocol != "paper" else ""
-  return f"{len(counts)} tasks{asked}{samples}{how}"
-
-
-def _choice_plan(config: ml_collections.ConfigDict) -> str:
-  auto = config.merge.auto
-  groups = f", up to {2 * auto.groups} more by groups of layers" if auto.groups else ""
-  return f"{len(auto.weights)} base weights{groups}, on {1 + len(auto.general)} x {auto.questions} held-out questions"
-
-
-def _sampling_plan(config: ml_collections.ConfigDict) -> str:
-  asked = config.task.questions_per_round
-  if not asked:
-    return f"{config.sample.num_samples} answers to every train question"
-  count = asked * config.sample.num_samples
-  return (f"{asked} questions x {config.sample.num_samples} = {count} answers, up to "
-          f"{count * config.sample.max_new_tokens:,} tokens")
-
-
-def _analysis_plan(config: ml_collections.ConfigDict) -> str:
-  count = config.analysis.examples
-  return "weight change by layer" + (f"; importance and entropy on {count} answers" if count else "")
-
-
-def _selection_plan(config: ml_collections.ConfigDict) -> str:
-  data, real = config.data, "real worked answers"
-  if config.method == "real" or data.real_fraction == 1:
-    return real
-  parts = {"data_mixture": f"the right answers, and {data.mixture_share:.0%} of each earlier round's",
-           "data_accumulation": "the right answers of all rounds so far"}.get(config.method, "the right answers")
-  if config.method == "data_accumulation" and data.with_real:
-    return f"{parts}, and {real}"
-  return f"{parts}, {data.real_fraction:.0%} {real}" if data.real_fraction else parts
+def plan(run: Run) -> list[Stage]:
+  """All stages of a run in order."""
+  method, start, stages = run.method, run.base, []
+  if run.draws and run.config.prompt.few_shot:
+    stages.append(sampling.shots_stage(run))
+  stages.append(evaluating.stage(run, run.base, "base/eval", -1))
+  for t in range(run.config.rounds):
+    sampler = (run.teacher or start) if run.draws else None
+    if sampler:
+      stages.append(sampling.stage(run, sampler, t))
+    begin = run.base if method.start == "base" else start
+    stages += [train := selection.stage(run, t), sft := tuning.stage(run, begin, train.name, t)]
+    tuned = run.model(sft.name)
+    stages.append(evaluating.stage(run, tuned, f"round_{t}/eval/sft", t))
+    if method.merge:
+      stages += merging.stages(run, begin, tuned, train.name, t)
+    stages.append(analysing.stage(run, begin, sampler, t))
+    start = run.model(f"round_{t}/merged") if method.hands_on == "merged" else tuned
+  return stages
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -176,7 +60,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
       if not directory.facts:
         for model in found.values():
           hf.check_bytes(model)
-    steps = plan(config, found["base"], root, found.get("teacher"))
+    steps = plan(_run(config, root, found))
     ran = 0
     with report.Live(root, [stage.name for stage in steps]) as page:
       for stage in steps:
@@ -222,7 +106,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
     external |= {name: recorded.get(name, "") for name in ("train questions", "test questions")}
   else:
     external |= questions.digests(config)
-  steps = plan(config, found["base"], root, found.get("teacher"))
+  steps = plan(_run(config, root, found))
   waiting: set[str] = set()
   print(f"{'stage':<24}{'state':<8}work")
   for stage in steps:
@@ -255,15 +139,8 @@ def _check(config: ml_collections.ConfigDict, *, dry: bool = False) -> dict[str,
   return found
 
 
-def pick(settings: dict[str, Any], *keys: str) -> dict[str, Any]:
-  """Some of the settings (`sft`, `sample.stop`), without those that do not change what comes out."""
-  picked = {}
-  for key in keys:
-    value: Any = settings
-    for part in key.split("."):
-      value = value[part]
-    picked[key] = {k: v for k, v in value.items() if f"{key}.{k}" not in HOW} if isinstance(value, dict) else value
-  return picked
+def _run(config: ml_collections.ConfigDict, root: Path, found: dict[str, Path]) -> Run:
+  return Run(config, root, **{name: Model(folder, name) for name, folder in found.items()})
 
 
 def _versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
 from imm_jax import resident
-from imm_jax.config import MERGES, draws
+from imm_jax.methods import draws, method_of
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
 from imm_jax.model.sharding import batch_parts, for_decoding, param_sharding, path_name, spec_of
@@ -204,7 +204,7 @@ def peaks(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, exp
              "dtype": jnp.dtype(sft.compute_dtype), "attention": expected.attention}
   temporaries = step_temporaries(model, mesh, **options)
   found.append(Peak("SFT", {"weights and moments": state_bytes(model, mesh), **temporaries}))
-  if config.analysis.examples or config.method == "iimm":
+  if config.analysis.examples or method_of(config).merge == "iimm":
     found.append(Peak("importance", {"weights and sums": 8 * _on_device(model, mesh),
                                      **step_temporaries(model, mesh, sums=True, **options)}))
   if _platform(mesh) != "cpu":
@@ -222,7 +222,7 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, 
              sampler: ModelConfig | None = None) -> str:
   """A line for each of `peaks`, with what takes most first; before them parameters and checkpoints on disk."""
   count, found = count_params(model), peaks(config, model, mesh, expected, sampler)
-  checkpoints = config.rounds * (1 + (1 + len(config.merge.sweep)) * (config.method in MERGES))
+  checkpoints = config.rounds * (1 + (1 + len(config.merge.sweep)) * bool(method_of(config).merge))
   where = "of this process" if _platform(mesh) == "cpu" else "of each device"
   lines = [f"{count:,} parameters; {checkpoints} checkpoints of {_text(2 * count)} in bfloat16",
            f"most memory {where}: about {_text(max(p.total for p in found))} (SFT: {expected.rows} rows a step)"]

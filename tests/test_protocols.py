@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from configs import tiny
 from imm_jax import config as checks, loop
 from imm_jax.errors import UserError
+from imm_jax.run import Model, Run
 from imm_jax.stages import evaluating, questions
 from imm_jax.tasks import protocols
 from imm_jax.tasks.answers import verdict
@@ -160,7 +161,8 @@ def test_worked_examples_of_a_file_take_the_place_of_others(custom, tmp_path):
   assert questions.shots_of(custom, "groups")[1].rationale == "It is 1.\nThe answer is 1"
   assert shown not in [e.question for e in questions.of_round(custom, 0).asked]  # nor is it asked
   assert all(questions.digests(custom)[split] != before[0][split] for split in before[0])
-  settings = lambda of: {stage.name: stage.settings for stage in loop.plan(of, Path("base"), tmp_path / "run")}
+  settings = lambda of: {stage.name: stage.settings for stage in loop.plan(
+      Run(of, tmp_path / "run", base=Model(Path("base"), "base")))}
   plan = settings(custom)
   assert plan["round_0/samples.jsonl"]["eval.shots_file"] == custom.eval.shots_file
   assert plan["base/eval"]["eval"]["protocol"] == "harness"

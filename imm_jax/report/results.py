@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from imm_jax.errors import UserError
 from imm_jax.evaluation import Accuracy, accuracy
+from imm_jax.methods import METHODS
 from imm_jax.report import reading
 from imm_jax.report.reading import is_number
 
@@ -134,10 +135,9 @@ class Results(NamedTuple):
 
   def handed_on(self) -> tuple[Model, ...]:
     """The base, and of each round the model that the next one starts from."""
-    from imm_jax.config import MERGES  # late: it imports what training needs
-
-    merges = self.method in MERGES
-    return tuple(m for m in self.models if m.kind in ("base", "merged" if merges else "sft"))
+    method = METHODS.get(self.method)  # a damaged run may have another
+    merged = method is not None and method.hands_on == "merged"
+    return tuple(m for m in self.models if m.kind in ("base", "merged" if merged else "sft"))
 
 
 def is_run(root: Path) -> bool:

@@ -17,7 +17,9 @@ from imm_jax.model import hf
 from imm_jax.model.decoder import Params
 from imm_jax.model.tokenization import check_ids
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.stages import questions, tuning
+from imm_jax.run import Model, Run
+from imm_jax.rundir import Stage
+from imm_jax.stages import devices, questions, tuning
 from imm_jax.tasks import texts
 from imm_jax.training.packing import TokenizedExample
 
@@ -45,6 +47,28 @@ class Round(NamedTuple):
   start: Path
   sampler: Path | None
   merges: bool
+
+
+def stage(run: Run, start: Model, sampler: Model | None, round_: int) -> Stage:
+  """The analysis of a round, from the model that it started from and the one that sampled, if any did."""
+  here, merge = f"round_{round_}", run.method.merge
+  inputs = [run.base.stage, start.stage, f"{here}/train.jsonl", f"{here}/sft"]
+  inputs += [f"{here}/merged"] * bool(merge) + [f"{here}/importance.json"] * (merge == "iimm")
+  inputs += [sampler.stage, f"{here}/samples.jsonl"] if sampler else []
+  seen = Round(round_, run.root / here, run.base.folder, start.folder, sampler and sampler.folder, bool(merge))
+  count = run.config.analysis.examples
+  return Stage(f"{here}/analysis.json", tuple(inputs),
+               run.settings(*questions.settings_of_round(run.config), "sft", "analysis"),
+               "weight change by layer" + (f"; importance and entropy on {count} answers" if count else ""),
+               lambda out, _: devices.call(run.config, analyse, run.config, seen, out), everywhere=True)
+
+
+def importance_stage(run: Run, model: Model, train: str, name: str) -> Stage:
+  """Layer importance of a model on what a round trains on."""
+  return Stage(name, (model.stage, train), run.settings("seed", "prompt", "sft"),
+               "of each layer of the start, on train.jsonl (eq. 3)",
+               lambda out, _: devices.call(run.config, importance, run.config, model.folder, run.root / train, out),
+               everywhere=True)
 
 
 def importance(config: ml_collections.ConfigDict, model: Path, train: Path, out: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """How a model does on the test questions of every task."""
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,38 @@ import ml_collections
 
 from imm_jax import distributed, evaluation, files
 from imm_jax.metrics import StageMetrics
+from imm_jax.run import Model, Run
+from imm_jax.rundir import Stage
 from imm_jax.sampling import Prompt
 from imm_jax.stages import devices, likelihood, lm_eval_tasks, questions, sampling
 from imm_jax.tasks import answers, protocols
 from imm_jax.tasks.base import Example
 
+# Settings of greedy answers, wherever they are asked for.
+ANSWERING = ("eval", "sample.stop", "sample.compute_dtype", "sampler")
 
-def stage(config: ml_collections.ConfigDict, model: Path, root: Path, name: str, round_: int, scratch: Path, out: Path,
-          ) -> dict[str, Any]:
-  """The stage `name` of a run: `evaluate`, and its figures among the run's metrics."""
-  facts = evaluate(config, model, scratch, out, label=name)
-  with StageMetrics(root, name) as metrics:
+
+def stage(run: Run, model: Model, name: str, round_: int) -> Stage:
+  """The evaluation of a model; `round_` is -1 for the base."""
+  return Stage(name, (model.stage, "test questions"), run.settings("seed", "task", "prompt", *ANSWERING),
+               _plan(run.config), functools.partial(_measure, run, model.folder, name, round_), everywhere=True,
+               scratch=str(run.scratch(name)))
+
+
+def _plan(config: ml_collections.ConfigDict) -> str:
+  samples = f", {config.eval.num_samples} samples each" if config.eval.num_samples else ""
+  limit, counts = config.task.eval_questions, questions.count_tests(config)
+  fewer = any(count < limit for count in counts)
+  asked = f", {sum(counts)} questions" if fewer else f" x {limit or 'all'} questions"
+  shown = questions.shown_in_evaluation(config)
+  how = f", protocol {config.eval.protocol}" if shown or config.eval.protocol != "paper" else ""
+  return f"{len(counts)} tasks{asked}{samples}{how}"
+
+
+def _measure(run: Run, model: Path, name: str, round_: int, out: Path, _: Any) -> dict[str, Any]:
+  """`evaluate`, and its figures among the run's metrics."""
+  facts = evaluate(run.config, model, run.scratch(name), out, label=name)
+  with StageMetrics(run.root, name) as metrics:
     metrics.write(round_ + 1, **{f"accuracy/{task}" if metric == "greedy" else f"{metric}/{task}": score["value"]
                                  for task, found in facts["scores"].items() for metric, score in found.items()},
                   **{f"{key}/{task}": how[key] for task, how in facts["protocol"].items()

@@ -14,7 +14,9 @@ from imm_jax import distributed, evaluation, files
 from imm_jax.merging import checkpoint, masks, methods
 from imm_jax.merging.trees import Setting
 from imm_jax.model import folder, hf
-from imm_jax.stages import devices, evaluating, likelihood, questions, sampling
+from imm_jax.run import Model, Run
+from imm_jax.rundir import Stage
+from imm_jax.stages import analysing, devices, evaluating, likelihood, questions, sampling
 
 
 class Models(NamedTuple):
@@ -31,6 +33,50 @@ class Models(NamedTuple):
   start: Path
   tuned: Path
   importance: Path | None
+
+
+def stages(run: Run, start: Model, tuned: Model, train: str, round_: int) -> list[Stage]:
+  """What a round makes of the tuned model: importance where the method needs it, a sweep, a choice, the merged model.
+
+  Args:
+    run: of the round.
+    start: what the round started from.
+    tuned: what SFT made of it.
+    train: the stage that wrote what it was trained on.
+    round_: its number.
+  """
+  config, here = run.config, f"round_{round_}"
+  found: list[Stage] = []
+  inputs = [run.base.stage, start.stage, tuned.stage]
+  importance = f"{here}/importance.json" if run.method.merge == "iimm" else ""
+  models = Models(run.base.folder, start.folder, tuned.folder, run.root / importance if importance else None)
+  if importance:
+    found.append(analysing.importance_stage(run, start, train, importance))
+    inputs.append(importance)
+  if config.merge.sweep:
+    found.append(Stage(f"{here}/sweep", tuple(inputs), run.settings("seed", "merge"),
+                       f"base weights {config.merge.sweep}", lambda out, _: sweep(config, models, round_, out)))
+    found += [evaluating.stage(run, Model(run.root / here / "sweep" / f"{weight:g}", f"{here}/sweep"),
+                               f"{here}/eval/sweep_{weight:g}", round_) for weight in config.merge.sweep]
+  chosen = None
+  if config.merge.base_weight == "auto":
+    name = f"{here}/base_weight.json"
+    chosen = run.root / name
+    found.append(Stage(name, (*inputs, "train questions"), run.settings(
+        *questions.settings_of_round(config), "merge", *evaluating.ANSWERING), _plan_choice(config),
+        lambda out, _: choose_weight(config, models, round_, run.scratch(name), out), everywhere=True,
+        scratch=str(run.scratch(name))))
+    inputs.append(name)
+  found.append(Stage(f"{here}/merged", tuple(inputs), run.settings("seed", "merge"),
+                     f"base_weight {config.merge.base_weight}, drop_rate {config.merge.drop_rate}",
+                     lambda out, _: merge(config, models, round_, chosen, out)))
+  return [*found, evaluating.stage(run, run.model(f"{here}/merged"), f"{here}/eval/merged", round_)]
+
+
+def _plan_choice(config: ml_collections.ConfigDict) -> str:
+  auto = config.merge.auto
+  groups = f", up to {2 * auto.groups} more by groups of layers" if auto.groups else ""
+  return f"{len(auto.weights)} base weights{groups}, on {1 + len(auto.general)} x {auto.questions} held-out questions"
 
 
 def merge(config: ml_collections.ConfigDict, models: Models, round_: int, weight_file: Path | None, out: Path,

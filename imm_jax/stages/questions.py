@@ -57,6 +57,13 @@ def of_round(config: ml_collections.ConfigDict, round_: int) -> Questions:
   return Questions([pool[i] for i in apart[:few]], others[:held_out], asked)
 
 
+def settings_of_round(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+  """The keys of a config that decide which questions a round asks; not those shown in evaluation or held out."""
+  held_out = ("merge.auto.questions",) if config.merge.base_weight == "auto" else ()
+  shown = ("eval.protocol", "eval.few_shot", "eval.shots_file") if shown_in_evaluation(config) else ()
+  return "seed", "task", "prompt", *held_out, *shown
+
+
 def count_worked(config: ml_collections.ConfigDict) -> tuple[int, int]:
   """How many of the in-domain task's train questions have a worked answer, and of how many; it is a real task."""
   pool = load(config, config.task.name, split="train")

@@ -16,6 +16,8 @@ from imm_jax.errors import UserError
 from imm_jax.model import folder, hf, sharding
 from imm_jax.model.tokenization import encode_prompt
 from imm_jax.model.tokenizer import load_tokenizer
+from imm_jax.run import Model, Run
+from imm_jax.rundir import Stage
 from imm_jax.sampling import Completion, Prompt, parts, vllm_server
 from imm_jax.sampling.native import NativeSampler
 from imm_jax.sampling.vllm import VllmSampler
@@ -29,6 +31,36 @@ from imm_jax.tasks.judge import Judge
 _LOOKED_AT = 100
 # `generate` of a sampler: (prompts, options) -> completions, which count on process 0 alone.
 Sampler = Callable[..., list[list[Completion]]]
+
+
+def stage(run: Run, model: Model, round_: int) -> Stage:
+  """The samples of a round."""
+  name = samples_of(round_)
+  return Stage(name, (model.stage, "train questions"),
+               run.settings(*questions.settings_of_round(run.config), "sample", "sampler"), _plan(run.config),
+               lambda out, _: synthesize(run.config, model.folder, round_, run.scratch(name), out), everywhere=True,
+               scratch=str(run.scratch(name)))
+
+
+def shots_stage(run: Run) -> Stage:
+  """The worked examples of the prompts."""
+  return Stage("few_shot.jsonl", ("train questions",), run.settings(*questions.settings_of_round(run.config)),
+               f"the {run.config.prompt.few_shot} worked examples of the prompt",
+               lambda out, _: write_shots(run.config, out))
+
+
+def samples_of(round_: int) -> str:
+  """The name of a round's samples in the run directory."""
+  return f"round_{round_}/samples.jsonl"
+
+
+def _plan(config: ml_collections.ConfigDict) -> str:
+  asked = config.task.questions_per_round
+  if not asked:
+    return f"{config.sample.num_samples} answers to every train question"
+  count = asked * config.sample.num_samples
+  return (f"{asked} questions x {config.sample.num_samples} = {count} answers, up to "
+          f"{count * config.sample.max_new_tokens:,} tokens")
 
 
 def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, scratch: Path, out: Path,

@@ -9,10 +9,33 @@ import numpy as np
 
 from imm_jax import files
 from imm_jax.errors import UserError
-from imm_jax.stages import questions
+from imm_jax.methods import method_of
+from imm_jax.run import Run
+from imm_jax.rundir import Stage
+from imm_jax.stages import questions, sampling
 from imm_jax.tasks import answers
 
 Row = dict[str, Any]
+
+
+def stage(run: Run, round_: int) -> Stage:
+  """What a round trains on."""
+  drawn = [sampling.samples_of(t) for t in range(round_ + 1)] if run.draws else []
+  reads = drawn if run.method.data in ("mixture", "accumulation") else drawn[-1:]
+  return Stage(f"round_{round_}/train.jsonl", ("train questions", *reads),
+               run.settings(*questions.settings_of_round(run.config), "method", "data"), _plan(run.config),
+               lambda out, _: select(run.config, [run.root / name for name in drawn], round_, out))
+
+
+def _plan(config: ml_collections.ConfigDict) -> str:
+  data, kind, real = config.data, method_of(config).data, "real worked answers"
+  if kind == "worked" or data.real_fraction == 1:
+    return real
+  parts = {"mixture": f"the right answers, and {data.mixture_share:.0%} of each earlier round's",
+           "accumulation": "the right answers of all rounds so far"}.get(kind, "the right answers")
+  if kind == "accumulation" and data.with_real:
+    return f"{parts}, and {real}"
+  return f"{parts}, {data.real_fraction:.0%} {real}" if data.real_fraction else parts
 
 
 def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: int, out: Path) -> dict[str, Any]:
@@ -39,7 +62,8 @@ def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: i
     UserError: when nothing is left to train on.
   """
   rng = np.random.default_rng((config.seed, round_))
-  fraction = 1.0 if config.method == "real" else config.data.real_fraction
+  method = method_of(config)
+  fraction = 1.0 if method.data == "worked" else config.data.real_fraction
   facts: dict[str, Any] = {}
   synthetic: list[Row] = []
   if fraction < 1:
@@ -51,13 +75,13 @@ def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: i
              "dropped_unfinished": sum(r["correct"] and _response(r) is None for r in own)}
     facts["dropped_duplicate"] = len(own) - sum(facts.values()) - len(right)
     earlier = [kept(files.read_jsonl(path, _SAMPLE), t) for t, path in enumerate(samples[:round_])]
-    if config.method == "data_mixture":
+    if method.data == "mixture":
       earlier = [_draw(rows, round(config.data.mixture_share * len(rows)), rng) for rows in earlier]
-    elif config.method != "data_accumulation":
+    elif method.data != "accumulation":
       earlier = []
     synthetic = _once([*(row for rows in earlier for row in rows), *right])
   real: list[Row] = []
-  if config.method == "data_accumulation" and config.data.with_real:
+  if method.data == "accumulation" and config.data.with_real:
     real = _once(row for t in range(round_ + 1) for row in worked_answers(config, t))
   elif fraction == 1:
     real = worked_answers(config, round_)

@@ -14,15 +14,17 @@ import ml_collections
 from jax.sharding import Mesh
 
 from imm_jax import cost, distributed, files, memory
-from imm_jax.config import draws
 from imm_jax.errors import UserError
+from imm_jax.methods import draws
 from imm_jax.metrics import StageMetrics
 from imm_jax.model import attention, hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params
 from imm_jax.model.tokenization import encode_continuation, encode_prompt
+from imm_jax.run import Model, Run
+from imm_jax.rundir import Stage
 from imm_jax.sampling import completions
-from imm_jax.stages import questions
+from imm_jax.stages import devices, questions
 from imm_jax.stages.devices import mesh_of
 from imm_jax.tasks import prompts
 from imm_jax.tasks.base import Example
@@ -36,6 +38,16 @@ if TYPE_CHECKING:
 
 # Questions whose lengths are counted before a run.
 _LOOKED_AT = 100
+
+
+def stage(run: Run, model: Model, train: str, round_: int) -> Stage:
+  """The SFT of a round, from a model, on the rows that the stage `train` writes."""
+  sft = run.config.sft
+  return Stage(f"round_{round_}/sft", (model.stage, train), run.settings("seed", "prompt", "sft"),
+               f"{sft.epochs} epochs, {sft.global_batch} answers a step",
+               functools.partial(devices.call, run.config, fine_tune, run.config, model.folder, run.root / train,
+                                 run.root, round_),
+               everywhere=True, scratch=states_folder(run.config, run.root, round_))
 
 
 def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root: Path, round_: int, out: Path,

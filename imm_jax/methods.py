@@ -1,0 +1,58 @@
+"""The methods of a run: one record each of what a round samples, trains on, starts from, merges and hands on.
+
+Adding one is a record in `METHODS` and its test; `loop.plan` and every stage read what they need from it.
+"""
+
+from typing import NamedTuple
+
+import ml_collections
+
+
+class Method(NamedTuple):
+  """What sets the rounds of one method apart.
+
+  Attributes:
+    summary: what it does, in a few words.
+    source: where it is published; "ours" for what is not.
+    data: what a round trains on: `right` (its right samples), `mixture` (and a share of each earlier round's),
+      `accumulation` (and all of theirs), or `worked` (real worked answers; nothing is sampled).
+    start: what SFT starts from: `last`, the model that the last round handed on, or `base`.
+    merge: the merging method after SFT; empty for none.
+    hands_on: what the next round starts from and samples with: `merged` or `tuned`.
+  """
+
+  summary: str
+  source: str
+  data: str = "right"
+  start: str = "last"
+  merge: str = ""
+  hands_on: str = "tuned"
+
+
+METHODS = {
+    "imm": Method("SFT on right samples, DARE on the change, mean with the base", "the paper, eq. 5 and 6",
+                  merge="imm", hands_on="merged"),
+    "iimm": Method("imm with each layer's change scaled by its importance", "the paper, eq. 7", merge="iimm",
+                   hands_on="merged"),
+    "star": Method("SFT on right samples", "Zelikman et al. 2022, arXiv 2203.14465; from the last model: the paper"),
+    "data_mixture": Method("star on a share of earlier rounds' samples too", "the paper's baseline; the share is ours",
+                           data="mixture"),
+    "data_accumulation": Method("star on all samples so far", "Gerstgrasser et al. 2024, arXiv 2404.01413",
+                                data="accumulation"),
+    "real": Method("SFT on real worked answers", "the paper, figure 9", data="worked"),
+}
+
+
+def method_of(config: ml_collections.ConfigDict) -> Method:
+  """The record of a config's method."""
+  return METHODS[config.method]
+
+
+def merging() -> list[str]:
+  """The names of the methods that merge."""
+  return [name for name, method in METHODS.items() if method.merge]
+
+
+def draws(config: ml_collections.ConfigDict) -> bool:
+  """Whether a run samples answers to train on."""
+  return method_of(config).data != "worked" and config.data.real_fraction < 1
