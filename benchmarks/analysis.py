@@ -95,7 +95,7 @@ def streamed(root: Path) -> tuple[dict[str, Callable[[], None]], float, float]:
   import jax
 
   from imm_jax.analysis.weight_change import weight_change
-  from imm_jax.merging import checkpoint, masks, methods
+  from imm_jax.merging import checkpoint, masks, registry
   from imm_jax.model import folder
 
   a, b = (random_checkpoints.make(root / f"{_STREAMED.value}-{i}", _STREAMED.value, i) for i in (0, 1))
@@ -104,7 +104,7 @@ def streamed(root: Path) -> tuple[dict[str, Callable[[], None]], float, float]:
   def merge() -> None:
     shutil.rmtree(out, ignore_errors=True)
     with checkpoint.CheckpointSource({"a": a, "b": b}) as source:
-      plan = methods.linear(source, weights=[0.3, 0.7])
+      plan = registry.METHODS["linear"](source, weights=[0.3, 0.7])
       checkpoint.merge(source, [checkpoint.Output(out, plan)], key=np.asarray(masks.key_words(jax.random.key(0))))
 
   def process(*command: str) -> None:

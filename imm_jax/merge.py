@@ -27,11 +27,15 @@ from absl import flags
 
 from imm_jax import __version__, cli, files
 from imm_jax.errors import UserError, nearest
-from imm_jax.merging import checkpoint, masks, methods, recipe
+from imm_jax.merging import checkpoint, masks, recipe, registry
+from imm_jax.merging.options import REQUIRED, Option
 from imm_jax.merging.recipe import Recipe
+from imm_jax.merging.registry import Method
 from imm_jax.model import folder, hub
 
-_METHOD = flags.DEFINE_enum("method", "imm", sorted(methods.METHODS), "How to merge; without --recipe.")
+_METHODS = registry.on_disk()
+_METHOD = flags.DEFINE_enum("method", "imm", list(_METHODS), "How to merge, without --recipe. " + " ".join(
+    f"{name}: {method.summary}." for name, method in _METHODS.items()))
 _BASE = flags.DEFINE_string("base", None, "The base model: an HF folder, hub id or BASE+ADAPTER.")
 _START = flags.DEFINE_string("start", None, "imm: the model that was tuned, as --base [default: the base].")
 _TUNED = flags.DEFINE_string("tuned", None, "imm: the model after SFT, as --base.")
@@ -43,49 +47,46 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the masks.", lower_bound=0, upper_bo
 _SWEEP = flags.DEFINE_list("sweep_base_weight", [], "imm: write a checkpoint for each of these, from one read.")
 _DTYPE = flags.DEFINE_enum("out_dtype", None, sorted(recipe.DTYPES), "What to write [default: the first model's].")
 _SHARD = flags.DEFINE_string("max_shard_size", "5GB", "Split the weights into files of at most this size.")
-_OPTIONS = {
-    "base_weight": "imm: the weight of the base [default: 0.5].", "drop_rate": "imm: DARE's p [default: 0.2].",
-    "importance": "iimm: a score for each layer.", "weights": "A weight for each model, or one for all.",
-    "densities": "Share of a task vector that stays.", "gammas": "breadcrumbs: share of outliers that goes.",
-    "epsilons": "della: half the range of probabilities.", "t": "slerp: 0 is the base, 1 the other model.",
-    "scale": "Of what is added to the base [default: 1].", "normalize": "Divide by the sum of the weights.",
-    "rescale": "Divide what is drawn by the share that stays."}
-_FLAGS = {name: flags.DEFINE_string(name, None, text) for name, text in _OPTIONS.items()}
-_DEFAULTS = {"base_weight": 0.5, "drop_rate": 0.2}
+_FLAGS = {name: flags.DEFINE_string(name, None, text) for name, text in registry.option_help().items()}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def from_flags() -> Recipe:
   """The recipe that the flags describe; a flag that the method does not take is a UserError."""
-  method = _METHOD.value
-  takes = methods.options(method)
+  method = _METHODS[_METHOD.value]
+  takes = method.by_option
   for name, flag in _FLAGS.items():
     if flag.value is not None and name not in takes:
       known = ", ".join(f"--{n}" for n in takes) or "no setting"
-      raise UserError(f"--{name}: {method} does not take it, but {known}")
-    if flag.value is None and takes.get(name) and name not in _DEFAULTS:
-      raise UserError(f"--{name} is missing; {method} needs it")
-  options = {name: value for name, value in _DEFAULTS.items() if name in takes}
-  options |= {name: _setting(name, _FLAGS[name].value) for name in takes if _FLAGS[name].value is not None}
-  if method in ("imm", "iimm"):
-    if _MODELS.value:
-      raise UserError(f"--models: {method} takes --base, --start and --tuned")
-    if not _BASE.value or not _TUNED.value:
-      raise UserError(f"--{'tuned' if _BASE.value else 'base'} is missing; {method} needs it")
-    models = {"base": _BASE.value, "start": _START.value or _BASE.value, "tuned": _TUNED.value}
-  else:
-    if _START.value or _TUNED.value:
-      raise UserError(f"--start, --tuned: {method} takes --models" + (" and --base" if method != "linear" else ""))
-    if bool(_BASE.value) == (method == "linear"):
-      raise UserError(f"--base: {method} takes none, only --models" if _BASE.value else f"--base is missing; {method} "
-                      "needs it")
-    least = {"linear": 1, "model_stock": 2}.get(method, 1)
-    if len(_MODELS.value) < least or (method == "slerp" and len(_MODELS.value) > 1):
-      wanted = "1" if method == "slerp" else f"{least} or more"
-      raise UserError(f"--models has {len(_MODELS.value)}; {method} takes {wanted}")
-    models = {"base": _BASE.value} if _BASE.value else {}
+      raise UserError(f"--{name}: {method.name} does not take it, but {known}")
+    if flag.value is None and name in takes and takes[name].suggested is REQUIRED:
+      raise UserError(f"--{name} is missing; {method.name} needs it")
+  options = {name: option.suggested for name, option in takes.items() if option.suggested is not option.default}
+  options |= {name: _setting(option, _FLAGS[name].value) for name, option in takes.items()
+              if _FLAGS[name].value is not None}
+  return Recipe(method.name, {label: hub.resolve(path) for label, path in _given_models(method).items()}, options,
+                _DTYPE.value)
+
+
+def _given_models(method: Method) -> dict[str, str]:
+  """Label -> model, in the method's order; raises UserError unless the flags give what it takes."""
+  single = {"base": _BASE, "start": _START, "tuned": _TUNED}
+  listed = next((name for name in ("models", "other") if name in method.inputs), None)
+  takes = [name for name in single if name in method.inputs or f"{name}?" in method.inputs] + ["models"] * bool(listed)
+  for name, flag in (*single.items(), ("models", _MODELS)):
+    if flag.value and name not in takes:
+      raise UserError(f"--{name}: {method.name} takes {' and '.join(f'--{n}' for n in takes)}")
+    if not flag.value and name in takes and name not in ("start", "models") and f"{name}?" not in method.inputs:
+      raise UserError(f"--{name} is missing; {method.name} needs it")
+  models = {name: single[name].value or _BASE.value for name in single if name in takes and (
+      single[name].value or name == "start")}
+  if listed:
+    least, most = (method.least, method.most) if listed == "models" else (1, 1)
+    if not least <= len(_MODELS.value) <= (most or len(_MODELS.value)):
+      wanted = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
+      raise UserError(f"--models has {len(_MODELS.value)}; {method.name} takes {wanted}")
     models |= {f"models[{i}]": model for i, model in enumerate(_MODELS.value)}
-  return Recipe(method, {label: hub.resolve(path) for label, path in models.items()}, options, _DTYPE.value)
+  return models
 
 
 def main() -> None:
@@ -116,13 +117,13 @@ def run(made: Recipe, jobs: dict[str, Recipe], root: Path, *, seed: int, max_sha
     first = next(iter(made.models.values()))
     outputs = [checkpoint.Output(temporary / name, recipe.build(source, job),
                                  recipe.DTYPES[job.dtype] if job.dtype else None) for name, job in jobs.items()]
-    digests = checkpoint.merge(source, outputs, key=masks.seed_words(seed), max_shard_bytes=max_shard_bytes)
+    result = checkpoint.merge(source, outputs, key=masks.seed_words(seed), max_shard_bytes=max_shard_bytes)
     for (name, job), output in zip(jobs.items(), outputs, strict=True):
       folder.copy_side_files(first, output.folder)
       if job.dtype:
         _set_dtype(output.folder / "config.json", job.dtype)
       record = {"imm_jax": __version__, "method": job.method, "options": dict(job.options), "seed": seed,
-                "dtype": job.dtype, "inputs": {label: {"path": str(path), "xxh3_128": digests[label]}
+                "dtype": job.dtype, "inputs": {label: {"path": str(path), "xxh3_128": result.digests[label]}
                                                for label, path in job.models.items()}}
       text = json.dumps(record, indent=2) + "\n"
       (output.folder / "merge.json").write_text(text, encoding="utf-8")
@@ -144,7 +145,7 @@ def _jobs(made: Recipe) -> dict[str, Recipe]:
     raise UserError("--base_weight: --sweep_base_weight gives it; leave out one or the other")
   jobs = {}
   for text in _SWEEP.value:
-    weight = _setting("sweep_base_weight", text)
+    weight = _numbers("sweep_base_weight", text, _yaml("sweep_base_weight", text))
     if not isinstance(weight, int | float) or not 0 <= weight <= 1:
       raise UserError(f"--sweep_base_weight={text}: expected numbers from 0 to 1")
     if weight in [job.options["base_weight"] for job in jobs.values()]:
@@ -154,16 +155,22 @@ def _jobs(made: Recipe) -> dict[str, Recipe]:
   return jobs
 
 
-def _setting(name: str, text: str) -> Any:
+def _setting(option: Option, text: str) -> Any:
+  value = _yaml(option.name, text)
+  if option.kind in ("number", "vector"):
+    return _numbers(option.name, text, value)
   try:
-    value = yaml.safe_load(text)
+    option.check(value)
+  except ValueError as e:
+    raise UserError(f"--{e}") from e
+  return value
+
+
+def _yaml(name: str, text: str) -> Any:
+  try:
+    return yaml.safe_load(text)
   except yaml.YAMLError as e:
     raise UserError(f"--{name}={text!r}: is not YAML ({' '.join(str(e).split())})") from e
-  if name in ("normalize", "rescale"):
-    if not isinstance(value, bool):
-      raise UserError(f"--{name}={text}: expected true or false")
-    return value
-  return _numbers(name, text, value)
 
 
 def _numbers(name: str, text: str, value: Any) -> Any:

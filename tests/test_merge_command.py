@@ -70,7 +70,7 @@ def test_out_dtype_is_written_and_named_in_the_config(folders: list[Path], tmp_p
     (("--method=ties", "--models=BASE", "--weights=1", "--densities=0.5"), "--base is missing"),
     (("--method=ties", "--base=BASE", "--models=BASE", "--weights=1"), "--densities is missing"),
     (("--method=linear", "--models=BASE", "--weights=1", "--t=1"), "--t: linear does not take it, but --weights"),
-    (("--method=imm", "--base=BASE", "--tuned=BASE", "--drop_rate=1"), "drop_rate=1.0: expected 0 <= drop_rate < 1"),
+    (("--method=imm", "--base=BASE", "--tuned=BASE", "--drop_rate=1"), "drop_rate=1.0 at 'model.embed_tok"),
     (("--method=imm", "--base=BASE", "--tuned=BASE", "--base_weight=[x"), "is not YAML"),
     (("--method=imm", "--base=BASE", "--tuned=/no/such"), "/no/such: no such checkpoint folder"),
     (("--method=imm", "--base=BASE", "--tuned=BASE", "--sweep_base_weight=0.1,2"), "expected numbers from 0 to 1"),

@@ -13,7 +13,7 @@ from merge_folders import models, read, run, write
 
 from imm_jax import merging
 from imm_jax.errors import UserError
-from imm_jax.merging import checkpoint, masks, methods, recipe
+from imm_jax.merging import checkpoint, masks, recipe, registry
 
 KEY = jax.random.key(7)
 WORDS = np.asarray(masks.key_words(KEY))
@@ -39,9 +39,10 @@ def in_memory(method: str):
 
 
 def on_disk(folders: list[Path], out: Path, method: str, *, block: int, **options) -> dict[str, np.ndarray]:
-  models = {str(i): folder for i, folder in enumerate(folders[:COUNT.get(method, 4)])}
+  labels = [f"models[{i}]" if method == "linear" or i else "base" for i in range(COUNT.get(method, 4))]
+  models = dict(zip(labels, folders, strict=False))
   with checkpoint.CheckpointSource(models, block=block) as source:
-    plan = methods.METHODS[method](source, **OPTIONS[method])
+    plan = registry.METHODS[method](source, **OPTIONS[method])
     checkpoint.merge(source, [checkpoint.Output(out, plan)], key=WORDS, **options)
   return read(out)
 
@@ -76,9 +77,9 @@ def test_bfloat16_has_the_bits_of_a_tree_too(method: str, tmp_path: Path):
 def test_digests_are_of_the_tensors_however_they_lie(folders: list[Path], tmp_path: Path):
   again = write(tmp_path / "again", models()[2])
   with checkpoint.CheckpointSource({"a": folders[2], "b": again}, block=7) as source:
-    plan = methods.linear(source, weights=1)
+    plan = registry.METHODS["linear"](source, weights=1)
     found = checkpoint.merge(source, [checkpoint.Output(tmp_path / "out", plan)], key=WORDS)
-  assert found["a"] == found["b"]
+  assert found.digests["a"] == found.digests["b"]
 
 
 RECIPE = """
@@ -153,7 +154,7 @@ def test_what_a_recipe_has_wrong_is_named(change: tuple[str, str], expected: str
 
 def refusal(folders: dict[str, Path]) -> str:
   with pytest.raises(UserError) as error, checkpoint.CheckpointSource(folders) as source:
-    methods.linear(source, weights=1)
+    registry.METHODS["linear"](source, weights=1)
   return str(error.value)
 
 
@@ -194,7 +195,8 @@ def test_float64_checkpoints_come_back_as_float64(tmp_path: Path):
   trees = [{"w": np.random.default_rng(i).normal(size=(3, 4))} for i in range(2)]
   folders = [write(tmp_path / str(i), tree) for i, tree in enumerate(trees)]
   with checkpoint.CheckpointSource(dict(zip("ab", folders, strict=True))) as source:
-    checkpoint.merge(source, [checkpoint.Output(tmp_path / "out", methods.linear(source, weights=1))], key=WORDS)
+    plan = registry.METHODS["linear"](source, weights=1)
+    checkpoint.merge(source, [checkpoint.Output(tmp_path / "out", plan)], key=WORDS)
   got = read(tmp_path / "out")["w"]
   assert got.dtype == np.float64
   np.testing.assert_allclose(got, (trees[0]["w"] + trees[1]["w"]) / 2, rtol=1e-6)
@@ -203,7 +205,7 @@ def test_float64_checkpoints_come_back_as_float64(tmp_path: Path):
 def test_tensors_of_integers_must_be_equal(folders: list[Path], tmp_path: Path):
   other = write(tmp_path / "other", models()[1] | {"ids": np.arange(1, 6)})
   with checkpoint.CheckpointSource({"a": folders[0], "b": other}) as source:
-    plan = methods.linear(source, weights=1)
+    plan = registry.METHODS["linear"](source, weights=1)
     with pytest.raises(UserError, match="ids of int64 differs between the models"):
       checkpoint.merge(source, [checkpoint.Output(tmp_path / "out", plan)], key=WORDS)
 

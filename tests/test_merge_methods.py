@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from imm_jax import merging
+from imm_jax.merging import registry
 
 KEY = jax.random.key(5)
 LAYERS = 3
@@ -287,14 +288,18 @@ def test_tied_leaves_are_merged_once():
   assert (np.asarray(apart["head"]) != np.asarray(apart["embed"])).any()
 
 
-def test_elementwise_methods_run_under_jit_with_the_same_bits():
-  for method in ("linear", "task_arithmetic", "dare_linear", "dare_ties", "imm", "iimm"):
-    direct = call(method, (BASE, A, B, C))
-    inside = jax.jit(lambda trees, method=method: call(method, trees))((BASE, A, B, C))
-    jax.tree.map(np.testing.assert_array_equal, inside, direct)
-  for method in ("ties", "breadcrumbs", "della", "slerp", "model_stock"):
-    with pytest.raises(ValueError, match=r"cannot run under jax\.jit"):
-      jax.jit(lambda trees, method=method: call(method, trees))((BASE, A, B, C))
+@pytest.mark.parametrize("method", CASES)
+def test_methods_run_under_jit_with_the_same_bits(method):
+  """What goes by angles is measured in float32 there, and may differ in the last place."""
+  part = ("model.norm.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight",
+          "model.layers.2.mlp.up_proj.weight")
+  trees = [{name: tree[name] for name in part} for tree in (BASE, A, B, C)]
+  inside = jax.jit(lambda trees: call(method, trees))(trees)
+  for name, leaf in call(method, trees).items():
+    if registry.METHODS[method].measures:
+      np.testing.assert_allclose(inside[name], leaf, rtol=2e-6, atol=1e-7)
+    else:
+      np.testing.assert_array_equal(inside[name], leaf)
 
 
 @settings(max_examples=30, deadline=None)
@@ -323,7 +328,7 @@ def test_dare_linear_is_unbiased(density, seed):
     ("linear", {"weights": [1, 2]}, "weights: 2 of them for 3 models"),
     ("linear", {"weights": [1, -1, 0]}, "weights: they add up to 0"),
     ("linear", {"weights": math.nan}, "expected a finite number"),
-    ("ties", {"densities": 1.5}, r"densities: .*expected values from 0 to 1"),
+    ("ties", {"densities": 1.5}, r"densities=1.5 at 'model.embed.*expected 0 <= densities <= 1"),
     ("ties", {"densities": {"mlp": 0.5}}, "no pattern of .* matches 'model"),
     ("ties", {"densities": {"(": 0.5}}, "no regular expression"),
     ("ties", {"densities": [[], 0.5, 0.5]}, "an empty list"),
@@ -337,10 +342,10 @@ def test_options_that_cannot_work_are_errors(method, options, expected):
 
 
 def test_model_stock_needs_two_models_and_directions_are_finite():
-  with pytest.raises(ValueError, match="two or more"):
+  with pytest.raises(ValueError, match="1 given; model_stock takes 2 or more"):
     merging.model_stock(BASE, [A])
   broken = {**A, "scale": np.array([np.nan], np.float32)}
   with pytest.raises(ValueError, match="scale has values that are not finite"):
     merging.slerp(BASE, broken, t=0.5)
-  with pytest.raises(ValueError, match="none given"):
+  with pytest.raises(ValueError, match="0 given; ties takes 1 or more"):
     merging.ties(BASE, [], densities=0.5)

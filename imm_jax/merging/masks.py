@@ -36,6 +36,13 @@ def quantise_drop_rate(drop_rate: float, name: str = "drop_rate") -> int:
   return steps
 
 
+def drop_steps(drop_rate: Any, tensor: str, name: str = "drop_rate") -> int:
+  """`quantise_drop_rate` of a tensor's rate; a ValueError for a traced one, since it decides which entries stay."""
+  if isinstance(drop_rate, jax.core.Tracer):
+    raise ValueError(f"{name} at {tensor!r} is traced by jax, but it decides which entries stay: give a number")
+  return quantise_drop_rate(float(drop_rate), name)
+
+
 def tensor_code(name: str) -> np.uint32:
   """What a tensor's name adds to the key.
 
@@ -49,8 +56,10 @@ def key_words(key: jax.Array) -> jax.Array:
   """The two words [2] of a threefry key, typed or raw.
 
   Raises:
-    ValueError: for a key of another kind.
+    ValueError: for a key of another kind, or anything else.
   """
+  if not isinstance(key, jax.Array | np.ndarray):
+    raise ValueError(f"key={key!r}: expected a key such as jax.random.key(0)")
   if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
     if str(jax.random.key_impl(key)) != "threefry2x32":
       raise ValueError(f"key: expected a threefry key such as jax.random.key(0), got {jax.random.key_impl(key)}")

@@ -17,22 +17,18 @@ import numpy as np
 import yaml
 
 from imm_jax.errors import UserError, nearest
-from imm_jax.merging import methods
+from imm_jax.merging import registry
+from imm_jax.merging.options import REQUIRED, Option
 from imm_jax.model import hub
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
-# Recipe parameter -> option of our method, by what it varies over: models, or the whole merge.
-_PER_MODEL = {"weight": "weights", "density": "densities", "gamma": "gammas", "epsilon": "epsilons"}
-_SHARED = {"normalize": "normalize", "rescale": "rescale", "lambda": "scale", "t": "t"}
 # Accepted and without effect: mergekit saves memory with it.
 _IDLE = {"int8_mask"}
-_FLAGS = {"normalize", "rescale"}
 # What mergekit accepts where it changes nothing.
 _WITHOUT_EFFECT = (("rescale", False), ("filter_wise", False))
-# By mergekit's method (imm and iimm are ours): the parameters that it may have.
-_PARAMETERS = {method: {key for key, option in (_PER_MODEL | _SHARED).items() if option in methods.options(method)}
-               for method in methods.METHODS if method not in ("imm", "iimm")}
-_DEFAULTS = {"density": 1.0, "gamma": 0.01, "epsilon": 0.15}
+# By method: its options by the keys that recipes have for them (imm and iimm are not mergekit's).
+_OPTIONS = {name: {option.key: option for option in method.options}
+            for name, method in registry.on_disk().items() if name not in ("imm", "iimm")}
 _KEYS = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype"}
 
 
@@ -62,27 +58,27 @@ def read(path: Path) -> Recipe:
     raise UserError(f"{path}: expected a mapping with merge_method and models")
   _refuse_unknown(path, "", raw, _KEYS)
   method = raw.get("merge_method")
-  if method not in _PARAMETERS:
-    raise UserError(f"{path}: merge_method={method!r}: {nearest(str(method), sorted(_PARAMETERS))}")
+  if method not in _OPTIONS:
+    raise UserError(f"{path}: merge_method={method!r}: {nearest(str(method), sorted(_OPTIONS))}")
   models = raw.get("models")
   if not isinstance(models, list) or not models or not all(isinstance(m, dict) and "model" in m for m in models):
     raise UserError(f"{path}: models: expected a list of entries with the key model")
   for i, entry in enumerate(models):
     _refuse_unknown(path, f"models[{i}].", entry, {"model", "parameters"})
-  shared = _parameters(path, "parameters", raw.get("parameters"), _PARAMETERS[method])
+  known = _OPTIONS[method]
+  each = {key: option for key, option in known.items() if option.per_model}
+  shared = _parameters(path, "parameters", raw.get("parameters"), known)
   base = raw.get("base_model")
   if base is None and method != "linear":
     raise UserError(f"{path}: base_model is missing; {method} needs one")
   others = [m for m in models if method == "linear" or m["model"] != base]
-  own = [_parameters(path, f"models[{i}].parameters", m.get("parameters"), _PARAMETERS[method] & _PER_MODEL.keys())
-         for i, m in enumerate(others)]
-  options: dict[str, Any] = {_SHARED[key]: value for key, value in shared.items() if key in _SHARED}
+  own = [_parameters(path, f"models[{i}].parameters", m.get("parameters"), each) for i, m in enumerate(others)]
+  options: dict[str, Any] = {known[key].name: value for key, value in shared.items() if key not in each}
   if method == "slerp" and (len(others) != 1 or "t" not in options):
     raise UserError(f"{path}: slerp takes base_model, one other model, and parameters.t")
-  for key in sorted(_PARAMETERS[method] & _PER_MODEL.keys()):
-    settings = [_inherit(path, key, i, mine.get(key), shared.get(key)) for i, mine in enumerate(own)]
-    options[_PER_MODEL[key]] = settings
-  labels = {} if method == "linear" else {"base_model": _folder(path, base)}
+  for key, option in each.items():
+    options[option.name] = [_inherit(path, option, i, mine.get(key), shared.get(key)) for i, mine in enumerate(own)]
+  labels = {} if method == "linear" else {"base": _folder(path, base)}
   labels |= {f"models[{i}]": _folder(path, m["model"]) for i, m in enumerate(others)}
   dtype = raw.get("out_dtype") or raw.get("dtype")
   if dtype is not None and dtype not in DTYPES:
@@ -93,20 +89,20 @@ def read(path: Path) -> Recipe:
 def build(source: Any, recipe: Recipe) -> Any:
   """The plan of a recipe's method; what its options have wrong is a UserError."""
   try:
-    return methods.METHODS[recipe.method](source, **recipe.options)
+    return registry.METHODS[recipe.method](source, **recipe.options)
   except (TypeError, ValueError) as e:
     raise UserError(f"{recipe.method}: {e}") from e
 
 
-def _parameters(path: Path, where: str, raw: Any, known: set[str]) -> dict[str, Any]:
+def _parameters(path: Path, where: str, raw: Any, known: Mapping[str, Option]) -> dict[str, Any]:
   """Parameters as settings of ours: filters become regexes."""
   if raw is None:
     return {}
   if not isinstance(raw, dict):
     raise UserError(f"{path}: {where}: expected a mapping")
   _refuse_unknown(path, f"{where}.", {k: v for k, v in raw.items() if k in known or (k, v) not in _WITHOUT_EFFECT},
-                  known | _IDLE)
-  return {key: (_flag if key in _FLAGS else _setting)(path, f"{where}.{key}", value)
+                  known.keys() | _IDLE)
+  return {key: (_flag if known[key].kind == "flag" else _setting)(path, f"{where}.{key}", value)
           for key, value in raw.items() if key in known}
 
 
@@ -140,11 +136,13 @@ def _setting(path: Path, where: str, value: Any) -> Any:
     raise UserError(f"{path}: {where}={value!r}: expected a number, a list of numbers, or a list of filters") from e
 
 
-def _inherit(path: Path, key: str, index: int, own: Any, shared: Any) -> Any:
+def _inherit(path: Path, option: Option, index: int, own: Any, shared: Any) -> Any:
   """A model's own setting; where its filters do not fit, the recipe's; then the default."""
-  default = _DEFAULTS.get(key)
+  # Recipes leave nothing out but densities, which are 1 then.
+  default = {"density": 1.0, "weight": None}.get(option.key, option.default)
+  default = None if default is REQUIRED else default
   if own is None and shared is None and default is None:
-    raise UserError(f"{path}: models[{index}].parameters.{key} is missing")
+    raise UserError(f"{path}: models[{index}].parameters.{option.key} is missing")
   patterns: dict[str, Any] = {}
   for setting in (own, shared, default):
     if setting is not None:

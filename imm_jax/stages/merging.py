@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 
 from imm_jax import distributed, evaluation, files
-from imm_jax.merging import checkpoint, masks, methods
+from imm_jax.merging import checkpoint, masks, registry
 from imm_jax.merging.trees import Setting
 from imm_jax.model import folder, hf
 from imm_jax.run import Model, Run
@@ -186,9 +186,9 @@ def _merge(config: ml_collections.ConfigDict, source: checkpoint.CheckpointSourc
            outputs: Sequence[tuple[Setting, Path]]) -> None:
   """Merges with each weight; all of them drop the same entries."""
   key = jax.random.fold_in(jax.random.key(config.seed), round_)
-  method, options = methods.imm, {"drop_rate": config.merge.drop_rate}
+  method, options = registry.METHODS["imm"], {"drop_rate": config.merge.drop_rate}
   if models.importance:
-    method, options = methods.iimm, options | {"importance": files.read_json(models.importance)["layers"]}
+    method, options = registry.METHODS["iimm"], options | {"importance": files.read_json(models.importance)["layers"]}
   checkpoint.merge(source, [checkpoint.Output(out, method(source, base_weight=weight, **options))
                             for weight, out in outputs], key=np.asarray(masks.key_words(key)))
   for _, out in outputs:

@@ -1,0 +1,40 @@
+"""`dare`, the mask alone."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imm_jax.merging import kernels, masks
+from imm_jax.merging.kernels import Numbers, Shared, Tensors
+from imm_jax.merging.options import Option, Settings
+from imm_jax.merging.registry import Scalars, method
+from imm_jax.merging.statistics import Source
+
+
+def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
+  def scalars(name: str) -> Scalars:
+    steps = masks.drop_steps(settings.of("drop_rate", name), name)
+    return {"gain": np.float32(masks.STEPS / (masks.STEPS - steps)), "steps": np.uint32(steps),
+            "code": masks.tensor_code(name)}
+
+  known = {name: scalars(name) for name in source.names}
+  return known.__getitem__, {}
+
+
+@method("delta", reference="https://arxiv.org/abs/2311.03099", prepare=_prepare, draws=True, gradients="masks", options=(
+    Option("drop_rate", "p, the share that is dropped", low=0, high=1, below=True),))
+def dare(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
+  """Drops entries of a delta at random and rescales the rest, so that its mean stays (DARE, eq. 1-2).
+
+  m ~ Bernoulli(p), delta' = (1 - m) * delta / (1 - p), with p quantised to 1/65536.
+
+  >>> import jax.numpy as jnp
+  >>> kept = dare({"w": jnp.ones((64, 64))}, drop_rate=0.5, key=jax.random.key(0))["w"]
+  >>> sorted(set(kept.ravel().tolist()))
+  [0.0, 2.0]
+  """
+  delta, = tensors
+  dropped = kernels.dropped(delta.shape, numbers["code"], numbers["steps"], shared)
+  return jnp.where(dropped, 0.0, delta * numbers["gain"])

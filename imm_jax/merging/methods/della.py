@@ -1,0 +1,97 @@
+"""`della` and `della_linear`, which drop small entries more often than large ones."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imm_jax.merging import deltas, kernels, masks
+from imm_jax.merging.kernels import Numbers, Shared, Tensors
+from imm_jax.merging.options import Option, Settings
+from imm_jax.merging.registry import method
+from imm_jax.merging.statistics import Source
+
+OPTIONS = (deltas.WEIGHTS, deltas.DENSITIES, Option(
+    "epsilons", "half the range of probabilities; density - epsilon and density + epsilon lie between 0 and 1", 0.15,
+    per_model=True, low=0, high=1, key="epsilon"), deltas.SCALE, deltas.NORMALIZE, deltas.RESCALE)
+PAPER = "https://arxiv.org/abs/2406.11617"
+
+
+def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
+  ranges: dict[str, dict[str, np.ndarray]] = {}
+  for name in source.names:
+    densities, epsilons = settings.each("densities", name), settings.each("epsilons", name)
+    for d, e in zip(densities, epsilons, strict=True):
+      if not (d == 1 or (d - e > 0 and d + e < 1)):
+        raise ValueError(f"densities, epsilons: {d:g} and {e:g} at {name!r}; expected 0 < density - epsilon and "
+                         "density + epsilon < 1, or a density of 1")
+    spread = [0.0 if d == 1 else e for d, e in zip(densities, epsilons, strict=True)]
+    ranges[name] = {"least": np.array(densities, np.float32) - np.array(spread, np.float32),
+                    "range": 2 * np.array(spread, np.float32)}
+  extra = lambda name: {**ranges[name], "code": masks.tensor_code(name)}
+  return deltas.prepare(source, settings, extra, ("normalize", "rescale"))
+
+
+def _steps(numbers: Numbers, shared: Shared) -> Callable[[jax.Array, int], jax.Array]:
+  """How often, in 65536, each entry is dropped."""
+
+  def steps(vector: jax.Array, i: int) -> jax.Array:
+    kept = numbers["least"][i] + kernels.pin(numbers["range"][i] * _mean_ranks(vector), shared)
+    return jnp.clip(jnp.rint((1 - kept) * masks.STEPS), 0, masks.STEPS - 1).astype(jnp.uint32)
+
+  return steps
+
+
+def _mean_ranks(vector: jax.Array) -> jax.Array:
+  """Where each magnitude stands in its row, from 0 to 1; equal ones share their mean rank."""
+  bits = kernels.magnitude_bits(vector).reshape(*vector.shape[:2], -1) if vector.ndim > 2 else (
+      kernels.magnitude_bits(vector))
+  count = bits.shape[-1]
+  at = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), bits.shape)
+  axis = bits.ndim - 1
+  if bits.ndim < 2 or count < 2:  # scalars
+    return jnp.zeros(vector.shape, jnp.float32)
+  ordered, order = jax.lax.sort((bits, at), dimension=axis, num_keys=1)
+  new = jnp.concatenate([jnp.ones_like(bits[..., :1], bool), ordered[..., 1:] != ordered[..., :-1]], axis)
+  last = jnp.concatenate([new[..., 1:], jnp.ones_like(new[..., :1])], axis)
+  low = jax.lax.cummax(jnp.where(new, at, 0), axis)
+  high = jax.lax.cummin(jnp.where(last, at, count), axis, reverse=True)
+  _, rank = jax.lax.sort((order, low + high), dimension=axis, num_keys=1)
+  return (rank.astype(jnp.float32) / (2 * (count - 1))).reshape(vector.shape)
+
+
+@method("base", "models", reference=PAPER, prepare=_prepare, draws=True, gradients="masks", whole="row", options=tuple(
+    dataclasses.replace(o, default=True) if o.name == "normalize" else o for o in OPTIONS))
+def della(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool, rescale: bool) -> jax.Array:
+  """Drops small entries more often than large ones, then elects signs and averages (DELLA).
+
+  Within a row of n entries the one of rank r (0 the smallest magnitude) stays with the probability
+  density - epsilon + 2 epsilon r / (n - 1), and is divided by it; a tensor of one axis is one row. Equal magnitudes
+  share their mean rank; probabilities are quantised to 1/65536. A density of 1 keeps everything. Model i draws its
+  masks with `fold_in(key, i)`.
+
+  >>> import jax.numpy as jnp
+  >>> merged = della({"w": jnp.zeros(1000)}, [{"w": jnp.arange(1000.)}], weights=1, densities=0.5, epsilons=0.4,
+  ...                key=jax.random.key(0), rescale=False)["w"]
+  >>> int((merged[:500] != 0).sum()) < 200, int((merged[500:] != 0).sum()) > 300
+  (True, True)
+  """
+  thin = deltas.at_random(numbers, shared, rescale=rescale, steps_of=_steps(numbers, shared))
+  return deltas.combine(tensors, numbers, shared, thin=thin, normalize=normalize, elect=True)
+
+
+@method("base", "models", reference=PAPER, options=OPTIONS, prepare=_prepare, draws=True, gradients="masks", whole="row")
+def della_linear(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool, rescale: bool) -> jax.Array:
+  """Task arithmetic on what DELLA leaves of task vectors; see `della`.
+
+  >>> import jax.numpy as jnp
+  >>> merged = della_linear({"w": jnp.zeros(1000)}, [{"w": jnp.ones(1000)}], weights=1, densities=0.5,
+  ...                       key=jax.random.key(0))["w"]
+  >>> sorted(set(merged.tolist()))
+  [0.0, 2.0]
+  """
+  thin = deltas.at_random(numbers, shared, rescale=rescale, steps_of=_steps(numbers, shared))
+  return deltas.combine(tensors, numbers, shared, thin=thin, normalize=normalize)

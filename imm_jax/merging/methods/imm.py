@@ -1,0 +1,97 @@
+"""`imm`, the paper's merge of a round, and `iimm`, with a scale for every layer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imm_jax.merging import kernels, masks
+from imm_jax.merging.kernels import Numbers, Shared, Tensors
+from imm_jax.merging.options import Option, Settings
+from imm_jax.merging.registry import Scalars, method
+from imm_jax.merging.statistics import Source
+from imm_jax.merging.trees import count_layers, layer_of
+
+BASE_WEIGHT = Option("base_weight", "a, the weight of the base", low=0, high=1, suggested=0.5)
+DROP_RATE = Option("drop_rate", "DARE's p, the share that is dropped", low=0, high=1, below=True, suggested=0.2)
+
+
+def _prepare(source: Source, settings: Settings, shares: np.ndarray | None = None) -> tuple[Any, dict[str, Any]]:
+  def scalars(name: str) -> Scalars:
+    steps = masks.drop_steps(settings.of("drop_rate", name), name)
+    layer = layer_of(name)
+    share = 1.0 if shares is None or layer is None else shares[layer]
+    return {"base_weight": settings.of("base_weight", name), "steps": np.uint32(steps), "code": masks.tensor_code(name),
+            "gain": np.float32(share * masks.STEPS / (masks.STEPS - steps))}
+
+  # All of them at once: a value that cannot work ends the merge before it begins.
+  known = {name: scalars(name) for name in source.names}
+  return known.__getitem__, {"draw": any(s["steps"] for s in known.values())}
+
+
+def _prepare_layers(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
+  return _prepare(source, settings, _shares(settings["importance"], source.names))
+
+
+def _shares(importance: Sequence[float], names: Sequence[str]) -> np.ndarray:
+  """N I_n / sum(I) for every layer (IIMM, eq. 7)."""
+  try:
+    scores = np.asarray(importance, np.float64)
+  except (TypeError, ValueError):
+    scores = np.zeros(())
+  if scores.ndim != 1 or not np.isfinite(scores).all() or (scores < 0).any() or scores.sum() <= 0:
+    raise ValueError("importance: expected one finite score >= 0 for each layer, with a positive sum")
+  if len(scores) != count_layers(names):
+    raise ValueError(f"importance has {len(scores)} scores, but the names have {count_layers(names)} layers, such as "
+                     f"{names[-1] if names else 'none'}")
+  return scores * len(scores) / scores.sum()
+
+
+def _merge(tensors: Tensors, numbers: Numbers, shared: Shared, draw: bool) -> jax.Array:
+  base, start, tuned = tensors
+  weight, gain = numbers["base_weight"], numbers["gain"]
+  delta = kernels.pin((tuned - start) * gain, shared)
+  if draw:
+    delta = jnp.where(kernels.dropped(base.shape, numbers["code"], numbers["steps"], shared), 0.0, delta)
+  # A gain of 1 without drops takes `tuned` itself, for start + (tuned - start) need not be that in float32.
+  moved = jnp.where((gain == 1) & (numbers["steps"] == 0), tuned, start + delta)
+  merged = kernels.pin(weight * base, shared) + kernels.pin((1 - weight) * moved, shared)
+  return jnp.where(weight == 1, base, jnp.where(weight == 0, moved, merged))
+
+
+@method("base", "start", "tuned", options=(BASE_WEIGHT, DROP_RATE), prepare=_prepare, draws=True, gradients="masks")
+def imm(tensors: Tensors, numbers: Numbers, shared: Shared, *, draw: bool) -> jax.Array:
+  """Merges a tuned model with the base, in one pass (IMM, eq. 5 and 6).
+
+  delta = tuned - start; delta' = DARE(delta); merged = a * base + (1 - a) * (start + delta').
+
+  At a drop rate of 0 that is a * base + (1 - a) * tuned; a base weight of 1 or 0 gives the base or start + delta'
+  exactly.
+
+  >>> import jax.numpy as jnp
+  >>> merged = imm({"w": jnp.zeros(3)}, {"w": jnp.zeros(3)}, {"w": jnp.ones(3)}, base_weight=0.25, drop_rate=0.0,
+  ...              key=jax.random.key(0))
+  >>> merged["w"].tolist()
+  [0.75, 0.75, 0.75]
+  """
+  return _merge(tensors, numbers, shared, draw)
+
+
+@method("base", "start", "tuned", prepare=_prepare_layers, draws=True, gradients="masks", layers=True, options=(
+    BASE_WEIGHT, DROP_RATE, Option("importance", "I, [N] layer importance scores, not negative, with a positive sum",
+                                   kind="vector")))
+def iimm(tensors: Tensors, numbers: Numbers, shared: Shared, *, draw: bool) -> jax.Array:
+  """Merges as IMM does, with every layer's delta scaled by its importance (IIMM, eq. 7).
+
+  Layer n's delta' is multiplied by N * I_n / sum(I) before eq. 6; tensors outside the layers keep theirs.
+
+  >>> import jax.numpy as jnp
+  >>> tree = lambda x: {"layers": [{"w": jnp.full(2, x)}, {"w": jnp.full(2, x)}]}
+  >>> merged = iimm(tree(0.), tree(0.), tree(1.), base_weight=0., drop_rate=0., importance=[1., 3.],
+  ...               key=jax.random.key(0))
+  >>> [layer["w"].tolist() for layer in merged["layers"]]
+  [[0.5, 0.5], [1.5, 1.5]]
+  """
+  return _merge(tensors, numbers, shared, draw)

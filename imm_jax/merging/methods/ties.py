@@ -1,0 +1,48 @@
+"""`ties`, which trims, elects a sign, and averages what agrees."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from imm_jax.merging import deltas
+from imm_jax.merging.kernels import Numbers, Shared, Tensors
+from imm_jax.merging.options import Settings
+from imm_jax.merging.registry import method
+from imm_jax.merging.statistics import Source
+
+
+def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
+  # Trimmed over the whole model; where densities differ by tensor, over those with the same one.
+  densities = {name: settings.each("densities", name) for name in source.names}
+  group_of = {name: list(enumerate(each)) for name, each in densities.items()}
+  sizes: dict[Any, int] = {}
+  for name, groups in group_of.items():
+    for group in groups:
+      sizes[group] = sizes.get(group, 0) + source.size(name)
+  bands = {group: _largest(size, group[1]) for group, size in sizes.items()}
+  return deltas.prepare(source, settings, deltas.limits(source, bands, group_of, source.names))
+
+
+def _largest(size: int, density: float) -> tuple[int, int]:
+  """Ranks of the share of largest magnitudes: at least one entry of a density that is not 0."""
+  return (size - max(1, int(density * size)) if density > 0 else size), size - 1
+
+
+@method("base", "models", reference="https://arxiv.org/abs/2306.01708", prepare=_prepare, gradients="masks", options=(
+    dataclasses.replace(deltas.WEIGHTS, default=1.0), deltas.DENSITIES, deltas.SCALE,
+    dataclasses.replace(deltas.NORMALIZE, default=True)))
+def ties(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool) -> jax.Array:
+  """Trims, elects a sign, and averages what agrees (TIES).
+
+  Of every task vector the `density` share of largest magnitudes stays, counted over the whole model (entries equal to
+  the least one that stays, stay too; where densities differ by tensor, tensors of equal density are counted together).
+  Entry by entry the sign of sum_i w_i d_i is elected, a sum of 0 counting as positive; the weighted mean of the
+  vectors with that sign, times `scale`, is added to the base.
+
+  >>> import jax.numpy as jnp
+  >>> base, a, b = jnp.zeros(4), jnp.array([4., -3., 1., 0.]), jnp.array([2., 5., 1., 0.])
+  >>> ties({"w": base}, [{"w": a}, {"w": b}], densities=0.5)["w"].tolist()
+  [3.0, 5.0, 0.0, 0.0]
+  """
+  return deltas.combine(tensors, numbers, shared, thin=deltas.by_magnitude(numbers), normalize=normalize, elect=True)
