@@ -135,7 +135,7 @@ def theirs(name: str, dtype: str, folder: Path) -> dict:
 
 def through_vllm(name: str, dtype: str, folder: Path) -> dict:
   """Seconds and tokens of a vLLM server that this package starts."""
-  from imm_jax.sampling import vllm
+  from imm_jax.sampling.vllm import sampler as vllm
 
   work = _vllm_work(name, dtype, folder)
   args = [f"--{key.replace('_', '-')}={value}" for key, value in work["engine"].items() if not isinstance(value, bool)]
@@ -156,7 +156,7 @@ def offline_vllm(name: str, dtype: str, folder: Path) -> dict:
   """Seconds and tokens of vLLM alone."""
   work = folder / "work.json"
   work.write_text(json.dumps(_vllm_work(name, dtype, folder)))
-  from imm_jax.sampling.vllm_server import environment
+  from imm_jax.sampling.vllm.server import environment
 
   done = subprocess.run([_VLLM.value, Path(__file__).with_name("vllm_offline.py"), work], capture_output=True,
                         text=True, check=False, env=environment(_VLLM.value, os.environ))
@@ -177,7 +177,7 @@ def _vllm_prompts(name: str, folder: Path) -> list[list]:
 
 def _vllm_work(name: str, dtype: str, folder: Path) -> dict:
   """What both ways to vLLM are given."""
-  from imm_jax.sampling import vllm
+  from imm_jax.sampling.vllm import sampler as vllm
 
   _, ends = workload(name, folder, 0)
   (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends or None}))

@@ -9,7 +9,12 @@ from pathlib import Path
 import ml_collections
 from absl import app, flags, logging
 
+from imm_jax import compilation
 from imm_jax.errors import PreemptedError, UserError
+
+_KEPT = flags.DEFINE_string(
+    "compilation_cache", "auto", "The folder where compiled programs are kept for later runs, or off; auto: what "
+    "JAX_COMPILATION_CACHE_DIR says, else imm_jax in the user's cache folder.")
 
 
 def run(main: Callable[[], None]) -> None:
@@ -38,6 +43,7 @@ def run(main: Callable[[], None]) -> None:
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # INFO is libraries talking to themselves
     try:
+      compilation.keep(_KEPT.value)
       main()
       sys.stdout.flush()
     except UserError as e:

@@ -14,14 +14,14 @@ from imm_jax.merging import quantise_drop_rate
 from imm_jax.methods import METHODS, draws, merging, method_of
 from imm_jax.model import attention
 from imm_jax.model.decoder import REMAT
-from imm_jax.sampling.vllm_client import Server
+from imm_jax.sampling.engines import ENGINES
+from imm_jax.sampling.vllm.client import Server
 from imm_jax.stages import lm_eval_tasks, questions
 from imm_jax.tasks import prompts, protocols, sources
 from imm_jax.training import throughput
 
 INTERVENTIONS = ("none", "gradient_decay", "gradient_clipping", "weight_masking")
 DTYPES = ("bfloat16", "float32")
-SAMPLERS = ("native", "vllm")
 # Keys that say how a run is computed, not what: they may change between two starts of it.
 HOW = ("mesh", "profile", "sft.accumulation", "sft.attention", "sft.log_every", "sft.max_to_keep", "sft.remat",
        "sft.save_interval", "sft.state_dir", "sampler.vllm")
@@ -30,7 +30,7 @@ _ONE_OF = {"method": tuple(METHODS), "task.kind": ("number", "latex", "choice"),
            "eval.protocol": protocols.NAMES,
            "sft.schedule": ("cosine", "linear", "constant"), "sft.intervention": INTERVENTIONS,
            "sft.compute_dtype": DTYPES, "sft.remat": tuple(REMAT), "sft.attention": attention.BACKENDS,
-           "sample.compute_dtype": DTYPES, "sampler.kind": SAMPLERS, "merge.delta_ref": ("start", "base")}
+           "sample.compute_dtype": DTYPES, "sampler.kind": tuple(ENGINES), "merge.delta_ref": ("start", "base")}
 _AT_LEAST_ONE = ("rounds", "sample.num_samples", "sample.max_new_tokens", "sample.batch_size", "sft.epochs",
                  "sft.global_batch", "sft.accumulation", "sft.row_length", "sft.log_every", "sft.save_interval",
                  "sft.max_to_keep", "eval.max_new_tokens", "eval.batch_size", "merge.auto.questions",

@@ -29,8 +29,8 @@ from imm_jax.errors import UserError
 from imm_jax.model import folder, hf, hub, sharding
 from imm_jax.model.tokenization import encode_continuation, encode_prompt
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.sampling import Completion, Prompt, parts
-from imm_jax.sampling.native import NativeSampler
+from imm_jax.sampling import Completion, Prompt
+from imm_jax.sampling.native import NativeSampler, parts
 from imm_jax.scoring import Request, Score, Scorer, encode_text
 from imm_jax.scoring.requests import continuing, prefix_id
 from imm_jax.stages import kept

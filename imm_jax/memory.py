@@ -13,7 +13,7 @@ from imm_jax.methods import draws, method_of
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
 from imm_jax.model.sharding import batch_parts, for_decoding, param_sharding, path_name, spec_of
-from imm_jax.sampling import decode, native
+from imm_jax.sampling.native import decode, sampler as native
 from imm_jax.scoring import likelihood
 from imm_jax.stages import questions
 from imm_jax.training import step

@@ -16,6 +16,9 @@ from merge_folders import models, write
 
 import imm_jax
 
+# Commands that tests start leave nothing in the user's cache folder.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+
 try:
   import torch
   torch.set_num_threads(1)  # for models this small its threads wait for each other, and for the other worker's

@@ -11,7 +11,7 @@ import pytest
 from imm_jax.aot.hlo import Instruction, Module
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import init_params, unstack_layers
-from imm_jax.sampling import decode
+from imm_jax.sampling.native import decode
 
 LAYERS, ROWS = 3, 8
 CONFIG = ModelConfig(vocab_size=1000, hidden_size=96, intermediate_size=160, num_layers=LAYERS, num_heads=4,

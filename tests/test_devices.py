@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from imm_jax.model import hf, hub, safetensors, sharding
-from imm_jax.sampling import Prompt, native
-from imm_jax.sampling.native import NativeSampler
+from imm_jax.sampling import Prompt
+from imm_jax.sampling.native import NativeSampler, sampler as native
 
 CONFIG = {"model_type": "llama", "hidden_act": "silu", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
           "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4,

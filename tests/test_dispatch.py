@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from imm_jax.errors import UserError
-from imm_jax.sampling.dispatch import Dispatcher
-from imm_jax.sampling.vllm_client import Server, ServerError
+from imm_jax.sampling.vllm.client import Server, ServerError
+from imm_jax.sampling.vllm.dispatch import Dispatcher
 
 
 def test_an_error_of_the_asking_itself_ends_the_iteration() -> None:

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from imm_jax.sampling import decode
+from imm_jax.sampling.native import decode
 
 # Ids 6 and 7 stand for those past the tokenizer's; they are the likeliest.
 LOGITS = np.array([1.3, -0.4, 2.1, 0.2, 1.1, -1.5, 4.0, 3.0], np.float32)

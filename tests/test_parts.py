@@ -7,8 +7,9 @@ import pytest
 
 from configs import tiny
 from imm_jax.model import hub
-from imm_jax.sampling import Completion, Prompt, parts
-from imm_jax.stages import evaluating, sampling
+from imm_jax.sampling import Completion, Prompt
+from imm_jax.sampling.native import NativeSampler, parts
+from imm_jax.stages import evaluating
 
 PROMPTS = [Prompt(f"q{i}", f"What is {i} + 1?") for i in range(37)]
 
@@ -59,17 +60,17 @@ def test_an_evaluation_that_was_killed_comes_to_the_same(tmp_path: Path, monkeyp
   config.task.ood, config.task.eval_questions, config.eval.batch_size = ("groups",), 12, 2
   evaluate = lambda name: evaluating.evaluate(config, hub.resolve("tiny"), tmp_path / "scratch", tmp_path / name,
                                               label="tiny")
-  expected, calls, own = evaluate("whole"), [], sampling.NativeSampler.generate
+  expected, calls, own = evaluate("whole"), [], NativeSampler.generate
   for path in (tmp_path / "scratch").iterdir():
     path.unlink()
 
-  def generate(self: sampling.NativeSampler, *args: Any, **options: Any) -> list[list[Completion]]:
+  def generate(self: NativeSampler, *args: Any, **options: Any) -> list[list[Completion]]:
     calls.append(options["label"])
     if len(calls) == 4:
       raise KeyboardInterrupt
     return own(self, *args, **options)
 
-  monkeypatch.setattr(sampling.NativeSampler, "generate", generate)
+  monkeypatch.setattr(NativeSampler, "generate", generate)
   with pytest.raises(KeyboardInterrupt):
     evaluate("killed")
   assert evaluate("again") == expected

@@ -13,7 +13,8 @@ import transformers
 from imm_jax.errors import UserError
 from imm_jax.model import hf, hub
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.sampling import Completion, Prompt, decode, native
+from imm_jax.sampling import Completion, Prompt
+from imm_jax.sampling.native import decode, sampler as native
 from imm_jax.tasks import arithmetic, prompts
 
 torch = pytest.importorskip("torch")

@@ -9,7 +9,8 @@ import pytest
 from imm_jax import errors
 from imm_jax.errors import UserError
 from imm_jax.model import hub
-from imm_jax.sampling import Prompt, native
+from imm_jax.sampling import Prompt
+from imm_jax.sampling.native import sampler as native
 
 TINY = hub.resolve("tiny")
 ASKED = [Prompt("question", "Tom has 3 apples.")]

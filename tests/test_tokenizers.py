@@ -22,7 +22,8 @@ from imm_jax.model import hub
 from imm_jax.model.tokenization import decode_continuation, encode_continuation, encode_prompt
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.model.tokenizer_check import check_tokenizer
-from imm_jax.sampling import Prompt, completions, native
+from imm_jax.sampling import Prompt, completions
+from imm_jax.sampling.native import sampler as native
 from imm_jax.stages import tuning
 from imm_jax.tasks import prompts
 

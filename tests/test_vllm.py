@@ -13,9 +13,9 @@ from fake_vllm import END, FakeVllm, _Handler, tokens_of
 
 from imm_jax.errors import UserError
 from imm_jax.model import folder as checkpoint, hf, hub
-from imm_jax.sampling import Completion, Prompt, completions, vllm
-from imm_jax.sampling.dispatch import Dispatcher
-from imm_jax.sampling.vllm import VllmSampler
+from imm_jax.sampling import Completion, Prompt, completions
+from imm_jax.sampling.vllm import VllmSampler, sampler as vllm
+from imm_jax.sampling.vllm.dispatch import Dispatcher
 
 TINY = hub.resolve("tiny")
 TOKENIZER, EOS = completions.load(TINY, 568)
@@ -261,3 +261,12 @@ def test_a_full_disk_ends_it_with_one_line_and_the_journal_is_whole(
 def test_nothing_asked_is_nothing_done(fake: FakeVllm) -> None:
   assert _sample(fake, prompts=[]) == []
   assert not fake.seen
+
+
+def test_a_journal_that_is_whole_starts_no_server(fake: FakeVllm, tmp_path: Path) -> None:
+  journal = tmp_path / "journal.jsonl"
+  rows = _sample(fake, journal=journal)
+  with VllmSampler(TINY, python="/no/such/python", compute_dtype="float32", start=False) as sampler:
+    assert sampler.generate(PROMPTS, **OPTIONS, journal=journal) == rows
+    with pytest.raises(UserError, match="/no/such/python: no such program"):
+      sampler.generate(PROMPTS, **{**OPTIONS, "seed": 4}, journal=journal)

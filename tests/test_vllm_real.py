@@ -26,11 +26,11 @@ from configs import tiny
 from imm_jax import loop
 from imm_jax.errors import UserError
 from imm_jax.model import folder as checkpoint, hf, hub
-from imm_jax.sampling import Completion, Prompt, freshness, supervisor, vllm_check
+from imm_jax.sampling import Completion, Prompt
 from imm_jax.sampling.native import NativeSampler
-from imm_jax.sampling.vllm import VllmSampler
-from imm_jax.sampling.vllm_client import Server
-from imm_jax.sampling.vllm_server import SpawnedServer
+from imm_jax.sampling.vllm import VllmSampler, check as vllm_check, freshness, supervisor
+from imm_jax.sampling.vllm.client import Server
+from imm_jax.sampling.vllm.server import SpawnedServer
 from imm_jax.stages import questions
 from imm_jax.tasks import arithmetic, prompts
 

@@ -14,10 +14,9 @@ import pytest
 
 from imm_jax.errors import UserError
 from imm_jax.model import hub
-from imm_jax.sampling import supervisor, vllm_check, vllm_server
-from imm_jax.sampling.vllm import VllmSampler
-from imm_jax.sampling.vllm_client import Server
-from imm_jax.sampling.vllm_server import SpawnedServer
+from imm_jax.sampling.vllm import VllmSampler, check as vllm_check, server as vllm_server, supervisor
+from imm_jax.sampling.vllm.client import Server
+from imm_jax.sampling.vllm.server import SpawnedServer
 
 TINY = hub.resolve("tiny")
 
@@ -109,7 +108,7 @@ def test_a_server_that_never_gets_healthy_is_reported_and_ended(python: str, tmp
 @pytest.mark.parametrize("killed", ["parent", "supervisor"])
 def test_a_server_ends_when_who_watches_it_is_killed(python: str, tmp_path: Path, killed: str) -> None:
   log = tmp_path / "vllm.log"
-  program = (f"import pathlib, time\nfrom imm_jax.sampling.vllm_server import SpawnedServer\n"
+  program = (f"import pathlib, time\nfrom imm_jax.sampling.vllm.server import SpawnedServer\n"
              f"s = SpawnedServer({python!r}, pathlib.Path({str(TINY)!r}), dtype='float32', "
              f"log=pathlib.Path({str(log)!r}))\nprint(s._process.pid, flush=True)\ntime.sleep(600)")
   with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:

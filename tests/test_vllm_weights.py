@@ -10,8 +10,8 @@ from test_vllm import OPTIONS, PROMPTS, TINY, _quick, _sample, fake, other, plai
 
 from imm_jax.errors import UserError
 from imm_jax.model import folder as checkpoint, hf
-from imm_jax.sampling import Completion, freshness
-from imm_jax.sampling.vllm import VllmSampler
+from imm_jax.sampling import Completion
+from imm_jax.sampling.vllm import VllmSampler, freshness
 
 
 def test_servers_reload_in_the_order_that_leaves_no_old_keys_and_values(fake: FakeVllm, other: FakeVllm) -> None:  # noqa: F811

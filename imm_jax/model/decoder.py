@@ -23,7 +23,7 @@ from flax import nnx
 from imm_jax.model import attention, rope
 from imm_jax.model.attention import Attend
 from imm_jax.model.config import ModelConfig
-from imm_jax.model.products import dot
+from imm_jax.model.products import dot, weights_first
 
 Params = dict[str, Any]
 # What the backward pass keeps of each layer: all activations, the results of its products with weights, what attention
@@ -243,11 +243,12 @@ class Decoder(nnx.Module):
     seen = functools.partial(attention.masked, mask=(slots <= positions[:, None])[:, None])
     rope = self._rope(positions[:, None])
     x, new_caches = self._embed(tokens[:, None]), []
-    for layer, cache in zip(self.layers, caches, strict=True):
-      change, cache = layer(x.astype(compute_dtype), rope, seen, cache, positions)
-      x += change
-      new_caches.append(cache)
-    return self._head(self._final(x[:, 0], compute_dtype)), new_caches
+    with weights_first():
+      for layer, cache in zip(self.layers, caches, strict=True):
+        change, cache = layer(x.astype(compute_dtype), rope, seen, cache, positions)
+        x += change
+        new_caches.append(cache)
+      return self._head(self._final(x[:, 0], compute_dtype)), new_caches
 
   def _embed(self, tokens: jax.Array) -> jax.Array:
     return _times(jnp.take(self.embed_tokens.weight[...], tokens, axis=0).astype(jnp.float32),
@@ -307,13 +308,16 @@ def _times(x: jax.Array, factor: float) -> jax.Array:
 
 def _put(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
   """cache [B, K, S, h] with new [B, K, 1, h] at [b, :, slots[b]]."""
-  update = jax.vmap(lambda row, values, slot: jax.lax.dynamic_update_slice_in_dim(row, values, slot, axis=1))
-  return jax.lax.bitcast_convert_type(update(as_bits(cache), as_bits(new), slots), cache.dtype)
+  rows = jnp.arange(cache.shape[0])
+  return scatter(cache, lambda old, new: old.at[rows, :, slots].set(new[:, :, 0], mode="promise_in_bounds"), new)
 
 
-def as_bits(x: jax.Array) -> jax.Array:
-  """The same bits as unsigned integers: on CPU XLA would widen a bfloat16 scatter to float32, and the whole array."""
-  return jax.lax.bitcast_convert_type(x, jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32)
+def scatter(old: jax.Array, put: Callable[..., jax.Array], new: jax.Array) -> jax.Array:
+  """`put(old, new)`, of bfloat16 as integers: on CPU XLA would widen a scatter to float32, and the whole array."""
+  if old.dtype.itemsize > 2:
+    return put(old, new)
+  bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16)
+  return jax.lax.bitcast_convert_type(put(bits(old), bits(new)), old.dtype)
 
 
 def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -13,6 +13,7 @@ from imm_jax.model.blockwise import precision
 # Terms of a sum that `short_sums` leaves together.
 _PART = 192
 _short: contextvars.ContextVar[bool] = contextvars.ContextVar("short_sums", default=False)
+_weights_first: contextvars.ContextVar[bool] = contextvars.ContextVar("weights_first", default=False)
 
 
 @contextlib.contextmanager
@@ -29,6 +30,21 @@ def short_sums() -> Iterator[None]:
     yield
   finally:
     _short.reset(token)
+
+
+@contextlib.contextmanager
+def weights_first() -> Iterator[None]:
+  """Has what is traced in this block multiply W by rows, in place of rows by W, where that is faster: on CPUs.
+
+  Their library copies its right operand into another order at each call. For the few rows of a decoding step that is
+  much beside the product itself, unless the rows are that operand: of SmolLM2-135M's weights, 8 rows take 0.65 times
+  the processor time, 32 rows 0.8, 128 rows 0.93.
+  """
+  token = _weights_first.set(True)
+  try:
+    yield
+  finally:
+    _weights_first.reset(token)
 
 
 def dot(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
@@ -74,13 +90,22 @@ def _project(x: jax.Array, weight: jax.Array) -> jax.Array:
   """x [..., in] times W [out, in] transposed, in float32."""
   length, last = x.shape[-1], x.ndim - 1
   if not _short.get() or x.dtype != jnp.float32:
-    return _contract(x, weight, last, 1)
+    rows_first = lambda x, weight: _contract(x, weight, last, 1)
+    if not _weights_first.get():
+      return rows_first(x, weight)
+    return jax.lax.platform_dependent(x, weight, cpu=_weight_by_rows, default=rows_first)
   parts = [_contract(jax.lax.slice_in_dim(x, begin, min(begin + _PART, length), axis=last),
                      jax.lax.slice_in_dim(weight, begin, min(begin + _PART, length), axis=1), last, 1)
            for begin in range(0, length, _PART)]
   while len(parts) > 1:  # in pairs, so that this sum is short too
     parts = [sum(parts[i + 1:i + 2], parts[i]) for i in range(0, len(parts), 2)]
   return parts[0]
+
+
+def _weight_by_rows(x: jax.Array, weight: jax.Array) -> jax.Array:
+  """`_project` as W x^T; the barriers keep XLA from swapping the operands back."""
+  rows = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
+  return jax.lax.optimization_barrier(_contract(weight, rows, 1, 0)).T.reshape(*x.shape[:-1], -1)
 
 
 def _contract(a: jax.Array, b: jax.Array, a_dims: int | tuple[int, ...], b_dims: int | tuple[int, ...]) -> jax.Array:

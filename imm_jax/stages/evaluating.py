@@ -101,7 +101,7 @@ def _joined(found: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
   return {key: value | more[key] for key, value in found.items()}
 
 
-def greedy(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Sampler, entry: str,
+def greedy(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Generate, entry: str,
            examples: Sequence[Example], *, label: str) -> tuple[list[dict[str, Any]], int]:
   """Greedy answers to questions of a task, by its entry in the config, with verdicts (empty but on process 0), and how
   many questions do not fit."""
@@ -129,7 +129,7 @@ def _asked(config: ml_collections.ConfigDict, model: Path, entry: str, examples:
                                      shots=questions.shots_of(config, entry), prompt=protocol.prompt)
 
 
-def _samples(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Sampler, entry: str,
+def _samples(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Generate, entry: str,
              examples: Sequence[Example], *, label: str) -> list[dict[str, Any]]:
   settings = config.eval
   if not settings.num_samples:

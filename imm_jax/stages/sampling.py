@@ -1,36 +1,32 @@
 """Sampled answers with verdicts."""
 
 import contextlib
-import importlib.util
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 
 from imm_jax import distributed, files
 from imm_jax.errors import UserError
-from imm_jax.model import folder, hf, sharding
+from imm_jax.model import hf
 from imm_jax.model.tokenization import encode_prompt
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.run import Model, Run
 from imm_jax.rundir import Stage
-from imm_jax.sampling import Completion, Prompt, parts, vllm_server
-from imm_jax.sampling.native import NativeSampler
-from imm_jax.sampling.vllm import VllmSampler
+from imm_jax.sampling import Completion, Prompt, engines
 from imm_jax.stages import questions
-from imm_jax.stages.devices import mesh_of, starts_server
+from imm_jax.stages.devices import mesh_of
 from imm_jax.tasks import prompts, protocols
 from imm_jax.tasks.base import Example
 from imm_jax.tasks.judge import Judge
 
 # Questions of a task that are looked at before a run.
 _LOOKED_AT = 100
-# `generate` of a sampler: (prompts, options) -> completions, which count on process 0 alone.
-Sampler = Callable[..., list[list[Completion]]]
+# `Sampler.generate` with a journal: (prompts, options) -> completions, which count on process 0 alone.
+Generate = Callable[..., list[list[Completion]]]
+check_sampler = engines.check
 
 
 def stage(run: Run, model: Model, round_: int) -> Stage:
@@ -92,47 +88,14 @@ def write_shots(config: ml_collections.ConfigDict, out: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def sampler_of(config: ml_collections.ConfigDict, model: Path, batch_size: int, scratch: Path) -> Iterator[Sampler]:
+def sampler_of(config: ml_collections.ConfigDict, model: Path, batch_size: int, scratch: Path) -> Iterator[Generate]:
   """A sampler of a model, as the config has it.
 
-  The native one runs in every process, on its own devices, with a share of the prompts; vLLM is asked by process 0. In
-  the folder `scratch` lie by label the samples that have come, from which a killed run goes on, and vLLM's log.
+  In the folder `scratch` lie by label the samples that have come, from which a killed run goes on.
   """
-  journal_of = lambda label: scratch / f"{re.sub(r'[^A-Za-z0-9]+', '_', label)}.jsonl"
-  if config.sampler.kind == "native":
-    sampler = NativeSampler(model, compute_dtype=config.sample.compute_dtype, batch_size=batch_size,
-                            mesh=sharding.own_devices(mesh_of(config)))
-    digest = f"{folder.digest(model)} in {config.sample.compute_dtype}" if distributed.is_main() else ""
-    yield lambda asked, *, label, **options: parts.generate(
-        sampler.generate, asked, journal=journal_of(label), model=digest, rows=batch_size, label=label, **options)
-    return
-  if not distributed.is_main():
-    yield lambda asked, **options: []
-    return
-  vllm = config.sampler.vllm
-  spawns = starts_server(config)
-  with VllmSampler(
-      model, python=(vllm.python or sys.executable) if spawns else "", urls=vllm.urls, args=vllm.args,
-      restart=vllm.restart, compute_dtype=config.sample.compute_dtype, concurrency=vllm.concurrency,
-      timeout=vllm.timeout, start_timeout=vllm.start_timeout, tolerance=vllm.tolerance, log=scratch / "vllm.log",
-      mesh=None if spawns else sharding.own_devices(mesh_of(config))) as sampler:
+  with engines.opened(config, model, batch_size=batch_size, scratch=scratch, mesh=lambda: mesh_of(config)) as sampler:
     yield lambda asked, *, label, **options: sampler.generate(
-        asked, label=label, journal=journal_of(label), **options)
-
-
-def check_sampler(config: ml_collections.ConfigDict) -> None:
-  """Raises UserError when a vLLM server that the config asks for cannot be started."""
-  if not starts_server(config):
-    return
-  if config.sampler.vllm.python:
-    vllm_server.check_has_vllm(config.sampler.vllm.python)
-  elif not getattr(importlib.util.find_spec("vllm"), "origin", None):  # a folder of that name is no package
-    raise UserError("config.sampler.kind=vllm, and this Python has no vLLM: give --config.sampler.vllm.python=PROGRAM, "
-                    "the python of an environment that has it, or --config.sampler.vllm.urls, servers that run "
-                    "elsewhere, or sample without vLLM: --config.sampler.kind=native")
-  if jax.process_count() > 1:
-    raise UserError(f"config.sampler.kind=vllm in a run of {jax.process_count()} processes needs servers on other "
-                    "hosts (--config.sampler.vllm.urls): these have the accelerators")
+        asked, label=label, journal=scratch / f"{re.sub(r'[^A-Za-z0-9]+', '_', label)}.jsonl", **options)
 
 
 def fitting(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Example], *, limit: str, what: str,

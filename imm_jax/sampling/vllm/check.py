@@ -6,8 +6,8 @@ import subprocess
 from absl import flags
 
 from imm_jax.errors import UserError
-from imm_jax.sampling import vllm_server
-from imm_jax.sampling.vllm_client import Server, ServerError
+from imm_jax.sampling.vllm import server as vllm_server
+from imm_jax.sampling.vllm.client import Server, ServerError
 
 _CHECK = flags.DEFINE_bool("check", False, "Say which vLLM is there; all that this program does.")
 _PYTHON = flags.DEFINE_string("python", "", "The python of an environment with vLLM, as in sampler.vllm.python.")

@@ -15,8 +15,8 @@ from typing import IO
 
 from imm_jax import progress
 from imm_jax.errors import UserError
-from imm_jax.sampling import supervisor
-from imm_jax.sampling.vllm_client import Server, ServerError
+from imm_jax.sampling.vllm import supervisor
+from imm_jax.sampling.vllm.client import Server, ServerError
 
 _POLL_S = 0.5
 _EARLIER_S = 90.0

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from imm_jax.errors import UserError
-from imm_jax.sampling.vllm_client import Server, ServerError, TimedOutError
+from imm_jax.sampling.vllm.client import Server, ServerError, TimedOutError
 
 _Request = TypeVar("_Request")
 _Answer = TypeVar("_Answer")

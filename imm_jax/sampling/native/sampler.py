@@ -23,7 +23,8 @@ from imm_jax.errors import say_once
 from imm_jax.model import hf, sharding
 from imm_jax.model.decoder import LayerCache
 from imm_jax.model.tokenization import decode_continuation, known_ids
-from imm_jax.sampling import Completion, Prompt, completions, decode
+from imm_jax.sampling import Completion, Prompt, completions
+from imm_jax.sampling.native import decode
 
 # Steps between looks at the text while stop strings are asked for.
 _STOP_CHECK_EVERY = 16

@@ -20,8 +20,8 @@ from imm_jax.errors import UserError
 from imm_jax.model import hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import LayerCache, Params, bind
-from imm_jax.sampling import decode
-from imm_jax.sampling.vllm_client import NEUTRAL, Generated, Server, ServerError
+from imm_jax.sampling.native import decode
+from imm_jax.sampling.vllm.client import NEUTRAL, Generated, Server, ServerError
 
 PROMPTS, TOKENS = 4, 16
 _PAD = 64  # prompts' length to a multiple of this: few shapes are compiled

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from imm_jax.model.config import ModelConfig
-from imm_jax.model.decoder import LayerCache, Params, as_bits, bind
+from imm_jax.model.decoder import LayerCache, Params, bind, scatter
 from imm_jax.model.sharding import cache_sharding
 
 
@@ -85,11 +85,8 @@ def _start(state: State, logits: jax.Array, lengths: jax.Array, sources: jax.Arr
 @functools.partial(jax.jit, static_argnames="static", donate_argnames="layer")
 def _join(layer: LayerCache, new: LayerCache, sources: jax.Array, rows: jax.Array, *, static: Static) -> LayerCache:
   length = min(new[0].shape[2], layer[0].shape[2])  # what lies beyond is padding
-
-  def put(cache: jax.Array, new: jax.Array) -> jax.Array:
-    merged = as_bits(cache).at[rows, :, :length].set(as_bits(new[sources, :, :length]), mode="drop")
-    return jax.lax.bitcast_convert_type(merged, cache.dtype)
-
+  put = lambda cache, new: scatter(cache, lambda old, new: old.at[rows, :, :length].set(new, mode="drop"),
+                                   new[sources, :, :length])
   return _placed({"caches": jax.tree.map(put, layer, new)}, static)["caches"]
 
 

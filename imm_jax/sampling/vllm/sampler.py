@@ -1,12 +1,7 @@
-"""Sampling with vLLM, which runs in processes, environments or hosts of its own.
-
-    python -m imm_jax.sampling.vllm --check --python=/path/to/venv/bin/python
-    python -m imm_jax.sampling.vllm --check --urls=http://host:8000,http://other:8000
-
-says whether a usable vLLM is there, and which.
-"""
+"""The sampler that asks vLLM servers."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -27,11 +22,12 @@ from imm_jax import progress
 from imm_jax.errors import UserError
 from imm_jax.model import folder as checkpoint, hf
 from imm_jax.model.tokenization import known_ids
-from imm_jax.sampling import Completion, Prompt, completions, freshness
-from imm_jax.sampling.dispatch import Dispatcher, none_left
+from imm_jax.sampling import Completion, Prompt, completions
 from imm_jax.sampling.journal import Journal
-from imm_jax.sampling.vllm_client import NEUTRAL, Generated, Server, ServerError
-from imm_jax.sampling.vllm_server import SpawnedServer
+from imm_jax.sampling.vllm import freshness
+from imm_jax.sampling.vllm.client import NEUTRAL, Generated, Server, ServerError
+from imm_jax.sampling.vllm.dispatch import Dispatcher, none_left
+from imm_jax.sampling.vllm.server import SpawnedServer
 
 # Seeds of a question at a temperature are consecutive; the questions' lie at least so far apart.
 _SEED_STEP = 1 << 12
@@ -51,7 +47,7 @@ class VllmSampler:
   def __init__(self, folder: str | Path, *, python: str = "", urls: Sequence[str] = (), args: Sequence[str] = (),
                restart: str = "", compute_dtype: str = "bfloat16", concurrency: int = 256, timeout: float = 1800.0,
                start_timeout: float = 1800.0, tolerance: float = 0.0, log: str | Path = "vllm.log",
-               mesh: Mesh | None = None):
+               mesh: Mesh | None = None, start: bool = True):
     """Starts a server, or has those elsewhere reload; returns when they can answer.
 
     Args:
@@ -68,6 +64,7 @@ class VllmSampler:
         rounding to `compute_dtype` explains (`freshness.TOLERANCES`).
       log: a file that gets what a server that is started says.
       mesh: of this process's own devices, for the check of the servers' weights; None takes the CPU.
+      start: False leaves the start to the first call of `generate` that has something to ask.
 
     Raises:
       ValueError: for an argument out of range.
@@ -92,23 +89,35 @@ class VllmSampler:
     self._digest = checkpoint.digest(self._folder)
     self._servers: list[Server] = []
     self._out: dict[Server, str] = {}  # those that are not used any more, and why
-    try:
-      if python:
-        self._servers = [SpawnedServer(python, self._folder, dtype=compute_dtype, args=args, log=Path(log),
-                                       connections=concurrency, timeout=timeout)]
-        self._servers[0].wait(start_timeout)
-      else:
-        self._servers = [Server(url, connections=concurrency, timeout=timeout) for url in urls]
-        if restart:
-          _restart(restart, self._folder, start_timeout)
-          self._use(lambda server: _await(server, start_timeout))
-        else:
-          self._use(lambda server: self._reload(server, start_timeout))
-          self._earlier = {server: _last_loaded[server.url] for server in self._usable() if server.url in _last_loaded}
-          _last_loaded.update((server.url, self._folder.resolve()) for server in self._usable())
-    except BaseException:
-      self.close()
-      raise
+    self._start = functools.partial(self._begin, python, urls, args, restart, timeout, start_timeout, Path(log))
+    if start:
+      self._begin_once()
+
+  def _begin_once(self) -> None:
+    begin, self._start = self._start, None
+    if begin:
+      try:
+        begin()
+      except BaseException:
+        self.close()
+        raise
+
+  def _begin(self, python: str, urls: Sequence[str], args: Sequence[str], restart: str, timeout: float,
+             start_timeout: float, log: Path) -> None:
+    """Has servers that answer; see `__init__`."""
+    if python:
+      self._servers = [SpawnedServer(python, self._folder, dtype=self._dtype, args=args, log=log,
+                                     connections=self._concurrency, timeout=timeout)]
+      self._servers[0].wait(start_timeout)
+      return
+    self._servers = [Server(url, connections=self._concurrency, timeout=timeout) for url in urls]
+    if restart:
+      _restart(restart, self._folder, start_timeout)
+      self._use(lambda server: _await(server, start_timeout))
+    else:
+      self._use(lambda server: self._reload(server, start_timeout))
+      self._earlier = {server: _last_loaded[server.url] for server in self._usable() if server.url in _last_loaded}
+      _last_loaded.update((server.url, self._folder.resolve()) for server in self._usable())
 
   def __enter__(self) -> "VllmSampler":
     return self
@@ -172,8 +181,10 @@ class VllmSampler:
       for i, done in earlier.items():
         put(requests[i], done)
       left = [(i, request) for i, request in enumerate(requests) if i not in earlier]
-      if left and not self._usable():
-        raise UserError(none_left(self._out))
+      if left:
+        self._begin_once()
+        if not self._usable():
+          raise UserError(none_left(self._out))
       self._check_versions(journal)
       if left and not self._checked:
         self._check(list({request.prompt: request.ids for _, request in left}.values()), max_new_tokens)
@@ -227,7 +238,7 @@ class VllmSampler:
 
   def _check_versions(self, journal: Path | None) -> None:
     """Raises UserError when a server elsewhere has other weights by now; what the journal holds is then dropped."""
-    if self._restarted or isinstance(self._servers[0], SpawnedServer):
+    if self._restarted or not self._servers or isinstance(self._servers[0], SpawnedServer):
       return
     for server in self._usable():
       try:
@@ -324,13 +335,3 @@ def _await(server: Server, timeout: float) -> None:
       if time.monotonic() > end:
         raise
       time.sleep(_POLL_S)
-
-
-if __name__ == "__main__":
-  from absl import flags
-
-  from imm_jax import cli
-  from imm_jax.sampling import vllm_check
-
-  flags.adopt_module_key_flags(vllm_check)
-  cli.run(vllm_check.main)

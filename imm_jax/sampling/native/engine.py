@@ -1,0 +1,43 @@
+"""The native sampler as an engine of a run: every process has a share of the prompts, on its own devices."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from jax.sharding import Mesh
+
+from imm_jax import distributed
+from imm_jax.model import folder, sharding
+from imm_jax.sampling import Completion, Prompt, Sampler
+from imm_jax.sampling.native import parts
+from imm_jax.sampling.native.sampler import NativeSampler
+
+
+class Shared:
+  """A native sampler in each process, which fulfils `Sampler` for all of them together."""
+
+  def __init__(self, sampler: NativeSampler, *, digest: str, rows: int):
+    """`digest` is that of the model's folder and the compute dtype, on process 0; `rows` are decoded at once."""
+    self._sampler, self._digest, self._rows = sampler, digest, rows
+
+  def generate(self, prompts: Sequence[Prompt], *, journal: Path, label: str = "sample", **options: Any,
+               ) -> list[list[Completion]]:
+    """See `Sampler.generate`; the completions count on process 0 alone."""
+    return parts.generate(self._sampler.generate, prompts, journal=journal, model=self._digest, rows=self._rows,
+                          label=label, **options)
+
+
+@contextlib.contextmanager
+def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, scratch: Path,
+           mesh: Callable[[], Mesh]) -> Iterator[Sampler]:
+  """See `engines`."""
+  del scratch
+  dtype = config.sample.compute_dtype
+  sampler = NativeSampler(model, compute_dtype=dtype, batch_size=batch_size, mesh=sharding.own_devices(mesh()))
+  yield Shared(sampler, digest=f"{folder.digest(model)} in {dtype}" if distributed.is_main() else "", rows=batch_size)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """It can run wherever jax can."""

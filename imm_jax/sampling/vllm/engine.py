@@ -1,0 +1,61 @@
+"""vLLM as an engine of a run: process 0 asks a server that it starts, or those that run elsewhere."""
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from imm_jax import distributed
+from imm_jax.errors import UserError
+from imm_jax.model import sharding
+from imm_jax.sampling import Completion, Prompt, Sampler
+from imm_jax.sampling.vllm import server
+from imm_jax.sampling.vllm.sampler import VllmSampler
+
+
+class _Elsewhere:
+  """What processes other than the first have: they ask nothing."""
+
+  def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[list[Completion]]:
+    """See `Sampler.generate`."""
+    del prompts, options
+    return []
+
+
+@contextlib.contextmanager
+def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, scratch: Path,
+           mesh: Callable[[], Mesh]) -> Iterator[Sampler]:
+  """See `engines`; in `scratch` is vLLM's log. Rows at once are vLLM's own affair."""
+  del batch_size
+  if not distributed.is_main():
+    yield _Elsewhere()
+    return
+  vllm = config.sampler.vllm
+  spawns = not vllm.urls
+  with VllmSampler(
+      model, python=(vllm.python or sys.executable) if spawns else "", urls=vllm.urls, args=vllm.args,
+      restart=vllm.restart, compute_dtype=config.sample.compute_dtype, concurrency=vllm.concurrency,
+      timeout=vllm.timeout, start_timeout=vllm.start_timeout, tolerance=vllm.tolerance, log=scratch / "vllm.log",
+      mesh=None if spawns else sharding.own_devices(mesh()), start=False) as sampler:
+    yield sampler
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises UserError when a server that is to be started here cannot be."""
+  if config.sampler.vllm.urls:
+    return
+  if config.sampler.vllm.python:
+    server.check_has_vllm(config.sampler.vllm.python)
+  elif not getattr(importlib.util.find_spec("vllm"), "origin", None):  # a folder of that name is no package
+    raise UserError("config.sampler.kind=vllm, and this Python has no vLLM: give --config.sampler.vllm.python=PROGRAM, "
+                    "the python of an environment that has it, or --config.sampler.vllm.urls, servers that run "
+                    "elsewhere, or sample without vLLM: --config.sampler.kind=native")
+  if jax.process_count() > 1:
+    raise UserError(f"config.sampler.kind=vllm in a run of {jax.process_count()} processes needs servers on other "
+                    "hosts (--config.sampler.vllm.urls): these have the accelerators")
