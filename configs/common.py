@@ -92,7 +92,15 @@ def get_config() -> ml_collections.ConfigDict:
   # alpha of eq. 6, the weight of the base [paper]; table 3's alpha is 1 - base_weight. A number; a list over the
   # layers, first to last; or auto: chosen in each round on questions that are held out (merge.auto).
   merge.base_weight = config_dict.FieldReference(0.5, field_type=object)
-  merge.drop_rate = 0.2  # DARE's p [code]
+  merge.drop_rate = 0.2  # DARE's p [code]; 1 - p is the density of methods that have one, unless options say another
+  # Any method of `imm_jax.merging` (ties, slerp, model_stock, ...) in place of the method's own; `base_weight` then is
+  # the weight of the base in a mean, or 1 minus the scale of what is added to the base.
+  merge.method = ""
+  merge.options = options = ml_collections.ConfigDict()  # of that method; None for its default
+  for name in ("alpha", "beta", "densities", "eps", "epsilons", "filter_wise", "flatten", "gammas", "max_iter",
+               "normalize", "normalize_weights", "r", "rescale", "row_wise", "scale", "scope", "select_topk", "t",
+               "threshold", "tol", "weights"):
+    options[name] = config_dict.FieldReference(None, field_type=object)
   merge.delta_ref = "start"  # delta = tuned - start of the round (eq. 5), or tuned - "base" [code]
   merge.sweep = ()  # more base weights that are merged and evaluated beside, and lead nowhere
   merge.auto = auto = ml_collections.ConfigDict()

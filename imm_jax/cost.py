@@ -8,7 +8,7 @@ import ml_collections
 
 from imm_jax.hardware import peak_flops
 from imm_jax.memory import count_params
-from imm_jax.methods import draws, method_of
+from imm_jax.methods import draws, merge_method, method_of
 from imm_jax.model.config import ModelConfig
 from imm_jax.stages import questions
 from imm_jax.tasks import protocols
@@ -66,7 +66,7 @@ def work(config: ml_collections.ConfigDict, record: Mapping[str, Any]) -> Work:
     answered = 1 + sum(questions.measure_of(config, entry) == "answer" for entry in auto.general)
     tried = config.rounds * (len(auto.weights) + 2 * auto.groups) * auto.questions * answered
   evaluated = (models * tests * (1 + config.eval.num_samples) + tried) * min(length, config.eval.max_new_tokens)
-  passes = config.sft.epochs + (method.merge == "iimm") + (config.sft.intervention == "weight_masking")
+  passes = config.sft.epochs + (merge_method(config) == "iimm") + (config.sft.intervention == "weight_masking")
   shots = config.prompt.few_shot * (ASSUMED["question"] + length)
 
   def asks(entry: str) -> float:

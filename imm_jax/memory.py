@@ -9,7 +9,7 @@ import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
 from imm_jax import resident
-from imm_jax.methods import draws, method_of
+from imm_jax.methods import draws, merge_method, method_of
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
 from imm_jax.model.sharding import batch_parts, for_decoding, param_sharding, path_name, spec_of
@@ -204,7 +204,7 @@ def peaks(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, exp
              "dtype": jnp.dtype(sft.compute_dtype), "attention": expected.attention}
   temporaries = step_temporaries(model, mesh, **options)
   found.append(Peak("SFT", {"weights and moments": state_bytes(model, mesh), **temporaries}))
-  if config.analysis.examples or method_of(config).merge == "iimm":
+  if config.analysis.examples or merge_method(config) == "iimm":
     found.append(Peak("importance", {"weights and sums": 8 * _on_device(model, mesh),
                                      **step_temporaries(model, mesh, sums=True, **options)}))
   if _platform(mesh) != "cpu":

@@ -39,6 +39,14 @@ METHODS = {
                            data="mixture"),
     "data_accumulation": Method("star on all samples so far", "Gerstgrasser et al. 2024, arXiv 2404.01413",
                                 data="accumulation"),
+    "rest_em": Method("SFT of the base, in every round, on the last model's right samples",
+                      "ReST-EM: Singh et al. 2023, arXiv 2312.06585", start="base"),
+    "wise_ft": Method("star; each round's model is also merged with the base, by a mean, and never handed on, so that "
+                      "the last one is star merged once at the end", "Wortsman et al. 2021, arXiv 2109.01903",
+                      merge="wise_ft"),
+    "lines": Method("SFT on right samples, the change scaled by a factor that is linear in depth",
+                    "LiNeS: Wang et al. 2024, arXiv 2410.17146; round after round is ours", merge="lines",
+                    hands_on="merged"),
     "real": Method("SFT on real worked answers", "the paper, figure 9", data="worked"),
 }
 
@@ -46,6 +54,11 @@ METHODS = {
 def method_of(config: ml_collections.ConfigDict) -> Method:
   """The record of a config's method."""
   return METHODS[config.method]
+
+
+def merge_method(config: ml_collections.ConfigDict) -> str:
+  """The merging method of each round, `merge.method` or the method's own; empty where nothing is merged."""
+  return method_of(config).merge and (config.merge.method or method_of(config).merge)
 
 
 def merging() -> list[str]:

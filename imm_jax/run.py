@@ -42,6 +42,11 @@ class Run(NamedTuple):
     return methods.method_of(self.config)
 
   @property
+  def merges(self) -> str:
+    """The merging method of each round; empty for none."""
+    return methods.merge_method(self.config)
+
+  @property
   def draws(self) -> bool:
     """Whether answers are sampled to train on."""
     return methods.draws(self.config)

@@ -51,7 +51,7 @@ class Round(NamedTuple):
 
 def stage(run: Run, start: Model, sampler: Model | None, round_: int) -> Stage:
   """The analysis of a round, from the model that it started from and the one that sampled, if any did."""
-  here, merge = f"round_{round_}", run.method.merge
+  here, merge = f"round_{round_}", run.merges
   inputs = [run.base.stage, start.stage, f"{here}/train.jsonl", f"{here}/sft"]
   inputs += [f"{here}/merged"] * bool(merge) + [f"{here}/importance.json"] * (merge == "iimm")
   inputs += [sampler.stage, f"{here}/samples.jsonl"] if sampler else []

@@ -1,8 +1,7 @@
 """Merging of a round's model with the base (eq. 5 to 7)."""
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +10,14 @@ import ml_collections
 import numpy as np
 
 from imm_jax import distributed, evaluation, files
+from imm_jax.errors import UserError
 from imm_jax.merging import checkpoint, masks, registry
 from imm_jax.merging.trees import Setting
+from imm_jax.methods import merge_method, method_of
 from imm_jax.model import folder, hf
 from imm_jax.run import Model, Run
 from imm_jax.rundir import Stage
-from imm_jax.stages import analysing, devices, evaluating, likelihood, questions, sampling
+from imm_jax.stages import analysing, devices, evaluating, likelihood, merge_options, questions, sampling
 
 
 class Models(NamedTuple):
@@ -25,13 +26,13 @@ class Models(NamedTuple):
   Attributes:
     base: folder of the base model.
     start: of the model that the round started from.
-    tuned: of what SFT made of it.
+    tuned: of what SFT made of it, in this round and, before it, in those before.
     importance: the file with the layers' importance, or None for equal shares.
   """
 
   base: Path
   start: Path
-  tuned: Path
+  tuned: Sequence[Path]
   importance: Path | None
 
 
@@ -47,14 +48,18 @@ def stages(run: Run, start: Model, tuned: Model, train: str, round_: int) -> lis
   """
   config, here = run.config, f"round_{round_}"
   found: list[Stage] = []
-  inputs = [run.base.stage, start.stage, tuned.stage]
-  importance = f"{here}/importance.json" if run.method.merge == "iimm" else ""
-  models = Models(run.base.folder, start.folder, tuned.folder, run.root / importance if importance else None)
+  several = registry.METHODS[run.merges].least > 1
+  tuned = [*(run.model(f"round_{t}/sft") for t in range(round_) if several), tuned]
+  inputs = [run.base.stage, start.stage, *(model.stage for model in tuned)]
+  importance = f"{here}/importance.json" if run.merges == "iimm" else ""
+  models = Models(run.base.folder, start.folder, [model.folder for model in tuned],
+                  run.root / importance if importance else None)
+  settings = run.settings("seed") | {"merge": merge_options.settings_of(config)}
   if importance:
     found.append(analysing.importance_stage(run, start, train, importance))
     inputs.append(importance)
   if config.merge.sweep:
-    found.append(Stage(f"{here}/sweep", tuple(inputs), run.settings("seed", "merge"),
+    found.append(Stage(f"{here}/sweep", tuple(inputs), settings | run.settings("merge.sweep"),
                        f"base weights {config.merge.sweep}", lambda out, _: sweep(config, models, round_, out)))
     found += [evaluating.stage(run, Model(run.root / here / "sweep" / f"{weight:g}", f"{here}/sweep"),
                                f"{here}/eval/sweep_{weight:g}", round_) for weight in config.merge.sweep]
@@ -62,15 +67,24 @@ def stages(run: Run, start: Model, tuned: Model, train: str, round_: int) -> lis
   if config.merge.base_weight == "auto":
     name = f"{here}/base_weight.json"
     chosen = run.root / name
-    found.append(Stage(name, (*inputs, "train questions"), run.settings(
-        *questions.settings_of_round(config), "merge", *evaluating.ANSWERING), _plan_choice(config),
+    found.append(Stage(name, (*inputs, "train questions"), settings | run.settings(
+        *questions.settings_of_round(config), "merge.auto", *evaluating.ANSWERING), _plan_choice(config),
         lambda out, _: choose_weight(config, models, round_, run.scratch(name), out), everywhere=True,
         scratch=str(run.scratch(name))))
     inputs.append(name)
-  found.append(Stage(f"{here}/merged", tuple(inputs), run.settings("seed", "merge"),
-                     f"base_weight {config.merge.base_weight}, drop_rate {config.merge.drop_rate}",
-                     lambda out, _: merge(config, models, round_, chosen, out)))
+  found.append(Stage(f"{here}/merged", tuple(inputs), settings | run.settings("merge.base_weight"),
+                     _plan(config, models), lambda out, _: merge(config, models, round_, chosen, out)))
   return [*found, evaluating.stage(run, run.model(f"{here}/merged"), f"{here}/eval/merged", round_)]
+
+
+def _plan(config: ml_collections.ConfigDict, models: Models) -> str:
+  name = merge_method(config)
+  if not merge_options.models_of(registry.METHODS[name], **_folders(config, models)):
+    return f"the tuned model, for {name} merges several"
+  own = "" if name == method_of(config).merge else f"{name}, "
+  weight = f"base_weight {config.merge.base_weight}" if merge_options.has_strength(name) else ""
+  thins = {"drop_rate", "densities"} & registry.METHODS[name].by_option.keys()
+  return own + ", ".join(filter(None, (weight, f"drop_rate {config.merge.drop_rate}" if thins else ""))) or name
 
 
 def _plan_choice(config: ml_collections.ConfigDict) -> str:
@@ -83,16 +97,17 @@ def merge(config: ml_collections.ConfigDict, models: Models, round_: int, weight
           ) -> dict[str, Any]:
   """Merges with the base weight of the config, or with the one that `choose_weight` has written: an HF checkpoint."""
   weight = files.read_json(weight_file)["base_weight"] if weight_file else _setting(config.merge.base_weight)
-  with _source(config, models) as source:
-    _merge(config, source, models, round_, [(weight, out)])
+  _merge(config, models, round_, [(weight, out)])
+  name = merge_method(config)
+  if name not in ("imm", "iimm"):
+    return {"method": name} | ({"base_weight": weight} if merge_options.has_strength(name) else {})
   return {"base_weight": weight, "drop_rate": config.merge.drop_rate}
 
 
 def sweep(config: ml_collections.ConfigDict, models: Models, round_: int, out: Path) -> dict[str, Any]:
   """Merges with each weight of `config.merge.sweep`, reading once: a folder with a checkpoint for each."""
   out.mkdir()
-  with _source(config, models) as source:
-    _merge(config, source, models, round_, [(weight, out / f"{weight:g}") for weight in config.merge.sweep])
+  _merge(config, models, round_, [(weight, out / f"{weight:g}") for weight in config.merge.sweep])
   return {"base_weights": list(config.merge.sweep)}
 
 
@@ -119,8 +134,7 @@ def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int
     if distributed.is_main():
       files.remove(trial)
       scratch.mkdir(parents=True, exist_ok=True)
-      with _source(config, models) as source:
-        _merge(config, source, models, round_, [(weight, trial)])
+      _merge(config, models, round_, [(weight, trial)])
     distributed.barrier("merged on trial")
     label = f"round {round_}: base weight {len(tried) + 1}"
     rows: dict[str, list[dict[str, Any]]] = {"in_domain": [], "general": []}
@@ -175,24 +189,25 @@ def _by_layer(weights: Sequence[float], other: float, layers: int) -> dict[str, 
           for group, weight in zip(groups, weights, strict=False)} | {".*": other}
 
 
-@contextlib.contextmanager
-def _source(config: ml_collections.ConfigDict, models: Models) -> Iterator[checkpoint.CheckpointSource]:
-  start = models.base if config.merge.delta_ref == "base" else models.start
-  with checkpoint.CheckpointSource({"base": models.base, "start": start, "tuned": models.tuned}) as source:
-    yield source
-
-
-def _merge(config: ml_collections.ConfigDict, source: checkpoint.CheckpointSource, models: Models, round_: int,
-           outputs: Sequence[tuple[Setting, Path]]) -> None:
-  """Merges with each weight; all of them drop the same entries."""
-  key = jax.random.fold_in(jax.random.key(config.seed), round_)
-  method, options = registry.METHODS["imm"], {"drop_rate": config.merge.drop_rate}
-  if models.importance:
-    method, options = registry.METHODS["iimm"], options | {"importance": files.read_json(models.importance)["layers"]}
-  checkpoint.merge(source, [checkpoint.Output(out, method(source, base_weight=weight, **options))
-                            for weight, out in outputs], key=np.asarray(masks.key_words(key)))
+def _merge(config: ml_collections.ConfigDict, models: Models, round_: int, outputs: Sequence[tuple[Setting, Path]],
+           ) -> None:
+  """Merges with each weight, from one read; all of them drop the same entries."""
+  key, name = jax.random.fold_in(jax.random.key(config.seed), round_), merge_method(config)
+  found = merge_options.models_of(registry.METHODS[name], **_folders(config, models))
+  options = {out: merge_options.options_of(config, weight, models.importance) if found else {}
+             for weight, out in outputs}
+  try:
+    checkpoint.merge_folders(name if found else "passthrough", found or {"models[0]": models.tuned[-1]}, options,
+                             key=np.asarray(masks.key_words(key)))
+  except ValueError as e:
+    raise UserError(f"config.merge.method={name}: {e}") from e
   for _, out in outputs:
     folder.copy_side_files(models.base, out)
+
+
+def _folders(config: ml_collections.ConfigDict, models: Models) -> dict[str, Any]:
+  start = models.base if config.merge.delta_ref == "base" else models.start
+  return {"base": models.base, "start": start, "tuned": models.tuned}
 
 
 def _setting(value: Any) -> Setting:

@@ -1,0 +1,137 @@
+"""What a merging method gets in a round: which models, and which options for a weight of the base.
+
+`merge.base_weight` means the same to every method that has a strength, so that a sweep, a list over the layers and
+`auto` work with all of them: a mean gives the base that weight, and what is added to a base is scaled by the rest.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from imm_jax import files
+from imm_jax.errors import UserError, nearest
+from imm_jax.merging import registry
+from imm_jax.merging.trees import Setting
+from imm_jax.methods import merge_method
+
+# Options that say how far a merge goes from the base; `weights` do, too.
+_STRENGTHS: Mapping[str, Callable[[Setting], Setting]] = {
+    "base_weight": lambda weight: weight, "t": lambda weight: complement(weight),
+    "alpha": lambda weight: complement(weight)}
+# Of these `t` or `alpha` is something else.
+_OTHERWISE = ("nearswap", "lines", "ramplus_tl")
+
+
+def complement(weight: Setting) -> Setting:
+  """1 - weight, for each number of a setting.
+
+  >>> complement(0.25), complement([0.0, 1.0]), complement({"mlp": 0.5, ".*": [1.0, 0.5]})
+  (0.75, [1.0, 0.0], {'mlp': 0.5, '.*': [0.0, 0.5]})
+  """
+  if isinstance(weight, Mapping):
+    return {pattern: complement(value) for pattern, value in weight.items()}
+  return [1 - value for value in weight] if isinstance(weight, Sequence) else 1 - weight
+
+
+def has_strength(method: str) -> bool:
+  """Whether a base weight means something to a merging method."""
+  return _strength(registry.METHODS[method]) is not None
+
+
+def _strength(method: registry.Method) -> str | None:
+  names = method.by_option.keys() - (_STRENGTHS.keys() if method.name in _OTHERWISE else set())
+  return next((name for name in ("weights", *_STRENGTHS) if name in names), None)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises UserError for a merging method that a round cannot use, and for options that are not the method's."""
+  given = _given(config)
+  if config.merge.method and not merge_method(config):
+    raise UserError(f"config.merge.method={config.merge.method}: method={config.method} merges nothing")
+  if not merge_method(config):
+    if given:
+      raise UserError(f"config.merge.options.{next(iter(given))}: method={config.method} merges nothing")
+    return
+  known = {name: method for name, method in registry.on_disk().items() if "fishers" not in method.inputs
+           and method.most != 1}
+  name = merge_method(config)
+  if name not in known:
+    why = "is not for rounds; " if name in registry.METHODS else ""
+    raise UserError(f"config.merge.method={name!r}: {why}{nearest(name, [*known])}")
+  method = known[name]
+  for option, value in given.items():
+    if option not in method.by_option or option in ("base_weight", "drop_rate", "importance"):
+      raise UserError(f"config.merge.options.{option}: is no option of {name}; "
+                      f"{nearest(option, [o for o in method.by_option if o != 'importance'])}")
+    try:
+      for number in value if isinstance(value, tuple | list) else [value]:
+        method.by_option[option].check(number)
+    except ValueError as e:
+      raise UserError(f"config.merge.options.{e}") from e
+  for option in method.options:
+    if option.suggested is registry.REQUIRED and option.name not in {
+        *given, "densities", "drop_rate", "importance", _strength(method)}:
+      raise UserError(f"config.merge.options.{option.name}: merge.method={name} needs it ({option.help}; "
+                      f"{option.range})")
+  if not has_strength(name) and (config.merge.sweep or config.merge.base_weight == "auto"):
+    raise UserError(f"config.merge.method={name}: has no weight of the base, so merge.sweep and base_weight=auto mean "
+                    "nothing beside it")
+
+
+def models_of(method: registry.Method, *, base: Path, start: Path, tuned: Sequence[Path]) -> dict[str, Path] | None:
+  """The folders that a method merges, by label, in its order; None where there are too few of them yet.
+
+  Args:
+    method: the merging method.
+    base: the base model.
+    start: what the delta is counted from.
+    tuned: the tuned models of all rounds so far. A method that merges several models with a base gets all of them, the
+      others the last one.
+  """
+  own = {"base": base, "start": start, "tuned": tuned[-1], "other": tuned[-1]}
+  models = [*tuned] if method.least > 1 else [tuned[-1]]
+  models = models if "base" in method.inputs else [base, tuned[-1]]
+  if "models" in method.inputs and len(models) < method.least:
+    return None
+  found: dict[str, Path] = {}
+  for name in method.inputs:
+    if name == "models":
+      found |= {f"models[{i}]": model for i, model in enumerate(models)}
+    elif name in own:
+      found[name] = own[name]
+  return found
+
+
+def options_of(config: ml_collections.ConfigDict, weight: Setting, importance: Path | None) -> dict[str, Any]:
+  """The options of the config's merging method with a weight of the base."""
+  method, given = registry.METHODS[merge_method(config)], _given(config)
+  strength, result = _strength(method), {}
+  for option in method.options:
+    if option.name in given:
+      result[option.name] = given[option.name]
+    elif option.name == strength == "weights":
+      result["weights"] = complement(weight) if "base" in method.inputs else [weight, complement(weight)]
+    elif option.name == strength:
+      result[strength] = _STRENGTHS[strength](weight)
+    elif option.name == "drop_rate":
+      result["drop_rate"] = config.merge.drop_rate
+    elif option.name == "densities":
+      result["densities"] = 1 - config.merge.drop_rate
+    elif option.name == "importance":
+      result["importance"] = files.read_json(importance)["layers"]
+    elif option.suggested is not registry.REQUIRED:
+      result[option.name] = option.suggested
+  return result
+
+
+def settings_of(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """What of a config decides a merge, its base weight apart."""
+  merge = config.merge
+  return {"method": merge_method(config), "drop_rate": merge.drop_rate, "delta_ref": merge.delta_ref,
+          "options": _given(config)}
+
+
+def _given(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  return {name: value for name, value in config.merge.options.to_dict().items() if value is not None}
