@@ -23,8 +23,8 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
   return known.__getitem__, {}
 
 
-@method("delta", reference="https://arxiv.org/abs/2311.03099", prepare=_prepare, draws=True, gradients="masks", options=(
-    Option("drop_rate", "p, the share that is dropped", low=0, high=1, below=True),))
+@method("delta", reference="https://arxiv.org/abs/2311.03099", prepare=_prepare, draws=True, gradients="masks",
+        options=(Option("drop_rate", "p, the share that is dropped", low=0, high=1, below=True),))
 def dare(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
   """Drops entries of a delta at random and rescales the rest, so that its mean stays (DARE, eq. 1-2).
 

@@ -83,7 +83,8 @@ def della(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool
   return deltas.combine(tensors, numbers, shared, thin=thin, normalize=normalize, elect=True)
 
 
-@method("base", "models", reference=PAPER, options=OPTIONS, prepare=_prepare, draws=True, gradients="masks", whole="row")
+@method("base", "models", reference=PAPER, options=OPTIONS, prepare=_prepare, draws=True, gradients="masks",
+        whole="row")
 def della_linear(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool, rescale: bool) -> jax.Array:
   """Task arithmetic on what DELLA leaves of task vectors; see `della`.
 
