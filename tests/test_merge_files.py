@@ -22,24 +22,30 @@ OPTIONS = {
     "ties": {"weights": 1.0, "densities": 0.5}, "breadcrumbs": {"weights": 0.5, "densities": 0.6, "gammas": 0.1},
     "dare_linear": {"weights": 0.5, "densities": [0.5, 0.7, 0.2]}, "dare_ties": {"weights": 0.5, "densities": 0.5},
     "della": {"weights": 0.5, "densities": 0.5}, "model_stock": {}, "slerp": {"t": [0.2, 0.8]},
-    "imm": {"base_weight": 0.4, "drop_rate": 0.3}}
+    "imm": {"base_weight": 0.4, "drop_rate": 0.3}, "nuslerp": {"weights": [0.3, 0.9], "flatten": False},
+    "sce": {"select_topk": 0.5}, "arcee_fusion": {}, "karcher": {}, "multislerp": {"weights": 0.4},
+    "ramplus_tl": {"threshold": 0.05}, "breadcrumbs_ties": {"weights": 0.5, "densities": 0.6}}
 RANDOM = {"dare_linear", "dare_ties", "della", "imm"}
-COUNT = {"slerp": 2, "imm": 3}
+COUNT = {"slerp": 2, "arcee_fusion": 2, "nuslerp": 2, "imm": 3}
+# Without a base.
+PLAIN = {"linear", "karcher", "nuslerp"}
 
 
 def in_memory(method: str):
   trees, options = models(), dict(OPTIONS[method])
   if method in RANDOM:
     options["key"] = KEY
-  if method == "linear":
-    return merging.linear(trees, **options)
+  if method in PLAIN:
+    return getattr(merging, method)(trees[:COUNT.get(method, 4)], **options)
+  if method == "multislerp":
+    return merging.multislerp(trees[1:], base=trees[0], **options)
   if method == "imm":
     return merging.imm(*trees[:3], **options)
-  return getattr(merging, method)(trees[0], trees[1] if method == "slerp" else trees[1:], **options)
+  return getattr(merging, method)(trees[0], trees[1] if COUNT.get(method) == 2 else trees[1:], **options)
 
 
 def on_disk(folders: list[Path], out: Path, method: str, *, block: int, **options) -> dict[str, np.ndarray]:
-  labels = [f"models[{i}]" if method == "linear" or i else "base" for i in range(COUNT.get(method, 4))]
+  labels = [f"models[{i}]" if method in PLAIN or i else "base" for i in range(COUNT.get(method, 4))]
   models = dict(zip(labels, folders, strict=False))
   with checkpoint.CheckpointSource(models, block=block) as source:
     plan = registry.METHODS[method](source, **OPTIONS[method])
@@ -128,7 +134,6 @@ def test_a_recipe_of_mergekit_means_what_it_says(folders: list[Path], tmp_path: 
 
 @pytest.mark.parametrize(("change", "expected"), [
     (("merge_method: ties", "merge_method: tiess"), "merge_method='tiess': did you mean ties?"),
-    (("merge_method: ties", "merge_method: nuslerp"), "merge_method='nuslerp'"),
     (("base_model:", "base_modle:"), "base_modle is not supported; did you mean base_model?"),
     (("  lambda: 0.7", "  lamda: 0.7"), "parameters.lamda is not supported; did you mean lambda?"),
     (("  lambda: 0.7", "  t: 0.7"), "parameters.t is not supported"),

@@ -12,7 +12,7 @@ import numpy as np
 from imm_jax.merging import masks, trees
 from imm_jax.merging.kernels import Numbers
 from imm_jax.merging.registry import Method, Plan
-from imm_jax.merging.statistics import Statistic
+from imm_jax.merging.statistics import Statistic, rows_of
 from imm_jax.merging.trees import Leaf, PyTree
 
 
@@ -179,7 +179,10 @@ def _compiled_statistic(statistic: Statistic, axis: int | None, static: tuple[tu
   """The jitted statistic of one tensor of a leaf."""
 
   def compute(tensors: tuple[jax.Array, ...], arguments: Any, index: jax.Array) -> jax.Array:
-    return statistic([_one(jnp.asarray(t), axis, index) for t in tensors], **arguments, **dict(static))
+    found = [_one(jnp.asarray(t), axis, index) for t in tensors]
+    if dict(static).get("rows"):
+      found = [rows_of(t) for t in found]
+    return statistic(found, **arguments, **dict(static))
 
   def measure(tensors: tuple[jax.Array, ...], arguments: Any, index: jax.Array) -> jax.Array:
     return _unconstrained(compute, tensors[0], replicated=True)(tensors, arguments, index)

@@ -36,11 +36,16 @@ def quantise_drop_rate(drop_rate: float, name: str = "drop_rate") -> int:
   return steps
 
 
-def drop_steps(drop_rate: Any, tensor: str, name: str = "drop_rate") -> int:
-  """`quantise_drop_rate` of a tensor's rate; a ValueError for a traced one, since it decides which entries stay."""
-  if isinstance(drop_rate, jax.core.Tracer):
+def known(value: Any, name: str, tensor: str) -> Any:
+  """A setting that decides which entries of a tensor stay; raises ValueError for one that jax traces."""
+  if isinstance(value, jax.core.Tracer):
     raise ValueError(f"{name} at {tensor!r} is traced by jax, but it decides which entries stay: give a number")
-  return quantise_drop_rate(float(drop_rate), name)
+  return value
+
+
+def drop_steps(drop_rate: Any, tensor: str, name: str = "drop_rate") -> int:
+  """`quantise_drop_rate` of a tensor's rate."""
+  return quantise_drop_rate(float(known(drop_rate, name, tensor)), name)
 
 
 def tensor_code(name: str) -> np.uint32:

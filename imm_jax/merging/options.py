@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imm_jax.merging import masks
 from imm_jax.merging.statistics import Source
 from imm_jax.merging.trees import Setting, count_layers, resolve
 
@@ -152,10 +153,7 @@ class Settings:
     Raises:
       ValueError: for values traced by jax.
     """
-    values = self._values[option][tensor]
-    if any(isinstance(value, jax.core.Tracer) for value in values):
-      raise ValueError(f"{option} at {tensor!r} is traced by jax, but it decides which entries stay: give numbers")
-    return values
+    return [masks.known(value, option, tensor) for value in self._values[option][tensor]]
 
 
 def stack(values: Sequence[Any]) -> Any:

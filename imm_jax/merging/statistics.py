@@ -62,6 +62,11 @@ def models(tensors: Sequence[jax.Array]) -> list[jax.Array]:
   return list(tensors)
 
 
+def rows_of(tensor: jax.Array) -> jax.Array:
+  """[rows, columns] of one tensor; one of at most one axis is one row."""
+  return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:])) if tensor.ndim > 1 else tensor.reshape(1, -1)
+
+
 def namespace(*values: Any) -> Any:
   """numpy, or jax.numpy where any of these is jax's."""
   return jnp if any(isinstance(value, jax.Array) for value in values) else np
@@ -124,7 +129,8 @@ def magnitudes_of_rank(source: Source, ranks: Mapping[Any, np.ndarray], group_of
   if source.traced:
     parts: dict[tuple[Any, int], list[jax.Array]] = {}
     for name in names:
-      for i, (group, vector) in enumerate(zip(group_of[name], view(source.tensors(name)), strict=True)):
+      tensors = [rows_of(t) for t in source.tensors(name)] if rows else source.tensors(name)
+      for i, (group, vector) in enumerate(zip(group_of[name], view(tensors), strict=True)):
         parts.setdefault((group, i), []).append(kernels.magnitude_bits(vector).reshape(-1))
     return {key: jnp.sort(jnp.concatenate(found))[ranks[key[0]]] for key, found in parts.items()}
   static = {"view": view} | ({"rows": True} if rows else {})

@@ -7,36 +7,46 @@ import jax
 
 from imm_jax.merging import deltas
 from imm_jax.merging.kernels import Numbers, Shared, Tensors
-from imm_jax.merging.options import Settings
-from imm_jax.merging.registry import method
+from imm_jax.merging.options import Option, Settings
+from imm_jax.merging.registry import Scalars, method
 from imm_jax.merging.statistics import Source
 
 
 def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
-  # Trimmed over the whole model; where densities differ by tensor, over those with the same one.
   densities = {name: settings.each("densities", name) for name in source.names}
+
+  def band(size: int, density: float) -> tuple[int, int]:
+    """Ranks of the share of largest magnitudes: at least one entry of a density that is not 0."""
+    return (size - max(1, int(density * size)) if density > 0 else size), size - 1
+
+  if settings["scope"] == "tensor":
+
+    def limits(name: str) -> Scalars:  # of one tensor when it is due, so that not all are held
+      bands = {i: band(source.size(name), density) for i, density in enumerate(densities[name])}
+      return deltas.limits(source, bands, {name: list(bands)}, [name])(name)
+
+    return deltas.prepare(source, settings, limits)
+  # Where densities differ by tensor, over those with the same one.
   group_of = {name: list(enumerate(each)) for name, each in densities.items()}
   sizes: dict[Any, int] = {}
   for name, groups in group_of.items():
     for group in groups:
       sizes[group] = sizes.get(group, 0) + source.size(name)
-  bands = {group: _largest(size, group[1]) for group, size in sizes.items()}
+  bands = {group: band(size, group[1]) for group, size in sizes.items()}
   return deltas.prepare(source, settings, deltas.limits(source, bands, group_of, source.names))
-
-
-def _largest(size: int, density: float) -> tuple[int, int]:
-  """Ranks of the share of largest magnitudes: at least one entry of a density that is not 0."""
-  return (size - max(1, int(density * size)) if density > 0 else size), size - 1
 
 
 @method("base", "models", reference="https://arxiv.org/abs/2306.01708", prepare=_prepare, gradients="masks", options=(
     dataclasses.replace(deltas.WEIGHTS, default=1.0), deltas.DENSITIES, deltas.SCALE,
-    dataclasses.replace(deltas.NORMALIZE, default=True)))
+    dataclasses.replace(deltas.NORMALIZE, default=True),
+    Option("scope", "where the largest are counted; the paper counts them over the model", "tensor", "choice",
+           choices=("tensor", "model"))))
 def ties(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool) -> jax.Array:
   """Trims, elects a sign, and averages what agrees (TIES).
 
-  Of every task vector the `density` share of largest magnitudes stays, counted over the whole model (entries equal to
-  the least one that stays, stay too; where densities differ by tensor, tensors of equal density are counted together).
+  Of every task vector the `density` share of largest magnitudes stays, counted tensor by tensor (as mergekit does), or
+  with `scope="model"` over the whole model (as the paper does; where densities differ by tensor, over tensors of equal
+  density). Entries equal to the least one that stays, stay too.
   Entry by entry the sign of sum_i w_i d_i is elected, a sum of 0 counting as positive; the weighted mean of the
   vectors with that sign, times `scale`, is added to the base.
 

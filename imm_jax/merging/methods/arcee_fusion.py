@@ -1,0 +1,59 @@
+"""`arcee_fusion`, which takes only the changes that matter most."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imm_jax.merging import statistics
+from imm_jax.merging.kernels import Numbers, Shared, Tensors
+from imm_jax.merging.options import Settings
+from imm_jax.merging.registry import Scalars, method
+from imm_jax.merging.statistics import Source
+
+
+def _importance(tensors: Sequence[jax.Array]) -> list[jax.Array]:
+  """|difference| times the divergence KL(softmax(other) || softmax(base)) of its row."""
+  base, other = (jax.lax.stop_gradient(t) for t in tensors)
+  with jax.enable_x64(True):  # so that rows have one divergence wherever they are summed
+    p, q = (jax.nn.softmax(t.astype(jnp.float64), axis=-1) + 1e-8 for t in (other, base))
+    divergence = jnp.sum(p * jnp.log(p / q), axis=-1, keepdims=True).astype(jnp.float32)
+  return [jnp.abs(other - base) * divergence]
+
+
+def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
+  del settings
+
+  def scalars(name: str) -> Scalars:
+    ranks = np.array([int(np.float32(q) * (max(1, source.size(name)) - 1)) for q in (0.25, 0.5, 0.75)])
+    bits = statistics.magnitudes_of_rank(source, {0: ranks}, {name: [0]}, [name], view=_signed, rows=True)[0, 0]
+    xp = statistics.namespace(bits)
+    low, median, high = (jax.lax.bitcast_convert_type(bits, jnp.float32) if xp is jnp else bits.view(np.float32))
+    return {"threshold": median + np.float32(1.5) * (high - low)}
+
+  return scalars, {}
+
+
+def _signed(tensors: Sequence[jax.Array]) -> list[jax.Array]:
+  """The divergence of rounding may be a little below 0: as magnitudes it counts for 0."""
+  return [jnp.maximum(_importance(tensors)[0], 0.0)]
+
+
+@method("base", "other", reference="https://www.arcee.ai", prepare=_prepare, gradients="masks", whole="row")
+def arcee_fusion(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
+  """Takes of another model only the changes that matter most (Arcee Fusion).
+
+  An entry's importance is |other - base| times KL(softmax(other) || softmax(base)) over its row; those are taken whose
+  importance is at least median + 1.5 (third - first quartile) of the tensor's, all others stay the base's.
+
+  >>> import jax.numpy as jnp
+  >>> arcee_fusion({"w": jnp.zeros(5)}, {"w": jnp.array([0., .1, .1, .2, 3.])})["w"].tolist()
+  [0.0, 0.0, 0.0, 0.0, 3.0]
+  """
+  del shared
+  base, other = tensors
+  rows = [t.reshape(*t.shape[:2], -1) if t.ndim > 3 else t for t in tensors]
+  taken = (_signed(rows)[0] >= numbers["threshold"].reshape(-1, *(1,) * (rows[0].ndim - 1))).reshape(base.shape)
+  return jnp.where(taken, other, base)

@@ -1,0 +1,40 @@
+"""`lines`, task arithmetic whose scale grows with depth."""
+
+from typing import Any
+
+import jax
+
+from imm_jax.merging import deltas
+from imm_jax.merging.kernels import Numbers, Shared, Tensors
+from imm_jax.merging.options import Option, Settings, stack
+from imm_jax.merging.registry import Scalars, method
+from imm_jax.merging.statistics import Source
+from imm_jax.merging.trees import count_layers, layer_of
+
+
+def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
+  last = count_layers(source.names) - 1
+
+  def scalars(name: str) -> Scalars:
+    depth = (layer_of(name) or 0) / max(1, last)
+    scale = settings.of("alpha", name) + depth * settings.of("beta", name)
+    return {"weights": settings.of("weights", name), "scale": stack([scale])[0]}
+
+  return scalars, {}
+
+
+@method("base", "models", reference="https://arxiv.org/abs/2410.17146", prepare=_prepare, layers=True, options=(
+    deltas.WEIGHTS, Option("alpha", "the scale of the first layer, and of what is in none", 0.5),
+    Option("beta", "how much the last layer's scale is above that", 0.5)))
+def lines(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
+  """Task arithmetic with a scale that grows from layer to layer (LiNeS): what lies deep is more of the task's own.
+
+  base + (alpha + beta l / (L - 1)) sum_i w_i (t_i - base) for layer l of L.
+
+  >>> import jax.numpy as jnp
+  >>> tree = lambda x: {"layers": [{"w": jnp.full(1, x)} for _ in range(3)]}
+  >>> merged = lines(tree(0.), [tree(1.)], weights=1, alpha=0.2, beta=0.6)
+  >>> [round(float(layer["w"][0]), 3) for layer in merged["layers"]]
+  [0.2, 0.5, 0.8]
+  """
+  return deltas.combine(tensors, numbers, shared, thin=None, normalize=False)

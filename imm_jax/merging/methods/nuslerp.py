@@ -1,0 +1,64 @@
+"""`nuslerp`, an arc between two models or between their task vectors."""
+
+from typing import Any
+
+import jax
+
+from imm_jax.merging import arcs, kernels, statistics
+from imm_jax.merging.kernels import Numbers, Shared, Tensors
+from imm_jax.merging.options import Option, Settings, stack
+from imm_jax.merging.registry import method
+from imm_jax.merging.statistics import Source
+
+# 1 - cos^2 > 1e-16, the bound below which float32 knows no angle.
+_ONE_LINE = (1 - 1e-16) ** 0.5
+
+
+def _share(settings: Settings, name: str) -> Any:
+  """Where the second model's weight lies in the sum of both."""
+  first, second = settings.of("weights", name)
+  total = first + second
+  xp = statistics.namespace(total)
+  safe = abs(total) >= 1e-6
+  return xp.where(safe, second / xp.where(safe, total, 1.0), 0.5)
+
+
+def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
+  static = {"has_base": source.has_base, "axis": _axis(settings)}
+  if static["axis"] is not None:
+    return (lambda name: {"share": stack([_share(settings, name)])[0]}), static
+  found = {name: stack(arcs.between(_share(settings, name), cosine[0, 1], _ONE_LINE))
+           for name, (_, cosine) in statistics.cosines(
+               source, statistics.task_vectors if source.has_base else statistics.models).items()}
+  return (lambda name: {"coefficients": found[name]}), static
+
+
+def _axis(settings: Settings) -> int | None:
+  return None if settings["flatten"] else -2 if settings["row_wise"] else -1
+
+
+@method("base?", "models", least=2, most=2, prepare=_prepare, measures=True,
+        whole=lambda settings: {None: None, -1: "row", -2: "tensor"}[_axis(settings)], options=(
+            Option("weights", "w; the point lies at w_2 / (w_1 + w_2) of the arc", per_model=True, key="weight"),
+            Option("flatten", "take each tensor for one vector", True, "flag", key="nuslerp_flatten"),
+            Option("row_wise", "without flatten: a vector has one index on the last axis; else it is a row", False,
+                   "flag", key="nuslerp_row_wise")))
+def nuslerp(tensors: Tensors, numbers: Numbers, shared: Shared, *, has_base: bool, axis: int | None) -> jax.Array:
+  """Goes along the arc between two models, or with a base between their task vectors (NuSLERP).
+
+  As `slerp`, with weights in place of t, and on a straight line only where the vectors have one direction.
+
+  >>> import jax.numpy as jnp
+  >>> nuslerp([{"w": jnp.array([1., 0.])}, {"w": jnp.array([0., 1.])}], weights=[1, 1])["w"].round(4).tolist()
+  [0.707099974155426, 0.707099974155426]
+  """
+  if axis is None:
+    return arcs.combine(tensors, numbers, shared, has_base=has_base)
+  vectors = statistics.task_vectors(tensors) if has_base else list(tensors)
+  shape = vectors[0].shape
+  flat = [v.reshape(*shape[:2], -1) if len(shape) > 3 else v for v in vectors]
+  _, cosine = arcs.along(flat, axis if flat[0].ndim > 2 else -1)
+  share = numbers["share"].reshape(-1, *(1,) * (flat[0].ndim - 1))
+  parts = zip(flat, arcs.between(share, cosine[0, 1], _ONE_LINE), strict=True)
+  mixed = kernels.add([kernels.pin(v * c, shared) for v, c in parts]).reshape(shape)
+  return tensors[0] + mixed if has_base else mixed

@@ -1,0 +1,22 @@
+"""`wise_ft`, the line between two models."""
+
+import jax
+
+from imm_jax.merging import kernels
+from imm_jax.merging.kernels import Numbers, Shared, Tensors
+from imm_jax.merging.options import Option
+from imm_jax.merging.registry import method
+
+
+@method("base", "other", reference="https://arxiv.org/abs/2109.01903", options=(
+    Option("alpha", "the weight of the tuned model; 0 is the base", low=0, high=1),))
+def wise_ft(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
+  """Goes from a base towards what was tuned from it on a line (WiSE-FT): (1 - alpha) base + alpha other.
+
+  >>> import jax.numpy as jnp
+  >>> wise_ft({"w": jnp.zeros(2)}, {"w": jnp.ones(2)}, alpha=0.25)["w"].tolist()
+  [0.25, 0.25]
+  """
+  base, other = tensors
+  alpha = numbers["alpha"]
+  return kernels.pin((1 - alpha) * base, shared) + kernels.pin(alpha * other, shared)

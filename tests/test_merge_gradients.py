@@ -1,0 +1,120 @@
+"""Every merging method under jax's transformations: gradients against finite differences, vmap, jit, eval_shape."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imm_jax import merging
+from imm_jax.merging import registry
+
+KEY = jax.random.key(2)
+NAMES = ("layers.0.w", "layers.1.w")
+# What each method is tried with; a method that is not here has no test, which one of them says.
+OPTIONS = {
+    "linear": {"weights": [0.7, 0.4]}, "task_arithmetic": {"weights": [0.7, -0.4], "scale": 0.8},
+    "lines": {"weights": [0.7, -0.4]}, "ties": {"weights": [0.7, 0.4], "densities": 0.6},
+    "breadcrumbs": {"weights": [0.7, 0.4], "densities": 0.6, "gammas": 0.1},
+    "breadcrumbs_ties": {"weights": [0.7, 0.4], "densities": 0.6, "gammas": 0.1},
+    "dare_linear": {"weights": [0.7, 0.4], "densities": 0.6}, "dare_ties": {"weights": [0.7, 0.4], "densities": 0.6},
+    "della": {"weights": [0.7, 0.4], "densities": 0.6}, "della_linear": {"weights": [0.7, 0.4], "densities": 0.6},
+    "imm": {"base_weight": 0.4, "drop_rate": 0.3}, "dare": {"drop_rate": 0.4},
+    "iimm": {"base_weight": 0.4, "drop_rate": 0.3, "importance": [1.0, 2.0]},
+    "slerp": {"t": 0.3}, "nuslerp": {"weights": [0.7, 0.4]}, "multislerp": {"weights": [0.7, 0.4]}, "karcher": {},
+    "model_stock": {}, "wise_ft": {"alpha": 0.3}, "nearswap": {"t": 0.3}, "sce": {"select_topk": 0.6},
+    "ram": {"threshold": 0.05}, "ramplus_tl": {"threshold": 0.05}, "arcee_fusion": {}, "passthrough": {"scales": 0.7},
+    "fisher": {"weights": [0.7, 0.4]}}
+# Numbers that gradients go to as well.
+COEFFICIENTS = {"weights", "scale", "alpha", "beta", "t", "base_weight", "scales", "r"}
+
+
+def tree(seed: int) -> dict[str, np.ndarray]:
+  rng = np.random.default_rng(seed)
+  return {name: rng.normal(size=(4, 5)).astype(np.float32) for name in NAMES}
+
+
+def arguments(method: str) -> list:
+  """Trees for a method's inputs, all in one list."""
+  made = registry.METHODS[method]
+  count = sum(2 if name in ("models", "fishers") else 1 for name in made.inputs if name != "base?")
+  count -= method == "passthrough"
+  trees = [tree(i) for i in range(count)]
+  return [*trees[:2], *({n: np.abs(x) for n, x in t.items()} for t in trees[2:])] if method == "fisher" else trees
+
+
+def call(method: str, trees: list, **options):
+  made, given, rest = registry.METHODS[method], [], list(trees)
+  for i, name in enumerate(n for n in made.inputs if n != "base?"):
+    single = sum(n not in ("models", "fishers", "base?") for n in made.inputs[i + 1:])
+    take = 2 if method == "fisher" else len(rest) - single
+    given.append([rest.pop(0) for _ in range(take)] if name in ("models", "fishers") else rest.pop(0))
+  options = {**OPTIONS[method], **({"key": KEY} if made.draws else {}), **options}
+  return getattr(merging, method)(*given, **options)
+
+
+def test_every_method_is_tried():
+  assert OPTIONS.keys() == registry.METHODS.keys()
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_gradients_are_those_of_finite_differences(method: str):
+  """Along a random direction of the models, and of what is a coefficient; small steps change no mask."""
+  trees, rng = arguments(method), np.random.default_rng(9)
+  weights = tree(7)
+  numbers = {k: jnp.asarray(v, jnp.float32) for k, v in OPTIONS[method].items() if k in COEFFICIENTS}
+
+  def loss(trees, numbers):
+    return sum(jnp.sum(x * weights[n]) for n, x in call(method, trees, **numbers).items())
+
+  direction = [{n: rng.normal(size=x.shape).astype(np.float32) for n, x in t.items()} for t in trees]
+  step = {k: jnp.asarray(rng.normal(size=v.shape), jnp.float32) for k, v in numbers.items()}
+  gradient = jax.jit(jax.grad(loss, (0, 1)))(trees, numbers)
+  product = jax.tree.map(lambda g, d: float(np.vdot(g, d)), gradient, (direction, step))
+  found = sum(jax.tree.leaves(product))
+  value = jax.jit(loss)
+  moved = lambda size: value(*jax.tree.map(lambda x, d: x + size * d, (trees, numbers), (direction, step)))
+  size = 2e-5 if method == "arcee_fusion" else 2e-4
+  expected = float(np.float64(moved(size)) - np.float64(moved(-size))) / (2 * size)
+  assert abs(found) > 1e-3
+  assert found == pytest.approx(expected, rel=0.02, abs=0.02)
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_vmap_is_a_loop_and_eval_shape_needs_no_values(method: str):
+  trees = arguments(method)
+  several = [jax.tree.map(lambda x: np.stack([x, x[::-1]]), t) for t in trees]
+  mapped = jax.jit(jax.vmap(lambda ts: call(method, ts)))(several)
+  for i in range(2):
+    one = call(method, [jax.tree.map(lambda x, i=i: x[i], t) for t in several])
+    for name in NAMES:
+      np.testing.assert_allclose(mapped[name][i], one[name], rtol=1e-5, atol=1e-6)
+  shapes = jax.eval_shape(lambda ts: call(method, ts), trees)
+  assert {n: s.shape for n, s in shapes.items()} == {n: x.shape for n, x in trees[0].items()}
+
+
+def test_weights_by_layer_are_learnt_by_gradient():
+  """Descent finds the coefficients that a merge was made with."""
+  base, a, b = (tree(i) for i in range(3))
+  truth = jnp.array([[0.2, 0.9], [0.5, -0.3]])
+  goal = merging.task_arithmetic(base, [a, b], weights=truth)
+
+  def loss(weights):
+    merged = merging.task_arithmetic(base, [a, b], weights=weights)
+    return sum(jnp.mean((merged[n] - goal[n])**2) for n in NAMES)
+
+  weights, step = jnp.zeros((2, 2)), jax.jit(lambda w: w - 0.3 * jax.grad(loss)(w))
+  for _ in range(60):
+    weights = step(weights)
+  np.testing.assert_allclose(weights, truth, atol=1e-3)
+  with pytest.raises(ValueError, match="densities at 'layers.0.w' is traced by jax"):
+    jax.grad(lambda d: merging.ties(base, [a, b], densities=d)["layers.0.w"].sum())(0.5)
+
+
+def test_coefficients_may_be_arrays():
+  a, b = tree(0), tree(1)
+  expected = merging.linear([a, b], weights=[np.float32(0.3), np.float32(0.7)])
+  for weights in (jnp.array([0.3, 0.7]), np.array([0.3, 0.7], np.float32), [jnp.float32(0.3), jnp.float32(0.7)]):
+    jax.tree.map(np.testing.assert_array_equal, merging.linear([a, b], weights=weights), expected)
+  got = merging.imm(a, a, b, base_weight=jnp.float32(0.3), drop_rate=0.0, key=KEY)
+  jax.tree.map(np.testing.assert_array_equal, got, merging.imm(a, a, b, base_weight=np.float32(0.3).item(),
+                                                               drop_rate=0.0, key=KEY))
