@@ -58,8 +58,9 @@ def check(config: ml_collections.ConfigDict) -> None:
            and method.most != 1}
   name = merge_method(config)
   if name not in known:
-    why = "is not for rounds; " if name in registry.METHODS else ""
-    raise UserError(f"config.merge.method={name!r}: {why}{nearest(name, [*known])}")
+    why = f"is not for rounds; expected one of: {', '.join(known)}" if name in registry.METHODS else nearest(
+        name, [*known])
+    raise UserError(f"config.merge.method={name!r}: {why}")
   method = known[name]
   for option, value in given.items():
     if option not in method.by_option or option in ("base_weight", "drop_rate", "importance"):
@@ -112,7 +113,10 @@ def options_of(config: ml_collections.ConfigDict, weight: Setting, importance: P
     if option.name in given:
       result[option.name] = given[option.name]
     elif option.name == strength == "weights":
-      result["weights"] = complement(weight) if "base" in method.inputs else [weight, complement(weight)]
+      # One setting a model: a list over the layers is not one over the models.
+      result["weights"] = [*([] if "base" in method.inputs else [weight]), complement(weight)]
+    elif option.name == "normalize" and strength == "weights" and "base" in method.inputs:
+      result["normalize"] = False  # of one model it would undo the weight
     elif option.name == strength:
       result[strength] = _STRENGTHS[strength](weight)
     elif option.name == "drop_rate":
