@@ -142,7 +142,7 @@ def get_config() -> ml_collections.ConfigDict:
   mesh.data = -1  # copies of the model, each with its share of a batch; -1 for it and fsdp: chosen by the model's size
   mesh.fsdp = -1  # devices that a copy's weights and moments are split over; -1 for one of them takes all that are left
   mesh.tensor = 1  # devices that the work on each row is split over
-  return config
+  return config.lock()  # a key that is not here is a mistake
 
 
 def _strings(*names: str) -> ml_collections.ConfigDict:

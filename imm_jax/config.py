@@ -23,8 +23,8 @@ from imm_jax.training import throughput
 INTERVENTIONS = ("none", "gradient_decay", "gradient_clipping", "weight_masking")
 DTYPES = ("bfloat16", "float32")
 # Keys that say how a run is computed, not what: they may change between two starts of it.
-HOW = ("mesh", "profile", "sft.accumulation", "sft.attention", "sft.log_every", "sft.max_to_keep", "sft.remat",
-       "sft.save_interval", "sft.state_dir", "sampler.vllm")
+HOW = ("eval.batch_size", "mesh", "profile", "sample.batch_size", "sampler.vllm", "sft.accumulation", "sft.attention",
+       "sft.log_every", "sft.max_to_keep", "sft.remat", "sft.save_interval", "sft.state_dir")
 
 _ONE_OF = {"method": tuple(METHODS), "task.kind": ("number", "latex", "choice"), "prompt.style": prompts.STYLES,
            "eval.protocol": protocols.NAMES,

@@ -46,7 +46,7 @@ def validate(config: ml_collections.ConfigDict, *, downloads: bool = True) -> No
       raise UserError(f"analysis {name}: {e}") from e
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False) -> None:
   """Does one run after the other, then the analyses."""
   for settings in list(config.runs.values())[:1]:  # all sample alike
     devices.leave_to_others(settings)
@@ -54,7 +54,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   for i, (name, settings) in enumerate(config.runs.items()):
     if distributed.is_main():
       print(f"\n{config.title}, run {i + 1} of {len(config.runs)}: {name}", flush=True)
-    loop.run(settings, str(Path(workdir) / name))
+    loop.run(settings, str(Path(workdir) / name), rerun=rerun)
   if config.analyses:
     _analyse(config, Path(workdir))
 

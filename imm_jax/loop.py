@@ -42,11 +42,15 @@ def plan(run: Run) -> list[Stage]:
   return stages
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Runs what is not done yet, with a report after each stage, then prints the table."""
+def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False) -> None:
+  """Runs what is not done yet, with a report after each stage, then prints the table.
+
+  Where an earlier start had another config, stages that depend on what changed are run again; `rerun` says whether that
+  may throw samples and trained models away.
+  """
   root = Path(workdir)
   devices.leave_to_others(config)
-  rundir.check(workdir, config)
+  rundir.check(workdir)
   with distributed.FailTogether(root), _opened(config, workdir) as (found, directory, (platform, kinds)):
     # The bits of a sum on CPU depend on how many threads share it.
     threads = {"threads": len(os.sched_getaffinity(0))} if platform == "cpu" else {}
@@ -61,6 +65,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
         for model in found.values():
           hf.check_bytes(model)
     steps = plan(_run(config, root, found))
+    directory.begin(steps, external, rerun=rerun)
     ran = 0
     with report.Live(root, [stage.name for stage in steps]) as page:
       for stage in steps:
@@ -95,7 +100,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   found = _check(config, dry=True) if local else {"base": Path(config.model)} | (
       {"teacher": Path(config.teacher)} if config.teacher else {})
   model = published.config_of(config.model)
-  rundir.check(workdir, config)
+  rundir.check(workdir)
   if not distributed.is_main():
     return
   record = rundir.read_record(root)
@@ -108,6 +113,8 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
     external |= questions.digests(config)
   steps = plan(_run(config, root, found))
   waiting: set[str] = set()
+  for _, line in rundir.changes(root, config):
+    print(line)
   print(f"{'stage':<24}{'state':<8}work")
   for stage in steps:
     reason = rundir.why(stage, record, root, external)

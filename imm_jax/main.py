@@ -20,6 +20,8 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; made if missing, continued if not.")
 flags.mark_flag_as_required("config")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the stages, their sizes and what is done; change nothing.")
+_RERUN = flags.DEFINE_bool("rerun", False, "Where the config was changed: run again what depends on that, even samples "
+                           "and training that are done.")
 _DISTRIBUTED = flags.DEFINE_enum("distributed", "auto", ["auto", "on", "off"], "Several processes as one run; auto: "
                                  "where the flags below, JAX_COORDINATOR_ADDRESS or the cluster's variables say so.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where it cannot be found out.")
@@ -49,7 +51,10 @@ def main() -> None:
   distributed.start(_DISTRIBUTED.value, coordinator=_COORDINATOR.value, num_processes=_NUM_PROCESSES.value,
                     process_id=_PROCESS_ID.value)
   runner = experiments if several else loop
-  (runner.dry_run if _DRY_RUN.value else runner.run)(settings, _WORKDIR.value)
+  if _DRY_RUN.value:
+    runner.dry_run(settings, _WORKDIR.value)
+  else:
+    runner.run(settings, _WORKDIR.value, rerun=_RERUN.value)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,8 @@ from etils import epath
 
 from imm_jax import distributed, files, resident
 from imm_jax.config import HOW
-from imm_jax.errors import UserError
+from imm_jax.errors import UserError, listed
 
-# Keys of a config that may change between two starts of one run: they add stages and change none.
-_MAY_GROW = ("rounds",)
 _TRIES = 10  # at the lock, within half a second
 
 
@@ -40,6 +38,8 @@ class Stage:
       given the digests of what it reads.
     everywhere: whether all processes take part, or process 0 alone.
     scratch: a folder, or a bucket's path, that is removed when the stage is done.
+    costly: whether its output is not thrown away for a change of the config unless the user asks for it.
+    said: what a user is told of its facts when it is done.
   """
 
   name: str
@@ -49,6 +49,8 @@ class Stage:
   make: Callable[[Path, Mapping[str, str | None]], dict[str, Any]]
   everywhere: bool = False
   scratch: str = ""
+  costly: bool = False
+  said: Callable[[dict[str, Any]], str] = lambda facts: ""
 
 
 class RunDir:
@@ -58,18 +60,17 @@ class RunDir:
     """Opens or creates the directory.
 
     Raises:
-      UserError: when it cannot be written, belongs to another config, or another process runs in it.
+      UserError: when it cannot be written, or another process runs in it.
     """
     self.path = Path(path)
+    self._config = config
     self._record: dict[str, Any] = {"stages": {}}
     self._lock = None
     if distributed.is_main():
-      changed = check(path, config)
-      self._open(path, config)
-      for line in changed:
-        print(f"note: {line}", file=sys.stderr)
+      check(path)
+      self._open(path)
 
-  def _open(self, path: str | Path, config: ml_collections.ConfigDict) -> None:
+  def _open(self, path: str | Path) -> None:
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       self._lock = (self.path / ".lock").open("w")  # closed by __exit__
@@ -79,8 +80,7 @@ class RunDir:
     except OSError as e:
       raise UserError(f"{self.path}: the run directory cannot be written ({e.strerror}); use another --workdir") from e
     try:
-      check(path, config)  # again: before the lock another process may have been at it
-      files.write_text(self.path / "config.json", json.dumps(_plain(config), indent=1, sort_keys=True) + "\n")
+      check(path)  # again: before the lock another process may have been at it
       self._record = read_record(self.path)
     except BaseException:
       self._lock.close()
@@ -107,6 +107,40 @@ class RunDir:
   def facts(self) -> dict[str, dict[str, Any]]:
     """What each finished stage recorded, by stage name."""
     return {name: entry["facts"] for name, entry in self._record["stages"].items()}
+
+  def begin(self, stages: Sequence[Stage], external: Mapping[str, str], *, rerun: bool) -> None:
+    """Takes the config over, to be called before the first stage: what it changes since an earlier start is said.
+
+    Args:
+      stages: all of the run.
+      external: digests of inputs that no stage wrote.
+      rerun: whether costly stages may be thrown away.
+
+    Raises:
+      UserError: when the config would throw away costly stages that are done, and `rerun` does not allow it.
+    """
+    if not distributed.is_main():
+      return
+    changed = changes(self.path, self._config)
+    how = [line for key, line in changed if _only_how(key)]
+    what = [line for key, line in changed if not _only_how(key)]
+    if what:
+      again = stale(stages, self._record, self.path, external)
+      gone = sorted(self._record["stages"].keys() - {stage.name for stage in stages})
+      lost = [stage.name for stage in stages if stage.costly and stage.name in again]
+      lost += [name for name in gone if self._record["stages"][name].get("costly")]
+      if lost and not rerun:
+        raise UserError(f"{self.path}: made with another config ({'; '.join(what)}), which would run finished work "
+                        f"again: {listed(lost)}; give --rerun to have that, or use another --workdir, or the values it "
+                        "was made with")
+      how += [f"{'; '.join(what)}: {f'{listed(again)} will be run again' if again else 'nothing is run again for it'}"]
+      for name in gone:
+        del self._record["stages"][name]
+      how += [f"no longer a part of the run: {listed(gone)}"] * bool(gone)
+      self._save_record()
+    files.write_text(self.path / "config.json", json.dumps(_plain(self._config), indent=1, sort_keys=True) + "\n")
+    for line in how:
+      print(f"note: {line}", file=sys.stderr)
 
   def run(self, stage: Stage, external: Mapping[str, str], *, on_host: bool = False) -> bool:
     """Runs a stage unless it is done.
@@ -138,8 +172,10 @@ class RunDir:
       memory = {"memory_gib": round(resident.peak(), 3)} if counts else {}
       self._record["stages"][stage.name] = {
           "inputs": inputs, "output": files.digest(target), "bytes": files.size_of(target), "facts": facts,
-          "seconds": round(time.time() - started, 2), **memory}
+          "seconds": round(time.time() - started, 2), **memory, **({"costly": True} if stage.costly else {})}
       self._save_record()
+      if text := stage.said(facts):
+        print(f"{stage.name}: {text}", flush=True)
       if stage.scratch:
         epath.Path(stage.scratch).rmtree(missing_ok=True)
     elif stage.everywhere:
@@ -163,15 +199,11 @@ class RunDir:
     files.write_text(self.path / "run.json", json.dumps(self._record, indent=1, sort_keys=True) + "\n")
 
 
-def check(path: str | Path, config: ml_collections.ConfigDict) -> list[str]:
-  """Checks that a run with this config can use the directory, and changes nothing.
-
-  Returns:
-    What differs from an earlier start, as it may.
+def check(path: str | Path) -> None:
+  """Checks that a run can use the directory, and changes nothing.
 
   Raises:
-    UserError: when it is no folder, cannot be written, holds something else, or belongs to another config (with every
-      key that differs).
+    UserError: when it is no folder, cannot be written, or holds something else.
   """
   root = Path(path)
   if not str(path) or "://" in str(path):
@@ -185,21 +217,35 @@ def check(path: str | Path, config: ml_collections.ConfigDict) -> list[str]:
     held = {p.name for p in root.iterdir()} if root.exists() else set()
   except OSError as e:
     raise UserError(f"{root}: the run directory cannot be read ({e.strerror}); use another --workdir") from e
-  how: list[str] = []
   if "config.json" in held:
-    changed = list(_differences(files.read_json(root / "config.json"), _plain(config)))
-    how = [f"config.{key} was {old!r} and is {new!r} now" for key, old, new in changed if _only_how(key)]
-    different = [f"{key} is {old} there, {new} here" for key, old, new in changed if not _only_how(key)
-                 and (key not in _MAY_GROW or not isinstance(old, int) or new < old)]
-    if different:
-      raise UserError(f"{root}: made with another config ({'; '.join(different)}); use another --workdir, or "
-                      "the values it was made with")
+    files.read_json(root / "config.json")
   elif "run.json" in held:
     raise UserError(f"{root / 'config.json'}: missing, so nobody can say whether this run has the same config; use "
                     "another --workdir")
   elif held - {".lock", ".config.json.part"}:
     raise UserError(f"{root}: is not empty and no run directory (it has no config.json); use another --workdir")
-  return how
+
+
+def changes(root: Path, config: ml_collections.ConfigDict) -> list[tuple[str, str]]:
+  """What a config has otherwise than an earlier start in the directory had: each key, and a line on it.
+
+  A run may be continued with more rounds, which changes nothing.
+  """
+  if not (root / "config.json").exists():
+    return []
+  found = _differences(files.read_json(root / "config.json"), _plain(config))
+  return [(key, f"config.{key} was {old!r} and is {new!r} now") for key, old, new in found
+          if key != "rounds" or not isinstance(old, int) or new < old]
+
+
+def stale(stages: Sequence[Stage], record: Mapping[str, Any], root: Path, external: Mapping[str, str]) -> list[str]:
+  """The stages that are done and will be run again, or may be, since they read what another of them writes."""
+  found: list[str] = []
+  for stage in stages:
+    reason = why(stage, record, root, external)
+    if stage.name in record["stages"] and (reason or set(found).intersection(stage.needs)):
+      found.append(stage.name)
+  return found
 
 
 def why(stage: Stage, record: Mapping[str, Any], root: Path, external: Mapping[str, str]) -> str | None:

@@ -167,7 +167,7 @@ def test_a_finished_run_does_nothing_again_and_can_be_continued(finished: Path, 
   assert plan.stdout.count("to do") == 7 + 1  # the stages of round 2, and the sum
   fewer = start(workdir, environment, "--config.rounds=1")
   assert fewer.returncode == 1
-  assert "rounds is 2 there, 1 here" in fewer.stderr
+  assert "config.rounds was 2 and is 1 now" in fewer.stderr
 
 
 def test_a_lost_or_changed_output_is_made_again_with_the_reason(finished: Path, environment: dict[str, str],
@@ -215,7 +215,9 @@ def test_a_run_directory_of_another_config_is_refused(finished: Path, environmen
   before = contents(finished)
   done = start(finished, environment, "--config.seed=7")
   assert done.returncode == 1
-  assert "made with another config (seed is 0 there, 7 here)" in one_line(done.stderr)
+  said = one_line(done.stderr)
+  assert "made with another config (config.seed was 0 and is 7 now), which would run finished work again" in said
+  assert "--rerun" in said
   assert contents(finished) == before
 
 

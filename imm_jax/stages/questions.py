@@ -61,7 +61,8 @@ def settings_of_round(config: ml_collections.ConfigDict) -> tuple[str, ...]:
   """The keys of a config that decide which questions a round asks; not those shown in evaluation or held out."""
   held_out = ("merge.auto.questions",) if config.merge.base_weight == "auto" else ()
   shown = ("eval.protocol", "eval.few_shot", "eval.shots_file") if shown_in_evaluation(config) else ()
-  return "seed", "task", "prompt", *held_out, *shown
+  task = (f"task.{key}" for key in ("name", "source", "fields", "kind", "questions_per_round"))
+  return "seed", *task, "prompt", *held_out, *shown
 
 
 def count_worked(config: ml_collections.ConfigDict) -> tuple[int, int]:

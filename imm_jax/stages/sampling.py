@@ -35,7 +35,7 @@ def stage(run: Run, model: Model, round_: int) -> Stage:
   return Stage(name, (model.stage, "train questions"),
                run.settings(*questions.settings_of_round(run.config), "sample", "sampler"), _plan(run.config),
                lambda out, _: synthesize(run.config, model.folder, round_, run.scratch(name), out), everywhere=True,
-               scratch=str(run.scratch(name)))
+               scratch=str(run.scratch(name)), costly=True, said=_told)
 
 
 def shots_stage(run: Run) -> Stage:
@@ -57,6 +57,12 @@ def _plan(config: ml_collections.ConfigDict) -> str:
   count = asked * config.sample.num_samples
   return (f"{asked} questions x {config.sample.num_samples} = {count} answers, up to "
           f"{count * config.sample.max_new_tokens:,} tokens")
+
+
+def _told(facts: dict[str, Any]) -> str:
+  long = f", {facts['long_prompts']} questions skipped (too long)" if facts["long_prompts"] else ""
+  return (f"{facts['correct']} of {facts['samples']} samples are right, {facts['unfinished']} were cut at "
+          f"max_new_tokens, {facts['no_answer']} have no answer{long}")
 
 
 def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, scratch: Path, out: Path,

@@ -24,7 +24,14 @@ def stage(run: Run, round_: int) -> Stage:
   reads = drawn if run.method.data in ("mixture", "accumulation") else drawn[-1:]
   return Stage(f"round_{round_}/train.jsonl", ("train questions", *reads),
                run.settings(*questions.settings_of_round(run.config), "method", "data"), _plan(run.config),
-               lambda out, _: select(run.config, [run.root / name for name in drawn], round_, out))
+               lambda out, _: select(run.config, [run.root / name for name in drawn], round_, out), said=_told)
+
+
+def _told(facts: dict[str, Any]) -> str:
+  dropped = ", ".join(f"{facts[f'dropped_{kind}']} {text}" for kind, text in (
+      ("wrong", "wrong"), ("unfinished", "cut off"), ("duplicate", "twice the same")) if facts.get(f"dropped_{kind}"))
+  return (f"{facts['kept']} answers to train on" + (f", {facts['real']} of them real" if facts["real"] else "")
+          + (f"; left out: {dropped}" if dropped else ""))
 
 
 def _plan(config: ml_collections.ConfigDict) -> str:

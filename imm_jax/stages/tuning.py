@@ -47,7 +47,13 @@ def stage(run: Run, model: Model, train: str, round_: int) -> Stage:
                f"{sft.epochs} epochs, {sft.global_batch} answers a step",
                functools.partial(devices.call, run.config, fine_tune, run.config, model.folder, run.root / train,
                                  run.root, round_),
-               everywhere=True, scratch=states_folder(run.config, run.root, round_))
+               everywhere=True, scratch=states_folder(run.config, run.root, round_), costly=True, said=_told)
+
+
+def _told(facts: dict[str, Any]) -> str:
+  long = f", {facts['dropped_long']} longer than a row left out" if facts["dropped_long"] else ""
+  return (f"{facts['steps']} steps on {facts['examples']} answers{long}; loss {facts['first_loss']:.3f} to "
+          f"{facts['last_loss']:.3f}")
 
 
 def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root: Path, round_: int, out: Path,

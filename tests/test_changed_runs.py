@@ -1,0 +1,115 @@
+"""A run whose config is changed where it stands: which stages run again, and what is asked first."""
+
+import json
+from pathlib import Path
+
+import ml_collections
+import pytest
+
+from configs import tiny
+from imm_jax import files, loop
+from imm_jax.errors import UserError
+from imm_jax.run import Model, Run
+from imm_jax.rundir import RunDir, Stage, inputs_of, read_record, stale
+
+EXTERNAL = {"base": "b", "train questions": "q", "test questions": "t"}
+
+
+def config(**changes: object) -> ml_collections.ConfigDict:
+  found = tiny.get_config()
+  found.rounds, found.method = 2, "imm"
+  found.update_from_flattened_dict(changes)
+  return found
+
+
+def stages(settings: ml_collections.ConfigDict, root: Path) -> list[Stage]:
+  return loop.plan(Run(settings, root, Model(Path("base"), "base")))
+
+
+def finish(root: Path, **changes: object) -> None:
+  """Makes the directory of a run that is done, of which every output is empty."""
+  settings = config(**changes)
+  with RunDir(root, settings) as directory:
+    made = stages(settings, root)
+    directory.begin(made, EXTERNAL, rerun=False)
+  record = {"stages": {}}
+  for stage in made:
+    if stage.name.endswith("/sweep"):
+      (root / stage.name).mkdir(parents=True)
+    else:
+      (root / stage.name).parent.mkdir(parents=True, exist_ok=True)
+      (root / stage.name).touch()
+    record["stages"][stage.name] = {"inputs": inputs_of(stage, record, EXTERNAL), "output": f"of {stage.name}",
+                                    "bytes": 0, "facts": {}, **({"costly": True} if stage.costly else {})}
+  files.write_text(root / "run.json", json.dumps(record))
+
+
+def begin(root: Path, *, rerun: bool = False, **changes: object) -> set[str]:
+  """The stages that were done before, and are to be run again once the run has begun with changes."""
+  settings = config(**changes)
+  before = {*read_record(root)["stages"]}
+  with RunDir(root, settings) as directory:
+    made = stages(settings, root)
+    directory.begin(made, EXTERNAL, rerun=rerun)
+  record = read_record(root)
+  return before - ({*record["stages"]} - {*stale(made, record, root, EXTERNAL)})
+
+
+EVALUATIONS = {"base/eval", *(f"round_{t}/eval/{model}" for t in (0, 1) for model in ("sft", "merged"))}
+SECOND = {f"round_1/{name}" for name in (
+    "samples.jsonl", "train.jsonl", "sft", "eval/sft", "merged", "eval/merged", "analysis.json")}
+ANALYSES = {f"round_{t}/analysis.json" for t in (0, 1)}
+
+
+@pytest.mark.parametrize(("changes", "again"), [
+    ({"eval.num_samples": 4}, EVALUATIONS),
+    ({"eval.max_new_tokens": 50}, EVALUATIONS),
+    ({"task.ood": ("groups", "compare", "price", "sequence", "choice", "drill")}, EVALUATIONS),
+    ({"task.eval_questions": 100}, EVALUATIONS),
+    ({"analysis.examples": 3}, ANALYSES),
+    ({"merge.sweep": (0.1, 0.9)}, set()),
+    ({"rounds": 3}, set()),
+    ({"sample.batch_size": 3, "eval.batch_size": 2, "sft.accumulation": 2, "mesh.fsdp": 1}, set()),
+    ({"merge.auto.questions": 7}, set())], ids=str)  # nothing is chosen automatically
+def test_only_what_depends_on_a_change_runs_again(tmp_path: Path, capsys: pytest.CaptureFixture, changes: dict,
+                                                  again: set[str]) -> None:
+  finish(tmp_path / "run")
+  assert begin(tmp_path / "run", **changes) == again
+  said = capsys.readouterr().err
+  if again:
+    assert f"config.{next(iter(changes))} was " in said
+    assert all(name in said for name in again)
+  assert begin(tmp_path / "run", **changes) == again  # as if killed before any of them
+  assert not capsys.readouterr().err
+
+
+MERGED = SECOND | {"round_0/merged", "round_0/eval/merged", "round_0/analysis.json"}
+TUNED = MERGED | {"round_0/sft", "round_0/eval/sft"}
+SAMPLED = TUNED | {"round_0/samples.jsonl", "round_0/train.jsonl"}
+
+
+@pytest.mark.parametrize(("changes", "lost"), [
+    ({"merge.base_weight": 0.7}, MERGED), ({"merge.method": "ties"}, MERGED), ({"sft.learning_rate": 1e-4}, TUNED),
+    ({"sample.top_p": 0.9}, SAMPLED), ({"seed": 1}, SAMPLED | {"base/eval"}), ({"rounds": 1}, SECOND)], ids=str)
+def test_what_throws_work_away_is_asked_first(tmp_path: Path, changes: dict, lost: set[str]) -> None:
+  root = tmp_path / "run"
+  finish(root)
+  before = {name: (root / name).read_bytes() for name in ("run.json", "config.json")}
+  with pytest.raises(UserError, match=r"which would run finished work again: .*round_1/s.*; give --rerun"):
+    begin(root, **changes)
+  assert before == {name: (root / name).read_bytes() for name in before}
+  assert begin(root, rerun=True, **changes) == lost
+  assert begin(root, **changes) == (set() if "rounds" in changes else lost)  # it was asked
+
+
+def test_the_last_merge_may_change_without_being_asked(tmp_path: Path) -> None:
+  finish(tmp_path / "run", rounds=1)
+  assert begin(tmp_path / "run", rounds=1, **{"merge.base_weight": 0.7}) == {
+      "round_0/merged", "round_0/eval/merged", "round_0/analysis.json"}
+
+
+def test_a_sweep_that_is_dropped_is_no_part_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+  finish(tmp_path / "run", **{"merge.sweep": (0.1, 0.9)})
+  found = begin(tmp_path / "run", **{"merge.sweep": (0.1,)})
+  assert found == {f"round_{t}/{name}" for t in (0, 1) for name in ("sweep", "eval/sweep_0.1", "eval/sweep_0.9")}
+  assert "no longer a part of the run: round_0/eval/sweep_0.9, round_1/eval/sweep_0.9" in capsys.readouterr().err
