@@ -195,13 +195,23 @@ def size_of(path: Path) -> int:
   return sum(p.stat().st_size for p in files_of(path))
 
 
+def digests(path: Path) -> dict[str, str]:
+  """sha256 of the file, by the name ".", or of each file below a folder, by its path in it."""
+  found = {}
+  for file in files_of(path):
+    with file.open("rb") as f:
+      found[str(file.relative_to(path))] = hashlib.file_digest(f, "sha256").hexdigest()
+  return found
+
+
 def digest(path: Path, only: Sequence[Path] | None = None) -> str:
   """sha256 over the contents (and, in a folder, the names) of all files, or of `only` these."""
-  total = hashlib.sha256()
-  for file in files_of(path) if only is None else only:
-    with file.open("rb") as f:
-      total.update(f"{file.relative_to(path)}\0{hashlib.file_digest(f, 'sha256').hexdigest()}\n".encode())
-  return total.hexdigest()
+  return over(digests(path) if only is None else {str(p.relative_to(path)): digests(p)["."] for p in only})
+
+
+def over(found: Mapping[str, str]) -> str:
+  """One digest over those of files."""
+  return hashlib.sha256("".join(f"{name}\0{value}\n" for name, value in found.items()).encode()).hexdigest()
 
 
 def _beside(target: Path, suffix: str) -> Path:

@@ -18,7 +18,7 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from imm_jax import distributed, files, resident
+from imm_jax import distributed, files, integrity, resident
 from imm_jax.config import HOW
 from imm_jax.errors import UserError, listed
 
@@ -63,7 +63,7 @@ class RunDir:
       UserError: when it cannot be written, or another process runs in it.
     """
     self.path = Path(path)
-    self._config = config
+    self._config, self._begun = config, False
     self._record: dict[str, Any] = {"stages": {}}
     self._lock = None
     if distributed.is_main():
@@ -101,7 +101,17 @@ class RunDir:
 
   def __exit__(self, *_: object) -> None:
     if self._lock:
+      if self._begun:
+        self.seal()
       self._lock.close()
+
+  def seal(self) -> None:
+    """Writes the digests of what no stage's record covers: records, metrics, report."""
+    outputs = [self.path / name for name in self._record["stages"]]
+    covered = [p for p in files.files_of(self.path) if p.name not in (".lock", integrity.MANIFEST)
+               and not any(p == out or out in p.parents for out in outputs)
+               and not any(part.endswith(("_state", ".sampling")) for part in p.relative_to(self.path).parts)]
+    integrity.write(self.path / integrity.MANIFEST, self.path, covered)
 
   @property
   def facts(self) -> dict[str, dict[str, Any]]:
@@ -138,6 +148,8 @@ class RunDir:
         del self._record["stages"][name]
       how += [f"no longer a part of the run: {listed(gone)}"] * bool(gone)
       self._save_record()
+    self._begun = True
+    (self.path / integrity.MANIFEST).unlink(missing_ok=True)  # written again when this start ends
     files.write_text(self.path / "config.json", json.dumps(_plain(self._config), indent=1, sort_keys=True) + "\n")
     for line in how:
       print(f"note: {line}", file=sys.stderr)
@@ -170,9 +182,11 @@ class RunDir:
       with files.committed(target) as out:
         facts = stage.make(out, inputs)
       memory = {"memory_gib": round(resident.peak(), 3)} if counts else {}
+      written = files.digests(target)
       self._record["stages"][stage.name] = {
-          "inputs": inputs, "output": files.digest(target), "bytes": files.size_of(target), "facts": facts,
-          "seconds": round(time.time() - started, 2), **memory, **({"costly": True} if stage.costly else {})}
+          "inputs": inputs, "output": files.over(written), "files": written, "bytes": files.size_of(target),
+          "facts": facts, "seconds": round(time.time() - started, 2), **memory,
+          **({"costly": True} if stage.costly else {})}
       self._save_record()
       if text := stage.said(facts):
         print(f"{stage.name}: {text}", flush=True)

@@ -13,7 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from imm_jax import integrity
+from imm_jax.errors import UserError
 from imm_jax.model import hf, safetensors
+from imm_jax.training import checkpoints
 
 REPO = Path(__file__).parent.parent
 TINY = REPO / "imm_jax" / "assets" / "tiny"
@@ -62,7 +65,8 @@ def contents(workdir: Path) -> dict[str, object]:
   for path in sorted(p for p in workdir.rglob("*") if p.is_file()):
     name = str(path.relative_to(workdir))
     # They hold times: of every record, of every stage.
-    if name.startswith("tb/") or name in ("report/index.html", "report/stages.csv"):
+    if name.startswith("tb/") or name in (
+        "report/index.html", "report/stages.csv", "manifest.json"):
       continue
     if path.name in ("run.json", "metrics.jsonl"):
       records = [json.loads(line) for line in path.read_text().splitlines()] if path.suffix == ".jsonl" else json.loads(
@@ -219,6 +223,41 @@ def test_a_run_directory_of_another_config_is_refused(finished: Path, environmen
   assert "made with another config (config.seed was 0 and is 7 now), which would run finished work again" in said
   assert "--rerun" in said
   assert contents(finished) == before
+
+
+def test_every_flipped_byte_is_found(finished: Path, tmp_path: Path):
+  """Of any file of a run that was stopped in its second SFT: by name, and before a training state is read."""
+  root, rng = tmp_path / "run", random.Random(0)
+  shutil.copytree(finished, root)
+  identity = {"train": "a"}
+  with checkpoints.Checkpoints(root / "round_1/sft_state", save_interval=1, max_to_keep=2, identity=identity) as states:
+    for step in (1, 2):
+      states.save(step, {"w": np.arange(5000.0) * step}, input={"next_index": step}, first_loss=1.0)
+    states.wait()
+  assert integrity.check_run(root) == ([], [])
+  paths = [p for p in sorted(root.rglob("*")) if p.is_file() and p.stat().st_size]
+  states = [p for p in paths if "sft_state" in p.parts]
+  for path in [*rng.sample(paths, 14), *rng.sample(states, 4), root / "run.json", root / "manifest.json"]:
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+    path.write_bytes(flipped)
+    wrong, _ = integrity.check_run(root)
+    assert str(path.relative_to(root)) in wrong
+    assert len(wrong) == 1 or path.name == "run.json"
+    if path.is_relative_to(root / "round_1/sft_state/2"):
+      with checkpoints.Checkpoints(root / "round_1/sft_state", save_interval=1, max_to_keep=2,
+                                   identity=identity) as states, pytest.raises(UserError, match=f"{path.name} differs"):
+        states.latest()
+    path.write_bytes(whole)
+  (root / "round_0/train.jsonl").unlink()
+  assert integrity.check_run(root)[0] == ["round_0/train.jsonl"]
+  (root / "manifest.json").unlink()
+  assert "manifest.json is missing" in integrity.check_run(root)[1][0]
+  done = subprocess.run([sys.executable, "-m", "imm_jax.verify", f"--workdirs={root}"], cwd=REPO, capture_output=True,
+                        text=True, check=False)
+  assert done.returncode == 1
+  assert f"{root}/round_0/train.jsonl: differs from what was written" in done.stdout
 
 
 @pytest.mark.parametrize(("file", "text", "expected"), [

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from imm_jax import cli, files
+from imm_jax import cli, files, integrity
 from imm_jax.errors import UserError
 from imm_jax.report import compare, live, markup, paper, reading, results
 
@@ -40,6 +40,8 @@ def main() -> None:
     else:
       runs = [results.Results.of(root) for root in roots]
       compare.write(runs, out, extra=paper.sections if _PAPER.value else None)
+  if not _OUT.value:
+    integrity.update(roots[0] / integrity.MANIFEST, roots[0], out)
   print(f"report: {out / 'index.html'}")
 
 

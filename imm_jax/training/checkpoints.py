@@ -10,6 +10,7 @@ import logging as std_logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from imm_jax import distributed
+from imm_jax import distributed, files, integrity
 from imm_jax.errors import UserError
 
 # What the disk, a bucket or tensorstore may refuse with.
 _REFUSALS = (OSError, ValueError, RuntimeError, ImportError)  # ImportError: what a bucket needs is not installed
-# A state, one that is being written, and what orbax keeps beside them.
+_POLL_S = 0.2
+# A state, its digests, one that is being written, and what orbax keeps beside them.
 _STATE = re.compile(r"\d+(\..*)?|.*orbax.*|_\w+|\.\w+")
 
 
@@ -62,6 +64,7 @@ class Checkpoints:
     self.folder = epath.Path(folder)
     self.save_interval = save_interval
     self._identity = identity
+    self._closed, self._sealing = threading.Event(), threading.Lock()
     options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True)
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
@@ -89,6 +92,7 @@ class Checkpoints:
     step = distributed.from_main(self._manager.latest_step())  # file systems may show it to some hosts later
     if step is None:
       return None
+    self._check_seal(step)
     about = self._read(step, "about", ocp.args.JsonRestore())
     if about.get("step") != step or about.get("input", {}).get("next_index") != step:
       raise self._unreadable(step, f"about: step {about.get('step')}, input {about.get('input')}")
@@ -130,11 +134,46 @@ class Checkpoints:
     items = ocp.args.Composite(state=ocp.args.StandardSave(state),
                                about=ocp.args.JsonSave({"step": step, "identity": self._identity, **about}))
     self._guarded(lambda: self._manager.save(step, args=items, force=True))
+    if distributed.is_main() and "://" not in str(self.folder):
+      threading.Thread(target=self._seal_when_written, args=(step,), daemon=True).start()
+
+  def _seal_when_written(self, step: int) -> None:
+    """Records the digests of a state as soon as it is there, while training goes on."""
+    state = Path(self.folder) / str(step)
+    while not state.exists():
+      if self._closed.wait(_POLL_S):
+        return
+    self._seal(state)
+
+  def _seal(self, state: Path) -> None:
+    seal = state.with_name(state.name + integrity.SEAL)
+    with self._sealing:
+      try:
+        if not seal.exists():
+          integrity.write(seal, state.parent, files.files_of(state))
+        for other in state.parent.glob(f"*{integrity.SEAL}"):
+          if not other.with_name(other.name.removesuffix(integrity.SEAL)).exists():
+            other.unlink(missing_ok=True)
+      except (OSError, UserError) as e:
+        if state.exists():  # else a newer one has taken its place
+          print(f"warning: {state}: its digests were not written ({e})", file=sys.stderr)
+
+  def _check_seal(self, step: int) -> None:
+    """Raises UserError for a state that is not what was written; one without digests, of a killed process, may pass."""
+    seal, wrong = Path(self.folder) / f"{step}{integrity.SEAL}", []
+    if distributed.is_main() and "://" not in str(self.folder) and seal.exists():
+      wrong = integrity.differing(seal, seal.parent)
+    wrong = distributed.from_main(wrong)
+    if wrong:
+      raise self._unreadable(step, f"{wrong[0]} differs from what was written")
 
   def wait(self) -> None:
     """Returns when everything is written; raises as `save` does."""
     self._guarded(self._manager.wait_until_finished)
     self._guarded(self._manager.check_for_errors)
+    if distributed.is_main() and "://" not in str(self.folder):
+      for step in self._manager.all_steps():
+        self._seal(Path(self.folder) / str(step))
 
   def __enter__(self) -> "Checkpoints":
     self._hook = ignore_closed_loops()
@@ -144,6 +183,7 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    self._closed.set()
     try:
       self._manager.close()
     except _REFUSALS as e:

@@ -1,0 +1,86 @@
+"""Whether files are still what was written: digests of each, and what differs from them."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from imm_jax import files
+from imm_jax.errors import UserError
+
+# Of what a run has written and no stage's record covers.
+MANIFEST = "manifest.json"
+# Behind a training state's name: its digests.
+SEAL = ".digest.json"
+
+
+def write(path: Path, root: Path, covered: Iterable[Path]) -> None:
+  """Writes the digests of some files below `root`, and one over these, to the file `path`."""
+  found = {str(file.relative_to(root)): files.digests(file)["."] for file in sorted(covered)}
+  files.write_text(path, json.dumps({"files": found, "digest": files.over(found)}, indent=1) + "\n")
+
+
+def update(path: Path, root: Path, folder: Path) -> None:
+  """Takes the files below `folder` as they are now into what `write` has written, if it has, and nothing else."""
+  if path.exists() and root in folder.parents:
+    here = str(folder.relative_to(root))
+    found = {name: digest for name, digest in files.read_json(path).get("files", {}).items()
+             if not name.startswith(f"{here}/")}
+    found |= {f"{here}/{name}": digest for name, digest in files.digests(folder).items()}
+    files.write_text(path, json.dumps({"files": found, "digest": files.over(found)}, indent=1) + "\n")
+
+
+def differing(path: Path, root: Path) -> list[str]:
+  """The files that are not what `write` has found, relative to `root`, or `path` itself where it is damaged."""
+  try:
+    recorded = files.read_json(path)
+    found, over = recorded["files"], recorded["digest"]
+  except (UserError, KeyError):
+    return [_name(path, root)]
+  if not isinstance(found, dict) or files.over(found) != over:
+    return [_name(path, root)]
+  return [name for name, digest in found.items()
+          if not (root / name).is_file() or files.digests(root / name)["."] != digest]
+
+
+def check_run(root: Path) -> tuple[list[str], list[str]]:
+  """Recomputes every digest that a run has recorded.
+
+  Args:
+    root: a run directory, in which nothing runs.
+
+  Returns:
+    The files and stages that differ, relative to it, and notes on what could not be looked at.
+
+  Raises:
+    UserError: when it is no run directory.
+  """
+  if not (root / "run.json").exists():
+    raise UserError(f"{root}: is no run directory (it has no run.json)")
+  wrong, notes = [], []
+  manifest = root / MANIFEST
+  if manifest.exists():
+    wrong += differing(manifest, root)
+  else:
+    notes.append(f"{MANIFEST} is missing (the last start was killed, or is older): run.json, config.json, metrics and "
+                 "report cannot be checked")
+  try:
+    stages = files.read_json(root / "run.json")["stages"].items()
+    recorded = [(name, entry["output"], entry.get("files")) for name, entry in stages]
+  except (UserError, KeyError, AttributeError, TypeError):
+    damaged = [] if "run.json" in wrong else ["run.json"]
+    return [*wrong, *damaged], [*notes, "without run.json no stage can be checked"]
+  for name, output, each in recorded:
+    if not (root / name).exists():
+      wrong.append(name)
+    elif files.digest(root / name) != output:
+      found = files.digests(root / name)
+      wrong += [f"{name}/{file}".removesuffix("/.") for file in sorted({*found, *(each or {})})
+                if found.get(file) != (each or {}).get(file)] if each else [name]
+  for seal in sorted(root.glob(f"round_*/*_state/*{SEAL}")):
+    if (seal.parent / seal.name.removesuffix(SEAL)).exists():
+      wrong += [f"{seal.parent.relative_to(root)}/{name}" for name in differing(seal, seal.parent)]
+  return wrong, notes
+
+
+def _name(path: Path, root: Path) -> str:
+  return str(path.relative_to(root))

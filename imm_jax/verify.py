@@ -1,0 +1,35 @@
+"""Whether a run directory is still what the run has written: every recorded digest is computed again.
+
+    python -m imm_jax.verify --workdirs=runs/tiny
+
+Names each file that differs, on stdout, and ends with exit code 1 where there is one. Nothing is changed.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from imm_jax import cli, integrity
+from imm_jax.report.results import find
+
+_WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, or folders that hold some: DIR,DIR,...")
+flags.mark_flag_as_required("workdirs")
+
+
+def main() -> None:
+  damaged = False
+  for root in find(_WORKDIRS.value):
+    wrong, notes = integrity.check_run(Path(root))
+    for note in notes:
+      print(f"note: {root}: {note}", file=sys.stderr)
+    for name in wrong:
+      print(f"{root}/{name}: differs from what was written")
+    print(f"{root}: {f'{len(wrong)} differ' if wrong else 'as it was written'}")
+    damaged = damaged or bool(wrong)
+  if damaged:
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+  cli.run(main)
