@@ -46,10 +46,12 @@ class Output(NamedTuple):
 
 
 class Part(NamedTuple):
-  """Some tensors of the outputs: where they come from, and how each output merges them."""
+  """Some tensors of the outputs: where they come from, how each output merges them, and what the labels of the inputs
+  begin with."""
 
   source: CheckpointSource
   plans: Sequence[Plan]
+  prefix: str = ""
 
 
 class Result(NamedTuple):
@@ -146,7 +148,7 @@ class _Run:
 
   def merge(self, part: Part) -> dict[str, str]:
     """Merges the tensors of a part and digests its inputs."""
-    source, plans = part
+    source, plans = part.source, part.plans
     numbers_of = lambda name: [{k: _number(v) for k, v in plan.scalars(name).items()} for plan in plans]
     whole = next((plan.whole for plan in plans if plan.whole == "tensor"),
                  next((plan.whole for plan in plans if plan.whole), None))
@@ -186,7 +188,7 @@ class _Run:
         self._pool.submit_reserved(
             functools.partial(self._merge_block, part, name, begin, count, arrays, scalars, row_length(name)),
             functools.partial(self._buffers.give, list(read.values())))
-    return {label: digest.hexdigest() for label, digest in zip(source.folders, digests, strict=True)}
+    return {part.prefix + label: digest.hexdigest() for label, digest in zip(source.folders, digests, strict=True)}
 
   def _merge_block(self, part: Part, name: str, begin: int, count: int, arrays: Sequence[np.ndarray],
                    scalars: Sequence[Any], row_length: int) -> None:
