@@ -27,6 +27,7 @@ OPTIONS = {
     "ramplus_tl": {"threshold": 0.05}, "breadcrumbs_ties": {"weights": 0.5, "densities": 0.6}}
 RANDOM = {"dare_linear", "dare_ties", "della", "imm"}
 COUNT = {"slerp": 2, "arcee_fusion": 2, "nuslerp": 2, "imm": 3}
+SLOW = {"della", "dare_linear", "breadcrumbs_ties", "nuslerp", "multislerp", "karcher", "ramplus_tl"}
 # Without a base.
 PLAIN = {"linear", "karcher", "nuslerp"}
 
@@ -53,7 +54,7 @@ def on_disk(folders: list[Path], out: Path, method: str, *, block: int, **option
   return read(out)
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) if m in ("della", "dare_linear") else m
+@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m
                                     for m in OPTIONS])
 def test_a_file_has_the_bits_of_a_tree_in_blocks_and_shards_of_any_size(method: str, folders: list[Path],
                                                                         tmp_path: Path):

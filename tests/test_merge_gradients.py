@@ -20,10 +20,13 @@ OPTIONS = {
     "della": {"weights": [0.7, 0.4], "densities": 0.6}, "della_linear": {"weights": [0.7, 0.4], "densities": 0.6},
     "imm": {"base_weight": 0.4, "drop_rate": 0.3}, "dare": {"drop_rate": 0.4},
     "iimm": {"base_weight": 0.4, "drop_rate": 0.3, "importance": [1.0, 2.0]},
-    "slerp": {"t": 0.3}, "nuslerp": {"weights": [0.7, 0.4]}, "multislerp": {"weights": [0.7, 0.4]}, "karcher": {},
+    "slerp": {"t": 0.3}, "nuslerp": {"weights": [0.7, 0.4]}, "multislerp": {"weights": [0.7, 0.4]}, "karcher": {"max_iter": 2},
     "model_stock": {}, "wise_ft": {"alpha": 0.3}, "nearswap": {"t": 0.3}, "sce": {"select_topk": 0.6},
     "ram": {"threshold": 0.05}, "ramplus_tl": {"threshold": 0.05}, "arcee_fusion": {}, "passthrough": {"scales": 0.7},
     "fisher": {"weights": [0.7, 0.4]}}
+# One of each kind, for every run; the others have the same parts in another order.
+FAST = {"linear", "ties", "imm", "della", "slerp", "multislerp", "model_stock", "nearswap", "sce", "fisher", "ram"}
+EACH = [pytest.param(m, marks=() if m in FAST else pytest.mark.slow) for m in OPTIONS]
 # Numbers that gradients go to as well.
 COEFFICIENTS = {"weights", "scale", "alpha", "beta", "t", "base_weight", "scales", "r"}
 
@@ -56,7 +59,7 @@ def test_every_method_is_tried():
   assert OPTIONS.keys() == registry.METHODS.keys()
 
 
-@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize("method", EACH)
 def test_gradients_are_those_of_finite_differences(method: str):
   """Along a random direction of the models, and of what is a coefficient; small steps change no mask."""
   trees, rng = arguments(method), np.random.default_rng(9)
@@ -79,7 +82,7 @@ def test_gradients_are_those_of_finite_differences(method: str):
   assert found == pytest.approx(expected, rel=0.02, abs=0.02)
 
 
-@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize("method", EACH)
 def test_vmap_is_a_loop_and_eval_shape_needs_no_values(method: str):
   trees = arguments(method)
   several = [jax.tree.map(lambda x: np.stack([x, x[::-1]]), t) for t in trees]
