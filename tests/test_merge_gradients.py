@@ -20,9 +20,9 @@ OPTIONS = {
     "della": {"weights": [0.7, 0.4], "densities": 0.6}, "della_linear": {"weights": [0.7, 0.4], "densities": 0.6},
     "imm": {"base_weight": 0.4, "drop_rate": 0.3}, "dare": {"drop_rate": 0.4},
     "iimm": {"base_weight": 0.4, "drop_rate": 0.3, "importance": [1.0, 2.0]},
-    "slerp": {"t": 0.3}, "nuslerp": {"weights": [0.7, 0.4]}, "multislerp": {"weights": [0.7, 0.4]}, "karcher": {"max_iter": 2},
-    "model_stock": {},
-    "wise_ft": {"alpha": 0.3}, "nearswap": {"t": 0.3}, "sce": {"select_topk": 0.6},
+    "slerp": {"t": 0.3}, "nuslerp": {"weights": [0.7, 0.4]}, "multislerp": {"weights": [0.7, 0.4]},
+    "karcher": {"max_iter": 2},
+    "model_stock": {}, "wise_ft": {"alpha": 0.3}, "nearswap": {"t": 0.3}, "sce": {"select_topk": 0.6},
     "ram": {"threshold": 0.05}, "ramplus_tl": {"threshold": 0.05}, "arcee_fusion": {}, "passthrough": {"scales": 0.7},
     "fisher": {"weights": [0.7, 0.4]}}
 # One of each kind, for every run; the others have the same parts in another order.
