@@ -11,11 +11,12 @@ these for all, or a list with one for each. OUT appears whole or not at all; mer
 """
 
 import contextlib
-import json
+import dataclasses
 import math
 import os
-import shutil
+import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import yaml
 from absl import flags
 
-from imm_jax import __version__, cli, files
+from imm_jax import cli, files
 from imm_jax.errors import UserError, nearest
-from imm_jax.merging import checkpoint, masks, recipe, registry
+from imm_jax.merging import command, recipe, registry
+from imm_jax.merging.command import How
 from imm_jax.merging.options import REQUIRED, Option
-from imm_jax.merging.recipe import Recipe
+from imm_jax.merging.recipe import Recipe, Slice
 from imm_jax.merging.registry import Method
-from imm_jax.model import folder, hub
+from imm_jax.model import hub
 
 _METHODS = registry.on_disk()
 _METHOD = flags.DEFINE_enum("method", "imm", list(_METHODS), "How to merge, without --recipe. " + " ".join(
@@ -47,6 +49,8 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the masks.", lower_bound=0, upper_bo
 _SWEEP = flags.DEFINE_list("sweep_base_weight", [], "imm: write a checkpoint for each of these, from one read.")
 _DTYPE = flags.DEFINE_enum("out_dtype", None, sorted(recipe.DTYPES), "What to write [default: the first model's].")
 _SHARD = flags.DEFINE_string("max_shard_size", "5GB", "Split the weights into files of at most this size.")
+_ALLOW = flags.DEFINE_bool("allow_nonfinite", False, "Merge tensors with NaN or infinity too.")
+_FISHERS = flags.DEFINE_list("fishers", [], "fisher: for each of --models its Fisher matrix's diagonal, a folder.")
 _FLAGS = {name: flags.DEFINE_string(name, None, text) for name, text in registry.option_help().items()}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -64,8 +68,8 @@ def from_flags() -> Recipe:
   options = {name: option.suggested for name, option in takes.items() if option.suggested is not option.default}
   options |= {name: _setting(option, _FLAGS[name].value) for name, option in takes.items()
               if _FLAGS[name].value is not None}
-  return Recipe(method.name, {label: hub.resolve(path) for label, path in _given_models(method).items()}, options,
-                _DTYPE.value)
+  models = {label: hub.resolve(path) for label, path in _given_models(method).items()}
+  return Recipe(method.name, (Slice(models, options),), _DTYPE.value)
 
 
 def _given_models(method: Method) -> dict[str, str]:
@@ -73,10 +77,12 @@ def _given_models(method: Method) -> dict[str, str]:
   single = {"base": _BASE, "start": _START, "tuned": _TUNED}
   listed = next((name for name in ("models", "other") if name in method.inputs), None)
   takes = [name for name in single if name in method.inputs or f"{name}?" in method.inputs] + ["models"] * bool(listed)
-  for name, flag in (*single.items(), ("models", _MODELS)):
+  takes += ["fishers"] * ("fishers" in method.inputs)
+  for name, flag in (*single.items(), ("models", _MODELS), ("fishers", _FISHERS)):
     if flag.value and name not in takes:
       raise UserError(f"--{name}: {method.name} takes {' and '.join(f'--{n}' for n in takes)}")
-    if not flag.value and name in takes and name not in ("start", "models") and f"{name}?" not in method.inputs:
+    needed = name in takes and name not in ("start", "models", "fishers") and f"{name}?" not in method.inputs
+    if needed and not flag.value:
       raise UserError(f"--{name} is missing; {method.name} needs it")
   models = {name: single[name].value or _BASE.value for name in single if name in takes and (
       single[name].value or name == "start")}
@@ -86,72 +92,100 @@ def _given_models(method: Method) -> dict[str, str]:
       wanted = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
       raise UserError(f"--models has {len(_MODELS.value)}; {method.name} takes {wanted}")
     models |= {f"models[{i}]": model for i, model in enumerate(_MODELS.value)}
+  if "fishers" in takes:
+    if len(_FISHERS.value) != len(_MODELS.value):
+      raise UserError(f"--fishers has {len(_FISHERS.value)}; expected one for each of --models ({len(_MODELS.value)})")
+    models |= {f"fishers[{i}]": model for i, model in enumerate(_FISHERS.value)}
   return models
 
 
 def main() -> None:
   """Reads the flags, merges, and says what came out."""
-  if _RECIPE.value:
-    given = [f"--{name}" for name, flag in [*_FLAGS.items(), ("base", _BASE), ("start", _START), ("tuned", _TUNED),
-                                            ("models", _MODELS), ("method", _METHOD)] if flag.present and flag.value]
-    if given:
-      raise UserError(f"{', '.join(given)}: --recipe says it all; leave out one or the other")
-    made = recipe.read(Path(_RECIPE.value))
-    if _DTYPE.value:
-      made = Recipe(made.method, made.models, made.options, _DTYPE.value)
-  else:
-    made = from_flags()
-  jobs = _jobs(made)
+  how = How(_SEED.value, _bytes(_SHARD.value), _ALLOW.value)
   root = Path(_OUT.value)
-  files.check_out(root, made.models, overwrite=_OVERWRITE.value, foreign=lambda out: (
+  if not _RECIPE.value:
+    made = from_flags()
+    _write(root, made.models, lambda out: {out: _jobs(out, made)}, how)
+    return
+  given = [f"--{name}" for name, flag in [*_FLAGS.items(), ("base", _BASE), ("start", _START), ("tuned", _TUNED),
+                                          ("models", _MODELS), ("method", _METHOD)] if flag.present and flag.value]
+  if given:
+    raise UserError(f"{', '.join(given)}: --recipe says it all; leave out one or the other")
+  path = Path(_RECIPE.value)
+  names = list(recipe.names(path))
+  read = lambda i, earlier: _with_dtype(recipe.read(path, i, earlier))
+  if len(names) == 1:
+    made = read(0, {})
+    _write(root, made.models, lambda out: {out: _jobs(out, made)}, how)
+  else:
+    _write_documents(root, names, read, how)
+
+
+def _write(root: Path, inputs: Mapping[str, Path], plan: Callable[[Path], Mapping[Path, Mapping[Path, Recipe]]],
+           how: How) -> None:
+  """Writes --out, which appears whole or not at all; `plan` says what is merged where, one group after the other."""
+  started, count = time.monotonic(), 0
+  files.check_out(root, inputs, overwrite=_OVERWRITE.value, foreign=lambda out: (
       "" if any(out.rglob("merge.json")) else "is no earlier merge (it has no merge.json)"))
-  with files.alone(root):
-    run(made, jobs, root, seed=_SEED.value, max_shard_bytes=_bytes(_SHARD.value))
-
-
-def run(made: Recipe, jobs: dict[str, Recipe], root: Path, *, seed: int, max_shard_bytes: int) -> None:
-  """Writes one checkpoint for each job, named by its folder below `root` ("" is `root` itself), from one read."""
-  started = time.monotonic()
-  with checkpoint.CheckpointSource(made.models) as source, files.committed(root) as temporary:
-    _require_space(source, len(jobs), made.dtype, root)
-    first = next(iter(made.models.values()))
-    outputs = [checkpoint.Output(temporary / name, recipe.build(source, job),
-                                 recipe.DTYPES[job.dtype] if job.dtype else None) for name, job in jobs.items()]
-    result = checkpoint.merge(source, outputs, key=masks.seed_words(seed), max_shard_bytes=max_shard_bytes)
-    for (name, job), output in zip(jobs.items(), outputs, strict=True):
-      folder.copy_side_files(first, output.folder)
-      if job.dtype:
-        _set_dtype(output.folder / "config.json", job.dtype)
-      record = {"imm_jax": __version__, "method": job.method, "options": dict(job.options), "seed": seed,
-                "dtype": job.dtype, "inputs": {label: {"path": str(path), "xxh3_128": result.digests[label]}
-                                               for label, path in job.models.items()}}
-      text = json.dumps(record, indent=2) + "\n"
-      (output.folder / "merge.json").write_text(text, encoding="utf-8")
-      (output.folder / "README.md").write_text(_card((root / name).name, record), encoding="utf-8")
-  size = sum(folder_file.stat().st_size for folder_file in root.rglob("*.safetensors"))
-  print(f"{root}: {len(jobs)} checkpoint{'s' if len(jobs) > 1 else ''}, {size / 1e9:.2f} GB in "
+  with files.alone(root), files.committed(root) as temporary:
+    for jobs in plan(temporary).values():
+      command.merge(jobs, how)
+      count += len(jobs)
+  size = sum(weights.stat().st_size for weights in root.rglob("*.safetensors"))
+  print(f"{root}: {count} checkpoint{'s' if count > 1 else ''}, {size / 1e9:.2f} GB in "
         f"{time.monotonic() - started:.1f} s")
 
 
-def _jobs(made: Recipe) -> dict[str, Recipe]:
-  """What is written, by folder below --out."""
+def _write_documents(root: Path, names: list[str | None], read: Callable[[int, Mapping[str, Path]], Recipe],
+                     how: How) -> None:
+  """Merges the documents of a recipe one after the other: what has no name, the last, is --out; without such a one
+  each has its folder in --out. Later ones may take earlier ones for models."""
+  if None in names[:-1] or len(set(names)) < len(names):
+    raise UserError(f"{_RECIPE.value}: of several documents each but the last needs a name of its own")
+  started = time.monotonic()
+  files.check_out(root, {}, overwrite=_OVERWRITE.value, foreign=lambda out: (
+      "" if any(out.rglob("merge.json")) else "is no earlier merge (it has no merge.json)"))
+  with files.alone(root), files.committed(root) as temporary, tempfile.TemporaryDirectory(
+      prefix=f".{root.name}.", dir=_parent(root)) as between:
+    earlier: dict[str, Path] = {}
+    kept = temporary if names[-1] is not None else Path(between)
+    for i, name in enumerate(names):
+      out = temporary if name is None else kept / name
+      command.merge({out: read(i, earlier)}, how)
+      if name is not None:
+        earlier[name] = out
+  print(f"{root}: {len(names)} merges in {time.monotonic() - started:.1f} s")
+
+
+def _parent(root: Path) -> Path:
+  root.absolute().parent.mkdir(parents=True, exist_ok=True)
+  return root.absolute().parent
+
+
+def _with_dtype(made: Recipe) -> Recipe:
+  return dataclasses.replace(made, dtype=_DTYPE.value or made.dtype)
+
+
+def _jobs(out: Path, made: Recipe) -> dict[Path, Recipe]:
+  """What is written, by folder."""
   if not _SWEEP.value:
     if _SWEEP.present:
       raise UserError("--sweep_base_weight is empty; expected numbers from 0 to 1")
-    return {"": made}
+    return {out: made}
   if made.method not in ("imm", "iimm"):
     raise UserError(f"--sweep_base_weight: {made.method} has no base_weight; it is for imm and iimm")
   if _FLAGS["base_weight"].value is not None:
     raise UserError("--base_weight: --sweep_base_weight gives it; leave out one or the other")
-  jobs = {}
+  jobs: dict[Path, Recipe] = {}
   for text in _SWEEP.value:
     weight = _numbers("sweep_base_weight", text, _yaml("sweep_base_weight", text))
     if not isinstance(weight, int | float) or not 0 <= weight <= 1:
       raise UserError(f"--sweep_base_weight={text}: expected numbers from 0 to 1")
     if weight in [job.options["base_weight"] for job in jobs.values()]:
       raise UserError(f"--sweep_base_weight={','.join(_SWEEP.value)}: {text} stands in it twice")
-    jobs[f"base_weight_{text.strip()}"] = Recipe(made.method, made.models, {**made.options, "base_weight": weight},
-                                                 made.dtype)
+    whole, = made.slices
+    whole = dataclasses.replace(whole, options={**whole.options, "base_weight": weight})
+    jobs[out / f"base_weight_{text.strip()}"] = dataclasses.replace(made, slices=(whole,))
   return jobs
 
 
@@ -192,31 +226,6 @@ def _bytes(text: str) -> int:
     if size > 0:
       return size
   raise UserError(f"--max_shard_size={text}: expected bytes, or a number with {nearest(unit, list(_UNITS))}")
-
-
-def _require_space(source: checkpoint.CheckpointSource, copies: int, dtype: str | None, root: Path) -> None:
-  """Fails before the work where the disk is too full for the result."""
-  width = lambda entry: (recipe.DTYPES[dtype] if dtype else entry.dtype).itemsize
-  needed = copies * sum(source.size(name) * width(source.entries(name)[0]) for name in source.order)
-  free = shutil.disk_usage(next(p for p in root.absolute().parents if p.exists())).free
-  if needed > free:
-    raise UserError(f"--out={root}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; make room or "
-                    "give another folder")
-
-
-def _set_dtype(path: Path, dtype: str) -> None:
-  config = files.read_json(path)
-  config["dtype" if "dtype" in config else "torch_dtype"] = dtype
-  path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _card(name: str, record: dict[str, Any]) -> str:
-  """A model card: what was merged and how."""
-  lines = [f"- {label}: `{model['path']}`" for label, model in record["inputs"].items()]
-  return "\n".join([
-      "---", "library_name: transformers", "tags:", "- merge", "- imm_jax", "---", f"# {name}", "",
-      f"A merge by the method `{record['method']}`, made with imm_jax {record['imm_jax']}.", "", *lines, "",
-      "```json", json.dumps(record["options"] | {"seed": record["seed"]}, indent=2), "```", ""])
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """What a merge is made of, and mergekit's YAML as one way to say it.
 
-mergekit's file names models, a method and parameters; each parameter is a value, a list over the layers, or a list of
-`{filter: part of a tensor name, value: ...}` of which the first that fits counts. The methods here are its methods,
-with these differences: arithmetic is float32 whatever `dtype` says (which, without `out_dtype`, is what is written);
-`ties` trims over the whole model; `rescale` divides by the share that stays, where mergekit restores the L1 norm.
+mergekit's file names models or slices of their layers, a method and parameters; each parameter is a value, a list over
+the layers, or a list of `{filter: part of a tensor name, value: ...}` of which the first that fits counts. A source's
+own parameters count before its slice's, these before the module's, these before the file's. Arithmetic is float32
+whatever `dtype` says (which, without `out_dtype`, is what is written); docs/merging.md lists what differs.
 """
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,150 +16,386 @@ import ml_dtypes
 import numpy as np
 import yaml
 
-from imm_jax.errors import UserError, nearest
+from imm_jax.errors import UserError, nearest, say_once
 from imm_jax.merging import registry
 from imm_jax.merging.options import REQUIRED, Option
+from imm_jax.merging.registry import Method
 from imm_jax.model import hub
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
-# Accepted and without effect: mergekit saves memory with it.
-_IDLE = {"int8_mask"}
-# What mergekit accepts where it changes nothing.
-_WITHOUT_EFFECT = (("rescale", False), ("filter_wise", False))
-# By method: its options by the keys that recipes have for them (imm and iimm are not mergekit's).
-_OPTIONS = {name: {option.key: option for option in method.options}
-            for name, method in registry.on_disk().items() if name not in ("imm", "iimm")}
-_KEYS = {"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype"}
+# Methods by name, with their options by the keys that recipes have for them.
+_METHODS = {name: method for name, method in registry.on_disk().items() if "fishers" not in method.inputs}
+_KEYS = {"merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype",
+         "tokenizer_source", "tokenizer", "chat_template", "name"}
+# What mergekit accepts, or its older versions did, and what changes nothing here.
+_IDLE_KEYS = {"random_seed", "embed_slerp", "residual_weight", "architecture"}
+_IDLE = {"int8_mask", "embed_slerp", "normalize", "rescale"}
+_CHATML = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+_EVERY = {option.key for method in _METHODS.values() for option in method.options} | _IDLE
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+  """Layers of the output and the models that they are merged from.
+
+  Attributes:
+    models: label -> folder, in the method's order, the base's label `base`.
+    options: of the method.
+    layers: label -> the first layer and the one after the last that is taken; None for whole models.
+  """
+
+  models: Mapping[str, Path]
+  options: Mapping[str, Any]
+  layers: Mapping[str, tuple[int, int]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+  """Which tokenizer the output has, and where its tokens' rows come from.
+
+  Attributes:
+    source: `union`, `base`, or a model's folder.
+    tokens: token -> {source, force}, as mergekit has it, with folders in place of models.
+    pad_to_multiple_of: rows that the vocabulary is padded to a multiple of.
+  """
+
+  source: str | Path
+  tokens: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+  pad_to_multiple_of: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """A merge: a method, the models by label in the order the method takes them, its options, the dtype to write."""
+  """A merge: a method, what it takes, the dtype to write, and what decides config and tokenizer.
+
+  Attributes:
+    method: of the registry.
+    slices: one for whole models, else one after the other.
+    dtype: of the weights; the first model's unless given.
+    donor: the folder whose config and tokenizer the output has; the first model's unless given.
+    tokens: a tokenizer to build; None to copy the donor's.
+    chat_template: a template, or `auto`; None to copy the donor's.
+    name: what later documents of the same file call the output.
+  """
 
   method: str
-  models: Mapping[str, Path]
-  options: Mapping[str, Any]
+  slices: tuple[Slice, ...]
   dtype: str | None = None
+  donor: Path | None = None
+  tokens: Tokens | None = None
+  chat_template: str | None = None
+  name: str | None = None
+
+  @property
+  def models(self) -> dict[str, Path]:
+    """All folders by labels that tell slices apart."""
+    return {prefix + label: folder for prefix, part in zip(self.prefixes, self.slices, strict=True)
+            for label, folder in part.models.items()}
+
+  @property
+  def prefixes(self) -> list[str]:
+    """Of the labels of each slice."""
+    return [""] if len(self.slices) == 1 else [f"slices[{i}]." for i in range(len(self.slices))]
+
+  @property
+  def options(self) -> Mapping[str, Any]:
+    """The first slice's."""
+    return self.slices[0].options
 
 
-def read(path: Path) -> Recipe:
-  """Reads mergekit's YAML.
+def documents(path: Path) -> list[dict[str, Any]]:
+  """The recipes of a YAML file as they stand.
 
   Raises:
-    UserError: for a file that is no such recipe, and for a key or method that is not supported; it is named.
+    UserError: for a file that is no such recipe.
   """
   try:
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    found = [raw for raw in yaml.safe_load_all(path.read_text(encoding="utf-8")) if raw is not None]
   except OSError as e:
     raise UserError(f"{path}: cannot be read ({e.strerror})") from e
   except (yaml.YAMLError, UnicodeDecodeError) as e:
     raise UserError(f"{path}: is not YAML ({' '.join(str(e).split())})") from e
-  if not isinstance(raw, dict):
+  if not found or not all(isinstance(raw, dict) for raw in found):
     raise UserError(f"{path}: expected a mapping with merge_method and models")
-  _refuse_unknown(path, "", raw, _KEYS)
-  method = raw.get("merge_method")
-  if method not in _OPTIONS:
-    raise UserError(f"{path}: merge_method={method!r}: {nearest(str(method), sorted(_OPTIONS))}")
-  models = raw.get("models")
-  if not isinstance(models, list) or not models or not all(isinstance(m, dict) and "model" in m for m in models):
-    raise UserError(f"{path}: models: expected a list of entries with the key model")
-  for i, entry in enumerate(models):
-    _refuse_unknown(path, f"models[{i}].", entry, {"model", "parameters"})
-  known = _OPTIONS[method]
-  each = {key: option for key, option in known.items() if option.per_model}
-  shared = _parameters(path, "parameters", raw.get("parameters"), known)
-  base = raw.get("base_model")
-  if base is None and method != "linear":
-    raise UserError(f"{path}: base_model is missing; {method} needs one")
-  others = [m for m in models if method == "linear" or m["model"] != base]
-  own = [_parameters(path, f"models[{i}].parameters", m.get("parameters"), each) for i, m in enumerate(others)]
-  options: dict[str, Any] = {known[key].name: value for key, value in shared.items() if key not in each}
-  if method == "slerp" and (len(others) != 1 or "t" not in options):
-    raise UserError(f"{path}: slerp takes base_model, one other model, and parameters.t")
-  for key, option in each.items():
-    options[option.name] = [_inherit(path, option, i, mine.get(key), shared.get(key)) for i, mine in enumerate(own)]
-  labels = {} if method == "linear" else {"base": _folder(path, base)}
-  labels |= {f"models[{i}]": _folder(path, m["model"]) for i, m in enumerate(others)}
-  dtype = raw.get("out_dtype") or raw.get("dtype")
-  if dtype is not None and dtype not in DTYPES:
-    raise UserError(f"{path}: dtype={dtype!r}: {nearest(str(dtype), list(DTYPES))}")
-  return Recipe(method, labels, options, dtype)
+  return found
 
 
-def build(source: Any, recipe: Recipe) -> Any:
-  """The plan of a recipe's method; what its options have wrong is a UserError."""
-  try:
-    return registry.METHODS[recipe.method](source, **recipe.options)
-  except (TypeError, ValueError) as e:
-    raise UserError(f"{recipe.method}: {e}") from e
+def read(path: Path, number: int = 0, earlier: Mapping[str, Path] | None = None) -> Recipe:
+  """Reads one recipe of mergekit's YAML.
+
+  Args:
+    path: the file.
+    number: which of its documents.
+    earlier: the folders that earlier documents were merged into, by their names.
+
+  Raises:
+    UserError: for a file that is no such recipe, and for a key or method that is not supported; it is named.
+  """
+  return _Reader(path, dict(earlier or {})).recipe(documents(path)[number])
 
 
-def _parameters(path: Path, where: str, raw: Any, known: Mapping[str, Option]) -> dict[str, Any]:
-  """Parameters as settings of ours: filters become regexes."""
-  if raw is None:
-    return {}
-  if not isinstance(raw, dict):
-    raise UserError(f"{path}: {where}: expected a mapping")
-  _refuse_unknown(path, f"{where}.", {k: v for k, v in raw.items() if k in known or (k, v) not in _WITHOUT_EFFECT},
-                  known.keys() | _IDLE)
-  return {key: (_flag if known[key].kind == "flag" else _setting)(path, f"{where}.{key}", value)
-          for key, value in raw.items() if key in known}
+class _Reader:
+  """Reads a document; knows the file's name for errors."""
 
+  def __init__(self, path: Path, earlier: Mapping[str, Path]):
+    self._path, self._earlier, self._method = path, earlier, ""
 
-def _flag(path: Path, where: str, value: Any) -> bool:
-  if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and set(value[0]) == {"value"}:
-    value = value[0]["value"]
-  if not isinstance(value, bool | int) or value not in (0, 1):
-    raise UserError(f"{path}: {where}={value!r}: expected true or false, the same for all tensors")
-  return bool(value)
+  def recipe(self, raw: Mapping[str, Any]) -> Recipe:
+    raw = {key: value for key, value in raw.items() if value is not None}
+    self._refuse_unknown("", raw, _KEYS, _IDLE_KEYS)
+    method = _METHODS.get(raw.get("merge_method", ""))
+    if method is None:
+      self._fail(f"merge_method={raw.get('merge_method')!r}: {nearest(str(raw.get('merge_method')), list(_METHODS))}")
+    self._method = method.name
+    raw, outer = self._one_module(raw)
+    if ("models" in raw) == ("slices" in raw):
+      self._fail("expected models or slices" + (", not both" if "models" in raw else ""))
+    outer = [*outer, ("parameters", raw.get("parameters"))]
+    base = raw.get("base_model")
+    if "models" in raw:
+      slices = [self._slice(method, "models", raw["models"], base, outer, whole=True)]
+    else:
+      entries = self._list("slices", raw["slices"])
+      slices = []
+      for i, entry in enumerate(entries):
+        where = f"slices[{i}]"
+        self._refuse_unknown(f"{where}.", entry, {"sources", "parameters", "base_model"}, _IDLE_KEYS)
+        slices.append(self._slice(method, f"{where}.sources", entry.get("sources"), entry.get("base_model") or base,
+                                  [(f"{where}.parameters", entry.get("parameters")), *outer], whole=False))
+    dtype = raw.get("out_dtype") or raw.get("dtype")
+    if dtype is not None:
+      dtype = str(dtype).removeprefix("torch.")
+      if dtype not in DTYPES:
+        self._fail(f"dtype={dtype!r}: {nearest(dtype, list(DTYPES))}")
+    return Recipe(method.name, tuple(slices), dtype, self._folder(base) if base is not None else None,
+                  self._tokens(raw), self._template(raw), raw.get("name"))
 
+  def _one_module(self, raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[tuple[str, Any]]]:
+    """A recipe with its only module's models or slices, and that module's parameters."""
+    modules = raw.get("modules")
+    if modules is None:
+      return raw, []
+    if not isinstance(modules, dict) or len(modules) != 1 or not isinstance(next(iter(modules.values())), dict):
+      names = ", ".join(map(str, modules)) if isinstance(modules, dict) else modules
+      self._fail(f"modules: {names}: expected one module with models or slices; mergekit merges each module of a model "
+                 "of several (vision and text) on its own, which is not supported")
+    (name, module), = modules.items()
+    self._refuse_unknown(f"modules.{name}.", module, {"models", "slices", "parameters"})
+    return {**raw, **{k: v for k, v in module.items() if k != "parameters"}}, [
+        (f"modules.{name}.parameters", module.get("parameters"))]
 
-def _setting(path: Path, where: str, value: Any) -> Any:
-  if isinstance(value, dict):
-    value = [value]
-  if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+  def _slice(self, method: Method, where: str, raw: Any, base: Any, outer: Sequence[tuple[str, Any]], *, whole: bool,
+             ) -> Slice:
+    """One slice; `outer` holds what parameters may stand in besides its sources."""
+    entries = self._list(where, raw)
+    for i, entry in enumerate(entries):
+      known = {"model", "parameters"} | (set() if whole else {"layer_range"})
+      self._refuse_unknown(f"{where}[{i}].", entry, known)
+      if "model" not in entry:
+        self._fail(f"{where}[{i}]: expected an entry with the key model")
+    named = [self._name(entry["model"]) for entry in entries]
+    has_base = base is not None and self._name(base) in named
+    uses_base = method.base == "required" or (method.base == "optional" and base is not None)
+    if uses_base and base is None:
+      self._fail(f"base_model is missing; {method.name} needs one")
+    each = [option for option in method.options if option.per_model]
+    if base is not None and not has_base:
+      # As mergekit has it: the base is one of the models, unless a method does without what it says of models.
+      if uses_base and not whole:
+        self._fail(f"{where}: base_model is not among the sources; {method.name} needs its layers")
+      if uses_base or (not each and method.most is None):
+        entries = [*entries, {"model": base}]
+        named.append(self._name(base))
+    order = [i for i in range(len(entries)) if not (uses_base and named[i] == self._name(base))]
+    labels = {f"{where}[{i}]": entries[i] for i in order}
+    if uses_base:
+      labels = {"base": entries[named.index(self._name(base))], **labels}
+    labels = self._arrange(method, where, labels, len(order))
+    own = {label: (f"{label}.parameters", entry.get("parameters")) for label, entry in labels.items()}
+    options = {}
+    for option in method.options:
+      if option.per_model:
+        options[option.name] = [self._inherit(option, label, [own[label], *outer])
+                                for label in labels if label != "base"]
+      else:
+        given = any(isinstance(level, dict) and level.get(option.key) is not None for _, level in outer)
+        if given or option.suggested is not option.default or option.required:
+          options[option.name] = self._inherit(option, "parameters", outer)
+    for _, parameters in [*own.values(), *outer]:
+      self._check_keys(method, _, parameters)
+    layers = None if whole else {label: self._range(label, entry) for label, entry in labels.items()}
+    if layers and len({end - first for first, end in layers.values()}) > 1:
+      self._fail(f"{where}: layer_range: all sources of a slice need the same number of layers")
+    return Slice({label: self._folder(entry["model"]) for label, entry in labels.items()}, options, layers)
+
+  def _arrange(self, method: Method, where: str, labels: dict[str, Any], count: int) -> dict[str, Any]:
+    """The models in the method's order, if they are as many as it takes."""
+    if "start" in method.inputs:
+      if count not in (1, 2):
+        self._fail(f"{where}: {method.name} takes base_model and one other model, or two, start and tuned")
+      values = list(labels.values())
+      return dict(zip(("base", "start", "tuned"), values if count == 2 else [values[0], *values], strict=True))
+    least, most = (method.least, method.most) if "models" in method.inputs else (1, 1)
+    if count < least or (most is not None and count > most):
+      wanted = f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+      other = "other than base_model" if method.base == "required" else "in all"
+      self._fail(f"{where}: {method.name} takes {wanted} model{'s' * (wanted != '1')} {other}, not {count}")
+    return labels
+
+  def _inherit(self, option: Option, where: str, levels: Sequence[tuple[str, Any]]) -> Any:
+    """An option's setting: the first level that has it counts; where its filters do not fit, the next."""
+    found = [self._setting(option, f"{place}.{option.key}", level[option.key]) for place, level in levels
+             if isinstance(level, dict) and level.get(option.key) is not None]
+    # Recipes leave densities out, which are 1 then, and never weights.
+    default = {"density": 1.0, "weight": REQUIRED}.get(option.key, option.suggested)
+    if not found and default is REQUIRED:
+      place = "" if where == "parameters" else f"{where}."
+      self._fail(f"{place}parameters.{option.key} is missing; {self._method} needs it")
+    if option.kind != "number" or not found:
+      return found[0] if found else default
     patterns: dict[str, Any] = {}
-    for condition in value:
-      _refuse_unknown(path, f"{where}.", condition, {"filter", "value"})
-      if "value" not in condition:
-        raise UserError(f"{path}: {where}: an entry has no value")
-      part = condition.get("filter")
-      patterns.setdefault("" if part in (None, "*") else re.escape(str(part)),
-                          _setting(path, where, condition["value"]))
-    return patterns
-  if isinstance(value, bool):
-    return value
-  try:
-    # YAML reads 1e-3 as a text.
-    return [float(v) for v in value] if isinstance(value, list) and value else float(value)
-  except (TypeError, ValueError) as e:
-    raise UserError(f"{path}: {where}={value!r}: expected a number, a list of numbers, or a list of filters") from e
-
-
-def _inherit(path: Path, option: Option, index: int, own: Any, shared: Any) -> Any:
-  """A model's own setting; where its filters do not fit, the recipe's; then the default."""
-  # Recipes leave nothing out but densities, which are 1 then.
-  default = {"density": 1.0, "weight": None}.get(option.key, option.default)
-  default = None if default is REQUIRED else default
-  if own is None and shared is None and default is None:
-    raise UserError(f"{path}: models[{index}].parameters.{option.key} is missing")
-  patterns: dict[str, Any] = {}
-  for setting in (own, shared, default):
-    if setting is not None:
+    for setting in (*found, *([] if default is REQUIRED else [default])):
       for pattern, value in (setting.items() if isinstance(setting, dict) else [("", setting)]):
         patterns.setdefault(pattern, value)
-  first = next(iter(patterns))
-  return patterns[first] if first == "" else patterns
+    first = next(iter(patterns))
+    return patterns[first] if first == "" else patterns
+
+  def _setting(self, option: Option, where: str, value: Any) -> Any:
+    """A value as a setting of ours: filters become regexes."""
+    if option.kind == "number":
+      return self._numbers(where, value)
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and set(value[0]) == {"value"}:
+      value = value[0]["value"]
+    if option.kind == "flag":
+      if not isinstance(value, bool | int) or value not in (0, 1):
+        self._fail(f"{where}={value!r}: expected true or false, the same for all tensors")
+      return bool(value)
+    return self._numbers(where, value) if option.kind in ("constant", "vector") else value
+
+  def _numbers(self, where: str, value: Any) -> Any:
+    if isinstance(value, dict):
+      value = [value]
+    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+      patterns: dict[str, Any] = {}
+      for condition in value:
+        self._refuse_unknown(f"{where}.", condition, {"filter", "value"})
+        if "value" not in condition:
+          self._fail(f"{where}: an entry has no value")
+        part = condition.get("filter")
+        patterns.setdefault("" if part in (None, "*") else re.escape(str(part)),
+                            self._numbers(where, condition["value"]))
+      return patterns
+    try:
+      # YAML reads 1e-3 as a text.
+      return [float(v) for v in value] if isinstance(value, list) and value else float(value)
+    except (TypeError, ValueError):
+      self._fail(f"{where}={value!r}: expected a number, a list of numbers, or a list of filters")
+
+  def _check_keys(self, method: Method, where: str, raw: Any) -> None:
+    """Refuses what no method knows; what another one takes has no effect, in mergekit neither."""
+    if raw is None:
+      return
+    if not isinstance(raw, dict):
+      self._fail(f"{where}: expected a mapping")
+    mine = {option.key for option in method.options}
+    if raw.get("rescale") and "rescale" not in mine and any(o.key == "density" for o in method.options):
+      self._fail(f"{where}.rescale: {method.name} does not rescale; mergekit restores the L1 norm of what it trims")
+    self._refuse_unknown(f"{where}.", raw, mine, _EVERY)
+    for key in sorted(raw.keys() - mine - _IDLE):
+      say_once(f"note: {self._path}: {where}.{key} has no effect on {method.name}")
+
+  def _range(self, label: str, entry: Mapping[str, Any]) -> tuple[int, int]:
+    found = entry.get("layer_range")
+    good = isinstance(found, list) and len(found) == 2 and all(isinstance(n, int) for n in found)
+    if not good or not 0 <= found[0] < found[1]:
+      self._fail(f"{label}.layer_range={found!r}: expected [first, end] with 0 <= first < end")
+    return found[0], found[1]
+
+  def _tokens(self, raw: Mapping[str, Any]) -> Tokens | None:
+    given = raw.get("tokenizer")
+    if given is None:
+      source = raw.get("tokenizer_source")
+      return None if source is None else Tokens(self._source(source))
+    if "tokenizer_source" in raw:
+      self._fail("tokenizer_source and tokenizer: give one of them")
+    if not isinstance(given, dict):
+      self._fail("tokenizer: expected a mapping with source")
+    self._refuse_unknown("tokenizer.", given, {"source", "tokens", "pad_to_multiple_of"})
+    multiple = given.get("pad_to_multiple_of")
+    if multiple is not None and (not isinstance(multiple, int) or multiple < 1):
+      self._fail(f"tokenizer.pad_to_multiple_of={multiple!r}: expected a number of rows")
+    tokens = {}
+    for token, entry in (given.get("tokens") or {}).items():
+      where = f"tokenizer.tokens.{token}"
+      if not isinstance(entry, dict):
+        self._fail(f"{where}: expected a mapping with source or force")
+      self._refuse_unknown(f"{where}.", entry, {"source", "force"})
+      source = entry.get("source")
+      if isinstance(source, dict) and source.get("kind") == "model_token":
+        self._refuse_unknown(f"{where}.source.", source, {"kind", "model", "token", "token_id"})
+        if (source.get("token") is None) == (source.get("token_id") is None):
+          self._fail(f"{where}.source: expected token or token_id")
+        source = {**source, "model": self._folder(source.get("model"))}
+      elif isinstance(source, dict) and source.get("kind") == "zero":
+        source = {"kind": "zero"}
+      elif source is not None:
+        source = self._folder(source)
+      tokens[str(token)] = {"source": source, "force": bool(entry.get("force", False))}
+    return Tokens(self._source(given.get("source", "union")), tokens, multiple)
+
+  def _source(self, source: Any) -> str | Path:
+    return source if source in ("union", "base") else self._folder(source)
+
+  def _template(self, raw: Mapping[str, Any]) -> str | None:
+    text = raw.get("chat_template")
+    if text == "chatml":
+      return _CHATML
+    if text is not None and text != "auto" and (not isinstance(text, str) or "{" not in text):
+      self._fail(f"chat_template={text!r}: expected auto, chatml or a Jinja template; what else mergekit "
+                 "knows by name is not here")
+    return text
+
+  def _name(self, model: Any) -> str:
+    """How mergekit writes a model: PATH[@REVISION][+ADAPTER[@REVISION]]."""
+    if isinstance(model, dict) and isinstance(model.get("model"), dict):
+      self._refuse_unknown("model.", model, {"model", "lora"})
+      parts = [model["model"], *([model["lora"]] if model.get("lora") else [])]
+    elif isinstance(model, dict) and "path" in model:
+      parts = [model]
+    else:
+      if not isinstance(model, str):
+        self._fail(f"model {model!r}: expected a folder or a hub id")
+      return model
+    return "+".join(part["path"] + (f"@{part['revision']}" if part.get("revision") else "") for part in parts)
+
+  def _folder(self, model: Any) -> Path:
+    name = self._name(model)
+    return self._earlier[name] if name in self._earlier else hub.resolve(name)
+
+  def _list(self, where: str, raw: Any) -> list[dict[str, Any]]:
+    if not isinstance(raw, list) or not raw or not all(isinstance(entry, dict) for entry in raw):
+      self._fail(f"{where}: expected a list of entries" + (" with the key model" if where == "models" else ""))
+    return raw
+
+  def _refuse_unknown(self, where: str, raw: Mapping[str, Any], known: set[str], idle: set[str] | None = None) -> None:
+    for key in raw:
+      if key not in known and key not in (idle or set()):
+        hint = nearest(str(key), sorted(known | (idle or set()))) if known else "expected none here"
+        self._fail(f"{where}{key} is not supported; {hint}")
+
+  def _fail(self, problem: str) -> None:
+    raise UserError(f"{self._path}: {problem}")
 
 
-def _refuse_unknown(path: Path, where: str, raw: Mapping[str, Any], known: set[str]) -> None:
-  for key in raw:
-    if key not in known:
-      hint = nearest(str(key), sorted(known)) if known else "expected none here"
-      raise UserError(f"{path}: {where}{key} is not supported; {hint}")
+def build(source: Any, method: str, options: Mapping[str, Any]) -> Any:
+  """The plan of a method; what its options have wrong is a UserError."""
+  try:
+    return registry.METHODS[method](source, **options)
+  except (TypeError, ValueError) as e:
+    raise UserError(f"{method}: {e}") from e
 
 
-def _folder(path: Path, model: Any) -> Path:
-  if not isinstance(model, str):
-    raise UserError(f"{path}: model {model!r}: expected a folder or a hub id")
-  return hub.resolve(model)
+def names(path: Path) -> Iterator[str | None]:
+  """Of each document, the name that later ones call it by."""
+  return (raw.get("name") for raw in documents(path))

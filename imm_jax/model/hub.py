@@ -2,9 +2,10 @@
 
 import re
 from pathlib import Path
+from types import ModuleType
 
 from imm_jax.errors import UserError, say_once
-from imm_jax.model import download, folder as checkpoint
+from imm_jax.model import folder as checkpoint
 
 _EMBEDDED = Path(__file__).parent.parent / "assets"
 # org/name, and a revision: a branch, a tag, a commit, or refs/pr/1.
@@ -32,7 +33,7 @@ def resolve(model: str) -> Path:
     from imm_jax.model import lora  # late: most runs have none
 
     return lora.materialise(*parts(model), name="+".join(_label(part) for part in pair))
-  found = _EMBEDDED / model if model == "tiny" else _folder(model) if is_local(model) else download.model(model)
+  found = _EMBEDDED / model if model == "tiny" else _folder(model) if is_local(model) else _download().model(model)
   if (found / checkpoint.ADAPTER_CONFIG).exists() and checkpoint.has_weights(found):
     say_once(f"note: {model}: holds a whole model and a LoRA adapter; the adapter is ignored")
   return found
@@ -45,7 +46,7 @@ def parts(model: str) -> tuple[Path, Path]:
   if is_adapter(base) and not checkpoint.has_weights(Path(base)) and not is_adapter(adapter) and (
       checkpoint.has_weights(Path(adapter)) or not is_local(adapter)):
     raise UserError(f"{model}: {base} is a LoRA adapter and {adapter} a model; give {adapter}+{base}")
-  found = Path(adapter) if is_local(adapter) else download.adapter(adapter)
+  found = Path(adapter) if is_local(adapter) else _download().adapter(adapter)
   return resolve(base), found
 
 
@@ -88,7 +89,14 @@ def config_folder(model: str) -> Path | None:
     UserError: for an empty name, a folder that is not there, or an id that the hub cannot have.
   """
   model = base_of(model)
-  return resolve(model) if is_local(model) else download.cached_config(model)
+  return resolve(model) if is_local(model) else _download().cached_config(model)
+
+
+def _download() -> ModuleType:
+  """The module that asks the hub: late, for most runs have folders."""
+  from imm_jax.model import download
+
+  return download
 
 
 def is_local(model: str) -> bool:

@@ -15,8 +15,8 @@ from imm_jax.merging.registry import method
 def fisher(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
   """The mean weighed entry by entry with the diagonal of each model's Fisher matrix (Fisher merging).
 
-  sum_i w_i F_i t_i / sum_i w_i F_i. The second of what `imm_jax.analysis.importance.gradient_and_squares` gives is such an
-  F: the squares of single examples' gradients, added up.
+  sum_i w_i F_i t_i / sum_i w_i F_i. The squares of single examples' gradients, added up, are such an F: the second of
+  what `imm_jax.analysis.importance.gradient_and_squares` gives.
 
   >>> import jax.numpy as jnp
   >>> a, b = {"w": jnp.array([0., 0.])}, {"w": jnp.array([4., 4.])}

@@ -69,8 +69,7 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
 @method("base", "models", reference="https://arxiv.org/abs/2408.07990", prepare=_prepare, gradients="masks", options=(
     Option("select_topk", "the share that is selected of the entries that differ", 1.0, low=0, high=1),))
 def sce(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
-  """Selects the entries where models differ most, weighs models by the squares of their changes, and erases what
-  disagrees in sign (SCE).
+  """Adds what models have changed most differently, by the squares of the changes, where signs agree (SCE).
 
   Of each tensor the `select_topk` share of largest variance among task vectors d_i is selected (of those that are not
   0; equal ones together); w_i is the mean of d_i^2 there, divided by the sum of all; entry by entry the sign of
