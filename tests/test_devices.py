@@ -71,7 +71,8 @@ def _main(out: Path) -> None:
         hf.save(params, out / f"{case}-{name}-trained", like=out / case, keep_dtypes=True)
   decode, shapes = native.decode.decode, set()
   native.decode.decode = lambda params, prefix, state, *rest, **options: (
-      shapes.add(state["caches"][0][0].addressable_shards[0].data.shape) or decode(params, prefix, state, *rest, **options))
+      shapes.add(state["caches"][0][0].addressable_shards[0].data.shape)
+      or decode(params, prefix, state, *rest, **options))
   for name, sizes in SAMPLING.items():
     shapes.clear()
     sampler = NativeSampler(hub.resolve("tiny"), compute_dtype="float32", batch_size=8, mesh=_mesh(*sizes))
