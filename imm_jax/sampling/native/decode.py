@@ -173,26 +173,25 @@ def _widen(layer: LayerCache, *, slots: int) -> LayerCache:
 def decode(params: Params, prefix: Prefix, state: State, stopped: jax.Array, steps: jax.Array, most_done: jax.Array,
            allowed: jax.Array, *, static: Static) -> State:
   """Extends all rows but those `stopped` [B] for at most `steps` tokens, or until `most_done` rows are done."""
-  model = bind(static.config, params, scan=False)
-  rows = jnp.arange(state["done"].shape[0])
-  new_tokens = state["tokens"].shape[1]
-
-  def body(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
-    step, s = carry
-    logits, caches = model.decode(s["last"], used=s["used"], caches=s["caches"], prefix=prefix,
-                                  compute_dtype=static.dtype)
-    token = sample(logits, s["keys"], s["count"], s["temperatures"], allowed, top_p=static.top_p, greedy=static.greedy)
-    going = ~s["done"]
-    count = s["count"] + going
-    # What a row that is done draws goes nowhere.
-    tokens = s["tokens"].at[rows, jnp.where(going, s["count"], new_tokens)].set(token, mode="drop")
-    return step + 1, _placed(s | {
-        "caches": caches, "tokens": tokens, "count": count, "last": jnp.where(going, token, s["last"]),
-        "used": s["used"] + going, "done": s["done"] | _ends(token, static) | (count >= new_tokens)}, static)
-
+  body = lambda carry: (carry[0] + 1, extend(params, prefix, carry[1], allowed, static=static))
   going = lambda carry: (carry[0] < steps) & (jnp.sum(carry[1]["done"]) < most_done)
   state = state | {"done": state["done"] | stopped}
   return jax.lax.while_loop(going, body, (jnp.int32(0), state))[1]
+
+
+def extend(params: Params, prefix: Prefix, state: State, allowed: jax.Array, *, static: Static) -> State:
+  """The state one token later; what a row that is done draws goes nowhere."""
+  rows, new_tokens = jnp.arange(state["done"].shape[0]), state["tokens"].shape[1]
+  logits, caches = bind(static.config, params, scan=False).decode(
+      state["last"], used=state["used"], caches=state["caches"], prefix=prefix, compute_dtype=static.dtype)
+  token = sample(logits, state["keys"], state["count"], state["temperatures"], allowed, top_p=static.top_p,
+                 greedy=static.greedy)
+  going = ~state["done"]
+  count = state["count"] + going
+  tokens = state["tokens"].at[rows, jnp.where(going, state["count"], new_tokens)].set(token, mode="drop")
+  return _placed(state | {
+      "caches": caches, "tokens": tokens, "count": count, "last": jnp.where(going, token, state["last"]),
+      "used": state["used"] + going, "done": state["done"] | _ends(token, static) | (count >= new_tokens)}, static)
 
 
 def sample(logits: jax.Array, keys: jax.Array, steps: jax.Array, temperatures: jax.Array, allowed: jax.Array, *,
