@@ -233,6 +233,12 @@ def test_a_stop_string_may_hold_special_tokens_and_the_text_never_does(
     assert got == Completion(full.text[:full.text.index(at)].replace(" answer", ""), count, "stop")
 
 
+def test_parameters_in_memory_are_sampled_as_a_folder_is(greedy: list[Completion]) -> None:
+  _, params = hf.load(TINY, dtype=jnp.float32)
+  held = native.NativeSampler(TINY, compute_dtype="float32", batch_size=8, params=params)
+  assert [c for c, in held.generate(ALL, max_new_tokens=NEW_TOKENS)] == greedy
+
+
 def test_nothing_asked_is_nothing_done(sampler: native.NativeSampler) -> None:
   assert sampler.generate([], max_new_tokens=4) == []
 

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from imm_jax.model import decode_kernels
 from imm_jax.model.blockwise import precision, scale_of
 
 # One layer's keys and values: [B, K, S, h], of a prefix [K, P, h].
@@ -63,7 +65,8 @@ def prompts(q: jax.Array, k: jax.Array, v: jax.Array, *, prefix: LayerCache, len
 
 
 def step(q: jax.Array, k: jax.Array, v: jax.Array, *, prefix: LayerCache, length: jax.Array, used: jax.Array,
-         scale: float | None = None) -> jax.Array:
+         scale: float | None = None, kernel: str = "xla", mesh: Mesh | None = None, interpret: bool = False,
+         ) -> jax.Array:
   """Attention of one token a row.
 
   Args:
@@ -74,23 +77,49 @@ def step(q: jax.Array, k: jax.Array, v: jax.Array, *, prefix: LayerCache, length
     length: of the prefix.
     used: int32 [B], the slot of each row's token; it sees that and those before.
     scale: of the scores; None for h^-0.5.
+    kernel: what reads a row's own slots, one of `decode_kernels.KERNELS`.
+    mesh: of a kernel, see `decode_kernels.part`.
+    interpret: of a kernel.
 
   Returns:
     [B, H, 1, h].
   """
   grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
-  seen = jnp.arange(k.shape[2]) <= used[:, None]
-  return _softmax(q.dtype, scale_of(q, scale), [
-      ("bkgh,ksh->bkgs", "bkgs,ksh->bkgh", grouped, *prefix, jnp.arange(prefix[0].shape[1]) < length),
-      ("bkgh,bksh->bkgs", "bkgs,bksh->bkgh", grouped, k, v, seen[:, None, None])]).reshape(q.shape)
+  shared = ("bkgh,ksh->bkgs", "bkgs,ksh->bkgh", grouped, *prefix, jnp.arange(prefix[0].shape[1]) < length)
+  if kernel == "xla":
+    seen = jnp.arange(k.shape[2]) <= used[:, None]
+    own = ("bkgh,bksh->bkgs", "bkgs,bksh->bkgh", grouped, k, v, seen[:, None, None])
+    return _softmax(q.dtype, scale_of(q, scale), [shared, own]).reshape(q.shape)
+  parts = [_part(q.dtype, scale_of(q, scale), *shared),
+           decode_kernels.part(kernel, grouped, k, v, used + 1, scale_of(q, scale), mesh=mesh, interpret=interpret)]
+  top = functools.reduce(jnp.maximum, (part[1] for part in parts))
+  out, total = (sum(part[i] * jnp.exp(part[1] - top) for part in parts) for i in (0, 2))
+  return (out / total).astype(q.dtype).reshape(q.shape)
 
 
 def _softmax(dtype: jnp.dtype, scale: float, parts: list[tuple]) -> jax.Array:
   """One softmax over parts (scores' einsum, outputs' einsum, queries, keys, values, mask), in float32."""
-  einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision(dtype))
-  scores = [jnp.where(seen, einsum(equation, q, k) * scale, _LEAST) for equation, _, q, k, _, seen in parts]
+  scores = [_scores(dtype, scale, equation, q, k, seen) for equation, _, q, k, _, seen in parts]
   top = functools.reduce(jnp.maximum, (jnp.max(s, axis=-1, keepdims=True) for s in scores))
   weights = [jnp.exp(s - top) for s in scores]
   total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
-  out = sum(einsum(equation, w.astype(dtype), v) for w, (_, equation, _, _, v, _) in zip(weights, parts, strict=True))
+  out = sum(_einsum(dtype)(equation, w.astype(dtype), v)
+            for w, (_, equation, _, _, v, _) in zip(weights, parts, strict=True))
   return (out / total).astype(dtype)
+
+
+def _part(dtype: jnp.dtype, scale: float, equation: str, outputs: str, q: jax.Array, k: jax.Array, v: jax.Array,
+          seen: jax.Array) -> decode_kernels.Part:
+  """One part by itself, as a kernel gives it."""
+  scores = _scores(dtype, scale, equation, q, k, seen)
+  top = jnp.max(scores, axis=-1, keepdims=True)
+  weights = jnp.exp(scores - top)
+  return _einsum(dtype)(outputs, weights.astype(dtype), v), top, jnp.sum(weights, axis=-1, keepdims=True)
+
+
+def _scores(dtype: jnp.dtype, scale: float, equation: str, q: jax.Array, k: jax.Array, seen: jax.Array) -> jax.Array:
+  return jnp.where(seen, _einsum(dtype)(equation, q, k) * scale, _LEAST)
+
+
+def _einsum(dtype: jnp.dtype):
+  return functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision(dtype))

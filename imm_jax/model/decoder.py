@@ -228,7 +228,7 @@ class Decoder(nnx.Module):
     return self._head(self._final(x, compute_dtype)), caches
 
   def decode(self, tokens: jax.Array, *, used: jax.Array, caches: list[LayerCache], prefix: Prefix,
-             compute_dtype: jnp.dtype) -> tuple[jax.Array, list[LayerCache]]:
+             compute_dtype: jnp.dtype, **kernel: Any) -> tuple[jax.Array, list[LayerCache]]:
     """Extends every row of a cache by one token; needs the list form of layers.
 
     Args:
@@ -237,6 +237,7 @@ class Decoder(nnx.Module):
       caches: for every layer keys and values [B, K, S, h].
       prefix: what every row begins with.
       compute_dtype: dtype of activations and cache.
+      **kernel: of `cached.step`.
 
     Returns:
       float32 logits [B, V], and the caches.
@@ -245,7 +246,7 @@ class Decoder(nnx.Module):
     x, new_caches = self._embed(tokens[:, None]), []
     with weights_first():
       for layer, cache, held in zip(self.layers, caches, prefix.caches, strict=True):
-        attend = functools.partial(cached.step, prefix=held, length=prefix.length, used=used)
+        attend = functools.partial(cached.step, prefix=held, length=prefix.length, used=used, **kernel)
         change, cache = layer(x.astype(compute_dtype), rope, attend, cache, used)
         x += change
         new_caches.append(cache)

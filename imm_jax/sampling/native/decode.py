@@ -22,8 +22,8 @@ from imm_jax.model.sharding import cache_sharding
 
 
 class Static(NamedTuple):
-  """What is compiled in: the model, its dtype, ids that end a sample, how tokens are drawn, and the devices where there
-  are several."""
+  """What is compiled in: the model, its dtype, ids that end a sample, how tokens are drawn, the devices where there are
+  several, and what reads the cache, one of `decode_kernels.KERNELS`."""
 
   config: ModelConfig
   dtype: jnp.dtype
@@ -31,6 +31,7 @@ class Static(NamedTuple):
   top_p: float
   greedy: bool
   mesh: Mesh | None = None
+  kernel: str = "xla"
 
 
 # caches: for each layer (keys, values) [B, K, S, h]. By row, [B]: `used` slots of the cache; the `last` token; `count`
@@ -183,7 +184,8 @@ def extend(params: Params, prefix: Prefix, state: State, allowed: jax.Array, *, 
   """The state one token later; what a row that is done draws goes nowhere."""
   rows, new_tokens = jnp.arange(state["done"].shape[0]), state["tokens"].shape[1]
   logits, caches = bind(static.config, params, scan=False).decode(
-      state["last"], used=state["used"], caches=state["caches"], prefix=prefix, compute_dtype=static.dtype)
+      state["last"], used=state["used"], caches=state["caches"], prefix=prefix, compute_dtype=static.dtype,
+      kernel=static.kernel, mesh=static.mesh)
   token = sample(logits, state["keys"], state["count"], state["temperatures"], allowed, top_p=static.top_p,
                  greedy=static.greedy)
   going = ~state["done"]

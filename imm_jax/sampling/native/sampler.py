@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from imm_jax.errors import say_once
 from imm_jax.model import hf, sharding
 from imm_jax.model.cached import LayerCache, Prefix
+from imm_jax.model.decoder import Params, unstack_layers
 from imm_jax.model.tokenization import decode_continuation, known_ids
 from imm_jax.sampling import Completion, Prompt, completions
 from imm_jax.sampling.native import decode, queue
@@ -37,7 +38,7 @@ class NativeSampler:
   """Samples from an HF checkpoint folder, on one device or a mesh."""
 
   def __init__(self, folder: str | Path, *, compute_dtype: str = "bfloat16", batch_size: int = 64,
-               mesh: Mesh | None = None):
+               mesh: Mesh | None = None, params: Params | None = None, kernel: str = "xla"):
     """Loads the checkpoint.
 
     Args:
@@ -45,6 +46,9 @@ class NativeSampler:
       compute_dtype: of weights, activations and cache: bfloat16, float16 or float32.
       batch_size: samples that are decoded at once.
       mesh: weights and cache are split over it, see `sharding.for_decoding`; None takes the first device.
+      params: weights in memory in place of the folder's, of which the other files still count; as training has them,
+        layers stacked. What has the dtype and lies right is not copied, but for the layers' being taken apart.
+      kernel: what reads the cache, one of `decode_kernels.KERNELS`; others than `xla` have not run on their devices.
 
     Raises:
       ValueError: for an argument out of range.
@@ -55,13 +59,16 @@ class NativeSampler:
     if batch_size < 1:
       raise ValueError(f"batch_size={batch_size}: expected 1 or more")
     self._dtype = jnp.dtype(compute_dtype)
-    self._batch_size = batch_size
+    self._batch_size, self._kernel = batch_size, kernel
     config = hf.read_config(folder)
     self._mesh = sharding.for_decoding(mesh, config.num_kv_heads) if mesh is not None and mesh.size > 1 else None
     place = functools.partial(sharding.param_sharding, self._mesh) if self._mesh else None
     # What is wrong with the small files shows before weights are read.
     self.tokenizer, self._eos = completions.load(Path(folder), config.vocab_size)
-    self._config, self._params = hf.load(folder, dtype=self._dtype, place=place, stacked=False)
+    if params is None:
+      self._config, self._params = hf.load(folder, dtype=self._dtype, place=place, stacked=False)
+    else:
+      self._config, self._params = config, _for_decoding(params, config.num_layers, self._dtype, self._mesh)
     known = np.zeros(self._config.vocab_size, bool)
     known[known_ids(self.tokenizer, len(known))] = True
     self._platform = next(iter(jax.tree.leaves(self._params)[0].devices())).platform
@@ -102,7 +109,7 @@ class NativeSampler:
     ends, texts = completions.endings(self.tokenizer, self._eos, stop, self._config.vocab_size)
     asked = [Sample(p, s, prompts[p].id, temperatures[s % len(temperatures)])
              for p in range(len(prompts)) for s in range(num_samples)]
-    static = decode.Static(self._config, self._dtype, ends, top_p, not any(temperatures), self._mesh)
+    static = decode.Static(self._config, self._dtype, ends, top_p, not any(temperatures), self._mesh, self._kernel)
     results: list[list[Completion | None]] = [[None] * num_samples for _ in prompts]
     with Progress(len(asked), max_new_tokens, label, quiet=quiet) as shown:
       for ended, going in self._run(ids, asked, static, max_new_tokens, texts, seed):
@@ -192,6 +199,17 @@ class NativeSampler:
     recent = _STEPS + 4 * max(map(len, stop))  # a character has at most four tokens
     shows = lambda part: any(s in decode_continuation(self.tokenizer, part, skip_special_tokens=False) for s in stop)
     return shows(tokens[-recent:]) and shows(tokens)
+
+
+def _for_decoding(params: Params, layers: int, dtype: jnp.dtype, mesh: Mesh | None) -> Params:
+  """Stacked parameters as decoding needs them: a list of layers, of this dtype, placed on the mesh or on one device."""
+  device = jax.devices()[0] if mesh is None else None
+
+  def put(path: tuple, leaf: jax.Array) -> jax.Array:
+    name = ".".join(str(part.key) for part in path)
+    return jax.device_put(jnp.asarray(leaf, dtype), device or sharding.param_sharding(mesh, name, leaf.shape))
+
+  return jax.tree_util.tree_map_with_path(put, unstack_layers(params, layers))
 
 
 def _padded(values: Sequence[float], size: int, dtype: type, fill: int = 0) -> np.ndarray:
