@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
-from imm_jax import resident
+from imm_jax import hardware, resident
 from imm_jax.methods import draws, merge_method, method_of
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
@@ -190,6 +190,7 @@ def peaks(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, exp
     sampler: the shape of the model that samples for training, where it is another.
   """
   sft, found = config.sft, []
+  dtype = jnp.dtype(hardware.compute_dtype(config.sample.compute_dtype))
   if config.sampler.kind == "native":
     asked, tests = questions.counts(config)
     settings = [("evaluation", model, config.eval, tests * max(1, config.eval.num_samples))]
@@ -197,12 +198,12 @@ def peaks(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, exp
       settings.append(("sampling", sampler or model, config.sample, asked * config.sample.num_samples))
     found = [Peak(name, sampling(of, mesh, rows=queue.rows_of(given.batch_size, count),
                                  prompt=expected.prompt or _PROMPT, new_tokens=given.max_new_tokens,
-                                 dtype=jnp.dtype(config.sample.compute_dtype)))
+                                 dtype=dtype))
              for name, of, given, count in settings]
   if questions.scores_texts(config):
-    found.append(Peak("likelihood", scoring(model, mesh, dtype=jnp.dtype(config.sample.compute_dtype))))
+    found.append(Peak("likelihood", scoring(model, mesh, dtype=dtype)))
   options = {"rows": expected.rows, "length": sft.row_length, "accumulation": sft.accumulation, "remat": sft.remat,
-             "dtype": jnp.dtype(sft.compute_dtype), "attention": expected.attention}
+             "dtype": jnp.dtype(hardware.compute_dtype(sft.compute_dtype)), "attention": expected.attention}
   temporaries = step_temporaries(model, mesh, **options)
   found.append(Peak("SFT", {"weights and moments": state_bytes(model, mesh), **temporaries}))
   if config.analysis.examples or merge_method(config) == "iimm":

@@ -130,7 +130,8 @@ def plan_of(config: ml_collections.ConfigDict, *, topology_name: str, slices: in
   mesh = slice_.mesh(**config.mesh, hidden_size=model.hidden_size)
   sft = config.sft
   return Plan(model, slice_, mesh, rows_per_chip, sft.row_length, sft.accumulation, sft.remat, sft.attention,
-              jnp.dtype(sft.compute_dtype), sft.weight_decay, sft.grad_clip)
+              jnp.dtype("bfloat16" if sft.compute_dtype == "auto" else sft.compute_dtype), sft.weight_decay,
+              sft.grad_clip)
 
 
 def _shape(model: str) -> ModelConfig:
