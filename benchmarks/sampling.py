@@ -1,236 +1,253 @@
-"""The native sampler beside transformers' `generate`, or vLLM through this package beside vLLM alone, on equal cores.
+"""The native sampler beside vLLM and transformers on real questions: greedy, float32, equal cores, one interleaved run.
 
-    python benchmarks/sampling.py --workdir=/tmp/sampling-benchmark --shape=small --cores=2
-    python benchmarks/sampling.py --workloads=ragged --dtypes=bfloat16 --vllm_python=/path/to/venv/bin/python
+    python benchmarks/sampling.py --model=FOLDER --svamp=file:SVAMP.json --gsm8k=file:DIR --vllm_python=PYTHON
 
-Two workloads on a random checkpoint with a tokenizer: `equal` (prompts of 128 tokens, greedy, exactly
-128 new ones, batches of 32) and `ragged` (512 prompts of 32 to 128 tokens, temperature 1, one token in 64 ends an
-answer, 256 tokens at most; `generate` takes the prompts in batches, in the order given). Each runs in a process of its
-own, once with other prompts to warm up (compilation) and once for the clock. Prints a Markdown table; for `equal` in
-float32 also how many texts are equal.
+Two workloads: `svamp`, questions alone, and `gsm8k`, eight worked examples before each. The programs are processes that
+stay, pinned to the same cores; each warms up on the first questions (compilation), then they take turns over the same
+slices of the questions, and who does not run is stopped. Prints tokens/s by the clock and, since others may load the
+machine, by processor time (of all cores together), the most memory each held, and how many texts are equal. Without
+--vllm_python or with --transformers_questions=0 a program is left out; transformers takes the first questions alone.
 
-With `--vllm_python` the peer is vLLM's offline `LLM.generate`, with the same requests and seeds; beside it is a server
-that this package starts, as a run does, from the first request to the last answer.
+`stories` asks the embedded model's own questions and needs no files.
 """
 
 import json
 import os
-import string
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import random_checkpoints
 from absl import app, flags
 
-_WORKDIR = flags.DEFINE_string("workdir", "/tmp/sampling-benchmark", "The checkpoint goes here.")
-_SHAPE = flags.DEFINE_enum("shape", "small", sorted(random_checkpoints.SHAPES), "Of the checkpoint.")
-_REPEATS = flags.DEFINE_integer("repeats", 2, "Processes of each kind, interleaved; the faster counts.", lower_bound=1)
-_DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Compute dtypes.")
-_BATCH = flags.DEFINE_integer("batch_size", 32, "Rows at once.")
-_ONLY = flags.DEFINE_list("workloads", ["equal", "ragged"], "Which to run.")
-_PEER = flags.DEFINE_bool("transformers", True, "Run transformers too.")
-_VLLM = flags.DEFINE_string("vllm_python", "", "The python of an environment with vLLM: it is run, and is the peer.")
-_ROWS = flags.DEFINE_integer("vllm_rows", 128, "Rows at once in vLLM (max_num_seqs).")
-_CORES = flags.DEFINE_integer("cores", 2, "Every process is pinned to this many cores.", lower_bound=1)
-_CHILD = flags.DEFINE_string("child", None, "Internal: workload,dtype,program.")
-END = "<|endoftext|>"
-NEW, PROMPT, MOST, MEAN, RAGGED = 128, 128, 256, 64, 512
+_MODEL = flags.DEFINE_string("model", "tiny", "An HF checkpoint folder or hub id.")
+_WORKLOADS = flags.DEFINE_list("workloads", ["svamp", "gsm8k"], "Of svamp, gsm8k, stories.")
+_SVAMP = flags.DEFINE_string("svamp", "", "Source of SVAMP; empty for the published place.")
+_GSM8K = flags.DEFINE_string("gsm8k", "", "Source of GSM8K.")
+_QUESTIONS = flags.DEFINE_list("questions", ["256", "128"], "Of each workload.")
+_SLICE = flags.DEFINE_integer("slice", 128, "Questions of a turn.", lower_bound=1)
+_NEW = flags.DEFINE_integer("max_new_tokens", 200, "Tokens of an answer at most.", lower_bound=1)
+_ROWS = flags.DEFINE_integer("rows", 64, "Rows at once of the native sampler.", lower_bound=1)
+_PEER_ROWS = flags.DEFINE_integer("peer_rows", 32, "Rows at once of the others.", lower_bound=1)
+_DTYPE = flags.DEFINE_string("dtype", "float32", "Compute dtype.")
+_VLLM = flags.DEFINE_string("vllm_python", "", "The python of an environment with vLLM.")
+_PEER = flags.DEFINE_integer("transformers_questions", 32, "Questions that transformers gets.")
+_CORES = flags.DEFINE_integer("cores", 2, "All are pinned to this many cores.", lower_bound=1)
+_CHILD = flags.DEFINE_string("child", None, "Internal: program,work file,descriptor.")
+SHOTS = 8
+# What vLLM's CPU build needs to run seeded requests and be quick (max_num_batched_tokens holds eight long prompts).
+ENGINE = {"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False, "max_num_batched_tokens": 8192,
+          "max_model_len": 4096, "disable_log_stats": True}
 
 
-def make(folder: Path) -> None:
-  """The checkpoint with a byte-level tokenizer of as many ids: bytes, pairs of letters, words of three letters."""
-  import tokenizers
-  import transformers
+def workload(name: str, count: int, tokenizer: Any, vocab: int) -> list[list[int]]:
+  """Token ids of the prompts."""
+  from imm_jax import tasks
+  from imm_jax.sampling import Prompt, completions
+  from imm_jax.tasks import prompts
 
-  vocab = random_checkpoints.SHAPES[_SHAPE.value][-1]
-  random_checkpoints.make(folder, _SHAPE.value, 0)
-  if not (folder / "tokenizer.json").exists():
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    room = vocab - len(alphabet) - 1
-    # All letters, or as many as leave room for half of the words.
-    letters = string.ascii_lowercase[:max(n for n in range(27) if n**2 + 1.5 * n**3 <= room)]
-    space = "\u0120"  # how byte-level tokenizers write a space
-    pairs = [(a, b) for a in letters for b in letters]
-    triples = [(a + b, c) for a, b in pairs for c in letters]
-    merges = [*pairs, *triples, *((space, a + b) for a, b in triples)]
-    merges = merges[:room]
-    ids = {word: i for i, word in enumerate([END, *alphabet, *(a + b for a, b in merges)])}
-    transformers.Qwen2Tokenizer(vocab=ids, merges=merges, eos_token=END, pad_token=END, unk_token=None,
-                                ).save_pretrained(folder)
+  source = {"svamp": _SVAMP.value, "gsm8k": _GSM8K.value}.get(name, "")
+  load = lambda split, count: tasks.load(name, split=split, count=count, seed=0, source=source)
+  shots = load("train", SHOTS) if name == "gsm8k" else ()
+  asked = [Prompt(e.id, prompts.build(e.question, examples=shots)) for e in load("test", count)]
+  return completions.encode(tokenizer, asked, vocab)
 
 
-def workload(name: str, folder: Path, seed: int) -> tuple[list[str], list[int]]:
-  """Prompts of known numbers of tokens, and the ids that end an answer, which are the same for every seed."""
-  tokenizer = transformers_tokenizer(folder)
-  vocab = len(tokenizer)
-  ends = sorted(np.random.default_rng(0).choice(vocab, vocab // MEAN, replace=False).tolist())
-  rng = np.random.default_rng(seed)
-  words = sorted(word for word in tokenizer.get_vocab() if len(word) == 4)  # a space and three letters
-  text = lambda count: "".join(words[i].replace("\u0120", " ") for i in rng.integers(0, len(words), count))
-  if name == "equal":
-    return [text(PROMPT) for _ in range(_BATCH.value)], []
-  return [text(count) for count in rng.integers(32, PROMPT + 1, RAGGED)], ends
-
-
-def transformers_tokenizer(folder: Path):
-  """What AutoTokenizer finds there."""
-  import transformers
-
-  return transformers.AutoTokenizer.from_pretrained(folder)
-
-
-def ours(name: str, dtype: str, folder: Path) -> dict:
-  """Seconds and tokens of the native sampler."""
+def native(work: dict[str, Any]):
+  """A function of token ids that gives (tokens of each answer, its text)."""
+  from imm_jax import compilation
   from imm_jax.sampling import Prompt
   from imm_jax.sampling.native import NativeSampler
 
-  _, ends = workload(name, folder, 0)
-  (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends or None}))
-  sampler = NativeSampler(folder, compute_dtype=dtype, batch_size=_BATCH.value)
-  options = {"max_new_tokens": NEW} if name == "equal" else {"max_new_tokens": MOST, "temperatures": (1.0,)}
-  seconds = []
-  for seed in (1, 0):
-    asked = [Prompt(f"{seed}/{i}", p) for i, p in enumerate(workload(name, folder, seed)[0])]
-    started = time.perf_counter()
-    done = [c for c, in sampler.generate(asked, **options)]
-    seconds.append(time.perf_counter() - started)
-  return {"seconds": seconds, "count": sum(c.num_tokens for c in done), "texts": [c.text for c in done]}
+  compilation.keep()
+  sampler = NativeSampler(work["model"], compute_dtype=work["dtype"], batch_size=work["rows"])
+
+  def run(ids: list[list[int]]) -> list[tuple[int, str]]:
+    asked = [Prompt(str(i), "", tuple(row)) for i, row in enumerate(ids)]
+    done = sampler.generate(asked, max_new_tokens=work["max_tokens"], quiet=True)
+    return [(c.num_tokens, c.text) for c, in done]
+
+  return run
 
 
-def theirs(name: str, dtype: str, folder: Path) -> dict:
-  """Seconds and tokens of transformers, batch after batch."""
+def transformers(work: dict[str, Any]):
+  """The same by transformers' `generate`, some at a time, padded on the left."""
   import torch
-  import transformers
+  import transformers as library
 
-  prompts, ends = workload(name, folder, 0)
-  (folder / "generation_config.json").unlink(missing_ok=True)
-  tokenizer = transformers_tokenizer(folder)
-  model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-  torch.manual_seed(0)
-  options = ({"max_new_tokens": NEW, "do_sample": False} if name == "equal" else
-             {"max_new_tokens": MOST, "do_sample": True, "temperature": 1.0, "top_k": 0, "eos_token_id": ends})
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  model = library.AutoModelForCausalLM.from_pretrained(work["model"], dtype=getattr(torch, work["dtype"])).eval()
 
-  def run(some: list[str]) -> list[list[int]]:
+  def run(ids: list[list[int]]) -> list[list[int]]:
     rows = []
-    for begin in range(0, len(some), _BATCH.value):
-      batch = [tokenizer(text)["input_ids"] for text in some[begin:begin + _BATCH.value]]
+    for begin in range(0, len(ids), work["peer_rows"]):
+      batch = ids[begin:begin + work["peer_rows"]]
       length = max(map(len, batch))
-      ids = torch.tensor([[0] * (length - len(p)) + p for p in batch])
+      tokens = torch.tensor([[0] * (length - len(p)) + p for p in batch])
       mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in batch])
       with torch.no_grad():
-        rows += model.generate(input_ids=ids, attention_mask=mask, pad_token_id=0, **options)[:, length:].tolist()
+        out = model.generate(input_ids=tokens, attention_mask=mask, pad_token_id=work["ends"][0], do_sample=False,
+                             max_new_tokens=work["max_tokens"], eos_token_id=work["ends"])
+      rows += out[:, length:].tolist()
     return rows
 
-  seconds = []
-  for some in (prompts[:_BATCH.value], prompts):  # nothing is compiled: a batch is enough to warm up
-    started = time.perf_counter()
-    rows = run(some)
-    seconds.append(time.perf_counter() - started)
-  last = [next((i + 1 for i, t in enumerate(row) if t in set(ends)), len(row)) for row in rows]
-  return {"seconds": seconds, "count": sum(last), "texts": tokenizer.batch_decode(rows, skip_special_tokens=True)}
+  return run
 
 
-def through_vllm(name: str, dtype: str, folder: Path) -> dict:
-  """Seconds and tokens of a vLLM server that this package starts."""
-  from imm_jax.sampling.vllm import sampler as vllm
+class Program:
+  """A process that waits for slices of the questions."""
 
-  work = _vllm_work(name, dtype, folder)
-  args = [f"--{key.replace('_', '-')}={value}" for key, value in work["engine"].items() if not isinstance(value, bool)]
-  flagged = [f"--{'' if value else 'no-'}{key.replace('_', '-')}" for key, value in work["engine"].items()
-             if isinstance(value, bool)]
-  with vllm.VllmSampler(folder, python=_VLLM.value, args=(*args, *flagged), compute_dtype=dtype,
-                        log=folder / "vllm.log") as sampler:
-    seconds = []
-    for prompts in _vllm_prompts(name, folder):
-      started = time.perf_counter()
-      done = [c for c, in sampler.generate(prompts, max_new_tokens=work["max_tokens"], temperatures=(1.0,))]
-      seconds.append(time.perf_counter() - started)
-  return {"seconds": seconds, "count": sum(c.num_tokens for c in done), "counts": [c.num_tokens for c in done],
-          "texts": [c.text for c in done]}
+  def __init__(self, name: str, work: Path):
+    """Starts it, in a session of its own."""
+    reads, writes = os.pipe()
+    flag = f"{name},{work},{writes}"
+    command = [sys.executable, __file__, *sys.argv[1:], f"--child={flag}"]
+    environment = dict(os.environ)
+    if name == "vLLM":
+      from imm_jax.sampling.vllm.server import environment as without_jax
+      command = [_VLLM.value, str(Path(__file__).with_name("vllm_offline.py")), str(work), str(writes)]
+      environment = {"VLLM_CPU_KVCACHE_SPACE": "2", **without_jax(_VLLM.value, os.environ)}
+    self.name, self._log = name, work.with_name(f"{name}.log").open("w")
+    self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log,
+                                     pass_fds=[writes], start_new_session=True, env=environment)
+    os.close(writes)
+    self._replies = os.fdopen(reads)
+    self.ask([0, 0])  # it has loaded
+    self._signal(signal.SIGSTOP)
+
+  def ask(self, span: list[int]) -> list:
+    """What it answers to the questions of a span."""
+    self._process.stdin.write(f"{json.dumps(span)}\n".encode())
+    self._process.stdin.flush()
+    line = self._replies.readline()
+    if not line:
+      sys.exit(f"{self.name} ended: see {self._log.name}\n{Path(self._log.name).read_text()[-2000:]}")
+    return json.loads(line)
+
+  def turn(self, span: list[int]) -> tuple[list, float, float]:
+    """Its answers, seconds by the clock, and of processors."""
+    self._signal(signal.SIGCONT)
+    clock, used = time.perf_counter(), self._used()
+    answers = self.ask(span)
+    clock, used = time.perf_counter() - clock, self._used() - used
+    self._signal(signal.SIGSTOP)
+    return answers, clock, used
+
+  def _used(self) -> float:
+    ticks = sum(sum(map(int, fields[11:15])) for fields in self._stats())
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+  def memory(self) -> float:
+    """The most GiB that its processes held, each at its own time."""
+    found = 0
+    for fields in self._stats():
+      status = Path(f"/proc/{fields[-1]}/status").read_text()
+      found += next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
+    return found / 2**20
+
+  def _stats(self) -> list[list[str]]:
+    """/proc/PID/stat of its processes, from the state on, and the id at the end."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+      try:
+        fields = path.read_text().rpartition(")")[2].split()
+      except OSError:
+        continue
+      if int(fields[3]) == self._process.pid:
+        found.append([*fields, path.parent.name])
+    return found
+
+  def _signal(self, number: int) -> None:
+    os.killpg(self._process.pid, number)
+
+  def close(self) -> None:
+    """Ends it."""
+    self._signal(signal.SIGCONT)
+    self._signal(signal.SIGKILL)
+    self._process.wait()
 
 
-def offline_vllm(name: str, dtype: str, folder: Path) -> dict:
-  """Seconds and tokens of vLLM alone."""
-  work = folder / "work.json"
-  work.write_text(json.dumps(_vllm_work(name, dtype, folder)))
-  from imm_jax.sampling.vllm.server import environment
-
-  done = subprocess.run([_VLLM.value, Path(__file__).with_name("vllm_offline.py"), work], capture_output=True,
-                        text=True, check=False, env=environment(_VLLM.value, os.environ))
-  if done.returncode:
-    sys.exit(done.stderr)
-  # vLLM's own messages stand around it.
-  found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"seconds"')))
-  return found | {"count": sum(found["counts"]), "texts": found["counts"]}
-
-
-def _vllm_prompts(name: str, folder: Path) -> list[list]:
-  """A short run to warm up, then the workload."""
-  from imm_jax.sampling import Prompt
-
-  return [[Prompt(f"{seed}/{i}", text) for i, text in enumerate(workload(name, folder, seed)[0][:count])]
-          for seed, count in ((1, _BATCH.value), (0, None))]
-
-
-def _vllm_work(name: str, dtype: str, folder: Path) -> dict:
-  """What both ways to vLLM are given."""
-  from imm_jax.sampling.vllm import sampler as vllm
-
-  _, ends = workload(name, folder, 0)
-  (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends or None}))
-  tokenizer = transformers_tokenizer(folder)
-  runs = []
-  for prompts in _vllm_prompts(name, folder):
-    ids = [tokenizer(p.text)["input_ids"] for p in prompts]
-    runs.append([{"ids": r.ids, "seed": r.seed, "temperature": r.temperature}
-                 for r in vllm._requests(prompts, ids, 1, (1.0,), 0)])
-  # On the CPU backend a seeded request whose prompt is run in parts ends the server.
-  engine = {"enforce_eager": True, "max_num_seqs": _ROWS.value, "max_model_len": 1024,
-            "enable_chunked_prefill": False, "max_num_batched_tokens": 4096}
-  return {"folder": str(folder), "dtype": dtype, "engine": engine, "max_tokens": NEW if name == "equal" else MOST,
-          "ends": sorted({*ends, tokenizer.eos_token_id}), "runs": runs}
+def child(name: str, work: Path, descriptor: int) -> None:
+  """Answers spans of questions that come on stdin."""
+  given = json.loads(work.read_text())
+  run = {"native": native, "transformers": transformers}[name](given)
+  with os.fdopen(descriptor, "w") as replies:
+    for line in sys.stdin:
+      begin, end = json.loads(line)
+      replies.write(json.dumps(run(given["ids"][begin:end]) if end > begin else []) + "\n")
+      replies.flush()
 
 
 def main(_: list[str]) -> None:
-  folder = Path(_WORKDIR.value) / _SHAPE.value
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:_CORES.value])  # and all children
   if _CHILD.value:
-    name, dtype, program = _CHILD.value.split(",")
-    print(json.dumps(PROGRAMS[program](name, dtype, folder)))
+    name, work, descriptor = _CHILD.value.split(",")
+    child(name, Path(work), int(descriptor))
     return
-  make(folder)
-  # The last is the peer.
-  programs = ["imm_jax", *(["imm_jax with vLLM", "vLLM offline"] if _VLLM.value else ["transformers"] * _PEER.value)]
-  rows = f"batches of {_BATCH.value}" + f", {_ROWS.value} rows in vLLM" * bool(_VLLM.value)
-  print(f"{_SHAPE.value}, {rows}\n\n| workload | dtype | program | tokens | tokens an answer | s "
-        f"| tokens/s | warm-up s | this / {programs[-1]} |\n|---|---|---|---|---|---|---|---|---|")
-  for name in _ONLY.value:
-    for dtype in _DTYPES.value:
-      best: dict[str, dict] = {}
-      for _ in range(_REPEATS.value):
-        for program in programs:
-          output = random_checkpoints.run_child(__file__, f"{name},{dtype},{program}")
-          found = json.loads(output.splitlines()[-1])
-          if program not in best or found["seconds"][1] < best[program]["seconds"][1]:
-            best[program] = found
-      rates = {program: run["count"] / run["seconds"][1] for program, run in best.items()}
-      for program, run in best.items():
-        ratio = f"{rates[program] / rates[programs[-1]]:.2f}" if program != programs[-1] else ""
-        print(f"| {name} | {dtype} | {program} | {run['count']} | "
-              f"{run['count'] / len(run['texts']):.0f} | {run['seconds'][1]:.2f} | {rates[program]:.0f} | "
-              f"{run['seconds'][0]:.1f} | {ratio} |", flush=True)
-      if _VLLM.value:
-        same = [a == b for a, b in zip(*(best[p]["counts"] for p in programs[1:]), strict=True)]
-        print(f"| {name} | {dtype} | answers as long | {sum(same)} of {len(same)} | | | | | |", flush=True)
-      elif name == "equal" and dtype == "float32" and _PEER.value:
-        same = [a == b for a, b in zip(best["imm_jax"]["texts"], best["transformers"]["texts"], strict=True)]
-        print(f"| {name} | {dtype} | equal texts | {sum(same)} of {len(same)} | | | | | |", flush=True)
+  import tempfile
+
+  from imm_jax.model import hf, hub
+  from imm_jax.sampling import completions
+
+  folder = hub.resolve(_MODEL.value)
+  vocab = hf.read_config(folder).vocab_size
+  tokenizer, eos = completions.load(folder, vocab)
+  print("| workload | program | questions | tokens | s | tokens/s | processor s | tokens a processor s | GiB "
+        "| texts as native's |\n|---|---|---|---|---|---|---|---|---|---|", flush=True)
+  with tempfile.TemporaryDirectory() as scratch:
+    for name, count in zip(_WORKLOADS.value, map(int, _QUESTIONS.value), strict=False):
+      ids = workload(name, count, tokenizer, vocab)
+      work = Path(scratch) / f"{name}.json"
+      work.write_text(json.dumps({
+          "model": str(folder), "dtype": _DTYPE.value, "ids": ids, "ends": list(eos), "max_tokens": _NEW.value,
+          "rows": _ROWS.value, "peer_rows": _PEER_ROWS.value,
+          "engine": {**ENGINE, "max_num_seqs": _PEER_ROWS.value}}))
+      _measure(name, ids, work, lambda row: _answer(row, tokenizer, eos))
 
 
-PROGRAMS = {"imm_jax": ours, "transformers": theirs, "imm_jax with vLLM": through_vllm, "vLLM offline": offline_vllm}
+def _answer(row: list, tokenizer: Any, eos: tuple[int, ...]) -> tuple[int, str]:
+  """(tokens, text), of a row that is that already or the tokens drawn."""
+  from imm_jax.sampling import completions
+
+  if len(row) == 2 and isinstance(row[1], str):
+    return row[0], row[1]
+  done = completions.completion(tokenizer, np.array(row), eos, ())
+  return done.num_tokens, done.text
+
+
+def _measure(name: str, ids: list[list[int]], work: Path, answer: Any) -> None:
+  """Has all programs take turns, and prints a row for each."""
+  limits = {"native": len(ids)} | ({"vLLM": len(ids)} if _VLLM.value else {}) | (
+      {"transformers": min(_PEER.value, len(ids))} if _PEER.value else {})
+  programs = []
+  try:
+    for program in limits:
+      programs.append(Program(program, work))
+    totals = {p.name: [0, 0.0, 0.0, []] for p in programs}
+    for p in programs:  # compiled for these shapes, allocated
+      p.turn([0, min(_SLICE.value, limits[p.name])])
+    for begin in range(0, len(ids), _SLICE.value):
+      for p in programs:
+        end = min(begin + _SLICE.value, limits[p.name])
+        if end > begin:
+          rows, clock, used = p.turn([begin, end])
+          answers = [answer(row) for row in rows]
+          total = totals[p.name]
+          total[0] += sum(tokens for tokens, _ in answers)
+          total[1] += clock
+          total[2] += used
+          total[3] += [text for _, text in answers]
+    for p in programs:
+      tokens, clock, used, texts = totals[p.name]
+      same = sum(a == b for a, b in zip(texts, totals["native"][3], strict=False))
+      print(f"| {name} | {p.name} | {len(texts)} | {tokens} | {clock:.1f} | {tokens / clock:.0f} | {used:.1f} "
+            f"| {tokens / used:.0f} | {p.memory():.2f} | {same} of {len(texts)} |", flush=True)
+  finally:
+    for p in programs:
+      p.close()
 
 
 if __name__ == "__main__":

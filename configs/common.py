@@ -44,7 +44,9 @@ def get_config() -> ml_collections.ConfigDict:
   # An answer ends before any of these strings, in evaluation with eval.protocol=paper too.
   sample.stop = ("### Instruction", "### Response", "\nQuestion:")
   sample.batch_size = 64  # samples decoded at once (native)
-  sample.compute_dtype = "bfloat16"  # of weights, activations and cache, in evaluation too: bfloat16 or float32
+  # Of weights, activations and cache, in evaluation too: bfloat16, float32, or auto, which is float32 on CPUs that
+  # have no products of bfloat16.
+  sample.compute_dtype = "auto"
 
   config.sampler = sampler = ml_collections.ConfigDict()
   sampler.kind = "native"  # what samples, in evaluation too: this package, on the devices that train; or vllm
@@ -78,7 +80,7 @@ def get_config() -> ml_collections.ConfigDict:
   sft.global_batch = 128  # answers of an optimizer step over all devices, on average [paper: 4 x 8 x 4]
   sft.accumulation = 1  # parts that a batch is run in: less memory, same gradient
   sft.row_length = 1024  # tokens of a packed row; longer answers are dropped and counted
-  sft.compute_dtype = "bfloat16"  # of activations; weights, moments and gradients are float32 [paper]
+  sft.compute_dtype = "auto"  # of activations, as above; weights, moments and gradients are float32 [paper: bfloat16]
   # Computed again in the backward pass, from least memory to most: full (all), attention (all but what attention reads
   # and gives), dots (all but matrix products), none (which with fsdp keeps the gathered weights, too).
   sft.remat = "full"

@@ -22,6 +22,7 @@ from imm_jax.training import throughput
 
 INTERVENTIONS = ("none", "gradient_decay", "gradient_clipping", "weight_masking")
 DTYPES = ("bfloat16", "float32")
+COMPUTE_DTYPES = ("auto", *DTYPES)
 # Keys that say how a run is computed, not what: they may change between two starts of it.
 HOW = ("eval.batch_size", "mesh", "profile", "sample.batch_size", "sampler.vllm", "sft.accumulation", "sft.attention",
        "sft.log_every", "sft.max_to_keep", "sft.remat", "sft.save_interval", "sft.state_dir")
@@ -29,8 +30,8 @@ HOW = ("eval.batch_size", "mesh", "profile", "sample.batch_size", "sampler.vllm"
 _ONE_OF = {"method": tuple(METHODS), "task.kind": ("number", "latex", "choice"), "prompt.style": prompts.STYLES,
            "eval.protocol": protocols.NAMES,
            "sft.schedule": ("cosine", "linear", "constant"), "sft.intervention": INTERVENTIONS,
-           "sft.compute_dtype": DTYPES, "sft.remat": tuple(REMAT), "sft.attention": attention.BACKENDS,
-           "sample.compute_dtype": DTYPES, "sampler.kind": tuple(ENGINES), "merge.delta_ref": ("start", "base")}
+           "sft.compute_dtype": COMPUTE_DTYPES, "sft.remat": tuple(REMAT), "sft.attention": attention.BACKENDS,
+           "sample.compute_dtype": COMPUTE_DTYPES, "sampler.kind": tuple(ENGINES), "merge.delta_ref": ("start", "base")}
 _AT_LEAST_ONE = ("rounds", "sample.num_samples", "sample.max_new_tokens", "sample.batch_size", "sft.epochs",
                  "sft.global_batch", "sft.accumulation", "sft.row_length", "sft.log_every", "sft.save_interval",
                  "sft.max_to_keep", "eval.max_new_tokens", "eval.batch_size", "merge.auto.questions",

@@ -1,4 +1,16 @@
-"""What devices can do, by the name that jax gives their kind."""
+"""What devices can do: by the name that jax gives their kind, and for CPUs by what the system says."""
+
+import functools
+import re
+from pathlib import Path
+
+import jax
+
+from imm_jax.errors import say_once
+
+# What /proc/cpuinfo calls products of bfloat16, on x86 and on Arm.
+_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
+_CPU = Path("/proc/cpuinfo")
 
 # Dense bfloat16 FLOP/s of one device, from the makers' data sheets; the first name that occurs in the kind counts.
 _PEAK_FLOPS = (
@@ -14,3 +26,31 @@ def peak_flops(kind: str) -> float | None:
   (True, None)
   """
   return next((flops for name, flops in _PEAK_FLOPS if name.lower() in kind.lower()), None)
+
+
+def compute_dtype(name: str, *, gpu: bool = False) -> str:
+  """The dtype that a setting means: for `auto` float32 on a CPU without products of bfloat16, else bfloat16.
+
+  Args:
+    name: `auto`, or a dtype.
+    gpu: whether another process computes, on a GPU, whatever jax finds here.
+
+  >>> compute_dtype("float32"), compute_dtype("auto", gpu=True)
+  ('float32', 'bfloat16')
+  """
+  if name != "auto":
+    return name
+  if gpu or jax.default_backend() != "cpu" or cpu_has_bfloat16():
+    return "bfloat16"
+  say_once("note: compute_dtype=auto is float32 here: this CPU has no products of bfloat16")
+  return "float32"
+
+
+@functools.cache
+def cpu_has_bfloat16() -> bool:
+  """Whether this CPU multiplies bfloat16 itself; without that XLA widens every number first."""
+  try:
+    found = re.findall(r"(?m)^(?:flags|Features)\s*:\s*(.*)$", _CPU.read_text().partition("\n\n")[0])
+  except OSError:
+    return False
+  return bool({*_BFLOAT16}.intersection(" ".join(found).split()))

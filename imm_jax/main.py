@@ -28,8 +28,8 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0,
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of this run.", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process, from 0.", lower_bound=0)
 
-_COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile SFT step, layer importance and merge for a TPU "
-                                  "slice that is not here; print what they take.")
+_COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile SFT step, layer importance, merge and sampling for a "
+                                  "TPU slice that is not here; print what they take.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "With --compile_only: the slice, as chips along each axis.")
 _SLICES = flags.DEFINE_integer("slices", 1, "With --compile_only: equal slices, joined by the network.")
 _ROWS_PER_CHIP = flags.DEFINE_integer("rows_per_chip", 2, "With --compile_only: rows of one forward pass on a chip.")

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
-from imm_jax import resident
+from imm_jax import hardware, resident
 from imm_jax.methods import draws, merge_method, method_of
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
 from imm_jax.model.sharding import batch_parts, for_decoding, param_sharding, path_name, spec_of
-from imm_jax.sampling.native import decode, sampler as native
+from imm_jax.sampling.native import decode, queue
 from imm_jax.scoring import likelihood
 from imm_jax.stages import questions
 from imm_jax.training import step
@@ -138,20 +138,21 @@ def sampling(model: ModelConfig, mesh: Mesh, *, rows: int, prompt: int, new_toke
     new_tokens: tokens of an answer at most.
     dtype: of weights, activations and cache.
   """
-  copies = for_decoding(mesh, model.num_kv_heads).shape["tensor"]
+  where = for_decoding(mesh, model.num_kv_heads)
+  copies, parts, cpu = where.shape["tensor"], where.shape["data"], _platform(mesh) == "cpu"
   static = decode.Static(model, dtype, (), 1.0, True)
   state = lambda rows, slots: _size(jax.eval_shape(lambda: decode.init(rows, slots, new_tokens, static)))
-  joining, length = native.prompts_at_once(rows, prompt)
-  caches = joining * length * (state(1, 2) - state(1, 1))
-  layer = kept_of_row(model, length=length, remat="none", dtype=dtype, widened=_platform(mesh) == "cpu")
-  logits = 3 * joining * model.vocab_size * 4
+  pack = queue.pack_shape([prompt] * rows, parts=parts, cpu=cpu)
+  caches = pack.rows * pack.length * (state(1, 2) - state(1, 1))
+  layer = kept_of_row(model, length=pack.length, remat="none", dtype=dtype, widened=cpu)
+  logits = 3 * pack.prompts * model.vocab_size * 4
   width = jnp.dtype(dtype).itemsize
-  found = {"weights": count_params(model) * width / copies,
-           "cache": state(rows, native.slots_of(prompt + new_tokens)) / mesh.size}
-  reading = (caches + joining * layer / model.num_layers + logits) / mesh.size
-  # XLA's CPU backend copies the keys of all layers, in float32, and a head of another dtype.
-  drawing = (found["cache"] / 2 * 4 / width + (width < 4) * 4 * model.vocab_size * model.hidden_size
-             ) * (_platform(mesh) == "cpu")
+  slots = queue.most_slots(prompt + new_tokens)
+  found = {"weights": count_params(model) * width / copies, "cache": state(rows, slots) / mesh.size}
+  reading = (caches + pack.rows * layer / model.num_layers + logits) / mesh.size
+  # XLA's CPU backend widens 2-byte numbers: the keys of all layers, and a head.
+  drawing = (found["cache"] + 4 * model.vocab_size * model.hidden_size) * (cpu and width < 4)
+  drawing += 2 * rows * model.vocab_size * 4 / mesh.size
   return found | ({"prompts": reading} if reading > drawing else {"decoding": drawing})
 
 
@@ -189,19 +190,20 @@ def peaks(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, exp
     sampler: the shape of the model that samples for training, where it is another.
   """
   sft, found = config.sft, []
+  dtype = jnp.dtype(hardware.compute_dtype(config.sample.compute_dtype))
   if config.sampler.kind == "native":
     asked, tests = questions.counts(config)
     settings = [("evaluation", model, config.eval, tests * max(1, config.eval.num_samples))]
     if draws(config):
       settings.append(("sampling", sampler or model, config.sample, asked * config.sample.num_samples))
-    found = [Peak(name, sampling(of, mesh, rows=native.rows_of(given.batch_size, count),
+    found = [Peak(name, sampling(of, mesh, rows=queue.rows_of(given.batch_size, count),
                                  prompt=expected.prompt or _PROMPT, new_tokens=given.max_new_tokens,
-                                 dtype=jnp.dtype(config.sample.compute_dtype)))
+                                 dtype=dtype))
              for name, of, given, count in settings]
   if questions.scores_texts(config):
-    found.append(Peak("likelihood", scoring(model, mesh, dtype=jnp.dtype(config.sample.compute_dtype))))
+    found.append(Peak("likelihood", scoring(model, mesh, dtype=dtype)))
   options = {"rows": expected.rows, "length": sft.row_length, "accumulation": sft.accumulation, "remat": sft.remat,
-             "dtype": jnp.dtype(sft.compute_dtype), "attention": expected.attention}
+             "dtype": jnp.dtype(hardware.compute_dtype(sft.compute_dtype)), "attention": expected.attention}
   temporaries = step_temporaries(model, mesh, **options)
   found.append(Peak("SFT", {"weights and moments": state_bytes(model, mesh), **temporaries}))
   if config.analysis.examples or merge_method(config) == "iimm":

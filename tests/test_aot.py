@@ -3,6 +3,7 @@
 The programs with collectives run on eight faked devices in another process (`_main`).
 """
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -21,7 +22,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import common
-from imm_jax.aot import check, costs, hlo, topology
+from imm_jax.aot import check, costs, decoding, hlo, topology
 from imm_jax.errors import UserError
 from imm_jax.memory import count_params
 from imm_jax.model import sharding
@@ -274,3 +275,22 @@ def test_slices_and_meshes_that_cannot_be(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
   _main(Path(sys.argv[1]))
+
+
+@needs_libtpu
+def test_a_decoding_step_for_a_host_of_a_slice_has_the_products_collectives() -> None:
+  """Two of a layer, and those of drawing from a vocabulary that is split."""
+  host = decoding.host_of(topology.describe("v5e:4x4"))
+  assert len(host.devices) == 4
+  deep = dataclasses.replace(MODEL, num_layers=10)
+  default, other = decoding.meshes(deep, host.devices)
+  assert (default.shape["tensor"], other.shape["tensor"]) == (2, 1)
+  steps = [decoding.step_of(model, default, host, rows=8, new_tokens=60, dtype=jnp.dtype("bfloat16"))
+           for model in (MODEL, deep)]
+  counts = [{kind: count for kind, count, _ in step.collectives} for step in steps]
+  assert counts[1]["all-reduce"] - counts[0]["all-reduce"] == 2 * 8
+  assert {k: n for k, n in counts[0].items() if k != "all-reduce"} == {
+      k: n for k, n in counts[1].items() if k != "all-reduce"}
+  assert steps[1].weights - steps[0].weights == pytest.approx(8 * LAYER / 2, rel=0.01)
+  # Keys and values of a head: a layer's 192 slots of 4 rows, and 1024 of the prefix.
+  assert steps[1].cache == 2 * 10 * 64 * 2 * (4 * 192 + 1024)

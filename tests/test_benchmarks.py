@@ -16,13 +16,17 @@ def _run(file: str, *flags: str) -> subprocess.CompletedProcess[str]:
       capture_output=True, text=True, check=False)
 
 
-def test_the_smallest_shape_runs_and_a_failure_is_shown(tmp_path: Path) -> None:
-  flags = ("sampling.py", f"--workdir={tmp_path}", "--shape=tiny", "--repeats=1", "--batch_size=2",
-           "--workloads=equal", "--notransformers")
-  done = _run(*flags, "--dtypes=float32")
+def test_the_smallest_shape_runs_and_a_failure_is_shown() -> None:
+  pytest.importorskip("torch")
+  flags = ("sampling.py", "--workloads=stories", "--questions=3", "--max_new_tokens=8", "--rows=2", "--peer_rows=2")
+  done = _run(*flags, "--transformers_questions=2")
   assert done.returncode == 0, done.stderr
-  assert "| equal | float32 | imm_jax | 256 | 128 |" in done.stdout
-  failed = _run(*flags, "--dtypes=int8")
+  native, other = done.stdout.splitlines()[2:]
+  assert native.startswith("| stories | native | 3 | ")
+  assert native.endswith(" | 3 of 3 |")
+  assert other.startswith("| stories | transformers | 2 | ")
+  assert other.endswith(" | 2 of 2 |")
+  failed = _run(*flags, "--dtype=int8", "--transformers_questions=0")
   assert failed.returncode == 1
   assert "compute_dtype='int8': expected one of" in failed.stderr
 

@@ -70,8 +70,9 @@ def _main(out: Path) -> None:
         _, params = hf.load(out / case, dtype=np.float32, place=place)
         hf.save(params, out / f"{case}-{name}-trained", like=out / case, keep_dtypes=True)
   decode, shapes = native.decode.decode, set()
-  native.decode.decode = lambda params, state, *rest, **options: (
-      shapes.add(state["caches"][0][0].addressable_shards[0].data.shape) or decode(params, state, *rest, **options))
+  native.decode.decode = lambda params, prefix, state, *rest, **options: (
+      shapes.add(state["caches"][0][0].addressable_shards[0].data.shape)
+      or decode(params, prefix, state, *rest, **options))
   for name, sizes in SAMPLING.items():
     shapes.clear()
     sampler = NativeSampler(hub.resolve("tiny"), compute_dtype="float32", batch_size=8, mesh=_mesh(*sizes))

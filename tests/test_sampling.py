@@ -14,7 +14,7 @@ from imm_jax.errors import UserError
 from imm_jax.model import hf, hub
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.sampling import Completion, Prompt
-from imm_jax.sampling.native import decode, sampler as native
+from imm_jax.sampling.native import decode, queue, sampler as native
 from imm_jax.tasks import arithmetic, prompts
 
 torch = pytest.importorskip("torch")
@@ -130,7 +130,7 @@ def test_seed_id_and_sample_number_each_give_other_samples(sampler: native.Nativ
 
 
 def test_random_keys_of_all_seeds_ids_and_sample_numbers_differ() -> None:
-  samples = [native._Sample(0, number, id_, 0.0) for number in range(3) for id_ in ("a", "b", "ab")]
+  samples = [queue.Sample(0, number, id_, 0.0) for number in range(3) for id_ in ("a", "b", "ab")]
   keys = [native._row_keys(seed, samples, 9) for seed in range(3)]
   assert len(np.unique(np.concatenate(keys), axis=0)) == 27
 
@@ -231,6 +231,12 @@ def test_a_stop_string_may_hold_special_tokens_and_the_text_never_does(
   assert any(full.text.index(at) for full in plain)
   for full, count, (got,) in zip(plain, wanted, rows, strict=True):
     assert got == Completion(full.text[:full.text.index(at)].replace(" answer", ""), count, "stop")
+
+
+def test_parameters_in_memory_are_sampled_as_a_folder_is(greedy: list[Completion]) -> None:
+  _, params = hf.load(TINY, dtype=jnp.float32)
+  held = native.NativeSampler(TINY, compute_dtype="float32", batch_size=8, params=params)
+  assert [c for c, in held.generate(ALL, max_new_tokens=NEW_TOKENS)] == greedy
 
 
 def test_nothing_asked_is_nothing_done(sampler: native.NativeSampler) -> None:

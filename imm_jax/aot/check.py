@@ -1,8 +1,9 @@
-"""Compiles the SFT step, layer importance and the merge for a TPU slice that is not here, and prints what they take."""
+"""Compiles SFT step, layer importance, merge and sampling for a TPU slice that is not here; prints what they take."""
 
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import re
 import time
@@ -17,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imm_jax import merging
 from imm_jax.analysis import importance
-from imm_jax.aot import costs, hlo, topology
+from imm_jax.aot import costs, decoding, hlo, topology
 from imm_jax.errors import UserError
 from imm_jax.memory import count_params
 from imm_jax.model import attention, published, sharding
@@ -96,7 +97,7 @@ class Report:
 
 
 def run(config: ml_collections.ConfigDict, *, topology_name: str, slices: int, rows_per_chip: int) -> None:
-  """Prints the report of the SFT step, of layer importance and of the merge; the model's weights are not needed.
+  """Prints the report of the SFT step, of layer importance, the merge and sampling; the model's weights are not needed.
 
   Raises:
     UserError: for a slice, a mesh or a model that cannot be; and after the report, when the step does not fit.
@@ -112,7 +113,11 @@ def run(config: ml_collections.ConfigDict, *, topology_name: str, slices: int, r
     print(line, flush=True)
   if report.excess:
     raise UserError(f"the step does not fit a chip's memory ({report.excess}); {suggestion(plan, report.excess)}")
-  for line in (*_describe_importance(plan, report.attention), *_describe_merge(plan)):
+  sample = config.sample
+  for line in itertools.chain(
+      _describe_importance(plan, report.attention), _describe_merge(plan),
+      decoding.describe(plan.model, plan.slice_, rows=sample.batch_size, new_tokens=sample.max_new_tokens,
+                        dtype=plan.compute_dtype)):
     print(line, flush=True)
 
 
@@ -125,7 +130,8 @@ def plan_of(config: ml_collections.ConfigDict, *, topology_name: str, slices: in
   mesh = slice_.mesh(**config.mesh, hidden_size=model.hidden_size)
   sft = config.sft
   return Plan(model, slice_, mesh, rows_per_chip, sft.row_length, sft.accumulation, sft.remat, sft.attention,
-              jnp.dtype(sft.compute_dtype), sft.weight_decay, sft.grad_clip)
+              jnp.dtype("bfloat16" if sft.compute_dtype == "auto" else sft.compute_dtype), sft.weight_decay,
+              sft.grad_clip)
 
 
 def _shape(model: str) -> ModelConfig:

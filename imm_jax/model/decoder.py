@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from imm_jax.model import attention, rope
+from imm_jax.model import attention, cached, rope
 from imm_jax.model.attention import Attend
+from imm_jax.model.cached import LayerCache, Prefix
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.products import dot, weights_first
 
@@ -36,8 +37,6 @@ REMAT: dict[str, Callable[..., bool] | None] = {
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True), "relu": jax.nn.relu}
-# One layer's keys and values, each [B, K, S, h].
-LayerCache = tuple[jax.Array, jax.Array]
 
 
 class Linear(nnx.Module):
@@ -203,49 +202,52 @@ class Decoder(nnx.Module):
     """The head's weight [V, D]."""
     return (self.embed_tokens if self.config.tie_embeddings else self.lm_head).weight[...]
 
-  def prefill(self, tokens: jax.Array, *, lengths: jax.Array, compute_dtype: jnp.dtype,
-              ) -> tuple[jax.Array, list[LayerCache]]:
-    """Starts a key/value cache with prompts; needs the list form of layers.
+  def prefill(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, last: jax.Array,
+              prefix: Prefix, compute_dtype: jnp.dtype) -> tuple[jax.Array, list[LayerCache]]:
+    """Runs rows packed with prompts, which go on from a prefix; needs the list form of layers.
 
     Args:
-      tokens: int32 [B, T], each prompt from the left, then anything.
-      lengths: int32 [B], of the prompts.
+      tokens: int32 [B, T].
+      positions: int32 [B, T], counted from 0 in every prompt; the prefix comes before.
+      segment_ids: int32 [B, T], one number for each prompt of a row.
+      last: int32 [I], where the prompts' last tokens lie among all B T.
+      prefix: what every prompt begins with.
       compute_dtype: dtype of activations and cache.
 
     Returns:
-      float32 logits of each prompt's last token [B, V], and the caches with S = T.
+      float32 logits of what follows each prompt [I, V], and the caches with S = T.
     """
-    positions = jnp.arange(tokens.shape[1])
-    causal = functools.partial(attention.masked, mask=(positions[:, None] >= positions)[None])
-    rope = self._rope(positions[None])
+    rope = self._rope(prefix.length + positions)
     x, caches = self._embed(tokens), []
-    for layer in self.layers:
-      change, cache = layer(x.astype(compute_dtype), rope, causal)
+    for layer, held in zip(self.layers, prefix.caches, strict=True):
+      attend = functools.partial(cached.prompts, prefix=held, length=prefix.length, segment_ids=segment_ids)
+      change, cache = layer(x.astype(compute_dtype), rope, attend)
       x += change
       caches.append(cache)
-    last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
-    return self._head(self._final(last, compute_dtype)), caches
+    x = jnp.take(x.reshape(-1, x.shape[-1]), last, axis=0)
+    return self._head(self._final(x, compute_dtype)), caches
 
-  def decode(self, tokens: jax.Array, *, positions: jax.Array, caches: list[LayerCache], compute_dtype: jnp.dtype,
-             ) -> tuple[jax.Array, list[LayerCache]]:
+  def decode(self, tokens: jax.Array, *, used: jax.Array, caches: list[LayerCache], prefix: Prefix,
+             compute_dtype: jnp.dtype, **kernel: Any) -> tuple[jax.Array, list[LayerCache]]:
     """Extends every row of a cache by one token; needs the list form of layers.
 
     Args:
       tokens: int32 [B].
-      positions: int32 [B], how many tokens each row has in the cache.
+      used: int32 [B], how many tokens each row has in its cache.
       caches: for every layer keys and values [B, K, S, h].
+      prefix: what every row begins with.
       compute_dtype: dtype of activations and cache.
+      **kernel: of `cached.step`.
 
     Returns:
       float32 logits [B, V], and the caches.
     """
-    slots = jnp.arange(caches[0][0].shape[2])
-    seen = functools.partial(attention.masked, mask=(slots <= positions[:, None])[:, None])
-    rope = self._rope(positions[:, None])
+    rope = self._rope((prefix.length + used)[:, None])
     x, new_caches = self._embed(tokens[:, None]), []
     with weights_first():
-      for layer, cache in zip(self.layers, caches, strict=True):
-        change, cache = layer(x.astype(compute_dtype), rope, seen, cache, positions)
+      for layer, cache, held in zip(self.layers, caches, prefix.caches, strict=True):
+        attend = functools.partial(cached.step, prefix=held, length=prefix.length, used=used, **kernel)
+        change, cache = layer(x.astype(compute_dtype), rope, attend, cache, used)
         x += change
         new_caches.append(cache)
       return self._head(self._final(x[:, 0], compute_dtype)), new_caches
@@ -309,7 +311,7 @@ def _times(x: jax.Array, factor: float) -> jax.Array:
 def _put(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
   """cache [B, K, S, h] with new [B, K, 1, h] at [b, :, slots[b]]."""
   rows = jnp.arange(cache.shape[0])
-  return scatter(cache, lambda old, new: old.at[rows, :, slots].set(new[:, :, 0], mode="promise_in_bounds"), new)
+  return scatter(cache, lambda old, new: old.at[rows, :, slots].set(new[:, :, 0], mode="drop"), new)
 
 
 def scatter(old: jax.Array, put: Callable[..., jax.Array], new: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import ml_collections
 import numpy as np
 
-from imm_jax import distributed, evaluation, files
+from imm_jax import distributed, evaluation, files, hardware
 from imm_jax.model import folder
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.scoring import Scorer, encode_continuations, encode_text
@@ -39,9 +39,9 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
   asked, texts = questions.choices_of_tests(config), questions.texts_of(config)
   if not asked and not texts:
     return {"scores": {}, "texts": {}, "protocol": {}}
-  scorer = Scorer.load(model, mesh=mesh_of(config), compute_dtype=config.sample.compute_dtype)
+  scorer = Scorer.load(model, mesh=mesh_of(config), compute_dtype=hardware.compute_dtype(config.sample.compute_dtype))
   tokenizer = load_tokenizer(model, rows=scorer.config.vocab_size)
-  dtype = config.sample.compute_dtype
+  dtype = hardware.compute_dtype(config.sample.compute_dtype)
   settings = {"model": f"{folder.digest(model)} in {dtype}" if distributed.is_main() else ""}
 
   def rows_of(name: str, items: Sequence[Any], make: Callable[..., list[Row]], size: int) -> list[Row]:
@@ -70,7 +70,7 @@ def described(rows: Sequence[Row]) -> dict[str, Any]:
 def of_train(config: ml_collections.ConfigDict, model: Path, entries: Sequence[str], label: str,
              ) -> dict[str, list[Row]]:
   """Rows of the first `merge.auto.questions` train questions of each of these entries, in every process."""
-  scorer = Scorer.load(model, mesh=mesh_of(config), compute_dtype=config.sample.compute_dtype)
+  scorer = Scorer.load(model, mesh=mesh_of(config), compute_dtype=hardware.compute_dtype(config.sample.compute_dtype))
   tokenizer = load_tokenizer(model, rows=scorer.config.vocab_size)
   return {entry: score_choices(scorer, tokenizer, questions.choices(
       config, entry, split="train", count=config.merge.auto.questions), label=f"{label}, {questions.name_of(entry)}")

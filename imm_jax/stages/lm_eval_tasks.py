@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from imm_jax import distributed, evaluation, files
+from imm_jax import distributed, evaluation, files, hardware
 from imm_jax.errors import UserError, nearest
 from imm_jax.sampling import Completion
 from imm_jax.stages import questions
@@ -64,8 +64,9 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
   from imm_jax.harness import HarnessLM
 
   settings, mesh = config.eval.lm_eval, config.mesh
-  lm = HarnessLM(str(model), dtype=config.sample.compute_dtype, batch_size=config.eval.batch_size, data=mesh.data,
-                 fsdp=mesh.fsdp, tensor=mesh.tensor, seed=config.seed, scratch=scratch)
+  lm = HarnessLM(str(model), dtype=hardware.compute_dtype(config.sample.compute_dtype),
+                 batch_size=config.eval.batch_size, data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor,
+                 seed=config.seed, scratch=scratch)
   manager, scores, how = _manager(settings.path), {}, {}
   for name in questions.lm_eval_tasks(config):
     entry = f"{questions.LM_EVAL}{name}"

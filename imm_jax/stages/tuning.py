@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from imm_jax import cost, distributed, files, memory
+from imm_jax import cost, distributed, files, hardware, memory
 from imm_jax.errors import UserError
 from imm_jax.methods import draws
 from imm_jax.metrics import StageMetrics
@@ -124,7 +124,7 @@ def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Toke
   multiple = sharding.batch_parts(mesh) * sft.accumulation
   batches = PackedBatches(fitting, epochs=epochs, global_batch=sft.global_batch, row_length=length, seed=seed,
                           row_multiple=multiple)
-  model_config, dtype = hf.read_config(model), jnp.dtype(sft.compute_dtype)
+  model_config, dtype = hf.read_config(model), jnp.dtype(hardware.compute_dtype(sft.compute_dtype))
   if distributed.is_main() and not quiet:
     longest = max(len(e.prompt) + len(e.response) for e in fitting)
     for note in _notes(config, model_config, mesh, batches, multiple, longest):
@@ -161,8 +161,9 @@ def expect(config: ml_collections.ConfigDict, model: ModelConfig, folder: Path |
   rows = PackedBatches([TokenizedExample([], [0] * length) for length in lengths], epochs=1, row_length=sft.row_length,
                        global_batch=sft.global_batch, seed=0,
                        row_multiple=sharding.batch_parts(mesh) * sft.accumulation).rows
-  kernel = attention.choose(sft.attention, model, dtype=jnp.dtype(sft.compute_dtype), length=sft.row_length,
-                            rows=rows // sft.accumulation, mesh=mesh)
+  dtype = jnp.dtype(hardware.compute_dtype(sft.compute_dtype))
+  kernel = attention.choose(sft.attention, model, dtype=dtype, length=sft.row_length, rows=rows // sft.accumulation,
+                            mesh=mesh)
   return memory.Expected(rows, kernel, prompt)
 
 

@@ -1,11 +1,11 @@
 """Device side of the sampler: prompts in, tokens out, in fixed shapes.
 
 A state holds B rows, each a sample on its way or a free place. Rows join and leave on their own: `insert` puts prompts
-that `prefill` has run into free rows, `decode` extends all rows by one token a step. Prompts begin at the cache's first
-slot, whatever their length, so that a row's slots are those of its own tokens.
+that `prefill` has run into free rows, `decode` extends all rows by one token a step. What all prompts begin with is run
+once and held once, as a prefix; a row's slots are those of its own tokens, from the first on.
 
-Axes: B rows, M prompts, P padded prompt length, N most new tokens, K key/value heads, S cache slots, h head dim,
-V vocabulary.
+Axes: B rows, R x T tokens of packed prompts, I prompts of a pack, J samples that join, N most new tokens, K key/value
+heads, S cache slots, P slots of the prefix, h head dim, V vocabulary.
 """
 
 import functools
@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
+from imm_jax.model.cached import LayerCache, Prefix
 from imm_jax.model.config import ModelConfig
-from imm_jax.model.decoder import LayerCache, Params, bind, scatter
+from imm_jax.model.decoder import Params, bind, scatter
 from imm_jax.model.sharding import cache_sharding
 
 
 class Static(NamedTuple):
-  """What is compiled in: the model, its dtype, ids that end a sample, how tokens are drawn, and the devices where there
-  are several."""
+  """What is compiled in: the model, its dtype, ids that end a sample, how tokens are drawn, the devices where there are
+  several, and what reads the cache, one of `decode_kernels.KERNELS`."""
 
   config: ModelConfig
   dtype: jnp.dtype
@@ -30,6 +31,7 @@ class Static(NamedTuple):
   top_p: float
   greedy: bool
   mesh: Mesh | None = None
+  kernel: str = "xla"
 
 
 # caches: for each layer (keys, values) [B, K, S, h]. By row, [B]: `used` slots of the cache; the `last` token; `count`
@@ -49,23 +51,64 @@ def init(rows: int, slots: int, new_tokens: int, static: Static) -> State:
       "temperatures": jnp.zeros(rows), "tokens": integers(new_tokens)}, static)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def no_prefix(slots: int, static: Static) -> Prefix:
+  """A prefix of no tokens, with P slots."""
+  empty = jnp.zeros((static.config.num_kv_heads, slots, static.config.head_dim), static.dtype)
+  return _held([(empty, empty) for _ in range(static.config.num_layers)], jnp.int32(0), static)
+
+
+@functools.partial(jax.jit, static_argnames=("slots", "static"))
+def prefix_of(caches: list[LayerCache], length: jax.Array, *, slots: int, static: Static) -> Prefix:
+  """The prefix that the first row of what `prefill` ran holds, in P slots."""
+  return _held(jax.tree.map(lambda x: x[0, :, :slots], caches), length, static)
+
+
+def _held(caches: list[LayerCache], length: jax.Array, static: Static) -> Prefix:
+  if static.mesh is not None:  # heads lie as the rows' own do
+    where = NamedSharding(static.mesh, P("tensor"))
+    caches = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, where), caches)
+    length = jax.lax.with_sharding_constraint(length, NamedSharding(static.mesh, P()))
+  return Prefix(caches, length)
+
+
 @functools.partial(jax.jit, static_argnames="static")
-def prefill(params: Params, tokens: jax.Array, lengths: jax.Array, *, static: Static,
-            ) -> tuple[jax.Array, list[LayerCache]]:
-  """Runs prompts, int32 [M, P] from the left; returns logits of what comes next [M, V] and the caches [M, K, P, h]."""
-  logits, caches = bind(static.config, params, scan=False).prefill(tokens, lengths=lengths, compute_dtype=static.dtype)
+def prefill(params: Params, prefix: Prefix, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
+            last: jax.Array, *, static: Static) -> tuple[jax.Array, list[LayerCache]]:
+  """`Decoder.prefill`: logits of what comes next [I, V] and the caches [R, K, T, h]."""
+  if static.mesh is not None:
+    split = NamedSharding(static.mesh, P("data" if tokens.shape[0] % static.mesh.shape["data"] == 0 else None))
+    tokens, positions, segment_ids = (
+        jax.lax.with_sharding_constraint(x, split) for x in (tokens, positions, segment_ids))
+  logits, caches = bind(static.config, params, scan=False).prefill(
+      tokens, positions=positions, segment_ids=segment_ids, last=last, prefix=prefix, compute_dtype=static.dtype)
   placed = _placed({"logits": logits, "caches": caches}, static)
   return placed["logits"], placed["caches"]
 
 
-def insert(state: State, logits: jax.Array, caches: list[LayerCache], lengths: jax.Array, sources: jax.Array,
-           rows: jax.Array, keys: jax.Array, temperatures: jax.Array, allowed: jax.Array, *, static: Static) -> State:
-  """Puts prompts `sources` [I] of those that were run into `rows` [I] and draws their first tokens; row B is none."""
+def insert(state: State, logits: jax.Array, caches: list[LayerCache], lengths: jax.Array, starts: jax.Array,
+           sources: jax.Array, rows: jax.Array, keys: jax.Array, temperatures: jax.Array, allowed: jax.Array, *,
+           static: Static) -> State:
+  """Puts prompts of a pack into rows and draws their first tokens.
+
+  Args:
+    state: B rows.
+    logits: of `prefill`.
+    caches: of `prefill`.
+    lengths: int32 [I], of the prompts.
+    starts: int32 [I], where they begin among all R T tokens.
+    sources: int32 [J], which prompt each joining sample goes on from.
+    rows: int32 [J], where it goes; B is nowhere.
+    keys: uint32 [J, 2].
+    temperatures: float32 [J].
+    allowed: see `sample`.
+    static: see there.
+  """
   rest = {name: value for name, value in state.items() if name != "caches"}
   started = _start(rest, logits, lengths, sources, rows, keys, temperatures, allowed, static=static)
   held = state["caches"]
   for i, new in enumerate(caches):  # one after the other: XLA copies what it writes to here, and as one program all
-    held[i] = _join(held[i], new, sources, rows, static=static)
+    held[i] = _join(held[i], new, starts, sources, rows, static=static)
   return {**started, "caches": held}
 
 
@@ -83,11 +126,34 @@ def _start(state: State, logits: jax.Array, lengths: jax.Array, sources: jax.Arr
 
 
 @functools.partial(jax.jit, static_argnames="static", donate_argnames="layer")
-def _join(layer: LayerCache, new: LayerCache, sources: jax.Array, rows: jax.Array, *, static: Static) -> LayerCache:
-  length = min(new[0].shape[2], layer[0].shape[2])  # what lies beyond is padding
-  put = lambda cache, new: scatter(cache, lambda old, new: old.at[rows, :, :length].set(new, mode="drop"),
-                                   new[sources, :, :length])
+def _join(layer: LayerCache, new: LayerCache, starts: jax.Array, sources: jax.Array, rows: jax.Array, *, static: Static,
+          ) -> LayerCache:
+  total, slots = new[0].shape[2], min(new[0].shape[2], layer[0].shape[2])
+  row, first = starts[sources] // total, starts[sources] % total
+  # What lies beyond a prompt's end is another's or padding, and overwritten before it is seen.
+  places = jnp.minimum(first[:, None] + jnp.arange(slots), total - 1)
+
+  def put(cache: jax.Array, new: jax.Array) -> jax.Array:
+    if static.mesh is not None:  # rows may go anywhere
+      new = jax.lax.with_sharding_constraint(new, NamedSharding(static.mesh, P(None, "tensor")))
+    found = new[row[:, None], :, places].swapaxes(1, 2)  # [J, K, slots, h]
+    return scatter(cache, lambda old, new: old.at[rows, :, :slots].set(new, mode="drop"), found)
+
   return _placed({"caches": jax.tree.map(put, layer, new)}, static)["caches"]
+
+
+def shrink(state: State, rows: jax.Array, done: jax.Array, *, static: Static) -> State:
+  """The state with only these rows [B'], of which some may be `done` [B'] beforehand."""
+  caches = state["caches"]
+  for i, layer in enumerate(caches):  # as in `grow`
+    caches[i] = _take({"caches": layer}, rows, static=static)["caches"]
+  rest = _take({name: value for name, value in state.items() if name != "caches"}, rows, static=static)
+  return {**rest, "done": rest["done"] | done, "caches": caches}
+
+
+@functools.partial(jax.jit, static_argnames="static")
+def _take(arrays: dict[str, Any], rows: jax.Array, *, static: Static) -> dict[str, Any]:
+  return _placed(jax.tree.map(lambda x: jnp.take(x, rows, axis=0), arrays), static)
 
 
 def grow(state: State, slots: int) -> State:
@@ -105,28 +171,29 @@ def _widen(layer: LayerCache, *, slots: int) -> LayerCache:
 
 
 @functools.partial(jax.jit, static_argnames="static", donate_argnames="state")
-def decode(params: Params, state: State, stopped: jax.Array, steps: jax.Array, most_done: jax.Array,
+def decode(params: Params, prefix: Prefix, state: State, stopped: jax.Array, steps: jax.Array, most_done: jax.Array,
            allowed: jax.Array, *, static: Static) -> State:
   """Extends all rows but those `stopped` [B] for at most `steps` tokens, or until `most_done` rows are done."""
-  model = bind(static.config, params, scan=False)
-  rows = jnp.arange(state["done"].shape[0])
-  new_tokens = state["tokens"].shape[1]
-
-  def body(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
-    step, s = carry
-    logits, caches = model.decode(s["last"], positions=s["used"], caches=s["caches"], compute_dtype=static.dtype)
-    token = sample(logits, s["keys"], s["count"], s["temperatures"], allowed, top_p=static.top_p, greedy=static.greedy)
-    going = ~s["done"]
-    count = s["count"] + going
-    # What a row that is done draws goes nowhere.
-    tokens = s["tokens"].at[rows, jnp.where(going, s["count"], new_tokens)].set(token, mode="drop")
-    return step + 1, _placed(s | {
-        "caches": caches, "tokens": tokens, "count": count, "last": jnp.where(going, token, s["last"]),
-        "used": s["used"] + going, "done": s["done"] | _ends(token, static) | (count >= new_tokens)}, static)
-
+  body = lambda carry: (carry[0] + 1, extend(params, prefix, carry[1], allowed, static=static))
   going = lambda carry: (carry[0] < steps) & (jnp.sum(carry[1]["done"]) < most_done)
   state = state | {"done": state["done"] | stopped}
   return jax.lax.while_loop(going, body, (jnp.int32(0), state))[1]
+
+
+def extend(params: Params, prefix: Prefix, state: State, allowed: jax.Array, *, static: Static) -> State:
+  """The state one token later; what a row that is done draws goes nowhere."""
+  rows, new_tokens = jnp.arange(state["done"].shape[0]), state["tokens"].shape[1]
+  logits, caches = bind(static.config, params, scan=False).decode(
+      state["last"], used=state["used"], caches=state["caches"], prefix=prefix, compute_dtype=static.dtype,
+      kernel=static.kernel, mesh=static.mesh)
+  token = sample(logits, state["keys"], state["count"], state["temperatures"], allowed, top_p=static.top_p,
+                 greedy=static.greedy)
+  going = ~state["done"]
+  count = state["count"] + going
+  tokens = state["tokens"].at[rows, jnp.where(going, state["count"], new_tokens)].set(token, mode="drop")
+  return _placed(state | {
+      "caches": caches, "tokens": tokens, "count": count, "last": jnp.where(going, token, state["last"]),
+      "used": state["used"] + going, "done": state["done"] | _ends(token, static) | (count >= new_tokens)}, static)
 
 
 def sample(logits: jax.Array, keys: jax.Array, steps: jax.Array, temperatures: jax.Array, allowed: jax.Array, *,

@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 from jax.sharding import Mesh
 
-from imm_jax import distributed
+from imm_jax import distributed, hardware
 from imm_jax.model import folder, sharding
 from imm_jax.sampling import Completion, Prompt, Sampler
 from imm_jax.sampling.native import parts
@@ -34,7 +34,7 @@ def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, s
            mesh: Callable[[], Mesh]) -> Iterator[Sampler]:
   """See `engines`."""
   del scratch
-  dtype = config.sample.compute_dtype
+  dtype = hardware.compute_dtype(config.sample.compute_dtype)
   sampler = NativeSampler(model, compute_dtype=dtype, batch_size=batch_size, mesh=sharding.own_devices(mesh()))
   yield Shared(sampler, digest=f"{folder.digest(model)} in {dtype}" if distributed.is_main() else "", rows=batch_size)
 

@@ -11,7 +11,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from imm_jax import distributed
+from imm_jax import distributed, hardware
 from imm_jax.errors import UserError
 from imm_jax.model import sharding
 from imm_jax.sampling import Completion, Prompt, Sampler
@@ -38,9 +38,11 @@ def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, s
     return
   vllm = config.sampler.vllm
   spawns = not vllm.urls
+  # A server that is started here takes this machine's GPUs, which jax is kept from; those elsewhere have some.
+  dtype = hardware.compute_dtype(config.sample.compute_dtype, gpu=not spawns or Path("/dev/nvidiactl").exists())
   with VllmSampler(
       model, python=(vllm.python or sys.executable) if spawns else "", urls=vllm.urls, args=vllm.args,
-      restart=vllm.restart, compute_dtype=config.sample.compute_dtype, concurrency=vllm.concurrency,
+      restart=vllm.restart, compute_dtype=dtype, concurrency=vllm.concurrency,
       timeout=vllm.timeout, start_timeout=vllm.start_timeout, tolerance=vllm.tolerance, log=scratch / "vllm.log",
       mesh=None if spawns else sharding.own_devices(mesh()), start=False) as sampler:
     yield sampler

@@ -18,9 +18,10 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from imm_jax.errors import UserError
 from imm_jax.model import hf, sharding
+from imm_jax.model.cached import LayerCache, Prefix
 from imm_jax.model.config import ModelConfig
-from imm_jax.model.decoder import LayerCache, Params, bind
-from imm_jax.sampling.native import decode
+from imm_jax.model.decoder import Params, bind
+from imm_jax.sampling.native import decode, queue
 from imm_jax.sampling.vllm.client import NEUTRAL, Generated, Server, ServerError
 
 PROMPTS, TOKENS = 4, 16
@@ -139,26 +140,28 @@ class _Scorer:
     """Log-probabilities of tokens [B, N] after prompts, and of the likeliest in each place."""
     # As many rows for fewer prompts: what is compiled fits all.
     rows = np.arange(max(PROMPTS, len(prompts))) % len(prompts)
-    lengths = np.array([len(prompts[row]) for row in rows], np.int32)
-    padded = np.zeros((len(rows), -(-int(lengths.max()) // _PAD) * _PAD), np.int32)
-    for place, row in enumerate(rows):
-      padded[place, :lengths[place]] = prompts[row]
+    longest = max(map(len, prompts))
+    pack = queue.packed([[prompts[row]] for row in rows], queue.Shape(len(rows), -(-longest // _PAD) * _PAD, len(rows)))
+    prefix = decode.no_prefix(_PAD, self._static)
+    if self._static.mesh is None:
+      prefix = jax.device_put(prefix, jax.tree.leaves(self._params)[0].sharding)
     followed = np.array(tokens, np.int32)[rows]
-    logits, caches = decode.prefill(self._params, padded, lengths, static=self._static)
-    caches = decode.grow({"caches": caches}, padded.shape[1] + TOKENS)["caches"]
+    logits, caches = decode.prefill(self._params, prefix, pack.tokens, pack.positions, pack.segment_ids, pack.last,
+                                    static=self._static)
+    caches = decode.grow({"caches": caches}, pack.tokens.shape[1] + TOKENS)["caches"]
     scores = [_scores(logits, followed[:, 0])]
     for t in range(1, followed.shape[1]):
-      logits, caches = _step(self._params, followed[:, t - 1], lengths + t - 1, caches, config=self._static.config,
-                             dtype=self._static.dtype)
+      logits, caches = _step(self._params, prefix, followed[:, t - 1], pack.lengths + t - 1, caches,
+                             config=self._static.config, dtype=self._static.dtype)
       scores.append(_scores(logits, followed[:, t]))
     logprobs, best = np.stack(jax.device_get(scores), axis=-1)[:, :len(prompts)]
     return logprobs, best
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="caches")
-def _step(params: Params, tokens: jax.Array, positions: jax.Array, caches: list[LayerCache], *, config: ModelConfig,
-          dtype: jnp.dtype) -> tuple[jax.Array, list[LayerCache]]:
-  return bind(config, params, scan=False).decode(tokens, positions=positions, caches=caches, compute_dtype=dtype)
+def _step(params: Params, prefix: Prefix, tokens: jax.Array, used: jax.Array, caches: list[LayerCache], *,
+          config: ModelConfig, dtype: jnp.dtype) -> tuple[jax.Array, list[LayerCache]]:
+  return bind(config, params, scan=False).decode(tokens, used=used, caches=caches, prefix=prefix, compute_dtype=dtype)
 
 
 @jax.jit

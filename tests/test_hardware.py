@@ -1,0 +1,29 @@
+"""What a compute dtype of `auto` means."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from imm_jax import hardware
+
+
+@pytest.mark.parametrize("flags", ["flags : fpu avx2", "flags : fpu avx512_bf16 avx2", "Features : fp asimd bf16", ""])
+def test_auto_is_float32_where_the_cpu_has_no_products_of_bfloat16(
+    flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+  (tmp_path / "cpuinfo").write_text(f"model name : some\n{flags}\n\nprocessor : 1\n")
+  monkeypatch.setattr(hardware, "_CPU", tmp_path / "cpuinfo")
+  hardware.cpu_has_bfloat16.cache_clear()
+  hardware.say_once.cache_clear()
+  has = "bf16" in flags
+  assert hardware.compute_dtype("auto") == ("bfloat16" if has else "float32")
+  assert ("compute_dtype=auto is float32 here" in capsys.readouterr().err) != has
+  assert hardware.compute_dtype("auto", gpu=True) == hardware.compute_dtype("bfloat16") == "bfloat16"
+  hardware.cpu_has_bfloat16.cache_clear()
+
+
+def test_looking_up_a_dtype_that_is_named_starts_no_backend() -> None:
+  program = ("from imm_jax import hardware; import jax; hardware.compute_dtype('float32'); "
+             "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()")
+  subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parent.parent)
