@@ -19,7 +19,7 @@ import ml_collections
 from etils import epath
 
 from imm_jax import distributed, files, resident
-from imm_jax.config import HOW
+from imm_jax.config import HOW, idle
 from imm_jax.errors import UserError
 
 # Keys of a config that may change between two starts of one run: they add stages and change none.
@@ -187,7 +187,9 @@ def check(path: str | Path, config: ml_collections.ConfigDict) -> list[str]:
     raise UserError(f"{root}: the run directory cannot be read ({e.strerror}); use another --workdir") from e
   how: list[str] = []
   if "config.json" in held:
-    changed = list(_differences(files.read_json(root / "config.json"), _plain(config)))
+    unused = idle(config)  # a key that is newer than the run is none of its config
+    changed = [(key, old, new) for key, old, new in _differences(files.read_json(root / "config.json"), _plain(config))
+               if not (old is None and key in unused)]
     how = [f"config.{key} was {old!r} and is {new!r} now" for key, old, new in changed if _only_how(key)]
     different = [f"{key} is {old} there, {new} here" for key, old, new in changed if not _only_how(key)
                  and (key not in _MAY_GROW or not isinstance(old, int) or new < old)]
