@@ -40,8 +40,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.sample = sample = ml_collections.ConfigDict()
   sample.num_samples = 3  # k, answers to each question [paper: GSM8K 3, MATH 6]
   # Sample j uses number j modulo their count [paper]. A tuple of tuples gives each round its own, and those after the
-  # last what the last has (B-STaR, arXiv 2412.17256, changes it by round): ((0.4,), (0.6, 0.8)).
-  sample.temperatures = config_dict.FieldReference((0.2, 0.4, 0.6), field_type=object)
+  # last what the last has: ((0.4,), (0.6, 0.8)). B-STaR (arXiv 2412.17256) chooses them itself, here they are given.
+  sample.temperatures = (0.2, 0.4, 0.6)
   sample.top_p = 1.0  # nucleus: 1 keeps the whole distribution [ours]
   sample.max_new_tokens = 512  # tokens of an answer [ours]
   # An answer ends before any of these strings, in evaluation with eval.protocol=paper too.

@@ -47,7 +47,7 @@ AVERAGE = "ema"
 
 def stage(run: Run, model: Model, train: str, round_: int) -> Stage:
   """The SFT of a round, from a model, on the rows that the stage `train` writes."""
-  sft, method = run.config.sft, run.method
+  method = run.method
   kind = {"method": {"anchor": method.anchor, "lora": method.lora}} if method.anchor or method.lora else {}
   return Stage(f"round_{round_}/sft", (model.stage, train, *[run.base.stage] * bool(method.anchor)),
                run.settings("seed", "prompt", "sft") | kind, _plan(run.config),
@@ -97,7 +97,8 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train:
           lambda: load_params(config, model))
       trained = trainer.train(
           data.model, first, batches, schedule=schedule, weight_decay=sft.weight_decay,
-          additions=additions, load_frozen=lambda: _frozen(config, model, base), held_out=held_out, grad_clip=sft.grad_clip, intervention=_intervention(sft),
+          additions=additions, load_frozen=lambda: _frozen(config, model, base), held_out=held_out,
+          grad_clip=sft.grad_clip, intervention=_intervention(sft),
           log_every=sft.log_every, report=metrics.write, label=f"round {round_}: SFT", checkpoints=checkpoints,
           profile=throughput.Profile(config.profile, root / "profile" / name / f"process_{jax.process_index()}"),
           lines=data.lines, **data.options)
