@@ -11,7 +11,8 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.model = "tiny"  # base model: an HF checkpoint folder, a hub id, or "tiny" for the embedded one
   # imm: SFT on right samples and merge in each round; iimm: each layer's change scaled by its importance (eq. 7);
-  # star: SFT, no merge; data_mixture, data_accumulation: star on earlier rounds' answers too; real: on worked answers.
+  # star: SFT, no merge; data_mixture, data_accumulation: star on earlier rounds' answers too; real: on worked answers;
+  # l2_sp, kl: star held near the base; ema: the average of SFT's weights is handed on; lora: star on adapters.
   config.method = "imm"
   config.teacher = ""  # a stronger model (folder or hub id) that samples in place of the trained one [paper: 5.4]
   config.rounds = 3  # T [paper]; a finished run may be continued with more
@@ -38,7 +39,9 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.sample = sample = ml_collections.ConfigDict()
   sample.num_samples = 3  # k, answers to each question [paper: GSM8K 3, MATH 6]
-  sample.temperatures = (0.2, 0.4, 0.6)  # sample j uses number j modulo their count [paper]
+  # Sample j uses number j modulo their count [paper]. A tuple of tuples gives each round its own, and those after the
+  # last what the last has: ((0.4,), (0.6, 0.8)). B-STaR (arXiv 2412.17256) chooses them itself, here they are given.
+  sample.temperatures = (0.2, 0.4, 0.6)
   sample.top_p = 1.0  # nucleus: 1 keeps the whole distribution [ours]
   sample.max_new_tokens = 512  # tokens of an answer [ours]
   # An answer ends before any of these strings, in evaluation with eval.protocol=paper too.
@@ -76,6 +79,21 @@ def get_config() -> ml_collections.ConfigDict:
   sft.gradient_decay = 0.9  # gamma
   sft.max_norm = 2.0  # of gradient_clipping, in place of grad_clip
   sft.top_share = 0.3  # of each matrix's entries that weight_masking lets move
+  # Weights of what holds SFT near the base: w/2 ||theta - base||^2 with method l2_sp [ours: AdamW's step is as long
+  # whatever the gradient's size, so w has to outweigh it only where a weight has moved by about 1e-2], and of the mean
+  # KL(base || model) of a learned token with method kl [Learning without Forgetting: 1].
+  sft.l2_sp_weight = 0.01
+  sft.kl_weight = 1.0
+  # Whether an average of the weights over SFT is kept and evaluated beside, float32; method ema hands it on.
+  sft.ema = False
+  sft.ema_decay = 0.99  # its memory is 1 / (1 - decay) steps: about a round's last epoch in a run of hundreds [ours]
+  # Of method lora: W + alpha / rank B A on all projections [ours; the paper's ranks are 1 to 64]. It takes a higher
+  # sft.learning_rate, 1e-4 or more, and with sft.remat none or dots the sums are kept for the backward pass.
+  sft.lora_rank = 16
+  sft.lora_alpha = 32.0
+  # Share of a round's questions that SFT does not see: it ends at the first epoch that raises the loss on their
+  # answers, and gives the best epoch's weights. 0 for none [paper: 3 epochs].
+  sft.stop_share = 0.0
   sft.grad_clip = 1.0  # largest global norm of the gradient, 0 for none [ours: the HF trainer's default]
   sft.global_batch = 128  # answers of an optimizer step over all devices, on average [paper: 4 x 8 x 4]
   sft.accumulation = 1  # parts that a batch is run in: less memory, same gradient

@@ -11,7 +11,7 @@ import ml_collections
 from imm_jax import tasks
 from imm_jax.errors import UserError, nearest
 from imm_jax.merging import quantise_drop_rate
-from imm_jax.methods import METHODS, draws, merging, method_of
+from imm_jax.methods import METHODS, averages, draws, merging, method_of
 from imm_jax.model import attention
 from imm_jax.model.decoder import REMAT
 from imm_jax.sampling.engines import ENGINES
@@ -34,13 +34,14 @@ _ONE_OF = {"method": tuple(METHODS), "task.kind": ("number", "latex", "choice"),
            "sample.compute_dtype": COMPUTE_DTYPES, "sampler.kind": tuple(ENGINES), "merge.delta_ref": ("start", "base")}
 _AT_LEAST_ONE = ("rounds", "sample.num_samples", "sample.max_new_tokens", "sample.batch_size", "sft.epochs",
                  "sft.global_batch", "sft.accumulation", "sft.row_length", "sft.log_every", "sft.save_interval",
-                 "sft.max_to_keep", "eval.max_new_tokens", "eval.batch_size", "merge.auto.questions",
+                 "sft.max_to_keep", "sft.lora_rank", "eval.max_new_tokens", "eval.batch_size", "merge.auto.questions",
                  "sampler.vllm.concurrency")
 _AT_LEAST_ZERO = ("seed", "prompt.few_shot", "task.questions_per_round", "task.eval_questions", "eval.num_samples",
                   "merge.auto.groups", "analysis.examples")
 _FINITE = ("sft.weight_decay", "sft.grad_clip", "eval.temperature", "sampler.vllm.tolerance")
 _SHARES = ("data.mixture_share", "data.real_fraction")
-_POSITIVE = ("sft.learning_rate", "sft.max_norm", "sampler.vllm.timeout", "sampler.vllm.start_timeout")
+_POSITIVE = ("sft.learning_rate", "sft.max_norm", "sft.l2_sp_weight", "sft.kl_weight", "sft.lora_alpha",
+             "sampler.vllm.timeout", "sampler.vllm.start_timeout")
 _POSITIVE_SHARES = ("merge.auto.step", "sample.top_p", "eval.top_p", "sft.gradient_decay", "sft.top_share")
 
 
@@ -64,14 +65,16 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
       (_POSITIVE, lambda v: math.isfinite(v) and v > 0, "expected a number > 0"),
       (_SHARES, lambda v: 0 <= v <= 1, "expected a share, from 0 to 1"),
       (_POSITIVE_SHARES, lambda v: 0 < v <= 1, "expected more than 0 and at most 1"),
-      (("sft.warmup_ratio",), lambda v: 0 <= v < 1, "expected 0 <= warmup_ratio < 1")):
+      (("sft.warmup_ratio", "sft.stop_share"), lambda v: 0 <= v < 1, "expected 0 or more and less than 1"),
+      (("sft.ema_decay",), lambda v: 0 < v < 1, "expected more than 0 and less than 1")):
     for key in keys:
       require(config, key, check, expected)
   if not all(isinstance(s, str) and s for s in config.sample.stop):
     raise UserError(f"config.sample.stop={config.sample.stop}: expected strings that are not empty")
-  if not config.sample.temperatures or not all(
-      isinstance(t, int | float) and math.isfinite(t) and t >= 0 for t in config.sample.temperatures):
-    raise UserError(f"config.sample.temperatures={config.sample.temperatures}: expected one or more numbers >= 0")
+  _validate_temperatures(config)
+  if method_of(config).lora and config.sft.intervention == "weight_masking":
+    raise UserError(f"config.sft.intervention=weight_masking: masks weights, and method={config.method} trains "
+                    "adapters of them; expected none, gradient_decay or gradient_clipping")
   if not all(isinstance(k, int) and k >= 1 for k in config.eval.pass_at_k):
     raise UserError(f"config.eval.pass_at_k={config.eval.pass_at_k}: expected whole numbers, 1 or more")
   require(config, "eval.few_shot", lambda v: -1 <= v < 2**31, "expected 0 or more, or -1 for the protocol's own number")
@@ -90,6 +93,29 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
   _validate_data(config)
   _validate_tasks(config, trains)
   _validate_questions(config, trains, downloads)
+
+
+def _validate_temperatures(config: ml_collections.ConfigDict) -> None:
+  given = config.sample.temperatures
+  rounds = given if isinstance(given, tuple | list) and any(isinstance(t, tuple | list) for t in given) else [given]
+  right = lambda t: isinstance(t, int | float) and not isinstance(t, bool) and math.isfinite(t) and t >= 0
+  if not all(isinstance(of, tuple | list) and of and all(map(right, of)) for of in rounds):
+    raise UserError(f"config.sample.temperatures={given}: expected one or more numbers >= 0, or such a tuple for each "
+                    "round")
+  if len(rounds) > config.rounds:
+    raise UserError(f"config.sample.temperatures={given}: has {len(rounds)} tuples, config.rounds={config.rounds}")
+
+
+def idle(config: ml_collections.ConfigDict) -> set[str]:
+  """Keys that change nothing as the config stands.
+
+  They belong to no stage's settings, so that runs which were made before there was such a key stay as they are.
+  """
+  method, sft = method_of(config), config.sft
+  used = {"l2_sp_weight": method.anchor == "l2_sp", "kl_weight": method.anchor == "kl", "lora_rank": method.lora,
+          "lora_alpha": method.lora, "ema": sft.ema, "ema_decay": averages(config), "stop_share": sft.stop_share > 0}
+  used = {f"sft.{key}": value for key, value in used.items()} | {"merge.method": config.merge.method}
+  return {key for key, value in used.items() if not value}
 
 
 def _validate_sampler(config: ml_collections.ConfigDict) -> None:

@@ -108,7 +108,7 @@ def _models(config: ml_collections.ConfigDict, analysis: ml_collections.ConfigDi
     return {"before": analysis.before, "after": analysis.after}
   settings, here = config.runs[analysis.run], root / analysis.run
   number = int(analysis.model.partition("/")[0].removeprefix("round_"))
-  handed_on = "merged" if method_of(settings).hands_on == "merged" else "sft"
+  handed_on = {"merged": "merged", "ema": "sft/ema", "tuned": "sft"}[method_of(settings).hands_on]
   return {"before": str(here / f"round_{number - 1}" / handed_on) if number else settings.model,
           "after": str(here / analysis.model)}
 

@@ -1,6 +1,6 @@
 """The rounds: which stages a run has, in which order, and what came out.
 
-    round t:  samples -> train -> sft -> (merged) -> eval;  round t+1 starts from the merged model, else the tuned one
+    round t:  samples -> train -> sft -> (merged) -> eval;  round t+1 starts from what the method hands on
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from pathlib import Path
 import ml_collections
 
 from imm_jax import __version__, cost, distributed, memory, report, rundir
-from imm_jax.methods import draws
+from imm_jax.methods import averages, draws
 from imm_jax.model import folder, hf, hub, published
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.run import Model, Run
@@ -35,10 +35,12 @@ def plan(run: Run) -> list[Stage]:
     stages += [train := selection.stage(run, t), sft := tuning.stage(run, begin, train.name, t)]
     tuned = run.model(sft.name)
     stages.append(evaluating.stage(run, tuned, f"round_{t}/eval/sft", t))
+    if averages(run.config):
+      stages.append(evaluating.stage(run, tuning.average_of(tuned), f"round_{t}/eval/ema", t))
     if method.merge:
       stages += merging.stages(run, begin, tuned, train.name, t)
     stages.append(analysing.stage(run, begin, sampler, t))
-    start = run.model(f"round_{t}/merged") if method.hands_on == "merged" else tuned
+    start = {"merged": run.model(f"round_{t}/merged"), "ema": tuning.average_of(tuned), "tuned": tuned}[method.hands_on]
   return stages
 
 

@@ -18,7 +18,10 @@ class Method(NamedTuple):
       `accumulation` (and all of theirs), or `worked` (real worked answers; nothing is sampled).
     start: what SFT starts from: `last`, the model that the last round handed on, or `base`.
     merge: the merging method after SFT; empty for none.
-    hands_on: what the next round starts from and samples with: `merged` or `tuned`.
+    hands_on: what the next round starts from and samples with: `merged`, `tuned`, or `ema`, the average of the tuned
+      model's weights over its SFT.
+    anchor: what holds SFT near the base: `l2_sp` or `kl` (`training.additions`); empty for nothing.
+    lora: whether SFT trains LoRA adapters in place of all weights.
   """
 
   summary: str
@@ -27,6 +30,8 @@ class Method(NamedTuple):
   start: str = "last"
   merge: str = ""
   hands_on: str = "tuned"
+  anchor: str = ""
+  lora: bool = False
 
 
 METHODS = {
@@ -48,6 +53,14 @@ METHODS = {
                     "LiNeS: Wang et al. 2024, arXiv 2410.17146; round after round is ours", merge="lines",
                     hands_on="merged"),
     "real": Method("SFT on real worked answers", "the paper, figure 9", data="worked"),
+    "l2_sp": Method("star with w/2 ||theta - base||^2 in the loss", "Li et al. 2018, arXiv 1802.01483; to the base in "
+                    "every round: ours", anchor="l2_sp"),
+    "kl": Method("star with the KL to the base on the answers' tokens in the loss", "Li & Hoiem 2016, arXiv "
+                 "1606.09282, at temperature 1; on the learned tokens: ours", anchor="kl"),
+    "ema": Method("star that hands on the average of the weights over SFT", "Tarvainen & Valpola 2017, arXiv "
+                  "1703.01780; in each round anew: ours", hands_on="ema"),
+    "lora": Method("star with a low-rank change of each projection", "Hu et al. 2021, arXiv 2106.09685; merged after "
+                   "each round: ours", lora=True),
 }
 
 
@@ -64,6 +77,11 @@ def merge_method(config: ml_collections.ConfigDict) -> str:
 def merging() -> list[str]:
   """The names of the methods that merge."""
   return [name for name, method in METHODS.items() if method.merge]
+
+
+def averages(config: ml_collections.ConfigDict) -> bool:
+  """Whether SFT keeps an average of the weights."""
+  return config.sft.ema or method_of(config).hands_on == "ema"
 
 
 def draws(config: ml_collections.ConfigDict) -> bool:

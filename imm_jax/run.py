@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from imm_jax import methods
-from imm_jax.config import HOW
+from imm_jax.config import HOW, idle
 
 
 class Model(NamedTuple):
@@ -66,10 +66,10 @@ class Run(NamedTuple):
 
 def pick(config: ml_collections.ConfigDict, *keys: str) -> dict[str, Any]:
   """Some of the settings (`sft`, `sample.stop`), without those that do not change what comes out."""
-  settings, picked = config.to_dict(), {}
+  settings, picked, left_out = config.to_dict(), {}, {*HOW, *idle(config)}
   for key in keys:
     value: Any = settings
     for part in key.split("."):
       value = value[part]
-    picked[key] = {k: v for k, v in value.items() if f"{key}.{k}" not in HOW} if isinstance(value, dict) else value
+    picked[key] = {k: v for k, v in value.items() if f"{key}.{k}" not in left_out} if isinstance(value, dict) else value
   return picked

@@ -19,7 +19,7 @@ import ml_collections
 from etils import epath
 
 from imm_jax import distributed, files, integrity, resident
-from imm_jax.config import HOW
+from imm_jax.config import HOW, idle
 from imm_jax.errors import UserError, listed
 
 _TRIES = 10  # at the lock, within half a second
@@ -248,8 +248,9 @@ def changes(root: Path, config: ml_collections.ConfigDict) -> list[tuple[str, st
   if not (root / "config.json").exists():
     return []
   found = _differences(files.read_json(root / "config.json"), _plain(config))
+  unused = idle(config)  # a key that is newer than the run is none of its config
   return [(key, f"config.{key} was {old!r} and is {new!r} now") for key, old, new in found
-          if key != "rounds" or not isinstance(old, int) or new < old]
+          if not (old is None and key in unused) and (key != "rounds" or not isinstance(old, int) or new < old)]
 
 
 def stale(stages: Sequence[Stage], record: Mapping[str, Any], root: Path, external: Mapping[str, str]) -> list[str]:

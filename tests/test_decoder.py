@@ -35,8 +35,8 @@ def _logits(config: ModelConfig, params: Params, tokens: jax.Array, positions: j
 @functools.partial(jax.jit, static_argnames=("config", "remat"))
 def _gradients(config: ModelConfig, params: Params, batch: dict[str, jax.Array], remat: str = "none") -> Params:
   def loss(params: Params) -> jax.Array:
-    total, count = token_losses(config, params, batch, compute_dtype=jnp.float32, remat=remat)
-    return total / count
+    total, numbers = token_losses(config, params, batch, compute_dtype=jnp.float32, remat=remat)
+    return total / numbers["tokens"]
 
   return jax.grad(loss)(params)
 

@@ -30,7 +30,7 @@ def test_a_method_is_one_file(monkeypatch: pytest.MonkeyPatch):
     exec(compile(source, "soft_swap.py", "exec"), module.__dict__)
     merged = module.soft_swap({"w": jnp.zeros(2)}, {"w": jnp.array([1.0, 3.0])}, temperature=1.0)
     assert merged["w"].tolist() == [0.5, 2.25]
-    with pytest.raises(ValueError, match="temperature=-1.0 at 'w': expected 0 <= temperature"):
+    with pytest.raises(ValueError, match=r"temperature=-1\.0 at 'w': expected 0 <= temperature"):
       module.soft_swap({"w": jnp.zeros(2)}, {"w": jnp.zeros(2)}, temperature=-1)
     assert "soft_swap" in registry.on_disk()
     assert "soft_swap: the change that is taken by half" in registry.option_help()["temperature"]

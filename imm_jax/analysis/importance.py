@@ -34,10 +34,11 @@ def add_function(config: ModelConfig, *, order: int = 1, **options: Any,
 
   def add(sums: Sums, params: Params, batch: dict[str, jax.Array]) -> tuple[Sums, jax.Array]:
     if order == 1:
-      loss, total, tokens = of_batch(params, batch, sums[0])
-      return (total, sums[1] + tokens.astype(jnp.int32)), loss
-    loss, grads, tokens = of_batch(params, batch)
-    return jax.tree.map(jnp.add, sums, (grads, jax.tree.map(jnp.square, grads), tokens.astype(jnp.int32))), loss
+      loss, total, numbers = of_batch(params, batch, sums[0])
+      return (total, sums[1] + numbers["tokens"].astype(jnp.int32)), loss
+    loss, grads, numbers = of_batch(params, batch)
+    tokens = numbers["tokens"].astype(jnp.int32)
+    return jax.tree.map(jnp.add, sums, (grads, jax.tree.map(jnp.square, grads), tokens)), loss
 
   return add
 

@@ -173,7 +173,7 @@ class Decoder(nnx.Module):
     return self._head(self.hidden(tokens, positions=positions, attend=attend, compute_dtype=compute_dtype, remat=remat))
 
   def hidden(self, tokens: jax.Array, *, positions: jax.Array, attend: Attend, compute_dtype: jnp.dtype,
-             remat: str = "none", use: Callable[[Layer], Layer] = lambda layer: layer,
+             remat: str = "none", use: Callable[..., Layer] = lambda layer: layer, beside: Params | None = None,
              pin: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array:
     """What the head reads, for packed rows.
 
@@ -184,17 +184,19 @@ class Decoder(nnx.Module):
       compute_dtype: dtype of products and of what they are of; all else is float32 in any case.
       remat: one of REMAT; what is not kept is computed again in the backward pass.
       use: applied to each layer before it runs, such as the gathering of its weights.
+      beside: more parameters, stacked as the layers are; each layer's are given to `use` beside it.
       pin: applied to what passes from layer to layer, such as a constraint on where it lies.
 
     Returns:
       [B, T, D] in the compute dtype.
     """
     rope = self._rope(positions)
-    run = lambda layer, x, rope: use(layer)(x, rope, attend)[0]
+    run = lambda layer, x, rope: use(*layer)(x, rope, attend)[0]
+    layers = (self.layers,) if beside is None else (self.layers, beside)
     # A layer reads the sum in the compute dtype, so that is what the backward pass keeps of it.
     step = run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat])
     x, _ = jax.lax.scan(lambda x, layer: (pin(x + step(layer, x.astype(compute_dtype), rope)), None),
-                        pin(self._embed(tokens)), self.layers)
+                        pin(self._embed(tokens)), layers)
     return self._final(x, compute_dtype)
 
   @property

@@ -25,6 +25,11 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers\..*(q|k|v|gate|up)_proj\.weight", P(None, ("tensor", "fsdp"), None)),
     (r"layers\..*(q|k|v|gate|up)_proj\.bias", P(None, "tensor")),
     (r"layers\..*(o|down)_proj\.weight", P(None, "fsdp", "tensor")),
+    # LoRA: A [r, in] and B [out, r] lie so that B A comes out split as its weight is used.
+    (r"layers\..*(q|k|v|gate|up)_proj\.lora_A", P(None, None, "fsdp")),
+    (r"layers\..*(q|k|v|gate|up)_proj\.lora_B", P(None, ("tensor", "fsdp"), None)),
+    (r"layers\..*(o|down)_proj\.lora_A", P(None, None, ("tensor", "fsdp"))),
+    (r"layers\..*(o|down)_proj\.lora_B", P(None, "fsdp", None)),
     (r".*", P()),
 )
 

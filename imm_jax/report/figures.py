@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # Of models: colour, marker, name.
 MODELS = {"base": ("#000000", "s", "base model"), "sft": ("#D55E00", "o", "after SFT"),
-          "merged": ("#0072B2", "^", "after merging")}
+          "ema": ("#009E73", "P", "average over SFT"), "merged": ("#0072B2", "^", "after merging")}
 METHODS = {"imm": ("#0072B2", "^"), "iimm": ("#56B4E9", "v"), "star": ("#D55E00", "o"),
            "data_mixture": ("#E69F00", "D"), "data_accumulation": ("#009E73", "P"), "real": ("#CC79A7", "X")}
 _OTHER = ("#666666", "*")

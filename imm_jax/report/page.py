@@ -277,8 +277,8 @@ def _order(name: str) -> tuple[int, int, str]:
   rest = rest if not rest.startswith("eval/sweep_") else "eval/sweep"
   if head == "few_shot.jsonl":
     return -2, 0, name
-  kinds = ["samples.jsonl", "train.jsonl", "sft", "eval/sft", "importance.json", "sweep", "base_weight.json", "merged",
-           "eval/merged", "eval/sweep", "analysis.json"]
+  kinds = ["samples.jsonl", "train.jsonl", "sft", "eval/sft", "eval/ema", "importance.json", "sweep",
+           "base_weight.json", "merged", "eval/merged", "eval/sweep", "analysis.json"]
   number = head.removeprefix("round_")
   return int(number) if number.isdigit() else -1, kinds.index(rest) if rest in kinds else len(kinds), name
 

@@ -34,7 +34,7 @@ class Model(NamedTuple):
   """One evaluated model.
 
   Attributes:
-    kind: `base`, or of a round `sft`, `merged`, or `merged 0.3`, a base weight of the sweep.
+    kind: `base`, or of a round `sft`, `ema`, `merged`, or `merged 0.3`, a base weight of the sweep.
     round: -1 for the base.
     scores: by task the figure that counts: accuracy of greedy answers, or of the likeliest options.
     sampled: by task, figures of its samples by name (`pass@4`, `majority@16`).
@@ -136,8 +136,8 @@ class Results(NamedTuple):
   def handed_on(self) -> tuple[Model, ...]:
     """The base, and of each round the model that the next one starts from."""
     method = METHODS.get(self.method)  # a damaged run may have another
-    merged = method is not None and method.hands_on == "merged"
-    return tuple(m for m in self.models if m.kind in ("base", "merged" if merged else "sft"))
+    handed_on = method.hands_on.replace("tuned", "sft") if method else "sft"
+    return tuple(m for m in self.models if m.kind in ("base", handed_on))
 
 
 def is_run(root: Path) -> bool:
@@ -189,7 +189,7 @@ def _models(stages: Mapping[str, Any], rounds: list[int], tasks: tuple[str, ...]
   places = [("base", -1, "base/eval")]
   for t in rounds:
     sweep = sorted(name for name in stages if name.startswith(f"round_{t}/eval/sweep_"))
-    places += [("sft", t, f"round_{t}/eval/sft"),
+    places += [("sft", t, f"round_{t}/eval/sft"), ("ema", t, f"round_{t}/eval/ema"),
                *((f"merged {name.partition('sweep_')[2]}", t, name) for name in sweep),
                ("merged", t, f"round_{t}/eval/merged")]
   models = []

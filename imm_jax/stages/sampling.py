@@ -33,7 +33,7 @@ def stage(run: Run, model: Model, round_: int) -> Stage:
   """The samples of a round."""
   name = samples_of(round_)
   return Stage(name, (model.stage, "train questions"),
-               run.settings(*questions.settings_of_round(run.config), "sample", "sampler"), _plan(run.config),
+               _settings(run, round_), _plan(run.config, round_),
                lambda out, _: synthesize(run.config, model.folder, round_, run.scratch(name), out), everywhere=True,
                scratch=str(run.scratch(name)), costly=True, said=_told)
 
@@ -50,12 +50,32 @@ def samples_of(round_: int) -> str:
   return f"round_{round_}/samples.jsonl"
 
 
-def _plan(config: ml_collections.ConfigDict) -> str:
-  asked = config.task.questions_per_round
+def temperatures_of(config: ml_collections.ConfigDict, round_: int) -> tuple[float, ...]:
+  """The temperatures of a round's samples in turn: all there are, or where each round has its own those of this round,
+  the last of them for rounds that have none.
+
+  >>> config = ml_collections.ConfigDict({"sample": {"temperatures": ((0.2, 0.4), (0.8,))}})
+  >>> [temperatures_of(config, t) for t in range(3)]
+  [(0.2, 0.4), (0.8,), (0.8,)]
+  """
+  given = config.sample.temperatures
+  return tuple(given[min(round_, len(given) - 1)]) if isinstance(given[0], tuple | list) else tuple(given)
+
+
+def _settings(run: Run, round_: int) -> dict[str, Any]:
+  """Of the temperatures only the round's own, so that other rounds' change nothing."""
+  found = run.settings(*questions.settings_of_round(run.config), "sample", "sampler")
+  return found | {"sample": found["sample"] | {"temperatures": temperatures_of(run.config, round_)}}
+
+
+def _plan(config: ml_collections.ConfigDict, round_: int) -> str:
+  asked, given = config.task.questions_per_round, config.sample.temperatures
+  own = isinstance(given[0], tuple | list)
+  at = f" at temperatures {', '.join(f'{t:g}' for t in temperatures_of(config, round_))}" if own else ""
   if not asked:
-    return f"{config.sample.num_samples} answers to every train question"
+    return f"{config.sample.num_samples} answers to every train question{at}"
   count = asked * config.sample.num_samples
-  return (f"{asked} questions x {config.sample.num_samples} = {count} answers, up to "
+  return (f"{asked} questions x {config.sample.num_samples} = {count} answers{at}, up to "
           f"{count * config.sample.max_new_tokens:,} tokens")
 
 
@@ -68,18 +88,18 @@ def _told(facts: dict[str, Any]) -> str:
 def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, scratch: Path, out: Path,
                ) -> dict[str, Any]:
   """Samples answers to the round's questions and judges them: samples.jsonl."""
-  sample = config.sample
+  sample, temperatures = config.sample, temperatures_of(config, round_)
   asked = questions.of_round(config, round_)
   examples, long = fitting(config, model, asked.asked, limit="sample.max_new_tokens",
                            what=f"task {config.task.name}, train", shots=asked.shots)
   with sampler_of(config, model, sample.batch_size, scratch) as sampler:
     completions = sampler(
         [Prompt(f"round_{round_}/{e.id}", text) for e, text in examples], max_new_tokens=sample.max_new_tokens,
-        num_samples=sample.num_samples, temperatures=sample.temperatures, top_p=sample.top_p, stop=sample.stop,
+        num_samples=sample.num_samples, temperatures=temperatures, top_p=sample.top_p, stop=sample.stop,
         seed=config.seed, label=f"round {round_}: sample")
   if not distributed.is_main():
     return {}
-  rows = judged([e for e, _ in examples], completions, strict=True, temperatures=sample.temperatures)
+  rows = judged([e for e, _ in examples], completions, strict=True, temperatures=temperatures)
   files.write_jsonl(out, rows)
   return {"samples": len(rows), "correct": sum(r["correct"] for r in rows), "tokens": sum(r["tokens"] for r in rows),
           "unfinished": sum(r["finish"] == "length" for r in rows), "no_answer": sum(not r["span"] for r in rows),

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
 from imm_jax import cost, distributed, files, hardware, memory
 from imm_jax.errors import UserError
-from imm_jax.methods import draws
+from imm_jax.methods import averages, draws, method_of
 from imm_jax.metrics import StageMetrics
 from imm_jax.model import attention, hf, sharding
 from imm_jax.model.config import ModelConfig
@@ -28,25 +29,30 @@ from imm_jax.stages import devices, questions
 from imm_jax.stages.devices import mesh_of
 from imm_jax.tasks import prompts
 from imm_jax.tasks.base import Example
-from imm_jax.training import interventions, throughput, trainer
+from imm_jax.training import interventions, lora, throughput, trainer
+from imm_jax.training.additions import Additions
 from imm_jax.training.checkpoints import Checkpoints
 from imm_jax.training.packing import PackedBatches, TokenizedExample
-from imm_jax.training.step import make_schedule
+from imm_jax.training.step import Frozen, make_schedule
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
 # Questions whose lengths are counted before a run.
 _LOOKED_AT = 100
+_HELD_OUT = 0x51  # apart from what else is drawn of a seed
+# The folder of the average of the weights, within the tuned model's.
+AVERAGE = "ema"
 
 
 def stage(run: Run, model: Model, train: str, round_: int) -> Stage:
   """The SFT of a round, from a model, on the rows that the stage `train` writes."""
-  sft = run.config.sft
-  return Stage(f"round_{round_}/sft", (model.stage, train), run.settings("seed", "prompt", "sft"),
-               f"{sft.epochs} epochs, {sft.global_batch} answers a step",
-               functools.partial(devices.call, run.config, fine_tune, run.config, model.folder, run.root / train,
-                                 run.root, round_),
+  method = run.method
+  kind = {"method": {"anchor": method.anchor, "lora": method.lora}} if method.anchor or method.lora else {}
+  return Stage(f"round_{round_}/sft", (model.stage, train, *[run.base.stage] * bool(method.anchor)),
+               run.settings("seed", "prompt", "sft") | kind, _plan(run.config),
+               functools.partial(devices.call, run.config, fine_tune, run.config, model.folder, run.base.folder,
+                                 run.root / train, run.root, round_),
                everywhere=True, scratch=states_folder(run.config, run.root, round_), costly=True, said=_told)
 
 
@@ -56,16 +62,36 @@ def _told(facts: dict[str, Any]) -> str:
           f"{facts['last_loss']:.3f}")
 
 
-def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root: Path, round_: int, out: Path,
-              inputs: Mapping[str, str | None]) -> dict[str, Any]:
-  """Fine-tunes the model on the kept answers: an HF checkpoint folder in the model's own dtype.
+def average_of(tuned: Model) -> Model:
+  """The average of a tuned model's weights over its SFT."""
+  return tuned._replace(folder=tuned.folder / AVERAGE)
 
-  `inputs` are the digests of what it reads: training goes on from a saved state of the same ones.
+
+def _plan(config: ml_collections.ConfigDict) -> str:
+  sft, method = config.sft, method_of(config)
+  more = {"l2_sp": [f"L2 to the base x {sft.l2_sp_weight:g}"], "kl": [f"KL to the base x {sft.kl_weight:g}"]}.get(
+      method.anchor, [])
+  more += [f"LoRA of rank {sft.lora_rank}"] * method.lora + [f"average of decay {sft.ema_decay:g}"] * averages(config)
+  more += [f"stopped on {sft.stop_share:.0%} of the questions"] * (sft.stop_share > 0)
+  return ", ".join([f"{sft.epochs} epochs", f"{sft.global_batch} answers a step", *more])
+
+
+def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train: Path, root: Path, round_: int,
+              out: Path, inputs: Mapping[str, str | None]) -> dict[str, Any]:
+  """Fine-tunes the model on the kept answers: an HF checkpoint folder in the model's own dtype; within it, in the
+  folder `ema`, one of the average of the weights where that is kept, and with method lora the adapters in `adapter`.
+
+  `base` is what the method's anchor is. `inputs` are the digests of what it reads: training goes on from a saved state
+  of the same ones.
   """
-  sft, name = config.sft, f"round_{round_}"
-  data = pack(config, model, list(map(encoder(config, model), read_train(train))), what=train, epochs=sft.epochs,
-              seed=(config.seed, round_))
-  batches = data.batches
+  sft, name, rows = config.sft, f"round_{round_}", read_train(train)
+  seen, held = hold_out(rows, sft.stop_share, (config.seed, round_), what=train)
+  examples = list(map(encoder(config, model), rows))
+  data = pack(config, model, [examples[i] for i in seen], what=train, epochs=sft.epochs, seed=(config.seed, round_),
+              lines=[i + 1 for i in seen])
+  held_out = pack(config, model, [examples[i] for i in held], what=f"{train}, held out", epochs=1, seed=config.seed,
+                  quiet=True).batches if held else None
+  batches, additions, mesh = data.batches, _additions(config), mesh_of(config)
   schedule = make_schedule(sft.schedule, peak=sft.learning_rate, total_steps=len(batches),
                            warmup_ratio=sft.warmup_ratio)
   states = Checkpoints(states_folder(config, root, round_), save_interval=sft.save_interval,
@@ -73,17 +99,76 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, train: Path, root:
   with states as checkpoints:
     saved = checkpoints.latest()  # refuses another training's before metrics are dropped
     with StageMetrics(root, f"{name}/sft", keep=saved["step"] if saved else 0) as metrics:
+      first = (lambda: lora.init(data.model, additions.lora, mesh, key=_key(config, round_))) if additions.lora else (
+          lambda: load_params(config, model))
       trained = trainer.train(
-          data.model, lambda: load_params(config, model), batches, schedule=schedule, weight_decay=sft.weight_decay,
+          data.model, first, batches, schedule=schedule, weight_decay=sft.weight_decay,
+          additions=additions, load_frozen=lambda: _frozen(config, model, base), held_out=held_out,
           grad_clip=sft.grad_clip, intervention=_intervention(sft),
           log_every=sft.log_every, report=metrics.write, label=f"round {round_}: SFT", checkpoints=checkpoints,
           profile=throughput.Profile(config.profile, root / "profile" / name / f"process_{jax.process_index()}"),
           lines=data.lines, **data.options)
-    hf.save(trained.params, out, like=model, keep_dtypes=True)
-  return {"examples": len(data.lines), "dropped_long": data.dropped, "steps": len(batches),
-          "tokens": round(batches.tokens_per_step * len(batches)), "attention": data.options["attention"],
-          "examples_per_step": round(batches.per_step, 2), "padding": round(batches.padding, 4),
-          "first_loss": round(trained.first_loss, 6), "last_loss": round(trained.last_loss, 6)}
+    for params, folder in ((trained.params, out), (trained.average, out / AVERAGE)):
+      if params is not None and additions.lora:
+        lora.save(params, additions.lora, folder, like=model)
+      elif params is not None:
+        hf.save(params, folder, like=model, keep_dtypes=True)
+  facts = {"examples": len(data.lines), "dropped_long": data.dropped, "steps": trained.steps,
+           "tokens": round(batches.tokens_per_step * trained.steps), "attention": data.options["attention"],
+           "examples_per_step": round(batches.per_step, 2), "padding": round(batches.padding, 4),
+           "first_loss": round(trained.first_loss, 6), "last_loss": round(trained.last_loss, 6)}
+  if held:
+    losses = trained.held_out
+    facts |= {"held_out": len(held), "held_out_losses": [round(loss, 6) for loss in losses],
+              "best_epoch": 1 + losses.index(min(losses))}
+  return facts
+
+
+def hold_out(rows: Sequence[Mapping[str, Any]], share: float, seed: Any, *, what: Any) -> tuple[list[int], list[int]]:
+  """Which rows of train.jsonl are trained on, and which are held out: all answers to a share of the questions.
+
+  At least one question is held out, and one is not.
+
+  Raises:
+    UserError: when there is but one question.
+
+  >>> rows = [{"question": q} for q in "aabbcd"]
+  >>> seen, held = hold_out(rows, 0.5, 0, what="train.jsonl")
+  >>> sorted(seen + held), {rows[i]["question"] for i in seen} & {rows[i]["question"] for i in held}
+  ([0, 1, 2, 3, 4, 5], set())
+  """
+  if not share:
+    return list(range(len(rows))), []
+  questions_ = list(dict.fromkeys(row["question"] for row in rows))
+  if len(questions_) < 2:
+    raise UserError(f"{what}: has answers to {len(questions_)} question; config.sft.stop_share={share:g} needs 2 or "
+                    "more, one to train on and one to stop by")
+  count = min(max(1, round(share * len(questions_))), len(questions_) - 1)
+  drawn = np.random.default_rng([*np.atleast_1d(seed), _HELD_OUT]).permutation(len(questions_))[:count]
+  chosen = {questions_[i] for i in drawn}
+  return ([i for i, row in enumerate(rows) if row["question"] not in chosen],
+          [i for i, row in enumerate(rows) if row["question"] in chosen])
+
+
+def _additions(config: ml_collections.ConfigDict) -> Additions:
+  sft, method = config.sft, method_of(config)
+  return Additions(l2_sp=sft.l2_sp_weight if method.anchor == "l2_sp" else 0.0,
+                   kl=sft.kl_weight if method.anchor == "kl" else 0.0,
+                   ema=sft.ema_decay if averages(config) else 0.0,
+                   lora=lora.Lora(sft.lora_rank, sft.lora_alpha) if method.lora else None)
+
+
+def _frozen(config: ml_collections.ConfigDict, model: Path, base: Path) -> Frozen:
+  """The weights that the method's SFT uses and does not train."""
+  method, compute = method_of(config), jnp.dtype(config.sft.compute_dtype)
+  # L2 is to the base's weights as they are stored; what computes is rounded as it is for computing.
+  anchor = {"anchor": load_params(config, base, None if method.anchor == "l2_sp" else compute)} if method.anchor else {}
+  return anchor | ({"base": load_params(config, model, compute)} if method.lora else {})
+
+
+def _key(config: ml_collections.ConfigDict, round_: int) -> jax.Array:
+  """Of a round's first adapters."""
+  return jax.random.fold_in(jax.random.key(config.seed), round_)
 
 
 class Data(NamedTuple):
@@ -98,7 +183,7 @@ class Data(NamedTuple):
 
 
 def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[TokenizedExample], *, what: Any,
-         epochs: int, seed: Any, row_length: int = 0, quiet: bool = False) -> Data:
+         epochs: int, seed: Any, row_length: int = 0, quiet: bool = False, lines: Sequence[int] | None = None) -> Data:
   """Packs examples for the run's devices; what a user should know of it is said on stderr, unless `quiet`.
 
   Args:
@@ -110,12 +195,14 @@ def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Toke
     seed: of their order.
     row_length: in place of `sft.row_length`.
     quiet: says nothing.
+    lines: of the examples; by default they are counted, from 1.
 
   Raises:
     UserError: when none fits in a row.
   """
   sft, mesh, length = config.sft, mesh_of(config), row_length or config.sft.row_length
-  by_line = {line: e for line, e in enumerate(examples, 1) if len(e.prompt) + len(e.response) <= length}
+  numbers = lines or range(1, len(examples) + 1)
+  by_line = {line: e for line, e in zip(numbers, examples, strict=True) if len(e.prompt) + len(e.response) <= length}
   if not by_line:
     shortest = min((len(e.prompt) + len(e.response) for e in examples), default=0)
     raise UserError(f"{what}: none of its {len(examples)} answers fits with its prompt in config.sft.row_length="
@@ -136,9 +223,9 @@ def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Toke
   return Data(model_config, batches, list(by_line), len(examples) - len(by_line), options)
 
 
-def load_params(config: ml_collections.ConfigDict, model: Path) -> Params:
-  """The model's parameters in float32, where SFT has them."""
-  return hf.load(model, dtype=jnp.float32, place=functools.partial(sharding.param_sharding, mesh_of(config)))[1]
+def load_params(config: ml_collections.ConfigDict, model: Path, dtype: jnp.dtype | None = jnp.float32) -> Params:
+  """The model's parameters in float32, or another dtype (None: the stored ones), where SFT has them."""
+  return hf.load(model, dtype=dtype, place=functools.partial(sharding.param_sharding, mesh_of(config)))[1]
 
 
 def expect(config: ml_collections.ConfigDict, model: ModelConfig, folder: Path | None) -> memory.Expected:

@@ -9,7 +9,8 @@ lie when they are used, and the rest follows.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -25,26 +26,30 @@ _ROWS = ("data", "fsdp")
 
 
 def map_gradients(gradients: Callable[..., tuple[Any, Params, Any]], params: Params, batch: dict[str, jax.Array],
-                  sums: Params | None = None, *, mesh: Mesh, dtype: jnp.dtype) -> tuple[jax.Array, Params, jax.Array]:
+                  sums: Params | None = None, frozen: Mapping[str, Params] = MappingProxyType({}), *, mesh: Mesh,
+                  dtype: jnp.dtype) -> tuple[jax.Array, Params, dict[str, jax.Array]]:
   """Runs `gradients` on every device's rows and adds up what comes out.
 
   Args:
-    gradients: of (params, batch, sums, gather=, add_up=): a device's parts of the parameters, its rows, its parts of
-      `sums`, how to gather a parameter, how to add a number up over devices; gives (loss, gradients added to sums, a
-      number that is equal everywhere).
+    gradients: of (params, batch, sums, frozen, gather=, add_up=): a device's parts of the parameters, its rows, its
+      parts of `sums` and of `frozen`, how to gather a parameter, how to add a number up over devices; gives (loss,
+      gradients added to sums, numbers that are equal everywhere).
     params: placed by `sharding.param_sharding`.
     batch: rows split over `data` and `fsdp`.
     sums: what gradients are added to, placed as the parameters are; None for zeros.
+    frozen: more trees of parameters, which are used and not trained, placed as those of the same paths are.
     mesh: with a `tensor` axis of 1.
     dtype: weights travel in it.
 
   Returns:
-    (the sum of the losses, the sum of the gradients, placed as the parameters are, the number).
+    (the sum of the losses, the sum of the gradients, placed as the parameters are, the numbers).
   """
-  specs = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: sharding.param_sharding(mesh, sharding.path_name(path), leaf.shape).spec, params)
-  split = {sharding.path_name(path): _axis(spec) for path, spec in jax.tree_util.tree_leaves_with_path(
-      specs, is_leaf=lambda x: isinstance(x, P))}
+  specs_of = lambda tree: jax.tree_util.tree_map_with_path(
+      lambda path, leaf: sharding.param_sharding(mesh, sharding.path_name(path), leaf.shape).spec, tree)
+  frozen = dict(frozen)
+  specs, frozen_specs = specs_of(params), {name: specs_of(tree) for name, tree in frozen.items()}
+  split = {sharding.path_name(path): _axis(spec) for tree in (specs, *frozen_specs.values())
+           for path, spec in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, P))}
   # Over which devices a gradient is still to be added up once it is scattered.
   apart = lambda axis: _ROWS if axis is None else ("data",)
 
@@ -55,16 +60,19 @@ def map_gradients(gradients: Callable[..., tuple[Any, Params, Any]], params: Par
     # A layer's own weights lack the axis that layers are stacked on.
     return part if axis is None else _gather(part, dtype, axis - path.startswith("layers."))
 
-  def local(params: Params, batch: dict[str, jax.Array], sums: Params | None) -> tuple[jax.Array, Params, jax.Array]:
-    loss, grads, number = gradients(params, batch, sums, gather=gather, add_up=lambda x: jax.lax.psum(x, _ROWS))
+  def local(params: Params, batch: dict[str, jax.Array], sums: Params | None, frozen: Mapping[str, Params],
+            ) -> tuple[jax.Array, Params, dict[str, jax.Array]]:
+    loss, grads, numbers = gradients(params, batch, sums, frozen, gather=gather,
+                                     add_up=lambda x: jax.lax.psum(x, _ROWS))
     if sums is None:
       grads = jax.tree.map(lambda spec, g: jax.lax.psum(g, apart(_axis(spec))), specs, grads,
                            is_leaf=lambda x: isinstance(x, P))
-    return jax.lax.psum(loss, _ROWS), grads, number
+    return jax.lax.psum(loss, _ROWS), grads, numbers
 
   # Nothing is differentiated across the boundary, so nothing need be known about what varies over which axis.
-  return jax.shard_map(local, mesh=mesh, in_specs=(specs, sharding.BATCH, specs if sums is not None else None),
-                       out_specs=(P(), specs, P()), check_vma=False)(params, batch, sums)
+  given = (specs, sharding.BATCH, specs if sums is not None else None, frozen_specs)
+  return jax.shard_map(local, mesh=mesh, in_specs=given, out_specs=(P(), specs, P()), check_vma=False)(
+      params, batch, sums, frozen)
 
 
 def gather_layer(gather: Gather, layer: Layer) -> Layer:

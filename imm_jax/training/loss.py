@@ -50,7 +50,7 @@ def head_loss(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.
 
 
 def _forward(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int):
-  loss, dx, dw = _scan(x, weight, targets, weights, chunk, gradients=True)
+  loss, _, dx, dw = _scan(x, weight, targets, weights, chunk, gradients=True)
   return loss, (dx, dw)
 
 
@@ -61,6 +61,53 @@ def _backward(chunk: int, residuals: tuple[jax.Array, jax.Array], g: jax.Array):
 
 
 head_loss.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def anchored_loss(x: jax.Array, weight: jax.Array, base_x: jax.Array, base_weight: jax.Array, targets: jax.Array,
+                  weights: jax.Array, chunk: int, share: float) -> tuple[jax.Array, jax.Array]:
+  """`head_loss` plus `share` times the weighted sum of KL(p_base || p) over all positions, and that sum itself.
+
+  p = softmax(x W^T) over the whole vocabulary, p_base = softmax(x_base W_base^T): with the base model's answers as soft
+  targets at temperature 1 this is what Learning without Forgetting adds to the loss (Li & Hoiem 2016,
+  https://arxiv.org/abs/1606.09282), less the entropy of p_base, which no gradient has a part of. At the logits the
+  gradient of the KL is p - p_base, so that it comes with the logits of both, which exist for one chunk.
+
+  Args:
+    x: [B, T, D], what the head reads, in the compute dtype.
+    weight: [V, D], the head.
+    base_x: [B, T, D'], what the base model's head reads.
+    base_weight: [V, D'], the base model's head.
+    targets: int32 [B, T].
+    weights: float32 [B, T].
+    chunk: as for `head_loss`.
+    share: of the KL.
+
+  Returns:
+    Two float32 scalars. Gradients flow from the first alone, and to `x` and `weight` alone.
+
+  >>> x, w, base = jnp.array([[[1.0, 0.0]]]), jnp.eye(2), jnp.zeros((1, 1, 2))
+  >>> total, kl = anchored_loss(x, w, base, w, jnp.array([[0]]), jnp.ones((1, 1)), 1, 0.5)
+  >>> round(float(kl), 4), round(float(total), 4)  # ln cosh(1/2), and 0.3133 + a half of it
+  (0.1201, 0.3733)
+  """
+  return _scan(x, weight, targets, weights, chunk, gradients=False, base=(base_x, base_weight), share=share)[:2]
+
+
+def _anchored_forward(x: jax.Array, weight: jax.Array, base_x: jax.Array, base_weight: jax.Array, targets: jax.Array,
+                      weights: jax.Array, chunk: int, share: float):
+  loss, kl, dx, dw = _scan(x, weight, targets, weights, chunk, gradients=True, base=(base_x, base_weight), share=share)
+  return (loss, kl), (dx, dw)
+
+
+def _anchored_backward(chunk: int, share: float, residuals: tuple[jax.Array, jax.Array],
+                       g: tuple[jax.Array, jax.Array]):
+  del share
+  dx, dw, *rest = _backward(chunk, residuals, g[0])
+  return dx, dw, None, None, *rest
+
+
+anchored_loss.defvjp(_anchored_forward, _anchored_backward)
 
 
 def head_entropy(x: jax.Array, weight: jax.Array, weights: jax.Array, chunk: int) -> jax.Array:
@@ -125,33 +172,43 @@ def _cut(a: jax.Array, chunk: int) -> jax.Array:
   return jnp.moveaxis(padded.reshape(a.shape[0], chunks, size, *a.shape[2:]), 1, 0)
 
 
-def _scan(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int, *, gradients: bool):
-  """(loss, its gradient in x, its gradient in weight), the latter two None without `gradients`."""
+def _scan(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int, *, gradients: bool,
+          base: tuple[jax.Array, jax.Array] | None = None, share: float = 0.0):
+  """(loss, KL to the base, the loss's gradient in x, and in weight), the latter two None without `gradients`."""
   batch, length, _ = x.shape
   w = weight.astype(x.dtype)
+  base_w = base and base[1].astype(base[0].dtype)
   dot = functools.partial(jax.lax.dot_general, precision=precision(x.dtype), preferred_element_type=jnp.float32)
 
   def step(carry, part):
-    loss, dw = carry
-    x, targets, weights = part
+    loss, kl, dw = carry
+    x, targets, weights, *base_x = part
     logits = dot(x, w, (((2,), (1,)), ((), ())))
     norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     hit = jnp.arange(w.shape[0]) == targets[..., None]
     loss += jnp.sum(weights * (norm[..., 0] - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)))
+    p = jnp.exp(logits - norm)
+    d = p - hit
+    if base_x:
+      base_log_p = jax.nn.log_softmax(dot(base_x[0], base_w, (((2,), (1,)), ((), ()))))
+      base_p = jnp.exp(base_log_p)
+      found = jnp.sum(weights * jnp.sum(base_p * (base_log_p - logits + norm), axis=-1))
+      loss, kl, d = loss + share * found, kl + found, d + share * (p - base_p)
     if not gradients:
-      return (loss, dw), None
-    d = ((jnp.exp(logits - norm) - hit) * weights[..., None]).astype(x.dtype)
+      return (loss, kl, dw), None
+    d = (d * weights[..., None]).astype(x.dtype)
     dx = dot(d, w, (((2,), (0,)), ((), ()))).astype(x.dtype)
     # Summed as [D, V]: XLA's CPU backend transposes the first operand in memory, and x is the narrower: twice as fast.
     dw += dot(x, d, (((0, 1), (0, 1)), ((), ())))
-    return (loss, dw), dx
+    return (loss, kl, dw), dx
 
   zero = jnp.zeros(w.shape[::-1], jnp.float32) if gradients else None
-  (loss, dw), dx = jax.lax.scan(step, (jnp.zeros((), jnp.float32), zero),
-                                tuple(_cut(a, chunk) for a in (x, targets, weights)))
+  none = jnp.zeros((), jnp.float32)
+  (loss, kl, dw), dx = jax.lax.scan(step, (none, none, zero),
+                                    tuple(_cut(a, chunk) for a in (x, targets, weights, *(base or ())[:1])))
   if not gradients:
-    return loss, None, None
+    return loss, kl, None, None
   dx = jnp.moveaxis(dx, 0, 1).reshape(batch, -1, x.shape[2])[:, :length]
   # The barrier keeps XLA from swapping the operands of a single chunk back, to a product in bfloat16 that its CPU
   # backend then refuses to run.
-  return loss, dx, jax.lax.optimization_barrier(dw).T.astype(weight.dtype)
+  return loss, kl, dx, jax.lax.optimization_barrier(dw).T.astype(weight.dtype)

@@ -37,6 +37,8 @@ class PackedBatches:
     per_step: examples of a step, on average.
     tokens_per_step: of those, padding not counted.
     squares_per_step: sum of the squares of their lengths.
+    epoch_ends: of each epoch, the number of steps after which all its examples have been seen; a step may hold the last
+      rows of one and the first of the next, or several epochs.
 
   >>> examples = [TokenizedExample([1, 2], [3]), TokenizedExample([4], [5, 6])]
   >>> batches = PackedBatches(examples, epochs=1, global_batch=2, row_length=8, seed=0)
@@ -71,14 +73,17 @@ class PackedBatches:
     self._row_multiple = row_multiple
     self.row_length = row_length
     self._plan: list[list[int]] = []
+    ends = []
     for epoch in range(epochs):
       rng = np.random.default_rng([*np.atleast_1d(seed), epoch])
       order = rng.permutation(len(examples))
       rows = [[i] for i in order.tolist()] if alone else _first_fit(order, lengths, row_length)
       self._plan += [rows[i] for i in rng.permutation(len(rows))]
+      ends.append(len(self._plan))
     self._filled = 1 if alone else _rows_of_a_step(
         len(self._plan) * global_batch / (epochs * len(examples)), len(self._plan))
     self.rows = -(-self._filled // row_multiple) * row_multiple
+    self.epoch_ends = [-(-end // self._filled) for end in ends]
     self.empty_rows = self.rows - self._filled
     self.padding = 1 - epochs * int(lengths.sum()) / (len(self) * self.rows * row_length)
     of_a_step = lambda total: epochs * float(total) / len(self)

@@ -1,0 +1,99 @@
+"""Early stopping: training ends at the first epoch after which held-out answers are less likely than before."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from imm_jax.model.config import ModelConfig
+from imm_jax.model.decoder import Params
+from imm_jax.training import fsdp
+from imm_jax.training.additions import PLAIN, Additions
+from imm_jax.training.input import Input
+from imm_jax.training.packing import PackedBatches
+from imm_jax.training.step import Frozen, TrainState, token_losses
+
+# What is kept of the best epoch: what a training may hand on.
+KEPT = ("params", "average")
+
+
+class EarlyStopping:
+  """Measures the loss on held-out answers after each epoch, and keeps the weights of the best.
+
+  Prechelt 1998 (Early stopping - but when?) with a patience of one epoch. The loss is the mean of -log p over the
+  answers' tokens, without what else is added to it in training.
+
+  Attributes:
+    losses: of the epochs so far.
+    best: the weights of the epoch with the least (`KEPT`), or None before the first.
+    over: whether the last epoch was worse than the best.
+  """
+
+  def __init__(self, config: ModelConfig, held_out: PackedBatches, ends: Sequence[int], *, mesh: Mesh,
+               additions: Additions = PLAIN, **options: Any):
+    """Measures nothing yet.
+
+    Args:
+      config: of the model.
+      held_out: once: packed with `epochs=1`.
+      ends: the number of steps after which each epoch ends, see `PackedBatches.epoch_ends`.
+      mesh: devices.
+      additions: of the training.
+      **options: `compute_dtype`, `accumulation` and `attention` of the training.
+    """
+    self._batches, self._ends, self._mesh = held_out, frozenset(ends), mesh
+    self._program = _program(config, mesh, additions, **options)
+    self.losses: list[float] = []
+    self.best: dict[str, Params] | None = None
+
+  @property
+  def over(self) -> bool:
+    return bool(self.losses) and self.losses[-1] > min(self.losses)
+
+  @property
+  def best_epoch(self) -> int:
+    """The number of the best epoch, from 1."""
+    return 1 + self.losses.index(min(self.losses))
+
+  def due(self, done: int) -> bool:
+    """Whether an epoch ends after so many steps."""
+    return done in self._ends
+
+  def measure(self, state: TrainState) -> float:
+    """The held-out loss of a state at an epoch's end."""
+    loss = self._loss(state["params"], state.get("frozen", {}))
+    if not self.losses or loss < min(self.losses):
+      self.best = None  # before there is another
+      self.best = jax.tree.map(jnp.copy, {name: state[name] for name in KEPT if name in state})
+    self.losses.append(loss)
+    return loss
+
+  def _loss(self, params: Params, frozen: Frozen) -> float:
+    total, count, before = 0.0, 0.0, None
+    for batch in Input(self._batches, self._mesh):
+      found = self._program(params, frozen, batch)
+      if before is not None:
+        total, count = total + float(before[0]), count + float(before[1])
+      before = found  # the host is one batch ahead
+    return (total + float(before[0])) / (count + float(before[1]))
+
+
+def _program(config: ModelConfig, mesh: Mesh, additions: Additions, *, compute_dtype: jnp.dtype, attention: str,
+             accumulation: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
+  """Compiled: (params, frozen, batch) -> (sum of -log p of the learned tokens, their number)."""
+  options = {"compute_dtype": compute_dtype, "attention": attention, "additions": additions._replace(kl=0.0)}
+  if mesh.size > 1:
+    options |= {"mesh": mesh, "gather": fsdp.constrained(mesh, compute_dtype)}
+
+  def losses(params: Params, frozen: Frozen, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+
+    def of_part(part: dict[str, jax.Array]) -> jax.Array:
+      loss, numbers = token_losses(config, params, part, frozen=frozen, **options)
+      return jnp.stack([loss, numbers["tokens"]])
+
+    parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+    return tuple(jnp.sum(jax.lax.map(of_part, parts), axis=0))
+
+  return jax.jit(losses)
