@@ -35,14 +35,15 @@ def get_config() -> ml_collections.ConfigDict:
   prompt.header = ""
   # paper: its template, worked examples as in tables 11 and 12; chat: the tokenizer's chat template, examples as turns.
   prompt.style = "paper"
-  prompt.few_shot = 8  # worked examples when sampling for training, 0 for none [paper: tables 11 and 12]
+  # Worked examples when sampling for training, 0 for none [paper: tables 11 and 12 hold 8, its appendix A.1 says 10].
+  prompt.few_shot = 8
 
   config.sample = sample = ml_collections.ConfigDict()
   sample.num_samples = 3  # k, answers to each question [paper: GSM8K 3, MATH 6]
   # Sample j uses number j modulo their count [paper]. A tuple of tuples gives each round its own, and those after the
   # last what the last has: ((0.4,), (0.6, 0.8)). B-STaR (arXiv 2412.17256) chooses them itself, here they are given.
   sample.temperatures = (0.2, 0.4, 0.6)
-  sample.top_p = 1.0  # nucleus: 1 keeps the whole distribution [ours]
+  sample.top_p = 1.0  # nucleus: 1 keeps the whole distribution [code]
   sample.max_new_tokens = 512  # tokens of an answer [ours]
   # An answer ends before any of these strings, in evaluation with eval.protocol=paper too.
   sample.stop = ("### Instruction", "### Response", "\nQuestion:")
@@ -71,9 +72,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.sft = sft = ml_collections.ConfigDict()
   sft.epochs = 3  # passes over a round's answers [paper]
   sft.learning_rate = 2e-5  # peak [paper]
-  sft.schedule = "cosine"  # after the warm-up: cosine, linear or constant [paper: cosine]
+  sft.schedule = "cosine"  # after the warm-up: cosine, linear or constant [code]
   sft.warmup_ratio = 0.03  # share of steps with a rising learning rate [paper]
-  sft.weight_decay = 0.0  # AdamW's [paper]
+  sft.weight_decay = 0.0  # AdamW's [code]
   # [paper: table 5] gradient_decay, gradient_clipping, weight_masking, or none; `training.interventions` defines them
   sft.intervention = "none"
   sft.gradient_decay = 0.9  # gamma
@@ -103,6 +104,7 @@ def get_config() -> ml_collections.ConfigDict:
   # and gives), dots (all but matrix products), none (which with fsdp keeps the gathered weights, too).
   sft.remat = "full"
   sft.attention = "auto"  # xla, blockwise (CPU), cudnn (NVIDIA), splash (TPU); auto: what suits the platform
+  sft.export = "model"  # dtype of the tuned model: model (as it was) or float32, in which eq. 4 sees small changes
   sft.log_every = 10  # steps between metrics; the host waits for the device only then, and to save
   sft.save_interval = 200  # steps between training states on disk; SIGTERM saves one too
   sft.max_to_keep = 2  # training states kept; all are removed when a round's training is done

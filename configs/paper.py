@@ -1,20 +1,24 @@
-"""The paper's tables 2 to 9 and figures 2 to 13 (1 and 5 are drawings), each as the runs and analyses behind it.
+"""The paper's tables 1 to 9, figures 2 to 13 (1 and 5 are drawings) and appendix B.9, each as runs and analyses.
 
     python -m imm_jax.main --config=configs/paper.py:table=3 --workdir=runs/table3 --dry_run
     python -m imm_jax.main --config=configs/paper.py:figure=7 --workdir=runs/figure7
     python -m imm_jax.main --config=configs/paper.py:table=3,scale=tiny --workdir=runs/tiny3
+    python -m imm_jax.main --config=configs/paper.py:all --workdir=runs/paper --dry_run
 
-Every run has its folder in WORKDIR. `scale=tiny` keeps the plan and puts the embedded model and its tasks in place of
+Every run has its folder in WORKDIR. `all` is all of them, in which equal runs of several tables and figures are one.
+`scale=tiny` keeps the plan and puts the embedded model and its tasks in place of
 the paper's. One run is changed with --config.runs.NAME.KEY=VALUE, what samples is one for all,
 --config.sampler.KEY=VALUE, an analysis with --config.analyses.NAME.task=NAME=SOURCE (where its questions are) and
 --config.analyses.NAME.config.KEY=VALUE. Analyses come after the runs, each in a folder in WORKDIR/analyses.
 """
 
+from pathlib import Path
+
 import ml_collections
 
 from configs import arguments, llama, qwen, reasoning, tiny
 
-TABLES = tuple(map(str, range(2, 10)))
+TABLES = tuple(map(str, range(1, 10)))
 FIGURES = ("2", "3", "4", "6", "7", "8", "9", "10", "11", "12", "13")
 # Section 5.1's models; figures 3 and 4 look at the last two.
 MODELS = {"qwen_0_5b": qwen.MODELS["0.5b"], "qwen_1_5b": qwen.MODELS["1.5b"], "llama2_7b": llama.MODELS["llama2-7b"],
@@ -23,16 +27,21 @@ MODELS = {"qwen_0_5b": qwen.MODELS["0.5b"], "qwen_1_5b": qwen.MODELS["1.5b"], "l
 SIZES = ("qwen_0_5b", "qwen_1_5b", "llama2_7b")
 TASKS = ("gsm8k", "math")
 INTERVENTIONS = ("gradient_decay", "gradient_clipping", "weight_masking")
+# English that is no reasoning, where there is no network: this project's own.
+_PROSE = f"text=file:{Path(__file__).resolve().parent.parent / 'README.md'}"
 SWEEP = (0.1, 0.3, 0.4, 0.6, 0.7, 0.9)  # base weights beside 0.5; table 3's alpha is 1 less these
 
 
 def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
-  given = arguments.parse(argument, table=("", *TABLES), figure=("", *FIGURES), scale=("paper", "tiny"))
-  table, figure, scale = given["table"], given["figure"], given["scale"]
-  if bool(table) == bool(figure):
-    raise ValueError("expected one table or figure, such as configs/paper.py:table=3 or configs/paper.py:figure=7")
-  name = f"table {table}" if table else f"figure {figure}"
-  runs, analyses = _PLANS[name](scale)
+  given = arguments.parse(argument, table=("", *TABLES), figure=("", *FIGURES), appendix=("", "b9"),
+                          scale=("paper", "tiny"), which=("", "all"))
+  scale = given.pop("scale")
+  chosen = [f"{kind} {value}".removeprefix("which ") for kind, value in given.items() if value]
+  if len(chosen) != 1:
+    raise ValueError("expected one table or figure, such as configs/paper.py:table=3 or configs/paper.py:figure=7, "
+                     "appendix=b9, or all")
+  name = chosen[0]
+  runs, analyses = _together(scale) if name == "all" else _PLANS[name](scale)
   config = ml_collections.ConfigDict({"title": f"{name} of the paper" + " at tiny scale" * (scale == "tiny")})
   config.runs, config.analyses = ml_collections.ConfigDict(runs), ml_collections.ConfigDict(analyses)
   if runs:
@@ -73,7 +82,7 @@ def _importance(scale: str, model: str, task: str) -> dict[str, object]:
   config = reasoning.get_config(model=MODELS[model], task="math") if scale == "paper" else tiny.get_config()
   config.sampler.kind = "native"  # nothing is sampled; beside runs: theirs
   return {"kind": "importance", "model": config.model, "config": config,
-          "task": task if scale == "paper" else {"math": "stories"}.get(task, "groups")}
+          "task": task if scale == "paper" else {"math": "stories", "bookcorpus": _PROSE}.get(task, "groups")}
 
 
 def _change(scale: str, run: str, *models: str) -> dict[str, dict[str, str]]:
@@ -82,15 +91,63 @@ def _change(scale: str, run: str, *models: str) -> dict[str, dict[str, str]]:
   return {f"change_{run}_{m.replace('/', '_')}": {"kind": "weight_change", "run": run, "model": m} for m in models}
 
 
+def _together(scale: str) -> tuple[dict, dict]:
+  """All plans: equal runs once, others of an equal name with the plan's name before theirs."""
+  runs, analyses, known = {}, {}, {}
+  for plan, make in _PLANS.items():
+    of_plan, more = make(scale)
+    names = {}
+    for name, config in of_plan.items():
+      same = known.setdefault(config.to_json(), name if name not in runs else f"{plan.replace(' ', '_')}_{name}")
+      names[name] = same
+      runs[same] = config
+    for name, analysis in more.items():
+      found = analysis | ({"run": names[analysis["run"]]} if "run" in analysis else {})
+      if name in analyses and analyses[name] != found and "config" not in found:
+        name = f"{plan.replace(' ', '_')}_{name}"
+      analyses.setdefault(name, found)
+  return runs, analyses
+
+
+def _teacher_of_1_5b(runs: dict) -> dict:
+  """The runs with the 7B teacher for the 1.5B model: tables 7 and 8 hold table 2's figures of it."""
+  for name, config in runs.items():
+    if name.startswith("qwen_1_5b"):
+      config.teacher = qwen.MODELS["7b"]
+  return runs
+
+
+def _table_1(scale: str) -> tuple[dict, dict]:
+  runs, analyses = _figure_4(scale)
+  return runs, analyses | {f"importance_{model}": _importance(scale, model, "math")
+                           for model in ("qwen_1_5b_base", "qwen_1_5b_math")}
+
+
+def _appendix_b9(scale: str) -> tuple[dict, dict]:
+  runs, analyses = {}, {}
+  for method, kinds in (("star", ("sft",)), ("imm", ("sft", "merged"))):
+    runs |= _named(method, _runs(scale, ("qwen_1_5b_base",), ("math",), method=method, rounds=3, sft__export="float32"))
+    analyses |= _change(scale, f"{method}_qwen_1_5b_base_math", *(f"round_{t}/{kind}" for t in range(3)
+                                                                 for kind in kinds))
+  return runs, analyses
+
+
+def _figure_12(scale: str) -> tuple[dict, dict]:
+  runs, analyses = _appendix_b9(scale)
+  return runs, {name: analysis for name, analysis in analyses.items() if not analysis["model"].endswith("merged")}
+
+
 def _table_5(scale: str) -> tuple[dict, dict]:
   runs = _methods(scale, ("qwen_1_5b",), "star", "imm")
+  # The paper does not say whether its vanilla SFT is clipped; ours is, at 1.0.
+  runs |= _named("unclipped", _runs(scale, ("qwen_1_5b",), method="star", sft__grad_clip=0.0))
   for intervention in INTERVENTIONS:
     runs |= _named(intervention, _runs(scale, ("qwen_1_5b",), method="star", sft__intervention=intervention))
   return runs, {}
 
 
 def _figure_4(scale: str) -> tuple[dict, dict]:
-  runs = _named("star", _runs(scale, ("qwen_1_5b_base",), ("math",), method="star"))
+  runs = _named("star", _runs(scale, ("qwen_1_5b_base",), ("math",), method="star", sft__export="float32"))
   analyses = _change(scale, "star_qwen_1_5b_base_math", "round_0/sft")
   if scale == "paper":
     analyses["change_post_training"] = {"kind": "weight_change", "before": MODELS["qwen_1_5b_base"],
@@ -101,7 +158,7 @@ def _figure_4(scale: str) -> tuple[dict, dict]:
 def _figure_9(scale: str) -> tuple[dict, dict]:
   runs, analyses = {}, {}
   for method in ("star", "real"):
-    runs |= _named(method, _runs(scale, ("qwen_1_5b_base",), ("math",), method=method))
+    runs |= _named(method, _runs(scale, ("qwen_1_5b_base",), ("math",), method=method, sft__export="float32"))
     analyses |= _change(scale, f"{method}_qwen_1_5b_base_math", "round_0/sft")
   return runs, analyses
 
@@ -112,6 +169,7 @@ def _pass_at_k(scale: str, task: str) -> tuple[dict, dict]:
 
 _BASELINES = ("imm", "star", "data_mixture", "data_accumulation")
 _PLANS = {
+    "table 1": _table_1,
     # 5.4: a stronger model samples.
     "table 2": lambda scale: (_runs(scale, ("qwen_1_5b", "llama2_7b"), teacher=qwen.MODELS["7b"]), {}),
     # Appendix A.2: in the setting of 5.4; one training, merged with each weight.
@@ -120,10 +178,10 @@ _PLANS = {
     "table 4": lambda scale: (_runs(scale, SIZES, ("gsm8k",), rounds=3,
                                     task__ood=("svamp", "asdiv", "mathqa", "mmlu_stem")), {}),
     "table 5": _table_5,
-    "table 6": lambda scale: (_methods(scale, ("qwen_1_5b",), "iimm", "imm"), {}),
-    "table 7": lambda scale: (_runs(scale, SIZES, ("gsm8k",), task__ood=("mawps",)), {}),
-    "table 8": lambda scale: (_runs(scale, ("qwen_1_5b",), ("gsm8k",), task__ood=(
-        "sat_math", "mawps", "mathqa", "mmlu_stem", "svamp")), {}),
+    "table 6": lambda scale: (_methods(scale, ("qwen_0_5b",), "iimm", "imm"), {}),
+    "table 7": lambda scale: (_teacher_of_1_5b(_runs(scale, SIZES, ("gsm8k",), task__ood=("mawps",))), {}),
+    "table 8": lambda scale: (_teacher_of_1_5b(_runs(scale, ("qwen_1_5b",), ("gsm8k",), task__ood=(
+        "sat_math", "mawps", "mathqa", "mmlu_stem", "svamp"))), {}),
     "table 9": lambda scale: (_runs(scale, ("llama3_8b",)), {}),
     "figure 2": lambda scale: (_methods(scale, SIZES, "star"), {}),
     "figure 3": lambda scale: ({}, {f"importance_{task}": _importance(scale, "qwen_1_5b_math", task)
@@ -135,7 +193,7 @@ _PLANS = {
     "figure 9": _figure_9,
     "figure 10": lambda scale: ({}, {"importance_math": _importance(scale, "qwen_1_5b_base", "math")}),
     "figure 11": lambda scale: ({}, {"importance_mbpp": _importance(scale, "qwen_1_5b_base", "mbpp")}),
-    "figure 12": lambda scale: (_named("imm", _runs(scale, ("qwen_1_5b_base",), ("math",), rounds=3)), _change(
-        scale, "imm_qwen_1_5b_base_math", *(f"round_{t}/sft" for t in range(3)))),
+    "figure 12": _figure_12,
     "figure 13": lambda scale: _pass_at_k(scale, "math"),
+    "appendix b9": _appendix_b9,
 }

@@ -30,7 +30,8 @@ HOW = ("eval.batch_size", "mesh", "profile", "sample.batch_size", "sampler.vllm"
 _ONE_OF = {"method": tuple(METHODS), "task.kind": ("number", "latex", "choice"), "prompt.style": prompts.STYLES,
            "eval.protocol": protocols.NAMES,
            "sft.schedule": ("cosine", "linear", "constant"), "sft.intervention": INTERVENTIONS,
-           "sft.compute_dtype": COMPUTE_DTYPES, "sft.remat": tuple(REMAT), "sft.attention": attention.BACKENDS,
+           "sft.compute_dtype": COMPUTE_DTYPES, "sft.export": ("model", "float32"),
+           "sft.remat": tuple(REMAT), "sft.attention": attention.BACKENDS,
            "sample.compute_dtype": COMPUTE_DTYPES, "sampler.kind": tuple(ENGINES), "merge.delta_ref": ("start", "base")}
 _AT_LEAST_ONE = ("rounds", "sample.num_samples", "sample.max_new_tokens", "sample.batch_size", "sft.epochs",
                  "sft.global_batch", "sft.accumulation", "sft.row_length", "sft.log_every", "sft.save_interval",
@@ -113,7 +114,8 @@ def idle(config: ml_collections.ConfigDict) -> set[str]:
   """
   method, sft = method_of(config), config.sft
   used = {"l2_sp_weight": method.anchor == "l2_sp", "kl_weight": method.anchor == "kl", "lora_rank": method.lora,
-          "lora_alpha": method.lora, "ema": sft.ema, "ema_decay": averages(config), "stop_share": sft.stop_share > 0}
+          "lora_alpha": method.lora, "ema": sft.ema, "ema_decay": averages(config), "stop_share": sft.stop_share > 0,
+          "export": sft.export != "model"}
   used = {f"sft.{key}": value for key, value in used.items()} | {"merge.method": config.merge.method}
   return {key for key, value in used.items() if not value}
 

@@ -17,7 +17,7 @@ from imm_jax.model import published
 from imm_jax.stages import questions, selection
 
 REPO = Path(__file__).parent.parent
-PLANS = [f"{kind}={n}" for kind, numbers in (("table", paper.TABLES), ("figure", paper.FIGURES)) for n in numbers]
+PLANS = [f"{kind}={n}" for kind, numbers in (("table", paper.TABLES), ("figure", paper.FIGURES)) for n in numbers] + ["appendix=b9"]
 # Published: the model cards.
 SIZES = {"Qwen/Qwen2.5-0.5B": 494_032_768, "Qwen/Qwen2.5-1.5B": 1_543_714_304, "Qwen/Qwen2.5-7B": 7_615_616_512,
          "meta-llama/Llama-2-7b-hf": 6_738_415_616, "meta-llama/Meta-Llama-3-8B": 8_030_261_248}
@@ -72,7 +72,35 @@ def test_the_methods_of_figure_7_and_interventions_of_table_5():
   assert found == {"none", "gradient_decay", "gradient_clipping", "weight_masking"}
 
 
-@pytest.mark.parametrize("argument", [None, "table=3,figure=7", "table=1", "figure=5"])
+def test_the_models_that_the_paper_means():
+  """Tables 7 and 8 hold the figures of table 2 for 1.5B, whose samples are the teacher's; table 6 is of 0.5B."""
+  teachers = {name: run.teacher for name, run in paper.get_config("table=7").runs.items()}
+  assert teachers == {"qwen_0_5b_gsm8k": "", "qwen_1_5b_gsm8k": qwen.MODELS["7b"], "llama2_7b_gsm8k": ""}
+  assert [run.teacher for run in paper.get_config("table=8").runs.values()] == [qwen.MODELS["7b"]]
+  assert {run.model for run in paper.get_config("table=6").runs.values()} == {qwen.MODELS["0.5b"]}
+  clips = {run.sft.grad_clip for run in paper.get_config("table=5").runs.values()
+           if run.method == "star" and run.sft.intervention == "none"}
+  assert clips == {0.0, 1.0}
+  exports = {run.sft.export for plan in ("figure=4", "figure=9", "figure=12", "appendix=b9", "table=1")
+             for run in paper.get_config(plan).runs.values()}
+  assert exports == {"float32"}
+
+
+@pytest.mark.parametrize("scale", ["paper", "tiny"])
+def test_equal_runs_of_several_plans_run_once(scale):
+  everything = paper.get_config(f"all,scale={scale}")
+  texts = [run.to_json() for run in everything.runs.values()]
+  assert len(set(texts)) == len(texts)
+  for plan in PLANS:
+    of_plan = paper.get_config(f"{plan},scale={scale}")
+    assert {run.to_json() for run in of_plan.runs.values()} <= {*texts}
+    for analysis in of_plan.analyses.values():
+      if "run" in analysis:  # the same model of the same run
+        assert any(other.get("model") == analysis.model and "run" in other and everything.runs[other.run].to_json()
+                   == of_plan.runs[analysis.run].to_json() for other in everything.analyses.values())
+
+
+@pytest.mark.parametrize("argument", [None, "table=3,figure=7", "table=10", "figure=5"])
 def test_what_is_no_table_or_figure_is_an_error(argument):
   with pytest.raises(ValueError, match=r"expected one table or figure|no argument"):
     paper.get_config(argument)

@@ -6,12 +6,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from imm_jax.analysis import MODULES, shares
 from imm_jax.analysis.weight_change import spearman
 from imm_jax.report import layers as figures, writer
 from imm_jax.report.figures import short
 
 Found = dict[str, Any]
+# Table 1 and appendix B.9 of the paper speak of early, middle and late layers; thirds are ours.
+_THIRDS = ("early", "middle", "late")
 FILE, TABLE = "analysis.json", "layers.csv"
 
 
@@ -45,7 +49,8 @@ def draw(folder: Path, found: Found) -> None:
 
 
 def table(found: Found) -> str:
-  """A line a layer, a column a measure with each layer's share of it; then the modules' sums, and the correlations."""
+  """A line a layer, a column a measure with each layer's share of it; then sums of modules, of early, middle and late
+  layers, and the correlations."""
   columns = list(_measures(found))
   preposition = {"importance": "importance on", "weight_change": "change to"}
   rows = [["", *(f"{preposition[measure]} {short(name)}" for measure, name, _ in columns)]]
@@ -55,6 +60,12 @@ def table(found: Found) -> str:
   for module in MODULES:
     sums = [(sum(of["modules"][module]), sum(of["layers"])) for *_, of in columns]
     rows.append([module, *(f"{part:.4g} ({part / whole if whole else 0:.1%})" for part, whole in sums)])
+  parts = np.array_split(np.arange(min(map(len, layers), default=0)), len(_THIRDS))
+  for name, part in zip(_THIRDS, parts, strict=True):
+    if len(part):
+      sums = [(sum(of["layers"][layer] for layer in part), sum(of["layers"])) for *_, of in columns]
+      rows.append([f"{name} ({part[0]} to {part[-1]})", *(
+          f"{value:.4g} ({value / whole if whole else 0:.1%})" for value, whole in sums)])
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
   lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
   for task, of in found["importance"].items():

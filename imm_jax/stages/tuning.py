@@ -112,7 +112,7 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train:
       if params is not None and additions.lora:
         lora.save(params, additions.lora, folder, like=model)
       elif params is not None:
-        hf.save(params, folder, like=model, keep_dtypes=True)
+        hf.save(params, folder, like=model, keep_dtypes=sft.export == "model")
   facts = {"examples": len(data.lines), "dropped_long": data.dropped, "steps": trained.steps,
            "tokens": round(batches.tokens_per_step * trained.steps), "attention": data.options["attention"],
            "examples_per_step": round(batches.per_step, 2), "padding": round(batches.padding, 4),
