@@ -17,7 +17,8 @@ from imm_jax.model import published
 from imm_jax.stages import questions, selection
 
 REPO = Path(__file__).parent.parent
-PLANS = [f"{kind}={n}" for kind, numbers in (("table", paper.TABLES), ("figure", paper.FIGURES)) for n in numbers] + ["appendix=b9"]
+PLANS = ["appendix=b9", *(f"{kind}={n}" for kind, numbers in (("table", paper.TABLES), ("figure", paper.FIGURES))
+                         for n in numbers)]
 # Published: the model cards.
 SIZES = {"Qwen/Qwen2.5-0.5B": 494_032_768, "Qwen/Qwen2.5-1.5B": 1_543_714_304, "Qwen/Qwen2.5-7B": 7_615_616_512,
          "meta-llama/Llama-2-7b-hf": 6_738_415_616, "meta-llama/Meta-Llama-3-8B": 8_030_261_248}
