@@ -8,7 +8,7 @@ import ml_collections
 
 from imm_jax.hardware import peak_flops
 from imm_jax.memory import count_params
-from imm_jax.methods import draws, merge_method, method_of
+from imm_jax.methods import averages, draws, merge_method, method_of
 from imm_jax.model.config import ModelConfig
 from imm_jax.stages import questions
 from imm_jax.tasks import protocols
@@ -59,14 +59,16 @@ def work(config: ml_collections.ConfigDict, record: Mapping[str, Any]) -> Work:
     seen = sum(1 + config.data.mixture_share * (t - 1) for t in rounds) * answers
   else:
     seen = config.rounds * answers
-  models = 1 + config.rounds * (1 + (1 + len(config.merge.sweep)) * bool(method.merge))
+  models = 1 + config.rounds * (1 + averages(config) + (1 + len(config.merge.sweep)) * bool(method.merge))
   tried = 0
   if config.merge.base_weight == "auto" and method.merge:
     auto = config.merge.auto
     answered = 1 + sum(questions.measure_of(config, entry) == "answer" for entry in auto.general)
     tried = config.rounds * (len(auto.weights) + 2 * auto.groups) * auto.questions * answered
   evaluated = (models * tests * (1 + config.eval.num_samples) + tried) * min(length, config.eval.max_new_tokens)
-  passes = config.sft.epochs + (merge_method(config) == "iimm") + (config.sft.intervention == "weight_masking")
+  # The base's forward pass is a third of a step; so is what measures the loss of the held-out share.
+  epochs = config.sft.epochs * (1 + (method.anchor == "kl") / 3) * (1 - config.sft.stop_share * 2 / 3)
+  passes = epochs + (merge_method(config) == "iimm") + (config.sft.intervention == "weight_masking")
   shots = config.prompt.few_shot * (ASSUMED["question"] + length)
 
   def asks(entry: str) -> float:

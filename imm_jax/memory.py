@@ -9,14 +9,15 @@ import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
 from imm_jax import hardware, resident
-from imm_jax.methods import draws, merge_method, method_of
+from imm_jax.methods import averages, draws, merge_method, method_of
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
 from imm_jax.model.sharding import batch_parts, for_decoding, param_sharding, path_name, spec_of
 from imm_jax.sampling.native import decode, queue
 from imm_jax.scoring import likelihood
 from imm_jax.stages import questions
-from imm_jax.training import step
+from imm_jax.training import lora, step
+from imm_jax.training.additions import PLAIN, Additions, additions_of
 from imm_jax.training.loss import chunk_of
 
 # What compiling takes of this machine's memory and what the programs take then, beside their arrays: as measured, for
@@ -88,7 +89,8 @@ def kept_of_row(model: ModelConfig, *, length: int, remat: str, dtype: jnp.dtype
 
 
 def step_temporaries(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, accumulation: int, remat: str,
-                     dtype: jnp.dtype, attention: str, sums: bool = False) -> dict[str, float]:
+                     dtype: jnp.dtype, attention: str, sums: bool = False, additions: Additions = PLAIN,
+                     ) -> dict[str, float]:
   """Bytes on one device that a training step takes beside its state, by name: `gradients`, `activations`, `logits`.
 
   Args:
@@ -101,17 +103,23 @@ def step_temporaries(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, 
     dtype: of activations.
     attention: what `attention.choose` gave.
     sums: whether gradients are added to sums that the caller holds, as for layer importance.
+    additions: of the training.
   """
   options = {"length": length, "dtype": dtype, "attention": attention, "widened": _platform(mesh) == "cpu"}
   here = math.ceil(rows / accumulation / batch_parts(mesh))
   kept = here * kept_of_row(model, remat=remat, **options) / mesh.shape["tensor"]
   layer = here * kept_of_row(model, remat="none", **options) / mesh.shape["tensor"] / model.num_layers
   table = model.vocab_size * model.hidden_size
-  logits = 2 * here * min(length, chunk_of(here)) * model.vocab_size * 4 / mesh.shape["tensor"]
+  # Of one model two arrays of the logits' size live at once, of two models five, as measured.
+  arrays, at_once = (5, chunk_of(2 * here)) if additions.kl else (2, chunk_of(here))
+  logits = arrays * here * min(length, at_once) * model.vocab_size * 4 / mesh.shape["tensor"]
   params, layers = (_on_device(model, mesh, of) for of in ("", "layers."))
   # The head's gradient is summed apart; the embedding's comes when activations are gone. Where there are sums, there is
   # no other gradient.
   gradients = (0 if sums else 4 * params if accumulation > 1 else 4 * layers) + 4 * table
+  if additions.lora:  # of a layer's weights: W + s B A and its gradient
+    gradients = 4 * trained(model, mesh, additions) + 8 * layers / model.num_layers
+  gradients += 4 * params * (additions.l2_sp > 0)  # what is added to them
   gathered = (2 * table + 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(model)["layers"]))
               / model.num_layers) * jnp.dtype(dtype).itemsize if mesh.shape["fsdp"] > 1 else 0
   found = {"gradients": gradients, "activations": kept, "gathered weights": gathered}
@@ -120,9 +128,31 @@ def step_temporaries(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, 
   return {name: size for name, size in found.items() if size}
 
 
-def state_bytes(model: ModelConfig, mesh: Mesh) -> int:
-  """Bytes of SFT's float32 weights and AdamW's two moments on one device."""
-  return 12 * _on_device(model, mesh)
+def trained(model: ModelConfig, mesh: Mesh, additions: Additions) -> int:
+  """Entries of what is trained that one device holds."""
+  if not additions.lora:
+    return _on_device(model, mesh)
+  return sum(math.prod(param_sharding(mesh, path_name(path), leaf.shape).shard_shape(leaf.shape))
+             for path, leaf in jax.tree_util.tree_leaves_with_path(lora.abstract(model, additions.lora)))
+
+
+def state_bytes(model: ModelConfig, mesh: Mesh, *, dtype: jnp.dtype, additions: Additions = PLAIN, stops: bool = False,
+                ) -> dict[str, int]:
+  """Bytes on one device of a training's state, by name; of an anchor for L2-SP as for a base stored in bfloat16.
+
+  Args:
+    model: of the checkpoint.
+    mesh: devices.
+    dtype: of activations.
+    additions: of the training.
+    stops: whether the best epoch's weights are kept.
+  """
+  count, whole, width = trained(model, mesh, additions), _on_device(model, mesh), jnp.dtype(dtype).itemsize
+  found = {"weights and moments": 12 * count, "average": 4 * count * bool(additions.ema),
+           "best epoch": 4 * count * (1 + bool(additions.ema)) * stops,
+           "frozen base": width * whole * bool(additions.lora),
+           "anchor": whole * (width if additions.kl else 2) * additions.anchored}
+  return {name: size for name, size in found.items() if size}
 
 
 def sampling(model: ModelConfig, mesh: Mesh, *, rows: int, prompt: int, new_tokens: int, dtype: jnp.dtype,
@@ -204,8 +234,9 @@ def peaks(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, exp
     found.append(Peak("likelihood", scoring(model, mesh, dtype=dtype)))
   options = {"rows": expected.rows, "length": sft.row_length, "accumulation": sft.accumulation, "remat": sft.remat,
              "dtype": jnp.dtype(hardware.compute_dtype(sft.compute_dtype)), "attention": expected.attention}
-  temporaries = step_temporaries(model, mesh, **options)
-  found.append(Peak("SFT", {"weights and moments": state_bytes(model, mesh), **temporaries}))
+  given = additions_of(config)
+  held = state_bytes(model, mesh, dtype=options["dtype"], additions=given, stops=sft.stop_share > 0)
+  found.append(Peak("SFT", held | step_temporaries(model, mesh, additions=given, **options)))
   if config.analysis.examples or merge_method(config) == "iimm":
     found.append(Peak("importance", {"weights and sums": 8 * _on_device(model, mesh),
                                      **step_temporaries(model, mesh, sums=True, **options)}))
@@ -224,7 +255,7 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, 
              sampler: ModelConfig | None = None) -> str:
   """A line for each of `peaks`, with what takes most first; before them parameters and checkpoints on disk."""
   count, found = count_params(model), peaks(config, model, mesh, expected, sampler)
-  checkpoints = config.rounds * (1 + (1 + len(config.merge.sweep)) * bool(method_of(config).merge))
+  checkpoints = config.rounds * (1 + averages(config) + (1 + len(config.merge.sweep)) * bool(method_of(config).merge))
   where = "of this process" if _platform(mesh) == "cpu" else "of each device"
   lines = [f"{count:,} parameters; {checkpoints} checkpoints of {_text(2 * count)} in bfloat16",
            f"most memory {where}: about {_text(max(p.total for p in found))} (SFT: {expected.rows} rows a step)"]

@@ -14,6 +14,8 @@ from imm_jax.analysis import importance
 from imm_jax.model import sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.training import step as training
+from imm_jax.training.additions import PLAIN, Additions
+from imm_jax.training.lora import Lora
 
 MODEL = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
                     head_dim=8, rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=True, qkv_bias=True)
@@ -30,9 +32,16 @@ def mesh(*sizes: int) -> AbstractMesh:
 
 
 def test_the_state_of_a_device():
-  assert memory.state_bytes(MODEL, mesh(1, 1, 1)) == 12 * (PRODUCTS + WHOLE + 64 * 32)
-  assert memory.state_bytes(MODEL, mesh(2, 4, 1)) == 12 * (PRODUCTS // 4 + WHOLE + 64 * 32 // 4)
-  assert memory.state_bytes(ODD, mesh(2, 4, 1)) == 12 * (PRODUCTS // 4 + WHOLE + 63 * 32)
+  of = lambda model, mesh, **more: memory.state_bytes(model, mesh, dtype=jnp.bfloat16, **more)
+  whole, split = PRODUCTS + WHOLE + 64 * 32, PRODUCTS // 4 + WHOLE + 64 * 32 // 4
+  assert of(MODEL, mesh(1, 1, 1)) == {"weights and moments": 12 * whole}
+  assert of(MODEL, mesh(2, 4, 1)) == {"weights and moments": 12 * split}
+  assert of(ODD, mesh(2, 4, 1)) == {"weights and moments": 12 * (PRODUCTS // 4 + WHOLE + 63 * 32)}
+  assert of(MODEL, mesh(2, 4, 1), additions=Additions(kl=1.0, ema=0.9), stops=True) == {
+      "weights and moments": 12 * split, "average": 4 * split, "best epoch": 8 * split, "anchor": 2 * split}
+  # Of each layer in + out of the projections: q, o 64, k, v 48, gate, up, down 80.
+  assert of(MODEL, mesh(1, 1, 1), additions=Additions(lora=Lora(4, 8.0))) == {
+      "weights and moments": 12 * 2 * 4 * (2 * 64 + 2 * 48 + 3 * 80), "frozen base": 2 * whole}
 
 
 def test_parameters_that_the_mesh_does_not_divide_are_named():
@@ -41,18 +50,23 @@ def test_parameters_that_the_mesh_does_not_divide_are_named():
   assert memory.undivided(ODD, mesh(8, 1, 1)) == []
 
 
-@pytest.mark.parametrize(("model", "rows", "length", "remat", "dtype", "accumulation"), [
-    (WIDE, 16, 128, "full", "float32", 1),
-    (dataclasses.replace(WIDE, num_layers=4, tie_embeddings=False), 32, 128, "none", "bfloat16", 2)])
-def test_a_step_takes_about_what_is_said(model, rows, length, remat, dtype, accumulation):
-  options = {"accumulation": accumulation, "remat": remat, "attention": "blockwise"}
+@pytest.mark.parametrize(("model", "rows", "length", "remat", "dtype", "accumulation", "additions"), [
+    (WIDE, 16, 128, "full", "float32", 1, PLAIN),
+    (dataclasses.replace(WIDE, num_layers=4, tie_embeddings=False), 32, 128, "none", "bfloat16", 2, PLAIN),
+    (dataclasses.replace(WIDE, num_layers=2), 16, 128, "full", "bfloat16", 1, Additions(kl=1.0, ema=0.9)),
+    (dataclasses.replace(WIDE, num_layers=2), 16, 128, "full", "bfloat16", 1, Additions(l2_sp=1.0)),
+    (dataclasses.replace(WIDE, num_layers=2), 16, 128, "full", "bfloat16", 2, Additions(lora=Lora(8, 8.0)))])
+def test_a_step_takes_about_what_is_said(model, rows, length, remat, dtype, accumulation, additions):
+  options = {"accumulation": accumulation, "remat": remat, "attention": "blockwise", "additions": additions}
   devices = sharding.make_mesh(data=1, fsdp=1)
   said = memory.step_temporaries(model, devices, rows=rows, length=length, dtype=jnp.dtype(dtype), **options)
   optimizer = training.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.1, grad_clip=1.0)
-  state, options = training.abstract_state(model, optimizer, devices), options | {"compute_dtype": jnp.dtype(dtype)}
+  state = training.abstract_state(model, optimizer, devices, additions=additions, frozen_dtype=jnp.dtype(dtype))
+  options |= {"compute_dtype": jnp.dtype(dtype)}
   step = training.step_function(model, optimizer, mesh=devices, **options)
   compiled = training.jit_step(step, state).lower(state, batch(devices, rows, length)).compile().memory_analysis()
-  assert compiled.argument_size_in_bytes == pytest.approx(memory.state_bytes(model, devices), rel=0.05)
+  assert compiled.argument_size_in_bytes == pytest.approx(sum(memory.state_bytes(
+      model, devices, dtype=jnp.dtype(dtype), additions=additions).values()), rel=0.05)
   assert compiled.alias_size_in_bytes == pytest.approx(compiled.output_size_in_bytes, rel=0.01)  # all in place
   assert sum(said.values()) == pytest.approx(compiled.temp_size_in_bytes, rel=0.25)
 

@@ -25,6 +25,7 @@ from imm_jax.model import attention, published, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params
 from imm_jax.training import step as training
+from imm_jax.training.additions import PLAIN, Additions, additions_of
 from imm_jax.training.throughput import train_flops
 
 _GIB = 2**30
@@ -46,6 +47,7 @@ class Plan:
     compute_dtype: of activations.
     weight_decay: AdamW's.
     grad_clip: largest norm of the gradient.
+    additions: to SFT.
   """
 
   model: ModelConfig
@@ -59,6 +61,7 @@ class Plan:
   compute_dtype: jnp.dtype
   weight_decay: float = 0.0
   grad_clip: float = 1.0
+  additions: Additions = PLAIN
 
   @property
   def step_rows(self) -> int:
@@ -131,7 +134,7 @@ def plan_of(config: ml_collections.ConfigDict, *, topology_name: str, slices: in
   sft = config.sft
   return Plan(model, slice_, mesh, rows_per_chip, sft.row_length, sft.accumulation, sft.remat, sft.attention,
               jnp.dtype("bfloat16" if sft.compute_dtype == "auto" else sft.compute_dtype), sft.weight_decay,
-              sft.grad_clip)
+              sft.grad_clip, additions_of(config))
 
 
 def _shape(model: str) -> ModelConfig:
@@ -150,9 +153,10 @@ def check(plan: Plan) -> Report:
   # The learning rate is a function of the step; which one makes no difference here.
   optimizer = training.make_optimizer(optax.constant_schedule(1e-5), weight_decay=plan.weight_decay,
                                       grad_clip=plan.grad_clip)
-  state = training.abstract_state(plan.model, optimizer, plan.mesh)
-  step = training.step_function(plan.model, optimizer, compute_dtype=plan.compute_dtype, remat=plan.remat,
-                                accumulation=plan.accumulation, attention=backend, mesh=plan.mesh)
+  state = training.abstract_state(plan.model, optimizer, plan.mesh, additions=plan.additions,
+                                  frozen_dtype=plan.compute_dtype)
+  step = training.step_function(plan.model, optimizer, additions=plan.additions, compute_dtype=plan.compute_dtype,
+                                remat=plan.remat, accumulation=plan.accumulation, attention=backend, mesh=plan.mesh)
   started = time.monotonic()
   traced = training.jit_step(step, state).trace(state, _batch(plan))
   try:

@@ -30,7 +30,7 @@ from imm_jax.stages.devices import mesh_of
 from imm_jax.tasks import prompts
 from imm_jax.tasks.base import Example
 from imm_jax.training import interventions, lora, throughput, trainer
-from imm_jax.training.additions import Additions
+from imm_jax.training.additions import additions_of
 from imm_jax.training.checkpoints import Checkpoints
 from imm_jax.training.packing import PackedBatches, TokenizedExample
 from imm_jax.training.step import Frozen, make_schedule
@@ -91,7 +91,7 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train:
               lines=[i + 1 for i in seen])
   held_out = pack(config, model, [examples[i] for i in held], what=f"{train}, held out", epochs=1, seed=config.seed,
                   quiet=True).batches if held else None
-  batches, additions, mesh = data.batches, _additions(config), mesh_of(config)
+  batches, additions, mesh = data.batches, additions_of(config), mesh_of(config)
   schedule = make_schedule(sft.schedule, peak=sft.learning_rate, total_steps=len(batches),
                            warmup_ratio=sft.warmup_ratio)
   states = Checkpoints(states_folder(config, root, round_), save_interval=sft.save_interval,
@@ -148,14 +148,6 @@ def hold_out(rows: Sequence[Mapping[str, Any]], share: float, seed: Any, *, what
   chosen = {questions_[i] for i in drawn}
   return ([i for i, row in enumerate(rows) if row["question"] not in chosen],
           [i for i, row in enumerate(rows) if row["question"] in chosen])
-
-
-def _additions(config: ml_collections.ConfigDict) -> Additions:
-  sft, method = config.sft, method_of(config)
-  return Additions(l2_sp=sft.l2_sp_weight if method.anchor == "l2_sp" else 0.0,
-                   kl=sft.kl_weight if method.anchor == "kl" else 0.0,
-                   ema=sft.ema_decay if averages(config) else 0.0,
-                   lora=lora.Lora(sft.lora_rank, sft.lora_alpha) if method.lora else None)
 
 
 def _frozen(config: ml_collections.ConfigDict, model: Path, base: Path) -> Frozen:

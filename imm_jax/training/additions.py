@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 
+from imm_jax import methods
 from imm_jax.model.decoder import Params
 from imm_jax.training.lora import Lora
-
-ANCHORS = ("l2_sp", "kl")
 
 
 class Additions(NamedTuple):
@@ -46,6 +46,15 @@ class Additions(NamedTuple):
 
 
 PLAIN = Additions()
+
+
+def additions_of(config: ml_collections.ConfigDict) -> Additions:
+  """What the SFT of a run adds."""
+  sft, method = config.sft, methods.method_of(config)
+  return Additions(l2_sp=sft.l2_sp_weight if method.anchor == "l2_sp" else 0.0,
+                   kl=sft.kl_weight if method.anchor == "kl" else 0.0,
+                   ema=sft.ema_decay if methods.averages(config) else 0.0,
+                   lora=Lora(sft.lora_rank, sft.lora_alpha) if method.lora else None)
 
 
 def pull(params: Params, anchor: Params, weight: float, grads: Params) -> tuple[jax.Array, Params]:

@@ -190,9 +190,10 @@ def _scan(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.Arra
     p = jnp.exp(logits - norm)
     d = p - hit
     if base_x:
-      base_log_p = jax.nn.log_softmax(dot(base_x[0], base_w, (((2,), (1,)), ((), ()))))
-      base_p = jnp.exp(base_log_p)
-      found = jnp.sum(weights * jnp.sum(base_p * (base_log_p - logits + norm), axis=-1))
+      base_logits = dot(base_x[0], base_w, (((2,), (1,)), ((), ())))
+      base_norm = jax.nn.logsumexp(base_logits, axis=-1, keepdims=True)
+      base_p = jnp.exp(base_logits - base_norm)
+      found = jnp.sum(weights * jnp.sum(base_p * (base_logits - base_norm - (logits - norm)), axis=-1))
       loss, kl, d = loss + share * found, kl + found, d + share * (p - base_p)
     if not gradients:
       return (loss, kl, dw), None

@@ -59,7 +59,8 @@ def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array
   else:
     inputs = head_inputs(config, params, batch, **options)
   x, head, targets, weights = inputs
-  chunk = chunk or chunk_of(rows_of_device(x.shape[0], options.get("mesh")))
+  # Two models' logits, and what is made of them, at half as many positions take the memory of one's.
+  chunk = chunk or chunk_of((2 if additions.kl else 1) * rows_of_device(x.shape[0], options.get("mesh")))
   tokens = {"tokens": jnp.sum(weights)}
   if not additions.kl:
     return head_loss(x, head, targets, weights, chunk), tokens

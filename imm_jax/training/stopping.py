@@ -1,5 +1,6 @@
 """Early stopping: training ends at the first epoch after which held-out answers are less likely than before."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -80,6 +81,7 @@ class EarlyStopping:
     return (total + float(before[0])) / (count + float(before[1]))
 
 
+@functools.lru_cache(maxsize=8)  # a run comes here in every round
 def _program(config: ModelConfig, mesh: Mesh, additions: Additions, *, compute_dtype: jnp.dtype, attention: str,
              accumulation: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """Compiled: (params, frozen, batch) -> (sum of -log p of the learned tokens, their number)."""
