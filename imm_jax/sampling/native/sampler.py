@@ -38,7 +38,7 @@ class NativeSampler:
   """Samples from an HF checkpoint folder, on one device or a mesh."""
 
   def __init__(self, folder: str | Path, *, compute_dtype: str = "bfloat16", batch_size: int = 64,
-               mesh: Mesh | None = None, params: Params | None = None, kernel: str = "xla"):
+               mesh: Mesh | None = None, params: Params | None = None, kernel: str = ""):
     """Loads the checkpoint.
 
     Args:
@@ -46,9 +46,10 @@ class NativeSampler:
       compute_dtype: of weights, activations and cache: bfloat16, float16 or float32.
       batch_size: samples that are decoded at once.
       mesh: weights and cache are split over it, see `sharding.for_decoding`; None takes the first device.
-      params: weights in memory in place of the folder's, of which the other files still count; as training has them,
+      params: weights in memory in place of the folder's, of which the other files still count; as training has them, with
         layers stacked. What has the dtype and lies right is not copied, but for the layers' being taken apart.
-      kernel: what reads the cache, one of `decode_kernels.KERNELS`; others than `xla` have not run on their devices.
+      kernel: what reads the cache, one of `decode_kernels.KERNELS`; empty for `columns` on CPUs and `xla` elsewhere. The
+        kernels for GPUs and TPUs have not run on them.
 
     Raises:
       ValueError: for an argument out of range.
@@ -59,7 +60,7 @@ class NativeSampler:
     if batch_size < 1:
       raise ValueError(f"batch_size={batch_size}: expected 1 or more")
     self._dtype = jnp.dtype(compute_dtype)
-    self._batch_size, self._kernel = batch_size, kernel
+    self._batch_size = batch_size
     config = hf.read_config(folder)
     self._mesh = sharding.for_decoding(mesh, config.num_kv_heads) if mesh is not None and mesh.size > 1 else None
     place = functools.partial(sharding.param_sharding, self._mesh) if self._mesh else None
@@ -72,6 +73,7 @@ class NativeSampler:
     known = np.zeros(self._config.vocab_size, bool)
     known[known_ids(self.tokenizer, len(known))] = True
     self._platform = next(iter(jax.tree.leaves(self._params)[0].devices())).platform
+    self._kernel = kernel or ("columns" if self._platform == "cpu" else "xla")
     self._allowed = jax.device_put(known, NamedSharding(self._mesh, P()) if self._mesh else
                                    jax.tree.leaves(self._params)[0].sharding)
 
@@ -140,7 +142,7 @@ class NativeSampler:
         joining, run = waiting.take(min(len(free), refill))
         # With room for some steps, or a size would be compiled for few steps alone.
         slots = max(slots, min(most, queue.slots_of(int(run.pack.lengths.max()) + _STEPS)))
-        state = decode.grow(state, slots)
+        state = decode.grow(state, slots, columns=static.kernel == "columns")
         samples = [sample for _, sample in joining]
         state = decode.insert(
             state, *run.run, run.pack.lengths, run.pack.starts, _padded([i for i, _ in joining], refill, np.int32),
@@ -161,7 +163,7 @@ class NativeSampler:
       used = int(np.asarray(state["used"])[going].max())
       if used >= slots:
         slots = min(most, queue.slots_of(slots + 1))
-        state = decode.grow(state, slots)
+        state = decode.grow(state, slots, columns=static.kernel == "columns")
       # Until some may join, or until fewer rows would do.
       fewer = sizes[sizes.index(size) - 1] if size > sizes[0] else 0
       state = decode.decode(
