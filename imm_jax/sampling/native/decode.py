@@ -35,7 +35,8 @@ class Static(NamedTuple):
 
 
 # caches: for each layer (keys, values) [B, K, S, h], keys [B, K, h, S] for the kernel `columns`. By row, [B]: `used`
-# slots of the cache; the `last` token; `count` of tokens drawn; `done`; `keys` [B, 2]; `temperatures`; the `tokens` [B, N] drawn.
+# slots of the cache; the `last` token; `count` of tokens drawn; `done`; `keys` [B, 2]; `temperatures`; the `tokens`
+# [B, N] drawn.
 State = dict[str, Any]
 
 
