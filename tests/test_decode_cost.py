@@ -41,7 +41,7 @@ def size_of(shape: str) -> int:
 def test_a_step_is_one_pass_over_the_weights(dtype: jnp.dtype) -> None:
   """One product for each weight, and none is copied, converted or transposed on the way."""
   params = unstack_layers(init_params(CONFIG, key=jax.random.key(0), dtype=dtype), LAYERS)
-  static = decode.Static(CONFIG, jnp.dtype(dtype), (0,), 1.0, False)
+  static = decode.Static(CONFIG, jnp.dtype(dtype), (0,), 1.0, False, kernel="columns")
   state = decode.init(ROWS, 128, 32, static)
   compiled = decode.decode.lower(
       params, decode.no_prefix(64, static), state, jnp.zeros(ROWS, bool), jnp.int32(5), jnp.int32(ROWS),

@@ -6,6 +6,7 @@ Axes: B batch, T query length, S own slots, P slots of the prefix, H heads, K ke
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -64,6 +65,22 @@ def prompts(q: jax.Array, k: jax.Array, v: jax.Array, *, prefix: LayerCache, len
   return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=2)
 
 
+def put(cache: LayerCache, k: jax.Array, v: jax.Array, slots: jax.Array, *, columns: bool) -> LayerCache:
+  """A cache with new keys and values [B, K, 1, h] in `slots` [B]; those past its end are dropped."""
+  rows = jnp.arange(slots.shape[0])
+  keys = lambda old, new: (old.at[rows, :, :, slots] if columns else old.at[rows, :, slots]).set(new, mode="drop")
+  return (scatter(cache[0], keys, k[:, :, 0]),
+          scatter(cache[1], lambda old, new: old.at[rows, :, slots].set(new, mode="drop"), v[:, :, 0]))
+
+
+def scatter(old: jax.Array, change: Callable[..., jax.Array], new: jax.Array) -> jax.Array:
+  """`change(old, new)`, of bfloat16 as integers: on CPU XLA would widen a scatter to float32, and the whole array."""
+  if old.dtype.itemsize > 2:
+    return change(old, new)
+  bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16)
+  return jax.lax.bitcast_convert_type(change(bits(old), bits(new)), old.dtype)
+
+
 def step(q: jax.Array, k: jax.Array, v: jax.Array, *, prefix: LayerCache, length: jax.Array, used: jax.Array,
          scale: float | None = None, kernel: str = "xla", mesh: Mesh | None = None, interpret: bool = False,
          ) -> jax.Array:
@@ -71,7 +88,7 @@ def step(q: jax.Array, k: jax.Array, v: jax.Array, *, prefix: LayerCache, length
 
   Args:
     q: [B, H, 1, h].
-    k: [B, K, S, h].
+    k: [B, K, S, h]; [B, K, h, S] for the kernel `columns`.
     v: [B, K, S, h].
     prefix: keys and values.
     length: of the prefix.
@@ -86,9 +103,10 @@ def step(q: jax.Array, k: jax.Array, v: jax.Array, *, prefix: LayerCache, length
   """
   grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
   shared = ("bkgh,ksh->bkgs", "bkgs,ksh->bkgh", grouped, *prefix, jnp.arange(prefix[0].shape[1]) < length)
-  if kernel == "xla":
-    seen = jnp.arange(k.shape[2]) <= used[:, None]
-    own = ("bkgh,bksh->bkgs", "bkgs,bksh->bkgh", grouped, k, v, seen[:, None, None])
+  if kernel in ("xla", "columns"):
+    seen = jnp.arange(v.shape[2]) <= used[:, None]
+    scores = "bkgh,bksh->bkgs" if kernel == "xla" else "bkgh,bkhs->bkgs"
+    own = (scores, "bkgs,bksh->bkgh", grouped, k, v, seen[:, None, None])
     return _softmax(q.dtype, scale_of(q, scale), [shared, own]).reshape(q.shape)
   parts = [_part(q.dtype, scale_of(q, scale), *shared),
            decode_kernels.part(kernel, grouped, k, v, used + 1, scale_of(q, scale), mesh=mesh, interpret=interpret)]

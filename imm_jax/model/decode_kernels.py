@@ -17,7 +17,8 @@ from jax.sharding import Mesh, PartitionSpec as P
 
 # (outputs float32 [B, K, G, h] before they are divided, the largest scores [B, K, G, 1], the sums [B, K, G, 1])
 Part = tuple[jax.Array, jax.Array, jax.Array]
-KERNELS = ("xla", "ragged", "gqa")
+# `columns` is XLA's own, with keys that lie [B, K, h, S]: a CPU reads them so in two thirds of the time.
+KERNELS = ("xla", "columns", "ragged", "gqa")
 # Slots of a block, the first that divides their number.
 _BLOCKS = (512, 384, 256, 192, 128, 64)
 _LANES = 128

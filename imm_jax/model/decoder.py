@@ -87,9 +87,9 @@ class Attention(nnx.Module):
       self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
     self.head_dim, self.scale = config.head_dim, config.attention_scale
 
-  def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, cache: LayerCache | None,
-               slots: jax.Array | None) -> tuple[jax.Array, LayerCache]:
-    """x [B, T, D] -> ([B, T, D], keys and values); a cache takes row b (T = 1) at slots[b]."""
+  def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend,
+               put: Callable[..., LayerCache] | None) -> tuple[jax.Array, LayerCache]:
+    """x [B, T, D] -> ([B, T, D], keys and values), these `put` into a cache where there is one."""
     batch, length, _ = x.shape
 
     def split_heads(y: jax.Array) -> jax.Array:  # -> [B, heads, T, h]
@@ -100,8 +100,8 @@ class Attention(nnx.Module):
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = _rotate(q, rope), _rotate(k, rope)
     v = split_heads(self.v_proj(x))
-    if cache is not None:
-      k, v = _put(cache[0], k, slots), _put(cache[1], v, slots)
+    if put is not None:
+      k, v = put(k, v)
     out = attend(q, k, v, scale=self.scale).swapaxes(1, 2).reshape(batch, length, -1)
     return self.o_proj(out), (k, v)
 
@@ -137,9 +137,9 @@ class Layer(nnx.Module):
     self.residual_multiplier = config.residual_multiplier
 
   def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend,
-               cache: LayerCache | None = None, slots: jax.Array | None = None) -> tuple[jax.Array, LayerCache]:
+               put: Callable[..., LayerCache] | None = None) -> tuple[jax.Array, LayerCache]:
     """x [B, T, D] in the compute dtype -> what the layer adds to it, in float32, and keys and values."""
-    attended, cache = self.self_attn(self.input_layernorm(x), rope, attend, cache, slots)
+    attended, cache = self.self_attn(self.input_layernorm(x), rope, attend, put)
     change = _times(attended.astype(jnp.float32), self.residual_multiplier)
     changed = self.mlp(self.post_attention_layernorm(x.astype(jnp.float32) + change, x.dtype)).astype(jnp.float32)
     return change + _times(changed, self.residual_multiplier), cache
@@ -236,7 +236,7 @@ class Decoder(nnx.Module):
     Args:
       tokens: int32 [B].
       used: int32 [B], how many tokens each row has in its cache.
-      caches: for every layer keys and values [B, K, S, h].
+      caches: for every layer keys and values [B, K, S, h]; see `cached.step`.
       prefix: what every row begins with.
       compute_dtype: dtype of activations and cache.
       **kernel: of `cached.step`.
@@ -249,7 +249,8 @@ class Decoder(nnx.Module):
     with weights_first():
       for layer, cache, held in zip(self.layers, caches, prefix.caches, strict=True):
         attend = functools.partial(cached.step, prefix=held, length=prefix.length, used=used, **kernel)
-        change, cache = layer(x.astype(compute_dtype), rope, attend, cache, used)
+        put = functools.partial(cached.put, cache, slots=used, columns=kernel.get("kernel") == "columns")
+        change, cache = layer(x.astype(compute_dtype), rope, attend, put)
         x += change
         new_caches.append(cache)
       return self._head(self._final(x[:, 0], compute_dtype)), new_caches
@@ -308,20 +309,6 @@ def unstack_layers(params: Params, num_layers: int) -> Params:
 def _times(x: jax.Array, factor: float) -> jax.Array:
   """x times a factor of the config; nothing at all for 1, which most families have."""
   return x if factor == 1 else x * factor
-
-
-def _put(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
-  """cache [B, K, S, h] with new [B, K, 1, h] at [b, :, slots[b]]."""
-  rows = jnp.arange(cache.shape[0])
-  return scatter(cache, lambda old, new: old.at[rows, :, slots].set(new[:, :, 0], mode="drop"), new)
-
-
-def scatter(old: jax.Array, put: Callable[..., jax.Array], new: jax.Array) -> jax.Array:
-  """`put(old, new)`, of bfloat16 as integers: on CPU XLA would widen a scatter to float32, and the whole array."""
-  if old.dtype.itemsize > 2:
-    return put(old, new)
-  bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16)
-  return jax.lax.bitcast_convert_type(put(bits(old), bits(new)), old.dtype)
 
 
 def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from imm_jax.model.cached import LayerCache, Prefix
+from imm_jax.model.cached import LayerCache, Prefix, scatter
 from imm_jax.model.config import ModelConfig
-from imm_jax.model.decoder import Params, bind, scatter
+from imm_jax.model.decoder import Params, bind
 from imm_jax.model.sharding import cache_sharding
 
 
@@ -34,8 +34,9 @@ class Static(NamedTuple):
   kernel: str = "xla"
 
 
-# caches: for each layer (keys, values) [B, K, S, h]. By row, [B]: `used` slots of the cache; the `last` token; `count`
-# of tokens drawn; `done`; `keys` [B, 2]; `temperatures`; the `tokens` [B, N] drawn.
+# caches: for each layer (keys, values) [B, K, S, h], keys [B, K, h, S] for the kernel `columns`. By row, [B]: `used`
+# slots of the cache; the `last` token; `count` of tokens drawn; `done`; `keys` [B, 2]; `temperatures`; the `tokens`
+# [B, N] drawn.
 State = dict[str, Any]
 
 
@@ -43,10 +44,12 @@ State = dict[str, Any]
 def init(rows: int, slots: int, new_tokens: int, static: Static) -> State:
   """B free rows."""
   config = static.config
-  empty = lambda: jnp.zeros((rows, config.num_kv_heads, slots, config.head_dim), static.dtype)
+  empty = lambda *shape: jnp.zeros((rows, config.num_kv_heads, *shape), static.dtype)
+  keys = (config.head_dim, slots) if static.kernel == "columns" else (slots, config.head_dim)
   integers = lambda *shape: jnp.zeros((rows, *shape), jnp.int32)
   return _placed({
-      "caches": [(empty(), empty()) for _ in range(config.num_layers)], "used": integers(), "last": integers(),
+      "caches": [(empty(*keys), empty(slots, config.head_dim)) for _ in range(config.num_layers)],
+      "used": integers(), "last": integers(),
       "count": integers(), "done": jnp.ones(rows, bool), "keys": jnp.zeros((rows, 2), jnp.uint32),
       "temperatures": jnp.zeros(rows), "tokens": integers(new_tokens)}, static)
 
@@ -128,18 +131,21 @@ def _start(state: State, logits: jax.Array, lengths: jax.Array, sources: jax.Arr
 @functools.partial(jax.jit, static_argnames="static", donate_argnames="layer")
 def _join(layer: LayerCache, new: LayerCache, starts: jax.Array, sources: jax.Array, rows: jax.Array, *, static: Static,
           ) -> LayerCache:
-  total, slots = new[0].shape[2], min(new[0].shape[2], layer[0].shape[2])
+  total, slots = new[0].shape[2], min(new[0].shape[2], layer[1].shape[2])
   row, first = starts[sources] // total, starts[sources] % total
   # What lies beyond a prompt's end is another's or padding, and overwritten before it is seen.
   places = jnp.minimum(first[:, None] + jnp.arange(slots), total - 1)
 
-  def put(cache: jax.Array, new: jax.Array) -> jax.Array:
+  def put(cache: jax.Array, new: jax.Array, columns: bool) -> jax.Array:
     if static.mesh is not None:  # rows may go anywhere
       new = jax.lax.with_sharding_constraint(new, NamedSharding(static.mesh, P(None, "tensor")))
-    found = new[row[:, None], :, places].swapaxes(1, 2)  # [J, K, slots, h]
-    return scatter(cache, lambda old, new: old.at[rows, :, :slots].set(new, mode="drop"), found)
+    found = new[row[:, None], :, places]  # [J, slots, K, h]
+    found = jnp.moveaxis(found, 1, 3) if columns else found.swapaxes(1, 2)
+    where = (rows, slice(None), slice(None), slice(slots)) if columns else (rows, slice(None), slice(slots))
+    return scatter(cache, lambda old, new: old.at[where].set(new, mode="drop"), found)
 
-  return _placed({"caches": jax.tree.map(put, layer, new)}, static)["caches"]
+  joined = put(layer[0], new[0], static.kernel == "columns"), put(layer[1], new[1], False)
+  return _placed({"caches": joined}, static)["caches"]
 
 
 def shrink(state: State, rows: jax.Array, done: jax.Array, *, static: Static) -> State:
@@ -156,18 +162,20 @@ def _take(arrays: dict[str, Any], rows: jax.Array, *, static: Static) -> dict[st
   return _placed(jax.tree.map(lambda x: jnp.take(x, rows, axis=0), arrays), static)
 
 
-def grow(state: State, slots: int) -> State:
-  """The state with at least this many slots a row."""
+def grow(state: State, slots: int, *, columns: bool = False) -> State:
+  """The state with at least this many slots a row; `columns` where its keys lie so."""
   caches = state["caches"]
-  if caches[0][0].shape[2] < slots:
+  if caches[0][1].shape[2] < slots:
     for i, layer in enumerate(caches):  # one after the other, so that one layer at a time is held twice
-      caches[i] = _widen(layer, slots=slots)
+      caches[i] = _widen(layer, slots=slots, columns=columns)
   return state
 
 
-@functools.partial(jax.jit, static_argnames="slots")
-def _widen(layer: LayerCache, *, slots: int) -> LayerCache:
-  return jax.tree.map(lambda cache: jnp.pad(cache, ((0, 0), (0, 0), (0, slots - cache.shape[2]), (0, 0))), layer)
+@functools.partial(jax.jit, static_argnames=("slots", "columns"))
+def _widen(layer: LayerCache, *, slots: int, columns: bool) -> LayerCache:
+  more, none = (0, slots - layer[1].shape[2]), (0, 0)
+  return (jnp.pad(layer[0], (none, none, none, more) if columns else (none, none, more, none)),
+          jnp.pad(layer[1], (none, none, more, none)))
 
 
 @functools.partial(jax.jit, static_argnames="static", donate_argnames="state")

@@ -46,6 +46,12 @@ class Shape(NamedTuple):
   length: int
   prompts: int
 
+  def fewer(self, rows: int, prompts: int, parts: int) -> "Shape":
+    """The smallest of this, its half, its quarter and so on that holds as much; rows stay a multiple of `parts`."""
+    if self.rows % (2 * parts) or self.rows // 2 < rows or self.prompts // 2 < prompts:
+      return self
+    return Shape(self.rows // 2, self.length, self.prompts // 2).fewer(rows, prompts, parts)
+
 
 class Pack(NamedTuple):
   """Prompts to run.
@@ -82,9 +88,9 @@ class Queue:
   """Samples that wait for a row; prompts are run a pack at a time, once each."""
 
   def __init__(self, ids: Sequence[list[int]], asked: Sequence[Sample], shape: Shape,
-               run: Callable[[Pack], tuple[jax.Array, list[LayerCache]]]):
-    """Runs nothing yet; `ids` are the prompts' own tokens, less what they share."""
-    self._ids, self._shape, self._run = ids, shape, run
+               run: Callable[[Pack], tuple[jax.Array, list[LayerCache]]], *, parts: int = 1):
+    """Runs nothing yet; `ids` are the prompts' own tokens, less what they share, `parts` as in `pack_shape`."""
+    self._ids, self._shape, self._run, self._parts = ids, shape, run, parts
     by_prompt = collections.defaultdict(list)
     for sample in asked:
       by_prompt[sample.prompt].append(sample)
@@ -102,22 +108,21 @@ class Queue:
     return taken, current
 
   def _next(self) -> Run:
-    """Packs prompts in the order asked, each into the first row that has room; a few that have none are passed over."""
+    """Packs prompts, of those that wait the longest first, each into the first row that has room."""
+    window, self._waiting = self._waiting[:_AHEAD + self._shape.prompts], self._waiting[_AHEAD + self._shape.prompts:]
     rows: list[list[int]] = [[] for _ in range(self._shape.rows)]
-    room = [self._shape.length] * self._shape.rows
-    left, placed = [], 0
-    for i, (prompt, _) in enumerate(self._waiting[:_AHEAD + self._shape.prompts]):
-      length = len(self._ids[prompt])
+    room, taken = [self._shape.length] * self._shape.rows, set()
+    for i in sorted(range(len(window)), key=lambda i: -len(self._ids[window[i][0]])):
+      length = len(self._ids[window[i][0]])
       row = next((r for r, free in enumerate(room) if free >= length), None)
-      if row is None or placed == self._shape.prompts:
-        left.append(self._waiting[i])
-        continue
-      rows[row].append(i)
-      room[row] -= length
-      placed += 1
-    chosen = [self._waiting[i] for row in rows for i in row]
-    pack = packed([[self._ids[self._waiting[i][0]] for i in row] for row in rows], self._shape)
-    self._waiting = left + self._waiting[_AHEAD + self._shape.prompts:]
+      if row is not None and len(taken) < self._shape.prompts:
+        rows[row].append(i)
+        room[row] -= length
+        taken.add(i)
+    self._waiting = [w for i, w in enumerate(window) if i not in taken] + self._waiting
+    chosen = [window[i] for row in rows for i in row]
+    pack = packed([[self._ids[window[i][0]] for i in row] for row in rows], self._shape.fewer(
+        sum(map(bool, rows)), len(chosen), self._parts))
     waiting = collections.deque((place, sample) for place, (_, samples) in enumerate(chosen) for sample in samples)
     return Run(pack, self._run(pack), waiting)
 
@@ -127,7 +132,7 @@ def packed(rows: Sequence[Sequence[Sequence[int]]], shape: Shape) -> Pack:
   tokens, positions, segment_ids = (np.zeros((shape.rows, shape.length), np.int32) for _ in range(3))
   lengths, starts = np.ones(shape.prompts, np.int32), np.zeros(shape.prompts, np.int32)
   count = 0
-  for r, row in enumerate(rows):
+  for r, row in enumerate(rows[:shape.rows]):
     begin = 0
     for number, ids in enumerate(row, 1):
       end = begin + len(ids)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from imm_jax.errors import say_once
@@ -38,7 +39,7 @@ class NativeSampler:
   """Samples from an HF checkpoint folder, on one device or a mesh."""
 
   def __init__(self, folder: str | Path, *, compute_dtype: str = "bfloat16", batch_size: int = 64,
-               mesh: Mesh | None = None, params: Params | None = None, kernel: str = "xla"):
+               mesh: Mesh | None = None, params: Params | None = None, kernel: str = ""):
     """Loads the checkpoint.
 
     Args:
@@ -46,9 +47,10 @@ class NativeSampler:
       compute_dtype: of weights, activations and cache: bfloat16, float16 or float32.
       batch_size: samples that are decoded at once.
       mesh: weights and cache are split over it, see `sharding.for_decoding`; None takes the first device.
-      params: weights in memory in place of the folder's, of which the other files still count; as training has them,
-        layers stacked. What has the dtype and lies right is not copied, but for the layers' being taken apart.
-      kernel: what reads the cache, one of `decode_kernels.KERNELS`; others than `xla` have not run on their devices.
+      params: weights in memory in place of the folder's, whose other files still count; as training has them, with
+        layers stacked.
+      kernel: what reads the cache, one of `decode_kernels.KERNELS`; empty for `columns` on CPUs and `xla` elsewhere.
+        The kernels for GPUs and TPUs have not run on them.
 
     Raises:
       ValueError: for an argument out of range.
@@ -59,7 +61,8 @@ class NativeSampler:
     if batch_size < 1:
       raise ValueError(f"batch_size={batch_size}: expected 1 or more")
     self._dtype = jnp.dtype(compute_dtype)
-    self._batch_size, self._kernel = batch_size, kernel
+    self._batch_size = batch_size
+    self._sizes: set[str] = set()  # of what was compiled
     config = hf.read_config(folder)
     self._mesh = sharding.for_decoding(mesh, config.num_kv_heads) if mesh is not None and mesh.size > 1 else None
     place = functools.partial(sharding.param_sharding, self._mesh) if self._mesh else None
@@ -72,6 +75,7 @@ class NativeSampler:
     known = np.zeros(self._config.vocab_size, bool)
     known[known_ids(self.tokenizer, len(known))] = True
     self._platform = next(iter(jax.tree.leaves(self._params)[0].devices())).platform
+    self._kernel = kernel or ("columns" if self._platform == "cpu" else "xla")
     self._allowed = jax.device_put(known, NamedSharding(self._mesh, P()) if self._mesh else
                                    jax.tree.leaves(self._params)[0].sharding)
 
@@ -118,6 +122,7 @@ class NativeSampler:
           results[sample.prompt][sample.number] = completion
           shown.end(completion.num_tokens)
         shown.draw(going)
+    logging.info("%s: %d sizes of programs so far: %s", label, len(self._sizes), ", ".join(sorted(self._sizes)))
     return results
 
   def _run(self, ids: list[list[int]], asked: list[Sample], static: decode.Static, max_new_tokens: int,
@@ -128,7 +133,7 @@ class NativeSampler:
     prefix = self._prefix(ids[0][:common] if ids else [], static, parts)
     own = [i[common:] for i in ids]
     waiting = queue.Queue(own, asked, queue.pack_shape(list(map(len, own)), parts=parts, cpu=cpu),
-                          lambda pack: self._prefill(prefix, pack, static))
+                          lambda pack: self._prefill(prefix, pack, static), parts=parts)
     rows = queue.rows_of(self._batch_size, len(asked))
     refill, sizes = max(1, rows // _REFILL_SHARE), queue.fewer_rows(rows, parts)
     most = queue.most_slots(max(map(len, own), default=0) + max_new_tokens)
@@ -140,7 +145,7 @@ class NativeSampler:
         joining, run = waiting.take(min(len(free), refill))
         # With room for some steps, or a size would be compiled for few steps alone.
         slots = max(slots, min(most, queue.slots_of(int(run.pack.lengths.max()) + _STEPS)))
-        state = decode.grow(state, slots)
+        state = decode.grow(state, slots, columns=static.kernel == "columns")
         samples = [sample for _, sample in joining]
         state = decode.insert(
             state, *run.run, run.pack.lengths, run.pack.starts, _padded([i for i, _ in joining], refill, np.int32),
@@ -161,9 +166,10 @@ class NativeSampler:
       used = int(np.asarray(state["used"])[going].max())
       if used >= slots:
         slots = min(most, queue.slots_of(slots + 1))
-        state = decode.grow(state, slots)
+        state = decode.grow(state, slots, columns=static.kernel == "columns")
       # Until some may join, or until fewer rows would do.
       fewer = sizes[sizes.index(size) - 1] if size > sizes[0] else 0
+      self._sizes.add(f"decode {size} rows x {slots} slots after {prefix.caches[0][0].shape[1]}")
       state = decode.decode(
           self._params, prefix, state, np.array([sample is None for sample in places]),
           np.int32(min(slots - used, _STEPS)), np.int32(refill if waiting else size - fewer), self._allowed,
@@ -187,6 +193,7 @@ class NativeSampler:
     return decode.prefix_of(caches, np.int32(len(ids)), slots=queue.slots_of(len(ids)), static=static)
 
   def _prefill(self, prefix: Prefix, pack: queue.Pack, static: decode.Static) -> tuple[jax.Array, list[LayerCache]]:
+    self._sizes.add(f"prefill {pack.tokens.shape[0]} x {pack.tokens.shape[1]} after {prefix.caches[0][0].shape[1]}")
     return decode.prefill(self._params, prefix, pack.tokens, pack.positions, pack.segment_ids, pack.last,
                           static=static)
 
