@@ -116,7 +116,8 @@ def idle(config: ml_collections.ConfigDict) -> set[str]:
   used = {"l2_sp_weight": method.anchor == "l2_sp", "kl_weight": method.anchor == "kl", "lora_rank": method.lora,
           "lora_alpha": method.lora, "ema": sft.ema, "ema_decay": averages(config), "stop_share": sft.stop_share > 0,
           "export": sft.export != "model"}
-  used = {f"sft.{key}": value for key, value in used.items()} | {"merge.method": config.merge.method}
+  used = {f"sft.{key}": value for key, value in used.items()} | {
+      "merge.method": config.merge.method, "data.skip_empty": config.data.skip_empty}
   return {key for key, value in used.items() if not value}
 
 

@@ -16,7 +16,16 @@ def test_no_right_sample_stops_the_round_and_keeps_the_samples(environment: dict
   assert done.returncode == 1
   assert one_line(done.stderr).startswith("error: ")
   assert "none of 72 samples is right (72 cut at max_new_tokens" in done.stderr
-  assert len((tmp_path / "run/round_0/samples.jsonl").read_text().splitlines()) == 72
+  samples = (tmp_path / "run/round_0/samples.jsonl").read_bytes()
+  assert len(samples.splitlines()) == 72
+  more = ("--config.sample.max_new_tokens=1", "--config.rounds=1", "--config.data.skip_empty")
+  done = start(tmp_path / "run", environment, *more)
+  assert done.returncode == 0, done.stderr
+  assert "round_0/train.jsonl: no right answer: the round hands on the model that it started from" in done.stdout
+  assert (tmp_path / "run/round_0/samples.jsonl").read_bytes() == samples
+  for name in ("sft", "merged"):
+    weights = tmp_path / "run/round_0" / name / "model.safetensors"
+    assert weights.read_bytes() == (TINY / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(("flag", "expected"), [

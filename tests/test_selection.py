@@ -138,6 +138,9 @@ def test_nothing_right_is_an_error_that_says_why(config, tmp_path: Path):
   samples[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
   with pytest.raises(UserError, match=r"none of 80 samples is right \(80 cut at max_new_tokens"):
     selection.select(config, samples[:1], 0, tmp_path / "out")
+  config.data.skip_empty = True
+  assert selection.select(config, samples[:1], 0, tmp_path / "out")["kept"] == 0
+  assert not (tmp_path / "out").read_bytes()
 
 
 @pytest.mark.parametrize(("row", "expected"), [("{}", "'id' is missing or no str"), ("[]", "not a JSON object"),

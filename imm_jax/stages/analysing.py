@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from imm_jax import distributed, files, tasks
-from imm_jax.analysis import diversity, importance as layers
+from imm_jax.analysis import MODULES, diversity, importance as layers
 from imm_jax.analysis.weight_change import spearman, weight_change
 from imm_jax.errors import UserError, nearest
 from imm_jax.model import hf
@@ -74,8 +74,12 @@ def importance_stage(run: Run, model: Model, train: str, name: str) -> Stage:
 def importance(config: ml_collections.ConfigDict, model: Path, train: Path, out: Path) -> dict[str, Any]:
   """Eq. 3 for the model on all of train.jsonl: importance.json, by layer and by module."""
   examples = list(map(tuning.encoder(config, model), tuning.read_train(train)))
-  data = tuning.pack(config, model, examples, what=train, epochs=1, seed=config.seed)
-  found = _scores(data, tuning.load_params(config, model), order=1, label="importance")
+  if examples:
+    data = tuning.pack(config, model, examples, what=train, epochs=1, seed=config.seed)
+    found = _scores(data, tuning.load_params(config, model), order=1, label="importance")
+  else:  # data.skip_empty: nothing says which layer matters
+    equal = [1.0] * hf.read_config(model).num_layers
+    found = {"examples": 0, "dropped_long": 0, "order": 1, "layers": equal, "modules": dict.fromkeys(MODULES, equal)}
   if distributed.is_main():
     files.write_text(out, json.dumps(found, indent=1) + "\n")
   return {"examples": found["examples"], "most_important": int(np.argmax(found["layers"]))}
@@ -144,6 +148,8 @@ def _importance(config: ml_collections.ConfigDict, round_: Round, rng: np.random
   if not config.analysis.examples:
     return None
   train = round_.folder / "train.jsonl"
+  if not train.stat().st_size:
+    return None
   examples = _some(tuning.read_train(train), config.analysis.examples, rng, tuning.encoder(config, round_.start),
                    lambda e: len(e.prompt) + len(e.response) <= config.sft.row_length)
   data = tuning.pack(config, round_.start, examples, what=train, epochs=1, seed=config.seed, quiet=True)

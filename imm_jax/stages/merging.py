@@ -17,7 +17,7 @@ from imm_jax.methods import merge_method, method_of
 from imm_jax.model import folder, hf
 from imm_jax.run import Model, Run
 from imm_jax.rundir import Stage
-from imm_jax.stages import analysing, devices, evaluating, likelihood, merge_options, questions, sampling
+from imm_jax.stages import analysing, devices, evaluating, likelihood, merge_options, questions, sampling, tuning
 
 
 class Models(NamedTuple):
@@ -28,12 +28,14 @@ class Models(NamedTuple):
     start: of the model that the round started from.
     tuned: of what SFT made of it, in this round and, before it, in those before.
     importance: the file with the layers' importance, or None for equal shares.
+    train: what the tuned model was trained on: where it is empty, the round hands on its start.
   """
 
   base: Path
   start: Path
   tuned: Sequence[Path]
   importance: Path | None
+  train: Path | None = None
 
 
 def stages(run: Run, start: Model, tuned: Model, train: str, round_: int) -> list[Stage]:
@@ -53,7 +55,7 @@ def stages(run: Run, start: Model, tuned: Model, train: str, round_: int) -> lis
   inputs = [run.base.stage, start.stage, *(model.stage for model in tuned)]
   importance = f"{here}/importance.json" if run.merges == "iimm" else ""
   models = Models(run.base.folder, start.folder, [model.folder for model in tuned],
-                  run.root / importance if importance else None)
+                  run.root / importance if importance else None, run.root / train)
   settings = run.settings("seed") | {"merge": merge_options.settings_of(config)}
   if importance:
     found.append(analysing.importance_stage(run, start, train, importance))
@@ -96,6 +98,9 @@ def _plan_choice(config: ml_collections.ConfigDict) -> str:
 def merge(config: ml_collections.ConfigDict, models: Models, round_: int, weight_file: Path | None, out: Path,
           ) -> dict[str, Any]:
   """Merges with the base weight of the config, or with the one that `choose_weight` has written: an HF checkpoint."""
+  if models.train and not models.train.stat().st_size:  # data.skip_empty
+    tuning.copy(models.start, out)
+    return {"skipped": True}
   weight = files.read_json(weight_file)["base_weight"] if weight_file else _setting(config.merge.base_weight)
   _merge(config, models, round_, [(weight, out)])
   name = merge_method(config)

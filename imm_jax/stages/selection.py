@@ -28,6 +28,8 @@ def stage(run: Run, round_: int) -> Stage:
 
 
 def _told(facts: dict[str, Any]) -> str:
+  if not facts["kept"]:
+    return "no right answer: the round hands on the model that it started from"
   dropped = ", ".join(f"{facts[f'dropped_{kind}']} {text}" for kind, text in (
       ("wrong", "wrong"), ("unfinished", "cut off"), ("duplicate", "twice the same")) if facts.get(f"dropped_{kind}"))
   return (f"{facts['kept']} answers to train on" + (f", {facts['real']} of them real" if facts["real"] else "")
@@ -66,7 +68,7 @@ def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: i
     out: the file.
 
   Raises:
-    UserError: when nothing is left to train on.
+    UserError: when nothing is left to train on, unless `data.skip_empty` is set.
   """
   rng = np.random.default_rng((config.seed, round_))
   method = method_of(config)
@@ -76,7 +78,7 @@ def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: i
   if fraction < 1:
     own = files.read_jsonl(samples[round_], _SAMPLE)
     right = kept(own, round_)
-    if not right:
+    if not right and not config.data.skip_empty:
       raise UserError(_nothing_right(samples[round_], own))
     facts = {"dropped_wrong": sum(not r["correct"] for r in own),
              "dropped_unfinished": sum(r["correct"] and _response(r) is None for r in own)}
@@ -148,5 +150,6 @@ def _draw(rows: Sequence[Row], count: int, rng: np.random.Generator) -> list[Row
 def _nothing_right(samples: Path, rows: Sequence[Row]) -> str:
   return (f"{samples}: none of {len(rows)} samples is right ({sum(r['finish'] == 'length' for r in rows)} cut at "
           f"max_new_tokens, {sum(not r['span'] for r in rows)} without an answer), so there is nothing to train on; "
-          "read some samples, then start a run with more sample.num_samples or max_new_tokens, other temperatures, "
-          "more prompt.few_shot, or an easier task. The samples are kept")
+          "read some samples, then give this run other temperatures for the round (config.sample.temperatures, a tuple "
+          "each round), or more num_samples, max_new_tokens or prompt.few_shot with --rerun, or go past the round with "
+          "config.data.skip_empty=True. The samples are kept")

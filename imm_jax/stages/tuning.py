@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 
 from imm_jax import cost, distributed, files, hardware, memory
 from imm_jax.errors import UserError
+from imm_jax.merging import checkpoint
 from imm_jax.methods import averages, draws, method_of
 from imm_jax.metrics import StageMetrics
-from imm_jax.model import attention, hf, sharding
+from imm_jax.model import attention, folder as checkpoint_folder, hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params
 from imm_jax.model.tokenization import encode_continuation, encode_prompt
@@ -57,6 +58,8 @@ def stage(run: Run, model: Model, train: str, round_: int) -> Stage:
 
 
 def _told(facts: dict[str, Any]) -> str:
+  if facts.get("skipped"):
+    return "nothing to train on"
   long = f", {facts['dropped_long']} longer than a row left out" if facts["dropped_long"] else ""
   return (f"{facts['steps']} steps on {facts['examples']} answers{long}; loss {facts['first_loss']:.3f} to "
           f"{facts['last_loss']:.3f}")
@@ -85,6 +88,11 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train:
   of the same ones.
   """
   sft, name, rows = config.sft, f"round_{round_}", read_train(train)
+  if not rows:  # data.skip_empty
+    if distributed.is_main():
+      for folder in (out, *[out / AVERAGE] * averages(config)):
+        copy(model, folder)
+    return {"examples": 0, "steps": 0, "skipped": True}
   seen, held = hold_out(rows, sft.stop_share, (config.seed, round_), what=train)
   examples = list(map(encoder(config, model), rows))
   data = pack(config, model, [examples[i] for i in seen], what=train, epochs=sft.epochs, seed=(config.seed, round_),
@@ -122,6 +130,12 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train:
     facts |= {"held_out": len(held), "held_out_losses": [round(loss, 6) for loss in losses],
               "best_epoch": 1 + losses.index(min(losses))}
   return facts
+
+
+def copy(model: Path, out: Path) -> None:
+  """Writes a checkpoint as it is, for a round in which there was nothing to train on."""
+  checkpoint.merge_folders("passthrough", {"models[0]": model}, {out: {}})
+  checkpoint_folder.copy_side_files(model, out)
 
 
 def hold_out(rows: Sequence[Mapping[str, Any]], share: float, seed: Any, *, what: Any) -> tuple[list[int], list[int]]:
