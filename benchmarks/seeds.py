@@ -20,15 +20,17 @@ from queue import SimpleQueue
 import numpy as np
 from absl import app, flags
 
+from imm_jax import methods
 from imm_jax.report import Results, figures, groups, writer
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/seeds", "Where the run directories go.")
 _SEEDS = flags.DEFINE_integer("seeds", 10, "Runs of each method.", lower_bound=2)
 # What each method is to the command.
-METHODS = {name: (f"--config.method={name}",) for name in (
-    "star", "imm", "iimm", "data_mixture", "data_accumulation", "real")} | {
-        name: ("--config.method=star", f"--config.sft.intervention={name}") for name in (
-            "gradient_decay", "gradient_clipping", "weight_masking")}
+METHODS = {name: (f"--config.method={name}",) for name in methods.METHODS} | {
+    name: ("--config.method=star", f"--config.sft.intervention={name}") for name in (
+        "gradient_decay", "gradient_clipping", "weight_masking")} | {
+            "auto": ("--config.method=imm", "--config.merge.base_weight=auto"),
+            "early_stopping": ("--config.method=star", "--config.sft.stop_share=0.1")}
 _METHODS = flags.DEFINE_list("methods", list(METHODS), "Methods to compare.")
 _OVERRIDES = flags.DEFINE_multi_string("override", [], "A flag passed on to every run, such as --config.rounds=2.")
 REPO = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ import pytest
 from merge_folders import read, write
 
 from configs import common, tiny
-from imm_jax import config as checks, loop, merging
+from imm_jax import config as checks, loop, merging, methods
 from imm_jax.errors import UserError
 from imm_jax.merging import registry
 from imm_jax.run import Model, Run
@@ -129,6 +129,12 @@ def test_masks_follow_seed_and_round(models: stage.Models, tmp_path: Path) -> No
   keys = jax.random.fold_in(jax.random.key(0), 0)
   expected = merging.dare_linear(read(models.base), [read(models.tuned[0])], weights=1.0, densities=0.5, key=keys)
   np.testing.assert_allclose(outs[0], np.asarray(expected["model.embed_tokens.weight"]), rtol=0, atol=1e-6)
+
+
+def test_the_docs_list_every_method() -> None:
+  page = (Path(__file__).parent.parent / "docs/methods.md").read_text()
+  for name, method in methods.METHODS.items():
+    assert f"| `{name}` | {method.summary} | {method.source} |" in page.replace(r"\|", "|")
 
 
 def test_every_option_has_its_place_in_the_config() -> None:
