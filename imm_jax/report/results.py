@@ -134,7 +134,7 @@ class Results(NamedTuple):
     return accuracy(sum(round(s.value * s.n) for s in scores), sum(s.n for s in scores))
 
   def handed_on(self) -> tuple[Model, ...]:
-    """The base, and of each round the model that the next one starts from; the merged one where that goes no further."""
+    """The base, and of each round the model that the next one starts from, or the merged one if none starts from it."""
     method = METHODS.get(self.method)  # a damaged run may have another
     handed_on = ("merged" if method.merge else method.hands_on.replace("tuned", "sft")) if method else "sft"
     return tuple(m for m in self.models if m.kind in ("base", handed_on))
