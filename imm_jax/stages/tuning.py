@@ -166,7 +166,7 @@ def hold_out(rows: Sequence[Mapping[str, Any]], share: float, seed: Any, *, what
 
 def _frozen(config: ml_collections.ConfigDict, model: Path, base: Path) -> Frozen:
   """The weights that the method's SFT uses and does not train."""
-  method, compute = method_of(config), jnp.dtype(config.sft.compute_dtype)
+  method, compute = method_of(config), jnp.dtype(hardware.compute_dtype(config.sft.compute_dtype))
   # L2 is to the base's weights as they are stored; what computes is rounded as it is for computing.
   anchor = {"anchor": load_params(config, base, None if method.anchor == "l2_sp" else compute)} if method.anchor else {}
   return anchor | ({"base": load_params(config, model, compute)} if method.lora else {})
