@@ -6,18 +6,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fake_pod
+import jax
 import pytest
 import transformers
 from merge_folders import models, write
 
 import imm_jax
-
-# Commands that tests start leave nothing in the user's cache folder.
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 try:
   import torch
@@ -39,6 +38,21 @@ def _rope(theta: float, kind: str = "default", **scaling: object) -> dict[str, o
 _LONG = [f"test_{name}.py" for name in (
     "processes", "loop", "methods", "sharding", "trainer_states", "importance", "interventions", "merge_sharded",
     "loop_errors", "vllm_spawn", "vllm_loop", "trainer", "devices", "decoder", "sampling")]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  """Has all workers, and what they start, share compiled code: the same programs are compiled in many tests."""
+  config.compiled = None
+  if not hasattr(config, "workerinput"):
+    config.compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="imm_jax-compiled-")
+  jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+  """Removes it."""
+  if config.compiled:
+    shutil.rmtree(config.compiled, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -55,6 +55,11 @@ def begin(root: Path, *, rerun: bool = False, **changes: object) -> set[str]:
   return before - ({*record["stages"]} - {*stale(made, record, root, EXTERNAL)})
 
 
+def _changes(value: object) -> str:
+  """The name of a case; sets have no order."""
+  return str(value) if isinstance(value, dict) else ""
+
+
 EVALUATIONS = {"base/eval", *(f"round_{t}/eval/{model}" for t in (0, 1) for model in ("sft", "merged"))}
 SECOND = {f"round_1/{name}" for name in (
     "samples.jsonl", "train.jsonl", "sft", "eval/sft", "merged", "eval/merged", "analysis.json")}
@@ -70,7 +75,7 @@ ANALYSES = {f"round_{t}/analysis.json" for t in (0, 1)}
     ({"merge.sweep": (0.1, 0.9)}, set()),
     ({"rounds": 3}, set()),
     ({"sample.batch_size": 3, "eval.batch_size": 2, "sft.accumulation": 2, "mesh.fsdp": 1}, set()),
-    ({"merge.auto.questions": 7}, set())], ids=str)  # nothing is chosen automatically
+    ({"merge.auto.questions": 7}, set())], ids=_changes)  # nothing is chosen automatically
 def test_only_what_depends_on_a_change_runs_again(tmp_path: Path, capsys: pytest.CaptureFixture, changes: dict,
                                                   again: set[str]) -> None:
   finish(tmp_path / "run")
@@ -90,7 +95,7 @@ SAMPLED = TUNED | {"round_0/samples.jsonl", "round_0/train.jsonl"}
 
 @pytest.mark.parametrize(("changes", "lost"), [
     ({"merge.base_weight": 0.7}, MERGED), ({"merge.method": "ties"}, MERGED), ({"sft.learning_rate": 1e-4}, TUNED),
-    ({"sample.top_p": 0.9}, SAMPLED), ({"seed": 1}, SAMPLED | {"base/eval"}), ({"rounds": 1}, SECOND)], ids=str)
+    ({"sample.top_p": 0.9}, SAMPLED), ({"seed": 1}, SAMPLED | {"base/eval"}), ({"rounds": 1}, SECOND)], ids=_changes)
 def test_what_throws_work_away_is_asked_first(tmp_path: Path, changes: dict, lost: set[str]) -> None:
   root = tmp_path / "run"
   finish(root)
