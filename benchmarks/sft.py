@@ -7,8 +7,11 @@ weights, AdamW and clipping. The peer is transformers' model with scaled-dot-pro
 skips what the causal mask hides), `torch.autocast` for bfloat16 and torch's fused AdamW. Each program runs in processes
 of its own: seconds are of the fastest step after warm-up in any, memory is the peak of anonymous memory in those steps.
 Prints a Markdown table; both see the same weights and tokens, so losses are equal but for rounding.
+`--additions=kl,lora` runs steps with what is added to SFT too, anchored to the same weights, and prints what they take
+beside plain ones.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -30,10 +33,12 @@ _STEPS = flags.DEFINE_integer("steps", 10, "For the clock, after WARM_UP.", lowe
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Processes of each kind, interleaved; the fastest counts.", lower_bound=1)
 _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Compute dtypes.")
 _REMAT = flags.DEFINE_list("remat", ["none", "full"], "What is computed again; torch: gradient checkpointing or none.")
+_ADDITIONS = flags.DEFINE_list("additions", [], "Of ADDITIONS; steps with these run too.")
 _PEER = flags.DEFINE_bool("transformers", True, "Run transformers too.")
 _CORES = flags.DEFINE_integer("cores", 2, "Every process is pinned to this many cores.", lower_bound=1)
 _CHILD = flags.DEFINE_string("child", None, "Internal: dtype,remat,program.")
 WARM_UP = 3
+ADDITIONS = ("l2_sp", "kl", "ema", "lora")
 
 
 def tokens() -> np.ndarray:
@@ -42,22 +47,30 @@ def tokens() -> np.ndarray:
   return np.random.default_rng(0).integers(0, vocab, (_ROWS.value, _LENGTH.value))
 
 
-def ours(dtype: str, remat: str, folder: Path) -> Callable[[], float]:
-  """A training step; returns its loss."""
+def ours(dtype: str, remat: str, folder: Path, added: str = "") -> Callable[[], float]:
+  """A training step, with what is added to SFT; returns its loss."""
   import jax
   import optax
 
   from imm_jax.model import attention, hf, sharding
+  from imm_jax.training import lora
+  from imm_jax.training.additions import Additions
   from imm_jax.training.packing import PackedBatches, TokenizedExample
   from imm_jax.training.step import init_state, make_optimizer, make_train_step
 
   mesh = sharding.make_mesh(data=1, fsdp=1)
-  config, params = hf.load(folder, dtype="float32", place=lambda *_: jax.NamedSharding(mesh, sharding.P()))
+  load = lambda dtype: hf.load(folder, dtype=dtype, place=lambda *_: jax.NamedSharding(mesh, sharding.P()))
+  additions = Additions(**({added: lora.Lora(16, 32.0) if added == "lora" else 0.9} if added else {}))
+  config, params = load("float32")
+  frozen = {"base" if added == "lora" else "anchor": load(dtype)[1]} if added in ("l2_sp", "kl", "lora") else {}
+  if added == "lora":
+    params = lora.init(config, additions.lora, mesh, key=jax.random.key(0))
   optimizer = make_optimizer(optax.constant_schedule(1e-4), weight_decay=0.0, grad_clip=1.0)
-  state = init_state(params, optimizer, mesh)
-  del params
+  state = init_state(params, optimizer, mesh, additions=additions, frozen=frozen)
+  del params, frozen
   chosen = attention.choose("auto", config, dtype=dtype, length=_LENGTH.value, rows=_ROWS.value, mesh=mesh)
-  train_step = make_train_step(config, optimizer, compute_dtype=dtype, remat=remat, attention=chosen, mesh=mesh)
+  train_step = make_train_step(config, optimizer, compute_dtype=dtype, remat=remat, attention=chosen, mesh=mesh,
+                               additions=additions)
   examples = [TokenizedExample(row[:1].tolist(), row[1:].tolist()) for row in tokens()]
   batch = PackedBatches(examples, epochs=1, global_batch=len(examples), row_length=_LENGTH.value, seed=0)[0]
   place = jax.NamedSharding(mesh, sharding.BATCH)
@@ -136,10 +149,11 @@ def main(_: list[str]) -> None:
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:_CORES.value])  # and all children
   if _CHILD.value:
     dtype, remat, program = _CHILD.value.split(",")
-    print(json.dumps(measure({"imm_jax": ours, "transformers": theirs}[program](dtype, remat, folder))))
+    run = {"transformers": theirs, "imm_jax": ours}.get(program, functools.partial(ours, added=program))
+    print(json.dumps(measure(run(dtype, remat, folder))))
     return
   random_checkpoints.make(folder, _SHAPE.value, 0)
-  programs = ["imm_jax"] + ["transformers"] * _PEER.value
+  programs = ["imm_jax", *_ADDITIONS.value] + ["transformers"] * _PEER.value
   kinds = [(dtype, remat, program) for dtype in _DTYPES.value for remat in _REMAT.value for program in programs]
   runs: dict[tuple[str, str, str], list[dict]] = {kind: [] for kind in kinds}
   for _ in range(_REPEATS.value):
@@ -161,6 +175,14 @@ def main(_: list[str]) -> None:
     print(f"| {' | '.join(kind)} | {best['s'] * 1e3:.0f} | {best['median'] * 1e3:.0f} | {best['cpu'] * 1e3:.0f} | "
           f"{count / best['s']:.0f} | {best['gib']:.2f} | {runs[kind][0]['first']:.4f} | {runs[kind][0]['last']:.4f} | "
           f"{best['compile']:.1f} | {beside or ' | | '} |", flush=True)
+  if _ADDITIONS.value:
+    print("\n| dtype | remat | added | time | CPU | GiB | GiB more |\n" + "|---" * 7 + "|")
+  for *how, program in kinds:
+    if program in _ADDITIONS.value:
+      this, plain = ({name: min(run[name] for run in runs[*how, of]) for name in ("s", "cpu", "gib")}
+                     for of in (program, "imm_jax"))
+      ratios = " | ".join(f"{this[name] / plain[name]:.2f}" for name in this)
+      print(f"| {' | '.join(how)} | {program} | {ratios} | {this['gib'] - plain['gib']:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

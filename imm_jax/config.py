@@ -76,6 +76,9 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
   if method_of(config).lora and config.sft.intervention == "weight_masking":
     raise UserError(f"config.sft.intervention=weight_masking: masks weights, and method={config.method} trains "
                     "adapters of them; expected none, gradient_decay or gradient_clipping")
+  if method_of(config).lora and config.sft.export != "model":
+    raise UserError(f"config.sft.export={config.sft.export}: method={config.method} merges its adapters in the model's "
+                    "own dtype; expected model")
   if not all(isinstance(k, int) and k >= 1 for k in config.eval.pass_at_k):
     raise UserError(f"config.eval.pass_at_k={config.eval.pass_at_k}: expected whole numbers, 1 or more")
   require(config, "eval.few_shot", lambda v: -1 <= v < 2**31, "expected 0 or more, or -1 for the protocol's own number")

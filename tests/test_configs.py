@@ -10,10 +10,11 @@ import pytest
 from test_loop import SMALL, environment  # noqa: F401
 
 from configs import arguments, common, llama, paper, qwen, tiny
-from imm_jax import config as checks, cost, experiments, files, tasks
+from imm_jax import config as checks, cost, experiments, files, loop, tasks
 from imm_jax.errors import UserError
 from imm_jax.memory import count_params
 from imm_jax.model import published
+from imm_jax.run import Model, Run
 from imm_jax.stages import questions, selection
 
 REPO = Path(__file__).parent.parent
@@ -130,7 +131,14 @@ def run(key: str, value: object) -> ml_collections.ConfigDict:
     ("task.source", "file:/x", "stories is generated"), ("task.ood", ("groups=file:/x",), "groups is generated"),
     ("task.fields.question", "q", "is for task custom"), ("merge.auto.step", 0.0, "more than 0"),
     ("merge.sweep", (0.12345671, 0.12345672), "expected different numbers"),
-    ("sft.intervention", "decay", "config.sft.intervention='decay'"), ("sft.max_norm", 0.0, "expected a number > 0")])
+    ("sft.intervention", "decay", "config.sft.intervention='decay'"), ("sft.max_norm", 0.0, "expected a number > 0"),
+    ("sft.kl_weight", 0.0, "expected a number > 0"), ("sft.l2_sp_weight", float("inf"), "expected a number > 0"),
+    ("sft.ema_decay", 1.0, "more than 0 and less than 1"), ("sft.stop_share", 1.0, "0 or more and less than 1"),
+    ("sft.lora_rank", 0, "expected 1 or more"), ("sft.lora_alpha", -1.0, "expected a number > 0"),
+    ("sample.temperatures", (), "one or more numbers"), ("sample.temperatures", ((0.2,), 0.4), "such a tuple for each"),
+    ("sample.temperatures", ((0.2,), ()), "such a tuple for each"),
+    ("sample.temperatures", ((0.2,), (-1.0,)), "such a tuple for each"),
+    ("sample.temperatures", ((0.2,),) * 4, "has 4 tuples, config.rounds=3")])
 def test_a_value_that_cannot_work_is_one_line(key, value, expected):
   with pytest.raises(UserError) as raised:
     checks.validate(run(key, value))
@@ -147,6 +155,11 @@ def test_values_that_contradict_each_other_are_one_line():
   config.method = "star"
   with pytest.raises(UserError, match="method=star merges nothing"):
     checks.validate(config)
+  for key, value in (("sft.intervention", "weight_masking"), ("sft.export", "float32")):
+    config = run(key, value)
+    config.method = "lora"
+    with pytest.raises(UserError, match=rf"config\.{key}={value}: .*method=lora"):
+      checks.validate(config)
   config = run("eval.num_samples", 8)
   config.eval.pass_at_k = (16,)
   with pytest.raises(UserError, match=r"all are more than eval\.num_samples=8"):
@@ -160,6 +173,39 @@ def test_values_that_contradict_each_other_are_one_line():
   config.merge.auto.general = ()
   with pytest.raises(UserError, match=r"needs one or more of merge\.auto\.weights"):
     checks.validate(config)
+
+
+def _settings(**changes: object) -> list[dict[str, object]]:
+  """Of the stages that sample and train, in two rounds, as they are compared."""
+  config = tiny.get_config()
+  config.rounds = 2
+  config.update_from_flattened_dict(changes)
+  value = Run(config, Path("run"), Model(Path("base"), "base"))
+  found = [stage for stage in loop.plan(value) if stage.name.endswith(("samples.jsonl", "/sft"))]
+  assert [stage.name for stage in found if "eval" not in stage.name] == [
+      f"round_{t}/{name}" for t in range(2) for name in ("samples.jsonl", "sft")]
+  return [json.loads(json.dumps(stage.settings)) for stage in found if "eval" not in stage.name]
+
+
+def test_a_setting_that_is_not_used_is_none_of_a_stage():
+  """Which keeps runs that were made before there was such a key."""
+  star = _settings(method="star")
+  assert star == _settings(**{"method": "star", "sft.lora_rank": 3, "sft.kl_weight": 9.0, "sft.ema_decay": 0.5})
+  for method, key, value in (("kl", "kl_weight", 9.0), ("l2_sp", "l2_sp_weight", 9.0), ("lora", "lora_rank", 3),
+                             ("ema", "ema_decay", 0.5), ("star", "stop_share", 0.5), ("star", "ema", True)):
+    plain, changed = _settings(method=method), _settings(**{"method": method, f"sft.{key}": value})
+    assert [a == b for a, b in zip(plain, changed, strict=True)] == [True, False, True, False], key
+  trained = [_settings(method=method)[1] for method in ("star", "kl", "l2_sp", "lora", "ema")]
+  assert all(a != b for i, a in enumerate(trained) for b in trained[:i])
+
+
+def test_a_rounds_temperatures_are_its_own():
+  of = lambda *given: _settings(**{"sample.temperatures": given})
+  plain = of(0.2, 0.4)
+  changed = of((0.2, 0.4), (0.9,))
+  assert [a == b for a, b in zip(plain, changed, strict=True)] == [True, True, False, True]
+  assert plain == of((0.2, 0.4))  # the last stands for later rounds
+  assert changed[2]["sample"]["temperatures"] == [0.9]
 
 
 def test_the_cost_of_a_run_counts_its_tokens():
