@@ -38,8 +38,8 @@ def drift(config: ModelConfig, base: Params, params: Params, batches: PackedBatc
           compute_dtype: jnp.dtype, attention: str = "xla", accumulation: int = 1, label: str = "drift") -> Drift:
   """Compares a model with the base on the responses of packed texts, each token given all before it.
 
-  The KL is what "RL's Razor" (Shenfeld et al. 2025, https://arxiv.org/abs/2509.04259) finds to predict forgetting, there
-  on the inputs of the new task; the texts are the caller's.
+  Of this KL "RL's Razor" (Shenfeld et al. 2025, https://arxiv.org/abs/2509.04259) finds that it predicts forgetting,
+  where it is measured on the new task; which texts these are is the caller's choice.
 
   Args:
     config: of both models.
