@@ -43,7 +43,7 @@ class Line(NamedTuple):
 
 class Panel(NamedTuple):
   """Curves over one pair of axes; `span` is the y axis's, where the data are not to choose it. A curve that is alone
-  has a name in the legend where `named` says so."""
+  has a name in the legend where `named` says so; `counts` says that x is a whole number, such as rounds."""
 
   title: str
   x: str
@@ -54,6 +54,7 @@ class Panel(NamedTuple):
   log2: bool = False
   span: tuple[float, float] | None = None
   named: bool = False
+  counts: bool = True
 
 
 class Bars(NamedTuple):
@@ -122,7 +123,7 @@ def _draw_panel(axes: "Axes", panel: Panel) -> dict[str, object]:
     ticks = sorted({x for line in panel.lines for x in line.x})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-  else:
+  elif panel.counts:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     places = [x for line in panel.lines for x in line.x]
     if max(places) - min(places) < 1:  # or matplotlib numbers what lies between two integers
