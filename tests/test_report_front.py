@@ -9,7 +9,8 @@ import pytest
 import report_runs
 
 from imm_jax.evaluation import Accuracy
-from imm_jax.report import compare, front, groups
+from imm_jax.methods import METHODS
+from imm_jax.report import compare, figures, front, groups
 from imm_jax.report.figures import Panel
 from imm_jax.report.markup import Plot, Section, Table
 from imm_jax.report.results import Model, Results
@@ -103,6 +104,18 @@ def test_seeds_are_a_mean_over_those_that_come_to_the_equal_accuracy(made: Path)
   assert first["equal ID"] == pytest.approx(0.2 + (0.4 + 0.3) / 2 / 2)
   assert (first["n"], first["out of domain at equal ID: s.e."]) == (2, pytest.approx(0))
   assert other["out of domain at equal ID"] is None
+
+
+def test_settings_of_one_method_have_markers_of_their_own(made: Path):
+  imm = run(made, "imm", *IMM)
+  runs = {str(w): imm._replace(config=imm.config | {"merge": {"base_weight": w}}) for w in range(5)}
+  panel = next(part for part in front.of_runs(runs, groups.group(runs)).parts if isinstance(part, Plot)).data[0]
+  assert len({(line.colour, line.marker) for line in panel.lines[1:-1]}) == 5
+
+
+def test_each_method_has_a_look_of_its_own():
+  assert METHODS.keys() == figures.METHODS.keys()
+  assert len({*figures.METHODS.values()}) == len(METHODS)
 
 
 def test_runs_of_different_tasks_have_no_front(made: Path):

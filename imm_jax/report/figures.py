@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 MODELS = {"base": ("#000000", "s", "base model"), "sft": ("#D55E00", "o", "after SFT"),
           "ema": ("#009E73", "P", "average over SFT"), "merged": ("#0072B2", "^", "after merging")}
 METHODS = {"imm": ("#0072B2", "^"), "iimm": ("#56B4E9", "v"), "star": ("#D55E00", "o"),
-           "data_mixture": ("#E69F00", "D"), "data_accumulation": ("#009E73", "P"), "real": ("#CC79A7", "X")}
+           "data_mixture": ("#E69F00", "D"), "data_accumulation": ("#009E73", "P"), "real": ("#CC79A7", "X"),
+           "wise_ft": ("#0072B2", "s"), "lines": ("#56B4E9", "s"), "rest_em": ("#D55E00", "s"),
+           "l2_sp": ("#E69F00", "s"), "kl": ("#009E73", "s"), "ema": ("#CC79A7", "s"), "lora": ("#000000", "h")}
 _OTHER = ("#666666", "*")
 _INTERVENTIONS = {"gradient_decay": "<", "gradient_clipping": ">", "weight_masking": "d"}
 # For curves that are no method's: a colour and marker each.
@@ -168,9 +170,17 @@ def method_style(method: str, intervention: str = "none", i: int = 0) -> tuple[s
   So has the i-th curve of a method once its kinds of line are used up.
   """
   colour, marker = METHODS.get(method, _OTHER)
-  looks = [_INTERVENTIONS.get(intervention, marker)]
-  looks += [other for _, other in SERIES if other not in looks]
-  return colour, looks[i // len(_LINES) % len(looks)]
+  return colour, another_marker(_INTERVENTIONS.get(intervention, marker), i // len(_LINES))
+
+
+def another_marker(marker: str, i: int) -> str:
+  """The i-th of all markers that begin with this one.
+
+  >>> another_marker("o", 0), another_marker("o", 1)
+  ('o', '^')
+  """
+  looks = [marker, *(other for _, other in SERIES if other != marker)]
+  return looks[i % len(looks)]
 
 
 def series(i: int) -> tuple[str, str]:

@@ -108,7 +108,11 @@ def of_runs(runs: Mapping[str, Results], found: Sequence[Group]) -> Section:
   for group, members in every:
     points = [_point(run, m) for run in members for m in run.models if m.kind != "base"]
     if points:
-      lines.append(Line(group.label, *group.style, "none", *zip(*points, strict=True)))
+      # Elsewhere kinds of line tell the settings of a method apart.
+      looks = [(group.style[0], figures.another_marker(group.style[1], i)) for i in range(len(figures.SERIES))]
+      taken = {(line.colour, line.marker) for line in lines}
+      style = next((look for look in looks if look not in taken), group.style)
+      lines.append(Line(group.label, *style, "none", *zip(*points, strict=True)))
   worth = {name: _worth(run, into) for name, run in having.items()}
   rows = [[name, groups.method(run), into, *worth[name]] for name, run in having.items()]
   means = []
