@@ -160,6 +160,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.analysis = analysis = ml_collections.ConfigDict()
   # Answers of a round, at most, that layer importance and token entropy are measured on; 0 for neither [ours]
   analysis.examples = 256
+  # Test questions of each task, at most, on whose worked answers a round's models are compared with the base (KL, loss,
+  # entropy; see docs/measures.md); 0 for none [ours]
+  analysis.drift = 32
 
   config.profile = ""  # steps of each round's SFT that the profiler records, such as "10:13", into WORKDIR/profile
 

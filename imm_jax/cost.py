@@ -27,7 +27,7 @@ class Work(NamedTuple):
     trained: over all epochs, and those that layer importance is measured on.
     evaluated: sampled in evaluation.
     read: of the prompts of what is sampled for training.
-    asked: of the prompts in evaluation.
+    asked: of the prompts in evaluation, and of the texts on which models are compared with the base.
   """
 
   sampled: float
@@ -80,9 +80,13 @@ def work(config: ml_collections.ConfigDict, record: Mapping[str, Any]) -> Work:
 
   counted = zip(questions.count_tests(config), questions.own(config), strict=True)
   asked_tests = sum(n * asks(entry) for n, entry in counted)
+  # The base and a model of the round read the same texts.
+  compared = config.rounds * 2 * (1 + bool(method.merge) + averages(config))
+  compared *= sum(min(n or most, most) for n in questions.count_tests(config)) if (
+      most := questions.drift_questions(config)) else 0
   return Work(sampled, passes * seen * (length + ASSUMED["question"]), evaluated,
               config.rounds * asked * (ASSUMED["question"] + shots) if drawn else 0.0,
-              models * asked_tests + tried * asks(config.task.name))
+              models * asked_tests + tried * asks(config.task.name) + compared * (ASSUMED["question"] + length))
 
 
 def estimate(config: ml_collections.ConfigDict, model: ModelConfig | None, record: Mapping[str, Any],

@@ -17,7 +17,7 @@ from imm_jax.model import folder, hf, hub, published
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.run import Model, Run
 from imm_jax.rundir import Stage
-from imm_jax.stages import analysing, devices, evaluating, merging, questions, sampling, selection, tuning
+from imm_jax.stages import analysing, devices, drifting, evaluating, merging, questions, sampling, selection, tuning
 from imm_jax.training.checkpoints import check_folder
 
 
@@ -40,6 +40,8 @@ def plan(run: Run) -> list[Stage]:
     if method.merge:
       stages += merging.stages(run, begin, tuned, train.name, t)
     stages.append(analysing.stage(run, begin, sampler, t))
+    if questions.drift_questions(run.config):
+      stages.append(drifting.stage(run, tuned, t))
     start = {"merged": run.model(f"round_{t}/merged"), "ema": tuning.average_of(tuned), "tuned": tuned}[method.hands_on]
   return stages
 

@@ -202,6 +202,18 @@ def scoring(model: ModelConfig, mesh: Mesh, *, dtype: jnp.dtype) -> dict[str, fl
           "logits": 2 * 4 * likelihood.LOGITS * model.vocab_size / mesh.shape["tensor"]}
 
 
+def comparing(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, accumulation: int, dtype: jnp.dtype,
+              attention: str) -> dict[str, float]:
+  """Bytes on one device that comparing a model with the base takes, by name; arguments as of `step_temporaries`."""
+  here = math.ceil(rows / accumulation / batch_parts(mesh))
+  # Nothing is kept of a layer; about half of what its backward pass would need lives at once, as in scoring.
+  layer = here * kept_of_row(model, length=length, remat="none", dtype=dtype, attention=attention,
+                             widened=_platform(mesh) == "cpu") / model.num_layers / 2
+  logits = 4 * here * min(length, chunk_of(here)) * model.vocab_size * 4
+  return {"weights": 2 * _on_device(model, mesh) * dtype.itemsize, "activations": layer / mesh.shape["tensor"],
+          "logits": logits / mesh.shape["tensor"]}
+
+
 def undivided(model: ModelConfig, mesh: Mesh) -> list[str]:
   """Parameters that every device holds whole although they are to be split, for the mesh does not divide them."""
   return [path for path, (where, _) in _placed(model, mesh).items()
@@ -240,6 +252,10 @@ def peaks(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, exp
   if config.analysis.examples or merge_method(config) == "iimm":
     found.append(Peak("importance", {"weights and sums": 8 * _on_device(model, mesh),
                                      **step_temporaries(model, mesh, sums=True, **options)}))
+  if count := questions.drift_questions(config):
+    few = math.ceil(expected.rows * min(1, count / sft.global_batch))
+    found.append(Peak("drift", comparing(model, mesh, **{k: v for k, v in options.items() if k != "remat"} | {
+        "rows": few})))
   if _platform(mesh) != "cpu":
     return found
   here, held = len(mesh.local_devices), resident.now() + _PROGRAMS

@@ -64,6 +64,8 @@ def make(root: Path, *, method: str = "imm", rounds: int = 2, questions: int = 6
       evaluate(f"round_{t}/eval/{kind}")
     (here / "analysis.json").write_text(json.dumps(analysis(rng, kinds)))
     stage(f"round_{t}/analysis.json")
+    (here / "drift.json").write_text(json.dumps(drift(rng, kinds, (task, *ood))))
+    stage(f"round_{t}/drift.json")
   config = {"method": method, "model": model, "teacher": teacher, "rounds": rounds, "seed": seed,
             "task": {"name": task, "ood": list(ood), "questions_per_round": 0, "eval_questions": 0},
             "sft": {"intervention": intervention, "epochs": 3}, "eval": {"num_samples": 2, "temperature": 0.6}}
@@ -99,6 +101,12 @@ def analysis(rng: random.Random, kinds: Sequence[str]) -> dict:
           "weight_change": changes, "spearman": -0.4,
           "diversity": {"questions": 6, "samples": 18, "distinct_answers": 1.7, "distinct_4grams": 0.5,
                         "token_entropy": None}}
+
+
+def drift(rng: random.Random, kinds: Sequence[str], tasks: Sequence[str]) -> dict:
+  made = lambda *keys: {key: rng.uniform(0.1, 1) for key in keys}
+  return {"texts": {name: {"examples": 6, "tokens": 60, **made("loss", "entropy")} for name in tasks},
+          "models": {kind: {name: made("kl", "loss", "entropy") for name in tasks} for kind in kinds}}
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

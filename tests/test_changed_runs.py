@@ -62,16 +62,17 @@ def _changes(value: object) -> str:
 
 EVALUATIONS = {"base/eval", *(f"round_{t}/eval/{model}" for t in (0, 1) for model in ("sft", "merged"))}
 SECOND = {f"round_1/{name}" for name in (
-    "samples.jsonl", "train.jsonl", "sft", "eval/sft", "merged", "eval/merged", "analysis.json")}
-ANALYSES = {f"round_{t}/analysis.json" for t in (0, 1)}
+    "samples.jsonl", "train.jsonl", "sft", "eval/sft", "merged", "eval/merged", "analysis.json", "drift.json")}
+ANALYSES, DRIFTS = ({f"round_{t}/{name}.json" for t in (0, 1)} for name in ("analysis", "drift"))
 
 
 @pytest.mark.parametrize(("changes", "again"), [
     ({"eval.num_samples": 4}, EVALUATIONS),
     ({"eval.max_new_tokens": 50}, EVALUATIONS),
-    ({"task.ood": ("groups", "compare", "price", "sequence", "choice", "drill")}, EVALUATIONS),
+    ({"task.ood": ("groups", "compare", "price", "sequence", "choice", "drill")}, EVALUATIONS | DRIFTS),
     ({"task.eval_questions": 100}, EVALUATIONS),
     ({"analysis.examples": 3}, ANALYSES),
+    ({"analysis.drift": 3}, DRIFTS),
     ({"merge.sweep": (0.1, 0.9)}, set()),
     ({"rounds": 3}, set()),
     ({"sample.batch_size": 3, "eval.batch_size": 2, "sft.accumulation": 2, "mesh.fsdp": 1}, set()),
@@ -88,7 +89,7 @@ def test_only_what_depends_on_a_change_runs_again(tmp_path: Path, capsys: pytest
   assert not capsys.readouterr().err
 
 
-MERGED = SECOND | {"round_0/merged", "round_0/eval/merged", "round_0/analysis.json"}
+MERGED = SECOND | {"round_0/merged", "round_0/eval/merged", "round_0/analysis.json", "round_0/drift.json"}
 TUNED = MERGED | {"round_0/sft", "round_0/eval/sft"}
 SAMPLED = TUNED | {"round_0/samples.jsonl", "round_0/train.jsonl"}
 
@@ -110,7 +111,7 @@ def test_what_throws_work_away_is_asked_first(tmp_path: Path, changes: dict, los
 def test_the_last_merge_may_change_without_being_asked(tmp_path: Path) -> None:
   finish(tmp_path / "run", rounds=1)
   assert begin(tmp_path / "run", rounds=1, **{"merge.base_weight": 0.7}) == {
-      "round_0/merged", "round_0/eval/merged", "round_0/analysis.json"}
+      "round_0/merged", "round_0/eval/merged", "round_0/analysis.json", "round_0/drift.json"}
 
 
 def test_a_sweep_that_is_dropped_is_no_part_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

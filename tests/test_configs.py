@@ -216,6 +216,7 @@ def test_the_cost_of_a_run_counts_its_tokens():
   assert found.sampled == 2 * 1000 * 3 * length
   assert found.trained == pytest.approx(3 * (1 + 2) * 1500 * (length + 128))
   assert found.evaluated == (1 + 2) * 6 * 200 * length
+  assert found.asked == (1 + 2) * 6 * 200 * 128 + 2 * 2 * 6 * 32 * (128 + length)
   record = {"devices": ["cpu"], "stages": {
       "round_0/samples.jsonl": {"seconds": 10.0, "facts": {"samples": 3000, "tokens": 90_000, "correct": 600}},
       "round_0/sft": {"seconds": 5.0, "facts": {"tokens": 100_000}}}}

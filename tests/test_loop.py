@@ -24,7 +24,7 @@ TINY = REPO / "imm_jax" / "assets" / "tiny"
 SMALL = ("--config.rounds=2", "--config.task.questions_per_round=24", "--config.task.eval_questions=8",
          "--config.task.ood=('groups',)", "--config.sample.batch_size=12", "--config.eval.batch_size=8",
          "--config.sft.epochs=2", "--config.sft.global_batch=4", "--config.sft.log_every=2",
-         "--config.sft.save_interval=2", "--config.analysis.examples=0")
+         "--config.sft.save_interval=2", "--config.analysis.examples=0", "--config.analysis.drift=0")
 # KILLS=10 KILL_SEED=1 in the environment kills at other moments, and more often.
 KILLS = int(os.environ.get("KILLS", "3"))
 TIMED = ("seconds", "time", "tokens_per_s", "step_s", "input_wait_s", "memory_gib")

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from configs import tiny
 from imm_jax import memory, resident
-from imm_jax.analysis import importance
+from imm_jax.analysis import drift, importance, sums
 from imm_jax.model import sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.training import step as training
@@ -84,6 +84,17 @@ def test_importance_takes_about_what_is_said():
   assert sum(said.values()) == pytest.approx(compiled.temp_size_in_bytes, rel=0.25)
 
 
+def test_comparing_with_the_base_takes_about_what_is_said():
+  devices, dtype = sharding.make_mesh(data=1, fsdp=1), jnp.dtype("float32")
+  said = memory.comparing(WIDE, devices, rows=16, length=128, accumulation=1, dtype=dtype, attention="blockwise")
+  program = sums._program(drift._compare, WIDE, devices, dtype, "blockwise", 1)
+  optimizer = training.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.0, grad_clip=0.0)
+  params = training.abstract_state(WIDE, optimizer, devices)["params"]
+  compiled = program.lower((params, params), batch(devices, 16, 128)).compile().memory_analysis()
+  assert said.pop("weights") == pytest.approx(compiled.argument_size_in_bytes, rel=0.05)
+  assert sum(said.values()) == pytest.approx(compiled.temp_size_in_bytes, rel=0.25)
+
+
 def batch(devices: jax.sharding.Mesh, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
   where = jax.NamedSharding(devices, sharding.BATCH)
   return {name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=where) for name, dtype in {
@@ -95,7 +106,7 @@ def test_what_samples_again_has_the_programs_of_stages_between():
   for rounds, again in ((1, ["later evaluation"]), (2, ["later evaluation", "later sampling"])):
     config.rounds = rounds
     found = {p.stage: p for p in memory.peaks(config, MODEL, devices, memory.Expected(8, "blockwise", 0))}
-    assert list(found) == ["evaluation", "sampling", "SFT", "importance", *again]
+    assert list(found) == ["evaluation", "sampling", "SFT", "importance", "drift", *again]
     for name in again:
       first, later = found[name.removeprefix("later ")].of, found[name].of
       assert {**first, "programs": 0} == {**later, "programs": 0}

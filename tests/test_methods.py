@@ -52,7 +52,7 @@ def test_imm_that_gives_the_base_no_weight_and_drops_nothing_is_star(run):
 
 def test_iimm_scales_each_layer_by_its_importance(run):
   workdir = run("--config.rounds=1", "--config.method=iimm", "--config.merge.base_weight=0.5",
-                "--config.merge.drop_rate=0")
+                "--config.merge.drop_rate=0", "--config.analysis.drift=2")
   importance = json.loads((workdir / "round_0/importance.json").read_text())
   layers = np.array(importance["layers"])
   np.testing.assert_allclose(sum(np.array(v) for v in importance["modules"].values()), layers)
@@ -67,7 +67,7 @@ def test_iimm_scales_each_layer_by_its_importance(run):
 def test_the_analysis_of_a_round(run, tmp_path):
   """Of what the run left behind, and once more with importance and entropy measured."""
   workdir = run("--config.rounds=1", "--config.method=iimm", "--config.merge.base_weight=0.5",
-                "--config.merge.drop_rate=0")
+                "--config.merge.drop_rate=0", "--config.analysis.drift=2")
   read = lambda name: json.loads((workdir / name).read_text())
   found = read("round_0/analysis.json")
   assert found["importance"] == read("round_0/importance.json")
@@ -82,6 +82,11 @@ def test_the_analysis_of_a_round(run, tmp_path):
   assert (found["diversity"]["questions"], found["diversity"]["samples"]) == (24, 72)
   assert found["diversity"]["token_entropy"] is None
   assert facts(workdir, "round_0/analysis.json").keys() == {"spearman", "distinct_answers"}
+  drift = read("round_0/drift.json")
+  assert {task: of["examples"] for task, of in drift["texts"].items()} == {"stories": 2, "groups": 2}
+  in_domain = {kind: of["stories"]["kl"] for kind, of in drift["models"].items()}
+  assert facts(workdir, "round_0/drift.json")["kl"] == in_domain
+  assert 0 < in_domain["merged"] < in_domain["sft"] < 1
 
   config = tiny.get_config()
   config.analysis.examples = 6

@@ -21,7 +21,8 @@ REPO = Path(__file__).parent.parent
 SMALL = ("--config.rounds=1", "--config.task.questions_per_round=24", "--config.task.eval_questions=8",
          "--config.task.ood=('groups',)", "--config.sample.batch_size=12", "--config.eval.batch_size=8",
          "--config.sft.epochs=4", "--config.sft.global_batch=8", "--config.sft.log_every=1",
-         "--config.sft.save_interval=2", "--config.sft.accumulation=1", "--config.analysis.examples=0")
+         "--config.sft.save_interval=2", "--config.sft.accumulation=1", "--config.analysis.examples=0",
+         "--config.analysis.drift=0")
 # Where importance and entropy are measured too.
 MEASURED = "--config.analysis.examples=6"
 

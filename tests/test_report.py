@@ -80,16 +80,24 @@ def test_csv_files_hold_the_values_of_the_run(run: Path, written: Path):
   layers = rows_of(written / "layers.csv")
   found = json.loads((run / "round_1/analysis.json").read_text())
   assert [float(row["importance"]) for row in layers if row["round"] == "1"] == found["importance"]["layers"]
+  drift = rows_of(written / "drift.csv")
+  assert len(drift) == 2 * 2 * 3
+  found = json.loads((run / "round_1/drift.json").read_text())
+  row, = (row for row in drift if (row["round"], row["model"], row["text"]) == ("1", "merged", "choice"))
+  assert {key: float(row[key]) for key in ("KL", "loss", "base's loss", "entropy", "base's entropy")} == {
+      "KL": found["models"]["merged"]["choice"]["kl"], "loss": found["models"]["merged"]["choice"]["loss"],
+      "base's loss": found["texts"]["choice"]["loss"], "entropy": found["models"]["merged"]["choice"]["entropy"],
+      "base's entropy": found["texts"]["choice"]["entropy"]}
   assert [float(row["Spearman"]) for row in rows_of(written / "spearman.csv")] == [-0.4, -0.4]
 
 
 def test_each_figure_is_a_file_and_stands_in_the_page_with_a_description(written: Path):
   text = (written / "index.html").read_text()
-  for name in ("accuracy", "pass_at_k", "layers", "diversity"):
+  for name in ("accuracy", "front", "pass_at_k", "layers", "diversity", "drift"):
     assert (written / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert ElementTree.parse(written / f"{name}.svg").getroot().tag.endswith("svg")
   images = re.findall(r'<img alt="([^"]+)" src="data:image/svg\+xml;base64,([^"]+)"', text)
-  assert len(images) == 2 + 1 + 4 + 2  # entropy was not measured
+  assert len(images) == 2 + 1 + 1 + 4 + 2 + 2  # entropy was not measured
   for alt, data in images:
     assert len(alt) > 20
     assert ElementTree.fromstring(base64.b64decode(data)).tag.endswith("svg")

@@ -182,8 +182,8 @@ def test_settings_that_change_nothing_do_not_keep_seeds_apart(runs: list[Results
   assert len(groups.group({"a": lost, "b": lost})) == 2
 
 
-@pytest.mark.parametrize("name", ["data", "layers", "modules", "spearman", "diversity", "stages", "versions",
-                                  "pass_at_k"])
+@pytest.mark.parametrize("name", ["data", "layers", "modules", "spearman", "diversity", "drift", "stages",
+                                  "versions", "pass_at_k"])
 def test_each_table_of_a_run_is_in_the_comparison(runs: list[Results], compared: Path, name: str):
   with (compared / f"{name}.csv").open(newline="") as f:
     joined = list(csv.DictReader(f))

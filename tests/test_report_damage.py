@@ -57,6 +57,8 @@ def turn_a_verdict(root: Path) -> None:
     (put("round_0/analysis.json", "{"), "round_0/analysis.json: damaged"),
     (put("round_0/analysis.json", '{"importance": {"layers": "many"}, "spearman": NaN, "diversity": {}}'),
      "round_0/analysis.json: diversity is damaged"),
+    (put("round_0/drift.json", '{"texts": {"stories": {"tokens": 3, "loss": 1, "entropy": NaN}}, "models": {}}'),
+     "round_0/drift.json: damaged"),
     (drop("config.json"), "config.json: missing"),
     (put("config.json", "[1"), "config.json: damaged"),
     (drop("run.json"), "run.json: missing"),
@@ -117,7 +119,7 @@ def places(value: object, path: tuple = ()) -> list[tuple]:
   return [found for key, part in inner for found in [(*path, key), *places(part, (*path, key))]]
 
 
-@pytest.mark.parametrize("name", ["run.json", "config.json", "round_0/analysis.json"])
+@pytest.mark.parametrize("name", ["run.json", "config.json", "round_0/analysis.json", "round_0/drift.json"])
 def test_no_wrong_value_in_a_file_keeps_the_page_away(run: Path, tmp_path: Path, name: str):
   root = tmp_path / "run"
   shutil.copytree(run, root)

@@ -23,7 +23,7 @@ def config() -> ml_collections.ConfigDict:
   found.update({"rounds": 2, "sampler": {"kind": "vllm", "vllm": {"concurrency": 4}}})
   found.task.update({"questions_per_round": 12, "eval_questions": 4, "ood": ("groups",)})
   found.sft.update({"epochs": 2, "global_batch": 4})
-  found.analysis.examples = 0
+  found.analysis.update({"examples": 0, "drift": 0})
   return found
 
 

@@ -219,7 +219,7 @@ def config() -> ml_collections.ConfigDict:
   found.update({"rounds": 2, "sampler": {"kind": "vllm", "vllm": {"concurrency": 8}}})
   found.task.update({"questions_per_round": 100, "eval_questions": 24, "ood": ("groups",)})
   found.sft.update({"epochs": 1, "global_batch": 8})
-  found.analysis.examples = 0
+  found.analysis.update({"examples": 0, "drift": 0})
   return found
 
 

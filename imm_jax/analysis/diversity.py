@@ -4,7 +4,7 @@ Axes: B rows, T positions.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,15 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from imm_jax import progress
+from imm_jax.analysis import sums
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params
 from imm_jax.tasks import answers
-from imm_jax.training import fsdp
-from imm_jax.training.input import Input
-from imm_jax.training.loss import chunk_of, head_entropy
+from imm_jax.training.loss import head_entropy
 from imm_jax.training.packing import PackedBatches
-from imm_jax.training.step import head_inputs, rows_of_device
 
 NGRAM = 4
 
@@ -90,34 +87,12 @@ def token_entropy(config: ModelConfig, params: Params, batches: PackedBatches, *
     accumulation: parts that a batch is run in.
     label: what the progress bar says.
   """
-  program = _program(config, mesh, compute_dtype, attention, accumulation)
-  total, count, before = 0.0, 0.0, None
-  with progress.bar(len(batches), label, "batch") as bar:
-    for batch in Input(batches, mesh):
-      found = program(params, batch)
-      if before is not None:
-        total, count = total + float(before[0]), count + float(before[1])
-      before = found  # the host is one batch ahead
-      bar.update()
-  return (total + float(before[0])) / (count + float(before[1]))
+  total, count = sums.over(_entropies, config, (params,), batches, mesh=mesh, compute_dtype=compute_dtype,
+                           attention=attention, accumulation=accumulation, label=label)
+  return float(total / count)
 
 
-@functools.lru_cache(maxsize=8)  # a run comes here in every round
-def _program(config: ModelConfig, mesh: Mesh, compute_dtype: jnp.dtype, attention: str, accumulation: int,
-             ) -> Callable[[Params, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
-  """Compiled: (params, batch) -> (sum of the entropies, number of tokens)."""
-  options = {"compute_dtype": compute_dtype, "attention": attention}
-  if mesh.size > 1:
-    options |= {"mesh": mesh, "gather": fsdp.constrained(mesh, compute_dtype)}
-
-  def entropies(params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-
-    def of_part(part: dict[str, jax.Array]) -> jax.Array:
-      x, head, _, weights = head_inputs(config, params, part, **options)
-      chunk = chunk_of(rows_of_device(x.shape[0], options.get("mesh")))
-      return jnp.stack([head_entropy(x, head, weights, chunk), jnp.sum(weights)])
-
-    parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
-    return tuple(jnp.sum(jax.lax.map(of_part, parts), axis=0))
-
-  return jax.jit(entropies)
+def _entropies(inputs: Sequence[sums.Inputs], chunk: int) -> jax.Array:
+  """The sum of the entropies, and the number of tokens."""
+  (x, head, _, weights), = inputs
+  return jnp.stack([head_entropy(x, head, weights, chunk), jnp.sum(weights)])

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 MODELS = {"base": ("#000000", "s", "base model"), "sft": ("#D55E00", "o", "after SFT"),
           "ema": ("#009E73", "P", "average over SFT"), "merged": ("#0072B2", "^", "after merging")}
 METHODS = {"imm": ("#0072B2", "^"), "iimm": ("#56B4E9", "v"), "star": ("#D55E00", "o"),
-           "data_mixture": ("#E69F00", "D"), "data_accumulation": ("#009E73", "P"), "real": ("#CC79A7", "X")}
+           "data_mixture": ("#E69F00", "D"), "data_accumulation": ("#009E73", "P"), "real": ("#CC79A7", "X"),
+           "wise_ft": ("#0072B2", "s"), "lines": ("#56B4E9", "s"), "rest_em": ("#D55E00", "s"),
+           "l2_sp": ("#E69F00", "s"), "kl": ("#009E73", "s"), "ema": ("#CC79A7", "s"), "lora": ("#000000", "h")}
 _OTHER = ("#666666", "*")
 _INTERVENTIONS = {"gradient_decay": "<", "gradient_clipping": ">", "weight_masking": "d"}
 # For curves that are no method's: a colour and marker each.
@@ -43,7 +45,7 @@ class Line(NamedTuple):
 
 class Panel(NamedTuple):
   """Curves over one pair of axes; `span` is the y axis's, where the data are not to choose it. A curve that is alone
-  has a name in the legend where `named` says so."""
+  has a name in the legend where `named` says so; `counts` says that x is a whole number, such as rounds."""
 
   title: str
   x: str
@@ -54,6 +56,7 @@ class Panel(NamedTuple):
   log2: bool = False
   span: tuple[float, float] | None = None
   named: bool = False
+  counts: bool = True
 
 
 class Bars(NamedTuple):
@@ -122,7 +125,7 @@ def _draw_panel(axes: "Axes", panel: Panel) -> dict[str, object]:
     ticks = sorted({x for line in panel.lines for x in line.x})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-  else:
+  elif panel.counts:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     places = [x for line in panel.lines for x in line.x]
     if max(places) - min(places) < 1:  # or matplotlib numbers what lies between two integers
@@ -167,9 +170,17 @@ def method_style(method: str, intervention: str = "none", i: int = 0) -> tuple[s
   So has the i-th curve of a method once its kinds of line are used up.
   """
   colour, marker = METHODS.get(method, _OTHER)
-  looks = [_INTERVENTIONS.get(intervention, marker)]
-  looks += [other for _, other in SERIES if other not in looks]
-  return colour, looks[i // len(_LINES) % len(looks)]
+  return colour, another_marker(_INTERVENTIONS.get(intervention, marker), i // len(_LINES))
+
+
+def another_marker(marker: str, i: int) -> str:
+  """The i-th of all markers that begin with this one.
+
+  >>> another_marker("o", 0), another_marker("o", 1)
+  ('o', '^')
+  """
+  looks = [marker, *(other for _, other in SERIES if other != marker)]
+  return looks[i % len(looks)]
 
 
 def series(i: int) -> tuple[str, str]:

@@ -1,11 +1,12 @@
-"""What analysis.json says of each round: layers that matter, layers that move, and how diverse the samples are."""
+"""What analysis.json and drift.json say of each round: layers that matter, layers that move, how diverse the samples
+are, how far the models have gone from the base."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from imm_jax.analysis import shares
 from imm_jax.report import figures
-from imm_jax.report.figures import Line, Panel
+from imm_jax.report.figures import MODELS, Line, Panel
 from imm_jax.report.markup import Plot, Section, Table
 from imm_jax.report.results import Results
 
@@ -16,6 +17,12 @@ DIVERSITY = {"distinct_answers": "distinct answers a question", "distinct_4grams
 LAYERS = ("Importance is the sum of |gradient x weight| over a layer's matrices (eq. 3), weight change the sum of "
           "their Frobenius norms (eq. 4); each as a share of all layers. A negative correlation means that what moves "
           "most matters least.")
+DRIFT = ("KL is that from the base to the model, over the whole vocabulary, on the tokens of worked answers to test "
+         "questions, or of passages; loss is that of these tokens, entropy that of the next token's distribution, in "
+         "nats a token. In domain the KL is said to predict forgetting (RL's Razor, arXiv 2509.04259); on other tasks "
+         "it is our measure. Out of domain is the mean over the tasks, each counted once.")
+WHERE = ("in domain", "out of domain")
+DRIFT_AXES = {"x": "rounds done", "y": "KL, nats a token"}
 # Curves of a panel by layer.
 _MOST = 8
 COLLAPSE = "Fewer distinct answers to a question from round to round are a sign of collapse."
@@ -62,6 +69,36 @@ def diversity(results: Results) -> Section:
            figures.draw, tuple(panels)),
       Table("diversity", "Diversity of each round's samples", ["round", "questions", "samples", *DIVERSITY.values()],
             rows)])
+
+
+def drift(results: Results) -> Section:
+  """How far each round's models have gone from the base, by task."""
+  panels = []
+  for where in WHERE:
+    lines = tuple(figures.over_rounds(found, label, (colour, marker))
+                  for kind, (colour, marker, label) in MODELS.items() if (found := mean_kl(results, kind, where)))
+    if lines:
+      highest = max(max(line.y) for line in lines)
+      panels.append(Panel(where, lines=lines, span=(0, 1.1 * highest or 1), **DRIFT_AXES))
+  rows = [[t, kind, text, base["tokens"], of[text]["kl"], of[text]["loss"], base["loss"], of[text]["entropy"],
+           base["entropy"]] for t, found in results.drift.items() for kind, of in found["models"].items()
+          for text, base in found["texts"].items()]
+  return Section("drift", "Drift from the base", [
+      DRIFT,
+      *([Plot("drift", "Mean KL to the base, in and out of domain, by round; the table below has the values",
+              figures.draw, tuple(panels))] if panels else []),
+      Table("drift", "Against the base, nats a token", ["round", "model", "text", "tokens", "KL", "loss", "base's loss",
+                                                        "entropy", "base's entropy"], rows)] if rows else [])
+
+
+def mean_kl(results: Results, kind: str, where: str) -> dict[int, float]:
+  """By rounds done, the KL of a kind of model in domain, or its mean over the tasks out of domain that have one."""
+  tasks, means = {"in domain": (results.id_task,), "out of domain": results.ood_tasks}[where], {}
+  for t, found in results.drift.items():
+    values = [of["kl"] for task, of in found["models"].get(kind, {}).items() if task in tasks]
+    if values:
+      means[t + 1] = sum(values) / len(values)
+  return means
 
 
 def value(found: Any, *path: str) -> Any:

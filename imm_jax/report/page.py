@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from imm_jax.evaluation import Accuracy
-from imm_jax.report import browser, differences, figures, insides
+from imm_jax.report import browser, differences, figures, front, insides
 from imm_jax.report.figures import MODELS, Panel
 from imm_jax.report.markup import Markup, Plot, Section, Table, page, section
 from imm_jax.report.reading import COUNTS, count, is_number
@@ -35,8 +35,9 @@ class Status(NamedTuple):
 
 def sections(results: Results, chunks: Sequence[Chunk]) -> list[Section]:
   """What stands on the page of a run, but for its head and the samples."""
-  found = [_accuracy(results), differences.section(results), _sampled(results), insides.layers(results),
-           insides.diversity(results), _data(results), _stages(results, chunks), _config(results)]
+  found = [_accuracy(results), front.of_run(results), differences.section(results), _sampled(results),
+           insides.layers(results), insides.diversity(results), insides.drift(results), _data(results),
+           _stages(results, chunks), _config(results)]
   return [part for part in found if part.parts]
 
 
@@ -278,7 +279,7 @@ def _order(name: str) -> tuple[int, int, str]:
   if head == "few_shot.jsonl":
     return -2, 0, name
   kinds = ["samples.jsonl", "train.jsonl", "sft", "eval/sft", "eval/ema", "importance.json", "sweep",
-           "base_weight.json", "merged", "eval/merged", "eval/sweep", "analysis.json"]
+           "base_weight.json", "merged", "eval/merged", "eval/sweep", "analysis.json", "drift.json"]
   number = head.removeprefix("round_")
   return int(number) if number.isdigit() else -1, kinds.index(rest) if rest in kinds else len(kinds), name
 

@@ -30,7 +30,7 @@ _CHOSEN = ("dropped_wrong", "dropped_duplicate", "dropped_unfinished")
 # Where stages leave what they make.
 _OUTPUTS = ("few_shot.jsonl", "base/eval", *(f"round_*/{name}" for name in (
     "samples.jsonl", "train.jsonl", "sft", "importance.json", "sweep", "base_weight.json", "merged", "eval/*",
-    "analysis.json")))
+    "analysis.json", "drift.json")))
 
 
 def config(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -139,6 +139,26 @@ def analysis(path: Path, problems: list[str]) -> dict[str, Any]:
     except (AttributeError, KeyError, TypeError, ValueError) as e:
       problems.append(f"{name}: {part} is damaged or missing ({e!r})")
   return good
+
+
+def drift(path: Path, problems: list[str]) -> dict[str, Any]:
+  """The content of drift.json; empty where it has not the form it should have."""
+  try:
+    found = files.read_json(path)
+    texts, models = found["texts"], found["models"]
+    right = all(_is_count(of["tokens"]) and _numbers(of, "loss", "entropy") for of in texts.values()) and all(
+        of.keys() == texts.keys() and all(_numbers(one, "kl", "loss", "entropy") for one in of.values())
+        for of in models.values())
+    if not (right and texts and models):
+      raise ValueError("numbers that cannot be")
+    return found
+  except (UserError, AttributeError, KeyError, TypeError, ValueError) as e:
+    problems.append(f"{path.parent.name}/{path.name}: damaged ({e!r})")
+    return {}
+
+
+def _numbers(found: Mapping[str, Any], *keys: str) -> bool:
+  return all(is_number(found[key]) for key in keys)
 
 
 def is_running(root: Path) -> bool:

@@ -1,7 +1,7 @@
 """What came out of a run, read from its directory; what cannot be read is left out and named."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +80,7 @@ class Results(NamedTuple):
     facts: what run.json says of the run as a whole: versions, devices.
     config: as recorded.
     problems: what is missing or damaged, a line each.
+    drift: by round, the content of drift.json.
   """
 
   root: Path
@@ -94,6 +95,7 @@ class Results(NamedTuple):
   facts: dict[str, Any]
   config: dict[str, Any]
   problems: tuple[str, ...]
+  drift: Mapping[int, Mapping[str, Any]] = {}
 
   @classmethod
   def of(cls, root: Path) -> "Results":
@@ -117,12 +119,16 @@ class Results(NamedTuple):
                  for t in rounds if any(f"round_{t}/{file}.jsonl" in stages for file in ("samples", "train")))
     memory = reading.memory(root, any(name.endswith("/sft") for name in stages), problems) | {
         name: entry["memory_gib"] for name, entry in stages.items() if reading.is_number(entry.get("memory_gib"))}
-    recorded = stages if isinstance(record.get("stages"), dict) else [f"round_{t}/analysis.json" for t in rounds]
-    analysis = {t: found for t in rounds if f"round_{t}/analysis.json" in recorded
-                and (root / f"round_{t}/analysis.json").exists()
-                and (found := reading.analysis(root / f"round_{t}/analysis.json", problems))}
+
+    def measured(file: str, read: Callable[[Path, list[str]], dict[str, Any]]) -> dict[int, dict[str, Any]]:
+      """By round, what a file holds; where nobody can say which stages are done, of all that are there."""
+      paths = {t: root / f"round_{t}" / file for t in rounds
+               if f"round_{t}/{file}" in stages or not isinstance(record.get("stages"), dict)}
+      return {t: found for t, path in paths.items() if path.exists() and (found := read(path, problems))}
+
+    analysis, drift = measured("analysis.json", reading.analysis), measured("drift.json", reading.drift)
     return cls(root, method, id_task, ood_tasks, models, data, stages, memory, analysis, record, config,
-               tuple(problems))
+               tuple(problems), drift)
 
   def in_domain(self, model: Model) -> Accuracy:
     """Accuracy on the in-domain task."""

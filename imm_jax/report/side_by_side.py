@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from imm_jax.analysis import shares
 from imm_jax.evaluation import Accuracy
-from imm_jax.report import differences, figures, groups, insides, page
+from imm_jax.report import differences, figures, front, groups, insides, page
 from imm_jax.report.figures import Bars, Panel
 from imm_jax.report.groups import Group
 from imm_jax.report.markup import Plot, Section, Table
@@ -21,14 +21,15 @@ Curve = Callable[[Results], Mapping[int, Accuracy | float]]
 _LONG_S = 3 * 3600
 # Parts of a run's time, and the stages of a round that take it.
 _KINDS = {"sampling": ("samples.jsonl",), "SFT": ("sft",), "merging": ("sweep", "base_weight.json", "merged"),
-          "evaluation": ("eval",), "importance and analysis": ("importance.json", "analysis.json")}
+          "evaluation": ("eval",), "importance and analysis": ("importance.json", "analysis.json", "drift.json")}
 
 
 def sections(runs: Mapping[str, Results], join: Join) -> list[Section]:
   """What is shown of these runs, by name; a section without parts has nothing to show."""
   found = groups.group(runs)
-  return [_accuracy(runs, found), _differences(runs, join), _sampled(found, join), _layers(found, join),
-          _diversity(found, join), _data(found, join), _cost(runs, found, join)]
+  return [_accuracy(runs, found), front.of_runs(runs, found), _differences(runs, join), _sampled(found, join),
+          _layers(found, join), _diversity(found, join), _drift(found, join), _data(found, join),
+          _cost(runs, found, join)]
 
 
 class End(NamedTuple):
@@ -192,6 +193,18 @@ def _diversity(found: Sequence[Group], join: Join) -> Section:
   tables = join("diversity", "Diversity of each round's samples")
   return Section("diversity", "Diversity of samples", [
       insides.COLLAPSE, *_plot("diversity", f"{', '.join(measures)} of the samples by round", found, measures), *tables,
+  ] if tables else [])
+
+
+def _drift(found: Sequence[Group], join: Join) -> Section:
+  """Of the models that runs hand on."""
+  by_round = lambda run, where: insides.mean_kl(run, run.handed_on()[-1].kind if run.handed_on() else "", where)
+  measures = {f"{where}: KL to the base": (lambda run, where=where: by_round(run, where), insides.DRIFT_AXES)
+              for where in insides.WHERE}
+  tables = join("drift", "Against the base, nats a token")
+  return Section("drift", "Drift from the base", [
+      f"{insides.DRIFT} The curves are of the models that the next round starts from.",
+      *_plot("drift", "Mean KL to the base, in and out of domain, by round", found, measures), *tables,
   ] if tables else [])
 
 

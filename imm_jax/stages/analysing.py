@@ -24,8 +24,6 @@ from imm_jax.tasks import texts
 from imm_jax.training.packing import TokenizedExample
 
 _SAMPLE = {"id": str, "question": str, "text": str, "span": str, "kind": str}
-# Rows for entropy that are longer than SFT's are multiples of this: few shapes, which suit attention's kernels.
-_ROW = 128
 Found = dict[str, Any]
 
 
@@ -58,7 +56,7 @@ def stage(run: Run, start: Model, sampler: Model | None, round_: int) -> Stage:
   seen = Round(round_, run.root / here, run.base.folder, start.folder, sampler and sampler.folder, bool(merge))
   count = run.config.analysis.examples
   return Stage(f"{here}/analysis.json", tuple(inputs),
-               run.settings(*questions.settings_of_round(run.config), "sft", "analysis"),
+               run.settings(*questions.settings_of_round(run.config), "sft") | {"analysis": {"examples": count}},
                "weight change by layer" + (f"; importance and entropy on {count} answers" if count else ""),
                lambda out, _: devices.call(run.config, analyse, run.config, seen, out), everywhere=True)
 
@@ -168,9 +166,8 @@ def _entropy(config: ml_collections.ConfigDict, round_: Round, rows: Sequence[Fo
   if not examples:
     return None
   # Worked examples make prompts longer here than in training.
-  longest = max(len(e.prompt) + len(e.response) for e in examples)
   data = tuning.pack(config, model, examples, what="samples", epochs=1, seed=config.seed, quiet=True,
-                     row_length=max(config.sft.row_length, -(-longest // _ROW) * _ROW))
+                     row_length=tuning.row_for(config, examples))
   options = {name: value for name, value in data.options.items() if name != "remat"}  # there is no backward pass
   return diversity.token_entropy(data.model, params(model), data.batches, label=f"round {round_.number}: entropy",
                                  **options)

@@ -161,6 +161,11 @@ def of_tests(config: ml_collections.ConfigDict) -> dict[str, list[Example]]:
   return found
 
 
+def drift_questions(config: ml_collections.ConfigDict) -> int:
+  """How many test questions of a task a round's models are compared with the base on, at most; 0 for no comparison."""
+  return min(config.analysis.drift, config.task.eval_questions or config.analysis.drift)
+
+
 def choices_of_tests(config: ml_collections.ConfigDict) -> dict[str, list[Choice]]:
   """The same questions of those tasks whose options are scored by likelihood, by its name."""
   return {name_of(entry): choices(config, entry, split="test", count=config.task.eval_questions)

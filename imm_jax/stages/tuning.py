@@ -4,7 +4,7 @@ import functools
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 # Questions whose lengths are counted before a run.
 _LOOKED_AT = 100
+_ROW = 128
 _HELD_OUT = 0x51  # apart from what else is drawn of a seed
 # The folder of the average of the weights, within the tuned model's.
 AVERAGE = "ema"
@@ -227,6 +228,13 @@ def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Toke
   options = {"compute_dtype": dtype, "accumulation": sft.accumulation, "remat": sft.remat, "attention": kernel,
              "mesh": mesh}
   return Data(model_config, batches, list(by_line), len(examples) - len(by_line), options)
+
+
+def row_for(config: ml_collections.ConfigDict, examples: Iterable[TokenizedExample]) -> int:
+  """The tokens of a row that holds each of these: SFT's, or where one is longer a multiple of 128, for few shapes that
+  suit attention's kernels."""
+  longest = max(len(e.prompt) + len(e.response) for e in examples)
+  return max(config.sft.row_length, -(-longest // _ROW) * _ROW)
 
 
 def load_params(config: ml_collections.ConfigDict, model: Path, dtype: jnp.dtype | None = jnp.float32) -> Params:

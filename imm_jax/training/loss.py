@@ -118,14 +118,51 @@ def head_entropy(x: jax.Array, weight: jax.Array, weights: jax.Array, chunk: int
   0.6931
   """
   w = weight.astype(x.dtype)
-  dot = functools.partial(jax.lax.dot_general, precision=precision(x.dtype), preferred_element_type=jnp.float32)
 
   def step(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
     x, weights = part
-    log_p = jax.nn.log_softmax(dot(x, w, (((2,), (1,)), ((), ()))))
-    return total - jnp.sum(weights * jnp.sum(jnp.exp(log_p) * log_p, axis=-1)), None
+    return total + jnp.sum(weights * _entropies(_log_probs(x, w))), None
 
   return jax.lax.scan(step, jnp.zeros((), jnp.float32), (_cut(x, chunk), _cut(weights, chunk)))[0]
+
+
+def compare_heads(x: jax.Array, weight: jax.Array, base_x: jax.Array, base_weight: jax.Array, targets: jax.Array,
+                  weights: jax.Array, chunk: int) -> jax.Array:
+  """What two models make of the same texts: weighted sums over all positions, in nats; arguments as for
+  `anchored_loss`.
+
+  Returns:
+    Float32 [5]: KL(p_base || p) over the whole vocabulary, 0 where they are equal; -log p[target], -log p_base[target];
+    the entropies of p and p_base. Nothing is differentiated.
+
+  >>> x, w, base = jnp.array([[[1.0, 0.0]]]), jnp.eye(2), jnp.zeros((1, 1, 2))
+  >>> found = compare_heads(x, w, base, w, jnp.array([[0]]), jnp.ones((1, 1)), 1)
+  >>> [round(float(f), 4) for f in found]  # the first is ln cosh(1/2)
+  [0.1201, 0.3133, 0.6931, 0.5822, 0.6931]
+  """
+  w, base_w = weight.astype(x.dtype), base_weight.astype(base_x.dtype)
+
+  def step(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    x, base_x, targets, weights = part
+    log_p, base_log_p = _log_probs(x, w), _log_probs(base_x, base_w)
+    hit = jnp.arange(w.shape[0]) == targets[..., None]
+    loss = lambda log_p: -jnp.sum(jnp.where(hit, log_p, 0.0), axis=-1)
+    found = [jnp.sum(jnp.exp(base_log_p) * (base_log_p - log_p), axis=-1), loss(log_p), loss(base_log_p),
+             _entropies(log_p), _entropies(base_log_p)]
+    return total + jnp.stack([jnp.sum(weights * of) for of in found]), None
+
+  return jax.lax.scan(step, jnp.zeros(5, jnp.float32), tuple(_cut(a, chunk) for a in (x, base_x, targets, weights)))[0]
+
+
+def _log_probs(x: jax.Array, w: jax.Array) -> jax.Array:
+  """log softmax(x W^T), float32."""
+  return jax.nn.log_softmax(jax.lax.dot_general(x, w, (((2,), (1,)), ((), ())), precision=precision(x.dtype),
+                                                preferred_element_type=jnp.float32))
+
+
+def _entropies(log_p: jax.Array) -> jax.Array:
+  """The entropy of each distribution, over the last axis."""
+  return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 
 def token_scores(x: jax.Array, weight: jax.Array, indices: jax.Array, targets: jax.Array, chunk: int,
