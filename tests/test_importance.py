@@ -16,6 +16,7 @@ import pytest
 import test_training as t
 
 from imm_jax.analysis import diversity, importance
+from imm_jax.analysis.drift import drift
 from imm_jax.analysis.importance import LayerImportance, layer_importance
 from imm_jax.analysis.weight_change import spearman
 from imm_jax.errors import UserError
@@ -116,6 +117,8 @@ def _main(out: Path) -> None:
       more[f"second order, {name}"] = second_order(t.CONFIG, params, few, mesh).total.tolist()
     if name in ("one", "fsdp2-tensor2"):
       more[f"entropy, {name}"] = entropy(t.CONFIG, params, few, mesh)
+      both = (place(p, mesh) for p in (make_params(3), params))
+      more[f"drift, {name}"] = drift(t.CONFIG, *both, few, mesh=mesh, compute_dtype=jnp.float32)
     np.savez(out / f"{name}.npz", **{sharding.path_name(path): leaf for path, leaf in
                                      jax.tree_util.tree_leaves_with_path(grads)})
   more["memory, data8"] = beside_the_two(sharding.make_mesh(data=8, fsdp=1), remat="full")
@@ -141,10 +144,12 @@ def test_a_mesh_gives_the_scores_of_one_device(out: Path, mesh: str):
     np.testing.assert_allclose(got[path], want[path], atol=1e-5 * np.abs(want[path]).max(), err_msg=path)
 
 
-def test_a_mesh_gives_the_second_order_and_the_entropy_of_one_device(out: Path):
+def test_a_mesh_gives_the_second_order_the_entropy_and_the_drift_of_one_device(out: Path):
   found = json.loads((out / "more.json").read_text())
   np.testing.assert_allclose(found["second order, fsdp8"], found["second order, one"], rtol=5e-6)
   np.testing.assert_allclose(found["entropy, fsdp2-tensor2"], found["entropy, one"], rtol=2e-6)
+  np.testing.assert_allclose(found["drift, fsdp2-tensor2"], found["drift, one"], rtol=5e-6)
+  assert found["drift, one"][1] > 0.01
 
 
 @pytest.mark.parametrize("kind", ["qwen2-tied", "llama"])

@@ -23,8 +23,8 @@ SMALL = ("--config.rounds=1", "--config.task.questions_per_round=24", "--config.
          "--config.sft.epochs=4", "--config.sft.global_batch=8", "--config.sft.log_every=1",
          "--config.sft.save_interval=2", "--config.sft.accumulation=1", "--config.analysis.examples=0",
          "--config.analysis.drift=0")
-# Where importance and entropy are measured too.
-MEASURED = "--config.analysis.examples=6"
+# Where importance, entropy and drift are measured too.
+MEASURED = ("--config.analysis.examples=6", "--config.analysis.drift=2")
 
 
 @pytest.fixture(scope="session")
@@ -100,13 +100,13 @@ def assert_same_training(a: Path, b: Path) -> None:
 def alone(cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
   """The same run in one process with four devices."""
   workdir = tmp_path_factory.mktemp("alone") / "run"
-  finish(Run(workdir, 1, cache, MEASURED, devices=4))
+  finish(Run(workdir, 1, cache, *MEASURED, devices=4))
   return workdir
 
 
 def test_two_processes_give_the_run_of_one(alone: Path, start: Callable[..., Run], tmp_path: Path):
   """Sampling, filter, training, export, merge, evaluation and analysis; process 0 alone writes and prints."""
-  run = start("two", 2, MEASURED)
+  run = start("two", 2, *MEASURED)
   finish(run)
   workdir = tmp_path / "two"
   read = lambda root: [json.loads(line) for line in (root / "round_0/samples.jsonl").read_text().splitlines()]
@@ -121,6 +121,10 @@ def test_two_processes_give_the_run_of_one(alone: Path, start: Callable[..., Run
   assert ours["importance"]["examples"] == 6
   np.testing.assert_allclose(ours["importance"]["layers"], theirs["importance"]["layers"], rtol=1e-4)
   assert ours["diversity"] == pytest.approx(theirs["diversity"], rel=1e-5)
+  ours, theirs = (json.loads((root / "round_0/drift.json").read_text())["models"] for root in (alone, workdir))
+  for kind in ("sft", "merged"):
+    for task, found in ours[kind].items():
+      assert found == pytest.approx(theirs[kind][task], rel=2e-3, abs=1e-6)
 
 
 @pytest.mark.slow

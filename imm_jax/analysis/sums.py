@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from imm_jax import progress
 from imm_jax.model.config import ModelConfig
@@ -67,4 +67,4 @@ def _program(measure: Measure, config: ModelConfig, mesh: Mesh, compute_dtype: j
     parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
     return jnp.sum(jax.lax.map(of_part, parts), axis=0)
 
-  return jax.jit(sums)
+  return jax.jit(sums, out_shardings=NamedSharding(mesh, P()))  # every process reads them
