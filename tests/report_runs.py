@@ -64,7 +64,8 @@ def make(root: Path, *, method: str = "imm", rounds: int = 2, questions: int = 6
       evaluate(f"round_{t}/eval/{kind}")
     (here / "analysis.json").write_text(json.dumps(analysis(rng, kinds)))
     stage(f"round_{t}/analysis.json")
-    (here / "drift.json").write_text(json.dumps(drift(rng, kinds, (task, *ood))))
+  for t in range(rounds):
+    (root / f"round_{t}/drift.json").write_text(json.dumps(drift(rng, kinds, (task, *ood))))
     stage(f"round_{t}/drift.json")
   config = {"method": method, "model": model, "teacher": teacher, "rounds": rounds, "seed": seed,
             "task": {"name": task, "ood": list(ood), "questions_per_round": 0, "eval_questions": 0},

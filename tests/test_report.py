@@ -229,7 +229,7 @@ def test_figures_of_a_run_that_goes_on_are_drawn_only_when_they_change_and_there
   report = live.Live(root, [])
   report.update()
   first = len(drawn)
-  assert first == 9
+  assert first == 12
   report.update()
   assert len(drawn) == first
   monkeypatch.setattr(live, "_SHARE", 0.0)
