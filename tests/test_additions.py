@@ -85,6 +85,7 @@ def out(tmp_path_factory: pytest.TempPathFactory, run_on_devices) -> Path:
   return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", list(MESHES)[1:])
 @pytest.mark.parametrize("kind", ["everything", "lora"])
 def test_steps_on_several_devices_equal_those_on_one(out: Path, kind: str, mesh: str):

@@ -60,11 +60,12 @@ def test_importance_and_weight_change_of_a_checkpoint(analyze, tuned: Path, tmp_
   change = found["weight_change"][str(tuned)]["layers"]
   np.testing.assert_allclose(np.array(change[1:]) / change[:-1], 2, rtol=0.02)
   lines = done.stdout.splitlines()
-  assert lines[1].startswith(f"layer 0    {scores['layers'][0]:.4g} (")
+  assert lines[1].split()[:3] == ["layer", "0", f"{scores['layers'][0]:.4g}"]
   assert [line.split()[0] for line in lines[5:12]] == [
       "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-  assert lines[12].endswith("a.txt: order 1, 2 examples")
-  assert lines[13].endswith(f": {found['spearman'][text][str(tuned)]:.3f}")
+  assert [line.split()[0] for line in lines[12:15]] == ["early", "middle", "late"]
+  assert lines[15].endswith("a.txt: order 1, 2 examples")
+  assert lines[16].endswith(f": {found['spearman'][text][str(tuned)]:.3f}")
   rows = list(csv.DictReader((tmp_path / "out/layers.csv").read_text().splitlines()))
   assert [(row["measure"], row["layer"]) for row in rows] == [
       (measure, str(n)) for measure in ("importance", "weight_change") for n in range(4)]
@@ -159,7 +160,8 @@ def test_a_model_that_has_not_moved_has_a_result_and_starts_fast(environment, tm
   assert not imported & {"flax", "optax", "transformers", "datasets", "imm_jax.model.decoder"}
   change = json.loads((tmp_path / "out/analysis.json").read_text())["weight_change"][str(TINY)]
   assert change["layers"] == change["share"] == [0.0] * 4
-  assert "layer 3    0 (0.0%)\n" in done.stdout
+  assert ["layer", "3", "0", "(0.0%)"] in [line.split() for line in done.stdout.splitlines()]
+  assert ["late", "(3", "to", "3)", "0", "(0.0%)"] in [line.split() for line in done.stdout.splitlines()]
 
 
 def test_no_change_has_no_rank_correlation(tmp_path: Path):

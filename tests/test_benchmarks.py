@@ -16,6 +16,7 @@ def _run(file: str, *flags: str) -> subprocess.CompletedProcess[str]:
       capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_smallest_shape_runs_and_a_failure_is_shown() -> None:
   pytest.importorskip("torch")
   flags = ("sampling.py", "--workloads=stories", "--questions=3", "--max_new_tokens=8", "--rows=2", "--peer_rows=2")

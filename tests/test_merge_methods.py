@@ -92,7 +92,7 @@ def test_task_arithmetic_adds_weighted_deltas():
 
 
 def test_ties_trims_over_the_model_then_elects_signs():
-  got = call("ties", (BASE, A, B, C))
+  got = call("ties", (BASE, A, B, C), scope="model")
   size = sum(math.prod(s) for s in SHAPES.values())
   floors = []
   for i, density in enumerate(DENSITIES):

@@ -100,11 +100,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 sys.path.insert(0, "tests")
 import test_merge_gradients as t
 from imm_jax.merging import registry
+methods, kinds = sys.argv[1].split(","), [AxisType[kind] for kind in sys.argv[2].split(",")]
 rng = np.random.default_rng(0)
 names = t.NAMES[:len(kinds)]
 tree = lambda: {n: rng.normal(size=(8, 16)).astype(np.float32) for n in names}
 found = {"different": [], "moved": [], "refused": []}
-methods, kinds = sys.argv[1].split(","), [AxisType[kind] for kind in sys.argv[2].split(",")]
 for method in methods:
   trees = [tree() for _ in t.arguments(method)]
   if method == "fisher":

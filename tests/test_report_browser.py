@@ -84,7 +84,7 @@ def choose(browser: "webdriver.Chrome", name: str, value: str) -> None:
 def test_charts_are_drawn_and_nothing_is_fetched_or_complains(opened):
   images = opened.execute_script(
       "return [...document.images].map((i) => [i.complete, i.naturalWidth, i.clientWidth, i.alt.length > 0])")
-  assert len(images) == 9
+  assert len(images) == 12
   for complete, width, shown, described in images:
     assert complete
     assert width > 200
@@ -249,7 +249,7 @@ def test_runs_side_by_side_are_drawn_and_their_answers_filtered_by_run(browser, 
   browser.get(f"file://{tmp_path}/page/index.html")
   show_answers(browser)
   images = browser.execute_script("return [...document.images].map((i) => i.complete && i.naturalWidth > 200)")
-  assert images == [True] * (2 + 1 + 4 + 2 + 2 + 1)
+  assert images == [True] * (2 + 1 + 4 + 2 + 2 + 1 + 3)
   choose(browser, "run", long)
   wait(browser, lambda: f"of {2 * 18 + 3 * 18} found" in found(browser))
   assert f"run {long}" in browser.find_element("css selector", "#list li .facts").text

@@ -201,7 +201,7 @@ def fewer_rows(rows: int, parts: int = 1) -> list[int]:
   """The numbers of rows that `rows` shrink to, smallest first; multiples of `parts`.
 
   >>> fewer_rows(64), fewer_rows(12)
-  ([8, 16, 24, 32, 48, 64], [8, 12])
+  ([8, 16, 24, 32, 48, 64], [8, 9, 12])
   """
   least = -(-_LEAST_ROWS // parts) * parts
   found = {max(least, math.ceil(rows * share / parts) * parts) for share in _SHARES}

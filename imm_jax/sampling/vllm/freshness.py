@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from imm_jax.errors import UserError
 from imm_jax.model import hf, sharding
@@ -129,10 +129,12 @@ class _Scorer:
   def __init__(self, folder: Path, dtype: str, mesh: Mesh | None):
     config = hf.read_config(folder)
     if mesh is None:
-      device = SingleDeviceSharding(_cpu())
-      place = lambda path, shape: device
+      self._whole = SingleDeviceSharding(_cpu())
+      place = lambda path, shape: self._whole
     else:
-      place = functools.partial(sharding.param_sharding, sharding.for_decoding(mesh, config.num_kv_heads))
+      decoding = sharding.for_decoding(mesh, config.num_kv_heads)
+      self._whole = NamedSharding(decoding, PartitionSpec())
+      place = functools.partial(sharding.param_sharding, decoding)
     self._static = decode.Static(config, jnp.dtype(dtype), (), 1.0, True)
     _, self._params = hf.load(folder, dtype=self._static.dtype, place=place, stacked=False)
 
@@ -142,9 +144,7 @@ class _Scorer:
     rows = np.arange(max(PROMPTS, len(prompts))) % len(prompts)
     longest = max(map(len, prompts))
     pack = queue.packed([[prompts[row]] for row in rows], queue.Shape(len(rows), -(-longest // _PAD) * _PAD, len(rows)))
-    prefix = decode.no_prefix(_PAD, self._static)
-    if self._static.mesh is None:
-      prefix = jax.device_put(prefix, jax.tree.leaves(self._params)[0].sharding)
+    prefix = jax.device_put(decode.no_prefix(_PAD, self._static), self._whole)
     followed = np.array(tokens, np.int32)[rows]
     logits, caches = decode.prefill(self._params, prefix, pack.tokens, pack.positions, pack.segment_ids, pack.last,
                                     static=self._static)
