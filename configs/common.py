@@ -12,7 +12,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.model = "tiny"  # base model: an HF checkpoint folder, a hub id, or "tiny" for the embedded one
   # imm: SFT on right samples and merge in each round; iimm: each layer's change scaled by its importance (eq. 7);
   # star: SFT, no merge; data_mixture, data_accumulation: star on earlier rounds' answers too; real: on worked answers;
-  # l2_sp, kl: star held near the base; ema: the average of SFT's weights is handed on; lora: star on adapters.
+  # l2_sp, kl: star held near the base; ema: the average of SFT's weights is handed on; lora: star on adapters;
+  # rest_em: each round trains the base; wise_ft: star merged at the end; lines: by depth. See docs/methods.md.
   config.method = "imm"
   config.teacher = ""  # a stronger model (folder or hub id) that samples in place of the trained one [paper: 5.4]
   config.rounds = 3  # T [paper]; a finished run may be continued with more
