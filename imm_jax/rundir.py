@@ -101,9 +101,13 @@ class RunDir:
 
   def __exit__(self, *_: object) -> None:
     if self._lock:
-      if self._begun:
-        self.seal()
-      self._lock.close()
+      try:
+        if self._begun:
+          self.seal()
+      except (OSError, UserError) as e:  # a full disk, say: what ends the run is not to be hidden by it
+        print(f"warning: {self.path / integrity.MANIFEST} was not written ({e})", file=sys.stderr)
+      finally:
+        self._lock.close()
 
   def seal(self) -> None:
     """Writes the digests of what no stage's record covers: records, metrics, report."""

@@ -7,7 +7,7 @@ import ml_collections
 import pytest
 
 from configs import tiny
-from imm_jax import files, loop
+from imm_jax import files, integrity, loop
 from imm_jax.errors import UserError
 from imm_jax.run import Model, Run
 from imm_jax.rundir import RunDir, Stage, inputs_of, read_record, stale
@@ -106,6 +106,24 @@ def test_what_throws_work_away_is_asked_first(tmp_path: Path, changes: dict, los
   assert before == {name: (root / name).read_bytes() for name in before}
   assert begin(root, rerun=True, **changes) == lost
   assert begin(root, **changes) == (set() if "rounds" in changes else lost)  # it was asked
+
+
+def test_a_manifest_that_cannot_be_written_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                          capsys: pytest.CaptureFixture) -> None:
+  def refuse(*_: object) -> None:
+    raise UserError("the disk is full")
+
+  def fail() -> None:
+    with RunDir(tmp_path / "run", config()) as directory:
+      directory.begin([], EXTERNAL, rerun=False)
+      raise KeyError("what happened")
+
+  monkeypatch.setattr(integrity, "write", refuse)
+  with pytest.raises(KeyError, match="what happened"):
+    fail()
+  assert "manifest.json was not written (the disk is full)" in capsys.readouterr().err
+  with RunDir(tmp_path / "run", config()):  # it has been unlocked
+    pass
 
 
 def test_the_last_merge_may_change_without_being_asked(tmp_path: Path) -> None:
