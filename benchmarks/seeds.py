@@ -11,6 +11,7 @@ WORKDIR/scores.json holds every figure.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -36,8 +37,12 @@ _OVERRIDES = flags.DEFINE_multi_string("override", [], "A flag passed on to ever
 REPO = Path(__file__).parent.parent
 
 
-def run_all(jobs: list[tuple[str, int]], root: Path) -> None:
-  """Runs all (method, seed), one process a core."""
+def run_all(methods: list[str], seeds: int, root: Path) -> None:
+  """Runs all methods with each seed, one seed a core.
+
+  What star computes and another method has as well (the base's scores, the first samples and their SFT) is computed
+  once: star comes first, and the others start from a copy of its run, in which what differs is run again.
+  """
   cores: SimpleQueue[int] = SimpleQueue()
   for core in os.sched_getaffinity(0):
     cores.put(core)
@@ -45,23 +50,31 @@ def run_all(jobs: list[tuple[str, int]], root: Path) -> None:
       "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "PYTHONPATH": str(REPO), "PYTHONWARNINGS": "ignore"}
 
-  def run(job: tuple[str, int]) -> None:
-    method, seed = job
-    core = cores.get()
+  def run(method: str, seed: int, core: int) -> None:
+    workdir, first = root / f"{method}_{seed}", root / f"star_{seed}"
     command = ["taskset", "-c", str(core), sys.executable, "-m", "imm_jax.main", "--config=configs/tiny.py",
-               f"--workdir={root / f'{method}_{seed}'}", f"--config.seed={seed}", *METHODS[method],
-               *_OVERRIDES.value]
-    try:
-      with (root / f"{method}_{seed}.log").open("w") as log:
-        code = subprocess.run(command, cwd=REPO, env=environment, stdout=log, stderr=log, check=False).returncode
-    finally:
-      cores.put(core)
+               f"--workdir={workdir}", f"--config.seed={seed}", *METHODS[method], *_OVERRIDES.value]
+    if method != "star" and first.exists():
+      if not workdir.exists():
+        shutil.copytree(first, started := root / f"{method}_{seed}.part", dirs_exist_ok=True)
+        started.rename(workdir)
+      command.append("--rerun")
+    with (root / f"{method}_{seed}.log").open("w") as log:
+      code = subprocess.run(command, cwd=REPO, env=environment, stdout=log, stderr=log, check=False).returncode
     if code:
       raise SystemExit(f"{' '.join(command)} ended with {code}; see {log.name}")
     print(f"{method} seed {seed} done", flush=True)
 
+  def run_seed(seed: int) -> None:
+    core = cores.get()
+    try:
+      for method in sorted(methods, key="star".__ne__):
+        run(method, seed, core)
+    finally:
+      cores.put(core)
+
   with ThreadPoolExecutor(cores.qsize()) as pool:
-    list(pool.map(run, jobs))
+    list(pool.map(run_seed, range(seeds)))
 
 
 def scores_by_round(root: Path, method: str, seeds: int) -> dict[str, list[list[float]]]:
@@ -124,7 +137,7 @@ def plot(table: dict[str, dict[str, np.ndarray]], folder: Path) -> None:
 def main(_: list[str]) -> None:
   root = Path(_WORKDIR.value).resolve()
   root.mkdir(parents=True, exist_ok=True)
-  run_all([(method, seed) for seed in range(_SEEDS.value) for method in _METHODS.value], root)
+  run_all(_METHODS.value, _SEEDS.value, root)
   raw = {method: scores_by_round(root, method, _SEEDS.value) for method in _METHODS.value}
   (root / "scores.json").write_text(json.dumps(raw, indent=1) + "\n")
   table = {method: {d: np.array(v) for d, v in scores.items()} for method, scores in raw.items()}
