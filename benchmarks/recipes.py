@@ -30,7 +30,7 @@ import ml_dtypes, numpy as np
 import torch, transformers as tf
 from mergekit.io import LazyTensorLoader
 from mergekit.merge import MergeOptions, run_merge
-from imm_jax.merging import command, recipe
+from imm_jax.merging import command, mergekit
 
 def _save(config, kind, path, seed=[0]):
   seed[0] += 1
@@ -90,7 +90,7 @@ def run_and_check_merge(config, check_nan=True, check_tensors=True, validate=Non
         run_merge(plain, f"{root}/theirs", options=MergeOptions())
       except Exception as e:
         row["theirs"] = f"{type(e).__name__}: {e}"[:120]
-      made = recipe.read(Path(root) / "recipe.yml")
+      made = mergekit.read(Path(root) / "recipe.yml")
       command.merge({Path(root) / "ours": made}, command.How())
       if "theirs" not in row:
         row["different"] = _ulps(f"{root}/ours", f"{root}/theirs")

@@ -5,8 +5,9 @@
 Every run is the command of the README (`python -m imm_jax.main --config=configs/tiny.py`) with its own seed and method,
 or with an intervention in `star`; `real` is the control that trains on gold answers in place of samples. Linux only
 (one process a core, through taskset); a killed benchmark goes on where it was. Prints Markdown tables with mean and
-standard error, by round too, and what imm and star change against the base; WORKDIR/seeds.png shows it by round,
-WORKDIR/scores.json holds every figure.
+standard error, by round too; what is left out of domain at equal accuracy in domain, seed by seed beside imm; and what
+imm and star change against the base. WORKDIR/seeds.png shows it by round, WORKDIR/front.png in domain against out of
+domain, WORKDIR/scores.json holds every figure.
 """
 
 import json
@@ -21,8 +22,8 @@ from queue import SimpleQueue
 import numpy as np
 from absl import app, flags
 
-from imm_jax import methods
-from imm_jax.report import Results, figures, groups, writer
+from imm_jax import comparison, methods
+from imm_jax.report import Results, figures, front, groups, writer
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/seeds", "Where the run directories go.")
 _SEEDS = flags.DEFINE_integer("seeds", 10, "Runs of each method.", lower_bound=2)
@@ -119,6 +120,48 @@ def by_round(table: dict[str, dict[str, np.ndarray]]) -> str:
   return "\n".join(lines)
 
 
+def at_equal_id(table: dict[str, dict[str, np.ndarray]], beside: str) -> str:
+  """OOD where a method's path (base, then each round's model) has the ID of the base and half of star's gain.
+
+  The differences to `beside` are paired by seed; p is that of the randomisation test, with Holm's correction.
+  """
+  into = float(table["star"]["ID"][:, [0, -1]].mean())
+  paths = {name: [list(zip(*rows, strict=True)) for rows in zip(scores["ID"], scores["OOD"], strict=True)]
+           for name, scores in table.items()}
+  found = {name: [front.out_at(path, into) for path in of] for name, of in paths.items()}
+  area = {name: np.array([front.hypervolume(path, (path[0][0], 0.0)) for path in of]) for name, of in paths.items()}
+  tests = {}
+  for name in table.keys() - {beside}:
+    both = [(a, b) for a, b in zip(found[name], found[beside], strict=True) if a is not None and b is not None]
+    if len(both) > 1:
+      tests[name] = comparison.paired(*zip(*both, strict=True))
+  corrected = dict(zip(tests, comparison.holm([test.p for test in tests.values()]), strict=True))
+  heads = (f"at ID {into:.3f}", "OOD", "seeds that reach it", f"OOD less `{beside}`'s", "p", "hypervolume")
+  lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+  for name in table:
+    reached = np.array([y for y in found[name] if y is not None])
+    ood = mean(reached) if reached.size > 1 else ""
+    change = f"{tests[name].value:+.3f} [{tests[name].low:+.3f}, {tests[name].high:+.3f}]" if name in tests else ""
+    p = f"{corrected[name]:.3f}" if name in tests else ""
+    lines.append(f"| `{name}` | {ood} | {reached.size} | {change} | {p} | {mean(area[name])} |")
+  return "\n".join(lines)
+
+
+def style(name: str, i: int) -> tuple[str, str, str]:
+  """Colour, marker and dash of a method's line."""
+  looks = figures.method_style(*(("star", name) if name not in figures.METHODS else (name,)))
+  return *looks, "-" if name in figures.METHODS else figures.dash(1 + i % 3)
+
+
+def plot_front(table: dict[str, dict[str, np.ndarray]], folder: Path) -> None:
+  """Mean ID against mean OOD, each method's rounds joined: front.png and front.svg."""
+  lines = tuple(figures.Line(name, *style(name, i), tuple(scores["ID"].mean(0)), tuple(scores["OOD"].mean(0)))
+                for i, (name, scores) in enumerate(table.items()))
+  panel = figures.Panel("base and each round's model", "accuracy in domain", "accuracy out of domain", lines,
+                        shares=True, named=True, counts=False)
+  writer.save(figures.draw(panel), folder, "front")
+
+
 def plot(table: dict[str, dict[str, np.ndarray]], folder: Path) -> None:
   """Mean accuracy by round with standard errors: seeds.png and seeds.svg."""
   panels = []
@@ -126,10 +169,8 @@ def plot(table: dict[str, dict[str, np.ndarray]], folder: Path) -> None:
     lines = []
     for i, (name, scores) in enumerate(table.items()):
       means = [groups.mean(values) for values in scores[domain].T]
-      style = figures.method_style(*(("star", name) if name not in figures.METHODS else (name,)))
-      lines.append(figures.Line(name, *style, "-" if name in figures.METHODS else figures.dash(1 + i % 3),
-                                tuple(range(len(means))), tuple(m for m, _ in means), tuple(m - e for m, e in means),
-                                tuple(m + e for m, e in means)))
+      lines.append(figures.Line(name, *style(name, i), tuple(range(len(means))), tuple(m for m, _ in means),
+                                tuple(m - e for m, e in means), tuple(m + e for m, e in means)))
     panels.append(figures.Panel(title, "rounds done", "accuracy", tuple(lines), shares=True))
   writer.save(figures.draw(*panels), folder, "seeds")
 
@@ -142,7 +183,10 @@ def main(_: list[str]) -> None:
   (root / "scores.json").write_text(json.dumps(raw, indent=1) + "\n")
   table = {method: {d: np.array(v) for d, v in scores.items()} for method, scores in raw.items()}
   plot(table, root)
+  plot_front(table, root)
   print(markdown(table), by_round(table), sep="\n\n")
+  if "star" in table:
+    print("", at_equal_id(table, "imm" if "imm" in table else "star"), sep="\n")
   if {"star", "imm"} <= table.keys():
     gain, change = ({m: float((table[m][d][:, -1] - table[m][d][:, 0]).mean()) for m in ("star", "imm")}
                     for d in ("ID", "OOD"))

@@ -28,7 +28,7 @@ from absl import flags
 
 from imm_jax import cli, files
 from imm_jax.errors import UserError, nearest
-from imm_jax.merging import command, recipe, registry
+from imm_jax.merging import command, mergekit, recipe, registry
 from imm_jax.merging.command import How
 from imm_jax.merging.options import REQUIRED, Option
 from imm_jax.merging.recipe import Recipe, Slice
@@ -112,8 +112,8 @@ def main() -> None:
   if given:
     raise UserError(f"{', '.join(given)}: --recipe says it all; leave out one or the other")
   path = Path(_RECIPE.value)
-  names = list(recipe.names(path))
-  read = lambda i, earlier: _with_dtype(recipe.read(path, i, earlier))
+  names = list(mergekit.names(path))
+  read = lambda i, earlier: _with_dtype(mergekit.read(path, i, earlier))
   if len(names) == 1:
     made = read(0, {})
     _write(root, made.models, lambda out: {out: _jobs(out, made)}, how)

@@ -13,7 +13,7 @@ from merge_folders import models, read, run, write
 
 from imm_jax import merging
 from imm_jax.errors import UserError
-from imm_jax.merging import checkpoint, masks, recipe, registry
+from imm_jax.merging import checkpoint, masks, mergekit, registry
 
 KEY = jax.random.key(7)
 WORDS = np.asarray(masks.key_words(KEY))
@@ -119,7 +119,7 @@ out_dtype: float32
 
 def test_a_recipe_of_mergekit_means_what_it_says(folders: list[Path], tmp_path: Path):
   (tmp_path / "recipe.yml").write_text(RECIPE.format(*folders))
-  read_recipe = recipe.read(tmp_path / "recipe.yml")
+  read_recipe = mergekit.read(tmp_path / "recipe.yml")
   assert (read_recipe.method, read_recipe.dtype) == ("ties", "float32")
   assert list(read_recipe.models.values()) == folders[:3]
   assert read_recipe.options["weights"] == [0.5, {"mlp": [0.1, 0.9], "": 0.3}]
@@ -152,7 +152,7 @@ def test_what_a_recipe_has_wrong_is_named(change: tuple[str, str], expected: str
   path = tmp_path / "recipe.yml"
   path.write_text(RECIPE.format(*folders).replace(*change, 1))
   with pytest.raises(UserError) as error:
-    recipe.read(path)
+    mergekit.read(path)
   assert str(path) in str(error.value)
   assert expected in str(error.value)
 

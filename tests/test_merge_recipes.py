@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from imm_jax.errors import UserError
-from imm_jax.merging import command, recipe
+from imm_jax.merging import command, mergekit
 from imm_jax.model import safetensors
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4, "hidden_size": 8,
@@ -41,7 +41,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 def merged(tmp_path: Path, text: str | dict, name: str = "out") -> dict[str, np.ndarray]:
   path = tmp_path / f"{name}.yml"
   path.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
-  command.merge({tmp_path / name: recipe.read(path)}, command.How())
+  command.merge({tmp_path / name: mergekit.read(path)}, command.How())
   return read(tmp_path / name)
 
 
@@ -190,7 +190,7 @@ def test_nan_and_infinity_are_named(method: str, value: float, pair, tmp_path: P
     merged(tmp_path, made)
   if method == "linear":
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(made))
-    made = recipe.read(tmp_path / "recipe.yml")
+    made = mergekit.read(tmp_path / "recipe.yml")
     command.merge({tmp_path / "allowed": made}, command.How(allow_nonfinite=True))
 
 

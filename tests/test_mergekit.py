@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from imm_jax.merging import checkpoint, recipe
+from imm_jax.merging import checkpoint, mergekit, recipe
 from imm_jax.model import safetensors
 
 PROGRAM = os.environ.get("MERGEKIT_YAML")
@@ -69,7 +69,7 @@ def both(made: dict, folders: dict[str, Path], root: Path, out_dtype: str) -> di
     text = text.replace(f"@{model}@", str(folder))
   (root / "recipe.yml").write_text(text)
   subprocess.run([PROGRAM, root / "recipe.yml", root / "theirs", "--quiet"], check=True, capture_output=True)
-  ours = recipe.read(root / "recipe.yml")
+  ours = mergekit.read(root / "recipe.yml")
   with checkpoint.CheckpointSource(ours.models) as source:
     plan = recipe.build(source, ours.method, ours.options)
     checkpoint.merge(source, [checkpoint.Output(root / "ours", plan, recipe.DTYPES[ours.dtype])],
