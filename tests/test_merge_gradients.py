@@ -96,6 +96,15 @@ def test_vmap_is_a_loop_and_eval_shape_needs_no_values(method: str):
   assert {n: s.shape for n, s in shapes.items()} == {n: x.shape for n, x in trees[0].items()}
 
 
+@pytest.mark.parametrize("method", EACH)
+def test_tensors_without_entries_stay_as_they_are(method: str):
+  empty = {n: np.zeros(shape, np.float32) for n, shape in (("a", (2, 0)), ("b", (2, 3, 0, 2)))}
+  trees = [{**t, **empty} for t in arguments(method)]
+  found = call(method, trees)
+  assert {n: found[n].shape for n in empty} == {n: x.shape for n, x in empty.items()}
+  assert all(np.isfinite(found[n]).all() for n in NAMES)
+
+
 def test_weights_by_layer_are_learnt_by_gradient():
   """Descent finds the coefficients that a merge was made with."""
   base, a, b = (tree(i) for i in range(3))

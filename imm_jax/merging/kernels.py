@@ -15,6 +15,7 @@ A compiler may fuse a product and a sum, which rounds once instead of twice, and
 layout. So that bits do not depend on that choice, products that meet a sum are pinned.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,6 +59,11 @@ def draws(shape: tuple[int, ...], code: jax.Array, shared: Shared, model: int | 
   if model is not None:
     words = masks.fold_in(words, jnp.uint32(model))
   return masks.draws(words, code, shape, shared["first"], shared.get("half"))
+
+
+def by_row(tensor: jax.Array) -> jax.Array:
+  """[layers, rows, columns] of a block of tensors of any more axes; a lesser rank stays. Axes may be empty."""
+  return tensor.reshape(*tensor.shape[:2], math.prod(tensor.shape[2:])) if tensor.ndim > 3 else tensor
 
 
 def magnitude_bits(x: jax.Array) -> jax.Array:

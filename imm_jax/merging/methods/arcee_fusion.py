@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imm_jax.merging import statistics
+from imm_jax.merging import kernels, statistics
 from imm_jax.merging.kernels import Numbers, Shared, Tensors
 from imm_jax.merging.options import Settings
 from imm_jax.merging.registry import Scalars, method
@@ -54,6 +54,6 @@ def arcee_fusion(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Arra
   """
   del shared
   base, other = tensors
-  rows = [t.reshape(*t.shape[:2], -1) if t.ndim > 3 else t for t in tensors]
+  rows = [kernels.by_row(t) for t in tensors]
   taken = (_signed(rows)[0] >= numbers["threshold"].reshape(-1, *(1,) * (rows[0].ndim - 1))).reshape(base.shape)
   return jnp.where(taken, other, base)

@@ -47,13 +47,11 @@ def _steps(numbers: Numbers, shared: Shared) -> Callable[[jax.Array, int], jax.A
 
 def _mean_ranks(vector: jax.Array) -> jax.Array:
   """Where each magnitude stands in its row, from 0 to 1; equal ones share their mean rank."""
-  bits = kernels.magnitude_bits(vector).reshape(*vector.shape[:2], -1) if vector.ndim > 2 else (
-      kernels.magnitude_bits(vector))
-  count = bits.shape[-1]
-  at = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), bits.shape)
-  axis = bits.ndim - 1
-  if bits.ndim < 2 or count < 2:  # scalars
+  bits = kernels.by_row(kernels.magnitude_bits(vector))
+  count, axis = (bits.shape or (1,))[-1], bits.ndim - 1
+  if bits.ndim < 2 or count < 2:  # scalars, and tensors without entries
     return jnp.zeros(vector.shape, jnp.float32)
+  at = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), bits.shape)
   ordered, order = jax.lax.sort((bits, at), dimension=axis, num_keys=1)
   new = jnp.concatenate([jnp.ones_like(bits[..., :1], bool), ordered[..., 1:] != ordered[..., :-1]], axis)
   last = jnp.concatenate([new[..., 1:], jnp.ones_like(new[..., :1])], axis)

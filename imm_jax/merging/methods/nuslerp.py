@@ -56,7 +56,7 @@ def nuslerp(tensors: Tensors, numbers: Numbers, shared: Shared, *, has_base: boo
     return arcs.combine(tensors, numbers, shared, has_base=has_base)
   vectors = statistics.task_vectors(tensors) if has_base else list(tensors)
   shape = vectors[0].shape
-  flat = [v.reshape(*shape[:2], -1) if len(shape) > 3 else v for v in vectors]
+  flat = [kernels.by_row(v) for v in vectors]
   _, cosine = arcs.along(flat, axis if flat[0].ndim > 2 else -1)
   share = numbers["share"].reshape(-1, *(1,) * (flat[0].ndim - 1))
   parts = zip(flat, arcs.between(share, cosine[0, 1], _ONE_LINE), strict=True)
