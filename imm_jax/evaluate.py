@@ -22,7 +22,7 @@ from imm_jax.errors import UserError
 from imm_jax.evaluation import Accuracy
 from imm_jax.model import hf, hub
 from imm_jax.report.results import Asked
-from imm_jax.stages import devices, evaluating, sampling
+from imm_jax.stages import devices, evaluating, questions, sampling
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: task, prompt, eval, sampler and mesh count.")
 _MODEL = flags.DEFINE_string("model", None, "An HF checkpoint folder, a hub id, tiny, or BASE+ADAPTER.")
@@ -66,8 +66,10 @@ def main() -> None:
             f"{found[metric]['high']:.4f}] n={found['n']}")
   for task, how in facts["protocol"].items():
     asked = Asked(*(how[name] for name in Asked._fields))
-    length = (f"; {asked.mean_tokens:.1f} tokens an answer, {asked.cut:.1%} cut at config.eval.max_new_tokens="
-              f"{settings.eval.max_new_tokens}") if asked.mean_tokens else ""
+    limit = "the task's own limit" if task.startswith(questions.LM_EVAL) else (
+        f"config.eval.max_new_tokens={settings.eval.max_new_tokens}")
+    length = (f"; {asked.mean_tokens:.1f} tokens an answer, {asked.cut:.1%} cut at "
+              f"{limit}") if asked.mean_tokens else ""
     print(f"{task}: {asked.rule}{length}")
   for task, count in facts["long_prompts"].items():
     print(f"{task}: {count} questions were skipped: with their answers they do not fit in the model's context")

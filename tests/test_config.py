@@ -18,9 +18,9 @@ PLAIN = {"model_type": "llama", "vocab_size": 61, "hidden_size": 48, "intermedia
          "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
 
 @pytest.mark.parametrize(("change", "named"), [
-    ({"model_type": "gemma2"}, "gemma2"),
+    ({"model_type": "qwen3_moe"}, "model_type='qwen3_moe' is not supported; expected one of: llama"),
     ({"model_type": None}, "model_type"),
-    ({"hidden_act": "gelu_10"}, "hidden_act='gelu_10'"),
+    ({"hidden_act": "relu2"}, "hidden_act='relu2' is not supported; expected one of silu"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor=None"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
                        "original_max_position_embeddings": 8192}}, "must be less than high_freq_factor"),

@@ -114,7 +114,8 @@ def _assert_equal(merged: Path, base: Path, adapter: Path, rows: int | None = No
     ("qwen2-tied", "bfloat16", {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 7}, "use_rslora": True,
                                 "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 32, "(q|up)_proj": 3}}),
     ("qwen2-tied", "float32", {"rank_pattern": {"up_proj": 3}, "alpha_pattern": {"model.layers.0.mlp.up_proj": 1}}),
-    ("qwen2-untied", "bfloat16", {"modules_to_save": ["embed_tokens", "lm_head", "norm"]}),
+    ("qwen2-untied", "bfloat16", {"target_modules": ["q_proj"],
+                                  "modules_to_save": ["embed_tokens", "lm_head", "norm", "mlp"]}),
     ("qwen2-tied", "float32", {"modules_to_save": ["lm_head"]}),
     ("qwen2-tied", "bfloat16", {"modules_to_save": ["embed_tokens"]}),
     ("qwen2-tied", "float32", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
@@ -213,6 +214,15 @@ def test_tensors_that_do_not_fit_are_named(
   assert "\n" not in str(raised.value)
 
 
+def test_a_saved_module_of_several_tensors_is_whole(checkpoint, adapter: Make, tmp_path: Path) -> None:
+  _, base = checkpoint("llama")
+  made = adapter(base, target_modules=["q_proj"], modules_to_save=["mlp"])
+  name = "model.layers.1.mlp.up_proj.weight"
+  _rewrite(made, lambda t: t.pop(f"base_model.model.{name}"))
+  with pytest.raises(UserError, match=f"{name} is missing, adapter_config.json names mlp in modules_to_save"):
+    lora.merge(base, made, tmp_path / "out")
+
+
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_an_update_of_one_of_a_tied_pair_is_refused(checkpoint, adapter: Make, tmp_path: Path, target: str) -> None:
   """peft's merge changes both, and gives another model than the one that was trained."""
@@ -226,6 +236,8 @@ def test_what_is_no_adapter_is_named(checkpoint, adapter: Make, tmp_path: Path) 
   made = adapter(base)
   with pytest.raises(UserError, match=rf"{made} is a LoRA adapter and {base} a model; give {base}\+{made}"):
     hub.resolve(f"{made}+{base}")
+  with pytest.raises(UserError, match=rf"{made} is a LoRA adapter and tiny a model; give tiny\+{made}"):
+    hub.resolve(f"{made}+tiny")
   with pytest.raises(UserError, match=f"{base}: has no adapter_config.json; expected a LoRA adapter"):
     hub.resolve(f"{base}+{base}")
   with pytest.raises(UserError, match=rf"{made}: is a LoRA adapter of {base}, not a whole model; give {base}\+{made}"):

@@ -104,18 +104,31 @@ def test_a_run_measures_all_kinds(data: Path, tmp_path: Path, environment: dict[
 
 
 def test_lm_eval_scores_as_our_own_do(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  """The same options in the same form: acc of lm_eval's task is that of ours."""
+  """The same options in the same form: acc of lm_eval's task is that of ours. What is no accuracy is no score: figures
+  of which less is better, or whose aggregate is not the mean of the documents'."""
   pytest.importorskip("lm_eval")
   monkeypatch.setenv("HF_HUB_OFFLINE", "1")
   path = data / "lm_eval/options.yaml"
   path.write_text(path.read_text().replace("'{{question}}'", r'"Question: {{question}}\nAnswer:"'))
+  task = yaml.safe_load(path.read_text())
+  for name, metrics in (("some", (("acc_norm", "mean", True), ("acc", "mean", False))),
+                        ("none", (("acc", "mean", False), ("acc_norm", "median", True)))):
+    task |= {"task": f"own_{name}", "metric_list": [
+        dict(zip(("metric", "aggregation", "higher_is_better"), m, strict=True)) for m in metrics]}
+    (data / f"lm_eval/{name}.yaml").write_text(yaml.safe_dump(task))
   config = tiny.get_config()
-  config.task.ood, config.eval.lm_eval.path = ("lm_eval:own_options",), str(data / "lm_eval")
+  config.task.ood, config.eval.lm_eval.path = ("lm_eval:own_options", "lm_eval:own_some"), str(data / "lm_eval")
+  measure = lambda module: module.measure(config, TINY, tmp_path / "scratch", tmp_path / "out", "tiny")["scores"]
   (tmp_path / "out").mkdir()
-  found = lm_eval_tasks.measure(config, TINY, tmp_path / "scratch", tmp_path / "out", "tiny")
+  found = measure(lm_eval_tasks)
+  row, *_ = map(json.loads, (tmp_path / "out/lm_eval:own_some.jsonl").read_text().splitlines())
   config.task.ood = (f"arc_easy=file:{data}",)
-  ours = likelihood.measure(config, TINY, tmp_path / "scratch", tmp_path / "out", "tiny")
-  assert found["scores"]["lm_eval:own_options"] == ours["scores"]["arc_easy"]
+  ours = measure(likelihood)["arc_easy"]
+  assert found == {"lm_eval:own_options": ours, "lm_eval:own_some": {"acc_norm": ours["acc_norm"]}}
+  assert row["correct"] == row["metrics"]["acc_norm"]
+  config.task.ood = ("lm_eval:own_none",)
+  with pytest.raises(UserError, match=r"own_none: has no figure of each document .* \(it has acc, acc_norm\)"):
+    measure(lm_eval_tasks)
 
 
 def test_what_was_scored_is_not_scored_again(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -325,6 +325,15 @@ def test_custom_records_are_read_by_the_names_given(kind, change, fields, expect
   assert example.id.startswith("custom/test/")
 
 
+@pytest.mark.parametrize("kind", ["number", "latex", "choice"])
+def test_records_without_a_gold_are_left_out_and_counted(kind, tmp_path, capsys):
+  rows = [CUSTOM | {"gold": "A" if kind == "choice" else "7"}, CUSTOM | {"Prompt": "R?", "gold": None}]
+  source = f"file:{write(tmp_path / 'own.jsonl', rows)}"
+  found = tasks.load("custom", split="test", source=source, kind=kind, fields={"question": "Prompt", "answer": "gold"})
+  assert len(found) == 1
+  assert "of 2 records left out 1 without an answer that can be judged" in capsys.readouterr().err
+
+
 def test_custom_needs_a_source_a_kind_and_fields_that_are_there(tmp_path):
   write(tmp_path / "train.jsonl", [CUSTOM])
   write(tmp_path / "test.jsonl", [CUSTOM | {"prompt": "Other?"}])

@@ -68,6 +68,7 @@ def test_what_is_beside_tokenizer_json_takes_effect_and_changes_no_id(tmp_path: 
     ({"eos_token": "", "bos_token": "", "unk_token": ""}, "end-of-text token is empty"),
     ({"eos_token": "", "unk_token": "!"}, "end-of-text token is empty"),
     ({"eos_token": None}, "no end-of-text token"),
+    ({"eos_token": "a"}, "'a': special by the files beside tokenizer.json, and among them ordinary text"),
     ({"bos_token": "", "unk_token": "", "pad_token": ""}, None),
     ({"unk_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}, None),  # SmolLM and GPT-2: no text gives it
 ], ids=str)

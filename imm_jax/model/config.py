@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from imm_jax import files
-from imm_jax.errors import UserError, listed, nearest, say_once
+from imm_jax.errors import UserError, listed, say_once
 from imm_jax.model import config_keys, folder as checkpoint, rope
 from imm_jax.model.numbers import positive
 from imm_jax.model.rope import RopeScaling
@@ -112,7 +112,7 @@ def _read(config: dict[str, Any], source: str) -> tuple[ModelConfig, tuple[str, 
   activation = read("hidden_act")
   if not isinstance(activation, str) or activation not in _ACTIVATIONS:
     raise UserError(f"{source}: hidden_act={activation!r} is not supported; "
-                    f"{nearest(str(activation), list(_ACTIVATIONS))}")
+                    f"expected one of {', '.join(_ACTIVATIONS)}")
   biased = switch("attention_bias")
   model = ModelConfig(
       vocab_size=required("vocab_size"),

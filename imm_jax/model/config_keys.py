@@ -7,7 +7,7 @@ holds these tables against the installed classes and sources. Every other key is
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from imm_jax.errors import UserError, nearest
+from imm_jax.errors import UserError
 from imm_jax.model.families import COMMON, FAMILIES, Family
 
 _READ = frozenset((
@@ -72,8 +72,8 @@ def check(config: Mapping[str, Any], source: str) -> tuple[Family, list[str]]:
   """
   name = config.get("model_type")
   if not isinstance(name, str) or name not in FAMILIES:
-    hint = nearest(name, list(FAMILIES)) if isinstance(name, str) else f"expected one of: {', '.join(FAMILIES)}"
-    raise UserError(f"{source}: model_type={name!r:.100} is not supported; {hint}")
+    # No "did you mean": a file does not mistype, and under another family's name its weights would mean another model.
+    raise UserError(f"{source}: model_type={name!r:.100} is not supported; expected one of: {', '.join(FAMILIES)}")
   family = FAMILIES[name]
   _check_architectures(config.get("architectures") or [], name, family, source)
   for key, reason in _OFF.items():

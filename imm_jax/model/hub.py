@@ -42,11 +42,12 @@ def resolve(model: str) -> Path:
 def parts(model: str) -> tuple[Path, Path]:
   """The folders of base and adapter of BASE+ADAPTER; downloads as `resolve` does, the adapter first, which is small."""
   base, adapter = split_adapter(model) or (model, "")
-  is_adapter = lambda name: (Path(name) / checkpoint.ADAPTER_CONFIG).exists()
-  if is_adapter(base) and not checkpoint.has_weights(Path(base)) and not is_adapter(adapter) and (
-      checkpoint.has_weights(Path(adapter)) or not is_local(adapter)):
+  here = lambda name: _EMBEDDED / name if name == "tiny" else Path(name)
+  is_adapter = lambda name: (here(name) / checkpoint.ADAPTER_CONFIG).exists()
+  if is_adapter(base) and not checkpoint.has_weights(here(base)) and not is_adapter(adapter) and (
+      checkpoint.has_weights(here(adapter)) or not is_local(adapter)):
     raise UserError(f"{model}: {base} is a LoRA adapter and {adapter} a model; give {adapter}+{base}")
-  found = Path(adapter) if is_local(adapter) else _download().adapter(adapter)
+  found = here(adapter) if is_local(adapter) else _download().adapter(adapter)
   return resolve(base), found
 
 

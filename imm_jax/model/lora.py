@@ -165,8 +165,11 @@ def _missing(stored: Mapping[str, Entry], parts: Mapping[str, Mapping[str, Entry
     elif (kind == "weight" and name not in whole and stem not in parts and within and settings.targets
           and settings.targets.fullmatch(stem)):
       found.append(f"an update of {stem} is missing, adapter_config.json names it in target_modules")
-  found += [f"{name} is missing, adapter_config.json names it in modules_to_save" for name in settings.saved
-            if not any(f".{key}".endswith(f".{name}.weight") for key in whole)]
+  for name in settings.saved:  # which may be of a module with others in it, such as mlp
+    of_name = {key for key in stored.keys() | whole if f".{name}." in f".{key}"}
+    lacks = sorted(of_name - whole) if of_name & whole else [name]
+    found += [f"{key} is missing, adapter_config.json names {name if key != name else 'it'} in modules_to_save"
+              for key in lacks]
   if settings.lora_bias:
     found += [f"a bias of the update of {stem} is missing, adapter_config.json says lora_bias"
               for stem, part in sorted(parts.items()) if "lora_B.weight" in part and "lora_B.bias" not in part]

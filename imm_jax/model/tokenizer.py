@@ -104,7 +104,13 @@ def _from_json(folder: Path) -> "PreTrainedTokenizerBase":
   if end and backend.token_to_id(end) is None and end not in named:
     raise UserError(f"{folder}: tokenizer_config.json names the end-of-text token {end!r}, which tokenizer.json does "
                     "not have; set eos_token to the model's own")
+  encode = lambda: [backend.encode(text, add_special_tokens=False).ids for text in _PROBES]
+  before = encode()
   backend.add_tokens([*special, *new])
+  if encode() != before:
+    raise UserError(f"{folder}: {', '.join(repr(token.content) for token in (*special, *new))}: special by the files "
+                    "beside tokenizer.json, and among them ordinary text, which would get other ids; set eos_token and "
+                    "the like to the model's own")
   tokenizer._tokenizer = backend
   return tokenizer
 

@@ -1,10 +1,12 @@
 """Tasks of lm-evaluation-harness among those of a config: lm_eval runs them on this package's model."""
 
+import collections
 import contextlib
 import functools
 import importlib.util
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
     `scores`, the figure that counts first; `protocol` (`described` in `evaluating`); `texts` is empty.
 
   Raises:
-    UserError: for a task that lm_eval cannot load, or without a figure of each document between 0 and 1.
+    UserError: for a task that lm_eval cannot load, or without a figure as `_metrics` wants it.
   """
   import lm_eval  # late: seconds, and most runs have no such task
 
@@ -77,7 +79,7 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
           random_seed=config.seed, numpy_random_seed=config.seed, torch_random_seed=config.seed,
           fewshot_random_seed=config.seed, log_samples=True, verbosity=None)
     rows = _rows(found["samples"], lm.completions)
-    metrics = _metrics(rows, entry)
+    metrics = _metrics(rows, entry, _uncounted(found))
     for row in rows:
       value = row["metrics"][metrics[0]]
       row["correct"] = bool(value) if value in (0.0, 1.0) else value
@@ -129,9 +131,7 @@ def _rows(samples: Mapping[str, Sequence[Mapping[str, Any]]], completions: Mappi
   for task, of_task in samples.items():
     for sample in of_task:
       name, first = f"{task}/{sample['doc_id']}", of_task[0].get("filter")
-      behind = "" if sample.get("filter") == first else "_" + re.sub(r"\W", "_", sample["filter"])
-      figures = {f"{metric}{behind}": float(sample[metric]) for metric in sample.get("metrics", ())
-                 if isinstance(sample[metric], int | float | np.number | np.bool_)}
+      figures = {_figure(metric, sample.get("filter"), first): value for metric, value in _numbers(sample).items()}
       if name in rows:
         rows[name]["metrics"] |= figures
         continue
@@ -151,13 +151,40 @@ def _rows(samples: Mapping[str, Sequence[Mapping[str, Any]]], completions: Mappi
   return list(rows.values())
 
 
-def _metrics(rows: Sequence[Mapping[str, Any]], entry: str) -> list[str]:
-  """The figures that every document has, from 0 to 1, the one that counts first."""
+def _numbers(sample: Mapping[str, Any]) -> dict[str, float]:
+  """The figures of a document that are a number; others are what lm_eval aggregates in a way of its own."""
+  return {metric: float(sample[metric]) for metric in sample.get("metrics", ())
+          if isinstance(sample[metric], int | float | np.number | np.bool_)}
+
+
+def _figure(metric: str, filter_: str | None, first: str | None) -> str:
+  """The name of a figure: figures of all filters but a task's first have the filter's name behind theirs."""
+  return metric if filter_ == first else f"{metric}_" + re.sub(r"\W", "_", str(filter_))
+
+
+def _uncounted(found: Mapping[str, Any]) -> set[str]:
+  """The figures that are no scores: less of one is better, or lm_eval's aggregate is not the documents' mean."""
+  result = set()
+  for task, of_task in found["samples"].items():
+    values: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
+    for sample in of_task:
+      for metric, value in _numbers(sample).items():
+        values[metric, str(sample.get("filter"))].append(value)
+    for (metric, filter_), of_metric in values.items():
+      whole = found["results"][task].get(f"{metric},{filter_}")
+      if found["higher_is_better"].get(task, {}).get(metric) is False or not isinstance(whole, int | float) or (
+          not math.isclose(whole, math.fsum(of_metric) / len(of_metric), rel_tol=1e-6, abs_tol=1e-9)):
+        result.add(_figure(metric, filter_, of_task[0].get("filter")))
+  return result
+
+
+def _metrics(rows: Sequence[Mapping[str, Any]], entry: str, uncounted: Container[str]) -> list[str]:
+  """The figures that are scores: every document has one from 0 to 1, and more is better; the one that counts first."""
   figures = list(rows[0]["metrics"]) if rows else []
-  names = [name for name in figures if all(0 <= row["metrics"].get(name, -1) <= 1 for row in rows)]
+  names = [name for name in figures if name not in uncounted and all(
+      0 <= row["metrics"].get(name, -1) <= 1 for row in rows)]
   if not names:
     others = f" (it has {', '.join(figures)})" if figures else ""
-    raise UserError(f"{entry}: has no figure of each document from 0 to 1{others}; such a task is for lm_eval's own "
-                    "command, python -m "
-                    "imm_jax.harness")
+    raise UserError(f"{entry}: has no figure of each document from 0 to 1 of which more is better and whose mean is "
+                    f"the task's{others}; such a task is for lm_eval's own command, python -m imm_jax.harness")
   return sorted(names, key=lambda name: _PRIMARY.index(name) if name in _PRIMARY else len(_PRIMARY))

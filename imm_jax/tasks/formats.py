@@ -122,10 +122,10 @@ def custom(fields: Mapping[str, str], kind: str) -> Callable[[Record], Example |
       # The text of an option counts before an index: "2" is the option 2 where there is one.
       named = isinstance(gold, str) and len(gold.strip()) > 0 and gold.strip() in options
       return lettered(question, options, LETTERS[options.index(gold.strip())] if named else letter_of(gold), rationale)
-    if kind == "number":
-      return worked(question, number(gold), rationale, kind)
     if gold is None:
       return None
+    if kind == "number":
+      return worked(question, number(gold), rationale, kind)
     if isinstance(gold, bool) or not isinstance(gold, str | int | float):
       raise ValueError(f"{fields['answer']!r} is {gold!r:.50}; expected text or a number")
     text = str(gold).strip()

@@ -12,6 +12,8 @@ from imm_jax.tasks.catalogue import TASKS, Format, Task, both
 from imm_jax.tasks.multiple import Posed
 
 CUSTOM_FIELDS = ("question", "answer", "rationale", "choices")
+# What answers of a kind can be judged.
+_JUDGED = {"number": "a number alone, such as 42", "latex": "a formula or a text", "choice": "an option"}
 
 
 class Split(NamedTuple):
@@ -66,7 +68,7 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
   where = sources.Where(split, task.folder or name, task.files.get(split, ()), task.columns,
                         "with the fields " + " or ".join(", ".join(f.fields) for f in task.formats),
                         with_file=bool(task.columns))  # the subject of MMLU's
-  form, facts, seen = None, dict.fromkeys(("records", "no_gold", "repeated", "in_test"), 0), set[str]()
+  form, unjudged, facts, seen = None, "", dict.fromkeys(("records", "no_gold", "repeated", "in_test"), 0), set[str]()
   found: dict[str, list[Posed]] = {}
   for place, record in sources.read(source, where):
     form = form or next((f for f in task.formats if record.keys() >= set(f.fields)), task.formats[0])
@@ -85,6 +87,7 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
       raise UserError(f"{place}: {e}") from e
     facts["records"] += 1
     key = _key(posed.example) if posed else ""
+    unjudged = unjudged or (place if not posed else "")
     fact = "no_gold" if not posed else "repeated" if key in found else "in_test" if _unspaced(
         posed.example) in test else ""
     if fact:
@@ -93,7 +96,8 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
       found.setdefault(key, []).append(posed)
   if not found:
     raise UserError(f"{source}: holds no question for {name}/{split}" + _one_for_both(source, facts)
-                    + (f"; {facts['no_gold']} of its {facts['records']} records have no answer that can be judged"
+                    + (f"; {facts['no_gold']} of its {facts['records']} records have no answer that can be judged, the "
+                       f"first of them {unjudged}; expected {_JUDGED.get(task.kind, 'one')}"
                        if facts["no_gold"] else ""))
   worked = dict(fields).get("rationale", "").lower()
   if worked and split == "train" and worked not in seen:

@@ -116,9 +116,10 @@ def _decoded(value: Any) -> Any:
 def _unreachable(source: str, error: Exception, where: Where) -> UserError:
   cause = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
   return UserError(f"{source}: split {where.split} cannot be read ({cause}); give a local copy, "
-                   "--config.task.source=file:PATH for the task in domain, NAME=file:PATH in --config.task.ood (or in "
-                   f"--task of imm_jax.analyze) for another, where PATH is a {', '.join(FORMATS[:-1])} file (or a "
-                   f"folder with {where.split}.jsonl or the like) {where.needs}".rstrip())
+                   "--config.task.source=file:PATH for the task in domain, NAME=file:PATH in --config.task.ood or "
+                   "--config.eval.texts (or in --task of imm_jax.analyze) for another, where PATH is a "
+                   f"{', '.join(FORMATS[:-1])} file (or a folder with {where.split}.jsonl or the like) {where.needs}"
+                   .rstrip())
 
 
 def _read_files(source: str, rest: str, where: Where) -> Iterator[tuple[str, dict[str, Any]]]:
