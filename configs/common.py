@@ -143,7 +143,8 @@ def get_config() -> ml_collections.ConfigDict:
   evaluation.few_shot = -1  # worked examples before a test question; -1 for as many as the protocol has
   # Worked examples (jsonl with question, answer, rationale, task) in place of those of train splits; empty for these.
   evaluation.shots_file = ""
-  evaluation.max_new_tokens = 512  # greedy [code]; harness: 1024, Qwen2.5-Math: 2048
+  # Of an answer; -1 for what the protocol's own code allows: paper 512 [code], harness 1024, qwen 2048.
+  evaluation.max_new_tokens = -1
   evaluation.batch_size = 64  # questions decoded at once (native)
   evaluation.num_samples = 0  # M, samples of each question for pass@k and the majority vote; 0 for greedy answers only
   evaluation.pass_at_k = (1, 2, 4, 8, 16, 32, 64)  # those up to M

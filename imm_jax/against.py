@@ -225,10 +225,27 @@ def facts(found: Comparison, other: Path) -> dict[str, Any]:
        "real": line.real} for line in found.lines for d in (line.paired,)], "notes": list(found.notes)}
 
 
+def rules(folder: Path) -> dict[str, str]:
+  """How the answers in a folder were asked for, by task, as scores.json beside them or their run's run.json says."""
+  if (folder / "scores.json").is_file():
+    told = files.read_json(folder / "scores.json")
+  else:
+    run = next((above for above in folder.parents if (above / "run.json").is_file()), None)
+    stages = files.read_json(run / "run.json").get("stages", {}) if run else {}
+    told = stages.get(str(folder.relative_to(run)), {}).get("facts", {}) if run else {}
+  return {task: f"protocol {how['name']} with worked examples: {how['shots']}"
+          for task, how in told.get("protocol", {}).items()}
+
+
 def report(this: Path, others: Mapping[Path, Mapping[str, Answers]], out: Path | None) -> None:
   """Prints a table of a folder's answers against those of each other, and writes them to a JSON file."""
   answers = read_folder(this)
-  found = {other: compare(answers, given) for other, given in others.items()}
+  found, ours = {other: compare(answers, given) for other, given in others.items()}, rules(this)
+  for other, of in found.items():
+    theirs = rules(other)
+    found[other] = of._replace(notes=(*of.notes, *(
+        f"{task}: asked in other ways, this {ours[task]}; other {theirs[task]}"
+        for task in ours if task in theirs and ours[task] != theirs[task])))
   if out:
     files.write_text(out, json.dumps([facts(of, other) for other, of in found.items()], indent=1) + "\n")
   for other, of in found.items():

@@ -35,7 +35,7 @@ _ONE_OF = {"method": tuple(METHODS), "task.kind": ("number", "latex", "choice"),
            "sample.compute_dtype": COMPUTE_DTYPES, "sampler.kind": tuple(ENGINES), "merge.delta_ref": ("start", "base")}
 _AT_LEAST_ONE = ("rounds", "sample.num_samples", "sample.max_new_tokens", "sample.batch_size", "sft.epochs",
                  "sft.global_batch", "sft.accumulation", "sft.row_length", "sft.log_every", "sft.save_interval",
-                 "sft.max_to_keep", "sft.lora_rank", "eval.max_new_tokens", "eval.batch_size", "merge.auto.questions",
+                 "sft.max_to_keep", "sft.lora_rank", "eval.batch_size", "merge.auto.questions",
                  "sampler.vllm.concurrency")
 _AT_LEAST_ZERO = ("seed", "prompt.few_shot", "task.questions_per_round", "task.eval_questions", "eval.num_samples",
                   "merge.auto.groups", "analysis.examples", "analysis.drift")
@@ -82,6 +82,8 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
   if not all(isinstance(k, int) and k >= 1 for k in config.eval.pass_at_k):
     raise UserError(f"config.eval.pass_at_k={config.eval.pass_at_k}: expected whole numbers, 1 or more")
   require(config, "eval.few_shot", lambda v: -1 <= v < 2**31, "expected 0 or more, or -1 for the protocol's own number")
+  require(config, "eval.max_new_tokens", lambda v: v == -1 or 1 <= v < 2**31, "expected 1 or more, or -1 for what the "
+          "protocol allows")
   if config.eval.shots_file and not questions.shown_in_evaluation(config):
     raise UserError(f"config.eval.shots_file={config.eval.shots_file}: eval.protocol={config.eval.protocol} shows no "
                     "worked examples; give config.eval.few_shot=N, or another eval.protocol")

@@ -65,7 +65,7 @@ def work(config: ml_collections.ConfigDict, record: Mapping[str, Any]) -> Work:
     auto = config.merge.auto
     answered = 1 + sum(questions.measure_of(config, entry) == "answer" for entry in auto.general)
     tried = config.rounds * (len(auto.weights) + 2 * auto.groups) * auto.questions * answered
-  evaluated = (models * tests * (1 + config.eval.num_samples) + tried) * min(length, config.eval.max_new_tokens)
+  evaluated = (models * tests * (1 + config.eval.num_samples) + tried) * min(length, protocols.max_new_tokens(config))
   # The base's forward pass is a third of a step; so is what measures the loss of the held-out share.
   epochs = config.sft.epochs * (1 + (method.anchor == "kl") / 3) * (1 - config.sft.stop_share * 2 / 3)
   passes = epochs + (merge_method(config) == "iimm") + (config.sft.intervention == "weight_masking")

@@ -23,6 +23,7 @@ from imm_jax.evaluation import Accuracy
 from imm_jax.model import hf, hub
 from imm_jax.report.results import Asked
 from imm_jax.stages import devices, evaluating, questions, sampling
+from imm_jax.tasks import protocols
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: task, prompt, eval, sampler and mesh count.")
 _MODEL = flags.DEFINE_string("model", None, "An HF checkpoint folder, a hub id, tiny, or BASE+ADAPTER.")
@@ -67,7 +68,7 @@ def main() -> None:
   for task, how in facts["protocol"].items():
     asked = Asked(*(how[name] for name in Asked._fields))
     limit = "the task's own limit" if task.startswith(questions.LM_EVAL) else (
-        f"config.eval.max_new_tokens={settings.eval.max_new_tokens}")
+        f"config.eval.max_new_tokens={protocols.max_new_tokens(settings)}")
     length = (f"; {asked.mean_tokens:.1f} tokens an answer, {asked.cut:.1%} cut at "
               f"{limit}") if asked.mean_tokens else ""
     print(f"{task}: {asked.rule}{length}")

@@ -16,6 +16,7 @@ from imm_jax.model.sharding import batch_parts, for_decoding, param_sharding, pa
 from imm_jax.sampling.native import decode, queue
 from imm_jax.scoring import likelihood
 from imm_jax.stages import questions
+from imm_jax.tasks import protocols
 from imm_jax.training import lora, step
 from imm_jax.training.additions import PLAIN, Additions, additions_of
 from imm_jax.training.loss import chunk_of
@@ -235,13 +236,14 @@ def peaks(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, exp
   dtype = jnp.dtype(hardware.compute_dtype(config.sample.compute_dtype))
   if config.sampler.kind == "native":
     asked, tests = questions.counts(config)
-    settings = [("evaluation", model, config.eval, tests * max(1, config.eval.num_samples))]
+    settings = [("evaluation", model, config.eval.batch_size, protocols.max_new_tokens(config),
+                 tests * max(1, config.eval.num_samples))]
     if draws(config):
-      settings.append(("sampling", sampler or model, config.sample, asked * config.sample.num_samples))
-    found = [Peak(name, sampling(of, mesh, rows=queue.rows_of(given.batch_size, count),
-                                 prompt=expected.prompt or _PROMPT, new_tokens=given.max_new_tokens,
-                                 dtype=dtype))
-             for name, of, given, count in settings]
+      settings.append(("sampling", sampler or model, config.sample.batch_size, config.sample.max_new_tokens,
+                       asked * config.sample.num_samples))
+    found = [Peak(name, sampling(of, mesh, rows=queue.rows_of(batch_size, count), prompt=expected.prompt or _PROMPT,
+                                 new_tokens=new_tokens, dtype=dtype))
+             for name, of, batch_size, new_tokens, count in settings]
   if questions.scores_texts(config):
     found.append(Peak("likelihood", scoring(model, mesh, dtype=dtype)))
   options = {"rows": expected.rows, "length": sft.row_length, "accumulation": sft.accumulation, "remat": sft.remat,

@@ -211,6 +211,15 @@ def test_the_command_prints_a_table_and_writes_it(tmp_path: Path):
   assert first["against"] == str(b)
   assert (first["tests"][0]["only_this"], first["tests"][0]["real"]) == (8, True)
   assert (second["tests"][0]["difference"], second["tests"][0]["real"]) == (0, False)
+  assert "asked" not in done.stdout
+  run = tmp_path / "run"
+  merged = write(run / "round_0/eval/merged", "add", "1111111100")
+  how = lambda name: {"protocol": {"add": {"name": name, "shots": 8, "n": 10, "mean_tokens": 4.0, "cut": 0.0}}}
+  (a / "scores.json").write_text(json.dumps(how("harness")))
+  (run / "run.json").write_text(json.dumps({"stages": {"round_0/eval/merged": {"facts": how("paper")}}}))
+  done = command(f"--this={a}", f"--against={merged}")
+  assert done.stdout.splitlines()[-1] == ("add: asked in other ways, this protocol harness with worked examples: 8; "
+                                          "other protocol paper with worked examples: 8")
   again = command(f"--this={a}", f"--against={b}", f"--out={tmp_path / 'found.json'}")
   assert again.returncode == 1
   assert again.stderr.startswith("error: --out=")

@@ -107,7 +107,7 @@ def greedy(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Gen
   many questions do not fit."""
   protocol, asked, long = _asked(config, model, entry, examples, label)
   completions = sampler([Prompt(e.id, text) for e, text in asked], label=label,
-                        max_new_tokens=config.eval.max_new_tokens, stop=protocol.stop)
+                        max_new_tokens=protocols.max_new_tokens(config), stop=protocol.stop)
   return sampling.judged([e for e, _ in asked], completions, strict=False,
                          read=protocol.read) if distributed.is_main() else [], long
 
@@ -136,7 +136,7 @@ def _samples(config: ml_collections.ConfigDict, model: Path, sampler: sampling.G
     return []
   protocol, asked, _ = _asked(config, model, entry, examples, label)
   completions = sampler(
-      [Prompt(f"eval/{e.id}", text) for e, text in asked], max_new_tokens=settings.max_new_tokens,
+      [Prompt(f"eval/{e.id}", text) for e, text in asked], max_new_tokens=protocols.max_new_tokens(config),
       num_samples=settings.num_samples, temperatures=(settings.temperature,), top_p=settings.top_p,
       stop=protocol.stop, seed=config.seed, label=label)
   return sampling.judged([e for e, _ in asked], completions, strict=False, read=protocol.read,

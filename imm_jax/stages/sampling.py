@@ -143,7 +143,8 @@ def fitting(config: ml_collections.ConfigDict, model: Path, examples: Sequence[E
   """
   shape = hf.read_config(model)
   tokenizer, positions = load_tokenizer(model, rows=shape.vocab_size), shape.max_positions
-  max_new_tokens = config[limit.partition(".")[0]].max_new_tokens
+  sampled = limit.startswith("sample")
+  max_new_tokens = config.sample.max_new_tokens if sampled else protocols.max_new_tokens(config)
   build = prompt or (lambda e, shots, tokenizer: prompts.build(
       e.question, header=config.prompt.header, examples=shots, style=config.prompt.style, tokenizer=tokenizer))
   asked = [(e, build(e, shots, tokenizer)) for e in examples]
@@ -152,7 +153,7 @@ def fitting(config: ml_collections.ConfigDict, model: Path, examples: Sequence[E
   ids = lambda text: encode_prompt(tokenizer, text, rows=shape.vocab_size)
   fit = [(e, text) for e, text in asked if len(ids(text)) + max_new_tokens <= positions]
   if not fit:
-    fewer = f" or config.{'eval' if limit.startswith('eval') else 'prompt'}.few_shot" if shots else ""
+    fewer = f" or config.{'prompt' if sampled else 'eval'}.few_shot" if shots else ""
     raise UserError(f"{what}: none of {len(asked)} prompts leaves room for config.{limit}={max_new_tokens} in the "
                     f"{positions} positions of {model} (max_position_embeddings); lower config.{limit}{fewer}, or take "
                     "another task")

@@ -1,10 +1,10 @@
 r"""Protocols of evaluation by name: how a test question is asked and its answer read, so that scores can be compared.
 
-| `eval.protocol` | the rule of | examples | prompt |
-|---|---|---|---|
-| `paper` | the paper's published code | 0 | that of training, as `prompt.style` has it |
-| `harness` | math-evaluation-harness, prompt type `cot` | 8; 4 of LaTeX or letters | `Question: ... Answer:` |
-| `qwen` | Qwen2.5-Math's evaluation, prompt type `qwen25-math-cot` | 0 | chat, the answer in `\boxed{}` |
+| `eval.protocol` | the rule of | examples | prompt | tokens |
+|---|---|---|---|---|
+| `paper` | the paper's published code | 0 | that of training, as `prompt.style` has it | 512 |
+| `harness` | math-evaluation-harness, prompt type `cot` | 8; 4 of LaTeX or letters | `Question: ... Answer:` | 1024 |
+| `qwen` | Qwen2.5-Math's evaluation, prompt type `qwen25-math-cot` | 0 | chat, the answer in `\boxed{}` | 2048 |
 
 Of the others' work only the rules are here: examples come from train splits or a file (`stages.questions.shots_of`).
 """
@@ -62,6 +62,19 @@ def of(config: ml_collections.ConfigDict, task: str) -> Protocol:
   return found if config.eval.few_shot < 0 else found._replace(few_shot=config.eval.few_shot)
 
 
+def max_new_tokens(config: ml_collections.ConfigDict) -> int:
+  """How long an answer in evaluation may be: `eval.max_new_tokens`, or with -1 what the protocol's own code allows.
+
+  >>> from configs import qwen
+  >>> config = qwen.get_config()
+  >>> config.eval.protocol = "harness"
+  >>> max_new_tokens(config)
+  1024
+  """
+  given = config.eval.max_new_tokens
+  return _MAX_NEW_TOKENS[config.eval.protocol] if given < 0 else given
+
+
 def kind_of(config: ml_collections.ConfigDict, task: str) -> str:
   """The kind of (most of) a task's answers: `number`, `latex` or `choice`."""
   if task == "custom":
@@ -112,6 +125,7 @@ def _qwen(config: ml_collections.ConfigDict, _: str) -> Protocol:
 
 _PROTOCOLS: Mapping[str, Callable[[ml_collections.ConfigDict, str], Protocol]] = {
     "paper": _paper, "harness": _harness, "qwen": _qwen}
+_MAX_NEW_TOKENS = {"paper": 512, "harness": 1024, "qwen": 2048}
 NAMES = tuple(_PROTOCOLS)
 
 
