@@ -4,14 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from imm_jax.sampling.native import decode
+from imm_jax.sampling.native import draws
 
 # Ids 6 and 7 stand for those past the tokenizer's; they are the likeliest.
 LOGITS = np.array([1.3, -0.4, 2.1, 0.2, 1.1, -1.5, 4.0, 3.0], np.float32)
 NUM_IDS, DRAWS = 6, 20_000
 
 
-_sample = jax.jit(decode.sample, static_argnames=("top_p", "greedy"))
+_sample = jax.jit(draws.sample, static_argnames=("top_p", "greedy"))
 
 
 def _drawn(temperature: float, top_p: float, step: int = 0, *, greedy: bool = False) -> np.ndarray:
@@ -56,15 +56,44 @@ def test_a_draw_is_where_its_share_of_the_mass_ends_and_never_without_mass(size:
   weights[:8, 0] = 1e-30
   # Both ends too: zero, and the greatest float below one.
   uniform = np.concatenate([np.tile(np.array([0, np.nextafter(np.float32(1), 0)], np.float32), 16), rng.random(32)])
-  drawn = np.asarray(jax.jit(decode._draw)(weights, uniform.astype(np.float32)))
+  drawn = np.asarray(jax.jit(draws.draw)(weights, uniform.astype(np.float32)))
   rows = np.arange(64)
   assert (weights[rows, drawn] > 0).all()
   ends = np.cumsum(weights.astype(np.float64), axis=1)
   target, slack = uniform * ends[:, -1], 1e-5 * ends[:, -1]
   assert (target <= ends[rows, drawn] + slack).all()
   assert (target >= ends[rows, drawn] - weights[rows, drawn] - slack).all()
-  both = np.stack([uniform, uniform[::-1]], axis=1).astype(np.float32)
-  assert (weights[rows, np.asarray(jax.jit(decode._inverse)(weights, both))] > 0).all()
+
+
+@pytest.mark.parametrize("size", [1, 13, 1000, 1009])
+def test_however_the_vocabulary_is_cut_the_first_of_the_likeliest_is_taken_and_none_that_is_not_allowed(
+    size: int) -> None:
+  rng = np.random.default_rng(size)
+  logits = rng.integers(0, 9, (64, size)).astype(np.float32)  # many are equal
+  allowed = rng.random(size) < 0.5
+  allowed[rng.integers(size)] = True
+  keys = jax.random.key_data(jax.random.split(jax.random.key(1), 64))
+  best = np.argmax(np.where(allowed, logits, -np.inf), axis=1)
+  drawn = lambda temperature, **options: np.asarray(_sample(
+      logits, keys, np.zeros(64, np.int32), np.full(64, temperature, np.float32), allowed, **options))
+  np.testing.assert_array_equal(drawn(0.0, top_p=1.0, greedy=True), best)
+  np.testing.assert_array_equal(drawn(0.0, top_p=1.0, greedy=False), best)
+  for top_p in (1.0, 0.5):
+    assert allowed[drawn(1.0, top_p=top_p, greedy=False)].all()
+
+
+def test_a_nucleus_larger_than_what_is_looked_through_first_is_found_too() -> None:
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(6, 4 * draws._LIKELIEST)).astype(np.float32) * np.array([[9], [5], [4], [1], [0.1], [9]])
+  p = np.exp(logits.astype(np.float64))
+  p = -np.sort(-p / p.sum(axis=1, keepdims=True), axis=1)
+  least = [np.log(row[np.searchsorted(np.cumsum(row), 0.9)] / row[0]) for row in p]
+  sizes = [np.searchsorted(np.cumsum(row), 0.9) for row in p]
+  assert min(sizes) < 10
+  assert max(sizes) > draws._LIKELIEST
+  found = lambda rows: np.asarray(jax.jit(draws.nucleus, static_argnums=1)(rows, 0.9)) - rows.max(axis=1)
+  np.testing.assert_allclose(found(logits), least, rtol=1e-3, atol=1e-4)
+  np.testing.assert_allclose([found(logits[i:i + 1])[0] for i in range(6)], found(logits), rtol=1e-6)  # each by itself
 
 
 def test_each_token_of_a_sample_is_drawn_afresh() -> None:

@@ -101,15 +101,17 @@ def step(q: jax.Array, k: jax.Array, v: jax.Array, *, prefix: LayerCache, length
   Returns:
     [B, H, 1, h].
   """
-  grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
-  shared = ("bkgh,ksh->bkgs", "bkgs,ksh->bkgh", grouped, *prefix, jnp.arange(prefix[0].shape[1]) < length)
+  grouped, scale = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1]), scale_of(q, scale)
+  # Rows lie together for each head: so it is one product of all of them, and no scores are moved.
+  shared = _part(q.dtype, scale, "kbgh,ksh->kbgs", "kbgs,ksh->kbgh", grouped.swapaxes(0, 1), *prefix,
+                 jnp.arange(prefix[0].shape[1]) < length)
   if kernel in ("xla", "columns"):
-    seen = jnp.arange(v.shape[2]) <= used[:, None]
     scores = "bkgh,bksh->bkgs" if kernel == "xla" else "bkgh,bkhs->bkgs"
-    own = (scores, "bkgs,bksh->bkgh", grouped, k, v, seen[:, None, None])
-    return _softmax(q.dtype, scale_of(q, scale), [shared, own]).reshape(q.shape)
-  parts = [_part(q.dtype, scale_of(q, scale), *shared),
-           decode_kernels.part(kernel, grouped, k, v, used + 1, scale_of(q, scale), mesh=mesh, interpret=interpret)]
+    seen = jnp.arange(v.shape[2]) <= used[:, None]
+    own = _part(q.dtype, scale, scores, "bkgs,bksh->bkgh", grouped, k, v, seen[:, None, None])
+  else:
+    own = decode_kernels.part(kernel, grouped, k, v, used + 1, scale, mesh=mesh, interpret=interpret)
+  parts = [[x.swapaxes(0, 1) for x in shared], own]
   top = functools.reduce(jnp.maximum, (part[1] for part in parts))
   out, total = (sum(part[i] * jnp.exp(part[1] - top) for part in parts) for i in (0, 2))
   return (out / total).astype(q.dtype).reshape(q.shape)

@@ -19,6 +19,7 @@ from imm_jax.model.cached import LayerCache, Prefix, scatter
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, bind
 from imm_jax.model.sharding import cache_sharding
+from imm_jax.sampling.native.draws import sample
 
 
 class Static(NamedTuple):
@@ -104,7 +105,7 @@ def insert(state: State, logits: jax.Array, caches: list[LayerCache], lengths: j
     rows: int32 [J], where it goes; B is nowhere.
     keys: uint32 [J, 2].
     temperatures: float32 [J].
-    allowed: see `sample`.
+    allowed: see `draws.sample`.
     static: see there.
   """
   rest = {name: value for name, value in state.items() if name != "caches"}
@@ -202,62 +203,6 @@ def extend(params: Params, prefix: Prefix, state: State, allowed: jax.Array, *, 
   return _placed(state | {
       "caches": caches, "tokens": tokens, "count": count, "last": jnp.where(going, token, state["last"]),
       "used": state["used"] + going, "done": state["done"] | _ends(token, static) | (count >= new_tokens)}, static)
-
-
-def sample(logits: jax.Array, keys: jax.Array, steps: jax.Array, temperatures: jax.Array, allowed: jax.Array, *,
-           top_p: float, greedy: bool) -> jax.Array:
-  """One token for each row.
-
-  Args:
-    logits: float32 [B, V].
-    keys: uint32 [B, 2], a threefry key for each row.
-    steps: int32 [B], the number of the token in its sample; with the key it decides the draw.
-    temperatures: [B]; 0 takes the likeliest token.
-    allowed: bool [V]; ids that the tokenizer does not have are never drawn.
-    top_p: see `NativeSampler.generate`.
-    greedy: all temperatures are 0.
-  """
-  logits = jnp.where(allowed, logits, -jnp.inf)
-  # The first of the largest; two passes are faster than argmax, which no compiler vectorises on CPU.
-  peak = jnp.max(logits, axis=-1, keepdims=True)
-  ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
-  best = jnp.min(jnp.where(logits == peak, ids, logits.shape[1] - 1), axis=-1)
-  if greedy:
-    return best
-  scaled = (logits - peak) / jnp.maximum(temperatures, 1e-6)[:, None]
-  if top_p < 1.0:
-    order = jnp.sort(scaled, axis=-1, descending=True)
-    probabilities = jax.nn.softmax(order, axis=-1)
-    # A token stays while the mass before it is below top_p, so the first always stays.
-    kept = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
-    floor = jnp.min(jnp.where(kept, order, jnp.inf), axis=-1, keepdims=True)
-    scaled = jnp.where(scaled >= floor, scaled, -jnp.inf)
-  step_keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys), steps)
-  uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(step_keys)
-  return jnp.where(temperatures > 0, _inverse(jnp.exp(scaled), uniform), best)
-
-
-def _inverse(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-  """An index drawn by weight [B, V]: a block of entries by the first of two uniform numbers [B, 2], then one of its
-  entries by the second.
-
-  That is one pass over the weights and two random numbers a row, where the Gumbel trick takes as many as there are
-  entries.
-  """
-  size = weights.shape[1]
-  block = max(1, round(size**0.5))
-  blocks = jnp.pad(weights, ((0, 0), (0, -size % block))).reshape(weights.shape[0], -1, block)
-  which = _draw(jnp.sum(blocks, axis=-1), uniform[:, 0])
-  inside = jnp.take_along_axis(blocks, which[:, None, None], axis=1)[:, 0]
-  return (which * block + _draw(inside, uniform[:, 1])).astype(jnp.int32)
-
-
-def _draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-  """The index whose stretch of the cumulated weights [B, N] holds this share [B] of their sum."""
-  # However it is rounded, what has no weight is not drawn.
-  ends = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), -jnp.inf)
-  last = jnp.max(ends, axis=-1)
-  return jnp.argmax(ends > jnp.minimum(uniform * last, jnp.nextafter(last, -jnp.inf))[:, None], axis=-1)
 
 
 def _placed(arrays: State, static: Static) -> State:
