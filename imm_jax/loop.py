@@ -128,12 +128,14 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
     again = f" ({reason})" if reason not in (None, "run") else ""
     print(f"{stage.name:<24}{'to do' if stage.name in waiting else 'done':<8}{stage.plan}{again}")
   teacher = published.config_of(config.teacher) if config.teacher else None
-  sizes = f"{config.model} is not on this machine, so its size is not known"
+  sizes, lengths = f"{config.model} is not on this machine, so its size is not known", {}
   if model:
     expected = tuning.expect(config, model, found["base"] if local else None)
     sizes = memory.estimate(config, model, devices.mesh_of(config), expected, teacher)
+    lengths = {"question": expected.question, "answer": expected.answer}
+  took = cost.estimate(config, model, record, teacher, [stage.name for stage in steps], **lengths)
   print(f"\n{len(waiting)} of {len(steps)} stages to do\n{questions.describe_tests(config)}\n{sizes}\n"
-        f"the whole run: {cost.estimate(config, model, record, teacher)}")
+        f"the whole run: {took}")
 
 
 def _check(config: ml_collections.ConfigDict, *, dry: bool = False) -> dict[str, Path]:

@@ -1,5 +1,6 @@
 """The benchmarks of the sampler run at their smallest size, and show what a process of their own died of."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -38,3 +39,28 @@ def test_greedy_texts_are_those_of_transformers() -> None:
               "--batch_size=2")
   assert done.returncode == 0, done.stderr
   assert "native and transformers: 3 of 3 texts are equal in every character" in done.stdout
+
+
+def test_what_methods_share_is_copied_from_star(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+  monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+  side_by_side = importlib.import_module("side_by_side")
+  calls: list[tuple[str, list[str]]] = []
+
+  def run(flags: list[str], workdir: Path, *, compiled: Path, core: int | None) -> None:
+    assert compiled == tmp_path / "compiled"
+    calls.append((workdir.name, flags))
+    workdir.mkdir(exist_ok=True)
+    (workdir / "samples.jsonl").touch()
+
+  monkeypatch.setattr(side_by_side, "run", run)
+  methods = {"imm": ["--config.method=imm"], "star": ["--config.method=star"], "kl": []}
+  start = lambda names: side_by_side.run_all(
+      {name: methods[name] for name in names}, {"imm": 2, "star": 2, "kl": 1}, tmp_path, ["--config=X"], processes=1)
+  start(["kl"])  # nothing to copy yet
+  assert calls == [("kl_0", ["--config=X", "--config.seed=0"])]
+  calls.clear()
+  start(methods)
+  assert [name for name, _ in calls] == ["star_0", "imm_0", "kl_0", "star_1", "imm_1"]
+  assert calls[1][1] == ["--config=X", "--config.seed=0", "--config.method=imm", "--rerun"]
+  assert "--rerun" not in calls[0][1]
+  assert (tmp_path / "imm_1" / "samples.jsonl").exists()
