@@ -270,7 +270,7 @@ def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloa
   checks: list[tuple[str, Callable[[], object], tuple[str, ...]]] = [
       (f"task.eval_questions={config.task.eval_questions}", lambda: questions.of_tests(config),
        questions.own(config))]
-  if downloads or not any(":" in e and not e.partition("=")[2].startswith("file:") for e in config.eval.texts):
+  if downloads or not questions.has_remote_texts(config):
     checks.append((f"eval.texts={config.eval.texts}", lambda: questions.texts_of(config), ()))
   if trains:
     checks.append((f"task.questions_per_round={config.task.questions_per_round} in {config.rounds} rounds",

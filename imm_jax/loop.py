@@ -110,7 +110,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   record = rundir.read_record(root)
   # A large model takes a while; one of the hub has the digest that was recorded.
   external = {name: folder.digest(model) if record["stages"] and local else "" for name, model in found.items()}
-  if any(questions.is_remote(config, entry) for entry in questions.own(config)):
+  if any(questions.is_remote(config, entry) for entry in questions.own(config)) or questions.has_remote_texts(config):
     recorded = {name: value for entry in record["stages"].values() for name, value in entry["inputs"].items()}
     external |= {name: recorded.get(name, "") for name in ("train questions", "test questions")}
   else:

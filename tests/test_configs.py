@@ -9,7 +9,7 @@ import ml_collections
 import pytest
 from test_loop import SMALL, environment  # noqa: F401
 
-from configs import arguments, common, llama, paper, qwen, tiny
+from configs import arguments, common, llama, paper, qwen, smollm2, tiny
 from imm_jax import config as checks, cost, experiments, files, hardware, loop, tasks
 from imm_jax.errors import UserError
 from imm_jax.memory import count_params
@@ -21,7 +21,8 @@ REPO = Path(__file__).parent.parent
 PLANS = ["appendix=b9", *(f"{kind}={n}" for kind, numbers in (("table", paper.TABLES), ("figure", paper.FIGURES))
                          for n in numbers)]
 # Published: the model cards.
-SIZES = {"Qwen/Qwen2.5-0.5B": 494_032_768, "Qwen/Qwen2.5-1.5B": 1_543_714_304, "Qwen/Qwen2.5-7B": 7_615_616_512,
+SIZES = {"HuggingFaceTB/SmolLM2-135M": 134_515_008, "Qwen/Qwen2.5-0.5B": 494_032_768,
+         "Qwen/Qwen2.5-1.5B": 1_543_714_304, "Qwen/Qwen2.5-7B": 7_615_616_512,
          "meta-llama/Llama-2-7b-hf": 6_738_415_616, "meta-llama/Meta-Llama-3-8B": 8_030_261_248}
 
 
@@ -35,6 +36,13 @@ def test_model_configs_take_size_and_task(module, argument, model, task):
   assert (config.model, config.task.name) == (model, task)
   assert config.sample.num_samples == {"gsm8k": 3, "math": 6}[task]
   assert (config.sft.learning_rate, config.sft.epochs, config.sft.global_batch) == (2e-5, 3, 128)
+
+
+@pytest.mark.parametrize(("size", "rounds"), [("quick", 1), ("base", 1), ("study", 3)])
+def test_the_small_real_model_has_three_settings(size, rounds):
+  config = smollm2.get_config(size)
+  checks.validate(config, downloads=False)
+  assert config.rounds == rounds
 
 
 @pytest.mark.parametrize("argument", ["3b", "size=3b", "size=0.5b,colour=red", "="])
@@ -419,6 +427,19 @@ def test_the_dry_run_says_how_many_test_questions_are_asked_and_of_how_many(tmp_
   config.task.ood = ("tabmwp",)
   with pytest.raises(UserError, match="give tabmwp=file:PATH"):
     checks.validate(config, downloads=False)
+
+
+def test_a_dry_run_reads_no_text_of_the_hub(monkeypatch, tmp_path, capsys):
+  def load_text(*_, **__):
+    raise AssertionError("read")
+
+  monkeypatch.setattr(tasks, "load_text", load_text)
+  config = tiny.get_config()
+  for texts in (("tiny_shakespeare",), ("prose=hf:SOME/prose",)):
+    config.eval.texts = texts
+    checks.validate(config, downloads=False)
+    loop.dry_run(config, str(tmp_path / "run"))
+    assert f"{texts[0].partition('=')[0]} up to 200 passages" in capsys.readouterr().out
 
 
 def test_a_task_with_fewer_test_questions_than_asked_for_gives_all_it_has(tmp_path, capsys):

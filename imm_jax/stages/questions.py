@@ -318,6 +318,11 @@ def is_remote(config: ml_collections.ConfigDict, entry: str) -> bool:
   return not tasks.is_endless(name) and bool(source or tasks.has_place(name)) and not source.startswith("file:")
 
 
+def has_remote_texts(config: ml_collections.ConfigDict) -> bool:
+  """Whether any of `eval.texts` comes over the network: a corpus by its name, or a source that is no file."""
+  return any(not entry.partition("=")[2].startswith("file:") for entry in config.eval.texts)
+
+
 def source_of(config: ml_collections.ConfigDict, entry: str) -> str:
   """The source that the config gives for an entry; empty for the task's own."""
   name, _, source = entry.partition("=")
