@@ -3,12 +3,10 @@
     python benchmarks/smollm2.py --workdir=runs/smollm2
     python benchmarks/smollm2.py --workdir=runs/smollm2 --model=FOLDER --data=FOLDER --methods=star --seeds=1
 
-First SmolLM2-135M-Instruct learns the form of an answer on real worked answers of ASDiv (questions that MAWPS has too
-are left out): the base. Then every method runs three rounds from it (`configs/smollm2.py:study`), star and imm with
---seeds seeds, the others with one; what they share is computed once. Linux only; one process a core, about 4.5 GiB
-each. A killed benchmark goes on where it was, parts may come in any order (--methods, --seeds), and what is done so
-far is collected at the end of each start: WORKDIR/scores.json holds every figure, WORKDIR/report the pictures; a table
-is printed.
+Every method runs three rounds from SmolLM2-135M-Instruct (`configs/smollm2.py:study`), star and imm with --seeds seeds,
+the others with one; what they share is computed once. Linux only; one process a core, about 4.5 GiB each. A killed
+benchmark goes on where it was, parts may come in any order (--methods, --seeds), and what is done so far is collected
+at the end of each start: WORKDIR/scores.json holds every figure, WORKDIR/report the pictures; a table is printed.
 """
 
 import json
@@ -18,7 +16,7 @@ from typing import Any
 import side_by_side
 from absl import app, flags
 
-from imm_jax import files, tasks
+from imm_jax import files
 from imm_jax.report import Results, compare, groups, results
 
 METHODS = ("star", "imm", "iimm", "wise_ft", "kl", "real")
@@ -32,39 +30,15 @@ _PROCESSES = flags.DEFINE_integer("processes", 0, "At once, at most; 0 for one o
 _OVERRIDES = flags.DEFINE_multi_string("override", [], "A flag passed on to every run, such as --config.rounds=2.")
 
 
-def make_base(root: Path) -> Path:
-  """The model that all methods start from: a folder."""
-  workdir, questions = root / "base", root / "base_questions"
-  if not questions.exists():
-    words = lambda e: "".join(c for c in e.question.lower() if c.isalnum())
-    load = lambda name, split: tasks.load(name, split=split, source=f"file:{_DATA.value}" if _DATA.value else "")
-    asked = {words(e) for split in ("train", "test") for e in load("mawps_one_step", split)}
-    with files.committed(questions) as out:
-      out.mkdir()
-      for split in ("train", "test"):
-        files.write_jsonl(out / f"{split}.jsonl", [
-            {"question": e.question, "answer": e.answer, "rationale": e.rationale}
-            for e in load("asdiv_one_step", split) if words(e) not in asked])
-  side_by_side.run(
-      ["--config=configs/smollm2.py:base", *_given(_MODEL.value), "--config.task.name=custom",
-       f"--config.task.source=file:{questions}", "--config.task.fields.rationale=rationale"], workdir,
-      compiled=root / "compiled")
-  return workdir / "round_0" / "sft"
-
-
-def _given(model: str) -> list[str]:
-  return [f"--config.model={model}"] * bool(model)
-
-
-def command(base: Path) -> list[str]:
+def command() -> list[str]:
   """The flags of all runs."""
-  local = []
+  local, model = [], [f"--config.model={_MODEL.value}"] * bool(_MODEL.value)
   if _DATA.value:
     source = f"file:{Path(_DATA.value).resolve()}"
     ood = tuple(f"{name}={source}" for name in ("svamp", "arc_easy", "piqa", "sciq", "openbookqa", "boolq"))
     local = [f"--config.task.source={source}", f"--config.task.ood={ood}",
              f"--config.eval.texts=('tiny_shakespeare={source}/text/tinyshakespeare.txt',)"]
-  return ["--config=configs/smollm2.py:study", *_given(str(base)), *local, *_OVERRIDES.value]
+  return ["--config=configs/smollm2.py:study", *model, *local, *_OVERRIDES.value]
 
 
 def figures_of(run: Results) -> dict[str, Any]:
@@ -125,11 +99,10 @@ def collect(root: Path) -> None:
 
 def main(_: list[str]) -> None:
   root = Path(_WORKDIR.value).resolve()
-  base = make_base(root)
   methods = {name: [f"--config.method={name}"] for name in _METHODS.value}
   seeds = {name: _SEEDS.value if name in _SEVERAL else 1 for name in methods}
   try:
-    side_by_side.run_all(methods, seeds, root / "runs", command(base), processes=_PROCESSES.value)
+    side_by_side.run_all(methods, seeds, root / "runs", command(), processes=_PROCESSES.value)
   finally:
     collect(root)
 

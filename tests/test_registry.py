@@ -91,8 +91,6 @@ FORMS = [
      "number"),
     ("mawps_one_step", {"sQuestion": NUTS, "lEquations": ["X=(5.0*2.0)"], "lSolutions": [10.0]}, NUTS, "10", "number"),
     ("mawps_one_step", {"original_text": NUTS, "equation": "5-2 = x", "ans": 3}, NUTS, "3", "number"),
-    ("asdiv_one_step", {"Body": NUTS[:26], "Question": NUTS[27:], "Answer": "7 (nuts)", "Formula": "5+2=7"}, NUTS, "7",
-     "number"),
     ("multiarith", {"question": " Q? ", "final_ans": "12"}, "Q?", "12", "number"),
     ("multiarith", {"input": "Q?", "target": 12.0}, "Q?", "12", "number"),
     ("tabmwp", {"question": "How many?", "choices": None, "answer": "1,200", "ans_type": "integer_number",

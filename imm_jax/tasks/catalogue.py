@@ -117,16 +117,10 @@ TASKS: dict[str, Task] = {
          Format(("original_text", "ans"), formats.numeric("original_text", "ans"), {"test": (2373, 238)})),
         files={"test": ("harness_test.jsonl", "MAWPS.json", "mawps_source.json")},
         paper=f"has 520 other questions than the paper's 2065, which are {_HARNESS}/mawps/test.jsonl"),
-    # Ours: the problems of MAWPS and of ASDiv that take one step, as sets to train on and to be tested with.
-    "mawps_one_step": Task(
+    "mawps_one_step": Task(  # ours: the problems of MAWPS that take one step, to train on and to be tested with
         "id", "number", "MIT", both("hf:MU-NLPC/Calc-mawps::train+validation+test"),
-        tuple(Format(names, one_step.parse, {}) for names in one_step.NAMES[:3]),
+        tuple(Format(names, one_step.parse, {}) for names in one_step.NAMES),
         files=dict.fromkeys(("train", "test"), ("mawps_source.json", "MAWPS.json")), folder="mawps",
-        select=one_step.select),
-    "asdiv_one_step": Task(
-        "id", "number", "CC-BY-NC-4.0", both("hf:EleutherAI/asdiv:asdiv:validation"),
-        (Format(("body", *one_step.NAMES[3]), one_step.parse, {}),),
-        files=dict.fromkeys(("train", "test"), ("ASDiv.xml", "harness_test.jsonl")), folder="asdiv",
         select=one_step.select),
     "multiarith": Task(
         "ood", "number", "none stated", {"test": "hf:ChilleD/MultiArith::train+test"},  # published as one set of 600
