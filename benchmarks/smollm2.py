@@ -63,16 +63,19 @@ def figures_of(run: Results) -> dict[str, Any]:
 
 def markdown(found: dict[str, dict[str, Any]]) -> str:
   """The last model of each method: mean over seeds, with the standard error where there are several."""
-  lines = ["| | seeds | in domain | out of domain | SVAMP | nats a token of prose | KL to the base, in domain |",
-           "|---|---|---|---|---|---|---|"]
   first = next(iter(found.values()))
+  id_task, *ood = first["n"]
+  texts = list(next(iter(first["models"].values()))["nats_per_token"])
+  heads = ["", "seeds", id_task, "out of domain", *ood, *(f"{text}, nats a token" for text in texts), "KL in domain"]
+  lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
   rows = {"base": [next(iter(first["models"].values()))]}
   for name, run in found.items():
     rows.setdefault(f"`{name.rpartition('_')[0]}`", []).append(run["models"][run["handed_on"][-1]])
   for name, models in rows.items():
     columns = [[m["in_domain"] for m in models], [m["out_of_domain"] for m in models],
-               [m["scores"]["svamp"] for m in models], [*(v for m in models for v in m["nats_per_token"].values())],
-               [m["kl"]["mawps_one_step"] for m in models if m["kl"]]]
+               *([m["scores"][task] for m in models] for task in ood),
+               *([m["nats_per_token"][text] for m in models] for text in texts),
+               [m["kl"][id_task] for m in models if m["kl"]]]
     lines.append(f"| {name} | {len(models)} | {' | '.join(map(_mean, columns))} |")
   return "\n".join(lines)
 
@@ -86,7 +89,8 @@ def _mean(values: list[float]) -> str:
 
 def collect(root: Path) -> None:
   """Writes scores.json and the report of all runs that have scores, and prints a table of those that are done."""
-  runs = [run for path in results.find([str(root / "runs")]) if len((run := Results.of(path)).models) > 1]
+  folders = [path for path in sorted((root / "runs").iterdir()) if results.is_run(path) and path.suffix != ".part"]
+  runs = [run for path in folders if len((run := Results.of(path)).models) > 1]
   if not runs:
     return
   found = {run.root.name: figures_of(run) for run in runs}
