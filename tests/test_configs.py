@@ -255,7 +255,7 @@ def test_where_no_peak_is_known_a_second_of_products_says_how_long_a_run_takes(m
   monkeypatch.setattr(hardware, "measure_flops", lambda rows, dtype: rates[rows])
   found, params = cost.work(config, {"stages": {}}), count_params(model)
   hours = (2 * params * (found.sampled + found.evaluated) / 0.5e9
-           + params * (8 * found.trained + 2 * (found.read + found.asked)) / 3.2e9) / 3600
+           + params * (8 * found.trained + 2 * (found.read + found.asked)) / 3e9) / 3600
   assert f"about {hours:.2g} hours on this machine" in cost.estimate(config, model, {"stages": {}})
 
 
