@@ -11,15 +11,10 @@ domain, WORKDIR/scores.json holds every figure.
 """
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 
 import numpy as np
+import side_by_side
 from absl import app, flags
 
 from imm_jax import comparison, methods
@@ -35,47 +30,6 @@ METHODS = {name: (f"--config.method={name}",) for name in methods.METHODS} | {
             "early_stopping": ("--config.method=star", "--config.sft.stop_share=0.1")}
 _METHODS = flags.DEFINE_list("methods", list(METHODS), "Methods to compare.")
 _OVERRIDES = flags.DEFINE_multi_string("override", [], "A flag passed on to every run, such as --config.rounds=2.")
-REPO = Path(__file__).parent.parent
-
-
-def run_all(methods: list[str], seeds: int, root: Path) -> None:
-  """Runs all methods with each seed, one seed a core.
-
-  What star computes and another method has as well (the base's scores, the first samples and their SFT) is computed
-  once: star comes first, and the others start from a copy of its run, in which what differs is run again.
-  """
-  cores: SimpleQueue[int] = SimpleQueue()
-  for core in os.sched_getaffinity(0):
-    cores.put(core)
-  environment = os.environ | {
-      "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      "PYTHONPATH": str(REPO), "PYTHONWARNINGS": "ignore"}
-
-  def run(method: str, seed: int, core: int) -> None:
-    workdir, first = root / f"{method}_{seed}", root / f"star_{seed}"
-    command = ["taskset", "-c", str(core), sys.executable, "-m", "imm_jax.main", "--config=configs/tiny.py",
-               f"--workdir={workdir}", f"--config.seed={seed}", *METHODS[method], *_OVERRIDES.value]
-    if method != "star" and first.exists():
-      if not workdir.exists():
-        shutil.copytree(first, started := root / f"{method}_{seed}.part", dirs_exist_ok=True)
-        started.rename(workdir)
-      command.append("--rerun")
-    with (root / f"{method}_{seed}.log").open("w") as log:
-      code = subprocess.run(command, cwd=REPO, env=environment, stdout=log, stderr=log, check=False).returncode
-    if code:
-      raise SystemExit(f"{' '.join(command)} ended with {code}; see {log.name}")
-    print(f"{method} seed {seed} done", flush=True)
-
-  def run_seed(seed: int) -> None:
-    core = cores.get()
-    try:
-      for method in sorted(methods, key="star".__ne__):
-        run(method, seed, core)
-    finally:
-      cores.put(core)
-
-  with ThreadPoolExecutor(cores.qsize()) as pool:
-    list(pool.map(run_seed, range(seeds)))
 
 
 def scores_by_round(root: Path, method: str, seeds: int) -> dict[str, list[list[float]]]:
@@ -178,7 +132,8 @@ def plot(table: dict[str, dict[str, np.ndarray]], folder: Path) -> None:
 def main(_: list[str]) -> None:
   root = Path(_WORKDIR.value).resolve()
   root.mkdir(parents=True, exist_ok=True)
-  run_all(_METHODS.value, _SEEDS.value, root)
+  side_by_side.run_all({name: METHODS[name] for name in _METHODS.value}, dict.fromkeys(_METHODS.value, _SEEDS.value),
+                       root, ["--config=configs/tiny.py", *_OVERRIDES.value])
   raw = {method: scores_by_round(root, method, _SEEDS.value) for method in _METHODS.value}
   (root / "scores.json").write_text(json.dumps(raw, indent=1) + "\n")
   table = {method: {d: np.array(v) for d, v in scores.items()} for method, scores in raw.items()}

@@ -152,8 +152,10 @@ def get_config() -> ml_collections.ConfigDict:
   evaluation.top_p = 1.0  # of the samples
   # Tasks of multiple choice whose options are scored by likelihood, besides those that are made for it (arc_easy, ...).
   evaluation.by_likelihood = ()
-  # Texts of which nats a token are measured: NAME of a corpus, or text=SOURCE; task.eval_questions passages of each.
-  evaluation.texts = ()
+  evaluation.texts = ()  # of which nats a token are measured: NAME of a corpus, or text=SOURCE
+  # Passages of each text, of about 500 tokens, at most: a passage takes as long as ten questions; 0 for as many as
+  # task.eval_questions.
+  evaluation.passages = 0
   evaluation.lm_eval = lm_eval = ml_collections.ConfigDict()
   lm_eval.path = ""  # a folder with YAML files of tasks, besides lm_eval's own
   lm_eval.few_shot = -1  # worked examples; -1 for as many as the task has

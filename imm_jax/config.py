@@ -38,7 +38,7 @@ _AT_LEAST_ONE = ("rounds", "sample.num_samples", "sample.max_new_tokens", "sampl
                  "sft.max_to_keep", "sft.lora_rank", "eval.batch_size", "merge.auto.questions",
                  "sampler.vllm.concurrency")
 _AT_LEAST_ZERO = ("seed", "prompt.few_shot", "task.questions_per_round", "task.eval_questions", "eval.num_samples",
-                  "merge.auto.groups", "analysis.examples", "analysis.drift")
+                  "eval.passages", "merge.auto.groups", "analysis.examples", "analysis.drift")
 _FINITE = ("sft.weight_decay", "sft.grad_clip", "eval.temperature", "sampler.vllm.tolerance")
 _SHARES = ("data.mixture_share", "data.real_fraction")
 _POSITIVE = ("sft.learning_rate", "sft.max_norm", "sft.l2_sp_weight", "sft.kl_weight", "sft.lora_alpha",
@@ -123,7 +123,7 @@ def idle(config: ml_collections.ConfigDict) -> set[str]:
           "export": sft.export != "model"}
   used = {f"sft.{key}": value for key, value in used.items()} | {
       "merge.method": config.merge.method, "data.skip_empty": config.data.skip_empty,
-      "analysis.drift": config.analysis.drift}
+      "analysis.drift": config.analysis.drift, "eval.passages": config.eval.passages}
   return {key for key, value in used.items() if not value}
 
 
@@ -272,7 +272,7 @@ def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloa
   checks: list[tuple[str, Callable[[], object], tuple[str, ...]]] = [
       (f"task.eval_questions={config.task.eval_questions}", lambda: questions.of_tests(config),
        questions.own(config))]
-  if downloads or not any(":" in e and not e.partition("=")[2].startswith("file:") for e in config.eval.texts):
+  if downloads or not questions.has_remote_texts(config):
     checks.append((f"eval.texts={config.eval.texts}", lambda: questions.texts_of(config), ()))
   if trains:
     checks.append((f"task.questions_per_round={config.task.questions_per_round} in {config.rounds} rounds",

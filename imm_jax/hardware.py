@@ -2,9 +2,11 @@
 
 import functools
 import re
+import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from imm_jax.errors import say_once
 
@@ -26,6 +28,33 @@ def peak_flops(kind: str) -> float | None:
   (True, None)
   """
   return next((flops for name, flops in _PEAK_FLOPS if name.lower() in kind.lower()), None)
+
+
+# Matrices of a measured product: together larger than a CPU's caches, as a model's weights are.
+_MATRICES, _WIDTH = 24, 1024
+
+
+@functools.cache
+def measure_flops(rows: int, dtype: str, *, seconds: float = 0.5) -> float:
+  """FLOP/s of this machine's first device in products of `rows` rows with weights, from so many seconds of them.
+
+  With few rows, as when answers are sampled, it is memory that decides; with a thousand, as in training, arithmetic.
+
+  Args:
+    rows: of what is multiplied.
+    dtype: of both factors.
+    seconds: that it takes, besides compiling.
+
+  >>> measure_flops(8, "float32", seconds=0.01) > 1e6
+  True
+  """
+  weights = jnp.ones((_MATRICES, _WIDTH, _WIDTH), dtype)
+  step = jax.jit(lambda x, weights: jax.lax.scan(lambda x, w: ((x @ w) / _WIDTH, None), x, weights)[0])
+  x = jax.block_until_ready(step(jnp.ones((rows, _WIDTH), dtype), weights))
+  steps, begin = 0, time.perf_counter()
+  while (taken := time.perf_counter() - begin) < seconds or not steps:
+    x, steps = jax.block_until_ready(step(x, weights)), steps + 1
+  return 2.0 * rows * _WIDTH**2 * _MATRICES * steps / taken
 
 
 def compute_dtype(name: str, *, gpu: bool = False) -> str:

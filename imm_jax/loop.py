@@ -110,7 +110,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   record = rundir.read_record(root)
   # A large model takes a while; one of the hub has the digest that was recorded.
   external = {name: folder.digest(model) if record["stages"] and local else "" for name, model in found.items()}
-  if any(questions.is_remote(config, entry) for entry in questions.own(config)):
+  if any(questions.is_remote(config, entry) for entry in questions.own(config)) or questions.has_remote_texts(config):
     recorded = {name: value for entry in record["stages"].values() for name, value in entry["inputs"].items()}
     external |= {name: recorded.get(name, "") for name in ("train questions", "test questions")}
   else:
@@ -128,12 +128,14 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
     again = f" ({reason})" if reason not in (None, "run") else ""
     print(f"{stage.name:<24}{'to do' if stage.name in waiting else 'done':<8}{stage.plan}{again}")
   teacher = published.config_of(config.teacher) if config.teacher else None
-  sizes = f"{config.model} is not on this machine, so its size is not known"
+  sizes, lengths = f"{config.model} is not on this machine, so its size is not known", {}
   if model:
     expected = tuning.expect(config, model, found["base"] if local else None)
     sizes = memory.estimate(config, model, devices.mesh_of(config), expected, teacher)
+    lengths = {"question": expected.question, "answer": expected.answer}
+  took = cost.estimate(config, model, record, teacher, [stage.name for stage in steps], **lengths)
   print(f"\n{len(waiting)} of {len(steps)} stages to do\n{questions.describe_tests(config)}\n{sizes}\n"
-        f"the whole run: {cost.estimate(config, model, record, teacher)}")
+        f"the whole run: {took}")
 
 
 def _check(config: ml_collections.ConfigDict, *, dry: bool = False) -> dict[str, Path]:

@@ -45,12 +45,15 @@ class Peak(NamedTuple):
 
 
 class Expected(NamedTuple):
-  """What a run will probably compute with: rows of an SFT step, the attention that was chosen, and the tokens of the
-  longest prompt, 0 where nobody has counted them."""
+  """What a run will probably compute with: rows of an SFT step, the attention that was chosen, and where somebody has
+  counted them (else 0), the tokens of the longest prompt, and on average of a prompt without worked examples and of a
+  worked answer."""
 
   rows: int
   attention: str
   prompt: int
+  question: float = 0.0
+  answer: float = 0.0
 
 
 def count_params(model: ModelConfig) -> int:

@@ -1,11 +1,14 @@
 """The benchmarks of the sampler run at their smallest size, and show what a process of their own died of."""
 
+import importlib
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import report_runs
 
 REPO = Path(__file__).parent.parent
 
@@ -38,3 +41,48 @@ def test_greedy_texts_are_those_of_transformers() -> None:
               "--batch_size=2")
   assert done.returncode == 0, done.stderr
   assert "native and transformers: 3 of 3 texts are equal in every character" in done.stdout
+
+
+def test_a_study_is_collected_as_far_as_it_has_come(tmp_path: Path) -> None:
+  for seed in range(2):
+    report_runs.make(tmp_path / f"runs/star_{seed}", method="star", rounds=2, seed=seed)
+  report_runs.make(tmp_path / "runs/imm_0", rounds=1)  # not as far as the others
+  report_runs.make(tmp_path / "runs/kl_0.part", method="kl")
+  (tmp_path / "runs/compiled").mkdir()
+  code = f"import pathlib, smollm2; smollm2.collect(pathlib.Path({str(tmp_path)!r}))"
+  done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env={
+      **os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'benchmarks'}"}, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  head, _, base, star = done.stdout.splitlines()
+  assert head == "|  | seeds | stories | out of domain | groups | choice | KL in domain |"
+  found = json.loads((tmp_path / "scores.json").read_text())
+  assert sorted(found) == ["imm_0", "star_0", "star_1"]
+  ends = [found[f"star_{seed}"]["models"]["round 1 sft"]["in_domain"] for seed in range(2)]
+  assert base.split(" | ")[1:3] == ["1", f"{found['imm_0']['models']['base']['in_domain']:.3f}"]
+  assert star.startswith(f"| `star` | 2 | {sum(ends) / 2:.3f} ± {abs(ends[0] - ends[1]) / 2:.3f} | ")
+  assert (tmp_path / "report/index.html").exists()
+
+
+def test_what_methods_share_is_copied_from_star(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+  monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+  side_by_side = importlib.import_module("side_by_side")
+  calls: list[tuple[str, list[str]]] = []
+
+  def run(flags: list[str], workdir: Path, *, compiled: Path, core: int | None) -> None:
+    assert compiled == tmp_path / "compiled"
+    calls.append((workdir.name, flags))
+    workdir.mkdir(exist_ok=True)
+    (workdir / "samples.jsonl").touch()
+
+  monkeypatch.setattr(side_by_side, "run", run)
+  methods = {"imm": ["--config.method=imm"], "star": ["--config.method=star"], "kl": []}
+  start = lambda names: side_by_side.run_all(
+      {name: methods[name] for name in names}, {"imm": 2, "star": 2, "kl": 1}, tmp_path, ["--config=X"], processes=1)
+  start(["kl"])  # nothing to copy yet
+  assert calls == [("kl_0", ["--config=X", "--config.seed=0"])]
+  calls.clear()
+  start(methods)
+  assert [name for name, _ in calls] == ["star_0", "imm_0", "kl_0", "star_1", "imm_1"]
+  assert calls[1][1] == ["--config=X", "--config.seed=0", "--config.method=imm", "--rerun"]
+  assert "--rerun" not in calls[0][1]
+  assert (tmp_path / "imm_1" / "samples.jsonl").exists()

@@ -9,8 +9,8 @@ import ml_collections
 import pytest
 from test_loop import SMALL, environment  # noqa: F401
 
-from configs import arguments, common, llama, paper, qwen, tiny
-from imm_jax import config as checks, cost, experiments, files, loop, tasks
+from configs import arguments, common, llama, paper, qwen, smollm2, tiny
+from imm_jax import config as checks, cost, experiments, files, hardware, loop, tasks
 from imm_jax.errors import UserError
 from imm_jax.memory import count_params
 from imm_jax.model import published
@@ -21,7 +21,8 @@ REPO = Path(__file__).parent.parent
 PLANS = ["appendix=b9", *(f"{kind}={n}" for kind, numbers in (("table", paper.TABLES), ("figure", paper.FIGURES))
                          for n in numbers)]
 # Published: the model cards.
-SIZES = {"Qwen/Qwen2.5-0.5B": 494_032_768, "Qwen/Qwen2.5-1.5B": 1_543_714_304, "Qwen/Qwen2.5-7B": 7_615_616_512,
+SIZES = {"HuggingFaceTB/SmolLM2-135M": 134_515_008, "Qwen/Qwen2.5-0.5B": 494_032_768,
+         "Qwen/Qwen2.5-1.5B": 1_543_714_304, "Qwen/Qwen2.5-7B": 7_615_616_512,
          "meta-llama/Llama-2-7b-hf": 6_738_415_616, "meta-llama/Meta-Llama-3-8B": 8_030_261_248}
 
 
@@ -35,6 +36,13 @@ def test_model_configs_take_size_and_task(module, argument, model, task):
   assert (config.model, config.task.name) == (model, task)
   assert config.sample.num_samples == {"gsm8k": 3, "math": 6}[task]
   assert (config.sft.learning_rate, config.sft.epochs, config.sft.global_batch) == (2e-5, 3, 128)
+
+
+@pytest.mark.parametrize(("size", "rounds"), [("quick", 1), ("study", 3)])
+def test_the_small_real_model_has_two_settings(size, rounds):
+  config = smollm2.get_config(size)
+  checks.validate(config, downloads=False)
+  assert config.rounds == rounds
 
 
 @pytest.mark.parametrize("argument", ["3b", "size=3b", "size=0.5b,colour=red", "="])
@@ -214,7 +222,7 @@ def test_the_cost_of_a_run_counts_its_tokens():
   found = cost.work(config, {"stages": {}})
   length = 0.4 * 40
   assert found.sampled == 2 * 1000 * 3 * length
-  assert found.trained == pytest.approx(3 * (1 + 2) * 1500 * (length + 128))
+  assert found.trained == pytest.approx((3 * (1 + 2) * 1500 + 2 * 256) * (length + 128))  # and layer importance
   assert found.evaluated == (1 + 2) * 6 * 200 * length
   assert found.asked == (1 + 2) * 6 * 200 * 128 + 2 * 2 * 6 * 32 * (128 + length)
   record = {"devices": ["cpu"], "stages": {
@@ -222,11 +230,33 @@ def test_the_cost_of_a_run_counts_its_tokens():
       "round_0/sft": {"seconds": 5.0, "facts": {"tokens": 100_000}}}}
   found = cost.work(config, record)
   assert found.sampled == 2 * 1000 * 3 * 30
-  assert found.trained == pytest.approx(3 * (1 + 2) * 600 * (30 + 128))
+  assert found.trained == pytest.approx((3 * (1 + 2) * 600 + 2 * 256) * (30 + 128))
   assert found.read == 2 * 1000 * 128
   hours = ((found.sampled + found.evaluated) / 9000 + found.trained / 20_000) / 3600
   assert f"about {hours:.2g} device hours at the measured 9 k sampled and 20 k trained tokens/s" in cost.estimate(
       config, None, record)
+  counted = cost.work(config, {"stages": {}}, question=50, answer=10)
+  assert (counted.sampled, counted.read) == (2 * 1000 * 3 * 10, 2 * 1000 * 50)
+
+
+def test_what_stages_took_stands_for_those_to_come():
+  names = ["base/eval", "round_0/sft", "round_0/eval/sft", "round_1/sft", "round_1/eval/sft"]
+  record = {"stages": {name: {"seconds": 3600.0 * seconds, "facts": {}} for name, seconds in zip(
+      names, (1, 2, 3), strict=False)}}
+  assert cost.estimate(tiny.get_config(), None, record, stages=names).endswith(
+      "about 11 device hours by what stages took so far on 1 device(s), 5 of them to come")
+  del record["stages"]["round_0/eval/sft"]
+  assert "hours" not in cost.estimate(tiny.get_config(), None, record, stages=names)  # of one kind none is done
+
+
+def test_where_no_peak_is_known_a_second_of_products_says_how_long_a_run_takes(monkeypatch):
+  config, model = tiny.get_config(), published.config_of("tiny")
+  rates = {config.sample.batch_size: 1e9, 1024: 4e9}
+  monkeypatch.setattr(hardware, "measure_flops", lambda rows, dtype: rates[rows])
+  found, params = cost.work(config, {"stages": {}}), count_params(model)
+  hours = (2 * params * (found.sampled + found.evaluated) / 0.5e9
+           + params * (8 * found.trained + 2 * (found.read + found.asked)) / 3e9) / 3600
+  assert f"about {hours:.2g} hours on this machine" in cost.estimate(config, model, {"stages": {}})
 
 
 @pytest.mark.slow
@@ -397,6 +427,19 @@ def test_the_dry_run_says_how_many_test_questions_are_asked_and_of_how_many(tmp_
   config.task.ood = ("tabmwp",)
   with pytest.raises(UserError, match="give tabmwp=file:PATH"):
     checks.validate(config, downloads=False)
+
+
+def test_a_dry_run_reads_no_text_of_the_hub(monkeypatch, tmp_path, capsys):
+  def load_text(*_, **__):
+    raise AssertionError("read")
+
+  monkeypatch.setattr(tasks, "load_text", load_text)
+  config = tiny.get_config()
+  for texts in (("tiny_shakespeare",), ("prose=hf:SOME/prose",)):
+    config.eval.texts = texts
+    checks.validate(config, downloads=False)
+    loop.dry_run(config, str(tmp_path / "run"))
+    assert f"{texts[0].partition('=')[0]} up to 200 passages" in capsys.readouterr().out
 
 
 def test_a_task_with_fewer_test_questions_than_asked_for_gives_all_it_has(tmp_path, capsys):

@@ -21,7 +21,7 @@ from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.report.results import Results
 from imm_jax.sampling.native import NativeSampler
 from imm_jax.scoring import Scorer, encode_text
-from imm_jax.stages import evaluating, likelihood, lm_eval_tasks
+from imm_jax.stages import evaluating, likelihood, lm_eval_tasks, questions
 
 TINY = hub.resolve("tiny")
 
@@ -143,6 +143,11 @@ def test_what_was_scored_is_not_scored_again(data: Path, tmp_path: Path, monkeyp
   config.eval.by_likelihood, config.eval.lm_eval.path = ("arc_easy",), str(data / "lm_eval")
   config.eval.texts = (f"prose=file:{data}/prose.txt",)
   config.task.ood = ("lm_eval:own_options", "lm_eval:own_answers")
+  config.task.eval_questions = 2
+  assert len(questions.texts_of(config)["prose"]) == 2
+  config.eval.passages = 1
+  assert len(questions.texts_of(config)["prose"]) == 1
+  config.eval.passages = config.task.eval_questions = 0
   calls, limits = [], []
 
   def count(scored: type, name: str) -> None:

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(not (DATA / "gsm8k").is_dir(), reason=f"no data 
 COUNTS = [("gsm8k", "train", 7473, 0, 0, 0), ("gsm8k", "test", 1319, 0, 0, 0), ("math", "train", 7500, 2, 1, 2),
           ("math", "test", 5000, 0, 0, 0), ("svamp", "test", 1000, 0, 0, 0), ("asdiv", "test", 2305, 90, 1, 0),
           ("mawps", "test", 2065, 0, 87, 0), ("mathqa", "validation", 4475, 0, 0, 0), ("mathqa", "test", 2985, 0, 0, 0),
+          ("mawps_one_step", "train", 638, 0, 37, 0), ("mawps_one_step", "test", 354, 0, 25, 0),
           ("sat_math", "test", 32, 0, 0, 0), ("sat_math_agieval", "test", 220, 0, 0, 0),
           ("mmlu_stem", "dev", 90, 0, 1, 0), ("mmlu_stem", "test", 3018, 0, 12, 0), ("mbpp", "prompt", 10, 0, 0, 0),
           ("mbpp", "train", 374, 0, 0, 3), ("mbpp", "validation", 90, 0, 0, 0), ("mbpp", "test", 500, 0, 1, 0)]

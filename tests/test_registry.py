@@ -31,6 +31,7 @@ def gsm8k(question: str, gold: str = "3") -> dict[str, str]:
 _OPTIONS = "\n(A) 4\n(B) 5 , 5\n(C) $f(A)$\n(D) none"
 ARC = {"question": "Q?", "choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "answerKey": "2"}
 DERIVED = {"question": "Q?", "choices": ["x", "y"], "answer": 1}
+NUTS = "Ann has 5 nuts. Bob has 2. How many?"  # of the third that is the test set
 # Task, record, question, gold, kind: one for each form in which a task is published.
 FORMS = [
     ("gsm8k", {"question": " Two and\u2028three? ", "answer": "2+3=<<2+3=5>>5 and <<5*320=1600>>1,600\n#### 1,600"},
@@ -86,6 +87,10 @@ FORMS = [
      "Q?", "5", "number"),
     ("gsm_symbolic", {"id": 0, "instance": 0, "question": "Q?", "answer": "1+2=<<1+2=3>>3\n#### 3"},
      "Q?", "3", "number"),
+    ("mawps_one_step", {"question": NUTS, "expression": "(5 + 2)", "equation": "x=5+2", "result_float": 7.0}, NUTS, "7",
+     "number"),
+    ("mawps_one_step", {"sQuestion": NUTS, "lEquations": ["X=(5.0*2.0)"], "lSolutions": [10.0]}, NUTS, "10", "number"),
+    ("mawps_one_step", {"original_text": NUTS, "equation": "5-2 = x", "ans": 3}, NUTS, "3", "number"),
     ("multiarith", {"question": " Q? ", "final_ans": "12"}, "Q?", "12", "number"),
     ("multiarith", {"input": "Q?", "target": 12.0}, "Q?", "12", "number"),
     ("tabmwp", {"question": "How many?", "choices": None, "answer": "1,200", "ans_type": "integer_number",
@@ -275,6 +280,24 @@ def test_one_file_for_both_splits_is_refused(tmp_path):
 def test_a_task_without_a_train_split_says_so(name):
   with pytest.raises(UserError, match=f"task {name} has no train split, only .*test; it is for evaluation"):
     tasks.load(name, split="train", count=1)
+
+
+def test_problems_of_one_step_are_told_by_their_equation_and_split_by_their_words(tmp_path):
+  equations = {"5 + 2": 7.0, "6 / 3": 2.0, "(9-4)": 5.0, "5 + 2 + 1": 8.0, "0.5 * 8": 4.0, "2 - 5": -3.0, "5 + 3": 9.0,
+               "8": 8.0, "7 / 2": 3.5, "4 / 0": 0.0}
+  records = [{"question": f"{i} of {equation}?", "expression": equation, "result_float": result}
+             for equation, result in equations.items() for i in range(20)]
+  found = {split: registry.read("mawps_one_step", split=split, source=f"file:{write(tmp_path / 'all.jsonl', rows)}")
+           for split, rows in (("train", records), ("test", records[::-1]))}
+  asked = {split: {e.question for e in of.examples} for split, of in found.items()}
+  assert not asked["train"] & asked["test"]
+  assert asked["train"] | asked["test"] == {f"{i} of {e}?" for e in ("5 + 2", "6 / 3", "(9-4)") for i in range(20)}
+  assert 10 < len(asked["test"]) < 30
+  assert {e.rationale for of in found.values() for e in of.examples} == {
+      "5 + 2 = 7.\nThe answer is 7", "6 / 3 = 2.\nThe answer is 2", "9 - 4 = 5.\nThe answer is 5"}
+  spaced = [r | {"question": r["question"].replace(" of", "  of")} for r in records]
+  again = registry.read("mawps_one_step", split="test", source=f"file:{write(tmp_path / 'spaced.jsonl', spaced)}")
+  assert {" ".join(e.question.split()) for e in again.examples} == asked["test"]
 
 
 def test_one_file_holds_the_splits_of_mbpp(tmp_path):

@@ -12,7 +12,11 @@ _QWEN_1_5B = ModelConfig(vocab_size=151936, hidden_size=1536, intermediate_size=
                          num_kv_heads=2, head_dim=128, tie_embeddings=True, **_QWEN)
 _QWEN_7B = ModelConfig(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_layers=28, num_heads=28,
                        num_kv_heads=4, head_dim=128, tie_embeddings=False, **_QWEN)
+_SMOLLM2_135M = ModelConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,
+                            num_kv_heads=3, head_dim=64, tie_embeddings=True, rope_theta=1e5, rms_norm_eps=1e-5,
+                            qkv_bias=False)
 MODELS = {
+    "HuggingFaceTB/SmolLM2-135M": _SMOLLM2_135M, "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
     "Qwen/Qwen2.5-0.5B": _QWEN_0_5B, "Qwen/Qwen2.5-0.5B-Instruct": _QWEN_0_5B,
     "Qwen/Qwen2.5-1.5B": _QWEN_1_5B, "Qwen/Qwen2.5-1.5B-Instruct": _QWEN_1_5B, "Qwen/Qwen2.5-Math-1.5B": _QWEN_1_5B,
     "Qwen/Qwen2.5-7B": _QWEN_7B, "Qwen/Qwen2.5-7B-Instruct": _QWEN_7B,

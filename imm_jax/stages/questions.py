@@ -188,12 +188,17 @@ def scores_texts(config: ml_collections.ConfigDict) -> bool:
 
 
 def texts_of(config: ml_collections.ConfigDict) -> dict[str, list[str]]:
-  """Passages of each text of `eval.texts`, by its name; `task.eval_questions` of them at most."""
+  """Passages of each text of `eval.texts`, by its name."""
   found = {}
   for entry in config.eval.texts:
     name, _, source = entry.partition("=")
-    found[name] = tasks.load_text("" if source else name, source=source, count=config.task.eval_questions or None)
+    found[name] = tasks.load_text("" if source else name, source=source, count=count_passages(config) or None)
   return found
+
+
+def count_passages(config: ml_collections.ConfigDict) -> int:
+  """How many passages of a text are scored, at most; 0 for all of them."""
+  return config.eval.passages or config.task.eval_questions
 
 
 def own(config: ml_collections.ConfigDict) -> tuple[str, ...]:
@@ -277,7 +282,7 @@ def describe_tests(config: ml_collections.ConfigDict) -> str:
     if published and (note := tasks.paper_note(name)):
       notes.append(note)
   parts += [f"{LM_EVAL}{name} up to {config.task.eval_questions or 'all'}" for name in lm_eval_tasks(config)]
-  parts += [f"{name_of(entry)} up to {config.task.eval_questions or 'all'} passages" for entry in config.eval.texts]
+  parts += [f"{name_of(entry)} up to {count_passages(config) or 'all'} passages" for entry in config.eval.texts]
   return "\n".join((f"test questions: {'; '.join(parts)}", *notes))
 
 
@@ -311,6 +316,11 @@ def is_remote(config: ml_collections.ConfigDict, entry: str) -> bool:
   """Whether a task's questions come over the network."""
   name, source = name_of(entry), source_of(config, entry)
   return not tasks.is_endless(name) and bool(source or tasks.has_place(name)) and not source.startswith("file:")
+
+
+def has_remote_texts(config: ml_collections.ConfigDict) -> bool:
+  """Whether any of `eval.texts` comes over the network: a corpus by its name, or a source that is no file."""
+  return any(not entry.partition("=")[2].startswith("file:") for entry in config.eval.texts)
 
 
 def source_of(config: ml_collections.ConfigDict, entry: str) -> str:

@@ -247,14 +247,17 @@ def expect(config: ml_collections.ConfigDict, model: ModelConfig, folder: Path |
   task, or where it has none or they are elsewhere (`folder` of the model too), by assumed lengths."""
   sft, mesh, count = config.sft, mesh_of(config), questions.counts(config)[0]
   assumed = round(cost.ASSUMED["question"] + cost.ASSUMED["length"] * config.sample.max_new_tokens)
-  lengths, prompt = [assumed], 0
+  lengths, prompt, question, answer = [assumed], 0, 0.0, 0.0
   if folder and not questions.is_remote(config, config.task.name):
     asked, encode = questions.of_round(config, 0), encoder(config, folder)
     worked = [encode({"question": e.question, "response": e.rationale})
               for e in asked.asked[:_LOOKED_AT] if e.rationale]
     lengths = [len(e.prompt) + len(e.response) for e in worked] or lengths
     asks = encoder(config, folder, shots=asked.shots if draws(config) else ())
-    prompt = max(len(asks({"question": e.question, "response": ""}).prompt) for e in asked.asked[:_LOOKED_AT])
+    bare = [{"question": e.question, "response": ""} for e in asked.asked[:_LOOKED_AT]]
+    prompt = max(len(asks(row).prompt) for row in bare)
+    question = float(np.mean([len(encode(row).prompt) for row in bare]))
+    answer = float(np.mean([len(e.response) for e in worked])) if worked else 0.0
   if draws(config):
     count = round(count * config.sample.num_samples * cost.ASSUMED["right"] / max(1 - config.data.real_fraction, 0.5))
   drawn = itertools.islice(itertools.cycle(lengths), max(1, min(count, 1000)))
@@ -265,7 +268,7 @@ def expect(config: ml_collections.ConfigDict, model: ModelConfig, folder: Path |
   dtype = jnp.dtype(hardware.compute_dtype(sft.compute_dtype))
   kernel = attention.choose(sft.attention, model, dtype=dtype, length=sft.row_length, rows=rows // sft.accumulation,
                             mesh=mesh)
-  return memory.Expected(rows, kernel, prompt)
+  return memory.Expected(rows, kernel, prompt, question, answer)
 
 
 def _notes(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, batches: PackedBatches, multiple: int,

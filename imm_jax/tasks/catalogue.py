@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from imm_jax.tasks import formats, multiple
+from imm_jax.tasks import formats, multiple, one_step
 from imm_jax.tasks.base import Example
 from imm_jax.tasks.fields import Record
 
@@ -117,6 +117,11 @@ TASKS: dict[str, Task] = {
          Format(("original_text", "ans"), formats.numeric("original_text", "ans"), {"test": (2373, 238)})),
         files={"test": ("harness_test.jsonl", "MAWPS.json", "mawps_source.json")},
         paper=f"has 520 other questions than the paper's 2065, which are {_HARNESS}/mawps/test.jsonl"),
+    "mawps_one_step": Task(  # ours: the problems of MAWPS that take one step, to train on and to be tested with
+        "id", "number", "MIT", both("hf:MU-NLPC/Calc-mawps::train+validation+test"),
+        tuple(Format(names, one_step.parse, {}) for names in one_step.NAMES),
+        files=dict.fromkeys(("train", "test"), ("mawps_source.json", "MAWPS.json")), folder="mawps",
+        select=one_step.select),
     "multiarith": Task(
         "ood", "number", "none stated", {"test": "hf:ChilleD/MultiArith::train+test"},  # published as one set of 600
         (Format(("question", "final_ans"), formats.numeric("question", "final_ans"), {"test": (600,)}),

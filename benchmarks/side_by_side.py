@@ -1,0 +1,86 @@
+"""Many runs of the command, one process a core, in which what methods share is computed once."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+
+REPO = Path(__file__).parent.parent
+
+
+def run_all(methods: Mapping[str, Sequence[str]], seeds: Mapping[str, int], root: Path, command: Sequence[str], *,
+            processes: int = 0) -> None:
+  """Runs every method with its seeds in ROOT/METHOD_SEED, one seed a core; what is done is not done again.
+
+  What star computes and another method has as well (the base's scores, the first samples and their SFT) is computed
+  once: star comes first, and the others start from a copy of its run, in which what differs is run again.
+
+  Args:
+    methods: the flags of each.
+    seeds: how many of each, from 0 on.
+    root: the folder of the runs.
+    command: the flags of all.
+    processes: at once, at most; 0 for one on each core.
+
+  Raises:
+    SystemExit: with the log to read, when a run fails.
+  """
+  root.mkdir(parents=True, exist_ok=True)
+  cores: SimpleQueue[int] = SimpleQueue()
+  for core in sorted(os.sched_getaffinity(0))[:processes or None]:
+    cores.put(core)
+
+  def run_seed(seed: int) -> None:
+    core = cores.get()
+    try:
+      for method in sorted(methods, key="star".__ne__):
+        if seed < seeds[method]:
+          workdir = root / f"{method}_{seed}"
+          again = method != "star" and _copied(root / f"star_{seed}", workdir)
+          run([*command, f"--config.seed={seed}", *methods[method]] + ["--rerun"] * again, workdir,
+              compiled=root / "compiled", core=core)
+          print(f"{method} seed {seed} done", flush=True)
+    finally:
+      cores.put(core)
+
+  with ThreadPoolExecutor(cores.qsize()) as pool:
+    list(pool.map(run_seed, range(max(seeds.values()))))
+
+
+def run(flags: Sequence[str], workdir: Path, *, compiled: Path, core: int | None = None) -> None:
+  """Runs the command in a work directory, with its output in WORKDIR.log.
+
+  Args:
+    flags: of the command, but for --workdir.
+    workdir: of the run.
+    compiled: a folder for compiled programs, which runs share.
+    core: that it is bound to; None for all.
+
+  Raises:
+    SystemExit: with the log to read, when it fails.
+  """
+  environment = os.environ | {
+      "JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "PYTHONPATH": str(REPO), "PYTHONWARNINGS": "ignore"}
+  bound = [] if core is None else ["taskset", "-c", str(core)]
+  command = [*bound, sys.executable, "-m", "imm_jax.main", f"--workdir={workdir}", *flags]
+  workdir.parent.mkdir(parents=True, exist_ok=True)
+  log = workdir.with_name(f"{workdir.name}.log")
+  with log.open("w") as output:
+    code = subprocess.run(command, cwd=REPO, env=environment, stdout=output, stderr=output, check=False).returncode
+  if code:
+    raise SystemExit(f"{' '.join(command)} ended with {code}; see {log}")
+
+
+def _copied(first: Path, workdir: Path) -> bool:
+  """Whether a run starts, or has started, from a copy of the first one, which is made here."""
+  if not first.exists():
+    return False
+  if not workdir.exists():
+    shutil.copytree(first, started := workdir.with_name(f"{workdir.name}.part"), dirs_exist_ok=True)
+    started.rename(workdir)
+  return True

@@ -1,0 +1,115 @@
+"""A real pretrained model on real questions: what merging keeps, in and out of domain.
+
+    python benchmarks/smollm2.py --workdir=runs/smollm2
+    python benchmarks/smollm2.py --workdir=runs/smollm2 --model=FOLDER --data=FOLDER --methods=star --seeds=1
+
+Every method runs three rounds from SmolLM2-135M-Instruct (`configs/smollm2.py:study`), star and imm with --seeds seeds,
+the others with one; what they share is computed once. Linux only; one process a core, about 4.5 GiB each. A killed
+benchmark goes on where it was, parts may come in any order (--methods, --seeds), and what is done so far is collected
+at the end of each start: WORKDIR/scores.json holds every figure, WORKDIR/report the pictures; a table is printed.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import side_by_side
+from absl import app, flags
+
+from imm_jax import files
+from imm_jax.report import Results, compare, groups, results
+
+METHODS = ("star", "imm", "iimm", "wise_ft", "kl", "real")
+_SEVERAL = ("star", "imm")  # with --seeds seeds
+_WORKDIR = flags.DEFINE_string("workdir", "runs/smollm2", "Where everything goes.")
+_MODEL = flags.DEFINE_string("model", "", "A folder of the model; empty for the hub's.")
+_DATA = flags.DEFINE_string("data", "", "A folder of data sets, as they are published; empty for the published places.")
+_METHODS = flags.DEFINE_list("methods", list(METHODS), "Of METHODS.")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of star and imm.", lower_bound=1)
+_PROCESSES = flags.DEFINE_integer("processes", 0, "At once, at most; 0 for one on each core.", lower_bound=0)
+_OVERRIDES = flags.DEFINE_multi_string("override", [], "A flag passed on to every run, such as --config.rounds=2.")
+
+
+def command() -> list[str]:
+  """The flags of all runs."""
+  local, model = [], [f"--config.model={_MODEL.value}"] * bool(_MODEL.value)
+  if _DATA.value:
+    source = f"file:{Path(_DATA.value).resolve()}"
+    ood = tuple(f"{name}={source}" for name in ("svamp", "arc_easy", "piqa", "sciq", "openbookqa", "boolq"))
+    local = [f"--config.task.source={source}", f"--config.task.ood={ood}",
+             f"--config.eval.texts=('tiny_shakespeare={source}/text/tinyshakespeare.txt',)"]
+  return ["--config=configs/smollm2.py:study", *model, *local, *_OVERRIDES.value]
+
+
+def figures_of(run: Results) -> dict[str, Any]:
+  """Every figure of a run, by model: scores of each task, nats a token of texts, KL to the base, seconds of stages."""
+  values = lambda scores: {task: score.value for task, score in scores.items()}
+
+  def of_model(model: results.Model) -> dict[str, Any]:
+    drift = run.drift.get(model.round, {}).get("models", {}).get(model.kind, {})
+    return {"in_domain": run.in_domain(model).value, "out_of_domain": run.out_of_domain(model).value,
+            "scores": values(model.scores), "beside": {task: values(found) for task, found in model.beside.items()},
+            "nats_per_token": {text: found["nats_per_token"]["value"] for text, found in model.texts.items()},
+            "kl": {task: of_task["kl"] for task, of_task in drift.items()}}
+
+  return {
+      "models": {model.label: of_model(model) for model in run.models},
+      "n": {task: score.n for task, score in run.models[0].scores.items()},
+      "handed_on": [model.label for model in run.handed_on()],
+      "data": list(run.data),
+      "seconds": {name: entry.get("seconds") for name, entry in run.stages.items()},
+      "memory_gib": max(run.memory.values(), default=None)}
+
+
+def markdown(found: dict[str, dict[str, Any]]) -> str:
+  """The last model of each method: mean over seeds, with the standard error where there are several."""
+  first = next(iter(found.values()))
+  id_task, *ood = first["n"]
+  texts = list(next(iter(first["models"].values()))["nats_per_token"])
+  heads = ["", "seeds", id_task, "out of domain", *ood, *(f"{text}, nats a token" for text in texts), "KL in domain"]
+  lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+  rows = {"base": [next(iter(first["models"].values()))]}
+  for name, run in found.items():
+    rows.setdefault(f"`{name.rpartition('_')[0]}`", []).append(run["models"][run["handed_on"][-1]])
+  for name, models in rows.items():
+    columns = [[m["in_domain"] for m in models], [m["out_of_domain"] for m in models],
+               *([m["scores"][task] for m in models] for task in ood),
+               *([m["nats_per_token"][text] for m in models] for text in texts),
+               [m["kl"][id_task] for m in models if m["kl"]]]
+    lines.append(f"| {name} | {len(models)} | {' | '.join(map(_mean, columns))} |")
+  return "\n".join(lines)
+
+
+def _mean(values: list[float]) -> str:
+  if not values:
+    return ""
+  mean, error = groups.mean(values) if len(values) > 1 else (values[0], None)
+  return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
+
+
+def collect(root: Path) -> None:
+  """Writes scores.json and the report of all runs that have scores, and prints a table of those that are done."""
+  folders = [path for path in sorted((root / "runs").iterdir()) if results.is_run(path) and path.suffix != ".part"]
+  runs = [run for path in folders if len((run := Results.of(path)).models) > 1]
+  if not runs:
+    return
+  found = {run.root.name: figures_of(run) for run in runs}
+  files.write_text(root / "scores.json", json.dumps(found, indent=1) + "\n")
+  if len(runs) > 1:
+    compare.write(runs, root / "report")
+  rounds = max(len(run["handed_on"]) for run in found.values())
+  print(markdown({name: run for name, run in found.items() if len(run["handed_on"]) == rounds}))
+
+
+def main(_: list[str]) -> None:
+  root = Path(_WORKDIR.value).resolve()
+  methods = {name: [f"--config.method={name}"] for name in _METHODS.value}
+  seeds = {name: _SEEDS.value if name in _SEVERAL else 1 for name in methods}
+  try:
+    side_by_side.run_all(methods, seeds, root / "runs", command(), processes=_PROCESSES.value)
+  finally:
+    collect(root)
+
+
+if __name__ == "__main__":
+  app.run(main)
