@@ -12,6 +12,7 @@ from imm_jax.memory import count_params
 from imm_jax.methods import averages, draws, merge_method, method_of
 from imm_jax.model.config import ModelConfig
 from imm_jax.stages import questions
+from imm_jax.tasks import protocols
 
 # Where nothing was measured yet: the share of a device's peak that training and sampling reach, the length of an answer
 # as a share of what is allowed, the share of right ones, and the tokens of a question and of a passage.
