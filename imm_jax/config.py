@@ -23,9 +23,11 @@ from imm_jax.training import throughput
 INTERVENTIONS = ("none", "gradient_decay", "gradient_clipping", "weight_masking")
 DTYPES = ("bfloat16", "float32")
 COMPUTE_DTYPES = ("auto", *DTYPES)
-# Keys that say how a run is computed, not what: they may change between two starts of it.
-HOW = ("eval.batch_size", "mesh", "profile", "sample.batch_size", "sampler.vllm", "sft.accumulation", "sft.attention",
-       "sft.log_every", "sft.max_to_keep", "sft.remat", "sft.save_interval", "sft.state_dir")
+# Keys that say how a run is computed, not what: they may change between two starts of it. data.skip_empty, too: all it
+# decides is whether a round without a right answer ends the run.
+HOW = ("data.skip_empty", "eval.batch_size", "mesh", "profile", "sample.batch_size", "sampler.vllm",
+       "sft.accumulation", "sft.attention", "sft.log_every", "sft.max_to_keep", "sft.remat", "sft.save_interval",
+       "sft.state_dir")
 
 _ONE_OF = {"method": tuple(METHODS), "task.kind": ("number", "latex", "choice"), "prompt.style": prompts.STYLES,
            "eval.protocol": protocols.NAMES,

@@ -137,3 +137,14 @@ def test_a_sweep_that_is_dropped_is_no_part_of_the_run(tmp_path: Path, capsys: p
   found = begin(tmp_path / "run", **{"merge.sweep": (0.1,)})
   assert found == {f"round_{t}/{name}" for t in (0, 1) for name in ("sweep", "eval/sweep_0.1", "eval/sweep_0.9")}
   assert "no longer a part of the run: round_0/eval/sweep_0.9, round_1/eval/sweep_0.9" in capsys.readouterr().err
+
+
+def test_a_round_without_a_right_answer_is_gone_past_where_others_are_done(tmp_path: Path) -> None:
+  """It ends the run in a later round: what the rounds before have sampled and trained is neither lost nor asked for."""
+  root = tmp_path / "run"
+  finish(root)
+  record = read_record(root)
+  done = {name: entry for name, entry in record["stages"].items() if name not in SECOND or name.endswith("samples.jsonl")}
+  files.write_text(root / "run.json", json.dumps({"stages": done}))
+  assert begin(root, **{"data.skip_empty": True}) == set()
+  assert begin(root) == set()
