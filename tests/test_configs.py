@@ -89,10 +89,12 @@ def test_the_models_that_the_paper_means():
 
 
 @pytest.mark.parametrize("scale", ["paper", "tiny"])
-def test_equal_runs_of_several_plans_run_once(scale):
+def test_equal_runs_and_analyses_of_several_plans_are_done_once(scale):
   everything = paper.get_config(f"all,scale={scale}")
   texts = [run.to_json() for run in everything.runs.values()]
-  assert len(set(texts)) == len(texts)
+  analyses = [analysis.to_json() for analysis in everything.analyses.values()]
+  for found in (texts, analyses):
+    assert len(set(found)) == len(found)
   for plan in PLANS:
     of_plan = paper.get_config(f"{plan},scale={scale}")
     assert {run.to_json() for run in of_plan.runs.values()} <= {*texts}
@@ -100,6 +102,20 @@ def test_equal_runs_of_several_plans_run_once(scale):
       if "run" in analysis:  # the same model of the same run
         assert any(other.get("model") == analysis.model and "run" in other and everything.runs[other.run].to_json()
                    == of_plan.runs[analysis.run].to_json() for other in everything.analyses.values())
+      else:  # none is lost for its name: figures 3 and 10 have an importance_math each, of two models
+        assert any((analysis.get("model"), analysis.get("task"), analysis.get("after")) == (
+            other.get("model"), other.get("task"), other.get("after")) for other in everything.analyses.values())
+
+
+@pytest.mark.parametrize(("method", "before"), [("star", "round_1/sft"), ("imm", "round_1/merged"),
+                                                ("ema", "round_1/sft/ema"), ("rest_em", "")])
+def test_a_change_is_counted_from_what_sft_started_from(method: str, before: str, tmp_path: Path):
+  config = ml_collections.ConfigDict({"runs": {"a": tiny.get_config()}})
+  config.runs.a.method = method
+  analysis = ml_collections.ConfigDict({"kind": "weight_change", "run": "a", "model": "round_2/sft"})
+  found = experiments._models(config, analysis, tmp_path)
+  here = tmp_path / "a"
+  assert found == {"before": str(here / before) if before else "tiny", "after": str(here / "round_2/sft")}
 
 
 @pytest.mark.parametrize("argument", [None, "table=3,figure=7", "table=10", "figure=5"])
