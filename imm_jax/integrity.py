@@ -61,8 +61,8 @@ def check_run(root: Path) -> tuple[list[str], list[str]]:
   if manifest.exists():
     wrong += differing(manifest, root)
   else:
-    notes.append(f"{MANIFEST} is missing (the last start was killed, or is older): run.json, config.json, metrics and "
-                 "report cannot be checked")
+    notes.append(f"{MANIFEST} is missing (a start has not ended, was killed, or is older): run.json, config.json, "
+                 "metrics and report cannot be checked")
   try:
     stages = files.read_json(root / "run.json")["stages"].items()
     recorded = [(name, entry["output"], entry.get("files")) for name, entry in stages]
@@ -74,8 +74,9 @@ def check_run(root: Path) -> tuple[list[str], list[str]]:
       wrong.append(name)
     elif files.digest(root / name) != output:
       found = files.digests(root / name)
+      # Where each file is what it was, the record itself is not.
       wrong += [f"{name}/{file}".removesuffix("/.") for file in sorted({*found, *(each or {})})
-                if found.get(file) != (each or {}).get(file)] if each else [name]
+                if found.get(file) != each.get(file)] if each and found != each else [name]
   for seal in sorted(root.glob(f"round_*/*_state/*{SEAL}")):
     if (seal.parent / seal.name.removesuffix(SEAL)).exists():
       wrong += [f"{seal.parent.relative_to(root)}/{name}" for name in differing(seal, seal.parent)]
