@@ -441,3 +441,20 @@ def test_questions_that_change_are_noticed(tmp_path):
 def test_a_number_alone_must_say_whether_it_is_a_table_or_a_figure():
   with pytest.raises(ValueError, match="may be table=3 or figure=3: say which"):
     paper.get_config("3")
+
+
+@pytest.mark.parametrize(("slip", "message"), [
+    ({"merge": {"base_wieght": 0.3}}, "merge.base_wieght, which is no setting: did you mean base_weight?"),
+    ({"extra": 1}, "has extra, which is no setting"), ({"sft": {"ema": None}}, "has no key sft.ema"),
+    ({"data": None}, "has no key data")])
+def test_keys_of_a_config_that_was_made_anew_are_checked_too(slip: dict, message: str):
+  made = tiny.get_config().to_dict()
+  for key, value in slip.items():
+    inner = made.setdefault(key, {}) if isinstance(value, dict) else made
+    for name, new in (value if isinstance(value, dict) else slip).items():
+      if new is None:
+        del inner[name]
+      else:
+        inner[name] = new
+  with pytest.raises(UserError, match=message):
+    checks.validate(ml_collections.ConfigDict(made))
