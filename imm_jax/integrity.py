@@ -77,10 +77,22 @@ def check_run(root: Path) -> tuple[list[str], list[str]]:
       # Where each file is what it was, the record itself is not.
       wrong += [f"{name}/{file}".removesuffix("/.") for file in sorted({*found, *(each or {})})
                 if found.get(file) != each.get(file)] if each and found != each else [name]
-  for seal in sorted(root.glob(f"round_*/*_state/*{SEAL}")):
-    if (seal.parent / seal.name.removesuffix(SEAL)).exists():
+  for state in sorted(path for path in root.glob("round_*/*_state/*") if path.name.isdecimal()):
+    seal = state.with_name(state.name + SEAL)
+    if seal.exists():
       wrong += [f"{seal.parent.relative_to(root)}/{name}" for name in differing(seal, seal.parent)]
+    else:
+      notes.append(f"{_name(state, root)}: has no digests (its writer was killed), and cannot be checked")
+  if elsewhere := _states_elsewhere(root / "config.json"):
+    notes.append(f"training states are in {elsewhere}, which is not looked at here")
   return wrong, notes
+
+
+def _states_elsewhere(config: Path) -> str:
+  try:
+    return files.read_json(config)["sft"]["state_dir"]
+  except (UserError, KeyError, TypeError):  # damaged, which has been said
+    return ""
 
 
 def _name(path: Path, root: Path) -> str:

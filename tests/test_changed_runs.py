@@ -166,3 +166,19 @@ def test_questions_or_a_model_that_were_replaced_are_asked_for_too(
   assert "test questions is not what it was: base/eval, " in capsys.readouterr().err
   assert begin(root, external=other, rerun=True) >= SAMPLED
   assert begin(root, external=other) >= SAMPLED  # as if killed before any of them
+
+
+def test_what_verify_cannot_look_at_is_said(tmp_path: Path) -> None:
+  states = tmp_path / "round_0/sft_state"
+  (states / "4").mkdir(parents=True)
+  (states / "4/state").write_bytes(b"whole")
+  files.write_text(tmp_path / "run.json", json.dumps({"stages": {}}))
+  files.write_text(tmp_path / "config.json", json.dumps({"sft": {"state_dir": "gs://bucket/states"}}))
+  wrong, notes = integrity.check_run(tmp_path)
+  assert not wrong
+  assert "round_0/sft_state/4: has no digests" in notes[1]
+  assert "in gs://bucket/states" in notes[2]
+  integrity.write(states / f"4{integrity.SEAL}", states, [states / "4/state"])
+  assert len(integrity.check_run(tmp_path)[1]) == 2
+  (states / "4/state").write_bytes(b"while")
+  assert integrity.check_run(tmp_path)[0] == ["round_0/sft_state/4/state"]
