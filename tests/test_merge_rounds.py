@@ -195,6 +195,18 @@ def test_a_weight_that_an_option_overrides_is_neither_swept_nor_recorded(
       checks.validate(config, trains=False)
 
 
+@pytest.mark.parametrize(("given", "said"), [
+    ({}, "base_weight 0.4, drop_rate 0.2"), ({"merge.method": "ties"}, "ties, base_weight 0.4, drop_rate 0.2"),
+    ({"merge.method": "ties", "merge.options.densities": 0.3}, "ties, base_weight 0.4, densities 0.3"),
+    ({"merge.method": "linear", "merge.options.weights": (0.2, 0.8)}, "linear, weights (0.2, 0.8)"),
+    ({"merge.method": "sce"}, "sce"), ({"method": "lines"}, "base_weight 0.4")], ids=str)
+def test_the_plan_says_what_decides_a_merge(given: dict, said: str) -> None:
+  config = tiny.get_config()
+  config.update_from_flattened_dict(given)
+  stages = {s.name: s for s in loop.plan(Run(config, Path("run"), Model(Path("base"), "base")))}
+  assert stages["round_0/merged"].plan == said
+
+
 def test_a_round_without_answers_merges_unless_the_merged_model_is_handed_on(
     models: stage.Models, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
   """wise_ft's last model is star's merged with the base, and star's last one is then what the round started from."""

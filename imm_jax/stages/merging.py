@@ -84,10 +84,12 @@ def _plan(config: ml_collections.ConfigDict, models: Models) -> str:
   name = merge_method(config)
   if not merge_options.models_of(registry.METHODS[name], **_folders(config, models)):
     return f"the tuned model, for {name} merges several"
-  own = "" if name == method_of(config).merge else f"{name}, "
+  own = "" if name == method_of(config).merge else name
   weight = f"base_weight {config.merge.base_weight}" if merge_options.weighs(config) else ""
-  thins = {"drop_rate", "densities"} & registry.METHODS[name].by_option.keys()
-  return own + ", ".join(filter(None, (weight, f"drop_rate {config.merge.drop_rate}" if thins else ""))) or name
+  given = merge_options.settings_of(config)["options"]
+  thins = {"drop_rate", "densities"} & registry.METHODS[name].by_option.keys() - given.keys()
+  return ", ".join(filter(None, (own, weight, f"drop_rate {config.merge.drop_rate}" if thins else "", *(
+      f"{option} {value}" for option, value in given.items())))) or name
 
 
 def _plan_choice(config: ml_collections.ConfigDict) -> str:
