@@ -92,8 +92,8 @@ def _change(scale: str, run: str, *models: str) -> dict[str, dict[str, str]]:
 
 
 def _together(scale: str) -> tuple[dict, dict]:
-  """All plans: equal runs once, others of an equal name with the plan's name before theirs."""
-  runs, analyses, known = {}, {}, {}
+  """All plans: equal runs and analyses once, others of an equal name with the plan's name before theirs."""
+  runs, analyses, known, asked = {}, {}, {}, {}
   for plan, make in _PLANS.items():
     of_plan, more = make(scale)
     names = {}
@@ -103,9 +103,9 @@ def _together(scale: str) -> tuple[dict, dict]:
       runs[same] = config
     for name, analysis in more.items():
       found = analysis | ({"run": names[analysis["run"]]} if "run" in analysis else {})
-      if name in analyses and analyses[name] != found and "config" not in found:
-        name = f"{plan.replace(' ', '_')}_{name}"
-      analyses.setdefault(name, found)
+      same = asked.setdefault(ml_collections.ConfigDict(found).to_json(sort_keys=True),
+                              name if name not in analyses else f"{plan.replace(' ', '_')}_{name}")
+      analyses[same] = found
   return runs, analyses
 
 

@@ -1,5 +1,6 @@
 """Checks a config before anything is spent."""
 
+import importlib
 import math
 import re
 import shlex
@@ -23,9 +24,11 @@ from imm_jax.training import throughput
 INTERVENTIONS = ("none", "gradient_decay", "gradient_clipping", "weight_masking")
 DTYPES = ("bfloat16", "float32")
 COMPUTE_DTYPES = ("auto", *DTYPES)
-# Keys that say how a run is computed, not what: they may change between two starts of it.
-HOW = ("eval.batch_size", "mesh", "profile", "sample.batch_size", "sampler.vllm", "sft.accumulation", "sft.attention",
-       "sft.log_every", "sft.max_to_keep", "sft.remat", "sft.save_interval", "sft.state_dir")
+# Keys that say how a run is computed, not what: they may change between two starts of it. data.skip_empty, too: all it
+# decides is whether a round without a right answer ends the run.
+HOW = ("data.skip_empty", "eval.batch_size", "mesh", "profile", "sample.batch_size", "sampler.vllm",
+       "sft.accumulation", "sft.attention", "sft.log_every", "sft.max_to_keep", "sft.remat", "sft.save_interval",
+       "sft.state_dir")
 
 _ONE_OF = {"method": tuple(METHODS), "task.kind": ("number", "latex", "choice"), "prompt.style": prompts.STYLES,
            "eval.protocol": protocols.NAMES,
@@ -52,6 +55,7 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
   Without `trains` the questions to train on are not looked at, without `downloads` none that come over the network.
   What depends on the machine (mesh, batch over devices) is checked when the devices are known, in `stages`.
   """
+  _check_keys(config)
   for text in (config.prompt.header, *config.sample.stop):
     if not isinstance(text, str) or (not text.isascii() and re.search("[\ud800-\udfff]", text)):
       raise UserError(f"config.prompt.header and sample.stop: {text!r} is no valid text")
@@ -99,6 +103,27 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
   _validate_data(config)
   _validate_tasks(config, trains)
   _validate_questions(config, trains, downloads)
+
+
+def _check_keys(config: ml_collections.ConfigDict) -> None:
+  """Raises UserError for keys that configs/common.py has not, or that lack: a config file that unlocks its config, or
+  makes one anew, is told of no slip otherwise."""
+  try:
+    known = importlib.import_module("configs.common").get_config()
+  except ImportError:  # used without the repository's config files
+    return
+
+  def check(found: ml_collections.ConfigDict, known: ml_collections.ConfigDict, where: str) -> None:
+    for key in sorted({*found} ^ {*known}):
+      raise UserError(f"the config has {where}{key}, which is no setting: {nearest(key, [*known])}" if key in found else
+                      f"the config has no key {where}{key}; is --config the right file?")
+    for key, value in known.items():
+      if isinstance(value, ml_collections.ConfigDict):
+        if not isinstance(found[key], ml_collections.ConfigDict):
+          raise UserError(f"config.{where}{key}={found[key]!r}: expected the settings {', '.join(value)}")
+        check(found[key], value, f"{where}{key}.")
+
+  check(config, known, "")
 
 
 def _validate_temperatures(config: ml_collections.ConfigDict) -> None:

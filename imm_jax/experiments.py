@@ -109,7 +109,8 @@ def _models(config: ml_collections.ConfigDict, analysis: ml_collections.ConfigDi
   settings, here = config.runs[analysis.run], root / analysis.run
   number = int(analysis.model.partition("/")[0].removeprefix("round_"))
   handed_on = {"merged": "merged", "ema": "sft/ema", "tuned": "sft"}[method_of(settings).hands_on]
-  return {"before": str(here / f"round_{number - 1}" / handed_on) if number else settings.model,
+  last = number and method_of(settings).start == "last"
+  return {"before": str(here / f"round_{number - 1}" / handed_on) if last else settings.model,
           "after": str(here / analysis.model)}
 
 

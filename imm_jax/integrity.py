@@ -61,8 +61,8 @@ def check_run(root: Path) -> tuple[list[str], list[str]]:
   if manifest.exists():
     wrong += differing(manifest, root)
   else:
-    notes.append(f"{MANIFEST} is missing (the last start was killed, or is older): run.json, config.json, metrics and "
-                 "report cannot be checked")
+    notes.append(f"{MANIFEST} is missing (a start has not ended, was killed, or is older): run.json, config.json, "
+                 "metrics and report cannot be checked")
   try:
     stages = files.read_json(root / "run.json")["stages"].items()
     recorded = [(name, entry["output"], entry.get("files")) for name, entry in stages]
@@ -74,12 +74,25 @@ def check_run(root: Path) -> tuple[list[str], list[str]]:
       wrong.append(name)
     elif files.digest(root / name) != output:
       found = files.digests(root / name)
+      # Where each file is what it was, the record itself is not.
       wrong += [f"{name}/{file}".removesuffix("/.") for file in sorted({*found, *(each or {})})
-                if found.get(file) != (each or {}).get(file)] if each else [name]
-  for seal in sorted(root.glob(f"round_*/*_state/*{SEAL}")):
-    if (seal.parent / seal.name.removesuffix(SEAL)).exists():
+                if found.get(file) != each.get(file)] if each and found != each else [name]
+  for state in sorted(path for path in root.glob("round_*/*_state/*") if path.name.isdecimal()):
+    seal = state.with_name(state.name + SEAL)
+    if seal.exists():
       wrong += [f"{seal.parent.relative_to(root)}/{name}" for name in differing(seal, seal.parent)]
+    else:
+      notes.append(f"{_name(state, root)}: has no digests (its writer was killed), and cannot be checked")
+  if elsewhere := _states_elsewhere(root / "config.json"):
+    notes.append(f"training states are in {elsewhere}, which is not looked at here")
   return wrong, notes
+
+
+def _states_elsewhere(config: Path) -> str:
+  try:
+    return files.read_json(config)["sft"]["state_dir"]
+  except (UserError, KeyError, TypeError):  # damaged, which has been said
+    return ""
 
 
 def _name(path: Path, root: Path) -> str:

@@ -138,20 +138,24 @@ class RunDir:
     changed = changes(self.path, self._config)
     how = [line for key, line in changed if _only_how(key)]
     what = [line for key, line in changed if not _only_how(key)]
+    # What was read may be another under the same name, and that throws work away just as well.
+    made, back = ("another config", "the values") if what else ("other inputs", "what")
+    what = what or [f"{name} is not what it was" for name in _replaced(self._record, external)]
     if what:
       again = stale(stages, self._record, self.path, external)
       gone = sorted(self._record["stages"].keys() - {stage.name for stage in stages})
       lost = [stage.name for stage in stages if stage.costly and stage.name in again]
       lost += [name for name in gone if self._record["stages"][name].get("costly")]
       if lost and not rerun:
-        raise UserError(f"{self.path}: made with another config ({'; '.join(what)}), which would run finished work "
-                        f"again: {listed(lost)}; give --rerun to have that, or use another --workdir, or the values it "
-                        "was made with")
+        raise UserError(f"{self.path}: made with {made} ({'; '.join(what)}), which would run finished work again: "
+                        f"{listed(lost)}; give --rerun to have that, or use another --workdir, or {back} it was made "
+                        "with")
       how += [f"{'; '.join(what)}: {f'{listed(again)} will be run again' if again else 'nothing is run again for it'}"]
       for name in gone:
         del self._record["stages"][name]
       how += [f"no longer a part of the run: {listed(gone)}"] * bool(gone)
-      self._save_record()
+    self._record["external"] = dict(external)
+    self._save_record()
     self._begun = True
     (self.path / integrity.MANIFEST).unlink(missing_ok=True)  # written again when this start ends
     files.write_text(self.path / "config.json", json.dumps(_plain(self._config), indent=1, sort_keys=True) + "\n")
@@ -304,6 +308,14 @@ def read_record(root: Path) -> dict[str, Any]:
       for entry in stages.values()):
     raise UserError(f"{path}: damaged; remove it to run every stage again, or use another --workdir")
   return record
+
+
+def _replaced(record: Mapping[str, Any], external: Mapping[str, str]) -> list[str]:
+  """The inputs that no stage wrote, and that are others than at the start before."""
+  known = record.get("external")
+  if not isinstance(known, dict):  # an older run, whose stages say what they read
+    known = {name: digest for entry in record["stages"].values() for name, digest in entry["inputs"].items()}
+  return sorted(name for name, digest in external.items() if known.get(name, digest) != digest)
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

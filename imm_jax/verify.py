@@ -11,6 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from imm_jax import cli, integrity
+from imm_jax.report.reading import is_running
 from imm_jax.report.results import find
 
 _WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, or folders that hold some: DIR,DIR,...")
@@ -21,6 +22,8 @@ def main() -> None:
   damaged = False
   for root in find(_WORKDIRS.value):
     wrong, notes = integrity.check_run(Path(root))
+    if is_running(Path(root)):
+      notes.append("a process works in it: what it is writing now may seem to differ, so look again when it has ended")
     for note in notes:
       print(f"note: {root}: {note}", file=sys.stderr)
     for name in wrong:

@@ -44,15 +44,15 @@ def finish(root: Path, **changes: object) -> None:
   files.write_text(root / "run.json", json.dumps(record))
 
 
-def begin(root: Path, *, rerun: bool = False, **changes: object) -> set[str]:
+def begin(root: Path, *, rerun: bool = False, external: dict[str, str] = EXTERNAL, **changes: object) -> set[str]:
   """The stages that were done before, and are to be run again once the run has begun with changes."""
   settings = config(**changes)
   before = {*read_record(root)["stages"]}
   with RunDir(root, settings) as directory:
     made = stages(settings, root)
-    directory.begin(made, EXTERNAL, rerun=rerun)
+    directory.begin(made, external, rerun=rerun)
   record = read_record(root)
-  return before - ({*record["stages"]} - {*stale(made, record, root, EXTERNAL)})
+  return before - ({*record["stages"]} - {*stale(made, record, root, external)})
 
 
 def _changes(value: object) -> str:
@@ -137,3 +137,48 @@ def test_a_sweep_that_is_dropped_is_no_part_of_the_run(tmp_path: Path, capsys: p
   found = begin(tmp_path / "run", **{"merge.sweep": (0.1,)})
   assert found == {f"round_{t}/{name}" for t in (0, 1) for name in ("sweep", "eval/sweep_0.1", "eval/sweep_0.9")}
   assert "no longer a part of the run: round_0/eval/sweep_0.9, round_1/eval/sweep_0.9" in capsys.readouterr().err
+
+
+def test_a_round_without_a_right_answer_is_gone_past_where_others_are_done(tmp_path: Path) -> None:
+  """It ends the run in a later round: what the rounds before have sampled and trained is neither lost nor asked for."""
+  root = tmp_path / "run"
+  finish(root)
+  record = read_record(root)
+  done = {name: entry for name, entry in record["stages"].items() if name not in SECOND - {"round_1/samples.jsonl"}}
+  files.write_text(root / "run.json", json.dumps({"stages": done}))
+  assert begin(root, **{"data.skip_empty": True}) == set()
+  assert begin(root) == set()
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_questions_or_a_model_that_were_replaced_are_asked_for_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture, older: bool) -> None:
+  """The config says the same, yet all that was sampled and trained would go; once allowed it is not asked again."""
+  root, other = tmp_path / "run", EXTERNAL | {"train questions": "of another file"}
+  finish(root)
+  if not older:  # finish leaves what runs had before they noted their inputs
+    assert begin(root) == set()
+  before = (root / "run.json").read_bytes()
+  with pytest.raises(UserError, match=r"other inputs \(train questions is not what it was\), .*round_0/samples"):
+    begin(root, external=other)
+  assert (root / "run.json").read_bytes() == before
+  assert begin(root, external=EXTERNAL | {"test questions": "more"}) == EVALUATIONS | DRIFTS  # costs little
+  assert "test questions is not what it was: base/eval, " in capsys.readouterr().err
+  assert begin(root, external=other, rerun=True) >= SAMPLED
+  assert begin(root, external=other) >= SAMPLED  # as if killed before any of them
+
+
+def test_what_verify_cannot_look_at_is_said(tmp_path: Path) -> None:
+  states = tmp_path / "round_0/sft_state"
+  (states / "4").mkdir(parents=True)
+  (states / "4/state").write_bytes(b"whole")
+  files.write_text(tmp_path / "run.json", json.dumps({"stages": {}}))
+  files.write_text(tmp_path / "config.json", json.dumps({"sft": {"state_dir": "gs://bucket/states"}}))
+  wrong, notes = integrity.check_run(tmp_path)
+  assert not wrong
+  assert "round_0/sft_state/4: has no digests" in notes[1]
+  assert "in gs://bucket/states" in notes[2]
+  integrity.write(states / f"4{integrity.SEAL}", states, [states / "4/state"])
+  assert len(integrity.check_run(tmp_path)[1]) == 2
+  (states / "4/state").write_bytes(b"while")
+  assert integrity.check_run(tmp_path)[0] == ["round_0/sft_state/4/state"]

@@ -97,10 +97,12 @@ def test_the_models_that_the_paper_means():
 
 
 @pytest.mark.parametrize("scale", ["paper", "tiny"])
-def test_equal_runs_of_several_plans_run_once(scale):
+def test_equal_runs_and_analyses_of_several_plans_are_done_once(scale):
   everything = paper.get_config(f"all,scale={scale}")
   texts = [run.to_json() for run in everything.runs.values()]
-  assert len(set(texts)) == len(texts)
+  analyses = [analysis.to_json() for analysis in everything.analyses.values()]
+  for found in (texts, analyses):
+    assert len(set(found)) == len(found)
   for plan in PLANS:
     of_plan = paper.get_config(f"{plan},scale={scale}")
     assert {run.to_json() for run in of_plan.runs.values()} <= {*texts}
@@ -108,6 +110,20 @@ def test_equal_runs_of_several_plans_run_once(scale):
       if "run" in analysis:  # the same model of the same run
         assert any(other.get("model") == analysis.model and "run" in other and everything.runs[other.run].to_json()
                    == of_plan.runs[analysis.run].to_json() for other in everything.analyses.values())
+      else:  # none is lost for its name: figures 3 and 10 have an importance_math each, of two models
+        assert any((analysis.get("model"), analysis.get("task"), analysis.get("after")) == (
+            other.get("model"), other.get("task"), other.get("after")) for other in everything.analyses.values())
+
+
+@pytest.mark.parametrize(("method", "before"), [("star", "round_1/sft"), ("imm", "round_1/merged"),
+                                                ("ema", "round_1/sft/ema"), ("rest_em", "")])
+def test_a_change_is_counted_from_what_sft_started_from(method: str, before: str, tmp_path: Path):
+  config = ml_collections.ConfigDict({"runs": {"a": tiny.get_config()}})
+  config.runs.a.method = method
+  analysis = ml_collections.ConfigDict({"kind": "weight_change", "run": "a", "model": "round_2/sft"})
+  found = experiments._models(config, analysis, tmp_path)
+  here = tmp_path / "a"
+  assert found == {"before": str(here / before) if before else "tiny", "after": str(here / "round_2/sft")}
 
 
 @pytest.mark.parametrize("argument", [None, "table=3,figure=7", "table=10", "figure=5"])
@@ -468,3 +484,20 @@ def test_questions_that_change_are_noticed(tmp_path):
 def test_a_number_alone_must_say_whether_it_is_a_table_or_a_figure():
   with pytest.raises(ValueError, match="may be table=3 or figure=3: say which"):
     paper.get_config("3")
+
+
+@pytest.mark.parametrize(("slip", "message"), [
+    ({"merge": {"base_wieght": 0.3}}, "merge.base_wieght, which is no setting: did you mean base_weight?"),
+    ({"extra": 1}, "has extra, which is no setting"), ({"sft": {"ema": None}}, "has no key sft.ema"),
+    ({"data": None}, "has no key data")])
+def test_keys_of_a_config_that_was_made_anew_are_checked_too(slip: dict, message: str):
+  made = tiny.get_config().to_dict()
+  for key, value in slip.items():
+    inner = made.setdefault(key, {}) if isinstance(value, dict) else made
+    for name, new in (value if isinstance(value, dict) else slip).items():
+      if new is None:
+        del inner[name]
+      else:
+        inner[name] = new
+  with pytest.raises(UserError, match=message):
+    checks.validate(ml_collections.ConfigDict(made))

@@ -252,6 +252,9 @@ def test_every_flipped_byte_is_found(finished: Path, tmp_path: Path):
   assert integrity.check_run(root)[0] == ["round_0/train.jsonl"]
   (root / "manifest.json").unlink()
   assert "manifest.json is missing" in integrity.check_run(root)[1][0]
+  record = root / "run.json"  # which nothing covers now
+  record.write_text(record.read_text().replace('"output": "', '"output": "0', 1))
+  assert sorted(integrity.check_run(root)[0]) == ["base/eval", "round_0/train.jsonl"]
   done = subprocess.run([sys.executable, "-m", "imm_jax.verify", f"--workdirs={root}"], cwd=REPO, capture_output=True,
                         text=True, check=False)
   assert done.returncode == 1

@@ -149,6 +149,9 @@ def test_every_option_has_its_place_in_the_config() -> None:
     ({"merge.method": "ties", "merge.options.scope": "all"}, "expected 'tensor' or 'model'"),
     ({"merge.method": "nearswap"}, r"options\.t: merge\.method=nearswap needs it"),
     ({"merge.options.scale": 2.0}, "is no option of imm"),
+    ({"merge.method": "ties", "merge.options.densities": (0.3, 0.2)}, "expected a number, or 1 of them, for the tuned"),
+    ({"merge.method": "linear", "merge.options.weights": (1, 2, 3)}, "or 2 of them, for the base and the tuned one"),
+    ({"merge.method": "karcher", "merge.options.tol": (0.1, 0.2)}, r"tol=\(0\.1, 0\.2\): expected 0 <= tol"),
     ({"method": "star", "merge.method": "ties"}, "method=star merges nothing"),
     ({"method": "star", "merge.options.scale": 2.0}, "method=star merges nothing"),
     ({"merge.method": "karcher", "merge.sweep": (0.1,)}, "has no weight of the base")], ids=str)
@@ -168,3 +171,50 @@ def test_what_a_method_starts_from(method: str, start: str, needs: list[str]) ->
   assert stages["round_1/sft"].needs[0] == start
   assert stages["round_1/samples.jsonl"].needs[0] == ("round_0/sft" if method != "lines" else start)
   assert {*needs} <= stages.keys()
+
+
+@pytest.mark.parametrize("given", [
+    {"merge.method": "slerp", "merge.options.t": 0.3}, {"merge.method": "linear", "merge.options.weights": (0.2, 0.8)},
+    {"merge.method": "ties", "merge.options.weights": 0.4}, {"merge.method": "ties", "merge.options.normalize": True},
+    {"merge.method": "wise_ft", "merge.options.alpha": 0.4}], ids=str)
+def test_a_weight_that_an_option_overrides_is_neither_swept_nor_recorded(
+    given: dict, models: stage.Models, tmp_path: Path) -> None:
+  outs = []
+  for weight in (0.2, 0.9):
+    config = tiny.get_config()
+    config.update_from_flattened_dict({**given, "merge.drop_rate": 0.0, "merge.base_weight": weight})
+    checks.validate(config, trains=False)
+    assert stage.merge(config, models, 0, None, tmp_path / f"{weight}") == {"method": config.merge.method}
+    outs.append(read(tmp_path / f"{weight}"))
+  for name, value in outs[0].items():
+    np.testing.assert_array_equal(outs[1][name], value)  # so that a sweep would say of equal models that they differ
+  for more in ({"merge.sweep": (0.2, 0.8)}, {"merge.base_weight": "auto"}):
+    config = tiny.get_config()
+    config.update_from_flattened_dict(given | more)
+    with pytest.raises(UserError, match=r"config\.merge\.options\.\w+: says how far a merge goes from the base"):
+      checks.validate(config, trains=False)
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({}, "base_weight 0.4, drop_rate 0.2"), ({"merge.method": "ties"}, "ties, base_weight 0.4, drop_rate 0.2"),
+    ({"merge.method": "ties", "merge.options.densities": 0.3}, "ties, base_weight 0.4, densities 0.3"),
+    ({"merge.method": "linear", "merge.options.weights": (0.2, 0.8)}, "linear, weights (0.2, 0.8)"),
+    ({"merge.method": "sce"}, "sce"), ({"method": "lines"}, "base_weight 0.4")], ids=str)
+def test_the_plan_says_what_decides_a_merge(given: dict, said: str) -> None:
+  config = tiny.get_config()
+  config.update_from_flattened_dict(given)
+  stages = {s.name: s for s in loop.plan(Run(config, Path("run"), Model(Path("base"), "base")))}
+  assert stages["round_0/merged"].plan == said
+
+
+def test_a_round_without_answers_merges_unless_the_merged_model_is_handed_on(
+    models: stage.Models, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
+  """wise_ft's last model is star's merged with the base, and star's last one is then what the round started from."""
+  (tmp_path / "train.jsonl").touch()
+  empty = models._replace(tuned=[models.start], train=tmp_path / "train.jsonl")
+  for method, share in (("wise_ft", 0.25), ("lines", 1.0)):
+    config = settings("", base_weight=0.75)
+    config.method = method
+    found = merged(config, empty, tmp_path / method)
+    for name, base in trees["base"].items():
+      np.testing.assert_allclose(found[name], base + share * (trees["start"][name] - base), rtol=0, atol=1e-6)

@@ -257,6 +257,9 @@ def test_every_run_of_the_papers_tables_is_set_beside_its_table_and_has_its_sett
       settings = json.loads(json.dumps(config.to_dict()))
       assert int(table) in [entry["table"] for entry in paper.find(settings)], (table, name)
       assert paper.different(settings) == [], (table, name)
+      settings["merge"]["method"], settings["sft"]["stop_share"] = "ties", 0.1
+      assert paper.different(settings) == ["merge.method is ties, of which the paper has none",
+                                           "sft.stop_share is 0.1, of which the paper has none"]
 
 
 def test_every_figure_of_the_paper_is_of_a_task_that_a_run_of_its_table_evaluates():

@@ -14,6 +14,9 @@ from imm_jax.errors import listed
 from imm_jax.report.markup import Section, Table
 from imm_jax.report.results import Results
 
+# Settings that make another method of one of the paper's.
+_NOT_THERE = ("merge.method", "data.real_fraction", "sft.stop_share")
+
 
 def load() -> dict[str, Any]:
   """The content of paper.json."""
@@ -78,7 +81,8 @@ def different(config: Mapping[str, Any]) -> list[str]:
     wanted["sample.num_samples"] = paper["num_samples"][task]
   wanted["task.eval_questions"] = wanted["task.questions_per_round"] = 0
   return [f"{key} is {_value(config, key)}, the paper's {value or 'all'}" for key, value in wanted.items()
-          if _value(config, key) != value and not (key.startswith("merge.") and config.get("method") == "star")]
+          if _value(config, key) != value and not (key.startswith("merge.") and config.get("method") == "star")] + [
+              f"{key} is {value}, of which the paper has none" for key in _NOT_THERE if (value := _value(config, key))]
 
 
 def _same_model(given: Any, published: str) -> bool:

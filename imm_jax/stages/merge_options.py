@@ -40,6 +40,20 @@ def has_strength(method: str) -> bool:
   return _strength(registry.METHODS[method]) is not None
 
 
+def weighs(config: ml_collections.ConfigDict) -> bool:
+  """Whether `merge.base_weight` decides anything: its method has a strength, and no option sets that in its place."""
+  return has_strength(merge_method(config)) and not _fixed_by(config)
+
+
+def _fixed_by(config: ml_collections.ConfigDict) -> str:
+  """The option that is given and says how far the merge goes from the base whatever `merge.base_weight` is, if any."""
+  method, given = registry.METHODS[merge_method(config)], _given(config)
+  if (strength := _strength(method)) in given:
+    return strength
+  # Divided by their sum, the weights of one model's change are 1.
+  return "normalize" if strength == "weights" and "base" in method.inputs and given.get("normalize") else ""
+
+
 def _strength(method: registry.Method) -> str | None:
   names = method.by_option.keys() - (_STRENGTHS.keys() if method.name in _OTHERWISE else set())
   return next((name for name in ("weights", *_STRENGTHS) if name in names), None)
@@ -66,19 +80,27 @@ def check(config: ml_collections.ConfigDict) -> None:
     if option not in method.by_option or option in ("base_weight", "drop_rate", "importance"):
       raise UserError(f"config.merge.options.{option}: is no option of {name}; "
                       f"{nearest(option, [o for o in method.by_option if o != 'importance'])}")
+    known_option, several = method.by_option[option], isinstance(value, tuple | list)
     try:
-      for number in value if isinstance(value, tuple | list) else [value]:
-        method.by_option[option].check(number)
+      for number in value if several and known_option.kind == "number" else [value]:
+        known_option.check(number)
     except ValueError as e:
       raise UserError(f"config.merge.options.{e}") from e
+    count = 1 if "base" in method.inputs else 2  # what a round merges, in the methods that have such options
+    if several and (not value or (known_option.per_model and len(value) != count)):
+      what = "the tuned one" if count == 1 else "the base and the tuned one"
+      raise UserError(f"config.merge.options.{option}={value!r}: expected a number" + (
+          f", or {count} of them, for {what}" if known_option.per_model else ", or a list of them over the layers"))
   for option in method.options:
     if option.suggested is registry.REQUIRED and option.name not in {
         *given, "densities", "drop_rate", "importance", _strength(method)}:
       raise UserError(f"config.merge.options.{option.name}: merge.method={name} needs it ({option.help}; "
                       f"{option.range})")
-  if not has_strength(name) and (config.merge.sweep or config.merge.base_weight == "auto"):
-    raise UserError(f"config.merge.method={name}: has no weight of the base, so merge.sweep and base_weight=auto mean "
-                    "nothing beside it")
+  if not weighs(config) and (config.merge.sweep or config.merge.base_weight == "auto"):
+    fixed = _fixed_by(config) if has_strength(name) else ""
+    why = (f"options.{fixed}: says how far a merge goes from the base" if fixed else
+           f"method={name}: has no weight of the base")
+    raise UserError(f"config.merge.{why}, so merge.sweep and base_weight=auto mean nothing beside it")
 
 
 def models_of(method: registry.Method, *, base: Path, start: Path, tuned: Sequence[Path]) -> dict[str, Path] | None:

@@ -74,7 +74,8 @@ def stages(run: Run, start: Model, tuned: Model, train: str, round_: int) -> lis
         lambda out, _: choose_weight(config, models, round_, run.scratch(name), out), everywhere=True,
         scratch=str(run.scratch(name))))
     inputs.append(name)
-  found.append(Stage(f"{here}/merged", tuple(inputs), settings | run.settings("merge.base_weight"),
+  weight = run.settings("merge.base_weight") if merge_options.weighs(config) else {}
+  found.append(Stage(f"{here}/merged", tuple(inputs), settings | weight,
                      _plan(config, models), lambda out, _: merge(config, models, round_, chosen, out)))
   return [*found, evaluating.stage(run, run.model(f"{here}/merged"), f"{here}/eval/merged", round_)]
 
@@ -83,10 +84,12 @@ def _plan(config: ml_collections.ConfigDict, models: Models) -> str:
   name = merge_method(config)
   if not merge_options.models_of(registry.METHODS[name], **_folders(config, models)):
     return f"the tuned model, for {name} merges several"
-  own = "" if name == method_of(config).merge else f"{name}, "
-  weight = f"base_weight {config.merge.base_weight}" if merge_options.has_strength(name) else ""
-  thins = {"drop_rate", "densities"} & registry.METHODS[name].by_option.keys()
-  return own + ", ".join(filter(None, (weight, f"drop_rate {config.merge.drop_rate}" if thins else ""))) or name
+  own = "" if name == method_of(config).merge else name
+  weight = f"base_weight {config.merge.base_weight}" if merge_options.weighs(config) else ""
+  given = merge_options.settings_of(config)["options"]
+  thins = {"drop_rate", "densities"} & registry.METHODS[name].by_option.keys() - given.keys()
+  return ", ".join(filter(None, (own, weight, f"drop_rate {config.merge.drop_rate}" if thins else "", *(
+      f"{option} {value}" for option, value in given.items())))) or name
 
 
 def _plan_choice(config: ml_collections.ConfigDict) -> str:
@@ -98,14 +101,15 @@ def _plan_choice(config: ml_collections.ConfigDict) -> str:
 def merge(config: ml_collections.ConfigDict, models: Models, round_: int, weight_file: Path | None, out: Path,
           ) -> dict[str, Any]:
   """Merges with the base weight of the config, or with the one that `choose_weight` has written: an HF checkpoint."""
-  if models.train and not models.train.stat().st_size:  # data.skip_empty
+  skipped = models.train and not models.train.stat().st_size  # data.skip_empty
+  if skipped and method_of(config).hands_on == "merged":  # else the tuned model is the start, and is merged as ever
     tuning.copy(models.start, out)
     return {"skipped": True}
   weight = files.read_json(weight_file)["base_weight"] if weight_file else _setting(config.merge.base_weight)
   _merge(config, models, round_, [(weight, out)])
   name = merge_method(config)
   if name not in ("imm", "iimm"):
-    return {"method": name} | ({"base_weight": weight} if merge_options.has_strength(name) else {})
+    return {"method": name} | ({"base_weight": weight} if merge_options.weighs(config) else {})
   return {"base_weight": weight, "drop_rate": config.merge.drop_rate}
 
 

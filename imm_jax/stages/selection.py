@@ -150,6 +150,6 @@ def _draw(rows: Sequence[Row], count: int, rng: np.random.Generator) -> list[Row
 def _nothing_right(samples: Path, rows: Sequence[Row]) -> str:
   return (f"{samples}: none of {len(rows)} samples is right ({sum(r['finish'] == 'length' for r in rows)} cut at "
           f"max_new_tokens, {sum(not r['span'] for r in rows)} without an answer), so there is nothing to train on; "
-          "read some samples, then give this run other temperatures for the round (config.sample.temperatures, a tuple "
-          "each round), or more num_samples, max_new_tokens or prompt.few_shot with --rerun, or go past the round with "
-          "config.data.skip_empty=True. The samples are kept")
+          "read some samples, then go past the round with config.data.skip_empty=True, or sample it anew with --rerun "
+          "and other temperatures for it (config.sample.temperatures, a tuple each round), or begin again with --rerun "
+          "and more num_samples, max_new_tokens or prompt.few_shot. The samples are kept until then")
