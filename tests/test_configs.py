@@ -292,7 +292,7 @@ def test_an_experiment_runs_each_of_its_runs_in_a_folder(environment, tmp_path):
   assert (tmp_path / "all/tiny_stories/round_0/merged/model.safetensors").exists()
   planned = of("--dry_run").stdout
   assert "0 of 8 stages to do" in planned
-  assert "at the measured" in planned
+  assert "by what stages took so far" in planned
 
 
 def test_what_cannot_be_asked_shows_before_the_run(environment, tmp_path):  # noqa: F811
