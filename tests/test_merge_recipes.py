@@ -89,6 +89,8 @@ def test_gradients_go_over_a_slice(pair, tmp_path: Path):
     ({"slices": [{"sources": [{"model": "A", "layer_range": [0, 2]}]}], "merge_method": "slerp", "base_model": "A",
       "parameters": {"t": 0.5}}, "slerp takes 1 model other than base_model, not 0"),
     ({"models": [{"model": "A"}], "modules": {"vision": {}, "text": {}}}, "expected one module"),
+    ({"gate_mode": "hidden", "experts": [{"source_model": "A"}]}, "a mixture of experts"),
+    ({"models": [{"model": "A", "parameters": [1]}], "merge_method": "linear"}, "parameters: expected a mapping"),
     ({"models": [{"model": "A"}], "merge_method": "slerp"}, "base_model is missing; slerp needs one"),
     ({"models": [{"model": "A", "parameters": {"wieght": 1}}]}, "wieght is not supported; did you mean weight?"),
     ({"models": [{"model": "A"}], "chat_template": "alpaca"}, "expected auto, chatml or a Jinja template")])
