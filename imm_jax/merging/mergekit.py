@@ -77,8 +77,8 @@ class _Reader:
   def recipe(self, raw: Mapping[str, Any]) -> Recipe:
     raw = {key: value for key, value in raw.items() if value is not None}
     if "experts" in raw:
-      self._fail("experts: a mixture of experts, as mergekit-moe makes them, is not supported; expected merge_method with "
-                 "models or slices")
+      self._fail("experts: a mixture of experts, as mergekit-moe makes them, is not supported; expected merge_method "
+                 "with models or slices")
     self._refuse_unknown("", raw, _KEYS, _IDLE_KEYS)
     method = _METHODS.get(raw.get("merge_method", ""))
     if method is None:

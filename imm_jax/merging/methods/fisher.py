@@ -11,7 +11,7 @@ from imm_jax.merging.registry import method
 
 @method("models", "fishers", reference="https://arxiv.org/abs/2111.09832", options=(
     Option("weights", "w", 1.0, per_model=True, key="weight", low=0),
-    Option("floor", "added to each Fisher entry; where all are this small, or 0, the mean is a plain one", 1e-10, low=0)))
+    Option("floor", "added to each Fisher entry; where all are this small the mean is a plain one", 1e-10, low=0)))
 def fisher(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
   """The mean weighed entry by entry with the diagonal of each model's Fisher matrix (Fisher merging).
 
