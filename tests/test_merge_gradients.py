@@ -123,6 +123,16 @@ def test_weights_by_layer_are_learnt_by_gradient():
     jax.grad(lambda d: merging.ties(base, [a, b], densities=d)["layers.0.w"].sum())(0.5)
 
 
+def test_what_is_not_traced_is_known_within_a_trace():
+  """Trees that a jitted function closes over: a coefficient alone is traced, or other work."""
+  a, b, base = tree(0), tree(1), tree(2)
+  gradient = jax.jit(jax.grad(lambda t: merging.slerp(a, b, t=t)[NAMES[0]].sum()))(0.3)
+  value = lambda t: np.float64(merging.slerp(a, b, t=t)[NAMES[0]].sum())
+  assert float(gradient) == pytest.approx((value(0.31) - value(0.29)) / 0.02, rel=1e-3)
+  got = jax.jit(lambda x: merging.ties(base, [a, b], densities=0.5)[NAMES[0]] + x)(0.0)
+  np.testing.assert_array_equal(got, merging.ties(base, [a, b], densities=0.5)[NAMES[0]])
+
+
 def test_coefficients_may_be_arrays():
   a, b = tree(0), tree(1)
   expected = merging.linear([a, b], weights=[np.float32(0.3), np.float32(0.7)])

@@ -180,6 +180,31 @@ def test_slerp_of_zero_opposite_and_tiny_tensors():
   np.testing.assert_allclose(merging.slerp({"w": x["w"] * np.float32(1e-20)}, tiny, t=1.0)["w"], tiny["w"], rtol=1e-5)
 
 
+@pytest.mark.parametrize(("method", "options"), [
+    ("nuslerp", {}), ("nuslerp", {"flatten": False, "row_wise": True}), ("multislerp", {})])
+def test_equal_and_parallel_models_have_their_mean_and_a_gradient(method, options):
+  """Norms and what no one has tuned are the same in most models: no angle may be divided by."""
+  x = np.random.default_rng(3).normal(size=(7, 33)).astype(np.float32)
+  a, b = {"same": x, "twice": x}, {"same": x, "twice": 2 * x}
+  merge = lambda a, b: getattr(merging, method)([a, b], weights=1, **options)
+  for got in (merge(a, b), jax.jit(merge)(a, b)):
+    np.testing.assert_allclose(got["same"], x, rtol=1e-5)
+    np.testing.assert_allclose(got["twice"], 1.5 * x, rtol=1e-5)
+  gradient = jax.jit(jax.grad(lambda a: merge(a, a)["same"].sum()))(a)["same"]
+  np.testing.assert_allclose(gradient, np.ones_like(x), rtol=1e-3)
+
+
+def test_fisher_without_information_is_a_plain_mean():
+  zero = {"w": np.zeros(2, np.float32)}
+  got = merging.fisher([{"w": np.array([1., 2.], np.float32)}, {"w": np.array([3., 4.], np.float32)}], [zero, zero],
+                       floor=0)
+  assert got["w"].tolist() == [2, 3]
+
+
+def test_leaves_may_be_numbers_of_python():
+  assert float(merging.linear([{"w": 1.0, "n": 3}, {"w": 2.0, "n": 3}], weights=1)["w"]) == 1.5
+
+
 def test_model_stock_weighs_by_the_angle_between_deltas():
   got = call("model_stock", (BASE, A, B, C))
   for name in SHAPES:
@@ -345,7 +370,11 @@ def test_model_stock_needs_two_models_and_directions_are_finite():
   with pytest.raises(ValueError, match="1 given; model_stock takes 2 or more"):
     merging.model_stock(BASE, [A])
   broken = {**A, "scale": np.array([np.nan], np.float32)}
-  with pytest.raises(ValueError, match="scale has values that are not finite"):
+  with pytest.raises(ValueError, match=r"scale has NaN or infinity in other, so"):
     merging.slerp(BASE, broken, t=0.5)
+  with pytest.raises(ValueError, match="weights: they add up to 0 at 'embed"):
+    merging.multislerp([{"embed": np.ones(2)}, {"embed": np.ones(2)}], weights=[1, -1])
+  with pytest.raises(ValueError, match="expected an integer, 0 <= max_iter"):
+    merging.karcher([A, B], max_iter=1.5)
   with pytest.raises(ValueError, match="0 given; ties takes 1 or more"):
     merging.ties(BASE, [], densities=0.5)

@@ -89,6 +89,8 @@ def test_gradients_go_over_a_slice(pair, tmp_path: Path):
     ({"slices": [{"sources": [{"model": "A", "layer_range": [0, 2]}]}], "merge_method": "slerp", "base_model": "A",
       "parameters": {"t": 0.5}}, "slerp takes 1 model other than base_model, not 0"),
     ({"models": [{"model": "A"}], "modules": {"vision": {}, "text": {}}}, "expected one module"),
+    ({"gate_mode": "hidden", "experts": [{"source_model": "A"}]}, "a mixture of experts"),
+    ({"models": [{"model": "A", "parameters": [1]}], "merge_method": "linear"}, "parameters: expected a mapping"),
     ({"models": [{"model": "A"}], "merge_method": "slerp"}, "base_model is missing; slerp needs one"),
     ({"models": [{"model": "A", "parameters": {"wieght": 1}}]}, "wieght is not supported; did you mean weight?"),
     ({"models": [{"model": "A"}], "chat_template": "alpaca"}, "expected auto, chatml or a Jinja template")])
@@ -148,6 +150,9 @@ def test_models_whose_configs_have_no_common_meaning_are_refused(pair, tmp_path:
     first = save(tmp_path / f"{key}-first", 3, hidden_act="silu")
     with pytest.raises(UserError, match=f"has {key}={value!r} in config.json"):
       merged(tmp_path, {**LINEAR, "models": [{"model": str(first)}, {"model": str(other)}]})
+  other = save(tmp_path / "fp8", 2, quantization_config={"quant_method": "fp8"})
+  with pytest.raises(UserError, match=r"has quantization_config in config\.json: quantised weights are not merged"):
+    merged(tmp_path, {**LINEAR, "models": [{"model": str(other)}, {"model": str(pair[0])}]})
   other = save(tmp_path / "far", 2, rope_theta=1e6, rms_norm_eps=1e-5)
   merged(tmp_path, {**LINEAR, "models": [{"model": str(pair[0])}, {"model": str(other)}]})
   notes = capsys.readouterr().err

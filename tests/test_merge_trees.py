@@ -117,6 +117,9 @@ for method in methods:
       put = jax.tree.map(lambda x: jax.device_put(x, placed), trees)
       with jax.set_mesh(mesh):
         got = t.call(method, put)
+        traced = jax.jit(lambda ts: t.call(method, ts))(put)
+      if not all(np.allclose(x, traced[n], rtol=0, atol=2e-6) for n, x in got.items()):
+        found["different"].append([method, str(kind), str(spec), "jit"])
       for n, x in got.items():
         if not np.allclose(x, expected[n], rtol=0, atol=2e-6):
           found["different"].append([method, str(kind), str(spec)])

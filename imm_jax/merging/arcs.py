@@ -36,10 +36,10 @@ def prepare(coefficients: Coefficients, *, of_deltas: bool = False) -> Prepare:
 def between(share: Any, cosine: Any, limit: float = ONE_LINE) -> tuple[Any, Any]:
   """Coefficients of two vectors for the point at `share` of the arc from the first to the second.
 
-  (sin((1 - s) theta), sin(s theta)) / sin(theta), theta the angle; (1 - s, s) where |cosine| > limit.
+  (sin((1 - s) theta), sin(s theta)) / sin(theta), theta the angle; (1 - s, s) where |cosine| >= limit.
   """
   xp = statistics.namespace(share, cosine)
-  straight = abs(cosine) > limit
+  straight = abs(cosine) >= limit
   theta = xp.arccos(xp.where(straight, 0.0, cosine))
   arc = lambda part: xp.sin(part * theta) / xp.sin(theta)
   return xp.where(straight, 1 - share, arc(1 - share)), xp.where(straight, share, arc(share))

@@ -15,6 +15,7 @@ _MEANING = ("model_type", "num_attention_heads", "n_head", "num_key_value_heads"
 # Where these differ a mean may make sense; the output has the donor's.
 _NOTED = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "sliding_window", "max_position_embeddings",
           "attention_bias", "embedding_multiplier", "logits_scaling", "residual_multiplier", "final_logit_softcapping")
+_QUANTISED = ("quantization_config", "quantization", "compression_config")
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
@@ -28,9 +29,14 @@ def compare(models: Mapping[str, Path], *, layers_may_differ: bool = False) -> N
     layers_may_differ: whether only slices of them are taken.
 
   Raises:
-    UserError: where the mean makes no sense: another family, other numbers of heads, another activation.
+    UserError: where the mean makes no sense: another family, other numbers of heads, another activation, quantised
+      weights.
   """
   configs = {label: _config(folder) for label, folder in models.items()}
+  for label, config in configs.items():
+    if key := next((key for key in _QUANTISED if config.get(key)), None):
+      raise UserError(f"{label} ({models[label]}) has {key} in config.json: quantised weights are not merged; take the "
+                      "unquantised model that they were made from")
   (first_label, first), *others = configs.items()
   for label, config in others:
     for key in (*_MEANING, *(() if layers_may_differ else _LAYERS)):

@@ -70,7 +70,7 @@ class TreeSource:
       raise ValueError("models: none given; expected one or more")
     self.leaves, self.treedef = trees.match(models, names, layer_axis)
     self.num_models, self.has_base, self.first_layer = len(models), "base" in models, 0
-    self.layer_axis = layer_axis
+    self.layer_axis, self.labels = layer_axis, list(models)
     self._where = {name: (leaf, i) for leaf in self.leaves if trees.is_floating(leaf)
                    for i, name in enumerate(leaf.names)}
     self.names = list(self._where)
@@ -86,14 +86,15 @@ class TreeSource:
     del combine  # a tensor in memory has one part
     for name in self.names if names is None else names:
       leaf, i = self._where[name]
-      with jax.enable_x64(True):  # for sums in int64
-        measured = _compiled_statistic(statistic, leaf.axis, tuple(static.items()))(
-            leaf.tensors, dict(arguments(name)), np.int32(i))
-      yield name, np.asarray(measured)
+      # Sums are int64; and where a caller is traced, but these tensors are not, they are known all the same.
+      with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        measured = np.asarray(_compiled_statistic(statistic, leaf.axis, tuple(static.items()))(
+            leaf.tensors, dict(arguments(name)), np.int32(i)))
+      yield name, measured
 
   def tensors(self, name: str) -> list[jax.Array]:
     leaf, i = self._where[name]
-    return [_one(jnp.asarray(t), leaf.axis, i).astype(jnp.float32) for t in leaf.tensors]
+    return [_one(_gathered(jnp.asarray(t)), leaf.axis, i).astype(jnp.float32) for t in leaf.tensors]
 
 
 def run(plan: Plan, source: TreeSource, *, key: jax.Array | None = None, donate: bool = False) -> PyTree:
@@ -127,7 +128,7 @@ def _merge_leaf(plan: Plan, leaf: Leaf, words: Any, donate: bool) -> jax.Array:
   inside = any(isinstance(t, jax.core.Tracer) for t in leaf.tensors)
   shared = {"key": words, "zero": None if inside else np.uint32(0), "first": np.zeros(2, np.uint32)}
   # float64 leaves of numpy stay what they are, though jax has no such arrays by default.
-  with jax.enable_x64(bool(jax.config.jax_enable_x64) or np.dtype(first.dtype) == np.float64):
+  with jax.enable_x64(bool(jax.config.jax_enable_x64) or getattr(first, "dtype", None) == np.float64):
     return merge(first, tuple(others), stacked, shared)
 
 
@@ -143,6 +144,14 @@ def _stack(values: Sequence[Any]) -> Any:
 def _one(stacked: jax.Array, axis: int | None, index: Any) -> jax.Array:
   """One tensor of a leaf."""
   return stacked if axis is None else jax.lax.dynamic_index_in_dim(stacked, index, axis, keepdims=False)
+
+
+def _gathered(tensor: jax.Array) -> jax.Array:
+  """Whole on every device where the mesh's axes are explicit: sums and sorts over them must not guess a sharding."""
+  sharding = jax.typeof(tensor).sharding
+  if sharding.mesh.empty or all(kind != jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types):
+    return tensor
+  return jax.sharding.reshard(tensor, sharding.update(spec=jax.sharding.PartitionSpec()))
 
 
 def _unconstrained(function: Callable[..., jax.Array], tensor: jax.Array, *, replicated: bool = False,
@@ -163,7 +172,7 @@ def _compiled(kernel: Callable[..., jax.Array], static: tuple[tuple[str, Any], .
   def compute(first: jax.Array, others: tuple[jax.Array, ...], scalars: Any, shared: Any) -> jax.Array:
     forward = lambda t: t[None] if axis is None else jnp.moveaxis(t, axis, 0)
     tensors = tuple(forward(jnp.asarray(t)).astype(jnp.float32) for t in (first, *others))
-    merged = kernel(tensors, Numbers(scalars, tensors[0].ndim), shared, **dict(static)).astype(first.dtype)
+    merged = kernel(tensors, Numbers(scalars, tensors[0].ndim), shared, **dict(static)).astype(jnp.result_type(first))
     return merged[0] if axis is None else jnp.moveaxis(merged, 0, axis)
 
   def merge(first: jax.Array, others: tuple[jax.Array, ...], scalars: Any, shared: Any) -> jax.Array:

@@ -76,6 +76,9 @@ class _Reader:
 
   def recipe(self, raw: Mapping[str, Any]) -> Recipe:
     raw = {key: value for key, value in raw.items() if value is not None}
+    if "experts" in raw:
+      self._fail("experts: a mixture of experts, as mergekit-moe makes them, is not supported; expected merge_method "
+                 "with models or slices")
     self._refuse_unknown("", raw, _KEYS, _IDLE_KEYS)
     method = _METHODS.get(raw.get("merge_method", ""))
     if method is None:
@@ -146,6 +149,8 @@ class _Reader:
       labels = {"base": entries[named.index(self._name(base))], **labels}
     labels = self._arrange(method, where, labels, len(order))
     own = {label: (f"{label}.parameters", entry.get("parameters")) for label, entry in labels.items()}
+    for place, parameters in [*own.values(), *outer]:
+      self._check_keys(method, place, parameters)
     options = {}
     for option in method.options:
       if option.per_model:
@@ -155,8 +160,6 @@ class _Reader:
         given = any(isinstance(level, dict) and level.get(option.key) is not None for _, level in outer)
         if given or option.suggested is not option.default or option.required:
           options[option.name] = self._inherit(option, "parameters", outer)
-    for _, parameters in [*own.values(), *outer]:
-      self._check_keys(method, _, parameters)
     layers = None if whole else {label: self._range(label, entry) for label, entry in labels.items()}
     if layers and len({end - first for first, end in layers.values()}) > 1:
       self._fail(f"{where}: layer_range: all sources of a slice need the same number of layers")

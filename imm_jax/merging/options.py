@@ -73,7 +73,8 @@ class Option:
       return " or ".join(map(repr, self.choices))
     if self.low is None and self.high is None:
       return {"number": "a finite number", "constant": "a finite number", "integer": "an integer"}.get(self.kind, "")
-    return ((f"{self.low:g} <= " if self.low is not None else "") + self.name
+    return (("an integer, " if self.kind == "integer" else "")
+            + (f"{self.low:g} <= " if self.low is not None else "") + self.name
             + (f" {'<' if self.below else '<='} {self.high:g}" if self.high is not None else ""))
 
   @property

@@ -50,7 +50,7 @@ class CheckpointSource:
     self.folders, self.block, self.first_layer = dict(folders), block, first_layer
     self._reader = Reader()
     try:
-      labels = list(self.folders)
+      labels = self.labels = list(self.folders)
       if tables is None:
         tables = [self._table(path) if only is None else
                   {name: entry for name, entry in checkpoint.tensors(path).items() if only(name)}

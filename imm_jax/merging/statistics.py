@@ -26,6 +26,8 @@ class Source(Protocol):
 
   names: Sequence[str]
   num_models: int
+  # What the models are called in errors.
+  labels: Sequence[str]
   # Whether the first model is a base.
   has_base: bool
   # The first layer among the names, where a list over the layers begins.
@@ -87,7 +89,10 @@ def cosines(source: Source, view: View) -> dict[str, tuple[Any, Any]]:
   result = {}
   for name, peak in peaks.items():
     if not np.isfinite(peak).all():
-      raise ValueError(f"{name} has values that are not finite, so that it has no direction")
+      first = source.num_models - len(peak)  # where a base is taken away, it may be what is not finite
+      which = [*source.labels[:first if not np.isfinite(peak).any() else 0],
+               *(label for label, p in zip(source.labels[first:], peak, strict=True) if not np.isfinite(p))]
+      raise ValueError(f"{name} has NaN or infinity in {' or '.join(which)}, so that it has no direction")
   for name, sums in source.reduce(_products, np.add, arguments, view=view):
     grid = np.ldexp(sums.astype(np.float64), -bits[name])  # products of vectors divided by 2**exponent
     lengths = np.sqrt(np.diag(grid))

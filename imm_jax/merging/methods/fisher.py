@@ -28,4 +28,4 @@ def fisher(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
              for w, f in zip(numbers["weights"], tensors[count:], strict=True)]
   mixed = kernels.add([kernels.pin(w * t, shared) for w, t in zip(weights, tensors[:count], strict=True)])
   total = kernels.add(weights)
-  return mixed / jnp.where(total > 0, total, 1.0)
+  return jnp.where(total > 0, mixed / jnp.where(total > 0, total, 1.0), kernels.add(tensors[:count]) / count)

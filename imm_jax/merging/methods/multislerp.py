@@ -16,11 +16,15 @@ def _coefficients(lengths: Any, cosine: Any, settings: Settings, name: str) -> A
     return stack([1.0])
   xp = statistics.namespace(weights, lengths)
   if settings["normalize_weights"]:
-    weights = weights / weights.sum()
+    total = weights.sum()
+    if not isinstance(total, jax.Array) and abs(total) < 1e-8:
+      raise ValueError(f"weights: they add up to 0 at {name!r}, which cannot be normalised; give others, or "
+                       "normalize_weights=False")
+    weights = weights / total
   # The unit vectors u_i have the inner products `cosine`; a zero one has none. Everything below is a sum of them.
   known = xp.where(lengths > 0, 1.0, 0.0)
   inner = cosine * known[:, None] * known[None] + xp.diag(known - xp.diag(cosine * known))
-  length = xp.sqrt(xp.maximum(weights @ inner @ weights, 0.0))
+  length = _root(xp, weights @ inner @ weights)
   if isinstance(length, jax.Array) or length >= 1e-8:
     mean = weights / xp.maximum(length, 1e-12)
   elif len(lengths) == 2 or not lengths.any():
@@ -30,9 +34,14 @@ def _coefficients(lengths: Any, cosine: Any, settings: Settings, name: str) -> A
                      "give others")
   dots = inner @ mean
   tangent = weights - (weights * dots).sum() * mean
-  angle = xp.sqrt(xp.maximum(tangent @ inner @ tangent, 0.0)) + settings["eps"]
+  angle = _root(xp, tangent @ inner @ tangent) + settings["eps"]
   units = mean * xp.cos(angle) + tangent * (xp.sin(angle) / angle)
   return units * (lengths * weights).sum() / xp.where(lengths > 0, lengths, 1.0)
+
+
+def _root(xp: Any, square: Any) -> Any:
+  """Of what is not negative but for rounding; the root of 0 has no derivative, and counts as constant."""
+  return xp.where(square > 0, xp.sqrt(xp.where(square > 0, square, 1.0)), 0.0)
 
 
 @method("base?", "models", reference="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea", measures=True,

@@ -10,8 +10,8 @@ from imm_jax.merging.options import Option, Settings, stack
 from imm_jax.merging.registry import method
 from imm_jax.merging.statistics import Source
 
-# 1 - cos^2 > 1e-16, the bound below which float32 knows no angle.
-_ONE_LINE = (1 - 1e-16) ** 0.5
+# Equal vectors have a cosine of 1, and no angle.
+_ONE_LINE = 1.0
 
 
 def _share(settings: Settings, name: str) -> Any:

@@ -22,7 +22,7 @@ def slerp(tensors: Tensors, numbers: Numbers, shared: Shared, *, has_base: bool)
   """Goes from one model to another along an arc, tensor by tensor (Shoemake 1985).
 
   (sin((1 - t) theta) base + sin(t theta) other) / sin(theta), theta the angle between the two tensors as vectors; on a
-  straight line where |cos(theta)| > 0.9995. A zero tensor is at a right angle to everything.
+  straight line where |cos(theta)| >= 0.9995. A zero tensor is at a right angle to everything.
 
   >>> import jax.numpy as jnp
   >>> merged = slerp({"w": jnp.array([1., 0.])}, {"w": jnp.array([0., 1.])}, t=0.5)
