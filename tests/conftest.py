@@ -43,6 +43,7 @@ _LONG = [f"test_{name}.py" for name in (
 def pytest_configure(config: pytest.Config) -> None:
   """Has all workers, and what they start, share compiled code: the same programs are compiled in many tests."""
   config.compiled = None
+  os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every command that is started compiles the package anew
   if not hasattr(config, "workerinput"):
     config.compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="imm_jax-compiled-")
   jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
