@@ -49,8 +49,9 @@ def sample(logits: jax.Array, keys: jax.Array, steps: jax.Array, temperatures: j
 def nucleus(scaled: jax.Array, top_p: float) -> jax.Array:
   """The least logit [B] of the smallest set of tokens that holds a share `top_p` of the probability.
 
-  >>> nucleus(jnp.log(jnp.array([[0.2, 0.5, 0.3], [0.1, 0.1, 0.8]])), 0.7).round(3).tolist()
-  [-1.204, -0.223]
+  >>> least = nucleus(jnp.log(jnp.array([[0.2, 0.5, 0.3], [0.1, 0.1, 0.8]])), 0.7)
+  >>> [round(p, 3) for p in jnp.exp(least).tolist()]
+  [0.3, 0.8]
   """
   total = jnp.sum(jnp.exp(scaled), axis=-1, keepdims=True)
 
