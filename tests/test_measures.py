@@ -187,6 +187,9 @@ def test_a_task_of_lm_eval_without_data_is_found_before_the_run(data: Path, monk
   config.task.ood, config.eval.lm_eval.path = ("lm_eval:own_options",), str(data / "lm_eval")
   with pytest.raises(UserError, match=r"config\.task\.ood: lm_eval cannot run own_options \("):
     checks.validate(config)
+  config.task.ood = ("lm_eval:own_options=file:data",)
+  with pytest.raises(UserError, match="tasks of lm_eval take no source"):
+    checks.validate(config)
 
 
 @pytest.mark.parametrize(("settings", "message"), [

@@ -89,6 +89,8 @@ def test_float64_stays():
 def test_what_does_not_fit_is_named(call, expected):
   with pytest.raises(ValueError, match=expected):
     call()
+  with pytest.raises(TypeError, match=r"ties\(\) takes no 'density'; did you mean densities\?"):
+    merging.ties(A, [B], density=0.5)
   with pytest.raises(TypeError, match=r"slerp\(\) missing a required argument: 't'"):
     merging.slerp(A, B)
 

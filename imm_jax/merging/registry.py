@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+from imm_jax.errors import nearest
 from imm_jax.merging.options import REQUIRED, Option, Settings
 from imm_jax.merging.statistics import Source
 from imm_jax.merging.trees import PyTree
@@ -192,6 +193,8 @@ def _function(made: Method) -> Callable[..., PyTree]:
   def merge(*args: Any, **kwargs: Any) -> PyTree:
     from imm_jax.merging import in_memory  # late: it needs this module
 
+    if unknown := [name for name in kwargs if name not in signature.parameters]:
+      raise TypeError(f"{made.name}() takes no {unknown[0]!r}; {nearest(unknown[0], [*signature.parameters])}")
     try:
       bound = signature.bind(*args, **kwargs)
     except TypeError as e:

@@ -32,6 +32,9 @@ def check(config: ml_collections.ConfigDict) -> None:
                     "pip install -e '.[harness]'")
   known = _manager(config.eval.lm_eval.path).all_tasks
   for name in asked:
+    if "=" in name:
+      raise UserError(f"config.task.ood has {questions.LM_EVAL}{name}: tasks of lm_eval take no source; its own YAML "
+                      "file says where a task's data are (config.eval.lm_eval.path)")
     if name not in known:
       raise UserError(f"config.task.ood has {questions.LM_EVAL}{name}, which lm_eval does not know: "
                       f"{_nearest(name, known)} (its list: `lm_eval ls "
