@@ -104,3 +104,12 @@ def test_each_token_of_a_sample_is_drawn_afresh() -> None:
 @pytest.mark.parametrize("greedy", [True, False])
 def test_temperature_0_takes_the_likeliest_id_of_the_tokenizer(greedy: bool) -> None:
   assert set(_drawn(0.0, 0.6, greedy=greedy).tolist()) == {2}
+
+
+@pytest.mark.parametrize(("vocab", "chips"), [(151936, 4), (152064, 8), (128256, 8), (49152, 8), (32000, 8)])
+def test_blocks_of_published_vocabularies_lie_on_as_many_chips(vocab: int, chips: int) -> None:
+  """Of Qwen2.5 up to 3B and from 7B on, Llama 3, SmolLM2, Llama 2: else the logits were gathered in every step."""
+  blocks = jax.eval_shape(draws._blocks, jax.ShapeDtypeStruct((vocab, 2), np.float32))
+  assert blocks.shape[0] * blocks.shape[1] == vocab
+  assert blocks.shape[0] % chips == 0
+  assert max(blocks.shape[:2]) < 20 * vocab**0.5

@@ -77,10 +77,13 @@ def draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def _blocks(logits: jax.Array) -> jax.Array:
-  """[V, B] -> [N, n, B], n near the root of V; what is added at the end, where nothing near it divides V, is -inf."""
+  """[V, B] -> [N, n, B], n near the root of V; what is added at the end, where nothing near it divides V, is -inf.
+
+  N is a multiple of 8, 4 or 2 where it can be: a vocabulary that is split over so many chips then stays where it is.
+  """
   vocab = logits.shape[0]
   root = math.isqrt(vocab)
-  size = next((n for n in range(root, root // 8, -1) if vocab % n == 0), root)
+  size = next((n for parts in (8, 4, 2, 1) for n in range(root, root // 16, -1) if vocab % (n * parts) == 0), root)
   padded = jnp.pad(logits, ((0, -vocab % size), (0, 0)), constant_values=-jnp.inf) if vocab % size else logits
   return padded.reshape(-1, size, logits.shape[1])
 
