@@ -359,3 +359,14 @@ def test_an_adapter_is_merged_into_its_base_first(tmp_path: Path, monkeypatch: p
   got = merged(tmp_path, {"merge_method": "passthrough", "models": [{"model": f"{base}+{adapter}"}]})
   name = "model.layers.1.mlp.up_proj.weight"
   np.testing.assert_allclose(got[name], read(base)[name] + 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["ties", "della"])
+def test_recipes_have_the_defaults_of_functions(method: str, pair, tmp_path: Path):
+  """Both divide by the sum of weights unless they are told not to, as mergekit does."""
+  base, other = map(read, pair)
+  got = merged(tmp_path, {"merge_method": method, "dtype": "float32", "base_model": str(pair[0]), "models": [
+      {"model": str(pair[1]), "parameters": {"weight": 0.5, "density": 1.0}}]})
+  name = "model.layers.0.mlp.up_proj.weight"
+  np.testing.assert_allclose(got[name], other[name], rtol=1e-6)
+  assert not np.allclose(got[name], base[name])

@@ -35,7 +35,7 @@ class Option:
     below: numbers are less than `high`.
     choices: of a `choice`.
     key: what recipes call it; the name, unless given.
-    suggested: what the command takes where it is not given; the default, unless given.
+    in_commands: what commands take where it is not given; the default, unless given.
   """
 
   name: str
@@ -48,12 +48,15 @@ class Option:
   below: bool = False
   choices: tuple[str, ...] = ()
   key: str = ""
-  suggested: Any = REQUIRED
+  in_commands: Any = REQUIRED
 
   def __post_init__(self) -> None:
     object.__setattr__(self, "key", self.key or self.name)
-    if self.suggested is REQUIRED:
-      object.__setattr__(self, "suggested", self.default)
+
+  @property
+  def suggested(self) -> Any:
+    """What commands take where it is not given; it follows a default that is replaced."""
+    return self.default if self.in_commands is REQUIRED else self.in_commands
 
   @property
   def required(self) -> bool:

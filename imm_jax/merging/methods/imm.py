@@ -14,8 +14,8 @@ from imm_jax.merging.registry import Scalars, method
 from imm_jax.merging.statistics import Source
 from imm_jax.merging.trees import count_layers, layer_of
 
-BASE_WEIGHT = Option("base_weight", "a, the weight of the base", low=0, high=1, suggested=0.5)
-DROP_RATE = Option("drop_rate", "DARE's p, the share that is dropped", low=0, high=1, below=True, suggested=0.2)
+BASE_WEIGHT = Option("base_weight", "a, the weight of the base", low=0, high=1, in_commands=0.5)
+DROP_RATE = Option("drop_rate", "DARE's p, the share that is dropped", low=0, high=1, below=True, in_commands=0.2)
 
 
 def _prepare(source: Source, settings: Settings, shares: np.ndarray | None = None) -> tuple[Any, dict[str, Any]]:
