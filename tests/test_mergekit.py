@@ -121,9 +121,9 @@ def undecided(made: dict, folders: dict[str, Path]) -> dict[str, np.ndarray]:
   read = lambda model: {n: x.astype(np.float32) for n, x in stored[model].items()}
   base, result = read("base"), {name: np.zeros(shape, bool) for name, shape in SHAPES.items()}
   gamma = made.get("parameters", {}).get("gamma", 0)
-  for name, model in ((n, m["model"].strip("@")) for n in SHAPES for m in made["models"]):
-    magnitude = np.abs(read(model)[name] - base[name])
-    density = made.get("parameters", {}).get("density", EACH)
+  for name, entry_ in ((n, m) for n in SHAPES for m in made["models"]):
+    magnitude = np.abs(read(entry_["model"].strip("@"))[name] - base[name])
+    density = entry_["parameters"].get("density", made.get("parameters", {}).get("density"))
     density = density if isinstance(density, float) else next(
         f["value"] for f in density if f.get("filter", "") in name)
     size, kept = magnitude.size, int(density * magnitude.size) or (made["merge_method"] == "ties")
