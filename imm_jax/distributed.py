@@ -145,11 +145,11 @@ class FailTogether:
   """
 
   def __init__(self, root: Path):
-    # A name of its own for each start: what an earlier one has left must not end this one.
-    self._file = root.with_name(f".{root.name}.failed-{from_main(time.time_ns())}")
-    if is_main():  # what a process 0 that was killed could not remove
+    if is_main():  # what a process 0 that was killed could not remove; first, as others may fail right after the name
       for old in root.parent.glob(f".{root.name}.failed-*"):
         old.unlink(missing_ok=True)
+    # A name of its own for each start: what an earlier one has left must not end this one.
+    self._file = root.with_name(f".{root.name}.failed-{from_main(time.time_ns())}")
     self._done = threading.Event()
     self._ending = threading.Lock()
 
@@ -164,6 +164,9 @@ class FailTogether:
       return
     text = _said(error)
     first = self._first()
+    if first is None and _is_loss(error):
+      time.sleep(2 * _POLL_S)  # on a network's file system what the lost one has left is seen late
+      first = self._first()
     if first is None:
       # A full disk, say, is no reason to keep this process: the others lose it and end too.
       with contextlib.suppress(OSError):
@@ -195,11 +198,16 @@ class FailTogether:
     os._exit(1)  # threads of the collectives may never end
 
 
+def _is_loss(error: Exception) -> bool:
+  """Whether a collective failed because another process is gone."""
+  return isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)) is not None
+
+
 def _said(error: Exception) -> str:
   """What the users of all processes are shown."""
   if isinstance(error, UserError):
     return str(error)
-  if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)):
+  if _is_loss(error):
     return ("another process of this run is gone, killed perhaps; give the same command again "
             f"({str(error).strip().splitlines()[0][:200]})")
   return "".join(traceback.format_exception(error))

@@ -45,3 +45,17 @@ def test_a_defect_is_shown_with_its_traceback():
   with pytest.raises(ZeroDivisionError) as raised:
     print(1 / 0)
   assert "Traceback" in distributed._said(raised.value)
+
+
+def test_an_error_right_after_the_start_is_kept(monkeypatch, tmp_path):
+  """Another process may fail before process 0 goes on from the broadcast; only errors of earlier starts are removed."""
+  old = tmp_path / ".run.failed-1"
+  old.touch()
+
+  def broadcast(_: int) -> int:
+    assert not old.exists()
+    (tmp_path / ".run.failed-2").write_text("process 1: the disk is full")
+    return 2
+
+  monkeypatch.setattr(distributed, "from_main", broadcast)
+  assert distributed.FailTogether(tmp_path / "run")._first() == "process 1: the disk is full"
