@@ -10,13 +10,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import fake_pod
 import jax
 import pytest
 import transformers
-from merge_folders import models, write
 
 import imm_jax
+from tests import REPO, fake_pod
+from tests.merge_folders import models, write
 
 try:
   import torch
@@ -35,9 +35,11 @@ def _rope(theta: float, kind: str = "default", **scaling: object) -> dict[str, o
 
 
 # Files that take longest go first, so that no worker is left with one at the end.
-_LONG = [f"test_{name}.py" for name in (
-    "processes", "loop", "methods", "sharding", "trainer_states", "importance", "interventions", "merge_sharded",
-    "loop_errors", "vllm_spawn", "vllm_loop", "trainer", "devices", "decoder", "sampling")]
+_LONG = [
+    "runs/test_processes.py", "runs/test_loop.py", "runs/test_methods.py", "model/test_sharding.py",
+    "training/test_trainer_states.py", "analysis/test_importance.py", "training/test_interventions.py",
+    "merging/test_sharded.py", "runs/test_loop_errors.py", "sampling/vllm/test_spawn.py", "sampling/vllm/test_loop.py",
+    "training/test_trainer.py", "sampling/test_devices.py", "model/test_decoder.py", "sampling/native/test_sampler.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,8 +60,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   """Puts the tests of _LONG before the others."""
-  place = {name: i for i, name in enumerate(_LONG)}
-  items.sort(key=lambda item: place.get(item.path.name, len(_LONG)))
+  place = {REPO / "tests" / name: i for i, name in enumerate(_LONG)}
+  items.sort(key=lambda item: place.get(item.path, len(_LONG)))
 
 
 # Family and what it changes in _SIZES: the models whose arithmetic differs.

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests import REPO
+
 SCRIPTS = ("launch_tpu.sh", "launch_tpu_worker.sh")
 START = ("start", "--name=pod", "--config=configs/common.py", "--workdir=gs://bucket/run")
 QUOTA = "TPUV5sLitepodPerProjectPerZoneForTPUAPI"
@@ -58,7 +59,7 @@ def make_template(folder: Path) -> Path:
   (repository / "configs").mkdir(parents=True)
   (folder / "bin").mkdir()
   for script in SCRIPTS:
-    shutil.copy(ROOT / script, repository)
+    shutil.copy(REPO / script, repository)
   for name, text in {"configs/common.py": "old\n", "gone.py": "", "a file.py": "", ".gitignore": "runs/\n"}.items():
     (repository / name).write_text(text)
   git = ["git", "-C", repository, "-c", "user.name=me", "-c", "user.email=me@example.org"]

@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 
 from imm_jax.model import safetensors
+from tests import REPO
 
-REPO = Path(__file__).parent.parent
 # Rows of several lengths, odd and even, one row, one entry, one axis, more than two, none.
 SHAPES = {"model.embed_tokens.weight": (37, 6), "model.layers.0.mlp.up_proj.weight": (7, 5),
           "model.layers.1.mlp.up_proj.weight": (7, 5), "model.layers.0.self_attn.q_proj.bias": (9,),

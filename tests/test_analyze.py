@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from test_loop import TINY, environment  # noqa: F401
 
 from configs import paper, tiny
 from imm_jax import experiments
@@ -24,8 +23,8 @@ from imm_jax.model import safetensors
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.report import layers as figures, writer
 from imm_jax.stages import analysing
-
-REPO = Path(__file__).parent.parent
+from tests import REPO, TINY
+from tests.runs.test_loop import environment  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import report_runs
 
-REPO = Path(__file__).parent.parent
+from tests import REPO, report_runs
 
 
 def _run(file: str, *flags: str) -> subprocess.CompletedProcess[str]:

@@ -14,8 +14,7 @@ from scipy import stats
 from imm_jax import against
 from imm_jax.comparison import holm, mcnemar, paired
 from imm_jax.errors import UserError
-
-REPO = Path(__file__).parent.parent
+from tests import REPO
 
 
 def pairs_of(wins: int, losses: int, n: int) -> tuple[list[int], list[int]]:

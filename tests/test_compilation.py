@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from imm_jax import compilation
+from tests import REPO
 
-_REPO = Path(__file__).parent.parent
 _PROGRAM = """
 import jax
 from absl import app
@@ -27,7 +27,7 @@ cli.run(main)
 def _start(*flags: str, **variables: str) -> subprocess.Popen[str]:
   clean = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
   return subprocess.Popen([sys.executable, "-c", _PROGRAM, *flags], text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, env={**clean, "PYTHONPATH": str(_REPO), "JAX_PLATFORMS": "cpu",
+                          stderr=subprocess.PIPE, env={**clean, "PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu",
                                                        **variables})
 
 

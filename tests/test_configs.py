@@ -7,7 +7,6 @@ from pathlib import Path
 
 import ml_collections
 import pytest
-from test_loop import SMALL, environment  # noqa: F401
 
 from configs import arguments, common, llama, paper, qwen, smollm2, tiny
 from imm_jax import config as checks, cost, experiments, files, hardware, loop, tasks
@@ -16,8 +15,9 @@ from imm_jax.memory import count_params
 from imm_jax.model import published
 from imm_jax.run import Model, Run
 from imm_jax.stages import questions, selection
+from tests import REPO
+from tests.runs.test_loop import SMALL, environment  # noqa: F401
 
-REPO = Path(__file__).parent.parent
 PLANS = ["appendix=b9", *(f"{kind}={n}" for kind, numbers in (("table", paper.TABLES), ("figure", paper.FIGURES))
                          for n in numbers)]
 # Published: the model cards.

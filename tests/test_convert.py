@@ -12,10 +12,10 @@ import pytest
 from imm_jax import convert
 from imm_jax.errors import UserError
 from imm_jax.model import hf, hub, safetensors
+from tests import REPO
 
 torch = pytest.importorskip("torch")
 
-REPO = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("kind", ["qwen2-tied", "qwen3", "llama3.1"])

@@ -10,9 +10,8 @@ from absl.testing import flagsaver
 
 from imm_jax import convert, files
 from imm_jax.errors import UserError
-from imm_jax.model import hub, safetensors
-
-TINY = hub.resolve("tiny")
+from imm_jax.model import safetensors
+from tests import TINY
 
 
 def _main(**values: object) -> None:

@@ -10,7 +10,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from fake_pod import QUOTA, ROOT, SCRIPTS, SPOT_QUOTA, START
+
+from tests import REPO
+from tests.fake_pod import QUOTA, SCRIPTS, SPOT_QUOTA, START
 
 
 def test_a_dry_run_prints_the_commands_and_runs_none(pod):
@@ -93,7 +95,7 @@ def test_wrong_usage_ends_in_code_2(pod, arguments, line):
 
 def test_help_names_every_command_and_option(pod):
   text = pod.run("--help").stdout
-  source = (ROOT / "launch_tpu.sh").read_text().split("\nparse() {")[1]
+  source = (REPO / "launch_tpu.sh").read_text().split("\nparse() {")[1]
   for option in {*re.findall(r"(--[a-z]\w+)", source.split("esac")[0])} - {"--help"}:
     assert option in text, option
   for command in re.findall(r"^  (\w+)\)", source, re.MULTILINE):
@@ -142,7 +144,7 @@ def test_a_quota_that_cannot_be_read_stops_nothing(pod, arguments, quotas, line)
 def test_shellcheck():
   if not shutil.which("shellcheck"):
     pytest.skip("shellcheck is not installed")
-  done = subprocess.run(["shellcheck", *SCRIPTS], cwd=ROOT, capture_output=True, text=True, check=False)
+  done = subprocess.run(["shellcheck", *SCRIPTS], cwd=REPO, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stdout
 
 
@@ -214,7 +216,7 @@ def test_the_real_gcloud_reads_what_the_api_says(pod):
     pod.environment |= {
         "CLOUDSDK_CONFIG": str(pod.folder / "config"), "CLOUDSDK_AUTH_ACCESS_TOKEN_FILE": str(pod.folder / "token"),
         "CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU": url, "CLOUDSDK_API_ENDPOINT_OVERRIDES_CLOUDQUOTAS": url,
-        "CLOUDSDK_CORE_DISABLE_USAGE_REPORTING": "1"}
+        "CLOUDSDK_CORE_DISABLE_USAGEREPORTING": "1"}
     flags = ("--project=p", "--zone=us-west4-a")
     short = pod.run(*START, *flags, "--type=v5litepod-16", code=1).stderr
     assert short.startswith(f"launch_tpu.sh: quota {QUOTA} in us-west4-a is 8, 16 needed")

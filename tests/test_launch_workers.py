@@ -4,7 +4,8 @@ import shlex
 import subprocess
 
 import pytest
-from fake_pod import SCRIPTS, START, wait_for
+
+from tests.fake_pod import SCRIPTS, START, wait_for
 
 
 def test_arguments_arrive_as_they_were_given(pod):

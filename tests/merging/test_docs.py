@@ -1,0 +1,38 @@
+"""docs/merging.md: every method stands in its table, and its example of a method works as it says."""
+
+import re
+import sys
+import types
+
+import jax.numpy as jnp
+import pytest
+
+from imm_jax.merging import registry
+from tests import REPO
+
+TEXT = (REPO / "docs/merging.md").read_text()
+
+
+def test_every_method_and_option_stands_in_the_table():
+  for name, method in registry.METHODS.items():
+    row = re.search(rf"^\| \[?`{name}`.*$", TEXT, re.M)
+    assert row, name
+    assert all(f"`{option.name}`" in row[0] for option in method.options), name
+    assert row[0].endswith(f"| {method.gradients} |")
+
+
+def test_a_method_is_one_file(monkeypatch: pytest.MonkeyPatch):
+  source = re.search(r"```python\n(.*?)```", TEXT, re.S)[1]
+  assert len(source.splitlines()) <= 30
+  module = types.ModuleType("imm_jax.merging.methods.soft_swap")
+  monkeypatch.setitem(sys.modules, module.__name__, module)
+  try:
+    exec(compile(source, "soft_swap.py", "exec"), module.__dict__)
+    merged = module.soft_swap({"w": jnp.zeros(2)}, {"w": jnp.array([1.0, 3.0])}, temperature=1.0)
+    assert merged["w"].tolist() == [0.5, 2.25]
+    with pytest.raises(ValueError, match=r"temperature=-1\.0 at 'w': expected 0 <= temperature"):
+      module.soft_swap({"w": jnp.zeros(2)}, {"w": jnp.zeros(2)}, temperature=-1)
+    assert "soft_swap" in registry.on_disk()
+    assert "soft_swap: the change that is taken by half" in registry.option_help()["temperature"]
+  finally:
+    registry.METHODS.pop("soft_swap", None)

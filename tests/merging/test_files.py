@@ -1,0 +1,230 @@
+"""Merging checkpoints on disk: the bits of the functions on trees, the command, and what it refuses."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from imm_jax import merging
+from imm_jax.errors import UserError
+from imm_jax.merging import checkpoint, masks, mergekit, registry
+from tests.merge_folders import models, read, run, write
+
+KEY = jax.random.key(7)
+WORDS = np.asarray(masks.key_words(KEY))
+OPTIONS = {
+    "linear": {"weights": [0.2, 0.5, 0.1, 0.4]}, "task_arithmetic": {"weights": 0.4},
+    "ties": {"weights": 1.0, "densities": 0.5}, "breadcrumbs": {"weights": 0.5, "densities": 0.6, "gammas": 0.1},
+    "dare_linear": {"weights": 0.5, "densities": [0.5, 0.7, 0.2]}, "dare_ties": {"weights": 0.5, "densities": 0.5},
+    "della": {"weights": 0.5, "densities": 0.5}, "model_stock": {}, "slerp": {"t": [0.2, 0.8]},
+    "imm": {"base_weight": 0.4, "drop_rate": 0.3}, "nuslerp": {"weights": [0.3, 0.9], "flatten": False},
+    "sce": {"select_topk": 0.5}, "arcee_fusion": {}, "karcher": {}, "multislerp": {"weights": 0.4},
+    "ramplus_tl": {"threshold": 0.05}, "breadcrumbs_ties": {"weights": 0.5, "densities": 0.6}}
+RANDOM = {"dare_linear", "dare_ties", "della", "imm"}
+COUNT = {"slerp": 2, "arcee_fusion": 2, "nuslerp": 2, "imm": 3}
+SLOW = {"della", "dare_linear", "breadcrumbs_ties", "nuslerp", "multislerp", "karcher", "ramplus_tl"}
+# Without a base.
+PLAIN = {"linear", "karcher", "nuslerp"}
+
+
+def in_memory(method: str):
+  trees, options = models(), dict(OPTIONS[method])
+  if method in RANDOM:
+    options["key"] = KEY
+  if method in PLAIN:
+    return getattr(merging, method)(trees[:COUNT.get(method, 4)], **options)
+  if method == "multislerp":
+    return merging.multislerp(trees[1:], base=trees[0], **options)
+  if method == "imm":
+    return merging.imm(*trees[:3], **options)
+  return getattr(merging, method)(trees[0], trees[1] if COUNT.get(method) == 2 else trees[1:], **options)
+
+
+def on_disk(folders: list[Path], out: Path, method: str, *, block: int, **options) -> dict[str, np.ndarray]:
+  labels = [f"models[{i}]" if method in PLAIN or i else "base" for i in range(COUNT.get(method, 4))]
+  models = dict(zip(labels, folders, strict=False))
+  with checkpoint.CheckpointSource(models, block=block) as source:
+    plan = registry.METHODS[method](source, **OPTIONS[method])
+    checkpoint.merge(source, [checkpoint.Output(out, plan)], key=WORDS, **options)
+  return read(out)
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m
+                                    for m in OPTIONS])
+def test_a_file_has_the_bits_of_a_tree_in_blocks_and_shards_of_any_size(method: str, folders: list[Path],
+                                                                        tmp_path: Path):
+  expected = in_memory(method)
+  for i, (block, shard) in enumerate([(1 << 19, 10**9), (16, 200), (4, 10**9)]):  # the last cuts rows
+    got = on_disk(folders, tmp_path / str(i), method, block=block, max_shard_bytes=shard)
+    assert got.keys() == expected.keys()
+    for name, leaf in expected.items():
+      assert got[name].dtype == leaf.dtype
+      assert got[name].tobytes() == np.asarray(leaf).tobytes(), (method, block, name)
+  assert len(list((tmp_path / "1").glob("*.safetensors"))) > 3
+
+
+@pytest.mark.parametrize("method", ["dare_ties", "imm"])
+def test_bfloat16_has_the_bits_of_a_tree_too(method: str, tmp_path: Path):
+  """Neighbours share a draw where all is bfloat16 and rows are even: a way of its own."""
+  kept = ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight")
+  trees = [{n: t[n] for n in kept} for t in models((ml_dtypes.bfloat16,) * 4)]
+  folders = [write(tmp_path / str(i), tree) for i, tree in enumerate(trees)]
+  arguments = trees[:3] if method == "imm" else (trees[0], trees[1:])
+  expected = getattr(merging, method)(*arguments, **OPTIONS[method], key=KEY)
+  for i, block in enumerate((1 << 19, 6, 4)):
+    for name, x in on_disk(folders, tmp_path / f"out{i}", method, block=block).items():
+      assert x.tobytes() == np.asarray(expected[name]).tobytes(), (name, block)
+
+
+def test_digests_are_of_the_tensors_however_they_lie(folders: list[Path], tmp_path: Path):
+  again = write(tmp_path / "again", models()[2])
+  with checkpoint.CheckpointSource({"a": folders[2], "b": again}, block=7) as source:
+    plan = registry.METHODS["linear"](source, weights=1)
+    found = checkpoint.merge(source, [checkpoint.Output(tmp_path / "out", plan)], key=WORDS)
+  assert found.digests["a"] == found.digests["b"]
+
+
+RECIPE = """
+merge_method: ties
+base_model: {0}
+models:
+  - model: {1}
+    parameters:
+      weight: 0.5
+      density: [0.2, 0.8]
+  - model: {2}
+    parameters:
+      weight:
+        - filter: mlp
+          value: [1e-1, 0.9]
+        - value: 0.3
+  - model: {0}
+parameters:
+  density:
+    - filter: norm
+      value: 1.0
+    - value: 0.4
+  normalize: true
+  int8_mask: true
+  lambda: 0.7
+dtype: bfloat16
+out_dtype: float32
+"""
+
+
+def test_a_recipe_of_mergekit_means_what_it_says(folders: list[Path], tmp_path: Path):
+  (tmp_path / "recipe.yml").write_text(RECIPE.format(*folders))
+  read_recipe = mergekit.read(tmp_path / "recipe.yml")
+  assert (read_recipe.method, read_recipe.dtype) == ("ties", "float32")
+  assert list(read_recipe.models.values()) == folders[:3]
+  assert read_recipe.options["weights"] == [0.5, {"mlp": [0.1, 0.9], "": 0.3}]
+  assert read_recipe.options["densities"] == [[0.2, 0.8], {"norm": 1.0, "": 0.4}]
+  assert (read_recipe.options["scale"], read_recipe.options["normalize"]) == (0.7, True)
+  done = run(f"--recipe={tmp_path / 'recipe.yml'}", f"--out={tmp_path / 'out'}")
+  assert done.returncode == 0, done.stderr
+  base, *others = models()
+  expected = merging.ties(base, others[:2], **read_recipe.options)
+  for name, x in read(tmp_path / "out").items():
+    np.testing.assert_array_equal(x, expected[name])
+
+
+@pytest.mark.parametrize(("change", "expected"), [
+    (("merge_method: ties", "merge_method: tiess"), "merge_method='tiess': did you mean ties?"),
+    (("base_model:", "base_modle:"), "base_modle is not supported; did you mean base_model?"),
+    (("  lambda: 0.7", "  lamda: 0.7"), "parameters.lamda is not supported; did you mean lambda?"),
+    (("weight: 0.5", "weight: heavy"), "models[0].parameters.weight='heavy'"),
+    (("weight: 0.5", "gamma: 0.5"), "models[0].parameters.weight is missing"),
+    (("weight: 0.5", "density: 0.1"), "models[0].parameters.weight is missing"),
+    (("out_dtype: float32", "out_dtype: int4"), "dtype='int4'"),
+    (("dtype: bfloat16", "slices: []"), "expected models or slices, not both"),
+    (("dtype: bfloat16", "tokenizer_source: union\ntokenizer: {source: base}"), "give one of them"),
+    (("merge_method: ties", "[1, 2"), "is not YAML"),
+    (("models:", "models: []\nother:"), "other is not supported"),
+    (("normalize: true", "normalize: [{filter: mlp, value: true}, {value: false}]"), "normalize=[{'filter': 'mlp'"),
+    (("normalize: true", "normalize: 0.5"), "normalize=0.5: expected true or false"),
+    (("normalize: true", "rescale: true"), "parameters.rescale: ties does not rescale")])
+def test_what_a_recipe_has_wrong_is_named(change: tuple[str, str], expected: str, folders: list[Path], tmp_path: Path):
+  path = tmp_path / "recipe.yml"
+  path.write_text(RECIPE.format(*folders).replace(*change, 1))
+  with pytest.raises(UserError) as error:
+    mergekit.read(path)
+  assert str(path) in str(error.value)
+  assert expected in str(error.value)
+
+
+def refusal(folders: dict[str, Path]) -> str:
+  with pytest.raises(UserError) as error, checkpoint.CheckpointSource(folders) as source:
+    registry.METHODS["linear"](source, weights=1)
+  return str(error.value)
+
+
+def test_checkpoints_that_do_not_match_are_named_tensor_by_tensor(folders: list[Path], tmp_path: Path):
+  tree = models()[0]
+  lacking = write(tmp_path / "lacking", {n: x for n, x in tree.items() if n != "one"} | {"more": tree["one"]})
+  text = refusal({"a": folders[0], "b": lacking})
+  assert "b lacks one" in text
+  assert "b has more, a has not" in text
+  other = write(tmp_path / "other", tree | {"model.embed_tokens.weight": np.zeros((40, 6), np.float32)})
+  assert "model.embed_tokens.weight has shape (37, 6) in a, (40, 6) in b (other vocabularies" in refusal(
+      {"a": folders[0], "b": other})
+  integer = write(tmp_path / "integer", tree | {"one": np.zeros((1, 1), np.int64)})
+  assert "one is float32 in a, int64 in b" in refusal({"a": folders[0], "b": integer})
+
+
+def test_damaged_files_are_named(folders: list[Path], tmp_path: Path):
+  for name, damage, expected in [
+      ("cut", lambda f: os.truncate(f, f.stat().st_size - 3), "truncated"),
+      ("gone", lambda f: f.unlink(), "missing"),
+      ("corrupt", lambda f: f.write_bytes(b"\xff" * 200), "not a whole safetensors file"),
+      ("twice", lambda f: f.write_bytes(f.read_bytes().replace(b'"scalar"', b'"conv"  ', 1)), "damaged")]:
+    folder = Path(shutil.copytree(folders[0], tmp_path / name))
+    damage(folder / "model.safetensors")
+    assert expected in refusal({"a": folders[1], "b": folder})
+
+
+def test_an_index_that_disagrees_with_its_shards_is_named(folders: list[Path], tmp_path: Path):
+  folder = Path(shutil.copytree(folders[2], tmp_path / "index"))
+  index = folder / "model.safetensors.index.json"
+  content = json.loads(index.read_text())
+  content["weight_map"]["model.layers.9.mlp.up_proj.weight"] = content["weight_map"]["conv"]
+  index.write_text(json.dumps(content))
+  assert "disagrees with the shards on model.layers.9.mlp.up_proj.weight" in refusal({"a": folders[0], "b": folder})
+
+
+def test_float64_checkpoints_come_back_as_float64(tmp_path: Path):
+  trees = [{"w": np.random.default_rng(i).normal(size=(3, 4))} for i in range(2)]
+  folders = [write(tmp_path / str(i), tree) for i, tree in enumerate(trees)]
+  with checkpoint.CheckpointSource(dict(zip("ab", folders, strict=True))) as source:
+    plan = registry.METHODS["linear"](source, weights=1)
+    checkpoint.merge(source, [checkpoint.Output(tmp_path / "out", plan)], key=WORDS)
+  got = read(tmp_path / "out")["w"]
+  assert got.dtype == np.float64
+  np.testing.assert_allclose(got, (trees[0]["w"] + trees[1]["w"]) / 2, rtol=1e-6)
+
+
+def test_tensors_of_integers_must_be_equal(folders: list[Path], tmp_path: Path):
+  other = write(tmp_path / "other", models()[1] | {"ids": np.arange(1, 6)})
+  with checkpoint.CheckpointSource({"a": folders[0], "b": other}) as source:
+    plan = registry.METHODS["linear"](source, weights=1)
+    with pytest.raises(UserError, match="ids of int64 differs between the models"):
+      checkpoint.merge(source, [checkpoint.Output(tmp_path / "out", plan)], key=WORDS)
+
+
+def test_tied_weights_are_merged_once(tmp_path: Path):
+  """A stored copy of the embedding would else be dropped by another name."""
+  rng = np.random.default_rng(0)
+  folders = []
+  for i in range(2):
+    embedding = rng.normal(size=(20, 4)).astype(np.float32)
+    folders.append(write(tmp_path / str(i), {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}))
+    (folders[-1] / "config.json").write_text('{"tie_word_embeddings": true}')
+  with checkpoint.CheckpointSource(dict(zip("ab", folders, strict=True))) as source:
+    assert source.names == ["model.embed_tokens.weight"]
+  untied = write(tmp_path / "untied", read(folders[0]) | {"lm_head.weight": np.zeros((20, 4), np.float32)})
+  (untied / "config.json").write_text('{"tie_word_embeddings": true}')
+  assert "lm_head.weight differs from the embedding" in refusal({"a": untied})

@@ -1,0 +1,372 @@
+"""Recipes as people publish them: slices, tokenizers, adapters, several documents; and what is checked before work."""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from imm_jax.errors import UserError
+from imm_jax.merging import command, mergekit
+from imm_jax.model import safetensors
+from tests.merge_folders import one_line, read, run
+
+CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4, "hidden_size": 8,
+          "intermediate_size": 6, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 12,
+          "rope_theta": 1e4, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+          "layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]}
+SHAPES = {"model.embed_tokens.weight": (12, 8), "model.norm.weight": (8,), "lm_head.weight": (12, 8),
+          **{f"model.layers.{i}.{name}": shape for i in range(4)
+             for name, shape in {"mlp.up_proj.weight": (6, 8), "self_attn.q_proj.weight": (8, 8)}.items()}}
+
+
+def save(folder: Path, seed: int, shapes=SHAPES, tree=None, **config) -> Path:
+  folder.mkdir(parents=True)
+  rng = np.random.default_rng(seed)
+  tree = tree or {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+  safetensors.write(folder / "model.safetensors", [(n, x.dtype, x.shape, lambda x=x: [x]) for n, x in tree.items()])
+  (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
+  return folder
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+  return save(tmp_path / "a", 0), save(tmp_path / "b", 1)
+
+
+def merged(tmp_path: Path, text: str | dict, name: str = "out") -> dict[str, np.ndarray]:
+  path = tmp_path / f"{name}.yml"
+  path.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
+  command.merge({tmp_path / name: mergekit.read(path)}, command.How())
+  return read(tmp_path / name)
+
+
+def source(folder: Path, layers: list[int], **parameters) -> dict:
+  return {"model": str(folder), "layer_range": layers, **({"parameters": parameters} if parameters else {})}
+
+
+def test_slices_stack_layers_anew(pair, tmp_path: Path):
+  """A depth up-scaling of two models: what comes before the layers is the first's, what comes after them the last's."""
+  a, b = map(read, pair)
+  got = merged(tmp_path, {"merge_method": "passthrough", "dtype": "float32", "slices": [
+      {"sources": [source(pair[0], [0, 3])]}, {"sources": [source(pair[1], [1, 4])]}]})
+  assert len(got) == 3 + 2 * 6
+  for out, (tree, layer) in enumerate([(a, 0), (a, 1), (a, 2), (b, 1), (b, 2), (b, 3)]):
+    for name in ("mlp.up_proj.weight", "self_attn.q_proj.weight"):
+      np.testing.assert_array_equal(got[f"model.layers.{out}.{name}"], tree[f"model.layers.{layer}.{name}"])
+  np.testing.assert_array_equal(got["model.embed_tokens.weight"], a["model.embed_tokens.weight"])
+  np.testing.assert_array_equal(got["lm_head.weight"], b["lm_head.weight"])
+  config = json.loads((tmp_path / "out/config.json").read_text())
+  full, sliding = CONFIG["layer_types"][:2]
+  assert (config["num_hidden_layers"], config["layer_types"]) == (6, [full, sliding, full, sliding, full, sliding])
+
+
+def test_gradients_go_over_a_slice(pair, tmp_path: Path):
+  a, b = map(read, pair)
+  got = merged(tmp_path, {"merge_method": "linear", "parameters": {"normalize": False}, "slices": [
+      {"sources": [source(pair[0], [0, 2], weight=1), source(pair[1], [2, 4], weight=[0, 1])]},
+      {"sources": [source(pair[0], [1, 4], weight=[0.0, 0.5]), source(pair[1], [0, 3], weight=0)],
+       "parameters": {"normalize": False}}]})
+  name = "model.layers.{}.mlp.up_proj.weight".format
+  np.testing.assert_array_equal(got[name(0)], a[name(0)])
+  np.testing.assert_allclose(got[name(1)], a[name(1)] + b[name(3)], rtol=1e-6)
+  for i, weight in enumerate((0, 0.25, 0.5)):
+    np.testing.assert_allclose(got[name(2 + i)], weight * a[name(1 + i)], rtol=1e-6)
+  np.testing.assert_array_equal(got["model.embed_tokens.weight"], a["model.embed_tokens.weight"])
+  np.testing.assert_array_equal(got["model.norm.weight"], 0 * a["model.norm.weight"])
+
+
+@pytest.mark.parametrize(("change", "expected"), [
+    ({"slices": [{"sources": [{"model": "A", "layer_range": [0, 9]}]}]}, "layer_range [0, 9]: A has 4 layers"),
+    ({"slices": [{"sources": [{"model": "A", "layer_range": [3, 2]}]}]}, "expected [first, end] with 0 <= first < end"),
+    ({"slices": [{"sources": [{"model": "A"}]}]}, "layer_range=None"),
+    ({"slices": [{"sources": [{"model": "A", "layer_range": [0, 2]}, {"model": "B", "layer_range": [0, 1]}]}],
+      "merge_method": "karcher"}, "the same number of layers"),
+    ({"slices": [{"sources": [{"model": "A", "layer_range": [0, 2]}]}], "merge_method": "slerp", "base_model": "A",
+      "parameters": {"t": 0.5}}, "slerp takes 1 model other than base_model, not 0"),
+    ({"models": [{"model": "A"}], "modules": {"vision": {}, "text": {}}}, "expected one module"),
+    ({"gate_mode": "hidden", "experts": [{"source_model": "A"}]}, "a mixture of experts"),
+    ({"models": [{"model": "A", "parameters": [1]}], "merge_method": "linear"}, "parameters: expected a mapping"),
+    ({"models": [{"model": "A"}], "merge_method": "slerp"}, "base_model is missing; slerp needs one"),
+    ({"models": [{"model": "A", "parameters": {"wieght": 1}}]}, "wieght is not supported; did you mean weight?"),
+    ({"models": [{"model": "A"}], "chat_template": "alpaca"}, "expected auto, chatml or a Jinja template")])
+def test_what_a_recipe_has_wrong_is_named(change: dict, expected: str, pair, tmp_path: Path):
+  text = yaml.safe_dump({"merge_method": "passthrough", **change})
+  for name, folder in zip("AB", pair, strict=True):
+    text = text.replace(f": {name}\n", f": {folder}\n")
+  with pytest.raises(UserError) as error:
+    merged(tmp_path, text)
+  assert expected.replace("A has", f"{pair[0]} has") in str(error.value)
+
+
+def test_keys_of_other_methods_and_modules_change_nothing(pair, tmp_path: Path, capsys):
+  both = [{"model": str(folder), "parameters": {"weight": 0.5, "density": 0.5}} for folder in pair]
+  plain = merged(tmp_path, {"merge_method": "slerp", "base_model": str(pair[0]), "parameters": {"t": 0.4},
+                            "models": [{"model": str(pair[1])}], "dtype": "bfloat16"}, "plain")
+  more = merged(tmp_path, {
+      "merge_method": "slerp", "base_model": str(pair[0]), "dtype": "torch.bfloat16", "random_seed": 1,
+      "tokenizer_source": None, "chat_template": None, "name": "mine",
+      "modules": {"default": {"models": both, "parameters": {"t": 0.4, "embed_slerp": True, "int8_mask": True}}}},
+      "more")
+  assert "parameters.weight has no effect on slerp" in capsys.readouterr().err
+  for name, x in plain.items():
+    np.testing.assert_array_equal(more[name], x)
+
+
+def test_the_base_decides_config_and_tokenizer_of_every_method(pair, tmp_path: Path):
+  (pair[0] / "tokenizer.json").write_text('{"of": "a"}')
+  (pair[1] / "tokenizer.json").write_text('{"of": "b"}')
+  merged(tmp_path, {"merge_method": "linear", "base_model": str(pair[1]), "models": [
+      {"model": str(folder), "parameters": {"weight": 1}} for folder in pair]})
+  assert json.loads((tmp_path / "out/tokenizer.json").read_text()) == {"of": "b"}
+
+
+def test_several_documents_build_on_each_other(pair, tmp_path: Path):
+  first = {"name": "mean", "merge_method": "linear", "models": [
+      {"model": str(folder), "parameters": {"weight": 1}} for folder in pair]}
+  last = {"merge_method": "linear", "parameters": {"normalize": False}, "models": [
+      {"model": "mean", "parameters": {"weight": 2}}, {"model": str(pair[0]), "parameters": {"weight": -1}}]}
+  (tmp_path / "recipe.yml").write_text(yaml.safe_dump_all([first, last]))
+  done = run(f"--recipe={tmp_path / 'recipe.yml'}", f"--out={tmp_path / 'out'}")
+  assert done.returncode == 0, done.stderr
+  for name, x in read(tmp_path / "out").items():
+    np.testing.assert_allclose(x, read(pair[1])[name], atol=1e-6)
+  assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+  (tmp_path / "recipe.yml").write_text(yaml.safe_dump_all([first, {**last, "name": "both"}]))
+  assert run(f"--recipe={tmp_path / 'recipe.yml'}", f"--out={tmp_path / 'all'}").returncode == 0
+  assert sorted(p.name for p in (tmp_path / "all").iterdir()) == ["both", "mean"]
+
+
+LINEAR = {"merge_method": "linear", "parameters": {"weight": 1}}
+
+
+def test_models_whose_configs_have_no_common_meaning_are_refused(pair, tmp_path: Path, capsys):
+  for key, value in (("model_type", "mistral"), ("num_attention_heads", 4), ("hidden_act", "gelu")):
+    other = save(tmp_path / key, 2, **{"hidden_act": "silu", key: value})
+    first = save(tmp_path / f"{key}-first", 3, hidden_act="silu")
+    with pytest.raises(UserError, match=f"has {key}={value!r} in config.json"):
+      merged(tmp_path, {**LINEAR, "models": [{"model": str(first)}, {"model": str(other)}]})
+  other = save(tmp_path / "fp8", 2, quantization_config={"quant_method": "fp8"})
+  with pytest.raises(UserError, match=r"has quantization_config in config\.json: quantised weights are not merged"):
+    merged(tmp_path, {**LINEAR, "models": [{"model": str(other)}, {"model": str(pair[0])}]})
+  other = save(tmp_path / "far", 2, rope_theta=1e6, rms_norm_eps=1e-5)
+  merged(tmp_path, {**LINEAR, "models": [{"model": str(pair[0])}, {"model": str(other)}]})
+  notes = capsys.readouterr().err
+  assert "models[1] has rms_norm_eps=1e-05" in notes
+  assert "models[1] has other rotary embeddings" in notes
+
+
+def test_tied_and_untied_models_make_an_untied_one(pair, tmp_path: Path):
+  shapes = {name: shape for name, shape in SHAPES.items() if name != "lm_head.weight"}
+  tied = save(tmp_path / "tied", 2, shapes, tie_word_embeddings=True)
+  for base in (pair[0], tied):
+    got = merged(tmp_path, {**LINEAR, "base_model": str(base), "models": [
+        {"model": str(pair[0])}, {"model": str(tied)}]}, f"from-{base.name}")
+    expected = (read(pair[0])["lm_head.weight"] + read(tied)["model.embed_tokens.weight"]) / 2
+    np.testing.assert_allclose(got["lm_head.weight"], expected, rtol=1e-6)
+    assert json.loads((tmp_path / f"from-{base.name}/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_buffers_that_one_model_has_and_counters_are_no_obstacle(tmp_path: Path):
+  tree = {"encoder.layer.0.w": np.ones((2, 2), np.float32), "encoder.layer.1.w": np.ones((2, 2), np.float32),
+          "bn.num_batches_tracked": np.array(3)}
+  a = save(tmp_path / "a", 0, tree={**tree, "embeddings.position_ids": np.arange(4)})
+  b = save(tmp_path / "b", 0, tree={**tree, "bn.num_batches_tracked": np.array(5)})
+  got = merged(tmp_path, {"merge_method": "linear", "parameters": {"normalize": False}, "models": [
+      {"model": str(a), "parameters": {"weight": [0, 1]}}, {"model": str(b), "parameters": {"weight": 0}}]})
+  assert sorted(got) == sorted(tree)
+  assert (got["bn.num_batches_tracked"], got["encoder.layer.0.w"][0, 0], got["encoder.layer.1.w"][0, 0]) == (3, 0, 1)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "slerp", "dare_linear", "passthrough"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_and_infinity_are_named(method: str, value: float, pair, tmp_path: Path):
+  tree = read(pair[1])
+  tree["model.layers.2.mlp.up_proj.weight"][1, 2] = value
+  bad = save(tmp_path / "bad", 0, tree=tree)
+  made = {"merge_method": method, "parameters": {"weight": 0.5, "t": 0.5, "density": 0.5},
+          "models": [{"model": str(bad)}] if method == "passthrough" else [{"model": str(m)} for m in (pair[0], bad)],
+          **({} if method in ("linear", "passthrough") else {"base_model": str(pair[0])})}
+  with pytest.raises(UserError, match=r"layers\.2\.mlp\.up_proj\.weight has (NaN or infinity|values that are not)"):
+    merged(tmp_path, made)
+  if method == "linear":
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(made))
+    made = mergekit.read(tmp_path / "recipe.yml")
+    command.merge({tmp_path / "allowed": made}, command.How(allow_nonfinite=True))
+
+
+def test_values_beyond_the_output_dtype_are_counted(pair, tmp_path: Path, capsys):
+  tree = read(pair[0])
+  tree["model.norm.weight"][:3] = 7e4
+  big = save(tmp_path / "big", 0, tree=tree)
+  got = merged(tmp_path, {"merge_method": "passthrough", "dtype": "float16", "models": [{"model": str(big)}]})
+  assert np.isinf(got["model.norm.weight"]).sum() == 3
+  assert "3 entries are beyond what float16 holds and became infinite: model.norm.weight (3)" in capsys.readouterr().err
+  assert json.loads((tmp_path / "out/merge.json").read_text())["overflowed"] == {"model.norm.weight": 3}
+
+
+def test_code_and_pipelines_beside_the_weights_are_copied_or_refused(tmp_path: Path):
+  folder = save(tmp_path / "own", 0, auto_map={"AutoConfig": "configuration_own.OwnConfig"})
+  (folder / "configuration_own.py").write_text("class OwnConfig: ...")
+  (folder / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}]))
+  (folder / "1_Pooling").mkdir()
+  (folder / "1_Pooling/config.json").write_text("{}")
+  made = {"merge_method": "passthrough", "models": [{"model": str(folder)}]}
+  merged(tmp_path, made)
+  for name in ("configuration_own.py", "modules.json", "1_Pooling/config.json"):
+    assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+  (folder / "1_Pooling/model.safetensors").write_bytes(b"")
+  with pytest.raises(UserError, match="1_Pooling, which has weights of its own"):
+    merged(tmp_path, made, "again")
+
+
+def test_model_stock_of_one_model_and_adapters_alone_are_refused(pair, tmp_path: Path):
+  with pytest.raises(UserError, match="model_stock takes 2 or more models other than base_model, not 1"):
+    merged(tmp_path, {"merge_method": "model_stock", "base_model": str(pair[0]), "models": [{"model": str(pair[1])}]})
+  adapter = tmp_path / "adapter"
+  adapter.mkdir()
+  (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+  with pytest.raises(UserError, match=r"is a LoRA adapter of some/base.*give some/base\+"):
+    merged(tmp_path, {**LINEAR, "models": [{"model": str(adapter)}]})
+
+
+def test_ties_by_tensor_or_by_model(tmp_path: Path):
+  base = save(tmp_path / "base", 0, tree={"a": np.zeros(10, np.float32), "b": np.zeros(10, np.float32)})
+  tuned = save(tmp_path / "tuned", 0, tree={"a": np.arange(1, 11, dtype=np.float32),
+                                           "b": np.arange(1, 11, dtype=np.float32) * 100})
+  flags = ("--method=ties", f"--base={base}", f"--models={tuned}", "--densities=0.5")
+  for scope, kept in (("tensor", (5, 5)), ("model", (0, 10))):
+    done = run(*flags, f"--out={tmp_path / scope}", f"--scope={scope}")
+    assert done.returncode == 0, done.stderr
+    assert tuple(int((x != 0).sum()) for _, x in sorted(read(tmp_path / scope).items())) == kept
+  assert "--scope='half': expected 'tensor' or 'model'" in one_line(run(*flags, "--out=x", "--scope=half"))
+
+
+def test_fisher_weighs_entry_by_entry(pair, tmp_path: Path):
+  fishers = [save(tmp_path / f"f{i}", 0, tree={n: np.full_like(x, v) for n, x in read(pair[0]).items()})
+             for i, v in enumerate((3.0, 1.0))]
+  done = run("--method=fisher", f"--models={pair[0]},{pair[1]}", f"--fishers={fishers[0]},{fishers[1]}",
+             f"--out={tmp_path / 'out'}")
+  assert done.returncode == 0, done.stderr
+  for name, x in read(tmp_path / "out").items():
+    np.testing.assert_allclose(x, 0.75 * read(pair[0])[name] + 0.25 * read(pair[1])[name], rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_is_what_is_written_without_out_dtype(pair, tmp_path: Path):
+  got = merged(tmp_path, {"merge_method": "passthrough", "dtype": "bfloat16", "models": [{"model": str(pair[0])}]})
+  assert {x.dtype for x in got.values()} == {np.dtype(ml_dtypes.bfloat16)}
+
+
+def tokenizer(folder: Path, words: list[str], added: tuple[str, ...] = ()) -> None:
+  vocabulary = {word: i for i, word in enumerate(words)}
+  made = Tokenizer(models.WordLevel(vocabulary, unk_token=words[0]))
+  made.pre_tokenizer = pre_tokenizers.Whitespace()
+  fast = PreTrainedTokenizerFast(tokenizer_object=made, unk_token=words[0])
+  fast.add_tokens(list(added))
+  fast.save_pretrained(folder)
+
+
+WORDS = [f"w{i}" for i in range(12)]
+
+
+@pytest.fixture
+def worded(tmp_path: Path) -> dict[str, Path]:
+  """Three models: the words, the words in another order with two more, the words with one more and padding."""
+  shapes = lambda rows: {n: (rows, 8) if n in ("model.embed_tokens.weight", "lm_head.weight") else s
+                         for n, s in SHAPES.items()}
+  found = {"base": save(tmp_path / "base", 0),
+           "more": save(tmp_path / "more", 1, shapes(14), vocab_size=14),
+           "padded": save(tmp_path / "padded", 2, shapes(16), vocab_size=16)}
+  tokenizer(found["base"], WORDS)
+  tokenizer(found["more"], WORDS[:1] + WORDS[:0:-1], ("<a>", "<b>"))
+  tokenizer(found["padded"], WORDS, ("<a>",))
+  return found
+
+
+def rows(folder: Path) -> dict[str, np.ndarray]:
+  """Token -> its row of the embedding."""
+  embedding = read(folder)["model.embed_tokens.weight"]
+  return {token: embedding[i] for token, i in AutoTokenizer.from_pretrained(folder).get_vocab().items()}
+
+
+def test_a_union_gives_every_model_the_rows_of_all_tokens(worded, tmp_path: Path):
+  base, more, padded = map(rows, worded.values())
+  made = {"merge_method": "linear", "base_model": str(worded["base"]), "dtype": "float32",
+          "tokenizer": {"source": "union", "pad_to_multiple_of": 8},
+          "models": [{"model": str(folder), "parameters": {"weight": 1}} for folder in worded.values()]}
+  got = merged(tmp_path, made)
+  assert got["model.embed_tokens.weight"].shape == got["lm_head.weight"].shape == (16, 8)
+  assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 16
+  found = rows(tmp_path / "out")
+  assert set(found) == {*WORDS, "<a>", "<b>"}
+  for word in WORDS:
+    np.testing.assert_allclose(found[word], (base[word] + more[word] + padded[word]) / 3, rtol=1e-5, atol=1e-6)
+  # The base has no <a>: it gets the mean of those that do. Only one has <b>.
+  np.testing.assert_allclose(found["<a>"], (more["<a>"] + padded["<a>"]) / 2, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(found["<b>"], more["<b>"], rtol=1e-5)
+  free = sorted(set(range(16)) - set(AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab().values()))
+  used = [i for i in range(16) if i not in free]
+  embedding = got["model.embed_tokens.weight"]
+  for i in free:
+    np.testing.assert_allclose(embedding[i], embedding[used].mean(axis=0), rtol=1e-4, atol=1e-6)
+
+
+def test_tokens_may_be_chosen_one_by_one(worded, tmp_path: Path):
+  base, more, _ = map(rows, worded.values())
+  made = {"merge_method": "linear", "base_model": str(worded["base"]), "dtype": "float32",
+          "models": [{"model": str(worded[name]), "parameters": {"weight": 1}} for name in ("base", "more")],
+          "tokenizer": {"source": "base", "tokens": {
+              "<b>": {"source": str(worded["more"])}, "w3": {"source": {"kind": "zero"}, "force": True},
+              "new": {"source": {"kind": "model_token", "model": str(worded["base"]), "token": "w5"}}}}}
+  merged(tmp_path, made)
+  found = rows(tmp_path / "out")
+  np.testing.assert_allclose(found["<b>"], more["<b>"], rtol=1e-6)
+  np.testing.assert_array_equal(found["w3"], 0)
+  np.testing.assert_allclose(found["new"], base["w5"], rtol=1e-6)
+  np.testing.assert_allclose(found["w4"], (base["w4"] + more["w4"]) / 2, rtol=1e-5, atol=1e-6)
+  made["tokenizer"]["tokens"]["<b>"]["source"] = str(worded["base"])
+  with pytest.raises(UserError, match=r"tokens\.<b>: .* has no row for it"):
+    merged(tmp_path, made, "again")
+  del made["tokenizer"]
+  with pytest.raises(UserError, match=r"other vocabularies: a recipe with tokenizer_source"):
+    merged(tmp_path, made, "without")
+
+
+def test_chat_templates(worded, tmp_path: Path):
+  (worded["more"] / "chat_template.jinja").write_text("{{ messages }}")
+  made = {"merge_method": "passthrough", "models": [{"model": str(worded["more"])}]}
+  own = "{{ bos_token }} hello"
+  for name, text, expected in (("auto", "auto", "{{ messages }}"), ("own", own, own), ("chatml", "chatml", "<|im_")):
+    merged(tmp_path, {**made, "chat_template": text}, name)
+    assert expected in AutoTokenizer.from_pretrained(tmp_path / name).chat_template
+
+
+def test_an_adapter_is_merged_into_its_base_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setenv("IMM_JAX_CACHE", str(tmp_path / "cache"))
+  base, adapter = save(tmp_path / "base", 0, layer_types=["full_attention"] * 4), tmp_path / "adapter"
+  adapter.mkdir()
+  (adapter / "adapter_config.json").write_text(json.dumps({
+      "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up_proj"], "layers_to_transform": [1],
+      "base_model_name_or_path": "a"}))
+  low, high = np.ones((2, 8), np.float32), np.ones((6, 2), np.float32)
+  prefix = "base_model.model.model.layers.1.mlp.up_proj"
+  safetensors.write(adapter / "adapter_model.safetensors", [
+      (f"{prefix}.lora_{part}.weight", x.dtype, x.shape, lambda x=x: [x]) for part, x in (("A", low), ("B", high))])
+  got = merged(tmp_path, {"merge_method": "passthrough", "models": [{"model": f"{base}+{adapter}"}]})
+  name = "model.layers.1.mlp.up_proj.weight"
+  np.testing.assert_allclose(got[name], read(base)[name] + 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["ties", "della"])
+def test_recipes_have_the_defaults_of_functions(method: str, pair, tmp_path: Path):
+  """Both divide by the sum of weights unless they are told not to, as mergekit does."""
+  base, other = map(read, pair)
+  got = merged(tmp_path, {"merge_method": method, "dtype": "float32", "base_model": str(pair[0]), "models": [
+      {"model": str(pair[1]), "parameters": {"weight": 0.5, "density": 1.0}}]})
+  name = "model.layers.0.mlp.up_proj.weight"
+  np.testing.assert_allclose(got[name], other[name], rtol=1e-6)
+  assert not np.allclose(got[name], base[name])

@@ -1,0 +1,82 @@
+"""What the sampler refuses or warns of: arguments, prompts, and a folder that does not fit its tokenizer."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from imm_jax import errors
+from imm_jax.errors import UserError
+from imm_jax.sampling import Prompt
+from imm_jax.sampling.native import sampler as native
+from tests import TINY
+
+ASKED = [Prompt("question", "Tom has 3 apples.")]
+
+
+@pytest.fixture(scope="module")
+def sampler() -> native.NativeSampler:
+  return native.NativeSampler(TINY, compute_dtype="float32", batch_size=8)
+
+
+@pytest.mark.parametrize("options", [
+    {"max_new_tokens": 0}, {"num_samples": 0}, {"temperatures": ()}, {"temperatures": (-1.0,)}, {"top_p": 0.0},
+    {"top_p": float("nan")}, {"top_p": 2.0}, {"stop": ("",)}, {"stop": "The"}, {"seed": 2**32}])
+def test_arguments_out_of_range_are_errors(sampler: native.NativeSampler, options: dict) -> None:
+  with pytest.raises(ValueError, match=f"{next(iter(options))}.*expected"):
+    sampler.generate(ASKED, **{"max_new_tokens": 4, **options})
+
+
+def test_a_prompt_without_tokens_is_named(sampler: native.NativeSampler) -> None:
+  with pytest.raises(ValueError, match="prompt 'empty' has no tokens"):
+    sampler.generate([*ASKED, Prompt("empty", "")], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("dtype", ["foo", "int8", ""])
+def test_a_dtype_that_is_none_of_weights_is_named(dtype: str) -> None:
+  with pytest.raises(ValueError, match=f"compute_dtype='{dtype}': expected one of bfloat16, float16, float32"):
+    native.NativeSampler(TINY, compute_dtype=dtype)
+
+
+@pytest.mark.parametrize("ids", [True, -1, 568, [0, 568], "0", 1.0, [[0]]], ids=str)
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_an_end_of_text_token_that_is_no_token_is_named(tmp_path: Path, ids: object, file: str) -> None:
+  folder = shutil.copytree(TINY, tmp_path / "model")
+  (folder / "generation_config.json").unlink()
+  content = json.loads((TINY / file).read_text())
+  (folder / file).write_text(json.dumps({**content, "eos_token_id": ids}))
+  with pytest.raises(UserError, match=r"eos_token_id=.*; expected a token id, from 0 to 567") as error:
+    native.NativeSampler(folder, compute_dtype="float32")
+  assert str(error.value).startswith(str(folder / file))
+
+
+@pytest.mark.parametrize("ids", [None, [], 3, [3, 5]], ids=str)
+def test_end_of_text_tokens_are_those_of_the_folder_and_the_tokenizer(tmp_path: Path, ids: object) -> None:
+  folder = shutil.copytree(TINY, tmp_path / "model")
+  (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+  want = {0, *(ids if isinstance(ids, list) else [ids])} - {None}
+  assert native.NativeSampler(folder, compute_dtype="float32")._eos == tuple(sorted(want))
+
+
+def test_samples_past_the_context_are_warned_of_once(
+    tmp_path: Path, sampler: native.NativeSampler, capsys: pytest.CaptureFixture[str]) -> None:
+  limit = json.loads((TINY / "config.json").read_text())["max_position_embeddings"]
+  length = len(sampler.tokenizer(ASKED[0].text)["input_ids"])
+  warnings = lambda: [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+  errors.say_once.cache_clear()
+  sampler.generate(ASKED, max_new_tokens=limit - length)
+  assert warnings() == []
+  for expected in (1, 0):
+    sampler.generate(ASKED, max_new_tokens=limit - length + 1)
+    found = warnings()
+    assert len(found) == expected
+    assert all(f"past the {limit} positions" in line for line in found)
+  # A config that does not say how far it goes.
+  folder = shutil.copytree(TINY, tmp_path / "model")
+  config = json.loads((folder / "config.json").read_text())
+  del config["max_position_embeddings"]
+  (folder / "config.json").write_text(json.dumps(config))
+  errors.say_once.cache_clear()
+  native.NativeSampler(folder, compute_dtype="float32", batch_size=8).generate(ASKED, max_new_tokens=limit)
+  assert warnings() == []

@@ -1,0 +1,297 @@
+"""The sampler on the embedded model, in float32, against transformers' `generate`."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+
+from imm_jax.errors import UserError
+from imm_jax.model import hf
+from imm_jax.model.tokenizer import load_tokenizer
+from imm_jax.sampling import Completion, Prompt
+from imm_jax.sampling.native import decode, queue, sampler as native
+from imm_jax.tasks import arithmetic, prompts
+from tests import TINY
+
+torch = pytest.importorskip("torch")
+
+# One length for almost all tests: shapes and options that recur are compiled once.
+NEW_TOKENS = 40
+EXAMPLES = [arithmetic.generate(family, split="test", count=1, seed=3)[0] for family in arithmetic.FAMILIES]
+SHORT = [Prompt(e.id, prompts.build(e.question)) for e in EXAMPLES]
+# A worked example before the question takes it to the next padded length.
+LONG = Prompt("long", prompts.build(EXAMPLES[0].question, examples=EXAMPLES[1:3]))
+# Unlike anything the model has learned, so that its samples differ.
+STRANGE = Prompt("strange", "Tom")
+ALL = [*SHORT, LONG, STRANGE]
+
+
+@pytest.fixture(scope="module")
+def sampler() -> native.NativeSampler:
+  return native.NativeSampler(TINY, compute_dtype="float32", batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def greedy(sampler: native.NativeSampler) -> list[Completion]:
+  return [c for c, in sampler.generate(ALL, max_new_tokens=NEW_TOKENS)]
+
+
+@pytest.fixture(scope="module")
+def reference() -> list[list[int]]:
+  """The new tokens of transformers' greedy search, the end-of-text token included."""
+  tokenizer = load_tokenizer(TINY)
+  tokenizer.padding_side = "left"
+  model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+  inputs = tokenizer([p.text for p in ALL], padding=True, return_tensors="pt")
+  rows = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[:, inputs["input_ids"].shape[1]:].tolist()
+  end = tokenizer.eos_token_id
+  return [row[:row.index(end) + 1] if end in row else row for row in rows]
+
+
+def test_greedy_tokens_equal_transformers(
+    sampler: native.NativeSampler, greedy: list[Completion], reference: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch) -> None:
+  lengths = {len(sampler.tokenizer(p.text)["input_ids"]) for p in ALL}
+  assert len(lengths) > 4
+  assert max(lengths) > 64 > min(lengths)
+  seen = []
+  plain = sampler.tokenizer.decode
+  monkeypatch.setattr(sampler.tokenizer, "decode", lambda ids, **kw: seen.append(list(ids)) or plain(ids, **kw))
+  assert [c for c, in sampler.generate(ALL, max_new_tokens=NEW_TOKENS)] == greedy
+  assert sorted(seen) == sorted(reference)
+  for completion, tokens in zip(greedy, reference, strict=True):
+    assert completion.text == plain(tokens, skip_special_tokens=True)
+    assert completion.num_tokens == len(tokens)
+    assert completion.finish == ("stop" if tokens[-1] == sampler.tokenizer.eos_token_id else "length")
+
+
+def test_max_new_tokens_ends_a_completion_with_finish_length(
+    sampler: native.NativeSampler, reference: list[list[int]]) -> None:
+  for tokens, (short,) in zip(reference, sampler.generate(SHORT, max_new_tokens=1), strict=False):
+    assert short == Completion(sampler.tokenizer.decode(tokens[:1]), 1, "length")
+
+
+@pytest.fixture(scope="module")
+def sampled(sampler: native.NativeSampler) -> dict[str, list[Completion]]:
+  """By prompt id: completions at temperature 0, 1 and 2."""
+  return _generate(sampler, [*SHORT, STRANGE])
+
+
+def _generate(sampler: native.NativeSampler, asked: list[Prompt]) -> dict[str, list[Completion]]:
+  rows = sampler.generate(asked, max_new_tokens=NEW_TOKENS, num_samples=3, temperatures=(0.0, 1.0, 2.0))
+  return {prompt.id: row for prompt, row in zip(asked, rows, strict=True)}
+
+
+def test_temperature_0_is_greedy_whatever_runs_beside_it(
+    greedy: list[Completion], sampled: dict[str, list[Completion]]) -> None:
+  assert all(sampled[p.id][0] == c for p, c in zip(ALL, greedy, strict=True) if p is not LONG)
+  assert all(row[2] != row[0] for row in sampled.values())
+
+
+def test_a_sample_does_not_depend_on_the_order_of_prompts(
+    sampler: native.NativeSampler, sampled: dict[str, list[Completion]], greedy: list[Completion]) -> None:
+  assert _generate(sampler, [STRANGE, *SHORT[::-1]]) == sampled
+  assert [c for c, in sampler.generate(ALL[::-1], max_new_tokens=NEW_TOKENS)] == greedy[::-1]
+
+
+@pytest.mark.parametrize("asked", [[SHORT[1]], [STRANGE, SHORT[0], SHORT[3]]], ids=["one", "three"])
+def test_a_sample_does_not_depend_on_other_prompts(
+    sampler: native.NativeSampler, sampled: dict[str, list[Completion]], asked: list[Prompt]) -> None:
+  assert _generate(sampler, asked) == {p.id: sampled[p.id] for p in asked}
+
+
+def test_a_sample_does_not_depend_on_the_batch_size(sampled: dict[str, list[Completion]]) -> None:
+  other = native.NativeSampler(TINY, compute_dtype="float32", batch_size=5)
+  assert _generate(other, SHORT) == {p.id: sampled[p.id] for p in SHORT}
+
+
+def test_a_sample_does_not_depend_on_how_many_are_drawn(
+    sampler: native.NativeSampler, sampled: dict[str, list[Completion]]) -> None:
+  rows = sampler.generate(SHORT, max_new_tokens=NEW_TOKENS, num_samples=2, temperatures=(0.0, 1.0))
+  assert rows == [sampled[p.id][:2] for p in SHORT]
+
+
+def test_seed_id_and_sample_number_each_give_other_samples(sampler: native.NativeSampler) -> None:
+  def draw(seed: int) -> list[list[str]]:
+    rows = sampler.generate([STRANGE, STRANGE._replace(id="other")], max_new_tokens=NEW_TOKENS, num_samples=4,
+                            temperatures=(1.0,), seed=seed)
+    return [[c.text for c in row] for row in rows]
+
+  one, other_id = draw(0)
+  assert len(set(one)) > 1
+  assert other_id != one
+  assert draw(1)[0] != one
+  assert draw(0) == [one, other_id]
+
+
+def test_random_keys_of_all_seeds_ids_and_sample_numbers_differ() -> None:
+  samples = [queue.Sample(0, number, id_, 0.0) for number in range(3) for id_ in ("a", "b", "ab")]
+  keys = [native._row_keys(seed, samples, 9) for seed in range(3)]
+  assert len(np.unique(np.concatenate(keys), axis=0)) == 27
+
+
+def test_a_tiny_top_p_is_greedy(sampler: native.NativeSampler, greedy: list[Completion]) -> None:
+  rows = sampler.generate([*SHORT, STRANGE], max_new_tokens=NEW_TOKENS, num_samples=2, temperatures=(1.0, 2.0),
+                          top_p=1e-6)
+  for prompt, (one, two) in zip([*SHORT, STRANGE], rows, strict=True):
+    assert one == two == greedy[ALL.index(prompt)]
+
+
+@pytest.mark.parametrize("choose", [
+    lambda texts: (texts[0][3],),
+    lambda texts: (texts[0][-7:-3],),
+    lambda texts: (texts[3][-4:-1], texts[3][2:6], texts[1][4:6]),
+    lambda texts: (texts[-1][-6:],),
+    lambda texts: ("no such text",),
+], ids=["one-letter", "late", "the-first-of-three", "at-the-end", "none"])
+def test_stop_strings_cut_the_text_and_nothing_else(
+    sampler: native.NativeSampler, greedy: list[Completion], reference: list[list[int]],
+    choose: Callable[[list[str]], tuple[str, ...]]) -> None:
+  stop = choose([c.text for c in greedy])
+  rows = sampler.generate(ALL, max_new_tokens=NEW_TOKENS, stop=stop)
+  for full, tokens, (got,) in zip(greedy, reference, rows, strict=True):
+    places = [full.text.find(s) for s in stop if s in full.text]
+    if places:
+      count = next(n for n in range(len(tokens)) if any(s in sampler.tokenizer.decode(tokens[:n]) for s in stop))
+      assert got == Completion(full.text[:min(places)], count, "stop")
+    else:
+      assert got == full
+
+
+def test_stop_strings_cut_the_same_while_rows_are_refilled(sampler: native.NativeSampler) -> None:
+  asked = [p._replace(id=f"{p.id}/{i}") for i in range(3) for p in ALL]
+  options = {"max_new_tokens": NEW_TOKENS, "num_samples": 2, "temperatures": (0.0, 1.0), "stop": ("=", "answer is 1")}
+  few = native.NativeSampler(TINY, compute_dtype="float32", batch_size=3)
+  rows = few.generate(asked, **options)
+  assert rows == sampler.generate(asked, **options)
+  assert sum(c.finish == "stop" for row in rows for c in row) > len(asked)
+  assert not any("=" in c.text for row in rows for c in row)
+
+
+def test_a_sample_may_end_with_its_first_token(
+    sampler: native.NativeSampler, greedy: list[Completion], monkeypatch: pytest.MonkeyPatch) -> None:
+  firsts = {sampler.tokenizer(c.text)["input_ids"][0] for c in greedy}
+  monkeypatch.setattr(sampler, "_eos", tuple(sorted(firsts)))
+  rows = sampler.generate([*ALL, *ALL], max_new_tokens=NEW_TOKENS)
+  assert all((c.num_tokens, c.finish) == (1, "stop") for c, in rows)
+
+
+def _resized(folder: Path, rows: Callable[[np.ndarray], np.ndarray]) -> Path:
+  """A copy of the embedded model with other embedding rows."""
+  config, params = hf.load(TINY, dtype=jnp.float32)
+  weight = rows(np.asarray(params["embed_tokens"]["weight"]))
+  shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+  hf.save({**params, "embed_tokens": {"weight": weight}}, folder)
+  changed = {**json.loads((TINY / "config.json").read_text()), "vocab_size": len(weight)}
+  (folder / "config.json").write_text(json.dumps(changed))
+  assert config.vocab_size != len(weight)
+  return folder
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_never_sampled(tmp_path: Path, greedy: list[Completion]) -> None:
+  # Every id gets a twin past the tokenizer's with twice its logit.
+  folder = _resized(tmp_path / "padded", lambda weight: np.concatenate([weight, 2 * weight]))
+  padded = native.NativeSampler(folder, compute_dtype="float32", batch_size=8)
+  rows = padded.generate(SHORT, max_new_tokens=NEW_TOKENS, num_samples=2, temperatures=(0.0, 0.01))
+  assert rows == [[c, c] for c in greedy[:len(SHORT)]]
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(tmp_path: Path) -> None:
+  folder = _resized(tmp_path / "cut", lambda weight: weight[:500])
+  with pytest.raises(UserError, match=r"ids up to \d+.*500 rows"):
+    native.NativeSampler(folder, compute_dtype="float32")
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["in-all_special_tokens", "only-marked"])
+@pytest.mark.parametrize(("stop", "at", "shown"), [
+    (("\u0120answer",), " answer", " answer"),
+    ((" answer is",), " answer", " answer is"),
+    ((" is", "no such text"), " is", " is"),
+], ids=["alone", "with-text", "text-after-it"])
+def test_a_stop_string_may_hold_special_tokens_and_the_text_never_does(
+    stop: tuple[str, ...], at: str, shown: str, named: bool) -> None:
+  """A word that answers hold is made special, as tokenizers mark theirs, whether or not a list names it too."""
+  sampler = native.NativeSampler(TINY, compute_dtype="float32", batch_size=8)
+  plain = [row[0] for row in sampler.generate(SHORT, max_new_tokens=NEW_TOKENS)]
+  encode = lambda text: sampler.tokenizer(text)["input_ids"]
+  wanted = [len(encode(full.text[:full.text.index(shown) + len(shown)])) for full in plain]
+  word, = encode(" answer")
+  if named:
+    sampler.tokenizer.add_special_tokens({"additional_special_tokens": ["\u0120answer"]})
+  else:
+    sampler.tokenizer.add_tokens([transformers.AddedToken("\u0120answer", special=True, normalized=False)])
+  assert sampler.tokenizer.convert_tokens_to_ids("\u0120answer") == word
+  assert ("\u0120answer" in sampler.tokenizer.all_special_tokens) == named
+  rows = sampler.generate(SHORT, max_new_tokens=NEW_TOKENS, stop=stop)
+  assert any(full.text.index(at) for full in plain)
+  for full, count, (got,) in zip(plain, wanted, rows, strict=True):
+    assert got == Completion(full.text[:full.text.index(at)].replace(" answer", ""), count, "stop")
+
+
+def test_parameters_in_memory_are_sampled_as_a_folder_is(greedy: list[Completion]) -> None:
+  _, params = hf.load(TINY, dtype=jnp.float32)
+  held = native.NativeSampler(TINY, compute_dtype="float32", batch_size=8, params=params)
+  assert [c for c, in held.generate(ALL, max_new_tokens=NEW_TOKENS)] == greedy
+
+
+def test_nothing_asked_is_nothing_done(sampler: native.NativeSampler) -> None:
+  assert sampler.generate([], max_new_tokens=4) == []
+
+
+def test_other_prompts_compile_nothing_new(sampler: native.NativeSampler) -> None:
+  """Shapes are few: rounds and tasks whose prompts differ in number and length share them."""
+  sampler.generate(ALL, max_new_tokens=NEW_TOKENS, stop=("zebra",), num_samples=3)
+  sizes = lambda: [f._cache_size() for f in (decode.prefill, decode._start, decode._join, decode.decode)]
+  before = sizes()
+  for seed in range(2):
+    others = [Prompt(str(i), prompts.build(arithmetic.generate(family, split="train", count=1, seed=seed)[0].question))
+              for i, family in enumerate(arithmetic.FAMILIES)]
+    sampler.generate([*others, LONG], max_new_tokens=NEW_TOKENS, stop=("zebra",), num_samples=3)
+  assert sizes() == before
+
+
+def test_ids_that_a_tokenizer_skips_are_never_sampled(greedy: list[Completion]) -> None:
+  sampler = native.NativeSampler(TINY, compute_dtype="float32", batch_size=8)
+  hole = sampler.tokenizer(greedy[0].text)["input_ids"][0]
+  sampler._allowed = sampler._allowed.at[hole].set(False)
+  assert all(hole not in sampler.tokenizer(c.text)["input_ids"]
+             for c, in sampler.generate(SHORT, max_new_tokens=NEW_TOKENS))
+
+
+@pytest.mark.parametrize("kind", [
+    "qwen2-tied", "qwen2-untied", "qwen2.5-math", "llama", "llama2", "llama3", "llama3.1", "qwen3"])
+def test_greedy_tokens_of_every_family_equal_transformers(
+    checkpoint: Callable, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+  """128 tokens from prompts of several lengths, in a batch, one kind also alone; some embedding rows are no tokens."""
+  model, folder = checkpoint(kind, vocab_size=600)
+  for name in ("tokenizer.json", "tokenizer_config.json"):
+    shutil.copyfile(TINY / name, folder / name)
+  sampler = native.NativeSampler(folder, compute_dtype="float32", batch_size=4)
+  ids = len(sampler.tokenizer)
+  assert ids < 600
+  asked = [SHORT[0], SHORT[1], LONG, STRANGE]
+  seen: dict[str, list[list[int]]] = {"batch": [], "alone": []}
+  plain = sampler.tokenizer.decode
+  single = asked[:1] if kind == "qwen2-tied" else []  # compiles all once more
+  for how, groups in (("batch", [asked]), ("alone", [[p] for p in single])):
+    monkeypatch.setattr(
+        sampler.tokenizer, "decode", lambda t, how=how, **kw: seen[how].append(list(t)) or plain(t, **kw))
+    for group in groups:
+      sampler.generate(group, max_new_tokens=128)
+  wanted = []
+  for prompt in asked:
+    tokens = torch.tensor([sampler.tokenizer(prompt.text)["input_ids"]])
+    for _ in range(128):  # plain search over tokens that exist
+      with torch.no_grad():
+        best = model(tokens).logits[0, -1, :ids].argmax()
+      tokens = torch.cat([tokens, best[None, None]], 1)
+      if int(best) in sampler._eos:
+        break
+    wanted.append(tokens[0, len(sampler.tokenizer(prompt.text)["input_ids"]):].tolist())
+  assert sorted(seen["batch"]) == sorted(wanted)
+  assert seen["alone"] == wanted[:len(single)]

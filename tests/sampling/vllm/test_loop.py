@@ -1,0 +1,102 @@
+"""Runs that sample with vLLM: on servers elsewhere, and on one that each stage starts."""
+
+import json
+from pathlib import Path
+
+import ml_collections
+import pytest
+
+from configs import tiny
+from imm_jax import loop
+from imm_jax.model import hub
+from imm_jax.model.tokenizer import load_tokenizer
+from imm_jax.stages import questions
+from tests.fake_vllm import END, FakeVllm
+from tests.sampling.vllm.test_spawn import python  # noqa: F401
+
+TOKENIZER = load_tokenizer(hub.resolve("tiny"))
+
+
+@pytest.fixture
+def config() -> ml_collections.ConfigDict:
+  found = tiny.get_config()
+  found.update({"rounds": 2, "sampler": {"kind": "vllm", "vllm": {"concurrency": 4}}})
+  found.task.update({"questions_per_round": 12, "eval_questions": 4, "ood": ("groups",)})
+  found.sft.update({"epochs": 2, "global_batch": 4})
+  found.analysis.update({"examples": 0, "drift": 0})
+  return found
+
+
+def _rows(path: Path) -> list[dict]:
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _knows(config: ml_collections.ConfigDict, fake: FakeVllm) -> None:
+  """Has a server give the worked answer to each question that the run asks."""
+  asked = [e for t in range(config.rounds) for e in questions.of_round(config, t).asked]
+  answers = {e.question: e.rationale for e in [*asked, *(e for es in questions.of_tests(config).values() for e in es)]}
+
+  def draw(prompt: list[int], seed: int, temperature: float, most: int) -> list[int]:
+    text = TOKENIZER.decode(prompt)
+    answer, = (a for question, a in answers.items() if question in text)
+    tokens = TOKENIZER(answer)["input_ids"]
+    assert len(tokens) < most
+    return [*tokens, END]
+
+  fake.draw = draw
+
+
+def test_servers_elsewhere_sample_for_a_run_and_one_that_dies_loses_nothing(
+    config: ml_collections.ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+  first, other = FakeVllm(hub.resolve("tiny")), FakeVllm(hub.resolve("tiny"))
+  with first, other:
+    for fake in (first, other):
+      _knows(config, fake)
+    in_round_0 = []
+
+    def dies(number: int, body: dict) -> str:
+      in_round_0.extend([number] if body["temperature"] else [])
+      if len(in_round_0) == 6:
+        first.kill()
+        return "drop"
+      return ""
+
+    first.trouble = dies
+    config.sampler.vllm.urls = (first.url, other.url)
+    root = tmp_path / "run"
+    loop.run(config, str(root))
+  assert not [*root.rglob("*.sampling")]
+  assert "is taken out" in capsys.readouterr().err
+  for t in range(2):
+    rows = _rows(root / f"round_{t}/samples.jsonl")
+    asked = questions.of_round(config, t).asked
+    assert sorted((r["id"], r["sample"]) for r in rows) == sorted((e.id, s) for e in asked for s in range(3))
+    rationales = {e.id: e.rationale for e in asked}
+    assert all(r["text"].strip() == rationales[r["id"]].strip() and r["correct"] for r in rows)
+    assert [r["temperature"] for r in rows[:3]] == [0.2, 0.4, 0.6]
+    assert all(r["correct"] for kind in ("sft", "merged") for r in _rows(root / f"round_{t}/eval/{kind}/groups.jsonl"))
+  # Each stage that samples begins with a reload of the folder that it asks about.
+  assert first.steps.count("/collective_rpc") == 2  # base/eval, samples
+  assert other.steps.count("/collective_rpc") == 7
+  assert other.folder == str(root / "round_1/merged")
+  # How it samples may change; that it is vLLM may not.
+  config.sampler.vllm.concurrency = 9
+  loop.run(config, str(root))
+  assert "0 of 15 stages were run" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_server_that_each_stage_starts_gives_the_native_run(
+    config: ml_collections.ConfigDict, python: str, tmp_path: Path) -> None:  # noqa: F811
+  config.update({"method": "real", "rounds": 1})
+  config.sampler.vllm.update({"python": python, "args": ("--fake", "greedy")})
+  loop.run(config, str(tmp_path / "vllm"))
+  config.sampler.vllm.update({"python": "", "args": ()})
+  config.sampler.kind = "native"
+  loop.run(config, str(tmp_path / "native"))
+  for name in ("base/eval", "round_0/eval/sft"):
+    for task in ("stories", "groups"):
+      rows = [_rows(tmp_path / kind / name / f"{task}.jsonl") for kind in ("vllm", "native")]
+      assert rows[0] == rows[1]
+  weights = [(tmp_path / kind / "round_0/sft/model.safetensors").read_bytes() for kind in ("vllm", "native")]
+  assert weights[0] == weights[1]

@@ -1,0 +1,272 @@
+"""The client of vLLM, against a small server that speaks its API and misbehaves."""
+
+import json
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imm_jax.errors import UserError
+from imm_jax.model import folder as checkpoint, hf
+from imm_jax.sampling import Completion, Prompt, completions
+from imm_jax.sampling.vllm import VllmSampler, sampler as vllm
+from imm_jax.sampling.vllm.dispatch import Dispatcher
+from tests import TINY
+from tests.fake_vllm import END, FakeVllm, _Handler, tokens_of
+
+TOKENIZER, EOS = completions.load(TINY, 568)
+PROMPTS = [Prompt(f"q{i}", f"Tom has {i} apples. How many?") for i in range(8)]
+OPTIONS = {"max_new_tokens": 12, "num_samples": 5, "temperatures": (0.0, 0.5, 1.5), "seed": 3}
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Retries wait for hundredths of a second."""
+  monkeypatch.setattr(Dispatcher.__init__, "__kwdefaults__", {"attempts": 4, "backoff": 0.02})
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeVllm]:
+  with FakeVllm(TINY) as server:
+    yield server
+
+
+@pytest.fixture
+def other() -> Iterator[FakeVllm]:
+  with FakeVllm(TINY) as server:
+    yield server
+
+
+def _sample(*fakes: FakeVllm, prompts: list[Prompt] = PROMPTS, folder: Path = TINY, concurrency: int = 4,
+            timeout: float = 30.0, **options: object) -> list[list[Completion]]:
+  with VllmSampler(folder, urls=[f.url for f in fakes], compute_dtype="float32", concurrency=concurrency,
+                   timeout=timeout) as sampler:
+    return sampler.generate(prompts, **{**OPTIONS, **options})
+
+
+def _expected(seeds: dict[tuple[int, ...], dict[float, int]]) -> list[list[Completion]]:
+  """Of OPTIONS: sample j has temperature j modulo 3, and is the number j // 3 of its request."""
+  rows = []
+  for prompt in PROMPTS:
+    ids = TOKENIZER(prompt.text)["input_ids"]
+    row = []
+    for j in range(5):
+      temperature = OPTIONS["temperatures"][j % 3]
+      tokens = tokens_of(ids, seeds[tuple(ids)][temperature] + j // 3, temperature, 12)
+      row.append(Completion(TOKENIZER.decode(tokens, skip_special_tokens=True), len(tokens),
+                            "stop" if tokens[-1] == END else "length"))
+    rows.append(row)
+  return rows
+
+
+def _seeds(fake: FakeVllm) -> dict[tuple[int, ...], dict[float, int]]:
+  seeds: dict[tuple[int, ...], dict[float, int]] = {}
+  for body in fake.seen:
+    seeds.setdefault(tuple(body["prompt"]), {})[body["temperature"]] = body["seed"]
+  return seeds
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[list[Completion]]:
+  """What an obedient server gives."""
+  with FakeVllm(TINY) as server:
+    rows = _sample(server)
+    assert rows == _expected(_seeds(server))
+  return rows
+
+
+def test_one_request_for_each_question_and_temperature_with_all_its_settings(fake: FakeVllm) -> None:
+  rows = _sample(fake, stop=("zebra",), top_p=0.9)
+  assert all(len(row) == 5 for row in rows)
+  assert len(fake.seen) == len(PROMPTS) * 3
+  counts = {0.0: 1, 0.5: 2, 1.5: 1}  # equal answers at temperature 0 are asked for once
+  for body in fake.seen:
+    assert body["n"] == counts[body["temperature"]]
+    assert body["prompt"] in [TOKENIZER(p.text)["input_ids"] for p in PROMPTS]
+    assert (body["top_p"], body["stop"]) == (0.9, ["zebra"])
+    assert (body["stop_token_ids"], body["ignore_eos"]) == (list(EOS), True)
+    # A server's own defaults, such as those of a model's generation_config.json, do not count.
+    assert (body["top_k"], body["min_p"], body["repetition_penalty"]) == (0, 0.0, 1.0)
+  for row in rows:
+    assert row[0] == row[3]
+
+
+def test_no_two_samples_share_a_seed() -> None:
+  prompts = [Prompt(f"q{i % 900}", "text") for i in range(1000)]
+  requests = vllm._requests(prompts, [[1]] * 1000, 12, (0.2, 0.4, 0.6), 7)
+  seeds = [r.seed + j for r in requests for j in range(r.count)]
+  assert len(set(seeds)) == len(seeds) == 12_000
+  assert 0 <= min(seeds) <= max(seeds) < 2**63
+  assert {r.seed for r in requests}.isdisjoint(
+      r.seed for r in vllm._requests(prompts, [[1]] * 1000, 12, (0.2, 0.4, 0.6), 8))
+
+
+def test_samples_do_not_depend_on_order_or_on_other_prompts(
+    fake: FakeVllm, other: FakeVllm, plain: list[list[Completion]]) -> None:
+  assert _sample(fake, other, prompts=PROMPTS[::-1]) == plain[::-1]
+  assert _sample(fake, prompts=PROMPTS[2:5], concurrency=1) == plain[2:5]
+  assert [row[:3] for row in plain] == _sample(fake, num_samples=3)
+  assert _sample(fake, seed=4) != plain
+
+
+@pytest.mark.parametrize("trouble", [t for t in _Handler.TROUBLES if t not in ("400", "slow")])
+def test_what_passes_is_asked_again(fake: FakeVllm, plain: list[list[Completion]], trouble: str) -> None:
+  fake.trouble = lambda number, body: trouble if fake.seen.count(body) == 1 else ""
+  assert _sample(fake) == plain
+  assert len(fake.answered) == len(PROMPTS) * 3
+
+
+def test_a_refusal_ends_it_at_once_with_what_the_server_says(fake: FakeVllm) -> None:
+  fake.trouble = lambda number, body: "400"
+  with pytest.raises(UserError, match=r"/v1/completions: the server refuses \(HTTP 400\).*said no"):
+    _sample(fake, concurrency=1)
+  assert len(fake.seen) <= 2
+
+
+def test_a_server_that_fails_for_good_is_taken_out(
+    fake: FakeVllm, other: FakeVllm, plain: list[list[Completion]], capfd: pytest.CaptureFixture) -> None:
+  fake.trouble = lambda number, body: "500"
+  assert _sample(fake, other) == plain
+  assert f"{fake.url} is taken out (/v1/completions: HTTP 500" in capfd.readouterr().err
+  assert len(other.answered) == len(PROMPTS) * 3
+  assert len(fake.seen) <= 4 * 4  # each thread's attempts
+
+
+def test_a_server_that_is_too_slow_is_taken_out(
+    fake: FakeVllm, other: FakeVllm, plain: list[list[Completion]], capfd: pytest.CaptureFixture) -> None:
+  fake.trouble = lambda number, body: "slow"
+  assert _sample(fake, other, timeout=1.0) == plain
+  assert "has not answered /v1/completions for 1 s" in capfd.readouterr().err
+  assert len(fake.seen) <= 4  # no second attempt
+
+
+def test_a_server_that_dies_is_taken_out_and_each_question_is_answered_once(
+    fake: FakeVllm, other: FakeVllm, plain: list[list[Completion]], tmp_path: Path) -> None:
+  dead = []
+
+  def trouble(number: int, body: dict) -> str:
+    if number < 5:
+      return ""
+    if not dead:
+      dead.append(number)
+      fake.kill()
+    return "drop"
+
+  fake.trouble = trouble
+  journal = tmp_path / "journal.jsonl"
+  assert _sample(fake, other, journal=journal) == plain
+  numbers = [json.loads(line)[0] for line in journal.read_text().splitlines()[1:]]
+  assert sorted(numbers) == list(range(len(PROMPTS) * 3))
+  assert fake.answered
+  assert len(other.answered) >= len(numbers) - len(fake.answered)
+
+
+def test_with_no_server_left_it_ends_with_all_their_reasons(fake: FakeVllm, other: FakeVllm) -> None:
+  fake.trouble = lambda number, body: "500"
+  other.trouble = lambda number, body: "not json"
+  with VllmSampler(TINY, urls=[fake.url, other.url], compute_dtype="float32") as sampler:
+    for _ in range(2):  # nor does another call wait for them
+      with pytest.raises(UserError, match="no vLLM server is left") as error:
+        sampler.generate(PROMPTS, **OPTIONS)
+      for part in (fake.url, "HTTP 500", other.url, "not JSON"):
+        assert part in str(error.value)
+
+
+def test_a_killed_run_goes_on_from_its_journal(
+    fake: FakeVllm, plain: list[list[Completion]], tmp_path: Path) -> None:
+  journal = tmp_path / "journal.jsonl"
+  fake.trouble = lambda number, body: "" if number < 10 else "500"
+  with pytest.raises(UserError, match="no vLLM server is left"):
+    _sample(fake, journal=journal, concurrency=1)
+  lines = journal.read_bytes().splitlines(keepends=True)
+  assert len(lines) == 11
+  journal.write_bytes(b"".join(lines[:9]) + lines[9][:-7])  # killed while it wrote the ninth answer
+  fake.trouble, fake.seen = lambda number, body: "", []
+  assert _sample(fake, journal=journal) == plain
+  assert len(fake.seen) == len(PROMPTS) * 3 - 8
+  fake.seen.clear()
+  assert _sample(fake, journal=journal) == plain
+  assert not fake.seen
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"max_new_tokens": 11}, {"prompts": PROMPTS[1:]}, {"top_p": 0.5}])
+def test_a_journal_of_something_else_is_started_anew(fake: FakeVllm, tmp_path: Path, change: dict) -> None:
+  journal = tmp_path / "journal.jsonl"
+  few = {"prompts": PROMPTS[:2], **change}
+  _sample(fake, prompts=PROMPTS[:2], journal=journal)
+  fake.seen.clear()
+  _sample(fake, **few, journal=journal)
+  assert len(fake.seen) == 3 * len(few["prompts"])
+  assert len(journal.read_text().splitlines()) == 1 + len(fake.seen)
+
+
+def test_a_stop_string_cuts_the_text_and_counts_its_tokens(fake: FakeVllm) -> None:
+  tokens = TOKENIZER("18-8=10. The answer is 10.")["input_ids"]
+  fake.draw = lambda prompt, seed, temperature, most: tokens[:most]
+  (row,) = _sample(fake, prompts=PROMPTS[:1], num_samples=1, max_new_tokens=len(tokens), stop=(" answer",))
+  count = next(n for n in range(len(tokens)) if " answer" in TOKENIZER.decode(tokens[:n]))
+  assert row == [Completion("18-8=10. The", count, "stop")]
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_drawn_again(fake: FakeVllm, tmp_path: Path) -> None:
+  _, params = hf.load(TINY, dtype=jnp.float32)
+  weight = np.asarray(params["embed_tokens"]["weight"])
+  hf.save({**params, "embed_tokens": {"weight": np.concatenate([weight, 0 * weight[:32]])}}, tmp_path / "padded")
+  checkpoint.copy_side_files(TINY, tmp_path / "padded")
+  config = {**json.loads((TINY / "config.json").read_text()), "vocab_size": 600, "dtype": "float32"}
+  (tmp_path / "padded" / "config.json").write_text(json.dumps(config))
+  with pytest.raises(UserError, match="a model of another shape"):
+    _sample(fake, folder=tmp_path / "padded")
+  assert "/pause" not in fake.steps
+  fake.folder = str(tmp_path / "padded")
+  fake.draw = lambda prompt, seed, temperature, most: [5, 6 if "logit_bias" in fake.seen[-1] else 580, END]
+  rows = _sample(fake, folder=tmp_path / "padded", concurrency=1)
+  assert {c.text for row in rows for c in row} == {TOKENIZER.decode([5, 6])}
+  biased = [body for body in fake.seen if "logit_bias" in body]
+  assert len(biased) == len(fake.seen) // 2
+  assert {int(i) for i in biased[0]["logit_bias"]} >= set(range(568, 600))
+
+
+@pytest.mark.parametrize("options", [
+    {"urls": []}, {"python": "python"}, {"compute_dtype": "int8"}, {"concurrency": 0}, {"tolerance": -1.0}])
+def test_arguments_out_of_range_are_refused(options: dict) -> None:
+  with pytest.raises(ValueError, match="expected"):
+    VllmSampler(TINY, **{"urls": ["http://host"], **options})
+
+
+def test_a_full_disk_ends_it_with_one_line_and_the_journal_is_whole(
+    fake: FakeVllm, plain: list[list[Completion]], tmp_path: Path) -> None:
+  path = tmp_path / "journal.jsonl"
+  _sample(fake, journal=path)
+  size = path.stat().st_size
+  path.unlink()
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
+  try:
+    with pytest.raises(UserError, match=r"journal.jsonl: cannot be written \("):
+      _sample(fake, journal=path)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, old)
+  fake.seen.clear()
+  assert _sample(fake, journal=path) == plain
+  assert 0 < len(fake.seen) < len(PROMPTS) * 3
+
+
+def test_nothing_asked_is_nothing_done(fake: FakeVllm) -> None:
+  assert _sample(fake, prompts=[]) == []
+  assert not fake.seen
+
+
+def test_a_journal_that_is_whole_starts_no_server(fake: FakeVllm, tmp_path: Path) -> None:
+  journal = tmp_path / "journal.jsonl"
+  rows = _sample(fake, journal=journal)
+  with VllmSampler(TINY, python="/no/such/python", compute_dtype="float32", start=False) as sampler:
+    assert sampler.generate(PROMPTS, **OPTIONS, journal=journal) == rows
+    with pytest.raises(UserError, match="/no/such/python: no such program"):
+      sampler.generate(PROMPTS, **{**OPTIONS, "seed": 4}, journal=journal)

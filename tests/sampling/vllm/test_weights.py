@@ -1,0 +1,121 @@
+"""The weights of vLLM's servers: how a server gets them, and how one that runs others is found."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imm_jax.errors import UserError
+from imm_jax.model import folder as checkpoint, hf
+from imm_jax.sampling import Completion
+from imm_jax.sampling.vllm import VllmSampler, freshness
+from tests.fake_vllm import FakeVllm
+from tests.sampling.vllm.test_sampler import OPTIONS, PROMPTS, TINY, _quick, _sample, fake, other, plain  # noqa: F401
+
+
+def test_servers_reload_in_the_order_that_leaves_no_old_keys_and_values(fake: FakeVllm, other: FakeVllm) -> None:  # noqa: F811
+  fake.folder = "older"
+  with VllmSampler(TINY, urls=[fake.url, other.url], compute_dtype="float32"):
+    for server in (fake, other):
+      assert server.steps == ["/pause", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version",
+                              "/weight_info", "/resume"]
+      assert server.folder == str(TINY.resolve())
+      assert server.version == checkpoint.digest(TINY)
+
+
+def test_a_server_that_cannot_reload_is_not_used(
+    fake: FakeVllm, other: FakeVllm, plain: list[list[Completion]], capfd: pytest.CaptureFixture) -> None:  # noqa: F811
+  fake.resets = False
+  assert _sample(fake, other) == plain
+  assert "not used in this round (its prefix cache cannot be reset)" in capfd.readouterr().err
+  assert "/resume" not in fake.steps
+  assert not fake.seen
+  other.version = None
+  with pytest.raises(UserError, match="no vLLM server is left"):
+    _sample(fake, other)
+
+
+def test_a_server_without_reload_endpoints_is_refused_with_what_helps(fake: FakeVllm) -> None:  # noqa: F811
+  fake.dev = False
+  with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
+    _sample(fake)
+
+
+def _noisy(folder: Path, noise: float) -> Path:
+  """The embedded model with other weights."""
+  _, params = hf.load(TINY, dtype=jnp.float32)
+  rng = np.random.default_rng(0)
+  changed = params["layers"]["mlp"]["down_proj"]["weight"]
+  params["layers"]["mlp"]["down_proj"]["weight"] = np.asarray(changed) + noise * rng.standard_normal(
+      changed.shape).astype(np.float32)
+  hf.save(params, folder, like=TINY)
+  return folder
+
+
+def test_a_server_with_other_weights_is_found_before_it_samples(
+    fake: FakeVllm, tmp_path: Path, plain: list[list[Completion]]) -> None:  # noqa: F811
+  fake.folder = str(_noisy(tmp_path / "older", 0.01))
+  fake.stale = True
+  with pytest.raises(UserError, match=r"does not run the weights of .* on average and .* at most \(prompt \d, token"):
+    _sample(fake)
+  assert not fake.seen
+  with VllmSampler(TINY, urls=[fake.url], compute_dtype="float32", tolerance=5.0) as sampler:
+    assert sampler.generate(PROMPTS, **OPTIONS) == plain
+
+
+def test_weights_that_differ_less_than_rounding_may_are_found_by_what_the_server_ran_before(
+    fake: FakeVllm, tmp_path: Path) -> None:  # noqa: F811
+  _sample(fake)
+  folder = _noisy(tmp_path / "newer", 0.002)
+  fake.stale = True
+  with VllmSampler(folder, urls=[fake.url], compute_dtype="float32", tolerance=5.0) as sampler, pytest.raises(
+      UserError, match=f"still runs the weights of {TINY}"):
+    sampler.generate(PROMPTS, **OPTIONS)
+  assert len(fake.seen) == len(PROMPTS) * 3  # of the first
+  fake.stale = False
+  assert _sample(fake, folder=folder)
+
+
+def test_a_server_that_another_run_gives_its_weights_ends_this_one(fake: FakeVllm, tmp_path: Path) -> None:  # noqa: F811
+  journal = tmp_path / "journal.jsonl"
+
+  def trouble(number: int, body: dict) -> str:
+    if number == 10:
+      fake.version = "of another run"
+    return ""
+
+  fake.trouble = trouble
+  with pytest.raises(UserError, match=r"was given other weights .*'of another run'"):
+    _sample(fake, journal=journal)
+  assert not journal.exists()
+
+
+def test_the_decoder_and_transformers_agree_to_a_hundredth_of_the_tolerance(
+    fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+  found = []
+  check = freshness.check
+  monkeypatch.setattr(freshness, "check", lambda *args, **options: found.append(check(*args, **options)) or found[-1])
+  _sample(fake)
+  (agreement,) = found[0].values()
+  assert agreement.within(freshness.TOLERANCES["float32"] / 100)
+
+
+def test_what_is_no_number_is_no_agreement() -> None:
+  nan = np.full((1, 1), np.nan)
+  found = freshness.agreement([freshness.Generated([1], [-1.0], "length")], nan, nan)
+  assert not found.within(1.0)
+
+
+def test_a_restart_command_replaces_the_reload(fake: FakeVllm, tmp_path: Path, plain: list[list[Completion]]) -> None:  # noqa: F811
+  told = tmp_path / "told"
+  fake.dev = False
+  command = f"cp {{model}}/config.json {told}"
+  with VllmSampler(TINY, urls=[fake.url], compute_dtype="float32", restart=command) as sampler:
+    assert sampler.generate(PROMPTS, **OPTIONS) == plain
+  assert told.read_text() == (TINY / "config.json").read_text()
+  with pytest.raises(UserError, match=r"restart='cat /no/such/file': ended with exit code 1: .*No such file"):
+    VllmSampler(TINY, urls=[fake.url], compute_dtype="float32", restart="cat /no/such/file")
+  # What goes on in the background is not waited for.
+  with VllmSampler(TINY, urls=[fake.url], compute_dtype="float32", restart="sh -c 'sleep 5 & exit 0'", start_timeout=3):
+    pass

@@ -1,0 +1,306 @@
+"""SFT interventions: closed forms, exact masks, what a stopped run goes on with; on one and on eight faked devices.
+
+The device count is fixed when jax starts, so this file runs itself in another process (`_main`).
+"""
+
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from imm_jax.analysis import importance
+from imm_jax.errors import PreemptedError
+from imm_jax.model import sharding
+from imm_jax.model.decoder import Params, init_params
+from imm_jax.training import interventions, step as training, trainer
+from imm_jax.training.checkpoints import Checkpoints
+from imm_jax.training.interventions import Intervention
+from tests.training import test_step as t
+
+TOP_P = 0.3
+STEPS = 6
+MESHES = {"fsdp8": (1, 8, 1), "data2-fsdp2-tensor2": (2, 2, 2)}
+
+
+def make_mesh(sizes: tuple[int, int, int] = (1, 1, 1)) -> jax.sharding.Mesh:
+  return jax.make_mesh(sizes, sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3,
+                       devices=jax.devices()[:int(np.prod(sizes))])
+
+
+def flat(tree: Params) -> dict[str, np.ndarray]:
+  return {sharding.path_name(path): np.array(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def make_params(mesh: jax.sharding.Mesh) -> Params:
+  params = jax.tree.map(lambda p: p * 4 if p.ndim > 1 else p, init_params(t.CONFIG, key=jax.random.key(0)))
+  down = params["layers"]["mlp"]["down_proj"]
+  down["weight"] = down["weight"].at[1, :, ::2].set(-0.0)
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: jax.device_put(
+      leaf, sharding.param_sharding(mesh, sharding.path_name(path), leaf.shape)), params)
+
+
+def make_grads(mesh: jax.sharding.Mesh) -> Params:
+  """With many zeros and equal entries, as embeddings have."""
+  rng = np.random.default_rng(0)
+  params = make_params(mesh)
+
+  def draw(path: tuple, leaf: jax.Array) -> jax.Array:
+    grad = rng.normal(size=leaf.shape).astype(np.float32)
+    if "embed" in sharding.path_name(path):
+      grad[rng.random(len(grad)) < 0.8] = 0
+    if "o_proj" in sharding.path_name(path):
+      grad = np.round(grad) / np.asarray(leaf)  # products about 0, 1 and 2, many of them equal
+    return jax.device_put(grad, leaf.sharding)
+
+  return jax.tree_util.tree_map_with_path(draw, params)
+
+
+def matrices(name: str, leaf: np.ndarray) -> list[np.ndarray]:
+  """The weight matrices of a leaf; none of a norm or bias."""
+  stacked = name.startswith("layers.")
+  return [] if leaf.ndim - stacked < 2 else list(leaf) if stacked else [leaf]
+
+
+def sorted_mask(score: np.ndarray, top_p: float) -> np.ndarray:
+  """By sorting all of a matrix."""
+  mask = np.zeros(score.size, bool)
+  mask[np.argsort(-score.ravel(), kind="stable")[:max(1, round(top_p * score.size))]] = True
+  return mask.reshape(score.shape)
+
+
+def train(mesh: jax.sharding.Mesh, intervention: Intervention | None, load=None, **options) -> Params:
+  batches = t.pack(t.make_examples(24), global_batch=8, epochs=2, row_multiple=8)
+  assert len(batches) == STEPS
+  options = {"report": lambda *a, **b: None, "grad_clip": 1.0, **options}
+  return trainer.train(
+      t.CONFIG, load or (lambda: make_params(mesh)), batches, schedule=optax.constant_schedule(1e-2), weight_decay=0.1,
+      compute_dtype=jnp.float32, accumulation=1, remat="none", mesh=mesh, log_every=1, label="SFT",
+      intervention=intervention, **options).params
+
+
+def train_in_two(folder: Path, meshes: list[jax.sharding.Mesh], intervention: Intervention) -> Params:
+  """Stops after some steps and goes on from what was saved, each part on its mesh."""
+
+  def stop(step: int, **values: float) -> None:
+    if step == 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  states = lambda: Checkpoints(folder, save_interval=100, max_to_keep=1, identity={})
+  with states() as checkpoints, pytest.raises(PreemptedError):
+    train(meshes[0], intervention, report=stop, checkpoints=checkpoints)
+  with states() as checkpoints:
+    assert 0 < checkpoints.step < STEPS
+    return train(meshes[1], intervention, checkpoints=checkpoints, load=lambda: pytest.fail("the first model is read"))
+
+
+def _main(out: Path) -> None:
+  """Runs on eight devices."""
+  placed = {}
+  for name, sizes in MESHES.items():
+    mesh = make_mesh(sizes)
+    params = make_params(mesh)
+    mask = interventions.important(params, make_grads(mesh), TOP_P)
+    placed[name] = all(jax.tree.leaves(jax.tree.map(
+        lambda m, p: m.sharding.is_equivalent_to(p.sharding, p.ndim), mask, params)))
+    np.savez(out / f"{name}.npz", **flat(mask))
+  mesh = make_mesh(MESHES["fsdp8"])
+  np.savez(out / "two-meshes.npz", **flat(train_in_two(
+      out / "states", [mesh, make_mesh()], interventions.weight_masking(TOP_P))))
+  (out / "placed.json").write_text(json.dumps(placed))
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory, run_on_devices) -> Path:
+  folder = tmp_path_factory.mktemp("interventions")
+  run_on_devices(__file__, folder)
+  return folder
+
+
+@pytest.fixture
+def optimizer_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Intervention], optax.GradientTransformation]:
+  """The optimizer that training with an intervention runs; steps do nothing."""
+
+  def find(intervention: Intervention) -> optax.GradientTransformation:
+    found = []
+    metrics = {name: jnp.float32(1) for name in ("loss", "grad_norm", "tokens")}
+    monkeypatch.setattr(trainer, "make_train_step", lambda config, optimizer, **options: found.append(optimizer) or (
+        lambda state, batch: (state, metrics)))
+    train(make_mesh(), intervention)
+    return found[0]
+
+  return find
+
+
+def plain_optimizer(grad_clip: float = 1.0) -> optax.GradientTransformation:
+  return optax.chain(optax.clip_by_global_norm(grad_clip), optax.adamw(1e-2, weight_decay=0.1))
+
+
+def test_without_an_intervention_a_step_is_optax_own():
+  batch = t.pack(t.make_examples(9), global_batch=9, row_multiple=8)[0]
+  mesh, optimizer = make_mesh(), plain_optimizer()
+  batch = jax.device_put(batch, jax.NamedSharding(mesh, sharding.BATCH))
+
+  @jax.jit
+  def plain(params: Params, opt_state: optax.OptState, batch: dict[str, jax.Array]) -> tuple[Params, optax.OptState]:
+    loss = lambda params: training.token_losses(t.CONFIG, params, batch, compute_dtype=jnp.float32)[0] / jnp.sum(
+        batch["weights"][:, 1:])
+    updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  made = training.make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.1, grad_clip=1.0)
+  state = training.init_state(make_params(mesh), made, mesh)
+  step = training.make_train_step(t.CONFIG, made, compute_dtype=jnp.float32, mesh=mesh)
+  params, opt_state = make_params(mesh), optimizer.init(make_params(mesh))
+  for _ in range(3):
+    state, _ = step(state, batch)
+    params, opt_state = plain(params, opt_state, batch)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  jax.tree.map(close, state["params"], params)
+  jax.tree.map(close, state["opt_state"][1][0], opt_state[1][0])  # count and moments
+
+
+def test_gradient_decay_scales_the_update_of_each_layer(optimizer_of):
+  gamma, rng = 0.8, np.random.default_rng(0)
+  tree = lambda: {"embed_tokens": {"weight": jnp.asarray(rng.normal(size=(5, 4)), jnp.float32)},
+                  "layers": {"mlp": {"up_proj": {"weight": jnp.asarray(rng.normal(size=(3, 6, 4)), jnp.float32)}},
+                             "input_layernorm": {"weight": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)}},
+                  "norm": {"weight": jnp.asarray(rng.normal(size=4), jnp.float32)}}
+  params, decayed, plain = tree(), optimizer_of(interventions.gradient_decay(gamma)), plain_optimizer()
+  states = [optimizer.init(params) for optimizer in (decayed, plain)]
+  factor = {"embed_tokens.weight": 1, "norm.weight": 1, "layers.input_layernorm.weight": np.array([[0.64], [0.8], [1]]),
+            "layers.mlp.up_proj.weight": np.array([[[0.64]], [[0.8]], [[1]]])}
+  for step in range(3):
+    grads = tree()
+    got, states[0] = decayed.update(grads, states[0], params)
+    want, states[1] = plain.update(grads, states[1], params)
+    for name, update in flat(got).items():
+      np.testing.assert_allclose(update, factor[name] * flat(want)[name], rtol=1e-6, err_msg=name)
+      if step == 0:  # Adam's first step is the gradient's sign
+        first = -1e-2 * (np.sign(flat(grads)[name]) + 0.1 * flat(params)[name]) * factor[name]
+        np.testing.assert_allclose(update, first, rtol=1e-4, err_msg=name)
+
+
+def test_gradient_clipping_clips_at_its_own_norm(optimizer_of):
+  grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}  # norm 5
+  optimizer, plain = optimizer_of(interventions.gradient_clipping()), plain_optimizer(2.0)
+  states = [optimizer.init(grads), plain.init(grads)]
+  for _ in range(3):
+    got, states[0] = optimizer.update(grads, states[0], grads)
+    want, states[1] = plain.update(grads, states[1], grads)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+  moments = optax.tree_utils.tree_get(states[0], "nu")
+  assert float(sum(m.sum() for m in jax.tree.leaves(moments))) == pytest.approx((1 - 0.999**3) * 2.0**2, rel=1e-4)
+
+
+@pytest.mark.parametrize("top_p", [0.001, 0.05, TOP_P, 0.5, 1.0])
+def test_masks_are_those_of_a_sort(top_p: float):
+  mesh = make_mesh()
+  params, grads = make_params(mesh), make_grads(mesh)
+  masks = flat(interventions.important(params, grads, top_p))
+  scores = flat(jax.tree.map(lambda p, g: jnp.abs(p * g), params, grads))
+  ties = 0
+  for name, mask in masks.items():
+    assert mask.dtype == bool
+    if not matrices(name, mask):
+      assert mask.all()
+    for of_matrix, score in zip(matrices(name, mask), matrices(name, scores[name]), strict=True):
+      np.testing.assert_array_equal(of_matrix, sorted_mask(score, top_p), err_msg=name)
+      ties += top_p < 1 and score[of_matrix].min() == score[~of_matrix].max()
+  assert ties or top_p != 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_masks_are_the_same_on_every_mesh(out: Path, mesh: str):
+  assert json.loads((out / "placed.json").read_text())[mesh]
+  one = make_mesh()
+  want, got = flat(interventions.important(make_params(one), make_grads(one), TOP_P)), np.load(out / f"{mesh}.npz")
+  for name, mask in want.items():
+    np.testing.assert_array_equal(got[name], mask, err_msg=name)
+
+
+def moved(trained: dict[str, np.ndarray], start: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Which entries have other bits."""
+  return {name: trained[name].view(np.uint32) != before.view(np.uint32) for name, before in start.items()}
+
+
+@pytest.fixture(scope="module")
+def masked():
+  """(trained, start, masks): a masked training on one device."""
+  mesh = make_mesh()
+  start = make_params(mesh)
+  data = t.pack(t.make_examples(24), global_batch=8)
+  grads = importance.gradient(t.CONFIG, start, data, mesh=mesh, compute_dtype=jnp.float32)
+  masks = {}
+  for (name, weight), grad in zip(flat(start).items(), flat(grads).values(), strict=True):
+    of_leaf = [sorted_mask(score, TOP_P) for score in matrices(name, np.abs(weight * grad))]
+    masks[name] = np.stack(of_leaf).reshape(weight.shape) if of_leaf else np.ones(weight.shape, bool)
+  return flat(train(mesh, interventions.weight_masking(TOP_P))), flat(start), masks
+
+
+def test_a_mask_leaves_its_share_to_training_and_the_rest_bit_for_bit(masked):
+  trained, start, masks = masked
+  for name, changed in moved(trained, start).items():
+    if matrices(name, changed):
+      np.testing.assert_array_equal(changed, masks[name], err_msg=name)
+    elif "k_proj" not in name:  # softmax hardly feels a key's bias
+      assert changed.all(), name
+  negative = trained["layers.mlp.down_proj.weight"][1, :, ::2]
+  assert (np.signbit(negative) & (negative == 0)).all()
+
+
+def test_a_stopped_masked_run_goes_on_to_the_same_bits(masked, tmp_path: Path):
+  mesh = make_mesh()
+  resumed = flat(train_in_two(tmp_path, [mesh, mesh], interventions.weight_masking(TOP_P)))
+  jax.tree.map(np.testing.assert_array_equal, resumed, masked[0])
+
+
+def test_a_stopped_masked_run_keeps_its_mask_on_another_mesh(out: Path):
+  start = flat(make_params(make_mesh()))
+  for name, changed in moved(np.load(out / "two-meshes.npz"), start).items():
+    for of_matrix in matrices(name, changed):
+      assert of_matrix.sum() == round(TOP_P * of_matrix.size), name
+
+
+def test_masks_are_no_part_of_the_compiled_step():
+  mesh, intervention = make_mesh(), interventions.weight_masking(TOP_P)
+  optimizer = training.make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.1, grad_clip=1.0,
+                                      transform=intervention.transform)
+  batch = jax.device_put(t.pack(t.make_examples(9), global_batch=9, row_multiple=8)[0],
+                         jax.NamedSharding(mesh, sharding.BATCH))
+  step, shares = None, []
+  for share in (0.1, 0.6):
+    params = make_params(mesh)
+    before = flat(params)
+    mask = interventions.important(params, make_grads(mesh), share)
+    state = interventions.set_mask(training.init_state(params, optimizer, mesh), mask)
+    step = step or training.jit_step(training.step_function(t.CONFIG, optimizer, compute_dtype=jnp.float32, mesh=mesh),
+                                     state)
+    given = jax.tree.leaves(state)
+    for _ in range(2):
+      state, _ = step(state, batch)
+    assert all(leaf.is_deleted() for leaf in given)  # donated, the mask too
+    shares.append(moved(flat(state["params"]), before)["lm_head.weight"].mean())
+  assert step._cache_size() == 1
+  assert shares == pytest.approx([0.1, 0.6], abs=0.01)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("gradient_decay", 0.0), ("gradient_decay", 1.1), ("gradient_clipping", 0.0), ("gradient_clipping", float("nan")),
+    ("weight_masking", 0.0), ("weight_masking", 30.0)])
+def test_values_that_cannot_be_are_errors(name: str, value: float):
+  with pytest.raises(ValueError, match=f"={value}: expected"):
+    interventions.INTERVENTIONS[name](value)
+
+
+if __name__ == "__main__":
+  _main(Path(sys.argv[1]))
