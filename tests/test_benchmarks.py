@@ -34,6 +34,7 @@ def test_the_smallest_shape_runs_and_a_failure_is_shown() -> None:
   assert "compute_dtype='int8': expected one of" in failed.stderr
 
 
+@pytest.mark.full
 def test_greedy_texts_are_those_of_transformers() -> None:
   pytest.importorskip("torch")
   done = _run("greedy_texts.py", "--model=tiny", "--task=stories", "--questions=3", "--max_new_tokens=8",

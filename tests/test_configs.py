@@ -295,6 +295,7 @@ def test_an_experiment_runs_each_of_its_runs_in_a_folder(environment, tmp_path):
   assert "by what stages took so far" in planned
 
 
+@pytest.mark.full
 def test_what_cannot_be_asked_shows_before_the_run(environment, tmp_path):  # noqa: F811
   """The embedded model has 256 positions and no chat template."""
   for flag, expected in (("--config.eval.max_new_tokens=250", "task stories: none of 8 prompts leaves room for "
@@ -309,6 +310,7 @@ def test_what_cannot_be_asked_shows_before_the_run(environment, tmp_path):  # no
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.full
 def test_scores_of_one_checkpoint(environment, tmp_path):  # noqa: F811
   other, asked = tmp_path / "other", tasks.load("choice", split="test", count=5, seed=0)
   other.mkdir()

@@ -50,6 +50,7 @@ def test_parameters_that_the_mesh_does_not_divide_are_named():
   assert memory.undivided(ODD, mesh(8, 1, 1)) == []
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("model", "rows", "length", "remat", "dtype", "accumulation", "additions"), [
     (WIDE, 16, 128, "full", "float32", 1, PLAIN),
     (dataclasses.replace(WIDE, num_layers=4, tie_embeddings=False), 32, 128, "none", "bfloat16", 2, PLAIN),

@@ -132,6 +132,7 @@ def out(tmp_path_factory: pytest.TempPathFactory, run_on_devices) -> Path:
   return folder
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mesh", list(MESHES)[1:])
 def test_a_mesh_gives_the_scores_of_one_device(out: Path, mesh: str):
   read = lambda name: json.loads((out / f"{name}.json").read_text())
@@ -144,6 +145,7 @@ def test_a_mesh_gives_the_scores_of_one_device(out: Path, mesh: str):
     np.testing.assert_allclose(got[path], want[path], atol=1e-5 * np.abs(want[path]).max(), err_msg=path)
 
 
+@pytest.mark.full
 def test_a_mesh_gives_the_second_order_the_entropy_and_the_drift_of_one_device(out: Path):
   found = json.loads((out / "more.json").read_text())
   np.testing.assert_allclose(found["second order, fsdp8"], found["second order, one"], rtol=5e-6)
@@ -182,6 +184,7 @@ def test_scores_equal_those_of_torch_over_the_whole_data(checkpoint, kind):
   assert (sum(parts) > 1.3 * got.total).all()
 
 
+@pytest.mark.full
 def test_scores_rank_weights_as_removing_them_does(checkpoint, monkeypatch):
   """In float64, with weights so small that the loss is nearly linear in each."""
   torch = pytest.importorskip("torch")
@@ -227,6 +230,7 @@ def test_scores_rank_weights_as_removing_them_does(checkpoint, monkeypatch):
   assert sum(scored) == pytest.approx(sum(removed), rel=0.05)
 
 
+@pytest.mark.full
 def test_scores_do_not_depend_on_the_batches_and_repeat_bit_for_bit():
   examples, params = t.make_examples(40), make_params()
   grads = {size: gradient(params, t.pack(examples, global_batch=size)) for size in (4, 9, 40)}
@@ -243,6 +247,7 @@ def test_memory_is_the_parameters_and_one_gradient():
   assert beside_the_two(sharding.make_mesh(data=1, fsdp=1), remat="full") < 0.5
 
 
+@pytest.mark.full
 def test_memory_on_copies_of_the_model_is_no_more(out: Path):
   assert json.loads((out / "more.json").read_text())["memory, data8"] < 0.6
 

@@ -238,6 +238,7 @@ def test_a_step_compiles_for_a_slice(tmp_path: Path, name: str, slices: int, rem
   assert "layer by layer" in text
 
 
+@pytest.mark.full
 @needs_libtpu
 def test_a_step_that_does_not_fit_says_what_would(tmp_path: Path) -> None:
   (tmp_path / "config.json").write_text(json.dumps(CONFIG))

@@ -37,6 +37,7 @@ def size_of(shape: str) -> int:
   return math.prod(int(n) for n in found[1].split(",") if n) if found else 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_a_step_is_one_pass_over_the_weights(dtype: jnp.dtype) -> None:
   """One product for each weight, and none is copied, converted or transposed on the way."""

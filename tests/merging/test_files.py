@@ -54,8 +54,9 @@ def on_disk(folders: list[Path], out: Path, method: str, *, block: int, **option
   return read(out)
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m
-                                    for m in OPTIONS])
+@pytest.mark.parametrize("method", [
+    pytest.param(m, marks=pytest.mark.slow if m in SLOW else [] if m in ("linear", "imm", "ties") else pytest.mark.full)
+    for m in OPTIONS])
 def test_a_file_has_the_bits_of_a_tree_in_blocks_and_shards_of_any_size(method: str, folders: list[Path],
                                                                         tmp_path: Path):
   expected = in_memory(method)
@@ -68,6 +69,7 @@ def test_a_file_has_the_bits_of_a_tree_in_blocks_and_shards_of_any_size(method: 
   assert len(list((tmp_path / "1").glob("*.safetensors"))) > 3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["dare_ties", "imm"])
 def test_bfloat16_has_the_bits_of_a_tree_too(method: str, tmp_path: Path):
   """Neighbours share a draw where all is bfloat16 and rows are even: a way of its own."""

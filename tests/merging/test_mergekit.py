@@ -184,7 +184,7 @@ def test_methods_agree_with_mergekit_within_one_unit_of_bfloat16(made: dict, fol
 
 
 def test_sce_agrees_with_mergekit_where_no_variance_is_tied(folders: dict[str, Path], tmp_path: Path):
-  """Of entries with the same variance mergekit selects some and we select all, which changes a tensor's weights, too."""
+  """Of entries with the same variance mergekit selects some and we select all, which changes the weights, too."""
   stored = [safetensors.read(folders[m] / "model.safetensors") for m in ("base", "a", "b", "c")]
   shares = []
   for name in sorted(SHAPES):

@@ -243,6 +243,7 @@ def stacked_names(tree):
           for name in stack(tree)}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", CASES)
 def test_stacked_layers_give_the_bits_of_single_ones(method):
   expected = stack({n: np.asarray(x) for n, x in call(method, (BASE, A, B, C)).items()})
@@ -251,6 +252,7 @@ def test_stacked_layers_give_the_bits_of_single_ones(method):
     np.testing.assert_array_equal(np.asarray(leaf).view(np.uint32), expected[name].view(np.uint32))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", CASES)
 def test_results_repeat_and_donation_changes_nothing(method):
   expected = call(method, (BASE, A, B, C))

@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from tests import REPO
+
 _SHARDED = """
 import json, sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-sys.path.insert(0, "tests")
 from tests.merging import test_methods as t
 rng = np.random.default_rng(1)
 names = {"w": "lm_head.weight", "stack": ("model.layers.0.w", "model.layers.1.w"), "bias": "model.norm.weight"}
@@ -56,8 +59,10 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.full
 def test_sharded_trees_give_the_bits_of_whole_ones_where_they_lie_and_imm_moves_nothing():
   environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-  done = subprocess.run([sys.executable, "-c", _SHARDED], env=environment, capture_output=True, text=True, check=False)
+  done = subprocess.run([sys.executable, "-c", _SHARDED], cwd=REPO, env=environment, capture_output=True, text=True,
+                        check=False)
   assert done.returncode == 0, done.stderr[-3000:]
   assert json.loads(done.stdout) == {"different": [], "moved": [], "collectives": []}

@@ -12,7 +12,8 @@ import pytest
 from flax import linen, nnx
 
 from imm_jax import merging
-from tests.merging import test_gradients as test_merge_gradients
+from tests import REPO
+from tests.merging import test_gradients
 
 KEY = jax.random.key(3)
 A, B = ({"w": np.full((2, 3), x, np.float32)} for x in (1.0, 3.0))
@@ -99,7 +100,6 @@ _MESHES = """
 import json, sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-sys.path.insert(0, "tests")
 from tests.merging import test_gradients as t
 from imm_jax.merging import registry
 methods, kinds = sys.argv[1].split(","), [AxisType[kind] for kind in sys.argv[2].split(",")]
@@ -138,13 +138,14 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("methods", "kinds"), [
     (("linear", "ties", "della", "slerp"), "Explicit"),
-    pytest.param(tuple(test_merge_gradients.OPTIONS), "Auto,Explicit", marks=pytest.mark.slow)])
+    pytest.param(tuple(test_gradients.OPTIONS), "Auto,Explicit", marks=pytest.mark.slow)])
 def test_methods_on_explicit_and_automatic_meshes_and_in_shard_map(methods: tuple[str, ...], kinds: str):
   environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-  done = subprocess.run([sys.executable, "-c", _MESHES, ",".join(methods), kinds], env=environment, capture_output=True,
-                        text=True, check=False)
+  done = subprocess.run([sys.executable, "-c", _MESHES, ",".join(methods), kinds], cwd=REPO, env=environment,
+                        capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr[-3000:]
   found = json.loads(done.stdout)
   assert (found["different"], found["moved"]) == ([], [])

@@ -136,6 +136,7 @@ def test_no_wrong_value_in_a_file_keeps_the_page_away(run: Path, tmp_path: Path,
       assert "Config and versions" in quick(root), (path, last, wrong)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["run.json", "round_0/analysis.json", "round_0/samples.jsonl"])
 def test_nothing_of_a_wrong_kind_changes_the_page_without_a_word(run: Path, tmp_path: Path, name: str):
   root = tmp_path / "run"

@@ -127,6 +127,7 @@ def test_merged_weights_follow_the_equations(finished: Path):
     assert (error <= 2**-8 * np.maximum(abs(m), abs(b)) + 1e-30).all(), name
 
 
+@pytest.mark.full
 def test_a_second_run_ends_in_the_same_bits(finished: Path, environment: dict[str, str], tmp_path: Path):
   done = start(tmp_path / "again", environment)
   assert done.returncode == 0, done.stderr
@@ -275,6 +276,7 @@ def test_a_damaged_run_directory_is_one_line(finished: Path, environment: dict[s
   assert expected in one_line(done.stderr)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("interval", "where"), [
     (2, "sft_state: the training state"), pytest.param(100, "sft:", marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_line_and_loses_nothing(environment: dict[str, str], tmp_path: Path, interval: int,

@@ -113,6 +113,7 @@ def test_an_unwritable_run_directory_is_refused(environment: dict[str, str], tmp
   assert "cannot be written" in one_line(done.stderr)
 
 
+@pytest.mark.full
 def test_two_processes_cannot_share_a_run_directory(environment: dict[str, str], tmp_path: Path):  # noqa: F811
   first = subprocess.Popen(command(tmp_path / "run"), cwd=REPO, env=environment, stdout=subprocess.PIPE,
                            stderr=subprocess.DEVNULL, text=True)

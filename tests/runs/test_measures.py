@@ -55,6 +55,7 @@ def data(tmp_path: Path) -> Path:
   return folder
 
 
+@pytest.mark.full
 def test_a_run_measures_all_kinds(data: Path, tmp_path: Path, environment: dict[str, str]) -> None:  # noqa: F811
   pytest.importorskip("lm_eval")
   extra = ["--config.rounds=1", "--config.method=imm", "--config.merge.base_weight=auto",
@@ -178,6 +179,7 @@ def test_what_was_scored_is_not_scored_again(data: Path, tmp_path: Path, monkeyp
     assert (tmp_path / "killed" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.full
 def test_a_task_of_lm_eval_without_data_is_found_before_the_run(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   pytest.importorskip("lm_eval")
   monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -51,6 +51,7 @@ def test_imm_that_gives_the_base_no_weight_and_drops_nothing_is_star(run):
     assert (imm / f"round_{t}/samples.jsonl").read_bytes() == (star / f"round_{t}/samples.jsonl").read_bytes()
 
 
+@pytest.mark.full
 def test_iimm_scales_each_layer_by_its_importance(run):
   workdir = run("--config.rounds=1", "--config.method=iimm", "--config.merge.base_weight=0.5",
                 "--config.merge.drop_rate=0", "--config.analysis.drift=2")

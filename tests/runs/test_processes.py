@@ -104,6 +104,7 @@ def alone(cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Pa
   return workdir
 
 
+@pytest.mark.full
 def test_two_processes_give_the_run_of_one(alone: Path, start: Callable[..., Run], tmp_path: Path):
   """Sampling, filter, training, export, merge, evaluation and analysis; process 0 alone writes and prints."""
   run = start("two", 2, *MEASURED)
@@ -185,6 +186,7 @@ def _text(path: Path) -> str:
   return path.read_text() if path.exists() else ""
 
 
+@pytest.mark.full
 def test_a_run_directory_that_is_not_shared_is_refused(start: Callable[..., Run]):
   run = start("run", 2, own_workdirs=True)
   assert run.wait() == [1, 1], run.said

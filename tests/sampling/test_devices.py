@@ -94,6 +94,7 @@ def seen(out: Path) -> dict[str, Any]:
   return json.loads((out / "seen.json").read_text())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("case", CASES)
 def test_a_checkpoint_comes_back_byte_for_byte_from_any_mesh(out: Path, case: str, mesh: str) -> None:
@@ -111,6 +112,7 @@ def test_a_checkpoint_comes_back_byte_for_byte_from_any_mesh(out: Path, case: st
   assert (len(list(saved[0].glob("*.safetensors"))) > 3) == (mesh == "8")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_entry_is_read_once_whatever_the_mesh(seen: dict[str, Any], mesh: str) -> None:
   for case in CASES:
@@ -118,12 +120,14 @@ def test_every_entry_is_read_once_whatever_the_mesh(seen: dict[str, Any], mesh: 
     assert read == size
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mesh", ["4x2", "1x8"])
 def test_texts_do_not_depend_on_the_mesh(seen: dict[str, Any], mesh: str) -> None:
   assert len({text for row in seen["texts"]["1"] for text in row}) > len(PROMPTS)
   assert seen["texts"][mesh] == seen["texts"]["1"]
 
 
+@pytest.mark.full
 def test_the_cache_is_split_like_the_model(seen: dict[str, Any]) -> None:
   """Eight rows and two key/value heads: heads over two devices, rows over the rest."""
   whole = {tuple(shape[:2]) for shape in seen["cache"]["1"]}

@@ -72,6 +72,7 @@ def test_every_scored_token_sees_its_own_text(length: int) -> None:
     assert rows.filled == len({r.tokens[:t] for r in requests for t in range(1, len(r.tokens))})
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["llama3.1", "granite"])
 def test_scores_equal_those_of_transformers_on_each_text(
     checkpoint: Callable, kind: str, run_on_devices: Callable[..., str], tmp_path: Path) -> None:

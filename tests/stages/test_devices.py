@@ -52,6 +52,7 @@ def _children(process: int) -> list[int]:
   return [int(p) for p in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_it_does_not_outlive_the_process_that_asked(number: int, tmp_path: Path) -> None:

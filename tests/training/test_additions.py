@@ -169,6 +169,7 @@ def test_kl_and_its_gradient_are_those_of_torch(models):
                                err_msg=name)
 
 
+@pytest.mark.full
 def test_the_kl_to_itself_is_nothing(models):
   config, _, params, *_ = models
   batch = t.pack(t.make_examples(9), global_batch=9, row_length=24)[0]
@@ -216,6 +217,7 @@ def adamw(p: np.ndarray, grads: list[np.ndarray], rate: float) -> list[np.ndarra
   return found
 
 
+@pytest.mark.full
 def test_l2_sp_pulls_and_the_average_follows():
   """Two steps where nothing is learned but the pull: all of it is known in closed form."""
   mesh, additions = i.make_mesh(), Additions(l2_sp=0.25, ema=0.75)

@@ -144,6 +144,7 @@ def plain_optimizer(grad_clip: float = 1.0) -> optax.GradientTransformation:
   return optax.chain(optax.clip_by_global_norm(grad_clip), optax.adamw(1e-2, weight_decay=0.1))
 
 
+@pytest.mark.full
 def test_without_an_intervention_a_step_is_optax_own():
   batch = t.pack(t.make_examples(9), global_batch=9, row_multiple=8)[0]
   mesh, optimizer = make_mesh(), plain_optimizer()
@@ -201,6 +202,7 @@ def test_gradient_clipping_clips_at_its_own_norm(optimizer_of):
   assert float(sum(m.sum() for m in jax.tree.leaves(moments))) == pytest.approx((1 - 0.999**3) * 2.0**2, rel=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("top_p", [0.001, 0.05, TOP_P, 0.5, 1.0])
 def test_masks_are_those_of_a_sort(top_p: float):
   mesh = make_mesh()
@@ -218,6 +220,7 @@ def test_masks_are_those_of_a_sort(top_p: float):
   assert ties or top_p != 0.5
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_masks_are_the_same_on_every_mesh(out: Path, mesh: str):
@@ -264,6 +267,7 @@ def test_a_stopped_masked_run_goes_on_to_the_same_bits(masked, tmp_path: Path):
   jax.tree.map(np.testing.assert_array_equal, resumed, masked[0])
 
 
+@pytest.mark.full
 def test_a_stopped_masked_run_keeps_its_mask_on_another_mesh(out: Path):
   start = flat(make_params(make_mesh()))
   for name, changed in moved(np.load(out / "two-meshes.npz"), start).items():

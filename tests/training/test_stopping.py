@@ -115,6 +115,7 @@ def test_the_held_out_loss_is_that_of_the_answers_tokens(train):
   assert [values["held_out_loss"] for _, values in reports if "held_out_loss" in values] == list(ended.held_out)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ADDITIONS)
 def test_a_training_that_is_stopped_goes_on_to_the_same_bits(train, losses, kind: str, tmp_path: Path):
   """At several steps: within an epoch, at the end of one, and of the best one."""

@@ -32,6 +32,7 @@ def saved(folder: Path) -> list[int]:
   return sorted(int(p.name) for p in (folder / "states").iterdir() if p.name.isdigit())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("log_every", [1, 4])
 def test_the_last_good_state_outlives_a_loss_that_is_not_finite(params, log_every, tmp_path: Path):  # noqa: F811
   bad = 5

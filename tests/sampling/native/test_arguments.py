@@ -59,6 +59,7 @@ def test_end_of_text_tokens_are_those_of_the_folder_and_the_tokenizer(tmp_path: 
   assert native.NativeSampler(folder, compute_dtype="float32")._eos == tuple(sorted(want))
 
 
+@pytest.mark.full
 def test_samples_past_the_context_are_warned_of_once(
     tmp_path: Path, sampler: native.NativeSampler, capsys: pytest.CaptureFixture[str]) -> None:
   limit = json.loads((TINY / "config.json").read_text())["max_position_embeddings"]

@@ -55,6 +55,7 @@ def test_a_killed_run_goes_on_after_the_last_whole_part(tmp_path: Path) -> None:
     assert other.asked
 
 
+@pytest.mark.full
 def test_an_evaluation_that_was_killed_comes_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   config = tiny.get_config()
   config.task.ood, config.task.eval_questions, config.eval.batch_size = ("groups",), 12, 2

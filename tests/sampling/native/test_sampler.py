@@ -163,6 +163,7 @@ def test_stop_strings_cut_the_text_and_nothing_else(
       assert got == full
 
 
+@pytest.mark.full
 def test_stop_strings_cut_the_same_while_rows_are_refilled(sampler: native.NativeSampler) -> None:
   asked = [p._replace(id=f"{p.id}/{i}") for i in range(3) for p in ALL]
   options = {"max_new_tokens": NEW_TOKENS, "num_samples": 2, "temperatures": (0.0, 1.0), "stop": ("=", "answer is 1")}
@@ -263,8 +264,8 @@ def test_ids_that_a_tokenizer_skips_are_never_sampled(greedy: list[Completion]) 
              for c, in sampler.generate(SHORT, max_new_tokens=NEW_TOKENS))
 
 
-@pytest.mark.parametrize("kind", [
-    "qwen2-tied", "qwen2-untied", "qwen2.5-math", "llama", "llama2", "llama3", "llama3.1", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2-tied", *(pytest.param(kind, marks=pytest.mark.full) for kind in (
+    "qwen2-untied", "qwen2.5-math", "llama2", "llama3", "llama3.1", "qwen3"))])
 def test_greedy_tokens_of_every_family_equal_transformers(
     checkpoint: Callable, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
   """128 tokens from prompts of several lengths, in a batch, one kind also alone; some embedding rows are no tokens."""

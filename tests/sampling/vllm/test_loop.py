@@ -46,6 +46,7 @@ def _knows(config: ml_collections.ConfigDict, fake: FakeVllm) -> None:
   fake.draw = draw
 
 
+@pytest.mark.full
 def test_servers_elsewhere_sample_for_a_run_and_one_that_dies_loses_nothing(
     config: ml_collections.ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
   first, other = FakeVllm(hub.resolve("tiny")), FakeVllm(hub.resolve("tiny"))
