@@ -19,9 +19,8 @@ from imm_jax.sampling.engines import ENGINES
 from imm_jax.sampling.vllm.client import Server
 from imm_jax.stages import lm_eval_tasks, merge_options, questions
 from imm_jax.tasks import prompts, protocols, sources
-from imm_jax.training import throughput
+from imm_jax.training import interventions, throughput
 
-INTERVENTIONS = ("none", "gradient_decay", "gradient_clipping", "weight_masking")
 DTYPES = ("bfloat16", "float32")
 COMPUTE_DTYPES = ("auto", *DTYPES)
 # Keys that say how a run is computed, not what: they may change between two starts of it. data.skip_empty, too: all it
@@ -32,7 +31,7 @@ HOW = ("data.skip_empty", "eval.batch_size", "mesh", "profile", "sample.batch_si
 
 _ONE_OF = {"method": tuple(METHODS), "task.kind": ("number", "latex", "choice"), "prompt.style": prompts.STYLES,
            "eval.protocol": protocols.NAMES,
-           "sft.schedule": ("cosine", "linear", "constant"), "sft.intervention": INTERVENTIONS,
+           "sft.schedule": ("cosine", "linear", "constant"), "sft.intervention": ("none", *interventions.SETTINGS),
            "sft.compute_dtype": COMPUTE_DTYPES, "sft.export": ("model", "float32"),
            "sft.remat": tuple(REMAT), "sft.attention": attention.BACKENDS,
            "sample.compute_dtype": COMPUTE_DTYPES, "sampler.kind": tuple(ENGINES), "merge.delta_ref": ("start", "base")}
@@ -146,7 +145,9 @@ def idle(config: ml_collections.ConfigDict) -> set[str]:
   used = {"l2_sp_weight": method.anchor == "l2_sp", "kl_weight": method.anchor == "kl", "lora_rank": method.lora,
           "lora_alpha": method.lora, "ema": sft.ema, "ema_decay": averages(config), "stop_share": sft.stop_share > 0,
           "export": sft.export != "model"}
+  used |= {setting: sft.intervention == name for name, setting in interventions.SETTINGS.items()}
   used = {f"sft.{key}": value for key, value in used.items()} | {
+      "data.mixture_share": method.data == "mixture", "data.with_real": method.data == "accumulation",
       "merge.method": config.merge.method, "data.skip_empty": config.data.skip_empty,
       "analysis.drift": config.analysis.drift, "eval.passages": config.eval.passages}
   return {key for key, value in used.items() if not value}

@@ -141,6 +141,11 @@ class RunDir:
     # What was read may be another under the same name, and that throws work away just as well.
     made, back = ("another config", "the values") if what else ("other inputs", "what")
     what = what or [f"{name} is not what it was" for name in _replaced(self._record, external)]
+    settings = {stage.name: digest_of(stage.settings) for stage in stages}
+    # With the same config it is the package that counts others; what an older package did not note is not asked for.
+    if not what and any(self._record.get("settings", {}).get(name, now) != now for name, now in settings.items()):
+      made, back = "another version of imm_jax", "the version"
+      what = ["this one counts other settings among those of a stage"]
     if what:
       again = stale(stages, self._record, self.path, external)
       gone = sorted(self._record["stages"].keys() - {stage.name for stage in stages})
@@ -154,7 +159,7 @@ class RunDir:
       for name in gone:
         del self._record["stages"][name]
       how += [f"no longer a part of the run: {listed(gone)}"] * bool(gone)
-    self._record["external"] = dict(external)
+    self._record |= {"external": dict(external), "settings": settings}
     self._save_record()
     self._begun = True
     (self.path / integrity.MANIFEST).unlink(missing_ok=True)  # written again when this start ends
@@ -291,8 +296,12 @@ def inputs_of(stage: Stage, record: Mapping[str, Any], external: Mapping[str, st
   """Digests of everything a stage reads; None for a stage that is not done."""
   inputs = {need: external[need] if need in external else record["stages"].get(need, {}).get("output")
             for need in stage.needs}
-  settings = json.dumps(stage.settings, sort_keys=True).encode()
-  return {**inputs, "settings": hashlib.sha256(settings).hexdigest()[:16]}
+  return {**inputs, "settings": digest_of(stage.settings)}
+
+
+def digest_of(settings: Mapping[str, Any]) -> str:
+  """A short digest of a stage's settings."""
+  return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_record(root: Path) -> dict[str, Any]:

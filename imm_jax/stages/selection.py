@@ -23,7 +23,8 @@ def stage(run: Run, round_: int) -> Stage:
   drawn = [sampling.samples_of(t) for t in range(round_ + 1)] if run.draws else []
   reads = drawn if run.method.data in ("mixture", "accumulation") else drawn[-1:]
   return Stage(f"round_{round_}/train.jsonl", ("train questions", *reads),
-               run.settings(*questions.settings_of_round(run.config), "method", "data"), _plan(run.config),
+               run.settings(*questions.settings_of_round(run.config), "data") | {"kind": run.method.data},
+               _plan(run.config),
                lambda out, _: select(run.config, [run.root / name for name in drawn], round_, out), said=_told)
 
 

@@ -287,10 +287,9 @@ def _notes(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, ba
 
 
 def _intervention(sft: ml_collections.ConfigDict) -> interventions.Intervention | None:
-  setting = {"gradient_decay": "gradient_decay", "gradient_clipping": "max_norm", "weight_masking": "top_share"}
   if sft.intervention == "none":
     return None
-  return interventions.INTERVENTIONS[sft.intervention](sft[setting[sft.intervention]])
+  return interventions.INTERVENTIONS[sft.intervention](sft[interventions.SETTINGS[sft.intervention]])
 
 
 def states_folder(config: ml_collections.ConfigDict, root: Path, round_: int) -> str:

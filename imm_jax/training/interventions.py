@@ -110,6 +110,8 @@ def weight_masking(top_p: float = 0.3) -> Intervention:
 
 INTERVENTIONS: Mapping[str, Callable[..., Intervention]] = {
     f.__name__: f for f in (gradient_decay, gradient_clipping, weight_masking)}
+# The key of each one's argument in config.sft.
+SETTINGS = {"gradient_decay": "gradient_decay", "gradient_clipping": "max_norm", "weight_masking": "top_share"}
 
 
 def set_mask(state: TrainState, mask: Params) -> TrainState:

@@ -76,7 +76,9 @@ ANALYSES, DRIFTS = ({f"round_{t}/{name}.json" for t in (0, 1)} for name in ("ana
     ({"merge.sweep": (0.1, 0.9)}, set()),
     ({"rounds": 3}, set()),
     ({"sample.batch_size": 3, "eval.batch_size": 2, "sft.accumulation": 2, "mesh.fsdp": 1}, set()),
-    ({"merge.auto.questions": 7}, set())], ids=_changes)  # nothing is chosen automatically
+    ({"merge.auto.questions": 7}, set()),  # nothing is chosen automatically
+    ({"sft.gradient_decay": 0.5, "sft.max_norm": 1.0, "sft.top_share": 0.5, "data.mixture_share": 0.7}, set())],
+    ids=_changes)
 def test_only_what_depends_on_a_change_runs_again(tmp_path: Path, capsys: pytest.CaptureFixture, changes: dict,
                                                   again: set[str]) -> None:
   finish(tmp_path / "run")
@@ -124,6 +126,28 @@ def test_a_manifest_that_cannot_be_written_hides_no_error(tmp_path: Path, monkey
   assert "manifest.json was not written (the disk is full)" in capsys.readouterr().err
   with RunDir(tmp_path / "run", config()):  # it has been unlocked
     pass
+
+
+def test_a_method_with_the_same_first_round_keeps_it(tmp_path: Path) -> None:
+  """What star samples and trains in round 0 is what imm does there, which is not asked for."""
+  root = tmp_path / "run"
+  finish(root)
+  merges = {f"round_{t}/{name}" for t in (0, 1) for name in ("merged", "eval/merged")}
+  analyses = {"round_0/analysis.json", "round_0/drift.json"}
+  assert begin(root, rerun=True, method="star") - analyses == SECOND | merges - analyses
+
+
+def test_settings_that_another_version_counted_are_asked_for(tmp_path: Path) -> None:
+  root = tmp_path / "run"
+  finish(root)
+  assert begin(root) == set()
+  record = read_record(root)
+  for name in (name for name in record["stages"] if name.endswith("samples.jsonl")):
+    record["stages"][name]["inputs"]["settings"] = record["settings"][name] = "of a version before"
+  files.write_text(root / "run.json", json.dumps(record))
+  with pytest.raises(UserError, match=r"made with another version of imm_jax .*round_0/samples.jsonl, .*--rerun"):
+    begin(root)
+  assert begin(root, rerun=True) == SAMPLED
 
 
 def test_the_last_merge_may_change_without_being_asked(tmp_path: Path) -> None:
