@@ -14,7 +14,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["imm_jax", "imm_jax.*"]),
-    package_data={"imm_jax": ["assets/tiny/*"], "imm_jax.report": ["*.css", "*.html", "*.js", "*.json"]},
+    package_data={"imm_jax": ["assets/prose.txt", "assets/tiny/*"],
+                  "imm_jax.report": ["*.css", "*.html", "*.js", "*.json"]},
     install_requires=[
         "absl-py>=2.1",
         # Since 4.0 it runs no code of a data set.

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import ml_collections
 
+import imm_jax
 from configs import arguments, llama, qwen, reasoning, tiny
 
 TABLES = tuple(map(str, range(1, 10)))
@@ -28,7 +29,7 @@ SIZES = ("qwen_0_5b", "qwen_1_5b", "llama2_7b")
 TASKS = ("gsm8k", "math")
 INTERVENTIONS = ("gradient_decay", "gradient_clipping", "weight_masking")
 # English that is no reasoning, where there is no network: this project's own.
-_PROSE = f"text=file:{Path(__file__).resolve().parent.parent / 'README.md'}"
+_PROSE = f"text=file:{Path(imm_jax.__file__).with_name('assets') / 'prose.txt'}"
 SWEEP = (0.1, 0.3, 0.4, 0.6, 0.7, 0.9)  # base weights beside 0.5; table 3's alpha is 1 less these
 
 

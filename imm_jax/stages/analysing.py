@@ -20,7 +20,7 @@ from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.run import Model, Run
 from imm_jax.rundir import Stage
 from imm_jax.stages import devices, questions, tuning
-from imm_jax.tasks import texts
+from imm_jax.tasks import sources, texts
 from imm_jax.training.packing import TokenizedExample
 
 _SAMPLE = {"id": str, "question": str, "text": str, "span": str, "kind": str}
@@ -202,6 +202,8 @@ def check_entry(entry: str) -> None:
     raise UserError("task text needs a source: text=file:PATH.txt, or records with a field text")
   if source and name in tasks.NAMES and tasks.is_endless(name):
     raise UserError(f"task {entry}: {name} is generated and has no source")
+  if source:
+    sources.check(source)
 
 
 def examples_of(config: ml_collections.ConfigDict, model: Path, entry: str) -> list[TokenizedExample]:

@@ -15,7 +15,8 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -64,10 +65,12 @@ def read(source: str, where: Where) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def check(source: str) -> None:
-  """Raises UserError for a source that is not of a known form; looks nowhere."""
+  """Raises UserError for a source that is not of a known form, or a file of another kind; reads nothing."""
   scheme, _, rest = source.partition(":")
   if scheme not in _READERS or not rest:
     raise UserError(f"source {source!r}: expected hf:ID[:config][:split], tfds:NAME[:split] or file:PATH")
+  if scheme == "file" and (path := Path(rest)).is_file():
+    _parser(path)
 
 
 def _read_hf(source: str, rest: str, where: Where) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -152,12 +155,18 @@ def _of_folder(path: Any, where: Where) -> list[Any]:
   return []
 
 
-def _parse(file: Any, where: Where) -> Iterator[tuple[str, Any]]:
+def _parser(file: Any) -> Callable[[Any, str, Where], Iterator[tuple[str, Any]]]:
+  """Returns the function that reads files of this name; raises UserError where there is none."""
   stem, _, kind = file.name.removesuffix(".gz").rpartition(".")
   parse = {"jsonl": _jsonl, "json": _json, "csv": _csv, "xml": _xml, "txt": _txt}.get(kind.lower() if stem else "")
   if parse is None:
     raise UserError(f"{file}: expected a name that ends in {', '.join(f'.{f}' for f in FORMATS)}, or one of them with "
                     ".gz")
+  return parse
+
+
+def _parse(file: Any, where: Where) -> Iterator[tuple[str, Any]]:
+  parse = _parser(file)
   try:
     data = file.read_bytes()
     text = (gzip.decompress(data) if file.name.endswith(".gz") else data).decode("utf-8-sig")
