@@ -9,7 +9,7 @@ from pathlib import Path
 import ml_collections
 from absl import app, flags, logging
 
-from imm_jax import compilation
+from imm_jax import compilation, hardware, signals
 from imm_jax.errors import PreemptedError, UserError
 
 _KEPT = flags.DEFINE_string(
@@ -43,8 +43,10 @@ def run(main: Callable[[], None]) -> None:
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # INFO is libraries talking to themselves
     try:
+      signals.answer()
       compilation.keep(_KEPT.value)
-      main()
+      with hardware.platforms():
+        main()
       sys.stdout.flush()
     except UserError as e:
       _fail(str(e))
@@ -59,7 +61,7 @@ def run(main: Callable[[], None]) -> None:
         raise
       _fail(f"{e.filename}: {e.strerror}")
     except KeyboardInterrupt:
-      print("\ninterrupted; the same command goes on after what was finished", file=sys.stderr)
+      print(f"\ninterrupted; {signals.GOES_ON}", file=sys.stderr)
       sys.exit(130)
 
   app.run(call, flags_parser=parse)

@@ -17,8 +17,11 @@ class UserError(Exception):
   """
 
 
-class PreemptedError(Exception):
-  """A run was told to stop (SIGTERM); its state is saved, and the same command goes on from it."""
+class PreemptedError(BaseException):
+  """A run was told to stop (SIGTERM); the same command goes on from what is saved.
+
+  As KeyboardInterrupt it is no Exception: it may come at any moment, and what goes on after errors must not swallow it.
+  """
 
 
 @functools.cache
