@@ -11,7 +11,7 @@ from pathlib import Path
 
 import ml_collections
 
-from imm_jax import __version__, cost, distributed, memory, report, rundir, runlog, status
+from imm_jax import __version__, cost, distributed, memory, metrics, report, rundir, runlog, status
 from imm_jax.methods import averages, draws
 from imm_jax.model import folder, hf, hub, published
 from imm_jax.model.tokenizer import load_tokenizer
@@ -55,6 +55,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False)
   root = Path(workdir)
   devices.leave_to_others(config)
   rundir.check(workdir)
+  metrics.check_tracking(config)
   with runlog.RunLog() as log, distributed.FailTogether(root), _opened(config, workdir) as (
       found, directory, (platform, kinds)):
     # The bits of a sum on CPU depend on how many threads share it.
@@ -73,6 +74,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False)
     directory.begin(steps, external, rerun=rerun)
     if distributed.is_main():
       log.open(root / runlog.FILE)
+    metrics.start_tracking(config, root)
     ran, names = 0, [stage.name for stage in steps]
     with status.Keeper(root, names) as keeper, report.Live(root, names) as page:
       for stage in steps:

@@ -114,7 +114,8 @@ class RunDir:
     outputs = [self.path / name for name in self._record["stages"]]
     covered = [p for p in files.files_of(self.path) if p.name not in (".lock", integrity.MANIFEST, runlog.FILE)
                and not any(p == out or out in p.parents for out in outputs)
-               and not any(part.endswith(("_state", ".sampling")) for part in p.relative_to(self.path).parts)]
+               and not any(part == "wandb" or part.endswith(("_state", ".sampling"))
+                           for part in p.relative_to(self.path).parts)]
     integrity.write(self.path / integrity.MANIFEST, self.path, covered)
 
   @property
