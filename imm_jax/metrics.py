@@ -42,7 +42,8 @@ class StageMetrics:
     self._writers: list[Writer] = []
     if distributed.is_main():
       self._writers = [_Lines(root, stage, keep), _Board(root, stage, keep)]
-      self._writers += [_Wandb(root, stage)] * (tracking == "wandb")
+      if tracking == "wandb":
+        self._writers.append(_Wandb(root, stage))
 
   def write(self, step: int, **values: float) -> None:
     """Logs the values of one step."""

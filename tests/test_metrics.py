@@ -44,7 +44,7 @@ def _steps(root: Path) -> list[tuple[str, int, float]]:
   return [(row["stage"], row["step"], row["loss"]) for row in rows]
 
 
-def test_a_stage_that_goes_on_has_every_step_once(tmp_path: Path):
+def test_a_stage_that_goes_on_has_every_step_once(wandb: Wandb, tmp_path: Path):
   for stage in ("a", "b"):
     with StageMetrics(tmp_path, stage) as log:
       for step in range(3):
@@ -52,6 +52,7 @@ def test_a_stage_that_goes_on_has_every_step_once(tmp_path: Path):
   with StageMetrics(tmp_path, "a", keep=2) as log:
     log.write(2, loss=9.0)
   assert _steps(tmp_path) == [*(("a", i, i) for i in range(2)), *(("b", i, i) for i in range(3)), ("a", 2, 9)]
+  assert not wandb.inits
 
 
 def test_all_starts_of_a_run_are_one_run_of_wandb(wandb: Wandb, tmp_path: Path, capsys: pytest.CaptureFixture):
