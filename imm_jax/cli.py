@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ml_collections
@@ -17,8 +17,11 @@ _KEPT = flags.DEFINE_string(
     "JAX_COMPILATION_CACHE_DIR says, else imm_jax in the user's cache folder.")
 
 
-def run(main: Callable[[], None]) -> None:
-  """Parses flags and calls `main`; a UserError or a wrong flag ends in one line on stderr and exit code 1."""
+def run(main: Callable[[], None], *, positional: Sequence[str] = ()) -> None:
+  """Parses flags and calls `main`; a UserError or a wrong flag ends in one line on stderr and exit code 1.
+
+  Arguments without a name are the values of the flags `positional`, in their order.
+  """
 
   def parse(argv: list[str]) -> list[str]:
     try:
@@ -35,6 +38,9 @@ def run(main: Callable[[], None]) -> None:
       _fail(_config_message(e))
     except Exception as e:  # a config file is Python and may raise anything
       _fail(f"the config file cannot be loaded: {_one_line(e)}")
+    for name, value in zip(positional, rest[1:], strict=False):
+      flags.FLAGS[name].value = value
+    rest = [*rest[:1], *rest[1 + len(positional):]]
     if len(rest) > 1:
       _fail(f"unexpected argument {rest[1]!r}; options are given as --name=value (see --help)")
     return rest

@@ -30,6 +30,15 @@ def say_once(line: str) -> None:
   print(line, file=sys.stderr)
 
 
+def first_line(error: BaseException) -> str:
+  """What an error of another program says, without what follows.
+
+  >>> first_line(OSError("no network\\nmore")), first_line(TimeoutError())
+  ('no network', 'TimeoutError')
+  """
+  return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def nearest(name: str, known: list[str]) -> str:
   """A hint for a mistyped name.
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import ml_collections
 
 from imm_jax import distributed, files
-from imm_jax.errors import UserError
+from imm_jax.errors import UserError, first_line
 
 # What tracking may be.
 TRACKING = ("", "wandb")
@@ -119,7 +119,7 @@ class _Wandb:
     try:
       return do()
     except Exception as e:  # its own errors, and those of the network
-      print(f"warning: {self._stage}: Weights & Biases does not take these metrics ({_first_line(e)})", file=sys.stderr)
+      print(f"warning: {self._stage}: Weights & Biases does not take these metrics ({first_line(e)})", file=sys.stderr)
       return None
 
 
@@ -144,7 +144,7 @@ def start_tracking(config: ml_collections.ConfigDict, root: Path) -> None:
   except UserError:
     raise
   except Exception as e:
-    raise UserError(f"config.tracking=wandb: Weights & Biases refuses ({_first_line(e)}); run `wandb login`, or set "
+    raise UserError(f"config.tracking=wandb: Weights & Biases refuses ({first_line(e)}); run `wandb login`, or set "
                     "WANDB_MODE=offline and send it later with `wandb sync`") from e
   print(f"note: metrics go to Weights & Biases: {address or f'offline, in {root}/wandb'}", file=sys.stderr)
 
@@ -167,10 +167,6 @@ def _import_wandb() -> ModuleType:
     raise UserError("config.tracking=wandb: Weights & Biases is not installed; pip install -e '.[wandb]', or leave "
                     "config.tracking empty") from e
   return wandb
-
-
-def _first_line(error: Exception) -> str:
-  return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _kept(line: str, stage: str, keep: int) -> bool:
