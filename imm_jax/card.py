@@ -16,7 +16,7 @@ from imm_jax.tasks.catalogue import TASKS
 
 PAPER = ("Superficial Self-Improved Reasoners Benefit from Model Merging", "https://arxiv.org/abs/2503.02103")
 # Settings of the machine that ran it, or of the run's folder: no part of the method.
-_NOT_SHOWN = ("model", "mesh", "profile", "tracking", "sampler.vllm", "sft.state_dir")
+_NOT_SHOWN = ("mesh", "profile", "tracking", "sampler.vllm", "sft.state_dir")
 
 
 def write(results: Results, stage: str, name: str) -> str:
@@ -40,7 +40,7 @@ def write(results: Results, stage: str, name: str) -> str:
     head["datasets"] = datasets
   method, round_ = METHODS[results.method], re.match(r"round_(\d+)/", stage)
   which = f"round {int(round_[1]) + 1} of {config['rounds']}" if round_ else "the run"
-  command = f"python -m imm_jax.main --config=configs/common.py --workdir=RUN --config.model={shlex.quote(config['model'])}"
+  command = "python -m imm_jax.main --config=configs/common.py --workdir=RUN"
   changed = _changed(config)
   lines = [f"# {name.partition('/')[2]}", "",
            f"`{stage}` of a run of [{PAPER[0]}]({PAPER[1]}) with imm_jax: the model after {which}.", "",
