@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import errors
 
 from configs import tiny
-from imm_jax import files, push
+from imm_jax import files, publishing
 from imm_jax.errors import UserError
 from tests import REPO, TINY, report_runs
 from tests.fake_hub import http_error
@@ -87,7 +87,7 @@ def merged(tmp_path: Path) -> Path:
 
 def test_a_checkpoint_comes_with_a_card_that_says_how_it_was_made(hub: Hub, merged: Path):
   (merged / "notes.txt").write_text("mine")
-  assert push.push(merged, "me/model", private=True) == "https://hub.example/me/model"
+  assert publishing.push(merged, "me/model", private=True) == "https://hub.example/me/model"
   assert hub.private == {"me/model": True}
   sent = hub.content["me/model"]
   assert sent.keys() == {".gitattributes", "README.md", *(path.name for path in TINY.iterdir())} - {"recipe.json"}
@@ -116,7 +116,7 @@ def test_a_card_that_is_there_stays_and_weights_of_an_earlier_model_go(hub: Hub,
                                                                        capsys: pytest.CaptureFixture):
   hub.create_repo("me/model", private=False, exist_ok=True)
   hub.content["me/model"] |= {"README.md": b"mine", "model-00001-of-00002.safetensors": b"", "data.json": b"{}"}
-  push.push(merged, "me/model", revision="v1")
+  publishing.push(merged, "me/model", revision="v1")
   assert "README.md" not in hub.content["me/model"].keys() - {"README.md"}
   assert "model.safetensors" not in hub.content["me/model"]
   sent = hub.content["me/model@v1"]
@@ -126,7 +126,7 @@ def test_a_card_that_is_there_stays_and_weights_of_an_earlier_model_go(hub: Hub,
   said = capsys.readouterr().out
   assert "has a README.md, which stays" in said
   assert "model-00001-of-00002.safetensors, of an earlier model, goes" in said
-  push.push(merged, "me/model", revision="v1", overwrite_card=True)
+  publishing.push(merged, "me/model", revision="v1", overwrite_card=True)
   assert b"base_model: Qwen" in sent["README.md"]
 
 
@@ -134,26 +134,26 @@ def test_what_is_not_whole_or_not_the_runs_is_refused_before_anything_is_sent(hu
   weights = merged / "model.safetensors"
   whole = weights.read_bytes()
   with pytest.raises(UserError, match="lies in no run directory"):
-    push.push(TINY, "me/model")
+    publishing.push(TINY, "me/model")
   for damage, message in ((whole[:-1] + bytes([whole[-1] ^ 1]), r"model\.safetensors differs from what the run has"),
                           (whole[:1000], "not a whole safetensors file")):
     weights.write_bytes(damage)
     with pytest.raises(UserError, match=message):
-      push.push(merged, "me/model")
+      publishing.push(merged, "me/model")
   weights.write_bytes(whole)
   (merged / "generation_config.json").unlink()
   with pytest.raises(UserError, match=r"generation_config\.json differs"):
-    push.push(merged, "me/model")
+    publishing.push(merged, "me/model")
   shutil.copy(TINY / "generation_config.json", merged)
   record = report_runs.read_record(merged.parent.parent)
   del record["stages"]["round_1/sft"]
   report_runs.write_record(merged.parent.parent, record)
   with pytest.raises(UserError, match="is no finished stage"):
-    push.push(merged.with_name("sft"), "me/model")
+    publishing.push(merged.with_name("sft"), "me/model")
   assert not hub.content
   hub.create_repo("me/model", private=False, exist_ok=True)
   with pytest.raises(UserError, match="is public already, and --private"):
-    push.push(merged, "me/model", private=True)
+    publishing.push(merged, "me/model", private=True)
 
 
 @pytest.mark.parametrize(("error", "said"), [
@@ -163,7 +163,7 @@ def test_what_is_not_whole_or_not_the_runs_is_refused_before_anything_is_sent(hu
 def test_what_the_hub_says_is_one_line(hub: Hub, merged: Path, error: Exception, said: str):
   hub.raises = error
   with pytest.raises(UserError, match=said):
-    push.push(merged, "me/model")
+    publishing.push(merged, "me/model")
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
