@@ -58,6 +58,7 @@ setup(
         "harness": ["lm_eval>=0.4.9"],
         # gcsfs: epath reads and writes gs:// with it.
         "tpu": ["gcsfs", "jax[tpu]>=0.10,<0.12"],
+        "wandb": ["wandb>=0.20"],
         # For GPU hosts where one environment is to hold both; beside it cuda13, never cuda12 (both bring NCCL's files).
         "vllm": ["vllm>=0.32"],
         # lm_eval, torch, peft and transformers' own models are what the tests compare with;

@@ -168,6 +168,8 @@ def get_config() -> ml_collections.ConfigDict:
   # entropy; see docs/measures.md); 0 for none [ours]
   analysis.drift = 32
 
+  # Where metrics go besides metrics.jsonl and TensorBoard: wandb for Weights & Biases (docs/operations.md), or nowhere.
+  config.tracking = ""
   config.profile = ""  # steps of each round's SFT that the profiler records, such as "10:13", into WORKDIR/profile
 
   config.mesh = mesh = ml_collections.ConfigDict()

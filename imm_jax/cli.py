@@ -3,13 +3,13 @@
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ml_collections
 from absl import app, flags, logging
 
-from imm_jax import compilation
+from imm_jax import compilation, hardware, signals
 from imm_jax.errors import PreemptedError, UserError
 
 _KEPT = flags.DEFINE_string(
@@ -17,8 +17,11 @@ _KEPT = flags.DEFINE_string(
     "JAX_COMPILATION_CACHE_DIR says, else imm_jax in the user's cache folder.")
 
 
-def run(main: Callable[[], None]) -> None:
-  """Parses flags and calls `main`; a UserError or a wrong flag ends in one line on stderr and exit code 1."""
+def run(main: Callable[[], None], *, positional: Sequence[str] = ()) -> None:
+  """Parses flags and calls `main`; a UserError or a wrong flag ends in one line on stderr and exit code 1.
+
+  Arguments without a name are the values of the flags `positional`, in their order.
+  """
 
   def parse(argv: list[str]) -> list[str]:
     try:
@@ -35,6 +38,9 @@ def run(main: Callable[[], None]) -> None:
       _fail(_config_message(e))
     except Exception as e:  # a config file is Python and may raise anything
       _fail(f"the config file cannot be loaded: {_one_line(e)}")
+    for name, value in zip(positional, rest[1:], strict=False):
+      flags.FLAGS[name].value = value
+    rest = [*rest[:1], *rest[1 + len(positional):]]
     if len(rest) > 1:
       _fail(f"unexpected argument {rest[1]!r}; options are given as --name=value (see --help)")
     return rest
@@ -43,8 +49,10 @@ def run(main: Callable[[], None]) -> None:
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # INFO is libraries talking to themselves
     try:
+      signals.answer()
       compilation.keep(_KEPT.value)
-      main()
+      with hardware.platforms():
+        main()
       sys.stdout.flush()
     except UserError as e:
       _fail(str(e))
@@ -59,7 +67,7 @@ def run(main: Callable[[], None]) -> None:
         raise
       _fail(f"{e.filename}: {e.strerror}")
     except KeyboardInterrupt:
-      print("\ninterrupted; the same command goes on after what was finished", file=sys.stderr)
+      print(f"\ninterrupted; {signals.GOES_ON}", file=sys.stderr)
       sys.exit(130)
 
   app.run(call, flags_parser=parse)

@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_collections
 
-from imm_jax import tasks
+from imm_jax import metrics, tasks
 from imm_jax.errors import UserError, nearest
 from imm_jax.merging import quantise_drop_rate
 from imm_jax.methods import METHODS, averages, draws, merging, method_of
@@ -27,10 +27,10 @@ COMPUTE_DTYPES = ("auto", *DTYPES)
 # decides is whether a round without a right answer ends the run.
 HOW = ("data.skip_empty", "eval.batch_size", "mesh", "profile", "sample.batch_size", "sampler.vllm",
        "sft.accumulation", "sft.attention", "sft.log_every", "sft.max_to_keep", "sft.remat", "sft.save_interval",
-       "sft.state_dir")
+       "sft.state_dir", "tracking")
 
-_ONE_OF = {"method": tuple(METHODS), "task.kind": ("number", "latex", "choice"), "prompt.style": prompts.STYLES,
-           "eval.protocol": protocols.NAMES,
+_ONE_OF = {"method": tuple(METHODS), "tracking": metrics.TRACKING, "task.kind": ("number", "latex", "choice"),
+           "prompt.style": prompts.STYLES, "eval.protocol": protocols.NAMES,
            "sft.schedule": ("cosine", "linear", "constant"), "sft.intervention": ("none", *interventions.SETTINGS),
            "sft.compute_dtype": COMPUTE_DTYPES, "sft.export": ("model", "float32"),
            "sft.remat": tuple(REMAT), "sft.attention": attention.BACKENDS,
@@ -149,7 +149,7 @@ def idle(config: ml_collections.ConfigDict) -> set[str]:
   used = {f"sft.{key}": value for key, value in used.items()} | {
       "data.mixture_share": method.data == "mixture", "data.with_real": method.data == "accumulation",
       "merge.method": config.merge.method, "data.skip_empty": config.data.skip_empty,
-      "analysis.drift": config.analysis.drift, "eval.passages": config.eval.passages}
+      "analysis.drift": config.analysis.drift, "eval.passages": config.eval.passages, "tracking": config.tracking}
   return {key for key, value in used.items() if not value}
 
 

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from imm_jax.errors import PreemptedError, UserError
+from imm_jax.errors import UserError
 
 # Where the environment says that there are several processes: Slurm, GKE with TPUs, multi-slice, jax's own variables.
 _SEVERAL = {"SLURM_NTASKS": lambda v: int(v) > 1, "TPU_WORKER_HOSTNAMES": lambda v: "," in v,
@@ -160,7 +160,7 @@ class FailTogether:
 
   def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
     self._done.set()
-    if jax.process_count() == 1 or not isinstance(error, Exception) or isinstance(error, PreemptedError):
+    if jax.process_count() == 1 or not isinstance(error, Exception):  # told to stop
       return
     text = _said(error)
     first = self._first()

@@ -17,14 +17,26 @@ class UserError(Exception):
   """
 
 
-class PreemptedError(Exception):
-  """A run was told to stop (SIGTERM); its state is saved, and the same command goes on from it."""
+class PreemptedError(BaseException):
+  """A run was told to stop (SIGTERM); the same command goes on from what is saved.
+
+  As KeyboardInterrupt it is no Exception: it may come at any moment, and what goes on after errors must not swallow it.
+  """
 
 
 @functools.cache
 def say_once(line: str) -> None:
   """Prints a line on stderr, unless this process has said it before."""
   print(line, file=sys.stderr)
+
+
+def first_line(error: BaseException) -> str:
+  """What an error of another program says, without what follows.
+
+  >>> first_line(OSError("no network\\nmore")), first_line(TimeoutError())
+  ('no network', 'TimeoutError')
+  """
+  return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import ml_collections
 
-from imm_jax import __version__, cost, distributed, memory, report, rundir
+from imm_jax import __version__, cost, disk, distributed, memory, metrics, report, rundir, runlog, status
 from imm_jax.methods import averages, draws
 from imm_jax.model import folder, hf, hub, published
 from imm_jax.model.tokenizer import load_tokenizer
@@ -55,7 +55,9 @@ def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False)
   root = Path(workdir)
   devices.leave_to_others(config)
   rundir.check(workdir)
-  with distributed.FailTogether(root), _opened(config, workdir) as (found, directory, (platform, kinds)):
+  metrics.check_tracking(config)
+  with runlog.RunLog() as log, distributed.FailTogether(root), _opened(config, workdir) as (
+      found, directory, (platform, kinds)):
     # The bits of a sum on CPU depend on how many threads share it.
     threads = {"threads": len(os.sched_getaffinity(0))} if platform == "cpu" else {}
     directory.note(versions=_versions(), devices=kinds, method=config.method,
@@ -70,9 +72,13 @@ def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False)
           hf.check_bytes(model)
     steps = plan(_run(config, root, found))
     directory.begin(steps, external, rerun=rerun)
-    ran = 0
-    with report.Live(root, [stage.name for stage in steps]) as page:
+    if distributed.is_main():
+      log.open(root / runlog.FILE)
+    metrics.start_tracking(config, root)
+    ran, names = 0, [stage.name for stage in steps]
+    with status.Keeper(root, names) as keeper, report.Live(root, names) as page:
       for stage in steps:
+        keeper.stage(stage.name)
         if directory.run(stage, external, on_host=on_host):
           ran += 1
           page.update()
@@ -117,6 +123,8 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
     external |= questions.digests(config)
   steps = plan(_run(config, root, found))
   waiting: set[str] = set()
+  if line := status.line(status.read(root)):
+    print(f"{root}: {line}")
   for _, line in rundir.changes(root, config):
     print(line)
   print(f"{'stage':<24}{'state':<8}work")
@@ -131,7 +139,8 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   sizes, lengths = f"{config.model} is not on this machine, so its size is not known", {}
   if model:
     expected = tuning.expect(config, model, found["base"] if local else None)
-    sizes = memory.estimate(config, model, devices.mesh_of(config), expected, teacher)
+    sizes = memory.estimate(config, model, devices.mesh_of(config), expected, teacher) + "\n" + disk.estimate(
+        config, model, expected, root, found["base"] if local else None)
     lengths = {"question": expected.question, "answer": expected.answer}
   took = cost.estimate(config, model, record, teacher, [stage.name for stage in steps], **lengths)
   print(f"\n{len(waiting)} of {len(steps)} stages to do\n{questions.describe_tests(config)}\n{sizes}\n"

@@ -9,7 +9,7 @@ import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
 from imm_jax import hardware, resident
-from imm_jax.methods import averages, draws, merge_method, method_of
+from imm_jax.methods import draws, merge_method
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
 from imm_jax.model.sharding import batch_parts, for_decoding, param_sharding, path_name, spec_of
@@ -274,15 +274,14 @@ def peaks(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, exp
 
 def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, expected: Expected,
              sampler: ModelConfig | None = None) -> str:
-  """A line for each of `peaks`, with what takes most first; before them parameters and checkpoints on disk."""
+  """A line for each of `peaks`, with what takes most first; before them the number of parameters."""
   count, found = count_params(model), peaks(config, model, mesh, expected, sampler)
-  checkpoints = config.rounds * (1 + averages(config) + (1 + len(config.merge.sweep)) * bool(method_of(config).merge))
   where = "of this process" if _platform(mesh) == "cpu" else "of each device"
-  lines = [f"{count:,} parameters; {checkpoints} checkpoints of {_text(2 * count)} in bfloat16",
-           f"most memory {where}: about {_text(max(p.total for p in found))} (SFT: {expected.rows} rows a step)"]
+  lines = [f"{count:,} parameters",
+           f"most memory {where}: about {text(max(p.total for p in found))} (SFT: {expected.rows} rows a step)"]
   for p in found:
     parts = sorted(p.of.items(), key=lambda item: -item[1])
-    lines.append(f"  {p.stage:<18}{_text(p.total):>10}  " + ", ".join(f"{name} {_text(size)}" for name, size in parts))
+    lines.append(f"  {p.stage:<18}{text(p.total):>10}  " + ", ".join(f"{name} {text(size)}" for name, size in parts))
   return "\n".join(lines)
 
 
@@ -308,7 +307,12 @@ def _size(tree: Any, least: int = 1) -> int:
   return sum(math.prod(leaf.shape) * width(leaf.dtype) for leaf in jax.tree.leaves(tree))
 
 
-def _text(num_bytes: float) -> str:
+def text(num_bytes: float) -> str:
+  """A number of bytes for a user.
+
+  >>> text(3 << 19)
+  '1.5 MiB'
+  """
   for unit in ("B", "KiB", "MiB"):
     if num_bytes < 1024:
       return f"{num_bytes:.1f} {unit}"

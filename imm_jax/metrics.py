@@ -1,10 +1,33 @@
-"""Metrics of a run: `metrics.jsonl` (one JSON object a line) and TensorBoard."""
+"""Metrics of a run: `metrics.jsonl` (one JSON object a line), TensorBoard, and where asked for Weights & Biases."""
 
 import json
+import os
+import sys
 import time
+import uuid
 from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import ml_collections
 
 from imm_jax import distributed, files
+from imm_jax.errors import UserError, first_line
+
+# What tracking may be.
+TRACKING = ("", "wandb")
+# Which run of W&B a run directory belongs to.
+_WANDB = "wandb.json"
+
+
+class Writer(Protocol):
+  """Where metrics go."""
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    """Takes the values of one step."""
+
+  def close(self) -> None:
+    """Writes what is left."""
 
 
 class StageMetrics:
@@ -14,16 +37,48 @@ class StageMetrics:
   the file holds every step once. Process 0 alone writes.
   """
 
-  def __init__(self, root: Path, stage: str, *, keep: int = 0):
-    self._stage = stage
-    self._file = self._board = None
-    if not distributed.is_main():
-      return
-    path = root / "metrics.jsonl"
+  def __init__(self, root: Path, stage: str, *, keep: int = 0, tracking: str = ""):
+    """Opens the writers of the run directory `root`; `tracking` is config.tracking."""
+    self._writers: list[Writer] = []
+    if distributed.is_main():
+      self._writers = [_Lines(root, stage, keep), _Board(root, stage, keep)]
+      if tracking == "wandb":
+        self._writers.append(_Wandb(root, stage))
+
+  def write(self, step: int, **values: float) -> None:
+    """Logs the values of one step."""
+    for writer in self._writers:
+      writer.write(step, values)
+
+  def __enter__(self) -> "StageMetrics":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    for writer in self._writers:
+      writer.close()
+
+
+class _Lines:
+  """metrics.jsonl."""
+
+  def __init__(self, root: Path, stage: str, keep: int):
+    self._stage, path = stage, root / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    kept = [line for line in lines if _kept(line, stage, keep)]
-    files.write_text(path, "".join(line + "\n" for line in kept))
+    files.write_text(path, "".join(line + "\n" for line in lines if _kept(line, stage, keep)))
     self._file = path.open("a", encoding="utf-8")
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    self._file.write(json.dumps({"stage": self._stage, "step": step, "time": round(time.time(), 3), **values}) + "\n")
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
+
+
+class _Board:
+  """TensorBoard."""
+
+  def __init__(self, root: Path, stage: str, keep: int):
     folder = root / "tb" / stage.replace("/", "_")
     if not keep:
       files.remove(folder)
@@ -31,22 +86,87 @@ class StageMetrics:
 
     self._board = SummaryWriter(str(folder), purge_step=keep or None)
 
-  def write(self, step: int, **values: float) -> None:
-    """Logs the values of one step."""
-    if self._file is None:
-      return
-    self._file.write(json.dumps({"stage": self._stage, "step": step, "time": round(time.time(), 3), **values}) + "\n")
-    self._file.flush()
+  def write(self, step: int, values: dict[str, float]) -> None:
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
 
-  def __enter__(self) -> "StageMetrics":
-    return self
+  def close(self) -> None:
+    self._board.close()
 
-  def __exit__(self, *_: object) -> None:
-    if self._file is not None:
-      self._file.close()
-      self._board.close()
+
+class _Wandb:
+  """The run of Weights & Biases, taken up for the length of a stage: `round_0/sft/loss` over `round_0/sft/step`.
+
+  A run of days does not end over it: what goes wrong is a warning.
+  """
+
+  def __init__(self, root: Path, stage: str):
+    self._stage = stage
+    self._run = self._try(lambda: _wandb_run(_import_wandb(), root, {}))
+    if self._run:
+      self._try(lambda: self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step"))
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    if self._run:
+      named = {f"{self._stage}/{name}": value for name, value in {"step": step, **values}.items()}
+      self._try(lambda: self._run.log(named))
+
+  def close(self) -> None:
+    if self._run:
+      self._try(self._run.finish)
+
+  def _try(self, do: Any) -> Any:
+    try:
+      return do()
+    except Exception as e:  # its own errors, and those of the network
+      print(f"warning: {self._stage}: Weights & Biases does not take these metrics ({first_line(e)})", file=sys.stderr)
+      return None
+
+
+def check_tracking(config: ml_collections.ConfigDict) -> None:
+  """Raises UserError where what config.tracking asks for is not installed."""
+  if config.tracking == "wandb":
+    _import_wandb()
+
+
+def start_tracking(config: ml_collections.ConfigDict, root: Path) -> None:
+  """Shows the run and its config where config.tracking says, before its stages; process 0 does.
+
+  Raises:
+    UserError: when that refuses, as without a login.
+  """
+  if config.tracking != "wandb" or not distributed.is_main():
+    return
+  try:
+    run = _wandb_run(_import_wandb(), root, config.to_dict())
+    address = "" if os.environ.get("WANDB_MODE") == "offline" else run.url
+    run.finish()
+  except UserError:
+    raise
+  except Exception as e:
+    raise UserError(f"config.tracking=wandb: Weights & Biases refuses ({first_line(e)}); run `wandb login`, or set "
+                    "WANDB_MODE=offline and send it later with `wandb sync`") from e
+  print(f"note: metrics go to Weights & Biases: {address or f'offline, in {root}/wandb'}", file=sys.stderr)
+
+
+def _wandb_run(wandb: ModuleType, root: Path, config: dict[str, Any]) -> Any:
+  """The run of this directory: the same one at every start."""
+  path = root / _WANDB
+  if not path.exists():
+    files.write_text(path, json.dumps({"id": uuid.uuid4().hex[:12], "name": root.resolve().name,
+                                       "project": os.environ.get("WANDB_PROJECT", "imm_jax")}, indent=1) + "\n")
+  known = files.read_json(path)
+  return wandb.init(id=known["id"], name=known["name"], project=known["project"], resume="allow", dir=str(root),
+                    config=config, settings=wandb.Settings(silent=True))
+
+
+def _import_wandb() -> ModuleType:
+  try:
+    import wandb
+  except ImportError as e:
+    raise UserError("config.tracking=wandb: Weights & Biases is not installed; pip install -e '.[wandb]', or leave "
+                    "config.tracking empty") from e
+  return wandb
 
 
 def _kept(line: str, stage: str, keep: int) -> bool:

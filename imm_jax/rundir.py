@@ -18,7 +18,7 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from imm_jax import distributed, files, integrity, resident
+from imm_jax import distributed, files, integrity, resident, runlog
 from imm_jax.config import HOW, idle
 from imm_jax.errors import UserError, listed
 
@@ -112,9 +112,10 @@ class RunDir:
   def seal(self) -> None:
     """Writes the digests of what no stage's record covers: records, metrics, report."""
     outputs = [self.path / name for name in self._record["stages"]]
-    covered = [p for p in files.files_of(self.path) if p.name not in (".lock", integrity.MANIFEST)
+    covered = [p for p in files.files_of(self.path) if p.name not in (".lock", integrity.MANIFEST, runlog.FILE)
                and not any(p == out or out in p.parents for out in outputs)
-               and not any(part.endswith(("_state", ".sampling")) for part in p.relative_to(self.path).parts)]
+               and not any(part == "wandb" or part.endswith(("_state", ".sampling"))
+                           for part in p.relative_to(self.path).parts)]
     integrity.write(self.path / integrity.MANIFEST, self.path, covered)
 
   @property
@@ -201,6 +202,7 @@ class RunDir:
           "facts": facts, "seconds": round(time.time() - started, 2), **memory,
           **({"costly": True} if stage.costly else {})}
       self._save_record()
+      runlog.note(f"{stage.name}: done in {self._record['stages'][stage.name]['seconds']} s")
       if text := stage.said(facts):
         print(f"{stage.name}: {text}", flush=True)
       if stage.scratch:

@@ -11,8 +11,8 @@ from pathlib import Path
 from absl import flags
 
 from imm_jax import cli, integrity
-from imm_jax.report.reading import is_running
 from imm_jax.report.results import find
+from imm_jax.status import is_running
 
 _WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, or folders that hold some: DIR,DIR,...")
 flags.mark_flag_as_required("workdirs")

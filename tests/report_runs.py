@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from imm_jax import evaluation, files
-from imm_jax.report import live, page, samples
+from imm_jax import evaluation, files, status
+from imm_jax.report import page, samples
 from imm_jax.report.results import Results
 
 OOD = ("groups", "choice")
@@ -142,4 +142,4 @@ def quick(root: Path) -> str:
   """The text of a run's page without its figures."""
   found = Results.of(root)
   chunks, problems = samples.Packer().chunks(found)
-  return text_of(page.write(found, live.status_of(root), page.sections(found, chunks), chunks, problems, {}))
+  return text_of(page.write(found, status.read(root), page.sections(found, chunks), chunks, problems, {}))

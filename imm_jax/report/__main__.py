@@ -12,9 +12,9 @@ from pathlib import Path
 
 from absl import flags
 
-from imm_jax import cli, files, integrity
+from imm_jax import cli, files, integrity, status
 from imm_jax.errors import UserError
-from imm_jax.report import compare, live, markup, paper, reading, results
+from imm_jax.report import compare, live, markup, paper, results
 
 _WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, or folders that hold some.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write; for one run WORKDIR/report where it is not given.")
@@ -30,7 +30,7 @@ def main() -> None:
   out = Path(_OUT.value) if _OUT.value else roots[0] / "report"
   if _OUT.value:
     files.check_out(out, {f"workdir {root.name}": root for root in roots}, overwrite=_OVERWRITE.value, foreign=_foreign)
-  elif reading.is_running(roots[0]):
+  elif status.is_running(roots[0]):
     raise UserError(f"{roots[0]}: runs, and writes {out} itself; give --out=DIR for another report")
   with files.alone(out):
     if len(roots) == 1:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imm_jax import files
+from imm_jax import files, status as run_status
 from imm_jax.errors import listed
-from imm_jax.report import groups, live, page, side_by_side, writer
+from imm_jax.report import groups, page, side_by_side, writer
 from imm_jax.report.groups import Group
 from imm_jax.report.markup import Link, Markup, Section, Table
 from imm_jax.report.results import Results
@@ -118,7 +118,7 @@ def _runs(runs: Mapping[str, Results], out: Path) -> Section:
   """Where each run stands, and where its own page is."""
   rows = []
   for name, run in runs.items():
-    status, own = live.status_of(run.root), run.root / "report/index.html"
+    status, own = run_status.read(run.root), run.root / "report/index.html"
     done = sum(stage in run.stages for stage in status.plan) if status.plan else len(run.stages)
     stages = f"{done} of {len(status.plan)}" if status.plan else str(done)
     href = urllib.parse.quote(os.path.relpath(own.resolve(), out.resolve()))

@@ -1,20 +1,17 @@
 """The report of a run: written again after each stage, and by `python -m imm_jax.report`."""
 
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from imm_jax import distributed, files
-from imm_jax.errors import PreemptedError, UserError
+from imm_jax import distributed, files, status as run_status
 from imm_jax.report import page, writer
 from imm_jax.report.markup import Section
-from imm_jax.report.page import Status
-from imm_jax.report.reading import is_running
 from imm_jax.report.results import Results
 from imm_jax.report.samples import Packer
+from imm_jax.status import Status
 
 # Of a run's time that its figures and samples may take while it goes on.
 _SHARE = 0.02
@@ -49,7 +46,6 @@ class Live:
       folder = self._root / "report"
       folder.mkdir(exist_ok=True)
       status = status or Status(self._plan, "running")
-      files.write_text(folder / "status.json", json.dumps(status._asdict()) + "\n")
       with files.committed(folder / "index.html") as out:
         writer.write_page(out, page.write(results, status, parts, self._chunks, self._problems, drawn,
                                           written=_now(status), renewed=status.state == "running"))
@@ -72,8 +68,7 @@ class Live:
         print(f"warning: the report could not be written ({e!r}); `python -m imm_jax.report --workdirs={self._root}` "
               "writes it", file=sys.stderr)
     elif error is not None:
-      why = str(error) if isinstance(error, UserError | PreemptedError) else kind.__name__
-      self.update(Status(self._plan, "stopped", why))
+      self.update(Status(self._plan, *run_status.ended(error)))
 
 
 def write(root: Path, out: Path, *, status: Status | None = None, extra: Sequence[Section] = (),
@@ -92,32 +87,16 @@ def write(root: Path, out: Path, *, status: Status | None = None, extra: Sequenc
     What was read.
   """
   results = Results.of(root)
-  status = status or status_of(root)
+  status = status or run_status.read(root)
   chunks, problems = (packer or Packer()).chunks(results)
   first, *others = page.sections(results, chunks)
   parts = [first, *extra, *others]
   drawn = (plots or writer.Plots()).svg(parts)
   with files.committed(out) as folder:
     writer.write(folder, page.write(results, status, parts, chunks, problems, drawn, written=_now(status)), parts)
-    files.write_text(folder / "status.json", json.dumps(status._asdict()) + "\n")
   return results
 
 
 def _now(status: Status) -> str:
   """The time, for the page of a run that goes on; of others a page does not depend on when it was written."""
   return time.strftime("%Y-%m-%d %H:%M:%S %Z") if status.state == "running" else ""
-
-
-def status_of(root: Path) -> Status:
-  """Where a run stands, by its report's status.json and its lock."""
-  path = root / "report" / "status.json"
-  try:
-    found = files.read_json(path)
-    plan, state, why = found["plan"], found["state"], found["why"]
-    if not (isinstance(plan, list) and plan and all(isinstance(x, str) for x in (*plan, state, why))):
-      raise ValueError("no plan")
-  except (KeyError, UserError, ValueError):
-    return Status(state="running" if is_running(root) else "")
-  if state != "finished":
-    state = "running" if is_running(root) else "stopped"
-  return Status(tuple(plan), state, why if state == "stopped" else "")

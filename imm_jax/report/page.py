@@ -3,7 +3,6 @@
 import html
 import json
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from imm_jax.evaluation import Accuracy
 from imm_jax.report import browser, differences, figures, front, insides
@@ -12,25 +11,12 @@ from imm_jax.report.markup import Markup, Plot, Section, Table, page, section
 from imm_jax.report.reading import COUNTS, count, is_number
 from imm_jax.report.results import Model, Results, rules, skipped
 from imm_jax.report.samples import Chunk
+from imm_jax.status import Status
 
 _RELOAD_S = 30
 PASS_AT_K = ("pass@k: the share of questions of which one of k samples is right (unbiased estimate); majority: the "
              "most common answer is right.")
 NO_MEMORY = "The devices did not say how much memory they held."
-
-
-class Status(NamedTuple):
-  """Where a run stands.
-
-  Attributes:
-    plan: the names of all its stages, or empty where that is not known.
-    state: `running`, `finished`, `stopped`, or empty where that is not known.
-    why: what stopped it.
-  """
-
-  plan: tuple[str, ...] = ()
-  state: str = ""
-  why: str = ""
 
 
 def sections(results: Results, chunks: Sequence[Chunk]) -> list[Section]:

@@ -4,13 +4,12 @@ Each function takes `problems`, a list that it adds a line to for all that it le
 """
 
 import collections
-import fcntl
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from imm_jax import files
+from imm_jax import files, status
 from imm_jax.analysis import MODULES
 from imm_jax.errors import UserError, listed
 
@@ -78,7 +77,7 @@ def stages(root: Path, record: Mapping[str, Any], problems: list[str]) -> dict[s
   bad = [name for name in found if name not in good]
   problems += [f"run.json: damaged entries of {listed(bad)}"] * bool(bad)
   # A run that goes on has outputs that it has not recorded yet.
-  goes_on = is_running(root)
+  goes_on = status.is_running(root)
   unknown = [name for name in there if name not in found and not goes_on]
   problems += [f"left out, for run.json does not say that they were finished: {listed(unknown)}"] * bool(unknown)
   for name, entry in good.items():
@@ -159,18 +158,6 @@ def drift(path: Path, problems: list[str]) -> dict[str, Any]:
 
 def _numbers(found: Mapping[str, Any], *keys: str) -> bool:
   return all(is_number(found[key]) for key in keys)
-
-
-def is_running(root: Path) -> bool:
-  """Whether a process works in a run directory."""
-  try:
-    with (root / ".lock").open("r") as f:
-      fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return True
-  except OSError:
-    return False
-  return False
 
 
 def is_number(value: Any) -> bool:

@@ -8,12 +8,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 from jax.sharding import Mesh
 
+from imm_jax import hardware, runlog, signals
 from imm_jax.errors import PreemptedError, UserError
 from imm_jax.model import hf, hub, published, sharding
 from imm_jax.training import preemption
@@ -62,7 +64,8 @@ def call(config: ml_collections.ConfigDict, function: Callable[..., Any], *args:
   if not starts_server(config):
     return function(*args)
   context = multiprocessing.get_context("spawn")  # a fork would share this process's jax
-  with preemption.watch() as told, futures.ProcessPoolExecutor(1, context, _end_with_parent) as pool:
+  with preemption.watch() as told, futures.ProcessPoolExecutor(
+      1, context, _begin, (runlog.path(),)) as pool:
     with _ignoring_interrupts():  # Ctrl-C is this process's to handle; the other one inherits that
       started = pool.submit(os.getpid)
     process, passed_on = None, False
@@ -80,7 +83,7 @@ def call(config: ml_collections.ConfigDict, function: Callable[..., Any], *args:
       raise
     except futures.process.BrokenProcessPool as e:
       if passed_on:
-        raise PreemptedError("told to stop; the same command goes on after what was finished") from e
+        raise PreemptedError(f"told to stop (SIGTERM); {signals.GOES_ON}") from e
       raise UserError("the process that had the accelerators was killed, for want of memory perhaps; the same command "
                       "goes on after what was finished") from e
 
@@ -97,17 +100,19 @@ def _ignoring_interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def _end_with_parent() -> None:
-  """Has this process end when its parent is gone, which may have been killed."""
+def _begin(log: Path | None) -> None:
+  """Has this process write to its parent's log, and end when that is gone, which may have been killed."""
 
   def watch() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
 
+  runlog.follow(log)
   threading.Thread(target=watch, daemon=True).start()
 
 
 def look(config: ml_collections.ConfigDict) -> tuple[str, list[str]]:
   """(platform, kind of each device); raises UserError where the config's mesh does not fit them."""
-  mesh_of(config)
+  with hardware.platforms():
+    mesh_of(config)
   return jax.default_backend(), [d.device_kind for d in jax.devices()]

@@ -38,7 +38,7 @@ def stage(run: Run, tuned: Model, round_: int) -> Stage:
 
   def make(out: Path, _: Any) -> dict[str, Any]:
     found = devices.call(run.config, measure, run.config, run.base.folder, folders, out, f"round {round_}: drift")
-    with StageMetrics(run.root, f"{here}/drift") as metrics:
+    with StageMetrics(run.root, f"{here}/drift", tracking=run.config.tracking) as metrics:
       metrics.write(round_ + 1, **{f"{measured}/{kind}/{task}": value for kind, tasks in found["models"].items()
                                    for task, values in tasks.items() for measured, value in values.items()})
     return {"kl": {kind: of[run.config.task.name]["kl"] for kind, of in found["models"].items()},

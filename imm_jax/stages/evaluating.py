@@ -41,7 +41,7 @@ def _plan(config: ml_collections.ConfigDict) -> str:
 def _measure(run: Run, model: Path, name: str, round_: int, out: Path, _: Any) -> dict[str, Any]:
   """`evaluate`, and its figures among the run's metrics."""
   facts = evaluate(run.config, model, run.scratch(name), out, label=name)
-  with StageMetrics(run.root, name) as metrics:
+  with StageMetrics(run.root, name, tracking=run.config.tracking) as metrics:
     metrics.write(round_ + 1, **{f"accuracy/{task}" if metric == "greedy" else f"{metric}/{task}": score["value"]
                                  for task, found in facts["scores"].items() for metric, score in found.items()},
                   **{f"{key}/{task}": how[key] for task, how in facts["protocol"].items()

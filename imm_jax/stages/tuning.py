@@ -107,7 +107,7 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train:
                        max_to_keep=sft.max_to_keep, identity=dict(inputs))
   with states as checkpoints:
     saved = checkpoints.latest()  # refuses another training's before metrics are dropped
-    with StageMetrics(root, f"{name}/sft", keep=saved["step"] if saved else 0) as metrics:
+    with StageMetrics(root, f"{name}/sft", keep=saved["step"] if saved else 0, tracking=config.tracking) as metrics:
       first = (lambda: lora.init(data.model, additions.lora, mesh, key=_key(config, round_))) if additions.lora else (
           lambda: load_params(config, model))
       trained = trainer.train(

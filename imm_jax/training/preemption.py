@@ -9,19 +9,27 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from imm_jax import signals
+
 
 @contextlib.contextmanager
 def watch() -> Iterator[threading.Event]:
-  """For the length of a block, SIGTERM does not end the process but sets the event."""
+  """For the length of a block, SIGTERM does not end the process but sets the event.
+
+  One that comes too late for the block to stop is answered at its end, as it was before.
+  """
   told = threading.Event()
   if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
     yield told
     return
   before = signal.signal(signal.SIGTERM, lambda *_: told.set())
   try:
-    yield told
+    with signals.saving():
+      yield told
   finally:
     signal.signal(signal.SIGTERM, before)
+  if told.is_set() and callable(before):
+    before(signal.SIGTERM, None)
 
 
 def agreed(told: threading.Event) -> bool:

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from imm_jax import status
 from imm_jax.errors import UserError
 from imm_jax.report import live, page, results, samples, writer
 from imm_jax.report.results import Results
@@ -199,16 +200,15 @@ def test_the_page_of_a_run_that_goes_on(run: Path, tmp_path: Path, monkeypatch: 
     report_runs.write_record(root, whole)
   assert f"Finished: {len(plan)} of {len(plan)} stages done" in read()
   assert 'data-reload="0"' in (root / "report/index.html").read_text()
-  assert live.status_of(root).state == "finished"
   with pytest.raises(UserError), live.Live(root, [*plan, "round_2/samples.jsonl"]):
     raise UserError("the disk is full")
-  assert f"Stopped: {len(plan)} of {len(plan) + 1} stages done; next round_2/samples.jsonl. the disk is full" in read()
+  assert f"Failed: {len(plan)} of {len(plan) + 1} stages done; next round_2/samples.jsonl. the disk is full" in read()
 
 
 def test_a_copy_of_a_running_runs_page_does_not_look_for_a_newer_one(run: Path, tmp_path: Path):
   root = tmp_path / "run"
   shutil.copytree(run, root)
-  with live.Live(root, list(report_runs.read_record(root)["stages"])), (root / ".lock").open("w") as lock:
+  with status.Keeper(root, list(report_runs.read_record(root)["stages"])), (root / ".lock").open("w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     live.write(root, tmp_path / "copy")
   page_ = (tmp_path / "copy/index.html").read_text()

@@ -10,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import ml_collections
 import numpy as np
 import pytest
 
-from imm_jax import integrity
+from imm_jax import disk, files, integrity, status
 from imm_jax.errors import UserError
 from imm_jax.model import hf, safetensors
+from imm_jax.stages import tuning
 from imm_jax.training import checkpoints
 from tests import REPO, TINY
 
@@ -63,7 +65,7 @@ def contents(workdir: Path) -> dict[str, object]:
     name = str(path.relative_to(workdir))
     # They hold times: of every record, of every stage.
     if name.startswith("tb/") or name in (
-        "report/index.html", "report/stages.csv", "manifest.json"):
+        "report/index.html", "report/stages.csv", "manifest.json", "status.json", "log.txt"):
       continue
     if path.name in ("run.json", "metrics.jsonl"):
       records = [json.loads(line) for line in path.read_text().splitlines()] if path.suffix == ".jsonl" else json.loads(
@@ -102,7 +104,19 @@ def test_run_leaves_the_documented_files(finished: Path):
     assert (finished / name).exists(), name
   assert not list(finished.rglob("*.part"))
   assert not list(finished.rglob("sft_state"))
+  assert status.read(finished).state == "finished"
+  log = (finished / "log.txt").read_text()
+  assert " INFO round_1/merged: done in " in log
+  assert "report: " in log
+  assert "%|" not in log
   assert (finished / "round_1/merged/config.json").read_bytes() == (TINY / "config.json").read_bytes()
+
+
+def test_it_takes_of_the_disk_about_what_is_said(finished: Path):
+  config = ml_collections.ConfigDict(json.loads((finished / "config.json").read_text()))
+  model = hf.read_config(TINY)
+  said = disk.expect(config, model, tuning.expect(config, model, TINY), TINY)
+  assert files.size_of(finished) == pytest.approx(said.last, rel=0.1)
 
 
 def test_training_data_is_the_right_samples_once(finished: Path):
@@ -233,7 +247,8 @@ def test_every_flipped_byte_is_found(finished: Path, tmp_path: Path):
       states.save(step, {"w": np.arange(5000.0) * step}, input={"next_index": step}, first_loss=1.0)
     states.wait()
   assert integrity.check_run(root) == ([], [])
-  paths = [p for p in sorted(root.rglob("*")) if p.is_file() and p.stat().st_size]
+  # The log also has what is said after the digests were written.
+  paths = [p for p in sorted(root.rglob("*")) if p.is_file() and p.stat().st_size and p.name != "log.txt"]
   states = [p for p in paths if "sft_state" in p.parts]
   for path in [*rng.sample(paths, 14), *rng.sample(states, 4), root / "run.json", root / "manifest.json"]:
     whole = path.read_bytes()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from imm_jax import status
 from tests import REPO, TINY
 from tests.runs.test_loop import command, environment, one_line, start  # noqa: F401
 
@@ -18,6 +19,9 @@ def test_no_right_sample_stops_the_round_and_keeps_the_samples(environment: dict
   assert done.returncode == 1
   assert one_line(done.stderr).startswith("error: ")
   assert "none of 72 samples is right (72 cut at max_new_tokens" in done.stderr
+  assert status.read(tmp_path / "run").state == "failed"
+  assert "none of 72 samples is right" in status.read(tmp_path / "run").why
+  assert " ERROR error: " in (tmp_path / "run/log.txt").read_text()
   samples = (tmp_path / "run/round_0/samples.jsonl").read_bytes()
   assert len(samples.splitlines()) == 72
   more = ("--config.sample.max_new_tokens=1", "--config.rounds=1", "--config.data.skip_empty")

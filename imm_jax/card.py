@@ -1,0 +1,113 @@
+"""The model card of a run's checkpoint: README.md as the Hugging Face hub reads it."""
+
+import importlib
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from imm_jax.methods import METHODS
+from imm_jax.model import hub
+from imm_jax.report.results import Model, Results
+from imm_jax.tasks.catalogue import TASKS
+
+PAPER = ("Superficial Self-Improved Reasoners Benefit from Model Merging", "https://arxiv.org/abs/2503.02103")
+# Settings of the machine that ran it, or of the run's folder: no part of the method.
+_NOT_SHOWN = ("mesh", "profile", "tracking", "sampler.vllm", "sft.state_dir")
+
+
+def write(results: Results, stage: str, name: str) -> str:
+  """The card.
+
+  Args:
+    results: of the run.
+    stage: the checkpoint's path in the run directory, such as `round_2/merged`.
+    name: what the hub calls it, ORG/NAME.
+
+  Returns:
+    YAML between two lines `---`, then Markdown.
+  """
+  config = results.config
+  head = {"library_name": "transformers", "pipeline_tag": "text-generation",
+          "tags": ["imm_jax", "self-improvement", results.method, *["merge"] * stage.endswith("/merged")]}
+  base = hub.base_of(config["model"]).partition("@")[0]
+  if not hub.is_local(config["model"]):
+    head |= {"base_model": base, "base_model_relation": "merge" if stage.endswith("/merged") else "finetune"}
+  if datasets := list(dict.fromkeys(_datasets(results))):
+    head["datasets"] = datasets
+  method, round_ = METHODS[results.method], re.match(r"round_(\d+)/", stage)
+  which = f"round {int(round_[1]) + 1} of {config['rounds']}" if round_ else "the run"
+  command = "python -m imm_jax.main --config=configs/common.py --workdir=RUN"
+  changed = _changed(config)
+  lines = [f"# {name.partition('/')[2]}", "",
+           f"`{stage}` of a run of [{PAPER[0]}]({PAPER[1]}) with imm_jax: the model after {which}.", "",
+           f"- Base model: `{config['model']}`",
+           f"- Method: `{results.method}`, {method.summary} ({method.source})",
+           f"- In domain: {results.id_task}; out of domain: {', '.join(results.ood_tasks) or 'none'}",
+           f"- Software: {', '.join(f'{k} {v}' for k, v in sorted(results.facts.get('versions', {}).items()))}, on "
+           f"{', '.join(sorted(set(results.facts.get('devices', []))))}", "",
+           "## Scores", "", *_scores(results, stage), "",
+           "## The same run again", "", "```", " \\\n    ".join([command, *(
+               shlex.quote(f"--config.{key}={value}") for key, value in changed)]), "```", "",
+           "<details><summary>All settings</summary>", "", "```json", json.dumps(config, indent=1, sort_keys=True),
+           "```", "", "</details>", ""]
+  return "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True) + "---\n\n" + "\n".join(lines)
+
+
+def _scores(results: Results, stage: str) -> list[str]:
+  """A table: the base, this model, and where it is a merged one what it was merged from."""
+  shown = [model for model in results.models if _stage(model) in ("base", f"{stage.partition('/')[0]}/sft", stage)]
+  tasks = (results.id_task, *results.ood_tasks)
+  rows = [["model", *tasks], ["---"] * (1 + len(tasks))]
+  for model in shown:
+    rows.append([f"**{model.label}**" if _stage(model) == stage else model.label, *(
+        f"{a.value:.3f} [{a.low:.3f}, {a.high:.3f}]" for a in (model.scores[task] for task in tasks))])
+  counts = ", ".join(f"{task} {shown[-1].scores[task].n}" for task in tasks)
+  rules = sorted({asked.rule for model in shown for asked in model.asked.values()})
+  return ["| " + " | ".join(row) + " |" for row in rows] + [
+      "", f"Accuracy with its 95 % interval; questions: {counts}{f'; {chr(59).join(rules)}' if rules else ''}."]
+
+
+def _stage(model: Model) -> str:
+  """Where a model's checkpoint lies in the run directory."""
+  if model.kind == "base":
+    return "base"
+  name = {"ema": "sft/ema"}.get(model.kind, model.kind.replace("merged ", "sweep/"))
+  return f"round_{model.round}/{name}"
+
+
+def _datasets(results: Results) -> Iterator[str]:
+  """Those of the hub that the run's own task comes from: what it was trained on."""
+  task = results.config["task"]
+  published = TASKS[task["name"]].source.get("train", "") if task["name"] in TASKS else ""
+  source = task.get("source") or published
+  if source.startswith("hf:"):
+    yield re.split("[@:]", source.removeprefix("hf:"))[0]
+
+
+def _changed(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+  """The settings that are not their default, by key; all where the defaults are not installed."""
+  try:
+    defaults = json.loads(json.dumps(importlib.import_module("configs.common").get_config().to_dict()))
+  except ImportError:
+    defaults = {}
+
+  def walk(found: Mapping[str, Any], known: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
+    for key, value in found.items():
+      name = f"{where}{key}"
+      if name in _NOT_SHOWN:
+        continue
+      if isinstance(value, Mapping):
+        yield from walk(value, known.get(key, {}), f"{name}.")
+      elif value != known.get(key, None):
+        yield name, _tuple(value)
+
+  return list(walk(config, defaults, ""))
+
+
+def _tuple(value: Any) -> Any:
+  """Lists as a command line takes them."""
+  return tuple(map(_tuple, value)) if isinstance(value, list) else value

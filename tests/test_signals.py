@@ -1,0 +1,79 @@
+"""SIGTERM and Ctrl-C in whatever a process is doing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from imm_jax.training import preemption
+from tests import REPO
+
+_BEGIN = """
+import hashlib, sys, time
+from imm_jax import errors, signals
+signals.GRACE_S = 0.5
+signals.answer()
+def said(work):
+  try:
+    work()
+  except errors.PreemptedError as e:
+    print(e)
+    sys.exit(143)
+with signals.before_end(lambda why: print("last", why, flush=True)):
+  print("ready", flush=True)
+"""
+_SLEEPS = "  said(lambda: time.sleep(60))"
+# Python's handlers do not run as long as the main thread is in C.
+_COMPUTES = "  said(lambda: hashlib.pbkdf2_hmac('sha256', b'a', b'b', 1 << 30))"
+# What is raised in a destructor is printed and forgotten.
+_LOSES = """
+  signals.GRACE_S = 60
+  class A:
+    def __del__(self):
+      time.sleep(0.4)
+  said(lambda: [A() for _ in range(2)] and time.sleep(60))"""
+_HANGS = """
+  signals.GRACE_S = 60
+  try:
+    time.sleep(60)
+  except errors.PreemptedError:
+    time.sleep(60)"""
+
+
+@pytest.mark.parametrize(("work", "numbers", "expected"), [
+    (_SLEEPS, [signal.SIGTERM], "told to stop (SIGTERM); the same command goes on"),
+    (_SLEEPS, [signal.SIGTERM] * 2, "told to stop (SIGTERM); the same command goes on"),  # as `timeout` sends them
+    (_COMPUTES, [signal.SIGTERM], "last told to stop, and ended while it was busy"),
+    (_LOSES, [signal.SIGTERM], "told to stop (SIGTERM); the same command goes on"),
+    (_HANGS, [signal.SIGTERM, None, signal.SIGTERM], "last told to stop a second time"),
+], ids=["sleeps", "twice", "computes", "loses", "hangs"])
+def test_a_process_that_is_told_to_stop_ends_soon(work: str, numbers: list[int | None], expected: str):
+  with subprocess.Popen([sys.executable, "-c", _BEGIN + work], cwd=REPO, text=True, stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE) as process:
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.1)
+    began = time.monotonic()
+    for number in numbers:
+      time.sleep(1.1) if number is None else process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+  assert process.returncode == 143, err
+  assert time.monotonic() - began < 8
+  assert expected in out
+  assert err.count("SIGTERM: stopping") <= 1
+  assert "Traceback" not in err
+
+
+def test_a_signal_that_comes_too_late_for_a_block_is_answered_after_it():
+  heard = []
+  before = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+  try:
+    with preemption.watch() as told:
+      os.kill(os.getpid(), signal.SIGTERM)
+      assert told.wait(5)
+      assert not heard
+    assert heard == [1]
+  finally:
+    signal.signal(signal.SIGTERM, before)
