@@ -9,7 +9,6 @@ import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import NoReturn
 
 import ml_collections
@@ -124,25 +123,22 @@ def _with_config_file(argv: list[str]) -> tuple[list[str], Path | None]:
   return argv, file
 
 
-def _name(module: ModuleType) -> str:
-  return module.__spec__.name.removesuffix(".__main__")
-
-
 def _help(program: str) -> str:
   """What the module that runs says of itself, then its own flags in the order of their definition."""
   module = sys.modules["__main__"]
+  spec = module.__spec__
   own = [flag for flag in flags.FLAGS.get_key_flags_for_module(program) if flag.name not in _OF_ABSL]
   lines = []
   for flag in [*own, flags.FLAGS["compilation_cache"]]:
     kinds = getattr(flag.parser, "enum_values", None)
     value = "" if flag.boolean else f"={'|'.join(kinds)}" if kinds and len(kinds) < _MOST else "=..."
-    default = "" if flag.default in (None, "", [], False) else f" [{flag.default_as_str.strip(chr(39))}]"
+    default = "" if flag.default in (None, "", [], False) else f" [{str(flag.default_as_str).strip(chr(39))}]"
     lines.append(f"  --{flag.name}{value}")
-    text = re.sub(r"^<.*?>: ", "", flag.help)  # absl's list of an enum's values
+    text = re.sub(r"^<.*?>: ", "", flag.help or "")  # absl's list of an enum's values
     lines += textwrap.wrap(f"{text}{default}", 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
   return "\n".join([(module.__doc__ or "").strip(), "", "flags [and their defaults]:", *lines, "",
                     "--helpfull lists those of the libraries as well, such as --verbosity.",
-                    f"python -m {_name(module)} is the same command." if module.__spec__ else ""]).rstrip()
+                    f"python -m {spec.name.removesuffix('.__main__')} is the same command." if spec else ""]).rstrip()
 
 
 def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:

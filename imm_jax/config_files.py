@@ -5,7 +5,7 @@ files of others, import each other with `from configs import common`.
 """
 
 import contextlib
-import importlib.util
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,10 +61,7 @@ def load(name: str) -> ml_collections.ConfigDict:
   file = find(path)
   with importable(file):
     try:
-      spec = importlib.util.spec_from_file_location("config_file", file)
-      module = importlib.util.module_from_spec(spec)
-      spec.loader.exec_module(module)
-      settings = module.get_config(*[argument] * bool(given))
+      settings = runpy.run_path(str(file))["get_config"](*[argument] * bool(given))
     except Exception as e:  # a config file is Python and may raise anything
       raise UserError(f"{file}: cannot be loaded: {type(e).__name__}: {' '.join(str(e).split())}") from e
   if not isinstance(settings, ml_collections.ConfigDict):
