@@ -45,7 +45,7 @@ Pair = tuple[str, str]
 _ROW, _STEP = 512, 128
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Model:
   """A language model in memory; `load` makes one.
 
@@ -61,10 +61,15 @@ class Model:
   """
 
   config: ModelConfig
-  params: Params = dataclasses.field(repr=False)
-  tokenizer: "PreTrainedTokenizerBase" = dataclasses.field(repr=False)
+  params: Params
+  tokenizer: "PreTrainedTokenizerBase"
   folder: Path
-  mesh: Mesh = dataclasses.field(repr=False)
+  mesh: Mesh
+
+  def __repr__(self) -> str:
+    leaves = jax.tree.leaves(self.params)
+    return (f"Model({self.folder.name}: {sum(leaf.size for leaf in leaves):,} parameters in {leaves[0].dtype}, "
+            f"{self.config.num_layers} layers, {self.mesh.size} x {self.mesh.devices.flat[0].device_kind})")
 
   @property
   def names(self) -> Any:
