@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,8 +89,9 @@ def test_fine_tuning_leaves_the_model_as_it_is():
   model, rates = imm_jax.load("tiny", dtype="float32"), []
   before = jax.tree.map(np.asarray, model.params)
   pairs = [("3+4=", "7."), ("2+2=", "4.")]
-  tuned = imm_jax.fine_tune(model, pairs, learning_rate=1e-2, epochs=2, global_batch=1, warmup_ratio=0.0, remat="none",
-                            schedule="linear", row_length=64, report=lambda step, learning_rate, **_: rates.append(learning_rate))
+  tuned = imm_jax.fine_tune(model, pairs, learning_rate=1e-2, epochs=2, global_batch=1, warmup_ratio=0.0,
+                            schedule="linear", row_length=64, remat="none",
+                            report=lambda step, learning_rate, **_: rates.append(learning_rate))
   assert jax.tree.all(jax.tree.map(np.array_equal, before, model.params))
   assert np.abs(tuned.params["norm"]["weight"] - before["norm"]["weight"]).max() > 1e-3
   assert rates == pytest.approx([1e-2, 5e-3])
@@ -119,6 +121,18 @@ def test_a_run_gives_its_results_and_goes_on(tmp_path: Path, capsys: pytest.Capt
   imm_jax.run("tiny", workdir=tmp_path / "run", **small)
   assert "\n0 of " in "\n" + capsys.readouterr().out
   assert imm_jax.load(tmp_path / "run/round_0/merged").config.num_layers == 4
+
+
+@pytest.mark.full
+def test_the_examples_of_the_docs_run():
+  blocks = re.findall(r"```python\n(.*?)```", (REPO / "docs/python_api.md").read_text(), re.S)
+  *shown, _ = blocks  # the last is a run
+  names: dict = {}
+  for block in shown:
+    exec(block.replace("Qwen/Qwen2.5-0.5B-Instruct", "tiny"), names)
+  assert names["loss"](names["stepped"].params, names["tokens"]) < names["loss"](names["model"].params, names["tokens"])
+  assert len(names["losses"]) == 3
+  assert names["scores"].total.shape == (4,)
 
 
 def _cells() -> str:
