@@ -264,7 +264,7 @@ def fine_tune(model: Model, pairs: Sequence[Pair], *, learning_rate: float = 2e-
     pairs: (prompt, answer).
     learning_rate: its peak.
     epochs: passes over the pairs.
-    global_batch: pairs of a step, on average.
+    global_batch: pairs of a step, on average; a step has one packed row or more.
     schedule: of the learning rate after the warm-up: cosine, linear or constant.
     warmup_ratio: share of the steps with a rising learning rate.
     weight_decay: AdamW's.
