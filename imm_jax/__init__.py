@@ -1,3 +1,38 @@
-"""Iterative Model Merging (IMM): language models that improve their own reasoning without going shallow."""
+"""Iterative Model Merging (IMM): language models that improve their own reasoning without going shallow.
+
+    import imm_jax
+
+    model = imm_jax.load("tiny")  # or an HF folder, a hub id, BASE+ADAPTER
+    answers = model.sample(["### Instruction:\\nWhat is 3 + 4?\\n\\n### Response: Let's think step by step.\\n"])
+
+docs/python_api.md shows the rest. Names are imported when they are used first: to import the package takes no time, and
+leaves jax as it is.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from imm_jax import merging, tasks
+  from imm_jax.api import Model, fine_tune, forward, importance, load, run
+  from imm_jax.errors import UserError
 
 __version__ = "0.1.0"
+__all__ = ["Model", "UserError", "fine_tune", "forward", "importance", "load", "merging", "run", "tasks"]
+
+# By name: the module that has it; None for one that is itself a module.
+_HOMES = dict.fromkeys(("Model", "fine_tune", "forward", "importance", "load", "run"), "imm_jax.api") | {
+    "UserError": "imm_jax.errors", "merging": None, "tasks": None}
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _HOMES:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  home = _HOMES[name]
+  value = getattr(importlib.import_module(home), name) if home else importlib.import_module(f"{__name__}.{name}")
+  globals()[name] = value
+  return value
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *__all__})

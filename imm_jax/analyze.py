@@ -1,8 +1,8 @@
-"""Which layers of a checkpoint matter for a task or a text, and which have moved on the way to another checkpoint.
+"""Measures which layers of a checkpoint matter for a task or a text, and which have moved on the way to another one.
 
-    python -m imm_jax.analyze --config=configs/tiny.py --model=tiny --task=stories --task=groups --out=runs/layers
-    python -m imm_jax.analyze --config=configs/qwen.py --model=DIR --task=math --task=bookcorpus --order=2 --out=OUT
-    python -m imm_jax.analyze --model=DIR --tuned=DIR --tuned=DIR --out=OUT
+    imm analyze --config=tiny --model=tiny --task=stories --task=groups --out=runs/layers
+    imm analyze --config=qwen --model=DIR --task=math --task=bookcorpus --order=2 --out=OUT
+    imm analyze --model=DIR --tuned=DIR --tuned=DIR --out=OUT
 
 With --task the importance of each layer (eq. 3; --order=2: eq. 2) on the worked answers of a task's train split, on a
 corpus (bookcorpus, tiny_shakespeare) or on text=file:PATH; each may be NAME=SOURCE, and several stand side by side.
@@ -25,13 +25,17 @@ from imm_jax.errors import UserError
 from imm_jax.model import hub
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "With --task: settings, of which prompt, sft (rows, dtype, attention), seed and mesh count.")
-_MODEL = flags.DEFINE_string("model", None, "An HF checkpoint folder, a hub id, tiny, or BASE+ADAPTER.")
-_TASK = flags.DEFINE_multi_string("task", [], "What importance is measured on, NAME or NAME=SOURCE; may be repeated.")
-_TUNED = flags.DEFINE_multi_string("tuned", [], "What has become of --model, as --model; may be repeated.")
-_ORDER = flags.DEFINE_enum("order", "1", list(map(str, ORDERS)), "Of importance: 1 (eq. 3) or 2 (eq. 2).")
-_EXAMPLES = flags.DEFINE_integer("examples", None, "Of each task, at most; by default analysis.examples of the config.",
-                                 lower_bound=1)
+    "config", None, "With --task: settings, a file or a name such as tiny or qwen:1.5b, of which prompt, sft (rows, "
+    "dtype, attention), seed and mesh count.")
+_MODEL = flags.DEFINE_string("model", None, "The model: an HF checkpoint folder, a hub id, tiny, or BASE+ADAPTER.")
+_TASK = flags.DEFINE_multi_string("task", [], "A task or text that layer importance is measured on, NAME or "
+                                  "NAME=SOURCE; may be given several times.")
+_TUNED = flags.DEFINE_multi_string("tuned", [], "A model that --model has become, whose weights are compared with its; "
+                                   "may be given several times.")
+_ORDER = flags.DEFINE_enum("order", "1", list(map(str, ORDERS)), "Order of the importance: 1 for |gradient x weight| "
+                           "(eq. 3), 2 with the second-order term (eq. 2).")
+_EXAMPLES = flags.DEFINE_integer("examples", None, "Number of examples of each task, at most; by default "
+                                 "analysis.examples of the config.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "The folder to write.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier result in --out.")
 flags.mark_flags_as_required(["model", "out"])

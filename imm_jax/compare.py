@@ -1,7 +1,7 @@
-"""Which differences between models are real, of answers on disk: no model is run.
+"""Tests which differences between models are real, from their answers on disk: no model is run.
 
-    python -m imm_jax.compare --this=runs/a --against=runs/b
-    python -m imm_jax.compare --this=RUN/round_2/eval/merged --against=RUN/base/eval --against=RUN/round_2/eval/sft
+    imm compare --this=runs/a --against=runs/b
+    imm compare --this=RUN/round_2/eval/merged --against=RUN/base/eval --against=RUN/round_2/eval/sft
 
 Each is an --out of imm_jax.evaluate or an eval folder of a run. Models are compared on the questions that both
 answered, which have to be the same by id, text and gold answer.
@@ -14,10 +14,10 @@ from absl import flags
 from imm_jax import against, cli
 from imm_jax.errors import UserError
 
-_THIS = flags.DEFINE_string("this", None, "The folder with the model's answers.", required=True)
-_AGAINST = flags.DEFINE_multi_string("against", None, "The folder with those of another; may be given several times.",
-                                     required=True)
-_OUT = flags.DEFINE_string("out", None, "A JSON file to write as well.")
+_THIS = flags.DEFINE_string("this", None, "The folder with a model's answers.", required=True)
+_AGAINST = flags.DEFINE_multi_string("against", None, "The folder with the answers of another model; may be given "
+                                     "several times.", required=True)
+_OUT = flags.DEFINE_string("out", None, "A JSON file to write the tests to; without it they are only printed.")
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """Checks a config before anything is spent."""
 
-import importlib
 import math
 import re
 import shlex
@@ -9,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from imm_jax import metrics, tasks
+from imm_jax import config_files, metrics, tasks
 from imm_jax.errors import UserError, nearest
 from imm_jax.merging import quantise_drop_rate
 from imm_jax.methods import METHODS, averages, draws, merging, method_of
@@ -107,10 +106,7 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
 def _check_keys(config: ml_collections.ConfigDict) -> None:
   """Raises UserError for keys that configs/common.py has not, or that lack: a config file that unlocks its config, or
   makes one anew, is told of no slip otherwise."""
-  try:
-    known = importlib.import_module("configs.common").get_config()
-  except ImportError:  # used without the repository's config files
-    return
+  known = config_files.load(str(config_files.FOLDER / "common.py"))
 
   def check(found: ml_collections.ConfigDict, known: ml_collections.ConfigDict, where: str) -> None:
     for key in sorted({*found} ^ {*known}):

@@ -1,9 +1,9 @@
 """Converts checkpoints between HF and orbax, and checks that a checkpoint is read as transformers reads it.
 
-    python -m imm_jax.convert --source=HF_FOLDER --out=DIR --to=orbax
-    python -m imm_jax.convert --source=DIR --out=HF_FOLDER --to=hf
-    python -m imm_jax.convert --source=BASE+ADAPTER --out=HF_FOLDER --to=hf
-    python -m imm_jax.convert --verify=HF_FOLDER
+    imm convert --source=HF_FOLDER --out=DIR --to=orbax
+    imm convert --source=DIR --out=HF_FOLDER --to=hf
+    imm convert --source=BASE+ADAPTER --out=HF_FOLDER --to=hf
+    imm convert --verify=HF_FOLDER
 
 DIR holds the parameters (`params/`, orbax, layers stacked) and the files beside them (`hf/`: config, tokenizer).
 ADAPTER is a LoRA adapter of peft, which is merged into BASE.
@@ -26,7 +26,8 @@ _SOURCE = flags.DEFINE_string("source", None, "The checkpoint to read: HF folder
                               "--to=orbax wrote.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write.")
 _TO = flags.DEFINE_enum("to", None, ["hf", "orbax"], "The form to write.")
-_VERIFY = flags.DEFINE_string("verify", None, "Check this HF folder, hub id or BASE+ADAPTER.")
+_VERIFY = flags.DEFINE_string("verify", None, "The checkpoint to check, in place of converting: HF folder, hub id or "
+                              "BASE+ADAPTER.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier conversion at --out.")
 
 

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from imm_jax.errors import UserError
+from imm_jax.errors import Exit, LostError, UserError, exit_code
 
 # Where the environment says that there are several processes: Slurm, GKE with TPUs, multi-slice, jax's own variables.
 _SEVERAL = {"SLURM_NTASKS": lambda v: int(v) > 1, "TPU_WORKER_HOSTNAMES": lambda v: "," in v,
@@ -32,6 +32,8 @@ _HEARTBEAT_S = 60
 _POLL_S = 1.0
 # How a collective says that its other end is gone.
 _LOST = re.compile(r"(?i)gloo|connection (closed|reset|refused)|heartbeat|unavailable|peer")
+# And how one that waits for the others to join says that they have not come.
+_LATE = re.compile(r"DEADLINE_EXCEEDED|UNAVAILABLE")
 
 
 def start(mode: str = "auto", *, coordinator: str | None = None, num_processes: int | None = None,
@@ -68,8 +70,9 @@ def start(mode: str = "auto", *, coordinator: str | None = None, num_processes: 
     jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_S)
   except (ValueError, RuntimeError, TypeError, IndexError) as e:
     cause = str(e).strip().partition("\n")[0] or type(e).__name__
-    raise UserError(f"the processes of this run do not find each other ({cause}); give --coordinator=HOST:PORT, "
-                    "--num_processes and --process_id to each, or --distributed=off for one process alone") from e
+    kind = LostError if _LATE.search(cause) else UserError
+    raise kind(f"the processes of this run do not find each other ({cause}); give --coordinator=HOST:PORT, "
+               "--num_processes and --process_id to each, or --distributed=off for one process alone") from e
 
 
 def is_main() -> bool:
@@ -138,7 +141,7 @@ def check_shared(folder: Path) -> None:
 
 
 class FailTogether:
-  """Ends all processes when one fails, with that one's error; use as a context manager.
+  """Ends all processes when one fails, with that one's error and exit code; use as a context manager.
 
   The first to fail leaves its error in a file beside the run directory, where the others look once a second: they may
   wait for it in a collective that never ends.
@@ -162,7 +165,7 @@ class FailTogether:
     self._done.set()
     if jax.process_count() == 1 or not isinstance(error, Exception):  # told to stop
       return
-    text = _said(error)
+    text, code = _said(error), Exit.LOST if _is_loss(error) else exit_code(error)
     first = self._first()
     if first is None and _is_loss(error):
       time.sleep(2 * _POLL_S)  # on a network's file system what the lost one has left is seen late
@@ -172,30 +175,37 @@ class FailTogether:
       with contextlib.suppress(OSError):
         self._file.parent.mkdir(parents=True, exist_ok=True)
         part = self._file.with_name(f"{self._file.name}.{jax.process_index()}")
-        part.write_text(f"process {jax.process_index()}: {text}", encoding="utf-8")
+        part.write_text(f"{code:d} process {jax.process_index()}: {text}", encoding="utf-8")
         part.rename(self._file)
-    self._exit(text if first is None else f"another process failed first: {first}")
+      self._exit(text, code)
+    self._exit_after(first)
 
-  def _first(self) -> str | None:
+  def _first(self) -> tuple[int, str] | None:
+    """The exit code of the process that failed first, and what it said."""
     try:
-      return self._file.read_text(encoding="utf-8")
-    except OSError:
+      code, _, said = self._file.read_text(encoding="utf-8").partition(" ")
+      return int(code), said
+    except (OSError, ValueError):
       return None
 
   def _watch(self) -> None:
     while not self._done.wait(_POLL_S):
       first = self._first()
       if first is not None:
-        self._exit(f"another process failed first: {first}")
+        self._exit_after(first)
 
-  def _exit(self, error: str) -> None:
+  def _exit_after(self, first: tuple[int, str]) -> None:
+    code, said = first
+    self._exit(f"another process failed first: {said}", code)
+
+  def _exit(self, error: str, code: int) -> None:
     self._ending.acquire()  # for good: this and the watching thread may both get here, and one is to speak
     print(f"error: {error}", file=sys.stderr, flush=True)
     if is_main():
       time.sleep(4 * _POLL_S)  # the others abort where process 0 is gone before they have seen the error
       with contextlib.suppress(OSError):
         self._file.unlink(missing_ok=True)
-    os._exit(1)  # threads of the collectives may never end
+    os._exit(code)  # threads of the collectives may never end
 
 
 def _is_loss(error: Exception) -> bool:

@@ -1,10 +1,10 @@
-"""Accuracy of one checkpoint on the tasks of a config: greedy, and with `eval.num_samples` pass@k and majority vote.
+"""Measures the accuracy of a checkpoint on a config's tasks: greedy, with `eval.num_samples` also pass@k and majority.
 
 Questions are asked by `eval.protocol` (docs/protocols.md).
 
-    python -m imm_jax.evaluate --config=configs/tiny.py --model=tiny --out=runs/scores
-    python -m imm_jax.evaluate --config=configs/tiny.py --model=DIR --out=OUT --config.eval.num_samples=16
-    python -m imm_jax.evaluate --config=configs/tiny.py --model=DIR --out=OUT --against=runs/scores
+    imm evaluate --config=tiny --model=tiny --out=runs/scores
+    imm evaluate --config=tiny --model=DIR --out=OUT --config.eval.num_samples=16
+    imm evaluate --config=tiny --model=DIR --out=OUT --against=runs/scores
 
 OUT holds <task>.jsonl (a row a question, with the answer, its verdict and what was judged), <task>_samples.jsonl, and
 scores.json, which says of each task the protocol, the worked examples, the mean tokens of an answer and the share that
@@ -25,9 +25,10 @@ from imm_jax.report.results import Asked
 from imm_jax.stages import devices, evaluating, questions, sampling
 from imm_jax.tasks import protocols
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: task, prompt, eval, sampler and mesh count.")
-_MODEL = flags.DEFINE_string("model", None, "An HF checkpoint folder, a hub id, tiny, or BASE+ADAPTER.")
-_OUT = flags.DEFINE_string("out", None, "The folder to write.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: a file, or a name such as tiny or qwen:1.5b; "
+                                          "its task, prompt, eval, sampler and mesh count.")
+_MODEL = flags.DEFINE_string("model", None, "The model: an HF checkpoint folder, a hub id, tiny, or BASE+ADAPTER.")
+_OUT = flags.DEFINE_string("out", None, "The folder to write answers and scores to.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier result in --out.")
 _AGAINST = flags.DEFINE_multi_string("against", [], "An earlier --out, or an eval folder of a run, to compare with, "
                                      "question by question; may be given several times.")

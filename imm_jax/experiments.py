@@ -17,7 +17,7 @@ from imm_jax.analysis.weight_change import weight_change
 from imm_jax.errors import UserError
 from imm_jax.methods import method_of
 from imm_jax.model import folder, hf, hub
-from imm_jax.run import pick
+from imm_jax.runs import pick
 from imm_jax.stages import analysing, devices
 
 

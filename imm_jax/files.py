@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imm_jax.errors import UserError
+from imm_jax.errors import ResourceError, UserError
 
 _LFS = b"version https://git-lfs"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -233,8 +233,9 @@ def _refused(target: str | Path, error: OSError) -> UserError:
             "give another name" if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG) else
             "make it writable")
   where = f" {error.filename}" if error.filename else ""
-  return UserError(f"{target}: cannot be written ({error.strerror}{where}); {advice} and start again, what was "
-                   "finished before is kept")
+  kind = ResourceError if error.errno in _DISK_FULL else UserError
+  return kind(f"{target}: cannot be written ({error.strerror}{where}); {advice} and start again, what was finished "
+              "before is kept")
 
 
 def _sync(path: Path) -> None:

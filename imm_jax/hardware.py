@@ -10,18 +10,19 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from imm_jax.errors import UserError, say_once
+from imm_jax.errors import ResourceError, say_once
 
 # What /proc/cpuinfo calls products of bfloat16, on x86 and on Arm.
 _BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 _CPU = Path("/proc/cpuinfo")
+
 
 @contextlib.contextmanager
 def platforms() -> Iterator[None]:
   """Makes one line of what jax raises in the block where it has no platform that JAX_PLATFORMS asks for.
 
   Raises:
-    UserError: with what was asked for, what is there, and what to set.
+    ResourceError: with what was asked for, what is there, and what to set.
   """
   try:
     yield
@@ -31,9 +32,9 @@ def platforms() -> Iterator[None]:
       raise
     cause = re.sub(r"\.? \(set JAX_PLATFORMS.*", "", str(e)).partition("\n")[0]
     there = " and ".join(["cpu", *[name for name in ("cuda",) if name not in asked and _starts(name)]])
-    raise UserError(f"JAX_PLATFORMS={asked}: not on this machine, or not in this installation of jax"
-                    f"{f' ({cause})' if cause else ''}; it has {there}: unset JAX_PLATFORMS to have the best that is "
-                    "there, or install what the other needs (the extras cuda13 and tpu)") from e
+    raise ResourceError(f"JAX_PLATFORMS={asked}: not on this machine, or not in this installation of jax"
+                        f"{f' ({cause})' if cause else ''}; it has {there}: unset JAX_PLATFORMS to have the best that "
+                        "is there, or install what the other needs (the extras cuda13 and tpu)") from e
 
 
 def _starts(name: str | None = None) -> bool:

@@ -15,8 +15,8 @@ from imm_jax import __version__, cost, disk, distributed, memory, metrics, repor
 from imm_jax.methods import averages, draws
 from imm_jax.model import folder, hf, hub, published
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.run import Model, Run
 from imm_jax.rundir import Stage
+from imm_jax.runs import Model, Run
 from imm_jax.stages import analysing, devices, drifting, evaluating, merging, questions, sampling, selection, tuning
 from imm_jax.training.checkpoints import check_folder
 

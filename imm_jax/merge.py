@@ -1,10 +1,10 @@
 """Merges HF checkpoints on disk.
 
-    python -m imm_jax.merge --method=imm --base=BASE --start=START --tuned=TUNED --out=OUT --base_weight=0.5
-    python -m imm_jax.merge --method=imm --base=BASE --tuned=TUNED --out=OUT --sweep_base_weight=0.1,0.3,0.5
-    python -m imm_jax.merge --method=linear --models=A,B --weights='[0.3, 0.7]' --out=OUT
-    python -m imm_jax.merge --method=ties --base=BASE --models=A,B --weights=1 --densities=0.2 --out=OUT
-    python -m imm_jax.merge --recipe=mergekit.yml --out=OUT
+    imm merge --method=imm --base=BASE --start=START --tuned=TUNED --out=OUT --base_weight=0.5
+    imm merge --method=imm --base=BASE --tuned=TUNED --out=OUT --sweep_base_weight=0.1,0.3,0.5
+    imm merge --method=linear --models=A,B --weights='[0.3, 0.7]' --out=OUT
+    imm merge --method=ties --base=BASE --models=A,B --weights=1 --densities=0.2 --out=OUT
+    imm merge --recipe=mergekit.yml --out=OUT
 
 A setting is YAML: a number, a list over the layers, or a mapping from regex to either; what is per model is one of
 these for all, or a list with one for each. OUT appears whole or not at all; merge.json in it says how it was made.
@@ -39,15 +39,21 @@ _METHODS = registry.on_disk()
 _METHOD = flags.DEFINE_enum("method", "imm", list(_METHODS), "How to merge, without --recipe. " + " ".join(
     f"{name}: {method.summary}." for name, method in _METHODS.items()))
 _BASE = flags.DEFINE_string("base", None, "The base model: an HF folder, hub id or BASE+ADAPTER.")
-_START = flags.DEFINE_string("start", None, "imm: the model that was tuned, as --base [default: the base].")
-_TUNED = flags.DEFINE_string("tuned", None, "imm: the model after SFT, as --base.")
-_MODELS = flags.DEFINE_list("models", [], "Other methods: the models, as --base, less the base.")
-_OUT = flags.DEFINE_string("out", None, "The folder to write; with a sweep, one for each weight in it.", required=True)
+_START = flags.DEFINE_string("start", None, "imm, iimm: the model that SFT began with, given as --base is; by "
+                              "default the base.")
+_TUNED = flags.DEFINE_string("tuned", None, "imm, iimm: the model after SFT, given as --base is.")
+_MODELS = flags.DEFINE_list("models", [], "Other methods: the models, A,B,..., each given as --base is; the base is "
+                            "not among them.")
+_OUT = flags.DEFINE_string("out", None, "The folder to write; with --sweep_base_weight it gets a folder for each "
+                           "weight.", required=True)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an --out that exists.")
 _RECIPE = flags.DEFINE_string("recipe", None, "A mergekit YAML file in place of the other flags.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the masks.", lower_bound=0, upper_bound=2**32 - 1)
-_SWEEP = flags.DEFINE_list("sweep_base_weight", [], "imm: write a checkpoint for each of these, from one read.")
-_DTYPE = flags.DEFINE_enum("out_dtype", None, sorted(recipe.DTYPES), "What to write [default: the first model's].")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the DARE masks, and of all others that are drawn.", lower_bound=0,
+                             upper_bound=2**32 - 1)
+_SWEEP = flags.DEFINE_list("sweep_base_weight", [], "imm, iimm: base weights, 0.1,0.3,...; a checkpoint is written for "
+                           "each, and the inputs are read once.")
+_DTYPE = flags.DEFINE_enum("out_dtype", None, sorted(recipe.DTYPES), "Dtype of the weights that are written; by "
+                            "default the first model's.")
 _SHARD = flags.DEFINE_string("max_shard_size", "5GB", "Split the weights into files of at most this size.")
 _ALLOW = flags.DEFINE_bool("allow_nonfinite", False, "Merge tensors with NaN or infinity too.")
 _FISHERS = flags.DEFINE_list("fishers", [], "fisher: for each of --models its Fisher matrix's diagonal, a folder.")

@@ -1,6 +1,6 @@
-"""Whether a run directory is still what the run has written: every recorded digest is computed again.
+"""Checks whether a run directory is still what the run has written: every recorded digest is computed again.
 
-    python -m imm_jax.verify --workdirs=runs/tiny
+    imm verify --workdirs=runs/tiny
 
 Names each file that differs, on stdout, and ends with exit code 1 where there is one. Nothing is changed.
 """
@@ -14,7 +14,7 @@ from imm_jax import cli, integrity
 from imm_jax.report.results import find
 from imm_jax.status import is_running
 
-_WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, or folders that hold some: DIR,DIR,...")
+_WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, DIR,DIR,..., or folders that hold some.")
 flags.mark_flag_as_required("workdirs")
 
 

@@ -13,7 +13,7 @@ from imm_jax import config as checks, cost, experiments, files, hardware, loop, 
 from imm_jax.errors import UserError
 from imm_jax.memory import count_params
 from imm_jax.model import published
-from imm_jax.run import Model, Run
+from imm_jax.runs import Model, Run
 from imm_jax.stages import questions, selection
 from tests import REPO
 from tests.runs.test_loop import SMALL, environment  # noqa: F401

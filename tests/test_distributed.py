@@ -54,8 +54,8 @@ def test_an_error_right_after_the_start_is_kept(monkeypatch, tmp_path):
 
   def broadcast(_: int) -> int:
     assert not old.exists()
-    (tmp_path / ".run.failed-2").write_text("process 1: the disk is full")
+    (tmp_path / ".run.failed-2").write_text("69 process 1: the disk is full")
     return 2
 
   monkeypatch.setattr(distributed, "from_main", broadcast)
-  assert distributed.FailTogether(tmp_path / "run")._first() == "process 1: the disk is full"
+  assert distributed.FailTogether(tmp_path / "run")._first() == (69, "process 1: the disk is full")

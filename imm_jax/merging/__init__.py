@@ -19,9 +19,16 @@ disk with the same bits. All functions share this:
 - What does not fit is a ValueError that names every path, or the value and what would be right.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from imm_jax.merging import registry
 from imm_jax.merging.masks import quantise_drop_rate
 from imm_jax.merging.trees import default_names
+
+if TYPE_CHECKING:
+
+  def __getattr__(name: str) -> Any:
+    """The methods, which stand in the registry alone."""
 
 _functions = registry.load()
 globals().update(_functions)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from imm_jax import __version__
-from imm_jax.errors import UserError, listed
+from imm_jax.errors import ResourceError, UserError, listed
 from imm_jax.merging import arrange, checkpoint, configs, masks, recipe
 from imm_jax.merging.recipe import Recipe
 from imm_jax.merging.source import CheckpointSource, Table
@@ -115,8 +115,8 @@ def _require_space(sources: list[CheckpointSource], made: Recipe, out: list[Path
   needed = len(out) * sum(s.size(name) * width(s.entries(name)[0]) for s in sources for name in s.order)
   free = shutil.disk_usage(next(p for p in out[0].absolute().parents if p.exists())).free
   if needed > free:
-    raise UserError(f"--out: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; make room or give "
-                    "another folder")
+    raise ResourceError(f"--out: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; make room or give "
+                        "another folder")
 
 
 def _record(folder: Path, job: Recipe, how: How, digests: Mapping[str, str], overflowed: Mapping[str, int]) -> None:

@@ -16,7 +16,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from imm_jax import hardware, runlog, signals
-from imm_jax.errors import PreemptedError, UserError
+from imm_jax.errors import PreemptedError, ResourceError
 from imm_jax.model import hf, hub, published, sharding
 from imm_jax.training import preemption
 
@@ -84,8 +84,8 @@ def call(config: ml_collections.ConfigDict, function: Callable[..., Any], *args:
     except futures.process.BrokenProcessPool as e:
       if passed_on:
         raise PreemptedError(f"told to stop (SIGTERM); {signals.GOES_ON}") from e
-      raise UserError("the process that had the accelerators was killed, for want of memory perhaps; the same command "
-                      "goes on after what was finished") from e
+      raise ResourceError("the process that had the accelerators was killed, for want of memory perhaps; the same "
+                          "command goes on after what was finished") from e
 
 
 @contextlib.contextmanager

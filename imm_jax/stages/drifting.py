@@ -17,8 +17,8 @@ from imm_jax.metrics import StageMetrics
 from imm_jax.model import hf
 from imm_jax.model.tokenization import check_ids
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.run import Model, Run
 from imm_jax.rundir import Stage
+from imm_jax.runs import Model, Run
 from imm_jax.scoring import encode_continuations
 from imm_jax.stages import devices, questions, tuning
 from imm_jax.tasks.base import Choice, Example

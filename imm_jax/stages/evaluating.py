@@ -10,8 +10,8 @@ import ml_collections
 
 from imm_jax import distributed, evaluation, files
 from imm_jax.metrics import StageMetrics
-from imm_jax.run import Model, Run
 from imm_jax.rundir import Stage
+from imm_jax.runs import Model, Run
 from imm_jax.sampling import Prompt
 from imm_jax.stages import devices, likelihood, lm_eval_tasks, questions, sampling
 from imm_jax.tasks import answers, protocols

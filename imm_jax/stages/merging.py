@@ -15,8 +15,8 @@ from imm_jax.merging import checkpoint, masks, registry
 from imm_jax.merging.trees import Setting
 from imm_jax.methods import merge_method, method_of
 from imm_jax.model import folder, hf
-from imm_jax.run import Model, Run
 from imm_jax.rundir import Stage
+from imm_jax.runs import Model, Run
 from imm_jax.stages import analysing, devices, evaluating, likelihood, merge_options, questions, sampling, tuning
 
 

@@ -23,8 +23,8 @@ from imm_jax.model import attention, folder as checkpoint_folder, hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params
 from imm_jax.model.tokenization import encode_continuation, encode_prompt
-from imm_jax.run import Model, Run
 from imm_jax.rundir import Stage
+from imm_jax.runs import Model, Run
 from imm_jax.sampling import completions
 from imm_jax.stages import devices, questions
 from imm_jax.stages.devices import mesh_of

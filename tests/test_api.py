@@ -1,0 +1,154 @@
+"""The Python API against the modules and files that commands use, and the examples."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import imm_jax
+from imm_jax import UserError
+from imm_jax.merging import checkpoint, masks
+from imm_jax.model import safetensors
+from tests import REPO, TINY
+
+
+@pytest.fixture(scope="module")
+def model() -> imm_jax.Model:
+  return imm_jax.load("tiny")
+
+
+def test_importing_the_package_leaves_jax_alone():
+  code = ("import sys, imm_jax; assert 'jax' not in sys.modules; assert {*imm_jax.__all__} <= {*dir(imm_jax)};"
+          "assert 'numpy' not in sys.modules; imm_jax.load; assert 'jax' in sys.modules")
+  subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
+
+
+def test_no_function_shares_its_name_with_a_module():
+  """Which importing that module would put in the function's place."""
+  modules = {path.stem for path in Path(imm_jax.__file__).parent.iterdir()}
+  assert modules.intersection(imm_jax.__all__) == {"merging", "tasks"}
+  with pytest.raises(AttributeError, match="no attribute 'lod'"):
+    _ = imm_jax.lod
+
+
+def test_logits_and_scores_are_those_of_transformers(model: imm_jax.Model):
+  torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+  other = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+  context, continuation = "Ann has 3 pens. 3+4=", "7. The answer is 7."
+  ids = model.encode(context + continuation)
+  with torch.no_grad():
+    expected = other(torch.tensor([ids])).logits[0].numpy()
+  found = model.logits(context + continuation, compute_dtype="float32")
+  np.testing.assert_allclose(found, expected, atol=2e-4)
+  np.testing.assert_allclose(model.logits([ids, ids], compute_dtype="float32")[1], found, atol=1e-5)
+  start = len(model.encode(context))
+  logprobs = torch.log_softmax(torch.tensor(expected), -1)[range(start - 1, len(ids) - 1), ids[start:]]
+  score, = model.score([(context, continuation)], compute_dtype="float32")
+  assert score.tokens == len(ids) - start
+  assert math.isclose(score.logprob, logprobs.sum().item(), rel_tol=1e-4)
+
+
+def test_a_model_is_saved_as_it_was_read(model: imm_jax.Model, tmp_path: Path):
+  model.save(tmp_path / "same")
+  assert (tmp_path / "same/model.safetensors").read_bytes() == (TINY / "model.safetensors").read_bytes()
+  with pytest.raises(UserError, match="same: exists"):
+    model.save(tmp_path / "same")
+  changed = model.with_params(jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * 2, model.params))
+  changed.save(tmp_path / "wide", keep_dtypes=False)
+  assert {tensor.dtype for tensor in safetensors.read(tmp_path / "wide/model.safetensors").values()} == {
+      np.dtype("float32")}
+  with pytest.raises(ValueError, match=r"norm\.weight is \(3,\), expected \(128,\)"):
+    model.with_params(model.params | {"norm": {"weight": jnp.ones(3)}})
+
+
+def test_a_merge_in_memory_has_the_bits_of_one_on_disk(model: imm_jax.Model, tmp_path: Path):
+  tuned = model.with_params(jax.tree.map(
+      lambda leaf: leaf + jnp.linspace(0, 0.1, leaf.size).reshape(leaf.shape).astype(leaf.dtype), model.params))
+  tuned.save(tmp_path / "tuned")
+  options = {"base_weight": [0.2, 0.6], "drop_rate": 0.5}
+  checkpoint.merge_folders("imm", {"base": TINY, "start": TINY, "tuned": tmp_path / "tuned"},
+                           {tmp_path / "disk": options}, key=masks.key_words(jax.random.key(3)))
+  merged = model.with_params(imm_jax.merging.imm(
+      model.params, model.params, tuned.params, names=model.names, key=jax.random.key(3), **options))
+  merged.save(tmp_path / "memory")
+  there, here = (safetensors.read(tmp_path / name / "model.safetensors") for name in ("disk", "memory"))
+  assert there.keys() == here.keys()
+  assert all(there[name].tobytes() == here[name].tobytes() for name in there)
+
+
+def test_fine_tuning_leaves_the_model_as_it_is():
+  """Training writes over its own weights, which are float32 as these are."""
+  model, rates = imm_jax.load("tiny", dtype="float32"), []
+  before = jax.tree.map(np.asarray, model.params)
+  pairs = [("3+4=", "7."), ("2+2=", "4.")]
+  tuned = imm_jax.fine_tune(model, pairs, learning_rate=1e-2, epochs=2, global_batch=1, warmup_ratio=0.0,
+                            schedule="linear", row_length=64, remat="none",
+                            report=lambda step, learning_rate, **_: rates.append(learning_rate))
+  assert jax.tree.all(jax.tree.map(np.array_equal, before, model.params))
+  assert np.abs(tuned.params["norm"]["weight"] - before["norm"]["weight"]).max() > 1e-3
+  assert rates == pytest.approx([1e-2, 5e-3])
+  with pytest.raises(ValueError, match="no example"):
+    imm_jax.fine_tune(model, [])
+
+
+@pytest.mark.parametrize(("config", "changes", "message"), [
+    ("tny", {}, "did you mean tiny?"), ("tiny", {"sft.epoch": 1}, "sft.epoch is no setting: did you mean sft.epochs"),
+    ("tiny", {"rounds": "three"}, "rounds='three'"), ("tiny", {"rounds": 0}, "config.rounds=0: expected 1 or more"),
+    ("paper:table=5,scale=tiny", {}, "several runs")])
+def test_a_run_that_cannot_start_is_an_error_in_one_line(config: str, changes: dict, message: str, tmp_path: Path):
+  with pytest.raises(UserError, match=message):
+    imm_jax.run(config, workdir=tmp_path / "run", **changes)
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.full
+def test_a_run_gives_its_results_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture):
+  small = {"rounds": 1, "task.questions_per_round": 24, "task.eval_questions": 8, "task.ood": ("groups",),
+           "sample.batch_size": 12, "eval.batch_size": 8, "sft.epochs": 1, "sft.global_batch": 4,
+           "analysis.examples": 0, "analysis.drift": 0}
+  results = imm_jax.run("tiny", workdir=tmp_path / "run", **small)
+  assert [model.label for model in results.models] == ["base", "round 0 sft", "round 0 merged"]
+  assert results.models[0].scores["stories"].n == 8
+  capsys.readouterr()
+  imm_jax.run("tiny", workdir=tmp_path / "run", **small)
+  assert "\n0 of " in "\n" + capsys.readouterr().out
+  assert imm_jax.load(tmp_path / "run/round_0/merged").config.num_layers == 4
+
+
+@pytest.mark.full
+def test_the_examples_of_the_docs_run():
+  blocks = re.findall(r"```python\n(.*?)```", (REPO / "docs/python_api.md").read_text(), re.S)
+  *shown, _ = blocks  # the last is a run
+  names: dict = {}
+  for block in shown:
+    exec(block.replace("Qwen/Qwen2.5-0.5B-Instruct", "tiny"), names)
+  assert names["loss"](names["stepped"].params, names["tokens"]) < names["loss"](names["model"].params, names["tokens"])
+  assert len(names["losses"]) == 3
+  assert names["scores"].total.shape == (4,)
+
+
+def _cells() -> str:
+  cells = json.loads((REPO / "examples/self_improvement.ipynb").read_text())["cells"]
+  return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["script", "notebook"])
+def test_an_example_does_what_it_says(kind: str):
+  command = [str(REPO / "examples/self_improvement.py")] if kind == "script" else ["-c", _cells()]
+  done = subprocess.run([sys.executable, *command], cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)},
+                        capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  base, tuned, merged = (line.split() for line in done.stdout.splitlines() if line.split()[0] in (
+      "base", "tuned", "merged"))
+  in_domain, out_of_domain = 2, 4
+  assert float(base[in_domain]) < float(tuned[in_domain])
+  assert float(tuned[out_of_domain]) < float(merged[out_of_domain])

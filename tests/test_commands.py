@@ -1,0 +1,138 @@
+"""The command `imm`: what it lists, where it works, how flags and configs are found, and what exit codes say."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from imm_jax import __main__ as commands, cli, config_files
+from imm_jax.errors import Exit, LostError, PreemptedError, ResourceError, UserError, exit_code
+from tests import REPO
+
+_IMM = "import sys; sys.argv[0] = 'imm'; from imm_jax.__main__ import main; main()"
+
+
+def _imm(*arguments: str, cwd: Path = REPO, **environment: str) -> subprocess.CompletedProcess:
+  """The console script: unlike `python -m` it does not look into the current directory."""
+  return subprocess.run([sys.executable, "-P", "-c", _IMM, *arguments], cwd=cwd, capture_output=True, text=True,
+                        check=False, env=os.environ | {"PYTHONPATH": str(REPO)} | environment)
+
+
+def test_the_commands_are_listed_and_a_slip_is_named():
+  done = _imm("--help")
+  assert done.returncode == 0
+  assert all(f"\n  {name} " in done.stdout for name in commands.COMMANDS)
+  done = _imm("rnu")
+  assert (done.returncode, done.stderr) == (1, "error: imm has no command 'rnu'; did you mean run?\n")
+  assert _imm().returncode == 1
+
+
+@pytest.mark.parametrize("name", ["run", pytest.param("analyze", marks=pytest.mark.full),
+                                  *(pytest.param(name, marks=pytest.mark.full) for name in commands.COMMANDS
+                                    if name not in ("run", "analyze"))])
+def test_help_of_a_command_shows_its_own_flags(name: str):
+  done = _imm(name, "--help")
+  assert done.returncode == 0, done.stderr
+  assert f"\n    imm {name} --" in done.stdout
+  assert "--compilation_cache" in done.stdout
+  assert "--logtostderr" not in done.stdout
+  if name == "run":
+    assert done.stdout.index("--config=") < done.stdout.index("--workdir=") < done.stdout.index("--topology=")
+    assert "Number of processes of this run." in done.stdout
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("config", ["tiny", "configs/tiny.py", "mine.py", "configs/mine.py"])
+def test_a_config_is_found_from_any_directory(config: str, tmp_path: Path):
+  """Also where a clone called imm_jax lies in it."""
+  (tmp_path / "imm_jax").mkdir()
+  (tmp_path / config).parent.mkdir(exist_ok=True)
+  if "mine" in config:
+    (tmp_path / config).write_text("from configs import tiny\n\ndef get_config():\n  return tiny.get_config()\n")
+  done = _imm("run", f"--config={config}", f"--workdir={tmp_path / 'run'}", "--dry_run", "--config.rounds=1",
+              cwd=tmp_path)
+  assert done.returncode == 0, done.stderr
+  assert "stages to do" in done.stdout
+
+
+def test_a_file_of_ones_own_counts_before_a_name_and_imports_its_neighbours(tmp_path: Path, monkeypatch):
+  (tmp_path / "configs").mkdir()
+  (tmp_path / "configs/arguments.py").write_text("VALUE = 7\n")
+  (tmp_path / "configs/tiny.py").write_text(
+      "from configs import arguments, common\n\ndef get_config():\n  config = common.get_config()\n"
+      "  config.seed = arguments.VALUE\n  return config\n")
+  monkeypatch.chdir(tmp_path)
+  before, path = {name: module for name, module in sys.modules.items() if name.startswith("configs")}, list(sys.path)
+  assert config_files.load("configs/tiny.py").seed == 7
+  assert config_files.load("tiny").sft.global_batch == 20
+  assert {name: module for name, module in sys.modules.items() if name.startswith("configs")} == before
+  assert sys.path == path
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("def get_config(:", "cannot be loaded: SyntaxError"), ("x = 1", "KeyError: 'get_config'"),
+    ("def get_config():\n  return 3", "returns int; expected a ConfigDict")])
+def test_a_config_file_that_cannot_be_loaded_is_named(text: str, message: str, tmp_path: Path):
+  (tmp_path / "bad.py").write_text(text)
+  with pytest.raises(UserError, match=message):
+    config_files.load(str(tmp_path / "bad.py"))
+
+
+def test_an_installation_without_the_clone_has_the_configs(tmp_path: Path):
+  pytest.importorskip("setuptools")
+  for name in ("setup.py", "configs", "imm_jax"):
+    (shutil.copytree if (REPO / name).is_dir() else shutil.copy)(REPO / name, tmp_path / name)
+  subprocess.run([sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "built")], cwd=tmp_path,
+                 check=True, capture_output=True)
+  built = tmp_path / "built/imm_jax"
+  assert (built / "py.typed").exists()
+  assert (built / "configs/common.py").exists()
+  code = f"from imm_jax import config_files as c; assert str(c.FOLDER) == {str(built / 'configs')!r}; c.load('qwen:7b')"
+  subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(built.parent)},
+                 check=True)
+
+
+def _chained(error: Exception, cause: Exception) -> Exception:
+  error.__cause__ = cause
+  return error
+
+
+@pytest.mark.parametrize(("error", "code"), [
+    (UserError("wrong"), Exit.MISTAKE), (FileNotFoundError(errno.ENOENT, "no such file", "x"), Exit.MISTAKE),
+    (ResourceError("the disk is full"), Exit.RESOURCES), (OSError(errno.ENOSPC, "full", "x"), Exit.RESOURCES),
+    (_chained(UserError("cannot be written"), OSError(errno.EDQUOT, "quota")), Exit.RESOURCES),
+    (MemoryError(), Exit.RESOURCES), (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"), Exit.RESOURCES),
+    (_chained(UserError("the hub does not answer"), ConnectionResetError()), Exit.RESOURCES),
+    (LostError("a process is gone"), Exit.LOST), (KeyError("x"), Exit.BUG), (RuntimeError("wrong state"), Exit.BUG)])
+def test_exit_codes_tell_what_to_retry_from_what_to_mend(error: Exception, code: Exit,
+                                                         capsys: pytest.CaptureFixture):
+  with pytest.raises(SystemExit) as ended:
+    cli._end(error)
+  assert ended.value.code == code == exit_code(error)
+  said = capsys.readouterr().err
+  assert said.startswith("error: ") or code == Exit.BUG
+  assert (len(said.splitlines()) == 1) == (code != Exit.BUG)
+
+
+def test_what_was_told_to_stop_is_no_error():
+  assert (exit_code(KeyboardInterrupt()), exit_code(PreemptedError("told"))) == (130, 143)
+
+
+@pytest.mark.parametrize(("environment", "flags", "code", "message"), [
+    ({"JAX_PLATFORMS": "cuda"}, (), Exit.RESOURCES, "error: JAX_PLATFORMS=cuda: not on this machine"),
+    ({}, ("--config.roundz=1",), Exit.MISTAKE, "error: the config has no key"),
+    ({}, ("--rerum",), Exit.MISTAKE, "error: Unknown command line flag 'rerum'")])
+def test_a_command_that_cannot_start_says_why_in_a_line(environment, flags, code: Exit, message: str, tmp_path: Path):
+  done = _imm("run", "--config=tiny", f"--workdir={tmp_path / 'run'}", *flags, **environment)
+  assert done.returncode == code, done.stderr
+  assert message in done.stderr
+  assert "Traceback" not in done.stderr
+
+
+def test_every_exit_code_stands_in_the_docs():
+  text = (REPO / "docs/operations.md").read_text()
+  assert all(f"\n| {code:d} |" in text for code in Exit)
