@@ -1,4 +1,4 @@
-"""Runs training steps over packed batches, saves their state, and reports how they go."""
+"""The training loop: runs steps over packed batches, saves states, and reports metrics."""
 
 import contextlib
 import threading
@@ -34,23 +34,23 @@ from imm_jax.training.step import (
 )
 from imm_jax.training.stopping import KEPT, EarlyStopping
 
-# Called with a step and its values, plain floats by name, for every step in order; and once more with `held_out_loss`
-# for one that an epoch ends with.
+# Called for every step in order with its number and its metrics, floats by name; and once more with `held_out_loss` for
+# the last step of an epoch.
 Report = Callable[..., None]
-# Examples that an error names.
+# Number of examples that an error message lists.
 _NAMED = 8
 
 
 class Trained(NamedTuple):
-  """What training ends with.
+  """Holds the result of a training.
 
   Attributes:
-    params: the parameters; the adapters with `additions.lora`; those of the best epoch with early stopping.
-    first_loss: of the first step.
-    last_loss: of the last.
-    steps: how many there were.
-    average: of the weights, where one was kept; of the same moment as `params`.
-    held_out: with early stopping the loss of each epoch on what was held out.
+    params: the trained parameters, or adapters with `additions.lora`; with early stopping those of the best epoch.
+    first_loss: loss of the first step.
+    last_loss: loss of the last step.
+    steps: number of steps.
+    average: moving average of the weights at the same step as `params`, or None without `additions.ema`.
+    held_out: held-out loss of each epoch, with early stopping.
   """
 
   params: Params
@@ -70,40 +70,40 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
   """Trains float32 parameters over all batches.
 
   Args:
-    config: of the model.
-    load_params: gives the parameters to begin with: float32, stacked layers, or adapters; not called where a saved
-      state is.
-    batches: one for each step.
+    config: model config.
+    load_params: returns the initial parameters (float32, stacked layers) or adapters; not called if training resumes
+      from a saved state.
+    batches: the batch of each step.
     schedule: learning rate by step.
-    weight_decay: AdamW's.
-    grad_clip: largest global norm of the gradient; 0 does not clip.
+    weight_decay: weight decay of AdamW.
+    grad_clip: global norm at which the gradient is clipped; 0 disables clipping.
     compute_dtype: dtype of activations.
-    accumulation: parts that a batch is run in.
+    accumulation: number of parts that a batch is split into.
     remat: one of `decoder.REMAT`.
-    mesh: devices; parameters are placed by `sharding.RULES`.
+    mesh: devices; parameters are sharded by `sharding.RULES`.
     log_every: steps between reports; the host waits for the device only then, and to save.
-    report: takes the metrics of each step.
-    label: what the progress bar says.
-    attention: what `attention.choose` gave.
-    checkpoints: states are saved there and training goes on from the newest, on whatever mesh it was saved from.
-    profile: records some of the steps.
-    intervention: what is done differently, such as `interventions.gradient_decay()`.
-    lines: of each example in its file, from 1, for errors; by default they are counted.
-    additions: what is added to SFT.
-    load_frozen: gives the weights that the additions need beside (`step.TrainState`); called in any case, for they are
-      not saved.
-    held_out: answers for early stopping, packed once (`stopping.EarlyStopping`); None trains to the end.
+    report: receives the metrics of each step.
+    label: text of the progress bar.
+    attention: backend, from `attention.choose`.
+    checkpoints: where states are saved; training resumes from the newest, whatever mesh it was saved on.
+    profile: profiles some of the steps.
+    intervention: change to the training, such as `interventions.gradient_decay()`.
+    lines: line of each example in its file, from 1, for error messages; by default 1, 2, 3, ...
+    additions: additions to SFT.
+    load_frozen: returns the frozen weights that the additions need (see `step.TrainState`); also called when training
+      resumes, because they are not saved.
+    held_out: answers for early stopping, packed with `epochs=1`; None trains to the end.
 
   Raises:
-    UserError: when the loss is not finite (the state before it is saved), or a state cannot be read or written.
-    PreemptedError: after SIGTERM, when the state is saved.
+    UserError: when the loss is not finite (the state before that step is saved), or a state cannot be read or written.
+    PreemptedError: after SIGTERM, once the state is saved.
   """
   intervention = intervention or Intervention()
   clip = grad_clip if intervention.grad_clip is None else intervention.grad_clip
   optimizer = make_optimizer(schedule, weight_decay=weight_decay, grad_clip=clip, transform=intervention.transform)
   options = {"compute_dtype": compute_dtype, "accumulation": accumulation, "remat": remat, "attention": attention,
              "mesh": mesh}
-  measuring = {name: value for name, value in options.items() if name != "remat"}  # it has no backward pass
+  measuring = {name: value for name, value in options.items() if name != "remat"}  # measuring has no backward pass
   stopping = held_out and EarlyStopping(config, held_out, batches.epoch_ends, additions=additions, **measuring)
   saved = checkpoints and checkpoints.latest()
   if saved:
@@ -138,14 +138,14 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
       pending.append((position, metrics))
       if step == start:
         jax.block_until_ready(metrics)
-        meter.start()  # the first step has compiled, and is not timed
+        meter.start()  # the first step compiled, and is not timed
       done = step + 1
       last = done == len(batches)
       due = bool(checkpoints) and checkpoints.due(done) and not last
       ends = bool(stopping) and stopping.due(done)
       waits = due or last or ends or len(pending) == log_every
-      # Several processes ask each other only where they wait anyway, and when no step is under way: its collectives and
-      # these could meet in another order on another host.
+      # Several processes agree on stopping only where they wait anyway, and while no step is running: its collectives
+      # and this one could otherwise run in different orders on different hosts.
       if waits and jax.process_count() > 1:
         jax.block_until_ready(metrics)
       stop = preemption.agreed(told) if jax.process_count() == 1 or waits else False
@@ -195,7 +195,7 @@ def _first_state(config: ModelConfig, params: Params, batches: PackedBatches, op
   first = lambda: init_state(params, optimizer, options["mesh"], additions=additions, frozen=load_frozen())
   if intervention.top_p is None:
     return first()
-  # Before there are moments: the gradient takes their memory.
+  # The gradient is computed before the moments are allocated, because it takes as much memory.
   grads = importance.gradient(config, params, batches.one_epoch(), label=f"{label}: importance", **options)
   mask = interventions.important(params, grads, intervention.top_p)
   del grads
@@ -204,7 +204,7 @@ def _first_state(config: ModelConfig, params: Params, batches: PackedBatches, op
 
 def _saved_state(checkpoints: Checkpoints, saved: dict[str, Any], like: TrainState, load_frozen: Callable[[], Frozen],
                  stopping: EarlyStopping | None) -> TrainState:
-  """The state that was saved, with what is not; `stopping` goes on from there, too."""
+  """Restores a state, adds the entries that are not saved, and restores `stopping`."""
   wanted = _kept(like, None)
   if stopping and saved["held_out"]:
     wanted["best"] = {name: like[name] for name in KEPT if name in like}
@@ -216,7 +216,7 @@ def _saved_state(checkpoints: Checkpoints, saved: dict[str, Any], like: TrainSta
 
 
 def _kept(state: TrainState, stopping: EarlyStopping | None) -> TrainState:
-  """What is saved of a state; whether it was halted is not, nor is what is frozen."""
+  """Returns the entries of a state to save: all but `halted` and `frozen`, and the best epoch's weights."""
   kept = {name: state[name] for name in ("params", "opt_state", "average") if name in state}
   return kept | ({"best": stopping.best} if stopping and stopping.best else {})
 
