@@ -57,23 +57,23 @@ def additions_of(config: ml_collections.ConfigDict) -> Additions:
                    lora=Lora(sft.lora_rank, sft.lora_alpha) if method.lora else None)
 
 
-def pull(params: Params, anchor: Params, weight: float, grads: Params) -> tuple[jax.Array, Params]:
+def add_l2_sp(params: Params, anchor: Params, weight: float, grads: Params) -> tuple[jax.Array, Params]:
   """Returns the L2-SP penalty w/2 ||theta - anchor||^2, and `grads` plus its gradient w (theta - anchor).
 
-  >>> value, grads = pull({"a": jnp.array([3.0, 1.0])}, {"a": jnp.array([1.0, 1.0])}, 0.5, {"a": jnp.ones(2)})
+  >>> value, grads = add_l2_sp({"a": jnp.array([3.0, 1.0])}, {"a": jnp.array([1.0, 1.0])}, 0.5, {"a": jnp.ones(2)})
   >>> float(value), grads["a"].tolist()
   (1.0, [2.0, 1.0])
   """
-  away = lambda p, a: p - a.astype(p.dtype)
-  squares = jax.tree.map(lambda p, a: jnp.sum(jnp.square(away(p, a))), params, anchor)
-  return (weight / 2 * sum(jax.tree.leaves(squares)),
-          jax.tree.map(lambda g, p, a: g + weight * away(p, a), grads, params, anchor))
+  difference = lambda p, a: p - a.astype(p.dtype)
+  sums_of_squares = jax.tree.map(lambda p, a: jnp.sum(jnp.square(difference(p, a))), params, anchor)
+  return (weight / 2 * sum(jax.tree.leaves(sums_of_squares)),
+          jax.tree.map(lambda g, p, a: g + weight * difference(p, a), grads, params, anchor))
 
 
-def follow(average: Params, params: Params, decay: float) -> Params:
+def update_average(average: Params, params: Params, decay: float) -> Params:
   """Returns the moving average after a step: decay * average + (1 - decay) * params.
 
-  >>> follow({"a": jnp.array(1.0)}, {"a": jnp.array(3.0)}, 0.75)["a"].item()
+  >>> update_average({"a": jnp.array(1.0)}, {"a": jnp.array(3.0)}, 0.75)["a"].item()
   1.5
   """
   return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)

@@ -24,10 +24,10 @@ from imm_jax import distributed, files, integrity
 from imm_jax.errors import UserError
 
 # Errors that a disk, a bucket or tensorstore raises when a write fails.
-_REFUSALS = (OSError, ValueError, RuntimeError, ImportError)  # ImportError: the bucket's client is not installed
+_WRITE_ERRORS = (OSError, ValueError, RuntimeError, ImportError)  # ImportError: the bucket's client is not installed
 _POLL_S = 0.2
 # Matches states, their digests, states that are being written, and orbax's own files.
-_STATE = re.compile(r"\d+(\..*)?|.*orbax.*|_\w+|\.\w+")
+_OWN_FILES = re.compile(r"\d+(\..*)?|.*orbax.*|_\w+|\.\w+")
 
 
 def check_folder(folder: str) -> None:
@@ -42,7 +42,7 @@ def check_folder(folder: str) -> None:
     probe = path / f".writable-{os.getpid()}"
     probe.write_text("")
     probe.unlink()
-  except (*_REFUSALS, KeyError) as e:  # KeyError: an unknown URL scheme
+  except (*_WRITE_ERRORS, KeyError) as e:  # KeyError: an unknown URL scheme
     raise _unwritable(folder, e) from e
 
 
@@ -68,11 +68,11 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True)
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
-      foreign = sorted(path.name for path in self.folder.iterdir() if not _STATE.fullmatch(path.name))
+      foreign = sorted(path.name for path in self.folder.iterdir() if not _OWN_FILES.fullmatch(path.name))
       self._manager = ocp.CheckpointManager(
           self.folder if "://" in str(folder) else Path(folder).absolute(), options=options,
           item_handlers={"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()})
-    except _REFUSALS as e:
+    except _WRITE_ERRORS as e:
       raise _unwritable(folder, e) from e
     if foreign:  # the whole folder is removed when training is done
       raise UserError(f"{folder}: holds {foreign[0]}, which is no training state; keep states elsewhere "
@@ -96,10 +96,10 @@ class Checkpoints:
     about = self._read(step, "about", ocp.args.JsonRestore())
     if about.get("step") != step or about.get("input", {}).get("next_index") != step:
       raise self._unreadable(step, f"about: step {about.get('step')}, input {about.get('input')}")
-    found = about.get("identity", {})
-    other = sorted(key for key in found.keys() | self._identity.keys() if found.get(key) != self._identity.get(key))
-    if other:
-      raise UserError(f"{self.folder}: holds the training state of something else ({', '.join(other)} differ); remove "
+    stored = about.get("identity", {})
+    keys = sorted(key for key in stored.keys() | self._identity.keys() if stored.get(key) != self._identity.get(key))
+    if keys:
+      raise UserError(f"{self.folder}: holds the training state of something else ({', '.join(keys)} differ); remove "
                       "it to begin this training from its first step, or keep states elsewhere (config.sft.state_dir)")
     return about
 
@@ -114,7 +114,7 @@ class Checkpoints:
     try:
       stored = shapes(self._manager.item_metadata(step)["state"])
     except Exception as e:  # orbax may raise anything for a damaged state
-      raise self._unreadable(step, _cause(e)) from e
+      raise self._unreadable(step, _describe(e)) from e
     if stored != shapes(like):
       raise self._unreadable(step, "its tensors have other shapes than this model's")
     return self._read(step, "state", ocp.args.StandardRestore(like))
@@ -133,7 +133,7 @@ class Checkpoints:
       return
     items = ocp.args.Composite(state=ocp.args.StandardSave(state),
                                about=ocp.args.JsonSave({"step": step, "identity": self._identity, **about}))
-    self._guarded(lambda: self._manager.save(step, args=items, force=True))
+    self._run_write(lambda: self._manager.save(step, args=items, force=True))
     if distributed.is_main() and "://" not in str(self.folder):
       threading.Thread(target=self._seal_when_written, args=(step,), daemon=True).start()
 
@@ -169,8 +169,8 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Blocks until all writes are finished; raises as `save` does."""
-    self._guarded(self._manager.wait_until_finished)
-    self._guarded(self._manager.check_for_errors)
+    self._run_write(self._manager.wait_until_finished)
+    self._run_write(self._manager.check_for_errors)
     if distributed.is_main() and "://" not in str(self.folder):
       for step in self._manager.all_steps():
         self._seal(Path(self.folder) / str(step))
@@ -186,26 +186,26 @@ class Checkpoints:
     self._closed.set()
     try:
       self._manager.close()
-    except _REFUSALS as e:
+    except _WRITE_ERRORS as e:
       # Only a warning: after an error that error matters more, and after a finished training no state is needed.
       if kind is None and jax.process_index() == 0:
-        print(f"warning: {self.folder}: the last training state was not written ({_cause(e)})", file=sys.stderr)
+        print(f"warning: {self.folder}: the last training state was not written ({_describe(e)})", file=sys.stderr)
     finally:
       sys.unraisablehook = self._hook
       logging.get_absl_logger().removeFilter(_no_traceback)
 
-  def _guarded(self, work: Any) -> None:
+  def _run_write(self, work: Any) -> None:
     try:
       work()
-    except _REFUSALS as e:
-      raise UserError(f"{self.folder}: the training state cannot be written ({_cause(e)}); the last one that was "
+    except _WRITE_ERRORS as e:
+      raise UserError(f"{self.folder}: the training state cannot be written ({_describe(e)}); the last one that was "
                       "written is kept; make room, then give the same command again") from e
 
-  def _read(self, step: int, item: str, how: Any) -> Any:
+  def _read(self, step: int, item: str, args: Any) -> Any:
     try:
-      return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
+      return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
     except Exception as e:  # see restore
-      raise self._unreadable(step, _cause(e)) from e
+      raise self._unreadable(step, _describe(e)) from e
 
   def _unreadable(self, step: int, cause: str) -> UserError:
     return UserError(f"{self.folder / str(step)}: this training state cannot be read ({cause}); remove that folder to "
@@ -217,14 +217,14 @@ def ignore_closed_loops() -> Callable[[Any], Any]:
 
   After a failed read or write, which raises anyway, these threads call back into an event loop that orbax has closed.
   """
-  before = sys.unraisablehook
+  previous_hook = sys.unraisablehook
 
   def hook(event: Any) -> None:
     if "Event loop is closed" not in str(event.exc_value):
-      before(event)
+      previous_hook(event)
 
   sys.unraisablehook = hook
-  return before
+  return previous_hook
 
 
 def _no_orphan(record: Any) -> bool:
@@ -233,7 +233,7 @@ def _no_orphan(record: Any) -> bool:
 
 
 def _unwritable(folder: str | Path, error: BaseException) -> UserError:
-  return UserError(f"{folder}: training states cannot be written there ({_cause(error)})")
+  return UserError(f"{folder}: training states cannot be written there ({_describe(error)})")
 
 
 def _no_traceback(record: Any) -> bool:
@@ -241,7 +241,7 @@ def _no_traceback(record: Any) -> bool:
   return not (record.exc_info and "orbax" in record.pathname)
 
 
-def _cause(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
   """Returns one line that says why orbax, tensorstore or the system failed."""
   system = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore puts it at the end of a long line
   if system:

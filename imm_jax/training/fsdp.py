@@ -44,19 +44,19 @@ def map_gradients(gradients: Callable[..., tuple[Any, Params, Any]], params: Par
   Returns:
     The sum of the losses, the sum of the gradients (sharded like the parameters), and the numbers.
   """
-  specs_of = lambda tree: jax.tree_util.tree_map_with_path(
+  get_specs = lambda tree: jax.tree_util.tree_map_with_path(
       lambda path, leaf: sharding.param_sharding(mesh, sharding.path_name(path), leaf.shape).spec, tree)
   frozen = dict(frozen)
-  specs, frozen_specs = specs_of(params), {name: specs_of(tree) for name, tree in frozen.items()}
-  split = {sharding.path_name(path): _axis(spec) for tree in (specs, *frozen_specs.values())
+  specs, frozen_specs = get_specs(params), {name: get_specs(tree) for name, tree in frozen.items()}
+  split_axes = {sharding.path_name(path): _axis(spec) for tree in (specs, *frozen_specs.values())
            for path, spec in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, P))}
   # Mesh axes over which a gradient still has to be summed after the reduce-scatter.
-  apart = lambda axis: _ROWS if axis is None else ("data",)
+  unsummed_axes = lambda axis: _ROWS if axis is None else ("data",)
 
   def gather(path: str, part: jax.Array) -> jax.Array:
-    axis = split[path]
+    axis = split_axes[path]
     if sums is not None:  # `sums` are totals over all devices, so a layer's gradient must be summed before it is added
-      part = _added_up(part, apart(axis))
+      part = _sum_gradient(part, unsummed_axes(axis))
     # The weights of a single layer lack the leading axis on which layers are stacked.
     return part if axis is None else _gather(part, dtype, axis - path.startswith("layers."))
 
@@ -65,13 +65,13 @@ def map_gradients(gradients: Callable[..., tuple[Any, Params, Any]], params: Par
     loss, grads, numbers = gradients(params, batch, sums, frozen, gather=gather,
                                      add_up=lambda x: jax.lax.psum(x, _ROWS))
     if sums is None:
-      grads = jax.tree.map(lambda spec, g: jax.lax.psum(g, apart(_axis(spec))), specs, grads,
+      grads = jax.tree.map(lambda spec, g: jax.lax.psum(g, unsummed_axes(_axis(spec))), specs, grads,
                            is_leaf=lambda x: isinstance(x, P))
     return jax.lax.psum(loss, _ROWS), grads, numbers
 
   # check_vma=False: nothing is differentiated across this boundary, so JAX need not track which axes values vary over.
-  given = (specs, sharding.BATCH, specs if sums is not None else None, frozen_specs)
-  return jax.shard_map(local, mesh=mesh, in_specs=given, out_specs=(P(), specs, P()), check_vma=False)(
+  in_specs = (specs, sharding.BATCH, specs if sums is not None else None, frozen_specs)
+  return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(P(), specs, P()), check_vma=False)(
       params, batch, sums, frozen)
 
 
@@ -118,10 +118,10 @@ _constrain.defvjp(lambda part, dtype, used, stored: (_constrain(part, dtype, use
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _added_up(part: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def _sum_gradient(part: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   """Returns `part` unchanged; sums its gradient over `axes`."""
   del axes
   return part
 
 
-_added_up.defvjp(lambda part, axes: (part, None), lambda axes, _, g: (jax.lax.psum(g, axes),))
+_sum_gradient.defvjp(lambda part, axes: (part, None), lambda axes, _, g: (jax.lax.psum(g, axes),))

@@ -43,10 +43,10 @@ class Input:
     return self
 
   def __next__(self) -> dict[str, jax.Array]:
-    return {name: jax.make_array_from_callback(self._shape, self._sharding, lambda index, x=x: self._mine(x, index))
+    return {name: jax.make_array_from_callback(self._shape, self._sharding, lambda index, x=x: self._local(x, index))
             for name, x in next(self._iterator).items()}
 
-  def _mine(self, rows: Any, index: tuple[slice, ...]) -> Any:
+  def _local(self, rows: Any, index: tuple[slice, ...]) -> Any:
     begin, end, _ = index[0].indices(self._shape[0])
     return rows[begin - self._first:end - self._first]
 

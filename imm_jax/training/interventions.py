@@ -118,7 +118,7 @@ def set_mask(state: TrainState, mask: Params) -> TrainState:
   return state | {"opt_state": optax.tree.set(state["opt_state"], mask=mask)}
 
 
-def important(params: Params, grads: Params, top_p: float) -> Params:
+def importance_mask(params: Params, grads: Params, top_p: float) -> Params:
   """Selects the share `top_p` of each weight matrix's entries with the largest |g W|.
 
   Selects exactly max(1, round(top_p * size)) entries of each matrix; ties at the threshold go to the first in row-major
@@ -133,7 +133,7 @@ def important(params: Params, grads: Params, top_p: float) -> Params:
     A bool tree like `params`, sharded like them; all True for norms and biases.
 
   >>> head = lambda rows: {"lm_head": {"weight": jnp.array(rows)}}
-  >>> important(head([[1., -2.], [3., 4.]]), head([[1., 1.], [1., 0.]]), 0.5)["lm_head"]["weight"].tolist()
+  >>> importance_mask(head([[1., -2.], [3., 4.]]), head([[1., 1.], [1., 0.]]), 0.5)["lm_head"]["weight"].tolist()
   [[False, True], [True, False]]
   """
 
@@ -141,15 +141,15 @@ def important(params: Params, grads: Params, top_p: float) -> Params:
     stacked = path_name(path).startswith("layers.")
     if weight.ndim - stacked < 2:
       return jnp.ones(weight.shape, bool)
-    of_matrix = lambda pair: _largest(pair[0] * pair[1], top_p)
+    top = lambda pair: _top_share(pair[0] * pair[1], top_p)
     # One matrix at a time, so that the search only needs scratch memory for one.
-    return jax.lax.map(of_matrix, (weight, grad)) if stacked else of_matrix((weight, grad))
+    return jax.lax.map(top, (weight, grad)) if stacked else top((weight, grad))
 
-  where = jax.tree.map(lambda leaf: leaf.sharding, params)
-  return jax.jit(lambda *trees: jax.tree_util.tree_map_with_path(mask, *trees), out_shardings=where)(params, grads)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+  return jax.jit(lambda *trees: jax.tree_util.tree_map_with_path(mask, *trees), out_shardings=shardings)(params, grads)
 
 
-def _largest(scores: jax.Array, share: float) -> jax.Array:
+def _top_share(scores: jax.Array, share: float) -> jax.Array:
   """Returns a mask of the entries of a matrix [out, in] with the largest magnitudes.
 
   Searches for the threshold bit by bit, counting the entries at or above it. Each count is an integer sum over all
@@ -157,17 +157,17 @@ def _largest(scores: jax.Array, share: float) -> jax.Array:
   """
   bits = kernels.magnitude_bits(scores)
   count = lambda entries: jnp.sum(entries, dtype=jnp.uint32)
-  kept = jnp.uint32(max(1, round(share * scores.size)))
-  limit = _greatest(lambda value: count(bits >= value) >= kept)
+  wanted = jnp.uint32(max(1, round(share * scores.size)))
+  limit = _binary_search(lambda value: count(bits >= value) >= wanted)
   # Ties are common: embeddings of tokens that do not occur have zero gradients.
   row, column = (jax.lax.broadcasted_iota(jnp.uint32, scores.shape, axis) for axis in (0, 1))
   index = row * scores.shape[1] + column
-  ties, missing = bits == limit, kept - count(bits > limit)
-  end = _greatest(lambda value: count(ties & (index < value)) <= missing)
+  ties, missing = bits == limit, wanted - count(bits > limit)
+  end = _binary_search(lambda value: count(ties & (index < value)) <= missing)
   return (bits > limit) | ties & (index < end)
 
 
-def _greatest(holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
+def _binary_search(holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
   """Binary search for the largest uint32 that satisfies a monotone predicate that is true for 0."""
 
   def try_bit(i: jax.Array, value: jax.Array) -> jax.Array:

@@ -48,12 +48,12 @@ class Lora(NamedTuple):
 def abstract(config: ModelConfig, lora: Lora) -> Params:
   """Returns the adapters' shapes: {"layers": {block: {projection: {"lora_A": [L, r, in], "lora_B": [L, out, r]}}}}."""
   layers = abstract_params(config)["layers"]
-  found: Params = {}
+  shapes: Params = {}
   for name, block in MODULES.items():
     count, out, width = layers[block][name]["weight"].shape
-    found.setdefault(block, {})[name] = {"lora_A": jax.ShapeDtypeStruct((count, lora.rank, width), jnp.float32),
-                                         "lora_B": jax.ShapeDtypeStruct((count, out, lora.rank), jnp.float32)}
-  return {"layers": found}
+    shapes.setdefault(block, {})[name] = {"lora_A": jax.ShapeDtypeStruct((count, lora.rank, width), jnp.float32),
+                                          "lora_B": jax.ShapeDtypeStruct((count, out, lora.rank), jnp.float32)}
+  return {"layers": shapes}
 
 
 def init(config: ModelConfig, lora: Lora, mesh: Mesh, *, key: jax.Array) -> Params:
@@ -67,22 +67,22 @@ def init(config: ModelConfig, lora: Lora, mesh: Mesh, *, key: jax.Array) -> Para
       return jnp.zeros(leaf.shape, leaf.dtype)
     return jax.random.normal(keys[module], leaf.shape, leaf.dtype) * leaf.shape[-1]**-0.5
 
-  where = jax.tree_util.tree_map_with_path(
+  shardings = jax.tree_util.tree_map_with_path(
       lambda path, leaf: sharding.param_sharding(mesh, sharding.path_name(path), leaf.shape), shapes)
-  return jax.jit(lambda: jax.tree_util.tree_map_with_path(first, shapes), out_shardings=where)()
+  return jax.jit(lambda: jax.tree_util.tree_map_with_path(first, shapes), out_shardings=shardings)()
 
 
 def add(layer: Layer, adapters: Params, lora: Lora) -> Layer:
   """Returns a layer with W + s B A for each W; `adapters` are those of this layer, A [r, in] and B [out, r]."""
 
-  def with_change(path: tuple, weight: jax.Array) -> jax.Array:
-    *where, name = (key.name for key in path if key.name != "value")
-    found = functools.reduce(lambda tree, key: tree.get(key, {}), where, adapters)
-    if name != "weight" or not found:
+  def add_adapter(path: tuple, weight: jax.Array) -> jax.Array:
+    *parents, name = (key.name for key in path if key.name != "value")
+    adapter = functools.reduce(lambda tree, key: tree.get(key, {}), parents, adapters)
+    if name != "weight" or not adapter:
       return weight
-    return weight + lora.scale * jnp.matmul(found["lora_B"], found["lora_A"], precision=precision(jnp.float32))
+    return weight + lora.scale * jnp.matmul(adapter["lora_B"], adapter["lora_A"], precision=precision(jnp.float32))
 
-  return jax.tree_util.tree_map_with_path(with_change, layer)
+  return jax.tree_util.tree_map_with_path(add_adapter, layer)
 
 
 def save(adapters: Params, lora: Lora, out: Path, *, like: Path) -> None:
@@ -91,8 +91,8 @@ def save(adapters: Params, lora: Lora, out: Path, *, like: Path) -> None:
   Writes an HF folder with the merged weights in the dtypes of `like` (see `imm_jax.model.lora`), and the adapters in
   peft's format to its subfolder `adapter`. All processes must call it; process 0 writes.
   """
-  whole = jax.tree.map(lambda leaf: NamedSharding(leaf.sharding.mesh, P()), adapters)
-  adapters = jax.device_get(jax.jit(lambda tree: tree, out_shardings=whole)(adapters))
+  replicated = jax.tree.map(lambda leaf: NamedSharding(leaf.sharding.mesh, P()), adapters)
+  adapters = jax.device_get(jax.jit(lambda tree: tree, out_shardings=replicated)(adapters))
   if jax.process_index() != 0:
     return
   with tempfile.TemporaryDirectory() as scratch:
@@ -108,16 +108,12 @@ def write(adapters: Params, lora: Lora, folder: Path) -> None:
       "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0,
       "bias": "none", "target_modules": list(MODULES), "inference_mode": True}, indent=1) + "\n")
   safetensors.write(folder / ADAPTER_WEIGHTS, [
-      (name, array.dtype, array.shape, functools.partial(_whole, array)) for name, array in _named(adapters)])
+      (name, array.dtype, array.shape, lambda array=array: [array]) for name, array in _named_tensors(adapters)])
 
 
-def _named(adapters: Params) -> Iterator[tuple[str, np.ndarray]]:
+def _named_tensors(adapters: Params) -> Iterator[tuple[str, np.ndarray]]:
   """Yields the tensors of each layer under peft's names."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(adapters["layers"]):
     block, module, part = (key.key for key in path)
     for i, array in enumerate(np.asarray(leaf)):
       yield f"base_model.model.model.layers.{i}.{block}.{module}.{part}.weight", array
-
-
-def _whole(array: np.ndarray) -> list[np.ndarray]:
-  return [array]

@@ -122,7 +122,7 @@ def head_entropy(x: jax.Array, weight: jax.Array, weights: jax.Array, chunk: int
     x, weights = part
     return total + jnp.sum(weights * _entropies(_log_probs(x, w))), None
 
-  return jax.lax.scan(step, jnp.zeros((), jnp.float32), (_cut(x, chunk), _cut(weights, chunk)))[0]
+  return jax.lax.scan(step, jnp.zeros((), jnp.float32), (_chunked(x, chunk), _chunked(weights, chunk)))[0]
 
 
 def compare_heads(x: jax.Array, weight: jax.Array, base_x: jax.Array, base_weight: jax.Array, targets: jax.Array,
@@ -136,8 +136,8 @@ def compare_heads(x: jax.Array, weight: jax.Array, base_x: jax.Array, base_weigh
     entropies of p and of p_base.
 
   >>> x, w, base = jnp.array([[[1.0, 0.0]]]), jnp.eye(2), jnp.zeros((1, 1, 2))
-  >>> found = compare_heads(x, w, base, w, jnp.array([[0]]), jnp.ones((1, 1)), 1)
-  >>> [round(float(f), 4) for f in found]  # the first is ln cosh(1/2)
+  >>> sums = compare_heads(x, w, base, w, jnp.array([[0]]), jnp.ones((1, 1)), 1)
+  >>> [round(float(s), 4) for s in sums]  # the first is ln cosh(1/2)
   [0.1201, 0.3133, 0.6931, 0.5822, 0.6931]
   """
   w, base_w = weight.astype(x.dtype), base_weight.astype(base_x.dtype)
@@ -147,11 +147,12 @@ def compare_heads(x: jax.Array, weight: jax.Array, base_x: jax.Array, base_weigh
     log_p, base_log_p = _log_probs(x, w), _log_probs(base_x, base_w)
     hit = jnp.arange(w.shape[0]) == targets[..., None]
     loss = lambda log_p: -jnp.sum(jnp.where(hit, log_p, 0.0), axis=-1)
-    found = [jnp.sum(jnp.exp(base_log_p) * (base_log_p - log_p), axis=-1), loss(log_p), loss(base_log_p),
-             _entropies(log_p), _entropies(base_log_p)]
-    return total + jnp.stack([jnp.sum(weights * of) for of in found]), None
+    values = [jnp.sum(jnp.exp(base_log_p) * (base_log_p - log_p), axis=-1), loss(log_p), loss(base_log_p),
+              _entropies(log_p), _entropies(base_log_p)]
+    return total + jnp.stack([jnp.sum(weights * value) for value in values]), None
 
-  return jax.lax.scan(step, jnp.zeros(5, jnp.float32), tuple(_cut(a, chunk) for a in (x, base_x, targets, weights)))[0]
+  inputs = tuple(_chunked(a, chunk) for a in (x, base_x, targets, weights))
+  return jax.lax.scan(step, jnp.zeros(5, jnp.float32), inputs)[0]
 
 
 def _log_probs(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -191,8 +192,8 @@ def token_scores(x: jax.Array, weight: jax.Array, indices: jax.Array, targets: j
     logits = jax.lax.dot_general(part, w, (((2,), (1,)), ((), ())), **options)
     return None, (jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1))
 
-  norms, best = (jnp.moveaxis(found, 0, 1).reshape(x.shape[0], -1) for found in jax.lax.scan(
-      step, None, _cut(x, chunk))[1])
+  norms, best = (jnp.moveaxis(chunks, 0, 1).reshape(x.shape[0], -1) for chunks in jax.lax.scan(
+      step, None, _chunked(x, chunk))[1])
   at = lambda values: jnp.take_along_axis(values, indices, axis=1)
   # Target logits are computed separately: gathering them would need the logits of all positions in memory.
   logits = jnp.einsum("bed,bed->be", jnp.take_along_axis(x, indices[..., None], axis=1), jnp.take(w, targets, axis=0),
@@ -200,7 +201,7 @@ def token_scores(x: jax.Array, weight: jax.Array, indices: jax.Array, targets: j
   return logits - at(norms), at(best) == targets
 
 
-def _cut(a: jax.Array, chunk: int) -> jax.Array:
+def _chunked(a: jax.Array, chunk: int) -> jax.Array:
   """Reshapes [B, T, ...] to [number of chunks, B, C, ...], padded with zeros; rows stay on their devices."""
   length = a.shape[1]
   chunks = -(-length // chunk)
@@ -230,8 +231,8 @@ def _scan(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.Arra
       base_logits = dot(base_x[0], base_w, (((2,), (1,)), ((), ())))
       base_norm = jax.nn.logsumexp(base_logits, axis=-1, keepdims=True)
       base_p = jnp.exp(base_logits - base_norm)
-      found = jnp.sum(weights * jnp.sum(base_p * (base_logits - base_norm - (logits - norm)), axis=-1))
-      loss, kl, d = loss + share * found, kl + found, d + share * (p - base_p)
+      chunk_kl = jnp.sum(weights * jnp.sum(base_p * (base_logits - base_norm - (logits - norm)), axis=-1))
+      loss, kl, d = loss + share * chunk_kl, kl + chunk_kl, d + share * (p - base_p)
     if not gradients:
       return (loss, kl, dw), None
     d = (d * weights[..., None]).astype(x.dtype)
@@ -241,9 +242,9 @@ def _scan(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.Arra
     return (loss, kl, dw), dx
 
   zero = jnp.zeros(w.shape[::-1], jnp.float32) if gradients else None
-  none = jnp.zeros((), jnp.float32)
-  (loss, kl, dw), dx = jax.lax.scan(step, (none, none, zero),
-                                    tuple(_cut(a, chunk) for a in (x, targets, weights, *(base or ())[:1])))
+  scalar = jnp.zeros((), jnp.float32)
+  (loss, kl, dw), dx = jax.lax.scan(step, (scalar, scalar, zero),
+                                    tuple(_chunked(a, chunk) for a in (x, targets, weights, *(base or ())[:1])))
   if not gradients:
     return loss, kl, None, None
   dx = jnp.moveaxis(dx, 0, 1).reshape(batch, -1, x.shape[2])[:, :length]

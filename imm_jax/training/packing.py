@@ -47,7 +47,7 @@ class PackedBatches:
   """
 
   def __init__(self, examples: Sequence[TokenizedExample], *, epochs: int, global_batch: int, row_length: int,
-               seed: int | Sequence[int], row_multiple: int = 1, alone: bool = False):
+               seed: int | Sequence[int], row_multiple: int = 1, one_per_step: bool = False):
     """Plans the run.
 
     Args:
@@ -57,7 +57,7 @@ class PackedBatches:
       row_length: tokens per row.
       seed: seed of the order.
       row_multiple: R is rounded up to a multiple of this (devices times accumulation steps) with empty rows.
-      alone: whether each step holds a single example; `global_batch` is then ignored.
+      one_per_step: whether each step holds a single example; `global_batch` is then ignored.
 
     Raises:
       ValueError: when there are no examples, or one is longer than a row.
@@ -77,18 +77,18 @@ class PackedBatches:
     for epoch in range(epochs):
       rng = np.random.default_rng([*np.atleast_1d(seed), epoch])
       order = rng.permutation(len(examples))
-      rows = [[i] for i in order.tolist()] if alone else _first_fit(order, lengths, row_length)
+      rows = [[i] for i in order.tolist()] if one_per_step else _pack_rows(order, lengths, row_length)
       self._plan += [rows[i] for i in rng.permutation(len(rows))]
       ends.append(len(self._plan))
-    self._filled = 1 if alone else _rows_of_a_step(
+    self._filled = 1 if one_per_step else _choose_rows(
         len(self._plan) * global_batch / (epochs * len(examples)), len(self._plan))
     self.rows = -(-self._filled // row_multiple) * row_multiple
     self.epoch_ends = [-(-end // self._filled) for end in ends]
     self.empty_rows = self.rows - self._filled
     self.padding = 1 - epochs * int(lengths.sum()) / (len(self) * self.rows * row_length)
-    of_a_step = lambda total: epochs * float(total) / len(self)
-    self.per_step = of_a_step(len(examples))
-    self.tokens_per_step, self.squares_per_step = of_a_step(lengths.sum()), of_a_step((lengths**2).sum())
+    per_step = lambda total: epochs * float(total) / len(self)
+    self.per_step = per_step(len(examples))
+    self.tokens_per_step, self.squares_per_step = per_step(lengths.sum()), per_step((lengths**2).sum())
 
   def __len__(self) -> int:
     return -(-len(self._plan) // self._filled)
@@ -120,7 +120,7 @@ class PackedBatches:
 
   def one_by_one(self, row_multiple: int) -> "PackedBatches":
     """Returns the batches of a single pass over the same examples, with one example per batch."""
-    return self._pack(row_multiple=row_multiple, alone=True)
+    return self._pack(row_multiple=row_multiple, one_per_step=True)
 
   def members(self, step: int) -> list[int]:
     """Returns the sorted indices of the examples of a step."""
@@ -132,7 +132,7 @@ class PackedBatches:
     return self._plan[step * self._filled:(step + 1) * self._filled]
 
 
-def _rows_of_a_step(wanted: float, available: int) -> int:
+def _choose_rows(wanted: float, available: int) -> int:
   """Rounds the wanted number of rows to a multiple of 2, 4 or 8 if that changes it by at most an eighth.
 
   Most meshes then divide it. It must not depend on the mesh itself, or the order of the data would.
@@ -142,7 +142,7 @@ def _rows_of_a_step(wanted: float, available: int) -> int:
   return round(rows / unit) * unit
 
 
-def _first_fit(indices: np.ndarray, lengths: np.ndarray, row_length: int) -> list[list[int]]:
+def _pack_rows(indices: np.ndarray, lengths: np.ndarray, row_length: int) -> list[list[int]]:
   """Packs example indices into rows by first-fit decreasing."""
   rows: list[list[int]] = []
   room = np.zeros(len(indices), np.int64)

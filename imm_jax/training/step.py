@@ -14,7 +14,7 @@ from imm_jax.model import attention as attention_lib, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Layer, Params, abstract_params, bind
 from imm_jax.training import fsdp, lora
-from imm_jax.training.additions import PLAIN, Additions, follow, pull
+from imm_jax.training.additions import PLAIN, Additions, add_l2_sp, update_average
 from imm_jax.training.loss import anchored_loss, chunk_of, head_loss
 
 # Makes XLA overlap gathering of weights and summing of gradients with computation on TPUs, one weight at a time. By
@@ -55,7 +55,7 @@ def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array
     KLs: float32 scalars.
   """
   if additions.lora:
-    inputs = head_inputs(config, frozen["base"], batch, adapters=params, adding=additions.lora, **options)
+    inputs = head_inputs(config, frozen["base"], batch, adapters=params, lora_config=additions.lora, **options)
   else:
     inputs = head_inputs(config, params, batch, **options)
   x, head, targets, weights = inputs
@@ -101,7 +101,7 @@ def head_inputs(config: ModelConfig, params: Params, batch: dict[str, jax.Array]
 def hidden_states(config: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array, *,
                   attend: attention_lib.Attend, compute_dtype: jnp.dtype, remat: str = "none",
                   mesh: Mesh | None = None, gather: fsdp.Gather | None = None, adapters: Params | None = None,
-                  adding: lora.Lora | None = None) -> tuple[jax.Array, jax.Array]:
+                  lora_config: lora.Lora | None = None) -> tuple[jax.Array, jax.Array]:
   """Returns the head's inputs [B, T, D] in the compute dtype, and its weight [V, D].
 
   Args:
@@ -115,7 +115,7 @@ def hidden_states(config: ModelConfig, params: Params, tokens: jax.Array, positi
     mesh: mesh over which the rows are split; None when this runs on the rows of one device.
     gather: gathers a parameter for use: layers one by one, the other parameters at the start.
     adapters: see `lora.init`; they are added to the layers' weights.
-    adding: rank and alpha of the adapters.
+    lora_config: rank and alpha of the adapters.
   """
   hooks: dict[str, Any] = {}
   if gather is not None:
@@ -123,7 +123,7 @@ def hidden_states(config: ModelConfig, params: Params, tokens: jax.Array, positi
               for name, tree in params.items()}
     hooks["use"] = functools.partial(fsdp.gather_layer, gather)
   if adapters is not None:
-    hooks |= {"use": functools.partial(_adapted, adding, gather), "beside": adapters["layers"]}
+    hooks |= {"use": functools.partial(_add_adapters, lora_config, gather), "beside": adapters["layers"]}
   if mesh is not None:
     hooks["pin"] = lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, sharding.BATCH))
   model = bind(config, params)
@@ -131,7 +131,7 @@ def hidden_states(config: ModelConfig, params: Params, tokens: jax.Array, positi
   return x, model.head
 
 
-def _adapted(settings: lora.Lora, gather: fsdp.Gather | None, layer: Layer, adapters: Params) -> Layer:
+def _add_adapters(settings: lora.Lora, gather: fsdp.Gather | None, layer: Layer, adapters: Params) -> Layer:
   """Returns a layer, gathered if needed, with W + s B A for each W that has adapters."""
   if gather is not None:
     layer = fsdp.gather_layer(gather, layer)
@@ -166,12 +166,12 @@ def make_optimizer(schedule: optax.Schedule, *, weight_decay: float, grad_clip: 
   return optax.chain(clip, _adamw(schedule, weight_decay), *([transform] if transform else []))
 
 
-def _clip(largest: float) -> optax.GradientTransformation:
+def _clip(max_norm: float) -> optax.GradientTransformation:
   """Clips as `optax.clip_by_global_norm` does, whose elementwise division makes XLA keep a second gradient."""
 
   def clip(grads: Params, _: Params | None) -> Params:
     norm = optax.tree.norm(grads)
-    scale = jnp.where(norm < largest, 1.0, largest / norm)
+    scale = jnp.where(norm < max_norm, 1.0, max_norm / norm)
     return jax.tree.map(lambda g: g * scale, grads)
 
   return optax.stateless(clip)
@@ -184,7 +184,7 @@ def _adamw(schedule: optax.Schedule, weight_decay: float, *, b1: float = 0.9, b2
   A barrier completes the moments before the update reads them. Otherwise XLA computes them twice, once for the update,
   and keeps copies of both old moments, which on CPU costs twice the memory of the parameters.
   """
-  moments, after = optax.scale_by_adam(b1, b2, eps), optax.chain(
+  moments, others = optax.scale_by_adam(b1, b2, eps), optax.chain(
       optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(schedule))
 
   def update(grads: Params, state: Any, params: Params | None = None, *, halted: jax.Array | bool = False,
@@ -193,10 +193,10 @@ def _adamw(schedule: optax.Schedule, weight_decay: float, *, b1: float = 0.9, b2
     keep = lambda old, new: jax.tree.map(lambda o, n: jnp.where(halted, o, n), old, new)
     first = jax.lax.optimization_barrier(keep(first, moments.update(grads, first)[1]))
     means = (optax.tree.bias_correction(m, b, first.count) for m, b in ((first.mu, b1), (first.nu, b2)))
-    updates, new = after.update(jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), *means), tuple(rest), params)
+    updates, new = others.update(jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), *means), tuple(rest), params)
     return updates, (first, *keep(tuple(rest), new))
 
-  return optax.GradientTransformationExtraArgs(lambda params: (moments.init(params), *after.init(params)), update)
+  return optax.GradientTransformationExtraArgs(lambda params: (moments.init(params), *others.init(params)), update)
 
 
 def state_sharding(state: Any, mesh: Mesh) -> Any:
@@ -212,24 +212,24 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
 def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, *,
                additions: Additions = PLAIN, frozen: Frozen = _NONE) -> TrainState:
   """Creates the initial state; takes ownership of `params` and `frozen`, and shards moments like their parameters."""
-  params = jax.tree.map(own, params)
+  params = jax.tree.map(to_xla_memory, params)
   shardings = state_sharding(jax.eval_shape(optimizer.init, params), mesh)
   state = {"params": params, "opt_state": jax.jit(optimizer.init, out_shardings=shardings)(params),
-           "halted": not_halted(mesh)}
+           "halted": halt_flag(mesh)}
   state |= {"average": jax.tree.map(jnp.copy, params)} if additions.ema else {}
-  return state | ({"frozen": jax.tree.map(own, dict(frozen))} if frozen else {})
+  return state | ({"frozen": jax.tree.map(to_xla_memory, dict(frozen))} if frozen else {})
 
 
-def own(leaf: jax.Array) -> jax.Array:
+def to_xla_memory(leaf: jax.Array) -> jax.Array:
   """Moves a CPU array out of numpy's memory, which XLA cannot donate and the first step would copy; deletes it."""
   if next(iter(leaf.devices())).platform != "cpu":
     return leaf
-  own = jax.block_until_ready(jnp.copy(leaf))
+  copy = jax.block_until_ready(jnp.copy(leaf))
   leaf.delete()
-  return own
+  return copy
 
 
-def not_halted(mesh: Mesh) -> jax.Array:
+def halt_flag(mesh: Mesh) -> jax.Array:
   """Returns a false `halted` flag, replicated over the mesh."""
   return jax.jit(lambda: jnp.zeros((), bool), out_shardings=NamedSharding(mesh, P()))()
 
@@ -281,7 +281,7 @@ def gradient_function(config: ModelConfig, *, compute_dtype: jnp.dtype, accumula
   The loss is the mean over the learned tokens of the whole batch, or their sum with `mean=False`; `accumulation` splits
   the batch into that many parts, with the same gradient. The gradient is sharded like the parameters. If `sums`, a tree
   like the parameters, is given, the gradient is added to it layer by layer during the backward pass, which needs no
-  second tree if the caller donates it; each part of a batch is then summed over the `data` axis on its own. `numbers` has
+  second tree if the caller donates it; each part of a batch is then summed over the `data` axis. `numbers` holds
   `tokens`, the number of learned tokens, and with `additions.kl`, which is then part of the loss, also `kl`, its mean
   (or sum). With `additions.lora` the gradient is that of the adapters; other additions are ignored. `frozen` holds the
   state's frozen weights.
@@ -305,14 +305,14 @@ def gradient_function(config: ModelConfig, *, compute_dtype: jnp.dtype, accumula
       backward.with_refs(refs)(jnp.ones_like(value))
       return (jax.tree.map(jnp.add, carry[0], (value, numbers)), jax.tree.map(jax.freeze, refs)), None
 
-    def finish(found: tuple[jax.Array, dict[str, jax.Array]], grads: Params) -> tuple[jax.Array, Params, Any]:
-      return found[0], grads, {"tokens": total} | jax.tree.map(add_up, found[1])
+    def finish(value: tuple[jax.Array, dict[str, jax.Array]], grads: Params) -> tuple[jax.Array, Params, Any]:
+      return value[0], grads, {"tokens": total} | jax.tree.map(add_up, value[1])
 
     if accumulation == 1 and sums is None:
       return finish(*jax.value_and_grad(loss, has_aux=True)(params, batch))
     parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
-    none = (jnp.zeros(()), {"kl": jnp.zeros(())} if additions.kl else {})
-    first = (none, jax.tree.map(jnp.zeros_like, params) if sums is None else sums)
+    zeros = (jnp.zeros(()), {"kl": jnp.zeros(())} if additions.kl else {})
+    first = (zeros, jax.tree.map(jnp.zeros_like, params) if sums is None else sums)
     return finish(*jax.lax.scan(add, first, parts)[0])
 
   if mesh is None or mesh.size == 1:
@@ -338,7 +338,7 @@ def step_function(config: ModelConfig, optimizer: optax.GradientTransformation, 
     params = state["params"]
     loss, grads, numbers = gradients(params, batch, None, state.get("frozen", {}))
     if additions.l2_sp:
-      numbers["l2_sp"], grads = pull(params, state["frozen"]["anchor"], additions.l2_sp, grads)
+      numbers["l2_sp"], grads = add_l2_sp(params, state["frozen"]["anchor"], additions.l2_sp, grads)
       loss += numbers["l2_sp"]
     norm = optax.tree.norm(grads)
     # The host only reads the loss every few steps; until then the last good state must survive.
@@ -347,7 +347,7 @@ def step_function(config: ModelConfig, optimizer: optax.GradientTransformation, 
     new = jax.tree.map(lambda n, old: jnp.where(halted, old, n), optax.apply_updates(params, updates), params)
     changed = {"params": new, "opt_state": opt_state, "halted": halted}
     if additions.ema:
-      average = follow(state["average"], new, additions.ema)
+      average = update_average(state["average"], new, additions.ema)
       changed["average"] = jax.tree.map(lambda a, old: jnp.where(halted, old, a), average, state["average"])
     return state | changed, {"loss": loss, "grad_norm": norm, **numbers}
 

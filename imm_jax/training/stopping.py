@@ -17,7 +17,7 @@ from imm_jax.training.packing import PackedBatches
 from imm_jax.training.step import Frozen, TrainState, token_losses
 
 # The entries of a state that are kept from the best epoch.
-KEPT = ("params", "average")
+BEST_KEYS = ("params", "average")
 
 
 class EarlyStopping:
@@ -28,8 +28,8 @@ class EarlyStopping:
 
   Attributes:
     losses: held-out losses of the epochs so far.
-    best: weights of the best epoch (the `KEPT` entries of its state), or None before the first.
-    over: whether the last epoch was worse than the best.
+    best: weights of the best epoch (the `BEST_KEYS` of its state), or None before the first.
+    should_stop: whether the last epoch was worse than the best.
   """
 
   def __init__(self, config: ModelConfig, held_out: PackedBatches, ends: Sequence[int], *, mesh: Mesh,
@@ -50,7 +50,7 @@ class EarlyStopping:
     self.best: dict[str, Params] | None = None
 
   @property
-  def over(self) -> bool:
+  def should_stop(self) -> bool:
     return bool(self.losses) and self.losses[-1] > min(self.losses)
 
   @property
@@ -67,18 +67,18 @@ class EarlyStopping:
     loss = self._loss(state["params"], state.get("frozen", {}))
     if not self.losses or loss < min(self.losses):
       self.best = None  # frees its memory before the copy
-      self.best = jax.tree.map(jnp.copy, {name: state[name] for name in KEPT if name in state})
+      self.best = jax.tree.map(jnp.copy, {name: state[name] for name in BEST_KEYS if name in state})
     self.losses.append(loss)
     return loss
 
   def _loss(self, params: Params, frozen: Frozen) -> float:
-    total, count, before = 0.0, 0.0, None
+    total, count, pending = 0.0, 0.0, None
     for batch in Input(self._batches, self._mesh):
-      found = self._program(params, frozen, batch)
-      if before is not None:
-        total, count = total + float(before[0]), count + float(before[1])
-      before = found  # the host dispatches one batch ahead
-    return (total + float(before[0])) / (count + float(before[1]))
+      sums = self._program(params, frozen, batch)
+      if pending is not None:
+        total, count = total + float(pending[0]), count + float(pending[1])
+      pending = sums  # the host dispatches one batch ahead
+    return (total + float(pending[0])) / (count + float(pending[1]))
 
 
 @functools.lru_cache(maxsize=8)  # reused in every round of a run

@@ -44,10 +44,10 @@ def train_flops(config: ModelConfig, *, tokens: float, squares: float) -> float:
   return 6 * matmul_params(config) * tokens + attention * squares
 
 
-def window(steps: str) -> tuple[int, int] | None:
+def parse_window(steps: str) -> tuple[int, int] | None:
   """Parses `first:end`, the steps to profile, into a half-open range; an empty string gives None.
 
-  >>> window("10:13"), window("")
+  >>> parse_window("10:13"), parse_window("")
   ((10, 13), None)
 
   Raises:
@@ -55,17 +55,17 @@ def window(steps: str) -> tuple[int, int] | None:
   """
   if not steps:
     return None
-  found = re.fullmatch(r"(\d+):(\d+)", steps)
-  if not found or int(found[1]) >= int(found[2]):
+  match = re.fullmatch(r"(\d+):(\d+)", steps)
+  if not match or int(match[1]) >= int(match[2]):
     raise ValueError(f"{steps!r}: expected first:end, such as 10:13 for steps 10, 11 and 12")
-  return int(found[1]), int(found[2])
+  return int(match[1]), int(match[2])
 
 
 class Profile:
   """Profiles a range of steps with jax's profiler, for TensorBoard and Perfetto."""
 
   def __init__(self, steps: str, folder: Path):
-    self._window, self._folder, self._running = window(steps), folder, False
+    self._window, self._folder, self._running = parse_window(steps), folder, False
 
   def before(self, step: int) -> None:
     """Starts the recording if it begins with this step; to be called before each step."""

@@ -26,19 +26,19 @@ from imm_jax.training.step import (
   Frozen,
   TrainState,
   abstract_state,
+  halt_flag,
   init_state,
   make_optimizer,
   make_train_step,
-  not_halted,
-  own,
+  to_xla_memory,
 )
-from imm_jax.training.stopping import KEPT, EarlyStopping
+from imm_jax.training.stopping import BEST_KEYS, EarlyStopping
 
 # Called for every step in order with its number and its metrics, floats by name; and once more with `held_out_loss` for
 # the last step of an epoch.
 Report = Callable[..., None]
 # Number of examples that an error message lists.
-_NAMED = 8
+_MAX_LISTED = 8
 
 
 class Trained(NamedTuple):
@@ -103,8 +103,8 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
   optimizer = make_optimizer(schedule, weight_decay=weight_decay, grad_clip=clip, transform=intervention.transform)
   options = {"compute_dtype": compute_dtype, "accumulation": accumulation, "remat": remat, "attention": attention,
              "mesh": mesh}
-  measuring = {name: value for name, value in options.items() if name != "remat"}  # measuring has no backward pass
-  stopping = held_out and EarlyStopping(config, held_out, batches.epoch_ends, additions=additions, **measuring)
+  eval_options = {name: value for name, value in options.items() if name != "remat"}  # measuring has no backward pass
+  stopping = held_out and EarlyStopping(config, held_out, batches.epoch_ends, additions=additions, **eval_options)
   saved = checkpoints and checkpoints.latest()
   if saved:
     start, first_loss = saved["step"], saved["first_loss"]
@@ -124,10 +124,11 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
 
   def save(done: int, position: dict[str, Any]) -> None:
     about = {"held_out": list(stopping.losses)} if stopping else {}
-    checkpoints.save(done, _kept(state, stopping), input=position, first_loss=first_loss, last_loss=last_loss, **about)
+    checkpoints.save(done, _entries(state, stopping), input=position, first_loss=first_loss, last_loss=last_loss,
+                     **about)
 
   watch = preemption.watch() if checkpoints else contextlib.nullcontext(threading.Event())
-  with watch as told, progress.bar(len(batches), label, "step", initial=start) as bar:
+  with watch as stop_requested, progress.bar(len(batches), label, "step", initial=start) as bar:
     for step in range(start, len(batches)):
       if profile:
         profile.before(step)
@@ -142,16 +143,16 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
       done = step + 1
       last = done == len(batches)
       due = bool(checkpoints) and checkpoints.due(done) and not last
-      ends = bool(stopping) and stopping.due(done)
-      waits = due or last or ends or len(pending) == log_every
+      epoch_ends = bool(stopping) and stopping.due(done)
+      sync = due or last or epoch_ends or len(pending) == log_every
       # Several processes agree on stopping only where they wait anyway, and while no step is running: its collectives
       # and this one could otherwise run in different orders on different hosts.
-      if waits and jax.process_count() > 1:
+      if sync and jax.process_count() > 1:
         jax.block_until_ready(metrics)
-      stop = preemption.agreed(told) if jax.process_count() == 1 or waits else False
+      stop = preemption.agreed(stop_requested) if jax.process_count() == 1 or sync else False
       if profile:
         profile.after(step, metrics, last=last or stop)
-      if not (waits or stop):
+      if not (sync or stop):
         continue
       values = jax.device_get([metrics for _, metrics in pending])
       timed = len(pending) - (done - len(pending) == start)
@@ -161,8 +162,8 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
           if checkpoints and i > start:
             save(i, pending[i - done][0])
             checkpoints.wait()
-          kept = checkpoints and checkpoints.step and checkpoints.folder
-          raise UserError(_not_finite(label, i, value, batches, kept, lines))
+          folder = checkpoints and checkpoints.step and checkpoints.folder
+          raise UserError(_not_finite(label, i, value, batches, folder, lines))
         last_loss = float(value["loss"])
         first_loss = last_loss if first_loss is None else first_loss
         report(i, loss=last_loss, grad_norm=float(value["grad_norm"]), tokens=float(value["tokens"]),
@@ -171,9 +172,9 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
       bar.set_postfix(loss=f"{last_loss:.3f}", tokens_per_s=f"{speed.get('tokens_per_s', 0):.0f}", refresh=False)
       bar.update(len(pending))
       pending = []
-      if ends:
+      if epoch_ends:
         report(step, held_out_loss=stopping.measure(state))
-        if stopping.over and not last:
+        if stopping.should_stop and not last:
           if profile:
             profile.after(step, metrics, last=True)
           break
@@ -197,7 +198,7 @@ def _first_state(config: ModelConfig, params: Params, batches: PackedBatches, op
     return first()
   # The gradient is computed before the moments are allocated, because it takes as much memory.
   grads = importance.gradient(config, params, batches.one_epoch(), label=f"{label}: importance", **options)
-  mask = interventions.important(params, grads, intervention.top_p)
+  mask = interventions.importance_mask(params, grads, intervention.top_p)
   del grads
   return interventions.set_mask(first(), mask)
 
@@ -205,27 +206,27 @@ def _first_state(config: ModelConfig, params: Params, batches: PackedBatches, op
 def _saved_state(checkpoints: Checkpoints, saved: dict[str, Any], like: TrainState, load_frozen: Callable[[], Frozen],
                  stopping: EarlyStopping | None) -> TrainState:
   """Restores a state, adds the entries that are not saved, and restores `stopping`."""
-  wanted = _kept(like, None)
+  wanted = _entries(like, None)
   if stopping and saved["held_out"]:
-    wanted["best"] = {name: like[name] for name in KEPT if name in like}
+    wanted["best"] = {name: like[name] for name in BEST_KEYS if name in like}
   state = checkpoints.restore(saved["step"], wanted)
   if stopping:
     stopping.losses, stopping.best = saved["held_out"], state.pop("best", None)
-  frozen = {"frozen": jax.tree.map(own, dict(load_frozen()))} if "frozen" in like else {}
-  return like | state | frozen | {"halted": not_halted(next(iter(jax.tree.leaves(like))).sharding.mesh)}
+  frozen = {"frozen": jax.tree.map(to_xla_memory, dict(load_frozen()))} if "frozen" in like else {}
+  return like | state | frozen | {"halted": halt_flag(next(iter(jax.tree.leaves(like))).sharding.mesh)}
 
 
-def _kept(state: TrainState, stopping: EarlyStopping | None) -> TrainState:
+def _entries(state: TrainState, stopping: EarlyStopping | None) -> TrainState:
   """Returns the entries of a state to save: all but `halted` and `frozen`, and the best epoch's weights."""
-  kept = {name: state[name] for name in ("params", "opt_state", "average") if name in state}
-  return kept | ({"best": stopping.best} if stopping and stopping.best else {})
+  entries = {name: state[name] for name in ("params", "opt_state", "average") if name in state}
+  return entries | ({"best": stopping.best} if stopping and stopping.best else {})
 
 
 def _not_finite(label: str, step: int, value: dict[str, Any], batches: PackedBatches, folder: Any,
                 lines: Sequence[int] | None) -> str:
   members = [lines[i] if lines else i + 1 for i in batches.members(step)]
-  more = f" and {len(members) - _NAMED} more" if len(members) > _NAMED else ""
-  where = ", ".join(map(str, members[:_NAMED])) + more
+  more = f" and {len(members) - _MAX_LISTED} more" if len(members) > _MAX_LISTED else ""
+  where = ", ".join(map(str, members[:_MAX_LISTED])) + more
   advice = ("lower the learning rate or raise warmup_ratio, in a new --workdir" if step else
             "look for weights of the model that are not finite")
   kept = f"; the state before that step is kept in {folder}" if folder else ""

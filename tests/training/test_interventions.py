@@ -108,7 +108,7 @@ def _main(out: Path) -> None:
   for name, sizes in MESHES.items():
     mesh = make_mesh(sizes)
     params = make_params(mesh)
-    mask = interventions.important(params, make_grads(mesh), TOP_P)
+    mask = interventions.importance_mask(params, make_grads(mesh), TOP_P)
     placed[name] = all(jax.tree.leaves(jax.tree.map(
         lambda m, p: m.sharding.is_equivalent_to(p.sharding, p.ndim), mask, params)))
     np.savez(out / f"{name}.npz", **flat(mask))
@@ -207,7 +207,7 @@ def test_gradient_clipping_clips_at_its_own_norm(optimizer_of):
 def test_masks_are_those_of_a_sort(top_p: float):
   mesh = make_mesh()
   params, grads = make_params(mesh), make_grads(mesh)
-  masks = flat(interventions.important(params, grads, top_p))
+  masks = flat(interventions.importance_mask(params, grads, top_p))
   scores = flat(jax.tree.map(lambda p, g: jnp.abs(p * g), params, grads))
   ties = 0
   for name, mask in masks.items():
@@ -226,9 +226,9 @@ def test_masks_are_those_of_a_sort(top_p: float):
 def test_masks_are_the_same_on_every_mesh(out: Path, mesh: str):
   assert json.loads((out / "placed.json").read_text())[mesh]
   one = make_mesh()
-  want, got = flat(interventions.important(make_params(one), make_grads(one), TOP_P)), np.load(out / f"{mesh}.npz")
-  for name, mask in want.items():
-    np.testing.assert_array_equal(got[name], mask, err_msg=name)
+  masks = np.load(out / f"{mesh}.npz")
+  for name, mask in flat(interventions.importance_mask(make_params(one), make_grads(one), TOP_P)).items():
+    np.testing.assert_array_equal(masks[name], mask, err_msg=name)
 
 
 def moved(trained: dict[str, np.ndarray], start: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -285,7 +285,7 @@ def test_masks_are_no_part_of_the_compiled_step():
   for share in (0.1, 0.6):
     params = make_params(mesh)
     before = flat(params)
-    mask = interventions.important(params, make_grads(mesh), share)
+    mask = interventions.importance_mask(params, make_grads(mesh), share)
     state = interventions.set_mask(training.init_state(params, optimizer, mesh), mask)
     step = step or training.jit_step(training.step_function(t.CONFIG, optimizer, compute_dtype=jnp.float32, mesh=mesh),
                                      state)

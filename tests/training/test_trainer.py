@@ -179,4 +179,4 @@ def test_meter_reads_time_and_share_of_the_peak(monkeypatch):
 @pytest.mark.parametrize("steps", ["3", "3:3", "5:2", "a:b", "-1:4"])
 def test_a_profile_window_that_is_none_is_an_error(steps: str):
   with pytest.raises(ValueError, match="expected first:end"):
-    throughput.window(steps)
+    throughput.parse_window(steps)
