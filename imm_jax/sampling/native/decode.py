@@ -1,11 +1,11 @@
-"""Device side of the sampler: prompts in, tokens out, in fixed shapes.
+"""Device side of the sampler: jitted prefill and decoding with fixed shapes.
 
-A state holds B rows, each a sample on its way or a free place. Rows join and leave on their own: `insert` puts prompts
-that `prefill` has run into free rows, `decode` extends all rows by one token a step. What all prompts begin with is run
-once and held once, as a prefix; a row's slots are those of its own tokens, from the first on.
+A state holds B rows, each with a running sample or free. Rows join and leave independently: `insert` puts prompts that
+`prefill` has run into free rows, and `decode` extends all rows by one token per step. The common prefix of all prompts
+is run and stored once; a row's cache slots hold only its own tokens.
 
-Axes: B rows, R x T tokens of packed prompts, I prompts of a pack, J samples that join, N most new tokens, K key/value
-heads, S cache slots, P slots of the prefix, h head dim, V vocabulary.
+Axes: B rows, R x T tokens of packed prompts, I prompts of a pack, J samples that join, N maximum of new tokens, K
+key/value heads, S cache slots, P slots of the prefix, h head dim, V vocabulary.
 """
 
 import functools
@@ -23,8 +23,8 @@ from imm_jax.sampling.native.draws import sample
 
 
 class Static(NamedTuple):
-  """What is compiled in: the model, its dtype, ids that end a sample, how tokens are drawn, the devices where there are
-  several, and what reads the cache, one of `decode_kernels.KERNELS`."""
+  """Holds the static arguments of compilation; `mesh` is None on a single device, `ends` are the end tokens' ids, and
+  `kernel` is one of `decode_kernels.KERNELS`."""
 
   config: ModelConfig
   dtype: jnp.dtype
@@ -35,15 +35,15 @@ class Static(NamedTuple):
   kernel: str = "xla"
 
 
-# caches: for each layer (keys, values) [B, K, S, h], keys [B, K, h, S] for the kernel `columns`. By row, [B]: `used`
-# slots of the cache; the `last` token; `count` of tokens drawn; `done`; `keys` [B, 2]; `temperatures`; the `tokens`
-# [B, N] drawn.
+# caches: (keys, values) [B, K, S, h] of each layer, keys [B, K, h, S] for the kernel `columns`. Per row, [B]: number of
+# `used` cache slots; `last` token; `count` of drawn tokens; `done`; random `keys` [B, 2]; `temperatures`; the drawn
+# `tokens` [B, N].
 State = dict[str, Any]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def init(rows: int, slots: int, new_tokens: int, static: Static) -> State:
-  """B free rows."""
+  """Returns a state of B free rows."""
   config = static.config
   empty = lambda *shape: jnp.zeros((rows, config.num_kv_heads, *shape), static.dtype)
   keys = (config.head_dim, slots) if static.kernel == "columns" else (slots, config.head_dim)
@@ -57,19 +57,19 @@ def init(rows: int, slots: int, new_tokens: int, static: Static) -> State:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def no_prefix(slots: int, static: Static) -> Prefix:
-  """A prefix of no tokens, with P slots."""
+  """Returns an empty prefix with P slots."""
   empty = jnp.zeros((static.config.num_kv_heads, slots, static.config.head_dim), static.dtype)
   return _held([(empty, empty) for _ in range(static.config.num_layers)], jnp.int32(0), static)
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "static"))
 def prefix_of(caches: list[LayerCache], length: jax.Array, *, slots: int, static: Static) -> Prefix:
-  """The prefix that the first row of what `prefill` ran holds, in P slots."""
+  """Returns the first row of the caches of `prefill` as a prefix with P slots."""
   return _held(jax.tree.map(lambda x: x[0, :, :slots], caches), length, static)
 
 
 def _held(caches: list[LayerCache], length: jax.Array, static: Static) -> Prefix:
-  if static.mesh is not None:  # heads lie as the rows' own do
+  if static.mesh is not None:  # heads are sharded like those of the rows' caches
     where = NamedSharding(static.mesh, P("tensor"))
     caches = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, where), caches)
     length = jax.lax.with_sharding_constraint(length, NamedSharding(static.mesh, P()))
@@ -79,7 +79,7 @@ def _held(caches: list[LayerCache], length: jax.Array, static: Static) -> Prefix
 @functools.partial(jax.jit, static_argnames="static")
 def prefill(params: Params, prefix: Prefix, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array,
             last: jax.Array, *, static: Static) -> tuple[jax.Array, list[LayerCache]]:
-  """`Decoder.prefill`: logits of what comes next [I, V] and the caches [R, K, T, h]."""
+  """Runs `Decoder.prefill`; returns the next tokens' logits [I, V] and the caches [R, K, T, h]."""
   if static.mesh is not None:
     split = NamedSharding(static.mesh, P("data" if tokens.shape[0] % static.mesh.shape["data"] == 0 else None))
     tokens, positions, segment_ids = (
@@ -97,21 +97,21 @@ def insert(state: State, logits: jax.Array, caches: list[LayerCache], lengths: j
 
   Args:
     state: B rows.
-    logits: of `prefill`.
-    caches: of `prefill`.
-    lengths: int32 [I], of the prompts.
-    starts: int32 [I], where they begin among all R T tokens.
-    sources: int32 [J], which prompt each joining sample goes on from.
-    rows: int32 [J], where it goes; B is nowhere.
-    keys: uint32 [J, 2].
+    logits: from `prefill`.
+    caches: from `prefill`.
+    lengths: int32 [I], lengths of the prompts.
+    starts: int32 [I], their offsets within the R T tokens of the pack.
+    sources: int32 [J], the prompt that each joining sample continues.
+    rows: int32 [J], the row that it goes to; B drops it.
+    keys: uint32 [J, 2], random keys.
     temperatures: float32 [J].
     allowed: see `draws.sample`.
-    static: see there.
+    static: see `Static`.
   """
   rest = {name: value for name, value in state.items() if name != "caches"}
   started = _start(rest, logits, lengths, sources, rows, keys, temperatures, allowed, static=static)
   held = state["caches"]
-  for i, new in enumerate(caches):  # one after the other: XLA copies what it writes to here, and as one program all
+  for i, new in enumerate(caches):  # layer by layer, because XLA copies all caches that one program writes to
     held[i] = _join(held[i], new, starts, sources, rows, static=static)
   return {**started, "caches": held}
 
@@ -119,7 +119,7 @@ def insert(state: State, logits: jax.Array, caches: list[LayerCache], lengths: j
 @functools.partial(jax.jit, static_argnames="static", donate_argnames="state")
 def _start(state: State, logits: jax.Array, lengths: jax.Array, sources: jax.Array, rows: jax.Array, keys: jax.Array,
            temperatures: jax.Array, allowed: jax.Array, *, static: Static) -> State:
-  """All of a state but its caches, with the rows' first tokens."""
+  """Draws the first tokens of rows; returns the state without its caches."""
   first = sample(logits[sources], keys, jnp.zeros_like(rows), temperatures, allowed, top_p=static.top_p,
                  greedy=static.greedy)
   done = _ends(first, static) | (state["tokens"].shape[1] == 1)
@@ -134,7 +134,7 @@ def _join(layer: LayerCache, new: LayerCache, starts: jax.Array, sources: jax.Ar
           ) -> LayerCache:
   total, slots = new[0].shape[2], min(new[0].shape[2], layer[1].shape[2])
   row, first = starts[sources] // total, starts[sources] % total
-  # What lies beyond a prompt's end is another's or padding, and overwritten before it is seen.
+  # Slots beyond a prompt's end get padding or another prompt's tokens, but are overwritten before they are attended to.
   places = jnp.minimum(first[:, None] + jnp.arange(slots), total - 1)
 
   def put(cache: jax.Array, new: jax.Array, columns: bool) -> jax.Array:
@@ -150,7 +150,7 @@ def _join(layer: LayerCache, new: LayerCache, starts: jax.Array, sources: jax.Ar
 
 
 def shrink(state: State, rows: jax.Array, done: jax.Array, *, static: Static) -> State:
-  """The state with only these rows [B'], of which some may be `done` [B'] beforehand."""
+  """Returns the state with only the given rows [B'], of which those in `done` [B'] are marked as free."""
   caches = state["caches"]
   for i, layer in enumerate(caches):  # as in `grow`
     caches[i] = _take({"caches": layer}, rows, static=static)["caches"]
@@ -164,10 +164,10 @@ def _take(arrays: dict[str, Any], rows: jax.Array, *, static: Static) -> dict[st
 
 
 def grow(state: State, slots: int, *, columns: bool = False) -> State:
-  """The state with at least this many slots a row; `columns` where its keys lie so."""
+  """Grows the caches to at least `slots` slots per row; `columns` tells that keys have the layout of that kernel."""
   caches = state["caches"]
   if caches[0][1].shape[2] < slots:
-    for i, layer in enumerate(caches):  # one after the other, so that one layer at a time is held twice
+    for i, layer in enumerate(caches):  # layer by layer, so that only one exists twice at a time
       caches[i] = _widen(layer, slots=slots, columns=columns)
   return state
 
@@ -182,7 +182,7 @@ def _widen(layer: LayerCache, *, slots: int, columns: bool) -> LayerCache:
 @functools.partial(jax.jit, static_argnames="static", donate_argnames="state")
 def decode(params: Params, prefix: Prefix, state: State, stopped: jax.Array, steps: jax.Array, most_done: jax.Array,
            allowed: jax.Array, *, static: Static) -> State:
-  """Extends all rows but those `stopped` [B] for at most `steps` tokens, or until `most_done` rows are done."""
+  """Extends all rows except `stopped` [B] by at most `steps` tokens, until at least `most_done` rows are done."""
   body = lambda carry: (carry[0] + 1, extend(params, prefix, carry[1], allowed, static=static))
   going = lambda carry: (carry[0] < steps) & (jnp.sum(carry[1]["done"]) < most_done)
   state = state | {"done": state["done"] | stopped}
@@ -190,7 +190,7 @@ def decode(params: Params, prefix: Prefix, state: State, stopped: jax.Array, ste
 
 
 def extend(params: Params, prefix: Prefix, state: State, allowed: jax.Array, *, static: Static) -> State:
-  """The state one token later; what a row that is done draws goes nowhere."""
+  """Extends the state by one token; the draws of rows that are done are discarded."""
   rows, new_tokens = jnp.arange(state["done"].shape[0]), state["tokens"].shape[1]
   logits, caches = bind(static.config, params, scan=False).decode(
       state["last"], used=state["used"], caches=state["caches"], prefix=prefix, compute_dtype=static.dtype,
@@ -206,7 +206,7 @@ def extend(params: Params, prefix: Prefix, state: State, allowed: jax.Array, *, 
 
 
 def _placed(arrays: State, static: Static) -> State:
-  """Caches split over the devices, all else on each of them."""
+  """Constrains the caches to be split over the mesh, and everything else to be replicated."""
   if static.mesh is None:
     return arrays
   everywhere = NamedSharding(static.mesh, P())

@@ -1,6 +1,6 @@
-"""Samples that wait for a row: what their prompts share, how prompts are packed, and which sizes there are.
+"""The queue of samples that wait for a row: common prefixes, packing of prompts, and the choice of array sizes.
 
-Every size is compiled, so there are few: lengths and rows come from ladders whose steps grow with them.
+Each size is a compilation, so there are few: numbers of slots and rows are rounded up to coarse steps.
 """
 
 import bisect
@@ -14,24 +14,24 @@ import numpy as np
 
 from imm_jax.model.cached import LayerCache
 
-# Tokens of a packed row, where no prompt is longer: scores grow with the square of it.
+# Length of a packed row if no prompt is longer: attention scores grow with its square.
 _ROW = 256
-# Tokens that prompts are run in at once, on a CPU and elsewhere: what more would gain is small, what it would hold not.
+# Tokens per prefill, on a CPU and elsewhere: more would be hardly faster but take more memory.
 _AT_ONCE, _AT_ONCE_ELSEWHERE = 1024, 8192
-# Prompts of a pack: one for so many tokens, for each takes logits of the whole vocabulary.
+# A pack has at most one prompt per this many tokens, because each needs logits of the whole vocabulary.
 _TOKENS_A_PROMPT = 16
-# Waiting prompts that are tried where the next does not fit.
+# Number of waiting prompts, beyond those of a full pack, that are considered for filling it.
 _AHEAD = 64
 _LEAST_SLOTS = 64
-# Of all rows; rows shrink to these shares when none waits.
+# When no sample waits, rows shrink to these shares of all rows.
 _SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
 _LEAST_ROWS = 8
-# Tokens that are worth sharing.
+# Shorter common prefixes are not shared.
 _LEAST_SHARED = 16
 
 
 class Sample(NamedTuple):
-  """One completion that is asked for: of the prompt with this index and id, its number among that prompt's."""
+  """Identifies a requested completion by its prompt's index and id, and its number among that prompt's samples."""
 
   prompt: int
   number: int
@@ -40,28 +40,28 @@ class Sample(NamedTuple):
 
 
 class Shape(NamedTuple):
-  """Of a pack of prompts: R rows of T tokens, and at most so many prompts."""
+  """Holds the shape of a pack: R rows of T tokens, and the maximum number of prompts."""
 
   rows: int
   length: int
   prompts: int
 
   def fewer(self, rows: int, prompts: int, parts: int) -> "Shape":
-    """The smallest of this, its half, its quarter and so on that holds as much; rows stay a multiple of `parts`."""
+    """Halves the shape while it holds `rows` and `prompts` and its rows are a multiple of `parts`."""
     if self.rows % (2 * parts) or self.rows // 2 < rows or self.prompts // 2 < prompts:
       return self
     return Shape(self.rows // 2, self.length, self.prompts // 2).fewer(rows, prompts, parts)
 
 
 class Pack(NamedTuple):
-  """Prompts to run.
+  """Holds packed prompts.
 
   Attributes:
     tokens: int32 [R, T].
     positions: int32 [R, T], from 0 in every prompt.
     segment_ids: int32 [R, T], from 1; 0 is padding.
-    lengths: int32 [I], of the prompts.
-    starts: int32 [I], where they begin among all R T tokens.
+    lengths: int32 [I], lengths of the prompts.
+    starts: int32 [I], their offsets within the R T tokens.
   """
 
   tokens: np.ndarray
@@ -72,12 +72,12 @@ class Pack(NamedTuple):
 
   @property
   def last(self) -> np.ndarray:
-    """Where the prompts' last tokens lie, int32 [I]."""
+    """The offsets of the prompts' last tokens, int32 [I]."""
     return self.starts + self.lengths - 1
 
 
 class Run(NamedTuple):
-  """A pack that was run: (logits, caches), and the samples that wait for a row, each with its prompt's place in it."""
+  """Holds a pack, its (logits, caches), and the samples that wait for a row, with their prompts' places in the pack."""
 
   pack: Pack
   run: tuple[jax.Array, list[LayerCache]]
@@ -85,11 +85,11 @@ class Run(NamedTuple):
 
 
 class Queue:
-  """Samples that wait for a row; prompts are run a pack at a time, once each."""
+  """Hands out samples that wait for a row; each prompt is run once, a pack at a time."""
 
   def __init__(self, ids: Sequence[list[int]], asked: Sequence[Sample], shape: Shape,
                run: Callable[[Pack], tuple[jax.Array, list[LayerCache]]], *, parts: int = 1):
-    """Runs nothing yet; `ids` are the prompts' own tokens, less what they share, `parts` as in `pack_shape`."""
+    """Queues samples; `ids` are the prompts' tokens without the common prefix, `parts` is as in `pack_shape`."""
     self._ids, self._shape, self._run, self._parts = ids, shape, run, parts
     by_prompt = collections.defaultdict(list)
     for sample in asked:
@@ -101,14 +101,14 @@ class Queue:
     return bool(self._waiting) or self._current is not None
 
   def take(self, count: int) -> tuple[list[tuple[int, Sample]], Run]:
-    """At most `count` samples, each with the place of its prompt in a pack, and the pack; runs one if need be."""
+    """Takes at most `count` samples, with their prompts' places in a pack, and that pack; runs one if needed."""
     current = self._current or self._next()
     taken = [current.waiting.popleft() for _ in range(min(count, len(current.waiting)))]
     self._current = current if current.waiting else None
     return taken, current
 
   def _next(self) -> Run:
-    """Packs prompts, of those that wait the longest first, each into the first row that has room."""
+    """Packs and runs prompts by first-fit decreasing among those that wait longest."""
     window, self._waiting = self._waiting[:_AHEAD + self._shape.prompts], self._waiting[_AHEAD + self._shape.prompts:]
     rows: list[list[int]] = [[] for _ in range(self._shape.rows)]
     room, taken = [self._shape.length] * self._shape.rows, set()
@@ -128,7 +128,7 @@ class Queue:
 
 
 def packed(rows: Sequence[Sequence[Sequence[int]]], shape: Shape) -> Pack:
-  """Prompts laid end to end in rows."""
+  """Concatenates the prompts of each row into a pack."""
   tokens, positions, segment_ids = (np.zeros((shape.rows, shape.length), np.int32) for _ in range(3))
   lengths, starts = np.ones(shape.prompts, np.int32), np.zeros(shape.prompts, np.int32)
   count = 0
@@ -143,12 +143,12 @@ def packed(rows: Sequence[Sequence[Sequence[int]]], shape: Shape) -> Pack:
 
 
 def pack_shape(lengths: Sequence[int], *, parts: int = 1, cpu: bool = True) -> Shape:
-  """The shape of the packs of prompts.
+  """Chooses the shape of packs.
 
   Args:
-    lengths: of the prompts, less what they share.
-    parts: rows are a multiple of this, for so many devices split them.
-    cpu: whether it is a CPU that runs them.
+    lengths: lengths of the prompts without the common prefix.
+    parts: number of devices that split the rows; rows are a multiple of it.
+    cpu: whether they run on a CPU.
 
   >>> pack_shape([40]), pack_shape([60] * 100), pack_shape([900, 30])
   (Shape(rows=1, length=64, prompts=4), Shape(rows=4, length=256, prompts=64), Shape(rows=1, length=1024, prompts=64))
@@ -162,21 +162,21 @@ def pack_shape(lengths: Sequence[int], *, parts: int = 1, cpu: bool = True) -> S
 
 
 def shared(ids: Sequence[Sequence[int]], samples: int) -> int:
-  """How many tokens all prompts begin with; one at least is left to each, whose logits are the next token's.
+  """Returns the length of the common prefix of all prompts, 0 if it is short; leaves each prompt its last token.
 
   >>> shared([list(range(40)) + [1, 2], list(range(40)) + [3]], 2), shared([[1, 2, 3], [1, 2, 4]], 2)
   (40, 0)
   """
   if samples < 2 or not ids:
     return 0
-  first, last = min(ids), max(ids)  # what these share, all do
+  first, last = min(ids), max(ids)  # the prefix of the extremes in lexical order is common to all
   most = min(map(len, ids)) - 1
   count = next((i for i in range(most) if first[i] != last[i]), most)
   return count if count >= _LEAST_SHARED else 0
 
 
 def slots_of(length: int) -> int:
-  """Slots that hold so many tokens: 64, 128, 192, 256, 384, 512, 768, ...
+  """Rounds a number of tokens up to a number of slots: 64, 128, 192, 256, 384, 512, 768, ...
 
   >>> [slots_of(n) for n in (1, 65, 200, 257, 1500)]
   [64, 128, 256, 384, 1536]
@@ -188,17 +188,17 @@ def slots_of(length: int) -> int:
 
 
 def most_slots(length: int) -> int:
-  """The least multiple of 64 that holds so many tokens: what a cache need not grow past."""
+  """Returns the number of slots beyond which a cache of `length` tokens need not grow: a multiple of 64."""
   return -(-max(1, length) // _LEAST_SLOTS) * _LEAST_SLOTS
 
 
 def rows_of(batch_size: int, asked: int) -> int:
-  """Samples that are decoded at once, of so many that are asked for."""
+  """Returns how many of the `asked` samples are decoded at once."""
   return min(batch_size, 1 << (max(1, asked) - 1).bit_length())
 
 
 def fewer_rows(rows: int, parts: int = 1) -> list[int]:
-  """The numbers of rows that `rows` shrink to, smallest first; multiples of `parts`.
+  """Returns the numbers of rows that `rows` can shrink to, ascending, and `rows`; all multiples of `parts`.
 
   >>> fewer_rows(64), fewer_rows(12)
   ([8, 16, 24, 32, 48, 64], [8, 9, 12])
@@ -209,5 +209,5 @@ def fewer_rows(rows: int, parts: int = 1) -> list[int]:
 
 
 def fitting_rows(sizes: Sequence[int], going: int) -> int:
-  """The smallest of some numbers of rows, smallest first, that so many samples fit in."""
+  """Returns the smallest of the ascending `sizes` that holds `going` samples."""
   return sizes[bisect.bisect_left(sizes, going)]

@@ -1,8 +1,8 @@
 """The JAX sampler: continuous batching over a fixed number of rows.
 
-Rows whose samples end make room for prompts that wait, a few at a time, so that answers of very different lengths keep
-the device busy. Random keys are folded from (seed, prompt id, sample number, token number): which row a sample ran in
-and what ran beside it changes nothing but the rounding of sums.
+Waiting prompts take the rows of samples that have ended, a few at a time, so that answers of very different lengths
+keep the device busy. Random keys are folded from (seed, prompt id, sample number, token number), so that the row of a
+sample and the samples it runs with affect nothing but the rounding of sums.
 """
 
 import functools
@@ -28,9 +28,9 @@ from imm_jax.sampling.native import decode, queue
 from imm_jax.sampling.native.queue import Sample
 from imm_jax.sampling.progress import Progress
 
-# Steps between looks at what has come: at texts for stop strings, at rows that are done, and for the progress bar.
+# Steps between checks for stop strings and rows that are done, and updates of the progress bar.
 _STEPS = 16
-# Rows join once this share of all is free: rarer than one by one, and most rows stay busy.
+# Samples join once 1/_REFILL_SHARE of all rows are free: less often than one by one, while most rows stay busy.
 _REFILL_SHARE = 8
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -44,17 +44,16 @@ class NativeSampler:
 
     Args:
       folder: an HF checkpoint folder with a tokenizer.
-      compute_dtype: of weights, activations and cache: bfloat16, float16 or float32.
-      batch_size: samples that are decoded at once.
-      mesh: weights and cache are split over it, see `sharding.for_decoding`; None takes the first device.
-      params: weights in memory in place of the folder's, whose other files still count; as training has them, with
-        layers stacked.
-      kernel: what reads the cache, one of `decode_kernels.KERNELS`; empty for `columns` on CPUs and `xla` elsewhere.
-        The kernels for GPUs and TPUs have not run on them.
+      compute_dtype: dtype of weights, activations and cache: bfloat16, float16 or float32.
+      batch_size: number of samples decoded at once.
+      mesh: mesh that weights and cache are split over, see `sharding.for_decoding`; None takes the first device.
+      params: weights in memory that replace those of the folder, with stacked layers as in training.
+      kernel: attention kernel, one of `decode_kernels.KERNELS`; empty for `columns` on CPUs and `xla` elsewhere. The
+        kernels for GPUs and TPUs have not been run on these.
 
     Raises:
       ValueError: for an argument out of range.
-      UserError: for a checkpoint or tokenizer that cannot be read, or an end-of-text token that is no token id.
+      UserError: for a checkpoint or tokenizer that cannot be read, or an invalid end-of-text token id.
     """
     if compute_dtype not in _DTYPES:
       raise ValueError(f"compute_dtype={compute_dtype!r}: expected one of {', '.join(_DTYPES)}")
@@ -62,11 +61,11 @@ class NativeSampler:
       raise ValueError(f"batch_size={batch_size}: expected 1 or more")
     self._dtype = jnp.dtype(compute_dtype)
     self._batch_size = batch_size
-    self._sizes: set[str] = set()  # of what was compiled
+    self._sizes: set[str] = set()  # sizes of compiled programs, for the log
     config = hf.read_config(folder)
     self._mesh = sharding.for_decoding(mesh, config.num_kv_heads) if mesh is not None and mesh.size > 1 else None
     place = functools.partial(sharding.param_sharding, self._mesh) if self._mesh else None
-    # What is wrong with the small files shows before weights are read.
+    # The small files come first, so that their errors show before the weights are read.
     self.tokenizer, self._eos = completions.load(Path(folder), config.vocab_size)
     if params is None:
       self._config, self._params = hf.load(folder, dtype=self._dtype, place=place, stacked=False)
@@ -85,23 +84,23 @@ class NativeSampler:
     """Samples `num_samples` completions of every prompt.
 
     Args:
-      prompts: ids must differ where independent samples are wanted.
-      max_new_tokens: at most this many a sample.
-      num_samples: completions of each prompt.
-      temperatures: sample j runs at `temperatures[j % len(temperatures)]`; 0 is greedy.
-      top_p: sample from the smallest set of tokens that holds this much probability.
-      stop: a completion ends before the first of these strings; a special token counts as the text that it stands
-        for, such as `<|im_end|>`, alone or with other text.
-      seed: of all samples.
-      label: what the progress bar says.
-      quiet: shows none.
+      prompts: prompts to continue; those with equal ids do not get independent samples.
+      max_new_tokens: maximum number of tokens per sample.
+      num_samples: completions per prompt.
+      temperatures: sample j uses `temperatures[j % len(temperatures)]`; 0 is greedy.
+      top_p: probability mass of nucleus sampling.
+      stop: a completion ends before the first of these strings; special tokens are matched by their text, such as
+        `<|im_end|>`, alone or with other text.
+      seed: seed of all samples.
+      label: text of the progress bar.
+      quiet: whether to hide the progress bar.
 
     Returns:
-      For each prompt, in order, its completions.
+      The completions of each prompt, in order.
 
     Raises:
-      ValueError: for a prompt without a token, or an argument out of range.
-      UserError: for a prompt with a token that the embedding has no row of.
+      ValueError: for an empty prompt, or an argument out of range.
+      UserError: for a prompt with a token id outside of the embedding.
     """
     completions.check_arguments(max_new_tokens, num_samples, temperatures, top_p, stop, seed)
     ids = completions.encode(self.tokenizer, prompts, self._config.vocab_size)
@@ -109,7 +108,7 @@ class NativeSampler:
       say_once(f"warning: prompts with max_new_tokens={max_new_tokens} go past the {self._config.max_positions} "
                "positions that config.json gives the model (max_position_embeddings); what it writes there may make no "
                "sense")
-    # A special token stops a sample where it is drawn, without a look at the text.
+    # Special tokens end a sample on the device, without decoding its text.
     ends, texts = completions.endings(self.tokenizer, self._eos, stop, self._config.vocab_size)
     asked = [Sample(p, s, prompts[p].id, temperatures[s % len(temperatures)])
              for p in range(len(prompts)) for s in range(num_samples)]
@@ -127,7 +126,7 @@ class NativeSampler:
 
   def _run(self, ids: list[list[int]], asked: list[Sample], static: decode.Static, max_new_tokens: int,
            stop: tuple[str, ...], seed: int) -> Iterator[tuple[list[tuple[Sample, np.ndarray]], int]]:
-    """Yields samples with their tokens as they end, and how many tokens all that go on have so far."""
+    """Yields, every few steps, the samples that ended with their tokens, and the token count of running samples."""
     parts, cpu = (self._mesh.shape["data"] if self._mesh else 1), self._platform == "cpu"
     common = queue.shared(ids, len(asked))
     prefix = self._prefix(ids[0][:common] if ids else [], static, parts)
@@ -143,7 +142,7 @@ class NativeSampler:
     while True:
       while waiting and (free := [i for i, sample in enumerate(places) if sample is None]):
         joining, run = waiting.take(min(len(free), refill))
-        # With room for some steps, or a size would be compiled for few steps alone.
+        # Leaves room for some steps, so that no size is compiled for only a few steps.
         slots = max(slots, min(most, queue.slots_of(int(run.pack.lengths.max()) + _STEPS)))
         state = decode.grow(state, slots, columns=static.kernel == "columns")
         samples = [sample for _, sample in joining]
@@ -151,7 +150,7 @@ class NativeSampler:
             state, *run.run, run.pack.lengths, run.pack.starts, _padded([i for i, _ in joining], refill, np.int32),
             _padded(free[:len(joining)], refill, np.int32, rows), _row_keys(seed, samples, refill),
             _padded([s.temperature for s in samples], refill, np.float32), self._allowed, static=static)
-        del run  # with its caches
+        del run  # frees its caches
         for place, sample in zip(free, samples, strict=False):
           places[place] = sample
       going = [i for i, sample in enumerate(places) if sample is not None]
@@ -167,7 +166,7 @@ class NativeSampler:
       if used >= slots:
         slots = min(most, queue.slots_of(slots + 1))
         state = decode.grow(state, slots, columns=static.kernel == "columns")
-      # Until some may join, or until fewer rows would do.
+      # Decodes until enough rows are free for others to join, or for the rows to shrink.
       fewer = sizes[sizes.index(size) - 1] if size > sizes[0] else 0
       self._sizes.add(f"decode {size} rows x {slots} slots after {prefix.caches[0][0].shape[1]}")
       state = decode.decode(
@@ -183,7 +182,7 @@ class NativeSampler:
       yield ended, sum(int(counts[i]) for i in going if places[i] is not None)
 
   def _prefix(self, ids: list[int], static: decode.Static, parts: int) -> Prefix:
-    """What all prompts begin with, run once."""
+    """Runs the common prefix of all prompts."""
     slots = queue.slots_of(1)
     prefix = self._here(decode.no_prefix(slots, static))
     if not ids:
@@ -198,18 +197,18 @@ class NativeSampler:
                           static=static)
 
   def _here(self, arrays: Any) -> Any:
-    """Arrays where the weights are: one that may be anywhere is another argument to jit."""
+    """Commits arrays to the weights' device, because jit compiles anew for uncommitted ones."""
     return arrays if self._mesh else jax.device_put(arrays, self._allowed.sharding)
 
   def _stopped(self, tokens: np.ndarray, stop: tuple[str, ...]) -> bool:
-    """Whether a stop string shows; a look at the end of the text says mostly that none does."""
+    """Returns whether the text has a stop string; mostly its last tokens suffice to rule that out."""
     recent = _STEPS + 4 * max(map(len, stop))  # a character has at most four tokens
     shows = lambda part: any(s in decode_continuation(self.tokenizer, part, skip_special_tokens=False) for s in stop)
     return shows(tokens[-recent:]) and shows(tokens)
 
 
 def _for_decoding(params: Params, layers: int, dtype: jnp.dtype, mesh: Mesh | None) -> Params:
-  """Stacked parameters as decoding needs them: a list of layers, of this dtype, placed on the mesh or on one device."""
+  """Converts stacked parameters for decoding: unstacks layers, casts, and places them on the mesh or one device."""
   device = jax.devices()[0] if mesh is None else None
 
   def put(path: tuple, leaf: jax.Array) -> jax.Array:

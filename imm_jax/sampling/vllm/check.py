@@ -1,4 +1,4 @@
-"""`python -m imm_jax.sampling.vllm --check`: whether a usable vLLM is there, and which."""
+"""`python -m imm_jax.sampling.vllm --check`: reports whether a usable vLLM is available."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ print("vLLM", vllm.__version__, "torch", torch.__version__, "Python", platform.p
 
 
 def main() -> None:
-  """Prints a line for the environment and for each server; a UserError when none can be used."""
+  """Prints a line for the environment or for each server; raises UserError if none is usable."""
   if not _CHECK.value or bool(_PYTHON.value) == bool(_URLS.value):
     raise UserError("give --check, and --python=PROGRAM or --urls=URL,...")
   if _PYTHON.value:
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def of_environment(python: str) -> str:
-  """Which vLLM an interpreter has; raises UserError when it cannot be imported."""
+  """Describes the vLLM of an interpreter; raises UserError if it cannot be imported."""
   python = vllm_server.find_python(python)
   try:
     done = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, errors="replace", check=False,
@@ -57,7 +57,7 @@ def of_environment(python: str) -> str:
 
 
 def of_server(server: Server) -> str:
-  """Which vLLM a server is, what it serves, and whether it can reload weights."""
+  """Describes a server: its version, its model, and whether it can reload weights."""
   server.check_health()
   version, model = server.version(), server.model()
   reloads = "reloads weights" if server.can_reload() else (

@@ -1,4 +1,4 @@
-"""The sampler that asks vLLM servers."""
+"""A sampler that uses vLLM servers."""
 
 import contextlib
 import functools
@@ -29,18 +29,18 @@ from imm_jax.sampling.vllm.client import NEUTRAL, Generated, Server, ServerError
 from imm_jax.sampling.vllm.dispatch import Dispatcher, none_left
 from imm_jax.sampling.vllm.server import SpawnedServer
 
-# Seeds of a question at a temperature are consecutive; the questions' lie at least so far apart.
+# The samples of a prompt at a temperature have consecutive seeds; blocks of seeds are this far apart.
 _SEED_STEP = 1 << 12
 _POLL_S = 2.0
-# By URL, the checkpoint that this process last had a server elsewhere load.
+# URL -> checkpoint that this process last made a remote server load.
 _last_loaded: dict[str, Path] = {}
 
 
 class VllmSampler:
   """Samples from an HF checkpoint folder with vLLM; use as a context manager.
 
-  It is either started here (`python`) or runs elsewhere (`urls`), where it reloads the weights from the same folder. A
-  server that is started here needs the GPUs' memory: this process must not have used jax on them
+  It either starts a local server (`python`), or makes remote servers (`urls`) reload their weights from the folder. A
+  local server needs the memory of the GPUs, so that JAX must not have used them in this process
   (`jax.config.update("jax_platforms", "cpu")`).
   """
 
@@ -48,27 +48,27 @@ class VllmSampler:
                restart: str = "", compute_dtype: str = "bfloat16", concurrency: int = 256, timeout: float = 1800.0,
                start_timeout: float = 1800.0, tolerance: float = 0.0, log: str | Path = "vllm.log",
                mesh: Mesh | None = None, start: bool = True):
-    """Starts a server, or has those elsewhere reload; returns when they can answer.
+    """Starts a local server, or makes remote servers reload; blocks until they are ready.
 
     Args:
-      folder: an HF checkpoint folder with a tokenizer; servers elsewhere see it under the same path.
-      python: the interpreter of an environment with vLLM, or
-      urls: of servers.
-      args: more arguments for the server that is started, such as `--gpu-memory-utilization=0.8`.
-      restart: a command that starts the servers elsewhere again, in place of a reload; `{model}` in it is the folder.
-      compute_dtype: of weights and activations: bfloat16, float16 or float32.
-      concurrency: requests under way at each server.
+      folder: HF checkpoint folder with a tokenizer; remote servers must see it under the same path.
+      python: interpreter of an environment with vLLM, for a local server. Exactly one of `python` and `urls` is needed.
+      urls: URLs of remote servers.
+      args: more arguments for the local server, such as `--gpu-memory-utilization=0.8`.
+      restart: command that restarts the remote servers instead of a reload; `{model}` in it is replaced by the folder.
+      compute_dtype: dtype of weights and activations: bfloat16, float16 or float32.
+      concurrency: maximum number of concurrent requests at each server.
       timeout: seconds that a request may take.
       start_timeout: seconds that a server may take to start or reload.
-      tolerance: by how much the servers' log-probabilities may differ from the native decoder's, on average; 0 for what
-        rounding to `compute_dtype` explains (`freshness.TOLERANCES`).
-      log: a file that gets what a server that is started says.
-      mesh: of this process's own devices, for the check of the servers' weights; None takes the CPU.
-      start: False leaves the start to the first call of `generate` that has something to ask.
+      tolerance: allowed mean difference of the servers' log-probabilities from the native decoder's; 0 takes that of
+        `compute_dtype` (`freshness.TOLERANCES`).
+      log: file for the output of a local server.
+      mesh: this process's own devices, for the check of the servers' weights; None takes the CPU.
+      start: False defers the start to the first call of `generate` that needs a server.
 
     Raises:
       ValueError: for an argument out of range.
-      UserError: for a checkpoint or tokenizer that cannot be read, or when no server can be used.
+      UserError: for a checkpoint or tokenizer that cannot be read, or when no server is usable.
     """
     if compute_dtype not in freshness.TOLERANCES:
       raise ValueError(f"compute_dtype={compute_dtype!r}: expected one of {', '.join(freshness.TOLERANCES)}")
@@ -88,7 +88,7 @@ class VllmSampler:
     self._earlier: dict[Server, Path] = {}
     self._digest = checkpoint.digest(self._folder)
     self._servers: list[Server] = []
-    self._out: dict[Server, str] = {}  # those that are not used any more, and why
+    self._out: dict[Server, str] = {}  # servers that were taken out, and why
     self._start = functools.partial(self._begin, python, urls, args, restart, timeout, start_timeout, Path(log))
     if start:
       self._begin_once()
@@ -104,7 +104,7 @@ class VllmSampler:
 
   def _begin(self, python: str, urls: Sequence[str], args: Sequence[str], restart: str, timeout: float,
              start_timeout: float, log: Path) -> None:
-    """Has servers that answer; see `__init__`."""
+    """Starts or reloads the servers; see `__init__`."""
     if python:
       self._servers = [SpawnedServer(python, self._folder, dtype=self._dtype, args=args, log=log,
                                      connections=self._concurrency, timeout=timeout)]
@@ -126,7 +126,7 @@ class VllmSampler:
     self.close()
 
   def close(self) -> None:
-    """Ends a server that was started here."""
+    """Closes connections, and ends a local server."""
     for server in self._servers:
       server.close()
 
@@ -135,28 +135,28 @@ class VllmSampler:
                label: str = "sample", journal: Path | None = None) -> list[list[Completion]]:
     """Samples `num_samples` completions of every prompt, as `NativeSampler.generate` does.
 
-    Prompts are sent as token ids of the checkpoint's own tokenizer and come back as token ids, so that what the model
-    reads and what counts as its answer does not depend on vLLM's tokenizer, template or detokenizer. The draws are
-    vLLM's own: they differ from the native sampler's, and follow from (seed, prompt id, sample's number).
+    Prompts and completions are exchanged as token ids of the checkpoint's tokenizer, so that nothing depends on vLLM's
+    tokenizer, template or detokenizer. The random draws are vLLM's: they differ from the native sampler's, but are also
+    determined by (seed, prompt id, sample number).
 
     Args:
-      prompts: see `NativeSampler.generate`.
-      max_new_tokens: see there, and so on.
-      num_samples: of each prompt.
-      temperatures: of the samples in turn.
-      top_p: of the nucleus.
-      stop: strings.
-      seed: of all samples.
-      label: what the progress bar says.
-      journal: a file that gets the samples as they come; a call with the same arguments goes on from it.
+      prompts: see `Sampler.generate`, also for the other arguments.
+      max_new_tokens: maximum number of tokens per sample.
+      num_samples: completions per prompt.
+      temperatures: temperatures of the samples in turn.
+      top_p: probability mass of nucleus sampling.
+      stop: stop strings.
+      seed: seed of all samples.
+      label: text of the progress bar.
+      journal: file that samples are written to as they arrive; a call with the same arguments resumes from it.
 
     Returns:
-      For each prompt, in order, its completions.
+      The completions of each prompt, in order.
 
     Raises:
-      ValueError: for a prompt without a token, or an argument out of range.
-      UserError: for a prompt with a token that the embedding has no row of; when a server runs other weights (before
-        the first samples), refuses a prompt, such as one that does not fit in its context, or none is left.
+      ValueError: for an empty prompt, or an argument out of range.
+      UserError: for a prompt with a token id outside of the embedding; when a server runs other weights (before the
+        first samples) or rejects a prompt, such as one that exceeds its context; when no server is left.
     """
     completions.check_arguments(max_new_tokens, num_samples, temperatures, top_p, stop, seed)
     ids = completions.encode(self.tokenizer, prompts, self._vocab_size)
@@ -196,7 +196,7 @@ class VllmSampler:
       tokens = sum(c.num_tokens for done in earlier.values() for c in done)
       for (i, request), generated in stack.enter_context(contextlib.closing(iter(dispatcher))):
         done = [completions.completion(self.tokenizer, np.array(g.tokens), ends, texts) for g in generated]
-        # An end that only the server knows of.
+        # The server may have ended a sample for a reason that only it knows.
         done = [c._replace(finish=g.finish) if g.finish == "stop" else c for c, g in zip(done, generated, strict=True)]
         done *= request.count // len(done)
         if kept:
@@ -215,14 +215,14 @@ class VllmSampler:
         seed=request.seed, **NEUTRAL, **options, **more)
     generated = ask()
     if self._unknown and any(self._unknown.intersection(g.tokens) for g in generated):
-      # The embedding has rows that are no tokens, which are hardly ever drawn; a bias in every request would cost.
+      # Embedding rows without a token are hardly ever drawn, so a bias is sent only then: in all requests it is costly.
       generated = ask(logit_bias={str(i): -100.0 for i in sorted(self._unknown)})
     if any(t >= self._vocab_size or t in self._unknown for g in generated for t in g.tokens):
       raise ServerError("its answer has token ids that the tokenizer does not have")
     return generated
 
   def _check(self, ids: Sequence[list[int]], new_tokens: int) -> None:
-    """Checks the servers' weights, once, with some of the prompts that will be asked."""
+    """Checks the servers' weights, once, with some of the prompts to be sampled."""
     step = -(-len(ids) // freshness.PROMPTS)
     found = freshness.check(self._usable(), self._folder, ids[::step], dtype=self._dtype, new_tokens=new_tokens,
                             tolerance=self._tolerance, mesh=self._mesh, earlier=self._earlier)
@@ -230,21 +230,21 @@ class VllmSampler:
     self._checked = True
 
   def _reload(self, server: Server, timeout: float) -> None:
-    """Has a server elsewhere load the weights, unless it is seen to run another kind of model."""
+    """Makes a remote server load the weights; raises ServerError if it runs another architecture."""
     served = Path(str(server.model().get("root")))
     if (served / "config.json").is_file() and hf.read_config(served) != hf.read_config(self._folder):
       raise ServerError(f"it serves {served}, a model of another shape than {self._folder}; start it with that one")
     server.reload(str(self._folder.resolve()), self._digest, timeout=timeout)
 
   def _check_versions(self, journal: Path | None) -> None:
-    """Raises UserError when a server elsewhere has other weights by now; what the journal holds is then dropped."""
+    """Raises UserError and deletes the journal if a remote server's weights have changed meanwhile."""
     if self._restarted or not self._servers or isinstance(self._servers[0], SpawnedServer):
       return
     for server in self._usable():
       try:
         found = server.weights()
       except ServerError:
-        continue  # who asks it next finds out
+        continue  # the next request will report it
       if found != self._digest:
         if journal:
           journal.unlink(missing_ok=True)
@@ -252,7 +252,7 @@ class VllmSampler:
                         "again while it was used here. Let no other run use it, and give the same command again")
 
   def _use(self, prepare: Callable[[Server], None]) -> None:
-    """Prepares all servers at once and keeps those that can be used."""
+    """Prepares all servers in parallel and keeps the usable ones."""
 
     def attempt(server: Server) -> str:
       try:
@@ -266,7 +266,7 @@ class VllmSampler:
       self._leave_out({server: why for server, why in failed if why})
 
   def _leave_out(self, failed: dict[Server, str]) -> None:
-    """Takes servers out that failed; raises UserError when none is left."""
+    """Takes out servers that failed; raises UserError when none is left."""
     self._out |= failed
     if not self._usable():
       raise UserError(none_left(self._out))
@@ -282,7 +282,7 @@ class VllmSampler:
 
 
 class _Request(NamedTuple):
-  """Samples of one prompt at one temperature: those with the numbers `first`, `first` + all temperatures, and so on."""
+  """Asks for the samples of a prompt at one temperature: numbers `first`, `first + len(temperatures)`, ..."""
 
   prompt: int
   first: int
@@ -294,7 +294,7 @@ class _Request(NamedTuple):
 
 def _requests(prompts: Sequence[Prompt], ids: Sequence[list[int]], num_samples: int, temperatures: Sequence[float],
               seed: int) -> list[_Request]:
-  """One for each prompt and temperature; vLLM gives sample j of a request the seed `seed` + j."""
+  """Creates a request per prompt and temperature; vLLM draws sample j of a request with seed `seed + j`."""
   if -(-num_samples // len(temperatures)) > _SEED_STEP:
     raise ValueError(f"num_samples={num_samples}: expected at most {_SEED_STEP} for each temperature")
   result, taken = [], set()
@@ -302,7 +302,7 @@ def _requests(prompts: Sequence[Prompt], ids: Sequence[list[int]], num_samples: 
     for first, temperature in enumerate(temperatures[:num_samples]):
       hashed = hashlib.sha256(f"{seed}/{first}/{prompt.id}".encode()).digest()
       block = int.from_bytes(hashed[:6])
-      while block in taken:  # by chance, or two prompts of one id
+      while block in taken:  # a hash collision, or two prompts with the same id
         block = (block + 1) % (1 << 48)
       taken.add(block)
       count = len(range(first, num_samples, len(temperatures)))
@@ -311,8 +311,8 @@ def _requests(prompts: Sequence[Prompt], ids: Sequence[list[int]], num_samples: 
 
 
 def _restart(command: str, folder: Path, timeout: float) -> None:
-  """Runs the user's command."""
-  with tempfile.TemporaryFile() as said:  # no pipe: what it leaves running in the background would hold that
+  """Runs the user's command that restarts remote servers."""
+  with tempfile.TemporaryFile() as said:  # not a pipe, which its background processes would keep open
     try:
       words = [word.replace("{model}", str(folder.resolve())) for word in shlex.split(command)]
       code = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, timeout=timeout,
@@ -326,7 +326,7 @@ def _restart(command: str, folder: Path, timeout: float) -> None:
 
 
 def _await(server: Server, timeout: float) -> None:
-  """Returns when a server elsewhere answers; raises ServerError when it takes longer than this many seconds."""
+  """Blocks until a remote server is ready; raises ServerError after `timeout` seconds."""
   end = time.monotonic() + timeout
   while True:
     try:
