@@ -46,11 +46,11 @@ def load(folder: Path, rows: int) -> tuple["PreTrainedTokenizerBase", tuple[int,
   if ids is None:
     path = folder / "config.json"
     ids = files.read_json(path).get("eos_token_id")
-  found = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
-  if not all(type(i) is int and 0 <= i < rows for i in found):
+  eos = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
+  if not all(type(i) is int and 0 <= i < rows for i in eos):
     raise UserError(f"{path}: eos_token_id={ids!r}; expected a token id, from 0 to {rows - 1}, or a list of them")
   tokenizer = load_tokenizer(folder, rows=rows)
-  return tokenizer, tuple(sorted({*found, tokenizer.eos_token_id}))
+  return tokenizer, tuple(sorted({*eos, tokenizer.eos_token_id}))
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], rows: int) -> list[list[int]]:
@@ -71,8 +71,8 @@ def endings(tokenizer: "PreTrainedTokenizerBase", eos: Sequence[int], stop: Sequ
 
 def special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
   """Returns all special tokens' ids by text; some tokenizers list only a few of them in `all_special_tokens`."""
-  marked = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-  return marked | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+  added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+  return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
 
 def completion(tokenizer: "PreTrainedTokenizerBase", tokens: np.ndarray, ends: tuple[int, ...], stop: tuple[str, ...],
@@ -85,18 +85,18 @@ def completion(tokenizer: "PreTrainedTokenizerBase", tokens: np.ndarray, ends: t
     ends: token ids from `endings`.
     stop: strings from `endings`.
   """
-  ended = np.flatnonzero(np.isin(tokens, ends))
-  finish = "stop" if len(ended) else "length"
-  if len(ended):
-    tokens = tokens[:ended[0] + 1]
-  plain = lambda n: decode_continuation(tokenizer, tokens[:n], skip_special_tokens=True)
-  full = lambda n: decode_continuation(tokenizer, tokens[:n], skip_special_tokens=False)
-  text = full(len(tokens)) if stop else ""
+  end_positions = np.flatnonzero(np.isin(tokens, ends))
+  finish = "stop" if len(end_positions) else "length"
+  if len(end_positions):
+    tokens = tokens[:end_positions[0] + 1]
+  decode_plain = lambda n: decode_continuation(tokenizer, tokens[:n], skip_special_tokens=True)
+  decode_full = lambda n: decode_continuation(tokenizer, tokens[:n], skip_special_tokens=False)
+  text = decode_full(len(tokens)) if stop else ""
   cut = min((text.find(s) for s in stop if s in text), default=-1)
   if cut < 0:
-    return Completion(plain(len(tokens)), len(tokens), finish)
+    return Completion(decode_plain(len(tokens)), len(tokens), finish)
   # The number of tokens until a stop string appears, and the number that lie entirely before it.
-  count = bisect.bisect_left(range(len(tokens)), True, key=lambda n: any(s in full(n) for s in stop))
-  before = next(n for n in range(count - 1, -1, -1) if text[:cut].startswith(full(n)))
-  part = "" if tokens[before] in special_ids(tokenizer).values() else text[len(full(before)):cut]
-  return Completion(plain(before) + part, count, "stop")
+  count = bisect.bisect_left(range(len(tokens)), True, key=lambda n: any(s in decode_full(n) for s in stop))
+  shorter = next(n for n in range(count - 1, -1, -1) if text[:cut].startswith(decode_full(n)))
+  part = "" if tokens[shorter] in special_ids(tokenizer).values() else text[len(decode_full(shorter)):cut]
+  return Completion(decode_plain(shorter) + part, count, "stop")

@@ -55,15 +55,15 @@ class Journal:
     path.parent.mkdir(parents=True, exist_ok=True)
     self._file = path.open("ab", buffering=0)
     self._synced = time.monotonic()
-    first = _line(header, sort_keys=True)
+    header_line = _line(header, sort_keys=True)
     with path.open("rb") as f:
-      end = len(first) if f.readline() == first else 0
-      while end and (found := _parsed(line := f.readline(), parse)):
-        self.done[found[0]] = found[1]
+      end = len(header_line) if f.readline() == header_line else 0
+      while end and (entry := _parse_line(line := f.readline(), parse)):
+        self.done[entry[0]] = entry[1]
         end += len(line)
     self._file.truncate(end)
     if not end:
-      self._write(first)
+      self._write(header_line)
 
   def add(self, number: int, result: list[Any]) -> None:
     """Appends the result of a request; it is flushed to disk within a few seconds.
@@ -85,9 +85,9 @@ class Journal:
       if self._file.write(line) < len(line):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as e:
-      raise self._refused(e) from e
+      raise self._write_error(e) from e
 
-  def _refused(self, error: OSError) -> UserError:
+  def _write_error(self, error: OSError) -> UserError:
     return UserError(f"{self._path}: cannot be written ({error.strerror}); the same command goes on after what is in "
                      "it")
 
@@ -95,7 +95,7 @@ class Journal:
     try:
       os.fsync(self._file.fileno())
     except OSError as e:
-      raise self._refused(e) from e
+      raise self._write_error(e) from e
     self._synced = time.monotonic()
 
 
@@ -103,7 +103,7 @@ def _line(value: Any, *, sort_keys: bool = False) -> bytes:
   return json.dumps(value, sort_keys=sort_keys).encode() + b"\n"
 
 
-def _parsed(line: bytes, parse: Callable[[Any], list[Any]]) -> tuple[int, list[Any]] | None:
+def _parse_line(line: bytes, parse: Callable[[Any], list[Any]]) -> tuple[int, list[Any]] | None:
   """Parses a line of a journal; returns None if it is torn or malformed."""
   try:
     number, result = json.loads(line) if line.endswith(b"\n") else None

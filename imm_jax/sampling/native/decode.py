@@ -48,7 +48,7 @@ def init(rows: int, slots: int, new_tokens: int, static: Static) -> State:
   empty = lambda *shape: jnp.zeros((rows, config.num_kv_heads, *shape), static.dtype)
   keys = (config.head_dim, slots) if static.kernel == "columns" else (slots, config.head_dim)
   integers = lambda *shape: jnp.zeros((rows, *shape), jnp.int32)
-  return _placed({
+  return _constrain({
       "caches": [(empty(*keys), empty(slots, config.head_dim)) for _ in range(config.num_layers)],
       "used": integers(), "last": integers(),
       "count": integers(), "done": jnp.ones(rows, bool), "keys": jnp.zeros((rows, 2), jnp.uint32),
@@ -59,16 +59,16 @@ def init(rows: int, slots: int, new_tokens: int, static: Static) -> State:
 def no_prefix(slots: int, static: Static) -> Prefix:
   """Returns an empty prefix with P slots."""
   empty = jnp.zeros((static.config.num_kv_heads, slots, static.config.head_dim), static.dtype)
-  return _held([(empty, empty) for _ in range(static.config.num_layers)], jnp.int32(0), static)
+  return _make_prefix([(empty, empty) for _ in range(static.config.num_layers)], jnp.int32(0), static)
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "static"))
 def prefix_of(caches: list[LayerCache], length: jax.Array, *, slots: int, static: Static) -> Prefix:
   """Returns the first row of the caches of `prefill` as a prefix with P slots."""
-  return _held(jax.tree.map(lambda x: x[0, :, :slots], caches), length, static)
+  return _make_prefix(jax.tree.map(lambda x: x[0, :, :slots], caches), length, static)
 
 
-def _held(caches: list[LayerCache], length: jax.Array, static: Static) -> Prefix:
+def _make_prefix(caches: list[LayerCache], length: jax.Array, static: Static) -> Prefix:
   if static.mesh is not None:  # heads are sharded like those of the rows' caches
     where = NamedSharding(static.mesh, P("tensor"))
     caches = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, where), caches)
@@ -86,7 +86,7 @@ def prefill(params: Params, prefix: Prefix, tokens: jax.Array, positions: jax.Ar
         jax.lax.with_sharding_constraint(x, split) for x in (tokens, positions, segment_ids))
   logits, caches = bind(static.config, params, scan=False).prefill(
       tokens, positions=positions, segment_ids=segment_ids, last=last, prefix=prefix, compute_dtype=static.dtype)
-  placed = _placed({"logits": logits, "caches": caches}, static)
+  placed = _constrain({"logits": logits, "caches": caches}, static)
   return placed["logits"], placed["caches"]
 
 
@@ -110,10 +110,10 @@ def insert(state: State, logits: jax.Array, caches: list[LayerCache], lengths: j
   """
   rest = {name: value for name, value in state.items() if name != "caches"}
   started = _start(rest, logits, lengths, sources, rows, keys, temperatures, allowed, static=static)
-  held = state["caches"]
+  layers = state["caches"]
   for i, new in enumerate(caches):  # layer by layer, because XLA copies all caches that one program writes to
-    held[i] = _join(held[i], new, starts, sources, rows, static=static)
-  return {**started, "caches": held}
+    layers[i] = _join(layers[i], new, starts, sources, rows, static=static)
+  return {**started, "caches": layers}
 
 
 @functools.partial(jax.jit, static_argnames="static", donate_argnames="state")
@@ -122,11 +122,11 @@ def _start(state: State, logits: jax.Array, lengths: jax.Array, sources: jax.Arr
   """Draws the first tokens of rows; returns the state without its caches."""
   first = sample(logits[sources], keys, jnp.zeros_like(rows), temperatures, allowed, top_p=static.top_p,
                  greedy=static.greedy)
-  done = _ends(first, static) | (state["tokens"].shape[1] == 1)
+  done = _is_end(first, static) | (state["tokens"].shape[1] == 1)
   values = {"used": lengths[sources], "last": first, "count": jnp.ones_like(rows), "done": done, "keys": keys,
             "temperatures": temperatures}
   new = {name: state[name].at[rows].set(value, mode="drop") for name, value in values.items()}
-  return _placed({**new, "tokens": state["tokens"].at[rows, 0].set(first, mode="drop")}, static)
+  return _constrain({**new, "tokens": state["tokens"].at[rows, 0].set(first, mode="drop")}, static)
 
 
 @functools.partial(jax.jit, static_argnames="static", donate_argnames="layer")
@@ -135,32 +135,32 @@ def _join(layer: LayerCache, new: LayerCache, starts: jax.Array, sources: jax.Ar
   total, slots = new[0].shape[2], min(new[0].shape[2], layer[1].shape[2])
   row, first = starts[sources] // total, starts[sources] % total
   # Slots beyond a prompt's end get padding or another prompt's tokens, but are overwritten before they are attended to.
-  places = jnp.minimum(first[:, None] + jnp.arange(slots), total - 1)
+  positions = jnp.minimum(first[:, None] + jnp.arange(slots), total - 1)
 
   def put(cache: jax.Array, new: jax.Array, columns: bool) -> jax.Array:
     if static.mesh is not None:  # rows may go anywhere
       new = jax.lax.with_sharding_constraint(new, NamedSharding(static.mesh, P(None, "tensor")))
-    found = new[row[:, None], :, places]  # [J, slots, K, h]
-    found = jnp.moveaxis(found, 1, 3) if columns else found.swapaxes(1, 2)
+    gathered = new[row[:, None], :, positions]  # [J, slots, K, h]
+    gathered = jnp.moveaxis(gathered, 1, 3) if columns else gathered.swapaxes(1, 2)
     where = (rows, slice(None), slice(None), slice(slots)) if columns else (rows, slice(None), slice(slots))
-    return scatter(cache, lambda old, new: old.at[where].set(new, mode="drop"), found)
+    return scatter(cache, lambda old, new: old.at[where].set(new, mode="drop"), gathered)
 
   joined = put(layer[0], new[0], static.kernel == "columns"), put(layer[1], new[1], False)
-  return _placed({"caches": joined}, static)["caches"]
+  return _constrain({"caches": joined}, static)["caches"]
 
 
 def shrink(state: State, rows: jax.Array, done: jax.Array, *, static: Static) -> State:
   """Returns the state with only the given rows [B'], of which those in `done` [B'] are marked as free."""
   caches = state["caches"]
   for i, layer in enumerate(caches):  # as in `grow`
-    caches[i] = _take({"caches": layer}, rows, static=static)["caches"]
-  rest = _take({name: value for name, value in state.items() if name != "caches"}, rows, static=static)
+    caches[i] = _take_rows({"caches": layer}, rows, static=static)["caches"]
+  rest = _take_rows({name: value for name, value in state.items() if name != "caches"}, rows, static=static)
   return {**rest, "done": rest["done"] | done, "caches": caches}
 
 
 @functools.partial(jax.jit, static_argnames="static")
-def _take(arrays: dict[str, Any], rows: jax.Array, *, static: Static) -> dict[str, Any]:
-  return _placed(jax.tree.map(lambda x: jnp.take(x, rows, axis=0), arrays), static)
+def _take_rows(arrays: dict[str, Any], rows: jax.Array, *, static: Static) -> dict[str, Any]:
+  return _constrain(jax.tree.map(lambda x: jnp.take(x, rows, axis=0), arrays), static)
 
 
 def grow(state: State, slots: int, *, columns: bool = False) -> State:
@@ -200,12 +200,12 @@ def extend(params: Params, prefix: Prefix, state: State, allowed: jax.Array, *, 
   going = ~state["done"]
   count = state["count"] + going
   tokens = state["tokens"].at[rows, jnp.where(going, state["count"], new_tokens)].set(token, mode="drop")
-  return _placed(state | {
+  return _constrain(state | {
       "caches": caches, "tokens": tokens, "count": count, "last": jnp.where(going, token, state["last"]),
-      "used": state["used"] + going, "done": state["done"] | _ends(token, static) | (count >= new_tokens)}, static)
+      "used": state["used"] + going, "done": state["done"] | _is_end(token, static) | (count >= new_tokens)}, static)
 
 
-def _placed(arrays: State, static: Static) -> State:
+def _constrain(arrays: State, static: Static) -> State:
   """Constrains the caches to be split over the mesh, and everything else to be replicated."""
   if static.mesh is None:
     return arrays
@@ -215,5 +215,5 @@ def _placed(arrays: State, static: Static) -> State:
           for name, value in arrays.items()}
 
 
-def _ends(tokens: jax.Array, static: Static) -> jax.Array:
+def _is_end(tokens: jax.Array, static: Static) -> jax.Array:
   return jnp.isin(tokens, jnp.array(static.ends, jnp.int32))

@@ -30,8 +30,8 @@ def sample(logits: jax.Array, keys: jax.Array, steps: jax.Array, temperatures: j
   """
   blocks = _blocks(jnp.where(allowed[:, None], logits.T, -jnp.inf))
   size, tops = blocks.shape[1], jnp.max(blocks, axis=1)
-  first = jnp.argmax(tops, axis=0)
-  best = first * size + jnp.argmax(_of(blocks, first), axis=-1)
+  top_block = jnp.argmax(tops, axis=0)
+  best = top_block * size + jnp.argmax(_take_blocks(blocks, top_block), axis=-1)
   if greedy:
     return best.astype(jnp.int32)
   scaled = (blocks - jnp.max(tops, axis=0)) / jnp.maximum(temperatures, 1e-6)
@@ -41,31 +41,31 @@ def sample(logits: jax.Array, keys: jax.Array, steps: jax.Array, temperatures: j
   uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(step_keys)
   # The first number draws a block, the second a token of it: one pass over the weights and two random numbers per row,
   # while the Gumbel trick takes one per token.
-  which = draw(jnp.sum(jnp.exp(scaled), axis=1).T, uniform[:, 0])
-  drawn = which * size + draw(jnp.exp(_of(scaled, which)), uniform[:, 1])
+  block = draw(jnp.sum(jnp.exp(scaled), axis=1).T, uniform[:, 0])
+  drawn = block * size + draw(jnp.exp(_take_blocks(scaled, block)), uniform[:, 1])
   return jnp.where(temperatures > 0, drawn, best).astype(jnp.int32)
 
 
 def nucleus(scaled: jax.Array, top_p: float) -> jax.Array:
   """Returns the smallest logit [B] within the nucleus, the smallest set of tokens with probability `top_p`.
 
-  >>> least = nucleus(jnp.log(jnp.array([[0.2, 0.5, 0.3], [0.1, 0.1, 0.8]])), 0.7)
-  >>> [round(p, 3) for p in jnp.exp(least).tolist()]
+  >>> threshold = nucleus(jnp.log(jnp.array([[0.2, 0.5, 0.3], [0.1, 0.1, 0.8]])), 0.7)
+  >>> [round(p, 3) for p in jnp.exp(threshold).tolist()]
   [0.3, 0.8]
   """
   total = jnp.sum(jnp.exp(scaled), axis=-1, keepdims=True)
 
-  def least(order: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def search(order: jax.Array) -> tuple[jax.Array, jax.Array]:
     mass = jnp.cumsum(jnp.exp(order) / total, axis=-1)
     before = jnp.pad(mass[:, :-1], ((0, 0), (1, 0)))  # a token stays if this is below top_p, so the first always does
     return jnp.min(jnp.where(before < top_p, order, jnp.inf), axis=-1), mass[:, -1] >= top_p
 
-  found, within = least(jax.lax.top_k(scaled, min(_LIKELIEST, scaled.shape[-1]))[0])
+  threshold, within = search(jax.lax.top_k(scaled, min(_LIKELIEST, scaled.shape[-1]))[0])
   if scaled.shape[-1] <= _LIKELIEST:
-    return found
+    return threshold
   # Only rows that need it use the full sort, so a row's result does not depend on the other rows.
-  everywhere = lambda: least(jnp.sort(scaled, axis=-1, descending=True))[0]
-  return jnp.where(within, found, jax.lax.cond(jnp.all(within), lambda: found, everywhere))
+  full = lambda: search(jnp.sort(scaled, axis=-1, descending=True))[0]
+  return jnp.where(within, threshold, jax.lax.cond(jnp.all(within), lambda: threshold, full))
 
 
 def draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
@@ -88,6 +88,6 @@ def _blocks(logits: jax.Array) -> jax.Array:
   return padded.reshape(-1, size, logits.shape[1])
 
 
-def _of(blocks: jax.Array, which: jax.Array) -> jax.Array:
+def _take_blocks(blocks: jax.Array, block: jax.Array) -> jax.Array:
   """Selects one block per row: [N, n, B] and indices [B] -> [B, n]."""
-  return blocks[which, :, jnp.arange(blocks.shape[2])]
+  return blocks[block, :, jnp.arange(blocks.shape[2])]

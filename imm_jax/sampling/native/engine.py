@@ -15,7 +15,7 @@ from imm_jax.sampling.native import parts
 from imm_jax.sampling.native.sampler import NativeSampler
 
 
-class Shared:
+class Distributed:
   """Implements `Sampler` over all processes with a native sampler in each."""
 
   def __init__(self, sampler: NativeSampler, *, digest: str, rows: int):
@@ -36,7 +36,8 @@ def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, s
   del scratch
   dtype = hardware.compute_dtype(config.sample.compute_dtype)
   sampler = NativeSampler(model, compute_dtype=dtype, batch_size=batch_size, mesh=sharding.own_devices(mesh()))
-  yield Shared(sampler, digest=f"{folder.digest(model)} in {dtype}" if distributed.is_main() else "", rows=batch_size)
+  digest = f"{folder.digest(model)} in {dtype}" if distributed.is_main() else ""
+  yield Distributed(sampler, digest=digest, rows=batch_size)
 
 
 def check(config: ml_collections.ConfigDict) -> None:

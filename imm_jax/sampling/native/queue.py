@@ -15,19 +15,19 @@ import numpy as np
 from imm_jax.model.cached import LayerCache
 
 # Length of a packed row if no prompt is longer: attention scores grow with its square.
-_ROW = 256
+_MIN_ROW_LENGTH = 256
 # Tokens per prefill, on a CPU and elsewhere: more would be hardly faster but take more memory.
-_AT_ONCE, _AT_ONCE_ELSEWHERE = 1024, 8192
+_PREFILL_TOKENS_CPU, _PREFILL_TOKENS = 1024, 8192
 # A pack has at most one prompt per this many tokens, because each needs logits of the whole vocabulary.
-_TOKENS_A_PROMPT = 16
+_TOKENS_PER_PROMPT = 16
 # Number of waiting prompts, beyond those of a full pack, that are considered for filling it.
-_AHEAD = 64
-_LEAST_SLOTS = 64
+_LOOKAHEAD = 64
+_MIN_SLOTS = 64
 # When no sample waits, rows shrink to these shares of all rows.
-_SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
-_LEAST_ROWS = 8
+_ROW_SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
+_MIN_ROWS = 8
 # Shorter common prefixes are not shared.
-_LEAST_SHARED = 16
+_MIN_PREFIX = 16
 
 
 class Sample(NamedTuple):
@@ -87,12 +87,12 @@ class Run(NamedTuple):
 class Queue:
   """Hands out samples that wait for a row; each prompt is run once, a pack at a time."""
 
-  def __init__(self, ids: Sequence[list[int]], asked: Sequence[Sample], shape: Shape,
+  def __init__(self, ids: Sequence[list[int]], samples: Sequence[Sample], shape: Shape,
                run: Callable[[Pack], tuple[jax.Array, list[LayerCache]]], *, parts: int = 1):
     """Queues samples; `ids` are the prompts' tokens without the common prefix, `parts` is as in `pack_shape`."""
     self._ids, self._shape, self._run, self._parts = ids, shape, run, parts
     by_prompt = collections.defaultdict(list)
-    for sample in asked:
+    for sample in samples:
       by_prompt[sample.prompt].append(sample)
     self._waiting = list(by_prompt.items())
     self._current: Run | None = None
@@ -103,31 +103,32 @@ class Queue:
   def take(self, count: int) -> tuple[list[tuple[int, Sample]], Run]:
     """Takes at most `count` samples, with their prompts' places in a pack, and that pack; runs one if needed."""
     current = self._current or self._next()
-    taken = [current.waiting.popleft() for _ in range(min(count, len(current.waiting)))]
+    samples = [current.waiting.popleft() for _ in range(min(count, len(current.waiting)))]
     self._current = current if current.waiting else None
-    return taken, current
+    return samples, current
 
   def _next(self) -> Run:
     """Packs and runs prompts by first-fit decreasing among those that wait longest."""
-    window, self._waiting = self._waiting[:_AHEAD + self._shape.prompts], self._waiting[_AHEAD + self._shape.prompts:]
+    size = _LOOKAHEAD + self._shape.prompts
+    window, self._waiting = self._waiting[:size], self._waiting[size:]
     rows: list[list[int]] = [[] for _ in range(self._shape.rows)]
-    room, taken = [self._shape.length] * self._shape.rows, set()
+    room, packed = [self._shape.length] * self._shape.rows, set()
     for i in sorted(range(len(window)), key=lambda i: -len(self._ids[window[i][0]])):
       length = len(self._ids[window[i][0]])
       row = next((r for r, free in enumerate(room) if free >= length), None)
-      if row is not None and len(taken) < self._shape.prompts:
+      if row is not None and len(packed) < self._shape.prompts:
         rows[row].append(i)
         room[row] -= length
-        taken.add(i)
-    self._waiting = [w for i, w in enumerate(window) if i not in taken] + self._waiting
+        packed.add(i)
+    self._waiting = [w for i, w in enumerate(window) if i not in packed] + self._waiting
     chosen = [window[i] for row in rows for i in row]
-    pack = packed([[self._ids[window[i][0]] for i in row] for row in rows], self._shape.fewer(
+    pack = pack_prompts([[self._ids[window[i][0]] for i in row] for row in rows], self._shape.fewer(
         sum(map(bool, rows)), len(chosen), self._parts))
     waiting = collections.deque((place, sample) for place, (_, samples) in enumerate(chosen) for sample in samples)
     return Run(pack, self._run(pack), waiting)
 
 
-def packed(rows: Sequence[Sequence[Sequence[int]]], shape: Shape) -> Pack:
+def pack_prompts(rows: Sequence[Sequence[Sequence[int]]], shape: Shape) -> Pack:
   """Concatenates the prompts of each row into a pack."""
   tokens, positions, segment_ids = (np.zeros((shape.rows, shape.length), np.int32) for _ in range(3))
   lengths, starts = np.ones(shape.prompts, np.int32), np.zeros(shape.prompts, np.int32)
@@ -154,25 +155,25 @@ def pack_shape(lengths: Sequence[int], *, parts: int = 1, cpu: bool = True) -> S
   (Shape(rows=1, length=64, prompts=4), Shape(rows=4, length=256, prompts=64), Shape(rows=1, length=1024, prompts=64))
   """
   total, longest = sum(lengths), max(lengths, default=1)
-  length = slots_of(max(longest, min(_ROW, total)))
-  most = max(1, (_AT_ONCE if cpu else _AT_ONCE_ELSEWHERE) // (length * parts))
+  length = slots_of(max(longest, min(_MIN_ROW_LENGTH, total)))
+  limit = max(1, (_PREFILL_TOKENS_CPU if cpu else _PREFILL_TOKENS) // (length * parts))
   wanted = 1 << (max(1, math.ceil(total / (length * parts))) - 1).bit_length()
-  rows = parts * min(1 << (most.bit_length() - 1), wanted)
-  return Shape(rows, length, max(1, rows * length // _TOKENS_A_PROMPT))
+  rows = parts * min(1 << (limit.bit_length() - 1), wanted)
+  return Shape(rows, length, max(1, rows * length // _TOKENS_PER_PROMPT))
 
 
-def shared(ids: Sequence[Sequence[int]], samples: int) -> int:
+def common_prefix(ids: Sequence[Sequence[int]], samples: int) -> int:
   """Returns the length of the common prefix of all prompts, 0 if it is short; leaves each prompt its last token.
 
-  >>> shared([list(range(40)) + [1, 2], list(range(40)) + [3]], 2), shared([[1, 2, 3], [1, 2, 4]], 2)
+  >>> common_prefix([list(range(40)) + [1, 2], list(range(40)) + [3]], 2), common_prefix([[1, 2, 3], [1, 2, 4]], 2)
   (40, 0)
   """
   if samples < 2 or not ids:
     return 0
   first, last = min(ids), max(ids)  # the prefix of the extremes in lexical order is common to all
-  most = min(map(len, ids)) - 1
-  count = next((i for i in range(most) if first[i] != last[i]), most)
-  return count if count >= _LEAST_SHARED else 0
+  limit = min(map(len, ids)) - 1
+  count = next((i for i in range(limit) if first[i] != last[i]), limit)
+  return count if count >= _MIN_PREFIX else 0
 
 
 def slots_of(length: int) -> int:
@@ -181,20 +182,20 @@ def slots_of(length: int) -> int:
   >>> [slots_of(n) for n in (1, 65, 200, 257, 1500)]
   [64, 128, 256, 384, 1536]
   """
-  if length <= 2 * _LEAST_SLOTS:
-    return -(-max(1, length) // _LEAST_SLOTS) * _LEAST_SLOTS
+  if length <= 2 * _MIN_SLOTS:
+    return -(-max(1, length) // _MIN_SLOTS) * _MIN_SLOTS
   power = 1 << (length - 1).bit_length()
   return power * 3 // 4 if length <= power * 3 // 4 else power
 
 
 def most_slots(length: int) -> int:
   """Returns the number of slots beyond which a cache of `length` tokens need not grow: a multiple of 64."""
-  return -(-max(1, length) // _LEAST_SLOTS) * _LEAST_SLOTS
+  return -(-max(1, length) // _MIN_SLOTS) * _MIN_SLOTS
 
 
-def rows_of(batch_size: int, asked: int) -> int:
-  """Returns how many of the `asked` samples are decoded at once."""
-  return min(batch_size, 1 << (max(1, asked) - 1).bit_length())
+def rows_of(batch_size: int, samples: int) -> int:
+  """Returns how many samples are decoded at once, of so many in total."""
+  return min(batch_size, 1 << (max(1, samples) - 1).bit_length())
 
 
 def fewer_rows(rows: int, parts: int = 1) -> list[int]:
@@ -203,9 +204,9 @@ def fewer_rows(rows: int, parts: int = 1) -> list[int]:
   >>> fewer_rows(64), fewer_rows(12)
   ([8, 16, 24, 32, 48, 64], [8, 9, 12])
   """
-  least = -(-_LEAST_ROWS // parts) * parts
-  found = {max(least, math.ceil(rows * share / parts) * parts) for share in _SHARES}
-  return sorted({*(n for n in found if n < rows), rows})
+  least = -(-_MIN_ROWS // parts) * parts
+  sizes = {max(least, math.ceil(rows * share / parts) * parts) for share in _ROW_SHARES}
+  return sorted({*(n for n in sizes if n < rows), rows})
 
 
 def fitting_rows(sizes: Sequence[int], going: int) -> int:

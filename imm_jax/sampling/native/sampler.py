@@ -109,85 +109,85 @@ class NativeSampler:
                "positions that config.json gives the model (max_position_embeddings); what it writes there may make no "
                "sense")
     # Special tokens end a sample on the device, without decoding its text.
-    ends, texts = completions.endings(self.tokenizer, self._eos, stop, self._config.vocab_size)
-    asked = [Sample(p, s, prompts[p].id, temperatures[s % len(temperatures)])
+    ends, stop_texts = completions.endings(self.tokenizer, self._eos, stop, self._config.vocab_size)
+    samples = [Sample(p, s, prompts[p].id, temperatures[s % len(temperatures)])
              for p in range(len(prompts)) for s in range(num_samples)]
     static = decode.Static(self._config, self._dtype, ends, top_p, not any(temperatures), self._mesh, self._kernel)
     results: list[list[Completion | None]] = [[None] * num_samples for _ in prompts]
-    with Progress(len(asked), max_new_tokens, label, quiet=quiet) as shown:
-      for ended, going in self._run(ids, asked, static, max_new_tokens, texts, seed):
+    with Progress(len(samples), max_new_tokens, label, quiet=quiet) as bar:
+      for ended, going in self._run(ids, samples, static, max_new_tokens, stop_texts, seed):
         for sample, tokens in ended:
-          completion = completions.completion(self.tokenizer, tokens, ends, texts)
+          completion = completions.completion(self.tokenizer, tokens, ends, stop_texts)
           results[sample.prompt][sample.number] = completion
-          shown.end(completion.num_tokens)
-        shown.draw(going)
+          bar.end(completion.num_tokens)
+        bar.draw(going)
     logging.info("%s: %d sizes of programs so far: %s", label, len(self._sizes), ", ".join(sorted(self._sizes)))
     return results
 
-  def _run(self, ids: list[list[int]], asked: list[Sample], static: decode.Static, max_new_tokens: int,
+  def _run(self, ids: list[list[int]], samples: list[Sample], static: decode.Static, max_new_tokens: int,
            stop: tuple[str, ...], seed: int) -> Iterator[tuple[list[tuple[Sample, np.ndarray]], int]]:
     """Yields, every few steps, the samples that ended with their tokens, and the token count of running samples."""
     parts, cpu = (self._mesh.shape["data"] if self._mesh else 1), self._platform == "cpu"
-    common = queue.shared(ids, len(asked))
-    prefix = self._prefix(ids[0][:common] if ids else [], static, parts)
-    own = [i[common:] for i in ids]
-    waiting = queue.Queue(own, asked, queue.pack_shape(list(map(len, own)), parts=parts, cpu=cpu),
+    prefix_length = queue.common_prefix(ids, len(samples))
+    prefix = self._prefix(ids[0][:prefix_length] if ids else [], static, parts)
+    suffixes = [i[prefix_length:] for i in ids]
+    waiting = queue.Queue(suffixes, samples, queue.pack_shape(list(map(len, suffixes)), parts=parts, cpu=cpu),
                           lambda pack: self._prefill(prefix, pack, static), parts=parts)
-    rows = queue.rows_of(self._batch_size, len(asked))
+    rows = queue.rows_of(self._batch_size, len(samples))
     refill, sizes = max(1, rows // _REFILL_SHARE), queue.fewer_rows(rows, parts)
-    most = queue.most_slots(max(map(len, own), default=0) + max_new_tokens)
-    slots = min(most, queue.slots_of(1))
-    state = self._here(decode.init(rows, slots, max_new_tokens, static))
-    places: list[Sample | None] = [None] * rows
+    max_slots = queue.most_slots(max(map(len, suffixes), default=0) + max_new_tokens)
+    slots = min(max_slots, queue.slots_of(1))
+    state = self._commit(decode.init(rows, slots, max_new_tokens, static))
+    active: list[Sample | None] = [None] * rows
     while True:
-      while waiting and (free := [i for i, sample in enumerate(places) if sample is None]):
-        joining, run = waiting.take(min(len(free), refill))
+      while waiting and (free_rows := [i for i, sample in enumerate(active) if sample is None]):
+        taken, run = waiting.take(min(len(free_rows), refill))
         # Leaves room for some steps, so that no size is compiled for only a few steps.
-        slots = max(slots, min(most, queue.slots_of(int(run.pack.lengths.max()) + _STEPS)))
+        slots = max(slots, min(max_slots, queue.slots_of(int(run.pack.lengths.max()) + _STEPS)))
         state = decode.grow(state, slots, columns=static.kernel == "columns")
-        samples = [sample for _, sample in joining]
+        joining = [sample for _, sample in taken]
         state = decode.insert(
-            state, *run.run, run.pack.lengths, run.pack.starts, _padded([i for i, _ in joining], refill, np.int32),
-            _padded(free[:len(joining)], refill, np.int32, rows), _row_keys(seed, samples, refill),
-            _padded([s.temperature for s in samples], refill, np.float32), self._allowed, static=static)
+            state, *run.run, run.pack.lengths, run.pack.starts, _padded([i for i, _ in taken], refill, np.int32),
+            _padded(free_rows[:len(joining)], refill, np.int32, rows), _row_keys(seed, joining, refill),
+            _padded([s.temperature for s in joining], refill, np.float32), self._allowed, static=static)
         del run  # frees its caches
-        for place, sample in zip(free, samples, strict=False):
-          places[place] = sample
-      going = [i for i, sample in enumerate(places) if sample is not None]
+        for row, sample in zip(free_rows, joining, strict=False):
+          active[row] = sample
+      going = [i for i, sample in enumerate(active) if sample is not None]
       if not going:
         return
-      size = len(places) if waiting else queue.fitting_rows(sizes, len(going))
-      if size < len(places):
-        kept = np.array([*going, *[0] * (size - len(going))])
-        state = decode.shrink(state, kept, np.arange(size) >= len(going), static=static)
-        places = [places[i] for i in going] + [None] * (size - len(going))
+      size = len(active) if waiting else queue.fitting_rows(sizes, len(going))
+      if size < len(active):
+        kept_rows = np.array([*going, *[0] * (size - len(going))])
+        state = decode.shrink(state, kept_rows, np.arange(size) >= len(going), static=static)
+        active = [active[i] for i in going] + [None] * (size - len(going))
         going = list(range(len(going)))
       used = int(np.asarray(state["used"])[going].max())
       if used >= slots:
-        slots = min(most, queue.slots_of(slots + 1))
+        slots = min(max_slots, queue.slots_of(slots + 1))
         state = decode.grow(state, slots, columns=static.kernel == "columns")
       # Decodes until enough rows are free for others to join, or for the rows to shrink.
-      fewer = sizes[sizes.index(size) - 1] if size > sizes[0] else 0
+      smaller = sizes[sizes.index(size) - 1] if size > sizes[0] else 0
       self._sizes.add(f"decode {size} rows x {slots} slots after {prefix.caches[0][0].shape[1]}")
       state = decode.decode(
-          self._params, prefix, state, np.array([sample is None for sample in places]),
-          np.int32(min(slots - used, _STEPS)), np.int32(refill if waiting else size - fewer), self._allowed,
+          self._params, prefix, state, np.array([sample is None for sample in active]),
+          np.int32(min(slots - used, _STEPS)), np.int32(refill if waiting else size - smaller), self._allowed,
           static=static)
       done, counts, tokens = (np.asarray(state[name]) for name in ("done", "count", "tokens"))
       ended = []
       for i in going:
         if done[i] or (stop and self._stopped(tokens[i, :counts[i]], stop)):
-          ended.append((places[i], tokens[i, :counts[i]].copy()))
-          places[i] = None
-      yield ended, sum(int(counts[i]) for i in going if places[i] is not None)
+          ended.append((active[i], tokens[i, :counts[i]].copy()))
+          active[i] = None
+      yield ended, sum(int(counts[i]) for i in going if active[i] is not None)
 
   def _prefix(self, ids: list[int], static: decode.Static, parts: int) -> Prefix:
     """Runs the common prefix of all prompts."""
     slots = queue.slots_of(1)
-    prefix = self._here(decode.no_prefix(slots, static))
+    prefix = self._commit(decode.no_prefix(slots, static))
     if not ids:
       return prefix
-    pack = queue.packed([[ids]], queue.Shape(parts, queue.slots_of(len(ids)), 1))
+    pack = queue.pack_prompts([[ids]], queue.Shape(parts, queue.slots_of(len(ids)), 1))
     _, caches = self._prefill(prefix, pack, static)
     return decode.prefix_of(caches, np.int32(len(ids)), slots=queue.slots_of(len(ids)), static=static)
 
@@ -196,7 +196,7 @@ class NativeSampler:
     return decode.prefill(self._params, prefix, pack.tokens, pack.positions, pack.segment_ids, pack.last,
                           static=static)
 
-  def _here(self, arrays: Any) -> Any:
+  def _commit(self, arrays: Any) -> Any:
     """Commits arrays to the weights' device, because jit compiles anew for uncommitted ones."""
     return arrays if self._mesh else jax.device_put(arrays, self._allowed.sharding)
 

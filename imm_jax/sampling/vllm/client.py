@@ -18,12 +18,12 @@ import urllib3
 from imm_jax.errors import UserError
 
 # Limits on the size of a response: a constant, and an amount for each token that was requested.
-_MOST_BYTES, _MOST_BYTES_PER_TOKEN = 1 << 20, 512
+_MAX_BYTES, _MAX_BYTES_PER_TOKEN = 1 << 20, 512
 _CHUNK = 1 << 16
-_CONNECT_S = 10.0
-_SHORT_S = 30.0  # for requests that take no work
-_BUSY = (408, 425, 429)
-_OF_THIS_SERVER = (401, 403, 404, 405)  # the server is at fault, not the request
+_CONNECT_TIMEOUT_S = 10.0
+_QUICK_TIMEOUT_S = 30.0  # for requests that take no work
+_BUSY_STATUSES = (408, 425, 429)
+_SERVER_STATUSES = (401, 403, 404, 405)  # the server is at fault, not the request
 # Overrides the defaults that a server may take from a checkpoint's generation_config.json.
 NEUTRAL = {"ignore_eos": True, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
            "frequency_penalty": 0.0, "skip_special_tokens": False}
@@ -41,7 +41,7 @@ class TimedOutError(ServerError):
   """Raised when a response times out; a retry at the same server would take as long."""
 
 
-class _RefusedError(ServerError):
+class _UnavailableError(ServerError):
   """Raised when a server lacks an endpoint or denies access to it."""
 
 
@@ -94,7 +94,7 @@ class Server:
     """Returns whether retrying makes sense; always true for a remote server."""
     return True
 
-  def last_words(self) -> str:
+  def log_tail(self) -> str:
     """Returns the end of its log if available."""
     return ""
 
@@ -104,11 +104,11 @@ class Server:
 
   def check_health(self) -> None:
     """Raises ServerError unless the server is ready for requests."""
-    self._call("GET", "/health", timeout=_SHORT_S, parse=False)
+    self._call("GET", "/health", timeout=_QUICK_TIMEOUT_S, parse=False)
 
   def version(self) -> str:
     """Returns the version of vLLM."""
-    return str(_field(self._call("GET", "/version", timeout=_SHORT_S), "version", str))
+    return str(_field(self._call("GET", "/version", timeout=_QUICK_TIMEOUT_S), "version", str))
 
   def can_reload(self) -> bool:
     """Returns whether it has the endpoints that `reload` needs."""
@@ -120,11 +120,11 @@ class Server:
 
   def weights(self) -> str:
     """Returns the version of its weights, as set by `reload`."""
-    return _field(self._call("GET", "/weight_info", timeout=_SHORT_S), "weight_version", str)
+    return _field(self._call("GET", "/weight_info", timeout=_QUICK_TIMEOUT_S), "weight_version", str)
 
   def model(self) -> dict[str, Any]:
     """Returns the served model: `id`, its name in requests; `root`, the folder it was loaded from; `max_model_len`."""
-    models = _field(self._call("GET", "/v1/models", timeout=_SHORT_S), "data", list)
+    models = _field(self._call("GET", "/v1/models", timeout=_QUICK_TIMEOUT_S), "data", list)
     if not models or not isinstance(models[0], dict) or not isinstance(models[0].get("id"), str):
       raise ServerError("it serves no model")
     self._model = models[0]["id"]
@@ -153,7 +153,7 @@ class Server:
     body = {"model": self._model, "prompt": prompt, "n": n, "max_tokens": max_tokens, "return_token_ids": True,
             "logprobs": 1 if logprobs else None, **options}
     answer = self._call("POST", "/v1/completions", {k: v for k, v in body.items() if v is not None},
-                        timeout=self._timeout, most_bytes=_MOST_BYTES + _MOST_BYTES_PER_TOKEN * n * max_tokens)
+                        timeout=self._timeout, max_bytes=_MAX_BYTES + _MAX_BYTES_PER_TOKEN * n * max_tokens)
     choices = _field(answer, "choices", list)
     numbers = [choice.get("index") if isinstance(choice, dict) else None for choice in choices]
     if len(numbers) != n or any(i not in numbers for i in range(n)):
@@ -182,27 +182,27 @@ class Server:
       if not _field(call("POST", "/reset_prefix_cache"), "success", bool):
         raise ServerError("its prefix cache cannot be reset")
       call("POST", "/update_weight_version", {"new_version": version})
-      if (found := self.weights()) != version:
-        raise ServerError(f"it says that its weights are {found!r:.99} and not {version!r}")
+      if (current := self.weights()) != version:
+        raise ServerError(f"it says that its weights are {current!r:.99} and not {version!r}")
       call("POST", "/resume")
-    except _RefusedError as e:
+    except _UnavailableError as e:
       raise ServerError(f"{e}; reloading needs vLLM 0.32 or newer, started with VLLM_SERVER_DEV_MODE=1 in its "
                         "environment, or give config.sampler.vllm.restart") from e
 
   def _call(self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float,
-            most_bytes: int = _MOST_BYTES, parse: bool = True) -> Any:
+            max_bytes: int = _MAX_BYTES, parse: bool = True) -> Any:
     """Sends a request and returns the JSON object of the response, or None unless `parse`."""
     end = time.monotonic() + timeout
     try:
       response = self._pool.request(
           method, self.url + path, json=body, headers=self._headers, preload_content=False, redirect=False,
-          timeout=urllib3.Timeout(connect=min(_CONNECT_S, timeout), read=timeout))
+          timeout=urllib3.Timeout(connect=min(_CONNECT_TIMEOUT_S, timeout), read=timeout))
       try:
         data = bytearray()
         for chunk in response.stream(_CHUNK, decode_content=False):
           data += chunk
-          if len(data) > most_bytes:
-            raise ServerError(f"its answer to {path} has more than {most_bytes} bytes")
+          if len(data) > max_bytes:
+            raise ServerError(f"its answer to {path} has more than {max_bytes} bytes")
           if time.monotonic() > end:
             raise TimedOutError(f"its answer to {path} takes more than {timeout:g} s")
       except BaseException:
@@ -213,20 +213,20 @@ class Server:
       raise TimedOutError(f"it has not answered {path} for {timeout:g} s") from e
     except urllib3.exceptions.HTTPError as e:
       raise ServerError(f"{path}: {e}") from e
-    if response.status in _OF_THIS_SERVER:
-      raise _RefusedError(f"{path}: the server refuses (HTTP {response.status}): {_said(data)}")
-    if 400 <= response.status < 500 and response.status not in _BUSY:
-      raise UserError(f"{self.url}{path}: the server refuses (HTTP {response.status}): {_said(data)}")
+    if response.status in _SERVER_STATUSES:
+      raise _UnavailableError(f"{path}: the server refuses (HTTP {response.status}): {_excerpt(data)}")
+    if 400 <= response.status < 500 and response.status not in _BUSY_STATUSES:
+      raise UserError(f"{self.url}{path}: the server refuses (HTTP {response.status}): {_excerpt(data)}")
     if response.status != 200:
-      raise ServerError(f"{path}: HTTP {response.status}: {_said(data)}")
+      raise ServerError(f"{path}: HTTP {response.status}: {_excerpt(data)}")
     if not parse:
       return None
     try:
       value = json.loads(data)
     except (ValueError, RecursionError) as e:
-      raise ServerError(f"{path}: its answer is not JSON: {_said(data)}") from e
+      raise ServerError(f"{path}: its answer is not JSON: {_excerpt(data)}") from e
     if not isinstance(value, dict):
-      raise ServerError(f"{path}: its answer is no JSON object: {_said(data)}")
+      raise ServerError(f"{path}: its answer is no JSON object: {_excerpt(data)}")
     return value
 
 
@@ -246,14 +246,14 @@ def _generated(choice: dict[str, Any], max_tokens: int, logprobs: bool) -> Gener
     raise ServerError(f"a completion of {len(tokens)} tokens of {max_tokens} ended with {finish!r:.99}")
   if not logprobs:
     return Generated(tokens, [], finish)
-  found = choice.get("logprobs")
-  values = found.get("token_logprobs") if isinstance(found, dict) else None
+  entry = choice.get("logprobs")
+  values = entry.get("token_logprobs") if isinstance(entry, dict) else None
   if not isinstance(values, list) or len(values) != len(tokens) or not all(
       isinstance(v, float) and math.isfinite(v) for v in values):
     raise ServerError("its answer has no log-probability for each token")
   return Generated(tokens, values, finish)
 
 
-def _said(data: bytes) -> str:
+def _excerpt(data: bytes) -> str:
   """Returns the beginning of a response body, in one line."""
   return " ".join(data[:2000].decode(errors="replace").split())[:300] or "nothing"

@@ -69,7 +69,7 @@ class Dispatcher(Generic[_Request, _Answer]):
   def _work(self, server: Server) -> None:
     while (request := self._take(server)) is not None:
       try:
-        self._done.put((request, self._persist(server, request)))
+        self._done.put((request, self._ask_with_retries(server, request)))
       except ServerError as e:
         self._take_out(server, request, e)
       except Exception as e:  # reraised by the iteration
@@ -78,13 +78,13 @@ class Dispatcher(Generic[_Request, _Answer]):
   def _take(self, server: Server) -> _Request | None:
     """Takes the next request; waits while other threads hold the rest, because they may have to return theirs."""
     with self._change:
-      self._change.wait_for(lambda: self._stops(server) or self._waiting)
-      return None if self._stops(server) else self._waiting.popleft()
+      self._change.wait_for(lambda: self._is_stopped(server) or self._waiting)
+      return None if self._is_stopped(server) else self._waiting.popleft()
 
-  def _stops(self, server: Server) -> bool:
+  def _is_stopped(self, server: Server) -> bool:
     return self._ended or server in self.out
 
-  def _persist(self, server: Server, request: _Request) -> _Answer:
+  def _ask_with_retries(self, server: Server, request: _Request) -> _Answer:
     for attempt in range(self._attempts):
       try:
         return self._ask(server, request)
@@ -93,7 +93,7 @@ class Dispatcher(Generic[_Request, _Answer]):
           # Random jitter, so that not all threads retry at once.
           wait = self._backoff * 2**attempt * random.uniform(1, 1.5)
           last = attempt + 1 == self._attempts or isinstance(e, TimedOutError) or not server.alive()
-          if last or self._change.wait_for(lambda: self._stops(server), timeout=wait):
+          if last or self._change.wait_for(lambda: self._is_stopped(server), timeout=wait):
             raise
     raise AssertionError("not reached")
 
@@ -106,10 +106,10 @@ class Dispatcher(Generic[_Request, _Answer]):
         if left:
           print(f"warning: server {server} is taken out ({error}); {left} left", file=sys.stderr)
         else:
-          self._done.put(UserError(none_left(self.out)))
+          self._done.put(UserError(no_server_message(self.out)))
       self._change.notify_all()
 
 
-def none_left(out: dict[Server, str]) -> str:
+def no_server_message(out: dict[Server, str]) -> str:
   """Returns the error message when all servers were taken out, with the reasons."""
-  return "\n".join(["no vLLM server is left:", *(f"{s}: {why}{s.last_words()}" for s, why in out.items())])
+  return "\n".join(["no vLLM server is left:", *(f"{s}: {reason}{s.log_tail()}" for s, reason in out.items())])

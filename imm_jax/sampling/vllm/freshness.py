@@ -29,13 +29,13 @@ _PAD = 64  # prompts are padded to a multiple of this, so that few shapes are co
 # The mean difference of log-probabilities (nats) that rounding can explain; that of a single token may be ten times as
 # large. Two programs sum in different orders and round in different places. bfloat16 has 8 significant bits, so that
 # activations and possibly logits are rounded to 1/256. But greedy tokens mostly have high probabilities, which hardly
-# change: in 240 answers of the embedded model in bfloat16 on vLLM's CPU backend, four answers differ by at most 0.003 on
-# average, and a single token by 0.05. Ten times that leaves room for deeper models. float16 has 11 bits, float32 24.
+# change: in 240 answers of the embedded model in bfloat16 on vLLM's CPU backend, four answers differ by 0.003 at most
+# on average, and a single token by 0.05. Ten times that leaves room for deeper models. float16 has 11 bits, float32 24.
 # Weights that differ by less than this sample alike.
 TOLERANCES = {"bfloat16": 0.03, "float16": 0.01, "float32": 1e-3}
-_SINGLE = 10
+_TOKEN_FACTOR = 10
 # A server still runs its earlier weights if their mean difference is less than this share of that of the new ones.
-_NEARER = 0.5
+_NEARER_SHARE = 0.5
 
 
 class Agreement(NamedTuple):
@@ -53,7 +53,7 @@ class Agreement(NamedTuple):
 
   def within(self, tolerance: float) -> bool:
     """Returns whether the differences are within the tolerance; false for NaN."""
-    return self.mean <= tolerance and self.largest <= _SINGLE * tolerance
+    return self.mean <= tolerance and self.largest <= _TOKEN_FACTOR * tolerance
 
 
 def check(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]], *, dtype: str, new_tokens: int,
@@ -79,10 +79,10 @@ def check(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]],
     UserError: when a server differs by more than the tolerance, or is nearer to its earlier weights.
   """
   tokens = min(TOKENS, new_tokens)
-  allowed = tolerance or TOLERANCES[dtype]
+  limit = tolerance or TOLERANCES[dtype]
   score = _Scorer(folder, dtype, mesh).score
   result: dict[Server, Agreement | ServerError] = {}
-  said: dict[Server, list[Generated]] = {}
+  answers: dict[Server, list[Generated]] = {}
   for server in servers:
     try:
       greedy = [server.complete(prompt, n=1, max_tokens=tokens, logprobs=True, temperature=0.0, **NEUTRAL)[0]
@@ -90,24 +90,25 @@ def check(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]],
     except ServerError as e:
       result[server] = e
       continue
-    said[server] = greedy
+    answers[server] = greedy
     logprobs, best = score(prompts, [g.tokens for g in greedy])
-    result[server] = found = agreement(greedy, logprobs, best)
-    if not found.within(allowed):
-      row, t = found.where
+    result[server] = agreement = measure_agreement(greedy, logprobs, best)
+    if not agreement.within(limit):
+      row, t = agreement.where
       raise UserError(
           f"{server}: does not run the weights of {folder}. Over {len(prompts)} greedy answers of {tokens} tokens its "
-          f"log-probabilities differ from the native decoder's by {found.mean:.3g} on average and {found.largest:.3g} "
-          f"at most (prompt {row}, token {t}: id {greedy[row].tokens[t]} has {greedy[row].logprobs[t]:.4f} there, "
-          f"{logprobs[row, t]:.4f} here, where the likeliest has {best[row, t]:.4f}); rounding to {dtype} explains "
-          f"{allowed:g} and {_SINGLE * allowed:g} (config.sampler.vllm.tolerance). Have it start again on this folder")
+          f"log-probabilities differ from the native decoder's by {agreement.mean:.3g} on average and "
+          f"{agreement.largest:.3g} at most (prompt {row}, token {t}: id {greedy[row].tokens[t]} has "
+          f"{greedy[row].logprobs[t]:.4f} there, {logprobs[row, t]:.4f} here, where the likeliest has "
+          f"{best[row, t]:.4f}); rounding to {dtype} explains {limit:g} and {_TOKEN_FACTOR * limit:g} "
+          "(config.sampler.vllm.tolerance). Have it start again on this folder")
   del score  # keeps only one model in memory at a time
-  old = {server: path for server, path in (earlier or {}).items() if server in said and path.is_dir()}
+  old = {server: path for server, path in (earlier or {}).items() if server in answers and path.is_dir()}
   for path in dict.fromkeys(old.values()):
     score = _Scorer(path, dtype, mesh).score
-    for server in (s for s in said if old.get(s) == path):
-      before = agreement(said[server], *score(prompts, [g.tokens for g in said[server]]))
-      if before.mean < _NEARER * result[server].mean:
+    for server in (s for s in answers if old.get(s) == path):
+      before = measure_agreement(answers[server], *score(prompts, [g.tokens for g in answers[server]]))
+      if before.mean < _NEARER_SHARE * result[server].mean:
         raise UserError(f"{server}: still runs the weights of {path}. From those its log-probabilities differ by "
                         f"{before.mean:.3g} on average, from {folder}'s by {result[server].mean:.3g}. Have it start "
                         "again on this folder")
@@ -115,7 +116,7 @@ def check(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]],
   return result
 
 
-def agreement(greedy: Sequence[Generated], logprobs: np.ndarray, best: np.ndarray) -> Agreement:
+def measure_agreement(greedy: Sequence[Generated], logprobs: np.ndarray, best: np.ndarray) -> Agreement:
   """Compares a server's answers with the decoder's log-probabilities of their tokens and of the best ones [B, N]."""
   difference = np.abs(np.array([g.logprobs for g in greedy]) - logprobs)
   worst = np.maximum(difference, best - logprobs)
@@ -129,11 +130,11 @@ class _Scorer:
   def __init__(self, folder: Path, dtype: str, mesh: Mesh | None):
     config = hf.read_config(folder)
     if mesh is None:
-      self._whole = SingleDeviceSharding(_cpu())
-      place = lambda path, shape: self._whole
+      self._replicated = SingleDeviceSharding(_cpu())
+      place = lambda path, shape: self._replicated
     else:
       decoding = sharding.for_decoding(mesh, config.num_kv_heads)
-      self._whole = NamedSharding(decoding, PartitionSpec())
+      self._replicated = NamedSharding(decoding, PartitionSpec())
       place = functools.partial(sharding.param_sharding, decoding)
     self._static = decode.Static(config, jnp.dtype(dtype), (), 1.0, True)
     _, self._params = hf.load(folder, dtype=self._static.dtype, place=place, stacked=False)
@@ -144,16 +145,16 @@ class _Scorer:
     rows = np.arange(max(PROMPTS, len(prompts))) % len(prompts)
     longest = max(map(len, prompts))
     pack = queue.packed([[prompts[row]] for row in rows], queue.Shape(len(rows), -(-longest // _PAD) * _PAD, len(rows)))
-    prefix = jax.device_put(decode.no_prefix(_PAD, self._static), self._whole)
-    followed = np.array(tokens, np.int32)[rows]
+    prefix = jax.device_put(decode.no_prefix(_PAD, self._static), self._replicated)
+    token_ids = np.array(tokens, np.int32)[rows]
     logits, caches = decode.prefill(self._params, prefix, pack.tokens, pack.positions, pack.segment_ids, pack.last,
                                     static=self._static)
     caches = decode.grow({"caches": caches}, pack.tokens.shape[1] + TOKENS)["caches"]
-    scores = [_scores(logits, followed[:, 0])]
-    for t in range(1, followed.shape[1]):
-      logits, caches = _step(self._params, prefix, followed[:, t - 1], pack.lengths + t - 1, caches,
+    scores = [_scores(logits, token_ids[:, 0])]
+    for t in range(1, token_ids.shape[1]):
+      logits, caches = _step(self._params, prefix, token_ids[:, t - 1], pack.lengths + t - 1, caches,
                              config=self._static.config, dtype=self._static.dtype)
-      scores.append(_scores(logits, followed[:, t]))
+      scores.append(_scores(logits, token_ids[:, t]))
     logprobs, best = np.stack(jax.device_get(scores), axis=-1)[:, :len(prompts)]
     return logprobs, best
 

@@ -26,7 +26,7 @@ from imm_jax.sampling import Completion, Prompt, completions
 from imm_jax.sampling.journal import Journal
 from imm_jax.sampling.vllm import freshness
 from imm_jax.sampling.vllm.client import NEUTRAL, Generated, Server, ServerError
-from imm_jax.sampling.vllm.dispatch import Dispatcher, none_left
+from imm_jax.sampling.vllm.dispatch import Dispatcher, no_server_message
 from imm_jax.sampling.vllm.server import SpawnedServer
 
 # The samples of a prompt at a temperature have consecutive seeds; blocks of seeds are this far apart.
@@ -113,9 +113,9 @@ class VllmSampler:
     self._servers = [Server(url, connections=self._concurrency, timeout=timeout) for url in urls]
     if restart:
       _restart(restart, self._folder, start_timeout)
-      self._use(lambda server: _await(server, start_timeout))
+      self._prepare(lambda server: _wait_for(server, start_timeout))
     else:
-      self._use(lambda server: self._reload(server, start_timeout))
+      self._prepare(lambda server: self._reload(server, start_timeout))
       self._earlier = {server: _last_loaded[server.url] for server in self._usable() if server.url in _last_loaded}
       _last_loaded.update((server.url, self._folder.resolve()) for server in self._usable())
 
@@ -160,7 +160,7 @@ class VllmSampler:
     """
     completions.check_arguments(max_new_tokens, num_samples, temperatures, top_p, stop, seed)
     ids = completions.encode(self.tokenizer, prompts, self._vocab_size)
-    ends, texts = completions.endings(self.tokenizer, self._eos, stop, self._vocab_size)
+    ends, stop_texts = completions.endings(self.tokenizer, self._eos, stop, self._vocab_size)
     requests = _requests(prompts, ids, num_samples, temperatures, seed)
     results: list[list[Completion | None]] = [[None] * num_samples for _ in prompts]
 
@@ -170,37 +170,37 @@ class VllmSampler:
 
     settings = {"max_new_tokens": max_new_tokens, "num_samples": num_samples, "temperatures": list(temperatures),
                 "top_p": top_p, "stop": list(stop), "seed": seed, "dtype": self._dtype}
-    options = {"top_p": top_p, "stop": list(texts), "stop_token_ids": list(ends)}
+    options = {"top_p": top_p, "stop": list(stop_texts), "stop_token_ids": list(ends)}
     ask = lambda server, request: self._ask(server, request, max_new_tokens, options)
     with contextlib.ExitStack() as stack:
-      kept = Journal(journal, self._header(settings, prompts)) if journal else None
-      if kept:
-        stack.enter_context(contextlib.closing(kept))
-      earlier = {i: done for i, done in kept.done.items()
-                 if 0 <= i < len(requests) and len(done) == requests[i].count} if kept else {}
+      file = Journal(journal, self._header(settings, prompts)) if journal else None
+      if file:
+        stack.enter_context(contextlib.closing(file))
+      earlier = {i: done for i, done in file.done.items()
+                 if 0 <= i < len(requests) and len(done) == requests[i].count} if file else {}
       for i, done in earlier.items():
         put(requests[i], done)
-      left = [(i, request) for i, request in enumerate(requests) if i not in earlier]
-      if left:
+      remaining = [(i, request) for i, request in enumerate(requests) if i not in earlier]
+      if remaining:
         self._begin_once()
         if not self._usable():
-          raise UserError(none_left(self._out))
+          raise UserError(no_server_message(self._out))
       self._check_versions(journal)
-      if left and not self._checked:
-        self._check(list({request.prompt: request.ids for _, request in left}.values()), max_new_tokens)
-      dispatcher = Dispatcher(self._usable(), lambda server, item: ask(server, item[1]), left,
+      if remaining and not self._checked:
+        self._check(list({request.prompt: request.ids for _, request in remaining}.values()), max_new_tokens)
+      dispatcher = Dispatcher(self._usable(), lambda server, item: ask(server, item[1]), remaining,
                               concurrency=self._concurrency)
       stack.callback(lambda: self._out.update(dispatcher.out))
       bar = stack.enter_context(progress.bar(len(prompts) * num_samples, label, "sample", initial=sum(
           map(len, earlier.values()))))
       tokens = sum(c.num_tokens for done in earlier.values() for c in done)
       for (i, request), generated in stack.enter_context(contextlib.closing(iter(dispatcher))):
-        done = [completions.completion(self.tokenizer, np.array(g.tokens), ends, texts) for g in generated]
+        done = [completions.completion(self.tokenizer, np.array(g.tokens), ends, stop_texts) for g in generated]
         # The server may have ended a sample for a reason that only it knows.
         done = [c._replace(finish=g.finish) if g.finish == "stop" else c for c, g in zip(done, generated, strict=True)]
         done *= request.count // len(done)
-        if kept:
-          kept.add(i, done)
+        if file:
+          file.add(i, done)
         put(request, done)
         tokens += sum(c.num_tokens for c in done)
         bar.update(len(done))
@@ -224,9 +224,9 @@ class VllmSampler:
   def _check(self, ids: Sequence[list[int]], new_tokens: int) -> None:
     """Checks the servers' weights, once, with some of the prompts to be sampled."""
     step = -(-len(ids) // freshness.PROMPTS)
-    found = freshness.check(self._usable(), self._folder, ids[::step], dtype=self._dtype, new_tokens=new_tokens,
+    results = freshness.check(self._usable(), self._folder, ids[::step], dtype=self._dtype, new_tokens=new_tokens,
                             tolerance=self._tolerance, mesh=self._mesh, earlier=self._earlier)
-    self._leave_out({server: str(e) for server, e in found.items() if isinstance(e, ServerError)})
+    self._take_out({server: str(e) for server, e in results.items() if isinstance(e, ServerError)})
     self._checked = True
 
   def _reload(self, server: Server, timeout: float) -> None:
@@ -242,16 +242,16 @@ class VllmSampler:
       return
     for server in self._usable():
       try:
-        found = server.weights()
+        current = server.weights()
       except ServerError:
         continue  # the next request will report it
-      if found != self._digest:
+      if current != self._digest:
         if journal:
           journal.unlink(missing_ok=True)
-        raise UserError(f"{server}: was given other weights ({found!r:.99}, and not {self._digest!r}) or was started "
+        raise UserError(f"{server}: was given other weights ({current!r:.99}, and not {self._digest!r}) or was started "
                         "again while it was used here. Let no other run use it, and give the same command again")
 
-  def _use(self, prepare: Callable[[Server], None]) -> None:
+  def _prepare(self, prepare: Callable[[Server], None]) -> None:
     """Prepares all servers in parallel and keeps the usable ones."""
 
     def attempt(server: Server) -> str:
@@ -263,15 +263,15 @@ class VllmSampler:
 
     with ThreadPoolExecutor(len(self._servers)) as pool:
       failed = zip(self._servers, pool.map(attempt, self._servers), strict=True)
-      self._leave_out({server: why for server, why in failed if why})
+      self._take_out({server: reason for server, reason in failed if reason})
 
-  def _leave_out(self, failed: dict[Server, str]) -> None:
+  def _take_out(self, failed: dict[Server, str]) -> None:
     """Takes out servers that failed; raises UserError when none is left."""
     self._out |= failed
     if not self._usable():
-      raise UserError(none_left(self._out))
-    for server, why in failed.items():
-      print(f"warning: server {server} is not used in this round ({why})", file=sys.stderr)
+      raise UserError(no_server_message(self._out))
+    for server, reason in failed.items():
+      print(f"warning: server {server} is not used in this round ({reason})", file=sys.stderr)
 
   def _usable(self) -> list[Server]:
     return [server for server in self._servers if server not in self._out]
@@ -297,14 +297,14 @@ def _requests(prompts: Sequence[Prompt], ids: Sequence[list[int]], num_samples: 
   """Creates a request per prompt and temperature; vLLM draws sample j of a request with seed `seed + j`."""
   if -(-num_samples // len(temperatures)) > _SEED_STEP:
     raise ValueError(f"num_samples={num_samples}: expected at most {_SEED_STEP} for each temperature")
-  result, taken = [], set()
+  result, used_blocks = [], set()
   for p, prompt in enumerate(prompts):
     for first, temperature in enumerate(temperatures[:num_samples]):
       hashed = hashlib.sha256(f"{seed}/{first}/{prompt.id}".encode()).digest()
       block = int.from_bytes(hashed[:6])
-      while block in taken:  # a hash collision, or two prompts with the same id
+      while block in used_blocks:  # a hash collision, or two prompts with the same id
         block = (block + 1) % (1 << 48)
-      taken.add(block)
+      used_blocks.add(block)
       count = len(range(first, num_samples, len(temperatures)))
       result.append(_Request(p, first, ids[p], temperature, count, block * _SEED_STEP))
   return result
@@ -312,20 +312,20 @@ def _requests(prompts: Sequence[Prompt], ids: Sequence[list[int]], num_samples: 
 
 def _restart(command: str, folder: Path, timeout: float) -> None:
   """Runs the user's command that restarts remote servers."""
-  with tempfile.TemporaryFile() as said:  # not a pipe, which its background processes would keep open
+  with tempfile.TemporaryFile() as output:  # not a pipe, which its background processes would keep open
     try:
       words = [word.replace("{model}", str(folder.resolve())) for word in shlex.split(command)]
-      code = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, timeout=timeout,
+      code = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=timeout,
                             check=False).returncode
     except (OSError, ValueError, subprocess.TimeoutExpired) as e:
       raise UserError(f"config.sampler.vllm.restart={command!r}: {e}") from e
     if code:
-      said.seek(0)
+      output.seek(0)
       raise UserError(f"config.sampler.vllm.restart={command!r}: ended with exit code {code}: "
-                      f"{said.read().decode(errors='replace').strip()[-500:]}")
+                      f"{output.read().decode(errors='replace').strip()[-500:]}")
 
 
-def _await(server: Server, timeout: float) -> None:
+def _wait_for(server: Server, timeout: float) -> None:
   """Blocks until a remote server is ready; raises ServerError after `timeout` seconds."""
   end = time.monotonic() + timeout
   while True:

@@ -27,17 +27,16 @@ def main() -> int:
   libc = ctypes.CDLL(None, use_errno=True)
   # Adopts orphaned descendants, whatever session they have moved to.
   libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-  told = []
+  received = []
   for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-    signal.signal(number, lambda number, _: told.append(number))
+    signal.signal(number, lambda number, _: received.append(number))
   # PDEATHSIG ends the command even if this process is killed.
   with subprocess.Popen(command, preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)) as child:
-    while not told and os.getppid() == parent and child.poll() is None:
+    while not received and os.getppid() == parent and child.poll() is None:
       time.sleep(_POLL_S)
     for number, seconds in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, _GRACE_S)):
       end = time.monotonic() + seconds
-      found = descendants(os.getpid())
-      for process in found:
+      for process in descendants(os.getpid()):
         with contextlib.suppress(ProcessLookupError):
           os.kill(process, number)
       while descendants(os.getpid()) and time.monotonic() < end:
@@ -54,11 +53,11 @@ def descendants(process: int) -> list[int]:
     with contextlib.suppress(OSError):  # the process has ended meanwhile
       # The state and the parent follow the name in parentheses, which may contain anything.
       children.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
-  found, new = [], [process]
-  while new:
-    new = [child for parent in new for child in children.get(parent, [])]
-    found += new
-  return found
+  result, generation = [], [process]
+  while generation:
+    generation = [child for parent in generation for child in children.get(parent, [])]
+    result += generation
+  return result
 
 
 def _reap() -> None:

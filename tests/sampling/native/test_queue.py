@@ -33,8 +33,8 @@ def test_every_prompt_is_packed_once_and_padding_is_little(parts: int) -> None:
 
 def test_what_all_begin_with_leaves_each_a_token() -> None:
   same = [list(range(30))] * 3
-  assert queue.shared(same, 3) == 29
-  assert queue.shared(same[:1], 4) == 29  # one prompt, several samples
-  assert queue.shared(same[:1], 1) == 0
-  assert queue.shared([[*range(20), 7], [*range(20)]], 2) == 19
-  assert queue.shared([], 0) == 0
+  assert queue.common_prefix(same, 3) == 29
+  assert queue.common_prefix(same[:1], 4) == 29  # one prompt, several samples
+  assert queue.common_prefix(same[:1], 1) == 0
+  assert queue.common_prefix([[*range(20), 7], [*range(20)]], 2) == 19
+  assert queue.common_prefix([], 0) == 0

@@ -180,8 +180,8 @@ def test_the_numbers_agree_to_a_tenth_of_the_tolerance(servers: list[SpawnedServ
 
 
 def test_check_names_the_version(servers: list[SpawnedServer]) -> None:
-  assert vllm_check.of_environment(PYTHON).startswith("vLLM 0.")
-  said = vllm_check.of_server(servers[0])
+  assert vllm_check.describe_environment(PYTHON).startswith("vLLM 0.")
+  said = vllm_check.describe_server(servers[0])
   assert said.startswith("vLLM 0.")
   assert said.endswith("reloads weights")
 

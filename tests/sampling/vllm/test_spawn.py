@@ -128,7 +128,7 @@ def test_a_server_that_is_killed_is_not_asked_again(spawn: Callable[..., Spawned
     os.kill(process, signal.SIGKILL)
   assert _gone(server._process.pid)
   assert not server.alive()
-  assert "the fake server" in server.last_words()
+  assert "the fake server" in server.log_tail()
   server.close()
 
 
@@ -145,10 +145,10 @@ def test_the_environment_of_a_server_lacks_what_is_meant_for_jax() -> None:
 
 def test_check_says_which_vllm_a_server_is() -> None:
   with fake_vllm.FakeVllm(TINY) as fake:
-    said = vllm_check.of_server(Server(fake.url))
+    said = vllm_check.describe_server(Server(fake.url))
     assert said == f"vLLM 0.0.fake, serves 'served' from {TINY}, context 256; reloads weights"
     fake.dev = False
-    assert "cannot reload weights (start it with VLLM_SERVER_DEV_MODE=1" in vllm_check.of_server(Server(fake.url))
+    assert "cannot reload weights (start it with VLLM_SERVER_DEV_MODE=1" in vllm_check.describe_server(Server(fake.url))
 
 
 @pytest.mark.parametrize(("flags", "said"), [

@@ -103,7 +103,7 @@ def test_the_decoder_and_transformers_agree_to_a_hundredth_of_the_tolerance(
 
 def test_what_is_no_number_is_no_agreement() -> None:
   nan = np.full((1, 1), np.nan)
-  found = freshness.agreement([freshness.Generated([1], [-1.0], "length")], nan, nan)
+  found = freshness.measure_agreement([freshness.Generated([1], [-1.0], "length")], nan, nan)
   assert not found.within(1.0)
 
 
