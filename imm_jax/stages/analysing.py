@@ -1,4 +1,4 @@
-"""Which layers matter, which have moved, and how diverse the samples are: of a round, or of any checkpoints."""
+"""Analyses of a round or of checkpoints: layer importance, weight change by layer, and diversity of samples."""
 
 import itertools
 import json
@@ -28,14 +28,14 @@ Found = dict[str, Any]
 
 
 class Round(NamedTuple):
-  """What is analysed of a round.
+  """Holds the inputs of a round's analysis.
 
   Attributes:
-    number: of the round, from 0.
-    folder: its folder, with train.jsonl, sft, and what else there is of samples.jsonl, importance.json and merged.
+    number: number of the round, from 0.
+    folder: folder of the round, with train.jsonl, sft and, if any, samples.jsonl, importance.json and merged.
     base: folder of the base model.
-    start: of the model that the round started from.
-    sampler: of the model that sampled, or None where none did.
+    start: folder of the model that the round started from.
+    sampler: folder of the model that sampled, or None if none did.
     merges: whether there is a merged model.
   """
 
@@ -48,7 +48,7 @@ class Round(NamedTuple):
 
 
 def stage(run: Run, start: Model, sampler: Model | None, round_: int) -> Stage:
-  """The analysis of a round, from the model that it started from and the one that sampled, if any did."""
+  """Builds the stage that analyses a round, given its initial model and, if any, the model that sampled."""
   here, merge = f"round_{round_}", run.merges
   inputs = [run.base.stage, start.stage, f"{here}/train.jsonl", f"{here}/sft"]
   inputs += [f"{here}/merged"] * bool(merge) + [f"{here}/importance.json"] * (merge == "iimm")
@@ -62,7 +62,7 @@ def stage(run: Run, start: Model, sampler: Model | None, round_: int) -> Stage:
 
 
 def importance_stage(run: Run, model: Model, train: str, name: str) -> Stage:
-  """Layer importance of a model on what a round trains on."""
+  """Builds the stage that measures a model's layer importance on the training data of a round."""
   return Stage(name, (model.stage, train), run.settings("seed", "prompt", "sft"),
                "of each layer of the start, on train.jsonl (eq. 3)",
                lambda out, _: devices.call(run.config, importance, run.config, model.folder, run.root / train, out),
@@ -70,12 +70,12 @@ def importance_stage(run: Run, model: Model, train: str, name: str) -> Stage:
 
 
 def importance(config: ml_collections.ConfigDict, model: Path, train: Path, out: Path) -> dict[str, Any]:
-  """Eq. 3 for the model on all of train.jsonl: importance.json, by layer and by module."""
+  """Writes importance.json: eq. 3 for the model on all of train.jsonl, by layer and by module."""
   examples = list(map(tuning.encoder(config, model), tuning.read_train(train)))
   if examples:
     data = tuning.pack(config, model, examples, what=train, epochs=1, seed=config.seed)
     found = _scores(data, tuning.load_params(config, model), order=1, label="importance")
-  else:  # data.skip_empty: nothing says which layer matters
+  else:  # data.skip_empty: without data all layers count the same
     equal = [1.0] * hf.read_config(model).num_layers
     found = {"examples": 0, "dropped_long": 0, "order": 1, "layers": equal, "modules": dict.fromkeys(MODULES, equal)}
   if distributed.is_main():
@@ -85,19 +85,22 @@ def importance(config: ml_collections.ConfigDict, model: Path, train: Path, out:
 
 def importances(config: ml_collections.ConfigDict, model: Path, entries: Sequence[str], order: int = 1,
                 ) -> dict[str, Found]:
-  """The model's layer importance on tasks and corpora, by entry, on `config.analysis.examples` of each.
+  """Measures a model's layer importance on `config.analysis.examples` examples of each task or corpus.
 
   Args:
-    config: settings: seed, prompt, sft, mesh, analysis.
-    model: a checkpoint folder.
-    entries: each `NAME` or `NAME=SOURCE`: a task, whose train split's worked answers count (of mbpp the programs); a
-      corpus of `texts.CORPORA`; or `text=SOURCE` for any other.
+    config: run config, of which seed, prompt, sft, mesh and analysis matter.
+    model: checkpoint folder.
+    entries: each `NAME` or `NAME=SOURCE`: a task, of which the worked answers of the train split are used (for mbpp the
+      programs); a corpus of `texts.CORPORA`; or `text=SOURCE` for any other text.
     order: 1 (eq. 3) or 2 (eq. 2).
+
+  Returns:
+    The importance for each entry, in the form of importance.json.
 
   Raises:
     UserError: for an unknown name, or a task without worked answers to train on.
   """
-  # All of them are read before anything is computed.
+  # All data are read before anything is computed, so that errors come early.
   data = {entry: tuning.pack(config, model, examples_of(config, model, entry), what=entry, epochs=1, seed=config.seed)
           for entry in entries}
   params = tuning.load_params(config, model)
@@ -106,14 +109,14 @@ def importances(config: ml_collections.ConfigDict, model: Path, entries: Sequenc
 
 
 def analyse(config: ml_collections.ConfigDict, round_: Round, out: Path) -> dict[str, Any]:
-  """Writes analysis.json of a round.
+  """Writes analysis.json of a round and returns its main figures.
 
-  `importance` of the round's start on answers of train.jsonl; `weight_change` of `sft` against the start and of
-  `merged` against the base; `spearman` between importance and the change by SFT; `diversity` of the samples. What is
-  not measured is null.
+  The file has `importance` of the round's initial model on answers of train.jsonl; `weight_change` of `sft` relative to
+  the initial model and of `merged` relative to the base; `spearman`, the rank correlation between importance and weight
+  change by SFT; and `diversity` of the samples. What is not measured is null.
   """
   rng = np.random.default_rng((config.seed, round_.number))
-  # Of two models the first makes room for the second.
+  # A cache of one model, so that only one is in memory at a time.
   held: dict[Path, Params] = {}
 
   def params(model: Path) -> Params:
@@ -156,7 +159,7 @@ def _importance(config: ml_collections.ConfigDict, round_: Round, rng: np.random
 
 def _entropy(config: ml_collections.ConfigDict, round_: Round, rows: Sequence[Found], rng: np.random.Generator,
              params: Callable[[Path], Params]) -> float | None:
-  """Of the samples' texts under the model and the prompts that they came from; what ended them does not count."""
+  """Measures the token entropy of the samples' texts, without end tokens, under their own model and prompts."""
   if not (rows and config.analysis.examples):
     return None
   model = round_.sampler
@@ -165,7 +168,7 @@ def _entropy(config: ml_collections.ConfigDict, round_: Round, rows: Sequence[Fo
                    lambda e: bool(e.response))
   if not examples:
     return None
-  # Worked examples make prompts longer here than in training.
+  # Prompts have worked examples here, and are longer than in training.
   data = tuning.pack(config, model, examples, what="samples", epochs=1, seed=config.seed, quiet=True,
                      row_length=tuning.row_for(config, examples))
   options = {name: value for name, value in data.options.items() if name != "remat"}  # there is no backward pass
@@ -175,25 +178,25 @@ def _entropy(config: ml_collections.ConfigDict, round_: Round, rows: Sequence[Fo
 
 def _some(rows: Sequence[Found], count: int, rng: np.random.Generator, encode: Callable[[Found], TokenizedExample],
           fits: Callable[[TokenizedExample], bool]) -> list[TokenizedExample]:
-  """So many of the rows at most, drawn from those that fit."""
+  """Draws and encodes at most `count` of the rows that fit."""
   drawn = (encode(rows[i]) for i in rng.permutation(len(rows)))
   return list(itertools.islice(filter(fits, drawn), count))
 
 
 def _scores(data: tuning.Data, params: Params, *, order: int, label: str) -> Found:
-  """Layer importance as json holds it."""
+  """Computes layer importance in the form of importance.json."""
   options = {**data.options, "label": label}
   if order == 1:
     sums = (layers.gradient(data.model, params, data.batches, **options),)
   else:
-    del options["accumulation"]  # one example at a time leaves nothing to divide
+    del options["accumulation"]  # examples run one by one
     sums = layers.gradient_and_squares(data.model, params, data.batches, **options)
   return {"examples": len(data.lines), "dropped_long": data.dropped, "order": order,
           **layers.layer_importance(params, *sums).to_json()}
 
 
 def check_entry(entry: str) -> None:
-  """Raises UserError unless `importances` knows the name of an entry."""
+  """Raises UserError unless an entry is valid for `importances`."""
   name, _, source = entry.partition("=")
   known = [*tasks.NAMES, *texts.CORPORA, "text"]
   if name not in known:
@@ -205,7 +208,7 @@ def check_entry(entry: str) -> None:
 
 
 def examples_of(config: ml_collections.ConfigDict, model: Path, entry: str) -> list[TokenizedExample]:
-  """What importance on an entry is measured on: worked answers to questions, or passages, cut where a row ends.
+  """Loads the examples of an entry of `importances`: worked answers, or passages truncated to the length of a row.
 
   Raises:
     UserError: as `importances` does.

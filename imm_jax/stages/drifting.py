@@ -1,4 +1,4 @@
-"""How far the models of a round have gone from the base, on held-out texts of every task."""
+"""Drift of a round's models from the base, measured on held-out texts of every task."""
 
 import itertools
 import json
@@ -24,13 +24,13 @@ from imm_jax.stages import devices, questions, tuning
 from imm_jax.tasks.base import Choice, Example
 from imm_jax.training.packing import TokenizedExample
 
-# What decides the texts and how they are computed with; of how many there are, see `stage`.
+# Settings that determine the texts and the computation; `stage` adds the number of texts.
 _SETTINGS = ("task.name", "task.source", "task.fields", "task.kind", "task.ood", "prompt.header", "prompt.style",
              "eval.by_likelihood", "eval.texts", "sft.row_length", "sft.global_batch", "sft.compute_dtype")
 
 
 def stage(run: Run, tuned: Model, round_: int) -> Stage:
-  """The drift of a round's models: the tuned one, the average over SFT and the merged one, where there are such."""
+  """Builds the stage that measures a round's tuned model and, if any, its moving average and the merged model."""
   here, count = f"round_{round_}", questions.drift_questions(run.config)
   models = {"sft": tuned} | ({"ema": tuning.average_of(tuned)} if averages(run.config) else {})
   models |= {"merged": run.model(f"{here}/merged")} if run.method.merge else {}
@@ -53,10 +53,11 @@ def stage(run: Run, tuned: Model, round_: int) -> Stage:
 
 def measure(config: ml_collections.ConfigDict, base: Path, models: dict[str, Path], out: Path, label: str,
             ) -> dict[str, Any]:
-  """Writes drift.json and returns what it holds.
+  """Writes drift.json and returns its contents.
 
-  `texts`: of each task and text of `eval.texts` how many `examples` and learned `tokens`, and the base's `loss` and
-  `entropy`; `models`: for each model and text `kl` (KL(base || model)), `loss` and `entropy`; in nats a token.
+  `texts` has, for each task and each text of `eval.texts`, the number of `examples` and learned `tokens`, and the
+  base's `loss` and `entropy`; `models` has, for each model and text, `kl` (KL(base || model)), `loss` and `entropy`;
+  all in nats per token.
   """
   texts = dict(texts_of(config, base))
   length = tuning.row_for(config, itertools.chain(*texts.values()))
@@ -68,7 +69,7 @@ def measure(config: ml_collections.ConfigDict, base: Path, models: dict[str, Pat
   for kind, folder in models.items():
     params, found["models"][kind] = tuning.load_params(config, folder, dtype), {}
     for name, of in data.items():
-      options = {key: value for key, value in of.options.items() if key != "remat"}  # there is no backward pass
+      options = {key: value for key, value in of.options.items() if key != "remat"}  # no backward pass
       seen = drift(of.model, first, params, of.batches, label=f"{label}, {kind} on {name}", **options)
       if not np.all(np.isfinite(seen)):
         raise UserError(f"{folder}: its predictions on the test questions of {name} are not finite")
@@ -76,17 +77,18 @@ def measure(config: ml_collections.ConfigDict, base: Path, models: dict[str, Pat
       found["texts"][name] = {"examples": len(of.lines), "tokens": seen.tokens, "loss": values["base_loss"],
                               "entropy": values["base_entropy"]}
       found["models"][kind][name] = {key: values[key] for key in ("kl", "loss", "entropy")}
-    del params  # the next one takes its place
+    del params  # frees its memory before the next one is loaded
   if distributed.is_main():
     files.write_text(out, json.dumps(found, indent=1, allow_nan=False) + "\n")
   return found
 
 
 def texts_of(config: ml_collections.ConfigDict, model: Path) -> Iterator[tuple[str, list[TokenizedExample]]]:
-  """The held-out texts by name of the task or text, each of which has one at least.
+  """Yields the held-out examples of each task and text, with its name; none without examples.
 
-  An answered task: its first test questions in the prompt of training, with the worked answer, or `The answer is X.`
-  where there is none; one of options: the right option after its context; a text: passages, cut where a row ends.
+  Of a task with generated answers: its first test questions with the prompt of training and the worked answer, or `The
+  answer is X.` if there is none. Of a multiple-choice task: the right option after its context. Of a text: passages,
+  truncated to the length of a row.
   """
   count, known = questions.drift_questions(config), hf.read_config(model)
   tokenizer = load_tokenizer(model, rows=known.vocab_size)
@@ -102,12 +104,12 @@ def texts_of(config: ml_collections.ConfigDict, model: Path) -> Iterator[tuple[s
   for name, passages in questions.texts_of(config).items():
     found = [TokenizedExample([], check_ids(tokenizer, tokenizer(text)["input_ids"], known.vocab_size)[
         :config.sft.row_length]) for text in passages[:count]]
-    if any(len(e.response) > 1 for e in found):  # the first token is predicted from nothing
+    if any(len(e.response) > 1 for e in found):  # the first token is not predicted
       yield name, found
 
 
 def _right(choice: Choice) -> tuple[str, str]:
-  """The right option after its context."""
+  """Returns the context and the right option of a question."""
   return choice.contexts[choice.gold % len(choice.contexts)], choice.options[choice.gold]
 
 

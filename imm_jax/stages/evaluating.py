@@ -1,4 +1,4 @@
-"""How a model does on the test questions of every task."""
+"""Evaluation of a model on the test questions of every task."""
 
 import contextlib
 import functools
@@ -17,12 +17,12 @@ from imm_jax.stages import devices, likelihood, lm_eval_tasks, questions, sampli
 from imm_jax.tasks import answers, protocols
 from imm_jax.tasks.base import Example
 
-# Settings of greedy answers, wherever they are asked for.
+# Settings that determine greedy answers.
 ANSWERING = ("eval", "sample.stop", "sample.compute_dtype", "sampler")
 
 
 def stage(run: Run, model: Model, name: str, round_: int) -> Stage:
-  """The evaluation of a model; `round_` is -1 for the base."""
+  """Builds the stage that evaluates a model; `round_` is -1 for the base."""
   return Stage(name, (model.stage, "test questions"), run.settings("seed", "task", "prompt", *ANSWERING),
                _plan(run.config), functools.partial(_measure, run, model.folder, name, round_), everywhere=True,
                scratch=str(run.scratch(name)))
@@ -39,7 +39,7 @@ def _plan(config: ml_collections.ConfigDict) -> str:
 
 
 def _measure(run: Run, model: Path, name: str, round_: int, out: Path, _: Any) -> dict[str, Any]:
-  """`evaluate`, and its figures among the run's metrics."""
+  """Evaluates a model and adds the scores to the run's metrics."""
   facts = evaluate(run.config, model, run.scratch(name), out, label=name)
   with StageMetrics(run.root, name) as metrics:
     metrics.write(round_ + 1, **{f"accuracy/{task}" if metric == "greedy" else f"{metric}/{task}": score["value"]
@@ -52,17 +52,17 @@ def _measure(run: Run, model: Path, name: str, round_: int, out: Path, _: Any) -
 
 
 def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: Path, *, label: str) -> dict[str, Any]:
-  """Asks a model all test questions of a config: a folder with <task>.jsonl, a row a question.
+  """Evaluates a model on all test questions of a config.
 
-  Answers are greedy and asked for by `eval.protocol`; with `config.eval.num_samples` there is also
-  <task>_samples.jsonl, for pass@k and the majority vote. Of other tasks options are scored (`likelihood`), or
-  lm-evaluation-harness runs them (`lm_eval_tasks`). `scratch` is a folder for what came of a start that was killed
-  (`sampling.sampler_of`).
+  Writes a folder with <task>.jsonl, one row per question. Answers are greedy, with the prompts of `eval.protocol`; with
+  `config.eval.num_samples` there is also <task>_samples.jsonl, for pass@k and the majority vote. Multiple-choice tasks
+  are scored by likelihood (`likelihood`); lm-evaluation-harness runs its own tasks (`lm_eval_tasks`). `scratch` is a
+  folder for partial results, from which a killed evaluation resumes.
 
   Returns:
-    `scores`: for each task, figures by name, the first of which counts (`greedy`, `pass@4`, `majority@16`; `acc`,
-    `acc_norm`; lm_eval's); `texts`: see `likelihood.measure`; `protocol`: for each task, how its figures came
-    (`described`); `long_prompts`: questions that were skipped since they do not fit, for each task that has any.
+    `scores`: for each task its metrics, the primary one first (`greedy`, `pass@4`, `majority@16`; `acc`, `acc_norm`;
+    lm_eval's); `texts`: see `likelihood.measure`; `protocol`: for each task how it was measured (`described`);
+    `long_prompts`: for each task with any, the number of questions skipped because they do not fit.
   """
   if distributed.is_main():
     out.mkdir()
@@ -85,7 +85,7 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, out:
         if drawn:
           files.write_jsonl(out / f"{name}_samples.jsonl", drawn)
           scores[name] |= of_samples(drawn, [k for k in config.eval.pass_at_k if k <= config.eval.num_samples])
-  sampler = None  # its weights are not to lie beside those that score
+  sampler = None  # frees its weights before others are loaded for scoring
   found = {"scores": {name: {metric: score._asdict() for metric, score in found.items()}
                       for name, found in scores.items()}, "protocol": how, "texts": {}}
   if questions.scores_texts(config):
@@ -103,8 +103,11 @@ def _joined(found: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 def greedy(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Generate, entry: str,
            examples: Sequence[Example], *, label: str) -> tuple[list[dict[str, Any]], int]:
-  """Greedy answers to questions of a task, by its entry in the config, with verdicts (empty but on process 0), and how
-  many questions do not fit."""
+  """Answers questions of a task greedily; `entry` is the task's entry in the config.
+
+  Returns:
+    A row with the verdict for each answer (empty except on process 0), and the number of questions that do not fit.
+  """
   protocol, asked, long = _asked(config, model, entry, examples, label)
   completions = sampler([Prompt(e.id, text) for e, text in asked], label=label,
                         max_new_tokens=protocols.max_new_tokens(config), stop=protocol.stop)
@@ -113,8 +116,8 @@ def greedy(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Gen
 
 
 def described(config: ml_collections.ConfigDict, task: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """How greedy answers came: the protocol's `name`, `shots` in a prompt, `n` answers, their `mean_tokens`, and the
-  share that was `cut` at `eval.max_new_tokens`."""
+  """Describes how greedy answers were obtained: the protocol's `name`, `shots` per prompt, `n` answers, `mean_tokens`
+  per answer, and the share that was `cut` at `eval.max_new_tokens`."""
   protocol = protocols.of(config, task)
   return {"name": protocol.name, "shots": protocol.few_shot, "n": len(rows),
           "mean_tokens": round(sum(r["tokens"] for r in rows) / len(rows), 2),
@@ -123,7 +126,7 @@ def described(config: ml_collections.ConfigDict, task: str, rows: Sequence[dict[
 
 def _asked(config: ml_collections.ConfigDict, model: Path, entry: str, examples: Sequence[Example], label: str,
            ) -> tuple[protocols.Protocol, list[tuple[Example, str]], int]:
-  """The protocol of a task, its questions with their prompts, and how many do not fit."""
+  """Returns the protocol of a task, the questions that fit with their prompts, and how many do not fit."""
   protocol = protocols.of(config, questions.name_of(entry))
   return protocol, *sampling.fitting(config, model, examples, limit="eval.max_new_tokens", what=label,
                                      shots=questions.shots_of(config, entry), prompt=protocol.prompt)
@@ -144,7 +147,7 @@ def _samples(config: ml_collections.ConfigDict, model: Path, sampler: sampling.G
 
 
 def of_samples(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, evaluation.Accuracy]:
-  """pass@k for each k, and the accuracy of the majority vote, over samples of which each question has as many."""
+  """Computes pass@k for each k and the accuracy of the majority vote; each question has the same number of samples."""
   groups: dict[str, list[dict[str, Any]]] = {}
   for row in rows:
     groups.setdefault(row["id"], []).append(row)

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness among those of a config: lm_eval runs them on this package's model."""
+"""Evaluation on tasks of lm-evaluation-harness, which runs them on this package's model."""
 
 import collections
 import contextlib
@@ -18,12 +18,12 @@ from imm_jax.errors import UserError, nearest
 from imm_jax.sampling import Completion
 from imm_jax.stages import questions
 
-# In this order, whichever a task has counts.
+# The primary metric of a task is the first of these that it has.
 _PRIMARY = ("acc", "exact_match", "pass@1", "acc_norm", "f1")
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """Raises UserError where a task of lm_eval that the config names is not known there, or lm_eval is missing."""
+  """Raises UserError if lm_eval is not installed, or does not know one of the config's tasks."""
   asked = questions.lm_eval_tasks(config)
   if not asked:
     return
@@ -42,10 +42,10 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def load(config: ml_collections.ConfigDict) -> None:
-  """Loads the tasks of lm_eval that a config names, with their data, so that one that cannot be had is no late error.
+  """Loads the lm_eval tasks of a config with their data, so that unavailable ones are reported early.
 
   Raises:
-    UserError: for the first of them.
+    UserError: for the first task that cannot be loaded.
   """
   for name in questions.lm_eval_tasks(config):
     with _told("config.task.ood", name):
@@ -53,18 +53,18 @@ def load(config: ml_collections.ConfigDict) -> None:
 
 
 def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: Path, label: str) -> dict[str, Any]:
-  """Runs the tasks of lm_eval that a config names: <entry>.jsonl, a row a document, in out.
+  """Runs the lm_eval tasks of a config, and writes <entry>.jsonl to `out`, one row per document.
 
-  A group of tasks, such as `mmlu`, is one task here, over all documents of its parts. `scratch` is a folder for what
-  came of a start that was killed.
+  A group of tasks, such as `mmlu`, is one task here, over all documents of its parts. `scratch` is a folder for partial
+  results, from which a killed evaluation resumes.
 
   Returns:
-    `scores`, the figure that counts first; `protocol` (`described` in `evaluating`); `texts` is empty.
+    `scores`: for each entry its metrics, the primary one first; `protocol`: as `evaluating.described`; `texts`: empty.
 
   Raises:
-    UserError: for a task that lm_eval cannot load, or without a figure as `_metrics` wants it.
+    UserError: for a task that lm_eval cannot load, or that has no usable metric (see `_metrics`).
   """
-  import lm_eval  # late: seconds, and most runs have no such task
+  import lm_eval  # lazy: it takes seconds, and most runs have no such task
 
   from imm_jax.harness import HarnessLM
 
@@ -99,7 +99,7 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
 
 @contextlib.contextmanager
 def _told(what: str, task: str) -> Iterator[None]:
-  """What lm_eval, the hub or a task's own code raises, as a UserError."""
+  """Converts exceptions of lm_eval, the hub or a task's own code to a UserError."""
   try:
     yield
   except UserError:
@@ -125,10 +125,10 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 def _rows(samples: Mapping[str, Sequence[Mapping[str, Any]]], completions: Mapping[tuple[str, str], Completion],
           ) -> list[dict[str, Any]]:
-  """A row of ours for each document; `metrics` are lm_eval's figures of it that are a number.
+  """Converts lm_eval's samples to a row per document, whose `metrics` are lm_eval's numeric metrics of it.
 
-  `text` is the first answer as it was generated, `span` what the first filter made of it; of options both are the
-  likeliest. Figures of other filters have the filter's name behind theirs.
+  `text` is the first answer as generated, and `span` the output of the first filter; for multiple choice both are the
+  most likely option. Metrics of other filters have the filter's name as a suffix.
   """
   rows: dict[str, dict[str, Any]] = {}
   for task, of_task in samples.items():
@@ -155,18 +155,18 @@ def _rows(samples: Mapping[str, Sequence[Mapping[str, Any]]], completions: Mappi
 
 
 def _numbers(sample: Mapping[str, Any]) -> dict[str, float]:
-  """The figures of a document that are a number; others are what lm_eval aggregates in a way of its own."""
+  """Returns the numeric metrics of a document; others are inputs to aggregations of lm_eval."""
   return {metric: float(sample[metric]) for metric in sample.get("metrics", ())
           if isinstance(sample[metric], int | float | np.number | np.bool_)}
 
 
 def _figure(metric: str, filter_: str | None, first: str | None) -> str:
-  """The name of a figure: figures of all filters but a task's first have the filter's name behind theirs."""
+  """Names a metric: metrics of all filters except a task's first have the filter's name as a suffix."""
   return metric if filter_ == first else f"{metric}_" + re.sub(r"\W", "_", str(filter_))
 
 
 def _uncounted(found: Mapping[str, Any]) -> set[str]:
-  """The figures that are no scores: less of one is better, or lm_eval's aggregate is not the documents' mean."""
+  """Returns the metrics that are no scores: lower is better, or lm_eval's aggregate is not the mean over documents."""
   result = set()
   for task, of_task in found["samples"].items():
     values: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
@@ -182,7 +182,7 @@ def _uncounted(found: Mapping[str, Any]) -> set[str]:
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]], entry: str, uncounted: Container[str]) -> list[str]:
-  """The figures that are scores: every document has one from 0 to 1, and more is better; the one that counts first."""
+  """Returns the metrics that are scores (every document has a value from 0 to 1, higher is better), primary first."""
   figures = list(rows[0]["metrics"]) if rows else []
   names = [name for name in figures if name not in uncounted and all(
       0 <= row["metrics"].get(name, -1) <= 1 for row in rows)]

@@ -1,4 +1,4 @@
-"""Merging of a round's model with the base (eq. 5 to 7)."""
+"""Merging of a round's tuned model with the base (eq. 5 to 7)."""
 
 import json
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ from imm_jax.stages import analysing, devices, evaluating, likelihood, merge_opt
 
 
 class Models(NamedTuple):
-  """What is merged in a round.
+  """Holds the inputs of a round's merge.
 
   Attributes:
     base: folder of the base model.
-    start: of the model that the round started from.
-    tuned: of what SFT made of it, in this round and, before it, in those before.
-    importance: the file with the layers' importance, or None for equal shares.
-    train: what the tuned model was trained on: where it is empty, the round hands on its start.
+    start: folder of the model that the round started from.
+    tuned: folders of the tuned models of earlier rounds (if the method merges several) and of this round.
+    importance: file with the layers' importance, or None for equal shares.
+    train: training data of the tuned model: if empty, the round hands on its initial model.
   """
 
   base: Path
@@ -39,14 +39,14 @@ class Models(NamedTuple):
 
 
 def stages(run: Run, start: Model, tuned: Model, train: str, round_: int) -> list[Stage]:
-  """What a round makes of the tuned model: importance where the method needs it, a sweep, a choice, the merged model.
+  """Builds the stages of a merge: importance, sweep and choice of the weight as needed, merge, and evaluation.
 
   Args:
-    run: of the round.
-    start: what the round started from.
-    tuned: what SFT made of it.
-    train: the stage that wrote what it was trained on.
-    round_: its number.
+    run: the run.
+    start: the model that the round started from.
+    tuned: the tuned model of the round.
+    train: name of the stage that wrote the training data.
+    round_: number of the round.
   """
   config, here = run.config, f"round_{round_}"
   found: list[Stage] = []
@@ -100,9 +100,9 @@ def _plan_choice(config: ml_collections.ConfigDict) -> str:
 
 def merge(config: ml_collections.ConfigDict, models: Models, round_: int, weight_file: Path | None, out: Path,
           ) -> dict[str, Any]:
-  """Merges with the base weight of the config, or with the one that `choose_weight` has written: an HF checkpoint."""
+  """Writes the merged HF checkpoint, with the base weight of the config or the one chosen by `choose_weight`."""
   skipped = models.train and not models.train.stat().st_size  # data.skip_empty
-  if skipped and method_of(config).hands_on == "merged":  # else the tuned model is the start, and is merged as ever
+  if skipped and method_of(config).hands_on == "merged":  # otherwise the tuned model equals the start and is merged
     tuning.copy(models.start, out)
     return {"skipped": True}
   weight = files.read_json(weight_file)["base_weight"] if weight_file else _setting(config.merge.base_weight)
@@ -114,7 +114,7 @@ def merge(config: ml_collections.ConfigDict, models: Models, round_: int, weight
 
 
 def sweep(config: ml_collections.ConfigDict, models: Models, round_: int, out: Path) -> dict[str, Any]:
-  """Merges with each weight of `config.merge.sweep`, reading once: a folder with a checkpoint for each."""
+  """Writes a checkpoint for each weight of `config.merge.sweep`, reading the models once."""
   out.mkdir()
   _merge(config, models, round_, [(weight, out / f"{weight:g}") for weight in config.merge.sweep])
   return {"base_weights": list(config.merge.sweep)}
@@ -122,14 +122,13 @@ def sweep(config: ml_collections.ConfigDict, models: Models, round_: int, out: P
 
 def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int, scratch: Path, out: Path,
                   ) -> dict[str, Any]:
-  """Tries base weights on held-out questions and writes the best: base_weight.json, with every score.
+  """Tries base weights on held-out questions and writes the best, with all scores, to base_weight.json.
 
-  The score of a weight is the mean of two accuracies, each as tests have it (by `eval.protocol`, or by likelihood): on
-  questions of the in-domain train split that no prompt and no round uses, and on questions of the tasks in
-  `merge.auto.general`, of their train splits. Of equal scores the larger weight wins, which is nearer to the base. With
-  `merge.auto.groups` the layers are then taken in so many groups, from the first to the last: a group's weight moves by
-  `merge.auto.step` up or down where that is better. `scratch` is a folder, of all processes, for the models that are
-  tried.
+  The score of a weight is the mean of two accuracies, both measured as in evaluation (with `eval.protocol`, or by
+  likelihood): on questions of the in-domain train split that no prompt and no round uses, and on questions of the train
+  splits of `merge.auto.general`. Ties go to the larger weight, which is nearer to the base. With `merge.auto.groups`
+  the layers are then split into that many groups, and from the first to the last group the weight is moved up or down
+  by `merge.auto.step` if that improves the score. `scratch` is a folder, shared by all processes, for merged models.
   """
   auto = config.merge.auto
   asked = questions.of_round(config, round_).held_out
@@ -139,7 +138,7 @@ def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int
   tried: list[dict[str, Any]] = []
 
   def score(weight: Setting) -> float:
-    trial = scratch / f"model_{len(tried)}"  # its own path: servers elsewhere may remember what lay there
+    trial = scratch / f"model_{len(tried)}"  # a new path each time, because remote servers may cache a path
     if distributed.is_main():
       files.remove(trial)
       scratch.mkdir(parents=True, exist_ok=True)
@@ -155,7 +154,7 @@ def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int
         rows[name] += rows_of
         if distributed.is_main():
           how[task] = evaluating.described(config, task, rows_of)
-    del sampler  # its weights are not to lie beside those that score
+    del sampler  # frees its weights before others are loaded for scoring
     if scored:
       for entry, rows_of in devices.call(config, likelihood.of_train, config, trial, scored, label).items():
         rows["general"] += rows_of
@@ -188,7 +187,7 @@ def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int
 
 
 def _by_layer(weights: Sequence[float], other: float, layers: int) -> dict[str, float]:
-  """A setting that gives each of as many equal groups of layers its weight, and `other` to what is in no layer.
+  """Returns a setting with a weight for each group of layers (of about equal sizes), and `other` for the rest.
 
   >>> _by_layer([0.3, 0.7], 0.5, 4)
   {'layers\\\\.(0|1)\\\\.': 0.3, 'layers\\\\.(2|3)\\\\.': 0.7, '.*': 0.5}
@@ -200,7 +199,7 @@ def _by_layer(weights: Sequence[float], other: float, layers: int) -> dict[str, 
 
 def _merge(config: ml_collections.ConfigDict, models: Models, round_: int, outputs: Sequence[tuple[Setting, Path]],
            ) -> None:
-  """Merges with each weight, from one read; all of them drop the same entries."""
+  """Merges with each weight in one pass over the models; all outputs drop the same entries."""
   key, name = jax.random.fold_in(jax.random.key(config.seed), round_), merge_method(config)
   found = merge_options.models_of(registry.METHODS[name], **_folders(config, models))
   options = {out: merge_options.options_of(config, weight, models.importance) if found else {}
@@ -220,5 +219,5 @@ def _folders(config: ml_collections.ConfigDict, models: Models) -> dict[str, Any
 
 
 def _setting(value: Any) -> Setting:
-  """A setting of the config as plain Python."""
+  """Converts a setting of the config to plain Python."""
   return value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value

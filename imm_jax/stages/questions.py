@@ -1,4 +1,4 @@
-"""Which questions a run asks, and which worked examples its prompts show, in sampling and in evaluation."""
+"""The questions that a run asks and the worked examples that its prompts show, in sampling and in evaluation."""
 
 import functools
 import hashlib
@@ -12,19 +12,19 @@ from imm_jax.errors import UserError, say_once
 from imm_jax.tasks import protocols, shots
 from imm_jax.tasks.base import Choice, Example
 
-# Before the name of a task of lm-evaluation-harness.
+# Prefix of the names of lm-evaluation-harness's tasks.
 LM_EVAL = "lm_eval:"
-# Test questions are part of a task and the same in every run, as those of a published data set are.
+# Test questions do not depend on the run's seed, like those of a published data set.
 _TEST_SEED = 0
 
 
 class Questions(NamedTuple):
-  """Questions of the in-domain train split; no question is in two of the three.
+  """Holds three disjoint sets of questions of the in-domain train split.
 
   Attributes:
-    shots: worked examples of the prompt, fewer than the config asks for where the task has fewer.
-    held_out: what `merge.base_weight=auto` is chosen on.
-    asked: of a round.
+    shots: worked examples of the prompt, fewer than the config asks for if the task has fewer.
+    held_out: questions on which `merge.base_weight=auto` is chosen.
+    asked: questions of a round.
   """
 
   shots: list[Example]
@@ -33,10 +33,10 @@ class Questions(NamedTuple):
 
 
 def of_round(config: ml_collections.ConfigDict, round_: int) -> Questions:
-  """The questions of a round.
+  """Returns the questions of a round.
 
   Raises:
-    ValueError: when the task has too few.
+    ValueError: when the task has too few questions.
   """
   few, shown, count = config.prompt.few_shot, shown_in_evaluation(config), config.task.questions_per_round
   shown = max(few, shown)
@@ -52,13 +52,13 @@ def of_round(config: ml_collections.ConfigDict, round_: int) -> Questions:
   if not rest or count > len(rest):
     raise ValueError(f"{config.task.name} has {len(pool)} train questions, of which {len(pool) - len(rest)} are set "
                      f"apart; {max(1, count)} are asked for in a round")
-  # Round after round from where the one before has ended, and again from the beginning.
+  # Each round continues where the previous one ended, and wraps around at the end.
   asked = [rest[i % len(rest)] for i in range(round_ * count, (round_ + 1) * count)] if count else rest
   return Questions([pool[i] for i in apart[:few]], others[:held_out], asked)
 
 
 def settings_of_round(config: ml_collections.ConfigDict) -> tuple[str, ...]:
-  """The keys of a config that decide which questions a round asks; not those shown in evaluation or held out."""
+  """Returns the config keys that determine which questions a round asks, apart from those shown or held out."""
   held_out = ("merge.auto.questions",) if config.merge.base_weight == "auto" else ()
   shown = ("eval.protocol", "eval.few_shot", "eval.shots_file") if shown_in_evaluation(config) else ()
   task = (f"task.{key}" for key in ("name", "source", "fields", "kind", "questions_per_round"))
@@ -66,21 +66,21 @@ def settings_of_round(config: ml_collections.ConfigDict) -> tuple[str, ...]:
 
 
 def count_worked(config: ml_collections.ConfigDict) -> tuple[int, int]:
-  """How many of the in-domain task's train questions have a worked answer, and of how many; it is a real task."""
+  """Counts the in-domain train questions with a worked answer, and all of them; not for generated tasks."""
   pool = load(config, config.task.name, split="train")
   return sum(bool(e.rationale) for e in pool), len(pool)
 
 
 def shown_in_evaluation(config: ml_collections.ConfigDict) -> int:
-  """How many worked examples `eval.protocol` shows for the in-domain task."""
+  """Returns how many worked examples `eval.protocol` shows for the in-domain task."""
   return protocols.of(config, config.task.name).few_shot
 
 
 def shots_of(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
-  """The worked examples that `eval.protocol` shows before a task's test questions.
+  """Returns the worked examples that `eval.protocol` shows before a task's test questions.
 
-  They are rows of `eval.shots_file` where it has any for the task, else the first of the task's own train split, else
-  of the in-domain task's, where its answers are of the same kind. Neither a round nor `merge.auto` asks them.
+  They come from `eval.shots_file` if it has any for the task, else from the task's own train split, else from that of
+  the in-domain task if its answers are of the same kind. No round and no `merge.auto` asks them.
 
   Raises:
     UserError: when there are too few, or one is a test question.
@@ -98,7 +98,7 @@ def shots_of(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
   for place in places:
     pool = shots.read(file, name, kind) if place == file else _train(
         config, place, count if tasks.is_endless(name_of(place)) else None)
-    # The in-domain task's first ones are set apart in `of_round`.
+    # `of_round` excludes those of the in-domain task.
     found[place] = [e for e in pool if e.rationale][:count]
   place = max(found, key=lambda place: len(found[place]), default="")
   asks = f"config.eval.protocol={config.eval.protocol} shows {count} worked example{'s' * (count > 1)}"
@@ -121,7 +121,7 @@ def shots_of(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
 
 
 def general(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
-  """What `merge.base_weight=auto` asks of a task of `merge.auto.general`: of its train split, none that is shown.
+  """Returns the questions of a task of `merge.auto.general`: of its train split, without those shown in prompts.
 
   Raises:
     ValueError: when there are too few.
@@ -135,7 +135,7 @@ def general(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
 
 
 def _train(config: ml_collections.ConfigDict, entry: str, count: int | None = None) -> list[Example]:
-  """Train questions, without those that `eval.shots_file` shows."""
+  """Loads train questions without those of `eval.shots_file`."""
   file = config.eval.shots_file
   shown = {_unspaced(question) for question in shots.questions(file)} if file else ()
   found = load(config, entry, split="train", count=None if count is None else count + len(shown))
@@ -143,13 +143,15 @@ def _train(config: ml_collections.ConfigDict, entry: str, count: int | None = No
 
 
 def _unspaced(question: str) -> str:
-  """What makes two questions the same: what they say, however that is spaced."""
+  """Removes all whitespace, so that questions compare equal however they are spaced."""
   return "".join(question.split())
 
 
 def of_tests(config: ml_collections.ConfigDict) -> dict[str, list[Example]]:
-  """The test questions of every task by its name, the in-domain one first: all that there are, where that is fewer than
-  `task.eval_questions`, which is told once on stderr."""
+  """Returns the test questions of every task by name, in-domain first, at most `task.eval_questions` of each.
+
+  A task with fewer questions is reported once on stderr.
+  """
   limit, found = config.task.eval_questions or None, {}
   for entry in own(config):
     name = name_of(entry)
@@ -162,18 +164,18 @@ def of_tests(config: ml_collections.ConfigDict) -> dict[str, list[Example]]:
 
 
 def drift_questions(config: ml_collections.ConfigDict) -> int:
-  """How many test questions of a task a round's models are compared with the base on, at most; 0 for no comparison."""
+  """Returns the maximum number of test questions per task for the drift of a round's models; 0 measures none."""
   return min(config.analysis.drift, config.task.eval_questions or config.analysis.drift)
 
 
 def choices_of_tests(config: ml_collections.ConfigDict) -> dict[str, list[Choice]]:
-  """The same questions of those tasks whose options are scored by likelihood, by its name."""
+  """Returns the test questions, by name, of the tasks whose options are scored by likelihood."""
   return {name_of(entry): choices(config, entry, split="test", count=config.task.eval_questions)
           for entry in own(config) if measure_of(config, entry) == "choices"}
 
 
 def choices(config: ml_collections.ConfigDict, entry: str, *, split: str, count: int) -> list[Choice]:
-  """The first questions of a task with options to score, all of them where there are fewer or `count` is 0."""
+  """Loads the first `count` questions (0 for all) of a task with options to score."""
   name = name_of(entry)
   try:
     return tasks.load_choices(name, split=split, seed=_seed_of(config, split),
@@ -183,12 +185,12 @@ def choices(config: ml_collections.ConfigDict, entry: str, *, split: str, count:
 
 
 def scores_texts(config: ml_collections.ConfigDict) -> bool:
-  """Whether an evaluation scores options or texts by likelihood."""
+  """Returns whether an evaluation scores options or texts by likelihood."""
   return bool(config.eval.texts) or any(measure_of(config, entry) == "choices" for entry in own(config))
 
 
 def texts_of(config: ml_collections.ConfigDict) -> dict[str, list[str]]:
-  """Passages of each text of `eval.texts`, by its name."""
+  """Loads the passages of each text of `eval.texts`, by name."""
   found = {}
   for entry in config.eval.texts:
     name, _, source = entry.partition("=")
@@ -197,22 +199,22 @@ def texts_of(config: ml_collections.ConfigDict) -> dict[str, list[str]]:
 
 
 def count_passages(config: ml_collections.ConfigDict) -> int:
-  """How many passages of a text are scored, at most; 0 for all of them."""
+  """Returns the maximum number of passages per text; 0 means all."""
   return config.eval.passages or config.task.eval_questions
 
 
 def own(config: ml_collections.ConfigDict) -> tuple[str, ...]:
-  """The entries of all tasks whose questions are read here: all but lm_eval's."""
+  """Returns the entries of all tasks except lm_eval's, which loads its own questions."""
   return tuple(e for e in (config.task.name, *config.task.ood) if measure_of(config, e) != "lm_eval")
 
 
 def lm_eval_tasks(config: ml_collections.ConfigDict) -> list[str]:
-  """The names of lm_eval's tasks among `task.ood`."""
+  """Returns the names of lm_eval's tasks in `task.ood`."""
   return [entry.removeprefix(LM_EVAL) for entry in config.task.ood if measure_of(config, entry) == "lm_eval"]
 
 
 def measure_of(config: ml_collections.ConfigDict, entry: str) -> str:
-  """How a task is measured: `answer` (generated, judged), `choices` (the likelihood of options) or `lm_eval`.
+  """Returns how a task is measured: `answer` (generated and judged), `choices` (likelihood of options) or `lm_eval`.
 
   >>> from configs import tiny
   >>> [measure_of(tiny.get_config(), entry) for entry in ("piqa", "svamp=file:DIR", "lm_eval:piqa")]
@@ -227,7 +229,7 @@ def measure_of(config: ml_collections.ConfigDict, entry: str) -> str:
 
 
 def load(config: ml_collections.ConfigDict, entry: str, *, split: str, count: int | None = None) -> list[Example]:
-  """Questions of a task, by its entry in the config: `NAME` or `NAME=SOURCE`.
+  """Loads questions of a task, given its entry in the config: `NAME` or `NAME=SOURCE`.
 
   Raises:
     ValueError: when there are fewer than `count`.
@@ -249,22 +251,24 @@ def _seed_of(config: ml_collections.ConfigDict, split: str) -> int:
 
 
 def counts(config: ml_collections.ConfigDict) -> tuple[int, int]:
-  """How many questions a round asks, and how many tests are to be answered; by the published sizes where they would
-  have to be downloaded."""
+  """Counts the questions that a round asks and the test questions to answer.
+
+  Uses published sizes where the questions would have to be downloaded.
+  """
   asked = _size(config, config.task.name, "train", config.task.questions_per_round)
   return asked, sum(n for entry, n in zip(own(config), count_tests(config), strict=True)
                     if measure_of(config, entry) == "answer")
 
 
 def count_tests(config: ml_collections.ConfigDict) -> list[int]:
-  """How many test questions each entry of `own` is asked, as in `counts`; 0 for all of a number that is not known."""
+  """Counts the test questions of each entry of `own`, as in `counts`; 0 means all of an unknown number."""
   return [_size(config, entry, "test", config.task.eval_questions) for entry in own(config)]
 
 
 def describe_tests(config: ml_collections.ConfigDict) -> str:
-  """A line on how many test questions of each task are asked, and of how many; by the published sizes as in `counts`.
+  """Describes in a line how many of each task's test questions are asked, with published sizes as in `counts`.
 
-  Lines follow that say where a task's own source has other questions than the paper asks.
+  More lines follow for tasks whose default source differs from the questions of the paper.
   """
   parts, notes = [], []
   for entry, count in zip(own(config), count_tests(config), strict=True):
@@ -290,20 +294,20 @@ def _size(config: ml_collections.ConfigDict, entry: str, split: str, limit: int)
   name = name_of(entry)
   if tasks.is_endless(name):
     return limit
-  # Nobody knows how many a custom task of the hub has.
+  # The size of a custom task on the hub is unknown.
   known = (tasks.published_size(name, split) or limit) if is_remote(config, entry) else len(
       load(config, entry, split=split))
   return min(limit, known) if limit else known
 
 
 def digests(config: ml_collections.ConfigDict) -> dict[str, str]:
-  """What the questions are, by split: of those that are read, not made; a source may change between two starts."""
+  """Returns digests of the loaded questions by split, because a source may change between two starts of a run."""
   found = {}
   for split, entries in (("train", (config.task.name,)), ("test", own(config))):
     entries = [e for e in entries if not tasks.is_endless(name_of(e)) and split in tasks.splits(name_of(e))]
     known: list[object] = [(e.id, e.answer, e.rationale) for entry in entries for e in (
         load(config, entry, split="test") if split == "test" else _train(config, entry))]
-    if split == "test":  # with what is shown before them
+    if split == "test":  # includes worked examples and texts
       known += [(e.question, e.rationale) for entry in own(config) for e in shots_of(config, entry)]
       known += list(texts_of(config).values())
     elif config.eval.shots_file:
@@ -313,24 +317,24 @@ def digests(config: ml_collections.ConfigDict) -> dict[str, str]:
 
 
 def is_remote(config: ml_collections.ConfigDict, entry: str) -> bool:
-  """Whether a task's questions come over the network."""
+  """Returns whether a task's questions come over the network."""
   name, source = name_of(entry), source_of(config, entry)
   return not tasks.is_endless(name) and bool(source or tasks.has_place(name)) and not source.startswith("file:")
 
 
 def has_remote_texts(config: ml_collections.ConfigDict) -> bool:
-  """Whether any of `eval.texts` comes over the network: a corpus by its name, or a source that is no file."""
+  """Returns whether any of `eval.texts` comes over the network: a named corpus, or a source that is no file."""
   return any(not entry.partition("=")[2].startswith("file:") for entry in config.eval.texts)
 
 
 def source_of(config: ml_collections.ConfigDict, entry: str) -> str:
-  """The source that the config gives for an entry; empty for the task's own."""
+  """Returns the source that the config gives for an entry; empty for the task's default."""
   name, _, source = entry.partition("=")
   return source or (config.task.source if name == config.task.name else "")
 
 
 def name_of(entry: str) -> str:
-  """The task that an entry of the config names.
+  """Returns the task name of an entry of the config.
 
   >>> name_of("svamp=file:data/SVAMP.json")
   'svamp'
@@ -339,7 +343,7 @@ def name_of(entry: str) -> str:
 
 
 def _described(config: ml_collections.ConfigDict, name: str) -> dict[str, Any]:
-  """What the config says of the records of `custom`; of another task nothing."""
+  """Returns the config's description of the records of `custom`; empty for other tasks."""
   return {"fields": config.task.fields.to_dict(), "kind": config.task.kind} if name == "custom" else {
       "fields": {}, "kind": ""}
 

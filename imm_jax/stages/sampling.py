@@ -1,4 +1,4 @@
-"""Sampled answers with verdicts."""
+"""Sampling of answers, and verdicts on them."""
 
 import contextlib
 import re
@@ -22,15 +22,15 @@ from imm_jax.tasks import prompts, protocols
 from imm_jax.tasks.base import Example
 from imm_jax.tasks.judge import Judge
 
-# Questions of a task that are looked at before a run.
+# Number of questions per task that are first checked before a run.
 _LOOKED_AT = 100
-# `Sampler.generate` with a journal: (prompts, options) -> completions, which count on process 0 alone.
+# `Sampler.generate` with a journal: (prompts, **options) -> completions, valid only on process 0.
 Generate = Callable[..., list[list[Completion]]]
 check_sampler = engines.check
 
 
 def stage(run: Run, model: Model, round_: int) -> Stage:
-  """The samples of a round."""
+  """Builds the stage that samples in a round."""
   name = samples_of(round_)
   return Stage(name, (model.stage, "train questions"),
                _settings(run, round_), _plan(run.config, round_),
@@ -39,20 +39,21 @@ def stage(run: Run, model: Model, round_: int) -> Stage:
 
 
 def shots_stage(run: Run) -> Stage:
-  """The worked examples of the prompts."""
+  """Builds the stage that writes the worked examples of the prompts."""
   return Stage("few_shot.jsonl", ("train questions",), run.settings(*questions.settings_of_round(run.config)),
                f"the {run.config.prompt.few_shot} worked examples of the prompt",
                lambda out, _: write_shots(run.config, out))
 
 
 def samples_of(round_: int) -> str:
-  """The name of a round's samples in the run directory."""
+  """Returns the name of a round's samples in the run directory."""
   return f"round_{round_}/samples.jsonl"
 
 
 def temperatures_of(config: ml_collections.ConfigDict, round_: int) -> tuple[float, ...]:
-  """The temperatures of a round's samples in turn: all there are, or where each round has its own those of this round,
-  the last of them for rounds that have none.
+  """Returns the temperatures that a round's samples use in turn.
+
+  `sample.temperatures` is either one tuple for all rounds, or one per round, of which the last holds for later rounds.
 
   >>> config = ml_collections.ConfigDict({"sample": {"temperatures": ((0.2, 0.4), (0.8,))}})
   >>> [temperatures_of(config, t) for t in range(3)]
@@ -63,7 +64,7 @@ def temperatures_of(config: ml_collections.ConfigDict, round_: int) -> tuple[flo
 
 
 def _settings(run: Run, round_: int) -> dict[str, Any]:
-  """Of the temperatures only the round's own, so that other rounds' change nothing."""
+  """Returns the settings of a round's samples, with only this round's temperatures, so that others may change."""
   found = run.settings(*questions.settings_of_round(run.config), "sample", "sampler")
   return found | {"sample": found["sample"] | {"temperatures": temperatures_of(run.config, round_)}}
 
@@ -87,7 +88,7 @@ def _told(facts: dict[str, Any]) -> str:
 
 def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, scratch: Path, out: Path,
                ) -> dict[str, Any]:
-  """Samples answers to the round's questions and judges them: samples.jsonl."""
+  """Samples answers to the round's questions, judges them, and writes samples.jsonl."""
   sample, temperatures = config.sample, temperatures_of(config, round_)
   asked = questions.of_round(config, round_)
   examples, long = fitting(config, model, asked.asked, limit="sample.max_new_tokens",
@@ -107,7 +108,7 @@ def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, scra
 
 
 def write_shots(config: ml_collections.ConfigDict, out: Path) -> dict[str, Any]:
-  """The worked examples of the prompts: few_shot.jsonl."""
+  """Writes the worked examples of the prompts to few_shot.jsonl."""
   shots = questions.of_round(config, 0).shots
   files.write_jsonl(out, [{"id": e.id, "question": e.question, "response": e.rationale} for e in shots])
   return {"examples": len(shots)}
@@ -115,9 +116,9 @@ def write_shots(config: ml_collections.ConfigDict, out: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def sampler_of(config: ml_collections.ConfigDict, model: Path, batch_size: int, scratch: Path) -> Iterator[Generate]:
-  """A sampler of a model, as the config has it.
+  """Opens a sampler of a model with the config's engine.
 
-  In the folder `scratch` lie by label the samples that have come, from which a killed run goes on.
+  Samples are journaled in the folder `scratch` by label, so that a killed run resumes.
   """
   with engines.opened(config, model, batch_size=batch_size, scratch=scratch, mesh=lambda: mesh_of(config)) as sampler:
     yield lambda asked, *, label, **options: sampler.generate(
@@ -127,16 +128,19 @@ def sampler_of(config: ml_collections.ConfigDict, model: Path, batch_size: int, 
 def fitting(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Example], *, limit: str, what: str,
             shots: Sequence[Example] = (), prompt: protocols.Prompt | None = None,
             ) -> tuple[list[tuple[Example, str]], int]:
-  """Questions with their prompts, as far as prompt and answer fit in the model's context, and how many do not.
+  """Builds prompts, and keeps those that fit in the model's context together with their answers.
 
   Args:
-    config: of the run.
-    model: whose tokenizer and context count.
+    config: run config.
+    model: folder of the model, for its tokenizer and context length.
     examples: the questions.
-    limit: the key of the most tokens of an answer, such as `eval.max_new_tokens`.
-    what: whose questions they are, for the error.
+    limit: config key of the maximum length of an answer, such as `eval.max_new_tokens`.
+    what: description of the questions for error messages.
     shots: worked examples of the prompt.
-    prompt: of a protocol; by default that of the run's samples.
+    prompt: a protocol's function that builds prompts; by default that of the run's samples.
+
+  Returns:
+    The questions that fit with their prompts, and the number of others.
 
   Raises:
     UserError: when none fits.
@@ -161,9 +165,9 @@ def fitting(config: ml_collections.ConfigDict, model: Path, examples: Sequence[E
 
 
 def check(config: ml_collections.ConfigDict, base: Path, sampler: Path, draws: bool) -> None:
-  """Raises UserError when a prompt cannot be built, or no prompt of a task fits, before anything is spent.
+  """Raises UserError if a prompt cannot be built or no prompt of a task fits; called before a run.
 
-  `sampler` is the model that samples for training, where it `draws`.
+  `sampler` is the model that samples for training, if the run `draws` samples.
   """
   tests = zip(questions.own(config), questions.of_tests(config).values(), strict=True)
   asked = [(base, entry, examples, f"task {questions.name_of(entry)}") for entry, examples in tests]
@@ -180,7 +184,7 @@ def check(config: ml_collections.ConfigDict, base: Path, sampler: Path, draws: b
     options.append((sampler, found.asked, {"limit": "sample.max_new_tokens", "shots": found.shots,
                                            "what": f"task {config.task.name}, train"}))
   for model, examples, given in options:
-    try:  # a few say it, and are quick to read
+    try:  # mostly a few questions suffice, which is quick
       fitting(config, model, examples[:_LOOKED_AT], **given)
     except UserError:
       fitting(config, model, examples, **given)
@@ -189,8 +193,10 @@ def check(config: ml_collections.ConfigDict, base: Path, sampler: Path, draws: b
 def judged(examples: Sequence[Example], completions: Sequence[Sequence[Completion]], *, strict: bool,
            temperatures: Sequence[float] = (), read: Callable[[str, str], str] = lambda text, kind: text,
            ) -> list[dict[str, Any]]:
-  """A row for each sample, with its verdict on what is `read` of it; `temperatures` are those that the samples of a
-  question ran at in turn."""
+  """Judges samples; returns a row for each.
+
+  The verdict is on `read(text, kind)`; `temperatures` are those that the samples of a question used in turn.
+  """
   drawn = [(example, s, completion) for example, group in zip(examples, completions, strict=True)
            for s, completion in enumerate(group)]
   with Judge() as judge:

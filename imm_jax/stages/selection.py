@@ -1,4 +1,4 @@
-"""What a round trains on: right samples, of this round or of earlier ones too, and real worked answers."""
+"""Selection of training data: right samples, of this round and possibly earlier ones, and real worked answers."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 def stage(run: Run, round_: int) -> Stage:
-  """What a round trains on."""
+  """Builds the stage that selects a round's training data."""
   drawn = [sampling.samples_of(t) for t in range(round_ + 1)] if run.draws else []
   reads = drawn if run.method.data in ("mixture", "accumulation") else drawn[-1:]
   return Stage(f"round_{round_}/train.jsonl", ("train questions", *reads),
@@ -59,14 +59,14 @@ def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: i
   | `real` | the real worked answers to the questions of round t |
 
   `data.with_real` adds to `data_accumulation` the real worked answers to the questions of rounds 0 to t. With
-  `data.real_fraction` f as many real answers to the round's questions are added as make f of the whole, all of them
-  where there are fewer; at 1 they are all there is, and nothing is sampled.
+  `data.real_fraction` f, real answers to the round's questions are added until they are a share f of the data, or there
+  are no more; with f = 1 the data are only real answers, and nothing is sampled.
 
   Args:
-    config: of the run.
-    samples: samples.jsonl of rounds 0 to t, empty where nothing is sampled.
+    config: run config.
+    samples: samples.jsonl of rounds 0 to t, empty if nothing is sampled.
     round_: t.
-    out: the file.
+    out: file to write.
 
   Raises:
     UserError: when nothing is left to train on, unless `data.skip_empty` is set.
@@ -109,19 +109,19 @@ _SAMPLE = {"id": str, "question": str, "text": str, "finish": str, "span": str, 
 
 
 def kept(samples: Sequence[Row], round_: int) -> list[Row]:
-  """The right ones of a round's samples, as far as they were judged, each text once; none that was cut off."""
+  """Returns the right samples of a round, truncated to what was judged, without duplicates and unfinished ones."""
   return _once({"id": r["id"], "question": r["question"], "response": response, "round": round_, "source": "synthetic"}
                for r in samples if r["correct"] and (response := _response(r)) is not None)
 
 
 def _response(sample: Row) -> str | None:
-  """What is learned of a sample: its text before a next question that it makes up; None where it was cut off."""
+  """Returns the text of a sample up to a next question that it makes up, or None if the sample is unfinished."""
   text = answers.before_next_question(sample["text"])
   return text if sample["finish"] == "stop" or text != sample["text"] else None
 
 
 def worked_answers(config: ml_collections.ConfigDict, round_: int) -> list[Row]:
-  """The real worked answers to a round's questions.
+  """Returns the real worked answers to a round's questions.
 
   Raises:
     UserError: when the task has none.
@@ -136,7 +136,7 @@ def worked_answers(config: ml_collections.ConfigDict, round_: int) -> list[Row]:
 
 
 def _once(rows: Iterable[Row]) -> list[Row]:
-  """The first of rows with the same question and response."""
+  """Removes rows with the same question and response as an earlier row."""
   found: dict[tuple[str, str], Row] = {}
   for row in rows:
     found.setdefault((row["question"], row["response"]), row)
@@ -144,7 +144,7 @@ def _once(rows: Iterable[Row]) -> list[Row]:
 
 
 def _draw(rows: Sequence[Row], count: int, rng: np.random.Generator) -> list[Row]:
-  """So many of the rows, in their order."""
+  """Draws `count` of the rows without replacement, and keeps their order."""
   return [rows[i] for i in sorted(rng.choice(len(rows), count, replace=False))]
 
 
