@@ -49,7 +49,7 @@ def map_gradients(gradients: Callable[..., tuple[Any, Params, Any]], params: Par
   frozen = dict(frozen)
   specs, frozen_specs = get_specs(params), {name: get_specs(tree) for name, tree in frozen.items()}
   split_axes = {sharding.path_name(path): _axis(spec) for tree in (specs, *frozen_specs.values())
-           for path, spec in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, P))}
+                for path, spec in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, P))}
   # Mesh axes over which a gradient still has to be summed after the reduce-scatter.
   unsummed_axes = lambda axis: _ROWS if axis is None else ("data",)
 

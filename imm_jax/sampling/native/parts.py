@@ -51,7 +51,7 @@ def generate(sampler: Callable[..., list[list[Completion]]], prompts: Sequence[P
         result += [saved.done[i] for i in numbers] if saved else [[] for _ in numbers]
         continue
       gathered = distributed.gather(sampler(list(distributed.share(part)), num_samples=num_samples, **options,
-                                         label=f"{label} ({number} of {count})" if count > 1 else label))
+                                            label=f"{label} ({number} of {count})" if count > 1 else label))
       groups = [[Completion(*completion) for completion in group] for group in gathered]
       if saved:
         for i, group in zip(numbers, groups, strict=True):

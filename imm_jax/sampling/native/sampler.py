@@ -111,7 +111,7 @@ class NativeSampler:
     # Special tokens end a sample on the device, without decoding its text.
     ends, stop_texts = completions.endings(self.tokenizer, self._eos, stop, self._config.vocab_size)
     samples = [Sample(p, s, prompts[p].id, temperatures[s % len(temperatures)])
-             for p in range(len(prompts)) for s in range(num_samples)]
+               for p in range(len(prompts)) for s in range(num_samples)]
     static = decode.Static(self._config, self._dtype, ends, top_p, not any(temperatures), self._mesh, self._kernel)
     results: list[list[Completion | None]] = [[None] * num_samples for _ in prompts]
     with Progress(len(samples), max_new_tokens, label, quiet=quiet) as bar:

@@ -144,7 +144,8 @@ class _Scorer:
     # Fewer prompts are repeated to the same number of rows, to reuse the compiled program.
     rows = np.arange(max(PROMPTS, len(prompts))) % len(prompts)
     longest = max(map(len, prompts))
-    pack = queue.packed([[prompts[row]] for row in rows], queue.Shape(len(rows), -(-longest // _PAD) * _PAD, len(rows)))
+    shape = queue.Shape(len(rows), -(-longest // _PAD) * _PAD, len(rows))
+    pack = queue.pack_prompts([[prompts[row]] for row in rows], shape)
     prefix = jax.device_put(decode.no_prefix(_PAD, self._static), self._replicated)
     token_ids = np.array(tokens, np.int32)[rows]
     logits, caches = decode.prefill(self._params, prefix, pack.tokens, pack.positions, pack.segment_ids, pack.last,

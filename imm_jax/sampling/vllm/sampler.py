@@ -225,7 +225,7 @@ class VllmSampler:
     """Checks the servers' weights, once, with some of the prompts to be sampled."""
     step = -(-len(ids) // freshness.PROMPTS)
     results = freshness.check(self._usable(), self._folder, ids[::step], dtype=self._dtype, new_tokens=new_tokens,
-                            tolerance=self._tolerance, mesh=self._mesh, earlier=self._earlier)
+                              tolerance=self._tolerance, mesh=self._mesh, earlier=self._earlier)
     self._take_out({server: str(e) for server, e in results.items() if isinstance(e, ServerError)})
     self._checked = True
 

@@ -27,7 +27,7 @@ _ERROR_LINE, _MAX_ERRORS = re.compile(r"\b[A-Z]\w*(?:Error|Exception): .*"), 5
 _JAX = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "MEGASCALE_", "TF_", "PYTHON", "VIRTUAL_ENV")
 _OTHER_RUNS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SETTINGS = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1",
-        "PYTHONSAFEPATH": "1"}  # keeps `-m` from importing from the current directory
+             "PYTHONSAFEPATH": "1"}  # keeps `-m` from importing from the current directory
 
 
 def find_python(python: str) -> str:
