@@ -94,36 +94,36 @@ class Scorer:
     length = ROW if longest <= ROW else 128 * math.ceil(longest / 128)
     packed = pack(requests, length=length)
     parts = sharding.batch_parts(self._mesh)
-    most = parts * max(1, self._tokens // length)
-    steps = math.ceil(len(packed.owners) / most)
+    max_rows = parts * max(1, self._tokens // length)
+    steps = math.ceil(len(packed.owners) / max_rows)
     batch = parts * math.ceil(len(packed.owners) / (parts * steps))  # evenly, because empty rows cost as much as others
     backend = attention.choose("auto", self.config, dtype=self._dtype, length=length, rows=batch, mesh=self._mesh)
     program = _program(self.config, self._mesh, self._dtype, "xla" if backend == "splash" else backend)
     logprobs, counts = np.zeros(len(requests)), np.zeros(len(requests), int)
     greedy = np.ones(len(requests), bool)
 
-    def take(begin: int, found: tuple[jax.Array, jax.Array]) -> None:
-      for owners, row, best in zip(packed.owners[begin:begin + batch], *map(np.asarray, found), strict=False):
+    def accumulate(begin: int, outputs: tuple[jax.Array, jax.Array]) -> None:
+      for owners, row, best in zip(packed.owners[begin:begin + batch], *map(np.asarray, outputs), strict=False):
         np.add.at(logprobs, owners, row[:len(owners)].astype(np.float64))
         np.logical_and.at(greedy, owners, best[:len(owners)])
         np.add.at(counts, owners, 1)
         bar.update(len(set(owners)))
 
     with progress.bar(len(requests), label, "text", quiet=quiet) as bar:
-      before = None
+      pending = None
       for begin in range(0, len(packed.owners), batch):
-        found = begin, program(self._params, _placed(packed, begin, batch, self._mesh))
-        if before:  # the host dispatches one batch ahead
-          take(*before)
-        before = found
-      take(*before)
+        outputs = begin, program(self._params, _put_rows(packed, begin, batch, self._mesh))
+        if pending:  # the host dispatches one batch ahead
+          accumulate(*pending)
+        pending = outputs
+      accumulate(*pending)
     return [Score(float(p), bool(g), int(n)) for p, g, n in zip(logprobs, greedy, counts, strict=True)]
 
 
-def _placed(rows: Rows, begin: int, count: int, mesh: Mesh) -> dict[str, jax.Array]:
+def _put_rows(rows: Rows, begin: int, count: int, mesh: Mesh) -> dict[str, jax.Array]:
   """Puts rows `begin` to `begin + count` on the devices, padded to `count` rows and a few different widths."""
-  where = NamedSharding(mesh, sharding.BATCH)
-  placed = {}
+  row_sharding = NamedSharding(mesh, sharding.BATCH)
+  arrays = {}
   for name in ("tokens", "positions", "until", "places", "indices", "targets"):
     part = getattr(rows, name)[begin:begin + count]
     width = part.shape[1]
@@ -131,12 +131,12 @@ def _placed(rows: Rows, begin: int, count: int, mesh: Mesh) -> dict[str, jax.Arr
       width = _STEP * math.ceil(width / _STEP)  # fine steps: each position costs a row of logits
     elif name in ("indices", "targets"):
       width = _STEP << max(0, math.ceil(math.log2(width / _STEP)))
-    whole = np.zeros((count, width), np.int32)
-    whole[:len(part), :part.shape[1]] = part
+    padded = np.zeros((count, width), np.int32)
+    padded[:len(part), :part.shape[1]] = part
     if name == "until":
-      whole[len(part):] = np.arange(width)  # padding attends to itself
-    placed[name] = jax.make_array_from_callback(whole.shape, where, lambda index, whole=whole: whole[index])
-  return placed
+      padded[len(part):] = np.arange(width)  # padding attends to itself
+    arrays[name] = jax.make_array_from_callback(padded.shape, row_sharding, lambda index, padded=padded: padded[index])
+  return arrays
 
 
 @functools.lru_cache(maxsize=8)  # reused for every model and task of a run

@@ -48,29 +48,29 @@ class _Row:
     self.indices, self.targets, self.owners = [], [], []
 
   def fits(self, request: Request) -> bool:
-    return self.used + len(request.tokens) - 1 - self._shared(request) <= len(self.tokens)
+    return self.used + len(request.tokens) - 1 - self._common_prefix(request) <= len(self.tokens)
 
   def add(self, request: Request, owner: int) -> None:
     """Appends the tokens that the request does not share with the previous one."""
-    shared = self._shared(request)
-    self.close(shared)
-    new = request.tokens[shared:-1]  # the last token is only predicted
+    prefix = self._common_prefix(request)
+    self.close(prefix)
+    new = request.tokens[prefix:-1]  # the last token is only predicted
     begin, self.used = self.used, self.used + len(new)
     self.tokens[begin:self.used] = new
-    self.positions[begin:self.used] = np.arange(shared, shared + len(new))
-    self.path, self.text = [*self.path[:shared], *range(begin, self.used)], request.tokens[:-1]
+    self.positions[begin:self.used] = np.arange(prefix, prefix + len(new))
+    self.path, self.text = [*self.path[:prefix], *range(begin, self.used)], request.tokens[:-1]
     for t in range(request.start, len(request.tokens)):
       self.indices.append(self.places.setdefault(self.path[t - 1], len(self.places)))
       self.targets.append(request.tokens[t])
       self.owners.append(owner)
 
-  def close(self, shared: int = 0) -> None:
-    """Ends the branches of the last text after its first `shared` tokens."""
-    self.until[self.path[shared:]] = self.used - 1
+  def close(self, prefix: int = 0) -> None:
+    """Ends the branches of the last text after its first `prefix` tokens."""
+    self.until[self.path[prefix:]] = self.used - 1
 
-  def _shared(self, request: Request) -> int:
-    most = min(len(self.text), len(request.tokens) - 1)
-    return next((i for i in range(most) if self.text[i] != request.tokens[i]), most)
+  def _common_prefix(self, request: Request) -> int:
+    limit = min(len(self.text), len(request.tokens) - 1)
+    return next((i for i in range(limit) if self.text[i] != request.tokens[i]), limit)
 
 
 def pack(requests: Sequence[Request], *, length: int) -> Rows:
@@ -95,12 +95,12 @@ def pack(requests: Sequence[Request], *, length: int) -> Rows:
     rows[-1].add(requests[owner], owner)
   if rows:
     rows[-1].close()
-  return Rows(*(_stacked([getattr(row, name) for row in rows]) for name in ("tokens", "positions", "until")),
-              *(_stacked([list(getattr(row, name)) for row in rows]) for name in ("places", "indices", "targets")),
+  return Rows(*(_stack([getattr(row, name) for row in rows]) for name in ("tokens", "positions", "until")),
+              *(_stack([list(getattr(row, name)) for row in rows]) for name in ("places", "indices", "targets")),
               [row.owners for row in rows], sum(row.used for row in rows))
 
 
-def _stacked(rows: Sequence[Sequence[int]]) -> np.ndarray:
+def _stack(rows: Sequence[Sequence[int]]) -> np.ndarray:
   """Stacks rows of different lengths, padded with zeros."""
   result = np.zeros((len(rows), max(map(len, rows), default=0)), np.int32)
   for row, values in zip(result, rows, strict=True):

@@ -43,30 +43,30 @@ def encode_continuations(tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[t
   encoded: dict[str, list[int]] = {"": []}
   prefix, result = prefix_id(tokenizer), []
   for context, continuation in pairs:
-    kept = context.rstrip()
-    if kept not in encoded:
-      encoded[kept] = encode_prompt(tokenizer, kept, rows=rows)
-    if kept:
+    stripped = context.rstrip()
+    if stripped not in encoded:
+      encoded[stripped] = encode_prompt(tokenizer, stripped, rows=rows)
+    if stripped:
       whole = encode_prompt(tokenizer, context + continuation, rows=rows)
     else:
       whole = check_ids(tokenizer, tokenizer(context + continuation, add_special_tokens=False)["input_ids"], rows)
-    before, scored = encoded[kept], whole[len(encoded[kept]):]
+    before, scored = encoded[stripped], whole[len(encoded[stripped]):]
     if not before and scored[:1] == [prefix]:  # the text already starts with the prefix token
       before, scored = scored[:1], scored[1:]
     try:
-      result.append(continuing(before or [prefix], scored, positions=positions))
+      result.append(make_request(before or [prefix], scored, positions=positions))
     except UserError as e:
       raise UserError(f"the continuation {continuation!r:.80} {e}; it cannot be scored") from None
   return result
 
 
-def continuing(before: Sequence[int], scored: Sequence[int], *, positions: int | None) -> Request:
+def make_request(before: Sequence[int], scored: Sequence[int], *, positions: int | None) -> Request:
   """Builds the request for `scored` after at least one token `before`, truncated at the front to `positions`.
 
   Raises:
     UserError: when `scored` is empty, or does not fit.
 
-  >>> continuing([1, 2, 3], [4, 5], positions=3)
+  >>> make_request([1, 2, 3], [4, 5], positions=3)
   Request(tokens=(2, 3, 4, 5), start=2)
   """
   if not scored:

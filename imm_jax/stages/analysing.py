@@ -24,7 +24,7 @@ from imm_jax.tasks import texts
 from imm_jax.training.packing import TokenizedExample
 
 _SAMPLE = {"id": str, "question": str, "text": str, "span": str, "kind": str}
-Found = dict[str, Any]
+Json = dict[str, Any]
 
 
 class Round(NamedTuple):
@@ -53,12 +53,12 @@ def stage(run: Run, start: Model, sampler: Model | None, round_: int) -> Stage:
   inputs = [run.base.stage, start.stage, f"{here}/train.jsonl", f"{here}/sft"]
   inputs += [f"{here}/merged"] * bool(merge) + [f"{here}/importance.json"] * (merge == "iimm")
   inputs += [sampler.stage, f"{here}/samples.jsonl"] if sampler else []
-  seen = Round(round_, run.root / here, run.base.folder, start.folder, sampler and sampler.folder, bool(merge))
+  inputs_ = Round(round_, run.root / here, run.base.folder, start.folder, sampler and sampler.folder, bool(merge))
   count = run.config.analysis.examples
   return Stage(f"{here}/analysis.json", tuple(inputs),
                run.settings(*questions.settings_of_round(run.config), "sft") | {"analysis": {"examples": count}},
                "weight change by layer" + (f"; importance and entropy on {count} answers" if count else ""),
-               lambda out, _: devices.call(run.config, analyse, run.config, seen, out), everywhere=True)
+               lambda out, _: devices.call(run.config, analyse, run.config, inputs_, out), everywhere=True)
 
 
 def importance_stage(run: Run, model: Model, train: str, name: str) -> Stage:
@@ -74,17 +74,17 @@ def importance(config: ml_collections.ConfigDict, model: Path, train: Path, out:
   examples = list(map(tuning.encoder(config, model), tuning.read_train(train)))
   if examples:
     data = tuning.pack(config, model, examples, what=train, epochs=1, seed=config.seed)
-    found = _scores(data, tuning.load_params(config, model), order=1, label="importance")
+    scores = _scores(data, tuning.load_params(config, model), order=1, label="importance")
   else:  # data.skip_empty: without data all layers count the same
     equal = [1.0] * hf.read_config(model).num_layers
-    found = {"examples": 0, "dropped_long": 0, "order": 1, "layers": equal, "modules": dict.fromkeys(MODULES, equal)}
+    scores = {"examples": 0, "dropped_long": 0, "order": 1, "layers": equal, "modules": dict.fromkeys(MODULES, equal)}
   if distributed.is_main():
-    files.write_text(out, json.dumps(found, indent=1) + "\n")
-  return {"examples": found["examples"], "most_important": int(np.argmax(found["layers"]))}
+    files.write_text(out, json.dumps(scores, indent=1) + "\n")
+  return {"examples": scores["examples"], "most_important": int(np.argmax(scores["layers"]))}
 
 
 def importances(config: ml_collections.ConfigDict, model: Path, entries: Sequence[str], order: int = 1,
-                ) -> dict[str, Found]:
+                ) -> dict[str, Json]:
   """Measures a model's layer importance on `config.analysis.examples` examples of each task or corpus.
 
   Args:
@@ -104,8 +104,8 @@ def importances(config: ml_collections.ConfigDict, model: Path, entries: Sequenc
   data = {entry: tuning.pack(config, model, examples_of(config, model, entry), what=entry, epochs=1, seed=config.seed)
           for entry in entries}
   params = tuning.load_params(config, model)
-  return {entry: _scores(of_entry, params, order=order, label=f"importance on {entry}")
-          for entry, of_entry in data.items()}
+  return {entry: _scores(packed, params, order=order, label=f"importance on {entry}")
+          for entry, packed in data.items()}
 
 
 def analyse(config: ml_collections.ConfigDict, round_: Round, out: Path) -> dict[str, Any]:
@@ -117,18 +117,18 @@ def analyse(config: ml_collections.ConfigDict, round_: Round, out: Path) -> dict
   """
   rng = np.random.default_rng((config.seed, round_.number))
   # A cache of one model, so that only one is in memory at a time.
-  held: dict[Path, Params] = {}
+  cache: dict[Path, Params] = {}
 
   def params(model: Path) -> Params:
-    if model not in held:
-      held.clear()
-      held[model] = tuning.load_params(config, model)
-    return held[model]
+    if model not in cache:
+      cache.clear()
+      cache[model] = tuning.load_params(config, model)
+    return cache[model]
 
   scores = _importance(config, round_, rng, params)
   rows = files.read_jsonl(round_.folder / "samples.jsonl", _SAMPLE) if round_.sampler else []
   entropy = _entropy(config, round_, rows, rng, params)
-  held.clear()
+  cache.clear()
   if not distributed.is_main():
     return {}
   change = {"sft": weight_change(round_.start, round_.folder / "sft").to_json()}
@@ -136,14 +136,14 @@ def analyse(config: ml_collections.ConfigDict, round_: Round, out: Path) -> dict
     change["merged"] = weight_change(round_.base, round_.folder / "merged").to_json()
   rank = spearman(scores["layers"], change["sft"]["layers"]) if scores else None
   sampled = diversity.diversity(rows)._asdict() | {"token_entropy": entropy} if rows else None
-  found = {"importance": scores, "weight_change": change, "spearman": rank, "diversity": sampled}
-  files.write_text(out, json.dumps(found, indent=1, allow_nan=False) + "\n")
+  analysis = {"importance": scores, "weight_change": change, "spearman": rank, "diversity": sampled}
+  files.write_text(out, json.dumps(analysis, indent=1, allow_nan=False) + "\n")
   facts = {"spearman": rank} | {k: (sampled or {}).get(k) for k in ("distinct_answers", "token_entropy")}
   return {name: round(value, 6) for name, value in facts.items() if value is not None}
 
 
 def _importance(config: ml_collections.ConfigDict, round_: Round, rng: np.random.Generator,
-                params: Callable[[Path], Params]) -> Found | None:
+                params: Callable[[Path], Params]) -> Json | None:
   if (round_.folder / "importance.json").exists():
     return files.read_json(round_.folder / "importance.json")
   if not config.analysis.examples:
@@ -151,20 +151,20 @@ def _importance(config: ml_collections.ConfigDict, round_: Round, rng: np.random
   train = round_.folder / "train.jsonl"
   if not train.stat().st_size:
     return None
-  examples = _some(tuning.read_train(train), config.analysis.examples, rng, tuning.encoder(config, round_.start),
+  examples = _draw(tuning.read_train(train), config.analysis.examples, rng, tuning.encoder(config, round_.start),
                    lambda e: len(e.prompt) + len(e.response) <= config.sft.row_length)
   data = tuning.pack(config, round_.start, examples, what=train, epochs=1, seed=config.seed, quiet=True)
   return _scores(data, params(round_.start), order=1, label=f"round {round_.number}: importance")
 
 
-def _entropy(config: ml_collections.ConfigDict, round_: Round, rows: Sequence[Found], rng: np.random.Generator,
+def _entropy(config: ml_collections.ConfigDict, round_: Round, rows: Sequence[Json], rng: np.random.Generator,
              params: Callable[[Path], Params]) -> float | None:
   """Measures the token entropy of the samples' texts, without end tokens, under their own model and prompts."""
   if not (rows and config.analysis.examples):
     return None
   model = round_.sampler
   encode = tuning.encoder(config, model, shots=questions.of_round(config, round_.number).shots, ends=False)
-  examples = _some([{**row, "response": row["text"]} for row in rows], config.analysis.examples, rng, encode,
+  examples = _draw([{**row, "response": row["text"]} for row in rows], config.analysis.examples, rng, encode,
                    lambda e: bool(e.response))
   if not examples:
     return None
@@ -176,14 +176,14 @@ def _entropy(config: ml_collections.ConfigDict, round_: Round, rows: Sequence[Fo
                                  **options)
 
 
-def _some(rows: Sequence[Found], count: int, rng: np.random.Generator, encode: Callable[[Found], TokenizedExample],
+def _draw(rows: Sequence[Json], count: int, rng: np.random.Generator, encode: Callable[[Json], TokenizedExample],
           fits: Callable[[TokenizedExample], bool]) -> list[TokenizedExample]:
   """Draws and encodes at most `count` of the rows that fit."""
   drawn = (encode(rows[i]) for i in rng.permutation(len(rows)))
   return list(itertools.islice(filter(fits, drawn), count))
 
 
-def _scores(data: tuning.Data, params: Params, *, order: int, label: str) -> Found:
+def _scores(data: tuning.Data, params: Params, *, order: int, label: str) -> Json:
   """Computes layer importance in the form of importance.json."""
   options = {**data.options, "label": label}
   if order == 1:
@@ -219,19 +219,19 @@ def examples_of(config: ml_collections.ConfigDict, model: Path, entry: str) -> l
     passages = tasks.load_text(name.removeprefix("text"), source=source, count=count)
     rows, length = hf.read_config(model).vocab_size, config.sft.row_length
     tokenizer = load_tokenizer(model, rows=rows)
-    found = [TokenizedExample([], check_ids(tokenizer, tokenizer(text)["input_ids"][:length], rows))
-             for text in passages]
-    if all(len(e.response) < 2 for e in found):
+    cut = [TokenizedExample([], check_ids(tokenizer, tokenizer(text)["input_ids"][:length], rows))
+           for text in passages]
+    if all(len(e.response) < 2 for e in cut):
       raise UserError(f"task {entry}: no passage has a second token that is predicted from the first (they are cut at "
                       f"config.sft.row_length={length}); give more text")
-    return found
+    return cut
   try:
-    found = questions.load(config, entry, split="train", count=count if tasks.is_endless(name) else None)
+    examples = questions.load(config, entry, split="train", count=count if tasks.is_endless(name) else None)
   except ValueError as e:
     raise UserError(f"task {entry}, config.analysis.examples={count}: {e}") from e
-  worked = [e for e in found if e.rationale][:count]
+  worked = [e for e in examples if e.rationale][:count]
   if not worked:
-    raise UserError(f"task {entry}: none of its {len(found)} answers is worked out, as importance is measured on them; "
-                    "give a source whose answers are")
+    raise UserError(f"task {entry}: none of its {len(examples)} answers is worked out, as importance is measured on "
+                    "them; give a source whose answers are")
   encode = tuning.encoder(config, model)
   return [encode({"question": e.question, "response": e.rationale}) for e in worked]

@@ -14,8 +14,8 @@ Row = dict[str, Any]
 Item = TypeVar("Item")
 
 
-def rows(items: Sequence[Item], make: Callable[[Sequence[Item], str], list[Row]], *, size: int, journal: Path | None,
-         settings: dict[str, Any], label: str) -> list[Row]:
+def compute_rows(items: Sequence[Item], make: Callable[[Sequence[Item], str], list[Row]], *, size: int,
+                 journal: Path | None, settings: dict[str, Any], label: str) -> list[Row]:
   """Computes the rows of all items, in order, in every process.
 
   Which items run together does not depend on what is already done, so that rows are bitwise reproducible.
@@ -33,15 +33,15 @@ def rows(items: Sequence[Item], make: Callable[[Sequence[Item], str], list[Row]]
   header = {**settings, "size": size, "items": hashlib.sha256(json.dumps(items).encode()).hexdigest()}
   result: list[Row] = []
   with contextlib.ExitStack() as stack:
-    keeps = journal is not None and distributed.is_main()
-    kept = stack.enter_context(contextlib.closing(Journal(journal, header, _rows))) if keeps else None
-    done = {int(number): of for number, of in distributed.from_main(
-        {str(number): of for number, of in kept.done.items()} if kept else {}).items()}
+    saves = journal is not None and distributed.is_main()
+    saved = stack.enter_context(contextlib.closing(Journal(journal, header, _rows))) if saves else None
+    done = {int(number): rows for number, rows in distributed.from_main(
+        {str(number): rows for number, rows in saved.done.items()} if saved else {}).items()}
     for number, part in enumerate(parts):
       if number not in done:
         done[number] = make(part, f"{label} ({number + 1} of {len(parts)})" if len(parts) > 1 else label)
-        if kept:
-          kept.add(number, done[number])
+        if saved:
+          saved.add(number, done[number])
       result += done[number]
   return result
 

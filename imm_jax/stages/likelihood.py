@@ -34,8 +34,8 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
   killed evaluation resumes.
 
   Returns:
-    `scores`: for each task `acc` and `acc_norm`; `texts`: for each text the result of `of_texts`; `protocol`: for each
-    task the result of `described`.
+    `scores`: `acc` and `acc_norm` of each task; `texts`: the result of `summarize_texts` for each text; `protocol`: the
+    result of `describe` for each task.
   """
   asked, texts = questions.choices_of_tests(config), questions.texts_of(config)
   if not asked and not texts:
@@ -45,31 +45,31 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
   dtype = hardware.compute_dtype(config.sample.compute_dtype)
   settings = {"model": f"{folder.digest(model)} in {dtype}" if distributed.is_main() else ""}
 
-  def rows_of(name: str, items: Sequence[Any], make: Callable[..., list[Row]], size: int) -> list[Row]:
-    rows = kept.rows(items, lambda part, label: make(scorer, tokenizer, part, label=label), size=size,
-                     journal=scratch / f"{name}_scores.jsonl", settings=settings, label=f"{label}: {name}")
+  def score_parts(name: str, items: Sequence[Any], make: Callable[..., list[Row]], size: int) -> list[Row]:
+    rows = kept.compute_rows(items, lambda part, label: make(scorer, tokenizer, part, label=label), size=size,
+                             journal=scratch / f"{name}_scores.jsonl", settings=settings, label=f"{label}: {name}")
     if distributed.is_main():
       files.write_jsonl(out / f"{name}.jsonl", rows)
     return rows
 
-  scores, found, how = {}, {}, {}
+  scores, summaries, protocol = {}, {}, {}
   for name, choices in asked.items():
-    rows = rows_of(name, choices, score_choices, _QUESTIONS)
+    rows = score_parts(name, choices, score_choices, _QUESTIONS)
     scores[name] = {metric: evaluation.accuracy(sum(row[key] for row in rows), len(rows))._asdict()
                     for metric, key in (("acc", "correct"), ("acc_norm", "correct_norm"))}
-    how[name] = described(rows)
+    protocol[name] = describe(rows)
   for name, passages in texts.items():
-    found[name] = of_texts(rows_of(name, [*enumerate(passages)], score_texts, _PASSAGES))
-  return {"scores": scores, "texts": found, "protocol": how}
+    summaries[name] = summarize_texts(score_parts(name, [*enumerate(passages)], score_texts, _PASSAGES))
+  return {"scores": scores, "texts": summaries, "protocol": protocol}
 
 
-def described(rows: Sequence[Row]) -> dict[str, Any]:
+def describe(rows: Sequence[Row]) -> dict[str, Any]:
   """Describes scoring by likelihood in the form of `evaluating.described`; no answer has a length or is cut."""
   return {"name": "likelihood", "shots": 0, "n": len(rows), "mean_tokens": 0.0, "cut": 0.0}
 
 
-def of_train(config: ml_collections.ConfigDict, model: Path, entries: Sequence[str], label: str,
-             ) -> dict[str, list[Row]]:
+def score_train(config: ml_collections.ConfigDict, model: Path, entries: Sequence[str], label: str,
+                ) -> dict[str, list[Row]]:
   """Scores the first `merge.auto.questions` train questions of each entry; every process gets all rows."""
   scorer = Scorer.load(model, mesh=mesh_of(config), compute_dtype=hardware.compute_dtype(config.sample.compute_dtype))
   tokenizer = load_tokenizer(model, rows=scorer.config.vocab_size)
@@ -95,10 +95,10 @@ def score_choices(scorer: Scorer, tokenizer: "PreTrainedTokenizerBase", choices:
            for choice in choices for i, option in enumerate(choice.options)]
   requests = encode_continuations(tokenizer, pairs, rows=scorer.config.vocab_size,
                                   positions=scorer.config.max_positions)
-  found = iter(scorer.score(requests, label=label))
+  results = iter(scorer.score(requests, label=label))
   rows = []
   for choice in choices:
-    scores = [next(found) for _ in choice.options]
+    scores = [next(results) for _ in choice.options]
     nats = np.array([score.logprob for score in scores])
     best, norm = int(np.argmax(nats)), int(np.argmax(nats / [len(option) - 1 for option in choice.options]))
     rows.append({"id": choice.id, "question": choice.question, "gold": LETTERS[choice.gold], "kind": "choice",
@@ -113,30 +113,30 @@ def score_texts(scorer: Scorer, tokenizer: "PreTrainedTokenizerBase", passages: 
   """Scores numbered passages; returns a row with `nats`, `tokens` and `bytes` per passage, in every process."""
   positions = min(_WINDOW, scorer.config.max_positions or _WINDOW)
   windows = [encode_text(tokenizer, text, rows=scorer.config.vocab_size, positions=positions) for _, text in passages]
-  found = iter(scorer.score([request for requests in windows for request in requests], label=label))
+  results = iter(scorer.score([request for requests in windows for request in requests], label=label))
   rows = []
   for (number, text), requests in zip(passages, windows, strict=True):
-    scores = [next(found) for _ in requests]
+    scores = [next(results) for _ in requests]
     rows.append({"id": str(number), "question": text, "gold": "", "nats": -math.fsum(s.logprob for s in scores),
                  "tokens": sum(s.tokens for s in scores), "bytes": len(text.encode())})
   return rows
 
 
-def of_texts(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize_texts(rows: Sequence[Row]) -> dict[str, Any]:
   """Computes `nats_per_token` and `bits_per_byte` with 95 % intervals over the passages, and total sizes.
 
   The interval is that of a ratio estimator, from the residuals of the passages (Cochran, Sampling Techniques, 1977,
   eq. 6.13); a single passage has an empty one.
 
   >>> rows = [{"nats": 2.0, "tokens": 1, "bytes": 4}, {"nats": 4.0, "tokens": 2, "bytes": 8}]
-  >>> found = of_texts(rows)
-  >>> found["nats_per_token"], round(found["bits_per_byte"]["value"], 3), found["tokens"]
+  >>> summary = summarize_texts(rows)
+  >>> summary["nats_per_token"], round(summary["bits_per_byte"]["value"], 3), summary["tokens"]
   ({'value': 2.0, 'low': 2.0, 'high': 2.0}, 0.721, 3)
   """
   nats = np.array([row["nats"] for row in rows])
 
-  def ratio(unit: float, of: str) -> dict[str, float]:
-    sizes = np.array([row[of] for row in rows], float)
+  def ratio(unit: float, size: str) -> dict[str, float]:
+    sizes = np.array([row[size] for row in rows], float)
     value = nats.sum() / unit / sizes.sum()
     residuals = nats / unit - value * sizes
     half = 1.96 * math.sqrt(len(rows) / max(1, len(rows) - 1) * float(residuals @ residuals)) / sizes.sum()

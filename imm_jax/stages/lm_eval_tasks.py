@@ -48,7 +48,7 @@ def load(config: ml_collections.ConfigDict) -> None:
     UserError: for the first task that cannot be loaded.
   """
   for name in questions.lm_eval_tasks(config):
-    with _told("config.task.ood", name):
+    with _as_user_error("config.task.ood", name):
       _manager(config.eval.lm_eval.path).load([name])
 
 
@@ -72,33 +72,33 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
   lm = HarnessLM(str(model), dtype=hardware.compute_dtype(config.sample.compute_dtype),
                  batch_size=config.eval.batch_size, data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor,
                  seed=config.seed, scratch=scratch)
-  manager, scores, how = _manager(settings.path), {}, {}
+  manager, scores, protocol = _manager(settings.path), {}, {}
   for name in questions.lm_eval_tasks(config):
     entry = f"{questions.LM_EVAL}{name}"
-    with _told(label, name):
-      found = lm_eval.simple_evaluate(
+    with _as_user_error(label, name):
+      results = lm_eval.simple_evaluate(
           lm, tasks=[name], task_manager=manager, limit=config.task.eval_questions or None, bootstrap_iters=0,
           num_fewshot=None if settings.few_shot < 0 else settings.few_shot, apply_chat_template=settings.chat,
           random_seed=config.seed, numpy_random_seed=config.seed, torch_random_seed=config.seed,
           fewshot_random_seed=config.seed, log_samples=True, verbosity=None)
-    rows = _rows(found["samples"], lm.completions)
-    metrics = _metrics(rows, entry, _uncounted(found))
+    rows = _rows(results["samples"], lm.completions)
+    metrics = _metrics(rows, entry, _non_scores(results))
     for row in rows:
       value = row["metrics"][metrics[0]]
       row["correct"] = bool(value) if value in (0.0, 1.0) else value
     scores[entry] = {metric: evaluation.mean([row["metrics"][metric] for row in rows])._asdict() for metric in metrics}
-    shots = sorted({n for n in found["n-shot"].values() if isinstance(n, int)}) or [0]
+    shots = sorted({n for n in results["n-shot"].values() if isinstance(n, int)}) or [0]
     parts = "" if len(shots) == 1 else f", {shots[0]} to {shots[-1]} examples by part"
-    how[entry] = {"name": f"lm_eval {lm_eval.__version__}{parts}", "shots": shots[-1], "n": len(rows),
-                  "mean_tokens": round(sum(row["tokens"] for row in rows) / len(rows), 2),
-                  "cut": round(sum(row["finish"] == "length" for row in rows) / len(rows), 4)}
+    protocol[entry] = {"name": f"lm_eval {lm_eval.__version__}{parts}", "shots": shots[-1], "n": len(rows),
+                       "mean_tokens": round(sum(row["tokens"] for row in rows) / len(rows), 2),
+                       "cut": round(sum(row["finish"] == "length" for row in rows) / len(rows), 4)}
     if distributed.is_main():
       files.write_jsonl(out / f"{entry}.jsonl", rows)
-  return {"scores": scores, "protocol": how, "texts": {}}
+  return {"scores": scores, "protocol": protocol, "texts": {}}
 
 
 @contextlib.contextmanager
-def _told(what: str, task: str) -> Iterator[None]:
+def _as_user_error(what: str, task: str) -> Iterator[None]:
   """Converts exceptions of lm_eval, the hub or a task's own code to a UserError."""
   try:
     yield
@@ -131,26 +131,26 @@ def _rows(samples: Mapping[str, Sequence[Mapping[str, Any]]], completions: Mappi
   most likely option. Metrics of other filters have the filter's name as a suffix.
   """
   rows: dict[str, dict[str, Any]] = {}
-  for task, of_task in samples.items():
-    for sample in of_task:
-      name, first = f"{task}/{sample['doc_id']}", of_task[0].get("filter")
-      figures = {_figure(metric, sample.get("filter"), first): value for metric, value in _numbers(sample).items()}
+  for task, task_samples in samples.items():
+    for sample in task_samples:
+      name, first = f"{task}/{sample['doc_id']}", task_samples[0].get("filter")
+      metrics = {_metric_name(metric, sample.get("filter"), first): value for metric, value in _numbers(sample).items()}
       if name in rows:
-        rows[name]["metrics"] |= figures
+        rows[name]["metrics"] |= metrics
         continue
-      asked = [list(of.values()) for of in sample["arguments"].values()] if isinstance(
+      arguments = [list(values.values()) for values in sample["arguments"].values()] if isinstance(
           sample["arguments"], dict) else list(sample["arguments"])
-      answers, context = [resp[0] for resp in sample["resps"]], str(asked[0][0])
+      answers, context = [resp[0] for resp in sample["resps"]], str(arguments[0][0])
       row = {"id": name, "question": context, "gold": str(sample["target"]), "kind": "lm_eval"}
       if isinstance(answers[0], str):
-        done = completions.get((context, answers[0]), Completion(answers[0], 0, "stop"))
-        row |= {"text": answers[0], "tokens": done.num_tokens, "finish": done.finish,
+        completion = completions.get((context, answers[0]), Completion(answers[0], 0, "stop"))
+        row |= {"text": answers[0], "tokens": completion.num_tokens, "finish": completion.finish,
                 "span": str(sample["filtered_resps"][0])}
       else:
         logprobs = [float(answer[0]) if isinstance(answer, tuple | list) else float(answer) for answer in answers]
-        best = str(asked[max(range(len(logprobs)), key=logprobs.__getitem__)][-1])
+        best = str(arguments[max(range(len(logprobs)), key=logprobs.__getitem__)][-1])
         row |= {"text": best, "tokens": 0, "finish": "stop", "span": best, "logprobs": logprobs}
-      rows[name] = row | {"metrics": figures}
+      rows[name] = row | {"metrics": metrics}
   return list(rows.values())
 
 
@@ -160,34 +160,34 @@ def _numbers(sample: Mapping[str, Any]) -> dict[str, float]:
           if isinstance(sample[metric], int | float | np.number | np.bool_)}
 
 
-def _figure(metric: str, filter_: str | None, first: str | None) -> str:
+def _metric_name(metric: str, filter_: str | None, first: str | None) -> str:
   """Names a metric: metrics of all filters except a task's first have the filter's name as a suffix."""
   return metric if filter_ == first else f"{metric}_" + re.sub(r"\W", "_", str(filter_))
 
 
-def _uncounted(found: Mapping[str, Any]) -> set[str]:
+def _non_scores(results: Mapping[str, Any]) -> set[str]:
   """Returns the metrics that are no scores: lower is better, or lm_eval's aggregate is not the mean over documents."""
   result = set()
-  for task, of_task in found["samples"].items():
+  for task, task_samples in results["samples"].items():
     values: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
-    for sample in of_task:
+    for sample in task_samples:
       for metric, value in _numbers(sample).items():
         values[metric, str(sample.get("filter"))].append(value)
-    for (metric, filter_), of_metric in values.items():
-      whole = found["results"][task].get(f"{metric},{filter_}")
-      if found["higher_is_better"].get(task, {}).get(metric) is False or not isinstance(whole, int | float) or (
-          not math.isclose(whole, math.fsum(of_metric) / len(of_metric), rel_tol=1e-6, abs_tol=1e-9)):
-        result.add(_figure(metric, filter_, of_task[0].get("filter")))
+    for (metric, filter_), metric_values in values.items():
+      aggregate = results["results"][task].get(f"{metric},{filter_}")
+      if results["higher_is_better"].get(task, {}).get(metric) is False or not isinstance(aggregate, int | float) or (
+          not math.isclose(aggregate, math.fsum(metric_values) / len(metric_values), rel_tol=1e-6, abs_tol=1e-9)):
+        result.add(_metric_name(metric, filter_, task_samples[0].get("filter")))
   return result
 
 
-def _metrics(rows: Sequence[Mapping[str, Any]], entry: str, uncounted: Container[str]) -> list[str]:
+def _metrics(rows: Sequence[Mapping[str, Any]], entry: str, excluded: Container[str]) -> list[str]:
   """Returns the metrics that are scores (every document has a value from 0 to 1, higher is better), primary first."""
-  figures = list(rows[0]["metrics"]) if rows else []
-  names = [name for name in figures if name not in uncounted and all(
+  metrics = list(rows[0]["metrics"]) if rows else []
+  names = [name for name in metrics if name not in excluded and all(
       0 <= row["metrics"].get(name, -1) <= 1 for row in rows)]
   if not names:
-    others = f" (it has {', '.join(figures)})" if figures else ""
+    others = f" (it has {', '.join(metrics)})" if metrics else ""
     raise UserError(f"{entry}: has no figure of each document from 0 to 1 of which more is better and whose mean is "
                     f"the task's{others}; such a task is for lm_eval's own command, python -m imm_jax.harness")
   return sorted(names, key=lambda name: _PRIMARY.index(name) if name in _PRIMARY else len(_PRIMARY))

@@ -21,7 +21,7 @@ _STRENGTHS: Mapping[str, Callable[[Setting], Setting]] = {
     "base_weight": lambda weight: weight, "t": lambda weight: complement(weight),
     "alpha": lambda weight: complement(weight)}
 # Methods whose `t` or `alpha` is not a strength.
-_OTHERWISE = ("nearswap", "lines", "ramplus_tl")
+_NO_STRENGTH = ("nearswap", "lines", "ramplus_tl")
 
 
 def complement(weight: Setting) -> Setting:
@@ -55,7 +55,7 @@ def _fixed_by(config: ml_collections.ConfigDict) -> str:
 
 
 def _strength(method: registry.Method) -> str | None:
-  names = method.by_option.keys() - (_STRENGTHS.keys() if method.name in _OTHERWISE else set())
+  names = method.by_option.keys() - (_STRENGTHS.keys() if method.name in _NO_STRENGTH else set())
   return next((name for name in ("weights", *_STRENGTHS) if name in names), None)
 
 
@@ -72,9 +72,9 @@ def check(config: ml_collections.ConfigDict) -> None:
            and method.most != 1}
   name = merge_method(config)
   if name not in known:
-    why = f"is not for rounds; expected one of: {', '.join(known)}" if name in registry.METHODS else nearest(
+    reason = f"is not for rounds; expected one of: {', '.join(known)}" if name in registry.METHODS else nearest(
         name, [*known])
-    raise UserError(f"config.merge.method={name!r}: {why}")
+    raise UserError(f"config.merge.method={name!r}: {reason}")
   method = known[name]
   for option, value in given.items():
     if option not in method.by_option or option in ("base_weight", "drop_rate", "importance"):
@@ -98,9 +98,9 @@ def check(config: ml_collections.ConfigDict) -> None:
                       f"{option.range})")
   if not weighs(config) and (config.merge.sweep or config.merge.base_weight == "auto"):
     fixed = _fixed_by(config) if has_strength(name) else ""
-    why = (f"options.{fixed}: says how far a merge goes from the base" if fixed else
-           f"method={name}: has no weight of the base")
-    raise UserError(f"config.merge.{why}, so merge.sweep and base_weight=auto mean nothing beside it")
+    reason = (f"options.{fixed}: says how far a merge goes from the base" if fixed else
+              f"method={name}: has no weight of the base")
+    raise UserError(f"config.merge.{reason}, so merge.sweep and base_weight=auto mean nothing beside it")
 
 
 def models_of(method: registry.Method, *, base: Path, start: Path, tuned: Sequence[Path]) -> dict[str, Path] | None:
@@ -113,18 +113,18 @@ def models_of(method: registry.Method, *, base: Path, start: Path, tuned: Sequen
     tuned: the tuned models of all rounds so far. A method that merges several models with a base gets all of them,
       other methods the last one.
   """
-  own = {"base": base, "start": start, "tuned": tuned[-1], "other": tuned[-1]}
+  by_name = {"base": base, "start": start, "tuned": tuned[-1], "other": tuned[-1]}
   models = [*tuned] if method.least > 1 else [tuned[-1]]
   models = models if "base" in method.inputs else [base, tuned[-1]]
   if "models" in method.inputs and len(models) < method.least:
     return None
-  found: dict[str, Path] = {}
+  folders: dict[str, Path] = {}
   for name in method.inputs:
     if name == "models":
-      found |= {f"models[{i}]": model for i, model in enumerate(models)}
-    elif name in own:
-      found[name] = own[name]
-  return found
+      folders |= {f"models[{i}]": model for i, model in enumerate(models)}
+    elif name in by_name:
+      folders[name] = by_name[name]
+  return folders
 
 
 def options_of(config: ml_collections.ConfigDict, weight: Setting, importance: Path | None) -> dict[str, Any]:

@@ -46,15 +46,15 @@ def of_round(config: ml_collections.ConfigDict, round_: int) -> Questions:
     pool = _train(config, config.task.name, before + (round_ + 1) * count if count else None)
     return Questions(pool[:few], pool[shown:before], pool[before + round_ * count:])
   pool = _train(config, config.task.name)
-  apart = [i for i, e in enumerate(pool) if e.rationale][:shown]
-  others = [e for i, e in enumerate(pool) if i not in set(apart)]
+  shown_indices = [i for i, e in enumerate(pool) if e.rationale][:shown]
+  others = [e for i, e in enumerate(pool) if i not in set(shown_indices)]
   rest = others[held_out:]
   if not rest or count > len(rest):
     raise ValueError(f"{config.task.name} has {len(pool)} train questions, of which {len(pool) - len(rest)} are set "
                      f"apart; {max(1, count)} are asked for in a round")
   # Each round continues where the previous one ended, and wraps around at the end.
   asked = [rest[i % len(rest)] for i in range(round_ * count, (round_ + 1) * count)] if count else rest
-  return Questions([pool[i] for i in apart[:few]], others[:held_out], asked)
+  return Questions([pool[i] for i in shown_indices[:few]], others[:held_out], asked)
 
 
 def settings_of_round(config: ml_collections.ConfigDict) -> tuple[str, ...]:
@@ -91,33 +91,33 @@ def shots_of(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
   count, kind = protocols.of(config, name).few_shot, protocols.kind_of(config, name)
   if not count:
     return []
-  places = [file] if file and shots.read(file, name, kind) else [
+  sources = [file] if file and shots.read(file, name, kind) else [
       source for source in dict.fromkeys((entry, config.task.name))
       if "train" in tasks.splits(name_of(source)) and protocols.kind_of(config, name_of(source)) == kind]
-  found: dict[str, list[Example]] = {}
-  for place in places:
-    pool = shots.read(file, name, kind) if place == file else _train(
-        config, place, count if tasks.is_endless(name_of(place)) else None)
+  examples: dict[str, list[Example]] = {}
+  for source_ in sources:
+    pool = shots.read(file, name, kind) if source_ == file else _train(
+        config, source_, count if tasks.is_endless(name_of(source_)) else None)
     # `of_round` excludes those of the in-domain task.
-    found[place] = [e for e in pool if e.rationale][:count]
-  place = max(found, key=lambda place: len(found[place]), default="")
+    examples[source_] = [e for e in pool if e.rationale][:count]
+  source_ = max(examples, key=lambda source_: len(examples[source_]), default="")
   asks = f"config.eval.protocol={config.eval.protocol} shows {count} worked example{'s' * (count > 1)}"
-  if not found.get(place):
+  if not examples.get(source_):
     raise UserError(f"{asks}, and task {name} has none: they come from its train split, or from the in-domain task's "
                     f"where that has answers of its kind ({kind}); give --config.eval.shots_file=FILE.jsonl, rows with "
                     "question, answer and rationale, or --config.eval.few_shot=0")
-  if len(found[place]) < count:
-    where = file if place == file else f"the train split of {name_of(place)}"
-    raise UserError(f"{asks}, and {where} has {len(found[place])} for task {name}; give more in "
-                    f"--config.eval.shots_file, or --config.eval.few_shot={len(found[place])}")
-  if place != entry:
+  if len(examples[source_]) < count:
+    where = file if source_ == file else f"the train split of {name_of(source_)}"
+    raise UserError(f"{asks}, and {where} has {len(examples[source_])} for task {name}; give more in "
+                    f"--config.eval.shots_file, or --config.eval.few_shot={len(examples[source_])}")
+  if source_ != entry:
     limit = config.task.eval_questions if tasks.is_endless(name) else None
-    tests = {_unspaced(e.question) for e in load(config, entry, split="test", count=limit)}
-    for e in found[place]:
-      if _unspaced(e.question) in tests:
+    tests = {_strip_spaces(e.question) for e in load(config, entry, split="test", count=limit)}
+    for e in examples[source_]:
+      if _strip_spaces(e.question) in tests:
         raise UserError(f"{e.id}: {e.question[:60]!r} is a test question of {name}, so it is no worked example for it; "
                         "give others in --config.eval.shots_file")
-  return found[place]
+  return examples[source_]
 
 
 def general(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
@@ -126,23 +126,23 @@ def general(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
   Raises:
     ValueError: when there are too few.
   """
-  count, shown = config.merge.auto.questions, {_unspaced(e.question) for e in shots_of(config, entry)}
+  count, shown = config.merge.auto.questions, {_strip_spaces(e.question) for e in shots_of(config, entry)}
   pool = load(config, entry, split="train", count=count + len(shown) if tasks.is_endless(name_of(entry)) else None)
-  found = [e for e in pool if _unspaced(e.question) not in shown][:count]
-  if len(found) < count:
-    raise ValueError(f"{name_of(entry)}/train holds {len(found)} questions, {count} were asked for")
-  return found
+  examples = [e for e in pool if _strip_spaces(e.question) not in shown][:count]
+  if len(examples) < count:
+    raise ValueError(f"{name_of(entry)}/train holds {len(examples)} questions, {count} were asked for")
+  return examples
 
 
 def _train(config: ml_collections.ConfigDict, entry: str, count: int | None = None) -> list[Example]:
   """Loads train questions without those of `eval.shots_file`."""
   file = config.eval.shots_file
-  shown = {_unspaced(question) for question in shots.questions(file)} if file else ()
-  found = load(config, entry, split="train", count=None if count is None else count + len(shown))
-  return [e for e in found if _unspaced(e.question) not in shown][:count]
+  shown = {_strip_spaces(question) for question in shots.questions(file)} if file else ()
+  pool = load(config, entry, split="train", count=None if count is None else count + len(shown))
+  return [e for e in pool if _strip_spaces(e.question) not in shown][:count]
 
 
-def _unspaced(question: str) -> str:
+def _strip_spaces(question: str) -> str:
   """Removes all whitespace, so that questions compare equal however they are spaced."""
   return "".join(question.split())
 
@@ -152,15 +152,15 @@ def of_tests(config: ml_collections.ConfigDict) -> dict[str, list[Example]]:
 
   A task with fewer questions is reported once on stderr.
   """
-  limit, found = config.task.eval_questions or None, {}
+  limit, tests = config.task.eval_questions or None, {}
   for entry in own(config):
     name = name_of(entry)
     examples = load(config, entry, split="test", count=limit if tasks.is_endless(name) else None)[:limit]
     if limit and len(examples) < limit:
       say_once(f"note: task {name} has {len(examples)} test questions, and all of them are asked "
                f"(config.task.eval_questions={limit})")
-    found[name] = examples
-  return found
+    tests[name] = examples
+  return tests
 
 
 def drift_questions(config: ml_collections.ConfigDict) -> int:
@@ -191,11 +191,11 @@ def scores_texts(config: ml_collections.ConfigDict) -> bool:
 
 def texts_of(config: ml_collections.ConfigDict) -> dict[str, list[str]]:
   """Loads the passages of each text of `eval.texts`, by name."""
-  found = {}
+  passages = {}
   for entry in config.eval.texts:
     name, _, source = entry.partition("=")
-    found[name] = tasks.load_text("" if source else name, source=source, count=count_passages(config) or None)
-  return found
+    passages[name] = tasks.load_text("" if source else name, source=source, count=count_passages(config) or None)
+  return passages
 
 
 def count_passages(config: ml_collections.ConfigDict) -> int:
@@ -239,9 +239,9 @@ def load(config: ml_collections.ConfigDict, entry: str, *, split: str, count: in
     raise ValueError(f"{name} makes as many questions as it is asked for: expected 1 or more")
   seed = _seed_of(config, split)
   try:
-    described = _described(config, name)
-    return list(_load(name, split, count, seed, source_of(config, entry), tuple(sorted(described["fields"].items())),
-                      described["kind"]))
+    custom = _custom_options(config, name)
+    return list(_load(name, split, count, seed, source_of(config, entry), tuple(sorted(custom["fields"].items())),
+                      custom["kind"]))
   except UserError as e:
     raise UserError(str(e) if str(e).startswith("task ") else f"task {name}: {e}") from e
 
@@ -280,7 +280,7 @@ def describe_tests(config: ml_collections.ConfigDict) -> str:
       usable, records = tasks.published_size(name, "test"), tasks.published_records(name, "test")
     else:
       usable = len(load(config, entry, split="test"))
-      records = tasks.count_records(name, "test", source=source_of(config, entry), **_described(config, name))
+      records = tasks.count_records(name, "test", source=source_of(config, entry), **_custom_options(config, name))
     judged = f" ({usable} have an answer that can be judged)" if usable != records else ""
     parts.append(f"{name} {count or 'all'} of {records or 'an unknown number'}{judged}")
     if published and (note := tasks.paper_note(name)):
@@ -302,18 +302,18 @@ def _size(config: ml_collections.ConfigDict, entry: str, split: str, limit: int)
 
 def digests(config: ml_collections.ConfigDict) -> dict[str, str]:
   """Returns digests of the loaded questions by split, because a source may change between two starts of a run."""
-  found = {}
+  result = {}
   for split, entries in (("train", (config.task.name,)), ("test", own(config))):
     entries = [e for e in entries if not tasks.is_endless(name_of(e)) and split in tasks.splits(name_of(e))]
-    known: list[object] = [(e.id, e.answer, e.rationale) for entry in entries for e in (
+    content: list[object] = [(e.id, e.answer, e.rationale) for entry in entries for e in (
         load(config, entry, split="test") if split == "test" else _train(config, entry))]
     if split == "test":  # includes worked examples and texts
-      known += [(e.question, e.rationale) for entry in own(config) for e in shots_of(config, entry)]
-      known += list(texts_of(config).values())
+      content += [(e.question, e.rationale) for entry in own(config) for e in shots_of(config, entry)]
+      content += list(texts_of(config).values())
     elif config.eval.shots_file:
-      known += shots.questions(config.eval.shots_file)
-    found[f"{split} questions"] = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
-  return found
+      content += shots.questions(config.eval.shots_file)
+    result[f"{split} questions"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+  return result
 
 
 def is_remote(config: ml_collections.ConfigDict, entry: str) -> bool:
@@ -342,7 +342,7 @@ def name_of(entry: str) -> str:
   return entry.partition("=")[0]
 
 
-def _described(config: ml_collections.ConfigDict, name: str) -> dict[str, Any]:
+def _custom_options(config: ml_collections.ConfigDict, name: str) -> dict[str, Any]:
   """Returns the config's description of the records of `custom`; empty for other tasks."""
   return {"fields": config.task.fields.to_dict(), "kind": config.task.kind} if name == "custom" else {
       "fields": {}, "kind": ""}

@@ -23,7 +23,7 @@ from imm_jax.tasks.base import Example
 from imm_jax.tasks.judge import Judge
 
 # Number of questions per task that are first checked before a run.
-_LOOKED_AT = 100
+_FIRST = 100
 # `Sampler.generate` with a journal: (prompts, **options) -> completions, valid only on process 0.
 Generate = Callable[..., list[list[Completion]]]
 check_sampler = engines.check
@@ -35,7 +35,7 @@ def stage(run: Run, model: Model, round_: int) -> Stage:
   return Stage(name, (model.stage, "train questions"),
                _settings(run, round_), _plan(run.config, round_),
                lambda out, _: synthesize(run.config, model.folder, round_, run.scratch(name), out), everywhere=True,
-               scratch=str(run.scratch(name)), costly=True, said=_told)
+               scratch=str(run.scratch(name)), costly=True, said=_summarize)
 
 
 def shots_stage(run: Run) -> Stage:
@@ -65,14 +65,14 @@ def temperatures_of(config: ml_collections.ConfigDict, round_: int) -> tuple[flo
 
 def _settings(run: Run, round_: int) -> dict[str, Any]:
   """Returns the settings of a round's samples, with only this round's temperatures, so that others may change."""
-  found = run.settings(*questions.settings_of_round(run.config), "sample", "sampler")
-  return found | {"sample": found["sample"] | {"temperatures": temperatures_of(run.config, round_)}}
+  settings = run.settings(*questions.settings_of_round(run.config), "sample", "sampler")
+  return settings | {"sample": settings["sample"] | {"temperatures": temperatures_of(run.config, round_)}}
 
 
 def _plan(config: ml_collections.ConfigDict, round_: int) -> str:
   asked, given = config.task.questions_per_round, config.sample.temperatures
-  own = isinstance(given[0], tuple | list)
-  at = f" at temperatures {', '.join(f'{t:g}' for t in temperatures_of(config, round_))}" if own else ""
+  per_round = isinstance(given[0], tuple | list)
+  at = f" at temperatures {', '.join(f'{t:g}' for t in temperatures_of(config, round_))}" if per_round else ""
   if not asked:
     return f"{config.sample.num_samples} answers to every train question{at}"
   count = asked * config.sample.num_samples
@@ -80,7 +80,7 @@ def _plan(config: ml_collections.ConfigDict, round_: int) -> str:
           f"{count * config.sample.max_new_tokens:,} tokens")
 
 
-def _told(facts: dict[str, Any]) -> str:
+def _summarize(facts: dict[str, Any]) -> str:
   long = f", {facts['long_prompts']} questions skipped (too long)" if facts["long_prompts"] else ""
   return (f"{facts['correct']} of {facts['samples']} samples are right, {facts['unfinished']} were cut at "
           f"max_new_tokens, {facts['no_answer']} have no answer{long}")
@@ -90,9 +90,9 @@ def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, scra
                ) -> dict[str, Any]:
   """Samples answers to the round's questions, judges them, and writes samples.jsonl."""
   sample, temperatures = config.sample, temperatures_of(config, round_)
-  asked = questions.of_round(config, round_)
-  examples, long = fitting(config, model, asked.asked, limit="sample.max_new_tokens",
-                           what=f"task {config.task.name}, train", shots=asked.shots)
+  chosen = questions.of_round(config, round_)
+  examples, long = build_prompts(config, model, chosen.asked, limit="sample.max_new_tokens",
+                                 what=f"task {config.task.name}, train", shots=chosen.shots)
   with sampler_of(config, model, sample.batch_size, scratch) as sampler:
     completions = sampler(
         [Prompt(f"round_{round_}/{e.id}", text) for e, text in examples], max_new_tokens=sample.max_new_tokens,
@@ -100,7 +100,7 @@ def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, scra
         seed=config.seed, label=f"round {round_}: sample")
   if not distributed.is_main():
     return {}
-  rows = judged([e for e, _ in examples], completions, strict=True, temperatures=temperatures)
+  rows = judge_samples([e for e, _ in examples], completions, strict=True, temperatures=temperatures)
   files.write_jsonl(out, rows)
   return {"samples": len(rows), "correct": sum(r["correct"] for r in rows), "tokens": sum(r["tokens"] for r in rows),
           "unfinished": sum(r["finish"] == "length" for r in rows), "no_answer": sum(not r["span"] for r in rows),
@@ -125,9 +125,9 @@ def sampler_of(config: ml_collections.ConfigDict, model: Path, batch_size: int, 
         asked, label=label, journal=scratch / f"{re.sub(r'[^A-Za-z0-9]+', '_', label)}.jsonl", **options)
 
 
-def fitting(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Example], *, limit: str, what: str,
-            shots: Sequence[Example] = (), prompt: protocols.Prompt | None = None,
-            ) -> tuple[list[tuple[Example, str]], int]:
+def build_prompts(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Example], *, limit: str, what: str,
+                  shots: Sequence[Example] = (), prompt: protocols.Prompt | None = None,
+                  ) -> tuple[list[tuple[Example, str]], int]:
   """Builds prompts, and keeps those that fit in the model's context together with their answers.
 
   Args:
@@ -174,25 +174,25 @@ def check(config: ml_collections.ConfigDict, base: Path, sampler: Path, draws: b
   if config.merge.base_weight == "auto":
     asked += [(base, entry, questions.general(config, entry), f"merge.auto.general {entry}")
               for entry in config.merge.auto.general]
-  asked = [found for found in asked if questions.measure_of(config, found[1]) == "answer"]
+  asked = [item for item in asked if questions.measure_of(config, item[1]) == "answer"]
   options = [(model, examples, {"limit": "eval.max_new_tokens", "what": what,
                                 "shots": questions.shots_of(config, entry),
                                 "prompt": protocols.of(config, questions.name_of(entry)).prompt})
              for model, entry, examples, what in asked]
   if draws:
-    found = questions.of_round(config, 0)
-    options.append((sampler, found.asked, {"limit": "sample.max_new_tokens", "shots": found.shots,
-                                           "what": f"task {config.task.name}, train"}))
+    chosen = questions.of_round(config, 0)
+    options.append((sampler, chosen.asked, {"limit": "sample.max_new_tokens", "shots": chosen.shots,
+                                            "what": f"task {config.task.name}, train"}))
   for model, examples, given in options:
     try:  # mostly a few questions suffice, which is quick
-      fitting(config, model, examples[:_LOOKED_AT], **given)
+      build_prompts(config, model, examples[:_FIRST], **given)
     except UserError:
-      fitting(config, model, examples, **given)
+      build_prompts(config, model, examples, **given)
 
 
-def judged(examples: Sequence[Example], completions: Sequence[Sequence[Completion]], *, strict: bool,
-           temperatures: Sequence[float] = (), read: Callable[[str, str], str] = lambda text, kind: text,
-           ) -> list[dict[str, Any]]:
+def judge_samples(examples: Sequence[Example], completions: Sequence[Sequence[Completion]], *, strict: bool,
+                  temperatures: Sequence[float] = (), read: Callable[[str, str], str] = lambda text, kind: text,
+                  ) -> list[dict[str, Any]]:
   """Judges samples; returns a row for each.
 
   The verdict is on `read(text, kind)`; `temperatures` are those that the samples of a question used in turn.

@@ -25,10 +25,10 @@ def stage(run: Run, round_: int) -> Stage:
   return Stage(f"round_{round_}/train.jsonl", ("train questions", *reads),
                run.settings(*questions.settings_of_round(run.config), "data") | {"kind": run.method.data},
                _plan(run.config),
-               lambda out, _: select(run.config, [run.root / name for name in drawn], round_, out), said=_told)
+               lambda out, _: select(run.config, [run.root / name for name in drawn], round_, out), said=_summarize)
 
 
-def _told(facts: dict[str, Any]) -> str:
+def _summarize(facts: dict[str, Any]) -> str:
   if not facts["kept"]:
     return "no right answer: the round hands on the model that it started from"
   dropped = ", ".join(f"{facts[f'dropped_{kind}']} {text}" for kind, text in (
@@ -77,29 +77,29 @@ def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: i
   facts: dict[str, Any] = {}
   synthetic: list[Row] = []
   if fraction < 1:
-    own = files.read_jsonl(samples[round_], _SAMPLE)
-    right = kept(own, round_)
+    this_round = files.read_jsonl(samples[round_], _SAMPLE)
+    right = right_samples(this_round, round_)
     if not right and not config.data.skip_empty:
-      raise UserError(_nothing_right(samples[round_], own))
-    facts = {"dropped_wrong": sum(not r["correct"] for r in own),
-             "dropped_unfinished": sum(r["correct"] and _response(r) is None for r in own)}
-    facts["dropped_duplicate"] = len(own) - sum(facts.values()) - len(right)
-    earlier = [kept(files.read_jsonl(path, _SAMPLE), t) for t, path in enumerate(samples[:round_])]
+      raise UserError(_no_right_samples(samples[round_], this_round))
+    facts = {"dropped_wrong": sum(not r["correct"] for r in this_round),
+             "dropped_unfinished": sum(r["correct"] and _response(r) is None for r in this_round)}
+    facts["dropped_duplicate"] = len(this_round) - sum(facts.values()) - len(right)
+    earlier = [right_samples(files.read_jsonl(path, _SAMPLE), t) for t, path in enumerate(samples[:round_])]
     if method.data == "mixture":
       earlier = [_draw(rows, round(config.data.mixture_share * len(rows)), rng) for rows in earlier]
     elif method.data != "accumulation":
       earlier = []
-    synthetic = _once([*(row for rows in earlier for row in rows), *right])
+    synthetic = _unique([*(row for rows in earlier for row in rows), *right])
   real: list[Row] = []
   if method.data == "accumulation" and config.data.with_real:
-    real = _once(row for t in range(round_ + 1) for row in worked_answers(config, t))
+    real = _unique(row for t in range(round_ + 1) for row in worked_answers(config, t))
   elif fraction == 1:
     real = worked_answers(config, round_)
   elif fraction:
     sampled = {(row["question"], row["response"]) for row in synthetic}
     available = [r for r in worked_answers(config, round_) if (r["question"], r["response"]) not in sampled]
     real = _draw(available, min(len(available), round(fraction / (1 - fraction) * len(synthetic))), rng)
-  rows = _once([*synthetic, *real])
+  rows = _unique([*synthetic, *real])
   files.write_jsonl(out, rows)
   count = sum(row["source"] == "real" for row in rows)
   return {"kept": len(rows), "real": count, "of_earlier_rounds": sum(row["round"] != round_ for row in rows), **facts}
@@ -108,10 +108,11 @@ def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: i
 _SAMPLE = {"id": str, "question": str, "text": str, "finish": str, "span": str, "correct": bool}
 
 
-def kept(samples: Sequence[Row], round_: int) -> list[Row]:
+def right_samples(samples: Sequence[Row], round_: int) -> list[Row]:
   """Returns the right samples of a round, truncated to what was judged, without duplicates and unfinished ones."""
-  return _once({"id": r["id"], "question": r["question"], "response": response, "round": round_, "source": "synthetic"}
-               for r in samples if r["correct"] and (response := _response(r)) is not None)
+  rows = ({"id": r["id"], "question": r["question"], "response": response, "round": round_, "source": "synthetic"}
+          for r in samples if r["correct"] and (response := _response(r)) is not None)
+  return _unique(rows)
 
 
 def _response(sample: Row) -> str | None:
@@ -135,12 +136,12 @@ def worked_answers(config: ml_collections.ConfigDict, round_: int) -> list[Row]:
   return rows
 
 
-def _once(rows: Iterable[Row]) -> list[Row]:
+def _unique(rows: Iterable[Row]) -> list[Row]:
   """Removes rows with the same question and response as an earlier row."""
-  found: dict[tuple[str, str], Row] = {}
+  first: dict[tuple[str, str], Row] = {}
   for row in rows:
-    found.setdefault((row["question"], row["response"]), row)
-  return list(found.values())
+    first.setdefault((row["question"], row["response"]), row)
+  return list(first.values())
 
 
 def _draw(rows: Sequence[Row], count: int, rng: np.random.Generator) -> list[Row]:
@@ -148,7 +149,7 @@ def _draw(rows: Sequence[Row], count: int, rng: np.random.Generator) -> list[Row
   return [rows[i] for i in sorted(rng.choice(len(rows), count, replace=False))]
 
 
-def _nothing_right(samples: Path, rows: Sequence[Row]) -> str:
+def _no_right_samples(samples: Path, rows: Sequence[Row]) -> str:
   return (f"{samples}: none of {len(rows)} samples is right ({sum(r['finish'] == 'length' for r in rows)} cut at "
           f"max_new_tokens, {sum(not r['span'] for r in rows)} without an answer), so there is nothing to train on; "
           "read some samples, then go past the round with config.data.skip_empty=True, or sample it anew with --rerun "

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
 # Number of questions whose lengths are measured before a run.
-_LOOKED_AT = 100
-_ROW = 128
+_NUM_MEASURED = 100
+_ROW_MULTIPLE = 128
 _HELD_OUT = 0x51  # separates these draws from others of the same seed
 # Folder of the weights' moving average within that of the tuned model.
 AVERAGE = "ema"
@@ -55,10 +55,10 @@ def stage(run: Run, model: Model, train: str, round_: int) -> Stage:
                run.settings("seed", "prompt", "sft") | kind, _plan(run.config),
                functools.partial(devices.call, run.config, fine_tune, run.config, model.folder, run.base.folder,
                                  run.root / train, run.root, round_),
-               everywhere=True, scratch=states_folder(run.config, run.root, round_), costly=True, said=_told)
+               everywhere=True, scratch=states_folder(run.config, run.root, round_), costly=True, said=_summarize)
 
 
-def _told(facts: dict[str, Any]) -> str:
+def _summarize(facts: dict[str, Any]) -> str:
   if facts.get("skipped"):
     return "nothing to train on"
   long = f", {facts['dropped_long']} longer than a row left out" if facts["dropped_long"] else ""
@@ -73,11 +73,11 @@ def average_of(tuned: Model) -> Model:
 
 def _plan(config: ml_collections.ConfigDict) -> str:
   sft, method = config.sft, method_of(config)
-  more = {"l2_sp": [f"L2 to the base x {sft.l2_sp_weight:g}"], "kl": [f"KL to the base x {sft.kl_weight:g}"]}.get(
+  extras = {"l2_sp": [f"L2 to the base x {sft.l2_sp_weight:g}"], "kl": [f"KL to the base x {sft.kl_weight:g}"]}.get(
       method.anchor, [])
-  more += [f"LoRA of rank {sft.lora_rank}"] * method.lora + [f"average of decay {sft.ema_decay:g}"] * averages(config)
-  more += [f"stopped on {sft.stop_share:.0%} of the questions"] * (sft.stop_share > 0)
-  return ", ".join([f"{sft.epochs} epochs", f"{sft.global_batch} answers a step", *more])
+  extras += [f"LoRA of rank {sft.lora_rank}"] * method.lora + [f"average of decay {sft.ema_decay:g}"] * averages(config)
+  extras += [f"stopped on {sft.stop_share:.0%} of the questions"] * (sft.stop_share > 0)
+  return ", ".join([f"{sft.epochs} epochs", f"{sft.global_batch} answers a step", *extras])
 
 
 def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train: Path, root: Path, round_: int,
@@ -94,10 +94,10 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train:
       for folder in (out, *[out / AVERAGE] * averages(config)):
         copy(model, folder)
     return {"examples": 0, "steps": 0, "skipped": True}
-  seen, held = hold_out(rows, sft.stop_share, (config.seed, round_), what=train)
+  kept, held = hold_out(rows, sft.stop_share, (config.seed, round_), what=train)
   examples = list(map(encoder(config, model), rows))
-  data = pack(config, model, [examples[i] for i in seen], what=train, epochs=sft.epochs, seed=(config.seed, round_),
-              lines=[i + 1 for i in seen])
+  data = pack(config, model, [examples[i] for i in kept], what=train, epochs=sft.epochs, seed=(config.seed, round_),
+              lines=[i + 1 for i in kept])
   held_out = pack(config, model, [examples[i] for i in held], what=f"{train}, held out", epochs=1, seed=config.seed,
                   quiet=True).batches if held else None
   batches, additions, mesh = data.batches, additions_of(config), mesh_of(config)
@@ -148,8 +148,8 @@ def hold_out(rows: Sequence[Mapping[str, Any]], share: float, seed: Any, *, what
     UserError: when there is only one question.
 
   >>> rows = [{"question": q} for q in "aabbcd"]
-  >>> seen, held = hold_out(rows, 0.5, 0, what="train.jsonl")
-  >>> sorted(seen + held), {rows[i]["question"] for i in seen} & {rows[i]["question"] for i in held}
+  >>> train, held = hold_out(rows, 0.5, 0, what="train.jsonl")
+  >>> sorted(train + held), {rows[i]["question"] for i in train} & {rows[i]["question"] for i in held}
   ([0, 1, 2, 3, 4, 5], set())
   """
   if not share:
@@ -234,7 +234,7 @@ def row_for(config: ml_collections.ConfigDict, examples: Iterable[TokenizedExamp
   """Returns a row length that fits all examples: that of SFT, or a larger multiple of 128, which suits attention
   kernels and keeps shapes few."""
   longest = max(len(e.prompt) + len(e.response) for e in examples)
-  return max(config.sft.row_length, -(-longest // _ROW) * _ROW)
+  return max(config.sft.row_length, -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE)
 
 
 def load_params(config: ml_collections.ConfigDict, model: Path, dtype: jnp.dtype | None = jnp.float32) -> Params:
@@ -254,12 +254,12 @@ def expect(config: ml_collections.ConfigDict, model: ModelConfig, folder: Path |
   if folder and not questions.is_remote(config, config.task.name):
     asked, encode = questions.of_round(config, 0), encoder(config, folder)
     worked = [encode({"question": e.question, "response": e.rationale})
-              for e in asked.asked[:_LOOKED_AT] if e.rationale]
+              for e in asked.asked[:_NUM_MEASURED] if e.rationale]
     lengths = [len(e.prompt) + len(e.response) for e in worked] or lengths
-    asks = encoder(config, folder, shots=asked.shots if draws(config) else ())
-    bare = [{"question": e.question, "response": ""} for e in asked.asked[:_LOOKED_AT]]
-    prompt = max(len(asks(row).prompt) for row in bare)
-    question = float(np.mean([len(encode(row).prompt) for row in bare]))
+    encode_with_shots = encoder(config, folder, shots=asked.shots if draws(config) else ())
+    unanswered = [{"question": e.question, "response": ""} for e in asked.asked[:_NUM_MEASURED]]
+    prompt = max(len(encode_with_shots(row).prompt) for row in unanswered)
+    question = float(np.mean([len(encode(row).prompt) for row in unanswered]))
     answer = float(np.mean([len(e.response) for e in worked])) if worked else 0.0
   if draws(config):
     count = round(count * config.sample.num_samples * cost.ASSUMED["right"] / max(1 - config.data.real_fraction, 0.5))
@@ -335,11 +335,11 @@ def _end_of_answer(tokenizer: "PreTrainedTokenizerBase", known: Sequence[int], s
     answer = "An answer."
     turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
     try:
-      _, found, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)
+      _, match, ending = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)
     except Exception:  # templates may raise anything; one that rejects assistant turns is no error here
-      found = ""
-    if found:
-      return next((i for i in encode_continuation(tokenizer, after) if i in known), tokenizer.eos_token_id)
+      match = ""
+    if match:
+      return next((i for i in encode_continuation(tokenizer, ending) if i in known), tokenizer.eos_token_id)
   return tokenizer.eos_token_id
 
 

@@ -152,8 +152,8 @@ def test_the_interval_of_a_text_covers_as_often_as_it_says() -> None:
   for _ in range(400):
     sizes = rng.integers(50, 400, 60)
     nats = sizes * rng.gamma(40, 3.0 / 40, 60)
-    found = likelihood.of_texts([{"nats": n, "tokens": int(s), "bytes": 4 * int(s)}
-                                 for n, s in zip(nats, sizes, strict=True)])
+    found = likelihood.summarize_texts([{"nats": n, "tokens": int(s), "bytes": 4 * int(s)}
+                                        for n, s in zip(nats, sizes, strict=True)])
     held += found["nats_per_token"]["low"] <= 3.0 <= found["nats_per_token"]["high"]
     assert found["bits_per_byte"]["value"] == pytest.approx(nats.sum() / np.log(2) / (4 * sizes.sum()))
   assert 0.91 <= held / 400 <= 0.98
