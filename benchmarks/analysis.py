@@ -1,14 +1,14 @@
-"""What analysis costs beside what it resembles, in one interleaved run on the same cores. Linux only.
+"""Cost of the analyses relative to comparable work, in one interleaved run on the same cores. Linux only.
 
     python benchmarks/analysis.py --workdir=/tmp/analysis-benchmark --cores=2
 
-Importance: `importance.gradient` over packed batches beside the forward and backward pass of SFT over the same batches
-(`gradient_function`, jitted; no optimizer), and beside whole SFT steps, taking turns pass by pass in one process.
-Seconds are the fastest pass of each over all batches, input included.
+Importance: `importance.gradient` over packed batches, compared with forward and backward passes of SFT over the same
+batches (`gradient_function`, jitted; no optimizer) and with whole SFT steps. They alternate pass by pass in one
+process; reported is the fastest pass of each over all batches, including input.
 
-Weight change: `python -m imm_jax.analyze --tuned` beside `python -m imm_jax.merge --method=linear` of the same two
-checkpoints (of which merging reads embeddings too, and writes a third), whole processes in turns, and both functions
-alone in one process. GB/s counts the bytes that each has to read. Prints two Markdown tables.
+Weight change: `python -m imm_jax.analyze --tuned`, compared with `python -m imm_jax.merge --method=linear` of the same
+two checkpoints (which also reads the embeddings, and writes a third checkpoint), as alternating processes, and as
+functions in one process. GB/s counts the bytes that each must read. Prints two Markdown tables.
 """
 
 import os
@@ -24,21 +24,21 @@ import numpy as np
 import random_checkpoints
 from absl import app, flags
 
-_WORKDIR = flags.DEFINE_string("workdir", "/tmp/analysis-benchmark", "Checkpoints and outputs go here.")
-_SHAPE = flags.DEFINE_enum("shape", "sft", sorted(random_checkpoints.SHAPES), "Of the model for importance.")
-_STREAMED = flags.DEFINE_enum("streamed", "0.5b", sorted(random_checkpoints.SHAPES), "Of the two for weight change.")
-_ROWS = flags.DEFINE_integer("rows", 8, "Of a batch.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("row_length", 512, "Tokens of a row.", lower_bound=2)
-_BATCHES = flags.DEFINE_integer("batches", 6, "Of a pass.", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Passes and processes of each kind, in turns.", lower_bound=1)
+_WORKDIR = flags.DEFINE_string("workdir", "/tmp/analysis-benchmark", "Folder for checkpoints and outputs.")
+_SHAPE = flags.DEFINE_enum("shape", "sft", sorted(random_checkpoints.SHAPES), "Shape of the model for importance.")
+_STREAMED = flags.DEFINE_enum("streamed", "0.5b", sorted(random_checkpoints.SHAPES), "Shape for weight change.")
+_ROWS = flags.DEFINE_integer("rows", 8, "Rows per batch.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("row_length", 512, "Tokens per row.", lower_bound=2)
+_BATCHES = flags.DEFINE_integer("batches", 6, "Batches per pass.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Passes and processes of each kind, interleaved.", lower_bound=1)
 _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Compute dtypes.")
-_REMAT = flags.DEFINE_enum("remat", "full", ["none", "dots", "attention", "full"], "What is computed again.")
-_CORES = flags.DEFINE_integer("cores", 2, "The processes are pinned to this many cores.", lower_bound=1)
+_REMAT = flags.DEFINE_enum("remat", "full", ["none", "dots", "attention", "full"], "Rematerialization.")
+_CORES = flags.DEFINE_integer("cores", 2, "Number of cores that processes are pinned to.", lower_bound=1)
 REPO = Path(__file__).parent.parent
 
 
 def passes(dtype: str, folder: Path) -> dict[str, Callable[[], None]]:
-  """By name, a pass over all batches."""
+  """Returns functions by name, each of which runs a pass over all batches."""
   import jax
   import jax.numpy as jnp
   import optax
@@ -79,7 +79,7 @@ def passes(dtype: str, folder: Path) -> dict[str, Callable[[], None]]:
 
 
 def in_turns(works: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-  """Seconds of each, one after the other again and again; the first round warms up and does not count."""
+  """Measures the seconds of interleaved functions; a first round is warm-up."""
   seconds: dict[str, list[float]] = {name: [] for name in works}
   for repeat in range(-1, repeats):
     for name, work in works.items():
@@ -91,7 +91,7 @@ def in_turns(works: dict[str, Callable[[], None]], repeats: int) -> dict[str, li
 
 
 def streamed(root: Path) -> tuple[dict[str, Callable[[], None]], float, float]:
-  """By name, what reads two checkpoints; then the bytes of what each reads: all, and the layers' matrices."""
+  """Returns functions by name that stream two checkpoints, and the bytes of all tensors and of the layers' matrices."""
   import jax
 
   from imm_jax.analysis.weight_change import weight_change

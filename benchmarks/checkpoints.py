@@ -1,13 +1,13 @@
-"""Loading and exporting checkpoints beside safetensors and transformers, in one interleaved run. Linux only.
+"""Loading and exporting checkpoints, compared with safetensors and transformers in one interleaved run. Linux only.
 
     python benchmarks/checkpoints.py --workdir=/tmp/checkpoint-benchmark --shape=0.5b --repeats=3
 
-Makes a random bfloat16 checkpoint of Qwen2.5's shape and runs, each in a process of its own with the file in the page
-cache: a copy of the same bytes in memory; our load, as stored, to float32, and sharded over 8 faked devices;
-`safetensors` with its tensors stacked by layer; transformers' `from_pretrained` in float32; our export and
-`save_pretrained`. Each process does it five times and the fastest counts: on a virtual machine the first touch of
-memory is slow, and costs whoever comes first (the first is shown too). Prints a Markdown table of medians over
-processes: seconds, and how far anonymous memory rose, in GiB and beside the size of the parameters.
+Makes a random bfloat16 checkpoint of Qwen2.5's shape and runs, each in its own process with the file in the page cache:
+an in-memory copy of the same bytes; our load, as stored, to float32, and sharded over 8 simulated devices;
+`safetensors` with tensors stacked by layer; transformers' `from_pretrained` in float32; our export and
+`save_pretrained`. Each process reports the fastest of five repetitions, and the first, which on virtual machines pays
+for the first touch of memory. Prints a Markdown table of medians over processes: seconds, and the rise of anonymous
+memory, in GiB and relative to the size of the parameters.
 """
 
 import json
@@ -25,21 +25,21 @@ import numpy as np
 import random_checkpoints
 from absl import app, flags
 
-_WORKDIR = flags.DEFINE_string("workdir", "/tmp/checkpoint-benchmark", "Checkpoints and outputs go here.")
-_SHAPE = flags.DEFINE_enum("shape", "0.5b", sorted(random_checkpoints.SHAPES), "Of the checkpoint.")
-_REPEATS = flags.DEFINE_integer("repeats", 3, "Runs of everything, interleaved.", lower_bound=1)
-_CHILD = flags.DEFINE_string("child", None, "Internal: one of the programs.")
+_WORKDIR = flags.DEFINE_string("workdir", "/tmp/checkpoint-benchmark", "Folder for checkpoints and outputs.")
+_SHAPE = flags.DEFINE_enum("shape", "0.5b", sorted(random_checkpoints.SHAPES), "Shape of the checkpoint.")
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Number of runs, interleaved.", lower_bound=1)
+_CHILD = flags.DEFINE_string("child", None, "Internal: the program to run.")
 _DEVICES, _TIMES = 8, 5
 
 
 def anonymous() -> int:
-  """Anonymous memory of this process in bytes."""
+  """Returns the anonymous memory of this process in bytes."""
   lines = Path("/proc/self/status").read_text().splitlines()
   return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
 
 def timed(work: Callable[[], Any], clear: Callable[[], Any] = lambda: None) -> dict[str, float]:
-  """Seconds of the fastest of some runs, and how far anonymous memory rose in any."""
+  """Measures the seconds of the fastest and of the first repetition, and the largest rise of anonymous memory."""
   seconds, rise = [], 0
   for _ in range(_TIMES):
     clear()
@@ -63,26 +63,26 @@ def timed(work: Callable[[], Any], clear: Callable[[], Any] = lambda: None) -> d
 
 
 def copy(folder: Path, _: Path) -> dict[str, float]:
-  """A copy of the file's bytes in memory."""
+  """Copies the file's bytes in memory."""
   source = np.fromfile(folder / "model.safetensors", np.uint8)
   return timed(source.copy)
 
 
 def load(folder: Path, _: Path, *, dtype: str | None = None, devices: int = 1) -> dict[str, float]:
-  """Our load."""
+  """Loads the checkpoint with imm_jax."""
   import functools
 
   import jax
 
   from imm_jax.model import hf, sharding
 
-  mesh = sharding.make_mesh(data=1, fsdp=devices)  # and starts the devices
+  mesh = sharding.make_mesh(data=1, fsdp=devices)  # also initializes the devices
   place = functools.partial(sharding.param_sharding, mesh) if devices > 1 else None
   return timed(lambda: jax.block_until_ready(hf.load(folder, dtype=dtype, place=place)))
 
 
 def stack(folder: Path, _: Path) -> dict[str, float]:
-  """The tensors of `safetensors`, stacked by layer, as JAX arrays."""
+  """Loads the tensors with `safetensors` and stacks them by layer, as JAX arrays."""
   import re
 
   import jax
@@ -106,7 +106,7 @@ def stack(folder: Path, _: Path) -> dict[str, float]:
 
 
 def pretrained(folder: Path, _: Path) -> dict[str, float]:
-  """transformers' load to float32."""
+  """Loads the checkpoint in float32 with transformers."""
   import torch
   import transformers
 
@@ -117,7 +117,7 @@ def pretrained(folder: Path, _: Path) -> dict[str, float]:
 
 
 def export(folder: Path, out: Path, *, devices: int = 1) -> dict[str, float]:
-  """Our export."""
+  """Exports the checkpoint with imm_jax."""
   import functools
 
   from imm_jax.model import hf, sharding
@@ -128,7 +128,7 @@ def export(folder: Path, out: Path, *, devices: int = 1) -> dict[str, float]:
 
 
 def save_pretrained(folder: Path, out: Path) -> dict[str, float]:
-  """transformers' export."""
+  """Exports the checkpoint with transformers."""
   import torch
   from transformers import Qwen2ForCausalLM
 
@@ -136,7 +136,7 @@ def save_pretrained(folder: Path, out: Path) -> dict[str, float]:
   return timed(lambda: model.save_pretrained(out), lambda: shutil.rmtree(out, ignore_errors=True))
 
 
-# Name, what runs, whose seconds it is compared with, width of the parameters in bytes.
+# Name -> (function, its options, name of the program it is compared with, bytes per parameter).
 PROGRAMS: dict[str, tuple[Callable[..., dict[str, float]], dict[str, Any], str | None, int]] = {
     "copy in memory": (copy, {}, None, 2),
     "imm_jax load": (load, {}, "copy in memory", 2),

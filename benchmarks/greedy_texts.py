@@ -1,10 +1,10 @@
-"""Greedy answers to real questions by the native sampler, transformers and, where it is installed, vLLM, in float32.
+"""Compares float32 greedy answers to real questions: native sampler, transformers and, if installed, vLLM.
 
     python benchmarks/greedy_texts.py --model=FOLDER --task=svamp --source=file:SVAMP.json --questions=64 \
         --vllm_python=.vllm/bin/python
 
-Prints how many texts are equal in every character, and the first that is not. transformers and vLLM get the native
-sampler's prompt tokens.
+Prints how many texts are exactly equal, and the first that is not. transformers and vLLM get the native sampler's
+prompt tokens.
 """
 
 import tempfile
@@ -19,11 +19,11 @@ from imm_jax.sampling.vllm import VllmSampler
 from imm_jax.tasks import prompts
 
 _MODEL = flags.DEFINE_string("model", None, "An HF checkpoint folder or hub id.", required=True)
-_TASK = flags.DEFINE_string("task", "svamp", "Whose test questions are asked.")
-_SOURCE = flags.DEFINE_string("source", "", "Where they are; empty for the published place.")
-_QUESTIONS = flags.DEFINE_integer("questions", 64, "How many.")
-_STYLE = flags.DEFINE_enum("style", "paper", prompts.STYLES, "The prompts' style.")
-_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens of an answer at most.")
+_TASK = flags.DEFINE_string("task", "svamp", "Task whose test questions are asked.")
+_SOURCE = flags.DEFINE_string("source", "", "Source of the questions; empty for the published one.")
+_QUESTIONS = flags.DEFINE_integer("questions", 64, "Number of questions.")
+_STYLE = flags.DEFINE_enum("style", "paper", prompts.STYLES, "Style of the prompts.")
+_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Maximum tokens per answer.")
 _VLLM_PYTHON = flags.DEFINE_string("vllm_python", "", "The Python of an environment with vLLM; empty leaves it out.")
 _VLLM_ARGS = flags.DEFINE_multi_string("vllm_arg", [], "An argument of vLLM's server; may be repeated.")
 _BATCH = flags.DEFINE_integer("batch_size", 32, "Rows of the native sampler.")
@@ -31,7 +31,7 @@ _BATCH = flags.DEFINE_integer("batch_size", 32, "Rows of the native sampler.")
 
 def _transformers_texts(folder: str, ids: list[list[int]], ends: tuple[int, ...], sampler: NativeSampler,
                         ) -> list[Completion]:
-  """One question at a time, so that nothing is padded."""
+  """Generates with transformers, one question at a time to avoid padding."""
   import torch
   import transformers
 

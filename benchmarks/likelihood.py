@@ -1,12 +1,12 @@
-"""Options scored beside lm-evaluation-harness's own HF model, on the same cores.
+"""Scoring of multiple-choice options, compared with lm-evaluation-harness's HF model on the same cores.
 
     python benchmarks/likelihood.py --model=DIR --source=file:FOLDER --tasks=arc_easy,piqa --questions=200
 
-FOLDER holds the tasks' files as `file:` sources have them. Both programs score the same options of the same questions
-in float32, each in a process of its own: seconds are of scoring without loading, memory is the process' peak above what
-it held with the model loaded, and in all. lm_eval runs at every batch size of --batch_sizes, and its fastest counts.
-Prints a Markdown table, the largest relative difference between log-likelihoods, and for how many questions `acc` and
-`acc_norm` differ.
+FOLDER holds the tasks' files, as for `file:` sources. Both programs score the same options of the same questions in
+float32, each in its own process. Seconds exclude loading; memory is the peak of the process, above what it had after
+loading and in total. lm_eval runs with each batch size of --batch_sizes, and the fastest is compared. Prints a Markdown
+table, the largest relative difference of log-likelihoods, and the number of questions for which `acc` or `acc_norm`
+differ.
 """
 
 import json
@@ -22,23 +22,23 @@ import numpy as np
 from absl import app, flags
 
 _MODEL = flags.DEFINE_string("model", "tiny", "A checkpoint folder or hub id.")
-_TASKS = flags.DEFINE_list("tasks", ["arc_easy"], "Of multiple choice.")
-_SOURCE = flags.DEFINE_string("source", "", "Of all of them; empty for their published places.")
-_QUESTIONS = flags.DEFINE_integer("questions", 200, "Of each task.", lower_bound=1)
-_BATCHES = flags.DEFINE_list("batch_sizes", ["1", "8", "32"], "That lm_eval is tried at.")
-_CORES = flags.DEFINE_integer("cores", 2, "Every process is pinned to this many cores.", lower_bound=1)
-_CHILD = flags.DEFINE_string("child", None, "Internal: ours, or a batch size of lm_eval.")
+_TASKS = flags.DEFINE_list("tasks", ["arc_easy"], "Multiple-choice tasks.")
+_SOURCE = flags.DEFINE_string("source", "", "Source of all tasks; empty for the published ones.")
+_QUESTIONS = flags.DEFINE_integer("questions", 200, "Questions per task.", lower_bound=1)
+_BATCHES = flags.DEFINE_list("batch_sizes", ["1", "8", "32"], "Batch sizes of lm_eval.")
+_CORES = flags.DEFINE_integer("cores", 2, "Number of cores that processes are pinned to.", lower_bound=1)
+_CHILD = flags.DEFINE_string("child", None, "Internal: `ours`, or a batch size of lm_eval.")
 
 
 def questions() -> dict[str, Any]:
-  """The choices of each task."""
+  """Loads the questions of each task."""
   from imm_jax import tasks
 
   return {name: tasks.load_choices(name, source=_SOURCE.value)[:_QUESTIONS.value] for name in _TASKS.value}
 
 
 def pairs(choices: Any) -> list[tuple[str, str]]:
-  """(context, option) of each option."""
+  """Returns (context, option) for each option."""
   return [(c.contexts[i % len(c.contexts)], option) for c in choices for i, option in enumerate(c.options)]
 
 
@@ -85,7 +85,7 @@ def _resident() -> int:
 
 
 class _Peak:
-  """The most anonymous memory since it was made, looked at every 20 ms."""
+  """Tracks the peak of anonymous memory, polled every 20 ms."""
 
   def __init__(self):
     self._most, self._stopped = 0, threading.Event()
@@ -103,7 +103,7 @@ class _Peak:
 
 
 def run(program: str) -> dict[str, Any]:
-  """What a process that runs this program prints."""
+  """Runs a program in a child process and returns the JSON that it prints."""
   cores = sorted(os.sched_getaffinity(0))[:_CORES.value]
   command = ["taskset", "-c", ",".join(map(str, cores)), sys.executable, __file__, f"--child={program}",
              *(f"--{flag.name}={','.join(flag.value) if isinstance(flag.value, list) else flag.value}"
@@ -114,7 +114,7 @@ def run(program: str) -> dict[str, Any]:
 
 
 def main(_: list[str]) -> None:
-  """Runs every program, prints the table and the differences."""
+  """Runs all programs, and prints the table and the differences."""
   if _CHILD.value:
     return child()
   asked = questions()

@@ -1,10 +1,10 @@
-"""Verdicts on labelled model outputs: how many are wrong, and how many are reached in a second.
+"""Accuracy and speed of verdicts on labelled model outputs.
 
     python benchmarks/verdicts.py --answers=../shared/data/answers/answers.jsonl.gz --workers=2
 
-Takes JSON lines with `output`, `gold`, `correct` and `kind` (num, tex or mc). Rows whose gold answer is not of their
-kind are left out. Shuffled: outputs that are right by their label, each beside the gold answer of another question that
-truly differs; none should be accepted. Prints a Markdown table.
+Reads JSON lines with `output`, `gold`, `correct` and `kind` (num, tex or mc); rows whose gold answer is not of their
+kind are skipped. As a control, outputs labelled as right are judged against the different gold answers of other
+questions (shuffled); none should be accepted. Prints a Markdown table.
 """
 
 import gzip
@@ -19,30 +19,30 @@ from absl import app, flags
 from imm_jax.tasks import answers, latex
 from imm_jax.tasks.judge import Judge
 
-_ANSWERS = flags.DEFINE_string("answers", None, "JSON lines, .gz or not.", required=True)
+_ANSWERS = flags.DEFINE_string("answers", None, "JSON lines, possibly gzipped.", required=True)
 _WORKERS = flags.DEFINE_integer("workers", 2, "Worker processes.", lower_bound=1)
-_STRICT = flags.DEFINE_bool("strict", False, "As when filtering: no answer without a marker.")
-_SHUFFLES = flags.DEFINE_integer("shuffles", 5, "Times that golds are shuffled.", lower_bound=1)
+_STRICT = flags.DEFINE_bool("strict", False, "Judge as in filtering, where an answer needs a marker.")
+_SHUFFLES = flags.DEFINE_integer("shuffles", 5, "Number of shuffles of the gold answers.", lower_bound=1)
 _ERRORS = flags.DEFINE_bool("errors", False, "Print the verdicts that differ from their labels.")
 KINDS = {"num": "number", "tex": "latex", "mc": "choice"}
 
 
 def judgeable(row: dict[str, Any]) -> bool:
-  """Whether a row's gold answer is of its kind."""
+  """Returns whether a row's gold answer is of its kind."""
   return row["kind"] != "num" or answers.parse_number(row["gold"]) is not None
 
 
 def differ(a: str, b: str, kind: str) -> bool:
-  """Whether two gold answers are truly others."""
+  """Returns whether two gold answers have different values."""
   if kind == "number":
     return abs(answers.parse_number(a) - answers.parse_number(b)) > answers.TOLERANCE
   return latex.normalise(a) != latex.normalise(b) and latex.same(a, b) is not True
 
 
 def measure(judge: Judge, rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
-  """A row of the table."""
+  """Judges rows of a kind; returns the cells of a row of the table."""
   items = [(r["output"], r["gold"], kind) for r in rows]
-  judge.verdicts(items[:50], strict=_STRICT.value)  # the workers have started
+  judge.verdicts(items[:50], strict=_STRICT.value)  # warm-up: starts the workers
   start = time.perf_counter()
   verdicts = judge.verdicts(items, strict=_STRICT.value)
   seconds = time.perf_counter() - start
