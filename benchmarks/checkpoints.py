@@ -38,7 +38,7 @@ def anonymous() -> int:
   return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
 
-def timed(work: Callable[[], Any], clear: Callable[[], Any] = lambda: None) -> dict[str, float]:
+def measure(function: Callable[[], Any], clear: Callable[[], Any] = lambda: None) -> dict[str, float]:
   """Measures the seconds of the fastest and of the first repetition, and the largest rise of anonymous memory."""
   seconds, rise = [], 0
   for _ in range(_TIMES):
@@ -53,19 +53,19 @@ def timed(work: Callable[[], Any], clear: Callable[[], Any] = lambda: None) -> d
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.perf_counter()
-    kept = work()
+    result = function()
     seconds.append(time.perf_counter() - started)
     rise = max(rise, peak - before, anonymous() - before)
     done.set()
     watcher.join()
-    del kept
+    del result
   return {"seconds": min(seconds), "first": seconds[0], "rise": rise}
 
 
 def copy(folder: Path, _: Path) -> dict[str, float]:
   """Copies the file's bytes in memory."""
   source = np.fromfile(folder / "model.safetensors", np.uint8)
-  return timed(source.copy)
+  return measure(source.copy)
 
 
 def load(folder: Path, _: Path, *, dtype: str | None = None, devices: int = 1) -> dict[str, float]:
@@ -78,7 +78,7 @@ def load(folder: Path, _: Path, *, dtype: str | None = None, devices: int = 1) -
 
   mesh = sharding.make_mesh(data=1, fsdp=devices)  # also initializes the devices
   place = functools.partial(sharding.param_sharding, mesh) if devices > 1 else None
-  return timed(lambda: jax.block_until_ready(hf.load(folder, dtype=dtype, place=place)))
+  return measure(lambda: jax.block_until_ready(hf.load(folder, dtype=dtype, place=place)))
 
 
 def stack(folder: Path, _: Path) -> dict[str, float]:
@@ -90,22 +90,22 @@ def stack(folder: Path, _: Path) -> dict[str, float]:
 
   jax.devices()
 
-  def work() -> dict[str, jax.Array]:
+  def load_and_stack() -> dict[str, jax.Array]:
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     groups: dict[str, dict[int, np.ndarray]] = {}
     for name in list(tensors):
-      if found := re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name):
-        groups.setdefault(found[2], {})[int(found[1])] = tensors.pop(name)
+      if match := re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name):
+        groups.setdefault(match[2], {})[int(match[1])] = tensors.pop(name)
     result = {name: jax.device_put(tensor) for name, tensor in tensors.items()}
     for name in list(groups):
       layers = groups.pop(name)
       result[name] = jax.device_put(np.stack([layers[i] for i in range(len(layers))]))
     return jax.block_until_ready(result)
 
-  return timed(work)
+  return measure(load_and_stack)
 
 
-def pretrained(folder: Path, _: Path) -> dict[str, float]:
+def load_pretrained(folder: Path, _: Path) -> dict[str, float]:
   """Loads the checkpoint in float32 with transformers."""
   import torch
   import transformers
@@ -113,7 +113,7 @@ def pretrained(folder: Path, _: Path) -> dict[str, float]:
   transformers.utils.logging.disable_progress_bar()
   from transformers import Qwen2ForCausalLM
 
-  return timed(lambda: Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32))
+  return measure(lambda: Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32))
 
 
 def export(folder: Path, out: Path, *, devices: int = 1) -> dict[str, float]:
@@ -124,7 +124,7 @@ def export(folder: Path, out: Path, *, devices: int = 1) -> dict[str, float]:
 
   mesh = sharding.make_mesh(data=1, fsdp=devices)
   _, params = hf.load(folder, place=functools.partial(sharding.param_sharding, mesh) if devices > 1 else None)
-  return timed(lambda: hf.save(params, out, like=folder), lambda: shutil.rmtree(out, ignore_errors=True))
+  return measure(lambda: hf.save(params, out, like=folder), lambda: shutil.rmtree(out, ignore_errors=True))
 
 
 def save_pretrained(folder: Path, out: Path) -> dict[str, float]:
@@ -133,7 +133,7 @@ def save_pretrained(folder: Path, out: Path) -> dict[str, float]:
   from transformers import Qwen2ForCausalLM
 
   model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-  return timed(lambda: model.save_pretrained(out), lambda: shutil.rmtree(out, ignore_errors=True))
+  return measure(lambda: model.save_pretrained(out), lambda: shutil.rmtree(out, ignore_errors=True))
 
 
 # Name -> (function, its options, name of the program it is compared with, bytes per parameter).
@@ -143,7 +143,7 @@ PROGRAMS: dict[str, tuple[Callable[..., dict[str, float]], dict[str, Any], str |
     "imm_jax load, 8 devices": (load, {"devices": _DEVICES}, "copy in memory", 2),
     "safetensors and stack": (stack, {}, "imm_jax load", 2),
     "imm_jax load float32": (load, {"dtype": "float32"}, None, 4),
-    "transformers float32": (pretrained, {}, "imm_jax load float32", 4),
+    "transformers float32": (load_pretrained, {}, "imm_jax load float32", 4),
     "imm_jax export": (export, {}, None, 2),
     "imm_jax export, 8 devices": (export, {"devices": _DEVICES}, None, 2),
     "transformers export": (save_pretrained, {}, "imm_jax export", 2)}

@@ -30,7 +30,7 @@ _CORES = flags.DEFINE_integer("cores", 2, "Number of cores that processes are pi
 _CHILD = flags.DEFINE_string("child", None, "Internal: `ours`, or a batch size of lm_eval.")
 
 
-def questions() -> dict[str, Any]:
+def load_questions() -> dict[str, Any]:
   """Loads the questions of each task."""
   from imm_jax import tasks
 
@@ -44,7 +44,7 @@ def pairs(choices: Any) -> list[tuple[str, str]]:
 
 def child() -> None:
   """Scores with one program and prints seconds, memory and log-likelihoods by task as JSON."""
-  asked = questions()
+  questions = load_questions()
   if _CHILD.value == "ours":
     from imm_jax.model import hub, sharding
     from imm_jax.model.tokenizer import load_tokenizer
@@ -67,14 +67,15 @@ def child() -> None:
                  batch_size=int(_CHILD.value))
     score = lambda of: [float(p) for p, _ in model.loglikelihood(
         [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(of)], disable_tqdm=True)]
-  held, found, seconds = _resident(), {}, {}
+  loaded, logprobs, seconds = _resident(), {}, {}
   peak = _Peak()
-  for name, choices in asked.items():
+  for name, choices in questions.items():
     start = time.perf_counter()
-    found[name] = score(pairs(choices))
+    logprobs[name] = score(pairs(choices))
     seconds[name] = time.perf_counter() - start
   highest = peak.stop()
-  print(json.dumps({"seconds": seconds, "extra": (highest - held) / 2**30, "peak": highest / 2**30, "found": found}))
+  print(json.dumps({"seconds": seconds, "extra": (highest - loaded) / 2**30, "peak": highest / 2**30,
+                    "found": logprobs}))
 
 
 def _resident() -> int:
@@ -88,18 +89,18 @@ class _Peak:
   """Tracks the peak of anonymous memory, polled every 20 ms."""
 
   def __init__(self):
-    self._most, self._stopped = 0, threading.Event()
+    self._peak, self._stopped = 0, threading.Event()
     self._thread = threading.Thread(target=self._watch)
     self._thread.start()
 
   def _watch(self) -> None:
     while not self._stopped.wait(0.02):
-      self._most = max(self._most, _resident())
+      self._peak = max(self._peak, _resident())
 
   def stop(self) -> int:
     self._stopped.set()
     self._thread.join()
-    return self._most
+    return self._peak
 
 
 def run(program: str) -> dict[str, Any]:
@@ -108,27 +109,27 @@ def run(program: str) -> dict[str, Any]:
   command = ["taskset", "-c", ",".join(map(str, cores)), sys.executable, __file__, f"--child={program}",
              *(f"--{flag.name}={','.join(flag.value) if isinstance(flag.value, list) else flag.value}"
                for flag in (_MODEL, _TASKS, _SOURCE, _QUESTIONS, _CORES))]
-  done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True,
-                        env=os.environ | {"OMP_NUM_THREADS": str(_CORES.value), "TQDM_DISABLE": "1"})
-  return json.loads(done.stdout.splitlines()[-1])
+  process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True,
+                           env=os.environ | {"OMP_NUM_THREADS": str(_CORES.value), "TQDM_DISABLE": "1"})
+  return json.loads(process.stdout.splitlines()[-1])
 
 
 def main(_: list[str]) -> None:
   """Runs all programs, and prints the table and the differences."""
   if _CHILD.value:
     return child()
-  asked = questions()
+  questions = load_questions()
   ours = run("ours")
   theirs = {batch: run(batch) for batch in _BATCHES.value}
   best = min(theirs, key=lambda batch: sum(theirs[batch]["seconds"].values()))
-  print("| program | " + " | ".join(f"{name}, s" for name in asked) + " | all, s | scoring, GiB | in all, GiB |")
-  print("|---" * (len(asked) + 4) + "|")
-  for label, found in (("imm_jax", ours), *((f"lm_eval hf, batch {batch}", f) for batch, f in theirs.items())):
-    print(f"| {label} | " + " | ".join(f"{s:.1f}" for s in found["seconds"].values())
-          + f" | {sum(found['seconds'].values()):.1f} | {found['extra']:.2f} | {found['peak']:.2f} |")
+  print("| program | " + " | ".join(f"{name}, s" for name in questions) + " | all, s | scoring, GiB | in all, GiB |")
+  print("|---" * (len(questions) + 4) + "|")
+  for label, result in (("imm_jax", ours), *((f"lm_eval hf, batch {batch}", r) for batch, r in theirs.items())):
+    print(f"| {label} | " + " | ".join(f"{s:.1f}" for s in result["seconds"].values())
+          + f" | {sum(result['seconds'].values()):.1f} | {result['extra']:.2f} | {result['peak']:.2f} |")
   ratio = sum(theirs[best]["seconds"].values()) / sum(ours["seconds"].values())
   print(f"\n{ratio:.2f} times as fast as lm_eval at its best batch size, {best}")
-  for name, choices in asked.items():
+  for name, choices in questions.items():
     a, b = np.array(ours["found"][name]), np.array(theirs[best]["found"][name])
     wrong = {"acc": 0, "acc_norm": 0}
     right = {"acc": 0, "acc_norm": 0}
@@ -136,9 +137,9 @@ def main(_: list[str]) -> None:
     for choice in choices:
       here = slice(at, at := at + len(choice.options))
       for metric, lengths in (("acc", 1.0), ("acc_norm", np.array([len(o) - 1 for o in choice.options]))):
-        said = [int(np.argmax(x[here] / lengths)) for x in (a, b)]
-        wrong[metric] += (said[0] == choice.gold) != (said[1] == choice.gold)
-        right[metric] += said[0] == choice.gold
+        picks = [int(np.argmax(x[here] / lengths)) for x in (a, b)]
+        wrong[metric] += (picks[0] == choice.gold) != (picks[1] == choice.gold)
+        right[metric] += picks[0] == choice.gold
     print(f"{name}: {len(a)} options, largest relative difference {np.max(np.abs(a - b) / np.abs(b)):.1e}; "
           + "; ".join(f"{metric} {right[metric] / len(choices):.4f}, different for {wrong[metric]} of {len(choices)}"
                       for metric in wrong))

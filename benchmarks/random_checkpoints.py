@@ -63,7 +63,7 @@ def make(folder: Path, shape: str, seed: int, near: Path | None = None) -> Path:
 def run_child(file: str, child: str, env: Mapping[str, str] | None = None) -> str:
   """Runs this program again with `--child` and returns its output; exits with its messages if it fails."""
   command = [sys.executable, file, *sys.argv[1:], f"--child={child}"]
-  done = subprocess.run(command, check=False, capture_output=True, text=True, env=env)
-  if done.returncode:
-    sys.exit(f"{done.stderr}\n{' '.join(command)}: exit code {done.returncode}")
-  return done.stdout
+  process = subprocess.run(command, check=False, capture_output=True, text=True, env=env)
+  if process.returncode:
+    sys.exit(f"{process.stderr}\n{' '.join(command)}: exit code {process.returncode}")
+  return process.stdout

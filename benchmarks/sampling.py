@@ -131,11 +131,11 @@ class Program:
   def turn(self, span: list[int]) -> tuple[list, float, float]:
     """Lets the process run; returns the answers, wall-clock seconds and CPU seconds."""
     self._signal(signal.SIGCONT)
-    clock, used = time.perf_counter(), self._used()
+    clock, cpu = time.perf_counter(), self._used()
     answers = self.ask(span)
-    clock, used = time.perf_counter() - clock, self._used() - used
+    clock, cpu = time.perf_counter() - clock, self._used() - cpu
     self._signal(signal.SIGSTOP)
-    return answers, clock, used
+    return answers, clock, cpu
 
   def _used(self) -> float:
     ticks = sum(sum(map(int, fields[11:15])) for fields in self._stats())
@@ -143,23 +143,23 @@ class Program:
 
   def memory(self) -> float:
     """Returns the sum of the peak memories of its processes in GiB."""
-    found = 0
+    result = 0
     for fields in self._stats():
       status = Path(f"/proc/{fields[-1]}/status").read_text()
-      found += next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
-    return found / 2**20
+      result += next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
+    return result / 2**20
 
   def _stats(self) -> list[list[str]]:
     """Returns the fields of /proc/PID/stat of its processes from the state on, and the id."""
-    found = []
+    result = []
     for path in Path("/proc").glob("[0-9]*/stat"):
       try:
         fields = path.read_text().rpartition(")")[2].split()
       except OSError:
         continue
       if int(fields[3]) == self._process.pid:
-        found.append([*fields, path.parent.name])
-    return found
+        result.append([*fields, path.parent.name])
+    return result
 
   def _signal(self, number: int) -> None:
     os.killpg(self._process.pid, number)
@@ -173,12 +173,12 @@ class Program:
 
 def child(name: str, work: Path, descriptor: int) -> None:
   """Answers spans of questions that are read from stdin."""
-  given = json.loads(work.read_text())
-  run = {"native": native, "transformers": transformers}[name](given)
+  settings = json.loads(work.read_text())
+  run = {"native": native, "transformers": transformers}[name](settings)
   with os.fdopen(descriptor, "w") as replies:
     for line in sys.stdin:
       begin, end = json.loads(line)
-      replies.write(json.dumps(run(given["ids"][begin:end]) if end > begin else []) + "\n")
+      replies.write(json.dumps(run(settings["ids"][begin:end]) if end > begin else []) + "\n")
       replies.flush()
 
 
@@ -235,18 +235,18 @@ def _measure(name: str, ids: list[list[int]], work: Path, answer: Any) -> None:
       for p in programs:
         end = min(begin + _SLICE.value, limits[p.name])
         if end > begin:
-          rows, clock, used = p.turn([begin, end])
+          rows, clock, cpu = p.turn([begin, end])
           answers = [answer(row) for row in rows]
           total = totals[p.name]
           total[0] += sum(tokens for tokens, _ in answers)
           total[1] += clock
-          total[2] += used
+          total[2] += cpu
           total[3] += [text for _, text in answers]
     for p in programs:
-      tokens, clock, used, texts = totals[p.name]
+      tokens, clock, cpu, texts = totals[p.name]
       same = sum(a == b for a, b in zip(texts, totals["native"][3], strict=False))
-      print(f"| {name} | {p.name} | {len(texts)} | {tokens} | {clock:.1f} | {tokens / clock:.0f} | {used:.1f} "
-            f"| {tokens / used:.0f} | {p.memory():.2f} | {same} of {len(texts)} |", flush=True)
+      print(f"| {name} | {p.name} | {len(texts)} | {tokens} | {clock:.1f} | {tokens / clock:.0f} | {cpu:.1f} "
+            f"| {tokens / cpu:.0f} | {p.memory():.2f} | {same} of {len(texts)} |", flush=True)
   finally:
     for p in programs:
       p.close()

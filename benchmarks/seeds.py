@@ -37,8 +37,8 @@ def scores_by_round(root: Path, method: str, seeds: int) -> dict[str, list[list[
   table: dict[str, list[list[float]]] = {"ID": [], "OOD": []}
   for seed in range(seeds):
     results = Results.of(root / f"{method}_{seed}")
-    kept = {m.round: m for m in results.models}  # the last model of a round is the one handed on
-    models = [kept[r] for r in sorted(kept)]
+    last_models = {m.round: m for m in results.models}  # the last model of a round is the one handed on
+    models = [last_models[r] for r in sorted(last_models)]
     table["ID"].append([results.in_domain(m).value for m in models])
     table["OOD"].append([results.out_of_domain(m).value for m in models])
   return table
@@ -79,32 +79,32 @@ def at_equal_id(table: dict[str, dict[str, np.ndarray]], beside: str) -> str:
 
   Differences to the method `beside` are paired by seed; p is from the randomization test with Holm's correction.
   """
-  into = float(table["star"]["ID"][:, [0, -1]].mean())
+  target = float(table["star"]["ID"][:, [0, -1]].mean())
   paths = {name: [list(zip(*rows, strict=True)) for rows in zip(scores["ID"], scores["OOD"], strict=True)]
            for name, scores in table.items()}
-  found = {name: [front.out_at(path, into) for path in of] for name, of in paths.items()}
+  reached = {name: [front.out_at(path, target) for path in of] for name, of in paths.items()}
   area = {name: np.array([front.hypervolume(path, (path[0][0], 0.0)) for path in of]) for name, of in paths.items()}
   tests = {}
   for name in table.keys() - {beside}:
-    both = [(a, b) for a, b in zip(found[name], found[beside], strict=True) if a is not None and b is not None]
-    if len(both) > 1:
-      tests[name] = comparison.paired(*zip(*both, strict=True))
+    pairs = [(a, b) for a, b in zip(reached[name], reached[beside], strict=True) if None not in (a, b)]
+    if len(pairs) > 1:
+      tests[name] = comparison.paired(*zip(*pairs, strict=True))
   corrected = dict(zip(tests, comparison.holm([test.p for test in tests.values()]), strict=True))
-  heads = (f"at ID {into:.3f}", "OOD", "seeds that reach it", f"OOD less `{beside}`'s", "p", "hypervolume")
+  heads = (f"at ID {target:.3f}", "OOD", "seeds that reach it", f"OOD less `{beside}`'s", "p", "hypervolume")
   lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
   for name in table:
-    reached = np.array([y for y in found[name] if y is not None])
-    ood = mean(reached) if reached.size > 1 else ""
+    values = np.array([y for y in reached[name] if y is not None])
+    ood = mean(values) if values.size > 1 else ""
     change = f"{tests[name].value:+.3f} [{tests[name].low:+.3f}, {tests[name].high:+.3f}]" if name in tests else ""
     p = f"{corrected[name]:.3f}" if name in tests else ""
-    lines.append(f"| `{name}` | {ood} | {reached.size} | {change} | {p} | {mean(area[name])} |")
+    lines.append(f"| `{name}` | {ood} | {values.size} | {change} | {p} | {mean(area[name])} |")
   return "\n".join(lines)
 
 
 def style(name: str, i: int) -> tuple[str, str, str]:
   """Returns colour, marker and dash of a method's line."""
-  looks = figures.method_style(*(("star", name) if name not in figures.METHODS else (name,)))
-  return *looks, "-" if name in figures.METHODS else figures.dash(1 + i % 3)
+  base_style = figures.method_style(*(("star", name) if name not in figures.METHODS else (name,)))
+  return *base_style, "-" if name in figures.METHODS else figures.dash(1 + i % 3)
 
 
 def plot_front(table: dict[str, dict[str, np.ndarray]], folder: Path) -> None:
@@ -147,9 +147,9 @@ def main(_: list[str]) -> None:
                     for d in ("ID", "OOD"))
     print(f"\nstar gains {gain['star']:+.3f} in domain (wanted +0.08 or more: {gain['star'] >= 0.08}) and changes by "
           f"{change['star']:+.3f} out of domain (wanted -0.10 or less: {change['star'] <= -0.10})")
-    kept = f"{gain['imm'] / gain['star']:.0%}" if gain["star"] > 0 else "none"
+    share = f"{gain['imm'] / gain['star']:.0%}" if gain["star"] > 0 else "none"
     print(f"imm changes by {change['imm']:+.3f} out of domain (wanted -0.02 or more: {change['imm'] >= -0.02}), keeps "
-          f"{kept} of star's gain (wanted 75 %: {gain['imm'] >= 0.75 * gain['star']})")
+          f"{share} of star's gain (wanted 75 %: {gain['imm'] >= 0.75 * gain['star']})")
 
 
 if __name__ == "__main__":

@@ -67,8 +67,8 @@ def ours(dtype: str, remat: str, folder: Path, added: str = "") -> Callable[[], 
   optimizer = make_optimizer(optax.constant_schedule(1e-4), weight_decay=0.0, grad_clip=1.0)
   state = init_state(params, optimizer, mesh, additions=additions, frozen=frozen)
   del params, frozen
-  chosen = attention.choose("auto", config, dtype=dtype, length=_LENGTH.value, rows=_ROWS.value, mesh=mesh)
-  train_step = make_train_step(config, optimizer, compute_dtype=dtype, remat=remat, attention=chosen, mesh=mesh,
+  backend = attention.choose("auto", config, dtype=dtype, length=_LENGTH.value, rows=_ROWS.value, mesh=mesh)
+  train_step = make_train_step(config, optimizer, compute_dtype=dtype, remat=remat, attention=backend, mesh=mesh,
                                additions=additions)
   examples = [TokenizedExample(row[:1].tolist(), row[1:].tolist()) for row in tokens()]
   batch = PackedBatches(examples, epochs=1, global_batch=len(examples), row_length=_LENGTH.value, seed=0)[0]
@@ -176,12 +176,12 @@ def main(_: list[str]) -> None:
           f"{best['compile']:.1f} | {beside or ' | | '} |", flush=True)
   if _ADDITIONS.value:
     print("\n| dtype | remat | added | time | CPU | GiB | GiB more |\n" + "|---" * 7 + "|")
-  for *how, program in kinds:
+  for *setting, program in kinds:
     if program in _ADDITIONS.value:
-      this, plain = ({name: min(run[name] for run in runs[*how, of]) for name in ("s", "cpu", "gib")}
-                     for of in (program, "imm_jax"))
-      ratios = " | ".join(f"{this[name] / plain[name]:.2f}" for name in this)
-      print(f"| {' | '.join(how)} | {program} | {ratios} | {this['gib'] - plain['gib']:.2f} |", flush=True)
+      added, plain = ({name: min(run[name] for run in runs[*setting, of]) for name in ("s", "cpu", "gib")}
+                      for of in (program, "imm_jax"))
+      ratios = " | ".join(f"{added[name] / plain[name]:.2f}" for name in added)
+      print(f"| {' | '.join(setting)} | {program} | {ratios} | {added['gib'] - plain['gib']:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

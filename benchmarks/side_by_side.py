@@ -40,7 +40,7 @@ def run_all(methods: Mapping[str, Sequence[str]], seeds: Mapping[str, int], root
       for method in sorted(methods, key="star".__ne__):
         if seed < seeds[method]:
           workdir = root / f"{method}_{seed}"
-          again = method != "star" and _copied(root / f"star_{seed}", workdir)
+          again = method != "star" and _copy(root / f"star_{seed}", workdir)
           run([*command, f"--config.seed={seed}", *methods[method]] + ["--rerun"] * again, workdir,
               compiled=root / "compiled", core=core)
           print(f"{method} seed {seed} done", flush=True)
@@ -66,8 +66,8 @@ def run(flags: Sequence[str], workdir: Path, *, compiled: Path, core: int | None
   environment = os.environ | {
       "JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "PYTHONPATH": str(REPO), "PYTHONWARNINGS": "ignore"}
-  bound = [] if core is None else ["taskset", "-c", str(core)]
-  command = [*bound, sys.executable, "-m", "imm_jax.main", f"--workdir={workdir}", *flags]
+  pinned = [] if core is None else ["taskset", "-c", str(core)]
+  command = [*pinned, sys.executable, "-m", "imm_jax.main", f"--workdir={workdir}", *flags]
   workdir.parent.mkdir(parents=True, exist_ok=True)
   log = workdir.with_name(f"{workdir.name}.log")
   with log.open("w") as output:
@@ -76,7 +76,7 @@ def run(flags: Sequence[str], workdir: Path, *, compiled: Path, core: int | None
     raise SystemExit(f"{' '.join(command)} ended with {code}; see {log}")
 
 
-def _copied(first: Path, workdir: Path) -> bool:
+def _copy(first: Path, workdir: Path) -> bool:
   """Copies the first run to `workdir`, unless that exists; returns whether there is a first run."""
   if not first.exists():
     return False

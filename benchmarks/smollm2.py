@@ -20,7 +20,7 @@ from imm_jax import files
 from imm_jax.report import Results, compare, groups, results
 
 METHODS = ("star", "imm", "iimm", "wise_ft", "kl", "real")
-_SEVERAL = ("star", "imm")  # methods with --seeds seeds
+_SEEDED = ("star", "imm")  # methods with --seeds seeds
 _WORKDIR = flags.DEFINE_string("workdir", "runs/smollm2", "Folder for all outputs.")
 _MODEL = flags.DEFINE_string("model", "", "Folder of the model; empty for the hub's.")
 _DATA = flags.DEFINE_string("data", "", "Folder of data sets as published; empty for the published sources.")
@@ -41,15 +41,15 @@ def command() -> list[str]:
   return ["--config=configs/smollm2.py:study", *model, *local, *_OVERRIDES.value]
 
 
-def figures_of(run: Results) -> dict[str, Any]:
+def collect_figures(run: Results) -> dict[str, Any]:
   """Collects all figures of a run: scores, nats per token and KL of each model, seconds of stages, and memory."""
   values = lambda scores: {task: score.value for task, score in scores.items()}
 
   def of_model(model: results.Model) -> dict[str, Any]:
     drift = run.drift.get(model.round, {}).get("models", {}).get(model.kind, {})
     return {"in_domain": run.in_domain(model).value, "out_of_domain": run.out_of_domain(model).value,
-            "scores": values(model.scores), "beside": {task: values(found) for task, found in model.beside.items()},
-            "nats_per_token": {text: found["nats_per_token"]["value"] for text, found in model.texts.items()},
+            "scores": values(model.scores), "beside": {task: values(figures) for task, figures in model.beside.items()},
+            "nats_per_token": {text: figures["nats_per_token"]["value"] for text, figures in model.texts.items()},
             "kl": {task: of_task["kl"] for task, of_task in drift.items()}}
 
   return {
@@ -61,15 +61,15 @@ def figures_of(run: Results) -> dict[str, Any]:
       "memory_gib": max(run.memory.values(), default=None)}
 
 
-def markdown(found: dict[str, dict[str, Any]]) -> str:
+def markdown(figures: dict[str, dict[str, Any]]) -> str:
   """Tabulates the last model of each method: mean over seeds, with the standard error if there are several."""
-  first = next(iter(found.values()))
+  first = next(iter(figures.values()))
   id_task, *ood = first["n"]
   texts = list(next(iter(first["models"].values()))["nats_per_token"])
   heads = ["", "seeds", id_task, "out of domain", *ood, *(f"{text}, nats a token" for text in texts), "KL in domain"]
   lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
   rows = {"base": [next(iter(first["models"].values()))]}
-  for name, run in found.items():
+  for name, run in figures.items():
     rows.setdefault(f"`{name.rpartition('_')[0]}`", []).append(run["models"][run["handed_on"][-1]])
   for name, models in rows.items():
     columns = [[m["in_domain"] for m in models], [m["out_of_domain"] for m in models],
@@ -93,18 +93,18 @@ def collect(root: Path) -> None:
   runs = [run for path in folders if len((run := Results.of(path)).models) > 1]
   if not runs:
     return
-  found = {run.root.name: figures_of(run) for run in runs}
-  files.write_text(root / "scores.json", json.dumps(found, indent=1) + "\n")
+  figures = {run.root.name: collect_figures(run) for run in runs}
+  files.write_text(root / "scores.json", json.dumps(figures, indent=1) + "\n")
   if len(runs) > 1:
     compare.write(runs, root / "report")
-  rounds = max(len(run["handed_on"]) for run in found.values())
-  print(markdown({name: run for name, run in found.items() if len(run["handed_on"]) == rounds}))
+  rounds = max(len(run["handed_on"]) for run in figures.values())
+  print(markdown({name: run for name, run in figures.items() if len(run["handed_on"]) == rounds}))
 
 
 def main(_: list[str]) -> None:
   root = Path(_WORKDIR.value).resolve()
   methods = {name: [f"--config.method={name}"] for name in _METHODS.value}
-  seeds = {name: _SEEDS.value if name in _SEVERAL else 1 for name in methods}
+  seeds = {name: _SEEDS.value if name in _SEEDED else 1 for name in methods}
   try:
     side_by_side.run_all(methods, seeds, root / "runs", command(), processes=_PROCESSES.value)
   finally:

@@ -27,12 +27,12 @@ _ERRORS = flags.DEFINE_bool("errors", False, "Print the verdicts that differ fro
 KINDS = {"num": "number", "tex": "latex", "mc": "choice"}
 
 
-def judgeable(row: dict[str, Any]) -> bool:
+def is_judgeable(row: dict[str, Any]) -> bool:
   """Returns whether a row's gold answer is of its kind."""
   return row["kind"] != "num" or answers.parse_number(row["gold"]) is not None
 
 
-def differ(a: str, b: str, kind: str) -> bool:
+def are_different(a: str, b: str, kind: str) -> bool:
   """Returns whether two gold answers have different values."""
   if kind == "number":
     return abs(answers.parse_number(a) - answers.parse_number(b)) > answers.TOLERANCE
@@ -55,7 +55,7 @@ def measure(judge: Judge, rows: Sequence[dict[str, Any]], kind: str) -> list[str
   for _ in range(_SHUFFLES.value):
     draw.shuffle(golds)
     shuffled += [(r["output"], gold, kind) for r, gold in zip(rows, golds, strict=True)
-                 if r["correct"] and differ(r["gold"], gold, kind)]
+                 if r["correct"] and are_different(r["gold"], gold, kind)]
   verdicts = judge.verdicts(shuffled, strict=_STRICT.value)
   accepted = [item for item, v in zip(shuffled, verdicts, strict=True) if v.correct]
   if _ERRORS.value:
@@ -66,16 +66,16 @@ def measure(judge: Judge, rows: Sequence[dict[str, Any]], kind: str) -> list[str
 
 
 def main(_: Sequence[str]) -> None:
-  opened = gzip.open if _ANSWERS.value.endswith(".gz") else open
-  with opened(_ANSWERS.value, "rt", encoding="utf-8") as lines:
-    rows = [row for row in map(json.loads, lines) if judgeable(row)]
+  open_file = gzip.open if _ANSWERS.value.endswith(".gz") else open
+  with open_file(_ANSWERS.value, "rt", encoding="utf-8") as lines:
+    rows = [row for row in map(json.loads, lines) if is_judgeable(row)]
   print("| kind | n | wrong % | false positives | false negatives | verdicts/s | shuffled accepted % |")
   print("|---|---|---|---|---|---|---|")
   with Judge(workers=_WORKERS.value) as judge:
     for name, kind in KINDS.items():
-      of_kind = [r for r in rows if r["kind"] == name]
-      if of_kind:
-        print("| " + " | ".join(measure(judge, of_kind, kind)) + " |", flush=True)
+      selected = [r for r in rows if r["kind"] == name]
+      if selected:
+        print("| " + " | ".join(measure(judge, selected, kind)) + " |", flush=True)
 
 
 if __name__ == "__main__":
