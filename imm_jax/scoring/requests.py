@@ -50,18 +50,18 @@ def encode_continuations(tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[t
       whole = encode_prompt(tokenizer, context + continuation, rows=rows)
     else:
       whole = check_ids(tokenizer, tokenizer(context + continuation, add_special_tokens=False)["input_ids"], rows)
-    before, scored = encoded[stripped], whole[len(encoded[stripped]):]
-    if not before and scored[:1] == [prefix]:  # the text already starts with the prefix token
-      before, scored = scored[:1], scored[1:]
+    context_ids, scored = encoded[stripped], whole[len(encoded[stripped]):]
+    if not context_ids and scored[:1] == [prefix]:  # the text already starts with the prefix token
+      context_ids, scored = scored[:1], scored[1:]
     try:
-      result.append(make_request(before or [prefix], scored, positions=positions))
+      result.append(make_request(context_ids or [prefix], scored, positions=positions))
     except UserError as e:
       raise UserError(f"the continuation {continuation!r:.80} {e}; it cannot be scored") from None
   return result
 
 
-def make_request(before: Sequence[int], scored: Sequence[int], *, positions: int | None) -> Request:
-  """Builds the request for `scored` after at least one token `before`, truncated at the front to `positions`.
+def make_request(context_ids: Sequence[int], scored: Sequence[int], *, positions: int | None) -> Request:
+  """Builds the request for `scored` after at least one token `context_ids`, truncated at the front to `positions`.
 
   Raises:
     UserError: when `scored` is empty, or does not fit.
@@ -73,7 +73,7 @@ def make_request(before: Sequence[int], scored: Sequence[int], *, positions: int
     raise UserError("has no token of its own after its context")
   if positions and len(scored) > positions:
     raise UserError(f"has {len(scored)} tokens, more than the {positions} positions of the model")
-  ids = [*before, *scored]
+  ids = [*context_ids, *scored]
   ids = ids[max(0, len(ids) - 1 - positions) if positions else 0:]
   return Request(tuple(ids), len(ids) - len(scored))
 

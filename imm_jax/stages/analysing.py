@@ -73,7 +73,7 @@ def importance(config: ml_collections.ConfigDict, model: Path, train: Path, out:
   """Writes importance.json: eq. 3 for the model on all of train.jsonl, by layer and by module."""
   examples = list(map(tuning.encoder(config, model), tuning.read_train(train)))
   if examples:
-    data = tuning.pack(config, model, examples, what=train, epochs=1, seed=config.seed)
+    data = tuning.pack(config, model, examples, source=train, epochs=1, seed=config.seed)
     scores = _scores(data, tuning.load_params(config, model), order=1, label="importance")
   else:  # data.skip_empty: without data all layers count the same
     equal = [1.0] * hf.read_config(model).num_layers
@@ -101,7 +101,7 @@ def importances(config: ml_collections.ConfigDict, model: Path, entries: Sequenc
     UserError: for an unknown name, or a task without worked answers to train on.
   """
   # All data are read before anything is computed, so that errors come early.
-  data = {entry: tuning.pack(config, model, examples_of(config, model, entry), what=entry, epochs=1, seed=config.seed)
+  data = {entry: tuning.pack(config, model, examples_of(config, model, entry), source=entry, epochs=1, seed=config.seed)
           for entry in entries}
   params = tuning.load_params(config, model)
   return {entry: _scores(packed, params, order=order, label=f"importance on {entry}")
@@ -153,7 +153,7 @@ def _importance(config: ml_collections.ConfigDict, round_: Round, rng: np.random
     return None
   examples = _draw(tuning.read_train(train), config.analysis.examples, rng, tuning.encoder(config, round_.start),
                    lambda e: len(e.prompt) + len(e.response) <= config.sft.row_length)
-  data = tuning.pack(config, round_.start, examples, what=train, epochs=1, seed=config.seed, quiet=True)
+  data = tuning.pack(config, round_.start, examples, source=train, epochs=1, seed=config.seed, quiet=True)
   return _scores(data, params(round_.start), order=1, label=f"round {round_.number}: importance")
 
 
@@ -169,7 +169,7 @@ def _entropy(config: ml_collections.ConfigDict, round_: Round, rows: Sequence[Js
   if not examples:
     return None
   # Prompts have worked examples here, and are longer than in training.
-  data = tuning.pack(config, model, examples, what="samples", epochs=1, seed=config.seed, quiet=True,
+  data = tuning.pack(config, model, examples, source="samples", epochs=1, seed=config.seed, quiet=True,
                      row_length=tuning.row_for(config, examples))
   options = {name: value for name, value in data.options.items() if name != "remat"}  # there is no backward pass
   return diversity.token_entropy(data.model, params(model), data.batches, label=f"round {round_.number}: entropy",

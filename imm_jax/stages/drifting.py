@@ -61,7 +61,7 @@ def measure(config: ml_collections.ConfigDict, base: Path, models: dict[str, Pat
   """
   texts = dict(texts_of(config, base))
   length = tuning.row_for(config, itertools.chain(*texts.values()))
-  data = {name: tuning.pack(config, base, examples, what=f"test questions of {name}", epochs=1, seed=0, quiet=True,
+  data = {name: tuning.pack(config, base, examples, source=f"test questions of {name}", epochs=1, seed=0, quiet=True,
                             row_length=length) for name, examples in texts.items()}
   dtype = next(iter(data.values())).options["compute_dtype"]
   drifts: dict[str, Any] = {"texts": {}, "models": {}}

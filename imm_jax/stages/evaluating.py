@@ -130,7 +130,7 @@ def _prepare(config: ml_collections.ConfigDict, model: Path, entry: str, example
              ) -> tuple[protocols.Protocol, list[tuple[Example, str]], int]:
   """Returns the protocol of a task, the questions that fit with their prompts, and how many do not fit."""
   protocol = protocols.of(config, questions.name_of(entry))
-  return protocol, *sampling.build_prompts(config, model, examples, limit="eval.max_new_tokens", what=label,
+  return protocol, *sampling.build_prompts(config, model, examples, limit="eval.max_new_tokens", source=label,
                                            shots=questions.shots_of(config, entry), prompt=protocol.prompt)
 
 

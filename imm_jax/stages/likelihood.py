@@ -37,8 +37,8 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
     `scores`: `acc` and `acc_norm` of each task; `texts`: the result of `summarize_texts` for each text; `protocol`: the
     result of `describe` for each task.
   """
-  asked, texts = questions.choices_of_tests(config), questions.texts_of(config)
-  if not asked and not texts:
+  choices_by_task, texts = questions.choices_of_tests(config), questions.texts_of(config)
+  if not choices_by_task and not texts:
     return {"scores": {}, "texts": {}, "protocol": {}}
   scorer = Scorer.load(model, mesh=mesh_of(config), compute_dtype=hardware.compute_dtype(config.sample.compute_dtype))
   tokenizer = load_tokenizer(model, rows=scorer.config.vocab_size)
@@ -53,7 +53,7 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
     return rows
 
   scores, summaries, protocol = {}, {}, {}
-  for name, choices in asked.items():
+  for name, choices in choices_by_task.items():
     rows = score_parts(name, choices, score_choices, _QUESTIONS)
     scores[name] = {metric: evaluation.accuracy(sum(row[key] for row in rows), len(rows))._asdict()
                     for metric, key in (("acc", "correct"), ("acc_norm", "correct_norm"))}

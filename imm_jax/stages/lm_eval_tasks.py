@@ -24,14 +24,14 @@ _PRIMARY = ("acc", "exact_match", "pass@1", "acc_norm", "f1")
 
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises UserError if lm_eval is not installed, or does not know one of the config's tasks."""
-  asked = questions.lm_eval_tasks(config)
-  if not asked:
+  names = questions.lm_eval_tasks(config)
+  if not names:
     return
   if importlib.util.find_spec("lm_eval") is None:
-    raise UserError(f"config.task.ood has {questions.LM_EVAL}{asked[0]}, and lm-evaluation-harness is not installed: "
+    raise UserError(f"config.task.ood has {questions.LM_EVAL}{names[0]}, and lm-evaluation-harness is not installed: "
                     "pip install -e '.[harness]'")
   known = _manager(config.eval.lm_eval.path).all_tasks
-  for name in asked:
+  for name in names:
     if "=" in name:
       raise UserError(f"config.task.ood has {questions.LM_EVAL}{name}: tasks of lm_eval take no source; its own YAML "
                       "file says where a task's data are (config.eval.lm_eval.path)")
@@ -98,7 +98,7 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
 
 
 @contextlib.contextmanager
-def _as_user_error(what: str, task: str) -> Iterator[None]:
+def _as_user_error(where: str, task: str) -> Iterator[None]:
   """Converts exceptions of lm_eval, the hub or a task's own code to a UserError."""
   try:
     yield
@@ -106,7 +106,7 @@ def _as_user_error(what: str, task: str) -> Iterator[None]:
     raise
   except Exception as e:
     cause = str(e).strip().partition("\n")[0] or type(e).__name__
-    raise UserError(f"{what}: lm_eval cannot run {task} ({cause})") from e
+    raise UserError(f"{where}: lm_eval cannot run {task} ({cause})") from e
 
 
 @functools.lru_cache(maxsize=2)  # it reads ten thousand files

@@ -88,9 +88,9 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise UserError(f"config.merge.options.{e}") from e
     count = 1 if "base" in method.inputs else 2  # models that a round merges with methods that have such options
     if several and (not value or (known_option.per_model and len(value) != count)):
-      what = "the tuned one" if count == 1 else "the base and the tuned one"
+      models = "the tuned one" if count == 1 else "the base and the tuned one"
       raise UserError(f"config.merge.options.{option}={value!r}: expected a number" + (
-          f", or {count} of them, for {what}" if known_option.per_model else ", or a list of them over the layers"))
+          f", or {count} of them, for {models}" if known_option.per_model else ", or a list of them over the layers"))
   for option in method.options:
     if option.suggested is registry.REQUIRED and option.name not in {
         *given, "densities", "drop_rate", "importance", _strength(method)}:

@@ -23,7 +23,7 @@ from imm_jax.tasks.base import Example
 from imm_jax.tasks.judge import Judge
 
 # Number of questions per task that are first checked before a run.
-_FIRST = 100
+_NUM_CHECKED = 100
 # `Sampler.generate` with a journal: (prompts, **options) -> completions, valid only on process 0.
 Generate = Callable[..., list[list[Completion]]]
 check_sampler = engines.check
@@ -92,7 +92,7 @@ def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, scra
   sample, temperatures = config.sample, temperatures_of(config, round_)
   chosen = questions.of_round(config, round_)
   examples, long = build_prompts(config, model, chosen.asked, limit="sample.max_new_tokens",
-                                 what=f"task {config.task.name}, train", shots=chosen.shots)
+                                 source=f"task {config.task.name}, train", shots=chosen.shots)
   with sampler_of(config, model, sample.batch_size, scratch) as sampler:
     completions = sampler(
         [Prompt(f"round_{round_}/{e.id}", text) for e, text in examples], max_new_tokens=sample.max_new_tokens,
@@ -125,8 +125,8 @@ def sampler_of(config: ml_collections.ConfigDict, model: Path, batch_size: int, 
         asked, label=label, journal=scratch / f"{re.sub(r'[^A-Za-z0-9]+', '_', label)}.jsonl", **options)
 
 
-def build_prompts(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Example], *, limit: str, what: str,
-                  shots: Sequence[Example] = (), prompt: protocols.Prompt | None = None,
+def build_prompts(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Example], *, limit: str,
+                  source: str, shots: Sequence[Example] = (), prompt: protocols.Prompt | None = None,
                   ) -> tuple[list[tuple[Example, str]], int]:
   """Builds prompts, and keeps those that fit in the model's context together with their answers.
 
@@ -135,7 +135,7 @@ def build_prompts(config: ml_collections.ConfigDict, model: Path, examples: Sequ
     model: folder of the model, for its tokenizer and context length.
     examples: the questions.
     limit: config key of the maximum length of an answer, such as `eval.max_new_tokens`.
-    what: description of the questions for error messages.
+    source: description of the questions for error messages.
     shots: worked examples of the prompt.
     prompt: a protocol's function that builds prompts; by default that of the run's samples.
 
@@ -158,7 +158,7 @@ def build_prompts(config: ml_collections.ConfigDict, model: Path, examples: Sequ
   fit = [(e, text) for e, text in asked if len(ids(text)) + max_new_tokens <= positions]
   if not fit:
     fewer = f" or config.{'prompt' if sampled else 'eval'}.few_shot" if shots else ""
-    raise UserError(f"{what}: none of {len(asked)} prompts leaves room for config.{limit}={max_new_tokens} in the "
+    raise UserError(f"{source}: none of {len(asked)} prompts leaves room for config.{limit}={max_new_tokens} in the "
                     f"{positions} positions of {model} (max_position_embeddings); lower config.{limit}{fewer}, or take "
                     "another task")
   return fit, len(asked) - len(fit)
@@ -175,17 +175,17 @@ def check(config: ml_collections.ConfigDict, base: Path, sampler: Path, draws: b
     asked += [(base, entry, questions.general(config, entry), f"merge.auto.general {entry}")
               for entry in config.merge.auto.general]
   asked = [item for item in asked if questions.measure_of(config, item[1]) == "answer"]
-  options = [(model, examples, {"limit": "eval.max_new_tokens", "what": what,
+  options = [(model, examples, {"limit": "eval.max_new_tokens", "source": source,
                                 "shots": questions.shots_of(config, entry),
                                 "prompt": protocols.of(config, questions.name_of(entry)).prompt})
-             for model, entry, examples, what in asked]
+             for model, entry, examples, source in asked]
   if draws:
     chosen = questions.of_round(config, 0)
     options.append((sampler, chosen.asked, {"limit": "sample.max_new_tokens", "shots": chosen.shots,
-                                            "what": f"task {config.task.name}, train"}))
+                                            "source": f"task {config.task.name}, train"}))
   for model, examples, given in options:
     try:  # mostly a few questions suffice, which is quick
-      build_prompts(config, model, examples[:_FIRST], **given)
+      build_prompts(config, model, examples[:_NUM_CHECKED], **given)
     except UserError:
       build_prompts(config, model, examples, **given)
 

@@ -94,11 +94,11 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train:
       for folder in (out, *[out / AVERAGE] * averages(config)):
         copy(model, folder)
     return {"examples": 0, "steps": 0, "skipped": True}
-  kept, held = hold_out(rows, sft.stop_share, (config.seed, round_), what=train)
+  kept, held = hold_out(rows, sft.stop_share, (config.seed, round_), source=train)
   examples = list(map(encoder(config, model), rows))
-  data = pack(config, model, [examples[i] for i in kept], what=train, epochs=sft.epochs, seed=(config.seed, round_),
+  data = pack(config, model, [examples[i] for i in kept], source=train, epochs=sft.epochs, seed=(config.seed, round_),
               lines=[i + 1 for i in kept])
-  held_out = pack(config, model, [examples[i] for i in held], what=f"{train}, held out", epochs=1, seed=config.seed,
+  held_out = pack(config, model, [examples[i] for i in held], source=f"{train}, held out", epochs=1, seed=config.seed,
                   quiet=True).batches if held else None
   batches, additions, mesh = data.batches, additions_of(config), mesh_of(config)
   schedule = make_schedule(sft.schedule, peak=sft.learning_rate, total_steps=len(batches),
@@ -139,7 +139,7 @@ def copy(model: Path, out: Path) -> None:
   checkpoint_folder.copy_side_files(model, out)
 
 
-def hold_out(rows: Sequence[Mapping[str, Any]], share: float, seed: Any, *, what: Any) -> tuple[list[int], list[int]]:
+def hold_out(rows: Sequence[Mapping[str, Any]], share: float, seed: Any, *, source: Any) -> tuple[list[int], list[int]]:
   """Splits the rows of train.jsonl into those to train on and those held out, all answers to a share of the questions.
 
   Returns indices. At least one question is held out, and at least one is not; a share of 0 holds out nothing.
@@ -148,7 +148,7 @@ def hold_out(rows: Sequence[Mapping[str, Any]], share: float, seed: Any, *, what
     UserError: when there is only one question.
 
   >>> rows = [{"question": q} for q in "aabbcd"]
-  >>> train, held = hold_out(rows, 0.5, 0, what="train.jsonl")
+  >>> train, held = hold_out(rows, 0.5, 0, source="train.jsonl")
   >>> sorted(train + held), {rows[i]["question"] for i in train} & {rows[i]["question"] for i in held}
   ([0, 1, 2, 3, 4, 5], set())
   """
@@ -156,7 +156,7 @@ def hold_out(rows: Sequence[Mapping[str, Any]], share: float, seed: Any, *, what
     return list(range(len(rows))), []
   questions_ = list(dict.fromkeys(row["question"] for row in rows))
   if len(questions_) < 2:
-    raise UserError(f"{what}: has answers to {len(questions_)} question; config.sft.stop_share={share:g} needs 2 or "
+    raise UserError(f"{source}: has answers to {len(questions_)} question; config.sft.stop_share={share:g} needs 2 or "
                     "more, one to train on and one to stop by")
   count = min(max(1, round(share * len(questions_))), len(questions_) - 1)
   drawn = np.random.default_rng([*np.atleast_1d(seed), _HELD_OUT]).permutation(len(questions_))[:count]
@@ -189,7 +189,7 @@ class Data(NamedTuple):
   options: dict[str, Any]
 
 
-def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[TokenizedExample], *, what: Any,
+def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[TokenizedExample], *, source: Any,
          epochs: int, seed: Any, row_length: int = 0, quiet: bool = False, lines: Sequence[int] | None = None) -> Data:
   """Packs examples for the run's devices, and prints notes on stderr unless `quiet`.
 
@@ -197,7 +197,7 @@ def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Toke
     config: run config.
     model: folder of the model to train.
     examples: tokenized examples; those that do not fit in a row are dropped.
-    what: source of the examples, for error messages.
+    source: source of the examples, for error messages.
     epochs: passes over the examples.
     seed: seed of their order.
     row_length: overrides `sft.row_length` unless 0.
@@ -212,7 +212,7 @@ def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Toke
   by_line = {line: e for line, e in zip(numbers, examples, strict=True) if len(e.prompt) + len(e.response) <= length}
   if not by_line:
     shortest = min((len(e.prompt) + len(e.response) for e in examples), default=0)
-    raise UserError(f"{what}: none of its {len(examples)} answers fits with its prompt in config.sft.row_length="
+    raise UserError(f"{source}: none of its {len(examples)} answers fits with its prompt in config.sft.row_length="
                     f"{length} tokens; the shortest takes {shortest}")
   fitting = list(by_line.values())
   multiple = sharding.batch_parts(mesh) * sft.accumulation
@@ -252,12 +252,12 @@ def expect(config: ml_collections.ConfigDict, model: ModelConfig, folder: Path |
   assumed = round(cost.ASSUMED["question"] + cost.ASSUMED["length"] * config.sample.max_new_tokens)
   lengths, prompt, question, answer = [assumed], 0, 0.0, 0.0
   if folder and not questions.is_remote(config, config.task.name):
-    asked, encode = questions.of_round(config, 0), encoder(config, folder)
+    chosen, encode = questions.of_round(config, 0), encoder(config, folder)
     worked = [encode({"question": e.question, "response": e.rationale})
-              for e in asked.asked[:_NUM_MEASURED] if e.rationale]
+              for e in chosen.asked[:_NUM_MEASURED] if e.rationale]
     lengths = [len(e.prompt) + len(e.response) for e in worked] or lengths
-    encode_with_shots = encoder(config, folder, shots=asked.shots if draws(config) else ())
-    unanswered = [{"question": e.question, "response": ""} for e in asked.asked[:_NUM_MEASURED]]
+    encode_with_shots = encoder(config, folder, shots=chosen.shots if draws(config) else ())
+    unanswered = [{"question": e.question, "response": ""} for e in chosen.asked[:_NUM_MEASURED]]
     prompt = max(len(encode_with_shots(row).prompt) for row in unanswered)
     question = float(np.mean([len(encode(row).prompt) for row in unanswered]))
     answer = float(np.mean([len(e.response) for e in worked])) if worked else 0.0

@@ -149,17 +149,17 @@ def timeless(reports: list, first: int) -> list:
 
 def test_all_answers_to_a_question_are_held_out_together():
   rows = [{"question": f"q{n % 10}", "response": str(n)} for n in range(40)]
-  seen, held = tuning.hold_out(rows, 0.3, (0, 1), what="train.jsonl")
+  seen, held = tuning.hold_out(rows, 0.3, (0, 1), source="train.jsonl")
   asked = lambda indices: {rows[index]["question"] for index in indices}
   assert sorted(seen + held) == list(range(40))
   assert (len(asked(held)), len(held)) == (3, 12)
   assert not asked(seen) & asked(held)
-  assert tuning.hold_out(rows, 0.3, (0, 1), what="")[1] == held != tuning.hold_out(rows, 0.3, (0, 2), what="")[1]
-  assert tuning.hold_out(rows, 0.0, 0, what="") == (list(range(40)), [])
-  assert [len(asked(part)) for part in tuning.hold_out(rows, 0.99, 0, what="")] == [1, 9]
-  assert [len(asked(part)) for part in tuning.hold_out(rows, 0.01, 0, what="")] == [9, 1]
+  assert tuning.hold_out(rows, 0.3, (0, 1), source="")[1] == held != tuning.hold_out(rows, 0.3, (0, 2), source="")[1]
+  assert tuning.hold_out(rows, 0.0, 0, source="") == (list(range(40)), [])
+  assert [len(asked(part)) for part in tuning.hold_out(rows, 0.99, 0, source="")] == [1, 9]
+  assert [len(asked(part)) for part in tuning.hold_out(rows, 0.01, 0, source="")] == [9, 1]
   with pytest.raises(UserError, match=r"^train\.jsonl: has answers to 1 question; config\.sft\.stop_share=0\.5 needs"):
-    tuning.hold_out(rows[:1], 0.5, 0, what="train.jsonl")
+    tuning.hold_out(rows[:1], 0.5, 0, source="train.jsonl")
 
 
 def test_epochs_end_with_the_step_of_their_last_row():

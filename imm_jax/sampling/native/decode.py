@@ -174,17 +174,17 @@ def grow(state: State, slots: int, *, columns: bool = False) -> State:
 
 @functools.partial(jax.jit, static_argnames=("slots", "columns"))
 def _widen(layer: LayerCache, *, slots: int, columns: bool) -> LayerCache:
-  more, none = (0, slots - layer[1].shape[2]), (0, 0)
-  return (jnp.pad(layer[0], (none, none, none, more) if columns else (none, none, more, none)),
-          jnp.pad(layer[1], (none, none, more, none)))
+  padding, none = (0, slots - layer[1].shape[2]), (0, 0)
+  return (jnp.pad(layer[0], (none, none, none, padding) if columns else (none, none, padding, none)),
+          jnp.pad(layer[1], (none, none, padding, none)))
 
 
 @functools.partial(jax.jit, static_argnames="static", donate_argnames="state")
-def decode(params: Params, prefix: Prefix, state: State, stopped: jax.Array, steps: jax.Array, most_done: jax.Array,
+def decode(params: Params, prefix: Prefix, state: State, stopped: jax.Array, steps: jax.Array, max_done: jax.Array,
            allowed: jax.Array, *, static: Static) -> State:
-  """Extends all rows except `stopped` [B] by at most `steps` tokens, until at least `most_done` rows are done."""
+  """Extends all rows except `stopped` [B] by at most `steps` tokens, until at least `max_done` rows are done."""
   body = lambda carry: (carry[0] + 1, extend(params, prefix, carry[1], allowed, static=static))
-  going = lambda carry: (carry[0] < steps) & (jnp.sum(carry[1]["done"]) < most_done)
+  going = lambda carry: (carry[0] < steps) & (jnp.sum(carry[1]["done"]) < max_done)
   state = state | {"done": state["done"] | stopped}
   return jax.lax.while_loop(going, body, (jnp.int32(0), state))[1]
 

@@ -57,8 +57,8 @@ def nucleus(scaled: jax.Array, top_p: float) -> jax.Array:
 
   def search(order: jax.Array) -> tuple[jax.Array, jax.Array]:
     mass = jnp.cumsum(jnp.exp(order) / total, axis=-1)
-    before = jnp.pad(mass[:, :-1], ((0, 0), (1, 0)))  # a token stays if this is below top_p, so the first always does
-    return jnp.min(jnp.where(before < top_p, order, jnp.inf), axis=-1), mass[:, -1] >= top_p
+    previous = jnp.pad(mass[:, :-1], ((0, 0), (1, 0)))  # a token stays if this is below top_p: the first always
+    return jnp.min(jnp.where(previous < top_p, order, jnp.inf), axis=-1), mass[:, -1] >= top_p
 
   threshold, within = search(jax.lax.top_k(scaled, min(_LIKELIEST, scaled.shape[-1]))[0])
   if scaled.shape[-1] <= _LIKELIEST:

@@ -204,8 +204,8 @@ def fewer_rows(rows: int, parts: int = 1) -> list[int]:
   >>> fewer_rows(64), fewer_rows(12)
   ([8, 16, 24, 32, 48, 64], [8, 9, 12])
   """
-  least = -(-_MIN_ROWS // parts) * parts
-  sizes = {max(least, math.ceil(rows * share / parts) * parts) for share in _ROW_SHARES}
+  smallest = -(-_MIN_ROWS // parts) * parts
+  sizes = {max(smallest, math.ceil(rows * share / parts) * parts) for share in _ROW_SHARES}
   return sorted({*(n for n in sizes if n < rows), rows})
 
 

@@ -107,11 +107,11 @@ def check(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]],
   for path in dict.fromkeys(old.values()):
     score = _Scorer(path, dtype, mesh).score
     for server in (s for s in answers if old.get(s) == path):
-      before = measure_agreement(answers[server], *score(prompts, [g.tokens for g in answers[server]]))
-      if before.mean < _NEARER_SHARE * result[server].mean:
+      old_agreement = measure_agreement(answers[server], *score(prompts, [g.tokens for g in answers[server]]))
+      if old_agreement.mean < _NEARER_SHARE * result[server].mean:
         raise UserError(f"{server}: still runs the weights of {path}. From those its log-probabilities differ by "
-                        f"{before.mean:.3g} on average, from {folder}'s by {result[server].mean:.3g}. Have it start "
-                        "again on this folder")
+                        f"{old_agreement.mean:.3g} on average, from {folder}'s by {result[server].mean:.3g}. Have "
+                        "it start again on this folder")
     del score
   return result
 
