@@ -71,7 +71,7 @@ def peer_program(root: Path) -> Path:
 
 
 def main(_: list[str]) -> None:
-  os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # otherwise every process compiles the package anew
+  os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # otherwise every process compiles the package again
   root = Path(_WORKDIR.value).resolve() / _SHAPE.value
   base, a, b = (root / name for name in ("base", "a", "b"))
   for i, folder in enumerate((base, a, b)):

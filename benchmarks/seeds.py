@@ -74,10 +74,10 @@ def by_round(table: dict[str, dict[str, np.ndarray]]) -> str:
   return "\n".join(lines)
 
 
-def at_equal_id(table: dict[str, dict[str, np.ndarray]], beside: str) -> str:
+def at_equal_id(table: dict[str, dict[str, np.ndarray]], reference: str) -> str:
   """Tabulates OOD accuracy where a method's path (base, then each round's model) reaches half of star's gain in ID.
 
-  Differences to the method `beside` are paired by seed; p is from the randomization test with Holm's correction.
+  Differences to the method `reference` are paired by seed; p is from the randomization test with Holm's correction.
   """
   target = float(table["star"]["ID"][:, [0, -1]].mean())
   paths = {name: [list(zip(*rows, strict=True)) for rows in zip(scores["ID"], scores["OOD"], strict=True)]
@@ -85,12 +85,12 @@ def at_equal_id(table: dict[str, dict[str, np.ndarray]], beside: str) -> str:
   reached = {name: [front.out_at(path, target) for path in of] for name, of in paths.items()}
   area = {name: np.array([front.hypervolume(path, (path[0][0], 0.0)) for path in of]) for name, of in paths.items()}
   tests = {}
-  for name in table.keys() - {beside}:
-    pairs = [(a, b) for a, b in zip(reached[name], reached[beside], strict=True) if None not in (a, b)]
+  for name in table.keys() - {reference}:
+    pairs = [(a, b) for a, b in zip(reached[name], reached[reference], strict=True) if None not in (a, b)]
     if len(pairs) > 1:
       tests[name] = comparison.paired(*zip(*pairs, strict=True))
   corrected = dict(zip(tests, comparison.holm([test.p for test in tests.values()]), strict=True))
-  heads = (f"at ID {target:.3f}", "OOD", "seeds that reach it", f"OOD less `{beside}`'s", "p", "hypervolume")
+  heads = (f"at ID {target:.3f}", "OOD", "seeds that reach it", f"OOD less `{reference}`'s", "p", "hypervolume")
   lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
   for name in table:
     values = np.array([y for y in reached[name] if y is not None])

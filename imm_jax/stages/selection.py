@@ -54,7 +54,7 @@ def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: i
   | method | what round t trains on |
   |---|---|
   | `imm`, `iimm`, `star` | the right samples of round t |
-  | `data_mixture` | these, and a share of each earlier round's (`data.mixture_share`), drawn anew in each round |
+  | `data_mixture` | these, and a share of each earlier round's (`data.mixture_share`), drawn again in each round |
   | `data_accumulation` | the right samples of rounds 0 to t (M. Gerstgrasser et al., 2024) |
   | `real` | the real worked answers to the questions of round t |
 

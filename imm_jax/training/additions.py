@@ -31,7 +31,7 @@ class Additions(NamedTuple):
     l2_sp: weight w of L2-SP; 0 disables it.
     kl: weight w of the KL to the base; 0 disables it.
     ema: decay of the moving average; 0 keeps no average.
-    lora: adapters to train in place of all weights.
+    lora: adapters to train instead of all weights.
   """
 
   l2_sp: float = 0.0

@@ -66,7 +66,7 @@ def gradient_decay(gamma: float = 0.9) -> Intervention:
 
 
 def gradient_clipping(max_norm: float = 2.0) -> Intervention:
-  """Clips the gradient's global norm at `max_norm`, in place of `sft.grad_clip`.
+  """Clips the gradient's global norm at `max_norm` instead of `sft.grad_clip`.
 
   Raises:
     ValueError: when `max_norm` is not positive.

@@ -52,7 +52,7 @@ class PackedBatches:
 
     Args:
       examples: examples to pack, none longer than a row.
-      epochs: passes over the examples; each is packed and shuffled anew.
+      epochs: passes over the examples; each has its own packing and order.
       global_batch: desired mean number of examples per step; the fixed number of rows per step is chosen to match it.
       row_length: tokens per row.
       seed: seed of the order.

@@ -194,7 +194,7 @@ def most_slots(length: int) -> int:
 
 
 def rows_of(batch_size: int, samples: int) -> int:
-  """Returns how many samples are decoded at once, of so many in total."""
+  """Returns the number of rows for `samples` samples: those that are decoded at once."""
   return min(batch_size, 1 << (max(1, samples) - 1).bit_length())
 
 

@@ -197,7 +197,7 @@ class NativeSampler:
                           static=static)
 
   def _commit(self, arrays: Any) -> Any:
-    """Commits arrays to the weights' device, because jit compiles anew for uncommitted ones."""
+    """Commits arrays to the weights' device, because jit compiles again for uncommitted ones."""
     return arrays if self._mesh else jax.device_put(arrays, self._allowed.sharding)
 
   def _stopped(self, tokens: np.ndarray, stop: tuple[str, ...]) -> bool:
