@@ -95,29 +95,29 @@ def shots_of(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
       source for source in dict.fromkeys((entry, config.task.name))
       if "train" in tasks.splits(name_of(source)) and protocols.kind_of(config, name_of(source)) == kind]
   examples: dict[str, list[Example]] = {}
-  for source_ in sources:
-    pool = shots.read(file, name, kind) if source_ == file else _train(
-        config, source_, count if tasks.is_endless(name_of(source_)) else None)
+  for origin in sources:
+    pool = shots.read(file, name, kind) if origin == file else _train(
+        config, origin, count if tasks.is_endless(name_of(origin)) else None)
     # `of_round` excludes those of the in-domain task.
-    examples[source_] = [e for e in pool if e.rationale][:count]
-  source_ = max(examples, key=lambda source_: len(examples[source_]), default="")
+    examples[origin] = [e for e in pool if e.rationale][:count]
+  origin = max(examples, key=lambda origin: len(examples[origin]), default="")
   asks = f"config.eval.protocol={config.eval.protocol} shows {count} worked example{'s' * (count > 1)}"
-  if not examples.get(source_):
+  if not examples.get(origin):
     raise UserError(f"{asks}, and task {name} has none: they come from its train split, or from the in-domain task's "
                     f"where that has answers of its kind ({kind}); give --config.eval.shots_file=FILE.jsonl, rows with "
                     "question, answer and rationale, or --config.eval.few_shot=0")
-  if len(examples[source_]) < count:
-    where = file if source_ == file else f"the train split of {name_of(source_)}"
-    raise UserError(f"{asks}, and {where} has {len(examples[source_])} for task {name}; give more in "
-                    f"--config.eval.shots_file, or --config.eval.few_shot={len(examples[source_])}")
-  if source_ != entry:
+  if len(examples[origin]) < count:
+    where = file if origin == file else f"the train split of {name_of(origin)}"
+    raise UserError(f"{asks}, and {where} has {len(examples[origin])} for task {name}; give more in "
+                    f"--config.eval.shots_file, or --config.eval.few_shot={len(examples[origin])}")
+  if origin != entry:
     limit = config.task.eval_questions if tasks.is_endless(name) else None
     tests = {_strip_spaces(e.question) for e in load(config, entry, split="test", count=limit)}
-    for e in examples[source_]:
+    for e in examples[origin]:
       if _strip_spaces(e.question) in tests:
         raise UserError(f"{e.id}: {e.question[:60]!r} is a test question of {name}, so it is no worked example for it; "
                         "give others in --config.eval.shots_file")
-  return examples[source_]
+  return examples[origin]
 
 
 def general(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
