@@ -1,14 +1,14 @@
-"""What analysis costs beside what it resembles, in one interleaved run on the same cores. Linux only.
+"""Cost of the analyses relative to comparable work, in one interleaved run on the same cores. Linux only.
 
     python benchmarks/analysis.py --workdir=/tmp/analysis-benchmark --cores=2
 
-Importance: `importance.gradient` over packed batches beside the forward and backward pass of SFT over the same batches
-(`gradient_function`, jitted; no optimizer), and beside whole SFT steps, taking turns pass by pass in one process.
-Seconds are the fastest pass of each over all batches, input included.
+Importance: `importance.gradient` over packed batches, compared with forward and backward passes of SFT over the same
+batches (`gradient_function`, jitted; no optimizer) and with whole SFT steps. They alternate pass by pass in one
+process; reported is the fastest pass of each over all batches, including input.
 
-Weight change: `python -m imm_jax.analyze --tuned` beside `python -m imm_jax.merge --method=linear` of the same two
-checkpoints (of which merging reads embeddings too, and writes a third), whole processes in turns, and both functions
-alone in one process. GB/s counts the bytes that each has to read. Prints two Markdown tables.
+Weight change: `python -m imm_jax.analyze --tuned`, compared with `python -m imm_jax.merge --method=linear` of the same
+two checkpoints (which also reads the embeddings, and writes a third checkpoint), as alternating processes, and as
+functions in one process. GB/s counts the bytes that each must read. Prints two Markdown tables.
 """
 
 import os
@@ -24,21 +24,21 @@ import numpy as np
 import random_checkpoints
 from absl import app, flags
 
-_WORKDIR = flags.DEFINE_string("workdir", "/tmp/analysis-benchmark", "Checkpoints and outputs go here.")
-_SHAPE = flags.DEFINE_enum("shape", "sft", sorted(random_checkpoints.SHAPES), "Of the model for importance.")
-_STREAMED = flags.DEFINE_enum("streamed", "0.5b", sorted(random_checkpoints.SHAPES), "Of the two for weight change.")
-_ROWS = flags.DEFINE_integer("rows", 8, "Of a batch.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("row_length", 512, "Tokens of a row.", lower_bound=2)
-_BATCHES = flags.DEFINE_integer("batches", 6, "Of a pass.", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Passes and processes of each kind, in turns.", lower_bound=1)
+_WORKDIR = flags.DEFINE_string("workdir", "/tmp/analysis-benchmark", "Folder for checkpoints and outputs.")
+_SHAPE = flags.DEFINE_enum("shape", "sft", sorted(random_checkpoints.SHAPES), "Shape of the model for importance.")
+_STREAMED = flags.DEFINE_enum("streamed", "0.5b", sorted(random_checkpoints.SHAPES), "Shape for weight change.")
+_ROWS = flags.DEFINE_integer("rows", 8, "Rows per batch.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("row_length", 512, "Tokens per row.", lower_bound=2)
+_BATCHES = flags.DEFINE_integer("batches", 6, "Batches per pass.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Passes and processes of each kind, interleaved.", lower_bound=1)
 _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Compute dtypes.")
-_REMAT = flags.DEFINE_enum("remat", "full", ["none", "dots", "attention", "full"], "What is computed again.")
-_CORES = flags.DEFINE_integer("cores", 2, "The processes are pinned to this many cores.", lower_bound=1)
+_REMAT = flags.DEFINE_enum("remat", "full", ["none", "dots", "attention", "full"], "Rematerialization.")
+_CORES = flags.DEFINE_integer("cores", 2, "Number of cores that processes are pinned to.", lower_bound=1)
 REPO = Path(__file__).parent.parent
 
 
-def passes(dtype: str, folder: Path) -> dict[str, Callable[[], None]]:
-  """By name, a pass over all batches."""
+def make_passes(dtype: str, folder: Path) -> dict[str, Callable[[], None]]:
+  """Returns functions by name, each of which runs a pass over all batches."""
   import jax
   import jax.numpy as jnp
   import optax
@@ -56,16 +56,16 @@ def passes(dtype: str, folder: Path) -> dict[str, Callable[[], None]]:
   rows = np.random.default_rng(0).integers(0, vocab, (_BATCHES.value * _ROWS.value, _LENGTH.value)).tolist()
   batches = PackedBatches([TokenizedExample(row[:1], row[1:]) for row in rows], epochs=1, global_batch=_ROWS.value,
                           row_length=_LENGTH.value, seed=0)
-  chosen = attention.choose("auto", config, dtype=dtype, length=_LENGTH.value, rows=_ROWS.value, mesh=mesh)
-  options = {"compute_dtype": jnp.dtype(dtype), "remat": _REMAT.value, "attention": chosen, "mesh": mesh}
-  both = jax.jit(step.gradient_function(config, **options))
+  backend = attention.choose("auto", config, dtype=dtype, length=_LENGTH.value, rows=_ROWS.value, mesh=mesh)
+  options = {"compute_dtype": jnp.dtype(dtype), "remat": _REMAT.value, "attention": backend, "mesh": mesh}
+  gradient = jax.jit(step.gradient_function(config, **options))
   optimizer = step.make_optimizer(optax.constant_schedule(1e-5), weight_decay=0.0, grad_clip=1.0)
   train_step = step.make_train_step(config, optimizer, **options)
   state = step.init_state(hf.load(folder, dtype=jnp.float32, place=place)[1], optimizer, mesh)
 
   def forward_and_backward() -> None:
     for batch in Input(batches, mesh):
-      jax.block_until_ready(both(params, batch))
+      jax.block_until_ready(gradient(params, batch))
 
   def whole_steps() -> None:
     nonlocal state
@@ -78,20 +78,20 @@ def passes(dtype: str, folder: Path) -> dict[str, Callable[[], None]]:
           "SFT steps": whole_steps}
 
 
-def in_turns(works: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-  """Seconds of each, one after the other again and again; the first round warms up and does not count."""
-  seconds: dict[str, list[float]] = {name: [] for name in works}
+def time_interleaved(functions: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+  """Measures the seconds of interleaved functions; a first round is warm-up."""
+  seconds: dict[str, list[float]] = {name: [] for name in functions}
   for repeat in range(-1, repeats):
-    for name, work in works.items():
+    for name, function in functions.items():
       started = time.perf_counter()
-      work()
+      function()
       if repeat >= 0:
         seconds[name].append(time.perf_counter() - started)
   return seconds
 
 
-def streamed(root: Path) -> tuple[dict[str, Callable[[], None]], float, float]:
-  """By name, what reads two checkpoints; then the bytes of what each reads: all, and the layers' matrices."""
+def make_streamed(root: Path) -> tuple[dict[str, Callable[[], None]], float, float]:
+  """Returns functions by name that stream two checkpoints, and the bytes of all tensors and of the layers' matrices."""
   import jax
 
   from imm_jax.analysis.weight_change import weight_change
@@ -128,17 +128,17 @@ def main(_: list[str]) -> None:
         f"{_CORES.value} cores, fastest of {_REPEATS.value}\n\n"
         "| dtype | work | s | tokens/s | times forward and backward | median s |\n|---|---|---|---|---|---|")
   for dtype in _DTYPES.value:
-    found = in_turns(passes(dtype, folder), _REPEATS.value)
-    for name, seconds in found.items():
+    times = time_interleaved(make_passes(dtype, folder), _REPEATS.value)
+    for name, seconds in times.items():
       print(f"| {dtype} | {name} | {min(seconds):.2f} | {tokens / min(seconds):.0f} | "
-            f"{min(seconds) / min(found['forward and backward']):.3f} | {statistics.median(seconds):.2f} |", flush=True)
-  works, everything, matrices = streamed(root)
+            f"{min(seconds) / min(times['forward and backward']):.3f} | {statistics.median(seconds):.2f} |", flush=True)
+  functions, everything, matrices = make_streamed(root)
   print(f"\n{_STREAMED.value}, bfloat16, {_CORES.value} cores, fastest of {_REPEATS.value}\n\n"
         "| work | s | GB read | GB/s | GB/s, over linear's | median s |\n|---|---|---|---|---|---|")
-  found = in_turns(works, _REPEATS.value)
-  for name, seconds in found.items():
+  times = time_interleaved(functions, _REPEATS.value)
+  for name, seconds in times.items():
     read = (matrices if name.startswith("weight") else everything) / 1e9
-    peer = everything / 1e9 / min(found["linear, process" if name.endswith("process") else "linear"])
+    peer = everything / 1e9 / min(times["linear, process" if name.endswith("process") else "linear"])
     speed = read / min(seconds)
     print(f"| {name} | {min(seconds):.2f} | {read:.2f} | {speed:.2f} | {speed / peer:.2f} | "
           f"{statistics.median(seconds):.2f} |")

@@ -1,13 +1,13 @@
-"""Loading and exporting checkpoints beside safetensors and transformers, in one interleaved run. Linux only.
+"""Loading and exporting checkpoints, compared with safetensors and transformers in one interleaved run. Linux only.
 
     python benchmarks/checkpoints.py --workdir=/tmp/checkpoint-benchmark --shape=0.5b --repeats=3
 
-Makes a random bfloat16 checkpoint of Qwen2.5's shape and runs, each in a process of its own with the file in the page
-cache: a copy of the same bytes in memory; our load, as stored, to float32, and sharded over 8 faked devices;
-`safetensors` with its tensors stacked by layer; transformers' `from_pretrained` in float32; our export and
-`save_pretrained`. Each process does it five times and the fastest counts: on a virtual machine the first touch of
-memory is slow, and costs whoever comes first (the first is shown too). Prints a Markdown table of medians over
-processes: seconds, and how far anonymous memory rose, in GiB and beside the size of the parameters.
+Makes a random bfloat16 checkpoint of Qwen2.5's shape and runs, each in its own process with the file in the page cache:
+an in-memory copy of the same bytes; our load, as stored, to float32, and sharded over 8 simulated devices;
+`safetensors` with tensors stacked by layer; transformers' `from_pretrained` in float32; our export and
+`save_pretrained`. Each process reports the fastest of five repetitions, and the first, which on virtual machines pays
+for the first touch of memory. Prints a Markdown table of medians over processes: seconds, and the rise of anonymous
+memory, in GiB and relative to the size of the parameters.
 """
 
 import json
@@ -25,21 +25,21 @@ import numpy as np
 import random_checkpoints
 from absl import app, flags
 
-_WORKDIR = flags.DEFINE_string("workdir", "/tmp/checkpoint-benchmark", "Checkpoints and outputs go here.")
-_SHAPE = flags.DEFINE_enum("shape", "0.5b", sorted(random_checkpoints.SHAPES), "Of the checkpoint.")
-_REPEATS = flags.DEFINE_integer("repeats", 3, "Runs of everything, interleaved.", lower_bound=1)
-_CHILD = flags.DEFINE_string("child", None, "Internal: one of the programs.")
+_WORKDIR = flags.DEFINE_string("workdir", "/tmp/checkpoint-benchmark", "Folder for checkpoints and outputs.")
+_SHAPE = flags.DEFINE_enum("shape", "0.5b", sorted(random_checkpoints.SHAPES), "Shape of the checkpoint.")
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Number of runs, interleaved.", lower_bound=1)
+_CHILD = flags.DEFINE_string("child", None, "Internal: the program to run.")
 _DEVICES, _TIMES = 8, 5
 
 
 def anonymous() -> int:
-  """Anonymous memory of this process in bytes."""
+  """Returns the anonymous memory of this process in bytes."""
   lines = Path("/proc/self/status").read_text().splitlines()
   return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
 
-def timed(work: Callable[[], Any], clear: Callable[[], Any] = lambda: None) -> dict[str, float]:
-  """Seconds of the fastest of some runs, and how far anonymous memory rose in any."""
+def measure(function: Callable[[], Any], clear: Callable[[], Any] = lambda: None) -> dict[str, float]:
+  """Measures the seconds of the fastest and of the first repetition, and the largest rise of anonymous memory."""
   seconds, rise = [], 0
   for _ in range(_TIMES):
     clear()
@@ -53,36 +53,36 @@ def timed(work: Callable[[], Any], clear: Callable[[], Any] = lambda: None) -> d
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.perf_counter()
-    kept = work()
+    result = function()
     seconds.append(time.perf_counter() - started)
     rise = max(rise, peak - before, anonymous() - before)
     done.set()
     watcher.join()
-    del kept
+    del result
   return {"seconds": min(seconds), "first": seconds[0], "rise": rise}
 
 
 def copy(folder: Path, _: Path) -> dict[str, float]:
-  """A copy of the file's bytes in memory."""
+  """Copies the file's bytes in memory."""
   source = np.fromfile(folder / "model.safetensors", np.uint8)
-  return timed(source.copy)
+  return measure(source.copy)
 
 
 def load(folder: Path, _: Path, *, dtype: str | None = None, devices: int = 1) -> dict[str, float]:
-  """Our load."""
+  """Loads the checkpoint with imm_jax."""
   import functools
 
   import jax
 
   from imm_jax.model import hf, sharding
 
-  mesh = sharding.make_mesh(data=1, fsdp=devices)  # and starts the devices
+  mesh = sharding.make_mesh(data=1, fsdp=devices)  # also initializes the devices
   place = functools.partial(sharding.param_sharding, mesh) if devices > 1 else None
-  return timed(lambda: jax.block_until_ready(hf.load(folder, dtype=dtype, place=place)))
+  return measure(lambda: jax.block_until_ready(hf.load(folder, dtype=dtype, place=place)))
 
 
 def stack(folder: Path, _: Path) -> dict[str, float]:
-  """The tensors of `safetensors`, stacked by layer, as JAX arrays."""
+  """Loads the tensors with `safetensors` and stacks them by layer, as JAX arrays."""
   import re
 
   import jax
@@ -90,60 +90,60 @@ def stack(folder: Path, _: Path) -> dict[str, float]:
 
   jax.devices()
 
-  def work() -> dict[str, jax.Array]:
+  def load_and_stack() -> dict[str, jax.Array]:
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     groups: dict[str, dict[int, np.ndarray]] = {}
     for name in list(tensors):
-      if found := re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name):
-        groups.setdefault(found[2], {})[int(found[1])] = tensors.pop(name)
+      if match := re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name):
+        groups.setdefault(match[2], {})[int(match[1])] = tensors.pop(name)
     result = {name: jax.device_put(tensor) for name, tensor in tensors.items()}
     for name in list(groups):
       layers = groups.pop(name)
       result[name] = jax.device_put(np.stack([layers[i] for i in range(len(layers))]))
     return jax.block_until_ready(result)
 
-  return timed(work)
+  return measure(load_and_stack)
 
 
-def pretrained(folder: Path, _: Path) -> dict[str, float]:
-  """transformers' load to float32."""
+def load_pretrained(folder: Path, _: Path) -> dict[str, float]:
+  """Loads the checkpoint in float32 with transformers."""
   import torch
   import transformers
 
   transformers.utils.logging.disable_progress_bar()
   from transformers import Qwen2ForCausalLM
 
-  return timed(lambda: Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32))
+  return measure(lambda: Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32))
 
 
 def export(folder: Path, out: Path, *, devices: int = 1) -> dict[str, float]:
-  """Our export."""
+  """Exports the checkpoint with imm_jax."""
   import functools
 
   from imm_jax.model import hf, sharding
 
   mesh = sharding.make_mesh(data=1, fsdp=devices)
   _, params = hf.load(folder, place=functools.partial(sharding.param_sharding, mesh) if devices > 1 else None)
-  return timed(lambda: hf.save(params, out, like=folder), lambda: shutil.rmtree(out, ignore_errors=True))
+  return measure(lambda: hf.save(params, out, like=folder), lambda: shutil.rmtree(out, ignore_errors=True))
 
 
 def save_pretrained(folder: Path, out: Path) -> dict[str, float]:
-  """transformers' export."""
+  """Exports the checkpoint with transformers."""
   import torch
   from transformers import Qwen2ForCausalLM
 
   model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-  return timed(lambda: model.save_pretrained(out), lambda: shutil.rmtree(out, ignore_errors=True))
+  return measure(lambda: model.save_pretrained(out), lambda: shutil.rmtree(out, ignore_errors=True))
 
 
-# Name, what runs, whose seconds it is compared with, width of the parameters in bytes.
+# Name -> (function, its options, name of the program it is compared with, bytes per parameter).
 PROGRAMS: dict[str, tuple[Callable[..., dict[str, float]], dict[str, Any], str | None, int]] = {
     "copy in memory": (copy, {}, None, 2),
     "imm_jax load": (load, {}, "copy in memory", 2),
     "imm_jax load, 8 devices": (load, {"devices": _DEVICES}, "copy in memory", 2),
     "safetensors and stack": (stack, {}, "imm_jax load", 2),
     "imm_jax load float32": (load, {"dtype": "float32"}, None, 4),
-    "transformers float32": (pretrained, {}, "imm_jax load float32", 4),
+    "transformers float32": (load_pretrained, {}, "imm_jax load float32", 4),
     "imm_jax export": (export, {}, None, 2),
     "imm_jax export, 8 devices": (export, {"devices": _DEVICES}, None, 2),
     "transformers export": (save_pretrained, {}, "imm_jax export", 2)}

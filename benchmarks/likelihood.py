@@ -1,12 +1,12 @@
-"""Options scored beside lm-evaluation-harness's own HF model, on the same cores.
+"""Scoring of multiple-choice options, compared with lm-evaluation-harness's HF model on the same cores.
 
     python benchmarks/likelihood.py --model=DIR --source=file:FOLDER --tasks=arc_easy,piqa --questions=200
 
-FOLDER holds the tasks' files as `file:` sources have them. Both programs score the same options of the same questions
-in float32, each in a process of its own: seconds are of scoring without loading, memory is the process' peak above what
-it held with the model loaded, and in all. lm_eval runs at every batch size of --batch_sizes, and its fastest counts.
-Prints a Markdown table, the largest relative difference between log-likelihoods, and for how many questions `acc` and
-`acc_norm` differ.
+FOLDER holds the tasks' files, as for `file:` sources. Both programs score the same options of the same questions in
+float32, each in its own process. Seconds exclude loading; memory is the peak of the process, above what it had after
+loading and in total. lm_eval runs with each batch size of --batch_sizes, and the fastest is compared. Prints a Markdown
+table, the largest relative difference of log-likelihoods, and the number of questions for which `acc` or `acc_norm`
+differ.
 """
 
 import json
@@ -22,29 +22,29 @@ import numpy as np
 from absl import app, flags
 
 _MODEL = flags.DEFINE_string("model", "tiny", "A checkpoint folder or hub id.")
-_TASKS = flags.DEFINE_list("tasks", ["arc_easy"], "Of multiple choice.")
-_SOURCE = flags.DEFINE_string("source", "", "Of all of them; empty for their published places.")
-_QUESTIONS = flags.DEFINE_integer("questions", 200, "Of each task.", lower_bound=1)
-_BATCHES = flags.DEFINE_list("batch_sizes", ["1", "8", "32"], "That lm_eval is tried at.")
-_CORES = flags.DEFINE_integer("cores", 2, "Every process is pinned to this many cores.", lower_bound=1)
-_CHILD = flags.DEFINE_string("child", None, "Internal: ours, or a batch size of lm_eval.")
+_TASKS = flags.DEFINE_list("tasks", ["arc_easy"], "Multiple-choice tasks.")
+_SOURCE = flags.DEFINE_string("source", "", "Source of all tasks; empty for the published ones.")
+_QUESTIONS = flags.DEFINE_integer("questions", 200, "Questions per task.", lower_bound=1)
+_BATCHES = flags.DEFINE_list("batch_sizes", ["1", "8", "32"], "Batch sizes of lm_eval.")
+_CORES = flags.DEFINE_integer("cores", 2, "Number of cores that processes are pinned to.", lower_bound=1)
+_CHILD = flags.DEFINE_string("child", None, "Internal: `ours`, or a batch size of lm_eval.")
 
 
-def questions() -> dict[str, Any]:
-  """The choices of each task."""
+def load_questions() -> dict[str, Any]:
+  """Loads the questions of each task."""
   from imm_jax import tasks
 
   return {name: tasks.load_choices(name, source=_SOURCE.value)[:_QUESTIONS.value] for name in _TASKS.value}
 
 
 def pairs(choices: Any) -> list[tuple[str, str]]:
-  """(context, option) of each option."""
+  """Returns (context, option) for each option."""
   return [(c.contexts[i % len(c.contexts)], option) for c in choices for i, option in enumerate(c.options)]
 
 
 def child() -> None:
   """Scores with one program and prints seconds, memory and log-likelihoods by task as JSON."""
-  asked = questions()
+  questions = load_questions()
   if _CHILD.value == "ours":
     from imm_jax.model import hub, sharding
     from imm_jax.model.tokenizer import load_tokenizer
@@ -67,14 +67,15 @@ def child() -> None:
                  batch_size=int(_CHILD.value))
     score = lambda of: [float(p) for p, _ in model.loglikelihood(
         [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(of)], disable_tqdm=True)]
-  held, found, seconds = _resident(), {}, {}
+  loaded, logprobs, seconds = _resident(), {}, {}
   peak = _Peak()
-  for name, choices in asked.items():
+  for name, choices in questions.items():
     start = time.perf_counter()
-    found[name] = score(pairs(choices))
+    logprobs[name] = score(pairs(choices))
     seconds[name] = time.perf_counter() - start
   highest = peak.stop()
-  print(json.dumps({"seconds": seconds, "extra": (highest - held) / 2**30, "peak": highest / 2**30, "found": found}))
+  print(json.dumps({"seconds": seconds, "extra": (highest - loaded) / 2**30, "peak": highest / 2**30,
+                    "found": logprobs}))
 
 
 def _resident() -> int:
@@ -85,50 +86,50 @@ def _resident() -> int:
 
 
 class _Peak:
-  """The most anonymous memory since it was made, looked at every 20 ms."""
+  """Tracks the peak of anonymous memory, polled every 20 ms."""
 
   def __init__(self):
-    self._most, self._stopped = 0, threading.Event()
+    self._peak, self._stopped = 0, threading.Event()
     self._thread = threading.Thread(target=self._watch)
     self._thread.start()
 
   def _watch(self) -> None:
     while not self._stopped.wait(0.02):
-      self._most = max(self._most, _resident())
+      self._peak = max(self._peak, _resident())
 
   def stop(self) -> int:
     self._stopped.set()
     self._thread.join()
-    return self._most
+    return self._peak
 
 
 def run(program: str) -> dict[str, Any]:
-  """What a process that runs this program prints."""
+  """Runs a program in a child process and returns the JSON that it prints."""
   cores = sorted(os.sched_getaffinity(0))[:_CORES.value]
   command = ["taskset", "-c", ",".join(map(str, cores)), sys.executable, __file__, f"--child={program}",
              *(f"--{flag.name}={','.join(flag.value) if isinstance(flag.value, list) else flag.value}"
                for flag in (_MODEL, _TASKS, _SOURCE, _QUESTIONS, _CORES))]
-  done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True,
-                        env=os.environ | {"OMP_NUM_THREADS": str(_CORES.value), "TQDM_DISABLE": "1"})
-  return json.loads(done.stdout.splitlines()[-1])
+  process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True,
+                           env=os.environ | {"OMP_NUM_THREADS": str(_CORES.value), "TQDM_DISABLE": "1"})
+  return json.loads(process.stdout.splitlines()[-1])
 
 
 def main(_: list[str]) -> None:
-  """Runs every program, prints the table and the differences."""
+  """Runs all programs, and prints the table and the differences."""
   if _CHILD.value:
     return child()
-  asked = questions()
+  questions = load_questions()
   ours = run("ours")
   theirs = {batch: run(batch) for batch in _BATCHES.value}
   best = min(theirs, key=lambda batch: sum(theirs[batch]["seconds"].values()))
-  print("| program | " + " | ".join(f"{name}, s" for name in asked) + " | all, s | scoring, GiB | in all, GiB |")
-  print("|---" * (len(asked) + 4) + "|")
-  for label, found in (("imm_jax", ours), *((f"lm_eval hf, batch {batch}", f) for batch, f in theirs.items())):
-    print(f"| {label} | " + " | ".join(f"{s:.1f}" for s in found["seconds"].values())
-          + f" | {sum(found['seconds'].values()):.1f} | {found['extra']:.2f} | {found['peak']:.2f} |")
+  print("| program | " + " | ".join(f"{name}, s" for name in questions) + " | all, s | scoring, GiB | in all, GiB |")
+  print("|---" * (len(questions) + 4) + "|")
+  for label, result in (("imm_jax", ours), *((f"lm_eval hf, batch {batch}", r) for batch, r in theirs.items())):
+    print(f"| {label} | " + " | ".join(f"{s:.1f}" for s in result["seconds"].values())
+          + f" | {sum(result['seconds'].values()):.1f} | {result['extra']:.2f} | {result['peak']:.2f} |")
   ratio = sum(theirs[best]["seconds"].values()) / sum(ours["seconds"].values())
   print(f"\n{ratio:.2f} times as fast as lm_eval at its best batch size, {best}")
-  for name, choices in asked.items():
+  for name, choices in questions.items():
     a, b = np.array(ours["found"][name]), np.array(theirs[best]["found"][name])
     wrong = {"acc": 0, "acc_norm": 0}
     right = {"acc": 0, "acc_norm": 0}
@@ -136,9 +137,9 @@ def main(_: list[str]) -> None:
     for choice in choices:
       here = slice(at, at := at + len(choice.options))
       for metric, lengths in (("acc", 1.0), ("acc_norm", np.array([len(o) - 1 for o in choice.options]))):
-        said = [int(np.argmax(x[here] / lengths)) for x in (a, b)]
-        wrong[metric] += (said[0] == choice.gold) != (said[1] == choice.gold)
-        right[metric] += said[0] == choice.gold
+        picks = [int(np.argmax(x[here] / lengths)) for x in (a, b)]
+        wrong[metric] += (picks[0] == choice.gold) != (picks[1] == choice.gold)
+        right[metric] += picks[0] == choice.gold
     print(f"{name}: {len(a)} options, largest relative difference {np.max(np.abs(a - b) / np.abs(b)):.1e}; "
           + "; ".join(f"{metric} {right[metric] / len(choices):.4f}, different for {wrong[metric]} of {len(choices)}"
                       for metric in wrong))

@@ -1,10 +1,10 @@
-"""Merging checkpoints on disk beside mergekit, whole processes from the shell, in one interleaved run. Linux only.
+"""Merging of checkpoints on disk, compared with mergekit as whole processes in one interleaved run. Linux only.
 
     python benchmarks/merge.py --workdir=/tmp/merge-benchmark --shape=0.5b --repeats=3
 
-Makes random bfloat16 checkpoints of Qwen2.5's shape, installs mergekit into an environment of its own in the work
-folder, and runs: the floor (read the inputs, write as much as the output), imm_jax, mergekit; again and again. Prints
-a Markdown table of medians: wall and CPU seconds, the CPU seconds beyond those of imports alone, and the peak of
+Makes random bfloat16 checkpoints of Qwen2.5's shape, installs mergekit into a separate environment in the work folder,
+and repeatedly runs the floor (a program that only reads the inputs and writes as many bytes as the output), imm_jax and
+mergekit. Prints a Markdown table of medians: wall and CPU seconds, CPU seconds beyond those of imports, and the peak of
 anonymous memory.
 """
 
@@ -21,10 +21,10 @@ from pathlib import Path
 import random_checkpoints
 from absl import app, flags
 
-_WORKDIR = flags.DEFINE_string("workdir", "/tmp/merge-benchmark", "Checkpoints, environment and outputs go here.")
-_SHAPE = flags.DEFINE_enum("shape", "0.5b", ["tiny", "0.5b", "3b"], "Of the checkpoints.")
-_REPEATS = flags.DEFINE_integer("repeats", 3, "Runs of everything, interleaved.", lower_bound=1)
-_PEER = flags.DEFINE_bool("mergekit", True, "Run mergekit too.")
+_WORKDIR = flags.DEFINE_string("workdir", "/tmp/merge-benchmark", "Folder for checkpoints, environment and outputs.")
+_SHAPE = flags.DEFINE_enum("shape", "0.5b", ["tiny", "0.5b", "3b"], "Shape of the checkpoints.")
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Number of runs, interleaved.", lower_bound=1)
+_PEER = flags.DEFINE_bool("mergekit", True, "Also run mergekit.")
 MERGEKIT = "mergekit==0.1.5"
 REPO = Path(__file__).parent.parent
 FLOOR = """
@@ -41,14 +41,14 @@ with open(out, "wb", buffering=0) as target:
 
 
 def measure(command: list[str]) -> dict[str, float]:
-  """Runs a command: wall and CPU seconds of it and its children, peak of its anonymous memory in GiB."""
+  """Runs a command; returns its wall and CPU seconds (with children) and the peak of its anonymous memory in GiB."""
   started, before, peak = time.monotonic(), os.times(), 0
   with subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
     while process.poll() is None:
       status = Path(f"/proc/{process.pid}/status")
       try:
         lines = [line for line in status.read_text().splitlines() if line.startswith("RssAnon")]
-      except (FileNotFoundError, ProcessLookupError):  # it ended between the two
+      except (FileNotFoundError, ProcessLookupError):  # the process has just ended
         break
       peak = max(peak, *(int(line.split()[1]) for line in lines), 0)
       time.sleep(0.005)
@@ -61,7 +61,7 @@ def measure(command: list[str]) -> dict[str, float]:
 
 
 def peer_program(root: Path) -> Path:
-  """mergekit in an environment of its own."""
+  """Installs mergekit into a separate environment, unless it is there; returns the program."""
   home = root / "mergekit"
   program = home / "bin" / "mergekit-yaml"
   if not program.exists():
@@ -71,7 +71,7 @@ def peer_program(root: Path) -> Path:
 
 
 def main(_: list[str]) -> None:
-  os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process compiles the package anew
+  os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # otherwise every process compiles the package again
   root = Path(_WORKDIR.value).resolve() / _SHAPE.value
   base, a, b = (root / name for name in ("base", "a", "b"))
   for i, folder in enumerate((base, a, b)):

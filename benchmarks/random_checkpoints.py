@@ -1,4 +1,4 @@
-"""What the other benchmarks share: random checkpoints of published shapes, and a process for each measurement."""
+"""Shared by benchmarks: random checkpoints of published shapes, and child processes for measurements."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ import numpy as np
 
 from imm_jax.model import safetensors
 
-# hidden, feed-forward, layers, heads, key/value heads, vocabulary; tied, with biases, as Qwen2.5's are.
+# (hidden, feed-forward, layers, heads, key/value heads, vocabulary); with tied embeddings and biases, like Qwen2.5.
 SHAPES = {
     "tiny": (64, 128, 2, 2, 1, 512), "sft": (256, 768, 6, 8, 2, 16_384),
     "small": (512, 1536, 8, 8, 2, 32_000), "0.5b": (896, 4864, 24, 14, 2, 151_936),
@@ -21,7 +21,7 @@ SCALE, CHANGE = 0.02, 0.001
 
 
 def make(folder: Path, shape: str, seed: int, near: Path | None = None) -> Path:
-  """A bfloat16 checkpoint of one of `SHAPES` in this folder, unless it is there; `near` adds to another one's."""
+  """Makes a bfloat16 checkpoint of one of `SHAPES`, unless the folder has it; `near` is a checkpoint to perturb."""
   if (folder / "config.json").exists():
     return folder
   shutil.rmtree(folder, ignore_errors=True)
@@ -61,9 +61,9 @@ def make(folder: Path, shape: str, seed: int, near: Path | None = None) -> Path:
 
 
 def run_child(file: str, child: str, env: Mapping[str, str] | None = None) -> str:
-  """What this program prints when it is run again with `--child`; where it fails, its messages end the benchmark."""
+  """Runs this program again with `--child` and returns its output; exits with its messages if it fails."""
   command = [sys.executable, file, *sys.argv[1:], f"--child={child}"]
-  done = subprocess.run(command, check=False, capture_output=True, text=True, env=env)
-  if done.returncode:
-    sys.exit(f"{done.stderr}\n{' '.join(command)}: exit code {done.returncode}")
-  return done.stdout
+  process = subprocess.run(command, check=False, capture_output=True, text=True, env=env)
+  if process.returncode:
+    sys.exit(f"{process.stderr}\n{' '.join(command)}: exit code {process.returncode}")
+  return process.stdout

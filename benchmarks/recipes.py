@@ -1,11 +1,11 @@
-"""Runs the recipes of mergekit's own tests here and there, and compares what comes out.
+"""Runs the recipes of mergekit's own tests with mergekit and with imm_jax, and compares the outputs.
 
     python benchmarks/recipes.py --workdir=/tmp/merge-recipes
 
-Fetches mergekit's released source package with pip into the work folder, installs it into an environment of its own
-beside this one's packages, and runs its tests (test_basic_merges, test_tokenizer, test_chat_template) with one change:
-each recipe that they make is merged by mergekit, in float32, and by imm_jax; the tests' own checks look at the latter.
-Prints a Markdown table: whether it ran, and the greatest distance in units of the last place of bfloat16.
+Fetches mergekit's source release with pip into the work folder, installs it into a separate environment on top of this
+one's packages, and runs its tests (test_basic_merges, test_tokenizer, test_chat_template) with one change: each recipe
+is merged by mergekit in float32 and by imm_jax, and the tests check the output of imm_jax. Prints a Markdown table:
+whether a recipe ran, and the largest difference in units in the last place of bfloat16.
 """
 
 import json
@@ -18,11 +18,11 @@ from pathlib import Path
 
 from absl import app, flags
 
-_WORKDIR = flags.DEFINE_string("workdir", "/tmp/merge-recipes", "The package, its environment and outputs go here.")
-_ONLY = flags.DEFINE_string("only", "", "Part of the names of tests to run.")
+_WORKDIR = flags.DEFINE_string("workdir", "/tmp/merge-recipes", "Folder for package, environment and outputs.")
+_ONLY = flags.DEFINE_string("only", "", "Part of the names of the tests to run.")
 MERGEKIT = "mergekit==0.1.5"
 REPO = Path(__file__).parent.parent
-# Takes the place of mergekit's tests/common.py, which the package has not.
+# Replaces mergekit's tests/common.py, which the release lacks.
 COMMON = '''
 import json, os, sys, tempfile, traceback
 from pathlib import Path

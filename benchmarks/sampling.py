@@ -1,14 +1,15 @@
-"""The native sampler beside vLLM and transformers on real questions: greedy, float32, equal cores, one interleaved run.
+"""The native sampler compared with vLLM and transformers: greedy, float32, same cores, one interleaved run.
 
     python benchmarks/sampling.py --model=FOLDER --svamp=file:SVAMP.json --gsm8k=file:DIR --vllm_python=PYTHON
 
-Two workloads: `svamp`, questions alone, and `gsm8k`, eight worked examples before each. The programs are processes that
-stay, pinned to the same cores; each warms up on the first questions (compilation), then they take turns over the same
-slices of the questions, and who does not run is stopped. Prints tokens/s by the clock and, since others may load the
-machine, by processor time (of all cores together), the most memory each held, and how many texts are equal. Without
---vllm_python or with --transformers_questions=0 a program is left out; transformers takes the first questions alone.
+There are two workloads of real questions: `svamp` without and `gsm8k` with eight worked examples. The programs are
+long-lived processes pinned to the same cores. Each warms up on the first questions (compilation); then they alternate
+over the same slices of the questions, and idle ones are stopped with SIGSTOP. Prints tokens/s by wall-clock time and,
+as others may load the machine, by CPU time (summed over cores), peak memory, and the number of equal texts. vLLM is
+left out without --vllm_python, transformers with --transformers_questions=0; transformers gets only the first
+questions.
 
-`stories` asks the embedded model's own questions and needs no files.
+`stories` asks questions of the embedded model and needs no files.
 """
 
 import json
@@ -24,27 +25,27 @@ import numpy as np
 from absl import app, flags
 
 _MODEL = flags.DEFINE_string("model", "tiny", "An HF checkpoint folder or hub id.")
-_WORKLOADS = flags.DEFINE_list("workloads", ["svamp", "gsm8k"], "Of svamp, gsm8k, stories.")
-_SVAMP = flags.DEFINE_string("svamp", "", "Source of SVAMP; empty for the published place.")
+_WORKLOADS = flags.DEFINE_list("workloads", ["svamp", "gsm8k"], "Workloads: svamp, gsm8k, stories.")
+_SVAMP = flags.DEFINE_string("svamp", "", "Source of SVAMP; empty for the published one.")
 _GSM8K = flags.DEFINE_string("gsm8k", "", "Source of GSM8K.")
-_QUESTIONS = flags.DEFINE_list("questions", ["256", "128"], "Of each workload.")
-_SLICE = flags.DEFINE_integer("slice", 128, "Questions of a turn.", lower_bound=1)
-_NEW = flags.DEFINE_integer("max_new_tokens", 200, "Tokens of an answer at most.", lower_bound=1)
-_ROWS = flags.DEFINE_integer("rows", 64, "Rows at once of the native sampler.", lower_bound=1)
-_PEER_ROWS = flags.DEFINE_integer("peer_rows", 32, "Rows at once of the others.", lower_bound=1)
+_QUESTIONS = flags.DEFINE_list("questions", ["256", "128"], "Number of questions of each workload.")
+_SLICE = flags.DEFINE_integer("slice", 128, "Questions per turn.", lower_bound=1)
+_NEW = flags.DEFINE_integer("max_new_tokens", 200, "Maximum tokens per answer.", lower_bound=1)
+_ROWS = flags.DEFINE_integer("rows", 64, "Batch size of the native sampler.", lower_bound=1)
+_PEER_ROWS = flags.DEFINE_integer("peer_rows", 32, "Batch size of the others.", lower_bound=1)
 _DTYPE = flags.DEFINE_string("dtype", "float32", "Compute dtype.")
 _VLLM = flags.DEFINE_string("vllm_python", "", "The python of an environment with vLLM.")
-_PEER = flags.DEFINE_integer("transformers_questions", 32, "Questions that transformers gets.")
-_CORES = flags.DEFINE_integer("cores", 2, "All are pinned to this many cores.", lower_bound=1)
+_PEER = flags.DEFINE_integer("transformers_questions", 32, "Number of questions for transformers.")
+_CORES = flags.DEFINE_integer("cores", 2, "Number of cores that processes are pinned to.", lower_bound=1)
 _CHILD = flags.DEFINE_string("child", None, "Internal: program,work file,descriptor.")
 SHOTS = 8
-# What vLLM's CPU build needs to run seeded requests and be quick (max_num_batched_tokens holds eight long prompts).
+# vLLM's CPU build needs these to run seeded requests, and fast (max_num_batched_tokens fits eight long prompts).
 ENGINE = {"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False, "max_num_batched_tokens": 8192,
           "max_model_len": 4096, "disable_log_stats": True}
 
 
 def workload(name: str, count: int, tokenizer: Any, vocab: int) -> list[list[int]]:
-  """Token ids of the prompts."""
+  """Returns the token ids of a workload's prompts."""
   from imm_jax import tasks
   from imm_jax.sampling import Prompt, completions
   from imm_jax.tasks import prompts
@@ -57,7 +58,7 @@ def workload(name: str, count: int, tokenizer: Any, vocab: int) -> list[list[int
 
 
 def native(work: dict[str, Any]):
-  """A function of token ids that gives (tokens of each answer, its text)."""
+  """Returns a function from token ids to (number of tokens, text) of each answer."""
   from imm_jax import compilation
   from imm_jax.sampling import Prompt
   from imm_jax.sampling.native import NativeSampler
@@ -74,7 +75,7 @@ def native(work: dict[str, Any]):
 
 
 def transformers(work: dict[str, Any]):
-  """The same by transformers' `generate`, some at a time, padded on the left."""
+  """Returns a function from token ids to each answer's tokens, by transformers with left-padded batches."""
   import torch
   import transformers as library
 
@@ -98,10 +99,10 @@ def transformers(work: dict[str, Any]):
 
 
 class Program:
-  """A process that waits for slices of the questions."""
+  """Controls a process that answers slices of the questions."""
 
   def __init__(self, name: str, work: Path):
-    """Starts it, in a session of its own."""
+    """Starts the process in a new session, and stops it once it has loaded."""
     reads, writes = os.pipe()
     flag = f"{name},{work},{writes}"
     command = [sys.executable, __file__, *sys.argv[1:], f"--child={flag}"]
@@ -115,11 +116,11 @@ class Program:
                                      pass_fds=[writes], start_new_session=True, env=environment)
     os.close(writes)
     self._replies = os.fdopen(reads)
-    self.ask([0, 0])  # it has loaded
+    self.ask([0, 0])  # returns once it has loaded
     self._signal(signal.SIGSTOP)
 
   def ask(self, span: list[int]) -> list:
-    """What it answers to the questions of a span."""
+    """Returns the answers to the questions of a span."""
     self._process.stdin.write(f"{json.dumps(span)}\n".encode())
     self._process.stdin.flush()
     line = self._replies.readline()
@@ -128,56 +129,56 @@ class Program:
     return json.loads(line)
 
   def turn(self, span: list[int]) -> tuple[list, float, float]:
-    """Its answers, seconds by the clock, and of processors."""
+    """Lets the process run; returns the answers, wall-clock seconds and CPU seconds."""
     self._signal(signal.SIGCONT)
-    clock, used = time.perf_counter(), self._used()
+    clock, cpu = time.perf_counter(), self._used()
     answers = self.ask(span)
-    clock, used = time.perf_counter() - clock, self._used() - used
+    clock, cpu = time.perf_counter() - clock, self._used() - cpu
     self._signal(signal.SIGSTOP)
-    return answers, clock, used
+    return answers, clock, cpu
 
   def _used(self) -> float:
     ticks = sum(sum(map(int, fields[11:15])) for fields in self._stats())
     return ticks / os.sysconf("SC_CLK_TCK")
 
   def memory(self) -> float:
-    """The most GiB that its processes held, each at its own time."""
-    found = 0
+    """Returns the sum of the peak memories of its processes in GiB."""
+    result = 0
     for fields in self._stats():
       status = Path(f"/proc/{fields[-1]}/status").read_text()
-      found += next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
-    return found / 2**20
+      result += next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
+    return result / 2**20
 
   def _stats(self) -> list[list[str]]:
-    """/proc/PID/stat of its processes, from the state on, and the id at the end."""
-    found = []
+    """Returns the fields of /proc/PID/stat of its processes from the state on, and the id."""
+    result = []
     for path in Path("/proc").glob("[0-9]*/stat"):
       try:
         fields = path.read_text().rpartition(")")[2].split()
       except OSError:
         continue
       if int(fields[3]) == self._process.pid:
-        found.append([*fields, path.parent.name])
-    return found
+        result.append([*fields, path.parent.name])
+    return result
 
   def _signal(self, number: int) -> None:
     os.killpg(self._process.pid, number)
 
   def close(self) -> None:
-    """Ends it."""
+    """Kills the processes."""
     self._signal(signal.SIGCONT)
     self._signal(signal.SIGKILL)
     self._process.wait()
 
 
 def child(name: str, work: Path, descriptor: int) -> None:
-  """Answers spans of questions that come on stdin."""
-  given = json.loads(work.read_text())
-  run = {"native": native, "transformers": transformers}[name](given)
+  """Answers spans of questions that are read from stdin."""
+  settings = json.loads(work.read_text())
+  run = {"native": native, "transformers": transformers}[name](settings)
   with os.fdopen(descriptor, "w") as replies:
     for line in sys.stdin:
       begin, end = json.loads(line)
-      replies.write(json.dumps(run(given["ids"][begin:end]) if end > begin else []) + "\n")
+      replies.write(json.dumps(run(settings["ids"][begin:end]) if end > begin else []) + "\n")
       replies.flush()
 
 
@@ -209,7 +210,7 @@ def main(_: list[str]) -> None:
 
 
 def _answer(row: list, tokenizer: Any, eos: tuple[int, ...]) -> tuple[int, str]:
-  """(tokens, text), of a row that is that already or the tokens drawn."""
+  """Returns (number of tokens, text) of a row, which is that already or the drawn tokens."""
   from imm_jax.sampling import completions
 
   if len(row) == 2 and isinstance(row[1], str):
@@ -219,7 +220,7 @@ def _answer(row: list, tokenizer: Any, eos: tuple[int, ...]) -> tuple[int, str]:
 
 
 def _measure(name: str, ids: list[list[int]], work: Path, answer: Any) -> None:
-  """Has all programs take turns, and prints a row for each."""
+  """Runs all programs in turns, and prints a row for each."""
   limits = {"native": len(ids)} | ({"vLLM": len(ids)} if _VLLM.value else {}) | (
       {"transformers": min(_PEER.value, len(ids))} if _PEER.value else {})
   programs = []
@@ -227,25 +228,25 @@ def _measure(name: str, ids: list[list[int]], work: Path, answer: Any) -> None:
     for program in limits:
       programs.append(Program(program, work))
     totals = {p.name: [0, 0.0, 0.0, []] for p in programs}
-    for p in programs:  # compiled for these shapes, allocated
-      if p.name != "transformers":  # which compiles nothing
+    for p in programs:  # warm-up: compilation and allocation
+      if p.name != "transformers":  # does not compile
         p.turn([0, min(_SLICE.value, limits[p.name])])
     for begin in range(0, len(ids), _SLICE.value):
       for p in programs:
         end = min(begin + _SLICE.value, limits[p.name])
         if end > begin:
-          rows, clock, used = p.turn([begin, end])
+          rows, clock, cpu = p.turn([begin, end])
           answers = [answer(row) for row in rows]
           total = totals[p.name]
           total[0] += sum(tokens for tokens, _ in answers)
           total[1] += clock
-          total[2] += used
+          total[2] += cpu
           total[3] += [text for _, text in answers]
     for p in programs:
-      tokens, clock, used, texts = totals[p.name]
+      tokens, clock, cpu, texts = totals[p.name]
       same = sum(a == b for a, b in zip(texts, totals["native"][3], strict=False))
-      print(f"| {name} | {p.name} | {len(texts)} | {tokens} | {clock:.1f} | {tokens / clock:.0f} | {used:.1f} "
-            f"| {tokens / used:.0f} | {p.memory():.2f} | {same} of {len(texts)} |", flush=True)
+      print(f"| {name} | {p.name} | {len(texts)} | {tokens} | {clock:.1f} | {tokens / clock:.0f} | {cpu:.1f} "
+            f"| {tokens / cpu:.0f} | {p.memory():.2f} | {same} of {len(texts)} |", flush=True)
   finally:
     for p in programs:
       p.close()

@@ -1,13 +1,13 @@
-"""The loop over many seeds: does merging keep out-of-domain accuracy at little cost in domain?
+"""The IMM loop over many seeds: does merging keep out-of-domain accuracy at little cost in domain?
 
     python benchmarks/seeds.py --workdir=runs/seeds --seeds=10
 
-Every run is the command of the README (`python -m imm_jax.main --config=configs/tiny.py`) with its own seed and method,
-or with an intervention in `star`; `real` is the control that trains on gold answers in place of samples. Linux only
-(one process a core, through taskset); a killed benchmark goes on where it was. Prints Markdown tables with mean and
-standard error, by round too; what is left out of domain at equal accuracy in domain, seed by seed beside imm; and what
-imm and star change against the base. WORKDIR/seeds.png shows it by round, WORKDIR/front.png in domain against out of
-domain, WORKDIR/scores.json holds every figure.
+Each run is the command of the README (`python -m imm_jax.main --config=configs/tiny.py`) with its own seed and method,
+or with an intervention in `star`; the control `real` trains on gold answers instead of samples. Linux only (one process
+per core, with taskset); a killed benchmark resumes. Prints Markdown tables with means and standard errors, also by
+round; out-of-domain accuracy at equal in-domain accuracy, paired with imm by seed; and the changes of imm and star
+relative to the base. WORKDIR/seeds.png plots accuracy by round, WORKDIR/front.png in-domain against out-of-domain
+accuracy; WORKDIR/scores.json holds all scores.
 """
 
 import json
@@ -20,9 +20,9 @@ from absl import app, flags
 from imm_jax import comparison, methods
 from imm_jax.report import Results, figures, front, groups, writer
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/seeds", "Where the run directories go.")
-_SEEDS = flags.DEFINE_integer("seeds", 10, "Runs of each method.", lower_bound=2)
-# What each method is to the command.
+_WORKDIR = flags.DEFINE_string("workdir", "runs/seeds", "Folder for the run directories.")
+_SEEDS = flags.DEFINE_integer("seeds", 10, "Number of runs of each method.", lower_bound=2)
+# Method -> flags of the command.
 METHODS = {name: (f"--config.method={name}",) for name in methods.METHODS} | {
     name: ("--config.method=star", f"--config.sft.intervention={name}") for name in (
         "gradient_decay", "gradient_clipping", "weight_masking")} | {
@@ -33,24 +33,24 @@ _OVERRIDES = flags.DEFINE_multi_string("override", [], "A flag passed on to ever
 
 
 def scores_by_round(root: Path, method: str, seeds: int) -> dict[str, list[list[float]]]:
-  """ID and OOD accuracy [seeds, rounds + 1]: the base, then the model that each round hands on."""
+  """Reads ID and OOD accuracy [seeds, rounds + 1] of the base and of the model that each round hands on."""
   table: dict[str, list[list[float]]] = {"ID": [], "OOD": []}
   for seed in range(seeds):
     results = Results.of(root / f"{method}_{seed}")
-    kept = {m.round: m for m in results.models}  # of a round's models the last counts: merged where there is one
-    models = [kept[r] for r in sorted(kept)]
+    last_models = {m.round: m for m in results.models}  # the last model of a round is the one handed on
+    models = [last_models[r] for r in sorted(last_models)]
     table["ID"].append([results.in_domain(m).value for m in models])
     table["OOD"].append([results.out_of_domain(m).value for m in models])
   return table
 
 
 def mean(values: np.ndarray) -> str:
-  """Mean and standard error over seeds."""
+  """Formats mean and standard error over seeds."""
   return f"{values.mean():.3f} ± {values.std(ddof=1) / len(values)**0.5:.3f}"
 
 
 def markdown(table: dict[str, dict[str, np.ndarray]]) -> str:
-  """Accuracy of the last round by method, with the change against the base."""
+  """Tabulates the accuracy after the last round by method, and its change relative to the base."""
   first = next(iter(table.values()))
   seeds, rounds = first["ID"].shape[0], first["ID"].shape[1] - 1
   lines = [f"| {seeds} seeds, after {rounds} rounds | ID | OOD | change in ID | change in OOD |",
@@ -64,7 +64,7 @@ def markdown(table: dict[str, dict[str, np.ndarray]]) -> str:
 
 
 def by_round(table: dict[str, dict[str, np.ndarray]]) -> str:
-  """Mean ID and OOD accuracy of the model that each round hands on."""
+  """Tabulates the mean ID and OOD accuracy of the model that each round hands on."""
   rounds = range(next(iter(table.values()))["ID"].shape[1])
   heads = [f"{domain} {t or 'base'}" for domain in ("ID", "OOD") for t in rounds]
   lines = [f"| by round | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
@@ -74,41 +74,41 @@ def by_round(table: dict[str, dict[str, np.ndarray]]) -> str:
   return "\n".join(lines)
 
 
-def at_equal_id(table: dict[str, dict[str, np.ndarray]], beside: str) -> str:
-  """OOD where a method's path (base, then each round's model) has the ID of the base and half of star's gain.
+def at_equal_id(table: dict[str, dict[str, np.ndarray]], reference: str) -> str:
+  """Tabulates OOD accuracy where a method's path (base, then each round's model) reaches half of star's gain in ID.
 
-  The differences to `beside` are paired by seed; p is that of the randomisation test, with Holm's correction.
+  Differences to the method `reference` are paired by seed; p is from the randomization test with Holm's correction.
   """
-  into = float(table["star"]["ID"][:, [0, -1]].mean())
+  target = float(table["star"]["ID"][:, [0, -1]].mean())
   paths = {name: [list(zip(*rows, strict=True)) for rows in zip(scores["ID"], scores["OOD"], strict=True)]
            for name, scores in table.items()}
-  found = {name: [front.out_at(path, into) for path in of] for name, of in paths.items()}
+  reached = {name: [front.out_at(path, target) for path in of] for name, of in paths.items()}
   area = {name: np.array([front.hypervolume(path, (path[0][0], 0.0)) for path in of]) for name, of in paths.items()}
   tests = {}
-  for name in table.keys() - {beside}:
-    both = [(a, b) for a, b in zip(found[name], found[beside], strict=True) if a is not None and b is not None]
-    if len(both) > 1:
-      tests[name] = comparison.paired(*zip(*both, strict=True))
+  for name in table.keys() - {reference}:
+    pairs = [(a, b) for a, b in zip(reached[name], reached[reference], strict=True) if None not in (a, b)]
+    if len(pairs) > 1:
+      tests[name] = comparison.paired(*zip(*pairs, strict=True))
   corrected = dict(zip(tests, comparison.holm([test.p for test in tests.values()]), strict=True))
-  heads = (f"at ID {into:.3f}", "OOD", "seeds that reach it", f"OOD less `{beside}`'s", "p", "hypervolume")
+  heads = (f"at ID {target:.3f}", "OOD", "seeds that reach it", f"OOD less `{reference}`'s", "p", "hypervolume")
   lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
   for name in table:
-    reached = np.array([y for y in found[name] if y is not None])
-    ood = mean(reached) if reached.size > 1 else ""
+    values = np.array([y for y in reached[name] if y is not None])
+    ood = mean(values) if values.size > 1 else ""
     change = f"{tests[name].value:+.3f} [{tests[name].low:+.3f}, {tests[name].high:+.3f}]" if name in tests else ""
     p = f"{corrected[name]:.3f}" if name in tests else ""
-    lines.append(f"| `{name}` | {ood} | {reached.size} | {change} | {p} | {mean(area[name])} |")
+    lines.append(f"| `{name}` | {ood} | {values.size} | {change} | {p} | {mean(area[name])} |")
   return "\n".join(lines)
 
 
 def style(name: str, i: int) -> tuple[str, str, str]:
-  """Colour, marker and dash of a method's line."""
-  looks = figures.method_style(*(("star", name) if name not in figures.METHODS else (name,)))
-  return *looks, "-" if name in figures.METHODS else figures.dash(1 + i % 3)
+  """Returns colour, marker and dash of a method's line."""
+  base_style = figures.method_style(*(("star", name) if name not in figures.METHODS else (name,)))
+  return *base_style, "-" if name in figures.METHODS else figures.dash(1 + i % 3)
 
 
 def plot_front(table: dict[str, dict[str, np.ndarray]], folder: Path) -> None:
-  """Mean ID against mean OOD, each method's rounds joined: front.png and front.svg."""
+  """Plots mean ID against mean OOD accuracy, with a line through each method's rounds: front.png and front.svg."""
   lines = tuple(figures.Line(name, *style(name, i), tuple(scores["ID"].mean(0)), tuple(scores["OOD"].mean(0)))
                 for i, (name, scores) in enumerate(table.items()))
   panel = figures.Panel("base and each round's model", "accuracy in domain", "accuracy out of domain", lines,
@@ -117,7 +117,7 @@ def plot_front(table: dict[str, dict[str, np.ndarray]], folder: Path) -> None:
 
 
 def plot(table: dict[str, dict[str, np.ndarray]], folder: Path) -> None:
-  """Mean accuracy by round with standard errors: seeds.png and seeds.svg."""
+  """Plots mean accuracy by round with standard errors: seeds.png and seeds.svg."""
   panels = []
   for domain, title in (("ID", "in domain"), ("OOD", "out of domain")):
     lines = []
@@ -147,9 +147,9 @@ def main(_: list[str]) -> None:
                     for d in ("ID", "OOD"))
     print(f"\nstar gains {gain['star']:+.3f} in domain (wanted +0.08 or more: {gain['star'] >= 0.08}) and changes by "
           f"{change['star']:+.3f} out of domain (wanted -0.10 or less: {change['star'] <= -0.10})")
-    kept = f"{gain['imm'] / gain['star']:.0%}" if gain["star"] > 0 else "none"
+    share = f"{gain['imm'] / gain['star']:.0%}" if gain["star"] > 0 else "none"
     print(f"imm changes by {change['imm']:+.3f} out of domain (wanted -0.02 or more: {change['imm'] >= -0.02}), keeps "
-          f"{kept} of star's gain (wanted 75 %: {gain['imm'] >= 0.75 * gain['star']})")
+          f"{share} of star's gain (wanted 75 %: {gain['imm'] >= 0.75 * gain['star']})")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Training steps beside transformers and torch, in one interleaved run on the same cores.
+"""Training steps compared with transformers and torch, in one interleaved run on the same cores.
 
     python benchmarks/sft.py --workdir=/tmp/sft-benchmark --cores=2
 
-A random Qwen2 of 6 layers, width 256, vocabulary 16,384; a step takes full rows, every token learned, in float32 master
-weights, AdamW and clipping. The peer is transformers' model with scaled-dot-product attention (which, for full rows,
-skips what the causal mask hides), `torch.autocast` for bfloat16 and torch's fused AdamW. Each program runs in processes
-of its own: seconds are of the fastest step after warm-up in any, memory is the peak of anonymous memory in those steps.
-Prints a Markdown table; both see the same weights and tokens, so losses are equal but for rounding.
-`--additions=kl,lora` runs steps with what is added to SFT too, anchored to the same weights, and prints what they take
-beside plain ones.
+The model is a random Qwen2 of 6 layers, width 256 and vocabulary 16,384. A step has full rows with all tokens learned,
+float32 master weights, AdamW and clipping. The peer is transformers' model with scaled-dot-product attention (which for
+full rows skips masked blocks), `torch.autocast` for bfloat16 and torch's fused AdamW. Each program runs in several
+processes; reported are the fastest step after warm-up, and the peak of anonymous memory. Prints a Markdown table; both
+programs have the same weights and tokens, so losses are equal up to rounding. `--additions=kl,lora` also runs steps
+with these additions to SFT, anchored to the same weights, and prints their cost relative to plain steps.
 """
 
 import functools
@@ -25,30 +24,30 @@ import numpy as np
 import random_checkpoints
 from absl import app, flags
 
-_WORKDIR = flags.DEFINE_string("workdir", "/tmp/sft-benchmark", "The checkpoint goes here.")
-_SHAPE = flags.DEFINE_enum("shape", "sft", sorted(random_checkpoints.SHAPES), "Of the checkpoint.")
-_ROWS = flags.DEFINE_integer("rows", 8, "Of a step.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("row_length", 512, "Tokens of a row.", lower_bound=2)
-_STEPS = flags.DEFINE_integer("steps", 10, "For the clock, after WARM_UP.", lower_bound=1)
-_REPEATS = flags.DEFINE_integer("repeats", 3, "Processes of each kind, interleaved; the fastest counts.", lower_bound=1)
+_WORKDIR = flags.DEFINE_string("workdir", "/tmp/sft-benchmark", "Folder for the checkpoint.")
+_SHAPE = flags.DEFINE_enum("shape", "sft", sorted(random_checkpoints.SHAPES), "Shape of the checkpoint.")
+_ROWS = flags.DEFINE_integer("rows", 8, "Rows per step.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("row_length", 512, "Tokens per row.", lower_bound=2)
+_STEPS = flags.DEFINE_integer("steps", 10, "Timed steps, after WARM_UP.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Processes of each kind, interleaved.", lower_bound=1)
 _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Compute dtypes.")
-_REMAT = flags.DEFINE_list("remat", ["none", "full"], "What is computed again; torch: gradient checkpointing or none.")
-_ADDITIONS = flags.DEFINE_list("additions", [], "Of ADDITIONS; steps with these run too.")
-_PEER = flags.DEFINE_bool("transformers", True, "Run transformers too.")
-_CORES = flags.DEFINE_integer("cores", 2, "Every process is pinned to this many cores.", lower_bound=1)
+_REMAT = flags.DEFINE_list("remat", ["none", "full"], "Rematerialization; in torch gradient checkpointing or none.")
+_ADDITIONS = flags.DEFINE_list("additions", [], "Additions (of ADDITIONS) to benchmark too.")
+_PEER = flags.DEFINE_bool("transformers", True, "Also run transformers.")
+_CORES = flags.DEFINE_integer("cores", 2, "Number of cores that processes are pinned to.", lower_bound=1)
 _CHILD = flags.DEFINE_string("child", None, "Internal: dtype,remat,program.")
 WARM_UP = 3
 ADDITIONS = ("l2_sp", "kl", "ema", "lora")
 
 
 def tokens() -> np.ndarray:
-  """The rows of every step."""
+  """Returns the token ids of a step's rows."""
   vocab = random_checkpoints.SHAPES[_SHAPE.value][-1]
   return np.random.default_rng(0).integers(0, vocab, (_ROWS.value, _LENGTH.value))
 
 
 def ours(dtype: str, remat: str, folder: Path, added: str = "") -> Callable[[], float]:
-  """A training step, with what is added to SFT; returns its loss."""
+  """Returns a function that runs a training step, possibly with an addition to SFT, and returns its loss."""
   import jax
   import optax
 
@@ -68,8 +67,8 @@ def ours(dtype: str, remat: str, folder: Path, added: str = "") -> Callable[[], 
   optimizer = make_optimizer(optax.constant_schedule(1e-4), weight_decay=0.0, grad_clip=1.0)
   state = init_state(params, optimizer, mesh, additions=additions, frozen=frozen)
   del params, frozen
-  chosen = attention.choose("auto", config, dtype=dtype, length=_LENGTH.value, rows=_ROWS.value, mesh=mesh)
-  train_step = make_train_step(config, optimizer, compute_dtype=dtype, remat=remat, attention=chosen, mesh=mesh,
+  backend = attention.choose("auto", config, dtype=dtype, length=_LENGTH.value, rows=_ROWS.value, mesh=mesh)
+  train_step = make_train_step(config, optimizer, compute_dtype=dtype, remat=remat, attention=backend, mesh=mesh,
                                additions=additions)
   examples = [TokenizedExample(row[:1].tolist(), row[1:].tolist()) for row in tokens()]
   batch = PackedBatches(examples, epochs=1, global_batch=len(examples), row_length=_LENGTH.value, seed=0)[0]
@@ -84,7 +83,7 @@ def ours(dtype: str, remat: str, folder: Path, added: str = "") -> Callable[[], 
 
 
 def theirs(dtype: str, remat: str, folder: Path) -> Callable[[], float]:
-  """The same of torch."""
+  """Returns the same function for torch."""
   import torch
   import transformers
 
@@ -111,13 +110,13 @@ def theirs(dtype: str, remat: str, folder: Path) -> Callable[[], float]:
 
 
 def anonymous() -> float:
-  """Anonymous memory of this process in GiB."""
+  """Returns the anonymous memory of this process in GiB."""
   lines = Path("/proc/self/status").read_text().splitlines()
   return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 2**20
 
 
 def measure(step: Callable[[], float]) -> dict[str, float]:
-  """Seconds and processor seconds of the fastest step, loss of the last, GiB of memory at most."""
+  """Measures wall-clock and CPU seconds of the fastest step, first and last loss, and peak memory in GiB."""
   peak, done = 0.0, threading.Event()
 
   def watch() -> None:
@@ -177,12 +176,12 @@ def main(_: list[str]) -> None:
           f"{best['compile']:.1f} | {beside or ' | | '} |", flush=True)
   if _ADDITIONS.value:
     print("\n| dtype | remat | added | time | CPU | GiB | GiB more |\n" + "|---" * 7 + "|")
-  for *how, program in kinds:
+  for *setting, program in kinds:
     if program in _ADDITIONS.value:
-      this, plain = ({name: min(run[name] for run in runs[*how, of]) for name in ("s", "cpu", "gib")}
-                     for of in (program, "imm_jax"))
-      ratios = " | ".join(f"{this[name] / plain[name]:.2f}" for name in this)
-      print(f"| {' | '.join(how)} | {program} | {ratios} | {this['gib'] - plain['gib']:.2f} |", flush=True)
+      added, plain = ({name: min(run[name] for run in runs[*setting, of]) for name in ("s", "cpu", "gib")}
+                      for of in (program, "imm_jax"))
+      ratios = " | ".join(f"{added[name] / plain[name]:.2f}" for name in added)
+      print(f"| {' | '.join(setting)} | {program} | {ratios} | {added['gib'] - plain['gib']:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Many runs of the command, one process a core, in which what methods share is computed once."""
+"""Many runs of the command, one process per core; computations that methods share are done once."""
 
 import os
 import shutil
@@ -14,20 +14,20 @@ REPO = Path(__file__).parent.parent
 
 def run_all(methods: Mapping[str, Sequence[str]], seeds: Mapping[str, int], root: Path, command: Sequence[str], *,
             processes: int = 0) -> None:
-  """Runs every method with its seeds in ROOT/METHOD_SEED, one seed a core; what is done is not done again.
+  """Runs every method with its seeds in ROOT/METHOD_SEED, one seed per core; finished stages are not repeated.
 
-  What star computes and another method has as well (the base's scores, the first samples and their SFT) is computed
-  once: star comes first, and the others start from a copy of its run, in which what differs is run again.
+  Stages that a method shares with star (the base's scores, the first samples and their SFT) are computed once: star
+  runs first, and the others start from a copy of its run, in which the stages that differ are run again.
 
   Args:
-    methods: the flags of each.
-    seeds: how many of each, from 0 on.
-    root: the folder of the runs.
-    command: the flags of all.
-    processes: at once, at most; 0 for one on each core.
+    methods: the flags of each method.
+    seeds: the number of seeds of each method, from 0 on.
+    root: folder for the runs.
+    command: the flags of all runs.
+    processes: maximum number of concurrent processes; 0 for one per core.
 
   Raises:
-    SystemExit: with the log to read, when a run fails.
+    SystemExit: when a run fails, with the path of its log.
   """
   root.mkdir(parents=True, exist_ok=True)
   cores: SimpleQueue[int] = SimpleQueue()
@@ -40,7 +40,7 @@ def run_all(methods: Mapping[str, Sequence[str]], seeds: Mapping[str, int], root
       for method in sorted(methods, key="star".__ne__):
         if seed < seeds[method]:
           workdir = root / f"{method}_{seed}"
-          again = method != "star" and _copied(root / f"star_{seed}", workdir)
+          again = method != "star" and _copy(root / f"star_{seed}", workdir)
           run([*command, f"--config.seed={seed}", *methods[method]] + ["--rerun"] * again, workdir,
               compiled=root / "compiled", core=core)
           print(f"{method} seed {seed} done", flush=True)
@@ -55,19 +55,19 @@ def run(flags: Sequence[str], workdir: Path, *, compiled: Path, core: int | None
   """Runs the command in a work directory, with its output in WORKDIR.log.
 
   Args:
-    flags: of the command, but for --workdir.
-    workdir: of the run.
-    compiled: a folder for compiled programs, which runs share.
-    core: that it is bound to; None for all.
+    flags: flags of the command except --workdir.
+    workdir: run directory.
+    compiled: folder for compiled programs, which runs share.
+    core: core to pin the run to; None for all.
 
   Raises:
-    SystemExit: with the log to read, when it fails.
+    SystemExit: when the run fails, with the path of its log.
   """
   environment = os.environ | {
       "JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "PYTHONPATH": str(REPO), "PYTHONWARNINGS": "ignore"}
-  bound = [] if core is None else ["taskset", "-c", str(core)]
-  command = [*bound, sys.executable, "-m", "imm_jax.main", f"--workdir={workdir}", *flags]
+  pinned = [] if core is None else ["taskset", "-c", str(core)]
+  command = [*pinned, sys.executable, "-m", "imm_jax.main", f"--workdir={workdir}", *flags]
   workdir.parent.mkdir(parents=True, exist_ok=True)
   log = workdir.with_name(f"{workdir.name}.log")
   with log.open("w") as output:
@@ -76,8 +76,8 @@ def run(flags: Sequence[str], workdir: Path, *, compiled: Path, core: int | None
     raise SystemExit(f"{' '.join(command)} ended with {code}; see {log}")
 
 
-def _copied(first: Path, workdir: Path) -> bool:
-  """Whether a run starts, or has started, from a copy of the first one, which is made here."""
+def _copy(first: Path, workdir: Path) -> bool:
+  """Copies the first run to `workdir`, unless that exists; returns whether there is a first run."""
   if not first.exists():
     return False
   if not workdir.exists():

@@ -1,12 +1,12 @@
-"""A real pretrained model on real questions: what merging keeps, in and out of domain.
+"""A study of merging with a real pretrained model on real questions, in and out of domain.
 
     python benchmarks/smollm2.py --workdir=runs/smollm2
     python benchmarks/smollm2.py --workdir=runs/smollm2 --model=FOLDER --data=FOLDER --methods=star --seeds=1
 
-Every method runs three rounds from SmolLM2-135M-Instruct (`configs/smollm2.py:study`), star and imm with --seeds seeds,
-the others with one; what they share is computed once. Linux only; one process a core, about 4.5 GiB each. A killed
-benchmark goes on where it was, parts may come in any order (--methods, --seeds), and what is done so far is collected
-at the end of each start: WORKDIR/scores.json holds every figure, WORKDIR/report the pictures; a table is printed.
+Each method runs three rounds from SmolLM2-135M-Instruct (`configs/smollm2.py:study`), star and imm with --seeds seeds,
+the others with one; shared stages are computed once. Linux only; one process per core, about 4.5 GiB each. A killed
+benchmark resumes, and parts may run in any order (--methods, --seeds). At the end the results so far are written to
+WORKDIR/scores.json (all scores) and WORKDIR/report (plots), and a table is printed.
 """
 
 import json
@@ -20,18 +20,18 @@ from imm_jax import files
 from imm_jax.report import Results, compare, groups, results
 
 METHODS = ("star", "imm", "iimm", "wise_ft", "kl", "real")
-_SEVERAL = ("star", "imm")  # with --seeds seeds
-_WORKDIR = flags.DEFINE_string("workdir", "runs/smollm2", "Where everything goes.")
-_MODEL = flags.DEFINE_string("model", "", "A folder of the model; empty for the hub's.")
-_DATA = flags.DEFINE_string("data", "", "A folder of data sets, as they are published; empty for the published places.")
-_METHODS = flags.DEFINE_list("methods", list(METHODS), "Of METHODS.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of star and imm.", lower_bound=1)
-_PROCESSES = flags.DEFINE_integer("processes", 0, "At once, at most; 0 for one on each core.", lower_bound=0)
+_SEEDED = ("star", "imm")  # methods with --seeds seeds
+_WORKDIR = flags.DEFINE_string("workdir", "runs/smollm2", "Folder for all outputs.")
+_MODEL = flags.DEFINE_string("model", "", "Folder of the model; empty for the hub's.")
+_DATA = flags.DEFINE_string("data", "", "Folder of data sets as published; empty for the published sources.")
+_METHODS = flags.DEFINE_list("methods", list(METHODS), "Methods to run.")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Number of runs of star and imm.", lower_bound=1)
+_PROCESSES = flags.DEFINE_integer("processes", 0, "Maximum number of processes; 0 for one per core.", lower_bound=0)
 _OVERRIDES = flags.DEFINE_multi_string("override", [], "A flag passed on to every run, such as --config.rounds=2.")
 
 
 def command() -> list[str]:
-  """The flags of all runs."""
+  """Returns the flags of all runs."""
   local, model = [], [f"--config.model={_MODEL.value}"] * bool(_MODEL.value)
   if _DATA.value:
     source = f"file:{Path(_DATA.value).resolve()}"
@@ -41,15 +41,15 @@ def command() -> list[str]:
   return ["--config=configs/smollm2.py:study", *model, *local, *_OVERRIDES.value]
 
 
-def figures_of(run: Results) -> dict[str, Any]:
-  """Every figure of a run, by model: scores of each task, nats a token of texts, KL to the base, seconds of stages."""
+def collect_figures(run: Results) -> dict[str, Any]:
+  """Collects all figures of a run: scores, nats per token and KL of each model, seconds of stages, and memory."""
   values = lambda scores: {task: score.value for task, score in scores.items()}
 
   def of_model(model: results.Model) -> dict[str, Any]:
     drift = run.drift.get(model.round, {}).get("models", {}).get(model.kind, {})
     return {"in_domain": run.in_domain(model).value, "out_of_domain": run.out_of_domain(model).value,
-            "scores": values(model.scores), "beside": {task: values(found) for task, found in model.beside.items()},
-            "nats_per_token": {text: found["nats_per_token"]["value"] for text, found in model.texts.items()},
+            "scores": values(model.scores), "beside": {task: values(figures) for task, figures in model.beside.items()},
+            "nats_per_token": {text: figures["nats_per_token"]["value"] for text, figures in model.texts.items()},
             "kl": {task: of_task["kl"] for task, of_task in drift.items()}}
 
   return {
@@ -61,15 +61,15 @@ def figures_of(run: Results) -> dict[str, Any]:
       "memory_gib": max(run.memory.values(), default=None)}
 
 
-def markdown(found: dict[str, dict[str, Any]]) -> str:
-  """The last model of each method: mean over seeds, with the standard error where there are several."""
-  first = next(iter(found.values()))
+def markdown(figures: dict[str, dict[str, Any]]) -> str:
+  """Tabulates the last model of each method: mean over seeds, with the standard error if there are several."""
+  first = next(iter(figures.values()))
   id_task, *ood = first["n"]
   texts = list(next(iter(first["models"].values()))["nats_per_token"])
   heads = ["", "seeds", id_task, "out of domain", *ood, *(f"{text}, nats a token" for text in texts), "KL in domain"]
   lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
   rows = {"base": [next(iter(first["models"].values()))]}
-  for name, run in found.items():
+  for name, run in figures.items():
     rows.setdefault(f"`{name.rpartition('_')[0]}`", []).append(run["models"][run["handed_on"][-1]])
   for name, models in rows.items():
     columns = [[m["in_domain"] for m in models], [m["out_of_domain"] for m in models],
@@ -88,23 +88,23 @@ def _mean(values: list[float]) -> str:
 
 
 def collect(root: Path) -> None:
-  """Writes scores.json and the report of all runs that have scores, and prints a table of those that are done."""
+  """Writes scores.json and the report for all runs with scores, and prints a table of the most advanced ones."""
   folders = [path for path in sorted((root / "runs").iterdir()) if results.is_run(path) and path.suffix != ".part"]
   runs = [run for path in folders if len((run := Results.of(path)).models) > 1]
   if not runs:
     return
-  found = {run.root.name: figures_of(run) for run in runs}
-  files.write_text(root / "scores.json", json.dumps(found, indent=1) + "\n")
+  figures = {run.root.name: collect_figures(run) for run in runs}
+  files.write_text(root / "scores.json", json.dumps(figures, indent=1) + "\n")
   if len(runs) > 1:
     compare.write(runs, root / "report")
-  rounds = max(len(run["handed_on"]) for run in found.values())
-  print(markdown({name: run for name, run in found.items() if len(run["handed_on"]) == rounds}))
+  rounds = max(len(run["handed_on"]) for run in figures.values())
+  print(markdown({name: run for name, run in figures.items() if len(run["handed_on"]) == rounds}))
 
 
 def main(_: list[str]) -> None:
   root = Path(_WORKDIR.value).resolve()
   methods = {name: [f"--config.method={name}"] for name in _METHODS.value}
-  seeds = {name: _SEEDS.value if name in _SEVERAL else 1 for name in methods}
+  seeds = {name: _SEEDS.value if name in _SEEDED else 1 for name in methods}
   try:
     side_by_side.run_all(methods, seeds, root / "runs", command(), processes=_PROCESSES.value)
   finally:

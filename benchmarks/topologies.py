@@ -1,11 +1,11 @@
-"""Which models train on which TPU slices, by the compiler's word: memory, step time, MFU. Nothing runs on a TPU.
+"""Memory, step time and MFU of training models on TPU slices, as estimated by the compiler; needs no TPU.
 
     python benchmarks/topologies.py --out=benchmarks/topologies.json
     python benchmarks/topologies.py --out=FILE --models=llama-2-7b --topologies=v5e:4x4
 
-Needs libtpu (`pip install -e '.[aot]'`). A cell takes one to three minutes; what FILE holds is not compiled again.
-Packed rows of 2048 tokens, bfloat16 compute, float32 master weights and AdamW's moments. Of the settings below the
-first that fits is shown.
+Needs libtpu (`pip install -e '.[aot]'`). A cell takes one to three minutes; cells that FILE holds are not repeated.
+Rows have 2048 tokens, compute is bfloat16, master weights and AdamW's moments are float32. The first of SETTINGS that
+fits is reported.
 """
 
 import json
@@ -18,7 +18,7 @@ from imm_jax.aot import check, topology
 from imm_jax.errors import UserError
 from imm_jax.model import published
 
-_OUT = flags.DEFINE_string("out", None, "Results, one JSON object for each cell.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Results, a JSON object per cell.", required=True)
 _MODELS = flags.DEFINE_list("models", [], "Names; all if empty.")
 _TOPOLOGIES = flags.DEFINE_list("topologies", [], "Names; all if empty.")
 
@@ -26,7 +26,7 @@ LENGTH = 2048
 MODELS = {name: published.MODELS[hub_id] for name, hub_id in {
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B", "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B", "qwen2.5-7b": "Qwen/Qwen2.5-7B",
     "llama-2-7b": "meta-llama/Llama-2-7b-hf", "llama-3-8b": "meta-llama/Meta-Llama-3-8B"}.items()}
-# Name: the topology as libtpu says it, slices, data. v5p counts cores: v5p-16 has 8 chips.
+# Name -> (libtpu's name of the topology, slices, size of `data`). v5p counts cores: v5p-16 has 8 chips.
 TOPOLOGIES = {
     "v5e-16": ("v5e:4x4", 1, 1),
     "v5e-256": ("v5e:16x16", 1, 16),
@@ -34,12 +34,12 @@ TOPOLOGIES = {
     "v6e-16": ("v6e:4x4", 1, 1),
     "2 x v5e-256": ("v5e:16x16", 2, 32),
 }
-# Rows of a chip and what is computed again.
+# (rows per chip, rematerialization).
 SETTINGS = ((2, "attention"), (2, "full"), (1, "full"))
 
 
 def cell(model: str, name: str) -> dict[str, object]:
-  """One model on one slice."""
+  """Compiles a model for a slice; returns the figures."""
   topology_name, slices, data = TOPOLOGIES[name]
   slice_ = topology.describe(topology_name, slices=slices)
   mesh = slice_.mesh(data=data, fsdp=-1, tensor=1)
@@ -66,7 +66,7 @@ def cell(model: str, name: str) -> dict[str, object]:
 
 
 def table(cells: list[dict[str, object]]) -> str:
-  """Markdown, a row for each cell."""
+  """Returns a Markdown table with a row per cell."""
   lines = ["| model | slice | rows a chip, remat | peak GiB of | step ms | times 6N | MFU | roofline ms | alone ms |",
            "|---|---|---|---|---|---|---|---|---|"]
   for c in cells:

@@ -1,10 +1,10 @@
-"""Verdicts on labelled model outputs: how many are wrong, and how many are reached in a second.
+"""Accuracy and speed of verdicts on labelled model outputs.
 
     python benchmarks/verdicts.py --answers=../shared/data/answers/answers.jsonl.gz --workers=2
 
-Takes JSON lines with `output`, `gold`, `correct` and `kind` (num, tex or mc). Rows whose gold answer is not of their
-kind are left out. Shuffled: outputs that are right by their label, each beside the gold answer of another question that
-truly differs; none should be accepted. Prints a Markdown table.
+Reads JSON lines with `output`, `gold`, `correct` and `kind` (num, tex or mc); rows whose gold answer is not of their
+kind are skipped. As a control, outputs labelled as right are judged against the different gold answers of other
+questions (shuffled); none should be accepted. Prints a Markdown table.
 """
 
 import gzip
@@ -19,30 +19,30 @@ from absl import app, flags
 from imm_jax.tasks import answers, latex
 from imm_jax.tasks.judge import Judge
 
-_ANSWERS = flags.DEFINE_string("answers", None, "JSON lines, .gz or not.", required=True)
+_ANSWERS = flags.DEFINE_string("answers", None, "JSON lines, possibly gzipped.", required=True)
 _WORKERS = flags.DEFINE_integer("workers", 2, "Worker processes.", lower_bound=1)
-_STRICT = flags.DEFINE_bool("strict", False, "As when filtering: no answer without a marker.")
-_SHUFFLES = flags.DEFINE_integer("shuffles", 5, "Times that golds are shuffled.", lower_bound=1)
+_STRICT = flags.DEFINE_bool("strict", False, "Judge as in filtering, where an answer needs a marker.")
+_SHUFFLES = flags.DEFINE_integer("shuffles", 5, "Number of shuffles of the gold answers.", lower_bound=1)
 _ERRORS = flags.DEFINE_bool("errors", False, "Print the verdicts that differ from their labels.")
 KINDS = {"num": "number", "tex": "latex", "mc": "choice"}
 
 
-def judgeable(row: dict[str, Any]) -> bool:
-  """Whether a row's gold answer is of its kind."""
+def is_judgeable(row: dict[str, Any]) -> bool:
+  """Returns whether a row's gold answer is of its kind."""
   return row["kind"] != "num" or answers.parse_number(row["gold"]) is not None
 
 
-def differ(a: str, b: str, kind: str) -> bool:
-  """Whether two gold answers are truly others."""
+def are_different(a: str, b: str, kind: str) -> bool:
+  """Returns whether two gold answers have different values."""
   if kind == "number":
     return abs(answers.parse_number(a) - answers.parse_number(b)) > answers.TOLERANCE
   return latex.normalise(a) != latex.normalise(b) and latex.same(a, b) is not True
 
 
 def measure(judge: Judge, rows: Sequence[dict[str, Any]], kind: str) -> list[str]:
-  """A row of the table."""
+  """Judges rows of a kind; returns the cells of a row of the table."""
   items = [(r["output"], r["gold"], kind) for r in rows]
-  judge.verdicts(items[:50], strict=_STRICT.value)  # the workers have started
+  judge.verdicts(items[:50], strict=_STRICT.value)  # warm-up: starts the workers
   start = time.perf_counter()
   verdicts = judge.verdicts(items, strict=_STRICT.value)
   seconds = time.perf_counter() - start
@@ -55,7 +55,7 @@ def measure(judge: Judge, rows: Sequence[dict[str, Any]], kind: str) -> list[str
   for _ in range(_SHUFFLES.value):
     draw.shuffle(golds)
     shuffled += [(r["output"], gold, kind) for r, gold in zip(rows, golds, strict=True)
-                 if r["correct"] and differ(r["gold"], gold, kind)]
+                 if r["correct"] and are_different(r["gold"], gold, kind)]
   verdicts = judge.verdicts(shuffled, strict=_STRICT.value)
   accepted = [item for item, v in zip(shuffled, verdicts, strict=True) if v.correct]
   if _ERRORS.value:
@@ -66,16 +66,16 @@ def measure(judge: Judge, rows: Sequence[dict[str, Any]], kind: str) -> list[str
 
 
 def main(_: Sequence[str]) -> None:
-  opened = gzip.open if _ANSWERS.value.endswith(".gz") else open
-  with opened(_ANSWERS.value, "rt", encoding="utf-8") as lines:
-    rows = [row for row in map(json.loads, lines) if judgeable(row)]
+  open_file = gzip.open if _ANSWERS.value.endswith(".gz") else open
+  with open_file(_ANSWERS.value, "rt", encoding="utf-8") as lines:
+    rows = [row for row in map(json.loads, lines) if is_judgeable(row)]
   print("| kind | n | wrong % | false positives | false negatives | verdicts/s | shuffled accepted % |")
   print("|---|---|---|---|---|---|---|")
   with Judge(workers=_WORKERS.value) as judge:
     for name, kind in KINDS.items():
-      of_kind = [r for r in rows if r["kind"] == name]
-      if of_kind:
-        print("| " + " | ".join(measure(judge, of_kind, kind)) + " |", flush=True)
+      selected = [r for r in rows if r["kind"] == name]
+      if selected:
+        print("| " + " | ".join(measure(judge, selected, kind)) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""vLLM's own `LLM.generate` as a program of `sampling.py`, which starts this with the Python that has vLLM."""
+"""Runs vLLM's `LLM.generate` for `sampling.py`, which starts this program with vLLM's Python."""
 
 import json
 import os

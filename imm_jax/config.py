@@ -93,7 +93,7 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
     raise UserError(f"config.eval.pass_at_k={config.eval.pass_at_k}: all are more than "
                     f"eval.num_samples={config.eval.num_samples}")
   try:
-    throughput.window(config.profile)
+    throughput.parse_window(config.profile)
   except ValueError as e:
     raise UserError(f"config.profile={e}") from e
   _validate_sampler(config)

@@ -32,7 +32,7 @@ from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.sampling import Completion, Prompt
 from imm_jax.sampling.native import NativeSampler, parts
 from imm_jax.scoring import Request, Score, Scorer, encode_text
-from imm_jax.scoring.requests import continuing, prefix_id
+from imm_jax.scoring.requests import make_request, prefix_id
 from imm_jax.stages import kept
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ class HarnessLM(TemplateLM):
     asked = []
     for (_context, continuation), before, scored in requests:
       try:
-        asked.append(continuing(before or [self.prefix_token_id], scored, positions=self.max_length))
+        asked.append(make_request(before or [self.prefix_token_id], scored, positions=self.max_length))
       except UserError as e:
         raise UserError(f"the continuation {continuation!r:.80} {e}; it cannot be scored") from None
     found = self._score(asked, "lm_eval: continuations", quiet=disable_tqdm)
@@ -206,7 +206,7 @@ class HarnessLM(TemplateLM):
     return [(score.logprob, score.greedy) for score in found]
 
   def _score(self, requests: Sequence[Request], label: str, *, quiet: bool) -> list[Score]:
-    rows = kept.rows(
+    rows = kept.compute_rows(
         requests, lambda part, label: [score._asdict() for score in self._scorer().score(
             [Request(*request) for request in part], label=label, quiet=quiet)],
         size=_REQUESTS, journal=self._next_journal(), settings={"model": self._digest}, label=label)

@@ -5,6 +5,7 @@ callback of the interpreter, which loses it, it comes again. A thread watches, f
 main thread compiles or computes: what has not ended after `GRACE_S`, or is told a second time, is ended at once.
 """
 
+import atexit
 import contextlib
 import os
 import select
@@ -44,6 +45,7 @@ def answer() -> None:
 
   sys.unraisablehook = hook
   threading.Thread(target=_watch, args=(read,), daemon=True).start()
+  atexit.register(_ignore_repeated)
 
 
 @contextlib.contextmanager
@@ -64,6 +66,12 @@ def before_end(do: Callable[[str], None]) -> Iterator[None]:
     yield
   finally:
     _before_end.remove(do)
+
+
+def _ignore_repeated() -> None:
+  """Keeps a second SIGTERM from taking the place of the exit code while Python ends: it restores the default action."""
+  if _told.is_set():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _stop(*_: object) -> None:

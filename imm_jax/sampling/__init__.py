@@ -1,8 +1,8 @@
-"""Sampling: prompts in, completions out.
+"""Sampling of completions.
 
-Engines fulfil `Sampler`, a package each: `native/`, this package's decoder on the devices that train, and `vllm/`. What
-they share lies here: `completions.py` says what of the drawn tokens is a completion, `journal.py` keeps what has come,
-`engines.py` names the engines for `config.sampler.kind`.
+Each engine is a package that implements `Sampler`: `native/`, this package's decoder on the training devices, and
+`vllm/`. Shared code: `completions.py` turns drawn tokens into completions, `journal.py` saves results as they arrive,
+`engines.py` maps `config.sampler.kind` to engines.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from typing import NamedTuple, Protocol
 
 
 class Prompt(NamedTuple):
-  """A text to continue.
+  """Holds a text to continue.
 
   Attributes:
-    id: decides the random keys of its samples, with the seed and the sample's number.
-    text: what is continued.
-    ids: the token ids of the text, where they are not those that `encode_prompt` gives.
+    id: determines the random keys of its samples, together with the seed and the sample number.
+    text: the text.
+    ids: the text's token ids; empty to tokenize it with `encode_prompt`.
   """
 
   id: str
@@ -25,11 +25,11 @@ class Prompt(NamedTuple):
 
 
 class Completion(NamedTuple):
-  """One sampled continuation.
+  """Holds one sampled continuation.
 
   Attributes:
-    text: without the end-of-text token, cut before a stop string.
-    num_tokens: that were generated, the end-of-text token included.
+    text: the text without the end-of-text token, cut before a stop string.
+    num_tokens: number of generated tokens, including the end-of-text token.
     finish: `stop` (end-of-text token or stop string) or `length`.
   """
 
@@ -39,7 +39,7 @@ class Completion(NamedTuple):
 
 
 class Sampler(Protocol):
-  """What samples from one model: a checkpoint folder, or for the native one parameters in memory."""
+  """Samples from one model: a checkpoint folder, or (native sampler only) parameters in memory."""
 
   def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int, num_samples: int = 1,
                temperatures: Sequence[float] = (0.0,), top_p: float = 1.0, stop: Sequence[str] = (), seed: int = 0,
@@ -47,21 +47,21 @@ class Sampler(Protocol):
     """Samples `num_samples` completions of every prompt.
 
     Args:
-      prompts: ids must differ where independent samples are wanted.
-      max_new_tokens: at most this many a sample.
-      num_samples: completions of each prompt.
-      temperatures: sample j runs at `temperatures[j % len(temperatures)]`; 0 is greedy.
-      top_p: sample from the smallest set of tokens that holds this much probability.
-      stop: a completion ends before the first of these strings; a special token counts as the text that it stands
-        for, such as `<|im_end|>`, alone or with other text.
-      seed: of all samples.
-      label: what the progress bar says.
-      journal: a file that gets the samples as they come; a call with the same arguments goes on from it.
+      prompts: prompts to continue; those with equal ids do not get independent samples.
+      max_new_tokens: maximum number of tokens per sample.
+      num_samples: completions per prompt.
+      temperatures: sample j uses `temperatures[j % len(temperatures)]`; 0 is greedy.
+      top_p: probability mass of nucleus sampling.
+      stop: a completion ends before the first of these strings; special tokens are matched by their text, such as
+        `<|im_end|>`, alone or with other text.
+      seed: seed of all samples.
+      label: text of the progress bar.
+      journal: file that samples are written to as they arrive; a call with the same arguments resumes from it.
 
     Returns:
-      For each prompt, in order, its completions; on process 0 alone where several processes share a journal.
+      The completions of each prompt, in order; with several processes that share a journal, only on process 0.
 
     Raises:
-      ValueError: for a prompt without a token, or an argument out of range.
-      UserError: for a prompt with a token that the embedding has no row of, or when an engine cannot go on.
+      ValueError: for an empty prompt, or an argument out of range.
+      UserError: for a prompt with a token id outside of the embedding, or when an engine cannot continue.
     """

@@ -1,12 +1,12 @@
-"""The engines that `config.sampler.kind` names; adding one is a module, and a line here.
+"""The sampling engines by `config.sampler.kind`; a new engine is a module and a line here.
 
 An engine's module has two functions:
 
     opened(config, model, *, batch_size, scratch, mesh) -> a context manager of a `Sampler`
-    check(config) -> None; a UserError says why the engine cannot run as the config has it
+    check(config) -> None; raises UserError if the engine cannot run with this config
 
-`model` is a checkpoint folder; `scratch` a folder for logs; `mesh` gives this process's devices, which must not be
-asked for before the engine needs them, for another process may hold them.
+`model` is a checkpoint folder and `scratch` a folder for logs. `mesh()` returns this process's devices; an engine must
+not call it before it needs them, because another process may hold them.
 """
 
 import contextlib
@@ -19,18 +19,18 @@ from jax.sharding import Mesh
 
 from imm_jax.sampling import Sampler
 
-# By kind: the module, imported when it is asked for.
+# Module by kind; imported on first use.
 ENGINES = {"native": "imm_jax.sampling.native.engine", "vllm": "imm_jax.sampling.vllm.engine"}
 
 
 def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, scratch: Path,
            mesh: Callable[[], Mesh]) -> contextlib.AbstractContextManager[Sampler]:
-  """A sampler of a model, as the config has it."""
+  """Opens a sampler of a model with the engine that the config selects."""
   return _engine(config).opened(config, model, batch_size=batch_size, scratch=scratch, mesh=mesh)
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """Raises UserError when the engine that the config asks for cannot run."""
+  """Raises UserError if the engine that the config selects cannot run."""
   _engine(config).check(config)
 
 

@@ -1,4 +1,4 @@
-"""Results on disk as they come, so that a killed run goes on where it was."""
+"""Results saved as they arrive, so that a killed run resumes where it was."""
 
 import errno
 import json
@@ -16,20 +16,19 @@ _SYNC_EVERY_S = 5.0
 
 
 def completions_of(value: Any) -> list[Completion]:
-  """Reads the completions of a request from what json gives for them.
+  """Converts parsed JSON to the completions of a request.
 
   Raises:
-    TypeError, ValueError: for anything else.
+    TypeError, ValueError: for malformed input.
   """
   return [Completion(str(text), int(tokens), str(finish)) for text, tokens, finish in value]
 
 
 class Journal:
-  """A file of JSON lines: a header that says what is sampled, then the completions of a request in each line.
+  """Appends results to a JSONL file: a header that identifies the task, then one request's completions per line.
 
-  Lines may hold other results than completions, which `parse` reads.
-
-  A torn last line, and all that would follow, is dropped; a file whose header is another's is started anew.
+  With another `parse` lines may hold other results. Everything from the first torn line on is dropped; a file with a
+  different header is started over.
 
   >>> import contextlib, tempfile
   >>> path = Path(tempfile.mkdtemp()) / "journal.jsonl"
@@ -44,40 +43,40 @@ class Journal:
   """
 
   def __init__(self, path: Path, header: dict[str, Any], parse: Callable[[Any], list[Any]] = completions_of):
-    """Reads what an earlier run has left.
+    """Opens or creates the file, and reads the results of an earlier run into `done`.
 
     Args:
-      path: of the file; made where it is missing.
-      header: what decides the samples: model, settings, questions. Anything that json can write.
-      parse: makes a result of what json gives for it; raises TypeError or ValueError for what is none.
+      path: path of the file.
+      header: everything that determines the samples (model, settings, questions), JSON-serializable.
+      parse: converts parsed JSON to a result; raises TypeError or ValueError for malformed input.
     """
     self.done: dict[int, list[Any]] = {}
     self._path = path
     path.parent.mkdir(parents=True, exist_ok=True)
     self._file = path.open("ab", buffering=0)
     self._synced = time.monotonic()
-    first = _line(header, sort_keys=True)
+    header_line = _line(header, sort_keys=True)
     with path.open("rb") as f:
-      end = len(first) if f.readline() == first else 0
-      while end and (found := _parsed(line := f.readline(), parse)):
-        self.done[found[0]] = found[1]
+      end = len(header_line) if f.readline() == header_line else 0
+      while end and (entry := _parse_line(line := f.readline(), parse)):
+        self.done[entry[0]] = entry[1]
         end += len(line)
     self._file.truncate(end)
     if not end:
-      self._write(first)
+      self._write(header_line)
 
   def add(self, number: int, result: list[Any]) -> None:
-    """Writes the completions of a request, or another result: at once to the file, a few seconds later to the disk.
+    """Appends the result of a request; it is flushed to disk within a few seconds.
 
     Raises:
-      UserError: when the disk refuses.
+      UserError: when the file cannot be written.
     """
     self._write(_line([number, result]))
     if time.monotonic() - self._synced > _SYNC_EVERY_S:
       self._sync()
 
   def close(self) -> None:
-    """Puts all on disk."""
+    """Flushes everything to disk and closes the file."""
     self._sync()
     self._file.close()
 
@@ -86,9 +85,9 @@ class Journal:
       if self._file.write(line) < len(line):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as e:
-      raise self._refused(e) from e
+      raise self._write_error(e) from e
 
-  def _refused(self, error: OSError) -> UserError:
+  def _write_error(self, error: OSError) -> UserError:
     return UserError(f"{self._path}: cannot be written ({error.strerror}); the same command goes on after what is in "
                      "it")
 
@@ -96,7 +95,7 @@ class Journal:
     try:
       os.fsync(self._file.fileno())
     except OSError as e:
-      raise self._refused(e) from e
+      raise self._write_error(e) from e
     self._synced = time.monotonic()
 
 
@@ -104,8 +103,8 @@ def _line(value: Any, *, sort_keys: bool = False) -> bytes:
   return json.dumps(value, sort_keys=sort_keys).encode() + b"\n"
 
 
-def _parsed(line: bytes, parse: Callable[[Any], list[Any]]) -> tuple[int, list[Any]] | None:
-  """None for what is no whole line of a journal."""
+def _parse_line(line: bytes, parse: Callable[[Any], list[Any]]) -> tuple[int, list[Any]] | None:
+  """Parses a line of a journal; returns None if it is torn or malformed."""
   try:
     number, result = json.loads(line) if line.endswith(b"\n") else None
     return operator.index(number), parse(result)

@@ -1,19 +1,19 @@
-"""The progress bar of sampling: tokens a second from the first steps on, and an estimate of how many are to come."""
+"""The progress bar of sampling: tokens per second from the first steps on, and an estimate of the remaining tokens."""
 
 from imm_jax import progress
 
 
 class Progress:
-  """Counts tokens; use as a context manager.
+  """Shows the progress of sampling in tokens; use as a context manager.
 
-  How long samples will be shows only as they end, and short ones end first. So the mean is that of lengths of which
-  some are cut off by the present (all tokens drawn, over the samples that ended), at most `most`.
+  Sample lengths are known only as samples end, and short ones end first. The mean length is therefore estimated for
+  censored data, as the number of all tokens drawn over the number of ended samples, at most `max_tokens`.
   """
 
-  def __init__(self, samples: int, most: int, label: str, *, quiet: bool = False, ended: int = 0, tokens: int = 0):
-    """Shows a bar of `samples` of at most `most` tokens each, of which some `ended` before, with so many `tokens`."""
-    self._samples, self._most, self._ended, self._tokens = samples, most, ended, tokens
-    self._bar = progress.bar(None, label, "token", quiet=quiet, initial=tokens)
+  def __init__(self, samples: int, max_tokens: int, label: str, *, quiet: bool = False):
+    """Shows a bar for samples of at most `max_tokens` tokens each."""
+    self._samples, self._max_tokens, self._ended, self._tokens = samples, max_tokens, 0, 0
+    self._bar = progress.bar(None, label, "token", quiet=quiet)
     self.draw(0)
 
   def __enter__(self) -> "Progress":
@@ -23,23 +23,23 @@ class Progress:
     self._bar.close()
 
   def end(self, tokens: int) -> None:
-    """Counts a sample that ended with so many tokens."""
+    """Records the end of a sample of `tokens` tokens."""
     self._ended += 1
     self._tokens += tokens
 
   def draw(self, going: int) -> None:
-    """Shows what has come, `going` tokens of samples that have not ended."""
-    drawn = self._tokens + going
-    self._bar.total = max(drawn, expected(self._samples, self._most, self._ended, drawn))
+    """Updates the bar; `going` is the number of tokens of samples that have not ended."""
+    total = self._tokens + going
+    self._bar.total = max(total, expected(self._samples, self._max_tokens, self._ended, total))
     self._bar.set_postfix(samples=f"{self._ended}/{self._samples}", refresh=False)
-    # A text that was cut before its end takes tokens back.
-    self._bar.update(max(0, drawn - self._bar.n))
+    # The count can decrease when a text is cut at a stop string.
+    self._bar.update(max(0, total - self._bar.n))
 
 
-def expected(samples: int, most: int, ended: int, drawn: int) -> int:
-  """Tokens that all samples will probably have.
+def expected(samples: int, max_tokens: int, ended: int, total: int) -> int:
+  """Estimates the total number of tokens of all samples.
 
   >>> expected(10, 200, 0, 320), expected(10, 200, 4, 320), expected(10, 200, 10, 700)
   (2000, 800, 700)
   """
-  return round(samples * min(most, drawn / ended)) if ended else samples * most
+  return round(samples * min(max_tokens, total / ended)) if ended else samples * max_tokens

@@ -1,4 +1,4 @@
-"""How likely a model finds texts: of options after a question, and of prose."""
+"""Log-likelihoods of options after questions, and of texts."""
 
 from imm_jax.scoring.likelihood import Score, Scorer
 from imm_jax.scoring.requests import Request, encode_continuations, encode_text

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, over packed rows: sharded as training is, without its gradients.
+"""Log-probabilities of given tokens in packed rows: the sharded forward pass of training.
 
 Axes: B rows of a forward pass, T positions, S positions that are scored, E tokens that are scored, D model,
 V vocabulary, C scored positions whose logits exist at once.
@@ -26,21 +26,21 @@ from imm_jax.training import fsdp
 from imm_jax.training.loss import token_scores
 from imm_jax.training.step import hidden_states, rows_of_device
 
-# Tokens of a row, unless a text is longer, and of a device's forward pass: enough for products to be fast.
+# Tokens per row, unless a text is longer, and per forward pass of a device: enough for fast matrix products.
 ROW, TOKENS = 512, 4096
-# Positions of a device whose logits exist at once.
+# Number of positions whose logits exist at once on a device.
 LOGITS = 512
-# Shapes come in steps, so that few are compiled.
+# Shapes are rounded up, so that few are compiled.
 _STEP = 64
 
 
 class Score(NamedTuple):
-  """What a model says of the scored tokens of a request.
+  """Holds the score of a request.
 
   Attributes:
-    logprob: the sum of their log-probabilities, in nats.
-    greedy: whether each is the likeliest in its place.
-    tokens: how many there are.
+    logprob: sum of the log-probabilities of the scored tokens, in nats.
+    greedy: whether each of them is the most likely in its place.
+    tokens: their number.
   """
 
   logprob: float
@@ -53,36 +53,36 @@ class Scorer:
 
   def __init__(self, config: ModelConfig, params: Params, *, mesh: Mesh, compute_dtype: jnp.dtype | str,
                tokens: int = TOKENS):
-    """Keeps the parameters, [stacked layers], which are placed on `mesh` by `sharding.param_sharding`.
+    """Keeps a reference to the parameters, which have stacked layers.
 
     Args:
-      config: of the model.
-      params: as `hf.load` gives them, in any dtype.
-      mesh: rows are split over its `data` and `fsdp`, products over its `tensor`.
-      compute_dtype: of activations.
-      tokens: of a device's forward pass, or one row where that has more.
+      config: model config.
+      params: parameters of any dtype, sharded over `mesh` by `sharding.param_sharding`, as `hf.load` returns them.
+      mesh: rows are split over its axes `data` and `fsdp`, products over `tensor`.
+      compute_dtype: dtype of activations.
+      tokens: tokens per forward pass of a device, at least one row.
     """
     self.config, self._params, self._mesh = config, params, mesh
     self._dtype, self._tokens = jnp.dtype(compute_dtype), tokens
 
   @classmethod
   def load(cls, folder: str | Path, *, mesh: Mesh, compute_dtype: jnp.dtype | str, tokens: int = TOKENS) -> "Scorer":
-    """A scorer of a checkpoint folder, with its weights in the compute dtype."""
+    """Loads a checkpoint folder, with its weights in the compute dtype."""
     config, params = hf.load(folder, dtype=jnp.dtype(compute_dtype),
                              place=functools.partial(sharding.param_sharding, mesh))
     return cls(config, params, mesh=mesh, compute_dtype=compute_dtype, tokens=tokens)
 
   def score(self, requests: Sequence[Request], *, label: str = "score", quiet: bool = False) -> list[Score]:
-    """Scores requests; each process gets all scores.
+    """Scores requests; every process gets all scores, in order.
 
     Args:
       requests: see `requests`; the same in every process.
-      label: what the progress bar says.
-      quiet: shows none.
+      label: text of the progress bar.
+      quiet: whether to hide the progress bar.
 
     Raises:
-      UserError: for a request that is longer than the model's context.
-      ValueError: for one that scores its first token, or none.
+      UserError: for a request longer than the model's context.
+      ValueError: for a request that scores its first token, or no token.
     """
     if not requests:
       return []
@@ -94,55 +94,55 @@ class Scorer:
     length = ROW if longest <= ROW else 128 * math.ceil(longest / 128)
     packed = pack(requests, length=length)
     parts = sharding.batch_parts(self._mesh)
-    most = parts * max(1, self._tokens // length)
-    steps = math.ceil(len(packed.owners) / most)
-    batch = parts * math.ceil(len(packed.owners) / (parts * steps))  # as even as can be: empty rows cost as much
+    max_rows = parts * max(1, self._tokens // length)
+    steps = math.ceil(len(packed.owners) / max_rows)
+    batch = parts * math.ceil(len(packed.owners) / (parts * steps))  # evenly, because empty rows cost as much as others
     backend = attention.choose("auto", self.config, dtype=self._dtype, length=length, rows=batch, mesh=self._mesh)
     program = _program(self.config, self._mesh, self._dtype, "xla" if backend == "splash" else backend)
     logprobs, counts = np.zeros(len(requests)), np.zeros(len(requests), int)
     greedy = np.ones(len(requests), bool)
 
-    def take(begin: int, found: tuple[jax.Array, jax.Array]) -> None:
-      for owners, row, best in zip(packed.owners[begin:begin + batch], *map(np.asarray, found), strict=False):
+    def accumulate(begin: int, outputs: tuple[jax.Array, jax.Array]) -> None:
+      for owners, row, best in zip(packed.owners[begin:begin + batch], *map(np.asarray, outputs), strict=False):
         np.add.at(logprobs, owners, row[:len(owners)].astype(np.float64))
         np.logical_and.at(greedy, owners, best[:len(owners)])
         np.add.at(counts, owners, 1)
         bar.update(len(set(owners)))
 
     with progress.bar(len(requests), label, "text", quiet=quiet) as bar:
-      before = None
+      pending = None
       for begin in range(0, len(packed.owners), batch):
-        found = begin, program(self._params, _placed(packed, begin, batch, self._mesh))
-        if before:  # the host is one batch ahead
-          take(*before)
-        before = found
-      take(*before)
+        outputs = begin, program(self._params, _put_rows(packed, begin, batch, self._mesh))
+        if pending:  # the host dispatches one batch ahead
+          accumulate(*pending)
+        pending = outputs
+      accumulate(*pending)
     return [Score(float(p), bool(g), int(n)) for p, g, n in zip(logprobs, greedy, counts, strict=True)]
 
 
-def _placed(rows: Rows, begin: int, count: int, mesh: Mesh) -> dict[str, jax.Array]:
-  """So many rows from one on, on the devices: empty ones where there are fewer, and room for more scored tokens."""
-  where = NamedSharding(mesh, sharding.BATCH)
-  placed = {}
+def _put_rows(rows: Rows, begin: int, count: int, mesh: Mesh) -> dict[str, jax.Array]:
+  """Puts rows `begin` to `begin + count` on the devices, padded to `count` rows and a few different widths."""
+  row_sharding = NamedSharding(mesh, sharding.BATCH)
+  arrays = {}
   for name in ("tokens", "positions", "until", "places", "indices", "targets"):
     part = getattr(rows, name)[begin:begin + count]
     width = part.shape[1]
     if name == "places":
-      width = _STEP * math.ceil(width / _STEP)  # each costs a row of logits
+      width = _STEP * math.ceil(width / _STEP)  # fine steps: each position costs a row of logits
     elif name in ("indices", "targets"):
       width = _STEP << max(0, math.ceil(math.log2(width / _STEP)))
-    whole = np.zeros((count, width), np.int32)
-    whole[:len(part), :part.shape[1]] = part
+    padded = np.zeros((count, width), np.int32)
+    padded[:len(part), :part.shape[1]] = part
     if name == "until":
-      whole[len(part):] = np.arange(width)  # padding sees itself
-    placed[name] = jax.make_array_from_callback(whole.shape, where, lambda index, whole=whole: whole[index])
-  return placed
+      padded[len(part):] = np.arange(width)  # padding attends to itself
+    arrays[name] = jax.make_array_from_callback(padded.shape, row_sharding, lambda index, padded=padded: padded[index])
+  return arrays
 
 
-@functools.lru_cache(maxsize=8)  # a run comes here for every model and task
+@functools.lru_cache(maxsize=8)  # reused for every model and task of a run
 def _program(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype, backend: str,
              ) -> Callable[[Params, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
-  """Compiled: (params, rows) -> (log-probabilities [B, E], whether each is the likeliest [B, E])."""
+  """Compiles (params, rows) -> (log-probabilities [B, E], whether each token is the most likely one [B, E])."""
   options = {"mesh": mesh, "gather": fsdp.constrained(mesh, dtype)} if mesh.size > 1 else {}
 
   def run(params: Params, rows: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -1,7 +1,7 @@
-"""Requests packed into rows, where what several of them begin with stands once.
+"""Packs requests into rows, with common prefixes stored only once.
 
-A row is a walk through the tree of its texts: each token's branches follow it, one after the other. `until` says where
-the last of them ends, which is all that attention needs to know (`attention.branching`).
+A row is a depth-first walk through the prefix tree of its texts: a token is followed by its branches, one after the
+other. `until` is the end of the last branch, which is all that attention needs to know (`attention.branching`).
 
 Axes: N rows, T positions, S positions that are scored, E tokens that are scored.
 """
@@ -15,17 +15,17 @@ from imm_jax.scoring.requests import Request
 
 
 class Rows(NamedTuple):
-  """Packed requests.
+  """Holds packed requests.
 
   Attributes:
     tokens: int32 [N, T].
     positions: int32 [N, T], of each token in its own text.
-    until: int32 [N, T], the last position that sees it.
-    places: int32 [N, S], the positions that something is predicted at, then 0.
-    indices: int32 [N, E], for each scored token which of `places` predicts it.
+    until: int32 [N, T], the last position that attends to each token.
+    places: int32 [N, S], the positions whose predictions are scored, padded with 0.
+    indices: int32 [N, E], for each scored token the index in `places` that predicts it.
     targets: int32 [N, E], its id.
-    owners: for each row and scored token, in their order, which request it is of.
-    filled: tokens of all rows that are no padding.
+    owners: for each row the requests of its scored tokens, in order.
+    filled: total number of tokens without padding.
   """
 
   tokens: np.ndarray
@@ -39,7 +39,7 @@ class Rows(NamedTuple):
 
 
 class _Row:
-  """A row that is being filled."""
+  """Builds a row request by request."""
 
   def __init__(self, length: int):
     self.tokens, self.positions, self.until = np.zeros(length, int), np.zeros(length, int), np.arange(length)
@@ -48,36 +48,36 @@ class _Row:
     self.indices, self.targets, self.owners = [], [], []
 
   def fits(self, request: Request) -> bool:
-    return self.used + len(request.tokens) - 1 - self._shared(request) <= len(self.tokens)
+    return self.used + len(request.tokens) - 1 - self._common_prefix(request) <= len(self.tokens)
 
   def add(self, request: Request, owner: int) -> None:
-    """Appends what the text before it does not share."""
-    shared = self._shared(request)
-    self.close(shared)
-    new = request.tokens[shared:-1]  # the last token is predicted, and predicts nothing
+    """Appends the tokens that the request does not share with the previous one."""
+    prefix = self._common_prefix(request)
+    self.close(prefix)
+    new = request.tokens[prefix:-1]  # the last token is only predicted
     begin, self.used = self.used, self.used + len(new)
     self.tokens[begin:self.used] = new
-    self.positions[begin:self.used] = np.arange(shared, shared + len(new))
-    self.path, self.text = [*self.path[:shared], *range(begin, self.used)], request.tokens[:-1]
+    self.positions[begin:self.used] = np.arange(prefix, prefix + len(new))
+    self.path, self.text = [*self.path[:prefix], *range(begin, self.used)], request.tokens[:-1]
     for t in range(request.start, len(request.tokens)):
       self.indices.append(self.places.setdefault(self.path[t - 1], len(self.places)))
       self.targets.append(request.tokens[t])
       self.owners.append(owner)
 
-  def close(self, shared: int = 0) -> None:
-    """Ends the branches of the last text after so many tokens."""
-    self.until[self.path[shared:]] = self.used - 1
+  def close(self, prefix: int = 0) -> None:
+    """Ends the branches of the last text after its first `prefix` tokens."""
+    self.until[self.path[prefix:]] = self.used - 1
 
-  def _shared(self, request: Request) -> int:
-    most = min(len(self.text), len(request.tokens) - 1)
-    return next((i for i in range(most) if self.text[i] != request.tokens[i]), most)
+  def _common_prefix(self, request: Request) -> int:
+    limit = min(len(self.text), len(request.tokens) - 1)
+    return next((i for i in range(limit) if self.text[i] != request.tokens[i]), limit)
 
 
 def pack(requests: Sequence[Request], *, length: int) -> Rows:
-  """Packs requests into rows, in the order of their tokens: those that begin alike come together.
+  """Packs requests into rows, sorted by their tokens so that those with common prefixes are adjacent.
 
   Args:
-    requests: of at most `length` + 1 tokens each.
+    requests: requests of at most `length + 1` tokens.
     length: T.
 
   >>> rows = pack([Request((1, 2, 3, 4), 3), Request((1, 2, 3, 5, 6), 3)], length=6)
@@ -95,13 +95,13 @@ def pack(requests: Sequence[Request], *, length: int) -> Rows:
     rows[-1].add(requests[owner], owner)
   if rows:
     rows[-1].close()
-  return Rows(*(_stacked([getattr(row, name) for row in rows]) for name in ("tokens", "positions", "until")),
-              *(_stacked([list(getattr(row, name)) for row in rows]) for name in ("places", "indices", "targets")),
+  return Rows(*(_stack([getattr(row, name) for row in rows]) for name in ("tokens", "positions", "until")),
+              *(_stack([list(getattr(row, name)) for row in rows]) for name in ("places", "indices", "targets")),
               [row.owners for row in rows], sum(row.used for row in rows))
 
 
-def _stacked(rows: Sequence[Sequence[int]]) -> np.ndarray:
-  """Rows of different lengths as one array, filled up with zeros."""
+def _stack(rows: Sequence[Sequence[int]]) -> np.ndarray:
+  """Stacks rows of different lengths, padded with zeros."""
   result = np.zeros((len(rows), max(map(len, rows), default=0)), np.int32)
   for row, values in zip(result, rows, strict=True):
     row[:len(values)] = values

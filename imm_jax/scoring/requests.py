@@ -1,4 +1,4 @@
-"""Texts as token ids of which some are scored, with lm-evaluation-harness's conventions."""
+"""Requests to score tokens of a text, with the conventions of lm-evaluation-harness."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 class Request(NamedTuple):
-  """A text of which the tokens from `start` on are scored, each given all that are before it.
+  """Asks for the scores of the tokens of a text from `start` on, each given all tokens before it.
 
   Attributes:
     tokens: ids of the whole text.
-    start: 1 or more, and less than their number.
+    start: 1 or more, and less than `len(tokens)`.
   """
 
   tokens: tuple[int, ...]
@@ -24,75 +24,75 @@ class Request(NamedTuple):
 
 def encode_continuations(tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[tuple[str, str]], *, rows: int,
                          positions: int | None) -> list[Request]:
-  """Requests for continuations of contexts, tokenised as lm-evaluation-harness does (`TemplateLM.loglikelihood`).
+  """Encodes continuations of contexts as lm-evaluation-harness does (`TemplateLM.loglikelihood`).
 
-  Context and continuation are tokenised as one text, of which the continuation is what follows as many tokens as the
-  context has by itself; spaces that end the context count as the continuation's. An empty context, or one of spaces,
-  stands for what `prefix_id` gives. What does not fit in the model's positions is cut off at the front.
+  Context and continuation are tokenized as one text; the continuation starts after as many tokens as the context has by
+  itself. Trailing spaces of the context count as part of the continuation. An empty context is replaced by `prefix_id`.
+  Requests longer than the model's context are truncated at the front.
 
   Args:
-    tokenizer: of the model.
-    pairs: (context, continuation), the latter with the space before it, if any.
-    rows: of the model's embedding.
-    positions: of the model's context; None for any number.
+    tokenizer: the model's tokenizer.
+    pairs: (context, continuation) pairs; continuations include their leading space, if any.
+    rows: size of the model's embedding.
+    positions: size of the model's context; None if unlimited.
 
   Raises:
-    UserError: for a continuation without a token of its own, or longer than the context of the model.
+    UserError: for a continuation without a token of its own, or longer than the model's context.
   """
-  # A text stands in many pairs.
+  # A cache, because contexts occur in many pairs.
   encoded: dict[str, list[int]] = {"": []}
   prefix, result = prefix_id(tokenizer), []
   for context, continuation in pairs:
-    kept = context.rstrip()
-    if kept not in encoded:
-      encoded[kept] = encode_prompt(tokenizer, kept, rows=rows)
-    if kept:
+    stripped = context.rstrip()
+    if stripped not in encoded:
+      encoded[stripped] = encode_prompt(tokenizer, stripped, rows=rows)
+    if stripped:
       whole = encode_prompt(tokenizer, context + continuation, rows=rows)
     else:
       whole = check_ids(tokenizer, tokenizer(context + continuation, add_special_tokens=False)["input_ids"], rows)
-    before, scored = encoded[kept], whole[len(encoded[kept]):]
-    if not before and scored[:1] == [prefix]:  # a text that brings what it begins after
-      before, scored = scored[:1], scored[1:]
+    context_ids, scored = encoded[stripped], whole[len(encoded[stripped]):]
+    if not context_ids and scored[:1] == [prefix]:  # the text already starts with the prefix token
+      context_ids, scored = scored[:1], scored[1:]
     try:
-      result.append(continuing(before or [prefix], scored, positions=positions))
+      result.append(make_request(context_ids or [prefix], scored, positions=positions))
     except UserError as e:
       raise UserError(f"the continuation {continuation!r:.80} {e}; it cannot be scored") from None
   return result
 
 
-def continuing(before: Sequence[int], scored: Sequence[int], *, positions: int | None) -> Request:
-  """The request for what follows some tokens, at least one of them; what does not fit is cut off at the front.
+def make_request(context_ids: Sequence[int], scored: Sequence[int], *, positions: int | None) -> Request:
+  """Builds the request for `scored` after at least one token `context_ids`, truncated at the front to `positions`.
 
   Raises:
-    UserError: where nothing follows, or more than fits.
+    UserError: when `scored` is empty, or does not fit.
 
-  >>> continuing([1, 2, 3], [4, 5], positions=3)
+  >>> make_request([1, 2, 3], [4, 5], positions=3)
   Request(tokens=(2, 3, 4, 5), start=2)
   """
   if not scored:
     raise UserError("has no token of its own after its context")
   if positions and len(scored) > positions:
     raise UserError(f"has {len(scored)} tokens, more than the {positions} positions of the model")
-  ids = [*before, *scored]
+  ids = [*context_ids, *scored]
   ids = ids[max(0, len(ids) - 1 - positions) if positions else 0:]
   return Request(tuple(ids), len(ids) - len(scored))
 
 
 def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, rows: int, positions: int) -> list[Request]:
-  """Requests that score every token of a text once, as lm-evaluation-harness's rolling likelihood does.
+  """Encodes a text into requests that score each token once, like lm-evaluation-harness's rolling likelihood.
 
-  The first window begins with what `prefix_id` gives. Where the text is longer than the model's positions it is cut
-  into windows of so many new tokens, each after the last token of the one before; the last window looks back as far as
-  it can. Where the tokenizer itself begins a text with BOS, that is scored after the first one, as there.
+  The first window starts with `prefix_id`. A text longer than `positions` is split into windows of so many new tokens,
+  each conditioned on the last token of the previous one; the last window is extended to the left to full length. If the
+  tokenizer itself adds BOS, that is scored after the prefix, as in lm-evaluation-harness.
 
   Args:
-    tokenizer: of the model.
-    text: any text that has a token.
-    rows: of the model's embedding.
-    positions: of a window.
+    tokenizer: the model's tokenizer.
+    text: any text with at least one token.
+    rows: size of the model's embedding.
+    positions: size of a window.
 
   Raises:
-    UserError: for a text without a token.
+    UserError: for a text without tokens.
   """
   ids = check_ids(tokenizer, list(tokenizer(text)["input_ids"]), rows)
   if not ids:
@@ -101,7 +101,7 @@ def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, rows: int, p
   result, done = [], 0
   while done < len(ids):
     new = min(positions, len(ids) - done)
-    # Inputs of a window are `positions` tokens at most; all but the first window are given whole ones.
+    # A window has at most `positions` input tokens; all windows but the first have exactly as many.
     begin = done + new - positions if done else 0
     result.append(Request(tuple(padded[max(0, begin):done + new + 1]), done - max(0, begin) + 1))
     done += new
@@ -109,5 +109,5 @@ def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, rows: int, p
 
 
 def prefix_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-  """The token that a text begins after: BOS, or the end-of-text token where there is none."""
+  """Returns the token that starts a text: BOS, or the end-of-text token if there is no BOS."""
   return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

@@ -1,4 +1,4 @@
-"""What each stage of a round does: synthesize, select, fine-tune, merge, evaluate.
+"""The stages of a round: synthesize, select, fine-tune, merge, evaluate, and analyses.
 
-Stages read files of the run directory and write files of the run directory; nothing else passes between them.
+Stages communicate only through files of the run directory.
 """

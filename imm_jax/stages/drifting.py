@@ -1,4 +1,4 @@
-"""How far the models of a round have gone from the base, on held-out texts of every task."""
+"""Drift of a round's models from the base, measured on held-out texts of every task."""
 
 import itertools
 import json
@@ -24,25 +24,25 @@ from imm_jax.stages import devices, questions, tuning
 from imm_jax.tasks.base import Choice, Example
 from imm_jax.training.packing import TokenizedExample
 
-# What decides the texts and how they are computed with; of how many there are, see `stage`.
+# Settings that determine the texts and the computation; `stage` adds the number of texts.
 _SETTINGS = ("task.name", "task.source", "task.fields", "task.kind", "task.ood", "prompt.header", "prompt.style",
              "eval.by_likelihood", "eval.texts", "sft.row_length", "sft.global_batch", "sft.compute_dtype")
 
 
 def stage(run: Run, tuned: Model, round_: int) -> Stage:
-  """The drift of a round's models: the tuned one, the average over SFT and the merged one, where there are such."""
+  """Builds the stage that measures a round's tuned model and, if any, its moving average and the merged model."""
   here, count = f"round_{round_}", questions.drift_questions(run.config)
   models = {"sft": tuned} | ({"ema": tuning.average_of(tuned)} if averages(run.config) else {})
   models |= {"merged": run.model(f"{here}/merged")} if run.method.merge else {}
   name, folders = f"{here}/drift.json", {kind: model.folder for kind, model in models.items()}
 
   def make(out: Path, _: Any) -> dict[str, Any]:
-    found = devices.call(run.config, measure, run.config, run.base.folder, folders, out, f"round {round_}: drift")
+    drifts = devices.call(run.config, measure, run.config, run.base.folder, folders, out, f"round {round_}: drift")
     with StageMetrics(run.root, f"{here}/drift", tracking=run.config.tracking) as metrics:
-      metrics.write(round_ + 1, **{f"{measured}/{kind}/{task}": value for kind, tasks in found["models"].items()
-                                   for task, values in tasks.items() for measured, value in values.items()})
-    return {"kl": {kind: of[run.config.task.name]["kl"] for kind, of in found["models"].items()},
-            "tokens_read": sum(of["tokens"] for of in found["texts"].values())}
+      metrics.write(round_ + 1, **{f"{key}/{kind}/{task}": value for kind, tasks in drifts["models"].items()
+                                   for task, values in tasks.items() for key, value in values.items()})
+    return {"kl": {kind: tasks[run.config.task.name]["kl"] for kind, tasks in drifts["models"].items()},
+            "tokens_read": sum(text["tokens"] for text in drifts["texts"].values())}
 
   inputs = dict.fromkeys([run.base.stage, *(model.stage for model in models.values()), "test questions"])
   return Stage(name, tuple(inputs), run.settings(*_SETTINGS) | {"questions": count},
@@ -53,63 +53,65 @@ def stage(run: Run, tuned: Model, round_: int) -> Stage:
 
 def measure(config: ml_collections.ConfigDict, base: Path, models: dict[str, Path], out: Path, label: str,
             ) -> dict[str, Any]:
-  """Writes drift.json and returns what it holds.
+  """Writes drift.json and returns its contents.
 
-  `texts`: of each task and text of `eval.texts` how many `examples` and learned `tokens`, and the base's `loss` and
-  `entropy`; `models`: for each model and text `kl` (KL(base || model)), `loss` and `entropy`; in nats a token.
+  `texts` has, for each task and each text of `eval.texts`, the number of `examples` and learned `tokens`, and the
+  base's `loss` and `entropy`; `models` has, for each model and text, `kl` (KL(base || model)), `loss` and `entropy`;
+  all in nats per token.
   """
   texts = dict(texts_of(config, base))
   length = tuning.row_for(config, itertools.chain(*texts.values()))
-  data = {name: tuning.pack(config, base, of, what=f"test questions of {name}", epochs=1, seed=0, quiet=True,
-                            row_length=length) for name, of in texts.items()}
+  data = {name: tuning.pack(config, base, examples, source=f"test questions of {name}", epochs=1, seed=0, quiet=True,
+                            row_length=length) for name, examples in texts.items()}
   dtype = next(iter(data.values())).options["compute_dtype"]
-  found: dict[str, Any] = {"texts": {}, "models": {}}
-  first = tuning.load_params(config, base, dtype)
+  drifts: dict[str, Any] = {"texts": {}, "models": {}}
+  base_params = tuning.load_params(config, base, dtype)
   for kind, folder in models.items():
-    params, found["models"][kind] = tuning.load_params(config, folder, dtype), {}
-    for name, of in data.items():
-      options = {key: value for key, value in of.options.items() if key != "remat"}  # there is no backward pass
-      seen = drift(of.model, first, params, of.batches, label=f"{label}, {kind} on {name}", **options)
-      if not np.all(np.isfinite(seen)):
+    params, drifts["models"][kind] = tuning.load_params(config, folder, dtype), {}
+    for name, packed in data.items():
+      options = {key: value for key, value in packed.options.items() if key != "remat"}  # no backward pass
+      result = drift(packed.model, base_params, params, packed.batches, label=f"{label}, {kind} on {name}", **options)
+      if not np.all(np.isfinite(result)):
         raise UserError(f"{folder}: its predictions on the test questions of {name} are not finite")
-      values = {key: round(value, 7) for key, value in seen._asdict().items()}
-      found["texts"][name] = {"examples": len(of.lines), "tokens": seen.tokens, "loss": values["base_loss"],
-                              "entropy": values["base_entropy"]}
-      found["models"][kind][name] = {key: values[key] for key in ("kl", "loss", "entropy")}
-    del params  # the next one takes its place
+      values = {key: round(value, 7) for key, value in result._asdict().items()}
+      drifts["texts"][name] = {"examples": len(packed.lines), "tokens": result.tokens, "loss": values["base_loss"],
+                               "entropy": values["base_entropy"]}
+      drifts["models"][kind][name] = {key: values[key] for key in ("kl", "loss", "entropy")}
+    del params  # frees its memory before the next one is loaded
   if distributed.is_main():
-    files.write_text(out, json.dumps(found, indent=1, allow_nan=False) + "\n")
-  return found
+    files.write_text(out, json.dumps(drifts, indent=1, allow_nan=False) + "\n")
+  return drifts
 
 
 def texts_of(config: ml_collections.ConfigDict, model: Path) -> Iterator[tuple[str, list[TokenizedExample]]]:
-  """The held-out texts by name of the task or text, each of which has one at least.
+  """Yields the held-out examples of each task and text, with its name; none without examples.
 
-  An answered task: its first test questions in the prompt of training, with the worked answer, or `The answer is X.`
-  where there is none; one of options: the right option after its context; a text: passages, cut where a row ends.
+  Of a task with generated answers: its first test questions with the prompt of training and the worked answer, or `The
+  answer is X.` if there is none. Of a multiple-choice task: the right option after its context. Of a text: passages,
+  truncated to the length of a row.
   """
-  count, known = questions.drift_questions(config), hf.read_config(model)
-  tokenizer = load_tokenizer(model, rows=known.vocab_size)
+  count, model_config = questions.drift_questions(config), hf.read_config(model)
+  tokenizer = load_tokenizer(model, rows=model_config.vocab_size)
   encode = tuning.encoder(config, model)
   tests, choices = questions.of_tests(config), questions.choices_of_tests(config)
   for name, examples in tests.items():
     if name in choices:
-      requests = encode_continuations(tokenizer, list(map(_right, choices[name][:count])), rows=known.vocab_size,
-                                      positions=known.max_positions)
+      requests = encode_continuations(tokenizer, list(map(_right_option, choices[name][:count])),
+                                      rows=model_config.vocab_size, positions=model_config.max_positions)
       yield name, [TokenizedExample(list(r.tokens[:r.start]), list(r.tokens[r.start:])) for r in requests]
     else:
-      yield name, [encode({"question": e.question, "response": _worked(e)}) for e in examples[:count]]
+      yield name, [encode({"question": e.question, "response": _worked_answer(e)}) for e in examples[:count]]
   for name, passages in questions.texts_of(config).items():
-    found = [TokenizedExample([], check_ids(tokenizer, tokenizer(text)["input_ids"], known.vocab_size)[
+    examples = [TokenizedExample([], check_ids(tokenizer, tokenizer(text)["input_ids"], model_config.vocab_size)[
         :config.sft.row_length]) for text in passages[:count]]
-    if any(len(e.response) > 1 for e in found):  # the first token is predicted from nothing
-      yield name, found
+    if any(len(e.response) > 1 for e in examples):  # the first token is not predicted
+      yield name, examples
 
 
-def _right(choice: Choice) -> tuple[str, str]:
-  """The right option after its context."""
+def _right_option(choice: Choice) -> tuple[str, str]:
+  """Returns the context and the right option of a question."""
   return choice.contexts[choice.gold % len(choice.contexts)], choice.options[choice.gold]
 
 
-def _worked(example: Example) -> str:
+def _worked_answer(example: Example) -> str:
   return example.rationale or f"The answer is {example.answer}."

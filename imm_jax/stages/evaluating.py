@@ -1,4 +1,4 @@
-"""How a model does on the test questions of every task."""
+"""Evaluation of a model on the test questions of every task."""
 
 import contextlib
 import functools
@@ -17,12 +17,12 @@ from imm_jax.stages import devices, likelihood, lm_eval_tasks, questions, sampli
 from imm_jax.tasks import answers, protocols
 from imm_jax.tasks.base import Example
 
-# Settings of greedy answers, wherever they are asked for.
+# Settings that determine greedy answers.
 ANSWERING = ("eval", "sample.stop", "sample.compute_dtype", "sampler")
 
 
 def stage(run: Run, model: Model, name: str, round_: int) -> Stage:
-  """The evaluation of a model; `round_` is -1 for the base."""
+  """Builds the stage that evaluates a model; `round_` is -1 for the base."""
   return Stage(name, (model.stage, "test questions"), run.settings("seed", "task", "prompt", *ANSWERING),
                _plan(run.config), functools.partial(_measure, run, model.folder, name, round_), everywhere=True,
                scratch=str(run.scratch(name)))
@@ -34,40 +34,40 @@ def _plan(config: ml_collections.ConfigDict) -> str:
   fewer = any(count < limit for count in counts)
   asked = f", {sum(counts)} questions" if fewer else f" x {limit or 'all'} questions"
   shown = questions.shown_in_evaluation(config)
-  how = f", protocol {config.eval.protocol}" if shown or config.eval.protocol != "paper" else ""
-  return f"{len(counts)} tasks{asked}{samples}{how}"
+  protocol = f", protocol {config.eval.protocol}" if shown or config.eval.protocol != "paper" else ""
+  return f"{len(counts)} tasks{asked}{samples}{protocol}"
 
 
 def _measure(run: Run, model: Path, name: str, round_: int, out: Path, _: Any) -> dict[str, Any]:
-  """`evaluate`, and its figures among the run's metrics."""
+  """Evaluates a model and adds the scores to the run's metrics."""
   facts = evaluate(run.config, model, run.scratch(name), out, label=name)
   with StageMetrics(run.root, name, tracking=run.config.tracking) as metrics:
     metrics.write(round_ + 1, **{f"accuracy/{task}" if metric == "greedy" else f"{metric}/{task}": score["value"]
-                                 for task, found in facts["scores"].items() for metric, score in found.items()},
-                  **{f"{key}/{task}": how[key] for task, how in facts["protocol"].items()
+                                 for task, scores in facts["scores"].items() for metric, score in scores.items()},
+                  **{f"{key}/{task}": protocol[key] for task, protocol in facts["protocol"].items()
                      for key in ("mean_tokens", "cut")},
-                  **{f"{key}/{text}": found[key]["value"] for text, found in facts["texts"].items()
+                  **{f"{key}/{text}": scores[key]["value"] for text, scores in facts["texts"].items()
                      for key in ("nats_per_token", "bits_per_byte")})
   return facts
 
 
 def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: Path, *, label: str) -> dict[str, Any]:
-  """Asks a model all test questions of a config: a folder with <task>.jsonl, a row a question.
+  """Evaluates a model on all test questions of a config.
 
-  Answers are greedy and asked for by `eval.protocol`; with `config.eval.num_samples` there is also
-  <task>_samples.jsonl, for pass@k and the majority vote. Of other tasks options are scored (`likelihood`), or
-  lm-evaluation-harness runs them (`lm_eval_tasks`). `scratch` is a folder for what came of a start that was killed
-  (`sampling.sampler_of`).
+  Writes a folder with <task>.jsonl, one row per question. Answers are greedy, with the prompts of `eval.protocol`; with
+  `config.eval.num_samples` there is also <task>_samples.jsonl, for pass@k and the majority vote. Multiple-choice tasks
+  are scored by likelihood (`likelihood`); lm-evaluation-harness runs its own tasks (`lm_eval_tasks`). `scratch` is a
+  folder for partial results, from which a killed evaluation resumes.
 
   Returns:
-    `scores`: for each task, figures by name, the first of which counts (`greedy`, `pass@4`, `majority@16`; `acc`,
-    `acc_norm`; lm_eval's); `texts`: see `likelihood.measure`; `protocol`: for each task, how its figures came
-    (`described`); `long_prompts`: questions that were skipped since they do not fit, for each task that has any.
+    `scores`: for each task its metrics, the primary one first (`greedy`, `pass@4`, `majority@16`; `acc`, `acc_norm`;
+    lm_eval's); `texts`: see `likelihood.measure`; `protocol`: for each task how it was measured (`describe`);
+    `long_prompts`: for each task with any, the number of questions skipped because they do not fit.
   """
   if distributed.is_main():
     out.mkdir()
   scores: dict[str, dict[str, evaluation.Accuracy]] = {}
-  how: dict[str, dict[str, Any]] = {}
+  protocol: dict[str, dict[str, Any]] = {}
   skipped: dict[str, int] = {}
   asked = [(entry, name, examples) for entry, (name, examples) in zip(
       questions.own(config), questions.of_tests(config).items(), strict=True)
@@ -76,57 +76,62 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, out:
     if asked:
       sampler = stack.enter_context(sampling.sampler_of(config, model, config.eval.batch_size, scratch))
     for entry, name, examples in asked:
-      rows, skipped[name] = greedy(config, model, sampler, entry, examples, label=f"{label}: {name}")
-      drawn = _samples(config, model, sampler, entry, examples, label=f"{label}: {name}, samples")
+      rows, skipped[name] = answer_greedily(config, model, sampler, entry, examples, label=f"{label}: {name}")
+      samples = _samples(config, model, sampler, entry, examples, label=f"{label}: {name}, samples")
       if distributed.is_main():
-        how[name] = described(config, name, rows)
+        protocol[name] = describe(config, name, rows)
         files.write_jsonl(out / f"{name}.jsonl", rows)
         scores[name] = {"greedy": evaluation.accuracy(sum(r["correct"] for r in rows), len(rows))}
-        if drawn:
-          files.write_jsonl(out / f"{name}_samples.jsonl", drawn)
-          scores[name] |= of_samples(drawn, [k for k in config.eval.pass_at_k if k <= config.eval.num_samples])
-  sampler = None  # its weights are not to lie beside those that score
-  found = {"scores": {name: {metric: score._asdict() for metric, score in found.items()}
-                      for name, found in scores.items()}, "protocol": how, "texts": {}}
+        if samples:
+          files.write_jsonl(out / f"{name}_samples.jsonl", samples)
+          scores[name] |= score_samples(samples, [k for k in config.eval.pass_at_k if k <= config.eval.num_samples])
+  sampler = None  # frees its weights before others are loaded for scoring
+  result = {"scores": {name: {metric: score._asdict() for metric, score in metrics.items()}
+                       for name, metrics in scores.items()}, "protocol": protocol, "texts": {}}
   if questions.scores_texts(config):
-    found = _joined(found, devices.call(config, likelihood.measure, config, model, scratch, out, label))
+    result = _join(result, devices.call(config, likelihood.measure, config, model, scratch, out, label))
   if questions.lm_eval_tasks(config):
-    found = _joined(found, devices.call(config, lm_eval_tasks.measure, config, model, scratch, out, label))
+    result = _join(result, devices.call(config, lm_eval_tasks.measure, config, model, scratch, out, label))
   names = [questions.name_of(entry) for entry in (config.task.name, *config.task.ood)]
-  ordered = {key: {name: of[name] for name in names if name in of} for key, of in found.items() if key != "texts"}
-  return {**ordered, "texts": found["texts"], "long_prompts": {name: count for name, count in skipped.items() if count}}
+  ordered = {key: {name: value[name] for name in names if name in value}
+             for key, value in result.items() if key != "texts"}
+  long = {name: count for name, count in skipped.items() if count}
+  return {**ordered, "texts": result["texts"], "long_prompts": long}
 
 
-def _joined(found: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-  return {key: value | more[key] for key, value in found.items()}
+def _join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+  return {key: value | second[key] for key, value in first.items()}
 
 
-def greedy(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Generate, entry: str,
-           examples: Sequence[Example], *, label: str) -> tuple[list[dict[str, Any]], int]:
-  """Greedy answers to questions of a task, by its entry in the config, with verdicts (empty but on process 0), and how
-  many questions do not fit."""
-  protocol, asked, long = _asked(config, model, entry, examples, label)
+def answer_greedily(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Generate, entry: str,
+                    examples: Sequence[Example], *, label: str) -> tuple[list[dict[str, Any]], int]:
+  """Answers questions of a task greedily; `entry` is the task's entry in the config.
+
+  Returns:
+    A row with the verdict for each answer (empty except on process 0), and the number of questions that do not fit.
+  """
+  protocol, asked, long = _prepare(config, model, entry, examples, label)
   completions = sampler([Prompt(e.id, text) for e, text in asked], label=label,
                         max_new_tokens=protocols.max_new_tokens(config), stop=protocol.stop)
-  return sampling.judged([e for e, _ in asked], completions, strict=False,
-                         read=protocol.read) if distributed.is_main() else [], long
+  return sampling.judge_samples([e for e, _ in asked], completions, strict=False,
+                                read=protocol.read) if distributed.is_main() else [], long
 
 
-def described(config: ml_collections.ConfigDict, task: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """How greedy answers came: the protocol's `name`, `shots` in a prompt, `n` answers, their `mean_tokens`, and the
-  share that was `cut` at `eval.max_new_tokens`."""
+def describe(config: ml_collections.ConfigDict, task: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """Describes how greedy answers were obtained: the protocol's `name`, `shots` per prompt, `n` answers, `mean_tokens`
+  per answer, and the share that was `cut` at `eval.max_new_tokens`."""
   protocol = protocols.of(config, task)
   return {"name": protocol.name, "shots": protocol.few_shot, "n": len(rows),
           "mean_tokens": round(sum(r["tokens"] for r in rows) / len(rows), 2),
           "cut": round(sum(r["finish"] == "length" for r in rows) / len(rows), 4)}
 
 
-def _asked(config: ml_collections.ConfigDict, model: Path, entry: str, examples: Sequence[Example], label: str,
-           ) -> tuple[protocols.Protocol, list[tuple[Example, str]], int]:
-  """The protocol of a task, its questions with their prompts, and how many do not fit."""
+def _prepare(config: ml_collections.ConfigDict, model: Path, entry: str, examples: Sequence[Example], label: str,
+             ) -> tuple[protocols.Protocol, list[tuple[Example, str]], int]:
+  """Returns the protocol of a task, the questions that fit with their prompts, and how many do not fit."""
   protocol = protocols.of(config, questions.name_of(entry))
-  return protocol, *sampling.fitting(config, model, examples, limit="eval.max_new_tokens", what=label,
-                                     shots=questions.shots_of(config, entry), prompt=protocol.prompt)
+  return protocol, *sampling.build_prompts(config, model, examples, limit="eval.max_new_tokens", source=label,
+                                           shots=questions.shots_of(config, entry), prompt=protocol.prompt)
 
 
 def _samples(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Generate, entry: str,
@@ -134,22 +139,22 @@ def _samples(config: ml_collections.ConfigDict, model: Path, sampler: sampling.G
   settings = config.eval
   if not settings.num_samples:
     return []
-  protocol, asked, _ = _asked(config, model, entry, examples, label)
+  protocol, asked, _ = _prepare(config, model, entry, examples, label)
   completions = sampler(
       [Prompt(f"eval/{e.id}", text) for e, text in asked], max_new_tokens=protocols.max_new_tokens(config),
       num_samples=settings.num_samples, temperatures=(settings.temperature,), top_p=settings.top_p,
       stop=protocol.stop, seed=config.seed, label=label)
-  return sampling.judged([e for e, _ in asked], completions, strict=False, read=protocol.read,
-                         temperatures=(settings.temperature,)) if distributed.is_main() else []
+  return sampling.judge_samples([e for e, _ in asked], completions, strict=False, read=protocol.read,
+                                temperatures=(settings.temperature,)) if distributed.is_main() else []
 
 
-def of_samples(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, evaluation.Accuracy]:
-  """pass@k for each k, and the accuracy of the majority vote, over samples of which each question has as many."""
+def score_samples(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, evaluation.Accuracy]:
+  """Computes pass@k for each k and the accuracy of the majority vote; each question has the same number of samples."""
   groups: dict[str, list[dict[str, Any]]] = {}
   for row in rows:
     groups.setdefault(row["id"], []).append(row)
-  found = {f"pass@{k}": evaluation.mean([evaluation.pass_at_k(len(g), sum(r["correct"] for r in g), k)
-                                         for g in groups.values()]) for k in ks}
+  scores = {f"pass@{k}": evaluation.mean([evaluation.pass_at_k(len(g), sum(r["correct"] for r in g), k)
+                                          for g in groups.values()]) for k in ks}
   winners = [(g, evaluation.majority([answers.canonical(r["span"], r["kind"]) for r in g])) for g in groups.values()]
   right = sum(winner is not None and g[winner]["correct"] for g, winner in winners)
-  return found | {f"majority@{len(next(iter(groups.values())))}": evaluation.accuracy(right, len(groups))}
+  return scores | {f"majority@{len(next(iter(groups.values())))}": evaluation.accuracy(right, len(groups))}

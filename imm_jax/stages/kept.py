@@ -1,4 +1,4 @@
-"""Rows of a measure in parts, each of which is kept when it is done: a run that was killed goes on after the last."""
+"""Computes rows in parts that are saved when done, so that a killed run resumes after the last one."""
 
 import contextlib
 import hashlib
@@ -14,34 +14,34 @@ Row = dict[str, Any]
 Item = TypeVar("Item")
 
 
-def rows(items: Sequence[Item], make: Callable[[Sequence[Item], str], list[Row]], *, size: int, journal: Path | None,
-         settings: dict[str, Any], label: str) -> list[Row]:
-  """The rows of all items, in order, in every process.
+def compute_rows(items: Sequence[Item], make: Callable[[Sequence[Item], str], list[Row]], *, size: int,
+                 journal: Path | None, settings: dict[str, Any], label: str) -> list[Row]:
+  """Computes the rows of all items, in order, in every process.
 
-  Which items run together does not depend on what is done already, so the rows have the same bits.
+  Which items run together does not depend on what is already done, so that rows are bitwise reproducible.
 
   Args:
-    items: what json can write, the same in every process.
-    make: gives the rows of some items, in every process; the second argument is for the progress bar.
-    size: items of a part.
-    journal: a file that gets the rows, a part at a time; a call with the same items and settings goes on from it. None
-      keeps nothing.
-    settings: what decides the rows beside the items, such as the model's digest; they count on process 0.
-    label: what the progress bar says.
+    items: JSON-serializable items, the same in every process.
+    make: function (items, label) -> rows of some items, called in every process; the label is for the progress bar.
+    size: number of items in a part.
+    journal: file that rows are written to, a part at a time; a call with the same items and settings resumes from it.
+      None saves nothing.
+    settings: everything else that determines the rows, such as the model's digest; used on process 0.
+    label: text of the progress bar.
   """
   parts = [items[begin:begin + size] for begin in range(0, len(items), size)]
   header = {**settings, "size": size, "items": hashlib.sha256(json.dumps(items).encode()).hexdigest()}
   result: list[Row] = []
   with contextlib.ExitStack() as stack:
-    keeps = journal is not None and distributed.is_main()
-    kept = stack.enter_context(contextlib.closing(Journal(journal, header, _rows))) if keeps else None
-    done = {int(number): of for number, of in distributed.from_main(
-        {str(number): of for number, of in kept.done.items()} if kept else {}).items()}
+    saves = journal is not None and distributed.is_main()
+    saved = stack.enter_context(contextlib.closing(Journal(journal, header, _rows))) if saves else None
+    done = {int(number): rows for number, rows in distributed.from_main(
+        {str(number): rows for number, rows in saved.done.items()} if saved else {}).items()}
     for number, part in enumerate(parts):
       if number not in done:
         done[number] = make(part, f"{label} ({number + 1} of {len(parts)})" if len(parts) > 1 else label)
-        if kept:
-          kept.add(number, done[number])
+        if saved:
+          saved.add(number, done[number])
       result += done[number]
   return result
 

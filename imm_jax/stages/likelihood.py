@@ -1,4 +1,4 @@
-"""What a model finds likely: accuracy on multiple choice, and how well it predicts texts; nothing is generated."""
+"""Evaluation by likelihood, without sampling: accuracy on multiple choice, and bits per byte of texts."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,55 +21,56 @@ if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
-# Tokens of a window of text, where the model has no limit of its own.
+# Maximum length of a window of text, in tokens.
 _WINDOW = 2048
-# Questions, or passages, of a part: what a run that was killed loses at most.
+# Questions or passages per part: the most that a killed run loses.
 _QUESTIONS, _PASSAGES = 256, 64
 
 
 def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: Path, label: str) -> dict[str, Any]:
-  """Scores the tasks of multiple choice and the texts of a config: <task>.jsonl, a row a question or a passage, in out.
+  """Scores the multiple-choice tasks and the texts of a config.
 
-  `scratch` is a folder for what came of a start that was killed.
+  Writes <task>.jsonl to `out`, one row per question or passage. `scratch` is a folder for partial results, from which a
+  killed evaluation resumes.
 
   Returns:
-    `scores`: for each task `acc` and `acc_norm`; `texts`: for each text what `of_texts` gives; `protocol`: for each
-    task what `described` gives.
+    `scores`: `acc` and `acc_norm` of each task; `texts`: the result of `summarize_texts` for each text; `protocol`: the
+    result of `describe` for each task.
   """
-  asked, texts = questions.choices_of_tests(config), questions.texts_of(config)
-  if not asked and not texts:
+  choices_by_task, texts = questions.choices_of_tests(config), questions.texts_of(config)
+  if not choices_by_task and not texts:
     return {"scores": {}, "texts": {}, "protocol": {}}
   scorer = Scorer.load(model, mesh=mesh_of(config), compute_dtype=hardware.compute_dtype(config.sample.compute_dtype))
   tokenizer = load_tokenizer(model, rows=scorer.config.vocab_size)
   dtype = hardware.compute_dtype(config.sample.compute_dtype)
   settings = {"model": f"{folder.digest(model)} in {dtype}" if distributed.is_main() else ""}
 
-  def rows_of(name: str, items: Sequence[Any], make: Callable[..., list[Row]], size: int) -> list[Row]:
-    rows = kept.rows(items, lambda part, label: make(scorer, tokenizer, part, label=label), size=size,
-                     journal=scratch / f"{name}_scores.jsonl", settings=settings, label=f"{label}: {name}")
+  def score_parts(name: str, items: Sequence[Any], make: Callable[..., list[Row]], size: int) -> list[Row]:
+    rows = kept.compute_rows(items, lambda part, label: make(scorer, tokenizer, part, label=label), size=size,
+                             journal=scratch / f"{name}_scores.jsonl", settings=settings, label=f"{label}: {name}")
     if distributed.is_main():
       files.write_jsonl(out / f"{name}.jsonl", rows)
     return rows
 
-  scores, found, how = {}, {}, {}
-  for name, choices in asked.items():
-    rows = rows_of(name, choices, score_choices, _QUESTIONS)
+  scores, summaries, protocol = {}, {}, {}
+  for name, choices in choices_by_task.items():
+    rows = score_parts(name, choices, score_choices, _QUESTIONS)
     scores[name] = {metric: evaluation.accuracy(sum(row[key] for row in rows), len(rows))._asdict()
                     for metric, key in (("acc", "correct"), ("acc_norm", "correct_norm"))}
-    how[name] = described(rows)
+    protocol[name] = describe(rows)
   for name, passages in texts.items():
-    found[name] = of_texts(rows_of(name, [*enumerate(passages)], score_texts, _PASSAGES))
-  return {"scores": scores, "texts": found, "protocol": how}
+    summaries[name] = summarize_texts(score_parts(name, [*enumerate(passages)], score_texts, _PASSAGES))
+  return {"scores": scores, "texts": summaries, "protocol": protocol}
 
 
-def described(rows: Sequence[Row]) -> dict[str, Any]:
-  """How options were scored, in the form of `evaluating.described`: no answer has a length or is cut."""
+def describe(rows: Sequence[Row]) -> dict[str, Any]:
+  """Describes scoring by likelihood in the form of `evaluating.described`; no answer has a length or is cut."""
   return {"name": "likelihood", "shots": 0, "n": len(rows), "mean_tokens": 0.0, "cut": 0.0}
 
 
-def of_train(config: ml_collections.ConfigDict, model: Path, entries: Sequence[str], label: str,
-             ) -> dict[str, list[Row]]:
-  """Rows of the first `merge.auto.questions` train questions of each of these entries, in every process."""
+def score_train(config: ml_collections.ConfigDict, model: Path, entries: Sequence[str], label: str,
+                ) -> dict[str, list[Row]]:
+  """Scores the first `merge.auto.questions` train questions of each entry; every process gets all rows."""
   scorer = Scorer.load(model, mesh=mesh_of(config), compute_dtype=hardware.compute_dtype(config.sample.compute_dtype))
   tokenizer = load_tokenizer(model, rows=scorer.config.vocab_size)
   return {entry: score_choices(scorer, tokenizer, questions.choices(
@@ -79,25 +80,25 @@ def of_train(config: ml_collections.ConfigDict, model: Path, entries: Sequence[s
 
 def score_choices(scorer: Scorer, tokenizer: "PreTrainedTokenizerBase", choices: Sequence[Choice], *, label: str,
                   ) -> list[Row]:
-  """A row for each question, in order, in every process.
+  """Scores multiple-choice questions; returns a row per question, in order, in every process.
 
-  `correct` says whether the right option is the likeliest, `correct_norm` whether it is by nats a character, as
-  lm-evaluation-harness's acc and acc_norm have it (of equal options the first counts).
+  `correct` tells whether the right option is the most likely, `correct_norm` whether it is so per character, like acc
+  and acc_norm of lm-evaluation-harness (ties go to the first option).
 
   Args:
-    scorer: of the model.
-    tokenizer: of the model.
+    scorer: the model's scorer.
+    tokenizer: the model's tokenizer.
     choices: the questions.
-    label: what the progress bar says.
+    label: text of the progress bar.
   """
   pairs = [(choice.contexts[i % len(choice.contexts)], option)
            for choice in choices for i, option in enumerate(choice.options)]
   requests = encode_continuations(tokenizer, pairs, rows=scorer.config.vocab_size,
                                   positions=scorer.config.max_positions)
-  found = iter(scorer.score(requests, label=label))
+  results = iter(scorer.score(requests, label=label))
   rows = []
   for choice in choices:
-    scores = [next(found) for _ in choice.options]
+    scores = [next(results) for _ in choice.options]
     nats = np.array([score.logprob for score in scores])
     best, norm = int(np.argmax(nats)), int(np.argmax(nats / [len(option) - 1 for option in choice.options]))
     rows.append({"id": choice.id, "question": choice.question, "gold": LETTERS[choice.gold], "kind": "choice",
@@ -109,33 +110,33 @@ def score_choices(scorer: Scorer, tokenizer: "PreTrainedTokenizerBase", choices:
 
 def score_texts(scorer: Scorer, tokenizer: "PreTrainedTokenizerBase", passages: Sequence[tuple[int, str]], *,
                 label: str) -> list[Row]:
-  """A row for each passage, with its number, in order, in every process: its `nats`, `tokens` and `bytes`."""
+  """Scores numbered passages; returns a row with `nats`, `tokens` and `bytes` per passage, in every process."""
   positions = min(_WINDOW, scorer.config.max_positions or _WINDOW)
   windows = [encode_text(tokenizer, text, rows=scorer.config.vocab_size, positions=positions) for _, text in passages]
-  found = iter(scorer.score([request for requests in windows for request in requests], label=label))
+  results = iter(scorer.score([request for requests in windows for request in requests], label=label))
   rows = []
   for (number, text), requests in zip(passages, windows, strict=True):
-    scores = [next(found) for _ in requests]
+    scores = [next(results) for _ in requests]
     rows.append({"id": str(number), "question": text, "gold": "", "nats": -math.fsum(s.logprob for s in scores),
                  "tokens": sum(s.tokens for s in scores), "bytes": len(text.encode())})
   return rows
 
 
-def of_texts(rows: Sequence[Row]) -> dict[str, Any]:
-  """`nats_per_token` and `bits_per_byte`, each with its 95 % interval over the passages, and how much there was.
+def summarize_texts(rows: Sequence[Row]) -> dict[str, Any]:
+  """Computes `nats_per_token` and `bits_per_byte` with 95 % intervals over the passages, and total sizes.
 
-  The interval is that of a ratio of sums, from the passages' residuals (Cochran, Sampling Techniques, 1977, eq. 6.13);
-  of one passage there is none.
+  The interval is that of a ratio estimator, from the residuals of the passages (Cochran, Sampling Techniques, 1977,
+  eq. 6.13); a single passage has an empty one.
 
   >>> rows = [{"nats": 2.0, "tokens": 1, "bytes": 4}, {"nats": 4.0, "tokens": 2, "bytes": 8}]
-  >>> found = of_texts(rows)
-  >>> found["nats_per_token"], round(found["bits_per_byte"]["value"], 3), found["tokens"]
+  >>> summary = summarize_texts(rows)
+  >>> summary["nats_per_token"], round(summary["bits_per_byte"]["value"], 3), summary["tokens"]
   ({'value': 2.0, 'low': 2.0, 'high': 2.0}, 0.721, 3)
   """
   nats = np.array([row["nats"] for row in rows])
 
-  def ratio(unit: float, of: str) -> dict[str, float]:
-    sizes = np.array([row[of] for row in rows], float)
+  def ratio(unit: float, size: str) -> dict[str, float]:
+    sizes = np.array([row[size] for row in rows], float)
     value = nats.sum() / unit / sizes.sum()
     residuals = nats / unit - value * sizes
     half = 1.96 * math.sqrt(len(rows) / max(1, len(rows) - 1) * float(residuals @ residuals)) / sizes.sum()

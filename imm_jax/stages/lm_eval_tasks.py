@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness among those of a config: lm_eval runs them on this package's model."""
+"""Evaluation on tasks of lm-evaluation-harness, which runs them on this package's model."""
 
 import collections
 import contextlib
@@ -18,20 +18,20 @@ from imm_jax.errors import UserError, nearest
 from imm_jax.sampling import Completion
 from imm_jax.stages import questions
 
-# In this order, whichever a task has counts.
+# The primary metric of a task is the first of these that it has.
 _PRIMARY = ("acc", "exact_match", "pass@1", "acc_norm", "f1")
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """Raises UserError where a task of lm_eval that the config names is not known there, or lm_eval is missing."""
-  asked = questions.lm_eval_tasks(config)
-  if not asked:
+  """Raises UserError if lm_eval is not installed, or does not know one of the config's tasks."""
+  names = questions.lm_eval_tasks(config)
+  if not names:
     return
   if importlib.util.find_spec("lm_eval") is None:
-    raise UserError(f"config.task.ood has {questions.LM_EVAL}{asked[0]}, and lm-evaluation-harness is not installed: "
+    raise UserError(f"config.task.ood has {questions.LM_EVAL}{names[0]}, and lm-evaluation-harness is not installed: "
                     "pip install -e '.[harness]'")
   known = _manager(config.eval.lm_eval.path).all_tasks
-  for name in asked:
+  for name in names:
     if "=" in name:
       raise UserError(f"config.task.ood has {questions.LM_EVAL}{name}: tasks of lm_eval take no source; its own YAML "
                       "file says where a task's data are (config.eval.lm_eval.path)")
@@ -42,29 +42,29 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def load(config: ml_collections.ConfigDict) -> None:
-  """Loads the tasks of lm_eval that a config names, with their data, so that one that cannot be had is no late error.
+  """Loads the lm_eval tasks of a config with their data, so that unavailable ones are reported early.
 
   Raises:
-    UserError: for the first of them.
+    UserError: for the first task that cannot be loaded.
   """
   for name in questions.lm_eval_tasks(config):
-    with _told("config.task.ood", name):
+    with _as_user_error("config.task.ood", name):
       _manager(config.eval.lm_eval.path).load([name])
 
 
 def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: Path, label: str) -> dict[str, Any]:
-  """Runs the tasks of lm_eval that a config names: <entry>.jsonl, a row a document, in out.
+  """Runs the lm_eval tasks of a config, and writes <entry>.jsonl to `out`, one row per document.
 
-  A group of tasks, such as `mmlu`, is one task here, over all documents of its parts. `scratch` is a folder for what
-  came of a start that was killed.
+  A group of tasks, such as `mmlu`, is one task here, over all documents of its parts. `scratch` is a folder for partial
+  results, from which a killed evaluation resumes.
 
   Returns:
-    `scores`, the figure that counts first; `protocol` (`described` in `evaluating`); `texts` is empty.
+    `scores`: for each entry its metrics, the primary one first; `protocol`: as `evaluating.described`; `texts`: empty.
 
   Raises:
-    UserError: for a task that lm_eval cannot load, or without a figure as `_metrics` wants it.
+    UserError: for a task that lm_eval cannot load, or that has no usable metric (see `_metrics`).
   """
-  import lm_eval  # late: seconds, and most runs have no such task
+  import lm_eval  # lazy: it takes seconds, and most runs have no such task
 
   from imm_jax.harness import HarnessLM
 
@@ -72,41 +72,41 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
   lm = HarnessLM(str(model), dtype=hardware.compute_dtype(config.sample.compute_dtype),
                  batch_size=config.eval.batch_size, data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor,
                  seed=config.seed, scratch=scratch)
-  manager, scores, how = _manager(settings.path), {}, {}
+  manager, scores, protocol = _manager(settings.path), {}, {}
   for name in questions.lm_eval_tasks(config):
     entry = f"{questions.LM_EVAL}{name}"
-    with _told(label, name):
-      found = lm_eval.simple_evaluate(
+    with _as_user_error(label, name):
+      results = lm_eval.simple_evaluate(
           lm, tasks=[name], task_manager=manager, limit=config.task.eval_questions or None, bootstrap_iters=0,
           num_fewshot=None if settings.few_shot < 0 else settings.few_shot, apply_chat_template=settings.chat,
           random_seed=config.seed, numpy_random_seed=config.seed, torch_random_seed=config.seed,
           fewshot_random_seed=config.seed, log_samples=True, verbosity=None)
-    rows = _rows(found["samples"], lm.completions)
-    metrics = _metrics(rows, entry, _uncounted(found))
+    rows = _rows(results["samples"], lm.completions)
+    metrics = _metrics(rows, entry, _non_scores(results))
     for row in rows:
       value = row["metrics"][metrics[0]]
       row["correct"] = bool(value) if value in (0.0, 1.0) else value
     scores[entry] = {metric: evaluation.mean([row["metrics"][metric] for row in rows])._asdict() for metric in metrics}
-    shots = sorted({n for n in found["n-shot"].values() if isinstance(n, int)}) or [0]
+    shots = sorted({n for n in results["n-shot"].values() if isinstance(n, int)}) or [0]
     parts = "" if len(shots) == 1 else f", {shots[0]} to {shots[-1]} examples by part"
-    how[entry] = {"name": f"lm_eval {lm_eval.__version__}{parts}", "shots": shots[-1], "n": len(rows),
-                  "mean_tokens": round(sum(row["tokens"] for row in rows) / len(rows), 2),
-                  "cut": round(sum(row["finish"] == "length" for row in rows) / len(rows), 4)}
+    protocol[entry] = {"name": f"lm_eval {lm_eval.__version__}{parts}", "shots": shots[-1], "n": len(rows),
+                       "mean_tokens": round(sum(row["tokens"] for row in rows) / len(rows), 2),
+                       "cut": round(sum(row["finish"] == "length" for row in rows) / len(rows), 4)}
     if distributed.is_main():
       files.write_jsonl(out / f"{entry}.jsonl", rows)
-  return {"scores": scores, "protocol": how, "texts": {}}
+  return {"scores": scores, "protocol": protocol, "texts": {}}
 
 
 @contextlib.contextmanager
-def _told(what: str, task: str) -> Iterator[None]:
-  """What lm_eval, the hub or a task's own code raises, as a UserError."""
+def _as_user_error(where: str, task: str) -> Iterator[None]:
+  """Converts exceptions of lm_eval, the hub or a task's own code to a UserError."""
   try:
     yield
   except UserError:
     raise
   except Exception as e:
     cause = str(e).strip().partition("\n")[0] or type(e).__name__
-    raise UserError(f"{what}: lm_eval cannot run {task} ({cause})") from e
+    raise UserError(f"{where}: lm_eval cannot run {task} ({cause})") from e
 
 
 @functools.lru_cache(maxsize=2)  # it reads ten thousand files
@@ -125,69 +125,69 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 def _rows(samples: Mapping[str, Sequence[Mapping[str, Any]]], completions: Mapping[tuple[str, str], Completion],
           ) -> list[dict[str, Any]]:
-  """A row of ours for each document; `metrics` are lm_eval's figures of it that are a number.
+  """Converts lm_eval's samples to a row per document, whose `metrics` are lm_eval's numeric metrics of it.
 
-  `text` is the first answer as it was generated, `span` what the first filter made of it; of options both are the
-  likeliest. Figures of other filters have the filter's name behind theirs.
+  `text` is the first answer as generated, and `span` the output of the first filter; for multiple choice both are the
+  most likely option. Metrics of other filters have the filter's name as a suffix.
   """
   rows: dict[str, dict[str, Any]] = {}
-  for task, of_task in samples.items():
-    for sample in of_task:
-      name, first = f"{task}/{sample['doc_id']}", of_task[0].get("filter")
-      figures = {_figure(metric, sample.get("filter"), first): value for metric, value in _numbers(sample).items()}
+  for task, task_samples in samples.items():
+    for sample in task_samples:
+      name, first = f"{task}/{sample['doc_id']}", task_samples[0].get("filter")
+      metrics = {_metric_name(metric, sample.get("filter"), first): value for metric, value in _numbers(sample).items()}
       if name in rows:
-        rows[name]["metrics"] |= figures
+        rows[name]["metrics"] |= metrics
         continue
-      asked = [list(of.values()) for of in sample["arguments"].values()] if isinstance(
+      arguments = [list(values.values()) for values in sample["arguments"].values()] if isinstance(
           sample["arguments"], dict) else list(sample["arguments"])
-      answers, context = [resp[0] for resp in sample["resps"]], str(asked[0][0])
+      answers, context = [resp[0] for resp in sample["resps"]], str(arguments[0][0])
       row = {"id": name, "question": context, "gold": str(sample["target"]), "kind": "lm_eval"}
       if isinstance(answers[0], str):
-        done = completions.get((context, answers[0]), Completion(answers[0], 0, "stop"))
-        row |= {"text": answers[0], "tokens": done.num_tokens, "finish": done.finish,
+        completion = completions.get((context, answers[0]), Completion(answers[0], 0, "stop"))
+        row |= {"text": answers[0], "tokens": completion.num_tokens, "finish": completion.finish,
                 "span": str(sample["filtered_resps"][0])}
       else:
         logprobs = [float(answer[0]) if isinstance(answer, tuple | list) else float(answer) for answer in answers]
-        best = str(asked[max(range(len(logprobs)), key=logprobs.__getitem__)][-1])
+        best = str(arguments[max(range(len(logprobs)), key=logprobs.__getitem__)][-1])
         row |= {"text": best, "tokens": 0, "finish": "stop", "span": best, "logprobs": logprobs}
-      rows[name] = row | {"metrics": figures}
+      rows[name] = row | {"metrics": metrics}
   return list(rows.values())
 
 
 def _numbers(sample: Mapping[str, Any]) -> dict[str, float]:
-  """The figures of a document that are a number; others are what lm_eval aggregates in a way of its own."""
+  """Returns the numeric metrics of a document; others are inputs to aggregations of lm_eval."""
   return {metric: float(sample[metric]) for metric in sample.get("metrics", ())
           if isinstance(sample[metric], int | float | np.number | np.bool_)}
 
 
-def _figure(metric: str, filter_: str | None, first: str | None) -> str:
-  """The name of a figure: figures of all filters but a task's first have the filter's name behind theirs."""
+def _metric_name(metric: str, filter_: str | None, first: str | None) -> str:
+  """Names a metric: metrics of all filters except a task's first have the filter's name as a suffix."""
   return metric if filter_ == first else f"{metric}_" + re.sub(r"\W", "_", str(filter_))
 
 
-def _uncounted(found: Mapping[str, Any]) -> set[str]:
-  """The figures that are no scores: less of one is better, or lm_eval's aggregate is not the documents' mean."""
+def _non_scores(results: Mapping[str, Any]) -> set[str]:
+  """Returns the metrics that are no scores: lower is better, or lm_eval's aggregate is not the mean over documents."""
   result = set()
-  for task, of_task in found["samples"].items():
+  for task, task_samples in results["samples"].items():
     values: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
-    for sample in of_task:
+    for sample in task_samples:
       for metric, value in _numbers(sample).items():
         values[metric, str(sample.get("filter"))].append(value)
-    for (metric, filter_), of_metric in values.items():
-      whole = found["results"][task].get(f"{metric},{filter_}")
-      if found["higher_is_better"].get(task, {}).get(metric) is False or not isinstance(whole, int | float) or (
-          not math.isclose(whole, math.fsum(of_metric) / len(of_metric), rel_tol=1e-6, abs_tol=1e-9)):
-        result.add(_figure(metric, filter_, of_task[0].get("filter")))
+    for (metric, filter_), metric_values in values.items():
+      aggregate = results["results"][task].get(f"{metric},{filter_}")
+      if results["higher_is_better"].get(task, {}).get(metric) is False or not isinstance(aggregate, int | float) or (
+          not math.isclose(aggregate, math.fsum(metric_values) / len(metric_values), rel_tol=1e-6, abs_tol=1e-9)):
+        result.add(_metric_name(metric, filter_, task_samples[0].get("filter")))
   return result
 
 
-def _metrics(rows: Sequence[Mapping[str, Any]], entry: str, uncounted: Container[str]) -> list[str]:
-  """The figures that are scores: every document has one from 0 to 1, and more is better; the one that counts first."""
-  figures = list(rows[0]["metrics"]) if rows else []
-  names = [name for name in figures if name not in uncounted and all(
+def _metrics(rows: Sequence[Mapping[str, Any]], entry: str, excluded: Container[str]) -> list[str]:
+  """Returns the metrics that are scores (every document has a value from 0 to 1, higher is better), primary first."""
+  metrics = list(rows[0]["metrics"]) if rows else []
+  names = [name for name in metrics if name not in excluded and all(
       0 <= row["metrics"].get(name, -1) <= 1 for row in rows)]
   if not names:
-    others = f" (it has {', '.join(figures)})" if figures else ""
+    others = f" (it has {', '.join(metrics)})" if metrics else ""
     raise UserError(f"{entry}: has no figure of each document from 0 to 1 of which more is better and whose mean is "
                     f"the task's{others}; such a task is for lm_eval's own command, python -m imm_jax.harness")
   return sorted(names, key=lambda name: _PRIMARY.index(name) if name in _PRIMARY else len(_PRIMARY))

@@ -1,7 +1,7 @@
-"""What a merging method gets in a round: which models, and which options for a weight of the base.
+"""The inputs of a merging method in a round: the models, and the options for a given base weight.
 
-`merge.base_weight` means the same to every method that has a strength, so that a sweep, a list over the layers and
-`auto` work with all of them: a mean gives the base that weight, and what is added to a base is scaled by the rest.
+`merge.base_weight` has the same meaning for every method with a strength option, so that sweeps, lists over the layers
+and `auto` work with all of them: a mean gives the base that weight, and a task vector is scaled by the complement.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,16 +16,16 @@ from imm_jax.merging import registry
 from imm_jax.merging.trees import Setting
 from imm_jax.methods import merge_method
 
-# Options that say how far a merge goes from the base; `weights` do, too.
+# Strength options, which determine how far a merge goes from the base; `weights` is another.
 _STRENGTHS: Mapping[str, Callable[[Setting], Setting]] = {
     "base_weight": lambda weight: weight, "t": lambda weight: complement(weight),
     "alpha": lambda weight: complement(weight)}
-# Of these `t` or `alpha` is something else.
-_OTHERWISE = ("nearswap", "lines", "ramplus_tl")
+# Methods whose `t` or `alpha` is not a strength.
+_NO_STRENGTH = ("nearswap", "lines", "ramplus_tl")
 
 
 def complement(weight: Setting) -> Setting:
-  """1 - weight, for each number of a setting.
+  """Returns 1 - weight for each number of a setting.
 
   >>> complement(0.25), complement([0.0, 1.0]), complement({"mlp": 0.5, ".*": [1.0, 0.5]})
   (0.75, [1.0, 0.0], {'mlp': 0.5, '.*': [0.0, 0.5]})
@@ -36,31 +36,31 @@ def complement(weight: Setting) -> Setting:
 
 
 def has_strength(method: str) -> bool:
-  """Whether a base weight means something to a merging method."""
+  """Returns whether a merging method has a strength option, which the base weight sets."""
   return _strength(registry.METHODS[method]) is not None
 
 
 def weighs(config: ml_collections.ConfigDict) -> bool:
-  """Whether `merge.base_weight` decides anything: its method has a strength, and no option sets that in its place."""
+  """Returns whether `merge.base_weight` has an effect: the method has a strength that no option overrides."""
   return has_strength(merge_method(config)) and not _fixed_by(config)
 
 
 def _fixed_by(config: ml_collections.ConfigDict) -> str:
-  """The option that is given and says how far the merge goes from the base whatever `merge.base_weight` is, if any."""
+  """Returns the given option that overrides `merge.base_weight`, or an empty string."""
   method, given = registry.METHODS[merge_method(config)], _given(config)
   if (strength := _strength(method)) in given:
     return strength
-  # Divided by their sum, the weights of one model's change are 1.
+  # A single task vector has the normalized weight 1.
   return "normalize" if strength == "weights" and "base" in method.inputs and given.get("normalize") else ""
 
 
 def _strength(method: registry.Method) -> str | None:
-  names = method.by_option.keys() - (_STRENGTHS.keys() if method.name in _OTHERWISE else set())
+  names = method.by_option.keys() - (_STRENGTHS.keys() if method.name in _NO_STRENGTH else set())
   return next((name for name in ("weights", *_STRENGTHS) if name in names), None)
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """Raises UserError for a merging method that a round cannot use, and for options that are not the method's."""
+  """Raises UserError for a merging method that rounds cannot use, or options that it does not have."""
   given = _given(config)
   if config.merge.method and not merge_method(config):
     raise UserError(f"config.merge.method={config.merge.method}: method={config.method} merges nothing")
@@ -72,9 +72,9 @@ def check(config: ml_collections.ConfigDict) -> None:
            and method.most != 1}
   name = merge_method(config)
   if name not in known:
-    why = f"is not for rounds; expected one of: {', '.join(known)}" if name in registry.METHODS else nearest(
+    reason = f"is not for rounds; expected one of: {', '.join(known)}" if name in registry.METHODS else nearest(
         name, [*known])
-    raise UserError(f"config.merge.method={name!r}: {why}")
+    raise UserError(f"config.merge.method={name!r}: {reason}")
   method = known[name]
   for option, value in given.items():
     if option not in method.by_option or option in ("base_weight", "drop_rate", "importance"):
@@ -86,11 +86,11 @@ def check(config: ml_collections.ConfigDict) -> None:
         known_option.check(number)
     except ValueError as e:
       raise UserError(f"config.merge.options.{e}") from e
-    count = 1 if "base" in method.inputs else 2  # what a round merges, in the methods that have such options
+    count = 1 if "base" in method.inputs else 2  # models that a round merges with methods that have such options
     if several and (not value or (known_option.per_model and len(value) != count)):
-      what = "the tuned one" if count == 1 else "the base and the tuned one"
+      models = "the tuned one" if count == 1 else "the base and the tuned one"
       raise UserError(f"config.merge.options.{option}={value!r}: expected a number" + (
-          f", or {count} of them, for {what}" if known_option.per_model else ", or a list of them over the layers"))
+          f", or {count} of them, for {models}" if known_option.per_model else ", or a list of them over the layers"))
   for option in method.options:
     if option.suggested is registry.REQUIRED and option.name not in {
         *given, "densities", "drop_rate", "importance", _strength(method)}:
@@ -98,47 +98,47 @@ def check(config: ml_collections.ConfigDict) -> None:
                       f"{option.range})")
   if not weighs(config) and (config.merge.sweep or config.merge.base_weight == "auto"):
     fixed = _fixed_by(config) if has_strength(name) else ""
-    why = (f"options.{fixed}: says how far a merge goes from the base" if fixed else
-           f"method={name}: has no weight of the base")
-    raise UserError(f"config.merge.{why}, so merge.sweep and base_weight=auto mean nothing beside it")
+    reason = (f"options.{fixed}: says how far a merge goes from the base" if fixed else
+              f"method={name}: has no weight of the base")
+    raise UserError(f"config.merge.{reason}, so merge.sweep and base_weight=auto mean nothing beside it")
 
 
 def models_of(method: registry.Method, *, base: Path, start: Path, tuned: Sequence[Path]) -> dict[str, Path] | None:
-  """The folders that a method merges, by label, in its order; None where there are too few of them yet.
+  """Returns the folders that a method merges, by label and in its order; None if there are too few models yet.
 
   Args:
     method: the merging method.
     base: the base model.
-    start: what the delta is counted from.
-    tuned: the tuned models of all rounds so far. A method that merges several models with a base gets all of them, the
-      others the last one.
+    start: the model that the delta is relative to.
+    tuned: the tuned models of all rounds so far. A method that merges several models with a base gets all of them,
+      other methods the last one.
   """
-  own = {"base": base, "start": start, "tuned": tuned[-1], "other": tuned[-1]}
+  by_name = {"base": base, "start": start, "tuned": tuned[-1], "other": tuned[-1]}
   models = [*tuned] if method.least > 1 else [tuned[-1]]
   models = models if "base" in method.inputs else [base, tuned[-1]]
   if "models" in method.inputs and len(models) < method.least:
     return None
-  found: dict[str, Path] = {}
+  folders: dict[str, Path] = {}
   for name in method.inputs:
     if name == "models":
-      found |= {f"models[{i}]": model for i, model in enumerate(models)}
-    elif name in own:
-      found[name] = own[name]
-  return found
+      folders |= {f"models[{i}]": model for i, model in enumerate(models)}
+    elif name in by_name:
+      folders[name] = by_name[name]
+  return folders
 
 
 def options_of(config: ml_collections.ConfigDict, weight: Setting, importance: Path | None) -> dict[str, Any]:
-  """The options of the config's merging method with a weight of the base."""
+  """Returns the options of the config's merging method for a base weight."""
   method, given = registry.METHODS[merge_method(config)], _given(config)
   strength, result = _strength(method), {}
   for option in method.options:
     if option.name in given:
       result[option.name] = given[option.name]
     elif option.name == strength == "weights":
-      # One setting a model: a list over the layers is not one over the models.
+      # One setting per model: a setting may itself be a list over the layers.
       result["weights"] = [*([] if "base" in method.inputs else [weight]), complement(weight)]
     elif option.name == "normalize" and strength == "weights" and "base" in method.inputs:
-      result["normalize"] = False  # of one model it would undo the weight
+      result["normalize"] = False  # with a single model it would cancel the weight
     elif option.name == strength:
       result[strength] = _STRENGTHS[strength](weight)
     elif option.name == "drop_rate":
@@ -153,7 +153,7 @@ def options_of(config: ml_collections.ConfigDict, weight: Setting, importance: P
 
 
 def settings_of(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """What of a config decides a merge, its base weight apart."""
+  """Returns the settings of a config that determine a merge, except the base weight."""
   merge = config.merge
   return {"method": merge_method(config), "drop_rate": merge.drop_rate, "delta_ref": merge.delta_ref,
           "options": _given(config)}

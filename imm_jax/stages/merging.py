@@ -1,4 +1,4 @@
-"""Merging of a round's model with the base (eq. 5 to 7)."""
+"""Merging of a round's tuned model with the base (eq. 5 to 7)."""
 
 import json
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ from imm_jax.stages import analysing, devices, evaluating, likelihood, merge_opt
 
 
 class Models(NamedTuple):
-  """What is merged in a round.
+  """Holds the inputs of a round's merge.
 
   Attributes:
     base: folder of the base model.
-    start: of the model that the round started from.
-    tuned: of what SFT made of it, in this round and, before it, in those before.
-    importance: the file with the layers' importance, or None for equal shares.
-    train: what the tuned model was trained on: where it is empty, the round hands on its start.
+    start: folder of the model that the round started from.
+    tuned: folders of the tuned models of earlier rounds (if the method merges several) and of this round.
+    importance: file with the layers' importance, or None for equal shares.
+    train: training data of the tuned model: if empty, the round hands on its initial model.
   """
 
   base: Path
@@ -39,17 +39,17 @@ class Models(NamedTuple):
 
 
 def stages(run: Run, start: Model, tuned: Model, train: str, round_: int) -> list[Stage]:
-  """What a round makes of the tuned model: importance where the method needs it, a sweep, a choice, the merged model.
+  """Builds the stages of a merge: importance, sweep and choice of the weight as needed, merge, and evaluation.
 
   Args:
-    run: of the round.
-    start: what the round started from.
-    tuned: what SFT made of it.
-    train: the stage that wrote what it was trained on.
-    round_: its number.
+    run: the run.
+    start: the model that the round started from.
+    tuned: the tuned model of the round.
+    train: name of the stage that wrote the training data.
+    round_: number of the round.
   """
   config, here = run.config, f"round_{round_}"
-  found: list[Stage] = []
+  result: list[Stage] = []
   several = registry.METHODS[run.merges].least > 1
   tuned = [*(run.model(f"round_{t}/sft") for t in range(round_) if several), tuned]
   inputs = [run.base.stage, start.stage, *(model.stage for model in tuned)]
@@ -58,37 +58,37 @@ def stages(run: Run, start: Model, tuned: Model, train: str, round_: int) -> lis
                   run.root / importance if importance else None, run.root / train)
   settings = run.settings("seed") | {"merge": merge_options.settings_of(config)}
   if importance:
-    found.append(analysing.importance_stage(run, start, train, importance))
+    result.append(analysing.importance_stage(run, start, train, importance))
     inputs.append(importance)
   if config.merge.sweep:
-    found.append(Stage(f"{here}/sweep", tuple(inputs), settings | run.settings("merge.sweep"),
-                       f"base weights {config.merge.sweep}", lambda out, _: sweep(config, models, round_, out)))
-    found += [evaluating.stage(run, Model(run.root / here / "sweep" / f"{weight:g}", f"{here}/sweep"),
-                               f"{here}/eval/sweep_{weight:g}", round_) for weight in config.merge.sweep]
+    result.append(Stage(f"{here}/sweep", tuple(inputs), settings | run.settings("merge.sweep"),
+                        f"base weights {config.merge.sweep}", lambda out, _: sweep(config, models, round_, out)))
+    result += [evaluating.stage(run, Model(run.root / here / "sweep" / f"{weight:g}", f"{here}/sweep"),
+                                f"{here}/eval/sweep_{weight:g}", round_) for weight in config.merge.sweep]
   chosen = None
   if config.merge.base_weight == "auto":
     name = f"{here}/base_weight.json"
     chosen = run.root / name
-    found.append(Stage(name, (*inputs, "train questions"), settings | run.settings(
+    result.append(Stage(name, (*inputs, "train questions"), settings | run.settings(
         *questions.settings_of_round(config), "merge.auto", *evaluating.ANSWERING), _plan_choice(config),
         lambda out, _: choose_weight(config, models, round_, run.scratch(name), out), everywhere=True,
         scratch=str(run.scratch(name))))
     inputs.append(name)
   weight = run.settings("merge.base_weight") if merge_options.weighs(config) else {}
-  found.append(Stage(f"{here}/merged", tuple(inputs), settings | weight,
-                     _plan(config, models), lambda out, _: merge(config, models, round_, chosen, out)))
-  return [*found, evaluating.stage(run, run.model(f"{here}/merged"), f"{here}/eval/merged", round_)]
+  result.append(Stage(f"{here}/merged", tuple(inputs), settings | weight,
+                      _plan(config, models), lambda out, _: merge(config, models, round_, chosen, out)))
+  return [*result, evaluating.stage(run, run.model(f"{here}/merged"), f"{here}/eval/merged", round_)]
 
 
 def _plan(config: ml_collections.ConfigDict, models: Models) -> str:
   name = merge_method(config)
   if not merge_options.models_of(registry.METHODS[name], **_folders(config, models)):
     return f"the tuned model, for {name} merges several"
-  own = "" if name == method_of(config).merge else name
+  shown = "" if name == method_of(config).merge else name
   weight = f"base_weight {config.merge.base_weight}" if merge_options.weighs(config) else ""
   given = merge_options.settings_of(config)["options"]
   thins = {"drop_rate", "densities"} & registry.METHODS[name].by_option.keys() - given.keys()
-  return ", ".join(filter(None, (own, weight, f"drop_rate {config.merge.drop_rate}" if thins else "", *(
+  return ", ".join(filter(None, (shown, weight, f"drop_rate {config.merge.drop_rate}" if thins else "", *(
       f"{option} {value}" for option, value in given.items())))) or name
 
 
@@ -100,9 +100,9 @@ def _plan_choice(config: ml_collections.ConfigDict) -> str:
 
 def merge(config: ml_collections.ConfigDict, models: Models, round_: int, weight_file: Path | None, out: Path,
           ) -> dict[str, Any]:
-  """Merges with the base weight of the config, or with the one that `choose_weight` has written: an HF checkpoint."""
+  """Writes the merged HF checkpoint, with the base weight of the config or the one chosen by `choose_weight`."""
   skipped = models.train and not models.train.stat().st_size  # data.skip_empty
-  if skipped and method_of(config).hands_on == "merged":  # else the tuned model is the start, and is merged as ever
+  if skipped and method_of(config).hands_on == "merged":  # otherwise the tuned model equals the start and is merged
     tuning.copy(models.start, out)
     return {"skipped": True}
   weight = files.read_json(weight_file)["base_weight"] if weight_file else _setting(config.merge.base_weight)
@@ -114,7 +114,7 @@ def merge(config: ml_collections.ConfigDict, models: Models, round_: int, weight
 
 
 def sweep(config: ml_collections.ConfigDict, models: Models, round_: int, out: Path) -> dict[str, Any]:
-  """Merges with each weight of `config.merge.sweep`, reading once: a folder with a checkpoint for each."""
+  """Writes a checkpoint for each weight of `config.merge.sweep`, reading the models once."""
   out.mkdir()
   _merge(config, models, round_, [(weight, out / f"{weight:g}") for weight in config.merge.sweep])
   return {"base_weights": list(config.merge.sweep)}
@@ -122,51 +122,50 @@ def sweep(config: ml_collections.ConfigDict, models: Models, round_: int, out: P
 
 def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int, scratch: Path, out: Path,
                   ) -> dict[str, Any]:
-  """Tries base weights on held-out questions and writes the best: base_weight.json, with every score.
+  """Tries base weights on held-out questions and writes the best, with all scores, to base_weight.json.
 
-  The score of a weight is the mean of two accuracies, each as tests have it (by `eval.protocol`, or by likelihood): on
-  questions of the in-domain train split that no prompt and no round uses, and on questions of the tasks in
-  `merge.auto.general`, of their train splits. Of equal scores the larger weight wins, which is nearer to the base. With
-  `merge.auto.groups` the layers are then taken in so many groups, from the first to the last: a group's weight moves by
-  `merge.auto.step` up or down where that is better. `scratch` is a folder, of all processes, for the models that are
-  tried.
+  The score of a weight is the mean of two accuracies, both measured as in evaluation (with `eval.protocol`, or by
+  likelihood): on questions of the in-domain train split that no prompt and no round uses, and on questions of the train
+  splits of `merge.auto.general`. Ties go to the larger weight, which is nearer to the base. With `merge.auto.groups`
+  the layers are then split into that many groups, and from the first to the last group the weight is moved up or down
+  by `merge.auto.step` if that improves the score. `scratch` is a folder, shared by all processes, for merged models.
   """
   auto = config.merge.auto
-  asked = questions.of_round(config, round_).held_out
-  scored = [entry for entry in auto.general if questions.measure_of(config, entry) == "choices"]
-  answered = [("in_domain", config.task.name, asked), *(
-      ("general", entry, questions.general(config, entry)) for entry in auto.general if entry not in scored)]
-  tried: list[dict[str, Any]] = []
+  held_out = questions.of_round(config, round_).held_out
+  by_likelihood = [entry for entry in auto.general if questions.measure_of(config, entry) == "choices"]
+  answered = [("in_domain", config.task.name, held_out), *(
+      ("general", entry, questions.general(config, entry)) for entry in auto.general if entry not in by_likelihood)]
+  trials: list[dict[str, Any]] = []
 
   def score(weight: Setting) -> float:
-    trial = scratch / f"model_{len(tried)}"  # its own path: servers elsewhere may remember what lay there
+    trial = scratch / f"model_{len(trials)}"  # a new path each time, because remote servers may cache a path
     if distributed.is_main():
       files.remove(trial)
       scratch.mkdir(parents=True, exist_ok=True)
       _merge(config, models, round_, [(weight, trial)])
     distributed.barrier("merged on trial")
-    label = f"round {round_}: base weight {len(tried) + 1}"
+    label = f"round {round_}: base weight {len(trials) + 1}"
     rows: dict[str, list[dict[str, Any]]] = {"in_domain": [], "general": []}
-    how: dict[str, dict[str, Any]] = {}
+    protocol: dict[str, dict[str, Any]] = {}
     with sampling.sampler_of(config, trial, config.eval.batch_size, scratch) as sampler:
       for name, entry, examples in answered:
         task = questions.name_of(entry)
-        rows_of, _ = evaluating.greedy(config, trial, sampler, entry, examples, label=f"{label}, {task}")
-        rows[name] += rows_of
+        answers, _ = evaluating.answer_greedily(config, trial, sampler, entry, examples, label=f"{label}, {task}")
+        rows[name] += answers
         if distributed.is_main():
-          how[task] = evaluating.described(config, task, rows_of)
-    del sampler  # its weights are not to lie beside those that score
-    if scored:
-      for entry, rows_of in devices.call(config, likelihood.of_train, config, trial, scored, label).items():
-        rows["general"] += rows_of
-        how[questions.name_of(entry)] = likelihood.described(rows_of)
-    found = {name: evaluation.accuracy(sum(r["correct"] for r in of), len(of))
-             for name, of in rows.items()} if distributed.is_main() else {}
-    value = distributed.from_main(sum(a.value for a in found.values()) / 2)
-    if distributed.is_main() and tried:
-      files.remove(scratch / f"model_{len(tried) - 1}")
-    tried.append({"base_weight": weight, "score": value, **{name: a._asdict() for name, a in found.items()},
-                  "protocol": how})
+          protocol[task] = evaluating.describe(config, task, answers)
+    del sampler  # frees its weights before others are loaded for scoring
+    if by_likelihood:
+      for entry, answers in devices.call(config, likelihood.score_train, config, trial, by_likelihood, label).items():
+        rows["general"] += answers
+        protocol[questions.name_of(entry)] = likelihood.describe(answers)
+    accuracies = {name: evaluation.accuracy(sum(r["correct"] for r in group), len(group))
+                  for name, group in rows.items()} if distributed.is_main() else {}
+    value = distributed.from_main(sum(a.value for a in accuracies.values()) / 2)
+    if distributed.is_main() and trials:
+      files.remove(scratch / f"model_{len(trials) - 1}")
+    trials.append({"base_weight": weight, "score": value, **{name: a._asdict() for name, a in accuracies.items()},
+                   "protocol": protocol})
     return value
 
   scores = {weight: score(weight) for weight in sorted(auto.weights)}
@@ -183,12 +182,12 @@ def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int
         highest, chosen, best = value, weights, setting
         break
   if distributed.is_main():
-    files.write_text(out, json.dumps({"base_weight": best, "score": highest, "tried": tried}, indent=1) + "\n")
-  return {"base_weight": best, "score": highest, "tried": len(tried)}
+    files.write_text(out, json.dumps({"base_weight": best, "score": highest, "tried": trials}, indent=1) + "\n")
+  return {"base_weight": best, "score": highest, "tried": len(trials)}
 
 
 def _by_layer(weights: Sequence[float], other: float, layers: int) -> dict[str, float]:
-  """A setting that gives each of as many equal groups of layers its weight, and `other` to what is in no layer.
+  """Returns a setting with a weight for each group of layers (of about equal sizes), and `other` for the rest.
 
   >>> _by_layer([0.3, 0.7], 0.5, 4)
   {'layers\\\\.(0|1)\\\\.': 0.3, 'layers\\\\.(2|3)\\\\.': 0.7, '.*': 0.5}
@@ -200,13 +199,13 @@ def _by_layer(weights: Sequence[float], other: float, layers: int) -> dict[str, 
 
 def _merge(config: ml_collections.ConfigDict, models: Models, round_: int, outputs: Sequence[tuple[Setting, Path]],
            ) -> None:
-  """Merges with each weight, from one read; all of them drop the same entries."""
+  """Merges with each weight in one pass over the models; all outputs drop the same entries."""
   key, name = jax.random.fold_in(jax.random.key(config.seed), round_), merge_method(config)
-  found = merge_options.models_of(registry.METHODS[name], **_folders(config, models))
-  options = {out: merge_options.options_of(config, weight, models.importance) if found else {}
+  inputs = merge_options.models_of(registry.METHODS[name], **_folders(config, models))
+  options = {out: merge_options.options_of(config, weight, models.importance) if inputs else {}
              for weight, out in outputs}
   try:
-    checkpoint.merge_folders(name if found else "passthrough", found or {"models[0]": models.tuned[-1]}, options,
+    checkpoint.merge_folders(name if inputs else "passthrough", inputs or {"models[0]": models.tuned[-1]}, options,
                              key=np.asarray(masks.key_words(key)))
   except ValueError as e:
     raise UserError(f"config.merge.method={name}: {e}") from e
@@ -220,5 +219,5 @@ def _folders(config: ml_collections.ConfigDict, models: Models) -> dict[str, Any
 
 
 def _setting(value: Any) -> Setting:
-  """A setting of the config as plain Python."""
+  """Converts a setting of the config to plain Python."""
   return value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value

@@ -1,4 +1,4 @@
-"""Sampled answers with verdicts."""
+"""Sampling of answers, and verdicts on them."""
 
 import contextlib
 import re
@@ -22,37 +22,38 @@ from imm_jax.tasks import prompts, protocols
 from imm_jax.tasks.base import Example
 from imm_jax.tasks.judge import Judge
 
-# Questions of a task that are looked at before a run.
-_LOOKED_AT = 100
-# `Sampler.generate` with a journal: (prompts, options) -> completions, which count on process 0 alone.
+# Number of questions per task that are first checked before a run.
+_NUM_CHECKED = 100
+# `Sampler.generate` with a journal: (prompts, **options) -> completions, valid only on process 0.
 Generate = Callable[..., list[list[Completion]]]
 check_sampler = engines.check
 
 
 def stage(run: Run, model: Model, round_: int) -> Stage:
-  """The samples of a round."""
+  """Builds the stage that samples in a round."""
   name = samples_of(round_)
   return Stage(name, (model.stage, "train questions"),
                _settings(run, round_), _plan(run.config, round_),
                lambda out, _: synthesize(run.config, model.folder, round_, run.scratch(name), out), everywhere=True,
-               scratch=str(run.scratch(name)), costly=True, said=_told)
+               scratch=str(run.scratch(name)), costly=True, said=_summarize)
 
 
 def shots_stage(run: Run) -> Stage:
-  """The worked examples of the prompts."""
+  """Builds the stage that writes the worked examples of the prompts."""
   return Stage("few_shot.jsonl", ("train questions",), run.settings(*questions.settings_of_round(run.config)),
                f"the {run.config.prompt.few_shot} worked examples of the prompt",
                lambda out, _: write_shots(run.config, out))
 
 
 def samples_of(round_: int) -> str:
-  """The name of a round's samples in the run directory."""
+  """Returns the name of a round's samples in the run directory."""
   return f"round_{round_}/samples.jsonl"
 
 
 def temperatures_of(config: ml_collections.ConfigDict, round_: int) -> tuple[float, ...]:
-  """The temperatures of a round's samples in turn: all there are, or where each round has its own those of this round,
-  the last of them for rounds that have none.
+  """Returns the temperatures that a round's samples use in turn.
+
+  `sample.temperatures` is either one tuple for all rounds, or one per round, of which the last holds for later rounds.
 
   >>> config = ml_collections.ConfigDict({"sample": {"temperatures": ((0.2, 0.4), (0.8,))}})
   >>> [temperatures_of(config, t) for t in range(3)]
@@ -63,15 +64,15 @@ def temperatures_of(config: ml_collections.ConfigDict, round_: int) -> tuple[flo
 
 
 def _settings(run: Run, round_: int) -> dict[str, Any]:
-  """Of the temperatures only the round's own, so that other rounds' change nothing."""
-  found = run.settings(*questions.settings_of_round(run.config), "sample", "sampler")
-  return found | {"sample": found["sample"] | {"temperatures": temperatures_of(run.config, round_)}}
+  """Returns the settings of a round's samples, with only this round's temperatures, so that others may change."""
+  settings = run.settings(*questions.settings_of_round(run.config), "sample", "sampler")
+  return settings | {"sample": settings["sample"] | {"temperatures": temperatures_of(run.config, round_)}}
 
 
 def _plan(config: ml_collections.ConfigDict, round_: int) -> str:
   asked, given = config.task.questions_per_round, config.sample.temperatures
-  own = isinstance(given[0], tuple | list)
-  at = f" at temperatures {', '.join(f'{t:g}' for t in temperatures_of(config, round_))}" if own else ""
+  per_round = isinstance(given[0], tuple | list)
+  at = f" at temperatures {', '.join(f'{t:g}' for t in temperatures_of(config, round_))}" if per_round else ""
   if not asked:
     return f"{config.sample.num_samples} answers to every train question{at}"
   count = asked * config.sample.num_samples
@@ -79,7 +80,7 @@ def _plan(config: ml_collections.ConfigDict, round_: int) -> str:
           f"{count * config.sample.max_new_tokens:,} tokens")
 
 
-def _told(facts: dict[str, Any]) -> str:
+def _summarize(facts: dict[str, Any]) -> str:
   long = f", {facts['long_prompts']} questions skipped (too long)" if facts["long_prompts"] else ""
   return (f"{facts['correct']} of {facts['samples']} samples are right, {facts['unfinished']} were cut at "
           f"max_new_tokens, {facts['no_answer']} have no answer{long}")
@@ -87,11 +88,11 @@ def _told(facts: dict[str, Any]) -> str:
 
 def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, scratch: Path, out: Path,
                ) -> dict[str, Any]:
-  """Samples answers to the round's questions and judges them: samples.jsonl."""
+  """Samples answers to the round's questions, judges them, and writes samples.jsonl."""
   sample, temperatures = config.sample, temperatures_of(config, round_)
-  asked = questions.of_round(config, round_)
-  examples, long = fitting(config, model, asked.asked, limit="sample.max_new_tokens",
-                           what=f"task {config.task.name}, train", shots=asked.shots)
+  chosen = questions.of_round(config, round_)
+  examples, long = build_prompts(config, model, chosen.asked, limit="sample.max_new_tokens",
+                                 source=f"task {config.task.name}, train", shots=chosen.shots)
   with sampler_of(config, model, sample.batch_size, scratch) as sampler:
     completions = sampler(
         [Prompt(f"round_{round_}/{e.id}", text) for e, text in examples], max_new_tokens=sample.max_new_tokens,
@@ -99,7 +100,7 @@ def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, scra
         seed=config.seed, label=f"round {round_}: sample")
   if not distributed.is_main():
     return {}
-  rows = judged([e for e, _ in examples], completions, strict=True, temperatures=temperatures)
+  rows = judge_samples([e for e, _ in examples], completions, strict=True, temperatures=temperatures)
   files.write_jsonl(out, rows)
   return {"samples": len(rows), "correct": sum(r["correct"] for r in rows), "tokens": sum(r["tokens"] for r in rows),
           "unfinished": sum(r["finish"] == "length" for r in rows), "no_answer": sum(not r["span"] for r in rows),
@@ -107,7 +108,7 @@ def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, scra
 
 
 def write_shots(config: ml_collections.ConfigDict, out: Path) -> dict[str, Any]:
-  """The worked examples of the prompts: few_shot.jsonl."""
+  """Writes the worked examples of the prompts to few_shot.jsonl."""
   shots = questions.of_round(config, 0).shots
   files.write_jsonl(out, [{"id": e.id, "question": e.question, "response": e.rationale} for e in shots])
   return {"examples": len(shots)}
@@ -115,28 +116,31 @@ def write_shots(config: ml_collections.ConfigDict, out: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def sampler_of(config: ml_collections.ConfigDict, model: Path, batch_size: int, scratch: Path) -> Iterator[Generate]:
-  """A sampler of a model, as the config has it.
+  """Opens a sampler of a model with the config's engine.
 
-  In the folder `scratch` lie by label the samples that have come, from which a killed run goes on.
+  Samples are journaled in the folder `scratch` by label, so that a killed run resumes.
   """
   with engines.opened(config, model, batch_size=batch_size, scratch=scratch, mesh=lambda: mesh_of(config)) as sampler:
     yield lambda asked, *, label, **options: sampler.generate(
         asked, label=label, journal=scratch / f"{re.sub(r'[^A-Za-z0-9]+', '_', label)}.jsonl", **options)
 
 
-def fitting(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Example], *, limit: str, what: str,
-            shots: Sequence[Example] = (), prompt: protocols.Prompt | None = None,
-            ) -> tuple[list[tuple[Example, str]], int]:
-  """Questions with their prompts, as far as prompt and answer fit in the model's context, and how many do not.
+def build_prompts(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Example], *, limit: str,
+                  source: str, shots: Sequence[Example] = (), prompt: protocols.Prompt | None = None,
+                  ) -> tuple[list[tuple[Example, str]], int]:
+  """Builds prompts, and keeps those that fit in the model's context together with their answers.
 
   Args:
-    config: of the run.
-    model: whose tokenizer and context count.
+    config: run config.
+    model: folder of the model, for its tokenizer and context length.
     examples: the questions.
-    limit: the key of the most tokens of an answer, such as `eval.max_new_tokens`.
-    what: whose questions they are, for the error.
+    limit: config key of the maximum length of an answer, such as `eval.max_new_tokens`.
+    source: description of the questions for error messages.
     shots: worked examples of the prompt.
-    prompt: of a protocol; by default that of the run's samples.
+    prompt: a protocol's function that builds prompts; by default that of the run's samples.
+
+  Returns:
+    The questions that fit with their prompts, and the number of others.
 
   Raises:
     UserError: when none fits.
@@ -154,43 +158,45 @@ def fitting(config: ml_collections.ConfigDict, model: Path, examples: Sequence[E
   fit = [(e, text) for e, text in asked if len(ids(text)) + max_new_tokens <= positions]
   if not fit:
     fewer = f" or config.{'prompt' if sampled else 'eval'}.few_shot" if shots else ""
-    raise UserError(f"{what}: none of {len(asked)} prompts leaves room for config.{limit}={max_new_tokens} in the "
+    raise UserError(f"{source}: none of {len(asked)} prompts leaves room for config.{limit}={max_new_tokens} in the "
                     f"{positions} positions of {model} (max_position_embeddings); lower config.{limit}{fewer}, or take "
                     "another task")
   return fit, len(asked) - len(fit)
 
 
 def check(config: ml_collections.ConfigDict, base: Path, sampler: Path, draws: bool) -> None:
-  """Raises UserError when a prompt cannot be built, or no prompt of a task fits, before anything is spent.
+  """Raises UserError if a prompt cannot be built or no prompt of a task fits; called before a run.
 
-  `sampler` is the model that samples for training, where it `draws`.
+  `sampler` is the model that samples for training, if the run `draws` samples.
   """
   tests = zip(questions.own(config), questions.of_tests(config).values(), strict=True)
   asked = [(base, entry, examples, f"task {questions.name_of(entry)}") for entry, examples in tests]
   if config.merge.base_weight == "auto":
     asked += [(base, entry, questions.general(config, entry), f"merge.auto.general {entry}")
               for entry in config.merge.auto.general]
-  asked = [found for found in asked if questions.measure_of(config, found[1]) == "answer"]
-  options = [(model, examples, {"limit": "eval.max_new_tokens", "what": what,
+  asked = [item for item in asked if questions.measure_of(config, item[1]) == "answer"]
+  options = [(model, examples, {"limit": "eval.max_new_tokens", "source": source,
                                 "shots": questions.shots_of(config, entry),
                                 "prompt": protocols.of(config, questions.name_of(entry)).prompt})
-             for model, entry, examples, what in asked]
+             for model, entry, examples, source in asked]
   if draws:
-    found = questions.of_round(config, 0)
-    options.append((sampler, found.asked, {"limit": "sample.max_new_tokens", "shots": found.shots,
-                                           "what": f"task {config.task.name}, train"}))
+    chosen = questions.of_round(config, 0)
+    options.append((sampler, chosen.asked, {"limit": "sample.max_new_tokens", "shots": chosen.shots,
+                                            "source": f"task {config.task.name}, train"}))
   for model, examples, given in options:
-    try:  # a few say it, and are quick to read
-      fitting(config, model, examples[:_LOOKED_AT], **given)
+    try:  # mostly a few questions suffice, which is quick
+      build_prompts(config, model, examples[:_NUM_CHECKED], **given)
     except UserError:
-      fitting(config, model, examples, **given)
+      build_prompts(config, model, examples, **given)
 
 
-def judged(examples: Sequence[Example], completions: Sequence[Sequence[Completion]], *, strict: bool,
-           temperatures: Sequence[float] = (), read: Callable[[str, str], str] = lambda text, kind: text,
-           ) -> list[dict[str, Any]]:
-  """A row for each sample, with its verdict on what is `read` of it; `temperatures` are those that the samples of a
-  question ran at in turn."""
+def judge_samples(examples: Sequence[Example], completions: Sequence[Sequence[Completion]], *, strict: bool,
+                  temperatures: Sequence[float] = (), read: Callable[[str, str], str] = lambda text, kind: text,
+                  ) -> list[dict[str, Any]]:
+  """Judges samples; returns a row for each.
+
+  The verdict is on `read(text, kind)`; `temperatures` are those that the samples of a question used in turn.
+  """
   drawn = [(example, s, completion) for example, group in zip(examples, completions, strict=True)
            for s, completion in enumerate(group)]
   with Judge() as judge:

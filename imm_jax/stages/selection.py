@@ -1,4 +1,4 @@
-"""What a round trains on: right samples, of this round or of earlier ones too, and real worked answers."""
+"""Selection of training data: right samples, of this round and possibly earlier ones, and real worked answers."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,16 +19,16 @@ Row = dict[str, Any]
 
 
 def stage(run: Run, round_: int) -> Stage:
-  """What a round trains on."""
+  """Builds the stage that selects a round's training data."""
   drawn = [sampling.samples_of(t) for t in range(round_ + 1)] if run.draws else []
   reads = drawn if run.method.data in ("mixture", "accumulation") else drawn[-1:]
   return Stage(f"round_{round_}/train.jsonl", ("train questions", *reads),
                run.settings(*questions.settings_of_round(run.config), "data") | {"kind": run.method.data},
                _plan(run.config),
-               lambda out, _: select(run.config, [run.root / name for name in drawn], round_, out), said=_told)
+               lambda out, _: select(run.config, [run.root / name for name in drawn], round_, out), said=_summarize)
 
 
-def _told(facts: dict[str, Any]) -> str:
+def _summarize(facts: dict[str, Any]) -> str:
   if not facts["kept"]:
     return "no right answer: the round hands on the model that it started from"
   dropped = ", ".join(f"{facts[f'dropped_{kind}']} {text}" for kind, text in (
@@ -54,19 +54,19 @@ def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: i
   | method | what round t trains on |
   |---|---|
   | `imm`, `iimm`, `star` | the right samples of round t |
-  | `data_mixture` | these, and a share of each earlier round's (`data.mixture_share`), drawn anew in each round |
+  | `data_mixture` | these, and a share of each earlier round's (`data.mixture_share`), drawn again in each round |
   | `data_accumulation` | the right samples of rounds 0 to t (M. Gerstgrasser et al., 2024) |
   | `real` | the real worked answers to the questions of round t |
 
   `data.with_real` adds to `data_accumulation` the real worked answers to the questions of rounds 0 to t. With
-  `data.real_fraction` f as many real answers to the round's questions are added as make f of the whole, all of them
-  where there are fewer; at 1 they are all there is, and nothing is sampled.
+  `data.real_fraction` f, real answers to the round's questions are added until they are a share f of the data, or there
+  are no more; with f = 1 the data are only real answers, and nothing is sampled.
 
   Args:
-    config: of the run.
-    samples: samples.jsonl of rounds 0 to t, empty where nothing is sampled.
+    config: run config.
+    samples: samples.jsonl of rounds 0 to t, empty if nothing is sampled.
     round_: t.
-    out: the file.
+    out: file to write.
 
   Raises:
     UserError: when nothing is left to train on, unless `data.skip_empty` is set.
@@ -77,29 +77,29 @@ def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: i
   facts: dict[str, Any] = {}
   synthetic: list[Row] = []
   if fraction < 1:
-    own = files.read_jsonl(samples[round_], _SAMPLE)
-    right = kept(own, round_)
+    this_round = files.read_jsonl(samples[round_], _SAMPLE)
+    right = right_samples(this_round, round_)
     if not right and not config.data.skip_empty:
-      raise UserError(_nothing_right(samples[round_], own))
-    facts = {"dropped_wrong": sum(not r["correct"] for r in own),
-             "dropped_unfinished": sum(r["correct"] and _response(r) is None for r in own)}
-    facts["dropped_duplicate"] = len(own) - sum(facts.values()) - len(right)
-    earlier = [kept(files.read_jsonl(path, _SAMPLE), t) for t, path in enumerate(samples[:round_])]
+      raise UserError(_no_right_samples(samples[round_], this_round))
+    facts = {"dropped_wrong": sum(not r["correct"] for r in this_round),
+             "dropped_unfinished": sum(r["correct"] and _response(r) is None for r in this_round)}
+    facts["dropped_duplicate"] = len(this_round) - sum(facts.values()) - len(right)
+    earlier = [right_samples(files.read_jsonl(path, _SAMPLE), t) for t, path in enumerate(samples[:round_])]
     if method.data == "mixture":
       earlier = [_draw(rows, round(config.data.mixture_share * len(rows)), rng) for rows in earlier]
     elif method.data != "accumulation":
       earlier = []
-    synthetic = _once([*(row for rows in earlier for row in rows), *right])
+    synthetic = _unique([*(row for rows in earlier for row in rows), *right])
   real: list[Row] = []
   if method.data == "accumulation" and config.data.with_real:
-    real = _once(row for t in range(round_ + 1) for row in worked_answers(config, t))
+    real = _unique(row for t in range(round_ + 1) for row in worked_answers(config, t))
   elif fraction == 1:
     real = worked_answers(config, round_)
   elif fraction:
     sampled = {(row["question"], row["response"]) for row in synthetic}
     available = [r for r in worked_answers(config, round_) if (r["question"], r["response"]) not in sampled]
     real = _draw(available, min(len(available), round(fraction / (1 - fraction) * len(synthetic))), rng)
-  rows = _once([*synthetic, *real])
+  rows = _unique([*synthetic, *real])
   files.write_jsonl(out, rows)
   count = sum(row["source"] == "real" for row in rows)
   return {"kept": len(rows), "real": count, "of_earlier_rounds": sum(row["round"] != round_ for row in rows), **facts}
@@ -108,20 +108,21 @@ def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: i
 _SAMPLE = {"id": str, "question": str, "text": str, "finish": str, "span": str, "correct": bool}
 
 
-def kept(samples: Sequence[Row], round_: int) -> list[Row]:
-  """The right ones of a round's samples, as far as they were judged, each text once; none that was cut off."""
-  return _once({"id": r["id"], "question": r["question"], "response": response, "round": round_, "source": "synthetic"}
-               for r in samples if r["correct"] and (response := _response(r)) is not None)
+def right_samples(samples: Sequence[Row], round_: int) -> list[Row]:
+  """Returns the right samples of a round, truncated to what was judged, without duplicates and unfinished ones."""
+  rows = ({"id": r["id"], "question": r["question"], "response": response, "round": round_, "source": "synthetic"}
+          for r in samples if r["correct"] and (response := _response(r)) is not None)
+  return _unique(rows)
 
 
 def _response(sample: Row) -> str | None:
-  """What is learned of a sample: its text before a next question that it makes up; None where it was cut off."""
+  """Returns the text of a sample up to a next question that it makes up, or None if the sample is unfinished."""
   text = answers.before_next_question(sample["text"])
   return text if sample["finish"] == "stop" or text != sample["text"] else None
 
 
 def worked_answers(config: ml_collections.ConfigDict, round_: int) -> list[Row]:
-  """The real worked answers to a round's questions.
+  """Returns the real worked answers to a round's questions.
 
   Raises:
     UserError: when the task has none.
@@ -135,20 +136,20 @@ def worked_answers(config: ml_collections.ConfigDict, round_: int) -> list[Row]:
   return rows
 
 
-def _once(rows: Iterable[Row]) -> list[Row]:
-  """The first of rows with the same question and response."""
-  found: dict[tuple[str, str], Row] = {}
+def _unique(rows: Iterable[Row]) -> list[Row]:
+  """Removes rows with the same question and response as an earlier row."""
+  first: dict[tuple[str, str], Row] = {}
   for row in rows:
-    found.setdefault((row["question"], row["response"]), row)
-  return list(found.values())
+    first.setdefault((row["question"], row["response"]), row)
+  return list(first.values())
 
 
 def _draw(rows: Sequence[Row], count: int, rng: np.random.Generator) -> list[Row]:
-  """So many of the rows, in their order."""
+  """Draws `count` of the rows without replacement, and keeps their order."""
   return [rows[i] for i in sorted(rng.choice(len(rows), count, replace=False))]
 
 
-def _nothing_right(samples: Path, rows: Sequence[Row]) -> str:
+def _no_right_samples(samples: Path, rows: Sequence[Row]) -> str:
   return (f"{samples}: none of {len(rows)} samples is right ({sum(r['finish'] == 'length' for r in rows)} cut at "
           f"max_new_tokens, {sum(not r['span'] for r in rows)} without an answer), so there is nothing to train on; "
           "read some samples, then go past the round with config.data.skip_empty=True, or sample it anew with --rerun "

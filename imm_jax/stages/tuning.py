@@ -1,4 +1,4 @@
-"""SFT of a round's model on its training data."""
+"""Supervised fine-tuning of a round's model on its training data."""
 
 import functools
 import itertools
@@ -39,26 +39,26 @@ from imm_jax.training.step import Frozen, make_schedule
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
-# Questions whose lengths are counted before a run.
-_LOOKED_AT = 100
-_ROW = 128
-_HELD_OUT = 0x51  # apart from what else is drawn of a seed
-# The folder of the average of the weights, within the tuned model's.
+# Number of questions whose lengths are measured before a run.
+_NUM_MEASURED = 100
+_ROW_MULTIPLE = 128
+_HELD_OUT = 0x51  # separates these draws from others of the same seed
+# Folder of the weights' moving average within that of the tuned model.
 AVERAGE = "ema"
 
 
 def stage(run: Run, model: Model, train: str, round_: int) -> Stage:
-  """The SFT of a round, from a model, on the rows that the stage `train` writes."""
+  """Builds the stage that fine-tunes a model in a round, on the rows that the stage `train` writes."""
   method = run.method
   kind = {"method": {"anchor": method.anchor, "lora": method.lora}} if method.anchor or method.lora else {}
   return Stage(f"round_{round_}/sft", (model.stage, train, *[run.base.stage] * bool(method.anchor)),
                run.settings("seed", "prompt", "sft") | kind, _plan(run.config),
                functools.partial(devices.call, run.config, fine_tune, run.config, model.folder, run.base.folder,
                                  run.root / train, run.root, round_),
-               everywhere=True, scratch=states_folder(run.config, run.root, round_), costly=True, said=_told)
+               everywhere=True, scratch=states_folder(run.config, run.root, round_), costly=True, said=_summarize)
 
 
-def _told(facts: dict[str, Any]) -> str:
+def _summarize(facts: dict[str, Any]) -> str:
   if facts.get("skipped"):
     return "nothing to train on"
   long = f", {facts['dropped_long']} longer than a row left out" if facts["dropped_long"] else ""
@@ -67,26 +67,26 @@ def _told(facts: dict[str, Any]) -> str:
 
 
 def average_of(tuned: Model) -> Model:
-  """The average of a tuned model's weights over its SFT."""
+  """Returns the moving average of a tuned model's weights over SFT."""
   return tuned._replace(folder=tuned.folder / AVERAGE)
 
 
 def _plan(config: ml_collections.ConfigDict) -> str:
   sft, method = config.sft, method_of(config)
-  more = {"l2_sp": [f"L2 to the base x {sft.l2_sp_weight:g}"], "kl": [f"KL to the base x {sft.kl_weight:g}"]}.get(
+  extras = {"l2_sp": [f"L2 to the base x {sft.l2_sp_weight:g}"], "kl": [f"KL to the base x {sft.kl_weight:g}"]}.get(
       method.anchor, [])
-  more += [f"LoRA of rank {sft.lora_rank}"] * method.lora + [f"average of decay {sft.ema_decay:g}"] * averages(config)
-  more += [f"stopped on {sft.stop_share:.0%} of the questions"] * (sft.stop_share > 0)
-  return ", ".join([f"{sft.epochs} epochs", f"{sft.global_batch} answers a step", *more])
+  extras += [f"LoRA of rank {sft.lora_rank}"] * method.lora + [f"average of decay {sft.ema_decay:g}"] * averages(config)
+  extras += [f"stopped on {sft.stop_share:.0%} of the questions"] * (sft.stop_share > 0)
+  return ", ".join([f"{sft.epochs} epochs", f"{sft.global_batch} answers a step", *extras])
 
 
 def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train: Path, root: Path, round_: int,
               out: Path, inputs: Mapping[str, str | None]) -> dict[str, Any]:
-  """Fine-tunes the model on the kept answers: an HF checkpoint folder in the model's own dtype; within it, in the
-  folder `ema`, one of the average of the weights where that is kept, and with method lora the adapters in `adapter`.
+  """Fine-tunes a model on the selected answers, and writes an HF checkpoint in the model's own dtypes.
 
-  `base` is what the method's anchor is. `inputs` are the digests of what it reads: training goes on from a saved state
-  of the same ones.
+  Its subfolder `ema` gets a checkpoint of the weights' moving average, if one is kept, and with method lora `adapter`
+  gets the adapters. `base` is the anchor of methods that have one. `inputs` are the digests of the inputs: training
+  resumes from a saved state only if they are the same.
   """
   sft, name, rows = config.sft, f"round_{round_}", read_train(train)
   if not rows:  # data.skip_empty
@@ -94,11 +94,11 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train:
       for folder in (out, *[out / AVERAGE] * averages(config)):
         copy(model, folder)
     return {"examples": 0, "steps": 0, "skipped": True}
-  seen, held = hold_out(rows, sft.stop_share, (config.seed, round_), what=train)
+  kept, held = hold_out(rows, sft.stop_share, (config.seed, round_), source=train)
   examples = list(map(encoder(config, model), rows))
-  data = pack(config, model, [examples[i] for i in seen], what=train, epochs=sft.epochs, seed=(config.seed, round_),
-              lines=[i + 1 for i in seen])
-  held_out = pack(config, model, [examples[i] for i in held], what=f"{train}, held out", epochs=1, seed=config.seed,
+  data = pack(config, model, [examples[i] for i in kept], source=train, epochs=sft.epochs, seed=(config.seed, round_),
+              lines=[i + 1 for i in kept])
+  held_out = pack(config, model, [examples[i] for i in held], source=f"{train}, held out", epochs=1, seed=config.seed,
                   quiet=True).batches if held else None
   batches, additions, mesh = data.batches, additions_of(config), mesh_of(config)
   schedule = make_schedule(sft.schedule, peak=sft.learning_rate, total_steps=len(batches),
@@ -106,7 +106,7 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train:
   states = Checkpoints(states_folder(config, root, round_), save_interval=sft.save_interval,
                        max_to_keep=sft.max_to_keep, identity=dict(inputs))
   with states as checkpoints:
-    saved = checkpoints.latest()  # refuses another training's before metrics are dropped
+    saved = checkpoints.latest()  # raises for a state of another training before metrics are dropped
     with StageMetrics(root, f"{name}/sft", keep=saved["step"] if saved else 0, tracking=config.tracking) as metrics:
       first = (lambda: lora.init(data.model, additions.lora, mesh, key=_key(config, round_))) if additions.lora else (
           lambda: load_params(config, model))
@@ -134,29 +134,29 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train:
 
 
 def copy(model: Path, out: Path) -> None:
-  """Writes a checkpoint as it is, for a round in which there was nothing to train on."""
+  """Copies a checkpoint, for a round with nothing to train on."""
   checkpoint.merge_folders("passthrough", {"models[0]": model}, {out: {}})
   checkpoint_folder.copy_side_files(model, out)
 
 
-def hold_out(rows: Sequence[Mapping[str, Any]], share: float, seed: Any, *, what: Any) -> tuple[list[int], list[int]]:
-  """Which rows of train.jsonl are trained on, and which are held out: all answers to a share of the questions.
+def hold_out(rows: Sequence[Mapping[str, Any]], share: float, seed: Any, *, source: Any) -> tuple[list[int], list[int]]:
+  """Splits the rows of train.jsonl into those to train on and those held out, all answers to a share of the questions.
 
-  At least one question is held out, and one is not.
+  Returns indices. At least one question is held out, and at least one is not; a share of 0 holds out nothing.
 
   Raises:
-    UserError: when there is but one question.
+    UserError: when there is only one question.
 
   >>> rows = [{"question": q} for q in "aabbcd"]
-  >>> seen, held = hold_out(rows, 0.5, 0, what="train.jsonl")
-  >>> sorted(seen + held), {rows[i]["question"] for i in seen} & {rows[i]["question"] for i in held}
+  >>> train, held = hold_out(rows, 0.5, 0, source="train.jsonl")
+  >>> sorted(train + held), {rows[i]["question"] for i in train} & {rows[i]["question"] for i in held}
   ([0, 1, 2, 3, 4, 5], set())
   """
   if not share:
     return list(range(len(rows))), []
   questions_ = list(dict.fromkeys(row["question"] for row in rows))
   if len(questions_) < 2:
-    raise UserError(f"{what}: has answers to {len(questions_)} question; config.sft.stop_share={share:g} needs 2 or "
+    raise UserError(f"{source}: has answers to {len(questions_)} question; config.sft.stop_share={share:g} needs 2 or "
                     "more, one to train on and one to stop by")
   count = min(max(1, round(share * len(questions_))), len(questions_) - 1)
   drawn = np.random.default_rng([*np.atleast_1d(seed), _HELD_OUT]).permutation(len(questions_))[:count]
@@ -166,21 +166,21 @@ def hold_out(rows: Sequence[Mapping[str, Any]], share: float, seed: Any, *, what
 
 
 def _frozen(config: ml_collections.ConfigDict, model: Path, base: Path) -> Frozen:
-  """The weights that the method's SFT uses and does not train."""
+  """Loads the weights that the method's SFT uses but does not train."""
   method, compute = method_of(config), jnp.dtype(hardware.compute_dtype(config.sft.compute_dtype))
-  # L2 is to the base's weights as they are stored; what computes is rounded as it is for computing.
+  # L2-SP uses the base's weights as stored; weights that compute are rounded to the compute dtype.
   anchor = {"anchor": load_params(config, base, None if method.anchor == "l2_sp" else compute)} if method.anchor else {}
   return anchor | ({"base": load_params(config, model, compute)} if method.lora else {})
 
 
 def _key(config: ml_collections.ConfigDict, round_: int) -> jax.Array:
-  """Of a round's first adapters."""
+  """Returns the random key of a round's initial adapters."""
   return jax.random.fold_in(jax.random.key(config.seed), round_)
 
 
 class Data(NamedTuple):
-  """What is trained on, and how: the model's config, packed batches, the lines of the examples in them, how many others
-  are too long, and the options that training and gradients share."""
+  """Holds packed training data: the model's config, batches, the lines of the examples in them, the number of dropped
+  (too long) examples, and the options that training and gradients share."""
 
   model: ModelConfig
   batches: PackedBatches
@@ -189,20 +189,20 @@ class Data(NamedTuple):
   options: dict[str, Any]
 
 
-def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[TokenizedExample], *, what: Any,
+def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[TokenizedExample], *, source: Any,
          epochs: int, seed: Any, row_length: int = 0, quiet: bool = False, lines: Sequence[int] | None = None) -> Data:
-  """Packs examples for the run's devices; what a user should know of it is said on stderr, unless `quiet`.
+  """Packs examples for the run's devices, and prints notes on stderr unless `quiet`.
 
   Args:
-    config: of the run.
-    model: whose they are.
-    examples: by line; those that do not fit in a row are left out.
-    what: where they come from, for the error.
-    epochs: passes over them.
-    seed: of their order.
-    row_length: in place of `sft.row_length`.
-    quiet: says nothing.
-    lines: of the examples; by default they are counted, from 1.
+    config: run config.
+    model: folder of the model to train.
+    examples: tokenized examples; those that do not fit in a row are dropped.
+    source: source of the examples, for error messages.
+    epochs: passes over the examples.
+    seed: seed of their order.
+    row_length: overrides `sft.row_length` unless 0.
+    quiet: whether to print no notes.
+    lines: line of each example; by default 1, 2, 3, ...
 
   Raises:
     UserError: when none fits in a row.
@@ -212,7 +212,7 @@ def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Toke
   by_line = {line: e for line, e in zip(numbers, examples, strict=True) if len(e.prompt) + len(e.response) <= length}
   if not by_line:
     shortest = min((len(e.prompt) + len(e.response) for e in examples), default=0)
-    raise UserError(f"{what}: none of its {len(examples)} answers fits with its prompt in config.sft.row_length="
+    raise UserError(f"{source}: none of its {len(examples)} answers fits with its prompt in config.sft.row_length="
                     f"{length} tokens; the shortest takes {shortest}")
   fitting = list(by_line.values())
   multiple = sharding.batch_parts(mesh) * sft.accumulation
@@ -231,32 +231,35 @@ def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Toke
 
 
 def row_for(config: ml_collections.ConfigDict, examples: Iterable[TokenizedExample]) -> int:
-  """The tokens of a row that holds each of these: SFT's, or where one is longer a multiple of 128, for few shapes that
-  suit attention's kernels."""
+  """Returns a row length that fits all examples: that of SFT, or a larger multiple of 128, which suits attention
+  kernels and keeps shapes few."""
   longest = max(len(e.prompt) + len(e.response) for e in examples)
-  return max(config.sft.row_length, -(-longest // _ROW) * _ROW)
+  return max(config.sft.row_length, -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE)
 
 
 def load_params(config: ml_collections.ConfigDict, model: Path, dtype: jnp.dtype | None = jnp.float32) -> Params:
-  """The model's parameters in float32, or another dtype (None: the stored ones), where SFT has them."""
+  """Loads a model's parameters, sharded as in SFT, in float32 or another dtype (None: the stored ones)."""
   return hf.load(model, dtype=dtype, place=functools.partial(sharding.param_sharding, mesh_of(config)))[1]
 
 
 def expect(config: ml_collections.ConfigDict, model: ModelConfig, folder: Path | None) -> memory.Expected:
-  """What a round's training and sampling will probably run, before there are answers: told by the worked answers of the
-  task, or where it has none or they are elsewhere (`folder` of the model too), by assumed lengths."""
+  """Estimates the shapes of a round's training and sampling before a run.
+
+  Lengths are those of the task's worked answers; they are assumed if there are none, or if the task or the model
+  (`folder` is None) would have to be downloaded.
+  """
   sft, mesh, count = config.sft, mesh_of(config), questions.counts(config)[0]
   assumed = round(cost.ASSUMED["question"] + cost.ASSUMED["length"] * config.sample.max_new_tokens)
   lengths, prompt, question, answer = [assumed], 0, 0.0, 0.0
   if folder and not questions.is_remote(config, config.task.name):
-    asked, encode = questions.of_round(config, 0), encoder(config, folder)
+    chosen, encode = questions.of_round(config, 0), encoder(config, folder)
     worked = [encode({"question": e.question, "response": e.rationale})
-              for e in asked.asked[:_LOOKED_AT] if e.rationale]
+              for e in chosen.asked[:_NUM_MEASURED] if e.rationale]
     lengths = [len(e.prompt) + len(e.response) for e in worked] or lengths
-    asks = encoder(config, folder, shots=asked.shots if draws(config) else ())
-    bare = [{"question": e.question, "response": ""} for e in asked.asked[:_LOOKED_AT]]
-    prompt = max(len(asks(row).prompt) for row in bare)
-    question = float(np.mean([len(encode(row).prompt) for row in bare]))
+    encode_with_shots = encoder(config, folder, shots=chosen.shots if draws(config) else ())
+    unanswered = [{"question": e.question, "response": ""} for e in chosen.asked[:_NUM_MEASURED]]
+    prompt = max(len(encode_with_shots(row).prompt) for row in unanswered)
+    question = float(np.mean([len(encode(row).prompt) for row in unanswered]))
     answer = float(np.mean([len(e.response) for e in worked])) if worked else 0.0
   if draws(config):
     count = round(count * config.sample.num_samples * cost.ASSUMED["right"] / max(1 - config.data.real_fraction, 0.5))
@@ -293,7 +296,7 @@ def _intervention(sft: ml_collections.ConfigDict) -> interventions.Intervention 
 
 
 def states_folder(config: ml_collections.ConfigDict, root: Path, round_: int) -> str:
-  """Where the training states of a round are, until it is done: a folder that holds nothing else."""
+  """Returns the folder of a round's training states, which holds nothing else and is removed once SFT is done."""
   if not config.sft.state_dir:
     return str(root / f"round_{round_}" / "sft_state")
   return f"{os.path.expanduser(config.sft.state_dir)}/round_{round_}_sft_state"
@@ -301,13 +304,13 @@ def states_folder(config: ml_collections.ConfigDict, root: Path, round_: int) ->
 
 def encoder(config: ml_collections.ConfigDict, model: Path, *, shots: Sequence[Example] = (), ends: bool = True,
             ) -> Callable[[Mapping[str, Any]], TokenizedExample]:
-  """A function that encodes a question and its response, to the ids that a sampler read and gave.
+  """Returns a function that tokenizes a question and its response to the same ids as in sampling.
 
   Args:
-    config: of the run.
-    model: whose tokenizer counts.
+    config: run config.
+    model: folder of the model, for its tokenizer.
     shots: worked examples of the prompt.
-    ends: whether the token that ends an answer belongs to the response.
+    ends: whether the response includes the token that ends an answer.
   """
   rows, style = hf.read_config(model).vocab_size, config.prompt.style
   tokenizer, known = completions.load(model, rows)
@@ -323,20 +326,23 @@ def encoder(config: ml_collections.ConfigDict, model: Path, *, shots: Sequence[E
 
 
 def _end_of_answer(tokenizer: "PreTrainedTokenizerBase", known: Sequence[int], style: str) -> int:
-  """The token that ends an answer in training: in a chat the one with which its template ends an answer, where samples
-  end on it too (they are `known`), else the tokenizer's own."""
+  """Returns the token that ends an answer in training.
+
+  In a chat it is the one with which the template ends an answer, if it is in `known`, the tokens that end samples;
+  otherwise it is the tokenizer's end-of-text token.
+  """
   if style == "chat":
     answer = "An answer."
     turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": answer}]
     try:
-      _, found, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)
-    except Exception:  # a template raises what it likes; one that takes no answer is no error here
-      found = ""
-    if found:
-      return next((i for i in encode_continuation(tokenizer, after) if i in known), tokenizer.eos_token_id)
+      _, match, ending = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)
+    except Exception:  # templates may raise anything; one that rejects assistant turns is no error here
+      match = ""
+    if match:
+      return next((i for i in encode_continuation(tokenizer, ending) if i in known), tokenizer.eos_token_id)
   return tokenizer.eos_token_id
 
 
 def read_train(path: Path) -> list[dict[str, Any]]:
-  """The rows of train.jsonl."""
+  """Reads the rows of train.jsonl."""
   return files.read_jsonl(path, {"question": str, "response": str})

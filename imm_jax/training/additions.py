@@ -1,16 +1,16 @@
-"""What is added to plain SFT so that a model stays near another one, or changes little of itself.
+"""Additions to plain SFT that keep a model near a reference model, or restrict how much of it changes.
 
 | | what it does | source |
 |---|---|---|
 | `l2_sp` | adds w/2 ||theta - theta_base||^2 to the loss | Li et al. 2018, https://arxiv.org/abs/1802.01483 |
-| `kl` | adds w times the mean KL(p_base || p_theta) of the answers' tokens | Li & Hoiem 2016, arXiv 1606.09282 |
+| `kl` | adds w times the mean KL(p_base || p_theta) over the answers' tokens | Li & Hoiem 2016, arXiv 1606.09282 |
 | `ema` | keeps a moving average of the weights | Polyak & Juditsky 1992; Tarvainen & Valpola 2017, 1703.01780 |
-| `lora` | trains a low-rank change of each projection alone | Hu et al. 2021, https://arxiv.org/abs/2106.09685 |
+| `lora` | trains only a low-rank update of each projection | Hu et al. 2021, https://arxiv.org/abs/2106.09685 |
 
-Ours: the base is the model that the run began with, not the one that the round did; `l2_sp` has no term of its own for
-a new head, for there is none, and AdamW sees its gradient as it sees the loss's; `kl` takes the text model's next
-tokens for the old tasks' outputs, at temperature 1, where the tokens are learned; the average begins with the weights
-that SFT begins with, in float32, without a correction for that.
+Our choices: the base is the model that the run started from, not the one that the round started from. `l2_sp` has no
+separate term for a new head, because there is none, and its gradient goes through AdamW like that of the loss. `kl`
+uses the next-token distributions of the learned tokens, at temperature 1, as the outputs of the old tasks. The moving
+average starts at the initial weights of SFT, in float32, without bias correction.
 """
 
 from typing import NamedTuple
@@ -25,13 +25,13 @@ from imm_jax.training.lora import Lora
 
 
 class Additions(NamedTuple):
-  """What a training adds to SFT; the defaults add nothing.
+  """Holds what a fine-tuning adds to SFT; the defaults add nothing.
 
   Attributes:
-    l2_sp: w of L2-SP; 0 for none.
-    kl: w of the KL to the base; 0 for none.
-    ema: the share of the old average that a step keeps; 0 for no average.
-    lora: what is trained in place of all weights.
+    l2_sp: weight w of L2-SP; 0 disables it.
+    kl: weight w of the KL to the base; 0 disables it.
+    ema: decay of the moving average; 0 keeps no average.
+    lora: adapters to train instead of all weights.
   """
 
   l2_sp: float = 0.0
@@ -41,7 +41,7 @@ class Additions(NamedTuple):
 
   @property
   def anchored(self) -> bool:
-    """Whether the base model's weights are at hand."""
+    """Whether the base model's weights are needed."""
     return bool(self.l2_sp or self.kl)
 
 
@@ -49,7 +49,7 @@ PLAIN = Additions()
 
 
 def additions_of(config: ml_collections.ConfigDict) -> Additions:
-  """What the SFT of a run adds."""
+  """Returns the additions that a run's config asks for."""
   sft, method = config.sft, methods.method_of(config)
   return Additions(l2_sp=sft.l2_sp_weight if method.anchor == "l2_sp" else 0.0,
                    kl=sft.kl_weight if method.anchor == "kl" else 0.0,
@@ -57,23 +57,23 @@ def additions_of(config: ml_collections.ConfigDict) -> Additions:
                    lora=Lora(sft.lora_rank, sft.lora_alpha) if method.lora else None)
 
 
-def pull(params: Params, anchor: Params, weight: float, grads: Params) -> tuple[jax.Array, Params]:
-  """L2-SP: w/2 ||theta - anchor||^2 over all parameters, and the gradient with its own, w (theta - anchor), added.
+def add_l2_sp(params: Params, anchor: Params, weight: float, grads: Params) -> tuple[jax.Array, Params]:
+  """Returns the L2-SP penalty w/2 ||theta - anchor||^2, and `grads` plus its gradient w (theta - anchor).
 
-  >>> value, grads = pull({"a": jnp.array([3.0, 1.0])}, {"a": jnp.array([1.0, 1.0])}, 0.5, {"a": jnp.ones(2)})
+  >>> value, grads = add_l2_sp({"a": jnp.array([3.0, 1.0])}, {"a": jnp.array([1.0, 1.0])}, 0.5, {"a": jnp.ones(2)})
   >>> float(value), grads["a"].tolist()
   (1.0, [2.0, 1.0])
   """
-  away = lambda p, a: p - a.astype(p.dtype)
-  squares = jax.tree.map(lambda p, a: jnp.sum(jnp.square(away(p, a))), params, anchor)
-  return (weight / 2 * sum(jax.tree.leaves(squares)),
-          jax.tree.map(lambda g, p, a: g + weight * away(p, a), grads, params, anchor))
+  difference = lambda p, a: p - a.astype(p.dtype)
+  sums_of_squares = jax.tree.map(lambda p, a: jnp.sum(jnp.square(difference(p, a))), params, anchor)
+  return (weight / 2 * sum(jax.tree.leaves(sums_of_squares)),
+          jax.tree.map(lambda g, p, a: g + weight * difference(p, a), grads, params, anchor))
 
 
-def follow(average: Params, params: Params, decay: float) -> Params:
-  """The average after a step: decay times the old one, and the rest of the new weights.
+def update_average(average: Params, params: Params, decay: float) -> Params:
+  """Returns the moving average after a step: decay * average + (1 - decay) * params.
 
-  >>> follow({"a": jnp.array(1.0)}, {"a": jnp.array(3.0)}, 0.75)["a"].item()
+  >>> update_average({"a": jnp.array(1.0)}, {"a": jnp.array(3.0)}, 0.75)["a"].item()
   1.5
   """
   return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)

@@ -1,9 +1,9 @@
-"""Training state on disk: parameters, moments, step and the position of the input, written in the background by orbax.
+"""Training state on disk: parameters, moments, step and input position, written in the background by orbax.
 
-    FOLDER/<step>/state/   float32 parameters, moments, optax's counters, in each host's own shards
-    FOLDER/<step>/about/   JSON: the input's position, what is trained on what, and the first loss
+    FOLDER/<step>/state/   float32 parameters, moments and optax's counters, in shards of each host
+    FOLDER/<step>/about/   JSON: the input position, the identity of model, data and settings, and the first loss
 
-A step's folder appears whole or not at all. It is read onto any mesh and any number of processes.
+A step's folder appears atomically. It can be restored onto any mesh and any number of processes.
 """
 
 import logging as std_logging
@@ -23,18 +23,18 @@ from etils import epath
 from imm_jax import distributed, files, integrity
 from imm_jax.errors import UserError
 
-# What the disk, a bucket or tensorstore may refuse with.
-_REFUSALS = (OSError, ValueError, RuntimeError, ImportError)  # ImportError: what a bucket needs is not installed
+# Errors that a disk, a bucket or tensorstore raises when a write fails.
+_WRITE_ERRORS = (OSError, ValueError, RuntimeError, ImportError)  # ImportError: the bucket's client is not installed
 _POLL_S = 0.2
-# A state, its digests, one that is being written, and what orbax keeps beside them.
-_STATE = re.compile(r"\d+(\..*)?|.*orbax.*|_\w+|\.\w+")
+# Matches states, their digests, states that are being written, and orbax's own files.
+_OWN_FILES = re.compile(r"\d+(\..*)?|.*orbax.*|_\w+|\.\w+")
 
 
 def check_folder(folder: str) -> None:
-  """Makes a folder for states, or a bucket's path, and writes a file to it.
+  """Creates a folder (or bucket path) for training states and checks that it is writable.
 
   Raises:
-    UserError: when that cannot be done.
+    UserError: when it cannot be created or written to.
   """
   try:
     path = epath.Path(os.path.expanduser(folder))
@@ -42,24 +42,24 @@ def check_folder(folder: str) -> None:
     probe = path / f".writable-{os.getpid()}"
     probe.write_text("")
     probe.unlink()
-  except (*_REFUSALS, KeyError) as e:  # KeyError: a scheme that nobody knows
+  except (*_WRITE_ERRORS, KeyError) as e:  # KeyError: an unknown URL scheme
     raise _unwritable(folder, e) from e
 
 
 class Checkpoints:
-  """The training states of one fine-tuning; use as a context manager, which waits for what is being written."""
+  """Saves and restores the states of one fine-tuning; as a context manager it waits for pending writes on exit."""
 
   def __init__(self, folder: str | Path, *, save_interval: int, max_to_keep: int, identity: dict[str, Any]):
-    """Opens or makes the folder.
+    """Opens the folder, or creates it.
 
     Args:
       folder: a folder, or a bucket's path (`gs://...`).
-      save_interval: steps between two saves.
-      max_to_keep: states kept; older ones are removed.
-      identity: what is trained on what, as JSON; states of anything else are refused.
+      save_interval: steps between saves.
+      max_to_keep: number of states to keep; older ones are removed.
+      identity: JSON that identifies the model, data and settings; states with another identity are refused.
 
     Raises:
-      UserError: when it cannot be written.
+      UserError: when the folder cannot be written, or holds files that are no training states.
     """
     self.folder = epath.Path(folder)
     self.save_interval = save_interval
@@ -68,77 +68,77 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True)
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
-      foreign = sorted(path.name for path in self.folder.iterdir() if not _STATE.fullmatch(path.name))
+      foreign = sorted(path.name for path in self.folder.iterdir() if not _OWN_FILES.fullmatch(path.name))
       self._manager = ocp.CheckpointManager(
           self.folder if "://" in str(folder) else Path(folder).absolute(), options=options,
           item_handlers={"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()})
-    except _REFUSALS as e:
+    except _WRITE_ERRORS as e:
       raise _unwritable(folder, e) from e
-    if foreign:  # all of it is removed when training is done
+    if foreign:  # the whole folder is removed when training is done
       raise UserError(f"{folder}: holds {foreign[0]}, which is no training state; keep states elsewhere "
                       "(config.sft.state_dir)")
 
   @property
   def step(self) -> int:
-    """Steps done in the newest state, 0 where there is none."""
+    """Step of the newest state; 0 if there is none."""
     return self._manager.latest_step() or 0
 
   def latest(self) -> dict[str, Any] | None:
-    """What the newest state says about itself (`step`, `input`, `first_loss`), or None where training must begin.
+    """Returns the metadata of the newest state (`step`, `input`, `first_loss`), or None if there is no state.
 
     Raises:
-      UserError: when it is damaged, or of another model, other data or settings.
+      UserError: when the state is damaged, or belongs to another model, other data or other settings.
     """
-    step = distributed.from_main(self._manager.latest_step())  # file systems may show it to some hosts later
+    step = distributed.from_main(self._manager.latest_step())  # it may become visible later on some hosts
     if step is None:
       return None
     self._check_seal(step)
     about = self._read(step, "about", ocp.args.JsonRestore())
     if about.get("step") != step or about.get("input", {}).get("next_index") != step:
       raise self._unreadable(step, f"about: step {about.get('step')}, input {about.get('input')}")
-    found = about.get("identity", {})
-    other = sorted(key for key in found.keys() | self._identity.keys() if found.get(key) != self._identity.get(key))
-    if other:
-      raise UserError(f"{self.folder}: holds the training state of something else ({', '.join(other)} differ); remove "
+    stored = about.get("identity", {})
+    keys = sorted(key for key in stored.keys() | self._identity.keys() if stored.get(key) != self._identity.get(key))
+    if keys:
+      raise UserError(f"{self.folder}: holds the training state of something else ({', '.join(keys)} differ); remove "
                       "it to begin this training from its first step, or keep states elsewhere (config.sft.state_dir)")
     return about
 
   def restore(self, step: int, like: Any) -> Any:
-    """The state of a step, placed as the ShapeDtypeStructs of `like` say.
+    """Restores the state of a step with the shapes, dtypes and shardings of the ShapeDtypeStructs in `like`.
 
     Raises:
-      UserError: when it is damaged or of another model.
+      UserError: when it is damaged, or belongs to another model.
     """
-    # Compared before anything is read: a restore that breaks off leaves threads and coroutines behind.
+    # Shapes are compared before anything is read: an aborted restore leaves threads and coroutines behind.
     shapes = lambda tree: sorted(tuple(leaf.shape) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape"))
     try:
       stored = shapes(self._manager.item_metadata(step)["state"])
-    except Exception as e:  # of a damaged state orbax raises anything
-      raise self._unreadable(step, _cause(e)) from e
+    except Exception as e:  # orbax may raise anything for a damaged state
+      raise self._unreadable(step, _describe(e)) from e
     if stored != shapes(like):
       raise self._unreadable(step, "its tensors have other shapes than this model's")
     return self._read(step, "state", ocp.args.StandardRestore(like))
 
   def due(self, step: int) -> bool:
-    """Whether the state after so many steps is to be saved."""
+    """Returns whether the state after `step` steps is to be saved."""
     return step % self.save_interval == 0
 
   def save(self, step: int, state: Any, **about: Any) -> None:
-    """Saves the state after so many steps, while training goes on; a step that is saved already is left alone.
+    """Saves the state after `step` steps in the background; does nothing if that step is already saved.
 
     Raises:
-      UserError: when this save, or the one before, fails; older states are kept.
+      UserError: when this save or the previous one fails; older states are kept.
     """
     if step == self._manager.latest_step():
       return
     items = ocp.args.Composite(state=ocp.args.StandardSave(state),
                                about=ocp.args.JsonSave({"step": step, "identity": self._identity, **about}))
-    self._guarded(lambda: self._manager.save(step, args=items, force=True))
+    self._run_write(lambda: self._manager.save(step, args=items, force=True))
     if distributed.is_main() and "://" not in str(self.folder):
       threading.Thread(target=self._seal_when_written, args=(step,), daemon=True).start()
 
   def _seal_when_written(self, step: int) -> None:
-    """Records the digests of a state as soon as it is there, while training goes on."""
+    """Waits in the background until a state has been written, then records its digests."""
     state = Path(self.folder) / str(step)
     while not state.exists():
       if self._closed.wait(_POLL_S):
@@ -155,11 +155,11 @@ class Checkpoints:
           if not other.with_name(other.name.removesuffix(integrity.SEAL)).exists():
             other.unlink(missing_ok=True)
       except (OSError, UserError) as e:
-        if state.exists():  # else a newer one has taken its place
+        if state.exists():  # else it was removed in favour of a newer one
           print(f"warning: {state}: its digests were not written ({e})", file=sys.stderr)
 
   def _check_seal(self, step: int) -> None:
-    """Raises UserError for a state that is not what was written; one without digests, of a killed process, may pass."""
+    """Raises UserError if a state differs from its digests; accepts one without digests (its writer was killed)."""
     seal, wrong = Path(self.folder) / f"{step}{integrity.SEAL}", []
     if distributed.is_main() and "://" not in str(self.folder) and seal.exists():
       wrong = integrity.differing(seal, seal.parent)
@@ -168,9 +168,9 @@ class Checkpoints:
       raise self._unreadable(step, f"{wrong[0]} differs from what was written")
 
   def wait(self) -> None:
-    """Returns when everything is written; raises as `save` does."""
-    self._guarded(self._manager.wait_until_finished)
-    self._guarded(self._manager.check_for_errors)
+    """Blocks until all writes are finished; raises as `save` does."""
+    self._run_write(self._manager.wait_until_finished)
+    self._run_write(self._manager.check_for_errors)
     if distributed.is_main() and "://" not in str(self.folder):
       for step in self._manager.all_steps():
         self._seal(Path(self.folder) / str(step))
@@ -178,7 +178,7 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     self._hook = ignore_closed_loops()
     logging.get_absl_logger().addFilter(_no_traceback)
-    # Not taken away again: what broke off is collected at some later time.
+    # This filter stays: orphaned tasks are garbage-collected at an arbitrary later time.
     std_logging.getLogger("asyncio").addFilter(_no_orphan)
     return self
 
@@ -186,26 +186,26 @@ class Checkpoints:
     self._closed.set()
     try:
       self._manager.close()
-    except _REFUSALS as e:
-      # An error under way says more; and where all went well, states are needed no more.
+    except _WRITE_ERRORS as e:
+      # Only a warning: after an error that error matters more, and after a finished training no state is needed.
       if kind is None and jax.process_index() == 0:
-        print(f"warning: {self.folder}: the last training state was not written ({_cause(e)})", file=sys.stderr)
+        print(f"warning: {self.folder}: the last training state was not written ({_describe(e)})", file=sys.stderr)
     finally:
       sys.unraisablehook = self._hook
       logging.get_absl_logger().removeFilter(_no_traceback)
 
-  def _guarded(self, work: Any) -> None:
+  def _run_write(self, work: Any) -> None:
     try:
       work()
-    except _REFUSALS as e:
-      raise UserError(f"{self.folder}: the training state cannot be written ({_cause(e)}); the last one that was "
+    except _WRITE_ERRORS as e:
+      raise UserError(f"{self.folder}: the training state cannot be written ({_describe(e)}); the last one that was "
                       "written is kept; make room, then give the same command again") from e
 
-  def _read(self, step: int, item: str, how: Any) -> Any:
+  def _read(self, step: int, item: str, args: Any) -> Any:
     try:
-      return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
+      return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
     except Exception as e:  # see restore
-      raise self._unreadable(step, _cause(e)) from e
+      raise self._unreadable(step, _describe(e)) from e
 
   def _unreadable(self, step: int, cause: str) -> UserError:
     return UserError(f"{self.folder / str(step)}: this training state cannot be read ({cause}); remove that folder to "
@@ -213,36 +213,37 @@ class Checkpoints:
 
 
 def ignore_closed_loops() -> Callable[[Any], Any]:
-  """Leaves out what tensorstore's threads say of a read or write that failed, and is raised; gives the hook before.
+  """Silences "Event loop is closed" from tensorstore's threads; returns the previous `sys.unraisablehook`.
 
-  They call back into a loop that orbax has closed by then: no news to anybody.
+  After a failed read or write, which raises anyway, these threads call back into an event loop that orbax has closed.
   """
-  before = sys.unraisablehook
+  previous_hook = sys.unraisablehook
 
   def hook(event: Any) -> None:
     if "Event loop is closed" not in str(event.exc_value):
-      before(event)
+      previous_hook(event)
 
   sys.unraisablehook = hook
-  return before
+  return previous_hook
 
 
 def _no_orphan(record: Any) -> bool:
-  """Leaves out asyncio's word on orbax's other writes when one has failed, and is raised."""
+  """Filters out asyncio's complaints about orbax's other writes after one has failed and raised."""
   return not ("never retrieved" in record.getMessage() and "orbax" in record.getMessage())
 
 
 def _unwritable(folder: str | Path, error: BaseException) -> UserError:
-  return UserError(f"{folder}: training states cannot be written there ({_cause(error)})")
+  return UserError(f"{folder}: training states cannot be written there ({_describe(error)})")
 
 
 def _no_traceback(record: Any) -> bool:
-  """Leaves out what orbax's threads log of an error that is raised, too."""
+  """Filters out the tracebacks that orbax's threads log for errors that are raised as well."""
   return not (record.exc_info and "orbax" in record.pathname)
 
 
-def _cause(error: BaseException) -> str:
-  system = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's, at the end of a long line
+def _describe(error: BaseException) -> str:
+  """Returns one line that says why orbax, tensorstore or the system failed."""
+  system = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore puts it at the end of a long line
   if system:
     return os.strerror(int(system[1]))
   if isinstance(error, OSError) and error.strerror:

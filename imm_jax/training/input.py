@@ -1,7 +1,7 @@
-"""Batches on their way to the devices: read ahead by grain, each process only its own rows.
+"""Feeds batches to the devices; grain prefetches them.
 
-The order is the plan's (`packing.PackedBatches`), whatever the number of processes: each builds the rows that its
-devices hold and no others.
+The order is that of `packing.PackedBatches`, whatever the number of processes: each process builds only the rows that
+its devices hold.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ _READ_AHEAD = 4
 class Input:
   """Iterates over the batches of a run as arrays on a mesh, split over `data` and `fsdp`.
 
-  `state` says where it stands and can be written as JSON; `Input(batches, mesh, state)` goes on from there.
+  `state` is the position, serializable as JSON; `Input(batches, mesh, state)` resumes from it.
   """
 
   def __init__(self, batches: PackedBatches, mesh: Mesh, state: dict[str, Any] | None = None):
@@ -36,23 +36,23 @@ class Input:
 
   @property
   def state(self) -> dict[str, Any]:
-    """Where the iterator stands: after the batch that was taken last."""
+    """The position after the last batch that was returned."""
     return self._iterator.get_state()
 
   def __iter__(self) -> "Input":
     return self
 
   def __next__(self) -> dict[str, jax.Array]:
-    return {name: jax.make_array_from_callback(self._shape, self._sharding, lambda index, x=x: self._mine(x, index))
+    return {name: jax.make_array_from_callback(self._shape, self._sharding, lambda index, x=x: self._local(x, index))
             for name, x in next(self._iterator).items()}
 
-  def _mine(self, rows: Any, index: tuple[slice, ...]) -> Any:
+  def _local(self, rows: Any, index: tuple[slice, ...]) -> Any:
     begin, end, _ = index[0].indices(self._shape[0])
     return rows[begin - self._first:end - self._first]
 
 
 class _Rows:
-  """The rows `first` to `last` of every batch, for grain."""
+  """Serves rows `first` to `last` of every batch as a grain source."""
 
   def __init__(self, batches: PackedBatches, first: int, last: int):
     self._batches, self._first, self._last = batches, first, last

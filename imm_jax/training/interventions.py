@@ -1,6 +1,6 @@
-"""What is changed about SFT so that a model forgets less, as baselines (the paper's table 5).
+"""Interventions in SFT against forgetting, the baselines of the paper's table 5.
 
-The paper gives each of the three one number and no definition; the docstrings say how they are read here.
+The paper gives each of the three one number and no definition; the docstrings state our interpretation.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,12 +18,12 @@ from imm_jax.training.step import TrainState
 
 
 class Intervention(NamedTuple):
-  """What `trainer.train` does differently; the defaults change nothing.
+  """Changes to `trainer.train`; the defaults change nothing.
 
   Attributes:
-    grad_clip: largest global norm of the gradient, in place of the usual one.
-    transform: changes the updates that AdamW gives.
-    top_p: the share of each weight matrix that is trained, by importance on the data; `transform` holds the mask.
+    grad_clip: global norm at which the gradient is clipped, instead of `sft.grad_clip`.
+    transform: applied to the updates of AdamW.
+    top_p: share of each weight matrix's entries to train, by importance on the data; `transform` holds the mask.
   """
 
   grad_clip: float | None = None
@@ -32,17 +32,17 @@ class Intervention(NamedTuple):
 
 
 class MaskState(NamedTuple):
-  """Which entries are trained: a tree like the parameters, bool."""
+  """Holds a bool tree like the parameters: True for the entries to train."""
 
   mask: Params
 
 
 def gradient_decay(gamma: float = 0.9) -> Intervention:
-  """Scales layer n of N by gamma^(N-1-n): the nearer a layer is to the input, the less it moves.
+  """Scales the updates of layer n of N by gamma^(N-1-n): the nearer a layer is to the input, the less it moves.
 
-  A reading: the paper gives gamma alone. AdamW divides a gradient by its own size, so that a factor before it would do
-  next to nothing; the factor is put on the update that AdamW makes of the gradient, as layer-wise learning-rate decay
-  does. Embeddings, final norm and head keep theirs.
+  Our interpretation: the paper only gives gamma. AdamW normalizes gradients by their magnitude, so that scaling them
+  would have almost no effect; as in layer-wise learning-rate decay, the factor scales AdamW's update instead.
+  Embeddings, final norm and head are not scaled.
 
   Args:
     gamma: in (0, 1].
@@ -66,10 +66,10 @@ def gradient_decay(gamma: float = 0.9) -> Intervention:
 
 
 def gradient_clipping(max_norm: float = 2.0) -> Intervention:
-  """Clips the gradient's global norm at `max_norm`, in place of `sft.grad_clip`.
+  """Clips the gradient's global norm at `max_norm` instead of `sft.grad_clip`.
 
   Raises:
-    ValueError: for a norm that is not positive.
+    ValueError: when `max_norm` is not positive.
   """
   if not max_norm > 0:
     raise ValueError(f"max_norm={max_norm}: expected a norm > 0")
@@ -77,16 +77,15 @@ def gradient_clipping(max_norm: float = 2.0) -> Intervention:
 
 
 def weight_masking(top_p: float = 0.3) -> Intervention:
-  """Trains the share `top_p` of each weight matrix's entries, the most important ones by |g W|; the others stay.
+  """Trains the share `top_p` of each weight matrix's entries with the largest importance |g W|; freezes the others.
 
-  A reading: the paper gives the share alone. g is the gradient of the loss over the whole data at the start of SFT
-  (eq. 3), a matrix is one of one layer, the embeddings or the head. Norms and biases are trained as usual. Entries that
-  stay do so bit for bit, under weight decay too; the gradient's norm and AdamW's moments know nothing of the mask.
+  Our interpretation: the paper only gives the share. g is the gradient of the loss over all data at the start of SFT
+  (eq. 3); a matrix is one projection of one layer, the embeddings or the head. Norms and biases are trained as usual.
+  Frozen entries stay bitwise the same, under weight decay too; the gradient's norm and AdamW's moments ignore the mask.
 
-  The mask is part of the optimizer's state: it lies where the parameters lie, is no constant of the compiled step, and
-  is saved with the moments, a byte for each parameter. A run that goes on after it was stopped needs neither the first
-  model nor another pass over the data, and has the same mask on another mesh too, where the gradient would be rounded
-  differently.
+  The mask is part of the optimizer's state: it is sharded like the parameters, is not a constant of the compiled step,
+  and is saved with the moments, one byte per parameter. A resumed run therefore needs neither the initial model nor
+  another pass over the data, and has the same mask on another mesh, where the gradient would be rounded differently.
 
   Args:
     top_p: in (0, 1].
@@ -102,7 +101,7 @@ def weight_masking(top_p: float = 0.3) -> Intervention:
 
   def update(updates: Params, state: MaskState, params: Params | None = None) -> tuple[Params, MaskState]:
     del params
-    # x + -0.0 is x for every x; x + 0.0 turns -0.0 around.
+    # x + -0.0 is x for every x, while -0.0 + 0.0 is 0.0.
     return jax.tree.map(lambda mask, u: jnp.where(mask, u, -0.0), state.mask, updates), state
 
   return Intervention(transform=optax.GradientTransformation(init, update), top_p=top_p)
@@ -110,31 +109,31 @@ def weight_masking(top_p: float = 0.3) -> Intervention:
 
 INTERVENTIONS: Mapping[str, Callable[..., Intervention]] = {
     f.__name__: f for f in (gradient_decay, gradient_clipping, weight_masking)}
-# The key of each one's argument in config.sft.
+# Intervention -> the key of config.sft that holds its argument.
 SETTINGS = {"gradient_decay": "gradient_decay", "gradient_clipping": "max_norm", "weight_masking": "top_share"}
 
 
 def set_mask(state: TrainState, mask: Params) -> TrainState:
-  """The state of a `weight_masking` run with another mask."""
+  """Returns the state of a `weight_masking` run with its mask replaced."""
   return state | {"opt_state": optax.tree.set(state["opt_state"], mask=mask)}
 
 
-def important(params: Params, grads: Params, top_p: float) -> Params:
-  """Which entries are the share `top_p` of their weight matrix with the largest |g W|.
+def importance_mask(params: Params, grads: Params, top_p: float) -> Params:
+  """Selects the share `top_p` of each weight matrix's entries with the largest |g W|.
 
-  Exactly round(top_p * size) entries of each matrix, at least one; of equal ones at the limit the first in row order.
-  The same parameters and gradients give the same mask on every mesh.
+  Selects exactly max(1, round(top_p * size)) entries of each matrix; ties at the threshold go to the first in row-major
+  order. The same parameters and gradients give the same mask on every mesh.
 
   Args:
-    params: W, stacked layers; a matrix has less than 2**32 entries.
-    grads: g, of the same form.
+    params: W, with stacked layers; a matrix has fewer than 2**32 entries.
+    grads: g, a tree like `params`.
     top_p: in (0, 1].
 
   Returns:
-    A bool tree like `params`, placed as they are; True for all of a norm or bias.
+    A bool tree like `params`, sharded like them; all True for norms and biases.
 
   >>> head = lambda rows: {"lm_head": {"weight": jnp.array(rows)}}
-  >>> important(head([[1., -2.], [3., 4.]]), head([[1., 1.], [1., 0.]]), 0.5)["lm_head"]["weight"].tolist()
+  >>> importance_mask(head([[1., -2.], [3., 4.]]), head([[1., 1.], [1., 0.]]), 0.5)["lm_head"]["weight"].tolist()
   [[False, True], [True, False]]
   """
 
@@ -142,34 +141,34 @@ def important(params: Params, grads: Params, top_p: float) -> Params:
     stacked = path_name(path).startswith("layers.")
     if weight.ndim - stacked < 2:
       return jnp.ones(weight.shape, bool)
-    of_matrix = lambda pair: _largest(pair[0] * pair[1], top_p)
-    # One matrix at a time: what the search needs beside the weights is of one matrix's size.
-    return jax.lax.map(of_matrix, (weight, grad)) if stacked else of_matrix((weight, grad))
+    top = lambda pair: _top_share(pair[0] * pair[1], top_p)
+    # One matrix at a time, so that the search only needs scratch memory for one.
+    return jax.lax.map(top, (weight, grad)) if stacked else top((weight, grad))
 
-  where = jax.tree.map(lambda leaf: leaf.sharding, params)
-  return jax.jit(lambda *trees: jax.tree_util.tree_map_with_path(mask, *trees), out_shardings=where)(params, grads)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+  return jax.jit(lambda *trees: jax.tree_util.tree_map_with_path(mask, *trees), out_shardings=shardings)(params, grads)
 
 
-def _largest(scores: jax.Array, share: float) -> jax.Array:
-  """Which entries of a matrix [out, in] are the share of largest magnitude.
+def _top_share(scores: jax.Array, share: float) -> jax.Array:
+  """Returns a mask of the entries of a matrix [out, in] with the largest magnitudes.
 
-  The limit is found bit by bit, by counting what is not below it: each count is a sum of integers over all parts of the
-  matrix, wherever they lie, so that it is exact, and nothing is sorted, moved or scattered.
+  Searches for the threshold bit by bit, counting the entries at or above it. Each count is an integer sum over all
+  shards of the matrix, hence exact, and nothing is sorted, moved or scattered.
   """
   bits = kernels.magnitude_bits(scores)
   count = lambda entries: jnp.sum(entries, dtype=jnp.uint32)
-  kept = jnp.uint32(max(1, round(share * scores.size)))
-  limit = _greatest(lambda value: count(bits >= value) >= kept)
-  # Equal ones are common: all entries of tokens that do not occur are 0.
+  wanted = jnp.uint32(max(1, round(share * scores.size)))
+  limit = _binary_search(lambda value: count(bits >= value) >= wanted)
+  # Ties are common: embeddings of tokens that do not occur have zero gradients.
   row, column = (jax.lax.broadcasted_iota(jnp.uint32, scores.shape, axis) for axis in (0, 1))
   index = row * scores.shape[1] + column
-  ties, missing = bits == limit, kept - count(bits > limit)
-  end = _greatest(lambda value: count(ties & (index < value)) <= missing)
+  ties, missing = bits == limit, wanted - count(bits > limit)
+  end = _binary_search(lambda value: count(ties & (index < value)) <= missing)
   return (bits > limit) | ties & (index < end)
 
 
-def _greatest(holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
-  """The greatest uint32 for which something holds that holds for 0 and for all below it."""
+def _binary_search(holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
+  """Binary search for the largest uint32 that satisfies a monotone predicate that is true for 0."""
 
   def try_bit(i: jax.Array, value: jax.Array) -> jax.Array:
     higher = value | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))

@@ -1,8 +1,8 @@
-"""Cross-entropy of a language model's head, some positions at a time.
+"""Cross-entropy of a language model's head, computed in chunks of positions.
 
-Logits of a batch are its largest array by far: [tokens, vocabulary] in float32. Here they exist for one chunk of
-positions at a time, and since the loss is a sum over tokens, each chunk's gradients are at hand with its logits:
-nothing is computed twice.
+The logits [tokens, vocabulary] in float32 are by far the largest array of a batch. Here they exist for one chunk of
+positions at a time. Since the loss is a sum over tokens, the gradients of a chunk are computed along with its logits,
+and nothing is computed twice.
 
 Axes: B rows, T positions, D model, V vocabulary, C positions of a chunk.
 """
@@ -14,13 +14,12 @@ import jax.numpy as jnp
 
 from imm_jax.model.attention import precision
 
-# Positions of a row whose logits exist at once, and of all rows of a device together.
+# Upper bounds on the positions whose logits exist at once: per row, and over all rows of a device.
 CHUNK, CHUNK_OF_ALL = 512, 4096
 
 
 def chunk_of(rows: int) -> int:
-  """The positions of each of so many rows whose logits exist at once: enough for the products to be fast, and no more
-  than that, for logits are a batch's largest array.
+  """Returns the chunk length for a number of rows: large enough for fast matrix products, but no larger.
 
   >>> chunk_of(8), chunk_of(32), chunk_of(5000)
   (512, 128, 1)
@@ -33,7 +32,7 @@ def head_loss(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.
   """Weighted sum of -log softmax(x W^T)[target] over all positions.
 
   Args:
-    x: [B, T, D], what the head reads, in the compute dtype.
+    x: [B, T, D], inputs of the head, in the compute dtype.
     weight: [V, D], the head.
     targets: int32 [B, T].
     weights: float32 [B, T].
@@ -66,25 +65,25 @@ head_loss.defvjp(_forward, _backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def anchored_loss(x: jax.Array, weight: jax.Array, base_x: jax.Array, base_weight: jax.Array, targets: jax.Array,
                   weights: jax.Array, chunk: int, share: float) -> tuple[jax.Array, jax.Array]:
-  """`head_loss` plus `share` times the weighted sum of KL(p_base || p) over all positions, and that sum itself.
+  """Returns `head_loss` plus `share` times the weighted sum of KL(p_base || p) over all positions, and that sum.
 
-  p = softmax(x W^T) over the whole vocabulary, p_base = softmax(x_base W_base^T): with the base model's answers as soft
-  targets at temperature 1 this is what Learning without Forgetting adds to the loss (Li & Hoiem 2016,
-  https://arxiv.org/abs/1606.09282), less the entropy of p_base, which no gradient has a part of. At the logits the
-  gradient of the KL is p - p_base, so that it comes with the logits of both, which exist for one chunk.
+  p = softmax(x W^T) over the whole vocabulary, p_base = softmax(x_base W_base^T). This is the distillation term of
+  Learning without Forgetting (Li & Hoiem 2016, https://arxiv.org/abs/1606.09282) with the base model's distributions as
+  soft targets at temperature 1, up to the entropy of p_base, which is constant. The gradient of the KL with respect to
+  the logits is p - p_base, so it is computed along with the logits of a chunk.
 
   Args:
-    x: [B, T, D], what the head reads, in the compute dtype.
+    x: [B, T, D], inputs of the head, in the compute dtype.
     weight: [V, D], the head.
-    base_x: [B, T, D'], what the base model's head reads.
+    base_x: [B, T, D'], inputs of the base model's head.
     base_weight: [V, D'], the base model's head.
     targets: int32 [B, T].
     weights: float32 [B, T].
     chunk: as for `head_loss`.
-    share: of the KL.
+    share: factor of the KL.
 
   Returns:
-    Two float32 scalars. Gradients flow from the first alone, and to `x` and `weight` alone.
+    Two float32 scalars. Gradients flow only from the first, and only to `x` and `weight`.
 
   >>> x, w, base = jnp.array([[[1.0, 0.0]]]), jnp.eye(2), jnp.zeros((1, 1, 2))
   >>> total, kl = anchored_loss(x, w, base, w, jnp.array([[0]]), jnp.ones((1, 1)), 1, 0.5)
@@ -111,7 +110,7 @@ anchored_loss.defvjp(_anchored_forward, _anchored_backward)
 
 
 def head_entropy(x: jax.Array, weight: jax.Array, weights: jax.Array, chunk: int) -> jax.Array:
-  """Weighted sum of the entropies of softmax(x W^T) over all positions, in nats; arguments as for `head_loss`.
+  """Weighted sum of the entropies of softmax(x W^T) over all positions, in nats; takes arguments as `head_loss` does.
 
   >>> x, w = jnp.zeros((1, 1, 2)), jnp.eye(2)
   >>> round(float(head_entropy(x, w, jnp.ones((1, 1)), 1)), 4)  # log 2
@@ -123,21 +122,22 @@ def head_entropy(x: jax.Array, weight: jax.Array, weights: jax.Array, chunk: int
     x, weights = part
     return total + jnp.sum(weights * _entropies(_log_probs(x, w))), None
 
-  return jax.lax.scan(step, jnp.zeros((), jnp.float32), (_cut(x, chunk), _cut(weights, chunk)))[0]
+  return jax.lax.scan(step, jnp.zeros((), jnp.float32), (_chunked(x, chunk), _chunked(weights, chunk)))[0]
 
 
 def compare_heads(x: jax.Array, weight: jax.Array, base_x: jax.Array, base_weight: jax.Array, targets: jax.Array,
                   weights: jax.Array, chunk: int) -> jax.Array:
-  """What two models make of the same texts: weighted sums over all positions, in nats; arguments as for
-  `anchored_loss`.
+  """Compares two models on the same texts by weighted sums over all positions, in nats.
+
+  Takes arguments as `anchored_loss` does; not meant to be differentiated.
 
   Returns:
-    Float32 [5]: KL(p_base || p) over the whole vocabulary, 0 where they are equal; -log p[target], -log p_base[target];
-    the entropies of p and p_base. Nothing is differentiated.
+    Float32 [5], the sums of KL(p_base || p) over the whole vocabulary, -log p[target], -log p_base[target], and the
+    entropies of p and of p_base.
 
   >>> x, w, base = jnp.array([[[1.0, 0.0]]]), jnp.eye(2), jnp.zeros((1, 1, 2))
-  >>> found = compare_heads(x, w, base, w, jnp.array([[0]]), jnp.ones((1, 1)), 1)
-  >>> [round(float(f), 4) for f in found]  # the first is ln cosh(1/2)
+  >>> sums = compare_heads(x, w, base, w, jnp.array([[0]]), jnp.ones((1, 1)), 1)
+  >>> [round(float(s), 4) for s in sums]  # the first is ln cosh(1/2)
   [0.1201, 0.3133, 0.6931, 0.5822, 0.6931]
   """
   w, base_w = weight.astype(x.dtype), base_weight.astype(base_x.dtype)
@@ -147,37 +147,38 @@ def compare_heads(x: jax.Array, weight: jax.Array, base_x: jax.Array, base_weigh
     log_p, base_log_p = _log_probs(x, w), _log_probs(base_x, base_w)
     hit = jnp.arange(w.shape[0]) == targets[..., None]
     loss = lambda log_p: -jnp.sum(jnp.where(hit, log_p, 0.0), axis=-1)
-    found = [jnp.sum(jnp.exp(base_log_p) * (base_log_p - log_p), axis=-1), loss(log_p), loss(base_log_p),
-             _entropies(log_p), _entropies(base_log_p)]
-    return total + jnp.stack([jnp.sum(weights * of) for of in found]), None
+    values = [jnp.sum(jnp.exp(base_log_p) * (base_log_p - log_p), axis=-1), loss(log_p), loss(base_log_p),
+              _entropies(log_p), _entropies(base_log_p)]
+    return total + jnp.stack([jnp.sum(weights * value) for value in values]), None
 
-  return jax.lax.scan(step, jnp.zeros(5, jnp.float32), tuple(_cut(a, chunk) for a in (x, base_x, targets, weights)))[0]
+  inputs = tuple(_chunked(a, chunk) for a in (x, base_x, targets, weights))
+  return jax.lax.scan(step, jnp.zeros(5, jnp.float32), inputs)[0]
 
 
 def _log_probs(x: jax.Array, w: jax.Array) -> jax.Array:
-  """log softmax(x W^T), float32."""
+  """Returns log softmax(x W^T) in float32."""
   return jax.nn.log_softmax(jax.lax.dot_general(x, w, (((2,), (1,)), ((), ())), precision=precision(x.dtype),
                                                 preferred_element_type=jnp.float32))
 
 
 def _entropies(log_p: jax.Array) -> jax.Array:
-  """The entropy of each distribution, over the last axis."""
+  """Returns the entropies of log-probabilities along the last axis."""
   return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 
 def token_scores(x: jax.Array, weight: jax.Array, indices: jax.Array, targets: jax.Array, chunk: int,
                  ) -> tuple[jax.Array, jax.Array]:
-  """log softmax(x W^T) of some tokens, of which several may be of one position.
+  """Returns the log-probabilities log softmax(x W^T) of given tokens, possibly several per position.
 
   Args:
-    x: [B, S, D], what the head reads, in the compute dtype.
+    x: [B, S, D], inputs of the head, in the compute dtype.
     weight: [V, D], the head.
-    indices: int32 [B, E], a position in S for each token.
+    indices: int32 [B, E], the position in S of each token.
     targets: int32 [B, E], the tokens.
     chunk: C; logits are [B, C, V].
 
   Returns:
-    Log-probabilities, float32 [B, E], and whether each token is the likeliest at its position, bool [B, E].
+    Log-probabilities, float32 [B, E], and whether each token is the most likely at its position, bool [B, E].
 
   >>> x, w = jnp.array([[[1.0, 0.0]]]), jnp.eye(2)
   >>> logprobs, best = token_scores(x, w, jnp.array([[0, 0]]), jnp.array([[0, 1]]), 1)
@@ -191,17 +192,17 @@ def token_scores(x: jax.Array, weight: jax.Array, indices: jax.Array, targets: j
     logits = jax.lax.dot_general(part, w, (((2,), (1,)), ((), ())), **options)
     return None, (jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1))
 
-  norms, best = (jnp.moveaxis(found, 0, 1).reshape(x.shape[0], -1) for found in jax.lax.scan(
-      step, None, _cut(x, chunk))[1])
+  norms, best = (jnp.moveaxis(chunks, 0, 1).reshape(x.shape[0], -1) for chunks in jax.lax.scan(
+      step, None, _chunked(x, chunk))[1])
   at = lambda values: jnp.take_along_axis(values, indices, axis=1)
-  # The logit of a target is a product of its own: to take it out of all logits needs them at hand.
+  # Target logits are computed separately: gathering them would need the logits of all positions in memory.
   logits = jnp.einsum("bed,bed->be", jnp.take_along_axis(x, indices[..., None], axis=1), jnp.take(w, targets, axis=0),
                       **options)
   return logits - at(norms), at(best) == targets
 
 
-def _cut(a: jax.Array, chunk: int) -> jax.Array:
-  """[B, T, ...] as [number of chunks, B, C, ...], padded with zeros; rows stay whole on their devices."""
+def _chunked(a: jax.Array, chunk: int) -> jax.Array:
+  """Reshapes [B, T, ...] to [number of chunks, B, C, ...], padded with zeros; rows stay on their devices."""
   length = a.shape[1]
   chunks = -(-length // chunk)
   size = -(-length // chunks)
@@ -211,7 +212,7 @@ def _cut(a: jax.Array, chunk: int) -> jax.Array:
 
 def _scan(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int, *, gradients: bool,
           base: tuple[jax.Array, jax.Array] | None = None, share: float = 0.0):
-  """(loss, KL to the base, the loss's gradient in x, and in weight), the latter two None without `gradients`."""
+  """Returns (loss, KL to the base, d loss/dx, d loss/dweight); the gradients are None unless `gradients`."""
   batch, length, _ = x.shape
   w = weight.astype(x.dtype)
   base_w = base and base[1].astype(base[0].dtype)
@@ -230,23 +231,23 @@ def _scan(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.Arra
       base_logits = dot(base_x[0], base_w, (((2,), (1,)), ((), ())))
       base_norm = jax.nn.logsumexp(base_logits, axis=-1, keepdims=True)
       base_p = jnp.exp(base_logits - base_norm)
-      found = jnp.sum(weights * jnp.sum(base_p * (base_logits - base_norm - (logits - norm)), axis=-1))
-      loss, kl, d = loss + share * found, kl + found, d + share * (p - base_p)
+      chunk_kl = jnp.sum(weights * jnp.sum(base_p * (base_logits - base_norm - (logits - norm)), axis=-1))
+      loss, kl, d = loss + share * chunk_kl, kl + chunk_kl, d + share * (p - base_p)
     if not gradients:
       return (loss, kl, dw), None
     d = (d * weights[..., None]).astype(x.dtype)
     dx = dot(d, w, (((2,), (0,)), ((), ()))).astype(x.dtype)
-    # Summed as [D, V]: XLA's CPU backend transposes the first operand in memory, and x is the narrower: twice as fast.
+    # Summed as [D, V], twice as fast on CPU: XLA transposes the first operand in memory, and x is the narrower one.
     dw += dot(x, d, (((0, 1), (0, 1)), ((), ())))
     return (loss, kl, dw), dx
 
   zero = jnp.zeros(w.shape[::-1], jnp.float32) if gradients else None
-  none = jnp.zeros((), jnp.float32)
-  (loss, kl, dw), dx = jax.lax.scan(step, (none, none, zero),
-                                    tuple(_cut(a, chunk) for a in (x, targets, weights, *(base or ())[:1])))
+  scalar = jnp.zeros((), jnp.float32)
+  (loss, kl, dw), dx = jax.lax.scan(step, (scalar, scalar, zero),
+                                    tuple(_chunked(a, chunk) for a in (x, targets, weights, *(base or ())[:1])))
   if not gradients:
     return loss, kl, None, None
   dx = jnp.moveaxis(dx, 0, 1).reshape(batch, -1, x.shape[2])[:, :length]
-  # The barrier keeps XLA from swapping the operands of a single chunk back, to a product in bfloat16 that its CPU
-  # backend then refuses to run.
+  # With a single chunk XLA would swap the operands back, to a bfloat16 product that its CPU backend cannot run; the
+  # barrier prevents that.
   return loss, kl, dx, jax.lax.optimization_barrier(dw).T.astype(weight.dtype)

@@ -1,8 +1,8 @@
-"""Examples of different lengths into rows of one length.
+"""Packs examples of different lengths into rows of a fixed length.
 
-Each epoch's examples are packed by first fit, longest first, and its rows shuffled; steps take rows in that order. The
-order follows from (examples, seed) alone, not from the machine, and a batch from (order, step): nothing but the step
-has to be saved to go on from it.
+Each epoch's examples are packed by first-fit decreasing, and its rows are shuffled; steps take rows in that order. The
+order depends only on (examples, seed), not on the machine, and a batch only on (order, step), so that training resumes
+from the step number alone.
 
 Axes: R rows of a batch, T row length.
 """
@@ -17,28 +17,28 @@ Batch = dict[str, np.ndarray]
 
 
 class TokenizedExample(NamedTuple):
-  """Token ids of a prompt and of the response that is learned."""
+  """Holds the token ids of a prompt and of the response to learn."""
 
   prompt: list[int]
   response: list[int]
 
 
 class PackedBatches:
-  """The batches of a whole training run: `len(b)` steps, `b[i]` the batch of step i.
+  """Provides the batches of a whole training run: `len(b)` steps, `b[i]` is the batch of step i.
 
-  A batch has int32 arrays [R, T]: `tokens`, `positions` and `segment_ids` (0 is padding), and float32 `weights` [R, T],
+  A batch has int32 arrays [R, T] `tokens`, `positions` and `segment_ids` (0 is padding), and float32 `weights` [R, T],
   1 where the token is learned.
 
   Attributes:
     rows: R.
     row_length: T.
-    empty_rows: rows of every step that hold nothing, since R has to be a multiple.
-    padding: share of all positions that hold nothing.
-    per_step: examples of a step, on average.
-    tokens_per_step: of those, padding not counted.
-    squares_per_step: sum of the squares of their lengths.
-    epoch_ends: of each epoch, the number of steps after which all its examples have been seen; a step may hold the last
-      rows of one and the first of the next, or several epochs.
+    empty_rows: rows of each step that are only padding, because R must be a multiple of `row_multiple`.
+    padding: share of all positions that are padding.
+    per_step: mean number of examples per step.
+    tokens_per_step: mean number of tokens per step, without padding.
+    squares_per_step: mean sum per step of the squared example lengths.
+    epoch_ends: for each epoch, the number of steps after which all its examples have been seen; a step may span the
+      end of one epoch and the start of the next, or several epochs.
 
   >>> examples = [TokenizedExample([1, 2], [3]), TokenizedExample([4], [5, 6])]
   >>> batches = PackedBatches(examples, epochs=1, global_batch=2, row_length=8, seed=0)
@@ -47,20 +47,20 @@ class PackedBatches:
   """
 
   def __init__(self, examples: Sequence[TokenizedExample], *, epochs: int, global_batch: int, row_length: int,
-               seed: int | Sequence[int], row_multiple: int = 1, alone: bool = False):
+               seed: int | Sequence[int], row_multiple: int = 1, one_per_step: bool = False):
     """Plans the run.
 
     Args:
-      examples: none longer than a row.
-      epochs: passes over the examples, each packed and ordered anew.
-      global_batch: examples of a step, on average; a step has a fixed number of rows, which is chosen for that.
-      row_length: tokens of a row.
-      seed: of the order.
-      row_multiple: R is a multiple of this (devices times accumulation steps); rows that are added for it are empty.
-      alone: whether each example has a step of its own, in place of `global_batch` of them.
+      examples: examples to pack, none longer than a row.
+      epochs: passes over the examples; each has its own packing and order.
+      global_batch: desired mean number of examples per step; the fixed number of rows per step is chosen to match it.
+      row_length: tokens per row.
+      seed: seed of the order.
+      row_multiple: R is rounded up to a multiple of this (devices times accumulation steps) with empty rows.
+      one_per_step: whether each step holds a single example; `global_batch` is then ignored.
 
     Raises:
-      ValueError: when there is no example, or one is longer than a row.
+      ValueError: when there are no examples, or one is longer than a row.
     """
     if not examples:
       raise ValueError("there is no example to train on")
@@ -77,18 +77,18 @@ class PackedBatches:
     for epoch in range(epochs):
       rng = np.random.default_rng([*np.atleast_1d(seed), epoch])
       order = rng.permutation(len(examples))
-      rows = [[i] for i in order.tolist()] if alone else _first_fit(order, lengths, row_length)
+      rows = [[i] for i in order.tolist()] if one_per_step else _pack_rows(order, lengths, row_length)
       self._plan += [rows[i] for i in rng.permutation(len(rows))]
       ends.append(len(self._plan))
-    self._filled = 1 if alone else _rows_of_a_step(
+    self._filled = 1 if one_per_step else _choose_rows(
         len(self._plan) * global_batch / (epochs * len(examples)), len(self._plan))
     self.rows = -(-self._filled // row_multiple) * row_multiple
     self.epoch_ends = [-(-end // self._filled) for end in ends]
     self.empty_rows = self.rows - self._filled
     self.padding = 1 - epochs * int(lengths.sum()) / (len(self) * self.rows * row_length)
-    of_a_step = lambda total: epochs * float(total) / len(self)
-    self.per_step = of_a_step(len(examples))
-    self.tokens_per_step, self.squares_per_step = of_a_step(lengths.sum()), of_a_step((lengths**2).sum())
+    per_step = lambda total: epochs * float(total) / len(self)
+    self.per_step = per_step(len(examples))
+    self.tokens_per_step, self.squares_per_step = per_step(lengths.sum()), per_step((lengths**2).sum())
 
   def __len__(self) -> int:
     return -(-len(self._plan) // self._filled)
@@ -97,7 +97,7 @@ class PackedBatches:
     return self.part(step, 0, self.rows)
 
   def part(self, step: int, start: int, stop: int) -> Batch:
-    """Rows start to stop of a step's batch."""
+    """Returns rows `start` to `stop` of a step's batch."""
     shape = (stop - start, self.row_length)
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids")}
     batch["weights"] = np.zeros(shape, np.float32)
@@ -105,7 +105,7 @@ class PackedBatches:
       begin = 0
       for segment, index in enumerate(row, 1):
         prompt, response = self._examples[index]
-        # Nothing predicts a segment's first token, not even where a prompt is empty.
+        # A segment's first token cannot be learned, even if the prompt is empty: nothing predicts it.
         learned, end = begin + max(1, len(prompt)), begin + len(prompt) + len(response)
         batch["tokens"][r, begin:end] = prompt + response
         batch["positions"][r, begin:end] = np.arange(end - begin)
@@ -115,15 +115,15 @@ class PackedBatches:
     return batch
 
   def one_epoch(self) -> "PackedBatches":
-    """The batches of one pass over the same examples, packed as the first epoch is."""
+    """Returns the batches of a single pass over the same examples, packed like the first epoch."""
     return self._pack(row_multiple=self._row_multiple)
 
   def one_by_one(self, row_multiple: int) -> "PackedBatches":
-    """The batches of one pass over the same examples, of one example each."""
-    return self._pack(row_multiple=row_multiple, alone=True)
+    """Returns the batches of a single pass over the same examples, with one example per batch."""
+    return self._pack(row_multiple=row_multiple, one_per_step=True)
 
   def members(self, step: int) -> list[int]:
-    """Indices of the examples of a step, in order."""
+    """Returns the sorted indices of the examples of a step."""
     return sorted(index for row in self._step(step) for index in row)
 
   def _step(self, step: int) -> list[list[int]]:
@@ -132,8 +132,8 @@ class PackedBatches:
     return self._plan[step * self._filled:(step + 1) * self._filled]
 
 
-def _rows_of_a_step(wanted: float, available: int) -> int:
-  """About as many as are wanted: a multiple of 2, 4 or 8 where that changes it by an eighth at most.
+def _choose_rows(wanted: float, available: int) -> int:
+  """Rounds the wanted number of rows to a multiple of 2, 4 or 8 if that changes it by at most an eighth.
 
   Most meshes then divide it. It must not depend on the mesh itself, or the order of the data would.
   """
@@ -142,8 +142,8 @@ def _rows_of_a_step(wanted: float, available: int) -> int:
   return round(rows / unit) * unit
 
 
-def _first_fit(indices: np.ndarray, lengths: np.ndarray, row_length: int) -> list[list[int]]:
-  """Rows of example indices; each example goes to the first row with room, long examples first."""
+def _pack_rows(indices: np.ndarray, lengths: np.ndarray, row_length: int) -> list[list[int]]:
+  """Packs example indices into rows by first-fit decreasing."""
   rows: list[list[int]] = []
   room = np.zeros(len(indices), np.int64)
   for index in indices[np.argsort(-lengths[indices], kind="stable")].tolist():

@@ -14,11 +14,11 @@ from imm_jax.model import attention as attention_lib, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Layer, Params, abstract_params, bind
 from imm_jax.training import fsdp, lora
-from imm_jax.training.additions import PLAIN, Additions, follow, pull
+from imm_jax.training.additions import PLAIN, Additions, add_l2_sp, update_average
 from imm_jax.training.loss import anchored_loss, chunk_of, head_loss
 
-# Has XLA gather weights and add up gradients on a TPU while it computes, one weight at a time. Left alone it collects a
-# layer's gradients and sends them when nothing else runs; benchmarks/README.md says what that takes.
+# Makes XLA overlap gathering of weights and summing of gradients with computation on TPUs, one weight at a time. By
+# default it combines a layer's gradients and sends them when nothing else runs; benchmarks/README.md has the cost.
 _TPU_OPTIONS = {"xla_enable_async_all_gather": "true",
                 "xla_enable_async_all_reduce": "true",
                 "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
@@ -26,9 +26,9 @@ _TPU_OPTIONS = {"xla_enable_async_all_gather": "true",
                 "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": "true",
                 "xla_jf_crs_combiner_threshold_in_bytes": "0"}
 
-# params: float32 master weights; opt_state: optax's, which also counts the steps; halted: whether a loss or a gradient
-# was not finite, after which nothing changes any more. With additions: average, of the weights; frozen: weights that
-# are used and stay as they are, by what they are for (`base`, that LoRA adds to, `anchor`).
+# params: float32 master weights; opt_state: optax's state, which also counts the steps; halted: whether a loss or
+# gradient was not finite, after which the state no longer changes. With additions also average: the weights' moving
+# average; frozen: weights that are used but not trained, by role (`base`, which LoRA adapts, and `anchor`).
 TrainState = dict[str, Any]
 Metrics = dict[str, jax.Array]
 Frozen = Mapping[str, Params]
@@ -39,61 +39,61 @@ _NONE: Frozen = MappingProxyType({})
 def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array], *, chunk: int = 0,
                  frozen: Frozen = _NONE, additions: Additions = PLAIN, **options: Any,
                  ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Sum of -log p over the learned tokens of a packed batch, and of what is added to it; and what it is made of.
+  """Sums -log p over the learned tokens of a packed batch, plus the weighted KL to the base if `additions.kl`.
 
   Args:
-    config: of the model.
+    config: model config.
     params: parameters with stacked layers.
     batch: see `packing.PackedBatches`.
-    chunk: see `loss.head_loss`; 0 for `loss.chunk_of` a device's rows.
-    frozen: of the state.
-    additions: of which `kl` and `lora` count here.
-    **options: of `head_inputs`.
+    chunk: see `loss.head_loss`; 0 chooses `loss.chunk_of` a device's rows.
+    frozen: the state's frozen weights.
+    additions: only `kl` and `lora` matter here.
+    **options: passed on to `head_inputs`.
 
   Returns:
-    The sum, and `tokens`, the number of learned ones, with `additions.kl` also `kl`, the sum of the KL of each: float32
-    scalars.
+    The sum, and a dict of `tokens`, the number of learned tokens, and with `additions.kl` also `kl`, the sum of their
+    KLs: float32 scalars.
   """
   if additions.lora:
-    inputs = head_inputs(config, frozen["base"], batch, adapters=params, adding=additions.lora, **options)
+    inputs = head_inputs(config, frozen["base"], batch, adapters=params, lora_config=additions.lora, **options)
   else:
     inputs = head_inputs(config, params, batch, **options)
   x, head, targets, weights = inputs
-  # Two models' logits, and what is made of them, at half as many positions take the memory of one's.
+  # Half the positions, so that the logits of two models take as much memory as those of one.
   chunk = chunk or chunk_of((2 if additions.kl else 1) * rows_of_device(x.shape[0], options.get("mesh")))
   tokens = {"tokens": jnp.sum(weights)}
   if not additions.kl:
     return head_loss(x, head, targets, weights, chunk), tokens
-  # Nothing of it is kept for a backward pass, for there is none.
+  # The base model has no backward pass, hence nothing to rematerialize.
   base = jax.lax.stop_gradient(head_inputs(config, frozen["anchor"], batch, **options | {"remat": "none"})[:2])
   loss, kl = anchored_loss(x, head, *base, targets, weights, chunk, additions.kl)
   return loss, tokens | {"kl": kl}
 
 
 def rows_of_device(rows: int, mesh: Mesh | None) -> int:
-  """How many of the rows of a batch a device has, where the mesh splits them; None means that it has them all."""
+  """Returns how many of a batch's rows one device of the mesh has; without a mesh, all of them."""
   return -(-rows // sharding.batch_parts(mesh)) if mesh is not None else rows
 
 
 def head_inputs(config: ModelConfig, params: Params, batch: dict[str, jax.Array], *, attention: str = "xla",
                 mesh: Mesh | None = None, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """What a loss over the next tokens of a packed batch is computed from.
+  """Computes the inputs of a next-token loss on a packed batch.
 
   Args:
-    config: of the model.
+    config: model config.
     params: parameters with stacked layers.
     batch: see `packing.PackedBatches`.
-    attention: what `attention.choose` gave.
+    attention: backend, from `attention.choose`.
     mesh: as in `hidden_states`.
-    **options: of `hidden_states`.
+    **options: passed on to `hidden_states`.
 
   Returns:
-    What the head reads [B, T, D] in the compute dtype, the head's weight [V, D], the next token at each position int32
-    [B, T], and float32 [B, T], 1 where that token is learned.
+    The head's inputs [B, T, D] in the compute dtype, the head's weight [V, D], the next token at each position, int32
+    [B, T], and weights, float32 [B, T], 1 where that token is learned.
   """
   attend = attention_lib.packed(batch["segment_ids"], backend=attention, mesh=mesh)
   x, head = hidden_states(config, params, batch["tokens"], batch["positions"], attend=attend, mesh=mesh, **options)
-  # Token t+1 is predicted at t; a segment's first token is never learned, so no loss crosses segments.
+  # Token t+1 is predicted at position t. A segment's first token has weight 0, so no prediction crosses segments.
   targets, weights = (jnp.pad(batch[name][:, 1:], ((0, 0), (0, 1))) for name in ("tokens", "weights"))
   return x, head, targets, weights
 
@@ -101,21 +101,21 @@ def head_inputs(config: ModelConfig, params: Params, batch: dict[str, jax.Array]
 def hidden_states(config: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array, *,
                   attend: attention_lib.Attend, compute_dtype: jnp.dtype, remat: str = "none",
                   mesh: Mesh | None = None, gather: fsdp.Gather | None = None, adapters: Params | None = None,
-                  adding: lora.Lora | None = None) -> tuple[jax.Array, jax.Array]:
-  """What the head reads [B, T, D] in the compute dtype, and its weight [V, D].
+                  lora_config: lora.Lora | None = None) -> tuple[jax.Array, jax.Array]:
+  """Returns the head's inputs [B, T, D] in the compute dtype, and its weight [V, D].
 
   Args:
-    config: of the model.
+    config: model config.
     params: parameters with stacked layers.
     tokens: int32 [B, T].
     positions: int32 [B, T], of each token in its own text.
-    attend: who sees whom.
-    compute_dtype: dtype of products.
+    attend: attention function.
+    compute_dtype: dtype of matrix products.
     remat: one of `decoder.REMAT`.
-    mesh: where rows stay; None where this runs on one device's rows.
-    gather: gives a parameter as it is used: the layers' one by one, the others at the start.
+    mesh: mesh over which the rows are split; None when this runs on the rows of one device.
+    gather: gathers a parameter for use: layers one by one, the other parameters at the start.
     adapters: see `lora.init`; they are added to the layers' weights.
-    adding: what the adapters are.
+    lora_config: rank and alpha of the adapters.
   """
   hooks: dict[str, Any] = {}
   if gather is not None:
@@ -123,7 +123,7 @@ def hidden_states(config: ModelConfig, params: Params, tokens: jax.Array, positi
               for name, tree in params.items()}
     hooks["use"] = functools.partial(fsdp.gather_layer, gather)
   if adapters is not None:
-    hooks |= {"use": functools.partial(_adapted, adding, gather), "beside": adapters["layers"]}
+    hooks |= {"use": functools.partial(_add_adapters, lora_config, gather), "beside": adapters["layers"]}
   if mesh is not None:
     hooks["pin"] = lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, sharding.BATCH))
   model = bind(config, params)
@@ -131,8 +131,8 @@ def hidden_states(config: ModelConfig, params: Params, tokens: jax.Array, positi
   return x, model.head
 
 
-def _adapted(settings: lora.Lora, gather: fsdp.Gather | None, layer: Layer, adapters: Params) -> Layer:
-  """A layer with W + s B A for each W that has adapters."""
+def _add_adapters(settings: lora.Lora, gather: fsdp.Gather | None, layer: Layer, adapters: Params) -> Layer:
+  """Returns a layer, gathered if needed, with W + s B A for each W that has adapters."""
   if gather is not None:
     layer = fsdp.gather_layer(gather, layer)
     adapters = jax.tree_util.tree_map_with_path(
@@ -141,9 +141,9 @@ def _adapted(settings: lora.Lora, gather: fsdp.Gather | None, layer: Layer, adap
 
 
 def make_schedule(kind: str, *, peak: float, total_steps: int, warmup_ratio: float) -> optax.Schedule:
-  """Learning rate by step: linear warm-up from 0, then `cosine` or `linear` decay to 0, or `constant`.
+  """Returns a schedule with linear warm-up from 0, then `cosine` or `linear` decay to 0, or a `constant` rate.
 
-  The warm-up leaves at least one step at the peak, so that the shortest training trains.
+  The warm-up leaves at least one step at the peak, so that even a training of one step trains.
 
   >>> schedule = make_schedule("cosine", peak=1.0, total_steps=100, warmup_ratio=0.1)
   >>> float(schedule(5)), float(schedule(10)), round(float(schedule(55)), 3)
@@ -158,20 +158,20 @@ def make_schedule(kind: str, *, peak: float, total_steps: int, warmup_ratio: flo
 
 def make_optimizer(schedule: optax.Schedule, *, weight_decay: float, grad_clip: float,
                    transform: optax.GradientTransformation | None = None) -> optax.GradientTransformation:
-  """AdamW (b1 0.9, b2 0.999, eps 1e-8) after clipping the gradient's global norm; `grad_clip` 0 does not clip.
+  """Returns AdamW (b1 0.9, b2 0.999, eps 1e-8) after clipping by global norm; `grad_clip` 0 disables clipping.
 
-  `transform` changes the update that AdamW gives, weight decay and learning rate included.
+  `transform` is applied to AdamW's updates, which include weight decay and learning rate.
   """
   clip = _clip(grad_clip) if grad_clip else optax.identity()
   return optax.chain(clip, _adamw(schedule, weight_decay), *([transform] if transform else []))
 
 
-def _clip(largest: float) -> optax.GradientTransformation:
-  """`optax.clip_by_global_norm`, which divides entry by entry and so has XLA keep a second gradient."""
+def _clip(max_norm: float) -> optax.GradientTransformation:
+  """Clips as `optax.clip_by_global_norm` does, whose elementwise division makes XLA keep a second gradient."""
 
   def clip(grads: Params, _: Params | None) -> Params:
     norm = optax.tree.norm(grads)
-    scale = jnp.where(norm < largest, 1.0, largest / norm)
+    scale = jnp.where(norm < max_norm, 1.0, max_norm / norm)
     return jax.tree.map(lambda g: g * scale, grads)
 
   return optax.stateless(clip)
@@ -179,12 +179,12 @@ def _clip(largest: float) -> optax.GradientTransformation:
 
 def _adamw(schedule: optax.Schedule, weight_decay: float, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
            ) -> optax.GradientTransformationExtraArgs:
-  """`optax.adamw` with the same state, whose moments are updated in place; `halted` in `update` keeps the state.
+  """Updates as `optax.adamw` does, with the same state, but in place; `update(..., halted=True)` keeps the state.
 
-  The moments are finished before the update reads them. Left to itself XLA computes them twice, once for the update,
-  and keeps a copy of both old ones for that: on CPU twice the parameters' memory.
+  A barrier completes the moments before the update reads them. Otherwise XLA computes them twice, once for the update,
+  and keeps copies of both old moments, which on CPU costs twice the memory of the parameters.
   """
-  moments, after = optax.scale_by_adam(b1, b2, eps), optax.chain(
+  moments, others = optax.scale_by_adam(b1, b2, eps), optax.chain(
       optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(schedule))
 
   def update(grads: Params, state: Any, params: Params | None = None, *, halted: jax.Array | bool = False,
@@ -193,14 +193,14 @@ def _adamw(schedule: optax.Schedule, weight_decay: float, *, b1: float = 0.9, b2
     keep = lambda old, new: jax.tree.map(lambda o, n: jnp.where(halted, o, n), old, new)
     first = jax.lax.optimization_barrier(keep(first, moments.update(grads, first)[1]))
     means = (optax.tree.bias_correction(m, b, first.count) for m, b in ((first.mu, b1), (first.nu, b2)))
-    updates, new = after.update(jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), *means), tuple(rest), params)
+    updates, new = others.update(jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), *means), tuple(rest), params)
     return updates, (first, *keep(tuple(rest), new))
 
-  return optax.GradientTransformationExtraArgs(lambda params: (moments.init(params), *after.init(params)), update)
+  return optax.GradientTransformationExtraArgs(lambda params: (moments.init(params), *others.init(params)), update)
 
 
 def state_sharding(state: Any, mesh: Mesh) -> Any:
-  """Where a state lies: its parameters, and moments where their parameters lie; the rest is whole everywhere."""
+  """Returns the shardings of a state: moments are sharded like their parameters, the rest is replicated."""
 
   def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
     name = sharding.path_name([key for key in path if getattr(key, "key", None) not in _STATE])
@@ -211,32 +211,32 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, *,
                additions: Additions = PLAIN, frozen: Frozen = _NONE) -> TrainState:
-  """The first state, which takes the parameters and what is frozen over; moments lie where their parameters lie."""
-  params = jax.tree.map(own, params)
+  """Creates the initial state; takes ownership of `params` and `frozen`, and shards moments like their parameters."""
+  params = jax.tree.map(to_xla_memory, params)
   shardings = state_sharding(jax.eval_shape(optimizer.init, params), mesh)
   state = {"params": params, "opt_state": jax.jit(optimizer.init, out_shardings=shardings)(params),
-           "halted": not_halted(mesh)}
+           "halted": halt_flag(mesh)}
   state |= {"average": jax.tree.map(jnp.copy, params)} if additions.ema else {}
-  return state | ({"frozen": jax.tree.map(own, dict(frozen))} if frozen else {})
+  return state | ({"frozen": jax.tree.map(to_xla_memory, dict(frozen))} if frozen else {})
 
 
-def own(leaf: jax.Array) -> jax.Array:
-  """The array in memory of XLA's: on CPU a loaded one is numpy's, which the first step would copy, not write to."""
+def to_xla_memory(leaf: jax.Array) -> jax.Array:
+  """Moves a CPU array out of numpy's memory, which XLA cannot donate and the first step would copy; deletes it."""
   if next(iter(leaf.devices())).platform != "cpu":
     return leaf
-  own = jax.block_until_ready(jnp.copy(leaf))
+  copy = jax.block_until_ready(jnp.copy(leaf))
   leaf.delete()
-  return own
+  return copy
 
 
-def not_halted(mesh: Mesh) -> jax.Array:
-  """The flag of a state that training goes on from."""
+def halt_flag(mesh: Mesh) -> jax.Array:
+  """Returns a false `halted` flag, replicated over the mesh."""
   return jax.jit(lambda: jnp.zeros((), bool), out_shardings=NamedSharding(mesh, P()))()
 
 
 def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, *,
                    additions: Additions = PLAIN, frozen_dtype: jnp.dtype = jnp.bfloat16) -> TrainState:
-  """Shapes, dtypes and shardings of a model's training state, without allocating any."""
+  """Returns the shapes, dtypes and shardings of a training state without allocating it."""
   params = lora.abstract(config, additions.lora) if additions.lora else abstract_params(config)
   state = {"params": params, "opt_state": jax.eval_shape(optimizer.init, params),
            "halted": jax.ShapeDtypeStruct((), bool)}
@@ -249,7 +249,7 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation,
 
 def make_train_step(*args: Any, **options: Any) -> Callable[[TrainState, dict[str, jax.Array]],
                                                             tuple[TrainState, Metrics]]:
-  """`step_function` jitted, compiled at the first call."""
+  """Jits `step_function`; it compiles at the first call, when the state's shardings are known."""
   step = step_function(*args, **options)
   compiled = None
 
@@ -264,7 +264,7 @@ def make_train_step(*args: Any, **options: Any) -> Callable[[TrainState, dict[st
 def jit_step(step: Callable[..., tuple[TrainState, Metrics]], state: TrainState) -> jax.stages.Wrapped:
   """Jits a step that donates its state; `state` may be shapes with shardings.
 
-  The new state lies where the old one lay; left to itself XLA moves some, and the second step compiles again.
+  The new state keeps the shardings of the old one; otherwise XLA changes some, and the second step compiles again.
   """
   where = jax.tree.map(lambda leaf: leaf.sharding, state)
   platform = next(iter(jax.tree.leaves(where)[0].device_set)).platform
@@ -276,14 +276,15 @@ def gradient_function(config: ModelConfig, *, compute_dtype: jnp.dtype, accumula
                       attention: str = "xla", mesh: Mesh | None = None, chunk: int = 0, mean: bool = True,
                       additions: Additions = PLAIN,
                       ) -> Callable[..., tuple[jax.Array, Params, dict[str, jax.Array]]]:
-  """A function (params, batch, sums=None, frozen={}) -> (loss, its gradient, numbers), to be jitted.
+  """Returns a function (params, batch, sums=None, frozen={}) -> (loss, gradient, numbers), to be jitted.
 
-  The loss is the mean over the learned tokens of the whole batch, or with `mean=False` their sum; with `accumulation`
-  the batch runs in that many parts, which gives the same gradient. The gradient lies where the parameters lie. Where
-  `sums` is given, a tree of that form, the gradient is added to it layer by layer, as the backward pass comes to them:
-  where the caller donates it, there is no second tree. Over the `data` axis each part of a batch is then added up.
-  Numbers: `tokens`, how many are learned; with `additions.kl`, which is then part of the loss, also `kl`, its mean (or
-  sum). Of `additions` this and `lora` count, whose gradient is that of the adapters; `frozen` is the state's.
+  The loss is the mean over the learned tokens of the whole batch, or their sum with `mean=False`; `accumulation` splits
+  the batch into that many parts, with the same gradient. The gradient is sharded like the parameters. If `sums`, a tree
+  like the parameters, is given, the gradient is added to it layer by layer during the backward pass, which needs no
+  second tree if the caller donates it; each part of a batch is then summed over the `data` axis. `numbers` holds
+  `tokens`, the number of learned tokens, and with `additions.kl`, which is then part of the loss, also `kl`, its mean
+  (or sum). With `additions.lora` the gradient is that of the adapters; other additions are ignored. `frozen` holds the
+  state's frozen weights.
   """
   options = {"compute_dtype": compute_dtype, "remat": remat, "attention": attention, "chunk": chunk,
              "additions": additions}
@@ -304,14 +305,14 @@ def gradient_function(config: ModelConfig, *, compute_dtype: jnp.dtype, accumula
       backward.with_refs(refs)(jnp.ones_like(value))
       return (jax.tree.map(jnp.add, carry[0], (value, numbers)), jax.tree.map(jax.freeze, refs)), None
 
-    def finish(found: tuple[jax.Array, dict[str, jax.Array]], grads: Params) -> tuple[jax.Array, Params, Any]:
-      return found[0], grads, {"tokens": total} | jax.tree.map(add_up, found[1])
+    def finish(value: tuple[jax.Array, dict[str, jax.Array]], grads: Params) -> tuple[jax.Array, Params, Any]:
+      return value[0], grads, {"tokens": total} | jax.tree.map(add_up, value[1])
 
     if accumulation == 1 and sums is None:
       return finish(*jax.value_and_grad(loss, has_aux=True)(params, batch))
     parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
-    none = (jnp.zeros(()), {"kl": jnp.zeros(())} if additions.kl else {})
-    first = (none, jax.tree.map(jnp.zeros_like, params) if sums is None else sums)
+    zeros = (jnp.zeros(()), {"kl": jnp.zeros(())} if additions.kl else {})
+    first = (zeros, jax.tree.map(jnp.zeros_like, params) if sums is None else sums)
     return finish(*jax.lax.scan(add, first, parts)[0])
 
   if mesh is None or mesh.size == 1:
@@ -324,12 +325,12 @@ def gradient_function(config: ModelConfig, *, compute_dtype: jnp.dtype, accumula
 def step_function(config: ModelConfig, optimizer: optax.GradientTransformation, *,
                   additions: Additions = PLAIN, **options: Any,
                   ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
-  """A step (state, batch) -> (state, metrics), to be jitted; `options` are those of `gradient_function`.
+  """Returns a step (state, batch) -> (state, metrics), to be jitted; `options` are those of `gradient_function`.
 
-  `optimizer` is one of `make_optimizer`'s, which keeps its state where it is told to halt. A step whose loss or
-  gradient is not finite changes nothing, and neither do the steps after it. Metrics: `loss` (with what is added to it),
-  `grad_norm` (before clipping), `tokens` (learned ones), and the parts of the loss that are added: `kl` (not yet
-  weighted), `l2_sp`.
+  A step whose loss or gradient is not finite changes nothing but the `halted` flag, and neither do later steps. The
+  optimizer must come from `make_optimizer`, whose `update` takes `halted`. Metrics: `loss` (including additions),
+  `grad_norm` (before clipping), `tokens` (learned ones), and the additions to the loss: `kl` (not yet weighted) and
+  `l2_sp`.
   """
   gradients = gradient_function(config, additions=additions, **options)
 
@@ -337,16 +338,16 @@ def step_function(config: ModelConfig, optimizer: optax.GradientTransformation, 
     params = state["params"]
     loss, grads, numbers = gradients(params, batch, None, state.get("frozen", {}))
     if additions.l2_sp:
-      numbers["l2_sp"], grads = pull(params, state["frozen"]["anchor"], additions.l2_sp, grads)
+      numbers["l2_sp"], grads = add_l2_sp(params, state["frozen"]["anchor"], additions.l2_sp, grads)
       loss += numbers["l2_sp"]
     norm = optax.tree.norm(grads)
-    # The host looks at the loss now and then; until it does, the last good state stays.
+    # The host only reads the loss every few steps; until then the last good state must survive.
     halted = state["halted"] | ~jnp.isfinite(loss) | ~jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state["opt_state"], params, halted=halted)
     new = jax.tree.map(lambda n, old: jnp.where(halted, old, n), optax.apply_updates(params, updates), params)
     changed = {"params": new, "opt_state": opt_state, "halted": halted}
     if additions.ema:
-      average = follow(state["average"], new, additions.ema)
+      average = update_average(state["average"], new, additions.ema)
       changed["average"] = jax.tree.map(lambda a, old: jnp.where(halted, old, a), average, state["average"])
     return state | changed, {"loss": loss, "grad_norm": norm, **numbers}
 

@@ -1,4 +1,4 @@
-"""Early stopping: training ends at the first epoch after which held-out answers are less likely than before."""
+"""Early stopping: training ends after the first epoch with a higher loss on held-out answers than the best before."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -16,32 +16,32 @@ from imm_jax.training.input import Input
 from imm_jax.training.packing import PackedBatches
 from imm_jax.training.step import Frozen, TrainState, token_losses
 
-# What is kept of the best epoch: what a training may hand on.
-KEPT = ("params", "average")
+# The entries of a state that are kept from the best epoch.
+BEST_KEYS = ("params", "average")
 
 
 class EarlyStopping:
-  """Measures the loss on held-out answers after each epoch, and keeps the weights of the best.
+  """Measures the loss on held-out answers after each epoch, and keeps the weights of the best epoch.
 
-  Prechelt 1998 (Early stopping - but when?) with a patience of one epoch. The loss is the mean of -log p over the
-  answers' tokens, without what else is added to it in training.
+  Follows Prechelt 1998 (Early stopping - but when?) with a patience of one epoch. The loss is the mean of -log p over
+  the answers' tokens, without the additions to the training loss.
 
   Attributes:
-    losses: of the epochs so far.
-    best: the weights of the epoch with the least (`KEPT`), or None before the first.
-    over: whether the last epoch was worse than the best.
+    losses: held-out losses of the epochs so far.
+    best: weights of the best epoch (the `BEST_KEYS` of its state), or None before the first.
+    should_stop: whether the last epoch was worse than the best.
   """
 
   def __init__(self, config: ModelConfig, held_out: PackedBatches, ends: Sequence[int], *, mesh: Mesh,
                additions: Additions = PLAIN, **options: Any):
-    """Measures nothing yet.
+    """Prepares the measurement.
 
     Args:
-      config: of the model.
-      held_out: once: packed with `epochs=1`.
-      ends: the number of steps after which each epoch ends, see `PackedBatches.epoch_ends`.
+      config: model config.
+      held_out: the held-out answers, packed with `epochs=1`.
+      ends: number of steps after which each epoch ends, see `PackedBatches.epoch_ends`.
       mesh: devices.
-      additions: of the training.
+      additions: additions of the training.
       **options: `compute_dtype`, `accumulation` and `attention` of the training.
     """
     self._batches, self._ends, self._mesh = held_out, frozenset(ends), mesh
@@ -50,7 +50,7 @@ class EarlyStopping:
     self.best: dict[str, Params] | None = None
 
   @property
-  def over(self) -> bool:
+  def should_stop(self) -> bool:
     return bool(self.losses) and self.losses[-1] > min(self.losses)
 
   @property
@@ -59,32 +59,32 @@ class EarlyStopping:
     return 1 + self.losses.index(min(self.losses))
 
   def due(self, done: int) -> bool:
-    """Whether an epoch ends after so many steps."""
+    """Returns whether an epoch ends after `done` steps."""
     return done in self._ends
 
   def measure(self, state: TrainState) -> float:
-    """The held-out loss of a state at an epoch's end."""
+    """Measures the held-out loss at the end of an epoch, and keeps the weights if they are the best so far."""
     loss = self._loss(state["params"], state.get("frozen", {}))
     if not self.losses or loss < min(self.losses):
-      self.best = None  # before there is another
-      self.best = jax.tree.map(jnp.copy, {name: state[name] for name in KEPT if name in state})
+      self.best = None  # frees its memory before the copy
+      self.best = jax.tree.map(jnp.copy, {name: state[name] for name in BEST_KEYS if name in state})
     self.losses.append(loss)
     return loss
 
   def _loss(self, params: Params, frozen: Frozen) -> float:
-    total, count, before = 0.0, 0.0, None
+    total, count, pending = 0.0, 0.0, None
     for batch in Input(self._batches, self._mesh):
-      found = self._program(params, frozen, batch)
-      if before is not None:
-        total, count = total + float(before[0]), count + float(before[1])
-      before = found  # the host is one batch ahead
-    return (total + float(before[0])) / (count + float(before[1]))
+      sums = self._program(params, frozen, batch)
+      if pending is not None:
+        total, count = total + float(pending[0]), count + float(pending[1])
+      pending = sums  # the host dispatches one batch ahead
+    return (total + float(pending[0])) / (count + float(pending[1]))
 
 
-@functools.lru_cache(maxsize=8)  # a run comes here in every round
+@functools.lru_cache(maxsize=8)  # reused in every round of a run
 def _program(config: ModelConfig, mesh: Mesh, additions: Additions, *, compute_dtype: jnp.dtype, attention: str,
              accumulation: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
-  """Compiled: (params, frozen, batch) -> (sum of -log p of the learned tokens, their number)."""
+  """Compiles a function (params, frozen, batch) -> (sum of -log p of the learned tokens, their number)."""
   options = {"compute_dtype": compute_dtype, "attention": attention, "additions": additions._replace(kl=0.0)}
   if mesh.size > 1:
     options |= {"mesh": mesh, "gather": fsdp.constrained(mesh, compute_dtype)}

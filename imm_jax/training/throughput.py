@@ -1,4 +1,4 @@
-"""How fast training goes, and how near that is to what the devices can do."""
+"""Training speed, model FLOPs utilization, and profiles."""
 
 import contextlib
 import math
@@ -18,7 +18,7 @@ from imm_jax.training.packing import PackedBatches
 
 
 def matmul_params(config: ModelConfig) -> int:
-  """Weights that every token is multiplied with: projections and head, not the embedding table's lookup.
+  """Counts the weights that every token is multiplied with: projections and head, but not the embedding lookup.
 
   >>> matmul_params(ModelConfig(vocab_size=8, hidden_size=4, intermediate_size=8, num_layers=2, num_heads=2,
   ...     num_kv_heads=1, head_dim=2, rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=True, qkv_bias=True))
@@ -30,51 +30,51 @@ def matmul_params(config: ModelConfig) -> int:
 
 
 def train_flops(config: ModelConfig, *, tokens: float, squares: float) -> float:
-  """Floating-point operations of a step, however it is computed: 6 for each weight and token, and attention's products.
+  """Returns the model FLOPs of a step: 6 per weight and token, plus those of attention.
 
-  A segment of n tokens takes 6 n^2 h H in a layer, forward and backward, for scores and for values under a causal mask
-  (PaLM, appendix B, with half of the square). What is computed again counts as nothing.
+  In each layer a segment of n tokens takes 6 n^2 h H forward and backward, for scores and values under a causal mask
+  (PaLM, appendix B, halved for causality). Recomputation is not counted.
 
   Args:
-    config: of the model.
-    tokens: of the step, padding not counted.
-    squares: sum over the segments of the squares of their lengths.
+    config: model config.
+    tokens: tokens of the step, without padding.
+    squares: sum of the squared lengths of the segments.
   """
   attention = 6 * config.num_layers * config.num_heads * config.head_dim
   return 6 * matmul_params(config) * tokens + attention * squares
 
 
-def window(steps: str) -> tuple[int, int] | None:
-  """The first step and the one after the last of a profile, from `first:end`; None for an empty string.
+def parse_window(steps: str) -> tuple[int, int] | None:
+  """Parses `first:end`, the steps to profile, into a half-open range; an empty string gives None.
 
-  >>> window("10:13"), window("")
+  >>> parse_window("10:13"), parse_window("")
   ((10, 13), None)
 
   Raises:
-    ValueError: when it is neither.
+    ValueError: for any other string.
   """
   if not steps:
     return None
-  found = re.fullmatch(r"(\d+):(\d+)", steps)
-  if not found or int(found[1]) >= int(found[2]):
+  match = re.fullmatch(r"(\d+):(\d+)", steps)
+  if not match or int(match[1]) >= int(match[2]):
     raise ValueError(f"{steps!r}: expected first:end, such as 10:13 for steps 10, 11 and 12")
-  return int(found[1]), int(found[2])
+  return int(match[1]), int(match[2])
 
 
 class Profile:
-  """Records some steps with jax's profiler, for TensorBoard and Perfetto."""
+  """Profiles a range of steps with jax's profiler, for TensorBoard and Perfetto."""
 
   def __init__(self, steps: str, folder: Path):
-    self._window, self._folder, self._running = window(steps), folder, False
+    self._window, self._folder, self._running = parse_window(steps), folder, False
 
   def before(self, step: int) -> None:
-    """To be called before each step."""
+    """Starts the recording if it begins with this step; to be called before each step."""
     if self._window and step == self._window[0]:
       jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
       self._running = True
 
   def after(self, step: int, result: Any, *, last: bool) -> None:
-    """To be called after each step with what it gave, which is waited for where the recording ends."""
+    """Ends the recording if it ends with this step, once `result` is ready; to be called after each step."""
     if self._running and (last or step + 1 == self._window[1]):
       jax.block_until_ready(result)
       jax.profiler.stop_trace()
@@ -85,7 +85,7 @@ class Profile:
 
 
 class Meter:
-  """Speed between two readings."""
+  """Measures the training speed between readings."""
 
   def __init__(self, config: ModelConfig, batches: PackedBatches, devices: int):
     self._flops = train_flops(config, tokens=batches.tokens_per_step, squares=batches.squares_per_step)
@@ -95,22 +95,22 @@ class Meter:
     self.start()
 
   def start(self) -> None:
-    """What was before this counts as nothing."""
+    """Restarts the measurement."""
     self._waited, self._began = 0.0, time.monotonic()
 
   @contextlib.contextmanager
   def waiting(self) -> Iterator[None]:
-    """Around what waits for input."""
+    """Counts the time within this block as waiting for input."""
     began = time.monotonic()
     yield
     self._waited += time.monotonic() - began
 
   def read(self, steps: int) -> dict[str, float]:
-    """What `steps` steps since the last reading took.
+    """Returns the mean speed of the `steps` steps since the last reading, and restarts the measurement.
 
     Returns:
-      `tokens_per_s` (all tokens but padding, prompts too), `step_s` and `input_wait_s` of a step; `mfu`, the share of
-      the devices' bfloat16 peak, where that is known; `memory_gib`, the most a device held, where it says.
+      `tokens_per_s` (including prompts, without padding), `step_s` and `input_wait_s` per step; `mfu`, the share of the
+      devices' peak bfloat16 FLOP/s, if that is known; `memory_gib`, the device's peak memory, if it reports that.
     """
     seconds, waited = (time.monotonic() - self._began) / steps, self._waited / steps
     self.start()

@@ -1,4 +1,4 @@
-"""Runs training steps over packed batches, saves their state, and reports how they go."""
+"""The training loop: runs steps over packed batches, saves states, and reports metrics."""
 
 import contextlib
 import threading
@@ -26,31 +26,31 @@ from imm_jax.training.step import (
   Frozen,
   TrainState,
   abstract_state,
+  halt_flag,
   init_state,
   make_optimizer,
   make_train_step,
-  not_halted,
-  own,
+  to_xla_memory,
 )
-from imm_jax.training.stopping import KEPT, EarlyStopping
+from imm_jax.training.stopping import BEST_KEYS, EarlyStopping
 
-# Called with a step and its values, plain floats by name, for every step in order; and once more with `held_out_loss`
-# for one that an epoch ends with.
+# Called for every step in order with its number and its metrics, floats by name; and once more with `held_out_loss` for
+# the last step of an epoch.
 Report = Callable[..., None]
-# Examples that an error names.
-_NAMED = 8
+# Number of examples that an error message lists.
+_MAX_LISTED = 8
 
 
 class Trained(NamedTuple):
-  """What training ends with.
+  """Holds the result of a training.
 
   Attributes:
-    params: the parameters; the adapters with `additions.lora`; those of the best epoch with early stopping.
-    first_loss: of the first step.
-    last_loss: of the last.
-    steps: how many there were.
-    average: of the weights, where one was kept; of the same moment as `params`.
-    held_out: with early stopping the loss of each epoch on what was held out.
+    params: the trained parameters, or adapters with `additions.lora`; with early stopping those of the best epoch.
+    first_loss: loss of the first step.
+    last_loss: loss of the last step.
+    steps: number of steps.
+    average: moving average of the weights at the same step as `params`, or None without `additions.ema`.
+    held_out: held-out loss of each epoch, with early stopping.
   """
 
   params: Params
@@ -70,41 +70,41 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
   """Trains float32 parameters over all batches.
 
   Args:
-    config: of the model.
-    load_params: gives the parameters to begin with: float32, stacked layers, or adapters; not called where a saved
-      state is.
-    batches: one for each step.
+    config: model config.
+    load_params: returns the initial parameters (float32, stacked layers) or adapters; not called if training resumes
+      from a saved state.
+    batches: the batch of each step.
     schedule: learning rate by step.
-    weight_decay: AdamW's.
-    grad_clip: largest global norm of the gradient; 0 does not clip.
+    weight_decay: weight decay of AdamW.
+    grad_clip: global norm at which the gradient is clipped; 0 disables clipping.
     compute_dtype: dtype of activations.
-    accumulation: parts that a batch is run in.
+    accumulation: number of parts that a batch is split into.
     remat: one of `decoder.REMAT`.
-    mesh: devices; parameters are placed by `sharding.RULES`.
+    mesh: devices; parameters are sharded by `sharding.RULES`.
     log_every: steps between reports; the host waits for the device only then, and to save.
-    report: takes the metrics of each step.
-    label: what the progress bar says.
-    attention: what `attention.choose` gave.
-    checkpoints: states are saved there and training goes on from the newest, on whatever mesh it was saved from.
-    profile: records some of the steps.
-    intervention: what is done differently, such as `interventions.gradient_decay()`.
-    lines: of each example in its file, from 1, for errors; by default they are counted.
-    additions: what is added to SFT.
-    load_frozen: gives the weights that the additions need beside (`step.TrainState`); called in any case, for they are
-      not saved.
-    held_out: answers for early stopping, packed once (`stopping.EarlyStopping`); None trains to the end.
+    report: receives the metrics of each step.
+    label: text of the progress bar.
+    attention: backend, from `attention.choose`.
+    checkpoints: where states are saved; training resumes from the newest, whatever mesh it was saved on.
+    profile: profiles some of the steps.
+    intervention: change to the training, such as `interventions.gradient_decay()`.
+    lines: line of each example in its file, from 1, for error messages; by default 1, 2, 3, ...
+    additions: additions to SFT.
+    load_frozen: returns the frozen weights that the additions need (see `step.TrainState`); also called when training
+      resumes, because they are not saved.
+    held_out: answers for early stopping, packed with `epochs=1`; None trains to the end.
 
   Raises:
-    UserError: when the loss is not finite (the state before it is saved), or a state cannot be read or written.
-    PreemptedError: after SIGTERM, when the state is saved.
+    UserError: when the loss is not finite (the state before that step is saved), or a state cannot be read or written.
+    PreemptedError: after SIGTERM, once the state is saved.
   """
   intervention = intervention or Intervention()
   clip = grad_clip if intervention.grad_clip is None else intervention.grad_clip
   optimizer = make_optimizer(schedule, weight_decay=weight_decay, grad_clip=clip, transform=intervention.transform)
   options = {"compute_dtype": compute_dtype, "accumulation": accumulation, "remat": remat, "attention": attention,
              "mesh": mesh}
-  measuring = {name: value for name, value in options.items() if name != "remat"}  # it has no backward pass
-  stopping = held_out and EarlyStopping(config, held_out, batches.epoch_ends, additions=additions, **measuring)
+  eval_options = {name: value for name, value in options.items() if name != "remat"}  # measuring has no backward pass
+  stopping = held_out and EarlyStopping(config, held_out, batches.epoch_ends, additions=additions, **eval_options)
   saved = checkpoints and checkpoints.latest()
   if saved:
     start, first_loss = saved["step"], saved["first_loss"]
@@ -124,10 +124,11 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
 
   def save(done: int, position: dict[str, Any]) -> None:
     about = {"held_out": list(stopping.losses)} if stopping else {}
-    checkpoints.save(done, _kept(state, stopping), input=position, first_loss=first_loss, last_loss=last_loss, **about)
+    checkpoints.save(done, _entries(state, stopping), input=position, first_loss=first_loss, last_loss=last_loss,
+                     **about)
 
   watch = preemption.watch() if checkpoints else contextlib.nullcontext(threading.Event())
-  with watch as told, progress.bar(len(batches), label, "step", initial=start) as bar:
+  with watch as stop_requested, progress.bar(len(batches), label, "step", initial=start) as bar:
     for step in range(start, len(batches)):
       if profile:
         profile.before(step)
@@ -138,20 +139,20 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
       pending.append((position, metrics))
       if step == start:
         jax.block_until_ready(metrics)
-        meter.start()  # the first step has compiled, and is not timed
+        meter.start()  # the first step compiled, and is not timed
       done = step + 1
       last = done == len(batches)
       due = bool(checkpoints) and checkpoints.due(done) and not last
-      ends = bool(stopping) and stopping.due(done)
-      waits = due or last or ends or len(pending) == log_every
-      # Several processes ask each other only where they wait anyway, and when no step is under way: its collectives and
-      # these could meet in another order on another host.
-      if waits and jax.process_count() > 1:
+      epoch_ends = bool(stopping) and stopping.due(done)
+      sync = due or last or epoch_ends or len(pending) == log_every
+      # Several processes agree on stopping only where they wait anyway, and while no step is running: its collectives
+      # and this one could otherwise run in different orders on different hosts.
+      if sync and jax.process_count() > 1:
         jax.block_until_ready(metrics)
-      stop = preemption.agreed(told) if jax.process_count() == 1 or waits else False
+      stop = preemption.agreed(stop_requested) if jax.process_count() == 1 or sync else False
       if profile:
         profile.after(step, metrics, last=last or stop)
-      if not (waits or stop):
+      if not (sync or stop):
         continue
       values = jax.device_get([metrics for _, metrics in pending])
       timed = len(pending) - (done - len(pending) == start)
@@ -161,8 +162,8 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
           if checkpoints and i > start:
             save(i, pending[i - done][0])
             checkpoints.wait()
-          kept = checkpoints and checkpoints.step and checkpoints.folder
-          raise UserError(_not_finite(label, i, value, batches, kept, lines))
+          folder = checkpoints and checkpoints.step and checkpoints.folder
+          raise UserError(_not_finite(label, i, value, batches, folder, lines))
         last_loss = float(value["loss"])
         first_loss = last_loss if first_loss is None else first_loss
         report(i, loss=last_loss, grad_norm=float(value["grad_norm"]), tokens=float(value["tokens"]),
@@ -171,9 +172,9 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
       bar.set_postfix(loss=f"{last_loss:.3f}", tokens_per_s=f"{speed.get('tokens_per_s', 0):.0f}", refresh=False)
       bar.update(len(pending))
       pending = []
-      if ends:
+      if epoch_ends:
         report(step, held_out_loss=stopping.measure(state))
-        if stopping.over and not last:
+        if stopping.should_stop and not last:
           if profile:
             profile.after(step, metrics, last=True)
           break
@@ -195,37 +196,37 @@ def _first_state(config: ModelConfig, params: Params, batches: PackedBatches, op
   first = lambda: init_state(params, optimizer, options["mesh"], additions=additions, frozen=load_frozen())
   if intervention.top_p is None:
     return first()
-  # Before there are moments: the gradient takes their memory.
+  # The gradient is computed before the moments are allocated, because it takes as much memory.
   grads = importance.gradient(config, params, batches.one_epoch(), label=f"{label}: importance", **options)
-  mask = interventions.important(params, grads, intervention.top_p)
+  mask = interventions.importance_mask(params, grads, intervention.top_p)
   del grads
   return interventions.set_mask(first(), mask)
 
 
 def _saved_state(checkpoints: Checkpoints, saved: dict[str, Any], like: TrainState, load_frozen: Callable[[], Frozen],
                  stopping: EarlyStopping | None) -> TrainState:
-  """The state that was saved, with what is not; `stopping` goes on from there, too."""
-  wanted = _kept(like, None)
+  """Restores a state, adds the entries that are not saved, and restores `stopping`."""
+  wanted = _entries(like, None)
   if stopping and saved["held_out"]:
-    wanted["best"] = {name: like[name] for name in KEPT if name in like}
+    wanted["best"] = {name: like[name] for name in BEST_KEYS if name in like}
   state = checkpoints.restore(saved["step"], wanted)
   if stopping:
     stopping.losses, stopping.best = saved["held_out"], state.pop("best", None)
-  frozen = {"frozen": jax.tree.map(own, dict(load_frozen()))} if "frozen" in like else {}
-  return like | state | frozen | {"halted": not_halted(next(iter(jax.tree.leaves(like))).sharding.mesh)}
+  frozen = {"frozen": jax.tree.map(to_xla_memory, dict(load_frozen()))} if "frozen" in like else {}
+  return like | state | frozen | {"halted": halt_flag(next(iter(jax.tree.leaves(like))).sharding.mesh)}
 
 
-def _kept(state: TrainState, stopping: EarlyStopping | None) -> TrainState:
-  """What is saved of a state; whether it was halted is not, nor is what is frozen."""
-  kept = {name: state[name] for name in ("params", "opt_state", "average") if name in state}
-  return kept | ({"best": stopping.best} if stopping and stopping.best else {})
+def _entries(state: TrainState, stopping: EarlyStopping | None) -> TrainState:
+  """Returns the entries of a state to save: all but `halted` and `frozen`, and the best epoch's weights."""
+  entries = {name: state[name] for name in ("params", "opt_state", "average") if name in state}
+  return entries | ({"best": stopping.best} if stopping and stopping.best else {})
 
 
 def _not_finite(label: str, step: int, value: dict[str, Any], batches: PackedBatches, folder: Any,
                 lines: Sequence[int] | None) -> str:
   members = [lines[i] if lines else i + 1 for i in batches.members(step)]
-  more = f" and {len(members) - _NAMED} more" if len(members) > _NAMED else ""
-  where = ", ".join(map(str, members[:_NAMED])) + more
+  more = f" and {len(members) - _MAX_LISTED} more" if len(members) > _MAX_LISTED else ""
+  where = ", ".join(map(str, members[:_MAX_LISTED])) + more
   advice = ("lower the learning rate or raise warmup_ratio, in a new --workdir" if step else
             "look for weights of the model that are not finite")
   kept = f"; the state before that step is kept in {folder}" if folder else ""

@@ -1,4 +1,4 @@
-"""Checkpoints and the sampler on one, two and eight devices; this file is also the program that runs on eight."""
+"""Checkpoints and the sampler on one, two and eight devices; as a program this file runs on eight."""
 
 import functools
 import json
@@ -53,7 +53,7 @@ def _stored(folder: Path) -> dict[str, np.ndarray]:
 
 def _main(out: Path) -> None:
   """Runs on eight devices."""
-  seen: dict[str, Any] = {"read": {}, "texts": {}, "cache": {}}
+  results: dict[str, Any] = {"read": {}, "texts": {}, "cache": {}}
   fill, read = hf._fill, []
   hf._fill = lambda reader, entry, bounds, part: read.append(part.size) or fill(reader, entry, bounds, part)
   for case in CASES:
@@ -62,7 +62,7 @@ def _main(out: Path) -> None:
     for name, sizes in MESHES.items():
       read.clear()
       _, params = hf.load(out / case, place=functools.partial(sharding.param_sharding, _mesh(*sizes)))
-      seen["read"][f"{case}/{name}"] = [sum(read), sum(leaf.size for leaf in jax.tree.leaves(params))]
+      results["read"][f"{case}/{name}"] = [sum(read), sum(leaf.size for leaf in jax.tree.leaves(params))]
       hf.save(params, out / f"{case}-{name}", like=out / case, max_shard_bytes=8000 if name == "8" else 10**9)
       # As after training: float32 in memory, written as it was stored.
       if dtype != "float16" and name != "1":
@@ -77,9 +77,9 @@ def _main(out: Path) -> None:
     shapes.clear()
     sampler = NativeSampler(hub.resolve("tiny"), compute_dtype="float32", batch_size=8, mesh=_mesh(*sizes))
     done = sampler.generate(PROMPTS, max_new_tokens=24, num_samples=2, temperatures=(0.0, 2.0))
-    seen["texts"][name] = [[c.text for c in row] for row in done]
-    seen["cache"][name] = sorted(shapes)
-  (out / "seen.json").write_text(json.dumps(seen))
+    results["texts"][name] = [[c.text for c in row] for row in done]
+    results["cache"][name] = sorted(shapes)
+  (out / "seen.json").write_text(json.dumps(results))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def out(tmp_path_factory: pytest.TempPathFactory, run_on_devices: Callable[..., 
 
 
 @pytest.fixture(scope="module")
-def seen(out: Path) -> dict[str, Any]:
+def results(out: Path) -> dict[str, Any]:
   return json.loads((out / "seen.json").read_text())
 
 
@@ -100,44 +100,44 @@ def seen(out: Path) -> dict[str, Any]:
 def test_a_checkpoint_comes_back_byte_for_byte_from_any_mesh(out: Path, case: str, mesh: str) -> None:
   saved = [out / f"{case}-{mesh}", *out.glob(f"{case}-{mesh}-trained")]
   assert len(saved) == 1 + (mesh != "1" and not case.startswith("float16"))
-  want = _stored(out / case)
+  expected = _stored(out / case)
   for folder in saved:
     for name in ("config.json", "tokenizer.json"):
       assert (folder / name).read_bytes() == (out / case / name).read_bytes()
-    got = _stored(folder)
-    assert got.keys() == want.keys()
-    for tensor in want:
-      assert got[tensor].dtype == want[tensor].dtype
-      assert got[tensor].tobytes() == want[tensor].tobytes(), tensor
+    actual = _stored(folder)
+    assert actual.keys() == expected.keys()
+    for tensor in expected:
+      assert actual[tensor].dtype == expected[tensor].dtype
+      assert actual[tensor].tobytes() == expected[tensor].tobytes(), tensor
   assert (len(list(saved[0].glob("*.safetensors"))) > 3) == (mesh == "8")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("mesh", MESHES)
-def test_every_entry_is_read_once_whatever_the_mesh(seen: dict[str, Any], mesh: str) -> None:
+def test_every_entry_is_read_once_on_every_mesh(results: dict[str, Any], mesh: str) -> None:
   for case in CASES:
-    read, size = seen["read"][f"{case}/{mesh}"]
+    read, size = results["read"][f"{case}/{mesh}"]
     assert read == size
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("mesh", ["4x2", "1x8"])
-def test_texts_do_not_depend_on_the_mesh(seen: dict[str, Any], mesh: str) -> None:
-  assert len({text for row in seen["texts"]["1"] for text in row}) > len(PROMPTS)
-  assert seen["texts"][mesh] == seen["texts"]["1"]
+def test_texts_do_not_depend_on_the_mesh(results: dict[str, Any], mesh: str) -> None:
+  assert len({text for row in results["texts"]["1"] for text in row}) > len(PROMPTS)
+  assert results["texts"][mesh] == results["texts"]["1"]
 
 
 @pytest.mark.full
-def test_the_cache_is_split_like_the_model(seen: dict[str, Any]) -> None:
-  """Eight rows and two key/value heads: heads over two devices, rows over the rest."""
-  whole = {tuple(shape[:2]) for shape in seen["cache"]["1"]}
+def test_the_cache_is_split_like_the_model(results: dict[str, Any]) -> None:
+  """Splits two key/value heads over two devices and eight rows over the rest."""
+  whole = {tuple(shape[:2]) for shape in results["cache"]["1"]}
   assert whole == {(8, 2)}
-  assert {tuple(shape[:2]) for shape in seen["cache"]["4x2"]} == {(2, 1)}
-  assert {tuple(shape[:2]) for shape in seen["cache"]["1x8"]} == {(2, 1)}
+  assert {tuple(shape[:2]) for shape in results["cache"]["4x2"]} == {(2, 1)}
+  assert {tuple(shape[:2]) for shape in results["cache"]["1x8"]} == {(2, 1)}
 
 
-def test_the_compiler_has_nothing_to_move_about(out: Path) -> None:
-  """XLA warns where a sharding forces it to bring a whole array to every device."""
+def test_xla_does_not_rematerialize_arrays(out: Path) -> None:
+  """XLA warns if a sharding forces it to replicate an array."""
   assert "rematerialization" not in (out / "stderr").read_text()
 
 

@@ -1,5 +1,5 @@
-"""Log-likelihoods of packed texts against transformers' one by one, on one device and on eight, which this file is also
-the program for; and against lm-evaluation-harness's own model of the same checkpoint."""
+"""Log-likelihoods of packed texts, compared with transformers without packing and with lm-evaluation-harness's own
+model; on one and on eight devices, where this file runs as a program."""
 
 import json
 import sys
@@ -27,13 +27,13 @@ PAIRS = [("Tom has 3 apples.", " He"), ("Tom has 3 apples.", " She"), ("Tom has 
 
 
 def _requests(seed: int = 0, count: int = 40, vocab: int = 61, longest: int = 30) -> list[Request]:
-  """Texts of which many begin alike; some twice, some within others."""
+  """Returns requests with many common prefixes; some are duplicates or prefixes of others."""
   rng = np.random.default_rng(seed)
-  found: list[tuple[int, ...]] = []
+  result: list[tuple[int, ...]] = []
   for _ in range(count):
-    kept = found[rng.integers(len(found))][:rng.integers(1, longest)] if found and rng.random() < 0.7 else ()
-    found.append((*kept, *rng.integers(0, vocab, rng.integers(2, 12)).tolist()))
-  return [Request(tokens, int(rng.integers(1, len(tokens)))) for tokens in [*found, found[0], found[1][:-1]]]
+    kept = result[rng.integers(len(result))][:rng.integers(1, longest)] if result and rng.random() < 0.7 else ()
+    result.append((*kept, *rng.integers(0, vocab, rng.integers(2, 12)).tolist()))
+  return [Request(tokens, int(rng.integers(1, len(tokens)))) for tokens in [*result, result[0], result[1][:-1]]]
 
 
 def _main(folder: Path, asked: Path, out: Path) -> None:
@@ -52,7 +52,7 @@ def _scorer(folder: str | Path, **options: int) -> Scorer:
 
 
 @pytest.mark.parametrize("length", [40, 64, 500])
-def test_every_scored_token_sees_its_own_text(length: int) -> None:
+def test_every_scored_token_attends_to_its_own_text(length: int) -> None:
   requests = _requests()
   rows = pack(requests, length=length)
   seen: dict[int, list[int]] = {i: [] for i in range(len(requests))}
@@ -67,14 +67,14 @@ def test_every_scored_token_sees_its_own_text(length: int) -> None:
       seen[owner].append(t)
   assert all(ts == list(range(r.start, len(r.tokens))) for r, ts in zip(requests, seen.values(), strict=True))
   assert (rows.until >= np.arange(length)).all()
-  # What texts begin with stands once where all of them lie in one row.
+  # In a single row every prefix is stored once.
   if length == 500:
     assert rows.filled == len({r.tokens[:t] for r in requests for t in range(1, len(r.tokens))})
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["llama3.1", "granite"])
-def test_scores_equal_those_of_transformers_on_each_text(
+def test_scores_equal_those_of_transformers(
     checkpoint: Callable, kind: str, run_on_devices: Callable[..., str], tmp_path: Path) -> None:
   torch = pytest.importorskip("torch")
   model, folder = checkpoint(kind)
@@ -90,10 +90,10 @@ def test_scores_equal_those_of_transformers_on_each_text(
     at = [(t - 1, r.tokens[t]) for t in range(r.start, len(r.tokens))]
     expected.append((sum(logprobs[t, token] for t, token in at), all(logprobs[t].argmax() == k for t, k in at)))
   for tokens in (64, 4096):
-    found = _scorer(folder, tokens=tokens).score(requests, quiet=True)
-    np.testing.assert_allclose([s.logprob for s in found], [p for p, _ in expected], rtol=2e-5)
-    assert [s.greedy for s in found] == [best for _, best in expected]
-    assert [s.tokens for s in found] == [len(r.tokens) - r.start for r in requests]
+    result = _scorer(folder, tokens=tokens).score(requests, quiet=True)
+    np.testing.assert_allclose([s.logprob for s in result], [p for p, _ in expected], rtol=2e-5)
+    assert [s.greedy for s in result] == [best for _, best in expected]
+    assert [s.tokens for s in result] == [len(r.tokens) - r.start for r in requests]
   assert sum(best for _, best in expected) >= 5
   if kind == "llama3.1":
     (tmp_path / "requests.json").write_text(json.dumps(requests))
@@ -103,7 +103,7 @@ def test_scores_equal_those_of_transformers_on_each_text(
       assert [s[1] for s in scores] == [best for _, best in expected]
 
 
-def test_what_cannot_be_scored_is_refused(checkpoint: Callable) -> None:
+def test_unscorable_requests_are_refused(checkpoint: Callable) -> None:
   scorer = _scorer(checkpoint("qwen2-tied")[1])  # of 64 positions
   with pytest.raises(UserError, match="a text of 66 tokens is longer than the 64 positions"):
     scorer.score([Request(tuple(range(61)) + (1, 2, 3, 4, 5), 1)])
@@ -114,12 +114,12 @@ def test_what_cannot_be_scored_is_refused(checkpoint: Callable) -> None:
                         (("a", " the" * 30), "has 30 tokens, more than the 20 positions")):
     with pytest.raises(UserError, match=message):
       encode_continuations(tokenizer, [pair], **options)
-  # Contexts are cut off at the front.
+  # Contexts are truncated at the front.
   (request,) = encode_continuations(tokenizer, [(" the" * 30, " answer is")], **options)
   assert (len(request.tokens), request.start) == (21, 19)
 
 
-def test_texts_in_windows_score_every_token_once() -> None:
+def test_windows_score_every_token_once() -> None:
   tokenizer = load_tokenizer(hub.resolve("tiny"))
   text = "Tom has 3 apples and buys 12 more. What is 12 + 30? The answer is 42"
   ids = tokenizer(text)["input_ids"]
@@ -130,8 +130,8 @@ def test_texts_in_windows_score_every_token_once() -> None:
     assert all(len(r.tokens) == positions + 1 for r in requests[1:])
 
 
-def test_options_are_chosen_by_nats_and_by_nats_a_character() -> None:
-  class Told:  # a scorer that gives what it is told
+def test_options_are_chosen_by_likelihood_and_per_character() -> None:
+  class Fixed:  # a scorer with fixed scores
     config = type("Config", (), {"vocab_size": 1000, "max_positions": None})
 
     def score(self, requests: list[Request], **_: object) -> list:
@@ -140,28 +140,28 @@ def test_options_are_chosen_by_nats_and_by_nats_a_character() -> None:
 
   choices = [Choice("a", ("What is 12",), (" 3", " 30 apples", " 4"), 1, "q"),
              Choice("b", ("x", "y"), (" 3", " 3"), 0, "q")]
-  rows = likelihood.score_choices(Told(), load_tokenizer(hub.resolve("tiny")), choices, label="")
+  rows = likelihood.score_choices(Fixed(), load_tokenizer(hub.resolve("tiny")), choices, label="")
   assert [(r["span"], r["correct"], r["span_norm"], r["correct_norm"]) for r in rows] == [
       ("A", False, "B", True), ("A", True, "A", True)]
   assert rows[0]["logprobs"] == [-4.0, -5.0, -9.0]
 
 
-def test_the_interval_of_a_text_covers_as_often_as_it_says() -> None:
+def test_intervals_of_texts_have_their_nominal_coverage() -> None:
   rng = np.random.default_rng(0)
   held = 0
   for _ in range(400):
     sizes = rng.integers(50, 400, 60)
     nats = sizes * rng.gamma(40, 3.0 / 40, 60)
-    found = likelihood.of_texts([{"nats": n, "tokens": int(s), "bytes": 4 * int(s)}
-                                 for n, s in zip(nats, sizes, strict=True)])
-    held += found["nats_per_token"]["low"] <= 3.0 <= found["nats_per_token"]["high"]
-    assert found["bits_per_byte"]["value"] == pytest.approx(nats.sum() / np.log(2) / (4 * sizes.sum()))
+    result = likelihood.summarize_texts([{"nats": n, "tokens": int(s), "bytes": 4 * int(s)}
+                                         for n, s in zip(nats, sizes, strict=True)])
+    held += result["nats_per_token"]["low"] <= 3.0 <= result["nats_per_token"]["high"]
+    assert result["bits_per_byte"]["value"] == pytest.approx(nats.sum() / np.log(2) / (4 * sizes.sum()))
   assert 0.91 <= held / 400 <= 0.98
 
 
 @pytest.fixture(scope="module")
 def models() -> tuple:
-  """This package's model for lm_eval and lm_eval's own, of the embedded checkpoint."""
+  """Returns this package's model for lm_eval and lm_eval's own model of the embedded checkpoint."""
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("lm_eval", minversion="0.4.9")
@@ -179,18 +179,18 @@ def _instances(kind: str, arguments: list[tuple]) -> list:
   return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
 
 
-def test_a_context_without_a_token_is_what_texts_begin_after(models: tuple) -> None:
+def test_an_empty_context_is_the_prefix_token(models: tuple) -> None:
   ours, tokenizer = models[0], load_tokenizer(hub.resolve("tiny"))
   for context in ("", " ", "\n"):
-    (found,) = ours.loglikelihood(_instances("loglikelihood", [(context, "Tom has")]), disable_tqdm=True)
+    (result,) = ours.loglikelihood(_instances("loglikelihood", [(context, "Tom has")]), disable_tqdm=True)
     (request,) = encode_continuations(tokenizer, [(context, "Tom has")], rows=1000, positions=None)
     assert request.tokens == (tokenizer.eos_token_id, *tokenizer(context + "Tom has")["input_ids"])
-    assert found[0] == pytest.approx(_scorer(hub.resolve("tiny")).score([request], quiet=True)[0].logprob, rel=1e-5)
+    assert result[0] == pytest.approx(_scorer(hub.resolve("tiny")).score([request], quiet=True)[0].logprob, rel=1e-5)
   with pytest.raises(ValueError, match="and not the first"):
     _scorer(hub.resolve("tiny")).score([Request((1, 2), 0)])
 
 
-def test_settings_that_the_sampler_lacks_are_refused(models: tuple) -> None:
+def test_unsupported_settings_are_refused(models: tuple) -> None:
   ours = models[0]
   for settings, message in (({"top_k": 5}, "top_k=5"), ({"repetition_penalty": 1.2}, "repetition_penalty=1.2")):
     with pytest.raises(UserError, match=message):
@@ -205,8 +205,8 @@ def test_settings_that_the_sampler_lacks_are_refused(models: tuple) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_answers_of_a_sentencepiece_tokenizer_are_those_of_lm_eval(tmp_path: Path) -> None:
-  """Such a tokenizer takes a space at the front of a text away, also of an answer's, and begins texts with BOS."""
+def test_sentencepiece_answers_equal_those_of_lm_eval(tmp_path: Path) -> None:
+  """Such tokenizers strip a leading space, also of answers, and add BOS."""
   pytest.importorskip("lm_eval")
   torch = pytest.importorskip("torch")
   import transformers
@@ -240,11 +240,11 @@ def test_answers_of_a_sentencepiece_tokenizer_are_those_of_lm_eval(tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lm_eval_finds_the_same_in_both(models: tuple) -> None:
+def test_lm_eval_scores_both_models_equally(models: tuple) -> None:
   ours, theirs = models
-  found, expected = (model.loglikelihood(_instances("loglikelihood", PAIRS), disable_tqdm=True) for model in models)
-  np.testing.assert_allclose([p for p, _ in found], [p for p, _ in expected], rtol=1e-4)
-  assert [best for _, best in found] == [best for _, best in expected]
+  result, expected = (model.loglikelihood(_instances("loglikelihood", PAIRS), disable_tqdm=True) for model in models)
+  np.testing.assert_allclose([p for p, _ in result], [p for p, _ in expected], rtol=1e-4)
+  assert [best for _, best in result] == [best for _, best in expected]
   texts = [("Tom has 3 apples and buys 12 more.",), ("What is 12 + 30? " * 60,), ("x",)]
   for model in models:
     model._max_length = 64

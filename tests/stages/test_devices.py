@@ -1,4 +1,4 @@
-"""Work that is done in a process of its own, which gives the accelerators back by its end."""
+"""Work in a child process, which releases the accelerators when it ends."""
 
 import os
 import signal
@@ -35,13 +35,13 @@ def _config(kind: str, *urls: str) -> ml_collections.ConfigDict:
   return config
 
 
-def test_only_beside_a_server_that_is_started_here_another_process_works() -> None:
+def test_a_child_process_works_only_with_a_local_server() -> None:
   for config in (_config("native"), _config("vllm", "http://127.0.0.1:1")):
     assert devices.call(config, os.getpid) == os.getpid()
   assert devices.call(_config("vllm"), os.getppid) == os.getpid()
 
 
-def test_errors_come_back_and_a_killed_process_is_said_to_be_killed(tmp_path: Path) -> None:
+def test_errors_and_kills_of_the_child_are_reported(tmp_path: Path) -> None:
   with pytest.raises(UserError, match="no such checkpoint folder"):
     devices.call(_config("vllm"), hf.read_config, tmp_path / "none")
   with pytest.raises(UserError, match="had the accelerators was killed"):
@@ -55,7 +55,7 @@ def _children(process: int) -> list[int]:
 @pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
-def test_it_does_not_outlive_the_process_that_asked(number: int, tmp_path: Path) -> None:
+def test_the_child_does_not_outlive_its_parent(number: int, tmp_path: Path) -> None:
   script = tmp_path / "script.py"
   script.write_text(_SLEEP)
   with subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True, env=os.environ | {
@@ -67,10 +67,10 @@ def test_it_does_not_outlive_the_process_that_asked(number: int, tmp_path: Path)
       worker = [p for p in _children(parent.pid) if "spawn_main" in Path(f"/proc/{p}/cmdline").read_text()]
     time.sleep(1)
     parent.send_signal(number)
-    said = parent.stderr.read()
+    message = parent.stderr.read()
   while time.monotonic() < end and Path(f"/proc/{worker[0]}").exists():
     time.sleep(0.1)
   assert not Path(f"/proc/{worker[0]}").exists()
   assert parent.returncode == {signal.SIGTERM: 143, signal.SIGKILL: -9, signal.SIGINT: 130}[number]
-  assert ("told to stop" in said) == (number == signal.SIGTERM)
-  assert "Traceback" not in said
+  assert ("told to stop" in message) == (number == signal.SIGTERM)
+  assert "Traceback" not in message

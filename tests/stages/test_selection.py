@@ -1,4 +1,4 @@
-"""What each method trains on in a round, from samples written here."""
+"""The training data that each method selects in a round, from synthetic samples."""
 
 import json
 from pathlib import Path
@@ -22,8 +22,8 @@ def config() -> ml_collections.ConfigDict:
 
 
 def write_samples(folder: Path, config: ml_collections.ConfigDict) -> list[Path]:
-  """Two samples a question: the first is right, but for each fifth question, where both are wrong; of each fourth
-  question both are right and equal."""
+  """Writes two samples per question: the first is right, except for every fifth question, where both are wrong; for
+  every fourth question both are right and equal."""
   paths = []
   for t in range(ROUNDS):
     rows = []
@@ -58,7 +58,7 @@ def worked(config: ml_collections.ConfigDict, round_: int) -> set[tuple[str, str
 
 
 @pytest.mark.parametrize("method", ["imm", "iimm", "star"])
-def test_right_samples_of_the_round_once(method: str, config, tmp_path: Path):
+def test_right_samples_are_selected_once(method: str, config, tmp_path: Path):
   config.method = method
   rows, facts = select(config, tmp_path, 1)
   assert texts(rows) == right(config, 1)
@@ -82,7 +82,7 @@ def test_data_mixture_adds_a_share_of_each_earlier_round(config, tmp_path: Path)
   assert texts([r for r in select(config, tmp_path, 2)[0] if r["round"] == 0]) != mixed
 
 
-def test_data_accumulation_keeps_all_rounds_and_real_answers_where_asked(config, tmp_path: Path):
+def test_data_accumulation_keeps_all_rounds_and_optionally_real_answers(config, tmp_path: Path):
   config.method = "data_accumulation"
   everything = right(config, 0) | right(config, 1) | right(config, 2)
   assert texts(select(config, tmp_path, 2)[0]) == everything
@@ -100,8 +100,8 @@ def test_real_trains_on_worked_answers(config, tmp_path: Path):
   assert facts == {"kept": COUNT, "real": COUNT, "of_earlier_rounds": 0}
 
 
-def test_what_is_learned_is_what_was_judged(config, tmp_path: Path):
-  """An answer that was cut off is none; what follows a made-up question is left out."""
+def test_only_the_judged_text_is_learned(config, tmp_path: Path):
+  """Unfinished answers are dropped, and a made-up next question is cut off."""
   rows = [{"id": str(i), "question": f"q{i}", "text": text, "finish": finish, "span": "8", "correct": True}
           for i, (text, finish) in enumerate([("The answer is 8.", "stop"), ("The answer is 8. And so", "length"),
                                               ("The answer is 8.\nQ: Who is next? The answer is", "length")])]
@@ -112,7 +112,7 @@ def test_what_is_learned_is_what_was_judged(config, tmp_path: Path):
   assert facts["dropped_unfinished"] == 1
 
 
-def test_a_real_answer_that_was_sampled_too_is_a_sample(config, tmp_path: Path):
+def test_a_real_answer_that_was_also_sampled_counts_as_a_sample(config, tmp_path: Path):
   config.data.real_fraction = 0.5
   asked = questions.of_round(config, 0).asked
   rows = [{"id": e.id, "question": e.question, "text": e.rationale, "finish": "stop", "span": e.answer,
@@ -126,13 +126,13 @@ def test_a_real_answer_that_was_sampled_too_is_a_sample(config, tmp_path: Path):
 def test_real_fraction_mixes_in_worked_answers(fraction: float, real: int, config, tmp_path: Path):
   config.data.real_fraction = fraction
   rows, facts = select(config, tmp_path, 1)
-  found = texts([r for r in rows if r["source"] == "real"])
-  assert len(found) == facts["real"] == real
-  assert found <= worked(config, 1)
-  assert texts(rows) - found == right(config, 1)
+  result = texts([r for r in rows if r["source"] == "real"])
+  assert len(result) == facts["real"] == real
+  assert result <= worked(config, 1)
+  assert texts(rows) - result == right(config, 1)
 
 
-def test_nothing_right_is_an_error_that_says_why(config, tmp_path: Path):
+def test_no_right_samples_is_an_error_with_the_reason(config, tmp_path: Path):
   samples = write_samples(tmp_path, config)
   rows = [json.loads(line) | {"correct": False, "finish": "length"} for line in samples[0].read_text().splitlines()]
   samples[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -152,12 +152,12 @@ def test_damaged_samples_are_named_with_their_line(row: str, expected: str, conf
     selection.select(config, [tmp_path / "samples.jsonl"], 0, tmp_path / "out")
 
 
-def test_examples_held_out_and_asked_questions_are_apart(config):
+def test_shown_held_out_and_asked_questions_are_disjoint(config):
   config.merge.base_weight, config.merge.auto.questions = "auto", 30
   seen: list[str] = []
   for t in range(ROUNDS):
-    found = questions.of_round(config, t)
-    assert (len(found.shots), len(found.held_out), len(found.asked)) == (2, 30, COUNT)
-    seen += [e.question for e in found.asked]
-  seen += [e.question for e in found.shots + found.held_out]
+    result = questions.of_round(config, t)
+    assert (len(result.shots), len(result.held_out), len(result.asked)) == (2, 30, COUNT)
+    seen += [e.question for e in result.asked]
+  seen += [e.question for e in result.shots + result.held_out]
   assert len(set(seen)) == len(seen) == ROUNDS * COUNT + 32

@@ -1,4 +1,4 @@
-"""What is added to SFT, against torch's autograd, peft and float64 numpy; on one and on eight faked devices.
+"""Additions to SFT, compared with torch's autograd, peft and float64 numpy; on one and on eight simulated devices.
 
 The device count is fixed when jax starts, so this file runs itself in another process (`_main`).
 """
@@ -23,7 +23,7 @@ from tests.training import test_interventions as i, test_step as t
 EVERYTHING = Additions(kl=0.7, l2_sp=0.3, ema=0.9)
 ADAPTED = Additions(lora=Lora(4, 6.0), ema=0.8)
 LEARNING_RATE = 1e-2
-# Mesh sizes, and how a step runs on them.
+# Name -> mesh sizes and options of the step.
 MESHES = {"one": ((1, 1, 1), {}), "data2-fsdp4": ((2, 4, 1), {"accumulation": 2, "remat": "full"}),
           "data2-fsdp2-tensor2": ((2, 2, 2), {"chunk": 7, "accumulation": 2})}
 
@@ -39,14 +39,14 @@ def placed(tree: Params, mesh: jax.sharding.Mesh) -> Params:
 
 
 def make_trees() -> tuple[Params, Params, Params]:
-  """Parameters, another model's, and adapters."""
+  """Returns a model's parameters, another model's, and adapters."""
   shapes = jax.eval_shape(lambda: init_params(t.CONFIG, key=jax.random.key(0)))
   return (random_tree(shapes, 0, 0.3), random_tree(shapes, 1, 0.3),
           random_tree(lora.abstract(t.CONFIG, ADAPTED.lora), 2, 0.2))
 
 
 def two_steps(name: str, additions: Additions) -> dict[str, np.ndarray]:
-  """Parameters, first moments, average and metrics after two steps on a mesh."""
+  """Runs two steps on a mesh; returns parameters, first moments, average and metrics."""
   sizes, options = MESHES[name]
   mesh = i.make_mesh(sizes)
   params, anchor, adapters = make_trees()
@@ -65,9 +65,9 @@ def two_steps(name: str, additions: Additions) -> dict[str, np.ndarray]:
     batch = jax.device_put(batches[number], jax.NamedSharding(mesh, sharding.BATCH))
     state, metrics = step(state, batch)
   assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), state, like))
-  kept = {"params": state["params"], "mu": state["opt_state"][1][0].mu, "average": state["average"],
-          "frozen": state["frozen"]}
-  return {**i.flat(kept), **{f"metric {key}": np.asarray(value) for key, value in metrics.items()}}
+  arrays = {"params": state["params"], "mu": state["opt_state"][1][0].mu, "average": state["average"],
+            "frozen": state["frozen"]}
+  return {**i.flat(arrays), **{f"metric {key}": np.asarray(value) for key, value in metrics.items()}}
 
 
 def _main(out: Path) -> None:
@@ -87,23 +87,23 @@ def out(tmp_path_factory: pytest.TempPathFactory, run_on_devices) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", list(MESHES)[1:])
 @pytest.mark.parametrize("kind", ["everything", "lora"])
-def test_steps_on_several_devices_equal_those_on_one(out: Path, kind: str, mesh: str):
-  want, got, start = np.load(out / f"{kind}-one.npz"), np.load(out / f"{kind}-{mesh}.npz"), make_trees()
-  assert ("metric kl" in want) == (kind == "everything")
+def test_steps_are_equal_on_all_meshes(out: Path, kind: str, mesh: str):
+  expected, actual, start = np.load(out / f"{kind}-one.npz"), np.load(out / f"{kind}-{mesh}.npz"), make_trees()
+  assert ("metric kl" in expected) == (kind == "everything")
   start = i.flat({"params": start[2 if kind == "lora" else 0]})
-  for name in want:
-    scale = np.abs(want[name]).max()
+  for name in expected:
+    scale = np.abs(expected[name]).max()
     if name.startswith(("params", "average")):
-      moved = np.abs(want[name] - start[name.replace("average", "params")])
+      moved = np.abs(expected[name] - start[name.replace("average", "params")])
       assert moved.max() > 0, name
       # Adam divides a gradient by its size, which leaves nothing but rounding of a tiny one.
-      mu = np.abs(want[f"mu.{name.partition('.')[2]}"])
+      mu = np.abs(expected[f"mu.{name.partition('.')[2]}"])
       clear = mu > 1e-4 * mu.max()
       assert clear.mean() > 0.5, name
-      np.testing.assert_allclose(got[name][clear], want[name][clear], rtol=1e-5, atol=1e-2 * LEARNING_RATE,
+      np.testing.assert_allclose(actual[name][clear], expected[name][clear], rtol=1e-5, atol=1e-2 * LEARNING_RATE,
                                  err_msg=name)
     else:
-      np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=1e-5 * scale, err_msg=name)
+      np.testing.assert_allclose(actual[name], expected[name], rtol=1e-5, atol=1e-5 * scale, err_msg=name)
 
 
 def gradient_of(config, params: Params, batch, additions: Additions, frozen: dict[str, Params]):
@@ -111,17 +111,17 @@ def gradient_of(config, params: Params, batch, additions: Additions, frozen: dic
   return jax.jit(lambda params, frozen: of(params, batch, None, frozen))(params, frozen)
 
 
-def by_name(tree: Params) -> dict[str, np.ndarray]:
-  """By the names of a checkpoint."""
-  found = {}
+def to_checkpoint_names(tree: Params) -> dict[str, np.ndarray]:
+  """Returns the leaves by their names in a checkpoint."""
+  result = {}
   for names, leaf in zip(jax.tree.leaves(hf.tensor_names(tree), is_leaf=lambda n: isinstance(n, tuple)),
                          jax.tree.leaves(tree), strict=True):
-    found |= {names: leaf} if isinstance(names, str) else dict(zip(names, leaf, strict=True))
-  return {name: np.asarray(leaf) for name, leaf in found.items()}
+    result |= {names: leaf} if isinstance(names, str) else dict(zip(names, leaf, strict=True))
+  return {name: np.asarray(leaf) for name, leaf in result.items()}
 
 
 def torch_losses(model, base, examples):
-  """Mean -log p and mean KL(p_base || p) of the response tokens, each example run alone, in float64."""
+  """Returns mean -log p and mean KL(p_base || p) of the response tokens in float64, without packing."""
   torch = pytest.importorskip("torch")
   loss, kl, count = 0.0, 0.0, 0
   for example in examples:
@@ -137,7 +137,7 @@ def torch_losses(model, base, examples):
 
 @pytest.fixture
 def models(checkpoint):
-  """A torch model in float64, another one, and their parameters."""
+  """Returns a torch model in float64, another one, and their parameters."""
   torch = pytest.importorskip("torch")
   model, folder = checkpoint("qwen2-tied")
   config, params = hf.load(folder)
@@ -152,25 +152,25 @@ def models(checkpoint):
   return config, model.double(), params, base.double(), hf.load(folder / "base")[1]
 
 
-def test_kl_and_its_gradient_are_those_of_torch(models):
+def test_kl_and_its_gradient_equal_torch(models):
   config, model, params, base, anchor = models
   examples, weight = t.make_examples(9), 0.6
   batch = t.pack(examples, global_batch=9, row_length=24)[0]
   loss, grads, numbers = gradient_of(config, params, batch, Additions(kl=weight), {"anchor": anchor})
-  want, kl = torch_losses(model, base, examples)
-  total = want + weight * kl
+  expected, kl = torch_losses(model, base, examples)
+  total = expected + weight * kl
   total.backward()
   assert float(numbers["kl"]) == pytest.approx(kl.item(), rel=1e-5)
   assert kl.item() > 0.1
   assert float(loss) == pytest.approx(total.item(), rel=1e-6)
-  got = by_name(grads)
+  actual = to_checkpoint_names(grads)
   for name, p in model.named_parameters():
-    np.testing.assert_allclose(got[name], p.grad.numpy(), rtol=1e-4, atol=2e-6 * p.grad.abs().max().item() + 1e-7,
+    np.testing.assert_allclose(actual[name], p.grad.numpy(), rtol=1e-4, atol=2e-6 * p.grad.abs().max().item() + 1e-7,
                                err_msg=name)
 
 
 @pytest.mark.full
-def test_the_kl_to_itself_is_nothing(models):
+def test_the_kl_of_a_model_to_itself_is_zero(models):
   config, _, params, *_ = models
   batch = t.pack(t.make_examples(9), global_batch=9, row_length=24)[0]
   plain, grads, _ = gradient_of(config, params, batch, Additions(), {})
@@ -181,8 +181,8 @@ def test_the_kl_to_itself_is_nothing(models):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 14])
-def test_kl_in_chunks_is_that_of_whole_logits(chunk: int):
-  """In bfloat16, too, the sums are float32: they differ from float64 by the rounding of what is read."""
+def test_chunked_kl_equals_that_of_whole_logits(chunk: int):
+  """Sums are float32 in bfloat16, too: only the rounding of the inputs differs from float64."""
   rng = np.random.default_rng(0)
   x, base_x = rng.normal(size=(2, 3, 14, 8))
   w, base_w = rng.normal(size=(2, 37, 8))
@@ -200,26 +200,26 @@ def test_kl_in_chunks_is_that_of_whole_logits(chunk: int):
   given = [jnp.asarray(a, jnp.float32) for a in (x, w, base_x, base_w)]
   run = jax.jit(jax.value_and_grad(lambda x, w: anchored_loss(
       x, w, *given[2:], jnp.asarray(targets), jnp.asarray(weights), chunk, 0.4), (0, 1), has_aux=True))
-  (total, found), (dx, dw) = run(*given[:2])
-  assert float(found) == pytest.approx(kl, rel=1e-5)
+  (total, result), (dx, dw) = run(*given[:2])
+  assert float(result) == pytest.approx(kl, rel=1e-5)
   assert float(total) == pytest.approx(loss + 0.4 * kl, rel=1e-5)
   np.testing.assert_allclose(dx, d @ w, atol=1e-5)
   np.testing.assert_allclose(dw, np.einsum("btv,btd->vd", d, x), atol=1e-4)
 
 
 def adamw(p: np.ndarray, grads: list[np.ndarray], rate: float) -> list[np.ndarray]:
-  """The weights after each step of AdamW without decay, in float64."""
-  m, v, found = np.zeros_like(p), np.zeros_like(p), []
+  """Returns the weights after each step of AdamW without decay, in float64."""
+  m, v, result = np.zeros_like(p), np.zeros_like(p), []
   for n, g in enumerate(grads, 1):
     m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
     p = p - rate * (m / (1 - 0.9**n)) / (np.sqrt(v / (1 - 0.999**n)) + 1e-8)
-    found.append(p)
-  return found
+    result.append(p)
+  return result
 
 
 @pytest.mark.full
-def test_l2_sp_pulls_and_the_average_follows():
-  """Two steps where nothing is learned but the pull: all of it is known in closed form."""
+def test_l2_sp_and_average_equal_their_closed_forms():
+  """Runs two steps without learned tokens, where L2-SP alone changes the weights."""
   mesh, additions = i.make_mesh(), Additions(l2_sp=0.25, ema=0.75)
   params, anchor, _ = make_trees()
   optimizer = training.make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.0, grad_clip=0.0)
@@ -241,13 +241,13 @@ def test_l2_sp_pulls_and_the_average_follows():
   for name in start:
     np.testing.assert_allclose(mu[name], 0.1 * pulled[name], rtol=1e-4, atol=1e-7, err_msg=name)
     clear = np.abs(pulled[name]) > 1e-4
-    want = adamw(start[name].astype(np.float64), [pulled[name]], 1e-2)[0]
-    np.testing.assert_allclose(new[name][clear], want[clear], rtol=1e-6, atol=1e-6, err_msg=name)
+    expected = adamw(start[name].astype(np.float64), [pulled[name]], 1e-2)[0]
+    np.testing.assert_allclose(new[name][clear], expected[clear], rtol=1e-6, atol=1e-6, err_msg=name)
     np.testing.assert_allclose(average[name], 0.75 * start[name] + 0.25 * new[name].astype(np.float64), rtol=1e-6,
                                atol=1e-7, err_msg=name)
 
 
-def test_a_step_that_is_not_finite_changes_neither_weights_nor_average():
+def test_a_non_finite_step_changes_neither_weights_nor_average():
   mesh, additions = i.make_mesh(), Additions(ema=0.75)
   params = make_trees()[0]
   params["norm"]["weight"][0] = np.nan
@@ -259,8 +259,8 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_average():
   jax.tree.map(np.testing.assert_array_equal, state["average"], params)
 
 
-def test_lora_trains_and_merges_as_peft_does(checkpoint, tmp_path: Path):
-  """Loss and gradients of A and B against torch's through peft's own layers; the merged folder, and peft's merge."""
+def test_lora_trains_and_merges_like_peft(checkpoint, tmp_path: Path):
+  """Compares loss and gradients of A and B with torch's through peft's layers, and the merged folder with peft's."""
   torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
   import transformers
 
@@ -277,9 +277,9 @@ def test_lora_trains_and_merges_as_peft_does(checkpoint, tmp_path: Path):
   load = lambda path, dtype: transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
   model = peft.PeftModel.from_pretrained(load(folder, torch.float64), tmp_path / "merged" / lora.FOLDER,
                                          is_trainable=True).double()
-  want, _ = torch_losses(model, model, examples)
-  want.backward()
-  assert float(loss) == pytest.approx(want.item(), rel=1e-5)
+  expected, _ = torch_losses(model, model, examples)
+  expected.backward()
+  assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
   trained = {name.removeprefix("base_model.model.model.").replace(".default", ""): p
              for name, p in model.named_parameters() if p.requires_grad}
   count = 0
@@ -292,19 +292,19 @@ def test_lora_trains_and_merges_as_peft_does(checkpoint, tmp_path: Path):
 
   merged = peft.PeftModel.from_pretrained(load(folder, torch.float32),
                                           tmp_path / "merged" / lora.FOLDER).merge_and_unload()
-  got = load(tmp_path / "merged", torch.float32)
-  assert got.state_dict().keys() == merged.state_dict().keys()
+  actual = load(tmp_path / "merged", torch.float32)
+  assert actual.state_dict().keys() == merged.state_dict().keys()
   for name, p in merged.state_dict().items():
-    np.testing.assert_allclose(got.state_dict()[name].numpy(), p.numpy(), rtol=1e-6, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(actual.state_dict()[name].numpy(), p.numpy(), rtol=1e-6, atol=1e-6, err_msg=name)
   again = tmp_path / "again"
   adapters_on_disk.merge(folder, tmp_path / "merged" / lora.FOLDER, again)
   assert (again / "model.safetensors").read_bytes() == (tmp_path / "merged/model.safetensors").read_bytes()
-  # What is trained is what is written: the merged model has the loss that the adapted one has.
+  # The merged model has the same loss as the model with adapters.
   plain, *_ = gradient_of(config, hf.load(tmp_path / "merged")[1], batch, Additions(), {})
   assert float(plain) == pytest.approx(float(loss), rel=1e-6)
 
 
-def test_first_adapters_change_nothing_and_belong_to_their_key(tmp_path: Path):
+def test_initial_adapters_change_nothing_and_depend_on_the_key(tmp_path: Path):
   mesh, settings = i.make_mesh(), Lora(4, 8.0)
   first = lora.init(t.CONFIG, settings, mesh, key=jax.random.key(0))
   _, anchor, _ = make_trees()

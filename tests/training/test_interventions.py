@@ -1,4 +1,4 @@
-"""SFT interventions: closed forms, exact masks, what a stopped run goes on with; on one and on eight faked devices.
+"""SFT interventions: closed forms, exact masks, and resumed runs; on one and on eight simulated devices.
 
 The device count is fixed when jax starts, so this file runs itself in another process (`_main`).
 """
@@ -49,7 +49,7 @@ def make_params(mesh: jax.sharding.Mesh) -> Params:
 
 
 def make_grads(mesh: jax.sharding.Mesh) -> Params:
-  """With many zeros and equal entries, as embeddings have."""
+  """Returns gradients with many zeros and ties, like those of embeddings."""
   rng = np.random.default_rng(0)
   params = make_params(mesh)
 
@@ -65,13 +65,13 @@ def make_grads(mesh: jax.sharding.Mesh) -> Params:
 
 
 def matrices(name: str, leaf: np.ndarray) -> list[np.ndarray]:
-  """The weight matrices of a leaf; none of a norm or bias."""
+  """Returns the weight matrices of a leaf; none for a norm or bias."""
   stacked = name.startswith("layers.")
   return [] if leaf.ndim - stacked < 2 else list(leaf) if stacked else [leaf]
 
 
 def sorted_mask(score: np.ndarray, top_p: float) -> np.ndarray:
-  """By sorting all of a matrix."""
+  """Computes the mask by sorting the whole matrix."""
   mask = np.zeros(score.size, bool)
   mask[np.argsort(-score.ravel(), kind="stable")[:max(1, round(top_p * score.size))]] = True
   return mask.reshape(score.shape)
@@ -88,7 +88,7 @@ def train(mesh: jax.sharding.Mesh, intervention: Intervention | None, load=None,
 
 
 def train_in_two(folder: Path, meshes: list[jax.sharding.Mesh], intervention: Intervention) -> Params:
-  """Stops after some steps and goes on from what was saved, each part on its mesh."""
+  """Stops after some steps and resumes from the saved state, each part on its own mesh."""
 
   def stop(step: int, **values: float) -> None:
     if step == 1:
@@ -108,7 +108,7 @@ def _main(out: Path) -> None:
   for name, sizes in MESHES.items():
     mesh = make_mesh(sizes)
     params = make_params(mesh)
-    mask = interventions.important(params, make_grads(mesh), TOP_P)
+    mask = interventions.importance_mask(params, make_grads(mesh), TOP_P)
     placed[name] = all(jax.tree.leaves(jax.tree.map(
         lambda m, p: m.sharding.is_equivalent_to(p.sharding, p.ndim), mask, params)))
     np.savez(out / f"{name}.npz", **flat(mask))
@@ -127,15 +127,15 @@ def out(tmp_path_factory: pytest.TempPathFactory, run_on_devices) -> Path:
 
 @pytest.fixture
 def optimizer_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Intervention], optax.GradientTransformation]:
-  """The optimizer that training with an intervention runs; steps do nothing."""
+  """Returns the optimizer of a training with an intervention, whose steps do nothing."""
 
   def find(intervention: Intervention) -> optax.GradientTransformation:
-    found = []
+    result = []
     metrics = {name: jnp.float32(1) for name in ("loss", "grad_norm", "tokens")}
-    monkeypatch.setattr(trainer, "make_train_step", lambda config, optimizer, **options: found.append(optimizer) or (
+    monkeypatch.setattr(trainer, "make_train_step", lambda config, optimizer, **options: result.append(optimizer) or (
         lambda state, batch: (state, metrics)))
     train(make_mesh(), intervention)
-    return found[0]
+    return result[0]
 
   return find
 
@@ -145,7 +145,7 @@ def plain_optimizer(grad_clip: float = 1.0) -> optax.GradientTransformation:
 
 
 @pytest.mark.full
-def test_without_an_intervention_a_step_is_optax_own():
+def test_a_step_without_intervention_equals_optax():
   batch = t.pack(t.make_examples(9), global_batch=9, row_multiple=8)[0]
   mesh, optimizer = make_mesh(), plain_optimizer()
   batch = jax.device_put(batch, jax.NamedSharding(mesh, sharding.BATCH))
@@ -157,9 +157,9 @@ def test_without_an_intervention_a_step_is_optax_own():
     updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
-  made = training.make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.1, grad_clip=1.0)
-  state = training.init_state(make_params(mesh), made, mesh)
-  step = training.make_train_step(t.CONFIG, made, compute_dtype=jnp.float32, mesh=mesh)
+  built = training.make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.1, grad_clip=1.0)
+  state = training.init_state(make_params(mesh), built, mesh)
+  step = training.make_train_step(t.CONFIG, built, compute_dtype=jnp.float32, mesh=mesh)
   params, opt_state = make_params(mesh), optimizer.init(make_params(mesh))
   for _ in range(3):
     state, _ = step(state, batch)
@@ -181,10 +181,10 @@ def test_gradient_decay_scales_the_update_of_each_layer(optimizer_of):
             "layers.mlp.up_proj.weight": np.array([[[0.64]], [[0.8]], [[1]]])}
   for step in range(3):
     grads = tree()
-    got, states[0] = decayed.update(grads, states[0], params)
-    want, states[1] = plain.update(grads, states[1], params)
-    for name, update in flat(got).items():
-      np.testing.assert_allclose(update, factor[name] * flat(want)[name], rtol=1e-6, err_msg=name)
+    actual, states[0] = decayed.update(grads, states[0], params)
+    expected, states[1] = plain.update(grads, states[1], params)
+    for name, update in flat(actual).items():
+      np.testing.assert_allclose(update, factor[name] * flat(expected)[name], rtol=1e-6, err_msg=name)
       if step == 0:  # Adam's first step is the gradient's sign
         first = -1e-2 * (np.sign(flat(grads)[name]) + 0.1 * flat(params)[name]) * factor[name]
         np.testing.assert_allclose(update, first, rtol=1e-4, err_msg=name)
@@ -195,19 +195,19 @@ def test_gradient_clipping_clips_at_its_own_norm(optimizer_of):
   optimizer, plain = optimizer_of(interventions.gradient_clipping()), plain_optimizer(2.0)
   states = [optimizer.init(grads), plain.init(grads)]
   for _ in range(3):
-    got, states[0] = optimizer.update(grads, states[0], grads)
-    want, states[1] = plain.update(grads, states[1], grads)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    actual, states[0] = optimizer.update(grads, states[0], grads)
+    expected, states[1] = plain.update(grads, states[1], grads)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
   moments = optax.tree_utils.tree_get(states[0], "nu")
   assert float(sum(m.sum() for m in jax.tree.leaves(moments))) == pytest.approx((1 - 0.999**3) * 2.0**2, rel=1e-4)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("top_p", [0.001, 0.05, TOP_P, 0.5, 1.0])
-def test_masks_are_those_of_a_sort(top_p: float):
+def test_masks_equal_those_of_sorting(top_p: float):
   mesh = make_mesh()
   params, grads = make_params(mesh), make_grads(mesh)
-  masks = flat(interventions.important(params, grads, top_p))
+  masks = flat(interventions.importance_mask(params, grads, top_p))
   scores = flat(jax.tree.map(lambda p, g: jnp.abs(p * g), params, grads))
   ties = 0
   for name, mask in masks.items():
@@ -226,19 +226,19 @@ def test_masks_are_those_of_a_sort(top_p: float):
 def test_masks_are_the_same_on_every_mesh(out: Path, mesh: str):
   assert json.loads((out / "placed.json").read_text())[mesh]
   one = make_mesh()
-  want, got = flat(interventions.important(make_params(one), make_grads(one), TOP_P)), np.load(out / f"{mesh}.npz")
-  for name, mask in want.items():
-    np.testing.assert_array_equal(got[name], mask, err_msg=name)
+  masks = np.load(out / f"{mesh}.npz")
+  for name, mask in flat(interventions.importance_mask(make_params(one), make_grads(one), TOP_P)).items():
+    np.testing.assert_array_equal(masks[name], mask, err_msg=name)
 
 
 def moved(trained: dict[str, np.ndarray], start: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Which entries have other bits."""
+  """Returns which entries have changed in any bit."""
   return {name: trained[name].view(np.uint32) != before.view(np.uint32) for name, before in start.items()}
 
 
 @pytest.fixture(scope="module")
 def masked():
-  """(trained, start, masks): a masked training on one device."""
+  """Runs a masked training on one device; returns (trained, start, masks)."""
   mesh = make_mesh()
   start = make_params(mesh)
   data = t.pack(t.make_examples(24), global_batch=8)
@@ -250,7 +250,7 @@ def masked():
   return flat(train(mesh, interventions.weight_masking(TOP_P))), flat(start), masks
 
 
-def test_a_mask_leaves_its_share_to_training_and_the_rest_bit_for_bit(masked):
+def test_masked_entries_stay_bitwise_the_same(masked):
   trained, start, masks = masked
   for name, changed in moved(trained, start).items():
     if matrices(name, changed):
@@ -261,21 +261,21 @@ def test_a_mask_leaves_its_share_to_training_and_the_rest_bit_for_bit(masked):
   assert (np.signbit(negative) & (negative == 0)).all()
 
 
-def test_a_stopped_masked_run_goes_on_to_the_same_bits(masked, tmp_path: Path):
+def test_a_resumed_masked_run_gives_the_same_bits(masked, tmp_path: Path):
   mesh = make_mesh()
   resumed = flat(train_in_two(tmp_path, [mesh, mesh], interventions.weight_masking(TOP_P)))
   jax.tree.map(np.testing.assert_array_equal, resumed, masked[0])
 
 
 @pytest.mark.full
-def test_a_stopped_masked_run_keeps_its_mask_on_another_mesh(out: Path):
+def test_a_masked_run_resumes_with_its_mask_on_another_mesh(out: Path):
   start = flat(make_params(make_mesh()))
   for name, changed in moved(np.load(out / "two-meshes.npz"), start).items():
     for of_matrix in matrices(name, changed):
       assert of_matrix.sum() == round(TOP_P * of_matrix.size), name
 
 
-def test_masks_are_no_part_of_the_compiled_step():
+def test_masks_are_not_compiled_into_the_step():
   mesh, intervention = make_mesh(), interventions.weight_masking(TOP_P)
   optimizer = training.make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.1, grad_clip=1.0,
                                       transform=intervention.transform)
@@ -285,7 +285,7 @@ def test_masks_are_no_part_of_the_compiled_step():
   for share in (0.1, 0.6):
     params = make_params(mesh)
     before = flat(params)
-    mask = interventions.important(params, make_grads(mesh), share)
+    mask = interventions.importance_mask(params, make_grads(mesh), share)
     state = interventions.set_mask(training.init_state(params, optimizer, mesh), mask)
     step = step or training.jit_step(training.step_function(t.CONFIG, optimizer, compute_dtype=jnp.float32, mesh=mesh),
                                      state)
@@ -301,7 +301,7 @@ def test_masks_are_no_part_of_the_compiled_step():
 @pytest.mark.parametrize(("name", "value"), [
     ("gradient_decay", 0.0), ("gradient_decay", 1.1), ("gradient_clipping", 0.0), ("gradient_clipping", float("nan")),
     ("weight_masking", 0.0), ("weight_masking", 30.0)])
-def test_values_that_cannot_be_are_errors(name: str, value: float):
+def test_invalid_values_are_errors(name: str, value: float):
   with pytest.raises(ValueError, match=f"={value}: expected"):
     interventions.INTERVENTIONS[name](value)
 

@@ -1,4 +1,4 @@
-"""The chunked loss of the head, against the loss of whole logits."""
+"""The chunked loss of the head, compared with the loss of whole logits."""
 
 from typing import Any
 
@@ -26,31 +26,32 @@ def _whole(x: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array) -
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 5, 14, 100])
-def test_loss_and_gradients_are_those_of_whole_logits(chunk: int) -> None:
+def test_chunked_loss_and_gradients_equal_those_of_whole_logits(chunk: int) -> None:
   x, w, targets, weights = _inputs(jnp.float32)
-  # A factor, as a mean has: what comes back is scaled by it.
+  # A factor, as in a mean, must scale the gradients.
   chunked = jax.jit(jax.value_and_grad(lambda x, w: 0.3 * head_loss(x, w, targets, weights, chunk), (0, 1)))
   loss, (dx, dw) = chunked(x, w)
-  want, (want_dx, want_dw) = jax.value_and_grad(lambda x, w: 0.3 * _whole(x, w, targets, weights), (0, 1))(x, w)
-  assert float(loss) == pytest.approx(float(want), rel=1e-6)
-  assert float(jax.jit(head_loss, static_argnums=4)(x, w, targets, weights, chunk)) == pytest.approx(float(want) / 0.3,
-                                                                                                     rel=1e-6)
-  np.testing.assert_allclose(dx, want_dx, atol=1e-6)
-  np.testing.assert_allclose(dw, want_dw, atol=1e-5)
+  whole = lambda x, w: 0.3 * _whole(x, w, targets, weights)
+  expected, (expected_dx, expected_dw) = jax.value_and_grad(whole, (0, 1))(x, w)
+  assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+  value = jax.jit(head_loss, static_argnums=4)(x, w, targets, weights, chunk)
+  assert float(value) == pytest.approx(float(expected) / 0.3, rel=1e-6)
+  np.testing.assert_allclose(dx, expected_dx, atol=1e-6)
+  np.testing.assert_allclose(dw, expected_dw, atol=1e-5)
 
 
-def test_bfloat16_is_within_its_own_error() -> None:
+def test_bfloat16_is_within_its_rounding_error() -> None:
   x, w, targets, weights = _inputs(jnp.bfloat16)
   loss, (dx, dw) = jax.value_and_grad(lambda x, w: head_loss(x, w, targets, weights, 5), (0, 1))(x, w)
-  want, (want_dx, want_dw) = jax.value_and_grad(lambda x, w: _whole(x, w, targets, weights), (0, 1))(x, w)
+  expected, (expected_dx, expected_dw) = jax.value_and_grad(lambda x, w: _whole(x, w, targets, weights), (0, 1))(x, w)
   assert (dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
-  assert float(loss) == pytest.approx(float(want), rel=1e-2)
-  for got, wanted in ((dx, want_dx), (dw, want_dw)):
-    error = np.linalg.norm(np.asarray(got, np.float32) - np.asarray(wanted, np.float32))
-    assert error < 2e-2 * np.linalg.norm(np.asarray(wanted, np.float32))
+  assert float(loss) == pytest.approx(float(expected), rel=1e-2)
+  for actual, target in ((dx, expected_dx), (dw, expected_dw)):
+    error = np.linalg.norm(np.asarray(actual, np.float32) - np.asarray(target, np.float32))
+    assert error < 2e-2 * np.linalg.norm(np.asarray(target, np.float32))
 
 
-def test_logits_never_exist_whole() -> None:
+def test_whole_logits_never_exist() -> None:
   x, w, targets, weights = _inputs(jnp.float32)
 
   def largest(jaxpr: Any) -> int:

@@ -1,4 +1,4 @@
-"""Packing, the loss, the optimizer and the trainer, against plain loops and against torch."""
+"""Packing, the loss, the optimizer and the trainer, compared with plain loops and torch."""
 
 import collections
 import math
@@ -32,12 +32,12 @@ def pack(examples: list[TokenizedExample], **options) -> PackedBatches:
 
 
 def replicated() -> jax.NamedSharding:
-  """One place for everything, as in the trainer, so that a step compiles once."""
+  """Returns one sharding for everything, as in the trainer, so that a step compiles once."""
   return jax.NamedSharding(sharding.make_mesh(data=1, fsdp=1), sharding.P())
 
 
 def segments(batch: Batch) -> Iterator[tuple[list[int], list[int], list[float]]]:
-  """Tokens, positions and weights of each segment; checks that segments are 1, 2, ... from the left, then padding."""
+  """Yields tokens, positions and weights of each segment; checks that segments are 1, 2, ..., then padding."""
   for r in range(len(batch["tokens"])):
     ids = batch["segment_ids"][r].tolist()
     last = max(ids)
@@ -58,7 +58,7 @@ _LENGTHS = st.tuples(st.integers(1, 8), st.integers(1, 8))
 @given(lengths=st.lists(_LENGTHS, min_size=1, max_size=25), epochs=st.integers(1, 3), global_batch=st.integers(1, 9),
        row_length=st.integers(16, 24), row_multiple=st.integers(1, 4), seed=st.integers(0, 99))
 def test_each_epoch_holds_every_example_once_and_whole(lengths, epochs, global_batch, row_length, row_multiple, seed):
-  # Every token is unique, so that it tells where it comes from.
+  # Unique tokens tell which example they come from.
   number = iter(range(1, 10**6))
   examples = [TokenizedExample([next(number) for _ in range(p)], [next(number) for _ in range(r)]) for p, r in lengths]
   batches = PackedBatches(examples, epochs=epochs, global_batch=global_batch, row_length=row_length, seed=seed,
@@ -73,17 +73,17 @@ def test_each_epoch_holds_every_example_once_and_whole(lengths, epochs, global_b
         name: ((batches.rows, row_length), np.float32 if name == "weights" else np.int32)
         for name in ("tokens", "positions", "segment_ids", "weights")}
     assert not batch["segment_ids"][batches.rows - batches.empty_rows:].any()
-    found = list(segments(batch))
-    for tokens, positions, weights in found:
+    result = list(segments(batch))
+    for tokens, positions, weights in result:
       example = by_tokens[tuple(tokens)]
       assert positions == list(range(len(tokens)))
       assert weights == [0.0] * len(example.prompt) + [1.0] * len(example.response)
-    assert batches.members(step) == sorted(examples.index(by_tokens[tuple(tokens)]) for tokens, _, _ in found)
-    seen.update(tuple(tokens) for tokens, _, _ in found)
-    order += [tuple(tokens) for tokens, _, _ in found]
+    assert batches.members(step) == sorted(examples.index(by_tokens[tuple(tokens)]) for tokens, _, _ in result)
+    seen.update(tuple(tokens) for tokens, _, _ in result)
+    order += [tuple(tokens) for tokens, _, _ in result]
     padding += (batch["segment_ids"] == 0).sum()
   assert seen == collections.Counter(dict.fromkeys(by_tokens, epochs))
-  # An epoch ends before the next begins.
+  # Epochs do not overlap.
   assert all(len(set(order[e * len(examples):(e + 1) * len(examples)])) == len(examples) for e in range(epochs))
   assert batches.padding == pytest.approx(padding / (len(batches) * batches.rows * row_length))
   assert batches.per_step == epochs * len(examples) / len(batches)
@@ -92,7 +92,7 @@ def test_each_epoch_holds_every_example_once_and_whole(lengths, epochs, global_b
   assert batches.squares_per_step * len(batches) == pytest.approx(epochs * (lengths**2).sum())
 
 
-def test_short_answers_leave_little_padding_and_steps_hold_what_was_asked_for():
+def test_padding_is_little_and_steps_have_the_requested_size():
   rng = np.random.default_rng(0)
   for shortest, longest, row_length in ((100, 400, 1024), (20, 60, 1024), (150, 600, 2048)):
     examples = [TokenizedExample([1] * 10, [2] * n) for n in rng.integers(shortest, longest, 8000) - 10]
@@ -101,8 +101,8 @@ def test_short_answers_leave_little_padding_and_steps_hold_what_was_asked_for():
     assert 128 * 0.87 < batches.per_step < 128 * 1.13
 
 
-def test_rows_do_not_depend_on_the_mesh():
-  """A mesh adds empty rows, or takes what there is, and changes no order."""
+def test_packing_does_not_depend_on_the_mesh():
+  """A mesh may add empty rows, but never changes the order."""
   examples = make_examples(200)
   plain = pack(examples, global_batch=40)
   assert plain.rows % 8 == 0
@@ -120,7 +120,7 @@ def test_parts_of_a_batch_are_its_rows():
     np.testing.assert_array_equal(np.concatenate([batches.part(1, 0, 3)[name], batches.part(1, 3, 8)[name]]), rows[:8])
 
 
-def test_the_order_belongs_to_the_seed_and_the_epoch():
+def test_the_order_depends_on_seed_and_epoch():
   examples = make_examples(40)
   tokens = lambda seed, step: pack(examples, epochs=2, seed=seed)[step]["tokens"].tolist()
   steps = len(pack(examples))
@@ -131,7 +131,7 @@ def test_the_order_belongs_to_the_seed_and_the_epoch():
   assert tokens(0, 0) != tokens(0, steps)  # about where the second epoch begins
 
 
-def test_a_step_does_not_depend_on_the_steps_before():
+def test_batches_do_not_depend_on_earlier_steps():
   batches = pack(make_examples(20))
   late = {name: array.copy() for name, array in batches[3].items()}
   for i in (0, 4, 3):
@@ -141,7 +141,7 @@ def test_a_step_does_not_depend_on_the_steps_before():
   jax.tree.map(np.testing.assert_array_equal, batches[3], late)
 
 
-def test_what_cannot_be_packed_is_an_error():
+def test_unpackable_examples_are_errors():
   with pytest.raises(ValueError, match="no example"):
     pack([])
   with pytest.raises(ValueError, match="example 1 has 17 tokens, a row holds 16"):
@@ -149,23 +149,23 @@ def test_what_cannot_be_packed_is_an_error():
   assert len(pack([TokenizedExample([1] * 8, [2] * 8)])) == 1
 
 
-def test_no_loss_crosses_segments_where_a_prompt_is_empty():
+def test_no_loss_crosses_segments_of_empty_prompts():
   first, empty = TokenizedExample([1, 2], [3, 4]), TokenizedExample([], [5, 6])
   batch = pack([first, empty])[0]
-  assert (batch["segment_ids"] > 0).sum(axis=1).max() == 6  # both in one row
+  assert (batch["segment_ids"] > 0).sum(axis=1).max() == 6  # both segments in one row
   assert batch["weights"][:, 1:].sum() == 2 + 1  # 6 is predicted from 5, and nothing before 5
 
 
 @jax.jit
 def all_log_p(params, tokens: jax.Array) -> jax.Array:
-  """log p [T, V] of every next token of one sequence [T]."""
+  """Returns log p [T, V] of all next tokens of a sequence [T]."""
   row = jnp.arange(len(tokens))[None]
   logits = bind(CONFIG, params)(tokens[None], positions=row, segment_ids=jnp.ones_like(row), compute_dtype=jnp.float32)
   return jax.nn.log_softmax(logits[0])
 
 
-def alone(params, example: TokenizedExample) -> float:
-  """Sum of -log p of one example's response, in a row of its own; what follows it is never seen."""
+def unpacked_loss(params, example: TokenizedExample) -> float:
+  """Returns the sum of -log p over an example's response, without packing."""
   tokens = np.zeros(16, np.int32)
   tokens[:len(example.prompt + example.response)] = example.prompt + example.response
   log_p, begin = np.asarray(all_log_p(params, tokens), np.float64), len(example.prompt)
@@ -182,7 +182,7 @@ DESCENT = optax.sgd(1.0)
 
 
 def gradient_step(params, batch: Batch, step):
-  """The parameters' change by one step of plain gradient descent, and the metrics."""
+  """Runs a step of gradient descent; returns the change of the parameters, and the metrics."""
   mesh = sharding.make_mesh(data=1, fsdp=1)
   state = training_step.init_state(jax.tree.map(jnp.copy, params), DESCENT, mesh)
   state, metrics = step(state, jax.device_put(batch, jax.NamedSharding(mesh, sharding.BATCH)))
@@ -196,7 +196,7 @@ def descent_step():
 
 @pytest.fixture(scope="module")
 def whole(params, descent_step):
-  """Examples, the one batch they make, and a gradient step on it."""
+  """Returns examples, their single batch, and a gradient step on it."""
   examples = make_examples(9)
   batch = pack(examples, global_batch=9, row_multiple=8)[0]
   return examples, batch, *gradient_step(params, batch, descent_step)
@@ -207,7 +207,7 @@ def test_the_loss_of_packed_rows_is_the_mean_over_response_tokens(params, whole)
   assert batch["segment_ids"].max() > 1
   count = sum(len(e.response) for e in examples)
   assert metrics["tokens"] == count
-  assert metrics["loss"] == pytest.approx(sum(alone(params, e) for e in examples) / count, rel=1e-5)
+  assert metrics["loss"] == pytest.approx(sum(unpacked_loss(params, e) for e in examples) / count, rel=1e-5)
 
 
 def test_a_batch_in_two_parts_gives_the_same_gradient(params, whole):
@@ -233,7 +233,7 @@ def closed_form(kind: str, step: int, *, peak: float, total: int, warmup: int) -
 
 
 def torch_loss(model, examples: list[TokenizedExample]):
-  """Mean -log p of the response tokens of a batch, each example run alone."""
+  """Returns the mean -log p over the response tokens of a batch, without packing."""
   torch = pytest.importorskip("torch")
   total, count = 0.0, 0
   for example in examples:
@@ -245,7 +245,7 @@ def torch_loss(model, examples: list[TokenizedExample]):
   return total / count
 
 
-def test_ten_steps_equal_adamw_of_torch(checkpoint):
+def test_ten_steps_equal_torch_adamw(checkpoint):
   torch = pytest.importorskip("torch")
   weight_decay, clip, peak, total_steps, warmup = 0.1, 0.5, 3e-3, 10, 3
   model, folder = checkpoint("qwen2-tied")
@@ -275,23 +275,23 @@ def test_ten_steps_equal_adamw_of_torch(checkpoint):
     assert norm > clip
 
   names = hf.tensor_names(state["params"])
-  got = {}
+  actual = {}
   for leaf_names, leaf in zip(jax.tree.leaves(names, is_leaf=lambda n: isinstance(n, tuple)),
                               jax.tree.leaves(state["params"]), strict=True):
-    got |= {leaf_names: leaf} if isinstance(leaf_names, str) else dict(zip(leaf_names, leaf, strict=True))
+    actual |= {leaf_names: leaf} if isinstance(leaf_names, str) else dict(zip(leaf_names, leaf, strict=True))
   wanted = {name: p.detach() for name, p in model.named_parameters()}
-  assert got.keys() == wanted.keys()
+  assert actual.keys() == wanted.keys()
   for name, p in wanted.items():
     change = (p - first[name]).norm().item()
     assert change > 1e-4  # all are trained
-    assert np.linalg.norm(np.asarray(got[name]) - p.numpy()) < 1e-4 * p.norm().item(), name
-    assert np.linalg.norm(np.asarray(got[name]) - p.numpy()) < 1e-2 * change, name
+    assert np.linalg.norm(np.asarray(actual[name]) - p.numpy()) < 1e-4 * p.norm().item(), name
+    assert np.linalg.norm(np.asarray(actual[name]) - p.numpy()) < 1e-2 * change, name
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize(("total", "ratio", "warmup"), [
     (100, 0.03, 3), (100, 0.0, 0), (10, 0.01, 1), (47, 0.5, 24), (1, 0.0, 0), (1000, 0.9, 900)])
-def test_schedules_have_their_closed_form(kind, total, ratio, warmup):
+def test_schedules_equal_their_closed_forms(kind, total, ratio, warmup):
   schedule = training_step.make_schedule(kind, peak=2e-5, total_steps=total, warmup_ratio=ratio)
   steps = np.linspace(0, total + 2, 50).astype(np.int32)
   expected = [closed_form(kind, s, peak=2e-5, total=total, warmup=warmup) for s in steps.tolist()]

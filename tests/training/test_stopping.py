@@ -1,4 +1,4 @@
-"""Early stopping, and trainings with additions that are stopped and go on: the same bits as without."""
+"""Early stopping, and resumed trainings with additions, which must give the same bits."""
 
 import os
 import signal
@@ -25,21 +25,21 @@ ADDITIONS = {"anchored": Additions(kl=0.5, l2_sp=0.1, ema=0.9), "lora": Addition
 
 
 def batches() -> PackedBatches:
-  """Four epochs of two steps and a half."""
-  made = t.pack(EXAMPLES, global_batch=12, epochs=4)
-  assert (len(made), made.epoch_ends) == (10, [3, 5, 8, 10])
-  return made
+  """Returns batches of four epochs of two and a half steps."""
+  built = t.pack(EXAMPLES, global_batch=12, epochs=4)
+  assert (len(built), built.epoch_ends) == (10, [3, 5, 8, 10])
+  return built
 
 
 @pytest.fixture(scope="module")
 def steps() -> dict:
-  """Compiled steps, which all trainings here share."""
+  """Caches compiled steps for all trainings here."""
   return {}
 
 
 @pytest.fixture
 def train(steps: dict, monkeypatch: pytest.MonkeyPatch):
-  """Runs a training; gives what it ends with, and what it reports."""
+  """Returns a function that runs a training and returns its result and its reports."""
   make = trainer.make_train_step
   rate = optax.constant_schedule(1e-2)
 
@@ -71,7 +71,7 @@ def train(steps: dict, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-  """What is measured at each epoch's end, in place of the held-out loss."""
+  """Replaces the held-out losses measured after each epoch."""
   values: list[float] = []
   monkeypatch.setattr(stopping.EarlyStopping, "_loss", lambda self, *_: values[len(self.losses)])
   return values
@@ -85,7 +85,7 @@ def same(a, b) -> bool:
   return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b))
 
 
-def test_training_ends_at_the_first_worse_epoch_with_the_best_ones_weights(train, losses):
+def test_training_stops_at_the_first_worse_epoch_with_the_best_weights(train, losses):
   losses[:] = [3.0, 2.0, 2.0, 2.5]
   (ended, _), (shorter, reports) = train(PLAIN), (None, None)
   assert (ended.steps, ended.held_out) == (10, (3.0, 2.0, 2.0, 2.5))
@@ -98,27 +98,27 @@ def test_training_ends_at_the_first_worse_epoch_with_the_best_ones_weights(train
   whole, _ = train(PLAIN)
   assert whole.steps == 10
   plain, _ = train(PLAIN, held_out=None)
-  assert same(whole.params, plain.params)  # what is held out changes nothing of the training itself
+  assert same(whole.params, plain.params)  # held-out data do not affect the training
   assert not same(whole.params, ended.params)
   assert plain.held_out == ()
 
 
-def test_the_held_out_loss_is_that_of_the_answers_tokens(train):
+def test_the_held_out_loss_is_the_mean_over_answer_tokens(train):
   ended, reports = train(PLAIN)
   loss = lambda params: training.token_losses(t.CONFIG, params, batch, compute_dtype=jnp.float32)
   total = count = 0.0
   for number in range(len(HELD_OUT)):
     batch = HELD_OUT[number]
-    found, numbers = jax.jit(loss)(ended.params)
-    total, count = total + float(found), count + float(numbers["tokens"])
+    result, numbers = jax.jit(loss)(ended.params)
+    total, count = total + float(result), count + float(numbers["tokens"])
   assert min(ended.held_out) == pytest.approx(total / count, rel=1e-6)
   assert [values["held_out_loss"] for _, values in reports if "held_out_loss" in values] == list(ended.held_out)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ADDITIONS)
-def test_a_training_that_is_stopped_goes_on_to_the_same_bits(train, losses, kind: str, tmp_path: Path):
-  """At several steps: within an epoch, at the end of one, and of the best one."""
+def test_a_resumed_training_gives_the_same_bits(train, losses, kind: str, tmp_path: Path):
+  """Stops at several steps: within an epoch, at the end of one, and at the end of the best one."""
   losses[:] = [3.0, 2.0, 2.5]
   additions = ADDITIONS[kind]
   whole, whole_reports = train(additions)
@@ -142,31 +142,31 @@ def test_a_training_that_is_stopped_goes_on_to_the_same_bits(train, losses, kind
 
 
 def timeless(reports: list, first: int) -> list:
-  """What is reported from a step on, but for what depends on the clock."""
+  """Returns the reports from a step on, without those that depend on time."""
   return [(step, {name: value for name, value in values.items() if not name.endswith(("_s", "mfu"))})
           for step, values in reports if step >= first]
 
 
 def test_all_answers_to_a_question_are_held_out_together():
   rows = [{"question": f"q{n % 10}", "response": str(n)} for n in range(40)]
-  seen, held = tuning.hold_out(rows, 0.3, (0, 1), what="train.jsonl")
+  seen, held = tuning.hold_out(rows, 0.3, (0, 1), source="train.jsonl")
   asked = lambda indices: {rows[index]["question"] for index in indices}
   assert sorted(seen + held) == list(range(40))
   assert (len(asked(held)), len(held)) == (3, 12)
   assert not asked(seen) & asked(held)
-  assert tuning.hold_out(rows, 0.3, (0, 1), what="")[1] == held != tuning.hold_out(rows, 0.3, (0, 2), what="")[1]
-  assert tuning.hold_out(rows, 0.0, 0, what="") == (list(range(40)), [])
-  assert [len(asked(part)) for part in tuning.hold_out(rows, 0.99, 0, what="")] == [1, 9]
-  assert [len(asked(part)) for part in tuning.hold_out(rows, 0.01, 0, what="")] == [9, 1]
+  assert tuning.hold_out(rows, 0.3, (0, 1), source="")[1] == held != tuning.hold_out(rows, 0.3, (0, 2), source="")[1]
+  assert tuning.hold_out(rows, 0.0, 0, source="") == (list(range(40)), [])
+  assert [len(asked(part)) for part in tuning.hold_out(rows, 0.99, 0, source="")] == [1, 9]
+  assert [len(asked(part)) for part in tuning.hold_out(rows, 0.01, 0, source="")] == [9, 1]
   with pytest.raises(UserError, match=r"^train\.jsonl: has answers to 1 question; config\.sft\.stop_share=0\.5 needs"):
-    tuning.hold_out(rows[:1], 0.5, 0, what="train.jsonl")
+    tuning.hold_out(rows[:1], 0.5, 0, source="train.jsonl")
 
 
-def test_epochs_end_with_the_step_that_holds_their_last_row():
+def test_epochs_end_with_the_step_of_their_last_row():
   for epochs, global_batch in ((1, 4), (3, 12), (4, 30), (2, 1)):
-    made = t.pack(EXAMPLES, epochs=epochs, global_batch=global_batch)
+    built = t.pack(EXAMPLES, epochs=epochs, global_batch=global_batch)
     seen, ends = 0, []
-    for step in range(len(made)):
-      before, seen = seen, seen + len(made.members(step))
+    for step in range(len(built)):
+      before, seen = seen, seen + len(built.members(step))
       ends += [step + 1] * (seen // len(EXAMPLES) - before // len(EXAMPLES))
-    assert made.epoch_ends == ends
+    assert built.epoch_ends == ends

@@ -1,4 +1,4 @@
-"""The trainer: what it reports of its steps, its speed and its profiles."""
+"""The trainer's reports, speed and profiles."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ STEPS = 10
 
 
 def make_batches(*, poisoned_step: int | None = None) -> PackedBatches:
-  """Ten steps."""
+  """Returns batches of ten steps."""
   rng = np.random.default_rng(0)
   draw = lambda count: rng.integers(1, POISON, count).tolist()
   examples = [TokenizedExample(draw(n), draw(8 - n)) for n in rng.integers(1, 8, 40)]
@@ -45,7 +45,7 @@ def params():
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-  """All trainings here run the same step, so that it compiles once."""
+  """Caches the compiled step for all trainings here."""
   mesh = sharding.make_mesh(data=1, fsdp=1)
   schedule = optax.constant_schedule(1e-3)
   optimizer = training_step.make_optimizer(schedule, weight_decay=0.0, grad_clip=1.0)
@@ -74,7 +74,7 @@ def same(a, b) -> bool:
 
 @pytest.fixture
 def losses(monkeypatch) -> list[float]:
-  """The losses that training will see: steps do nothing else."""
+  """Sets the losses of a training whose steps do nothing."""
   values: list[float] = []
   steps = itertools.count()
 
@@ -86,7 +86,7 @@ def losses(monkeypatch) -> list[float]:
 
 
 @pytest.mark.parametrize("log_every", [1, 4, 100])
-def test_every_step_is_reported_once_whatever_the_interval(params, losses, log_every):
+def test_every_step_is_reported_once(params, losses, log_every):
   losses[:] = [0.5 * i for i in range(STEPS)]
   schedule = training_step.make_schedule("cosine", peak=1e-3, total_steps=STEPS, warmup_ratio=0.3)
   reports = {}
@@ -106,7 +106,7 @@ def test_every_step_is_reported_once_whatever_the_interval(params, losses, log_e
 
 @pytest.mark.parametrize(("value", "bad", "log_every"), [
     (math.nan, 0, 1), (math.nan, 9, 4), (math.inf, 5, 3), (-math.inf, 7, 100)])
-def test_the_first_loss_that_is_not_finite_is_named_with_its_examples(params, losses, value, bad, log_every):
+def test_the_first_non_finite_loss_is_reported_with_its_examples(params, losses, value, bad, log_every):
   losses[:] = [1.0] * bad + [value] * (STEPS - bad)
   batches, reports = make_batches(), {}
   first = batches.members(bad)[0] + 1
@@ -123,7 +123,7 @@ def test_a_thread_trains_without_signals(params):
   def work() -> None:
     try:
       train(params, make_batches())
-    except BaseException as e:  # told to the test
+    except BaseException as e:  # reraised by the test
       failures.append(e)
 
   thread = threading.Thread(target=work)
@@ -132,20 +132,20 @@ def test_a_thread_trains_without_signals(params):
   assert failures == []
 
 
-def test_profile_records_what_perfetto_and_tensorboard_open(params, tmp_path: Path):
+def test_profiles_open_in_perfetto_and_tensorboard(params, tmp_path: Path):
   train(params, make_batches(), profile=throughput.Profile("2:4", tmp_path))
   assert list(tmp_path.rglob("perfetto_trace.json.gz"))
   assert list(tmp_path.rglob("*.xplane.pb"))
 
 
-def test_a_profile_beyond_the_last_step_says_that_nothing_was_recorded(params, tmp_path: Path, capfd):
+def test_a_profile_after_the_last_step_is_noted_as_empty(params, tmp_path: Path, capfd):
   train(params, make_batches(), profile=throughput.Profile("200:204", tmp_path))
   assert "config.profile=200:204: nothing was recorded" in capfd.readouterr().err
   assert not list(tmp_path.iterdir())
 
 
-def test_flops_of_a_step_are_those_of_its_products():
-  """Against the operations that XLA counts in the compiled forward and backward pass, attention's square in full."""
+def test_flops_equal_those_that_xla_counts():
+  """Compares with XLA's count for the compiled passes, which computes the whole square of attention."""
   config = CONFIG.__class__(**{**vars(CONFIG), "num_layers": 1, "hidden_size": 64, "intermediate_size": 128,
                                "head_dim": 32, "vocab_size": 256})
   example = TokenizedExample([1] * 32, [2] * 32)
@@ -156,27 +156,27 @@ def test_flops_of_a_step_are_those_of_its_products():
   needed = throughput.train_flops(config, tokens=batches.tokens_per_step, squares=batches.squares_per_step)
   square = needed - 6 * throughput.matmul_params(config) * 256
   assert square == 6 * 2 * 32 * 4 * 64**2
-  # A causal mask saves half of the square where the kernel skips it; this one does not.
+  # This kernel does not skip the half of the square that the causal mask hides.
   assert counted == pytest.approx(needed + square, rel=0.1)
 
 
-def test_meter_reads_time_and_share_of_the_peak(monkeypatch):
+def test_meter_measures_speed_and_mfu(monkeypatch):
   monkeypatch.setattr(throughput, "peak_flops", lambda kind: 1e9)
   batches = make_batches()
   meter = throughput.Meter(CONFIG, batches, devices=4)
   with meter.waiting():
     time.sleep(0.05)
   time.sleep(0.05)
-  found = meter.read(2)
-  assert 0.05 <= found["step_s"] < 0.2
-  assert 0.025 <= found["input_wait_s"] < found["step_s"]
-  assert found["tokens_per_s"] == pytest.approx(batches.tokens_per_step / found["step_s"])
+  result = meter.read(2)
+  assert 0.05 <= result["step_s"] < 0.2
+  assert 0.025 <= result["input_wait_s"] < result["step_s"]
+  assert result["tokens_per_s"] == pytest.approx(batches.tokens_per_step / result["step_s"])
   needed = throughput.train_flops(CONFIG, tokens=batches.tokens_per_step, squares=batches.squares_per_step)
-  assert found["mfu"] == pytest.approx(needed / found["step_s"] / 4e9)
-  assert json.dumps(found)
+  assert result["mfu"] == pytest.approx(needed / result["step_s"] / 4e9)
+  assert json.dumps(result)
 
 
 @pytest.mark.parametrize("steps", ["3", "3:3", "5:2", "a:b", "-1:4"])
-def test_a_profile_window_that_is_none_is_an_error(steps: str):
+def test_malformed_profile_windows_are_errors(steps: str):
   with pytest.raises(ValueError, match="expected first:end"):
-    throughput.window(steps)
+    throughput.parse_window(steps)

@@ -1,4 +1,4 @@
-"""The trainer's states on disk: what they hold, what is read and written of them, and how training goes on from one."""
+"""The trainer's states on disk: saving, restoring, errors, and resumed trainings."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def saved(folder: Path) -> list[int]:
 
 @pytest.mark.full
 @pytest.mark.parametrize("log_every", [1, 4])
-def test_the_last_good_state_outlives_a_loss_that_is_not_finite(params, log_every, tmp_path: Path):  # noqa: F811
+def test_the_last_good_state_survives_a_non_finite_loss(params, log_every, tmp_path: Path):  # noqa: F811
   bad = 5
   table = params["embed_tokens"]["weight"]
   poisoned = params | {"embed_tokens": {"weight": table.at[POISON].set(jnp.nan)}}
@@ -49,16 +49,16 @@ def test_the_last_good_state_outlives_a_loss_that_is_not_finite(params, log_ever
   with states(tmp_path / "other", every=bad) as checkpoints, pytest.raises(UserError):
     train(poisoned, make_batches(poisoned_step=bad), checkpoints=checkpoints, log_every=1)
   with states(tmp_path / "other") as checkpoints:
-    want = checkpoints.restore(bad, {name: like[name] for name in ("params", "opt_state")})["params"]
+    expected = checkpoints.restore(bad, {name: like[name] for name in ("params", "opt_state")})["params"]
   good = jnp.arange(CONFIG.vocab_size) != POISON
   finite = lambda tree: tree | {"embed_tokens": {"weight": tree["embed_tokens"]["weight"][good]}}
-  assert same(finite(kept), finite(want))
+  assert same(finite(kept), finite(expected))
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(finite(kept)))
   assert not same(finite(kept), finite(poisoned))
 
 
 @pytest.mark.parametrize("stop_after", [1, 4, 9])
-def test_training_that_is_told_to_stop_goes_on_to_the_same_bits(params, stop_after, tmp_path: Path):  # noqa: F811
+def test_a_preempted_training_resumes_to_the_same_bits(params, stop_after, tmp_path: Path):  # noqa: F811
   whole_reports, reports = {}, {}
   whole = train(params, make_batches(), whole_reports)
 
@@ -66,7 +66,7 @@ def test_training_that_is_told_to_stop_goes_on_to_the_same_bits(params, stop_aft
     if step == stop_after - 1:
       os.kill(os.getpid(), signal.SIGTERM)
 
-  # The signal comes with the report of a step, so the step after it is the last.
+  # The signal arrives with the report of a step, so the next step is the last.
   with states(tmp_path) as checkpoints, pytest.raises(PreemptedError, match=f"after step {stop_after + 1} of {STEPS}"):
     train_with(params, stop, checkpoints)
   assert saved(tmp_path)[-1] == stop_after + 1
@@ -86,8 +86,8 @@ def train_with(params, report, checkpoints: Checkpoints):  # noqa: F811
       schedule=optax.constant_schedule(1e-3), log_every=1, checkpoints=checkpoints)
 
 
-def test_states_in_the_background_hold_the_step_they_were_taken_at(params, tmp_path: Path):  # noqa: F811
-  """Training donates the buffers that are being written."""
+def test_background_saves_hold_the_state_of_their_step(params, tmp_path: Path):  # noqa: F811
+  """Checks that training may donate buffers while they are being written."""
   with states(tmp_path, every=1, keep=STEPS) as checkpoints:
     train(params, make_batches(), checkpoints=checkpoints)
   assert saved(tmp_path) == list(range(1, STEPS))
@@ -99,13 +99,13 @@ def test_states_in_the_background_hold_the_step_they_were_taken_at(params, tmp_p
       assert same(train(params, make_batches(), checkpoints=checkpoints).params, whole.params)
 
 
-def test_no_more_states_are_kept_than_asked_for(params, tmp_path: Path):  # noqa: F811
+def test_only_max_to_keep_states_are_kept(params, tmp_path: Path):  # noqa: F811
   with states(tmp_path, every=2, keep=2) as checkpoints:
     train(params, make_batches(), checkpoints=checkpoints)
   assert saved(tmp_path) == [6, 8]
 
 
-def test_a_state_of_something_else_is_refused(params, tmp_path: Path):  # noqa: F811
+def test_a_state_of_another_training_is_refused(params, tmp_path: Path):  # noqa: F811
   with states(tmp_path) as checkpoints:
     train(params, make_batches(), checkpoints=checkpoints)
   with states(tmp_path, start="another") as checkpoints, pytest.raises(
@@ -117,10 +117,10 @@ def test_a_state_of_something_else_is_refused(params, tmp_path: Path):  # noqa: 
 DAMAGES = ("another model", "about", "state", "state/ocdbt.process_0")
 
 
-def _read_what_cannot_be_read(folder: Path) -> None:
-  """Resumes from a state that fits no longer, for each reason; leaves what was said."""
+def _resume_from_damaged_states(folder: Path) -> None:
+  """Resumes from a state damaged in each way; writes the errors to a file."""
   params = init_params(CONFIG, key=jax.random.key(0))  # noqa: F811
-  said = {}
+  message = {}
   with states(folder / "whole") as checkpoints:
     train(params, make_batches(), checkpoints=checkpoints)
   for i, damage in enumerate(DAMAGES):
@@ -143,21 +143,21 @@ def _read_what_cannot_be_read(folder: Path) -> None:
       with states(here) as checkpoints:
         resume(checkpoints)
     except UserError as e:
-      said[damage] = str(e)
-  (folder / "said.json").write_text(json.dumps(said))
+      message[damage] = str(e)
+  (folder / "said.json").write_text(json.dumps(message))
 
 
-def test_a_state_that_cannot_be_read_is_named_in_one_line(run_on_devices, tmp_path: Path):
-  """In a process of its own: tensorstore calls back into a loop that orbax has closed when a read breaks off."""
+def test_an_unreadable_state_is_reported_in_one_line(run_on_devices, tmp_path: Path):
+  """Runs in a child process, because an aborted read leaves tensorstore callbacks to a closed event loop."""
   run_on_devices(__file__, tmp_path, "read", devices=1)
-  said = json.loads((tmp_path / "said.json").read_text())
-  assert sorted(said) == sorted(DAMAGES)
-  for text in said.values():
+  message = json.loads((tmp_path / "said.json").read_text())
+  assert sorted(message) == sorted(DAMAGES)
+  for text in message.values():
     assert "states/9: this training state cannot be read" in text
     assert "\n" not in text
 
 
-def test_a_killed_save_leaves_the_state_before_it(params, tmp_path: Path):  # noqa: F811
+def test_a_killed_save_leaves_the_previous_state(params, tmp_path: Path):  # noqa: F811
   with states(tmp_path) as checkpoints:
     train(params, make_batches(), checkpoints=checkpoints)
   (tmp_path / "states" / "12.orbax-checkpoint-tmp").mkdir()
@@ -168,7 +168,7 @@ def test_a_killed_save_leaves_the_state_before_it(params, tmp_path: Path):  # no
 
 
 def _fill_the_disk(folder: Path) -> None:
-  """Trains while files can grow no longer, from step 5 on; leaves what was said."""
+  """Trains with a limit on file sizes from step 5 on; writes the error to a file."""
   signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
   with states(folder, every=4) as checkpoints:
 
@@ -184,32 +184,32 @@ def _fill_the_disk(folder: Path) -> None:
       (folder / "said").write_text(str(e))
 
 
-def test_a_full_disk_while_saving_is_one_line_and_keeps_the_state_before(run_on_devices, tmp_path: Path):
-  """In a process of its own: orbax leaves coroutines behind that nobody awaits."""
+def test_a_full_disk_is_reported_in_one_line_and_keeps_the_previous_state(run_on_devices, tmp_path: Path):
+  """Runs in a child process, because orbax leaves unawaited coroutines behind."""
   run_on_devices(__file__, tmp_path, "save", devices=1)
-  said = (tmp_path / "said").read_text()
-  assert "training state cannot be written" in said
-  assert "\n" not in said
+  message = (tmp_path / "said").read_text()
+  assert "training state cannot be written" in message
+  assert "\n" not in message
   assert saved(tmp_path) == [4]
 
 
-def test_where_nothing_can_be_written_is_said_at_once(tmp_path: Path):
+def test_an_unwritable_folder_is_reported_early(tmp_path: Path):
   (tmp_path / "states").write_text("a file")
   with pytest.raises(UserError, match="training states cannot be written there"):
     states(tmp_path)
 
 
-def test_states_are_never_kept_among_other_things(tmp_path: Path):
+def test_a_folder_with_other_files_is_refused(tmp_path: Path):
   (tmp_path / "run.json").touch()
   with pytest.raises(UserError, match=r"holds run\.json, which is no training state"):
     Checkpoints(tmp_path, save_interval=1, max_to_keep=1, identity={})
 
 
 @pytest.mark.parametrize("folder", ["bad://x", "/proc/x"])
-def test_a_folder_for_states_that_cannot_be_written_is_one_line(folder: str):
+def test_an_unwritable_state_folder_is_reported_in_one_line(folder: str):
   with pytest.raises(UserError, match="training states cannot be written there"):
     check_folder(folder)
 
 
 if __name__ == "__main__":
-  {"save": _fill_the_disk, "read": _read_what_cannot_be_read}[sys.argv[2]](Path(sys.argv[1]))
+  {"save": _fill_the_disk, "read": _resume_from_damaged_states}[sys.argv[2]](Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""The native sampler: this package's decoder, on the devices that train."""
+"""The native sampler: this package's decoder on the training devices."""
 
 from imm_jax.sampling.native.sampler import NativeSampler
 

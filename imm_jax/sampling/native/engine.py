@@ -1,4 +1,4 @@
-"""The native sampler as an engine of a run: every process has a share of the prompts, on its own devices."""
+"""The native sampler as an engine: each process samples its share of the prompts on its own devices."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,16 +15,16 @@ from imm_jax.sampling.native import parts
 from imm_jax.sampling.native.sampler import NativeSampler
 
 
-class Shared:
-  """A native sampler in each process, which fulfils `Sampler` for all of them together."""
+class Distributed:
+  """Implements `Sampler` over all processes with a native sampler in each."""
 
   def __init__(self, sampler: NativeSampler, *, digest: str, rows: int):
-    """`digest` is that of the model's folder and the compute dtype, on process 0; `rows` are decoded at once."""
+    """Takes a digest of the model's folder and compute dtype (used on process 0), and the rows decoded at once."""
     self._sampler, self._digest, self._rows = sampler, digest, rows
 
   def generate(self, prompts: Sequence[Prompt], *, journal: Path, label: str = "sample", **options: Any,
                ) -> list[list[Completion]]:
-    """See `Sampler.generate`; the completions count on process 0 alone."""
+    """See `Sampler.generate`; the completions are valid only on process 0."""
     return parts.generate(self._sampler.generate, prompts, journal=journal, model=self._digest, rows=self._rows,
                           label=label, **options)
 
@@ -36,8 +36,9 @@ def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, s
   del scratch
   dtype = hardware.compute_dtype(config.sample.compute_dtype)
   sampler = NativeSampler(model, compute_dtype=dtype, batch_size=batch_size, mesh=sharding.own_devices(mesh()))
-  yield Shared(sampler, digest=f"{folder.digest(model)} in {dtype}" if distributed.is_main() else "", rows=batch_size)
+  digest = f"{folder.digest(model)} in {dtype}" if distributed.is_main() else ""
+  yield Distributed(sampler, digest=digest, rows=batch_size)
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """It can run wherever jax can."""
+  """Raises nothing: the native sampler runs wherever jax does."""

@@ -1,4 +1,4 @@
-"""The native sampler in parts, each of which is kept when it is done: a run that was killed goes on after the last."""
+"""Native sampling in parts that are saved when done, so that a killed run resumes after the last one."""
 
 import contextlib
 import hashlib
@@ -11,50 +11,50 @@ from imm_jax import distributed
 from imm_jax.sampling import Completion, Prompt
 from imm_jax.sampling.journal import Journal
 
-# Samples of a part for each row of the decoder: rows stand empty at the end of every part, and only one can be lost.
+# Samples per decoder row in a part: fewer lose less work to a kill, more leave rows idle less often (at a part's end).
 _ROUNDS = 4
 
 
 def generate(sampler: Callable[..., list[list[Completion]]], prompts: Sequence[Prompt], *, journal: Path | None,
              model: str, rows: int, label: str, num_samples: int = 1, **options: Any) -> list[list[Completion]]:
-  """`NativeSampler.generate` over all processes, each of which has a share of the prompts.
+  """Runs `NativeSampler.generate` over all processes, each with a share of the prompts.
 
-  Which prompts run together does not depend on what is done already, so the samples have the same bits.
+  Which prompts run together does not depend on what is already done, so that samples are bitwise reproducible.
 
   Args:
     sampler: `NativeSampler.generate`.
-    prompts: the same in every process.
-    journal: a file that gets the samples, a part at a time; a call with the same arguments goes on from it. None
-      keeps nothing.
-    model: the digest of the model's folder and the compute dtype, which decide the samples too; of process 0.
-    rows: samples that are decoded at once.
-    label: what the progress bar says.
-    num_samples: of each prompt.
-    **options: of `NativeSampler.generate`.
+    prompts: prompts, the same in every process.
+    journal: file that samples are written to, a part at a time; a call with the same arguments resumes from it. None
+      saves nothing.
+    model: digest of the model's folder and compute dtype, which also determine the samples; used on process 0.
+    rows: number of samples decoded at once.
+    label: text of the progress bar.
+    num_samples: completions per prompt.
+    **options: other arguments of `NativeSampler.generate`.
 
   Returns:
-    For each prompt, in order, its completions; they count on process 0 alone.
+    The completions of each prompt, in order; valid only on process 0.
   """
   size = max(1, _ROUNDS * rows * distributed.count() // num_samples)
-  asked = hashlib.sha256(json.dumps([tuple(p) for p in prompts]).encode()).hexdigest()
-  settings = {"parts": 1, "size": size, "model": model, "questions": asked, "num_samples": num_samples, **options}
+  digest = hashlib.sha256(json.dumps([tuple(p) for p in prompts]).encode()).hexdigest()
+  settings = {"parts": 1, "size": size, "model": model, "questions": digest, "num_samples": num_samples, **options}
   result: list[list[Completion]] = []
   with contextlib.ExitStack() as stack:
-    keeps = journal is not None and distributed.is_main()
-    kept = stack.enter_context(contextlib.closing(Journal(journal, settings))) if keeps else None
-    done = set(distributed.from_main(sorted(kept.done) if kept else []))
+    saves = journal is not None and distributed.is_main()
+    saved = stack.enter_context(contextlib.closing(Journal(journal, settings))) if saves else None
+    done = set(distributed.from_main(sorted(saved.done) if saved else []))
     count = -(-len(prompts) // size)
     for number, begin in enumerate(range(0, len(prompts), size), 1):
       part = prompts[begin:begin + size]
       numbers = range(begin, begin + len(part))
       if done.issuperset(numbers):
-        result += [kept.done[i] for i in numbers] if kept else [[] for _ in numbers]
+        result += [saved.done[i] for i in numbers] if saved else [[] for _ in numbers]
         continue
-      found = distributed.gather(sampler(list(distributed.share(part)), num_samples=num_samples, **options,
-                                         label=f"{label} ({number} of {count})" if count > 1 else label))
-      groups = [[Completion(*completion) for completion in group] for group in found]
-      if kept:
+      gathered = distributed.gather(sampler(list(distributed.share(part)), num_samples=num_samples, **options,
+                                            label=f"{label} ({number} of {count})" if count > 1 else label))
+      groups = [[Completion(*completion) for completion in group] for group in gathered]
+      if saved:
         for i, group in zip(numbers, groups, strict=True):
-          kept.add(i, group)
+          saved.add(i, group)
       result += groups
   return result

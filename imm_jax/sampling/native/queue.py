@@ -1,6 +1,6 @@
-"""Samples that wait for a row: what their prompts share, how prompts are packed, and which sizes there are.
+"""The queue of samples that wait for a row: common prefixes, packing of prompts, and the choice of array sizes.
 
-Every size is compiled, so there are few: lengths and rows come from ladders whose steps grow with them.
+Each size is a compilation, so there are few: numbers of slots and rows are rounded up to coarse steps.
 """
 
 import bisect
@@ -14,24 +14,24 @@ import numpy as np
 
 from imm_jax.model.cached import LayerCache
 
-# Tokens of a packed row, where no prompt is longer: scores grow with the square of it.
-_ROW = 256
-# Tokens that prompts are run in at once, on a CPU and elsewhere: what more would gain is small, what it would hold not.
-_AT_ONCE, _AT_ONCE_ELSEWHERE = 1024, 8192
-# Prompts of a pack: one for so many tokens, for each takes logits of the whole vocabulary.
-_TOKENS_A_PROMPT = 16
-# Waiting prompts that are tried where the next does not fit.
-_AHEAD = 64
-_LEAST_SLOTS = 64
-# Of all rows; rows shrink to these shares when none waits.
-_SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
-_LEAST_ROWS = 8
-# Tokens that are worth sharing.
-_LEAST_SHARED = 16
+# Length of a packed row if no prompt is longer: attention scores grow with its square.
+_MIN_ROW_LENGTH = 256
+# Tokens per prefill, on a CPU and elsewhere: more would be hardly faster but take more memory.
+_PREFILL_TOKENS_CPU, _PREFILL_TOKENS = 1024, 8192
+# A pack has at most one prompt per this many tokens, because each needs logits of the whole vocabulary.
+_TOKENS_PER_PROMPT = 16
+# Number of waiting prompts, beyond those of a full pack, that are considered for filling it.
+_LOOKAHEAD = 64
+_MIN_SLOTS = 64
+# When no sample waits, rows shrink to these shares of all rows.
+_ROW_SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
+_MIN_ROWS = 8
+# Shorter common prefixes are not shared.
+_MIN_PREFIX = 16
 
 
 class Sample(NamedTuple):
-  """One completion that is asked for: of the prompt with this index and id, its number among that prompt's."""
+  """Identifies a requested completion by its prompt's index and id, and its number among that prompt's samples."""
 
   prompt: int
   number: int
@@ -40,28 +40,28 @@ class Sample(NamedTuple):
 
 
 class Shape(NamedTuple):
-  """Of a pack of prompts: R rows of T tokens, and at most so many prompts."""
+  """Holds the shape of a pack: R rows of T tokens, and the maximum number of prompts."""
 
   rows: int
   length: int
   prompts: int
 
   def fewer(self, rows: int, prompts: int, parts: int) -> "Shape":
-    """The smallest of this, its half, its quarter and so on that holds as much; rows stay a multiple of `parts`."""
+    """Halves the shape while it holds `rows` and `prompts` and its rows are a multiple of `parts`."""
     if self.rows % (2 * parts) or self.rows // 2 < rows or self.prompts // 2 < prompts:
       return self
     return Shape(self.rows // 2, self.length, self.prompts // 2).fewer(rows, prompts, parts)
 
 
 class Pack(NamedTuple):
-  """Prompts to run.
+  """Holds packed prompts.
 
   Attributes:
     tokens: int32 [R, T].
     positions: int32 [R, T], from 0 in every prompt.
     segment_ids: int32 [R, T], from 1; 0 is padding.
-    lengths: int32 [I], of the prompts.
-    starts: int32 [I], where they begin among all R T tokens.
+    lengths: int32 [I], lengths of the prompts.
+    starts: int32 [I], their offsets within the R T tokens.
   """
 
   tokens: np.ndarray
@@ -72,12 +72,12 @@ class Pack(NamedTuple):
 
   @property
   def last(self) -> np.ndarray:
-    """Where the prompts' last tokens lie, int32 [I]."""
+    """The offsets of the prompts' last tokens, int32 [I]."""
     return self.starts + self.lengths - 1
 
 
 class Run(NamedTuple):
-  """A pack that was run: (logits, caches), and the samples that wait for a row, each with its prompt's place in it."""
+  """Holds a pack, its (logits, caches), and the samples that wait for a row, with their prompts' places in the pack."""
 
   pack: Pack
   run: tuple[jax.Array, list[LayerCache]]
@@ -85,14 +85,14 @@ class Run(NamedTuple):
 
 
 class Queue:
-  """Samples that wait for a row; prompts are run a pack at a time, once each."""
+  """Hands out samples that wait for a row; each prompt is run once, a pack at a time."""
 
-  def __init__(self, ids: Sequence[list[int]], asked: Sequence[Sample], shape: Shape,
+  def __init__(self, ids: Sequence[list[int]], samples: Sequence[Sample], shape: Shape,
                run: Callable[[Pack], tuple[jax.Array, list[LayerCache]]], *, parts: int = 1):
-    """Runs nothing yet; `ids` are the prompts' own tokens, less what they share, `parts` as in `pack_shape`."""
+    """Queues samples; `ids` are the prompts' tokens without the common prefix, `parts` is as in `pack_shape`."""
     self._ids, self._shape, self._run, self._parts = ids, shape, run, parts
     by_prompt = collections.defaultdict(list)
-    for sample in asked:
+    for sample in samples:
       by_prompt[sample.prompt].append(sample)
     self._waiting = list(by_prompt.items())
     self._current: Run | None = None
@@ -101,34 +101,35 @@ class Queue:
     return bool(self._waiting) or self._current is not None
 
   def take(self, count: int) -> tuple[list[tuple[int, Sample]], Run]:
-    """At most `count` samples, each with the place of its prompt in a pack, and the pack; runs one if need be."""
+    """Takes at most `count` samples, with their prompts' places in a pack, and that pack; runs one if needed."""
     current = self._current or self._next()
-    taken = [current.waiting.popleft() for _ in range(min(count, len(current.waiting)))]
+    samples = [current.waiting.popleft() for _ in range(min(count, len(current.waiting)))]
     self._current = current if current.waiting else None
-    return taken, current
+    return samples, current
 
   def _next(self) -> Run:
-    """Packs prompts, of those that wait the longest first, each into the first row that has room."""
-    window, self._waiting = self._waiting[:_AHEAD + self._shape.prompts], self._waiting[_AHEAD + self._shape.prompts:]
+    """Packs and runs prompts by first-fit decreasing among those that wait longest."""
+    size = _LOOKAHEAD + self._shape.prompts
+    window, self._waiting = self._waiting[:size], self._waiting[size:]
     rows: list[list[int]] = [[] for _ in range(self._shape.rows)]
-    room, taken = [self._shape.length] * self._shape.rows, set()
+    room, packed = [self._shape.length] * self._shape.rows, set()
     for i in sorted(range(len(window)), key=lambda i: -len(self._ids[window[i][0]])):
       length = len(self._ids[window[i][0]])
       row = next((r for r, free in enumerate(room) if free >= length), None)
-      if row is not None and len(taken) < self._shape.prompts:
+      if row is not None and len(packed) < self._shape.prompts:
         rows[row].append(i)
         room[row] -= length
-        taken.add(i)
-    self._waiting = [w for i, w in enumerate(window) if i not in taken] + self._waiting
+        packed.add(i)
+    self._waiting = [w for i, w in enumerate(window) if i not in packed] + self._waiting
     chosen = [window[i] for row in rows for i in row]
-    pack = packed([[self._ids[window[i][0]] for i in row] for row in rows], self._shape.fewer(
+    pack = pack_prompts([[self._ids[window[i][0]] for i in row] for row in rows], self._shape.fewer(
         sum(map(bool, rows)), len(chosen), self._parts))
     waiting = collections.deque((place, sample) for place, (_, samples) in enumerate(chosen) for sample in samples)
     return Run(pack, self._run(pack), waiting)
 
 
-def packed(rows: Sequence[Sequence[Sequence[int]]], shape: Shape) -> Pack:
-  """Prompts laid end to end in rows."""
+def pack_prompts(rows: Sequence[Sequence[Sequence[int]]], shape: Shape) -> Pack:
+  """Concatenates the prompts of each row into a pack."""
   tokens, positions, segment_ids = (np.zeros((shape.rows, shape.length), np.int32) for _ in range(3))
   lengths, starts = np.ones(shape.prompts, np.int32), np.zeros(shape.prompts, np.int32)
   count = 0
@@ -143,71 +144,71 @@ def packed(rows: Sequence[Sequence[Sequence[int]]], shape: Shape) -> Pack:
 
 
 def pack_shape(lengths: Sequence[int], *, parts: int = 1, cpu: bool = True) -> Shape:
-  """The shape of the packs of prompts.
+  """Chooses the shape of packs.
 
   Args:
-    lengths: of the prompts, less what they share.
-    parts: rows are a multiple of this, for so many devices split them.
-    cpu: whether it is a CPU that runs them.
+    lengths: lengths of the prompts without the common prefix.
+    parts: number of devices that split the rows; rows are a multiple of it.
+    cpu: whether they run on a CPU.
 
   >>> pack_shape([40]), pack_shape([60] * 100), pack_shape([900, 30])
   (Shape(rows=1, length=64, prompts=4), Shape(rows=4, length=256, prompts=64), Shape(rows=1, length=1024, prompts=64))
   """
   total, longest = sum(lengths), max(lengths, default=1)
-  length = slots_of(max(longest, min(_ROW, total)))
-  most = max(1, (_AT_ONCE if cpu else _AT_ONCE_ELSEWHERE) // (length * parts))
+  length = slots_of(max(longest, min(_MIN_ROW_LENGTH, total)))
+  limit = max(1, (_PREFILL_TOKENS_CPU if cpu else _PREFILL_TOKENS) // (length * parts))
   wanted = 1 << (max(1, math.ceil(total / (length * parts))) - 1).bit_length()
-  rows = parts * min(1 << (most.bit_length() - 1), wanted)
-  return Shape(rows, length, max(1, rows * length // _TOKENS_A_PROMPT))
+  rows = parts * min(1 << (limit.bit_length() - 1), wanted)
+  return Shape(rows, length, max(1, rows * length // _TOKENS_PER_PROMPT))
 
 
-def shared(ids: Sequence[Sequence[int]], samples: int) -> int:
-  """How many tokens all prompts begin with; one at least is left to each, whose logits are the next token's.
+def common_prefix(ids: Sequence[Sequence[int]], samples: int) -> int:
+  """Returns the length of the common prefix of all prompts, 0 if it is short; leaves each prompt its last token.
 
-  >>> shared([list(range(40)) + [1, 2], list(range(40)) + [3]], 2), shared([[1, 2, 3], [1, 2, 4]], 2)
+  >>> common_prefix([list(range(40)) + [1, 2], list(range(40)) + [3]], 2), common_prefix([[1, 2, 3], [1, 2, 4]], 2)
   (40, 0)
   """
   if samples < 2 or not ids:
     return 0
-  first, last = min(ids), max(ids)  # what these share, all do
-  most = min(map(len, ids)) - 1
-  count = next((i for i in range(most) if first[i] != last[i]), most)
-  return count if count >= _LEAST_SHARED else 0
+  first, last = min(ids), max(ids)  # the prefix of the extremes in lexical order is common to all
+  limit = min(map(len, ids)) - 1
+  count = next((i for i in range(limit) if first[i] != last[i]), limit)
+  return count if count >= _MIN_PREFIX else 0
 
 
 def slots_of(length: int) -> int:
-  """Slots that hold so many tokens: 64, 128, 192, 256, 384, 512, 768, ...
+  """Rounds a number of tokens up to a number of slots: 64, 128, 192, 256, 384, 512, 768, ...
 
   >>> [slots_of(n) for n in (1, 65, 200, 257, 1500)]
   [64, 128, 256, 384, 1536]
   """
-  if length <= 2 * _LEAST_SLOTS:
-    return -(-max(1, length) // _LEAST_SLOTS) * _LEAST_SLOTS
+  if length <= 2 * _MIN_SLOTS:
+    return -(-max(1, length) // _MIN_SLOTS) * _MIN_SLOTS
   power = 1 << (length - 1).bit_length()
   return power * 3 // 4 if length <= power * 3 // 4 else power
 
 
 def most_slots(length: int) -> int:
-  """The least multiple of 64 that holds so many tokens: what a cache need not grow past."""
-  return -(-max(1, length) // _LEAST_SLOTS) * _LEAST_SLOTS
+  """Returns the number of slots beyond which a cache of `length` tokens need not grow: a multiple of 64."""
+  return -(-max(1, length) // _MIN_SLOTS) * _MIN_SLOTS
 
 
-def rows_of(batch_size: int, asked: int) -> int:
-  """Samples that are decoded at once, of so many that are asked for."""
-  return min(batch_size, 1 << (max(1, asked) - 1).bit_length())
+def rows_of(batch_size: int, samples: int) -> int:
+  """Returns the number of rows for `samples` samples: those that are decoded at once."""
+  return min(batch_size, 1 << (max(1, samples) - 1).bit_length())
 
 
 def fewer_rows(rows: int, parts: int = 1) -> list[int]:
-  """The numbers of rows that `rows` shrink to, smallest first; multiples of `parts`.
+  """Returns the numbers of rows that `rows` can shrink to, ascending, and `rows`; all multiples of `parts`.
 
   >>> fewer_rows(64), fewer_rows(12)
   ([8, 16, 24, 32, 48, 64], [8, 9, 12])
   """
-  least = -(-_LEAST_ROWS // parts) * parts
-  found = {max(least, math.ceil(rows * share / parts) * parts) for share in _SHARES}
-  return sorted({*(n for n in found if n < rows), rows})
+  smallest = -(-_MIN_ROWS // parts) * parts
+  sizes = {max(smallest, math.ceil(rows * share / parts) * parts) for share in _ROW_SHARES}
+  return sorted({*(n for n in sizes if n < rows), rows})
 
 
 def fitting_rows(sizes: Sequence[int], going: int) -> int:
-  """The smallest of some numbers of rows, smallest first, that so many samples fit in."""
+  """Returns the smallest of the ascending `sizes` that holds `going` samples."""
   return sizes[bisect.bisect_left(sizes, going)]

@@ -1,9 +1,9 @@
-"""Sampling with vLLM, which runs in processes, environments or hosts of its own.
+"""Sampling with vLLM, which runs in separate processes, environments or hosts.
 
     python -m imm_jax.sampling.vllm --check --python=/path/to/venv/bin/python
     python -m imm_jax.sampling.vllm --check --urls=http://host:8000,http://other:8000
 
-says whether a usable vLLM is there, and which.
+reports whether a usable vLLM is available, and its version.
 """
 
 from imm_jax.sampling.vllm.sampler import VllmSampler

@@ -1,4 +1,4 @@
-"""`python -m imm_jax.sampling.vllm --check`: whether a usable vLLM is there, and which."""
+"""`python -m imm_jax.sampling.vllm --check`: reports whether a usable vLLM is available."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ _CHECK = flags.DEFINE_bool("check", False, "Say which vLLM is there; all that th
 _PYTHON = flags.DEFINE_string("python", "", "The python of an environment with vLLM, as in sampler.vllm.python.")
 _URLS = flags.DEFINE_list("urls", [], "Servers, as in sampler.vllm.urls.")
 _TIMEOUT_S = 600
-_ASK = """
+_SCRIPT = """
 import platform
 import vllm.entrypoints.openai.api_server
 import torch
@@ -24,16 +24,16 @@ print("vLLM", vllm.__version__, "torch", torch.__version__, "Python", platform.p
 
 
 def main() -> None:
-  """Prints a line for the environment and for each server; a UserError when none can be used."""
+  """Prints a line for the environment or for each server; raises UserError if none is usable."""
   if not _CHECK.value or bool(_PYTHON.value) == bool(_URLS.value):
     raise UserError("give --check, and --python=PROGRAM or --urls=URL,...")
   if _PYTHON.value:
-    print(f"{_PYTHON.value}: {of_environment(_PYTHON.value)}")
+    print(f"{_PYTHON.value}: {describe_environment(_PYTHON.value)}")
     return
   usable = 0
   for url in _URLS.value:
     try:
-      print(f"{url}: {of_server(Server(url))}")
+      print(f"{url}: {describe_server(Server(url))}")
       usable += 1
     except (ServerError, UserError) as e:
       print(f"{url}: not usable: {e}")
@@ -41,23 +41,23 @@ def main() -> None:
     raise UserError("no server can be used")
 
 
-def of_environment(python: str) -> str:
-  """Which vLLM an interpreter has; raises UserError when it cannot be imported."""
+def describe_environment(python: str) -> str:
+  """Describes the vLLM of an interpreter; raises UserError if it cannot be imported."""
   python = vllm_server.find_python(python)
   try:
-    done = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, errors="replace", check=False,
-                          timeout=_TIMEOUT_S, env=vllm_server.environment(python, os.environ))
+    result = subprocess.run([python, "-c", _SCRIPT], capture_output=True, text=True, errors="replace", check=False,
+                            timeout=_TIMEOUT_S, env=vllm_server.environment(python, os.environ))
   except subprocess.TimeoutExpired as e:
     raise UserError(f"{python}: importing vLLM takes more than {_TIMEOUT_S} s") from e
-  said = done.stdout.strip().rpartition("\n")[2]
-  if done.returncode or not said.startswith("vLLM "):
-    why = done.stderr.strip().rpartition("\n")[2] or "it says nothing"
-    raise UserError(f"{python}: vLLM cannot be imported ({why}); install it there with `pip install vllm`")
-  return said
+  description = result.stdout.strip().rpartition("\n")[2]
+  if result.returncode or not description.startswith("vLLM "):
+    reason = result.stderr.strip().rpartition("\n")[2] or "it says nothing"
+    raise UserError(f"{python}: vLLM cannot be imported ({reason}); install it there with `pip install vllm`")
+  return description
 
 
-def of_server(server: Server) -> str:
-  """Which vLLM a server is, what it serves, and whether it can reload weights."""
+def describe_server(server: Server) -> str:
+  """Describes a server: its version, its model, and whether it can reload weights."""
   server.check_health()
   version, model = server.version(), server.model()
   reloads = "reloads weights" if server.can_reload() else (

@@ -1,9 +1,8 @@
-"""One vLLM server over HTTP: completions through its OpenAI-compatible API, and its reload of weights.
+"""HTTP client of a vLLM server: completions through its OpenAI-compatible API, and reloading of weights.
 
-What a server answers is not trusted: a body has a largest size and a time by which it is here, and what is in it is
-looked at before it is used. There are two kinds of errors. A `ServerError` may pass, or is that one server's: the
-request can be sent again, or to another. A `UserError` is the server's refusal of what was asked (HTTP 4xx), which
-others would refuse as well.
+Responses are not trusted: their size and duration are limited, and their contents are validated. There are two kinds of
+errors. A `ServerError` is transient or specific to one server: the request can be retried, there or at another server.
+A `UserError` means that the server rejected the request itself (HTTP 4xx), as other servers would.
 """
 
 import functools
@@ -18,40 +17,40 @@ import urllib3
 
 from imm_jax.errors import UserError
 
-# Of one answer: this much whatever was asked, and this much for each token that may come.
-_MOST_BYTES, _MOST_BYTES_PER_TOKEN = 1 << 20, 512
+# Limits on the size of a response: a constant, and an amount for each token that was requested.
+_MAX_BYTES, _MAX_BYTES_PER_TOKEN = 1 << 20, 512
 _CHUNK = 1 << 16
-_CONNECT_S = 10.0
-_SHORT_S = 30.0  # for what should be answered at once
-_BUSY = (408, 425, 429)
-_OF_THIS_SERVER = (401, 403, 404, 405)  # what it lacks, not what was asked
-# Whatever a checkpoint's generation_config.json has made the server's defaults: only what is asked for counts.
+_CONNECT_TIMEOUT_S = 10.0
+_QUICK_TIMEOUT_S = 30.0  # for requests that take no work
+_BUSY_STATUSES = (408, 425, 429)
+_SERVER_STATUSES = (401, 403, 404, 405)  # the server is at fault, not the request
+# Overrides the defaults that a server may take from a checkpoint's generation_config.json.
 NEUTRAL = {"ignore_eos": True, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
            "frequency_penalty": 0.0, "skip_special_tokens": False}
-# A host that vanishes without a word is noticed after about a minute, however long the answer may take.
+# With these a host that disappears is noticed after about a minute, even during a long request.
 _KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)] + [
     (socket.IPPROTO_TCP, getattr(socket, name), value)
     for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)) if hasattr(socket, name)]
 
 
 class ServerError(Exception):
-  """A server did not answer, or not with what was asked."""
+  """Raised when a server does not respond, or responds with something invalid."""
 
 
 class TimedOutError(ServerError):
-  """An answer did not come in time; to ask the same server again would take as long."""
+  """Raised when a response times out; a retry at the same server would take as long."""
 
 
-class _RefusedError(ServerError):
-  """The server has no such endpoint, or not for this client."""
+class _UnavailableError(ServerError):
+  """Raised when a server lacks an endpoint or denies access to it."""
 
 
 class Generated(NamedTuple):
-  """One choice of a completion.
+  """Holds one choice of a completion response.
 
   Attributes:
-    tokens: ids that were drawn, with the one that ended the sample.
-    logprobs: of each of them, where asked for.
+    tokens: drawn token ids, including the one that ended the sample.
+    logprobs: their log-probabilities if requested, otherwise empty.
     finish: `stop` or `length`.
   """
 
@@ -61,18 +60,18 @@ class Generated(NamedTuple):
 
 
 class Server:
-  """A vLLM server at a URL such as http://host:8000; safe to use from many threads."""
+  """Talks to a vLLM server at a URL such as http://host:8000; thread-safe."""
 
   def __init__(self, url: str, *, connections: int = 1, timeout: float = 600.0):
-    """Contacts nobody yet.
+    """Checks the URL; does not connect yet.
 
     Args:
-      url: without a path.
-      connections: that are kept open.
-      timeout: seconds that a completion may take, waiting in the server's queue included.
+      url: URL without a path.
+      connections: number of connections to keep open.
+      timeout: seconds that a completion may take, including the wait in the server's queue.
 
     Raises:
-      UserError: when it is no such URL.
+      UserError: when the URL is malformed.
     """
     try:
       parts = urllib3.util.parse_url(url)
@@ -92,27 +91,27 @@ class Server:
     return self.url
 
   def alive(self) -> bool:
-    """Whether there is any point in asking again; of a server elsewhere nobody knows."""
+    """Returns whether retrying makes sense; always true for a remote server."""
     return True
 
-  def last_words(self) -> str:
-    """The end of its log, where it is known."""
+  def log_tail(self) -> str:
+    """Returns the end of its log if available."""
     return ""
 
   def close(self) -> None:
-    """Closes connections that are idle."""
+    """Closes idle connections."""
     self._pool.clear()
 
   def check_health(self) -> None:
-    """Raises ServerError unless the server can answer requests."""
-    self._call("GET", "/health", timeout=_SHORT_S, parse=False)
+    """Raises ServerError unless the server is ready for requests."""
+    self._call("GET", "/health", timeout=_QUICK_TIMEOUT_S, parse=False)
 
   def version(self) -> str:
-    """Of vLLM."""
-    return str(_field(self._call("GET", "/version", timeout=_SHORT_S), "version", str))
+    """Returns the version of vLLM."""
+    return str(_field(self._call("GET", "/version", timeout=_QUICK_TIMEOUT_S), "version", str))
 
   def can_reload(self) -> bool:
-    """Whether it has the endpoints that `reload` needs."""
+    """Returns whether it has the endpoints that `reload` needs."""
     try:
       self.weights()
     except (ServerError, UserError):
@@ -120,12 +119,12 @@ class Server:
     return True
 
   def weights(self) -> str:
-    """The name of its weights, as `reload` gave it."""
-    return _field(self._call("GET", "/weight_info", timeout=_SHORT_S), "weight_version", str)
+    """Returns the version of its weights, as set by `reload`."""
+    return _field(self._call("GET", "/weight_info", timeout=_QUICK_TIMEOUT_S), "weight_version", str)
 
   def model(self) -> dict[str, Any]:
-    """What is served: `id`, its name in requests; `root`, the folder it was started with; `max_model_len`."""
-    models = _field(self._call("GET", "/v1/models", timeout=_SHORT_S), "data", list)
+    """Returns the served model: `id`, its name in requests; `root`, the folder it was loaded from; `max_model_len`."""
+    models = _field(self._call("GET", "/v1/models", timeout=_QUICK_TIMEOUT_S), "data", list)
     if not models or not isinstance(models[0], dict) or not isinstance(models[0].get("id"), str):
       raise ServerError("it serves no model")
     self._model = models[0]["id"]
@@ -137,24 +136,24 @@ class Server:
 
     Args:
       prompt: token ids.
-      n: completions.
-      max_tokens: of each.
-      logprobs: whether to ask for those of the tokens drawn.
+      n: number of completions.
+      max_tokens: maximum number of tokens of each.
+      logprobs: whether to request the log-probabilities of the drawn tokens.
       **options: more keys of the request, such as `temperature`.
 
     Returns:
       The n completions, in the order of their seeds.
 
     Raises:
-      ServerError: when it gives no such answer.
-      UserError: when it refuses the request.
+      ServerError: when the response is missing or invalid.
+      UserError: when the server rejects the request.
     """
     if not self._model:
       self.model()
     body = {"model": self._model, "prompt": prompt, "n": n, "max_tokens": max_tokens, "return_token_ids": True,
             "logprobs": 1 if logprobs else None, **options}
     answer = self._call("POST", "/v1/completions", {k: v for k, v in body.items() if v is not None},
-                        timeout=self._timeout, most_bytes=_MOST_BYTES + _MOST_BYTES_PER_TOKEN * n * max_tokens)
+                        timeout=self._timeout, max_bytes=_MAX_BYTES + _MAX_BYTES_PER_TOKEN * n * max_tokens)
     choices = _field(answer, "choices", list)
     numbers = [choice.get("index") if isinstance(choice, dict) else None for choice in choices]
     if len(numbers) != n or any(i not in numbers for i in range(n)):
@@ -163,71 +162,71 @@ class Server:
     return [_generated(by_index[i], max_tokens, logprobs) for i in range(n)]
 
   def reload(self, folder: str, version: str, *, timeout: float) -> None:
-    """Has the server read the weights in `folder` (as it sees it), and forget what it computed with the old ones.
+    """Makes the server load the weights in `folder` and reset its prefix cache; aborts running requests.
 
-    Requests under way are ended. A server that fails stays paused: its weights may be half of each.
+    If a step fails, the server stays paused, because its weights may be a mixture of old and new ones.
 
     Args:
-      folder: a checkpoint of the same architecture.
-      version: a name for the weights, which the server repeats.
-      timeout: seconds that a step may take.
+      folder: checkpoint of the same architecture, at its path on the server.
+      version: name of the weights, which `weights` returns from then on.
+      timeout: seconds that each step may take.
 
     Raises:
-      ServerError: when a step fails, or the server has no such endpoints.
+      ServerError: when a step fails, or the server lacks the endpoints.
     """
     call = functools.partial(self._call, timeout=timeout)
     try:
       call("POST", "/pause?mode=abort")
       call("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
-      # Keys and values of prompts that came before were computed with the old weights.
+      # Cached keys and values were computed with the old weights.
       if not _field(call("POST", "/reset_prefix_cache"), "success", bool):
         raise ServerError("its prefix cache cannot be reset")
       call("POST", "/update_weight_version", {"new_version": version})
-      if (found := self.weights()) != version:
-        raise ServerError(f"it says that its weights are {found!r:.99} and not {version!r}")
+      if (current := self.weights()) != version:
+        raise ServerError(f"it says that its weights are {current!r:.99} and not {version!r}")
       call("POST", "/resume")
-    except _RefusedError as e:
+    except _UnavailableError as e:
       raise ServerError(f"{e}; reloading needs vLLM 0.32 or newer, started with VLLM_SERVER_DEV_MODE=1 in its "
                         "environment, or give config.sampler.vllm.restart") from e
 
   def _call(self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float,
-            most_bytes: int = _MOST_BYTES, parse: bool = True) -> Any:
-    """The JSON object that the server answers with."""
+            max_bytes: int = _MAX_BYTES, parse: bool = True) -> Any:
+    """Sends a request and returns the JSON object of the response, or None unless `parse`."""
     end = time.monotonic() + timeout
     try:
       response = self._pool.request(
           method, self.url + path, json=body, headers=self._headers, preload_content=False, redirect=False,
-          timeout=urllib3.Timeout(connect=min(_CONNECT_S, timeout), read=timeout))
+          timeout=urllib3.Timeout(connect=min(_CONNECT_TIMEOUT_S, timeout), read=timeout))
       try:
         data = bytearray()
         for chunk in response.stream(_CHUNK, decode_content=False):
           data += chunk
-          if len(data) > most_bytes:
-            raise ServerError(f"its answer to {path} has more than {most_bytes} bytes")
+          if len(data) > max_bytes:
+            raise ServerError(f"its answer to {path} has more than {max_bytes} bytes")
           if time.monotonic() > end:
             raise TimedOutError(f"its answer to {path} takes more than {timeout:g} s")
       except BaseException:
-        response.close()  # with its connection, on which the rest may still come
+        response.close()  # closes the connection, because the rest of the body is unread
         raise
       response.release_conn()
     except urllib3.exceptions.ReadTimeoutError as e:
       raise TimedOutError(f"it has not answered {path} for {timeout:g} s") from e
     except urllib3.exceptions.HTTPError as e:
       raise ServerError(f"{path}: {e}") from e
-    if response.status in _OF_THIS_SERVER:
-      raise _RefusedError(f"{path}: the server refuses (HTTP {response.status}): {_said(data)}")
-    if 400 <= response.status < 500 and response.status not in _BUSY:
-      raise UserError(f"{self.url}{path}: the server refuses (HTTP {response.status}): {_said(data)}")
+    if response.status in _SERVER_STATUSES:
+      raise _UnavailableError(f"{path}: the server refuses (HTTP {response.status}): {_excerpt(data)}")
+    if 400 <= response.status < 500 and response.status not in _BUSY_STATUSES:
+      raise UserError(f"{self.url}{path}: the server refuses (HTTP {response.status}): {_excerpt(data)}")
     if response.status != 200:
-      raise ServerError(f"{path}: HTTP {response.status}: {_said(data)}")
+      raise ServerError(f"{path}: HTTP {response.status}: {_excerpt(data)}")
     if not parse:
       return None
     try:
       value = json.loads(data)
     except (ValueError, RecursionError) as e:
-      raise ServerError(f"{path}: its answer is not JSON: {_said(data)}") from e
+      raise ServerError(f"{path}: its answer is not JSON: {_excerpt(data)}") from e
     if not isinstance(value, dict):
-      raise ServerError(f"{path}: its answer is no JSON object: {_said(data)}")
+      raise ServerError(f"{path}: its answer is no JSON object: {_excerpt(data)}")
     return value
 
 
@@ -247,14 +246,14 @@ def _generated(choice: dict[str, Any], max_tokens: int, logprobs: bool) -> Gener
     raise ServerError(f"a completion of {len(tokens)} tokens of {max_tokens} ended with {finish!r:.99}")
   if not logprobs:
     return Generated(tokens, [], finish)
-  found = choice.get("logprobs")
-  values = found.get("token_logprobs") if isinstance(found, dict) else None
+  entry = choice.get("logprobs")
+  values = entry.get("token_logprobs") if isinstance(entry, dict) else None
   if not isinstance(values, list) or len(values) != len(tokens) or not all(
       isinstance(v, float) and math.isfinite(v) for v in values):
     raise ServerError("its answer has no log-probability for each token")
   return Generated(tokens, values, finish)
 
 
-def _said(data: bytes) -> str:
-  """The start of what a server answered, in one line."""
+def _excerpt(data: bytes) -> str:
+  """Returns the beginning of a response body, in one line."""
   return " ".join(data[:2000].decode(errors="replace").split())[:300] or "nothing"

@@ -1,4 +1,4 @@
-"""vLLM as an engine of a run: process 0 asks a server that it starts, or those that run elsewhere."""
+"""vLLM as an engine: process 0 uses a server that it starts, or remote servers."""
 
 import contextlib
 import importlib.util
@@ -20,7 +20,7 @@ from imm_jax.sampling.vllm.sampler import VllmSampler
 
 
 class _Elsewhere:
-  """What processes other than the first have: they ask nothing."""
+  """Implements `Sampler` in processes other than the first, where it does nothing."""
 
   def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[list[Completion]]:
     """See `Sampler.generate`."""
@@ -31,14 +31,14 @@ class _Elsewhere:
 @contextlib.contextmanager
 def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, scratch: Path,
            mesh: Callable[[], Mesh]) -> Iterator[Sampler]:
-  """See `engines`; in `scratch` is vLLM's log. Rows at once are vLLM's own affair."""
+  """See `engines`; writes vLLM's log to `scratch`. vLLM chooses its own batch size."""
   del batch_size
   if not distributed.is_main():
     yield _Elsewhere()
     return
   vllm = config.sampler.vllm
   spawns = not vllm.urls
-  # A server that is started here takes this machine's GPUs, which jax is kept from; those elsewhere have some.
+  # A local server takes this machine's GPUs, which JAX is kept from seeing; remote servers have GPUs.
   dtype = hardware.compute_dtype(config.sample.compute_dtype, gpu=not spawns or Path("/dev/nvidiactl").exists())
   with VllmSampler(
       model, python=(vllm.python or sys.executable) if spawns else "", urls=vllm.urls, args=vllm.args,
@@ -49,12 +49,12 @@ def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, s
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """Raises UserError when a server that is to be started here cannot be."""
+  """Raises UserError if a local server is needed but cannot be started."""
   if config.sampler.vllm.urls:
     return
   if config.sampler.vllm.python:
     server.check_has_vllm(config.sampler.vllm.python)
-  elif not getattr(importlib.util.find_spec("vllm"), "origin", None):  # a folder of that name is no package
+  elif not getattr(importlib.util.find_spec("vllm"), "origin", None):  # None for a mere folder named vllm
     raise UserError("config.sampler.kind=vllm, and this Python has no vLLM: give --config.sampler.vllm.python=PROGRAM, "
                     "the python of an environment that has it, or --config.sampler.vllm.urls, servers that run "
                     "elsewhere, or sample without vLLM: --config.sampler.kind=native")

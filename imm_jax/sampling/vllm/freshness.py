@@ -1,9 +1,9 @@
-"""Whether a server runs the weights that it should.
+"""Checks that a server runs the expected weights.
 
-A server can hold others without an error: after a reload whose prefix cache was kept, of a checkpoint with tied
-embeddings on vLLM's CPU backend, or from a folder that lacks a tensor or has a file too many. So it continues a few of
-the prompts greedily and says each token's log-probability, and the decoder of this package, on the checkpoint that is
-meant, says what it gives the same tokens.
+A server can silently have others: after a reload that kept the prefix cache, of a checkpoint with tied embeddings on
+vLLM's CPU backend, or from a folder with a missing tensor or an extra file. So the server continues a few prompts
+greedily, and its log-probabilities are compared with those that this package's decoder gives the same tokens under the
+expected checkpoint.
 """
 
 import functools
@@ -25,25 +25,25 @@ from imm_jax.sampling.native import decode, queue
 from imm_jax.sampling.vllm.client import NEUTRAL, Generated, Server, ServerError
 
 PROMPTS, TOKENS = 4, 16
-_PAD = 64  # prompts' length to a multiple of this: few shapes are compiled
-# The mean difference of log-probabilities (nats) that rounding explains; a single token's may be ten times as large.
-# Two programs add in another order and round at other places. bfloat16 has 8 significant bits: what passes from layer
-# to layer is rounded to 1/256 of it, and so may the logits be. But what greedy search takes is mostly sure,
-# whose log-probability hardly moves: of 240 answers of the embedded model in bfloat16, on vLLM's CPU backend, four
-# differ by 0.003 on average at most, and a single token by 0.05. Ten times that leaves room for deeper models. float16
-# has 11 bits, float32 24. Weights that differ by less than this sample alike.
+_PAD = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
+# The mean difference of log-probabilities (nats) that rounding can explain; that of a single token may be ten times as
+# large. Two programs sum in different orders and round in different places. bfloat16 has 8 significant bits, so that
+# activations and possibly logits are rounded to 1/256. But greedy tokens mostly have high probabilities, which hardly
+# change: in 240 answers of the embedded model in bfloat16 on vLLM's CPU backend, four answers differ by 0.003 at most
+# on average, and a single token by 0.05. Ten times that leaves room for deeper models. float16 has 11 bits, float32 24.
+# Weights that differ by less than this sample alike.
 TOLERANCES = {"bfloat16": 0.03, "float16": 0.01, "float32": 1e-3}
-_SINGLE = 10
-# Weights that a server ran before are those it still runs where they explain so much more of what it says.
-_NEARER = 0.5
+_TOKEN_FACTOR = 10
+# A server still runs its earlier weights if their mean difference is less than this share of that of the new ones.
+_NEARER_SHARE = 0.5
 
 
 class Agreement(NamedTuple):
-  """How far a server and the decoder differ, in nats.
+  """Measures how far a server and the decoder differ, in nats.
 
   Attributes:
-    mean: of the absolute differences of all tokens' log-probabilities.
-    largest: of them; also by how much the likeliest token beats the one that the server took.
+    mean: mean absolute difference of all tokens' log-probabilities.
+    largest: largest difference; includes by how much the most likely token beats the one that the server chose.
     where: (prompt, token) of the largest.
   """
 
@@ -52,8 +52,8 @@ class Agreement(NamedTuple):
   where: tuple[int, int]
 
   def within(self, tolerance: float) -> bool:
-    """Whether rounding explains it; what is no number is not explained."""
-    return self.mean <= tolerance and self.largest <= _SINGLE * tolerance
+    """Returns whether the differences are within the tolerance; false for NaN."""
+    return self.mean <= tolerance and self.largest <= _TOKEN_FACTOR * tolerance
 
 
 def check(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]], *, dtype: str, new_tokens: int,
@@ -62,27 +62,27 @@ def check(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]],
   """Checks that servers run the weights in a folder.
 
   Args:
-    servers: that were started or have reloaded.
-    folder: an HF checkpoint.
-    prompts: token ids; best are those that will be asked, whose beginnings a server may have kept.
-    dtype: of weights and activations, here and there.
-    new_tokens: at most so many are compared, of each prompt.
-    tolerance: in place of the one in TOLERANCES, where it is not 0.
-    mesh: where the decoder runs; None is the CPU, for a GPU may be full of the server.
-    earlier: for servers of which it is known, the checkpoint that they ran before. A round changes a model by little,
-      in bfloat16 by no more than rounding may: then the server must not be much nearer to the old one.
+    servers: servers that were started or have reloaded.
+    folder: HF checkpoint folder.
+    prompts: token ids, preferably of prompts that will be sampled, whose prefixes a server may have cached.
+    dtype: dtype of weights and activations, here and in the servers.
+    new_tokens: maximum number of tokens to compare per prompt.
+    tolerance: replaces that of `TOLERANCES` unless 0.
+    mesh: where the decoder runs; None is the CPU, because the server may fill the GPU.
+    earlier: checkpoints that servers ran before, where known. A round may change a model so little that rounding in
+      bfloat16 hides it; the server must not be much nearer to the earlier weights.
 
   Returns:
-    How far each differs, or why it did not answer.
+    The agreement of each server, or the error if it did not respond.
 
   Raises:
-    UserError: when a server differs by more than rounding does, or is nearer to the earlier weights; with the numbers.
+    UserError: when a server differs by more than the tolerance, or is nearer to its earlier weights.
   """
   tokens = min(TOKENS, new_tokens)
-  allowed = tolerance or TOLERANCES[dtype]
+  limit = tolerance or TOLERANCES[dtype]
   score = _Scorer(folder, dtype, mesh).score
   result: dict[Server, Agreement | ServerError] = {}
-  said: dict[Server, list[Generated]] = {}
+  answers: dict[Server, list[Generated]] = {}
   for server in servers:
     try:
       greedy = [server.complete(prompt, n=1, max_tokens=tokens, logprobs=True, temperature=0.0, **NEUTRAL)[0]
@@ -90,33 +90,34 @@ def check(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]],
     except ServerError as e:
       result[server] = e
       continue
-    said[server] = greedy
+    answers[server] = greedy
     logprobs, best = score(prompts, [g.tokens for g in greedy])
-    result[server] = found = agreement(greedy, logprobs, best)
-    if not found.within(allowed):
-      row, t = found.where
+    result[server] = agreement = measure_agreement(greedy, logprobs, best)
+    if not agreement.within(limit):
+      row, t = agreement.where
       raise UserError(
           f"{server}: does not run the weights of {folder}. Over {len(prompts)} greedy answers of {tokens} tokens its "
-          f"log-probabilities differ from the native decoder's by {found.mean:.3g} on average and {found.largest:.3g} "
-          f"at most (prompt {row}, token {t}: id {greedy[row].tokens[t]} has {greedy[row].logprobs[t]:.4f} there, "
-          f"{logprobs[row, t]:.4f} here, where the likeliest has {best[row, t]:.4f}); rounding to {dtype} explains "
-          f"{allowed:g} and {_SINGLE * allowed:g} (config.sampler.vllm.tolerance). Have it start again on this folder")
-  del score  # one model is in memory at a time
-  old = {server: path for server, path in (earlier or {}).items() if server in said and path.is_dir()}
+          f"log-probabilities differ from the native decoder's by {agreement.mean:.3g} on average and "
+          f"{agreement.largest:.3g} at most (prompt {row}, token {t}: id {greedy[row].tokens[t]} has "
+          f"{greedy[row].logprobs[t]:.4f} there, {logprobs[row, t]:.4f} here, where the likeliest has "
+          f"{best[row, t]:.4f}); rounding to {dtype} explains {limit:g} and {_TOKEN_FACTOR * limit:g} "
+          "(config.sampler.vllm.tolerance). Have it start again on this folder")
+  del score  # keeps only one model in memory at a time
+  old = {server: path for server, path in (earlier or {}).items() if server in answers and path.is_dir()}
   for path in dict.fromkeys(old.values()):
     score = _Scorer(path, dtype, mesh).score
-    for server in (s for s in said if old.get(s) == path):
-      before = agreement(said[server], *score(prompts, [g.tokens for g in said[server]]))
-      if before.mean < _NEARER * result[server].mean:
+    for server in (s for s in answers if old.get(s) == path):
+      old_agreement = measure_agreement(answers[server], *score(prompts, [g.tokens for g in answers[server]]))
+      if old_agreement.mean < _NEARER_SHARE * result[server].mean:
         raise UserError(f"{server}: still runs the weights of {path}. From those its log-probabilities differ by "
-                        f"{before.mean:.3g} on average, from {folder}'s by {result[server].mean:.3g}. Have it start "
-                        "again on this folder")
+                        f"{old_agreement.mean:.3g} on average, from {folder}'s by {result[server].mean:.3g}. Have "
+                        "it start again on this folder")
     del score
   return result
 
 
-def agreement(greedy: Sequence[Generated], logprobs: np.ndarray, best: np.ndarray) -> Agreement:
-  """Compares what a server said with the decoder's log-probabilities of the same tokens and of the likeliest [B, N]."""
+def measure_agreement(greedy: Sequence[Generated], logprobs: np.ndarray, best: np.ndarray) -> Agreement:
+  """Compares a server's answers with the decoder's log-probabilities of their tokens and of the best ones [B, N]."""
   difference = np.abs(np.array([g.logprobs for g in greedy]) - logprobs)
   worst = np.maximum(difference, best - logprobs)
   return Agreement(float(difference.mean()), float(worst.max()), tuple(
@@ -124,36 +125,37 @@ def agreement(greedy: Sequence[Generated], logprobs: np.ndarray, best: np.ndarra
 
 
 class _Scorer:
-  """The native decoder over a checkpoint, following tokens that are given."""
+  """Scores given tokens with the native decoder and a checkpoint."""
 
   def __init__(self, folder: Path, dtype: str, mesh: Mesh | None):
     config = hf.read_config(folder)
     if mesh is None:
-      self._whole = SingleDeviceSharding(_cpu())
-      place = lambda path, shape: self._whole
+      self._replicated = SingleDeviceSharding(_cpu())
+      place = lambda path, shape: self._replicated
     else:
       decoding = sharding.for_decoding(mesh, config.num_kv_heads)
-      self._whole = NamedSharding(decoding, PartitionSpec())
+      self._replicated = NamedSharding(decoding, PartitionSpec())
       place = functools.partial(sharding.param_sharding, decoding)
     self._static = decode.Static(config, jnp.dtype(dtype), (), 1.0, True)
     _, self._params = hf.load(folder, dtype=self._static.dtype, place=place, stacked=False)
 
   def score(self, prompts: Sequence[list[int]], tokens: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities of tokens [B, N] after prompts, and of the likeliest in each place."""
-    # As many rows for fewer prompts: what is compiled fits all.
+    """Returns the log-probabilities of tokens [B, N] after prompts, and those of the most likely tokens instead."""
+    # Fewer prompts are repeated to the same number of rows, to reuse the compiled program.
     rows = np.arange(max(PROMPTS, len(prompts))) % len(prompts)
     longest = max(map(len, prompts))
-    pack = queue.packed([[prompts[row]] for row in rows], queue.Shape(len(rows), -(-longest // _PAD) * _PAD, len(rows)))
-    prefix = jax.device_put(decode.no_prefix(_PAD, self._static), self._whole)
-    followed = np.array(tokens, np.int32)[rows]
+    shape = queue.Shape(len(rows), -(-longest // _PAD) * _PAD, len(rows))
+    pack = queue.pack_prompts([[prompts[row]] for row in rows], shape)
+    prefix = jax.device_put(decode.no_prefix(_PAD, self._static), self._replicated)
+    token_ids = np.array(tokens, np.int32)[rows]
     logits, caches = decode.prefill(self._params, prefix, pack.tokens, pack.positions, pack.segment_ids, pack.last,
                                     static=self._static)
     caches = decode.grow({"caches": caches}, pack.tokens.shape[1] + TOKENS)["caches"]
-    scores = [_scores(logits, followed[:, 0])]
-    for t in range(1, followed.shape[1]):
-      logits, caches = _step(self._params, prefix, followed[:, t - 1], pack.lengths + t - 1, caches,
+    scores = [_scores(logits, token_ids[:, 0])]
+    for t in range(1, token_ids.shape[1]):
+      logits, caches = _step(self._params, prefix, token_ids[:, t - 1], pack.lengths + t - 1, caches,
                              config=self._static.config, dtype=self._static.dtype)
-      scores.append(_scores(logits, followed[:, t]))
+      scores.append(_scores(logits, token_ids[:, t]))
     logprobs, best = np.stack(jax.device_get(scores), axis=-1)[:, :len(prompts)]
     return logprobs, best
 
@@ -166,13 +168,13 @@ def _step(params: Params, prefix: Prefix, tokens: jax.Array, used: jax.Array, ca
 
 @jax.jit
 def _scores(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-  """Log-probabilities of tokens [B] and of the likeliest: [2, B]."""
+  """Returns the log-probabilities of tokens [B] and of the most likely ones: [2, B]."""
   logprobs = jax.nn.log_softmax(logits)
   return jnp.stack([jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0], jnp.max(logprobs, axis=1)])
 
 
 def _cpu() -> jax.Device:
-  """The CPU, else (with JAX_PLATFORMS=cuda) what there is."""
+  """Returns the CPU, or the first device if JAX has no CPU backend (JAX_PLATFORMS=cuda)."""
   try:
     return jax.local_devices(backend="cpu")[0]
   except RuntimeError:

@@ -1,4 +1,4 @@
-"""The sampler that asks vLLM servers."""
+"""A sampler that uses vLLM servers."""
 
 import contextlib
 import functools
@@ -26,21 +26,21 @@ from imm_jax.sampling import Completion, Prompt, completions
 from imm_jax.sampling.journal import Journal
 from imm_jax.sampling.vllm import freshness
 from imm_jax.sampling.vllm.client import NEUTRAL, Generated, Server, ServerError
-from imm_jax.sampling.vllm.dispatch import Dispatcher, none_left
+from imm_jax.sampling.vllm.dispatch import Dispatcher, no_server_message
 from imm_jax.sampling.vllm.server import SpawnedServer
 
-# Seeds of a question at a temperature are consecutive; the questions' lie at least so far apart.
+# The samples of a prompt at a temperature have consecutive seeds; blocks of seeds are this far apart.
 _SEED_STEP = 1 << 12
 _POLL_S = 2.0
-# By URL, the checkpoint that this process last had a server elsewhere load.
+# URL -> checkpoint that this process last made a remote server load.
 _last_loaded: dict[str, Path] = {}
 
 
 class VllmSampler:
   """Samples from an HF checkpoint folder with vLLM; use as a context manager.
 
-  It is either started here (`python`) or runs elsewhere (`urls`), where it reloads the weights from the same folder. A
-  server that is started here needs the GPUs' memory: this process must not have used jax on them
+  It either starts a local server (`python`), or makes remote servers (`urls`) reload their weights from the folder. A
+  local server needs the memory of the GPUs, so that JAX must not have used them in this process
   (`jax.config.update("jax_platforms", "cpu")`).
   """
 
@@ -48,27 +48,27 @@ class VllmSampler:
                restart: str = "", compute_dtype: str = "bfloat16", concurrency: int = 256, timeout: float = 1800.0,
                start_timeout: float = 1800.0, tolerance: float = 0.0, log: str | Path = "vllm.log",
                mesh: Mesh | None = None, start: bool = True):
-    """Starts a server, or has those elsewhere reload; returns when they can answer.
+    """Starts a local server, or makes remote servers reload; blocks until they are ready.
 
     Args:
-      folder: an HF checkpoint folder with a tokenizer; servers elsewhere see it under the same path.
-      python: the interpreter of an environment with vLLM, or
-      urls: of servers.
-      args: more arguments for the server that is started, such as `--gpu-memory-utilization=0.8`.
-      restart: a command that starts the servers elsewhere again, in place of a reload; `{model}` in it is the folder.
-      compute_dtype: of weights and activations: bfloat16, float16 or float32.
-      concurrency: requests under way at each server.
+      folder: HF checkpoint folder with a tokenizer; remote servers must see it under the same path.
+      python: interpreter of an environment with vLLM, for a local server. Exactly one of `python` and `urls` is needed.
+      urls: URLs of remote servers.
+      args: more arguments for the local server, such as `--gpu-memory-utilization=0.8`.
+      restart: command that restarts the remote servers instead of a reload; `{model}` in it is replaced by the folder.
+      compute_dtype: dtype of weights and activations: bfloat16, float16 or float32.
+      concurrency: maximum number of concurrent requests at each server.
       timeout: seconds that a request may take.
       start_timeout: seconds that a server may take to start or reload.
-      tolerance: by how much the servers' log-probabilities may differ from the native decoder's, on average; 0 for what
-        rounding to `compute_dtype` explains (`freshness.TOLERANCES`).
-      log: a file that gets what a server that is started says.
-      mesh: of this process's own devices, for the check of the servers' weights; None takes the CPU.
-      start: False leaves the start to the first call of `generate` that has something to ask.
+      tolerance: allowed mean difference of the servers' log-probabilities from the native decoder's; 0 takes that of
+        `compute_dtype` (`freshness.TOLERANCES`).
+      log: file for the output of a local server.
+      mesh: this process's own devices, for the check of the servers' weights; None takes the CPU.
+      start: False defers the start to the first call of `generate` that needs a server.
 
     Raises:
       ValueError: for an argument out of range.
-      UserError: for a checkpoint or tokenizer that cannot be read, or when no server can be used.
+      UserError: for a checkpoint or tokenizer that cannot be read, or when no server is usable.
     """
     if compute_dtype not in freshness.TOLERANCES:
       raise ValueError(f"compute_dtype={compute_dtype!r}: expected one of {', '.join(freshness.TOLERANCES)}")
@@ -88,7 +88,7 @@ class VllmSampler:
     self._earlier: dict[Server, Path] = {}
     self._digest = checkpoint.digest(self._folder)
     self._servers: list[Server] = []
-    self._out: dict[Server, str] = {}  # those that are not used any more, and why
+    self._out: dict[Server, str] = {}  # servers that were taken out, and why
     self._start = functools.partial(self._begin, python, urls, args, restart, timeout, start_timeout, Path(log))
     if start:
       self._begin_once()
@@ -104,7 +104,7 @@ class VllmSampler:
 
   def _begin(self, python: str, urls: Sequence[str], args: Sequence[str], restart: str, timeout: float,
              start_timeout: float, log: Path) -> None:
-    """Has servers that answer; see `__init__`."""
+    """Starts or reloads the servers; see `__init__`."""
     if python:
       self._servers = [SpawnedServer(python, self._folder, dtype=self._dtype, args=args, log=log,
                                      connections=self._concurrency, timeout=timeout)]
@@ -113,9 +113,9 @@ class VllmSampler:
     self._servers = [Server(url, connections=self._concurrency, timeout=timeout) for url in urls]
     if restart:
       _restart(restart, self._folder, start_timeout)
-      self._use(lambda server: _await(server, start_timeout))
+      self._prepare(lambda server: _wait_for(server, start_timeout))
     else:
-      self._use(lambda server: self._reload(server, start_timeout))
+      self._prepare(lambda server: self._reload(server, start_timeout))
       self._earlier = {server: _last_loaded[server.url] for server in self._usable() if server.url in _last_loaded}
       _last_loaded.update((server.url, self._folder.resolve()) for server in self._usable())
 
@@ -126,7 +126,7 @@ class VllmSampler:
     self.close()
 
   def close(self) -> None:
-    """Ends a server that was started here."""
+    """Closes connections, and ends a local server."""
     for server in self._servers:
       server.close()
 
@@ -135,32 +135,32 @@ class VllmSampler:
                label: str = "sample", journal: Path | None = None) -> list[list[Completion]]:
     """Samples `num_samples` completions of every prompt, as `NativeSampler.generate` does.
 
-    Prompts are sent as token ids of the checkpoint's own tokenizer and come back as token ids, so that what the model
-    reads and what counts as its answer does not depend on vLLM's tokenizer, template or detokenizer. The draws are
-    vLLM's own: they differ from the native sampler's, and follow from (seed, prompt id, sample's number).
+    Prompts and completions are exchanged as token ids of the checkpoint's tokenizer, so that nothing depends on vLLM's
+    tokenizer, template or detokenizer. The random draws are vLLM's: they differ from the native sampler's, but are also
+    determined by (seed, prompt id, sample number).
 
     Args:
-      prompts: see `NativeSampler.generate`.
-      max_new_tokens: see there, and so on.
-      num_samples: of each prompt.
-      temperatures: of the samples in turn.
-      top_p: of the nucleus.
-      stop: strings.
-      seed: of all samples.
-      label: what the progress bar says.
-      journal: a file that gets the samples as they come; a call with the same arguments goes on from it.
+      prompts: see `Sampler.generate`, also for the other arguments.
+      max_new_tokens: maximum number of tokens per sample.
+      num_samples: completions per prompt.
+      temperatures: temperatures of the samples in turn.
+      top_p: probability mass of nucleus sampling.
+      stop: stop strings.
+      seed: seed of all samples.
+      label: text of the progress bar.
+      journal: file that samples are written to as they arrive; a call with the same arguments resumes from it.
 
     Returns:
-      For each prompt, in order, its completions.
+      The completions of each prompt, in order.
 
     Raises:
-      ValueError: for a prompt without a token, or an argument out of range.
-      UserError: for a prompt with a token that the embedding has no row of; when a server runs other weights (before
-        the first samples), refuses a prompt, such as one that does not fit in its context, or none is left.
+      ValueError: for an empty prompt, or an argument out of range.
+      UserError: for a prompt with a token id outside of the embedding; when a server runs other weights (before the
+        first samples) or rejects a prompt, such as one that exceeds its context; when no server is left.
     """
     completions.check_arguments(max_new_tokens, num_samples, temperatures, top_p, stop, seed)
     ids = completions.encode(self.tokenizer, prompts, self._vocab_size)
-    ends, texts = completions.endings(self.tokenizer, self._eos, stop, self._vocab_size)
+    ends, stop_texts = completions.endings(self.tokenizer, self._eos, stop, self._vocab_size)
     requests = _requests(prompts, ids, num_samples, temperatures, seed)
     results: list[list[Completion | None]] = [[None] * num_samples for _ in prompts]
 
@@ -170,37 +170,37 @@ class VllmSampler:
 
     settings = {"max_new_tokens": max_new_tokens, "num_samples": num_samples, "temperatures": list(temperatures),
                 "top_p": top_p, "stop": list(stop), "seed": seed, "dtype": self._dtype}
-    options = {"top_p": top_p, "stop": list(texts), "stop_token_ids": list(ends)}
+    options = {"top_p": top_p, "stop": list(stop_texts), "stop_token_ids": list(ends)}
     ask = lambda server, request: self._ask(server, request, max_new_tokens, options)
     with contextlib.ExitStack() as stack:
-      kept = Journal(journal, self._header(settings, prompts)) if journal else None
-      if kept:
-        stack.enter_context(contextlib.closing(kept))
-      earlier = {i: done for i, done in kept.done.items()
-                 if 0 <= i < len(requests) and len(done) == requests[i].count} if kept else {}
+      file = Journal(journal, self._header(settings, prompts)) if journal else None
+      if file:
+        stack.enter_context(contextlib.closing(file))
+      earlier = {i: done for i, done in file.done.items()
+                 if 0 <= i < len(requests) and len(done) == requests[i].count} if file else {}
       for i, done in earlier.items():
         put(requests[i], done)
-      left = [(i, request) for i, request in enumerate(requests) if i not in earlier]
-      if left:
+      remaining = [(i, request) for i, request in enumerate(requests) if i not in earlier]
+      if remaining:
         self._begin_once()
         if not self._usable():
-          raise UserError(none_left(self._out))
+          raise UserError(no_server_message(self._out))
       self._check_versions(journal)
-      if left and not self._checked:
-        self._check(list({request.prompt: request.ids for _, request in left}.values()), max_new_tokens)
-      dispatcher = Dispatcher(self._usable(), lambda server, item: ask(server, item[1]), left,
+      if remaining and not self._checked:
+        self._check(list({request.prompt: request.ids for _, request in remaining}.values()), max_new_tokens)
+      dispatcher = Dispatcher(self._usable(), lambda server, item: ask(server, item[1]), remaining,
                               concurrency=self._concurrency)
       stack.callback(lambda: self._out.update(dispatcher.out))
       bar = stack.enter_context(progress.bar(len(prompts) * num_samples, label, "sample", initial=sum(
           map(len, earlier.values()))))
       tokens = sum(c.num_tokens for done in earlier.values() for c in done)
       for (i, request), generated in stack.enter_context(contextlib.closing(iter(dispatcher))):
-        done = [completions.completion(self.tokenizer, np.array(g.tokens), ends, texts) for g in generated]
-        # An end that only the server knows of.
+        done = [completions.completion(self.tokenizer, np.array(g.tokens), ends, stop_texts) for g in generated]
+        # The server may have ended a sample for a reason that only it knows.
         done = [c._replace(finish=g.finish) if g.finish == "stop" else c for c, g in zip(done, generated, strict=True)]
         done *= request.count // len(done)
-        if kept:
-          kept.add(i, done)
+        if file:
+          file.add(i, done)
         put(request, done)
         tokens += sum(c.num_tokens for c in done)
         bar.update(len(done))
@@ -215,44 +215,44 @@ class VllmSampler:
         seed=request.seed, **NEUTRAL, **options, **more)
     generated = ask()
     if self._unknown and any(self._unknown.intersection(g.tokens) for g in generated):
-      # The embedding has rows that are no tokens, which are hardly ever drawn; a bias in every request would cost.
+      # Embedding rows without a token are hardly ever drawn, so a bias is sent only then: in all requests it is costly.
       generated = ask(logit_bias={str(i): -100.0 for i in sorted(self._unknown)})
     if any(t >= self._vocab_size or t in self._unknown for g in generated for t in g.tokens):
       raise ServerError("its answer has token ids that the tokenizer does not have")
     return generated
 
   def _check(self, ids: Sequence[list[int]], new_tokens: int) -> None:
-    """Checks the servers' weights, once, with some of the prompts that will be asked."""
+    """Checks the servers' weights, once, with some of the prompts to be sampled."""
     step = -(-len(ids) // freshness.PROMPTS)
-    found = freshness.check(self._usable(), self._folder, ids[::step], dtype=self._dtype, new_tokens=new_tokens,
-                            tolerance=self._tolerance, mesh=self._mesh, earlier=self._earlier)
-    self._leave_out({server: str(e) for server, e in found.items() if isinstance(e, ServerError)})
+    results = freshness.check(self._usable(), self._folder, ids[::step], dtype=self._dtype, new_tokens=new_tokens,
+                              tolerance=self._tolerance, mesh=self._mesh, earlier=self._earlier)
+    self._take_out({server: str(e) for server, e in results.items() if isinstance(e, ServerError)})
     self._checked = True
 
   def _reload(self, server: Server, timeout: float) -> None:
-    """Has a server elsewhere load the weights, unless it is seen to run another kind of model."""
+    """Makes a remote server load the weights; raises ServerError if it runs another architecture."""
     served = Path(str(server.model().get("root")))
     if (served / "config.json").is_file() and hf.read_config(served) != hf.read_config(self._folder):
       raise ServerError(f"it serves {served}, a model of another shape than {self._folder}; start it with that one")
     server.reload(str(self._folder.resolve()), self._digest, timeout=timeout)
 
   def _check_versions(self, journal: Path | None) -> None:
-    """Raises UserError when a server elsewhere has other weights by now; what the journal holds is then dropped."""
+    """Raises UserError and deletes the journal if a remote server's weights have changed meanwhile."""
     if self._restarted or not self._servers or isinstance(self._servers[0], SpawnedServer):
       return
     for server in self._usable():
       try:
-        found = server.weights()
+        current = server.weights()
       except ServerError:
-        continue  # who asks it next finds out
-      if found != self._digest:
+        continue  # the next request will report it
+      if current != self._digest:
         if journal:
           journal.unlink(missing_ok=True)
-        raise UserError(f"{server}: was given other weights ({found!r:.99}, and not {self._digest!r}) or was started "
+        raise UserError(f"{server}: was given other weights ({current!r:.99}, and not {self._digest!r}) or was started "
                         "again while it was used here. Let no other run use it, and give the same command again")
 
-  def _use(self, prepare: Callable[[Server], None]) -> None:
-    """Prepares all servers at once and keeps those that can be used."""
+  def _prepare(self, prepare: Callable[[Server], None]) -> None:
+    """Prepares all servers in parallel and keeps the usable ones."""
 
     def attempt(server: Server) -> str:
       try:
@@ -263,15 +263,15 @@ class VllmSampler:
 
     with ThreadPoolExecutor(len(self._servers)) as pool:
       failed = zip(self._servers, pool.map(attempt, self._servers), strict=True)
-      self._leave_out({server: why for server, why in failed if why})
+      self._take_out({server: reason for server, reason in failed if reason})
 
-  def _leave_out(self, failed: dict[Server, str]) -> None:
-    """Takes servers out that failed; raises UserError when none is left."""
+  def _take_out(self, failed: dict[Server, str]) -> None:
+    """Takes out servers that failed; raises UserError when none is left."""
     self._out |= failed
     if not self._usable():
-      raise UserError(none_left(self._out))
-    for server, why in failed.items():
-      print(f"warning: server {server} is not used in this round ({why})", file=sys.stderr)
+      raise UserError(no_server_message(self._out))
+    for server, reason in failed.items():
+      print(f"warning: server {server} is not used in this round ({reason})", file=sys.stderr)
 
   def _usable(self) -> list[Server]:
     return [server for server in self._servers if server not in self._out]
@@ -282,7 +282,7 @@ class VllmSampler:
 
 
 class _Request(NamedTuple):
-  """Samples of one prompt at one temperature: those with the numbers `first`, `first` + all temperatures, and so on."""
+  """Asks for the samples of a prompt at one temperature: numbers `first`, `first + len(temperatures)`, ..."""
 
   prompt: int
   first: int
@@ -294,39 +294,39 @@ class _Request(NamedTuple):
 
 def _requests(prompts: Sequence[Prompt], ids: Sequence[list[int]], num_samples: int, temperatures: Sequence[float],
               seed: int) -> list[_Request]:
-  """One for each prompt and temperature; vLLM gives sample j of a request the seed `seed` + j."""
+  """Creates a request per prompt and temperature; vLLM draws sample j of a request with seed `seed + j`."""
   if -(-num_samples // len(temperatures)) > _SEED_STEP:
     raise ValueError(f"num_samples={num_samples}: expected at most {_SEED_STEP} for each temperature")
-  result, taken = [], set()
+  result, used_blocks = [], set()
   for p, prompt in enumerate(prompts):
     for first, temperature in enumerate(temperatures[:num_samples]):
       hashed = hashlib.sha256(f"{seed}/{first}/{prompt.id}".encode()).digest()
       block = int.from_bytes(hashed[:6])
-      while block in taken:  # by chance, or two prompts of one id
+      while block in used_blocks:  # a hash collision, or two prompts with the same id
         block = (block + 1) % (1 << 48)
-      taken.add(block)
+      used_blocks.add(block)
       count = len(range(first, num_samples, len(temperatures)))
       result.append(_Request(p, first, ids[p], temperature, count, block * _SEED_STEP))
   return result
 
 
 def _restart(command: str, folder: Path, timeout: float) -> None:
-  """Runs the user's command."""
-  with tempfile.TemporaryFile() as said:  # no pipe: what it leaves running in the background would hold that
+  """Runs the user's command that restarts remote servers."""
+  with tempfile.TemporaryFile() as output:  # not a pipe, which its background processes would keep open
     try:
       words = [word.replace("{model}", str(folder.resolve())) for word in shlex.split(command)]
-      code = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, timeout=timeout,
+      code = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=timeout,
                             check=False).returncode
     except (OSError, ValueError, subprocess.TimeoutExpired) as e:
       raise UserError(f"config.sampler.vllm.restart={command!r}: {e}") from e
     if code:
-      said.seek(0)
+      output.seek(0)
       raise UserError(f"config.sampler.vllm.restart={command!r}: ended with exit code {code}: "
-                      f"{said.read().decode(errors='replace').strip()[-500:]}")
+                      f"{output.read().decode(errors='replace').strip()[-500:]}")
 
 
-def _await(server: Server, timeout: float) -> None:
-  """Returns when a server elsewhere answers; raises ServerError when it takes longer than this many seconds."""
+def _wait_for(server: Server, timeout: float) -> None:
+  """Blocks until a remote server is ready; raises ServerError after `timeout` seconds."""
   end = time.monotonic() + timeout
   while True:
     try:

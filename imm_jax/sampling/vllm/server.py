@@ -1,4 +1,4 @@
-"""A vLLM server that this process starts: in an environment of its own, on loopback, ended with all its processes."""
+"""Starts a local vLLM server in its own environment, on the loopback interface, and ends it with all its processes."""
 
 import fcntl
 import os
@@ -19,67 +19,67 @@ from imm_jax.sampling.vllm import supervisor
 from imm_jax.sampling.vllm.client import Server, ServerError
 
 _POLL_S = 0.5
-_EARLIER_S = 90.0
+_LOCK_TIMEOUT_S = 90.0
 _LOG_LINES, _LOG_BYTES = 15, 1_000_000
-# A traceback's last line, in the log of one of several processes.
-_ERROR, _ERRORS = re.compile(r"\b[A-Z]\w*(?:Error|Exception): .*"), 5
-# Variables that are meant for jax, for this Python, or for this process among several (torch would join them).
+# Matches the last line of a traceback, which may have a process's prefix.
+_ERROR_LINE, _MAX_ERRORS = re.compile(r"\b[A-Z]\w*(?:Error|Exception): .*"), 5
+# Variables for JAX or for this Python, and those of distributed runs (which torch would join).
 _JAX = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "MEGASCALE_", "TF_", "PYTHON", "VIRTUAL_ENV")
 _OTHER_RUNS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_OWN = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1",
-        "PYTHONSAFEPATH": "1"}  # `-m` is not to find modules in the current directory
+_SETTINGS = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1",
+             "PYTHONSAFEPATH": "1"}  # keeps `-m` from importing from the current directory
 
 
 def find_python(python: str) -> str:
-  """The interpreter at this path; raises UserError where there is none."""
-  found = shutil.which(os.path.expanduser(python))
-  if not found:
+  """Returns the absolute path of an interpreter; raises UserError if there is none."""
+  path = shutil.which(os.path.expanduser(python))
+  if not path:
     raise UserError(f"config.sampler.vllm.python={python}: no such program; expected the python of an environment "
                     "with vLLM")
-  return os.path.abspath(found)
+  return os.path.abspath(path)
 
 
 def check_has_vllm(python: str) -> None:
-  """Raises UserError when an interpreter is not there, or finds no vLLM; a look that imports nothing."""
-  look = "import importlib.util as u; print('vllm', bool(getattr(u.find_spec('vllm'), 'origin', None)))"
+  """Raises UserError if an interpreter does not exist or has no vLLM; does not import vLLM."""
+  script = "import importlib.util as u; print('vllm', bool(getattr(u.find_spec('vllm'), 'origin', None)))"
   path = find_python(python)
   try:
-    done = subprocess.run([path, "-c", look], capture_output=True, text=True, errors="replace", check=False, timeout=60,
-                          env=environment(path, os.environ))
+    result = subprocess.run([path, "-c", script], capture_output=True, text=True, errors="replace", check=False,
+                            timeout=60, env=environment(path, os.environ))
   except (OSError, subprocess.TimeoutExpired) as e:
     raise UserError(f"config.sampler.vllm.python={python}: cannot be run ({e})") from e
-  if done.stdout.strip() != "vllm True":
+  if result.stdout.strip() != "vllm True":
     raise UserError(f"config.sampler.vllm.python={python}: no Python that has vLLM; `{python} -m pip install vllm`")
 
 
 def environment(python: str, given: Mapping[str, str]) -> dict[str, str]:
-  """The environment of a child that runs another Python: `given` less what is meant for this process.
+  """Returns the environment of a child with another Python: `given` without variables meant for this process.
 
-  >>> made = environment("/venv/bin/python", {"PATH": "/bin", "XLA_FLAGS": "--x", "HOME": "/home/me"})
-  >>> made["PATH"], made["HOME"], "XLA_FLAGS" in made
+  >>> env = environment("/venv/bin/python", {"PATH": "/bin", "XLA_FLAGS": "--x", "HOME": "/home/me"})
+  >>> env["PATH"], env["HOME"], "XLA_FLAGS" in env
   ('/venv/bin:/bin', '/home/me', False)
   """
-  kept = {k: v for k, v in given.items() if not k.startswith(_JAX) and k not in _OTHER_RUNS}
-  # The CUDA libraries that came with jax are not those that torch was built for.
-  libraries = [p for p in kept.pop("LD_LIBRARY_PATH", "").split(":") if p and not p.startswith(sys.prefix + os.sep)]
-  # Kernels are compiled with programs that lie beside the interpreter.
-  path = os.pathsep.join([os.path.dirname(python), kept.get("PATH", os.defpath)])
-  return {**kept, "PATH": path, **({"LD_LIBRARY_PATH": ":".join(libraries)} if libraries else {}), **_OWN}
+  env = {k: v for k, v in given.items() if not k.startswith(_JAX) and k not in _OTHER_RUNS}
+  # JAX's CUDA libraries are not those that torch was built for.
+  libraries = [p for p in env.pop("LD_LIBRARY_PATH", "").split(":") if p and not p.startswith(sys.prefix + os.sep)]
+  # vLLM compiles kernels with programs in the interpreter's folder.
+  path = os.pathsep.join([os.path.dirname(python), env.get("PATH", os.defpath)])
+  return {**env, "PATH": path, **({"LD_LIBRARY_PATH": ":".join(libraries)} if libraries else {}), **_SETTINGS}
 
 
 class SpawnedServer(Server):
-  """A server with this checkpoint, in a process of its own."""
+  """Runs a server for a checkpoint in a child process."""
 
   def __init__(self, python: str, folder: Path, *, dtype: str, args: Sequence[str] = (), log: Path,
                connections: int = 1, timeout: float = 600.0):
-    """Starts it; `wait` returns when it can answer.
+    """Starts the server; `wait` returns once it is ready.
 
     Args:
-      python: the interpreter of an environment with vLLM.
-      folder: an HF checkpoint.
-      dtype: of weights and activations.
-      args: more arguments of vLLM's server; the last of one name counts.
-      log: a file that gets all that the server says.
+      python: interpreter of an environment with vLLM.
+      folder: HF checkpoint folder.
+      dtype: dtype of weights and activations.
+      args: more arguments of vLLM's server; they override ours except host and port.
+      log: file for all output of the server.
       connections: see `Server`.
       timeout: see `Server`.
 
@@ -97,33 +97,33 @@ class SpawnedServer(Server):
                "--generation-config", "vllm", "--served-model-name", "imm_jax", *args,
                "--host", "127.0.0.1", "--port", str(port)]
     with log.open("ab") as out:
-      _wait_for_earlier(out)
+      _lock_log(out)
       out.write(f"\n{time.strftime('%F %T')} {' '.join(command)}\n".encode())
       out.flush()
       self._begin = out.tell()
-      # In a session of its own, so that Ctrl-C at a terminal does not reach it before this process has decided.
+      # A new session, so that Ctrl-C at a terminal reaches only this process, which then ends the server.
       self._process = subprocess.Popen(
           [sys.executable, "-I", supervisor.__file__, str(os.getpid()), *command], stdin=subprocess.DEVNULL, stdout=out,
           stderr=subprocess.STDOUT, start_new_session=True, env=environment(python, os.environ))
 
   def alive(self) -> bool:
-    """Whether its process runs."""
+    """Returns whether its process is running."""
     return self._process.poll() is None
 
-  def last_words(self) -> str:
-    """The errors and the last lines that it said, and where the rest is."""
+  def log_tail(self) -> str:
+    """Returns the errors and the last lines of its log, and the path of the log."""
     lines = self._lines()
-    # The cause comes first and far from the end: one process after the other says that it failed.
-    found = [_ERROR.search(line) for line in lines if "WARNING" not in line]
-    errors = list(dict.fromkeys(match[0] for match in found if match))[:_ERRORS]
-    said = [f"its errors in {self._log}:", *errors] if errors else []
-    return "\n" + "\n  ".join([*said, f"the last lines of {self._log}:", *lines[-_LOG_LINES:]])
+    # The root cause comes first, far from the end: then one process after the other reports that it failed.
+    matches = [_ERROR_LINE.search(line) for line in lines if "WARNING" not in line]
+    errors = list(dict.fromkeys(match[0] for match in matches if match))[:_MAX_ERRORS]
+    parts = [f"its errors in {self._log}:", *errors] if errors else []
+    return "\n" + "\n  ".join([*parts, f"the last lines of {self._log}:", *lines[-_LOG_LINES:]])
 
   def wait(self, timeout: float) -> None:
-    """Returns when it answers.
+    """Blocks until the server is ready.
 
     Raises:
-      UserError: when it ends first, takes longer than this many seconds, or is another's; with its last lines.
+      UserError: when it ends first, takes longer than `timeout` seconds, or another program has its port.
     """
     begin = time.monotonic()
     with progress.bar(None, "vLLM starts", "s", bar_format="{desc}: {n:.0f} s {postfix}") as bar:
@@ -136,7 +136,7 @@ class SpawnedServer(Server):
         except ServerError:
           if not self.alive():
             raise UserError(f"the vLLM server has ended while it started (exit code {self._process.returncode})"
-                            f"{self.last_words()}") from None
+                            f"{self.log_tail()}") from None
         else:
           if served != str(self._folder.resolve()):
             raise UserError(f"{self}: another server ({served!r:.99}) has taken the port; start again")
@@ -144,13 +144,13 @@ class SpawnedServer(Server):
         waited = time.monotonic() - begin
         if waited > timeout:
           raise UserError(f"the vLLM server is not ready after {timeout:g} s (config.sampler.vllm.start_timeout)"
-                          f"{self.last_words()}")
+                          f"{self.log_tail()}")
         bar.set_postfix_str("".join(self._lines()[-1:])[:100], refresh=False)
         bar.update(waited - bar.n)
         time.sleep(_POLL_S)
 
   def close(self) -> None:
-    """Ends it and all its processes."""
+    """Ends the server with all its processes."""
     super().close()
     if self.alive():
       self._process.send_signal(signal.SIGTERM)
@@ -163,9 +163,9 @@ class SpawnedServer(Server):
       return [line for line in f.read().decode(errors="replace").splitlines() if line.strip()]
 
 
-def _wait_for_earlier(log: IO[bytes]) -> None:
-  """Waits for a server that wrote to this log and may still hold a GPU, its run having been killed just now."""
-  end = time.monotonic() + _EARLIER_S
+def _lock_log(log: IO[bytes]) -> None:
+  """Waits for an earlier server with this log, which may still hold a GPU after its run was killed."""
+  end = time.monotonic() + _LOCK_TIMEOUT_S
   while True:
     try:
       fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the server's processes inherit it

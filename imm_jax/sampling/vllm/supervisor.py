@@ -1,9 +1,9 @@
-"""Runs a command and ends all of its processes when it ends, is told to (SIGTERM), or the process that asked is gone.
+"""Runs a command, and ends all of its processes when the command ends, on SIGTERM, or when the parent process is gone.
 
     python supervisor.py PARENT COMMAND...
 
-A program by itself, of the standard library alone: what it watches may be killed at any moment, so nothing in it can be
-relied on to clean up. PARENT is its process id. Linux only.
+A separate program that uses only the standard library, because the parent may be killed at any moment and then cannot
+clean up. PARENT is the parent's process id. Linux only.
 """
 
 import contextlib
@@ -16,28 +16,27 @@ import time
 from pathlib import Path
 
 _POLL_S = 0.5
-# Between asking and killing.
+# Seconds between SIGTERM and SIGKILL.
 _GRACE_S = 15.0
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def main() -> int:
-  """The command's exit code."""
+  """Runs the command; returns its exit code."""
   parent, command = int(sys.argv[1]), sys.argv[2:]
   libc = ctypes.CDLL(None, use_errno=True)
-  # Children whose parent ends become ours, whatever session they have put themselves in.
+  # Adopts orphaned descendants, whatever session they have moved to.
   libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-  told = []
+  received = []
   for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-    signal.signal(number, lambda number, _: told.append(number))
-  # Should this process be killed itself, the command ends, too.
+    signal.signal(number, lambda number, _: received.append(number))
+  # PDEATHSIG ends the command even if this process is killed.
   with subprocess.Popen(command, preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)) as child:
-    while not told and os.getppid() == parent and child.poll() is None:
+    while not received and os.getppid() == parent and child.poll() is None:
       time.sleep(_POLL_S)
     for number, seconds in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, _GRACE_S)):
       end = time.monotonic() + seconds
-      found = descendants(os.getpid())
-      for process in found:
+      for process in descendants(os.getpid()):
         with contextlib.suppress(ProcessLookupError):
           os.kill(process, number)
       while descendants(os.getpid()) and time.monotonic() < end:
@@ -48,17 +47,17 @@ def main() -> int:
 
 
 def descendants(process: int) -> list[int]:
-  """All processes below one, those that ended and were not waited for included."""
+  """Returns the ids of all descendants of a process, zombies included."""
   children: dict[int, list[int]] = {}
   for stat in Path("/proc").glob("[0-9]*/stat"):
-    with contextlib.suppress(OSError):  # it ended meanwhile
-      # The name, in parentheses, may hold anything; after it come the state and the parent.
+    with contextlib.suppress(OSError):  # the process has ended meanwhile
+      # The state and the parent follow the name in parentheses, which may contain anything.
       children.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
-  found, new = [], [process]
-  while new:
-    new = [child for parent in new for child in children.get(parent, [])]
-    found += new
-  return found
+  result, generation = [], [process]
+  while generation:
+    generation = [child for parent in generation for child in children.get(parent, [])]
+    result += generation
+  return result
 
 
 def _reap() -> None:

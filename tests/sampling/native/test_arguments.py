@@ -1,4 +1,4 @@
-"""What the sampler refuses or warns of: arguments, prompts, and a folder that does not fit its tokenizer."""
+"""Errors and warnings of the sampler: arguments, prompts, and folders that do not match their tokenizer."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def sampler() -> native.NativeSampler:
 
 @pytest.mark.parametrize("options", [
     {"max_new_tokens": 0}, {"num_samples": 0}, {"temperatures": ()}, {"temperatures": (-1.0,)}, {"top_p": 0.0},
-    {"top_p": float("nan")}, {"top_p": 2.0}, {"stop": ("",)}, {"stop": "The"}, {"seed": 2**32}])
+    {"top_p": float("nan")}, {"top_p": 2.0}, {"stop": ("",)}, {"stop": "The"}, {"seed": 2**32}], ids=str)
 def test_arguments_out_of_range_are_errors(sampler: native.NativeSampler, options: dict) -> None:
   with pytest.raises(ValueError, match=f"{next(iter(options))}.*expected"):
     sampler.generate(ASKED, **{"max_new_tokens": 4, **options})
@@ -34,14 +34,14 @@ def test_a_prompt_without_tokens_is_named(sampler: native.NativeSampler) -> None
 
 
 @pytest.mark.parametrize("dtype", ["foo", "int8", ""])
-def test_a_dtype_that_is_none_of_weights_is_named(dtype: str) -> None:
+def test_unknown_dtypes_are_errors(dtype: str) -> None:
   with pytest.raises(ValueError, match=f"compute_dtype='{dtype}': expected one of bfloat16, float16, float32"):
     native.NativeSampler(TINY, compute_dtype=dtype)
 
 
 @pytest.mark.parametrize("ids", [True, -1, 568, [0, 568], "0", 1.0, [[0]]], ids=str)
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
-def test_an_end_of_text_token_that_is_no_token_is_named(tmp_path: Path, ids: object, file: str) -> None:
+def test_invalid_end_of_text_tokens_are_errors(tmp_path: Path, ids: object, file: str) -> None:
   folder = shutil.copytree(TINY, tmp_path / "model")
   (folder / "generation_config.json").unlink()
   content = json.loads((TINY / file).read_text())
@@ -52,15 +52,15 @@ def test_an_end_of_text_token_that_is_no_token_is_named(tmp_path: Path, ids: obj
 
 
 @pytest.mark.parametrize("ids", [None, [], 3, [3, 5]], ids=str)
-def test_end_of_text_tokens_are_those_of_the_folder_and_the_tokenizer(tmp_path: Path, ids: object) -> None:
+def test_end_of_text_tokens_come_from_folder_and_tokenizer(tmp_path: Path, ids: object) -> None:
   folder = shutil.copytree(TINY, tmp_path / "model")
   (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-  want = {0, *(ids if isinstance(ids, list) else [ids])} - {None}
-  assert native.NativeSampler(folder, compute_dtype="float32")._eos == tuple(sorted(want))
+  expected = {0, *(ids if isinstance(ids, list) else [ids])} - {None}
+  assert native.NativeSampler(folder, compute_dtype="float32")._eos == tuple(sorted(expected))
 
 
 @pytest.mark.full
-def test_samples_past_the_context_are_warned_of_once(
+def test_samples_past_the_context_give_one_warning(
     tmp_path: Path, sampler: native.NativeSampler, capsys: pytest.CaptureFixture[str]) -> None:
   limit = json.loads((TINY / "config.json").read_text())["max_position_embeddings"]
   length = len(sampler.tokenizer(ASKED[0].text)["input_ids"])
@@ -70,10 +70,10 @@ def test_samples_past_the_context_are_warned_of_once(
   assert warnings() == []
   for expected in (1, 0):
     sampler.generate(ASKED, max_new_tokens=limit - length + 1)
-    found = warnings()
-    assert len(found) == expected
-    assert all(f"past the {limit} positions" in line for line in found)
-  # A config that does not say how far it goes.
+    result = warnings()
+    assert len(result) == expected
+    assert all(f"past the {limit} positions" in line for line in result)
+  # Without max_position_embeddings there is no limit.
   folder = shutil.copytree(TINY, tmp_path / "model")
   config = json.loads((folder / "config.json").read_text())
   del config["max_position_embeddings"]

@@ -6,7 +6,7 @@ import pytest
 
 from imm_jax.sampling.native import draws
 
-# Ids 6 and 7 stand for those past the tokenizer's; they are the likeliest.
+# Ids 6 and 7 are unknown to the tokenizer, and the most likely.
 LOGITS = np.array([1.3, -0.4, 2.1, 0.2, 1.1, -1.5, 4.0, 3.0], np.float32)
 NUM_IDS, DRAWS = 6, 20_000
 
@@ -15,7 +15,7 @@ _sample = jax.jit(draws.sample, static_argnames=("top_p", "greedy"))
 
 
 def _drawn(temperature: float, top_p: float, step: int = 0, *, greedy: bool = False) -> np.ndarray:
-  """The ids that as many rows of equal logits draw."""
+  """Draws an id for each of DRAWS rows with equal logits."""
   keys = jax.random.key_data(jax.random.split(jax.random.key(0), DRAWS))
   return np.asarray(_sample(np.tile(LOGITS, (DRAWS, 1)), keys, np.full(DRAWS, step, np.int32),
                             np.full(DRAWS, temperature, np.float32), np.arange(len(LOGITS)) < NUM_IDS, top_p=top_p,
@@ -23,7 +23,7 @@ def _drawn(temperature: float, top_p: float, step: int = 0, *, greedy: bool = Fa
 
 
 def _probabilities(temperature: float, top_p: float) -> np.ndarray:
-  """Softmax at a temperature, and of that the smallest set of ids with mass `top_p`."""
+  """Returns the softmax at a temperature, restricted to the nucleus of mass `top_p`."""
   p = np.exp(LOGITS[:NUM_IDS].astype(np.float64) / temperature)
   p /= p.sum()
   order = np.argsort(-p)
@@ -47,14 +47,14 @@ def test_drawn_tokens_follow_softmax_and_nucleus(temperature: float, top_p: floa
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64, 1000, 5000])
-def test_a_draw_is_where_its_share_of_the_mass_ends_and_never_without_mass(size: int) -> None:
+def test_draws_invert_the_cdf_and_never_have_zero_mass(size: int) -> None:
   rng = np.random.default_rng(size)
   weights = np.exp(rng.normal(scale=4, size=(64, size))).astype(np.float32)
   weights[rng.random(weights.shape) < 0.3] = 0
   weights[:, rng.integers(size)] = 1
   weights[:8, size // 2:] *= 0
   weights[:8, 0] = 1e-30
-  # Both ends too: zero, and the greatest float below one.
+  # Includes both ends: zero, and the largest float below one.
   uniform = np.concatenate([np.tile(np.array([0, np.nextafter(np.float32(1), 0)], np.float32), 16), rng.random(32)])
   drawn = np.asarray(jax.jit(draws.draw)(weights, uniform.astype(np.float32)))
   rows = np.arange(64)
@@ -66,7 +66,7 @@ def test_a_draw_is_where_its_share_of_the_mass_ends_and_never_without_mass(size:
 
 
 @pytest.mark.parametrize("size", [1, 13, 1000, 1009])
-def test_however_the_vocabulary_is_cut_the_first_of_the_likeliest_is_taken_and_none_that_is_not_allowed(
+def test_greedy_takes_the_first_of_the_most_likely_allowed_ids(
     size: int) -> None:
   rng = np.random.default_rng(size)
   logits = rng.integers(0, 9, (64, size)).astype(np.float32)  # many are equal
@@ -82,7 +82,7 @@ def test_however_the_vocabulary_is_cut_the_first_of_the_likeliest_is_taken_and_n
     assert allowed[drawn(1.0, top_p=top_p, greedy=False)].all()
 
 
-def test_a_nucleus_larger_than_what_is_looked_through_first_is_found_too() -> None:
+def test_a_nucleus_larger_than_the_first_search_is_found() -> None:
   rng = np.random.default_rng(0)
   logits = rng.normal(size=(6, 4 * draws._LIKELIEST)).astype(np.float32) * np.array([[9], [5], [4], [1], [0.1], [9]])
   p = np.exp(logits.astype(np.float64))
@@ -91,24 +91,25 @@ def test_a_nucleus_larger_than_what_is_looked_through_first_is_found_too() -> No
   sizes = [np.searchsorted(np.cumsum(row), 0.9) for row in p]
   assert min(sizes) < 10
   assert max(sizes) > draws._LIKELIEST
-  found = lambda rows: np.asarray(jax.jit(draws.nucleus, static_argnums=1)(rows, 0.9)) - rows.max(axis=1)
-  np.testing.assert_allclose(found(logits), least, rtol=1e-3, atol=1e-4)
-  np.testing.assert_allclose([found(logits[i:i + 1])[0] for i in range(6)], found(logits), rtol=1e-6)  # each by itself
+  threshold = lambda rows: np.asarray(jax.jit(draws.nucleus, static_argnums=1)(rows, 0.9)) - rows.max(axis=1)
+  np.testing.assert_allclose(threshold(logits), least, rtol=1e-3, atol=1e-4)
+  # Rows do not depend on each other.
+  np.testing.assert_allclose([threshold(logits[i:i + 1])[0] for i in range(6)], threshold(logits), rtol=1e-6)
 
 
-def test_each_token_of_a_sample_is_drawn_afresh() -> None:
+def test_each_step_draws_anew() -> None:
   same = np.mean(_drawn(1.0, 1.0) == _drawn(1.0, 1.0, step=1))
   assert same == pytest.approx((_probabilities(1.0, 1.0)**2).sum(), abs=0.02)
 
 
 @pytest.mark.parametrize("greedy", [True, False])
-def test_temperature_0_takes_the_likeliest_id_of_the_tokenizer(greedy: bool) -> None:
+def test_temperature_0_takes_the_most_likely_known_id(greedy: bool) -> None:
   assert set(_drawn(0.0, 0.6, greedy=greedy).tolist()) == {2}
 
 
 @pytest.mark.parametrize(("vocab", "chips"), [(151936, 4), (152064, 8), (128256, 8), (49152, 8), (32000, 8)])
-def test_blocks_of_published_vocabularies_lie_on_as_many_chips(vocab: int, chips: int) -> None:
-  """Of Qwen2.5 up to 3B and from 7B on, Llama 3, SmolLM2, Llama 2: else the logits were gathered in every step."""
+def test_blocks_of_published_vocabularies_divide_over_chips(vocab: int, chips: int) -> None:
+  """Otherwise the logits of Qwen2.5 (small, large), Llama 3, SmolLM2 or Llama 2 would be gathered in each step."""
   blocks = jax.eval_shape(draws._blocks, jax.ShapeDtypeStruct((vocab, 2), np.float32))
   assert blocks.shape[0] * blocks.shape[1] == vocab
   assert blocks.shape[0] % chips == 0

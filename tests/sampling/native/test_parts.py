@@ -1,4 +1,4 @@
-"""The native sampler in parts: what a killed run leaves is gone on from, and comes to the same."""
+"""The native sampler in parts: a killed run resumes from its parts, with the same results."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ PROMPTS = [Prompt(f"q{i}", f"What is {i} + 1?") for i in range(37)]
 
 
 class Sampler:
-  """Answers prompts; the process ends after so many calls."""
+  """Answers prompts; simulates a kill after some calls."""
 
   def __init__(self, calls: int = 100):
     self.left, self.asked = calls, []
@@ -33,7 +33,7 @@ def _run(path: Path, sampler: Sampler, **changes: Any) -> list[list[Completion]]
       "journal": path, "model": "a", "rows": 4, "label": "eval", "num_samples": 2, "seed": 1} | changes)
 
 
-def test_a_killed_run_goes_on_after_the_last_whole_part(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_after_the_last_whole_part(tmp_path: Path) -> None:
   whole = Sampler()
   expected = _run(tmp_path / "whole", whole)
   assert [group[1].text for group in expected] == [f"{p.id}, 1" for p in PROMPTS]
@@ -42,7 +42,7 @@ def test_a_killed_run_goes_on_after_the_last_whole_part(tmp_path: Path) -> None:
   killed, path = Sampler(calls=3), tmp_path / "killed"
   with pytest.raises(KeyboardInterrupt):
     _run(path, killed)
-  # What was torn off in the middle of a part is asked again as a part.
+  # An incomplete part is sampled again as a whole.
   lines = path.read_bytes().splitlines(keepends=True)
   path.write_bytes(b"".join(lines[:-2]) + lines[-2][:9])
   again = Sampler()
@@ -56,7 +56,7 @@ def test_a_killed_run_goes_on_after_the_last_whole_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_an_evaluation_that_was_killed_comes_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_evaluation_resumes_to_the_same_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   config = tiny.get_config()
   config.task.ood, config.task.eval_questions, config.eval.batch_size = ("groups",), 12, 2
   evaluate = lambda name: evaluating.evaluate(config, hub.resolve("tiny"), tmp_path / "scratch", tmp_path / name,

@@ -1,4 +1,4 @@
-"""How prompts are packed: every one once, whole, and little room is left empty."""
+"""Packing of prompts: each prompt is packed whole and once, with little padding."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,9 @@ from imm_jax.sampling.native import queue
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_every_prompt_is_packed_once_and_padding_is_little(parts: int) -> None:
+def test_every_prompt_is_packed_once_with_little_padding(parts: int) -> None:
   rng = np.random.default_rng(0)
-  # Tokens of GSM8K's questions: 76 on average, 148 at most.
+  # GSM8K's questions have 76 tokens on average, and at most 148.
   ids = [rng.integers(1, 1000, n).tolist() for n in np.clip(rng.normal(76, 26, 200), 20, 148).astype(int)]
   shape = queue.pack_shape(list(map(len, ids)), parts=parts)
   packs, samples = [], [queue.Sample(i, s, str(i), 0.0) for i in range(200) for s in range(2)]
@@ -31,10 +31,10 @@ def test_every_prompt_is_packed_once_and_padding_is_little(parts: int) -> None:
   assert sum(pack.tokens.size for pack in packs) < 1.15 * sum(map(len, ids))
 
 
-def test_what_all_begin_with_leaves_each_a_token() -> None:
+def test_the_common_prefix_leaves_each_prompt_a_token() -> None:
   same = [list(range(30))] * 3
-  assert queue.shared(same, 3) == 29
-  assert queue.shared(same[:1], 4) == 29  # one prompt, several samples
-  assert queue.shared(same[:1], 1) == 0
-  assert queue.shared([[*range(20), 7], [*range(20)]], 2) == 19
-  assert queue.shared([], 0) == 0
+  assert queue.common_prefix(same, 3) == 29
+  assert queue.common_prefix(same[:1], 4) == 29  # one prompt, several samples
+  assert queue.common_prefix(same[:1], 1) == 0
+  assert queue.common_prefix([[*range(20), 7], [*range(20)]], 2) == 19
+  assert queue.common_prefix([], 0) == 0

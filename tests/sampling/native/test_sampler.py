@@ -1,4 +1,4 @@
-"""The sampler on the embedded model, in float32, against transformers' `generate`."""
+"""The sampler on the embedded model in float32, compared with transformers' `generate`."""
 
 import json
 import shutil
@@ -20,13 +20,13 @@ from tests import TINY
 
 torch = pytest.importorskip("torch")
 
-# One length for almost all tests: shapes and options that recur are compiled once.
+# Almost all tests use this length, so that compiled programs are reused.
 NEW_TOKENS = 40
 EXAMPLES = [arithmetic.generate(family, split="test", count=1, seed=3)[0] for family in arithmetic.FAMILIES]
 SHORT = [Prompt(e.id, prompts.build(e.question)) for e in EXAMPLES]
-# A worked example before the question takes it to the next padded length.
+# A worked example makes this prompt need the next padded length.
 LONG = Prompt("long", prompts.build(EXAMPLES[0].question, examples=EXAMPLES[1:3]))
-# Unlike anything the model has learned, so that its samples differ.
+# Unlike the training data, so that samples differ.
 STRANGE = Prompt("strange", "Tom")
 ALL = [*SHORT, LONG, STRANGE]
 
@@ -43,7 +43,7 @@ def greedy(sampler: native.NativeSampler) -> list[Completion]:
 
 @pytest.fixture(scope="module")
 def reference() -> list[list[int]]:
-  """The new tokens of transformers' greedy search, the end-of-text token included."""
+  """Returns the new tokens of transformers' greedy search, including the end-of-text token."""
   tokenizer = load_tokenizer(TINY)
   tokenizer.padding_side = "left"
   model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
@@ -70,7 +70,7 @@ def test_greedy_tokens_equal_transformers(
     assert completion.finish == ("stop" if tokens[-1] == sampler.tokenizer.eos_token_id else "length")
 
 
-def test_max_new_tokens_ends_a_completion_with_finish_length(
+def test_max_new_tokens_gives_finish_length(
     sampler: native.NativeSampler, reference: list[list[int]]) -> None:
   for tokens, (short,) in zip(reference, sampler.generate(SHORT, max_new_tokens=1), strict=False):
     assert short == Completion(sampler.tokenizer.decode(tokens[:1]), 1, "length")
@@ -78,7 +78,7 @@ def test_max_new_tokens_ends_a_completion_with_finish_length(
 
 @pytest.fixture(scope="module")
 def sampled(sampler: native.NativeSampler) -> dict[str, list[Completion]]:
-  """By prompt id: completions at temperature 0, 1 and 2."""
+  """Returns completions at temperatures 0, 1 and 2 by prompt id."""
   return _generate(sampler, [*SHORT, STRANGE])
 
 
@@ -87,7 +87,7 @@ def _generate(sampler: native.NativeSampler, asked: list[Prompt]) -> dict[str, l
   return {prompt.id: row for prompt, row in zip(asked, rows, strict=True)}
 
 
-def test_temperature_0_is_greedy_whatever_runs_beside_it(
+def test_temperature_0_is_greedy_next_to_other_temperatures(
     greedy: list[Completion], sampled: dict[str, list[Completion]]) -> None:
   assert all(sampled[p.id][0] == c for p, c in zip(ALL, greedy, strict=True) if p is not LONG)
   assert all(row[2] != row[0] for row in sampled.values())
@@ -110,13 +110,13 @@ def test_a_sample_does_not_depend_on_the_batch_size(sampled: dict[str, list[Comp
   assert _generate(other, SHORT) == {p.id: sampled[p.id] for p in SHORT}
 
 
-def test_a_sample_does_not_depend_on_how_many_are_drawn(
+def test_a_sample_does_not_depend_on_num_samples(
     sampler: native.NativeSampler, sampled: dict[str, list[Completion]]) -> None:
   rows = sampler.generate(SHORT, max_new_tokens=NEW_TOKENS, num_samples=2, temperatures=(0.0, 1.0))
   assert rows == [sampled[p.id][:2] for p in SHORT]
 
 
-def test_seed_id_and_sample_number_each_give_other_samples(sampler: native.NativeSampler) -> None:
+def test_seed_id_and_sample_number_change_samples(sampler: native.NativeSampler) -> None:
   def draw(seed: int) -> list[list[str]]:
     rows = sampler.generate([STRANGE, STRANGE._replace(id="other")], max_new_tokens=NEW_TOKENS, num_samples=4,
                             temperatures=(1.0,), seed=seed)
@@ -129,7 +129,7 @@ def test_seed_id_and_sample_number_each_give_other_samples(sampler: native.Nativ
   assert draw(0) == [one, other_id]
 
 
-def test_random_keys_of_all_seeds_ids_and_sample_numbers_differ() -> None:
+def test_random_keys_are_distinct() -> None:
   samples = [queue.Sample(0, number, id_, 0.0) for number in range(3) for id_ in ("a", "b", "ab")]
   keys = [native._row_keys(seed, samples, 9) for seed in range(3)]
   assert len(np.unique(np.concatenate(keys), axis=0)) == 27
@@ -149,22 +149,22 @@ def test_a_tiny_top_p_is_greedy(sampler: native.NativeSampler, greedy: list[Comp
     lambda texts: (texts[-1][-6:],),
     lambda texts: ("no such text",),
 ], ids=["one-letter", "late", "the-first-of-three", "at-the-end", "none"])
-def test_stop_strings_cut_the_text_and_nothing_else(
+def test_stop_strings_only_cut_the_text(
     sampler: native.NativeSampler, greedy: list[Completion], reference: list[list[int]],
     choose: Callable[[list[str]], tuple[str, ...]]) -> None:
   stop = choose([c.text for c in greedy])
   rows = sampler.generate(ALL, max_new_tokens=NEW_TOKENS, stop=stop)
-  for full, tokens, (got,) in zip(greedy, reference, rows, strict=True):
+  for full, tokens, (actual,) in zip(greedy, reference, rows, strict=True):
     places = [full.text.find(s) for s in stop if s in full.text]
     if places:
       count = next(n for n in range(len(tokens)) if any(s in sampler.tokenizer.decode(tokens[:n]) for s in stop))
-      assert got == Completion(full.text[:min(places)], count, "stop")
+      assert actual == Completion(full.text[:min(places)], count, "stop")
     else:
-      assert got == full
+      assert actual == full
 
 
 @pytest.mark.full
-def test_stop_strings_cut_the_same_while_rows_are_refilled(sampler: native.NativeSampler) -> None:
+def test_stop_strings_cut_the_same_with_refilled_rows(sampler: native.NativeSampler) -> None:
   asked = [p._replace(id=f"{p.id}/{i}") for i in range(3) for p in ALL]
   options = {"max_new_tokens": NEW_TOKENS, "num_samples": 2, "temperatures": (0.0, 1.0), "stop": ("=", "answer is 1")}
   few = native.NativeSampler(TINY, compute_dtype="float32", batch_size=3)
@@ -183,7 +183,7 @@ def test_a_sample_may_end_with_its_first_token(
 
 
 def _resized(folder: Path, rows: Callable[[np.ndarray], np.ndarray]) -> Path:
-  """A copy of the embedded model with other embedding rows."""
+  """Copies the embedded model with other embedding rows."""
   config, params = hf.load(TINY, dtype=jnp.float32)
   weight = rows(np.asarray(params["embed_tokens"]["weight"]))
   shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -194,15 +194,15 @@ def _resized(folder: Path, rows: Callable[[np.ndarray], np.ndarray]) -> Path:
   return folder
 
 
-def test_ids_that_the_tokenizer_does_not_have_are_never_sampled(tmp_path: Path, greedy: list[Completion]) -> None:
-  # Every id gets a twin past the tokenizer's with twice its logit.
+def test_unknown_ids_are_never_sampled(tmp_path: Path, greedy: list[Completion]) -> None:
+  # Every known id gets an unknown twin with twice its logit.
   folder = _resized(tmp_path / "padded", lambda weight: np.concatenate([weight, 2 * weight]))
   padded = native.NativeSampler(folder, compute_dtype="float32", batch_size=8)
   rows = padded.generate(SHORT, max_new_tokens=NEW_TOKENS, num_samples=2, temperatures=(0.0, 0.01))
   assert rows == [[c, c] for c in greedy[:len(SHORT)]]
 
 
-def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
   folder = _resized(tmp_path / "cut", lambda weight: weight[:500])
   with pytest.raises(UserError, match=r"ids up to \d+.*500 rows"):
     native.NativeSampler(folder, compute_dtype="float32")
@@ -214,9 +214,9 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(tmp_pa
     ((" answer is",), " answer", " answer is"),
     ((" is", "no such text"), " is", " is"),
 ], ids=["alone", "with-text", "text-after-it"])
-def test_a_stop_string_may_hold_special_tokens_and_the_text_never_does(
+def test_special_tokens_match_stop_strings_but_are_not_in_texts(
     stop: tuple[str, ...], at: str, shown: str, named: bool) -> None:
-  """A word that answers hold is made special, as tokenizers mark theirs, whether or not a list names it too."""
+  """Makes a word of the answers a special token, with and without an entry in `all_special_tokens`."""
   sampler = native.NativeSampler(TINY, compute_dtype="float32", batch_size=8)
   plain = [row[0] for row in sampler.generate(SHORT, max_new_tokens=NEW_TOKENS)]
   encode = lambda text: sampler.tokenizer(text)["input_ids"]
@@ -230,22 +230,22 @@ def test_a_stop_string_may_hold_special_tokens_and_the_text_never_does(
   assert ("\u0120answer" in sampler.tokenizer.all_special_tokens) == named
   rows = sampler.generate(SHORT, max_new_tokens=NEW_TOKENS, stop=stop)
   assert any(full.text.index(at) for full in plain)
-  for full, count, (got,) in zip(plain, wanted, rows, strict=True):
-    assert got == Completion(full.text[:full.text.index(at)].replace(" answer", ""), count, "stop")
+  for full, count, (actual,) in zip(plain, wanted, rows, strict=True):
+    assert actual == Completion(full.text[:full.text.index(at)].replace(" answer", ""), count, "stop")
 
 
-def test_parameters_in_memory_are_sampled_as_a_folder_is(greedy: list[Completion]) -> None:
+def test_parameters_in_memory_sample_like_a_folder(greedy: list[Completion]) -> None:
   _, params = hf.load(TINY, dtype=jnp.float32)
   held = native.NativeSampler(TINY, compute_dtype="float32", batch_size=8, params=params)
   assert [c for c, in held.generate(ALL, max_new_tokens=NEW_TOKENS)] == greedy
 
 
-def test_nothing_asked_is_nothing_done(sampler: native.NativeSampler) -> None:
+def test_no_prompts_give_no_completions(sampler: native.NativeSampler) -> None:
   assert sampler.generate([], max_new_tokens=4) == []
 
 
-def test_other_prompts_compile_nothing_new(sampler: native.NativeSampler) -> None:
-  """Shapes are few: rounds and tasks whose prompts differ in number and length share them."""
+def test_other_prompts_reuse_compiled_programs(sampler: native.NativeSampler) -> None:
+  """Different numbers and lengths of prompts share few compiled shapes."""
   sampler.generate(ALL, max_new_tokens=NEW_TOKENS, stop=("zebra",), num_samples=3)
   sizes = lambda: [f._cache_size() for f in (decode.prefill, decode._start, decode._join, decode.decode)]
   before = sizes()
@@ -256,7 +256,7 @@ def test_other_prompts_compile_nothing_new(sampler: native.NativeSampler) -> Non
   assert sizes() == before
 
 
-def test_ids_that_a_tokenizer_skips_are_never_sampled(greedy: list[Completion]) -> None:
+def test_gaps_in_the_vocabulary_are_never_sampled(greedy: list[Completion]) -> None:
   sampler = native.NativeSampler(TINY, compute_dtype="float32", batch_size=8)
   hole = sampler.tokenizer(greedy[0].text)["input_ids"][0]
   sampler._allowed = sampler._allowed.at[hole].set(False)
@@ -268,7 +268,7 @@ def test_ids_that_a_tokenizer_skips_are_never_sampled(greedy: list[Completion]) 
     "qwen2-untied", "qwen2.5-math", "llama2", "llama3", "llama3.1", "qwen3"))])
 def test_greedy_tokens_of_every_family_equal_transformers(
     checkpoint: Callable, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-  """128 tokens from prompts of several lengths, in a batch, one kind also alone; some embedding rows are no tokens."""
+  """Compares 128 tokens of prompts of several lengths, in a batch and singly; some embedding rows have no token."""
   model, folder = checkpoint(kind, vocab_size=600)
   for name in ("tokenizer.json", "tokenizer_config.json"):
     shutil.copyfile(TINY / name, folder / name)

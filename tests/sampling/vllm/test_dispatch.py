@@ -1,4 +1,4 @@
-"""Requests over servers that fail, without any server."""
+"""The dispatcher with simulated failures of servers."""
 
 import contextlib
 import time
@@ -11,7 +11,7 @@ from imm_jax.sampling.vllm.client import Server, ServerError
 from imm_jax.sampling.vllm.dispatch import Dispatcher
 
 
-def test_an_error_of_the_asking_itself_ends_the_iteration() -> None:
+def test_an_unexpected_error_ends_the_iteration() -> None:
   def ask(server: Server, request: int) -> int:
     raise ZeroDivisionError
 
@@ -19,7 +19,7 @@ def test_an_error_of_the_asking_itself_ends_the_iteration() -> None:
     list(Dispatcher([Server("http://127.0.0.1:1")], ask, [1, 2], concurrency=2))
 
 
-def test_many_servers_that_fail_at_random_lose_and_repeat_nothing() -> None:
+def test_randomly_failing_servers_lose_and_repeat_nothing() -> None:
   rng = np.random.default_rng(0)
   servers = [Server(f"http://127.0.0.1:{port}") for port in range(1, 6)]
   doomed = {server: int(rng.integers(5, 30)) for server in servers[:-1]}
@@ -38,7 +38,7 @@ def test_many_servers_that_fail_at_random_lose_and_repeat_nothing() -> None:
   assert servers[-1] not in dispatcher.out
 
 
-def test_with_no_server_left_it_ends_and_loses_no_answer() -> None:
+def test_the_loss_of_all_servers_loses_no_answer() -> None:
   def ask(server: Server, request: int) -> int:
     if request >= 50:
       raise ServerError("gone")
@@ -50,21 +50,21 @@ def test_with_no_server_left_it_ends_and_loses_no_answer() -> None:
     next(answers)
 
 
-def test_breaking_off_stops_asking() -> None:
+def test_closing_the_iterator_stops_requests() -> None:
   asked = []
 
   def ask(server: Server, request: int) -> None:
     asked.append(request)
     time.sleep(0.01)
 
-  with contextlib.closing(iter(Dispatcher([Server("http://127.0.0.1:1")], ask, range(10_000), concurrency=2))) as found:
-    next(found)
+  with contextlib.closing(iter(Dispatcher([Server("http://127.0.0.1:1")], ask, range(10_000), concurrency=2))) as it:
+    next(it)
   count = len(asked)
   time.sleep(0.1)
   assert len(asked) <= count + 2
 
 
 @pytest.mark.parametrize("url", ["host:8000", "ftp://host", "http://", "http://host/v1", "", "http://[::1"])
-def test_what_is_no_url_of_a_server_is_refused(url: str) -> None:
+def test_malformed_urls_are_refused(url: str) -> None:
   with pytest.raises(UserError, match="expected the URL of a server"):
     Server(url)

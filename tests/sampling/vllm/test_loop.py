@@ -1,4 +1,4 @@
-"""Runs that sample with vLLM: on servers elsewhere, and on one that each stage starts."""
+"""Runs that sample with vLLM: on remote servers, and on a local server that each stage starts."""
 
 import json
 from pathlib import Path
@@ -19,12 +19,12 @@ TOKENIZER = load_tokenizer(hub.resolve("tiny"))
 
 @pytest.fixture
 def config() -> ml_collections.ConfigDict:
-  found = tiny.get_config()
-  found.update({"rounds": 2, "sampler": {"kind": "vllm", "vllm": {"concurrency": 4}}})
-  found.task.update({"questions_per_round": 12, "eval_questions": 4, "ood": ("groups",)})
-  found.sft.update({"epochs": 2, "global_batch": 4})
-  found.analysis.update({"examples": 0, "drift": 0})
-  return found
+  result = tiny.get_config()
+  result.update({"rounds": 2, "sampler": {"kind": "vllm", "vllm": {"concurrency": 4}}})
+  result.task.update({"questions_per_round": 12, "eval_questions": 4, "ood": ("groups",)})
+  result.sft.update({"epochs": 2, "global_batch": 4})
+  result.analysis.update({"examples": 0, "drift": 0})
+  return result
 
 
 def _rows(path: Path) -> list[dict]:
@@ -32,7 +32,7 @@ def _rows(path: Path) -> list[dict]:
 
 
 def _knows(config: ml_collections.ConfigDict, fake: FakeVllm) -> None:
-  """Has a server give the worked answer to each question that the run asks."""
+  """Makes a server give the worked answer to each question of the run."""
   asked = [e for t in range(config.rounds) for e in questions.of_round(config, t).asked]
   answers = {e.question: e.rationale for e in [*asked, *(e for es in questions.of_tests(config).values() for e in es)]}
 
@@ -47,7 +47,7 @@ def _knows(config: ml_collections.ConfigDict, fake: FakeVllm) -> None:
 
 
 @pytest.mark.full
-def test_servers_elsewhere_sample_for_a_run_and_one_that_dies_loses_nothing(
+def test_a_run_on_remote_servers_survives_the_death_of_one(
     config: ml_collections.ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
   first, other = FakeVllm(hub.resolve("tiny")), FakeVllm(hub.resolve("tiny"))
   with first, other:
@@ -76,18 +76,18 @@ def test_servers_elsewhere_sample_for_a_run_and_one_that_dies_loses_nothing(
     assert all(r["text"].strip() == rationales[r["id"]].strip() and r["correct"] for r in rows)
     assert [r["temperature"] for r in rows[:3]] == [0.2, 0.4, 0.6]
     assert all(r["correct"] for kind in ("sft", "merged") for r in _rows(root / f"round_{t}/eval/{kind}/groups.jsonl"))
-  # Each stage that samples begins with a reload of the folder that it asks about.
+  # Each stage that samples starts with a reload of its model's folder.
   assert first.steps.count("/collective_rpc") == 2  # base/eval, samples
   assert other.steps.count("/collective_rpc") == 7
   assert other.folder == str(root / "round_1/merged")
-  # How it samples may change; that it is vLLM may not.
+  # Settings of vLLM may change within a run, but not the engine.
   config.sampler.vllm.concurrency = 9
   loop.run(config, str(root))
   assert "0 of 15 stages were run" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_server_that_each_stage_starts_gives_the_native_run(
+def test_a_run_with_local_servers_equals_the_native_run(
     config: ml_collections.ConfigDict, python: str, tmp_path: Path) -> None:  # noqa: F811
   config.update({"method": "real", "rounds": 1})
   config.sampler.vllm.update({"python": python, "args": ("--fake", "greedy")})

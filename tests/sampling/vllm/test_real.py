@@ -1,4 +1,4 @@
-"""The client of vLLM against vLLM itself, on the CPU.
+"""The client of vLLM with a real vLLM on the CPU.
 
     IMM_JAX_VLLM_PYTHON=/path/to/venv/bin/python python -m pytest -n 0 tests/sampling/vllm/test_real.py
 
@@ -38,8 +38,8 @@ from tests import TINY
 PYTHON = os.environ.get("IMM_JAX_VLLM_PYTHON", "")
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not PYTHON, reason="IMM_JAX_VLLM_PYTHON names no Python with vLLM")]
 
-# Small blocks, so that short prompts have keys and values that are kept. Prompts in one piece: of the CPU backend a
-# request with a seed whose prompt is run in parts ends the server (its generator has no offset to be put back).
+# Small blocks, so that keys and values of short prompts are cached. No chunked prefill: in the CPU backend a seeded
+# request with a chunked prompt crashes the server (its generator has no offset to restore).
 ARGS = ("--enforce-eager", "--max-num-seqs", "32", "--block-size", "32", "--no-enable-chunked-prefill",
         "--max-num-batched-tokens", "4096")
 SHOTS = arithmetic.generate("stories", split="train", count=2, seed=3)
@@ -57,7 +57,7 @@ def _environment() -> Iterator[None]:
 
 
 def _model(folder: Path, noise: float) -> Path:
-  """The embedded model with a head of its own (vLLM's CPU backend reloads a tied one wrongly), a little changed."""
+  """Writes the embedded model with noise and an untied head (vLLM's CPU backend reloads tied ones wrongly)."""
   _, params = hf.load(TINY, dtype=jnp.float32)
   rng = np.random.default_rng(0)
   params = jax.tree.map(
@@ -77,7 +77,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def servers(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[SpawnedServer]]:
-  """Two servers that run the first model."""
+  """Starts two servers with the first model."""
   root = tmp_path_factory.mktemp("logs")
   with contextlib.ExitStack() as stack:
     started = [stack.enter_context(contextlib.closing(SpawnedServer(
@@ -93,7 +93,7 @@ def _native(model: Path, **options: object) -> list[list[Completion]]:
 
 @pytest.fixture(scope="module")
 def native(models: list[Path]) -> list[list[list[Completion]]]:
-  """The greedy answers of both models."""
+  """Returns the greedy answers of both models."""
   return [_native(model, **GREEDY) for model in models]
 
 
@@ -101,15 +101,15 @@ def _on(servers: list[SpawnedServer], model: Path, **options: object) -> VllmSam
   return VllmSampler(model, urls=[s.url for s in servers], compute_dtype="float32", **options)
 
 
-def test_a_server_that_is_started_answers_as_the_native_sampler_does(tmp_path: Path) -> None:
+def test_a_local_server_answers_like_the_native_sampler(tmp_path: Path) -> None:
   stops = ((), (" answer is",), ("=", "10."))
   wanted = [_native(TINY, **GREEDY, stop=stop) for stop in stops]
   with VllmSampler(TINY, python=PYTHON, args=ARGS, compute_dtype="float32", log=tmp_path / "vllm.log") as sampler:
     server = sampler._servers[0]
     processes = [server._process.pid, *supervisor.descendants(server._process.pid)]
     assert len(processes) >= 3  # the server has children of its own
-    for stop, want in zip(stops, wanted, strict=True):
-      assert sampler.generate(PROMPTS, **GREEDY, stop=stop) == want
+    for stop, expected in zip(stops, wanted, strict=True):
+      assert sampler.generate(PROMPTS, **GREEDY, stop=stop) == expected
     options = {"max_new_tokens": 40, "num_samples": 6, "temperatures": (0.0, 1.0, 2.0), "seed": 5}
     rows = sampler.generate(PROMPTS, **options)
     assert sampler.generate(PROMPTS[::-1], **options)[::-1] == rows
@@ -129,7 +129,7 @@ def test_servers_reload_and_catch_up(
 
 
 def _without(*paths: str) -> Callable:
-  """`Server._call` that leaves some out."""
+  """Returns a `Server._call` that skips some paths."""
   plain = Server._call
 
   def call(self: Server, method: str, path: str, body: dict | None = None, **options: object) -> dict:
@@ -140,8 +140,8 @@ def _without(*paths: str) -> Callable:
 
 @pytest.mark.parametrize("left_out", [("/collective_rpc",), ("/pause", "/reset_prefix_cache", "/resume")],
                          ids=["old-weights", "old-keys-and-values"])
-def test_a_stale_server_is_found(servers: list[SpawnedServer], models: list[Path], left_out: tuple[str, ...],
-                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stale_server_is_detected(servers: list[SpawnedServer], models: list[Path], left_out: tuple[str, ...],
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
   with _on(servers, models[0]) as sampler:
     sampler.generate(PROMPTS, **GREEDY)
   with monkeypatch.context() as patch:
@@ -152,7 +152,7 @@ def test_a_stale_server_is_found(servers: list[SpawnedServer], models: list[Path
   print(error.value)
 
 
-def test_tied_embeddings_that_the_cpu_backend_reloads_wrongly_are_found(
+def test_wrongly_reloaded_tied_embeddings_are_detected(
     servers: list[SpawnedServer], models: list[Path]) -> None:
   with _on(servers, TINY) as sampler, pytest.raises(UserError, match="does not run the weights of") as error:
     sampler.generate(PROMPTS, **GREEDY)
@@ -161,7 +161,7 @@ def test_tied_embeddings_that_the_cpu_backend_reloads_wrongly_are_found(
     sampler.generate(PROMPTS[:4], **GREEDY)
 
 
-def test_a_file_that_an_earlier_checkpoint_left_is_found(models: list[Path], tmp_path: Path) -> None:
+def test_a_leftover_file_of_an_earlier_checkpoint_is_detected(models: list[Path], tmp_path: Path) -> None:
   folder = shutil.copytree(models[0], tmp_path / "left_over")
   shutil.copy(models[1] / "model.safetensors", folder / "old.safetensors")
   started = VllmSampler(folder, python=PYTHON, args=ARGS, compute_dtype="float32", log=tmp_path / "vllm.log")
@@ -170,23 +170,23 @@ def test_a_file_that_an_earlier_checkpoint_left_is_found(models: list[Path], tmp
   print(error.value)
 
 
-def test_the_numbers_agree_to_a_tenth_of_the_tolerance(servers: list[SpawnedServer], models: list[Path]) -> None:
+def test_log_probabilities_agree_to_a_tenth_of_the_tolerance(servers: list[SpawnedServer], models: list[Path]) -> None:
   with _on(servers, models[0]) as sampler:
     ids = [sampler.tokenizer(p.text)["input_ids"] for p in PROMPTS[:freshness.PROMPTS]]
-    found = freshness.check(sampler._servers, models[0], ids, dtype="float32", new_tokens=freshness.TOKENS)
-  assert len(found) == 2
-  for agreement in found.values():
+    result = freshness.check(sampler._servers, models[0], ids, dtype="float32", new_tokens=freshness.TOKENS)
+  assert len(result) == 2
+  for agreement in result.values():
     assert agreement.within(freshness.TOLERANCES["float32"] / 10)
 
 
 def test_check_names_the_version(servers: list[SpawnedServer]) -> None:
-  assert vllm_check.of_environment(PYTHON).startswith("vLLM 0.")
-  said = vllm_check.of_server(servers[0])
-  assert said.startswith("vLLM 0.")
-  assert said.endswith("reloads weights")
+  assert vllm_check.describe_environment(PYTHON).startswith("vLLM 0.")
+  message = vllm_check.describe_server(servers[0])
+  assert message.startswith("vLLM 0.")
+  assert message.endswith("reloads weights")
 
 
-def test_one_of_two_servers_is_killed_and_each_question_is_answered_once(
+def test_each_question_is_answered_once_if_one_server_is_killed(
     servers: list[SpawnedServer], models: list[Path], native: list[list[list[Completion]]], tmp_path: Path) -> None:
   journal = tmp_path / "journal.jsonl"
   asked = [p._replace(id=f"{p.id}/{i}") for i in range(8) for p in PROMPTS]
@@ -215,16 +215,16 @@ def test_one_of_two_servers_is_killed_and_each_question_is_answered_once(
 
 @pytest.fixture
 def config() -> ml_collections.ConfigDict:
-  found = tiny.get_config()
-  found.update({"rounds": 2, "sampler": {"kind": "vllm", "vllm": {"concurrency": 8}}})
-  found.task.update({"questions_per_round": 100, "eval_questions": 24, "ood": ("groups",)})
-  found.sft.update({"epochs": 1, "global_batch": 8})
-  found.analysis.update({"examples": 0, "drift": 0})
-  return found
+  result = tiny.get_config()
+  result.update({"rounds": 2, "sampler": {"kind": "vllm", "vllm": {"concurrency": 8}}})
+  result.task.update({"questions_per_round": 100, "eval_questions": 24, "ood": ("groups",)})
+  result.sft.update({"epochs": 1, "global_batch": 8})
+  result.analysis.update({"examples": 0, "drift": 0})
+  return result
 
 
 def _check_run(config: ml_collections.ConfigDict, root: Path) -> None:
-  """Every sample is there once; the greedy answers of all models are those of the native sampler."""
+  """Checks that every sample exists once, and that greedy answers equal those of the native sampler."""
   for t in range(2):
     rows = [json.loads(line) for line in (root / f"round_{t}/samples.jsonl").read_text().splitlines()]
     assert sorted((r["id"], r["sample"]) for r in rows) == sorted(
@@ -248,7 +248,7 @@ def test_a_run_starts_its_servers(config: ml_collections.ConfigDict, tmp_path: P
   assert not [*(tmp_path / "run").rglob("*.sampling")]
 
 
-def test_a_run_on_two_servers_of_which_one_is_killed(
+def test_a_run_survives_the_kill_of_one_of_two_servers(
     config: ml_collections.ConfigDict, servers: list[SpawnedServer], models: list[Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str]) -> None:
   root = tmp_path / "run"

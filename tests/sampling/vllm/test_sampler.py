@@ -1,4 +1,4 @@
-"""The client of vLLM, against a small server that speaks its API and misbehaves."""
+"""The client of vLLM with a fake server that speaks its API and can misbehave."""
 
 import json
 import resource
@@ -25,7 +25,7 @@ OPTIONS = {"max_new_tokens": 12, "num_samples": 5, "temperatures": (0.0, 0.5, 1.
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-  """Retries wait for hundredths of a second."""
+  """Shortens the backoff of retries."""
   monkeypatch.setattr(Dispatcher.__init__, "__kwdefaults__", {"attempts": 4, "backoff": 0.02})
 
 
@@ -49,7 +49,7 @@ def _sample(*fakes: FakeVllm, prompts: list[Prompt] = PROMPTS, folder: Path = TI
 
 
 def _expected(seeds: dict[tuple[int, ...], dict[float, int]]) -> list[list[Completion]]:
-  """Of OPTIONS: sample j has temperature j modulo 3, and is the number j // 3 of its request."""
+  """Returns the completions for OPTIONS: sample j is number j // 3 of the request with temperature j % 3."""
   rows = []
   for prompt in PROMPTS:
     ids = TOKENIZER(prompt.text)["input_ids"]
@@ -72,14 +72,14 @@ def _seeds(fake: FakeVllm) -> dict[tuple[int, ...], dict[float, int]]:
 
 @pytest.fixture(scope="module")
 def plain() -> list[list[Completion]]:
-  """What an obedient server gives."""
+  """Returns the completions of a well-behaved server."""
   with FakeVllm(TINY) as server:
     rows = _sample(server)
     assert rows == _expected(_seeds(server))
   return rows
 
 
-def test_one_request_for_each_question_and_temperature_with_all_its_settings(fake: FakeVllm) -> None:
+def test_one_request_per_question_and_temperature_has_all_settings(fake: FakeVllm) -> None:
   rows = _sample(fake, stop=("zebra",), top_p=0.9)
   assert all(len(row) == 5 for row in rows)
   assert len(fake.seen) == len(PROMPTS) * 3
@@ -89,7 +89,7 @@ def test_one_request_for_each_question_and_temperature_with_all_its_settings(fak
     assert body["prompt"] in [TOKENIZER(p.text)["input_ids"] for p in PROMPTS]
     assert (body["top_p"], body["stop"]) == (0.9, ["zebra"])
     assert (body["stop_token_ids"], body["ignore_eos"]) == (list(EOS), True)
-    # A server's own defaults, such as those of a model's generation_config.json, do not count.
+    # Requests override a server's defaults, such as those of a model's generation_config.json.
     assert (body["top_k"], body["min_p"], body["repetition_penalty"]) == (0, 0.0, 1.0)
   for row in rows:
     assert row[0] == row[3]
@@ -114,20 +114,20 @@ def test_samples_do_not_depend_on_order_or_on_other_prompts(
 
 
 @pytest.mark.parametrize("trouble", [t for t in _Handler.TROUBLES if t not in ("400", "slow")])
-def test_what_passes_is_asked_again(fake: FakeVllm, plain: list[list[Completion]], trouble: str) -> None:
+def test_transient_errors_are_retried(fake: FakeVllm, plain: list[list[Completion]], trouble: str) -> None:
   fake.trouble = lambda number, body: trouble if fake.seen.count(body) == 1 else ""
   assert _sample(fake) == plain
   assert len(fake.answered) == len(PROMPTS) * 3
 
 
-def test_a_refusal_ends_it_at_once_with_what_the_server_says(fake: FakeVllm) -> None:
+def test_a_rejected_request_ends_the_call_with_the_servers_message(fake: FakeVllm) -> None:
   fake.trouble = lambda number, body: "400"
   with pytest.raises(UserError, match=r"/v1/completions: the server refuses \(HTTP 400\).*said no"):
     _sample(fake, concurrency=1)
   assert len(fake.seen) <= 2
 
 
-def test_a_server_that_fails_for_good_is_taken_out(
+def test_a_failing_server_is_taken_out(
     fake: FakeVllm, other: FakeVllm, plain: list[list[Completion]], capfd: pytest.CaptureFixture) -> None:
   fake.trouble = lambda number, body: "500"
   assert _sample(fake, other) == plain
@@ -136,7 +136,7 @@ def test_a_server_that_fails_for_good_is_taken_out(
   assert len(fake.seen) <= 4 * 4  # each thread's attempts
 
 
-def test_a_server_that_is_too_slow_is_taken_out(
+def test_a_slow_server_is_taken_out(
     fake: FakeVllm, other: FakeVllm, plain: list[list[Completion]], capfd: pytest.CaptureFixture) -> None:
   fake.trouble = lambda number, body: "slow"
   assert _sample(fake, other, timeout=1.0) == plain
@@ -144,7 +144,7 @@ def test_a_server_that_is_too_slow_is_taken_out(
   assert len(fake.seen) <= 4  # no second attempt
 
 
-def test_a_server_that_dies_is_taken_out_and_each_question_is_answered_once(
+def test_each_question_is_answered_once_if_a_server_dies(
     fake: FakeVllm, other: FakeVllm, plain: list[list[Completion]], tmp_path: Path) -> None:
   dead = []
 
@@ -165,7 +165,7 @@ def test_a_server_that_dies_is_taken_out_and_each_question_is_answered_once(
   assert len(other.answered) >= len(numbers) - len(fake.answered)
 
 
-def test_with_no_server_left_it_ends_with_all_their_reasons(fake: FakeVllm, other: FakeVllm) -> None:
+def test_the_loss_of_all_servers_reports_all_reasons(fake: FakeVllm, other: FakeVllm) -> None:
   fake.trouble = lambda number, body: "500"
   other.trouble = lambda number, body: "not json"
   with VllmSampler(TINY, urls=[fake.url, other.url], compute_dtype="float32") as sampler:
@@ -176,7 +176,7 @@ def test_with_no_server_left_it_ends_with_all_their_reasons(fake: FakeVllm, othe
         assert part in str(error.value)
 
 
-def test_a_killed_run_goes_on_from_its_journal(
+def test_a_killed_run_resumes_from_its_journal(
     fake: FakeVllm, plain: list[list[Completion]], tmp_path: Path) -> None:
   journal = tmp_path / "journal.jsonl"
   fake.trouble = lambda number, body: "" if number < 10 else "500"
@@ -193,8 +193,9 @@ def test_a_killed_run_goes_on_from_its_journal(
   assert not fake.seen
 
 
-@pytest.mark.parametrize("change", [{"seed": 4}, {"max_new_tokens": 11}, {"prompts": PROMPTS[1:]}, {"top_p": 0.5}])
-def test_a_journal_of_something_else_is_started_anew(fake: FakeVllm, tmp_path: Path, change: dict) -> None:
+@pytest.mark.parametrize("change", [{"seed": 4}, {"max_new_tokens": 11}, {"prompts": PROMPTS[1:]}, {"top_p": 0.5}],
+                         ids=["seed", "max_new_tokens", "prompts", "top_p"])
+def test_a_journal_of_other_samples_is_started_over(fake: FakeVllm, tmp_path: Path, change: dict) -> None:
   journal = tmp_path / "journal.jsonl"
   few = {"prompts": PROMPTS[:2], **change}
   _sample(fake, prompts=PROMPTS[:2], journal=journal)
@@ -212,7 +213,7 @@ def test_a_stop_string_cuts_the_text_and_counts_its_tokens(fake: FakeVllm) -> No
   assert row == [Completion("18-8=10. The", count, "stop")]
 
 
-def test_ids_that_the_tokenizer_does_not_have_are_drawn_again(fake: FakeVllm, tmp_path: Path) -> None:
+def test_unknown_ids_are_drawn_again(fake: FakeVllm, tmp_path: Path) -> None:
   _, params = hf.load(TINY, dtype=jnp.float32)
   weight = np.asarray(params["embed_tokens"]["weight"])
   hf.save({**params, "embed_tokens": {"weight": np.concatenate([weight, 0 * weight[:32]])}}, tmp_path / "padded")
@@ -232,13 +233,13 @@ def test_ids_that_the_tokenizer_does_not_have_are_drawn_again(fake: FakeVllm, tm
 
 
 @pytest.mark.parametrize("options", [
-    {"urls": []}, {"python": "python"}, {"compute_dtype": "int8"}, {"concurrency": 0}, {"tolerance": -1.0}])
+    {"urls": []}, {"python": "python"}, {"compute_dtype": "int8"}, {"concurrency": 0}, {"tolerance": -1.0}], ids=str)
 def test_arguments_out_of_range_are_refused(options: dict) -> None:
   with pytest.raises(ValueError, match="expected"):
     VllmSampler(TINY, **{"urls": ["http://host"], **options})
 
 
-def test_a_full_disk_ends_it_with_one_line_and_the_journal_is_whole(
+def test_a_full_disk_is_reported_in_one_line_and_the_journal_resumes(
     fake: FakeVllm, plain: list[list[Completion]], tmp_path: Path) -> None:
   path = tmp_path / "journal.jsonl"
   _sample(fake, journal=path)
@@ -258,12 +259,12 @@ def test_a_full_disk_ends_it_with_one_line_and_the_journal_is_whole(
   assert 0 < len(fake.seen) < len(PROMPTS) * 3
 
 
-def test_nothing_asked_is_nothing_done(fake: FakeVllm) -> None:
+def test_no_prompts_give_no_completions(fake: FakeVllm) -> None:
   assert _sample(fake, prompts=[]) == []
   assert not fake.seen
 
 
-def test_a_journal_that_is_whole_starts_no_server(fake: FakeVllm, tmp_path: Path) -> None:
+def test_a_complete_journal_starts_no_server(fake: FakeVllm, tmp_path: Path) -> None:
   journal = tmp_path / "journal.jsonl"
   rows = _sample(fake, journal=journal)
   with VllmSampler(TINY, python="/no/such/python", compute_dtype="float32", start=False) as sampler:

@@ -1,4 +1,4 @@
-"""Starting a server and ending it, with a program that stands in for vLLM's; and what `--check` says."""
+"""Starting and ending a local server, with a fake program in place of vLLM; and the output of `--check`."""
 
 import os
 import re
@@ -23,7 +23,7 @@ if not Path("/proc/self/stat").exists():
 
 @pytest.fixture
 def python(tmp_path: Path) -> str:
-  """A program that runs the fake server where `python -m vllm...` is asked for."""
+  """Writes a program that runs the fake server instead of `python -m vllm...`."""
   program = tmp_path / "bin" / "python"
   program.parent.mkdir()
   program.write_text("#!/bin/sh\n[ $1 = -c ] && echo vllm True && exit\nshift 2\n"
@@ -34,12 +34,12 @@ def python(tmp_path: Path) -> str:
 
 @pytest.fixture
 def spawn(python: str, tmp_path: Path) -> Callable[..., SpawnedServer]:
-  return lambda what="": SpawnedServer(python, TINY, dtype="float32", log=tmp_path / "logs" / "vllm.log",
-                                       args=("--fake", what) if what else ())
+  return lambda mode="": SpawnedServer(python, TINY, dtype="float32", log=tmp_path / "logs" / "vllm.log",
+                                       args=("--fake", mode) if mode else ())
 
 
-def _gone(process: int) -> bool:
-  """Whether a process has ended, waiting a while for it."""
+def _ends(process: int) -> bool:
+  """Returns whether a process ends within a while."""
   end = time.monotonic() + 20
   while time.monotonic() < end:
     try:
@@ -51,17 +51,17 @@ def _gone(process: int) -> bool:
   return False
 
 
-def _said(log: Path, pattern: str) -> str:
-  """What a group in the log holds, once it is there."""
+def _wait_for_log(log: Path, pattern: str) -> str:
+  """Waits for a match in the log and returns its group."""
   end = time.monotonic() + 20
   while time.monotonic() < end:
-    if log.exists() and (found := re.search(pattern, log.read_text())):
-      return found[1]
+    if log.exists() and (result := re.search(pattern, log.read_text())):
+      return result[1]
     time.sleep(0.05)
   raise AssertionError(f"{pattern} is not in {log}")
 
 
-def test_a_server_starts_answers_and_ends_with_all_its_processes(
+def test_a_server_ends_with_all_its_processes(
     spawn: Callable[..., SpawnedServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
   server = spawn("orphan")
@@ -71,18 +71,18 @@ def test_a_server_starts_answers_and_ends_with_all_its_processes(
   (generated,) = server.complete(prompt, n=1, max_tokens=4, seed=0, temperature=1.0)
   assert generated.tokens == fake_vllm.tokens_of(prompt, 0, 1.0, 4)
   log = tmp_path / "logs" / "vllm.log"
-  orphan = int(_said(log, r"orphan (\d+)"))
+  orphan = int(_wait_for_log(log, r"orphan (\d+)"))
   processes = [orphan, server._process.pid, *supervisor.descendants(server._process.pid)]
   assert len(set(processes)) == 3
   server.close()
-  assert all(map(_gone, processes))
-  said = log.read_text()
-  assert "'HF_HUB_OFFLINE': '1'" in said
-  assert "XLA_FLAGS" not in said
-  assert "PYTHONPATH" not in said
+  assert all(map(_ends, processes))
+  message = log.read_text()
+  assert "'HF_HUB_OFFLINE': '1'" in message
+  assert "XLA_FLAGS" not in message
+  assert "PYTHONPATH" not in message
 
 
-def test_a_server_that_ends_at_its_start_is_reported_with_its_errors(spawn: Callable[..., SpawnedServer]) -> None:
+def test_a_server_that_fails_to_start_is_reported_with_its_errors(spawn: Callable[..., SpawnedServer]) -> None:
   server = spawn("dies")
   with pytest.raises(UserError, match=r"has ended while it started \(exit code 1\)") as error:
     server.wait(30)
@@ -92,63 +92,63 @@ def test_a_server_that_ends_at_its_start_is_reported_with_its_errors(spawn: Call
   assert lines[-1] == "  the worker failed"
 
 
-def test_a_server_that_never_gets_healthy_is_reported_and_ended(python: str, tmp_path: Path) -> None:
+def test_a_server_that_is_never_ready_is_reported_and_ended(python: str, tmp_path: Path) -> None:
   log = tmp_path / "vllm.log"
-  said = r"is not ready after 2 s \(config.sampler.vllm.start_timeout\)\n(.*\n)*  the fake server"
-  with pytest.raises(UserError, match=said):
+  message = r"is not ready after 2 s \(config.sampler.vllm.start_timeout\)\n(.*\n)*  the fake server"
+  with pytest.raises(UserError, match=message):
     VllmSampler(TINY, python=python, args=("--fake", "never-healthy"), log=log, start_timeout=2)
-  port = _said(log, r"--port (\d+)")
+  port = _wait_for_log(log, r"--port (\d+)")
   running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
   assert f"--port {port}" not in running
 
 
 @pytest.mark.parametrize("killed", ["parent", "supervisor"])
-def test_a_server_ends_when_who_watches_it_is_killed(python: str, tmp_path: Path, killed: str) -> None:
+def test_a_server_ends_when_its_watcher_is_killed(python: str, tmp_path: Path, killed: str) -> None:
   log = tmp_path / "vllm.log"
   program = (f"import pathlib, time\nfrom imm_jax.sampling.vllm.server import SpawnedServer\n"
              f"s = SpawnedServer({python!r}, pathlib.Path({str(TINY)!r}), dtype='float32', "
              f"log=pathlib.Path({str(log)!r}))\nprint(s._process.pid, flush=True)\ntime.sleep(600)")
   with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
     watcher = int(parent.stdout.readline())
-    _said(log, r"(the fake server)")
+    _wait_for_log(log, r"(the fake server)")
     processes = supervisor.descendants(watcher)
     assert processes
     os.kill(parent.pid if killed == "parent" else watcher, signal.SIGKILL)
     try:
-      assert all(map(_gone, processes))
+      assert all(map(_ends, processes))
     finally:
       parent.kill()
 
 
-def test_a_server_that_is_killed_is_not_asked_again(spawn: Callable[..., SpawnedServer]) -> None:
+def test_a_killed_server_is_not_retried(spawn: Callable[..., SpawnedServer]) -> None:
   server = spawn()
   server.wait(30)
   assert server.alive()
   for process in supervisor.descendants(server._process.pid):
     os.kill(process, signal.SIGKILL)
-  assert _gone(server._process.pid)
+  assert _ends(server._process.pid)
   assert not server.alive()
-  assert "the fake server" in server.last_words()
+  assert "the fake server" in server.log_tail()
   server.close()
 
 
-def test_the_environment_of_a_server_lacks_what_is_meant_for_jax() -> None:
+def test_a_servers_environment_lacks_variables_for_jax() -> None:
   given = {"PATH": "/bin", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "x", "PYTHONPATH": "/here", "WORLD_SIZE": "2",
            "LD_LIBRARY_PATH": f"{sys.prefix}/lib/nvidia:/usr/local/cuda/lib64", "CUDA_VISIBLE_DEVICES": "0",
            "VLLM_CPU_KVCACHE_SPACE": "1"}
-  made = vllm_server.environment("/venv/bin/python", given)
-  assert made["LD_LIBRARY_PATH"] == "/usr/local/cuda/lib64"
-  assert made["CUDA_VISIBLE_DEVICES"] == "0"
-  assert made["VLLM_CPU_KVCACHE_SPACE"] == "1"
-  assert not made.keys() & {"JAX_PLATFORMS", "XLA_FLAGS", "PYTHONPATH", "WORLD_SIZE"}
+  built = vllm_server.environment("/venv/bin/python", given)
+  assert built["LD_LIBRARY_PATH"] == "/usr/local/cuda/lib64"
+  assert built["CUDA_VISIBLE_DEVICES"] == "0"
+  assert built["VLLM_CPU_KVCACHE_SPACE"] == "1"
+  assert not built.keys() & {"JAX_PLATFORMS", "XLA_FLAGS", "PYTHONPATH", "WORLD_SIZE"}
 
 
-def test_check_says_which_vllm_a_server_is() -> None:
+def test_check_describes_a_server() -> None:
   with fake_vllm.FakeVllm(TINY) as fake:
-    said = vllm_check.of_server(Server(fake.url))
-    assert said == f"vLLM 0.0.fake, serves 'served' from {TINY}, context 256; reloads weights"
+    message = vllm_check.describe_server(Server(fake.url))
+    assert message == f"vLLM 0.0.fake, serves 'served' from {TINY}, context 256; reloads weights"
     fake.dev = False
-    assert "cannot reload weights (start it with VLLM_SERVER_DEV_MODE=1" in vllm_check.of_server(Server(fake.url))
+    assert "cannot reload weights (start it with VLLM_SERVER_DEV_MODE=1" in vllm_check.describe_server(Server(fake.url))
 
 
 @pytest.mark.parametrize(("flags", "said"), [

@@ -1,4 +1,4 @@
-"""The weights of vLLM's servers: how a server gets them, and how one that runs others is found."""
+"""Reloading of weights by vLLM's servers, and detection of servers with other weights."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tests.fake_vllm import FakeVllm
 from tests.sampling.vllm.test_sampler import OPTIONS, PROMPTS, TINY, _quick, _sample, fake, other, plain  # noqa: F401
 
 
-def test_servers_reload_in_the_order_that_leaves_no_old_keys_and_values(fake: FakeVllm, other: FakeVllm) -> None:  # noqa: F811
+def test_a_reload_leaves_no_old_keys_and_values(fake: FakeVllm, other: FakeVllm) -> None:  # noqa: F811
   fake.folder = "older"
   with VllmSampler(TINY, urls=[fake.url, other.url], compute_dtype="float32"):
     for server in (fake, other):
@@ -36,14 +36,14 @@ def test_a_server_that_cannot_reload_is_not_used(
     _sample(fake, other)
 
 
-def test_a_server_without_reload_endpoints_is_refused_with_what_helps(fake: FakeVllm) -> None:  # noqa: F811
+def test_a_server_without_reload_endpoints_is_refused_with_advice(fake: FakeVllm) -> None:  # noqa: F811
   fake.dev = False
   with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
     _sample(fake)
 
 
 def _noisy(folder: Path, noise: float) -> Path:
-  """The embedded model with other weights."""
+  """Writes the embedded model with noise in its weights."""
   _, params = hf.load(TINY, dtype=jnp.float32)
   rng = np.random.default_rng(0)
   changed = params["layers"]["mlp"]["down_proj"]["weight"]
@@ -53,7 +53,7 @@ def _noisy(folder: Path, noise: float) -> Path:
   return folder
 
 
-def test_a_server_with_other_weights_is_found_before_it_samples(
+def test_a_server_with_other_weights_is_detected_before_it_samples(
     fake: FakeVllm, tmp_path: Path, plain: list[list[Completion]]) -> None:  # noqa: F811
   fake.folder = str(_noisy(tmp_path / "older", 0.01))
   fake.stale = True
@@ -64,7 +64,7 @@ def test_a_server_with_other_weights_is_found_before_it_samples(
     assert sampler.generate(PROMPTS, **OPTIONS) == plain
 
 
-def test_weights_that_differ_less_than_rounding_may_are_found_by_what_the_server_ran_before(
+def test_small_weight_changes_are_detected_by_the_earlier_weights(
     fake: FakeVllm, tmp_path: Path) -> None:  # noqa: F811
   _sample(fake)
   folder = _noisy(tmp_path / "newer", 0.002)
@@ -77,7 +77,7 @@ def test_weights_that_differ_less_than_rounding_may_are_found_by_what_the_server
   assert _sample(fake, folder=folder)
 
 
-def test_a_server_that_another_run_gives_its_weights_ends_this_one(fake: FakeVllm, tmp_path: Path) -> None:  # noqa: F811
+def test_a_reload_by_another_run_ends_this_one(fake: FakeVllm, tmp_path: Path) -> None:  # noqa: F811
   journal = tmp_path / "journal.jsonl"
 
   def trouble(number: int, body: dict) -> str:
@@ -93,29 +93,29 @@ def test_a_server_that_another_run_gives_its_weights_ends_this_one(fake: FakeVll
 
 def test_the_decoder_and_transformers_agree_to_a_hundredth_of_the_tolerance(
     fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-  found = []
+  result = []
   check = freshness.check
-  monkeypatch.setattr(freshness, "check", lambda *args, **options: found.append(check(*args, **options)) or found[-1])
+  monkeypatch.setattr(freshness, "check", lambda *args, **options: result.append(check(*args, **options)) or result[-1])
   _sample(fake)
-  (agreement,) = found[0].values()
+  (agreement,) = result[0].values()
   assert agreement.within(freshness.TOLERANCES["float32"] / 100)
 
 
-def test_what_is_no_number_is_no_agreement() -> None:
+def test_nan_is_no_agreement() -> None:
   nan = np.full((1, 1), np.nan)
-  found = freshness.agreement([freshness.Generated([1], [-1.0], "length")], nan, nan)
-  assert not found.within(1.0)
+  result = freshness.measure_agreement([freshness.Generated([1], [-1.0], "length")], nan, nan)
+  assert not result.within(1.0)
 
 
 def test_a_restart_command_replaces_the_reload(fake: FakeVllm, tmp_path: Path, plain: list[list[Completion]]) -> None:  # noqa: F811
-  told = tmp_path / "told"
+  output = tmp_path / "told"
   fake.dev = False
-  command = f"cp {{model}}/config.json {told}"
+  command = f"cp {{model}}/config.json {output}"
   with VllmSampler(TINY, urls=[fake.url], compute_dtype="float32", restart=command) as sampler:
     assert sampler.generate(PROMPTS, **OPTIONS) == plain
-  assert told.read_text() == (TINY / "config.json").read_text()
+  assert output.read_text() == (TINY / "config.json").read_text()
   with pytest.raises(UserError, match=r"restart='cat /no/such/file': ended with exit code 1: .*No such file"):
     VllmSampler(TINY, urls=[fake.url], compute_dtype="float32", restart="cat /no/such/file")
-  # What goes on in the background is not waited for.
+  # Background processes of the command are not waited for.
   with VllmSampler(TINY, urls=[fake.url], compute_dtype="float32", restart="sh -c 'sleep 5 & exit 0'", start_timeout=3):
     pass
