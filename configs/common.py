@@ -60,6 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
   vllm.urls = ()  # or servers that run elsewhere and see --workdir under the same path: ("http://host:8000",)
   vllm.args = ()  # more arguments of a server that is started: ("--gpu-memory-utilization=0.8",)
   vllm.restart = ""  # a command that starts the servers elsewhere again with {model}, in place of a reload
+  vllm.sleep = False  # leave a server that is started here asleep between stages, without weights (level 2; GPUs alone)
   vllm.concurrency = 512  # requests under way at each server; one asks for all of a question's samples at a temperature
   vllm.timeout = 1800.0  # seconds that a request may take, waiting included
   vllm.start_timeout = 1800.0  # seconds that a server may take to start or reload

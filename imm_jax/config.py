@@ -151,13 +151,16 @@ def idle(config: ml_collections.ConfigDict) -> set[str]:
 
 def _validate_sampler(config: ml_collections.ConfigDict) -> None:
   vllm = config.sampler.vllm
-  given = [f"sampler.vllm.{key}" for key in ("python", "urls", "args", "restart") if vllm[key]]
+  given = [f"sampler.vllm.{key}" for key in ("python", "urls", "args", "restart", "sleep") if vllm[key]]
   if config.sampler.kind == "native" and given:
     raise UserError(f"config.{given[0]}={config.sampler.vllm[given[0].rpartition('.')[2]]!r}: is for "
                     "sampler.kind=vllm, and sampler.kind is native")
   if vllm.urls and (vllm.python or vllm.args):
     raise UserError("config.sampler.vllm.urls: are servers that run elsewhere; python and args are for one that is "
                     "started here. Give one or the other")
+  if vllm.urls and vllm.sleep:
+    raise UserError("config.sampler.vllm.sleep: is for a server that is started here, and sampler.vllm.urls run "
+                    "elsewhere")
   if vllm.restart and not vllm.urls:
     raise UserError(f"config.sampler.vllm.restart={vllm.restart!r}: is for sampler.vllm.urls; a server that is started "
                     "here starts again for each model")

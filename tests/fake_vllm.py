@@ -69,6 +69,7 @@ class FakeVllm:
     self.folder, self.trouble, self.draw = str(folder), trouble, tokens_of
     self.healthy, self.dev, self.stale, self.resets = True, True, False, True
     self.version: str | None = "default"
+    self.asleep, self.sleeps = set(), True
     self.seen: list[dict] = []
     self.answered: list[dict] = []
     self.steps: list[str] = []
@@ -96,7 +97,7 @@ class FakeVllm:
       except OSError:
         continue  # it was closed already
 
-  def act(self, path: str, body: dict) -> dict:
+  def act(self, path: str, body: dict, query: str = "") -> dict:
     """Answers what has to do with weights."""
     self.steps.append(path)
     if path == "/collective_rpc":
@@ -105,8 +106,13 @@ class FakeVllm:
         self.folder = body["kwargs"]["weights_path"]
     if path == "/update_weight_version" and self.version is not None:
       self.version = body["new_version"]
-    return {"/reset_prefix_cache": {"success": self.resets}, "/weight_info": {"weight_version": self.version}}.get(
-        path, {"results": [None]})
+    if path == "/sleep":
+      assert "level=2" in query
+      self.asleep = {"weights", "kv_cache"} if self.sleeps else set()
+    if path == "/wake_up":
+      self.asleep -= {tag.removeprefix("tags=") for tag in query.split("&")}
+    return {"/reset_prefix_cache": {"success": self.resets}, "/weight_info": {"weight_version": self.version},
+            "/is_sleeping": {"is_sleeping": bool(self.asleep)}}.get(path, {"results": [None]})
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -135,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
       self.answer({"version": "0.0.fake"})
     elif path == "/v1/models":
       self.answer({"data": [{"id": "served", "root": fake.folder, "max_model_len": 256}]})
-    elif path == "/weight_info" and fake.dev:
+    elif path in ("/weight_info", "/is_sleeping") and fake.dev:
       self.answer(fake.act(path, {}))
     else:
       self.answer({"detail": "Not Found"}, 404)
@@ -144,7 +150,8 @@ class _Handler(BaseHTTPRequestHandler):
     body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
     path, fake = urlparse(self.path).path, self.fake
     if path != "/v1/completions":
-      self.answer(fake.act(path, body) if fake.dev else {"detail": "Not Found"}, 200 if fake.dev else 404)
+      answer = fake.act(path, body, urlparse(self.path).query) if fake.dev else {"detail": "Not Found"}
+      self.answer(answer, 200 if fake.dev else 404)
     elif "logprobs" in body:
       tokens, logprobs = greedy(fake.folder, tuple(body["prompt"]), body["max_tokens"])
       self.answer(_choices([{"index": 0, "token_ids": tokens, "finish_reason": "length",
@@ -205,7 +212,10 @@ def _choices(choices: list[dict]) -> dict:
 
 
 def main() -> None:
-  given = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
+  arguments = sys.argv[1:]
+  if sleeps := "--enable-sleep-mode" in arguments:
+    arguments.remove("--enable-sleep-mode")
+  given = dict(zip(arguments[::2], arguments[1::2], strict=True))
   print("the fake server", {k: v for k, v in os.environ.items() if k.startswith(("XLA", "HF_", "PYTHON"))}, flush=True)
   what = given.get("--fake", "")
   if what == "dies":
@@ -216,8 +226,10 @@ def main() -> None:
     print("orphan", child.pid, flush=True)
   with FakeVllm(given["--model"], port=int(given["--port"])) as fake:
     fake.healthy = what != "never-healthy"
-    if what == "greedy":
-      fake.draw = functools.partial(_answer, given["--model"])
+    fake.sleeps, fake.dev = sleeps and what != "sleepless", "VLLM_SERVER_DEV_MODE" in os.environ
+    fake.stale = what == "stale"
+    if what in ("greedy", "stale"):
+      fake.draw = lambda *request: _answer(fake.folder, *request)
     time.sleep(600)
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import urllib3
@@ -174,20 +175,42 @@ class Server:
     Raises:
       ServerError: when a step fails, or the server lacks the endpoints.
     """
-    call = functools.partial(self._call, timeout=timeout)
+    call = functools.partial(self._call, "POST", timeout=timeout)
     try:
-      call("POST", "/pause?mode=abort")
-      call("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
-      # Cached keys and values were computed with the old weights.
-      if not _field(call("POST", "/reset_prefix_cache"), "success", bool):
-        raise ServerError("its prefix cache cannot be reset")
-      call("POST", "/update_weight_version", {"new_version": version})
-      if (current := self.weights()) != version:
-        raise ServerError(f"it says that its weights are {current!r:.99} and not {version!r}")
-      call("POST", "/resume")
+      call("/pause?mode=abort")
+      self._load(folder, version, call)
+      call("/resume")
     except _UnavailableError as e:
       raise ServerError(f"{e}; reloading needs vLLM 0.32 or newer, started with VLLM_SERVER_DEV_MODE=1 in its "
                         "environment, or give config.sampler.vllm.restart") from e
+
+  def sleep(self, *, timeout: float) -> None:
+    """Makes the server discard its weights and its cache (level 2), so that others can use the memory of its GPUs.
+
+    Raises:
+      ServerError: when it does not, as one that was started without `--enable-sleep-mode`.
+    """
+    self._call("POST", "/sleep?level=2&mode=abort", timeout=timeout)
+    if not _field(self._call("GET", "/is_sleeping", timeout=timeout), "is_sleeping", bool):
+      raise ServerError("it does not sleep")
+
+  def wake(self, folder: str, version: str, *, timeout: float) -> None:
+    """Makes a server that sleeps load the weights in `folder`; takes and raises what `reload` does."""
+    call = functools.partial(self._call, "POST", timeout=timeout)
+    call("/wake_up?tags=weights")  # the cache comes after the weights, which may need its memory while they are loaded
+    self._load(folder, version, call, lambda: call("/wake_up?tags=kv_cache"))
+    if _field(self._call("GET", "/is_sleeping", timeout=timeout), "is_sleeping", bool):
+      raise ServerError("it does not wake up")
+
+  def _load(self, folder: str, version: str, call: Callable[..., Any], then: Callable[[], Any] = lambda: None) -> None:
+    """Makes the server load weights, calls `then`, and resets what was cached with the old weights."""
+    call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
+    then()
+    if not _field(call("/reset_prefix_cache"), "success", bool):
+      raise ServerError("its prefix cache cannot be reset")
+    call("/update_weight_version", {"new_version": version})
+    if (current := self.weights()) != version:
+      raise ServerError(f"it says that its weights are {current!r:.99} and not {version!r}")
 
   def _call(self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float,
             max_bytes: int = _MAX_BYTES, parse: bool = True) -> Any:

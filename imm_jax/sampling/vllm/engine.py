@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, s
   with VllmSampler(
       model, python=(vllm.python or sys.executable) if spawns else "", urls=vllm.urls, args=vllm.args,
       restart=vllm.restart, compute_dtype=dtype, concurrency=vllm.concurrency,
-      timeout=vllm.timeout, start_timeout=vllm.start_timeout, tolerance=vllm.tolerance, log=scratch / "vllm.log",
+      timeout=vllm.timeout, start_timeout=vllm.start_timeout, tolerance=vllm.tolerance, sleep=vllm.sleep,
+      # The scratch folder is removed with its stage, and a server that sleeps outlives that.
+      log=(Path(tempfile.mkdtemp(prefix="imm_jax-vllm-")) if vllm.sleep else scratch) / "vllm.log",
       mesh=None if spawns else sharding.own_devices(mesh()), start=False) as sampler:
     yield sampler
 

@@ -24,7 +24,7 @@ from imm_jax.model import folder as checkpoint, hf
 from imm_jax.model.tokenization import known_ids
 from imm_jax.sampling import Completion, Prompt, completions
 from imm_jax.sampling.journal import Journal
-from imm_jax.sampling.vllm import freshness
+from imm_jax.sampling.vllm import freshness, sleeping
 from imm_jax.sampling.vllm.client import NEUTRAL, Generated, Server, ServerError
 from imm_jax.sampling.vllm.dispatch import Dispatcher, no_server_message
 from imm_jax.sampling.vllm.server import SpawnedServer
@@ -47,7 +47,7 @@ class VllmSampler:
   def __init__(self, folder: str | Path, *, python: str = "", urls: Sequence[str] = (), args: Sequence[str] = (),
                restart: str = "", compute_dtype: str = "bfloat16", concurrency: int = 256, timeout: float = 1800.0,
                start_timeout: float = 1800.0, tolerance: float = 0.0, log: str | Path = "vllm.log",
-               mesh: Mesh | None = None, start: bool = True):
+               mesh: Mesh | None = None, start: bool = True, sleep: bool = False):
     """Starts a local server, or makes remote servers reload; blocks until they are ready.
 
     Args:
@@ -65,6 +65,8 @@ class VllmSampler:
       log: file for the output of a local server.
       mesh: this process's own devices, for the check of the servers' weights; None takes the CPU.
       start: False defers the start to the first call of `generate` that needs a server.
+      sleep: leaves a local server asleep at the end, without weights and cache, for the next sampler of this process
+        with the same arguments and a model of the same shape, which then takes no start. It ends with this process.
 
     Raises:
       ValueError: for an argument out of range.
@@ -89,6 +91,7 @@ class VllmSampler:
     self._digest = checkpoint.digest(self._folder)
     self._servers: list[Server] = []
     self._out: dict[Server, str] = {}  # servers that were taken out, and why
+    self._local = (python, tuple(args), compute_dtype, concurrency, config) if sleep and python else None
     self._start = functools.partial(self._begin, python, urls, args, restart, timeout, start_timeout, Path(log))
     if start:
       self._begin_once()
@@ -106,8 +109,11 @@ class VllmSampler:
              start_timeout: float, log: Path) -> None:
     """Starts or reloads the servers; see `__init__`."""
     if python:
+      if woken := sleeping.wake(self._local, self._folder, self._digest, timeout=start_timeout):
+        self._servers, self._earlier = [woken[0]], dict([woken])
+        return
       self._servers = [SpawnedServer(python, self._folder, dtype=self._dtype, args=args, log=log,
-                                     connections=self._concurrency, timeout=timeout)]
+                                     connections=self._concurrency, timeout=timeout, sleeps=self._local is not None)]
       self._servers[0].wait(start_timeout)
       return
     self._servers = [Server(url, connections=self._concurrency, timeout=timeout) for url in urls]
@@ -126,9 +132,12 @@ class VllmSampler:
     self.close()
 
   def close(self) -> None:
-    """Closes connections, and ends a local server."""
+    """Closes connections, and ends a local server or puts it to sleep."""
     for server in self._servers:
-      server.close()
+      if not (self._local and self._checked and server not in self._out
+              and sleeping.put_to_sleep(self._local, server, self._folder)):
+        server.close()
+    self._servers = []
 
   def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int, num_samples: int = 1,
                temperatures: Sequence[float] = (0.0,), top_p: float = 1.0, stop: Sequence[str] = (), seed: int = 0,

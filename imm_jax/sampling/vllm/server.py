@@ -71,7 +71,7 @@ class SpawnedServer(Server):
   """Runs a server for a checkpoint in a child process."""
 
   def __init__(self, python: str, folder: Path, *, dtype: str, args: Sequence[str] = (), log: Path,
-               connections: int = 1, timeout: float = 600.0):
+               connections: int = 1, timeout: float = 600.0, sleeps: bool = False):
     """Starts the server; `wait` returns once it is ready.
 
     Args:
@@ -82,6 +82,7 @@ class SpawnedServer(Server):
       log: file for all output of the server.
       connections: see `Server`.
       timeout: see `Server`.
+      sleeps: whether it can be put to sleep.
 
     Raises:
       UserError: when there is no such interpreter.
@@ -94,7 +95,8 @@ class SpawnedServer(Server):
     self._log, self._folder = log, folder
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder.resolve()), "--dtype", dtype,
-               "--generation-config", "vllm", "--served-model-name", "imm_jax", *args,
+               "--generation-config", "vllm", "--served-model-name", "imm_jax",
+               *["--enable-sleep-mode"] * sleeps, *args,
                "--host", "127.0.0.1", "--port", str(port)]
     with log.open("ab") as out:
       _lock_log(out)
@@ -104,7 +106,8 @@ class SpawnedServer(Server):
       # A new session, so that Ctrl-C at a terminal reaches only this process, which then ends the server.
       self._process = subprocess.Popen(
           [sys.executable, "-I", supervisor.__file__, str(os.getpid()), *command], stdin=subprocess.DEVNULL, stdout=out,
-          stderr=subprocess.STDOUT, start_new_session=True, env=environment(python, os.environ))
+          stderr=subprocess.STDOUT, start_new_session=True,
+          env=environment(python, os.environ) | ({"VLLM_SERVER_DEV_MODE": "1"} if sleeps else {}))
 
   def alive(self) -> bool:
     """Returns whether its process is running."""

@@ -1,0 +1,59 @@
+"""Keeps a local server asleep between the samplers of a process, so that only the first one waits for its start.
+
+A server that sleeps (vLLM's level 2) has no weights and no cache, so that training can use the memory of its GPUs. The
+supervisor ends it with this process, whatever happens.
+"""
+
+import sys
+from collections.abc import Hashable
+from pathlib import Path
+
+from imm_jax.errors import UserError
+from imm_jax.sampling.vllm.client import ServerError
+from imm_jax.sampling.vllm.server import SpawnedServer
+
+_TIMEOUT_S = 120.0
+# How it was started -> the server that sleeps, and the checkpoint that it last had.
+_asleep: dict[Hashable, tuple[SpawnedServer, Path]] = {}
+
+
+def put_to_sleep(how: Hashable, server: SpawnedServer, folder: Path) -> bool:
+  """Puts a server to sleep for the next `wake` with the same `how`; returns whether it sleeps."""
+  try:
+    server.sleep(timeout=_TIMEOUT_S)
+  except (ServerError, UserError) as e:
+    print(f"warning: the vLLM server is ended, since it cannot be put to sleep ({e})", file=sys.stderr)
+    return False
+  end_all()
+  _asleep[how] = server, folder
+  return True
+
+
+def wake(how: Hashable, folder: Path, version: str, *, timeout: float) -> tuple[SpawnedServer, Path] | None:
+  """Wakes the server that was started like this, with the weights in `folder`; ends one that was started otherwise.
+
+  Args:
+    how: as given to `put_to_sleep`.
+    folder: checkpoint of the same shape as the one before.
+    version: name of its weights.
+    timeout: seconds that each step may take.
+
+  Returns:
+    The server and the checkpoint that it had before, or None where a new server must be started.
+  """
+  server, before = _asleep.pop(how, (None, None))
+  end_all()
+  if server:
+    try:
+      server.wake(str(folder.resolve()), version, timeout=timeout)
+    except (ServerError, UserError) as e:
+      print(f"warning: the vLLM server that slept is started again ({e})", file=sys.stderr)
+      server.close()
+      return None
+  return (server, before) if server else None
+
+
+def end_all() -> None:
+  """Ends every server that sleeps."""
+  while _asleep:
+    _asleep.popitem()[1][0].close()
