@@ -123,6 +123,14 @@ def test_a_run_gives_its_results_and_goes_on(tmp_path: Path, capsys: pytest.Capt
   assert imm_jax.load(tmp_path / "run/round_0/merged").config.num_layers == 4
 
 
+def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.chdir(tmp_path)
+  code, = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.S)
+  exec(code, names := {})
+  assert [len(answers) for answers in names["answers"]] == [3]
+  assert imm_jax.load(tmp_path / "merged").config == names["model"].config
+
+
 @pytest.mark.full
 def test_the_examples_of_the_docs_run():
   blocks = re.findall(r"```python\n(.*?)```", (REPO / "docs/python_api.md").read_text(), re.S)
