@@ -87,7 +87,7 @@ def weight_change(before: Path, after: Path) -> LayerChange:
       those weights, or weights that are not finite.
   """
   matrices = lambda name: _MATRIX.fullmatch(name) is not None
-  with CheckpointSource({"before": before, "after": after}, only=matrices) as source:
+  with CheckpointSource({"before": before, "after": after}, keep=matrices) as source:
     places = {name: _MATRIX.fullmatch(name).groups() for name in source.names}
     layers = 1 + max((int(layer) for layer, _ in places.values()), default=-1)
     missing = {(str(n), module) for n in range(layers) for module in MODULES} - set(places.values())
