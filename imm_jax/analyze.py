@@ -60,7 +60,7 @@ def main() -> None:
   if asked:
     from imm_jax.model import hf  # late, as below
 
-    hf.check(model)
+    hf.check_folder(model)
   out = Path(_OUT.value)
   inputs = {"model": model} | {f"tuned[{i}]": folder for i, folder in enumerate(others.values())}
   files.check_out(out, inputs, overwrite=_OVERWRITE.value, foreign=output.foreign)

@@ -39,14 +39,14 @@ def main() -> None:
   if experiments.is_experiment(settings):
     raise UserError("--config: holds several runs; give the config of one, such as configs/qwen.py")
   settings.model = _MODEL.value
-  if tasks.measure_of(settings.task.name) == "choices":  # nothing is sampled to train on
+  if tasks.default_measure(settings.task.name) == "choices":  # nothing is sampled to train on
     settings.eval.by_likelihood = (*settings.eval.by_likelihood, settings.task.name)
   config.validate(settings, trains=False)
   devices.leave_to_others(settings)
   sampling.check_sampler(settings)
   out = Path(_OUT.value)
   model = hub.resolve(settings.model)
-  hf.check(model)
+  hf.check_folder(model)
   others = {Path(name): against.read_folder(Path(name)) for name in _AGAINST.value}
   files.check_out(out, {"model": model, **{f"--against={other}": other for other in others}},
                   overwrite=_OVERWRITE.value, foreign=_foreign)

@@ -90,7 +90,7 @@ def _one(analysis: ml_collections.ConfigDict, models: dict[str, Path], out: Path
   """Does one analysis: a folder like that of `python -m imm_jax.analyze`."""
   scores: dict[str, Any] = {}
   if analysis.kind == "importance":
-    hf.check(models["model"])
+    hf.check_folder(models["model"])
     analysis.config.model = analysis.model  # the mesh follows from its size
     scores = devices.call(analysis.config, analysing.importances, analysis.config, models["model"], [analysis.task])
   if distributed.is_main():

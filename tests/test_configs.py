@@ -19,7 +19,7 @@ from tests import REPO
 from tests.runs.test_loop import SMALL, environment  # noqa: F401
 
 PLANS = ["appendix=b9", *(f"{kind}={n}" for kind, numbers in (("table", paper.TABLES), ("figure", paper.FIGURES))
-                         for n in numbers)]
+                          for n in numbers)]
 # Published: the model cards.
 SIZES = {"HuggingFaceTB/SmolLM2-135M": 134_515_008, "Qwen/Qwen2.5-0.5B": 494_032_768,
          "Qwen/Qwen2.5-1.5B": 1_543_714_304, "Qwen/Qwen2.5-7B": 7_615_616_512,
@@ -266,7 +266,7 @@ def test_what_stages_took_stands_for_those_to_come():
 
 
 def test_where_no_peak_is_known_a_second_of_products_says_how_long_a_run_takes(monkeypatch):
-  config, model = tiny.get_config(), published.config_of("tiny")
+  config, model = tiny.get_config(), published.find_config("tiny")
   rates = {config.sample.batch_size: 1e9, 1024: 4e9}
   monkeypatch.setattr(hardware, "measure_flops", lambda rows, dtype: rates[rows])
   found, params = cost.work(config, {"stages": {}}), count_params(model)

@@ -83,7 +83,7 @@ def token_entropy(config: ModelConfig, params: Params, batches: PackedBatches, *
     batches: prompts and responses, once: packed with `epochs=1`.
     mesh: devices.
     compute_dtype: dtype of activations.
-    attention: what `attention.choose` gave.
+    attention: what `attention.choose_backend` gave.
     accumulation: parts that a batch is run in.
     label: what the progress bar says.
   """

@@ -48,7 +48,7 @@ def drift(config: ModelConfig, base: Params, params: Params, batches: PackedBatc
     batches: prompts and responses, once: packed with `epochs=1`.
     mesh: devices.
     compute_dtype: dtype of activations.
-    attention: what `attention.choose` gave.
+    attention: what `attention.choose_backend` gave.
     accumulation: parts that a batch is run in.
     label: what the progress bar says.
   """

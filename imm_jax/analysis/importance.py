@@ -68,7 +68,7 @@ def gradient(config: ModelConfig, params: Params, batches: PackedBatches, *, mes
     mesh: devices.
     compute_dtype: dtype of activations.
     remat: one of `decoder.REMAT`.
-    attention: what `attention.choose` gave.
+    attention: what `attention.choose_backend` gave.
     accumulation: parts that a batch is run in.
     label: what the progress bar says.
 
@@ -102,7 +102,7 @@ def gradient_and_squares(config: ModelConfig, params: Params, batches: PackedBat
     mesh: devices.
     compute_dtype: dtype of activations.
     remat: one of `decoder.REMAT`.
-    attention: what `attention.choose` gave.
+    attention: what `attention.choose_backend` gave.
     label: what the progress bar says.
 
   Returns:
@@ -111,7 +111,7 @@ def gradient_and_squares(config: ModelConfig, params: Params, batches: PackedBat
   Raises:
     UserError: when one is not finite.
   """
-  return _means(config, params, batches.one_by_one(sharding.batch_parts(mesh)), mesh, label, order=2,
+  return _means(config, params, batches.one_by_one(sharding.num_batch_shards(mesh)), mesh, label, order=2,
                 compute_dtype=compute_dtype, remat=remat, attention=attention)
 
 

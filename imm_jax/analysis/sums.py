@@ -34,7 +34,7 @@ def over(measure: Measure, config: ModelConfig, models: Sequence[Params], batche
     batches: prompts and responses, once: packed with `epochs=1`.
     mesh: devices.
     compute_dtype: dtype of activations.
-    attention: what `attention.choose` gave.
+    attention: what `attention.choose_backend` gave.
     accumulation: parts that a batch is run in.
     label: what the progress bar says.
   """

@@ -17,7 +17,7 @@ from imm_jax.errors import UserError, listed
 from imm_jax.merging.checkpoint import CheckpointSource
 from imm_jax.model.config import read_config
 from imm_jax.model.families import FAMILIES
-from imm_jax.model.folder import tensors
+from imm_jax.model.folder import read_entries
 
 _MATRIX = re.compile(rf"(?:.*\.)?layers\.(\d+)\.(?:self_attn|mlp)\.({'|'.join(MODULES)})\.weight")
 
@@ -60,7 +60,7 @@ def check(before: Path, after: Path) -> None:
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
   """Of the matrices of every layer, by `layers.0.q_proj`."""
   layers, found = read_config(folder).num_layers, {}
-  for name, entry in tensors(folder).items():
+  for name, entry in read_entries(folder).items():
     if place := _MATRIX.fullmatch(name):
       if not jnp.issubdtype(entry.dtype, jnp.floating):
         raise UserError(f"{folder}: {name} has dtype {entry.dtype}; expected weights in BF16, F16 or F32")

@@ -139,7 +139,7 @@ def plan_of(config: ml_collections.ConfigDict, *, topology_name: str, slices: in
 
 def _shape(model: str) -> ModelConfig:
   """The model's shape; nothing is downloaded."""
-  found = published.config_of(model)
+  found = published.find_config(model)
   if found is None:
     raise UserError(f"--config.model={model}: its shape is not known here; --compile_only reads config.json alone, so "
                     f"`hf download {model} config.json --local-dir=DIR` and DIR will do")
@@ -148,8 +148,8 @@ def _shape(model: str) -> ModelConfig:
 
 def check(plan: Plan) -> Report:
   """Compiles the step."""
-  backend = attention.choose(plan.attention, plan.model, dtype=plan.compute_dtype, length=plan.length,
-                             rows=plan.step_rows // plan.accumulation, mesh=plan.mesh)
+  backend = attention.choose_backend(plan.attention, plan.model, dtype=plan.compute_dtype, length=plan.length,
+                                     rows=plan.step_rows // plan.accumulation, mesh=plan.mesh)
   # The learning rate is a function of the step; which one makes no difference here.
   optimizer = training.make_optimizer(optax.constant_schedule(1e-5), weight_decay=plan.weight_decay,
                                       grad_clip=plan.grad_clip)

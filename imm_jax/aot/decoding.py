@@ -73,7 +73,7 @@ def host_of(slice_: topology.Slice) -> topology.Slice:
 
 def meshes(model: ModelConfig, devices: Sequence[jax.Device]) -> list[Mesh]:
   """The default of sampling first, then the others that divide the key/value heads, those that split most first."""
-  default = sharding.for_decoding(sharding.make_mesh(data=1, fsdp=1, tensor=-1, devices=devices), model.num_kv_heads)
+  default = sharding.decoding_mesh(sharding.make_mesh(data=1, fsdp=1, tensor=-1, devices=devices), model.num_kv_heads)
   most = math.gcd(model.num_kv_heads, len(devices))
   others = [Mesh(np.array(devices).reshape(-1, 1, n), sharding.AXES, axis_types=default.axis_types)
             for n in range(most, 0, -1) if most % n == 0]

@@ -119,7 +119,7 @@ def merge_parts(parts: Sequence[Part], targets: Sequence[tuple[Path, np.dtype | 
     UserError: for a tensor with NaN or infinity, unless allowed, and for non-floating tensors that differ.
   """
   tensors = sorted(((name, part) for part in parts for name in part.source.order),
-                 key=lambda item: model_folder.model_order(item[0]))
+                   key=lambda item: model_folder.model_order(item[0]))
   workers = max(2, min(_MAX_WORKERS, len(os.sched_getaffinity(0))))
   total = sum(e.size * e.dtype.itemsize for name, part in tensors for e in part.source.entries(name))
   with contextlib.ExitStack() as stack:

@@ -11,10 +11,11 @@ from imm_jax.model import folder as model_folder
 
 # Averaging weights is meaningless across model families or head layouts, even where the shapes agree.
 _MUST_MATCH = ("model_type", "num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "hidden_act",
-            "activation_function", "num_experts", "num_local_experts", "num_experts_per_tok")
+               "activation_function", "num_experts", "num_local_experts", "num_experts_per_tok")
 # A mean may still make sense where these differ; the output takes the donor's values.
 _MAY_DIFFER = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "sliding_window", "max_position_embeddings",
-          "attention_bias", "embedding_multiplier", "logits_scaling", "residual_multiplier", "final_logit_softcapping")
+               "attention_bias", "embedding_multiplier", "logits_scaling", "residual_multiplier",
+               "final_logit_softcapping")
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
 _LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
@@ -51,7 +52,7 @@ def require_compatible(models: Mapping[str, Path], *, layers_may_differ: bool = 
 
 
 def update_config(out: Path, *, dtype: str | None = None, rows: int | None = None, head: bool | None = None,
-           layers: list[tuple[Path, int]] | None = None) -> None:
+                  layers: list[tuple[Path, int]] | None = None) -> None:
   """Updates the copied config.json to describe the output.
 
   Args:
@@ -86,7 +87,7 @@ def copy_companion_files(donor: Path, out: Path) -> None:
   Raises:
     UserError: if a pipeline module has weights of its own, which would not be merged.
   """
-  names = model_folder.side_files(donor)
+  names = model_folder.list_side_files(donor)
   config = _read_config(donor)
   if config.get("auto_map"):
     names += sorted(path.name for path in donor.glob("*.py"))

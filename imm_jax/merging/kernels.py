@@ -48,7 +48,7 @@ def add(terms: Sequence[jax.Array]) -> jax.Array:
 
 
 def drop_mask(shape: tuple[int, ...], code: jax.Array, steps: jax.Array, shared: Shared,
-            model: int | None = None) -> jax.Array:
+              model: int | None = None) -> jax.Array:
   """Returns which entries DARE drops: those whose draw is below `steps`. With `model` each model has its own mask."""
   return draw_uint16(shape, code, shared, model) < steps
 

@@ -89,7 +89,7 @@ def fold_in(words: Any, data: Any) -> tuple[Any, Any]:
 
 
 def draw_uint16(words: tuple[jax.Array, jax.Array], codes: jax.Array, shape: tuple[int, ...],
-          first: tuple[jax.Array | int, jax.Array | int] = (0, 0), half: int | None = None) -> jax.Array:
+                first: tuple[jax.Array | int, jax.Array | int] = (0, 0), half: int | None = None) -> jax.Array:
   """Draws uniform integers in [0, 65536) for stacked tensors, or for a block of them.
 
   Args:

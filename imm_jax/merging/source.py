@@ -17,7 +17,7 @@ from imm_jax.errors import UserError, listed
 from imm_jax.merging import trees
 from imm_jax.merging.statistics import Statistic
 from imm_jax.model import folder as model_folder
-from imm_jax.model.safetensors import Entry, Reader, aligned
+from imm_jax.model.safetensors import Entry, Reader, empty_aligned
 
 # Entries in a block: few enough to fit in CPU caches, enough to amortise the overhead of a call.
 BLOCK = 1 << 19
@@ -43,7 +43,7 @@ class CheckpointSource:
       first_layer: first layer of the output among these tensors, where lists over the layers begin.
 
     Raises:
-      UserError: as `folder.tensors` does, and if the folders' tensors differ; names those that do.
+      UserError: as `folder.read_entries` does, and if the folders' tensors differ; names those that do.
     """
     self.folders, self.block, self.first_layer = dict(folders), block, first_layer
     self._reader = Reader()
@@ -51,7 +51,7 @@ class CheckpointSource:
       labels = self.labels = list(self.folders)
       if tables is None:
         tables = [self._load_table(path) if keep is None else
-                  {name: entry for name, entry in model_folder.tensors(path).items() if keep(name)}
+                  {name: entry for name, entry in model_folder.read_entries(path).items() if keep(name)}
                   for path in self.folders.values()]
       # If any input has an untied head, so has the output; tied inputs contribute their embedding as the head.
       self.untied = [label for label, table in zip(labels, tables, strict=True) if _is_tied(table)
@@ -123,7 +123,7 @@ class CheckpointSource:
 
   def _load_table(self, path: Path) -> Table:
     """Loads the entries of a model's tensors, without those that are computed from others (tied head, rotary)."""
-    table = model_folder.tensors(path)
+    table = model_folder.read_entries(path)
     head, embedding = table.get(model_folder.HEAD), table.get(model_folder.EMBEDDING)
     tied = files.read_json(path / "config.json").get("tie_word_embeddings")
     # If config.json does not say, the family decides; equal bytes show that the head is tied.
@@ -131,14 +131,14 @@ class CheckpointSource:
       if self._are_equal([head, embedding]):
         del table[model_folder.HEAD]
       elif tied:
-        raise model_folder.untied(path)
+        raise model_folder.untied_error(path)
     return {name: entry for name, entry in table.items() if not model_folder.is_rotary(name)}
 
   def _are_equal(self, entries: Sequence[Entry]) -> bool:
     if len({(e.dtype, e.shape) for e in entries}) > 1:
       return False
     for begin in range(0, entries[0].size, self.block):
-      blocks = [aligned((min(self.block, e.size - begin),), e.dtype) for e in entries]
+      blocks = [empty_aligned((min(self.block, e.size - begin),), e.dtype) for e in entries]
       for entry, block in zip(entries, blocks, strict=True):
         self.read(entry, begin, block)
       if len({block.tobytes() for block in blocks}) > 1:
@@ -150,7 +150,7 @@ class CheckpointSource:
     entries = self.entries(name)
     if not trees.is_counter(name) and not self._are_equal(entries):
       raise UserError(f"{name} of {entries[0].dtype} differs between the models; only floating tensors are merged")
-    whole = aligned((entries[0].size,), entries[0].dtype)
+    whole = empty_aligned((entries[0].size,), entries[0].dtype)
     self.read(entries[0], 0, whole)
     return whole
 
@@ -164,7 +164,7 @@ class Buffers:
   def take(self, count: int, dtype: np.dtype) -> np.ndarray:
     """Returns an uninitialised array [count]."""
     spare = self._spare[count * dtype.itemsize]
-    return spare.pop().view(dtype) if spare else aligned((count,), dtype)
+    return spare.pop().view(dtype) if spare else empty_aligned((count,), dtype)
 
   def give(self, arrays: Iterable[np.ndarray]) -> None:
     """Returns arrays to the pool."""

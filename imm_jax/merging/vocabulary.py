@@ -47,7 +47,7 @@ def build_tokenizer(tokens: Tokens, base: Path, models: Sequence[Path]) -> tuple
   rows = {folder: files.read_json(folder / "config.json").get("vocab_size") for folder in models}
   loaded = {folder: load(folder) for folder in dict.fromkeys([base, *models])}
   rows_by_token = {folder: {token: i for token, i in own.get_vocab().items()
-                    if rows.get(folder) is None or i < rows[folder]} for folder, own in loaded.items()}
+                            if rows.get(folder) is None or i < rows[folder]} for folder, own in loaded.items()}
   tokenizer = load(tokens.source) if isinstance(tokens.source, Path) else load(base)
   if tokens.source == "union":
     added = {}
@@ -63,7 +63,7 @@ def build_tokenizer(tokens: Tokens, base: Path, models: Sequence[Path]) -> tuple
 
 
 def align_rows(tokens: Tokens, vocabulary: Mapping[str, int], rows_by_token: Mapping[Path, Mapping[str, int]],
-            tables: Mapping[Path, Table], base: Path | None, scratch: Path) -> dict[Path, Table]:
+               tables: Mapping[Path, Table], base: Path | None, scratch: Path) -> dict[Path, Table]:
   """Writes each model's embedding and head with rows in the order of the output's tokenizer.
 
   Args:
@@ -106,7 +106,7 @@ def align_rows(tokens: Tokens, vocabulary: Mapping[str, int], rows_by_token: Map
         new[~used] = new[used].astype(np.float32).mean(axis=0).astype(rows.dtype)
       file = scratch / f"{name}-{number}.safetensors"
       safetensors.write(file, [(name, new.dtype, new.shape, lambda new=new: [new])])
-      result[folder][name] = safetensors.entries(file)[name]
+      result[folder][name] = safetensors.read_entries(file)[name]
   return result
 
 

@@ -200,7 +200,7 @@ def check_entry(entry: str) -> None:
     raise UserError(f"task {name!r}: {nearest(name, known)}")
   if name == "text" and not source:
     raise UserError("task text needs a source: text=file:PATH.txt, or records with a field text")
-  if source and name in tasks.NAMES and tasks.is_endless(name):
+  if source and name in tasks.NAMES and tasks.is_generated(name):
     raise UserError(f"task {entry}: {name} is generated and has no source")
 
 
@@ -223,7 +223,7 @@ def examples_of(config: ml_collections.ConfigDict, model: Path, entry: str) -> l
                       f"config.sft.row_length={length}); give more text")
     return found
   try:
-    found = questions.load(config, entry, split="train", count=count if tasks.is_endless(name) else None)
+    found = questions.load(config, entry, split="train", count=count if tasks.is_generated(name) else None)
   except ValueError as e:
     raise UserError(f"task {entry}, config.analysis.examples={count}: {e}") from e
   worked = [e for e in found if e.rationale][:count]

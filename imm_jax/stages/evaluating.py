@@ -115,7 +115,7 @@ def greedy(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Gen
 def described(config: ml_collections.ConfigDict, task: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """How greedy answers came: the protocol's `name`, `shots` in a prompt, `n` answers, their `mean_tokens`, and the
   share that was `cut` at `eval.max_new_tokens`."""
-  protocol = protocols.of(config, task)
+  protocol = protocols.get_protocol(config, task)
   return {"name": protocol.name, "shots": protocol.few_shot, "n": len(rows),
           "mean_tokens": round(sum(r["tokens"] for r in rows) / len(rows), 2),
           "cut": round(sum(r["finish"] == "length" for r in rows) / len(rows), 4)}
@@ -124,7 +124,7 @@ def described(config: ml_collections.ConfigDict, task: str, rows: Sequence[dict[
 def _asked(config: ml_collections.ConfigDict, model: Path, entry: str, examples: Sequence[Example], label: str,
            ) -> tuple[protocols.Protocol, list[tuple[Example, str]], int]:
   """The protocol of a task, its questions with their prompts, and how many do not fit."""
-  protocol = protocols.of(config, questions.name_of(entry))
+  protocol = protocols.get_protocol(config, questions.name_of(entry))
   return protocol, *sampling.fitting(config, model, examples, limit="eval.max_new_tokens", what=label,
                                      shots=questions.shots_of(config, entry), prompt=protocol.prompt)
 

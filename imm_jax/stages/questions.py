@@ -41,7 +41,7 @@ def of_round(config: ml_collections.ConfigDict, round_: int) -> Questions:
   few, shown, count = config.prompt.few_shot, shown_in_evaluation(config), config.task.questions_per_round
   shown = max(few, shown)
   held_out = config.merge.auto.questions if config.merge.base_weight == "auto" else 0
-  if tasks.is_endless(config.task.name):
+  if tasks.is_generated(config.task.name):
     before = shown + held_out
     pool = _train(config, config.task.name, before + (round_ + 1) * count if count else None)
     return Questions(pool[:few], pool[shown:before], pool[before + round_ * count:])
@@ -73,7 +73,7 @@ def count_worked(config: ml_collections.ConfigDict) -> tuple[int, int]:
 
 def shown_in_evaluation(config: ml_collections.ConfigDict) -> int:
   """How many worked examples `eval.protocol` shows for the in-domain task."""
-  return protocols.of(config, config.task.name).few_shot
+  return protocols.get_protocol(config, config.task.name).few_shot
 
 
 def shots_of(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
@@ -88,16 +88,16 @@ def shots_of(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
   name, file = name_of(entry), config.eval.shots_file
   if measure_of(config, entry) != "answer":
     return []
-  count, kind = protocols.of(config, name).few_shot, protocols.kind_of(config, name)
+  count, kind = protocols.get_protocol(config, name).few_shot, protocols.answer_kind(config, name)
   if not count:
     return []
-  places = [file] if file and shots.read(file, name, kind) else [
+  places = [file] if file and shots.read_examples(file, name, kind) else [
       source for source in dict.fromkeys((entry, config.task.name))
-      if "train" in tasks.splits(name_of(source)) and protocols.kind_of(config, name_of(source)) == kind]
+      if "train" in tasks.splits(name_of(source)) and protocols.answer_kind(config, name_of(source)) == kind]
   found: dict[str, list[Example]] = {}
   for place in places:
-    pool = shots.read(file, name, kind) if place == file else _train(
-        config, place, count if tasks.is_endless(name_of(place)) else None)
+    pool = shots.read_examples(file, name, kind) if place == file else _train(
+        config, place, count if tasks.is_generated(name_of(place)) else None)
     # The in-domain task's first ones are set apart in `of_round`.
     found[place] = [e for e in pool if e.rationale][:count]
   place = max(found, key=lambda place: len(found[place]), default="")
@@ -111,7 +111,7 @@ def shots_of(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
     raise UserError(f"{asks}, and {where} has {len(found[place])} for task {name}; give more in "
                     f"--config.eval.shots_file, or --config.eval.few_shot={len(found[place])}")
   if place != entry:
-    limit = config.task.eval_questions if tasks.is_endless(name) else None
+    limit = config.task.eval_questions if tasks.is_generated(name) else None
     tests = {_unspaced(e.question) for e in load(config, entry, split="test", count=limit)}
     for e in found[place]:
       if _unspaced(e.question) in tests:
@@ -127,7 +127,7 @@ def general(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
     ValueError: when there are too few.
   """
   count, shown = config.merge.auto.questions, {_unspaced(e.question) for e in shots_of(config, entry)}
-  pool = load(config, entry, split="train", count=count + len(shown) if tasks.is_endless(name_of(entry)) else None)
+  pool = load(config, entry, split="train", count=count + len(shown) if tasks.is_generated(name_of(entry)) else None)
   found = [e for e in pool if _unspaced(e.question) not in shown][:count]
   if len(found) < count:
     raise ValueError(f"{name_of(entry)}/train holds {len(found)} questions, {count} were asked for")
@@ -137,7 +137,7 @@ def general(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
 def _train(config: ml_collections.ConfigDict, entry: str, count: int | None = None) -> list[Example]:
   """Train questions, without those that `eval.shots_file` shows."""
   file = config.eval.shots_file
-  shown = {_unspaced(question) for question in shots.questions(file)} if file else ()
+  shown = {_unspaced(question) for question in shots.read_questions(file)} if file else ()
   found = load(config, entry, split="train", count=None if count is None else count + len(shown))
   return [e for e in found if _unspaced(e.question) not in shown][:count]
 
@@ -153,7 +153,7 @@ def of_tests(config: ml_collections.ConfigDict) -> dict[str, list[Example]]:
   limit, found = config.task.eval_questions or None, {}
   for entry in own(config):
     name = name_of(entry)
-    examples = load(config, entry, split="test", count=limit if tasks.is_endless(name) else None)[:limit]
+    examples = load(config, entry, split="test", count=limit if tasks.is_generated(name) else None)[:limit]
     if limit and len(examples) < limit:
       say_once(f"note: task {name} has {len(examples)} test questions, and all of them are asked "
                f"(config.task.eval_questions={limit})")
@@ -223,7 +223,7 @@ def measure_of(config: ml_collections.ConfigDict, entry: str) -> str:
     return "lm_eval"
   if name in config.eval.by_likelihood:
     return "choices"
-  return "answer" if name == config.task.name else tasks.measure_of(name)  # the in-domain task is sampled
+  return "answer" if name == config.task.name else tasks.default_measure(name)  # the in-domain task is sampled
 
 
 def load(config: ml_collections.ConfigDict, entry: str, *, split: str, count: int | None = None) -> list[Example]:
@@ -233,7 +233,7 @@ def load(config: ml_collections.ConfigDict, entry: str, *, split: str, count: in
     ValueError: when there are fewer than `count`.
   """
   name = name_of(entry)
-  if count is None and tasks.is_endless(name):
+  if count is None and tasks.is_generated(name):
     raise ValueError(f"{name} makes as many questions as it is asked for: expected 1 or more")
   seed = _seed_of(config, split)
   try:
@@ -269,7 +269,7 @@ def describe_tests(config: ml_collections.ConfigDict) -> str:
   parts, notes = [], []
   for entry, count in zip(own(config), count_tests(config), strict=True):
     name, published = name_of(entry), not source_of(config, entry)
-    if tasks.is_endless(name):
+    if tasks.is_generated(name):
       parts.append(f"{name} {count} (generated)")
       continue
     if is_remote(config, entry):
@@ -288,7 +288,7 @@ def describe_tests(config: ml_collections.ConfigDict) -> str:
 
 def _size(config: ml_collections.ConfigDict, entry: str, split: str, limit: int) -> int:
   name = name_of(entry)
-  if tasks.is_endless(name):
+  if tasks.is_generated(name):
     return limit
   # Nobody knows how many a custom task of the hub has.
   known = (tasks.published_size(name, split) or limit) if is_remote(config, entry) else len(
@@ -300,14 +300,14 @@ def digests(config: ml_collections.ConfigDict) -> dict[str, str]:
   """What the questions are, by split: of those that are read, not made; a source may change between two starts."""
   found = {}
   for split, entries in (("train", (config.task.name,)), ("test", own(config))):
-    entries = [e for e in entries if not tasks.is_endless(name_of(e)) and split in tasks.splits(name_of(e))]
+    entries = [e for e in entries if not tasks.is_generated(name_of(e)) and split in tasks.splits(name_of(e))]
     known: list[object] = [(e.id, e.answer, e.rationale) for entry in entries for e in (
         load(config, entry, split="test") if split == "test" else _train(config, entry))]
     if split == "test":  # with what is shown before them
       known += [(e.question, e.rationale) for entry in own(config) for e in shots_of(config, entry)]
       known += list(texts_of(config).values())
     elif config.eval.shots_file:
-      known += shots.questions(config.eval.shots_file)
+      known += shots.read_questions(config.eval.shots_file)
     found[f"{split} questions"] = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
   return found
 
@@ -315,7 +315,8 @@ def digests(config: ml_collections.ConfigDict) -> dict[str, str]:
 def is_remote(config: ml_collections.ConfigDict, entry: str) -> bool:
   """Whether a task's questions come over the network."""
   name, source = name_of(entry), source_of(config, entry)
-  return not tasks.is_endless(name) and bool(source or tasks.has_place(name)) and not source.startswith("file:")
+  has_source = bool(source) or tasks.has_default_source(name)
+  return not tasks.is_generated(name) and has_source and not source.startswith("file:")
 
 
 def has_remote_texts(config: ml_collections.ConfigDict) -> bool:

@@ -145,7 +145,7 @@ def fitting(config: ml_collections.ConfigDict, model: Path, examples: Sequence[E
   tokenizer, positions = load_tokenizer(model, rows=shape.vocab_size), shape.max_positions
   sampled = limit.startswith("sample")
   max_new_tokens = config.sample.max_new_tokens if sampled else protocols.max_new_tokens(config)
-  build = prompt or (lambda e, shots, tokenizer: prompts.build(
+  build = prompt or (lambda e, shots, tokenizer: prompts.build_prompt(
       e.question, header=config.prompt.header, examples=shots, style=config.prompt.style, tokenizer=tokenizer))
   asked = [(e, build(e, shots, tokenizer)) for e in examples]
   if not positions:
@@ -173,7 +173,7 @@ def check(config: ml_collections.ConfigDict, base: Path, sampler: Path, draws: b
   asked = [found for found in asked if questions.measure_of(config, found[1]) == "answer"]
   options = [(model, examples, {"limit": "eval.max_new_tokens", "what": what,
                                 "shots": questions.shots_of(config, entry),
-                                "prompt": protocols.of(config, questions.name_of(entry)).prompt})
+                                "prompt": protocols.get_protocol(config, questions.name_of(entry)).prompt})
              for model, entry, examples, what in asked]
   if draws:
     found = questions.of_round(config, 0)

@@ -84,7 +84,7 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
     log_every: steps between reports; the host waits for the device only then, and to save.
     report: takes the metrics of each step.
     label: what the progress bar says.
-    attention: what `attention.choose` gave.
+    attention: what `attention.choose_backend` gave.
     checkpoints: states are saved there and training goes on from the newest, on whatever mesh it was saved from.
     profile: records some of the steps.
     intervention: what is done differently, such as `interventions.gradient_decay()`.

@@ -78,7 +78,7 @@ def beside_the_two(mesh: jax.sharding.Mesh, **options: Any) -> float:
   params = jax.tree_util.tree_map_with_path(lambda path, leaf: placed(leaf.shape, leaf.dtype, sharding.param_sharding(
       mesh, sharding.path_name(path), leaf.shape)), abstract_params(config))
   size = sum(4 * np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(params))
-  rows = (sharding.batch_parts(mesh), 16)
+  rows = (sharding.num_batch_shards(mesh), 16)
   batch = {name: placed(rows, dtype, jax.NamedSharding(mesh, sharding.BATCH)) for name, dtype in {
       "tokens": jnp.int32, "positions": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}.items()}
   sums = (params, placed((), jnp.int32, jax.NamedSharding(mesh, sharding.P())))

@@ -159,7 +159,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_bits(finished: Path, environme
 
 
 def test_a_finished_run_does_nothing_again_and_can_be_continued(finished: Path, environment: dict[str, str],
-                                                                 tmp_path: Path):
+                                                                tmp_path: Path):
   workdir = tmp_path / "copy"
   shutil.copytree(finished, workdir)
   again = start(workdir, environment)
@@ -300,7 +300,7 @@ def test_merged_model_gives_the_same_greedy_tokens_in_transformers(finished: Pat
   from imm_jax.tasks import arithmetic, prompts
 
   folder = finished / "round_1" / "merged"
-  questions = [prompts.build(e.question) for f in arithmetic.FAMILIES
+  questions = [prompts.build_prompt(e.question) for f in arithmetic.FAMILIES
                for e in arithmetic.generate(f, split="test", count=4, seed=1)]
   sampler = NativeSampler(folder, compute_dtype="float32", batch_size=8)
   ours = sampler.generate([Prompt(str(i), q) for i, q in enumerate(questions)], max_new_tokens=40)

@@ -163,7 +163,7 @@ def test_a_rationale_ends_in_the_answer_and_holds_no_calculator_marks(tmp_path):
     ("gsm8k", {"question": "", "answer": "#### 5"}, "'question' is empty"),
     ("gsm8k", {"question": 5, "answer": "#### 5"}, "'question' is no text"),
     ("gsm8k", {"problem": "Q?", "answer": "#### 5"}, "has no field 'question' but problem, answer; expected records "
-                                                    "with the fields question, answer"),
+     "with the fields question, answer"),
     ("svamp", {"body": "B", "question": "Q", "answer": None}, "None is no number"),
     ("mawps", {"squestion": "Q", "lsolutions": 5.0}, "'lSolutions' is no list"),
     ("mathqa", {"problem": "Q", "options": "a ) 1 , b ) 2", "correct": "c"}, "the gold 'C' is none of the 2 options"),
@@ -223,7 +223,7 @@ def test_what_is_in_the_test_set_or_repeated_is_left_out_and_told_once(tmp_path,
   source = f"file:{tmp_path}"
   found = registry.read("gsm8k", split="train", source=source)
   assert [e.question for e in found.examples] == ["Train?", "Last?"]
-  assert found.facts == {"records": 5, "no_gold": 1, "repeated": 1, "in_test": 1}
+  assert found.counts == {"records": 5, "no_gold": 1, "repeated": 1, "in_test": 1}
   for _ in range(2):
     tasks.load("gsm8k", split="train", source=source)
   told = capsys.readouterr().err.splitlines()
@@ -243,7 +243,7 @@ def test_a_test_split_keeps_repeats_with_ids_that_do_not_hang_on_the_order(tmp_p
   ids = [{(e.id, e.answer) for e in split.examples} for split in found]
   assert ids[0] == ids[1] == ids[2]
   assert len(ids[0]) == 5
-  assert found[0].facts["repeated"] == 2
+  assert found[0].counts["repeated"] == 2
   assert not any("left out" in note for note in found[0].notes)
   alone = registry.read("gsm8k", split="test", source=f"file:{write(tmp_path / 'once.jsonl', once)}")
   assert {(e.id, e.answer) for e in alone.examples} < ids[0]
@@ -258,7 +258,7 @@ def test_a_test_split_keeps_repeats_with_ids_that_do_not_hang_on_the_order(tmp_p
 def test_a_record_whose_gold_is_not_told_is_left_out_and_counted(name, record, tmp_path):
   known = next(r for n, r, *_ in FORMS if n == name)
   found = registry.read(name, split="test", source=f"file:{write(tmp_path / 'a.jsonl', [known, record])}")
-  assert found.facts == {"records": 2, "no_gold": 1, "repeated": 0, "in_test": 0}
+  assert found.counts == {"records": 2, "no_gold": 1, "repeated": 0, "in_test": 0}
 
 
 def test_a_set_of_the_published_size_gives_no_warning(tmp_path, capsys):
@@ -272,7 +272,7 @@ def test_a_set_of_the_published_size_gives_no_warning(tmp_path, capsys):
 def test_one_file_for_both_splits_is_refused(tmp_path):
   source = f"file:{write(tmp_path / 'train.jsonl', [gsm8k('A?'), gsm8k('B?')])}"
   with pytest.raises(UserError, match=r"holds no question for gsm8k/train, for its 2 are the test set's; does it name "
-                                      r"one split for both\?; make DIR/train.jsonl and DIR/test.jsonl"):
+                     r"one split for both\?; make DIR/train.jsonl and DIR/test.jsonl"):
     tasks.load("gsm8k", split="train", source=source)
 
 
@@ -317,7 +317,7 @@ def test_the_table_says_where_from_what_role_and_what_licence():
     assert task.licence
     assert "test" in task.source
     assert all(source.startswith("hf:") for source in task.source.values()) or (name == "tabmwp" and task.paper)
-    assert task.measure == ("choices" if task.folder == "commonsense" else "answer") == tasks.measure_of(name)
+    assert task.measure == ("choices" if task.folder == "commonsense" else "answer") == tasks.default_measure(name)
     assert all(form.sizes.keys() <= task.source.keys() for form in task.formats)
   assert set(tasks.NAMES) >= {"stories", "custom", *catalogue.TASKS}
 

@@ -28,7 +28,7 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
   if static["axis"] is not None:
     return (lambda name: {"share": stack([_arc_position(settings, name)])[0]}), static
   coefficients = {name: stack(arcs.slerp_coefficients(_arc_position(settings, name), cosine[0, 1], _COLLINEAR))
-           for name, (_, cosine) in statistics.cosines(
+                  for name, (_, cosine) in statistics.cosines(
                source, statistics.task_vectors if source.has_base else statistics.models).items()}
   return (lambda name: {"coefficients": coefficients[name]}), static
 

@@ -26,7 +26,7 @@ def _changed(tensors: Sequence[jax.Array], threshold: Any) -> tuple[list[jax.Arr
 def _combine(tensors: Tensors, numbers: Numbers, shared: Shared, factors: Sequence[Any]) -> jax.Array:
   changed, count = _changed(tensors, numbers["threshold"])
   scale_entries = lambda vector, factor: jnp.where(count == 1, kernels.pin(vector * factor, shared),
-                                        vector / jnp.maximum(count, 1).astype(jnp.float32))
+                                                   vector / jnp.maximum(count, 1).astype(jnp.float32))
   return tensors[0] + kernels.add([jnp.where(c, scale_entries(v, f), 0.0) for c, v, f in zip(
       changed, statistics.task_vectors(tensors), factors, strict=True)])
 

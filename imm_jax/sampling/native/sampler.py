@@ -46,7 +46,7 @@ class NativeSampler:
       folder: an HF checkpoint folder with a tokenizer.
       compute_dtype: of weights, activations and cache: bfloat16, float16 or float32.
       batch_size: samples that are decoded at once.
-      mesh: weights and cache are split over it, see `sharding.for_decoding`; None takes the first device.
+      mesh: weights and cache are split over it, see `sharding.decoding_mesh`; None takes the first device.
       params: weights in memory in place of the folder's, whose other files still count; as training has them, with
         layers stacked.
       kernel: what reads the cache, one of `decode_kernels.KERNELS`; empty for `columns` on CPUs and `xla` elsewhere.
@@ -64,7 +64,7 @@ class NativeSampler:
     self._batch_size = batch_size
     self._sizes: set[str] = set()  # of what was compiled
     config = hf.read_config(folder)
-    self._mesh = sharding.for_decoding(mesh, config.num_kv_heads) if mesh is not None and mesh.size > 1 else None
+    self._mesh = sharding.decoding_mesh(mesh, config.num_kv_heads) if mesh is not None and mesh.size > 1 else None
     place = functools.partial(sharding.param_sharding, self._mesh) if self._mesh else None
     # What is wrong with the small files shows before weights are read.
     self.tokenizer, self._eos = completions.load(Path(folder), config.vocab_size)

@@ -44,7 +44,7 @@ def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, s
       model, python=(vllm.python or sys.executable) if spawns else "", urls=vllm.urls, args=vllm.args,
       restart=vllm.restart, compute_dtype=dtype, concurrency=vllm.concurrency,
       timeout=vllm.timeout, start_timeout=vllm.start_timeout, tolerance=vllm.tolerance, log=scratch / "vllm.log",
-      mesh=None if spawns else sharding.own_devices(mesh()), start=False) as sampler:
+      mesh=None if spawns else sharding.local_mesh(mesh()), start=False) as sampler:
     yield sampler
 
 
