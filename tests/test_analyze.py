@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from configs import paper, tiny
 from imm_jax import experiments
 from imm_jax.analysis import MODULES, output
-from imm_jax.analysis.weight_change import check
+from imm_jax.analysis.weight_change import check_same_model
 from imm_jax.errors import UserError
 from imm_jax.model import safetensors
 from imm_jax.model.tokenizer import load_tokenizer
@@ -43,7 +43,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def analyze(environment, tmp_path):  # noqa: F811
   return lambda *flags: subprocess.run(
       [sys.executable, "-m", "imm_jax.analyze", f"--out={tmp_path / 'out'}", *flags], cwd=REPO, env=environment,
-      capture_output=True, text=True, check=False)
+      capture_output=True, text=True, check_same_model=False)
 
 
 def test_importance_and_weight_change_of_a_checkpoint(analyze, tuned: Path, tmp_path: Path):
@@ -145,14 +145,14 @@ def test_checkpoints_that_are_not_of_one_model_are_one_line(edit: Any, config: d
     safetensors.write(folder / "model.safetensors", [
         (name, x.dtype, x.shape, lambda x=x: [x]) for name, x in found.items() if x is not None])
   with pytest.raises(UserError, match=expected) as caught:
-    check(TINY, folder)
+    check_same_model(TINY, folder)
   assert "\n" not in str(caught.value)
 
 
 def test_a_model_that_has_not_moved_has_a_result_and_starts_fast(environment, tmp_path: Path):  # noqa: F811
   command = [sys.executable, "-X", "importtime", "-m", "imm_jax.analyze", "--model=tiny", f"--tuned={TINY}"]
   done = subprocess.run([*command, f"--out={tmp_path / 'out'}"], cwd=REPO, env=environment, capture_output=True,
-                        text=True, check=False)
+                        text=True, check_same_model=False)
   assert done.returncode == 0, done.stderr
   imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
   assert "jax" in imported
@@ -164,15 +164,15 @@ def test_a_model_that_has_not_moved_has_a_result_and_starts_fast(environment, tm
 
 
 def test_no_change_has_no_rank_correlation(tmp_path: Path):
-  found = output.together({"math": _layers(1.0, 2.0)}, {"tiny": _layers(0.0, 0.0)})
+  found = output.combine({"math": _layers(1.0, 2.0)}, {"tiny": _layers(0.0, 0.0)})
   output.write(tmp_path / "out", found)
-  assert output.table(found).endswith("\nSpearman, importance on math and change to tiny: not defined")
+  assert output.format_table(found).endswith("\nSpearman, importance on math and change to tiny: not defined")
   assert (tmp_path / "out/weight_change.svg").exists()
 
 
 def test_examples_that_do_not_fit_are_counted(tmp_path: Path):
-  found = output.together({"math": _layers(1.0, 2.0) | {"dropped_long": 35, "order": 2}}, {})
-  assert output.table(found).endswith("\nimportance on math: order 2, 5 examples; 35 more do not fit in a row")
+  found = output.combine({"math": _layers(1.0, 2.0) | {"dropped_long": 35, "order": 2}}, {})
+  assert output.format_table(found).endswith("\nimportance on math: order 2, 5 examples; 35 more do not fit in a row")
   config = tiny.get_config()
   config.sft.update({"remat": "none", "attention": "xla"})
   answers = ["Tom buys 3 apples"] * 2 + ["Tom buys 3 apples " * 100]
@@ -218,11 +218,11 @@ def test_every_corpus_of_the_papers_analyses_is_read(tmp_path: Path):
 
 def test_a_folder_that_holds_more_than_a_result_is_not_replaced(tmp_path: Path):
   for name in (output.FILE, output.TABLE):
-    assert "is no earlier result (it has no" in output.foreign(tmp_path)
+    assert "is no earlier result (it has no" in output.why_foreign(tmp_path)
     (tmp_path / name).touch()
-  assert output.foreign(tmp_path) == ""
+  assert output.why_foreign(tmp_path) == ""
   (tmp_path / "samples.jsonl").touch()
-  assert output.foreign(tmp_path) == "is no earlier result (it holds samples.jsonl)"
+  assert output.why_foreign(tmp_path) == "is no earlier result (it holds samples.jsonl)"
 
 
 def _layers(*values: float) -> dict[str, Any]:

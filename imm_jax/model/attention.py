@@ -59,7 +59,7 @@ def choose_backend(backend: str, config: ModelConfig, *, dtype: jnp.dtype, lengt
 
   >>> config = ModelConfig(vocab_size=8, hidden_size=4, intermediate_size=8, num_layers=2, num_heads=2,
   ...     num_kv_heads=1, head_dim=2, rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=True, qkv_bias=True)
-  >>> choose("xla", config, dtype=jnp.float32, length=16, rows=1)
+  >>> choose_backend("xla", config, dtype=jnp.float32, length=16, rows=1)
   'xla'
   """
   if backend in ("xla", "blockwise"):

@@ -84,7 +84,7 @@ def fetch_adapter(name: str) -> Path:
     read_settings(repository.folder, source=name)
     if repository.sizes is None:
       if not (repository.folder / ADAPTER_WEIGHTS).exists():
-        raise ConnectionError(f"{repository.why}; the cache holds only a part of it")
+        raise ConnectionError(f"{repository.offline_reason}; the cache holds only a part of it")
     elif ADAPTER_WEIGHTS not in repository.sizes:
       raise UserError(f"{name}: has no {ADAPTER_WEIGHTS} on the hub (adapter_model.bin is a pickle, which is not read)")
     else:
@@ -173,9 +173,9 @@ def _complete_from_cache(repository: _Repository) -> Path:
   try:
     model_folder.weight_files(repository.folder)
   except UserError as e:
-    raise ConnectionError(f"{repository.why}; the cache holds only a part of it") from e
+    raise ConnectionError(f"{repository.offline_reason}; the cache holds only a part of it") from e
   if not tokenizer.has_tokenizer(repository.folder):
-    raise ConnectionError(f"{repository.why}; the cache holds its weights, but no tokenizer")
+    raise ConnectionError(f"{repository.offline_reason}; the cache holds its weights, but no tokenizer")
   # Without these files other tokens may end a text, which would change a run's answers.
   if missing := [file for file in ("generation_config.json", "tokenizer_config.json")
                  if not (repository.folder / file).exists()]:

@@ -10,7 +10,7 @@ _INTEGER_LIMIT = 2**31
 def parse_positive(source: str, key: str, value: object) -> float:
   """Returns the number at a key of a file; raises UserError unless it is positive and float32 can represent it.
 
-  >>> positive("config.json", "rms_norm_eps", 1e-6)
+  >>> parse_positive("config.json", "rms_norm_eps", 1e-6)
   1e-06
   """
   if isinstance(value, bool) or not isinstance(value, int | float) or not _MIN_NORMAL <= value <= _MAX:

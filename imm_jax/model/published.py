@@ -31,7 +31,7 @@ def find_config(model: str) -> ModelConfig | None:
 
   For a model with an adapter it is the base's.
 
-  >>> config_of("Qwen/Qwen2.5-7B-Instruct").num_layers
+  >>> find_config("Qwen/Qwen2.5-7B-Instruct").num_layers
   28
   """
   folder = hub.find_config_folder(model)

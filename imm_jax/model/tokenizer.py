@@ -97,7 +97,7 @@ def _from_json(folder: Path) -> "PreTrainedTokenizerBase":
   loaded, written = tokenizer.backend_tokenizer.get_added_tokens_decoder(), backend.get_added_tokens_decoder()
   # tokenizer_config.json may make added tokens special, which changes no id, and add others. But an ordinary word of
   # the vocabulary that it names as padding, say, must remain one, or it would be cut out of texts.
-  made_special = [AddedToken(token.content, made_special=True, **{flag: getattr(token, flag) for flag in _FLAGS})
+  made_special = [AddedToken(token.content, special=True, **{flag: getattr(token, flag) for flag in _FLAGS})
                   for i, token in written.items() if i in loaded and loaded[i].special and not token.special]
   added = [token for i, token in sorted(loaded.items()) if i not in written and (
       backend.token_to_id(token.content) is None or token.content == tokenizer.eos_token)]

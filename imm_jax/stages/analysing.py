@@ -132,7 +132,7 @@ def analyse(config: ml_collections.ConfigDict, round_: Round, out: Path) -> dict
   if round_.merges:
     change["merged"] = weight_change(round_.base, round_.folder / "merged").to_json()
   rank = spearman(scores["layers"], change["sft"]["layers"]) if scores else None
-  sampled = diversity.diversity(rows)._asdict() | {"token_entropy": entropy} if rows else None
+  sampled = diversity.measure_diversity(rows)._asdict() | {"token_entropy": entropy} if rows else None
   found = {"importance": scores, "weight_change": change, "spearman": rank, "diversity": sampled}
   files.write_text(out, json.dumps(found, indent=1, allow_nan=False) + "\n")
   facts = {"spearman": rank} | {k: (sampled or {}).get(k) for k in ("distinct_answers", "token_entropy")}

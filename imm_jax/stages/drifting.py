@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from imm_jax import distributed, files
-from imm_jax.analysis.drift import drift
+from imm_jax.analysis.drift import measure_drift
 from imm_jax.errors import UserError
 from imm_jax.methods import averages
 from imm_jax.metrics import StageMetrics
@@ -69,7 +69,7 @@ def measure(config: ml_collections.ConfigDict, base: Path, models: dict[str, Pat
     params, found["models"][kind] = tuning.load_params(config, folder, dtype), {}
     for name, of in data.items():
       options = {key: value for key, value in of.options.items() if key != "remat"}  # there is no backward pass
-      seen = drift(of.model, first, params, of.batches, label=f"{label}, {kind} on {name}", **options)
+      seen = measure_drift(of.model, first, params, of.batches, label=f"{label}, {kind} on {name}", **options)
       if not np.all(np.isfinite(seen)):
         raise UserError(f"{folder}: its predictions on the test questions of {name} are not finite")
       values = {key: round(value, 7) for key, value in seen._asdict().items()}

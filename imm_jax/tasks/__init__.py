@@ -118,7 +118,7 @@ def _select_in_order(name: str, split: str, questions: Sequence[_Question], coun
 def default_measure(name: str) -> str:
   """Returns a task's default measure: `answer` (generated and judged) or `choices` (by likelihood).
 
-  >>> measure_of("gsm8k"), measure_of("piqa")
+  >>> default_measure("gsm8k"), default_measure("piqa")
   ('answer', 'choices')
   """
   return TASKS[name].measure if name in TASKS else "answer"

@@ -27,7 +27,7 @@ _MAX_DISTINCT = 100_000
 def assign_split(question: str) -> str:
   """Returns the only split that may hold this question text.
 
-  >>> split_of("What is 2 + 3 ?") in SPLITS
+  >>> assign_split("What is 2 + 3 ?") in SPLITS
   True
   """
   return _BUCKET_SPLITS[zlib.crc32(question.encode()) % len(_BUCKET_SPLITS)]

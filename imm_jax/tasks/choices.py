@@ -35,7 +35,7 @@ def extract_stated(span: str) -> str | None:
 def extract_concluded(text: str) -> str:
   """Returns the letter of a text without a marker: a bare one at its end, its only option, or one called correct.
 
-  >>> concluded("B) 42"), concluded("A) 41\\nB) 42")
+  >>> extract_concluded("B) 42"), extract_concluded("A) 41\\nB) 42")
   ('B', '')
   """
   text = text.strip()

@@ -22,7 +22,7 @@ _ORDINAL = re.compile(r"[^0-9]*\b(?P<number>[0-9]+)(?:st|nd|rd|th)\b[^0-9]*")
 def parse_gsm8k(record: Record) -> Example | None:
   """Parses GSM8K: the solution with calculator annotations, then `#### 1,600`.
 
-  >>> example = grade_school({"question": "What is 2 * 800?", "answer": "2*800 = <<2*800=1600>>1600.\\n#### 1,600"})
+  >>> example = parse_gsm8k({"question": "What is 2 * 800?", "answer": "2*800 = <<2*800=1600>>1600.\\n#### 1,600"})
   >>> example.answer, example.rationale
   ('1600', '2*800 = 1600.\\nThe answer is 1600')
   """

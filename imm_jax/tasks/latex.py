@@ -92,7 +92,7 @@ class Boxed(NamedTuple):
 def extract_last_boxed(text: str) -> str | None:
   r"""Returns the content of the last `\boxed{...}`, `\fbox{...}` or `\boxed x` of a text; None without any.
 
-  >>> last_boxed(r"\boxed{3}, so $x = \boxed{\frac{1}{2}}$.")
+  >>> extract_last_boxed(r"\boxed{3}, so $x = \boxed{\frac{1}{2}}$.")
   '\\frac{1}{2}'
   """
   boxed = find_last_boxed(text)
@@ -119,7 +119,7 @@ def find_last_boxed(text: str) -> Boxed | None:
 def extract_gold(solution: str) -> str | None:
   r"""Returns the gold of a MATH solution: its last box, without a full stop at the end; None for an empty box.
 
-  >>> solution_answer(r"Hence $\boxed{43_5.}$")
+  >>> extract_gold(r"Hence $\boxed{43_5.}$")
   '43_5'
   """
   return (extract_last_boxed(solution) or "").strip().rstrip(".,").rstrip() or None
@@ -155,8 +155,8 @@ def normalise(text: str) -> str:
 def compare_spelling(gold: str, span: str) -> bool | None:
   r"""Returns whether an answer equals the gold one, as far as spelling can decide; None if only mathematics can.
 
-  >>> same(r"\frac{1}{2}", "0.5"), same("(1, 2)", "[1, 2]"), same(r"2\sqrt{2}", r"\sqrt{8}")
-  (True, None, None)
+  >>> compare_spelling(r"\frac{1}{2}", "0.5"), compare_spelling(r"2\sqrt{2}", r"\sqrt{8}")
+  (True, None)
   """
   if len(span) > MAX_CHARS:
     return False
@@ -225,7 +225,7 @@ def _to_interval(text: str) -> str:
 def parse_value(text: str) -> Fraction | None:
   r"""Returns the value of an answer that is a plain number, without its unit or percent sign; None for any other.
 
-  >>> value(r"\dfrac{2}{4}\text{ cm}"), value(r"2\pi")
+  >>> parse_value(r"\dfrac{2}{4}\text{ cm}"), parse_value(r"2\pi")
   (Fraction(1, 2), None)
   """
   if len(text) > MAX_CHARS or _SPACED_LIST.search(text):
@@ -287,7 +287,7 @@ def _is_balanced(text: str) -> bool:
 def extract_stated(text: str) -> str:
   r"""Extracts the answer from the sentence that follows a marker.
 
-  >>> stated(r" the point $(1, 2)$. I hope it is correct.")
+  >>> extract_stated(r" the point $(1, 2)$. I hope it is correct.")
   '(1, 2)'
   """
   text = text[:2 * MAX_CHARS].lstrip(" \t\n:*")
@@ -306,7 +306,7 @@ def extract_stated(text: str) -> str:
 def extract_concluded(text: str) -> str:
   r"""Extracts the answer at the end of a text without a marker: a formula, a number, or a last line with nothing else.
 
-  >>> concluded(r"Hence \(x = 2\), so there are $3$.")
+  >>> extract_concluded(r"Hence \(x = 2\), so there are $3$.")
   '3'
   """
   line = text.rstrip().rpartition("\n")[2][-2 * MAX_CHARS:].rstrip(" .*")

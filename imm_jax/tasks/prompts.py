@@ -35,7 +35,7 @@ def build_prompt(question: str, *, header: str = "", examples: Sequence[Example]
   Raises:
     UserError: for an unknown style, or a chat template that is missing or raises an error.
 
-  >>> print(build("What is 1 + 1?"))
+  >>> print(build_prompt("What is 1 + 1?"))
   ### Instruction:
   What is 1 + 1?
   <BLANKLINE>

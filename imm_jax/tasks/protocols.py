@@ -56,7 +56,7 @@ def get_protocol(config: ml_collections.ConfigDict, task: str) -> Protocol:
   """Returns a config's protocol for a task, given by name.
 
   >>> from configs import tiny
-  >>> of(tiny.get_config(), "groups").few_shot
+  >>> get_protocol(tiny.get_config(), "groups").few_shot
   0
   """
   protocol = _PROTOCOLS[config.eval.protocol](config, task)
@@ -118,7 +118,7 @@ def _qwen(config: ml_collections.ConfigDict, _: str) -> Protocol:
   def prompt(asked: Example, shots: Sequence[Example], tokenizer: "PreTrainedTokenizerBase | None") -> str:
     shots_text = [f"{question(e)}\n{e.rationale}" for e in shots]  # in one turn, as there
     return prompts.build_chat([("system", BOXED), ("user", "\n\n".join([*shots_text, question(asked)]))], tokenizer,
-                              needed_by="eval.protocol=qwen", otherwise="eval.protocol=paper or harness")
+                              needed_by="eval.protocol=qwen", alternative="eval.protocol=paper or harness")
 
   return Protocol("qwen", "github.com/QwenLM/Qwen2.5-Math at a45202b: evaluation/utils.py, parser.py, math_eval.py", 0,
                   prompt, ("</s>", "<|im_end|>", "<|endoftext|>"), True, _read_last_box)
@@ -159,7 +159,7 @@ def _add_yes_or_no(question: str, gold: str) -> str:
 def _read_last_box(text: str, _: str) -> str:
   r"""Returns the last box, whatever follows it, or the text itself if it has none.
 
-  >>> _last_box(r"So \boxed{7}. The answer is 8.", "number"), _last_box("The answer is 8.", "number")
+  >>> _read_last_box(r"So \boxed{7}. The answer is 8.", "number"), _read_last_box("The answer is 8.", "number")
   ('\\boxed{7}', 'The answer is 8.')
   """
   boxed = latex.find_last_boxed(answers.before_next_question(text))

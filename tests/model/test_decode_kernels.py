@@ -53,7 +53,7 @@ def test_a_softmax_over_two_parts_is_one_over_all(kernel: str, length: int) -> N
 @pytest.mark.parametrize(("heads", "group", "head_dim"), [(2, 6, 128), (4, 7, 128), (2, 7, 64), (8, 4, 128)])
 def test_the_kernel_for_tpus_compiles_for_one(heads: int, group: int, head_dim: int) -> None:
   """In the shapes of Qwen2.5-1.5B, 7B, 0.5B and Llama-3-8B, on the four chips of a host."""
-  slice_ = topology.describe("v5e:2x2")
+  slice_ = topology.describe_slice("v5e:2x2")
   mesh = sharding.decoding_mesh(slice_.mesh(data=1, fsdp=1, tensor=-1), heads)
   shape = lambda spec, *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
   rows = P("data", "tensor")
@@ -62,7 +62,7 @@ def test_the_kernel_for_tpus_compiles_for_one(heads: int, group: int, head_dim: 
   used = jax.ShapeDtypeStruct((8,), jnp.int32, sharding=NamedSharding(mesh, P()))
   run = lambda q, k, v, prefix, used: cached.decode_attention(q, k, v, prefix=prefix, length=jnp.int32(1000), used=used,
                                                               kernel="ragged", mesh=mesh)
-  with topology.quiet():
+  with topology.quiet_libtpu():
     compiled = jax.jit(run).lower(shape(rows, 8, heads * group, 1, head_dim), cache, cache, prefix, used).compile()
   assert "ragged_decode" in compiled.as_text()
 
