@@ -21,7 +21,7 @@ from imm_jax import against, cli, config, experiments, files, tasks
 from imm_jax.errors import UserError
 from imm_jax.evaluation import Accuracy
 from imm_jax.model import hf, hub
-from imm_jax.report.results import Asked
+from imm_jax.report.results import AnswerStats
 from imm_jax.stages import devices, evaluating, questions, sampling
 from imm_jax.tasks import protocols
 
@@ -66,7 +66,7 @@ def main() -> None:
       print(f"{text:<{wide}}  {metric:<{far}}  {found[metric]['value']:.4f} [{found[metric]['low']:.4f}, "
             f"{found[metric]['high']:.4f}] n={found['n']}")
   for task, how in facts["protocol"].items():
-    asked = Asked(*(how[name] for name in Asked._fields))
+    asked = AnswerStats(*(how[name] for name in AnswerStats._fields))
     limit = "the task's own limit" if task.startswith(questions.LM_EVAL) else (
         f"config.eval.max_new_tokens={protocols.max_new_tokens(settings)}")
     length = (f"; {asked.mean_tokens:.1f} tokens an answer, {asked.cut:.1%} cut at "

@@ -235,16 +235,16 @@ def _layers(*values: float) -> dict[str, Any]:
 
 def test_figures_hold_every_name_and_the_same_bytes_again(tmp_path: Path):
   scores = _layers(1.0, 2.0)
-  for name, draw, found in (("importance", figures.importance, {"math": scores, "books": {**scores, "order": 2}}),
-                            ("weight_change", figures.weight_change, {f"round {i}": scores for i in range(10)})):
-    texts = [writer.svg(draw(found)) for _ in range(2)]
+  for name, draw, found in (("importance", figures.plot_importance, {"math": scores, "books": {**scores, "order": 2}}),
+                            ("weight_change", figures.plot_weight_change, {f"round {i}": scores for i in range(10)})):
+    texts = [writer.to_svg(draw(found)) for _ in range(2)]
     assert texts[0] == texts[1]
     assert all(f">{of}<" in texts[0] for of in found)
     writer.save(draw(found), tmp_path, name)
   assert len(list(tmp_path.iterdir())) == 4
 
 
-@pytest.mark.parametrize("draw", [figures.importance, figures.weight_change])
+@pytest.mark.parametrize("draw", [figures.plot_importance, figures.plot_weight_change])
 @pytest.mark.parametrize("values", [(1.0,), (0.0, 0.0), (2e-9, 1e-9, 0.0), np.linspace(1e8, 2e8, 32)], ids=len)
 def test_nothing_in_a_figure_reaches_into_something_else(draw: Callable[..., Figure], values: Sequence[float]):
   names = [f"runs/a$b{i}/" + "a_long_name_of_32/"[:8 + 8 * (i % 2)] for i in range(10 if len(values) > 3 else 1)]
@@ -255,7 +255,7 @@ def test_nothing_in_a_figure_reaches_into_something_else(draw: Callable[..., Fig
   legend, = figure.legends  # its frame is not drawn
   parts = [*(axes.get_tightbbox(renderer) for axes in figure.axes),
            *(part.get_window_extent(renderer) for part in (*legend.get_texts(), *legend.get_patches()))]
-  assert len(parts) >= len(figure.axes) + len(names if draw is figures.weight_change else MODULES)
+  assert len(parts) >= len(figure.axes) + len(names if draw is figures.plot_weight_change else MODULES)
   for i, part in enumerate(parts):
     assert (part.min >= 0).all()
     assert (part.max <= figure.bbox.max).all()

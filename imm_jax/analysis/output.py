@@ -11,7 +11,7 @@ import numpy as np
 from imm_jax.analysis import MODULES, shares
 from imm_jax.analysis.weight_change import spearman
 from imm_jax.report import layers as figures, writer
-from imm_jax.report.figures import short
+from imm_jax.report.figures import shorten
 
 Results = dict[str, Any]
 # Table 1 and appendix B.9 of the paper mention early, middle and late layers; the division into thirds is ours.
@@ -43,9 +43,9 @@ def write(folder: Path, results: Results) -> None:
 def write_figures(folder: Path, results: Results) -> None:
   """Writes the figures of the available measures."""
   if results["importance"]:
-    writer.save(figures.importance(results["importance"]), folder, "importance")
+    writer.save(figures.plot_importance(results["importance"]), folder, "importance")
   if results["weight_change"]:
-    writer.save(figures.weight_change(results["weight_change"]), folder, "weight_change")
+    writer.save(figures.plot_weight_change(results["weight_change"]), folder, "weight_change")
 
 
 def format_table(results: Results) -> str:
@@ -53,7 +53,7 @@ def format_table(results: Results) -> str:
   sums over modules and over early, middle and late layers, and the correlations."""
   columns = list(_iterate_measures(results))
   preposition = {"importance": "importance on", "weight_change": "change to"}
-  rows = [["", *(f"{preposition[measure]} {short(name)}" for measure, name, _ in columns)]]
+  rows = [["", *(f"{preposition[measure]} {shorten(name)}" for measure, name, _ in columns)]]
   layers = [list(zip(values["layers"], shares(values["layers"]), strict=True)) for *_, values in columns]
   for layer, cells in enumerate(zip(*layers, strict=True)):
     rows.append([f"layer {layer}", *(f"{value:.4g} ({share:.1%})" for value, share in cells)])
@@ -70,9 +70,9 @@ def format_table(results: Results) -> str:
   lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
   for task, values in results["importance"].items():
     dropped = f"; {values['dropped_long']} more do not fit in a row" if values["dropped_long"] else ""
-    lines.append(f"importance on {short(task)}: order {values['order']}, {values['examples']} examples{dropped}")
+    lines.append(f"importance on {shorten(task)}: order {values['order']}, {values['examples']} examples{dropped}")
   for task, pairs in results["spearman"].items():
-    lines += [f"Spearman, importance on {short(task)} and change to {short(name)}: "
+    lines += [f"Spearman, importance on {shorten(task)} and change to {shorten(name)}: "
               + ("not defined" if rank is None else f"{rank:.3f}") for name, rank in pairs.items()]
   return "\n".join(lines)
 
