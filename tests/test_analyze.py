@@ -43,7 +43,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def analyze(environment, tmp_path):  # noqa: F811
   return lambda *flags: subprocess.run(
       [sys.executable, "-m", "imm_jax.analyze", f"--out={tmp_path / 'out'}", *flags], cwd=REPO, env=environment,
-      capture_output=True, text=True, check_same_model=False)
+      capture_output=True, text=True, check=False)
 
 
 def test_importance_and_weight_change_of_a_checkpoint(analyze, tuned: Path, tmp_path: Path):
@@ -152,7 +152,7 @@ def test_checkpoints_that_are_not_of_one_model_are_one_line(edit: Any, config: d
 def test_a_model_that_has_not_moved_has_a_result_and_starts_fast(environment, tmp_path: Path):  # noqa: F811
   command = [sys.executable, "-X", "importtime", "-m", "imm_jax.analyze", "--model=tiny", f"--tuned={TINY}"]
   done = subprocess.run([*command, f"--out={tmp_path / 'out'}"], cwd=REPO, env=environment, capture_output=True,
-                        text=True, check_same_model=False)
+                        text=True, check=False)
   assert done.returncode == 0, done.stderr
   imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
   assert "jax" in imported

@@ -19,7 +19,7 @@ from tests import REPO
 from tests.runs.test_loop import SMALL, environment  # noqa: F401
 
 PLANS = ["appendix=b9", *(f"{kind}={n}" for kind, numbers in (("table", paper.TABLES), ("figure", paper.FIGURES))
-                          for n in numbers)]
+                         for n in numbers)]
 # Published: the model cards.
 SIZES = {"HuggingFaceTB/SmolLM2-135M": 134_515_008, "Qwen/Qwen2.5-0.5B": 494_032_768,
          "Qwen/Qwen2.5-1.5B": 1_543_714_304, "Qwen/Qwen2.5-7B": 7_615_616_512,

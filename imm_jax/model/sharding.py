@@ -138,7 +138,7 @@ def num_batch_shards(mesh: Mesh) -> int:
 
 
 def cache_sharding(mesh: Mesh, rows: int) -> NamedSharding:
-  """Where a key/value cache [B, K, S, h] lies on a mesh of `decoding_mesh`: rows over `data`, heads over `tensor`."""
+  """Returns the sharding of a cache [B, K, S, h] on a decoding mesh: rows over `data`, heads over `tensor`."""
   return NamedSharding(mesh, P("data" if rows % mesh.shape["data"] == 0 else None, "tensor"))
 
 

@@ -30,13 +30,15 @@ COLLAPSE = "Fewer distinct answers to a question from round to round are a sign 
 def layers_section(results: Results) -> Section:
   """Makes the section on importance and weight change by layer, and their correlation by round."""
   importance = _analysis_part(results, "importance")
-  changes = {name: {t: found[name] for t, found in _analysis_part(results, "weight_change").items() if name in found}
+  weight_changes = _analysis_part(results, "weight_change")
+  changes = {name: {t: by_name[name] for t, by_name in weight_changes.items() if name in by_name}
              for name in CHANGES}
   spearman = _analysis_part(results, "spearman")
   panels = []
   if importance:
-    panels.append(_layer_panel("importance by layer", {t: shares(found["layers"]) for t, found in importance.items()}))
-  panels += [_layer_panel(f"weight change {label}", {t: found["share"] for t, found in changes[name].items()})
+    panels.append(_layer_panel("importance by layer",
+                               {t: shares(scores["layers"]) for t, scores in importance.items()}))
+  panels += [_layer_panel(f"weight change {label}", {t: change["share"] for t, change in changes[name].items()})
              for name, label in CHANGES.items() if changes[name]]
   if spearman:
     panels.append(Panel("Spearman of importance and change by SFT", "round", "rank correlation", (
@@ -52,16 +54,16 @@ def layers_section(results: Results) -> Section:
 
 def diversity_section(results: Results) -> Section:
   """Makes the section on distinct answers, distinct 4-grams and token entropy of the samples by round."""
-  found = _analysis_part(results, "diversity")
-  if not found:
+  diversity = _analysis_part(results, "diversity")
+  if not diversity:
     return Section("diversity", "Diversity of samples", [])
   panels = []
   for key, label in DIVERSITY.items():
-    values = {t: d[key] for t, d in found.items() if d.get(key) is not None}
+    values = {t: d[key] for t, d in diversity.items() if d.get(key) is not None}
     if values:
       panels.append(Panel(label, "round", label, (figures.round_line(values, "samples", figures.series_style(0)),),
                           span=(0, 1.15 * max(values.values()) or 1)))
-  rows = [[t, d.get("questions"), d.get("samples"), *(d.get(key) for key in DIVERSITY)] for t, d in found.items()]
+  rows = [[t, d.get("questions"), d.get("samples"), *(d.get(key) for key in DIVERSITY)] for t, d in diversity.items()]
   return Section("diversity", "Diversity of samples", [
       COLLAPSE,
       Plot("diversity", f"{', '.join(DIVERSITY.values())} of the samples by round; the table below has the values",
@@ -74,14 +76,14 @@ def drift_section(results: Results) -> Section:
   """Makes the section on the drift of each round's models from the base, by task."""
   panels = []
   for where in WHERE:
-    lines = tuple(figures.round_line(found, label, (colour, marker))
-                  for kind, (colour, marker, label) in MODELS.items() if (found := mean_kl(results, kind, where)))
+    lines = tuple(figures.round_line(values, label, (colour, marker))
+                  for kind, (colour, marker, label) in MODELS.items() if (values := mean_kl(results, kind, where)))
     if lines:
       highest = max(max(line.y) for line in lines)
       panels.append(Panel(where, lines=lines, span=(0, 1.1 * highest or 1), **DRIFT_AXES))
   rows = [[t, kind, text, base["tokens"], of[text]["kl"], of[text]["loss"], base["loss"], of[text]["entropy"],
-           base["entropy"]] for t, found in results.drift.items() for kind, of in found["models"].items()
-          for text, base in found["texts"].items()]
+           base["entropy"]] for t, measured in results.drift.items() for kind, of in measured["models"].items()
+          for text, base in measured["texts"].items()]
   return Section("drift", "Drift from the base", [
       DRIFT,
       *([Plot("drift", "Mean KL to the base, in and out of domain, by round; the table below has the values",
@@ -93,8 +95,8 @@ def drift_section(results: Results) -> Section:
 def mean_kl(results: Results, kind: str, where: str) -> dict[int, float]:
   """Returns rounds done -> KL of a kind of model in domain, or its mean over the tasks out of domain that have one."""
   tasks, means = {"in domain": (results.id_task,), "out of domain": results.ood_tasks}[where], {}
-  for t, found in results.drift.items():
-    values = [of["kl"] for task, of in found["models"].get(kind, {}).items() if task in tasks]
+  for t, measured in results.drift.items():
+    values = [of["kl"] for task, of in measured["models"].get(kind, {}).items() if task in tasks]
     if values:
       means[t + 1] = sum(values) / len(values)
   return means
@@ -112,7 +114,7 @@ def get_nested(nested: Any, *path: str) -> Any:
 
 
 def _analysis_part(results: Results, name: str) -> dict[int, Any]:
-  return {t: found[name] for t, found in results.analysis.items() if name in found}
+  return {t: analysis[name] for t, analysis in results.analysis.items() if name in analysis}
 
 
 def _layer_panel(title: str, values: Mapping[int, Sequence[float]]) -> Panel:
@@ -128,11 +130,12 @@ def _layer_panel(title: str, values: Mapping[int, Sequence[float]]) -> Panel:
 
 def _make_tables(results: Results, importance: Mapping[int, Any], changes: Mapping[str, Mapping[int, Any]],
                  spearman: Mapping[int, float]) -> list[Table]:
-  measures = {"importance": importance, **{f"weight change {CHANGES[name]}": found for name, found in changes.items()}}
-  measures = {name: found for name, found in measures.items() if found}
+  measures = {"importance": importance}
+  measures |= {f"weight change {CHANGES[name]}": values for name, values in changes.items()}
+  measures = {name: values for name, values in measures.items() if values}
   by_layer, by_module = [], []
   for t in results.analysis:
-    measured = {name: found[t] for name, found in measures.items() if t in found}
+    measured = {name: values[t] for name, values in measures.items() if t in values}
     count = max((len(of["layers"]) for of in measured.values()), default=0)
     for layer in range(count):
       cells = [(measured[name]["layers"][layer], shares(measured[name]["layers"])[layer])

@@ -22,7 +22,7 @@ def plot_importance(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
   """Plots layer importance on one or several tasks and corpora, a panel each, by module.
 
   Args:
-    found: name -> {"order": 1 or 2, "layers": [L], "modules": {"q_proj": [L], ...}}.
+    results: name -> {"order": 1 or 2, "layers": [L], "modules": {"q_proj": [L], ...}}.
   """
   from matplotlib.figure import Figure  # imported here because most importers of this module draw nothing
 
@@ -42,7 +42,7 @@ def plot_weight_change(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
   """Plots one or several weight changes by layer, as shares of all layers, and by module.
 
   Args:
-    found: name -> {"layers": [L], "share": [L], "modules": {"q_proj": [L], ...}}.
+    results: name -> {"layers": [L], "share": [L], "modules": {"q_proj": [L], ...}}.
   """
   from matplotlib.figure import Figure
 

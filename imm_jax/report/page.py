@@ -169,9 +169,9 @@ def _accuracy_section(results: Results) -> Section:
                                             if results.ood_tasks else {})
   panels = []
   for (where, tasks), score in zip(names.items(), (results.in_domain, results.out_of_domain), strict=False):
-    lines = [figures.accuracy_line(label, (colour, marker), [m.round + 1 for m in found], [score(m) for m in found])
+    lines = [figures.accuracy_line(label, (colour, marker), [m.round + 1 for m in models], [score(m) for m in models])
              for kind, (colour, marker, label) in MODELS.items()
-             if (found := [m for m in results.models if m.kind == kind])]
+             if (models := [m for m in results.models if m.kind == kind])]
     base = [score(m).value for m in results.models if m.kind == "base"]
     panels.append(Panel(f"{where}: {tasks}", "rounds done", "accuracy", tuple(lines), level=base[0] if base else None,
                         shares=True))
@@ -192,8 +192,8 @@ def _accuracy_section(results: Results) -> Section:
 
 def _other_scores_table(results: Results) -> list[Table]:
   """Makes a table of further scores of tasks that have several, such as acc_norm."""
-  rows = [[m.label, task, name, a] for m in results.models for task, found in m.beside.items()
-          for name, a in found.items()]
+  rows = [[m.label, task, name, a] for m in results.models for task, scores in m.beside.items()
+          for name, a in scores.items()]
   return [Table("beside", "Further figures", ["model", "task", "figure", "value"], rows)] if rows else []
 
 
@@ -218,9 +218,9 @@ def _sampled_section(results: Results) -> Section:
   """Makes the section on pass@k and majority vote, if answers were sampled."""
   if not any(m.sampled for m in results.models):
     return Section("sampled", "Several samples a question", [])
-  names = list(dict.fromkeys(name for m in results.models for found in m.sampled.values() for name in found))
-  rows = [[m.label, task, *(found.get(name) for name in names)]
-          for m in results.models for task, found in m.sampled.items()]
+  names = list(dict.fromkeys(name for m in results.models for scores in m.sampled.values() for name in scores))
+  rows = [[m.label, task, *(scores.get(name) for name in names)]
+          for m in results.models for task, scores in m.sampled.items()]
   last = max(m.round for m in results.models)
   rounds = f"after round {last}" if last >= 0 else "base"
   lines = []

@@ -36,22 +36,22 @@ _OUTPUTS = ("few_shot.jsonl", "base/eval", *(f"round_*/{name}" for name in (
 
 def read_config(path: Path, problems: list[str]) -> dict[str, Any]:
   """Reads config.json."""
-  found = read_json_object(path, problems)
-  damaged_keys = [key for key, kind in _SETTINGS.items() if not isinstance(found.get(key), kind)]
-  problems += [f"{path.name}: damaged or missing in it: {listed(damaged_keys)}"] * bool(found and damaged_keys)
-  return found
+  config = read_json_object(path, problems)
+  damaged_keys = [key for key, kind in _SETTINGS.items() if not isinstance(config.get(key), kind)]
+  problems += [f"{path.name}: damaged or missing in it: {listed(damaged_keys)}"] * bool(config and damaged_keys)
+  return config
 
 
 def read_record(path: Path, problems: list[str]) -> dict[str, Any]:
   """Reads run.json."""
-  found = read_json_object(path, problems)
-  tasks = found.get("tasks") if isinstance(found.get("tasks"), dict) else {}
+  record = read_json_object(path, problems)
+  tasks = record.get("tasks") if isinstance(record.get("tasks"), dict) else {}
   names = lambda values: isinstance(values, list) and all(isinstance(value, str) for value in values)
-  right = {"method": isinstance(found.get("method"), str), "versions": isinstance(found.get("versions"), dict),
-           "devices": names(found.get("devices")), "tasks": names(tasks.get("ood")) and names([tasks.get("id")])}
+  right = {"method": isinstance(record.get("method"), str), "versions": isinstance(record.get("versions"), dict),
+           "devices": names(record.get("devices")), "tasks": names(tasks.get("ood")) and names([tasks.get("id")])}
   damaged_keys = [key for key, is_right in right.items() if not is_right]
-  problems += [f"{path.name}: damaged or missing in it: {listed(damaged_keys)}"] * bool(found and damaged_keys)
-  return found
+  problems += [f"{path.name}: damaged or missing in it: {listed(damaged_keys)}"] * bool(record and damaged_keys)
+  return record
 
 
 def read_json_object(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -68,20 +68,20 @@ def read_json_object(path: Path, problems: list[str]) -> dict[str, Any]:
 
 def read_stages(root: Path, record: Mapping[str, Any], problems: list[str]) -> dict[str, dict[str, Any]]:
   """Returns name -> entry of the finished stages in run.json; without these, of stages whose answers exist."""
-  found = record.get("stages")
+  entries = record.get("stages")
   outputs = sorted(str(path.relative_to(root)) for pattern in _OUTPUTS for path in root.glob(pattern)
                    if not path.name.startswith("."))  # outputs of unfinished stages are hidden
-  if not isinstance(found, dict):
+  if not isinstance(entries, dict):
     problems += ["run.json: has no list of stages"] * bool(record)
     return {name: {"facts": {}} for name in outputs
             if name == "base/eval" or "samples.jsonl" in name or "/eval/" in name}
-  valid = {name: entry for name, entry in found.items() if isinstance(entry, dict)
+  valid = {name: entry for name, entry in entries.items() if isinstance(entry, dict)
            and isinstance(entry.get("facts"), dict)}
-  damaged_names = [name for name in found if name not in valid]
+  damaged_names = [name for name in entries if name not in valid]
   problems += [f"run.json: damaged entries of {listed(damaged_names)}"] * bool(damaged_names)
   # A running run may have outputs that are not recorded yet.
   is_live = is_running(root)
-  unknown = [name for name in outputs if name not in found and not is_live]
+  unknown = [name for name in outputs if name not in entries and not is_live]
   problems += [f"left out, for run.json does not say that they were finished: {listed(unknown)}"] * bool(unknown)
   for name, entry in valid.items():
     damaged_keys = [key for key in ("bytes", "seconds") if not (is_number(entry.get(key)) and entry[key] >= 0)]
@@ -127,17 +127,17 @@ def read_analysis(path: Path, problems: list[str]) -> dict[str, Any]:
   """Reads the valid parts of analysis.json that were measured."""
   name = f"{path.parent.name}/{path.name}"
   try:
-    found = files.read_json(path)
+    analysis = files.read_json(path)
   except UserError as e:
     problems.append(f"{name}: damaged ({e})")
     return {}
   valid = {}
   for part, check in _PART_CHECKS.items():
     try:
-      if found[part] is not None:  # null was not measured
-        if not check(found[part]):
+      if analysis[part] is not None:  # null was not measured
+        if not check(analysis[part]):
           raise ValueError("numbers that cannot be")
-        valid[part] = found[part]
+        valid[part] = analysis[part]
     except (AttributeError, KeyError, TypeError, ValueError) as e:
       problems.append(f"{name}: {part} is damaged or missing ({e!r})")
   return valid
@@ -146,21 +146,21 @@ def read_analysis(path: Path, problems: list[str]) -> dict[str, Any]:
 def read_drift(path: Path, problems: list[str]) -> dict[str, Any]:
   """Reads drift.json; returns an empty dict if it is not valid."""
   try:
-    found = files.read_json(path)
-    texts, models = found["texts"], found["models"]
+    drift = files.read_json(path)
+    texts, models = drift["texts"], drift["models"]
     right = all(_is_count(of["tokens"]) and _all_numbers(of, "loss", "entropy") for of in texts.values()) and all(
         of.keys() == texts.keys() and all(_all_numbers(one, "kl", "loss", "entropy") for one in of.values())
         for of in models.values())
     if not (right and texts and models):
       raise ValueError("numbers that cannot be")
-    return found
+    return drift
   except (UserError, AttributeError, KeyError, TypeError, ValueError) as e:
     problems.append(f"{path.parent.name}/{path.name}: damaged ({e!r})")
     return {}
 
 
-def _all_numbers(found: Mapping[str, Any], *keys: str) -> bool:
-  return all(is_number(found[key]) for key in keys)
+def _all_numbers(values: Mapping[str, Any], *keys: str) -> bool:
+  return all(is_number(values[key]) for key in keys)
 
 
 def is_running(root: Path) -> bool:
@@ -193,21 +193,21 @@ def _are_sizes(values: Any) -> bool:
   return isinstance(values, list) and bool(values) and all(is_number(value) and value >= 0 for value in values)
 
 
-def _is_layer_scores(found: Mapping[str, Any]) -> bool:
+def _is_layer_scores(scores: Mapping[str, Any]) -> bool:
   """Returns whether a mapping has scores by layer in total and for each module."""
-  values = [found["layers"], *(found["modules"][module] for module in MODULES)]
+  values = [scores["layers"], *(scores["modules"][module] for module in MODULES)]
   return all(map(_are_sizes, values)) and len({len(of) for of in values}) == 1
 
 
-def _is_diversity(found: Mapping[str, Any]) -> bool:
-  measured = [found[key] for key in ("distinct_4grams", "token_entropy") if found[key] is not None]
-  counts = found["questions"], found["samples"]
-  return _are_sizes([found["distinct_answers"], *measured]) and all(map(_is_count, counts))
+def _is_diversity(diversity: Mapping[str, Any]) -> bool:
+  measured = [diversity[key] for key in ("distinct_4grams", "token_entropy") if diversity[key] is not None]
+  counts = diversity["questions"], diversity["samples"]
+  return _are_sizes([diversity["distinct_answers"], *measured]) and all(map(_is_count, counts))
 
 
 _PART_CHECKS: dict[str, Callable[[Any], bool]] = {
     "importance": _is_layer_scores,
-    "weight_change": lambda found: "sft" in found and all(
-        _is_layer_scores(change) and _are_sizes(change["share"]) for change in found.values()),
-    "spearman": lambda found: is_number(found) and -1 <= found <= 1,
+    "weight_change": lambda changes: "sft" in changes and all(
+        _is_layer_scores(change) and _are_sizes(change["share"]) for change in changes.values()),
+    "spearman": lambda rank: is_number(rank) and -1 <= rank <= 1,
     "diversity": _is_diversity}

@@ -119,7 +119,7 @@ class Results(NamedTuple):
     record = reading.read_record(root / "run.json", problems)
     stages = reading.read_stages(root, record, problems)
     method, id_task, ood_tasks = _read_tasks(record, config, problems)
-    rounds = sorted({int(found[1]) for name in stages if (found := re.match(r"round_(\d+)/", name))})
+    rounds = sorted({int(match[1]) for name in stages if (match := re.match(r"round_(\d+)/", name))})
     has_stages = isinstance(record.get("stages"), dict)
     models = _read_models(stages, rounds, (id_task, *ood_tasks), problems) if has_stages else ()
     data = tuple({"round": t} | stages.get(f"round_{t}/samples.jsonl", {}).get("facts", {})
@@ -133,7 +133,7 @@ class Results(NamedTuple):
       """Reads round -> content of a file of finished stages, or if these are unknown of all that exist."""
       paths = {t: root / f"round_{t}" / file for t in rounds
                if f"round_{t}/{file}" in stages or not isinstance(record.get("stages"), dict)}
-      return {t: found for t, path in paths.items() if path.exists() and (found := read(path, problems))}
+      return {t: content for t, path in paths.items() if path.exists() and (content := read(path, problems))}
 
     analysis, drift = measured("analysis.json", reading.read_analysis), measured("drift.json", reading.read_drift)
     return cls(root, method, id_task, ood_tasks, models, data, stages, memory, analysis, record, config,
@@ -223,10 +223,10 @@ def _read_models(stages: Mapping[str, Any], rounds: list[int], tasks: tuple[str,
 
 
 def _parse_model(kind: str, round_: int, facts: Mapping[str, Any], tasks: tuple[str, ...]) -> Model:
-  scores = {task: {metric: _parse_accuracy(score) for metric, score in found.items()}
-            for task, found in facts["scores"].items()}
-  scores = {task: {name: score for name, score in found.items() if _METRIC.fullmatch(name)}
-            for task, found in scores.items()}
+  scores = {task: {metric: _parse_accuracy(score) for metric, score in by_metric.items()}
+            for task, by_metric in facts["scores"].items()}
+  scores = {task: {name: score for name, score in by_metric.items() if _METRIC.fullmatch(name)}
+            for task, by_metric in scores.items()}
   # The main score is the first one that is not of samples; JSON preserves the order.
   first = {}
   for task in tasks:
@@ -236,34 +236,34 @@ def _parse_model(kind: str, round_: int, facts: Mapping[str, Any], tasks: tuple[
     first[task] = scores[task].pop(counts[0])
   protocols = facts.get("protocol")  # older runs have none
   asked = {task: _parse_answer_stats(protocols[task]) for task in tasks} if protocols is not None else {}
-  parts = [{task: chosen for task, found in scores.items() if (chosen := {
-      name: score for name, score in found.items() if bool(_SAMPLED.fullmatch(name)) == sampled})}
+  parts = [{task: chosen for task, by_metric in scores.items() if (chosen := {
+      name: score for name, score in by_metric.items() if bool(_SAMPLED.fullmatch(name)) == sampled})}
            for sampled in (True, False)]
-  texts = {text: {name: _parse_interval(found[name]) for name in ("nats_per_token", "bits_per_byte")}
-           for text, found in facts.get("texts", {}).items()}
+  texts = {text: {name: _parse_interval(spans[name]) for name in ("nats_per_token", "bits_per_byte")}
+           for text, spans in facts.get("texts", {}).items()}
   return Model(kind, round_, first, parts[0], dict(facts.get("long_prompts", {})), asked, parts[1], texts)
 
 
-def _parse_interval(found: Mapping[str, Any]) -> dict[str, float]:
-  span = {name: found[name] for name in ("value", "low", "high")}
+def _parse_interval(raw: Mapping[str, Any]) -> dict[str, float]:
+  span = {name: raw[name] for name in ("value", "low", "high")}
   if not (all(map(is_number, span.values())) and span["value"] >= 0 and span["low"] <= span["value"] <= span["high"]):
-    raise ValueError(f"{found} is no figure with its interval")
+    raise ValueError(f"{raw} is no figure with its interval")
   return span
 
 
-def _parse_answer_stats(found: Mapping[str, Any]) -> AnswerStats:
-  asked = AnswerStats(*(found[name] for name in AnswerStats._fields))
+def _parse_answer_stats(raw: Mapping[str, Any]) -> AnswerStats:
+  asked = AnswerStats(*(raw[name] for name in AnswerStats._fields))
   known = isinstance(asked.name, str) and all(map(is_number, asked[1:]))
   if not (known and min(asked[1:]) >= 0 and asked.n > 0 and asked.cut <= 1):
-    raise ValueError(f"{found} is no protocol")
+    raise ValueError(f"{raw} is no protocol")
   return asked
 
 
-def _parse_accuracy(found: Mapping[str, Any]) -> Accuracy:
-  score = Accuracy(**found)
+def _parse_accuracy(raw: Mapping[str, Any]) -> Accuracy:
+  score = Accuracy(**raw)
   whole = isinstance(score.n, int) and is_number(score.n) and score.n > 0
   if not (whole and all(map(is_number, score)) and 0 <= score.low <= score.value <= score.high <= 1):
-    raise ValueError(f"{found} is no accuracy")
+    raise ValueError(f"{raw} is no accuracy")
   return score
 
 
@@ -290,8 +290,8 @@ def table(results: Results) -> str:
 def _format_other_scores(results: Results) -> list[str]:
   """Formats a line for each task that has further scores."""
   tasks = dict.fromkeys(task for model in results.models for task in model.beside)
-  return [f"{task}: " + "; ".join(f"{model.label} {', '.join(f'{n} {format_accuracy(a)}' for n, a in found.items())}"
-                                  for model in results.models if (found := model.beside.get(task)))
+  return [f"{task}: " + "; ".join(f"{model.label} {', '.join(f'{n} {format_accuracy(a)}' for n, a in scores.items())}"
+                                  for model in results.models if (scores := model.beside.get(task)))
           for task in tasks]
 
 
@@ -318,10 +318,10 @@ def list_protocols(results: Results) -> list[str]:
 
 def _format_lengths(results: Results) -> list[str]:
   """Formats a line for each model on the lengths of its greedy answers over all tasks."""
-  found = {m.label: [a for a in m.asked.values() if a.mean_tokens] for m in results.models}
-  return [f"{label}: {sum(a.mean_tokens * a.n for a in of) / sum(a.n for a in of):.1f} tokens an answer, "
-          f"{sum(a.cut * a.n for a in of) / sum(a.n for a in of):.1%} of {sum(a.n for a in of)} cut at "
-          "eval.max_new_tokens" for label, of in found.items() if of]
+  stats_by_model = {m.label: [a for a in m.asked.values() if a.mean_tokens] for m in results.models}
+  return [f"{label}: {sum(a.mean_tokens * a.n for a in stats) / sum(a.n for a in stats):.1f} tokens an answer, "
+          f"{sum(a.cut * a.n for a in stats) / sum(a.n for a in stats):.1%} of {sum(a.n for a in stats)} cut at "
+          "eval.max_new_tokens" for label, stats in stats_by_model.items() if stats]
 
 
 def list_skipped(results: Results) -> list[str]:
@@ -332,6 +332,6 @@ def list_skipped(results: Results) -> list[str]:
 
 def _format_sampled(results: Results) -> list[str]:
   """Formats lines on pass@k and majority votes, if answers were sampled."""
-  return [f"{model.label}, {task}, n={next(iter(found.values())).n}: "
-          + ", ".join(f"{name} {format_accuracy(a)}" for name, a in found.items())
-          for model in results.models for task, found in model.sampled.items()]
+  return [f"{model.label}, {task}, n={next(iter(scores.values())).n}: "
+          + ", ".join(f"{name} {format_accuracy(a)}" for name, a in scores.items())
+          for model in results.models for task, scores in model.sampled.items()]

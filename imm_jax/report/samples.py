@@ -66,7 +66,7 @@ class Packer:
     Training samples come first, then greedy answers and samples of evaluation; files that would exceed `max_bytes` are
     left out.
     """
-    found, problems, budget, expected = [], [], max_bytes, _expected_counts(results)
+    chunks, problems, budget, expected = [], [], max_bytes, _expected_counts(results)
     self.size = 0
     for path, kind, round_, task in _list_files(results, problems):
       name = str(path.relative_to(results.root))
@@ -84,7 +84,7 @@ class Packer:
       if self._known.get(path, (None,))[0] != stamp:
         metadata = {"run": self._run, "kind": kind, "round": round_, "task": task}
         self._known[path] = stamp, list(_pack(path, name, metadata))
-      found += self._known[path][1]
+      chunks += self._known[path][1]
       for field, description in (("damaged", "that are no JSON object were left out"),
                                  ("lacking", f"in which one of {', '.join(_ROW_TYPES)} is missing or damaged")):
         lines = [str(number) for chunk in self._known[path][1] for number in getattr(chunk, field)]
@@ -93,16 +93,16 @@ class Packer:
       if counts != expected.get(name, counts):
         problems.append("{}: {:,} answers, {:,} of them right; by run.json {:,}, {:,} of them right".format(
             name, *counts, *expected[name]))
-    return found, problems
+    return chunks, problems
 
 
 def _expected_counts(results: Results) -> dict[str, tuple[int, int]]:
   """Returns file -> (number of answers, number of right ones) according to run.json."""
-  found = {f"round_{row['round']}/samples.jsonl": (get_count(row, "samples"), get_count(row, "correct"))
+  counts = {f"round_{row['round']}/samples.jsonl": (get_count(row, "samples"), get_count(row, "correct"))
            for row in results.data if "samples" in row}
   for model in results.models:
-    found |= {f"{model.folder}/{task}.jsonl": (a.n, round(a.value * a.n)) for task, a in model.scores.items()}
-  return found
+    counts |= {f"{model.folder}/{task}.jsonl": (a.n, round(a.value * a.n)) for task, a in model.scores.items()}
+  return counts
 
 
 def _list_files(results: Results, problems: list[str]) -> Iterable[tuple[Path, str, int, str]]:
@@ -155,8 +155,8 @@ def _pack_lines(lines: Iterable[tuple[int, bytes]], name: str, metadata: dict[st
                  _get_text(row, "span"), _get_text(row, "text")])
     tokens += int(_get_number(row, "tokens") or 0)
   # ASCII preserves lone surrogates in a model's output. JSON has no NaN.
-  found = json.dumps(metadata | {"questions": list(questions), "rows": rows}, allow_nan=False, separators=(",", ":"))
-  packed = base64.b64encode(gzip.compress(found.encode("ascii"), compresslevel=3, mtime=0)).decode()
+  content = json.dumps(metadata | {"questions": list(questions), "rows": rows}, allow_nan=False, separators=(",", ":"))
+  packed = base64.b64encode(gzip.compress(content.encode("ascii"), compresslevel=3, mtime=0)).decode()
   return Chunk(name, len(rows), sum(row[3] for row in rows), tokens, tuple(damaged), tuple(lacking), packed)
 
 
