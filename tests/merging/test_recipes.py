@@ -237,7 +237,7 @@ def test_model_stock_of_one_model_and_adapters_alone_are_refused(pair, tmp_path:
 def test_ties_by_tensor_or_by_model(tmp_path: Path):
   base = save(tmp_path / "base", 0, tree={"a": np.zeros(10, np.float32), "b": np.zeros(10, np.float32)})
   tuned = save(tmp_path / "tuned", 0, tree={"a": np.arange(1, 11, dtype=np.float32),
-                                            "b": np.arange(1, 11, dtype=np.float32) * 100})
+                                           "b": np.arange(1, 11, dtype=np.float32) * 100})
   flags = ("--method=ties", f"--base={base}", f"--models={tuned}", "--densities=0.5")
   for scope, kept in (("tensor", (5, 5)), ("model", (0, 10))):
     done = run(*flags, f"--out={tmp_path / scope}", f"--scope={scope}")

@@ -60,8 +60,8 @@ def test_the_kernel_for_tpus_compiles_for_one(heads: int, group: int, head_dim: 
   prefix = (shape(P("tensor"), heads, 1024, head_dim),) * 2
   cache = shape(rows, 8, heads, 640, head_dim)
   used = jax.ShapeDtypeStruct((8,), jnp.int32, sharding=NamedSharding(mesh, P()))
-  run = lambda q, k, v, prefix, used: cached.decode_attention(q, k, v, prefix=prefix, length=jnp.int32(1000), used=used,
-                                                              kernel="ragged", mesh=mesh)
+  run = lambda q, k, v, prefix, used: cached.decode_attention(
+      q, k, v, prefix=prefix, length=jnp.int32(1000), used=used, kernel="ragged", mesh=mesh)
   with topology.quiet_libtpu():
     compiled = jax.jit(run).lower(shape(rows, 8, heads * group, 1, head_dim), cache, cache, prefix, used).compile()
   assert "ragged_decode" in compiled.as_text()

@@ -159,7 +159,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_bits(finished: Path, environme
 
 
 def test_a_finished_run_does_nothing_again_and_can_be_continued(finished: Path, environment: dict[str, str],
-                                                                tmp_path: Path):
+                                                                 tmp_path: Path):
   workdir = tmp_path / "copy"
   shutil.copytree(finished, workdir)
   again = start(workdir, environment)

@@ -212,6 +212,6 @@ def test_without_a_protocol_nothing_is_set_apart(custom):
 
 def test_how_answers_came_is_counted():
   rows_of = [{"tokens": t, "finish": f} for t, f in itertools.zip_longest((4, 6, 11), ("stop", "length"),
-                                                                          fillvalue="stop")]
+                                                                         fillvalue="stop")]
   assert evaluating.described(config("harness"), "groups", rows_of) == {
       "name": "harness", "shots": 8, "n": 3, "mean_tokens": 7.0, "cut": 0.3333}

@@ -163,7 +163,7 @@ def test_a_rationale_ends_in_the_answer_and_holds_no_calculator_marks(tmp_path):
     ("gsm8k", {"question": "", "answer": "#### 5"}, "'question' is empty"),
     ("gsm8k", {"question": 5, "answer": "#### 5"}, "'question' is no text"),
     ("gsm8k", {"problem": "Q?", "answer": "#### 5"}, "has no field 'question' but problem, answer; expected records "
-     "with the fields question, answer"),
+                                                    "with the fields question, answer"),
     ("svamp", {"body": "B", "question": "Q", "answer": None}, "None is no number"),
     ("mawps", {"squestion": "Q", "lsolutions": 5.0}, "'lSolutions' is no list"),
     ("mathqa", {"problem": "Q", "options": "a ) 1 , b ) 2", "correct": "c"}, "the gold 'C' is none of the 2 options"),
@@ -272,7 +272,7 @@ def test_a_set_of_the_published_size_gives_no_warning(tmp_path, capsys):
 def test_one_file_for_both_splits_is_refused(tmp_path):
   source = f"file:{write(tmp_path / 'train.jsonl', [gsm8k('A?'), gsm8k('B?')])}"
   with pytest.raises(UserError, match=r"holds no question for gsm8k/train, for its 2 are the test set's; does it name "
-                     r"one split for both\?; make DIR/train.jsonl and DIR/test.jsonl"):
+                                      r"one split for both\?; make DIR/train.jsonl and DIR/test.jsonl"):
     tasks.load("gsm8k", split="train", source=source)
 
 
