@@ -56,7 +56,7 @@ def make_passes(dtype: str, folder: Path) -> dict[str, Callable[[], None]]:
   rows = np.random.default_rng(0).integers(0, vocab, (_BATCHES.value * _ROWS.value, _LENGTH.value)).tolist()
   batches = PackedBatches([TokenizedExample(row[:1], row[1:]) for row in rows], epochs=1, global_batch=_ROWS.value,
                           row_length=_LENGTH.value, seed=0)
-  backend = attention.choose("auto", config, dtype=dtype, length=_LENGTH.value, rows=_ROWS.value, mesh=mesh)
+  backend = attention.choose_backend("auto", config, dtype=dtype, length=_LENGTH.value, rows=_ROWS.value, mesh=mesh)
   options = {"compute_dtype": jnp.dtype(dtype), "remat": _REMAT.value, "attention": backend, "mesh": mesh}
   gradient = jax.jit(step.gradient_function(config, **options))
   optimizer = step.make_optimizer(optax.constant_schedule(1e-5), weight_decay=0.0, grad_clip=1.0)
@@ -111,7 +111,7 @@ def make_streamed(root: Path) -> tuple[dict[str, Callable[[], None]], float, flo
     shutil.rmtree(out, ignore_errors=True)
     subprocess.run([sys.executable, "-m", *command, f"--out={out}"], cwd=REPO, check=True, capture_output=True)
 
-  size = lambda only: 2 * sum(e.size * e.dtype.itemsize for name, e in folder.tensors(a).items() if only(name))
+  size = lambda only: 2 * sum(e.size * e.dtype.itemsize for name, e in folder.read_entries(a).items() if only(name))
   return ({"linear": merge, "weight change": lambda: weight_change(a, b),
            "linear, process": lambda: process("imm_jax.merge", "--method=linear", f"--models={a},{b}",
                                               "--weights=[0.3, 0.7]"),

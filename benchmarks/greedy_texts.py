@@ -59,7 +59,8 @@ def main(_: list[str]) -> None:
   folder = hub.resolve(_MODEL.value)
   sampler = NativeSampler(folder, compute_dtype="float32", batch_size=_BATCH.value)
   examples = tasks.load(_TASK.value, split="test", count=_QUESTIONS.value, seed=0, source=_SOURCE.value)
-  asked = [Prompt(e.id, prompts.build(e.question, style=_STYLE.value, tokenizer=sampler.tokenizer)) for e in examples]
+  asked = [Prompt(e.id, prompts.build_prompt(e.question, style=_STYLE.value, tokenizer=sampler.tokenizer))
+           for e in examples]
   native = [group[0] for group in sampler.generate(asked, max_new_tokens=_NEW_TOKENS.value)]
   print(f"{len(native)} questions of {_TASK.value}, style {_STYLE.value}: {sum(c.num_tokens for c in native)} tokens, "
         f"{sum(c.finish == 'length' for c in native)} answers cut at {_NEW_TOKENS.value}", flush=True)

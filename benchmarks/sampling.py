@@ -53,7 +53,7 @@ def workload(name: str, count: int, tokenizer: Any, vocab: int) -> list[list[int
   source = {"svamp": _SVAMP.value, "gsm8k": _GSM8K.value}.get(name, "")
   load = lambda split, count: tasks.load(name, split=split, count=count, seed=0, source=source)
   shots = load("train", SHOTS) if name == "gsm8k" else ()
-  asked = [Prompt(e.id, prompts.build(e.question, examples=shots)) for e in load("test", count)]
+  asked = [Prompt(e.id, prompts.build_prompt(e.question, examples=shots)) for e in load("test", count)]
   return completions.encode(tokenizer, asked, vocab)
 
 

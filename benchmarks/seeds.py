@@ -82,7 +82,7 @@ def at_equal_id(table: dict[str, dict[str, np.ndarray]], reference: str) -> str:
   target = float(table["star"]["ID"][:, [0, -1]].mean())
   paths = {name: [list(zip(*rows, strict=True)) for rows in zip(scores["ID"], scores["OOD"], strict=True)]
            for name, scores in table.items()}
-  reached = {name: [front.out_at(path, target) for path in of] for name, of in paths.items()}
+  reached = {name: [front.interpolate_out(path, target) for path in of] for name, of in paths.items()}
   area = {name: np.array([front.hypervolume(path, (path[0][0], 0.0)) for path in of]) for name, of in paths.items()}
   tests = {}
   for name in table.keys() - {reference}:
@@ -122,7 +122,7 @@ def plot(table: dict[str, dict[str, np.ndarray]], folder: Path) -> None:
   for domain, title in (("ID", "in domain"), ("OOD", "out of domain")):
     lines = []
     for i, (name, scores) in enumerate(table.items()):
-      means = [groups.mean(values) for values in scores[domain].T]
+      means = [groups.mean_and_error(values) for values in scores[domain].T]
       lines.append(figures.Line(name, *style(name, i), tuple(range(len(means))), tuple(m for m, _ in means),
                                 tuple(m - e for m, e in means), tuple(m + e for m, e in means)))
     panels.append(figures.Panel(title, "rounds done", "accuracy", tuple(lines), shares=True))

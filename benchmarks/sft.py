@@ -67,7 +67,7 @@ def ours(dtype: str, remat: str, folder: Path, added: str = "") -> Callable[[], 
   optimizer = make_optimizer(optax.constant_schedule(1e-4), weight_decay=0.0, grad_clip=1.0)
   state = init_state(params, optimizer, mesh, additions=additions, frozen=frozen)
   del params, frozen
-  backend = attention.choose("auto", config, dtype=dtype, length=_LENGTH.value, rows=_ROWS.value, mesh=mesh)
+  backend = attention.choose_backend("auto", config, dtype=dtype, length=_LENGTH.value, rows=_ROWS.value, mesh=mesh)
   train_step = make_train_step(config, optimizer, compute_dtype=dtype, remat=remat, attention=backend, mesh=mesh,
                                additions=additions)
   examples = [TokenizedExample(row[:1].tolist(), row[1:].tolist()) for row in tokens()]

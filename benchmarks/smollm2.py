@@ -83,7 +83,7 @@ def markdown(figures: dict[str, dict[str, Any]]) -> str:
 def _mean(values: list[float]) -> str:
   if not values:
     return ""
-  mean, error = groups.mean(values) if len(values) > 1 else (values[0], None)
+  mean, error = groups.mean_and_error(values) if len(values) > 1 else (values[0], None)
   return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
 
 

@@ -41,11 +41,11 @@ SETTINGS = ((2, "attention"), (2, "full"), (1, "full"))
 def cell(model: str, name: str) -> dict[str, object]:
   """Compiles a model for a slice; returns the figures."""
   topology_name, slices, data = TOPOLOGIES[name]
-  slice_ = topology.describe(topology_name, slices=slices)
+  slice_ = topology.describe_slice(topology_name, slices=slices)
   mesh = slice_.mesh(data=data, fsdp=-1, tensor=1)
   for rows, remat in SETTINGS:
     plan = check.Plan(MODELS[model], slice_, mesh, rows, LENGTH, 1, remat, "auto", jnp.dtype("bfloat16"))
-    report = check.check(plan)
+    report = check.compile_step(plan)
     if not report.excess:
       break
   result = {"model": model, "slice": name, "mesh": dict(mesh.shape), "rows": rows, "remat": remat,
@@ -62,7 +62,7 @@ def cell(model: str, name: str) -> dict[str, object]:
       "ideal_ms": 1e3 * report.ideal, "ratio": e.seconds / report.ideal, "mfu": report.mfu,
       "roofline_ms": 1e3 * longest, "roofline_terms_ms": {k: 1e3 * t for k, t in terms.items()},
       "tflop": report.flops / 1e12, "tokens_per_s": mesh.size * plan.tokens / e.seconds,
-      "largest_gather_mb": largest / 1e6, "layer_mb": check.largest_use(plan.model, plan.compute_dtype) / 1e6}
+      "largest_gather_mb": largest / 1e6, "layer_mb": check.largest_working_set(plan.model, plan.compute_dtype) / 1e6}
 
 
 def table(cells: list[dict[str, object]]) -> str:

@@ -20,7 +20,7 @@ from imm_jax.tasks.base import Example
 
 def right_answers(model: imm_jax.Model, questions: list[Example]) -> np.ndarray:
   """Whether each greedy answer is right."""
-  completions = model.sample([prompts.build(e.question) for e in questions], max_new_tokens=40, batch_size=200)
+  completions = model.sample([prompts.build_prompt(e.question) for e in questions], max_new_tokens=40, batch_size=200)
   return np.array([answers.verdict(c.text, e.answer, e.kind, strict=False).correct
                    for e, [c] in zip(questions, completions, strict=True)])
 
@@ -31,7 +31,7 @@ def main() -> None:
 
   # Sample an answer to each question (num_samples= gives more) and keep the right ones.
   questions = imm_jax.tasks.load("stories", split="train", count=800)
-  asked = [prompts.build(e.question) for e in questions]
+  asked = [prompts.build_prompt(e.question) for e in questions]
   drawn = base.sample(asked, temperature=0.4, max_new_tokens=40, batch_size=200)
   pairs = sorted({(prompt, c.text) for prompt, e, completions in zip(asked, questions, drawn, strict=True)
                   for c in completions if answers.verdict(c.text, e.answer, e.kind, strict=True).correct})
@@ -49,7 +49,7 @@ def main() -> None:
 
   # Measure in domain and out of it; and how likely a worked answer is.
   stories, groups = (imm_jax.tasks.load(name, split="test", count=200) for name in ("stories", "groups"))
-  worked = [(prompts.build(e.question), e.rationale) for e in stories]
+  worked = [(prompts.build_prompt(e.question), e.rationale) for e in stories]
   for name, model in (("base", base), ("tuned", tuned), ("merged", merged)):
     scores = model.score(worked)
     nats = -sum(s.logprob for s in scores) / sum(s.tokens for s in scores)

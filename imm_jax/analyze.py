@@ -56,23 +56,23 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
   settings = _settings(asked) if asked else None
   from imm_jax.analysis import output  # late: jax reads the variable above when it is imported
-  from imm_jax.analysis.weight_change import check, weight_change
+  from imm_jax.analysis.weight_change import check_same_model, weight_change
 
   model, others = hub.resolve(_MODEL.value), {name: hub.resolve(name) for name in tuned}
   for other in others.values():
-    check(model, other)
+    check_same_model(model, other)
   if asked:
     from imm_jax.model import hf  # late, as below
 
-    hf.check(model)
+    hf.check_folder(model)
   out = Path(_OUT.value)
   inputs = {"model": model} | {f"tuned[{i}]": folder for i, folder in enumerate(others.values())}
-  files.check_out(out, inputs, overwrite=_OVERWRITE.value, foreign=output.foreign)
+  files.check_out(out, inputs, overwrite=_OVERWRITE.value, foreign=output.why_foreign)
   with files.alone(out), files.committed(out) as folder:
     change = {name: weight_change(model, other).to_json() for name, other in others.items()}
-    found = output.together(_importance(settings, model, asked) if asked else {}, change)
+    found = output.combine(_importance(settings, model, asked) if asked else {}, change)
     output.write(folder, {"model": _MODEL.value, **found})
-  print(output.table(found))
+  print(output.format_table(found))
   print(f"json, csv and figures: {out}")
 
 

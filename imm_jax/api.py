@@ -144,7 +144,7 @@ class Model:
       ValueError: for an argument out of range, or a prompt without a token.
 
     >>> from imm_jax.tasks import prompts
-    >>> question = prompts.build("Ann has 11 boxes with 2 keys in each. How many keys is that?")
+    >>> question = prompts.build_prompt("Ann has 11 boxes with 2 keys in each. How many keys is that?")
     >>> [[completion]] = load("tiny").sample([question], max_new_tokens=40)
     >>> completion.text
     'The total is 11*2=22. The answer is 22.'
@@ -396,10 +396,11 @@ def _pack(model: Model, pairs: Sequence[Pair], *, epochs: int, global_batch: int
   longest = max((len(e.prompt) + len(e.response) for e in examples), default=0)
   length = row_length or max(_ROW, -(-longest // _STEP) * _STEP)
   batches = PackedBatches(examples, epochs=epochs, global_batch=global_batch, row_length=length, seed=seed,
-                          row_multiple=sharding.batch_parts(model.mesh))
+                          row_multiple=sharding.num_batch_shards(model.mesh))
   dtype = jnp.dtype(hardware.compute_dtype(compute_dtype))
-  kernel = attention.choose("auto", model.config, dtype=dtype, length=length, rows=batches.rows, mesh=model.mesh)
-  return batches, {"compute_dtype": dtype, "attention": kernel}
+  backend = attention.choose_backend("auto", model.config, dtype=dtype, length=length, rows=batches.rows,
+                                     mesh=model.mesh)
+  return batches, {"compute_dtype": dtype, "attention": backend}
 
 
 def _float32(params: Params, *, copied: bool = False) -> Params:

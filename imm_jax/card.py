@@ -33,7 +33,7 @@ def write(results: Results, stage: str, name: str) -> str:
   config = results.config
   head = {"library_name": "transformers", "pipeline_tag": "text-generation",
           "tags": ["imm_jax", "self-improvement", results.method, *["merge"] * stage.endswith("/merged")]}
-  base = hub.base_of(config["model"]).partition("@")[0]
+  base = hub.strip_adapter(config["model"]).partition("@")[0]
   if not hub.is_local(config["model"]):
     head |= {"base_model": base, "base_model_relation": "merge" if stage.endswith("/merged") else "finetune"}
   if datasets := list(dict.fromkeys(_datasets(results))):

@@ -245,11 +245,11 @@ def _validate_tasks(config: ml_collections.ConfigDict, trains: bool) -> None:
   for key, entry in (("task.source", f"{config.task.name}={config.task.source}"),
                      *(("task.ood", e) for e in config.task.ood)):
     name, _, source = entry.partition("=")
-    if source and tasks.is_endless(name):
+    if source and tasks.is_generated(name):
       raise UserError(f"config.{key}={source}: {name} is generated and has no source")
     if source:
       try:
-        sources.check(source)
+        sources.validate(source)
       except UserError as e:
         raise UserError(f"config.{key}: {e}") from e
   if config.task.name != "custom" and any(config.task.fields.values()):
@@ -276,7 +276,7 @@ def _validate_measures(config: ml_collections.ConfigDict) -> None:
                       f"{name}=file:PATH.txt")
     if "=" in entry:
       try:
-        sources.check(entry.partition("=")[2])
+        sources.validate(entry.partition("=")[2])
       except UserError as e:
         raise UserError(f"config.eval.texts: {e}") from e
   if len(set(names)) < len(names) or {*names} & {*map(questions.name_of, config.task.ood), config.task.name}:
@@ -337,7 +337,7 @@ def _check_shots(config: ml_collections.ConfigDict) -> None:
 
 
 def _of_worked(config: ml_collections.ConfigDict) -> str:
-  if tasks.is_endless(config.task.name):
+  if tasks.is_generated(config.task.name):
     return "its questions are generated"
   worked, of = questions.count_worked(config)
   return f"{worked} of its {of} train questions have one"

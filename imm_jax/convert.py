@@ -37,7 +37,7 @@ def to_orbax(source: Path, out: Path) -> None:
 
   if (source / "params").is_dir() and not (source / "config.json").exists():
     raise UserError(f"{source}: is an orbax checkpoint; expected an HF folder, or --to=hf")
-  _, params = hf.load(source, place=hf.on_host)
+  _, params = hf.load(source, place=hf.place_on_host)
   with files.committed(out) as temporary:
     (temporary / "hf").mkdir(parents=True)
     folder.copy_side_files(source, temporary / "hf")
@@ -53,7 +53,7 @@ def from_orbax(source: Path, out: Path) -> None:
     raise UserError(f"{source}: no such folder; expected one that --to=orbax wrote, or BASE+ADAPTER (a model of the "
                     "hub is in HF form already)")
   if (source / folder.ADAPTER_CONFIG).exists() and not folder.has_weights(source):
-    raise folder.no_model(str(source), source / folder.ADAPTER_CONFIG)
+    raise folder.adapter_error(str(source), source / folder.ADAPTER_CONFIG)
   if (source / "config.json").exists():
     raise UserError(f"{source}: is an HF folder; expected one that --to=orbax wrote, or --to=orbax")
   if not (source / "params").is_dir() or not (source / "hf").is_dir():
@@ -65,8 +65,8 @@ def from_orbax(source: Path, out: Path) -> None:
       metadata = checkpointer.metadata((source / "params").absolute()).item_metadata
       if metadata is None:
         raise ValueError("its list of tensors is missing or damaged")
-      stored = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=hf.on_host()),
-                            dict(metadata))
+      stored = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype,
+                                                              sharding=hf.place_on_host()), dict(metadata))
       expected = jax.tree.map(lambda leaf: tuple(leaf.shape), abstract_params(config))
       found = jax.tree.map(lambda leaf: tuple(leaf.shape), stored)
       if found != expected:
@@ -111,7 +111,7 @@ def main() -> None:
       to_orbax(hub.resolve(_SOURCE.value), out)
     elif pair:
       with files.committed(out) as temporary:
-        lora.merge(*hub.parts(_SOURCE.value), temporary)
+        lora.merge(*hub.resolve_pair(_SOURCE.value), temporary)
     else:
       from imm_jax.training import checkpoints  # late: orbax takes its time
 

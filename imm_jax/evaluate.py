@@ -21,7 +21,7 @@ from imm_jax import against, cli, config, experiments, files, tasks
 from imm_jax.errors import UserError
 from imm_jax.evaluation import Accuracy
 from imm_jax.model import hf, hub
-from imm_jax.report.results import Asked
+from imm_jax.report.results import AnswerStats
 from imm_jax.stages import devices, evaluating, questions, sampling
 from imm_jax.tasks import protocols
 
@@ -40,14 +40,14 @@ def main() -> None:
   if experiments.is_experiment(settings):
     raise UserError("--config: holds several runs; give the config of one, such as configs/qwen.py")
   settings.model = _MODEL.value
-  if tasks.measure_of(settings.task.name) == "choices":  # nothing is sampled to train on
+  if tasks.default_measure(settings.task.name) == "choices":  # nothing is sampled to train on
     settings.eval.by_likelihood = (*settings.eval.by_likelihood, settings.task.name)
   config.validate(settings, trains=False)
   devices.leave_to_others(settings)
   sampling.check_sampler(settings)
   out = Path(_OUT.value)
   model = hub.resolve(settings.model)
-  hf.check(model)
+  hf.check_folder(model)
   others = {Path(name): against.read_folder(Path(name)) for name in _AGAINST.value}
   files.check_out(out, {"model": model, **{f"--against={other}": other for other in others}},
                   overwrite=_OVERWRITE.value, foreign=_foreign)
@@ -67,7 +67,7 @@ def main() -> None:
       print(f"{text:<{wide}}  {metric:<{far}}  {found[metric]['value']:.4f} [{found[metric]['low']:.4f}, "
             f"{found[metric]['high']:.4f}] n={found['n']}")
   for task, how in facts["protocol"].items():
-    asked = Asked(*(how[name] for name in Asked._fields))
+    asked = AnswerStats(*(how[name] for name in AnswerStats._fields))
     limit = "the task's own limit" if task.startswith(questions.LM_EVAL) else (
         f"config.eval.max_new_tokens={protocols.max_new_tokens(settings)}")
     length = (f"; {asked.mean_tokens:.1f} tokens an answer, {asked.cut:.1%} cut at "

@@ -75,14 +75,14 @@ def _analyse(config: ml_collections.ConfigDict, root: Path) -> None:
         _one(analysis, models, out, asked)
       if distributed.is_main():
         found = files.read_json(out / output.FILE)
-        print(output.table(found))
+        print(output.format_table(found))
         for measure in together:
           for values in found[measure].values():
             together[measure][name] = values
     if distributed.is_main():
       with files.committed(root / "analyses" / "figures") as out:
         out.mkdir()
-        output.draw(out, together)
+        output.write_figures(out, together)
       print(f"analyses: {root / 'analyses'}")
 
 
@@ -90,13 +90,13 @@ def _one(analysis: ml_collections.ConfigDict, models: dict[str, Path], out: Path
   """Does one analysis: a folder like that of `python -m imm_jax.analyze`."""
   scores: dict[str, Any] = {}
   if analysis.kind == "importance":
-    hf.check(models["model"])
+    hf.check_folder(models["model"])
     analysis.config.model = analysis.model  # the mesh follows from its size
     scores = devices.call(analysis.config, analysing.importances, analysis.config, models["model"], [analysis.task])
   if distributed.is_main():
     change = {} if scores else {analysis.get("model") or analysis.after: weight_change(**models).to_json()}
     with files.committed(out) as made:
-      output.write(made, {"asked": asked, **output.together(scores, change)})
+      output.write(made, {"asked": asked, **output.combine(scores, change)})
   distributed.barrier(str(out))
 
 

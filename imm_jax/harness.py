@@ -83,7 +83,7 @@ class HarnessLM(TemplateLM):
                       "pretrained, dtype, max_length, seed, data, fsdp, tensor, scratch")
     self._folder, self._dtype, self._seed = hub.resolve(pretrained), dtype, int(seed)
     self._rows = 64 if str(batch_size).startswith("auto") or int(batch_size) == 1 else int(batch_size)
-    self.config = hf.check(self._folder)
+    self.config = hf.check_folder(self._folder)
     self.tokenizer = load_tokenizer(self._folder, rows=self.config.vocab_size)
     self._mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor, hidden_size=self.config.hidden_size)
     self._max_length = int(max_length) or self.config.max_positions or _CONTEXT
@@ -226,7 +226,7 @@ class HarnessLM(TemplateLM):
     if not isinstance(self._held, NativeSampler):
       self._held = None
       self._held = NativeSampler(self._folder, compute_dtype=self._dtype, batch_size=self._rows,
-                                 mesh=sharding.own_devices(self._mesh))
+                                 mesh=sharding.local_mesh(self._mesh))
     return self._held
 
 

@@ -69,7 +69,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False)
       external = {name: folder.digest(model) for name, model in found.items()} | questions.digests(config)
       if not directory.facts:
         for model in found.values():
-          hf.check_bytes(model)
+          hf.check_round_trip(model)
     steps = plan(_run(config, root, found))
     directory.begin(steps, external, rerun=rerun)
     if distributed.is_main():
@@ -109,7 +109,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   devices.mesh_of(config)
   found = _check(config, dry=True) if local else {"base": Path(config.model)} | (
       {"teacher": Path(config.teacher)} if config.teacher else {})
-  model = published.config_of(config.model)
+  model = published.find_config(config.model)
   rundir.check(workdir)
   if not distributed.is_main():
     return
@@ -135,7 +135,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
       waiting.add(stage.name)
     again = f" ({reason})" if reason not in (None, "run") else ""
     print(f"{stage.name:<24}{'to do' if stage.name in waiting else 'done':<8}{stage.plan}{again}")
-  teacher = published.config_of(config.teacher) if config.teacher else None
+  teacher = published.find_config(config.teacher) if config.teacher else None
   sizes, lengths = f"{config.model} is not on this machine, so its size is not known", {}
   if model:
     expected = tuning.expect(config, model, found["base"] if local else None)
@@ -154,7 +154,7 @@ def _check(config: ml_collections.ConfigDict, *, dry: bool = False) -> dict[str,
   """
   found = {"base": hub.resolve(config.model)} | ({"teacher": hub.resolve(config.teacher)} if config.teacher else {})
   for model in found.values():
-    load_tokenizer(model, rows=hf.check(model).vocab_size)
+    load_tokenizer(model, rows=hf.check_folder(model).vocab_size)
   entries = questions.own(config)
   if not (dry and any(questions.is_remote(config, entry) for entry in entries)):
     sampling.check(config, found["base"], found.get("teacher", found["base"]), draws(config))

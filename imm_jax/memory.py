@@ -12,7 +12,7 @@ from imm_jax import hardware, resident
 from imm_jax.methods import draws, merge_method
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
-from imm_jax.model.sharding import batch_parts, for_decoding, param_sharding, path_name, spec_of
+from imm_jax.model.sharding import decoding_mesh, num_batch_shards, param_sharding, partition_spec, path_name
 from imm_jax.sampling.native import decode, queue
 from imm_jax.scoring import likelihood
 from imm_jax.stages import questions
@@ -70,7 +70,7 @@ def kept_of_row(model: ModelConfig, *, length: int, remat: str, dtype: jnp.dtype
     length: tokens of the row.
     remat: one of `decoder.REMAT`.
     dtype: of activations.
-    attention: what `attention.choose` gave.
+    attention: what `attention.choose_backend` gave.
     widened: counts 2-byte activations as 4 bytes: XLA keeps them so on CPU, where it computes in float32.
 
   >>> model = ModelConfig(vocab_size=8, hidden_size=4, intermediate_size=8, num_layers=2, num_heads=2, num_kv_heads=1,
@@ -105,12 +105,12 @@ def step_temporaries(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, 
     accumulation: parts that a batch is run in.
     remat: one of `decoder.REMAT`.
     dtype: of activations.
-    attention: what `attention.choose` gave.
+    attention: what `attention.choose_backend` gave.
     sums: whether gradients are added to sums that the caller holds, as for layer importance.
     additions: of the training.
   """
   options = {"length": length, "dtype": dtype, "attention": attention, "widened": _platform(mesh) == "cpu"}
-  here = math.ceil(rows / accumulation / batch_parts(mesh))
+  here = math.ceil(rows / accumulation / num_batch_shards(mesh))
   kept = here * kept_of_row(model, remat=remat, **options) / mesh.shape["tensor"]
   layer = here * kept_of_row(model, remat="none", **options) / mesh.shape["tensor"] / model.num_layers
   table = model.vocab_size * model.hidden_size
@@ -172,7 +172,7 @@ def sampling(model: ModelConfig, mesh: Mesh, *, rows: int, prompt: int, new_toke
     new_tokens: tokens of an answer at most.
     dtype: of weights, activations and cache.
   """
-  where = for_decoding(mesh, model.num_kv_heads)
+  where = decoding_mesh(mesh, model.num_kv_heads)
   copies, parts, cpu = where.shape["tensor"], where.shape["data"], _platform(mesh) == "cpu"
   static = decode.Static(model, dtype, (), 1.0, True)
   state = lambda rows, slots: _size(jax.eval_shape(lambda: decode.init(rows, slots, new_tokens, static)))
@@ -209,7 +209,7 @@ def scoring(model: ModelConfig, mesh: Mesh, *, dtype: jnp.dtype) -> dict[str, fl
 def comparing(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, accumulation: int, dtype: jnp.dtype,
               attention: str) -> dict[str, float]:
   """Bytes on one device that comparing a model with the base takes, by name; arguments as of `step_temporaries`."""
-  here = math.ceil(rows / accumulation / batch_parts(mesh))
+  here = math.ceil(rows / accumulation / num_batch_shards(mesh))
   # Nothing is kept of a layer; about half of what its backward pass would need lives at once, as in scoring.
   layer = here * kept_of_row(model, length=length, remat="none", dtype=dtype, attention=attention,
                              widened=_platform(mesh) == "cpu") / model.num_layers / 2
@@ -221,7 +221,7 @@ def comparing(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, accumul
 def undivided(model: ModelConfig, mesh: Mesh) -> list[str]:
   """Parameters that every device holds whole although they are to be split, for the mesh does not divide them."""
   return [path for path, (where, _) in _placed(model, mesh).items()
-          if where.is_fully_replicated and not NamedSharding(mesh, spec_of(path)).is_fully_replicated]
+          if where.is_fully_replicated and not NamedSharding(mesh, partition_spec(path)).is_fully_replicated]
 
 
 def peaks(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, expected: Expected,

@@ -29,7 +29,7 @@ from absl import flags
 from imm_jax import cli, files
 from imm_jax.errors import UserError, nearest
 from imm_jax.merging import command, mergekit, recipe, registry
-from imm_jax.merging.command import How
+from imm_jax.merging.command import OutputOptions
 from imm_jax.merging.options import REQUIRED, Option
 from imm_jax.merging.recipe import Recipe, Slice
 from imm_jax.merging.registry import Method
@@ -107,35 +107,35 @@ def _given_models(method: Method) -> dict[str, str]:
 
 def main() -> None:
   """Reads the flags, merges, and says what came out."""
-  how = How(_SEED.value, _bytes(_SHARD.value), _ALLOW.value)
+  options = OutputOptions(_SEED.value, _bytes(_SHARD.value), _ALLOW.value)
   root = Path(_OUT.value)
   if not _RECIPE.value:
     made = from_flags()
-    _write(root, made.models, lambda out: {out: _jobs(out, made)}, how)
+    _write(root, made.models, lambda out: {out: _jobs(out, made)}, options)
     return
   given = [f"--{name}" for name, flag in [*_FLAGS.items(), ("base", _BASE), ("start", _START), ("tuned", _TUNED),
                                           ("models", _MODELS), ("method", _METHOD)] if flag.present and flag.value]
   if given:
     raise UserError(f"{', '.join(given)}: --recipe says it all; leave out one or the other")
   path = Path(_RECIPE.value)
-  names = list(mergekit.names(path))
+  names = list(mergekit.document_names(path))
   read = lambda i, earlier: _with_dtype(mergekit.read(path, i, earlier))
   if len(names) == 1:
     made = read(0, {})
-    _write(root, made.models, lambda out: {out: _jobs(out, made)}, how)
+    _write(root, made.models, lambda out: {out: _jobs(out, made)}, options)
   else:
-    _write_documents(root, names, read, how)
+    _write_documents(root, names, read, options)
 
 
 def _write(root: Path, inputs: Mapping[str, Path], plan: Callable[[Path], Mapping[Path, Mapping[Path, Recipe]]],
-           how: How) -> None:
+           options: OutputOptions) -> None:
   """Writes --out, which appears whole or not at all; `plan` says what is merged where, one group after the other."""
   started, count = time.monotonic(), 0
   files.check_out(root, inputs, overwrite=_OVERWRITE.value, foreign=lambda out: (
       "" if any(out.rglob("merge.json")) else "is no earlier merge (it has no merge.json)"))
   with files.alone(root), files.committed(root) as temporary:
     for jobs in plan(temporary).values():
-      command.merge(jobs, how)
+      command.merge(jobs, options)
       count += len(jobs)
   size = sum(weights.stat().st_size for weights in root.rglob("*.safetensors"))
   print(f"{root}: {count} checkpoint{'s' if count > 1 else ''}, {size / 1e9:.2f} GB in "
@@ -143,7 +143,7 @@ def _write(root: Path, inputs: Mapping[str, Path], plan: Callable[[Path], Mappin
 
 
 def _write_documents(root: Path, names: list[str | None], read: Callable[[int, Mapping[str, Path]], Recipe],
-                     how: How) -> None:
+                     options: OutputOptions) -> None:
   """Merges the documents of a recipe one after the other: what has no name, the last, is --out; without such a one
   each has its folder in --out. Later ones may take earlier ones for models."""
   if None in names[:-1] or len(set(names)) < len(names):
@@ -157,7 +157,7 @@ def _write_documents(root: Path, names: list[str | None], read: Callable[[int, M
     kept = temporary if names[-1] is not None else Path(between)
     for i, name in enumerate(names):
       out = temporary if name is None else kept / name
-      command.merge({out: read(i, earlier)}, how)
+      command.merge({out: read(i, earlier)}, options)
       if name is not None:
         earlier[name] = out
   print(f"{root}: {len(names)} merges in {time.monotonic() - started:.1f} s")

@@ -45,7 +45,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
   """A byte-level BPE tokenizer of Qwen2's form, trained until every word of the generated tasks is one token."""
   texts = [text for family in (*arithmetic.FAMILIES, "drill")
            for example in arithmetic.generate(family, split="pretrain", count=2000, seed=0, distinct=False)
-           for text in (prompts.build(example.question), example.rationale)]
+           for text in (prompts.build_prompt(example.question), example.rationale)]
   # AutoTokenizer reads a Qwen2 folder with Qwen2's own splitting, so that is what is trained on.
   bpe = Tokenizer(models.BPE())
   bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
@@ -156,7 +156,7 @@ def make(config: ml_collections.ConfigDict, out: Path) -> None:
 
 
 def _tokenize(tokenizer: Qwen2Tokenizer, example: Example) -> TokenizedExample:
-  prompt = tokenizer(prompts.build(example.question))["input_ids"]
+  prompt = tokenizer(prompts.build_prompt(example.question))["input_ids"]
   response = tokenizer(example.rationale)["input_ids"] + [tokenizer.eos_token_id]
   return TokenizedExample(prompt, response)
 
@@ -166,7 +166,7 @@ def _accuracy(folder: Path, count: int) -> dict[str, float]:
   result = {}
   for family in arithmetic.FAMILIES:
     examples = arithmetic.generate(family, split="test", count=count, seed=0)
-    asked = [Prompt(e.id, prompts.build(e.question)) for e in examples]
+    asked = [Prompt(e.id, prompts.build_prompt(e.question)) for e in examples]
     completions = sampler.generate(asked, max_new_tokens=48, label=family)
     right = [answers.verdict(c[0].text, e.answer, e.kind, strict=False).correct
              for c, e in zip(completions, examples, strict=True)]

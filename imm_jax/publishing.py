@@ -28,9 +28,9 @@ def push(folder: Path, to: str, *, private: bool = False, revision: str | None =
   Raises:
     UserError: for a folder that is no whole checkpoint or is not what its run has written, or where the hub refuses.
   """
-  hf.check(folder)
+  hf.check_folder(folder)
   root, stage = find_run(folder)
-  names = [*checkpoint.side_files(folder), *[checkpoint.INDEX] * (folder / checkpoint.INDEX).exists(),
+  names = [*checkpoint.list_side_files(folder), *[checkpoint.INDEX] * (folder / checkpoint.INDEX).exists(),
            *(path.name for path in checkpoint.weight_files(folder))]
   check_recorded(root, stage, folder, names)
   results = Results.of(root)

@@ -19,7 +19,7 @@ from imm_jax.errors import UserError
 from imm_jax.model import hf
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import bind
-from imm_jax.model.products import short_sums
+from imm_jax.model.products import pairwise_sums
 from imm_jax.model.tokenization import check_ids
 from imm_jax.model.tokenizer import has_tokenizer, load_tokenizer
 from imm_jax.model.tokenizer_check import check_tokenizer
@@ -92,7 +92,7 @@ class _Rows(NamedTuple):
 
 def verify(source: Path) -> None:
   """Prints what the checks of a checkpoint folder found; raises UserError when one fails."""
-  checked = hf.check_bytes(source)
+  checked = hf.check_round_trip(source)
   print(f"{source}: {checked.count} tensors come back byte for byte")
   if checked.left_out:
     print(f"not written, since they follow from the rest: {', '.join(checked.left_out)}")
@@ -154,10 +154,10 @@ def _make_rows(source: Path, config: ModelConfig) -> list[_Rows]:
 
 
 def _run_ours(source: Path, kinds: list[_Rows]) -> list[np.ndarray]:
-  config, params = hf.load(source, dtype=jnp.float32, place=hf.on_host)
+  config, params = hf.load(source, dtype=jnp.float32, place=hf.place_on_host)
   run = jax.jit(lambda p, tokens, positions: bind(config, p)(
       tokens, positions=positions, segment_ids=jnp.ones_like(tokens), compute_dtype=jnp.float32))
-  with short_sums():  # the order of sums is XLA's, not the decoder's
+  with pairwise_sums():  # the order of sums is XLA's, not the decoder's
     return [np.asarray(run(params, rows.tokens, rows.positions)) for rows in kinds]
 
 

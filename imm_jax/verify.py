@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from imm_jax import cli, integrity
-from imm_jax.report.results import find
+from imm_jax.report.results import find_runs
 from imm_jax.status import is_running
 
 _WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, DIR,DIR,..., or folders that hold some.")
@@ -20,7 +20,7 @@ flags.mark_flag_as_required("workdirs")
 
 def main() -> None:
   damaged = False
-  for root in find(_WORKDIRS.value):
+  for root in find_runs(_WORKDIRS.value):
     wrong, notes = integrity.check_run(Path(root))
     if is_running(Path(root)):
       notes.append("a process works in it: what it is writing now may seem to differ, so look again when it has ended")

@@ -142,4 +142,4 @@ def quick(root: Path) -> str:
   """The text of a run's page without its figures."""
   found = Results.of(root)
   chunks, problems = samples.Packer().chunks(found)
-  return text_of(page.write(found, status.read(root), page.sections(found, chunks), chunks, problems, {}))
+  return text_of(page.render(found, status.read(root), page.make_sections(found, chunks), chunks, problems, {}))

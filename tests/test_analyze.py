@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from configs import paper, tiny
 from imm_jax import experiments
 from imm_jax.analysis import MODULES, output
-from imm_jax.analysis.weight_change import check
+from imm_jax.analysis.weight_change import check_same_model
 from imm_jax.errors import UserError
 from imm_jax.model import safetensors
 from imm_jax.model.tokenizer import load_tokenizer
@@ -145,7 +145,7 @@ def test_checkpoints_that_are_not_of_one_model_are_one_line(edit: Any, config: d
     safetensors.write(folder / "model.safetensors", [
         (name, x.dtype, x.shape, lambda x=x: [x]) for name, x in found.items() if x is not None])
   with pytest.raises(UserError, match=expected) as caught:
-    check(TINY, folder)
+    check_same_model(TINY, folder)
   assert "\n" not in str(caught.value)
 
 
@@ -164,15 +164,15 @@ def test_a_model_that_has_not_moved_has_a_result_and_starts_fast(environment, tm
 
 
 def test_no_change_has_no_rank_correlation(tmp_path: Path):
-  found = output.together({"math": _layers(1.0, 2.0)}, {"tiny": _layers(0.0, 0.0)})
+  found = output.combine({"math": _layers(1.0, 2.0)}, {"tiny": _layers(0.0, 0.0)})
   output.write(tmp_path / "out", found)
-  assert output.table(found).endswith("\nSpearman, importance on math and change to tiny: not defined")
+  assert output.format_table(found).endswith("\nSpearman, importance on math and change to tiny: not defined")
   assert (tmp_path / "out/weight_change.svg").exists()
 
 
 def test_examples_that_do_not_fit_are_counted(tmp_path: Path):
-  found = output.together({"math": _layers(1.0, 2.0) | {"dropped_long": 35, "order": 2}}, {})
-  assert output.table(found).endswith("\nimportance on math: order 2, 5 examples; 35 more do not fit in a row")
+  found = output.combine({"math": _layers(1.0, 2.0) | {"dropped_long": 35, "order": 2}}, {})
+  assert output.format_table(found).endswith("\nimportance on math: order 2, 5 examples; 35 more do not fit in a row")
   config = tiny.get_config()
   config.sft.update({"remat": "none", "attention": "xla"})
   answers = ["Tom buys 3 apples"] * 2 + ["Tom buys 3 apples " * 100]
@@ -218,11 +218,11 @@ def test_every_corpus_of_the_papers_analyses_is_read(tmp_path: Path):
 
 def test_a_folder_that_holds_more_than_a_result_is_not_replaced(tmp_path: Path):
   for name in (output.FILE, output.TABLE):
-    assert "is no earlier result (it has no" in output.foreign(tmp_path)
+    assert "is no earlier result (it has no" in output.why_foreign(tmp_path)
     (tmp_path / name).touch()
-  assert output.foreign(tmp_path) == ""
+  assert output.why_foreign(tmp_path) == ""
   (tmp_path / "samples.jsonl").touch()
-  assert output.foreign(tmp_path) == "is no earlier result (it holds samples.jsonl)"
+  assert output.why_foreign(tmp_path) == "is no earlier result (it holds samples.jsonl)"
 
 
 def _layers(*values: float) -> dict[str, Any]:
@@ -235,16 +235,16 @@ def _layers(*values: float) -> dict[str, Any]:
 
 def test_figures_hold_every_name_and_the_same_bytes_again(tmp_path: Path):
   scores = _layers(1.0, 2.0)
-  for name, draw, found in (("importance", figures.importance, {"math": scores, "books": {**scores, "order": 2}}),
-                            ("weight_change", figures.weight_change, {f"round {i}": scores for i in range(10)})):
-    texts = [writer.svg(draw(found)) for _ in range(2)]
+  for name, draw, found in (("importance", figures.plot_importance, {"math": scores, "books": {**scores, "order": 2}}),
+                            ("weight_change", figures.plot_weight_change, {f"round {i}": scores for i in range(10)})):
+    texts = [writer.to_svg(draw(found)) for _ in range(2)]
     assert texts[0] == texts[1]
     assert all(f">{of}<" in texts[0] for of in found)
     writer.save(draw(found), tmp_path, name)
   assert len(list(tmp_path.iterdir())) == 4
 
 
-@pytest.mark.parametrize("draw", [figures.importance, figures.weight_change])
+@pytest.mark.parametrize("draw", [figures.plot_importance, figures.plot_weight_change])
 @pytest.mark.parametrize("values", [(1.0,), (0.0, 0.0), (2e-9, 1e-9, 0.0), np.linspace(1e8, 2e8, 32)], ids=len)
 def test_nothing_in_a_figure_reaches_into_something_else(draw: Callable[..., Figure], values: Sequence[float]):
   names = [f"runs/a$b{i}/" + "a_long_name_of_32/"[:8 + 8 * (i % 2)] for i in range(10 if len(values) > 3 else 1)]
@@ -255,7 +255,7 @@ def test_nothing_in_a_figure_reaches_into_something_else(draw: Callable[..., Fig
   legend, = figure.legends  # its frame is not drawn
   parts = [*(axes.get_tightbbox(renderer) for axes in figure.axes),
            *(part.get_window_extent(renderer) for part in (*legend.get_texts(), *legend.get_patches()))]
-  assert len(parts) >= len(figure.axes) + len(names if draw is figures.weight_change else MODULES)
+  assert len(parts) >= len(figure.axes) + len(names if draw is figures.plot_weight_change else MODULES)
   for i, part in enumerate(parts):
     assert (part.min >= 0).all()
     assert (part.max <= figure.bbox.max).all()

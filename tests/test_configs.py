@@ -266,7 +266,7 @@ def test_what_stages_took_stands_for_those_to_come():
 
 
 def test_where_no_peak_is_known_a_second_of_products_says_how_long_a_run_takes(monkeypatch):
-  config, model = tiny.get_config(), published.config_of("tiny")
+  config, model = tiny.get_config(), published.find_config("tiny")
   rates = {config.sample.batch_size: 1e9, 1024: 4e9}
   monkeypatch.setattr(hardware, "measure_flops", lambda rows, dtype: rates[rows])
   found, params = cost.work(config, {"stages": {}}), count_params(model)

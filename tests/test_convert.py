@@ -32,17 +32,17 @@ def test_orbax_and_back_gives_every_byte(checkpoint, kind: str, dtype: torch.dty
 
 def test_check_bytes_finds_a_tensor_that_comes_back_otherwise(checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
   _, source = checkpoint("qwen2-tied")
-  assert hf.check_bytes(source) == (len(safetensors.read(source / "model.safetensors")), [])
-  fill = hf._fill
+  assert hf.check_round_trip(source) == (len(safetensors.read(source / "model.safetensors")), [])
+  fill = hf._read_into
 
   def wrong(reader, entry, bounds, out):
     fill(reader, entry, bounds, out)
     if out.shape == (24, 48):  # a key projection, or a value's
       out[-1, -1] = np.nextafter(out[-1, -1], 9)
 
-  monkeypatch.setattr(hf, "_fill", wrong)
+  monkeypatch.setattr(hf, "_read_into", wrong)
   with pytest.raises(UserError, match=r"k_proj\.weight' would not come back"):
-    hf.check_bytes(source)
+    hf.check_round_trip(source)
 
 
 def test_what_is_no_orbax_checkpoint_is_named(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_importance_takes_about_what_is_said():
   devices, options = sharding.make_mesh(data=1, fsdp=1), {"remat": "full", "attention": "blockwise"}
   said = memory.step_temporaries(WIDE, devices, rows=16, length=128, dtype=jnp.dtype("float32"), accumulation=1,
                                  sums=True, **options)
-  add = importance.add_function(WIDE, compute_dtype=jnp.dtype("float32"), mesh=devices, **options)
+  add = importance.make_accumulate(WIDE, compute_dtype=jnp.dtype("float32"), mesh=devices, **options)
   optimizer = training.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.0, grad_clip=0.0)
   params = training.abstract_state(WIDE, optimizer, devices)["params"]
   tokens = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(devices, sharding.P()))
@@ -88,7 +88,7 @@ def test_importance_takes_about_what_is_said():
 def test_comparing_with_the_base_takes_about_what_is_said():
   devices, dtype = sharding.make_mesh(data=1, fsdp=1), jnp.dtype("float32")
   said = memory.comparing(WIDE, devices, rows=16, length=128, accumulation=1, dtype=dtype, attention="blockwise")
-  program = sums._program(drift._compare, WIDE, devices, dtype, "blockwise", 1)
+  program = sums._program(drift._sum_differences, WIDE, devices, dtype, "blockwise", 1)
   optimizer = training.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.0, grad_clip=0.0)
   params = training.abstract_state(WIDE, optimizer, devices)["params"]
   compiled = program.lower((params, params), batch(devices, 16, 128)).compile().memory_analysis()

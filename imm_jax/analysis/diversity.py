@@ -1,4 +1,4 @@
-"""How diverse sampled answers are: what collapses first when a model trains on its own.
+"""Measures the diversity of sampled answers, which collapses first when a model trains on its own output.
 
 Axes: B rows, T positions.
 """
@@ -23,14 +23,14 @@ NGRAM = 4
 
 
 class Diversity(NamedTuple):
-  """Of the answers that were sampled to some questions.
+  """Diversity of the sampled answers to some questions.
 
   Attributes:
-    questions: how many.
-    samples: of all questions.
-    distinct_answers: different final answers to a question, on average; samples without one do not count.
-    distinct_4grams: of a question's 4-grams of words the share of different ones, on average over the questions that
-      have any; None where none has.
+    questions: number of questions.
+    samples: number of samples of all questions.
+    distinct_answers: mean number of distinct final answers to a question; samples without one do not count.
+    distinct_4grams: mean share of distinct ones among the 4-grams of words of a question's samples, over questions that
+      have any; None if none has.
   """
 
   questions: int
@@ -39,29 +39,29 @@ class Diversity(NamedTuple):
   distinct_4grams: float | None
 
 
-def diversity(rows: Sequence[Mapping[str, Any]]) -> Diversity:
-  """Counts what differs between the samples of a question.
+def measure_diversity(rows: Sequence[Mapping[str, Any]]) -> Diversity:
+  """Measures the diversity among the samples of each question.
 
   Args:
-    rows: of samples.jsonl: `id` of the question, `text`, `span` (the final answer) and `kind`.
+    rows: rows of samples.jsonl: `id` of the question, `text`, `span` (the final answer) and `kind`.
 
-  Final answers are different unless `answers.canonical` makes the same of them; words are what white space separates.
+  Final answers are compared by `answers.canonical`; words are separated by white space.
 
   >>> row = lambda text, span: {"id": "a", "text": text, "span": span, "kind": "number"}
-  >>> diversity([row("2 + 3 is 5", "5"), row("2 + 3 is 5.0", "5.0"), row("I do not know", "")])
+  >>> measure_diversity([row("2 + 3 is 5", "5"), row("2 + 3 is 5.0", "5.0"), row("I do not know", "")])
   Diversity(questions=1, samples=3, distinct_answers=1.0, distinct_4grams=0.8)
   """
   groups: dict[str, list[Mapping[str, Any]]] = {}
   for row in rows:
     groups.setdefault(row["id"], []).append(row)
   canonical = functools.lru_cache(maxsize=1 << 16)(answers.canonical)
-  found = [{canonical(r["span"], r["kind"]) for r in group} - {None} for group in groups.values()]
+  distinct = [{canonical(r["span"], r["kind"]) for r in group} - {None} for group in groups.values()]
   shares = []
   for group in groups.values():
     grams = [gram for r in group for gram in _ngrams(r["text"].split())]
     if grams:
       shares.append(len(set(grams)) / len(grams))
-  return Diversity(len(groups), len(rows), float(np.mean([len(f) for f in found])) if found else 0.0,
+  return Diversity(len(groups), len(rows), float(np.mean([len(f) for f in distinct])) if distinct else 0.0,
                    float(np.mean(shares)) if shares else None)
 
 
@@ -72,27 +72,28 @@ def _ngrams(words: Sequence[str]) -> list[tuple[str, ...]]:
 def token_entropy(config: ModelConfig, params: Params, batches: PackedBatches, *, mesh: Mesh,
                   compute_dtype: jnp.dtype, attention: str = "xla", accumulation: int = 1, label: str = "entropy",
                   ) -> float:
-  """Mean entropy, in nats, of the model's distribution of the next token, over the responses' tokens.
+  """Computes the mean entropy in nats of the model's next-token distribution over the tokens of given responses.
 
-  The responses are given, not drawn (teacher forcing), and the distribution is that of temperature 1 over the whole
-  vocabulary. Logits exist for `loss.chunk_of` positions of a row at once.
+  The distribution has temperature 1 and is over the whole vocabulary. Logits are held for `loss.chunk_of` positions of
+  a row at a time.
 
   Args:
-    config: of the model.
-    params: float32, stacked layers, placed by `sharding.RULES`.
-    batches: prompts and responses, once: packed with `epochs=1`.
+    config: the model's config.
+    params: float32 parameters with stacked layers, sharded by `sharding.RULES`.
+    batches: prompts and responses, packed with `epochs=1`.
     mesh: devices.
     compute_dtype: dtype of activations.
-    attention: what `attention.choose` gave.
-    accumulation: parts that a batch is run in.
-    label: what the progress bar says.
+    attention: a result of `attention.choose_backend`.
+    accumulation: number of parts in which a batch is run.
+    label: label of the progress bar.
   """
-  total, count = sums.over(_entropies, config, (params,), batches, mesh=mesh, compute_dtype=compute_dtype,
-                           attention=attention, accumulation=accumulation, label=label)
+  total, count = sums.sum_over_batches(
+      _sum_entropies, config, (params,), batches, mesh=mesh, compute_dtype=compute_dtype, attention=attention,
+      accumulation=accumulation, label=label)
   return float(total / count)
 
 
-def _entropies(inputs: Sequence[sums.Inputs], chunk: int) -> jax.Array:
-  """The sum of the entropies, and the number of tokens."""
+def _sum_entropies(inputs: Sequence[sums.Inputs], chunk: int) -> jax.Array:
+  """Returns the sum of the entropies and the number of tokens."""
   (x, head, _, weights), = inputs
   return jnp.stack([head_entropy(x, head, weights, chunk), jnp.sum(weights)])

@@ -1,4 +1,4 @@
-"""How far a model has gone from the base, on texts that are given."""
+"""Measures how far a model has drifted from the base on given texts."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,15 +15,15 @@ from imm_jax.training.packing import PackedBatches
 
 
 class Drift(NamedTuple):
-  """Means over the learned tokens of some texts, in nats a token.
+  """Means over the learned tokens of some texts, in nats per token.
 
   Attributes:
-    tokens: how many.
+    tokens: number of tokens.
     kl: KL(p_base || p), over the whole vocabulary at temperature 1.
     loss: -log p of the tokens.
-    base_loss: the base's.
-    entropy: of p.
-    base_entropy: the base's.
+    base_loss: the same for the base.
+    entropy: entropy of p.
+    base_entropy: the same for the base.
   """
 
   tokens: int
@@ -34,30 +34,32 @@ class Drift(NamedTuple):
   base_entropy: float
 
 
-def drift(config: ModelConfig, base: Params, params: Params, batches: PackedBatches, *, mesh: Mesh,
-          compute_dtype: jnp.dtype, attention: str = "xla", accumulation: int = 1, label: str = "drift") -> Drift:
-  """Compares a model with the base on the responses of packed texts, each token given all before it.
+def measure_drift(config: ModelConfig, base: Params, params: Params, batches: PackedBatches, *, mesh: Mesh,
+                  compute_dtype: jnp.dtype, attention: str = "xla", accumulation: int = 1, label: str = "drift",
+                  ) -> Drift:
+  """Compares a model with the base on the responses of packed texts, with teacher forcing.
 
-  Of this KL "RL's Razor" (Shenfeld et al. 2025, https://arxiv.org/abs/2509.04259) finds that it predicts forgetting,
-  where it is measured on the new task; which texts these are is the caller's choice.
+  "RL's Razor" (Shenfeld et al. 2025, https://arxiv.org/abs/2509.04259) finds that this KL predicts forgetting if it is
+  measured on the new task; the caller chooses the texts.
 
   Args:
-    config: of both models.
-    base: parameters of the base, stacked layers, placed by `sharding.RULES`.
-    params: of the model.
-    batches: prompts and responses, once: packed with `epochs=1`.
+    config: config of both models.
+    base: parameters of the base with stacked layers, sharded by `sharding.RULES`.
+    params: parameters of the model.
+    batches: prompts and responses, packed with `epochs=1`.
     mesh: devices.
     compute_dtype: dtype of activations.
-    attention: what `attention.choose` gave.
-    accumulation: parts that a batch is run in.
-    label: what the progress bar says.
+    attention: a result of `attention.choose_backend`.
+    accumulation: number of parts in which a batch is run.
+    label: label of the progress bar.
   """
-  *found, tokens = sums.over(_compare, config, (base, params), batches, mesh=mesh, compute_dtype=compute_dtype,
-                             attention=attention, accumulation=accumulation, label=label)
-  return Drift(round(float(tokens)), *(float(total / tokens) for total in found))
+  *totals, tokens = sums.sum_over_batches(
+      _sum_differences, config, (base, params), batches, mesh=mesh, compute_dtype=compute_dtype, attention=attention,
+      accumulation=accumulation, label=label)
+  return Drift(round(float(tokens)), *(float(total / tokens) for total in totals))
 
 
-def _compare(inputs: Sequence[sums.Inputs], chunk: int) -> jax.Array:
+def _sum_differences(inputs: Sequence[sums.Inputs], chunk: int) -> jax.Array:
   (base_x, base_head, *_), (x, head, targets, weights) = inputs
-  found = compare_heads(x, head, base_x, base_head, targets, weights, chunk)
-  return jnp.concatenate([found, jnp.sum(weights)[None]])
+  sums_ = compare_heads(x, head, base_x, base_head, targets, weights, chunk)
+  return jnp.concatenate([sums_, jnp.sum(weights)[None]])

@@ -1,4 +1,4 @@
-"""How far a model's layers have moved (the paper's eq. 4), from checkpoint folder to checkpoint folder.
+"""Measures how far a model's layers have moved between two checkpoint folders (the paper's eq. 4).
 
 Axes: L layers.
 """
@@ -17,37 +17,37 @@ from imm_jax.errors import UserError, listed
 from imm_jax.merging.checkpoint import CheckpointSource
 from imm_jax.model.config import read_config
 from imm_jax.model.families import FAMILIES
-from imm_jax.model.folder import tensors
+from imm_jax.model.folder import read_entries
 
 _MATRIX = re.compile(rf"(?:.*\.)?layers\.(\d+)\.(?:self_attn|mlp)\.({'|'.join(MODULES)})\.weight")
 
 
 class LayerChange(NamedTuple):
-  """Eq. 4 by layer: `total` is a float64 [L], the sum over `modules`, each a float64 [L] by its name (`q_proj`)."""
+  """Weight change (eq. 4): `total`, float64 [L], is the sum over `modules`, name (`q_proj`) -> float64 [L]."""
 
   total: np.ndarray
   modules: dict[str, np.ndarray]
 
   @property
   def share(self) -> np.ndarray:
-    """Each layer's part of the whole change [L], which sums to 1; zeros where nothing has changed."""
+    """Each layer's share of the total change [L], which sums to 1; zeros if nothing has changed."""
     whole = self.total.sum()
     return self.total / whole if whole else np.zeros_like(self.total)
 
   def to_json(self) -> dict[str, Any]:
-    """`layers`, `share` and `modules`, as analysis.json holds them."""
+    """Returns `layers`, `share` and `modules` in the form of analysis.json."""
     return {"layers": self.total.tolist(), "share": self.share.tolist(),
             "modules": {name: change.tolist() for name, change in self.modules.items()}}
 
 
-def check(before: Path, after: Path) -> None:
-  """Checks that two checkpoints are of one model, from config.json and the headers of their files alone.
+def check_same_model(before: Path, after: Path) -> None:
+  """Checks that two checkpoints are of the same model, reading only config.json and the headers of their files.
 
   Raises:
-    UserError: for a folder that is no checkpoint, other layers than its config.json says, other numbers of layers, or
-      other shapes.
+    UserError: for a folder that is no checkpoint, layers that disagree with its config.json, or different numbers of
+      layers or shapes.
   """
-  old, new = (_shapes(folder) for folder in (before, after))
+  old, new = (_read_shapes(folder) for folder in (before, after))
   if len(old) != len(new):
     raise UserError(f"{after}: has {len(new) // len(MODULES)} layers, {before} {len(old) // len(MODULES)}; expected "
                     "two checkpoints of one model")
@@ -57,47 +57,47 @@ def check(before: Path, after: Path) -> None:
                       "model")
 
 
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-  """Of the matrices of every layer, by `layers.0.q_proj`."""
-  layers, found = read_config(folder).num_layers, {}
-  for name, entry in tensors(folder).items():
-    if place := _MATRIX.fullmatch(name):
+def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+  """Reads the shapes of the matrices of every layer, by names such as `layers.0.q_proj`."""
+  layers, shapes = read_config(folder).num_layers, {}
+  for name, entry in read_entries(folder).items():
+    if match := _MATRIX.fullmatch(name):
       if not jnp.issubdtype(entry.dtype, jnp.floating):
         raise UserError(f"{folder}: {name} has dtype {entry.dtype}; expected weights in BF16, F16 or F32")
-      found["layers.{}.{}".format(*place.groups())] = entry.shape
+      shapes["layers.{}.{}".format(*match.groups())] = entry.shape
   expected = {f"layers.{layer}.{module}" for layer in range(layers) for module in MODULES}
-  if problems := [f"missing {name}" for name in expected - found.keys()] + [
-      f"unknown {name}" for name in found.keys() - expected]:
+  if problems := [f"missing {name}" for name in expected - shapes.keys()] + [
+      f"unknown {name}" for name in shapes.keys() - expected]:
     raise UserError(f"{folder}: weights do not fit config.json with its {layers} layers: {listed(sorted(problems))}")
-  return found
+  return shapes
 
 
 def weight_change(before: Path, after: Path) -> LayerChange:
-  """The sum of the Frobenius norms of W - W' over the q, k, v, o, gate, up and down weights of each layer (eq. 4).
+  """Sums the Frobenius norms of W - W' over the q, k, v, o, gate, up and down weights of each layer (eq. 4).
 
   Both checkpoints are read once, in blocks of half a million entries, so that memory does not grow with the model; they
-  may have different dtypes, and other vocabularies. Differences and their squares are float64.
+  may differ in dtype and vocabulary. Differences and their squares are float64.
 
   Args:
     before: an HF checkpoint folder.
-    after: another one, of the same layers.
+    after: another one with the same layers.
 
   Raises:
-    UserError: for a folder that is no checkpoint, other numbers of layers, other shapes, a layer that lacks one of
-      those weights, or weights that are not finite.
+    UserError: for a folder that is no checkpoint, different numbers of layers or shapes, a layer that lacks one of
+      these weights, or weights that are not finite.
   """
   matrices = lambda name: _MATRIX.fullmatch(name) is not None
-  with CheckpointSource({"before": before, "after": after}, only=matrices) as source:
-    places = {name: _MATRIX.fullmatch(name).groups() for name in source.names}
-    layers = 1 + max((int(layer) for layer, _ in places.values()), default=-1)
-    missing = {(str(n), module) for n in range(layers) for module in MODULES} - set(places.values())
+  with CheckpointSource({"before": before, "after": after}, keep=matrices) as source:
+    layer_and_module = {name: _MATRIX.fullmatch(name).groups() for name in source.names}
+    layers = 1 + max((int(layer) for layer, _ in layer_and_module.values()), default=-1)
+    missing = {(str(n), module) for n in range(layers) for module in MODULES} - set(layer_and_module.values())
     if missing or not layers:
       layer, module = min(missing, default=("0", "q_proj"))
       raise UserError(f"{before}: layer {layer} has no {module}.weight; expected a checkpoint of one of the "
                       f"families {', '.join(FAMILIES)}")
     modules = {module: np.zeros(layers) for module in MODULES}
     for name, squares in source.reduce(_squared_distance, np.add):
-      layer, module = places[name]
+      layer, module = layer_and_module[name]
       modules[module][int(layer)] = np.sqrt(squares)
   total = sum(modules.values())
   if not np.isfinite(total).all():
@@ -106,31 +106,31 @@ def weight_change(before: Path, after: Path) -> LayerChange:
   return LayerChange(total, modules)
 
 
-def _squared_distance(both: Sequence[jax.Array]) -> jax.Array:
-  before, after = (t.astype(jnp.float64) for t in both)
+def _squared_distance(tensors: Sequence[jax.Array]) -> jax.Array:
+  before, after = (t.astype(jnp.float64) for t in tensors)
   return jnp.sum(jnp.square(after - before))
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
-  """Spearman's rank correlation, from -1 to 1; equal values share their mean rank.
+  """Computes Spearman's rank correlation, from -1 to 1; ties share their mean rank.
 
-  Between layer importance and weight change it is one number for the mismatch that the paper shows by eye (section
-  3.2): near 1 where SFT moves the layers that matter, near or below 0 where it moves the others.
+  Between layer importance and weight change it quantifies the mismatch that the paper shows by plots (section 3.2):
+  near 1 if SFT moves the important layers, near or below 0 if it moves the others.
 
   Returns:
-    None where it is not defined: for less than two values, or where all of one are equal.
+    The correlation; None if it is not defined, for fewer than two values or if all of one sequence are equal.
 
   >>> spearman([1, 2, 3], [10, 20, 15]), spearman([1, 2, 2], [3, 1, 1]), spearman([1, 2], [5, 5])
   (0.5, -1.0, None)
   """
   if len(a) != len(b):
     raise ValueError(f"{len(a)} and {len(b)} values: expected as many of each")
-  x, y = (_ranks(np.asarray(values, np.float64)) - (1 + len(a)) / 2 for values in (a, b))
+  x, y = (_mean_ranks(np.asarray(values, np.float64)) - (1 + len(a)) / 2 for values in (a, b))
   norm = float(np.sqrt((x @ x) * (y @ y)))
   return round(float(x @ y) / norm, 12) if norm else None
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
+def _mean_ranks(values: np.ndarray) -> np.ndarray:
   _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
   last = np.cumsum(counts)
   return (last - (counts - 1) / 2)[inverse]

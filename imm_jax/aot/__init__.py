@@ -1,1 +1,1 @@
-"""The ahead-of-time check: compiling for TPU slices that are not here."""
+"""Ahead-of-time compilation for TPU slices that are not attached."""

@@ -1,4 +1,5 @@
-"""Compiles SFT step, layer importance, merge and sampling for a TPU slice that is not here; prints what they take."""
+"""Compiles the SFT step, layer importance, merge and sampling for a TPU slice that is not attached; prints their costs.
+"""
 
 import collections
 import dataclasses
@@ -33,21 +34,21 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What is compiled.
+  """What to compile.
 
   Attributes:
-    model: of the checkpoint.
-    slice_: what it is compiled for.
-    mesh: over the chips of the slice.
-    rows: rows of one forward pass on a chip; of a group of chips that `tensor` splits, taken together.
-    length: tokens of a row.
-    accumulation: forward passes of a step.
+    model: the model's config.
+    slice_: the slice to compile for.
+    mesh: mesh over the chips of the slice.
+    rows: rows of one forward pass on a chip, or on a group of chips along `tensor`.
+    length: tokens in a row.
+    accumulation: forward passes in a step.
     remat: one of `decoder.REMAT`.
     attention: one of `attention.BACKENDS`.
-    compute_dtype: of activations.
-    weight_decay: AdamW's.
+    compute_dtype: dtype of activations.
+    weight_decay: AdamW's weight decay.
     grad_clip: largest norm of the gradient.
-    additions: to SFT.
+    additions: additions to SFT.
   """
 
   model: ModelConfig
@@ -65,28 +66,28 @@ class Plan:
 
   @property
   def step_rows(self) -> int:
-    """Rows of an optimizer step, over all chips."""
+    """Number of rows in an optimizer step over all chips."""
     return self.rows * self.accumulation * self.mesh.size // self.mesh.shape["tensor"]
 
   @property
   def tokens(self) -> float:
-    """Tokens of an optimizer step for each chip."""
+    """Number of tokens in an optimizer step for each chip."""
     return self.step_rows * self.length / self.mesh.size
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What became of a plan.
+  """The result of compiling a plan.
 
   Attributes:
-    attention: the backend that was chosen.
-    memory: bytes on a chip: `arguments`, `outputs`, `aliased`, `temporaries`, `peak`; empty when it does not fit.
-    excess: what the compiler says when it does not fit.
-    flops: of a step on one chip.
-    estimate: of a step on one chip.
-    ideal: seconds of 6 N tokens at the peak.
-    mfu: FLOPs that the model needs over those that the peak gives in the estimated time.
-    seconds: that compiling took.
+    attention: the chosen backend.
+    memory: bytes on a chip: `arguments`, `outputs`, `aliased`, `temporaries`, `peak`; empty if it does not fit.
+    excess: the compiler's message if it does not fit.
+    flops: FLOPs of a step on one chip.
+    estimate: time and traffic of a step on one chip.
+    ideal: seconds for 6 N tokens at peak FLOP/s.
+    mfu: model FLOPs divided by those of the peak in the estimated time.
+    seconds: compilation time.
   """
 
   attention: str
@@ -100,22 +101,22 @@ class Report:
 
 
 def run(config: ml_collections.ConfigDict, *, topology_name: str, slices: int, rows_per_chip: int) -> None:
-  """Prints the report of the SFT step, of layer importance, the merge and sampling; the model's weights are not needed.
+  """Prints the costs of the SFT step, layer importance, the merge and sampling; needs no weights.
 
   Raises:
-    UserError: for a slice, a mesh or a model that cannot be; and after the report, when the step does not fit.
+    UserError: for an invalid slice, mesh or model; and after the report if the step does not fit.
   """
-  plan = plan_of(config, topology_name=topology_name, slices=slices, rows_per_chip=rows_per_chip)
+  plan = make_plan(config, topology_name=topology_name, slices=slices, rows_per_chip=rows_per_chip)
   params = count_params(plan.model)
   shape = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.shape.items())
   print(f"{config.model}: {params:,} parameters; {slices} x {topology_name} = {plan.mesh.size} chips "
         f"({plan.mesh.devices.flat[0].device_kind}), mesh {shape}\n"
         "estimates of the compiler and a roofline; nothing runs on a TPU", flush=True)
-  report = check(plan)
+  report = compile_step(plan)
   for line in describe(plan, report):
     print(line, flush=True)
   if report.excess:
-    raise UserError(f"the step does not fit a chip's memory ({report.excess}); {suggestion(plan, report.excess)}")
+    raise UserError(f"the step does not fit a chip's memory ({report.excess}); {suggest_fit(plan, report.excess)}")
   sample = config.sample
   for line in itertools.chain(
       _describe_importance(plan, report.attention), _describe_merge(plan),
@@ -124,12 +125,12 @@ def run(config: ml_collections.ConfigDict, *, topology_name: str, slices: int, r
     print(line, flush=True)
 
 
-def plan_of(config: ml_collections.ConfigDict, *, topology_name: str, slices: int, rows_per_chip: int) -> Plan:
-  """The plan of a config; raises UserError as `run` does."""
+def make_plan(config: ml_collections.ConfigDict, *, topology_name: str, slices: int, rows_per_chip: int) -> Plan:
+  """Makes the plan of a config; raises UserError as `run` does."""
   if rows_per_chip < 1:
     raise UserError(f"--rows_per_chip={rows_per_chip}: expected 1 or more")
-  model = _shape(config.model)
-  slice_ = topology.describe(topology_name, slices=slices)
+  model = _find_model_config(config.model)
+  slice_ = topology.describe_slice(topology_name, slices=slices)
   mesh = slice_.mesh(**config.mesh, hidden_size=model.hidden_size)
   sft = config.sft
   return Plan(model, slice_, mesh, rows_per_chip, sft.row_length, sft.accumulation, sft.remat, sft.attention,
@@ -137,20 +138,20 @@ def plan_of(config: ml_collections.ConfigDict, *, topology_name: str, slices: in
               sft.grad_clip, additions_of(config))
 
 
-def _shape(model: str) -> ModelConfig:
-  """The model's shape; nothing is downloaded."""
-  found = published.config_of(model)
-  if found is None:
+def _find_model_config(model: str) -> ModelConfig:
+  """Finds the model's config without a download."""
+  config = published.find_config(model)
+  if config is None:
     raise UserError(f"--config.model={model}: its shape is not known here; --compile_only reads config.json alone, so "
                     f"`hf download {model} config.json --local-dir=DIR` and DIR will do")
-  return found
+  return config
 
 
-def check(plan: Plan) -> Report:
-  """Compiles the step."""
-  backend = attention.choose(plan.attention, plan.model, dtype=plan.compute_dtype, length=plan.length,
-                             rows=plan.step_rows // plan.accumulation, mesh=plan.mesh)
-  # The learning rate is a function of the step; which one makes no difference here.
+def compile_step(plan: Plan) -> Report:
+  """Compiles the SFT step of a plan and estimates its costs."""
+  backend = attention.choose_backend(plan.attention, plan.model, dtype=plan.compute_dtype, length=plan.length,
+                                     rows=plan.step_rows // plan.accumulation, mesh=plan.mesh)
+  # Any learning-rate schedule will do here.
   optimizer = training.make_optimizer(optax.constant_schedule(1e-5), weight_decay=plan.weight_decay,
                                       grad_clip=plan.grad_clip)
   state = training.abstract_state(plan.model, optimizer, plan.mesh, additions=plan.additions,
@@ -179,14 +180,14 @@ def _batch(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _compile(traced: Any) -> Any:
-  """Compiles; a MemoryError says in one line what does not fit."""
+  """Compiles a traced program; raises MemoryError with one line if it does not fit."""
   try:
-    with topology.quiet():
+    with topology.quiet_libtpu():
       return traced.lower().compile()
   except jax.errors.JaxRuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e):
       raise
-    # Two forms: "Used 18.1G of 15.75G hbm", "temporaries (65.6G) exceeds available HBM (15.75G)".
+    # Either "Used 18.1G of 15.75G hbm" or "temporaries (65.6G) exceeds available HBM (15.75G)".
     sizes = re.findall(r"\d[\d.]*[KMGT]\b", str(e))
     raise MemoryError(f"{sizes[0]} of {sizes[1]}" if len(sizes) > 1 else str(e).splitlines()[0]) from e
 
@@ -199,7 +200,7 @@ def _memory(compiled: Any) -> dict[str, float]:
 
 
 def describe(plan: Plan, report: Report) -> Iterator[str]:
-  """The lines of a report."""
+  """Yields the lines of a report."""
   chip = plan.slice_.chip
   yield (f"SFT step: {plan.rows * plan.accumulation} x {plan.length} tokens a chip, remat {plan.remat}, attention "
          f"{report.attention}, compiled in {report.seconds:.0f} s")
@@ -223,32 +224,32 @@ def describe(plan: Plan, report: Report) -> Iterator[str]:
          f"of {report.mfu:.1%}, {plan.tokens / e.seconds:,.0f} tokens/s a chip")
 
 
-def _describe_collectives(plan: Plan, found: list[hlo.Collective]) -> Iterator[str]:
+def _describe_collectives(plan: Plan, collectives: list[hlo.Collective]) -> Iterator[str]:
   kinds: dict[str, list[hlo.Collective]] = collections.defaultdict(list)
-  for c in found:
+  for c in collectives:
     kinds[c.kind].append(c)
   for kind, group in sorted(kinds.items()):
     yield (f"{kind}: {sum(c.times for c in group)} a step, {sum(c.size * c.times for c in group) / 1e9:.2f} GB, the "
            f"largest {max(c.size for c in group) / 1e6:.1f} MB")
-  largest = max((c.size for c in found if c.kind == "all-gather"), default=0.0)
-  limit = largest_use(plan.model, plan.compute_dtype)
+  largest = max((c.size for c in collectives if c.kind == "all-gather"), default=0.0)
+  limit = largest_working_set(plan.model, plan.compute_dtype)
   yield (f"weights are gathered {'layer by layer' if largest <= limit else 'WHOLE'}: a layer or a table has up to "
          f"{limit / 1e6:.1f} MB")
 
 
-def largest_use(config: ModelConfig, dtype: jnp.dtype) -> float:
-  """Bytes of the largest of what is used at once: a layer's weights, the embeddings, the head."""
+def largest_working_set(config: ModelConfig, dtype: jnp.dtype) -> float:
+  """Returns the bytes of the largest group of weights gathered at once: a layer, the embeddings, or the head."""
   params = abstract_params(config)
   layer = sum(math.prod(leaf.shape) // config.num_layers for leaf in jax.tree.leaves(params["layers"]))
   return jnp.dtype(dtype).itemsize * max(layer, config.vocab_size * config.hidden_size)
 
 
-def suggestion(plan: Plan, excess: str) -> str:
-  """What fits instead, tried: more computed again, fewer rows on a chip, weights split over more chips."""
-  found = re.match(r"([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", excess)
+def suggest_fit(plan: Plan, excess: str) -> str:
+  """Tries smaller plans (more rematerialisation, fewer rows, more sharding) and describes the first that fits."""
+  match = re.match(r"([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", excess)
   scale = {"K": 1, "M": 2**10, "G": 2**20, "T": 2**30}
-  over = float(found[1]) * scale[found[2]] / (float(found[3]) * scale[found[4]]) if found else 2.0
-  fewer = max(1, min(plan.rows // 2, int(plan.rows / over)))
+  factor = float(match[1]) * scale[match[2]] / (float(match[3]) * scale[match[4]]) if match else 2.0
+  fewer = max(1, min(plan.rows // 2, int(plan.rows / factor)))
   changes = [{"remat": "full"}, {"rows": fewer}, {"rows": 1, "remat": "full"}]
   if plan.mesh.shape["data"] > plan.slice_.slices:
     changes.append({"rows": 1, "remat": "full", "mesh": plan.slice_.mesh(
@@ -259,52 +260,53 @@ def suggestion(plan: Plan, excess: str) -> str:
     if other in (plan, *tried):
       continue
     tried.append(other)
-    report = check(other)
+    report = compile_step(other)
     if not report.excess:
-      return f"tried, and fits with {_options(other)}: peak {report.memory['peak'] / _GIB:.2f} GiB"
-  return f"tried {'; '.join(map(_options, tried)) or 'nothing smaller'}, which do not fit either: take more chips"
+      return f"tried, and fits with {_format_options(other)}: peak {report.memory['peak'] / _GIB:.2f} GiB"
+  options = "; ".join(map(_format_options, tried)) or "nothing smaller"
+  return f"tried {options}, which do not fit either: take more chips"
 
 
-def _options(plan: Plan) -> str:
+def _format_options(plan: Plan) -> str:
   return (f"--rows_per_chip={plan.rows} --config.sft.remat={plan.remat} "
           f"--config.mesh.data={plan.mesh.shape['data']} --config.mesh.fsdp={plan.mesh.shape['fsdp']}")
 
 
 def _describe_importance(plan: Plan, backend: str) -> Iterator[str]:
-  """The gradient of a batch, added to the sum over a data set (eq. 3)."""
-  params = _placed(abstract_params(plan.model), plan.mesh)
+  """Describes the addition of a batch's gradient to the sum over a data set (eq. 3)."""
+  params = _add_shardings(abstract_params(plan.model), plan.mesh)
   sums = (params, jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(plan.mesh, PartitionSpec())))
-  add = importance.add_function(plan.model, compute_dtype=plan.compute_dtype, remat=plan.remat, attention=backend,
-                                mesh=plan.mesh, accumulation=plan.accumulation)
-  yield from _describe_other(f"layer importance, {plan.rows * plan.accumulation} x {plan.length} tokens a chip", plan,
-                             training.jit_step(add, sums).trace(sums, params, _batch(plan)))
+  add = importance.make_accumulate(plan.model, compute_dtype=plan.compute_dtype, remat=plan.remat, attention=backend,
+                                   mesh=plan.mesh, accumulation=plan.accumulation)
+  yield from _describe_program(f"layer importance, {plan.rows * plan.accumulation} x {plan.length} tokens a chip", plan,
+                               training.jit_step(add, sums).trace(sums, params, _batch(plan)))
 
 
 def _describe_merge(plan: Plan) -> Iterator[str]:
-  """The merge of three trees in the compute dtype, placed as the parameters are."""
-  tree = _placed(abstract_params(plan.model, dtype=plan.compute_dtype), plan.mesh)
+  """Describes the merge of three trees in the compute dtype with the shardings of the parameters."""
+  tree = _add_shardings(abstract_params(plan.model, dtype=plan.compute_dtype), plan.mesh)
   merge = functools.partial(merging.imm, base_weight=0.5, drop_rate=0.2, key=jax.random.key(0))
-  yield from _describe_other(
+  yield from _describe_program(
       f"merge imm of three {plan.compute_dtype} models in memory", plan,
       jax.jit(merge, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, tree)).trace(tree, tree, tree))
 
 
-def _placed(params: Params, mesh: Mesh) -> Params:
-  """Shapes with shardings."""
-  return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), params,
+def _add_shardings(params: Params, mesh: Mesh) -> Params:
+  """Adds shardings to the shapes of parameters."""
+  return jax.tree.map(lambda leaf, placement: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement), params,
                       training.state_sharding(params, mesh))
 
 
-def _describe_other(what: str, plan: Plan, traced: Any) -> Iterator[str]:
+def _describe_program(label: str, plan: Plan, traced: Any) -> Iterator[str]:
   started = time.monotonic()
   try:
     compiled = _compile(traced)
   except MemoryError as e:
-    yield f"{what}: does not fit, {e}"
+    yield f"{label}: does not fit, {e}"
     return
   memory = {name: size / _GIB for name, size in _memory(compiled).items()}
   estimate = costs.estimate(hlo.Module(compiled.as_text()), plan.slice_, plan.mesh)
   moved = sum(c.size * c.times for c in estimate.collectives)
-  yield (f"{what}, compiled in {time.monotonic() - started:.0f} s: on a chip arguments {memory['arguments']:.2f} GiB, "
+  yield (f"{label}, compiled in {time.monotonic() - started:.0f} s: on a chip arguments {memory['arguments']:.2f} GiB, "
          f"temporaries {memory['temporaries']:.2f}, peak {memory['peak']:.2f}; {moved / 1e9:.2f} GB of collectives, "
          f"{1e3 * estimate.seconds:.1f} ms")

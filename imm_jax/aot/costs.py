@@ -1,8 +1,7 @@
-"""What a step costs: FLOPs from its jaxpr, time from what the compiler made of it.
+"""Estimates the costs of a step: FLOPs from its jaxpr, time from the compiled program.
 
-`flops` counts products (2 for each multiply-add) times the trips of the scans around them, as the program says it,
-with what is computed again. `estimate` puts the compiler's cycles, the kernels' FLOPs and the collectives' bytes
-together.
+`flops` counts products (2 for each multiply-add) times the lengths of the scans around them, including recomputation.
+`estimate` combines the compiler's cycles, the kernels' FLOPs and the collectives' bytes.
 """
 
 import math
@@ -18,17 +17,17 @@ from imm_jax.aot import hlo
 from imm_jax.aot.topology import Slice
 from imm_jax.model.attention import splash_tile
 
-# Products of [T, S] by h that each kernel makes: q k and p v; q k, do v and ds k; q k, p do, do v and ds q.
+# Number of products of [T, S] by h in each kernel: q k and p v; q k, do v and ds k; q k, p do, do v and ds q.
 _SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
-# Kernels carry no estimate. Assumed is half the peak: the softmax between the products is not hidden altogether.
+# The compiler has no estimate for kernels. We assume half the peak, as the softmax is not fully overlapped.
 KERNEL_EFFICIENCY = 0.5
 
 
 def flops(jaxpr: Any) -> float:
-  """FLOPs of the products in a jaxpr, over all devices.
+  """Counts the FLOPs of the products in a jaxpr over all devices.
 
   Raises:
-    ValueError: for a loop of unknown length, or a kernel that is not known here.
+    ValueError: for a loop of unknown length, or an unknown kernel.
 
   >>> x = jnp.ones((4, 4))
   >>> flops(jax.make_jaxpr(lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, length=3)[0])(x))
@@ -37,7 +36,7 @@ def flops(jaxpr: Any) -> float:
   total = 0.0
   for e in getattr(jaxpr, "jaxpr", jaxpr).eqns:
     kind = e.primitive.name
-    inner = [flops(j) for j in _inner(e)] if kind != "pallas_call" else []
+    inner = [flops(j) for j in _inner_jaxprs(e)] if kind != "pallas_call" else []
     if kind == "dot_general":
       (contracted, _), _ = e.params["dimension_numbers"]
       total += 2.0 * math.prod(e.outvars[0].aval.shape) * math.prod(e.invars[0].aval.shape[d] for d in contracted)
@@ -57,19 +56,19 @@ def flops(jaxpr: Any) -> float:
   return total
 
 
-def _inner(equation: Any) -> list[Any]:
-  """The jaxprs in an equation's parameters."""
+def _inner_jaxprs(equation: Any) -> list[Any]:
+  """Lists the jaxprs in an equation's parameters."""
   is_jaxpr = lambda p: hasattr(p, "eqns") or hasattr(getattr(p, "jaxpr", None), "eqns")
   return [p for p in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr) if is_jaxpr(p)]
 
 
 def kernel_flops(name: str, queries: Sequence[int]) -> float:
-  """FLOPs of one call of a splash kernel for queries [..., H, T, h]: of the tiles on and below the diagonal.
+  """Counts the FLOPs of a splash kernel call for queries [..., H, T, h], in the tiles on and below the diagonal.
 
   Raises:
     ValueError: for another kernel.
 
-  >>> kernel_flops("splash_mha_fwd_segmented", (2, 4, 1024, 64))  # two tiles a side, three of four run
+  >>> kernel_flops("splash_mha_fwd_segmented", (2, 4, 1024, 64))  # 2 x 2 tiles, of which three run
   1610612736.0
   """
   phase = re.match(r"splash_m[hq]a_(fwd|dq|dkv)_", name)
@@ -81,18 +80,17 @@ def kernel_flops(name: str, queries: Sequence[int]) -> float:
 
 
 class Estimate(NamedTuple):
-  """A step on one chip; times in seconds, sums over all regions of the program.
+  """Estimate of a step on one chip: times in seconds, summed over all regions of the program.
 
   Attributes:
-    seconds: over the regions, the longer of what computes and of the collectives beside it, and those that nothing runs
-      beside.
-    compute: the compiler's cycles over the clock.
-    kernels: of Pallas kernels, from their FLOPs at KERNEL_EFFICIENCY of the peak.
-    overlapped: collectives that run beside computation.
-    exposed: collectives that run alone.
-    network: the part of the two that is between slices.
+    seconds: sum over the regions of the longer of computation and overlapped collectives, plus exposed collectives.
+    compute: the compiler's cycles divided by the clock rate.
+    kernels: time of Pallas kernels, from their FLOPs at KERNEL_EFFICIENCY of the peak.
+    overlapped: collectives that overlap with computation.
+    exposed: collectives that do not.
+    network: the part of these two between slices.
     traffic: bytes between HBM and the chip.
-    collectives: all of them.
+    collectives: all collectives.
   """
 
   seconds: float
@@ -105,36 +103,36 @@ class Estimate(NamedTuple):
   collectives: list[hlo.Collective]
 
   def roofline(self, slice_: Slice, flops: float) -> tuple[float, dict[str, float]]:
-    """(the longest of the terms, the terms): FLOPs, HBM bytes and collectives, each at its peak and beside the rest."""
+    """Returns (longest term, terms): time of FLOPs, HBM bytes and collectives, each at its peak rate."""
     terms = {"compute": flops / slice_.chip.flops, "HBM": self.traffic / slice_.chip.hbm_rate,
              "links": self.overlapped + self.exposed - self.network, "network": self.network}
     return max(terms.values()), terms
 
 
 def estimate(module: hlo.Module, slice_: Slice, mesh: Mesh) -> Estimate:
-  """Estimates a step from its compiled module, which numbers devices as the mesh does."""
+  """Estimates a step from its compiled module, in which devices are numbered as in the mesh."""
   devices = mesh.devices.ravel().tolist()
   collectives = module.collectives()
   seconds, totals = 0.0, dict.fromkeys(("compute", "kernels", "overlapped", "exposed", "network", "traffic"), 0.0)
   for region in module.regions():
     parts = {"compute": module.cycles(region) / slice_.chip.clock, "traffic": module.traffic(region), "network": 0.0,
-             "kernels": kernel_seconds(module, region, slice_), "overlapped": 0.0, "exposed": 0.0}
+             "kernels": estimate_kernel_seconds(module, region, slice_), "overlapped": 0.0, "exposed": 0.0}
     for c in collectives:
       if c.region == region.name:
-        taken = slice_.seconds(c.kind, c.size, [devices[i] for i in c.group])
+        duration = slice_.seconds(c.kind, c.size, [devices[i] for i in c.group])
         parts["traffic"] += 2 * c.size
-        parts["overlapped" if c.overlapped else "exposed"] += taken
-        parts["network"] += taken if c.kind == "send" else 0.0
+        parts["overlapped" if c.overlapped else "exposed"] += duration
+        parts["network"] += duration if c.kind == "send" else 0.0
     seconds += region.times * (max(parts["compute"] + parts["kernels"], parts["overlapped"]) + parts["exposed"])
     totals = {name: total + region.times * parts[name] for name, total in totals.items()}
   return Estimate(seconds, collectives=collectives, **totals)
 
 
-def kernel_seconds(module: hlo.Module, region: hlo.Region, slice_: Slice) -> float:
-  """Seconds of the splash kernels in one run of a region; heads narrower than a matrix unit leave a part of it idle."""
+def estimate_kernel_seconds(module: hlo.Module, region: hlo.Region, slice_: Slice) -> float:
+  """Estimates the seconds of splash kernels in one run of a region; heads narrower than a matrix unit underuse it."""
   total = 0.0
   for name, shapes in module.kernels(region):
     queries = next(hlo.dims(shape) for shape in shapes if re.match("bf16|f16|f32", shape))
-    busy = min(1.0, queries[-1] / slice_.chip.unit)
-    total += kernel_flops(name, queries) / (KERNEL_EFFICIENCY * busy * slice_.chip.flops)
+    utilisation = min(1.0, queries[-1] / slice_.chip.unit)
+    total += kernel_flops(name, queries) / (KERNEL_EFFICIENCY * utilisation * slice_.chip.flops)
   return total

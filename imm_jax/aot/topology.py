@@ -1,4 +1,4 @@
-"""TPU slices that are not here: their chips, their links, and a mesh over them to compile for."""
+"""Describes TPU slices that are not attached: their chips, their links, and meshes over them to compile for."""
 
 import contextlib
 import dataclasses
@@ -23,15 +23,16 @@ class Chip:
 
   Attributes:
     flops: peak bfloat16 FLOP/s.
-    clock: cycles a second of the core, in which the compiler counts.
+    clock: clock rate in Hz, for the compiler's cycles.
     unit: edge of a matrix unit.
-    hbm: bytes that a program can use.
-    hbm_rate: bytes a second.
-    link: bytes a second of one link to a neighbour, one way.
-    wrap: chips along an axis from which on its ends are linked.
-    network: bytes a second of a chip's share of its host's network, for what leaves the slice.
-    name: as libtpu calls it, before the sizes.
-    options: what libtpu must be told besides.
+    hbm: bytes of HBM that a program can use.
+    hbm_rate: HBM bandwidth in bytes per second.
+    link: bandwidth of one link to a neighbour in bytes per second, one way.
+    wrap: smallest number of chips along an axis whose ends are linked to a ring.
+    network: a chip's share of its host's network bandwidth in bytes per second, for traffic between slices.
+    name: libtpu's name, before the sizes.
+    largest: largest slice, in chips along each axis.
+    options: further options for libtpu.
   """
 
   flops: float
@@ -50,8 +51,8 @@ class Chip:
 # HBM and links: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e ("key specifications"). Their figure for the links of
 # a chip (1600, 4800, 3200 Gbps, 2400 for v4) covers all ports (4 in a 2D torus, 6 in a 3D torus), each way. The network
 # is a host's NICs over its chips (v5e 2 x 100 Gbps and v6e 4 x 200 Gbps for 8 chips, v4 and v5p 200 Gbps for 4).
-# The clock is that at which the matrix units of a chip (128 x 128, v6e 256 x 256) give its peak. Of HBM, `hbm` is what
-# the compiler offers a program; it says so when one does not fit.
+# The clock rate is that at which a chip's matrix units (128 x 128, v6e 256 x 256) reach its peak. `hbm` is what the
+# compiler makes available to a program, as its out-of-memory errors report.
 CHIPS = {
     "v4": Chip(peak_flops("TPU v4"), 1.05e9, 128, 30.75 * 2**30, 1228e9, 50e9, 4, 6.25e9, "v4", (16, 16, 16),
                (("chip_config_name", "megacore"),)),
@@ -72,20 +73,20 @@ class Slice:
   devices: tuple[jax.Device, ...]
 
   def mesh(self, **sizes: int) -> Mesh:
-    """A mesh over all chips, neighbours beside each other; takes and raises what `sharding.make_mesh` does."""
+    """Makes a mesh over all chips with physical neighbours adjacent; arguments and errors as `sharding.make_mesh`."""
     return sharding.make_mesh(**sizes, devices=self.devices)
 
   def seconds(self, kind: str, size: float, group: Sequence[jax.Device]) -> float:
-    """Seconds that a collective takes, by the bytes that a chip has to receive.
+    """Estimates the seconds of a collective from the bytes that a chip receives.
 
-    In a gather or a scatter of `size` bytes over n chips each receives size * (n - 1) / n, in a reduction twice that,
-    with all links at work that its group spans: two along an axis that is a ring, one along a line, whose ends have no
-    more. A permutation takes one link, a send the chip's share of the network.
+    In a gather or scatter of `size` bytes over n chips each chip receives size * (n - 1) / n, in a reduction twice
+    that, over all links along the group's axes: two along a ring, one along a line, whose ends have only one. A
+    permutation uses one link, a send the chip's share of the network.
 
     Args:
-      kind: such as `all-gather`.
-      size: bytes of the whole array.
-      group: the chips that take part.
+      kind: opcode, such as `all-gather`.
+      size: bytes of the full array.
+      group: the participating chips.
     """
     if kind == "send":
       return size / self.chip.network
@@ -97,47 +98,49 @@ class Slice:
     return rounds * size * (len(group) - 1) / len(group) / (links * self.chip.link) if links else 0.0
 
 
-def describe(name: str, *, slices: int = 1) -> Slice:
-  """A slice by its name: the kind of chip and the chips along each axis, such as `v5e:4x4`.
+def describe_slice(name: str, *, slices: int = 1) -> Slice:
+  """Describes a slice by its name: the kind of chip and the chips along each axis, such as `v5e:4x4`.
 
   Raises:
-    UserError: for a name that libtpu does not know, or when libtpu is missing.
+    UserError: for a name that libtpu does not know, or if libtpu is missing.
   """
   if importlib.util.find_spec("libtpu") is None:
     raise UserError("--compile_only needs libtpu, TPU's compiler: pip install -e '.[aot]'")
   kind, _, sizes = name.partition(":")
-  known = "v5e:4x4, v5e:16x16, v5p:2x2x2, v6e:4x4, v4:2x2x2"
+  examples = "v5e:4x4, v5e:16x16, v5p:2x2x2, v6e:4x4, v4:2x2x2"
   if kind not in CHIPS:
-    raise UserError(f"--topology={name}: {nearest(kind, list(CHIPS))}, then the chips along each axis, such as {known}")
+    raise UserError(f"--topology={name}: {nearest(kind, list(CHIPS))}, then the chips along each axis, such as "
+                    f"{examples}")
   if not re.fullmatch(r"\d+(x\d+){1,2}", sizes) or slices < 1:
     raise UserError(f"--topology={name} --slices={slices}: expected the chips along each axis and 1 slice or more, "
-                    f"such as {known}")
+                    f"such as {examples}")
   chip = CHIPS[kind]
   lengths = [int(n) for n in sizes.split("x")]
-  if len(lengths) != len(chip.largest) or any(n > most for n, most in zip(sorted(lengths), chip.largest, strict=True)):
+  if len(lengths) != len(chip.largest) or any(
+      n > largest for n, largest in zip(sorted(lengths), chip.largest, strict=True)):
     raise UserError(f"--topology={name}: a {kind} slice has at most {'x'.join(map(str, chip.largest))} chips")
   options = {} if slices == 1 else {"num_slices": slices}
   try:
-    with quiet():
+    with quiet_libtpu():
       described = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip.name}:{sizes}",
                                                **dict(chip.options), **options)
   except Exception as e:  # libtpu raises several kinds
-    raise UserError(f"--topology={name}: {str(e).strip().splitlines()[0]} (known are such as {known})") from e
+    raise UserError(f"--topology={name}: {str(e).strip().splitlines()[0]} (known are such as {examples})") from e
   return Slice(name, chip, tuple(lengths), slices, tuple(described.devices))
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-  """Keeps libtpu from asking for a machine's metadata, and from complaining on stderr that there is none."""
+def quiet_libtpu() -> Iterator[None]:
+  """Keeps libtpu from querying the machine's metadata, and from printing to stderr that there is none."""
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  # Only one process may hold a TPU; here none is held.
+  # libtpu's lock protects attached TPUs, and here there are none.
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   sys.stderr.flush()
-  kept = os.dup(2)
+  saved_stderr = os.dup(2)
   try:
     with open(os.devnull, "w") as nowhere:
       os.dup2(nowhere.fileno(), 2)
       yield
   finally:
-    os.dup2(kept, 2)
-    os.close(kept)
+    os.dup2(saved_stderr, 2)
+    os.close(saved_stderr)

@@ -3,20 +3,21 @@
 Every method under `methods/` is a function here, and needs jax and numpy alone. `checkpoint` merges HF checkpoints on
 disk with the same bits. All functions share this:
 
-- Trees hold arrays of any kind and must match in paths and shapes. Floating leaves are merged in float32 from what
-  is stored and rounded once to the first tree's dtype; other leaves must be equal and are copied (of random states and
-  counters of batches the first tree's). A leaf that stands in two places of every tree (tied weights) is merged once.
-- `names` gives tensor names in a tree of the same form; a tuple names the tensors stacked on a leaf's axis
-  `layer_axis`, so that stacked layers and single ones give the same bits. Without it the path of a leaf is its name.
+- Trees hold arrays of any kind and must match in paths and shapes. Floating leaves are merged in float32 from the
+  stored values and rounded once to the first tree's dtype; other leaves must be equal and are copied (random states and
+  batch counters may differ; the first tree's are taken). A leaf shared between two paths of every tree (tied weights)
+  is merged once.
+- `names` is a tree of tensor names of the same structure; a tuple names the tensors stacked along a leaf's axis
+  `layer_axis`, so that stacked and separate layers give the same bits. By default a leaf's path is its name.
 - A setting is a number, a list that is interpolated over the layers, or a mapping from a regex of tensor names to
   either (the first match counts). `weights`, `densities` and the like take one setting for all models, or a sequence
-  with one for each (so a list over layers stands in a second list). Numbers and lists may be jax arrays, traced ones
-  too, so that weights can be learnt by gradient; what decides a mask (drop rates, densities) must be known.
-- The result lies where the first tree lies, shard by shard. `donate=True` gives that tree's memory to the result.
+  with one for each (so a list over layers is nested in another list). Numbers and lists may be jax arrays, also traced
+  ones, so that weights can be learnt by gradient; settings that decide a mask (drop rates, densities) must be concrete.
+- The result has the sharding of the first tree. `donate=True` donates that tree's buffers to the result.
 - Functions run under jit, grad, vmap and eval_shape, on meshes of explicit and of automatic axes. Gradients to the
-  models are exact; where entries are dropped by a draw or by magnitude, what was dropped counts as given. Inside
-  jax.shard_map only methods run that look at single entries.
-- What does not fit is a ValueError that names every path, or the value and what would be right.
+  models are exact; masks, whether random or by magnitude, are treated as constants. Inside jax.shard_map only
+  elementwise methods run.
+- Invalid arguments raise a ValueError that names every mismatched path, or the value and the expected range.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Opens the models of a recipe as parts: whole models, or slices of their layers under the output's names."""
+"""Opens the models of a recipe: whole models, or slices of their layers under the output's tensor names."""
 
 import contextlib
 import re
@@ -9,73 +9,74 @@ from imm_jax.errors import UserError
 from imm_jax.merging.recipe import Recipe
 from imm_jax.merging.source import CheckpointSource, Table
 from imm_jax.merging.trees import count_layers, layer_of
-from imm_jax.model import folder as checkpoint
+from imm_jax.model import folder as model_folder
 
-# Of the tensors in no layer, what comes before the layers; all others come after them.
+# Tensors outside the layers that precede them; all others follow the last layer.
 _BEFORE = re.compile(r"embed|(^|\.)w[tp]e\.")
 
 
 @contextlib.contextmanager
-def open_parts(made: Recipe, replaced: Mapping[Path, Table] | None = None) -> Iterator[list[CheckpointSource]]:
-  """The sources of a recipe's slices, in their order.
+def open_parts(recipe: Recipe, replacements: Mapping[Path, Table] | None = None) -> Iterator[list[CheckpointSource]]:
+  """Opens one source for each slice of a recipe, in order.
 
   Args:
-    made: the recipe.
-    replaced: folder -> tensors that take the place of its own.
+    recipe: the recipe.
+    replacements: folder -> tensors that replace its own.
 
   Raises:
-    UserError: for models that do not match, and a layer range that a model has not.
+    UserError: if models do not match, or a layer range exceeds a model's layers.
   """
-  replaced = replaced or {}
+  replacements = replacements or {}
   with contextlib.ExitStack() as stack:
-    if made.slices[0].layers is None:
-      folders = made.slices[0].models
+    if recipe.slices[0].layers is None:
+      folders = recipe.slices[0].models
       tables = None
-      if any(replaced.get(folder) for folder in folders.values()):
-        tables = [_table(label, folder) | replaced.get(folder, {}) for label, folder in folders.items()]
+      if any(replacements.get(folder) for folder in folders.values()):
+        tables = [_read_table(label, folder) | replacements.get(folder, {}) for label, folder in folders.items()]
       yield [stack.enter_context(CheckpointSource(folders, tables=tables))]
       return
     cache: dict[Path, Table] = {}
-    for label, folder in made.models.items():
+    for label, folder in recipe.models.items():
       if folder not in cache:
-        cache[folder] = _table(label, folder) | replaced.get(folder, {})
-    last = [cache[folder] for folder in made.slices[-1].models.values()]
-    if any(checkpoint.HEAD in table for table in last):
+        cache[folder] = _read_table(label, folder) | replacements.get(folder, {})
+    last = [cache[folder] for folder in recipe.slices[-1].models.values()]
+    if any(model_folder.HEAD in table for table in last):
       for table in last:  # a tied model's head is its embedding
-        if checkpoint.HEAD not in table and checkpoint.EMBEDDING in table:
-          table[checkpoint.HEAD] = table[checkpoint.EMBEDDING]
+        if model_folder.HEAD not in table and model_folder.EMBEDDING in table:
+          table[model_folder.HEAD] = table[model_folder.EMBEDDING]
     parts, begin = [], 0
-    for i, (prefix, piece) in enumerate(zip(made.prefixes, made.slices, strict=True)):
+    for i, (prefix, part) in enumerate(zip(recipe.prefixes, recipe.slices, strict=True)):
       tables = []
-      for label, folder in piece.models.items():
-        first, end = piece.layers[label]
+      for label, folder in part.models.items():
+        first, end = part.layers[label]
         count = count_layers(list(cache[folder]))
         if end > count:
           raise UserError(f"{prefix}{label}: layer_range [{first}, {end}]: {folder} has {count} layers")
-        tables.append(_cut(cache[folder], first, end, begin, before=i == 0, after=i == len(made.slices) - 1))
-      parts.append(stack.enter_context(CheckpointSource(piece.models, tables=tables, first_layer=begin)))
+        tables.append(_select_layers(cache[folder], first, end, begin, before=i == 0,
+                                     after=i == len(recipe.slices) - 1))
+      parts.append(stack.enter_context(CheckpointSource(part.models, tables=tables, first_layer=begin)))
       begin += end - first
     yield parts
 
 
-def source_layers(made: Recipe) -> list[tuple[Path, int]] | None:
-  """For each layer of the output the folder and the layer that it comes from first; None for whole models."""
-  if made.slices[0].layers is None:
+def source_layers(recipe: Recipe) -> list[tuple[Path, int]] | None:
+  """Returns the folder and layer of the first model that each output layer is merged from; None for whole models."""
+  if recipe.slices[0].layers is None:
     return None
-  found = []
-  for piece in made.slices:
-    label = next(iter(piece.models))
-    found += [(piece.models[label], layer) for layer in range(*piece.layers[label])]
-  return found
+  layers = []
+  for part in recipe.slices:
+    label = next(iter(part.models))
+    layers += [(part.models[label], layer) for layer in range(*part.layers[label])]
+  return layers
 
 
-def _table(label: str, folder: Path) -> Table:
+def _read_table(label: str, folder: Path) -> Table:
   with CheckpointSource({label: folder}) as source:
     return {name: source.entries(name)[0] for name in source.order}
 
 
-def _cut(table: Table, first: int, end: int, begin: int, *, before: bool, after: bool) -> Table:
-  """Layers [first, end) as layers from `begin` on, and what comes before and after all layers."""
+def _select_layers(table: Table, first: int, end: int, begin: int, *, before: bool, after: bool) -> Table:
+  """Selects layers [first, end), renumbered from `begin`, and on request the tensors before or after all layers."""
   result = {}
   for name, entry in table.items():
     layer = layer_of(name)

@@ -1,7 +1,7 @@
-"""Merges HF checkpoints on disk in blocks, with the bits of the functions on trees in memory.
+"""Merges HF checkpoints on disk in blocks, bit-identical to merging trees in memory.
 
 Only blocks are held, so memory does not grow with the model: one thread reads and digests, others merge and write. A
-block is a run of entries; where masks are drawn, whole rows or a part of one.
+block is a run of entries; where masks are drawn, it is whole rows or part of one row.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from imm_jax.errors import UserError
 from imm_jax.merging import registry
 from imm_jax.merging.kernels import Numbers
 from imm_jax.merging.registry import Plan
-from imm_jax.merging.source import BLOCK, Buffers, CheckpointSource, floating, on_cpu
-from imm_jax.model import folder as checkpoint
+from imm_jax.merging.source import BLOCK, Buffers, CheckpointSource, is_floating, on_cpu
+from imm_jax.model import folder as model_folder
 from imm_jax.model.safetensors import Entry
 from imm_jax.model.writer import WeightsWriter
 from imm_jax.threads import BoundedPool
@@ -38,7 +38,7 @@ _MAX_WORKERS = 8
 
 
 class Output(NamedTuple):
-  """One merged checkpoint to write: into this new folder, by this plan, in this dtype (None: the first model's)."""
+  """A merged checkpoint to write: its new folder, its plan, and its dtype (None: that of the first model)."""
 
   folder: Path
   plan: Plan
@@ -46,8 +46,7 @@ class Output(NamedTuple):
 
 
 class Part(NamedTuple):
-  """Some tensors of the outputs: where they come from, how each output merges them, and what the labels of the inputs
-  begin with."""
+  """A subset of the outputs' tensors: their source, the plan of each output, and a prefix for the inputs' labels."""
 
   source: CheckpointSource
   plans: Sequence[Plan]
@@ -55,12 +54,12 @@ class Part(NamedTuple):
 
 
 class Result(NamedTuple):
-  """What a merge has seen.
+  """Digests of the inputs and overflows in the outputs.
 
   Attributes:
     digests: label -> digest of each input: XXH3 (128 bits) over name, dtype, shape and bytes of its tensors in the
-      order of the model, so that the same tensors have one digest however they lie in files.
-    overflowed: for each output how many entries of a tensor, by its name, are infinite in its dtype alone.
+      order of the model, so that the digest does not depend on how tensors are split into files.
+    overflowed: for each output, tensor name -> number of entries that exceed the range of its dtype.
   """
 
   digests: dict[str, str]
@@ -69,75 +68,76 @@ class Result(NamedTuple):
 
 def merge_folders(method: str, models: Mapping[str, Path], outputs: Mapping[Path, Mapping[str, Any]], *,
                   key: np.ndarray | None = None, dtype: np.dtype | None = None, **how: Any) -> Result:
-  """Merges checkpoint folders by a method's name, into one new folder for each set of options, from one read.
+  """Merges checkpoint folders into one new folder for each set of options, reading the models once.
 
-  Only weights are written; `folder.copy_side_files` copies what lies beside them.
+  Only weights are written; `folder.copy_side_files` copies the other files.
 
   Args:
-    method: of `registry.on_disk()`.
-    models: folders in the method's order by labels, `base` first where it has one, such as
+    method: a name in `registry.on_disk()`.
+    models: label -> folder in the method's order, `base` first where it has one, such as
       {"base": ..., "models[0]": ...}.
     outputs: folder to write -> the method's options; a setting may be a number, a list over the layers, or a mapping
-      from a regex of tensor names to either, as `imm_jax.merging` has it.
-    key: words [2] of the key of all masks, see `masks.key_words`; zeros unless given.
-    dtype: of the weights; the first model's unless given.
-    how: further arguments of `merge`.
+      from a regex of tensor names to either, see `imm_jax.merging`.
+    key: words [2] of the key of all masks, see `masks.key_words`; zeros by default.
+    dtype: dtype of the weights; that of the first model by default.
+    how: further arguments of `merge_parts`.
 
   Raises:
-    UserError: for models that do not match.
-    ValueError: for options that do not fit.
+    UserError: if the models do not match.
+    ValueError: if an option is invalid.
   """
   with CheckpointSource(models) as source:
-    made = [Output(folder, registry.METHODS[method](source, **options), dtype) for folder, options in outputs.items()]
-    return merge(source, made, key=np.zeros(2, np.uint32) if key is None else key, **how)
+    planned = [Output(folder, registry.METHODS[method](source, **settings), dtype)
+               for folder, settings in outputs.items()]
+    return merge(source, planned, key=np.zeros(2, np.uint32) if key is None else key, **how)
 
 
 def merge(source: CheckpointSource, outputs: Sequence[Output], **how: Any) -> Result:
-  """Writes merged checkpoints from one pass over the inputs: `merge_parts` of one part.
+  """Writes merged checkpoints from one pass over the inputs; calls `merge_parts` with one part.
 
   Args:
     source: the models.
-    outputs: what to write; the folders are made here.
-    how: see `merge_parts`.
+    outputs: the checkpoints to write; their folders are created.
+    how: further arguments of `merge_parts`.
   """
-  folders = [(output.folder, output.dtype) for output in outputs]
-  return merge_parts([Part(source, [output.plan for output in outputs])], folders, **how)
+  targets = [(output.folder, output.dtype) for output in outputs]
+  return merge_parts([Part(source, [output.plan for output in outputs])], targets, **how)
 
 
-def merge_parts(parts: Sequence[Part], folders: Sequence[tuple[Path, np.dtype | None]], *, key: np.ndarray,
-                max_shard_bytes: int = checkpoint.MAX_SHARD_BYTES, allow_nonfinite: bool = False) -> Result:
-  """Writes checkpoints whose tensors come from several places, such as slices of layers.
+def merge_parts(parts: Sequence[Part], targets: Sequence[tuple[Path, np.dtype | None]], *, key: np.ndarray,
+                max_shard_bytes: int = model_folder.MAX_SHARD_BYTES, allow_nonfinite: bool = False) -> Result:
+  """Writes checkpoints whose tensors come from several sources, such as slices of layers.
 
   Args:
-    parts: where the tensors come from; none stands in two.
-    folders: of each output, made here, and its dtype (None: that of the tensor in the part's first model).
+    parts: disjoint sets of tensors with their sources.
+    targets: folder of each output, which is created, and its dtype (None: that of the part's first model).
     key: words [2] of the key of all masks, see `masks.key_words`.
     max_shard_bytes: a larger checkpoint is written as several files with an index.
-    allow_nonfinite: merge tensors with NaN or infinity too.
+    allow_nonfinite: also merge tensors with NaN or infinity.
 
   Raises:
-    UserError: for a tensor with NaN or infinity, unless they are allowed, and for one that is not floating and differs.
+    UserError: for a tensor with NaN or infinity, unless allowed, and for non-floating tensors that differ.
   """
-  found = sorted(((name, part) for part in parts for name in part.source.order),
-                 key=lambda item: checkpoint.model_order(item[0]))
+  tensors = sorted(((name, part) for part in parts for name in part.source.order),
+                   key=lambda item: model_folder.model_order(item[0]))
   workers = max(2, min(_MAX_WORKERS, len(os.sched_getaffinity(0))))
-  total = sum(e.size * e.dtype.itemsize for name, part in found for e in part.source.entries(name))
+  total = sum(e.size * e.dtype.itemsize for name, part in tensors for e in part.source.entries(name))
   with contextlib.ExitStack() as stack:
     writers = [stack.enter_context(WeightsWriter(folder, [
-        (name, _dtype(part.source.entries(name)[0], dtype), part.source.entries(name)[0].shape)
-        for name, part in found], max_shard_bytes)) for folder, dtype in folders]
+        (name, _output_dtype(part.source.entries(name)[0], dtype), part.source.entries(name)[0].shape)
+        for name, part in tensors], max_shard_bytes)) for folder, dtype in targets]
     bar = stack.enter_context(progress.bar(total, "merge", "B", unit_scale=True))
     pool = BoundedPool(workers, workers + 2)
     stack.push(lambda kind, *_: pool.close(cancel=kind is not None))
-    run = _Run(writers, pool, bar, key, allow_nonfinite)
+    run = _MergeRun(writers, pool, bar, key, allow_nonfinite)
     digests: dict[str, str] = {}
     for part in parts:
       digests |= run.merge(part)
   return Result(digests, run.overflowed)
 
 
-class _Run:
-  """One pass over the inputs."""
+class _MergeRun:
+  """Merges parts in one pass over the inputs."""
 
   def __init__(self, writers: Sequence[WeightsWriter], pool: BoundedPool, bar: Any, key: np.ndarray,
                allow_nonfinite: bool):
@@ -149,14 +149,14 @@ class _Run:
   def merge(self, part: Part) -> dict[str, str]:
     """Merges the tensors of a part and digests its inputs."""
     source, plans = part.source, part.plans
-    numbers_of = lambda name: [{k: _number(v) for k, v in plan.scalars(name).items()} for plan in plans]
+    numbers_of = lambda name: [{k: _to_numpy(v) for k, v in plan.scalars(name).items()} for plan in plans]
     whole = next((plan.whole for plan in plans if plan.whole == "tensor"),
                  next((plan.whole for plan in plans if plan.whole), None))
     by_rows = whole is not None or any(plan.draws for plan in plans)
     shapes = _block_shapes(source, by_rows, whole)
     row_length = lambda name: max(1, source.row_length(name)) if by_rows else source.block
     digests = [xxhash.xxh3_128() for _ in source.folders]
-    # What differs in shape or dtype is compiled side by side, not one after the other as the tensors come.
+    # Compile all combinations of shape and dtype in parallel, rather than one by one as their tensors come up.
     kinds = {(shapes[name], *(entry.dtype for entry in source.entries(name))): name
              for name in sorted(shapes, key=source.size, reverse=True)}
     for shape, *dtypes in kinds:
@@ -179,8 +179,8 @@ class _Run:
         self._pool.reserve()
         read: dict[Entry, np.ndarray] = {}
         for entry, digest in zip(entries, digests, strict=True):
-          if entry not in read:  # in the first round a model is both base and start
-            # The end of a last block is not read, and not written.
+          if entry not in read:  # in the first round one model is both base and start
+            # The last block may be partly filled; the rest is neither read nor written.
             read[entry] = self._buffers.take(math.prod(shape), entry.dtype)
             source.read(entry, begin, read[entry][:count])
           digest.update(read[entry][:count].view(np.uint8).data)
@@ -194,14 +194,14 @@ class _Run:
                    scalars: Sequence[Any], row_length: int) -> None:
     shared = {"key": self._key, "zero": np.uint32(0), "first": np.array(divmod(begin, row_length), np.uint32)}
     inputs = {id(array): array.reshape(-1)[:count] for array in arrays}
-    if not self._allow and not all(map(_finite, inputs.values())):
+    if not self._allow and not all(map(_is_finite, inputs.values())):
       for label, folder, array in zip(part.source.folders, part.source.folders.values(), arrays, strict=True):
-        if not _finite(inputs[id(array)]):
+        if not _is_finite(inputs[id(array)]):
           raise UserError(f"{name} has NaN or infinity in {label} ({folder}): a merge would spread it; take a sound "
                           "checkpoint, or allow it (--allow_nonfinite)")
     for i, (plan, writer, numbers) in enumerate(zip(part.plans, self._writers, scalars, strict=True)):
       merged = _merge_block(plan, arrays, numbers, shared, writer.dtype(name)).reshape(-1)[:count]
-      if not _finite(merged):
+      if not _is_finite(merged):
         self._count_overflow(name, i, inputs.values(), merged)
       if count:
         writer.write(name, begin, merged)
@@ -209,15 +209,15 @@ class _Run:
       self._bar.update(sum(count * array.itemsize for array in arrays))
 
   def _count_overflow(self, name: str, output: int, inputs: Iterable[np.ndarray], merged: np.ndarray) -> None:
-    """Counts entries that are not finite though what they are made of is."""
+    """Counts entries that are not finite although the inputs are."""
     finite = np.logical_and.reduce([np.isfinite(array.astype(np.float32)) for array in inputs])
     count = int((finite & ~np.isfinite(merged.astype(np.float32))).sum())
     with self._lock:
       self.overflowed[output] += Counter({name: count} if count else {})
 
 
-def _finite(array: np.ndarray) -> bool:
-  """Whether all entries are finite, by the bits of their exponents, which is several times as fast as isfinite."""
+def _is_finite(array: np.ndarray) -> bool:
+  """Returns whether all entries are finite. Comparing exponent bits is several times as fast as np.isfinite."""
   if not array.size or array.dtype.itemsize not in (2, 4):
     return bool(np.isfinite(array.astype(np.float32)).all())
   bits = np.dtype(f"u{array.dtype.itemsize}")
@@ -225,15 +225,15 @@ def _finite(array: np.ndarray) -> bool:
   return bool((array.view(bits) & (np.iinfo(bits).max >> 1)).max() < infinity)
 
 
-def _dtype(entry: Entry, wanted: np.dtype | None) -> np.dtype:
-  """What a tensor is written in."""
-  return wanted if wanted is not None and floating(entry) else entry.dtype
+def _output_dtype(entry: Entry, wanted: np.dtype | None) -> np.dtype:
+  """Returns the dtype in which a tensor is written."""
+  return wanted if wanted is not None and is_floating(entry) else entry.dtype
 
 
-def _number(value: Any) -> np.ndarray:
-  """Of one tensor, [1, ...]; floats are float32."""
-  found = np.asarray(value)[None]
-  return found.astype(np.float32) if found.dtype == np.float64 else found
+def _to_numpy(value: Any) -> np.ndarray:
+  """Converts a number of one tensor to an array [1, ...]; float64 becomes float32."""
+  array = np.asarray(value)[None]
+  return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
 def _merge_block(plan: Plan, arrays: Sequence[np.ndarray], scalars: Any, shared: Any, dtype: np.dtype,
@@ -245,24 +245,24 @@ def _merge_block(plan: Plan, arrays: Sequence[np.ndarray], scalars: Any, shared:
     if pairs:
       return np.asarray(_compiled_pairs(plan.kernel, static)(
           tuple(a.view(np.uint32) for a in arrays), scalars, shared)).view(dtype)
-    # XLA has no float64 here; the arithmetic is float32 in any case.
-    with np.errstate(over="ignore", invalid="ignore"):  # what lies past the end of a last block is anything
+    # Float64 is disabled in jax by default; the arithmetic is float32 in any case.
+    with np.errstate(over="ignore", invalid="ignore"):  # the last block may end in uninitialised memory
       single = tuple(a.astype(np.float32) if a.dtype == np.float64 else a for a in arrays)
     narrow = np.dtype(np.float32) if dtype == np.float64 else dtype
     return np.asarray(_compiled(plan.kernel, static, narrow)(single, scalars, shared)).astype(dtype, copy=False)
 
 
 def _block_shapes(source: CheckpointSource, by_rows: bool, whole: str | None) -> dict[str, tuple[int, ...]]:
-  """In which shape each tensor is merged, block by block: few different ones, so that little is compiled."""
+  """Chooses the block shape of each tensor. There are few different ones, so that little is compiled."""
   shapes = {name: source.entries(name)[0].shape for name in source.names}
   if not by_rows:
     return {name: (_SMALL if source.size(name) <= _SMALL else source.block,) for name in shapes}
   if whole == "tensor":
     return {name: (shape[0], source.row_length(name)) if len(shape) > 1 else shape or (1,)
             for name, shape in shapes.items()}
-  # A row that is too long is cut at even columns, for two of them share a word of random bits.
+  # Long rows are cut at even columns, because two columns share a word of random bits.
   width = math.inf if whole else max(2, source.block // 2 * 2)
-  rows: dict[int, int] = {}  # by row length, of the tallest tensor
+  rows: dict[int, int] = {}  # row length -> rows of a block
   for name, shape in shapes.items():
     if len(shape) > 1 and source.size(name):
       columns = source.row_length(name)
@@ -275,15 +275,14 @@ def _block_shapes(source: CheckpointSource, by_rows: bool, whole: str | None) ->
     if whole:
       result[name] = (source.size(name) or 1,)
       continue
-    # A tensor of one axis is one row, the first of a block that is wide enough.
+    # A tensor of one axis is one row; it takes the first row of a block that is wide enough.
     size = source.size(name)
     result[name] = next((m for m in matrices if m[1] >= size), (max(1, min(size, width)),))
   return result
 
 
 def _blocks(size: int, row_length: int, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-  """Where blocks of this shape begin in a tensor, and how many entries each has; none reaches from a part of one row
-  into the next."""
+  """Yields the first entry and the number of entries of each block. A block with part of a row ends with that row."""
   run, step = row_length if row_length > shape[-1] else max(size, 1), math.prod(shape)
   for first in range(0, size, run):
     for begin in range(first, min(first + run, size), step):
@@ -302,11 +301,11 @@ def _compiled(kernel: Callable[..., jax.Array], static: tuple[tuple[str, Any], .
 
 @functools.cache
 def _compiled_pairs(kernel: Callable[..., jax.Array], static: tuple[tuple[str, Any], ...]) -> Callable[..., jax.Array]:
-  """The kernel on pairs of bfloat16 in words of 32 bits: two neighbours share a draw, which is most of the work."""
+  """Compiles the kernel on pairs of bfloat16 in 32-bit words: neighbours share a draw, which is most of the work."""
 
   def merge(tensors: tuple[jax.Array, ...], scalars: Any, shared: Any) -> jax.Array:
     halves = []
-    for half in (0, 1):  # a float32 is a bfloat16 and 16 bits more; the first of a pair is the low half
+    for half in (0, 1):  # a bfloat16 is the high half of a float32; the first of a pair is the low half of its word
       floats = tuple(jax.lax.bitcast_convert_type(t & np.uint32(0xFFFF0000) if half else t << 16, np.float32)
                      for t in tensors)
       merged = kernel(floats, Numbers(scalars, floats[0].ndim), {**shared, "half": half}, **dict(static))

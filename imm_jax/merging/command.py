@@ -1,4 +1,4 @@
-"""From recipes to folders: opens the models, checks them, merges, and writes what lies beside the weights."""
+"""Carries out recipes: opens and checks the models, merges them, and writes weights, config, tokenizer and a record."""
 
 import collections
 import contextlib
@@ -11,79 +11,82 @@ from pathlib import Path
 
 from imm_jax import __version__
 from imm_jax.errors import ResourceError, UserError, listed
-from imm_jax.merging import arrange, checkpoint, configs, masks, recipe
+from imm_jax.merging import arrange, checkpoint, configs, masks, recipe as recipes
 from imm_jax.merging.recipe import Recipe
 from imm_jax.merging.source import CheckpointSource, Table
-from imm_jax.model import folder as folders
+from imm_jax.model import folder as model_folder
 
 
 @dataclasses.dataclass(frozen=True)
-class How:
-  """What holds for all outputs: the seed of masks, the size of files, and whether NaN and infinity may pass."""
+class OutputOptions:
+  """Options common to all outputs: seed of the masks, largest file size, and whether NaN and infinity are allowed."""
 
   seed: int = 0
-  max_shard_bytes: int = folders.MAX_SHARD_BYTES
+  max_shard_bytes: int = model_folder.MAX_SHARD_BYTES
   allow_nonfinite: bool = False
 
 
-def merge(jobs: Mapping[Path, Recipe], how: How) -> None:
-  """Writes one checkpoint for each job, all of the same models, from one read.
+def merge(jobs: Mapping[Path, Recipe], options: OutputOptions) -> None:
+  """Writes one checkpoint for each job, reading the models, which all jobs share, once.
 
   Args:
-    jobs: folder to write -> recipe; they differ in options alone.
-    how: see `How`.
+    jobs: folder to write -> recipe; the recipes may differ in their options only.
+    options: see `OutputOptions`.
 
   Raises:
-    UserError: for models that do not fit, options that do not, a full disk, or values that are not finite.
+    UserError: if models or options do not fit, the disk is full, or a value is not finite.
   """
-  made = next(iter(jobs.values()))
+  recipe = next(iter(jobs.values()))
   parent = next(iter(jobs)).parent
   parent.mkdir(parents=True, exist_ok=True)
-  configs.compare(made.models, layers_may_differ=made.slices[0].layers is not None)
-  donor = made.donor or next(iter(made.models.values()))
+  configs.require_compatible(recipe.models, layers_may_differ=recipe.slices[0].layers is not None)
+  donor = recipe.donor or next(iter(recipe.models.values()))
   with contextlib.ExitStack() as stack:
-    tokenizer, replaced = None, {}
-    if made.tokens is not None:
-      tokenizer, replaced = _align(made, donor, stack.enter_context(_scratch(parent)))
-    sources = stack.enter_context(arrange.open_parts(made, replaced))
-    _require_space(sources, made, list(jobs))
-    parts = [checkpoint.Part(source, [recipe.build(source, job.method, job.slices[i].options)
-                                      for job in jobs.values()], made.prefixes[i]) for i, source in enumerate(sources)]
-    dtype = recipe.DTYPES[made.dtype] if made.dtype else None
-    result = checkpoint.merge_parts(parts, [(folder, dtype) for folder in jobs], key=masks.seed_words(how.seed),
-                                    max_shard_bytes=how.max_shard_bytes, allow_nonfinite=how.allow_nonfinite)
+    tokenizer, replacements = None, {}
+    if recipe.tokens is not None:
+      tokenizer, replacements = _align_vocabularies(recipe, donor, stack.enter_context(_scratch_folder(parent)))
+    sources = stack.enter_context(arrange.open_parts(recipe, replacements))
+    _require_space(sources, recipe, list(jobs))
+    parts = [checkpoint.Part(source, [recipes.build_plan(source, job.method, job.slices[i].options)
+                                      for job in jobs.values()], recipe.prefixes[i])
+             for i, source in enumerate(sources)]
+    dtype = recipes.DTYPES[recipe.dtype] if recipe.dtype else None
+    result = checkpoint.merge_parts(
+        parts, [(folder, dtype) for folder in jobs], key=masks.seed_words(options.seed),
+        max_shard_bytes=options.max_shard_bytes, allow_nonfinite=options.allow_nonfinite)
     names = {name for source in sources for name in source.order}
-    rows = next((s.entries(folders.EMBEDDING)[0].shape[0] for s in sources if folders.EMBEDDING in s.order), None)
+    embedding = model_folder.EMBEDDING
+    rows = next((source.entries(embedding)[0].shape[0] for source in sources if embedding in source.order), None)
   for folder, job, overflowed in zip(jobs, jobs.values(), result.overflowed, strict=True):
-    configs.copy_beside(donor, folder)
-    configs.adjust(folder, dtype=made.dtype, rows=rows if tokenizer is not None else None,
-                   head=_head(donor, names), layers=arrange.source_layers(made))
+    configs.copy_companion_files(donor, folder)
+    configs.update_config(folder, dtype=recipe.dtype, rows=rows if tokenizer is not None else None,
+                          head=_changed_head(donor, names), layers=arrange.source_layers(recipe))
     if tokenizer is not None:
       tokenizer.save_pretrained(folder)
-    if made.chat_template:
-      configs.set_template(folder, _template(made))
+    if recipe.chat_template:
+      configs.set_chat_template(folder, _choose_chat_template(recipe))
     if overflowed:
       which = listed([f"{name} ({count})" for name, count in overflowed.most_common(5)])
-      print(f"note: {sum(overflowed.values())} entries are beyond what {made.dtype or 'the dtype'} holds and became "
+      print(f"note: {sum(overflowed.values())} entries are beyond what {recipe.dtype or 'the dtype'} holds and became "
             f"infinite: {which}; give a wider --out_dtype", file=sys.stderr)
-    _record(folder, job, how, result.digests, overflowed)
+    _write_record(folder, job, options, result.digests, overflowed)
 
 
-def _align(made: Recipe, donor: Path, scratch: Path) -> tuple[object, dict[Path, Table]]:
-  """The output's tokenizer, and the models' rows in its order."""
-  from imm_jax.merging import vocabulary  # late: it needs transformers
+def _align_vocabularies(recipe: Recipe, donor: Path, scratch: Path) -> tuple[object, dict[Path, Table]]:
+  """Builds the output's tokenizer and reorders the models' token rows to match it."""
+  from imm_jax.merging import vocabulary  # imported here because it needs transformers
 
-  models = list(dict.fromkeys(made.models.values()))
-  tokenizer, known = vocabulary.build(made.tokens, donor, models)
+  models = list(dict.fromkeys(recipe.models.values()))
+  tokenizer, known = vocabulary.build_tokenizer(recipe.tokens, donor, models)
   with contextlib.ExitStack() as stack:
     opened = {folder: stack.enter_context(CheckpointSource({"model": folder})) for folder in models}
     tables = {folder: {name: source.entries(name)[0] for name in source.order} for folder, source in opened.items()}
-  return tokenizer, vocabulary.aligned(made.tokens, tokenizer.get_vocab(), known, tables, made.donor, scratch)
+  return tokenizer, vocabulary.align_rows(recipe.tokens, tokenizer.get_vocab(), known, tables, recipe.donor, scratch)
 
 
 @contextlib.contextmanager
-def _scratch(parent: Path):
-  """A folder on the output's disk that goes again."""
+def _scratch_folder(parent: Path):
+  """Creates a temporary folder on the output's disk and removes it at the end of the block."""
   path = parent / ".rows.part"
   shutil.rmtree(path, ignore_errors=True)
   path.mkdir(parents=True)
@@ -93,25 +96,25 @@ def _scratch(parent: Path):
     shutil.rmtree(path, ignore_errors=True)
 
 
-def _head(donor: Path, names: set[str]) -> bool | None:
-  """Whether the output has a head of its own, where that is other than in the donor."""
-  has = folders.HEAD in names
+def _changed_head(donor: Path, names: set[str]) -> bool | None:
+  """Returns whether the output has an output head of its own; None if that is the same as in the donor."""
+  has = model_folder.HEAD in names
   with CheckpointSource({"donor": donor}) as source:
-    return None if has == (folders.HEAD in source.order) else has
+    return None if has == (model_folder.HEAD in source.order) else has
 
 
-def _template(made: Recipe) -> str:
-  if made.chat_template != "auto":
-    return made.chat_template
-  found = [text for text in map(configs.template_of, dict.fromkeys(made.models.values())) if text]
-  if not found:
+def _choose_chat_template(recipe: Recipe) -> str:
+  if recipe.chat_template != "auto":
+    return recipe.chat_template
+  templates = list(filter(None, map(configs.read_chat_template, dict.fromkeys(recipe.models.values()))))
+  if not templates:
     raise UserError("chat_template: auto: none of the models has one")
-  return collections.Counter(found).most_common(1)[0][0]
+  return collections.Counter(templates).most_common(1)[0][0]
 
 
-def _require_space(sources: list[CheckpointSource], made: Recipe, out: list[Path]) -> None:
-  """Fails before the work where the disk is too full for the result."""
-  width = lambda entry: (recipe.DTYPES[made.dtype] if made.dtype else entry.dtype).itemsize
+def _require_space(sources: list[CheckpointSource], recipe: Recipe, out: list[Path]) -> None:
+  """Raises UserError if the disk has too little space for the outputs."""
+  width = lambda entry: (recipes.DTYPES[recipe.dtype] if recipe.dtype else entry.dtype).itemsize
   needed = len(out) * sum(s.size(name) * width(s.entries(name)[0]) for s in sources for name in s.order)
   free = shutil.disk_usage(next(p for p in out[0].absolute().parents if p.exists())).free
   if needed > free:
@@ -119,9 +122,10 @@ def _require_space(sources: list[CheckpointSource], made: Recipe, out: list[Path
                         "another folder")
 
 
-def _record(folder: Path, job: Recipe, how: How, digests: Mapping[str, str], overflowed: Mapping[str, int]) -> None:
-  """merge.json and a model card."""
-  record = {"imm_jax": __version__, "method": job.method, "options": dict(job.options), "seed": how.seed,
+def _write_record(folder: Path, job: Recipe, options: OutputOptions, digests: Mapping[str, str],
+                  overflowed: Mapping[str, int]) -> None:
+  """Writes merge.json and a model card."""
+  record = {"imm_jax": __version__, "method": job.method, "options": dict(job.options), "seed": options.seed,
             "dtype": job.dtype, "inputs": {label: {"path": str(path), "xxh3_128": digests[label]}
                                            for label, path in job.models.items()}}
   if job.slices[0].layers is not None:
@@ -131,7 +135,7 @@ def _record(folder: Path, job: Recipe, how: How, digests: Mapping[str, str], ove
     record["overflowed"] = dict(overflowed)
   (folder / "merge.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
   inputs = [f"- {label}: `{model['path']}`" for label, model in record["inputs"].items()]
-  shown = {key: record[key] for key in ("options", "slices") if key in record} | {"seed": how.seed}
+  shown = {key: record[key] for key in ("options", "slices") if key in record} | {"seed": options.seed}
   (folder / "README.md").write_text("\n".join([
       "---", "library_name: transformers", "tags:", "- merge", "- imm_jax", "---", f"# {folder.name.strip('.')}", "",
       f"A merge by the method `{job.method}`, made with imm_jax {__version__}.", "", *inputs, "",

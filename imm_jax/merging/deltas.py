@@ -1,7 +1,7 @@
-"""What the methods on task vectors share: base + scale * combine_i(w_i sparsify_i(t_i - base)).
+"""Shared code of the task-vector methods: base + scale * combine_i(w_i sparsify_i(t_i - base)).
 
-They differ in how a task vector is thinned (not at all, by magnitude, at random, at random by rank), and in whether
-signs are elected first. A method's file names its parts; the arithmetic stands here.
+They differ in how a task vector is sparsified (not at all, by magnitude, at random, at random by rank), and in whether
+signs are elected first. A method's file chooses the parts; the arithmetic is here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +17,8 @@ from imm_jax.merging.options import Option, Settings
 from imm_jax.merging.registry import Scalars
 from imm_jax.merging.statistics import Source
 
+# (task vector, index of its model) -> sparse task vector
+Sparsify = Callable[[jax.Array, int], jax.Array]
 WEIGHTS = Option("weights", "w, any sign; a negative one takes a task away", per_model=True, key="weight")
 DENSITIES = Option("densities", "the share of a task vector that stays", per_model=True, low=0, high=1, key="density")
 SCALE = Option("scale", "factor of what is added to the base, the papers' lambda", 1.0, key="lambda")
@@ -25,25 +27,25 @@ NORMALIZE = Option("normalize", "divide by the sum of the weights; where signs a
                    "flag")
 
 
-def combine(tensors: Tensors, numbers: Numbers, shared: Shared, *, thin: Callable[[jax.Array, int], jax.Array] | None,
-            normalize: bool, elect: bool = False) -> jax.Array:
-  """base + scale * combine_i(w_i thin_i(t_i - base)) for (base, t_1, ..., t_n).
+def combine(tensors: Tensors, numbers: Numbers, shared: Shared, *, sparsify: Sparsify | None, normalize: bool,
+            elect_signs: bool = False) -> jax.Array:
+  """Computes base + scale * combine_i(w_i sparsify_i(t_i - base)) for (base, t_1, ..., t_n).
 
   Args:
     tensors: base first.
-    numbers: `weights` and `total` (their sum, not 0), `scale`.
+    numbers: `weights`, `total` (their sum, not 0) and `scale`.
     shared: see `kernels`.
-    thin: (task vector, model) -> what stays of it; None for all.
-    normalize: divide by the sum of weights, with `elect` of those that stay.
-    elect: keep, entry by entry, what has the sign of the sum (TIES).
+    sparsify: makes a task vector sparse; None keeps all entries.
+    normalize: divide by the sum of the weights, with `elect_signs` by that of the agreeing models.
+    elect_signs: keep only entries whose sign is that of the entrywise sum (TIES).
   """
   base, *others = tensors
   weights = numbers["weights"]
   vectors = [other - base for other in others]
-  if thin is not None:
-    vectors = [thin(vector, i) for i, vector in enumerate(vectors)]
+  if sparsify is not None:
+    vectors = [sparsify(vector, i) for i, vector in enumerate(vectors)]
   vectors = [kernels.pin(weight * vector, shared) for weight, vector in zip(weights, vectors, strict=True)]
-  if elect:
+  if elect_signs:
     positive = kernels.add(vectors) >= 0
     agree = [(v != 0) & ((v > 0) == positive) for v in vectors]
     mixed = kernels.add([jnp.where(a, v, 0.0) for a, v in zip(agree, vectors, strict=True)])
@@ -57,70 +59,74 @@ def combine(tensors: Tensors, numbers: Numbers, shared: Shared, *, thin: Callabl
   return base + kernels.pin(mixed * numbers["scale"], shared)
 
 
-def by_magnitude(numbers: Numbers) -> Callable[[jax.Array, int], jax.Array]:
-  """Keeps the magnitudes from `low` to `high`, as bits."""
+def keep_by_magnitude(numbers: Numbers) -> Sparsify:
+  """Returns a `sparsify` that keeps entries whose magnitude, as bits, lies in [`low`, `high`]."""
 
-  def thin(vector: jax.Array, i: int) -> jax.Array:
+  def sparsify(vector: jax.Array, i: int) -> jax.Array:
     bits = kernels.magnitude_bits(vector)
     return jnp.where((bits >= numbers["low"][i]) & (bits <= numbers["high"][i]), vector, 0.0)
 
-  return thin
+  return sparsify
 
 
-def at_random(numbers: Numbers, shared: Shared, *, rescale: bool,
-              steps_of: Callable[[jax.Array, int], jax.Array] | None = None) -> Callable[[jax.Array, int], jax.Array]:
-  """Drops with a probability of `steps` / 65536, which `steps_of` may compute by entry, and rescales."""
+def drop_at_random(numbers: Numbers, shared: Shared, *, rescale: bool,
+                   steps_by_entry: Callable[[jax.Array, int], jax.Array] | None = None) -> Sparsify:
+  """Returns a `sparsify` that drops entries with probability `steps` / 65536 and, if asked, rescales the others.
 
-  def thin(vector: jax.Array, i: int) -> jax.Array:
-    steps = numbers["steps"][i] if steps_of is None else steps_of(vector, i)
-    draws = kernels.draws(vector.shape, numbers["code"], shared, i)
+  `steps_by_entry` computes `steps` for each entry; by default `numbers` has one for each model.
+  """
+
+  def sparsify(vector: jax.Array, i: int) -> jax.Array:
+    steps = numbers["steps"][i] if steps_by_entry is None else steps_by_entry(vector, i)
+    uniform = kernels.draw_uint16(vector.shape, numbers["code"], shared, i)
     if rescale:
       kept = masks.STEPS - steps.astype(jnp.float32)
       vector = kernels.pin(vector * (masks.STEPS / kept), shared)
-    return jnp.where(draws < steps, 0.0, vector)
+    return jnp.where(uniform < steps, 0.0, vector)
 
-  return thin
+  return sparsify
 
 
 def prepare(source: Source, settings: Settings, extra: Callable[[str], Mapping[str, Any]] = lambda _: {},
             flags: Sequence[str] = ("normalize",)) -> tuple[Callable[[str], Scalars], dict[str, Any]]:
-  """What `combine` needs of a tensor, with what `extra` adds; and the method's flags."""
+  """Prepares the numbers that `combine` needs for a tensor, extended by `extra`, and the method's flags."""
   del source
 
   def scalars(name: str) -> Scalars:
-    weights = settings.of("weights", name)
+    weights = settings.value("weights", name)
     total = weights.sum(dtype=np.float32)
     safe = (jnp if isinstance(total, jax.Array) else np).where(abs(total) > 1e-8, total, np.float32(1))
-    return {"weights": weights, "total": safe, "scale": settings.of("scale", name), **extra(name)}
+    return {"weights": weights, "total": safe, "scale": settings.value("scale", name), **extra(name)}
 
   return scalars, {flag: settings[flag] for flag in flags}
 
 
 def drop_steps(source: Source, settings: Settings) -> Callable[[str], Scalars]:
-  """`steps` of each model and `code` of a tensor, for `at_random`."""
+  """Returns a function from a tensor's name to its `steps` (one for each model) and `code`, for `drop_at_random`."""
   steps = {name: np.array([masks.drop_steps(1 - density, name, "1 - density")
-                           for density in settings.each("densities", name)], np.uint32) for name in source.names}
+                           for density in settings.concrete_values("densities", name)], np.uint32)
+           for name in source.names}
   return lambda name: {"steps": steps[name], "code": masks.tensor_code(name)}
 
 
-def limits(source: Source, bands: Mapping[Any, tuple[int, int]], group_of: Mapping[str, Sequence[Any]],
-           names: Sequence[str]) -> Callable[[str], Scalars]:
-  """`low` and `high` for `by_magnitude`, where the ranks of a band of each group stay.
+def magnitude_bounds(source: Source, bands: Mapping[Any, tuple[int, int]], group_of: Mapping[str, Sequence[Any]],
+                     names: Sequence[str]) -> Callable[[str], Scalars]:
+  """Returns a function from a tensor's name to `low` and `high` for `keep_by_magnitude`.
 
   Args:
     source: a base and n models.
-    bands: group -> ranks of the least and the greatest magnitude that stay; none where the second is less.
+    bands: group -> ranks of the smallest and the largest magnitude to keep; keeps none if the second is less.
     group_of: tensor -> group for each of the n models.
-    names: the tensors to count.
+    names: the tensors over which ranks are counted.
   """
   ranks = {group: np.maximum(band, 0) for group, band in bands.items()}
   bits = statistics.magnitudes_of_rank(source, ranks, group_of, names)
 
-  def of(name: str) -> Scalars:
-    found = [bits[group, i] for i, group in enumerate(group_of[name])]
-    none = np.array((0xFFFFFFFF, 0), np.uint32)
-    found = [none if bands[group][1] < bands[group][0] else f for group, f in zip(group_of[name], found, strict=True)]
-    rows = (jnp if any(isinstance(f, jax.Array) for f in found) else np).stack(found)
-    return {"low": rows[:, 0], "high": rows[:, 1]}
+  empty = np.array((0xFFFFFFFF, 0), np.uint32)
 
-  return of
+  def bounds(name: str) -> Scalars:
+    rows = [empty if bands[group][1] < bands[group][0] else bits[group, i] for i, group in enumerate(group_of[name])]
+    stacked = statistics.namespace(*rows).stack(rows)
+    return {"low": stacked[:, 0], "high": stacked[:, 1]}
+
+  return bounds

@@ -1,18 +1,18 @@
-"""The arithmetic that methods share: float32 from what is stored, rounded once.
+"""Arithmetic shared by the methods: computed in float32 from the stored values and rounded once.
 
-A kernel, the function that a file of `methods/` registers, takes
+A kernel is the function that a file of `methods/` registers. It takes
 
-- `tensors`: the leaf of every model in float32, [L, ...] (L tensors of equal shape, or one);
-- `numbers`: each tensor's settings, `numbers["t"]` an array [L, 1, ...] that broadcasts against the tensors, and for a
-  setting of several models a tuple of such;
-- `shared`: what is the same for all tensors: the key's words, `first` (row and column where a block begins), `zero`,
-  and `half` where only every second column is there; for `pin`, `divide` and `dropped`;
-- flags and choices by name, which are known when it is compiled.
+- `tensors`: the leaf of every model in float32, [L, ...] (L stacked tensors of equal shape, or one);
+- `numbers`: the tensors' settings: `numbers["t"]` is an array [L, 1, ...] that broadcasts against the tensors, or a
+  tuple with one such array for each model;
+- `shared`: values common to all tensors, for `pin`, `divide` and `drop_mask`: the key's words, `first` (row and column
+  where a block begins), `zero`, and `half` if the block has only every second column;
+- flags and choices as keyword arguments, which are static under jit.
 
-A file streamed in blocks and a tree in memory run the same kernels.
+The same kernels run on blocks streamed from files and on trees in memory.
 
-A compiler may fuse a product and a sum, which rounds once instead of twice, and it chooses anew for every shape and
-layout. So that bits do not depend on that choice, products that meet a sum are pinned.
+A compiler may fuse a product into a sum, which rounds once instead of twice, and decides so anew for every shape and
+layout. Products that enter a sum are pinned so that the bits do not depend on that decision.
 """
 
 import math
@@ -29,7 +29,7 @@ Shared = Mapping[str, Any]
 
 
 class Numbers:
-  """The settings of stacked tensors, in a form that broadcasts against them."""
+  """Settings of stacked tensors, shaped to broadcast against them."""
 
   def __init__(self, scalars: Mapping[str, jax.Array], rank: int):
     """Takes arrays [L] or [L, n] and the rank of the tensors [L, ...]."""
@@ -43,54 +43,54 @@ class Numbers:
 
 
 def add(terms: Sequence[jax.Array]) -> jax.Array:
-  """Their sum, from left to right."""
+  """Adds arrays from left to right."""
   return sum(terms[1:], terms[0])
 
 
-def dropped(shape: tuple[int, ...], code: jax.Array, steps: jax.Array, shared: Shared,
-            model: int | None = None) -> jax.Array:
-  """Which entries DARE drops: those whose draw is below `steps`; each model of several draws its own."""
-  return draws(shape, code, shared, model) < steps
+def drop_mask(shape: tuple[int, ...], code: jax.Array, steps: jax.Array, shared: Shared,
+              model: int | None = None) -> jax.Array:
+  """Returns which entries DARE drops: those whose draw is below `steps`. With `model` each model has its own mask."""
+  return draw_uint16(shape, code, shared, model) < steps
 
 
-def draws(shape: tuple[int, ...], code: jax.Array, shared: Shared, model: int | None = None) -> jax.Array:
-  """Uniform draws in [0, 65536), see `masks.draws`."""
+def draw_uint16(shape: tuple[int, ...], code: jax.Array, shared: Shared, model: int | None = None) -> jax.Array:
+  """Draws uniform integers in [0, 65536); see `masks.draw_uint16`."""
   words = (shared["key"][0], shared["key"][1])
   if model is not None:
     words = masks.fold_in(words, jnp.uint32(model))
-  return masks.draws(words, code, shape, shared["first"], shared.get("half"))
+  return masks.draw_uint16(words, code, shape, shared["first"], shared.get("half"))
 
 
-def by_row(tensor: jax.Array) -> jax.Array:
-  """[layers, rows, columns] of a block of tensors of any more axes; a lesser rank stays. Axes may be empty."""
+def flatten_rows(tensor: jax.Array) -> jax.Array:
+  """Reshapes stacked tensors of rank above 3 to [layers, rows, columns]; lower ranks are returned as they are."""
   return tensor.reshape(*tensor.shape[:2], math.prod(tensor.shape[2:])) if tensor.ndim > 3 else tensor
 
 
 def magnitude_bits(x: jax.Array) -> jax.Array:
-  """The bits of |x|, which as uint32 are in the order of the magnitudes."""
+  """Returns the bits of |x| as uint32, whose order is that of the magnitudes."""
   return jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.uint32)
 
 
 def multiply_add(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
-  """a * b + c, rounded once to float32, as torch's `addcmul_` does: the product is exact in float64."""
+  """Computes a * b + c rounded once to float32, as torch's `addcmul_` does: the product is exact in float64."""
   with jax.enable_x64(True):
     wide = a.astype(jnp.float64) * b.astype(jnp.float64) + c.astype(jnp.float64)
     return wide.astype(jnp.float32)
 
 
 def pin(x: jax.Array, shared: Shared) -> jax.Array:
-  """x, rounded: no fusion looks through the exclusive or with a zero that the compiler cannot know to be one."""
+  """Returns x and forces its rounding: no fusion crosses an exclusive or with a zero that the compiler cannot see."""
   return _flip(x, _zero(x, shared))
 
 
 def divide(x: jax.Array, divisor: jax.Array, shared: Shared) -> jax.Array:
-  """x / divisor, rounded once: a divisor that seems to vary by entry is not replaced by a factor."""
+  """Computes x / divisor, rounded once. The divisor appears to vary, so it is not replaced by its reciprocal."""
   return x / _flip(divisor, _to_bits(x) & _zero(x, shared))
 
 
 def _zero(x: jax.Array, shared: Shared) -> jax.Array:
-  """The caller's zero, an argument of the compiled program; within another program, where it would be a constant, one
-  made of the data: n (n + 1) is even."""
+  """Returns a zero that the compiler cannot see: the caller's, an argument of the compiled program. Inside another
+  program that would be a constant, so the zero is computed from the data: n (n + 1) is even."""
   if shared["zero"] is not None:
     return shared["zero"]
   bits = _to_bits(x)
@@ -99,7 +99,7 @@ def _zero(x: jax.Array, shared: Shared) -> jax.Array:
 
 @jax.custom_jvp
 def _flip(x: jax.Array, zero: jax.Array) -> jax.Array:
-  """x with the bits of zero flipped, which are none: the identity, also to jax.grad."""
+  """Flips the bits of x that are set in `zero`, which are none: the identity, also under jax.grad."""
   return jax.lax.bitcast_convert_type(_to_bits(x) ^ zero, jnp.float32)
 
 

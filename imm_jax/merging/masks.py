@@ -1,11 +1,11 @@
-"""Which entries a seed drops, by a tensor's name and row alone.
+"""Random drop masks that depend only on the seed and on a tensor's name and row.
 
 Row r of the tensor named n is drawn from `fold_in(fold_in(key, crc32(n)), r)` of `jax.random` (threefry), in 16-bit
-draws, two to a 32-bit word, low half first. So one seed drops the same entries in memory, streamed from disk in blocks,
-stacked or layer by layer, on any mesh and platform. A tensor of at most one axis is one row.
+draws, two to a 32-bit word, low half first. So a seed drops the same entries in memory, streamed from disk in blocks,
+stacked or layer by layer, on any mesh and platform. A tensor with fewer than two axes is one row.
 
-Threefry is written out here so that every entry computes its own draw from its position: nothing is stored, and a
-sharded tensor draws its own part without a word to its neighbours.
+Threefry is implemented here so that every entry computes its own draw from its position: nothing is stored, and the
+shards of a tensor draw their parts without communication.
 """
 
 import math
@@ -22,7 +22,7 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 def quantise_drop_rate(drop_rate: float, name: str = "drop_rate") -> int:
-  """A drop rate in steps of 1/65536, which is what is drawn and what the rescale uses.
+  """Rounds a drop rate to steps of 1/65536, which both the draws and the rescaling use.
 
   Raises:
     ValueError: unless 0 <= drop_rate < 1 after rounding.
@@ -36,20 +36,20 @@ def quantise_drop_rate(drop_rate: float, name: str = "drop_rate") -> int:
   return steps
 
 
-def known(value: Any, name: str, tensor: str) -> Any:
-  """A setting that decides which entries of a tensor stay; raises ValueError for one that jax traces."""
+def require_concrete(value: Any, name: str, tensor: str) -> Any:
+  """Returns a setting that decides which entries of a tensor are kept; raises ValueError if jax traces it."""
   if isinstance(value, jax.core.Tracer):
     raise ValueError(f"{name} at {tensor!r} is traced by jax, but it decides which entries stay: give a number")
   return value
 
 
 def drop_steps(drop_rate: Any, tensor: str, name: str = "drop_rate") -> int:
-  """`quantise_drop_rate` of a tensor's rate."""
-  return quantise_drop_rate(float(known(drop_rate, name, tensor)), name)
+  """Quantises a tensor's drop rate; see `quantise_drop_rate`."""
+  return quantise_drop_rate(float(require_concrete(drop_rate, name, tensor)), name)
 
 
 def tensor_code(name: str) -> np.uint32:
-  """What a tensor's name adds to the key.
+  """Hashes a tensor's name (CRC-32) for folding into a key.
 
   >>> int(tensor_code("model.norm.weight"))
   605179714
@@ -58,10 +58,10 @@ def tensor_code(name: str) -> np.uint32:
 
 
 def key_words(key: jax.Array) -> jax.Array:
-  """The two words [2] of a threefry key, typed or raw.
+  """Returns the two words [2] of a threefry key, typed or raw.
 
   Raises:
-    ValueError: for a key of another kind, or anything else.
+    ValueError: unless `key` is one threefry key.
   """
   if not isinstance(key, jax.Array | np.ndarray):
     raise ValueError(f"key={key!r}: expected a key such as jax.random.key(0)")
@@ -75,7 +75,7 @@ def key_words(key: jax.Array) -> jax.Array:
 
 
 def seed_words(seed: int) -> np.ndarray:
-  """The words [2] of `jax.random.key(seed)` for a seed of 32 bits, without starting a device.
+  """Returns the words [2] of `jax.random.key(seed)` for a 32-bit seed, without initialising a device.
 
   >>> bool((seed_words(7) == jax.random.key_data(jax.random.key(7))).all())
   True
@@ -84,27 +84,27 @@ def seed_words(seed: int) -> np.ndarray:
 
 
 def fold_in(words: Any, data: Any) -> tuple[Any, Any]:
-  """`jax.random.fold_in` on the words (two arrays, jax's or numpy's) of keys; `data` broadcasts against them."""
+  """Computes `jax.random.fold_in` on the words of keys (two arrays of jax or numpy); `data` broadcasts against them."""
   return _threefry(words[0], words[1], np.zeros((), np.uint32), data)
 
 
-def draws(words: tuple[jax.Array, jax.Array], codes: jax.Array, shape: tuple[int, ...],
-          first: tuple[jax.Array | int, jax.Array | int] = (0, 0), half: int | None = None) -> jax.Array:
-  """Uniform draws in [0, 65536) for stacked tensors, or for a block of them.
+def draw_uint16(words: tuple[jax.Array, jax.Array], codes: jax.Array, shape: tuple[int, ...],
+                first: tuple[jax.Array | int, jax.Array | int] = (0, 0), half: int | None = None) -> jax.Array:
+  """Draws uniform integers in [0, 65536) for stacked tensors, or for a block of them.
 
   Args:
     words: the key's two words.
     codes: uint32 [L], a `tensor_code` for each tensor.
     shape: [L, rows, ...], or [L, columns] for tensors of one axis, or [L] for scalars.
     first: row and column of the tensor where the block begins.
-    half: with 0 or 1 the block holds every second column only, the even or the odd ones; it begins at an even column.
+    half: 0 or 1 if the block holds only the even or only the odd columns; it then begins at an even column.
 
   Returns:
-    uint32 of this shape.
+    uint32 array of this shape.
   """
   rank = len(shape)
   codes = codes.reshape(-1, *(1,) * (rank - 1))
-  # A row's key for every row, at the rank of the result.
+  # One key for each row, broadcast to the rank of the result.
   row = (jax.lax.broadcasted_iota(jnp.uint32, (1, shape[1], *(1,) * (rank - 2)), 1) + jnp.uint32(first[0])
          if rank > 2 else jnp.zeros((1,) * rank, jnp.uint32))
   row_key = fold_in(fold_in(words, codes), row)
@@ -113,14 +113,14 @@ def draws(words: tuple[jax.Array, jax.Array], codes: jax.Array, shape: tuple[int
   for axis in reversed(range(2 if rank > 2 else 1, rank)):
     column = column + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
     stride *= shape[axis]
-  # Two columns share a word; computing it twice is faster than putting the halves side by side.
+  # Two columns share a word; computing it twice is faster than interleaving the halves.
   word, part = (column >> 1, column & 1) if half is None else (column, jnp.uint32(half))
   high, low = _threefry(row_key[0], row_key[1], np.zeros((), np.uint32), word)
   return jnp.broadcast_to(((high ^ low) >> (part * 16)) & 0xFFFF, shape)
 
 
 def _threefry(k0: Any, k1: Any, x0: Any, x1: Any) -> tuple[Any, Any]:
-  """Threefry-2x32 with 20 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")."""
+  """Computes Threefry-2x32 with 20 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")."""
   schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
   x0, x1 = x0 + k0, x1 + k1
   for i in range(5):

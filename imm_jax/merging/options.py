@@ -1,4 +1,4 @@
-"""What a merging method takes beside its models, said once: checks, flags, help and recipe keys follow from it."""
+"""Options of merging methods. Validation, flags, help texts and recipe keys are all derived from them."""
 
 import dataclasses
 import inspect
@@ -13,9 +13,9 @@ from imm_jax.merging import masks
 from imm_jax.merging.statistics import Source
 from imm_jax.merging.trees import Setting, count_layers, resolve
 
-# An option without a default must be given.
+# The default of an option that must be given.
 REQUIRED = inspect.Parameter.empty
-# One setting for all models, or one for each.
+# One setting for all models, or one for each model.
 PerModel = Setting | Sequence[Setting]
 
 
@@ -24,18 +24,18 @@ class Option:
   """One option of a method.
 
   Attributes:
-    name: as functions and flags have it.
-    help: what it is, in a line.
-    default: its value where none is given, or REQUIRED.
+    name: name of the argument and of the flag.
+    help: description in one line.
+    default: default value, or REQUIRED.
     kind: `number` may vary by tensor (see `trees.resolve`); `constant` (a number), `integer`, `flag` and `choice` hold
-      for the whole merge; `vector` is a list of numbers that the method itself reads.
-    per_model: takes one setting for all models, or a sequence with one for each.
-    low: the least number.
-    high: the greatest number.
-    below: numbers are less than `high`.
-    choices: of a `choice`.
-    key: what recipes call it; the name, unless given.
-    in_commands: what commands take where it is not given; the default, unless given.
+      for the whole merge; `vector` is a list of numbers that the method interprets.
+    per_model: whether it takes one setting for all models, or a sequence with one for each.
+    low: smallest number allowed.
+    high: largest number allowed.
+    below: whether `high` itself is excluded.
+    choices: values allowed for a `choice`.
+    key: key in recipes; `name` by default.
+    in_commands: default on the command line; `default` by default.
   """
 
   name: str
@@ -55,17 +55,17 @@ class Option:
 
   @property
   def suggested(self) -> Any:
-    """What commands take where it is not given; it follows a default that is replaced."""
+    """The default on the command line: `in_commands`, or else `default`."""
     return self.default if self.in_commands is REQUIRED else self.in_commands
 
   @property
   def required(self) -> bool:
-    """Whether functions must be given it."""
+    """Whether it has no default."""
     return self.default is REQUIRED
 
   @property
   def range(self) -> str:
-    """Which values it may have.
+    """A description of the values it allows.
 
     >>> Option("drop_rate", "p", low=0, high=1, below=True).range
     '0 <= drop_rate < 1'
@@ -82,43 +82,43 @@ class Option:
 
   @property
   def annotation(self) -> Any:
-    """The type of its argument."""
+    """The annotation of the function's argument."""
     return {"flag": bool, "integer": int, "constant": float, "choice": str, "vector": Sequence[float]}.get(
         self.kind, "PerModel" if self.per_model else "Setting")
 
   def check(self, value: Any, where: str = "") -> None:
-    """Raises ValueError for one value out of range; traced values pass."""
+    """Raises ValueError if a value is out of range; traced values pass."""
     if isinstance(value, jax.core.Tracer):
       return
     if self.kind == "flag":
-      good = isinstance(value, bool | np.bool_)
+      valid = isinstance(value, bool | np.bool_)
     elif self.kind == "choice":
-      good = value in self.choices
+      valid = value in self.choices
     elif self.kind == "vector":
-      good = True
+      valid = True
     else:
       kinds = int | np.integer if self.kind == "integer" else int | float | np.number
-      good = isinstance(value, kinds) and not isinstance(value, bool) and np.isfinite(value) and (
+      valid = isinstance(value, kinds) and not isinstance(value, bool) and np.isfinite(value) and (
           (self.low is None or value >= self.low)
           and (self.high is None or (value < self.high if self.below else value <= self.high)))
-    if not good:
+    if not valid:
       raise ValueError(f"{self.name}={value!r}{where}: expected {self.range}")
 
 
 class Settings:
-  """A method's options for the tensors of a source: checked, with their defaults, by tensor where they vary."""
+  """A method's validated options, with defaults, resolved for every tensor of a source."""
 
   def __init__(self, options: Sequence[Option], given: Mapping[str, Any], source: Source, num_models: int):
     """Resolves all options for all tensors.
 
     Args:
-      options: what the method takes.
-      given: values by name.
-      source: its names and layers count.
-      num_models: how many models the options with `per_model` are for.
+      options: the method's options.
+      given: option name -> value.
+      source: source of the tensors' names.
+      num_models: number of models that `per_model` options apply to.
 
     Raises:
-      ValueError: for an option that is missing, unknown, or of a wrong value; it names option and tensor.
+      ValueError: if an option is missing, unknown or invalid; names the option and the tensor.
     """
     known = {option.name: option for option in options}
     if unknown := sorted(given.keys() - known.keys()):
@@ -133,44 +133,44 @@ class Settings:
         option.check(value)
         self._values[option.name] = value
         continue
-      each = _spread(value, num_models, option.name) if option.per_model else [value]
+      per_model = _per_model_settings(value, num_models, option.name) if option.per_model else [value]
       resolved = {}
       for name in source.names:
-        numbers = [resolve(setting, name, layers, option.name, source.first_layer) for setting in each]
+        numbers = [resolve(setting, name, layers, option.name, source.first_layer) for setting in per_model]
         for number in numbers:
           option.check(number, f" at {name!r}")
         resolved[name] = numbers if option.per_model else numbers[0]
       self._values[option.name] = resolved
 
   def __getitem__(self, option: str) -> Any:
-    """The value of an option that holds for the whole merge."""
+    """Returns the value of an option that holds for the whole merge."""
     return self._values[option]
 
-  def of(self, option: str, tensor: str) -> Any:
-    """An option's number for a tensor; [n] with one for each model where it is `per_model`."""
+  def value(self, option: str, tensor: str) -> Any:
+    """Returns an option's number for a tensor; an array [n] of one for each model if it is `per_model`."""
     value = self._values[option][tensor]
     return stack(value) if isinstance(value, list) else value
 
-  def each(self, option: str, tensor: str) -> list[float]:
-    """The numbers of a `per_model` option for a tensor, which decide about a mask and so must be known.
+  def concrete_values(self, option: str, tensor: str) -> list[float]:
+    """Returns the numbers of a `per_model` option for a tensor that decide a mask and so must be concrete.
 
     Raises:
-      ValueError: for values traced by jax.
+      ValueError: if jax traces a value.
     """
-    return [masks.known(value, option, tensor) for value in self._values[option][tensor]]
+    return [masks.require_concrete(value, option, tensor) for value in self._values[option][tensor]]
 
 
 def stack(values: Sequence[Any]) -> Any:
-  """float32 [n] of numbers, by jax where any of them is traced."""
-  traced = any(isinstance(value, jax.Array) for value in values)
-  return jnp.stack([jnp.asarray(v, jnp.float32) for v in values]) if traced else np.array(values, np.float32)
+  """Stacks numbers into a float32 array [n], of jax if any of them is."""
+  has_jax = any(isinstance(value, jax.Array) for value in values)
+  return jnp.stack([jnp.asarray(v, jnp.float32) for v in values]) if has_jax else np.array(values, np.float32)
 
 
-def _spread(settings: Any, count: int, what: str) -> list[Any]:
-  """A setting for each model."""
+def _per_model_settings(settings: Any, count: int, option_name: str) -> list[Any]:
+  """Returns one setting for each model."""
   is_list = isinstance(settings, Sequence) or (isinstance(settings, np.ndarray | jax.Array) and settings.ndim > 0)
   if not is_list or isinstance(settings, str):
     return [settings] * count
   if len(settings) != count:
-    raise ValueError(f"{what}: {len(settings)} of them for {count} models; expected one for each, or one number")
+    raise ValueError(f"{option_name}: {len(settings)} of them for {count} models; expected one for each, or one number")
   return list(settings)

@@ -1,4 +1,4 @@
-"""What a merge is made of: models or slices of their layers, a method, its options, config and tokenizer."""
+"""Descriptions of merges: models or slices of their layers, a method, its options, config and tokenizer."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ class Slice:
   """Layers of the output and the models that they are merged from.
 
   Attributes:
-    models: label -> folder, in the method's order, the base's label `base`.
-    options: of the method.
-    layers: label -> the first layer and the one after the last that is taken; None for whole models.
+    models: label -> folder, in the method's order; the label of a base is `base`.
+    options: the method's options.
+    layers: label -> half-open range [first, end) of layers; None for whole models.
   """
 
   models: Mapping[str, Path]
@@ -31,12 +31,12 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-  """Which tokenizer the output has, and where its tokens' rows come from.
+  """The output's tokenizer, and the sources of its tokens' embeddings.
 
   Attributes:
     source: `union`, `base`, or a model's folder.
-    tokens: token -> {source, force}, as mergekit has it, with folders in place of models.
-    pad_to_multiple_of: rows that the vocabulary is padded to a multiple of.
+    tokens: token -> {source, force}, as in mergekit, with folders in place of models.
+    pad_to_multiple_of: pads the vocabulary to a multiple of this size.
   """
 
   source: str | Path
@@ -46,16 +46,16 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """A merge: a method, what it takes, the dtype to write, and what decides config and tokenizer.
+  """A merge: its method and inputs, the dtype to write, and the sources of config and tokenizer.
 
   Attributes:
-    method: of the registry.
-    slices: one for whole models, else one after the other.
-    dtype: of the weights; the first model's unless given.
-    donor: the folder whose config and tokenizer the output has; the first model's unless given.
-    tokens: a tokenizer to build; None to copy the donor's.
-    chat_template: a template, or `auto`; None to copy the donor's.
-    name: what later documents of the same file call the output.
+    method: a method's name in the registry.
+    slices: slices of the output in order; a single one for whole models.
+    dtype: dtype of the weights; that of the first model by default.
+    donor: folder whose config and tokenizer the output takes; that of the first model by default.
+    tokens: a tokenizer to build; None copies the donor's.
+    chat_template: a template, or `auto`; None copies the donor's.
+    name: name by which later documents of the same file refer to the output.
   """
 
   method: str
@@ -68,23 +68,23 @@ class Recipe:
 
   @property
   def models(self) -> dict[str, Path]:
-    """All folders by labels that tell slices apart."""
+    """All folders by labels that are unique across slices."""
     return {prefix + label: folder for prefix, part in zip(self.prefixes, self.slices, strict=True)
             for label, folder in part.models.items()}
 
   @property
   def prefixes(self) -> list[str]:
-    """Of the labels of each slice."""
+    """The prefix of each slice's labels in `models`."""
     return [""] if len(self.slices) == 1 else [f"slices[{i}]." for i in range(len(self.slices))]
 
   @property
   def options(self) -> Mapping[str, Any]:
-    """The first slice's."""
+    """The options of the first slice."""
     return self.slices[0].options
 
 
-def build(source: Any, method: str, options: Mapping[str, Any]) -> Any:
-  """The plan of a method; what its options have wrong is a UserError."""
+def build_plan(source: Any, method: str, options: Mapping[str, Any]) -> Any:
+  """Builds the plan of a method; raises UserError for invalid options."""
   try:
     return registry.METHODS[method](source, **options)
   except (TypeError, ValueError) as e:

@@ -1,11 +1,11 @@
-"""Merging methods by name. A file under `methods/` registers one, and everything that offers methods asks here.
+"""The registry of merging methods. Files under `methods/` register them; functions, flags and recipes look them up.
 
     from imm_jax.merging import registry
     for name, method in registry.METHODS.items():
       print(name, method.summary, method.inputs, [option.name for option in method.options])
 
-`@method(...)` stands over a kernel and makes of it the function on trees that `imm_jax.merging` exports. The command's
-flags, its help, and the keys of recipes are made from the same options.
+`@method(...)` decorates a kernel and turns it into the function on trees that `imm_jax.merging` exports. The command's
+flags, their help, and the keys of recipes are derived from the same options.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from imm_jax.merging.trees import PyTree
 Scalars = dict[str, Any]
 # (source, settings) -> numbers of a tensor by its name, static options of the kernel.
 Prepare = Callable[[Source, Settings], tuple[Callable[[str], Scalars], dict[str, Any]]]
-# What each input is, for help and docstrings.
+# Descriptions of the inputs, for help and docstrings.
 INPUTS = {"base": "the model that all were tuned from", "base?": "the model that all were tuned from; none by default",
           "start": "the model that was tuned; the base in the first round", "tuned": "the model after SFT",
           "models": "a list of trees", "other": "the other model", "delta": "tuned minus base",
@@ -35,14 +35,14 @@ INPUTS = {"base": "the model that all were tuned from", "base?": "the model that
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """How to merge a tensor.
+  """A plan for merging tensors.
 
   Attributes:
-    kernel: (float32 tensors, numbers, shared) -> merged, without its static options; see `kernels`.
-    static: options of the kernel that decide what is compiled.
-    scalars: tensor name -> the numbers that its merge needs.
-    draws: whether the kernel draws a mask, so that rows must be known to it.
-    whole: what a kernel must see at once, `row` or `tensor`; None where entries stand alone.
+    kernel: (float32 tensors, numbers, shared, **static) -> merged; see `kernels`.
+    static: static options of the kernel.
+    scalars: tensor name -> numbers that the kernel needs for it.
+    draws: whether the kernel draws a mask, and so must know the rows of a block.
+    whole: unit that the kernel must see at once, `row` or `tensor`; None if it is elementwise.
   """
 
   kernel: Callable[..., jax.Array]
@@ -54,23 +54,23 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """One merging method, as its file describes it.
+  """A merging method as its file declares it.
 
   Attributes:
-    name: what it is called everywhere.
-    doc: what it does, its equation and its source; the first line is a summary.
-    reference: where it is published, an address; empty for what has no one source.
-    inputs: its models in order, of INPUTS: `base`, `base?` (may be left out), `start`, `tuned`, `other`, `models`, ...
-    options: what it takes beside them.
-    kernel: the arithmetic.
-    prepare: what must be known of whole tensors first; None where each option is a number of the kernel.
+    name: name of the function, the `--method` and the `merge_method`.
+    doc: description with the equation; the first line is a summary.
+    reference: URL of the publication; empty if there is no single one.
+    inputs: its models in order, keys of INPUTS: `base`, `base?` (optional), `start`, `tuned`, `other`, `models`, ...
+    options: its options.
+    kernel: the arithmetic, see `kernels`.
+    prepare: computes the kernel's numbers, from whole tensors if need be; None if they are the options themselves.
     draws: whether it draws random masks, and so needs a key.
-    whole: see `Plan`.
-    least: how many `models` it takes at least.
-    most: and at most; None for any number.
-    measures: whether `prepare` looks at tensors.
-    gradients: how jax.grad goes through it to the models: `exact`, or `masks`: what is dropped or kept counts as given.
-    layers: whether it means something by layer numbers beyond settings that vary over them.
+    whole: see `Plan`; may be computed from the settings.
+    least: smallest number of `models`.
+    most: largest number of `models`; None for no limit.
+    measures: whether `prepare` reads tensors.
+    gradients: `exact`, or `masks` if jax.grad treats the choice of kept entries as constant.
+    layers: whether layer numbers matter beyond settings that vary over the layers.
   """
 
   name: str
@@ -95,12 +95,12 @@ class Method:
 
   @property
   def base(self) -> str:
-    """Whether a base is `required`, `optional`, or there is `none`."""
+    """`required`, `optional` or `none`: whether it takes a base."""
     return "required" if "base" in self.inputs else "optional" if "base?" in self.inputs else "none"
 
   @property
-  def looks(self) -> bool:
-    """Whether it must know something of whole tensors, so that a part of one will not do."""
+  def needs_whole_tensors(self) -> bool:
+    """Whether it needs whole tensors, so that it cannot run on shards."""
     return self.gradients == "masks" or self.whole is not None or self.measures
 
   @property
@@ -109,19 +109,19 @@ class Method:
     return {option.name: option for option in self.options}
 
   def __call__(self, source: Source, **options: Any) -> Plan:
-    """The plan of a merge of these models; raises ValueError for options that do not fit."""
+    """Plans a merge of these models; raises ValueError for invalid options."""
     settings = Settings(self.options, options, source, self._num_models(source))
     static = {o.name: settings[o.name] for o in self.options if o.kind in ("flag", "choice", "integer")}
     numbers = [o.name for o in self.options if o.kind == "number"]
-    scalars: Callable[[str], Scalars] = lambda name: {option: settings.of(option, name) for option in numbers}
+    scalars: Callable[[str], Scalars] = lambda name: {option: settings.value(option, name) for option in numbers}
     if self.prepare is not None:
       scalars, static = self.prepare(source, settings)
     whole = self.whole(settings) if callable(self.whole) else self.whole
-    # A kernel without masks to draw reads blocks of any form.
+    # If no mask is drawn, blocks may have any shape.
     return Plan(self.kernel, static, scalars, self.draws and static.get("draw", True), whole)
 
   def _num_models(self, source: Source) -> int:
-    """How many models there are settings for."""
+    """Returns the number of models that `per_model` options apply to."""
     count = source.num_models - source.has_base
     return count // 2 if "fishers" in self.inputs else count
 
@@ -131,101 +131,101 @@ METHODS: dict[str, Method] = {}
 
 def method(*inputs: str, options: Sequence[Option] = (), reference: str = "", **attributes: Any,
            ) -> Callable[[Callable[..., jax.Array]], Callable[..., PyTree]]:
-  """Registers a kernel as the method of its name, and makes it the function on trees.
+  """Registers a kernel as a method under its name, and turns it into a function on trees.
 
   Args:
     inputs: see `Method`.
     options: see `Method`.
     reference: see `Method`.
-    attributes: others of `Method`.
+    attributes: further attributes of `Method`.
   """
 
   def register(kernel: Callable[..., jax.Array]) -> Callable[..., PyTree]:
     if kernel.__name__ in METHODS and METHODS[kernel.__name__].kernel.__module__ != kernel.__module__:
       raise ValueError(f"{kernel.__name__}: two files register a method of this name")
-    made = METHODS[kernel.__name__] = Method(kernel.__name__, inspect.cleandoc(kernel.__doc__ or ""), reference, inputs,
-                                             tuple(options), kernel, **attributes)
-    return _function(made)
+    doc = inspect.cleandoc(kernel.__doc__ or "")
+    METHODS[kernel.__name__] = Method(kernel.__name__, doc, reference, inputs, tuple(options), kernel, **attributes)
+    return _make_function(METHODS[kernel.__name__])
 
   return register
 
 
 def on_disk() -> dict[str, Method]:
-  """The methods that merge checkpoints, by name."""
+  """Returns the methods that merge checkpoints, by name."""
   return {name: METHODS[name] for name in sorted(METHODS) if "delta" not in METHODS[name].inputs}
 
 
 def option_help() -> dict[str, str]:
-  """Every option of a method on disk by its name, and what it is to which methods: the command's flags."""
-  users: dict[str, dict[str, list[str]]] = {}
-  for made in on_disk().values():
-    for option in made.options:
+  """Returns the help of the command's flags: for every option of `on_disk()` what it means to which methods."""
+  methods_by_text: dict[str, dict[str, list[str]]] = {}
+  for entry in on_disk().values():
+    for option in entry.options:
       default = "" if option.suggested is REQUIRED else f" [default: {option.suggested}]"
       text = f"{option.help}; {option.range}{default}" if option.range else option.help + default
-      users.setdefault(option.name, {}).setdefault(text, []).append(made.name)
+      methods_by_text.setdefault(option.name, {}).setdefault(text, []).append(entry.name)
   return {name: " ".join(f"{', '.join(names)}: {text}." for text, names in texts.items())
-          for name, texts in users.items()}
+          for name, texts in methods_by_text.items()}
 
 
 def load() -> dict[str, Callable[..., PyTree]]:
-  """Imports every file of `methods`, each of which registers what it holds; the functions on trees by name."""
+  """Imports every file of `methods`, which registers its methods, and returns the functions on trees by name."""
   package = importlib.import_module("imm_jax.merging.methods")
   modules = [importlib.import_module(f"{package.__name__}.{module.name}")
              for module in pkgutil.iter_modules(package.__path__)]
-  return {name: getattr(module, name) for module in modules for name, made in METHODS.items()
-          if made.kernel.__module__ == module.__name__}
+  return {name: getattr(module, name) for module in modules for name, entry in METHODS.items()
+          if entry.kernel.__module__ == module.__name__}
 
 
-def _function(made: Method) -> Callable[..., PyTree]:
-  """The function on trees."""
+def _make_function(method: Method) -> Callable[..., PyTree]:
+  """Makes the function on trees from a method."""
   parameter = inspect.Parameter
   parameters = [parameter(name, parameter.POSITIONAL_OR_KEYWORD, annotation="Sequence[PyTree]" if name in (
-      "models", "fishers") else "PyTree") for name in made.inputs if name != "base?"]
-  named = [(option.name, option.default, option.annotation) for option in made.options]
-  named += [("base", None, "PyTree | None")] if "base?" in made.inputs else []
-  named += [("key", REQUIRED, jax.Array)] if made.draws else []
-  named += [("names", None, "PyTree | None"), ("layer_axis", 0, int), ("donate", False, bool)]
+      "models", "fishers") else "PyTree") for name in method.inputs if name != "base?"]
+  keywords = [(option.name, option.default, option.annotation) for option in method.options]
+  keywords += [("base", None, "PyTree | None")] if "base?" in method.inputs else []
+  keywords += [("key", REQUIRED, jax.Array)] if method.draws else []
+  keywords += [("names", None, "PyTree | None"), ("layer_axis", 0, int), ("donate", False, bool)]
   parameters += [parameter(name, parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-                 for name, default, annotation in named]
+                 for name, default, annotation in keywords]
   signature = inspect.Signature(parameters, return_annotation="PyTree")
 
-  @functools.wraps(made.kernel)
+  @functools.wraps(method.kernel)
   def merge(*args: Any, **kwargs: Any) -> PyTree:
-    from imm_jax.merging import in_memory  # late: it needs this module
+    from imm_jax.merging import in_memory  # imported here because it imports this module
 
     if unknown := [name for name in kwargs if name not in signature.parameters]:
-      raise TypeError(f"{made.name}() takes no {unknown[0]!r}; {nearest(unknown[0], [*signature.parameters])}")
+      raise TypeError(f"{method.name}() takes no {unknown[0]!r}; {nearest(unknown[0], [*signature.parameters])}")
     try:
       bound = signature.bind(*args, **kwargs)
     except TypeError as e:
-      raise TypeError(f"{made.name}() {e}") from None
+      raise TypeError(f"{method.name}() {e}") from None
     bound.apply_defaults()
-    given = dict(bound.arguments)
-    trees = {name.rstrip("?"): given.pop(name.rstrip("?")) for name in made.inputs}
-    rest = {name: given.pop(name) for name in ("names", "layer_axis", "donate")}
-    return in_memory.merge(made, trees, given, key=given.pop("key", None), **rest)
+    options = dict(bound.arguments)
+    trees = {name.rstrip("?"): options.pop(name.rstrip("?")) for name in method.inputs}
+    common = {name: options.pop(name) for name in ("names", "layer_axis", "donate")}
+    return in_memory.merge(method, trees, options, key=options.pop("key", None), **common)
 
   merge.__signature__ = signature
-  merge.__doc__ = _docstring(made)
+  merge.__doc__ = _make_docstring(method)
   merge.__annotations__ = {}
-  del merge.__wrapped__  # its signature and source are the kernel's
+  del merge.__wrapped__  # `inspect` would show the kernel's signature and source
   return merge
 
 
-def _docstring(made: Method) -> str:
-  """The method's own text, with its arguments before the example."""
+def _make_docstring(method: Method) -> str:
+  """Builds the function's docstring: the method's text with the arguments inserted before the example."""
   lines = []
-  for name in made.inputs:
-    many = f", {made.least} or more" if name == "models" and made.most is None else (
-        f", {made.least}" if name == "models" and made.most == made.least else "")
-    lines.append(f"  {name.rstrip('?')}: {INPUTS[name]}{many}.")
-  for option in made.options:
-    each = "; one for all models, or a list with one for each" if option.per_model else ""
-    lines.append(f"  {option.name}: {option.help.rstrip('.')}{each}; {option.range}.".replace("; .", "."))
-  lines += ["  key: a threefry key, `jax.random.key(seed)`."] if made.draws else []
-  lines += ["  names: tensor names, see `imm_jax.merging`.", "  layer_axis: where the layers of stacked leaves lie.",
-            "  donate: give the first tree's memory to the result."]
-  text, *example = made.doc.partition("\n\n>>>")
-  reference = f"\n\nSource: {made.reference}" if made.reference else ""
+  for name in method.inputs:
+    count = f", {method.least} or more" if name == "models" and method.most is None else (
+        f", {method.least}" if name == "models" and method.most == method.least else "")
+    lines.append(f"  {name.rstrip('?')}: {INPUTS[name]}{count}.")
+  for option in method.options:
+    per_model = "; one for all models, or a list with one for each" if option.per_model else ""
+    lines.append(f"  {option.name}: {option.help.rstrip('.')}{per_model}; {option.range}.".replace("; .", "."))
+  lines += ["  key: a threefry key, `jax.random.key(seed)`."] if method.draws else []
+  lines += ["  names: tensor names, see `imm_jax.merging`.", "  layer_axis: axis of the layers in stacked leaves.",
+            "  donate: donate the first tree's buffers to the result."]
+  text, *example = method.doc.partition("\n\n>>>")
+  reference = f"\n\nSource: {method.reference}" if method.reference else ""
   return (f"{text}{reference}\n\nArgs:\n" + "\n".join(lines) + "\n\nReturns:\n  The merged tree, in the first tree's "
           "dtypes.\n\nRaises:\n  ValueError: see `imm_jax.merging`." + "".join(example) + "\n")

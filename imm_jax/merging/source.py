@@ -1,4 +1,4 @@
-"""Checkpoint folders as the tensors of several models: matched, read in blocks, measured."""
+"""Matches the tensors of several checkpoint folders, reads them in blocks, and computes statistics of them."""
 
 import collections
 import contextlib
@@ -16,55 +16,53 @@ from imm_jax import files, progress
 from imm_jax.errors import UserError, listed
 from imm_jax.merging import trees
 from imm_jax.merging.statistics import Statistic
-from imm_jax.model import folder as checkpoint
-from imm_jax.model.safetensors import Entry, Reader, aligned
+from imm_jax.model import folder as model_folder
+from imm_jax.model.safetensors import Entry, Reader, empty_aligned
 
-# Entries of a block: small enough for the caches, large enough to outweigh a call.
+# Entries in a block: few enough to fit in CPU caches, enough to amortise the overhead of a call.
 BLOCK = 1 << 19
-# What follows from the code of a model, and which some checkpoints hold and others do not.
+# Buffers that a model's code computes, so that some checkpoints omit them.
 _BUFFERS = re.compile(r"(^|\.)(position_ids|masked_bias|attn\.bias|attention\.bias|num_batches_tracked)$")
 Table = dict[str, Entry]
 
 
 class CheckpointSource:
-  """Checkpoint folders as the `Source` of a plan; use as a context manager."""
+  """A `Source` of tensors in checkpoint folders. Use it as a context manager."""
 
   traced = False
 
-  def __init__(self, folders: Mapping[str, Path], *, block: int = BLOCK, only: Callable[[str], bool] | None = None,
+  def __init__(self, folders: Mapping[str, Path], *, block: int = BLOCK, keep: Callable[[str], bool] | None = None,
                tables: Sequence[Table] | None = None, first_layer: int = 0):
     """Opens the folders and matches their tensors.
 
     Args:
-      folders: label -> folder; the first one's tensors are what the others are compared with, and it is the base
-        where its label is `base`.
-      block: entries that are held at once.
-      only: says by name which tensors count; None for all.
-      tables: for each folder where the tensors lie, by the names that the output gives them; None for all of a
-        folder's, by their own names.
-      first_layer: where lists over the layers begin.
+      folders: label -> folder; the others are compared with the first, which is the base if its label is `base`.
+      block: number of entries held at once.
+      only: predicate on names that selects tensors; None for all.
+      tables: for each folder, output name -> entry of the tensor; None for all tensors under their own names.
+      first_layer: first layer of the output among these tensors, where lists over the layers begin.
 
     Raises:
-      UserError: for what `folder.tensors` raises, and unless all have the same tensors; it names those that differ.
+      UserError: as `folder.read_entries` does, and if the folders' tensors differ; names those that do.
     """
     self.folders, self.block, self.first_layer = dict(folders), block, first_layer
     self._reader = Reader()
     try:
       labels = self.labels = list(self.folders)
       if tables is None:
-        tables = [self._table(path) if only is None else
-                  {name: entry for name, entry in checkpoint.tensors(path).items() if only(name)}
+        tables = [self._load_table(path) if keep is None else
+                  {name: entry for name, entry in model_folder.read_entries(path).items() if keep(name)}
                   for path in self.folders.values()]
-      # Of an untied output whose tied inputs have no head of their own: their embedding is one.
+      # If any input has an untied head, so has the output; tied inputs contribute their embedding as the head.
       self.untied = [label for label, table in zip(labels, tables, strict=True) if _is_tied(table)
-                     and any(checkpoint.HEAD in other for other in tables)]
+                     and any(model_folder.HEAD in other for other in tables)]
       self._models = _align(tables)
-      _match(labels, self._models)
+      _require_match(labels, self._models)
     except BaseException:
       self.close()
       raise
-    self.order = sorted(self._models[0], key=checkpoint.model_order)
-    self.names = [name for name in self.order if floating(self._models[0][name])]
+    self.order = sorted(self._models[0], key=model_folder.model_order)
+    self.names = [name for name in self.order if is_floating(self._models[0][name])]
     self.num_models, self.has_base = len(self._models), labels[0] == "base"
 
   def __enter__(self) -> "CheckpointSource":
@@ -81,12 +79,12 @@ class CheckpointSource:
     return self._models[0][name].size
 
   def row_length(self, name: str) -> int:
-    """Entries of a tensor with one index on its first axis; a tensor of at most one axis is one row."""
+    """Returns the number of entries in a row (one index of the first axis); below two axes a tensor is one row."""
     shape = self._models[0][name].shape
     return math.prod(shape[1:] if len(shape) > 1 else shape)
 
   def entries(self, name: str) -> list[Entry]:
-    """Where a tensor lies in every model."""
+    """Returns a tensor's entry in every model."""
     return [model[name] for model in self._models]
 
   def read(self, entry: Entry, begin: int, out: np.ndarray) -> None:
@@ -94,7 +92,7 @@ class CheckpointSource:
     self._reader.read(entry, begin, out)
 
   def tensors(self, name: str) -> list[jax.Array]:
-    """None is ever traced."""
+    """Is never called: tensors on disk are never traced."""
     raise NotImplementedError(name)
 
   def reduce(self, statistic: Statistic, combine: Callable[..., np.ndarray],
@@ -104,7 +102,7 @@ class CheckpointSource:
     whole = names is None or len(names) == len(self.names)
     names, buffers = self.names if names is None else names, Buffers()
     total = sum(e.size * e.dtype.itemsize for name in names for e in self.entries(name))
-    # What is measured for one tensor belongs to the bar of the merge.
+    # A pass over few tensors is part of the merge, which has its own progress bar.
     with progress.bar(total, "measure", "B", quiet=not whole, unit_scale=True, leave=False) as bar:
       for name in names:
         numbers, result = dict(arguments(name)), None
@@ -123,24 +121,24 @@ class CheckpointSource:
           buffers.give(tensors)
         yield name, result
 
-  def _table(self, path: Path) -> Table:
-    """A model's tensors, less those that follow from the others."""
-    found = checkpoint.tensors(path)
-    head, embedding = found.get(checkpoint.HEAD), found.get(checkpoint.EMBEDDING)
+  def _load_table(self, path: Path) -> Table:
+    """Loads the entries of a model's tensors, without those that are computed from others (tied head, rotary)."""
+    table = model_folder.read_entries(path)
+    head, embedding = table.get(model_folder.HEAD), table.get(model_folder.EMBEDDING)
     tied = files.read_json(path / "config.json").get("tie_word_embeddings")
-    # Where config.json does not say, the family decides, and equal bytes tell.
+    # If config.json does not say, the family decides; equal bytes show that the head is tied.
     if head is not None and embedding is not None and (tied or tied is None):
-      if self._equal([head, embedding]):
-        del found[checkpoint.HEAD]
+      if self._are_equal([head, embedding]):
+        del table[model_folder.HEAD]
       elif tied:
-        raise checkpoint.untied(path)
-    return {name: entry for name, entry in found.items() if not checkpoint.is_rotary(name)}
+        raise model_folder.untied_error(path)
+    return {name: entry for name, entry in table.items() if not model_folder.is_rotary(name)}
 
-  def _equal(self, entries: Sequence[Entry]) -> bool:
+  def _are_equal(self, entries: Sequence[Entry]) -> bool:
     if len({(e.dtype, e.shape) for e in entries}) > 1:
       return False
     for begin in range(0, entries[0].size, self.block):
-      blocks = [aligned((min(self.block, e.size - begin),), e.dtype) for e in entries]
+      blocks = [empty_aligned((min(self.block, e.size - begin),), e.dtype) for e in entries]
       for entry, block in zip(entries, blocks, strict=True):
         self.read(entry, begin, block)
       if len({block.tobytes() for block in blocks}) > 1:
@@ -148,62 +146,62 @@ class CheckpointSource:
     return True
 
   def read_equal(self, name: str) -> np.ndarray:
-    """A tensor that is not merged; raises UserError unless it is the same in every model, or a counter."""
+    """Reads a tensor that is not merged; raises UserError unless it is equal in every model or a counter."""
     entries = self.entries(name)
-    if not trees.is_counter(name) and not self._equal(entries):
+    if not trees.is_counter(name) and not self._are_equal(entries):
       raise UserError(f"{name} of {entries[0].dtype} differs between the models; only floating tensors are merged")
-    whole = aligned((entries[0].size,), entries[0].dtype)
+    whole = empty_aligned((entries[0].size,), entries[0].dtype)
     self.read(entries[0], 0, whole)
     return whole
 
 
 class Buffers:
-  """Aligned arrays that are used again: memory that the system hands out anew is slow at its first touch."""
+  """A pool of aligned arrays for reuse, because the first touch of newly allocated memory is slow."""
 
   def __init__(self) -> None:
     self._spare: dict[int, list[np.ndarray]] = collections.defaultdict(list)
 
   def take(self, count: int, dtype: np.dtype) -> np.ndarray:
-    """An array [count] with anything in it."""
+    """Returns an uninitialised array [count]."""
     spare = self._spare[count * dtype.itemsize]
-    return spare.pop().view(dtype) if spare else aligned((count,), dtype)
+    return spare.pop().view(dtype) if spare else empty_aligned((count,), dtype)
 
   def give(self, arrays: Iterable[np.ndarray]) -> None:
-    """Takes arrays back."""
+    """Returns arrays to the pool."""
     for array in arrays:
       self._spare[array.nbytes].append(array)
 
 
-def floating(entry: Entry) -> bool:
-  """Whether a tensor is merged; others are copied."""
+def is_floating(entry: Entry) -> bool:
+  """Returns whether a tensor is floating and so is merged; others are copied."""
   return jax.numpy.issubdtype(entry.dtype, jax.numpy.floating)
 
 
 def on_cpu() -> contextlib.AbstractContextManager:
-  """Where there is an accelerator too: to and fro would cost more than the merge."""
+  """Makes the CPU the default device: transfers to an accelerator and back would cost more than the merge."""
   try:
     return jax.default_device(jax.local_devices(backend="cpu")[0])
-  except RuntimeError:  # the user has switched that backend off
+  except RuntimeError:  # the user has disabled the CPU backend
     return contextlib.nullcontext()
 
 
 def _is_tied(table: Mapping[str, Entry]) -> bool:
-  return checkpoint.HEAD not in table and checkpoint.EMBEDDING in table
+  return model_folder.HEAD not in table and model_folder.EMBEDDING in table
 
 
 def _align(tables: Sequence[Table]) -> list[Table]:
-  """Tables with the same tensors, where the difference follows from the model: tied heads, buffers."""
+  """Removes differences between tables that models may have: tied or untied heads, and optional buffers."""
   names = [set(table) for table in tables]
   one_sided = set.union(*names) - set.intersection(*names)
   left_out = {name for name in one_sided if _BUFFERS.search(name)}
   aligned_tables = [{n: entry for n, entry in table.items() if n not in left_out} for table in tables]
-  if checkpoint.HEAD in one_sided:
+  if model_folder.HEAD in one_sided:
     for table in filter(_is_tied, aligned_tables):
-      table[checkpoint.HEAD] = table[checkpoint.EMBEDDING]
+      table[model_folder.HEAD] = table[model_folder.EMBEDDING]
   return aligned_tables
 
 
-def _match(labels: Sequence[str], models: Sequence[Mapping[str, Entry]]) -> None:
+def _require_match(labels: Sequence[str], models: Sequence[Mapping[str, Entry]]) -> None:
   first, problems = models[0], []
   for label, model in zip(labels[1:], models[1:], strict=True):
     problems += [f"{label} lacks {name}" for name in first.keys() - model.keys()]
@@ -215,7 +213,7 @@ def _match(labels: Sequence[str], models: Sequence[Mapping[str, Entry]]) -> None
         problems.append(f"{name} has shape {a.shape} in {labels[0]}, {b.shape} in {label}" + (
             " (other vocabularies: a recipe with tokenizer_source: base gives both the rows of one)"
             if vocabulary else ""))
-      elif floating(a) != floating(b):
+      elif is_floating(a) != is_floating(b):
         problems.append(f"{name} is {a.dtype} in {labels[0]}, {b.dtype} in {label}")
   if problems:
     raise UserError(f"the checkpoints do not match: {listed(sorted(problems)[:50], '; ')}")

@@ -1,9 +1,9 @@
-"""What some methods must know of a whole tensor before they merge it: angles, order statistics, counts.
+"""Statistics of whole tensors that some methods need before they merge: angles, order statistics, counts.
 
-Everything is summed as integers, so that the result does not depend on blocks, devices or layout. `Source` is where
-tensors come from (trees in memory, checkpoints on disk); it sums the statistics below over a tensor's parts. Tensors
-that jax traces (under jit, grad, vmap, eval_shape) are measured within the trace, in float32, so that gradients go
-through what is smooth.
+All sums are of integers, so that the result does not depend on blocks, devices or layout. A `Source` provides the
+tensors (from trees in memory or checkpoints on disk) and adds up the statistics below over a tensor's parts. For
+tensors that jax traces (under jit, grad, vmap, eval_shape) they are computed in the trace in float32, so that gradients
+flow through their smooth parts.
 """
 
 import math
@@ -16,7 +16,7 @@ import numpy as np
 
 from imm_jax.merging import kernels
 
-# Statistics of one tensor, or of a part of one: (tensor of every model, arguments) -> integers.
+# A statistic of a tensor or part of one: (tensor of every model, arguments) -> integers.
 Statistic = Callable[..., jax.Array]
 _HIGH_BITS, _LOW_BITS = 16, 15
 
@@ -26,58 +26,58 @@ class Source(Protocol):
 
   names: Sequence[str]
   num_models: int
-  # What the models are called in errors.
+  # Names of the models in errors.
   labels: Sequence[str]
   # Whether the first model is a base.
   has_base: bool
-  # The first layer among the names, where a list over the layers begins.
+  # First layer among the names, where lists over the layers begin.
   first_layer: int
-  # Whether jax traces the tensors, so that their values are not known.
+  # Whether jax traces the tensors, so that their values are not concrete.
   traced: bool
 
   def size(self, name: str) -> int:
-    """Elements of a tensor."""
+    """Returns the number of entries of a tensor."""
 
   def reduce(self, statistic: Statistic, combine: Callable[[np.ndarray, np.ndarray], np.ndarray],
              arguments: Callable[[str], Mapping[str, np.ndarray]] = lambda _: {}, names: Sequence[str] | None = None,
              **static: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """For each tensor (of `names`) its name and the statistic over all of it; parts are joined by `combine`.
+    """Yields name and statistic of each tensor (of `names`); `combine` joins the statistics of a tensor's parts.
 
-    With `rows` among the static arguments a part holds whole rows, [rows, columns]; else it is of any form.
+    With `rows` among the static arguments a part holds whole rows, [rows, columns]; else it has any shape.
     """
 
   def tensors(self, name: str) -> list[jax.Array]:
-    """A traced tensor of every model, float32."""
+    """Returns a traced tensor of every model in float32."""
 
 
-# What of the models a statistic is of: (float32 tensor of every model) -> vectors of one form.
+# Selects what to measure: (float32 tensor of every model) -> vectors of equal shape.
 View = Callable[[Sequence[jax.Array]], Sequence[jax.Array]]
 
 
 def task_vectors(tensors: Sequence[jax.Array]) -> list[jax.Array]:
-  """What models have less the base, which is the first."""
+  """Subtracts the base, which comes first, from the other models."""
   return [tensor - tensors[0] for tensor in tensors[1:]]
 
 
 def models(tensors: Sequence[jax.Array]) -> list[jax.Array]:
-  """The models themselves."""
+  """Returns the models themselves."""
   return list(tensors)
 
 
-def rows_of(tensor: jax.Array) -> jax.Array:
-  """[rows, columns] of one tensor; one of at most one axis is one row."""
+def as_matrix(tensor: jax.Array) -> jax.Array:
+  """Reshapes a tensor to [rows, columns]; below two axes it becomes one row."""
   return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:])) if tensor.ndim > 1 else tensor.reshape(1, -1)
 
 
 def namespace(*values: Any) -> Any:
-  """numpy, or jax.numpy where any of these is jax's."""
+  """Returns jax.numpy if any value is a jax array, else numpy."""
   return jnp if any(isinstance(value, jax.Array) for value in values) else np
 
 
 def cosines(source: Source, view: View) -> dict[str, tuple[Any, Any]]:
-  """By tensor the norms [n] and the cosines [n, n] of vectors, in float64 from exact sums of float32 products.
+  """Computes norms [n] and cosines [n, n] of each tensor's vectors, in float64 from exact sums of float32 products.
 
-  A zero vector has the cosine 0 with everything. Of traced tensors they are float32, by jax.
+  The cosine of a zero vector with any other is 0. For traced tensors both are float32 jax arrays.
   """
   if source.traced:
     return {name: _traced_cosines(view(source.tensors(name))) for name in source.names}
@@ -89,7 +89,7 @@ def cosines(source: Source, view: View) -> dict[str, tuple[Any, Any]]:
   result = {}
   for name, peak in peaks.items():
     if not np.isfinite(peak).all():
-      first = source.num_models - len(peak)  # where a base is taken away, it may be what is not finite
+      first = source.num_models - len(peak)  # 1 for task vectors: the base itself may be what is not finite
       which = [*source.labels[:first if not np.isfinite(peak).any() else 0],
                *(label for label, p in zip(source.labels[first:], peak, strict=True) if not np.isfinite(p))]
       raise ValueError(f"{name} has NaN or infinity in {' or '.join(which)}, so that it has no direction")
@@ -108,7 +108,7 @@ def _traced_cosines(vectors: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]
   flat = flat / jnp.where(peak > 0, peak, 1.0)
   grid = jnp.einsum("ik,jk->ij", flat, flat, precision="highest")
   squares = jnp.diag(grid)
-  # The root of 0 has no derivative; what is not taken must be finite too.
+  # sqrt has no derivative at 0; the branch not taken must have a finite one too.
   lengths = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
   norms = jnp.outer(lengths, lengths)
   cosine = jnp.where(norms > 0, grid / jnp.where(norms > 0, norms, 1.0), 0.0)
@@ -118,15 +118,15 @@ def _traced_cosines(vectors: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]
 def magnitudes_of_rank(source: Source, ranks: Mapping[Any, np.ndarray], group_of: Mapping[str, Sequence[Any]],
                        names: Sequence[str], view: View = task_vectors, rows: bool = False,
                        ) -> dict[tuple[Any, int], Any]:
-  """Exact order statistics of |v_i|, of task vectors t_i - base or of what `view` makes.
+  """Finds exact order statistics of the magnitudes |v_i| of task vectors, or of the vectors that `view` returns.
 
   Args:
     source: the models.
-    ranks: group -> [m]: the ranks that are asked for, 0 the smallest magnitude, counted over the group.
+    ranks: group -> [m]: the ranks to find, counted over the group from 0 for the smallest magnitude.
     group_of: tensor name -> group for each of the n vectors.
-    names: the tensors to count.
-    view: what the vectors are.
-    rows: it needs whole rows.
+    names: the tensors over which ranks are counted.
+    view: computes the vectors from the models.
+    rows: whether `view` needs whole rows.
 
   Returns:
     (group, vector) -> uint32 [m], the bits of the magnitudes with these ranks.
@@ -134,10 +134,10 @@ def magnitudes_of_rank(source: Source, ranks: Mapping[Any, np.ndarray], group_of
   if source.traced:
     parts: dict[tuple[Any, int], list[jax.Array]] = {}
     for name in names:
-      tensors = [rows_of(t) for t in source.tensors(name)] if rows else source.tensors(name)
+      tensors = [as_matrix(t) for t in source.tensors(name)] if rows else source.tensors(name)
       for i, (group, vector) in enumerate(zip(group_of[name], view(tensors), strict=True)):
         parts.setdefault((group, i), []).append(kernels.magnitude_bits(vector).reshape(-1))
-    return {key: jnp.sort(jnp.concatenate(found))[ranks[key[0]]] for key, found in parts.items()}
+    return {key: jnp.sort(jnp.concatenate(bits))[ranks[key[0]]] for key, bits in parts.items()}
   static = {"view": view} | ({"rows": True} if rows else {})
   find = lambda histogram, rank: np.searchsorted(np.cumsum(histogram), rank, side="right")
   high: dict[tuple[Any, int], np.ndarray] = {}
@@ -163,12 +163,12 @@ def _vectors(tensors: Sequence[jax.Array], view: View) -> Sequence[jax.Array]:
 
 
 def _peak(tensors: Sequence[jax.Array], *, view: View) -> jax.Array:
-  """float32 [n]: the greatest magnitude of each vector; 0 for empty ones."""
+  """Returns float32 [n]: the largest magnitude of each vector; 0 for empty ones."""
   return jnp.stack([jnp.max(jnp.abs(v), initial=0.0) for v in _vectors(tensors, view)])
 
 
 def _products(tensors: Sequence[jax.Array], *, shrink: jax.Array, grow: jax.Array, view: View) -> jax.Array:
-  """int64 [n, n]: inner products in fixed point; vectors are shrunk below 1 first, products then grown."""
+  """Returns int64 [n, n]: inner products in fixed point. `shrink` scales vectors below 1, `grow` scales products."""
   vectors = [v * shrink[i] for i, v in enumerate(_vectors(tensors, view))]
   product = lambda a, b: jnp.sum(((a * b) * grow).astype(jnp.int64))
   upper = {(i, j): product(vectors[i], vectors[j]) for i in range(len(vectors)) for j in range(i, len(vectors))}
@@ -177,14 +177,14 @@ def _products(tensors: Sequence[jax.Array], *, shrink: jax.Array, grow: jax.Arra
 
 
 def _high_counts(tensors: Sequence[jax.Array], *, view: View, rows: bool = False) -> jax.Array:
-  """int32 [n, 65536]: how many magnitudes have these first 16 of 31 bits."""
+  """Returns int32 [n, 65536]: a histogram of the first 16 of 31 bits of the magnitudes."""
   del rows
   return jnp.stack([_histogram((kernels.magnitude_bits(v) >> _LOW_BITS).astype(jnp.int32), 1 << _HIGH_BITS)
                     for v in _vectors(tensors, view)])
 
 
 def _low_counts(tensors: Sequence[jax.Array], *, top: jax.Array, view: View, rows: bool = False) -> jax.Array:
-  """int32 [n, m, 32768]: of the magnitudes that begin with top [n, m], how many go on with these 15 bits."""
+  """Returns int32 [n, m, 32768]: a histogram of the last 15 bits of the magnitudes that begin with top [n, m]."""
   del rows
 
   def count(v: jax.Array, first: jax.Array) -> jax.Array:
@@ -197,5 +197,5 @@ def _low_counts(tensors: Sequence[jax.Array], *, top: jax.Array, view: View, row
 
 
 def _histogram(bins: jax.Array, count: int) -> jax.Array:
-  """How often each bin occurs; negative ones do not count."""
+  """Counts the occurrences of each bin; negative bins are ignored."""
   return jnp.zeros(count, jnp.int32).at[jnp.where(bins < 0, count, bins)].add(1, mode="drop")

@@ -1,7 +1,7 @@
-"""Trees of tensors: their names, whether they match, and settings that vary by tensor.
+"""Names and matches the tensors of trees, and resolves settings that vary by tensor.
 
-A leaf is one tensor, or several of equal shape stacked on its first axis (layers under `lax.scan`); a tuple of names
-says so. Every setting may be a number, a list interpolated over the layers, or a mapping from regex to either.
+A leaf is one tensor, or several of equal shape stacked on one axis (layers under `lax.scan`), which a tuple of names
+indicates. A setting is a number, a list interpolated over the layers, or a mapping from regex to either.
 """
 
 import collections
@@ -14,17 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 PyTree = Any
-# Names of a leaf's tensors: one, or one for each tensor stacked on its first axis.
+# Names of a leaf's tensors: one, or a tuple for stacked tensors.
 Names = str | tuple[str, ...]
 # A number; a list interpolated over the layers; a mapping from a regex of tensor names to either.
 Setting = float | Sequence[float] | Mapping[str, float | Sequence[float]]
 _LAYER = re.compile(r"(?:^|[._])(?:layers?|blocks?|h|encoderblock)[._](\d+)(?:\.|$)")
-# What counts, and no weight: the first model's is taken.
+# Counters, which are not weights: the first model's are taken.
 _COUNTERS = re.compile(r"(?:^|\.)(?:num_batches_tracked|rngs(?:\.\w+)?\.count)(?:\.value)?$")
 
 
 def default_names(tree: PyTree) -> PyTree:
-  """Names of a tree's leaves where the caller has none: path keys joined by dots.
+  """Names a tree's leaves by their path keys, joined by dots.
 
   >>> default_names({"a": {"b": np.zeros(2)}})
   {'a': {'b': 'a.b'}}
@@ -33,22 +33,22 @@ def default_names(tree: PyTree) -> PyTree:
 
 
 def layer_of(name: str) -> int | None:
-  """The layer that a tensor belongs to, or None.
+  """Returns the number of the layer that a tensor belongs to, or None.
 
   >>> layer_of("model.layers.3.mlp.up_proj.weight"), layer_of("lm_head.weight"), layer_of("params.layers_0.kernel")
   (3, None, 0)
   """
-  found = _LAYER.search(name)
-  return int(found[1]) if found else None
+  match = _LAYER.search(name)
+  return int(match[1]) if match else None
 
 
 def count_layers(names: Sequence[str]) -> int:
-  """One more than the highest layer in these names; 0 where none has a layer."""
+  """Returns one more than the highest layer number in these names; 0 if none has one."""
   return max((layer_of(name) or 0 for name in names if layer_of(name) is not None), default=-1) + 1
 
 
 def is_counter(name: str) -> bool:
-  """Whether a tensor counts batches or random draws: no weight, and nothing depends on it.
+  """Returns whether a tensor counts batches or random draws, so that models may differ in it.
 
   >>> is_counter("bn1.num_batches_tracked")
   True
@@ -56,22 +56,22 @@ def is_counter(name: str) -> bool:
   return _COUNTERS.search(name) is not None
 
 
-def resolve(setting: Setting, name: str, num_layers: int, what: str, first_layer: int = 0) -> Any:
-  """A setting's value for one tensor.
+def resolve(setting: Setting, name: str, num_layers: int, option_name: str, first_layer: int = 0) -> Any:
+  """Resolves a setting for one tensor.
 
   Args:
     setting: a number; a list, interpolated from the first layer to the last (a tensor outside the layers takes the
       first value); or a mapping from regex to either, of which the first that is found in the name counts.
-    name: of the tensor.
-    num_layers: of the model.
-    what: the setting's name, for errors.
-    first_layer: where a list begins, if not at layer 0.
+    name: name of the tensor.
+    num_layers: number of layers of the model.
+    what: name of the option, for errors.
+    first_layer: layer at which a list begins.
 
   Returns:
-    A float, or what jax traces.
+    A float, or a traced scalar.
 
   Raises:
-    ValueError: for an empty list, a value that is no finite number, or a mapping in which nothing matches.
+    ValueError: for an empty list, a value that is not a finite number, or a mapping without a match.
 
   >>> resolve([0.0, 1.0], "model.layers.1.mlp.up_proj.weight", 3, "weight")
   0.5
@@ -81,41 +81,42 @@ def resolve(setting: Setting, name: str, num_layers: int, what: str, first_layer
   if isinstance(setting, Mapping):
     for pattern, value in setting.items():
       try:
-        found = re.search(pattern, name)
+        matches = re.search(pattern, name)
       except re.error as e:
-        raise ValueError(f"{what}: {pattern!r} is no regular expression ({e})") from e
-      if found:
-        return resolve(value, name, num_layers, what, first_layer)
-    raise ValueError(f"{what}: no pattern of {list(setting)} matches {name!r}; add '.*' for the others")
+        raise ValueError(f"{option_name}: {pattern!r} is no regular expression ({e})") from e
+      if matches:
+        return resolve(value, name, num_layers, option_name, first_layer)
+    raise ValueError(f"{option_name}: no pattern of {list(setting)} matches {name!r}; add '.*' for the others")
   if isinstance(setting, np.ndarray | jax.Array) and setting.ndim == 0:
     setting = setting if isinstance(setting, jax.core.Tracer) else setting.item()
   if isinstance(setting, jax.core.Tracer) and setting.ndim == 0:
-    if not _floating(setting):
-      raise ValueError(f"{what}: {setting.dtype} is traced by jax; expected floating numbers")
+    if not _is_floating_array(setting):
+      raise ValueError(f"{option_name}: {setting.dtype} is traced by jax; expected floating numbers")
     return setting
   if isinstance(setting, jax.core.Tracer):
     if setting.ndim != 1 or not setting.size:
-      raise ValueError(f"{what}: an array {list(setting.shape)}; expected a number, or one for each layer")
-    return _interpolate(setting, name, num_layers, what, first_layer)
+      raise ValueError(f"{option_name}: an array {list(setting.shape)}; expected a number, or one for each layer")
+    return _interpolate(setting, name, num_layers, option_name, first_layer)
   if isinstance(setting, Sequence | np.ndarray | jax.Array) and not isinstance(setting, str):
     if any(isinstance(value, Mapping) or (not isinstance(value, str) and np.ndim(value)) for value in setting):
-      raise ValueError(f"{what}={setting!r}: a list over the layers holds numbers only")
-    values = [resolve(value, name, num_layers, what) for value in setting]
+      raise ValueError(f"{option_name}={setting!r}: a list over the layers holds numbers only")
+    values = [resolve(value, name, num_layers, option_name) for value in setting]
     if not values:
-      raise ValueError(f"{what}: an empty list; expected one value or more")
-    return _interpolate(values, name, num_layers, what, first_layer)
+      raise ValueError(f"{option_name}: an empty list; expected one value or more")
+    return _interpolate(values, name, num_layers, option_name, first_layer)
   if not isinstance(setting, int | float | np.number) or isinstance(setting, bool) or not np.isfinite(setting):
-    raise ValueError(f"{what}={setting!r}: expected a finite number, a list of them, or a mapping from regex to these")
+    raise ValueError(f"{option_name}={setting!r}: expected a finite number, a list of them, or a mapping from regex to "
+                     "these")
   return float(setting)
 
 
-def _interpolate(values: Any, name: str, num_layers: int, what: str, first_layer: int) -> Any:
-  """The value for a tensor of a list, or an array [n], over the layers."""
+def _interpolate(values: Any, name: str, num_layers: int, option_name: str, first_layer: int) -> Any:
+  """Interpolates a list, or an array [n], over the layers at a tensor's layer."""
   count = num_layers - first_layer
   if count <= 0 and len(values) > 1:
-    raise ValueError(f"{what}: a list over the layers, but no name such as {name!r} has layers.<n>.; give names")
+    raise ValueError(f"{option_name}: a list over the layers, but no name such as {name!r} has layers.<n>.; give names")
   layer = layer_of(name)
-  # As mergekit has it: tensors outside the layers stand at the beginning, a single layer at the end.
+  # As in mergekit, tensors outside the layers take the first value, and a single layer takes the last.
   position = 0.0 if layer is None else (layer - first_layer) / (count - 1) if count > 1 else 1.0
   index = position * (len(values) - 1)
   low = min(int(index), len(values) - 1)
@@ -124,55 +125,55 @@ def _interpolate(values: Any, name: str, num_layers: int, what: str, first_layer
 
 
 class Leaf:
-  """The same leaf of every model, its names, and how to put the result back."""
+  """The leaf at one path of every model, and the names of its tensors."""
 
   def __init__(self, path: str, names: Names, tensors: tuple[Any, ...], layer_axis: int = 0):
     self.path = path
-    # Where its tensors are stacked; None for a single one.
+    # Axis on which its tensors are stacked; None for a single tensor.
     self.axis = None if isinstance(names, str) else layer_axis
     self.names: tuple[str, ...] = (names,) if isinstance(names, str) else tuple(names)
     self.tensors = tensors
 
   @property
   def size(self) -> int:
-    """Elements of one of its tensors."""
+    """Number of entries of one of its tensors."""
     return int(np.prod(np.shape(self.tensors[0]))) // max(1, len(self.names))
 
 
 def match(trees: Mapping[str, PyTree], names: PyTree | None, layer_axis: int = 0) -> tuple[list[Leaf], Any]:
-  """The leaves of trees that match, and the first tree's form.
+  """Pairs up the leaves of trees that must match.
 
   Args:
-    trees: label -> tree; the first one is what the others are compared with.
-    names: tensor names in a tree of the same form, or None for `default_names`.
-    layer_axis: where the layers of stacked leaves lie.
+    trees: label -> tree; the others are compared with the first.
+    names: tensor names in a tree of the same structure, or None for `default_names`.
+    layer_axis: axis of the layers in stacked leaves.
 
   Returns:
-    (leaves, treedef).
+    (leaves, treedef of the first tree).
 
   Raises:
-    ValueError: unless all trees have the same paths and shapes, floating leaves where the first has them, and equal
-      values in the others; it names every path that differs.
+    ValueError: if the trees differ in paths or shapes, in which leaves are floating, or in the values of other leaves;
+      names every path that differs.
   """
   (first_label, first), *rest = trees.items()
-  by_path = {label: _by_path(tree) for label, tree in trees.items()}
+  by_path = {label: _leaves_by_path(tree) for label, tree in trees.items()}
   expected = by_path[first_label]
   problems = []
-  for label, found in by_path.items():
+  for label, leaves in by_path.items():
     problems += [f"{path} of {label} is a ShapeDtypeStruct, without values; use jax.eval_shape on the whole call"
-                 for path, leaf in found.items() if isinstance(leaf, jax.ShapeDtypeStruct)]
+                 for path, leaf in leaves.items() if isinstance(leaf, jax.ShapeDtypeStruct)]
   if problems:
     raise ValueError("; ".join(problems[:8]))
   for label, _ in rest:
-    found = by_path[label]
-    problems += [f"{label} lacks {path}" for path in expected if path not in found]
-    problems += [f"{label} has {path}, {first_label} has not" for path in found if path not in expected]
-    for path in expected.keys() & found.keys():
-      problems += _differences(path, first_label, expected[path], label, found[path])
+    actual = by_path[label]
+    problems += [f"{label} lacks {path}" for path in expected if path not in actual]
+    problems += [f"{label} has {path}, {first_label} has not" for path in actual if path not in expected]
+    for path in expected.keys() & actual.keys():
+      problems += _find_differences(path, first_label, expected[path], label, actual[path])
   if problems:
     raise ValueError("the trees do not match: " + "; ".join(sorted(problems)))
   treedef = jax.tree.structure(first)
-  # A leaf's names may be a tuple, so they are found by the tree's form and not by their own.
+  # A leaf's names may be a tuple, which jax would flatten as a subtree; so flatten up to the first tree's structure.
   try:
     flat_names = treedef.flatten_up_to(default_names(first) if names is None else names)
   except (TypeError, ValueError) as e:
@@ -187,35 +188,35 @@ def match(trees: Mapping[str, PyTree], names: PyTree | None, layer_axis: int = 0
       if not -len(shape) <= layer_axis < len(shape) or len(leaf_names) != shape[layer_axis]:
         raise ValueError(f"{path}: {len(leaf_names)} names for a leaf of shape {shape} with its layers in axis "
                          f"{layer_axis}: {leaf_names}")
-    leaves.append(Leaf(path, leaf_names, tuple(found[path] for found in by_path.values()), layer_axis))
-  doubled = [n for n, count in collections.Counter(
+    leaves.append(Leaf(path, leaf_names, tuple(by_name[path] for by_name in by_path.values()), layer_axis))
+  duplicates = [n for n, count in collections.Counter(
       n for leaf in leaves if is_floating(leaf) for n in leaf.names).items() if count > 1]
-  if doubled:
-    raise ValueError(f"names: {doubled[:8]} stand for several tensors")
+  if duplicates:
+    raise ValueError(f"names: {duplicates[:8]} stand for several tensors")
   return leaves, treedef
 
 
 def is_floating(leaf: Leaf) -> bool:
-  """Whether a leaf is merged; others are copied."""
-  return _floating(leaf.tensors[0])
+  """Returns whether a leaf is floating and so is merged; others are copied."""
+  return _is_floating_array(leaf.tensors[0])
 
 
-def _differences(path: str, first_label: str, first: Any, label: str, other: Any) -> list[str]:
-  """What keeps two leaves from being merged."""
+def _find_differences(path: str, first_label: str, first: Any, label: str, other: Any) -> list[str]:
+  """Lists the reasons why two leaves cannot be merged."""
   if _is_array(first) != _is_array(other):
     return [f"{path} is {type(first).__name__} in {first_label}, {type(other).__name__} in {label}"]
   if not _is_array(first):
-    # A function or a text, as equinox modules hold them.
+    # A function or a string, such as equinox modules have.
     return [] if first is other or bool(first == other) else [
         f"{path} is {first!r} in {first_label}, {other!r} in {label}; only floating leaves are merged"]
   if np.shape(first) != np.shape(other):
     return [f"{path} is {np.shape(first)} in {first_label}, {np.shape(other)} in {label}"]
   kinds = jnp.result_type(first), jnp.result_type(other)
-  if _floating(first) != _floating(other):
+  if _is_floating_array(first) != _is_floating_array(other):
     return [f"{path} is {kinds[0]} in {first_label}, {kinds[1]} in {label}"]
-  # The state of random numbers, and what counts batches, is no weight.
-  same = _floating(first) or jnp.issubdtype(kinds[0], jax.dtypes.prng_key) or _COUNTERS.search(path)
-  if same or _equal(first, other):
+  # Random states and counters are not weights, so they may differ.
+  may_differ = _is_floating_array(first) or jnp.issubdtype(kinds[0], jax.dtypes.prng_key) or _COUNTERS.search(path)
+  if may_differ or _are_equal(first, other):
     return []
   return [f"{path} of {kinds[0]} differs between {first_label} and {label}; only floating leaves are merged"]
 
@@ -224,18 +225,18 @@ def _is_array(leaf: Any) -> bool:
   return isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex)
 
 
-def _by_path(tree: PyTree) -> dict[str, Any]:
+def _leaves_by_path(tree: PyTree) -> dict[str, Any]:
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  found = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-  # Two paths may read alike ({"a": {"b": x}, "a.b": y}); then they are written out.
-  return found if len(found) == len(leaves) else {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+  by_path = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+  # Dotted paths may collide ({"a": {"b": x}, "a.b": y}); then use the unambiguous form.
+  return by_path if len(by_path) == len(leaves) else {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
-def _floating(leaf: Any) -> bool:
+def _is_floating_array(leaf: Any) -> bool:
   return _is_array(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _are_equal(a: Any, b: Any) -> bool:
   if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
-    return True  # values are not known under jit
+    return True  # values are not concrete under jit
   return a is b or bool(np.array_equal(np.asarray(a), np.asarray(b)))

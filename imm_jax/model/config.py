@@ -1,4 +1,4 @@
-"""What the arithmetic of a decoder depends on, read from a checkpoint's config.json."""
+"""The decoder's configuration, read from a checkpoint's config.json."""
 
 import dataclasses
 from pathlib import Path
@@ -6,20 +6,20 @@ from typing import Any
 
 from imm_jax import files
 from imm_jax.errors import UserError, listed, say_once
-from imm_jax.model import config_keys, folder as checkpoint, rope
-from imm_jax.model.numbers import positive
+from imm_jax.model import config_keys, folder as model_folder, rope
+from imm_jax.model.numbers import parse_positive
 from imm_jax.model.rope import RopeScaling
 
-# What no model comes near; a damaged file might say it.
+# Upper limits far above any model, to detect damaged files.
 _MAX_SIZE, _MAX_LAYERS = 2**31, 10_000
-# transformers' names of an activation -> ours.
+# Activation names of transformers -> names in `decoder.ACTIVATIONS`.
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
                 "gelu_new": "gelu_tanh", "relu": "relu"}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """What the arithmetic of a decoder depends on."""
+  """Configuration of a decoder: all that its arithmetic depends on."""
 
   vocab_size: int
   hidden_size: int
@@ -37,13 +37,13 @@ class ModelConfig:
   qk_norm: bool = False
   rope_scaling: RopeScaling | None = None
   activation: str = "silu"  # a name of `decoder.ACTIVATIONS`
-  # Of the scores, where it is not head_dim^-0.5.
+  # Scale of the attention scores; None for head_dim^-0.5.
   attention_scale: float | None = None
-  # Of token vectors; of what attention and the feed-forward add; and what logits are divided by.
+  # Multipliers of embeddings and of residual branches, and the divisor of the logits.
   embedding_multiplier: float = 1.0
   residual_multiplier: float = 1.0
   logits_divisor: float = 1.0
-  # The context that it was trained for, where config.json says it; it changes no arithmetic.
+  # Context length in training, if config.json has it; it does not affect the arithmetic.
   max_positions: int | None = None
 
   @classmethod
@@ -51,61 +51,60 @@ class ModelConfig:
     """Reads a checkpoint's config.json.
 
     Raises:
-      UserError: for an unknown architecture, a missing key, or an option that changes the arithmetic and is not
-        supported; it is never ignored.
+      UserError: for an unknown architecture, a missing key, or an unsupported option that would change the arithmetic.
     """
-    return _read(config, source)[0]
+    return _parse(config, source)[0]
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-  """Reads config.json of a checkpoint folder; keys that have no effect are named on stderr, once.
+  """Reads config.json of a checkpoint folder; prints a note once on keys that have no effect.
 
   Raises:
-    UserError: where it is missing or unsupported.
+    UserError: if it is missing or unsupported.
   """
-  checkpoint.require(Path(folder))
+  model_folder.require_model_folder(Path(folder))
   path = Path(folder) / "config.json"
   if not path.exists():
-    unread = checkpoint.unread_weights(file.name for file in path.parent.iterdir())
+    unread = model_folder.unread_weights(file.name for file in path.parent.iterdir())
     raise UserError(f"{path}: missing; " + (f"found only {unread}" if unread else
                                             "expected a checkpoint folder of transformers"))
-  config, passed_over = _read(files.read_json(path), str(path))
-  if passed_over:
-    say_once(f"note: {path}: passed over, since transformers does not read them for this model: {listed(passed_over)}")
+  config, ignored_keys = _parse(files.read_json(path), str(path))
+  if ignored_keys:
+    say_once(f"note: {path}: passed over, since transformers does not read them for this model: {listed(ignored_keys)}")
   return config
 
 
-def _read(config: dict[str, Any], source: str) -> tuple[ModelConfig, tuple[str, ...]]:
-  """The model's config and the keys that were passed over."""
-  family, passed_over = config_keys.check(config, source)
-  positions, read = rope.read(config, source), config_keys.reader(config, family)
+def _parse(config: dict[str, Any], source: str) -> tuple[ModelConfig, tuple[str, ...]]:
+  """Parses a config.json; returns the model's config and the keys that are ignored."""
+  family, ignored_keys = config_keys.check_keys(config, source)
+  positions, read = rope.read_config(config, source), config_keys.make_reader(config, family)
 
-  def size(key: str, value: object) -> int:
+  def parse_size(key: str, value: object) -> int:
     if type(value) is not int or not 1 <= value < _MAX_SIZE:
       raise UserError(f"{source}: {key} is {'missing' if key not in config else f'{config[key]!r:.100}'}; "
                       f"expected a positive integer below {_MAX_SIZE}")
     return value
 
-  def number(key: str, neutral: float | None = None) -> float:
+  def parse_number(key: str, neutral: float | None = None) -> float:
     value = read(key)
-    return positive(source, key, neutral if value is None else value)
+    return parse_positive(source, key, neutral if value is None else value)
 
-  def switch(key: str) -> bool:
+  def parse_flag(key: str) -> bool:
     value = read(key)
     if value not in (None, True, False):
       raise UserError(f"{source}: {key}={value!r}; expected true or false")
     return bool(value)
 
-  required = lambda key: size(key, config.get(key))
-  heads, layers, width = map(required, ("num_attention_heads", "num_hidden_layers", "hidden_size"))
+  required_size = lambda key: parse_size(key, config.get(key))
+  heads, layers, width = map(required_size, ("num_attention_heads", "num_hidden_layers", "hidden_size"))
   if layers > _MAX_LAYERS:
     raise UserError(f"{source}: num_hidden_layers={layers}; expected at most {_MAX_LAYERS}")
   kv_heads, head_dim = read("num_key_value_heads"), config.get("head_dim", read("head_dim"))
-  kv_heads = size("num_key_value_heads", heads if kv_heads is None else kv_heads)
+  kv_heads = parse_size("num_key_value_heads", heads if kv_heads is None else kv_heads)
   if head_dim is None and heads > width:
     raise UserError(f"{source}: num_attention_heads={heads} is more than hidden_size={width}; correct one of them, or "
                     "give head_dim")
-  head_dim = size("head_dim", width // heads if head_dim is None else head_dim)
+  head_dim = parse_size("head_dim", width // heads if head_dim is None else head_dim)
   if heads % kv_heads or head_dim % 2:
     raise UserError(f"{source}: num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}, "
                     f"and head_dim={head_dim} even")
@@ -113,27 +112,27 @@ def _read(config: dict[str, Any], source: str) -> tuple[ModelConfig, tuple[str, 
   if not isinstance(activation, str) or activation not in _ACTIVATIONS:
     raise UserError(f"{source}: hidden_act={activation!r} is not supported; "
                     f"expected one of {', '.join(_ACTIVATIONS)}")
-  biased = switch("attention_bias")
+  attention_bias = parse_flag("attention_bias")
   model = ModelConfig(
-      vocab_size=required("vocab_size"),
+      vocab_size=required_size("vocab_size"),
       hidden_size=width,
-      intermediate_size=required("intermediate_size"),
+      intermediate_size=required_size("intermediate_size"),
       num_layers=layers,
       num_heads=heads,
       num_kv_heads=kv_heads,
       head_dim=head_dim,
       rope_theta=positions.theta,
-      rms_norm_eps=number("rms_norm_eps"),
-      tie_embeddings=switch("tie_word_embeddings"),
-      qkv_bias=biased if family.qkv_bias is None else family.qkv_bias,
-      o_bias=biased,
-      mlp_bias=switch("mlp_bias"),
+      rms_norm_eps=parse_number("rms_norm_eps"),
+      tie_embeddings=parse_flag("tie_word_embeddings"),
+      qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
+      o_bias=attention_bias,
+      mlp_bias=parse_flag("mlp_bias"),
       qk_norm=family.qk_norm,
       rope_scaling=positions.scaling,
       activation=_ACTIVATIONS[activation],
-      attention_scale=number("attention_multiplier") if "attention_multiplier" in family.keys else None,
-      embedding_multiplier=number("embedding_multiplier", 1.0),
-      residual_multiplier=number("residual_multiplier", 1.0),
-      logits_divisor=number("logits_scaling", 1.0),
-      max_positions=None if config.get("max_position_embeddings") is None else required("max_position_embeddings"))
-  return model, (*passed_over, *positions.passed_over)
+      attention_scale=parse_number("attention_multiplier") if "attention_multiplier" in family.keys else None,
+      embedding_multiplier=parse_number("embedding_multiplier", 1.0),
+      residual_multiplier=parse_number("residual_multiplier", 1.0),
+      logits_divisor=parse_number("logits_scaling", 1.0),
+      max_positions=None if config.get("max_position_embeddings") is None else required_size("max_position_embeddings"))
+  return model, (*ignored_keys, *positions.ignored_keys)

@@ -1,14 +1,14 @@
-"""One decoder for all model families (`families.FAMILIES`), in Flax NNX.
+"""A decoder for all model families (`families.FAMILIES`), in Flax NNX.
 
 Axes: B batch, T query length, S key length, L layers, D model, H heads, K key/value heads, G = H / K, h head dim,
 F feed-forward, V vocabulary.
 
-Products run in the compute dtype; the sum that passes from layer to layer, norms, rotation and gates are float32, as in
-torch's autocast. In bfloat16 that sum alone would take more than half of what a gradient errs (benchmarks/README.md).
+Products run in the compute dtype; the residual stream, norms, rotary embedding and gates are float32, as in torch's
+autocast. A bfloat16 residual stream alone would cause more than half of a gradient's error (benchmarks/README.md).
 
-Parameters keep the names and the [out, in] layout of the HF checkpoint, so that reading one is a copy. Layers are
+Parameters have the names and the [out, in] layout of the HF checkpoint, so loading needs no transposition. Layers are
 stacked on a leading axis and run under `lax.scan` (training, scoring), or are a list (decoding, where a scanned cache
-would be copied at every step); `unstack_layers` turns the first form into the second.
+would be copied at every step); `unstack_layers` converts the first form to the second.
 """
 
 import functools
@@ -27,8 +27,8 @@ from imm_jax.model.config import ModelConfig
 from imm_jax.model.products import dot, weights_first
 
 Params = dict[str, Any]
-# What the backward pass keeps of each layer: all activations, the results of its products with weights, what attention
-# reads and gives, or its input.
+# Rematerialisation policies: the backward pass keeps all of a layer's activations, the results of its products with
+# weights, the inputs and outputs of attention, or only its input.
 REMAT: dict[str, Callable[..., bool] | None] = {
     "none": None,
     "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
@@ -40,7 +40,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Linear(nnx.Module):
-  """y = x W^T + b with W [out, in]."""
+  """A linear map y = x W^T + b with W [out, in]."""
 
   def __init__(self, in_dim: int, out_dim: int, *, bias: bool, dtype: jnp.dtype, key: jax.Array):
     self.weight = nnx.Param(0.02 * jax.random.normal(key, (out_dim, in_dim), dtype))
@@ -53,7 +53,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-  """Root-mean-square norm of x, computed in float32; the result is of `dtype`, or of x's own."""
+  """Root-mean-square normalisation in float32; the result has `dtype`, by default that of x."""
 
   def __init__(self, dim: int, *, eps: float, dtype: jnp.dtype):
     self.weight = nnx.Param(jnp.ones((dim,), dtype))
@@ -66,14 +66,14 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-  """A table [V, D] of token vectors; also the head where the two are tied."""
+  """A table [V, D] of token embeddings, which is also the head if the two are tied."""
 
   def __init__(self, vocab: int, dim: int, *, dtype: jnp.dtype, key: jax.Array):
     self.weight = nnx.Param(0.02 * jax.random.normal(key, (vocab, dim), dtype))
 
 
 class Attention(nnx.Module):
-  """Grouped-query attention with rotary positions."""
+  """Grouped-query attention with rotary position embeddings."""
 
   def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, key: jax.Array):
     q, k, v, o = jax.random.split(key, 4)
@@ -88,8 +88,8 @@ class Attention(nnx.Module):
     self.head_dim, self.scale = config.head_dim, config.attention_scale
 
   def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend,
-               put: Callable[..., LayerCache] | None) -> tuple[jax.Array, LayerCache]:
-    """x [B, T, D] -> ([B, T, D], keys and values), these `put` into a cache where there is one."""
+               write_cache: Callable[..., LayerCache] | None) -> tuple[jax.Array, LayerCache]:
+    """Maps x [B, T, D] to ([B, T, D], keys and values); `write_cache` writes these to a cache if there is one."""
     batch, length, _ = x.shape
 
     def split_heads(y: jax.Array) -> jax.Array:  # -> [B, heads, T, h]
@@ -100,14 +100,14 @@ class Attention(nnx.Module):
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = _rotate(q, rope), _rotate(k, rope)
     v = split_heads(self.v_proj(x))
-    if put is not None:
-      k, v = put(k, v)
+    if write_cache is not None:
+      k, v = write_cache(k, v)
     out = attend(q, k, v, scale=self.scale).swapaxes(1, 2).reshape(batch, length, -1)
     return self.o_proj(out), (k, v)
 
 
 class MLP(nnx.Module):
-  """A gated feed-forward; SwiGLU with silu."""
+  """A gated feed-forward network, such as SwiGLU with silu."""
 
   def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, key: jax.Array):
     gate, up, down = jax.random.split(key, 3)
@@ -118,7 +118,7 @@ class MLP(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
 
-    @jax.checkpoint  # else the backward pass would keep both in float32, and what lies between them
+    @jax.checkpoint  # otherwise both and the intermediate results would be kept in float32 for the backward pass
     def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
       return (self.activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(x.dtype)
 
@@ -126,7 +126,7 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-  """A pre-norm transformer layer: attention, then the feed-forward."""
+  """A pre-norm transformer layer: attention, then the feed-forward network."""
 
   def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, key: jax.Array):
     attention, mlp = jax.random.split(key)
@@ -137,16 +137,16 @@ class Layer(nnx.Module):
     self.residual_multiplier = config.residual_multiplier
 
   def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend,
-               put: Callable[..., LayerCache] | None = None) -> tuple[jax.Array, LayerCache]:
-    """x [B, T, D] in the compute dtype -> what the layer adds to it, in float32, and keys and values."""
-    attended, cache = self.self_attn(self.input_layernorm(x), rope, attend, put)
-    change = _times(attended.astype(jnp.float32), self.residual_multiplier)
-    changed = self.mlp(self.post_attention_layernorm(x.astype(jnp.float32) + change, x.dtype)).astype(jnp.float32)
-    return change + _times(changed, self.residual_multiplier), cache
+               write_cache: Callable[..., LayerCache] | None = None) -> tuple[jax.Array, LayerCache]:
+    """Maps x [B, T, D] in the compute dtype to the layer's float32 residual update, and its keys and values."""
+    attended, cache = self.self_attn(self.input_layernorm(x), rope, attend, write_cache)
+    update = _scale(attended.astype(jnp.float32), self.residual_multiplier)
+    mlp_update = self.mlp(self.post_attention_layernorm(x.astype(jnp.float32) + update, x.dtype)).astype(jnp.float32)
+    return update + _scale(mlp_update, self.residual_multiplier), cache
 
 
 class Decoder(nnx.Module):
-  """The language model; build it from parameters with `bind`."""
+  """A decoder-only language model; `bind` builds it from parameters."""
 
   def __init__(self, config: ModelConfig, *, key: jax.Array, dtype: jnp.dtype = jnp.float32, scan: bool = True):
     embed, layers, head = jax.random.split(key, 3)
@@ -164,82 +164,85 @@ class Decoder(nnx.Module):
 
   def __call__(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array,
                compute_dtype: jnp.dtype, remat: str = "none") -> jax.Array:
-    """Scores packed rows: float32 logits [B, T, V].
+    """Computes float32 logits [B, T, V] of packed rows.
 
-    segment_ids int32 [B, T] is 0 where there is padding; tokens see earlier tokens of their own segment. The others are
-    as for `hidden`.
+    `segment_ids` is int32 [B, T], 0 for padding; tokens attend to earlier tokens of their own segment. For the other
+    arguments see `hidden`.
     """
     attend = attention.packed(segment_ids, backend="xla")
-    return self._head(self.hidden(tokens, positions=positions, attend=attend, compute_dtype=compute_dtype, remat=remat))
+    return self._logits(self.hidden(tokens, positions=positions, attend=attend, compute_dtype=compute_dtype,
+                                    remat=remat))
 
   def hidden(self, tokens: jax.Array, *, positions: jax.Array, attend: Attend, compute_dtype: jnp.dtype,
-             remat: str = "none", use: Callable[..., Layer] = lambda layer: layer, beside: Params | None = None,
-             pin: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array:
-    """What the head reads, for packed rows.
+             remat: str = "none", transform_layer: Callable[..., Layer] = lambda layer: layer,
+             extra_params: Params | None = None, constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+             ) -> jax.Array:
+    """Computes the final hidden states of packed rows, the input of the head.
 
     Args:
       tokens: int32 [B, T].
       positions: int32 [B, T], counted from 0 in every segment.
-      attend: attention within texts, such as `attention.packed` gives.
-      compute_dtype: dtype of products and of what they are of; all else is float32 in any case.
-      remat: one of REMAT; what is not kept is computed again in the backward pass.
-      use: applied to each layer before it runs, such as the gathering of its weights.
-      beside: more parameters, stacked as the layers are; each layer's are given to `use` beside it.
-      pin: applied to what passes from layer to layer, such as a constraint on where it lies.
+      attend: attention function, such as the result of `attention.packed`.
+      compute_dtype: dtype of products and their operands; everything else is float32.
+      remat: one of REMAT; what is not kept is recomputed in the backward pass.
+      use: applied to each layer before it runs, for example to gather its weights.
+      extra_params: further parameters, stacked like the layers; each layer's are passed to `transform_layer` with it.
+      pin: applied to the residual stream, for example a sharding constraint.
 
     Returns:
       [B, T, D] in the compute dtype.
     """
     rope = self._rope(positions)
-    run = lambda layer, x, rope: use(*layer)(x, rope, attend)[0]
-    layers = (self.layers,) if beside is None else (self.layers, beside)
-    # A layer reads the sum in the compute dtype, so that is what the backward pass keeps of it.
+    run = lambda layer, x, rope: transform_layer(*layer)(x, rope, attend)[0]
+    layers = (self.layers,) if extra_params is None else (self.layers, extra_params)
+    # The cast to the compute dtype stands outside the checkpoint, so that the backward pass keeps the narrower array.
     step = run if remat == "none" else jax.checkpoint(run, policy=REMAT[remat])
-    x, _ = jax.lax.scan(lambda x, layer: (pin(x + step(layer, x.astype(compute_dtype), rope)), None),
-                        pin(self._embed(tokens)), layers)
-    return self._final(x, compute_dtype)
+    x, _ = jax.lax.scan(lambda x, layer: (constrain(x + step(layer, x.astype(compute_dtype), rope)), None),
+                        constrain(self._embed(tokens)), layers)
+    return self._final_norm(x, compute_dtype)
 
   @property
   def head(self) -> jax.Array:
-    """The head's weight [V, D]."""
+    """Weight [V, D] of the output head."""
     return (self.embed_tokens if self.config.tie_embeddings else self.lm_head).weight[...]
 
   def prefill(self, tokens: jax.Array, *, positions: jax.Array, segment_ids: jax.Array, last: jax.Array,
               prefix: Prefix, compute_dtype: jnp.dtype) -> tuple[jax.Array, list[LayerCache]]:
-    """Runs rows packed with prompts, which go on from a prefix; needs the list form of layers.
+    """Runs rows packed with prompts that continue a prefix; needs layers as a list.
 
     Args:
       tokens: int32 [B, T].
-      positions: int32 [B, T], counted from 0 in every prompt; the prefix comes before.
+      positions: int32 [B, T], counted from 0 in every prompt, after the prefix.
       segment_ids: int32 [B, T], one number for each prompt of a row.
-      last: int32 [I], where the prompts' last tokens lie among all B T.
-      prefix: what every prompt begins with.
+      last: int32 [I], flat indices of the prompts' last tokens among all B T.
+      prefix: the prefix of every prompt.
       compute_dtype: dtype of activations and cache.
 
     Returns:
-      float32 logits of what follows each prompt [I, V], and the caches with S = T.
+      float32 logits [I, V] of the token after each prompt, and the caches with S = T.
     """
     rope = self._rope(prefix.length + positions)
     x, caches = self._embed(tokens), []
-    for layer, held in zip(self.layers, prefix.caches, strict=True):
-      attend = functools.partial(cached.prompts, prefix=held, length=prefix.length, segment_ids=segment_ids)
-      change, cache = layer(x.astype(compute_dtype), rope, attend)
-      x += change
+    for layer, prefix_cache in zip(self.layers, prefix.caches, strict=True):
+      attend = functools.partial(cached.prefill_attention, prefix=prefix_cache, length=prefix.length,
+                                 segment_ids=segment_ids)
+      update, cache = layer(x.astype(compute_dtype), rope, attend)
+      x += update
       caches.append(cache)
     x = jnp.take(x.reshape(-1, x.shape[-1]), last, axis=0)
-    return self._head(self._final(x, compute_dtype)), caches
+    return self._logits(self._final_norm(x, compute_dtype)), caches
 
   def decode(self, tokens: jax.Array, *, used: jax.Array, caches: list[LayerCache], prefix: Prefix,
              compute_dtype: jnp.dtype, **kernel: Any) -> tuple[jax.Array, list[LayerCache]]:
-    """Extends every row of a cache by one token; needs the list form of layers.
+    """Extends every row of a cache by one token; needs layers as a list.
 
     Args:
       tokens: int32 [B].
-      used: int32 [B], how many tokens each row has in its cache.
-      caches: for every layer keys and values [B, K, S, h]; see `cached.step`.
-      prefix: what every row begins with.
+      used: int32 [B], number of tokens in each row's cache.
+      caches: keys and values [B, K, S, h] of every layer; see `cached.decode_attention`.
+      prefix: the prefix of every row.
       compute_dtype: dtype of activations and cache.
-      **kernel: of `cached.step`.
+      **kernel: further arguments of `cached.decode_attention`.
 
     Returns:
       float32 logits [B, V], and the caches.
@@ -247,37 +250,39 @@ class Decoder(nnx.Module):
     rope = self._rope((prefix.length + used)[:, None])
     x, new_caches = self._embed(tokens[:, None]), []
     with weights_first():
-      for layer, cache, held in zip(self.layers, caches, prefix.caches, strict=True):
-        attend = functools.partial(cached.step, prefix=held, length=prefix.length, used=used, **kernel)
-        put = functools.partial(cached.put, cache, slots=used, columns=kernel.get("kernel") == "columns")
-        change, cache = layer(x.astype(compute_dtype), rope, attend, put)
-        x += change
+      for layer, cache, prefix_cache in zip(self.layers, caches, prefix.caches, strict=True):
+        attend = functools.partial(cached.decode_attention, prefix=prefix_cache, length=prefix.length, used=used,
+                                   **kernel)
+        write_cache = functools.partial(cached.write_cache, cache, slots=used,
+                                        columns=kernel.get("kernel") == "columns")
+        update, cache = layer(x.astype(compute_dtype), rope, attend, write_cache)
+        x += update
         new_caches.append(cache)
-      return self._head(self._final(x[:, 0], compute_dtype)), new_caches
+      return self._logits(self._final_norm(x[:, 0], compute_dtype)), new_caches
 
   def _embed(self, tokens: jax.Array) -> jax.Array:
-    return _times(jnp.take(self.embed_tokens.weight[...], tokens, axis=0).astype(jnp.float32),
+    return _scale(jnp.take(self.embed_tokens.weight[...], tokens, axis=0).astype(jnp.float32),
                   self.config.embedding_multiplier)
 
   def _rope(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the rotation angles, each [B, 1, T, h]."""
+    """Computes cos and sin of the rotation angles, each [B, 1, T, h]."""
     config = self.config
     frequencies = rope.frequencies(config.rope_theta, config.rope_scaling, config.head_dim)
     angles = positions.astype(jnp.float32)[:, None, :, None] * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)
     magnitude = rope.magnitude(config.rope_scaling)
-    return _times(jnp.cos(angles), magnitude), _times(jnp.sin(angles), magnitude)
+    return _scale(jnp.cos(angles), magnitude), _scale(jnp.sin(angles), magnitude)
 
-  def _final(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """What the head reads; the divisor of the logits is applied here, so that no loss needs to know of it."""
-    return _times(self.norm(x, dtype), 1 / self.config.logits_divisor)
+  def _final_norm(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Applies the final norm, and the divisor of the logits, so that losses need not know of it."""
+    return _scale(self.norm(x, dtype), 1 / self.config.logits_divisor)
 
-  def _head(self, x: jax.Array) -> jax.Array:
+  def _logits(self, x: jax.Array) -> jax.Array:
     return dot(x, self.head, out_dtype=jnp.float32)
 
 
 def bind(config: ModelConfig, params: Params, *, scan: bool = True) -> Decoder:
-  """A decoder over these parameters (no copy; works under jit, grad and eval_shape).
+  """Builds a decoder over these parameters without a copy; works under jit, grad and eval_shape.
 
   >>> config = ModelConfig(vocab_size=8, hidden_size=4, intermediate_size=8, num_layers=2, num_heads=2,
   ...     num_kv_heads=1, head_dim=2, rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=True, qkv_bias=True)
@@ -291,40 +296,40 @@ def bind(config: ModelConfig, params: Params, *, scan: bool = True) -> Decoder:
 
 
 def init_params(config: ModelConfig, *, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Params:
-  """Random parameters (normal, 0.02), layers stacked."""
+  """Initialises parameters (normal with standard deviation 0.02), with layers stacked."""
   return nnx.to_pure_dict(nnx.state(Decoder(config, key=key, dtype=dtype)))
 
 
 def abstract_params(config: ModelConfig, *, dtype: jnp.dtype = jnp.float32) -> Params:
-  """Shapes and dtypes of the parameters, without allocating any."""
+  """Returns shapes and dtypes of the parameters without allocating them."""
   return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0), dtype=dtype))))
 
 
 def unstack_layers(params: Params, num_layers: int) -> Params:
-  """The list form of layers, for decoding."""
+  """Converts stacked layers to the list form, for decoding."""
   layers = {i: jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(num_layers)}
   return {**params, "layers": layers}
 
 
-def _times(x: jax.Array, factor: float) -> jax.Array:
-  """x times a factor of the config; nothing at all for 1, which most families have."""
+def _scale(x: jax.Array, factor: float) -> jax.Array:
+  """Multiplies x by a factor of the config; adds no operation for 1, which most families have."""
   return x if factor == 1 else x * factor
 
 
 def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotary embedding in the half-split form of HF checkpoints; x [B, heads, T, h], angles in float32."""
+  """Applies the rotary embedding in the half-split form of HF checkpoints; x [B, heads, T, h], angles in float32."""
   cos, sin = rope
-  # A TPU moves entries within its 128 lanes slowly, and multiplies by a matrix of ones and zeros at no cost.
-  turned = jax.lax.platform_dependent(x, tpu=_turn_by_product, default=_turn)
-  return (x.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin).astype(x.dtype)
+  # Moving entries within the 128 lanes of a TPU is slow; multiplying by a permutation matrix is almost free.
+  rotated = jax.lax.platform_dependent(x, tpu=_rotate_half_by_matrix, default=_rotate_half)
+  return (x.astype(jnp.float32) * cos + rotated.astype(jnp.float32) * sin).astype(x.dtype)
 
 
-def _turn(x: jax.Array) -> jax.Array:
-  """(a, b) -> (-b, a), the halves of the last axis."""
+def _rotate_half(x: jax.Array) -> jax.Array:
+  """Maps the halves (a, b) of the last axis to (-b, a)."""
   first, second = jnp.split(x, 2, axis=-1)
   return jnp.concatenate([-second, first], axis=-1)
 
 
-def _turn_by_product(x: jax.Array) -> jax.Array:
-  """`_turn` as a product; each sum has one term, so it is exact."""
+def _rotate_half_by_matrix(x: jax.Array) -> jax.Array:
+  """Computes `_rotate_half` as a matrix product; each sum has one nonzero term, so it is exact."""
   return dot(x, jnp.asarray(np.kron([[0, -1], [1, 0]], np.eye(x.shape[-1] // 2)), x.dtype))

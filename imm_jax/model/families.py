@@ -1,4 +1,4 @@
-"""The model families that are read, a record each; docs/model_families.md shows how to add one."""
+"""The supported model families, one record each; docs/model_families.md shows how to add one."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,17 +7,17 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """How the decoder of a family is configured, by the names of its config.json.
+  """Describes how a family's config.json configures the decoder.
 
   Attributes:
-    architecture: the class of transformers whose weights are read.
-    keys: keys that the family's config class declares and the decoder implements, beside those of `COMMON`, with the
-      class's defaults. Biases, multipliers and other options that stand in neither keep their neutral value in this
-      family, whatever config.json says; sizes, rotary positions and windows are read in all families.
-    qkv_bias: whether q, k and v have biases; None where `attention_bias` says it, of o too.
+    architecture: the class in transformers whose weights are read.
+    keys: keys that the family's config class declares and the decoder implements, with the class's defaults, in
+      addition to `COMMON`. Biases, multipliers and other options in neither are neutral in this family, whatever
+      config.json says; sizes, rotary positions and windows are read for all families.
+    qkv_bias: whether q, k and v have biases; None if `attention_bias` decides, also for o.
     qk_norm: whether the heads of q and k are normalised.
-    windows_by_layer: attention slides in the layers from `max_window_layers` on where `use_sliding_window` is on;
-      otherwise in all layers where `sliding_window` is given.
+    windows_by_layer: whether windows apply to the layers from `max_window_layers` on if `use_sliding_window` is true;
+      otherwise to all layers if `sliding_window` is given.
   """
 
   architecture: str
@@ -27,8 +27,8 @@ class Family:
   windows_by_layer: bool = False
 
 
-# Keys of every family. A head_dim that is not given is hidden_size / num_attention_heads, and num_key_value_heads that
-# are null are num_attention_heads.
+# Keys of every family. head_dim defaults to hidden_size / num_attention_heads, and num_key_value_heads=null stands for
+# num_attention_heads.
 COMMON = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 _BIASES = {"attention_bias": False, "mlp_bias": False}
 _QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}

@@ -1,4 +1,4 @@
-"""HF checkpoint folders <-> parameter trees.
+"""Loads and saves parameter trees as HF checkpoint folders.
 
 The tree mirrors the checkpoint's names, with layers stacked: `layers.self_attn.q_proj.weight` [L, out, in] holds the
 tensors `model.layers.{0..L-1}.self_attn.q_proj.weight` [out, in].
@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from imm_jax.errors import UserError, listed
-from imm_jax.model import folder as checkpoint, safetensors
-from imm_jax.model.blocks import BLOCK, Tensor, TensorNames, blocks, gathered, tensors_of
+from imm_jax.model import folder as model_folder, safetensors
+from imm_jax.model.blocks import BLOCK, Tensor, TensorNames, iterate_blocks, replicate, split_leaf
 from imm_jax.model.config import ModelConfig, read_config
 from imm_jax.model.decoder import Params, abstract_params, unstack_layers
 from imm_jax.model.folder import EMBEDDING, HEAD
 from imm_jax.model.safetensors import Entry
 
-# (path in the tree, shape) -> where a parameter lies.
+# (path in the tree, shape) -> sharding of a parameter.
 Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 _DTYPES = tuple(np.dtype(dtype) for dtype in (jnp.bfloat16, jnp.float16, jnp.float32))
@@ -33,16 +33,16 @@ _MAX_READERS = 8
 _ROTARY = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
-def on_host(*_: object) -> jax.sharding.Sharding:
-  """A `Place` that keeps everything in the machine's memory, where large models have room."""
+def place_on_host(*_: object) -> jax.sharding.Sharding:
+  """Places parameters in host memory, which has room for large models; a `Place`."""
   try:
     return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-  except RuntimeError:  # the user has switched that backend off
+  except RuntimeError:  # the user has disabled the CPU backend
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def tensor_names(params: Params) -> Any:
-  """The checkpoint's tensor names, in a tree of the same form as the parameters, with layers stacked or in a list."""
+  """Returns a tree of the checkpoint's tensor names in the structure of the parameters (layers stacked or a list)."""
 
   def name(path: tuple[jax.tree_util.DictKey, ...], leaf: Any) -> TensorNames:
     keys = [str(p.key) for p in path]
@@ -54,49 +54,49 @@ def tensor_names(params: Params) -> Any:
   return jax.tree_util.tree_map_with_path(name, params)
 
 
-def check(folder: str | Path) -> ModelConfig:
-  """Checks that a checkpoint folder is whole, without reading its weights; raises the errors of `load`."""
-  return _open(Path(folder))[0]
+def check_folder(folder: str | Path) -> ModelConfig:
+  """Checks that a checkpoint folder is complete, without reading its weights; raises the errors of `load`."""
+  return _open_checkpoint(Path(folder))[0]
 
 
-class Checked(NamedTuple):
-  """What `check_bytes` found: the number of tensors that come back, and the names of those that are not written."""
+class RoundTrip(NamedTuple):
+  """Result of `check_round_trip`: the number of unchanged tensors, and the names of those that are not written."""
 
   count: int
   left_out: list[str]
 
 
-def check_bytes(folder: str | Path) -> Checked:
-  """Reads a checkpoint and compares what `save` would write with its files, tensor by tensor, one parameter in memory.
+def check_round_trip(folder: str | Path) -> RoundTrip:
+  """Reads a checkpoint and compares it with what `save` would write, holding one parameter at a time.
 
-  Each tensor is written in the dtype that it is stored in, as with `keep_dtypes`. Left out are rotary frequencies: they
-  follow from config.json.
+  Each tensor is written in its stored dtype, as with `keep_dtypes`. Rotary frequencies, which follow from config.json,
+  are left out.
 
   Raises:
-    UserError: as `load` does, or with the first tensor that would come back otherwise.
+    UserError: as `load` does, or for the first tensor that would change.
   """
-  config, stored = _open(Path(folder))
+  config, stored = _open_checkpoint(Path(folder))
   abstract, seen = abstract_params(config), set()
-  with safetensors.Reader() as reader, ThreadPoolExecutor(_readers()) as pool:
+  with safetensors.Reader() as reader, ThreadPoolExecutor(_num_readers()) as pool:
     for leaf, names in zip(jax.tree.leaves(abstract), _leaf_names(abstract), strict=True):
       entries = stored[names] if isinstance(names, str) else [stored[name] for name in names]
-      array = _read_part(reader, pool, entries, tuple((0, size) for size in leaf.shape), _dtype(entries))
-      for tensor in _with_head(tensors_of(array, names), stored if config.tie_embeddings else ()):
+      array = _read_part(reader, pool, entries, tuple((0, size) for size in leaf.shape), _common_dtype(entries))
+      for tensor in _add_tied_head(split_leaf(array, names), stored if config.tie_embeddings else ()):
         seen.add(tensor.name)
-        if not _comes_back(tensor._replace(dtype=stored[tensor.name].dtype), stored[tensor.name], reader):
+        if not _is_unchanged(tensor._replace(dtype=stored[tensor.name].dtype), stored[tensor.name], reader):
           raise UserError(f"{folder}: tensor {tensor.name!r} would not come back as it was read; this is a fault of "
                           "imm_jax")
-  return Checked(len(seen), sorted(stored.keys() - seen))
+  return RoundTrip(len(seen), sorted(stored.keys() - seen))
 
 
-def _comes_back(tensor: Tensor, entry: Entry, reader: safetensors.Reader) -> bool:
+def _is_unchanged(tensor: Tensor, entry: Entry, reader: safetensors.Reader) -> bool:
   if tensor.shape != entry.shape:
     return False
   begin = 0
-  for block in blocks(tensor):
-    want = np.empty_like(block)
-    reader.read(entry, begin, want)
-    if want.tobytes() != block.tobytes():
+  for block in iterate_blocks(tensor):
+    expected_block = np.empty_like(block)
+    reader.read(entry, begin, expected_block)
+    if expected_block.tobytes() != block.tobytes():
       return False
     begin += block.size
   return True
@@ -104,27 +104,27 @@ def _comes_back(tensor: Tensor, entry: Entry, reader: safetensors.Reader) -> boo
 
 def load(folder: str | Path, *, dtype: jnp.dtype | None = None, place: Place | None = None, stacked: bool = True,
          ) -> tuple[ModelConfig, Params]:
-  """Reads a checkpoint folder; each device's part of a parameter is read on its own, and nothing is held twice.
+  """Loads a checkpoint folder. Each device's shard of a parameter is read directly, so nothing is held twice.
 
   Args:
     folder: holds config.json and model.safetensors, or shards with an index.
-    dtype: of the parameters; None keeps what is stored, and where layers differ takes the dtype that holds all.
-    place: (path in the tree, shape) -> sharding, such as ("layers.mlp.up_proj.weight", (L, F, D)) -> where it lies; by
-      default the first device has all.
-    stacked: whether layers are stacked or, for decoding, in a list (`decoder.unstack_layers`).
+    dtype: dtype of the parameters; None keeps the stored one, or if layers differ the common dtype that holds all.
+    place: (path in the tree, shape) -> sharding, called with for example ("layers.mlp.up_proj.weight", (L, F, D)); by
+      default everything is on the first device.
+    stacked: whether layers are stacked or, for decoding, a list (`decoder.unstack_layers`).
 
   Returns:
     The model's config and its parameters.
 
   Raises:
-    UserError: for missing, unknown or misshapen tensors (with the list), or a damaged file.
+    UserError: for missing, unknown or misshapen tensors (lists them), or a damaged file.
   """
-  config, tensors = _open(Path(folder))
+  config, tensors = _open_checkpoint(Path(folder))
   abstract = abstract_params(config)
   if not stacked:
     abstract = jax.eval_shape(functools.partial(unstack_layers, num_layers=config.num_layers), abstract)
   place = place or (lambda *_: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
-  with safetensors.Reader() as reader, ThreadPoolExecutor(_readers()) as pool:
+  with safetensors.Reader() as reader, ThreadPoolExecutor(_num_readers()) as pool:
 
     def read(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct, names: TensorNames) -> jax.Array:
       entries = tensors[names] if isinstance(names, str) else [tensors[name] for name in names]
@@ -134,8 +134,8 @@ def load(folder: str | Path, *, dtype: jnp.dtype | None = None, place: Place | N
       for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index, leaf.shape, strict=True))
         if bounds not in parts:
-          parts[bounds] = _read_part(reader, pool, entries, bounds, np.dtype(dtype or _dtype(entries)))
-        # On CPU the array is the buffer: it is never written to again.
+          parts[bounds] = _read_part(reader, pool, entries, bounds, np.dtype(dtype or _common_dtype(entries)))
+        # On CPU the array aliases the buffer, which must not be written again.
         arrays.append(jax.device_put(parts[bounds], device))
       return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
@@ -143,53 +143,54 @@ def load(folder: str | Path, *, dtype: jnp.dtype | None = None, place: Place | N
 
 
 def save(params: Params, folder: str | Path, *, like: str | Path | None = None, keep_dtypes: bool = False,
-         max_shard_bytes: int = checkpoint.MAX_SHARD_BYTES) -> None:
-  """Writes a checkpoint folder in the form that transformers and vLLM read, in blocks.
+         max_shard_bytes: int = model_folder.MAX_SHARD_BYTES) -> None:
+  """Saves a checkpoint folder in the format of transformers and vLLM, in blocks.
 
-  With several processes all of them call it, and process 0 writes; a tensor that is spread over hosts is brought to
-  every device, one after the other.
+  With several processes all must call it, and process 0 writes; tensors that are spread over hosts are replicated one
+  at a time.
 
   Args:
     params: parameters with stacked layers, on any devices.
-    folder: a new folder, or one without weights; the caller renames it when it is whole.
-    like: the checkpoint folder whose config.json and tokenizer files are copied unchanged; where it stores a head that
-      is tied, so does the new one.
-    keep_dtypes: write each tensor in the dtype that it has in `like`, rather than in its own.
-    max_shard_bytes: weights beyond this go into several files with an index.
+    folder: a new folder, or one without weights; the caller renames it when it is complete.
+    like: checkpoint folder whose config.json and tokenizer files are copied unchanged; if it stores a tied head, so
+      does the new one.
+    keep_dtypes: whether to write each tensor in its dtype in `like`, rather than its own.
+    max_shard_bytes: larger weights are written as several files with an index.
 
   Raises:
-    UserError: when the folder holds weights.
+    UserError: if the folder already holds weights.
   """
   folder = Path(folder)
   if jax.process_index() == 0 and (older := next(folder.glob("*.safetensors*"), None)):
     raise UserError(f"{folder}: holds {older.name} already; give a new folder")
-  stored = checkpoint.tensors(Path(like)) if like and (keep_dtypes or checkpoint.has_weights(Path(like))) else {}
-  tensors = _with_head(_tensors(params), stored)
+  reads_like = like is not None and (keep_dtypes or model_folder.has_weights(Path(like)))
+  stored = model_folder.read_entries(Path(like)) if reads_like else {}
+  tensors = _add_tied_head(_list_tensors(params), stored)
   if keep_dtypes:
     tensors = [t._replace(dtype=stored[t.name].dtype if t.name in stored else t.dtype) for t in tensors]
   if jax.process_index() != 0:
     for tensor in tensors:
-      jax.block_until_ready(gathered(tensor).leaf)  # as process 0 does: two at once may meet in another order there
+      jax.block_until_ready(replicate(tensor).leaf)  # one at a time, so that all processes run collectives in one order
     return
   folder.mkdir(parents=True, exist_ok=True)
-  shards = checkpoint.split(
-      [(t.name, t.dtype, t.shape, functools.partial(blocks, t)) for t in tensors], max_shard_bytes)
+  shards = model_folder.split_into_shards(
+      [(t.name, t.dtype, t.shape, functools.partial(iterate_blocks, t)) for t in tensors], max_shard_bytes)
   for file, shard in shards:
     safetensors.write(folder / file, shard)
-  checkpoint.write_index(folder, shards)
+  model_folder.write_index(folder, shards)
   if like is not None:
-    checkpoint.copy_side_files(Path(like), folder)
+    model_folder.copy_side_files(Path(like), folder)
 
 
-def _tensors(params: Params) -> list[Tensor]:
-  """In the order of the model: embedding, layer by layer, norm, head."""
-  found = [tensor for leaf, names in zip(jax.tree.leaves(params), _leaf_names(params), strict=True)
-           for tensor in tensors_of(leaf, names)]
-  return sorted(found, key=lambda tensor: checkpoint.model_order(tensor.name))
+def _list_tensors(params: Params) -> list[Tensor]:
+  """Lists the tensors in the order of the model: embedding, layer by layer, norm, head."""
+  unsorted = [tensor for leaf, names in zip(jax.tree.leaves(params), _leaf_names(params), strict=True)
+              for tensor in split_leaf(leaf, names)]
+  return sorted(unsorted, key=lambda tensor: model_folder.model_order(tensor.name))
 
 
-def _with_head(tensors: list[Tensor], stored: Container[str]) -> list[Tensor]:
-  """And the embedding as the head where that is stored too, although the two are tied."""
+def _add_tied_head(tensors: list[Tensor], stored: Container[str]) -> list[Tensor]:
+  """Adds the embedding as the head if that is stored too, although the two are tied."""
   embedding = next((t for t in tensors if t.name == EMBEDDING), None)
   if embedding is None or HEAD not in stored or any(t.name == HEAD for t in tensors):
     return tensors
@@ -200,13 +201,13 @@ def _leaf_names(params: Params) -> list[TensorNames]:
   return jax.tree.leaves(tensor_names(params), is_leaf=lambda x: isinstance(x, tuple))
 
 
-def _readers() -> int:
-  """Threads that read: more than a few do not make a disk faster."""
+def _num_readers() -> int:
+  """Returns the number of reader threads; more than a few do not make a disk faster."""
   return min(_MAX_READERS, len(os.sched_getaffinity(0)))
 
 
-def _dtype(entries: Entry | list[Entry]) -> np.dtype:
-  """That of a tensor, or the one that holds the values of all layers."""
+def _common_dtype(entries: Entry | list[Entry]) -> np.dtype:
+  """Returns the dtype of a tensor, or the smallest one that holds the values of all layers."""
   if isinstance(entries, list):
     return np.dtype(functools.reduce(jnp.promote_types, {entry.dtype for entry in entries}))
   return entries.dtype
@@ -214,22 +215,22 @@ def _dtype(entries: Entry | list[Entry]) -> np.dtype:
 
 def _read_part(reader: safetensors.Reader, pool: ThreadPoolExecutor, entries: Entry | list[Entry],
                bounds: tuple[tuple[int, int], ...], dtype: np.dtype) -> np.ndarray:
-  """The part of a parameter within these bounds (begin, end) on each axis, in an array of its own."""
+  """Reads the part of a parameter within these bounds (begin, end) on each axis into a new array."""
   stacked = isinstance(entries, list)
   layers, inner = (entries[slice(*bounds[0])], bounds[1:]) if stacked else ([entries], bounds)
-  out = safetensors.aligned(tuple(end - begin for begin, end in bounds), dtype)
+  out = safetensors.empty_aligned(tuple(end - begin for begin, end in bounds), dtype)
   jobs = []
   for layer, target in zip(layers, out if stacked else [out], strict=True):
     step = max(1, BLOCK // max(1, math.prod(target.shape[1:])))
     for begin in range(0, len(target), step):
       rows = (inner[0][0] + begin, min(inner[0][0] + begin + step, inner[0][1]))
-      jobs.append(pool.submit(_fill, reader, layer, (rows, *inner[1:]), target[begin:begin + step]))
+      jobs.append(pool.submit(_read_into, reader, layer, (rows, *inner[1:]), target[begin:begin + step]))
   for job in jobs:
     job.result()
   return out
 
 
-def _fill(reader: safetensors.Reader, entry: Entry, bounds: tuple[tuple[int, int], ...], out: np.ndarray) -> None:
+def _read_into(reader: safetensors.Reader, entry: Entry, bounds: tuple[tuple[int, int], ...], out: np.ndarray) -> None:
   """Reads the entries within the bounds into `out`."""
   (begin, _), *others = bounds
   if all(b == (0, size) for b, size in zip(others, entry.shape[1:], strict=True)):
@@ -237,21 +238,21 @@ def _fill(reader: safetensors.Reader, entry: Entry, bounds: tuple[tuple[int, int
     reader.read(entry, begin * math.prod(entry.shape[1:]), whole)
     if whole is not out:
       np.copyto(out, whole, casting="unsafe")
-  else:  # pieces of rows: the map touches only these
+  else:  # parts of rows; a memory map reads only the pages that hold them
     mapped = np.memmap(entry.path, np.uint8, "r", entry.offset, entry.size * entry.dtype.itemsize)
     np.copyto(out, mapped.view(entry.dtype).reshape(entry.shape)[tuple(slice(*b) for b in bounds)], casting="unsafe")
 
 
-def _open(folder: Path) -> tuple[ModelConfig, dict[str, Entry]]:
-  """The config and where its tensors lie, which fit each other."""
-  config, tensors = read_config(folder), checkpoint.tensors(folder)
+def _open_checkpoint(folder: Path) -> tuple[ModelConfig, dict[str, Entry]]:
+  """Reads the config and the tensors' entries, and checks that they fit each other."""
+  config, tensors = read_config(folder), model_folder.read_entries(folder)
   abstract = abstract_params(config)
   expected = {}
   for leaf, leaf_names in zip(jax.tree.leaves(abstract), _leaf_names(abstract), strict=True):
     stacked = not isinstance(leaf_names, str)
     for name in leaf_names if stacked else (leaf_names,):
       expected[name] = leaf.shape[1:] if stacked else leaf.shape
-  # Old checkpoints store rotary frequencies, which follow from the config; tied ones may store the head too.
+  # Old checkpoints store rotary frequencies, which follow from the config; tied ones may also store the head.
   ignored = {name for name in tensors if _ROTARY.fullmatch(name)}
   if HEAD in tensors and HEAD not in expected:
     ignored.add(HEAD)
@@ -271,14 +272,14 @@ def _open(folder: Path) -> tuple[ModelConfig, dict[str, Entry]]:
   return config, tensors
 
 
-def _check_names(folder: Path, expected: Set[str], found: Set[str]) -> None:
-  """Raises UserError where the names show what the weights are: quantised, or those of a model within another."""
-  missing = expected - found
-  checkpoint.check_quantised(str(folder), (*(file.name for file in folder.iterdir()), *sorted(found)))
+def _check_names(folder: Path, expected: Set[str], actual: Set[str]) -> None:
+  """Raises UserError if the names show that weights are quantised or those of a model nested in another."""
+  missing = expected - actual
+  model_folder.refuse_quantised(str(folder), (*(file.name for file in folder.iterdir()), *sorted(actual)))
   inner = EMBEDDING.removeprefix("model.")
-  for name in sorted(found):
+  for name in sorted(actual):
     prefix = name.removesuffix(inner)
-    if name.endswith(inner) and prefix != "model." and found >= {
+    if name.endswith(inner) and prefix != "model." and actual >= {
         prefix + n.removeprefix("model.") for n in missing if n != HEAD}:
       raise UserError(f"{folder}: the names of its tensors {f'begin with {prefix!r}' if prefix else 'lack a prefix'} "
                       "where 'model.' is expected; save the language model itself with save_pretrained, or rename them")
@@ -286,10 +287,10 @@ def _check_names(folder: Path, expected: Set[str], found: Set[str]) -> None:
 
 def _check_tied(folder: Path, head: Entry, embedding: Entry | None) -> None:
   if embedding is None:
-    return  # it is missed anyhow
+    return  # the missing tensor is reported by the caller
   if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
     raise UserError(f"{folder}: config.json ties the embeddings, but {HEAD} is {head.dtype} {head.shape} and "
                     f"{EMBEDDING} {embedding.dtype} {embedding.shape}; store it alike, or leave it out")
   views = (np.memmap(e.path, np.uint8, "r", e.offset, e.size * e.dtype.itemsize) for e in (head, embedding))
   if not np.array_equal(*views):
-    raise checkpoint.untied(folder)
+    raise model_folder.untied_error(folder)

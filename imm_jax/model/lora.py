@@ -1,8 +1,8 @@
-"""LoRA adapters of peft, merged into their base: W + s B A, in float32 from what is stored and rounded once.
+"""Merges LoRA adapters of peft into their base: W + s B A, in float32 from the stored values and rounded once.
 
-A weight W [out, in] with A [r, in] and B [out, r] has s = alpha / r, or alpha / sqrt(r) with rslora (Hu et al. 2021,
-Kalajdzievski 2023); an embedding [V, D] with A [r, V] and B [D, r] has s (B A)^T. What the adapter stores whole
-(modules_to_save, biases, resized embeddings) takes the base's place. The result is that of `merge_and_unload`.
+For a weight W [out, in] with A [r, in] and B [out, r], s = alpha / r, or alpha / sqrt(r) with rslora (Hu et al. 2021,
+Kalajdzievski 2023); an embedding [V, D] with A [r, V] and B [D, r] gets s (B A)^T. Tensors that the adapter stores
+whole (modules_to_save, biases, resized embeddings) replace the base's. The result is that of `merge_and_unload`.
 """
 
 import functools
@@ -19,7 +19,7 @@ import numpy as np
 
 from imm_jax import files
 from imm_jax.errors import UserError, listed
-from imm_jax.model import folder as checkpoint, safetensors
+from imm_jax.model import folder as model_folder, safetensors
 from imm_jax.model.blocks import BLOCK
 from imm_jax.model.config import read_config
 from imm_jax.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EMBEDDING, HEAD
@@ -27,20 +27,20 @@ from imm_jax.model.lora_config import Settings, read_settings
 from imm_jax.model.safetensors import Entry
 from imm_jax.model.writer import WeightsWriter
 
-# Of merges in the cache; another number has them made again.
-_FORMAT = 1
+# Version of cached merges; changing it invalidates them.
+_CACHE_VERSION = 1
 _PREFIX = "base_model.model."
 _PART = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B)")
 _WHOLE = re.compile(r"(.+?)(\.base_layer)?\.(\w+)")
 _FLOATS = tuple(np.dtype(code) for code in ("bfloat16", "float16", "float32"))
-# Side files that the base gives in any case; the others are the tokenizer's.
-_OF_MODEL = ("config.json", "generation_config.json", "preprocessor_config.json")
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
-                 "sentencepiece.bpe.model", "tekken.json")
+# Side files that are always the base's; the others belong to the tokenizer.
+_MODEL_SIDE_FILES = ("config.json", "generation_config.json", "preprocessor_config.json")
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+                     "sentencepiece.bpe.model", "tekken.json")
 
 
-class _Planned(NamedTuple):
-  """A tensor to write: what is stored [rows, ...], and what is added to its rows from one to another."""
+class _PlannedTensor(NamedTuple):
+  """A tensor to write: its stored entry [rows, ...], and a function (begin, end) -> update of these rows."""
 
   name: str
   dtype: np.dtype
@@ -48,33 +48,33 @@ class _Planned(NamedTuple):
   update: Callable[[int, int], np.ndarray] | None = None
 
 
-def merge(base: Path, adapter: Path, out: Path, *, max_shard_bytes: int = checkpoint.MAX_SHARD_BYTES) -> None:
+def merge(base: Path, adapter: Path, out: Path, *, max_shard_bytes: int = model_folder.MAX_SHARD_BYTES) -> None:
   """Writes an HF folder of the base with the adapter merged, tensor by tensor in blocks.
 
-  Every tensor has the dtype that the base's has. The tokenizer is the adapter's where one lies beside it. config.json
-  is the base's, but for vocab_size where the adapter holds embeddings of more or fewer rows, and tie_word_embeddings
-  where it has parted embedding and head.
+  Every tensor has the dtype of the base's. The tokenizer is the adapter's if it has one. config.json is the base's,
+  except for vocab_size if the adapter has embeddings of another number of rows, and tie_word_embeddings if it has
+  untied embedding and head.
 
   Args:
     base: an HF folder.
     adapter: a folder with adapter_config.json and adapter_model.safetensors, as peft's save_pretrained writes it.
-    out: a new folder; the caller renames it when it is whole.
-    max_shard_bytes: weights beyond this go into several files with an index.
+    out: a new folder; the caller renames it when it is complete.
+    max_shard_bytes: larger weights are written as several files with an index.
 
   Raises:
-    UserError: for what is not supported, for tensors that do not fit or are not used, and results that are not finite.
+    UserError: for unsupported adapters, tensors that do not fit or are not used, and results that are not finite.
   """
-  from imm_jax import progress  # late: it starts jax
+  from imm_jax import progress  # imported here because it imports jax
 
   with safetensors.Reader() as reader:
-    planned, changes = _plan(base, adapter, reader)
+    planned, changes = _plan_merge(base, adapter, reader)
     tensors = [(t.name, t.dtype, t.stored.shape) for t in planned]
     total = sum(t.stored.size * t.dtype.itemsize for t in planned)
     with WeightsWriter(out, tensors, max_shard_bytes) as writer, progress.bar(
         total, "merge adapter", "B", unit_scale=True) as bar:
       for tensor in planned:
         begin = 0
-        for block in _merged(tensor, reader):
+        for block in _merge_blocks(tensor, reader):
           writer.write(tensor.name, begin, block)
           begin += block.size
           bar.update(block.nbytes)
@@ -85,27 +85,27 @@ def merge(base: Path, adapter: Path, out: Path, *, max_shard_bytes: int = checkp
 
 
 def materialise(base: Path, adapter: Path, *, name: str) -> Path:
-  """The folder of `merge` in this machine's cache, written once for the contents of both inputs.
+  """Merges an adapter into its base in the local cache, once for the contents of both inputs; returns the folder.
 
-  The cache is $IMM_JAX_CACHE, or ~/.cache/imm_jax; what lies in its `adapters` may be removed at any time. Several
-  processes may ask at once, and one of them merges.
+  The cache is $IMM_JAX_CACHE, or ~/.cache/imm_jax; its folder `adapters` may be emptied at any time. If several
+  processes call this at once, one of them merges.
 
   Args:
     base: an HF folder.
     adapter: see `merge`.
-    name: the first part of the folder's name.
+    name: prefix of the folder's name.
 
   Raises:
-    UserError: as `merge` does, or when the disk refuses.
+    UserError: as `merge` does, or if the folder cannot be written.
   """
   read_settings(adapter)
-  side = [adapter / file for file in checkpoint.side_files(adapter)]
-  # Not a dict: one folder may hold both.
-  inputs = ((base, [*(base / file for file in checkpoint.side_files(base)), *checkpoint.weight_files(base)]),
-            (adapter, [adapter / ADAPTER_CONFIG, _weights(adapter), *side]))
+  side = [adapter / file for file in model_folder.list_side_files(adapter)]
+  # A list and not a dict, because one folder may hold both.
+  inputs = ((base, [*(base / file for file in model_folder.list_side_files(base)), *model_folder.weight_files(base)]),
+            (adapter, [adapter / ADAPTER_CONFIG, _weights_file(adapter), *side]))
   digests = [_digest(root, tuple((p, p.stat().st_size, p.stat().st_mtime_ns) for p in paths))
              for root, paths in inputs]
-  target = _cache() / "adapters" / f"{name}-{digests[0][:16]}-{digests[1][:16]}-{_FORMAT}"
+  target = _cache_folder() / "adapters" / f"{name}-{digests[0][:16]}-{digests[1][:16]}-{_CACHE_VERSION}"
   if not target.is_dir():
     with files.alone(target, wait=True):
       if not target.is_dir():  # another process may have made it
@@ -115,23 +115,23 @@ def materialise(base: Path, adapter: Path, *, name: str) -> Path:
   return target
 
 
-def _plan(base: Path, adapter: Path, reader: safetensors.Reader) -> tuple[list[_Planned], dict[str, Any]]:
-  """What is written, in the order of the model, and what changes in config.json."""
+def _plan_merge(base: Path, adapter: Path, reader: safetensors.Reader) -> tuple[list[_PlannedTensor], dict[str, Any]]:
+  """Plans the tensors to write, in the order of the model, and the changes to config.json."""
   settings, tied = read_settings(adapter), read_config(base).tie_embeddings
-  stored = checkpoint.tensors(base)
-  where = _weights(adapter)
-  parts, whole = _sort(where, stored.keys() | ({HEAD} if tied else set()))
-  here, changes = frozenset(whole), {}
+  stored = model_folder.read_entries(base)
+  where = _weights_file(adapter)
+  parts, whole_tensors = _read_adapter(where, stored.keys() | ({HEAD} if tied else set()))
+  stored_whole, changes = frozenset(whole_tensors), {}
   if tied and (split := [name for name in (EMBEDDING, HEAD) if name.removesuffix(".weight") in parts]):
     raise UserError(f"{where}: has an update of {split[0]}, which the base ties to the other embedding: a merge would "
                     "change both, unlike training; untie the base first (tie_word_embeddings=False), and train on that")
-  if tied and {HEAD, EMBEDDING} & whole.keys():
-    if not (whole.keys() >= {HEAD, EMBEDDING} and _equal(whole[HEAD], whole[EMBEDDING])):
+  if tied and {HEAD, EMBEDDING} & whole_tensors.keys():
+    if not (whole_tensors.keys() >= {HEAD, EMBEDDING} and _are_equal(whole_tensors[HEAD], whole_tensors[EMBEDDING])):
       changes["tie_word_embeddings"] = False
       stored.setdefault(HEAD, stored[EMBEDDING])
     elif HEAD not in stored:
-      del whole[HEAD]  # it is the embedding
-  rows = {name: (whole.get(name) or stored[name]).shape[:1] for name in (EMBEDDING, HEAD) if name in stored}
+      del whole_tensors[HEAD]  # identical to the embedding
+  rows = {name: (whole_tensors.get(name) or stored[name]).shape[:1] for name in (EMBEDDING, HEAD) if name in stored}
   if len(set(rows.values())) > 1:
     raise UserError(f"{where}: leaves {EMBEDDING} with {rows[EMBEDDING][0]} rows and {HEAD} with {rows[HEAD][0]}; "
                     "expected the adapter to hold both where it has another vocabulary")
@@ -139,48 +139,48 @@ def _plan(base: Path, adapter: Path, reader: safetensors.Reader) -> tuple[list[_
     changes["vocab_size"] = rows[EMBEDDING][0]
   planned, problems = {}, []
   for name, entry in stored.items():
-    source = whole.get(name, entry)
+    source = whole_tensors.get(name, entry)
     resized = name in rows and source.shape[1:] == entry.shape[1:]
     if source.shape != entry.shape and not resized:
       problems.append(f"{name} has shape {source.shape}, the base's {entry.shape}")
-    planned[name] = _Planned(name, entry.dtype, source)
-  for module, found in parts.items():
-    problems += _add(planned, module, found, settings, reader)
-  problems += _missing(stored, parts, here, settings)
+    planned[name] = _PlannedTensor(name, entry.dtype, source)
+  for module, update in parts.items():
+    problems += _plan_update(planned, module, update, settings, reader)
+  problems += _find_missing(stored, parts, stored_whole, settings)
   if problems:
     raise UserError(f"{where}: does not fit {base}: {listed(problems, '; ')}")
-  return sorted(planned.values(), key=lambda tensor: checkpoint.model_order(tensor.name)), changes
+  return sorted(planned.values(), key=lambda tensor: model_folder.model_order(tensor.name)), changes
 
 
-def _missing(stored: Mapping[str, Entry], parts: Mapping[str, Mapping[str, Entry]], whole: Set[str],
-             settings: Settings) -> list[str]:
-  """What adapter_config.json says of tensors that are not there."""
-  found = []
+def _find_missing(stored: Mapping[str, Entry], parts: Mapping[str, Mapping[str, Entry]], whole_tensors: Set[str],
+                  settings: Settings) -> list[str]:
+  """Lists the tensors that adapter_config.json calls for and that are missing."""
+  problems = []
   for name in sorted(stored):
     stem, _, kind = name.rpartition(".")
     layer = re.search(r"\.layers\.(\d+)\.", name)
-    within = settings.layers is None or (layer is not None and int(layer[1]) in settings.layers)
-    if kind == "bias" and settings.biases and name not in whole:
-      found.append(f"{name} is missing, adapter_config.json says bias='all'")
-    elif (kind == "weight" and name not in whole and stem not in parts and within and settings.targets
+    in_layers = settings.layers is None or (layer is not None and int(layer[1]) in settings.layers)
+    if kind == "bias" and settings.biases and name not in whole_tensors:
+      problems.append(f"{name} is missing, adapter_config.json says bias='all'")
+    elif (kind == "weight" and name not in whole_tensors and stem not in parts and in_layers and settings.targets
           and settings.targets.fullmatch(stem)):
-      found.append(f"an update of {stem} is missing, adapter_config.json names it in target_modules")
-  for name in settings.saved:  # which may be of a module with others in it, such as mlp
-    of_name = {key for key in stored.keys() | whole if f".{name}." in f".{key}"}
-    lacks = sorted(of_name - whole) if of_name & whole else [name]
-    found += [f"{key} is missing, adapter_config.json names {name if key != name else 'it'} in modules_to_save"
-              for key in lacks]
+      problems.append(f"an update of {stem} is missing, adapter_config.json names it in target_modules")
+  for name in settings.saved:  # may name a module that contains others, such as mlp
+    members = {key for key in stored.keys() | whole_tensors if f".{name}." in f".{key}"}
+    lacks = sorted(members - whole_tensors) if members & whole_tensors else [name]
+    problems += [f"{key} is missing, adapter_config.json names {name if key != name else 'it'} in modules_to_save"
+                 for key in lacks]
   if settings.lora_bias:
-    found += [f"a bias of the update of {stem} is missing, adapter_config.json says lora_bias"
-              for stem, part in sorted(parts.items()) if "lora_B.weight" in part and "lora_B.bias" not in part]
-  return found
+    problems += [f"a bias of the update of {stem} is missing, adapter_config.json says lora_bias"
+                 for stem, part in sorted(parts.items()) if "lora_B.weight" in part and "lora_B.bias" not in part]
+  return problems
 
 
-def _sort(where: Path, known: set[str]) -> tuple[dict[str, dict[str, Entry]], dict[str, Entry]]:
-  """The adapter's tensors: by module the parts of its update, and by the base's name what is stored whole."""
-  entries = safetensors.entries(where)
+def _read_adapter(where: Path, known: set[str]) -> tuple[dict[str, dict[str, Entry]], dict[str, Entry]]:
+  """Reads the adapter's entries: module -> parts of its update, and base tensor -> entry that replaces it."""
+  entries = safetensors.read_entries(where)
   parts: dict[str, dict[str, Entry]] = {}
-  whole: dict[str, Entry] = {}
+  whole_tensors: dict[str, Entry] = {}
   rest, problems = {}, []
   for key, entry in entries.items():
     if "lora_magnitude_vector" in key:
@@ -188,26 +188,26 @@ def _sort(where: Path, known: set[str]) -> tuple[dict[str, dict[str, Entry]], di
     name = key.removeprefix(_PREFIX)
     if entry.dtype not in _FLOATS:
       problems.append(f"{key} has dtype {entry.dtype}, expected one of {', '.join(map(str, _FLOATS))}")
-    elif name != key and (found := _PART.fullmatch(name)):
-      parts.setdefault(found[1], {})[found[2]] = entry
+    elif name != key and (match := _PART.fullmatch(name)):
+      parts.setdefault(match[1], {})[match[2]] = entry
     else:
       rest[key] = entry
   for key, entry in rest.items():
-    found = _WHOLE.fullmatch(key.removeprefix(_PREFIX)) if key.startswith(_PREFIX) else None
-    # peft stores what a module with an update has of its own below base_layer, and reads it nowhere else.
-    if found and (found[2] is not None) == (found[1] in parts) and f"{found[1]}.{found[3]}" in known:
-      whole[f"{found[1]}.{found[3]}"] = entry
+    match = _WHOLE.fullmatch(key.removeprefix(_PREFIX)) if key.startswith(_PREFIX) else None
+    # peft stores a module's own tensors below base_layer if and only if the module has an update.
+    if match and (match[2] is not None) == (match[1] in parts) and f"{match[1]}.{match[3]}" in known:
+      whole_tensors[f"{match[1]}.{match[3]}"] = entry
     else:
       problems.append(f"unknown {key}")
   if problems or not entries:
     raise UserError(f"{where}: {listed(problems, '; ') or 'holds no tensor'}; expected the names "
                     f"that peft writes, of modules that the base has ({_PREFIX}MODULE.lora_A.weight)")
-  return parts, whole
+  return parts, whole_tensors
 
 
-def _add(planned: dict[str, _Planned], module: str, parts: Mapping[str, Entry], settings: Settings,
-         reader: safetensors.Reader) -> list[str]:
-  """Plans a module's update; says what does not fit."""
+def _plan_update(planned: dict[str, _PlannedTensor], module: str, parts: Mapping[str, Entry], settings: Settings,
+                 reader: safetensors.Reader) -> list[str]:
+  """Plans a module's update; returns the problems found."""
   name = f"{module}.weight"
   embeds = name == EMBEDDING
   down, up = ("lora_embedding_A", "lora_embedding_B") if embeds else ("lora_A.weight", "lora_B.weight")
@@ -224,9 +224,9 @@ def _add(planned: dict[str, _Planned], module: str, parts: Mapping[str, Entry], 
                   for part, shape in shapes.items() if parts[part].shape != shape]:
     return problems
 
-  @functools.cache  # until the tensor is written
+  @functools.cache  # cleared when the tensor has been written
   def factors() -> tuple[np.ndarray, np.ndarray]:
-    a, b = (_floats(reader, parts[part]) for part in (down, up))
+    a, b = (_read_float32(reader, parts[part]) for part in (down, up))
     return (a.T, b.T) if embeds else (b, a)
 
   def update(begin: int, end: int) -> np.ndarray:
@@ -241,12 +241,12 @@ def _add(planned: dict[str, _Planned], module: str, parts: Mapping[str, Entry], 
     if own is None or own.stored.shape != bias.shape:
       return [f"{module}.lora_B.bias has shape {bias.shape}, the base's bias {own.stored.shape if own else 'is none'}"]
     planned[own.name] = own._replace(
-        update=lambda begin, end: _floats(reader, bias)[begin:end] * np.float32(scale))
+        update=lambda begin, end: _read_float32(reader, bias)[begin:end] * np.float32(scale))
   return []
 
 
-def _merged(tensor: _Planned, reader: safetensors.Reader) -> Iterator[np.ndarray]:
-  """The tensor's entries [n], some rows at a time."""
+def _merge_blocks(tensor: _PlannedTensor, reader: safetensors.Reader) -> Iterator[np.ndarray]:
+  """Yields the tensor's merged entries [n], some rows at a time."""
   shape = tensor.stored.shape
   rows, width = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
   step = max(1, BLOCK // max(1, width))
@@ -255,7 +255,7 @@ def _merged(tensor: _Planned, reader: safetensors.Reader) -> Iterator[np.ndarray
     block = np.empty((end - begin) * width, tensor.stored.dtype)
     reader.read(tensor.stored, begin * width, block)
     if tensor.update or block.dtype != tensor.dtype:
-      with np.errstate(over="ignore", invalid="ignore"):  # it is looked at below
+      with np.errstate(over="ignore", invalid="ignore"):  # non-finite results are reported below
         values = block.astype(np.float32)
         if tensor.update:
           values += tensor.update(begin, end).reshape(-1)
@@ -266,23 +266,23 @@ def _merged(tensor: _Planned, reader: safetensors.Reader) -> Iterator[np.ndarray
     yield block
 
 
-def _floats(reader: safetensors.Reader, entry: Entry) -> np.ndarray:
+def _read_float32(reader: safetensors.Reader, entry: Entry) -> np.ndarray:
   array = np.empty(entry.shape, entry.dtype)
   reader.read(entry, 0, array)
   return array.astype(np.float32, copy=False)
 
 
 def _copy_side_files(base: Path, adapter: Path, out: Path) -> None:
-  """The base's; the tokenizer's are the adapter's, all of them where it has a vocabulary, or else those that it has."""
-  own = [name for name in checkpoint.side_files(adapter) if name not in _OF_MODEL]
-  whole = any(name in _VOCABULARIES for name in own)
-  others = [name for name in checkpoint.side_files(base) if name in _OF_MODEL or not whole]
-  checkpoint.copy_side_files(base, out, others)
-  checkpoint.copy_side_files(adapter, out, own)
+  """Copies the base's side files, but the adapter's tokenizer files: all if it has a vocabulary, else those it has."""
+  own = [name for name in model_folder.list_side_files(adapter) if name not in _MODEL_SIDE_FILES]
+  whole_tensors = any(name in _VOCABULARY_FILES for name in own)
+  others = [name for name in model_folder.list_side_files(base) if name in _MODEL_SIDE_FILES or not whole_tensors]
+  model_folder.copy_side_files(base, out, others)
+  model_folder.copy_side_files(adapter, out, own)
 
 
-def _weights(adapter: Path) -> Path:
-  """The file with an adapter's tensors; raises UserError where there is none."""
+def _weights_file(adapter: Path) -> Path:
+  """Returns the file with an adapter's tensors; raises UserError if there is none."""
   path = adapter / ADAPTER_WEIGHTS
   if not path.is_file():
     pickle = (adapter / "adapter_model.bin").exists()
@@ -291,7 +291,7 @@ def _weights(adapter: Path) -> Path:
   return path
 
 
-def _equal(one: Entry, other: Entry) -> bool:
+def _are_equal(one: Entry, other: Entry) -> bool:
   if (one.dtype, one.shape) != (other.dtype, other.shape):
     return False
   return np.array_equal(*(np.memmap(e.path, np.uint8, "r", e.offset, e.size * e.dtype.itemsize) for e in (one, other)))
@@ -299,10 +299,10 @@ def _equal(one: Entry, other: Entry) -> bool:
 
 @functools.cache
 def _digest(folder: Path, stamps: tuple[tuple[Path, int, int], ...]) -> str:
-  """Of the contents of these files; read again where a size or a time has changed."""
+  """Digests the contents of these files; `stamps` (path, size, time) key the cache."""
   return files.digest(folder, only=[path for path, *_ in stamps])
 
 
-def _cache() -> Path:
-  given = os.environ.get("IMM_JAX_CACHE")
-  return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "imm_jax")
+def _cache_folder() -> Path:
+  override = os.environ.get("IMM_JAX_CACHE")
+  return Path(override or Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "imm_jax")

@@ -1,25 +1,25 @@
-"""Numbers of checkpoints' JSON files, which may be anything."""
+"""Validates numbers in the JSON files of checkpoints."""
 
 from imm_jax.errors import UserError
 
-# Of the normal numbers of float32.
-_LEAST, _MOST = 2.0**-126, 3.4028235e38
-_MOST_WHOLE = 2**31
+# Range of the normal float32 numbers.
+_MIN_NORMAL, _MAX = 2.0**-126, 3.4028235e38
+_INTEGER_LIMIT = 2**31
 
 
-def positive(source: str, key: str, value: object) -> float:
-  """The number at a key of a file; raises UserError for what is none that is positive and that float32 holds.
+def parse_positive(source: str, key: str, value: object) -> float:
+  """Returns the number at a key of a file; raises UserError unless it is positive and float32 can represent it.
 
-  >>> positive("config.json", "rms_norm_eps", 1e-6)
+  >>> parse_positive("config.json", "rms_norm_eps", 1e-6)
   1e-06
   """
-  if isinstance(value, bool) or not isinstance(value, int | float) or not _LEAST <= value <= _MOST:
+  if isinstance(value, bool) or not isinstance(value, int | float) or not _MIN_NORMAL <= value <= _MAX:
     raise UserError(f"{source}: {key}={value!r:.100}; expected a positive number that float32 holds")
   return float(value)
 
 
-def positive_integer(source: str, key: str, value: object) -> int:
-  """The integer at a key of a file; raises UserError for what is none from 1 to 2^31 - 1."""
-  if type(value) is not int or not 0 < value < _MOST_WHOLE:
-    raise UserError(f"{source}: {key}={value!r:.100}; expected a positive integer below {_MOST_WHOLE}")
+def parse_positive_integer(source: str, key: str, value: object) -> int:
+  """Returns the integer at a key of a file; raises UserError unless it lies in [1, 2^31 - 1]."""
+  if type(value) is not int or not 0 < value < _INTEGER_LIMIT:
+    raise UserError(f"{source}: {key}={value!r:.100}; expected a positive integer below {_INTEGER_LIMIT}")
   return value

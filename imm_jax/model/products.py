@@ -1,4 +1,4 @@
-"""Products of activations with weights, in the manner that is fast and exact on each platform."""
+"""Products of activations with weights, computed fast and accurately on each platform."""
 
 import contextlib
 import contextvars
@@ -10,35 +10,35 @@ import jax.numpy as jnp
 
 from imm_jax.model.blockwise import precision
 
-# Terms of a sum that `short_sums` leaves together.
-_PART = 192
-_short: contextvars.ContextVar[bool] = contextvars.ContextVar("short_sums", default=False)
+# Terms that `pairwise_sums` adds up sequentially.
+_CHUNK = 192
+_pairwise: contextvars.ContextVar[bool] = contextvars.ContextVar("pairwise_sums", default=False)
 _weights_first: contextvars.ContextVar[bool] = contextvars.ContextVar("weights_first", default=False)
 
 
 @contextlib.contextmanager
-def short_sums() -> Iterator[None]:
-  """Has what is traced in this block cut the sums of float32 products into parts, which are added in pairs.
+def pairwise_sums() -> Iterator[None]:
+  """Makes float32 products traced in this block use pairwise summation over chunks.
 
-  XLA's CPU backend adds the terms of a sum one after the other: for 1536 of them it errs 2.7 times as much as torch,
-  and a model's few very large activations carry that on. To cut all sums takes 13 % of a forward pass's time there,
-  11 % of a training step's, and nearly doubles the time of a decoding step and the weights' memory in sampling, so only
-  what compares with another program does it.
+  XLA's CPU backend adds the terms of a sum sequentially: for 1536 of them its error is 2.7 times torch's, and a model's
+  few very large activations propagate it. Pairwise summation costs 13 % of a forward pass's time there, 11 % of a
+  training step's, and nearly doubles the time of a decoding step and the weights' memory in sampling, so it is used
+  only in comparisons with other programs.
   """
-  token = _short.set(True)
+  token = _pairwise.set(True)
   try:
     yield
   finally:
-    _short.reset(token)
+    _pairwise.reset(token)
 
 
 @contextlib.contextmanager
 def weights_first() -> Iterator[None]:
-  """Has what is traced in this block multiply W by rows, in place of rows by W, where that is faster: on CPUs.
+  """Makes products traced in this block compute W x^T in place of x W^T on CPUs, where that is faster.
 
-  Their library copies its right operand into another order at each call. For the few rows of a decoding step that is
-  much beside the product itself, unless the rows are that operand: of SmolLM2-135M's weights, 8 rows take 0.65 times
-  the processor time, 32 rows 0.8, 128 rows 0.93.
+  The CPU library repacks its right operand at each call. For the few rows of a decoding step that is expensive compared
+  with the product itself, unless the rows are that operand: with SmolLM2-135M's weights, 8 rows take 0.65 times the
+  processor time, 32 rows 0.8, 128 rows 0.93.
   """
   token = _weights_first.set(True)
   try:
@@ -48,12 +48,12 @@ def weights_first() -> Iterator[None]:
 
 
 def dot(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-  """Multiplies rows by a weight: x W^T, accumulated in float32; so is the gradient of W, in W's own dtype.
+  """Multiplies rows by a weight, x W^T, accumulated in float32, as is the gradient of W, which has W's dtype.
 
   Args:
     x: [..., in], in the compute dtype.
-    weight: W [out, in], of any dtype; it is cast to that of x.
-    out_dtype: of the result; None for that of x.
+    weight: W [out, in] of any dtype; it is cast to that of x.
+    out_dtype: dtype of the result; None for that of x.
 
   Returns:
     [..., out].
@@ -70,7 +70,7 @@ def _linear(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
 
 
 def _linear_forward(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype):
-  # The product itself, not `_linear`: policies of `jax.checkpoint` do not look into the latter.
+  # Not `_linear`: policies of `jax.checkpoint` do not see products inside a custom_vjp.
   return _project(x, weight.astype(x.dtype)).astype(out_dtype), (x, weight)
 
 
@@ -87,23 +87,23 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 def _project(x: jax.Array, weight: jax.Array) -> jax.Array:
-  """x [..., in] times W [out, in] transposed, in float32."""
+  """Multiplies x [..., in] by the transpose of W [out, in], in float32."""
   length, last = x.shape[-1], x.ndim - 1
-  if not _short.get() or x.dtype != jnp.float32:
+  if not _pairwise.get() or x.dtype != jnp.float32:
     rows_first = lambda x, weight: _contract(x, weight, last, 1)
     if not _weights_first.get():
       return rows_first(x, weight)
     return jax.lax.platform_dependent(x, weight, cpu=_weight_by_rows, default=rows_first)
-  parts = [_contract(jax.lax.slice_in_dim(x, begin, min(begin + _PART, length), axis=last),
-                     jax.lax.slice_in_dim(weight, begin, min(begin + _PART, length), axis=1), last, 1)
-           for begin in range(0, length, _PART)]
-  while len(parts) > 1:  # in pairs, so that this sum is short too
+  parts = [_contract(jax.lax.slice_in_dim(x, begin, min(begin + _CHUNK, length), axis=last),
+                     jax.lax.slice_in_dim(weight, begin, min(begin + _CHUNK, length), axis=1), last, 1)
+           for begin in range(0, length, _CHUNK)]
+  while len(parts) > 1:
     parts = [sum(parts[i + 1:i + 2], parts[i]) for i in range(0, len(parts), 2)]
   return parts[0]
 
 
 def _weight_by_rows(x: jax.Array, weight: jax.Array) -> jax.Array:
-  """`_project` as W x^T; the barriers keep XLA from swapping the operands back."""
+  """Computes `_project` as W x^T; the barriers prevent XLA from swapping the operands back."""
   rows = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
   return jax.lax.optimization_barrier(_contract(weight, rows, 1, 0)).T.reshape(*x.shape[:-1], -1)
 

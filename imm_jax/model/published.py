@@ -1,4 +1,4 @@
-"""Shapes of published models by their hub id, for what is said of a model before it is downloaded."""
+"""Configs of published models by hub id, for estimates made before a model is downloaded."""
 
 from imm_jax.model import hf, hub
 from imm_jax.model.config import ModelConfig
@@ -26,13 +26,13 @@ MODELS = {
                                               rope_theta=5e5, **_LLAMA)}
 
 
-def config_of(model: str) -> ModelConfig | None:
-  """The shape of a model: of its folder, else of the hub's cache on this machine, else as published; None if unknown.
+def find_config(model: str) -> ModelConfig | None:
+  """Finds a model's config in its folder, the local hub cache, or the table above; None if unknown.
 
-  Of a model with an adapter it is the base's.
+  For a model with an adapter it is the base's.
 
-  >>> config_of("Qwen/Qwen2.5-7B-Instruct").num_layers
+  >>> find_config("Qwen/Qwen2.5-7B-Instruct").num_layers
   28
   """
-  folder = hub.config_folder(model)
-  return hf.read_config(folder) if folder else MODELS.get(hub.base_of(model).partition("@")[0])
+  folder = hub.find_config_folder(model)
+  return hf.read_config(folder) if folder else MODELS.get(hub.strip_adapter(model).partition("@")[0])

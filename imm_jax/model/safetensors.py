@@ -1,7 +1,7 @@
 """The safetensors file format: an 8-byte header length, a JSON header, then the tensors' bytes.
 
-`Reader` reads parts of tensors, `read` maps a whole file and hands out views; `write` streams tensors in blocks. All
-check what they are given: a damaged file is an error that names it, never a wrong number.
+`Reader` reads parts of tensors, `read` maps a whole file and returns views, `write` streams tensors in blocks. All
+validate their input: a damaged file raises an error that names it.
 """
 
 import io
@@ -31,7 +31,7 @@ _ALIGNMENT = 64
 
 
 class Entry(NamedTuple):
-  """Where one tensor lies: `offset` bytes into the file."""
+  """Location of a tensor: its data begin `offset` bytes into the file."""
 
   path: Path
   dtype: np.dtype
@@ -44,11 +44,11 @@ class Entry(NamedTuple):
     return math.prod(self.shape)
 
 
-def entries(path: Path) -> dict[str, Entry]:
-  """What the file holds, in its order, from the header alone.
+def read_entries(path: Path) -> dict[str, Entry]:
+  """Reads the entries of all tensors from a file's header, in its order.
 
   Raises:
-    UserError: when the file is missing, truncated, or its header does not describe its bytes.
+    UserError: if the file is missing or truncated, or its header does not describe its bytes.
   """
   try:
     size = path.stat().st_size
@@ -58,21 +58,22 @@ def entries(path: Path) -> dict[str, Entry]:
       length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
       if length > min(_MAX_HEADER, size - 8):
         raise UserError(f"{path}: not a whole safetensors file ({size} bytes, header of {length}); copy it again")
-      header = json.loads(f.read(length), object_pairs_hook=files.no_duplicates)
+      make_header = json.loads(f.read(length), object_pairs_hook=files.no_duplicates)
   except OSError as e:
     raise UserError(f"{path}: cannot be read ({e.strerror})") from e
   except (ValueError, RecursionError) as e:
     raise UserError(f"{path}: the safetensors header is damaged ({e}); copy the file again") from e
-  if not isinstance(header, dict):
+  if not isinstance(make_header, dict):
     raise UserError(f"{path}: the safetensors header is damaged (not a JSON object); copy the file again")
-  header.pop("__metadata__", None)
-  start, found, spans = 8 + length, {}, []
-  for name, entry in header.items():
+  make_header.pop("__metadata__", None)
+  start, result, spans = 8 + length, {}, []
+  for name, entry in make_header.items():
     if isinstance(entry, dict) and isinstance(entry.get("dtype"), str) and entry["dtype"] not in _DTYPES:
       raise UserError(f"{path}: tensor {name!r} has dtype {entry['dtype']}, which is not supported; expected weights "
                       "in BF16, F16 or F32")
     try:
-      dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], _sizes(entry["shape"]), _sizes(entry["data_offsets"])
+      dtype, shape = _DTYPES[entry["dtype"]], _parse_sizes(entry["shape"])
+      begin, end = _parse_sizes(entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as e:
       raise UserError(f"{path}: the header's entry of tensor {name!r} cannot be read; copy the file again") from e
     if start + end > size:
@@ -80,28 +81,28 @@ def entries(path: Path) -> dict[str, Entry]:
                       "copy it again")
     if end - begin != dtype.itemsize * math.prod(shape):
       raise UserError(f"{path}: tensor {name!r} has {end - begin} bytes, its shape {shape} needs another number")
-    if len(shape) > 64 or max(shape, default=0) * dtype.itemsize >= 2**63:  # possible where there are no bytes
+    if len(shape) > 64 or max(shape, default=0) * dtype.itemsize >= 2**63:  # possible for tensors without entries
       raise UserError(f"{path}: tensor {name!r} has a shape that no array can have")
-    found[name] = Entry(path, dtype, shape, start + begin)
+    result[name] = Entry(path, dtype, shape, start + begin)
     spans.append((begin, end))
   spans.sort()
-  if any(begin != before for (begin, _), (_, before) in zip(spans, [(0, 0), *spans], strict=False)) or (
+  if any(begin != previous_end for (begin, _), (_, previous_end) in zip(spans, [(0, 0), *spans], strict=False)) or (
       spans and start + spans[-1][1] != size):
     raise UserError(f"{path}: its tensors overlap or leave bytes uncovered; copy the file again")
-  return found
+  return result
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-  """Maps one file: tensor name -> read-only view of the file, in the file's order; raises as `entries` does."""
-  found = entries(path)
+  """Maps a file to tensor name -> read-only view, in the file's order; raises as `read_entries` does."""
+  result = read_entries(path)
   size = path.stat().st_size
   data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
   return {name: data[e.offset:e.offset + e.size * e.dtype.itemsize].view(e.dtype).reshape(e.shape)
-          for name, e in found.items()}
+          for name, e in result.items()}
 
 
 class Reader:
-  """Files that stay open while parts of their tensors are read; use as a context manager. Threads may share it."""
+  """Reads parts of tensors, and keeps their files open until closed. A context manager; safe to share by threads."""
 
   def __init__(self) -> None:
     self._files: dict[Path, int] = {}
@@ -122,7 +123,7 @@ class Reader:
     """Fills `out`, C-contiguous and of the tensor's dtype, with its entries from `begin` on.
 
     Raises:
-      UserError: when the file ends too early.
+      UserError: if the file ends too early.
     """
     with self._lock:
       file = self._files.get(entry.path)
@@ -136,26 +137,26 @@ class Reader:
       view, offset = view[count:], offset + count
 
 
-def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """An array with anything in it, at an address that XLA on CPU uses in place."""
+def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """Allocates an uninitialised array at an address that XLA on CPU can use without a copy."""
   size = math.prod(shape) * dtype.itemsize
   raw = np.empty(size + _ALIGNMENT, np.uint8)
   start = -raw.ctypes.data % _ALIGNMENT
   return raw[start:start + size].view(dtype).reshape(shape)
 
 
-def header(tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
-  """The first bytes of a file of these tensors, and where in the file each begins."""
-  described: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+def make_header(tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+  """Makes the header of a file of these tensors, and returns it with the offset of each tensor in the file."""
+  descriptions: dict[str, dict] = {"__metadata__": {"format": "pt"}}
   end = 0
   for name, dtype, shape in tensors:
     begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
-    described[name] = {"dtype": _CODES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [begin, end]}
-  text = json.dumps(described, separators=(",", ":")).encode()
+    descriptions[name] = {"dtype": _CODES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [begin, end]}
+  text = json.dumps(descriptions, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)
   start = 8 + len(text)
   return struct.pack("<Q", len(text)) + text, {
-      name: start + d["data_offsets"][0] for name, d in described.items() if name != "__metadata__"}
+      name: start + d["data_offsets"][0] for name, d in descriptions.items() if name != "__metadata__"}
 
 
 def write(path: Path, tensors: Iterable[tuple[str, np.dtype, tuple[int, ...], Callable[[], Iterable[np.ndarray]]]],
@@ -164,12 +165,12 @@ def write(path: Path, tensors: Iterable[tuple[str, np.dtype, tuple[int, ...], Ca
 
   Args:
     path: the file.
-    tensors: name, dtype, shape, and a function that gives the tensor's entries in order, in arrays of any shape; each
-      is called once, in order.
+    tensors: name, dtype, shape, and a function that yields the tensor's entries in order, in arrays of any shape. Each
+      function is called once, in order.
   """
   tensors = list(tensors)
   with path.open("wb", buffering=0) as f:
-    _write_all(f, header(tensor[:3] for tensor in tensors)[0])
+    _write_all(f, make_header(tensor[:3] for tensor in tensors)[0])
     for name, dtype, shape, blocks in tensors:
       missing = math.prod(shape)
       for block in blocks():
@@ -187,8 +188,8 @@ def _write_all(file: io.RawIOBase, data: bytes | memoryview) -> None:
     view = view[file.write(view):]
 
 
-def _sizes(values: object) -> tuple[int, ...]:
-  """Non-negative integers, or ValueError."""
+def _parse_sizes(values: object) -> tuple[int, ...]:
+  """Validates a list of non-negative integers; raises ValueError otherwise."""
   if not isinstance(values, list) or any(type(v) is not int or not 0 <= v < 2**63 for v in values):
     raise ValueError(values)
   return tuple(values)

@@ -1,8 +1,8 @@
-"""The device mesh, and which parameter is split along which axis.
+"""The device mesh, and the sharding of parameters over it.
 
-Sharding is a table of (path regex -> PartitionSpec); the first match counts. Mesh axes: `data` repeats the parameters,
-`fsdp` splits them where they are stored and gathers them where they are used (ZeRO-3), `tensor` splits what is computed
-with them (Megatron). Batches are split over `data` and `fsdp`.
+Sharding rules are a table of (path regex, PartitionSpec) in which the first match counts. Mesh axes: `data` replicates
+parameters, `fsdp` shards their storage and gathers them for use (ZeRO-3), `tensor` shards the computation (Megatron).
+Batches are sharded over `data` and `fsdp`.
 """
 
 import math
@@ -16,16 +16,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from imm_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-_TILE_ROWS = 16  # of bfloat16; float32 has 8
+_TILE_ROWS = 16  # rows of a TPU tile of bfloat16; 8 for float32
 BATCH = P(("data", "fsdp"))
-# Stacked layers have a leading axis; weights are [out, in]. `fsdp` always splits rows: a row's bytes lie together in a
-# checkpoint, and parts stay multiples of a TPU's tile.
+# Stacked layers have a leading axis; weights are [out, in]. `fsdp` always shards rows: they are contiguous in a
+# checkpoint, and shards remain multiples of a TPU tile.
 RULES: tuple[tuple[str, P], ...] = (
     (r"(embed_tokens|lm_head)\.weight", P(("tensor", "fsdp"), None)),
     (r"layers\..*(q|k|v|gate|up)_proj\.weight", P(None, ("tensor", "fsdp"), None)),
     (r"layers\..*(q|k|v|gate|up)_proj\.bias", P(None, "tensor")),
     (r"layers\..*(o|down)_proj\.weight", P(None, "fsdp", "tensor")),
-    # LoRA: A [r, in] and B [out, r] lie so that B A comes out split as its weight is used.
+    # LoRA: A [r, in] and B [out, r] are sharded so that B A has the sharding in which its weight is used.
     (r"layers\..*(q|k|v|gate|up)_proj\.lora_A", P(None, None, "fsdp")),
     (r"layers\..*(q|k|v|gate|up)_proj\.lora_B", P(None, ("tensor", "fsdp"), None)),
     (r"layers\..*(o|down)_proj\.lora_A", P(None, None, ("tensor", "fsdp"))),
@@ -36,17 +36,17 @@ RULES: tuple[tuple[str, P], ...] = (
 
 def make_mesh(*, data: int, fsdp: int, tensor: int = 1, hidden_size: int | None = None,
               devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh over all devices, or over these; several TPU slices split `data`, for the network between them is slow.
+  """Makes a mesh. Several TPU slices are joined along `data`, because the network between them is slow.
 
   Args:
-    data: size of the axis; one of the three may be -1, which takes what is left.
-    fsdp: see data; -1 for both of them lets `mesh_sizes` choose.
-    tensor: see data.
-    hidden_size: of the model, to choose by.
-    devices: of the mesh.
+    data: size of the axis; one of the three may be -1 for the remaining devices.
+    fsdp: see `data`; if both are -1, `mesh_sizes` chooses.
+    tensor: see `data`.
+    hidden_size: hidden size of the model, for that choice.
+    devices: devices of the mesh; all by default.
 
   Raises:
-    UserError: when the sizes do not multiply to the number of devices.
+    UserError: if the product of the sizes is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -63,10 +63,10 @@ def make_mesh(*, data: int, fsdp: int, tensor: int = 1, hidden_size: int | None 
 
 def mesh_sizes(count: int, *, data: int, fsdp: int, tensor: int, hidden_size: int | None = None, slices: int = 1,
                ) -> tuple[int, int, int]:
-  """The sizes of a mesh over `count` devices in `slices`; see `make_mesh`.
+  """Computes the sizes of a mesh over `count` devices in `slices`; see `make_mesh`.
 
-  Where `data` and `fsdp` are both -1, `fsdp` is the largest size within a slice by which rows of weights still divide
-  into whole tiles of a TPU (16 rows): smaller parts are padded. `data` takes the rest.
+  If `data` and `fsdp` are both -1, `fsdp` is the largest size within a slice that still divides rows of weights into
+  whole TPU tiles (16 rows), as smaller shards would be padded. `data` takes the rest.
 
   >>> mesh_sizes(16, data=2, fsdp=-1, tensor=1)
   (2, 8, 1)
@@ -92,63 +92,63 @@ def mesh_sizes(count: int, *, data: int, fsdp: int, tensor: int, hidden_size: in
   return tuple(sizes.values())
 
 
-def own_devices(mesh: Mesh) -> Mesh:
-  """The mesh itself, or where several processes share it, this process's devices, which split the work on each row."""
+def local_mesh(mesh: Mesh) -> Mesh:
+  """Returns the mesh itself, or if several processes share it, a tensor-parallel mesh of this process's devices."""
   if jax.process_count() == 1:
     return mesh
   return make_mesh(data=1, fsdp=1, tensor=-1, devices=jax.local_devices())
 
 
-def for_decoding(mesh: Mesh, kv_heads: int) -> Mesh:
-  """The same devices with no `fsdp`: a step of one token would spend its time gathering weights.
+def decoding_mesh(mesh: Mesh, kv_heads: int) -> Mesh:
+  """Reshapes a mesh for decoding, without `fsdp`, as each step of one token would be dominated by gathering weights.
 
-  `tensor` takes as many of them as share the key/value heads evenly, so that each head's cache lies with the weights
-  that make it, and `data` the rest, with a copy of the weights for each.
+  `tensor` is as large as evenly divides the key/value heads, so that each head's cache is on the devices that compute
+  it; `data` takes the rest, with a copy of the weights for each.
   """
   tensor = math.gcd(kv_heads, mesh.shape["fsdp"] * mesh.shape["tensor"])
   return Mesh(mesh.devices.reshape(-1, 1, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def spec_of(path: str) -> P:
-  """The partition of the parameter at this path; a single layer's (`layers.3.`) lacks the first axis.
+def partition_spec(path: str) -> P:
+  """Returns the partition of the parameter at this path; that of a single layer (`layers.3.`) lacks the first axis.
 
-  >>> tuple(spec_of("layers.mlp.down_proj.weight")), tuple(spec_of("layers.3.mlp.down_proj.weight"))
+  >>> tuple(partition_spec("layers.mlp.down_proj.weight")), tuple(partition_spec("layers.3.mlp.down_proj.weight"))
   ((None, 'fsdp', 'tensor'), ('fsdp', 'tensor'))
   """
   spec = next(spec for pattern, spec in RULES if re.fullmatch(pattern, path))
   return P(*spec[1:]) if re.match(r"layers\.\d+\.", path) else spec
 
 
-def used_spec(path: str) -> P:
-  """The partition of a parameter where it is used: `fsdp` is gathered.
+def gathered_spec(path: str) -> P:
+  """Returns the partition of a parameter in use, after gathering over `fsdp`.
 
-  >>> tuple(used_spec("layers.3.mlp.up_proj.weight")), tuple(used_spec("layers.3.mlp.down_proj.weight"))
+  >>> tuple(gathered_spec("layers.3.mlp.up_proj.weight")), tuple(gathered_spec("layers.3.mlp.down_proj.weight"))
   (('tensor',), (None, 'tensor'))
   """
-  without = lambda axis: tuple(a for a in axis if a != "fsdp") if isinstance(axis, tuple) else axis
-  axes = [None if axis == "fsdp" else without(axis) for axis in spec_of(path)]
+  drop_fsdp = lambda axis: tuple(a for a in axis if a != "fsdp") if isinstance(axis, tuple) else axis
+  axes = [None if axis == "fsdp" else drop_fsdp(axis) for axis in partition_spec(path)]
   while axes and axes[-1] is None:
     axes.pop()
   return P(*axes)
 
 
-def batch_parts(mesh: Mesh) -> int:
-  """Into how many parts a batch is split."""
+def num_batch_shards(mesh: Mesh) -> int:
+  """Returns the number of shards of a batch."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def cache_sharding(mesh: Mesh, rows: int) -> NamedSharding:
-  """Where a key/value cache [B, K, S, h] lies on a mesh of `for_decoding`: rows over `data`, heads over `tensor`."""
+  """Returns the sharding of a cache [B, K, S, h] on a decoding mesh: rows over `data`, heads over `tensor`."""
   return NamedSharding(mesh, P("data" if rows % mesh.shape["data"] == 0 else None, "tensor"))
 
 
 def path_name(path: tuple) -> str:
-  """The dotted path of a leaf in a nested dict."""
+  """Joins the keys of a leaf's path in a nested dict with dots."""
   return ".".join(part.key for part in path if isinstance(part, jax.tree_util.DictKey))
 
 
 def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
-  """Where a parameter lies; an axis that the mesh does not divide is repeated instead."""
-  parts = lambda axis: math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
-  return NamedSharding(mesh, P(*(axis if size % parts(axis) == 0 else None
-                                 for axis, size in zip(spec_of(path), shape, strict=False))))
+  """Returns a parameter's sharding; axes that the mesh does not divide are replicated."""
+  axis_size = lambda axis: math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
+  return NamedSharding(mesh, P(*(axis if size % axis_size(axis) == 0 else None
+                                 for axis, size in zip(partition_spec(path), shape, strict=False))))

@@ -1,8 +1,8 @@
-"""Text to token ids and back, where an answer continues a prompt.
+"""Encodes and decodes prompts and their continuations.
 
-Tokenizers of sentencepiece's kind put a space before every text and take one away when they decode, and some drop the
-spaces at its ends. An answer is no text of its own: what is trained on would get a space that the model never wrote,
-and lose one that it did.
+Sentencepiece-style tokenizers prepend a space to every text and strip it on decoding, and some strip spaces at both
+ends. An answer continues a prompt: encoded as a text of its own, it would gain a space that the model never wrote, or
+lose one that it did.
 """
 
 import json
@@ -18,68 +18,68 @@ from imm_jax.errors import UserError
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
-# A regex that matches at the ends of a text alone: ^ and $ as no other characters, \A, \z.
+# Matches regexes that are anchored at an end of the text: ^ and $ (not escaped or in a class), \A, \z.
 _ANCHORED = re.compile(r"(?<![\\\[])\^|(?<!\\)\$|\\[AzZ]")
-# By tokenizer: how many ids it had, and the one that adds and takes away nothing, or None where it does so itself.
-_continuing: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, Tokenizer | None]]" = (
+# Tokenizer -> (its size, a copy that keeps the spaces at the ends of texts, or None if the tokenizer itself does).
+_continuation_tokenizers: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, Tokenizer | None]]" = (
     weakref.WeakKeyDictionary())
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str, *, rows: int | None = None) -> list[int]:
-  """The ids of a text that the model is to continue, with what its tokenizer puts before every text.
+  """Encodes a text that the model is to continue, with the special tokens that its tokenizer puts before texts.
 
-  A text that brings its own BOS, as chat templates write it, gets no second one; an end-of-text token after the text,
-  which some tokenizers add, is left out.
+  A text that begins with BOS, as chat templates write it, gets no second one; an end-of-text token that some tokenizers
+  append is removed.
 
   Args:
-    tokenizer: of the model.
+    tokenizer: the model's tokenizer.
     text: the prompt.
-    rows: of the model's embedding.
+    rows: number of rows of the model's embedding.
 
   Raises:
     UserError: for an id past `rows`.
   """
-  own = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-  ids = tokenizer(text, add_special_tokens=not own)["input_ids"]
+  has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+  ids = tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
   if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
     ids = ids[:-1]
   return check_ids(tokenizer, ids, rows)
 
 
 def encode_continuation(tokenizer: "PreTrainedTokenizerBase", text: str, *, rows: int | None = None) -> list[int]:
-  """The ids of a text that continues another: no special tokens, and the spaces at its ends that are in it.
+  """Encodes a text that continues another: without special tokens, and with exactly the spaces at its ends.
 
   Args:
-    tokenizer: of the model.
-    text: what follows the prompt, as `decode_continuation` gives it.
-    rows: of the model's embedding.
+    tokenizer: the model's tokenizer.
+    text: the continuation, as `decode_continuation` returns it.
+    rows: number of rows of the model's embedding.
 
   Raises:
     UserError: for an id past `rows`.
   """
-  plain = _plain(tokenizer)
-  ids = tokenizer(text, add_special_tokens=False)["input_ids"] if plain is None else plain.encode(
+  backend = _continuation_tokenizer(tokenizer)
+  ids = tokenizer(text, add_special_tokens=False)["input_ids"] if backend is None else backend.encode(
       text, add_special_tokens=False).ids
   return check_ids(tokenizer, ids, rows)
 
 
 def decode_continuation(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-  """The text of ids that continue others, with the space at its front where the model wrote one.
+  """Decodes ids that continue others, keeping a leading space that the model wrote.
 
   Args:
-    tokenizer: of the model.
-    ids: what was sampled, [T].
-    skip_special_tokens: whether special tokens are left out of the text.
+    tokenizer: the model's tokenizer.
+    ids: the sampled ids, [T].
+    skip_special_tokens: whether to omit special tokens from the text.
   """
-  plain = _plain(tokenizer)
-  if plain is None:
-    # The clean-up that some ask for takes spaces away before punctuation.
+  backend = _continuation_tokenizer(tokenizer)
+  if backend is None:
+    # The clean-up that some tokenizers request would remove spaces before punctuation.
     return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
-  return plain.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+  return backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
 
 def check_ids(tokenizer: "PreTrainedTokenizerBase", ids: list[int], rows: int | None) -> list[int]:
-  """The ids; raises UserError for one that has no row of the model's embedding, naming its token."""
+  """Returns the ids; raises UserError for one that has no row in the model's embedding, naming its token."""
   if rows is not None and ids and max(ids) >= rows:
     token = tokenizer.convert_ids_to_tokens(max(ids))
     raise UserError(f"{tokenizer.name_or_path}: a text has the token {token!r}, whose id {max(ids)} is past the "
@@ -88,31 +88,31 @@ def check_ids(tokenizer: "PreTrainedTokenizerBase", ids: list[int], rows: int | 
 
 
 def known_ids(tokenizer: "PreTrainedTokenizerBase", rows: int) -> list[int]:
-  """The ids that the tokenizer has and a model with so many rows can give, ascending."""
+  """Lists in ascending order the tokenizer's ids that a model with this many rows can produce."""
   return sorted(i for i in tokenizer.get_vocab().values() if i < rows)
 
 
-def _plain(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer | None:
-  """One that adds and takes away no space at the ends of a text; None where the tokenizer itself is such."""
-  size, found = _continuing.get(tokenizer, (-1, None))
+def _continuation_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer | None:
+  """Returns a copy of the tokenizer that keeps the spaces at the ends of texts; None if the tokenizer itself does."""
+  size, continuation = _continuation_tokenizers.get(tokenizer, (-1, None))
   if size != len(tokenizer):
     backend = tokenizer.backend_tokenizer
-    now: dict[str, Any] = {}
+    steps: dict[str, Any] = {}
     for part in ("normalizer", "pre_tokenizer", "decoder"):
       state = getattr(backend, part)
-      now[part] = json.loads(state.__getstate__()) if state is not None else None
-    changed = {part: _without_space(step, part) for part, step in now.items()}
-    found = Tokenizer.from_str(json.dumps(json.loads(backend.to_str()) | changed)) if changed != now else None
-    if found is not None:
-      found.no_truncation()
-      found.no_padding()
-    _continuing[tokenizer] = len(tokenizer), found
-  return found
+      steps[part] = json.loads(state.__getstate__()) if state is not None else None
+    changed = {part: _without_space(step, part) for part, step in steps.items()}
+    continuation = Tokenizer.from_str(json.dumps(json.loads(backend.to_str()) | changed)) if changed != steps else None
+    if continuation is not None:
+      continuation.no_truncation()
+      continuation.no_padding()
+    _continuation_tokenizers[tokenizer] = len(tokenizer), continuation
+  return continuation
 
 
 def _without_space(step: dict[str, Any] | None, part: str) -> dict[str, Any] | None:
-  """A step of a tokenizer, as tokenizer.json writes it, that neither adds nor takes away a space at the ends of a text;
-  None for none."""
+  """Changes a step of a tokenizer.json to neither add nor strip spaces at the ends of a text; None if nothing is left.
+  """
   if step is None or step["type"] == "Prepend":
     return None
   if step["type"] == "Sequence":

@@ -1,4 +1,4 @@
-"""Whether a loaded tokenizer gives the ids and texts that its file does."""
+"""Checks that a loaded tokenizer has the ids and texts of its file."""
 
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -12,23 +12,23 @@ from imm_jax.model.tokenizer import load_tokenizer, read_sentencepiece
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
-_Codec = tuple[Callable[[str], list[int]], Callable[[list[int]], str]]
+Codec = tuple[Callable[[str], list[int]], Callable[[list[int]], str]]
 
 
 def check_tokenizer(folder: str | Path, texts: Sequence[str], *, rows: int) -> str:
-  """Compares a folder's tokenizer with its file, read by the library that the file is of, on texts.
+  """Compares a folder's tokenizer on texts with its file, as read by the file's own library.
 
-  The ids have to be the file's, and so does the text that they decode to; where that is the text itself, it also has to
-  come back as one that continues another. So have ids that a model could give after others, from a word with its space
-  on: their text has to give the same ids. What `AutoTokenizer` would give is said, not judged.
+  The ids must be the file's, and so must the decoded text. A text that is decoded unchanged must also round-trip as a
+  continuation, and so must the ids of its second half from a word with a leading space on. Differences to
+  `AutoTokenizer` are only reported.
 
   Args:
     folder: an HF checkpoint folder with a tokenizer.
-    texts: what to encode, such as questions and answers.
-    rows: of the model's embedding.
+    texts: texts to encode, such as questions and answers.
+    rows: number of rows of the model's embedding.
 
   Returns:
-    A line that says what was found.
+    A summary in one line.
 
   Raises:
     UserError: for the first text that differs or has an id past `rows`, and as `load_tokenizer` does.
@@ -36,89 +36,90 @@ def check_tokenizer(folder: str | Path, texts: Sequence[str], *, rows: int) -> s
   folder = Path(folder)
   tokenizer = load_tokenizer(folder, rows=rows)
   decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-  name, special, file = _file(folder)
+  name, special, reference = _load_reference(folder)
   encode = lambda text: tokenizer(text, add_special_tokens=special)["input_ids"]
-  others, tokens = 0, 0
+  num_normalised, tokens = 0, 0
   for text in texts:
     ids = check_ids(tokenizer, encode(text), rows)
-    expected = file[0](text) if file else ids
+    expected = reference[0](text) if reference else ids
     if ids != expected:
       at = _first_difference(ids, expected)
-      raise UserError(f"{folder}: its tokenizer gives {_short(text)} other ids than {name} does: from token {at} on "
+      raise UserError(f"{folder}: its tokenizer gives {_excerpt(text)} other ids than {name} does: from token {at} on "
                       f"{ids[at:at + 4]}, expected {expected[at:at + 4]}")
-    back = decode(ids)
-    should = file[1](ids) if file else unicodedata.normalize("NFC", text) if back != text else text
-    if back != should:
-      at = _first_difference(back, should)
-      raise UserError(f"{folder}: {_short(text)} comes back from the tokenizer's ids as {_short(back, at)}, expected "
-                      f"{_short(should, at)}")
-    if back == text and decode_continuation(
+    decoded = decode(ids)
+    expected_text = reference[1](ids) if reference else unicodedata.normalize("NFC", text) if decoded != text else text
+    if decoded != expected_text:
+      at = _first_difference(decoded, expected_text)
+      raise UserError(f"{folder}: {_excerpt(text)} comes back from the tokenizer's ids as {_excerpt(decoded, at)}, "
+                      f"expected {_excerpt(expected_text, at)}")
+    if decoded == text and decode_continuation(
         tokenizer, encode_continuation(tokenizer, text), skip_special_tokens=True) != text:
-      raise UserError(f"{folder}: {_short(text)} does not come back from the tokenizer's ids where it continues "
+      raise UserError(f"{folder}: {_excerpt(text)} does not come back from the tokenizer's ids where it continues "
                       "another text")
     _check_continuation(folder, tokenizer, ids)
-    others += back != text
+    num_normalised += decoded != text
     tokens += len(ids)
-  found = f"the tokenizer gives the ids of {name} for {len(texts)} texts ({tokens:,} tokens)"
-  found += f", and the texts come back but for {others}, which it normalises" if others else ", and the texts come back"
-  return found + _auto(folder, texts, lambda text: tokenizer(text)["input_ids"])
+  summary = f"the tokenizer gives the ids of {name} for {len(texts)} texts ({tokens:,} tokens)"
+  summary += ", and the texts come back" + (f" but for {num_normalised}, which it normalises" if num_normalised else "")
+  return summary + _compare_auto(folder, texts, lambda text: tokenizer(text)["input_ids"])
 
 
 def _check_continuation(folder: Path, tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> None:
-  """Raises UserError where the end of a text, from a word with its space on, continues another with other ids."""
+  """Raises UserError if a text's end, from a word with a leading space on, has other ids as a continuation."""
   to_text = lambda ids: decode_continuation(tokenizer, ids, skip_special_tokens=False)
   for begin in range(max(1, len(ids) // 2), len(ids)):
     tail, text = ids[begin:], to_text(ids[begin:])
     if tokenizer.unk_token_id in tail:
-      continue  # its text is lost anyhow
+      continue  # unknown tokens lose their text
     if text[:1] == " " and text[1:2].strip():
-      found, ended = encode_continuation(tokenizer, text), text.rstrip() + " "
-      if found != tail:
-        at = _first_difference(found, tail)
-        raise UserError(f"{folder}: where {_short(text)} continues another text, the tokenizer gives other ids than "
-                        f"within it: from token {at} on {found[at:at + 4]}, expected {tail[at:at + 4]}")
-      if to_text(encode_continuation(tokenizer, ended)) != ended:
-        raise UserError(f"{folder}: the tokenizer loses the space at the end of {_short(ended, len(ended))} where it "
-                        "continues another text")
+      encoded, spaced = encode_continuation(tokenizer, text), text.rstrip() + " "
+      if encoded != tail:
+        at = _first_difference(encoded, tail)
+        raise UserError(f"{folder}: where {_excerpt(text)} continues another text, the tokenizer gives other ids than "
+                        f"within it: from token {at} on {encoded[at:at + 4]}, expected {tail[at:at + 4]}")
+      if to_text(encode_continuation(tokenizer, spaced)) != spaced:
+        raise UserError(f"{folder}: the tokenizer loses the space at the end of {_excerpt(spaced, len(spaced))} where "
+                        "it continues another text")
       return
 
 
 def _first_difference(one: Sequence[object], other: Sequence[object]) -> int:
-  """The first place where two sequences differ, or the end of the shorter one."""
+  """Returns the first index at which two sequences differ, or the length of the shorter one."""
   shorter = min(len(one), len(other))
   return next((i for i in range(shorter) if one[i] != other[i]), shorter)
 
 
-def _file(folder: Path) -> tuple[str, bool, _Codec | None]:
-  """The name of the file that counts, whether it says which special tokens a text gets, and (encode, decode) by it."""
+def _load_reference(folder: Path) -> tuple[str, bool, Codec | None]:
+  """Loads the tokenizer's file: its name, whether it defines special tokens of texts, and its (encode, decode)."""
   if (path := folder / "tokenizer.json").exists():
     from tokenizers import Tokenizer
 
-    file = Tokenizer.from_file(str(path))
-    file.no_truncation()
-    file.no_padding()
-    return path.name, True, (lambda text: file.encode(text).ids, lambda ids: file.decode(ids, skip_special_tokens=True))
+    reference = Tokenizer.from_file(str(path))
+    reference.no_truncation()
+    reference.no_padding()
+    return path.name, True, (lambda text: reference.encode(text).ids,
+                             lambda ids: reference.decode(ids, skip_special_tokens=True))
   if (path := folder / "tokenizer.model").exists():
     pieces = read_sentencepiece(path)
-    # Like the tokenizer, which leaves out what it does not know; sentencepiece writes a sign for it.
+    # The tokenizer omits unknown tokens, for which sentencepiece would write a symbol.
     return path.name, False, (pieces.encode, lambda ids: pieces.decode([i for i in ids if i != pieces.unk_id()]))
   return "vocab.json", True, None
 
 
-def _auto(folder: Path, texts: Sequence[str], encode: Callable[[str], list[int]]) -> str:
-  """What is to be said of programs that load the tokenizer by transformers' AutoTokenizer; "" for nothing."""
+def _compare_auto(folder: Path, texts: Sequence[str], encode: Callable[[str], list[int]]) -> str:
+  """Describes how ids differ if programs load the tokenizer with transformers' AutoTokenizer; "" if they do not."""
   from transformers import AutoTokenizer, __version__
 
   try:
     auto = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    differ = [text for text in texts if auto(text)["input_ids"] != encode(text)]
-  except Exception as e:  # of any kind
+    differing = [text for text in texts if auto(text)["input_ids"] != encode(text)]
+  except Exception as e:  # transformers raises exceptions of all kinds here
     return (f"; AutoTokenizer of transformers {__version__} cannot load it ({str(e).strip().partition(chr(10))[0]})")
-  return (f"; AutoTokenizer of transformers {__version__} gives other ids for {len(differ)} of them, the first "
-          f"{_short(differ[0])}: programs that load it so see other tokens") if differ else ""
+  return (f"; AutoTokenizer of transformers {__version__} gives other ids for {len(differing)} of them, the first "
+          f"{_excerpt(differing[0])}: programs that load it so see other tokens") if differing else ""
 
 
-def _short(text: str, at: int = 0) -> str:
-  """Some 40 characters of a text, those around a place in it."""
+def _excerpt(text: str, at: int = 0) -> str:
+  """Quotes about 40 characters of a text around a position."""
   begin = max(0, min(at - 17, len(text) - 37))
   return repr("..." * (begin > 0) + text[begin:begin + 37] + "..." * (begin + 37 < len(text)))

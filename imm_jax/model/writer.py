@@ -1,7 +1,7 @@
-"""Writes a checkpoint's weights at any place in any order, past the page cache where the file system lets it.
+"""Writes a checkpoint's weights in any order, bypassing the page cache if the file system allows it.
 
-A merged checkpoint is written once and is often larger than memory: through the page cache it would push out the
-inputs, and a cache page costs several times what the copy to the disk does. So whole, aligned segments are written with
+A merged checkpoint is written once and is often larger than memory: in the page cache it would evict the inputs, and
+filling a cache page costs several times as much as the copy to the disk. So whole, aligned segments are written with
 O_DIRECT.
 """
 
@@ -14,36 +14,36 @@ from typing import Any
 
 import numpy as np
 
-from imm_jax.model import folder as checkpoint, safetensors
+from imm_jax.model import folder as model_folder, safetensors
 from imm_jax.threads import BoundedPool
 
 _SEGMENT = 1 << 22
-# What O_DIRECT asks of addresses, offsets and lengths; no device needs more.
-_PAGE = 4096
-# Segments on their way to the disk: enough to keep it busy, few enough to hold no memory.
+# Alignment of addresses, offsets and lengths for O_DIRECT; no device needs more.
+_ALIGNMENT = 4096
+# Maximum number of segments queued for the disk: enough to keep it busy, few enough to need little memory.
 _IN_FLIGHT = 8
 
 
 class WeightsWriter:
-  """The weight files of a new folder; use as a context manager. Threads may share it."""
+  """Writes the weight files of a new folder. A context manager; safe to share by threads."""
 
   def __init__(self, folder: Path, tensors: Sequence[tuple[str, np.dtype, tuple[int, ...]]], max_shard_bytes: int):
-    """Makes the folder, its files with their headers, and the index.
+    """Creates the folder, its files with their headers, and the index.
 
     Args:
-      folder: made here.
+      folder: folder to create.
       tensors: name, dtype and shape, in the order of the files.
-      max_shard_bytes: see `folder.split`.
+      max_shard_bytes: see `folder.split_into_shards`.
     """
     folder.mkdir(parents=True)
-    shards = checkpoint.split(tensors, max_shard_bytes)
-    checkpoint.write_index(folder, shards)
+    shards = model_folder.split_into_shards(tensors, max_shard_bytes)
+    model_folder.write_index(folder, shards)
     self._places: dict[str, tuple[_File, int, np.dtype]] = {}
     self._files: list[_File] = []
     self._disk = BoundedPool(2, _IN_FLIGHT)
     try:
       for name, shard in shards:
-        start, offsets = safetensors.header(shard)
+        start, offsets = safetensors.make_header(shard)
         size = len(start) + sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for _, dtype, shape in shard)
         file = _File(folder / name, size, self._disk)
         self._files.append(file)
@@ -66,11 +66,11 @@ class WeightsWriter:
       self._close()
 
   def dtype(self, name: str) -> np.dtype:
-    """Of a tensor in the file."""
+    """Returns the dtype in which a tensor is written."""
     return self._places[name][2]
 
   def write(self, name: str, begin: int, values: np.ndarray) -> None:
-    """Puts values [n] of the tensor's dtype at its entries from `begin` on; each entry once."""
+    """Writes values [n] of the tensor's dtype to its entries from `begin` on; each entry must be written once."""
     file, offset, dtype = self._places[name]
     if values.dtype != dtype:
       raise ValueError(f"{name}: got {values.dtype}, announced {dtype}")
@@ -83,50 +83,50 @@ class WeightsWriter:
 
 
 class _File:
-  """A file of known size that is filled piece by piece and written segment by segment."""
+  """A file of known size that is filled in any order and written in segments."""
 
   def __init__(self, path: Path, size: int, disk: BoundedPool):
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
       self.number = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o644)
-    except OSError:  # not on this file system: it refuses after it made the file
+    except OSError:  # the file system lacks O_DIRECT, which it reports only after it has created the file
       path.unlink(missing_ok=True)
       self.number = os.open(path, flags, 0o644)
     self._size, self._disk = size, disk
     self._lock = threading.Lock()
-    # Segment -> its buffer, and how many bytes it still lacks.
+    # Segment -> its buffer and the number of bytes still missing.
     self._open: dict[int, tuple[mmap.mmap, int]] = {}
     self._spare: list[mmap.mmap] = []
 
   def write(self, offset: int, data: Any) -> None:
     view = memoryview(data)
     while view:
-      segment, at = divmod(offset, _SEGMENT)
-      count = min(len(view), _SEGMENT - at)
+      segment, start = divmod(offset, _SEGMENT)
+      count = min(len(view), _SEGMENT - start)
       with self._lock:
         if segment not in self._open:
           buffer = self._spare.pop() if self._spare else mmap.mmap(-1, _SEGMENT)
           self._open[segment] = buffer, min(_SEGMENT, self._size - segment * _SEGMENT)
         buffer = self._open[segment][0]
-      buffer[at:at + count] = view[:count]
+      buffer[start:start + count] = view[:count]
       with self._lock:
-        lacks = self._open[segment][1] - count
-        self._open[segment] = buffer, lacks
-        if not lacks:
+        missing = self._open[segment][1] - count
+        self._open[segment] = buffer, missing
+        if not missing:
           del self._open[segment]
-      if not lacks:
-        self._disk.submit(lambda buffer=buffer, segment=segment: self._put(buffer, segment))
+      if not missing:
+        self._disk.submit(lambda buffer=buffer, segment=segment: self._write_segment(buffer, segment))
       view, offset = view[count:], offset + count
 
   def finish(self) -> None:
-    """Cuts what the last segment has too much."""
+    """Truncates the padding of the last segment."""
     if self._open:
       raise ValueError("some entries of the checkpoint were not written")
     os.ftruncate(self.number, self._size)
 
-  def _put(self, buffer: mmap.mmap, segment: int) -> None:
+  def _write_segment(self, buffer: mmap.mmap, segment: int) -> None:
     used = min(_SEGMENT, self._size - segment * _SEGMENT)
-    view, offset = memoryview(buffer)[:-(-used // _PAGE) * _PAGE], segment * _SEGMENT
+    view, offset = memoryview(buffer)[:-(-used // _ALIGNMENT) * _ALIGNMENT], segment * _SEGMENT
     while view:
       count = os.pwrite(self.number, view, offset)
       view, offset = view[count:], offset + count

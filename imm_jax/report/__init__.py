@@ -1,4 +1,4 @@
-"""What came out of a run: a table for the terminal, curves, tables and a page; and several runs side by side."""
+"""Reports the results of a run as a table for the terminal, plots and a page, and compares several runs."""
 
 from imm_jax.report.live import Live, write
 from imm_jax.report.results import Results, table

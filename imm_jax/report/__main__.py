@@ -24,28 +24,29 @@ flags.mark_flag_as_required("workdirs")
 
 
 def main() -> None:
-  roots = results.find(_WORKDIRS.value)
+  roots = results.find_runs(_WORKDIRS.value)
   if _OUT.value is None and len(roots) > 1:
     raise UserError(f"--workdirs: holds {len(roots)} runs; say with --out=DIR where their report is to be written")
   out = Path(_OUT.value) if _OUT.value else roots[0] / "report"
   if _OUT.value:
-    files.check_out(out, {f"workdir {root.name}": root for root in roots}, overwrite=_OVERWRITE.value, foreign=_foreign)
+    files.check_out(out, {f"workdir {root.name}": root for root in roots}, overwrite=_OVERWRITE.value,
+                    foreign=_why_foreign)
   elif status.is_running(roots[0]):
     raise UserError(f"{roots[0]}: runs, and writes {out} itself; give --out=DIR for another report")
   with files.alone(out):
     if len(roots) == 1:
-      found = results.Results.of(roots[0])
-      live.write(roots[0], out, extra=paper.sections({"": found}) if _PAPER.value else ())
-      print(results.table(found))
+      run_results = results.Results.of(roots[0])
+      live.write(roots[0], out, extra=paper.make_sections({"": run_results}) if _PAPER.value else ())
+      print(results.table(run_results))
     else:
       runs = [results.Results.of(root) for root in roots]
-      compare.write(runs, out, extra=paper.sections if _PAPER.value else None)
+      compare.write(runs, out, extra=paper.make_sections if _PAPER.value else None)
   if not _OUT.value:
     integrity.update(roots[0] / integrity.MANIFEST, roots[0], out)
   print(f"report: {out / 'index.html'}")
 
 
-def _foreign(folder: Path) -> str:
+def _why_foreign(folder: Path) -> str:
   page = folder / "index.html"
   if not page.is_file() or markup.GENERATOR not in page.read_text(encoding="utf-8", errors="replace")[:2000]:
     return "is no earlier report (it has no index.html of one)"

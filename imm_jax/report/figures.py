@@ -1,6 +1,6 @@
-"""The curves of a run and of a comparison, drawn by matplotlib.
+"""Draws the curves of a run and of a comparison with matplotlib.
 
-Colours are those of M. Okabe and K. Ito, told apart by colour-blind readers; markers differ as well, for print.
+The colours are those of M. Okabe and K. Ito, which colour-blind readers can distinguish; markers differ too, for print.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
   from matplotlib.axes import Axes
   from matplotlib.figure import Figure
 
-# Of models: colour, marker, name.
+# Kind of model -> colour, marker, name.
 MODELS = {"base": ("#000000", "s", "base model"), "sft": ("#D55E00", "o", "after SFT"),
           "ema": ("#009E73", "P", "average over SFT"), "merged": ("#0072B2", "^", "after merging")}
 METHODS = {"imm": ("#0072B2", "^"), "iimm": ("#56B4E9", "v"), "star": ("#D55E00", "o"),
@@ -21,17 +21,17 @@ METHODS = {"imm": ("#0072B2", "^"), "iimm": ("#56B4E9", "v"), "star": ("#D55E00"
            "l2_sp": ("#E69F00", "s"), "kl": ("#009E73", "s"), "ema": ("#CC79A7", "s"), "lora": ("#000000", "h")}
 _OTHER = ("#666666", "*")
 _INTERVENTIONS = {"gradient_decay": "<", "gradient_clipping": ">", "weight_masking": "d"}
-# For curves that are no method's: a colour and marker each.
+# Colours and markers of curves that do not belong to a method.
 SERIES = (("#0072B2", "^"), ("#D55E00", "o"), ("#009E73", "s"), ("#CC79A7", "X"), ("#E69F00", "D"), ("#000000", "P"),
           ("#56B4E9", "v"), ("#F0E442", "*"))
 _HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++", "oo")
 _LINES = ("-", "--", ":", "-.")
 _WIDTH, _HEIGHT, _ROW = 4.4, 3.3, 0.195  # inches of a panel, and of a row of its legend
-_SHORT = 32
+_MAX_NAME = 32
 
 
 class Line(NamedTuple):
-  """A curve: where its points are, their heights, and where they are known the intervals."""
+  """A curve: its points, and the bounds of their intervals if known."""
 
   label: str
   colour: str
@@ -44,8 +44,11 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-  """Curves over one pair of axes; `span` is the y axis's, where the data are not to choose it. A curve that is alone
-  has a name in the legend where `named` says so; `counts` says that x is a whole number, such as rounds."""
+  """Curves in one pair of axes.
+
+  `span` fixes the limits of the y axis, `named` shows a legend even for a single curve, and `counts` marks x as whole
+  numbers, such as rounds.
+  """
 
   title: str
   x: str
@@ -60,7 +63,7 @@ class Panel(NamedTuple):
 
 
 class Bars(NamedTuple):
-  """Horizontal bars: their names, and of each part by its name a length for every bar."""
+  """Stacked horizontal bars: their names, and name of part -> its length in every bar."""
 
   x: str
   names: tuple[str, ...]
@@ -68,24 +71,24 @@ class Bars(NamedTuple):
 
 
 def draw(*panels: Panel) -> "Figure":
-  """The panels side by side, with one legend below them."""
-  from matplotlib.figure import Figure  # late: a command that draws nothing does not wait for it
+  """Draws panels side by side, with one legend below them."""
+  from matplotlib.figure import Figure  # imported here because it is slow, and many commands draw nothing
 
   figure = Figure()
   handles = {}
-  for place, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-    handles |= _draw_panel(place, panel)
+  for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    handles |= _draw_panel(axes, panel)
   arrange(figure, list(handles.items()) if len(handles) > 1 or panels[0].named else ())
   return figure
 
 
 def arrange(figure: "Figure", legend: Sequence[tuple[str, Any]], *, title_lines: int = 1) -> None:
-  """Gives the panels of a row their size and places, and one legend below them; a layout engine draws twice for that.
+  """Arranges the panels of a row and one legend below them, without a layout engine, which would draw twice.
 
   Args:
-    figure: its subplots lie side by side.
+    figure: a figure with subplots side by side.
     legend: label and artist of each entry; empty for no legend.
-    title_lines: of the tallest title.
+    title_lines: number of lines of the tallest title.
   """
   width, rows = _WIDTH * len(figure.axes) + 0.3, 0
   if legend:
@@ -94,7 +97,7 @@ def arrange(figure: "Figure", legend: Sequence[tuple[str, Any]], *, title_lines:
     rows = -(-len(labels) // columns)
     shown = figure.legend(handles, labels, loc="lower center", ncols=columns, frameon=False, fontsize=9)
     for text in shown.get_texts():
-      text.set_parse_math(False)  # names may hold dollar signs
+      text.set_parse_math(False)  # names may contain dollar signs
   height = _HEIGHT + _ROW * (rows + title_lines - 1) + 0.1
   figure.set_size_inches(width, height)
   figure.subplots_adjust(left=0.72 / width, right=1 - 0.12 / width, top=1 - (0.14 + _ROW * title_lines) / height,
@@ -105,7 +108,7 @@ def _draw_panel(axes: "Axes", panel: Panel) -> dict[str, object]:
   from matplotlib.ticker import MaxNLocator
 
   handles = {}
-  # Points at one place stand side by side, or their intervals hide each other.
+  # Offset points at the same x, so that their intervals do not hide each other.
   spread = 0.0 if panel.log2 else min(0.06, 0.3 / max(1, len(panel.lines)))
   for i, line in enumerate(panel.lines):
     error = [[y - a for y, a in zip(line.y, line.low, strict=True)],
@@ -116,7 +119,7 @@ def _draw_panel(axes: "Axes", panel: Panel) -> dict[str, object]:
   if panel.level is not None:
     axes.axhline(panel.level, color="#000000", linestyle=":", linewidth=1)
   axes.set(xlabel=panel.x, ylabel=panel.y)
-  axes.set_title(panel.title, fontsize=11, parse_math=False)  # names may hold dollar signs
+  axes.set_title(panel.title, fontsize=11, parse_math=False)  # names may contain dollar signs
   if panel.shares:
     axes.set_ylim(-0.02, 1.02)
   elif panel.span:
@@ -128,20 +131,21 @@ def _draw_panel(axes: "Axes", panel: Panel) -> dict[str, object]:
   elif panel.counts:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     places = [x for line in panel.lines for x in line.x]
-    if max(places) - min(places) < 1:  # or matplotlib numbers what lies between two integers
+    if max(places) - min(places) < 1:  # otherwise matplotlib places ticks between integers
       axes.set_xlim(min(places) - 0.6, max(places) + 0.6)
   axes.grid(alpha=0.3)
   return handles
 
 
-def scores(label: str, style: tuple[str, str], x: Sequence[float], found: Sequence[Accuracy], dash: str = "-") -> Line:
-  """A curve of accuracies with their intervals."""
-  return Line(label, *style, dash, tuple(x), tuple(a.value for a in found), tuple(a.low for a in found),
-              tuple(a.high for a in found))
+def accuracy_line(label: str, style: tuple[str, str], x: Sequence[float], y: Sequence[Accuracy], dash: str = "-",
+                  ) -> Line:
+  """Makes a curve of accuracies with their intervals."""
+  return Line(label, *style, dash, tuple(x), tuple(a.value for a in y), tuple(a.low for a in y),
+              tuple(a.high for a in y))
 
 
-def bars(data: Bars) -> "Figure":
-  """Horizontal bars, each made of its parts."""
+def draw_bars(data: Bars) -> "Figure":
+  """Draws stacked horizontal bars."""
   from matplotlib.figure import Figure
 
   columns, margin = 3, 0.2 + 0.075 * max(map(len, data.names))
@@ -150,7 +154,7 @@ def bars(data: Bars) -> "Figure":
   axes = figure.subplots()
   left = [0.0] * len(data.names)
   for i, (part, values) in enumerate(data.parts.items()):
-    axes.barh(range(len(data.names)), values, left=left, color=series(i)[0], hatch=hatch(i),
+    axes.barh(range(len(data.names)), values, left=left, color=series_style(i)[0], hatch=hatch(i),
               edgecolor="white", linewidth=0, height=0.7, label=part)
     left = [a + b for a, b in zip(left, values, strict=True)]
   axes.set_yticks(range(len(data.names)), data.names, fontsize=9, parse_math=False)
@@ -165,48 +169,48 @@ def bars(data: Bars) -> "Figure":
 
 
 def method_style(method: str, intervention: str = "none", i: int = 0) -> tuple[str, str]:
-  """Colour and marker of a method; an intervention in SFT has the method's colour and a marker of its own.
+  """Returns colour and marker of a method's i-th curve; interventions in SFT have other markers of the same colour.
 
-  So has the i-th curve of a method once its kinds of line are used up.
+  The marker changes too once all line styles are used.
   """
   colour, marker = METHODS.get(method, _OTHER)
-  return colour, another_marker(_INTERVENTIONS.get(intervention, marker), i // len(_LINES))
+  return colour, next_marker(_INTERVENTIONS.get(intervention, marker), i // len(_LINES))
 
 
-def another_marker(marker: str, i: int) -> str:
-  """The i-th of all markers that begin with this one.
+def next_marker(marker: str, i: int) -> str:
+  """Returns the i-th marker of the cycle of markers that begins with this one.
 
-  >>> another_marker("o", 0), another_marker("o", 1)
+  >>> next_marker("o", 0), next_marker("o", 1)
   ('o', '^')
   """
-  looks = [marker, *(other for _, other in SERIES if other != marker)]
-  return looks[i % len(looks)]
+  markers = [marker, *(other for _, other in SERIES if other != marker)]
+  return markers[i % len(markers)]
 
 
-def series(i: int) -> tuple[str, str]:
-  """Colour and marker of the i-th of some curves; after all colours each has another marker."""
+def series_style(i: int) -> tuple[str, str]:
+  """Returns colour and marker of the i-th curve; when the colours repeat, the markers change."""
   return SERIES[i % len(SERIES)][0], SERIES[(i + i // len(SERIES)) % len(SERIES)][1]
 
 
 def hatch(i: int) -> str:
-  """The i-th pattern of bars, for print."""
+  """Returns the i-th hatch pattern of bars, for print."""
   return _HATCHES[i % len(_HATCHES)]
 
 
 def dash(i: int) -> str:
-  """The i-th kind of line."""
+  """Returns the i-th line style."""
   return _LINES[i % len(_LINES)]
 
 
-def short(name: str) -> str:
-  """The end of a name that is long, such as a path.
+def shorten(name: str) -> str:
+  """Shortens a long name, such as a path, to its end.
 
-  >>> short("runs/tiny"), short("/home/somebody/runs/tiny/round_0/sft")
+  >>> shorten("runs/tiny"), shorten("/home/somebody/runs/tiny/round_0/sft")
   ('runs/tiny', '...ebody/runs/tiny/round_0/sft')
   """
-  return name if len(name) <= _SHORT else f"...{name[3 - _SHORT:]}"
+  return name if len(name) <= _MAX_NAME else f"...{name[3 - _MAX_NAME:]}"
 
 
-def over_rounds(values: Mapping[int, float], label: str, style: tuple[str, str], dash: str = "-") -> Line:
-  """A curve of one number a round."""
+def round_line(values: Mapping[int, float], label: str, style: tuple[str, str], dash: str = "-") -> Line:
+  """Makes a curve of one number for each round."""
   return Line(label, *style, dash, tuple(values), tuple(values.values()))

@@ -1,4 +1,4 @@
-"""In and out of domain at once: the models that no other beats in both, and what a run is worth by that."""
+"""Pareto fronts of accuracy in and out of domain, and measures of runs based on them."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from imm_jax.report.markup import Plot, Section, Table
 from imm_jax.report.reading import is_number
 from imm_jax.report.results import Model, Results
 
-# Accuracy in domain, and out of domain.
+# (accuracy in domain, accuracy out of domain)
 Point = tuple[float, float]
 _SWEEP = ("#56B4E9", "v", "merged at other weights")
 _LINE = ("#666666", "none", "--")
@@ -25,54 +25,54 @@ _HOW = ("A point is a model; the line joins those that no other beats in both. H
 _MEASURES = ("hypervolume above the base", "hypervolume above (base in domain, 0)", "out of domain at equal ID")
 
 
-def front(points: Sequence[Point]) -> list[Point]:
-  """The points that no other dominates (as good in both, better in one), from left to right; equal ones once.
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+  """Returns the distinct points that no other dominates (as good in both, better in one), from left to right.
 
-  >>> front([(0.2, 0.9), (0.5, 0.7), (0.4, 0.6), (0.5, 0.7), (0.5, 0.5)])
+  >>> pareto_front([(0.2, 0.9), (0.5, 0.7), (0.4, 0.6), (0.5, 0.7), (0.5, 0.5)])
   [(0.2, 0.9), (0.5, 0.7)]
   """
-  found: list[Point] = []
+  nondominated: list[Point] = []
   for x, y in sorted(set(points), reverse=True):
-    if not found or y > found[-1][1]:
-      found.append((x, y))
-  return found[::-1]
+    if not nondominated or y > nondominated[-1][1]:
+      nondominated.append((x, y))
+  return nondominated[::-1]
 
 
 def hypervolume(points: Sequence[Point], reference: Point) -> float:
-  """The area that the points dominate above a reference point (Zitzler & Thiele 1999), exact in two dimensions.
+  """Computes the area that points dominate above a reference point (Zitzler & Thiele 1999), exactly in 2D.
 
   >>> hypervolume([(2, 1), (1, 3), (1, 2), (5, -1)], (0, 0)), hypervolume([(-1, 3)], (0, 0))
   (4.0, 0.0)
   """
   area, (left, low) = 0.0, reference
-  for x, y in reversed(front(points)):
+  for x, y in reversed(pareto_front(points)):
     if x > left and y > low:
       area, low = area + (x - left) * (y - low), y
   return area
 
 
-def out_at(path: Sequence[Point], into: float) -> float | None:
-  """The accuracy out of domain where a path has this one in domain, by straight lines between its points.
+def interpolate_out(path: Sequence[Point], equal_id: float) -> float | None:
+  """Interpolates linearly the accuracy out of domain at which a path has a given accuracy in domain.
 
-  Where the path comes there several times, the highest; None where it never does.
+  Returns the largest if there are several, and None if the path never has that accuracy in domain.
 
-  >>> out_at([(0.2, 0.8), (0.6, 0.4), (0.3, 0.1)], 0.4), out_at([(0.2, 0.8)], 0.2), out_at([(0.2, 0.8)], 0.4)
-  (0.6, 0.8, None)
+  >>> interpolate_out([(0.2, 0.8), (0.6, 0.4), (0.3, 0.1)], 0.4), interpolate_out([(0.2, 0.8)], 0.4)
+  (0.6, None)
   """
-  found = [y for x, y in path if x == into]
-  found += [y + (into - x) / (u - x) * (v - y) for (x, y), (u, v) in itertools.pairwise(path)
-            if min(x, u) < into < max(x, u)]
-  return max(found, default=None)
+  values = [y for x, y in path if x == equal_id]
+  values += [y + (equal_id - x) / (u - x) * (v - y) for (x, y), (u, v) in itertools.pairwise(path)
+             if min(x, u) < equal_id < max(x, u)]
+  return max(values, default=None)
 
 
-def equal_into(runs: Sequence[Results]) -> tuple[float, str] | None:
-  """The accuracy in domain at which runs are compared, and what it is; None where they have no model but the base.
+def choose_equal_id(runs: Sequence[Results]) -> tuple[float, str] | None:
+  """Chooses the accuracy in domain at which runs are compared; returns it and a description, or None without models.
 
-  It is the base's plus half of what star gains by its last round (the mean over runs of star), or without such a gain
-  the median of all models.
+  It is the base's plus half of star's gain by its last round (the mean over its runs), or without such a gain the
+  median of all models except the base.
   """
   gains = [(run.in_domain(models[0]).value, run.in_domain(models[-1]).value) for run in runs
-           if groups.method(run) == "star" and len(models := run.handed_on()) > 1 and models[0].kind == "base"]
+           if groups.method_label(run) == "star" and len(models := run.handed_on()) > 1 and models[0].kind == "base"]
   base, last = np.mean(gains, axis=0) if gains else (0.0, 0.0)
   if last > base:
     return float((base + last) / 2), "the base's plus half of star's gain"
@@ -80,119 +80,121 @@ def equal_into(runs: Sequence[Results]) -> tuple[float, str] | None:
   return (float(np.median(values)), "the median of all models") if values else None
 
 
-def of_run(run: Results) -> Section:
-  """The models of one run."""
-  if not _has_front(run):
+def run_section(run: Results) -> Section:
+  """Makes the section of one run."""
+  if not _has_pareto_front(run):
     return Section(_ID, _TITLE, [])
   by_kind: dict[str, list[Model]] = {}
   for m in run.models:
     by_kind.setdefault(m.kind.partition(" ")[0] + " at" * (" " in m.kind), []).append(m)
-  lines = [_marks(run, by_kind[kind], label, (colour, marker)) for kind, (colour, marker, label) in
+  lines = [_make_line(run, by_kind[kind], label, (colour, marker)) for kind, (colour, marker, label) in
            (MODELS | {"merged at": _SWEEP}).items() if kind in by_kind]
-  into, what = equal_into([run])
+  equal_id, description = choose_equal_id([run])
   return Section(_ID, _TITLE, [
-      _explain(into, what), *_plot(lines, [run]),
-      Table("front", "What the models are worth together", ["equal ID", *_MEASURES], [[into, *_worth(run, into)]]),
-      _nondominated({"": run}, [])])
+      _explanation(equal_id, description), *_plot(lines, [run]),
+      Table("front", "What the models are worth together", ["equal ID", *_MEASURES],
+            [[equal_id, *_measure(run, equal_id)]]),
+      _nondominated_table({"": run}, [])])
 
 
-def of_runs(runs: Mapping[str, Results], found: Sequence[Group]) -> Section:
-  """The models of several runs, which have the same tasks; of others nothing."""
-  having = {name: run for name, run in runs.items() if _has_front(run)}
-  if not having or len({(run.id_task, run.ood_tasks) for run in having.values()}) > 1:
+def runs_section(runs: Mapping[str, Results], grouped: Sequence[Group]) -> Section:
+  """Makes the section of several runs, which is empty unless they have the same tasks."""
+  eligible = {name: run for name, run in runs.items() if _has_pareto_front(run)}
+  if not eligible or len({(run.id_task, run.ood_tasks) for run in eligible.values()}) > 1:
     return Section(_ID, _TITLE, [])
-  into, what = equal_into(list(having.values()))
-  every = [(group, [run for name, run in group.runs.items() if name in having]) for group in found]
-  base = [_point(run, run.models[0]) for run in having.values()]
+  equal_id, description = choose_equal_id(list(eligible.values()))
+  members_by_group = [(group, [run for name, run in group.runs.items() if name in eligible]) for group in grouped]
+  base = [_point(run, run.models[0]) for run in eligible.values()]
   lines = [Line(MODELS["base"][2], *MODELS["base"][:2], "none", *zip(*dict.fromkeys(base), strict=True))]
-  for group, members in every:
+  for group, members in members_by_group:
     points = [_point(run, m) for run in members for m in run.models if m.kind != "base"]
     if points:
-      # Elsewhere kinds of line tell the settings of a method apart.
-      looks = [(group.style[0], figures.another_marker(group.style[1], i)) for i in range(len(figures.SERIES))]
-      taken = {(line.colour, line.marker) for line in lines}
-      style = next((look for look in looks if look not in taken), group.style)
+      # Other plots distinguish the settings of a method by line styles; here there are only markers.
+      styles = [(group.style[0], figures.next_marker(group.style[1], i)) for i in range(len(figures.SERIES))]
+      used = {(line.colour, line.marker) for line in lines}
+      style = next((look for look in styles if look not in used), group.style)
       lines.append(Line(group.label, *style, "none", *zip(*points, strict=True)))
-  worth = {name: _worth(run, into) for name, run in having.items()}
-  rows = [[name, groups.method(run), into, *worth[name]] for name, run in having.items()]
+  measures = {name: _measure(run, equal_id) for name, run in eligible.items()}
+  rows = [[name, groups.method_label(run), equal_id, *measures[name]] for name, run in eligible.items()]
   means = []
-  for group, _ in every:
-    columns = zip(*(worth[name] for name in group.runs if name in worth), strict=True)
-    of = [[value for value in column if value is not None] for column in columns]
-    if of:
-      means.append([group.label, len([name for name in group.runs if name in worth]), into, *(
-          cell for values in of for cell in (groups.mean(values) if values else (None, None)))])
-  several = any(len(group.runs) > 1 for group in found)
+  for group, _ in members_by_group:
+    by_run = [measures[name] for name in group.runs if name in measures]
+    by_measure = [[value for value in column if value is not None] for column in zip(*by_run, strict=True)]
+    if by_measure:
+      means.append([group.label, len(by_run), equal_id, *(
+          cell for values in by_measure for cell in (groups.mean_and_error(values) if values else (None, None)))])
+  several = any(len(group.runs) > 1 for group in grouped)
   head = [name for measure in _MEASURES for name in (measure, f"{measure}: s.e.")]
   return Section(_ID, _TITLE, [
-      _explain(into, what), *_plot(lines, list(having.values())),
+      _explanation(equal_id, description), *_plot(lines, list(eligible.values())),
       *([Table("front_means", "What each is worth, means over seeds with their standard errors; at equal ID over those "
                "that come there", ["runs", "n", "equal ID", *head], means)] if several else []),
       Table("front", "What the models of each run are worth together", ["run", "method", "equal ID", *_MEASURES], rows),
-      _nondominated(having, ["run"])])
+      _nondominated_table(eligible, ["run"])])
 
 
-def _has_front(run: Results) -> bool:
-  """Whether there is a base and another model, and something out of domain."""
+def _has_pareto_front(run: Results) -> bool:
+  """Returns whether a run has its base, another model, and tasks out of domain."""
   return bool(run.ood_tasks) and len(run.models) > 1 and run.models[0].kind == "base"
 
 
-def _explain(into: float, what: str) -> str:
-  return (f"{_HOW}Equal ID is {into:.3f} in domain, {what}: there a run has what straight lines between its models "
-          "give, from round to round of those that are handed on, and in each round from the base over merged models, "
-          "by their weight, to the tuned one; of several the highest. What lies on such a line is no model.")
+def _explanation(equal_id: float, description: str) -> str:
+  return (f"{_HOW}Equal ID is {equal_id:.3f} in domain, {description}: there a run has what straight lines between its "
+          "models give, from round to round of those that are handed on, and in each round from the base over merged "
+          "models, by their weight, to the tuned one; of several the highest. What lies on such a line is no model.")
 
 
 def _point(run: Results, model: Model) -> Point:
   return run.in_domain(model).value, run.out_of_domain(model).value
 
 
-def _marks(run: Results, models: Sequence[Model], label: str, style: tuple[str, str]) -> Line:
+def _make_line(run: Results, models: Sequence[Model], label: str, style: tuple[str, str]) -> Line:
   return Line(label, *style, "none", *zip(*(_point(run, m) for m in models), strict=True))
 
 
 def _plot(lines: Sequence[Line], runs: Sequence[Results]) -> list[Plot]:
-  best = front([_point(run, m) for run in runs for m in run.models])
+  best = pareto_front([_point(run, m) for run in runs for m in run.models])
   line = Line("no other is better in both", *_LINE, *zip(*best, strict=True))
   return [Plot("front", "Accuracy out of domain over accuracy in domain of every model, and a line through those that "
                "no other beats in both; the tables below have the values", figures.draw,
                (Panel("every model", lines=(*lines, line), **_AXES),))]
 
 
-def _worth(run: Results, into: float) -> list[float | None]:
-  """The measures of `_MEASURES`."""
+def _measure(run: Results, equal_id: float) -> list[float | None]:
+  """Computes the measures of `_MEASURES` for a run."""
   points = [_point(run, m) for m in run.models]
-  reached = [out for path in _paths(run) if (out := out_at([_point(run, m) for m in path], into)) is not None]
-  return [hypervolume(points, points[0]), hypervolume(points, (points[0][0], 0.0)), max(reached, default=None)]
+  paths = ([_point(run, m) for m in path] for path in _model_paths(run))
+  out_values = [out for path in paths if (out := interpolate_out(path, equal_id)) is not None]
+  return [hypervolume(points, points[0]), hypervolume(points, (points[0][0], 0.0)), max(out_values, default=None)]
 
 
-def _paths(run: Results) -> list[Sequence[Model]]:
-  """The models that are handed on, by round; and in each round those from the base to the tuned one, by weight."""
+def _model_paths(run: Results) -> list[Sequence[Model]]:
+  """Lists paths of models: those handed on from round to round, and in each round from base to tuned by weight."""
   paths: list[Sequence[Model]] = [run.handed_on()]
   for t in dict.fromkeys(m.round for m in run.models[1:]):
     tuned = [m for m in run.models if (m.kind, m.round) == ("sft", t)]
     weighed = [(weight, m) for m in run.models if m.round == t and (weight := _base_weight(run, m)) is not None]
     if tuned and weighed:
-      paths.append([run.models[0], *(m for _, m in sorted(weighed, key=lambda of: -of[0])), *tuned])
+      paths.append([run.models[0], *(m for _, m in sorted(weighed, key=lambda pair: -pair[0])), *tuned])
   return paths
 
 
 def _base_weight(run: Results, model: Model) -> float | None:
-  """The weight of the base in a merged model, where it is one number."""
+  """Returns the weight of the base in a merged model, if it is a single number."""
   kind, _, weight = model.kind.partition(" ")
   try:
     if weight:
       return float(weight)
-  except ValueError:  # the name of a folder
+  except ValueError:  # a name instead of a number
     return None
   facts: Mapping[str, Any] = run.stages.get(f"round_{model.round}/merged", {}).get("facts", {})
   value = facts.get("base_weight")
   return float(value) if kind == "merged" and is_number(value) else None
 
 
-def _nondominated(runs: Mapping[str, Results], head: list[str]) -> Table:
-  """The models on the front; `head` is that of the column of runs, empty without one."""
-  best = front([_point(run, m) for run in runs.values() for m in run.models])
+def _nondominated_table(runs: Mapping[str, Results], head: list[str]) -> Table:
+  """Makes a table of the models on the Pareto front; `head` names the column of runs, or is empty."""
+  best = pareto_front([_point(run, m) for run in runs.values() for m in run.models])
   rows = [[*[name] * len(head), m.label, run.in_domain(m), run.out_of_domain(m)] for name, run in runs.items()
           for m in run.models if _point(run, m) in best]
   return Table("nondominated", "Models that no other beats in both", [*head, "model", "in domain", "out of domain"],

@@ -1,5 +1,4 @@
-"""What analysis.json and drift.json say of each round: layers that matter, layers that move, how diverse the samples
-are, how far the models have gone from the base."""
+"""Makes the sections on analysis.json and drift.json: layer importance and weight change, diversity, and drift."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from imm_jax.report.figures import MODELS, Line, Panel
 from imm_jax.report.markup import Plot, Section, Table
 from imm_jax.report.results import Results
 
-# What is said of a weight change, and of a measure of diversity, by their names in analysis.json.
+# Names in analysis.json of weight changes and of measures of diversity -> their labels.
 CHANGES = {"sft": "by SFT", "merged": "from base to merged"}
 DIVERSITY = {"distinct_answers": "distinct answers a question", "distinct_4grams": "share of distinct 4-grams",
              "token_entropy": "token entropy, nats"}
@@ -23,46 +22,48 @@ DRIFT = ("KL is that from the base to the model, over the whole vocabulary, on t
          "it is our measure. Out of domain is the mean over the tasks, each counted once.")
 WHERE = ("in domain", "out of domain")
 DRIFT_AXES = {"x": "rounds done", "y": "KL, nats a token"}
-# Curves of a panel by layer.
-_MOST = 8
+# Maximum number of curves in a panel by layer.
+_MAX_CURVES = 8
 COLLAPSE = "Fewer distinct answers to a question from round to round are a sign of collapse."
 
 
-def layers(results: Results) -> Section:
-  """Importance and weight change by layer, and their correlation by round."""
-  importance = _part(results, "importance")
-  changes = {name: {t: found[name] for t, found in _part(results, "weight_change").items() if name in found}
+def layers_section(results: Results) -> Section:
+  """Makes the section on importance and weight change by layer, and their correlation by round."""
+  importance = _analysis_part(results, "importance")
+  weight_changes = _analysis_part(results, "weight_change")
+  changes = {name: {t: by_name[name] for t, by_name in weight_changes.items() if name in by_name}
              for name in CHANGES}
-  spearman = _part(results, "spearman")
+  spearman = _analysis_part(results, "spearman")
   panels = []
   if importance:
-    panels.append(_by_layer("importance by layer", {t: shares(found["layers"]) for t, found in importance.items()}))
-  panels += [_by_layer(f"weight change {label}", {t: found["share"] for t, found in changes[name].items()})
+    panels.append(_layer_panel("importance by layer",
+                               {t: shares(scores["layers"]) for t, scores in importance.items()}))
+  panels += [_layer_panel(f"weight change {label}", {t: change["share"] for t, change in changes[name].items()})
              for name, label in CHANGES.items() if changes[name]]
   if spearman:
     panels.append(Panel("Spearman of importance and change by SFT", "round", "rank correlation", (
-        figures.over_rounds(spearman, "layers", figures.series(0)),), level=0.0, span=(-1.05, 1.05)))
+        figures.round_line(spearman, "layers", figures.series_style(0)),), level=0.0, span=(-1.05, 1.05)))
   if not panels:
     return Section("layers", "Layers", [])
   return Section("layers", "Layers", [
       LAYERS,
       Plot("layers", "Share of importance and of weight change by layer, a curve each round, and their rank "
            "correlation by round; the tables below have the values", figures.draw, tuple(panels)),
-      *_tables(results, importance, changes, spearman)])
+      *_make_tables(results, importance, changes, spearman)])
 
 
-def diversity(results: Results) -> Section:
-  """Distinct answers, distinct 4-grams and token entropy of the samples by round."""
-  found = _part(results, "diversity")
-  if not found:
+def diversity_section(results: Results) -> Section:
+  """Makes the section on distinct answers, distinct 4-grams and token entropy of the samples by round."""
+  diversity = _analysis_part(results, "diversity")
+  if not diversity:
     return Section("diversity", "Diversity of samples", [])
   panels = []
   for key, label in DIVERSITY.items():
-    values = {t: d[key] for t, d in found.items() if d.get(key) is not None}
+    values = {t: d[key] for t, d in diversity.items() if d.get(key) is not None}
     if values:
-      panels.append(Panel(label, "round", label, (figures.over_rounds(values, "samples", figures.series(0)),),
+      panels.append(Panel(label, "round", label, (figures.round_line(values, "samples", figures.series_style(0)),),
                           span=(0, 1.15 * max(values.values()) or 1)))
-  rows = [[t, d.get("questions"), d.get("samples"), *(d.get(key) for key in DIVERSITY)] for t, d in found.items()]
+  rows = [[t, d.get("questions"), d.get("samples"), *(d.get(key) for key in DIVERSITY)] for t, d in diversity.items()]
   return Section("diversity", "Diversity of samples", [
       COLLAPSE,
       Plot("diversity", f"{', '.join(DIVERSITY.values())} of the samples by round; the table below has the values",
@@ -71,18 +72,18 @@ def diversity(results: Results) -> Section:
             rows)])
 
 
-def drift(results: Results) -> Section:
-  """How far each round's models have gone from the base, by task."""
+def drift_section(results: Results) -> Section:
+  """Makes the section on the drift of each round's models from the base, by task."""
   panels = []
   for where in WHERE:
-    lines = tuple(figures.over_rounds(found, label, (colour, marker))
-                  for kind, (colour, marker, label) in MODELS.items() if (found := mean_kl(results, kind, where)))
+    lines = tuple(figures.round_line(values, label, (colour, marker))
+                  for kind, (colour, marker, label) in MODELS.items() if (values := mean_kl(results, kind, where)))
     if lines:
       highest = max(max(line.y) for line in lines)
       panels.append(Panel(where, lines=lines, span=(0, 1.1 * highest or 1), **DRIFT_AXES))
   rows = [[t, kind, text, base["tokens"], of[text]["kl"], of[text]["loss"], base["loss"], of[text]["entropy"],
-           base["entropy"]] for t, found in results.drift.items() for kind, of in found["models"].items()
-          for text, base in found["texts"].items()]
+           base["entropy"]] for t, measured in results.drift.items() for kind, of in measured["models"].items()
+          for text, base in measured["texts"].items()]
   return Section("drift", "Drift from the base", [
       DRIFT,
       *([Plot("drift", "Mean KL to the base, in and out of domain, by round; the table below has the values",
@@ -92,54 +93,55 @@ def drift(results: Results) -> Section:
 
 
 def mean_kl(results: Results, kind: str, where: str) -> dict[int, float]:
-  """By rounds done, the KL of a kind of model in domain, or its mean over the tasks out of domain that have one."""
+  """Returns rounds done -> KL of a kind of model in domain, or its mean over the tasks out of domain that have one."""
   tasks, means = {"in domain": (results.id_task,), "out of domain": results.ood_tasks}[where], {}
-  for t, found in results.drift.items():
-    values = [of["kl"] for task, of in found["models"].get(kind, {}).items() if task in tasks]
+  for t, measured in results.drift.items():
+    values = [of["kl"] for task, of in measured["models"].get(kind, {}).items() if task in tasks]
     if values:
       means[t + 1] = sum(values) / len(values)
   return means
 
 
-def value(found: Any, *path: str) -> Any:
-  """What stands in analysis.json under some keys; None where one is missing.
+def get_nested(nested: Any, *path: str) -> Any:
+  """Returns the value of nested mappings at a path of keys; None if one is missing.
 
-  >>> value({"diversity": {"token_entropy": 0.5}}, "diversity", "token_entropy"), value({}, "importance", "layers")
+  >>> get_nested({"diversity": {"token_entropy": 0.5}}, "diversity", "token_entropy"), get_nested({}, "importance")
   (0.5, None)
   """
   for key in path:
-    found = found.get(key) if isinstance(found, Mapping) else None
-  return found
+    nested = nested.get(key) if isinstance(nested, Mapping) else None
+  return nested
 
 
-def _part(results: Results, name: str) -> dict[int, Any]:
-  return {t: found[name] for t, found in results.analysis.items() if name in found}
+def _analysis_part(results: Results, name: str) -> dict[int, Any]:
+  return {t: analysis[name] for t, analysis in results.analysis.items() if name in analysis}
 
 
-def _by_layer(title: str, found: Mapping[int, Sequence[float]]) -> Panel:
-  """A curve each round; of many rounds some, the first and the last among them."""
-  rounds = list(found)
-  if len(rounds) > _MOST:
-    rounds = [rounds[round(i * (len(rounds) - 1) / (_MOST - 1))] for i in range(_MOST)]
-  lines = tuple(Line(f"round {t}", *figures.series(i), "-", tuple(range(len(found[t]))),
-                     tuple(100 * v for v in found[t])) for i, t in enumerate(rounds))
+def _layer_panel(title: str, values: Mapping[int, Sequence[float]]) -> Panel:
+  """Makes a panel with a curve for each round, or evenly spaced rounds if there are many."""
+  rounds = list(values)
+  if len(rounds) > _MAX_CURVES:
+    rounds = [rounds[round(i * (len(rounds) - 1) / (_MAX_CURVES - 1))] for i in range(_MAX_CURVES)]
+  lines = tuple(Line(f"round {t}", *figures.series_style(i), "-", tuple(range(len(values[t]))),
+                     tuple(100 * v for v in values[t])) for i, t in enumerate(rounds))
   highest = max(max(line.y) for line in lines)
   return Panel(title, "layer", "% of all layers", lines, span=(0, 1.1 * highest or 1))
 
 
-def _tables(results: Results, importance: Mapping[int, Any], changes: Mapping[str, Mapping[int, Any]],
-            spearman: Mapping[int, float]) -> list[Table]:
-  measures = {"importance": importance, **{f"weight change {CHANGES[name]}": found for name, found in changes.items()}}
-  measures = {name: found for name, found in measures.items() if found}
+def _make_tables(results: Results, importance: Mapping[int, Any], changes: Mapping[str, Mapping[int, Any]],
+                 spearman: Mapping[int, float]) -> list[Table]:
+  measures = {"importance": importance}
+  measures |= {f"weight change {CHANGES[name]}": values for name, values in changes.items()}
+  measures = {name: values for name, values in measures.items() if values}
   by_layer, by_module = [], []
   for t in results.analysis:
-    here = {name: found[t] for name, found in measures.items() if t in found}
-    count = max((len(of["layers"]) for of in here.values()), default=0)
+    measured = {name: values[t] for name, values in measures.items() if t in values}
+    count = max((len(of["layers"]) for of in measured.values()), default=0)
     for layer in range(count):
-      cells = [(here[name]["layers"][layer], shares(here[name]["layers"])[layer])
-               if name in here and layer < len(here[name]["layers"]) else (None, None) for name in measures]
+      cells = [(measured[name]["layers"][layer], shares(measured[name]["layers"])[layer])
+               if name in measured and layer < len(measured[name]["layers"]) else (None, None) for name in measures]
       by_layer.append([t, layer, *(value for pair in cells for value in pair)])
-    modules = {name: of.get("modules", {}) for name, of in here.items()}
+    modules = {name: of.get("modules", {}) for name, of in measured.items()}
     by_module += [[t, module, *(sum(modules[name][module]) if module in modules.get(name, {}) else None
                                 for name in measures)]
                   for module in dict.fromkeys(module for of in modules.values() for module in of)]

@@ -1,4 +1,4 @@
-"""The report of a run: written again after each stage, and by `python -m imm_jax.report`."""
+"""Writes the report of a run, after each of its stages and for `python -m imm_jax.report`."""
 
 import sys
 import time
@@ -13,15 +13,15 @@ from imm_jax.report.results import Results
 from imm_jax.report.samples import Packer
 from imm_jax.status import Status
 
-# Of a run's time that its figures and samples may take while it goes on.
-_SHARE = 0.02
+# Share of a run's time that its figures and samples may take while it is running.
+_MAX_TIME_SHARE = 0.02
 
 
 class Live:
-  """Keeps WORKDIR/report up to date; use as a context manager around the stages. Process 0 alone writes.
+  """Keeps WORKDIR/report up to date; a context manager around the stages. Only process 0 writes.
 
-  While the run goes on, index.html is written after each stage, its figures and samples as far as they have changed and
-  only while that takes 2 % of the run's time; at the end the whole folder is.
+  While the run is going on, index.html is written after each stage; figures and samples are updated if they have
+  changed and as long as that takes no more than 2 % of the run's time. At the end the whole folder is written.
   """
 
   def __init__(self, root: Path, plan: Sequence[str]):
@@ -32,28 +32,28 @@ class Live:
     self._warned = False
 
   def update(self, status: Status | None = None) -> None:
-    """Writes the page as things stand; what goes wrong here is a warning, and the run goes on."""
+    """Writes the page in its current state; errors are only printed as warnings."""
     if not distributed.is_main():
       return
-    began = time.monotonic()
+    start = time.monotonic()
     try:
       results = Results.of(self._root)
-      heavy = status is None and self._spent <= _SHARE * (began - self._started)
-      if heavy:
+      includes_figures = status is None and self._spent <= _MAX_TIME_SHARE * (start - self._started)
+      if includes_figures:
         self._chunks, self._problems = self._packer.chunks(results)
-      parts = page.sections(results, self._chunks)
-      drawn = self._plots.svg(parts, draw=heavy and bool(results.models))
+      parts = page.make_sections(results, self._chunks)
+      svgs = self._plots.svg(parts, draw=includes_figures and bool(results.models))
       folder = self._root / "report"
       folder.mkdir(exist_ok=True)
       status = status or Status(self._plan, "running")
       with files.committed(folder / "index.html") as out:
-        writer.write_page(out, page.write(results, status, parts, self._chunks, self._problems, drawn,
-                                          written=_now(status), renewed=status.state == "running"))
-    except Exception as e:  # a run of days does not end over its report
+        writer.write_page(out, page.render(results, status, parts, self._chunks, self._problems, svgs,
+                                           written=_timestamp(status), renewed=status.state == "running"))
+    except Exception as e:  # a long run must not end because of its report
       if not self._warned:
         print(f"warning: the report could not be written ({e!r}); it is tried again after each stage", file=sys.stderr)
       self._warned = True
-    self._spent += time.monotonic() - began
+    self._spent += time.monotonic() - start
 
   def __enter__(self) -> "Live":
     self.update()
@@ -64,7 +64,7 @@ class Live:
       try:
         write(self._root, self._root / "report", status=Status(self._plan, "finished"), plots=self._plots,
               packer=self._packer)
-      except Exception as e:  # as in `update`: the run is done, and its table is still to be printed
+      except Exception as e:  # as in `update`; the run is done, and its table is still to be printed
         print(f"warning: the report could not be written ({e!r}); `python -m imm_jax.report --workdirs={self._root}` "
               "writes it", file=sys.stderr)
     elif error is not None:
@@ -78,25 +78,25 @@ def write(root: Path, out: Path, *, status: Status | None = None, extra: Sequenc
   Args:
     root: the run directory.
     out: the folder.
-    status: where the run stands; without it, as found in the directory.
-    extra: sections that stand after the run's first.
-    plots: that hold what is drawn already.
-    packer: that holds what is packed already.
+    status: status of the run; by default as recorded in the directory.
+    extra: sections to insert after the first.
+    plots: cache of plots.
+    packer: cache of packed answers.
 
   Returns:
-    What was read.
+    The run's results.
   """
   results = Results.of(root)
   status = status or run_status.read(root)
   chunks, problems = (packer or Packer()).chunks(results)
-  first, *others = page.sections(results, chunks)
+  first, *others = page.make_sections(results, chunks)
   parts = [first, *extra, *others]
-  drawn = (plots or writer.Plots()).svg(parts)
+  svgs = (plots or writer.Plots()).svg(parts)
   with files.committed(out) as folder:
-    writer.write(folder, page.write(results, status, parts, chunks, problems, drawn, written=_now(status)), parts)
+    writer.write(folder, page.render(results, status, parts, chunks, problems, svgs, written=_timestamp(status)), parts)
   return results
 
 
-def _now(status: Status) -> str:
-  """The time, for the page of a run that goes on; of others a page does not depend on when it was written."""
+def _timestamp(status: Status) -> str:
+  """Returns the time for the page of a running run; pages of others do not depend on when they are written."""
   return time.strftime("%Y-%m-%d %H:%M:%S %Z") if status.state == "running" else ""

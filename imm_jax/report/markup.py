@@ -1,4 +1,4 @@
-"""The page's parts: tables, plots, the shell with its security policy."""
+"""Renders the page's parts: tables, plots, and the page itself with its security policy."""
 
 import base64
 import csv
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
   Cell = "str | int | float | Accuracy | Difference | Link | None"
 
-# Rows of a table that is folded.
+# Tables with more rows are folded.
 _LONG = 16
 
-# By which a page is known to be one of this package.
+# Identifies pages written by this package.
 GENERATOR = '<meta name="generator" content="imm_jax">'
 
 
 class Link(NamedTuple):
-  """Text that leads somewhere; a CSV has the text."""
+  """A hyperlink; in a CSV only its text."""
 
   text: str
   href: str
 
 
 class Difference(NamedTuple):
-  """A difference between two models with its 95 % interval; a star marks one that is real."""
+  """A difference between two models with its 95 % interval; significant ones are marked by a star."""
 
   value: float
   n: int
@@ -41,8 +41,7 @@ class Difference(NamedTuple):
 
 
 class Table(NamedTuple):
-  """Rows of cells under a head; an `Accuracy` or a `Difference` is shown with its interval, and takes four columns of
-  the CSV."""
+  """A table; an `Accuracy` or a `Difference` is shown with its interval and takes four columns in the CSV."""
 
   name: str
   caption: str
@@ -51,10 +50,10 @@ class Table(NamedTuple):
 
 
 class Plot(NamedTuple):
-  """A figure that is drawn when it is needed; equal data give an equal figure.
+  """A plot that is drawn on demand, deterministically from its data.
 
-  The page has a picture of each piece of the data, `draw(piece)`, so that a phone has them one below the other; the
-  files have one of all, `draw(*data)`.
+  The page has an image of each piece of the data, `draw(piece)`, which stack on narrow screens; the files have a single
+  image of all, `draw(*data)`.
   """
 
   name: str
@@ -64,46 +63,46 @@ class Plot(NamedTuple):
 
 
 class Markup(str):
-  """HTML that needs no more escaping."""
+  """HTML that needs no escaping."""
 
 
 class Section(NamedTuple):
-  """A heading and what stands below it; strings are paragraphs of plain text."""
+  """A heading and the parts below it; strings are paragraphs of plain text."""
 
   id: str
   title: str
   parts: Sequence[Table | Plot | Markup | str]
 
 
-def csv_of(table: Table) -> str:
-  """A table as CSV, with a line of names.
+def to_csv(table: Table) -> str:
+  """Formats a table as CSV with a header.
 
-  >>> csv_of(Table("t", "", ["model", "a"], [["base", Accuracy(0.5, 4, 0.15, 0.85)], ["sft", None]]))
+  >>> to_csv(Table("t", "", ["model", "a"], [["base", Accuracy(0.5, 4, 0.15, 0.85)], ["sft", None]]))
   'model,a,a low,a high,a n\\nbase,0.5,0.15,0.85,4\\nsft,,,,\\n'
   """
   wide = [any(isinstance(row[i], Accuracy | Difference) for row in table.rows) for i in range(len(table.head))]
   out = io.StringIO()
   writer = csv.writer(out, lineterminator="\n")
-  writer.writerow([name for head, four in zip(table.head, wide, strict=True)
-                   for name in ((head, f"{head} low", f"{head} high", f"{head} n") if four else (head,))])
+  writer.writerow([name for head, is_wide in zip(table.head, wide, strict=True)
+                   for name in ((head, f"{head} low", f"{head} high", f"{head} n") if is_wide else (head,))])
   for row in table.rows:
-    writer.writerow([value for cell, four in zip(row, wide, strict=True) for value in _values(cell, four)])
+    writer.writerow([value for cell, is_wide in zip(row, wide, strict=True) for value in _csv_values(cell, is_wide)])
   return out.getvalue()
 
 
-def _values(cell: "Cell", four: bool) -> tuple[Any, ...]:
+def _csv_values(cell: "Cell", is_wide: bool) -> tuple[Any, ...]:
   if isinstance(cell, Accuracy | Difference):
     return cell.value, cell.low, cell.high, cell.n
   if isinstance(cell, Link):
     cell = cell.text
-  return (cell, "", "", "") if four else (cell,)
+  return (cell, "", "", "") if is_wide else (cell,)
 
 
-def _table(table: Table) -> str:
-  caption = f"{html.escape(table.caption)} {_download(f'{table.name}.csv', 'text/csv', csv_of(table))}"
+def _render_table(table: Table) -> str:
+  caption = f"{html.escape(table.caption)} {_download_link(f'{table.name}.csv', 'text/csv', to_csv(table))}"
   head = "".join(f'<th scope="col">{html.escape(h)}</th>' for h in table.head)
-  rows = "".join('<tr><th scope="row">' + "</th><td>".join(map(_cell, row[:2]))
-                 + "".join(f"</td><td>{_cell(cell)}" for cell in row[2:]) + "</td></tr>" for row in table.rows)
+  rows = "".join('<tr><th scope="row">' + "</th><td>".join(map(_render_cell, row[:2]))
+                 + "".join(f"</td><td>{_render_cell(cell)}" for cell in row[2:]) + "</td></tr>" for row in table.rows)
   scroll = (f'<div class="scroll" role="region" aria-label="{html.escape(table.caption)}" tabindex="0"><table>'
             f'<caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>')
   if len(table.rows) <= _LONG:
@@ -111,7 +110,7 @@ def _table(table: Table) -> str:
   return f"<details><summary>{html.escape(table.caption)}: {len(table.rows)} rows</summary>{scroll}</details>"
 
 
-def _cell(cell: "Cell") -> str:
+def _render_cell(cell: "Cell") -> str:
   if cell is None:
     return ""
   if isinstance(cell, Accuracy):
@@ -128,25 +127,25 @@ def _cell(cell: "Cell") -> str:
   return html.escape(str(cell))
 
 
-def _download(name: str, kind: str, content: str) -> str:
+def _download_link(name: str, kind: str, content: str) -> str:
   data = base64.b64encode(content.encode(errors="backslashreplace")).decode()
   return f'<a download="{html.escape(name)}" href="data:{kind};base64,{data}">CSV</a>'
 
 
-def section(part: Section, drawn: Mapping[str, Sequence[str]]) -> str:
-  """HTML of a section; `drawn` holds the plots' SVG by name, but for those that are drawn later."""
-  found = []
+def render_section(part: Section, svgs: Mapping[str, Sequence[str]]) -> str:
+  """Renders a section as HTML; `drawn` has the SVG of plots by name, except for those that are drawn later."""
+  pieces = []
   for piece in part.parts:
     if isinstance(piece, Table):
-      found.append(_table(piece))
+      pieces.append(_render_table(piece))
     elif isinstance(piece, Plot):
-      found.append(_image(piece, drawn.get(piece.name, ())))
+      pieces.append(_render_plot(piece, svgs.get(piece.name, ())))
     else:
-      found.append(piece if isinstance(piece, Markup) else f"<p>{html.escape(piece)}</p>")
-  return f'<section id="{part.id}"><h2>{html.escape(part.title)}</h2>{"".join(found)}</section>'
+      pieces.append(piece if isinstance(piece, Markup) else f"<p>{html.escape(piece)}</p>")
+  return f'<section id="{part.id}"><h2>{html.escape(part.title)}</h2>{"".join(pieces)}</section>'
 
 
-def _image(plot: Plot, pictures: Sequence[str]) -> str:
+def _render_plot(plot: Plot, pictures: Sequence[str]) -> str:
   if not pictures:
     return "<p>The figure is drawn later: while a run goes on, figures take a small share of its time.</p>"
   images = "".join(f'<img alt="{html.escape(plot.alt)}" src="data:image/svg+xml;base64,'
@@ -154,21 +153,21 @@ def _image(plot: Plot, pictures: Sequence[str]) -> str:
   return f'<div class="plots">{images}</div>'
 
 
-def page(title: str, top: str, sections: Sequence[str], links: Sequence[tuple[str, str]], *, bottom: str = "",
-         reload_s: int = 0) -> str:
-  """The whole page; its policy lets nothing in but its own style and script.
+def render_page(title: str, top: str, sections: Sequence[str], links: Sequence[tuple[str, str]], *, bottom: str = "",
+                reload_s: int = 0) -> str:
+  """Renders a whole page; its content security policy allows only its own style and script.
 
   Args:
-    title: plain text.
+    title: title in plain text.
     top: HTML above the sections.
-    sections: HTML of each.
-    links: (id, title) of each.
+    sections: HTML of each section.
+    links: (id, title) of each section.
     bottom: HTML below the sections.
-    reload_s: seconds after which the page looks for a newer one; 0 for never.
+    reload_s: seconds after which the page checks for a newer version; 0 for never.
   """
   folder = importlib.resources.files("imm_jax.report")
   style, script = ((folder / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-  policy = (f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+  policy = (f"default-src 'none'; img-src data:; style-src '{_csp_hash(style)}'; script-src '{_csp_hash(script)}'; "
             "base-uri 'none'; form-action 'none'")
   nav = "".join(f'<a href="#{name}">{html.escape(text)}</a>' for name, text in links)
   return f"""<!doctype html>
@@ -183,5 +182,5 @@ def page(title: str, top: str, sections: Sequence[str], links: Sequence[tuple[st
 """
 
 
-def _hash(text: str) -> str:
+def _csp_hash(text: str) -> str:
   return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

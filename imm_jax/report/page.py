@@ -1,4 +1,4 @@
-"""The page of one run: what stands on it."""
+"""Makes the page of one run."""
 
 import html
 import json
@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from imm_jax.evaluation import Accuracy
 from imm_jax.report import browser, differences, figures, front, insides
 from imm_jax.report.figures import MODELS, Panel
-from imm_jax.report.markup import Markup, Plot, Section, Table, page, section
-from imm_jax.report.reading import COUNTS, count, is_number
-from imm_jax.report.results import Model, Results, rules, skipped
+from imm_jax.report.markup import Markup, Plot, Section, Table, render_page, render_section
+from imm_jax.report.reading import COUNTS, get_count, is_number
+from imm_jax.report.results import Model, Results, list_protocols, list_skipped
 from imm_jax.report.samples import Chunk
 from imm_jax.status import Status
 
@@ -19,57 +19,59 @@ PASS_AT_K = ("pass@k: the share of questions of which one of k samples is right 
 NO_MEMORY = "The devices did not say how much memory they held."
 
 
-def sections(results: Results, chunks: Sequence[Chunk]) -> list[Section]:
-  """What stands on the page of a run, but for its head and the samples."""
-  found = [_accuracy(results), front.of_run(results), differences.section(results), _sampled(results),
-           insides.layers(results), insides.diversity(results), insides.drift(results), _data(results),
-           _stages(results, chunks), _config(results)]
-  return [part for part in found if part.parts]
+def make_sections(results: Results, chunks: Sequence[Chunk]) -> list[Section]:
+  """Makes the sections of a run's page, except for its head and the samples."""
+  candidates = [_accuracy_section(results), front.run_section(results), differences.make_section(results),
+                _sampled_section(results), insides.layers_section(results), insides.diversity_section(results),
+                insides.drift_section(results),
+                _data_section(results), _stages_section(results, chunks), _config_section(results)]
+  return [part for part in candidates if part.parts]
 
 
-def write(results: Results, status: Status, parts: Sequence[Section], chunks: Sequence[Chunk], problems: Sequence[str],
-          drawn: Mapping[str, Sequence[str]], *, written: str = "", renewed: bool = False) -> str:
-  """The page as HTML.
+def render(results: Results, status: Status, parts: Sequence[Section], chunks: Sequence[Chunk], problems: Sequence[str],
+           svgs: Mapping[str, Sequence[str]], *, written: str = "", renewed: bool = False) -> str:
+  """Renders the page of a run as HTML.
 
   Args:
-    results: of the run.
-    status: where it stands.
-    parts: from `sections`, and what else is to stand there.
+    results: results of the run.
+    status: status of the run.
+    parts: its sections from `make_sections`, and any others.
     chunks: its samples.
-    problems: what is missing or damaged, besides what `results` says.
-    drawn: SVG of the plots by name, as `writer.Plots` gives it.
-    written: when, for a run that goes on.
-    renewed: whether the page is written again then.
+    problems: descriptions of missing or damaged data in addition to those in `results`.
+    svgs: SVG of the plots by name, from `writer.Plots`.
+    written: time of writing, for a run that is going on.
+    renewed: whether the page will be written again.
   """
   name = f"{results.method}: {results.root.resolve().name}"
-  top = f"<h1>{html.escape(name)}</h1>{_status(results, status, written, renewed)}{_summary(results)}"
-  return assemble(name, top, [*results.problems, *problems], parts, chunks, drawn, reload_s=_RELOAD_S if renewed else 0)
+  top = f"<h1>{html.escape(name)}</h1>{_render_status(results, status, written, renewed)}{_render_summary(results)}"
+  return assemble_page(name, top, [*results.problems, *problems], parts, chunks, svgs,
+                       reload_s=_RELOAD_S if renewed else 0)
 
 
-def assemble(title: str, top: str, problems: Sequence[str], parts: Sequence[Section], chunks: Sequence[Chunk],
-             drawn: Mapping[str, Sequence[str]], *, reload_s: int = 0) -> str:
-  """A page of one run or several; the answers stand before its last section.
+def assemble_page(title: str, top: str, problems: Sequence[str], parts: Sequence[Section], chunks: Sequence[Chunk],
+                  svgs: Mapping[str, Sequence[str]], *, reload_s: int = 0) -> str:
+  """Assembles a page of one run or several; the answers come before the last section.
 
   Args:
-    title: plain text.
+    title: title in plain text.
     top: HTML of its head.
-    problems: what is missing or damaged, a line each.
+    problems: descriptions of missing or damaged data.
     parts: the sections.
-    chunks: of answers.
-    drawn: SVG of the plots by name.
-    reload_s: as for `markup.page`.
+    chunks: packed answers.
+    svgs: SVG of the plots by name.
+    reload_s: see `markup.render_page`.
   """
   if problems:
     items = "".join(f"<li>{html.escape(p)}</li>" for p in problems)
     top += f'<div class="problems" role="note"><strong>Missing or left out</strong><ul>{items}</ul></div>'
-  links, texts = [(part.id, part.title) for part in parts], [section(part, drawn) for part in parts]
+  links, texts = [(part.id, part.title) for part in parts], [render_section(part, svgs) for part in parts]
   if chunks:
     links.insert(-1, ("samples", "Answers"))
-    texts.insert(-1, browser.section(chunks))
-  return page(title, top, texts, links, bottom=browser.data(chunks), reload_s=reload_s)
+    texts.insert(-1, browser.render_section(chunks))
+  return render_page(title, top, texts, links, bottom=browser.render_data(chunks), reload_s=reload_s)
 
 
-def _status(results: Results, status: Status, written: str, renewed: bool) -> str:
+def _render_status(results: Results, status: Status, written: str, renewed: bool) -> str:
   done = [name for name in status.plan if name in results.stages]
   stages = f"{len(done)} of {len(status.plan)} stages done" if status.plan else (
       f"{len(results.stages)} stages done, of how many is not known")
@@ -85,7 +87,7 @@ def _status(results: Results, status: Status, written: str, renewed: bool) -> st
   return f'<p class="status {html.escape(status.state)}">{bar}{html.escape(text)}</p>'
 
 
-def _summary(results: Results) -> str:
+def _render_summary(results: Results) -> str:
   models = results.handed_on()
   if not models:
     return '<p class="sentence">No model was evaluated yet.</p>'
@@ -102,39 +104,39 @@ def _summary(results: Results) -> str:
       beside += f"; SFT before merging {score(tuned[0]).value:.3f}"
     cards.append((f"{where}: {tasks}", f"{a.value:.3f}", f"95 % interval {a.low:.3f} to {a.high:.3f}, n={a.n}", beside))
   if results.data:
-    kept, drawn = (sum(count(row, key) for row in results.data) for key in ("kept", "samples"))
-    cards.append(("answers trained on", f"{kept:,}", f"of {drawn:,} sampled" if drawn else "none was sampled", ""))
-  cards.append(("time of all stages", _duration(seconds(results)), f"on {devices(results)}", ""))
+    kept, sampled = (sum(get_count(row, key) for row in results.data) for key in ("kept", "samples"))
+    cards.append(("answers trained on", f"{kept:,}", f"of {sampled:,} sampled" if sampled else "none was sampled", ""))
+  cards.append(("time of all stages", _format_duration(total_seconds(results)), f"on {describe_devices(results)}", ""))
   boxes = "".join(f'<div class="card"><span>{html.escape(a)}</span><b>{html.escape(b)}</b><span>{html.escape(c)}</span>'
                   f"<span>{html.escape(d)}</span></div>" for a, b, c, d in cards)
-  return f'<p class="sentence">{html.escape(_sentence(results, first, last))}</p><div class="cards">{boxes}</div>'
+  return f'<p class="sentence">{html.escape(_summarise(results, first, last))}</p><div class="cards">{boxes}</div>'
 
 
-def _sentence(results: Results, first: Model, last: Model) -> str:
+def _summarise(results: Results, first: Model, last: Model) -> str:
   model = results.config.get("model", "the base")
   if first.kind != "base":
     return "The base model's scores are missing, so nobody can say what the run changed."
   if last is first:
     return f"No round of {results.method} on {model} is done yet; these are the base model's scores."
   done = f"{last.round + 1} round{'s' * (last.round > 0)} of {results.method} on {model}"
-  real = {line.label: line.real for line in differences.of_models(results, last, results, first).lines}
-  parts = [_change(results.in_domain(first), results.in_domain(last), f"in domain ({results.id_task})",
-                   real.get(results.id_task))]
+  real = {line.label: line.real for line in differences.compare_models(results, last, results, first).lines}
+  parts = [_describe_change(results.in_domain(first), results.in_domain(last), f"in domain ({results.id_task})",
+                            real.get(results.id_task))]
   if results.ood_tasks:
     tasks = f"{len(results.ood_tasks)} task{'s' * (len(results.ood_tasks) > 1)}"
-    parts.append(_change(results.out_of_domain(first), results.out_of_domain(last), f"out of domain ({tasks})",
-                         real.get(differences.POOLED if len(results.ood_tasks) > 1 else results.ood_tasks[0])))
+    parts.append(_describe_change(results.out_of_domain(first), results.out_of_domain(last), f"out of domain ({tasks})",
+                                  real.get(differences.POOLED if len(results.ood_tasks) > 1 else results.ood_tasks[0])))
   return f"After {done}, accuracy {' and '.join(parts)}."
 
 
-def _change(before: Accuracy, after: Accuracy, where: str, real: bool | None) -> str:
-  """How accuracy changed; where nobody can say whether that is real, what lies in the other's interval is no change.
+def _describe_change(before: Accuracy, after: Accuracy, where: str, real: bool | None) -> str:
+  """Describes a change of accuracy; if its significance is unknown, values within the other's interval are no change.
 
-  >>> _change(Accuracy(0.4, 100, 0.31, 0.50), Accuracy(0.6, 100, 0.50, 0.69), "in domain", True)
+  >>> _describe_change(Accuracy(0.4, 100, 0.31, 0.50), Accuracy(0.6, 100, 0.50, 0.69), "in domain", True)
   'in domain rose from 0.400 to 0.600'
-  >>> _change(Accuracy(0.98, 100, 0.93, 0.99), Accuracy(0.97, 100, 0.92, 0.99), "out of domain", False)
+  >>> _describe_change(Accuracy(0.98, 100, 0.93, 0.99), Accuracy(0.97, 100, 0.92, 0.99), "out of domain", False)
   'out of domain went from 0.980 to 0.970, which may be chance'
-  >>> _change(Accuracy(0.98, 100, 0.93, 0.99), Accuracy(0.97, 100, 0.92, 0.99), "out of domain", None)
+  >>> _describe_change(Accuracy(0.98, 100, 0.93, 0.99), Accuracy(0.97, 100, 0.92, 0.99), "out of domain", None)
   'out of domain stayed within its interval, 0.980 and 0.970'
   """
   if real is False and f"{before.value:.3f}" == f"{after.value:.3f}":
@@ -146,16 +148,16 @@ def _change(before: Accuracy, after: Accuracy, where: str, real: bool | None) ->
   return f"{where} {'rose' if after.value > before.value else 'fell'} from {before.value:.3f} to {after.value:.3f}"
 
 
-def _accuracy(results: Results) -> Section:
+def _accuracy_section(results: Results) -> Section:
   if not results.models:
     return Section("accuracy", "Accuracy by round", [])
   names = {"in domain": results.id_task} | ({"out of domain": f"{len(results.ood_tasks)} tasks"}
                                             if results.ood_tasks else {})
   panels = []
   for (where, tasks), score in zip(names.items(), (results.in_domain, results.out_of_domain), strict=False):
-    lines = [figures.scores(label, (colour, marker), [m.round + 1 for m in found], [score(m) for m in found])
+    lines = [figures.accuracy_line(label, (colour, marker), [m.round + 1 for m in models], [score(m) for m in models])
              for kind, (colour, marker, label) in MODELS.items()
-             if (found := [m for m in results.models if m.kind == kind])]
+             if (models := [m for m in results.models if m.kind == kind])]
     base = [score(m).value for m in results.models if m.kind == "base"]
     panels.append(Panel(f"{where}: {tasks}", "rounds done", "accuracy", tuple(lines), level=base[0] if base else None,
                         shares=True))
@@ -166,22 +168,23 @@ def _accuracy(results: Results) -> Section:
   counts = [f"{t}, n={results.models[0].scores[t].n}" for t in tasks]
   head = ["model", counts[0], *pooled, *counts[1:]]
   return Section("accuracy", "Accuracy by round", [
-      f"Accuracy with 95 % intervals (Wilson){''.join(f'; {rule}' for rule in rules(results))}. "
-      f"In domain is {results.id_task}; the dotted line is the base model.", *skipped(results),
+      f"Accuracy with 95 % intervals (Wilson){''.join(f'; {rule}' for rule in list_protocols(results))}. "
+      f"In domain is {results.id_task}; the dotted line is the base model.", *list_skipped(results),
       Plot("accuracy", f"Accuracy of the base model, after SFT and after merging by round, {' and '.join(names)}; the "
            "table below has the values", figures.draw, tuple(panels)),
-      Table("accuracy", "Accuracy", head, rows), *_beside(results), *_texts(results), *_asked(results)])
+      Table("accuracy", "Accuracy", head, rows), *_other_scores_table(results), *_texts_table(results),
+      *_protocols_table(results)])
 
 
-def _beside(results: Results) -> list[Table]:
-  """Further figures of tasks that have several, such as acc_norm."""
-  rows = [[m.label, task, name, a] for m in results.models for task, found in m.beside.items()
-          for name, a in found.items()]
+def _other_scores_table(results: Results) -> list[Table]:
+  """Makes a table of further scores of tasks that have several, such as acc_norm."""
+  rows = [[m.label, task, name, a] for m in results.models for task, scores in m.beside.items()
+          for name, a in scores.items()]
   return [Table("beside", "Further figures", ["model", "task", "figure", "value"], rows)] if rows else []
 
 
-def _texts(results: Results) -> list[Table]:
-  """How well texts are predicted."""
+def _texts_table(results: Results) -> list[Table]:
+  """Makes a table of the likelihood of texts."""
   rows = [[m.label, text, *(spans[name][part] for name in ("nats_per_token", "bits_per_byte")
                             for part in ("value", "low", "high"))]
           for m in results.models for text, spans in m.texts.items()]
@@ -189,29 +192,29 @@ def _texts(results: Results) -> list[Table]:
   return [Table("texts", "Likelihood of texts: less is better", head, rows)] if rows else []
 
 
-def _asked(results: Results) -> list[Table]:
-  """How the greedy answers came, where that is known."""
+def _protocols_table(results: Results) -> list[Table]:
+  """Makes a table of the protocols and lengths of greedy answers, if known."""
   rows = [[m.label, task, a.name, a.shots, a.n, a.mean_tokens, 100 * a.cut]
           for m in results.models for task, a in m.asked.items()]
   head = ["model", "task", "protocol", "worked examples", "answers", "mean tokens", "cut at the limit, %"]
   return [Table("protocol", "How the answers came", head, rows)] if rows else []
 
 
-def _sampled(results: Results) -> Section:
-  """pass@k and majority vote, where answers were sampled."""
+def _sampled_section(results: Results) -> Section:
+  """Makes the section on pass@k and majority vote, if answers were sampled."""
   if not any(m.sampled for m in results.models):
     return Section("sampled", "Several samples a question", [])
-  names = list(dict.fromkeys(name for m in results.models for found in m.sampled.values() for name in found))
-  rows = [[m.label, task, *(found.get(name) for name in names)]
-          for m in results.models for task, found in m.sampled.items()]
+  names = list(dict.fromkeys(name for m in results.models for scores in m.sampled.values() for name in scores))
+  rows = [[m.label, task, *(scores.get(name) for name in names)]
+          for m in results.models for task, scores in m.sampled.items()]
   last = max(m.round for m in results.models)
   rounds = f"after round {last}" if last >= 0 else "base"
   lines = []
   for m in results.models:
-    curve = pass_at_k(m, results.id_task)
+    curve = get_pass_at_k(m, results.id_task)
     if m.kind in MODELS and m.round in (-1, last) and curve:
       colour, marker, label = MODELS[m.kind]
-      lines.append(figures.scores(label, (colour, marker), list(curve), list(curve.values())))
+      lines.append(figures.accuracy_line(label, (colour, marker), list(curve), list(curve.values())))
   plot = [Plot("pass_at_k", "pass@k over k of the base model and of the last round's models; the table below has the "
                "values", figures.draw, (Panel(f"{results.id_task}, {rounds}", "k (samples)", "pass@k",
                                               tuple(lines), log2=True, shares=True),))] if lines else []
@@ -222,33 +225,34 @@ def _sampled(results: Results) -> Section:
       *plot, Table("pass_at_k", "pass@k and majority vote", ["model", "task", *names], rows)])
 
 
-def pass_at_k(model: Model, task: str) -> dict[int, Accuracy]:
-  """The model's pass@k on a task by k."""
+def get_pass_at_k(model: Model, task: str) -> dict[int, Accuracy]:
+  """Returns k -> pass@k of a model on a task."""
   return {int(name[5:]): a for name, a in model.sampled.get(task, {}).items() if name.startswith("pass@")}
 
 
-def _data(results: Results) -> Section:
+def _data_section(results: Results) -> Section:
   keys = [key for key in COUNTS if any(row.get(key, 0) != 0 for row in results.data)]
-  rows = [[row["round"], *(count(row, key) for key in keys)] for row in results.data]
+  rows = [[row["round"], *(get_count(row, key) for key in keys)] for row in results.data]
   return Section("data", "Answers kept and dropped", [Table(
       "data", "Answers by round", ["round", *(COUNTS[key] for key in keys)], rows)] if rows else [])
 
 
-def _stages(results: Results, chunks: Sequence[Chunk]) -> Section:
+def _stages_section(results: Results, chunks: Sequence[Chunk]) -> Section:
   tokens: dict[str, int] = {}
   whole = {chunk.name for chunk in chunks}
   for chunk in chunks:
     name = chunk.name.rpartition("/")[0] if "/eval/" in chunk.name else chunk.name
     tokens[name] = tokens.get(name, 0) + chunk.tokens
-  rows, most = [], max([seconds_of(entry) for entry in results.stages.values()], default=0)
-  for name, entry in sorted(results.stages.items(), key=lambda item: _order(item[0])):
-    took = seconds_of(entry)
+  rows, longest = [], max([stage_seconds(entry) for entry in results.stages.values()], default=0)
+  for name, entry in sorted(results.stages.items(), key=lambda item: _stage_order(item[0])):
+    duration = stage_seconds(entry)
     answers = (results.root / name).glob("*.jsonl") if "eval" in name else ()
-    shown = all(str(path.relative_to(results.root)) in whole for path in answers)  # or its tokens are not known
-    done = count(entry["facts"], "tokens") or (tokens.get(name) if shown else None)
-    rows.append([name, took, done, done / took if done and took else None, count(entry, "bytes") or None,
+    shown = all(str(path.relative_to(results.root)) in whole for path in answers)  # otherwise tokens are unknown
+    done = get_count(entry["facts"], "tokens") or (tokens.get(name) if shown else None)
+    speed = done / duration if done and duration else None
+    rows.append([name, duration, done, speed, get_count(entry, "bytes") or None,
                  *([results.memory.get(name)] if results.memory else [])])
-  meters = "".join(f'<div><span>{html.escape(row[0])}</span><meter min="0" max="{most:g}" value="{row[1]:g}">'
+  meters = "".join(f'<div><span>{html.escape(row[0])}</span><meter min="0" max="{longest:g}" value="{row[1]:g}">'
                    f"{row[1]:g} s</meter><span>{row[1]:,.1f} s</span></div>" for row in rows)
   return Section("stages", "Time, tokens and memory by stage", [
       Markup(f'<div class="meters">{meters}</div>'),
@@ -258,8 +262,8 @@ def _stages(results: Results, chunks: Sequence[Chunk]) -> Section:
           *(["most memory of a device, GiB"] if results.memory else [])], rows)] if rows else [])
 
 
-def _order(name: str) -> tuple[int, int, str]:
-  """Stages in the order of a run."""
+def _stage_order(name: str) -> tuple[int, int, str]:
+  """Returns a sort key that orders stages as in a run."""
   head, _, rest = name.partition("/")
   rest = rest if not rest.startswith("eval/sweep_") else "eval/sweep"
   if head == "few_shot.jsonl":
@@ -270,20 +274,20 @@ def _order(name: str) -> tuple[int, int, str]:
   return int(number) if number.isdigit() else -1, kinds.index(rest) if rest in kinds else len(kinds), name
 
 
-def seconds_of(entry: Mapping[str, object]) -> float:
+def stage_seconds(entry: Mapping[str, object]) -> float:
   value = entry.get("seconds")
   return float(value) if is_number(value) else 0.0
 
 
-def seconds(results: Results) -> float:
-  """Seconds of all stages of a run."""
-  return sum(seconds_of(entry) for entry in results.stages.values())
+def total_seconds(results: Results) -> float:
+  """Sums the seconds of all stages of a run."""
+  return sum(stage_seconds(entry) for entry in results.stages.values())
 
 
-def _duration(total: float) -> str:
-  """Time in two units.
+def _format_duration(total: float) -> str:
+  """Formats a duration in seconds with two units.
 
-  >>> _duration(8.4), _duration(100), _duration(7260), _duration(200000)
+  >>> _format_duration(8.4), _format_duration(100), _format_duration(7260), _format_duration(200000)
   ('8 s', '1 min 40 s', '2 h 1 min', '55 h 33 min')
   """
   if total < 60:
@@ -292,21 +296,22 @@ def _duration(total: float) -> str:
   return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def devices(results: Results) -> str:
-  """How many devices of which kind."""
-  found = results.facts.get("devices")
-  return f"{len(found)} x {found[0]}" if isinstance(found, list) and found else "unknown devices"
+def describe_devices(results: Results) -> str:
+  """Describes the number and kind of a run's devices."""
+  names = results.facts.get("devices")
+  return f"{len(names)} x {names[0]}" if isinstance(names, list) and names else "unknown devices"
 
 
-def _config(results: Results) -> Section:
+def _config_section(results: Results) -> Section:
   versions = results.facts.get("versions") if isinstance(results.facts.get("versions"), dict) else {}
   rows = [[name, str(version)] for name, version in sorted(versions.items())]
   return Section("config", "Config and versions", [
-      *([Table("versions", f"Versions; devices: {devices(results)}", ["package", "version"], rows)] if rows else []),
-      Markup(details("The whole config", json.dumps(results.config, indent=1)))])
+      *([Table("versions", f"Versions; devices: {describe_devices(results)}", ["package", "version"], rows)]
+        if rows else []),
+      Markup(fold_text("The whole config", json.dumps(results.config, indent=1)))])
 
 
-def details(summary: str, text: str) -> str:
-  """HTML of a text that is folded away."""
+def fold_text(summary: str, text: str) -> str:
+  """Renders a folded text as HTML."""
   return f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>"
 

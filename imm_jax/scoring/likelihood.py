@@ -93,11 +93,12 @@ class Scorer:
       raise UserError(f"a text of {longest + 1} tokens is longer than the {limit} positions of the model")
     length = ROW if longest <= ROW else 128 * math.ceil(longest / 128)
     packed = pack(requests, length=length)
-    parts = sharding.batch_parts(self._mesh)
+    parts = sharding.num_batch_shards(self._mesh)
     max_rows = parts * max(1, self._tokens // length)
     steps = math.ceil(len(packed.owners) / max_rows)
     batch = parts * math.ceil(len(packed.owners) / (parts * steps))  # evenly, because empty rows cost as much as others
-    backend = attention.choose("auto", self.config, dtype=self._dtype, length=length, rows=batch, mesh=self._mesh)
+    backend = attention.choose_backend("auto", self.config, dtype=self._dtype, length=length, rows=batch,
+                                       mesh=self._mesh)
     program = _program(self.config, self._mesh, self._dtype, "xla" if backend == "splash" else backend)
     logprobs, counts = np.zeros(len(requests)), np.zeros(len(requests), int)
     greedy = np.ones(len(requests), bool)

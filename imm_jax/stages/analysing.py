@@ -135,7 +135,7 @@ def analyse(config: ml_collections.ConfigDict, round_: Round, out: Path) -> dict
   if round_.merges:
     change["merged"] = weight_change(round_.base, round_.folder / "merged").to_json()
   rank = spearman(scores["layers"], change["sft"]["layers"]) if scores else None
-  sampled = diversity.diversity(rows)._asdict() | {"token_entropy": entropy} if rows else None
+  sampled = diversity.measure_diversity(rows)._asdict() | {"token_entropy": entropy} if rows else None
   analysis = {"importance": scores, "weight_change": change, "spearman": rank, "diversity": sampled}
   files.write_text(out, json.dumps(analysis, indent=1, allow_nan=False) + "\n")
   facts = {"spearman": rank} | {k: (sampled or {}).get(k) for k in ("distinct_answers", "token_entropy")}
@@ -203,10 +203,10 @@ def check_entry(entry: str) -> None:
     raise UserError(f"task {name!r}: {nearest(name, known)}")
   if name == "text" and not source:
     raise UserError("task text needs a source: text=file:PATH.txt, or records with a field text")
-  if source and name in tasks.NAMES and tasks.is_endless(name):
+  if source and name in tasks.NAMES and tasks.is_generated(name):
     raise UserError(f"task {entry}: {name} is generated and has no source")
   if source:
-    sources.check(source)
+    sources.validate(source)
 
 
 def examples_of(config: ml_collections.ConfigDict, model: Path, entry: str) -> list[TokenizedExample]:
@@ -228,7 +228,7 @@ def examples_of(config: ml_collections.ConfigDict, model: Path, entry: str) -> l
                       f"config.sft.row_length={length}); give more text")
     return cut
   try:
-    examples = questions.load(config, entry, split="train", count=count if tasks.is_endless(name) else None)
+    examples = questions.load(config, entry, split="train", count=count if tasks.is_generated(name) else None)
   except ValueError as e:
     raise UserError(f"task {entry}, config.analysis.examples={count}: {e}") from e
   worked = [e for e in examples if e.rationale][:count]

@@ -31,7 +31,7 @@ def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
 
 @functools.cache
 def _hidden_size(model: str) -> int:
-  return (published.config_of(model) or hf.read_config(hub.resolve(model))).hidden_size
+  return (published.find_config(model) or hf.read_config(hub.resolve(model))).hidden_size
 
 
 def starts_server(config: ml_collections.ConfigDict) -> bool:

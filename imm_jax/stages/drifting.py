@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 
 from imm_jax import distributed, files
-from imm_jax.analysis.drift import drift
+from imm_jax.analysis.drift import measure_drift
 from imm_jax.errors import UserError
 from imm_jax.methods import averages
 from imm_jax.metrics import StageMetrics
@@ -70,7 +70,8 @@ def measure(config: ml_collections.ConfigDict, base: Path, models: dict[str, Pat
     params, drifts["models"][kind] = tuning.load_params(config, folder, dtype), {}
     for name, packed in data.items():
       options = {key: value for key, value in packed.options.items() if key != "remat"}  # no backward pass
-      result = drift(packed.model, base_params, params, packed.batches, label=f"{label}, {kind} on {name}", **options)
+      result = measure_drift(packed.model, base_params, params, packed.batches, label=f"{label}, {kind} on {name}",
+                             **options)
       if not np.all(np.isfinite(result)):
         raise UserError(f"{folder}: its predictions on the test questions of {name} are not finite")
       values = {key: round(value, 7) for key, value in result._asdict().items()}

@@ -120,7 +120,7 @@ def answer_greedily(config: ml_collections.ConfigDict, model: Path, sampler: sam
 def describe(config: ml_collections.ConfigDict, task: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """Describes how greedy answers were obtained: the protocol's `name`, `shots` per prompt, `n` answers, `mean_tokens`
   per answer, and the share that was `cut` at `eval.max_new_tokens`."""
-  protocol = protocols.of(config, task)
+  protocol = protocols.get_protocol(config, task)
   return {"name": protocol.name, "shots": protocol.few_shot, "n": len(rows),
           "mean_tokens": round(sum(r["tokens"] for r in rows) / len(rows), 2),
           "cut": round(sum(r["finish"] == "length" for r in rows) / len(rows), 4)}
@@ -129,7 +129,7 @@ def describe(config: ml_collections.ConfigDict, task: str, rows: Sequence[dict[s
 def _prepare(config: ml_collections.ConfigDict, model: Path, entry: str, examples: Sequence[Example], label: str,
              ) -> tuple[protocols.Protocol, list[tuple[Example, str]], int]:
   """Returns the protocol of a task, the questions that fit with their prompts, and how many do not fit."""
-  protocol = protocols.of(config, questions.name_of(entry))
+  protocol = protocols.get_protocol(config, questions.name_of(entry))
   return protocol, *sampling.build_prompts(config, model, examples, limit="eval.max_new_tokens", source=label,
                                            shots=questions.shots_of(config, entry), prompt=protocol.prompt)
 

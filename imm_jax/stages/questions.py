@@ -41,7 +41,7 @@ def of_round(config: ml_collections.ConfigDict, round_: int) -> Questions:
   few, shown, count = config.prompt.few_shot, shown_in_evaluation(config), config.task.questions_per_round
   shown = max(few, shown)
   held_out = config.merge.auto.questions if config.merge.base_weight == "auto" else 0
-  if tasks.is_endless(config.task.name):
+  if tasks.is_generated(config.task.name):
     before = shown + held_out
     pool = _train(config, config.task.name, before + (round_ + 1) * count if count else None)
     return Questions(pool[:few], pool[shown:before], pool[before + round_ * count:])
@@ -73,7 +73,7 @@ def count_worked(config: ml_collections.ConfigDict) -> tuple[int, int]:
 
 def shown_in_evaluation(config: ml_collections.ConfigDict) -> int:
   """Returns how many worked examples `eval.protocol` shows for the in-domain task."""
-  return protocols.of(config, config.task.name).few_shot
+  return protocols.get_protocol(config, config.task.name).few_shot
 
 
 def shots_of(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
@@ -88,16 +88,16 @@ def shots_of(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
   name, file = name_of(entry), config.eval.shots_file
   if measure_of(config, entry) != "answer":
     return []
-  count, kind = protocols.of(config, name).few_shot, protocols.kind_of(config, name)
+  count, kind = protocols.get_protocol(config, name).few_shot, protocols.answer_kind(config, name)
   if not count:
     return []
-  sources = [file] if file and shots.read(file, name, kind) else [
+  sources = [file] if file and shots.read_examples(file, name, kind) else [
       source for source in dict.fromkeys((entry, config.task.name))
-      if "train" in tasks.splits(name_of(source)) and protocols.kind_of(config, name_of(source)) == kind]
+      if "train" in tasks.splits(name_of(source)) and protocols.answer_kind(config, name_of(source)) == kind]
   examples: dict[str, list[Example]] = {}
   for origin in sources:
-    pool = shots.read(file, name, kind) if origin == file else _train(
-        config, origin, count if tasks.is_endless(name_of(origin)) else None)
+    pool = shots.read_examples(file, name, kind) if origin == file else _train(
+        config, origin, count if tasks.is_generated(name_of(origin)) else None)
     # `of_round` excludes those of the in-domain task.
     examples[origin] = [e for e in pool if e.rationale][:count]
   origin = max(examples, key=lambda origin: len(examples[origin]), default="")
@@ -111,7 +111,7 @@ def shots_of(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
     raise UserError(f"{asks}, and {where} has {len(examples[origin])} for task {name}; give more in "
                     f"--config.eval.shots_file, or --config.eval.few_shot={len(examples[origin])}")
   if origin != entry:
-    limit = config.task.eval_questions if tasks.is_endless(name) else None
+    limit = config.task.eval_questions if tasks.is_generated(name) else None
     tests = {_strip_spaces(e.question) for e in load(config, entry, split="test", count=limit)}
     for e in examples[origin]:
       if _strip_spaces(e.question) in tests:
@@ -127,7 +127,7 @@ def general(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
     ValueError: when there are too few.
   """
   count, shown = config.merge.auto.questions, {_strip_spaces(e.question) for e in shots_of(config, entry)}
-  pool = load(config, entry, split="train", count=count + len(shown) if tasks.is_endless(name_of(entry)) else None)
+  pool = load(config, entry, split="train", count=count + len(shown) if tasks.is_generated(name_of(entry)) else None)
   examples = [e for e in pool if _strip_spaces(e.question) not in shown][:count]
   if len(examples) < count:
     raise ValueError(f"{name_of(entry)}/train holds {len(examples)} questions, {count} were asked for")
@@ -137,7 +137,7 @@ def general(config: ml_collections.ConfigDict, entry: str) -> list[Example]:
 def _train(config: ml_collections.ConfigDict, entry: str, count: int | None = None) -> list[Example]:
   """Loads train questions without those of `eval.shots_file`."""
   file = config.eval.shots_file
-  shown = {_strip_spaces(question) for question in shots.questions(file)} if file else ()
+  shown = {_strip_spaces(question) for question in shots.read_questions(file)} if file else ()
   pool = load(config, entry, split="train", count=None if count is None else count + len(shown))
   return [e for e in pool if _strip_spaces(e.question) not in shown][:count]
 
@@ -155,7 +155,7 @@ def of_tests(config: ml_collections.ConfigDict) -> dict[str, list[Example]]:
   limit, tests = config.task.eval_questions or None, {}
   for entry in own(config):
     name = name_of(entry)
-    examples = load(config, entry, split="test", count=limit if tasks.is_endless(name) else None)[:limit]
+    examples = load(config, entry, split="test", count=limit if tasks.is_generated(name) else None)[:limit]
     if limit and len(examples) < limit:
       say_once(f"note: task {name} has {len(examples)} test questions, and all of them are asked "
                f"(config.task.eval_questions={limit})")
@@ -225,7 +225,7 @@ def measure_of(config: ml_collections.ConfigDict, entry: str) -> str:
     return "lm_eval"
   if name in config.eval.by_likelihood:
     return "choices"
-  return "answer" if name == config.task.name else tasks.measure_of(name)  # the in-domain task is sampled
+  return "answer" if name == config.task.name else tasks.default_measure(name)  # the in-domain task is sampled
 
 
 def load(config: ml_collections.ConfigDict, entry: str, *, split: str, count: int | None = None) -> list[Example]:
@@ -235,7 +235,7 @@ def load(config: ml_collections.ConfigDict, entry: str, *, split: str, count: in
     ValueError: when there are fewer than `count`.
   """
   name = name_of(entry)
-  if count is None and tasks.is_endless(name):
+  if count is None and tasks.is_generated(name):
     raise ValueError(f"{name} makes as many questions as it is asked for: expected 1 or more")
   seed = _seed_of(config, split)
   try:
@@ -273,7 +273,7 @@ def describe_tests(config: ml_collections.ConfigDict) -> str:
   parts, notes = [], []
   for entry, count in zip(own(config), count_tests(config), strict=True):
     name, published = name_of(entry), not source_of(config, entry)
-    if tasks.is_endless(name):
+    if tasks.is_generated(name):
       parts.append(f"{name} {count} (generated)")
       continue
     if is_remote(config, entry):
@@ -292,7 +292,7 @@ def describe_tests(config: ml_collections.ConfigDict) -> str:
 
 def _size(config: ml_collections.ConfigDict, entry: str, split: str, limit: int) -> int:
   name = name_of(entry)
-  if tasks.is_endless(name):
+  if tasks.is_generated(name):
     return limit
   # The size of a custom task on the hub is unknown.
   known = (tasks.published_size(name, split) or limit) if is_remote(config, entry) else len(
@@ -304,14 +304,14 @@ def digests(config: ml_collections.ConfigDict) -> dict[str, str]:
   """Returns digests of the loaded questions by split, because a source may change between two starts of a run."""
   result = {}
   for split, entries in (("train", (config.task.name,)), ("test", own(config))):
-    entries = [e for e in entries if not tasks.is_endless(name_of(e)) and split in tasks.splits(name_of(e))]
+    entries = [e for e in entries if not tasks.is_generated(name_of(e)) and split in tasks.splits(name_of(e))]
     content: list[object] = [(e.id, e.answer, e.rationale) for entry in entries for e in (
         load(config, entry, split="test") if split == "test" else _train(config, entry))]
     if split == "test":  # includes worked examples and texts
       content += [(e.question, e.rationale) for entry in own(config) for e in shots_of(config, entry)]
       content += list(texts_of(config).values())
     elif config.eval.shots_file:
-      content += shots.questions(config.eval.shots_file)
+      content += shots.read_questions(config.eval.shots_file)
     result[f"{split} questions"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
   return result
 
@@ -319,7 +319,8 @@ def digests(config: ml_collections.ConfigDict) -> dict[str, str]:
 def is_remote(config: ml_collections.ConfigDict, entry: str) -> bool:
   """Returns whether a task's questions come over the network."""
   name, source = name_of(entry), source_of(config, entry)
-  return not tasks.is_endless(name) and bool(source or tasks.has_place(name)) and not source.startswith("file:")
+  has_source = bool(source) or tasks.has_default_source(name)
+  return not tasks.is_generated(name) and has_source and not source.startswith("file:")
 
 
 def has_remote_texts(config: ml_collections.ConfigDict) -> bool:

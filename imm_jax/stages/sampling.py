@@ -149,7 +149,7 @@ def build_prompts(config: ml_collections.ConfigDict, model: Path, examples: Sequ
   tokenizer, positions = load_tokenizer(model, rows=shape.vocab_size), shape.max_positions
   sampled = limit.startswith("sample")
   max_new_tokens = config.sample.max_new_tokens if sampled else protocols.max_new_tokens(config)
-  build = prompt or (lambda e, shots, tokenizer: prompts.build(
+  build = prompt or (lambda e, shots, tokenizer: prompts.build_prompt(
       e.question, header=config.prompt.header, examples=shots, style=config.prompt.style, tokenizer=tokenizer))
   asked = [(e, build(e, shots, tokenizer)) for e in examples]
   if not positions:
@@ -177,7 +177,7 @@ def check(config: ml_collections.ConfigDict, base: Path, sampler: Path, draws: b
   asked = [item for item in asked if questions.measure_of(config, item[1]) == "answer"]
   options = [(model, examples, {"limit": "eval.max_new_tokens", "source": source,
                                 "shots": questions.shots_of(config, entry),
-                                "prompt": protocols.of(config, questions.name_of(entry)).prompt})
+                                "prompt": protocols.get_protocol(config, questions.name_of(entry)).prompt})
              for model, entry, examples, source in asked]
   if draws:
     chosen = questions.of_round(config, 0)

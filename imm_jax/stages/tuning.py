@@ -215,7 +215,7 @@ def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Toke
     raise UserError(f"{source}: none of its {len(examples)} answers fits with its prompt in config.sft.row_length="
                     f"{length} tokens; the shortest takes {shortest}")
   fitting = list(by_line.values())
-  multiple = sharding.batch_parts(mesh) * sft.accumulation
+  multiple = sharding.num_batch_shards(mesh) * sft.accumulation
   batches = PackedBatches(fitting, epochs=epochs, global_batch=sft.global_batch, row_length=length, seed=seed,
                           row_multiple=multiple)
   model_config, dtype = hf.read_config(model), jnp.dtype(hardware.compute_dtype(sft.compute_dtype))
@@ -223,8 +223,8 @@ def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Toke
     longest = max(len(e.prompt) + len(e.response) for e in fitting)
     for note in _notes(config, model_config, mesh, batches, multiple, longest):
       print(f"note: {note}", file=sys.stderr)
-  kernel = attention.choose(sft.attention, model_config, dtype=dtype, length=length,
-                            rows=batches.rows // sft.accumulation, mesh=mesh)
+  kernel = attention.choose_backend(sft.attention, model_config, dtype=dtype, length=length,
+                                    rows=batches.rows // sft.accumulation, mesh=mesh)
   options = {"compute_dtype": dtype, "accumulation": sft.accumulation, "remat": sft.remat, "attention": kernel,
              "mesh": mesh}
   return Data(model_config, batches, list(by_line), len(examples) - len(by_line), options)
@@ -267,10 +267,10 @@ def expect(config: ml_collections.ConfigDict, model: ModelConfig, folder: Path |
   lengths = [min(length, sft.row_length) for length in drawn]
   rows = PackedBatches([TokenizedExample([], [0] * length) for length in lengths], epochs=1, row_length=sft.row_length,
                        global_batch=sft.global_batch, seed=0,
-                       row_multiple=sharding.batch_parts(mesh) * sft.accumulation).rows
+                       row_multiple=sharding.num_batch_shards(mesh) * sft.accumulation).rows
   dtype = jnp.dtype(hardware.compute_dtype(sft.compute_dtype))
-  kernel = attention.choose(sft.attention, model, dtype=dtype, length=sft.row_length, rows=rows // sft.accumulation,
-                            mesh=mesh)
+  kernel = attention.choose_backend(sft.attention, model, dtype=dtype, length=sft.row_length,
+                                    rows=rows // sft.accumulation, mesh=mesh)
   return memory.Expected(rows, kernel, prompt, question, answer)
 
 
@@ -317,8 +317,8 @@ def encoder(config: ml_collections.ConfigDict, model: Path, *, shots: Sequence[E
   end = [_end_of_answer(tokenizer, known, style)] if ends else []
 
   def encode(row: Mapping[str, Any]) -> TokenizedExample:
-    prompt = prompts.build(row["question"], header=config.prompt.header, examples=shots, style=style,
-                           tokenizer=tokenizer)
+    prompt = prompts.build_prompt(row["question"], header=config.prompt.header, examples=shots, style=style,
+                                  tokenizer=tokenizer)
     return TokenizedExample(encode_prompt(tokenizer, prompt, rows=rows),
                             encode_continuation(tokenizer, row["response"], rows=rows) + end)
 

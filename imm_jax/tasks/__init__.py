@@ -1,7 +1,7 @@
-"""Tasks by name: questions with gold answers.
+"""Loads tasks, questions with gold answers, by name.
 
-`stories` and the other generated families stand in `arithmetic.py`, the real data sets in `catalogue.py`; `custom` is
-whatever records a config names the fields of. `texts.py` reads corpora without questions.
+`stories` and the other generated families are in `arithmetic.py`, the real data sets in `catalogue.py`; `custom` reads
+records whose fields the config names. `texts.py` reads corpora without questions.
 """
 
 import hashlib
@@ -15,98 +15,117 @@ from imm_jax.tasks.catalogue import TASKS
 from imm_jax.tasks.registry import paper_note
 from imm_jax.tasks.texts import CORPORA, load_text
 
-__all__ = ["CORPORA", "JUDGED", "NAMES", "Choice", "Example", "count_records", "has_choices", "has_place", "is_endless",
-           "load", "load_choices", "load_text", "measure_of", "paper_note", "published_records", "published_size",
-           "splits"]
+__all__ = [
+  "CORPORA",
+  "JUDGED",
+  "NAMES",
+  "Choice",
+  "Example",
+  "count_records",
+  "default_measure",
+  "has_choices",
+  "has_default_source",
+  "is_generated",
+  "load",
+  "load_choices",
+  "load_text",
+  "paper_note",
+  "published_records",
+  "published_size",
+  "splits",
+]
 
 NAMES = (*arithmetic.FAMILIES, *TASKS, "custom")
 _Question = TypeVar("_Question", Choice, Example)
-# Those whose answers can be right or wrong; the others are for layer importance.
+# Tasks whose answers are judged; the others serve for layer importance only.
 JUDGED = tuple(name for name in NAMES if name not in TASKS or TASKS[name].kind)
 
 
 def load(name: str, *, split: str, count: int | None = None, seed: int = 0, source: str = "",
          fields: Mapping[str, str] | None = None, kind: str = "") -> list[Example]:
-  """The first `count` questions of a task's split, in the order of the seed.
+  """Loads the first `count` questions of a task's split in an order that depends on the seed.
 
-  A test split is whole: a question that stands twice in it is asked twice. Of another split none occurs twice, and none
-  is of the test split. What a source leaves unsaid (records left out, a file that is short) is told once on stderr.
+  A test split is complete: a question that occurs twice is asked twice. In other splits no question is repeated and
+  none is in the test split. Notes on the source (records left out, a short file) are printed once to stderr.
 
   Args:
-    name: of `NAMES`.
-    split: `train` or `test`, or another one that is published.
-    count: how many; None for all, which only a real task has. The first n of a longer draw are the draw of n.
-    seed: of the order: that of a real task follows from seed and split alone, whatever the order of the source.
-    source: of a real task, in place of its own: `hf:...`, `tfds:...` or `file:...` (see `sources.py`).
-    fields: of `custom` (see `registry.read`).
-    kind: of `custom`.
+    name: a name in `NAMES`.
+    split: `train` or `test`, or another published split.
+    count: number of questions; None for all, which generated tasks do not support. The first n of a longer list are
+      the list of n.
+    seed: seed of the order, which for real tasks does not depend on the order of the source.
+    source: source of a real task in place of its own: `hf:...`, `tfds:...` or `file:...` (see `sources.py`).
+    fields: field names for `custom` (see `registry.read`).
+    kind: kind of answers for `custom`.
 
   Raises:
     KeyError: for a name that is not in `NAMES`.
-    ValueError: when the split holds fewer questions.
-    UserError: for a source that cannot be read, or holds something else.
+    ValueError: if the split holds fewer questions.
+    UserError: for a source that cannot be read or holds other data.
 
   >>> [e.kind for e in load("choice", split="test", count=2, seed=0)]
   ['choice', 'choice']
   """
-  if is_endless(name):
+  if is_generated(name):
     if count is None:
       raise ValueError(f"task {name} is generated and has no last question; say how many")
     return arithmetic.generate(name, split=split, count=count, seed=seed)
-  return _ordered(name, split, _read(name, split, source, fields, kind).examples, count, seed)
+  return _select_in_order(name, split, _read_and_note(name, split, source, fields, kind).examples, count, seed)
 
 
 def load_choices(name: str, *, split: str = "test", count: int | None = None, seed: int = 0, source: str = "",
                  fields: Mapping[str, str] | None = None) -> list[Choice]:
-  """The same questions, in the same order and with the same ids, as options to be scored by likelihood.
+  """Loads the questions of `load`, in the same order and with the same ids, as options to score by likelihood.
 
-  Contexts and options are those of lm-evaluation-harness for sets that it has (zero-shot).
+  Contexts and options are those of lm-evaluation-harness (zero-shot) for the tasks that it has.
 
   Args:
-    name: of a task of multiple choice, or `custom` with `fields` that name the `choices`.
-    split: as of `load`.
-    count: as of `load`.
-    seed: as of `load`.
-    source: as of `load`.
-    fields: of `custom`.
+    name: a multiple-choice task, or `custom` with `fields` that name the `choices`.
+    split: see `load`.
+    count: see `load`.
+    seed: see `load`.
+    source: see `load`.
+    fields: field names for `custom`.
 
   Raises:
     KeyError: for a name that is not in `NAMES`.
-    ValueError: when the split holds fewer questions.
-    UserError: as `load`, and for a task without options.
+    ValueError: if the split holds fewer questions.
+    UserError: as `load` does, and for a task without options.
   """
-  found = None if is_endless(name) else _read(name, split, source, fields, "choice" if name == "custom" else "")
-  if found is None or len(found.choices) < len(found.examples):
+  kind = "choice" if name == "custom" else ""
+  split_data = None if is_generated(name) else _read_and_note(name, split, source, fields, kind)
+  if split_data is None or len(split_data.choices) < len(split_data.examples):
     scored = ", ".join(n for n, task in TASKS.items() if task.kind == "choice")
     raise UserError(f"task {name} has no options that can be scored; expected one of {scored}, or custom with "
                     "task.fields.choices")
-  return _ordered(name, split, tuple(found.choices.values()), count, seed)
+  return _select_in_order(name, split, tuple(split_data.choices.values()), count, seed)
 
 
-def _read(name: str, split: str, source: str, fields: Mapping[str, str] | None, kind: str) -> registry.Split:
-  found = registry.read(name, split=split, source=source, fields=fields, kind=kind)
-  for note in found.notes:
+def _read_and_note(name: str, split: str, source: str, fields: Mapping[str, str] | None, kind: str) -> registry.Split:
+  split_data = registry.read(name, split=split, source=source, fields=fields, kind=kind)
+  for note in split_data.notes:
     say_once(note)
-  return found
+  return split_data
 
 
-def _ordered(name: str, split: str, found: Sequence[_Question], count: int | None, seed: int) -> list[_Question]:
-  if count is not None and count > len(found):
-    raise ValueError(f"{name}/{split} holds {len(found)} questions, {count} were asked for")
-  return sorted(found, key=lambda e: hashlib.sha256(f"{seed}/{e.id}".encode()).digest())[:count]
+def _select_in_order(name: str, split: str, questions: Sequence[_Question], count: int | None, seed: int,
+                     ) -> list[_Question]:
+  if count is not None and count > len(questions):
+    raise ValueError(f"{name}/{split} holds {len(questions)} questions, {count} were asked for")
+  return sorted(questions, key=lambda e: hashlib.sha256(f"{seed}/{e.id}".encode()).digest())[:count]
 
 
-def measure_of(name: str) -> str:
-  """How a task is measured unless it is said otherwise: `answer` (generated, judged) or `choices` (by likelihood).
+def default_measure(name: str) -> str:
+  """Returns a task's default measure: `answer` (generated and judged) or `choices` (by likelihood).
 
-  >>> measure_of("gsm8k"), measure_of("piqa")
+  >>> default_measure("gsm8k"), default_measure("piqa")
   ('answer', 'choices')
   """
   return TASKS[name].measure if name in TASKS else "answer"
 
 
 def has_choices(name: str) -> bool:
-  """Whether a task's questions come with options that can be scored by likelihood.
+  """Returns whether a task's questions have options that can be scored by likelihood.
 
   >>> [name for name in ("gsm8k", "piqa", "mmlu_stem", "stories") if has_choices(name)]
   ['piqa', 'mmlu_stem']
@@ -114,13 +133,13 @@ def has_choices(name: str) -> bool:
   return name in TASKS and TASKS[name].kind == "choice"
 
 
-def is_endless(name: str) -> bool:
-  """Whether a task makes as many questions as it is asked for."""
+def is_generated(name: str) -> bool:
+  """Returns whether a task generates its questions, and so has no fixed number of them."""
   return name in arithmetic.FAMILIES
 
 
 def splits(name: str) -> tuple[str, ...]:
-  """The splits of a task.
+  """Lists the splits of a task.
 
   >>> splits("gsm8k"), splits("svamp")
   (('train', 'test'), ('test',))
@@ -129,22 +148,22 @@ def splits(name: str) -> tuple[str, ...]:
 
 
 def published_size(name: str, split: str) -> int | None:
-  """How many questions a real task's own source has for a split, as published; None for a task of another kind."""
+  """Returns the published number of questions in a split of a real task's own source; None for other tasks."""
   return TASKS[name].usable.get(split, published_records(name, split)) if name in TASKS else None
 
 
 def published_records(name: str, split: str) -> int | None:
-  """How many records that source has for it, those without a gold that can be judged, too."""
+  """Returns the published number of records in a split, including those without a gold that can be judged."""
   sizes = TASKS[name].formats[0].sizes.get(split) if name in TASKS else None
   return sizes[0] if sizes else None
 
 
 def count_records(name: str, split: str, *, source: str = "", fields: Mapping[str, str] | None = None,
                   kind: str = "") -> int:
-  """How many records a real task's source holds for a split, those that are no usable question, too; as `load`."""
-  return _read(name, split, source, fields, kind).facts["records"]
+  """Counts the records of a split of a real task's source, including unusable ones; arguments are those of `load`."""
+  return _read_and_note(name, split, source, fields, kind).counts["records"]
 
 
-def has_place(name: str) -> bool:
-  """Whether a task has questions where no source is given."""
+def has_default_source(name: str) -> bool:
+  """Returns whether a task can be loaded without naming a source."""
   return name not in TASKS or all(TASKS[name].source.values())

@@ -1,11 +1,11 @@
-"""Generated word problems: the tasks of the embedded model.
+"""Generates word problems, the tasks of the embedded model.
 
-`stories` is the in-domain family (two or three additions and subtractions); the others are out of domain: different
-operations, wording and answer forms. `drill` holds bare facts for pre-training only. Every worked answer ends in
+`stories` is the in-domain family (two or three additions and subtractions); the others are out of domain, with other
+operations, wording and forms of answers. `drill` has bare facts for pre-training only. Every worked answer ends in
 `The answer is X.`
 
 Splits are disjoint by content, whatever the seed: the hash of a question's text decides which split may hold it, so a
-question that one seed trains on can be in no other seed's test set, nor in pre-training.
+question in one seed's training set cannot be in another seed's test set, nor in pre-training.
 """
 
 import random
@@ -17,24 +17,24 @@ from imm_jax.tasks.base import Example
 NAMES = ("Tom", "Ann", "Sam", "Mia", "Ben", "Eva", "Leo", "Zoe", "Max", "Amy", "Jack", "Lily")
 ITEMS = ("apples", "pens", "books", "coins", "cards", "shells", "stamps", "eggs", "cups", "toys", "keys", "nuts")
 BOXES = ("boxes", "bags", "jars", "trays")
-# Share of hash space of each split: 3/16 test, 5/16 train, the rest pre-training.
-_SPLIT_OF_BUCKET = ("test",) * 3 + ("train",) * 5 + ("pretrain",) * 8
+# Shares of the hash space: 3/16 test, 5/16 train, the rest pre-training.
+_BUCKET_SPLITS = ("test",) * 3 + ("train",) * 5 + ("pretrain",) * 8
 SPLITS = ("pretrain", "train", "test")
 MAX_VALUE = 60
-_MOST_DISTINCT = 100_000
+_MAX_DISTINCT = 100_000
 
 
-def split_of(question: str) -> str:
-  """The only split that may hold this question text.
+def assign_split(question: str) -> str:
+  """Returns the only split that may hold this question text.
 
-  >>> split_of("What is 2 + 3 ?") in SPLITS
+  >>> assign_split("What is 2 + 3 ?") in SPLITS
   True
   """
-  return _SPLIT_OF_BUCKET[zlib.crc32(question.encode()) % len(_SPLIT_OF_BUCKET)]
+  return _BUCKET_SPLITS[zlib.crc32(question.encode()) % len(_BUCKET_SPLITS)]
 
 
-def _stories(rng: random.Random) -> tuple[str, str, str]:
-  """Two or three steps of adding and subtracting."""
+def _draw_story(rng: random.Random) -> tuple[str, str, str]:
+  """Draws a problem with two or three additions and subtractions."""
   name, other = rng.sample(NAMES, 2)
   item = rng.choice(ITEMS)
   value = rng.randint(5, 30)
@@ -58,8 +58,8 @@ def _stories(rng: random.Random) -> tuple[str, str, str]:
   return " ".join(question), " ".join(work), str(value)
 
 
-def _groups(rng: random.Random) -> tuple[str, str, str]:
-  """One multiplication or one division."""
+def _draw_groups(rng: random.Random) -> tuple[str, str, str]:
+  """Draws a problem with one multiplication or division."""
   a, b = rng.randint(2, 12), rng.randint(2, 5)
   if rng.random() < 0.5:
     a, b = b, a
@@ -73,8 +73,8 @@ def _groups(rng: random.Random) -> tuple[str, str, str]:
   return question, f"Each share is {a * b}/{a}={b}.", str(b)
 
 
-def _compare(rng: random.Random) -> tuple[str, str, str]:
-  """The difference between two people."""
+def _draw_comparison(rng: random.Random) -> tuple[str, str, str]:
+  """Draws a problem about the difference between two people's numbers."""
   name, other = rng.sample(NAMES, 2)
   item = rng.choice(ITEMS)
   small = rng.randint(2, 12)
@@ -87,8 +87,8 @@ def _compare(rng: random.Random) -> tuple[str, str, str]:
   return f"{facts} How many {asked}?", f"{name} owns more. The difference is {large}-{small}={gap}.", str(gap)
 
 
-def _price(rng: random.Random) -> tuple[str, str, str]:
-  """The price of a purchase: a product and a sum, the answer in dollars."""
+def _draw_price(rng: random.Random) -> tuple[str, str, str]:
+  """Draws a problem about the price of a purchase: a product and a sum, the answer in dollars."""
   name = rng.choice(NAMES)
   item, extra = rng.sample(ITEMS, 2)
   count, price, more = rng.randint(2, 9), rng.randint(2, 5), rng.randint(2, 12)
@@ -100,8 +100,8 @@ def _price(rng: random.Random) -> tuple[str, str, str]:
   return question, f"The {item} cost {count}*{price}={cost}. With {extra} {cost}+{more}={total}.", f"${total}"
 
 
-def _sequence(rng: random.Random) -> tuple[str, str, str]:
-  """The next number of an arithmetic sequence."""
+def _draw_sequence(rng: random.Random) -> tuple[str, str, str]:
+  """Draws a problem about the next number of an arithmetic sequence."""
   name = rng.choice(NAMES)
   if rng.random() < 0.3:
     step = rng.randint(2, 9)
@@ -120,8 +120,8 @@ def _sequence(rng: random.Random) -> tuple[str, str, str]:
   return question, work, str(answer)
 
 
-def _choice(rng: random.Random) -> tuple[str, str, str]:
-  """Multiple choice: who holds the most or the fewest."""
+def _draw_choice(rng: random.Random) -> tuple[str, str, str]:
+  """Draws a multiple-choice problem: who has the most or the fewest."""
   people = rng.sample(NAMES, 3)
   counts = rng.sample(range(2, 50), 3)
   item = rng.choice(ITEMS)
@@ -133,8 +133,8 @@ def _choice(rng: random.Random) -> tuple[str, str, str]:
   return question, f"{counts[winner]} is the {word}. {people[winner]} has {counts[winner]}.", "ABC"[winner]
 
 
-def _drill(rng: random.Random) -> tuple[str, str, str]:
-  """One bare fact of the kinds the families use."""
+def _draw_fact(rng: random.Random) -> tuple[str, str, str]:
+  """Draws one bare fact of the kinds that the families use."""
   operator = rng.choice("+-*/")
   if operator == "+":
     b = rng.randint(2, 12)
@@ -155,30 +155,30 @@ def _drill(rng: random.Random) -> tuple[str, str, str]:
 
 
 _FAMILIES: dict[str, tuple[str, Callable[[random.Random], tuple[str, str, str]]]] = {
-    "stories": ("number", _stories),
-    "groups": ("number", _groups),
-    "compare": ("number", _compare),
-    "price": ("number", _price),
-    "sequence": ("number", _sequence),
-    "choice": ("choice", _choice),
-    "drill": ("number", _drill),
+    "stories": ("number", _draw_story),
+    "groups": ("number", _draw_groups),
+    "compare": ("number", _draw_comparison),
+    "price": ("number", _draw_price),
+    "sequence": ("number", _draw_sequence),
+    "choice": ("choice", _draw_choice),
+    "drill": ("number", _draw_fact),
 }
 FAMILIES = tuple(name for name in _FAMILIES if name != "drill")
 
 
 def generate(family: str, *, split: str, count: int, seed: int, distinct: bool = True) -> list[Example]:
-  """Draws `count` questions of one family and split, a pure function of its arguments.
+  """Draws `count` questions of one family and split, deterministically from the arguments.
 
   Args:
-    family: a name of `FAMILIES`, or `drill`.
+    family: a name in `FAMILIES`, or `drill`.
     split: `pretrain`, `train` or `test`.
-    count: how many; the first n of a longer draw are the draw of n.
-    seed: of the draw.
-    distinct: never the same question twice. Without it repeats may occur (small families, long pre-training).
+    count: number of questions; the first n of a longer draw are the draw of n.
+    seed: seed of the draw.
+    distinct: whether to exclude repeated questions, which occur in small families and long pre-training.
 
   Raises:
     KeyError: for an unknown family.
-    ValueError: for an unknown split, or when the family holds too few distinct questions.
+    ValueError: for an unknown split, or if the family holds too few distinct questions.
 
   >>> example = generate("stories", split="test", count=1, seed=0)[0]
   >>> example.rationale.endswith(f"The answer is {example.answer}.")
@@ -187,15 +187,15 @@ def generate(family: str, *, split: str, count: int, seed: int, distinct: bool =
   kind, draw = _FAMILIES[family]
   if split not in SPLITS:
     raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
-  if distinct and count > _MOST_DISTINCT:
-    raise ValueError(f"{count} questions were asked for, a generated task gives at most {_MOST_DISTINCT} distinct ones")
+  if distinct and count > _MAX_DISTINCT:
+    raise ValueError(f"{count} questions were asked for, a generated task gives at most {_MAX_DISTINCT} distinct ones")
   if family == "drill" and split != "pretrain":
     raise ValueError("drill holds bare facts for pre-training only")
   rng = random.Random(f"{family}/{split}/{seed}")
   examples, seen, misses = [], set(), 0
   while len(examples) < count:
     question, work, answer = draw(rng)
-    if (family != "drill" and split_of(question) != split) or (distinct and question in seen):
+    if (family != "drill" and assign_split(question) != split) or (distinct and question in seen):
       misses += 1
       if misses > 10_000 + 100 * count:
         raise ValueError(f"{family}/{split} holds only about {len(seen)} distinct questions, {count} were asked for")

@@ -1,4 +1,4 @@
-"""What a question is."""
+"""The records of questions."""
 
 from typing import NamedTuple
 
@@ -7,12 +7,12 @@ class Example(NamedTuple):
   """One question of a task.
 
   Attributes:
-    id: unique in its task, stable over runs and sources; sampling keys are derived from it.
-    question: the text the model is asked; in multiple choice it ends with the options.
-    answer: the gold answer, bare (`42`, `\\frac{1}{2}`, `B`); empty where answers are not judged (mbpp).
-    rationale: a worked answer that ends in `The answer is X`, or an empty string where there is none; for mbpp the
+    id: unique in its task, stable across runs and sources; sampling keys are derived from it.
+    question: text of the question; in multiple choice it ends with the options.
+    answer: the bare gold answer (`42`, `\\frac{1}{2}`, `B`); empty if answers are not judged (mbpp).
+    rationale: a worked answer that ends in `The answer is X`, or an empty string if there is none; for mbpp the
       program.
-    kind: how answers are compared: `number`, `latex` or `choice`; empty where they are not.
+    kind: how answers are compared: `number`, `latex` or `choice`; empty if they are not.
   """
 
   id: str
@@ -25,14 +25,14 @@ class Example(NamedTuple):
 class Choice(NamedTuple):
   """One question whose options are scored by their likelihood, in the form of lm-evaluation-harness.
 
-  What acc_norm divides by is the number of characters of an option without its first, the space.
+  acc_norm divides by the number of characters of an option without the leading space.
 
   Attributes:
-    id: as the Example of the same question has it.
+    id: the id of the Example of the same question.
     contexts: the text before the options: one for all of them, or one for each.
-    options: what is scored after its context, with the space before it.
-    gold: the index of the right option.
-    question: what a reader sees: the Example's question, which ends with the options.
+    options: texts to score after their context, with a leading space.
+    gold: index of the right option.
+    question: the Example's question, which ends with the options, for readers.
   """
 
   id: str

@@ -1,9 +1,9 @@
-"""Letters of multiple choice, where text answers with one: never any capital letter."""
+"""Extracts the letter of a multiple-choice answer from a text, which is not just any capital letter."""
 
 import re
 
-# A letter where the answer begins, alone or set off: `B`, `(b)`, `B.`, `option B`, `B because`; never the article of
-# `A dog` or of a cut `a`, nor the variable of `B = 3`.
+# A letter at the beginning of the answer, alone or set off: `B`, `(b)`, `B.`, `option B`, `B because`; but not the
+# article in `A dog` or a truncated `a`, nor the variable in `B = 3`.
 _CHOICE = re.compile(
     r"""(?:[\s:*_"'`$“‘]|\\[(\[])*+(?:(?i:option|choice|letter)\b)?+(?:[\s:*_"'`$“‘]|\\[(\[])*+"""
     r"""(?:\\[a-z]{1,9}\s?\{|\(\$)?"""
@@ -11,7 +11,7 @@ _CHOICE = re.compile(
     r"""|[(\[{]?(?P<ended>[A-Ha-h](?=[)\]}:]|[.,;!?*_"'`$”’\\](?![A-Za-z]))|[A-Hb-h](?=[ \t]*(?:\n|\Z)))"""
     r"""|(?P<followed>[B-H](?=\s)|A(?=\s+(?:[^\sA-Za-z]|(?:and|as|because|for|is|or|since|which|with)\b))))"""
     r"""(?!\s*[=+^<>])""")
-# Another letter beside it, but not one of which something is said: `(D), (E) is wrong`.
+# Another letter next to it, unless that is the subject of a statement: `(D), (E) is wrong`.
 _HEDGE = re.compile(
     r"""[)\]}*_"'`$]{0,4}\s?(?:(?:/|&|or\b|and\b)\s?[(\[]?[A-H]\b"""
     r"""|,\s?[(\[]?[A-H](?:[)\]](?!\s+(?!or\b|and\b)[a-z])|[,.]|\s?(?:or|and)\b|\s*\Z))""")
@@ -23,8 +23,8 @@ _CORRECT = re.compile(r"(?:\b(?i:option|choice|answer)[ *]{1,4}\(?|(?<!\w)\((?=[
                       r"[\s*]{1,3}is (?:the )?(?:correct|right|best)")
 
 
-def stated(span: str) -> str | None:
-  """The letter with which a span begins; empty where it wavers between several, None where it says none."""
+def extract_stated(span: str) -> str | None:
+  """Returns the letter with which a span begins; empty if it hedges between several, None if it has none."""
   match = _CHOICE.match(span)
   if match is None:
     named = _NAMED.match(span)
@@ -32,10 +32,10 @@ def stated(span: str) -> str | None:
   return "" if _HEDGE.match(span, match.end(match.lastgroup)) else match[match.lastgroup]
 
 
-def concluded(text: str) -> str:
-  """What a text without a marker answers: a bare letter at its end, its only option, `Option B is correct`; or nothing.
+def extract_concluded(text: str) -> str:
+  """Returns the letter of a text without a marker: a bare one at its end, its only option, or one called correct.
 
-  >>> concluded("B) 42"), concluded("A) 41\\nB) 42")
+  >>> extract_concluded("B) 42"), extract_concluded("A) 41\\nB) 42")
   ('B', '')
   """
   text = text.strip()
@@ -47,10 +47,10 @@ def concluded(text: str) -> str:
     first, end = options[0].start() == 0, text.find("\n", options[0].end())
     if (first or end < 0) and not _OTHER_OPTION.search(text, options[0].end()):
       return options[0][options[0].lastindex]
-  return said_correct(text)
+  return find_called_correct(text)
 
 
-def said_correct(text: str) -> str:
-  """The one option that a text calls correct, or nothing."""
+def find_called_correct(text: str) -> str:
+  """Returns the only option that a text calls correct, or an empty string."""
   letters = {m[1] for m in _CORRECT.finditer(text)}
   return letters.pop() if len(letters) == 1 else ""

@@ -1,4 +1,4 @@
-"""The values of a published record: text, numbers, and what an Example is made of; ValueError where they are not."""
+"""Reads the fields of published records; raises ValueError for values of the wrong kind."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -11,26 +11,26 @@ Record = Mapping[str, Any]  # with lower-case keys
 Parser = Callable[[Record], Example | None]
 
 
-def text_of(record: Record, field: str) -> str:
-  """A field's text without white space around it; ValueError where it has none."""
+def get_text(record: Record, field: str) -> str:
+  """Returns a field's text without surrounding white space; raises ValueError if it is empty or no text."""
   value = record[field]
   if not isinstance(value, str) or not value.strip():
     raise ValueError(f"{field!r} is {'empty' if isinstance(value, str) else 'no text'}")
   return value.strip()
 
 
-def raw_of(record: Record, field: str) -> str:
-  """A field's text as it stands, which may be empty or lacking; ValueError for what is no text."""
+def get_raw_text(record: Record, field: str) -> str:
+  """Returns a field's text unchanged, empty if the field is missing; raises ValueError if it is no text."""
   value = record.get(field)
   if value is not None and not isinstance(value, str):
     raise ValueError(f"{field!r} is no text")
   return value or ""
 
 
-def number(value: Any) -> str | None:
-  """A gold number, bare: without commas, units of money, or the decimals of a whole number; None for anything else.
+def parse_gold(value: Any) -> str | None:
+  """Normalises a gold number, removing commas, currency signs and the decimals of whole numbers; None for other text.
 
-  >>> number("$1,600"), number(504.0), number(" 5/2 "), number("3:30 p.m.")
+  >>> parse_gold("$1,600"), parse_gold(504.0), parse_gold(" 5/2 "), parse_gold("3:30 p.m.")
   ('1600', '504', '5/2', None)
   """
   if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -41,13 +41,13 @@ def number(value: Any) -> str | None:
   return text[:-2] if re.fullmatch(r"-?[0-9]+\.0", text) else text
 
 
-def worked(question: str, gold: str | None, rationale: str, kind: str) -> Example | None:
-  """An example whose rationale, if it has one, ends in `The answer is X`, in one line."""
+def make_example(question: str, gold: str | None, rationale: str, kind: str) -> Example | None:
+  """Makes an Example, whose rationale if there is one is extended to end in `The answer is X`; None without a gold."""
   if not gold:
     return None
   gold = " ".join(gold.split())
   rationale = rationale.strip()
-  end = f"The answer is {gold}"
-  if rationale and not rationale.rstrip(".").endswith(end):
-    rationale += f"\n{end}"
+  conclusion = f"The answer is {gold}"
+  if rationale and not rationale.rstrip(".").endswith(conclusion):
+    rationale += f"\n{conclusion}"
   return Example("", question, gold, rationale, kind)

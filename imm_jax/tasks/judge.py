@@ -1,7 +1,7 @@
-"""Verdicts in batches: nothing a model writes can hang, crash or slow the run.
+"""Judges answers in batches such that no model output can hang, crash or slow the run.
 
-Finding an answer, and judging numbers and letters, is work linear in the text and done here. What only mathematics can
-tell, whether two LaTeX expressions are equal, is asked of worker processes.
+Extracting answers and judging numbers and letters takes time linear in the text and is done here. Whether two LaTeX
+expressions are mathematically equal is decided by worker processes.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from imm_jax.tasks.workers import Workers
 
 
 class Judge:
-  """Judges answers with the help of worker processes, which start when they are first needed.
+  """Judges answers with the help of worker processes, which are started on first use.
 
   >>> with Judge(workers=1) as judge:
   ...   [v.correct for v in judge.verdicts([("The answer is 7.", "7", "number"),
@@ -22,26 +22,26 @@ class Judge:
   """
 
   def __init__(self, *, workers: int | None = None) -> None:
-    """Takes the number of worker processes; see `Workers`."""
+    """Initialises the judge with a number of worker processes; see `Workers`."""
     self._workers = Workers(workers)
 
   def verdicts(self, items: Iterable[tuple[str, str, str]], *, strict: bool) -> list[answers.Verdict]:
-    """`answers.verdict` of many (text, gold, kind), in their order.
+    """Judges many (text, gold, kind) by `answers.verdict`, in order.
 
     Raises:
-      UserError: when the worker processes cannot start.
+      UserError: if the worker processes cannot start.
       ValueError: for an unknown kind, or a gold answer that is not of its kind.
     """
-    judged = lambda item: answers.verdict(*item, strict=strict, equal=self._workers.equal)
+    judge_item = lambda item: answers.verdict(*item, strict=strict, equal=self._workers.equal)
     with ThreadPoolExecutor(self._workers.count) as pool:
       try:
-        return list(pool.map(judged, items))
+        return list(pool.map(judge_item, items))
       except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
 
   def close(self) -> None:
-    """Ends the worker processes."""
+    """Stops the worker processes."""
     self._workers.close()
 
   def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Answers in LaTeX: the last box of a text, and whether two expressions are the same but for spelling.
+"""Extracts answers in LaTeX, and compares expressions up to spelling.
 
 Text is matched by regular expressions and never evaluated.
 """
@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-# What a box without braces holds: a command, or characters up to the end of the formula.
+# The content of a box without braces: a command, or characters up to the end of the formula.
 _BARE = re.compile(r"\\[A-Za-z]+|[^\s$\\.,;{}]+")
 
-# What is longer than this is no answer (the longest of MATH has 159 characters).
+# Longer texts are not answers (the longest of MATH has 159 characters).
 MAX_CHARS = 1000
-# Of decimals, relative below one: 0.333333 is a third.
+# Tolerance of decimals, relative for numbers below one: 0.333333 is a third.
 _TOLERANCE = Fraction(1, 1_000_000)
 
 _UNICODE = str.maketrans({
@@ -22,7 +22,7 @@ _UNICODE = str.maketrans({
     "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
     "±": r"\pm ", "θ": r"\theta ", "∅": r"\emptyset ", "²": "^2", "³": "^3", "½": r" \frac{1}{2}", "¼": r" \frac{1}{4}",
     "¾": r" \frac{3}{4}", "，": ",", "（": "(", "）": ")", "\n": " ", "\t": " ", "\u00a0": " "})
-# Two backslashes begin a row of a matrix; anywhere else they are a command that was escaped twice.
+# Two backslashes begin a row of a matrix; elsewhere they are a command that was escaped twice.
 _ROWS = re.compile(r"\\begin\s?\{(?:[bpvBV]?matrix|array|cases|align)")
 _ESCAPED_TWICE = re.compile(r"\\\\(?=[A-Za-z!,;:%$()\[\]{}])")
 _NAMES = tuple((re.compile(pattern), name) for pattern, name in (
@@ -35,14 +35,14 @@ _NAMES = tuple((re.compile(pattern), name) for pattern, name in (
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:,\s?\\!\s?|\{,\}|\\[,!;:]\s?)(?=[0-9]{3}(?![0-9]))")
 _PLAIN_TEXT = re.compile(r"\\(text(?:normal|bf|it|rm|sf|tt)?|mbox|hbox|math(?:rm|bf|it|sf|tt)|operatorname)\s?"
                          r"\{([^{}]*)\}(\s?\^\s?\{?[23]\}?)?")
-# But for a row's end, which may stand before a space.
+# Except for the end of a row, which may precede a space.
 _INVISIBLE = re.compile(r"(\\\\)|\\[!,;: >()\[\]]|~|\\?\$|\\(?:hspace|phantom)\s?\{[^{}]*\}|\\phantom"
                         r"|\^\s?(?:\{\s?\\circ\s?\}|\\circ(?![A-Za-z]))")
 _PERCENT = re.compile(r"\\?%|(?<=[0-9])\s?percent\b")
 _AND = re.compile(r"(?:,\s*)?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])")
 _FUNCTIONS = re.compile(r"(?:arc)?(?:sin|cos|tan|cot|sec|csc|cis)h?|log|ln|exp|[a-zA-Z]")
 _LETTER_UNITS = ("m", "s", "g", "h", "L", "V")
-# Words after a number are its unit; a few letters may be variables, but for these.
+# Words after a number are its unit; short ones may be variables, except for these.
 _UNIT = re.compile(
     r"(?<=[0-9}])\s+(?:(?:square|cubic|sq)\.?\s+)?(?:[A-Za-z]{4,}|feet|foot|ft|inch|in|cm|mm|km|mi|mph|kg|lbs?|sec|min"
     r"|hrs?)(?:\s+[A-Za-z]+){0,4}\.?\s?(?:\^\s?\{?[23]\}?)?$")
@@ -63,7 +63,7 @@ _SPACED_LIST = re.compile(r"[0-9],\s+[0-9]")
 _BASES = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _BASE = re.compile(rf"_(?:\{{({'|'.join(_BASES)})\}}|({'|'.join(_BASES)})$)")
 _NAME = re.compile(r"[\s$]*([A-Za-z])\s*=")
-# Units that are taken for others only where both answers have one.
+# Units, which are compared only if both answers have one.
 _UNITS = {spelling: names.split()[0] for names in (
     "m meter metre", "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre", "in inch inche",
     "ft foot feet", "yd yard", "mi mile", "g gram", "kg kilogram", "lb pound", "oz ounce", "sec second", "min minute",
@@ -76,23 +76,23 @@ _DELIMITER = re.compile(r"\\[()\[\]]|(?<!\\)\$+")
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|\n|I hope")
 _REASON = re.compile(r",\s*(?:as|since|because|which|so)\b|\s(?:since|because)\b")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
-# A unit or a mark, after the last formula.
+# A unit or a punctuation mark after the last formula.
 _REST = re.compile(r"[^\\=$0-9]{0,3}(?:[A-Za-z]{1,20}[^\\=$0-9A-Za-z]{0,3})?")
 _NUMBER_AT_END = re.compile(r"(?<![\w.,^/+*=-])(?:-\s?)?\$?[0-9][0-9,]{0,50}(?:\.[0-9]{1,50}|/[0-9]{1,50})?$")
 _BRACKETS = re.compile(r"[()\[\]{}|]|\\(?:frac|cup|cap)")
 
 
 class Boxed(NamedTuple):
-  """The inside of a box, and where its command begins in the text."""
+  """The content of a box, and the position of its command in the text."""
 
   inside: str
   start: int
 
 
-def last_boxed(text: str) -> str | None:
-  r"""The inside of the last `\boxed{...}`, `\fbox{...}` or `\boxed x` of a text; None without any.
+def extract_last_boxed(text: str) -> str | None:
+  r"""Returns the content of the last `\boxed{...}`, `\fbox{...}` or `\boxed x` of a text; None without any.
 
-  >>> last_boxed(r"\boxed{3}, so $x = \boxed{\frac{1}{2}}$.")
+  >>> extract_last_boxed(r"\boxed{3}, so $x = \boxed{\frac{1}{2}}$.")
   '\\frac{1}{2}'
   """
   boxed = find_last_boxed(text)
@@ -100,7 +100,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def find_last_boxed(text: str) -> Boxed | None:
-  """The same with its place. A box that is never closed holds the rest of the text."""
+  """Finds the last box of a text and its position. A box that is not closed extends to the end of the text."""
   boxes = list(_BOX.finditer(text))
   if not boxes:
     return None
@@ -116,47 +116,47 @@ def find_last_boxed(text: str) -> Boxed | None:
   return Boxed(text[begin:], start)
 
 
-def solution_answer(solution: str) -> str | None:
-  r"""The gold answer of a worked MATH solution: its last box, without a full stop at the end; None for an empty box.
+def extract_gold(solution: str) -> str | None:
+  r"""Returns the gold of a MATH solution: its last box, without a full stop at the end; None for an empty box.
 
-  >>> solution_answer(r"Hence $\boxed{43_5.}$")
+  >>> extract_gold(r"Hence $\boxed{43_5.}$")
   '43_5'
   """
-  return (last_boxed(solution) or "").strip().rstrip(".,").rstrip() or None
+  return (extract_last_boxed(solution) or "").strip().rstrip(".,").rstrip() or None
 
 
-def tidy(text: str) -> str:
-  r"""Without what only changes an expression's looks: sizes, units, degrees, `$`, `\dfrac12` for `\frac{1}{2}`."""
+def clean(text: str) -> str:
+  r"""Removes what affects only an expression's appearance: sizes, units, degrees, `$`, `\dfrac12` for `\frac{1}{2}`."""
   text = text.translate(_UNICODE)
   if not _ROWS.search(text):
     text = _ESCAPED_TWICE.sub(r"\\", text)
   for pattern, name in _NAMES:
     text = pattern.sub(name, text)
   text = _THOUSANDS.sub("", text)
-  text = _PLAIN_TEXT.sub(_words, text)
+  text = _PLAIN_TEXT.sub(_replace_text, text)
   text = _PERCENT.sub(r"\\%", _INVISIBLE.sub(lambda m: m[1] or " ", text))
   text = _UNIT.sub("", _AND.sub(",", text).lstrip(" ,;:").rstrip(" .,;:?\\"))
-  text = _FRACTION.sub(lambda m: rf"\frac{_braced(m[1])}{_braced(m[2])}", text)
+  text = _FRACTION.sub(lambda m: rf"\frac{_add_braces(m[1])}{_add_braces(m[2])}", text)
   return _SLASH.sub(r"\\frac{\1}{\2}", _ROOT.sub(r"\\sqrt{\1}", text)).strip()
 
 
 def normalise(text: str) -> str:
-  r"""One spelling of what is written alike but for looks.
+  r"""Returns a canonical spelling of expressions that differ only in appearance.
 
   >>> normalise(r"x = \left(\dfrac12, 10,\!000\text{ cm}^2\right).")
   '(\\frac{1}{2},10000)'
   """
-  text = _SPACE.sub(lambda m: m[1] or "", tidy(text))
+  text = _SPACE.sub(lambda m: m[1] or "", clean(text))
   text = _BASE.sub(lambda m: f"_{2 + _BASES.index(m[m.lastindex])}", _GROUP_OF_ONE.sub(r"\1\2", text))
   text = _THOUSANDS_ALONE.sub(lambda m: m[0].replace(",", ""), text)
   return _ASSIGNED.sub("", text, count=1) if _ASSIGNED.match(text) else text
 
 
-def same(gold: str, span: str) -> bool | None:
-  r"""Whether an answer is the gold one, as far as their spelling tells; None where only mathematics can tell.
+def compare_spelling(gold: str, span: str) -> bool | None:
+  r"""Returns whether an answer equals the gold one, as far as spelling can decide; None if only mathematics can.
 
-  >>> same(r"\frac{1}{2}", "0.5"), same("(1, 2)", "[1, 2]"), same(r"2\sqrt{2}", r"\sqrt{8}")
-  (True, None, None)
+  >>> compare_spelling(r"\frac{1}{2}", "0.5"), compare_spelling(r"2\sqrt{2}", r"\sqrt{8}")
+  (True, None)
   """
   if len(span) > MAX_CHARS:
     return False
@@ -165,17 +165,17 @@ def same(gold: str, span: str) -> bool | None:
     return False
   if _CLOCK.search(a) and _HALF_OF_DAY.search(a) is None:
     b = _HALF_OF_DAY.sub("", b)
-  x, y = (_rational(c.replace("\\%", "")) for c in (a, b))
-  if x is not None and (("," not in a and _SPACED_LIST.search(span)) or _of_another(gold, span)):
+  x, y = (_parse_rational(c.replace("\\%", "")) for c in (a, b))
+  if x is not None and (("," not in a and _SPACED_LIST.search(span)) or _differs_in_name_or_unit(gold, span)):
     return False
-  if a == b or _items(a) == _items(b) or (a.isalpha() and len(a) > 2 and a.lower() == b.lower()):
+  if a == b or _sorted_items(a) == _sorted_items(b) or (a.isalpha() and len(a) > 2 and a.lower() == b.lower()):
     return True
   if a.strip("()") == b.strip("()") and re.fullmatch(r"\(?[A-Z]\)?", a):
     return True
-  # A gold answer that has lost its unit, but not the unit's power.
+  # Some gold answers have lost their unit, but not the unit's power.
   if a == normalise(_UNIT_OF_POWER.sub("", span)):
     return True
-  if _RELATION.search(b) and _interval(b) == _interval(a):
+  if _RELATION.search(b) and _to_interval(b) == _to_interval(a):
     return True
   if x is not None and y is not None:
     close = abs(x - y) <= (_TOLERANCE * min(1, abs(x)) if "." in a + b else 0)
@@ -184,27 +184,27 @@ def same(gold: str, span: str) -> bool | None:
   # math-verify reads 43_5 and 43_6 as 43, and the times 1:20 and 2:40 as one twentieth.
   if "_" in a or (_CLOCK.search(a) and ":" in b):
     return False
-  # It takes the right side of any equation for its answer.
+  # math-verify takes the right side of any equation for its answer.
   if "=" not in gold and re.match(r"[^=]*[A-Za-z][^=]*[+-][^=]*=|[^=]*[+-][^=]*[A-Za-z][^=]*=", b):
     return False
-  return None if _balanced(b) else False
+  return None if _is_balanced(b) else False
 
 
-def _of_another(gold: str, span: str) -> bool:
-  """Whether two numbers are assigned to different variables, or have different units."""
+def _differs_in_name_or_unit(gold: str, span: str) -> bool:
+  """Returns whether two numbers are assigned to different variables, or have different units."""
   names = [m[1].lower() for m in map(_NAME.match, (gold, span)) if m]
   if len(set(names)) == 2:
     return True
   units = []
   for text in (gold, span):
-    # Words before the number are none of its units.
+    # Only words after the number can be its unit.
     words = re.findall("[A-Za-z]+", re.sub(r"\A[^0-9]*", "", text))
     units.append({_UNITS[w.removesuffix("s")] for w in words if w.removesuffix("s") in _UNITS})
   return len(units[0]) == len(units[1]) == 1 and units[0] != units[1]
 
 
-def _interval(text: str) -> str:
-  r"""`x\ge2` as `[2,\infty)`, and `1<x<3` as `(1,3)`; what is no such inequality, or has a long bound, as it is."""
+def _to_interval(text: str) -> str:
+  r"""Converts an inequality to an interval, `x\ge2` to `[2,\infty)` and `1<x<3` to `(1,3)`; keeps other text."""
   parts = _RELATION.split(text)
   if len(parts) == 3 and parts[0].isalpha():
     parts = [*reversed(parts)]
@@ -213,28 +213,28 @@ def _interval(text: str) -> str:
     parts += [parts[1], r"\infty" if parts[1] in ("<", r"\le") else r"-\infty"]
   if len(parts) != 5 or len(parts[2]) != 1 or not parts[2].isalpha():
     return text
-  low, left, _, right, high = parts
-  if left in (">", r"\ge"):
-    low, left, right, high = high, right, left, low
-  if {left, right} & {">", r"\ge"} and {left, right} & {"<", r"\le"}:
+  low, left_relation, _, right_relation, high = parts
+  if left_relation in (">", r"\ge"):
+    low, left_relation, right_relation, high = high, right_relation, left_relation, low
+  if {left_relation, right_relation} & {">", r"\ge"} and {left_relation, right_relation} & {"<", r"\le"}:
     return text
   closed = lambda relation, bound: relation in (r"\le", r"\ge") and "infty" not in bound
-  return f"{'[' if closed(left, low) else '('}{low},{high}{']' if closed(right, high) else ')'}"
+  return f"{'[' if closed(left_relation, low) else '('}{low},{high}{']' if closed(right_relation, high) else ')'}"
 
 
-def value(text: str) -> Fraction | None:
-  r"""The value of an answer that is a plain number, without its unit or percent sign; None for any other.
+def parse_value(text: str) -> Fraction | None:
+  r"""Returns the value of an answer that is a plain number, without its unit or percent sign; None for any other.
 
-  >>> value(r"\dfrac{2}{4}\text{ cm}"), value(r"2\pi")
+  >>> parse_value(r"\dfrac{2}{4}\text{ cm}"), parse_value(r"2\pi")
   (Fraction(1, 2), None)
   """
   if len(text) > MAX_CHARS or _SPACED_LIST.search(text):
     return None
-  return _rational(normalise(text).replace("\\%", ""))
+  return _parse_rational(normalise(text).replace("\\%", ""))
 
 
-def _words(match: re.Match) -> str:
-  r"""The inside of `\text`; nothing where it is the unit of what stands before."""
+def _replace_text(match: re.Match) -> str:
+  r"""Replaces `\text{...}` by its content, or by nothing if that is the unit of what precedes it."""
   command, words, power = match[1], match[2].strip(), match[3] or ""
   before = match.string[:match.start()].rstrip(" \\,;!~")[-1:]
   if words.strip(", ") in ("and", "or"):
@@ -248,34 +248,34 @@ def _words(match: re.Match) -> str:
   return " "
 
 
-def _braced(text: str) -> str:
+def _add_braces(text: str) -> str:
   return text if text[0] == "{" else f"{{{text}}}"
 
 
-def _items(text: str) -> list[str]:
-  """The sorted items of a list without brackets, where order says nothing."""
+def _sorted_items(text: str) -> list[str]:
+  """Sorts the items of a list without brackets, in which order does not matter."""
   return sorted(text.split(",")) if "," in text and not _BRACKETS.search(text) else [text]
 
 
-def _rational(text: str) -> Fraction | None:
-  r"""The value of a plain number: `-1,000.5`, `0.1\overline{6}`, `\frac{1}{2}`, `3\frac{1}{2}`, `2\times10^{-3}`."""
+def _parse_rational(text: str) -> Fraction | None:
+  r"""Parses a plain number: `-1,000.5`, `0.1\overline{6}`, `\frac{1}{2}`, `3\frac{1}{2}`, `2\times10^{-3}`."""
   match = _RATIONAL.fullmatch(text)
   if match is None or not any(match.group("whole", "decimals", "repeated", "over")):
     return None
   decimals, repeated = match["decimals"] or "0", match["repeated"]
-  value = Fraction(f"{match['whole'].replace(',', '') or '0'}.{decimals}")
+  parse_value = Fraction(f"{match['whole'].replace(',', '') or '0'}.{decimals}")
   if repeated:
-    value += Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(match["decimals"]))
+    parse_value += Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(match["decimals"]))
   if match["over"]:
     if int(match["under"]) == 0 or match["decimals"] or (match["minus"] and match["whole"]):
       return None
     part = Fraction(int(match["over"]), int(match["under"]))
-    value += -part if match["minus"] else part
-  value *= Fraction(10) ** int(match["power"] or 0)
-  return -value if match["sign"] == "-" else value
+    parse_value += -part if match["minus"] else part
+  parse_value *= Fraction(10) ** int(match["power"] or 0)
+  return -parse_value if match["sign"] == "-" else parse_value
 
 
-def _balanced(text: str) -> bool:
+def _is_balanced(text: str) -> bool:
   depth = 0
   for brace in _BRACE.finditer(text):
     depth += {"{": 1, "}": -1}.get(brace[0], 0)
@@ -284,10 +284,10 @@ def _balanced(text: str) -> bool:
   return depth == 0
 
 
-def stated(text: str) -> str:
-  r"""The answer of the sentence that follows a marker.
+def extract_stated(text: str) -> str:
+  r"""Extracts the answer from the sentence that follows a marker.
 
-  >>> stated(r" the point $(1, 2)$. I hope it is correct.")
+  >>> extract_stated(r" the point $(1, 2)$. I hope it is correct.")
   '(1, 2)'
   """
   text = text[:2 * MAX_CHARS].lstrip(" \t\n:*")
@@ -297,16 +297,16 @@ def stated(text: str) -> str:
   reason = _REASON.search(sentence, formula.end() if formula else 1)
   sentence = sentence[:reason.start()] if reason else sentence
   formulas = list(_FORMULA.finditer(sentence))
-  # Words that come first say what the formula is; words that follow are its unit.
+  # Words before the formula describe it; words after it are its unit.
   if formulas and re.match("[A-Za-z]{2}", sentence):
     return formulas[-1][formulas[-1].lastindex].strip()
   return _DELIMITER.sub(" ", sentence).strip()
 
 
-def concluded(text: str) -> str:
-  r"""What a text without a marker ends in: a formula, a number, or a last line that is nothing but an answer.
+def extract_concluded(text: str) -> str:
+  r"""Extracts the answer at the end of a text without a marker: a formula, a number, or a last line with nothing else.
 
-  >>> concluded(r"Hence \(x = 2\), so there are $3$.")
+  >>> extract_concluded(r"Hence \(x = 2\), so there are $3$.")
   '3'
   """
   line = text.rstrip().rpartition("\n")[2][-2 * MAX_CHARS:].rstrip(" .*")

@@ -1,4 +1,4 @@
-"""Reading the real tasks of `catalogue.py`, and `custom`: the questions of a split, each with an id."""
+"""Reads splits of the real tasks of `catalogue.py` and of `custom`, and assigns an id to each question."""
 
 import functools
 import hashlib
@@ -8,68 +8,67 @@ from typing import NamedTuple
 from imm_jax.errors import UserError, nearest
 from imm_jax.tasks import formats, sources
 from imm_jax.tasks.base import Choice, Example
-from imm_jax.tasks.catalogue import TASKS, Format, Task, both
-from imm_jax.tasks.multiple import Posed
+from imm_jax.tasks.catalogue import TASKS, Format, Task, same_source
+from imm_jax.tasks.multiple import Question
 
 CUSTOM_FIELDS = ("question", "answer", "rationale", "choices")
-# What answers of a kind can be judged.
-_JUDGED = {"number": "a number alone, such as 42", "latex": "a formula or a text", "choice": "an option"}
+# The answers of each kind that can be judged.
+_EXPECTED = {"number": "a number alone, such as 42", "latex": "a formula or a text", "choice": "an option"}
 
 
 class Split(NamedTuple):
-  """The questions of a split in a fixed order, and what became of its records.
+  """The questions of a split in a fixed order, and statistics of its records.
 
   Attributes:
-    examples: in the order of the source. A test split has all of them, those that repeat another, too; of any other
-      no question is there twice.
-    choices: by id, the same questions with options to score; empty where the task has none.
-    facts: counts: records read; those left out for want of a gold, or as questions of the test set; and those that
-      repeat another (left out of what is no test split).
-    notes: a line for each thing that a reader should know.
+    examples: questions in the order of the source. A test split includes repeated questions; other splits do not.
+    choices: id -> the same question with options to score; empty if the task has none.
+    counts: numbers of records read, of those left out without a gold or as questions of the test set, and of repeated
+      ones (left out except in a test split).
+    notes: messages for the user.
   """
 
   examples: tuple[Example, ...]
   choices: Mapping[str, Choice]
-  facts: Mapping[str, int]
+  counts: Mapping[str, int]
   notes: tuple[str, ...]
 
 
 def read(name: str, *, split: str, source: str = "", fields: Mapping[str, str] | None = None,
          kind: str = "") -> Split:
-  """A split of a real task or of `custom`; the same arguments are read once.
+  """Reads a split of a real task or of `custom`; results are cached.
 
   Args:
-    name: of `TASKS`, or `custom`.
-    split: as published; `custom` has train and test.
-    source: in place of the task's own (`sources` says of which forms).
-    fields: for `custom`: the record's names of `CUSTOM_FIELDS`; what is not given has its own name, and rationale and
-      choices are then not looked for. A record may lack its rationale.
+    name: a name in `TASKS`, or `custom`.
+    split: a published split; `custom` has train and test.
+    source: source in place of the task's own, see `sources`.
+    fields: for `custom`: `CUSTOM_FIELDS` -> field names of the records. Question and answer default to their own names;
+      rationale and choices are read only if given. A record may lack its rationale.
     kind: for `custom`: `number`, `latex` or `choice`.
 
   Raises:
     KeyError: for an unknown name.
-    UserError: for what a user can put right, in one line.
+    UserError: for an unusable source, field or record.
   """
   return _read(name, split, source, tuple(sorted((fields or {}).items())), kind)
 
 
 @functools.lru_cache(maxsize=64)
 def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...], kind: str) -> Split:
-  task = _custom(dict(fields), kind, source) if name == "custom" else TASKS[name]
+  task = _make_custom_task(dict(fields), kind, source) if name == "custom" else TASKS[name]
   if name != "custom" and (fields or kind):
     raise UserError(f"task {name} has its own fields and kind; only task custom takes them from the config")
   if split not in task.source:
     raise UserError(f"task {name} has no {split} split, only {', '.join(task.source)}"
                     + ("; it is for evaluation" if split == "train" else ""))
-  test = set() if split == "test" else {_unspaced(e) for e in _read(name, "test", source, fields, kind).examples}
+  test = set() if split == "test" else {_without_spaces(e) for e in _read(name, "test", source, fields, kind).examples}
   published, source = not source, source or task.source[split]
   if not source:
     raise UserError(f"task {name} {task.paper}: give {name}=file:PATH")
-  where = sources.Where(split, task.folder or name, task.files.get(split, ()), task.columns,
-                        "with the fields " + " or ".join(", ".join(f.fields) for f in task.formats),
-                        with_file=bool(task.columns))  # the subject of MMLU's
-  form, unjudged, facts, seen = None, "", dict.fromkeys(("records", "no_gold", "repeated", "in_test"), 0), set[str]()
-  found: dict[str, list[Posed]] = {}
+  where = sources.ReadOptions(split, task.folder or name, task.files.get(split, ()), task.columns,
+                              "with the fields " + " or ".join(", ".join(f.fields) for f in task.formats),
+                              with_file=bool(task.columns))  # MMLU's file names contain the subject
+  form, unjudged, counts, seen = None, "", dict.fromkeys(("records", "no_gold", "repeated", "in_test"), 0), set[str]()
+  found: dict[str, list[Question]] = {}
   for place, record in sources.read(source, where):
     form = form or next((f for f in task.formats if record.keys() >= set(f.fields)), task.formats[0])
     missing = [field for field in form.fields if field not in record]
@@ -80,88 +79,90 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
       if task.select and not task.select(record, split):
         continue
       parsed = form.parse(record)
-      posed = parsed if isinstance(parsed, Posed | None) else Posed(parsed, None)
-      if posed:  # JSON can spell half of a surrogate pair
-        "".join((*posed.example, *(() if posed.choice is None else posed.choice.contexts))).encode()
+      question = parsed if isinstance(parsed, Question | None) else Question(parsed, None)
+      if question:  # encoding fails for lone surrogates, which JSON can express
+        "".join((*question.example, *(() if question.choice is None else question.choice.contexts))).encode()
     except (TypeError, ValueError) as e:
       raise UserError(f"{place}: {e}") from e
-    facts["records"] += 1
-    key = _key(posed.example) if posed else ""
-    unjudged = unjudged or (place if not posed else "")
-    fact = "no_gold" if not posed else "repeated" if key in found else "in_test" if _unspaced(
-        posed.example) in test else ""
-    if fact:
-      facts[fact] += 1
-    if not fact or (fact == "repeated" and split == "test"):
-      found.setdefault(key, []).append(posed)
+    counts["records"] += 1
+    key = _question_key(question.example) if question else ""
+    unjudged = unjudged or (place if not question else "")
+    exclusion = "no_gold" if not question else "repeated" if key in found else "in_test" if _without_spaces(
+        question.example) in test else ""
+    if exclusion:
+      counts[exclusion] += 1
+    if not exclusion or (exclusion == "repeated" and split == "test"):
+      found.setdefault(key, []).append(question)
   if not found:
-    raise UserError(f"{source}: holds no question for {name}/{split}" + _one_for_both(source, facts)
-                    + (f"; {facts['no_gold']} of its {facts['records']} records have no answer that can be judged, the "
-                       f"first of them {unjudged}; expected {_JUDGED.get(task.kind, 'one')}"
-                       if facts["no_gold"] else ""))
-  worked = dict(fields).get("rationale", "").lower()
-  if worked and split == "train" and worked not in seen:
-    raise UserError(f"{source}: no record has a field {worked!r} (task.fields.rationale) but {', '.join(sorted(seen))}")
-  notes = _notes(f"{name}/{split}: {source}", form.sizes.get(split), facts, keeps_repeated=split == "test")
+    raise UserError(f"{source}: holds no question for {name}/{split}" + _suggest_split(source, counts)
+                    + (f"; {counts['no_gold']} of its {counts['records']} records have no answer that can be judged, "
+                       f"the first of them {unjudged}; expected {_EXPECTED.get(task.kind, 'one')}"
+                       if counts["no_gold"] else ""))
+  rationale_field = dict(fields).get("rationale", "").lower()
+  if rationale_field and split == "train" and rationale_field not in seen:
+    raise UserError(f"{source}: no record has a field {rationale_field!r} (task.fields.rationale) but "
+                    f"{', '.join(sorted(seen))}")
+  notes = _make_notes(f"{name}/{split}: {source}", form.sizes.get(split), counts, keeps_repeated=split == "test")
   if published and split == "test" and task.paper:
     notes.append(paper_note(name))
-  questions = [posed for key, group in found.items() for posed in _with_ids(f"{name}/{split}", key, group)]
-  return Split(tuple(posed.example for posed in questions),
-               {posed.choice.id: posed.choice for posed in questions if posed.choice}, facts, tuple(notes))
+  questions = [question for key, group in found.items() for question in _assign_ids(f"{name}/{split}", key, group)]
+  return Split(tuple(question.example for question in questions),
+               {question.choice.id: question.choice for question in questions if question.choice}, counts, tuple(notes))
 
 
 def paper_note(name: str) -> str:
-  """A line that says where the paper's test questions are, where the task's own source has others; else nothing."""
+  """Returns a note on where the paper's test questions are if the task's own source has others, else ""."""
   task = TASKS.get(name)
   if not task or not task.paper:
     return ""
   return f"note: {name}: {task.source['test']} {task.paper}; give {name}=file:PATH for those"
 
 
-def _with_ids(what: str, key: str, group: Sequence[Posed]) -> list[Posed]:
-  """Questions of the same words with ids that follow from the content, whatever the source and its order."""
+def _assign_ids(label: str, key: str, group: Sequence[Question]) -> list[Question]:
+  """Gives questions of the same words ids that depend on their content only, not on the source and its order."""
   ranks = {i: rank for rank, i in enumerate(sorted(range(len(group)), key=lambda i: group[i].example), 1)}
-  stem = f"{what}/{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+  stem = f"{label}/{hashlib.sha256(key.encode()).hexdigest()[:16]}"
   ids = [stem if ranks[i] == 1 else f"{stem}-{ranks[i]}" for i in range(len(group))]
-  return [Posed(posed.example._replace(id=id_), posed.choice._replace(id=id_) if posed.choice else None)
-          for id_, posed in zip(ids, group, strict=True)]
+  return [Question(question.example._replace(id=id_), question.choice._replace(id=id_) if question.choice else None)
+          for id_, question in zip(ids, group, strict=True)]
 
 
-def _one_for_both(source: str, facts: Mapping[str, int]) -> str:
-  """What to do where a source gives the same questions for train and test."""
-  if not facts["in_test"]:
+def _suggest_split(source: str, counts: Mapping[str, int]) -> str:
+  """Suggests what to do if a source has the same questions for train and test."""
+  if not counts["in_test"]:
     return ""
   files = ("; make DIR/train.jsonl and DIR/test.jsonl of it and give file:DIR, or file:DIR/{split}.jsonl"
            if source.startswith("file:") else "")
-  return f", for its {facts['in_test']} are the test set's; does it name one split for both?{files}"
+  return f", for its {counts['in_test']} are the test set's; does it name one split for both?{files}"
 
 
-def _key(example: Example) -> str:
-  """What makes two questions of a split the same: their words."""
+def _question_key(example: Example) -> str:
+  """Returns the key by which questions of a split are the same: their words."""
   return " ".join(example.question.split())
 
 
-def _unspaced(example: Example) -> str:
-  """What makes a train question one of the test set: what it says, however that is spaced."""
+def _without_spaces(example: Example) -> str:
+  """Returns the question without white space, by which training questions are compared with the test set."""
   return "".join(example.question.split())
 
 
-def _notes(what: str, sizes: Sequence[int] | None, facts: Mapping[str, int], *, keeps_repeated: bool) -> list[str]:
+def _make_notes(label: str, sizes: Sequence[int] | None, counts: Mapping[str, int], *, keeps_repeated: bool,
+                ) -> list[str]:
   notes = []
-  if sizes and facts["records"] not in sizes:
-    notes.append(f"warning: {what} holds {facts['records']} records, published are {' or '.join(map(str, sizes))}; "
+  if sizes and counts["records"] not in sizes:
+    notes.append(f"warning: {label} holds {counts['records']} records, published are {' or '.join(map(str, sizes))}; "
                  "the source is short or changed")
   left_out = {"no_gold": "without an answer that can be judged", "repeated": "that repeat another",
               "in_test": "that are in the test set"}
-  counted = [f"{facts[fact]} {words}" for fact, words in left_out.items()
-             if facts[fact] and not (fact == "repeated" and keeps_repeated)]
+  counted = [f"{counts[exclusion]} {words}" for exclusion, words in left_out.items()
+             if counts[exclusion] and not (exclusion == "repeated" and keeps_repeated)]
   if counted:
-    notes.append(f"note: {what}: of {facts['records']} records left out {', '.join(counted)}")
+    notes.append(f"note: {label}: of {counts['records']} records left out {', '.join(counted)}")
   return notes
 
 
-def _custom(fields: Mapping[str, str], kind: str, source: str) -> Task:
-  """The task that a config describes."""
+def _make_custom_task(fields: Mapping[str, str], kind: str, source: str) -> Task:
+  """Makes the task that a config describes."""
   if not source:
     raise UserError("task custom needs a source: --config.task.source=file:PATH (or hf:ID, tfds:NAME)")
   if kind not in formats.KINDS:
@@ -172,4 +173,4 @@ def _custom(fields: Mapping[str, str], kind: str, source: str) -> Task:
   names = {"question": "question", "answer": "answer"} | {field: name for field, name in fields.items() if name}
   names = {field: name.lower() for field, name in names.items()}
   needed = tuple(name for field, name in names.items() if field != "rationale")
-  return Task("id", kind, "", both(source), (Format(needed, formats.custom(names, kind), {}),))
+  return Task("id", kind, "", same_source(source), (Format(needed, formats.custom_parser(names, kind), {}),))

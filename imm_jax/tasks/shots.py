@@ -1,4 +1,4 @@
-"""Worked examples that a user gives, for prompts of evaluation."""
+"""Reads worked examples given by the user for evaluation prompts."""
 
 import os
 from collections.abc import Iterator
@@ -7,55 +7,56 @@ from typing import Any
 from imm_jax.errors import UserError
 from imm_jax.tasks import formats, sources
 from imm_jax.tasks.base import Example
-from imm_jax.tasks.multiple import Posed
+from imm_jax.tasks.multiple import Question
 
 _NEEDS = "with question, and answer or rationale or both"
 
 
-def read(path: str, task: str, kind: str) -> list[Example]:
-  """The worked examples of a file for a task: of the rows whose `task` names it, else of those that name none.
+def read_examples(path: str, task: str, kind: str) -> list[Example]:
+  """Reads a file's worked examples for a task: the rows whose `task` names it, or else those without a `task`.
 
-  A row has a `question` and a `rationale`, which is shown; with `answer` it is made to end in `The answer is X`.
-  Without `rationale` the `answer` is shown as it is.
+  A row has a `question` and a `rationale`, which is shown; if it has an `answer` too, the rationale is extended to end
+  in `The answer is X`. Without `rationale` the `answer` is shown as it is.
 
   Args:
-    path: of jsonl, json or csv.
-    task: its name.
-    kind: of its answers: `number`, `latex` or `choice`.
+    path: a jsonl, json or csv file.
+    task: name of the task.
+    kind: kind of its answers: `number`, `latex` or `choice`.
 
   Raises:
-    UserError: for a file that cannot be read, and for a row of it that is no worked example.
+    UserError: for a file that cannot be read, or a row that is no worked example.
   """
-  rows = list(_rows(path))
-  named = [row for row in rows if row[1].get("task") == task]
-  return [_example(place, row, kind) for place, row in named or [row for row in rows if not row[1].get("task")]]
+  rows = list(_read_rows(path))
+  own_rows = [row for row in rows if row[1].get("task") == task]
+  used = own_rows or [row for row in rows if not row[1].get("task")]
+  return [_make_example(location, row, kind) for location, row in used]
 
 
-def questions(path: str) -> list[str]:
-  """The questions of all rows of such a file."""
-  return [row["question"] for _, row in _rows(path)]
+def read_questions(path: str) -> list[str]:
+  """Reads the questions of all rows of such a file."""
+  return [row["question"] for _, row in _read_rows(path)]
 
 
-def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-  for place, row in sources.read(f"file:{os.path.expanduser(path)}", sources.Where("shots", needs=_NEEDS)):
-    wrong = [name for name in ("question", "answer", "rationale") if not _is_text(row.get(name, "-"))]
-    if wrong or "question" not in row or not ("answer" in row or "rationale" in row):
-      what = f"{wrong[0]!r} is empty or no text" if wrong else f"has the fields {', '.join(row)}"
-      raise UserError(f"{place}: {what}; expected rows {_NEEDS}, all of them text")
-    yield place, row
+def _read_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+  for location, row in sources.read(f"file:{os.path.expanduser(path)}", sources.ReadOptions("shots", needs=_NEEDS)):
+    invalid = [name for name in ("question", "answer", "rationale") if not _is_text(row.get(name, "-"))]
+    if invalid or "question" not in row or not ("answer" in row or "rationale" in row):
+      problem = f"{invalid[0]!r} is empty or no text" if invalid else f"has the fields {', '.join(row)}"
+      raise UserError(f"{location}: {problem}; expected rows {_NEEDS}, all of them text")
+    yield location, row
 
 
 def _is_text(value: Any) -> bool:
   return isinstance(value, str) and bool(value.strip())
 
 
-def _example(place: str, row: dict[str, Any], kind: str) -> Example:
+def _make_example(location: str, row: dict[str, Any], kind: str) -> Example:
   if not ("answer" in row and "rationale" in row):
-    return Example(place, row["question"].strip(), "", row.get("rationale", row.get("answer")).strip(), kind)
+    return Example(location, row["question"].strip(), "", row.get("rationale", row.get("answer")).strip(), kind)
   try:
-    found = formats.custom({"question": "question", "answer": "answer", "rationale": "rationale"}, kind)(row)
+    parsed = formats.custom_parser({"question": "question", "answer": "answer", "rationale": "rationale"}, kind)(row)
   except ValueError as e:
-    raise UserError(f"{place}: {e}") from e
-  if found is None:
-    raise UserError(f"{place}: its answer {row['answer'][:50]!r} is no {kind} that can be judged")
-  return (found.example if isinstance(found, Posed) else found)._replace(id=place)
+    raise UserError(f"{location}: {e}") from e
+  if parsed is None:
+    raise UserError(f"{location}: its answer {row['answer'][:50]!r} is no {kind} that can be judged")
+  return (parsed.example if isinstance(parsed, Question) else parsed)._replace(id=location)

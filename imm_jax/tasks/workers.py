@@ -1,6 +1,6 @@
-"""Worker processes that say whether two LaTeX expressions are equal, within limits of time and memory.
+"""Worker processes that tell whether two LaTeX expressions are equal, within limits of time and memory.
 
-They run `equality.py`, and are spoken to in JSON lines: nothing of a model's text is unpickled or evaluated here.
+They run `equality.py` and communicate in JSON lines: model output is neither unpickled nor evaluated here.
 """
 
 import atexit
@@ -18,7 +18,7 @@ _PROGRAM = Path(__file__).with_name("equality.py")
 
 
 class Workers:
-  """Worker processes, each started when it is first needed. Threads may ask together.
+  """A pool of worker processes, which are started on first use. Safe to share by threads.
 
   >>> workers = Workers(1)
   >>> workers.equal(r"\\sqrt{8}", r"2\\sqrt{2}")
@@ -27,10 +27,10 @@ class Workers:
   """
 
   def __init__(self, count: int | None = None) -> None:
-    """Takes the number of processes, about 0.1 GB each; by default one for each core, at most eight.
+    """Initialises a pool of `count` processes of about 0.1 GB each; by default one for each core, at most eight.
 
     Raises:
-      ValueError: for less than one.
+      ValueError: if `count` is less than one.
     """
     self.count = min(8, os.cpu_count() or 1) if count is None else count
     if self.count < 1:
@@ -39,44 +39,44 @@ class Workers:
     self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     for worker in self._all:
       self._free.put(worker)
-    # A question's samples often end in the same wrong answer.
+    # Cached, because a question's samples often have the same wrong answer.
     self.equal = functools.lru_cache(maxsize=1 << 16)(self._equal)
 
   def _equal(self, gold: str, answer: str) -> bool:
-    """Whether two expressions are equal; False where that was not found out in time.
+    """Returns whether two expressions are equal; False if that was not decided in time.
 
     Raises:
-      UserError: when a process cannot start.
+      UserError: if a process cannot start.
     """
     worker = self._free.get()
     try:
-      return worker.ask(gold, answer)
+      return worker.compare(gold, answer)
     finally:
       self._free.put(worker)
 
   def close(self) -> None:
-    """Ends the processes; who asks afterwards starts them again."""
+    """Stops the processes; a later call of `equal` starts them again."""
     for worker in self._all:
-      worker.end()
+      worker.stop()
 
 
 @functools.cache
-def shared() -> Workers:
-  """One process for single verdicts, until this one ends."""
+def shared_workers() -> Workers:
+  """Returns one shared process for single verdicts, which ends with this one."""
   workers = Workers(1)
   atexit.register(workers.close)
   return workers
 
 
 class _Worker:
-  """A process of `equality.py`, started when first asked and again after a death."""
+  """A process of `equality.py`, started on first use and restarted after it dies."""
 
   def __init__(self) -> None:
     self._process: subprocess.Popen[str] | None = None
 
-  def ask(self, gold: str, answer: str) -> bool:
-    """Whether two expressions are equal; False where that was not found out in time."""
-    for _ in range(2):  # a second process where the first had been killed
+  def compare(self, gold: str, answer: str) -> bool:
+    """Returns whether two expressions are equal; False if that was not decided in time."""
+    for _ in range(2):  # try a second process if the first had been killed
       process = self._process or self._start()
       try:
         process.stdin.write(json.dumps([gold, answer]) + "\n")
@@ -86,21 +86,21 @@ class _Worker:
         reply = ""
       if reply:
         return json.loads(reply) is True
-      self.end()
+      self.stop()
     return False
 
   def _start(self) -> subprocess.Popen[str]:
-    # A session of its own: Ctrl-C is this process's to handle. It ends with its standard input, so when this one does.
+    # It has its own session, so that Ctrl-C reaches only this process. It ends with its stdin, and so with this one.
     self._process = subprocess.Popen([sys.executable, "-P", str(_PROGRAM)], stdin=subprocess.PIPE,
                                      stdout=subprocess.PIPE, text=True, start_new_session=True)
     if self._process.stdout.readline() != "ready\n":
       code = self._process.wait()
-      self.end()
+      self.stop()
       raise UserError(f"{_PROGRAM.name}, which compares LaTeX answers, ended with code {code} before it was ready; "
                       "its error stands above. `pip install 'math-verify[antlr4_13_2]>=0.9'` if a module is missing")
     return self._process
 
-  def end(self) -> None:
+  def stop(self) -> None:
     process, self._process = self._process, None
     if process is None:
       return
@@ -109,5 +109,5 @@ class _Worker:
     for pipe in (process.stdin, process.stdout):
       try:
         pipe.close()
-      except OSError:  # what could not be written any more
+      except OSError:  # flushing fails as the process is dead
         continue

@@ -86,7 +86,7 @@ def constrained(mesh: Mesh, dtype: jnp.dtype) -> Gather:
 
   def gather(path: str, part: jax.Array) -> jax.Array:
     path = path.replace("layers.", "layers.0.")
-    return _constrain(part, dtype, NamedSharding(mesh, sharding.used_spec(path)),
+    return _constrain(part, dtype, NamedSharding(mesh, sharding.gathered_spec(path)),
                       sharding.param_sharding(mesh, path, part.shape))
 
   return gather

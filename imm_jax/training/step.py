@@ -72,7 +72,7 @@ def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array
 
 def rows_of_device(rows: int, mesh: Mesh | None) -> int:
   """Returns how many of a batch's rows one device of the mesh has; without a mesh, all of them."""
-  return -(-rows // sharding.batch_parts(mesh)) if mesh is not None else rows
+  return -(-rows // sharding.num_batch_shards(mesh)) if mesh is not None else rows
 
 
 def head_inputs(config: ModelConfig, params: Params, batch: dict[str, jax.Array], *, attention: str = "xla",
@@ -83,7 +83,7 @@ def head_inputs(config: ModelConfig, params: Params, batch: dict[str, jax.Array]
     config: model config.
     params: parameters with stacked layers.
     batch: see `packing.PackedBatches`.
-    attention: backend, from `attention.choose`.
+    attention: backend, from `attention.choose_backend`.
     mesh: as in `hidden_states`.
     **options: passed on to `hidden_states`.
 
@@ -121,11 +121,12 @@ def hidden_states(config: ModelConfig, params: Params, tokens: jax.Array, positi
   if gather is not None:
     params = {name: tree if name == "layers" else {"weight": gather(f"{name}.weight", tree["weight"])}
               for name, tree in params.items()}
-    hooks["use"] = functools.partial(fsdp.gather_layer, gather)
+    hooks["transform_layer"] = functools.partial(fsdp.gather_layer, gather)
   if adapters is not None:
-    hooks |= {"use": functools.partial(_add_adapters, lora_config, gather), "beside": adapters["layers"]}
+    hooks |= {"transform_layer": functools.partial(_add_adapters, lora_config, gather),
+              "extra_params": adapters["layers"]}
   if mesh is not None:
-    hooks["pin"] = lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, sharding.BATCH))
+    hooks["constrain"] = lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, sharding.BATCH))
   model = bind(config, params)
   x = model.hidden(tokens, positions=positions, attend=attend, compute_dtype=compute_dtype, remat=remat, **hooks)
   return x, model.head

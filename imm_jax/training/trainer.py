@@ -84,7 +84,7 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
     log_every: steps between reports; the host waits for the device only then, and to save.
     report: receives the metrics of each step.
     label: text of the progress bar.
-    attention: backend, from `attention.choose`.
+    attention: backend, from `attention.choose_backend`.
     checkpoints: where states are saved; training resumes from the newest, whatever mesh it was saved on.
     profile: profiles some of the steps.
     intervention: change to the training, such as `interventions.gradient_decay()`.

@@ -13,7 +13,7 @@ import pytest
 
 from configs import tiny
 from imm_jax import loop
-from imm_jax.analysis.drift import drift
+from imm_jax.analysis.drift import measure_drift
 from imm_jax.model import hf, sharding
 from imm_jax.runs import Model, Run
 from imm_jax.stages import drifting, questions, tuning
@@ -53,11 +53,11 @@ def test_drift_equals_that_of_torch(checkpoint, tmp_path: Path):
   examples = t.make_examples(11)
   want = np.sum([of_torch(base, model, e) for e in examples], axis=0) / sum(len(e.response) for e in examples)
   options = {"mesh": sharding.make_mesh(data=1, fsdp=1), "compute_dtype": jnp.float32}
-  got = drift(config, first, params, t.pack(examples, global_batch=4), **options)
+  got = measure_drift(config, first, params, t.pack(examples, global_batch=4), **options)
   assert got.tokens == sum(len(e.response) for e in examples)
   assert got.kl > 0.01
   np.testing.assert_allclose(got[1:], want, rtol=1e-4)
-  assert drift(config, params, params, t.pack(examples, global_batch=11), **options).kl == 0
+  assert measure_drift(config, params, params, t.pack(examples, global_batch=11), **options).kl == 0
 
 
 def of_torch(base: Any, model: Any, e: TokenizedExample) -> list[float]:

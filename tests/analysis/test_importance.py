@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from imm_jax.analysis import diversity, importance
-from imm_jax.analysis.drift import drift
+from imm_jax.analysis.drift import measure_drift
 from imm_jax.analysis.importance import LayerImportance, layer_importance
 from imm_jax.analysis.weight_change import spearman
 from imm_jax.errors import UserError
@@ -78,11 +78,11 @@ def beside_the_two(mesh: jax.sharding.Mesh, **options: Any) -> float:
   params = jax.tree_util.tree_map_with_path(lambda path, leaf: placed(leaf.shape, leaf.dtype, sharding.param_sharding(
       mesh, sharding.path_name(path), leaf.shape)), abstract_params(config))
   size = sum(4 * np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(params))
-  rows = (sharding.batch_parts(mesh), 16)
+  rows = (sharding.num_batch_shards(mesh), 16)
   batch = {name: placed(rows, dtype, jax.NamedSharding(mesh, sharding.BATCH)) for name, dtype in {
       "tokens": jnp.int32, "positions": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}.items()}
   sums = (params, placed((), jnp.int32, jax.NamedSharding(mesh, sharding.P())))
-  add = importance.add_function(config, compute_dtype=jnp.float32, mesh=mesh, **options)
+  add = importance.make_accumulate(config, compute_dtype=jnp.float32, mesh=mesh, **options)
   memory = training_step.jit_step(add, sums).lower(sums, params, batch).compile().memory_analysis()
   assert memory.argument_size_in_bytes == pytest.approx(2 * size, rel=0.01)
   assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 0.01 * size
@@ -118,7 +118,7 @@ def _main(out: Path) -> None:
     if name in ("one", "fsdp2-tensor2"):
       more[f"entropy, {name}"] = entropy(t.CONFIG, params, few, mesh)
       both = (place(p, mesh) for p in (make_params(3), params))
-      more[f"drift, {name}"] = drift(t.CONFIG, *both, few, mesh=mesh, compute_dtype=jnp.float32)
+      more[f"drift, {name}"] = measure_drift(t.CONFIG, *both, few, mesh=mesh, compute_dtype=jnp.float32)
     np.savez(out / f"{name}.npz", **{sharding.path_name(path): leaf for path, leaf in
                                      jax.tree_util.tree_leaves_with_path(grads)})
   more["memory, data8"] = beside_the_two(sharding.make_mesh(data=8, fsdp=1), remat="full")

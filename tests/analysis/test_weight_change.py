@@ -134,12 +134,12 @@ def test_diversity_by_hand():
   rows = [_row("a", "one two three four five", "7"), _row("a", "one two three four six", "7.0"),
           _row("a", "no answer", ""), _row("b", "x y z w", "A", "choice"), _row("b", "x y z w", "B", "choice"),
           _row("c", "short", "")]
-  found = diversity.diversity(rows)
+  found = diversity.measure_diversity(rows)
   assert (found.questions, found.samples) == (3, 6)
   assert found.distinct_answers == pytest.approx((1 + 2 + 0) / 3)
   # a: (one two three four) twice, and two others; b: the same one twice; c has none.
   assert found.distinct_4grams == pytest.approx((3 / 4 + 1 / 2) / 2)
-  assert diversity.diversity([_row("a", "short", "1")]).distinct_4grams is None
+  assert diversity.measure_diversity([_row("a", "short", "1")]).distinct_4grams is None
 
 
 def test_spearman_is_that_of_ranks_with_ties():

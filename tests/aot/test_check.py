@@ -189,11 +189,11 @@ def test_an_estimate_adds_up_regions() -> None:
 def test_what_cannot_be_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
   config = common.get_config()
   config.model = str(tmp_path / "none")
-  plan = functools.partial(check.plan_of, slices=1, rows_per_chip=1)
+  plan = functools.partial(check.make_plan, slices=1, rows_per_chip=1)
   with pytest.raises(UserError, match=r"none: no such checkpoint folder; expected .* or a hub id"):
     plan(config, topology_name="v5e:4x4")
   with pytest.raises(UserError, match="rows_per_chip=0: expected 1 or more"):
-    check.plan_of(config, topology_name="v5e:4x4", slices=1, rows_per_chip=0)
+    check.make_plan(config, topology_name="v5e:4x4", slices=1, rows_per_chip=0)
   (tmp_path / "config.json").write_text(json.dumps(CONFIG))
   config.model = str(tmp_path)
   for libtpu, name, message in ((None, "v5e:4x4", r"needs libtpu, TPU's compiler: pip install -e '\.\[aot\]'"),
@@ -211,7 +211,7 @@ def _plan(tmp_path: Path, topology_name: str, *, slices: int = 1, rows: int = 2,
   config.model = str(tmp_path)
   config.sft.row_length = 256
   config.sft.update(sft)
-  return check.plan_of(config, topology_name=topology_name, slices=slices, rows_per_chip=rows)
+  return check.make_plan(config, topology_name=topology_name, slices=slices, rows_per_chip=rows)
 
 
 @needs_libtpu
@@ -219,7 +219,7 @@ def _plan(tmp_path: Path, topology_name: str, *, slices: int = 1, rows: int = 2,
                                                        ("v5e:2x2", 2, "full")])
 def test_a_step_compiles_for_a_slice(tmp_path: Path, name: str, slices: int, remat: str) -> None:
   plan = _plan(tmp_path, name, slices=slices, remat=remat)
-  report = check.check(plan)
+  report = check.compile_step(plan)
   assert (report.attention, report.excess) == ("splash", "")
   # Master weights and two moments in float32, split over fsdp; of the peak they are a part.
   state = 12 * count_params(MODEL) / plan.mesh.shape["fsdp"]
@@ -262,7 +262,7 @@ def test_slices_and_meshes_that_cannot_be(tmp_path: Path) -> None:
   config.model = str(tmp_path)
   for mesh, message in (({"data": 3}, "does not fit 4 device"), ({"tensor": -1, "fsdp": 4}, None)):
     config.mesh.update({"data": 1, "fsdp": -1, "tensor": 1} | mesh)
-    plan = functools.partial(check.plan_of, config, topology_name="v5e:2x2", slices=1, rows_per_chip=1)
+    plan = functools.partial(check.make_plan, config, topology_name="v5e:2x2", slices=1, rows_per_chip=1)
     if message is None:
       assert dict(plan().mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 1}
     else:
@@ -271,7 +271,7 @@ def test_slices_and_meshes_that_cannot_be(tmp_path: Path) -> None:
   for data, message in ((3, r"config\.mesh data=3, .* does not fit 8 device"), (1, "2 slices must divide it")):
     config.mesh.update({"data": data, "fsdp": -1, "tensor": 1})
     with pytest.raises(UserError, match=message):
-      check.plan_of(config, topology_name="v5e:2x2", slices=2, rows_per_chip=1)
+      check.make_plan(config, topology_name="v5e:2x2", slices=2, rows_per_chip=1)
 
 
 if __name__ == "__main__":
@@ -281,12 +281,12 @@ if __name__ == "__main__":
 @needs_libtpu
 def test_a_decoding_step_for_a_host_of_a_slice_has_the_products_collectives() -> None:
   """Two of a layer, and those of drawing from a vocabulary that is split."""
-  host = decoding.host_of(topology.describe("v5e:4x4"))
+  host = decoding.host_slice(topology.describe_slice("v5e:4x4"))
   assert len(host.devices) == 4
   deep = dataclasses.replace(MODEL, num_layers=10)
-  default, other = decoding.meshes(deep, host.devices)
+  default, other = decoding.candidate_meshes(deep, host.devices)
   assert (default.shape["tensor"], other.shape["tensor"]) == (2, 1)
-  steps = [decoding.step_of(model, default, host, rows=8, new_tokens=60, dtype=jnp.dtype("bfloat16"))
+  steps = [decoding.compile_decoding_step(model, default, host, rows=8, new_tokens=60, dtype=jnp.dtype("bfloat16"))
            for model in (MODEL, deep)]
   counts = [{kind: count for kind, count, _ in step.collectives} for step in steps]
   assert counts[1]["all-reduce"] - counts[0]["all-reduce"] == 2 * 8

@@ -71,7 +71,7 @@ def both(made: dict, folders: dict[str, Path], root: Path, out_dtype: str) -> di
   subprocess.run([PROGRAM, root / "recipe.yml", root / "theirs", "--quiet"], check=True, capture_output=True)
   ours = mergekit.read(root / "recipe.yml")
   with checkpoint.CheckpointSource(ours.models) as source:
-    plan = recipe.build(source, ours.method, ours.options)
+    plan = recipe.build_plan(source, ours.method, ours.options)
     checkpoint.merge(source, [checkpoint.Output(root / "ours", plan, recipe.DTYPES[ours.dtype])],
                      key=np.zeros(2, np.uint32))
   theirs = {n: x for file in (root / "theirs").glob("*.safetensors") for n, x in safetensors.read(file).items()}

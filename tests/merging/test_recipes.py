@@ -41,7 +41,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 def merged(tmp_path: Path, text: str | dict, name: str = "out") -> dict[str, np.ndarray]:
   path = tmp_path / f"{name}.yml"
   path.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
-  command.merge({tmp_path / name: mergekit.read(path)}, command.How())
+  command.merge({tmp_path / name: mergekit.read(path)}, command.OutputOptions())
   return read(tmp_path / name)
 
 
@@ -196,7 +196,7 @@ def test_nan_and_infinity_are_named(method: str, value: float, pair, tmp_path: P
   if method == "linear":
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(made))
     made = mergekit.read(tmp_path / "recipe.yml")
-    command.merge({tmp_path / "allowed": made}, command.How(allow_nonfinite=True))
+    command.merge({tmp_path / "allowed": made}, command.OutputOptions(allow_nonfinite=True))
 
 
 def test_values_beyond_the_output_dtype_are_counted(pair, tmp_path: Path, capsys):

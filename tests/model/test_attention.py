@@ -196,8 +196,8 @@ def test_auto_takes_the_kernel_of_the_platform_where_it_can_run(platform: str, c
                                                                 ) -> None:
   mesh = _mesh(platform, **{k: v for k, v in changes.items() if k in ("sizes", "capability")})
   config = dataclasses.replace(CONFIG, head_dim=changes.get("head_dim", 64))
-  choose = functools.partial(attention.choose, config=config, dtype=changes.get("dtype", jnp.bfloat16), mesh=mesh,
-                             length=changes.get("length", 256), rows=changes.get("rows", 8))
+  choose = functools.partial(attention.choose_backend, config=config, dtype=changes.get("dtype", jnp.bfloat16),
+                             mesh=mesh, length=changes.get("length", 256), rows=changes.get("rows", 8))
   assert choose("auto") == want
   assert choose("xla") == "xla"
   kernel = {"tpu": "splash", "gpu": "cudnn", "cpu": "splash"}[platform]

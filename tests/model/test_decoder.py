@@ -12,7 +12,7 @@ from imm_jax.aot.costs import flops
 from imm_jax.model import hf
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import REMAT, Params, abstract_params, bind
-from imm_jax.model.products import dot, short_sums
+from imm_jax.model.products import dot, pairwise_sums
 from imm_jax.training.step import token_losses
 
 torch = pytest.importorskip("torch")
@@ -218,7 +218,7 @@ def test_short_sums_err_no_more_than_torch_does() -> None:
   x, weight = rng.normal(size=(4, 32, 3000)).astype(np.float32), rng.normal(size=(40, 3000)).astype(np.float32)
   exact = x.astype(np.float64) @ weight.T.astype(np.float64)
   error = lambda got: np.sqrt(np.mean((np.asarray(got) - exact)**2))
-  with short_sums():
+  with pairwise_sums():
     got = jax.jit(lambda x, weight: dot(x, weight))(x, weight)
   torch_error = error(torch.nn.functional.linear(torch.from_numpy(x), torch.from_numpy(weight)).numpy())
   assert error(got) < 1.5 * torch_error

@@ -75,7 +75,7 @@ def test_a_tied_head_that_is_stored_too_is_written_too(checkpoint, tmp_path: Pat
   _rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
   loaded = hf.load(folder)[1]
   assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), loaded, want))
-  assert hf.check_bytes(folder) == (len(_stored(folder)), [])
+  assert hf.check_round_trip(folder) == (len(_stored(folder)), [])
   hf.save(loaded, tmp_path / "out", like=folder)
   assert _stored(tmp_path / "out") == _stored(folder)
   hf.save(jax.tree.map(lambda x: x.astype(jnp.float32), loaded), tmp_path / "kept", like=folder, keep_dtypes=True)
@@ -95,7 +95,7 @@ def test_of_a_tied_pair_either_name_serves_and_the_embeddings_is_written(checkpo
   _rewrite(folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
   loaded = hf.load(folder)[1]
   assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), loaded, want))
-  assert hf.check_bytes(folder) == (len(before), [])
+  assert hf.check_round_trip(folder) == (len(before), [])
   hf.save(jax.tree.map(lambda x: x.astype(jnp.float32), loaded), tmp_path / "out", like=folder, keep_dtypes=True)
   assert _stored(tmp_path / "out") == before
   with CheckpointSource({"stored as the head": folder, "as the embedding": tmp_path / "out"}) as both:
@@ -117,7 +117,7 @@ def test_layers_of_several_dtypes_are_promoted_and_written_as_they_were(checkpoi
     for i in range(2):
       np.testing.assert_array_equal(stacked[i], tensors[name.format(i)].astype(np.float32))
   assert params["self_attn"]["q_proj"]["weight"].dtype == jnp.bfloat16
-  assert hf.check_bytes(folder) == (len(tensors), [])
+  assert hf.check_round_trip(folder) == (len(tensors), [])
   hf.save(hf.load(folder)[1], tmp_path / "out", like=folder, keep_dtypes=True)
   assert _stored(tmp_path / "out") == _stored(folder)
 
@@ -133,7 +133,7 @@ def test_the_index_may_name_what_no_shard_holds_and_nothing_needs(checkpoint, tm
   path.write_text(json.dumps(index))
   assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), hf.load(folder)[1], want))
   with CheckpointSource({"a": source, "b": folder}) as both:
-    assert both.order == [name for name, _ in sorted(checkpoint_folder.tensors(source).items(),
+    assert both.order == [name for name, _ in sorted(checkpoint_folder.read_entries(source).items(),
                                                      key=lambda e: checkpoint_folder.model_order(e[0]))]
   index["weight_map"]["model.extra.weight"] = shard
   path.write_text(json.dumps(index))

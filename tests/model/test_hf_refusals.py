@@ -34,7 +34,7 @@ def _refusal(folder: Path) -> str:
   with pytest.raises(UserError) as error:
     hf.load(folder)
   with pytest.raises(UserError) as checked:
-    hf.check(folder)
+    hf.check_folder(folder)
   assert str(checked.value) == str(error.value)
   assert "\n" not in str(error.value)
   assert str(error.value).startswith(str(folder))
@@ -57,7 +57,7 @@ def test_rotary_frequencies_of_old_checkpoints_are_ignored_where_they_stand(chec
   _, folder = checkpoint("llama")
   _edit(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
                                     "model.rotary_emb.inv_freq": np.ones(4, np.float32)}))
-  assert hf.check_bytes(folder).left_out == [
+  assert hf.check_round_trip(folder).left_out == [
       "model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"]
   _edit(folder, lambda t: t.update({"foo.rotary_emb.inv_freq": np.ones(4, np.float32)}))
   assert "unknown foo.rotary_emb.inv_freq" in _refusal(folder)

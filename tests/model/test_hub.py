@@ -67,7 +67,7 @@ def test_a_name_that_is_neither_says_what_may_be_meant(fake: Hub, name: str, mea
 def test_ids_that_the_hub_cannot_have_are_one_line(name: str) -> None:
   assert f"{name}: no such folder, and no id that the hub can have (" in _refusal(name)
   with pytest.raises(UserError, match="no id that the hub can have"):
-    published.config_of(name)
+    published.find_config(name)
 
 
 def test_config_comes_first_then_exactly_what_the_index_names(fake: Hub, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,13 +99,13 @@ def test_a_revision_is_asked_for_and_all_files_are_of_its_commit(fake: Hub) -> N
   fake.add(ID, {"config.json": b"{}", "model.safetensors": b"new"})
   model = f"{ID}@v1.0"
   assert not hub.is_local(model)
-  assert hub.config_folder(model) is None
-  assert published.config_of(model) is None
-  assert published.config_of("Qwen/Qwen2.5-7B@main").num_layers == 28
+  assert hub.find_config_folder(model) is None
+  assert published.find_config(model) is None
+  assert published.find_config("Qwen/Qwen2.5-7B@main").num_layers == 28
   assert (hub.resolve(model) / "model.safetensors").read_bytes() == b"old"
   assert fake.fetched == ["config.json", "model.safetensors@cv1.0", "tokenizer.json@cv1.0"]
-  assert hub.config_folder(model) == fake.folder(ID, "v1.0")
-  assert published.config_of(model).num_layers == json.loads(CONFIG)["num_hidden_layers"]
+  assert hub.find_config_folder(model) == fake.folder(ID, "v1.0")
+  assert published.find_config(model).num_layers == json.loads(CONFIG)["num_hidden_layers"]
   assert _refusal(f"{ID}@v2") == (
       f"{ID}@v2: {ID} has no revision 'v2' on the hub; expected a branch, a tag or a commit")
 
@@ -188,8 +188,8 @@ def test_base_and_adapter_are_told_apart(tmp_path: Path, monkeypatch: pytest.Mon
   for base, adapter in pairs:
     name = f"{base}+{adapter}"
     assert hub.split_adapter(name) == (base, adapter)
-    assert hub.base_of(name) == base
+    assert hub.strip_adapter(name) == base
     assert not hub.is_local(name)
-  assert published.config_of("tiny+c+d") == published.config_of("tiny")
+  assert published.find_config("tiny+c+d") == published.find_config("tiny")
   assert "no such adapter folder, and no hub id: 'nowhere'" in _refusal("tiny+nowhere")
   assert "no such base model folder, and no hub id: '/nowhere'" in _refusal("/nowhere+c+d")

@@ -19,7 +19,7 @@ from absl.testing import flagsaver
 from imm_jax import convert
 from imm_jax.errors import UserError
 from imm_jax.model import hf, hub, lora, published, safetensors
-from imm_jax.model.folder import side_files
+from imm_jax.model.folder import list_side_files
 from tests import REPO, TINY
 from tests.fake_hub import Hub
 
@@ -104,7 +104,7 @@ def _assert_equal(merged: Path, base: Path, adapter: Path, rows: int | None = No
     assert ((x.double() - y).abs() <= (ulp if got[name].dtype == torch.bfloat16 else 1e-6 * (1 + largest))).all(), name
     changed += old.shape != x.shape or not torch.equal(old, y)
   assert changed
-  hf.check(merged)
+  hf.check_folder(merged)
 
 
 @pytest.mark.parametrize(("kind", "stored", "settings"), [
@@ -240,7 +240,7 @@ def test_what_is_no_adapter_is_named(checkpoint, adapter: Make, tmp_path: Path) 
   with pytest.raises(UserError, match=f"{base}: has no adapter_config.json; expected a LoRA adapter"):
     hub.resolve(f"{base}+{base}")
   with pytest.raises(UserError, match=rf"{made}: is a LoRA adapter of {base}, not a whole model; give {base}\+{made}"):
-    hf.check(hub.resolve(str(made)))
+    hf.check_folder(hub.resolve(str(made)))
   with pytest.raises(UserError, match=rf"{made}: is a LoRA adapter of {base}, not a whole model; give {base}\+{made}"):
     _convert(source=made, out=tmp_path / "out", to="hf")
   (made / "adapter_model.safetensors").rename(made / "adapter_model.bin")
@@ -255,7 +255,7 @@ def test_the_tokenizer_beside_the_adapter_counts(checkpoint, adapter: Make, tmp_
     (base / name).write_text("base")
   (made / "chat_template.jinja").write_text("adapter")
   lora.merge(base, made, tmp_path / "one")
-  texts = lambda out: {name: (out / name).read_text() for name in side_files(out) if "config.json" not in name}
+  texts = lambda out: {name: (out / name).read_text() for name in list_side_files(out) if "config.json" not in name}
   assert texts(tmp_path / "one") == {"tokenizer.json": "base", "merges.txt": "base", "chat_template.jinja": "adapter"}
   (made / "chat_template.jinja").unlink()
   (made / "tokenizer.json").write_text("adapter")
@@ -270,7 +270,7 @@ def test_a_model_with_an_adapter_is_merged_once(
   made = adapter(base)
   name = f"{base}+{made}"
   assert not hub.is_local(name)
-  assert published.config_of(name) == hf.read_config(base)
+  assert published.find_config(name) == hf.read_config(base)
   assert not cache.exists()  # neither asks for more than the base's config.json
   first = hub.resolve(name)
   assert first.parent == cache

@@ -62,6 +62,6 @@ def test_frequencies_have_the_bits_of_transformers(scaling: dict[str, Any]) -> N
 def test_a_key_that_transformers_does_not_read_is_passed_over() -> None:
   """DeepSeek-R1-0528-Qwen3 has one."""
   raw = {**LLAMA, "model_type": "llama", "rope_theta": 1e6, "rope_scaling": SCALINGS["yarn-r1"]}
-  assert rope.read(raw, "config.json").passed_over == ("rope_scaling.attn_factor",)
+  assert rope.read_config(raw, "config.json").ignored_keys == ("rope_scaling.attn_factor",)
   raw["rope_scaling"] = {"type": "default", "mrope_section": [2, 3, 3]}
-  assert rope.read(raw, "config.json").passed_over == ("rope_scaling.mrope_section",)
+  assert rope.read_config(raw, "config.json").ignored_keys == ("rope_scaling.mrope_section",)

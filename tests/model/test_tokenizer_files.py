@@ -34,7 +34,7 @@ def test_what_is_beside_tokenizer_json_takes_effect_and_changes_no_id(tmp_path: 
   tokenizer = load_tokenizer(tmp_path, rows=569)
   assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token) == (568, 569, None)
   assert tokenizer.chat_template == {"default": "plain {{ messages[0].content }}", "tool_use": "tools"}
-  assert prompts.build("Q", style="chat", tokenizer=tokenizer).startswith("plain Q")
+  assert prompts.build_prompt("Q", style="chat", tokenizer=tokenizer).startswith("plain Q")
   text = f"  {prompts.INSTRUCTION}  \nWhat"
   assert tokenizer(text)["input_ids"] == Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids
   assert completions.special_ids(tokenizer)[prompts.INSTRUCTION] == 566

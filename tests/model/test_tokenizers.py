@@ -32,7 +32,7 @@ WORDS = ["the", "answer", "is", "so", "we", "have", "apples", "Tom", "and", "giv
 TEXTS = ["What is 12 + 30?", "Tom has 3 apples.\n\nThe  answer is \\frac{1}{2}\t", "\u00e9 \U0001f600 \u2603"]
 ANSWERS = ["The answer is 5", " so the answer", "  two spaces", "\nThe", "\n\n12", "7 apples", "\U0001f600 \u00e9", ".",
            "the  cost\t= 3 ", ""]
-PROMPT = prompts.build("What is 12 + 30?")
+PROMPT = prompts.build_prompt("What is 12 + 30?")
 LLAMA_CHAT = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
               "{% else %} {{ m.content }} {{ eos_token }}{{ bos_token }}{% endif %}{% endfor %}")
 
@@ -148,7 +148,7 @@ def test_a_stop_string_with_a_space_is_found_at_the_very_front(folder: Path) -> 
 
 def test_a_chat_has_the_ids_that_its_template_gives(folder: Path) -> None:
   tokenizer = load_tokenizer(folder)
-  text = prompts.build("What is 1+1?", style="chat", tokenizer=tokenizer)
+  text = prompts.build_prompt("What is 1+1?", style="chat", tokenizer=tokenizer)
   assert text.startswith("<s>[INST] What")
   ids = encode_prompt(tokenizer, text)
   turn = [{"role": "user", "content": "What is 1+1?\n\nLet's think step by step."}]
@@ -187,14 +187,15 @@ def test_the_sampler_s_tokens_are_the_ids_that_are_trained_on(
   monkeypatch.setattr(completions, "completion", completion)
   questions = [f"What is {i} + {i}?" for i in range(10)]
   # The string names a token that is never drawn, and so may show as text alone.
-  answers = sampler.generate([Prompt(q, prompts.build(q)) for q in questions], max_new_tokens=4, num_samples=8,
+  answers = sampler.generate([Prompt(q, prompts.build_prompt(q)) for q in questions], max_new_tokens=4, num_samples=8,
                              temperatures=(0.0, 2.0), stop=("[PAD]",))
   ids, encode = dict(drawn), tuning.encoder(tiny.get_config(), model)
   canonical = {False: 0, True: 0}
   for question, group in zip(questions, answers, strict=True):
-    prompt = sampler.tokenizer(prompts.build(question))["input_ids"]
+    prompt = sampler.tokenizer(prompts.build_prompt(question))["input_ids"]
     for text in {completion.text for completion in group}:
-      if sampler.tokenizer(prompts.build(question) + text)["input_ids"] == prompt + ids[text]:  # as texts are spelled
+      # as texts are spelled
+      if sampler.tokenizer(prompts.build_prompt(question) + text)["input_ids"] == prompt + ids[text]:
         canonical[text.startswith(" ")] += 1
         assert encode({"question": question, "response": text}) == (
             prompt, [*ids[text], sampler.tokenizer.eos_token_id])

@@ -19,7 +19,7 @@ from imm_jax.errors import UserError
 from imm_jax.evaluation import accuracy
 from imm_jax.report import compare, figures, groups, live, page, paper, results, samples, side_by_side
 from imm_jax.report.figures import Panel
-from imm_jax.report.markup import Plot, Table, csv_of
+from imm_jax.report.markup import Plot, Table, to_csv
 from imm_jax.report.results import Results
 from tests import report_runs
 
@@ -58,7 +58,7 @@ def test_runs_side_by_side(runs: list[Results], compared: Path):
 
 
 def panels(runs: dict[str, Results], id_: str = "accuracy") -> list[Panel]:
-  section = next(part for part in compare.sections(runs, {}, Path("out")) if part.id == id_)
+  section = next(part for part in compare.make_sections(runs, {}, Path("out")) if part.id == id_)
   return list(next(part for part in section.parts if isinstance(part, Plot)).data)
 
 
@@ -103,10 +103,10 @@ def test_seeds_that_have_not_come_as_far_leave_the_mean_to_the_others(runs: list
   importance = panels({"a": begun, "b": runs[1]._replace(analysis={}), "c": runs[2]}, "layers")[0]
   assert len(importance.lines) == 1
   pass_at_k, = panels({"a": begun, "b": runs[1]}, "sampled")
-  assert pass_at_k.lines[0].y == tuple(a.value for a in page.pass_at_k(runs[1].handed_on()[-1], "stories").values())
+  assert pass_at_k.lines[0].y == tuple(a.value for a in page.get_pass_at_k(runs[1].handed_on()[-1], "stories").values())
   half = runs[0]._replace(models=runs[0].models[:3])  # one round, sft and merged
-  of = side_by_side.end(groups.group({"a": half, "b": runs[1]})[0])
-  assert (of.rounds, of.count, of.into[0]) == (3, 1, line.y[-1])
+  of = side_by_side.summarise_end(groups.group_runs({"a": half, "b": runs[1]})[0])
+  assert (of.rounds, of.count, of.in_domain[0]) == (3, 1, line.y[-1])
   apart = [run._replace(analysis={t: run.analysis[t]}) for t, run in enumerate(runs[:2])]
   *_, rank = panels({"a": apart[0], "b": apart[1], "c": runs[2]}, "layers")
   assert rank.lines[0].x == (0, 1)
@@ -122,7 +122,7 @@ def test_labels_are_short_and_no_two_are_equal(runs: list[Results], tmp_path: Pa
           for i, (model, rate) in enumerate(zip([*models, models[0]], (1, 1, 2), strict=True))
           for method in ("imm", "star") for j in range(2)}
   many |= {f"{letter}_the_same_long_end_of_two_names_of_runs": run("imm", 7, other=letter) for letter in "xy"}
-  found = [group.label for group in groups.group(many)]
+  found = [group.label for group in groups.group_runs(many)]
   assert len(set(found)) == len(found) == 8
   assert max(map(len, found)) < 60
   compare.write([run._replace(root=tmp_path / name) for name, run in many.items()], tmp_path / "out")
@@ -130,17 +130,17 @@ def test_labels_are_short_and_no_two_are_equal(runs: list[Results], tmp_path: Pa
 
 
 def test_equal_figures_have_no_single_leader():
-  assert compare._lead({"a": "+0.000", "b": "+0.000"}, "is", "are", {}, "", "") == "a and b are (+0.000)"
+  assert compare._describe_leaders({"a": "+0.000", "b": "+0.000"}, "is", "are", {}, "", "") == "a and b are (+0.000)"
 
 
 def test_a_name_tells_its_method_in_a_whole_word(runs: list[Results]):
   lost = lambda run: run._replace(config={})
   named = {"imm_0": runs[0], "iimm_0": lost(runs[0]), "star_3": runs[2], "start": lost(runs[2])}
-  assert [group.label for group in groups.group(named)] == ["imm_0", "iimm_0 (imm)", "star_3", "start (star)"]
+  assert [group.label for group in groups.group_runs(named)] == ["imm_0", "iimm_0 (imm)", "star_3", "start (star)"]
 
 
 def test_who_leads(runs: list[Results], tmp_path: Path):
-  sentence = lambda named: compare._sentence(groups.group(named))
+  sentence = lambda named: compare._summarise(groups.group_runs(named))
   values = {"a": 0.5, "b": 0.75, "c": 0.75}
   score = lambda value: accuracy(round(4 * value), 4)
   named = {name: runs[2]._replace(config={}, models=(
@@ -161,7 +161,7 @@ def test_who_leads(runs: list[Results], tmp_path: Path):
 
 
 def test_an_axis_of_one_round_counts_in_rounds():
-  figure = figures.draw(Panel("t", "round", "y", (figures.over_rounds({2: 0.5}, "a", figures.series(0)),)))
+  figure = figures.draw(Panel("t", "round", "y", (figures.round_line({2: 0.5}, "a", figures.series_style(0)),)))
   axes, = figure.axes
   low, high = axes.get_xlim()
   assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [2]
@@ -172,14 +172,14 @@ def test_a_run_that_is_named_twice_and_an_empty_name_are_refused(runs: list[Resu
   for given, said in (([root, f"{root}/."], "is given twice"), ([str(runs[0].root.parent), root], "is given twice"),
                       ([root, "", root], "one of the names is empty")):
     with pytest.raises(UserError, match=said):
-      results.find(given)
+      results.find_runs(given)
 
 
 def test_settings_that_change_nothing_do_not_keep_seeds_apart(runs: list[Results]):
   other = runs[1]._replace(config=runs[1].config | {"mesh": {"data": 8}})
-  assert [len(group.runs) for group in groups.group({"a": runs[0], "b": other, "c": runs[2]})] == [2, 1]
+  assert [len(group.runs) for group in groups.group_runs({"a": runs[0], "b": other, "c": runs[2]})] == [2, 1]
   lost = runs[1]._replace(config={})
-  assert len(groups.group({"a": lost, "b": lost})) == 2
+  assert len(groups.group_runs({"a": lost, "b": lost})) == 2
 
 
 @pytest.mark.parametrize("name", ["data", "layers", "modules", "spearman", "diversity", "drift", "stages",
@@ -188,9 +188,9 @@ def test_each_table_of_a_run_is_in_the_comparison(runs: list[Results], compared:
   with (compared / f"{name}.csv").open(newline="") as f:
     joined = list(csv.DictReader(f))
   for run in runs:
-    table = next(part for section in page.sections(run, samples.Packer().chunks(run)[0]) for part in section.parts
+    table = next(part for section in page.make_sections(run, samples.Packer().chunks(run)[0]) for part in section.parts
                  if isinstance(part, Table) and part.name == name)
-    own = list(csv.DictReader(io.StringIO(csv_of(table))))
+    own = list(csv.DictReader(io.StringIO(to_csv(table))))
     assert own
     mine = [{key: value for key, value in row.items() if key in own[0]} for row in joined
             if row["run"] == run.root.name]
@@ -218,7 +218,7 @@ def test_answers_of_all_runs_are_there_and_share_the_room(runs: list[Results], c
               if path.name not in ("metrics.jsonl", "train.jsonl"))
   assert sum(len(chunk["rows"]) for chunk in found) == count
   size = (runs[0].root / "round_0/samples.jsonl").stat().st_size
-  monkeypatch.setattr(compare, "MOST_BYTES", 3 * size + 600)
+  monkeypatch.setattr(compare, "MAX_BYTES", 3 * size + 600)
   compare.write(runs, tmp_path / "small")
   text = (tmp_path / "small/index.html").read_text()
   assert {chunk["run"] for chunk in unpack(text)} == {"imm_0", "imm_1", "star_0"}
@@ -237,7 +237,8 @@ def test_the_page_says_where_runs_stand_and_leads_to_their_pages(runs: list[Resu
 
 def test_runs_of_other_tasks_are_told_apart(runs: list[Results], tmp_path: Path):
   other = Results.of(report_runs.make(tmp_path / "other", task="gsm8k", ood=()))
-  section = next(part for part in compare.sections({"a": runs[0], "b": other}, {}, tmp_path) if part.id == "accuracy")
+  sections = compare.make_sections({"a": runs[0], "b": other}, {}, tmp_path)
+  section = next(part for part in sections if part.id == "accuracy")
   assert any("differ in their tasks" in part for part in section.parts if isinstance(part, str))
 
 
@@ -255,10 +256,10 @@ def test_every_run_of_the_papers_tables_is_set_beside_its_table_and_has_its_sett
   for table in plans.TABLES[1:]:  # the first holds words
     for name, config in plans.get_config(f"table={table}").runs.items():
       settings = json.loads(json.dumps(config.to_dict()))
-      assert int(table) in [entry["table"] for entry in paper.find(settings)], (table, name)
-      assert paper.different(settings) == [], (table, name)
+      assert int(table) in [entry["table"] for entry in paper.find_entries(settings)], (table, name)
+      assert paper.list_differences(settings) == [], (table, name)
       settings["merge"]["method"], settings["sft"]["stop_share"] = "ties", 0.1
-      assert paper.different(settings) == ["merge.method is ties, of which the paper has none",
+      assert paper.list_differences(settings) == ["merge.method is ties, of which the paper has none",
                                            "sft.stop_share is 0.1, of which the paper has none"]
 
 
@@ -284,7 +285,7 @@ def test_the_papers_figures_stand_beside_a_run(tmp_path: Path):
   root = report_runs.make(tmp_path / "run", model="/models/Qwen2.5-1.5B-Instruct", task="gsm8k",
                           ood=("sat_math", "mawps"), rounds=1)
   run = Results.of(root)
-  section, = paper.sections({"": run})
+  section, = paper.make_sections({"": run})
   table = section.parts[-1]
   ours = report_runs.read_record(root)["stages"]["round_0/eval/merged"]["facts"]["scores"]["gsm8k"]["greedy"]
   row = next(row for row in table.rows if row[:3] == [5, "gsm8k", "round 0 merged"])
@@ -298,6 +299,6 @@ def test_the_papers_figures_stand_beside_a_run(tmp_path: Path):
                                      {"intervention": "weight_masking"}, {"task": "asdiv"}])
 def test_a_config_that_is_none_of_the_papers_is_said_in_one_line(tmp_path: Path, changes: dict[str, str]):
   settings = {"model": QWEN, "task": "gsm8k", "rounds": 1} | changes
-  section, = paper.sections({"": Results.of(report_runs.make(tmp_path / "run", **settings))})
+  section, = paper.make_sections({"": Results.of(report_runs.make(tmp_path / "run", **settings))})
   assert len(section.parts) == 1
   assert section.parts[0].startswith("No table of the paper has this config")

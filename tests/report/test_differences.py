@@ -11,7 +11,7 @@ import pytest
 from imm_jax import evaluation
 from imm_jax.comparison import holm, mcnemar
 from imm_jax.report import compare, differences, page
-from imm_jax.report.markup import Section, Table, csv_of
+from imm_jax.report.markup import Section, Table, to_csv
 from imm_jax.report.results import Results
 from tests import report_runs
 
@@ -43,8 +43,8 @@ def tables(section: Section) -> dict[str, Table]:
 
 
 def test_every_pair_of_models_is_tested_on_every_task(root: Path):
-  found = tables(differences.section(Results.of(root)))
-  rows = list(csv.DictReader(csv_of(found["tests"]).splitlines()))
+  found = tables(differences.make_section(Results.of(root)))
+  rows = list(csv.DictReader(to_csv(found["tests"]).splitlines()))
   folders = {"base": "base/eval"} | {f"round {t} {kind}": f"round_{t}/eval/{kind}"
                                      for t in (0, 1) for kind in ("sft", "merged")}
   pairs = [(f"round {t} {kind}", other) for t in (0, 1)
@@ -83,13 +83,13 @@ def test_what_is_real_has_a_star_and_is_what_the_page_says_first(root: Path, tmp
 
 def test_a_method_that_does_not_merge_and_one_task(tmp_path: Path):
   run = Results.of(report_runs.make(tmp_path / "star", method="star", ood=()))
-  section = differences.section(run)
+  section = differences.make_section(run)
   assert [row[:2] for row in tables(section)["differences"].rows] == [
       ["round 0 sft", "base"], ["round 1 sft", "base"]]
   assert list(tables(section)["differences"].head)[2:] == ["stories"]
   assert "by Holm over the columns of the line" in section.parts[0]
   begun = run._replace(models=run.models[:1])
-  assert "differences" not in [part.id for part in page.sections(begun, [])]
+  assert "differences" not in [part.id for part in page.make_sections(begun, [])]
 
 
 @pytest.mark.parametrize(("damage", "said"), [
@@ -102,7 +102,7 @@ def test_answers_that_cannot_be_compared_are_left_out_and_named(root: Path, tmp_
   shutil.copytree(root, run)
   path = run / "round_1/eval/merged/groups.jsonl"
   damage(path)
-  section = differences.section(Results.of(run))
+  section = differences.make_section(Results.of(run))
   assert any(said.format(path=path) in part for part in section.parts if isinstance(part, str))
   assert len(tables(section)["differences"].rows) in (4, 6)  # other pairs stay
   assert "Config and versions" in report_runs.quick(run)
@@ -112,7 +112,7 @@ def test_runs_are_compared_with_the_first(root: Path, tmp_path: Path):
   runs = {"imm": Results.of(root), "star": Results.of(report_runs.make(tmp_path / "star", method="star", seed=5,
                                                                        questions=40)),
           "other": Results.of(report_runs.make(tmp_path / "other", task="svamp", ood=()))}
-  section = next(part for part in compare.sections(runs, {}, tmp_path) if part.id == "differences")
+  section = next(part for part in compare.make_sections(runs, {}, tmp_path) if part.id == "differences")
   found = tables(section)
   assert [row[:2] for row in found["runs_differences"].rows] == [["star: round 1 sft", "imm: round 1 merged"]]
   line = next(row for row in found["runs_tests"].rows if row[2] == "stories")

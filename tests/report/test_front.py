@@ -24,7 +24,7 @@ def drawn(seed: int, count: int) -> list[tuple[float, float]]:
 def test_front_and_hypervolume_are_those_of_brute_force(seed: int):
   points = drawn(seed, 12)
   beats = lambda p, q: p != q and p[0] >= q[0] and p[1] >= q[1]
-  assert front.front(points) == sorted({q for q in points if not any(beats(p, q) for p in points)})
+  assert front.pareto_front(points) == sorted({q for q in points if not any(beats(p, q) for p in points)})
   # Cells of a grid on whose lines all points lie.
   for reference in ((0.0, 0.0), (0.25, 0.5), (0.9, -0.5)):
     x, y = np.meshgrid(np.arange(-40, 40) / 40 + 1 / 80, np.arange(-40, 40) / 40 + 1 / 80)
@@ -39,7 +39,7 @@ def test_out_of_domain_at_an_accuracy_in_domain_is_that_of_a_fine_walk(seed: int
   walk = np.concatenate([np.linspace(p, q, 20_001) for p, q in itertools.pairwise(path)])
   for into in (0.1, 0.35, 0.62, 0.9):
     near = walk[abs(walk[:, 0] - into) < 1e-4]
-    got = front.out_at(path, into)
+    got = front.interpolate_out(path, into)
     assert (got is None) == (len(near) == 0)
     if got is not None:
       assert got == pytest.approx(near[:, 1].max(), abs=5e-3)
@@ -75,7 +75,7 @@ def table(section: Section, name: str) -> list[dict]:
 
 def test_what_runs_are_worth_at_the_accuracy_that_star_half_gains(made: Path):
   runs = {"star": run(made, "star", *STAR), "imm": run(made, "imm", *IMM, base_weight=0.4)}
-  section = front.of_runs(runs, groups.group(runs))
+  section = front.runs_section(runs, groups.group_runs(runs))
   star, imm = table(section, "front")
   assert star["equal ID"] == imm["equal ID"] == pytest.approx(0.2 + (0.6 - 0.2) / 2)
   assert star["out of domain at equal ID"] == pytest.approx(0.8 - 0.2 * 2 / 3)
@@ -91,7 +91,7 @@ def test_what_runs_are_worth_at_the_accuracy_that_star_half_gains(made: Path):
   base, *_, line = panel.lines
   assert (base.label, base.x, base.y) == ("base model", (0.2,), (0.8,))
   assert (line.x, line.y) == ((0.3, 0.5, 0.6), (0.85, 0.7, 0.5))
-  alone = front.of_run(runs["imm"])
+  alone = front.run_section(runs["imm"])
   assert "Equal ID is 0.500 in domain, the median of all models" in alone.parts[0]
   assert table(alone, "front")[0]["out of domain at equal ID"] == pytest.approx(0.7)
 
@@ -100,7 +100,7 @@ def test_seeds_are_a_mean_over_those_that_come_to_the_equal_accuracy(made: Path)
   later = run(made, "star", *STAR)
   runs = {"a": later, "b": later._replace(config=later.config | {"seed": 1}, models=later.models[:2]),
           "c": run(made, "imm", ("base", -1, 0.2, 0.8), ("sft", 0, 0.3, 0.8))}
-  first, other = table(front.of_runs(runs, groups.group(runs)), "front_means")
+  first, other = table(front.runs_section(runs, groups.group_runs(runs)), "front_means")
   assert first["equal ID"] == pytest.approx(0.2 + (0.4 + 0.3) / 2 / 2)
   assert (first["n"], first["out of domain at equal ID: s.e."]) == (2, pytest.approx(0))
   assert other["out of domain at equal ID"] is None
@@ -109,7 +109,8 @@ def test_seeds_are_a_mean_over_those_that_come_to_the_equal_accuracy(made: Path)
 def test_settings_of_one_method_have_markers_of_their_own(made: Path):
   imm = run(made, "imm", *IMM)
   runs = {str(w): imm._replace(config=imm.config | {"merge": {"base_weight": w}}) for w in range(5)}
-  panel = next(part for part in front.of_runs(runs, groups.group(runs)).parts if isinstance(part, Plot)).data[0]
+  parts = front.runs_section(runs, groups.group_runs(runs)).parts
+  panel = next(part for part in parts if isinstance(part, Plot)).data[0]
   assert len({(line.colour, line.marker) for line in panel.lines[1:-1]}) == 5
 
 
@@ -121,9 +122,9 @@ def test_each_method_has_a_look_of_its_own():
 def test_runs_of_different_tasks_have_no_front(made: Path):
   star = run(made, "star", *STAR)
   runs = {"a": star, "b": star._replace(ood_tasks=("groups",))}
-  assert front.of_runs(runs, groups.group(runs)).parts == []
-  assert front.of_run(star._replace(ood_tasks=())).parts == []
-  assert front.of_run(star._replace(models=star.models[:1])).parts == []
+  assert front.runs_section(runs, groups.group_runs(runs)).parts == []
+  assert front.run_section(star._replace(ood_tasks=())).parts == []
+  assert front.run_section(star._replace(models=star.models[:1])).parts == []
 
 
 def test_the_page_of_several_runs_has_the_front_and_the_drift(tmp_path: Path):

@@ -133,7 +133,7 @@ def test_answers_survive_packing_as_they_were(run: Path):
 
 def test_too_many_answers_are_left_out_and_named(run: Path):
   size = (run / "round_0/samples.jsonl").stat().st_size
-  chunks, problems = samples.Packer().chunks(Results.of(run), most_bytes=size + 10)
+  chunks, problems = samples.Packer().chunks(Results.of(run), max_bytes=size + 10)
   assert [chunk.name for chunk in chunks] == ["round_0/samples.jsonl"]
   assert "round_1/samples.jsonl: not in the browser of samples" in problems[0]
 
@@ -145,7 +145,7 @@ def test_names_and_settings_are_escaped(run: Path, tmp_path: Path):
   config["model"] = "</pre><script>alert(1)</script>"
   (root / "config.json").write_text(json.dumps(config))
   found = Results.of(root)
-  text = page.write(found, page.Status(), page.sections(found, []), [], [], {})
+  text = page.render(found, page.Status(), page.make_sections(found, []), [], [], {})
   assert "<b>run" not in text
   assert "<script>alert" not in text
   assert "<b>run" in report_runs.text_of(text)
@@ -156,10 +156,10 @@ def test_what_is_no_run_directory_is_refused(run: Path, tmp_path: Path):
   (tmp_path / "checkpoint").mkdir()
   (tmp_path / "checkpoint/config.json").write_text('{"model_type": "qwen2"}')
   with pytest.raises(UserError, match="is no run directory"):
-    results.find([str(tmp_path)])
+    results.find_runs([str(tmp_path)])
   with pytest.raises(UserError, match="is no folder"):
-    results.find([str(tmp_path / "none")])
-  assert results.find([str(run.parent)]) == [run]
+    results.find_runs([str(tmp_path / "none")])
+  assert results.find_runs([str(run.parent)]) == [run]
 
 
 def command(*flags: str) -> subprocess.CompletedProcess:
@@ -187,7 +187,7 @@ def test_the_page_of_a_run_that_goes_on(run: Path, tmp_path: Path, monkeypatch: 
   whole = report_runs.read_record(root)
   plan = list(whole["stages"])
   report_runs.write_record(root, whole | {"stages": {}})
-  monkeypatch.setattr(live, "_SHARE", 1e9)
+  monkeypatch.setattr(live, "_MAX_TIME_SHARE", 1e9)
   read = lambda: report_runs.text_of((root / "report/index.html").read_text())
   with live.Live(root, plan) as report:
     assert f"Running: 0 of {len(plan)} stages done; next base/eval" in read()
@@ -222,15 +222,15 @@ def test_figures_of_a_run_that_goes_on_are_drawn_only_when_they_change_and_there
   root = tmp_path / "run"
   shutil.copytree(run, root)
   drawn = []
-  monkeypatch.setattr(writer, "svg", lambda figure: drawn.append(figure) or "<svg/>")
-  monkeypatch.setattr(live, "_SHARE", 1e9)
+  monkeypatch.setattr(writer, "to_svg", lambda figure: drawn.append(figure) or "<svg/>")
+  monkeypatch.setattr(live, "_MAX_TIME_SHARE", 1e9)
   report = live.Live(root, [])
   report.update()
   first = len(drawn)
   assert first == 12
   report.update()
   assert len(drawn) == first
-  monkeypatch.setattr(live, "_SHARE", 0.0)
+  monkeypatch.setattr(live, "_MAX_TIME_SHARE", 0.0)
   report_runs.change(lambda r: r["stages"]["base/eval"]["facts"]["scores"]["stories"]["greedy"].update(low=0.0))(root)
   report.update()
   assert len(drawn) == first
@@ -267,7 +267,7 @@ def test_a_report_that_fails_does_not_end_the_run(run: Path, tmp_path: Path, mon
   def fail(*_: object) -> None:
     raise ZeroDivisionError("a mistake in the page")
   shutil.copytree(run, tmp_path / "run")
-  monkeypatch.setattr(page, "sections", fail)
+  monkeypatch.setattr(page, "make_sections", fail)
   report = live.Live(tmp_path / "run", [])
   report.update()
   report.update()

@@ -315,7 +315,7 @@ def test_merged_model_gives_the_same_greedy_tokens_in_transformers(finished: Pat
   from imm_jax.tasks import arithmetic, prompts
 
   folder = finished / "round_1" / "merged"
-  questions = [prompts.build(e.question) for f in arithmetic.FAMILIES
+  questions = [prompts.build_prompt(e.question) for f in arithmetic.FAMILIES
                for e in arithmetic.generate(f, split="test", count=4, seed=1)]
   sampler = NativeSampler(folder, compute_dtype="float32", batch_size=8)
   ours = sampler.generate([Prompt(str(i), q) for i, q in enumerate(questions)], max_new_tokens=40)

@@ -54,8 +54,8 @@ def _stored(folder: Path) -> dict[str, np.ndarray]:
 def _main(out: Path) -> None:
   """Runs on eight devices."""
   results: dict[str, Any] = {"read": {}, "texts": {}, "cache": {}}
-  fill, read = hf._fill, []
-  hf._fill = lambda reader, entry, bounds, part: read.append(part.size) or fill(reader, entry, bounds, part)
+  fill, read = hf._read_into, []
+  hf._read_into = lambda reader, entry, bounds, part: read.append(part.size) or fill(reader, entry, bounds, part)
   for case in CASES:
     dtype, tied = case.split("-")
     _write(out / case, DTYPES[dtype], tied == "tied")

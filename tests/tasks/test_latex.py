@@ -24,7 +24,7 @@ def right(span: str, gold: str, equal) -> bool:
     (r"\boxed{}", ""), (r"\boxed{6", "6"), ("\\boxed", ""), (r"\boxedx{1}", None), ("none", None), ("", None),
 ])
 def test_the_last_box_is_found(text, inside):
-  assert latex.last_boxed(text) == inside
+  assert latex.extract_last_boxed(text) == inside
 
 
 @pytest.mark.parametrize(("solution", "gold"), [
@@ -32,7 +32,7 @@ def test_the_last_box_is_found(text, inside):
     (r"$\boxed{\text{(E)},}$", r"\text{(E)}"),
     (r"$\boxed{}$", None), (r"$\boxed{ . }$", None), ("no box", None), (r"is \boxed 2$.", "2")])
 def test_the_gold_answer_of_a_solution(solution, gold):
-  assert latex.solution_answer(solution) == gold
+  assert latex.extract_gold(solution) == gold
 
 
 @pytest.mark.parametrize(("span", "gold"), [
@@ -150,14 +150,14 @@ _PIECES = st.sampled_from([
 @example(text="\\frac{1}{0}")
 @example(text="1" * 5000)
 def test_any_text_is_read_and_spelled(text):
-  box = latex.last_boxed(text)
+  box = latex.extract_last_boxed(text)
   assert box is None or box in text
   assert latex.normalise(text) == latex.normalise(f" {text}")
-  assert latex.same("7", text) in (True, False, None)
-  assert latex.same(text, "7") in (True, False, None)
-  assert latex.stated(text[:500]) == latex.stated(f"  {text[:500]}")
-  assert len(latex.concluded(text)) <= 2 * latex.MAX_CHARS
-  latex.solution_answer(text)
+  assert latex.compare_spelling("7", text) in (True, False, None)
+  assert latex.compare_spelling(text, "7") in (True, False, None)
+  assert latex.extract_stated(text[:500]) == latex.extract_stated(f"  {text[:500]}")
+  assert len(latex.extract_concluded(text)) <= 2 * latex.MAX_CHARS
+  latex.extract_gold(text)
 
 
 @settings(max_examples=100, deadline=2000)
@@ -166,5 +166,5 @@ def test_any_text_is_read_and_spelled(text):
     r"\left. \frac{{{p}}} {{{q}}}\text{{ cm}}"]))
 def test_a_fraction_equals_itself_in_every_spelling_and_no_other(p, q, form):
   span = form.format(p=p, q=q)
-  assert latex.same(rf"\frac{{{p}}}{{{q}}}", span)
-  assert latex.same(rf"\frac{{{p + 1}}}{{{q}}}", span) is not True
+  assert latex.compare_spelling(rf"\frac{{{p}}}{{{q}}}", span)
+  assert latex.compare_spelling(rf"\frac{{{p + 1}}}{{{q}}}", span) is not True

@@ -38,7 +38,7 @@ def bos_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> PreTraine
 
 def test_a_chat_holds_the_examples_as_turns_and_asks_for_the_answer(tokenizer):
   tokenizer.chat_template = CHATML
-  built = prompts.build("What is 3+3?", header="Solve.", examples=SHOTS, style="chat", tokenizer=tokenizer)
+  built = prompts.build_prompt("What is 3+3?", header="Solve.", examples=SHOTS, style="chat", tokenizer=tokenizer)
   assert built == (
       f"<|im_start|>user\nSolve.\n\nWhat is 1+1?{STEPS}<|im_end|>\n"
       "<|im_start|>assistant\n1+1=2. The answer is 2<|im_end|>\n"
@@ -46,7 +46,7 @@ def test_a_chat_holds_the_examples_as_turns_and_asks_for_the_answer(tokenizer):
       "<|im_start|>assistant\nThe answer is 4<|im_end|>\n"
       f"<|im_start|>user\nWhat is 3+3?{STEPS}<|im_end|>\n"
       "<|im_start|>assistant\n")
-  assert prompts.build("Q?", style="chat", tokenizer=tokenizer) == (
+  assert prompts.build_prompt("Q?", style="chat", tokenizer=tokenizer) == (
       f"<|im_start|>user\nQ?{STEPS}<|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -56,7 +56,7 @@ def test_a_chat_holds_the_examples_as_turns_and_asks_for_the_answer(tokenizer):
 def test_a_chat_keeps_braces_and_odd_unicode(text, tokenizer):
   tokenizer.chat_template = CHATML
   shot = Example("a", text, "2", text, "number")
-  built = prompts.build(text, examples=[shot], style="chat", tokenizer=tokenizer)
+  built = prompts.build_prompt(text, examples=[shot], style="chat", tokenizer=tokenizer)
   assert built.count(f"{text}{STEPS}") == 2
   assert f"assistant\n{text}<|im_end|>" in built
 
@@ -64,7 +64,7 @@ def test_a_chat_keeps_braces_and_odd_unicode(text, tokenizer):
 def test_a_bos_that_the_tokenizer_adds_itself_is_not_doubled(tokenizer, tmp_path):
   tokenizer = bos_tokenizer(tokenizer, tmp_path)
   tokenizer.chat_template = WITH_BOS
-  built = prompts.build("Q?", style="chat", tokenizer=tokenizer)
+  built = prompts.build_prompt("Q?", style="chat", tokenizer=tokenizer)
   ids = encode_prompt(tokenizer, built)
   assert ids[0] == tokenizer.bos_token_id
   assert ids.count(tokenizer.bos_token_id) == 1
@@ -74,7 +74,7 @@ def test_a_bos_that_the_tokenizer_adds_itself_is_not_doubled(tokenizer, tmp_path
 def test_a_bos_that_the_tokenizer_does_not_add_stays(tokenizer):
   tokenizer.add_special_tokens({"bos_token": "<s>"})
   tokenizer.chat_template = WITH_BOS
-  built = prompts.build("Q?", style="chat", tokenizer=tokenizer)
+  built = prompts.build_prompt("Q?", style="chat", tokenizer=tokenizer)
   ids = encode_prompt(tokenizer, built)
   assert ids[0] == tokenizer.bos_token_id
   assert ids.count(tokenizer.bos_token_id) == 1
@@ -83,16 +83,16 @@ def test_a_bos_that_the_tokenizer_does_not_add_stays(tokenizer):
 
 def test_without_a_chat_template_the_style_is_refused(tokenizer):
   with pytest.raises(UserError, match="its tokenizer has no chat template, which prompt style chat needs; take an"):
-    prompts.build("Q?", style="chat", tokenizer=tokenizer)
+    prompts.build_prompt("Q?", style="chat", tokenizer=tokenizer)
   with pytest.raises(UserError, match="no chat template"):
-    prompts.build("Q?", style="chat")
+    prompts.build_prompt("Q?", style="chat")
   with pytest.raises(UserError, match="prompt style 'chatt': did you mean chat"):
-    prompts.build("Q?", style="chatt")
+    prompts.build_prompt("Q?", style="chatt")
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate\nmore') }}", "{% if %}"])
 def test_a_chat_template_that_refuses_is_one_line(template, tokenizer):
   tokenizer.chat_template = template
   with pytest.raises(UserError, match="its chat template refuses the prompt") as raised:
-    prompts.build("Q?", style="chat", tokenizer=tokenizer)
+    prompts.build_prompt("Q?", style="chat", tokenizer=tokenizer)
   assert "\n" not in str(raised.value)

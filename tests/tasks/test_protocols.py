@@ -32,7 +32,7 @@ def test_harness_prompts_follow_its_rule():
   """A file of examples, stripped, with three newlines between them and after them, then the question; options in a
   line."""
   shots = [(f"How many {i}? {ODD}", f" {ODD}\n\nThe answer is {i}.") for i in range(3)]
-  build = lambda task, asked, *rows: protocols.of(config("harness"), task).prompt(
+  build = lambda task, asked, *rows: protocols.get_protocol(config("harness"), task).prompt(
       asked, [Example(str(i), q, "7", a, "number") for i, (q, a) in enumerate(rows)], None)
 
   file = "".join(f"Question: {q}\nAnswer: {a}\n\n\n" for q, a in shots)
@@ -51,9 +51,9 @@ def test_harness_prompts_follow_its_rule():
     assert build(task, asked) == (f"Problem:\n{question}\n(A) x\nWhat of the following is the right choice? "
                                   f"Explain your answer.\n{joint.join(marked)}\nSolution:")
   assert build("asdiv", Example("", "Is it?", "yes", "", "latex")) == "Question: Is it? (Yes or No)\nAnswer:"
-  of = lambda task: protocols.of(config("harness"), task)
+  of = lambda task: protocols.get_protocol(config("harness"), task)
   assert [of(task).few_shot for task in ("gsm8k", "mawps", "math", "mathqa", "sat_math")] == [8, 8, 4, 4, 4]
-  assert protocols.of(config("harness", eval__few_shot=2), "gsm8k").few_shot == 2
+  assert protocols.get_protocol(config("harness", eval__few_shot=2), "gsm8k").few_shot == 2
   assert of("gsm8k").stop == ("</s>", "\n\nQuestion:", "\n\nProblem:")
 
 
@@ -67,7 +67,7 @@ QWEN = ("{% if messages[0].role == 'system' %}<|im_start|>system\n{{ messages[0]
 def test_qwen_prompts_are_what_transformers_makes_of_its_chat():
   tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
   tokenizer.chat_template = QWEN
-  protocol = protocols.of(config("qwen"), "gsm8k")
+  protocol = protocols.get_protocol(config("qwen"), "gsm8k")
   system = "Please reason step by step, and put your final answer within \\boxed{}."
   built = protocol.prompt(Example("", ODD, "7", "", "number"), (), tokenizer)
   assert built == tokenizer.apply_chat_template(
@@ -97,7 +97,7 @@ def test_qwen_prompts_are_what_transformers_makes_of_its_chat():
     ("harness", "choice", "The answer is (B). So the choice is C.", "B"), ("harness", "choice", "choice is c", "C"),
     ("paper", "choice", "The answer is (B). The answer is (C).", "C"), ("harness", "choice", "(B)", None)])
 def test_answers_are_read_as_the_protocol_does(protocol, kind, text, right):
-  read = protocols.of(config(protocol), "gsm8k").read
+  read = protocols.get_protocol(config(protocol), "gsm8k").read
   answers = {"number": ("6", "7", "8"), "latex": ("1/2", "3", "4"), "choice": "ABC"}[kind]
   found = [a for a in answers if verdict(read(text, kind), a, kind, strict=False).correct]
   assert found == ([] if right is None else [right])

@@ -45,7 +45,7 @@ def lines(path: str) -> list[dict]:
 def test_counts_are_the_published_ones_and_every_record_is_accounted_for(
     name, split, records, no_gold, repeated, in_test):
   found = read(name, split)
-  assert found.facts == {"records": records, "no_gold": no_gold, "repeated": repeated, "in_test": in_test}
+  assert found.counts == {"records": records, "no_gold": no_gold, "repeated": repeated, "in_test": in_test}
   whole = split == "test"  # those that repeat another are asked, too
   assert len(found.examples) == records - no_gold - in_test - (0 if whole else repeated)
   assert not any(note.startswith("warning") for note in found.notes)
@@ -102,7 +102,7 @@ def test_golds_of_math_stand_in_the_last_box_of_their_solutions():
 def test_asdiv_keeps_what_can_be_judged():
   """By kind: plain numbers, ordinals as numbers; the rest as it is written; several values are left out."""
   problems = [{c.tag: c.text for c in p} for p in ElementTree.parse(DATA / "asdiv/ASDiv.xml").getroot().iter("Problem")]
-  assert sum(";" in p["Answer"] for p in problems) == read("asdiv").facts["no_gold"]
+  assert sum(";" in p["Answer"] for p in problems) == read("asdiv").counts["no_gold"]
   kinds = collections.Counter(e.kind for e in read("asdiv").examples)
   assert kinds == {"number": 2097, "latex": 118}
   ratios = [e.answer for e in read("asdiv").examples if e.kind == "latex" and e.answer.replace(":", "").isdecimal()]

@@ -223,7 +223,7 @@ def test_what_is_in_the_test_set_or_repeated_is_left_out_and_told_once(tmp_path,
   source = f"file:{tmp_path}"
   found = registry.read("gsm8k", split="train", source=source)
   assert [e.question for e in found.examples] == ["Train?", "Last?"]
-  assert found.facts == {"records": 5, "no_gold": 1, "repeated": 1, "in_test": 1}
+  assert found.counts == {"records": 5, "no_gold": 1, "repeated": 1, "in_test": 1}
   for _ in range(2):
     tasks.load("gsm8k", split="train", source=source)
   told = capsys.readouterr().err.splitlines()
@@ -243,7 +243,7 @@ def test_a_test_split_keeps_repeats_with_ids_that_do_not_hang_on_the_order(tmp_p
   ids = [{(e.id, e.answer) for e in split.examples} for split in found]
   assert ids[0] == ids[1] == ids[2]
   assert len(ids[0]) == 5
-  assert found[0].facts["repeated"] == 2
+  assert found[0].counts["repeated"] == 2
   assert not any("left out" in note for note in found[0].notes)
   alone = registry.read("gsm8k", split="test", source=f"file:{write(tmp_path / 'once.jsonl', once)}")
   assert {(e.id, e.answer) for e in alone.examples} < ids[0]
@@ -258,7 +258,7 @@ def test_a_test_split_keeps_repeats_with_ids_that_do_not_hang_on_the_order(tmp_p
 def test_a_record_whose_gold_is_not_told_is_left_out_and_counted(name, record, tmp_path):
   known = next(r for n, r, *_ in FORMS if n == name)
   found = registry.read(name, split="test", source=f"file:{write(tmp_path / 'a.jsonl', [known, record])}")
-  assert found.facts == {"records": 2, "no_gold": 1, "repeated": 0, "in_test": 0}
+  assert found.counts == {"records": 2, "no_gold": 1, "repeated": 0, "in_test": 0}
 
 
 def test_a_set_of_the_published_size_gives_no_warning(tmp_path, capsys):
@@ -317,7 +317,7 @@ def test_the_table_says_where_from_what_role_and_what_licence():
     assert task.licence
     assert "test" in task.source
     assert all(source.startswith("hf:") for source in task.source.values()) or (name == "tabmwp" and task.paper)
-    assert task.measure == ("choices" if task.folder == "commonsense" else "answer") == tasks.measure_of(name)
+    assert task.measure == ("choices" if task.folder == "commonsense" else "answer") == tasks.default_measure(name)
     assert all(form.sizes.keys() <= task.source.keys() for form in task.formats)
   assert set(tasks.NAMES) >= {"stories", "custom", *catalogue.TASKS}
 

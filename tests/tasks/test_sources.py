@@ -19,7 +19,7 @@ from imm_jax.errors import UserError
 from imm_jax.tasks import registry, sources
 
 RECORDS = [{"question": "1+1, or \"2\"?\nSay.", "answer": "two"}, {"question": "é\u2028{x} \\frac12", "answer": ""}]
-WHERE = sources.Where("test", "task", ("published.json", "sub/*.json", "a.csv|b.csv"), ("question", "answer"),
+WHERE = sources.ReadOptions("test", "task", ("published.json", "sub/*.json", "a.csv|b.csv"), ("question", "answer"),
                       "with the fields question, answer")
 JSONL = "\n".join(json.dumps(r, ensure_ascii=False) for r in RECORDS)
 CSV = '"1+1, or ""2""?\nSay.",two\né\u2028{x} \\frac12,\n'
@@ -34,11 +34,11 @@ def _nothing_read_before() -> None:
   registry._read.cache_clear()  # each test has a hub and a tfds of its own
 
 
-def read(source: str, where: sources.Where = WHERE) -> list[dict[str, Any]]:
+def read(source: str, where: sources.ReadOptions = WHERE) -> list[dict[str, Any]]:
   return [record for _, record in sources.read(source, where)]
 
 
-def refused(source: str, where: sources.Where = WHERE) -> str:
+def refused(source: str, where: sources.ReadOptions = WHERE) -> str:
   with pytest.raises(UserError) as raised:
     read(source, where)
   assert "\n" not in str(raised.value)
@@ -260,5 +260,5 @@ def test_tfds_that_cannot_give_names_the_local_alternative(source, cause, prepar
 
 
 def test_lists_and_bytes_of_tfds_become_text():
-  assert sources._decoded(np.array([b"a", "é".encode()], dtype=object)) == ["a", "é"]
-  assert sources._decoded(np.int64(3)) == 3
+  assert sources._decode(np.array([b"a", "é".encode()], dtype=object)) == ["a", "é"]
+  assert sources._decode(np.int64(3)) == 3

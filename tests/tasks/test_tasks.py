@@ -156,11 +156,11 @@ def test_splits_share_no_question_over_many_seeds(family):
   assert not found["train"] & found["pretrain"]
   assert not found["test"] & found["pretrain"]
   for split, questions in found.items():
-    assert {arithmetic.split_of(q) for q in questions} == {split}
+    assert {arithmetic.assign_split(q) for q in questions} == {split}
 
 
 def test_splits_take_their_shares_of_all_texts():
-  share = {split: sum(arithmetic.split_of(f"question {i}") == split for i in range(4000)) / 4000
+  share = {split: sum(arithmetic.assign_split(f"question {i}") == split for i in range(4000)) / 4000
            for split in arithmetic.SPLITS}
   assert share["test"] == pytest.approx(3 / 16, abs=0.03)
   assert share["train"] == pytest.approx(5 / 16, abs=0.03)
@@ -234,7 +234,7 @@ def tokenizer():
 def test_the_embedded_tokenizer_keeps_every_text(tokenizer, family):
   examples = draw(family, split="pretrain", distinct=False)
   examples += [] if family == "drill" else draw(family, split="test")
-  texts = [text for e in examples for text in (prompts.build(e.question), e.rationale)]
+  texts = [text for e in examples for text in (prompts.build_prompt(e.question), e.rationale)]
   encoded = tokenizer(texts)["input_ids"]
   assert tokenizer.batch_decode(encoded) == texts
 
@@ -244,7 +244,7 @@ def test_headers_are_one_token_each_and_prompts_stay_short(tokenizer):
     assert len(tokenizer(header)["input_ids"]) == 1
   for family in FAMILIES:
     for e in draw(family, split="test"):
-      ids = tokenizer(prompts.build(e.question))["input_ids"]
+      ids = tokenizer(prompts.build_prompt(e.question))["input_ids"]
       assert ids[0] == tokenizer.convert_tokens_to_ids(prompts.INSTRUCTION)
       assert ids.count(tokenizer.convert_tokens_to_ids(prompts.RESPONSE)) == 1
       assert len(ids) <= 64
@@ -260,12 +260,12 @@ def test_a_prompt_has_header_examples_question_and_response_in_this_order():
            Example("b", "What is 2+2?", "4", "2+2=4. The answer is 4.", "number")]
   # Tables 11 and 12 of the paper.
   header = "Below is an instruction that describes a task. Write a response that appropriately completes the request"
-  assert prompts.build("What is 3+3?", header=f"{header}.", examples=shots) == (
+  assert prompts.build_prompt("What is 3+3?", header=f"{header}.", examples=shots) == (
       f"{header} like given examples below:\n\n"
       "Question: What is 1+1?\nA: Let's think step by step.\n1+1=2. The answer is 2.\n\n"
       "Question: What is 2+2?\nA: Let's think step by step.\n2+2=4. The answer is 4.\n\n"
       "### Instruction:\nWhat is 3+3?\n\n### Response: Let's think step by step.\n")
-  assert prompts.build("What is 3+3?", header=f"{header}.") == (  # of training and evaluation
+  assert prompts.build_prompt("What is 3+3?", header=f"{header}.") == (  # of training and evaluation
       f"{header}.\n\n### Instruction:\nWhat is 3+3?\n\n### Response: Let's think step by step.\n")
 
 
@@ -276,12 +276,12 @@ def test_a_prompt_has_header_examples_question_and_response_in_this_order():
 def test_a_prompt_keeps_braces_and_odd_unicode(text):
   shot = Example("a", text, "2", text, "number")
   ask = f"### Instruction:\n{text}\n\n### Response: Let's think step by step.\n"
-  assert prompts.build(text, header=text) == (f"{text}\n\n" if text else "") + ask
-  assert prompts.build(text, examples=[shot]) == (
+  assert prompts.build_prompt(text, header=text) == (f"{text}\n\n" if text else "") + ask
+  assert prompts.build_prompt(text, examples=[shot]) == (
       f"Question: {text}\nA: Let's think step by step.\n{text}\n\n{ask}")
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text())
 def test_a_prompt_keeps_any_question(text):
-  assert prompts.build(text) == f"### Instruction:\n{text}\n\n### Response: Let's think step by step.\n"
+  assert prompts.build_prompt(text) == f"### Instruction:\n{text}\n\n### Response: Let's think step by step.\n"

@@ -1,7 +1,7 @@
-"""One file a merging method: what it computes, where it is published, its options, an example.
+"""The merging methods, one file each, with equation, publication, options and an example.
 
-A file that is put here is found, and its method is a function of `imm_jax.merging`, a `--method` of the command with
-its flags, and a `merge_method` of recipes. `docs/merging.md` shows one.
+Files in this folder are discovered automatically; each method becomes a function of `imm_jax.merging`, a `--method` of
+the command with its flags, and a `merge_method` of recipes. `docs/merging.md` shows how to write one.
 """
 
 from imm_jax.merging.registry import METHODS

@@ -1,4 +1,4 @@
-"""`arcee_fusion`, which takes only the changes that matter most."""
+"""`arcee_fusion`: takes only the most important changes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +15,9 @@ from imm_jax.merging.statistics import Source
 
 
 def _importance(tensors: Sequence[jax.Array]) -> list[jax.Array]:
-  """|difference| times the divergence KL(softmax(other) || softmax(base)) of its row."""
+  """Computes |other - base| times the divergence KL(softmax(other) || softmax(base)) of its row."""
   base, other = (jax.lax.stop_gradient(t) for t in tensors)
-  with jax.enable_x64(True):  # so that rows have one divergence wherever they are summed
+  with jax.enable_x64(True):  # float64 makes the divergence independent of the order of summation
     p, q = (jax.nn.softmax(t.astype(jnp.float64), axis=-1) + 1e-8 for t in (other, base))
     divergence = jnp.sum(p * jnp.log(p / q), axis=-1, keepdims=True).astype(jnp.float32)
   return [jnp.abs(other - base) * divergence]
@@ -28,7 +28,8 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
 
   def scalars(name: str) -> Scalars:
     ranks = np.array([int(np.float32(q) * (max(1, source.size(name)) - 1)) for q in (0.25, 0.5, 0.75)])
-    bits = statistics.magnitudes_of_rank(source, {0: ranks}, {name: [0]}, [name], view=_signed, rows=True)[0, 0]
+    bits = statistics.magnitudes_of_rank(source, {0: ranks}, {name: [0]}, [name], view=_clipped_importance,
+                                         rows=True)[0, 0]
     xp = statistics.namespace(bits)
     low, median, high = (jax.lax.bitcast_convert_type(bits, jnp.float32) if xp is jnp else bits.view(np.float32))
     return {"threshold": median + np.float32(1.5) * (high - low)}
@@ -36,17 +37,17 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
   return scalars, {}
 
 
-def _signed(tensors: Sequence[jax.Array]) -> list[jax.Array]:
-  """The divergence of rounding may be a little below 0: as magnitudes it counts for 0."""
+def _clipped_importance(tensors: Sequence[jax.Array]) -> list[jax.Array]:
+  """Clips importance at 0: rounding may make a divergence slightly negative."""
   return [jnp.maximum(_importance(tensors)[0], 0.0)]
 
 
 @method("base", "other", reference="https://www.arcee.ai", prepare=_prepare, gradients="masks", whole="row")
 def arcee_fusion(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
-  """Takes of another model only the changes that matter most (Arcee Fusion).
+  """Takes only the most important changes of another model (Arcee Fusion).
 
-  An entry's importance is |other - base| times KL(softmax(other) || softmax(base)) over its row; those are taken whose
-  importance is at least median + 1.5 (third - first quartile) of the tensor's, all others stay the base's.
+  An entry's importance is |other - base| times KL(softmax(other) || softmax(base)) over its row. Entries whose
+  importance is at least median + 1.5 (third - first quartile) over the tensor are taken; others keep the base's value.
 
   >>> import jax.numpy as jnp
   >>> arcee_fusion({"w": jnp.zeros(5)}, {"w": jnp.array([0., .1, .1, .2, 3.])})["w"].tolist()
@@ -54,6 +55,7 @@ def arcee_fusion(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Arra
   """
   del shared
   base, other = tensors
-  rows = [kernels.by_row(t) for t in tensors]
-  taken = (_signed(rows)[0] >= numbers["threshold"].reshape(-1, *(1,) * (rows[0].ndim - 1))).reshape(base.shape)
+  matrices = [kernels.flatten_rows(t) for t in tensors]
+  threshold = numbers["threshold"].reshape(-1, *(1,) * (matrices[0].ndim - 1))
+  taken = (_clipped_importance(matrices)[0] >= threshold).reshape(base.shape)
   return jnp.where(taken, other, base)

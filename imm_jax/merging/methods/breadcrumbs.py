@@ -11,8 +11,8 @@ from imm_jax.merging.registry import Scalars, method
 from imm_jax.merging.statistics import Source
 
 OPTIONS = (deltas.WEIGHTS, deltas.DENSITIES, Option(
-    "gammas", "the share of outliers that goes; less where the density leaves no room", 0.01, per_model=True, low=0,
-    high=1, key="gamma"), deltas.SCALE, deltas.NORMALIZE)
+    "gammas", "the share of largest entries to remove; less where the density leaves no room", 0.01, per_model=True,
+    low=0, high=1, key="gamma"), deltas.SCALE, deltas.NORMALIZE)
 PAPER = "https://arxiv.org/abs/2312.06795"
 
 
@@ -24,20 +24,20 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
     first = max(0, size - kept - int(gamma * size))
     return first, first + kept - 1
 
-  def limits(name: str) -> Scalars:  # of one tensor when it is due, so that not all are held
+  def bounds(name: str) -> Scalars:  # computed when the tensor is merged, so that not all bounds are held at once
     bands = dict(enumerate(band(name, d, g) for d, g in zip(
-        settings.each("densities", name), settings.each("gammas", name), strict=True)))
-    return deltas.limits(source, bands, {name: list(bands)}, [name])(name)
+        settings.concrete_values("densities", name), settings.concrete_values("gammas", name), strict=True)))
+    return deltas.magnitude_bounds(source, bands, {name: list(bands)}, [name])(name)
 
-  return deltas.prepare(source, settings, limits)
+  return deltas.prepare(source, settings, bounds)
 
 
 @method("base", "models", reference=PAPER, options=OPTIONS, prepare=_prepare, gradients="masks")
 def breadcrumbs(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool) -> jax.Array:
   """Task arithmetic without the largest and the smallest entries (Model Breadcrumbs).
 
-  Of every tensor's task vector the `gamma` share of largest magnitudes goes, and so many of the smallest that the
-  `density` share stays; a density of 1 keeps everything. Entries equal to the first or the last that stays, stay too.
+  From every tensor's task vector the `gamma` share of largest magnitudes is removed, and as many of the smallest as
+  needed to keep the `density` share; a density of 1 keeps everything. Ties at either bound are kept.
 
   >>> import jax.numpy as jnp
   >>> merged = breadcrumbs({"w": jnp.zeros(5)}, [{"w": jnp.array([9., -4., 3., 2., 1.])}], weights=1, densities=0.4,
@@ -45,16 +45,17 @@ def breadcrumbs(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize
   >>> merged["w"].tolist()
   [0.0, -4.0, 3.0, 0.0, 0.0]
   """
-  return deltas.combine(tensors, numbers, shared, thin=deltas.by_magnitude(numbers), normalize=normalize)
+  return deltas.combine(tensors, numbers, shared, sparsify=deltas.keep_by_magnitude(numbers), normalize=normalize)
 
 
 @method("base", "models", reference=PAPER, options=OPTIONS, prepare=_prepare, gradients="masks")
 def breadcrumbs_ties(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool) -> jax.Array:
-  """TIES with the trimming of Model Breadcrumbs: signs are elected among what it leaves.
+  """TIES with the trimming of Model Breadcrumbs: signs are elected among the remaining entries.
 
   >>> import jax.numpy as jnp
   >>> a, b = jnp.array([9., -4., 3., 2., 1.]), jnp.array([-9., 5., 6., 2., 1.])
   >>> breadcrumbs_ties({"w": jnp.zeros(5)}, [{"w": a}, {"w": b}], weights=1, densities=0.4, gammas=0.2)["w"].tolist()
   [0.0, 5.0, 9.0, 0.0, 0.0]
   """
-  return deltas.combine(tensors, numbers, shared, thin=deltas.by_magnitude(numbers), normalize=normalize, elect=True)
+  return deltas.combine(tensors, numbers, shared, sparsify=deltas.keep_by_magnitude(numbers), normalize=normalize,
+                        elect_signs=True)

@@ -1,4 +1,4 @@
-"""`dare`, the mask alone."""
+"""`dare`: random dropping of a delta, without a merge."""
 
 from typing import Any
 
@@ -15,18 +15,18 @@ from imm_jax.merging.statistics import Source
 
 def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
   def scalars(name: str) -> Scalars:
-    steps = masks.drop_steps(settings.of("drop_rate", name), name)
+    steps = masks.drop_steps(settings.value("drop_rate", name), name)
     return {"gain": np.float32(masks.STEPS / (masks.STEPS - steps)), "steps": np.uint32(steps),
             "code": masks.tensor_code(name)}
 
-  known = {name: scalars(name) for name in source.names}
-  return known.__getitem__, {}
+  by_name = {name: scalars(name) for name in source.names}
+  return by_name.__getitem__, {}
 
 
 @method("delta", reference="https://arxiv.org/abs/2311.03099", prepare=_prepare, draws=True, gradients="masks",
-        options=(Option("drop_rate", "p, the share that is dropped", low=0, high=1, below=True),))
+        options=(Option("drop_rate", "p, the share of entries to drop", low=0, high=1, below=True),))
 def dare(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
-  """Drops entries of a delta at random and rescales the rest, so that its mean stays (DARE, eq. 1-2).
+  """Drops entries of a delta at random and rescales the rest to preserve its mean (DARE, eq. 1-2).
 
   m ~ Bernoulli(p), delta' = (1 - m) * delta / (1 - p), with p quantised to 1/65536.
 
@@ -36,5 +36,5 @@ def dare(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
   [0.0, 2.0]
   """
   delta, = tensors
-  dropped = kernels.dropped(delta.shape, numbers["code"], numbers["steps"], shared)
+  dropped = kernels.drop_mask(delta.shape, numbers["code"], numbers["steps"], shared)
   return jnp.where(dropped, 0.0, delta * numbers["gain"])

@@ -1,4 +1,4 @@
-"""`dare_linear` and `dare_ties`: task arithmetic, and TIES, on what DARE leaves of task vectors."""
+"""`dare_linear` and `dare_ties`: task arithmetic and TIES on task vectors after DARE."""
 
 from typing import Any
 
@@ -30,13 +30,13 @@ def dare_linear(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize
   >>> sorted(set(merged["w"].tolist()))
   [0.0, 4.0]
   """
-  return deltas.combine(tensors, numbers, shared, thin=deltas.at_random(numbers, shared, rescale=rescale),
+  return deltas.combine(tensors, numbers, shared, sparsify=deltas.drop_at_random(numbers, shared, rescale=rescale),
                         normalize=normalize)
 
 
 @method("base", "models", reference=PAPER, options=OPTIONS, prepare=_prepare, draws=True, gradients="masks")
 def dare_ties(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool, rescale: bool) -> jax.Array:
-  """TIES with DARE in place of trimming: signs are elected among what DARE left.
+  """TIES with DARE in place of trimming: signs are elected among the remaining entries.
 
   Densities are 1 - p, in (0, 1]; model i draws its masks with `fold_in(key, i)`.
 
@@ -46,5 +46,5 @@ def dare_ties(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: 
   >>> merged["w"].tolist()
   [-3.0, 3.0]
   """
-  return deltas.combine(tensors, numbers, shared, thin=deltas.at_random(numbers, shared, rescale=rescale),
-                        normalize=normalize, elect=True)
+  return deltas.combine(tensors, numbers, shared, sparsify=deltas.drop_at_random(numbers, shared, rescale=rescale),
+                        normalize=normalize, elect_signs=True)

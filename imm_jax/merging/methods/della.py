@@ -1,4 +1,4 @@
-"""`della` and `della_linear`, which drop small entries more often than large ones."""
+"""`della` and `della_linear`: drop small entries with a higher probability than large ones."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,7 +23,7 @@ PAPER = "https://arxiv.org/abs/2406.11617"
 def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
   ranges: dict[str, dict[str, np.ndarray]] = {}
   for name in source.names:
-    densities, epsilons = settings.each("densities", name), settings.each("epsilons", name)
+    densities, epsilons = settings.concrete_values("densities", name), settings.concrete_values("epsilons", name)
     for d, e in zip(densities, epsilons, strict=True):
       if not (d == 1 or (d - e > 0 and d + e < 1)):
         raise ValueError(f"densities, epsilons: {d:g} and {e:g} at {name!r}; expected 0 < density - epsilon and "
@@ -35,30 +35,30 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
   return deltas.prepare(source, settings, extra, ("normalize", "rescale"))
 
 
-def _steps(numbers: Numbers, shared: Shared) -> Callable[[jax.Array, int], jax.Array]:
-  """How often, in 65536, each entry is dropped."""
+def _drop_steps(numbers: Numbers, shared: Shared) -> Callable[[jax.Array, int], jax.Array]:
+  """Returns a function that computes each entry's drop probability in steps of 1/65536."""
 
   def steps(vector: jax.Array, i: int) -> jax.Array:
-    kept = numbers["least"][i] + kernels.pin(numbers["range"][i] * _mean_ranks(vector), shared)
+    kept = numbers["least"][i] + kernels.pin(numbers["range"][i] * _relative_ranks(vector), shared)
     return jnp.clip(jnp.rint((1 - kept) * masks.STEPS), 0, masks.STEPS - 1).astype(jnp.uint32)
 
   return steps
 
 
-def _mean_ranks(vector: jax.Array) -> jax.Array:
-  """Where each magnitude stands in its row, from 0 to 1; equal ones share their mean rank."""
-  bits = kernels.by_row(kernels.magnitude_bits(vector))
-  count, axis = (bits.shape or (1,))[-1], bits.ndim - 1
-  if bits.ndim < 2 or count < 2:  # scalars, and tensors without entries
+def _relative_ranks(vector: jax.Array) -> jax.Array:
+  """Ranks each magnitude in its row, scaled to [0, 1]; ties share their mean rank."""
+  bits = kernels.flatten_rows(kernels.magnitude_bits(vector))
+  columns, axis = (bits.shape or (1,))[-1], bits.ndim - 1
+  if bits.ndim < 2 or columns < 2:  # scalars, and tensors without entries
     return jnp.zeros(vector.shape, jnp.float32)
-  at = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), bits.shape)
-  ordered, order = jax.lax.sort((bits, at), dimension=axis, num_keys=1)
-  new = jnp.concatenate([jnp.ones_like(bits[..., :1], bool), ordered[..., 1:] != ordered[..., :-1]], axis)
-  last = jnp.concatenate([new[..., 1:], jnp.ones_like(new[..., :1])], axis)
-  low = jax.lax.cummax(jnp.where(new, at, 0), axis)
-  high = jax.lax.cummin(jnp.where(last, at, count), axis, reverse=True)
+  position = jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), bits.shape)
+  ordered, order = jax.lax.sort((bits, position), dimension=axis, num_keys=1)
+  starts = jnp.concatenate([jnp.ones_like(bits[..., :1], bool), ordered[..., 1:] != ordered[..., :-1]], axis)
+  ends = jnp.concatenate([starts[..., 1:], jnp.ones_like(starts[..., :1])], axis)
+  low = jax.lax.cummax(jnp.where(starts, position, 0), axis)
+  high = jax.lax.cummin(jnp.where(ends, position, columns), axis, reverse=True)
   _, rank = jax.lax.sort((order, low + high), dimension=axis, num_keys=1)
-  return (rank.astype(jnp.float32) / (2 * (count - 1))).reshape(vector.shape)
+  return (rank.astype(jnp.float32) / (2 * (columns - 1))).reshape(vector.shape)
 
 
 @method("base", "models", reference=PAPER, prepare=_prepare, draws=True, gradients="masks", whole="row", options=tuple(
@@ -66,8 +66,8 @@ def _mean_ranks(vector: jax.Array) -> jax.Array:
 def della(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool, rescale: bool) -> jax.Array:
   """Drops small entries more often than large ones, then elects signs and averages (DELLA).
 
-  Within a row of n entries the one of rank r (0 the smallest magnitude) stays with the probability
-  density - epsilon + 2 epsilon r / (n - 1), and is divided by it; a tensor of one axis is one row. Equal magnitudes
+  In a row of n entries the one of rank r (0 for the smallest magnitude) is kept with the probability
+  density - epsilon + 2 epsilon r / (n - 1), and divided by it; a tensor of one axis is one row. Equal magnitudes
   share their mean rank; probabilities are quantised to 1/65536. A density of 1 keeps everything. Model i draws its
   masks with `fold_in(key, i)`.
 
@@ -77,14 +77,14 @@ def della(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool
   >>> int((merged[:500] != 0).sum()) < 200, int((merged[500:] != 0).sum()) > 300
   (True, True)
   """
-  thin = deltas.at_random(numbers, shared, rescale=rescale, steps_of=_steps(numbers, shared))
-  return deltas.combine(tensors, numbers, shared, thin=thin, normalize=normalize, elect=True)
+  sparsify = deltas.drop_at_random(numbers, shared, rescale=rescale, steps_by_entry=_drop_steps(numbers, shared))
+  return deltas.combine(tensors, numbers, shared, sparsify=sparsify, normalize=normalize, elect_signs=True)
 
 
 @method("base", "models", reference=PAPER, options=OPTIONS, prepare=_prepare, draws=True, gradients="masks",
         whole="row")
 def della_linear(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool, rescale: bool) -> jax.Array:
-  """Task arithmetic on what DELLA leaves of task vectors; see `della`.
+  """Task arithmetic on task vectors after DELLA's dropping; see `della`.
 
   >>> import jax.numpy as jnp
   >>> merged = della_linear({"w": jnp.zeros(1000)}, [{"w": jnp.ones(1000)}], weights=1, densities=0.5,
@@ -92,5 +92,5 @@ def della_linear(tensors: Tensors, numbers: Numbers, shared: Shared, *, normaliz
   >>> sorted(set(merged.tolist()))
   [0.0, 2.0]
   """
-  thin = deltas.at_random(numbers, shared, rescale=rescale, steps_of=_steps(numbers, shared))
-  return deltas.combine(tensors, numbers, shared, thin=thin, normalize=normalize)
+  sparsify = deltas.drop_at_random(numbers, shared, rescale=rescale, steps_by_entry=_drop_steps(numbers, shared))
+  return deltas.combine(tensors, numbers, shared, sparsify=sparsify, normalize=normalize)

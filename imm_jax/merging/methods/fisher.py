@@ -1,4 +1,4 @@
-"""`fisher`, a mean in which each entry has its own weight."""
+"""`fisher`: a mean weighted entry by entry."""
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,12 @@ from imm_jax.merging.registry import method
 
 @method("models", "fishers", reference="https://arxiv.org/abs/2111.09832", options=(
     Option("weights", "w", 1.0, per_model=True, key="weight", low=0),
-    Option("floor", "added to each Fisher entry; where all are this small the mean is a plain one", 1e-10, low=0)))
+    Option("floor", "added to each Fisher entry; where all are this small the mean is unweighted", 1e-10, low=0)))
 def fisher(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
-  """The mean weighed entry by entry with the diagonal of each model's Fisher matrix (Fisher merging).
+  """Averages models weighted entry by entry with the diagonal of each one's Fisher matrix (Fisher merging).
 
-  sum_i w_i F_i t_i / sum_i w_i F_i. The squares of single examples' gradients, added up, are such an F: the second of
-  what `imm_jax.analysis.importance.gradient_and_squares` gives.
+  sum_i w_i F_i t_i / sum_i w_i F_i. An estimate of F is the sum of squared per-example gradients, the second result of
+  `imm_jax.analysis.importance.gradient_and_squares`.
 
   >>> import jax.numpy as jnp
   >>> a, b = {"w": jnp.array([0., 0.])}, {"w": jnp.array([4., 4.])}

@@ -1,4 +1,4 @@
-"""`imm`, the paper's merge of a round, and `iimm`, with a scale for every layer."""
+"""`imm`: the paper's merge at the end of a round; `iimm`: the same with a scale for every layer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,28 +15,28 @@ from imm_jax.merging.statistics import Source
 from imm_jax.merging.trees import count_layers, layer_of
 
 BASE_WEIGHT = Option("base_weight", "a, the weight of the base", low=0, high=1, in_commands=0.5)
-DROP_RATE = Option("drop_rate", "DARE's p, the share that is dropped", low=0, high=1, below=True, in_commands=0.2)
+DROP_RATE = Option("drop_rate", "DARE's p, the share of entries to drop", low=0, high=1, below=True, in_commands=0.2)
 
 
-def _prepare(source: Source, settings: Settings, shares: np.ndarray | None = None) -> tuple[Any, dict[str, Any]]:
+def _prepare(source: Source, settings: Settings, layer_scales: np.ndarray | None = None) -> tuple[Any, dict[str, Any]]:
   def scalars(name: str) -> Scalars:
-    steps = masks.drop_steps(settings.of("drop_rate", name), name)
+    steps = masks.drop_steps(settings.value("drop_rate", name), name)
     layer = layer_of(name)
-    share = 1.0 if shares is None or layer is None else shares[layer]
-    return {"base_weight": settings.of("base_weight", name), "steps": np.uint32(steps), "code": masks.tensor_code(name),
-            "gain": np.float32(share * masks.STEPS / (masks.STEPS - steps))}
+    layer_scale = 1.0 if layer_scales is None or layer is None else layer_scales[layer]
+    return {"base_weight": settings.value("base_weight", name), "steps": np.uint32(steps),
+            "code": masks.tensor_code(name), "gain": np.float32(layer_scale * masks.STEPS / (masks.STEPS - steps))}
 
-  # All of them at once: a value that cannot work ends the merge before it begins.
-  known = {name: scalars(name) for name in source.names}
-  return known.__getitem__, {"draw": any(s["steps"] for s in known.values())}
+  # Computed for all tensors up front, so that an invalid value is reported before the merge begins.
+  by_name = {name: scalars(name) for name in source.names}
+  return by_name.__getitem__, {"draw": any(s["steps"] for s in by_name.values())}
 
 
 def _prepare_layers(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
-  return _prepare(source, settings, _shares(settings["importance"], source.names))
+  return _prepare(source, settings, _layer_scales(settings["importance"], source.names))
 
 
-def _shares(importance: Sequence[float], names: Sequence[str]) -> np.ndarray:
-  """N I_n / sum(I) for every layer (IIMM, eq. 7)."""
+def _layer_scales(importance: Sequence[float], names: Sequence[str]) -> np.ndarray:
+  """Computes N I_n / sum(I) for every layer (IIMM, eq. 7)."""
   try:
     scores = np.asarray(importance, np.float64)
   except (TypeError, ValueError):
@@ -54,11 +54,11 @@ def _merge(tensors: Tensors, numbers: Numbers, shared: Shared, draw: bool) -> ja
   weight, gain = numbers["base_weight"], numbers["gain"]
   delta = kernels.pin((tuned - start) * gain, shared)
   if draw:
-    delta = jnp.where(kernels.dropped(base.shape, numbers["code"], numbers["steps"], shared), 0.0, delta)
-  # A gain of 1 without drops takes `tuned` itself, for start + (tuned - start) need not be that in float32.
-  moved = jnp.where((gain == 1) & (numbers["steps"] == 0), tuned, start + delta)
-  merged = kernels.pin(weight * base, shared) + kernels.pin((1 - weight) * moved, shared)
-  return jnp.where(weight == 1, base, jnp.where(weight == 0, moved, merged))
+    delta = jnp.where(kernels.drop_mask(base.shape, numbers["code"], numbers["steps"], shared), 0.0, delta)
+  # With a gain of 1 and no drops use `tuned` itself: start + (tuned - start) may differ from it in float32.
+  updated = jnp.where((gain == 1) & (numbers["steps"] == 0), tuned, start + delta)
+  merged = kernels.pin(weight * base, shared) + kernels.pin((1 - weight) * updated, shared)
+  return jnp.where(weight == 1, base, jnp.where(weight == 0, updated, merged))
 
 
 @method("base", "start", "tuned", options=(BASE_WEIGHT, DROP_RATE), prepare=_prepare, draws=True, gradients="masks")

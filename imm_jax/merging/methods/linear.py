@@ -1,4 +1,4 @@
-"""`linear`, the weighted mean."""
+"""`linear`: the weighted mean."""
 
 from typing import Any
 
@@ -14,15 +14,16 @@ from imm_jax.merging.statistics import Source
 
 
 def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
-  known = {name: settings.of("weights", name) for name in source.names}
-  totals = {name: weights.sum(dtype=np.float32) for name, weights in known.items()}
+  weights_by_name = {name: settings.value("weights", name) for name in source.names}
+  totals = {name: weights.sum(dtype=np.float32) for name, weights in weights_by_name.items()}
   traced = any(isinstance(total, jax.Array) for total in totals.values())
   if settings["normalize"]:
     for name, total in totals.items():
       if not isinstance(total, jax.Array) and total == 0:
         raise ValueError(f"weights: they add up to 0 at {name!r}, which cannot be normalised")
   divide = settings["normalize"] and (traced or any(total != 1 for total in totals.values()))
-  scalars: dict[str, Scalars] = {name: {"weights": known[name], "total": totals[name]} for name in source.names}
+  scalars: dict[str, Scalars] = {
+      name: {"weights": weights_by_name[name], "total": totals[name]} for name in source.names}
   return scalars.__getitem__, {"divide": divide}
 
 
@@ -30,9 +31,9 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
     Option("weights", "w, any sign", per_model=True, key="weight"),
     Option("normalize", "divide by the sum of the weights", True, "flag")))
 def linear(tensors: Tensors, numbers: Numbers, shared: Shared, *, divide: bool) -> jax.Array:
-  """The weighted mean (model soups): sum_i w_i t_i / sum_i w_i.
+  """Computes the weighted mean (model soups): sum_i w_i t_i / sum_i w_i.
 
-  Weights to be normalised must not add up to 0.
+  With `normalize` the weights must not add up to 0.
 
   >>> import jax.numpy as jnp
   >>> linear([{"w": jnp.zeros(2)}, {"w": jnp.ones(2)}], weights=[1, 3])["w"].tolist()

@@ -1,4 +1,4 @@
-"""`lines`, task arithmetic whose scale grows with depth."""
+"""`lines`: task arithmetic with a scale that grows with depth."""
 
 from typing import Any
 
@@ -17,17 +17,17 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
 
   def scalars(name: str) -> Scalars:
     depth = (layer_of(name) or 0) / max(1, last)
-    scale = settings.of("alpha", name) + depth * settings.of("beta", name)
-    return {"weights": settings.of("weights", name), "scale": stack([scale])[0]}
+    scale = settings.value("alpha", name) + depth * settings.value("beta", name)
+    return {"weights": settings.value("weights", name), "scale": stack([scale])[0]}
 
   return scalars, {}
 
 
 @method("base", "models", reference="https://arxiv.org/abs/2410.17146", prepare=_prepare, layers=True, options=(
-    deltas.WEIGHTS, Option("alpha", "the scale of the first layer, and of what is in none", 0.5),
-    Option("beta", "how much the last layer's scale is above that", 0.5)))
+    deltas.WEIGHTS, Option("alpha", "the scale of the first layer and of tensors outside the layers", 0.5),
+    Option("beta", "how much larger the scale of the last layer is", 0.5)))
 def lines(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
-  """Task arithmetic with a scale that grows from layer to layer (LiNeS): what lies deep is more of the task's own.
+  """Task arithmetic with a scale that grows linearly over the layers (LiNeS), as deeper layers are more task-specific.
 
   base + (alpha + beta l / (L - 1)) sum_i w_i (t_i - base) for layer l of L.
 
@@ -37,4 +37,4 @@ def lines(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
   >>> [round(float(layer["w"][0]), 3) for layer in merged["layers"]]
   [0.2, 0.5, 0.8]
   """
-  return deltas.combine(tensors, numbers, shared, thin=None, normalize=False)
+  return deltas.combine(tensors, numbers, shared, sparsify=None, normalize=False)

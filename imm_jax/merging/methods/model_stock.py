@@ -1,4 +1,4 @@
-"""`model_stock`, which weighs the mean of models against their base."""
+"""`model_stock`: interpolates between the base and the mean of models by the angle between their task vectors."""
 
 from typing import Any
 
@@ -12,21 +12,22 @@ from imm_jax.merging.registry import method
 from imm_jax.merging.statistics import Source
 
 
-def _ratio(cosine: Any) -> Any:
-  """Of the mean, from the cosines [n, n, ...] between task vectors."""
+def _mean_weight(cosine: Any) -> Any:
+  """Computes the weight of the models' mean from the cosines [n, n, ...] between task vectors."""
   count = len(cosine)
   mean = cosine[np.triu_indices(count, 1)].mean(axis=0)
   divisor = 1 + (count - 1) * mean
   xp = statistics.namespace(mean)
-  # Deltas that cancel leave no direction: the base stays.
-  stays = abs(divisor) <= 1e-6
-  return xp.where(stays, 0.0, count * mean / xp.where(stays, 1.0, divisor))
+  # Task vectors that cancel have no mean direction, so the base is kept.
+  cancel = abs(divisor) <= 1e-6
+  return xp.where(cancel, 0.0, count * mean / xp.where(cancel, 1.0, divisor))
 
 
 def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
   if settings["filter_wise"]:
     return (lambda _: {"count": np.float32(source.num_models - 1)}), {"filter_wise": True}
-  ratios = {name: _ratio(cosine) for name, (_, cosine) in statistics.cosines(source, statistics.task_vectors).items()}
+  angles = statistics.cosines(source, statistics.task_vectors)
+  ratios = {name: _mean_weight(cosine) for name, (_, cosine) in angles.items()}
   return (lambda name: {"ratio": ratios[name], "count": np.float32(source.num_models - 1)}), {"filter_wise": False}
 
 
@@ -45,6 +46,7 @@ def model_stock(tensors: Tensors, numbers: Numbers, shared: Shared, *, filter_wi
   [1.0, 0.0]
   """
   base, *others = tensors
-  ratio = _ratio(arcs.along(statistics.task_vectors(tensors), -1)[1]) if filter_wise else numbers["ratio"]
+  vectors = statistics.task_vectors(tensors)
+  ratio = _mean_weight(arcs.lengths_and_cosines(vectors, -1)[1]) if filter_wise else numbers["ratio"]
   mean = kernels.divide(kernels.add(others), numbers["count"], shared)
   return kernels.pin(ratio * mean, shared) + kernels.pin((1 - ratio) * base, shared)

@@ -1,4 +1,4 @@
-"""`nearswap`, which takes of another model what lies near."""
+"""`nearswap`: takes from another model the entries that are close to the base."""
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,9 @@ from imm_jax.merging.registry import method
 
 
 @method("base", "other", reference="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001", options=(
-    Option("t", "the largest difference that is taken whole", low=0),))
+    Option("t", "the largest difference that is taken in full", low=0),))
 def nearswap(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
-  """Takes of another model what lies near the base, and less of what lies far.
+  """Takes entries of another model that are close to the base, and a smaller share of those far from it.
 
   s other + (1 - s) base with s = min(1, t / max(|base - other|, 1e-6)), entry by entry.
 
@@ -21,5 +21,5 @@ def nearswap(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
   [0.5, 1.0, 1.0]
   """
   base, other = tensors
-  share = jnp.minimum(numbers["t"] / jnp.maximum(jnp.abs(base - other), 1e-6), 1.0)
-  return kernels.pin(share * other, shared) + kernels.pin((1 - share) * base, shared)
+  t = jnp.minimum(numbers["t"] / jnp.maximum(jnp.abs(base - other), 1e-6), 1.0)
+  return kernels.pin(t * other, shared) + kernels.pin((1 - t) * base, shared)

@@ -1,4 +1,4 @@
-"""`passthrough`, which copies."""
+"""`passthrough`: copies a model."""
 
 import jax
 
@@ -10,7 +10,7 @@ from imm_jax.merging.registry import method
 
 @method("models", most=1, options=(Option("scales", "a factor", 1.0, per_model=True, key="scale"),))
 def passthrough(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
-  """Copies one model, times a factor: s t. With slices of a recipe it stacks layers of several models anew.
+  """Copies one model times a factor: s t. With slices in a recipe it restacks layers of several models.
 
   >>> import jax.numpy as jnp
   >>> passthrough([{"a": jnp.ones(1), "b": jnp.ones(1)}], scales={"a": 0.5, "b": 1.0})

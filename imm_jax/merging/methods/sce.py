@@ -1,4 +1,4 @@
-"""`sce`: selects where models differ, weighs them by how much they changed, erases what disagrees."""
+"""`sce`: selects entries by variance, weights models by their squared changes, and erases disagreeing signs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,19 +15,19 @@ from imm_jax.merging.statistics import Source
 
 
 def _variance(tensors: Sequence[jax.Array]) -> list[jax.Array]:
-  """Of the task vectors, entry by entry."""
+  """Computes the variance of the task vectors entry by entry."""
   vectors, pinned = statistics.task_vectors(tensors), lambda x: kernels.pin(x, {"zero": None})
   mean = pinned(kernels.add(vectors) / len(vectors))
   return [kernels.add([pinned(jnp.square(vector - mean)) for vector in vectors]) / len(vectors)]
 
 
-def _differing(tensors: Sequence[jax.Array]) -> jax.Array:
-  """How many entries differ between the models."""
+def _count_differing(tensors: Sequence[jax.Array]) -> jax.Array:
+  """Counts the entries that differ between the models."""
   return jnp.count_nonzero(_variance([t.astype(jnp.float32) for t in tensors])[0])
 
 
 def _squares(tensors: Sequence[jax.Array], *, floor: jax.Array) -> jax.Array:
-  """[n]: the sum of squares of what is selected; float64 where jax has it."""
+  """Sums the squares of each model's selected changes; [n], float64 if jax has it enabled."""
   tensors = [t.astype(jnp.float32) for t in tensors]
   selected = kernels.magnitude_bits(_variance(tensors)[0]) >= floor
   wide = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
@@ -36,23 +36,23 @@ def _squares(tensors: Sequence[jax.Array], *, floor: jax.Array) -> jax.Array:
 
 
 def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
-  def floor_of(name: str) -> Any:
-    share = masks.known(settings.of("select_topk", name), "select_topk", name)
+  def find_floor(name: str) -> Any:
+    share = masks.require_concrete(settings.value("select_topk", name), "select_topk", name)
     if share >= 1:
       return np.uint32(0)
     if source.traced:
       bits = jnp.sort(kernels.magnitude_bits(_variance(source.tensors(name))[0]).reshape(-1))
       kept = (jnp.count_nonzero(bits) * share).astype(jnp.int32)
       return jnp.where(kept > 0, bits[jnp.clip(len(bits) - kept, 0, len(bits) - 1)], jnp.uint32(0xFFFFFFFF))
-    (_, differing), = source.reduce(_differing, np.add, names=[name])
-    kept = int(int(differing) * share)
+    (_, count_differing), = source.reduce(_count_differing, np.add, names=[name])
+    kept = int(int(count_differing) * share)
     if kept == 0:
       return np.uint32(0xFFFFFFFF)
     rank = np.array([source.size(name) - kept])
     return statistics.magnitudes_of_rank(source, {0: rank}, {name: [0]}, [name], view=_variance)[0, 0][0]
 
   def scalars(name: str) -> Scalars:
-    floor = floor_of(name)
+    floor = find_floor(name)
     if source.traced:
       squares = _squares(source.tensors(name), floor=floor)
     else:
@@ -67,13 +67,14 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
 
 
 @method("base", "models", reference="https://arxiv.org/abs/2408.07990", prepare=_prepare, gradients="masks", options=(
-    Option("select_topk", "the share that is selected of the entries that differ", 1.0, low=0, high=1),))
+    Option("select_topk", "the share of differing entries to select", 1.0, low=0, high=1),))
 def sce(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
-  """Adds what models have changed most differently, by the squares of the changes, where signs agree (SCE).
+  """Adds the changes of largest variance between models, weighted by their squares, where signs agree (SCE).
 
-  Of each tensor the `select_topk` share of largest variance among task vectors d_i is selected (of those that are not
-  0; equal ones together); w_i is the mean of d_i^2 there, divided by the sum of all; entry by entry the sign of
-  sum_i d_i is elected, and base + sum_i w_i d_i / sum_i w_i over the vectors with that sign is the result.
+  In each tensor the `select_topk` share of the entries with non-zero variance among task vectors d_i is selected, those
+  of largest variance first (ties together). w_i is the mean of d_i^2 over these, divided by the sum over all models.
+  Entry by entry the sign of sum_i d_i is elected; the result is base + sum_i w_i d_i / sum_i w_i over the vectors with
+  that sign.
 
   >>> import jax.numpy as jnp
   >>> sce({"w": jnp.zeros(3)}, [{"w": jnp.array([3., 1., 1.])}, {"w": jnp.array([-1., 1., 2.])}])["w"].round(2).tolist()

@@ -1,4 +1,4 @@
-"""`task_arithmetic`, a weighted sum of task vectors."""
+"""`task_arithmetic`: a weighted sum of task vectors."""
 
 import jax
 
@@ -16,4 +16,4 @@ def task_arithmetic(tensors: Tensors, numbers: Numbers, shared: Shared, *, norma
   >>> task_arithmetic({"w": jnp.ones(1)}, [{"w": jnp.zeros(1)}, {"w": jnp.full(1, 3.)}], weights=[1, 2])["w"].tolist()
   [4.0]
   """
-  return deltas.combine(tensors, numbers, shared, thin=None, normalize=normalize)
+  return deltas.combine(tensors, numbers, shared, sparsify=None, normalize=normalize)

@@ -1,4 +1,4 @@
-"""`wise_ft`, the line between two models."""
+"""`wise_ft`: linear interpolation between a base and a tuned model."""
 
 import jax
 
@@ -11,7 +11,7 @@ from imm_jax.merging.registry import method
 @method("base", "other", reference="https://arxiv.org/abs/2109.01903", options=(
     Option("alpha", "the weight of the tuned model; 0 is the base", low=0, high=1),))
 def wise_ft(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
-  """Goes from a base towards what was tuned from it on a line (WiSE-FT): (1 - alpha) base + alpha other.
+  """Interpolates linearly between a base and a model tuned from it (WiSE-FT): (1 - alpha) base + alpha other.
 
   >>> import jax.numpy as jnp
   >>> wise_ft({"w": jnp.zeros(2)}, {"w": jnp.ones(2)}, alpha=0.25)["w"].tolist()

@@ -35,7 +35,7 @@ def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, s
   """See `engines`."""
   del scratch
   dtype = hardware.compute_dtype(config.sample.compute_dtype)
-  sampler = NativeSampler(model, compute_dtype=dtype, batch_size=batch_size, mesh=sharding.own_devices(mesh()))
+  sampler = NativeSampler(model, compute_dtype=dtype, batch_size=batch_size, mesh=sharding.local_mesh(mesh()))
   digest = f"{folder.digest(model)} in {dtype}" if distributed.is_main() else ""
   yield Distributed(sampler, digest=digest, rows=batch_size)
 

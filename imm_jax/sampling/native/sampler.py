@@ -46,7 +46,7 @@ class NativeSampler:
       folder: an HF checkpoint folder with a tokenizer.
       compute_dtype: dtype of weights, activations and cache: bfloat16, float16 or float32.
       batch_size: number of samples decoded at once.
-      mesh: mesh that weights and cache are split over, see `sharding.for_decoding`; None takes the first device.
+      mesh: mesh that weights and cache are split over, see `sharding.decoding_mesh`; None takes the first device.
       params: weights in memory that replace those of the folder, with stacked layers as in training.
       kernel: attention kernel, one of `decode_kernels.KERNELS`; empty for `columns` on CPUs and `xla` elsewhere. The
         kernels for GPUs and TPUs have not been run on these.
@@ -63,7 +63,7 @@ class NativeSampler:
     self._batch_size = batch_size
     self._sizes: set[str] = set()  # sizes of compiled programs, for the log
     config = hf.read_config(folder)
-    self._mesh = sharding.for_decoding(mesh, config.num_kv_heads) if mesh is not None and mesh.size > 1 else None
+    self._mesh = sharding.decoding_mesh(mesh, config.num_kv_heads) if mesh is not None and mesh.size > 1 else None
     place = functools.partial(sharding.param_sharding, self._mesh) if self._mesh else None
     # The small files come first, so that their errors show before the weights are read.
     self.tokenizer, self._eos = completions.load(Path(folder), config.vocab_size)

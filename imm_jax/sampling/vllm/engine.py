@@ -47,7 +47,7 @@ def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, s
       timeout=vllm.timeout, start_timeout=vllm.start_timeout, tolerance=vllm.tolerance, sleep=vllm.sleep,
       # The scratch folder is removed with its stage, and a server that sleeps outlives that.
       log=(Path(tempfile.mkdtemp(prefix="imm_jax-vllm-")) if vllm.sleep else scratch) / "vllm.log",
-      mesh=None if spawns else sharding.own_devices(mesh()), start=False) as sampler:
+      mesh=None if spawns else sharding.local_mesh(mesh()), start=False) as sampler:
     yield sampler
 
 

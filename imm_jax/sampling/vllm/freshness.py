@@ -133,7 +133,7 @@ class _Scorer:
       self._replicated = SingleDeviceSharding(_cpu())
       place = lambda path, shape: self._replicated
     else:
-      decoding = sharding.for_decoding(mesh, config.num_kv_heads)
+      decoding = sharding.decoding_mesh(mesh, config.num_kv_heads)
       self._replicated = NamedSharding(decoding, PartitionSpec())
       place = functools.partial(sharding.param_sharding, decoding)
     self._static = decode.Static(config, jnp.dtype(dtype), (), 1.0, True)

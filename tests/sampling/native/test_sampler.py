@@ -23,9 +23,9 @@ torch = pytest.importorskip("torch")
 # Almost all tests use this length, so that compiled programs are reused.
 NEW_TOKENS = 40
 EXAMPLES = [arithmetic.generate(family, split="test", count=1, seed=3)[0] for family in arithmetic.FAMILIES]
-SHORT = [Prompt(e.id, prompts.build(e.question)) for e in EXAMPLES]
+SHORT = [Prompt(e.id, prompts.build_prompt(e.question)) for e in EXAMPLES]
 # A worked example makes this prompt need the next padded length.
-LONG = Prompt("long", prompts.build(EXAMPLES[0].question, examples=EXAMPLES[1:3]))
+LONG = Prompt("long", prompts.build_prompt(EXAMPLES[0].question, examples=EXAMPLES[1:3]))
 # Unlike the training data, so that samples differ.
 STRANGE = Prompt("strange", "Tom")
 ALL = [*SHORT, LONG, STRANGE]
@@ -250,8 +250,8 @@ def test_other_prompts_reuse_compiled_programs(sampler: native.NativeSampler) ->
   sizes = lambda: [f._cache_size() for f in (decode.prefill, decode._start, decode._join, decode.decode)]
   before = sizes()
   for seed in range(2):
-    others = [Prompt(str(i), prompts.build(arithmetic.generate(family, split="train", count=1, seed=seed)[0].question))
-              for i, family in enumerate(arithmetic.FAMILIES)]
+    drawn = [arithmetic.generate(family, split="train", count=1, seed=seed)[0] for family in arithmetic.FAMILIES]
+    others = [Prompt(str(i), prompts.build_prompt(example.question)) for i, example in enumerate(drawn)]
     sampler.generate([*others, LONG], max_new_tokens=NEW_TOKENS, stop=("zebra",), num_samples=3)
   assert sizes() == before
 

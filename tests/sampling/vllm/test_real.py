@@ -43,7 +43,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not PYTHON, reason="IMM_JAX_V
 ARGS = ("--enforce-eager", "--max-num-seqs", "32", "--block-size", "32", "--no-enable-chunked-prefill",
         "--max-num-batched-tokens", "4096")
 SHOTS = arithmetic.generate("stories", split="train", count=2, seed=3)
-PROMPTS = [Prompt(f"{family}/{i}", prompts.build(e.question, examples=SHOTS)) for family in arithmetic.FAMILIES
+PROMPTS = [Prompt(f"{family}/{i}", prompts.build_prompt(e.question, examples=SHOTS)) for family in arithmetic.FAMILIES
            for i, e in enumerate(arithmetic.generate(family, split="test", count=12, seed=3))]
 GREEDY = {"max_new_tokens": 40}
 
@@ -235,7 +235,7 @@ def _check_run(config: ml_collections.ConfigDict, root: Path) -> None:
       (root / f"round_{t}/{kind}", root / f"round_{t}/eval/{kind}") for t in range(2) for kind in ("sft", "merged"))]:
     for task, examples in questions.of_tests(config).items():
       rows = [json.loads(line) for line in (scores / f"{task}.jsonl").read_text().splitlines()]
-      asked = [Prompt(e.id, prompts.build(e.question)) for e in examples]
+      asked = [Prompt(e.id, prompts.build_prompt(e.question)) for e in examples]
       native = NativeSampler(model, compute_dtype="float32", batch_size=24)
       assert [r["text"] for r in rows] == [c.text for c, in native.generate(asked, **GREEDY,
                                                                             stop=config.sample.stop)]
