@@ -53,8 +53,8 @@ def run(*flags: str, **options) -> subprocess.CompletedProcess:
                         check=False, **options)
 
 
-def one_line(done: subprocess.CompletedProcess) -> str:
-  assert done.returncode == 1
+def one_line(done: subprocess.CompletedProcess, code: int = 1) -> str:
+  assert done.returncode == code
   assert "Traceback" not in done.stderr
   lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
   assert len(lines) == 1, done.stderr
