@@ -55,8 +55,8 @@ def main() -> None:
     # Weight change is bound by the disk: an accelerator would only be started in vain.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
   settings = _settings(asked) if asked else None
-  from imm_jax.analysis import output  # late: jax reads the variable above when it is imported
   from imm_jax.analysis.weight_change import check_same_model, weight_change
+  from imm_jax.report import analysis as output  # late: jax reads the variable above when it is imported
 
   model, others = hub.resolve(_MODEL.value), {name: hub.resolve(name) for name in tuned}
   for other in others.values():

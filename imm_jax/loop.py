@@ -11,7 +11,8 @@ from pathlib import Path
 
 import ml_collections
 
-from imm_jax import __version__, cost, disk, distributed, memory, metrics, report, rundir, runlog, status
+from imm_jax import __version__, distributed, metrics, report, rundir, runlog, status
+from imm_jax.estimates import cost, disk, memory, shapes
 from imm_jax.methods import averages, draws
 from imm_jax.model import folder, hf, hub, published
 from imm_jax.model.tokenizer import load_tokenizer
@@ -138,7 +139,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   teacher = published.find_config(config.teacher) if config.teacher else None
   sizes, lengths = f"{config.model} is not on this machine, so its size is not known", {}
   if model:
-    expected = tuning.expect(config, model, found["base"] if local else None)
+    expected = shapes.expect(config, model, found["base"] if local else None)
     sizes = memory.estimate(config, model, devices.mesh_of(config), expected, teacher) + "\n" + disk.estimate(
         config, model, expected, root, found["base"] if local else None)
     lengths = {"question": expected.question, "answer": expected.answer}

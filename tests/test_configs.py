@@ -9,10 +9,11 @@ import ml_collections
 import pytest
 
 from configs import arguments, common, llama, paper, qwen, smollm2, tiny
-from imm_jax import config as checks, cost, experiments, files, hardware, loop, tasks
+from imm_jax import config as checks, experiments, files, hardware, loop, tasks
 from imm_jax.errors import UserError
-from imm_jax.memory import count_params
+from imm_jax.estimates import cost
 from imm_jax.model import published
+from imm_jax.model.decoder import count_params
 from imm_jax.runs import Model, Run
 from imm_jax.stages import questions, selection
 from tests import REPO

@@ -21,10 +21,9 @@ from imm_jax import merging
 from imm_jax.analysis import importance
 from imm_jax.aot import costs, decoding, hlo, topology
 from imm_jax.errors import UserError
-from imm_jax.memory import count_params
 from imm_jax.model import attention, published, sharding
 from imm_jax.model.config import ModelConfig
-from imm_jax.model.decoder import Params, abstract_params
+from imm_jax.model.decoder import Params, abstract_params, count_params
 from imm_jax.training import step as training
 from imm_jax.training.additions import PLAIN, Additions, additions_of
 from imm_jax.training.throughput import train_flops

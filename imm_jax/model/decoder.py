@@ -12,6 +12,7 @@ would be copied at every step); `unstack_layers` converts the first form to the 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -303,6 +304,11 @@ def init_params(config: ModelConfig, *, key: jax.Array, dtype: jnp.dtype = jnp.f
 def abstract_params(config: ModelConfig, *, dtype: jnp.dtype = jnp.float32) -> Params:
   """Returns shapes and dtypes of the parameters without allocating them."""
   return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0), dtype=dtype))))
+
+
+def count_params(config: ModelConfig) -> int:
+  """Returns the number of a model's parameters; tied embeddings count once."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
 
 
 def unstack_layers(params: Params, num_layers: int) -> Params:

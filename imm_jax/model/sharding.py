@@ -8,6 +8,7 @@ Batches are sharded over `data` and `fsdp`.
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
@@ -152,3 +153,15 @@ def param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedShardi
   axis_size = lambda axis: math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
   return NamedSharding(mesh, P(*(axis if size % axis_size(axis) == 0 else None
                                  for axis, size in zip(partition_spec(path), shape, strict=False))))
+
+
+def find_undivided(params: Any, mesh: Mesh) -> list[str]:
+  """Returns the paths of parameters that the table splits, but whose sizes the mesh does not divide.
+
+  Args:
+    params: arrays or their shapes.
+    mesh: mesh that they are placed on.
+  """
+  paths = [(path_name(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+  return [path for path, shape in paths if param_sharding(mesh, path, shape).is_fully_replicated
+          and not NamedSharding(mesh, partition_spec(path)).is_fully_replicated]

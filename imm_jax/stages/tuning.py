@@ -1,7 +1,6 @@
 """Supervised fine-tuning of a round's model on its training data."""
 
 import functools
-import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,19 +13,19 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from imm_jax import cost, distributed, files, hardware, memory
+from imm_jax import distributed, files, hardware
 from imm_jax.errors import UserError
 from imm_jax.merging import checkpoint
-from imm_jax.methods import averages, draws, method_of
+from imm_jax.methods import averages, method_of
 from imm_jax.metrics import StageMetrics
 from imm_jax.model import attention, folder as checkpoint_folder, hf, sharding
 from imm_jax.model.config import ModelConfig
-from imm_jax.model.decoder import Params
+from imm_jax.model.decoder import Params, abstract_params
 from imm_jax.model.tokenization import encode_continuation, encode_prompt
 from imm_jax.rundir import Stage
 from imm_jax.runs import Model, Run
 from imm_jax.sampling import completions
-from imm_jax.stages import devices, questions
+from imm_jax.stages import devices
 from imm_jax.stages.devices import mesh_of
 from imm_jax.tasks import prompts
 from imm_jax.tasks.base import Example
@@ -39,8 +38,6 @@ from imm_jax.training.step import Frozen, make_schedule
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
-# Number of questions whose lengths are measured before a run.
-_NUM_MEASURED = 100
 _ROW_MULTIPLE = 128
 _HELD_OUT = 0x51  # separates these draws from others of the same seed
 # Folder of the weights' moving average within that of the tuned model.
@@ -242,38 +239,6 @@ def load_params(config: ml_collections.ConfigDict, model: Path, dtype: jnp.dtype
   return hf.load(model, dtype=dtype, place=functools.partial(sharding.param_sharding, mesh_of(config)))[1]
 
 
-def expect(config: ml_collections.ConfigDict, model: ModelConfig, folder: Path | None) -> memory.Expected:
-  """Estimates the shapes of a round's training and sampling before a run.
-
-  Lengths are those of the task's worked answers; they are assumed if there are none, or if the task or the model
-  (`folder` is None) would have to be downloaded.
-  """
-  sft, mesh, count = config.sft, mesh_of(config), questions.counts(config)[0]
-  assumed = round(cost.ASSUMED["question"] + cost.ASSUMED["length"] * config.sample.max_new_tokens)
-  lengths, prompt, question, answer = [assumed], 0, 0.0, 0.0
-  if folder and not questions.is_remote(config, config.task.name):
-    chosen, encode = questions.of_round(config, 0), encoder(config, folder)
-    worked = [encode({"question": e.question, "response": e.rationale})
-              for e in chosen.asked[:_NUM_MEASURED] if e.rationale]
-    lengths = [len(e.prompt) + len(e.response) for e in worked] or lengths
-    encode_with_shots = encoder(config, folder, shots=chosen.shots if draws(config) else ())
-    unanswered = [{"question": e.question, "response": ""} for e in chosen.asked[:_NUM_MEASURED]]
-    prompt = max(len(encode_with_shots(row).prompt) for row in unanswered)
-    question = float(np.mean([len(encode(row).prompt) for row in unanswered]))
-    answer = float(np.mean([len(e.response) for e in worked])) if worked else 0.0
-  if draws(config):
-    count = round(count * config.sample.num_samples * cost.ASSUMED["right"] / max(1 - config.data.real_fraction, 0.5))
-  drawn = itertools.islice(itertools.cycle(lengths), max(1, min(count, 1000)))
-  lengths = [min(length, sft.row_length) for length in drawn]
-  rows = PackedBatches([TokenizedExample([], [0] * length) for length in lengths], epochs=1, row_length=sft.row_length,
-                       global_batch=sft.global_batch, seed=0,
-                       row_multiple=sharding.num_batch_shards(mesh) * sft.accumulation).rows
-  dtype = jnp.dtype(hardware.compute_dtype(sft.compute_dtype))
-  kernel = attention.choose_backend(sft.attention, model, dtype=dtype, length=sft.row_length,
-                                    rows=rows // sft.accumulation, mesh=mesh)
-  return memory.Expected(rows, kernel, prompt, question, answer)
-
-
 def _notes(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, batches: PackedBatches, multiple: int,
            longest: int) -> Iterator[str]:
   sft = config.sft
@@ -281,7 +246,7 @@ def _notes(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, ba
     yield (f"{batches.empty_rows} of {batches.rows} rows of a step are empty, since {mesh.size} devices and "
            f"config.sft.accumulation={sft.accumulation} need a multiple of {multiple}; another mesh, or in a new run "
            "another config.sft.global_batch, fills them")
-  whole = memory.undivided(model, mesh)
+  whole = sharding.find_undivided(abstract_params(model), mesh)
   if whole:
     yield f"every device holds these whole, for config.mesh does not divide them: {', '.join(whole)}"
   if model.max_positions and longest > model.max_positions:

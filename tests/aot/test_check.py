@@ -24,9 +24,9 @@ from jax.sharding import PartitionSpec as P
 from configs import common
 from imm_jax.aot import check, costs, decoding, hlo, topology
 from imm_jax.errors import UserError
-from imm_jax.memory import count_params
 from imm_jax.model import sharding
 from imm_jax.model.config import ModelConfig
+from imm_jax.model.decoder import count_params
 from tests import REPO
 
 CONFIG = {"model_type": "llama", "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512,

@@ -14,10 +14,10 @@ import ml_collections
 import numpy as np
 import pytest
 
-from imm_jax import disk, files, integrity, status
+from imm_jax import files, integrity, status
 from imm_jax.errors import UserError
+from imm_jax.estimates import disk, shapes
 from imm_jax.model import hf, safetensors
-from imm_jax.stages import tuning
 from imm_jax.training import checkpoints
 from tests import REPO, TINY
 
@@ -115,7 +115,7 @@ def test_run_leaves_the_documented_files(finished: Path):
 def test_it_takes_of_the_disk_about_what_is_said(finished: Path):
   config = ml_collections.ConfigDict(json.loads((finished / "config.json").read_text()))
   model = hf.read_config(TINY)
-  said = disk.expect(config, model, tuning.expect(config, model, TINY), TINY)
+  said = disk.expect(config, model, shapes.expect(config, model, TINY), TINY)
   assert files.size_of(finished) == pytest.approx(said.last, rel=0.1)
 
 

@@ -9,10 +9,11 @@ import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
 from imm_jax import hardware, resident
+from imm_jax.estimates.shapes import Expected
 from imm_jax.methods import draws, merge_method
 from imm_jax.model.config import ModelConfig
-from imm_jax.model.decoder import abstract_params
-from imm_jax.model.sharding import decoding_mesh, num_batch_shards, param_sharding, partition_spec, path_name
+from imm_jax.model.decoder import abstract_params, count_params
+from imm_jax.model.sharding import decoding_mesh, num_batch_shards, param_sharding, path_name
 from imm_jax.sampling.native import decode, queue
 from imm_jax.scoring import likelihood
 from imm_jax.stages import questions
@@ -42,23 +43,6 @@ class Peak(NamedTuple):
   def total(self) -> float:
     """All of it."""
     return sum(self.of.values())
-
-
-class Expected(NamedTuple):
-  """What a run will probably compute with: rows of an SFT step, the attention that was chosen, and where somebody has
-  counted them (else 0), the tokens of the longest prompt, and on average of a prompt without worked examples and of a
-  worked answer."""
-
-  rows: int
-  attention: str
-  prompt: int
-  question: float = 0.0
-  answer: float = 0.0
-
-
-def count_params(model: ModelConfig) -> int:
-  """Number of parameters."""
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(model)))
 
 
 def kept_of_row(model: ModelConfig, *, length: int, remat: str, dtype: jnp.dtype, attention: str = "xla",
@@ -218,12 +202,6 @@ def comparing(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, accumul
           "logits": logits / mesh.shape["tensor"]}
 
 
-def undivided(model: ModelConfig, mesh: Mesh) -> list[str]:
-  """Parameters that every device holds whole although they are to be split, for the mesh does not divide them."""
-  return [path for path, (where, _) in _placed(model, mesh).items()
-          if where.is_fully_replicated and not NamedSharding(mesh, partition_spec(path)).is_fully_replicated]
-
-
 def peaks(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, expected: Expected,
           sampler: ModelConfig | None = None) -> list[Peak]:
   """What the stages of a run hold at most: each device, or on CPU this process, with what it holds anyhow.
@@ -232,7 +210,7 @@ def peaks(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, exp
     config: of the run.
     model: its shape.
     mesh: devices.
-    expected: `tuning.expect`.
+    expected: `shapes.expect`.
     sampler: the shape of the model that samples for training, where it is another.
   """
   sft, found = config.sft, []

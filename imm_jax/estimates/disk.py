@@ -8,10 +8,11 @@ from typing import NamedTuple
 import jax
 import ml_collections
 
-from imm_jax import cost, memory
+from imm_jax.estimates import cost, memory
 from imm_jax.methods import averages, draws, method_of
 from imm_jax.model import folder as checkpoint
 from imm_jax.model.config import ModelConfig
+from imm_jax.model.decoder import count_params
 from imm_jax.stages import questions
 from imm_jax.training import lora
 from imm_jax.training.additions import additions_of
@@ -53,10 +54,10 @@ def expect(config: ml_collections.ConfigDict, model: ModelConfig, expected: memo
   Args:
     config: of the run.
     model: the base's shape.
-    expected: `tuning.expect`.
+    expected: `shapes.expect`.
     folder: the base, or None where it is not on this machine.
   """
-  sft, method, count, given = config.sft, method_of(config), memory.count_params(model), additions_of(config)
+  sft, method, count, given = config.sft, method_of(config), count_params(model), additions_of(config)
   weights, beside = 2.0 * count, 0
   if folder:
     weights = sum(path.stat().st_size for path in checkpoint.weight_files(folder))

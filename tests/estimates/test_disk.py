@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 
 from configs import tiny
-from imm_jax import disk, memory
+from imm_jax.estimates import disk, memory
 from imm_jax.model import hf
+from imm_jax.model.decoder import count_params
 from tests import TINY
 
 MODEL = hf.read_config(TINY)
-COUNT = memory.count_params(MODEL)
+COUNT = count_params(MODEL)
 EXPECTED = memory.Expected(8, "blockwise", 44, 35.0, 28.0)
 
 

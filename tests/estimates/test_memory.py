@@ -9,10 +9,12 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from configs import tiny
-from imm_jax import memory, resident
+from imm_jax import resident
 from imm_jax.analysis import drift, importance, sums
+from imm_jax.estimates import memory
 from imm_jax.model import sharding
 from imm_jax.model.config import ModelConfig
+from imm_jax.model.decoder import abstract_params
 from imm_jax.training import step as training
 from imm_jax.training.additions import PLAIN, Additions
 from imm_jax.training.lora import Lora
@@ -45,9 +47,9 @@ def test_the_state_of_a_device():
 
 
 def test_parameters_that_the_mesh_does_not_divide_are_named():
-  assert memory.undivided(MODEL, mesh(2, 4, 1)) == []
-  assert memory.undivided(ODD, mesh(2, 4, 1)) == ["embed_tokens.weight"]
-  assert memory.undivided(ODD, mesh(8, 1, 1)) == []
+  assert sharding.find_undivided(abstract_params(MODEL), mesh(2, 4, 1)) == []
+  assert sharding.find_undivided(abstract_params(ODD), mesh(2, 4, 1)) == ["embed_tokens.weight"]
+  assert sharding.find_undivided(abstract_params(ODD), mesh(8, 1, 1)) == []
 
 
 @pytest.mark.full

@@ -1,0 +1,1 @@
+"""Estimates of what a run takes before it is started: time, memory and disk."""

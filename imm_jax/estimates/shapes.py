@@ -1,0 +1,66 @@
+"""Estimates the shapes of a run's training and sampling before there are answers."""
+
+import itertools
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from imm_jax import hardware
+from imm_jax.estimates import cost
+from imm_jax.methods import draws
+from imm_jax.model import attention, sharding
+from imm_jax.model.config import ModelConfig
+from imm_jax.stages import questions
+from imm_jax.stages.devices import mesh_of
+from imm_jax.stages.tuning import encoder
+from imm_jax.training.packing import PackedBatches, TokenizedExample
+
+# Questions whose lengths are measured.
+_NUM_MEASURED = 100
+
+
+class Expected(NamedTuple):
+  """What a run will probably compute with: rows of an SFT step, the attention that was chosen, and where somebody has
+  counted them (else 0), the tokens of the longest prompt, and on average of a prompt without worked examples and of a
+  worked answer."""
+
+  rows: int
+  attention: str
+  prompt: int
+  question: float = 0.0
+  answer: float = 0.0
+
+
+def expect(config: ml_collections.ConfigDict, model: ModelConfig, folder: Path | None) -> Expected:
+  """Estimates the shapes of a round's training and sampling before a run.
+
+  Lengths are those of the task's worked answers; they are assumed if there are none, or if the task or the model
+  (`folder` is None) would have to be downloaded.
+  """
+  sft, mesh, count = config.sft, mesh_of(config), questions.counts(config)[0]
+  assumed = round(cost.ASSUMED["question"] + cost.ASSUMED["length"] * config.sample.max_new_tokens)
+  lengths, prompt, question, answer = [assumed], 0, 0.0, 0.0
+  if folder and not questions.is_remote(config, config.task.name):
+    chosen, encode = questions.of_round(config, 0), encoder(config, folder)
+    worked = [encode({"question": e.question, "response": e.rationale})
+              for e in chosen.asked[:_NUM_MEASURED] if e.rationale]
+    lengths = [len(e.prompt) + len(e.response) for e in worked] or lengths
+    encode_with_shots = encoder(config, folder, shots=chosen.shots if draws(config) else ())
+    unanswered = [{"question": e.question, "response": ""} for e in chosen.asked[:_NUM_MEASURED]]
+    prompt = max(len(encode_with_shots(row).prompt) for row in unanswered)
+    question = float(np.mean([len(encode(row).prompt) for row in unanswered]))
+    answer = float(np.mean([len(e.response) for e in worked])) if worked else 0.0
+  if draws(config):
+    count = round(count * config.sample.num_samples * cost.ASSUMED["right"] / max(1 - config.data.real_fraction, 0.5))
+  drawn = itertools.islice(itertools.cycle(lengths), max(1, min(count, 1000)))
+  lengths = [min(length, sft.row_length) for length in drawn]
+  rows = PackedBatches([TokenizedExample([], [0] * length) for length in lengths], epochs=1, row_length=sft.row_length,
+                       global_batch=sft.global_batch, seed=0,
+                       row_multiple=sharding.num_batch_shards(mesh) * sft.accumulation).rows
+  dtype = jnp.dtype(hardware.compute_dtype(sft.compute_dtype))
+  kernel = attention.choose_backend(sft.attention, model, dtype=dtype, length=sft.row_length,
+                                    rows=rows // sft.accumulation, mesh=mesh)
+  return Expected(rows, kernel, prompt, question, answer)
