@@ -6,6 +6,8 @@ Sources: [paper] the IMM paper and its appendix A; [code] the command its author
 import ml_collections
 from ml_collections import config_dict
 
+from imm_jax.merging import registry
+
 
 def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
@@ -124,9 +126,7 @@ def get_config() -> ml_collections.ConfigDict:
   # the weight of the base in a mean, or 1 minus the scale of what is added to the base.
   merge.method = ""
   merge.options = options = ml_collections.ConfigDict()  # of that method; None for its default
-  for name in ("alpha", "beta", "densities", "eps", "epsilons", "filter_wise", "flatten", "gammas", "max_iter",
-               "normalize", "normalize_weights", "r", "rescale", "row_wise", "scale", "scope", "select_topk", "t",
-               "threshold", "tol", "weights"):
+  for name in registry.round_options():
     options[name] = config_dict.FieldReference(None, field_type=object)
   merge.delta_ref = "start"  # delta = tuned - start of the round (eq. 5), or tuned - "base" [code]
   merge.sweep = ()  # more base weights that are merged and evaluated beside, and lead nowhere

@@ -233,8 +233,15 @@ def rules(folder: Path) -> dict[str, str]:
     run = next((above for above in folder.parents if (above / "run.json").is_file()), None)
     stages = files.read_json(run / "run.json").get("stages", {}) if run else {}
     told = stages.get(str(folder.relative_to(run)), {}).get("facts", {}) if run else {}
-  return {task: f"protocol {how['name']} with worked examples: {how['shots']}"
-          for task, how in told.get("protocol", {}).items()}
+  return {task: _rule(how) for task, how in told.get("protocol", {}).items()}
+
+
+def _rule(how: Mapping[str, Any]) -> str:
+  """Describes how a task was asked, as `evaluating.describe` recorded it; older records say less."""
+  parts = [f"protocol {how['name']} with worked examples: {how['shots']}", *["chat template"] * bool(how.get("chat")),
+           *(f"{text} {how[key]!r}" for key, text in (
+               ("header", "header"), ("stop", "stop"), ("max_new_tokens", "at most so many tokens:")) if key in how)]
+  return ", ".join(parts)
 
 
 def report(this: Path, others: Mapping[Path, Mapping[str, Answers]], out: Path | None) -> None:

@@ -12,6 +12,7 @@ was cut. It appears whole or not at all. With --against comes OUT/against.json: 
 """
 
 import json
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -33,6 +34,7 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier result in
 _AGAINST = flags.DEFINE_multi_string("against", [], "An earlier --out, or an eval folder of a run, to compare with, "
                                      "question by question; may be given several times.")
 flags.mark_flags_as_required(["config", "model", "out"])
+_MANY_CUT = 0.1  # share of answers
 
 
 def main() -> None:
@@ -72,7 +74,10 @@ def main() -> None:
         f"config.eval.max_new_tokens={protocols.max_new_tokens(settings)}")
     length = (f"; {asked.mean_tokens:.1f} tokens an answer, {asked.cut:.1%} cut at "
               f"{limit}") if asked.mean_tokens else ""
-    print(f"{task}: {asked.rule}{length}")
+    print(f"{task}: {asked.rule}{', chat template' * bool(how.get('chat'))}{length}")
+    if asked.cut and asked.cut > _MANY_CUT:
+      print(f"warning: {task}: {asked.cut:.0%} of the answers were cut at {limit}, and count as they stand; raise it",
+            file=sys.stderr)
   for task, count in facts["long_prompts"].items():
     print(f"{task}: {count} questions were skipped: with their answers they do not fit in the model's context")
   print(f"answers and scores: {out}")

@@ -219,6 +219,11 @@ def test_the_command_prints_a_table_and_writes_it(tmp_path: Path):
   done = command(f"--this={a}", f"--against={merged}")
   assert done.stdout.splitlines()[-1] == ("add: asked in other ways, this protocol harness with worked examples: 8; "
                                           "other protocol paper with worked examples: 8")
+  same = how("paper")["protocol"]["add"] | {"chat": True, "max_new_tokens": 80}
+  (a / "scores.json").write_text(json.dumps({"protocol": {"add": same}}))
+  done = command(f"--this={a}", f"--against={merged}")
+  assert ("this protocol paper with worked examples: 8, chat template, at most so many tokens: 80; other"
+          in done.stdout.splitlines()[-1])
   again = command(f"--this={a}", f"--against={b}", f"--out={tmp_path / 'found.json'}")
   assert again.returncode == 1
   assert again.stderr.startswith("error: --out=")

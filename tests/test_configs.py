@@ -330,9 +330,10 @@ def test_scores_of_one_checkpoint(environment, tmp_path):  # noqa: F811
   scores = json.loads((tmp_path / "out/scores.json").read_text())
   for line, task in zip(printed[-2:], ("stories", "choice"), strict=True):
     rows = [json.loads(row) for row in (tmp_path / f"out/{task}.jsonl").read_text().splitlines()]
-    assert scores["protocol"][task] == {
+    expected = {
         "name": "paper", "shots": 0, "n": 6, "mean_tokens": round(sum(row["tokens"] for row in rows) / 6, 2),
         "cut": round(sum(row["finish"] == "length" for row in rows) / 6, 4)}
+    assert scores["protocol"][task].items() >= expected.items()
     assert line.startswith(f"{task}: protocol paper, 0 worked examples; ")
   assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
       "against.json", "choice.jsonl", "choice_samples.jsonl", "scores.json", "stories.jsonl", "stories_samples.jsonl"]

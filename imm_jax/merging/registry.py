@@ -155,6 +155,17 @@ def on_disk() -> dict[str, Method]:
   return {name: METHODS[name] for name in sorted(METHODS) if "delta" not in METHODS[name].inputs}
 
 
+def in_rounds() -> dict[str, Method]:
+  """Returns the methods that can merge a round's model with the base, by name."""
+  return {name: entry for name, entry in on_disk().items() if "fishers" not in entry.inputs and entry.most != 1}
+
+
+def round_options() -> list[str]:
+  """Returns the names of all options of `in_rounds()` that are settings of their own in a run (`merge.options`)."""
+  names = {option.name for entry in in_rounds().values() for option in entry.options}
+  return sorted(names - {"base_weight", "drop_rate", "importance"})
+
+
 def option_help() -> dict[str, str]:
   """Returns the help of the command's flags: for every option of `on_disk()` what it means to which methods."""
   methods_by_text: dict[str, dict[str, list[str]]] = {}

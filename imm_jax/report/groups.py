@@ -73,7 +73,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def method_label(run: Results) -> str:
   """Returns the method's name, with the intervention in SFT if there is one."""
-  return run.method if intervention(run) == "none" else f"{run.method}, {intervention(run)}"
+  return run.variant if intervention(run) == "none" else f"{run.variant}, {intervention(run)}"
 
 
 def intervention(run: Results) -> str:

@@ -42,7 +42,7 @@ def render(results: Results, status: Status, parts: Sequence[Section], chunks: S
     written: time of writing, for a run that is going on.
     renewed: whether the page will be written again.
   """
-  name = f"{results.method}: {results.root.resolve().name}"
+  name = f"{results.variant}: {results.root.resolve().name}"
   top = f"<h1>{html.escape(name)}</h1>{_render_status(results, status, written, renewed)}{_render_summary(results)}"
   return assemble_page(name, top, [*results.problems, *problems], parts, chunks, svgs,
                        reload_s=_RELOAD_S if renewed else 0)
@@ -117,8 +117,8 @@ def _summarise(results: Results, first: Model, last: Model) -> str:
   if first.kind != "base":
     return "The base model's scores are missing, so nobody can say what the run changed."
   if last is first:
-    return f"No round of {results.method} on {model} is done yet; these are the base model's scores."
-  done = f"{last.round + 1} round{'s' * (last.round > 0)} of {results.method} on {model}"
+    return f"No round of {results.variant} on {model} is done yet; these are the base model's scores."
+  done = f"{last.round + 1} round{'s' * (last.round > 0)} of {results.variant} on {model}"
   real = {line.label: line.real for line in differences.compare_models(results, last, results, first).lines}
   parts = [_describe_change(results.in_domain(first), results.in_domain(last), f"in domain ({results.id_task})",
                             real.get(results.id_task))]

@@ -148,6 +148,13 @@ class Results(NamedTuple):
     scores = [model.scores[task] for task in self.ood_tasks]
     return accuracy(sum(round(s.value * s.n) for s in scores), sum(s.n for s in scores))
 
+  @property
+  def variant(self) -> str:
+    """The method's name, with the merging method where that is not the method's own."""
+    merge = self.config.get("merge")
+    own = merge.get("method") if isinstance(merge, dict) else ""
+    return f"{self.method}, merged by {own}" if own else self.method
+
   def handed_on(self) -> tuple[Model, ...]:
     """Returns the base and each round's result: the merged model, or without merging the one handed to the next round.
     """
@@ -282,7 +289,7 @@ def table(results: Results) -> str:
     lines.append([model.label, *map(format_accuracy, figures)])
   widths = [max(len(row[i]) for row in lines) for i in range(len(lines[0]))]
   text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]
-  return "\n".join([f"accuracy, method {results.method}; ID is {results.id_task}; brackets are 95 % intervals", *text,
+  return "\n".join([f"accuracy, method {results.variant}; ID is {results.id_task}; brackets are 95 % intervals", *text,
                     *_format_other_scores(results), *_format_texts(results), *_format_sampled(results),
                     *list_protocols(results), *_format_lengths(results), *list_skipped(results)])
 

@@ -119,9 +119,12 @@ def answer_greedily(config: ml_collections.ConfigDict, model: Path, sampler: sam
 
 def describe(config: ml_collections.ConfigDict, task: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """Describes how greedy answers were obtained: the protocol's `name`, `shots` per prompt, `n` answers, `mean_tokens`
-  per answer, and the share that was `cut` at `eval.max_new_tokens`."""
+  per answer, the share that was `cut` at `max_new_tokens`, whether prompts are a `chat`, `stop`, the paper's `header`.
+  """
   protocol = protocols.get_protocol(config, task)
-  return {"name": protocol.name, "shots": protocol.few_shot, "n": len(rows),
+  return {"name": protocol.name, "shots": protocol.few_shot, "n": len(rows), "chat": protocol.chat,
+          "stop": list(protocol.stop), "max_new_tokens": protocols.max_new_tokens(config),
+          **({"header": config.prompt.header} if protocol.name == "paper" else {}),
           "mean_tokens": round(sum(r["tokens"] for r in rows) / len(rows), 2),
           "cut": round(sum(r["finish"] == "length" for r in rows) / len(rows), 4)}
 

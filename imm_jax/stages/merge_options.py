@@ -68,8 +68,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     if given:
       raise UserError(f"config.merge.options.{next(iter(given))}: method={config.method} merges nothing")
     return
-  known = {name: method for name, method in registry.on_disk().items() if "fishers" not in method.inputs
-           and method.most != 1}
+  known = registry.in_rounds()
   name = merge_method(config)
   if name not in known:
     reason = f"is not for rounds; expected one of: {', '.join(known)}" if name in registry.METHODS else nearest(

@@ -214,4 +214,5 @@ def test_how_answers_came_is_counted():
   rows_of = [{"tokens": t, "finish": f} for t, f in itertools.zip_longest((4, 6, 11), ("stop", "length"),
                                                                          fillvalue="stop")]
   assert evaluating.describe(config("harness"), "groups", rows_of) == {
-      "name": "harness", "shots": 8, "n": 3, "mean_tokens": 7.0, "cut": 0.3333}
+      "name": "harness", "shots": 8, "n": 3, "mean_tokens": 7.0, "cut": 0.3333, "chat": False, "max_new_tokens": 40,
+      "stop": list(protocols.get_protocol(config("harness"), "groups").stop)}
