@@ -19,13 +19,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from imm_jax import config_files, distributed, files, hardware
+from imm_jax import api_checks, config_files, distributed, files, hardware
 from imm_jax.analysis import ORDERS, importance as layers
 from imm_jax.analysis.importance import LayerImportance
 from imm_jax.errors import UserError, nearest
 from imm_jax.model import attention, hf, hub, sharding
 from imm_jax.model.config import ModelConfig
-from imm_jax.model.decoder import Params, abstract_params, bind
+from imm_jax.model.decoder import REMAT, Params, abstract_params, bind
 from imm_jax.model.tokenization import encode_continuation, encode_prompt
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.sampling import Completion, Prompt
@@ -114,10 +114,15 @@ class Model:
     Returns:
       float32 logits [T, V] or [B, T, V].
 
+    Raises:
+      ValueError: for no token, ids that the model does not have, or more than its context.
+
     >>> load("tiny").logits("3+4=").argmax(-1).shape
     (4,)
     """
-    ids = jnp.asarray(self.encode(tokens) if isinstance(tokens, str) else tokens, jnp.int32)
+    given = np.asarray(self.encode(tokens) if isinstance(tokens, str) else tokens)
+    api_checks.check_ids(given, self.config.vocab_size, self.config.max_positions)
+    ids = jnp.asarray(given, jnp.int32)
     found = _compiled(self.config, hardware.compute_dtype(compute_dtype))(self.params, jnp.atleast_2d(ids))
     return found if ids.ndim == 2 else found[0]
 
@@ -151,10 +156,11 @@ class Model:
     """
     from imm_jax.sampling.native import NativeSampler
 
+    api_checks.check_prompts(prompts)
     sampler = NativeSampler(self.folder, params=self.params, mesh=self.mesh, batch_size=batch_size,
                             compute_dtype=hardware.compute_dtype(compute_dtype))
     asked = [prompt if isinstance(prompt, Prompt) else Prompt(str(i), prompt) for i, prompt in enumerate(prompts)]
-    temperatures = (temperature,) if isinstance(temperature, int | float) else tuple(temperature)
+    temperatures = tuple(float(t) for t in np.atleast_1d(temperature))
     return sampler.generate(asked, max_new_tokens=max_new_tokens, num_samples=num_samples, temperatures=temperatures,
                             top_p=top_p, stop=stop, seed=seed)
 
@@ -171,11 +177,13 @@ class Model:
 
     Raises:
       UserError: for a continuation without a token of its own, or longer than the model's context.
+      ValueError: for what is no pair of texts.
 
     >>> right, wrong = load("tiny").score([("3+4=", "7"), ("3+4=", "9")])
     >>> right.logprob > wrong.logprob
     True
     """
+    api_checks.check_pairs(pairs)
     scorer = Scorer(self.config, self.params, mesh=self.mesh, compute_dtype=hardware.compute_dtype(compute_dtype))
     return scorer.score(encode_continuations(self.tokenizer, pairs, rows=self.config.vocab_size,
                                              positions=self.config.max_positions))
@@ -209,11 +217,13 @@ def load(model: str | os.PathLike[str], *, dtype: str | None = None, mesh: Mesh 
 
   Raises:
     UserError: when there is no such model, or it cannot be read.
+    ValueError: for another dtype.
 
   >>> model = load("tiny")
   >>> model.config.num_layers, model.params["layers"]["mlp"]["up_proj"]["weight"].shape
   (4, (4, 384, 128))
   """
+  api_checks.check_dtype(dtype)
   folder = hub.resolve(os.fspath(model))
   config = hf.read_config(folder)
   tokenizer = load_tokenizer(folder, rows=config.vocab_size)
@@ -281,7 +291,7 @@ def fine_tune(model: Model, pairs: Sequence[Pair], *, learning_rate: float = 2e-
 
   Raises:
     UserError: when the loss is not finite.
-    ValueError: for no pair, or one that is longer than a row.
+    ValueError: for no pair, one that is longer than a row or has no prompt or no token to learn, or a wrong argument.
 
   >>> losses = []
   >>> tuned = fine_tune(load("tiny"), [("3+4=", "8")], learning_rate=1e-3, global_batch=1,
@@ -289,6 +299,10 @@ def fine_tune(model: Model, pairs: Sequence[Pair], *, learning_rate: float = 2e-
   >>> len(losses), losses[-1] < losses[0]
   (3, True)
   """
+  api_checks.check_choice("schedule", schedule, ("cosine", "linear", "constant"))
+  api_checks.check_choice("remat", remat, REMAT)
+  if epochs < 1 or global_batch < 1:
+    raise ValueError(f"epochs={epochs}, global_batch={global_batch}: expected 1 or more")
   batches, options = _pack(model, pairs, epochs=epochs, global_batch=global_batch, row_length=row_length, seed=seed,
                            compute_dtype=compute_dtype, ends=ends)
   rates = make_schedule(schedule, peak=learning_rate, total_steps=len(batches), warmup_ratio=warmup_ratio)
@@ -372,7 +386,8 @@ def run(config: str | os.PathLike[str] | ml_collections.ConfigDict, *, workdir: 
     try:
       settings.update_from_flattened_dict({key: value})
     except (TypeError, ValueError) as e:
-      raise UserError(f"{key}={value!r}: {e}") from e
+      kind = type(functools.reduce(lambda at, part: at[part], key.split("."), settings)).__name__
+      raise UserError(f"{key}={value!r}: expected a value of type {kind}") from e
   checks.validate(settings)
   loop.run(settings, os.fspath(workdir), rerun=rerun)
   return report.Results.of(Path(workdir))
@@ -390,9 +405,15 @@ def _flat(settings: ml_collections.ConfigDict, before: str = "") -> list[str]:
 def _pack(model: Model, pairs: Sequence[Pair], *, epochs: int, global_batch: int, row_length: int | None, seed: int,
           compute_dtype: str, ends: bool) -> tuple[PackedBatches, dict[str, Any]]:
   """Pairs as batches for the model's devices, and the options that training and gradients share."""
+  api_checks.check_pairs(pairs)
+  if ends and model.tokenizer.eos_token_id is None:
+    raise ValueError("ends=True: the tokenizer has no end-of-text token; give ends=False")
   rows, end = model.config.vocab_size, [model.tokenizer.eos_token_id] * ends
   examples = [TokenizedExample(model.encode(prompt), encode_continuation(model.tokenizer, answer, rows=rows) + end)
               for prompt, answer in pairs]
+  for i, example in enumerate(examples):
+    if not example.prompt or not example.response:
+      raise ValueError(f"pairs[{i}]={pairs[i]!r:.80}: has no token of a prompt, or none to learn")
   longest = max((len(e.prompt) + len(e.response) for e in examples), default=0)
   length = row_length or max(_ROW, -(-longest // _STEP) * _STEP)
   batches = PackedBatches(examples, epochs=epochs, global_batch=global_batch, row_length=length, seed=seed,
@@ -411,7 +432,7 @@ def _float32(params: Params, *, copied: bool = False) -> Params:
 
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
-  return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+  return {jax.tree_util.keystr(path, simple=True, separator="."): np.shape(leaf)
           for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -121,6 +122,35 @@ def test_a_run_gives_its_results_and_goes_on(tmp_path: Path, capsys: pytest.Capt
   imm_jax.run("tiny", workdir=tmp_path / "run", **small)
   assert "\n0 of " in "\n" + capsys.readouterr().out
   assert imm_jax.load(tmp_path / "run/round_0/merged").config.num_layers == 4
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda model: model.sample("3+4="), "expected a list of texts"),
+    (lambda model: model.score(["ab"]), r"pairs\[0\]='ab': expected a pair of texts"),
+    (lambda model: model.logits([5, 100_000]), "tokens: from 5 to 100000; expected 0 to 567"),
+    (lambda model: model.logits([1.5, 2.0]), "of dtype float64; expected whole numbers"),
+    (lambda model: model.logits([1] * 257), "257 of them, and the model's context has 256"),
+    (lambda model: model.logits(""), r"tokens: of shape \(0,\)"),
+    (lambda model: model.with_params({"a": 1}), "not of this model's form"),
+    (lambda model: imm_jax.fine_tune(model, [("3+4=", "")], ends=False), "no token of a prompt, or none to learn"),
+    (lambda model: imm_jax.fine_tune(model, [("3+4=", "7")], schedule="cos"), "schedule='cos': expected one of cosine"),
+    (lambda model: imm_jax.fine_tune(model, [("3+4=", "7")], remat="x"), "remat='x': expected one of none"),
+    (lambda model: imm_jax.fine_tune(model, [("3+4=", "7")], epochs=0), "epochs=0"),
+    (lambda model: imm_jax.load("tiny", dtype="float3"), "dtype='float3': expected one of bfloat16")],
+    ids=["sample", "score", "range", "kind", "length", "empty", "params", "nothing-learned", "schedule", "remat",
+         "epochs", "dtype"])
+def test_a_wrong_argument_is_named(call: Callable[[imm_jax.Model], object], message: str):
+  with pytest.raises(ValueError, match=message):
+    call(imm_jax.load("tiny"))
+
+
+def test_a_numpy_temperature_is_a_number():
+  assert len(imm_jax.load("tiny").sample(["3+4="], temperature=np.float32(0.5), max_new_tokens=2)) == 1
+
+
+def test_a_setting_of_another_type_is_named(tmp_path: Path):
+  with pytest.raises(imm_jax.UserError, match="rounds='2': expected a value of type int"):
+    imm_jax.run("tiny", workdir=tmp_path, rounds="2")
 
 
 def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
