@@ -379,7 +379,7 @@ def run(config: str | os.PathLike[str] | ml_collections.ConfigDict, *, workdir: 
       config, ml_collections.ConfigDict) else config_files.load(os.fspath(config))
   if experiments.is_experiment(settings):
     raise UserError("run: the config holds several runs, which `imm run` does; give the config of one")
-  known = _flat(settings)
+  known = config_files.keys(settings)
   for key, value in changes.items():
     if key not in known:
       raise UserError(f"{key} is no setting: {nearest(key, known)}")
@@ -391,15 +391,6 @@ def run(config: str | os.PathLike[str] | ml_collections.ConfigDict, *, workdir: 
   checks.validate(settings)
   loop.run(settings, os.fspath(workdir), rerun=rerun)
   return report.Results.of(Path(workdir))
-
-
-def _flat(settings: ml_collections.ConfigDict, before: str = "") -> list[str]:
-  """The names of all settings."""
-  found = []
-  for key in settings:
-    value = settings[key]
-    found += _flat(value, f"{before}{key}.") if isinstance(value, ml_collections.ConfigDict) else [f"{before}{key}"]
-  return found
 
 
 def _pack(model: Model, pairs: Sequence[Pair], *, epochs: int, global_batch: int, row_length: int | None, seed: int,

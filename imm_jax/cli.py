@@ -15,7 +15,7 @@ import ml_collections
 from absl import app, flags, logging
 
 from imm_jax import compilation, config_files, signals
-from imm_jax.errors import Exit, PreemptedError, UserError, exit_code
+from imm_jax.errors import Exit, PreemptedError, UserError, exit_code, nearest
 
 # Of what another's error says.
 _LONGEST = 300
@@ -52,7 +52,7 @@ def run(main: Callable[[], None], *, positional: Sequence[str] = ()) -> None:
       _fail(str(e))
     except (AttributeError, KeyError, TypeError, ValueError) as e:
       # ml_collections raises these for a config key or value that does not fit.
-      _fail(_config_message(e))
+      _fail(_config_message(e, argv))
     except Exception as e:  # a config file is Python and may raise anything
       _fail(f"the config file cannot be loaded: {_one_line(e)}")
     for name, value in zip(positional, rest[1:], strict=False):
@@ -156,11 +156,14 @@ def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
   return holder.value
 
 
-def _config_message(error: Exception) -> str:
+def _config_message(error: Exception, argv: list[str]) -> str:
   text = _one_line(error).strip('"')
   hint = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', text)
   if hint:
     return f"the config has no key {hint[2]!r}; did you mean {hint[1]!r}?"
+  for path in re.findall(r"(?m)^--?config\.([\w.]+)", "\n".join(argv)):
+    if path.rpartition(".")[2] == text.strip("'"):
+      return f"the config has no key {path!r}; {nearest(path, config_files.keys(config_files.load('common')))}"
   return f"the config has no such key or value: {text} (configs/common.py lists all keys)"
 
 

@@ -96,3 +96,16 @@ def importable(file: Path | None) -> Iterator[None]:
 
 def _loaded() -> list[str]:
   return [name for name in sys.modules if name == _PACKAGE or name.startswith(f"{_PACKAGE}.")]
+
+
+def keys(settings: ml_collections.ConfigDict, before: str = "") -> list[str]:
+  """Returns the names of all settings, those of groups with dots.
+
+  >>> [key for key in keys(load("tiny")) if key.startswith("merge.auto.g")]
+  ['merge.auto.general', 'merge.auto.groups']
+  """
+  found = []
+  for key in settings:
+    value = settings[key]
+    found += keys(value, f"{before}{key}.") if isinstance(value, ml_collections.ConfigDict) else [f"{before}{key}"]
+  return found

@@ -181,8 +181,13 @@ def option_help() -> dict[str, str]:
 def load() -> dict[str, Callable[..., PyTree]]:
   """Imports every file of `methods`, which registers its methods, and returns the functions on trees by name."""
   package = importlib.import_module("imm_jax.merging.methods")
-  modules = [importlib.import_module(f"{package.__name__}.{module.name}")
-             for module in pkgutil.iter_modules(package.__path__)]
+  modules = []
+  for module in pkgutil.iter_modules(package.__path__):
+    try:
+      modules.append(importlib.import_module(f"{package.__name__}.{module.name}"))
+    except Exception as e:  # every command imports the methods: which file it was must be seen in all of them
+      e.add_note(f"This was raised in {module.name}.py, a merging method in {package.__path__[0]}.")
+      raise
   return {name: getattr(module, name) for module in modules for name, entry in METHODS.items()
           if entry.kernel.__module__ == module.__name__}
 

@@ -50,8 +50,9 @@ def of_round(config: ml_collections.ConfigDict, round_: int) -> Questions:
   others = [e for i, e in enumerate(pool) if i not in set(shown_indices)]
   rest = others[held_out:]
   if not rest or count > len(rest):
+    advice = f"; set task.questions_per_round to {len(rest)} or less, or to 0 for all of them" if rest else ""
     raise ValueError(f"{config.task.name} has {len(pool)} train questions, of which {len(pool) - len(rest)} are set "
-                     f"apart; {max(1, count)} are asked for in a round")
+                     f"apart; {max(1, count)} are asked for in a round{advice}")
   # Each round continues where the previous one ended, and wraps around at the end.
   asked = [rest[i % len(rest)] for i in range(round_ * count, (round_ + 1) * count)] if count else rest
   return Questions([pool[i] for i in shown_indices[:few]], others[:held_out], asked)

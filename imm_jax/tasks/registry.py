@@ -73,7 +73,10 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
     form = form or next((f for f in task.formats if record.keys() >= set(f.fields)), task.formats[0])
     missing = [field for field in form.fields if field not in record]
     if missing:
-      raise UserError(f"{place}: has no field {missing[0]!r} but {', '.join(record)}; expected records {where.needs}")
+      key = next((key for key, own in fields if own.lower() == missing[0]), missing[0])
+      advice = f"; name it with --config.task.fields.{key}=NAME" if name == "custom" else ""
+      raise UserError(f"{place}: has no field {missing[0]!r} but {', '.join(record)}; expected records {where.needs}"
+                      f"{advice}")
     seen.update(record)
     try:
       if task.select and not task.select(record, split):

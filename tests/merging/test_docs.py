@@ -7,7 +7,9 @@ import types
 import jax.numpy as jnp
 import pytest
 
+from configs import tiny
 from imm_jax.merging import registry
+from imm_jax.stages import merge_options
 from tests import REPO
 
 TEXT = (REPO / "docs/merging.md").read_text()
@@ -33,6 +35,10 @@ def test_a_method_is_one_file(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match=r"temperature=-1\.0 at 'w': expected 0 <= temperature"):
       module.soft_swap({"w": jnp.zeros(2)}, {"w": jnp.zeros(2)}, temperature=-1)
     assert "soft_swap" in registry.on_disk()
+    config = tiny.get_config()  # as of a run with --config.merge.method=soft_swap
+    config.merge.method, config.merge.options.temperature = "soft_swap", 0.5
+    merge_options.check(config)
+    assert merge_options.settings_of(config)["options"] == {"temperature": 0.5}
     assert "soft_swap: the change that is taken by half" in registry.option_help()["temperature"]
   finally:
     registry.METHODS.pop("soft_swap", None)
