@@ -153,7 +153,8 @@ class RunDir:
       lost = [stage.name for stage in stages if stage.costly and stage.name in again]
       lost += [name for name in gone if self._record["stages"][name].get("costly")]
       if lost and not rerun:
-        raise UserError(f"{self.path}: made with {made} ({'; '.join(what)}), which would run finished work again: "
+        verb = "run finished work again" if set(lost) & set(again) else "drop finished work from the run"
+        raise UserError(f"{self.path}: made with {made} ({'; '.join(what)}), which would {verb}: "
                         f"{listed(lost)}; give --rerun to have that, or use another --workdir, or {back} it was made "
                         "with")
       how += [f"{'; '.join(what)}: {f'{listed(again)} will be run again' if again else 'nothing is run again for it'}"]
