@@ -168,7 +168,10 @@ def test_what_the_hub_says_is_one_line(hub: Hub, merged: Path, error: Exception,
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["a"], "error: TO is missing; expected: RUN/round_2/merged ORG/NAME"),
-    (["a", "b/c", "d"], "error: unexpected argument 'd'"), ([str(TINY), "b/c"], "lies in no run directory")])
+    (["a", "b/c", "d"], "error: unexpected argument 'd'"),
+    (["a", "--to=b/c", "--folder=d"], "'a' is given without a name, which means --folder, and --folder is given as"),
+    (["a", "b/c", "--to=d/e"], "'b/c' is given without a name, which means --to, and --to is given as well; give one"),
+    ([str(TINY), "b/c"], "lies in no run directory")])
 def test_wrong_arguments_are_one_line(arguments: list[str], said: str):
   done = subprocess.run([sys.executable, "-m", "imm_jax.push", *arguments], cwd=REPO, capture_output=True, text=True,
                         check=False)
