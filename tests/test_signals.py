@@ -75,12 +75,10 @@ _BLOCKED = '''
       pass
   except BlockingIOError:
     os.set_blocking(2, True)
-  print("full", flush=True)
-  hashlib.pbkdf2_hmac('sha256', b'a', b'b', 1 << 30)'''
+  said(lambda: print("full", flush=True) or hashlib.pbkdf2_hmac('sha256', b'a', b'b', 1 << 30))'''
 _STUCK = '''
   signals._before_end.insert(0, lambda why: time.sleep(60))
-  print("full", flush=True)
-  hashlib.pbkdf2_hmac('sha256', b'a', b'b', 1 << 30)'''
+  said(lambda: print("full", flush=True) or hashlib.pbkdf2_hmac('sha256', b'a', b'b', 1 << 30))'''
 
 
 @pytest.mark.parametrize("work", [_BLOCKED, _STUCK], ids=["stderr", "status"])
@@ -88,8 +86,12 @@ def test_what_blocks_does_not_keep_a_process_alive(work: str):
   with subprocess.Popen([sys.executable, "-c", "import os" + _BEGIN + work], cwd=REPO, text=True,
                         stdout=subprocess.PIPE) as process:
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "full\n"]
+    time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 143
+    try:
+      assert process.wait(timeout=30) == 143
+    finally:
+      process.kill()
 
 
 def test_an_interrupt_without_a_signal_leaves_the_watch_alive():
@@ -102,12 +104,17 @@ def test_an_interrupt_without_a_signal_leaves_the_watch_alive():
   signal_.signal(signal_.SIGCHLD, lambda *_: None)
   signal_.raise_signal(signal_.SIGCHLD)  # wakes the watch
   time.sleep(0.2)
-  print("watches", signals._lost.is_set(), flush=True)''' + _COMPUTES.replace("  said", "\n  said")
+  said(lambda: print("watches", signals._lost.is_set(), flush=True) or hashlib.pbkdf2_hmac(
+      'sha256', b'a', b'b', 1 << 30))'''
   with subprocess.Popen([sys.executable, "-c", _BEGIN + work], cwd=REPO, text=True, stdout=subprocess.PIPE,
                         stderr=subprocess.PIPE) as process:
-    assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "watches False\n"]
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
+    try:
+      assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "watches False\n"]
+      time.sleep(0.1)
+      process.send_signal(signal.SIGTERM)
+      _, err = process.communicate(timeout=30)
+    finally:
+      process.kill()
   assert process.returncode == 143, err
   assert "Traceback" not in err
 
