@@ -7,9 +7,11 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import ml_collections
 import yaml
 
-from imm_jax.methods import METHODS
+from imm_jax.merging import registry
+from imm_jax.methods import METHODS, merge_method
 from imm_jax.model import hub
 from imm_jax.report.results import Model, Results
 from imm_jax.tasks.catalogue import TASKS
@@ -38,14 +40,14 @@ def write(results: Results, stage: str, name: str) -> str:
     head |= {"base_model": base, "base_model_relation": "merge" if stage.endswith("/merged") else "finetune"}
   if datasets := list(dict.fromkeys(_datasets(results))):
     head["datasets"] = datasets
-  method, round_ = METHODS[results.method], re.match(r"round_(\d+)/", stage)
+  round_ = re.match(r"round_(\d+)/", stage)
   which = f"round {int(round_[1]) + 1} of {config['rounds']}" if round_ else "the run"
   command = "python -m imm_jax.main --config=configs/common.py --workdir=RUN"
   changed = _changed(config)
   lines = [f"# {name.partition('/')[2]}", "",
            f"`{stage}` of a run of [{PAPER[0]}]({PAPER[1]}) with imm_jax: the model after {which}.", "",
            f"- Base model: `{config['model']}`",
-           f"- Method: `{results.method}`, {method.summary} ({method.source})",
+           f"- Method: {_method(results)}",
            f"- In domain: {results.id_task}; out of domain: {', '.join(results.ood_tasks) or 'none'}",
            f"- Software: {', '.join(f'{k} {v}' for k, v in sorted(results.facts.get('versions', {}).items()))}, on "
            f"{', '.join(sorted(set(results.facts.get('devices', []))))}", "",
@@ -57,17 +59,41 @@ def write(results: Results, stage: str, name: str) -> str:
   return "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True) + "---\n\n" + "\n".join(lines)
 
 
+def shown(results: Results, stage: str) -> list[Model]:
+  """Those whose scores are on the card: the base, this model, and where it is a merged one what it was merged from."""
+  return [model for model in results.models if _stage(model) in ("base", f"{stage.partition('/')[0]}/sft", stage)]
+
+
+def is_evaluated(results: Results, stage: str) -> bool:
+  """Whether the run has scores of this checkpoint."""
+  return any(_stage(model) == stage for model in results.models)
+
+
+def _method(results: Results) -> str:
+  """What a round does, and in place of the method's own merge the one that the config sets."""
+  method, config = METHODS[results.method], results.config
+  given = config.get("merge", {}).get("method", "")
+  merge = merge_method(ml_collections.ConfigDict({"method": results.method, "merge": {"method": given}}))
+  if merge == method.merge:
+    return f"`{results.method}`, {method.summary} ({method.source})"
+  known = registry.METHODS.get(merge)  # one of the user's own may not be registered here
+  reference = f" ({known.reference})" if known and known.reference else ""
+  return f"`{results.method}`, merged by `{merge}`{f': {known.summary}' if known else ''}{reference}"
+
+
 def _scores(results: Results, stage: str) -> list[str]:
-  """A table: the base, this model, and where it is a merged one what it was merged from."""
-  shown = [model for model in results.models if _stage(model) in ("base", f"{stage.partition('/')[0]}/sft", stage)]
+  """A table of the models `shown`."""
+  models = shown(results, stage)
   tasks = (results.id_task, *results.ood_tasks)
   rows = [["model", *tasks], ["---"] * (1 + len(tasks))]
-  for model in shown:
+  for model in models:
     rows.append([f"**{model.label}**" if _stage(model) == stage else model.label, *(
         f"{a.value:.3f} [{a.low:.3f}, {a.high:.3f}]" for a in (model.scores[task] for task in tasks))])
-  counts = ", ".join(f"{task} {shown[-1].scores[task].n}" for task in tasks)
-  rules = sorted({asked.rule for model in shown for asked in model.asked.values()})
-  return ["| " + " | ".join(row) + " |" for row in rows] + [
+  counts = ", ".join(f"{task} {models[-1].scores[task].n}" for task in tasks)
+  rules = sorted({asked.rule for model in models for asked in model.asked.values()})
+  missing = [] if is_evaluated(results, stage) else ["**This model has not been evaluated**: the scores are those of "
+                                                     "the models named.", ""]
+  return missing + ["| " + " | ".join(row) + " |" for row in rows] + [
       "", f"Accuracy with its 95 % interval; questions: {counts}{f'; {chr(59).join(rules)}' if rules else ''}."]
 
 

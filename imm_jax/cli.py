@@ -32,7 +32,8 @@ _KEPT = flags.DEFINE_string(
 def run(main: Callable[[], None], *, positional: Sequence[str] = ()) -> None:
   """Parses flags and calls `main`; what ends it early is said in one line on stderr and by the exit code (`Exit`).
 
-  Arguments without a name are the values of the flags `positional`, in their order.
+  Arguments without a name are the values of the flags `positional`, in their order; where the last of these holds a
+  list, it takes all that are left.
   """
 
   def parse(argv: list[str]) -> list[str]:
@@ -55,9 +56,7 @@ def run(main: Callable[[], None], *, positional: Sequence[str] = ()) -> None:
       _fail(_config_message(e, argv))
     except Exception as e:  # a config file is Python and may raise anything
       _fail(f"the config file cannot be loaded: {_one_line(e)}")
-    for name, value in zip(positional, rest[1:], strict=False):
-      flags.FLAGS[name].value = value
-    rest = [*rest[:1], *rest[1 + len(positional):]]
+    rest = [*rest[:1], *_place(positional, rest[1:])]
     if len(rest) > 1:
       _fail(f"unexpected argument {rest[1]!r}; options are given as --name=value (see --help)")
     return rest
@@ -83,6 +82,20 @@ def run(main: Callable[[], None], *, positional: Sequence[str] = ()) -> None:
       _end(e)
 
   app.run(call, flags_parser=parse)
+
+
+def _place(positional: Sequence[str], given: list[str]) -> list[str]:
+  """Sets these flags to the arguments without a name; returns those that are left."""
+  for name in positional:
+    flag = flags.FLAGS[name]
+    takes = given if name == positional[-1] and isinstance(flag.parser, flags.ListParser) else given[:1]
+    if takes and flag.present:
+      _fail(f"{takes[0]!r} is given without a name, which means --{name}, and --{name} is given as well; give one of "
+            "them")
+    if takes:
+      flag.value = takes if takes is given else takes[0]
+    given = given[len(takes):]
+  return given
 
 
 def _end(error: Exception) -> NoReturn:

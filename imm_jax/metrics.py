@@ -53,9 +53,17 @@ class StageMetrics:
   def __enter__(self) -> "StageMetrics":
     return self
 
-  def __exit__(self, *_: object) -> None:
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    failed: list[BaseException] = []
     for writer in self._writers:
-      writer.close()
+      try:
+        writer.close()
+      except BaseException as e:  # the others have something to write, too
+        failed.append(e)
+    if failed and kind is None:  # else what the block has raised is the first
+      raise failed[0]
+    for e in failed:
+      print(f"warning: metrics were not written to the end ({first_line(e)})", file=sys.stderr)
 
 
 class _Lines:
@@ -156,6 +164,9 @@ def _wandb_run(wandb: ModuleType, root: Path, config: dict[str, Any]) -> Any:
     files.write_text(path, json.dumps({"id": uuid.uuid4().hex[:12], "name": root.resolve().name,
                                        "project": os.environ.get("WANDB_PROJECT", "imm_jax")}, indent=1) + "\n")
   known = files.read_json(path)
+  if wrong := [key for key in ("id", "name", "project") if not (isinstance(known.get(key), str) and known[key])]:
+    raise UserError(f"{path}: {wrong[0]!r} is missing or no text; put it right, or remove the file to begin another "
+                    "run of Weights & Biases")
   return wandb.init(id=known["id"], name=known["name"], project=known["project"], resume="allow", dir=str(root),
                     config=config, settings=wandb.Settings(silent=True))
 

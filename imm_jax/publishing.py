@@ -1,14 +1,25 @@
 """Checkpoints of a run on the Hugging Face hub: what is uploaded, and what is refused."""
 
+import re
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imm_jax import card, files, rundir
-from imm_jax.errors import UserError, first_line, listed
+from imm_jax import card, files, integrity, rundir
+from imm_jax.errors import ResourceError, UserError, first_line, listed
 from imm_jax.model import folder as checkpoint, hf
 from imm_jax.report.results import Results
 
 _CARD = "README.md"
+# What a checkpoint's folder may hold besides its side files: weights in the forms that are loaded by their name, their
+# indices, an adapter, and the settings of quantised weights.
+_OF_A_MODEL = re.compile(
+    r"[^/]*\.safetensors(\.index\.json)?|pytorch_model[^/]*\.bin(\.index\.json)?|consolidated[^/]*\.pth|params\.json|"
+    r"(tf_model|flax_model)[^/]*\.(h5|msgpack)(\.index\.json)?|adapter_config\.json|adapter_model\.bin|"
+    r"(quantize|quant|hf_quant)_config\.json|tokenization_[^/]*\.py|" + checkpoint.TEMPLATES + r"/[^/]*\.jinja")
+# Of the hub's answers those that say it may take the same later.
+_LATER = (408, 429, *range(500, 600))
 
 
 def push(folder: Path, to: str, *, private: bool = False, revision: str | None = None, overwrite_card: bool = False,
@@ -26,7 +37,9 @@ def push(folder: Path, to: str, *, private: bool = False, revision: str | None =
     The address of the commit.
 
   Raises:
-    UserError: for a folder that is no whole checkpoint or is not what its run has written, or where the hub refuses.
+    UserError: for a folder that is no whole checkpoint, is not what its run has written or was made otherwise than its
+      config says, or where the hub refuses.
+    ResourceError: where the hub cannot be reached.
   """
   hf.check_folder(folder)
   root, stage = find_run(folder)
@@ -34,26 +47,39 @@ def push(folder: Path, to: str, *, private: bool = False, revision: str | None =
            *(path.name for path in checkpoint.weight_files(folder))]
   check_recorded(root, stage, folder, names)
   results = Results.of(root)
-  if not results.config or "base/eval" not in results.stages:
+  if not results.config or not any(model.kind == "base" for model in results.models):
     raise UserError(f"{root}: config.json or what run.json says of base/eval is missing or damaged "
                     f"({listed(results.problems)})")
+  check_current(root, rundir.read_record(root), [model.folder for model in card.shown(results, stage)])
   text = card.write(results, stage, to)
+  if not card.is_evaluated(results, stage):
+    print(f"note: {folder}: has not been evaluated; its card says so, and has other models' scores alone",
+          file=sys.stderr)
   import huggingface_hub  # late: it takes its time
   from huggingface_hub import errors
 
   api = huggingface_hub.HfApi()
   try:
     return _upload(api, huggingface_hub, folder, names, text, to, stage, private, revision, overwrite_card)
-  except UserError:
-    raise
   except errors.HFValidationError as e:
     raise UserError(f"--to={to}: is no id that the hub can have ({first_line(e)}); expected ORG/NAME") from e
   except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError) as e:
     status = getattr(getattr(e, "response", None), "status_code", None)
-    advice = "run `hf auth login` with a token that may write there" if status in (401, 403, 404, None) else "try again"
+    if status in _LATER:
+      raise ResourceError(f"--to={to}: the hub cannot take it now ({first_line(e)}); try again") from e
+    advice = "run `hf auth login` with a token that may write there" if status in (401, 403, 404, None) else (
+        "see what it says of the name, the branch and the files")
     raise UserError(f"--to={to}: the hub refuses ({first_line(e)}); {advice}") from e
-  except Exception as e:  # of whichever HTTP library it uses
-    raise UserError(f"--to={to}: the hub cannot be reached ({first_line(e)}); try again") from e
+  except _not_reached() as e:
+    raise ResourceError(f"--to={to}: the hub cannot be reached ({first_line(e)}); try again") from e
+
+
+def _not_reached() -> tuple[type[BaseException], ...]:
+  """What says that the hub is not reached, of Python and of whichever HTTP library huggingface_hub uses."""
+  known = (("httpx", "TransportError"), ("httpx2", "TransportError"), ("requests", "ConnectionError"),
+           ("requests", "Timeout"))
+  return (ConnectionError, TimeoutError, *(
+      getattr(sys.modules[library], kind) for library, kind in known if library in sys.modules))
 
 
 def _upload(api: Any, library: Any, folder: Path, names: list[str], text: str, to: str, stage: str, private: bool,
@@ -68,9 +94,8 @@ def _upload(api: Any, library: Any, folder: Path, names: list[str], text: str, t
   there = set(api.list_repo_files(to, revision=revision))
   add = lambda name, content: library.CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
   operations = [add(name, str(folder / name)) for name in names]
-  # Weights of an earlier model of more or fewer shards would make two checkpoints of one.
-  old = sorted(name for name in there - set(names)
-               if "/" not in name and (name.endswith(".safetensors") or name == checkpoint.INDEX))
+  # Another model's weights, or a part of its tokenizer, would make two checkpoints of one.
+  old = sorted(name for name in there - set(names) if name in checkpoint.SIDE_FILES or _OF_A_MODEL.fullmatch(name))
   operations += [library.CommitOperationDelete(path_in_repo=name) for name in old]
   if old:
     print(f"note: {to}: {listed(old)}, of an earlier model, goes")
@@ -93,8 +118,9 @@ def find_run(folder: Path) -> tuple[Path, str]:
 
 
 def check_recorded(root: Path, stage: str, folder: Path, names: list[str]) -> None:
-  """Raises UserError unless the files are those that the run has recorded for this checkpoint."""
-  entry, below = rundir.read_record(root)["stages"], ""
+  """Raises UserError unless the files are those that the run has recorded for this checkpoint, made by its config."""
+  record = rundir.read_record(root)
+  entry = record["stages"]
   owner = next((name for name in entry if stage == name or stage.startswith(f"{name}/")), None)
   if owner is None:
     raise UserError(f"{folder}: is no finished stage of the run in {root}; give the run's command again first")
@@ -108,3 +134,43 @@ def check_recorded(root: Path, stage: str, folder: Path, names: list[str]) -> No
   if wrong or lost:
     raise UserError(f"{folder}: {listed(sorted({*wrong, *lost}))} differs from what the run has recorded; remove the "
                     "folder and give the run's command again")
+  manifest = root / integrity.MANIFEST
+  if manifest.exists() and "config.json" in integrity.differing(manifest, root):
+    raise UserError(f"{root / 'config.json'}: differs from what the run has written, so nobody can say how {stage} was "
+                    "made; put it back as it was, or give the run's command again")
+  check_current(root, record, [owner])
+
+
+def check_current(root: Path, record: dict[str, Any], stages: Sequence[str]) -> None:
+  """Raises UserError where stages, or what they have read, were made with something else than the last start has."""
+  if wrong := _outdated(record, stages):
+    raise UserError(f"{root}: was started again and has not come to its end: config.json is not what "
+                    f"{listed(wrong)} {'were' if len(wrong) > 1 else 'was'} made with; give the same command again to "
+                    "the end of the run, which makes anew what differs")
+
+
+def _outdated(record: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+  """What finished stages, and those that they have read, were made with and is not what the last start goes by.
+
+  Args:
+    record: content of run.json.
+    names: of stages in it.
+
+  Returns:
+    Of each such stage its name, with what differs.
+  """
+  stages, external, settings = record["stages"], record.get("external") or {}, record.get("settings") or {}
+  found: dict[str, list[str]] = {}
+  waiting = [*names]
+  while waiting:
+    name = waiting.pop(0)
+    if name in found:
+      continue
+    inputs = stages[name]["inputs"]
+    found[name] = ["other settings"] if inputs.get("settings") != settings.get(name) else []
+    for need in sorted(inputs.keys() - {"settings"}):
+      now = external[need] if need in external else stages.get(need, {}).get("output")
+      if now != inputs[need]:
+        found[name].append(f"another {need}" if now else f"a {need} that is no longer there")
+      waiting += [need] * (need in stages)
+  return [f"{name} ({', '.join(wrong)})" for name, wrong in found.items() if wrong]

@@ -1,7 +1,7 @@
 """Uploads a checkpoint of a run to the Hugging Face hub, with a model card of the run's settings and scores.
 
-    python -m imm_jax.push RUN/round_2/merged ORG/NAME
-    python -m imm_jax.push RUN/round_2/merged ORG/NAME --private --revision=v1
+    imm push RUN/round_2/merged ORG/NAME
+    imm push RUN/round_2/merged ORG/NAME --private --revision=v1
 
 The repository is made where it is not there. All files go in one commit, and only where each is what the run has
 written. A README.md that the repository has already stays, unless --overwrite_card is given.

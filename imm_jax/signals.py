@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from imm_jax.errors import PreemptedError
 
 GRACE_S = 15.0
+# For what is said and written before a process is ended at once: a pipe or a file system may block for ever.
+_LAST_S = 2.0
 # `timeout` and others send the same signal to a process and to its group.
 _SAME_S = 1.0
 GOES_ON = "the same command goes on after what was finished"
@@ -94,14 +96,16 @@ def _watch(read: int) -> None:
         first, since, code = now, now, 128 + number
         if number == signal.SIGTERM:
           how = "what is under way is finished or saved first" if _saving.is_set() else GOES_ON
-          print(f"\nSIGTERM: stopping; {how}", file=sys.stderr, flush=True)
+          # In a thread of its own: where stderr blocks, this one has to go on.
+          threading.Thread(target=_say, args=(f"SIGTERM: stopping; {how}",), daemon=True).start()
       elif now - first > _SAME_S:
         _end(f"told to stop a second time; {GOES_ON}", 128 + number)
     if _lost.is_set():
       _lost.clear()
-      _told.clear()
-      again += 1
-      signal.pthread_kill(threading.main_thread().ident, code - 128)
+      if code:  # else an interrupt that no signal has brought, of which there is nothing to send again
+        _told.clear()
+        again += 1
+        signal.pthread_kill(threading.main_thread().ident, code - 128)
     if first and _saving.is_set() and code == 128 + signal.SIGTERM:
       since = now
     if first and now - since > GRACE_S:
@@ -109,8 +113,16 @@ def _watch(read: int) -> None:
 
 
 def _end(why: str, code: int) -> None:
+  late = threading.Timer(_LAST_S, os._exit, (code,))
+  late.daemon = True
+  late.start()
   for do in _before_end:
     with contextlib.suppress(Exception):
       do(why)
-  print(f"\n{why}", file=sys.stderr, flush=True)
+  _say(why)
   os._exit(code)
+
+
+def _say(line: str) -> None:
+  with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+    print(f"\n{line}", file=sys.stderr, flush=True)

@@ -109,7 +109,19 @@ def ended(error: BaseException | None) -> tuple[str, str]:
 
 def read(root: Path) -> Status:
   """Where a run stands; a process that is gone without a word is one that was killed."""
-  running = is_running(root)
+  status, running = _read(root), is_running(root)
+  if status and status.state == "running" and not running:  # it may have ended between the two looks
+    status, running = _read(root), is_running(root)
+  if not status or running:
+    return (status or Status())._replace(state="running" if running else "", why="")
+  if status.state == "running" and not _beats(status):
+    return status._replace(state="stopped", why=f"process {status.pid} on {status.host} was killed; last seen "
+                           f"{status.updated or 'never'}")
+  return status
+
+
+def _read(root: Path) -> Status | None:
+  """What the file says; None where it is missing or damaged."""
   try:
     found = {name: value for name, value in files.read_json(root / FILE).items() if name in Status._fields}
     found["plan"] = tuple(found["plan"])
@@ -117,12 +129,7 @@ def read(root: Path) -> Status:
     if not all(isinstance(value, str) for value in (*status.plan, *status[1:4], *status[5:])):
       raise ValueError("no status")
   except (KeyError, TypeError, UserError, ValueError):
-    return Status(state="running" if running else "")
-  if running:
-    return status._replace(state="running", why="")
-  if status.state == "running" and not _beats(status):
-    return status._replace(state="stopped", why=f"process {status.pid} on {status.host} was killed; last seen "
-                           f"{status.updated}")
+    return None
   return status
 
 
@@ -153,8 +160,11 @@ def _beats(status: Status) -> bool:
   """Whether a process on another host has written lately: on some file systems only its own host sees its lock."""
   if status.host == socket.gethostname():
     return False
-  age = datetime.datetime.now().astimezone() - datetime.datetime.fromisoformat(status.updated)
-  return age.total_seconds() < 4 * _BEAT_S
+  try:
+    updated = datetime.datetime.fromisoformat(status.updated).astimezone()  # a time without a zone is one of here
+  except (OverflowError, ValueError):
+    return False
+  return (datetime.datetime.now().astimezone() - updated).total_seconds() < 4 * _BEAT_S
 
 
 def _now() -> str:

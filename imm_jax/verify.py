@@ -1,6 +1,7 @@
 """Checks whether a run directory is still what the run has written: every recorded digest is computed again.
 
-    imm verify --workdirs=runs/tiny
+    imm verify runs/tiny
+    imm verify runs/tiny runs/star
 
 Names each file that differs, on stdout, and ends with exit code 1 where there is one. Nothing is changed.
 """
@@ -14,8 +15,8 @@ from imm_jax import cli, integrity
 from imm_jax.report.results import find_runs
 from imm_jax.status import is_running
 
-_WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, DIR,DIR,..., or folders that hold some.")
-flags.mark_flag_as_required("workdirs")
+_WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, DIR,DIR,..., or folders that hold some; or the "
+                             "arguments.")
 
 
 def main() -> None:
@@ -35,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, positional=("workdirs",))

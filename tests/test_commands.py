@@ -37,7 +37,7 @@ def test_the_commands_are_listed_and_a_slip_is_named():
 def test_help_of_a_command_shows_its_own_flags(name: str):
   done = _imm(name, "--help")
   assert done.returncode == 0, done.stderr
-  assert f"\n    imm {name} --" in done.stdout
+  assert f"\n    imm {name} " in done.stdout
   assert "--compilation_cache" in done.stdout
   assert "--logtostderr" not in done.stdout
   if name == "run":
@@ -116,6 +116,20 @@ def test_exit_codes_tell_what_to_retry_from_what_to_mend(error: Exception, code:
   said = capsys.readouterr().err
   assert said.startswith("error: ") or code == Exit.BUG
   assert (len(said.splitlines()) == 1) == (code != Exit.BUG)
+
+
+@pytest.mark.parametrize(("arguments", "code", "said"), [
+    (["one", "two"], 0, "one: as it was written\ntwo: as it was written"),
+    (["--workdirs=one,two"], 0, "one: as it was written\ntwo: as it was written"),
+    ([], 1, "error: --workdirs: names no run directory; expected: DIR DIR ..."),
+    (["one", "--workdirs=two"], 1, "error: 'one' is given without a name, which means --workdirs, and --workdirs is")])
+def test_a_command_takes_any_number_of_run_directories(arguments: list[str], code: int, said: str, tmp_path: Path):
+  for name in ("one", "two"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "run.json").write_text('{"stages": {}}')
+  done = _imm("verify", *arguments, cwd=tmp_path)
+  assert done.returncode == code, done.stderr
+  assert said in (done.stderr if code else done.stdout)
 
 
 def test_what_was_told_to_stop_is_no_error():

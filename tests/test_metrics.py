@@ -88,6 +88,34 @@ def test_without_it_or_a_login_nothing_begins_and_later_a_run_goes_on(wandb: Wan
     log.write(0, loss=1.0)
   assert "warning: a: Weights & Biases does not take these metrics (no API key)" in capsys.readouterr().err
   assert _steps(tmp_path) == [("a", 0, 1)]
+  (tmp_path / "wandb.json").write_text('{"id": "a", "name": 3}')
+  with pytest.raises(UserError, match=r"wandb\.json: 'name' is missing or no text; put it right"):
+    metrics.start_tracking(config, tmp_path)
   monkeypatch.setitem(sys.modules, "wandb", None)
   with pytest.raises(UserError, match="is not installed; pip install -e"):
     metrics.check_tracking(config)
+
+
+def test_a_writer_that_cannot_be_closed_leaves_the_others_closed(tmp_path: Path, capsys: pytest.CaptureFixture):
+  closed = []
+
+  class Full:
+    def __init__(self, name: str):
+      self.name = name
+
+    def close(self) -> None:
+      closed.append(self.name)
+      raise OSError(f"{self.name} is full")
+
+  def fail(block: type[Exception] | None) -> None:
+    with StageMetrics(tmp_path, "a") as log:
+      log._writers += [Full("b"), Full("c")]
+      if block:
+        raise block
+
+  with pytest.raises(OSError, match="b is full"):
+    fail(None)
+  with pytest.raises(ZeroDivisionError):
+    fail(ZeroDivisionError)
+  assert closed == ["b", "c"] * 2
+  assert "warning: metrics were not written to the end (c is full)" in capsys.readouterr().err

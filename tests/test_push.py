@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,14 @@ import yaml
 from huggingface_hub import errors
 
 from configs import tiny
-from imm_jax import files, publishing
-from imm_jax.errors import UserError
+from imm_jax import files, integrity, publishing
+from imm_jax.errors import Exit, ResourceError, UserError, exit_code
+from imm_jax.merging import registry
 from tests import REPO, TINY, report_runs
 from tests.fake_hub import http_error
+
+# The HTTP library that huggingface_hub uses.
+_HTTP = sys.modules[errors.HfHubHTTPError.__bases__[0].__module__.partition(".")[0]]
 
 
 class Hub:
@@ -115,17 +120,20 @@ def test_a_checkpoint_comes_with_a_card_that_says_how_it_was_made(hub: Hub, merg
 def test_a_card_that_is_there_stays_and_weights_of_an_earlier_model_go(hub: Hub, merged: Path,
                                                                        capsys: pytest.CaptureFixture):
   hub.create_repo("me/model", private=False, exist_ok=True)
-  hub.content["me/model"] |= {"README.md": b"mine", "model-00001-of-00002.safetensors": b"", "data.json": b"{}"}
+  old = ("model-00001-of-00002.safetensors", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json",
+         "adapter_config.json", "spiece.model", "additional_chat_templates/tool.jinja", "tf_model.h5")
+  kept = {"data.json", "onnx/model.onnx", "training_args.bin", "model.gguf", "eval/config.json", "figure.png"}
+  hub.content["me/model"] |= {"README.md": b"mine"} | dict.fromkeys([*old, *kept], b"{}")
   publishing.push(merged, "me/model", revision="v1")
   assert "README.md" not in hub.content["me/model"].keys() - {"README.md"}
   assert "model.safetensors" not in hub.content["me/model"]
   sent = hub.content["me/model@v1"]
   assert sent["README.md"] == b"mine"
-  assert {name for name in sent if "safetensors" in name} == {"model.safetensors"}
-  assert sent["data.json"] == b"{}"
+  assert sent.keys() == {".gitattributes", "README.md", *kept, *(path.name for path in TINY.iterdir())} - {
+      "recipe.json"}
   said = capsys.readouterr().out
   assert "has a README.md, which stays" in said
-  assert "model-00001-of-00002.safetensors, of an earlier model, goes" in said
+  assert f"{', '.join(sorted(old))}, of an earlier model, goes" in said
   publishing.push(merged, "me/model", revision="v1", overwrite_card=True)
   assert b"base_model: Qwen" in sent["README.md"]
 
@@ -156,19 +164,107 @@ def test_what_is_not_whole_or_not_the_runs_is_refused_before_anything_is_sent(hu
     publishing.push(merged, "me/model", private=True)
 
 
-@pytest.mark.parametrize(("error", "said"), [
-    (http_error(errors.HfHubHTTPError, "403 Forbidden\nmore", 403), r"the hub refuses \(403 Forbidden\); run `hf auth"),
-    (http_error(errors.HfHubHTTPError, "502 Bad Gateway", 502), r"the hub refuses \(502 Bad Gateway\); try again"),
-    (ConnectionError("no network"), r"cannot be reached \(no network\); try again")])
-def test_what_the_hub_says_is_one_line(hub: Hub, merged: Path, error: Exception, said: str):
+@pytest.mark.parametrize(("error", "said", "code"), [
+    (http_error(errors.HfHubHTTPError, "403 Forbidden\nmore", 403), r"refuses \(403 Forbidden\); run `hf auth login`",
+     Exit.MISTAKE),
+    (http_error(errors.HfHubHTTPError, "400 Bad Request", 400), r"refuses \(400 Bad Request\); see", Exit.MISTAKE),
+    (http_error(errors.HfHubHTTPError, "502 Bad Gateway", 502), r"cannot take it now \(502 Bad Gateway\); try again",
+     Exit.RESOURCES),
+    (ConnectionError("no network"), r"cannot be reached \(no network\); try again", Exit.RESOURCES),
+    (TimeoutError("slow"), r"cannot be reached \(slow\); try again", Exit.RESOURCES),
+    (_HTTP.ConnectError("no route"), r"cannot be reached \(no route\); try again", Exit.RESOURCES),
+    (_HTTP.ReadTimeout("slow"), r"cannot be reached \(slow\); try again", Exit.RESOURCES)])
+def test_what_the_hub_says_is_one_line(hub: Hub, merged: Path, error: Exception, said: str, code: Exit):
   hub.raises = error
-  with pytest.raises(UserError, match=said):
+  with pytest.raises(UserError, match=said) as raised:
     publishing.push(merged, "me/model")
+  assert exit_code(raised.value) == code
+  assert isinstance(raised.value, ResourceError) == (code == Exit.RESOURCES)
+
+
+def test_a_fault_of_the_program_is_not_taken_for_one_of_the_hub(hub: Hub, merged: Path):
+  hub.raises = AttributeError("a slip")
+  with pytest.raises(AttributeError, match="a slip"):
+    publishing.push(merged, "me/model")
+
+
+def _noted(root: Path) -> dict[str, Any]:
+  """The record of a run as starts note it: what its stages have read, and what the last start goes by."""
+  record = report_runs.read_record(root)
+  stages = record["stages"]
+  record |= {"external": {"base": "b"}, "settings": {name: f"of {name}" for name in stages}}
+  for t in range(2):
+    sft, merged = f"round_{t}/sft", f"round_{t}/merged"
+    start = {f"round_{t - 1}/merged": "0" * 64} if t else {"base": "b"}
+    stages[sft]["inputs"] = start
+    stages[merged]["inputs"] = {"base": "b", sft: "0" * 64}
+    stages[f"round_{t}/eval/merged"]["inputs"] = {merged: "0" * 64}
+  for name, entry in stages.items():
+    entry["inputs"]["settings"] = f"of {name}"
+  return record
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda r: r["settings"].update({"round_1/merged": "x"}), r"what round_1/merged \(other settings\) was made with"),
+    (lambda r: r["settings"].update({"round_0/sft": "x"}), r"what round_0/sft \(other settings\) was made with"),
+    (lambda r: r["external"].update(base="x"), r"round_1/merged \(another base\), .*, round_0/sft \(another base\)"),
+    (lambda r: r["stages"].pop("round_1/sft"), r"round_1/merged \(a round_1/sft that is no longer there\)"),
+    (lambda r: r["stages"]["round_1/sft"].update(output="x"), r"round_1/merged \(another round_1/sft\)"),
+    (lambda r: r["settings"].update({"round_1/eval/merged": "x"}), r"round_1/eval/merged \(other settings\)"),
+    (lambda r: r.pop("settings"), r"round_1/merged \(other settings\)")])
+def test_a_model_that_the_config_does_not_make_is_refused(hub: Hub, merged: Path, change: Callable[[dict], object],
+                                                          said: str):
+  root = merged.parent.parent
+  record = _noted(root)
+  report_runs.write_record(root, record)
+  publishing.push(merged, "me/model")
+  hub.content.clear()
+  change(record)
+  report_runs.write_record(root, record)
+  with pytest.raises(UserError, match=said + ".*give the same command again"):
+    publishing.push(merged, "me/model")
+  assert not hub.content
+
+
+def test_a_config_that_was_edited_is_refused(hub: Hub, merged: Path):
+  root = merged.parent.parent
+  integrity.write(root / integrity.MANIFEST, root, [root / "config.json"])
+  publishing.check_recorded(root, "round_1/merged", merged, [])
+  (root / "config.json").write_text((root / "config.json").read_text().replace("0.4", "0.9"))
+  with pytest.raises(UserError, match=r"config\.json: differs from what the run has written"):
+    publishing.push(merged, "me/model")
+
+
+def test_a_model_without_an_evaluation_is_named_as_such(hub: Hub, merged: Path, capsys: pytest.CaptureFixture):
+  publishing.push(merged, "me/first")
+  assert "not been evaluated" not in hub.content["me/first"]["README.md"].decode() + capsys.readouterr().err
+  record = report_runs.read_record(merged.parent.parent)
+  del record["stages"]["round_1/eval/merged"]
+  report_runs.write_record(merged.parent.parent, record)
+  publishing.push(merged, "me/model")
+  assert "round_1/merged: has not been evaluated; its card says so" in capsys.readouterr().err
+  assert "**This model has not been evaluated**: the scores" in hub.content["me/model"]["README.md"].decode()
+
+
+def test_the_card_names_the_merge_that_the_config_sets(hub: Hub, merged: Path):
+  publishing.push(merged, "me/first")
+  assert "- Method: `imm`, SFT on right samples, DARE" in hub.content["me/first"]["README.md"].decode()
+  path = merged.parent.parent / "config.json"
+  config = json.loads(path.read_text())
+  config["merge"]["method"] = "slerp"
+  path.write_text(json.dumps(config))
+  publishing.push(merged, "me/model")
+  line, = (line for line in hub.content["me/model"]["README.md"].decode().splitlines() if "- Method" in line)
+  assert line.startswith(f"- Method: `imm`, merged by `slerp`: {registry.METHODS['slerp'].summary}")
+  assert "DARE" not in line
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["a"], "error: TO is missing; expected: RUN/round_2/merged ORG/NAME"),
-    (["a", "b/c", "d"], "error: unexpected argument 'd'"), ([str(TINY), "b/c"], "lies in no run directory")])
+    (["a", "b/c", "d"], "error: unexpected argument 'd'"),
+    (["a", "--to=b/c", "--folder=d"], "'a' is given without a name, which means --folder, and --folder is given as"),
+    (["a", "b/c", "--to=d/e"], "'b/c' is given without a name, which means --to, and --to is given as well; give one"),
+    ([str(TINY), "b/c"], "lies in no run directory")])
 def test_wrong_arguments_are_one_line(arguments: list[str], said: str):
   done = subprocess.run([sys.executable, "-m", "imm_jax.push", *arguments], cwd=REPO, capture_output=True, text=True,
                         check=False)

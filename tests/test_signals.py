@@ -66,6 +66,59 @@ def test_a_process_that_is_told_to_stop_ends_soon(work: str, numbers: list[int |
   assert "Traceback" not in err
 
 
+_BLOCKED = '''
+  read, write = os.pipe()
+  os.dup2(write, 2)  # a pipe that nobody reads, and that is full
+  os.set_blocking(2, False)
+  try:
+    while os.write(2, bytes(1 << 16)):
+      pass
+  except BlockingIOError:
+    os.set_blocking(2, True)
+  said(lambda: print("full", flush=True) or hashlib.pbkdf2_hmac('sha256', b'a', b'b', 1 << 30))'''
+_STUCK = '''
+  signals._before_end.insert(0, lambda why: time.sleep(60))
+  said(lambda: print("full", flush=True) or hashlib.pbkdf2_hmac('sha256', b'a', b'b', 1 << 30))'''
+
+
+@pytest.mark.parametrize("work", [_BLOCKED, _STUCK], ids=["stderr", "status"])
+def test_what_blocks_does_not_keep_a_process_alive(work: str):
+  with subprocess.Popen([sys.executable, "-c", "import os" + _BEGIN + work], cwd=REPO, text=True,
+                        stdout=subprocess.PIPE) as process:
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "full\n"]
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    try:
+      assert process.wait(timeout=30) == 143
+    finally:
+      process.kill()
+
+
+def test_an_interrupt_without_a_signal_leaves_the_watch_alive():
+  work = '''
+  class A:
+    def __del__(self):
+      raise KeyboardInterrupt
+  A()
+  signal_ = __import__("signal")
+  signal_.signal(signal_.SIGCHLD, lambda *_: None)
+  signal_.raise_signal(signal_.SIGCHLD)  # wakes the watch
+  time.sleep(0.2)
+  said(lambda: print("watches", signals._lost.is_set(), flush=True) or hashlib.pbkdf2_hmac(
+      'sha256', b'a', b'b', 1 << 30))'''
+  with subprocess.Popen([sys.executable, "-c", _BEGIN + work], cwd=REPO, text=True, stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE) as process:
+    try:
+      assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "watches False\n"]
+      time.sleep(0.1)
+      process.send_signal(signal.SIGTERM)
+      _, err = process.communicate(timeout=30)
+    finally:
+      process.kill()
+  assert process.returncode == 143, err
+  assert "Traceback" not in err
+
+
 def test_a_signal_that_comes_too_late_for_a_block_is_answered_after_it():
   heard = []
   before = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))

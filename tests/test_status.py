@@ -58,9 +58,29 @@ def test_a_process_that_is_gone_was_killed_and_one_that_has_the_lock_runs(tmp_pa
   with (tmp_path / ".lock").open("w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     assert status.read(tmp_path).state == "running"
+  for updated in ("", "2020-01-01T00:00:00", "0001-01-01T00:00:00", "long ago"):  # of nobody who writes still
+    (tmp_path / status.FILE).write_text(json.dumps(json.loads(written) | {"host": "elsewhere", "updated": updated}))
+    assert status.read(tmp_path).state == "stopped"
   for damage in ("{", "[]", '{"plan": 3}', '{"plan": [3]}', '{"plan": ["a"], "state": 1}'):
     (tmp_path / status.FILE).write_text(damage)
     assert status.read(tmp_path) == status.Status()
+
+
+@pytest.mark.parametrize("last", ["finished", "running"])
+def test_a_run_that_ends_or_begins_between_two_looks_was_not_killed(last: str, tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch):
+  with status.Keeper(tmp_path, ["a"]):
+    running = json.loads((tmp_path / status.FILE).read_text())
+  looks = []
+
+  def look(_: Path) -> bool:
+    looks.append(1)
+    (tmp_path / status.FILE).write_text(json.dumps(running | {"state": last}))
+    return last == "running" and len(looks) > 1
+
+  (tmp_path / status.FILE).write_text(json.dumps(running))
+  monkeypatch.setattr(status, "is_running", look)
+  assert status.read(tmp_path).state == last
 
 
 def test_the_log_has_lines_and_records_but_no_progress_bars(tmp_path: Path, capfd: pytest.CaptureFixture):

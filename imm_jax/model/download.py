@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from imm_jax import files
-from imm_jax.errors import UserError, listed
+from imm_jax.errors import ResourceError, UserError, listed
 from imm_jax.model import folder as model_folder, tokenizer
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, SIDE_FILES, TEMPLATES, WEIGHTS
@@ -228,8 +228,9 @@ def _translate_errors(name: str) -> Iterator[None]:
     answer = next((cause for cause in chain if isinstance(cause, errors.HfHubHTTPError)), None)
     if answer is not None:
       status = getattr(getattr(answer, "response", None), "status_code", None)
-      raise UserError(f"{name}: the hub refuses ({_first_line(answer)}); " + (
+      kind = ResourceError if status in (408, 429, *range(500, 600)) else UserError
+      raise kind(f"{name}: the hub refuses ({_first_line(answer)}); " + (
           "too much was asked of it: wait, or run `hf auth login` for a higher limit" if status == 429 else
           f"try again, {alternative}")) from e
-    raise UserError(f"{name}: no such folder, and the hub cannot be reached ({_first_line(e)}); try again, "
+    raise ResourceError(f"{name}: no such folder, and the hub cannot be reached ({_first_line(e)}); try again, "
                     f"{alternative}") from e

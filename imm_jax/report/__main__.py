@@ -1,8 +1,8 @@
 """Writes the report of a run, or of several side by side.
 
-    imm report --workdirs=runs/tiny
-    imm report --workdirs=runs/tiny,runs/star --out=runs/compared
-    imm report --workdirs=runs/table5 --out=runs/report5 --paper
+    imm report runs/tiny
+    imm report runs/tiny runs/star --out=runs/compared
+    imm report runs/table5 --out=runs/report5 --paper
 
 A folder that holds run directories stands for all of them. One run's report goes to WORKDIR/report where --out is not
 given; --paper sets the paper's published figures beside a run's, where its config is one of the paper's tables.
@@ -16,11 +16,11 @@ from imm_jax import cli, files, integrity, status
 from imm_jax.errors import UserError
 from imm_jax.report import compare, live, markup, paper, results
 
-_WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, DIR,DIR,..., or folders that hold some.")
+_WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, DIR,DIR,..., or folders that hold some; or the "
+                             "arguments.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write; for one run WORKDIR/report where it is not given.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier report in --out.")
 _PAPER = flags.DEFINE_bool("paper", False, "Set the paper's published figures beside the runs'.")
-flags.mark_flag_as_required("workdirs")
 
 
 def main() -> None:
@@ -56,4 +56,4 @@ def _why_foreign(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, positional=("workdirs",))

@@ -170,14 +170,14 @@ def is_run(root: Path) -> bool:
       "method" in reading.read_json_object(root / "config.json", []))
 
 
-def find_runs(given: Sequence[str]) -> list[Path]:
-  """Finds the run directories named by --workdirs, or contained in a folder named there.
+def find_runs(given: Sequence[str] | None) -> list[Path]:
+  """Finds the run directories named by --workdirs (or as arguments), or contained in a folder named there.
 
   Raises:
     UserError: for a folder that neither is nor contains a run directory, or a run that is named twice.
   """
   roots: list[Path] = []
-  for name in given:
+  for name in given or ():
     if not name:
       raise UserError(f"--workdirs={','.join(given)}: one of the names is empty; expected DIR,DIR,...")
     root = Path(name)
@@ -189,7 +189,7 @@ def find_runs(given: Sequence[str]) -> list[Path]:
                       "holds none")
     roots += runs
   if not roots:
-    raise UserError("--workdirs: names no run directory")
+    raise UserError("--workdirs: names no run directory; expected: DIR DIR ...")
   for i, root in enumerate(roots):
     if root.resolve() in [other.resolve() for other in roots[:i]]:
       raise UserError(f"--workdirs: {root} is given twice")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import errors
 
-from imm_jax.errors import UserError
+from imm_jax.errors import Exit, UserError, exit_code
 from imm_jax.model import hub, published
 from tests.fake_hub import Hub, http_error
 
@@ -177,6 +177,10 @@ def test_what_the_hub_refuses_is_one_line(fake: Hub, error: Exception, expected:
   assert message.startswith(f"{ID}@v1: ")
   assert expected in message
   assert ("cannot be reached" in message) == ("cannot be reached" in expected)
+  with pytest.raises(UserError) as raised:
+    hub.resolve(f"{ID}@v1")
+  later = any(said in expected for said in ("cannot be reached", "429", "No space"))
+  assert exit_code(raised.value) == (Exit.RESOURCES if later else Exit.MISTAKE)
 
 
 def test_base_and_adapter_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

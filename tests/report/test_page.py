@@ -179,6 +179,9 @@ def test_the_command_writes_and_refuses_in_one_line(run: Path, tmp_path: Path):
   assert done.stderr.strip().count("\n") == 0
   assert "error: --workdirs: " in done.stderr
   assert "is no run directory" in done.stderr
+  done = command(str(run), str(tmp_path / "other"), f"--out={out}")
+  assert done.returncode == 1
+  assert f"error: --workdirs: {tmp_path / 'other'} is no run directory" in done.stderr
 
 
 def test_the_page_of_a_run_that_goes_on(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -24,8 +24,10 @@ def put_to_sleep(how: Hashable, server: SpawnedServer, folder: Path) -> bool:
   except (ServerError, UserError) as e:
     print(f"warning: the vLLM server is ended, since it cannot be put to sleep ({e})", file=sys.stderr)
     return False
-  end_all()
-  _asleep[how] = server, folder
+  try:
+    end_all()
+  finally:
+    _asleep[how] = server, folder
   return True
 
 
@@ -41,8 +43,8 @@ def wake(how: Hashable, folder: Path, version: str, *, timeout: float) -> tuple[
   Returns:
     The server and the checkpoint that it had before, or None where a new server must be started.
   """
+  end_all(but=how)
   server, before = _asleep.pop(how, (None, None))
-  end_all()
   if server:
     try:
       server.wake(str(folder.resolve()), version, timeout=timeout)
@@ -53,7 +55,13 @@ def wake(how: Hashable, folder: Path, version: str, *, timeout: float) -> tuple[
   return (server, before) if server else None
 
 
-def end_all() -> None:
-  """Ends every server that sleeps."""
-  while _asleep:
-    _asleep.popitem()[1][0].close()
+def end_all(*, but: Hashable = None) -> None:
+  """Ends every server that sleeps, but for the one that was started like this; then raises the first error, if any."""
+  failed: list[BaseException] = []
+  for how in [how for how in _asleep if how != but]:
+    try:
+      _asleep.pop(how)[0].close()
+    except BaseException as e:  # the others hold memory, too
+      failed.append(e)
+  if failed:
+    raise failed[0]

@@ -60,3 +60,27 @@ def test_a_server_that_cannot_sleep_is_ended(
     server, sampler._checked = sampler._servers[0], True
   assert "cannot be put to sleep (it does not sleep)" in capfd.readouterr().err
   assert _ends(server._process.pid)
+
+
+def test_one_that_cannot_be_ended_leaves_the_others_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+  ended = []
+
+  class Server:
+    def __init__(self, name: str):
+      self.name = name
+
+    def close(self) -> None:
+      ended.append(self.name)
+      if self.name == "a":
+        raise OSError("a stays")
+
+    def wake(self, *_: object, **__: object) -> None:
+      pass
+
+  asleep = {name: (Server(name), TINY) for name in ("a", "b", "c")}
+  monkeypatch.setattr(sleeping, "_asleep", asleep)
+  with pytest.raises(OSError, match="a stays"):
+    sleeping.wake("c", TINY, "1", timeout=1)
+  assert ended == ["a", "b"]
+  assert sleeping.wake("c", TINY, "1", timeout=1)[0].name == "c"
+  assert not asleep
