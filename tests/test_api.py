@@ -185,7 +185,7 @@ def test_an_example_does_what_it_says(kind: str):
   done = subprocess.run([sys.executable, *command], cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)},
                         capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
-  base, tuned, merged = (line.split() for line in done.stdout.splitlines() if line.split()[0] in (
+  base, tuned, merged = (line.split() for line in done.stdout.splitlines() if line.split()[:1] and line.split()[0] in (
       "base", "tuned", "merged"))
   in_domain, out_of_domain = 2, 4
   assert float(base[in_domain]) < float(tuned[in_domain])

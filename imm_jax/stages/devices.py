@@ -66,7 +66,7 @@ def call(config: ml_collections.ConfigDict, function: Callable[..., Any], *args:
   context = multiprocessing.get_context("spawn")  # a fork would share this process's jax
   with preemption.watch() as told, futures.ProcessPoolExecutor(
       1, context, _begin, (runlog.path(),)) as pool:
-    with _ignoring_interrupts():  # Ctrl-C is this process's to handle; the other one inherits that
+    with _blocking_interrupts():  # Ctrl-C is this process's to handle; the other one inherits that
       started = pool.submit(os.getpid)
     process, passed_on = None, False
     try:
@@ -89,15 +89,13 @@ def call(config: ml_collections.ConfigDict, function: Callable[..., Any], *args:
 
 
 @contextlib.contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-  if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-    yield
-    return
-  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _blocking_interrupts() -> Iterator[None]:
+  """For the length of a block Ctrl-C waits; a process that is started in it never gets one."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   try:
     yield
   finally:
-    signal.signal(signal.SIGINT, before)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin(log: Path | None) -> None:

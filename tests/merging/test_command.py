@@ -125,7 +125,7 @@ def test_a_disk_too_small_is_refused_before_the_work(folders: list[Path], tmp_pa
     big = {"w": np.zeros((600, 1000), np.float32)}
     a, b = write(tmp_path / "a", big), write(tmp_path / "b", big)
     flags = ("--method=linear", f"--models={a},{b}", "--weights=1", f"--out={mount / 'out'}")
-    assert "needs 0.00 GB, the disk has 0.00 GB free" in one_line(run(*flags))
+    assert "needs 0.00 GB, the disk has 0.00 GB free" in one_line(run(*flags), 69)
     assert list(mount.iterdir()) == []
   finally:
     subprocess.run(["umount", mount], check=True)
