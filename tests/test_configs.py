@@ -449,6 +449,7 @@ def test_the_dry_run_says_how_many_test_questions_are_asked_and_of_how_many(tmp_
     checks.validate(config, downloads=False)
 
 
+@pytest.mark.full
 def test_a_dry_run_reads_no_text_of_the_hub(monkeypatch, tmp_path, capsys):
   def load_text(*_, **__):
     raise AssertionError("read")

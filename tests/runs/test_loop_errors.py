@@ -13,6 +13,7 @@ from tests import REPO, TINY
 from tests.runs.test_loop import command, environment, one_line, start  # noqa: F401
 
 
+@pytest.mark.full
 def test_no_right_sample_stops_the_round_and_keeps_the_samples(environment: dict[str, str], tmp_path: Path):  # noqa: F811
   # One token is never a whole answer.
   done = start(tmp_path / "run", environment, "--config.sample.max_new_tokens=1")

@@ -103,6 +103,7 @@ def test_a_run_measures_all_kinds(data: Path, tmp_path: Path, environment: dict[
   assert "to do" in again.stdout.partition("base/eval")[2].splitlines()[0]
 
 
+@pytest.mark.full
 def test_lm_eval_scores_as_our_own_do(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   """The same options in the same form: acc of lm_eval's task is that of ours. What is no accuracy is no score: figures
   of which less is better, or whose aggregate is not the mean of the documents'."""
@@ -131,6 +132,7 @@ def test_lm_eval_scores_as_our_own_do(data: Path, tmp_path: Path, monkeypatch: p
     measure(lm_eval_tasks)
 
 
+@pytest.mark.full
 def test_what_was_scored_is_not_scored_again(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   """Killed at the third, fifth and seventh part, an evaluation by likelihood and lm_eval comes to the same bits."""
   pytest.importorskip("lm_eval")

@@ -66,6 +66,7 @@ def test_iimm_scales_each_layer_by_its_importance(run):
     np.testing.assert_allclose(merged[name], wanted, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.full
 def test_the_analysis_of_a_round(run, tmp_path):
   """Of what the run left behind, and once more with importance and entropy measured."""
   workdir = run("--config.rounds=1", "--config.method=iimm", "--config.merge.base_weight=0.5",

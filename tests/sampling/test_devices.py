@@ -136,6 +136,7 @@ def test_the_cache_is_split_like_the_model(results: dict[str, Any]) -> None:
   assert {tuple(shape[:2]) for shape in results["cache"]["1x8"]} == {(2, 1)}
 
 
+@pytest.mark.full
 def test_xla_does_not_rematerialize_arrays(out: Path) -> None:
   """XLA warns if a sharding forces it to replicate an array."""
   assert "rematerialization" not in (out / "stderr").read_text()

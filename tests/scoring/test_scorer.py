@@ -239,6 +239,7 @@ def test_sentencepiece_answers_equal_those_of_lm_eval(tmp_path: Path) -> None:
   np.testing.assert_allclose([p for p, _ in scores[0]], [p for p, _ in scores[1]], rtol=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore")
 def test_lm_eval_scores_both_models_equally(models: tuple) -> None:
   ours, theirs = models

@@ -250,6 +250,7 @@ def masked():
   return flat(train(mesh, interventions.weight_masking(TOP_P))), flat(start), masks
 
 
+@pytest.mark.full
 def test_masked_entries_stay_bitwise_the_same(masked):
   trained, start, masks = masked
   for name, changed in moved(trained, start).items():
