@@ -81,27 +81,7 @@ class NativeSampler:
   def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int, num_samples: int = 1,
                temperatures: Sequence[float] = (0.0,), top_p: float = 1.0, stop: Sequence[str] = (), seed: int = 0,
                label: str = "sample", quiet: bool = False) -> list[list[Completion]]:
-    """Samples `num_samples` completions of every prompt.
-
-    Args:
-      prompts: prompts to continue; those with equal ids do not get independent samples.
-      max_new_tokens: maximum number of tokens per sample.
-      num_samples: completions per prompt.
-      temperatures: sample j uses `temperatures[j % len(temperatures)]`; 0 is greedy.
-      top_p: probability mass of nucleus sampling.
-      stop: a completion ends before the first of these strings; special tokens are matched by their text, such as
-        `<|im_end|>`, alone or with other text.
-      seed: seed of all samples.
-      label: text of the progress bar.
-      quiet: whether to hide the progress bar.
-
-    Returns:
-      The completions of each prompt, in order.
-
-    Raises:
-      ValueError: for an empty prompt, or an argument out of range.
-      UserError: for a prompt with a token id outside of the embedding.
-    """
+    """Samples completions as `Sampler.generate` says, without a journal; `quiet` hides the progress bar."""
     completions.check_arguments(max_new_tokens, num_samples, temperatures, top_p, stop, seed)
     ids = completions.encode(self.tokenizer, prompts, self._config.vocab_size)
     if ids and (self._config.max_positions or math.inf) < max(map(len, ids)) + max_new_tokens:
