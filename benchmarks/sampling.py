@@ -59,7 +59,7 @@ def workload(name: str, count: int, tokenizer: Any, vocab: int) -> list[list[int
 
 def native(work: dict[str, Any]):
   """Returns a function from token ids to (number of tokens, text) of each answer."""
-  from imm_jax import compilation
+  from imm_jax.runtime import compilation
   from imm_jax.sampling import Prompt
   from imm_jax.sampling.native import NativeSampler
 

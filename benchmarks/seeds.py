@@ -17,8 +17,9 @@ import numpy as np
 import side_by_side
 from absl import app, flags
 
-from imm_jax import comparison, methods
+from imm_jax import methods
 from imm_jax.report import Results, figures, front, groups, writer
+from imm_jax.statistics import comparison
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/seeds", "Folder for the run directories.")
 _SEEDS = flags.DEFINE_integer("seeds", 10, "Number of runs of each method.", lower_bound=2)

@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from imm_jax import merging, tasks
-  from imm_jax.api import Model, fine_tune, forward, importance, load, run
+  from imm_jax.api.model import Model, forward, load
+  from imm_jax.api.runs import run
+  from imm_jax.api.training import fine_tune, importance
   from imm_jax.errors import UserError
 
 __version__ = "0.1.0"
 __all__ = ["Model", "UserError", "fine_tune", "forward", "importance", "load", "merging", "run", "tasks"]
 
-# By name: the module that has it; None for one that is itself a module.
-_HOMES = dict.fromkeys(("Model", "fine_tune", "forward", "importance", "load", "run"), "imm_jax.api") | {
-    "UserError": "imm_jax.errors", "merging": None, "tasks": None}
+# The module that each name is imported from; None for a name that is itself a module.
+_HOMES = {"Model": "imm_jax.api.model", "UserError": "imm_jax.errors", "fine_tune": "imm_jax.api.training",
+          "forward": "imm_jax.api.model", "importance": "imm_jax.api.training", "load": "imm_jax.api.model",
+          "merging": None, "run": "imm_jax.api.runs", "tasks": None}
 
 
 def __getattr__(name: str) -> Any:

@@ -78,7 +78,8 @@ def main() -> None:
 
 # Both import late: weight change needs none of it, and it takes longer than to read a small model.
 def _settings(asked: Sequence[str]) -> Any:
-  from imm_jax import config, experiments
+  from imm_jax import config
+  from imm_jax.runs import experiments
   from imm_jax.stages import analysing
 
   if _CONFIG.value is None:

@@ -14,8 +14,9 @@ from typing import NoReturn
 import ml_collections
 from absl import app, flags, logging
 
-from imm_jax import compilation, config_files, signals
+from imm_jax import config_files
 from imm_jax.errors import Exit, PreemptedError, UserError, exit_code, nearest
+from imm_jax.runtime import compilation, signals
 
 # Of what another's error says.
 _LONGEST = 300
@@ -101,7 +102,7 @@ def _place(positional: Sequence[str], given: list[str]) -> list[str]:
 def _end(error: Exception) -> NoReturn:
   """Ends with an error's line and code; only a defect of the program is shown with its traceback."""
   if isinstance(error, AssertionError | RuntimeError) and "jax" in sys.modules:
-    from imm_jax import hardware  # late: some commands do without jax
+    from imm_jax.runtime import hardware  # late: some commands do without jax
     try:
       with hardware.platforms():
         raise error

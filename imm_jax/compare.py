@@ -11,8 +11,9 @@ from pathlib import Path
 
 from absl import flags
 
-from imm_jax import against, cli
+from imm_jax import cli
 from imm_jax.errors import UserError
+from imm_jax.statistics import against
 
 _THIS = flags.DEFINE_string("this", None, "The folder with a model's answers.", required=True)
 _AGAINST = flags.DEFINE_multi_string("against", None, "The folder with the answers of another model; may be given "

@@ -8,12 +8,13 @@ from typing import Any
 
 import ml_collections
 
-from imm_jax import config_files, metrics, tasks
+from imm_jax import config_files, tasks
 from imm_jax.errors import UserError, nearest
 from imm_jax.merging import quantise_drop_rate
 from imm_jax.methods import METHODS, averages, draws, merging, method_of
 from imm_jax.model import attention
 from imm_jax.model.decoder import REMAT
+from imm_jax.runs import metrics
 from imm_jax.sampling.engines import ENGINES
 from imm_jax.sampling.vllm.client import Server
 from imm_jax.stages import lm_eval_tasks, merge_options, questions

@@ -17,9 +17,9 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from imm_jax import cli, files, verification
+from imm_jax import cli, files
 from imm_jax.errors import UserError
-from imm_jax.model import folder, hf, hub, lora
+from imm_jax.model import folder, hf, hub, lora, verification
 from imm_jax.model.decoder import abstract_params
 
 _SOURCE = flags.DEFINE_string("source", None, "The checkpoint to read: HF folder, hub id, BASE+ADAPTER, or what "

@@ -18,12 +18,14 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from imm_jax import against, cli, config, experiments, files, tasks
+from imm_jax import cli, config, files, tasks
 from imm_jax.errors import UserError
-from imm_jax.evaluation import Accuracy
 from imm_jax.model import hf, hub
 from imm_jax.report.results import AnswerStats
+from imm_jax.runs import experiments
 from imm_jax.stages import devices, evaluating, questions, sampling
+from imm_jax.statistics import against
+from imm_jax.statistics.evaluation import Accuracy
 from imm_jax.tasks import protocols
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: a file, or a name such as tiny or qwen:1.5b; "

@@ -24,11 +24,11 @@ try:
 except ImportError as e:
   raise SystemExit(f"error: lm-evaluation-harness cannot be imported ({e}); pip install -e '.[harness]'") from e
 
-from imm_jax import distributed
 from imm_jax.errors import UserError
 from imm_jax.model import folder, hf, hub, sharding
 from imm_jax.model.tokenization import encode_continuation, encode_prompt
 from imm_jax.model.tokenizer import load_tokenizer
+from imm_jax.runtime import distributed
 from imm_jax.sampling import Completion, Prompt
 from imm_jax.sampling.native import NativeSampler, parts
 from imm_jax.scoring import Request, Score, Scorer, encode_text

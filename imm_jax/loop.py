@@ -11,13 +11,15 @@ from pathlib import Path
 
 import ml_collections
 
-from imm_jax import __version__, distributed, metrics, report, rundir, runlog, status
+from imm_jax import __version__, report
 from imm_jax.estimates import cost, disk, memory, shapes
 from imm_jax.methods import averages, draws
 from imm_jax.model import folder, hf, hub, published
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.rundir import Stage
-from imm_jax.runs import Model, Run
+from imm_jax.runs import metrics, rundir, runlog, status
+from imm_jax.runs.run import Model, Run
+from imm_jax.runs.rundir import Stage
+from imm_jax.runtime import distributed
 from imm_jax.stages import analysing, devices, drifting, evaluating, merging, questions, sampling, selection, tuning
 from imm_jax.training.checkpoints import check_folder
 

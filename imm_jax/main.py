@@ -14,8 +14,10 @@ on Slurm and Cloud TPU (--distributed=on) they find each other.
 from absl import flags
 from ml_collections import config_flags
 
-from imm_jax import cli, config, distributed, experiments, loop
+from imm_jax import cli, config, loop
 from imm_jax.errors import UserError
+from imm_jax.runs import experiments
+from imm_jax.runtime import distributed
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Settings: a file, or a name such as tiny or qwen:1.5b. Change one with --config.KEY=VALUE, as "

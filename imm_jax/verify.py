@@ -13,7 +13,7 @@ from absl import flags
 
 from imm_jax import cli, integrity
 from imm_jax.report.results import find_runs
-from imm_jax.status import is_running
+from imm_jax.runs.status import is_running
 
 _WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, DIR,DIR,..., or folders that hold some; or the "
                              "arguments.")

@@ -7,9 +7,11 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from imm_jax import evaluation, files, status
+from imm_jax import files
 from imm_jax.report import page, samples
 from imm_jax.report.results import Results
+from imm_jax.runs import status
+from imm_jax.statistics import evaluation
 
 OOD = ("groups", "choice")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

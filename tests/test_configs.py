@@ -9,12 +9,14 @@ import ml_collections
 import pytest
 
 from configs import arguments, common, llama, paper, qwen, smollm2, tiny
-from imm_jax import config as checks, experiments, files, hardware, loop, tasks
+from imm_jax import config as checks, files, loop, tasks
 from imm_jax.errors import UserError
 from imm_jax.estimates import cost
 from imm_jax.model import published
 from imm_jax.model.decoder import count_params
-from imm_jax.runs import Model, Run
+from imm_jax.runs import experiments
+from imm_jax.runs.run import Model, Run
+from imm_jax.runtime import hardware
 from imm_jax.stages import questions, selection
 from tests import REPO
 from tests.runs.test_loop import SMALL, environment  # noqa: F401

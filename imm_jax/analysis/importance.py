@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from imm_jax import progress
 from imm_jax.analysis import MODULES
 from imm_jax.errors import UserError
 from imm_jax.model import sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params
+from imm_jax.runtime import progress
 from imm_jax.training.input import Input
 from imm_jax.training.packing import PackedBatches
 from imm_jax.training.step import gradient_function, jit_step

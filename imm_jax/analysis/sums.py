@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from imm_jax import progress
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params
+from imm_jax.runtime import progress
 from imm_jax.training import fsdp
 from imm_jax.training.input import Input
 from imm_jax.training.loss import chunk_of

@@ -13,8 +13,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from imm_jax.errors import UserError, nearest
-from imm_jax.hardware import peak_flops
 from imm_jax.model import sharding
+from imm_jax.runtime.hardware import peak_flops
 
 
 @dataclasses.dataclass(frozen=True)

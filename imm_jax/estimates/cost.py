@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from imm_jax import hardware
 from imm_jax.methods import averages, draws, merge_method, method_of
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import count_params
+from imm_jax.runtime import hardware
 from imm_jax.stages import questions
 from imm_jax.tasks import protocols
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
-from imm_jax import hardware, resident
 from imm_jax.estimates.shapes import Expected
 from imm_jax.methods import draws, merge_method
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params, count_params
 from imm_jax.model.sharding import decoding_mesh, num_batch_shards, param_sharding, path_name
+from imm_jax.runtime import hardware, resident
 from imm_jax.sampling.native import decode, queue
 from imm_jax.scoring import likelihood
 from imm_jax.stages import questions

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from imm_jax import hardware
 from imm_jax.estimates import cost
 from imm_jax.methods import draws
 from imm_jax.model import attention, sharding
 from imm_jax.model.config import ModelConfig
+from imm_jax.runtime import hardware
 from imm_jax.stages import questions
 from imm_jax.stages.devices import mesh_of
 from imm_jax.stages.tuning import encoder

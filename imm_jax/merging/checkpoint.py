@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import xxhash
 
-from imm_jax import progress
 from imm_jax.errors import UserError
 from imm_jax.merging import registry
 from imm_jax.merging.kernels import Numbers
@@ -28,7 +27,8 @@ from imm_jax.merging.source import BLOCK, Buffers, CheckpointSource, is_floating
 from imm_jax.model import folder as model_folder
 from imm_jax.model.safetensors import Entry
 from imm_jax.model.writer import WeightsWriter
-from imm_jax.threads import BoundedPool
+from imm_jax.runtime import progress
+from imm_jax.runtime.threads import BoundedPool
 
 __all__ = ["BLOCK", "CheckpointSource", "Output", "Part", "Result", "merge", "merge_folders", "merge_parts"]
 

@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from imm_jax import files, progress
+from imm_jax import files
 from imm_jax.errors import UserError, listed
 from imm_jax.merging import trees
 from imm_jax.merging.statistics import Statistic
 from imm_jax.model import folder as model_folder
 from imm_jax.model.safetensors import Entry, Reader, empty_aligned
+from imm_jax.runtime import progress
 
 # Entries in a block: few enough to fit in CPU caches, enough to amortise the overhead of a call.
 BLOCK = 1 << 19

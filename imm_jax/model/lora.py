@@ -64,7 +64,7 @@ def merge(base: Path, adapter: Path, out: Path, *, max_shard_bytes: int = model_
   Raises:
     UserError: for unsupported adapters, tensors that do not fit or are not used, and results that are not finite.
   """
-  from imm_jax import progress  # imported here because it imports jax
+  from imm_jax.runtime import progress  # imported here because it imports jax
 
   with safetensors.Reader() as reader:
     planned, changes = _plan_merge(base, adapter, reader)

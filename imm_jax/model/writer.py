@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from imm_jax.model import folder as model_folder, safetensors
-from imm_jax.threads import BoundedPool
+from imm_jax.runtime.threads import BoundedPool
 
 _SEGMENT = 1 << 22
 # Alignment of addresses, offsets and lengths for O_DIRECT; no device needs more.

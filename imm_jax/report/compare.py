@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imm_jax import files, status as run_status
+from imm_jax import files
 from imm_jax.errors import listed
 from imm_jax.report import groups, page, side_by_side, writer
 from imm_jax.report.groups import Group
 from imm_jax.report.markup import Link, Markup, Section, Table
 from imm_jax.report.results import Results
 from imm_jax.report.samples import MAX_BYTES, Chunk, Packer
+from imm_jax.runs import status as run_status
 
 
 def write(runs: Sequence[Results], out: Path, *, extra: Callable[[Mapping[str, Results]], list[Section]] | None = None,

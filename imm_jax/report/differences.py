@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from imm_jax import against
-from imm_jax.against import Answers, Comparison
 from imm_jax.errors import UserError
 from imm_jax.report.markup import Difference, Section, Table
 from imm_jax.report.results import Model, Results
+from imm_jax.statistics import against
+from imm_jax.statistics.against import Answers, Comparison
 
 POOLED = "all out of domain"
 _HOW = ("The models of a line answered the same questions and are compared question by question: the difference in "

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from imm_jax.evaluation import Accuracy
 from imm_jax.report import figures
 from imm_jax.report.figures import Line
 from imm_jax.report.results import Results
+from imm_jax.statistics.evaluation import Accuracy
 
 # Maximum length of the settings in a label.
 _MAX_LABEL = 40

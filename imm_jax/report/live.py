@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from imm_jax import distributed, files, status as run_status
+from imm_jax import files
 from imm_jax.report import page, writer
 from imm_jax.report.markup import Section
 from imm_jax.report.results import Results
 from imm_jax.report.samples import Packer
-from imm_jax.status import Status
+from imm_jax.runs import status as run_status
+from imm_jax.runs.status import Status
+from imm_jax.runtime import distributed
 
 # Share of a run's time that its figures and samples may take while it is running.
 _MAX_TIME_SHARE = 0.02

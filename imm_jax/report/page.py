@@ -4,14 +4,14 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 
-from imm_jax.evaluation import Accuracy
 from imm_jax.report import browser, differences, figures, front, insides
 from imm_jax.report.figures import MODELS, Panel
 from imm_jax.report.markup import Markup, Plot, Section, Table, render_page, render_section
 from imm_jax.report.reading import COUNTS, get_count, is_number
 from imm_jax.report.results import Model, Results, list_protocols, list_skipped
 from imm_jax.report.samples import Chunk
-from imm_jax.status import Status
+from imm_jax.runs.status import Status
+from imm_jax.statistics.evaluation import Accuracy
 
 _RELOAD_S = 30
 PASS_AT_K = ("pass@k: the share of questions of which one of k samples is right (unbiased estimate); majority: the "

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from imm_jax import files, status
+from imm_jax import files
 from imm_jax.analysis import MODULES
 from imm_jax.errors import UserError, listed
+from imm_jax.runs import status
 
 # Settings that a report needs.
 _SETTINGS = {"method": str, "model": str, "task": dict, "sft": dict, "eval": dict}

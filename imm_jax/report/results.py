@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from imm_jax.errors import UserError
-from imm_jax.evaluation import Accuracy, accuracy
 from imm_jax.methods import METHODS
 from imm_jax.report import reading
 from imm_jax.report.reading import is_number
+from imm_jax.statistics.evaluation import Accuracy, accuracy
 
 _METRIC = re.compile(r"(pass|majority)@[1-9]\d{0,8}|[A-Za-z]\w{0,60}")
 _SAMPLED = re.compile(r"(pass|majority)@.*")

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from imm_jax.analysis import shares
-from imm_jax.evaluation import Accuracy
 from imm_jax.report import differences, figures, front, groups, insides, page
 from imm_jax.report.figures import Bars, Panel
 from imm_jax.report.groups import Group
 from imm_jax.report.markup import Plot, Section, Table
 from imm_jax.report.reading import get_count
 from imm_jax.report.results import Results
+from imm_jax.statistics.evaluation import Accuracy
 
 # (name, caption) -> the runs' tables of that name, joined
 Join = Callable[[str, str], list[Table]]

@@ -1,6 +1,6 @@
 """The progress bar of sampling: tokens per second from the first steps on, and an estimate of the remaining tokens."""
 
-from imm_jax import progress
+from imm_jax.runtime import progress
 
 
 class Progress:

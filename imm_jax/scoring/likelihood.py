@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from imm_jax import progress
 from imm_jax.errors import UserError
 from imm_jax.model import attention, hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params
+from imm_jax.runtime import progress
 from imm_jax.scoring.packing import Rows, pack
 from imm_jax.scoring.requests import Request
 from imm_jax.training import fsdp

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
-from imm_jax import distributed, files, tasks
+from imm_jax import files, tasks
 from imm_jax.analysis import MODULES, diversity, importance as layers
 from imm_jax.analysis.weight_change import spearman, weight_change
 from imm_jax.errors import UserError, nearest
@@ -17,8 +17,9 @@ from imm_jax.model import hf
 from imm_jax.model.decoder import Params
 from imm_jax.model.tokenization import check_ids
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.rundir import Stage
-from imm_jax.runs import Model, Run
+from imm_jax.runs.run import Model, Run
+from imm_jax.runs.rundir import Stage
+from imm_jax.runtime import distributed
 from imm_jax.stages import devices, questions, tuning
 from imm_jax.tasks import sources, texts
 from imm_jax.training.packing import TokenizedExample

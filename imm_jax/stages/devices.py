@@ -15,9 +15,10 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from imm_jax import hardware, runlog, signals
 from imm_jax.errors import PreemptedError, ResourceError
 from imm_jax.model import hf, hub, published, sharding
+from imm_jax.runs import runlog
+from imm_jax.runtime import hardware, signals
 from imm_jax.training import preemption
 
 _POLL_S = 0.2

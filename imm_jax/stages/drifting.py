@@ -9,16 +9,17 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from imm_jax import distributed, files
+from imm_jax import files
 from imm_jax.analysis.drift import measure_drift
 from imm_jax.errors import UserError
 from imm_jax.methods import averages
-from imm_jax.metrics import StageMetrics
 from imm_jax.model import hf
 from imm_jax.model.tokenization import check_ids
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.rundir import Stage
-from imm_jax.runs import Model, Run
+from imm_jax.runs.metrics import StageMetrics
+from imm_jax.runs.run import Model, Run
+from imm_jax.runs.rundir import Stage
+from imm_jax.runtime import distributed
 from imm_jax.scoring import encode_continuations
 from imm_jax.stages import devices, questions, tuning
 from imm_jax.tasks.base import Choice, Example

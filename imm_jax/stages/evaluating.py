@@ -8,12 +8,14 @@ from typing import Any
 
 import ml_collections
 
-from imm_jax import distributed, evaluation, files
-from imm_jax.metrics import StageMetrics
-from imm_jax.rundir import Stage
-from imm_jax.runs import Model, Run
+from imm_jax import files
+from imm_jax.runs.metrics import StageMetrics
+from imm_jax.runs.run import Model, Run
+from imm_jax.runs.rundir import Stage
+from imm_jax.runtime import distributed
 from imm_jax.sampling import Prompt
 from imm_jax.stages import devices, likelihood, lm_eval_tasks, questions, sampling
+from imm_jax.statistics import evaluation
 from imm_jax.tasks import answers, protocols
 from imm_jax.tasks.base import Example
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from imm_jax import distributed
+from imm_jax.runtime import distributed
 from imm_jax.sampling.journal import Journal
 
 Row = dict[str, Any]

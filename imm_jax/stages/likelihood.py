@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 import ml_collections
 import numpy as np
 
-from imm_jax import distributed, evaluation, files, hardware
+from imm_jax import files
 from imm_jax.model import folder
 from imm_jax.model.tokenizer import load_tokenizer
+from imm_jax.runtime import distributed, hardware
 from imm_jax.scoring import Scorer, encode_continuations, encode_text
 from imm_jax.stages import kept, questions
 from imm_jax.stages.devices import mesh_of
+from imm_jax.statistics import evaluation
 from imm_jax.tasks.base import Choice
 from imm_jax.tasks.multiple import LETTERS
 

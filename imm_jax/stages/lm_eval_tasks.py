@@ -13,10 +13,12 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from imm_jax import distributed, evaluation, files, hardware
+from imm_jax import files
 from imm_jax.errors import UserError, nearest
+from imm_jax.runtime import distributed, hardware
 from imm_jax.sampling import Completion
 from imm_jax.stages import questions
+from imm_jax.statistics import evaluation
 
 # The primary metric of a task is the first of these that it has.
 _PRIMARY = ("acc", "exact_match", "pass@1", "acc_norm", "f1")

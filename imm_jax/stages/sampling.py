@@ -8,13 +8,14 @@ from typing import Any
 
 import ml_collections
 
-from imm_jax import distributed, files
+from imm_jax import files
 from imm_jax.errors import UserError
 from imm_jax.model import hf
 from imm_jax.model.tokenization import encode_prompt
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.rundir import Stage
-from imm_jax.runs import Model, Run
+from imm_jax.runs.run import Model, Run
+from imm_jax.runs.rundir import Stage
+from imm_jax.runtime import distributed
 from imm_jax.sampling import Completion, Prompt, engines
 from imm_jax.stages import questions
 from imm_jax.stages.devices import mesh_of

@@ -13,17 +13,18 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from imm_jax import distributed, files, hardware
+from imm_jax import files
 from imm_jax.errors import UserError
 from imm_jax.merging import checkpoint
 from imm_jax.methods import averages, method_of
-from imm_jax.metrics import StageMetrics
 from imm_jax.model import attention, folder as checkpoint_folder, hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params
 from imm_jax.model.tokenization import encode_continuation, encode_prompt
-from imm_jax.rundir import Stage
-from imm_jax.runs import Model, Run
+from imm_jax.runs.metrics import StageMetrics
+from imm_jax.runs.run import Model, Run
+from imm_jax.runs.rundir import Stage
+from imm_jax.runtime import distributed, hardware
 from imm_jax.sampling import completions
 from imm_jax.stages import devices
 from imm_jax.stages.devices import mesh_of

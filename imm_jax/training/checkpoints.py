@@ -20,8 +20,9 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from imm_jax import distributed, files, integrity
+from imm_jax import files, integrity
 from imm_jax.errors import UserError
+from imm_jax.runtime import distributed
 
 # Errors that a disk, a bucket or tensorstore raises when a write fails.
 _WRITE_ERRORS = (OSError, ValueError, RuntimeError, ImportError)  # ImportError: the bucket's client is not installed

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from imm_jax import signals
+from imm_jax.runtime import signals
 
 
 @contextlib.contextmanager

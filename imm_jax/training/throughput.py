@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
-from imm_jax.hardware import peak_flops
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
+from imm_jax.runtime.hardware import peak_flops
 from imm_jax.training.packing import PackedBatches
 
 

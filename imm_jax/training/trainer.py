@@ -11,11 +11,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from imm_jax import progress
 from imm_jax.analysis import importance
 from imm_jax.errors import PreemptedError, UserError
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params
+from imm_jax.runtime import progress
 from imm_jax.training import interventions, preemption, throughput
 from imm_jax.training.additions import PLAIN, Additions
 from imm_jax.training.checkpoints import Checkpoints

@@ -15,7 +15,7 @@ from configs import tiny
 from imm_jax import loop
 from imm_jax.analysis.drift import measure_drift
 from imm_jax.model import hf, sharding
-from imm_jax.runs import Model, Run
+from imm_jax.runs.run import Model, Run
 from imm_jax.stages import drifting, questions, tuning
 from imm_jax.tasks import prompts
 from imm_jax.training.loss import compare_heads

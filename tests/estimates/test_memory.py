@@ -9,12 +9,12 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from configs import tiny
-from imm_jax import resident
 from imm_jax.analysis import drift, importance, sums
 from imm_jax.estimates import memory
 from imm_jax.model import sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
+from imm_jax.runtime import resident
 from imm_jax.training import step as training
 from imm_jax.training.additions import PLAIN, Additions
 from imm_jax.training.lora import Lora

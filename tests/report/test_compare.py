@@ -16,11 +16,11 @@ import pytest
 
 from configs import paper as plans
 from imm_jax.errors import UserError
-from imm_jax.evaluation import accuracy
 from imm_jax.report import compare, figures, groups, live, page, paper, results, samples, side_by_side
 from imm_jax.report.figures import Panel
 from imm_jax.report.markup import Plot, Table, to_csv
 from imm_jax.report.results import Results
+from imm_jax.statistics.evaluation import accuracy
 from tests import report_runs
 
 QWEN = "Qwen/Qwen2.5-1.5B-Instruct"

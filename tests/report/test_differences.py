@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from imm_jax import evaluation
-from imm_jax.comparison import holm, mcnemar
 from imm_jax.report import compare, differences, page
 from imm_jax.report.markup import Section, Table, to_csv
 from imm_jax.report.results import Results
+from imm_jax.statistics import evaluation
+from imm_jax.statistics.comparison import holm, mcnemar
 from tests import report_runs
 
 POOLED = differences.POOLED

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imm_jax.evaluation import Accuracy
 from imm_jax.methods import METHODS
 from imm_jax.report import compare, figures, front, groups
 from imm_jax.report.figures import Panel
 from imm_jax.report.markup import Plot, Section, Table
 from imm_jax.report.results import Model, Results
+from imm_jax.statistics.evaluation import Accuracy
 from tests import report_runs
 
 

@@ -14,10 +14,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from imm_jax import status
 from imm_jax.errors import UserError
 from imm_jax.report import live, page, results, samples, writer
 from imm_jax.report.results import Results
+from imm_jax.runs import status
 from tests import REPO, report_runs
 
 

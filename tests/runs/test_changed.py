@@ -9,8 +9,8 @@ import pytest
 from configs import tiny
 from imm_jax import files, integrity, loop
 from imm_jax.errors import UserError
-from imm_jax.rundir import RunDir, Stage, inputs_of, read_record, stale
-from imm_jax.runs import Model, Run
+from imm_jax.runs.run import Model, Run
+from imm_jax.runs.rundir import RunDir, Stage, inputs_of, read_record, stale
 
 EXTERNAL = {"base": "b", "train questions": "q", "test questions": "t"}
 

@@ -14,10 +14,11 @@ import ml_collections
 import numpy as np
 import pytest
 
-from imm_jax import files, integrity, status
+from imm_jax import files, integrity
 from imm_jax.errors import UserError
 from imm_jax.estimates import disk, shapes
 from imm_jax.model import hf, safetensors
+from imm_jax.runs import status
 from imm_jax.training import checkpoints
 from tests import REPO, TINY
 

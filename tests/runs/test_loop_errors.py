@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from imm_jax import status
+from imm_jax.runs import status
 from tests import REPO, TINY
 from tests.runs.test_loop import command, environment, one_line, start  # noqa: F401
 

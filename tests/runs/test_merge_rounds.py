@@ -11,7 +11,7 @@ from configs import common, tiny
 from imm_jax import config as checks, loop, merging, methods
 from imm_jax.errors import UserError
 from imm_jax.merging import registry
-from imm_jax.runs import Model, Run
+from imm_jax.runs.run import Model, Run
 from imm_jax.stages import merge_options, merging as stage
 from tests import REPO
 from tests.merge_folders import read, write

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from configs import paper
-from imm_jax import experiments
 from imm_jax.errors import UserError
+from imm_jax.runs import experiments
 
 
 def test_a_file_of_another_kind_is_refused_before_the_runs(tmp_path: Path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from imm_jax import status
+from imm_jax.runs import status
 from tests import REPO
 from tests.runs.test_loop import command, environment  # noqa: F401
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from configs import tiny
 from imm_jax import config as checks, loop
 from imm_jax.errors import UserError
-from imm_jax.runs import Model, Run
+from imm_jax.runs.run import Model, Run
 from imm_jax.stages import evaluating, questions
 from imm_jax.tasks import protocols
 from imm_jax.tasks.answers import verdict

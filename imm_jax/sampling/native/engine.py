@@ -8,8 +8,8 @@ from typing import Any
 import ml_collections
 from jax.sharding import Mesh
 
-from imm_jax import distributed, hardware
 from imm_jax.model import folder, sharding
+from imm_jax.runtime import distributed, hardware
 from imm_jax.sampling import Completion, Prompt, Sampler
 from imm_jax.sampling.native import parts
 from imm_jax.sampling.native.sampler import NativeSampler

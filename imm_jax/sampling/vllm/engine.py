@@ -12,9 +12,9 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from imm_jax import distributed, hardware
 from imm_jax.errors import UserError
 from imm_jax.model import sharding
+from imm_jax.runtime import distributed, hardware
 from imm_jax.sampling import Completion, Prompt, Sampler
 from imm_jax.sampling.vllm import server
 from imm_jax.sampling.vllm.sampler import VllmSampler

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from imm_jax import progress
 from imm_jax.errors import UserError
 from imm_jax.model import folder as checkpoint, hf
 from imm_jax.model.tokenization import known_ids
+from imm_jax.runtime import progress
 from imm_jax.sampling import Completion, Prompt, completions
 from imm_jax.sampling.journal import Journal
 from imm_jax.sampling.vllm import freshness, sleeping

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from imm_jax import progress
 from imm_jax.errors import UserError
+from imm_jax.runtime import progress
 from imm_jax.sampling.vllm import supervisor
 from imm_jax.sampling.vllm.client import Server, ServerError
 

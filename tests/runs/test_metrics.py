@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from configs import tiny
-from imm_jax import metrics
 from imm_jax.errors import UserError
-from imm_jax.metrics import StageMetrics
+from imm_jax.runs import metrics
+from imm_jax.runs.metrics import StageMetrics
 
 
 class Wandb:

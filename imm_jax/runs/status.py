@@ -17,8 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from imm_jax import distributed, files, signals
+from imm_jax import files
 from imm_jax.errors import PreemptedError, UserError
+from imm_jax.runtime import distributed, signals
 
 FILE = "status.json"
 _BEAT_S = 30.0

@@ -6,8 +6,8 @@ import sys
 import jax
 import pytest
 
-from imm_jax import distributed
 from imm_jax.errors import UserError
+from imm_jax.runtime import distributed
 
 
 @pytest.mark.parametrize(("flags", "expected"), [
@@ -21,7 +21,7 @@ def test_a_coordinator_that_is_none_is_one_line(flags, expected):
 @pytest.mark.parametrize("flags", ["num_processes=2", "process_id=1"])
 def test_a_part_of_what_joins_processes_is_an_error(flags):
   """Or each host would do the whole run alone."""
-  code = f"from imm_jax import distributed; distributed.start({flags})"
+  code = f"from imm_jax.runtime import distributed; distributed.start({flags})"
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
   assert "UserError: the processes of this run do not find each other" in done.stderr
 

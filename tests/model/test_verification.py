@@ -9,9 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from imm_jax import verification
 from imm_jax.errors import UserError
-from imm_jax.model import hf, hub, rope, safetensors
+from imm_jax.model import hf, hub, rope, safetensors, verification
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

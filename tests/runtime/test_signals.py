@@ -13,7 +13,7 @@ from tests import REPO
 
 _BEGIN = """
 import hashlib, sys, time
-from imm_jax import errors, signals
+from imm_jax import errors; from imm_jax.runtime import signals
 signals.GRACE_S = 0.5
 signals.answer()
 def said(work):

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from imm_jax import comparison, files
-from imm_jax.comparison import Paired
+from imm_jax import files
 from imm_jax.errors import UserError, listed
+from imm_jax.statistics import comparison
+from imm_jax.statistics.comparison import Paired
 
 # Fields of a row that score its question. A rate has the field that it is per: row[nats] / row[bytes], weighted with
 # row[bytes], so that a mean over texts is that of all their bytes; tokens would be other ones with another tokenizer.

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from imm_jax import compilation
+from imm_jax.runtime import compilation
 from tests import REPO
 
 _PROGRAM = """
 import jax
 from absl import app
-from imm_jax import cli, compilation
+from imm_jax import cli; from imm_jax.runtime import compilation
 found = []
 jax.monitoring.register_event_listener(lambda name, **_: found.append(name.rpartition("/")[2]))
 compilation._LEAST_SECONDS = 0.0

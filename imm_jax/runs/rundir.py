@@ -18,9 +18,11 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from imm_jax import distributed, files, integrity, resident, runlog
+from imm_jax import files, integrity
 from imm_jax.config import HOW, idle
 from imm_jax.errors import UserError, listed
+from imm_jax.runs import runlog
+from imm_jax.runtime import distributed, resident
 
 _TRIES = 10  # at the lock, within half a second
 

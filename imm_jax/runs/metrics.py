@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 import ml_collections
 
-from imm_jax import distributed, files
+from imm_jax import files
 from imm_jax.errors import UserError, first_line
+from imm_jax.runtime import distributed
 
 # What tracking may be.
 TRACKING = ("", "wandb")

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imm_jax import card, files, integrity, rundir
+from imm_jax import files, integrity
 from imm_jax.errors import ResourceError, UserError, first_line, listed
 from imm_jax.model import folder as checkpoint, hf
+from imm_jax.publishing import card
 from imm_jax.report.results import Results
+from imm_jax.runs import rundir
 
 _CARD = "README.md"
 # What a checkpoint's folder may hold besides its side files: weights in the forms that are loaded by their name, their

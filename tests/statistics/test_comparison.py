@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from imm_jax import against
-from imm_jax.comparison import holm, mcnemar, paired
 from imm_jax.errors import UserError
+from imm_jax.statistics import against
+from imm_jax.statistics.comparison import holm, mcnemar, paired
 from tests import REPO
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import ml_collections
 
-from imm_jax import config as configs, distributed, files, loop
+from imm_jax import config as configs, files, loop
 from imm_jax.analysis.weight_change import weight_change
 from imm_jax.errors import UserError
 from imm_jax.methods import method_of
 from imm_jax.model import folder, hf, hub
 from imm_jax.report import analysis as output
-from imm_jax.runs import pick
+from imm_jax.runs.run import pick
+from imm_jax.runtime import distributed
 from imm_jax.stages import analysing, devices
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from imm_jax import progress, runlog, status
 from imm_jax.errors import PreemptedError, UserError
+from imm_jax.runs import runlog, status
+from imm_jax.runtime import progress
 
 
 @pytest.mark.parametrize(("error", "state", "why", "logged"), [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from imm_jax import hardware
+from imm_jax.runtime import hardware
 from tests import REPO
 
 
@@ -25,6 +25,6 @@ def test_auto_is_float32_where_the_cpu_has_no_products_of_bfloat16(
 
 
 def test_looking_up_a_dtype_that_is_named_starts_no_backend() -> None:
-  program = ("from imm_jax import hardware; import jax; hardware.compute_dtype('float32'); "
+  program = ("from imm_jax.runtime import hardware; import jax; hardware.compute_dtype('float32'); "
              "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()")
   subprocess.run([sys.executable, "-c", program], check=True, cwd=REPO)

@@ -1,0 +1,1 @@
+"""The Python API: what `import imm_jax` offers, over the modules that the commands use."""
