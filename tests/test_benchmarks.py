@@ -1,10 +1,12 @@
-"""The benchmarks of the sampler run at their smallest size, and show what a process of their own died of."""
+"""Benchmarks and examples use names that exist; those of the sampler run at their smallest size and show errors."""
 
+import ast
 import importlib
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,28 @@ def _run(file: str, *flags: str) -> subprocess.CompletedProcess[str]:
   return subprocess.run(
       [sys.executable, f"benchmarks/{file}", *flags], cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)},
       capture_output=True, text=True, check=False)
+
+
+_PROGRAMS = sorted([*(REPO / "benchmarks").rglob("*.py"), *(REPO / "examples").glob("*.py")])
+
+
+@pytest.mark.parametrize("path", _PROGRAMS, ids=[path.stem for path in _PROGRAMS])
+def test_names_of_the_package_exist(path: Path) -> None:
+  tree = ast.parse(path.read_text())
+  modules = {}
+  for node in ast.walk(tree):
+    if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("imm_jax"):
+      for name in node.names:
+        home = importlib.import_module(node.module)
+        value = getattr(home, name.name, None) or importlib.import_module(f"{node.module}.{name.name}")
+        if isinstance(value, types.ModuleType):
+          modules[name.asname or name.name] = value
+    if isinstance(node, ast.Import):
+      modules |= {name.asname or name.name: importlib.import_module(name.name) for name in node.names
+                  if name.name == "imm_jax"}
+  used = [(node.value.id, node.attr) for node in ast.walk(tree)
+          if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules]
+  assert [f"{module}.{name}" for module, name in used if not hasattr(modules[module], name)] == []
 
 
 @pytest.mark.slow
