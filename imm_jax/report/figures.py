@@ -17,8 +17,8 @@ MODELS = {"base": ("#000000", "s", "base model"), "sft": ("#D55E00", "o", "after
           "ema": ("#009E73", "P", "average over SFT"), "merged": ("#0072B2", "^", "after merging")}
 METHODS = {"imm": ("#0072B2", "^"), "iimm": ("#56B4E9", "v"), "star": ("#D55E00", "o"),
            "data_mixture": ("#E69F00", "D"), "data_accumulation": ("#009E73", "P"), "real": ("#CC79A7", "X"),
-           "wise_ft": ("#0072B2", "s"), "lines": ("#56B4E9", "s"), "rest_em": ("#D55E00", "s"),
-           "l2_sp": ("#E69F00", "s"), "kl": ("#009E73", "s"), "ema": ("#CC79A7", "s"), "lora": ("#000000", "h")}
+           "wise_ft": ("#E69F00", "s"), "lines": ("#56B4E9", "s"), "rest_em": ("#D55E00", "s"),
+           "l2_sp": ("#000000", "s"), "kl": ("#009E73", "s"), "ema": ("#CC79A7", "s"), "lora": ("#000000", "h")}
 _OTHER = ("#666666", "*")
 _INTERVENTIONS = {"gradient_decay": "<", "gradient_clipping": ">", "weight_masking": "d"}
 # Colours and markers of curves that do not belong to a method.
