@@ -31,4 +31,5 @@ def test_example(path, tmp_path):
                             num_hidden_layers=layers)
     folder = save_random(config, tf.LlamaForCausalLM, tmp_path / str(i))
     text = re.sub(rf"(model: +){re.escape(name)}(?=\s|$)", rf"\g<1>{folder}", text)
+  text = re.sub(r"(?m)^dtype: .*$", "dtype: float32", text)  # float16 has no small values of the random weights
   run_and_check_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), text=text)
