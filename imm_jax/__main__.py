@@ -4,7 +4,7 @@ import runpy
 import sys
 
 from imm_jax import __version__
-from imm_jax.errors import Exit, nearest
+from imm_jax.errors import Exit, suggest
 
 # By command: the module that it runs, as `python -m MODULE` does, and what it is for.
 COMMANDS = {
@@ -30,7 +30,7 @@ def main() -> None:
     print(f"imm_jax {__version__}")
     return
   if command not in COMMANDS:
-    print(f"error: imm has no command {command!r}; {nearest(command, [*COMMANDS])}", file=sys.stderr)
+    print(f"error: imm has no command {command!r}; {suggest(command, [*COMMANDS])}", file=sys.stderr)
     sys.exit(Exit.MISTAKE)
   sys.argv = [sys.argv[0], *arguments]
   try:

@@ -67,8 +67,8 @@ def main() -> None:
     hf.check_folder(model)
   out = Path(_OUT.value)
   inputs = {"model": model} | {f"tuned[{i}]": folder for i, folder in enumerate(others.values())}
-  files.check_out(out, inputs, overwrite=_OVERWRITE.value, foreign=output.why_foreign)
-  with files.alone(out), files.committed(out) as folder:
+  files.check_out(out, inputs, overwrite=_OVERWRITE.value, explain_foreign=output.explain_foreign)
+  with files.locked(out), files.committed(out) as folder:
     change = {name: weight_change(model, other).to_json() for name, other in others.items()}
     found = output.combine(_importance(settings, model, asked) if asked else {}, change)
     output.write(folder, {"model": _MODEL.value, **found})
@@ -84,7 +84,7 @@ def _settings(asked: Sequence[str]) -> Any:
 
   if _CONFIG.value is None:
     raise UserError("--task needs --config, such as --config=configs/qwen.py: prompt, rows and mesh come from it")
-  settings = cli.config_of(_CONFIG)
+  settings = cli.read_config(_CONFIG)
   if experiments.is_experiment(settings):
     raise UserError("--config: holds several runs; give the config of one, such as configs/qwen.py")
   settings.model = _MODEL.value

@@ -15,7 +15,7 @@ import ml_collections
 from absl import app, flags, logging
 
 from imm_jax import config_files
-from imm_jax.errors import Exit, PreemptedError, UserError, exit_code, nearest
+from imm_jax.errors import Exit, PreemptedError, UserError, exit_code, suggest
 from imm_jax.runtime import compilation, signals
 
 # Of what another's error says.
@@ -158,7 +158,7 @@ def _help(program: str) -> str:
                     f"python -m {spec.name.removesuffix('.__main__')} is the same command." if spec else ""]).rstrip()
 
 
-def config_of(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
+def read_config(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
   """The config of a `--config` flag; a file that cannot be loaded is a UserError."""
   try:
     holder.value.to_dict()
@@ -177,7 +177,7 @@ def _config_message(error: Exception, argv: list[str]) -> str:
     return f"the config has no key {hint[2]!r}; did you mean {hint[1]!r}?"
   for path in re.findall(r"(?m)^--?config\.([\w.]+)", "\n".join(argv)):
     if path.rpartition(".")[2] == text.strip("'"):
-      return f"the config has no key {path!r}; {nearest(path, config_files.keys(config_files.load('common')))}"
+      return f"the config has no key {path!r}; {suggest(path, config_files.list_keys(config_files.load('common')))}"
   return f"the config has no such key or value: {text} (configs/common.py lists all keys)"
 
 

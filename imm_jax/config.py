@@ -9,9 +9,9 @@ from typing import Any
 import ml_collections
 
 from imm_jax import config_files, tasks
-from imm_jax.errors import UserError, nearest
+from imm_jax.errors import UserError, suggest
 from imm_jax.merging import quantise_drop_rate
-from imm_jax.methods import METHODS, averages, draws, merging, method_of
+from imm_jax.methods import METHODS, keeps_average, merging_methods, method_of, samples_answers
 from imm_jax.model import attention
 from imm_jax.model.decoder import REMAT
 from imm_jax.runs import metrics
@@ -61,7 +61,7 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
   for key, allowed in _ONE_OF.items():
     value = _get(config, key)
     if value not in allowed:
-      raise UserError(f"config.{key}={value!r}: {nearest(str(value), list(allowed))}")
+      raise UserError(f"config.{key}={value!r}: {suggest(str(value), list(allowed))}")
   for keys, check, expected in (
       (_AT_LEAST_ONE, lambda v: 1 <= v < 2**31, "expected 1 or more, less than 2**31"),
       (_AT_LEAST_ZERO, lambda v: 0 <= v < 2**31, "expected 0 or more, less than 2**31"),
@@ -111,7 +111,7 @@ def _check_keys(config: ml_collections.ConfigDict) -> None:
 
   def check(found: ml_collections.ConfigDict, known: ml_collections.ConfigDict, where: str) -> None:
     for key in sorted({*found} ^ {*known}):
-      raise UserError(f"the config has {where}{key}, which is no setting: {nearest(key, [*known])}" if key in found else
+      raise UserError(f"the config has {where}{key}, which is no setting: {suggest(key, [*known])}" if key in found else
                       f"the config has no key {where}{key}; is --config the right file?")
     for key, value in known.items():
       if isinstance(value, ml_collections.ConfigDict):
@@ -140,8 +140,8 @@ def idle(config: ml_collections.ConfigDict) -> set[str]:
   """
   method, sft = method_of(config), config.sft
   used = {"l2_sp_weight": method.anchor == "l2_sp", "kl_weight": method.anchor == "kl", "lora_rank": method.lora,
-          "lora_alpha": method.lora, "ema": sft.ema, "ema_decay": averages(config), "stop_share": sft.stop_share > 0,
-          "export": sft.export != "model"}
+          "lora_alpha": method.lora, "ema": sft.ema, "ema_decay": keeps_average(config),
+          "stop_share": sft.stop_share > 0, "export": sft.export != "model"}
   used |= {setting: sft.intervention == name for name, setting in interventions.SETTINGS.items()}
   used = {f"sft.{key}": value for key, value in used.items()} | {
       "data.mixture_share": method.data == "mixture", "data.with_real": method.data == "accumulation",
@@ -196,7 +196,7 @@ def _validate_merge(config: ml_collections.ConfigDict) -> None:
       raise UserError(f"config.merge.{key}={values}: expected different numbers from 0 to 1")
   if not method_of(config).merge and (merge.sweep or merge.base_weight == "auto"):
     raise UserError(f"config.method={config.method} merges nothing: merge.sweep and merge.base_weight=auto are for "
-                    f"{' and '.join(merging())}")
+                    f"{' and '.join(merging_methods())}")
   merge_options.check(config)
   if merge.base_weight == "auto" and not (merge.auto.weights and merge.auto.general):
     raise UserError("config.merge.base_weight=auto needs one or more of merge.auto.weights and of merge.auto.general")
@@ -273,7 +273,7 @@ def _validate_measures(config: ml_collections.ConfigDict) -> None:
   names = [entry.partition("=")[0] for entry in config.eval.texts]
   for name, entry in zip(names, config.eval.texts, strict=True):
     if "=" not in entry and name not in tasks.CORPORA:
-      raise UserError(f"config.eval.texts has {name!r}: {nearest(name, [*tasks.CORPORA])}, or a text of your own, "
+      raise UserError(f"config.eval.texts has {name!r}: {suggest(name, [*tasks.CORPORA])}, or a text of your own, "
                       f"{name}=file:PATH.txt")
     if "=" in entry:
       try:
@@ -289,7 +289,7 @@ def _validate_measures(config: ml_collections.ConfigDict) -> None:
 def _known(key: str, name: str, allowed: Sequence[str], otherwise: str = "") -> None:
   if name not in allowed:
     why = otherwise if name in tasks.JUDGED else ""
-    raise UserError(f"config.{key} has {name!r}: {why}{nearest(name, list(allowed))}")
+    raise UserError(f"config.{key} has {name!r}: {why}{suggest(name, list(allowed))}")
 
 
 def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloads: bool) -> None:
@@ -307,7 +307,7 @@ def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloa
     auto = config.merge.auto
     checks += [(f"merge.auto.questions={auto.questions}", lambda entry=entry: questions.general(config, entry),
                 (entry, config.task.name)) for entry in auto.general]
-  if trains and config.prompt.few_shot and draws(config):
+  if trains and config.prompt.few_shot and samples_answers(config):
     checks.append((f"prompt.few_shot={config.prompt.few_shot}", lambda: _check_shots(config), (config.task.name,)))
   checks += [(f"eval.protocol={config.eval.protocol}", lambda entry=entry: questions.shots_of(config, entry),
               (entry, config.task.name)) for entry in questions.own(config)]
@@ -320,9 +320,9 @@ def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloa
   if downloads:
     lm_eval_tasks.load(config)
   if trains and reads(config.task.name) and (
-      not draws(config) or config.data.real_fraction or config.data.with_real):
+      not samples_answers(config) or config.data.real_fraction or config.data.with_real):
     # Each round needs one of its own, but where the answers of earlier rounds are trained on, too.
-    alone = not draws(config) or config.data.real_fraction
+    alone = not samples_answers(config) or config.data.real_fraction
     for t in range(config.rounds if alone else 1):
       asked = questions.of_round(config, t).asked
       if not any(e.rationale for e in asked):

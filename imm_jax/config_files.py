@@ -13,7 +13,7 @@ from types import ModuleType
 
 import ml_collections
 
-from imm_jax.errors import UserError, nearest
+from imm_jax.errors import UserError, suggest
 
 _HERE = Path(__file__).resolve().parent
 FOLDER = next((folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir()),
@@ -23,7 +23,7 @@ _PACKAGE = "configs"
 _SHARED = ("__init__", "arguments", "reasoning")
 
 
-def names() -> list[str]:
+def list_names() -> list[str]:
   """The config files that come with this package."""
   return sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in _SHARED)
 
@@ -42,10 +42,10 @@ def find(name: str) -> Path:
     return path
   bare = path.parent == Path() or path.parent.name == _PACKAGE
   stem = path.name.removesuffix(".py")
-  if bare and stem in names():
+  if bare and stem in list_names():
     return FOLDER / f"{stem}.py"
   raise UserError(f"--config={name}: no such file, and no config of this name comes with imm_jax; "
-                  f"{nearest(stem, names())}")
+                  f"{suggest(stem, list_names())}")
 
 
 def load(name: str) -> ml_collections.ConfigDict:
@@ -98,14 +98,14 @@ def _loaded() -> list[str]:
   return [name for name in sys.modules if name == _PACKAGE or name.startswith(f"{_PACKAGE}.")]
 
 
-def keys(settings: ml_collections.ConfigDict, before: str = "") -> list[str]:
+def list_keys(settings: ml_collections.ConfigDict, before: str = "") -> list[str]:
   """Returns the names of all settings, those of groups with dots.
 
-  >>> [key for key in keys(load("tiny")) if key.startswith("merge.auto.g")]
+  >>> [key for key in list_keys(load("tiny")) if key.startswith("merge.auto.g")]
   ['merge.auto.general', 'merge.auto.groups']
   """
   found = []
   for key in settings:
     value = settings[key]
-    found += keys(value, f"{before}{key}.") if isinstance(value, ml_collections.ConfigDict) else [f"{before}{key}"]
+    found += list_keys(value, f"{before}{key}.") if isinstance(value, ml_collections.ConfigDict) else [f"{before}{key}"]
   return found

@@ -79,7 +79,7 @@ def from_orbax(source: Path, out: Path) -> None:
     hf.save(params, temporary, like=source / "hf")
 
 
-def _foreign(path: Path) -> str:
+def _explain_foreign(path: Path) -> str:
   """Why a folder is not what a conversion writes; "" where it is."""
   names = {file.name for file in path.iterdir()}
   if names == {"params", "hf"}:
@@ -105,8 +105,8 @@ def main() -> None:
   pair = hub.split_adapter(_SOURCE.value)
   inputs = dict(zip(("--source, its base", "--source, its adapter"), map(Path, pair), strict=True)) if pair else {
       "--source": source}
-  files.check_out(out, inputs, overwrite=_OVERWRITE.value, foreign=_foreign)
-  with files.alone(out):
+  files.check_out(out, inputs, overwrite=_OVERWRITE.value, explain_foreign=_explain_foreign)
+  with files.locked(out):
     if _TO.value == "orbax":
       to_orbax(hub.resolve(_SOURCE.value), out)
     elif pair:

@@ -89,7 +89,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 @functools.cache
-def say_once(line: str) -> None:
+def print_once(line: str) -> None:
   """Prints a line on stderr, unless this process has said it before."""
   print(line, file=sys.stderr)
 
@@ -103,20 +103,20 @@ def first_line(error: BaseException) -> str:
   return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def nearest(name: str, known: list[str]) -> str:
+def suggest(name: str, known: list[str]) -> str:
   """A hint for a mistyped name.
 
-  >>> nearest("base_wieght", ["base_weight", "drop_rate"])
+  >>> suggest("base_wieght", ["base_weight", "drop_rate"])
   'did you mean base_weight?'
   """
   close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
   return f"did you mean {close[0]}?" if close else f"expected one of: {', '.join(known)}"
 
 
-def listed(items: Sequence[str], separator: str = ", ") -> str:
+def join_items(items: Sequence[str], separator: str = ", ") -> str:
   """All of them in one line, but for those past the fiftieth.
 
-  >>> listed(["a", "b"])
+  >>> join_items(["a", "b"])
   'a, b'
   """
   more = f" and {len(items) - _MOST} more" if len(items) > _MOST else ""

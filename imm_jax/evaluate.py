@@ -40,7 +40,7 @@ _MANY_CUT = 0.1  # share of answers
 
 
 def main() -> None:
-  settings = cli.config_of(_CONFIG)
+  settings = cli.read_config(_CONFIG)
   if experiments.is_experiment(settings):
     raise UserError("--config: holds several runs; give the config of one, such as configs/qwen.py")
   settings.model = _MODEL.value
@@ -54,9 +54,9 @@ def main() -> None:
   hf.check_folder(model)
   others = {Path(name): against.read_folder(Path(name)) for name in _AGAINST.value}
   files.check_out(out, {"model": model, **{f"--against={other}": other for other in others}},
-                  overwrite=_OVERWRITE.value, foreign=_foreign)
+                  overwrite=_OVERWRITE.value, explain_foreign=_explain_foreign)
   scratch = out.with_name(f".{out.name}.sampling")
-  with files.alone(out), files.committed(out) as folder:
+  with files.locked(out), files.committed(out) as folder:
     facts = evaluating.evaluate(settings, model, scratch, folder, label=model.name)
     files.write_text(folder / "scores.json", json.dumps({"model": settings.model, **facts}, indent=1) + "\n")
   files.remove(scratch)
@@ -87,7 +87,7 @@ def main() -> None:
     against.report(out, others, out / "against.json")
 
 
-def _foreign(folder: Path) -> str:
+def _explain_foreign(folder: Path) -> str:
   return "" if (folder / "scores.json").is_file() else "is no earlier result (it has no scores.json)"
 
 

@@ -28,7 +28,7 @@ def committed(target: Path) -> Iterator[Path]:
   Raises:
     UserError: when the disk refuses (full, read-only), or the target is the current directory or holds it.
   """
-  temporary, replaced = _beside(target, "part"), _beside(target, "old")
+  temporary, replaced = _hidden_sibling(target, "part"), _hidden_sibling(target, "old")
   try:
     remove(temporary)
     temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -44,11 +44,11 @@ def committed(target: Path) -> Iterator[Path]:
       remove(temporary)
     if not isinstance(e, OSError) or e.errno not in _DISK_REFUSES + _DISK_FULL:
       raise
-    raise _refused(target, e) from e
+    raise _write_error(target, e) from e
 
 
 @contextlib.contextmanager
-def alone(target: Path, *, wait: bool = False) -> Iterator[None]:
+def locked(target: Path, *, wait: bool = False) -> Iterator[None]:
   """Keeps other processes from writing the same target for the length of a block.
 
   Args:
@@ -59,13 +59,13 @@ def alone(target: Path, *, wait: bool = False) -> Iterator[None]:
     UserError: when another one does and `wait` is not set, the disk refuses, or the target is the current directory or
       holds it.
   """
-  lock = _beside(target, "lock")
+  lock = _hidden_sibling(target, "lock")
   while True:
     try:
       lock.parent.mkdir(parents=True, exist_ok=True)
       file = lock.open("w")
     except OSError as e:
-      raise _refused(target, e) from e
+      raise _write_error(target, e) from e
     try:
       fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
       # Who opened the file before its last owner removed it holds a lock that nobody else sees.
@@ -86,14 +86,15 @@ def alone(target: Path, *, wait: bool = False) -> Iterator[None]:
       lock.unlink(missing_ok=True)
 
 
-def check_out(out: Path, inputs: Mapping[str, Path], *, overwrite: bool, foreign: Callable[[Path], str]) -> None:
+def check_out(out: Path, inputs: Mapping[str, Path], *, overwrite: bool, explain_foreign: Callable[[Path], str],
+              ) -> None:
   """Checks that a tool may write the folder --out, before any work.
 
   Args:
     out: what the flag says.
     inputs: the folders that are read, by what they are called.
     overwrite: whether --overwrite is given.
-    foreign: says of a folder that is there why it is no earlier output of the tool; "" where it is one.
+    explain_foreign: says of a folder that is there why it is no earlier output of the tool; "" where it is one.
 
   Raises:
     UserError: when it is, holds or lies in an input, is the current directory or holds it, is no folder, or is there
@@ -109,10 +110,10 @@ def check_out(out: Path, inputs: Mapping[str, Path], *, overwrite: bool, foreign
     raise UserError(f"--out={out}: is a link or a file; give a folder")
   if not out.exists():
     return
-  _beside(out, "")
+  _hidden_sibling(out, "")
   if not overwrite:
     raise UserError(f"--out={out}: exists; give another folder, or --overwrite to replace it")
-  if any(out.iterdir()) and (reason := foreign(out)):
+  if any(out.iterdir()) and (reason := explain_foreign(out)):
     raise UserError(f"--out={out}: {reason}, so it is not replaced; give another folder")
 
 
@@ -150,8 +151,8 @@ def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
 def read_json(path: Path) -> dict[str, Any]:
   """Reads a JSON object; a file that is missing, holds something else, or a key twice, is a UserError that names it."""
   try:
-    check_pointer(path)
-    value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
+    reject_lfs_pointer(path)
+    value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=reject_duplicates)
   except OSError as e:
     raise UserError(f"{path}: cannot be read ({e.strerror})") from e
   except (ValueError, RecursionError) as e:
@@ -161,14 +162,14 @@ def read_json(path: Path) -> dict[str, Any]:
   return value
 
 
-def check_pointer(path: Path) -> None:
+def reject_lfs_pointer(path: Path) -> None:
   """Raises UserError where a file is what git leaves in place of one that Git LFS has not fetched."""
   with path.open("rb") as f:
     if f.read(len(_LFS)) == _LFS:
       raise UserError(f"{path}: is a pointer of Git LFS, not the file itself; run `git lfs pull` in that folder")
 
 
-def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   """An `object_pairs_hook` for json; raises ValueError where a key stands twice, of which one would be lost."""
   result = dict(pairs)
   if len(result) != len(pairs):
@@ -185,20 +186,20 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def files_of(path: Path) -> list[Path]:
+def list_files(path: Path) -> list[Path]:
   """The file itself, or all files below a folder, in a fixed order."""
   return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
 
 
-def size_of(path: Path) -> int:
+def count_bytes(path: Path) -> int:
   """Bytes of a file, or of all files below a folder."""
-  return sum(p.stat().st_size for p in files_of(path))
+  return sum(p.stat().st_size for p in list_files(path))
 
 
-def digests(path: Path) -> dict[str, str]:
+def digest_files(path: Path) -> dict[str, str]:
   """sha256 of the file, by the name ".", or of each file below a folder, by its path in it."""
   found = {}
-  for file in files_of(path):
+  for file in list_files(path):
     with file.open("rb") as f:
       found[str(file.relative_to(path))] = hashlib.file_digest(f, "sha256").hexdigest()
   return found
@@ -206,15 +207,16 @@ def digests(path: Path) -> dict[str, str]:
 
 def digest(path: Path, only: Sequence[Path] | None = None) -> str:
   """sha256 over the contents (and, in a folder, the names) of all files, or of `only` these."""
-  return over(digests(path) if only is None else {str(p.relative_to(path)): digests(p)["."] for p in only})
+  return combine_digests(digest_files(path) if only is None else {
+      str(p.relative_to(path)): digest_files(p)["."] for p in only})
 
 
-def over(found: Mapping[str, str]) -> str:
+def combine_digests(found: Mapping[str, str]) -> str:
   """One digest over those of files."""
   return hashlib.sha256("".join(f"{name}\0{value}\n" for name, value in found.items()).encode()).hexdigest()
 
 
-def _beside(target: Path, suffix: str) -> Path:
+def _hidden_sibling(target: Path, suffix: str) -> Path:
   """A hidden neighbour of a file or folder; a UserError where nothing can take the target's place."""
   path = Path(os.path.abspath(target))  # "." has no name
   path = path.parent.resolve() / path.name
@@ -223,12 +225,12 @@ def _beside(target: Path, suffix: str) -> Path:
   return path.with_name(f".{path.name}.{suffix}")
 
 
-def refusal(target: str | Path, error: OSError) -> UserError | None:
+def explain_disk_error(target: str | Path, error: OSError) -> UserError | None:
   """What to say where the disk is full or refuses to be written; None for another error, as of a network."""
-  return _refused(target, error) if error.errno in _DISK_FULL + (errno.EROFS, errno.EACCES, errno.EPERM) else None
+  return _write_error(target, error) if error.errno in _DISK_FULL + (errno.EROFS, errno.EACCES, errno.EPERM) else None
 
 
-def _refused(target: str | Path, error: OSError) -> UserError:
+def _write_error(target: str | Path, error: OSError) -> UserError:
   advice = ("make room" if error.errno in _DISK_FULL else
             "give another name" if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG) else
             "make it writable")
@@ -240,7 +242,7 @@ def _refused(target: str | Path, error: OSError) -> UserError:
 
 def _sync(path: Path) -> None:
   """Puts written files on disk, so that a rename never outlives its bytes."""
-  for file in files_of(path):
+  for file in list_files(path):
     fd = os.open(file, os.O_RDONLY)
     try:
       os.fsync(fd)

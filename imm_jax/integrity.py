@@ -13,33 +13,33 @@ MANIFEST = "manifest.json"
 SEAL = ".digest.json"
 
 
-def write(path: Path, root: Path, covered: Iterable[Path]) -> None:
+def write_digests(path: Path, root: Path, covered: Iterable[Path]) -> None:
   """Writes the digests of some files below `root`, and one over these, to the file `path`."""
-  found = {str(file.relative_to(root)): files.digests(file)["."] for file in sorted(covered)}
-  files.write_text(path, json.dumps({"files": found, "digest": files.over(found)}, indent=1) + "\n")
+  found = {str(file.relative_to(root)): files.digest_files(file)["."] for file in sorted(covered)}
+  files.write_text(path, json.dumps({"files": found, "digest": files.combine_digests(found)}, indent=1) + "\n")
 
 
-def update(path: Path, root: Path, folder: Path) -> None:
-  """Takes the files below `folder` as they are now into what `write` has written, if it has, and nothing else."""
+def update_digests(path: Path, root: Path, folder: Path) -> None:
+  """Renews the digests of the files below `folder` in what `write_digests` has written to `path`, if it has."""
   if path.exists() and root in folder.parents:
     here = str(folder.relative_to(root))
     found = {name: digest for name, digest in files.read_json(path).get("files", {}).items()
              if not name.startswith(f"{here}/")}
-    found |= {f"{here}/{name}": digest for name, digest in files.digests(folder).items()}
-    files.write_text(path, json.dumps({"files": found, "digest": files.over(found)}, indent=1) + "\n")
+    found |= {f"{here}/{name}": digest for name, digest in files.digest_files(folder).items()}
+    files.write_text(path, json.dumps({"files": found, "digest": files.combine_digests(found)}, indent=1) + "\n")
 
 
-def differing(path: Path, root: Path) -> list[str]:
-  """The files that are not what `write` has found, relative to `root`, or `path` itself where it is damaged."""
+def list_differing(path: Path, root: Path) -> list[str]:
+  """The files that are not what `write_digests` has found, relative to `root`, or `path` itself where it is damaged."""
   try:
     recorded = files.read_json(path)
     found, over = recorded["files"], recorded["digest"]
   except (UserError, KeyError):
     return [_name(path, root)]
-  if not isinstance(found, dict) or files.over(found) != over:
+  if not isinstance(found, dict) or files.combine_digests(found) != over:
     return [_name(path, root)]
   return [name for name, digest in found.items()
-          if not (root / name).is_file() or files.digests(root / name)["."] != digest]
+          if not (root / name).is_file() or files.digest_files(root / name)["."] != digest]
 
 
 def check_run(root: Path) -> tuple[list[str], list[str]]:
@@ -59,7 +59,7 @@ def check_run(root: Path) -> tuple[list[str], list[str]]:
   wrong, notes = [], []
   manifest = root / MANIFEST
   if manifest.exists():
-    wrong += differing(manifest, root)
+    wrong += list_differing(manifest, root)
   else:
     notes.append(f"{MANIFEST} is missing (a start has not ended, was killed, or is older): run.json, config.json, "
                  "metrics and report cannot be checked")
@@ -73,14 +73,14 @@ def check_run(root: Path) -> tuple[list[str], list[str]]:
     if not (root / name).exists():
       wrong.append(name)
     elif files.digest(root / name) != output:
-      found = files.digests(root / name)
+      found = files.digest_files(root / name)
       # Where each file is what it was, the record itself is not.
       wrong += [f"{name}/{file}".removesuffix("/.") for file in sorted({*found, *(each or {})})
                 if found.get(file) != each.get(file)] if each and found != each else [name]
   for state in sorted(path for path in root.glob("round_*/*_state/*") if path.name.isdecimal()):
     seal = state.with_name(state.name + SEAL)
     if seal.exists():
-      wrong += [f"{seal.parent.relative_to(root)}/{name}" for name in differing(seal, seal.parent)]
+      wrong += [f"{seal.parent.relative_to(root)}/{name}" for name in list_differing(seal, seal.parent)]
     else:
       notes.append(f"{_name(state, root)}: has no digests (its writer was killed), and cannot be checked")
   if elsewhere := _states_elsewhere(root / "config.json"):

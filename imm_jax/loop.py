@@ -13,7 +13,7 @@ import ml_collections
 
 from imm_jax import __version__, report
 from imm_jax.estimates import cost, disk, memory, shapes
-from imm_jax.methods import averages, draws
+from imm_jax.methods import keeps_average, samples_answers
 from imm_jax.model import folder, hf, hub, published
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.runs import metrics, rundir, runlog, status
@@ -27,18 +27,18 @@ from imm_jax.training.checkpoints import check_folder
 def plan(run: Run) -> list[Stage]:
   """All stages of a run in order."""
   method, start, stages = run.method, run.base, []
-  if run.draws and run.config.prompt.few_shot:
+  if run.samples_answers and run.config.prompt.few_shot:
     stages.append(sampling.shots_stage(run))
   stages.append(evaluating.stage(run, run.base, "base/eval", -1))
   for t in range(run.config.rounds):
-    sampler = (run.teacher or start) if run.draws else None
+    sampler = (run.teacher or start) if run.samples_answers else None
     if sampler:
       stages.append(sampling.stage(run, sampler, t))
     begin = run.base if method.start == "base" else start
     stages += [train := selection.stage(run, t), sft := tuning.stage(run, begin, train.name, t)]
     tuned = run.model(sft.name)
     stages.append(evaluating.stage(run, tuned, f"round_{t}/eval/sft", t))
-    if averages(run.config):
+    if keeps_average(run.config):
       stages.append(evaluating.stage(run, tuning.average_of(tuned), f"round_{t}/eval/ema", t))
     if method.merge:
       stages += merging.stages(run, begin, tuned, train.name, t)
@@ -160,7 +160,7 @@ def _check(config: ml_collections.ConfigDict, *, dry: bool = False) -> dict[str,
     load_tokenizer(model, rows=hf.check_folder(model).vocab_size)
   entries = questions.own(config)
   if not (dry and any(questions.is_remote(config, entry) for entry in entries)):
-    sampling.check(config, found["base"], found.get("teacher", found["base"]), draws(config))
+    sampling.check(config, found["base"], found.get("teacher", found["base"]), samples_answers(config))
   return found
 
 

@@ -50,7 +50,7 @@ flags.register_multi_flags_validator(
 
 
 def main() -> None:
-  settings = cli.config_of(_CONFIG)
+  settings = cli.read_config(_CONFIG)
   several = experiments.is_experiment(settings)
   (experiments if several else config).validate(settings, downloads=not (_DRY_RUN.value or _COMPILE_ONLY.value))
   if _COMPILE_ONLY.value:

@@ -27,7 +27,7 @@ import yaml
 from absl import flags
 
 from imm_jax import cli, files
-from imm_jax.errors import UserError, nearest
+from imm_jax.errors import UserError, suggest
 from imm_jax.merging import command, mergekit, recipe, registry
 from imm_jax.merging.command import OutputOptions
 from imm_jax.merging.options import REQUIRED, Option
@@ -131,9 +131,9 @@ def _write(root: Path, inputs: Mapping[str, Path], plan: Callable[[Path], Mappin
            options: OutputOptions) -> None:
   """Writes --out, which appears whole or not at all; `plan` says what is merged where, one group after the other."""
   started, count = time.monotonic(), 0
-  files.check_out(root, inputs, overwrite=_OVERWRITE.value, foreign=lambda out: (
+  files.check_out(root, inputs, overwrite=_OVERWRITE.value, explain_foreign=lambda out: (
       "" if any(out.rglob("merge.json")) else "is no earlier merge (it has no merge.json)"))
-  with files.alone(root), files.committed(root) as temporary:
+  with files.locked(root), files.committed(root) as temporary:
     for jobs in plan(temporary).values():
       command.merge(jobs, options)
       count += len(jobs)
@@ -149,9 +149,9 @@ def _write_documents(root: Path, names: list[str | None], read: Callable[[int, M
   if None in names[:-1] or len(set(names)) < len(names):
     raise UserError(f"{_RECIPE.value}: of several documents each but the last needs a name of its own")
   started = time.monotonic()
-  files.check_out(root, {}, overwrite=_OVERWRITE.value, foreign=lambda out: (
+  files.check_out(root, {}, overwrite=_OVERWRITE.value, explain_foreign=lambda out: (
       "" if any(out.rglob("merge.json")) else "is no earlier merge (it has no merge.json)"))
-  with files.alone(root), files.committed(root) as temporary, tempfile.TemporaryDirectory(
+  with files.locked(root), files.committed(root) as temporary, tempfile.TemporaryDirectory(
       prefix=f".{root.name}.", dir=_parent(root)) as between:
     earlier: dict[str, Path] = {}
     kept = temporary if names[-1] is not None else Path(between)
@@ -231,7 +231,7 @@ def _bytes(text: str) -> int:
     size = int(float(text.strip()[:-2]) * _UNITS[unit]) if unit in _UNITS else int(text)
     if size > 0:
       return size
-  raise UserError(f"--max_shard_size={text}: expected bytes, or a number with {nearest(unit, list(_UNITS))}")
+  raise UserError(f"--max_shard_size={text}: expected bytes, or a number with {suggest(unit, list(_UNITS))}")
 
 
 if __name__ == "__main__":

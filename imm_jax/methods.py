@@ -74,16 +74,16 @@ def merge_method(config: ml_collections.ConfigDict) -> str:
   return method_of(config).merge and (config.merge.method or method_of(config).merge)
 
 
-def merging() -> list[str]:
+def merging_methods() -> list[str]:
   """The names of the methods that merge."""
   return [name for name, method in METHODS.items() if method.merge]
 
 
-def averages(config: ml_collections.ConfigDict) -> bool:
+def keeps_average(config: ml_collections.ConfigDict) -> bool:
   """Whether SFT keeps an average of the weights."""
   return config.sft.ema or method_of(config).hands_on == "ema"
 
 
-def draws(config: ml_collections.ConfigDict) -> bool:
+def samples_answers(config: ml_collections.ConfigDict) -> bool:
   """Whether a run samples answers to train on."""
   return method_of(config).data != "worked" and config.data.real_fraction < 1

@@ -22,7 +22,7 @@ from transformers import Qwen2Tokenizer
 
 from imm_jax import cli, files
 from imm_jax.config import DTYPES, require
-from imm_jax.errors import UserError, nearest
+from imm_jax.errors import UserError, suggest
 from imm_jax.model import hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import init_params
@@ -89,7 +89,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   families = (*arithmetic.FAMILIES, "drill")
   for family in config.mixture:
     if family not in families:
-      raise UserError(f"config.mixture has {family!r}: {nearest(family, list(families))}")
+      raise UserError(f"config.mixture has {family!r}: {suggest(family, list(families))}")
   require(config, "mixture", lambda v: all(math.isfinite(s) and s >= 0 for s in v.values()) and sum(v.values()) > 0,
           "expected shares >= 0 with a positive sum")
   if not corpus_sizes(config):
@@ -102,11 +102,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def main() -> None:
-  config, out = cli.config_of(_CONFIG), Path(_OUT.value)
+  config, out = cli.read_config(_CONFIG), Path(_OUT.value)
   validate(config)
   if out.exists() and not (out / "recipe.json").exists():
     raise UserError(f"--out={out}: exists and is no pre-trained model (it has no recipe.json); choose another folder")
-  with files.alone(out):  # first, so that a folder that cannot be written fails now
+  with files.locked(out):  # first, so that a folder that cannot be written fails now
     make(config, out)
 
 

@@ -29,7 +29,7 @@ def make(root: Path, *, method: str = "imm", rounds: int = 2, questions: int = 6
   stages: dict[str, dict] = {}
 
   def stage(name: str, **facts: object) -> None:
-    stages[name] = {"inputs": {}, "output": "0" * 64, "bytes": files.size_of(root / name),
+    stages[name] = {"inputs": {}, "output": "0" * 64, "bytes": files.count_bytes(root / name),
                     "seconds": round(rng.uniform(1, 90), 2), "facts": facts}
 
   def evaluate(name: str) -> None:

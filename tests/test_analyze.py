@@ -218,11 +218,11 @@ def test_every_corpus_of_the_papers_analyses_is_read(tmp_path: Path):
 
 def test_a_folder_that_holds_more_than_a_result_is_not_replaced(tmp_path: Path):
   for name in (output.FILE, output.TABLE):
-    assert "is no earlier result (it has no" in output.why_foreign(tmp_path)
+    assert "is no earlier result (it has no" in output.explain_foreign(tmp_path)
     (tmp_path / name).touch()
-  assert output.why_foreign(tmp_path) == ""
+  assert output.explain_foreign(tmp_path) == ""
   (tmp_path / "samples.jsonl").touch()
-  assert output.why_foreign(tmp_path) == "is no earlier result (it holds samples.jsonl)"
+  assert output.explain_foreign(tmp_path) == "is no earlier result (it holds samples.jsonl)"
 
 
 def _layers(*values: float) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def _contents(root: Path) -> dict[str, bytes]:
-  return {str(path.relative_to(root)): path.read_bytes() for path in files.files_of(root)}
+  return {str(path.relative_to(root)): path.read_bytes() for path in files.list_files(root)}
 
 
 @pytest.mark.parametrize("out", ["work/source", "work", "work/source/out", "work/../work/source", "link"])
@@ -94,7 +94,7 @@ def test_the_current_directory_is_never_replaced(
 def test_a_relative_name_with_dots_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   (tmp_path / "here").mkdir()
   monkeypatch.chdir(tmp_path / "here")
-  with files.alone(Path("../here/../made")), files.committed(Path("../here/../made")) as temporary:
+  with files.locked(Path("../here/../made")), files.committed(Path("../here/../made")) as temporary:
     temporary.mkdir()
   assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "made"]
 

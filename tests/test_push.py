@@ -79,7 +79,7 @@ def merged(tmp_path: Path) -> Path:
   record = report_runs.read_record(root)
   for name in ("round_1/merged", "round_1/sft"):
     shutil.copytree(TINY, root / name, dirs_exist_ok=True)
-    record["stages"][name] |= {"files": files.digests(root / name)}
+    record["stages"][name] |= {"files": files.digest_files(root / name)}
   report_runs.write_record(root, record)
   config = tiny.get_config()
   with config.unlocked():
@@ -228,7 +228,7 @@ def test_a_model_that_the_config_does_not_make_is_refused(hub: Hub, merged: Path
 
 def test_a_config_that_was_edited_is_refused(hub: Hub, merged: Path):
   root = merged.parent.parent
-  integrity.write(root / integrity.MANIFEST, root, [root / "config.json"])
+  integrity.write_digests(root / integrity.MANIFEST, root, [root / "config.json"])
   publishing.check_recorded(root, "round_1/merged", merged, [])
   (root / "config.json").write_text((root / "config.json").read_text().replace("0.4", "0.9"))
   with pytest.raises(UserError, match=r"config\.json: differs from what the run has written"):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from imm_jax.analysis import MODULES
-from imm_jax.errors import UserError, listed
+from imm_jax.errors import UserError, join_items
 from imm_jax.merging.checkpoint import CheckpointSource
 from imm_jax.model.config import read_config
 from imm_jax.model.families import FAMILIES
@@ -68,7 +68,8 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
   expected = {f"layers.{layer}.{module}" for layer in range(layers) for module in MODULES}
   if problems := [f"missing {name}" for name in expected - shapes.keys()] + [
       f"unknown {name}" for name in shapes.keys() - expected]:
-    raise UserError(f"{folder}: weights do not fit config.json with its {layers} layers: {listed(sorted(problems))}")
+    raise UserError(f"{folder}: weights do not fit config.json with its {layers} layers: "
+                    f"{join_items(sorted(problems))}")
   return shapes
 
 

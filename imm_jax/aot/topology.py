@@ -12,7 +12,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from imm_jax.errors import UserError, nearest
+from imm_jax.errors import UserError, suggest
 from imm_jax.model import sharding
 from imm_jax.runtime.hardware import peak_flops
 
@@ -109,7 +109,7 @@ def describe_slice(name: str, *, slices: int = 1) -> Slice:
   kind, _, sizes = name.partition(":")
   examples = "v5e:4x4, v5e:16x16, v5p:2x2x2, v6e:4x4, v4:2x2x2"
   if kind not in CHIPS:
-    raise UserError(f"--topology={name}: {nearest(kind, list(CHIPS))}, then the chips along each axis, such as "
+    raise UserError(f"--topology={name}: {suggest(kind, list(CHIPS))}, then the chips along each axis, such as "
                     f"{examples}")
   if not re.fullmatch(r"\d+(x\d+){1,2}", sizes) or slices < 1:
     raise UserError(f"--topology={name} --slices={slices}: expected the chips along each axis and 1 slice or more, "

@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 
 from imm_jax import config as checks, config_files, loop
-from imm_jax.errors import UserError, nearest
+from imm_jax.errors import UserError, suggest
 from imm_jax.report import Results
 from imm_jax.runs import experiments
 
@@ -42,10 +42,10 @@ def run(config: str | os.PathLike[str] | ml_collections.ConfigDict, *, workdir: 
       config, ml_collections.ConfigDict) else config_files.load(os.fspath(config))
   if experiments.is_experiment(settings):
     raise UserError("run: the config holds several runs, which `imm run` does; give the config of one")
-  known = config_files.keys(settings)
+  known = config_files.list_keys(settings)
   for key, value in changes.items():
     if key not in known:
-      raise UserError(f"{key} is no setting: {nearest(key, known)}")
+      raise UserError(f"{key} is no setting: {suggest(key, known)}")
     try:
       settings.update_from_flattened_dict({key: value})
     except (TypeError, ValueError) as e:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from imm_jax.methods import averages, draws, merge_method, method_of
+from imm_jax.methods import keeps_average, merge_method, method_of, samples_answers
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import count_params
 from imm_jax.runtime import hardware
@@ -59,7 +59,7 @@ def work(config: ml_collections.ConfigDict, record: Mapping[str, Any], *, questi
       answer or ASSUMED["length"] * config.sample.max_new_tokens, config.sample.max_new_tokens)
   right = sum(f["correct"] for f in facts) / samples if samples else ASSUMED["right"]
   asked, tests = questions.counts(config)
-  drawn, method = draws(config), method_of(config)
+  drawn, method = samples_answers(config), method_of(config)
   sampled = config.rounds * asked * config.sample.num_samples * length if drawn else 0.0
   answers = right * asked * config.sample.num_samples if drawn else 0.0
   answers /= max(1 - config.data.real_fraction, 0.5)
@@ -74,7 +74,7 @@ def work(config: ml_collections.ConfigDict, record: Mapping[str, Any], *, questi
     seen = sum(1 + config.data.mixture_share * (t - 1) for t in rounds) * answers
   else:
     seen = config.rounds * answers
-  models = 1 + config.rounds * (1 + averages(config) + (1 + len(config.merge.sweep)) * bool(method.merge))
+  models = 1 + config.rounds * (1 + keeps_average(config) + (1 + len(config.merge.sweep)) * bool(method.merge))
   tried = 0
   if config.merge.base_weight == "auto" and method.merge:
     auto = config.merge.auto
@@ -94,7 +94,7 @@ def work(config: ml_collections.ConfigDict, record: Mapping[str, Any], *, questi
   asked_tests = sum(n * asks(entry) for n, entry in counted)
   asked_tests += len(config.eval.texts) * questions.count_passages(config) * ASSUMED["passage"]
   # The base and a model of the round read the same texts.
-  compared = config.rounds * 2 * (1 + bool(method.merge) + averages(config))
+  compared = config.rounds * 2 * (1 + bool(method.merge) + keeps_average(config))
   compared *= sum(min(n or most, most) for n in questions.count_tests(config)) if (
       most := questions.drift_questions(config)) else 0
   return Work(sampled, (passes * seen + measured) * (length + question), evaluated,

@@ -9,7 +9,7 @@ import jax
 import ml_collections
 
 from imm_jax.estimates import cost, memory
-from imm_jax.methods import averages, draws, method_of
+from imm_jax.methods import keeps_average, method_of, samples_answers
 from imm_jax.model import folder as checkpoint
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import count_params
@@ -63,7 +63,7 @@ def expect(config: ml_collections.ConfigDict, model: ModelConfig, expected: memo
     weights = sum(path.stat().st_size for path in checkpoint.weight_files(folder))
     beside = sum((folder / name).stat().st_size for name in checkpoint.SIDE_FILES if (folder / name).is_file())
   one = weights + beside
-  tuned = (one if sft.export == "model" else 4.0 * count + beside) * (1 + averages(config))
+  tuned = (one if sft.export == "model" else 4.0 * count + beside) * (1 + keeps_average(config))
   trained = count
   if given.lora:
     trained = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(lora.abstract(model, given.lora)))
@@ -73,14 +73,14 @@ def expect(config: ml_collections.ConfigDict, model: ModelConfig, expected: memo
   kept = 12 + 4 * bool(given.ema) + 4 * (1 + bool(given.ema)) * (sft.stop_share > 0)
   state = (kept + (sft.intervention == "weight_masking")) * trained
   asked, tests = questions.counts(config)
-  sampled = asked * config.sample.num_samples * draws(config)
+  sampled = asked * config.sample.num_samples * samples_answers(config)
   right = sampled * cost.ASSUMED["right"] if sampled else asked
   saves = max(1, (math.ceil(sft.epochs * right / sft.global_batch) - 1) // sft.save_interval)
   tokens = (expected.question or cost.ASSUMED["question"]) + (
       expected.answer or cost.ASSUMED["length"] * config.sample.max_new_tokens)
   row = _ROW + _CHARACTERS * tokens
   evaluation = row * tests * (1 + config.eval.num_samples)
-  models_of_round = 1 + averages(config) + (1 + len(config.merge.sweep)) * bool(method.merge)
+  models_of_round = 1 + keeps_average(config) + (1 + len(config.merge.sweep)) * bool(method.merge)
   answers = config.rounds * (row * (sampled + right) + evaluation * models_of_round) + evaluation
   models = config.rounds * (tuned + merged)
   last = models + answers + _OTHERS

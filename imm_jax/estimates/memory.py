@@ -9,7 +9,7 @@ import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
 from imm_jax.estimates.shapes import Expected
-from imm_jax.methods import draws, merge_method
+from imm_jax.methods import merge_method, samples_answers
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params, count_params
 from imm_jax.model.sharding import decoding_mesh, num_batch_shards, param_sharding, path_name
@@ -219,7 +219,7 @@ def peaks(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, exp
     asked, tests = questions.counts(config)
     settings = [("evaluation", model, config.eval.batch_size, protocols.max_new_tokens(config),
                  tests * max(1, config.eval.num_samples))]
-    if draws(config):
+    if samples_answers(config):
       settings.append(("sampling", sampler or model, config.sample.batch_size, config.sample.max_new_tokens,
                        asked * config.sample.num_samples))
     found = [Peak(name, sampling(of, mesh, rows=queue.rows_of(batch_size, count), prompt=expected.prompt or _PROMPT,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from imm_jax import __version__
-from imm_jax.errors import ResourceError, UserError, listed
+from imm_jax.errors import ResourceError, UserError, join_items
 from imm_jax.merging import arrange, checkpoint, configs, masks, recipe as recipes
 from imm_jax.merging.recipe import Recipe
 from imm_jax.merging.source import CheckpointSource, Table
@@ -66,7 +66,7 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions) -> None:
     if recipe.chat_template:
       configs.set_chat_template(folder, _choose_chat_template(recipe))
     if overflowed:
-      which = listed([f"{name} ({count})" for name, count in overflowed.most_common(5)])
+      which = join_items([f"{name} ({count})" for name, count in overflowed.most_common(5)])
       print(f"note: {sum(overflowed.values())} entries are beyond what {recipe.dtype or 'the dtype'} holds and became "
             f"infinite: {which}; give a wider --out_dtype", file=sys.stderr)
     _write_record(folder, job, options, result.digests, overflowed)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from imm_jax import files
-from imm_jax.errors import UserError, say_once
+from imm_jax.errors import UserError, print_once
 from imm_jax.model import folder as model_folder
 
 # Averaging weights is meaningless across model families or head layouts, even where the shapes agree.
@@ -44,11 +44,11 @@ def require_compatible(models: Mapping[str, Path], *, layers_may_differ: bool = 
                         "weights have no common meaning, so a merge of them makes no sense")
     for key in _MAY_DIFFER:
       if key in first and key in config and first[key] != config[key]:
-        say_once(f"note: {label} has {key}={config[key]!r} in config.json, {first_label} {first[key]!r}; the output "
-                 "has that of its base")
+        print_once(f"note: {label} has {key}={config[key]!r} in config.json, {first_label} {first[key]!r}; the output "
+                   "has that of its base")
     if (a := _rotary_settings(first)) != (b := _rotary_settings(config)):
-      say_once(f"note: {label} has other rotary embeddings in config.json than {first_label} ({b} and {a}); the output "
-               "has those of its base")
+      print_once(f"note: {label} has other rotary embeddings in config.json than {first_label} ({b} and {a}); the "
+                 "output has those of its base")
 
 
 def update_config(out: Path, *, dtype: str | None = None, rows: int | None = None, head: bool | None = None,

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from imm_jax.errors import UserError, nearest, say_once
+from imm_jax.errors import UserError, print_once, suggest
 from imm_jax.merging import registry
 from imm_jax.merging.options import REQUIRED, Option
 from imm_jax.merging.recipe import DTYPES, Recipe, Slice, Tokens
@@ -82,7 +82,7 @@ class _Reader:
     self._refuse_unknown("", raw, _KEYS, _IGNORED_KEYS)
     method = _METHODS.get(raw.get("merge_method", ""))
     if method is None:
-      self._fail(f"merge_method={raw.get('merge_method')!r}: {nearest(str(raw.get('merge_method')), list(_METHODS))}")
+      self._fail(f"merge_method={raw.get('merge_method')!r}: {suggest(str(raw.get('merge_method')), list(_METHODS))}")
     self._method = method.name
     raw, outer = self._unwrap_module(raw)
     if ("models" in raw) == ("slices" in raw):
@@ -104,7 +104,7 @@ class _Reader:
     if dtype is not None:
       dtype = str(dtype).removeprefix("torch.")
       if dtype not in DTYPES:
-        self._fail(f"dtype={dtype!r}: {nearest(dtype, list(DTYPES))}")
+        self._fail(f"dtype={dtype!r}: {suggest(dtype, list(DTYPES))}")
     return Recipe(method.name, tuple(slices), dtype, self._resolve_folder(base) if base is not None else None,
                   self._read_tokens(raw), self._read_chat_template(raw), raw.get("name"))
 
@@ -240,7 +240,7 @@ class _Reader:
       self._fail(f"{where}.rescale: {method.name} does not rescale; mergekit restores the L1 norm of what it trims")
     self._refuse_unknown(f"{where}.", raw, keys, _ALL_PARAMETERS)
     for key in sorted(raw.keys() - keys - _IGNORED_PARAMETERS):
-      say_once(f"note: {self._path}: {where}.{key} has no effect on {method.name}")
+      print_once(f"note: {self._path}: {where}.{key} has no effect on {method.name}")
 
   def _read_layer_range(self, label: str, entry: Mapping[str, Any]) -> tuple[int, int]:
     value = entry.get("layer_range")
@@ -319,7 +319,7 @@ class _Reader:
                       ) -> None:
     for key in raw:
       if key not in known and key not in (ignored or set()):
-        hint = nearest(str(key), sorted(known | (ignored or set()))) if known else "expected none here"
+        hint = suggest(str(key), sorted(known | (ignored or set()))) if known else "expected none here"
         self._fail(f"{where}{key} is not supported; {hint}")
 
   def _fail(self, problem: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from imm_jax.errors import nearest
+from imm_jax.errors import suggest
 from imm_jax.merging.options import REQUIRED, Option, Settings
 from imm_jax.merging.statistics import Source
 from imm_jax.merging.trees import PyTree
@@ -210,7 +210,7 @@ def _make_function(method: Method) -> Callable[..., PyTree]:
     from imm_jax.merging import in_memory  # imported here because it imports this module
 
     if unknown := [name for name in kwargs if name not in signature.parameters]:
-      raise TypeError(f"{method.name}() takes no {unknown[0]!r}; {nearest(unknown[0], [*signature.parameters])}")
+      raise TypeError(f"{method.name}() takes no {unknown[0]!r}; {suggest(unknown[0], [*signature.parameters])}")
     try:
       bound = signature.bind(*args, **kwargs)
     except TypeError as e:

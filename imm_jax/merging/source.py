@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from imm_jax import files
-from imm_jax.errors import UserError, listed
+from imm_jax.errors import UserError, join_items
 from imm_jax.merging import trees
 from imm_jax.merging.statistics import Statistic
 from imm_jax.model import folder as model_folder
@@ -217,7 +217,7 @@ def _require_match(labels: Sequence[str], models: Sequence[Mapping[str, Entry]])
       elif is_floating(a) != is_floating(b):
         problems.append(f"{name} is {a.dtype} in {labels[0]}, {b.dtype} in {label}")
   if problems:
-    raise UserError(f"the checkpoints do not match: {listed(sorted(problems)[:50], '; ')}")
+    raise UserError(f"the checkpoints do not match: {join_items(sorted(problems)[:50], '; ')}")
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from imm_jax import files
-from imm_jax.errors import UserError, listed, say_once
+from imm_jax.errors import UserError, join_items, print_once
 from imm_jax.model import config_keys, folder as model_folder, rope
 from imm_jax.model.numbers import parse_positive
 from imm_jax.model.rope import RopeScaling
@@ -70,7 +70,8 @@ def read_config(folder: str | Path) -> ModelConfig:
                                             "expected a checkpoint folder of transformers"))
   config, ignored_keys = _parse(files.read_json(path), str(path))
   if ignored_keys:
-    say_once(f"note: {path}: passed over, since transformers does not read them for this model: {listed(ignored_keys)}")
+    print_once(f"note: {path}: passed over, since transformers does not read them for this model: "
+               f"{join_items(ignored_keys)}")
   return config
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from imm_jax import files
-from imm_jax.errors import ResourceError, UserError, listed
+from imm_jax.errors import ResourceError, UserError, join_items
 from imm_jax.model import folder as model_folder, tokenizer
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, SIDE_FILES, TEMPLATES, WEIGHTS
@@ -66,7 +66,8 @@ def fetch_model(name: str) -> Path:
         raise UserError(f"{name}: holds both {WEIGHTS} and {INDEX} on the hub, which are two checkpoints; download the "
                         "one that is meant, and give that folder")
       if missing := [file for file in weights if file not in sizes]:
-        raise UserError(f"{name}: {INDEX} names {listed(missing)}, which the hub does not hold; take another revision")
+        raise UserError(f"{name}: {INDEX} names {join_items(missing)}, which the hub does not hold; take another "
+                        "revision")
     elif WEIGHTS in sizes:
       weights = [WEIGHTS]
     else:
@@ -179,8 +180,8 @@ def _complete_from_cache(repository: _Repository) -> Path:
   # Without these files other tokens may end a text, which would change a run's answers.
   if missing := [file for file in ("generation_config.json", "tokenizer_config.json")
                  if not (repository.folder / file).exists()]:
-    print(f"note: {repository.name}: the hub cannot be asked, and the cache holds no {listed(missing)}; the model may "
-          "have more files than that", file=sys.stderr)
+    print(f"note: {repository.name}: the hub cannot be asked, and the cache holds no {join_items(missing)}; the model "
+          "may have more files than that", file=sys.stderr)
   return repository.folder
 
 
@@ -223,7 +224,7 @@ def _translate_errors(name: str) -> Iterator[None]:
   except Exception as e:  # errors of the hub, of the system, and of whichever HTTP library is in use
     chain = [e, *filter(None, (e.__cause__, e.__context__))]
     for cause in chain:
-      if isinstance(cause, OSError) and (refusal := files.refusal(f"{name}: the hub's cache", cause)):
+      if isinstance(cause, OSError) and (refusal := files.explain_disk_error(f"{name}: the hub's cache", cause)):
         raise refusal from e
     answer = next((cause for cause in chain if isinstance(cause, errors.HfHubHTTPError)), None)
     if answer is not None:

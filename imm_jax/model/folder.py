@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from imm_jax import files
-from imm_jax.errors import UserError, listed
+from imm_jax.errors import UserError, join_items
 from imm_jax.model import safetensors
 from imm_jax.model.safetensors import Entry
 
@@ -143,7 +143,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
     wrong = sorted(n for n in weight_map.keys() | entries.keys() if not is_rotary(n) and (
         n not in optional if n not in entries else weight_map.get(n) != entries[n].path.name))
     if wrong:
-      raise UserError(f"{folder / INDEX}: disagrees with the shards on {listed(wrong)}; copy the checkpoint again")
+      raise UserError(f"{folder / INDEX}: disagrees with the shards on {join_items(wrong)}; copy the checkpoint again")
   if tied and HEAD in entries and EMBEDDING not in entries:
     entries[EMBEDDING] = entries.pop(HEAD)
   return entries

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imm_jax.errors import UserError, listed
+from imm_jax.errors import UserError, join_items
 from imm_jax.model import folder as model_folder, safetensors
 from imm_jax.model.blocks import BLOCK, Tensor, TensorNames, iterate_blocks, replicate, split_leaf
 from imm_jax.model.config import ModelConfig, read_config
@@ -268,7 +268,7 @@ def _open_checkpoint(folder: Path) -> tuple[ModelConfig, dict[str, Entry]]:
   if problems:
     _check_names(folder, expected.keys(), tensors.keys())
     problems.sort(key=lambda problem: (problem.split()[0] not in ("missing", "unknown"), problem))
-    raise UserError(f"{folder}: tensors do not fit config.json: {listed(problems, '; ')}")
+    raise UserError(f"{folder}: tensors do not fit config.json: {join_items(problems, '; ')}")
   return config, tensors
 
 

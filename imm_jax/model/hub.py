@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-from imm_jax.errors import UserError, say_once
+from imm_jax.errors import UserError, print_once
 from imm_jax.model import folder as model_folder
 
 _EMBEDDED = Path(__file__).parent.parent / "assets"
@@ -37,7 +37,7 @@ def resolve(model: str) -> Path:
   resolved = (_EMBEDDED / model if model == "tiny" else _resolve_folder(model) if is_local(model)
               else _download().fetch_model(model))
   if (resolved / model_folder.ADAPTER_CONFIG).exists() and model_folder.has_weights(resolved):
-    say_once(f"note: {model}: holds a whole model and a LoRA adapter; the adapter is ignored")
+    print_once(f"note: {model}: holds a whole model and a LoRA adapter; the adapter is ignored")
   return resolved
 
 

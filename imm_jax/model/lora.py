@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from imm_jax import files
-from imm_jax.errors import UserError, listed
+from imm_jax.errors import UserError, join_items
 from imm_jax.model import folder as model_folder, safetensors
 from imm_jax.model.blocks import BLOCK
 from imm_jax.model.config import read_config
@@ -107,7 +107,7 @@ def materialise(base: Path, adapter: Path, *, name: str) -> Path:
              for root, paths in inputs]
   target = _cache_folder() / "adapters" / f"{name}-{digests[0][:16]}-{digests[1][:16]}-{_CACHE_VERSION}"
   if not target.is_dir():
-    with files.alone(target, wait=True):
+    with files.locked(target, wait=True):
       if not target.is_dir():  # another process may have made it
         print(f"merging the LoRA adapter {adapter} into {base}: {target}", file=sys.stderr, flush=True)
         with files.committed(target) as temporary:
@@ -148,7 +148,7 @@ def _plan_merge(base: Path, adapter: Path, reader: safetensors.Reader) -> tuple[
     problems += _plan_update(planned, module, update, settings, reader)
   problems += _find_missing(stored, parts, stored_whole, settings)
   if problems:
-    raise UserError(f"{where}: does not fit {base}: {listed(problems, '; ')}")
+    raise UserError(f"{where}: does not fit {base}: {join_items(problems, '; ')}")
   return sorted(planned.values(), key=lambda tensor: model_folder.model_order(tensor.name)), changes
 
 
@@ -200,7 +200,7 @@ def _read_adapter(where: Path, known: set[str]) -> tuple[dict[str, dict[str, Ent
     else:
       problems.append(f"unknown {key}")
   if problems or not entries:
-    raise UserError(f"{where}: {listed(problems, '; ') or 'holds no tensor'}; expected the names "
+    raise UserError(f"{where}: {join_items(problems, '; ') or 'holds no tensor'}; expected the names "
                     f"that peft writes, of modules that the base has ({_PREFIX}MODULE.lora_A.weight)")
   return parts, whole_tensors
 

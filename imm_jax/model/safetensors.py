@@ -52,13 +52,13 @@ def read_entries(path: Path) -> dict[str, Entry]:
   """
   try:
     size = path.stat().st_size
-    files.check_pointer(path)
+    files.reject_lfs_pointer(path)
     with path.open("rb") as f:
       prefix = f.read(8)
       length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
       if length > min(_MAX_HEADER, size - 8):
         raise UserError(f"{path}: not a whole safetensors file ({size} bytes, header of {length}); copy it again")
-      make_header = json.loads(f.read(length), object_pairs_hook=files.no_duplicates)
+      make_header = json.loads(f.read(length), object_pairs_hook=files.reject_duplicates)
   except OSError as e:
     raise UserError(f"{path}: cannot be read ({e.strerror})") from e
   except (ValueError, RecursionError) as e:

@@ -77,7 +77,7 @@ def load_tokenizer(folder: str | Path, *, rows: int | None = None) -> "PreTraine
 def _check_file(path: Path) -> None:
   if not path.is_file():
     raise UserError(f"{path}: is a folder; expected the tokenizer's file of that name")
-  files.check_pointer(path)
+  files.reject_lfs_pointer(path)
 
 
 def _from_pretrained(folder: Path) -> "PreTrainedTokenizerBase":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from imm_jax import files, integrity
-from imm_jax.errors import ResourceError, UserError, first_line, listed
+from imm_jax.errors import ResourceError, UserError, first_line, join_items
 from imm_jax.model import folder as checkpoint, hf
 from imm_jax.publishing import card
 from imm_jax.report.results import Results
@@ -51,7 +51,7 @@ def push(folder: Path, to: str, *, private: bool = False, revision: str | None =
   results = Results.of(root)
   if not results.config or not any(model.kind == "base" for model in results.models):
     raise UserError(f"{root}: config.json or what run.json says of base/eval is missing or damaged "
-                    f"({listed(results.problems)})")
+                    f"({join_items(results.problems)})")
   check_current(root, rundir.read_record(root), [model.folder for model in card.shown(results, stage)])
   text = card.write(results, stage, to)
   if not card.is_evaluated(results, stage):
@@ -100,7 +100,7 @@ def _upload(api: Any, library: Any, folder: Path, names: list[str], text: str, t
   old = sorted(name for name in there - set(names) if name in checkpoint.SIDE_FILES or _OF_A_MODEL.fullmatch(name))
   operations += [library.CommitOperationDelete(path_in_repo=name) for name in old]
   if old:
-    print(f"note: {to}: {listed(old)}, of an earlier model, goes")
+    print(f"note: {to}: {join_items(old)}, of an earlier model, goes")
   if _CARD not in there or overwrite_card:
     operations.append(add(_CARD, text.encode()))
   else:
@@ -129,15 +129,15 @@ def check_recorded(root: Path, stage: str, folder: Path, names: list[str]) -> No
   below = stage.removeprefix(owner).lstrip("/")
   recorded = entry[owner].get("files") or {}
   key = lambda name: f"{below}/{name}" if below else name
-  found = files.digests(folder)
+  found = files.digest_files(folder)
   wrong = [name for name in names if recorded.get(key(name)) != found.get(name)]
   lost = [name for name in recorded if name.startswith(f"{below}/" if below else "") and
           "/" not in name.removeprefix(f"{below}/" if below else "") and not (root / owner / name).exists()]
   if wrong or lost:
-    raise UserError(f"{folder}: {listed(sorted({*wrong, *lost}))} differs from what the run has recorded; remove the "
-                    "folder and give the run's command again")
+    raise UserError(f"{folder}: {join_items(sorted({*wrong, *lost}))} differs from what the run has recorded; remove "
+                    "the folder and give the run's command again")
   manifest = root / integrity.MANIFEST
-  if manifest.exists() and "config.json" in integrity.differing(manifest, root):
+  if manifest.exists() and "config.json" in integrity.list_differing(manifest, root):
     raise UserError(f"{root / 'config.json'}: differs from what the run has written, so nobody can say how {stage} was "
                     "made; put it back as it was, or give the run's command again")
   check_current(root, record, [owner])
@@ -147,8 +147,8 @@ def check_current(root: Path, record: dict[str, Any], stages: Sequence[str]) -> 
   """Raises UserError where stages, or what they have read, were made with something else than the last start has."""
   if wrong := _outdated(record, stages):
     raise UserError(f"{root}: was started again and has not come to its end: config.json is not what "
-                    f"{listed(wrong)} {'were' if len(wrong) > 1 else 'was'} made with; give the same command again to "
-                    "the end of the run, which makes anew what differs")
+                    f"{join_items(wrong)} {'were' if len(wrong) > 1 else 'was'} made with; give the same command again "
+                    "to the end of the run, which makes anew what differs")
 
 
 def _outdated(record: Mapping[str, Any], names: Sequence[str]) -> list[str]:

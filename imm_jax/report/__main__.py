@@ -31,10 +31,10 @@ def main() -> None:
   out = Path(_OUT.value) if _OUT.value else roots[0] / "report"
   if _OUT.value:
     files.check_out(out, {f"workdir {root.name}": root for root in roots}, overwrite=_OVERWRITE.value,
-                    foreign=_why_foreign)
+                    explain_foreign=_explain_foreign)
   elif status.is_running(roots[0]):
     raise UserError(f"{roots[0]}: runs, and writes {out} itself; give --out=DIR for another report")
-  with files.alone(out):
+  with files.locked(out):
     if len(roots) == 1:
       run_results = results.Results.of(roots[0])
       live.write(roots[0], out, extra=paper.make_sections({"": run_results}) if _PAPER.value else ())
@@ -43,11 +43,11 @@ def main() -> None:
       runs = [results.Results.of(root) for root in roots]
       compare.write(runs, out, extra=paper.make_sections if _PAPER.value else None)
   if not _OUT.value:
-    integrity.update(roots[0] / integrity.MANIFEST, roots[0], out)
+    integrity.update_digests(roots[0] / integrity.MANIFEST, roots[0], out)
   print(f"report: {out / 'index.html'}")
 
 
-def _why_foreign(folder: Path) -> str:
+def _explain_foreign(folder: Path) -> str:
   page = folder / "index.html"
   if not page.is_file() or markup.GENERATOR not in page.read_text(encoding="utf-8", errors="replace")[:2000]:
     return "is no earlier report (it has no index.html of one)"

@@ -77,7 +77,7 @@ def format_table(results: Results) -> str:
   return "\n".join(lines)
 
 
-def why_foreign(folder: Path) -> str:
+def explain_foreign(folder: Path) -> str:
   """Returns the reason why a folder is not an earlier output, or "" if it is."""
   figures = {f"{measure}.{kind}" for measure in ("importance", "weight_change") for kind in ("png", "svg")}
   if not (folder / FILE).is_file() or not (folder / TABLE).is_file():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from imm_jax import files
-from imm_jax.errors import listed
+from imm_jax.errors import join_items
 from imm_jax.report import groups, page, side_by_side, writer
 from imm_jax.report.groups import Group
 from imm_jax.report.markup import Link, Markup, Section, Table
@@ -116,7 +116,7 @@ def _describe_leaders(values: Mapping[str, str], one: str, several: str, others:
   best = max(values.values(), key=float)
   leaders = [label for label, value in values.items() if value == best]
   detail = f"; {region} {others[leaders[0]]} {suffix}".rstrip() if len(leaders) == 1 and leaders[0] in others else ""
-  return f"{listed(leaders, ' and ')} {one if len(leaders) == 1 else several} ({best}{detail})"
+  return f"{join_items(leaders, ' and ')} {one if len(leaders) == 1 else several} ({best}{detail})"
 
 
 def _runs_section(runs: Mapping[str, Results], out: Path) -> Section:

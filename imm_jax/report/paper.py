@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from imm_jax.errors import listed
+from imm_jax.errors import join_items
 from imm_jax.report.markup import Section, Table
 from imm_jax.report.results import Results
 
@@ -42,7 +42,8 @@ def make_sections(runs: Mapping[str, Results]) -> list[Section]:
   others = [(f"{name}: " if name else "") + f"model {run.config.get('model')}, task {run.id_task}, method {run.method}"
             for name, run in runs.items() if not entries_by_run[name]]
   notice = [Section("paper_none", "Beside the paper", [
-      f"No table of the paper has this config ({listed(others, '; ')}), so there are no published figures beside it."])]
+      f"No table of the paper has this config ({join_items(others, '; ')}), so there are no published figures "
+      "beside it."])]
   made = [_make_section(run, name, entries_by_run[name]) for name, run in runs.items() if entries_by_run[name]]
   return made + notice * bool(others)
 

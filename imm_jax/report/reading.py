@@ -11,7 +11,7 @@ from typing import Any
 
 from imm_jax import files
 from imm_jax.analysis import MODULES
-from imm_jax.errors import UserError, listed
+from imm_jax.errors import UserError, join_items
 from imm_jax.runs import status
 
 # Settings that a report needs.
@@ -38,7 +38,7 @@ def read_config(path: Path, problems: list[str]) -> dict[str, Any]:
   """Reads config.json."""
   config = read_json_object(path, problems)
   damaged_keys = [key for key, kind in _SETTINGS.items() if not isinstance(config.get(key), kind)]
-  problems += [f"{path.name}: damaged or missing in it: {listed(damaged_keys)}"] * bool(config and damaged_keys)
+  problems += [f"{path.name}: damaged or missing in it: {join_items(damaged_keys)}"] * bool(config and damaged_keys)
   return config
 
 
@@ -50,7 +50,7 @@ def read_record(path: Path, problems: list[str]) -> dict[str, Any]:
   right = {"method": isinstance(record.get("method"), str), "versions": isinstance(record.get("versions"), dict),
            "devices": names(record.get("devices")), "tasks": names(tasks.get("ood")) and names([tasks.get("id")])}
   damaged_keys = [key for key, is_right in right.items() if not is_right]
-  problems += [f"{path.name}: damaged or missing in it: {listed(damaged_keys)}"] * bool(record and damaged_keys)
+  problems += [f"{path.name}: damaged or missing in it: {join_items(damaged_keys)}"] * bool(record and damaged_keys)
   return record
 
 
@@ -78,11 +78,11 @@ def read_stages(root: Path, record: Mapping[str, Any], problems: list[str]) -> d
   valid = {name: entry for name, entry in entries.items() if isinstance(entry, dict)
            and isinstance(entry.get("facts"), dict)}
   damaged_names = [name for name in entries if name not in valid]
-  problems += [f"run.json: damaged entries of {listed(damaged_names)}"] * bool(damaged_names)
+  problems += [f"run.json: damaged entries of {join_items(damaged_names)}"] * bool(damaged_names)
   # A running run may have outputs that are not recorded yet.
   is_live = status.is_running(root)
   unknown = [name for name in outputs if name not in entries and not is_live]
-  problems += [f"left out, for run.json does not say that they were finished: {listed(unknown)}"] * bool(unknown)
+  problems += [f"left out, for run.json does not say that they were finished: {join_items(unknown)}"] * bool(unknown)
   for name, entry in valid.items():
     damaged_keys = [key for key in ("bytes", "seconds") if not (is_number(entry.get(key)) and entry[key] >= 0)]
     counts = [*_REQUIRED_COUNTS.get(name[name.rfind("/"):], ()), *COUNTS.keys() & entry["facts"].keys()]
@@ -90,10 +90,10 @@ def read_stages(root: Path, record: Mapping[str, Any], problems: list[str]) -> d
       counts += _SELECTION_COUNTS
     if not name.partition("/")[2].startswith("eval"):  # in evaluations, long_prompts is a dict by task
       damaged_keys += sorted({key for key in counts if not _is_count(entry["facts"].get(key))})
-    problems += [f"run.json: damaged or missing of {name}: {listed(damaged_keys)}"] * bool(damaged_keys)
+    problems += [f"run.json: damaged or missing of {name}: {join_items(damaged_keys)}"] * bool(damaged_keys)
     if not (root / name).exists():
       problems.append(f"{name}: missing, though run.json says that it was made")
-    elif "bytes" not in damaged_keys and not is_live and (size := files.size_of(root / name)) != entry["bytes"]:
+    elif "bytes" not in damaged_keys and not is_live and (size := files.count_bytes(root / name)) != entry["bytes"]:
       problems.append(f"{name}: has {size:,} bytes, and had {entry['bytes']:,} when it was made")
   return valid
 

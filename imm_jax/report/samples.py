@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from imm_jax.errors import listed
+from imm_jax.errors import join_items
 from imm_jax.report.reading import get_count, is_number
 from imm_jax.report.results import Results
 
@@ -88,7 +88,7 @@ class Packer:
       for field, description in (("damaged", "that are no JSON object were left out"),
                                  ("lacking", f"in which one of {', '.join(_ROW_TYPES)} is missing or damaged")):
         lines = [str(number) for chunk in self._known[path][1] for number in getattr(chunk, field)]
-        problems += [f"{name}: lines {description}: {listed(lines)}"] * bool(lines)
+        problems += [f"{name}: lines {description}: {join_items(lines)}"] * bool(lines)
       counts = tuple(sum(getattr(chunk, field) for chunk in self._known[path][1]) for field in ("rows", "right"))
       if counts != expected.get(name, counts):
         problems.append("{}: {:,} answers, {:,} of them right; by run.json {:,}, {:,} of them right".format(

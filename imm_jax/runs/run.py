@@ -42,14 +42,14 @@ class Run(NamedTuple):
     return methods.method_of(self.config)
 
   @property
-  def merges(self) -> str:
+  def merge_method(self) -> str:
     """The merging method of each round; empty for none."""
     return methods.merge_method(self.config)
 
   @property
-  def draws(self) -> bool:
+  def samples_answers(self) -> bool:
     """Whether answers are sampled to train on."""
-    return methods.draws(self.config)
+    return methods.samples_answers(self.config)
 
   def model(self, stage: str) -> Model:
     """The checkpoint that a stage writes."""

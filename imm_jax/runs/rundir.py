@@ -20,7 +20,7 @@ from etils import epath
 
 from imm_jax import files, integrity
 from imm_jax.config import HOW, idle
-from imm_jax.errors import UserError, listed
+from imm_jax.errors import UserError, join_items
 from imm_jax.runs import runlog
 from imm_jax.runtime import distributed, resident
 
@@ -114,11 +114,11 @@ class RunDir:
   def seal(self) -> None:
     """Writes the digests of what no stage's record covers: records, metrics, report."""
     outputs = [self.path / name for name in self._record["stages"]]
-    covered = [p for p in files.files_of(self.path) if p.name not in (".lock", integrity.MANIFEST, runlog.FILE)
+    covered = [p for p in files.list_files(self.path) if p.name not in (".lock", integrity.MANIFEST, runlog.FILE)
                and not any(p == out or out in p.parents for out in outputs)
                and not any(part == "wandb" or part.endswith(("_state", ".sampling"))
                            for part in p.relative_to(self.path).parts)]
-    integrity.write(self.path / integrity.MANIFEST, self.path, covered)
+    integrity.write_digests(self.path / integrity.MANIFEST, self.path, covered)
 
   @property
   def facts(self) -> dict[str, dict[str, Any]]:
@@ -157,12 +157,13 @@ class RunDir:
       if lost and not rerun:
         verb = "run finished work again" if set(lost) & set(again) else "drop finished work from the run"
         raise UserError(f"{self.path}: made with {made} ({'; '.join(what)}), which would {verb}: "
-                        f"{listed(lost)}; give --rerun to have that, or use another --workdir, or {back} it was made "
-                        "with")
-      how += [f"{'; '.join(what)}: {f'{listed(again)} will be run again' if again else 'nothing is run again for it'}"]
+                        f"{join_items(lost)}; give --rerun to have that, or use another --workdir, or {back} it was "
+                        "made with")
+      effect = f"{join_items(again)} will be run again" if again else "nothing is run again for it"
+      how += [f"{'; '.join(what)}: {effect}"]
       for name in gone:
         del self._record["stages"][name]
-      how += [f"no longer a part of the run: {listed(gone)}"] * bool(gone)
+      how += [f"no longer a part of the run: {join_items(gone)}"] * bool(gone)
     self._record |= {"external": dict(external), "settings": settings}
     self._save_record()
     self._begun = True
@@ -199,10 +200,10 @@ class RunDir:
       with files.committed(target) as out:
         facts = stage.make(out, inputs)
       memory = {"memory_gib": round(resident.peak(), 3)} if counts else {}
-      written = files.digests(target)
+      written = files.digest_files(target)
       self._record["stages"][stage.name] = {
-          "inputs": inputs, "output": files.over(written), "files": written, "bytes": files.size_of(target),
-          "facts": facts, "seconds": round(time.time() - started, 2), **memory,
+          "inputs": inputs, "output": files.combine_digests(written), "files": written,
+          "bytes": files.count_bytes(target), "facts": facts, "seconds": round(time.time() - started, 2), **memory,
           **({"costly": True} if stage.costly else {})}
       self._save_record()
       runlog.note(f"{stage.name}: done in {self._record['stages'][stage.name]['seconds']} s")
@@ -292,7 +293,7 @@ def why(stage: Stage, record: Mapping[str, Any], root: Path, external: Mapping[s
     return f"run again, because of a change in: {', '.join(changed)}"
   if not (root / stage.name).exists():
     return "run again, because its output is missing"
-  if files.size_of(root / stage.name) != done["bytes"]:
+  if files.count_bytes(root / stage.name) != done["bytes"]:
     return "run again, because its output has another size than when it was written"
   return None
 

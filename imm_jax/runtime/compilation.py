@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from imm_jax.errors import say_once
+from imm_jax.errors import print_once
 
 # Programs that compile faster are as quickly compiled as read.
 _LEAST_SECONDS = 0.1
@@ -47,7 +47,7 @@ def keep(setting: str = "auto") -> Path | None:
     _prune(folder)
     tempfile.TemporaryFile(dir=folder).close()
   except OSError as e:
-    say_once(f"warning: compiled programs are not kept, for {folder} cannot be written ({e.strerror})")
+    print_once(f"warning: compiled programs are not kept, for {folder} cannot be written ({e.strerror})")
     return None
   _write_whole()
   jax.config.update("jax_enable_compilation_cache", True)

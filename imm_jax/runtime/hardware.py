@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from imm_jax.errors import ResourceError, say_once
+from imm_jax.errors import ResourceError, print_once
 
 # What /proc/cpuinfo calls products of bfloat16, on x86 and on Arm.
 _BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
@@ -104,7 +104,7 @@ def compute_dtype(name: str, *, gpu: bool = False) -> str:
     return name
   if gpu or jax.default_backend() != "cpu" or cpu_has_bfloat16():
     return "bfloat16"
-  say_once("note: compute_dtype=auto is float32 here: this CPU has no products of bfloat16")
+  print_once("note: compute_dtype=auto is float32 here: this CPU has no products of bfloat16")
   return "float32"
 
 

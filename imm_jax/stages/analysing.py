@@ -12,7 +12,7 @@ import numpy as np
 from imm_jax import files, tasks
 from imm_jax.analysis import MODULES, diversity, importance as layers
 from imm_jax.analysis.weight_change import spearman, weight_change
-from imm_jax.errors import UserError, nearest
+from imm_jax.errors import UserError, suggest
 from imm_jax.model import hf
 from imm_jax.model.decoder import Params
 from imm_jax.model.tokenization import check_ids
@@ -50,7 +50,7 @@ class Round(NamedTuple):
 
 def stage(run: Run, start: Model, sampler: Model | None, round_: int) -> Stage:
   """Builds the stage that analyses a round, given its initial model and, if any, the model that sampled."""
-  here, merge = f"round_{round_}", run.merges
+  here, merge = f"round_{round_}", run.merge_method
   inputs = [run.base.stage, start.stage, f"{here}/train.jsonl", f"{here}/sft"]
   inputs += [f"{here}/merged"] * bool(merge) + [f"{here}/importance.json"] * (merge == "iimm")
   inputs += [sampler.stage, f"{here}/samples.jsonl"] if sampler else []
@@ -133,7 +133,7 @@ def analyse(config: ml_collections.ConfigDict, round_: Round, out: Path) -> dict
   if not distributed.is_main():
     return {}
   change = {"sft": weight_change(round_.start, round_.folder / "sft").to_json()}
-  if round_.merges:
+  if round_.merge_method:
     change["merged"] = weight_change(round_.base, round_.folder / "merged").to_json()
   rank = spearman(scores["layers"], change["sft"]["layers"]) if scores else None
   sampled = diversity.measure_diversity(rows)._asdict() | {"token_entropy": entropy} if rows else None
@@ -201,7 +201,7 @@ def check_entry(entry: str) -> None:
   name, _, source = entry.partition("=")
   known = [*tasks.NAMES, *texts.CORPORA, "text"]
   if name not in known:
-    raise UserError(f"task {name!r}: {nearest(name, known)}")
+    raise UserError(f"task {name!r}: {suggest(name, known)}")
   if name == "text" and not source:
     raise UserError("task text needs a source: text=file:PATH.txt, or records with a field text")
   if source and name in tasks.NAMES and tasks.is_generated(name):

@@ -12,7 +12,7 @@ import numpy as np
 from imm_jax import files
 from imm_jax.analysis.drift import measure_drift
 from imm_jax.errors import UserError
-from imm_jax.methods import averages
+from imm_jax.methods import keeps_average
 from imm_jax.model import hf
 from imm_jax.model.tokenization import check_ids
 from imm_jax.model.tokenizer import load_tokenizer
@@ -33,7 +33,7 @@ _SETTINGS = ("task.name", "task.source", "task.fields", "task.kind", "task.ood",
 def stage(run: Run, tuned: Model, round_: int) -> Stage:
   """Builds the stage that measures a round's tuned model and, if any, its moving average and the merged model."""
   here, count = f"round_{round_}", questions.drift_questions(run.config)
-  models = {"sft": tuned} | ({"ema": tuning.average_of(tuned)} if averages(run.config) else {})
+  models = {"sft": tuned} | ({"ema": tuning.average_of(tuned)} if keeps_average(run.config) else {})
   models |= {"merged": run.model(f"{here}/merged")} if run.method.merge else {}
   name, folders = f"{here}/drift.json", {kind: model.folder for kind, model in models.items()}
 

@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from imm_jax import files
-from imm_jax.errors import UserError, nearest
+from imm_jax.errors import UserError, suggest
 from imm_jax.runtime import distributed, hardware
 from imm_jax.sampling import Completion
 from imm_jax.stages import questions
@@ -121,7 +121,7 @@ def _manager(path: str) -> Any:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-  close = nearest(name, [*known])
+  close = suggest(name, [*known])
   return close if close.startswith("did you mean") else f"{len(known):,} tasks have other names"
 
 

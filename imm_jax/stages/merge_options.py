@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 
 from imm_jax import files
-from imm_jax.errors import UserError, nearest
+from imm_jax.errors import UserError, suggest
 from imm_jax.merging import registry
 from imm_jax.merging.trees import Setting
 from imm_jax.methods import merge_method
@@ -71,14 +71,14 @@ def check(config: ml_collections.ConfigDict) -> None:
   known = registry.in_rounds()
   name = merge_method(config)
   if name not in known:
-    reason = f"is not for rounds; expected one of: {', '.join(known)}" if name in registry.METHODS else nearest(
+    reason = f"is not for rounds; expected one of: {', '.join(known)}" if name in registry.METHODS else suggest(
         name, [*known])
     raise UserError(f"config.merge.method={name!r}: {reason}")
   method = known[name]
   for option, value in given.items():
     if option not in method.by_option or option in ("base_weight", "drop_rate", "importance"):
       raise UserError(f"config.merge.options.{option}: is no option of {name}; "
-                      f"{nearest(option, [o for o in method.by_option if o != 'importance'])}")
+                      f"{suggest(option, [o for o in method.by_option if o != 'importance'])}")
     known_option, several = method.by_option[option], isinstance(value, tuple | list)
     try:
       for number in value if several and known_option.kind == "number" else [value]:

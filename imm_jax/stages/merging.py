@@ -52,10 +52,10 @@ def stages(run: Run, start: Model, tuned: Model, train: str, round_: int) -> lis
   """
   config, here = run.config, f"round_{round_}"
   result: list[Stage] = []
-  several = registry.METHODS[run.merges].least > 1
+  several = registry.METHODS[run.merge_method].least > 1
   tuned = [*(run.model(f"round_{t}/sft") for t in range(round_) if several), tuned]
   inputs = [run.base.stage, start.stage, *(model.stage for model in tuned)]
-  importance = f"{here}/importance.json" if run.merges == "iimm" else ""
+  importance = f"{here}/importance.json" if run.merge_method == "iimm" else ""
   models = Models(run.base.folder, start.folder, [model.folder for model in tuned],
                   run.root / importance if importance else None, run.root / train)
   settings = run.settings("seed") | {"merge": merge_options.settings_of(config)}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from imm_jax import tasks
-from imm_jax.errors import UserError, say_once
+from imm_jax.errors import UserError, print_once
 from imm_jax.tasks import protocols, shots
 from imm_jax.tasks.base import Choice, Example
 
@@ -158,8 +158,8 @@ def of_tests(config: ml_collections.ConfigDict) -> dict[str, list[Example]]:
     name = name_of(entry)
     examples = load(config, entry, split="test", count=limit if tasks.is_generated(name) else None)[:limit]
     if limit and len(examples) < limit:
-      say_once(f"note: task {name} has {len(examples)} test questions, and all of them are asked "
-               f"(config.task.eval_questions={limit})")
+      print_once(f"note: task {name} has {len(examples)} test questions, and all of them are asked "
+                 f"(config.task.eval_questions={limit})")
     tests[name] = examples
   return tests
 

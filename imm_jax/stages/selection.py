@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 def stage(run: Run, round_: int) -> Stage:
   """Builds the stage that selects a round's training data."""
-  drawn = [sampling.samples_of(t) for t in range(round_ + 1)] if run.draws else []
+  drawn = [sampling.samples_of(t) for t in range(round_ + 1)] if run.samples_answers else []
   reads = drawn if run.method.data in ("mixture", "accumulation") else drawn[-1:]
   return Stage(f"round_{round_}/train.jsonl", ("train questions", *reads),
                run.settings(*questions.settings_of_round(run.config), "data") | {"kind": run.method.data},

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from imm_jax import files
 from imm_jax.errors import UserError
 from imm_jax.merging import checkpoint
-from imm_jax.methods import averages, method_of
+from imm_jax.methods import keeps_average, method_of
 from imm_jax.model import attention, folder as checkpoint_folder, hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params
@@ -73,7 +73,8 @@ def _plan(config: ml_collections.ConfigDict) -> str:
   sft, method = config.sft, method_of(config)
   extras = {"l2_sp": [f"L2 to the base x {sft.l2_sp_weight:g}"], "kl": [f"KL to the base x {sft.kl_weight:g}"]}.get(
       method.anchor, [])
-  extras += [f"LoRA of rank {sft.lora_rank}"] * method.lora + [f"average of decay {sft.ema_decay:g}"] * averages(config)
+  extras += [f"LoRA of rank {sft.lora_rank}"] * method.lora
+  extras += [f"average of decay {sft.ema_decay:g}"] * keeps_average(config)
   extras += [f"stopped on {sft.stop_share:.0%} of the questions"] * (sft.stop_share > 0)
   return ", ".join([f"{sft.epochs} epochs", f"{sft.global_batch} answers a step", *extras])
 
@@ -89,7 +90,7 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train:
   sft, name, rows = config.sft, f"round_{round_}", read_train(train)
   if not rows:  # data.skip_empty
     if distributed.is_main():
-      for folder in (out, *[out / AVERAGE] * averages(config)):
+      for folder in (out, *[out / AVERAGE] * keeps_average(config)):
         copy(model, folder)
     return {"examples": 0, "steps": 0, "skipped": True}
   kept, held = hold_out(rows, sft.stop_share, (config.seed, round_), source=train)

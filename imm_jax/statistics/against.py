@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from imm_jax import files
-from imm_jax.errors import UserError, listed
+from imm_jax.errors import UserError, join_items
 from imm_jax.statistics import comparison
 from imm_jax.statistics.comparison import Paired
 
@@ -82,7 +82,7 @@ def read_folder(folder: Path) -> dict[str, Answers]:
   paths = [path for path in sorted(folder.glob("*.jsonl")) if not path.stem.endswith("_samples")]
   below = sorted({str(path.parent) for path in folder.glob("**/eval/**/*.jsonl")}) if folder.is_dir() else []
   if not paths or below:  # a run and its rounds hold other files, too
-    ours = f"one of {listed(below)}" if below else "a folder such as RUN/base/eval or RUN/round_0/eval/sft"
+    ours = f"one of {join_items(below)}" if below else "a folder such as RUN/base/eval or RUN/round_0/eval/sft"
     raise UserError(f"{folder}: is no folder of answers (<task>.jsonl); expected an --out of imm_jax.evaluate, or of a "
                     f"run {ours}")
   return {path.stem: read(path) for path in paths}
@@ -138,8 +138,8 @@ def compare(first: Mapping[str, Answers], second: Mapping[str, Answers], *, pool
   """
   shared = [task for task in first if task in second]
   if not shared:
-    raise UserError(f"no task has answers of both: {_where(first)} has {listed(list(first))}; {_where(second)} has "
-                    f"{listed(list(second))}")
+    raise UserError(f"no task has answers of both: {_where(first)} has {join_items(list(first))}; {_where(second)} has "
+                    f"{join_items(list(second))}")
   notes = [f"not compared, for {_where(b)} has no answers to it: {task}"
            for a, b in ((first, second), (second, first)) for task in a if task not in b]
   ids = {}

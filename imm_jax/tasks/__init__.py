@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from imm_jax.errors import UserError, say_once
+from imm_jax.errors import UserError, print_once
 from imm_jax.tasks import arithmetic, registry
 from imm_jax.tasks.base import Choice, Example
 from imm_jax.tasks.catalogue import TASKS
@@ -104,7 +104,7 @@ def load_choices(name: str, *, split: str = "test", count: int | None = None, se
 def _read_and_note(name: str, split: str, source: str, fields: Mapping[str, str] | None, kind: str) -> registry.Split:
   split_data = registry.read(name, split=split, source=source, fields=fields, kind=kind)
   for note in split_data.notes:
-    say_once(note)
+    print_once(note)
   return split_data
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from imm_jax.errors import UserError, nearest
+from imm_jax.errors import UserError, suggest
 from imm_jax.tasks.base import Example
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def build_prompt(question: str, *, header: str = "", examples: Sequence[Example]
   <BLANKLINE>
   """
   if style not in STYLES:
-    raise UserError(f"prompt style {style!r}: {nearest(style, list(STYLES))}")
+    raise UserError(f"prompt style {style!r}: {suggest(style, list(STYLES))}")
   if style == "chat":
     return _build_chat(question, header, examples, tokenizer)
   shots = [f"Question: {e.question}\nA: {STEPS}\n{e.rationale}\n\n" for e in examples]

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from imm_jax.errors import UserError, nearest
+from imm_jax.errors import UserError, suggest
 from imm_jax.tasks import formats, sources
 from imm_jax.tasks.base import Choice, Example
 from imm_jax.tasks.catalogue import TASKS, Format, Task, same_source
@@ -169,10 +169,10 @@ def _make_custom_task(fields: Mapping[str, str], kind: str, source: str) -> Task
   if not source:
     raise UserError("task custom needs a source: --config.task.source=file:PATH (or hf:ID, tfds:NAME)")
   if kind not in formats.KINDS:
-    raise UserError(f"task custom: kind={kind!r} of its answers: {nearest(kind, list(formats.KINDS))}")
+    raise UserError(f"task custom: kind={kind!r} of its answers: {suggest(kind, list(formats.KINDS))}")
   for field in fields:
     if field not in CUSTOM_FIELDS:
-      raise UserError(f"task custom has no field {field!r}: {nearest(field, list(CUSTOM_FIELDS))}")
+      raise UserError(f"task custom has no field {field!r}: {suggest(field, list(CUSTOM_FIELDS))}")
   names = {"question": "question", "answer": "answer"} | {field: name for field, name in fields.items() if name}
   names = {field: name.lower() for field, name in names.items()}
   needed = tuple(name for field, name in names.items() if field != "rationale")

@@ -53,7 +53,7 @@ def additions_of(config: ml_collections.ConfigDict) -> Additions:
   sft, method = config.sft, methods.method_of(config)
   return Additions(l2_sp=sft.l2_sp_weight if method.anchor == "l2_sp" else 0.0,
                    kl=sft.kl_weight if method.anchor == "kl" else 0.0,
-                   ema=sft.ema_decay if methods.averages(config) else 0.0,
+                   ema=sft.ema_decay if methods.keeps_average(config) else 0.0,
                    lora=Lora(sft.lora_rank, sft.lora_alpha) if method.lora else None)
 
 

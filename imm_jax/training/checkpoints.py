@@ -151,7 +151,7 @@ class Checkpoints:
     with self._sealing:
       try:
         if not seal.exists():
-          integrity.write(seal, state.parent, files.files_of(state))
+          integrity.write_digests(seal, state.parent, files.list_files(state))
         for other in state.parent.glob(f"*{integrity.SEAL}"):
           if not other.with_name(other.name.removesuffix(integrity.SEAL)).exists():
             other.unlink(missing_ok=True)
@@ -163,7 +163,7 @@ class Checkpoints:
     """Raises UserError if a state differs from its digests; accepts one without digests (its writer was killed)."""
     seal, wrong = Path(self.folder) / f"{step}{integrity.SEAL}", []
     if distributed.is_main() and "://" not in str(self.folder) and seal.exists():
-      wrong = integrity.differing(seal, seal.parent)
+      wrong = integrity.list_differing(seal, seal.parent)
     wrong = distributed.from_main(wrong)
     if wrong:
       raise self._unreadable(step, f"{wrong[0]} differs from what was written")

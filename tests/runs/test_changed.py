@@ -120,7 +120,7 @@ def test_a_manifest_that_cannot_be_written_hides_no_error(tmp_path: Path, monkey
       directory.begin([], EXTERNAL, rerun=False)
       raise KeyError("what happened")
 
-  monkeypatch.setattr(integrity, "write", refuse)
+  monkeypatch.setattr(integrity, "write_digests", refuse)
   with pytest.raises(KeyError, match="what happened"):
     fail()
   assert "manifest.json was not written (the disk is full)" in capsys.readouterr().err
@@ -202,7 +202,7 @@ def test_what_verify_cannot_look_at_is_said(tmp_path: Path) -> None:
   assert not wrong
   assert "round_0/sft_state/4: has no digests" in notes[1]
   assert "in gs://bucket/states" in notes[2]
-  integrity.write(states / f"4{integrity.SEAL}", states, [states / "4/state"])
+  integrity.write_digests(states / f"4{integrity.SEAL}", states, [states / "4/state"])
   assert len(integrity.check_run(tmp_path)[1]) == 2
   (states / "4/state").write_bytes(b"while")
   assert integrity.check_run(tmp_path)[0] == ["round_0/sft_state/4/state"]

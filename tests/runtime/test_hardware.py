@@ -16,7 +16,7 @@ def test_auto_is_float32_where_the_cpu_has_no_products_of_bfloat16(
   (tmp_path / "cpuinfo").write_text(f"model name : some\n{flags}\n\nprocessor : 1\n")
   monkeypatch.setattr(hardware, "_CPU", tmp_path / "cpuinfo")
   hardware.cpu_has_bfloat16.cache_clear()
-  hardware.say_once.cache_clear()
+  hardware.print_once.cache_clear()
   has = "bf16" in flags
   assert hardware.compute_dtype("auto") == ("bfloat16" if has else "float32")
   assert ("compute_dtype=auto is float32 here" in capsys.readouterr().err) != has

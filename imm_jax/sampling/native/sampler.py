@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from imm_jax.errors import say_once
+from imm_jax.errors import print_once
 from imm_jax.model import hf, sharding
 from imm_jax.model.cached import LayerCache, Prefix
 from imm_jax.model.decoder import Params, unstack_layers
@@ -85,9 +85,9 @@ class NativeSampler:
     completions.check_arguments(max_new_tokens, num_samples, temperatures, top_p, stop, seed)
     ids = completions.encode(self.tokenizer, prompts, self._config.vocab_size)
     if ids and (self._config.max_positions or math.inf) < max(map(len, ids)) + max_new_tokens:
-      say_once(f"warning: prompts with max_new_tokens={max_new_tokens} go past the {self._config.max_positions} "
-               "positions that config.json gives the model (max_position_embeddings); what it writes there may make no "
-               "sense")
+      print_once(f"warning: prompts with max_new_tokens={max_new_tokens} go past the {self._config.max_positions} "
+                 "positions that config.json gives the model (max_position_embeddings); what it writes there may make "
+                 "no sense")
     # Special tokens end a sample on the device, without decoding its text.
     ends, stop_texts = completions.endings(self.tokenizer, self._eos, stop, self._config.vocab_size)
     samples = [Sample(p, s, prompts[p].id, temperatures[s % len(temperatures)])

@@ -65,7 +65,7 @@ def test_samples_past_the_context_give_one_warning(
   limit = json.loads((TINY / "config.json").read_text())["max_position_embeddings"]
   length = len(sampler.tokenizer(ASKED[0].text)["input_ids"])
   warnings = lambda: [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-  errors.say_once.cache_clear()
+  errors.print_once.cache_clear()
   sampler.generate(ASKED, max_new_tokens=limit - length)
   assert warnings() == []
   for expected in (1, 0):
@@ -78,6 +78,6 @@ def test_samples_past_the_context_give_one_warning(
   config = json.loads((folder / "config.json").read_text())
   del config["max_position_embeddings"]
   (folder / "config.json").write_text(json.dumps(config))
-  errors.say_once.cache_clear()
+  errors.print_once.cache_clear()
   native.NativeSampler(folder, compute_dtype="float32", batch_size=8).generate(ASKED, max_new_tokens=limit)
   assert warnings() == []
