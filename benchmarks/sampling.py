@@ -63,7 +63,7 @@ def native(work: dict[str, Any]):
   from imm_jax.sampling import Prompt
   from imm_jax.sampling.native import NativeSampler
 
-  compilation.keep()
+  compilation.enable_cache()
   sampler = NativeSampler(work["model"], compute_dtype=work["dtype"], batch_size=work["rows"])
 
   def run(ids: list[list[int]]) -> list[tuple[int, str]]:

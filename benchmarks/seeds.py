@@ -89,7 +89,7 @@ def at_equal_id(table: dict[str, dict[str, np.ndarray]], reference: str) -> str:
   for name in table.keys() - {reference}:
     pairs = [(a, b) for a, b in zip(reached[name], reached[reference], strict=True) if None not in (a, b)]
     if len(pairs) > 1:
-      tests[name] = comparison.paired(*zip(*pairs, strict=True))
+      tests[name] = comparison.compare_paired(*zip(*pairs, strict=True))
   corrected = dict(zip(tests, comparison.holm([test.p for test in tests.values()]), strict=True))
   heads = (f"at ID {target:.3f}", "OOD", "seeds that reach it", f"OOD less `{reference}`'s", "p", "hypervolume")
   lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]

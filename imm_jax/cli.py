@@ -25,7 +25,7 @@ _MOST = 10
 # What absl adds to the flags of the module that runs.
 _OF_ABSL = ("help", "helpfull", "helpshort", "helpxml", "only_check_args")
 
-_KEPT = flags.DEFINE_string(
+_COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache", "auto", "The folder where compiled programs are kept for later runs, or off; auto: what "
     "JAX_COMPILATION_CACHE_DIR says, else imm_jax in the user's cache folder.")
 
@@ -66,8 +66,8 @@ def run(main: Callable[[], None], *, positional: Sequence[str] = ()) -> None:
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # INFO is libraries talking to themselves
     try:
-      signals.answer()
-      compilation.keep(_KEPT.value)
+      signals.install_handlers()
+      compilation.enable_cache(_COMPILATION_CACHE.value)
       main()
       sys.stdout.flush()
     except PreemptedError as e:
@@ -77,7 +77,7 @@ def run(main: Callable[[], None], *, positional: Sequence[str] = ()) -> None:
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
       sys.exit(1)
     except KeyboardInterrupt as e:
-      print(f"\ninterrupted; {signals.GOES_ON}", file=sys.stderr)
+      print(f"\ninterrupted; {signals.RESUME_HINT}", file=sys.stderr)
       sys.exit(exit_code(e))
     except Exception as e:
       _end(e)
@@ -104,7 +104,7 @@ def _end(error: Exception) -> NoReturn:
   if isinstance(error, AssertionError | RuntimeError) and "jax" in sys.modules:
     from imm_jax.runtime import hardware  # late: some commands do without jax
     try:
-      with hardware.platforms():
+      with hardware.explain_missing_platform():
         raise error
     except Exception as explained:
       error = explained

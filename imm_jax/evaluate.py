@@ -47,7 +47,7 @@ def main() -> None:
   if tasks.default_measure(settings.task.name) == "choices":  # nothing is sampled to train on
     settings.eval.by_likelihood = (*settings.eval.by_likelihood, settings.task.name)
   config.validate(settings, trains=False)
-  devices.leave_to_others(settings)
+  devices.reserve_accelerators(settings)
   sampling.check_sampler(settings)
   out = Path(_OUT.value)
   model = hub.resolve(settings.model)

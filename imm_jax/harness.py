@@ -180,7 +180,7 @@ class HarnessLM(TemplateLM):
       # What does not fit is cut off at the front, as lm_eval's own models do.
       prompts = [Prompt(str(i), requests[i].args[0], tuple(
           self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id])) for i in members]
-      done = distributed.from_main(parts.generate(
+      done = distributed.broadcast(parts.generate(
           lambda asked, **options: self._sampler().generate(asked, **options), prompts, journal=self._next_journal(),
           model=self._digest, rows=self._rows, label="lm_eval: texts", max_new_tokens=new_tokens,
           temperatures=(temperature,), seed=self._seed, top_p=settings.get("top_p") or 1.0, stop=stop,

@@ -56,16 +56,15 @@ def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False)
   may throw samples and trained models away.
   """
   root = Path(workdir)
-  devices.leave_to_others(config)
+  devices.reserve_accelerators(config)
   rundir.check(workdir)
   metrics.check_tracking(config)
   with runlog.RunLog() as log, distributed.FailTogether(root), _opened(config, workdir) as (
       found, directory, (platform, kinds)):
     # The bits of a sum on CPU depend on how many threads share it.
     threads = {"threads": len(os.sched_getaffinity(0))} if platform == "cpu" else {}
-    directory.note(versions=_versions(), devices=kinds, method=config.method,
-                   tasks={"id": config.task.name, "ood": [questions.name_of(entry) for entry in config.task.ood]},
-                   **threads)
+    task_names = {"id": config.task.name, "ood": [questions.name_of(entry) for entry in config.task.ood]}
+    directory.record_facts(versions=_versions(), devices=kinds, method=config.method, tasks=task_names, **threads)
     on_host = platform == "cpu" and not devices.starts_server(config)  # else others compute, or devices hold it
     external = {}
     if distributed.is_main():
@@ -79,9 +78,9 @@ def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False)
       log.open(root / runlog.FILE)
     metrics.start_tracking(config, root)
     ran, names = 0, [stage.name for stage in steps]
-    with status.Keeper(root, names) as keeper, report.Live(root, names) as page:
+    with status.StatusWriter(root, names) as writer, report.Live(root, names) as page:
       for stage in steps:
-        keeper.stage(stage.name)
+        writer.set_stage(stage.name)
         if directory.run(stage, external, on_host=on_host):
           ran += 1
           page.update()
@@ -94,10 +93,10 @@ def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False)
 @contextlib.contextmanager
 def _opened(config: ml_collections.ConfigDict, workdir: str,
             ) -> Iterator[tuple[dict[str, Path], rundir.RunDir, tuple[str, list[str]]]]:
-  """The models' folders, the run directory and `devices.look`, all looked at before anything is spent."""
+  """The models' folders, the run directory and `devices.describe_devices`, all looked at before anything is spent."""
   found = _check(config)
   sampling.check_sampler(config)
-  looked = devices.call(config, devices.look, config)
+  looked = devices.call(config, devices.describe_devices, config)
   with rundir.RunDir(workdir, config) as directory:
     if config.sft.state_dir and distributed.is_main():
       check_folder(config.sft.state_dir)  # now, for training comes late
@@ -126,13 +125,13 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
     external |= questions.digests(config)
   steps = plan(_run(config, root, found))
   waiting: set[str] = set()
-  if line := status.line(status.read(root)):
+  if line := status.format_line(status.read(root)):
     print(f"{root}: {line}")
-  for _, line in rundir.changes(root, config):
+  for _, line in rundir.list_changes(root, config):
     print(line)
   print(f"{'stage':<24}{'state':<8}work")
   for stage in steps:
-    reason = rundir.why(stage, record, root, external)
+    reason = rundir.stale_reason(stage, record, root, external)
     # What reads a stage that will be made again may have to follow.
     if reason or waiting.intersection(stage.needs):
       waiting.add(stage.name)
@@ -141,11 +140,11 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   teacher = published.find_config(config.teacher) if config.teacher else None
   sizes, lengths = f"{config.model} is not on this machine, so its size is not known", {}
   if model:
-    expected = shapes.expect(config, model, found["base"] if local else None)
-    sizes = memory.estimate(config, model, devices.mesh_of(config), expected, teacher) + "\n" + disk.estimate(
+    expected = shapes.estimate(config, model, found["base"] if local else None)
+    sizes = memory.describe(config, model, devices.mesh_of(config), expected, teacher) + "\n" + disk.describe(
         config, model, expected, root, found["base"] if local else None)
     lengths = {"question": expected.question, "answer": expected.answer}
-  took = cost.estimate(config, model, record, teacher, [stage.name for stage in steps], **lengths)
+  took = cost.describe(config, model, record, teacher, [stage.name for stage in steps], **lengths)
   print(f"\n{len(waiting)} of {len(steps)} stages to do\n{questions.describe_tests(config)}\n{sizes}\n"
         f"the whole run: {took}")
 

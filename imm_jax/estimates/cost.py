@@ -24,7 +24,7 @@ _WIDE = 1024  # rows of such a product in training
 _ROUND = re.compile(r"^round_[0-9]+/")
 
 
-class Work(NamedTuple):
+class TokenCounts(NamedTuple):
   """Tokens of a whole run.
 
   Attributes:
@@ -42,8 +42,8 @@ class Work(NamedTuple):
   asked: float
 
 
-def work(config: ml_collections.ConfigDict, record: Mapping[str, Any], *, question: float = 0.0, answer: float = 0.0,
-         ) -> Work:
+def count_tokens(config: ml_collections.ConfigDict, record: Mapping[str, Any], *, question: float = 0.0,
+                 answer: float = 0.0) -> TokenCounts:
   """The tokens of all rounds; what the first rounds in `record` (run.json) measured stands for the others.
 
   Args:
@@ -97,12 +97,12 @@ def work(config: ml_collections.ConfigDict, record: Mapping[str, Any], *, questi
   compared = config.rounds * 2 * (1 + bool(method.merge) + keeps_average(config))
   compared *= sum(min(n or most, most) for n in questions.count_tests(config)) if (
       most := questions.drift_questions(config)) else 0
-  return Work(sampled, (passes * seen + measured) * (length + question), evaluated,
-              config.rounds * asked * question if drawn else 0.0,
-              models * asked_tests + tried * asks(config.task.name) + compared * (length + question))
+  return TokenCounts(sampled, (passes * seen + measured) * (length + question), evaluated,
+                     config.rounds * asked * question if drawn else 0.0,
+                     models * asked_tests + tried * asks(config.task.name) + compared * (length + question))
 
 
-def estimate(config: ml_collections.ConfigDict, model: ModelConfig | None, record: Mapping[str, Any],
+def describe(config: ml_collections.ConfigDict, model: ModelConfig | None, record: Mapping[str, Any],
              sampler: ModelConfig | None = None, stages: Sequence[str] = (), *, question: float = 0.0,
              answer: float = 0.0) -> str:
   """One line: tokens, and device hours.
@@ -117,10 +117,10 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig | None, recor
     record: run.json.
     sampler: the shape of the model that samples for training, where it is another.
     stages: the names of all stages of the run.
-    question: see `work`.
-    answer: see `work`.
+    question: see `count_tokens`.
+    answer: see `count_tokens`.
   """
-  w = work(config, record, question=question, answer=answer)
+  w = count_tokens(config, record, question=question, answer=answer)
   text = (f"{_count(w.sampled)} tokens sampled, {_count(w.trained)} trained on, {_count(w.evaluated)} sampled in "
           "evaluation")
   devices = len(record.get("devices", ())) or 1

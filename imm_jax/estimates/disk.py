@@ -8,7 +8,9 @@ from typing import NamedTuple
 import jax
 import ml_collections
 
-from imm_jax.estimates import cost, memory
+from imm_jax.estimates import cost
+from imm_jax.estimates.memory import format_bytes
+from imm_jax.estimates.shapes import Expected
 from imm_jax.methods import keeps_average, method_of, samples_answers
 from imm_jax.model import folder as checkpoint
 from imm_jax.model.config import ModelConfig
@@ -47,14 +49,14 @@ class Disk(NamedTuple):
   most: float
 
 
-def expect(config: ml_collections.ConfigDict, model: ModelConfig, expected: memory.Expected,
-           folder: Path | None = None) -> Disk:
+def estimate(config: ml_collections.ConfigDict, model: ModelConfig, expected: Expected,
+             folder: Path | None = None) -> Disk:
   """What a run will probably take.
 
   Args:
     config: of the run.
     model: the base's shape.
-    expected: `shapes.expect`.
+    expected: `shapes.estimate`.
     folder: the base, or None where it is not on this machine.
   """
   sft, method, count, given = config.sft, method_of(config), count_params(model), additions_of(config)
@@ -91,13 +93,13 @@ def expect(config: ml_collections.ConfigDict, model: ModelConfig, expected: memo
   return Disk(config.rounds * models_of_round, one, models, answers, state, min(saves, sft.max_to_keep + 1), last, most)
 
 
-def estimate(config: ml_collections.ConfigDict, model: ModelConfig, expected: memory.Expected, root: Path,
+def describe(config: ml_collections.ConfigDict, model: ModelConfig, expected: Expected, root: Path,
              folder: Path | None = None) -> str:
-  """Two lines on `expect`, for a run in the directory `root`, which may be yet to be made."""
-  found, where = expect(config, model, expected, folder), config.sft.state_dir
-  states = f"{found.states} training state{'s' * (found.states > 1)} of {memory.text(found.state)}"
-  there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
-  return (f"disk: about {memory.text(found.last)} when it is done ({found.checkpoints} checkpoints of "
-          f"{memory.text(found.checkpoint)}, answers {memory.text(found.answers)}), most at once about "
-          f"{memory.text(found.most)}; {memory.text(shutil.disk_usage(there).free)} are free\n"
-          f"  up to {states} while SFT goes on{f', in {where}' if where else ''}")
+  """Two lines on `estimate`, for a run in the directory `root`, which may be yet to be made."""
+  sizes, state_dir = estimate(config, model, expected, folder), config.sft.state_dir
+  states = f"{sizes.states} training state{'s' * (sizes.states > 1)} of {format_bytes(sizes.state)}"
+  existing = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+  return (f"disk: about {format_bytes(sizes.last)} when it is done ({sizes.checkpoints} checkpoints of "
+          f"{format_bytes(sizes.checkpoint)}, answers {format_bytes(sizes.answers)}), most at once about "
+          f"{format_bytes(sizes.most)}; {format_bytes(shutil.disk_usage(existing).free)} are free\n"
+          f"  up to {states} while SFT goes on{f', in {state_dir}' if state_dir else ''}")

@@ -37,16 +37,16 @@ class Peak(NamedTuple):
   """The most bytes that a stage holds: `of` what, by name."""
 
   stage: str
-  of: dict[str, float]
+  parts: dict[str, float]
 
   @property
   def total(self) -> float:
     """All of it."""
-    return sum(self.of.values())
+    return sum(self.parts.values())
 
 
-def kept_of_row(model: ModelConfig, *, length: int, remat: str, dtype: jnp.dtype, attention: str = "xla",
-                widened: bool = False) -> int:
+def activation_bytes(model: ModelConfig, *, length: int, remat: str, dtype: jnp.dtype, attention: str = "xla",
+                     widened: bool = False) -> int:
   """Bytes that the forward pass keeps of one row for the backward pass, all layers together.
 
   Args:
@@ -59,7 +59,7 @@ def kept_of_row(model: ModelConfig, *, length: int, remat: str, dtype: jnp.dtype
 
   >>> model = ModelConfig(vocab_size=8, hidden_size=4, intermediate_size=8, num_layers=2, num_heads=2, num_kv_heads=1,
   ...     head_dim=2, rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=True, qkv_bias=True)
-  >>> full, none = (kept_of_row(model, length=10, remat=remat, dtype=jnp.bfloat16) for remat in ("full", "none"))
+  >>> full, none = (activation_bytes(model, length=10, remat=remat, dtype=jnp.bfloat16) for remat in ("full", "none"))
   >>> full < none / 5
   True
   """
@@ -76,9 +76,9 @@ def kept_of_row(model: ModelConfig, *, length: int, remat: str, dtype: jnp.dtype
   return kept(2) - kept(1)  # what does not grow with the rows is the weights
 
 
-def step_temporaries(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, accumulation: int, remat: str,
-                     dtype: jnp.dtype, attention: str, sums: bool = False, additions: Additions = PLAIN,
-                     ) -> dict[str, float]:
+def step_bytes(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, accumulation: int, remat: str,
+               dtype: jnp.dtype, attention: str, sums: bool = False, additions: Additions = PLAIN,
+               ) -> dict[str, float]:
   """Bytes on one device that a training step takes beside its state, by name: `gradients`, `activations`, `logits`.
 
   Args:
@@ -95,8 +95,8 @@ def step_temporaries(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, 
   """
   options = {"length": length, "dtype": dtype, "attention": attention, "widened": _platform(mesh) == "cpu"}
   here = math.ceil(rows / accumulation / num_batch_shards(mesh))
-  kept = here * kept_of_row(model, remat=remat, **options) / mesh.shape["tensor"]
-  layer = here * kept_of_row(model, remat="none", **options) / mesh.shape["tensor"] / model.num_layers
+  kept = here * activation_bytes(model, remat=remat, **options) / mesh.shape["tensor"]
+  layer = here * activation_bytes(model, remat="none", **options) / mesh.shape["tensor"] / model.num_layers
   table = model.vocab_size * model.hidden_size
   # Of one model two arrays of the logits' size live at once, of two models five, as measured.
   arrays, at_once = (5, chunk_of(2 * here)) if additions.kl else (2, chunk_of(here))
@@ -106,7 +106,7 @@ def step_temporaries(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, 
   # no other gradient.
   gradients = (0 if sums else 4 * params if accumulation > 1 else 4 * layers) + 4 * table
   if additions.lora:  # of a layer's weights: W + s B A and its gradient
-    gradients = 4 * trained(model, mesh, additions) + 8 * layers / model.num_layers
+    gradients = 4 * count_trained(model, mesh, additions) + 8 * layers / model.num_layers
   gradients += 4 * params * (additions.l2_sp > 0)  # what is added to them
   gathered = (2 * table + 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(model)["layers"]))
               / model.num_layers) * jnp.dtype(dtype).itemsize if mesh.shape["fsdp"] > 1 else 0
@@ -116,7 +116,7 @@ def step_temporaries(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, 
   return {name: size for name, size in found.items() if size}
 
 
-def trained(model: ModelConfig, mesh: Mesh, additions: Additions) -> int:
+def count_trained(model: ModelConfig, mesh: Mesh, additions: Additions) -> int:
   """Entries of what is trained that one device holds."""
   if not additions.lora:
     return _on_device(model, mesh)
@@ -135,7 +135,7 @@ def state_bytes(model: ModelConfig, mesh: Mesh, *, dtype: jnp.dtype, additions: 
     additions: of the training.
     stops: whether the best epoch's weights are kept.
   """
-  count, whole, width = trained(model, mesh, additions), _on_device(model, mesh), jnp.dtype(dtype).itemsize
+  count, whole, width = count_trained(model, mesh, additions), _on_device(model, mesh), jnp.dtype(dtype).itemsize
   found = {"weights and moments": 12 * count, "average": 4 * count * bool(additions.ema),
            "best epoch": 4 * count * (1 + bool(additions.ema)) * stops,
            "frozen base": width * whole * bool(additions.lora),
@@ -143,8 +143,8 @@ def state_bytes(model: ModelConfig, mesh: Mesh, *, dtype: jnp.dtype, additions: 
   return {name: size for name, size in found.items() if size}
 
 
-def sampling(model: ModelConfig, mesh: Mesh, *, rows: int, prompt: int, new_tokens: int, dtype: jnp.dtype,
-             ) -> dict[str, float]:
+def sampling_bytes(model: ModelConfig, mesh: Mesh, *, rows: int, prompt: int, new_tokens: int, dtype: jnp.dtype,
+                   ) -> dict[str, float]:
   """Bytes on one device that the native sampler takes, by name: `weights`, `cache`, and the larger of `prompts`, while
   they are read, and `decoding`, while answers are drawn.
 
@@ -162,7 +162,7 @@ def sampling(model: ModelConfig, mesh: Mesh, *, rows: int, prompt: int, new_toke
   state = lambda rows, slots: _size(jax.eval_shape(lambda: decode.init(rows, slots, new_tokens, static)))
   pack = queue.pack_shape([prompt] * rows, parts=parts, cpu=cpu)
   caches = pack.rows * pack.length * (state(1, 2) - state(1, 1))
-  layer = kept_of_row(model, length=pack.length, remat="none", dtype=dtype, widened=cpu)
+  layer = activation_bytes(model, length=pack.length, remat="none", dtype=dtype, widened=cpu)
   logits = 3 * pack.prompts * model.vocab_size * 4
   width = jnp.dtype(dtype).itemsize
   slots = queue.most_slots(prompt + new_tokens)
@@ -174,7 +174,7 @@ def sampling(model: ModelConfig, mesh: Mesh, *, rows: int, prompt: int, new_toke
   return found | ({"prompts": reading} if reading > drawing else {"decoding": drawing})
 
 
-def scoring(model: ModelConfig, mesh: Mesh, *, dtype: jnp.dtype) -> dict[str, float]:
+def scoring_bytes(model: ModelConfig, mesh: Mesh, *, dtype: jnp.dtype) -> dict[str, float]:
   """Bytes on one device that `scoring.Scorer` takes, by name: `weights`, `activations` of a layer, `logits`.
 
   Args:
@@ -183,37 +183,37 @@ def scoring(model: ModelConfig, mesh: Mesh, *, dtype: jnp.dtype) -> dict[str, fl
     dtype: of weights and activations.
   """
   # About half of what a backward pass would need lives at once, as measured.
-  layer = likelihood.TOKENS // likelihood.ROW * kept_of_row(
+  layer = likelihood.TOKENS // likelihood.ROW * activation_bytes(
       model, length=likelihood.ROW, remat="none", dtype=dtype, widened=_platform(mesh) == "cpu") / model.num_layers / 2
   return {"weights": _on_device(model, mesh) * jnp.dtype(dtype).itemsize,
           "activations": layer / mesh.shape["tensor"],
           "logits": 2 * 4 * likelihood.LOGITS * model.vocab_size / mesh.shape["tensor"]}
 
 
-def comparing(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, accumulation: int, dtype: jnp.dtype,
-              attention: str) -> dict[str, float]:
-  """Bytes on one device that comparing a model with the base takes, by name; arguments as of `step_temporaries`."""
+def comparison_bytes(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, accumulation: int, dtype: jnp.dtype,
+                     attention: str) -> dict[str, float]:
+  """Bytes on one device that comparing a model with the base takes, by name; arguments as of `step_bytes`."""
   here = math.ceil(rows / accumulation / num_batch_shards(mesh))
   # Nothing is kept of a layer; about half of what its backward pass would need lives at once, as in scoring.
-  layer = here * kept_of_row(model, length=length, remat="none", dtype=dtype, attention=attention,
-                             widened=_platform(mesh) == "cpu") / model.num_layers / 2
+  layer = here * activation_bytes(model, length=length, remat="none", dtype=dtype, attention=attention,
+                                  widened=_platform(mesh) == "cpu") / model.num_layers / 2
   logits = 4 * here * min(length, chunk_of(here)) * model.vocab_size * 4
   return {"weights": 2 * _on_device(model, mesh) * dtype.itemsize, "activations": layer / mesh.shape["tensor"],
           "logits": logits / mesh.shape["tensor"]}
 
 
-def peaks(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, expected: Expected,
-          sampler: ModelConfig | None = None) -> list[Peak]:
+def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, expected: Expected,
+             sampler: ModelConfig | None = None) -> list[Peak]:
   """What the stages of a run hold at most: each device, or on CPU this process, with what it holds anyhow.
 
   Args:
     config: of the run.
     model: its shape.
     mesh: devices.
-    expected: `shapes.expect`.
+    expected: `shapes.estimate`.
     sampler: the shape of the model that samples for training, where it is another.
   """
-  sft, found = config.sft, []
+  sft, stages = config.sft, []
   dtype = jnp.dtype(hardware.compute_dtype(config.sample.compute_dtype))
   if config.sampler.kind == "native":
     asked, tests = questions.counts(config)
@@ -222,44 +222,47 @@ def peaks(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, exp
     if samples_answers(config):
       settings.append(("sampling", sampler or model, config.sample.batch_size, config.sample.max_new_tokens,
                        asked * config.sample.num_samples))
-    found = [Peak(name, sampling(of, mesh, rows=queue.rows_of(batch_size, count), prompt=expected.prompt or _PROMPT,
-                                 new_tokens=new_tokens, dtype=dtype))
-             for name, of, batch_size, new_tokens, count in settings]
+    prompt = expected.prompt or _PROMPT
+    stages = [Peak(name, sampling_bytes(sampled, mesh, rows=queue.rows_of(batch_size, count), prompt=prompt,
+                                        new_tokens=new_tokens, dtype=dtype))
+              for name, sampled, batch_size, new_tokens, count in settings]
   if questions.scores_texts(config):
-    found.append(Peak("likelihood", scoring(model, mesh, dtype=dtype)))
+    stages.append(Peak("likelihood", scoring_bytes(model, mesh, dtype=dtype)))
   options = {"rows": expected.rows, "length": sft.row_length, "accumulation": sft.accumulation, "remat": sft.remat,
              "dtype": jnp.dtype(hardware.compute_dtype(sft.compute_dtype)), "attention": expected.attention}
   given = additions_of(config)
   held = state_bytes(model, mesh, dtype=options["dtype"], additions=given, stops=sft.stop_share > 0)
-  found.append(Peak("SFT", held | step_temporaries(model, mesh, additions=given, **options)))
+  stages.append(Peak("SFT", held | step_bytes(model, mesh, additions=given, **options)))
   if config.analysis.examples or merge_method(config) == "iimm":
-    found.append(Peak("importance", {"weights and sums": 8 * _on_device(model, mesh),
-                                     **step_temporaries(model, mesh, sums=True, **options)}))
+    stages.append(Peak("importance", {"weights and sums": 8 * _on_device(model, mesh),
+                                      **step_bytes(model, mesh, sums=True, **options)}))
   if count := questions.drift_questions(config):
     few = math.ceil(expected.rows * min(1, count / sft.global_batch))
-    found.append(Peak("drift", comparing(model, mesh, **{k: v for k, v in options.items() if k != "remat"} | {
+    stages.append(Peak("drift", comparison_bytes(model, mesh, **{k: v for k, v in options.items() if k != "remat"} | {
         "rows": few})))
   if _platform(mesh) != "cpu":
-    return found
-  here, held = len(mesh.local_devices), resident.now() + _PROGRAMS
-  of = lambda p, stage, earlier: Peak(stage, {name: here * size for name, size in p.of.items()} | {
-      "programs": held + earlier * _EARLIER})
-  tuned = next(i for i, p in enumerate(found) if p.stage == "SFT")
-  # What samples comes again after SFT, with the programs of all kinds but its own.
-  again = [of(p, f"later {p.stage}", tuned) for p in found[:tuned] if p.stage != "sampling" or config.rounds > 1]
-  return [of(p, p.stage, i) for i, p in enumerate(found)] + again
+    return stages
+  here, held = len(mesh.local_devices), resident.read_current() + _PROGRAMS
+  add_programs = lambda peak, stage, earlier: Peak(stage, {
+      name: here * size for name, size in peak.parts.items()} | {"programs": held + earlier * _EARLIER})
+  sft_index = next(i for i, peak in enumerate(stages) if peak.stage == "SFT")
+  # The stages before SFT are run again after it, when the programs of all other kinds are in memory.
+  later = [add_programs(peak, f"later {peak.stage}", sft_index) for peak in stages[:sft_index]
+           if peak.stage != "sampling" or config.rounds > 1]
+  return [add_programs(peak, peak.stage, i) for i, peak in enumerate(stages)] + later
 
 
-def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, expected: Expected,
+def describe(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, expected: Expected,
              sampler: ModelConfig | None = None) -> str:
-  """A line for each of `peaks`, with what takes most first; before them the number of parameters."""
-  count, found = count_params(model), peaks(config, model, mesh, expected, sampler)
+  """A line for each of `estimate`, with what takes most first; before them the number of parameters."""
+  count, peaks = count_params(model), estimate(config, model, mesh, expected, sampler)
   where = "of this process" if _platform(mesh) == "cpu" else "of each device"
   lines = [f"{count:,} parameters",
-           f"most memory {where}: about {text(max(p.total for p in found))} (SFT: {expected.rows} rows a step)"]
-  for p in found:
-    parts = sorted(p.of.items(), key=lambda item: -item[1])
-    lines.append(f"  {p.stage:<18}{text(p.total):>10}  " + ", ".join(f"{name} {text(size)}" for name, size in parts))
+           f"most memory {where}: about {format_bytes(max(p.total for p in peaks))} (SFT: {expected.rows} rows a step)"]
+  for peak in peaks:
+    parts = ", ".join(f"{name} {format_bytes(size)}"
+                      for name, size in sorted(peak.parts.items(), key=lambda item: -item[1]))
+    lines.append(f"  {peak.stage:<18}{format_bytes(peak.total):>10}  {parts}")
   return "\n".join(lines)
 
 
@@ -285,10 +288,10 @@ def _size(tree: Any, least: int = 1) -> int:
   return sum(math.prod(leaf.shape) * width(leaf.dtype) for leaf in jax.tree.leaves(tree))
 
 
-def text(num_bytes: float) -> str:
+def format_bytes(num_bytes: float) -> str:
   """A number of bytes for a user.
 
-  >>> text(3 << 19)
+  >>> format_bytes(3 << 19)
   '1.5 MiB'
   """
   for unit in ("B", "KiB", "MiB"):

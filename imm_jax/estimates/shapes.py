@@ -34,7 +34,7 @@ class Expected(NamedTuple):
   answer: float = 0.0
 
 
-def expect(config: ml_collections.ConfigDict, model: ModelConfig, folder: Path | None) -> Expected:
+def estimate(config: ml_collections.ConfigDict, model: ModelConfig, folder: Path | None) -> Expected:
   """Estimates the shapes of a round's training and sampling before a run.
 
   Lengths are those of the task's worked answers; they are assumed if there are none, or if the task or the model

@@ -16,12 +16,12 @@ from imm_jax.runs import rundir
 _CARD = "README.md"
 # What a checkpoint's folder may hold besides its side files: weights in the forms that are loaded by their name, their
 # indices, an adapter, and the settings of quantised weights.
-_OF_A_MODEL = re.compile(
+_CHECKPOINT_FILE = re.compile(
     r"[^/]*\.safetensors(\.index\.json)?|pytorch_model[^/]*\.bin(\.index\.json)?|consolidated[^/]*\.pth|params\.json|"
     r"(tf_model|flax_model)[^/]*\.(h5|msgpack)(\.index\.json)?|adapter_config\.json|adapter_model\.bin|"
     r"(quantize|quant|hf_quant)_config\.json|tokenization_[^/]*\.py|" + checkpoint.TEMPLATES + r"/[^/]*\.jinja")
 # Of the hub's answers those that say it may take the same later.
-_LATER = (408, 429, *range(500, 600))
+_RETRY_STATUS = (408, 429, *range(500, 600))
 
 
 def push(folder: Path, to: str, *, private: bool = False, revision: str | None = None, overwrite_card: bool = False,
@@ -52,8 +52,8 @@ def push(folder: Path, to: str, *, private: bool = False, revision: str | None =
   if not results.config or not any(model.kind == "base" for model in results.models):
     raise UserError(f"{root}: config.json or what run.json says of base/eval is missing or damaged "
                     f"({join_items(results.problems)})")
-  check_current(root, rundir.read_record(root), [model.folder for model in card.shown(results, stage)])
-  text = card.write(results, stage, to)
+  check_current(root, rundir.read_record(root), [model.folder for model in card.select_models(results, stage)])
+  text = card.format_card(results, stage, to)
   if not card.is_evaluated(results, stage):
     print(f"note: {folder}: has not been evaluated; its card says so, and has other models' scores alone",
           file=sys.stderr)
@@ -67,16 +67,16 @@ def push(folder: Path, to: str, *, private: bool = False, revision: str | None =
     raise UserError(f"--to={to}: is no id that the hub can have ({first_line(e)}); expected ORG/NAME") from e
   except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError) as e:
     status = getattr(getattr(e, "response", None), "status_code", None)
-    if status in _LATER:
+    if status in _RETRY_STATUS:
       raise ResourceError(f"--to={to}: the hub cannot take it now ({first_line(e)}); try again") from e
     advice = "run `hf auth login` with a token that may write there" if status in (401, 403, 404, None) else (
         "see what it says of the name, the branch and the files")
     raise UserError(f"--to={to}: the hub refuses ({first_line(e)}); {advice}") from e
-  except _not_reached() as e:
+  except _connection_errors() as e:
     raise ResourceError(f"--to={to}: the hub cannot be reached ({first_line(e)}); try again") from e
 
 
-def _not_reached() -> tuple[type[BaseException], ...]:
+def _connection_errors() -> tuple[type[BaseException], ...]:
   """What says that the hub is not reached, of Python and of whichever HTTP library huggingface_hub uses."""
   known = (("httpx", "TransportError"), ("httpx2", "TransportError"), ("requests", "ConnectionError"),
            ("requests", "Timeout"))
@@ -97,7 +97,7 @@ def _upload(api: Any, library: Any, folder: Path, names: list[str], text: str, t
   add = lambda name, content: library.CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
   operations = [add(name, str(folder / name)) for name in names]
   # Another model's weights, or a part of its tokenizer, would make two checkpoints of one.
-  old = sorted(name for name in there - set(names) if name in checkpoint.SIDE_FILES or _OF_A_MODEL.fullmatch(name))
+  old = sorted(name for name in there - set(names) if name in checkpoint.SIDE_FILES or _CHECKPOINT_FILE.fullmatch(name))
   operations += [library.CommitOperationDelete(path_in_repo=name) for name in old]
   if old:
     print(f"note: {to}: {join_items(old)}, of an earlier model, goes")
@@ -145,13 +145,13 @@ def check_recorded(root: Path, stage: str, folder: Path, names: list[str]) -> No
 
 def check_current(root: Path, record: dict[str, Any], stages: Sequence[str]) -> None:
   """Raises UserError where stages, or what they have read, were made with something else than the last start has."""
-  if wrong := _outdated(record, stages):
+  if wrong := _list_outdated(record, stages):
     raise UserError(f"{root}: was started again and has not come to its end: config.json is not what "
                     f"{join_items(wrong)} {'were' if len(wrong) > 1 else 'was'} made with; give the same command again "
                     "to the end of the run, which makes anew what differs")
 
 
-def _outdated(record: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def _list_outdated(record: Mapping[str, Any], names: Sequence[str]) -> list[str]:
   """What finished stages, and those that they have read, were made with and is not what the last start goes by.
 
   Args:

@@ -18,10 +18,10 @@ from imm_jax.tasks.catalogue import TASKS
 
 PAPER = ("Superficial Self-Improved Reasoners Benefit from Model Merging", "https://arxiv.org/abs/2503.02103")
 # Settings of the machine that ran it, or of the run's folder: no part of the method.
-_NOT_SHOWN = ("mesh", "profile", "tracking", "sampler.vllm", "sft.state_dir")
+_OMITTED = ("mesh", "profile", "tracking", "sampler.vllm", "sft.state_dir")
 
 
-def write(results: Results, stage: str, name: str) -> str:
+def format_card(results: Results, stage: str, name: str) -> str:
   """The card.
 
   Args:
@@ -38,20 +38,20 @@ def write(results: Results, stage: str, name: str) -> str:
   base = hub.strip_adapter(config["model"]).partition("@")[0]
   if not hub.is_local(config["model"]):
     head |= {"base_model": base, "base_model_relation": "merge" if stage.endswith("/merged") else "finetune"}
-  if datasets := list(dict.fromkeys(_datasets(results))):
+  if datasets := list(dict.fromkeys(_list_datasets(results))):
     head["datasets"] = datasets
   round_ = re.match(r"round_(\d+)/", stage)
   which = f"round {int(round_[1]) + 1} of {config['rounds']}" if round_ else "the run"
   command = "python -m imm_jax.main --config=configs/common.py --workdir=RUN"
-  changed = _changed(config)
+  changed = _list_changed(config)
   lines = [f"# {name.partition('/')[2]}", "",
            f"`{stage}` of a run of [{PAPER[0]}]({PAPER[1]}) with imm_jax: the model after {which}.", "",
            f"- Base model: `{config['model']}`",
-           f"- Method: {_method(results)}",
+           f"- Method: {_describe_method(results)}",
            f"- In domain: {results.id_task}; out of domain: {', '.join(results.ood_tasks) or 'none'}",
            f"- Software: {', '.join(f'{k} {v}' for k, v in sorted(results.facts.get('versions', {}).items()))}, on "
            f"{', '.join(sorted(set(results.facts.get('devices', []))))}", "",
-           "## Scores", "", *_scores(results, stage), "",
+           "## Scores", "", *_format_scores(results, stage), "",
            "## The same run again", "", "```", " \\\n    ".join([command, *(
                shlex.quote(f"--config.{key}={value}") for key, value in changed)]), "```", "",
            "<details><summary>All settings</summary>", "", "```json", json.dumps(config, indent=1, sort_keys=True),
@@ -59,17 +59,17 @@ def write(results: Results, stage: str, name: str) -> str:
   return "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True) + "---\n\n" + "\n".join(lines)
 
 
-def shown(results: Results, stage: str) -> list[Model]:
+def select_models(results: Results, stage: str) -> list[Model]:
   """Those whose scores are on the card: the base, this model, and where it is a merged one what it was merged from."""
-  return [model for model in results.models if _stage(model) in ("base", f"{stage.partition('/')[0]}/sft", stage)]
+  return [model for model in results.models if _stage_of(model) in ("base", f"{stage.partition('/')[0]}/sft", stage)]
 
 
 def is_evaluated(results: Results, stage: str) -> bool:
   """Whether the run has scores of this checkpoint."""
-  return any(_stage(model) == stage for model in results.models)
+  return any(_stage_of(model) == stage for model in results.models)
 
 
-def _method(results: Results) -> str:
+def _describe_method(results: Results) -> str:
   """What a round does, and in place of the method's own merge the one that the config sets."""
   method, config = METHODS[results.method], results.config
   given = config.get("merge", {}).get("method", "")
@@ -81,13 +81,13 @@ def _method(results: Results) -> str:
   return f"`{results.method}`, merged by `{merge}`{f': {known.summary}' if known else ''}{reference}"
 
 
-def _scores(results: Results, stage: str) -> list[str]:
-  """A table of the models `shown`."""
-  models = shown(results, stage)
+def _format_scores(results: Results, stage: str) -> list[str]:
+  """A table of the models selected."""
+  models = select_models(results, stage)
   tasks = (results.id_task, *results.ood_tasks)
   rows = [["model", *tasks], ["---"] * (1 + len(tasks))]
   for model in models:
-    rows.append([f"**{model.label}**" if _stage(model) == stage else model.label, *(
+    rows.append([f"**{model.label}**" if _stage_of(model) == stage else model.label, *(
         f"{a.value:.3f} [{a.low:.3f}, {a.high:.3f}]" for a in (model.scores[task] for task in tasks))])
   counts = ", ".join(f"{task} {models[-1].scores[task].n}" for task in tasks)
   rules = sorted({asked.rule for model in models for asked in model.asked.values()})
@@ -97,7 +97,7 @@ def _scores(results: Results, stage: str) -> list[str]:
       "", f"Accuracy with its 95 % interval; questions: {counts}{f'; {chr(59).join(rules)}' if rules else ''}."]
 
 
-def _stage(model: Model) -> str:
+def _stage_of(model: Model) -> str:
   """Where a model's checkpoint lies in the run directory."""
   if model.kind == "base":
     return "base"
@@ -105,7 +105,7 @@ def _stage(model: Model) -> str:
   return f"round_{model.round}/{name}"
 
 
-def _datasets(results: Results) -> Iterator[str]:
+def _list_datasets(results: Results) -> Iterator[str]:
   """Those of the hub that the run's own task comes from: what it was trained on."""
   task = results.config["task"]
   published = TASKS[task["name"]].source.get("train", "") if task["name"] in TASKS else ""
@@ -114,7 +114,7 @@ def _datasets(results: Results) -> Iterator[str]:
     yield re.split("[@:]", source.removeprefix("hf:"))[0]
 
 
-def _changed(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _list_changed(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
   """The settings that are not their default, by key; all where the defaults are not installed."""
   try:
     defaults = json.loads(json.dumps(importlib.import_module("configs.common").get_config().to_dict()))
@@ -124,16 +124,16 @@ def _changed(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
   def walk(found: Mapping[str, Any], known: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
     for key, value in found.items():
       name = f"{where}{key}"
-      if name in _NOT_SHOWN:
+      if name in _OMITTED:
         continue
       if isinstance(value, Mapping):
         yield from walk(value, known.get(key, {}), f"{name}.")
       elif value != known.get(key, None):
-        yield name, _tuple(value)
+        yield name, _to_tuple(value)
 
   return list(walk(config, defaults, ""))
 
 
-def _tuple(value: Any) -> Any:
+def _to_tuple(value: Any) -> Any:
   """Lists as a command line takes them."""
-  return tuple(map(_tuple, value)) if isinstance(value, list) else value
+  return tuple(map(_to_tuple, value)) if isinstance(value, list) else value

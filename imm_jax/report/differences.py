@@ -51,7 +51,7 @@ def _read_answers(run: Results, model: Model) -> tuple[dict[str, Answers], list[
   for task in (run.id_task, *run.ood_tasks):
     path = run.root / model.folder / f"{task}.jsonl"
     try:
-      answers[task] = against.read(path)
+      answers[task] = against.read_answers(path)
     except UserError as e:
       notes.append(f"not compared: {e}")
     except OSError as e:

@@ -70,7 +70,7 @@ class Live:
         print(f"warning: the report could not be written ({e!r}); `python -m imm_jax.report --workdirs={self._root}` "
               "writes it", file=sys.stderr)
     elif error is not None:
-      self.update(Status(self._plan, *run_status.ended(error)))
+      self.update(Status(self._plan, *run_status.describe_end(error)))
 
 
 def write(root: Path, out: Path, *, status: Status | None = None, extra: Sequence[Section] = (),

@@ -50,7 +50,7 @@ def validate(config: ml_collections.ConfigDict, *, downloads: bool = True) -> No
 def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False) -> None:
   """Does one run after the other, then the analyses."""
   for settings in list(config.runs.values())[:1]:  # all sample alike
-    devices.leave_to_others(settings)
+    devices.reserve_accelerators(settings)
   _check(config, workdir)
   for i, (name, settings) in enumerate(config.runs.items()):
     if distributed.is_main():
@@ -68,7 +68,7 @@ def _analyse(config: ml_collections.ConfigDict, root: Path) -> None:
       models = {label: hub.resolve(model) for label, model in _models(config, analysis, root).items()}
       out = root / "analyses" / name
       asked = _asked(analysis, models) if distributed.is_main() else {}
-      done = distributed.from_main((out / output.FILE).exists() and files.read_json(out / output.FILE).get(
+      done = distributed.broadcast((out / output.FILE).exists() and files.read_json(out / output.FILE).get(
           "asked") == asked)
       if distributed.is_main():
         print(f"\nanalysis {name}: {_describe(analysis)}: {'done before' if done else 'run'}", flush=True)

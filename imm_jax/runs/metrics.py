@@ -34,17 +34,17 @@ class Writer(Protocol):
 class StageMetrics:
   """Metrics of one stage; use as a context manager.
 
-  A stage that is run again (after a kill, say) replaces what its earlier attempt logged from step `keep` on, so that
-  the file holds every step once. Process 0 alone writes.
+  A stage that is run again, as after a kill, replaces the steps from `from_step` on that its earlier attempt logged, so
+  that each step stands in the file once. Only process 0 writes.
   """
 
-  def __init__(self, root: Path, stage: str, *, keep: int = 0, tracking: str = ""):
+  def __init__(self, root: Path, stage: str, *, from_step: int = 0, tracking: str = ""):
     """Opens the writers of the run directory `root`; `tracking` is config.tracking."""
     self._writers: list[Writer] = []
     if distributed.is_main():
-      self._writers = [_Lines(root, stage, keep), _Board(root, stage, keep)]
+      self._writers = [_JsonlWriter(root, stage, from_step), _TensorBoardWriter(root, stage, from_step)]
       if tracking == "wandb":
-        self._writers.append(_Wandb(root, stage))
+        self._writers.append(_WandbWriter(root, stage))
 
   def write(self, step: int, **values: float) -> None:
     """Logs the values of one step."""
@@ -67,13 +67,13 @@ class StageMetrics:
       print(f"warning: metrics were not written to the end ({first_line(e)})", file=sys.stderr)
 
 
-class _Lines:
+class _JsonlWriter:
   """metrics.jsonl."""
 
-  def __init__(self, root: Path, stage: str, keep: int):
+  def __init__(self, root: Path, stage: str, from_step: int):
     self._stage, path = stage, root / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    files.write_text(path, "".join(line + "\n" for line in lines if _kept(line, stage, keep)))
+    files.write_text(path, "".join(line + "\n" for line in lines if _belongs(line, stage, from_step)))
     self._file = path.open("a", encoding="utf-8")
 
   def write(self, step: int, values: dict[str, float]) -> None:
@@ -84,16 +84,16 @@ class _Lines:
     self._file.close()
 
 
-class _Board:
+class _TensorBoardWriter:
   """TensorBoard."""
 
-  def __init__(self, root: Path, stage: str, keep: int):
+  def __init__(self, root: Path, stage: str, from_step: int):
     folder = root / "tb" / stage.replace("/", "_")
-    if not keep:
+    if not from_step:
       files.remove(folder)
     from tensorboardX import SummaryWriter  # late: it imports torch where torch is installed, which takes seconds
 
-    self._board = SummaryWriter(str(folder), purge_step=keep or None)
+    self._board = SummaryWriter(str(folder), purge_step=from_step or None)
 
   def write(self, step: int, values: dict[str, float]) -> None:
     for name, value in values.items():
@@ -103,7 +103,7 @@ class _Board:
     self._board.close()
 
 
-class _Wandb:
+class _WandbWriter:
   """The run of Weights & Biases, taken up for the length of a stage: `round_0/sft/loss` over `round_0/sft/step`.
 
   A run of days does not end over it: what goes wrong is a warning.
@@ -111,7 +111,7 @@ class _Wandb:
 
   def __init__(self, root: Path, stage: str):
     self._stage = stage
-    self._run = self._try(lambda: _wandb_run(_import_wandb(), root, {}))
+    self._run = self._try(lambda: _resume_wandb_run(_import_wandb(), root, {}))
     if self._run:
       self._try(lambda: self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step"))
 
@@ -147,7 +147,7 @@ def start_tracking(config: ml_collections.ConfigDict, root: Path) -> None:
   if config.tracking != "wandb" or not distributed.is_main():
     return
   try:
-    run = _wandb_run(_import_wandb(), root, config.to_dict())
+    run = _resume_wandb_run(_import_wandb(), root, config.to_dict())
     address = "" if os.environ.get("WANDB_MODE") == "offline" else run.url
     run.finish()
   except UserError:
@@ -158,7 +158,7 @@ def start_tracking(config: ml_collections.ConfigDict, root: Path) -> None:
   print(f"note: metrics go to Weights & Biases: {address or f'offline, in {root}/wandb'}", file=sys.stderr)
 
 
-def _wandb_run(wandb: ModuleType, root: Path, config: dict[str, Any]) -> Any:
+def _resume_wandb_run(wandb: ModuleType, root: Path, config: dict[str, Any]) -> Any:
   """The run of this directory: the same one at every start."""
   path = root / _WANDB
   if not path.exists():
@@ -181,9 +181,9 @@ def _import_wandb() -> ModuleType:
   return wandb
 
 
-def _kept(line: str, stage: str, keep: int) -> bool:
+def _belongs(line: str, stage: str, from_step: int) -> bool:
   try:
     record = json.loads(line)
   except ValueError:  # the last line of a killed process
     return False
-  return isinstance(record, dict) and (record.get("stage") != stage or record.get("step", keep) < keep)
+  return isinstance(record, dict) and (record.get("stage") != stage or record.get("step", from_step) < from_step)

@@ -41,7 +41,7 @@ class Stage:
     everywhere: whether all processes take part, or process 0 alone.
     scratch: a folder, or a bucket's path, that is removed when the stage is done.
     costly: whether its output is not thrown away for a change of the config unless the user asks for it.
-    said: what a user is told of its facts when it is done.
+    summarise: what a user is told of its facts when it is done.
   """
 
   name: str
@@ -52,7 +52,7 @@ class Stage:
   everywhere: bool = False
   scratch: str = ""
   costly: bool = False
-  said: Callable[[dict[str, Any]], str] = lambda facts: ""
+  summarise: Callable[[dict[str, Any]], str] = lambda facts: ""
 
 
 class RunDir:
@@ -138,19 +138,19 @@ class RunDir:
     """
     if not distributed.is_main():
       return
-    changed = changes(self.path, self._config)
+    changed = list_changes(self.path, self._config)
     how = [line for key, line in changed if _only_how(key)]
     what = [line for key, line in changed if not _only_how(key)]
     # What was read may be another under the same name, and that throws work away just as well.
     made, back = ("another config", "the values") if what else ("other inputs", "what")
     what = what or [f"{name} is not what it was" for name in _replaced(self._record, external)]
-    settings = {stage.name: digest_of(stage.settings) for stage in stages}
+    settings = {stage.name: digest_settings(stage.settings) for stage in stages}
     # With the same config it is the package that counts others; what an older package did not note is not asked for.
     if not what and any(self._record.get("settings", {}).get(name, now) != now for name, now in settings.items()):
       made, back = "another version of imm_jax", "the version"
       what = ["this one counts other settings among those of a stage"]
     if what:
-      again = stale(stages, self._record, self.path, external)
+      again = list_stale(stages, self._record, self.path, external)
       gone = sorted(self._record["stages"].keys() - {stage.name for stage in stages})
       lost = [stage.name for stage in stages if stage.costly and stage.name in again]
       lost += [name for name in gone if self._record["stages"][name].get("costly")]
@@ -183,9 +183,9 @@ class RunDir:
     Returns:
       Whether it ran.
     """
-    reason = why(stage, self._record, self.path, external) if distributed.is_main() else None
-    inputs = inputs_of(stage, self._record, external) if distributed.is_main() else {}
-    wanted, inputs = distributed.from_main([reason is not None, inputs])
+    reason = stale_reason(stage, self._record, self.path, external) if distributed.is_main() else None
+    inputs = collect_inputs(stage, self._record, external) if distributed.is_main() else {}
+    wanted, inputs = distributed.broadcast([reason is not None, inputs])
     if not wanted:
       if stage.scratch and distributed.is_main():  # of a start that was killed before it could remove it
         epath.Path(stage.scratch).rmtree(missing_ok=True)
@@ -196,28 +196,28 @@ class RunDir:
       # From here the old output no longer counts, should this process be killed.
       if self._record["stages"].pop(stage.name, None):
         self._save_record()
-      started, counts = time.time(), on_host and resident.start_peak()
+      started, counts = time.time(), on_host and resident.reset_peak()
       with files.committed(target) as out:
         facts = stage.make(out, inputs)
-      memory = {"memory_gib": round(resident.peak(), 3)} if counts else {}
+      memory = {"memory_gib": round(resident.read_peak(), 3)} if counts else {}
       written = files.digest_files(target)
       self._record["stages"][stage.name] = {
           "inputs": inputs, "output": files.combine_digests(written), "files": written,
           "bytes": files.count_bytes(target), "facts": facts, "seconds": round(time.time() - started, 2), **memory,
           **({"costly": True} if stage.costly else {})}
       self._save_record()
-      runlog.note(f"{stage.name}: done in {self._record['stages'][stage.name]['seconds']} s")
-      if text := stage.said(facts):
+      runlog.log_line(f"{stage.name}: done in {self._record['stages'][stage.name]['seconds']} s")
+      if text := stage.summarise(facts):
         print(f"{stage.name}: {text}", flush=True)
       if stage.scratch:
         epath.Path(stage.scratch).rmtree(missing_ok=True)
     elif stage.everywhere:
       stage.make(target, inputs)
-    resident.release()
+    resident.release_freed()
     distributed.barrier(stage.name)
     return True
 
-  def note(self, **values: Any) -> None:
+  def record_facts(self, **values: Any) -> None:
     """Records facts about the run as a whole (versions, devices), and says what another start had otherwise."""
     if not distributed.is_main():
       return
@@ -259,7 +259,7 @@ def check(path: str | Path) -> None:
     raise UserError(f"{root}: is not empty and no run directory (it has no config.json); use another --workdir")
 
 
-def changes(root: Path, config: ml_collections.ConfigDict) -> list[tuple[str, str]]:
+def list_changes(root: Path, config: ml_collections.ConfigDict) -> list[tuple[str, str]]:
   """What a config has otherwise than an earlier start in the directory had: each key, and a line on it.
 
   A run may be continued with more rounds, which changes nothing.
@@ -272,22 +272,23 @@ def changes(root: Path, config: ml_collections.ConfigDict) -> list[tuple[str, st
           if not (old is None and key in unused) and (key != "rounds" or not isinstance(old, int) or new < old)]
 
 
-def stale(stages: Sequence[Stage], record: Mapping[str, Any], root: Path, external: Mapping[str, str]) -> list[str]:
+def list_stale(stages: Sequence[Stage], record: Mapping[str, Any], root: Path, external: Mapping[str, str],
+               ) -> list[str]:
   """The stages that are done and will be run again, or may be, since they read what another of them writes."""
   found: list[str] = []
   for stage in stages:
-    reason = why(stage, record, root, external)
+    reason = stale_reason(stage, record, root, external)
     if stage.name in record["stages"] and (reason or set(found).intersection(stage.needs)):
       found.append(stage.name)
   return found
 
 
-def why(stage: Stage, record: Mapping[str, Any], root: Path, external: Mapping[str, str]) -> str | None:
+def stale_reason(stage: Stage, record: Mapping[str, Any], root: Path, external: Mapping[str, str]) -> str | None:
   """Why a stage must run, or None when it is done."""
   done = record["stages"].get(stage.name)
   if done is None:
     return "run"
-  inputs = inputs_of(stage, record, external)
+  inputs = collect_inputs(stage, record, external)
   changed = sorted(k for k in inputs.keys() | done["inputs"].keys() if inputs.get(k) != done["inputs"].get(k))
   if changed:
     return f"run again, because of a change in: {', '.join(changed)}"
@@ -298,14 +299,14 @@ def why(stage: Stage, record: Mapping[str, Any], root: Path, external: Mapping[s
   return None
 
 
-def inputs_of(stage: Stage, record: Mapping[str, Any], external: Mapping[str, str]) -> dict[str, str | None]:
+def collect_inputs(stage: Stage, record: Mapping[str, Any], external: Mapping[str, str]) -> dict[str, str | None]:
   """Digests of everything a stage reads; None for a stage that is not done."""
   inputs = {need: external[need] if need in external else record["stages"].get(need, {}).get("output")
             for need in stage.needs}
-  return {**inputs, "settings": digest_of(stage.settings)}
+  return {**inputs, "settings": digest_settings(stage.settings)}
 
 
-def digest_of(settings: Mapping[str, Any]) -> str:
+def digest_settings(settings: Mapping[str, Any]) -> str:
   """A short digest of a stage's settings."""
   return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -22,12 +22,12 @@ _LOG.addHandler(logging.NullHandler())
 _LEVELS = {"error": logging.ERROR, "warning": logging.WARNING}
 
 
-def note(line: str) -> None:
+def log_line(line: str) -> None:
   """A line for the log alone."""
   _LOG.info(line)
 
 
-def path() -> Path | None:
+def current_file() -> Path | None:
   """The file that this process writes now, if it does."""
   return next((Path(h.baseFilename) for h in _LOG.handlers if isinstance(h, logging.FileHandler)), None)
 

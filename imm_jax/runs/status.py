@@ -49,7 +49,7 @@ class Status(NamedTuple):
   updated: str = ""
 
 
-class Keeper:
+class StatusWriter:
   """Keeps status.json of a run; use as a context manager. Process 0 alone writes."""
 
   def __init__(self, root: Path, plan: Sequence[str]):
@@ -57,20 +57,20 @@ class Keeper:
     self._status = Status(tuple(plan), "running", pid=os.getpid(), host=socket.gethostname(), started=_now())
     self._done, self._lock, self._stack = threading.Event(), threading.Lock(), contextlib.ExitStack()
 
-  def stage(self, name: str) -> None:
+  def set_stage(self, name: str) -> None:
     """Says which stage is worked on now."""
     self._write(stage=name)
 
-  def __enter__(self) -> "Keeper":
+  def __enter__(self) -> "StatusWriter":
     if distributed.is_main():
       self._write()
-      self._stack.enter_context(signals.before_end(lambda why: self._end("stopped", why)))
+      self._stack.enter_context(signals.before_forced_end(lambda why: self._end("stopped", why)))
       threading.Thread(target=self._beat, daemon=True).start()
     return self
 
   def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
     self._stack.close()
-    self._end(*ended(error))
+    self._end(*describe_end(error))
 
   def _end(self, state: str, why: str) -> None:
     self._done.set()
@@ -93,10 +93,10 @@ class Keeper:
         print(f"warning: {self._path} was not written ({e})", file=sys.stderr)
 
 
-def ended(error: BaseException | None) -> tuple[str, str]:
+def describe_end(error: BaseException | None) -> tuple[str, str]:
   """The state in which an error, or none, leaves a run, and why.
 
-  >>> ended(None), ended(KeyboardInterrupt()), ended(ZeroDivisionError("of 1"))
+  >>> describe_end(None), describe_end(KeyboardInterrupt()), describe_end(ZeroDivisionError("of 1"))
   (('finished', ''), ('stopped', 'interrupted (Ctrl-C)'), ('failed', 'ZeroDivisionError: of 1'))
   """
   if error is None:
@@ -134,10 +134,10 @@ def _read(root: Path) -> Status | None:
   return status
 
 
-def line(status: Status) -> str:
+def format_line(status: Status) -> str:
   """A line for the console; empty where nothing is known.
 
-  >>> line(Status(("a", "b"), "stopped", "interrupted (Ctrl-C)", "b"))
+  >>> format_line(Status(("a", "b"), "stopped", "interrupted (Ctrl-C)", "b"))
   'stopped in b: interrupted (Ctrl-C)'
   """
   where = f" in {status.stage}" if status.stage and status.state != "finished" else ""

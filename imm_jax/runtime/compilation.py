@@ -17,13 +17,13 @@ import jax
 from imm_jax.errors import print_once
 
 # Programs that compile faster are as quickly compiled as read.
-_LEAST_SECONDS = 0.1
+_MIN_SECONDS = 0.1
 # The oldest go first.
-_MOST_BYTES = 4 << 30
+_MAX_BYTES = 4 << 30
 _DIR, _ON = "JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"
 
 
-def keep(setting: str = "auto") -> Path | None:
+def enable_cache(setting: str = "auto") -> Path | None:
   """Keeps what this process, and those that it starts, compile, and uses what others have kept.
 
   Several processes may share the folder: an entry appears whole or not at all, and one that cannot be read is compiled
@@ -49,12 +49,12 @@ def keep(setting: str = "auto") -> Path | None:
   except OSError as e:
     print_once(f"warning: compiled programs are not kept, for {folder} cannot be written ({e.strerror})")
     return None
-  _write_whole()
+  _write_atomically()
   jax.config.update("jax_enable_compilation_cache", True)
   jax.config.update("jax_compilation_cache_dir", str(folder))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
   os.environ.update({_DIR: str(folder), _ON: "true",
-                     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(_LEAST_SECONDS)})
+                     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(_MIN_SECONDS)})
   return folder
 
 
@@ -71,9 +71,9 @@ def _user_folder() -> Path:
 
 
 def _prune(folder: Path) -> None:
-  """Removes the oldest entries where all are more than _MOST_BYTES."""
+  """Removes the oldest entries where all are more than _MAX_BYTES."""
   found = sorted(((s := path.stat()).st_mtime, s.st_size, path) for path in folder.glob("*-cache"))
-  excess = sum(size for _, size, _ in found) - _MOST_BYTES
+  excess = sum(size for _, size, _ in found) - _MAX_BYTES
   for _, size, path in found:
     if excess <= 0:
       break
@@ -81,7 +81,7 @@ def _prune(folder: Path) -> None:
     excess -= size
 
 
-def _write_whole() -> None:
+def _write_atomically() -> None:
   """Has jax write each entry beside its place and rename it.
 
   By itself it writes in place: a process that is killed, or a disk that is full, would leave a part, which is never

@@ -80,7 +80,7 @@ def is_main() -> bool:
   return jax.process_index() == 0
 
 
-def count() -> int:
+def count_processes() -> int:
   """How many processes there are."""
   return jax.process_count()
 
@@ -91,7 +91,7 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def from_main(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
   """What process 0 has for `value`, anything that json can write, on all of them."""
   if jax.process_count() == 1:
     return value
@@ -101,13 +101,13 @@ def from_main(value: Any) -> Any:
   return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(data), np.uint8).tobytes())
 
 
-def share(items: Sequence[Any]) -> Sequence[Any]:
+def take_share(items: Sequence[Any]) -> Sequence[Any]:
   """This process's part of a list: every n-th, so that parts are alike."""
   return items[jax.process_index()::jax.process_count()]
 
 
 def gather(items: Sequence[Any]) -> list[Any]:
-  """The whole list on every process, from what became of each one's `share`; items are anything that json can write."""
+  """Returns, on every process, the whole list from the results of each one's `take_share`; items must fit in JSON."""
   if jax.process_count() == 1:
     return list(items)
   data = np.frombuffer(json.dumps(items).encode(), np.uint8)
@@ -128,7 +128,7 @@ def check_shared(folder: Path) -> None:
   """
   if jax.process_count() == 1:
     return
-  marker = folder / f".shared-{from_main(time.time_ns())}"
+  marker = folder / f".shared-{broadcast(time.time_ns())}"
   if is_main():
     marker.touch()
   barrier("shared")
@@ -152,7 +152,7 @@ class FailTogether:
       for old in root.parent.glob(f".{root.name}.failed-*"):
         old.unlink(missing_ok=True)
     # A name of its own for each start: what an earlier one has left must not end this one.
-    self._file = root.with_name(f".{root.name}.failed-{from_main(time.time_ns())}")
+    self._file = root.with_name(f".{root.name}.failed-{broadcast(time.time_ns())}")
     self._done = threading.Event()
     self._ending = threading.Lock()
 
@@ -165,11 +165,11 @@ class FailTogether:
     self._done.set()
     if jax.process_count() == 1 or not isinstance(error, Exception):  # told to stop
       return
-    text, code = _said(error), Exit.LOST if _is_loss(error) else exit_code(error)
-    first = self._first()
-    if first is None and _is_loss(error):
+    text, code = _describe_error(error), Exit.LOST if _is_lost_peer(error) else exit_code(error)
+    first = self._read_first()
+    if first is None and _is_lost_peer(error):
       time.sleep(2 * _POLL_S)  # on a network's file system what the lost one has left is seen late
-      first = self._first()
+      first = self._read_first()
     if first is None:
       # A full disk, say, is no reason to keep this process: the others lose it and end too.
       with contextlib.suppress(OSError):
@@ -180,7 +180,7 @@ class FailTogether:
       self._exit(text, code)
     self._exit_after(first)
 
-  def _first(self) -> tuple[int, str] | None:
+  def _read_first(self) -> tuple[int, str] | None:
     """The exit code of the process that failed first, and what it said."""
     try:
       code, _, said = self._file.read_text(encoding="utf-8").partition(" ")
@@ -190,7 +190,7 @@ class FailTogether:
 
   def _watch(self) -> None:
     while not self._done.wait(_POLL_S):
-      first = self._first()
+      first = self._read_first()
       if first is not None:
         self._exit_after(first)
 
@@ -208,16 +208,16 @@ class FailTogether:
     os._exit(code)  # threads of the collectives may never end
 
 
-def _is_loss(error: Exception) -> bool:
+def _is_lost_peer(error: Exception) -> bool:
   """Whether a collective failed because another process is gone."""
   return isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)) is not None
 
 
-def _said(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
   """What the users of all processes are shown."""
   if isinstance(error, UserError):
     return str(error)
-  if _is_loss(error):
+  if _is_lost_peer(error):
     return ("another process of this run is gone, killed perhaps; give the same command again "
             f"({str(error).strip().splitlines()[0][:200]})")
   return "".join(traceback.format_exception(error))

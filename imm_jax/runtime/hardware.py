@@ -18,7 +18,7 @@ _CPU = Path("/proc/cpuinfo")
 
 
 @contextlib.contextmanager
-def platforms() -> Iterator[None]:
+def explain_missing_platform() -> Iterator[None]:
   """Makes one line of what jax raises in the block where it has no platform that JAX_PLATFORMS asks for.
 
   Raises:
@@ -28,16 +28,16 @@ def platforms() -> Iterator[None]:
     yield
   except (AssertionError, RuntimeError) as e:
     asked = jax.config.jax_platforms
-    if not asked or _starts():
+    if not asked or _has_devices():
       raise
     cause = re.sub(r"\.? \(set JAX_PLATFORMS.*", "", str(e)).partition("\n")[0]
-    there = " and ".join(["cpu", *[name for name in ("cuda",) if name not in asked and _starts(name)]])
+    there = " and ".join(["cpu", *[name for name in ("cuda",) if name not in asked and _has_devices(name)]])
     raise ResourceError(f"JAX_PLATFORMS={asked}: not on this machine, or not in this installation of jax"
                         f"{f' ({cause})' if cause else ''}; it has {there}: unset JAX_PLATFORMS to have the best that "
                         "is there, or install what the other needs (the extras cuda13 and tpu)") from e
 
 
-def _starts(name: str | None = None) -> bool:
+def _has_devices(name: str | None = None) -> bool:
   """Whether jax has devices: of what it is told to use, or where that failed of this platform."""
   if name:
     jax.config.update("jax_platforms", name)

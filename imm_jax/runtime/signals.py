@@ -19,17 +19,17 @@ from imm_jax.errors import PreemptedError
 
 GRACE_S = 15.0
 # For what is said and written before a process is ended at once: a pipe or a file system may block for ever.
-_LAST_S = 2.0
+_LAST_CALLS_S = 2.0
 # `timeout` and others send the same signal to a process and to its group.
 _SAME_S = 1.0
-GOES_ON = "the same command goes on after what was finished"
-_before_end: list[Callable[[str], None]] = []
-_told = threading.Event()
-_lost = threading.Event()
+RESUME_HINT = "the same command goes on after what was finished"
+_last_calls: list[Callable[[str], None]] = []
+_stop_requested = threading.Event()
+_interrupt_lost = threading.Event()
 _saving = threading.Event()
 
 
-def answer() -> None:
+def install_handlers() -> None:
   """Has this process end by SIGTERM or Ctrl-C as described above, from here on; the main thread calls it once."""
   if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
     return
@@ -41,7 +41,7 @@ def answer() -> None:
 
   def hook(lost: "sys.UnraisableHookArgs") -> None:
     if isinstance(lost.exc_value, PreemptedError | KeyboardInterrupt):
-      _lost.set()
+      _interrupt_lost.set()
     else:
       plain(lost)
 
@@ -61,25 +61,25 @@ def saving() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def before_end(do: Callable[[str], None]) -> Iterator[None]:
+def before_forced_end(do: Callable[[str], None]) -> Iterator[None]:
   """For the length of a block: has `do` called, with the reason, before the process is ended at once."""
-  _before_end.append(do)
+  _last_calls.append(do)
   try:
     yield
   finally:
-    _before_end.remove(do)
+    _last_calls.remove(do)
 
 
 def _ignore_repeated() -> None:
   """Keeps a second SIGTERM from taking the place of the exit code while Python ends: it restores the default action."""
-  if _told.is_set():
+  if _stop_requested.is_set():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _stop(*_: object) -> None:
-  if not _told.is_set():
-    _told.set()
-    raise PreemptedError(f"told to stop (SIGTERM); {GOES_ON}")
+  if not _stop_requested.is_set():
+    _stop_requested.set()
+    raise PreemptedError(f"told to stop (SIGTERM); {RESUME_HINT}")
 
 
 def _watch(read: int) -> None:
@@ -95,28 +95,28 @@ def _watch(read: int) -> None:
       elif not first:
         first, since, code = now, now, 128 + number
         if number == signal.SIGTERM:
-          how = "what is under way is finished or saved first" if _saving.is_set() else GOES_ON
+          how = "what is under way is finished or saved first" if _saving.is_set() else RESUME_HINT
           # In a thread of its own: where stderr blocks, this one has to go on.
           threading.Thread(target=_say, args=(f"SIGTERM: stopping; {how}",), daemon=True).start()
       elif now - first > _SAME_S:
-        _end(f"told to stop a second time; {GOES_ON}", 128 + number)
-    if _lost.is_set():
-      _lost.clear()
+        _end(f"told to stop a second time; {RESUME_HINT}", 128 + number)
+    if _interrupt_lost.is_set():
+      _interrupt_lost.clear()
       if code:  # else an interrupt that no signal has brought, of which there is nothing to send again
-        _told.clear()
+        _stop_requested.clear()
         again += 1
         signal.pthread_kill(threading.main_thread().ident, code - 128)
     if first and _saving.is_set() and code == 128 + signal.SIGTERM:
       since = now
     if first and now - since > GRACE_S:
-      _end(f"told to stop, and ended while it was busy; {GOES_ON}", code)
+      _end(f"told to stop, and ended while it was busy; {RESUME_HINT}", code)
 
 
 def _end(why: str, code: int) -> None:
-  late = threading.Timer(_LAST_S, os._exit, (code,))
+  late = threading.Timer(_LAST_CALLS_S, os._exit, (code,))
   late.daemon = True
   late.start()
-  for do in _before_end:
+  for do in _last_calls:
     with contextlib.suppress(Exception):
       do(why)
   _say(why)

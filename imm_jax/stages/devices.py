@@ -40,7 +40,7 @@ def starts_server(config: ml_collections.ConfigDict) -> bool:
   return config.sampler.kind == "vllm" and not config.sampler.vllm.urls
 
 
-def leave_to_others(config: ml_collections.ConfigDict) -> None:
+def reserve_accelerators(config: ml_collections.ConfigDict) -> None:
   """Keeps this process on the CPU, before its first use of jax, where accelerators go from hand to hand.
 
   A process has their memory from its first use of jax until it ends. So none that lasts touches them: `call` trains in
@@ -65,8 +65,8 @@ def call(config: ml_collections.ConfigDict, function: Callable[..., Any], *args:
   if not starts_server(config):
     return function(*args)
   context = multiprocessing.get_context("spawn")  # a fork would share this process's jax
-  with preemption.watch() as told, futures.ProcessPoolExecutor(
-      1, context, _begin, (runlog.path(),)) as pool:
+  with preemption.watch() as stop_requested, futures.ProcessPoolExecutor(
+      1, context, _begin, (runlog.current_file(),)) as pool:
     with _blocking_interrupts():  # Ctrl-C is this process's to handle; the other one inherits that
       started = pool.submit(os.getpid)
     process, passed_on = None, False
@@ -74,7 +74,7 @@ def call(config: ml_collections.ConfigDict, function: Callable[..., Any], *args:
       process = started.result()
       running = pool.submit(function, *args)
       while not futures.wait([running], timeout=_POLL_S).done:
-        if told.is_set() and not passed_on:
+        if stop_requested.is_set() and not passed_on:
           os.kill(process, signal.SIGTERM)
           passed_on = True
       return running.result()
@@ -84,7 +84,7 @@ def call(config: ml_collections.ConfigDict, function: Callable[..., Any], *args:
       raise
     except futures.process.BrokenProcessPool as e:
       if passed_on:
-        raise PreemptedError(f"told to stop (SIGTERM); {signals.GOES_ON}") from e
+        raise PreemptedError(f"told to stop (SIGTERM); {signals.RESUME_HINT}") from e
       raise ResourceError("the process that had the accelerators was killed, for want of memory perhaps; the same "
                           "command goes on after what was finished") from e
 
@@ -110,8 +110,8 @@ def _begin(log: Path | None) -> None:
   threading.Thread(target=watch, daemon=True).start()
 
 
-def look(config: ml_collections.ConfigDict) -> tuple[str, list[str]]:
+def describe_devices(config: ml_collections.ConfigDict) -> tuple[str, list[str]]:
   """(platform, kind of each device); raises UserError where the config's mesh does not fit them."""
-  with hardware.platforms():
+  with hardware.explain_missing_platform():
     mesh_of(config)
   return jax.default_backend(), [d.device_kind for d in jax.devices()]

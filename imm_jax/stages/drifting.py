@@ -48,7 +48,7 @@ def stage(run: Run, tuned: Model, round_: int) -> Stage:
   inputs = dict.fromkeys([run.base.stage, *(model.stage for model in models.values()), "test questions"])
   return Stage(name, tuple(inputs), run.settings(*_SETTINGS) | {"questions": count},
                f"KL to the base and loss, on up to {count} test questions of each task", make, everywhere=True,
-               said=lambda facts: "KL to the base in domain, nats a token: " + ", ".join(
+               summarise=lambda facts: "KL to the base in domain, nats a token: " + ", ".join(
                    f"{kind} {value:.4f}" for kind, value in facts["kl"].items()))
 
 

@@ -35,7 +35,7 @@ def compute_rows(items: Sequence[Item], make: Callable[[Sequence[Item], str], li
   with contextlib.ExitStack() as stack:
     saves = journal is not None and distributed.is_main()
     saved = stack.enter_context(contextlib.closing(Journal(journal, header, _rows))) if saves else None
-    done = {int(number): rows for number, rows in distributed.from_main(
+    done = {int(number): rows for number, rows in distributed.broadcast(
         {str(number): rows for number, rows in saved.done.items()} if saved else {}).items()}
     for number, part in enumerate(parts):
       if number not in done:

@@ -163,7 +163,7 @@ def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int
         protocol[questions.name_of(entry)] = likelihood.describe(answers)
     accuracies = {name: evaluation.accuracy(sum(r["correct"] for r in group), len(group))
                   for name, group in rows.items()} if distributed.is_main() else {}
-    value = distributed.from_main(sum(a.value for a in accuracies.values()) / 2)
+    value = distributed.broadcast(sum(a.value for a in accuracies.values()) / 2)
     if distributed.is_main() and trials:
       files.remove(scratch / f"model_{len(trials) - 1}")
     trials.append({"base_weight": weight, "score": value, **{name: a._asdict() for name, a in accuracies.items()},

@@ -36,7 +36,7 @@ def stage(run: Run, model: Model, round_: int) -> Stage:
   return Stage(name, (model.stage, "train questions"),
                _settings(run, round_), _plan(run.config, round_),
                lambda out, _: synthesize(run.config, model.folder, round_, run.scratch(name), out), everywhere=True,
-               scratch=str(run.scratch(name)), costly=True, said=_summarize)
+               scratch=str(run.scratch(name)), costly=True, summarise=_summarise)
 
 
 def shots_stage(run: Run) -> Stage:
@@ -81,7 +81,7 @@ def _plan(config: ml_collections.ConfigDict, round_: int) -> str:
           f"{count * config.sample.max_new_tokens:,} tokens")
 
 
-def _summarize(facts: dict[str, Any]) -> str:
+def _summarise(facts: dict[str, Any]) -> str:
   long = f", {facts['long_prompts']} questions skipped (too long)" if facts["long_prompts"] else ""
   return (f"{facts['correct']} of {facts['samples']} samples are right, {facts['unfinished']} were cut at "
           f"max_new_tokens, {facts['no_answer']} have no answer{long}")

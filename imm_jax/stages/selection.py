@@ -25,10 +25,11 @@ def stage(run: Run, round_: int) -> Stage:
   return Stage(f"round_{round_}/train.jsonl", ("train questions", *reads),
                run.settings(*questions.settings_of_round(run.config), "data") | {"kind": run.method.data},
                _plan(run.config),
-               lambda out, _: select(run.config, [run.root / name for name in drawn], round_, out), said=_summarize)
+               lambda out, _: select(run.config, [run.root / name for name in drawn], round_, out),
+               summarise=_summarise)
 
 
-def _summarize(facts: dict[str, Any]) -> str:
+def _summarise(facts: dict[str, Any]) -> str:
   if not facts["kept"]:
     return "no right answer: the round hands on the model that it started from"
   dropped = ", ".join(f"{facts[f'dropped_{kind}']} {text}" for kind, text in (

@@ -53,10 +53,10 @@ def stage(run: Run, model: Model, train: str, round_: int) -> Stage:
                run.settings("seed", "prompt", "sft") | kind, _plan(run.config),
                functools.partial(devices.call, run.config, fine_tune, run.config, model.folder, run.base.folder,
                                  run.root / train, run.root, round_),
-               everywhere=True, scratch=states_folder(run.config, run.root, round_), costly=True, said=_summarize)
+               everywhere=True, scratch=states_folder(run.config, run.root, round_), costly=True, summarise=_summarise)
 
 
-def _summarize(facts: dict[str, Any]) -> str:
+def _summarise(facts: dict[str, Any]) -> str:
   if facts.get("skipped"):
     return "nothing to train on"
   long = f", {facts['dropped_long']} longer than a row left out" if facts["dropped_long"] else ""
@@ -106,7 +106,8 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train:
                        max_to_keep=sft.max_to_keep, identity=dict(inputs))
   with states as checkpoints:
     saved = checkpoints.latest()  # raises for a state of another training before metrics are dropped
-    with StageMetrics(root, f"{name}/sft", keep=saved["step"] if saved else 0, tracking=config.tracking) as metrics:
+    from_step = saved["step"] if saved else 0
+    with StageMetrics(root, f"{name}/sft", from_step=from_step, tracking=config.tracking) as metrics:
       first = (lambda: lora.init(data.model, additions.lora, mesh, key=_key(config, round_))) if additions.lora else (
           lambda: load_params(config, model))
       trained = trainer.train(

@@ -24,13 +24,13 @@ class Answers(NamedTuple):
 
   Attributes:
     path: where they were read.
-    asked: of each question a fingerprint of its text and its gold answer.
+    fingerprints: of each question a fingerprint of its text and its gold answer.
     scores: by metric, the score of each.
     weights: by metric whose scores are rates, the weight of each.
   """
 
   path: Path
-  asked: dict[str, int]
+  fingerprints: dict[str, int]
   scores: dict[str, dict[str, float]]
   weights: dict[str, dict[str, float]]
 
@@ -53,7 +53,7 @@ class Line(NamedTuple):
   @property
   def label(self) -> str:
     """The task, and the metric where it is not the usual one."""
-    return self.task if self.metric == "correct" else f"{self.task}, {_name(self.metric)}"
+    return self.task if self.metric == "correct" else f"{self.task}, {_describe_metric(self.metric)}"
 
   @property
   def real(self) -> bool:
@@ -85,10 +85,10 @@ def read_folder(folder: Path) -> dict[str, Answers]:
     ours = f"one of {join_items(below)}" if below else "a folder such as RUN/base/eval or RUN/round_0/eval/sft"
     raise UserError(f"{folder}: is no folder of answers (<task>.jsonl); expected an --out of imm_jax.evaluate, or of a "
                     f"run {ours}")
-  return {path.stem: read(path) for path in paths}
+  return {path.stem: read_answers(path) for path in paths}
 
 
-def read(path: Path) -> Answers:
+def read_answers(path: Path) -> Answers:
   """Reads <task>.jsonl; a file that has not changed since is not read again.
 
   Raises:
@@ -138,13 +138,13 @@ def compare(first: Mapping[str, Answers], second: Mapping[str, Answers], *, pool
   """
   shared = [task for task in first if task in second]
   if not shared:
-    raise UserError(f"no task has answers of both: {_where(first)} has {join_items(list(first))}; {_where(second)} has "
-                    f"{join_items(list(second))}")
-  notes = [f"not compared, for {_where(b)} has no answers to it: {task}"
+    raise UserError(f"no task has answers of both: {_folder(first)} has {join_items(list(first))}; "
+                    f"{_folder(second)} has {join_items(list(second))}")
+  notes = [f"not compared, for {_folder(b)} has no answers to it: {task}"
            for a, b in ((first, second), (second, first)) for task in a if task not in b]
   ids = {}
   for task in shared:
-    ids[task], note = _shared(first[task], second[task])
+    ids[task], note = _match_questions(first[task], second[task])
     notes += [f"{task}: {note}"] * bool(note)
   found = []
   for name, tasks in ({task: [task] for task in shared} | dict(pooled)).items():
@@ -152,57 +152,57 @@ def compare(first: Mapping[str, Answers], second: Mapping[str, Answers], *, pool
       parts = [(first[t], second[t], ids[t]) for t in tasks if t in ids]
       parts = [part for part in parts if metric in part[0].scores and metric in part[1].scores]
       if parts and (name in ids or len(parts) > 1):
-        found.append((name, metric, _paired(parts, metric)))
+        found.append((name, metric, _compare_metric(parts, metric)))
   corrected = comparison.holm([paired.p for *_, paired in found])
   return Comparison(tuple(Line(*line, p) for line, p in zip(found, corrected, strict=True)), tuple(notes))
 
 
-def _shared(first: Answers, second: Answers) -> tuple[list[str], str]:
+def _match_questions(first: Answers, second: Answers) -> tuple[list[str], str]:
   """The ids of the questions that both answered, and what to say where these are not all."""
-  ids = [id_ for id_ in first.asked if id_ in second.asked]
+  ids = [id_ for id_ in first.fingerprints if id_ in second.fingerprints]
   where = f"{first.path} and {second.path}"
   if not ids:
-    raise UserError(f"{where}: share no question; {len(first.asked)} stand in the one ({_some(list(first.asked))}) and "
-                    f"{len(second.asked)} in the other ({_some(list(second.asked))})")
-  others = [id_ for id_ in ids if first.asked[id_] != second.asked[id_]]
+    counts = (f"{len(ids)} ({_list_some(list(ids))})" for ids in (first.fingerprints, second.fingerprints))
+    raise UserError(f"{where}: share no question; the first has {next(counts)}, the second {next(counts)}")
+  others = [id_ for id_ in ids if first.fingerprints[id_] != second.fingerprints[id_]]
   if others:
     raise UserError(f"{where}: of {len(ids)} shared ids {len(others)} have another question or another gold answer in "
-                    f"the other ({_some(others)}), so these are not the same questions")
-  alone = [(answers, [id_ for id_ in answers.asked if id_ not in other.asked])
+                    f"the other ({_list_some(others)}), so these are not the same questions")
+  alone = [(answers, [id_ for id_ in answers.fingerprints if id_ not in other.fingerprints])
            for answers, other in ((first, second), (second, first))]
-  said = [f"{answers.path} alone has {len(more)} ({_some(more)})" for answers, more in alone if more]
+  said = [f"{answers.path} alone has {len(more)} ({_list_some(more)})" for answers, more in alone if more]
   return ids, f"compared on the {len(ids)} questions that both answered; {'; '.join(said)}" if said else ""
 
 
-def _paired(parts: Sequence[tuple[Answers, Answers, Sequence[str]]], metric: str) -> Paired:
+def _compare_metric(parts: Sequence[tuple[Answers, Answers, Sequence[str]]], metric: str) -> Paired:
   weights = None
   if per := METRICS[metric]:
     weights, others = ([answers[i].weights[metric][id_] for *answers, ids in parts for id_ in ids] for i in (0, 1))
     if weights != others:
       raise UserError(f"{parts[0][0].path} and {parts[0][1].path}: their {per} differ, as of other texts, so "
-                      f"{_name(metric)} are not to be compared")
-  return comparison.paired(*([answers[i].scores[metric][id_] for *answers, ids in parts for id_ in ids]
-                             for i in (0, 1)), weights)
+                      f"{_describe_metric(metric)} are not to be compared")
+  return comparison.compare_paired(*([answers[i].scores[metric][id_] for *answers, ids in parts for id_ in ids]
+                                     for i in (0, 1)), weights)
 
 
-def _name(metric: str) -> str:
+def _describe_metric(metric: str) -> str:
   """A metric in words.
 
-  >>> _name("nats"), _name("correct_norm")
+  >>> _describe_metric("nats"), _describe_metric("correct_norm")
   ('nats per bytes', 'correct_norm')
   """
   return f"{metric} per {METRICS[metric]}" if METRICS[metric] else metric
 
 
-def _where(answers: Mapping[str, Answers]) -> str:
+def _folder(answers: Mapping[str, Answers]) -> str:
   return str(next(iter(answers.values())).path.parent) if answers else "the one"
 
 
-def _some(ids: Sequence[str]) -> str:
+def _list_some(ids: Sequence[str]) -> str:
   return ", ".join(ids[:_MOST]) + (f" and {len(ids) - _MOST} more" if len(ids) > _MOST else "")
 
 
-def table(found: Comparison, this: Path, other: Path) -> str:
+def format_table(found: Comparison, this: Path, other: Path) -> str:
   """A comparison as lines for the terminal."""
   head = ["", "n", "this", "other", "difference", "only this", "only other", "p", "p (Holm)", "real at 5 %"]
   rows = [[line.label, str(d.n), f"{d.first:.3f}", f"{d.second:.3f}", f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]",
@@ -218,7 +218,7 @@ def table(found: Comparison, this: Path, other: Path) -> str:
                     f"is {tests}, corrected by Holm over the {len(rows)} lines", *text, *found.notes])
 
 
-def facts(found: Comparison, other: Path) -> dict[str, Any]:
+def to_json(found: Comparison, other: Path) -> dict[str, Any]:
   """A comparison as JSON."""
   return {"against": str(other), "tests": [
       {"task": line.task, "metric": line.metric, "n": d.n, "this": d.first, "other": d.second, "difference": d.value,
@@ -226,7 +226,7 @@ def facts(found: Comparison, other: Path) -> dict[str, Any]:
        "real": line.real} for line in found.lines for d in (line.paired,)], "notes": list(found.notes)}
 
 
-def rules(folder: Path) -> dict[str, str]:
+def read_protocols(folder: Path) -> dict[str, str]:
   """How the answers in a folder were asked for, by task, as scores.json beside them or their run's run.json says."""
   if (folder / "scores.json").is_file():
     told = files.read_json(folder / "scores.json")
@@ -234,10 +234,10 @@ def rules(folder: Path) -> dict[str, str]:
     run = next((above for above in folder.parents if (above / "run.json").is_file()), None)
     stages = files.read_json(run / "run.json").get("stages", {}) if run else {}
     told = stages.get(str(folder.relative_to(run)), {}).get("facts", {}) if run else {}
-  return {task: _rule(how) for task, how in told.get("protocol", {}).items()}
+  return {task: _describe_protocol(how) for task, how in told.get("protocol", {}).items()}
 
 
-def _rule(how: Mapping[str, Any]) -> str:
+def _describe_protocol(how: Mapping[str, Any]) -> str:
   """Describes how a task was asked, as `evaluating.describe` recorded it; older records say less."""
   parts = [f"protocol {how['name']} with worked examples: {how['shots']}", *["chat template"] * bool(how.get("chat")),
            *(f"{text} {how[key]!r}" for key, text in (
@@ -248,13 +248,13 @@ def _rule(how: Mapping[str, Any]) -> str:
 def report(this: Path, others: Mapping[Path, Mapping[str, Answers]], out: Path | None) -> None:
   """Prints a table of a folder's answers against those of each other, and writes them to a JSON file."""
   answers = read_folder(this)
-  found, ours = {other: compare(answers, given) for other, given in others.items()}, rules(this)
+  found, ours = {other: compare(answers, given) for other, given in others.items()}, read_protocols(this)
   for other, of in found.items():
-    theirs = rules(other)
+    theirs = read_protocols(other)
     found[other] = of._replace(notes=(*of.notes, *(
         f"{task}: asked in other ways, this {ours[task]}; other {theirs[task]}"
         for task in ours if task in theirs and ours[task] != theirs[task])))
   if out:
-    files.write_text(out, json.dumps([facts(of, other) for other, of in found.items()], indent=1) + "\n")
+    files.write_text(out, json.dumps([to_json(of, other) for other, of in found.items()], indent=1) + "\n")
   for other, of in found.items():
-    print(f"\n{table(of, this, other)}")
+    print(f"\n{format_table(of, this, other)}")

@@ -43,7 +43,7 @@ class Paired(NamedTuple):
   p: float
 
 
-def paired(first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = None) -> Paired:
+def compare_paired(first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = None) -> Paired:
   """Compares the scores of two models, question by question.
 
   The interval is the percentile interval of the paired bootstrap (B. Efron and R. Tibshirani, "An Introduction to the
@@ -64,7 +64,7 @@ def paired(first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = None
   Raises:
     ValueError: for no question, lists of different lengths, numbers that are not finite, weights that are not positive.
 
-  >>> found = paired([1, 1, 1, 1, 1, 0, 1, 0], [1, 0, 0, 0, 0, 0, 0, 0])
+  >>> found = compare_paired([1, 1, 1, 1, 1, 0, 1, 0], [1, 0, 0, 0, 0, 0, 0, 0])
   >>> found.value, found.wins, found.losses, found.p
   (0.625, 5, 0, 0.03125)
   """
@@ -78,47 +78,48 @@ def paired(first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = None
   n, means = a.size, (float(np.average(a, weights=w)), float(np.average(b, weights=w)))
   if weights is None and np.isin([a, b], (0, 1)).all():
     wins, losses = int((a > b).sum()), int((a < b).sum())
-    return Paired(*means, (wins - losses) / n, n, *_of_counts(wins, losses, n), wins, losses, mcnemar(wins, losses))
+    return Paired(*means, (wins - losses) / n, n, *_multinomial_interval(wins, losses, n), wins, losses,
+                  mcnemar(wins, losses))
   change = a - b
   value = float(np.average(change, weights=w))
-  return Paired(*means, value, n, *_bootstrap(change, w), None, None, _randomisation(change * w))
+  return Paired(*means, value, n, *_bootstrap_interval(change, w), None, None, _randomisation_p(change * w))
 
 
 @functools.lru_cache(maxsize=4096)  # a report of a run that goes on asks again after each stage
-def _of_counts(wins: int, losses: int, n: int) -> tuple[float, float]:
+def _multinomial_interval(wins: int, losses: int, n: int) -> tuple[float, float]:
   """The interval of 0/1 scores: a resample's wins, losses and ties are a draw of the multinomial."""
   ties = n - wins - losses
   if n in (wins, losses, ties):
     value, other = (wins - losses) / n, 1 - LEVEL**(1 / n)
     return value - other * (value + 1), value + other * (1 - value)
   drawn = np.random.default_rng(_SEED).multinomial(n, np.array([wins, losses, ties]) / n, size=RESAMPLES)
-  return _percentiles((drawn[:, 0] - drawn[:, 1]) / n)
+  return _percentile_interval((drawn[:, 0] - drawn[:, 1]) / n)
 
 
-def _bootstrap(change: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+def _bootstrap_interval(change: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
   rng, weighted, means = np.random.default_rng(_SEED), change * weights, []
-  for count in _chunks(change.size):
+  for count in _chunk_sizes(change.size):
     index = rng.integers(change.size, size=(count, change.size))
     means.append(weighted[index].sum(1) / weights[index].sum(1))
-  return _percentiles(np.concatenate(means))
+  return _percentile_interval(np.concatenate(means))
 
 
-def _percentiles(values: np.ndarray) -> tuple[float, float]:
+def _percentile_interval(values: np.ndarray) -> tuple[float, float]:
   low, high = np.quantile(values, (LEVEL / 2, 1 - LEVEL / 2))
   return float(low), float(high)
 
 
-def _randomisation(change: np.ndarray) -> float:
+def _randomisation_p(change: np.ndarray) -> float:
   """The share of ways to swap the models' scores on some questions, drawn, that give a sum as far from 0."""
   rng, total, extreme = np.random.default_rng(_SEED), change.sum(), 1
   seen = abs(total) - 1e-12 * np.abs(change).sum()  # what rounding makes of equal sums
-  for count in _chunks(change.size):
+  for count in _chunk_sizes(change.size):
     kept = rng.integers(2, size=(count, change.size), dtype=np.int8).astype(np.float64)
     extreme += int((np.abs(2 * (kept @ change) - total) >= seen).sum())
   return extreme / (RESAMPLES + 1)
 
 
-def _chunks(n: int) -> list[int]:
+def _chunk_sizes(n: int) -> list[int]:
   """How many of the resamples of n questions are drawn at a time."""
   most = max(1, _CHUNK // n)
   return [min(most, RESAMPLES - start) for start in range(0, RESAMPLES, most)]

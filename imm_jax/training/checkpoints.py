@@ -90,7 +90,7 @@ class Checkpoints:
     Raises:
       UserError: when the state is damaged, or belongs to another model, other data or other settings.
     """
-    step = distributed.from_main(self._manager.latest_step())  # it may become visible later on some hosts
+    step = distributed.broadcast(self._manager.latest_step())  # it may become visible later on some hosts
     if step is None:
       return None
     self._check_seal(step)
@@ -164,7 +164,7 @@ class Checkpoints:
     seal, wrong = Path(self.folder) / f"{step}{integrity.SEAL}", []
     if distributed.is_main() and "://" not in str(self.folder) and seal.exists():
       wrong = integrity.list_differing(seal, seal.parent)
-    wrong = distributed.from_main(wrong)
+    wrong = distributed.broadcast(wrong)
     if wrong:
       raise self._unreadable(step, f"{wrong[0]} differs from what was written")
 

@@ -18,22 +18,22 @@ def watch() -> Iterator[threading.Event]:
 
   One that comes too late for the block to stop is answered at its end, as it was before.
   """
-  told = threading.Event()
+  stop_requested = threading.Event()
   if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-    yield told
+    yield stop_requested
     return
-  before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+  before = signal.signal(signal.SIGTERM, lambda *_: stop_requested.set())
   try:
     with signals.saving():
-      yield told
+      yield stop_requested
   finally:
     signal.signal(signal.SIGTERM, before)
-  if told.is_set() and callable(before):
+  if stop_requested.is_set() and callable(before):
     before(signal.SIGTERM, None)
 
 
-def agreed(told: threading.Event) -> bool:
+def agree_to_stop(stop_requested: threading.Event) -> bool:
   """Whether any process of the run was told to stop; all of them must ask at the same step, and get the same answer."""
   if jax.process_count() == 1:
-    return told.is_set()
-  return bool(multihost_utils.process_allgather(np.int32(told.is_set())).any())
+    return stop_requested.is_set()
+  return bool(multihost_utils.process_allgather(np.int32(stop_requested.is_set())).any())

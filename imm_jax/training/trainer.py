@@ -149,7 +149,7 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
       # and this one could otherwise run in different orders on different hosts.
       if sync and jax.process_count() > 1:
         jax.block_until_ready(metrics)
-      stop = preemption.agreed(stop_requested) if jax.process_count() == 1 or sync else False
+      stop = preemption.agree_to_stop(stop_requested) if jax.process_count() == 1 or sync else False
       if profile:
         profile.after(step, metrics, last=last or stop)
       if not (sync or stop):

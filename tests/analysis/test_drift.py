@@ -98,7 +98,7 @@ def test_a_round_is_measured_on_every_kind_of_held_out_text(tmp_path: Path):
   assert list(found["texts"]) == list(texts) == ["stories", "groups", "arc_easy", "prose"]
   assert all(values["kl"] == 0 for kind in ("merged", "ema") for values in found["models"][kind].values())
   assert facts["kl"] == {kind: of["stories"]["kl"] for kind, of in found["models"].items()}
-  assert stage.said(facts).endswith("ema 0.0000, merged 0.0000")
+  assert stage.summarise(facts).endswith("ema 0.0000, merged 0.0000")
   tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
   asked = questions.of_tests(config)["stories"][1]
   assert tokenizer.decode(texts["stories"][1].prompt).endswith(f"{asked.question}\n\n{prompts.RESPONSE}\n")

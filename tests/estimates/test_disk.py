@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 
 from configs import tiny
-from imm_jax.estimates import disk, memory
+from imm_jax.estimates import disk
+from imm_jax.estimates.shapes import Expected
 from imm_jax.model import hf
 from imm_jax.model.decoder import count_params
 from tests import TINY
 
 MODEL = hf.read_config(TINY)
 COUNT = count_params(MODEL)
-EXPECTED = memory.Expected(8, "blockwise", 44, 35.0, 28.0)
+EXPECTED = Expected(8, "blockwise", 44, 35.0, 28.0)
 
 
 def test_checkpoints_and_states_by_hand():
@@ -20,7 +21,7 @@ def test_checkpoints_and_states_by_hand():
   config.task.questions_per_round, config.sft.save_interval, config.merge.sweep = 400, 10, (0.2, 0.6)
   whole = sum((TINY / name).stat().st_size for name in ("model.safetensors", "config.json", "generation_config.json",
                                                         "tokenizer.json", "tokenizer_config.json"))
-  found = disk.expect(config, MODEL, EXPECTED, TINY)
+  found = disk.estimate(config, MODEL, EXPECTED, TINY)
   # Of each round the tuned, the merged, and two of the sweep; two states stand while a third is written.
   assert (found.checkpoints, found.checkpoint, found.models) == (3 * 4, whole, 3 * 4 * whole)
   assert (found.state, found.states) == (12 * COUNT, 3)
@@ -28,16 +29,16 @@ def test_checkpoints_and_states_by_hand():
   assert found.most == pytest.approx(found.last - 4 * whole + 3 * 12 * COUNT)
   config.sft.ema, config.sft.stop_share, config.sft.intervention = True, 0.1, "weight_masking"
   config.sft.save_interval, config.sft.export = 10_000, "float32"
-  found = disk.expect(config, MODEL, EXPECTED)  # of a base that is not here
+  found = disk.estimate(config, MODEL, EXPECTED)  # of a base that is not here
   assert (found.state, found.states) == ((12 + 4 + 8 + 1) * COUNT, 1)
   assert found.models == 3 * (2 * 4 * COUNT + 3 * 2 * COUNT)
   config.sft.state_dir = "gs://bucket/states"
-  assert disk.expect(config, MODEL, EXPECTED).most == disk.expect(config, MODEL, EXPECTED).last
+  assert disk.estimate(config, MODEL, EXPECTED).most == disk.estimate(config, MODEL, EXPECTED).last
 
 
 def test_a_line_says_what_is_free_and_where_states_are(tmp_path: Path):
   config = tiny.get_config()
-  assert " are free\n  up to 1 training state of 9.9 MiB while" in disk.estimate(
+  assert " are free\n  up to 1 training state of 9.9 MiB while" in disk.describe(
       config, MODEL, EXPECTED, tmp_path / "yet/to/be", TINY)
   config.sft.state_dir = "/scratch"
-  assert disk.estimate(config, MODEL, EXPECTED, tmp_path).endswith(" while SFT goes on, in /scratch")
+  assert disk.describe(config, MODEL, EXPECTED, tmp_path).endswith(" while SFT goes on, in /scratch")

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from configs import tiny
 from imm_jax.analysis import drift, importance, sums
-from imm_jax.estimates import memory
+from imm_jax.estimates import memory, shapes
 from imm_jax.model import sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
@@ -62,7 +62,7 @@ def test_parameters_that_the_mesh_does_not_divide_are_named():
 def test_a_step_takes_about_what_is_said(model, rows, length, remat, dtype, accumulation, additions):
   options = {"accumulation": accumulation, "remat": remat, "attention": "blockwise", "additions": additions}
   devices = sharding.make_mesh(data=1, fsdp=1)
-  said = memory.step_temporaries(model, devices, rows=rows, length=length, dtype=jnp.dtype(dtype), **options)
+  said = memory.step_bytes(model, devices, rows=rows, length=length, dtype=jnp.dtype(dtype), **options)
   optimizer = training.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.1, grad_clip=1.0)
   state = training.abstract_state(model, optimizer, devices, additions=additions, frozen_dtype=jnp.dtype(dtype))
   options |= {"compute_dtype": jnp.dtype(dtype)}
@@ -76,8 +76,8 @@ def test_a_step_takes_about_what_is_said(model, rows, length, remat, dtype, accu
 
 def test_importance_takes_about_what_is_said():
   devices, options = sharding.make_mesh(data=1, fsdp=1), {"remat": "full", "attention": "blockwise"}
-  said = memory.step_temporaries(WIDE, devices, rows=16, length=128, dtype=jnp.dtype("float32"), accumulation=1,
-                                 sums=True, **options)
+  said = memory.step_bytes(WIDE, devices, rows=16, length=128, dtype=jnp.dtype("float32"), accumulation=1,
+                           sums=True, **options)
   add = importance.make_accumulate(WIDE, compute_dtype=jnp.dtype("float32"), mesh=devices, **options)
   optimizer = training.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.0, grad_clip=0.0)
   params = training.abstract_state(WIDE, optimizer, devices)["params"]
@@ -89,7 +89,7 @@ def test_importance_takes_about_what_is_said():
 
 def test_comparing_with_the_base_takes_about_what_is_said():
   devices, dtype = sharding.make_mesh(data=1, fsdp=1), jnp.dtype("float32")
-  said = memory.comparing(WIDE, devices, rows=16, length=128, accumulation=1, dtype=dtype, attention="blockwise")
+  said = memory.comparison_bytes(WIDE, devices, rows=16, length=128, accumulation=1, dtype=dtype, attention="blockwise")
   program = sums._program(drift._sum_differences, WIDE, devices, dtype, "blockwise", 1)
   optimizer = training.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.0, grad_clip=0.0)
   params = training.abstract_state(WIDE, optimizer, devices)["params"]
@@ -108,23 +108,23 @@ def test_what_samples_again_has_the_programs_of_stages_between():
   config, devices = tiny.get_config(), sharding.make_mesh(data=1, fsdp=1)
   for rounds, again in ((1, ["later evaluation"]), (2, ["later evaluation", "later sampling"])):
     config.rounds = rounds
-    found = {p.stage: p for p in memory.peaks(config, MODEL, devices, memory.Expected(8, "blockwise", 0))}
+    found = {p.stage: p for p in memory.estimate(config, MODEL, devices, shapes.Expected(8, "blockwise", 0))}
     assert list(found) == ["evaluation", "sampling", "SFT", "importance", "drift", *again]
     for name in again:
-      first, later = found[name.removeprefix("later ")].of, found[name].of
+      first, later = found[name.removeprefix("later ")].parts, found[name].parts
       assert {**first, "programs": 0} == {**later, "programs": 0}
     # On SmolLM2 they took 0.29 GiB more where nothing was sampled for training, and 0.34 and 0.40 where it was.
     assert found["later evaluation"].total - found["evaluation"].total == pytest.approx(0.37 * 2**30, rel=0.2)
 
 
 def test_what_this_process_holds():
-  held = resident.now()
-  if not resident.start_peak():
+  held = resident.read_current()
+  if not resident.reset_peak():
     pytest.skip("this system does not count anew")
   block = bytearray(64 << 20)
   block[::4096] = b"x" * len(block[::4096])
-  assert resident.peak() * 2**30 > held + (32 << 20)
+  assert resident.read_peak() * 2**30 > held + (32 << 20)
   del block
-  resident.release()
-  assert resident.start_peak()
-  assert resident.peak() * 2**30 < held + (32 << 20)
+  resident.release_freed()
+  assert resident.reset_peak()
+  assert resident.read_peak() * 2**30 < held + (32 << 20)

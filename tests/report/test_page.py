@@ -211,7 +211,7 @@ def test_the_page_of_a_run_that_goes_on(run: Path, tmp_path: Path, monkeypatch: 
 def test_a_copy_of_a_running_runs_page_does_not_look_for_a_newer_one(run: Path, tmp_path: Path):
   root = tmp_path / "run"
   shutil.copytree(run, root)
-  with status.Keeper(root, list(report_runs.read_record(root)["stages"])), (root / ".lock").open("w") as lock:
+  with status.StatusWriter(root, list(report_runs.read_record(root)["stages"])), (root / ".lock").open("w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     live.write(root, tmp_path / "copy")
   page_ = (tmp_path / "copy/index.html").read_text()

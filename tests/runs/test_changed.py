@@ -10,7 +10,7 @@ from configs import tiny
 from imm_jax import files, integrity, loop
 from imm_jax.errors import UserError
 from imm_jax.runs.run import Model, Run
-from imm_jax.runs.rundir import RunDir, Stage, inputs_of, read_record, stale
+from imm_jax.runs.rundir import RunDir, Stage, collect_inputs, list_stale, read_record
 
 EXTERNAL = {"base": "b", "train questions": "q", "test questions": "t"}
 
@@ -39,7 +39,7 @@ def finish(root: Path, **changes: object) -> None:
     else:
       (root / stage.name).parent.mkdir(parents=True, exist_ok=True)
       (root / stage.name).touch()
-    record["stages"][stage.name] = {"inputs": inputs_of(stage, record, EXTERNAL), "output": f"of {stage.name}",
+    record["stages"][stage.name] = {"inputs": collect_inputs(stage, record, EXTERNAL), "output": f"of {stage.name}",
                                     "bytes": 0, "facts": {}, **({"costly": True} if stage.costly else {})}
   files.write_text(root / "run.json", json.dumps(record))
 
@@ -52,7 +52,7 @@ def begin(root: Path, *, rerun: bool = False, external: dict[str, str] = EXTERNA
     made = stages(settings, root)
     directory.begin(made, external, rerun=rerun)
   record = read_record(root)
-  return before - ({*record["stages"]} - {*stale(made, record, root, external)})
+  return before - ({*record["stages"]} - {*list_stale(made, record, root, external)})
 
 
 def _changes(value: object) -> str:

@@ -116,7 +116,7 @@ def test_run_leaves_the_documented_files(finished: Path):
 def test_it_takes_of_the_disk_about_what_is_said(finished: Path):
   config = ml_collections.ConfigDict(json.loads((finished / "config.json").read_text()))
   model = hf.read_config(TINY)
-  said = disk.expect(config, model, shapes.expect(config, model, TINY), TINY)
+  said = disk.estimate(config, model, shapes.estimate(config, model, TINY), TINY)
   assert files.count_bytes(finished) == pytest.approx(said.last, rel=0.1)
 
 

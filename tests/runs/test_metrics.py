@@ -49,7 +49,7 @@ def test_a_stage_that_goes_on_has_every_step_once(wandb: Wandb, tmp_path: Path):
     with StageMetrics(tmp_path, stage) as log:
       for step in range(3):
         log.write(step, loss=float(step))
-  with StageMetrics(tmp_path, "a", keep=2) as log:
+  with StageMetrics(tmp_path, "a", from_step=2) as log:
     log.write(2, loss=9.0)
   assert _steps(tmp_path) == [*(("a", i, i) for i in range(2)), *(("b", i, i) for i in range(3)), ("a", 2, 9)]
   assert not wandb.inits

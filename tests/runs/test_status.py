@@ -23,9 +23,9 @@ def test_after_every_end_the_files_say_which(error: BaseException | None, state:
                                              tmp_path: Path):
 
   def run() -> None:
-    with runlog.RunLog() as log, status.Keeper(tmp_path, ["a", "b"]) as keeper:
+    with runlog.RunLog() as log, status.StatusWriter(tmp_path, ["a", "b"]) as writer:
       log.open(tmp_path / runlog.FILE)
-      keeper.stage("b")
+      writer.set_stage("b")
       assert json.loads((tmp_path / status.FILE).read_text())["state"] == "running"
       if error:
         raise error
@@ -43,14 +43,14 @@ def test_after_every_end_the_files_say_which(error: BaseException | None, state:
 
 
 def test_a_process_that_is_gone_was_killed_and_one_that_has_the_lock_runs(tmp_path: Path):
-  with status.Keeper(tmp_path, ["a"]) as keeper:
-    keeper.stage("a")
+  with status.StatusWriter(tmp_path, ["a"]) as writer:
+    writer.set_stage("a")
     written = (tmp_path / status.FILE).read_text()
   (tmp_path / status.FILE).write_text(written)  # as a killed process leaves it
   found = status.read(tmp_path)
   assert found.state == "stopped"
   assert "was killed; last seen 20" in found.why
-  assert status.line(found).startswith("stopped in a: process ")
+  assert status.format_line(found).startswith("stopped in a: process ")
   (tmp_path / status.FILE).write_text(json.dumps(json.loads(written) | {"host": "elsewhere"}))
   assert status.read(tmp_path).state == "running"  # whose lock is not seen here, and that has written just now
   old = {"host": "elsewhere", "updated": "2020-01-01T00:00:00+00:00"}
@@ -70,7 +70,7 @@ def test_a_process_that_is_gone_was_killed_and_one_that_has_the_lock_runs(tmp_pa
 @pytest.mark.parametrize("last", ["finished", "running"])
 def test_a_run_that_ends_or_begins_between_two_looks_was_not_killed(last: str, tmp_path: Path,
                                                                     monkeypatch: pytest.MonkeyPatch):
-  with status.Keeper(tmp_path, ["a"]):
+  with status.StatusWriter(tmp_path, ["a"]):
     running = json.loads((tmp_path / status.FILE).read_text())
   looks = []
 
@@ -96,7 +96,7 @@ def test_the_log_has_lines_and_records_but_no_progress_bars(tmp_path: Path, capf
           print("note: between", end="", file=sys.stderr)
           print(" bars", file=sys.stderr)
       logging.getLogger("orbax").warning("of a\nlibrary")
-      runlog.note("for the log alone")
+      runlog.log_line("for the log alone")
   print("afterwards")
   lines = (tmp_path / runlog.FILE).read_text().splitlines()
   said = ["INFO early", *["INFO note: between bars"] * 3, "WARNING orbax: of a", "library",

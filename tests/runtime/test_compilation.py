@@ -16,7 +16,7 @@ from absl import app
 from imm_jax import cli; from imm_jax.runtime import compilation
 found = []
 jax.monitoring.register_event_listener(lambda name, **_: found.append(name.rpartition("/")[2]))
-compilation._LEAST_SECONDS = 0.0
+compilation._MIN_SECONDS = 0.0
 def main():
   value = jax.jit(lambda x: (x @ x.T).sum())(jax.numpy.arange(12.0).reshape(3, 4))
   print(float(value), found.count("cache_hits"), found.count("cache_misses"))
@@ -66,6 +66,6 @@ def test_the_oldest_entries_go_when_there_are_too_many(tmp_path: Path, monkeypat
   for age, name in enumerate(("new", "old", "older")):
     (tmp_path / f"{name}-cache").write_bytes(b"x" * 10)
     os.utime(tmp_path / f"{name}-cache", (1000 - age, 1000 - age))
-  monkeypatch.setattr(compilation, "_MOST_BYTES", 15)
+  monkeypatch.setattr(compilation, "_MAX_BYTES", 15)
   compilation._prune(tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ["new-cache"]

@@ -36,7 +36,7 @@ def test_one_process_alone_joins_nobody():
     (jax.errors.JaxRuntimeError("INTERNAL: Gloo all-reduce failed: Connection closed by peer\nat line 1"),
      "another process of this run is gone, killed perhaps; give the same command again (INTERNAL: Gloo all-reduce")])
 def test_what_all_processes_are_shown_is_one_line(error, expected):
-  said = distributed._said(error)
+  said = distributed._describe_error(error)
   assert expected in said
   assert "\n" not in said
 
@@ -44,7 +44,7 @@ def test_what_all_processes_are_shown_is_one_line(error, expected):
 def test_a_defect_is_shown_with_its_traceback():
   with pytest.raises(ZeroDivisionError) as raised:
     print(1 / 0)
-  assert "Traceback" in distributed._said(raised.value)
+  assert "Traceback" in distributed._describe_error(raised.value)
 
 
 def test_an_error_right_after_the_start_is_kept(monkeypatch, tmp_path):
@@ -57,5 +57,5 @@ def test_an_error_right_after_the_start_is_kept(monkeypatch, tmp_path):
     (tmp_path / ".run.failed-2").write_text("69 process 1: the disk is full")
     return 2
 
-  monkeypatch.setattr(distributed, "from_main", broadcast)
-  assert distributed.FailTogether(tmp_path / "run")._first() == (69, "process 1: the disk is full")
+  monkeypatch.setattr(distributed, "broadcast", broadcast)
+  assert distributed.FailTogether(tmp_path / "run")._read_first() == (69, "process 1: the disk is full")

@@ -15,14 +15,14 @@ _BEGIN = """
 import hashlib, sys, time
 from imm_jax import errors; from imm_jax.runtime import signals
 signals.GRACE_S = 0.5
-signals.answer()
+signals.install_handlers()
 def said(work):
   try:
     work()
   except errors.PreemptedError as e:
     print(e)
     sys.exit(143)
-with signals.before_end(lambda why: print("last", why, flush=True)):
+with signals.before_forced_end(lambda why: print("last", why, flush=True)):
   print("ready", flush=True)
 """
 _SLEEPS = "  said(lambda: time.sleep(60))"
@@ -77,7 +77,7 @@ _BLOCKED = '''
     os.set_blocking(2, True)
   said(lambda: print("full", flush=True) or hashlib.pbkdf2_hmac('sha256', b'a', b'b', 1 << 30))'''
 _STUCK = '''
-  signals._before_end.insert(0, lambda why: time.sleep(60))
+  signals._last_calls.insert(0, lambda why: time.sleep(60))
   said(lambda: print("full", flush=True) or hashlib.pbkdf2_hmac('sha256', b'a', b'b', 1 << 30))'''
 
 
@@ -104,7 +104,7 @@ def test_an_interrupt_without_a_signal_leaves_the_watch_alive():
   signal_.signal(signal_.SIGCHLD, lambda *_: None)
   signal_.raise_signal(signal_.SIGCHLD)  # wakes the watch
   time.sleep(0.2)
-  said(lambda: print("watches", signals._lost.is_set(), flush=True) or hashlib.pbkdf2_hmac(
+  said(lambda: print("watches", signals._interrupt_lost.is_set(), flush=True) or hashlib.pbkdf2_hmac(
       'sha256', b'a', b'b', 1 << 30))'''
   with subprocess.Popen([sys.executable, "-c", _BEGIN + work], cwd=REPO, text=True, stdout=subprocess.PIPE,
                         stderr=subprocess.PIPE) as process:

@@ -23,7 +23,7 @@ from imm_jax import cli
 from imm_jax.stages import devices
 config = tiny.get_config()
 config.sampler.kind = "vllm"
-devices.leave_to_others(config)
+devices.reserve_accelerators(config)
 if __name__ == "__main__":
   cli.run(lambda: devices.call(config, time.sleep, 600))
 """

@@ -13,7 +13,7 @@ from scipy import stats
 
 from imm_jax.errors import UserError
 from imm_jax.statistics import against
-from imm_jax.statistics.comparison import holm, mcnemar, paired
+from imm_jax.statistics.comparison import compare_paired, holm, mcnemar
 from tests import REPO
 
 
@@ -56,7 +56,7 @@ def test_the_interval_of_verdicts_is_that_of_all_resamples(wins: int, losses: in
   for _ in range(n):
     distribution = np.convolve(distribution, [losses / n, (n - wins - losses) / n, wins / n])
   ends = [(np.searchsorted(np.cumsum(distribution), q) - n) / n for q in (0.025, 0.975)]
-  found = paired(*pairs_of(wins, losses, n))
+  found = compare_paired(*pairs_of(wins, losses, n))
   np.testing.assert_allclose([found.low, found.high], ends, atol=1.001 / n)
   assert (found.value, found.n, found.wins, found.losses) == ((wins - losses) / n, n, wins, losses)
   assert found.low <= found.value <= found.high
@@ -67,7 +67,7 @@ def test_rates_are_compared_as_scipy_does():
   tokens = rng.integers(5, 200, 80).astype(float)
   first = rng.gamma(4, 0.6, 80)
   second = first + rng.normal(0.05, 0.3, 80)
-  found = paired(first, second, tokens)
+  found = compare_paired(first, second, tokens)
   assert found.first == pytest.approx((first * tokens).sum() / tokens.sum())
   assert found.value == pytest.approx(found.first - found.second)
   ratio = lambda a, b, w, axis: (w * (a - b)).sum(axis) / w.sum(axis)
@@ -76,15 +76,16 @@ def test_rates_are_compared_as_scipy_does():
   np.testing.assert_allclose([found.low, found.high], other, atol=0.06 * (other.high - other.low))
   assert (found.wins, found.losses) == (None, None)
   swapped = stats.permutation_test(((first - second)[:12],), np.sum, permutation_type="samples", n_resamples=np.inf)
-  assert paired(first[:12], second[:12]).p == pytest.approx(swapped.pvalue, abs=0.02)
-  assert paired(second, first, tokens).p == found.p
-  assert paired(first, second, tokens) == found
+  assert compare_paired(first[:12], second[:12]).p == pytest.approx(swapped.pvalue, abs=0.02)
+  assert compare_paired(second, first, tokens).p == found.p
+  assert compare_paired(first, second, tokens) == found
 
 
 def test_intervals_and_p_keep_what_they_promise():
   """Over 500 test sets of 150 questions: of a true difference, and of none."""
   rng = np.random.default_rng(0)
-  found = [paired(*pairs_of(wins, losses, 150)) for wins, losses, _ in rng.multinomial(150, [0.2, 0.1, 0.7], 500)]
+  found = [compare_paired(*pairs_of(wins, losses, 150))
+           for wins, losses, _ in rng.multinomial(150, [0.2, 0.1, 0.7], 500)]
   assert 0.92 < np.mean([d.low <= 0.1 <= d.high for d in found]) < 0.975
   ps = [mcnemar(wins, losses) for wins, losses, _ in rng.multinomial(150, [0.1, 0.1, 0.8], 1000)]
   assert 0.03 < np.mean(np.array(ps) < 0.05) < 0.06
@@ -93,10 +94,10 @@ def test_intervals_and_p_keep_what_they_promise():
 @settings(max_examples=20)
 @given(st.integers(1, 300))
 def test_questions_that_all_end_alike_leave_room_for_others(n: int):
-  same = paired([1] * n, [1] * n)
+  same = compare_paired([1] * n, [1] * n)
   assert (same.value, same.p, same.low) == (0, 1, -same.high)
   assert (1 - same.high)**n == pytest.approx(0.05)  # with such a share of others, n in a row end alike in 5 %
-  better = paired([1] * n, [0] * n)
+  better = compare_paired([1] * n, [0] * n)
   assert better.high == better.value == 1
   assert 1 - better.low == pytest.approx(2 * same.high)
 
@@ -105,7 +106,7 @@ def test_questions_that_all_end_alike_leave_room_for_others(n: int):
                                     ([[1]], [[0]])])
 def test_what_is_no_list_of_pairs_is_refused(given_):
   with pytest.raises(ValueError, match="expected"):
-    paired(*given_)
+    compare_paired(*given_)
 
 
 def write(folder: Path, task: str, verdicts: str, *, first: int = 0, **fields: object) -> Path:
@@ -153,7 +154,7 @@ def test_questions_that_one_lacks_are_left_out_and_said(tmp_path: Path):
 @pytest.mark.parametrize(("other", "said"), [
     ({"gold": "7"}, "of 4 shared ids 4 have another question or another gold answer in the other"),
     ({"question": "Why?"}, "of 4 shared ids 4 have another question or another gold answer"),
-    ({"first": 9}, r"share no question; 4 stand in the one \(add/0, add/1, add/2 and 1 more\) and 4 in the other"),
+    ({"first": 9}, r"share no question; the first has 4 \(add/0, add/1, add/2 and 1 more\), the second 4"),
     ({"id": "add/0"}, "question add/0 stands in it twice"),
     ({"correct": None}, "add.jsonl:1: 'correct' is missing or no number"),
     ({"correct": float("inf")}, "add.jsonl:1: 'correct' is missing or no number"),
@@ -190,8 +191,8 @@ def test_a_folder_without_answers_says_where_some_are(tmp_path: Path):
 
 def test_a_file_that_has_changed_is_read_again(tmp_path: Path):
   folder = write(tmp_path, "add", "10")
-  assert len(against.read(folder / "add.jsonl").asked) == 2
-  assert len(against.read(write(tmp_path, "add", "100") / "add.jsonl").asked) == 3
+  assert len(against.read_answers(folder / "add.jsonl").fingerprints) == 2
+  assert len(against.read_answers(write(tmp_path, "add", "100") / "add.jsonl").fingerprints) == 3
 
 
 def command(*flags: str) -> subprocess.CompletedProcess:

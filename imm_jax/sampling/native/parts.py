@@ -35,14 +35,14 @@ def generate(sampler: Callable[..., list[list[Completion]]], prompts: Sequence[P
   Returns:
     The completions of each prompt, in order; valid only on process 0.
   """
-  size = max(1, _ROUNDS * rows * distributed.count() // num_samples)
+  size = max(1, _ROUNDS * rows * distributed.count_processes() // num_samples)
   digest = hashlib.sha256(json.dumps([tuple(p) for p in prompts]).encode()).hexdigest()
   settings = {"parts": 1, "size": size, "model": model, "questions": digest, "num_samples": num_samples, **options}
   result: list[list[Completion]] = []
   with contextlib.ExitStack() as stack:
     saves = journal is not None and distributed.is_main()
     saved = stack.enter_context(contextlib.closing(Journal(journal, settings))) if saves else None
-    done = set(distributed.from_main(sorted(saved.done) if saved else []))
+    done = set(distributed.broadcast(sorted(saved.done) if saved else []))
     count = -(-len(prompts) // size)
     for number, begin in enumerate(range(0, len(prompts), size), 1):
       part = prompts[begin:begin + size]
@@ -50,7 +50,7 @@ def generate(sampler: Callable[..., list[list[Completion]]], prompts: Sequence[P
       if done.issuperset(numbers):
         result += [saved.done[i] for i in numbers] if saved else [[] for _ in numbers]
         continue
-      gathered = distributed.gather(sampler(list(distributed.share(part)), num_samples=num_samples, **options,
+      gathered = distributed.gather(sampler(list(distributed.take_share(part)), num_samples=num_samples, **options,
                                             label=f"{label} ({number} of {count})" if count > 1 else label))
       groups = [[Completion(*completion) for completion in group] for group in gathered]
       if saved:
