@@ -11,7 +11,7 @@ import ml_collections
 from imm_jax import config_files, tasks
 from imm_jax.errors import UserError, suggest
 from imm_jax.merging import quantise_drop_rate
-from imm_jax.methods import METHODS, keeps_average, merging_methods, method_of, samples_answers
+from imm_jax.methods import METHODS, merging_methods, method_of, samples_answers
 from imm_jax.model import attention
 from imm_jax.model.decoder import REMAT
 from imm_jax.runs import metrics
@@ -23,12 +23,6 @@ from imm_jax.training import interventions, throughput
 
 DTYPES = ("bfloat16", "float32")
 COMPUTE_DTYPES = ("auto", *DTYPES)
-# Keys that say how a run is computed, not what: they may change between two starts of it. data.skip_empty, too: all it
-# decides is whether a round without a right answer ends the run.
-HOW = ("data.skip_empty", "eval.batch_size", "mesh", "profile", "sample.batch_size", "sampler.vllm",
-       "sft.accumulation", "sft.attention", "sft.log_every", "sft.max_to_keep", "sft.remat", "sft.save_interval",
-       "sft.state_dir", "tracking")
-
 _ONE_OF = {"method": tuple(METHODS), "tracking": metrics.TRACKING, "task.kind": ("number", "latex", "choice"),
            "prompt.style": prompts.STYLES, "eval.protocol": protocols.NAMES,
            "sft.schedule": ("cosine", "linear", "constant"), "sft.intervention": ("none", *interventions.SETTINGS),
@@ -131,23 +125,6 @@ def _validate_temperatures(config: ml_collections.ConfigDict) -> None:
                     "round")
   if len(rounds) > config.rounds:
     raise UserError(f"config.sample.temperatures={given}: has {len(rounds)} tuples, config.rounds={config.rounds}")
-
-
-def idle(config: ml_collections.ConfigDict) -> set[str]:
-  """Keys that change nothing as the config stands.
-
-  They belong to no stage's settings, so that runs which were made before there was such a key stay as they are.
-  """
-  method, sft = method_of(config), config.sft
-  used = {"l2_sp_weight": method.anchor == "l2_sp", "kl_weight": method.anchor == "kl", "lora_rank": method.lora,
-          "lora_alpha": method.lora, "ema": sft.ema, "ema_decay": keeps_average(config),
-          "stop_share": sft.stop_share > 0, "export": sft.export != "model"}
-  used |= {setting: sft.intervention == name for name, setting in interventions.SETTINGS.items()}
-  used = {f"sft.{key}": value for key, value in used.items()} | {
-      "data.mixture_share": method.data == "mixture", "data.with_real": method.data == "accumulation",
-      "merge.method": config.merge.method, "data.skip_empty": config.data.skip_empty,
-      "analysis.drift": config.analysis.drift, "eval.passages": config.eval.passages, "tracking": config.tracking}
-  return {key for key, value in used.items() if not value}
 
 
 def _validate_sampler(config: ml_collections.ConfigDict) -> None:

@@ -16,9 +16,8 @@ from imm_jax.estimates import cost, disk, memory, shapes
 from imm_jax.methods import keeps_average, samples_answers
 from imm_jax.model import folder, hf, hub, published
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.runs import metrics, rundir, runlog, status
-from imm_jax.runs.run import Model, Run
-from imm_jax.runs.rundir import Stage
+from imm_jax.runs import metrics, record as run_record, rundir, runlog, status
+from imm_jax.runs.run import Model, Run, Stage
 from imm_jax.runtime import distributed
 from imm_jax.stages import analysing, devices, drifting, evaluating, merging, questions, sampling, selection, tuning
 from imm_jax.training.checkpoints import check_folder
@@ -115,7 +114,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   rundir.check(workdir)
   if not distributed.is_main():
     return
-  record = rundir.read_record(root)
+  record = run_record.read(root)
   # A large model takes a while; one of the hub has the digest that was recorded.
   external = {name: folder.digest(model) if record["stages"] and local else "" for name, model in found.items()}
   if any(questions.is_remote(config, entry) for entry in questions.own(config)) or questions.has_remote_texts(config):
@@ -131,7 +130,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
     print(line)
   print(f"{'stage':<24}{'state':<8}work")
   for stage in steps:
-    reason = rundir.stale_reason(stage, record, root, external)
+    reason = run_record.stale_reason(stage, record, root, external)
     # What reads a stage that will be made again may have to follow.
     if reason or waiting.intersection(stage.needs):
       waiting.add(stage.name)

@@ -11,7 +11,7 @@ from imm_jax.errors import ResourceError, UserError, first_line, join_items
 from imm_jax.model import folder as checkpoint, hf
 from imm_jax.publishing import card
 from imm_jax.report.results import Results
-from imm_jax.runs import rundir
+from imm_jax.runs import record as run_record
 
 _CARD = "README.md"
 # What a checkpoint's folder may hold besides its side files: weights in the forms that are loaded by their name, their
@@ -52,7 +52,7 @@ def push(folder: Path, to: str, *, private: bool = False, revision: str | None =
   if not results.config or not any(model.kind == "base" for model in results.models):
     raise UserError(f"{root}: config.json or what run.json says of base/eval is missing or damaged "
                     f"({join_items(results.problems)})")
-  check_current(root, rundir.read_record(root), [model.folder for model in card.select_models(results, stage)])
+  check_current(root, run_record.read(root), [model.folder for model in card.select_models(results, stage)])
   text = card.format_card(results, stage, to)
   if not card.is_evaluated(results, stage):
     print(f"note: {folder}: has not been evaluated; its card says so, and has other models' scores alone",
@@ -121,7 +121,7 @@ def find_run(folder: Path) -> tuple[Path, str]:
 
 def check_recorded(root: Path, stage: str, folder: Path, names: list[str]) -> None:
   """Raises UserError unless the files are those that the run has recorded for this checkpoint, made by its config."""
-  record = rundir.read_record(root)
+  record = run_record.read(root)
   entry = record["stages"]
   owner = next((name for name in entry if stage == name or stage.startswith(f"{name}/")), None)
   if owner is None:

@@ -52,9 +52,9 @@ def group_runs(runs: Mapping[str, Results]) -> list[Group]:
 
 def relevant_settings(config: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the settings, by dotted key, that affect a run's results, without the seed."""
-  from imm_jax.config import HOW  # imported here because it imports the training code
+  from imm_jax.runs.run import RUNTIME_KEYS  # imported here because it imports the training code
 
-  irrelevant = (*HOW, "seed")
+  irrelevant = (*RUNTIME_KEYS, "seed")
   return {key: value for key, value in flatten(config).items()
           if not any(key == name or key.startswith(f"{name}.") for name in irrelevant)}
 

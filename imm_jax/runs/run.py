@@ -1,20 +1,28 @@
-"""A run as a value: its settings, its folder and the models that it begins with."""
+"""A run: its config, its directory, the models that it starts from, and the stages that it consists of."""
 
+import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
 
 from imm_jax import methods
-from imm_jax.config import HOW, idle
+from imm_jax.training import interventions
+
+# Config keys that change how a run is computed and not its result, so that they may differ between two starts of it.
+# data.skip_empty is one of them because it only decides whether a round without a right answer ends the run.
+RUNTIME_KEYS = ("data.skip_empty", "eval.batch_size", "mesh", "profile", "sample.batch_size", "sampler.vllm",
+                "sft.accumulation", "sft.attention", "sft.log_every", "sft.max_to_keep", "sft.remat",
+                "sft.save_interval", "sft.state_dir", "tracking")
 
 
 class Model(NamedTuple):
   """A checkpoint of a run.
 
   Attributes:
-    folder: where it is.
-    stage: the stage that writes it, or the name of an input that none writes (`base`, `teacher`).
+    folder: the checkpoint folder.
+    stage: name of the stage that writes it, or of an input that no stage writes (`base`, `teacher`).
   """
 
   folder: Path
@@ -28,7 +36,7 @@ class Run(NamedTuple):
     config: its settings.
     root: the run directory.
     base: the base model.
-    teacher: the model that samples, or None for the one that the round before has handed on.
+    teacher: the model that samples, or None for the one that the previous round handed on.
   """
 
   config: ml_collections.ConfigDict
@@ -38,38 +46,83 @@ class Run(NamedTuple):
 
   @property
   def method(self) -> methods.Method:
-    """The record of the run's method."""
+    """Returns the record of the run's method."""
     return methods.method_of(self.config)
 
   @property
   def merge_method(self) -> str:
-    """The merging method of each round; empty for none."""
+    """Returns the name of each round's merging method; empty if nothing is merged."""
     return methods.merge_method(self.config)
 
   @property
   def samples_answers(self) -> bool:
-    """Whether answers are sampled to train on."""
+    """Returns whether answers are sampled to train on."""
     return methods.samples_answers(self.config)
 
   def model(self, stage: str) -> Model:
-    """The checkpoint that a stage writes."""
+    """Returns the checkpoint that a stage writes."""
     return Model(self.root / stage, stage)
 
   def settings(self, *keys: str) -> dict[str, Any]:
-    """See `pick`."""
+    """Calls `pick` on the run's config."""
     return pick(self.config, *keys)
 
   def scratch(self, stage: str) -> Path:
-    """The folder for what a stage has sampled so far, beside its output."""
+    """Returns the folder, beside a stage's output, that keeps its samples until it is done."""
     return (self.root / stage).with_name(f".{Path(stage).name}.sampling")
 
 
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One step of a run.
+
+  Attributes:
+    name: path of its output, a file or a folder, relative to the run directory.
+    needs: names of the stages whose output it reads, and of external inputs (see `RunDir.run`).
+    settings: everything else that its output depends on, in JSON types.
+    plan: a line about its work for `--dry_run`.
+    make: a function (output path, digests of the inputs by name) that writes the output and returns facts to record,
+      such as counts and scores.
+    everywhere: whether all processes call `make`; otherwise only process 0 does.
+    scratch: a folder, possibly in a bucket, that is removed when the stage is done; empty for none.
+    costly: whether a changed config may replace its output only with `--rerun`.
+    summarise: turns its facts into a line for the user; an empty one is not printed.
+  """
+
+  name: str
+  needs: tuple[str, ...]
+  settings: Mapping[str, Any]
+  plan: str
+  make: Callable[[Path, Mapping[str, str | None]], dict[str, Any]]
+  everywhere: bool = False
+  scratch: str = ""
+  costly: bool = False
+  summarise: Callable[[dict[str, Any]], str] = lambda facts: ""
+
+
 def pick(config: ml_collections.ConfigDict, *keys: str) -> dict[str, Any]:
-  """Some of the settings (`sft`, `sample.stop`), without those that do not change what comes out."""
-  settings, picked, left_out = config.to_dict(), {}, {*HOW, *idle(config)}
+  """Returns some settings by key (`sft`, `sample.stop`), without those that cannot change a stage's output."""
+  settings, picked, omitted = config.to_dict(), {}, {*RUNTIME_KEYS, *list_unused_keys(config)}
   for key in keys:
     value: Any = settings
     for part in key.split("."):
       value = value[part]
-    picked[key] = {k: v for k, v in value.items() if f"{key}.{k}" not in left_out} if isinstance(value, dict) else value
+    picked[key] = {k: v for k, v in value.items() if f"{key}.{k}" not in omitted} if isinstance(value, dict) else value
   return picked
+
+
+def list_unused_keys(config: ml_collections.ConfigDict) -> set[str]:
+  """Lists the keys that have no effect with the other settings as they are.
+
+  They are left out of the stages' settings, so that a run made before such a key existed is still up to date.
+  """
+  method, sft = methods.method_of(config), config.sft
+  used = {"l2_sp_weight": method.anchor == "l2_sp", "kl_weight": method.anchor == "kl", "lora_rank": method.lora,
+          "lora_alpha": method.lora, "ema": sft.ema, "ema_decay": methods.keeps_average(config),
+          "stop_share": sft.stop_share > 0, "export": sft.export != "model"}
+  used |= {setting: sft.intervention == name for name, setting in interventions.SETTINGS.items()}
+  used = {f"sft.{key}": value for key, value in used.items()} | {
+      "data.mixture_share": method.data == "mixture", "data.with_real": method.data == "accumulation",
+      "merge.method": config.merge.method, "data.skip_empty": config.data.skip_empty,
+      "analysis.drift": config.analysis.drift, "eval.passages": config.eval.passages, "tracking": config.tracking}
+  return {key for key, value in used.items() if not value}

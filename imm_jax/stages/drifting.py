@@ -17,8 +17,7 @@ from imm_jax.model import hf
 from imm_jax.model.tokenization import check_ids
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.runs.metrics import StageMetrics
-from imm_jax.runs.run import Model, Run
-from imm_jax.runs.rundir import Stage
+from imm_jax.runs.run import Model, Run, Stage
 from imm_jax.runtime import distributed
 from imm_jax.scoring import encode_continuations
 from imm_jax.stages import devices, questions, tuning

@@ -10,8 +10,7 @@ import ml_collections
 
 from imm_jax import files
 from imm_jax.runs.metrics import StageMetrics
-from imm_jax.runs.run import Model, Run
-from imm_jax.runs.rundir import Stage
+from imm_jax.runs.run import Model, Run, Stage
 from imm_jax.runtime import distributed
 from imm_jax.sampling import Prompt
 from imm_jax.stages import devices, likelihood, lm_eval_tasks, questions, sampling

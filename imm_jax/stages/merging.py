@@ -15,8 +15,7 @@ from imm_jax.merging import checkpoint, masks, registry
 from imm_jax.merging.trees import Setting
 from imm_jax.methods import merge_method, method_of
 from imm_jax.model import folder, hf
-from imm_jax.runs.run import Model, Run
-from imm_jax.runs.rundir import Stage
+from imm_jax.runs.run import Model, Run, Stage
 from imm_jax.runtime import distributed
 from imm_jax.stages import analysing, devices, evaluating, likelihood, merge_options, questions, sampling, tuning
 from imm_jax.statistics import evaluation

@@ -13,8 +13,7 @@ from imm_jax.errors import UserError
 from imm_jax.model import hf
 from imm_jax.model.tokenization import encode_prompt
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.runs.run import Model, Run
-from imm_jax.runs.rundir import Stage
+from imm_jax.runs.run import Model, Run, Stage
 from imm_jax.runtime import distributed
 from imm_jax.sampling import Completion, Prompt, engines
 from imm_jax.stages import questions

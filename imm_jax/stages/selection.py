@@ -10,8 +10,7 @@ import numpy as np
 from imm_jax import files
 from imm_jax.errors import UserError
 from imm_jax.methods import method_of
-from imm_jax.runs.run import Run
-from imm_jax.runs.rundir import Stage
+from imm_jax.runs.run import Run, Stage
 from imm_jax.stages import questions, sampling
 from imm_jax.tasks import answers
 

@@ -22,8 +22,7 @@ from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params
 from imm_jax.model.tokenization import encode_continuation, encode_prompt
 from imm_jax.runs.metrics import StageMetrics
-from imm_jax.runs.run import Model, Run
-from imm_jax.runs.rundir import Stage
+from imm_jax.runs.run import Model, Run, Stage
 from imm_jax.runtime import distributed, hardware
 from imm_jax.sampling import completions
 from imm_jax.stages import devices

@@ -9,8 +9,9 @@ import pytest
 from configs import tiny
 from imm_jax import files, integrity, loop
 from imm_jax.errors import UserError
-from imm_jax.runs.run import Model, Run
-from imm_jax.runs.rundir import RunDir, Stage, collect_inputs, list_stale, read_record
+from imm_jax.runs import record as run_record
+from imm_jax.runs.run import Model, Run, Stage
+from imm_jax.runs.rundir import RunDir
 
 EXTERNAL = {"base": "b", "train questions": "q", "test questions": "t"}
 
@@ -39,20 +40,21 @@ def finish(root: Path, **changes: object) -> None:
     else:
       (root / stage.name).parent.mkdir(parents=True, exist_ok=True)
       (root / stage.name).touch()
-    record["stages"][stage.name] = {"inputs": collect_inputs(stage, record, EXTERNAL), "output": f"of {stage.name}",
-                                    "bytes": 0, "facts": {}, **({"costly": True} if stage.costly else {})}
+    record["stages"][stage.name] = {
+        "inputs": run_record.collect_inputs(stage, record, EXTERNAL), "output": f"of {stage.name}", "bytes": 0,
+        "facts": {}, **({"costly": True} if stage.costly else {})}
   files.write_text(root / "run.json", json.dumps(record))
 
 
 def begin(root: Path, *, rerun: bool = False, external: dict[str, str] = EXTERNAL, **changes: object) -> set[str]:
   """The stages that were done before, and are to be run again once the run has begun with changes."""
   settings = config(**changes)
-  before = {*read_record(root)["stages"]}
+  before = {*run_record.read(root)["stages"]}
   with RunDir(root, settings) as directory:
     made = stages(settings, root)
     directory.begin(made, external, rerun=rerun)
-  record = read_record(root)
-  return before - ({*record["stages"]} - {*list_stale(made, record, root, external)})
+  record = run_record.read(root)
+  return before - ({*record["stages"]} - {*run_record.list_stale(made, record, root, external)})
 
 
 def _changes(value: object) -> str:
@@ -141,7 +143,7 @@ def test_settings_that_another_version_counted_are_asked_for(tmp_path: Path) -> 
   root = tmp_path / "run"
   finish(root)
   assert begin(root) == set()
-  record = read_record(root)
+  record = run_record.read(root)
   for name in (name for name in record["stages"] if name.endswith("samples.jsonl")):
     record["stages"][name]["inputs"]["settings"] = record["settings"][name] = "of a version before"
   files.write_text(root / "run.json", json.dumps(record))
@@ -167,7 +169,7 @@ def test_a_round_without_a_right_answer_is_gone_past_where_others_are_done(tmp_p
   """It ends the run in a later round: what the rounds before have sampled and trained is neither lost nor asked for."""
   root = tmp_path / "run"
   finish(root)
-  record = read_record(root)
+  record = run_record.read(root)
   done = {name: entry for name, entry in record["stages"].items() if name not in SECOND - {"round_1/samples.jsonl"}}
   files.write_text(root / "run.json", json.dumps({"stages": done}))
   assert begin(root, **{"data.skip_empty": True}) == set()
