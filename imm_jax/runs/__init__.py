@@ -1,1 +1,1 @@
-"""A run: its settings and models, its directory, log, status and metrics; several runs as one experiment."""
+"""Runs: their settings and models, directory, record, log, status and metrics, and experiments of several runs."""

@@ -1,8 +1,8 @@
-"""Several runs under one config, such as those behind a table of the paper (`configs/paper.py`).
+"""Runs experiments: several runs, and analyses of their models, from one config such as `configs/paper.py`.
 
-Such a config has `title`, `runs` (a config for each name) and `analyses`. Every run has its folder in the work
-directory, where it resumes like any other. After the runs come the analyses, each in a folder in `analyses`; one that
-is done is skipped while its models and settings are the same. `analyses/figures` shows them side by side.
+The config has `title`, `runs` (a config for each name) and `analyses`. Each run has its own folder in the work
+directory and resumes like any other run. The analyses follow the runs, each in its folder in `analyses`; a finished
+analysis is skipped while its models and settings are the same. `analyses/figures` shows all of them side by side.
 """
 
 import json
@@ -15,7 +15,7 @@ from imm_jax import config as configs, files, loop
 from imm_jax.analysis.weight_change import weight_change
 from imm_jax.errors import UserError
 from imm_jax.methods import method_of
-from imm_jax.model import folder, hf, hub
+from imm_jax.model import folder as checkpoint, hf, hub
 from imm_jax.report import analysis as output
 from imm_jax.runs.run import pick
 from imm_jax.runtime import distributed
@@ -23,12 +23,16 @@ from imm_jax.stages import analysing, devices
 
 
 def is_experiment(config: ml_collections.ConfigDict) -> bool:
-  """Whether this is a config of several runs."""
+  """Returns whether a config describes several runs."""
   return "runs" in config
 
 
 def validate(config: ml_collections.ConfigDict, *, downloads: bool = True) -> None:
-  """Raises UserError for the first run whose config cannot work, with its name."""
+  """Checks the configs of all runs and analyses; with `downloads=False` no questions are downloaded.
+
+  Raises:
+    UserError: for the first value that cannot work, with the name of its run or analysis.
+  """
   for name, settings in config.runs.items():
     try:
       configs.validate(settings, downloads=downloads)
@@ -48,8 +52,8 @@ def validate(config: ml_collections.ConfigDict, *, downloads: bool = True) -> No
 
 
 def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False) -> None:
-  """Does one run after the other, then the analyses."""
-  for settings in list(config.runs.values())[:1]:  # all sample alike
+  """Runs one run after the other, then the analyses; `rerun` as in `loop.run`."""
+  for settings in list(config.runs.values())[:1]:  # `validate` makes sure that all runs use the accelerators alike
     devices.reserve_accelerators(settings)
   _check(config, workdir)
   for i, (name, settings) in enumerate(config.runs.items()):
@@ -57,75 +61,79 @@ def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False)
       print(f"\n{config.title}, run {i + 1} of {len(config.runs)}: {name}", flush=True)
     loop.run(settings, str(Path(workdir) / name), rerun=rerun)
   if config.analyses:
-    _analyse(config, Path(workdir))
+    _run_analyses(config, Path(workdir))
 
 
-def _analyse(config: ml_collections.ConfigDict, root: Path) -> None:
-  """Does the analyses that are not done yet, and draws all of them together."""
-  together: dict[str, dict[str, Any]] = {"importance": {}, "weight_change": {}}
+def _run_analyses(config: ml_collections.ConfigDict, root: Path) -> None:
+  """Runs the analyses that are not done yet, and draws all of them in common figures."""
+  measures: dict[str, dict[str, Any]] = {"importance": {}, "weight_change": {}}
   with distributed.FailTogether(root):
     for name, analysis in config.analyses.items():
-      models = {label: hub.resolve(model) for label, model in _models(config, analysis, root).items()}
+      models = {label: hub.resolve(model) for label, model in _list_models(config, analysis, root).items()}
       out = root / "analyses" / name
-      asked = _asked(analysis, models) if distributed.is_main() else {}
+      inputs = _collect_inputs(analysis, models) if distributed.is_main() else {}
       done = distributed.broadcast((out / output.FILE).exists() and files.read_json(out / output.FILE).get(
-          "asked") == asked)
+          "asked") == inputs)
       if distributed.is_main():
         print(f"\nanalysis {name}: {_describe(analysis)}: {'done before' if done else 'run'}", flush=True)
       if not done:
-        _one(analysis, models, out, asked)
+        _run_analysis(analysis, models, out, inputs)
       if distributed.is_main():
-        found = files.read_json(out / output.FILE)
-        print(output.format_table(found))
-        for measure in together:
-          for values in found[measure].values():
-            together[measure][name] = values
+        result = files.read_json(out / output.FILE)
+        print(output.format_table(result))
+        for measure in measures:
+          for values in result[measure].values():
+            measures[measure][name] = values
     if distributed.is_main():
       with files.committed(root / "analyses" / "figures") as out:
         out.mkdir()
-        output.write_figures(out, together)
+        output.write_figures(out, measures)
       print(f"analyses: {root / 'analyses'}")
 
 
-def _one(analysis: ml_collections.ConfigDict, models: dict[str, Path], out: Path, asked: dict[str, Any]) -> None:
-  """Does one analysis: a folder like that of `python -m imm_jax.analyze`."""
+def _run_analysis(analysis: ml_collections.ConfigDict, models: dict[str, Path], out: Path, inputs: dict[str, Any],
+                  ) -> None:
+  """Runs one analysis and writes a folder like that of `imm analyze`."""
   scores: dict[str, Any] = {}
   if analysis.kind == "importance":
     hf.check_folder(models["model"])
-    analysis.config.model = analysis.model  # the mesh follows from its size
+    analysis.config.model = analysis.model  # its size decides the mesh
     scores = devices.call(analysis.config, analysing.importances, analysis.config, models["model"], [analysis.task])
   if distributed.is_main():
     change = {} if scores else {analysis.get("model") or analysis.after: weight_change(**models).to_json()}
-    with files.committed(out) as made:
-      output.write(made, {"asked": asked, **output.combine(scores, change)})
+    with files.committed(out) as folder:
+      output.write(folder, {"asked": inputs, **output.combine(scores, change)})
   distributed.barrier(str(out))
 
 
-def _models(config: ml_collections.ConfigDict, analysis: ml_collections.ConfigDict, root: Path) -> dict[str, str]:
-  """The models that an analysis reads, by what they are to it; before one of a run is what its round started from."""
+def _list_models(config: ml_collections.ConfigDict, analysis: ml_collections.ConfigDict, root: Path) -> dict[str, str]:
+  """Returns the models that an analysis reads, by role: `model`, or `before` and `after`.
+
+  For a model of a run, `before` is the model that its round started from.
+  """
   if analysis.kind == "importance":
     return {"model": analysis.model}
   if "run" not in analysis:
     return {"before": analysis.before, "after": analysis.after}
-  settings, here = config.runs[analysis.run], root / analysis.run
+  settings, run_folder = config.runs[analysis.run], root / analysis.run
   number = int(analysis.model.partition("/")[0].removeprefix("round_"))
   handed_on = {"merged": "merged", "ema": "sft/ema", "tuned": "sft"}[method_of(settings).hands_on]
-  last = number and method_of(settings).start == "last"
-  return {"before": str(here / f"round_{number - 1}" / handed_on) if last else settings.model,
-          "after": str(here / analysis.model)}
+  continues = number and method_of(settings).start == "last"
+  return {"before": str(run_folder / f"round_{number - 1}" / handed_on) if continues else settings.model,
+          "after": str(run_folder / analysis.model)}
 
 
-def _asked(analysis: ml_collections.ConfigDict, models: dict[str, Path]) -> dict[str, Any]:
-  """What an analysis depends on, as json reads it back."""
+def _collect_inputs(analysis: ml_collections.ConfigDict, models: dict[str, Path]) -> dict[str, Any]:
+  """Returns everything that an analysis depends on, as JSON reads it back."""
   settings = pick(analysis.config, "seed", "task", "prompt", "sft", "analysis") if (
       "config" in analysis) else {}
   return json.loads(json.dumps({
       **{key: value for key, value in analysis.items() if key != "config"}, "settings": settings,
-      "digests": {label: folder.digest(model) for label, model in models.items()}}))
+      "digests": {label: checkpoint.digest(model) for label, model in models.items()}}))
 
 
 def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Prints what `run` would do, run by run and analysis by analysis; nothing is downloaded."""
+  """Prints what `run` would do, run by run and analysis by analysis; downloads nothing."""
   _check(config, workdir)
   if distributed.is_main():
     print(f"{config.title}: {len(config.runs)} runs, {len(config.analyses)} analyses")
@@ -136,12 +144,12 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
     loop.dry_run(settings, str(Path(workdir) / name))
   for name, analysis in config.analyses.items():
     if distributed.is_main():
-      there = (Path(workdir) / "analyses" / name / output.FILE).exists()
-      print(f"\nanalysis {name}: {_describe(analysis)}: {'done' if there else 'to do'}")
+      is_done = (Path(workdir) / "analyses" / name / output.FILE).exists()
+      print(f"\nanalysis {name}: {_describe(analysis)}: {'done' if is_done else 'to do'}")
 
 
 def _check(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Raises UserError for a work directory that is itself a run directory, or no folder."""
+  """Raises UserError unless the work directory is a folder, or can become one, and is no run directory itself."""
   root = Path(workdir)
   if not workdir or "://" in workdir or (root.exists() and not root.is_dir()):
     raise UserError(f"--workdir={workdir}: expected a folder, in which each run has its own")

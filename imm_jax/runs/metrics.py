@@ -1,10 +1,11 @@
-"""Metrics of a run: `metrics.jsonl` (one JSON object a line), TensorBoard, and where asked for Weights & Biases."""
+"""Writes a run's metrics to `metrics.jsonl`, to TensorBoard and, if `tracking` is set, to Weights & Biases."""
 
 import json
 import os
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -15,31 +16,38 @@ from imm_jax import files
 from imm_jax.errors import UserError, first_line
 from imm_jax.runtime import distributed
 
-# What tracking may be.
+# The values of config.tracking.
 TRACKING = ("", "wandb")
-# Which run of W&B a run directory belongs to.
+# The file that names the run of Weights & Biases that a run directory belongs to.
 _WANDB = "wandb.json"
 
 
 class Writer(Protocol):
-  """Where metrics go."""
+  """A destination of metrics."""
 
   def write(self, step: int, values: dict[str, float]) -> None:
-    """Takes the values of one step."""
+    """Writes the values of one step."""
 
   def close(self) -> None:
-    """Writes what is left."""
+    """Writes what is buffered and ends."""
 
 
 class StageMetrics:
-  """Metrics of one stage; use as a context manager.
+  """Writes the metrics of one stage; use as a context manager.
 
   A stage that is run again, as after a kill, replaces the steps from `from_step` on that its earlier attempt logged, so
   that each step stands in the file once. Only process 0 writes.
   """
 
   def __init__(self, root: Path, stage: str, *, from_step: int = 0, tracking: str = ""):
-    """Opens the writers of the run directory `root`; `tracking` is config.tracking."""
+    """Opens the writers.
+
+    Args:
+      root: the run directory.
+      stage: name of the stage.
+      from_step: the first step that will be written.
+      tracking: config.tracking.
+    """
     self._writers: list[Writer] = []
     if distributed.is_main():
       self._writers = [_JsonlWriter(root, stage, from_step), _TensorBoardWriter(root, stage, from_step)]
@@ -47,7 +55,7 @@ class StageMetrics:
         self._writers.append(_WandbWriter(root, stage))
 
   def write(self, step: int, **values: float) -> None:
-    """Logs the values of one step."""
+    """Writes the values of one step, by name."""
     for writer in self._writers:
       writer.write(step, values)
 
@@ -59,21 +67,21 @@ class StageMetrics:
     for writer in self._writers:
       try:
         writer.close()
-      except BaseException as e:  # the others have something to write, too
+      except BaseException as e:  # the other writers still have to be closed
         failed.append(e)
-    if failed and kind is None:  # else what the block has raised is the first
+    if failed and kind is None:  # otherwise the block's own error is the first and is raised
       raise failed[0]
     for e in failed:
       print(f"warning: metrics were not written to the end ({first_line(e)})", file=sys.stderr)
 
 
 class _JsonlWriter:
-  """metrics.jsonl."""
+  """Writes metrics.jsonl."""
 
   def __init__(self, root: Path, stage: str, from_step: int):
     self._stage, path = stage, root / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    files.write_text(path, "".join(line + "\n" for line in lines if _belongs(line, stage, from_step)))
+    files.write_text(path, "".join(line + "\n" for line in lines if _survives(line, stage, from_step)))
     self._file = path.open("a", encoding="utf-8")
 
   def write(self, step: int, values: dict[str, float]) -> None:
@@ -85,28 +93,28 @@ class _JsonlWriter:
 
 
 class _TensorBoardWriter:
-  """TensorBoard."""
+  """Writes TensorBoard's event files."""
 
   def __init__(self, root: Path, stage: str, from_step: int):
     folder = root / "tb" / stage.replace("/", "_")
     if not from_step:
       files.remove(folder)
-    from tensorboardX import SummaryWriter  # late: it imports torch where torch is installed, which takes seconds
+    from tensorboardX import SummaryWriter  # imported here because it imports torch if installed, which takes seconds
 
-    self._board = SummaryWriter(str(folder), purge_step=from_step or None)
+    self._writer = SummaryWriter(str(folder), purge_step=from_step or None)
 
   def write(self, step: int, values: dict[str, float]) -> None:
     for name, value in values.items():
-      self._board.add_scalar(name, value, step)
+      self._writer.add_scalar(name, value, step)
 
   def close(self) -> None:
-    self._board.close()
+    self._writer.close()
 
 
 class _WandbWriter:
-  """The run of Weights & Biases, taken up for the length of a stage: `round_0/sft/loss` over `round_0/sft/step`.
+  """Resumes the run of Weights & Biases for one stage and writes `round_0/sft/loss` over `round_0/sft/step`.
 
-  A run of days does not end over it: what goes wrong is a warning.
+  Errors are printed as warnings, because metrics are no reason to end a run that takes days.
   """
 
   def __init__(self, root: Path, stage: str):
@@ -124,25 +132,25 @@ class _WandbWriter:
     if self._run:
       self._try(self._run.finish)
 
-  def _try(self, do: Any) -> Any:
+  def _try(self, function: Callable[[], Any]) -> Any:
     try:
-      return do()
-    except Exception as e:  # its own errors, and those of the network
+      return function()
+    except Exception as e:  # errors of its own and of the network
       print(f"warning: {self._stage}: Weights & Biases does not take these metrics ({first_line(e)})", file=sys.stderr)
       return None
 
 
 def check_tracking(config: ml_collections.ConfigDict) -> None:
-  """Raises UserError where what config.tracking asks for is not installed."""
+  """Raises UserError if the package that config.tracking needs is not installed."""
   if config.tracking == "wandb":
     _import_wandb()
 
 
 def start_tracking(config: ml_collections.ConfigDict, root: Path) -> None:
-  """Shows the run and its config where config.tracking says, before its stages; process 0 does.
+  """Registers the run and its config with the service that config.tracking names; process 0 does so before any stage.
 
   Raises:
-    UserError: when that refuses, as without a login.
+    UserError: when the service refuses, for example without a login.
   """
   if config.tracking != "wandb" or not distributed.is_main():
     return
@@ -159,17 +167,17 @@ def start_tracking(config: ml_collections.ConfigDict, root: Path) -> None:
 
 
 def _resume_wandb_run(wandb: ModuleType, root: Path, config: dict[str, Any]) -> Any:
-  """The run of this directory: the same one at every start."""
+  """Resumes, or at the first start creates, the run of Weights & Biases that belongs to this run directory."""
   path = root / _WANDB
   if not path.exists():
     files.write_text(path, json.dumps({"id": uuid.uuid4().hex[:12], "name": root.resolve().name,
                                        "project": os.environ.get("WANDB_PROJECT", "imm_jax")}, indent=1) + "\n")
-  known = files.read_json(path)
-  if wrong := [key for key in ("id", "name", "project") if not (isinstance(known.get(key), str) and known[key])]:
+  identity = files.read_json(path)
+  if wrong := [key for key in ("id", "name", "project") if not (isinstance(identity.get(key), str) and identity[key])]:
     raise UserError(f"{path}: {wrong[0]!r} is missing or no text; put it right, or remove the file to begin another "
                     "run of Weights & Biases")
-  return wandb.init(id=known["id"], name=known["name"], project=known["project"], resume="allow", dir=str(root),
-                    config=config, settings=wandb.Settings(silent=True))
+  return wandb.init(id=identity["id"], name=identity["name"], project=identity["project"], resume="allow",
+                    dir=str(root), config=config, settings=wandb.Settings(silent=True))
 
 
 def _import_wandb() -> ModuleType:
@@ -181,9 +189,10 @@ def _import_wandb() -> ModuleType:
   return wandb
 
 
-def _belongs(line: str, stage: str, from_step: int) -> bool:
+def _survives(line: str, stage: str, from_step: int) -> bool:
+  """Returns whether a line of metrics.jsonl is of another stage, or of an earlier step of this one."""
   try:
     record = json.loads(line)
-  except ValueError:  # the last line of a killed process
+  except ValueError:  # a killed process may leave half a line
     return False
   return isinstance(record, dict) and (record.get("stage") != stage or record.get("step", from_step) < from_step)

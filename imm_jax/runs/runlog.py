@@ -1,7 +1,7 @@
-"""WORKDIR/log.txt: what a run says, each line with its time, and what went wrong with its traceback.
+"""Writes WORKDIR/log.txt: the lines that a run prints, each with its time, and errors with their traceback.
 
-Lines of stdout and stderr come there as well as to the console, but no progress bars; and records of Python's logging
-(of jax, orbax and others) from the level on that `--verbosity` sets.
+It holds the lines of stdout and stderr except progress bars, and the records of Python's logging (of jax, orbax and
+others) at or above the level that `--verbosity` sets.
 """
 
 import datetime
@@ -23,17 +23,17 @@ _LEVELS = {"error": logging.ERROR, "warning": logging.WARNING}
 
 
 def log_line(line: str) -> None:
-  """A line for the log alone."""
+  """Writes a line to the log and not to the console."""
   _LOG.info(line)
 
 
 def current_file() -> Path | None:
-  """The file that this process writes now, if it does."""
+  """Returns the log file that this process is writing, or None."""
   return next((Path(h.baseFilename) for h in _LOG.handlers if isinstance(h, logging.FileHandler)), None)
 
 
 class RunLog:
-  """Keeps the log of a run; use as a context manager. Lines that come before `open` are kept for it.
+  """Writes the log of a run; use as a context manager. Lines from before `open` are buffered and written then.
 
   >>> import tempfile
   >>> folder = Path(tempfile.mkdtemp())
@@ -48,28 +48,28 @@ class RunLog:
   """
 
   def __init__(self) -> None:
-    self._early = _Early()
+    self._buffer = _BufferHandler()
     self._file: logging.Handler | None = None
     self._streams = sys.stdout, sys.stderr
 
   def open(self, file: Path) -> None:
-    """Appends to this file from now on; where that cannot be done a warning says so."""
+    """Appends to this file from now on; prints a warning if it cannot be written."""
     try:
       self._file = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
     except OSError as e:
       print(f"warning: {file} cannot be written ({e.strerror})", file=sys.stderr)
       return
     self._file.setFormatter(_Formatter())
-    self._file.handleError = lambda record: None  # of a full disk others speak
-    for record in self._early.records:
+    self._file.handleError = lambda record: None  # a full disk is reported by the writers of the run's results
+    for record in self._buffer.records:
       self._file.handle(record)
-    self._detach(self._early)
+    self._detach(self._buffer)
     self._attach(self._file)
 
   def __enter__(self) -> "RunLog":
     self._streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(_Tee, self._streams)
-    self._attach(self._early)
+    self._attach(self._buffer)
     return self
 
   def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None,
@@ -83,7 +83,7 @@ class RunLog:
     elif error is not None:
       _LOG.error("error: %r", error, exc_info=(kind, error, trace))
     sys.stdout, sys.stderr = self._streams
-    self._detach(self._early)
+    self._detach(self._buffer)
     if self._file:
       self._detach(self._file)
       self._file.close()
@@ -98,13 +98,13 @@ class RunLog:
 
 
 def follow(file: Path | None) -> None:
-  """Has this process, which another one started, write to the log of that one, until it ends."""
+  """Makes this process append to the log of the process that started it, until it ends; does nothing for None."""
   if file:
     RunLog().__enter__().open(file)
 
 
-class _Early(logging.Handler):
-  """Keeps records."""
+class _BufferHandler(logging.Handler):
+  """Keeps records in memory."""
 
   def __init__(self) -> None:
     super().__init__()
@@ -115,7 +115,7 @@ class _Early(logging.Handler):
 
 
 class _Formatter(logging.Formatter):
-  """ISO time, level, and where another logger speaks its name."""
+  """Formats a record as ISO time, level and message, with the logger's name unless it is the run's own."""
 
   def format(self, record: logging.LogRecord) -> str:
     time = datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
@@ -124,14 +124,14 @@ class _Formatter(logging.Formatter):
 
 
 class _Tee:
-  """A stream whose lines are logged, too."""
+  """Passes text on to a stream and also logs its lines."""
 
   def __init__(self, stream: TextIO):
     self._stream, self._line, self._lock = stream, "", threading.Lock()
 
   def write(self, text: str) -> int:
     written = self._stream.write(text)
-    if not text.startswith("\r"):  # a progress bar draws itself over
+    if not text.startswith("\r"):  # a progress bar, which overwrites its line
       with self._lock:
         *lines, self._line = (self._line + text).split("\n")
       for line in filter(str.strip, lines):

@@ -1,1 +1,1 @@
-"""The machine and its processes: devices, several hosts, compilation, threads, memory, signals, progress bars."""
+"""What depends on the machine: devices, several processes, compilation, threads, memory, signals, progress bars."""

@@ -1,8 +1,8 @@
-"""Compiled programs that outlive the process: jax's persistent cache, in the user's cache folder.
+"""Keeps compiled programs for later processes: jax's persistent compilation cache, in the user's cache folder.
 
-What is kept is found again by the program, its shapes, the compiler's options and versions, and the kind of device, so
-a second start compiles nothing that the first one did. A folder is for one kind of CPU: compiled code may use
-instructions that another lacks, and a home folder may be on a network.
+The key of an entry is the program, its shapes, the compiler's options and versions, and the kind of device, so that a
+second start compiles nothing again. Each kind of CPU has its own folder, because compiled code may use instructions
+that another CPU lacks, and several machines may share a home folder.
 """
 
 import hashlib
@@ -16,34 +16,34 @@ import jax
 
 from imm_jax.errors import print_once
 
-# Programs that compile faster are as quickly compiled as read.
+# A program that compiles faster than this is not kept, since reading it would take as long.
 _MIN_SECONDS = 0.1
-# The oldest go first.
+# The oldest entries are removed when the folder is larger than this.
 _MAX_BYTES = 4 << 30
 _DIR, _ON = "JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"
 
 
 def enable_cache(setting: str = "auto") -> Path | None:
-  """Keeps what this process, and those that it starts, compile, and uses what others have kept.
+  """Turns on jax's persistent compilation cache for this process and the processes that it starts.
 
-  Several processes may share the folder: an entry appears whole or not at all, and one that cannot be read is compiled
-  again.
+  Several processes may share the folder: entries are written atomically, and a program whose entry cannot be read is
+  compiled again.
 
   Args:
-    setting: `auto` for the folder that JAX_COMPILATION_CACHE_DIR names, else `imm_jax` in the user's cache folder;
-      a folder; or `off`. JAX_ENABLE_COMPILATION_CACHE=false turns `auto` off.
+    setting: a folder; `off`; or `auto` for the folder that JAX_COMPILATION_CACHE_DIR names, by default `imm_jax` in the
+      user's cache folder. JAX_ENABLE_COMPILATION_CACHE=false turns `auto` off.
 
   Returns:
-    The folder, or None where nothing is kept.
+    The folder, or None if the cache is off or the folder cannot be written.
   """
   if setting == "off" or (setting == "auto" and not jax.config.jax_enable_compilation_cache):
     jax.config.update("jax_enable_compilation_cache", False)
     os.environ[_ON] = "false"
     return None
-  given = (jax.config.jax_compilation_cache_dir or "") if setting == "auto" else setting
-  folder = Path(given).expanduser().absolute() if given else _user_folder()
+  path = (jax.config.jax_compilation_cache_dir or "") if setting == "auto" else setting
+  folder = Path(path).expanduser().absolute() if path else _user_folder()
   try:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # who can write there can run code here
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # whoever can write there can run code in this process
     _prune(folder)
     tempfile.TemporaryFile(dir=folder).close()
   except OSError as e:
@@ -59,40 +59,40 @@ def enable_cache(setting: str = "auto") -> Path | None:
 
 
 def _user_folder() -> Path:
-  """`imm_jax/jit-KIND` in the user's cache folder, KIND of this CPU."""
+  """Returns `imm_jax/jit-KIND` in the user's cache folder, where KIND identifies this kind of CPU."""
   try:
     info = Path("/proc/cpuinfo").read_text()
-    found = re.findall(r"(?m)^(?:model name|flags|Features)\s*:\s*(.*)$", info.partition("\n\n")[0])
+    features = re.findall(r"(?m)^(?:model name|flags|Features)\s*:\s*(.*)$", info.partition("\n\n")[0])
   except OSError:
-    found = []
-  kind = hashlib.sha256(repr((platform.machine(), platform.processor(), found)).encode()).hexdigest()[:8]
+    features = []
+  kind = hashlib.sha256(repr((platform.machine(), platform.processor(), features)).encode()).hexdigest()[:8]
   cache = os.environ.get("XDG_CACHE_HOME", "")
   return (Path(cache) if os.path.isabs(cache) else Path("~/.cache").expanduser()) / "imm_jax" / f"jit-{kind}"
 
 
 def _prune(folder: Path) -> None:
-  """Removes the oldest entries where all are more than _MAX_BYTES."""
-  found = sorted(((s := path.stat()).st_mtime, s.st_size, path) for path in folder.glob("*-cache"))
-  excess = sum(size for _, size, _ in found) - _MAX_BYTES
-  for _, size, path in found:
+  """Removes the oldest entries until the rest is at most _MAX_BYTES."""
+  entries = sorted(((s := path.stat()).st_mtime, s.st_size, path) for path in folder.glob("*-cache"))
+  excess = sum(size for _, size, _ in entries) - _MAX_BYTES
+  for _, size, path in entries:
     if excess <= 0:
       break
-    path.unlink(missing_ok=True)  # another process may be at it, too
+    path.unlink(missing_ok=True)  # another process may have removed it
     excess -= size
 
 
 def _write_atomically() -> None:
-  """Has jax write each entry beside its place and rename it.
+  """Makes jax write each entry to a temporary file and rename it.
 
-  By itself it writes in place: a process that is killed, or a disk that is full, would leave a part, which is never
-  written again, and another process may read what is being written.
+  By itself jax writes in place: a killed process or a full disk would leave half an entry, which is never written
+  again, and another process could read an entry while it is being written.
   """
   from jax._src import lru_cache
 
   def put(cache: lru_cache.LRUCache, key: str, value: bytes) -> None:
     target = Path(str(cache.path)) / f"{key}-cache"
-    if cache.eviction_enabled or "://" in str(cache.path):  # the user's own settings
-      plain(cache, key, value)
+    if cache.eviction_enabled or "://" in str(cache.path):  # the user chose these settings, which jax handles
+      original(cache, key, value)
     elif not target.exists():
       handle, part = tempfile.mkstemp(dir=target.parent, prefix=".part-")
       try:
@@ -101,8 +101,8 @@ def _write_atomically() -> None:
         os.replace(part, target)
       except OSError:
         os.unlink(part)
-        raise  # jax says so, and goes on
+        raise  # jax prints a warning and goes on
 
-  plain = lru_cache.LRUCache.put
-  if plain.__name__ == "put" and plain.__module__ == lru_cache.__name__:  # not yet replaced
+  original = lru_cache.LRUCache.put
+  if original.__name__ == "put" and original.__module__ == lru_cache.__name__:  # not yet replaced
     lru_cache.LRUCache.put = put

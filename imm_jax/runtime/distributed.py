@@ -1,8 +1,8 @@
-"""Several processes as one run: how they find each other, wait for each other, and fail together.
+"""Lets several processes work on one run: they join, exchange values, wait for each other, and fail together.
 
-All of them run the same program. Process 0 decides what is run, and writes; the run directory lies on a file system
-that all of them share. Training spreads over the devices of all; sampling takes each process's own, with its share of
-the questions.
+All processes run the same program. Process 0 decides which stages run, and writes; the run directory is on a file
+system that all of them share. Training uses the devices of all processes; in sampling each process answers its share of
+the questions on its own devices.
 """
 
 import contextlib
@@ -23,32 +23,33 @@ from jax.experimental import multihost_utils
 
 from imm_jax.errors import Exit, LostError, UserError, exit_code
 
-# Where the environment says that there are several processes: Slurm, GKE with TPUs, multi-slice, jax's own variables.
+# Environment variables from which several processes follow: Slurm, GKE with TPUs, multi-slice, jax's own.
 _SEVERAL = {"SLURM_NTASKS": lambda v: int(v) > 1, "TPU_WORKER_HOSTNAMES": lambda v: "," in v,
             "MEGASCALE_NUM_SLICES": lambda v: int(v) > 1, "JAX_NUM_PROCESSES": lambda v: int(v) > 1,
             "JAX_COORDINATOR_ADDRESS": bool}
-# A process that is gone is noticed after so long.
+# Time after which a process that ended is noticed.
 _HEARTBEAT_S = 60
 _POLL_S = 1.0
-# How a collective says that its other end is gone.
+# Errors of a collective that mean that another process ended.
 _LOST = re.compile(r"(?i)gloo|connection (closed|reset|refused)|heartbeat|unavailable|peer")
-# And how one that waits for the others to join says that they have not come.
+# Errors of the start that mean that other processes did not join in time.
 _LATE = re.compile(r"DEADLINE_EXCEEDED|UNAVAILABLE")
 
 
 def start(mode: str = "auto", *, coordinator: str | None = None, num_processes: int | None = None,
           process_id: int | None = None) -> None:
-  """Joins the other processes of this run, before any other use of jax.
+  """Joins the other processes of this run; call it before any other use of jax.
 
   Args:
-    mode: `on`, `off`, or `auto`, which joins where flags or the environment speak of several processes.
-    coordinator: host:port of process 0; it, and the other two, default to what JAX_COORDINATOR_ADDRESS,
-      JAX_NUM_PROCESSES and JAX_PROCESS_ID say, else to what jax finds out from Slurm, MPI, Kubernetes or Cloud TPU.
-    num_processes: of the run.
-    process_id: of this process, from 0.
+    mode: `on`, `off`, or `auto`, which joins if the arguments or the environment speak of several processes.
+    coordinator: host:port of process 0. The default of this and the next two arguments is JAX_COORDINATOR_ADDRESS,
+      JAX_NUM_PROCESSES and JAX_PROCESS_ID, else what jax learns from Slurm, MPI, Kubernetes or Cloud TPU.
+    num_processes: number of processes of the run.
+    process_id: number of this process, from 0.
 
   Raises:
-    UserError: when the others cannot be found, with the cause.
+    UserError: when an argument or variable is wrong.
+    LostError: when the other processes do not join.
   """
   number = lambda name: int(os.environ[name]) if os.environ.get(name) else None
   try:
@@ -57,14 +58,14 @@ def start(mode: str = "auto", *, coordinator: str | None = None, num_processes: 
     process_id = number("JAX_PROCESS_ID") if process_id is None else process_id
   except ValueError as e:
     raise UserError(f"one of {', '.join(_SEVERAL)}, JAX_PROCESS_ID is no number ({e})") from e
-  asked = coordinator is not None or (num_processes or 1) > 1 or (process_id or 0) > 0
-  if mode == "off" or (mode == "auto" and not asked and not several):
+  given = coordinator is not None or (num_processes or 1) > 1 or (process_id or 0) > 0
+  if mode == "off" or (mode == "auto" and not given and not several):
     return
   if coordinator is not None and not re.fullmatch(r".+:\d{1,5}", coordinator):
     raise UserError(f"--coordinator={coordinator}: expected HOST:PORT of process 0")
   print(f"waiting for the other processes of this run{f' at {coordinator}' if coordinator else ''}", file=sys.stderr,
         flush=True)
-  # Its handler would swallow SIGTERM as long as the run lasts; ours watches while it trains (`training.preemption`).
+  # jax's handler would swallow SIGTERM for the whole run; `training.preemption` handles it during training.
   jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_S)
@@ -76,23 +77,23 @@ def start(mode: str = "auto", *, coordinator: str | None = None, num_processes: 
 
 
 def is_main() -> bool:
-  """Whether this is process 0, which writes and prints."""
+  """Returns whether this is process 0, which writes and prints."""
   return jax.process_index() == 0
 
 
 def count_processes() -> int:
-  """How many processes there are."""
+  """Returns the number of processes."""
   return jax.process_count()
 
 
 def barrier(name: str) -> None:
-  """Returns when all processes are here."""
+  """Waits until all processes have called this with the same name."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
 def broadcast(value: Any) -> Any:
-  """What process 0 has for `value`, anything that json can write, on all of them."""
+  """Returns process 0's `value`, of JSON types, on all processes."""
   if jax.process_count() == 1:
     return value
   data = np.frombuffer(json.dumps(value).encode(), np.uint8) if is_main() else np.zeros(0, np.uint8)
@@ -102,12 +103,12 @@ def broadcast(value: Any) -> Any:
 
 
 def take_share(items: Sequence[Any]) -> Sequence[Any]:
-  """This process's part of a list: every n-th, so that parts are alike."""
+  """Returns this process's part of a list: every n-th item, so that the parts are alike in size and kind."""
   return items[jax.process_index()::jax.process_count()]
 
 
 def gather(items: Sequence[Any]) -> list[Any]:
-  """Returns, on every process, the whole list from the results of each one's `take_share`; items must fit in JSON."""
+  """Returns, on every process, the whole list from each one's results on its `take_share`; items are of JSON types."""
   if jax.process_count() == 1:
     return list(items)
   data = np.frombuffer(json.dumps(items).encode(), np.uint8)
@@ -121,10 +122,10 @@ def gather(items: Sequence[Any]) -> list[Any]:
 
 
 def check_shared(folder: Path) -> None:
-  """Checks that all hosts see the folder that process 0 has made.
+  """Checks that all hosts see the folder that process 0 created.
 
   Raises:
-    UserError: when one does not.
+    UserError: when a host does not.
   """
   if jax.process_count() == 1:
     return
@@ -132,26 +133,27 @@ def check_shared(folder: Path) -> None:
   if is_main():
     marker.touch()
   barrier("shared")
-  seen = all(gather([marker.exists()]))
+  is_shared = all(gather([marker.exists()]))
   if is_main():
     marker.unlink()
-  if not seen:
+  if not is_shared:
     raise UserError(f"{folder}: not all hosts see the same run directory; give a --workdir on a file system that they "
                     "share (NFS, Filestore, a bucket mounted with gcsfuse)")
 
 
 class FailTogether:
-  """Ends all processes when one fails, with that one's error and exit code; use as a context manager.
+  """Ends all processes when one fails, with its error and exit code; use as a context manager.
 
-  The first to fail leaves its error in a file beside the run directory, where the others look once a second: they may
-  wait for it in a collective that never ends.
+  The first process to fail writes its error to a file beside the run directory. The others look for that file once a
+  second, since they may be waiting for the failed process in a collective that never returns.
   """
 
   def __init__(self, root: Path):
-    if is_main():  # what a process 0 that was killed could not remove; first, as others may fail right after the name
+    # Files that a killed process 0 left behind go first: others may fail as soon as they have this start's name.
+    if is_main():
       for old in root.parent.glob(f".{root.name}.failed-*"):
         old.unlink(missing_ok=True)
-    # A name of its own for each start: what an earlier one has left must not end this one.
+    # Each start has its own name, so that a file of an earlier start does not end this one.
     self._file = root.with_name(f".{root.name}.failed-{broadcast(time.time_ns())}")
     self._done = threading.Event()
     self._ending = threading.Lock()
@@ -163,28 +165,28 @@ class FailTogether:
 
   def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
     self._done.set()
-    if jax.process_count() == 1 or not isinstance(error, Exception):  # told to stop
+    if jax.process_count() == 1 or not isinstance(error, Exception):  # none, or a signal that each handles
       return
-    text, code = _describe_error(error), Exit.LOST if _is_lost_peer(error) else exit_code(error)
+    message, code = _describe_error(error), Exit.LOST if _is_lost_peer(error) else exit_code(error)
     first = self._read_first()
     if first is None and _is_lost_peer(error):
-      time.sleep(2 * _POLL_S)  # on a network's file system what the lost one has left is seen late
+      time.sleep(2 * _POLL_S)  # a network file system may show the lost process's file late
       first = self._read_first()
     if first is None:
-      # A full disk, say, is no reason to keep this process: the others lose it and end too.
+      # If this cannot be written, as on a full disk, the others lose this process and end, too.
       with contextlib.suppress(OSError):
         self._file.parent.mkdir(parents=True, exist_ok=True)
         part = self._file.with_name(f"{self._file.name}.{jax.process_index()}")
-        part.write_text(f"{code:d} process {jax.process_index()}: {text}", encoding="utf-8")
+        part.write_text(f"{code:d} process {jax.process_index()}: {message}", encoding="utf-8")
         part.rename(self._file)
-      self._exit(text, code)
+      self._exit(message, code)
     self._exit_after(first)
 
   def _read_first(self) -> tuple[int, str] | None:
-    """The exit code of the process that failed first, and what it said."""
+    """Returns the exit code and the message of the process that failed first; None if there is none."""
     try:
-      code, _, said = self._file.read_text(encoding="utf-8").partition(" ")
-      return int(code), said
+      code, _, message = self._file.read_text(encoding="utf-8").partition(" ")
+      return int(code), message
     except (OSError, ValueError):
       return None
 
@@ -195,26 +197,26 @@ class FailTogether:
         self._exit_after(first)
 
   def _exit_after(self, first: tuple[int, str]) -> None:
-    code, said = first
-    self._exit(f"another process failed first: {said}", code)
+    code, message = first
+    self._exit(f"another process failed first: {message}", code)
 
-  def _exit(self, error: str, code: int) -> None:
-    self._ending.acquire()  # for good: this and the watching thread may both get here, and one is to speak
-    print(f"error: {error}", file=sys.stderr, flush=True)
+  def _exit(self, message: str, code: int) -> None:
+    self._ending.acquire()  # never released: of the main and the watching thread only one may print
+    print(f"error: {message}", file=sys.stderr, flush=True)
     if is_main():
-      time.sleep(4 * _POLL_S)  # the others abort where process 0 is gone before they have seen the error
+      time.sleep(4 * _POLL_S)  # the others abort if process 0 ends before they have read the error
       with contextlib.suppress(OSError):
         self._file.unlink(missing_ok=True)
     os._exit(code)  # threads of the collectives may never end
 
 
 def _is_lost_peer(error: Exception) -> bool:
-  """Whether a collective failed because another process is gone."""
+  """Returns whether a collective failed because another process ended."""
   return isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)) is not None
 
 
 def _describe_error(error: Exception) -> str:
-  """What the users of all processes are shown."""
+  """Returns the message that all processes print; for a defect, the traceback."""
   if isinstance(error, UserError):
     return str(error)
   if _is_lost_peer(error):

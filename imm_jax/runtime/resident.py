@@ -1,28 +1,28 @@
-"""The memory that this process holds: how much at most, and giving back what it does not need."""
+"""Measures the resident memory of this process, and returns freed memory to the system."""
 
 import contextlib
 import ctypes
 from pathlib import Path
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak() -> bool:
-  """Has `read_peak` count from now; False where the system does not do that (it is Linux that does)."""
+  """Makes `read_peak` count from now on; returns False if the system cannot do that (only Linux can)."""
   try:
-    _CLEAR.write_text("5")
+    _CLEAR_REFS.write_text("5")
   except OSError:
     return False
   return True
 
 
 def read_peak() -> float:
-  """The most GiB that lay in this machine's memory since `reset_peak`, of whatever the process had mapped."""
+  """Returns the peak resident memory since `reset_peak`, in GiB."""
   return _read_status("VmHWM") / 2**20
 
 
 def read_current() -> int:
-  """Bytes that lie in this machine's memory; 0 where the system does not say."""
+  """Returns the resident memory now, in bytes; 0 if the system does not report it."""
   try:
     return 1024 * _read_status("VmRSS")
   except OSError:
@@ -34,7 +34,9 @@ def _read_status(name: str) -> int:
 
 
 def release_freed() -> None:
-  """Gives back what was freed: glibc keeps arrays of up to 32 MiB for the next of their size, and most weights of a
-  layer are no larger."""
-  with contextlib.suppress(AttributeError, OSError):  # another libc
+  """Returns freed memory to the system.
+
+  glibc keeps freed arrays of up to 32 MiB for reuse, and most weight matrices of a layer are no larger.
+  """
+  with contextlib.suppress(AttributeError, OSError):  # other libraries than glibc
     ctypes.CDLL(None).malloc_trim(0)

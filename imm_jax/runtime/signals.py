@@ -1,8 +1,9 @@
-"""SIGTERM and Ctrl-C, answered within seconds whatever a command is doing.
+"""Ends the process within seconds after SIGTERM or Ctrl-C, whatever a command is doing.
 
-Both raise an exception in the main thread, which ends servers and worker processes on its way out. Where it comes in a
-callback of the interpreter, which loses it, it comes again. A thread watches, for Python's handlers wait as long as the
-main thread compiles or computes: what has not ended after `GRACE_S`, or is told a second time, is ended at once.
+Both signals raise an exception in the main thread, which ends servers and worker processes while it unwinds. If it is
+raised in a callback whose exceptions the interpreter drops, the signal is sent again. Python only runs handlers when
+the main thread returns from compiled code, so a second thread watches: a process that has not ended after `GRACE_S`, or
+gets a second signal, is ended at once.
 """
 
 import atexit
@@ -18,10 +19,10 @@ from collections.abc import Callable, Iterator
 from imm_jax.errors import PreemptedError
 
 GRACE_S = 15.0
-# For what is said and written before a process is ended at once: a pipe or a file system may block for ever.
+# Time limit for the last writes before a process is ended at once, since a pipe or a file system may block for ever.
 _LAST_CALLS_S = 2.0
-# `timeout` and others send the same signal to a process and to its group.
-_SAME_S = 1.0
+# Signals within this time count as one: `timeout` and others send the same signal to a process and to its group.
+_SAME_SIGNAL_S = 1.0
 RESUME_HINT = "the same command goes on after what was finished"
 _last_calls: list[Callable[[str], None]] = []
 _stop_requested = threading.Event()
@@ -30,20 +31,20 @@ _saving = threading.Event()
 
 
 def install_handlers() -> None:
-  """Has this process end by SIGTERM or Ctrl-C as described above, from here on; the main thread calls it once."""
-  if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
+  """Installs the handlers of SIGTERM and Ctrl-C that the module describes; call it once, in the main thread."""
+  if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
     return
   read, write = os.pipe()
   os.set_blocking(write, False)
   signal.set_wakeup_fd(write, warn_on_full_buffer=False)
   signal.signal(signal.SIGTERM, _stop)
-  plain = sys.unraisablehook
+  original = sys.unraisablehook
 
-  def hook(lost: "sys.UnraisableHookArgs") -> None:
-    if isinstance(lost.exc_value, PreemptedError | KeyboardInterrupt):
+  def hook(dropped: "sys.UnraisableHookArgs") -> None:
+    if isinstance(dropped.exc_value, PreemptedError | KeyboardInterrupt):
       _interrupt_lost.set()
     else:
-      plain(lost)
+      original(dropped)
 
   sys.unraisablehook = hook
   threading.Thread(target=_watch, args=(read,), daemon=True).start()
@@ -52,7 +53,7 @@ def install_handlers() -> None:
 
 @contextlib.contextmanager
 def saving() -> Iterator[None]:
-  """For the length of a block, SIGTERM may take longer: a state is being saved."""
+  """Suspends the time limit after SIGTERM for the length of a block that saves a training state."""
   _saving.set()
   try:
     yield
@@ -61,17 +62,17 @@ def saving() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def before_forced_end(do: Callable[[str], None]) -> Iterator[None]:
-  """For the length of a block: has `do` called, with the reason, before the process is ended at once."""
-  _last_calls.append(do)
+def before_forced_end(callback: Callable[[str], None]) -> Iterator[None]:
+  """Registers, for the length of a block, a callback that gets the reason before the process is ended at once."""
+  _last_calls.append(callback)
   try:
     yield
   finally:
-    _last_calls.remove(do)
+    _last_calls.remove(callback)
 
 
 def _ignore_repeated() -> None:
-  """Keeps a second SIGTERM from taking the place of the exit code while Python ends: it restores the default action."""
+  """Ignores SIGTERM while Python ends: it restores the default action, which would replace the exit code."""
   if _stop_requested.is_set():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -83,46 +84,46 @@ def _stop(*_: object) -> None:
 
 
 def _watch(read: int) -> None:
-  first, since, code, again = 0.0, 0.0, 0, 0
+  first, grace_start, code, num_resent = 0.0, 0.0, 0, 0
   while True:
     ready, _, _ = select.select([read], [], [], 0.2 if first else None)
     now = time.monotonic()
     for number in os.read(read, 64) if ready else b"":
       if number not in (signal.SIGTERM, signal.SIGINT):
         continue
-      if again:
-        again -= 1
+      if num_resent:
+        num_resent -= 1
       elif not first:
-        first, since, code = now, now, 128 + number
+        first, grace_start, code = now, now, 128 + number
         if number == signal.SIGTERM:
-          how = "what is under way is finished or saved first" if _saving.is_set() else RESUME_HINT
-          # In a thread of its own: where stderr blocks, this one has to go on.
-          threading.Thread(target=_say, args=(f"SIGTERM: stopping; {how}",), daemon=True).start()
-      elif now - first > _SAME_S:
+          hint = "what is under way is finished or saved first" if _saving.is_set() else RESUME_HINT
+          # Printed in another thread, because this one has to go on if stderr blocks.
+          threading.Thread(target=_print, args=(f"SIGTERM: stopping; {hint}",), daemon=True).start()
+      elif now - first > _SAME_SIGNAL_S:
         _end(f"told to stop a second time; {RESUME_HINT}", 128 + number)
     if _interrupt_lost.is_set():
       _interrupt_lost.clear()
-      if code:  # else an interrupt that no signal has brought, of which there is nothing to send again
+      if code:  # without a signal, the interrupt came from elsewhere and there is nothing to send again
         _stop_requested.clear()
-        again += 1
+        num_resent += 1
         signal.pthread_kill(threading.main_thread().ident, code - 128)
     if first and _saving.is_set() and code == 128 + signal.SIGTERM:
-      since = now
-    if first and now - since > GRACE_S:
+      grace_start = now
+    if first and now - grace_start > GRACE_S:
       _end(f"told to stop, and ended while it was busy; {RESUME_HINT}", code)
 
 
-def _end(why: str, code: int) -> None:
-  late = threading.Timer(_LAST_CALLS_S, os._exit, (code,))
-  late.daemon = True
-  late.start()
-  for do in _last_calls:
+def _end(reason: str, code: int) -> None:
+  timer = threading.Timer(_LAST_CALLS_S, os._exit, (code,))
+  timer.daemon = True
+  timer.start()
+  for callback in _last_calls:
     with contextlib.suppress(Exception):
-      do(why)
-  _say(why)
+      callback(reason)
+  _print(reason)
   os._exit(code)
 
 
-def _say(line: str) -> None:
-  with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+def _print(line: str) -> None:
+  with contextlib.suppress(OSError, ValueError):  # stderr is a pipe without a reader, or closed
     print(f"\n{line}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The devices of a run, and who has them."""
+"""Chooses the mesh of a run, and hands accelerators over between training and vLLM's server."""
 
 import contextlib
 import functools
@@ -25,7 +25,11 @@ _POLL_S = 0.2
 
 
 def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
-  """The devices of a run."""
+  """Returns the mesh over all devices that the config describes.
+
+  Raises:
+    UserError: when it does not fit the devices.
+  """
   return sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor,
                             hidden_size=_hidden_size(config.model))
 
@@ -36,38 +40,38 @@ def _hidden_size(model: str) -> int:
 
 
 def starts_server(config: ml_collections.ConfigDict) -> bool:
-  """Whether stages start a vLLM server of their own, which takes this machine's accelerators while it samples."""
+  """Returns whether stages start a vLLM server, which takes this machine's accelerators while it samples."""
   return config.sampler.kind == "vllm" and not config.sampler.vllm.urls
 
 
 def reserve_accelerators(config: ml_collections.ConfigDict) -> None:
-  """Keeps this process on the CPU, before its first use of jax, where accelerators go from hand to hand.
+  """Keeps this process on the CPU if stages start a vLLM server; call it before the first use of jax.
 
-  A process has their memory from its first use of jax until it ends. So none that lasts touches them: `call` trains in
-  a process of its own, and vLLM's server is one.
+  A process holds the accelerators' memory from its first use of jax until it ends. So only processes that last for one
+  stage use them: the one that `call` starts, and vLLM's server.
   """
   if starts_server(config):
     jax.config.update("jax_platforms", "cpu")
 
 
 def call(config: ml_collections.ConfigDict, function: Callable[..., Any], *args: Any) -> Any:
-  """`function(*args)` with the accelerators of this machine: here, or in a process that gives them back by its end.
+  """Calls `function(*args)` with the machine's accelerators: in this process, or in one that ends with the call.
 
   Args:
-    config: of the run.
-    function: of a module; it, its arguments and its result go to and from the process.
-    *args: of it.
+    config: settings of the run; they decide which of the two (see `reserve_accelerators`).
+    function: a module's function; it, its arguments and its result must be picklable, to reach another process.
+    *args: its arguments.
 
   Raises:
-    PreemptedError: after SIGTERM, which is passed on.
-    UserError: when the process was killed.
+    PreemptedError: after SIGTERM, which is passed on to the process.
+    ResourceError: when the process was killed.
   """
   if not starts_server(config):
     return function(*args)
-  context = multiprocessing.get_context("spawn")  # a fork would share this process's jax
+  context = multiprocessing.get_context("spawn")  # a forked process would share this one's jax
   with preemption.watch() as stop_requested, futures.ProcessPoolExecutor(
-      1, context, _begin, (runlog.current_file(),)) as pool:
-    with _blocking_interrupts():  # Ctrl-C is this process's to handle; the other one inherits that
+      1, context, _initialize, (runlog.current_file(),)) as pool:
+    with _blocking_interrupts():  # Ctrl-C is handled by this process alone; the other inherits the blocked signal
       started = pool.submit(os.getpid)
     process, passed_on = None, False
     try:
@@ -79,7 +83,7 @@ def call(config: ml_collections.ConfigDict, function: Callable[..., Any], *args:
           passed_on = True
       return running.result()
     except KeyboardInterrupt:
-      if process:  # one that only starts soon ends by itself
+      if process:  # a process that is still starting ends by itself
         os.kill(process, signal.SIGKILL)
       raise
     except futures.process.BrokenProcessPool as e:
@@ -91,7 +95,7 @@ def call(config: ml_collections.ConfigDict, function: Callable[..., Any], *args:
 
 @contextlib.contextmanager
 def _blocking_interrupts() -> Iterator[None]:
-  """For the length of a block Ctrl-C waits; a process that is started in it never gets one."""
+  """Delays Ctrl-C for the length of a block; a process that is started in the block never gets it."""
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   try:
     yield
@@ -99,19 +103,24 @@ def _blocking_interrupts() -> Iterator[None]:
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin(log: Path | None) -> None:
-  """Has this process write to its parent's log, and end when that is gone, which may have been killed."""
+def _initialize(log: Path | None) -> None:
+  """Makes a child process append to its parent's log, and end when the parent does, which may have been killed."""
 
-  def watch() -> None:
+  def end_with_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
 
   runlog.follow(log)
-  threading.Thread(target=watch, daemon=True).start()
+  threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def describe_devices(config: ml_collections.ConfigDict) -> tuple[str, list[str]]:
-  """(platform, kind of each device); raises UserError where the config's mesh does not fit them."""
+  """Returns the platform (`cpu`, `gpu`, `tpu`) and jax's name of each device's kind, after a check of the mesh.
+
+  Raises:
+    UserError: when the config's mesh does not fit the devices.
+    ResourceError: when there is no platform that JAX_PLATFORMS names.
+  """
   with hardware.explain_missing_platform():
     mesh_of(config)
   return jax.default_backend(), [d.device_kind for d in jax.devices()]

@@ -1,4 +1,4 @@
-"""SIGTERM, with which machines are taken back (spot VMs, Slurm, Kubernetes, Cloud TPU): save, then stop."""
+"""Handles SIGTERM in training, which machines get before they are taken away (spot VMs, Slurm, Kubernetes, TPUs)."""
 
 import contextlib
 import signal
@@ -14,12 +14,12 @@ from imm_jax.runtime import signals
 
 @contextlib.contextmanager
 def watch() -> Iterator[threading.Event]:
-  """For the length of a block, SIGTERM does not end the process but sets the event.
+  """Makes SIGTERM, for the length of a block, set the event that is yielded in place of ending the process.
 
-  One that comes too late for the block to stop is answered at its end, as it was before.
+  If the block ends without having stopped for it, the previous handler gets the signal then.
   """
   stop_requested = threading.Event()
-  if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+  if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
     yield stop_requested
     return
   before = signal.signal(signal.SIGTERM, lambda *_: stop_requested.set())
@@ -33,7 +33,7 @@ def watch() -> Iterator[threading.Event]:
 
 
 def agree_to_stop(stop_requested: threading.Event) -> bool:
-  """Whether any process of the run was told to stop; all of them must ask at the same step, and get the same answer."""
+  """Returns whether any process of the run was told to stop; all processes must call it at the same step."""
   if jax.process_count() == 1:
     return stop_requested.is_set()
   return bool(multihost_utils.process_allgather(np.int32(stop_requested.is_set())).any())

@@ -14,7 +14,7 @@ from tests import REPO
 def test_auto_is_float32_where_the_cpu_has_no_products_of_bfloat16(
     flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
   (tmp_path / "cpuinfo").write_text(f"model name : some\n{flags}\n\nprocessor : 1\n")
-  monkeypatch.setattr(hardware, "_CPU", tmp_path / "cpuinfo")
+  monkeypatch.setattr(hardware, "_CPUINFO", tmp_path / "cpuinfo")
   hardware.cpu_has_bfloat16.cache_clear()
   hardware.print_once.cache_clear()
   has = "bf16" in flags
