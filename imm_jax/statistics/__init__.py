@@ -1,1 +1,1 @@
-"""Accuracies with intervals, and paired comparisons of models on the same questions."""
+"""Statistics: accuracies with confidence intervals, and paired comparisons of models on the same questions."""

@@ -1,4 +1,4 @@
-"""The answers of two models on disk, paired by question: which of the differences between their scores are real."""
+"""Compares the answers of two models on disk, question by question, and tests which differences are real."""
 
 import functools
 import json
@@ -12,21 +12,22 @@ from imm_jax.errors import UserError, join_items
 from imm_jax.statistics import comparison
 from imm_jax.statistics.comparison import Paired
 
-# Fields of a row that score its question. A rate has the field that it is per: row[nats] / row[bytes], weighted with
-# row[bytes], so that a mean over texts is that of all their bytes; tokens would be other ones with another tokenizer.
+# Fields of a row that hold a score of its question, each with the field that it is divided by, if it is a rate. A rate,
+# row["nats"] / row["bytes"], is weighted with row["bytes"], so that a mean over texts is the rate of all their bytes.
+# It is per byte because another tokenizer has other tokens.
 METRICS: Mapping[str, str | None] = {"correct": None, "correct_norm": None, "nats": "bytes"}
-# Ids of questions in a message.
-_MOST = 3
+# Number of question ids that a message lists.
+_MAX_IDS = 3
 
 
 class Answers(NamedTuple):
-  """The answers of a model to the questions of a task, by question id.
+  """The scores of a model's answers to the questions of a task.
 
   Attributes:
-    path: where they were read.
-    fingerprints: of each question a fingerprint of its text and its gold answer.
-    scores: by metric, the score of each.
-    weights: by metric whose scores are rates, the weight of each.
+    path: the file.
+    fingerprints: by question id, a hash of the question and its gold answer.
+    scores: by metric and question id, the score.
+    weights: by metric, if it is a rate, and question id, the weight.
   """
 
   path: Path
@@ -36,13 +37,13 @@ class Answers(NamedTuple):
 
 
 class Line(NamedTuple):
-  """A difference between two models.
+  """The difference between two models on a task; a line of the table.
 
   Attributes:
-    task: on which.
+    task: name of the task.
     metric: a key of METRICS.
-    paired: the difference.
-    p: corrected by Holm over the lines of the comparison.
+    paired: scores of both models, their difference and its interval.
+    p: p-value, corrected by Holm's method over the lines of the comparison.
   """
 
   task: str
@@ -52,21 +53,21 @@ class Line(NamedTuple):
 
   @property
   def label(self) -> str:
-    """The task, and the metric where it is not the usual one."""
+    """Returns the task, and the metric unless it is `correct`."""
     return self.task if self.metric == "correct" else f"{self.task}, {_describe_metric(self.metric)}"
 
   @property
   def real(self) -> bool:
-    """Whether the corrected p is below 0.05."""
+    """Returns whether the corrected p-value is below 0.05."""
     return comparison.is_real(self.p)
 
 
 class Comparison(NamedTuple):
-  """Two models on the tasks that both have answers to.
+  """The differences between two models on the tasks that both have answered.
 
   Attributes:
-    lines: a line for each task and metric.
-    notes: what was not compared and why, a line each.
+    lines: the difference on each task in each metric.
+    notes: what was not compared, with the reason, a line each.
   """
 
   lines: tuple[Line, ...]
@@ -74,25 +75,28 @@ class Comparison(NamedTuple):
 
 
 def read_folder(folder: Path) -> dict[str, Answers]:
-  """Reads the answers of a model, by task: an --out of imm_jax.evaluate, or of a run such as RUN/round_0/eval/sft.
+  """Reads the answers of a model, by task.
+
+  Args:
+    folder: an --out of `imm evaluate`, or an eval folder of a run, such as RUN/round_0/eval/sft.
 
   Raises:
-    UserError: when there are none, and for a file that cannot be read.
+    UserError: when it holds no answers, or a file cannot be read.
   """
   paths = [path for path in sorted(folder.glob("*.jsonl")) if not path.stem.endswith("_samples")]
   below = sorted({str(path.parent) for path in folder.glob("**/eval/**/*.jsonl")}) if folder.is_dir() else []
-  if not paths or below:  # a run and its rounds hold other files, too
-    ours = f"one of {join_items(below)}" if below else "a folder such as RUN/base/eval or RUN/round_0/eval/sft"
-    raise UserError(f"{folder}: is no folder of answers (<task>.jsonl); expected an --out of imm_jax.evaluate, or of a "
-                    f"run {ours}")
+  if not paths or below:  # a run directory or a round, whose own jsonl files are not answers
+    choices = f"one of {join_items(below)}" if below else "a folder such as RUN/base/eval or RUN/round_0/eval/sft"
+    raise UserError(f"{folder}: is no folder of answers (<task>.jsonl); expected an --out of imm evaluate, or of a "
+                    f"run {choices}")
   return {path.stem: read_answers(path) for path in paths}
 
 
 def read_answers(path: Path) -> Answers:
-  """Reads <task>.jsonl; a file that has not changed since is not read again.
+  """Reads <task>.jsonl; a file that has not changed since the last call is not read again.
 
   Raises:
-    UserError: for a line that is no row of a question, one that has no score, and a question that stands there twice.
+    UserError: when a line is not the row of a question or has no score, or a question occurs twice.
   """
   stat = path.stat()
   return _read(path, stat.st_mtime_ns, stat.st_size)
@@ -103,38 +107,38 @@ def _read(path: Path, *_: int) -> Answers:
   rows = files.read_jsonl(path, {"id": str})
   if not rows:
     raise UserError(f"{path}: holds no answer")
-  asked = {row["id"]: hash(repr((row.get("question"), row.get("gold")))) for row in rows}
-  if len(asked) < len(rows):
+  fingerprints = {row["id"]: hash(repr((row.get("question"), row.get("gold")))) for row in rows}
+  if len(fingerprints) < len(rows):
     ids = [row["id"] for row in rows]
     raise UserError(f"{path}: question {next(id_ for id_ in ids if ids.count(id_) > 1)} stands in it twice")
   metrics = [metric for metric in METRICS if metric in rows[0]]
   if not metrics:
     raise UserError(f"{path}:1: holds no score; expected one of {', '.join(METRICS)}")
-  found = Answers(path, asked, {metric: {} for metric in metrics}, {m: {} for m in metrics if METRICS[m]})
+  answers = Answers(path, fingerprints, {metric: {} for metric in metrics}, {m: {} for m in metrics if METRICS[m]})
   for number, row in enumerate(rows, 1):
     for metric in metrics:
-      per = METRICS[metric]
-      for field, least in ((metric, -math.inf), *([(per, 0)] if per else [])):
-        if not isinstance(row.get(field), int | float) or not least < row[field] < math.inf:
+      divisor = METRICS[metric]
+      for field, minimum in ((metric, -math.inf), *([(divisor, 0)] if divisor else [])):
+        if not isinstance(row.get(field), int | float) or not minimum < row[field] < math.inf:
           raise UserError(f"{path}:{number}: {field!r} is missing or no number that can be compared")
-      found.scores[metric][row["id"]] = row[metric] / row[per] if per else float(row[metric])
-      if per:
-        found.weights[metric][row["id"]] = float(row[per])
-  return found
+      answers.scores[metric][row["id"]] = row[metric] / row[divisor] if divisor else float(row[metric])
+      if divisor:
+        answers.weights[metric][row["id"]] = float(row[divisor])
+  return answers
 
 
 def compare(first: Mapping[str, Answers], second: Mapping[str, Answers], *, pooled: Mapping[str, Sequence[str]] = {},
             ) -> Comparison:
-  """Compares two models task by task, on the questions that both answered; p is corrected over all lines.
+  """Compares two models task by task, on the questions that both answered; p-values are corrected over all lines.
 
   Args:
-    first: answers by task.
-    second: of the other model.
-    pooled: further lines, by name: tasks whose questions are taken together.
+    first: answers of one model, by task.
+    second: answers of the other model, by task.
+    pooled: names of further lines, each with the tasks whose questions it pools.
 
   Raises:
-    UserError: when they share no task, and where a question of one name is not the same question, or no question of a
-      task is shared.
+    UserError: when the models share no task, a task has no question that both answered, or a question's text or gold
+      answer differs between them.
   """
   shared = [task for task in first if task in second]
   if not shared:
@@ -142,51 +146,52 @@ def compare(first: Mapping[str, Answers], second: Mapping[str, Answers], *, pool
                     f"{_folder(second)} has {join_items(list(second))}")
   notes = [f"not compared, for {_folder(b)} has no answers to it: {task}"
            for a, b in ((first, second), (second, first)) for task in a if task not in b]
-  ids = {}
+  ids_by_task = {}
   for task in shared:
-    ids[task], note = _match_questions(first[task], second[task])
+    ids_by_task[task], note = _match_questions(first[task], second[task])
     notes += [f"{task}: {note}"] * bool(note)
-  found = []
+  differences = []
   for name, tasks in ({task: [task] for task in shared} | dict(pooled)).items():
     for metric in METRICS:
-      parts = [(first[t], second[t], ids[t]) for t in tasks if t in ids]
+      parts = [(first[t], second[t], ids_by_task[t]) for t in tasks if t in ids_by_task]
       parts = [part for part in parts if metric in part[0].scores and metric in part[1].scores]
-      if parts and (name in ids or len(parts) > 1):
-        found.append((name, metric, _compare_metric(parts, metric)))
-  corrected = comparison.holm([paired.p for *_, paired in found])
-  return Comparison(tuple(Line(*line, p) for line, p in zip(found, corrected, strict=True)), tuple(notes))
+      if parts and (name in ids_by_task or len(parts) > 1):
+        differences.append((name, metric, _compare_metric(parts, metric)))
+  corrected = comparison.holm([paired.p for *_, paired in differences])
+  return Comparison(tuple(Line(*line, p) for line, p in zip(differences, corrected, strict=True)), tuple(notes))
 
 
 def _match_questions(first: Answers, second: Answers) -> tuple[list[str], str]:
-  """The ids of the questions that both answered, and what to say where these are not all."""
+  """Returns the ids of the questions that both answered, and a note if these are not all of them."""
   ids = [id_ for id_ in first.fingerprints if id_ in second.fingerprints]
-  where = f"{first.path} and {second.path}"
+  paths = f"{first.path} and {second.path}"
   if not ids:
     counts = (f"{len(ids)} ({_list_some(list(ids))})" for ids in (first.fingerprints, second.fingerprints))
-    raise UserError(f"{where}: share no question; the first has {next(counts)}, the second {next(counts)}")
-  others = [id_ for id_ in ids if first.fingerprints[id_] != second.fingerprints[id_]]
-  if others:
-    raise UserError(f"{where}: of {len(ids)} shared ids {len(others)} have another question or another gold answer in "
-                    f"the other ({_list_some(others)}), so these are not the same questions")
-  alone = [(answers, [id_ for id_ in answers.fingerprints if id_ not in other.fingerprints])
-           for answers, other in ((first, second), (second, first))]
-  said = [f"{answers.path} alone has {len(more)} ({_list_some(more)})" for answers, more in alone if more]
-  return ids, f"compared on the {len(ids)} questions that both answered; {'; '.join(said)}" if said else ""
+    raise UserError(f"{paths}: share no question; the first has {next(counts)}, the second {next(counts)}")
+  differing = [id_ for id_ in ids if first.fingerprints[id_] != second.fingerprints[id_]]
+  if differing:
+    raise UserError(f"{paths}: of {len(ids)} shared ids {len(differing)} have another question or another gold answer "
+                    f"in the other ({_list_some(differing)}), so these are not the same questions")
+  unshared = [(answers, [id_ for id_ in answers.fingerprints if id_ not in other.fingerprints])
+              for answers, other in ((first, second), (second, first))]
+  notes = [f"{answers.path} alone has {len(more)} ({_list_some(more)})" for answers, more in unshared if more]
+  return ids, f"compared on the {len(ids)} questions that both answered; {'; '.join(notes)}" if notes else ""
 
 
 def _compare_metric(parts: Sequence[tuple[Answers, Answers, Sequence[str]]], metric: str) -> Paired:
   weights = None
-  if per := METRICS[metric]:
-    weights, others = ([answers[i].weights[metric][id_] for *answers, ids in parts for id_ in ids] for i in (0, 1))
-    if weights != others:
-      raise UserError(f"{parts[0][0].path} and {parts[0][1].path}: their {per} differ, as of other texts, so "
+  if divisor := METRICS[metric]:
+    weights, other_weights = ([answers[i].weights[metric][id_] for *answers, ids in parts for id_ in ids]
+                              for i in (0, 1))
+    if weights != other_weights:
+      raise UserError(f"{parts[0][0].path} and {parts[0][1].path}: their {divisor} differ, as of other texts, so "
                       f"{_describe_metric(metric)} are not to be compared")
   return comparison.compare_paired(*([answers[i].scores[metric][id_] for *answers, ids in parts for id_ in ids]
                                      for i in (0, 1)), weights)
 
 
 def _describe_metric(metric: str) -> str:
-  """A metric in words.
+  """Names a metric for the user.
 
   >>> _describe_metric("nats"), _describe_metric("correct_norm")
   ('nats per bytes', 'correct_norm')
@@ -199,62 +204,76 @@ def _folder(answers: Mapping[str, Answers]) -> str:
 
 
 def _list_some(ids: Sequence[str]) -> str:
-  return ", ".join(ids[:_MOST]) + (f" and {len(ids) - _MOST} more" if len(ids) > _MOST else "")
+  return ", ".join(ids[:_MAX_IDS]) + (f" and {len(ids) - _MAX_IDS} more" if len(ids) > _MAX_IDS else "")
 
 
-def format_table(found: Comparison, this: Path, other: Path) -> str:
-  """A comparison as lines for the terminal."""
+def format_table(result: Comparison, this: Path, other: Path) -> str:
+  """Formats the comparison of two folders as a table for the terminal, with its notes below."""
   head = ["", "n", "this", "other", "difference", "only this", "only other", "p", "p (Holm)", "real at 5 %"]
   rows = [[line.label, str(d.n), f"{d.first:.3f}", f"{d.second:.3f}", f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]",
            *("" if count is None else str(count) for count in (d.wins, d.losses)), f"{d.p:.2g}", f"{line.p:.2g}",
-           "yes" if line.real else "no"] for line in found.lines for d in (line.paired,)]
+           "yes" if line.real else "no"] for line in result.lines for d in (line.paired,)]
   widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
   text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
           for row in (head, *rows)]
   tests = "McNemar's (mid-p)"
-  if any(line.paired.wins is None for line in found.lines):
+  if any(line.paired.wins is None for line in result.lines):
     tests += ", of scores that are not 0 or 1 a randomisation test's"
   return "\n".join([f"{this} against {other}, on the same questions; brackets are 95 % intervals (paired bootstrap), p "
-                    f"is {tests}, corrected by Holm over the {len(rows)} lines", *text, *found.notes])
+                    f"is {tests}, corrected by Holm over the {len(rows)} lines", *text, *result.notes])
 
 
-def to_json(found: Comparison, other: Path) -> dict[str, Any]:
-  """A comparison as JSON."""
+def to_json(result: Comparison, other: Path) -> dict[str, Any]:
+  """Returns a comparison with the folder `other` in JSON types."""
   return {"against": str(other), "tests": [
       {"task": line.task, "metric": line.metric, "n": d.n, "this": d.first, "other": d.second, "difference": d.value,
        "low": d.low, "high": d.high, "only_this": d.wins, "only_other": d.losses, "p": d.p, "p_holm": line.p,
-       "real": line.real} for line in found.lines for d in (line.paired,)], "notes": list(found.notes)}
+       "real": line.real} for line in result.lines for d in (line.paired,)], "notes": list(result.notes)}
 
 
 def read_protocols(folder: Path) -> dict[str, str]:
-  """How the answers in a folder were asked for, by task, as scores.json beside them or their run's run.json says."""
+  """Describes how the questions of a folder's answers were asked, by task.
+
+  The source is scores.json beside the answers, or run.json of their run.
+  """
   if (folder / "scores.json").is_file():
-    told = files.read_json(folder / "scores.json")
+    facts = files.read_json(folder / "scores.json")
   else:
     run = next((above for above in folder.parents if (above / "run.json").is_file()), None)
     stages = files.read_json(run / "run.json").get("stages", {}) if run else {}
-    told = stages.get(str(folder.relative_to(run)), {}).get("facts", {}) if run else {}
-  return {task: _describe_protocol(how) for task, how in told.get("protocol", {}).items()}
+    facts = stages.get(str(folder.relative_to(run)), {}).get("facts", {}) if run else {}
+  return {task: _describe_protocol(protocol) for task, protocol in facts.get("protocol", {}).items()}
 
 
-def _describe_protocol(how: Mapping[str, Any]) -> str:
-  """Describes how a task was asked, as `evaluating.describe` recorded it; older records say less."""
-  parts = [f"protocol {how['name']} with worked examples: {how['shots']}", *["chat template"] * bool(how.get("chat")),
-           *(f"{text} {how[key]!r}" for key, text in (
-               ("header", "header"), ("stop", "stop"), ("max_new_tokens", "at most so many tokens:")) if key in how)]
+def _describe_protocol(protocol: Mapping[str, Any]) -> str:
+  """Describes a protocol as `evaluating.describe` recorded it; records of older versions have fewer keys."""
+  parts = [f"protocol {protocol['name']} with worked examples: {protocol['shots']}",
+           *["chat template"] * bool(protocol.get("chat")),
+           *(f"{text} {protocol[key]!r}" for key, text in (
+               ("header", "header"), ("stop", "stop"), ("max_new_tokens", "at most so many tokens:"))
+             if key in protocol)]
   return ", ".join(parts)
 
 
 def report(this: Path, others: Mapping[Path, Mapping[str, Answers]], out: Path | None) -> None:
-  """Prints a table of a folder's answers against those of each other, and writes them to a JSON file."""
-  answers = read_folder(this)
-  found, ours = {other: compare(answers, given) for other, given in others.items()}, read_protocols(this)
-  for other, of in found.items():
-    theirs = read_protocols(other)
-    found[other] = of._replace(notes=(*of.notes, *(
-        f"{task}: asked in other ways, this {ours[task]}; other {theirs[task]}"
-        for task in ours if task in theirs and ours[task] != theirs[task])))
+  """Compares a folder's answers with those of other folders; prints the tables and writes the tests to a JSON file.
+
+  Args:
+    this: the folder.
+    others: answers by task of each other folder.
+    out: the JSON file, or None to write none.
+
+  Raises:
+    UserError: as `read_folder` and `compare`.
+  """
+  answers, results = read_folder(this), {}
+  protocols = read_protocols(this)
+  for other, other_answers in others.items():
+    result, other_protocols = compare(answers, other_answers), read_protocols(other)
+    results[other] = result._replace(notes=(*result.notes, *(
+        f"{task}: asked in other ways, this {protocols[task]}; other {other_protocols[task]}"
+        for task in protocols if task in other_protocols and protocols[task] != other_protocols[task])))
   if out:
-    files.write_text(out, json.dumps([to_json(of, other) for other, of in found.items()], indent=1) + "\n")
-  for other, of in found.items():
-    print(f"\n{format_table(of, this, other)}")
+    files.write_text(out, json.dumps([to_json(result, other) for other, result in results.items()], indent=1) + "\n")
+  for other, result in results.items():
+    print(f"\n{format_table(result, this, other)}")

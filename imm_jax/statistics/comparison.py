@@ -1,7 +1,7 @@
-"""Whether a difference between two models that answered the same questions is real: the paired statistics.
+"""Tests whether the difference between two models that answered the same questions is real: paired statistics.
 
-Two models find the same questions hard, so the noise of which questions were asked is common to both, and a comparison
-question by question sees differences that two separate intervals hide.
+Models find the same questions hard, so the noise from the choice of questions is common to both. A comparison question
+by question therefore detects differences that two separate confidence intervals hide.
 """
 
 import functools
@@ -11,25 +11,25 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-LEVEL = 0.05  # p below it is called real, once it is corrected
+LEVEL = 0.05  # a difference is called real if its corrected p-value is below
 RESAMPLES = 10_000
 _SEED = 0
-_CHUNK = 4_000_000  # draws that are held at a time
+_CHUNK = 4_000_000  # random draws that are in memory at a time
 
 
 class Paired(NamedTuple):
-  """Two models on the same questions.
+  """The scores of two models on the same questions, and their difference.
 
   Attributes:
-    first: mean score of the first.
-    second: of the second.
-    value: first - second.
+    first: mean score of the first model.
+    second: mean score of the second model.
+    value: the difference, first - second.
     n: number of questions.
     low: lower end of the difference's 95 % interval.
-    high: upper end.
-    wins: questions that the first alone has right; None for scores that are not 0 or 1.
-    losses: questions that the second alone has right; likewise.
-    p: of the hypothesis that neither is better, two-sided.
+    high: upper end of that interval.
+    wins: number of questions that only the first model has right; None for scores that are not 0 or 1.
+    losses: number of questions that only the second model has right; None likewise.
+    p: two-sided p-value of the hypothesis that neither model is better.
   """
 
   first: float
@@ -47,25 +47,26 @@ def compare_paired(first: ArrayLike, second: ArrayLike, weights: ArrayLike | Non
   """Compares the scores of two models, question by question.
 
   The interval is the percentile interval of the paired bootstrap (B. Efron and R. Tibshirani, "An Introduction to the
-  Bootstrap", 1993, chapter 13) from 10,000 resamples of the questions; the same scores give the same interval. Where
-  all questions have one and the same difference every resample has it, too. The interval of 0/1 scores then allows for
-  other outcomes: none in n says that their probability is 1 - 0.05^(1/n) at most (J. Hanley and A. Lippman-Hand, "If
-  nothing goes wrong, is everything all right?", JAMA 249, 1983).
+  Bootstrap", 1993, chapter 13) from 10,000 resamples of the questions, drawn with a fixed seed. If the difference is
+  the same on all questions, so it is in every resample. The interval of 0/1 scores then allows for outcomes that were
+  not observed: none in n questions means that their probability is at most 1 - 0.05^(1/n) (J. Hanley and A.
+  Lippman-Hand, "If nothing goes wrong, is everything all right?", JAMA 249, 1983).
 
-  p is McNemar's for 0/1 scores (`mcnemar`). For others it is that of the randomisation test that swaps the models on
-  any of the questions (E. Noreen, "Computer-Intensive Methods for Testing Hypotheses", 1989), from 10,000 draws and the
-  one seen (B. Phipson and G. Smyth, "Permutation P-values Should Never Be Zero", 2010), so 0.0001 at least.
+  The p-value of 0/1 scores is McNemar's (`mcnemar`). For other scores it is that of the randomisation test, which swaps
+  the models on a random subset of the questions (E. Noreen, "Computer-Intensive Methods for Testing Hypotheses", 1989),
+  from 10,000 draws and the observed one (B. Phipson and G. Smyth, "Permutation P-values Should Never Be Zero", 2010);
+  hence it is at least 0.0001.
 
   Args:
-    first: [n] scores of the first model, such as 0 and 1, or nats a token.
-    second: [n] scores of the second, of the same questions in the same order.
-    weights: [n] weights of the questions in both means, such as tokens, where scores are rates; all 1 without.
+    first: [n] scores of the first model, such as 0 and 1, or nats per token.
+    second: [n] scores of the second model on the same questions in the same order.
+    weights: [n] weights of the questions in both means, such as numbers of tokens if scores are rates; by default 1.
 
   Raises:
-    ValueError: for no question, lists of different lengths, numbers that are not finite, weights that are not positive.
+    ValueError: when there is no question, lengths differ, a number is not finite, or a weight is not positive.
 
-  >>> found = compare_paired([1, 1, 1, 1, 1, 0, 1, 0], [1, 0, 0, 0, 0, 0, 0, 0])
-  >>> found.value, found.wins, found.losses, found.p
+  >>> result = compare_paired([1, 1, 1, 1, 1, 0, 1, 0], [1, 0, 0, 0, 0, 0, 0, 0])
+  >>> result.value, result.wins, result.losses, result.p
   (0.625, 5, 0, 0.03125)
   """
   a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
@@ -85,15 +86,15 @@ def compare_paired(first: ArrayLike, second: ArrayLike, weights: ArrayLike | Non
   return Paired(*means, value, n, *_bootstrap_interval(change, w), None, None, _randomisation_p(change * w))
 
 
-@functools.lru_cache(maxsize=4096)  # a report of a run that goes on asks again after each stage
+@functools.lru_cache(maxsize=4096)  # the report of a run in progress computes the same ones after each stage
 def _multinomial_interval(wins: int, losses: int, n: int) -> tuple[float, float]:
-  """The interval of 0/1 scores: a resample's wins, losses and ties are a draw of the multinomial."""
+  """Returns the bootstrap interval of 0/1 scores, where the counts of a resample are a draw of the multinomial."""
   ties = n - wins - losses
   if n in (wins, losses, ties):
-    value, other = (wins - losses) / n, 1 - LEVEL**(1 / n)
-    return value - other * (value + 1), value + other * (1 - value)
-  drawn = np.random.default_rng(_SEED).multinomial(n, np.array([wins, losses, ties]) / n, size=RESAMPLES)
-  return _percentile_interval((drawn[:, 0] - drawn[:, 1]) / n)
+    value, unseen = (wins - losses) / n, 1 - LEVEL**(1 / n)
+    return value - unseen * (value + 1), value + unseen * (1 - value)
+  counts = np.random.default_rng(_SEED).multinomial(n, np.array([wins, losses, ties]) / n, size=RESAMPLES)
+  return _percentile_interval((counts[:, 0] - counts[:, 1]) / n)
 
 
 def _bootstrap_interval(change: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
@@ -110,74 +111,75 @@ def _percentile_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def _randomisation_p(change: np.ndarray) -> float:
-  """The share of ways to swap the models' scores on some questions, drawn, that give a sum as far from 0."""
+  """Returns the share of random swaps of the models' scores whose sum of differences is as far from 0."""
   rng, total, extreme = np.random.default_rng(_SEED), change.sum(), 1
-  seen = abs(total) - 1e-12 * np.abs(change).sum()  # what rounding makes of equal sums
+  threshold = abs(total) - 1e-12 * np.abs(change).sum()  # equal sums may differ by rounding
   for count in _chunk_sizes(change.size):
     kept = rng.integers(2, size=(count, change.size), dtype=np.int8).astype(np.float64)
-    extreme += int((np.abs(2 * (kept @ change) - total) >= seen).sum())
+    extreme += int((np.abs(2 * (kept @ change) - total) >= threshold).sum())
   return extreme / (RESAMPLES + 1)
 
 
 def _chunk_sizes(n: int) -> list[int]:
-  """How many of the resamples of n questions are drawn at a time."""
-  most = max(1, _CHUNK // n)
-  return [min(most, RESAMPLES - start) for start in range(0, RESAMPLES, most)]
+  """Returns how many resamples of n questions each chunk draws."""
+  size = max(1, _CHUNK // n)
+  return [min(size, RESAMPLES - start) for start in range(0, RESAMPLES, size)]
 
 
 @functools.lru_cache(maxsize=4096)
 def mcnemar(wins: int, losses: int) -> float:
-  """McNemar's test, mid-p, two-sided: whether two models that differ in so many verdicts are equally good.
+  """Returns the p-value of McNemar's test, two-sided, mid-p: whether two models are equally good.
 
-  Where they are, each question that one alone has right is either's with probability 1/2, so the fewer of the two
-  counts follows the binomial distribution (Q. McNemar, Psychometrika 12, 1947). Of what is as likely as the count
-  itself half counts: M. Fagerland, S. Lydersen and P. Laake, "The McNemar test for binary matched-pairs data: mid-p and
-  asymptotic are better than exact conditional", BMC Medical Research Methodology 13:91 (2013), recommend that for any
-  size: the exact conditional test is conservative, and this one kept its level in all 9595 cases that they counted out.
-  In whole numbers, rounded once.
+  If they are, a question that only one model has right is either model's with probability 1/2, so that the smaller of
+  the two counts follows the binomial distribution (Q. McNemar, Psychometrika 12, 1947). The mid-p value counts the
+  probability of the observed count half. M. Fagerland, S. Lydersen and P. Laake, "The McNemar test for binary
+  matched-pairs data: mid-p and asymptotic are better than exact conditional", BMC Medical Research Methodology 13:91
+  (2013), recommend it for any number of questions: the exact conditional test is conservative, and this one kept its
+  level in all 9595 cases that they computed. It is computed in integers and rounded once.
 
   Args:
-    wins: questions that the first model alone has right.
-    losses: questions that the second alone has right.
+    wins: number of questions that only the first model has right.
+    losses: number of questions that only the second model has right.
 
   Raises:
-    ValueError: for a negative count.
+    ValueError: when a count is negative.
 
   >>> round(mcnemar(1, 7), 3)  # the example of their table 1
   0.039
   """
   if min(wins, losses) < 0:
     raise ValueError(f"{wins} and {losses} questions: expected counts")
-  n, fewer = wins + losses, min(wins, losses)
-  term, below = 1, 0  # C(n, k), and the sum of those before it
-  for k in range(fewer):
+  n, smaller = wins + losses, min(wins, losses)
+  term, below = 1, 0  # C(n, k), and the sum of the previous ones
+  for k in range(smaller):
     below += term
     term = term * (n - k) // (k + 1)
   return (2 * below + term) / 2**n
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-  """Corrects the p of several tests, so that with all below 0.05 called real the chance that any is not is 5 % at most.
+  """Corrects the p-values of several tests by Holm's method.
 
-  S. Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6 (1979). It
-  holds however the tests depend on each other.
+  If the differences with a corrected p-value below 0.05 are called real, the probability that any of them is not is at
+  most 5 %, however the tests depend on each other (S. Holm, "A simple sequentially rejective multiple test procedure",
+  Scandinavian Journal of Statistics 6, 1979).
 
   Args:
-    ps: of each test.
+    ps: the p-values.
 
   Returns:
-    The corrected p of each, in the same order.
+    The corrected p-values, in the same order.
 
   >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
   [0.03, 0.06, 0.06]
   """
-  found, highest = [0.0] * len(ps), 0.0
+  corrected, highest = [0.0] * len(ps), 0.0
   for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
-    highest = found[i] = max(highest, min(1.0, (len(ps) - rank) * ps[i]))
-  return found
+    highest = corrected[i] = max(highest, min(1.0, (len(ps) - rank) * ps[i]))
+  return corrected
 
 
 def is_real(p: float) -> bool:
-  """Whether a difference with this p, corrected, is called real."""
+  """Returns whether a difference with this corrected p-value is called real."""
   return p < LEVEL
 

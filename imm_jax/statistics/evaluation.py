@@ -1,4 +1,4 @@
-"""Figures of merit with their uncertainty: accuracy, pass@k, majority vote."""
+"""Computes accuracy with confidence intervals, pass@k and the majority vote."""
 
 import collections
 import functools
@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 
 class Accuracy(NamedTuple):
-  """A share of right answers.
+  """The share of right answers, with its confidence interval.
 
   Attributes:
-    value: the share.
+    value: the share, from 0 to 1.
     n: number of questions.
     low: lower end of the 95 % interval.
-    high: upper end.
+    high: upper end of the interval.
   """
 
   value: float
@@ -24,7 +24,10 @@ class Accuracy(NamedTuple):
 
 
 def accuracy(correct: int, n: int) -> Accuracy:
-  """Accuracy with Wilson's 95 % interval (E. B. Wilson, JASA 22, 1927).
+  """Returns the accuracy of `correct` right answers to `n` questions, with Wilson's 95 % interval.
+
+  The interval is that of E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 22
+  (1927).
 
   Raises:
     ValueError: unless 0 <= correct <= n and n > 0.
@@ -38,12 +41,13 @@ def accuracy(correct: int, n: int) -> Accuracy:
 
 
 def mean(scores: Sequence[float]) -> Accuracy:
-  """The mean of a score in [0, 1] over the questions.
+  """Returns the mean of scores in [0, 1], one per question, with Wilson's 95 % interval.
 
-  Among all scores in [0, 1] with this mean those that are 0 or 1 vary most, so Wilson's interval covers any.
+  Among all scores in [0, 1] with the same mean, 0/1 scores have the largest variance, so that the interval is valid for
+  any such scores.
 
   Raises:
-    ValueError: without a score, or for one outside.
+    ValueError: when there is no score, or one is outside [0, 1].
 
   >>> [round(x, 3) for x in mean([0.5, 1.0, 0.9])]
   [0.8, 3, 0.288, 0.975]
@@ -58,20 +62,20 @@ def _wilson(p: float, n: int) -> Accuracy:
   z2n = z * z / n
   centre = (p + z2n / 2) / (1 + z2n)
   half = z * math.sqrt(p * (1 - p) / n + z2n / (4 * n)) / (1 + z2n)
-  # Rounding must not push an end past the value (0 or n correct).
+  # With 0 or n correct answers an end equals the value, and rounding must not push it past the value.
   return Accuracy(p, n, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)))
 
 
 def pass_at_k(num_samples: int, correct: int, k: int) -> float:
-  """1 - C(M - c, k) / C(M, k): the probability that of k samples, drawn from M of which c are right, one is right.
+  """Estimates pass@k = 1 - C(M - c, k) / C(M, k), the probability that at least one of k samples is right.
 
-  The unbiased estimator of M. Chen et al., "Evaluating Large Language Models Trained on Code" (2021), in whole numbers
-  and rounded once.
+  This is the unbiased estimator of M. Chen et al., "Evaluating Large Language Models Trained on Code" (2021), computed
+  in integers and rounded once.
 
   Args:
-    num_samples: M.
-    correct: c.
-    k: samples drawn.
+    num_samples: M, the number of samples of a question.
+    correct: c, the number of right ones.
+    k: the number of samples that are drawn of the M.
 
   Raises:
     ValueError: unless 0 <= c <= M and 1 <= k <= M.
@@ -92,9 +96,10 @@ def _pass_at_k(num_samples: int, correct: int, k: int) -> float:
 
 
 def majority(answers: Sequence[Hashable | None]) -> int | None:
-  """The index of the first sample with the most common answer (X. Wang et al., "Self-consistency", 2023).
+  """Returns the index of the first sample with the most common answer (X. Wang et al., "Self-consistency", 2023).
 
-  None does not vote; of answers that are as common the first given wins; None where nobody votes.
+  A sample without an answer (None) does not vote. Among equally common answers the one that occurs first wins. Returns
+  None if no sample votes.
 
   >>> majority(["7", None, "8", "8"]), majority(["7", "8"]), majority([None])
   (2, 0, None)
