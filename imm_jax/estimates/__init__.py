@@ -1,1 +1,1 @@
-"""Estimates of what a run takes before it is started: time, memory and disk."""
+"""Estimates of a run's time, memory and disk space, made before it begins or goes on."""

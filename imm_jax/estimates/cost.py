@@ -1,4 +1,4 @@
-"""What a run will cost, in tokens and device hours, before it is begun or when a part of it is done."""
+"""Estimates the tokens and device hours of a run, before it begins or when a part of it is done."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,43 +14,45 @@ from imm_jax.runtime import hardware
 from imm_jax.stages import questions
 from imm_jax.tasks import protocols
 
-# Where nothing was measured yet: the share of a device's peak that training and sampling reach, the length of an answer
-# as a share of what is allowed, the share of right ones, and the tokens of a question and of a passage.
+# Assumptions as long as nothing is measured: the share of a device's peak FLOP/s that training and sampling reach, the
+# length of an answer as a share of max_new_tokens, the share of right answers, and the tokens of a question and of a
+# passage.
 ASSUMED = {"training": 0.4, "sampling": 0.1, "length": 0.4, "right": 0.5, "question": 128, "passage": 500}
-# Of what this machine does in bare products, where its peak is not known: the share that the programs of SmolLM2-135M
-# reached on 2 cores, in SFT (a forward pass that is run again counted) and in decoding, compiling included.
+# For machines whose peak is unknown, the share of the FLOP/s measured in plain matrix products that SmolLM2-135M
+# reached on 2 cores in SFT (recomputed forward passes are counted) and in decoding, compilation included.
 _REACHED = {"training": 0.75, "sampling": 0.5}
-_WIDE = 1024  # rows of such a product in training
+_TRAINING_ROWS = 1024  # rows of a measured product that stands for training
 _ROUND = re.compile(r"^round_[0-9]+/")
 
 
 class TokenCounts(NamedTuple):
-  """Tokens of a whole run.
+  """Numbers of tokens of a whole run.
 
   Attributes:
-    sampled: for training.
-    trained: over all epochs, and those that layer importance is measured on.
-    evaluated: sampled in evaluation.
-    read: of the prompts of what is sampled for training, without worked examples: all questions share one reading.
-    asked: of the prompts in evaluation, likewise, and of the texts on which models are compared with the base.
+    sampled: tokens of answers that are sampled for training.
+    trained: tokens of all epochs of training, and of the answers that layer importance is measured on.
+    evaluated: tokens of answers that are sampled in evaluation.
+    sample_prompts: tokens of prompts in sampling for training. Worked examples are left out, because all questions
+      share one forward pass over them.
+    eval_prompts: tokens of prompts in evaluation, likewise, and of texts on which models are compared with the base.
   """
 
   sampled: float
   trained: float
   evaluated: float
-  read: float
-  asked: float
+  sample_prompts: float
+  eval_prompts: float
 
 
 def count_tokens(config: ml_collections.ConfigDict, record: Mapping[str, Any], *, question: float = 0.0,
                  answer: float = 0.0) -> TokenCounts:
-  """The tokens of all rounds; what the first rounds in `record` (run.json) measured stands for the others.
+  """Estimates the tokens of all rounds; lengths and accuracy of the rounds in `record` stand for those to come.
 
   Args:
-    config: of the run.
-    record: run.json.
-    question: mean tokens of a question's prompt without worked examples; 0 where nobody has counted them.
-    answer: of a worked answer, likewise.
+    config: settings of the run.
+    record: content of run.json.
+    question: mean tokens of a question's prompt without worked examples; 0 if unknown.
+    answer: mean tokens of a worked answer; 0 if unknown.
   """
   question = question or ASSUMED["question"]
   facts = [entry["facts"] for name, entry in record["stages"].items() if name.endswith("/samples.jsonl")]
@@ -59,104 +61,111 @@ def count_tokens(config: ml_collections.ConfigDict, record: Mapping[str, Any], *
       answer or ASSUMED["length"] * config.sample.max_new_tokens, config.sample.max_new_tokens)
   right = sum(f["correct"] for f in facts) / samples if samples else ASSUMED["right"]
   asked, tests = questions.counts(config)
-  drawn, method = samples_answers(config), method_of(config)
-  sampled = config.rounds * asked * config.sample.num_samples * length if drawn else 0.0
-  answers = right * asked * config.sample.num_samples if drawn else 0.0
+  has_samples, method = samples_answers(config), method_of(config)
+  sampled = config.rounds * asked * config.sample.num_samples * length if has_samples else 0.0
+  answers = right * asked * config.sample.num_samples if has_samples else 0.0
   answers /= max(1 - config.data.real_fraction, 0.5)
   rounds = range(1, config.rounds + 1)
-  if not drawn:
-    seen = config.rounds * asked
+  if not has_samples:
+    trained = config.rounds * asked
   elif method.data == "accumulation":
-    # With all questions in every round the real answers are the same ones.
+    # If every round asks all questions, the real answers are the same in each.
     real = config.data.with_real * asked * (sum(rounds) if config.task.questions_per_round else config.rounds)
-    seen = sum(rounds) * answers + real
+    trained = sum(rounds) * answers + real
   elif method.data == "mixture":
-    seen = sum(1 + config.data.mixture_share * (t - 1) for t in rounds) * answers
+    trained = sum(1 + config.data.mixture_share * (t - 1) for t in rounds) * answers
   else:
-    seen = config.rounds * answers
+    trained = config.rounds * answers
   models = 1 + config.rounds * (1 + keeps_average(config) + (1 + len(config.merge.sweep)) * bool(method.merge))
-  tried = 0
+  weight_search = 0
   if config.merge.base_weight == "auto" and method.merge:
     auto = config.merge.auto
     answered = 1 + sum(questions.measure_of(config, entry) == "answer" for entry in auto.general)
-    tried = config.rounds * (len(auto.weights) + 2 * auto.groups) * auto.questions * answered
-  evaluated = (models * tests * (1 + config.eval.num_samples) + tried) * min(length, protocols.max_new_tokens(config))
-  # The base's forward pass is a third of a step; so is what measures the loss of the held-out share.
+    weight_search = config.rounds * (len(auto.weights) + 2 * auto.groups) * auto.questions * answered
+  evaluated = models * tests * (1 + config.eval.num_samples) + weight_search
+  evaluated *= min(length, protocols.max_new_tokens(config))
+  # A forward pass, of the base for the KL or of the held-out share for its loss, costs a third of a step.
   epochs = config.sft.epochs * (1 + (method.anchor == "kl") / 3) * (1 - config.sft.stop_share * 2 / 3)
   passes = epochs + (merge_method(config) == "iimm") + (config.sft.intervention == "weight_masking")
-  measured = config.rounds * min(config.analysis.examples, seen / config.rounds)
+  measured = config.rounds * min(config.analysis.examples, trained / config.rounds)
 
-  def asks(entry: str) -> float:
-    """What is read of a question in evaluation: it, or it with its options."""
+  def prompt_tokens(entry: str) -> float:
+    """Returns the tokens of a test question, which has options if these are scored."""
     return question * (1 + (questions.measure_of(config, entry) == "choices"))
 
   counted = zip(questions.count_tests(config), questions.own(config), strict=True)
-  asked_tests = sum(n * asks(entry) for n, entry in counted)
-  asked_tests += len(config.eval.texts) * questions.count_passages(config) * ASSUMED["passage"]
-  # The base and a model of the round read the same texts.
-  compared = config.rounds * 2 * (1 + bool(method.merge) + keeps_average(config))
-  compared *= sum(min(n or most, most) for n in questions.count_tests(config)) if (
-      most := questions.drift_questions(config)) else 0
-  return TokenCounts(sampled, (passes * seen + measured) * (length + question), evaluated,
-                     config.rounds * asked * question if drawn else 0.0,
-                     models * asked_tests + tried * asks(config.task.name) + compared * (length + question))
+  test_prompts = sum(n * prompt_tokens(entry) for n, entry in counted)
+  test_prompts += len(config.eval.texts) * questions.count_passages(config) * ASSUMED["passage"]
+  # The base and each model of a round read the same texts.
+  drift_texts = config.rounds * 2 * (1 + bool(method.merge) + keeps_average(config))
+  drift_texts *= sum(min(n or limit, limit) for n in questions.count_tests(config)) if (
+      limit := questions.drift_questions(config)) else 0
+  eval_prompts = models * test_prompts + weight_search * prompt_tokens(config.task.name)
+  return TokenCounts(sampled, (passes * trained + measured) * (length + question), evaluated,
+                     config.rounds * asked * question if has_samples else 0.0,
+                     eval_prompts + drift_texts * (length + question))
 
 
 def describe(config: ml_collections.ConfigDict, model: ModelConfig | None, record: Mapping[str, Any],
              sampler: ModelConfig | None = None, stages: Sequence[str] = (), *, question: float = 0.0,
              answer: float = 0.0) -> str:
-  """One line: tokens, and device hours.
+  """Describes the tokens and device hours of a run in one line.
 
-  They follow from what the stages took, once one of each kind is done; before that from the measured throughput of
-  sampling and training; before that from a share of the device's peak, and where that is not known, as on a CPU, of
-  what it does in a second of products now.
+  Hours follow from the time of finished stages once one of each kind is done; before that from the throughput of
+  finished sampling and training; before that from a share of the device's peak FLOP/s or, if that is unknown, as on a
+  CPU, from a short measurement.
 
   Args:
-    config: of the run.
-    model: its shape; without it tokens alone are told.
-    record: run.json.
-    sampler: the shape of the model that samples for training, where it is another.
-    stages: the names of all stages of the run.
+    config: settings of the run.
+    model: config of the model, or None if unknown, in which case only tokens are described.
+    record: content of run.json.
+    sampler: config of the model that samples for training, if it is another.
+    stages: names of all stages of the run.
     question: see `count_tokens`.
     answer: see `count_tokens`.
   """
-  w = count_tokens(config, record, question=question, answer=answer)
-  text = (f"{_count(w.sampled)} tokens sampled, {_count(w.trained)} trained on, {_count(w.evaluated)} sampled in "
-          "evaluation")
+  counts = count_tokens(config, record, question=question, answer=answer)
+  text = (f"{_format_count(counts.sampled)} tokens sampled, {_format_count(counts.trained)} trained on, "
+          f"{_format_count(counts.evaluated)} sampled in evaluation")
   devices = len(record.get("devices", ())) or 1
-  if taken := _by_stages(record, stages):
-    whole, left = taken
+  if seconds := _extrapolate(record, stages):
+    whole, left = seconds
     return (f"{text}; about {whole * devices / 3600:.2g} device hours by what stages took so far on {devices} "
             f"device(s), {left * devices / 3600:.2g} of them to come")
-  speeds = {kind: _measured(record, kind) for kind in ("sampling", "training")}
+  speeds = {kind: _measure_throughput(record, kind) for kind in ("sampling", "training")}
   if all(speeds.values()):
-    hours = ((w.sampled + w.evaluated) / speeds["sampling"] + w.trained / speeds["training"]) * devices / 3600
-    return (f"{text}; about {hours:.2g} device hours at the measured {_count(speeds['sampling'])} sampled and "
-            f"{_count(speeds['training'])} trained tokens/s on {devices} device(s)")
+    hours = ((counts.sampled + counts.evaluated) / speeds["sampling"] + counts.trained / speeds["training"]
+             ) * devices / 3600
+    return (f"{text}; about {hours:.2g} device hours at the measured {_format_count(speeds['sampling'])} sampled and "
+            f"{_format_count(speeds['training'])} trained tokens/s on {devices} device(s)")
   if model is None:
     return text
   params, sampler_params = count_params(model), count_params(sampler or model)
-  sampled = 2 * (sampler_params * w.sampled + params * w.evaluated)
-  again = 2 * params * w.trained * (config.sft.remat == "full")  # the forward pass, a second time
-  # Prompts are read many tokens at once, as in training.
-  read = 6 * params * w.trained + 2 * (sampler_params * w.read + params * w.asked)
+  decoding_flops = 2 * (sampler_params * counts.sampled + params * counts.evaluated)
+  recomputed_flops = 2 * params * counts.trained * (config.sft.remat == "full")  # a second forward pass
+  # Prompts are processed many tokens at once, as in training.
+  training_flops = 6 * params * counts.trained + 2 * (
+      sampler_params * counts.sample_prompts + params * counts.eval_prompts)
   kind = jax.devices()[0].device_kind
   peak = hardware.peak_flops(kind)
   if peak:
-    hours = (sampled / ASSUMED["sampling"] + read / ASSUMED["training"]) / peak / 3600
+    hours = (decoding_flops / ASSUMED["sampling"] + training_flops / ASSUMED["training"]) / peak / 3600
     return (f"{text}; about {hours:.2g} hours of one {kind}, if training reaches {ASSUMED['training']:.0%} and "
             f"sampling {ASSUMED['sampling']:.0%} of its peak (once a round is done: by what it took)")
-  thin = hardware.measure_flops(config.sample.batch_size, hardware.compute_dtype(config.sample.compute_dtype))
-  wide = hardware.measure_flops(_WIDE, hardware.compute_dtype(config.sft.compute_dtype))
-  hours = (sampled / thin / _REACHED["sampling"] + (read + again) / wide / _REACHED["training"]) / 3600
-  return (f"{text}; about {hours:.2g} hours on this machine as it is now, by a second of products: {wide / 1e9:.3g} "
-          f"GFLOP/s of many rows, {thin / 1e9:.3g} of {config.sample.batch_size} (once a round is done: by what it "
-          "took)")
+  speed = hardware.measure_flops(config.sample.batch_size, hardware.compute_dtype(config.sample.compute_dtype))
+  training_speed = hardware.measure_flops(_TRAINING_ROWS, hardware.compute_dtype(config.sft.compute_dtype))
+  hours = (decoding_flops / speed / _REACHED["sampling"]
+           + (training_flops + recomputed_flops) / training_speed / _REACHED["training"]) / 3600
+  return (f"{text}; about {hours:.2g} hours on this machine as it is now, by a second of products: "
+          f"{training_speed / 1e9:.3g} GFLOP/s of many rows, {speed / 1e9:.3g} of {config.sample.batch_size} (once a "
+          "round is done: by what it took)")
 
 
-def _by_stages(record: Mapping[str, Any], stages: Sequence[str]) -> tuple[float, float] | None:
-  """Seconds of all stages and of those to come, each as long as those of its kind took that are done; None as long as
-  there is a kind of which none is done."""
+def _extrapolate(record: Mapping[str, Any], stages: Sequence[str]) -> tuple[float, float] | None:
+  """Returns the seconds of all stages and of those to come, each taken as the mean of finished stages of its kind.
+
+  Returns None if there is a kind of which no stage is done.
+  """
   done = {name: entry["seconds"] for name, entry in record["stages"].items() if "seconds" in entry}
   kinds: dict[str, list[float]] = {}
   for name, seconds in done.items():
@@ -164,12 +173,12 @@ def _by_stages(record: Mapping[str, Any], stages: Sequence[str]) -> tuple[float,
   to_come = [kinds.get(_ROUND.sub("", name)) for name in stages if name not in done]
   if not stages or not all(to_come):
     return None
-  left = sum(sum(of) / len(of) for of in to_come if of)
+  left = sum(sum(times) / len(times) for times in to_come if times)
   return left + sum(done.get(name, 0.0) for name in stages), left
 
 
-def _measured(record: Mapping[str, Any], kind: str) -> float | None:
-  """Tokens a second of the finished stages of a kind, over all devices; None where there are none."""
+def _measure_throughput(record: Mapping[str, Any], kind: str) -> float | None:
+  """Returns the tokens per second, over all devices, of the finished stages of a kind; None if there are none."""
   ending = {"sampling": "/samples.jsonl", "training": "/sft"}[kind]
   done = [entry for name, entry in record["stages"].items() if name.endswith(ending) and not name.endswith("eval/sft")]
   seconds = sum(entry.get("seconds", 0.0) for entry in done)
@@ -177,10 +186,10 @@ def _measured(record: Mapping[str, Any], kind: str) -> float | None:
   return tokens / seconds if seconds and tokens else None
 
 
-def _count(number: float) -> str:
-  """A number to three digits.
+def _format_count(number: float) -> str:
+  """Formats a number with three digits.
 
-  >>> _count(1234567), _count(950)
+  >>> _format_count(1234567), _format_count(950)
   ('1.23 M', '950')
   """
   for unit, size in ((" G", 1e9), (" M", 1e6), (" k", 1e3)):

@@ -1,4 +1,4 @@
-"""Estimates the shapes of a run's training and sampling before there are answers."""
+"""Estimates the shapes of a run's training and sampling before any answers exist."""
 
 import itertools
 from pathlib import Path
@@ -18,14 +18,20 @@ from imm_jax.stages.devices import mesh_of
 from imm_jax.stages.tuning import encoder
 from imm_jax.training.packing import PackedBatches, TokenizedExample
 
-# Questions whose lengths are measured.
+# Number of questions whose lengths are measured.
 _NUM_MEASURED = 100
 
 
 class Expected(NamedTuple):
-  """What a run will probably compute with: rows of an SFT step, the attention that was chosen, and where somebody has
-  counted them (else 0), the tokens of the longest prompt, and on average of a prompt without worked examples and of a
-  worked answer."""
+  """The shapes that a run is expected to compute with.
+
+  Attributes:
+    rows: rows of an SFT step, over all devices.
+    attention: the attention backend of SFT.
+    prompt: tokens of the longest prompt; 0 if unknown.
+    question: mean tokens of a prompt without worked examples; 0 if unknown.
+    answer: mean tokens of a worked answer; 0 if unknown.
+  """
 
   rows: int
   attention: str
@@ -37,8 +43,13 @@ class Expected(NamedTuple):
 def estimate(config: ml_collections.ConfigDict, model: ModelConfig, folder: Path | None) -> Expected:
   """Estimates the shapes of a round's training and sampling before a run.
 
-  Lengths are those of the task's worked answers; they are assumed if there are none, or if the task or the model
-  (`folder` is None) would have to be downloaded.
+  Lengths are measured on the task's worked answers. They are assumed if there are none, or if the task or the model
+  would have to be downloaded.
+
+  Args:
+    config: settings of the run.
+    model: config of the model.
+    folder: the model's folder, or None if it is not on this machine.
   """
   sft, mesh, count = config.sft, mesh_of(config), questions.counts(config)[0]
   assumed = round(cost.ASSUMED["question"] + cost.ASSUMED["length"] * config.sample.max_new_tokens)
@@ -55,8 +66,8 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, folder: Path
     answer = float(np.mean([len(e.response) for e in worked])) if worked else 0.0
   if samples_answers(config):
     count = round(count * config.sample.num_samples * cost.ASSUMED["right"] / max(1 - config.data.real_fraction, 0.5))
-  drawn = itertools.islice(itertools.cycle(lengths), max(1, min(count, 1000)))
-  lengths = [min(length, sft.row_length) for length in drawn]
+  repeated = itertools.islice(itertools.cycle(lengths), max(1, min(count, 1000)))
+  lengths = [min(length, sft.row_length) for length in repeated]
   rows = PackedBatches([TokenizedExample([], [0] * length) for length in lengths], epochs=1, row_length=sft.row_length,
                        global_batch=sft.global_batch, seed=0,
                        row_multiple=sharding.num_batch_shards(mesh) * sft.accumulation).rows

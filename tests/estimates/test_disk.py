@@ -23,17 +23,17 @@ def test_checkpoints_and_states_by_hand():
                                                         "tokenizer.json", "tokenizer_config.json"))
   found = disk.estimate(config, MODEL, EXPECTED, TINY)
   # Of each round the tuned, the merged, and two of the sweep; two states stand while a third is written.
-  assert (found.checkpoints, found.checkpoint, found.models) == (3 * 4, whole, 3 * 4 * whole)
-  assert (found.state, found.states) == (12 * COUNT, 3)
-  assert found.last - found.models - found.answers == pytest.approx(5e5)
-  assert found.most == pytest.approx(found.last - 4 * whole + 3 * 12 * COUNT)
+  assert (found.num_checkpoints, found.checkpoint, found.models) == (3 * 4, whole, 3 * 4 * whole)
+  assert (found.state, found.num_states) == (12 * COUNT, 3)
+  assert found.final - found.models - found.answers == pytest.approx(5e5)
+  assert found.peak == pytest.approx(found.final - 4 * whole + 3 * 12 * COUNT)
   config.sft.ema, config.sft.stop_share, config.sft.intervention = True, 0.1, "weight_masking"
   config.sft.save_interval, config.sft.export = 10_000, "float32"
   found = disk.estimate(config, MODEL, EXPECTED)  # of a base that is not here
-  assert (found.state, found.states) == ((12 + 4 + 8 + 1) * COUNT, 1)
+  assert (found.state, found.num_states) == ((12 + 4 + 8 + 1) * COUNT, 1)
   assert found.models == 3 * (2 * 4 * COUNT + 3 * 2 * COUNT)
   config.sft.state_dir = "gs://bucket/states"
-  assert disk.estimate(config, MODEL, EXPECTED).most == disk.estimate(config, MODEL, EXPECTED).last
+  assert disk.estimate(config, MODEL, EXPECTED).peak == disk.estimate(config, MODEL, EXPECTED).final
 
 
 def test_a_line_says_what_is_free_and_where_states_are(tmp_path: Path):

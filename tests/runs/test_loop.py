@@ -117,7 +117,7 @@ def test_it_takes_of_the_disk_about_what_is_said(finished: Path):
   config = ml_collections.ConfigDict(json.loads((finished / "config.json").read_text()))
   model = hf.read_config(TINY)
   said = disk.estimate(config, model, shapes.estimate(config, model, TINY), TINY)
-  assert files.count_bytes(finished) == pytest.approx(said.last, rel=0.1)
+  assert files.count_bytes(finished) == pytest.approx(said.final, rel=0.1)
 
 
 def test_training_data_is_the_right_samples_once(finished: Path):
