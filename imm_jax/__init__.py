@@ -5,8 +5,8 @@
     model = imm_jax.load("tiny")  # or an HF folder, a hub id, BASE+ADAPTER
     answers = model.sample(["### Instruction:\\nWhat is 3 + 4?\\n\\n### Response: Let's think step by step.\\n"])
 
-docs/python_api.md shows the rest. Names are imported when they are used first: to import the package takes no time, and
-leaves jax as it is.
+docs/python_api.md shows the rest. Each name is imported at its first use, so that importing the package takes no time
+and does not initialize jax.
 """
 
 import importlib
@@ -23,16 +23,16 @@ __version__ = "0.1.0"
 __all__ = ["Model", "UserError", "fine_tune", "forward", "importance", "load", "merging", "run", "tasks"]
 
 # The module that each name is imported from; None for a name that is itself a module.
-_HOMES = {"Model": "imm_jax.api.model", "UserError": "imm_jax.errors", "fine_tune": "imm_jax.api.training",
+_MODULES = {"Model": "imm_jax.api.model", "UserError": "imm_jax.errors", "fine_tune": "imm_jax.api.training",
           "forward": "imm_jax.api.model", "importance": "imm_jax.api.training", "load": "imm_jax.api.model",
           "merging": None, "run": "imm_jax.api.runs", "tasks": None}
 
 
 def __getattr__(name: str) -> Any:
-  if name not in _HOMES:
+  if name not in _MODULES:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  home = _HOMES[name]
-  value = getattr(importlib.import_module(home), name) if home else importlib.import_module(f"{__name__}.{name}")
+  module = _MODULES[name]
+  value = getattr(importlib.import_module(module), name) if module else importlib.import_module(f"{__name__}.{name}")
   globals()[name] = value
   return value
 

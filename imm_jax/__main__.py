@@ -1,4 +1,4 @@
-"""`imm COMMAND`, or `python -m imm_jax COMMAND`: all commands under one name."""
+"""Runs `imm COMMAND`, or `python -m imm_jax COMMAND`: all commands under one name."""
 
 import runpy
 import sys
@@ -6,17 +6,17 @@ import sys
 from imm_jax import __version__
 from imm_jax.errors import Exit, suggest
 
-# By command: the module that it runs, as `python -m MODULE` does, and what it is for.
+# For each command the module that it runs, as `python -m MODULE` does, and a description.
 COMMANDS = {
-    "run": ("imm_jax.main", "sample answers, keep the right ones, fine-tune, merge with the base, evaluate; in rounds"),
-    "evaluate": ("imm_jax.evaluate", "accuracy of a checkpoint on tasks: greedy answers, pass@k, majority vote"),
-    "compare": ("imm_jax.compare", "which differences between evaluated models are real (paired tests)"),
-    "analyze": ("imm_jax.analyze", "which layers matter for a task, and which have moved between two checkpoints"),
+    "run": ("imm_jax.main", "in rounds: sample answers, keep the right ones, fine-tune, merge with the base, evaluate"),
+    "evaluate": ("imm_jax.evaluate", "measure a checkpoint's accuracy on tasks: greedy answers, pass@k, majority vote"),
+    "compare": ("imm_jax.compare", "test which differences between evaluated models are real (paired tests)"),
+    "analyze": ("imm_jax.analyze", "measure which layers matter for a task, and which changed between two checkpoints"),
     "merge": ("imm_jax.merge", "merge checkpoints on disk, by any method of imm_jax.merging or a mergekit recipe"),
     "convert": ("imm_jax.convert", "convert a checkpoint between HF and orbax, merge a LoRA adapter, check a folder"),
-    "report": ("imm_jax.report", "write the report of a run again, or of several side by side"),
+    "report": ("imm_jax.report", "write the report of a run again, or compare several runs side by side"),
     "push": ("imm_jax.push", "upload a checkpoint of a run to the Hugging Face hub, with a model card"),
-    "verify": ("imm_jax.verify", "check that a run directory is still what the run has written"),
+    "verify": ("imm_jax.verify", "check that the files of a run directory are unchanged since the run wrote them"),
 }
 
 
@@ -24,7 +24,7 @@ def main() -> None:
   """Runs the command that the arguments name, in this process."""
   command, *arguments = [*sys.argv[1:], ""][:max(1, len(sys.argv) - 1)]
   if command in ("--help", "-h", "help", ""):
-    print(_help(), file=sys.stdout if command else sys.stderr)
+    print(_format_help(), file=sys.stdout if command else sys.stderr)
     sys.exit(Exit.DONE if command else Exit.MISTAKE)
   if command == "--version":
     print(f"imm_jax {__version__}")
@@ -34,21 +34,21 @@ def main() -> None:
     sys.exit(Exit.MISTAKE)
   sys.argv = [sys.argv[0], *arguments]
   try:
-    # In the place of this module, so that processes that it starts, and --help, find what they find with python -m.
+    # It runs as __main__, so that --help and the processes that it starts find the same module as with python -m.
     runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
-  except KeyboardInterrupt:  # while it was imported
+  except KeyboardInterrupt:  # while the module was imported
     sys.exit(Exit.INTERRUPTED)
 
 
-def _help() -> str:
-  lines = [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
+def _format_help() -> str:
+  lines = [f"  {name:<10}{description}" for name, (_, description) in COMMANDS.items()]
   return "\n".join([
       "usage: imm COMMAND [--flag=value ...]", "",
       "Iterative Model Merging: language models that improve their own reasoning without going shallow.", "",
       *lines, "",
       "imm COMMAND --help explains a command and its flags. Begin with:", "",
       "  imm run --config=tiny --workdir=runs/tiny", "",
-      "docs/operations.md says what exit codes mean; docs/python_api.md how to do the same from Python."])
+      "docs/operations.md explains the exit codes, docs/python_api.md the Python API."])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checks a config before anything is spent."""
+"""Checks the settings of a config before any computation."""
 
 import math
 import re
@@ -43,10 +43,17 @@ _POSITIVE_SHARES = ("merge.auto.step", "sample.top_p", "eval.top_p", "sft.gradie
 
 
 def validate(config: ml_collections.ConfigDict, *, trains: bool = True, downloads: bool = True) -> None:
-  """Raises UserError for the first value that cannot work: its key, the value, what would be right.
+  """Checks all settings, and the questions that they name.
 
-  Without `trains` the questions to train on are not looked at, without `downloads` none that come over the network.
-  What depends on the machine (mesh, batch over devices) is checked when the devices are known, in `stages`.
+  What depends on the machine, such as the mesh, is checked in `stages` once the devices are known.
+
+  Args:
+    config: settings of a run.
+    trains: whether to check the questions to train on, too.
+    downloads: whether to load questions that come over the network, too.
+
+  Raises:
+    UserError: for the first value that cannot work, with its key and what would be right.
   """
   _check_keys(config)
   for text in (config.prompt.header, *config.sample.stop):
@@ -99,40 +106,43 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
 
 
 def _check_keys(config: ml_collections.ConfigDict) -> None:
-  """Raises UserError for keys that configs/common.py has not, or that lack: a config file that unlocks its config, or
-  makes one anew, is told of no slip otherwise."""
-  known = config_files.load(str(config_files.FOLDER / "common.py"))
+  """Raises UserError if the keys are not those of configs/common.py.
 
-  def check(found: ml_collections.ConfigDict, known: ml_collections.ConfigDict, where: str) -> None:
-    for key in sorted({*found} ^ {*known}):
-      raise UserError(f"the config has {where}{key}, which is no setting: {suggest(key, [*known])}" if key in found else
-                      f"the config has no key {where}{key}; is --config the right file?")
-    for key, value in known.items():
+  ml_collections reports no mistake if a config file unlocks its config or builds one from scratch.
+  """
+  default = config_files.load(str(config_files.FOLDER / "common.py"))
+
+  def check(group: ml_collections.ConfigDict, default: ml_collections.ConfigDict, prefix: str) -> None:
+    for key in sorted({*group} ^ {*default}):
+      raise UserError(f"the config has {prefix}{key}, which is no setting: {suggest(key, [*default])}"
+                      if key in group else f"the config has no key {prefix}{key}; is --config the right file?")
+    for key, value in default.items():
       if isinstance(value, ml_collections.ConfigDict):
-        if not isinstance(found[key], ml_collections.ConfigDict):
-          raise UserError(f"config.{where}{key}={found[key]!r}: expected the settings {', '.join(value)}")
-        check(found[key], value, f"{where}{key}.")
+        if not isinstance(group[key], ml_collections.ConfigDict):
+          raise UserError(f"config.{prefix}{key}={group[key]!r}: expected the settings {', '.join(value)}")
+        check(group[key], value, f"{prefix}{key}.")
 
-  check(config, known, "")
+  check(config, default, "")
 
 
 def _validate_temperatures(config: ml_collections.ConfigDict) -> None:
-  given = config.sample.temperatures
-  rounds = given if isinstance(given, tuple | list) and any(isinstance(t, tuple | list) for t in given) else [given]
-  right = lambda t: isinstance(t, int | float) and not isinstance(t, bool) and math.isfinite(t) and t >= 0
-  if not all(isinstance(of, tuple | list) and of and all(map(right, of)) for of in rounds):
-    raise UserError(f"config.sample.temperatures={given}: expected one or more numbers >= 0, or such a tuple for each "
+  value = config.sample.temperatures
+  rounds = value if isinstance(value, tuple | list) and any(isinstance(t, tuple | list) for t in value) else [value]
+  is_valid = lambda t: isinstance(t, int | float) and not isinstance(t, bool) and math.isfinite(t) and t >= 0
+  if not all(isinstance(temperatures, tuple | list) and temperatures and all(map(is_valid, temperatures))
+             for temperatures in rounds):
+    raise UserError(f"config.sample.temperatures={value}: expected one or more numbers >= 0, or such a tuple for each "
                     "round")
   if len(rounds) > config.rounds:
-    raise UserError(f"config.sample.temperatures={given}: has {len(rounds)} tuples, config.rounds={config.rounds}")
+    raise UserError(f"config.sample.temperatures={value}: has {len(rounds)} tuples, config.rounds={config.rounds}")
 
 
 def _validate_sampler(config: ml_collections.ConfigDict) -> None:
   vllm = config.sampler.vllm
-  given = [f"sampler.vllm.{key}" for key in ("python", "urls", "args", "restart", "sleep") if vllm[key]]
+  given = [key for key in ("python", "urls", "args", "restart", "sleep") if vllm[key]]
   if config.sampler.kind == "native" and given:
-    raise UserError(f"config.{given[0]}={config.sampler.vllm[given[0].rpartition('.')[2]]!r}: is for "
-                    "sampler.kind=vllm, and sampler.kind is native")
+    raise UserError(f"config.sampler.vllm.{given[0]}={vllm[given[0]]!r}: is for sampler.kind=vllm, and sampler.kind is "
+                    "native")
   if vllm.urls and (vllm.python or vllm.args):
     raise UserError("config.sampler.vllm.urls: are servers that run elsewhere; python and args are for one that is "
                     "started here. Give one or the other")
@@ -197,15 +207,15 @@ def _validate_data(config: ml_collections.ConfigDict) -> None:
 
 
 def _validate_tasks(config: ml_collections.ConfigDict, trains: bool) -> None:
-  name, given, source = config.task.name.partition("=")
-  if given:
+  name, equals, source = config.task.name.partition("=")
+  if equals:
     raise UserError(f"config.task.name={config.task.name}: expected the name alone; say where its questions are with "
                     f"--config.task.name={name} --config.task.source={source}")
   if name == "custom" and not config.task.source:
     raise UserError("config.task.name=custom needs config.task.source=file:PATH (or hf:ID, tfds:NAME)")
   for key, entry in (("task.name", config.task.name), *(("task.ood", e) for e in config.task.ood)):
     if key == "task.name" or questions.measure_of(config, str(entry)) != "lm_eval":
-      _known(key, questions.name_of(str(entry)), tasks.JUDGED)
+      _check_name(key, questions.name_of(str(entry)), tasks.JUDGED)
   _validate_measures(config)
   trained = [("task.name", config.task.name)] if trains else []
   if trains and config.merge.base_weight == "auto":
@@ -218,8 +228,8 @@ def _validate_tasks(config: ml_collections.ConfigDict, trains: bool) -> None:
                       "in-domain one")
     trained += [("merge.auto.general", e) for e in config.merge.auto.general]
   for key, entry in trained:
-    _known(key, questions.name_of(str(entry)), [name for name in tasks.JUDGED if "train" in tasks.splits(name)],
-           "has no train split; ")
+    _check_name(key, questions.name_of(str(entry)), [name for name in tasks.JUDGED if "train" in tasks.splits(name)],
+                "has no train split; ")
   for key, entry in (("task.source", f"{config.task.name}={config.task.source}"),
                      *(("task.ood", e) for e in config.task.ood)):
     name, _, source = entry.partition("=")
@@ -242,9 +252,9 @@ def _validate_tasks(config: ml_collections.ConfigDict, trains: bool) -> None:
 
 
 def _validate_measures(config: ml_collections.ConfigDict) -> None:
-  """What is measured without an answer: options, texts, tasks of lm_eval."""
+  """Checks what is measured without sampled answers: options, texts and lm_eval's tasks."""
   for name in config.eval.by_likelihood:
-    _known("eval.by_likelihood", name, [n for n in tasks.JUDGED if tasks.has_choices(n)])
+    _check_name("eval.by_likelihood", name, [n for n in tasks.JUDGED if tasks.has_choices(n)])
     if name not in (config.task.name, *map(questions.name_of, config.task.ood)):
       raise UserError(f"config.eval.by_likelihood has {name!r}, which is neither task.name nor in task.ood")
   names = [entry.partition("=")[0] for entry in config.eval.texts]
@@ -263,15 +273,16 @@ def _validate_measures(config: ml_collections.ConfigDict) -> None:
   lm_eval_tasks.check(config)
 
 
-def _known(key: str, name: str, allowed: Sequence[str], otherwise: str = "") -> None:
+def _check_name(key: str, name: str, allowed: Sequence[str], explanation: str = "") -> None:
+  """Raises UserError unless a task's name is allowed; `explanation` says why a known task may not be."""
   if name not in allowed:
-    why = otherwise if name in tasks.JUDGED else ""
-    raise UserError(f"config.{key} has {name!r}: {why}{suggest(name, list(allowed))}")
+    reason = explanation if name in tasks.JUDGED else ""
+    raise UserError(f"config.{key} has {name!r}: {reason}{suggest(name, list(allowed))}")
 
 
 def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloads: bool) -> None:
-  """Reads the questions, so that what is wrong with them shows before anything is spent."""
-  reads = lambda *entries: downloads or not any(questions.is_remote(config, entry) for entry in entries)
+  """Loads the questions, so that errors in them are reported before any computation."""
+  is_loaded = lambda *entries: downloads or not any(questions.is_remote(config, entry) for entry in entries)
   checks: list[tuple[str, Callable[[], object], tuple[str, ...]]] = [
       (f"task.eval_questions={config.task.eval_questions}", lambda: questions.of_tests(config),
        questions.own(config))]
@@ -288,37 +299,37 @@ def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloa
     checks.append((f"prompt.few_shot={config.prompt.few_shot}", lambda: _check_shots(config), (config.task.name,)))
   checks += [(f"eval.protocol={config.eval.protocol}", lambda entry=entry: questions.shots_of(config, entry),
               (entry, config.task.name)) for entry in questions.own(config)]
-  for what, check, entries in checks:
-    if reads(*entries):
+  for setting, check, entries in checks:
+    if is_loaded(*entries):
       try:
         check()
       except ValueError as e:
-        raise UserError(f"config.{what}: {e}") from e
+        raise UserError(f"config.{setting}: {e}") from e
   if downloads:
     lm_eval_tasks.load(config)
-  if trains and reads(config.task.name) and (
+  if trains and is_loaded(config.task.name) and (
       not samples_answers(config) or config.data.real_fraction or config.data.with_real):
-    # Each round needs one of its own, but where the answers of earlier rounds are trained on, too.
-    alone = not samples_answers(config) or config.data.real_fraction
-    for t in range(config.rounds if alone else 1):
+    # Each round needs worked answers, unless it also trains on those of earlier rounds.
+    needs_own = not samples_answers(config) or config.data.real_fraction
+    for t in range(config.rounds if needs_own else 1):
       asked = questions.of_round(config, t).asked
       if not any(e.rationale for e in asked):
         raise UserError(f"config.task.name={config.task.name}: has no worked answers, which method=real, "
-                        f"data.real_fraction and data.with_real train on: {_of_worked(config)}, and none of the "
-                        f"{len(asked)} of round {t}")
+                        f"data.real_fraction and data.with_real train on: {_describe_worked(config)}, and none "
+                        f"of the {len(asked)} of round {t}")
 
 
 def _check_shots(config: ml_collections.ConfigDict) -> None:
   if len(questions.of_round(config, 0).shots) < config.prompt.few_shot:
-    raise ValueError(f"{config.task.name} has no worked answers to show, or too few: {_of_worked(config)}; name their "
-                     "field in task.fields.rationale, or lower prompt.few_shot (0 for none)")
+    raise ValueError(f"{config.task.name} has no worked answers to show, or too few: {_describe_worked(config)}; name "
+                     "their field in task.fields.rationale, or lower prompt.few_shot (0 for none)")
 
 
-def _of_worked(config: ml_collections.ConfigDict) -> str:
+def _describe_worked(config: ml_collections.ConfigDict) -> str:
   if tasks.is_generated(config.task.name):
     return "its questions are generated"
-  worked, of = questions.count_worked(config)
-  return f"{worked} of its {of} train questions have one"
+  worked, total = questions.count_worked(config)
+  return f"{worked} of its {total} train questions have one"
 
 
 def _get(config: ml_collections.ConfigDict, key: str) -> Any:
@@ -330,7 +341,7 @@ def _get(config: ml_collections.ConfigDict, key: str) -> Any:
 
 
 def require(config: ml_collections.ConfigDict, key: str, check: Callable[[Any], bool], expected: str) -> None:
-  """Raises UserError unless the value at `key` (`sft.epochs`) passes."""
+  """Raises UserError, ending in `expected`, unless the value at a key such as `sft.epochs` passes the check."""
   value = _get(config, key)
   if not check(value):
     raise UserError(f"config.{key}={value}: {expected}")

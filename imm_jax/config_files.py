@@ -1,7 +1,7 @@
-"""Config files by name or path: `tiny`, `qwen:1.5b`, `configs/tiny.py` and a file of one's own.
+"""Finds and loads config files by name or path: `tiny`, `qwen:1.5b`, `configs/tiny.py` or the user's own file.
 
-This package's lie in `configs/`, beside the package in a clone and in it where it was installed without one. They, and
-files of others, import each other with `from configs import common`.
+The package's config files are in `configs/`: beside the package in a clone, in the package otherwise. Config files
+import each other with `from configs import common`.
 """
 
 import contextlib
@@ -15,24 +15,24 @@ import ml_collections
 
 from imm_jax.errors import UserError, suggest
 
-_HERE = Path(__file__).resolve().parent
-FOLDER = next((folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir()),
-              _HERE / "configs")
+_ROOT = Path(__file__).resolve().parent
+FOLDER = next((folder for folder in (_ROOT / "configs", _ROOT.parent / "configs") if folder.is_dir()),
+              _ROOT / "configs")
 _PACKAGE = "configs"
-# Not settings of a run, but what the others import.
+# Modules that config files import, and that are no config files themselves.
 _SHARED = ("__init__", "arguments", "reasoning")
 
 
 def list_names() -> list[str]:
-  """The config files that come with this package."""
+  """Lists the names of the config files that come with this package."""
   return sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in _SHARED)
 
 
 def find(name: str) -> Path:
-  """The file that a name means: what lies at that path, else what comes with this package.
+  """Returns the file at the path `name`, or else the config file of that name that comes with this package.
 
   Raises:
-    UserError: when there is neither, with the nearest name.
+    UserError: when there is neither.
 
   >>> find("tiny") == find("no/such/folder/configs/tiny.py")
   True
@@ -49,19 +49,19 @@ def find(name: str) -> Path:
 
 
 def load(name: str) -> ml_collections.ConfigDict:
-  """The settings of a config file; what follows a colon goes to it: `qwen:1.5b,task=math`.
+  """Loads a config file by name or path; text after a colon is its argument: `qwen:1.5b,task=math`.
 
   Raises:
-    UserError: for a file that is not there, cannot be loaded, or gives no settings.
+    UserError: when there is no such file, it cannot be loaded, or its `get_config` returns no ConfigDict.
 
   >>> load("tiny").sft.global_batch, load("qwen:1.5b").model
   (20, 'Qwen/Qwen2.5-1.5B-Instruct')
   """
-  path, given, argument = name.partition(":")
+  path, colon, argument = name.partition(":")
   file = find(path)
   with importable(file):
     try:
-      settings = runpy.run_path(str(file))["get_config"](*[argument] * bool(given))
+      settings = runpy.run_path(str(file))["get_config"](*[argument] * bool(colon))
     except Exception as e:  # a config file is Python and may raise anything
       raise UserError(f"{file}: cannot be loaded: {type(e).__name__}: {' '.join(str(e).split())}") from e
   if not isinstance(settings, ml_collections.ConfigDict):
@@ -71,41 +71,40 @@ def load(name: str) -> ml_collections.ConfigDict:
 
 @contextlib.contextmanager
 def importable(file: Path | None) -> Iterator[None]:
-  """For the length of a block `from configs import NAME` finds this package's config files, whatever the current
-  directory is and whichever other package of that name there is.
+  """Makes `from configs import NAME` import this package's config files for the length of a block.
 
-  Neighbours of `file` are found before them where its folder is called `configs` too; those in another folder FOLDER by
-  `from FOLDER import NAME`.
+  It works in any current directory, and even if another package is called `configs`. If the folder of `file` is called
+  `configs`, its files take precedence; files in another folder FOLDER can be imported with `from FOLDER import NAME`.
   """
-  around = [] if file is None else [str(file.resolve().parent.parent)]
+  parents = [] if file is None else [str(file.resolve().parent.parent)]
   beside = [file.resolve().parent] if file is not None and file.resolve().parent.name == _PACKAGE else []
-  others = {name: sys.modules.pop(name) for name in _loaded()}
+  hidden = {name: sys.modules.pop(name) for name in _list_loaded()}
   package = ModuleType(_PACKAGE)
   package.__path__ = list(dict.fromkeys(map(str, (*beside, FOLDER))))
   sys.modules[_PACKAGE] = package
-  sys.path[:0] = around
+  sys.path[:0] = parents
   try:
     yield
   finally:
-    for name in _loaded():
+    for name in _list_loaded():
       del sys.modules[name]
-    sys.modules.update(others)
-    for path in around:
+    sys.modules.update(hidden)
+    for path in parents:
       sys.path.remove(path)
 
 
-def _loaded() -> list[str]:
+def _list_loaded() -> list[str]:
   return [name for name in sys.modules if name == _PACKAGE or name.startswith(f"{_PACKAGE}.")]
 
 
-def list_keys(settings: ml_collections.ConfigDict, before: str = "") -> list[str]:
-  """Returns the names of all settings, those of groups with dots.
+def list_keys(settings: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
+  """Lists the keys of all settings, with dots in those of groups.
 
   >>> [key for key in list_keys(load("tiny")) if key.startswith("merge.auto.g")]
   ['merge.auto.general', 'merge.auto.groups']
   """
-  found = []
+  keys = []
   for key in settings:
-    value = settings[key]
-    found += list_keys(value, f"{before}{key}.") if isinstance(value, ml_collections.ConfigDict) else [f"{before}{key}"]
-  return found
+    name, value = f"{prefix}{key}", settings[key]
+    keys += list_keys(value, f"{name}.") if isinstance(value, ml_collections.ConfigDict) else [name]
+  return keys

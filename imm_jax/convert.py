@@ -5,11 +5,12 @@
     imm convert --source=BASE+ADAPTER --out=HF_FOLDER --to=hf
     imm convert --verify=HF_FOLDER
 
-DIR holds the parameters (`params/`, orbax, layers stacked) and the files beside them (`hf/`: config, tokenizer).
+DIR holds the parameters (`params/`, in orbax's format, layers stacked) and the other files (`hf/`: config, tokenizer).
 ADAPTER is a LoRA adapter of peft, which is merged into BASE.
-`--verify` reads every tensor and compares what would be written with the file, byte for byte, and the tokenizer with
-its file, on texts; where torch is installed it also compares logits with those of transformers, see `verification`. All
-of it runs on the CPU, where a model that no single accelerator holds has room.
+`--verify` reads every tensor and compares what would be written with the file, byte for byte, and compares the
+tokenizer with its file on texts. If torch is installed it also compares logits with those of transformers; see
+`imm_jax.model.verification`. All of it runs on the CPU, whose memory also fits models that are too large for an
+accelerator.
 """
 
 from pathlib import Path
@@ -22,17 +23,21 @@ from imm_jax.errors import UserError
 from imm_jax.model import folder, hf, hub, lora, verification
 from imm_jax.model.decoder import abstract_params
 
-_SOURCE = flags.DEFINE_string("source", None, "The checkpoint to read: HF folder, hub id, BASE+ADAPTER, or what "
-                              "--to=orbax wrote.")
+_SOURCE = flags.DEFINE_string("source", None, "The checkpoint to read: an HF folder, a hub id, BASE+ADAPTER, or a "
+                              "folder that --to=orbax wrote.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write.")
-_TO = flags.DEFINE_enum("to", None, ["hf", "orbax"], "The form to write.")
-_VERIFY = flags.DEFINE_string("verify", None, "The checkpoint to check, in place of converting: HF folder, hub id or "
+_TO = flags.DEFINE_enum("to", None, ["hf", "orbax"], "The format to write.")
+_VERIFY = flags.DEFINE_string("verify", None, "Check this checkpoint instead of converting: an HF folder, a hub id or "
                               "BASE+ADAPTER.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier conversion at --out.")
 
 
 def to_orbax(source: Path, out: Path) -> None:
-  """Writes the parameters of an HF folder with orbax, and the files beside them."""
+  """Writes the parameters of an HF folder in orbax's format to `out`/params, and the other files to `out`/hf.
+
+  Raises:
+    UserError: when the source is no HF folder, or the output cannot be written.
+  """
   import orbax.checkpoint as ocp
 
   if (source / "params").is_dir() and not (source / "config.json").exists():
@@ -46,7 +51,11 @@ def to_orbax(source: Path, out: Path) -> None:
 
 
 def from_orbax(source: Path, out: Path) -> None:
-  """Writes an HF folder from what `to_orbax` wrote, or from another orbax checkpoint of the same tree beside `hf/`."""
+  """Writes an HF folder from what `to_orbax` wrote, or from another orbax checkpoint of the same tree beside `hf/`.
+
+  Raises:
+    UserError: when the source is something else, or its tensors do not fit its config.
+  """
   import orbax.checkpoint as ocp
 
   if not source.is_dir():
@@ -61,15 +70,14 @@ def from_orbax(source: Path, out: Path) -> None:
   config = hf.read_config(source / "hf")
   with ocp.StandardCheckpointer() as checkpointer:
     try:
-      # Compared before anything is read: a restore that breaks off leaves threads and coroutines behind.
+      # Shapes are compared before anything is read, because a failed restore leaves threads and coroutines behind.
       metadata = checkpointer.metadata((source / "params").absolute()).item_metadata
       if metadata is None:
         raise ValueError("its list of tensors is missing or damaged")
       stored = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype,
                                                               sharding=hf.place_on_host()), dict(metadata))
       expected = jax.tree.map(lambda leaf: tuple(leaf.shape), abstract_params(config))
-      found = jax.tree.map(lambda leaf: tuple(leaf.shape), stored)
-      if found != expected:
+      if jax.tree.map(lambda leaf: tuple(leaf.shape), stored) != expected:
         raise ValueError("its tensors have other names or shapes")
       params = checkpointer.restore((source / "params").absolute(), stored)
     except (ValueError, KeyError, TypeError, FileNotFoundError) as e:
@@ -80,23 +88,24 @@ def from_orbax(source: Path, out: Path) -> None:
 
 
 def _explain_foreign(path: Path) -> str:
-  """Why a folder is not what a conversion writes; "" where it is."""
+  """Explains why a folder is no output of a conversion; returns "" if it is one."""
   names = {file.name for file in path.iterdir()}
   if names == {"params", "hf"}:
     return ""
   weights = {name for name in names if name.endswith(".safetensors")}
   if not weights or "config.json" not in names:
     return "is no checkpoint"
-  others = sorted(names - weights - {folder.INDEX, folder.TEMPLATES, *folder.SIDE_FILES})
-  return f"holds {others[0]}, which no conversion writes" if others else ""
+  unknown = sorted(names - weights - {folder.INDEX, folder.TEMPLATES, *folder.SIDE_FILES})
+  return f"holds {unknown[0]}, which no conversion writes" if unknown else ""
 
 
 def main() -> None:
-  """Reads the flags and does what they say."""
+  """Converts or checks a checkpoint, as the flags say."""
   if _VERIFY.value is not None:
     if _SOURCE.value or _OUT.value or _TO.value:
       raise UserError("--verify goes alone")
-    return verification.verify(hub.resolve(_VERIFY.value))
+    verification.verify(hub.resolve(_VERIFY.value))
+    return
   for name, value in (("source", _SOURCE.value), ("out", _OUT.value), ("to", _TO.value)):
     if not value:
       raise UserError(f"--{name} is missing; expected --source, --out and --to, or --verify")
@@ -113,12 +122,11 @@ def main() -> None:
       with files.committed(out) as temporary:
         lora.merge(*hub.resolve_pair(_SOURCE.value), temporary)
     else:
-      from imm_jax.training import checkpoints  # late: orbax takes its time
+      from imm_jax.training import checkpoints  # imported here because orbax takes seconds to import
 
-      checkpoints.ignore_closed_loops()  # for good: they may speak while the error is being printed
+      checkpoints.ignore_closed_loops()  # until the process ends, as they could garble the message of an error
       from_orbax(source, out)
   print(f"{out}: written")
-  return None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What ends a run with one line and no traceback, the exit codes, and what is said once."""
+"""Errors that end a command with one line and no traceback, the exit codes, and helpers for messages."""
 
 import difflib
 import enum
@@ -8,55 +8,56 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
-# Of the items of a list in a message.
-_MOST = 50
+# Number of items that a message lists.
+_MAX_ITEMS = 50
 
 
 class UserError(Exception):
   """A mistake in the config, the files or the environment.
 
-  The message says what was wrong, where (file, key, line), and what would be right. The command line tools
-  print it as `error: ...` on stderr and exit with code 1 (`exit_code`); library callers catch it like any exception.
+  The message says what is wrong, where (file, key, line), and what would be right. Commands print it as `error: ...` on
+  stderr and exit with the code that `exit_code` gives; callers of the package catch it like any exception.
   """
 
 
 class ResourceError(UserError):
-  """No mistake, but a want of memory, of room on a disk or of a device; the same may work elsewhere or later."""
+  """A lack of memory, disk space, a device or a network; the same command may work elsewhere or later."""
 
 
 class LostError(UserError):
-  """Another process of the run is gone; the same command, given to all of them, goes on."""
+  """Another process of the run ended; the same command, given to all processes, continues the run."""
 
 
 class PreemptedError(BaseException):
-  """A run was told to stop (SIGTERM); the same command goes on from what is saved.
+  """SIGTERM told a run to stop; the same command continues it from what is saved.
 
-  As KeyboardInterrupt it is no Exception: it may come at any moment, and what goes on after errors must not swallow it.
+  Like KeyboardInterrupt it is no Exception: it may be raised anywhere, and code that goes on after an Exception must
+  not catch it.
   """
 
 
 class Exit(enum.IntEnum):
-  """How a command ends, for what supervises it: whether to try again, or to mend something first.
+  """Exit codes of the commands, from which a supervisor learns whether to try again.
 
-  docs/operations.md explains them. 69, 70 and 75 mean in sysexits.h what they mean here.
+  docs/operations.md explains them. 69, 70 and 75 have the meaning that sysexits.h gives them.
   """
 
   DONE = 0
-  MISTAKE = 1  # of the user: flags, config, files; the same command fails again
-  RESOURCES = 69  # memory, room on a disk, a device or an answer over the network is wanting
-  BUG = 70  # with a traceback
-  LOST = 75  # another process of the run is gone: try again
-  INTERRUPTED = 130  # Ctrl-C, as of a process that SIGINT ended
-  PREEMPTED = 143  # as of a process that SIGTERM ended
+  MISTAKE = 1  # the user's, in flags, config or files; the same command fails again
+  RESOURCES = 69  # a lack of memory, disk space, a device or a network
+  BUG = 70  # a defect of the program; printed with its traceback
+  LOST = 75  # another process of the run ended: try again
+  INTERRUPTED = 130  # Ctrl-C; the code of a process that SIGINT ends
+  PREEMPTED = 143  # the code of a process that SIGTERM ends
 
 
-# How XLA and jax say that memory or a device is wanting.
-_WANTING = re.compile(r"RESOURCE_EXHAUSTED|(?i:out of memory)|Unable to initialize backend")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+# Messages of XLA and jax that mean a lack of memory or of a device.
+_LACKING = re.compile(r"RESOURCE_EXHAUSTED|(?i:out of memory)|Unable to initialize backend")
+_LACKING_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
 
 def exit_code(error: BaseException) -> Exit:
-  """The code of a command that an error ends.
+  """Returns the exit code of a command that an error ends.
 
   >>> exit_code(UserError("no such file")), exit_code(OSError(errno.ENOSPC, "full")), exit_code(KeyError("x"))
   (<Exit.MISTAKE: 1>, <Exit.RESOURCES: 69>, <Exit.BUG: 70>)
@@ -67,21 +68,22 @@ def exit_code(error: BaseException) -> Exit:
     return Exit.PREEMPTED
   if isinstance(error, LostError):
     return Exit.LOST
-  if any(map(_is_wanting, _causes(error))):
+  if any(map(_is_lack, _causes(error))):
     return Exit.RESOURCES
   known = isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None)
   return Exit.MISTAKE if known else Exit.BUG
 
 
-def _is_wanting(error: BaseException) -> bool:
-  if isinstance(error, OSError) and error.errno in _FULL:
+def _is_lack(error: BaseException) -> bool:
+  """Returns whether an error means a lack of memory, disk space, a device or a network."""
+  if isinstance(error, OSError) and error.errno in _LACKING_ERRNO:
     return True
   return isinstance(error, ResourceError | MemoryError | ConnectionError | TimeoutError) or (
-      isinstance(error, RuntimeError) and _WANTING.search(str(error)) is not None)
+      isinstance(error, RuntimeError) and _LACKING.search(str(error)) is not None)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-  """An error, and what it was raised from."""
+  """Yields an error and those that it was raised from."""
   cause: BaseException | None = error
   while cause is not None:
     yield cause
@@ -90,12 +92,12 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 @functools.cache
 def print_once(line: str) -> None:
-  """Prints a line on stderr, unless this process has said it before."""
+  """Prints a line on stderr, unless this process has printed it before."""
   print(line, file=sys.stderr)
 
 
 def first_line(error: BaseException) -> str:
-  """What an error of another program says, without what follows.
+  """Returns the first line of an error's message, or the error's type if the message is empty.
 
   >>> first_line(OSError("no network\\nmore")), first_line(TimeoutError())
   ('no network', 'TimeoutError')
@@ -104,7 +106,7 @@ def first_line(error: BaseException) -> str:
 
 
 def suggest(name: str, known: list[str]) -> str:
-  """A hint for a mistyped name.
+  """Returns a hint for a mistyped name: the most similar of the known names, or all of them.
 
   >>> suggest("base_wieght", ["base_weight", "drop_rate"])
   'did you mean base_weight?'
@@ -114,10 +116,10 @@ def suggest(name: str, known: list[str]) -> str:
 
 
 def join_items(items: Sequence[str], separator: str = ", ") -> str:
-  """All of them in one line, but for those past the fiftieth.
+  """Joins the items of a message into one line; counts those after the fiftieth instead of listing them.
 
   >>> join_items(["a", "b"])
   'a, b'
   """
-  more = f" and {len(items) - _MOST} more" if len(items) > _MOST else ""
-  return separator.join(items[:_MOST]) + more
+  more = f" and {len(items) - _MAX_ITEMS} more" if len(items) > _MAX_ITEMS else ""
+  return separator.join(items[:_MAX_ITEMS]) + more

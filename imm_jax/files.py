@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and reading them with clear errors."""
+"""Writes files atomically, locks and digests them, and reads JSON with errors that name file and line."""
 
 import contextlib
 import errno
@@ -13,20 +13,21 @@ from typing import Any
 
 from imm_jax.errors import ResourceError, UserError
 
-_LFS = b"version https://git-lfs"
+_LFS_HEADER = b"version https://git-lfs"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_DISK_REFUSES = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
                  errno.ENOENT, errno.ENAMETOOLONG)
 
 
 @contextlib.contextmanager
 def committed(target: Path) -> Iterator[Path]:
-  """A path to write a file or a folder to; it takes the target's place when the block ends without an error.
+  """Yields a path to write a file or folder to, which replaces the target when the block ends without an error.
 
-  What an earlier, killed attempt left behind is removed first.
+  Whatever an earlier, killed attempt left behind is removed first.
 
   Raises:
-    UserError: when the disk refuses (full, read-only), or the target is the current directory or holds it.
+    UserError: when it cannot be written (full disk, no permission), or the target is, or contains, the current
+      directory.
   """
   temporary, replaced = _hidden_sibling(target, "part"), _hidden_sibling(target, "old")
   try:
@@ -42,22 +43,22 @@ def committed(target: Path) -> Iterator[Path]:
   except BaseException as e:
     with contextlib.suppress(OSError):
       remove(temporary)
-    if not isinstance(e, OSError) or e.errno not in _DISK_REFUSES + _DISK_FULL:
+    if not isinstance(e, OSError) or e.errno not in _NOT_WRITABLE + _DISK_FULL:
       raise
     raise _write_error(target, e) from e
 
 
 @contextlib.contextmanager
 def locked(target: Path, *, wait: bool = False) -> Iterator[None]:
-  """Keeps other processes from writing the same target for the length of a block.
+  """Holds a lock on a target for the length of a block, so that no other process writes it.
 
   Args:
-    target: a file or folder.
-    wait: until no other process writes it, rather than refuse.
+    target: a file or folder, which need not exist.
+    wait: whether to wait while another process holds the lock, rather than raise an error.
 
   Raises:
-    UserError: when another one does and `wait` is not set, the disk refuses, or the target is the current directory or
-      holds it.
+    UserError: when another process holds the lock and `wait` is not set, the lock cannot be written, or the target is,
+      or contains, the current directory.
   """
   lock = _hidden_sibling(target, "lock")
   while True:
@@ -68,7 +69,8 @@ def locked(target: Path, *, wait: bool = False) -> Iterator[None]:
       raise _write_error(target, e) from e
     try:
       fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-      # Who opened the file before its last owner removed it holds a lock that nobody else sees.
+      # If the previous owner removed the file after it was opened here, this lock is on a file that no other process
+      # sees.
       if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
         raise BlockingIOError
       break
@@ -88,23 +90,23 @@ def locked(target: Path, *, wait: bool = False) -> Iterator[None]:
 
 def check_out(out: Path, inputs: Mapping[str, Path], *, overwrite: bool, explain_foreign: Callable[[Path], str],
               ) -> None:
-  """Checks that a tool may write the folder --out, before any work.
+  """Checks that a command may write the folder --out, before any work is done.
 
   Args:
-    out: what the flag says.
-    inputs: the folders that are read, by what they are called.
+    out: the value of --out.
+    inputs: the folders that the command reads, by their names in messages.
     overwrite: whether --overwrite is given.
-    explain_foreign: says of a folder that is there why it is no earlier output of the tool; "" where it is one.
+    explain_foreign: returns why an existing folder is no earlier output of the command; "" if it is one.
 
   Raises:
-    UserError: when it is, holds or lies in an input, is the current directory or holds it, is no folder, or is there
-      and is no earlier output that --overwrite replaces.
+    UserError: when it is, contains or lies in an input, is or contains the current directory, is no folder, or exists
+      and is not replaced because --overwrite is missing or it is no earlier output.
   """
   for label, path in inputs.items():
-    here, there = out.resolve(), path.resolve()
-    if here in (there, *there.parents):
+    output, source = out.resolve(), path.resolve()
+    if output in (source, *source.parents):
       raise UserError(f"--out={out}: is or holds the input {label} ({path}); give another folder")
-    if there in here.parents:
+    if source in output.parents:
       raise UserError(f"--out={out}: lies in the input {label} ({path}); give another folder")
   if out.is_symlink() or (out.exists() and not out.is_dir()):
     raise UserError(f"--out={out}: is a link or a file; give a folder")
@@ -118,20 +120,28 @@ def check_out(out: Path, inputs: Mapping[str, Path], *, overwrite: bool, explain
 
 
 def write_text(path: Path, text: str) -> None:
-  """Replaces a file's text in one move."""
+  """Writes a text file in UTF-8, atomically."""
   with committed(path) as temporary:
     temporary.write_text(text, encoding="utf-8")
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-  """Writes one JSON object a line."""
+  """Writes a file of JSON lines, one object per row."""
   with path.open("w", encoding="utf-8") as f:
     for row in rows:
       f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
-  """Reads one JSON object a line; a line that is none, or lacks one of `fields`, is a UserError that names it."""
+  """Reads a file of JSON lines.
+
+  Args:
+    path: the file.
+    fields: type of each field that every row must have.
+
+  Raises:
+    UserError: when a line is no JSON object or lacks a field, with the number of the line.
+  """
   rows = []
   with path.open("rb") as f:
     for number, line in enumerate(f, 1):
@@ -149,7 +159,11 @@ def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """Reads a JSON object; a file that is missing, holds something else, or a key twice, is a UserError that names it."""
+  """Reads a file with a JSON object.
+
+  Raises:
+    UserError: when the file cannot be read, holds no JSON object, or has a key twice in one object.
+  """
   try:
     reject_lfs_pointer(path)
     value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=reject_duplicates)
@@ -163,14 +177,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def reject_lfs_pointer(path: Path) -> None:
-  """Raises UserError where a file is what git leaves in place of one that Git LFS has not fetched."""
+  """Raises UserError if a file is only a pointer, which git writes when Git LFS has not fetched the file."""
   with path.open("rb") as f:
-    if f.read(len(_LFS)) == _LFS:
+    if f.read(len(_LFS_HEADER)) == _LFS_HEADER:
       raise UserError(f"{path}: is a pointer of Git LFS, not the file itself; run `git lfs pull` in that folder")
 
 
 def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """An `object_pairs_hook` for json; raises ValueError where a key stands twice, of which one would be lost."""
+  """Builds a dict as json's `object_pairs_hook`; raises ValueError for a duplicate key, which json would drop."""
   result = dict(pairs)
   if len(result) != len(pairs):
     names = [name for name, _ in pairs]
@@ -179,7 +193,7 @@ def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def remove(path: Path) -> None:
-  """Removes a file or a folder, if it is there."""
+  """Removes a file or folder if it exists."""
   if path.is_dir() and not path.is_symlink():
     shutil.rmtree(path)
   else:
@@ -187,37 +201,37 @@ def remove(path: Path) -> None:
 
 
 def list_files(path: Path) -> list[Path]:
-  """The file itself, or all files below a folder, in a fixed order."""
+  """Lists the file itself, or all files below a folder, sorted."""
   return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
 
 
 def count_bytes(path: Path) -> int:
-  """Bytes of a file, or of all files below a folder."""
+  """Returns the size in bytes of a file, or of all files below a folder."""
   return sum(p.stat().st_size for p in list_files(path))
 
 
 def digest_files(path: Path) -> dict[str, str]:
-  """sha256 of the file, by the name ".", or of each file below a folder, by its path in it."""
-  found = {}
+  """Returns the SHA-256 of each file below a folder, by relative path; of a file, under the name "."."""
+  digests = {}
   for file in list_files(path):
     with file.open("rb") as f:
-      found[str(file.relative_to(path))] = hashlib.file_digest(f, "sha256").hexdigest()
-  return found
+      digests[str(file.relative_to(path))] = hashlib.file_digest(f, "sha256").hexdigest()
+  return digests
 
 
 def digest(path: Path, only: Sequence[Path] | None = None) -> str:
-  """sha256 over the contents (and, in a folder, the names) of all files, or of `only` these."""
+  """Returns one SHA-256 over the names and contents of all files below a folder (or `only` some), or of a file."""
   return combine_digests(digest_files(path) if only is None else {
       str(p.relative_to(path)): digest_files(p)["."] for p in only})
 
 
-def combine_digests(found: Mapping[str, str]) -> str:
-  """One digest over those of files."""
-  return hashlib.sha256("".join(f"{name}\0{value}\n" for name, value in found.items()).encode()).hexdigest()
+def combine_digests(digests: Mapping[str, str]) -> str:
+  """Returns one SHA-256 over digests of files by name, such as those of `digest_files`."""
+  return hashlib.sha256("".join(f"{name}\0{value}\n" for name, value in digests.items()).encode()).hexdigest()
 
 
 def _hidden_sibling(target: Path, suffix: str) -> Path:
-  """A hidden neighbour of a file or folder; a UserError where nothing can take the target's place."""
+  """Returns the path of a hidden file beside a target; raises UserError if the target cannot be replaced."""
   path = Path(os.path.abspath(target))  # "." has no name
   path = path.parent.resolve() / path.name
   if path.is_dir() and path in (Path.cwd(), *Path.cwd().parents):
@@ -226,7 +240,7 @@ def _hidden_sibling(target: Path, suffix: str) -> Path:
 
 
 def explain_disk_error(target: str | Path, error: OSError) -> UserError | None:
-  """What to say where the disk is full or refuses to be written; None for another error, as of a network."""
+  """Returns the error to raise if a disk is full or not writable; None for other errors, as of a network."""
   return _write_error(target, error) if error.errno in _DISK_FULL + (errno.EROFS, errno.EACCES, errno.EPERM) else None
 
 
@@ -234,14 +248,14 @@ def _write_error(target: str | Path, error: OSError) -> UserError:
   advice = ("make room" if error.errno in _DISK_FULL else
             "give another name" if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG) else
             "make it writable")
-  where = f" {error.filename}" if error.filename else ""
+  file = f" {error.filename}" if error.filename else ""
   kind = ResourceError if error.errno in _DISK_FULL else UserError
-  return kind(f"{target}: cannot be written ({error.strerror}{where}); {advice} and start again, what was finished "
+  return kind(f"{target}: cannot be written ({error.strerror}{file}); {advice} and start again, what was finished "
               "before is kept")
 
 
 def _sync(path: Path) -> None:
-  """Puts written files on disk, so that a rename never outlives its bytes."""
+  """Flushes written files to disk, so that after a crash a renamed file has its content."""
   for file in list_files(path):
     fd = os.open(file, os.O_RDONLY)
     try:

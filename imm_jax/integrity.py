@@ -1,4 +1,4 @@
-"""Whether files are still what was written: digests of each, and what differs from them."""
+"""Records digests of the files of a run, and checks files against them."""
 
 import json
 from collections.abc import Iterable
@@ -7,38 +7,38 @@ from pathlib import Path
 from imm_jax import files
 from imm_jax.errors import UserError
 
-# Of what a run has written and no stage's record covers.
+# The file with digests of what no stage's record covers.
 MANIFEST = "manifest.json"
-# Behind a training state's name: its digests.
+# Suffix, after a training state's name, of the file with its digests.
 SEAL = ".digest.json"
 
 
 def write_digests(path: Path, root: Path, covered: Iterable[Path]) -> None:
-  """Writes the digests of some files below `root`, and one over these, to the file `path`."""
-  found = {str(file.relative_to(root)): files.digest_files(file)["."] for file in sorted(covered)}
-  files.write_text(path, json.dumps({"files": found, "digest": files.combine_digests(found)}, indent=1) + "\n")
+  """Writes the digests of the `covered` files below `root`, and one over all of them, to the file `path`."""
+  digests = {str(file.relative_to(root)): files.digest_files(file)["."] for file in sorted(covered)}
+  files.write_text(path, json.dumps({"files": digests, "digest": files.combine_digests(digests)}, indent=1) + "\n")
 
 
 def update_digests(path: Path, root: Path, folder: Path) -> None:
-  """Renews the digests of the files below `folder` in what `write_digests` has written to `path`, if it has."""
+  """Replaces the digests of the files below `folder` in the file `path` of `write_digests`, if that exists."""
   if path.exists() and root in folder.parents:
-    here = str(folder.relative_to(root))
-    found = {name: digest for name, digest in files.read_json(path).get("files", {}).items()
-             if not name.startswith(f"{here}/")}
-    found |= {f"{here}/{name}": digest for name, digest in files.digest_files(folder).items()}
-    files.write_text(path, json.dumps({"files": found, "digest": files.combine_digests(found)}, indent=1) + "\n")
+    prefix = str(folder.relative_to(root))
+    digests = {name: digest for name, digest in files.read_json(path).get("files", {}).items()
+               if not name.startswith(f"{prefix}/")}
+    digests |= {f"{prefix}/{name}": digest for name, digest in files.digest_files(folder).items()}
+    files.write_text(path, json.dumps({"files": digests, "digest": files.combine_digests(digests)}, indent=1) + "\n")
 
 
 def list_differing(path: Path, root: Path) -> list[str]:
-  """The files that are not what `write_digests` has found, relative to `root`, or `path` itself where it is damaged."""
+  """Lists the files, relative to `root`, that differ from the digests in `path`; only `path` if that is damaged."""
   try:
-    recorded = files.read_json(path)
-    found, over = recorded["files"], recorded["digest"]
+    content = files.read_json(path)
+    digests, combined = content["files"], content["digest"]
   except (UserError, KeyError):
-    return [_name(path, root)]
-  if not isinstance(found, dict) or files.combine_digests(found) != over:
-    return [_name(path, root)]
-  return [name for name, digest in found.items()
+    return [str(path.relative_to(root))]
+  if not isinstance(digests, dict) or files.combine_digests(digests) != combined:
+    return [str(path.relative_to(root))]
+  return [name for name, digest in digests.items()
           if not (root / name).is_file() or files.digest_files(root / name)["."] != digest]
 
 
@@ -46,20 +46,20 @@ def check_run(root: Path) -> tuple[list[str], list[str]]:
   """Recomputes every digest that a run has recorded.
 
   Args:
-    root: a run directory, in which nothing runs.
+    root: the run directory; no process should be running in it.
 
   Returns:
-    The files and stages that differ, relative to it, and notes on what could not be looked at.
+    The files and stages that differ, relative to it, and notes about what could not be checked.
 
   Raises:
     UserError: when it is no run directory.
   """
   if not (root / "run.json").exists():
     raise UserError(f"{root}: is no run directory (it has no run.json)")
-  wrong, notes = [], []
+  differing, notes = [], []
   manifest = root / MANIFEST
   if manifest.exists():
-    wrong += list_differing(manifest, root)
+    differing += list_differing(manifest, root)
   else:
     notes.append(f"{MANIFEST} is missing (a start has not ended, was killed, or is older): run.json, config.json, "
                  "metrics and report cannot be checked")
@@ -67,33 +67,29 @@ def check_run(root: Path) -> tuple[list[str], list[str]]:
     stages = files.read_json(root / "run.json")["stages"].items()
     recorded = [(name, entry["output"], entry.get("files")) for name, entry in stages]
   except (UserError, KeyError, AttributeError, TypeError):
-    damaged = [] if "run.json" in wrong else ["run.json"]
-    return [*wrong, *damaged], [*notes, "without run.json no stage can be checked"]
-  for name, output, each in recorded:
+    damaged = [] if "run.json" in differing else ["run.json"]
+    return [*differing, *damaged], [*notes, "without run.json no stage can be checked"]
+  for name, output, digests in recorded:
     if not (root / name).exists():
-      wrong.append(name)
+      differing.append(name)
     elif files.digest(root / name) != output:
-      found = files.digest_files(root / name)
-      # Where each file is what it was, the record itself is not.
-      wrong += [f"{name}/{file}".removesuffix("/.") for file in sorted({*found, *(each or {})})
-                if found.get(file) != each.get(file)] if each and found != each else [name]
+      current = files.digest_files(root / name)
+      # If no file differs, the record itself does, and the stage is named.
+      differing += [f"{name}/{file}".removesuffix("/.") for file in sorted({*current, *(digests or {})})
+                    if current.get(file) != digests.get(file)] if digests and current != digests else [name]
   for state in sorted(path for path in root.glob("round_*/*_state/*") if path.name.isdecimal()):
     seal = state.with_name(state.name + SEAL)
     if seal.exists():
-      wrong += [f"{seal.parent.relative_to(root)}/{name}" for name in list_differing(seal, seal.parent)]
+      differing += [f"{seal.parent.relative_to(root)}/{name}" for name in list_differing(seal, seal.parent)]
     else:
-      notes.append(f"{_name(state, root)}: has no digests (its writer was killed), and cannot be checked")
-  if elsewhere := _states_elsewhere(root / "config.json"):
-    notes.append(f"training states are in {elsewhere}, which is not looked at here")
-  return wrong, notes
+      notes.append(f"{state.relative_to(root)}: has no digests (its writer was killed), and cannot be checked")
+  if state_dir := _read_state_dir(root / "config.json"):
+    notes.append(f"training states are in {state_dir}, which is not looked at here")
+  return differing, notes
 
 
-def _states_elsewhere(config: Path) -> str:
+def _read_state_dir(config: Path) -> str:
   try:
     return files.read_json(config)["sft"]["state_dir"]
-  except (UserError, KeyError, TypeError):  # damaged, which has been said
+  except (UserError, KeyError, TypeError):  # the file is damaged, and so already listed
     return ""
-
-
-def _name(path: Path, root: Path) -> str:
-  return str(path.relative_to(root))

@@ -1,6 +1,6 @@
-"""The rounds: which stages a run has, in which order, and what came out.
+"""Runs the rounds: plans the stages of a run in their order, runs those that are not done, and prints the results.
 
-    round t:  samples -> train -> sft -> (merged) -> eval;  round t+1 starts from what the method hands on
+    round t:  samples -> train -> sft -> (merged) -> eval;  round t+1 starts from the model that the method hands on
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from imm_jax.training.checkpoints import check_folder
 
 
 def plan(run: Run) -> list[Stage]:
-  """All stages of a run in order."""
+  """Returns all stages of a run in their order."""
   method, start, stages = run.method, run.base, []
   if run.samples_answers and run.config.prompt.few_shot:
     stages.append(sampling.shots_stage(run))
@@ -49,121 +49,130 @@ def plan(run: Run) -> list[Stage]:
 
 
 def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False) -> None:
-  """Runs what is not done yet, with a report after each stage, then prints the table.
+  """Runs the stages that are not done, updates the report after each, and prints the table of results.
 
-  Where an earlier start had another config, stages that depend on what changed are run again; `rerun` says whether that
-  may throw samples and trained models away.
+  If an earlier start had another config, the stages that depend on the changes run again.
+
+  Args:
+    config: settings of the run.
+    workdir: the run directory; created if missing.
+    rerun: whether changes of the config may discard samples and trained models.
+
+  Raises:
+    UserError: for a wrong setting, model, file or directory, and for changes that need `rerun`.
   """
   root = Path(workdir)
   devices.reserve_accelerators(config)
   rundir.check(workdir)
   metrics.check_tracking(config)
-  with runlog.RunLog() as log, distributed.FailTogether(root), _opened(config, workdir) as (
-      found, directory, (platform, kinds)):
-    # The bits of a sum on CPU depend on how many threads share it.
+  with runlog.RunLog() as log, distributed.FailTogether(root), _open(config, workdir) as (
+      models, directory, (platform, kinds)):
+    # On CPU the bits of a sum depend on the number of threads that compute it.
     threads = {"threads": len(os.sched_getaffinity(0))} if platform == "cpu" else {}
     task_names = {"id": config.task.name, "ood": [questions.name_of(entry) for entry in config.task.ood]}
     directory.record_facts(versions=_versions(), devices=kinds, method=config.method, tasks=task_names, **threads)
-    on_host = platform == "cpu" and not devices.starts_server(config)  # else others compute, or devices hold it
+    # Otherwise the arrays are in the memory of devices or of other processes.
+    on_host = platform == "cpu" and not devices.starts_server(config)
     external = {}
     if distributed.is_main():
-      external = {name: folder.digest(model) for name, model in found.items()} | questions.digests(config)
+      external = {name: folder.digest(model) for name, model in models.items()} | questions.digests(config)
       if not directory.facts:
-        for model in found.values():
+        for model in models.values():
           hf.check_round_trip(model)
-    steps = plan(_run(config, root, found))
-    directory.begin(steps, external, rerun=rerun)
+    stages = plan(_make_run(config, root, models))
+    directory.begin(stages, external, rerun=rerun)
     if distributed.is_main():
       log.open(root / runlog.FILE)
     metrics.start_tracking(config, root)
-    ran, names = 0, [stage.name for stage in steps]
+    num_run, names = 0, [stage.name for stage in stages]
     with status.StatusWriter(root, names) as writer, report.Live(root, names) as page:
-      for stage in steps:
+      for stage in stages:
         writer.set_stage(stage.name)
         if directory.run(stage, external, on_host=on_host):
-          ran += 1
+          num_run += 1
           page.update()
     if distributed.is_main():
-      print(f"{ran} of {len(steps)} stages were run, the others were done before")
+      print(f"{num_run} of {len(stages)} stages were run, the others were done before")
       print(report.table(report.Results.of(root)))
       print(f"report: {root / 'report' / 'index.html'}")
 
 
 @contextlib.contextmanager
-def _opened(config: ml_collections.ConfigDict, workdir: str,
-            ) -> Iterator[tuple[dict[str, Path], rundir.RunDir, tuple[str, list[str]]]]:
-  """The models' folders, the run directory and `devices.describe_devices`, all looked at before anything is spent."""
-  found = _check(config)
+def _open(config: ml_collections.ConfigDict, workdir: str,
+          ) -> Iterator[tuple[dict[str, Path], rundir.RunDir, tuple[str, list[str]]]]:
+  """Opens the run directory after all checks that cost little.
+
+  Yields the model folders by role, the run directory, and the result of `devices.describe_devices`.
+  """
+  models = _check_models(config)
   sampling.check_sampler(config)
-  looked = devices.call(config, devices.describe_devices, config)
+  description = devices.call(config, devices.describe_devices, config)
   with rundir.RunDir(workdir, config) as directory:
     if config.sft.state_dir and distributed.is_main():
-      check_folder(config.sft.state_dir)  # now, for training comes late
+      check_folder(config.sft.state_dir)  # checked now, because training begins much later
     distributed.check_shared(directory.path)
-    yield found, directory, looked
+    yield models, directory, description
 
 
 def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Prints what `run` would do and changes nothing; of a model of the hub nothing is downloaded."""
+  """Prints what `run` would do, and estimates of its cost; changes nothing and downloads nothing of a hub's model."""
   root = Path(workdir)
-  local = all(map(hub.is_local, filter(None, (config.model, config.teacher))))
-  devices.mesh_of(config)
-  found = _check(config, dry=True) if local else {"base": Path(config.model)} | (
+  is_local = all(map(hub.is_local, filter(None, (config.model, config.teacher))))
+  devices.mesh_of(config)  # checks the mesh
+  models = _check_models(config, dry=True) if is_local else {"base": Path(config.model)} | (
       {"teacher": Path(config.teacher)} if config.teacher else {})
   model = published.find_config(config.model)
   rundir.check(workdir)
   if not distributed.is_main():
     return
   record = run_record.read(root)
-  # A large model takes a while; one of the hub has the digest that was recorded.
-  external = {name: folder.digest(model) if record["stages"] and local else "" for name, model in found.items()}
+  # The digest of a large model takes a while, so it is only computed if there is a record to compare it with.
+  external = {name: folder.digest(path) if record["stages"] and is_local else "" for name, path in models.items()}
   if any(questions.is_remote(config, entry) for entry in questions.own(config)) or questions.has_remote_texts(config):
     recorded = {name: value for entry in record["stages"].values() for name, value in entry["inputs"].items()}
     external |= {name: recorded.get(name, "") for name in ("train questions", "test questions")}
   else:
     external |= questions.digests(config)
-  steps = plan(_run(config, root, found))
-  waiting: set[str] = set()
+  stages = plan(_make_run(config, root, models))
+  to_do: set[str] = set()
   if line := status.format_line(status.read(root)):
     print(f"{root}: {line}")
   for _, line in rundir.list_changes(root, config):
     print(line)
   print(f"{'stage':<24}{'state':<8}work")
-  for stage in steps:
+  for stage in stages:
     reason = run_record.stale_reason(stage, record, root, external)
-    # What reads a stage that will be made again may have to follow.
-    if reason or waiting.intersection(stage.needs):
-      waiting.add(stage.name)
-    again = f" ({reason})" if reason not in (None, "run") else ""
-    print(f"{stage.name:<24}{'to do' if stage.name in waiting else 'done':<8}{stage.plan}{again}")
+    # A stage that reads the output of one that will run may have to run, too.
+    if reason or to_do.intersection(stage.needs):
+      to_do.add(stage.name)
+    suffix = f" ({reason})" if reason not in (None, "run") else ""
+    print(f"{stage.name:<24}{'to do' if stage.name in to_do else 'done':<8}{stage.plan}{suffix}")
   teacher = published.find_config(config.teacher) if config.teacher else None
   sizes, lengths = f"{config.model} is not on this machine, so its size is not known", {}
   if model:
-    expected = shapes.estimate(config, model, found["base"] if local else None)
+    base = models["base"] if is_local else None
+    expected = shapes.estimate(config, model, base)
     sizes = memory.describe(config, model, devices.mesh_of(config), expected, teacher) + "\n" + disk.describe(
-        config, model, expected, root, found["base"] if local else None)
+        config, model, expected, root, base)
     lengths = {"question": expected.question, "answer": expected.answer}
-  took = cost.describe(config, model, record, teacher, [stage.name for stage in steps], **lengths)
-  print(f"\n{len(waiting)} of {len(steps)} stages to do\n{questions.describe_tests(config)}\n{sizes}\n"
-        f"the whole run: {took}")
+  tokens_and_hours = cost.describe(config, model, record, teacher, [stage.name for stage in stages], **lengths)
+  print(f"\n{len(to_do)} of {len(stages)} stages to do\n{questions.describe_tests(config)}\n{sizes}\n"
+        f"the whole run: {tokens_and_hours}")
 
 
-def _check(config: ml_collections.ConfigDict, *, dry: bool = False) -> dict[str, Path]:
-  """The folders of the base model and of the teacher; what cannot work ends the run before anything is spent.
-
-  With `dry` no questions are downloaded.
-  """
-  found = {"base": hub.resolve(config.model)} | ({"teacher": hub.resolve(config.teacher)} if config.teacher else {})
-  for model in found.values():
+def _check_models(config: ml_collections.ConfigDict, *, dry: bool = False) -> dict[str, Path]:
+  """Returns the folders of the base model and the teacher, after checks of both; `dry` downloads no questions."""
+  models = {"base": hub.resolve(config.model)} | ({"teacher": hub.resolve(config.teacher)} if config.teacher else {})
+  for model in models.values():
     load_tokenizer(model, rows=hf.check_folder(model).vocab_size)
   entries = questions.own(config)
   if not (dry and any(questions.is_remote(config, entry) for entry in entries)):
-    sampling.check(config, found["base"], found.get("teacher", found["base"]), samples_answers(config))
-  return found
+    sampling.check(config, models["base"], models.get("teacher", models["base"]), samples_answers(config))
+  return models
 
 
-def _run(config: ml_collections.ConfigDict, root: Path, found: dict[str, Path]) -> Run:
-  return Run(config, root, **{name: Model(folder, name) for name, folder in found.items()})
+def _make_run(config: ml_collections.ConfigDict, root: Path, models: dict[str, Path]) -> Run:
+  return Run(config, root, **{name: Model(folder, name) for name, folder in models.items()})
 
 
 def _versions() -> dict[str, str]:

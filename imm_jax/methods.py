@@ -1,6 +1,6 @@
-"""The methods of a run: one record each of what a round samples, trains on, starts from, merges and hands on.
+"""The methods of a run: for each a record of what a round samples, trains on, starts from, merges and hands on.
 
-Adding one is a record in `METHODS` and its test; `loop.plan` and every stage read what they need from it.
+A new method is a record in `METHODS` and a test of it; `loop.plan` and the stages read everything from the record.
 """
 
 from typing import NamedTuple
@@ -9,19 +9,20 @@ import ml_collections
 
 
 class Method(NamedTuple):
-  """What sets the rounds of one method apart.
+  """Describes how the rounds of a method work.
 
   Attributes:
-    summary: what it does, in a few words.
-    source: where it is published; "ours" for what is not.
-    data: what a round trains on: `right` (its right samples), `mixture` (and a share of each earlier round's),
-      `accumulation` (and all of theirs), or `worked` (real worked answers; nothing is sampled).
-    start: what SFT starts from: `last`, the model that the last round handed on, or `base`.
-    merge: the merging method after SFT; empty for none.
-    hands_on: what the next round starts from and samples with: `merged`, `tuned`, or `ema`, the average of the tuned
-      model's weights over its SFT.
-    anchor: what holds SFT near the base: `l2_sp` or `kl` (`training.additions`); empty for nothing.
-    lora: whether SFT trains LoRA adapters in place of all weights.
+    summary: a short description.
+    source: the publication; "ours" for what is not published.
+    data: the data that a round trains on: `right` (its right samples), `mixture` (those and a share of each earlier
+      round's), `accumulation` (those and all of the earlier rounds'), or `worked` (real worked answers; nothing is
+      sampled).
+    start: the model that SFT starts from: `last`, handed on by the previous round, or `base`.
+    merge: name of the merging method after SFT; empty for none.
+    hands_on: the model that the next round starts from and samples with: `merged`, `tuned`, or `ema`, the average of
+      the tuned model's weights over SFT.
+    anchor: the term that keeps SFT near the base: `l2_sp` or `kl` (`training.additions`); empty for none.
+    lora: whether SFT trains LoRA adapters rather than all weights.
   """
 
   summary: str
@@ -65,25 +66,25 @@ METHODS = {
 
 
 def method_of(config: ml_collections.ConfigDict) -> Method:
-  """The record of a config's method."""
+  """Returns the record of a config's method."""
   return METHODS[config.method]
 
 
 def merge_method(config: ml_collections.ConfigDict) -> str:
-  """The merging method of each round, `merge.method` or the method's own; empty where nothing is merged."""
+  """Returns the name of each round's merging method: `merge.method` or the method's own; empty if nothing is merged."""
   return method_of(config).merge and (config.merge.method or method_of(config).merge)
 
 
 def merging_methods() -> list[str]:
-  """The names of the methods that merge."""
+  """Lists the names of the methods that merge."""
   return [name for name, method in METHODS.items() if method.merge]
 
 
 def keeps_average(config: ml_collections.ConfigDict) -> bool:
-  """Whether SFT keeps an average of the weights."""
+  """Returns whether SFT keeps a moving average of the weights."""
   return config.sft.ema or method_of(config).hands_on == "ema"
 
 
 def samples_answers(config: ml_collections.ConfigDict) -> bool:
-  """Whether a run samples answers to train on."""
+  """Returns whether a run samples answers to train on."""
   return method_of(config).data != "worked" and config.data.real_fraction < 1

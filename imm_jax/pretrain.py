@@ -1,8 +1,8 @@
-"""Makes the embedded base model: a small decoder pre-trained on generated word problems.
+"""Pre-trains the embedded base model: a small decoder on generated word problems.
 
     python -m imm_jax.pretrain --config=configs/tiny_pretrain.py
 
-Takes minutes on 2 cores. transformers loads the folder; recipe.json in it records how it was made.
+It takes minutes on 2 cores. The output is an HF folder, which transformers reads; recipe.json in it records its recipe.
 """
 
 import json
@@ -34,19 +34,19 @@ from imm_jax.training import trainer
 from imm_jax.training.packing import PackedBatches, TokenizedExample
 from imm_jax.training.step import make_schedule
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, such as configs/tiny_pretrain.py.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a file such as configs/tiny_pretrain.py.")
 flags.mark_flag_as_required("config")
-_OUT = flags.DEFINE_string("out", "runs/base", "Folder to write; an earlier result is replaced when done.")
+_OUT = flags.DEFINE_string("out", "runs/base", "The folder to write; an earlier result is replaced at the end.")
 
 _END = "<|endoftext|>"
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-  """A byte-level BPE tokenizer of Qwen2's form, trained until every word of the generated tasks is one token."""
+  """Trains a byte-level BPE tokenizer of Qwen2's form, in which every word of the generated tasks is one token."""
   texts = [text for family in (*arithmetic.FAMILIES, "drill")
            for example in arithmetic.generate(family, split="pretrain", count=2000, seed=0, distinct=False)
            for text in (prompts.build_prompt(example.question), example.rationale)]
-  # AutoTokenizer reads a Qwen2 folder with Qwen2's own splitting, so that is what is trained on.
+  # AutoTokenizer splits the texts of a Qwen2 model as Qwen2 does, so the training has to, too.
   bpe = Tokenizer(models.BPE())
   bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
   bpe.train_from_iterator(texts, trainers.BpeTrainer(
@@ -55,29 +55,29 @@ def build_tokenizer() -> Qwen2Tokenizer:
   model = json.loads(bpe.to_str())["model"]
   tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], eos_token=_END,
                              pad_token=_END, unk_token=None)
-  # Each header is one token, so that prompts stay short.
+  # Each header is one token, which keeps prompts short.
   tokenizer.add_tokens([AddedToken(text, normalized=False) for text in (prompts.INSTRUCTION, prompts.RESPONSE)])
   return tokenizer
 
 
-def corpus_sizes(config: ml_collections.ConfigDict) -> dict[str, int]:
-  """Examples of each family that has any, by their share of `config.examples`."""
+def count_examples(config: ml_collections.ConfigDict) -> dict[str, int]:
+  """Returns the number of examples of each family that has any, from its share in `config.mixture`."""
   total = sum(config.mixture.values())
   counts = {family: round(config.examples * share / total) for family, share in config.mixture.items()}
   return {family: count for family, count in counts.items() if count}
 
 
-def corpus(config: ml_collections.ConfigDict) -> list[Example]:
-  """The pre-training examples, in a fixed order."""
+def build_corpus(config: ml_collections.ConfigDict) -> list[Example]:
+  """Generates the pre-training examples, in an order that the seed determines."""
   examples = []
-  for family, count in corpus_sizes(config).items():
+  for family, count in count_examples(config).items():
     examples += arithmetic.generate(family, split="pretrain", count=count, seed=config.seed, distinct=False)
   random.Random(config.seed).shuffle(examples)
   return examples
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-  """Raises UserError for the first value that cannot work."""
+  """Raises UserError for the first setting that cannot work."""
   for key in ("examples", "global_batch", "row_length", "eval_questions"):
     require(config, key, lambda v: v >= 1, "expected 1 or more")
   require(config, "seed", lambda v: 0 <= v < 2**32, "expected 0 <= seed < 2**32")
@@ -92,7 +92,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
       raise UserError(f"config.mixture has {family!r}: {suggest(family, list(families))}")
   require(config, "mixture", lambda v: all(math.isfinite(s) and s >= 0 for s in v.values()) and sum(v.values()) > 0,
           "expected shares >= 0 with a positive sum")
-  if not corpus_sizes(config):
+  if not count_examples(config):
     raise UserError(f"config.examples={config.examples}: too few for the mixture, every family gets none")
   for family in arithmetic.FAMILIES:
     try:
@@ -102,16 +102,17 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def main() -> None:
+  """Trains the model of the config and writes it to --out."""
   config, out = cli.read_config(_CONFIG), Path(_OUT.value)
   validate(config)
   if out.exists() and not (out / "recipe.json").exists():
     raise UserError(f"--out={out}: exists and is no pre-trained model (it has no recipe.json); choose another folder")
-  with files.locked(out):  # first, so that a folder that cannot be written fails now
-    make(config, out)
+  with files.locked(out):  # before the training, so that a folder that cannot be written fails now
+    pretrain(config, out)
 
 
-def make(config: ml_collections.ConfigDict, out: Path) -> None:
-  """Trains the model and writes its folder."""
+def pretrain(config: ml_collections.ConfigDict, out: Path) -> None:
+  """Trains the model and writes it to an HF folder; prints its accuracy on each family."""
   tokenizer = build_tokenizer()
   hf_config = {
       "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "dtype": "bfloat16", "hidden_act": "silu",
@@ -121,7 +122,7 @@ def make(config: ml_collections.ConfigDict, out: Path) -> None:
       **config.model.to_dict(),
   }
   model_config = ModelConfig.from_hf(hf_config)
-  examples = corpus(config)
+  examples = build_corpus(config)
   tokenized = [_tokenize(tokenizer, example) for example in examples]
   longest = max(len(e.prompt) + len(e.response) for e in tokenized)
   if longest > config.row_length:
@@ -150,7 +151,7 @@ def make(config: ml_collections.ConfigDict, out: Path) -> None:
     recipe = {"command": shlex.join(["python", "-m", "imm_jax.pretrain", *sys.argv[1:]]),
               "config": config.to_dict(), "examples": len(examples), "tokens": tokens, "steps": len(batches),
               "final_loss": round(sum(losses[-50:]) / len(losses[-50:]), 4), "jax": jax.__version__,
-              "test_accuracy": _accuracy(folder, config.eval_questions)}
+              "test_accuracy": _measure_accuracy(folder, config.eval_questions)}
     (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
   print(json.dumps(recipe["test_accuracy"], indent=2))
 
@@ -161,17 +162,18 @@ def _tokenize(tokenizer: Qwen2Tokenizer, example: Example) -> TokenizedExample:
   return TokenizedExample(prompt, response)
 
 
-def _accuracy(folder: Path, count: int) -> dict[str, float]:
+def _measure_accuracy(folder: Path, count: int) -> dict[str, float]:
+  """Returns the greedy accuracy on `count` test questions of each family."""
   sampler = NativeSampler(folder, compute_dtype="float32", batch_size=100)
-  result = {}
+  accuracy = {}
   for family in arithmetic.FAMILIES:
     examples = arithmetic.generate(family, split="test", count=count, seed=0)
-    asked = [Prompt(e.id, prompts.build_prompt(e.question)) for e in examples]
-    completions = sampler.generate(asked, max_new_tokens=48, label=family)
+    questions = [Prompt(e.id, prompts.build_prompt(e.question)) for e in examples]
+    completions = sampler.generate(questions, max_new_tokens=48, label=family)
     right = [answers.verdict(c[0].text, e.answer, e.kind, strict=False).correct
              for c, e in zip(completions, examples, strict=True)]
-    result[family] = sum(right) / len(right)
-  return result
+    accuracy[family] = sum(right) / len(right)
+  return accuracy
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     imm push RUN/round_2/merged ORG/NAME
     imm push RUN/round_2/merged ORG/NAME --private --revision=v1
 
-The repository is made where it is not there. All files go in one commit, and only where each is what the run has
-written. A README.md that the repository has already stays, unless --overwrite_card is given.
+The repository is created if it does not exist. All files are uploaded in one commit, and only if each is unchanged
+since the run wrote it. A README.md that the repository already has is kept, unless --overwrite_card is given.
 """
 
 from pathlib import Path
@@ -14,15 +14,15 @@ from absl import flags
 from imm_jax import cli, publishing
 from imm_jax.errors import UserError
 
-_FOLDER = flags.DEFINE_string("folder", None, "The checkpoint, in its run directory; or the first argument.")
-_TO = flags.DEFINE_string("to", None, "The repository, ORG/NAME; or the second argument.")
-_PRIVATE = flags.DEFINE_bool("private", False, "Make the repository private; one that is public already is refused.")
-_REVISION = flags.DEFINE_string("revision", None, "A branch of it, made where it is not there; by default main.")
-_OVERWRITE_CARD = flags.DEFINE_bool("overwrite_card", False, "Replace a README.md that the repository has.")
+_FOLDER = flags.DEFINE_string("folder", None, "The checkpoint, in its run directory; also the first argument.")
+_TO = flags.DEFINE_string("to", None, "The repository, ORG/NAME; also the second argument.")
+_PRIVATE = flags.DEFINE_bool("private", False, "Create a private repository; an existing public one is refused.")
+_REVISION = flags.DEFINE_string("revision", None, "The branch, created if it does not exist; by default main.")
+_OVERWRITE_CARD = flags.DEFINE_bool("overwrite_card", False, "Replace a README.md that the repository already has.")
 
 
 def main() -> None:
-  """Reads the flags and does what they say."""
+  """Uploads the checkpoint and prints the address of the commit."""
   for name, value in (("folder", _FOLDER.value), ("to", _TO.value)):
     if not value:
       raise UserError(f"{name.upper()} is missing; expected: RUN/round_2/merged ORG/NAME")

@@ -42,7 +42,7 @@ def test_help_of_a_command_shows_its_own_flags(name: str):
   assert "--logtostderr" not in done.stdout
   if name == "run":
     assert done.stdout.index("--config=") < done.stdout.index("--workdir=") < done.stdout.index("--topology=")
-    assert "Number of processes of this run." in done.stdout
+    assert "With several processes: their number." in done.stdout
 
 
 @pytest.mark.full
@@ -111,7 +111,7 @@ def _chained(error: Exception, cause: Exception) -> Exception:
 def test_exit_codes_tell_what_to_retry_from_what_to_mend(error: Exception, code: Exit,
                                                          capsys: pytest.CaptureFixture):
   with pytest.raises(SystemExit) as ended:
-    cli._end(error)
+    cli._exit_with(error)
   assert ended.value.code == code == exit_code(error)
   said = capsys.readouterr().err
   assert said.startswith("error: ") or code == Exit.BUG

@@ -124,7 +124,7 @@ def test_a_change_is_counted_from_what_sft_started_from(method: str, before: str
   config = ml_collections.ConfigDict({"runs": {"a": tiny.get_config()}})
   config.runs.a.method = method
   analysis = ml_collections.ConfigDict({"kind": "weight_change", "run": "a", "model": "round_2/sft"})
-  found = experiments._models(config, analysis, tmp_path)
+  found = experiments._list_models(config, analysis, tmp_path)
   here = tmp_path / "a"
   assert found == {"before": str(here / before) if before else "tiny", "after": str(here / "round_2/sft")}
 

@@ -85,7 +85,7 @@ def test_the_current_directory_is_never_replaced(
   for overwrite in (False, True):
     message = _refusal(source=source, out=out, to="orbax", overwrite=overwrite)
     assert f"{out}: is the current directory or holds it" in message or "the input --source" in message
-  for guard in (files.alone, files.committed):
+  for guard in (files.locked, files.committed):
     with pytest.raises(UserError, match="is the current directory or holds it"), guard(Path(out)):
       pass
   assert here.is_dir()

@@ -1,4 +1,4 @@
-"""Checkpoints of a run on the Hugging Face hub: what is uploaded, and what is refused."""
+"""Uploads checkpoints of a run to the Hugging Face hub, after checks that they are what the run wrote."""
 
 import re
 import sys
@@ -14,34 +14,34 @@ from imm_jax.report.results import Results
 from imm_jax.runs import record as run_record
 
 _CARD = "README.md"
-# What a checkpoint's folder may hold besides its side files: weights in the forms that are loaded by their name, their
-# indices, an adapter, and the settings of quantised weights.
+# Files of a checkpoint besides its side files: weights in all formats that libraries find by name, their indices, an
+# adapter, and the settings of quantised weights.
 _CHECKPOINT_FILE = re.compile(
     r"[^/]*\.safetensors(\.index\.json)?|pytorch_model[^/]*\.bin(\.index\.json)?|consolidated[^/]*\.pth|params\.json|"
     r"(tf_model|flax_model)[^/]*\.(h5|msgpack)(\.index\.json)?|adapter_config\.json|adapter_model\.bin|"
     r"(quantize|quant|hf_quant)_config\.json|tokenization_[^/]*\.py|" + checkpoint.TEMPLATES + r"/[^/]*\.jinja")
-# Of the hub's answers those that say it may take the same later.
+# HTTP status codes with which the hub says that the same request may succeed later.
 _RETRY_STATUS = (408, 429, *range(500, 600))
 
 
 def push(folder: Path, to: str, *, private: bool = False, revision: str | None = None, overwrite_card: bool = False,
          ) -> str:
-  """Uploads a checkpoint.
+  """Uploads a checkpoint of a run with a model card, in one commit.
 
   Args:
-    folder: of a run, such as `RUN/round_2/merged`.
-    to: the repository, `ORG/NAME`.
-    private: whether it is made private.
-    revision: a branch; None for main.
-    overwrite_card: whether a README.md that is there is replaced.
+    folder: the checkpoint, such as `RUN/round_2/merged`.
+    to: the repository, `ORG/NAME`; created if it does not exist.
+    private: whether a new repository is private.
+    revision: a branch, created if it does not exist; None for main.
+    overwrite_card: whether to replace an existing README.md.
 
   Returns:
     The address of the commit.
 
   Raises:
-    UserError: for a folder that is no whole checkpoint, is not what its run has written or was made otherwise than its
-      config says, or where the hub refuses.
-    ResourceError: where the hub cannot be reached.
+    UserError: when the folder is no complete checkpoint, differs from what its run recorded or from what its config
+      would make, or the hub refuses.
+    ResourceError: when the hub cannot be reached.
   """
   hf.check_folder(folder)
   root, stage = find_run(folder)
@@ -57,7 +57,7 @@ def push(folder: Path, to: str, *, private: bool = False, revision: str | None =
   if not card.is_evaluated(results, stage):
     print(f"note: {folder}: has not been evaluated; its card says so, and has other models' scores alone",
           file=sys.stderr)
-  import huggingface_hub  # late: it takes its time
+  import huggingface_hub  # imported here because it is slow to import
   from huggingface_hub import errors
 
   api = huggingface_hub.HfApi()
@@ -77,11 +77,11 @@ def push(folder: Path, to: str, *, private: bool = False, revision: str | None =
 
 
 def _connection_errors() -> tuple[type[BaseException], ...]:
-  """What says that the hub is not reached, of Python and of whichever HTTP library huggingface_hub uses."""
-  known = (("httpx", "TransportError"), ("httpx2", "TransportError"), ("requests", "ConnectionError"),
+  """Returns the exceptions that mean no connection, of Python and of the HTTP library that huggingface_hub uses."""
+  candidates = (("httpx", "TransportError"), ("httpx2", "TransportError"), ("requests", "ConnectionError"),
            ("requests", "Timeout"))
   return (ConnectionError, TimeoutError, *(
-      getattr(sys.modules[library], kind) for library, kind in known if library in sys.modules))
+      getattr(sys.modules[library], kind) for library, kind in candidates if library in sys.modules))
 
 
 def _upload(api: Any, library: Any, folder: Path, names: list[str], text: str, to: str, stage: str, private: bool,
@@ -93,49 +93,64 @@ def _upload(api: Any, library: Any, folder: Path, names: list[str], text: str, t
   api.create_repo(to, private=True if private else None, exist_ok=True)
   if revision:
     api.create_branch(to, branch=revision, exist_ok=True)
-  there = set(api.list_repo_files(to, revision=revision))
+  existing = set(api.list_repo_files(to, revision=revision))
   add = lambda name, content: library.CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
   operations = [add(name, str(folder / name)) for name in names]
-  # Another model's weights, or a part of its tokenizer, would make two checkpoints of one.
-  old = sorted(name for name in there - set(names) if name in checkpoint.SIDE_FILES or _CHECKPOINT_FILE.fullmatch(name))
+  # Weights or tokenizer files that an earlier model left would be loaded as part of this one.
+  old = sorted(name for name in existing - set(names)
+               if name in checkpoint.SIDE_FILES or _CHECKPOINT_FILE.fullmatch(name))
   operations += [library.CommitOperationDelete(path_in_repo=name) for name in old]
   if old:
     print(f"note: {to}: {join_items(old)}, of an earlier model, goes")
-  if _CARD not in there or overwrite_card:
+  if _CARD not in existing or overwrite_card:
     operations.append(add(_CARD, text.encode()))
   else:
     print(f"note: {to}: has a {_CARD}, which stays; --overwrite_card replaces it")
-  done = api.create_commit(to, operations, commit_message=f"{stage} of a run of imm_jax", revision=revision)
-  return str(getattr(done, "commit_url", done))
+  commit = api.create_commit(to, operations, commit_message=f"{stage} of a run of imm_jax", revision=revision)
+  return str(getattr(commit, "commit_url", commit))
 
 
 def find_run(folder: Path) -> tuple[Path, str]:
-  """The run directory that a checkpoint lies in, and its path there; raises UserError where it is in none."""
-  here = folder.resolve()
-  for root in here.parents:
+  """Returns the run directory that contains a checkpoint, and its path relative to it.
+
+  Raises:
+    UserError: when there is none.
+  """
+  path = folder.resolve()
+  for root in path.parents:
     if (root / "run.json").is_file():
-      return root, str(here.relative_to(root))
+      return root, str(path.relative_to(root))
   raise UserError(f"{folder}: lies in no run directory, so nobody can say what it is; expected a checkpoint of a run, "
                   "such as RUN/round_2/merged")
 
 
 def check_recorded(root: Path, stage: str, folder: Path, names: list[str]) -> None:
-  """Raises UserError unless the files are those that the run has recorded for this checkpoint, made by its config."""
+  """Checks that a checkpoint's files are as the run recorded them, and that its current config made them.
+
+  Args:
+    root: the run directory.
+    stage: the checkpoint's path in it.
+    folder: the checkpoint.
+    names: the files to check.
+
+  Raises:
+    UserError: when one differs or is missing, or the config made something else.
+  """
   record = run_record.read(root)
-  entry = record["stages"]
-  owner = next((name for name in entry if stage == name or stage.startswith(f"{name}/")), None)
+  stages = record["stages"]
+  owner = next((name for name in stages if stage == name or stage.startswith(f"{name}/")), None)
   if owner is None:
     raise UserError(f"{folder}: is no finished stage of the run in {root}; give the run's command again first")
-  below = stage.removeprefix(owner).lstrip("/")
-  recorded = entry[owner].get("files") or {}
-  key = lambda name: f"{below}/{name}" if below else name
-  found = files.digest_files(folder)
-  wrong = [name for name in names if recorded.get(key(name)) != found.get(name)]
-  lost = [name for name in recorded if name.startswith(f"{below}/" if below else "") and
-          "/" not in name.removeprefix(f"{below}/" if below else "") and not (root / owner / name).exists()]
-  if wrong or lost:
-    raise UserError(f"{folder}: {join_items(sorted({*wrong, *lost}))} differs from what the run has recorded; remove "
-                    "the folder and give the run's command again")
+  subfolder = stage.removeprefix(owner).lstrip("/")
+  prefix = f"{subfolder}/" if subfolder else ""
+  recorded = stages[owner].get("files") or {}
+  digests = files.digest_files(folder)
+  differing = [name for name in names if recorded.get(f"{prefix}{name}") != digests.get(name)]
+  missing = [name for name in recorded if name.startswith(prefix) and "/" not in name.removeprefix(prefix)
+             and not (root / owner / name).exists()]
+  if differing or missing:
+    raise UserError(f"{folder}: {join_items(sorted({*differing, *missing}))} differs from what the run has recorded; "
+                    "remove the folder and give the run's command again")
   manifest = root / integrity.MANIFEST
   if manifest.exists() and "config.json" in integrity.list_differing(manifest, root):
     raise UserError(f"{root / 'config.json'}: differs from what the run has written, so nobody can say how {stage} was "
@@ -144,35 +159,44 @@ def check_recorded(root: Path, stage: str, folder: Path, names: list[str]) -> No
 
 
 def check_current(root: Path, record: dict[str, Any], stages: Sequence[str]) -> None:
-  """Raises UserError where stages, or what they have read, were made with something else than the last start has."""
-  if wrong := _list_outdated(record, stages):
+  """Checks that stages, and those that they read, were made with the settings and inputs of the last start.
+
+  Args:
+    root: the run directory.
+    record: content of run.json.
+    stages: names of stages in it.
+
+  Raises:
+    UserError: when one was made with others.
+  """
+  if outdated := _list_outdated(record, stages):
     raise UserError(f"{root}: was started again and has not come to its end: config.json is not what "
-                    f"{join_items(wrong)} {'were' if len(wrong) > 1 else 'was'} made with; give the same command again "
-                    "to the end of the run, which makes anew what differs")
+                    f"{join_items(outdated)} {'were' if len(outdated) > 1 else 'was'} made with; give the same command "
+                    "again to the end of the run, which makes anew what differs")
 
 
 def _list_outdated(record: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-  """What finished stages, and those that they have read, were made with and is not what the last start goes by.
+  """Lists the stages among these, and among those that they read, that the last start would make differently.
 
   Args:
     record: content of run.json.
-    names: of stages in it.
+    names: names of stages in it.
 
   Returns:
-    Of each such stage its name, with what differs.
+    The name of each such stage, with what differs.
   """
   stages, external, settings = record["stages"], record.get("external") or {}, record.get("settings") or {}
-  found: dict[str, list[str]] = {}
-  waiting = [*names]
-  while waiting:
-    name = waiting.pop(0)
-    if name in found:
+  changes: dict[str, list[str]] = {}
+  queue = [*names]
+  while queue:
+    name = queue.pop(0)
+    if name in changes:
       continue
     inputs = stages[name]["inputs"]
-    found[name] = ["other settings"] if inputs.get("settings") != settings.get(name) else []
+    changes[name] = ["other settings"] if inputs.get("settings") != settings.get(name) else []
     for need in sorted(inputs.keys() - {"settings"}):
       now = external[need] if need in external else stages.get(need, {}).get("output")
       if now != inputs[need]:
-        found[name].append(f"another {need}" if now else f"a {need} that is no longer there")
-      waiting += [need] * (need in stages)
-  return [f"{name} ({', '.join(wrong)})" for name, wrong in found.items() if wrong]
+        changes[name].append(f"another {need}" if now else f"a {need} that is no longer there")
+      queue += [need] * (need in stages)
+  return [f"{name} ({', '.join(items)})" for name, items in changes.items() if items]

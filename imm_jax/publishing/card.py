@@ -1,4 +1,4 @@
-"""The model card of a run's checkpoint: README.md as the Hugging Face hub reads it."""
+"""Formats the model card of a run's checkpoint, the README.md that the Hugging Face hub shows."""
 
 import importlib
 import json
@@ -17,20 +17,20 @@ from imm_jax.report.results import Model, Results
 from imm_jax.tasks.catalogue import TASKS
 
 PAPER = ("Superficial Self-Improved Reasoners Benefit from Model Merging", "https://arxiv.org/abs/2503.02103")
-# Settings of the machine that ran it, or of the run's folder: no part of the method.
+# Settings of the machine or of the run directory, which are no part of the method.
 _OMITTED = ("mesh", "profile", "tracking", "sampler.vllm", "sft.state_dir")
 
 
 def format_card(results: Results, stage: str, name: str) -> str:
-  """The card.
+  """Formats the model card of a checkpoint.
 
   Args:
-    results: of the run.
+    results: results of the run.
     stage: the checkpoint's path in the run directory, such as `round_2/merged`.
-    name: what the hub calls it, ORG/NAME.
+    name: name of the repository, ORG/NAME.
 
   Returns:
-    YAML between two lines `---`, then Markdown.
+    YAML between two lines of `---`, then Markdown.
   """
   config = results.config
   head = {"library_name": "transformers", "pipeline_tag": "text-generation",
@@ -41,11 +41,11 @@ def format_card(results: Results, stage: str, name: str) -> str:
   if datasets := list(dict.fromkeys(_list_datasets(results))):
     head["datasets"] = datasets
   round_ = re.match(r"round_(\d+)/", stage)
-  which = f"round {int(round_[1]) + 1} of {config['rounds']}" if round_ else "the run"
+  origin = f"round {int(round_[1]) + 1} of {config['rounds']}" if round_ else "the run"
   command = "python -m imm_jax.main --config=configs/common.py --workdir=RUN"
   changed = _list_changed(config)
   lines = [f"# {name.partition('/')[2]}", "",
-           f"`{stage}` of a run of [{PAPER[0]}]({PAPER[1]}) with imm_jax: the model after {which}.", "",
+           f"`{stage}` of a run of [{PAPER[0]}]({PAPER[1]}) with imm_jax: the model after {origin}.", "",
            f"- Base model: `{config['model']}`",
            f"- Method: {_describe_method(results)}",
            f"- In domain: {results.id_task}; out of domain: {', '.join(results.ood_tasks) or 'none'}",
@@ -60,29 +60,28 @@ def format_card(results: Results, stage: str, name: str) -> str:
 
 
 def select_models(results: Results, stage: str) -> list[Model]:
-  """Those whose scores are on the card: the base, this model, and where it is a merged one what it was merged from."""
+  """Returns the models whose scores are on the card: the base, this model, and the round's model after SFT."""
   return [model for model in results.models if _stage_of(model) in ("base", f"{stage.partition('/')[0]}/sft", stage)]
 
 
 def is_evaluated(results: Results, stage: str) -> bool:
-  """Whether the run has scores of this checkpoint."""
+  """Returns whether the run has scores of a checkpoint."""
   return any(_stage_of(model) == stage for model in results.models)
 
 
 def _describe_method(results: Results) -> str:
-  """What a round does, and in place of the method's own merge the one that the config sets."""
-  method, config = METHODS[results.method], results.config
-  given = config.get("merge", {}).get("method", "")
-  merge = merge_method(ml_collections.ConfigDict({"method": results.method, "merge": {"method": given}}))
+  """Describes the run's method, with the merging method if the config sets another than the method's own."""
+  method, configured = METHODS[results.method], results.config.get("merge", {}).get("method", "")
+  merge = merge_method(ml_collections.ConfigDict({"method": results.method, "merge": {"method": configured}}))
   if merge == method.merge:
     return f"`{results.method}`, {method.summary} ({method.source})"
-  known = registry.METHODS.get(merge)  # one of the user's own may not be registered here
+  known = registry.METHODS.get(merge)  # None for a user's own method that this process has not registered
   reference = f" ({known.reference})" if known and known.reference else ""
   return f"`{results.method}`, merged by `{merge}`{f': {known.summary}' if known else ''}{reference}"
 
 
 def _format_scores(results: Results, stage: str) -> list[str]:
-  """A table of the models selected."""
+  """Formats the scores of the models of `select_models` as a table."""
   models = select_models(results, stage)
   tasks = (results.id_task, *results.ood_tasks)
   rows = [["model", *tasks], ["---"] * (1 + len(tasks))]
@@ -98,7 +97,7 @@ def _format_scores(results: Results, stage: str) -> list[str]:
 
 
 def _stage_of(model: Model) -> str:
-  """Where a model's checkpoint lies in the run directory."""
+  """Returns the path of a model's checkpoint in the run directory; `base` for the base model."""
   if model.kind == "base":
     return "base"
   name = {"ema": "sft/ema"}.get(model.kind, model.kind.replace("merged ", "sweep/"))
@@ -106,7 +105,7 @@ def _stage_of(model: Model) -> str:
 
 
 def _list_datasets(results: Results) -> Iterator[str]:
-  """Those of the hub that the run's own task comes from: what it was trained on."""
+  """Yields the hub's name of the data set of the in-domain task, on which the model was trained, if it has one."""
   task = results.config["task"]
   published = TASKS[task["name"]].source.get("train", "") if task["name"] in TASKS else ""
   source = task.get("source") or published
@@ -115,25 +114,25 @@ def _list_datasets(results: Results) -> Iterator[str]:
 
 
 def _list_changed(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-  """The settings that are not their default, by key; all where the defaults are not installed."""
+  """Lists the settings that differ from their defaults, by key; all settings if the defaults are not installed."""
   try:
     defaults = json.loads(json.dumps(importlib.import_module("configs.common").get_config().to_dict()))
   except ImportError:
     defaults = {}
 
-  def walk(found: Mapping[str, Any], known: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
-    for key, value in found.items():
-      name = f"{where}{key}"
+  def walk(settings: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+      name = f"{prefix}{key}"
       if name in _OMITTED:
         continue
       if isinstance(value, Mapping):
-        yield from walk(value, known.get(key, {}), f"{name}.")
-      elif value != known.get(key, None):
+        yield from walk(value, defaults.get(key, {}), f"{name}.")
+      elif value != defaults.get(key, None):
         yield name, _to_tuple(value)
 
   return list(walk(config, defaults, ""))
 
 
 def _to_tuple(value: Any) -> Any:
-  """Lists as a command line takes them."""
+  """Converts lists to tuples, the form in which a command line takes them."""
   return tuple(map(_to_tuple, value)) if isinstance(value, list) else value
