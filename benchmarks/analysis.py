@@ -45,7 +45,7 @@ def make_passes(dtype: str, folder: Path) -> dict[str, Callable[[], None]]:
 
   from imm_jax.analysis import importance
   from imm_jax.model import attention, hf, sharding
-  from imm_jax.training import step
+  from imm_jax.training import optimization, step
   from imm_jax.training.input import Input
   from imm_jax.training.packing import PackedBatches, TokenizedExample
 
@@ -59,7 +59,7 @@ def make_passes(dtype: str, folder: Path) -> dict[str, Callable[[], None]]:
   backend = attention.choose_backend("auto", config, dtype=dtype, length=_LENGTH.value, rows=_ROWS.value, mesh=mesh)
   options = {"compute_dtype": jnp.dtype(dtype), "remat": _REMAT.value, "attention": backend, "mesh": mesh}
   gradient = jax.jit(step.gradient_function(config, **options))
-  optimizer = step.make_optimizer(optax.constant_schedule(1e-5), weight_decay=0.0, grad_clip=1.0)
+  optimizer = optimization.make_optimizer(optax.constant_schedule(1e-5), weight_decay=0.0, grad_clip=1.0)
   train_step = step.make_train_step(config, optimizer, **options)
   state = step.init_state(hf.load(folder, dtype=jnp.float32, place=place)[1], optimizer, mesh)
 

@@ -54,8 +54,9 @@ def ours(dtype: str, remat: str, folder: Path, added: str = "") -> Callable[[], 
   from imm_jax.model import attention, hf, sharding
   from imm_jax.training import lora
   from imm_jax.training.additions import Additions
+  from imm_jax.training.optimization import make_optimizer
   from imm_jax.training.packing import PackedBatches, TokenizedExample
-  from imm_jax.training.step import init_state, make_optimizer, make_train_step
+  from imm_jax.training.step import init_state, make_train_step
 
   mesh = sharding.make_mesh(data=1, fsdp=1)
   load = lambda dtype: hf.load(folder, dtype=dtype, place=lambda *_: jax.NamedSharding(mesh, sharding.P()))

@@ -31,8 +31,8 @@ from imm_jax.sampling.native import NativeSampler
 from imm_jax.tasks import answers, arithmetic, prompts
 from imm_jax.tasks.base import Example
 from imm_jax.training import trainer
+from imm_jax.training.optimization import make_schedule
 from imm_jax.training.packing import PackedBatches, TokenizedExample
-from imm_jax.training.step import make_schedule
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a file such as configs/tiny_pretrain.py.")
 flags.mark_flag_as_required("config")

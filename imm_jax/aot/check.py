@@ -24,7 +24,7 @@ from imm_jax.errors import UserError
 from imm_jax.model import attention, published, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params, count_params
-from imm_jax.training import step as training
+from imm_jax.training import optimization, step as training
 from imm_jax.training.additions import PLAIN, Additions, additions_of
 from imm_jax.training.throughput import train_flops
 
@@ -151,8 +151,8 @@ def compile_step(plan: Plan) -> Report:
   backend = attention.choose_backend(plan.attention, plan.model, dtype=plan.compute_dtype, length=plan.length,
                                      rows=plan.step_rows // plan.accumulation, mesh=plan.mesh)
   # Any learning-rate schedule will do here.
-  optimizer = training.make_optimizer(optax.constant_schedule(1e-5), weight_decay=plan.weight_decay,
-                                      grad_clip=plan.grad_clip)
+  optimizer = optimization.make_optimizer(optax.constant_schedule(1e-5), weight_decay=plan.weight_decay,
+                                          grad_clip=plan.grad_clip)
   state = training.abstract_state(plan.model, optimizer, plan.mesh, additions=plan.additions,
                                   frozen_dtype=plan.compute_dtype)
   step = training.step_function(plan.model, optimizer, additions=plan.additions, compute_dtype=plan.compute_dtype,

@@ -17,8 +17,8 @@ from imm_jax.model.decoder import REMAT, Params
 from imm_jax.model.tokenization import encode_continuation
 from imm_jax.runtime import hardware
 from imm_jax.training import trainer
+from imm_jax.training.optimization import make_schedule
 from imm_jax.training.packing import PackedBatches, TokenizedExample
-from imm_jax.training.step import make_schedule
 
 # The tokens of a packed row, unless a text is longer: then the row is the next multiple of _STEP.
 _ROW, _STEP = 512, 128

@@ -38,8 +38,8 @@ def of_round(config: ml_collections.ConfigDict, round_: int) -> Questions:
   Raises:
     ValueError: when the task has too few questions.
   """
-  few, shown, count = config.prompt.few_shot, shown_in_evaluation(config), config.task.questions_per_round
-  shown = max(few, shown)
+  few, count = config.prompt.few_shot, config.task.questions_per_round
+  shown = max(few, shown_in_evaluation(config))
   held_out = config.merge.auto.questions if config.merge.base_weight == "auto" else 0
   if tasks.is_generated(config.task.name):
     before = shown + held_out
@@ -179,7 +179,7 @@ def choices(config: ml_collections.ConfigDict, entry: str, *, split: str, count:
   """Loads the first `count` questions (0 for all) of a task with options to score."""
   name = name_of(entry)
   try:
-    return tasks.load_choices(name, split=split, seed=_seed_of(config, split),
+    return tasks.load_choices(name, split=split, seed=_TEST_SEED if split == "test" else config.seed,
                               source=source_of(config, entry))[:count or None]
   except UserError as e:
     raise UserError(str(e) if str(e).startswith("task ") else f"task {name}: {e}") from e
@@ -235,20 +235,14 @@ def load(config: ml_collections.ConfigDict, entry: str, *, split: str, count: in
   Raises:
     ValueError: when there are fewer than `count`.
   """
-  name = name_of(entry)
-  if count is None and tasks.is_generated(name):
+  if tasks.is_generated(name := name_of(entry)) and count is None:
     raise ValueError(f"{name} makes as many questions as it is asked for: expected 1 or more")
-  seed = _seed_of(config, split)
+  seed, custom = _TEST_SEED if split == "test" else config.seed, _custom_options(config, name)
   try:
-    custom = _custom_options(config, name)
     return list(_load(name, split, count, seed, source_of(config, entry), tuple(sorted(custom["fields"].items())),
                       custom["kind"]))
   except UserError as e:
     raise UserError(str(e) if str(e).startswith("task ") else f"task {name}: {e}") from e
-
-
-def _seed_of(config: ml_collections.ConfigDict, split: str) -> int:
-  return _TEST_SEED if split == "test" else config.seed
 
 
 def counts(config: ml_collections.ConfigDict) -> tuple[int, int]:
@@ -292,8 +286,7 @@ def describe_tests(config: ml_collections.ConfigDict) -> str:
 
 
 def _size(config: ml_collections.ConfigDict, entry: str, split: str, limit: int) -> int:
-  name = name_of(entry)
-  if tasks.is_generated(name):
+  if tasks.is_generated(name := name_of(entry)):
     return limit
   # The size of a custom task on the hub is unknown.
   known = (tasks.published_size(name, split) or limit) if is_remote(config, entry) else len(
@@ -346,8 +339,8 @@ def name_of(entry: str) -> str:
 
 def _custom_options(config: ml_collections.ConfigDict, name: str) -> dict[str, Any]:
   """Returns the config's description of the records of `custom`; empty for other tasks."""
-  return {"fields": config.task.fields.to_dict(), "kind": config.task.kind} if name == "custom" else {
-      "fields": {}, "kind": ""}
+  is_custom = name == "custom"
+  return {"fields": config.task.fields.to_dict() if is_custom else {}, "kind": config.task.kind if is_custom else ""}
 
 
 @functools.lru_cache(maxsize=64)

@@ -32,8 +32,9 @@ from imm_jax.tasks.base import Example
 from imm_jax.training import interventions, lora, throughput, trainer
 from imm_jax.training.additions import additions_of
 from imm_jax.training.checkpoints import Checkpoints
+from imm_jax.training.optimization import make_schedule
 from imm_jax.training.packing import PackedBatches, TokenizedExample
-from imm_jax.training.step import Frozen, make_schedule
+from imm_jax.training.step import Frozen
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""The loss, the optimizer, and one training step."""
+"""The loss, the training state, and one training step."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -139,65 +139,6 @@ def _add_adapters(settings: lora.Lora, gather: fsdp.Gather | None, layer: Layer,
     adapters = jax.tree_util.tree_map_with_path(
         lambda path, leaf: gather(f"layers.{sharding.path_name(path)}", leaf), adapters)
   return lora.add(layer, adapters, settings)
-
-
-def make_schedule(kind: str, *, peak: float, total_steps: int, warmup_ratio: float) -> optax.Schedule:
-  """Returns a schedule with linear warm-up from 0, then `cosine` or `linear` decay to 0, or a `constant` rate.
-
-  The warm-up leaves at least one step at the peak, so that even a training of one step trains.
-
-  >>> schedule = make_schedule("cosine", peak=1.0, total_steps=100, warmup_ratio=0.1)
-  >>> float(schedule(5)), float(schedule(10)), round(float(schedule(55)), 3)
-  (0.5, 1.0, 0.5)
-  """
-  warmup = min(max(1, round(total_steps * warmup_ratio)), total_steps - 1) if warmup_ratio > 0 else 0
-  decay = {"cosine": optax.cosine_decay_schedule(peak, max(1, total_steps - warmup)),
-           "linear": optax.linear_schedule(peak, 0.0, max(1, total_steps - warmup)),
-           "constant": optax.constant_schedule(peak)}[kind]
-  return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup]) if warmup else decay
-
-
-def make_optimizer(schedule: optax.Schedule, *, weight_decay: float, grad_clip: float,
-                   transform: optax.GradientTransformation | None = None) -> optax.GradientTransformation:
-  """Returns AdamW (b1 0.9, b2 0.999, eps 1e-8) after clipping by global norm; `grad_clip` 0 disables clipping.
-
-  `transform` is applied to AdamW's updates, which include weight decay and learning rate.
-  """
-  clip = _clip(grad_clip) if grad_clip else optax.identity()
-  return optax.chain(clip, _adamw(schedule, weight_decay), *([transform] if transform else []))
-
-
-def _clip(max_norm: float) -> optax.GradientTransformation:
-  """Clips as `optax.clip_by_global_norm` does, whose elementwise division makes XLA keep a second gradient."""
-
-  def clip(grads: Params, _: Params | None) -> Params:
-    norm = optax.tree.norm(grads)
-    scale = jnp.where(norm < max_norm, 1.0, max_norm / norm)
-    return jax.tree.map(lambda g: g * scale, grads)
-
-  return optax.stateless(clip)
-
-
-def _adamw(schedule: optax.Schedule, weight_decay: float, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
-           ) -> optax.GradientTransformationExtraArgs:
-  """Updates as `optax.adamw` does, with the same state, but in place; `update(..., halted=True)` keeps the state.
-
-  A barrier completes the moments before the update reads them. Otherwise XLA computes them twice, once for the update,
-  and keeps copies of both old moments, which on CPU costs twice the memory of the parameters.
-  """
-  moments, others = optax.scale_by_adam(b1, b2, eps), optax.chain(
-      optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(schedule))
-
-  def update(grads: Params, state: Any, params: Params | None = None, *, halted: jax.Array | bool = False,
-             **_: Any) -> tuple[Params, Any]:
-    first, *rest = state
-    keep = lambda old, new: jax.tree.map(lambda o, n: jnp.where(halted, o, n), old, new)
-    first = jax.lax.optimization_barrier(keep(first, moments.update(grads, first)[1]))
-    means = (optax.tree.bias_correction(m, b, first.count) for m, b in ((first.mu, b1), (first.nu, b2)))
-    updates, new = others.update(jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), *means), tuple(rest), params)
-    return updates, (first, *keep(tuple(rest), new))
-
-  return optax.GradientTransformationExtraArgs(lambda params: (moments.init(params), *others.init(params)), update)
 
 
 def state_sharding(state: Any, mesh: Mesh) -> Any:

@@ -21,6 +21,7 @@ from imm_jax.training.additions import PLAIN, Additions
 from imm_jax.training.checkpoints import Checkpoints
 from imm_jax.training.input import Input
 from imm_jax.training.interventions import Intervention
+from imm_jax.training.optimization import make_optimizer
 from imm_jax.training.packing import PackedBatches
 from imm_jax.training.step import (
   Frozen,
@@ -28,7 +29,6 @@ from imm_jax.training.step import (
   abstract_state,
   halt_flag,
   init_state,
-  make_optimizer,
   make_train_step,
   to_xla_memory,
 )

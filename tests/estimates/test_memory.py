@@ -15,7 +15,7 @@ from imm_jax.model import sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
 from imm_jax.runtime import resident
-from imm_jax.training import step as training
+from imm_jax.training import optimization, step as training
 from imm_jax.training.additions import PLAIN, Additions
 from imm_jax.training.lora import Lora
 
@@ -63,7 +63,7 @@ def test_a_step_takes_about_what_is_said(model, rows, length, remat, dtype, accu
   options = {"accumulation": accumulation, "remat": remat, "attention": "blockwise", "additions": additions}
   devices = sharding.make_mesh(data=1, fsdp=1)
   said = memory.step_bytes(model, devices, rows=rows, length=length, dtype=jnp.dtype(dtype), **options)
-  optimizer = training.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.1, grad_clip=1.0)
+  optimizer = optimization.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.1, grad_clip=1.0)
   state = training.abstract_state(model, optimizer, devices, additions=additions, frozen_dtype=jnp.dtype(dtype))
   options |= {"compute_dtype": jnp.dtype(dtype)}
   step = training.step_function(model, optimizer, mesh=devices, **options)
@@ -79,7 +79,7 @@ def test_importance_takes_about_what_is_said():
   said = memory.step_bytes(WIDE, devices, rows=16, length=128, dtype=jnp.dtype("float32"), accumulation=1,
                            sums=True, **options)
   add = importance.make_accumulate(WIDE, compute_dtype=jnp.dtype("float32"), mesh=devices, **options)
-  optimizer = training.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.0, grad_clip=0.0)
+  optimizer = optimization.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.0, grad_clip=0.0)
   params = training.abstract_state(WIDE, optimizer, devices)["params"]
   tokens = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(devices, sharding.P()))
   compiled = training.jit_step(add, (params, tokens)).lower(
@@ -91,7 +91,7 @@ def test_comparing_with_the_base_takes_about_what_is_said():
   devices, dtype = sharding.make_mesh(data=1, fsdp=1), jnp.dtype("float32")
   said = memory.comparison_bytes(WIDE, devices, rows=16, length=128, accumulation=1, dtype=dtype, attention="blockwise")
   program = sums._program(drift._sum_differences, WIDE, devices, dtype, "blockwise", 1)
-  optimizer = training.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.0, grad_clip=0.0)
+  optimizer = optimization.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.0, grad_clip=0.0)
   params = training.abstract_state(WIDE, optimizer, devices)["params"]
   compiled = program.lower((params, params), batch(devices, 16, 128)).compile().memory_analysis()
   assert said.pop("weights") == pytest.approx(compiled.argument_size_in_bytes, rel=0.05)

@@ -21,7 +21,7 @@ from imm_jax.errors import UserError
 from imm_jax.model import hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params
-from imm_jax.training import step as training
+from imm_jax.training import optimization, step as training
 
 CONFIG = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
                      head_dim=8, rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=False, qkv_bias=True)
@@ -82,7 +82,7 @@ def _step(out: Path, name: str, mesh: jax.sharding.Mesh, batch: dict[str, np.nda
   config, params = hf.load(out / "checkpoint", place=functools.partial(sharding.param_sharding, mesh))
   assert config == CONFIG
   np.savez(out / f"{name}-loaded.npz", **_flat(params))
-  optimizer = training.make_optimizer(optax.constant_schedule(LEARNING_RATE), weight_decay=0.1, grad_clip=1.0)
+  optimizer = optimization.make_optimizer(optax.constant_schedule(LEARNING_RATE), weight_decay=0.1, grad_clip=1.0)
   state = training.init_state(params, optimizer, mesh)
   before = _shards(state)
   placed = jax.device_put(batch, jax.sharding.NamedSharding(mesh, sharding.BATCH))

@@ -14,7 +14,7 @@ import pytest
 
 from imm_jax.model import hf, lora as adapters_on_disk, safetensors, sharding
 from imm_jax.model.decoder import Params, init_params
-from imm_jax.training import lora, step as training
+from imm_jax.training import lora, optimization, step as training
 from imm_jax.training.additions import Additions
 from imm_jax.training.lora import Lora
 from imm_jax.training.loss import anchored_loss
@@ -51,7 +51,7 @@ def two_steps(name: str, additions: Additions) -> dict[str, np.ndarray]:
   mesh = i.make_mesh(sizes)
   params, anchor, adapters = make_trees()
   frozen = {"base": placed(params, mesh)} if additions.lora else {"anchor": placed(anchor, mesh)}
-  optimizer = training.make_optimizer(optax.constant_schedule(LEARNING_RATE), weight_decay=0.1, grad_clip=1.0)
+  optimizer = optimization.make_optimizer(optax.constant_schedule(LEARNING_RATE), weight_decay=0.1, grad_clip=1.0)
   state = training.init_state(placed(adapters if additions.lora else params, mesh), optimizer, mesh,
                               additions=additions, frozen=frozen)
   like = training.abstract_state(t.CONFIG, optimizer, mesh, additions=additions, frozen_dtype=jnp.float32)
@@ -222,7 +222,7 @@ def test_l2_sp_and_average_equal_their_closed_forms():
   """Runs two steps without learned tokens, where L2-SP alone changes the weights."""
   mesh, additions = i.make_mesh(), Additions(l2_sp=0.25, ema=0.75)
   params, anchor, _ = make_trees()
-  optimizer = training.make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.0, grad_clip=0.0)
+  optimizer = optimization.make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.0, grad_clip=0.0)
   state = training.init_state(placed(params, mesh), optimizer, mesh, additions=additions,
                               frozen={"anchor": placed(anchor, mesh)})
   batch = jax.tree.map(np.array, t.pack(t.make_examples(4))[0])
@@ -251,7 +251,7 @@ def test_a_non_finite_step_changes_neither_weights_nor_average():
   mesh, additions = i.make_mesh(), Additions(ema=0.75)
   params = make_trees()[0]
   params["norm"]["weight"][0] = np.nan
-  optimizer = training.make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.0, grad_clip=0.0)
+  optimizer = optimization.make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.0, grad_clip=0.0)
   state = training.init_state(placed(params, mesh), optimizer, mesh, additions=additions)
   step = training.make_train_step(t.CONFIG, optimizer, additions=additions, compute_dtype=jnp.float32, mesh=mesh)
   state, _ = step(state, jax.device_put(t.pack(t.make_examples(4))[0], jax.NamedSharding(mesh, sharding.BATCH)))

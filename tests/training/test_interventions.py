@@ -21,7 +21,7 @@ from imm_jax.analysis import importance
 from imm_jax.errors import PreemptedError
 from imm_jax.model import sharding
 from imm_jax.model.decoder import Params, init_params
-from imm_jax.training import interventions, step as training, trainer
+from imm_jax.training import interventions, optimization, step as training, trainer
 from imm_jax.training.checkpoints import Checkpoints
 from imm_jax.training.interventions import Intervention
 from tests.training import test_step as t
@@ -157,7 +157,7 @@ def test_a_step_without_intervention_equals_optax():
     updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
-  built = training.make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.1, grad_clip=1.0)
+  built = optimization.make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.1, grad_clip=1.0)
   state = training.init_state(make_params(mesh), built, mesh)
   step = training.make_train_step(t.CONFIG, built, compute_dtype=jnp.float32, mesh=mesh)
   params, opt_state = make_params(mesh), optimizer.init(make_params(mesh))
@@ -278,8 +278,8 @@ def test_a_masked_run_resumes_with_its_mask_on_another_mesh(out: Path):
 
 def test_masks_are_not_compiled_into_the_step():
   mesh, intervention = make_mesh(), interventions.weight_masking(TOP_P)
-  optimizer = training.make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.1, grad_clip=1.0,
-                                      transform=intervention.transform)
+  optimizer = optimization.make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.1, grad_clip=1.0,
+                                          transform=intervention.transform)
   batch = jax.device_put(t.pack(t.make_examples(9), global_batch=9, row_multiple=8)[0],
                          jax.NamedSharding(mesh, sharding.BATCH))
   step, shares = None, []

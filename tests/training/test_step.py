@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from imm_jax.model import hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import bind, init_params
-from imm_jax.training import step as training_step
+from imm_jax.training import optimization, step as training_step
 from imm_jax.training.packing import Batch, PackedBatches, TokenizedExample
 
 CONFIG = ModelConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1,
@@ -255,8 +255,8 @@ def test_ten_steps_equal_torch_adamw(checkpoint):
   by_tokens = {tuple(e.prompt + e.response): e for e in examples}
   assert len(batches) >= total_steps
 
-  optimizer = training_step.make_optimizer(
-      training_step.make_schedule("cosine", peak=peak, total_steps=total_steps, warmup_ratio=warmup / total_steps),
+  optimizer = optimization.make_optimizer(
+      optimization.make_schedule("cosine", peak=peak, total_steps=total_steps, warmup_ratio=warmup / total_steps),
       weight_decay=weight_decay, grad_clip=clip)
   state = training_step.init_state(params, optimizer, sharding.make_mesh(data=1, fsdp=1))
   step = training_step.make_train_step(config, optimizer, compute_dtype=jnp.float32)
@@ -292,7 +292,7 @@ def test_ten_steps_equal_torch_adamw(checkpoint):
 @pytest.mark.parametrize(("total", "ratio", "warmup"), [
     (100, 0.03, 3), (100, 0.0, 0), (10, 0.01, 1), (47, 0.5, 24), (1, 0.0, 0), (1000, 0.9, 900)])
 def test_schedules_equal_their_closed_forms(kind, total, ratio, warmup):
-  schedule = training_step.make_schedule(kind, peak=2e-5, total_steps=total, warmup_ratio=ratio)
+  schedule = optimization.make_schedule(kind, peak=2e-5, total_steps=total, warmup_ratio=ratio)
   steps = np.linspace(0, total + 2, 50).astype(np.int32)
   expected = [closed_form(kind, s, peak=2e-5, total=total, warmup=warmup) for s in steps.tolist()]
   np.testing.assert_allclose(schedule(steps), expected, rtol=1e-5, atol=1e-11)
@@ -301,19 +301,19 @@ def test_schedules_equal_their_closed_forms(kind, total, ratio, warmup):
 
 def test_the_shortest_training_has_a_step_at_the_peak():
   for total in (1, 2, 3):
-    schedule = training_step.make_schedule("cosine", peak=1.0, total_steps=total, warmup_ratio=0.9)
+    schedule = optimization.make_schedule("cosine", peak=1.0, total_steps=total, warmup_ratio=0.9)
     assert max(float(schedule(s)) for s in range(total)) == 1
 
 
 def test_an_unknown_schedule_is_an_error():
   with pytest.raises(KeyError):
-    training_step.make_schedule("exponential", peak=1.0, total_steps=10, warmup_ratio=0.0)
+    optimization.make_schedule("exponential", peak=1.0, total_steps=10, warmup_ratio=0.0)
 
 
 @pytest.mark.parametrize(("clip", "scale"), [(0.0, 1.0), (1.0, 0.2), (100.0, 1.0)])
 def test_gradients_are_clipped_by_their_global_norm(clip, scale):
   grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}  # norm 5
-  optimizer = training_step.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.0, grad_clip=clip)
+  optimizer = optimization.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.0, grad_clip=clip)
   _, state = optimizer.update(grads, optimizer.init(grads), grads)
   moments = optax.tree_utils.tree_get(state, "mu")
   jax.tree.map(lambda m, g: np.testing.assert_allclose(m, 0.1 * scale * g, rtol=1e-6), moments, grads)

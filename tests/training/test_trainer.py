@@ -17,7 +17,7 @@ from imm_jax.errors import UserError
 from imm_jax.model import sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import init_params
-from imm_jax.training import step as training_step, throughput, trainer
+from imm_jax.training import optimization, step as training_step, throughput, trainer
 from imm_jax.training.packing import PackedBatches, TokenizedExample
 
 CONFIG = ModelConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1,
@@ -48,7 +48,7 @@ def compiled_once():
   """Caches the compiled step for all trainings here."""
   mesh = sharding.make_mesh(data=1, fsdp=1)
   schedule = optax.constant_schedule(1e-3)
-  optimizer = training_step.make_optimizer(schedule, weight_decay=0.0, grad_clip=1.0)
+  optimizer = optimization.make_optimizer(schedule, weight_decay=0.0, grad_clip=1.0)
   step = training_step.make_train_step(CONFIG, optimizer, compute_dtype=jnp.float32, mesh=mesh)
   patch = pytest.MonkeyPatch()
   patch.setattr(trainer, "make_train_step", lambda *args, **options: step)
@@ -88,7 +88,7 @@ def losses(monkeypatch) -> list[float]:
 @pytest.mark.parametrize("log_every", [1, 4, 100])
 def test_every_step_is_reported_once(params, losses, log_every):
   losses[:] = [0.5 * i for i in range(STEPS)]
-  schedule = training_step.make_schedule("cosine", peak=1e-3, total_steps=STEPS, warmup_ratio=0.3)
+  schedule = optimization.make_schedule("cosine", peak=1e-3, total_steps=STEPS, warmup_ratio=0.3)
   reports = {}
   trained = train(params, make_batches(), reports, schedule=schedule, log_every=log_every)
   assert same(trained.params, params)

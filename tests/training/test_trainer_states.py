@@ -17,7 +17,7 @@ import pytest
 from imm_jax.errors import PreemptedError, UserError
 from imm_jax.model import sharding
 from imm_jax.model.decoder import init_params
-from imm_jax.training import step as training_step, trainer
+from imm_jax.training import optimization, step as training_step, trainer
 from imm_jax.training.checkpoints import Checkpoints, check_folder
 from tests.training.test_trainer import CONFIG, POISON, STEPS, compiled_once, make_batches, params, same, train  # noqa: F401
 
@@ -43,7 +43,7 @@ def test_the_last_good_state_survives_a_non_finite_loss(params, log_every, tmp_p
     with pytest.raises(UserError, match=rf"the loss is nan at step {bad} .*kept in {tmp_path}"):
       train(poisoned, make_batches(poisoned_step=bad), checkpoints=checkpoints, log_every=log_every)
     assert saved(tmp_path) == [bad]
-    like = training_step.abstract_state(CONFIG, training_step.make_optimizer(
+    like = training_step.abstract_state(CONFIG, optimization.make_optimizer(
         optax.constant_schedule(1e-3), weight_decay=0.0, grad_clip=1.0), sharding.make_mesh(data=1, fsdp=1))
     kept = checkpoints.restore(bad, {name: like[name] for name in ("params", "opt_state")})["params"]
   with states(tmp_path / "other", every=bad) as checkpoints, pytest.raises(UserError):
