@@ -1,1 +1,1 @@
-"""Config files: `--config=configs/NAME.py`; `common` explains every key."""
+"""Config files, used as `--config=NAME` or `--config=configs/NAME.py`; `common` explains every key."""

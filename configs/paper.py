@@ -5,11 +5,11 @@
     python -m imm_jax.main --config=configs/paper.py:table=3,scale=tiny --workdir=runs/tiny3
     python -m imm_jax.main --config=configs/paper.py:all --workdir=runs/paper --dry_run
 
-Every run has its folder in WORKDIR. `all` is all of them, in which equal runs of several tables and figures are one.
-`scale=tiny` keeps the plan and puts the embedded model and its tasks in place of
-the paper's. One run is changed with --config.runs.NAME.KEY=VALUE, what samples is one for all,
---config.sampler.KEY=VALUE, an analysis with --config.analyses.NAME.task=NAME=SOURCE (where its questions are) and
---config.analyses.NAME.config.KEY=VALUE. Analyses come after the runs, each in a folder in WORKDIR/analyses.
+Every run has its folder in WORKDIR; the analyses follow the runs, each in its folder in WORKDIR/analyses. `all` is all
+tables and figures, and makes a run that several of them share once. `scale=tiny` replaces the paper's models and tasks
+by the embedded ones. --config.runs.NAME.KEY=VALUE changes a setting of a run, --config.sampler.KEY=VALUE the sampler of
+all runs, --config.analyses.NAME.task=NAME=SOURCE the source of an analysis's questions, and
+--config.analyses.NAME.config.KEY=VALUE one of its settings.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ MODELS = {"qwen_0_5b": qwen.MODELS["0.5b"], "qwen_1_5b": qwen.MODELS["1.5b"], "l
 SIZES = ("qwen_0_5b", "qwen_1_5b", "llama2_7b")
 TASKS = ("gsm8k", "math")
 INTERVENTIONS = ("gradient_decay", "gradient_clipping", "weight_masking")
-# English that is no reasoning, where there is no network: this project's own.
+# English text without reasoning, written for this project, so that tiny scale needs no network.
 _PROSE = f"text=file:{Path(imm_jax.__file__).with_name('assets') / 'prose.txt'}"
 SWEEP = (0.1, 0.3, 0.4, 0.6, 0.7, 0.9)  # base weights beside 0.5; table 3's alpha is 1 less these
 
@@ -53,7 +53,7 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
 
 
 def _runs(scale: str, models: tuple[str, ...], tasks: tuple[str, ...] = TASKS, **changes: object) -> dict:
-  """A run for each model and task, `imm` over one round unless changed; keys are dotted with double underscores."""
+  """Returns a run for each model and task: `imm` over one round, changed by `changes`, whose `__` stand for dots."""
   runs = {}
   for model in models if scale == "paper" else ("tiny",):
     for task in tasks if scale == "paper" else ("stories",):
@@ -87,13 +87,13 @@ def _importance(scale: str, model: str, task: str) -> dict[str, object]:
 
 
 def _change(scale: str, run: str, *models: str) -> dict[str, dict[str, str]]:
-  """What of each of these models of a run has changed, against what the model before it was."""
+  """Returns the analyses of how the weights of these models of a run changed since their round began."""
   run = run if scale == "paper" else run.split("_")[0] + "_tiny_stories"
   return {f"change_{run}_{m.replace('/', '_')}": {"kind": "weight_change", "run": run, "model": m} for m in models}
 
 
 def _together(scale: str) -> tuple[dict, dict]:
-  """All plans: equal runs and analyses once, others of an equal name with the plan's name before theirs."""
+  """Returns the runs and analyses of all plans: equal ones once, others of the same name prefixed by their plan."""
   runs, analyses, known, asked = {}, {}, {}, {}
   for plan, make in _PLANS.items():
     of_plan, more = make(scale)
@@ -111,7 +111,7 @@ def _together(scale: str) -> tuple[dict, dict]:
 
 
 def _teacher_of_1_5b(runs: dict) -> dict:
-  """The runs with the 7B teacher for the 1.5B model: tables 7 and 8 hold table 2's figures of it."""
+  """Returns the runs, with the 7B teacher for the 1.5B model, whose figures in tables 7 and 8 are those of table 2."""
   for name, config in runs.items():
     if name.startswith("qwen_1_5b"):
       config.teacher = qwen.MODELS["7b"]

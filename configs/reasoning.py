@@ -9,7 +9,7 @@ OOD = ("mawps", "sat_math")
 
 
 def get_config(*, model: str, task: str) -> ml_collections.ConfigDict:
-  """IMM on a model, in domain `gsm8k` or `math`."""
+  """Returns the settings of IMM on a model with the in-domain task `gsm8k` or `math`."""
   config = common.get_config()
   config.model = model
   config.task.name = task

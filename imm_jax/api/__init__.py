@@ -1,1 +1,1 @@
-"""The Python API: what `import imm_jax` offers, over the modules that the commands use."""
+"""The Python API that `import imm_jax` offers; it calls the modules that the commands use, too."""

@@ -1,4 +1,4 @@
-"""A model in memory: load, logits, samples, likelihoods, save.
+"""Loads a model into memory, computes its logits, samples and likelihoods, and saves it.
 
 Progress bars go to stderr; TQDM_DISABLE=1 in the environment hides them.
 """
@@ -150,9 +150,9 @@ class Model:
     checks.check_prompts(prompts)
     sampler = NativeSampler(self.folder, params=self.params, mesh=self.mesh, batch_size=batch_size,
                             compute_dtype=hardware.compute_dtype(compute_dtype))
-    asked = [prompt if isinstance(prompt, Prompt) else Prompt(str(i), prompt) for i, prompt in enumerate(prompts)]
+    with_ids = [prompt if isinstance(prompt, Prompt) else Prompt(str(i), prompt) for i, prompt in enumerate(prompts)]
     temperatures = tuple(float(t) for t in np.atleast_1d(temperature))
-    return sampler.generate(asked, max_new_tokens=max_new_tokens, num_samples=num_samples, temperatures=temperatures,
+    return sampler.generate(with_ids, max_new_tokens=max_new_tokens, num_samples=num_samples, temperatures=temperatures,
                             top_p=top_p, stop=stop, seed=seed)
 
   def score(self, pairs: Sequence[Pair], *, compute_dtype: str = "auto") -> list[Score]:

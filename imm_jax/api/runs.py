@@ -1,4 +1,4 @@
-"""A run of a config from Python."""
+"""Runs a config from Python."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""Training and layer importance of a model in memory."""
+"""Fine-tunes a model in memory, and computes its layer importance."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

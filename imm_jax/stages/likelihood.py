@@ -13,7 +13,7 @@ from imm_jax.model import folder
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.runtime import distributed, hardware
 from imm_jax.scoring import Scorer, encode_continuations, encode_text
-from imm_jax.stages import kept, questions
+from imm_jax.stages import questions, resumable
 from imm_jax.stages.devices import mesh_of
 from imm_jax.statistics import evaluation
 from imm_jax.tasks.base import Choice
@@ -48,7 +48,7 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
   settings = {"model": f"{folder.digest(model)} in {dtype}" if distributed.is_main() else ""}
 
   def score_parts(name: str, items: Sequence[Any], make: Callable[..., list[Row]], size: int) -> list[Row]:
-    rows = kept.compute_rows(items, lambda part, label: make(scorer, tokenizer, part, label=label), size=size,
+    rows = resumable.compute_rows(items, lambda part, label: make(scorer, tokenizer, part, label=label), size=size,
                              journal=scratch / f"{name}_scores.jsonl", settings=settings, label=f"{label}: {name}")
     if distributed.is_main():
       files.write_jsonl(out / f"{name}.jsonl", rows)
