@@ -94,19 +94,19 @@ def _change(scale: str, run: str, *models: str) -> dict[str, dict[str, str]]:
 
 def _together(scale: str) -> tuple[dict, dict]:
   """Returns the runs and analyses of all plans: equal ones once, others of the same name prefixed by their plan."""
-  runs, analyses, known, asked = {}, {}, {}, {}
+  runs, analyses, run_names, analysis_names = {}, {}, {}, {}
   for plan, make in _PLANS.items():
     of_plan, more = make(scale)
     names = {}
     for name, config in of_plan.items():
-      same = known.setdefault(config.to_json(), name if name not in runs else f"{plan.replace(' ', '_')}_{name}")
-      names[name] = same
-      runs[same] = config
+      unique = run_names.setdefault(config.to_json(), name if name not in runs else f"{plan.replace(' ', '_')}_{name}")
+      names[name] = unique
+      runs[unique] = config
     for name, analysis in more.items():
-      found = analysis | ({"run": names[analysis["run"]]} if "run" in analysis else {})
-      same = asked.setdefault(ml_collections.ConfigDict(found).to_json(sort_keys=True),
-                              name if name not in analyses else f"{plan.replace(' ', '_')}_{name}")
-      analyses[same] = found
+      renamed = analysis | ({"run": names[analysis["run"]]} if "run" in analysis else {})
+      unique = analysis_names.setdefault(ml_collections.ConfigDict(renamed).to_json(sort_keys=True),
+                                         name if name not in analyses else f"{plan.replace(' ', '_')}_{name}")
+      analyses[unique] = renamed
   return runs, analyses
 
 

@@ -13,7 +13,7 @@ _MAX_ITEMS = 50
 
 
 class UserError(Exception):
-  """A mistake in the config, the files or the environment.
+  """Reports a mistake in the config, the files or the environment.
 
   The message says what is wrong, where (file, key, line), and what would be right. Commands print it as `error: ...` on
   stderr and exit with the code that `exit_code` gives; callers of the package catch it like any exception.
@@ -21,15 +21,15 @@ class UserError(Exception):
 
 
 class ResourceError(UserError):
-  """A lack of memory, disk space, a device or a network; the same command may work elsewhere or later."""
+  """Reports a lack of memory, disk space, a device or a network; the same command may work elsewhere or later."""
 
 
 class LostError(UserError):
-  """Another process of the run ended; the same command, given to all processes, continues the run."""
+  """Reports that another process of the run ended; the same command, given to all processes, continues the run."""
 
 
 class PreemptedError(BaseException):
-  """SIGTERM told a run to stop; the same command continues it from what is saved.
+  """Ends a run after SIGTERM; the same command continues it from what is saved.
 
   Like KeyboardInterrupt it is no Exception: it may be raised anywhere, and code that goes on after an Exception must
   not catch it.
@@ -37,7 +37,7 @@ class PreemptedError(BaseException):
 
 
 class Exit(enum.IntEnum):
-  """Exit codes of the commands, from which a supervisor learns whether to try again.
+  """Lists the exit codes of the commands, from which a supervisor learns whether to try again.
 
   docs/operations.md explains them. 69, 70 and 75 have the meaning that sysexits.h gives them.
   """

@@ -26,7 +26,7 @@ _ROUND = re.compile(r"^round_[0-9]+/")
 
 
 class TokenCounts(NamedTuple):
-  """Numbers of tokens of a whole run.
+  """Holds the numbers of tokens of a whole run.
 
   Attributes:
     sampled: tokens of answers that are sampled for training.

@@ -26,7 +26,7 @@ _OTHER_BYTES = 500_000
 
 
 class Disk(NamedTuple):
-  """Sizes in a run directory.
+  """Holds the sizes in a run directory.
 
   Attributes:
     num_checkpoints: number of checkpoints when the run is done.

@@ -33,7 +33,7 @@ _PROMPT_TOKENS = 512
 
 
 class Peak(NamedTuple):
-  """The largest number of bytes that a stage holds.
+  """Holds the largest number of bytes that a stage needs.
 
   Attributes:
     stage: name of the kind of stage.
@@ -69,7 +69,7 @@ def activation_bytes(model: ModelConfig, *, length: int, remat: str, dtype: jnp.
   """
   params = abstract_params(model)
 
-  def kept(rows: int) -> int:
+  def residual_bytes(rows: int) -> int:
     batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in ("tokens", "positions", "segment_ids")}
     batch["weights"] = jax.ShapeDtypeStruct((rows, length), jnp.float32)
     hidden = lambda params, batch: step.head_inputs(model, params, batch, compute_dtype=dtype, remat=remat,
@@ -77,7 +77,7 @@ def activation_bytes(model: ModelConfig, *, length: int, remat: str, dtype: jnp.
     return _size(jax.eval_shape(lambda params, batch: jax.vjp(lambda p: hidden(p, batch), params)[1], params, batch),
                  4 if widened else 1)
 
-  return kept(2) - kept(1)  # the weights, which do not grow with the rows, cancel
+  return residual_bytes(2) - residual_bytes(1)  # the weights, which do not grow with the rows, cancel
 
 
 def step_bytes(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, accumulation: int, remat: str,
@@ -99,7 +99,7 @@ def step_bytes(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, accumu
   """
   options = {"length": length, "dtype": dtype, "attention": attention, "widened": _platform(mesh) == "cpu"}
   device_rows = math.ceil(rows / accumulation / num_batch_shards(mesh))
-  kept = device_rows * activation_bytes(model, remat=remat, **options) / mesh.shape["tensor"]
+  activations = device_rows * activation_bytes(model, remat=remat, **options) / mesh.shape["tensor"]
   layer = device_rows * activation_bytes(model, remat="none", **options) / mesh.shape["tensor"] / model.num_layers
   table = model.vocab_size * model.hidden_size
   # With one model, two arrays of the logits' size are alive at a time; with two models, five, as measured.
@@ -114,7 +114,7 @@ def step_bytes(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, accumu
   gradients += 4 * params * (additions.l2_sp > 0)  # the gradient of the L2-SP term
   gathered = (2 * table + 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(model)["layers"]))
               / model.num_layers) * jnp.dtype(dtype).itemsize if mesh.shape["fsdp"] > 1 else 0
-  sizes = {"gradients": gradients, "activations": kept, "gathered weights": gathered}
+  sizes = {"gradients": gradients, "activations": activations, "gathered weights": gathered}
   # Logits are freed before the layers' backward pass begins.
   sizes |= {"logits": logits} if logits > _BACKWARD * layer else {"a layer's backward pass": _BACKWARD * layer}
   return {name: size for name, size in sizes.items() if size}

@@ -23,7 +23,7 @@ _NUM_MEASURED = 100
 
 
 class Expected(NamedTuple):
-  """The shapes that a run is expected to compute with.
+  """Holds the shapes that a run is expected to compute with.
 
   Attributes:
     rows: rows of an SFT step, over all devices.

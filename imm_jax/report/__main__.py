@@ -1,11 +1,11 @@
-"""Writes the report of a run, or of several side by side.
+"""Writes the report of a run, or a report that compares several runs side by side.
 
     imm report runs/tiny
     imm report runs/tiny runs/star --out=runs/compared
     imm report runs/table5 --out=runs/report5 --paper
 
-A folder that holds run directories stands for all of them. One run's report goes to WORKDIR/report where --out is not
-given; --paper sets the paper's published figures beside a run's, where its config is one of the paper's tables.
+A folder that holds run directories means all of them. Without --out the report of one run is written to WORKDIR/report.
+--paper shows the paper's published figures beside those of runs whose config is that of one of its tables.
 """
 
 from pathlib import Path
@@ -17,14 +17,15 @@ from imm_jax.errors import UserError
 from imm_jax.report import compare, live, markup, paper, results
 from imm_jax.runs import status
 
-_WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, DIR,DIR,..., or folders that hold some; or the "
-                             "arguments.")
-_OUT = flags.DEFINE_string("out", None, "The folder to write; for one run WORKDIR/report where it is not given.")
+_WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, DIR,DIR,..., or folders that hold some; also the "
+                             "arguments without a name.")
+_OUT = flags.DEFINE_string("out", None, "The folder to write; by default, for one run, WORKDIR/report.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier report in --out.")
-_PAPER = flags.DEFINE_bool("paper", False, "Set the paper's published figures beside the runs'.")
+_PAPER = flags.DEFINE_bool("paper", False, "Show the paper's published figures beside those of the runs.")
 
 
 def main() -> None:
+  """Writes the report and prints where; for one run also prints its table of results."""
   roots = results.find_runs(_WORKDIRS.value)
   if _OUT.value is None and len(roots) > 1:
     raise UserError(f"--workdirs: holds {len(roots)} runs; say with --out=DIR where their report is to be written")
@@ -51,9 +52,9 @@ def _explain_foreign(folder: Path) -> str:
   page = folder / "index.html"
   if not page.is_file() or markup.GENERATOR not in page.read_text(encoding="utf-8", errors="replace")[:2000]:
     return "is no earlier report (it has no index.html of one)"
-  others = sorted(p.name for p in folder.iterdir() if p.suffix not in (".csv", ".png", ".svg") and p.name not in (
+  unknown = sorted(p.name for p in folder.iterdir() if p.suffix not in (".csv", ".png", ".svg") and p.name not in (
       "index.html", "status.json"))
-  return f"is no earlier report (it holds {others[0]})" if others else ""
+  return f"is no earlier report (it holds {unknown[0]})" if unknown else ""
 
 
 if __name__ == "__main__":

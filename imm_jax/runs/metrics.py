@@ -23,7 +23,7 @@ _WANDB = "wandb.json"
 
 
 class Writer(Protocol):
-  """A destination of metrics."""
+  """Writes metrics to one destination."""
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """Writes the values of one step."""

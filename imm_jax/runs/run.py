@@ -18,7 +18,7 @@ RUNTIME_KEYS = ("data.skip_empty", "eval.batch_size", "mesh", "profile", "sample
 
 
 class Model(NamedTuple):
-  """A checkpoint of a run.
+  """Holds a checkpoint of a run.
 
   Attributes:
     folder: the checkpoint folder.
@@ -30,7 +30,7 @@ class Model(NamedTuple):
 
 
 class Run(NamedTuple):
-  """A run.
+  """Holds what defines a run.
 
   Attributes:
     config: its settings.
@@ -74,7 +74,7 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One step of a run.
+  """Describes one step of a run.
 
   Attributes:
     name: path of its output, a file or a folder, relative to the run directory.

@@ -22,7 +22,7 @@ _LOCK_ATTEMPTS = 10  # one every 0.05 s
 
 
 class RunDir:
-  """An open run directory, which no other process can open; use as a context manager."""
+  """Holds a run directory open, so that no other process can open it; use as a context manager."""
 
   def __init__(self, path: str | Path, config: ml_collections.ConfigDict):
     """Opens the directory, or creates it.

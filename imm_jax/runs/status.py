@@ -26,7 +26,7 @@ _HEARTBEAT_S = 30.0
 
 
 class Status(NamedTuple):
-  """The content of status.json.
+  """Holds the content of status.json.
 
   Attributes:
     plan: names of all stages; empty if unknown.

@@ -21,7 +21,7 @@ _MAX_IDS = 3
 
 
 class Answers(NamedTuple):
-  """The scores of a model's answers to the questions of a task.
+  """Holds the scores of a model's answers to the questions of a task.
 
   Attributes:
     path: the file.
@@ -37,7 +37,7 @@ class Answers(NamedTuple):
 
 
 class Line(NamedTuple):
-  """The difference between two models on a task; a line of the table.
+  """Holds the difference between two models on a task; a line of the table.
 
   Attributes:
     task: name of the task.
@@ -63,7 +63,7 @@ class Line(NamedTuple):
 
 
 class Comparison(NamedTuple):
-  """The differences between two models on the tasks that both have answered.
+  """Holds the differences between two models on the tasks that both have answered.
 
   Attributes:
     lines: the difference on each task in each metric.
@@ -255,12 +255,12 @@ def _describe_protocol(protocol: Mapping[str, Any]) -> str:
   return ", ".join(parts)
 
 
-def report(this: Path, others: Mapping[Path, Mapping[str, Answers]], out: Path | None) -> None:
+def report(this: Path, baselines: Mapping[Path, Mapping[str, Answers]], out: Path | None) -> None:
   """Compares a folder's answers with those of other folders; prints the tables and writes the tests to a JSON file.
 
   Args:
     this: the folder.
-    others: answers by task of each other folder.
+    baselines: answers by task of each other folder.
     out: the JSON file, or None to write none.
 
   Raises:
@@ -268,7 +268,7 @@ def report(this: Path, others: Mapping[Path, Mapping[str, Answers]], out: Path |
   """
   answers, results = read_folder(this), {}
   protocols = read_protocols(this)
-  for other, other_answers in others.items():
+  for other, other_answers in baselines.items():
     result, other_protocols = compare(answers, other_answers), read_protocols(other)
     results[other] = result._replace(notes=(*result.notes, *(
         f"{task}: asked in other ways, this {protocols[task]}; other {other_protocols[task]}"

@@ -18,7 +18,7 @@ _CHUNK = 4_000_000  # random draws that are in memory at a time
 
 
 class Paired(NamedTuple):
-  """The scores of two models on the same questions, and their difference.
+  """Holds the scores of two models on the same questions, and their difference.
 
   Attributes:
     first: mean score of the first model.
@@ -115,8 +115,8 @@ def _randomisation_p(change: np.ndarray) -> float:
   rng, total, extreme = np.random.default_rng(_SEED), change.sum(), 1
   threshold = abs(total) - 1e-12 * np.abs(change).sum()  # equal sums may differ by rounding
   for count in _chunk_sizes(change.size):
-    kept = rng.integers(2, size=(count, change.size), dtype=np.int8).astype(np.float64)
-    extreme += int((np.abs(2 * (kept @ change) - total) >= threshold).sum())
+    unswapped = rng.integers(2, size=(count, change.size), dtype=np.int8).astype(np.float64)
+    extreme += int((np.abs(2 * (unswapped @ change) - total) >= threshold).sum())
   return extreme / (RESAMPLES + 1)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Accuracy(NamedTuple):
-  """The share of right answers, with its confidence interval.
+  """Holds the share of right answers with its confidence interval.
 
   Attributes:
     value: the share, from 0 to 1.
