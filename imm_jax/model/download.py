@@ -113,6 +113,7 @@ def _open_repository(name: str, first: str) -> _Repository:
   import huggingface_hub  # imported here because most runs use local folders
   from huggingface_hub import errors
 
+  huggingface_hub.utils.logging.disable_propagation()  # else absl prints each line on a retry once more
   repo_id, _, revision = name.partition("@")
   try:
     folder = Path(huggingface_hub.hf_hub_download(repo_id, first, revision=revision or None)).parent

@@ -1,0 +1,41 @@
+"""The settings that each stage of a run counts among its inputs."""
+
+import json
+from pathlib import Path
+
+from configs import tiny
+from imm_jax import loop
+from imm_jax.runs.run import Model, Run
+
+
+def _settings(**changes: object) -> list[dict[str, object]]:
+  """Of the stages that sample and train, in two rounds, as they are compared."""
+  config = tiny.get_config()
+  config.rounds = 2
+  config.update_from_flattened_dict(changes)
+  value = Run(config, Path("run"), Model(Path("base"), "base"))
+  found = [stage for stage in loop.plan(value) if stage.name.endswith(("samples.jsonl", "/sft"))]
+  assert [stage.name for stage in found if "eval" not in stage.name] == [
+      f"round_{t}/{name}" for t in range(2) for name in ("samples.jsonl", "sft")]
+  return [json.loads(json.dumps(stage.settings)) for stage in found if "eval" not in stage.name]
+
+
+def test_a_setting_that_is_not_used_is_none_of_a_stage():
+  """Which keeps runs that were made before there was such a key."""
+  star = _settings(method="star")
+  assert star == _settings(**{"method": "star", "sft.lora_rank": 3, "sft.kl_weight": 9.0, "sft.ema_decay": 0.5})
+  for method, key, value in (("kl", "kl_weight", 9.0), ("l2_sp", "l2_sp_weight", 9.0), ("lora", "lora_rank", 3),
+                             ("ema", "ema_decay", 0.5), ("star", "stop_share", 0.5), ("star", "ema", True)):
+    plain, changed = _settings(method=method), _settings(**{"method": method, f"sft.{key}": value})
+    assert [a == b for a, b in zip(plain, changed, strict=True)] == [True, False, True, False], key
+  trained = [_settings(method=method)[1] for method in ("star", "kl", "l2_sp", "lora", "ema")]
+  assert all(a != b for i, a in enumerate(trained) for b in trained[:i])
+
+
+def test_a_rounds_temperatures_are_its_own():
+  of = lambda *given: _settings(**{"sample.temperatures": given})
+  plain = of(0.2, 0.4)
+  changed = of((0.2, 0.4), (0.9,))
+  assert [a == b for a, b in zip(plain, changed, strict=True)] == [True, True, False, True]
+  assert plain == of((0.2, 0.4))  # the last stands for later rounds
+  assert changed[2]["sample"]["temperatures"] == [0.9]

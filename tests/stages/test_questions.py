@@ -1,0 +1,106 @@
+"""The questions of rounds and tests, from files of a user."""
+
+import json
+
+import pytest
+
+from configs import tiny
+from imm_jax import config as checks
+from imm_jax.errors import UserError
+from imm_jax.stages import questions, selection
+
+
+def custom_task(folder, **records):
+  folder.mkdir()
+  for split in ("train", "test"):
+    rows = [{"question": f"{split} {i}?", "answer": str(i), **records} for i in range(9)]
+    (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  config = tiny.get_config()
+  config.task.update({"name": "custom", "source": f"file:{folder}", "questions_per_round": 4, "eval_questions": 2})
+  return config
+
+
+def test_worked_examples_need_worked_answers(tmp_path):
+  config = custom_task(tmp_path / "a")
+  checks.validate(config)
+  config.prompt.few_shot = 2
+  with pytest.raises(UserError, match=r"few_shot=2: custom has no worked answers .*task.fields.rationale"):
+    checks.validate(config)
+
+
+def _half_worked(folder, worked=(1, 3, 4, 6)):
+  config = custom_task(folder)
+  rows = [{"question": f"train {i}?", "answer": str(i), **({"why": f"It is {i}."} if i in worked else {})}
+          for i in range(9)]
+  (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  config.task.fields.rationale = "why"
+  return config
+
+
+def test_examples_of_prompts_and_real_answers_are_rows_with_a_worked_answer_and_the_others_are_asked(tmp_path):
+  config = _half_worked(tmp_path / "a")
+  config.prompt.few_shot, config.task.questions_per_round = 3, 0
+  checks.validate(config)
+  found = questions.of_round(config, 0)
+  assert len(found.shots) == 3
+  assert all(e.rationale for e in found.shots)
+  assert len(found.asked) == 6
+  assert not {e.id for e in found.asked} & {e.id for e in found.shots}
+  assert sum(not e.rationale for e in found.asked) == 5
+  assert len(selection.worked_answers(config, 0)) == 1
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"prompt.few_shot": 5}, r"few_shot=5: custom .*too few: 4 of its 9 train questions have one"),
+    ({"prompt.few_shot": 4, "method": "real"}, r"no worked answers.*: 4 of its 9 .* none of the 4 of round 0")])
+def test_too_few_worked_answers_are_counted(change, message, tmp_path):
+  config = _half_worked(tmp_path / "a")
+  config.update_from_flattened_dict(change)
+  with pytest.raises(UserError, match=message):
+    checks.validate(config)
+
+
+def test_which_examples_a_prompt_shows_does_not_change_where_all_are_worked(tmp_path):
+  config = _half_worked(tmp_path / "a", worked=range(9))
+  config.prompt.few_shot = 3
+  pool = questions.load(config, "custom", split="train")
+  found = questions.of_round(config, 0)
+  assert (found.shots, found.asked) == (pool[:3], pool[3:7])
+
+
+def test_a_task_with_fewer_test_questions_than_asked_for_gives_all_it_has(tmp_path, capsys):
+  config = custom_task(tmp_path / "a")
+  svamp = tmp_path / "svamp.jsonl"
+  svamp.write_text("\n".join(json.dumps({"Body": f"There are {i}.", "Question": "How many?", "Answer": i, "ID": str(i)})
+                             for i in range(5)))
+  config.task.update({"eval_questions": 7, "ood": ("groups", f"svamp=file:{svamp}")})
+  for _ in range(2):
+    checks.validate(config, trains=False)
+  assert {name: len(found) for name, found in questions.of_tests(config).items()} == {
+      "custom": 7, "groups": 7, "svamp": 5}
+  assert questions.count_tests(config) == [7, 7, 5]
+  told = [line for line in capsys.readouterr().err.splitlines() if "all of them are asked" in line]
+  assert told == ["note: task svamp has 5 test questions, and all of them are asked (config.task.eval_questions=7)"]
+
+
+def test_questions_that_change_are_noticed(tmp_path):
+  first, same, other = (questions.digests(custom_task(tmp_path / name, **more)) for name, more in (
+      ("a", {}), ("b", {}), ("c", {"answer": "7"})))
+  assert first == same
+  assert all(first[split] != other[split] for split in first)
+  assert set(first) == {"train questions", "test questions"}
+
+
+def test_the_dry_run_says_how_many_test_questions_are_asked_and_of_how_many(tmp_path):
+  config = custom_task(tmp_path / "a")
+  (tmp_path / "a" / "test.jsonl").write_text("\n".join(
+      json.dumps({"question": "Test?", "answer": a}) for a in ("1", "2", "none", "1")))
+  config.task.update({"eval_questions": 1000, "ood": ("groups", "mawps", "asdiv", "sciq")})
+  assert questions.count_tests(config) == [3, 1000, 520, 1000, 1000]
+  first, note = questions.describe_tests(config).splitlines()
+  assert first == ("test questions: custom 3 of 4 (3 have an answer that can be judged); groups 1000 (generated); "
+                   "mawps 520 of 520; asdiv 1000 of 2305 (2215 have an answer that can be judged); sciq 1000 of 1000")
+  assert "mawps: hf:MU-NLPC/Calc-mawps has 520 other questions than the paper's 2065" in note
+  config.task.ood = ("tabmwp",)
+  with pytest.raises(UserError, match="give tabmwp=file:PATH"):
+    checks.validate(config, downloads=False)

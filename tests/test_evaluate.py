@@ -1,0 +1,51 @@
+"""The command that scores one checkpoint."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from imm_jax import files, tasks
+from tests import REPO
+from tests.runs.test_loop import environment  # noqa: F401
+
+
+@pytest.mark.full
+def test_scores_of_one_checkpoint(environment, tmp_path):  # noqa: F811
+  other, asked = tmp_path / "other", tasks.load("choice", split="test", count=5, seed=0)
+  other.mkdir()
+  files.write_jsonl(other / "choice.jsonl", [
+      {"id": e.id, "question": e.question, "gold": e.answer, "correct": False} for e in asked])
+  command = [sys.executable, "-m", "imm_jax.evaluate", "--config=configs/tiny.py", "--model=tiny",
+             f"--out={tmp_path / 'out'}", f"--against={other}", "--config.task.ood=('choice',)",
+             "--config.task.eval_questions=6", "--config.eval.batch_size=8", "--config.eval.num_samples=2"]
+  done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  scores, _, compared = done.stdout.partition("answers and scores: ")
+  printed = scores.splitlines()
+  metrics = ("greedy", "pass@1", "pass@2", "majority@2")
+  assert [line.split()[:2] for line in printed[:-2]] == [
+      [task, metric] for task in ("stories", "choice") for metric in metrics]
+  scores = json.loads((tmp_path / "out/scores.json").read_text())
+  for line, task in zip(printed[-2:], ("stories", "choice"), strict=True):
+    rows = [json.loads(row) for row in (tmp_path / f"out/{task}.jsonl").read_text().splitlines()]
+    expected = {
+        "name": "paper", "shots": 0, "n": 6, "mean_tokens": round(sum(row["tokens"] for row in rows) / 6, 2),
+        "cut": round(sum(row["finish"] == "length" for row in rows) / 6, 4)}
+    assert scores["protocol"][task].items() >= expected.items()
+    assert line.startswith(f"{task}: protocol paper, 0 worked examples; ")
+  assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+      "against.json", "choice.jsonl", "choice_samples.jsonl", "scores.json", "stories.jsonl", "stories_samples.jsonl"]
+  assert f"choice: compared on the 5 questions that both answered; {tmp_path}/out/choice.jsonl alone has 1" in compared
+  (found,), rows = (json.loads((tmp_path / "out/against.json").read_text()),
+                    (tmp_path / "out/choice.jsonl").read_text().splitlines()[:5])
+  assert [(test["task"], test["n"], test["only_this"]) for test in found["tests"]] == [
+      ("choice", 5, sum(json.loads(row)["correct"] for row in rows))]
+  again = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
+  assert again.returncode == 1
+  assert "exists; give another folder, or --overwrite" in again.stderr
+  itself = subprocess.run([*command, "--overwrite", f"--against={tmp_path / 'out'}"], cwd=REPO, env=environment,
+                          capture_output=True, text=True, check=False)
+  assert itself.returncode == 1
+  assert "is or holds the input --against" in itself.stderr
