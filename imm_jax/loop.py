@@ -127,8 +127,8 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
     return
   record = run_record.read(root)
   recorded = {name: value for entry in record["stages"].values() for name, value in entry["inputs"].items()}
-  # What is not on this machine counts as unchanged. The digest of a large model takes a while, so it is only computed if
-  # there is a record to compare it with.
+  # What is not on this machine counts as unchanged. The digest of a large model takes a while, so it is only computed
+  # if there is a record to compare it with.
   external = {name: folder.digest(path) if record["stages"] and is_local else recorded.get(name, "")
               for name, path in models.items()}
   if any(questions.is_remote(config, entry) for entry in questions.own(config)) or questions.has_remote_texts(config):

@@ -11,13 +11,19 @@ continues it and ends with the same bits. For a run on several hosts, give the c
 on a file system that they share; on Slurm and Cloud TPU (--distributed=on) they find each other.
 """
 
+import sys
+
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 from imm_jax import cli, config, loop
 from imm_jax.errors import UserError
+from imm_jax.methods import merge_method
 from imm_jax.runs import experiments
+from imm_jax.runs.run import list_idle_keys
 from imm_jax.runtime import distributed
+from imm_jax.stages import merge_options
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The settings, as a file or a name such as tiny or qwen:1.5b. --config.KEY=VALUE changes one of "
@@ -56,6 +62,8 @@ def main() -> None:
   settings = cli.read_config(_CONFIG)
   is_experiment = experiments.is_experiment(settings)
   (experiments if is_experiment else config).validate(settings, downloads=not (_DRY_RUN.value or _COMPILE_ONLY.value))
+  if not is_experiment:
+    _print_idle_keys(settings)
   if _COMPILE_ONLY.value:
     if is_experiment:
       raise UserError("--compile_only: takes the config of a single run")
@@ -69,6 +77,18 @@ def main() -> None:
     runner.dry_run(settings, _WORKDIR.value)
   else:
     runner.run(settings, _WORKDIR.value, rerun=_RERUN.value)
+
+
+def _print_idle_keys(settings: ml_collections.ConfigDict) -> None:
+  """Prints a note on the settings of the command line that have no effect, such as a penalty of another method."""
+  given = config_flags.get_override_values(flags.FLAGS["config"])
+  idle = list_idle_keys(settings, given)
+  if merge_method(settings) and "merge.base_weight" in given and not merge_options.weighs(settings):
+    idle.append("merge.base_weight")
+  if idle:
+    merging = f", merge.method={settings.merge.method}" * bool(settings.merge.method)
+    print(f"note: {', '.join(f'--config.{key}' for key in idle)}: no effect with method={settings.method}{merging} and "
+          "the other settings", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 from configs import common, tiny
 from imm_jax import config as checks
 from imm_jax.errors import UserError
+from imm_jax.runs.run import list_idle_keys
 from tests import REPO
 from tests.runs.test_loop import SMALL, environment  # noqa: F401
 
@@ -119,3 +120,25 @@ def test_keys_of_a_config_that_was_made_anew_are_checked_too(slip: dict, message
         inner[name] = new
   with pytest.raises(UserError, match=message):
     checks.validate(ml_collections.ConfigDict(made))
+
+
+@pytest.mark.parametrize(("settings", "idle"), [
+    ({"method": "star", "merge.base_weight": 0.3, "sft.epochs": 2}, ["merge.base_weight"]),
+    ({"method": "star", "sft.kl_weight": 0.3, "sft.lora_rank": 4}, ["sft.kl_weight", "sft.lora_rank"]),
+    ({"method": "kl", "sft.kl_weight": 0.3, "merge.auto.step": 0.2}, ["merge.auto.step"]),
+    ({"method": "real", "sample.top_p": 0.9, "sample.compute_dtype": "float32"}, ["sample.top_p"]),
+    ({"method": "iimm", "merge.base_weight": 0.3, "sft.intervention": "none"}, [])],
+    ids=["merge", "penalties", "auto", "samples", "none"])
+def test_keys_without_an_effect_are_listed(settings, idle):
+  config = tiny.get_config()
+  config.update_from_flattened_dict(settings)
+  assert list_idle_keys(config, settings) == idle
+
+
+@pytest.mark.full
+def test_a_setting_without_an_effect_is_noted(tmp_path):
+  done = subprocess.run([sys.executable, "-m", "imm_jax.main", "--config=configs/tiny.py", "--dry_run",
+                         f"--workdir={tmp_path / 'run'}", "--config.merge.method=model_stock",
+                         "--config.merge.base_weight=0.3"], cwd=REPO, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  assert "note: --config.merge.base_weight: no effect with method=imm, merge.method=model_stock" in done.stderr

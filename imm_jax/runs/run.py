@@ -1,7 +1,7 @@
 """A run: its config, its directory, the models that it starts from, and the stages that it consists of."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,13 +116,28 @@ def list_unused_keys(config: ml_collections.ConfigDict) -> set[str]:
 
   They are left out of the stages' settings, so that a run made before such a key existed is still up to date.
   """
-  method, sft = methods.method_of(config), config.sft
-  used = {"l2_sp_weight": method.anchor == "l2_sp", "kl_weight": method.anchor == "kl", "lora_rank": method.lora,
-          "lora_alpha": method.lora, "ema": sft.ema, "ema_decay": methods.keeps_average(config),
-          "stop_share": sft.stop_share > 0, "export": sft.export != "model"}
-  used |= {setting: sft.intervention == name for name, setting in interventions.SETTINGS.items()}
-  used = {f"sft.{key}": value for key, value in used.items()} | {
-      "data.mixture_share": method.data == "mixture", "data.with_real": method.data == "accumulation",
-      "merge.method": config.merge.method, "data.skip_empty": config.data.skip_empty,
-      "analysis.drift": config.analysis.drift, "eval.passages": config.eval.passages, "tracking": config.tracking}
+  sft, used = config.sft, _dependent_keys(config)
+  used |= {"sft.ema": sft.ema, "sft.stop_share": sft.stop_share > 0, "sft.export": sft.export != "model",
+           "merge.method": config.merge.method, "data.skip_empty": config.data.skip_empty,
+           "analysis.drift": config.analysis.drift, "eval.passages": config.eval.passages, "tracking": config.tracking}
   return {key for key, value in used.items() if not value}
+
+
+def list_idle_keys(config: ml_collections.ConfigDict, keys: Iterable[str]) -> list[str]:
+  """Lists those of the given keys whose values have no effect, because of the method or of another key."""
+  # Evaluation reads sample.stop and sample.compute_dtype, too.
+  used = _dependent_keys(config) | dict.fromkeys(
+      (f"sample.{key}" for key in ("num_samples", "max_new_tokens", "batch_size", "temperatures", "top_p")),
+      methods.samples_answers(config))
+  sections = {"merge.": bool(methods.merge_method(config)), "merge.auto.": config.merge.base_weight == "auto"}
+  return [key for key in keys if not used.get(key, True) or any(
+      key.startswith(section) and not effective for section, effective in sections.items())]
+
+
+def _dependent_keys(config: ml_collections.ConfigDict) -> dict[str, bool]:
+  """Returns for each key whose effect depends on the method, or on another key, whether it has one."""
+  method, sft = methods.method_of(config), config.sft
+  return {"sft.l2_sp_weight": method.anchor == "l2_sp", "sft.kl_weight": method.anchor == "kl",
+          "sft.lora_rank": method.lora, "sft.lora_alpha": method.lora, "sft.ema_decay": methods.keeps_average(config),
+          "data.mixture_share": method.data == "mixture", "data.with_real": method.data == "accumulation",
+          **{f"sft.{setting}": sft.intervention == name for name, setting in interventions.SETTINGS.items()}}
