@@ -1,7 +1,9 @@
 """Merges HF checkpoints on disk in blocks, bit-identical to merging trees in memory.
 
 Only blocks are held, so memory does not grow with the model: one thread reads and digests, others merge and write. A
-block is a run of entries; where masks are drawn, it is whole rows or part of one row.
+block is a run of entries; where masks are drawn, it is whole rows or part of one row. A method that looks along columns
+(`nuslerp` with `row_wise`) needs whole tensors: for each of up to ten that wait or are merged, all inputs, and while it
+is merged some copies in float32.
 """
 
 import contextlib

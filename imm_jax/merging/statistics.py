@@ -1,6 +1,7 @@
 """Statistics of whole tensors that some methods need before they merge: angles, order statistics, counts.
 
-All sums are of integers, so that the result does not depend on blocks, devices or layout. A `Source` provides the
+The sums here are of integers, so that the result does not depend on blocks, devices or layout; those of `sce` are of
+float64, in the order of the blocks. A `Source` provides the
 tensors (from trees in memory or checkpoints on disk) and adds up the statistics below over a tensor's parts. For
 tensors that jax traces (under jit, grad, vmap, eval_shape) they are computed in the trace in float32, so that gradients
 flow through their smooth parts.
