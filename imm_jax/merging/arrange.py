@@ -5,14 +5,12 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from imm_jax.errors import UserError
+from imm_jax.errors import UserError, join_items
+from imm_jax.merging import roles
 from imm_jax.merging.recipe import Recipe
 from imm_jax.merging.source import CheckpointSource, Table
 from imm_jax.merging.trees import count_layers, layer_of
 from imm_jax.model import folder as model_folder
-
-# Tensors outside the layers that precede them; all others follow the last layer.
-_BEFORE = re.compile(r"embed|(^|\.)w[tp]e\.")
 
 
 @contextlib.contextmanager
@@ -24,7 +22,8 @@ def open_parts(recipe: Recipe, replacements: Mapping[Path, Table] | None = None)
     replacements: folder -> tensors that replace its own.
 
   Raises:
-    UserError: if models do not match, or a layer range exceeds a model's layers.
+    UserError: if models do not match, a layer range exceeds a model's layers, or a model that is to be sliced has
+      several stacks of layers.
   """
   replacements = replacements or {}
   with contextlib.ExitStack() as stack:
@@ -39,6 +38,7 @@ def open_parts(recipe: Recipe, replacements: Mapping[Path, Table] | None = None)
     for label, folder in recipe.models.items():
       if folder not in cache:
         cache[folder] = _read_table(label, folder) | replacements.get(folder, {})
+        _require_one_stack(label, folder, list(cache[folder]))
     last = [cache[folder] for folder in recipe.slices[-1].models.values()]
     if any(model_folder.HEAD in table for table in last):
       for table in last:  # a tied model's head is its embedding
@@ -49,7 +49,7 @@ def open_parts(recipe: Recipe, replacements: Mapping[Path, Table] | None = None)
       tables = []
       for label, folder in part.models.items():
         first, end = part.layers[label]
-        count = count_layers(list(cache[folder]))
+        count = max(count_layers(list(cache[folder])).values(), default=0)
         if end > count:
           raise UserError(f"{prefix}{label}: layer_range [{first}, {end}]: {folder} has {count} layers")
         tables.append(_select_layers(cache[folder], first, end, begin, before=i == 0,
@@ -75,13 +75,21 @@ def _read_table(label: str, folder: Path) -> Table:
     return {name: source.entries(name)[0] for name in source.order}
 
 
+def _require_one_stack(label: str, folder: Path, names: list[str]) -> None:
+  """Raises UserError if a model has several stacks of layers, of which a range of layers does not say one."""
+  stacks = list(count_layers(names))
+  if len(stacks) > 1:
+    raise UserError(f"{label}: slices: {folder} has several stacks of layers ({join_items(stacks)}), and layer_range "
+                    "does not say of which; only whole ones can be merged (models)")
+
+
 def _select_layers(table: Table, first: int, end: int, begin: int, *, before: bool, after: bool) -> Table:
   """Selects layers [first, end), renumbered from `begin`, and on request the tensors before or after all layers."""
   result = {}
   for name, entry in table.items():
     layer = layer_of(name)
     if layer is None:
-      if before if _BEFORE.search(name) else after:
+      if before if roles.precedes_layers(name) else after:
         result[name] = entry
     elif first <= layer < end:
       result[_renumber(name, layer, layer - first + begin)] = entry

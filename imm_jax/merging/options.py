@@ -11,7 +11,7 @@ import numpy as np
 
 from imm_jax.merging import masks
 from imm_jax.merging.statistics import Source
-from imm_jax.merging.trees import Setting, count_layers, resolve
+from imm_jax.merging.trees import Setting, count_layers, num_layers_of, resolve
 
 # The default of an option that must be given.
 REQUIRED = inspect.Parameter.empty
@@ -136,7 +136,8 @@ class Settings:
       per_model = _per_model_settings(value, num_models, option.name) if option.per_model else [value]
       resolved = {}
       for name in source.names:
-        numbers = [resolve(setting, name, layers, option.name, source.first_layer) for setting in per_model]
+        numbers = [resolve(setting, name, num_layers_of(name, layers), option.name, source.first_layer)
+                   for setting in per_model]
         for number in numbers:
           option.check(number, f" at {name!r}")
         resolved[name] = numbers if option.per_model else numbers[0]

@@ -14,7 +14,7 @@ import numpy as np
 
 from imm_jax import files
 from imm_jax.errors import UserError, join_items
-from imm_jax.merging import trees
+from imm_jax.merging import roles, trees
 from imm_jax.merging.statistics import Statistic
 from imm_jax.model import folder as model_folder
 from imm_jax.model.safetensors import Entry, Reader, empty_aligned
@@ -39,7 +39,7 @@ class CheckpointSource:
     Args:
       folders: label -> folder; the others are compared with the first, which is the base if its label is `base`.
       block: number of entries held at once.
-      only: predicate on names that selects tensors; None for all.
+      keep: predicate on names that selects tensors; None for all.
       tables: for each folder, output name -> entry of the tensor; None for all tensors under their own names.
       first_layer: first layer of the output among these tensors, where lists over the layers begin.
 
@@ -210,7 +210,7 @@ def _require_match(labels: Sequence[str], models: Sequence[Mapping[str, Entry]])
     for name in sorted(first.keys() & model.keys()):
       a, b = first[name], model[name]
       if a.shape != b.shape:
-        vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight")) and a.shape[1:] == b.shape[1:]
+        vocabulary = (roles.is_embedding(name) or roles.is_head(name)) and a.shape[1:] == b.shape[1:]
         problems.append(f"{name} has shape {a.shape} in {labels[0]}, {b.shape} in {label}" + (
             " (other vocabularies: a recipe with tokenizer_source: base gives both the rows of one)"
             if vocabulary else ""))

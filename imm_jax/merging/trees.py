@@ -42,9 +42,32 @@ def layer_of(name: str) -> int | None:
   return int(match[1]) if match else None
 
 
-def count_layers(names: Sequence[str]) -> int:
-  """Returns one more than the highest layer number in these names; 0 if none has one."""
-  return max((layer_of(name) or 0 for name in names if layer_of(name) is not None), default=-1) + 1
+def stack_of(name: str) -> str | None:
+  """Returns the path of the stack of layers that a tensor belongs to, or None.
+
+  >>> stack_of("model.layers.3.mlp.up_proj.weight"), stack_of("vision_tower.encoder.layers.0.norm.weight")
+  ('model.layers', 'vision_tower.encoder.layers')
+  """
+  match = _LAYER.search(name)
+  return name[:match.start(1) - 1] if match else None
+
+
+def count_layers(names: Sequence[str]) -> dict[str, int]:
+  """Returns the number of layers of each stack in these names: one more than the highest layer number.
+
+  >>> count_layers(["encoder.block.0.w", "encoder.block.1.w", "decoder.block.0.w", "lm_head.weight"])
+  {'encoder.block': 2, 'decoder.block': 1}
+  """
+  counts: dict[str, int] = {}
+  for name in names:
+    if (stack := stack_of(name)) is not None:
+      counts[stack] = max(counts.get(stack, 0), layer_of(name) + 1)
+  return counts
+
+
+def num_layers_of(name: str, counts: Mapping[str, int]) -> int:
+  """Returns the number of layers of a tensor's stack, by `count_layers`; outside the layers that of the largest."""
+  return counts.get(stack_of(name), max(counts.values(), default=0))
 
 
 def is_counter(name: str) -> bool:
@@ -63,8 +86,8 @@ def resolve(setting: Setting, name: str, num_layers: int, option_name: str, firs
     setting: a number; a list, interpolated from the first layer to the last (a tensor outside the layers takes the
       first value); or a mapping from regex to either, of which the first that is found in the name counts.
     name: name of the tensor.
-    num_layers: number of layers of the model.
-    what: name of the option, for errors.
+    num_layers: number of layers of the stack that the tensor belongs to; outside the layers that of any.
+    option_name: name of the option, for errors.
     first_layer: layer at which a list begins.
 
   Returns:

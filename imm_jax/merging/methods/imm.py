@@ -43,8 +43,13 @@ def _layer_scales(importance: Sequence[float], names: Sequence[str]) -> np.ndarr
     scores = np.zeros(())
   if scores.ndim != 1 or not np.isfinite(scores).all() or (scores < 0).any() or scores.sum() <= 0:
     raise ValueError("importance: expected one finite score >= 0 for each layer, with a positive sum")
-  if len(scores) != count_layers(names):
-    raise ValueError(f"importance has {len(scores)} scores, but the names have {count_layers(names)} layers, such as "
+  counts = count_layers(names)
+  if len(set(counts.values())) > 1:
+    raise ValueError(f"importance: the names have several stacks of layers ({', '.join(counts)}), and scores of one "
+                     "depth; merge them one by one")
+  layers = max(counts.values(), default=0)
+  if len(scores) != layers:
+    raise ValueError(f"importance has {len(scores)} scores, but the names have {layers} layers, such as "
                      f"{names[-1] if names else 'none'}")
   return scores * len(scores) / scores.sum()
 

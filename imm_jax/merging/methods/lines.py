@@ -9,14 +9,14 @@ from imm_jax.merging.kernels import Numbers, Shared, Tensors
 from imm_jax.merging.options import Option, Settings, stack
 from imm_jax.merging.registry import Scalars, method
 from imm_jax.merging.statistics import Source
-from imm_jax.merging.trees import count_layers, layer_of
+from imm_jax.merging.trees import count_layers, layer_of, num_layers_of
 
 
 def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
-  last = count_layers(source.names) - 1
+  layers = count_layers(source.names)
 
   def scalars(name: str) -> Scalars:
-    depth = (layer_of(name) or 0) / max(1, last)
+    depth = (layer_of(name) or 0) / max(1, num_layers_of(name, layers) - 1)
     scale = settings.value("alpha", name) + depth * settings.value("beta", name)
     return {"weights": settings.value("weights", name), "scale": stack([scale])[0]}
 
@@ -29,7 +29,7 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
 def lines(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
   """Task arithmetic with a scale that grows linearly over the layers (LiNeS), as deeper layers are more task-specific.
 
-  base + (alpha + beta l / (L - 1)) sum_i w_i (t_i - base) for layer l of L.
+  base + (alpha + beta l / (L - 1)) sum_i w_i (t_i - base) for layer l of L, in each stack of layers.
 
   >>> import jax.numpy as jnp
   >>> tree = lambda x: {"layers": [{"w": jnp.full(1, x)} for _ in range(3)]}
