@@ -59,7 +59,7 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions) -> None:
     rows = next((source.entries(embedding)[0].shape[0] for source in sources if embedding in source.order), None)
   for folder, job, overflowed in zip(jobs, jobs.values(), result.overflowed, strict=True):
     configs.copy_companion_files(donor, folder)
-    configs.update_config(folder, dtype=recipe.dtype, rows=rows if tokenizer is not None else None,
+    configs.update_config(folder, dtype=recipe.dtype or _main_dtype(sources), rows=rows if tokenizer is not None else None,
                           head=_changed_head(donor, names), layers=arrange.source_layers(recipe))
     if tokenizer is not None:
       tokenizer.save_pretrained(folder)
@@ -82,6 +82,15 @@ def _align_vocabularies(recipe: Recipe, donor: Path, scratch: Path) -> tuple[obj
     opened = {folder: stack.enter_context(CheckpointSource({"model": folder})) for folder in models}
     tables = {folder: {name: source.entries(name)[0] for name in source.order} for folder, source in opened.items()}
   return tokenizer, vocabulary.align_rows(recipe.tokens, tokenizer.get_vocab(), known, tables, recipe.donor, scratch)
+
+
+def _main_dtype(sources: list[CheckpointSource]) -> str:
+  """Returns the dtype of most of the weights that are written if none is given: that of the first models."""
+  counts = collections.Counter()
+  for source in sources:
+    for name in source.names:
+      counts[source.entries(name)[0].dtype.name] += source.size(name)
+  return counts.most_common(1)[0][0]
 
 
 @contextlib.contextmanager

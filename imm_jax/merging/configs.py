@@ -1,7 +1,8 @@
 """Checks by their config.json that models may be merged, and writes the output's config.json and companion files."""
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +12,63 @@ from imm_jax.model import folder as model_folder
 
 # Averaging weights is meaningless across model families or head layouts, even where the shapes agree.
 _MUST_MATCH = ("model_type", "num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "hidden_act",
-               "activation_function", "num_experts", "num_local_experts", "num_experts_per_tok")
+               "hidden_activation", "activation_function", "num_experts", "num_local_experts", "num_experts_per_tok")
 # A mean may still make sense where these differ; the output takes the donor's values.
 _MAY_DIFFER = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "sliding_window", "max_position_embeddings",
                "attention_bias", "embedding_multiplier", "logits_scaling", "residual_multiplier",
-               "final_logit_softcapping")
+               "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
 _LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+# Configs of the language model within that of a model of several parts.
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+# Lists with an entry for each layer, and lists of the layers that differ from others.
+_PER_LAYER = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types", "attention_layers", "block_configs",
+              "no_rope_layers", "activation_sparsity_pattern", "intermediate_size", "num_query_heads", "num_kv_heads",
+              "ffn_multipliers")
+_LAYER_NUMBERS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "cross_attention_layers")
 
 
 def require_compatible(models: Mapping[str, Path], *, layers_may_differ: bool = False) -> None:
   """Checks that the configs of models allow a merge, and prints a note for each tolerable difference.
+
+  Nested configs, such as those of text and vision, are compared too.
 
   Args:
     models: label -> folder.
     layers_may_differ: allows different numbers of layers, for merges of slices.
 
   Raises:
-    UserError: if a mean is meaningless: different families, numbers of heads or activations, or quantised weights.
+    UserError: if a config.json is missing, or a mean is meaningless: different families, numbers of heads or
+      activations, or quantised weights.
   """
-  configs = {label: _read_config(folder) for label, folder in models.items()}
-  for label, config in configs.items():
-    if key := next((key for key in _QUANTISATION_KEYS if config.get(key)), None):
-      raise UserError(f"{label} ({models[label]}) has {key} in config.json: quantised weights are not merged; take the "
-                      "unquantised model that they were made from")
-  (first_label, first), *others = configs.items()
-  for label, config in others:
-    for key in (*_MUST_MATCH, *(() if layers_may_differ else _LAYER_COUNT_KEYS)):
-      a, b = _value_or_default(first, key), _value_or_default(config, key)
-      if a is not None and b is not None and a != b:
-        raise UserError(f"{label} ({models[label]}) has {key}={b!r} in config.json, {first_label} has {a!r}: their "
-                        "weights have no common meaning, so a merge of them makes no sense")
-    for key in _MAY_DIFFER:
-      if key in first and key in config and first[key] != config[key]:
-        print_once(f"note: {label} has {key}={config[key]!r} in config.json, {first_label} {first[key]!r}; the output "
-                   "has that of its base")
-    if (a := _rotary_settings(first)) != (b := _rotary_settings(config)):
-      print_once(f"note: {label} has other rotary embeddings in config.json than {first_label} ({b} and {a}); the "
-                 "output has those of its base")
+  parts = {}
+  for label, folder in models.items():
+    model_folder.require_model_folder(folder)
+    parts[label] = _split_config(files.read_json(folder / "config.json"))
+    for part, config in parts[label].items():
+      if key := next((key for key in _QUANTISATION_KEYS if config.get(key)), None):
+        raise UserError(f"{label} ({folder}) has {part}{key} in config.json: quantised weights are not merged; take "
+                        "the unquantised model that they were made from")
+  (first_label, first_parts), *others = parts.items()
+  must_match = (*_MUST_MATCH, *(() if layers_may_differ else _LAYER_COUNT_KEYS))
+  for label, own_parts in others:
+    for part in filter(own_parts.__contains__, first_parts):
+      first, config = first_parts[part], own_parts[part]
+      for key in must_match:
+        a, b = first.get(key), config.get(key)
+        if a is not None and b is not None and a != b:
+          raise UserError(f"{label} ({models[label]}) has {part}{key}={b!r} in config.json, {first_label} has {a!r}: "
+                          "their weights have no common meaning, so a merge of them makes no sense")
+      for key in _MAY_DIFFER:
+        if key in first and key in config and first[key] != config[key]:
+          print_once(f"note: {label} has {part}{key}={config[key]!r} in config.json, {first_label} {first[key]!r}; the "
+                     "output has that of its base")
+      if (a := _rotary_settings(first)) != (b := _rotary_settings(config)):
+        print_once(f"note: {label} has other rotary embeddings in {part and f'{part[:-1]} of '}config.json than "
+                   f"{first_label} ({b} and {a}); the output has those of its base")
 
 
-def update_config(out: Path, *, dtype: str | None = None, rows: int | None = None, head: bool | None = None,
+def update_config(out: Path, *, dtype: str, rows: int | None = None, head: bool | None = None,
                   layers: list[tuple[Path, int]] | None = None) -> None:
   """Updates the copied config.json to describe the output.
 
@@ -64,21 +81,27 @@ def update_config(out: Path, *, dtype: str | None = None, rows: int | None = Non
   """
   path = out / "config.json"
   config = files.read_json(path)
-  changed = dict(config)
-  if dtype:
-    changed["dtype" if "dtype" in config else "torch_dtype"] = dtype
+  changed = copy.deepcopy(config)
+  changed["dtype" if "dtype" in config else "torch_dtype"] = dtype
+  for _, part in _nested_configs(changed):
+    part |= {key: dtype for key in ("dtype", "torch_dtype") if key in part}
   if rows:
-    changed["vocab_size"] = rows
+    _set_text_value(changed, ("vocab_size",), rows)
   if head is not None:
     changed["tie_word_embeddings"] = not head
   if layers is not None:
-    old = next((config[key] for key in _LAYER_COUNT_KEYS if key in config), None)
-    changed |= {key: len(layers) for key in _LAYER_COUNT_KEYS if key in config} or {"num_hidden_layers": len(layers)}
-    for key, value in config.items():  # such as layer_types
-      if isinstance(value, list) and len(value) == old:
-        changed[key] = [_layer_value(_read_config(folder), key, layer, value) for folder, layer in layers]
+    _set_text_value(changed, _LAYER_COUNT_KEYS, len(layers))
+    for names, part in _text_configs(changed):
+      sources = [(_at(files.read_json(folder / "config.json"), names), layer) for folder, layer in layers]
+      _restack_lists(part, _at(config, names), sources)
   if changed != config:
     path.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+
+
+def vocab_size(folder: Path) -> int | None:
+  """Returns the size of a model's vocabulary by its config.json; None if that does not say."""
+  sizes = [part.get("vocab_size") for _, part in _text_configs(files.read_json(folder / "config.json"))]
+  return next((size for size in reversed(sizes) if isinstance(size, int)), None)
 
 
 def copy_companion_files(donor: Path, out: Path) -> None:
@@ -88,8 +111,7 @@ def copy_companion_files(donor: Path, out: Path) -> None:
     UserError: if a pipeline module has weights of its own, which would not be merged.
   """
   names = model_folder.list_side_files(donor)
-  config = _read_config(donor)
-  if config.get("auto_map"):
+  if files.read_json(donor / "config.json").get("auto_map"):
     names += sorted(path.name for path in donor.glob("*.py"))
   modules = donor / "modules.json"
   if modules.exists():  # sentence-transformers
@@ -129,18 +151,62 @@ def read_chat_template(folder: Path) -> str | None:
   return template if isinstance(template, str) else None
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-  path = folder / "config.json"
-  return files.read_json(path) if path.exists() else {}
+def _nested_configs(config: Mapping[str, Any], names: tuple[str, ...] = (),
+                    ) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+  """Yields path and content of every config within a config.json, outer ones first."""
+  for key, value in config.items():
+    if isinstance(value, dict) and key not in _QUANTISATION_KEYS and (key.endswith("_config") or "model_type" in value):
+      yield (*names, key), value
+      yield from _nested_configs(value, (*names, key))
 
 
-def _value_or_default(config: Mapping[str, Any], key: str) -> Any:
-  """Returns a value of config.json, with the library's default where the key is absent."""
-  if key == "num_key_value_heads":
-    return config.get(key) or config.get("num_attention_heads")
-  if key == "head_dim" and not config.get(key) and config.get("hidden_size") and config.get("num_attention_heads"):
-    return config["hidden_size"] // config["num_attention_heads"]
-  return config.get(key)
+def _text_configs(config: dict[str, Any]) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
+  """Returns path and content of the configs that may describe the language model, the outermost first."""
+  return [((), config), *((names, part) for names, part in _nested_configs(config) if names[-1] in _TEXT_CONFIGS)]
+
+
+def _split_config(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+  """Returns the configs of a model's parts by the prefix of their keys.
+
+  The language model's may stand at the top or in a config of its own, depending on the version of transformers, so
+  they are taken together.
+  """
+  texts = _text_configs(config)
+  result = {".".join(names) + ".": part for names, part in _nested_configs(config) if names[-1] not in _TEXT_CONFIGS}
+  joined = dict(config)
+  for _, part in texts[1:]:
+    joined |= {key: value for key, value in part.items() if key != "model_type" and value is not None}
+  return {"": joined, **result}
+
+
+def _set_text_value(config: dict[str, Any], keys: Sequence[str], value: int) -> None:
+  """Sets those of these keys that the configs of the language model have; if there is none, the first of them."""
+  texts = _text_configs(config)
+  found = [(part, key) for _, part in texts for key in keys if key in part]
+  for part, key in found or [(texts[-1][1], keys[0])]:
+    part[key] = value
+
+
+def _at(config: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any]:
+  """Returns the nested config at a path; an empty one if there is none."""
+  for name in names:
+    config = config.get(name) or {}
+  return config
+
+
+def _restack_lists(part: dict[str, Any], old: Mapping[str, Any], sources: Sequence[tuple[Mapping[str, Any], int]],
+                   ) -> None:
+  """Makes the lists of a config that are over layers anew; `sources` are each layer's config and number there."""
+  count = next((old[key] for key in _LAYER_COUNT_KEYS if key in old), None)
+  for key, value in old.items():
+    if not isinstance(value, list):
+      continue
+    if key in _LAYER_NUMBERS:
+      part[key] = [i for i, (source, layer) in enumerate(sources) if layer in (source.get(key) or [])]
+    elif key in _PER_LAYER and len(value) == count:
+      part[key] = [_layer_value(source, key, layer, value) for source, layer in sources]
+    elif len(value) == count and "layer" in key:
+      print_once(f"note: config.json: {key} seems to have an entry for each layer, and is left as it was; check it")
 
 
 def _rotary_settings(config: Mapping[str, Any]) -> dict[str, Any]:
