@@ -11,7 +11,7 @@ from pathlib import Path
 
 from imm_jax import __version__
 from imm_jax.errors import ResourceError, UserError, join_items
-from imm_jax.merging import arrange, checkpoint, configs, masks, recipe as recipes
+from imm_jax.merging import arrange, checkpoint, configs, masks, recipe as recipes, vocabulary
 from imm_jax.merging.recipe import Recipe
 from imm_jax.merging.source import CheckpointSource, Table
 from imm_jax.model import folder as model_folder
@@ -42,9 +42,9 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions) -> None:
   configs.require_compatible(recipe.models, layers_may_differ=recipe.slices[0].layers is not None)
   donor = recipe.donor or next(iter(recipe.models.values()))
   with contextlib.ExitStack() as stack:
-    tokenizer, replacements = None, {}
+    tokenizer, replacements, rows = None, {}, None
     if recipe.tokens is not None:
-      tokenizer, replacements = _align_vocabularies(recipe, donor, stack.enter_context(_scratch_folder(parent)))
+      tokenizer, replacements, rows = _align_vocabularies(recipe, donor, stack.enter_context(_scratch_folder(parent)))
     sources = stack.enter_context(arrange.open_parts(recipe, replacements))
     _require_space(sources, recipe, list(jobs))
     parts = [checkpoint.Part(source, [recipes.build_plan(source, job.method, job.slices[i].options)
@@ -55,14 +55,13 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions) -> None:
         parts, [(folder, dtype) for folder in jobs], key=masks.seed_words(options.seed),
         max_shard_bytes=options.max_shard_bytes, allow_nonfinite=options.allow_nonfinite)
     names = {name for source in sources for name in source.order}
-    embedding = model_folder.EMBEDDING
-    rows = next((source.entries(embedding)[0].shape[0] for source in sources if embedding in source.order), None)
+    written = recipe.dtype or _main_dtype(sources)
   for folder, job, overflowed in zip(jobs, jobs.values(), result.overflowed, strict=True):
     configs.copy_companion_files(donor, folder)
-    configs.update_config(folder, dtype=recipe.dtype or _main_dtype(sources), rows=rows if tokenizer is not None else None,
-                          head=_changed_head(donor, names), layers=arrange.source_layers(recipe))
+    configs.update_config(folder, dtype=written, rows=rows, head=_changed_head(donor, names),
+                          layers=arrange.source_layers(recipe))
     if tokenizer is not None:
-      tokenizer.save_pretrained(folder)
+      vocabulary.save_tokenizer(tokenizer, folder)
     if recipe.chat_template:
       configs.set_chat_template(folder, _choose_chat_template(recipe))
     if overflowed:
@@ -72,16 +71,14 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions) -> None:
     _write_record(folder, job, options, result.digests, overflowed)
 
 
-def _align_vocabularies(recipe: Recipe, donor: Path, scratch: Path) -> tuple[object, dict[Path, Table]]:
-  """Builds the output's tokenizer and reorders the models' token rows to match it."""
-  from imm_jax.merging import vocabulary  # imported here because it needs transformers
-
+def _align_vocabularies(recipe: Recipe, donor: Path, scratch: Path) -> tuple[object, dict[Path, Table], int]:
+  """Builds the output's tokenizer and reorders the models' token rows to match it; returns their number too."""
   models = list(dict.fromkeys(recipe.models.values()))
   tokenizer, known = vocabulary.build_tokenizer(recipe.tokens, donor, models)
   with contextlib.ExitStack() as stack:
     opened = {folder: stack.enter_context(CheckpointSource({"model": folder})) for folder in models}
     tables = {folder: {name: source.entries(name)[0] for name in source.order} for folder, source in opened.items()}
-  return tokenizer, vocabulary.align_rows(recipe.tokens, tokenizer.get_vocab(), known, tables, recipe.donor, scratch)
+  return tokenizer, *vocabulary.align_rows(recipe.tokens, tokenizer.get_vocab(), known, tables, recipe.donor, scratch)
 
 
 def _main_dtype(sources: list[CheckpointSource]) -> str:

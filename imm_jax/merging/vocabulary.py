@@ -1,10 +1,13 @@
 """Aligns models whose tokenizers differ: builds one tokenizer and reorders every model's token rows to match it.
 
 If a model has no row for a token, it gets, as in mergekit, the base's row, or else the mean of the rows of all models
-that have one, or else zeros.
+that have one, or else zeros. Tables are rewritten in blocks, so that memory does not grow with them.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,17 @@ import numpy as np
 
 from imm_jax import files
 from imm_jax.errors import UserError
+from imm_jax.merging import configs, roles
 from imm_jax.merging.recipe import Tokens
-from imm_jax.merging.source import Table
-from imm_jax.model import folder as model_folder, safetensors
+from imm_jax.merging.source import BLOCK, Table
+from imm_jax.model import safetensors
 from imm_jax.model.safetensors import Entry
 
-# Tensors with a row for each token.
-_TOKEN_TENSORS = (model_folder.EMBEDDING, model_folder.HEAD)
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+          "tekken.json")
+_CONFIG = "tokenizer_config.json"
+# In place of a model: a row that is the mean over all models that have the token, or zeros.
+_MEAN, _ZERO = -1, -2
 
 
 def build_tokenizer(tokens: Tokens, base: Path, models: Sequence[Path]) -> tuple[Any, dict[Path, dict[str, int]]]:
@@ -35,126 +42,174 @@ def build_tokenizer(tokens: Tokens, base: Path, models: Sequence[Path]) -> tuple
   Raises:
     UserError: if a folder has no readable tokenizer.
   """
-  from transformers import AutoTokenizer  # imported here because few merges need transformers
-
-  def load(folder: Path) -> Any:
-    try:
-      return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as e:
-      raise UserError(f"{folder}: its tokenizer cannot be read ({str(e).splitlines()[0]})") from e
-
+  loaded = {folder: _load(folder) for folder in dict.fromkeys([base, *models])}
   # A tokenizer may have more tokens than the model has rows.
-  rows = {folder: files.read_json(folder / "config.json").get("vocab_size") for folder in models}
-  loaded = {folder: load(folder) for folder in dict.fromkeys([base, *models])}
+  sizes = {folder: configs.vocab_size(folder) for folder in loaded}
   rows_by_token = {folder: {token: i for token, i in own.get_vocab().items()
-                            if rows.get(folder) is None or i < rows[folder]} for folder, own in loaded.items()}
-  tokenizer = load(tokens.source) if isinstance(tokens.source, Path) else load(base)
+                            if sizes[folder] is None or i < sizes[folder]} for folder, own in loaded.items()}
+  tokenizer = _load(tokens.source if isinstance(tokens.source, Path) else base)
+  known = set(tokenizer.get_vocab())  # asked once, because it copies the whole vocabulary
   if tokens.source == "union":
-    added = {}
+    plain: dict[str, None] = {}
+    special: dict[str, Any] = {}
     for folder, own in loaded.items():
-      special = {info.content: info for info in own.added_tokens_decoder.values()
-                 if info.content in rows_by_token[folder]}
-      plain = [token for token in sorted(rows_by_token[folder], key=rows_by_token[folder].get) if token not in special]
-      tokenizer.add_tokens([token for token in plain if token not in tokenizer.get_vocab()])
-      added = special | added
-    tokenizer.add_tokens([info for token, info in added.items() if token not in tokenizer.get_vocab()])
-  tokenizer.add_tokens([token for token in tokens.tokens if token not in tokenizer.get_vocab()])
+      added = {info.content: info for info in own.added_tokens_decoder.values()}
+      for token in sorted(rows_by_token[folder], key=rows_by_token[folder].get):
+        if token in added:
+          special.setdefault(token, added[token])
+        else:
+          plain[token] = None
+    tokenizer.add_tokens([token for token in plain if token not in known and token not in special])
+    tokenizer.add_tokens([info for token, info in special.items() if token not in known])
+    known |= plain.keys() | special.keys()
+  tokenizer.add_tokens([token for token in tokens.tokens if token not in known])
   return tokenizer, {folder: rows_by_token[folder] for folder in models}
 
 
+def save_tokenizer(tokenizer: Any, out: Path) -> None:
+  """Writes a tokenizer into a folder, under the class that its source names, which older programs know."""
+  source = Path(tokenizer.name_or_path) / _CONFIG
+  name = files.read_json(source).get("tokenizer_class") if source.exists() else None
+  tokenizer.save_pretrained(out)
+  config = files.read_json(out / _CONFIG)
+  if name and config.get("tokenizer_class") != name:
+    (out / _CONFIG).write_text(json.dumps({**config, "tokenizer_class": name}, indent=2, ensure_ascii=False) + "\n",
+                               encoding="utf-8")
+
+
 def align_rows(tokens: Tokens, vocabulary: Mapping[str, int], rows_by_token: Mapping[Path, Mapping[str, int]],
-               tables: Mapping[Path, Table], base: Path | None, scratch: Path) -> dict[Path, Table]:
+               tables: Mapping[Path, Table], base: Path | None, scratch: Path) -> tuple[dict[Path, Table], int]:
   """Writes each model's embedding and head with rows in the order of the output's tokenizer.
 
   Args:
     tokens: specification of the tokenizer.
     vocabulary: token -> row of the output.
-    known: folder -> token -> row of that model.
+    rows_by_token: folder -> token -> row of that model.
     tables: folder -> its tensors.
     base: folder of the base, if there is one.
     scratch: folder for the new tensors.
 
   Returns:
-    Folder -> entries of its rewritten tensors.
+    (folder -> entries of its rewritten tensors, number of rows of the output).
 
   Raises:
-    UserError: if a token's source is a model that has no row for it.
+    UserError: if a token's source is a model that has no row for it, or as `roles.token_tensors` does.
   """
   size = max(vocabulary.values(), default=-1) + 1
   if tokens.pad_to_multiple_of:
     size = -(-size // tokens.pad_to_multiple_of) * tokens.pad_to_multiple_of
-  # Row of each model for each token of the output, -1 if it has none.
-  order = sorted(vocabulary, key=vocabulary.get)
-  at = np.array([vocabulary[token] for token in order])
-  place = {folder: np.array([rows.get(token, -1) for token in order]) for folder, rows in rows_by_token.items()}
   result: dict[Path, Table] = {folder: {} for folder in tables}
-  for name in _TOKEN_TENSORS:
-    old = {folder: _open_rows(table[name]) for folder, table in tables.items() if name in table}
-    unchanged = all(len(rows) == size and (place[folder] == at).all() for folder, rows in old.items())
-    if not old or (unchanged and not tokens.tokens):
-      continue
-    place_of = {folder: np.where(place[folder] < len(rows), place[folder], -1) for folder, rows in old.items()}
-    default = _default_rows(tokens, order, place_of, rows_by_token, old, base)
-    for number, (folder, rows) in enumerate(old.items()):
-      new = np.zeros((size, *rows.shape[1:]), rows.dtype)
-      keep = (place_of[folder] >= 0) & ~default.override
-      new[at[keep]] = rows[place_of[folder][keep]]
-      new[at[~keep]] = default.rows[~keep].astype(rows.dtype)
-      used = np.zeros(size, bool)
-      used[at] = True
-      if tokens.pad_to_multiple_of:  # padding rows are the mean of all others
-        new[~used] = new[used].astype(np.float32).mean(axis=0).astype(rows.dtype)
+  if not tokens.tokens and all(rows_by_token[folder] == vocabulary and configs.vocab_size(folder) == size
+                               for folder in tables):
+    return result, size
+  names = {folder: roles.token_tensors(folder, table) for folder, table in tables.items()}
+  for name in dict.fromkeys(name for found in names.values() for name in found):
+    old = {folder: _open_rows(tables[folder][name]) for folder in tables if name in names[folder]}
+    order = _Order(tokens, vocabulary, rows_by_token, old, base)
+    for number, folder in enumerate(old):
       file = scratch / f"{name}-{number}.safetensors"
-      safetensors.write(file, [(name, new.dtype, new.shape, lambda new=new: [new])])
+      shape = (size, *old[folder].shape[1:])
+      safetensors.write(file, [(name, old[folder].dtype, shape, functools.partial(order.blocks, folder, size))])
       result[folder][name] = safetensors.read_entries(file)[name]
-  return result
+  return result, size
 
 
-class _DefaultRows:
-  """Rows [tokens, ...] for tokens that a model lacks, and whether they override the rows of models that have them."""
+class _Order:
+  """The order of a table's rows in the output, and where each model's rows come from."""
 
-  def __init__(self, rows: np.ndarray, override: np.ndarray):
-    self.rows, self.override = rows, override
+  def __init__(self, tokens: Tokens, vocabulary: Mapping[str, int], rows_by_token: Mapping[Path, Mapping[str, int]],
+               old: Mapping[Path, np.ndarray], base: Path | None):
+    self._pads, self._old = bool(tokens.pad_to_multiple_of), old
+    order = sorted(vocabulary, key=vocabulary.get)
+    # For each token its row in the output, and in each model (-1 if it has none).
+    self._rows = np.array([vocabulary[token] for token in order], np.int64)
+    own = {folder: np.array([rows_by_token[folder].get(token, -1) for token in order], np.int64) for folder in old}
+    self._own = {folder: np.where(rows < len(old[folder]), rows, -1) for folder, rows in own.items()}
+    # For each token the model (an index, or _MEAN or _ZERO) and row that a model takes that lacks it, or must take.
+    self._donors, self._donor_rows = np.full(len(order), _MEAN), np.full(len(order), -1)
+    self._forced = np.zeros(len(order), bool)
+    if base in old:
+      has = self._own[base] >= 0
+      self._donors[has], self._donor_rows[has] = list(old).index(base), self._own[base][has]
+    number = {token: i for i, token in enumerate(order)} if tokens.tokens else {}
+    for token, entry in tokens.tokens.items():
+      self._choose(token, number[token], entry, rows_by_token)
 
-
-def _default_rows(tokens: Tokens, order: Sequence[str], place: Mapping[Path, np.ndarray],
-                  rows_by_token: Mapping[Path, Mapping[str, int]], old: Mapping[Path, np.ndarray], base: Path | None,
-                  ) -> _DefaultRows:
-  folders = list(old)
-  rows = np.zeros((len(order), *old[folders[0]].shape[1:]), np.float32)
-  has = np.stack([place[folder] >= 0 for folder in folders])
-  count = has.sum(axis=0)
-  some = np.flatnonzero(count < len(folders))
-  if base in old:
-    of_base = place[base] >= 0
-    rows[of_base] = old[base][place[base][of_base]]
-  else:
-    of_base = np.zeros(len(order), bool)
-  for i in some[~of_base[some]]:
-    if count[i]:
-      rows[i] = np.mean([old[f][place[f][i]].astype(np.float32) for f in folders if place[f][i] >= 0], axis=0)
-  override = np.zeros(len(order), bool)
-  number = {token: i for i, token in enumerate(order)}
-  for token, entry in tokens.tokens.items():
-    i, source = number[token], entry["source"]
-    override[i] = entry["force"]
+  def _choose(self, token: str, i: int, entry: Mapping[str, Any], rows_by_token: Mapping[Path, Mapping[str, int]],
+              ) -> None:
+    """Applies a recipe's entry for one token."""
+    source = entry["source"]
+    self._forced[i] = entry["force"]
     if source is None:
-      if entry["force"] or count[i] < len(folders):
+      if entry["force"] or any(rows[i] < 0 for rows in self._own.values()):
         raise UserError(f"tokenizer.tokens.{token}: expected a source: a model, or kind: zero, or kind: model_token")
-      continue
+      return
     if source == {"kind": "zero"}:
-      rows[i] = 0
-      continue
+      self._donors[i] = _ZERO
+      return
     folder = source["model"] if isinstance(source, dict) else source
     row = rows_by_token.get(folder, {}).get(token, -1)
     if isinstance(source, dict):
       row = source.get("token_id")
       row = rows_by_token.get(folder, {}).get(source["token"], -1) if row is None else row
-    if folder not in old or not 0 <= row < len(old[folder]):
+    if folder not in self._old or not 0 <= row < len(self._old[folder]):
       raise UserError(f"tokenizer.tokens.{token}: {folder} has no row for it; expected a model that is merged and has "
                       "the token")
-    rows[i] = old[folder][row]
-  return _DefaultRows(rows, override)
+    self._donors[i], self._donor_rows[i] = list(self._old).index(folder), row
+
+  def blocks(self, folder: Path, size: int) -> Iterator[np.ndarray]:
+    """Yields a model's new table of `size` rows in blocks of rows."""
+    padding = None
+    if self._pads and size > len(self._rows):  # padding rows are the mean of all others
+      padding = sum(block[used].sum(axis=0, dtype=np.float64) for block, used in self._fill(folder, size))
+      padding = (padding / len(self._rows)).astype(self._old[folder].dtype)
+    for block, used in self._fill(folder, size):
+      if padding is not None:
+        block[~used] = padding
+      yield block
+
+  def _fill(self, folder: Path, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields blocks of rows, and for each row whether it stands for a token; others are zero."""
+    rows = self._old[folder]
+    token_of = np.full(size, -1)
+    token_of[self._rows] = np.arange(len(self._rows))
+    step = max(1, BLOCK // max(1, math.prod(rows.shape[1:])))
+    for begin in range(0, size, step):
+      at = token_of[begin:begin + step]
+      block = np.zeros((len(at), *rows.shape[1:]), rows.dtype)
+      kept = (at >= 0) & (self._own[folder][at] >= 0) & ~self._forced[at]
+      block[kept] = rows[self._own[folder][at[kept]]]
+      lacking = (at >= 0) & ~kept
+      block[lacking] = self._default_rows(at[lacking], rows.shape[1:]).astype(rows.dtype)
+      yield block, at >= 0
+
+  def _default_rows(self, at: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Computes the rows [len(at), ...] in float32 that these tokens have in models that lack them."""
+    result = np.zeros((len(at), *shape), np.float32)
+    averaged, counts = self._donors[at] == _MEAN, np.zeros(len(at), np.float32)
+    for i, (folder, rows) in enumerate(self._old.items()):
+      given = self._donors[at] == i
+      result[given] = rows[self._donor_rows[at[given]]]
+      has = averaged & (self._own[folder][at] >= 0)
+      result[has] += rows[self._own[folder][at[has]]].astype(np.float32)
+      counts += has
+    return result / np.maximum(np.where(averaged, counts, 1), 1).reshape(-1, *(1,) * len(shape))
+
+
+def _load(folder: Path) -> Any:
+  """Loads a tokenizer: tokenizer.json as written, where there is one, since AutoTokenizer may change its ids."""
+  if not any((folder / name).exists() for name in _FILES):
+    raise UserError(f"{folder}: has no tokenizer; expected {_FILES[0]} (or {', '.join(_FILES[1:])}) in it")
+  try:
+    if (folder / _FILES[0]).exists():
+      from transformers import PreTrainedTokenizerFast  # imported here because few merges need transformers
+
+      return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    from transformers import AutoTokenizer  # takes seconds to import, since it imports all models
+
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+  except Exception as e:  # tokenizers raises a bare Exception for a damaged file
+    raise UserError(f"{folder}: its tokenizer cannot be read ({' '.join(str(e).split())})") from e
 
 
 def _open_rows(entry: Entry) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Recipes as people publish them: slices, tokenizers, adapters, several documents; and what is checked before work."""
+"""Recipes as people publish them: slices, adapters, several documents; and what is checked before work."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from imm_jax.errors import UserError
 from imm_jax.merging import command, mergekit
@@ -259,90 +257,6 @@ def test_fisher_weighs_entry_by_entry(pair, tmp_path: Path):
 def test_bfloat16_is_what_is_written_without_out_dtype(pair, tmp_path: Path):
   got = merged(tmp_path, {"merge_method": "passthrough", "dtype": "bfloat16", "models": [{"model": str(pair[0])}]})
   assert {x.dtype for x in got.values()} == {np.dtype(ml_dtypes.bfloat16)}
-
-
-def tokenizer(folder: Path, words: list[str], added: tuple[str, ...] = ()) -> None:
-  vocabulary = {word: i for i, word in enumerate(words)}
-  made = Tokenizer(models.WordLevel(vocabulary, unk_token=words[0]))
-  made.pre_tokenizer = pre_tokenizers.Whitespace()
-  fast = PreTrainedTokenizerFast(tokenizer_object=made, unk_token=words[0])
-  fast.add_tokens(list(added))
-  fast.save_pretrained(folder)
-
-
-WORDS = [f"w{i}" for i in range(12)]
-
-
-@pytest.fixture
-def worded(tmp_path: Path) -> dict[str, Path]:
-  """Three models: the words, the words in another order with two more, the words with one more and padding."""
-  shapes = lambda rows: {n: (rows, 8) if n in ("model.embed_tokens.weight", "lm_head.weight") else s
-                         for n, s in SHAPES.items()}
-  found = {"base": save(tmp_path / "base", 0),
-           "more": save(tmp_path / "more", 1, shapes(14), vocab_size=14),
-           "padded": save(tmp_path / "padded", 2, shapes(16), vocab_size=16)}
-  tokenizer(found["base"], WORDS)
-  tokenizer(found["more"], WORDS[:1] + WORDS[:0:-1], ("<a>", "<b>"))
-  tokenizer(found["padded"], WORDS, ("<a>",))
-  return found
-
-
-def rows(folder: Path) -> dict[str, np.ndarray]:
-  """Token -> its row of the embedding."""
-  embedding = read(folder)["model.embed_tokens.weight"]
-  return {token: embedding[i] for token, i in AutoTokenizer.from_pretrained(folder).get_vocab().items()}
-
-
-def test_a_union_gives_every_model_the_rows_of_all_tokens(worded, tmp_path: Path):
-  base, more, padded = map(rows, worded.values())
-  made = {"merge_method": "linear", "base_model": str(worded["base"]), "dtype": "float32",
-          "tokenizer": {"source": "union", "pad_to_multiple_of": 8},
-          "models": [{"model": str(folder), "parameters": {"weight": 1}} for folder in worded.values()]}
-  got = merged(tmp_path, made)
-  assert got["model.embed_tokens.weight"].shape == got["lm_head.weight"].shape == (16, 8)
-  assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 16
-  found = rows(tmp_path / "out")
-  assert set(found) == {*WORDS, "<a>", "<b>"}
-  for word in WORDS:
-    np.testing.assert_allclose(found[word], (base[word] + more[word] + padded[word]) / 3, rtol=1e-5, atol=1e-6)
-  # The base has no <a>: it gets the mean of those that do. Only one has <b>.
-  np.testing.assert_allclose(found["<a>"], (more["<a>"] + padded["<a>"]) / 2, rtol=1e-5, atol=1e-6)
-  np.testing.assert_allclose(found["<b>"], more["<b>"], rtol=1e-5)
-  free = sorted(set(range(16)) - set(AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab().values()))
-  used = [i for i in range(16) if i not in free]
-  embedding = got["model.embed_tokens.weight"]
-  for i in free:
-    np.testing.assert_allclose(embedding[i], embedding[used].mean(axis=0), rtol=1e-4, atol=1e-6)
-
-
-def test_tokens_may_be_chosen_one_by_one(worded, tmp_path: Path):
-  base, more, _ = map(rows, worded.values())
-  made = {"merge_method": "linear", "base_model": str(worded["base"]), "dtype": "float32",
-          "models": [{"model": str(worded[name]), "parameters": {"weight": 1}} for name in ("base", "more")],
-          "tokenizer": {"source": "base", "tokens": {
-              "<b>": {"source": str(worded["more"])}, "w3": {"source": {"kind": "zero"}, "force": True},
-              "new": {"source": {"kind": "model_token", "model": str(worded["base"]), "token": "w5"}}}}}
-  merged(tmp_path, made)
-  found = rows(tmp_path / "out")
-  np.testing.assert_allclose(found["<b>"], more["<b>"], rtol=1e-6)
-  np.testing.assert_array_equal(found["w3"], 0)
-  np.testing.assert_allclose(found["new"], base["w5"], rtol=1e-6)
-  np.testing.assert_allclose(found["w4"], (base["w4"] + more["w4"]) / 2, rtol=1e-5, atol=1e-6)
-  made["tokenizer"]["tokens"]["<b>"]["source"] = str(worded["base"])
-  with pytest.raises(UserError, match=r"tokens\.<b>: .* has no row for it"):
-    merged(tmp_path, made, "again")
-  del made["tokenizer"]
-  with pytest.raises(UserError, match=r"other vocabularies: a recipe with tokenizer_source"):
-    merged(tmp_path, made, "without")
-
-
-def test_chat_templates(worded, tmp_path: Path):
-  (worded["more"] / "chat_template.jinja").write_text("{{ messages }}")
-  made = {"merge_method": "passthrough", "models": [{"model": str(worded["more"])}]}
-  own = "{{ bos_token }} hello"
-  for name, text, expected in (("auto", "auto", "{{ messages }}"), ("own", own, own), ("chatml", "chatml", "<|im_")):
-    merged(tmp_path, {**made, "chat_template": text}, name)
-    assert expected in AutoTokenizer.from_pretrained(tmp_path / name).chat_template
 
 
 def test_an_adapter_is_merged_into_its_base_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
