@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,9 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, made: Mapping[Pat
       scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".rows.", dir=first_out)))
       tokenizer, replacements = _align_vocabularies(recipe, scratch)
     sources = stack.enter_context(arrange.open_parts(recipe, replacements))
+    tensors = _describe_outputs(sources, recipe)
     # Rewritten rows are on the disk already.
-    require_space(len(jobs) * sum(map(count_bytes, _describe_outputs(sources, recipe))), first_out)
+    require_space(len(jobs) * sum(map(count_bytes, tensors)), first_out)
     parts = [checkpoint.Part(source, [recipes.build_plan(source, job.method, job.slices[i].options, recipe.prefixes[i])
                                       for job in jobs.values()], recipe.prefixes[i])
              for i, source in enumerate(sources)]
@@ -69,11 +70,10 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, made: Mapping[Pat
     result = checkpoint.merge_parts(
         parts, [(folder, dtype) for folder in jobs], key=masks.seed_words(options.seed),
         max_shard_bytes=options.max_shard_bytes, allow_nonfinite=options.allow_nonfinite)
-    names = {name for source in sources for name in source.order}
     embedding = model_folder.EMBEDDING
     rows = next((source.entries(embedding)[0].shape[0] for source in sources if embedding in source.order), None)
   for folder, job, overflowed in zip(jobs, jobs.values(), result.overflowed, strict=True):
-    write_config(folder, recipe, names, rows if tokenizer is not None else None)
+    write_config(folder, recipe, tensors, rows if tokenizer is not None else None)
     if tokenizer is not None:
       tokenizer.save_pretrained(folder)
     if recipe.chat_template:
@@ -87,17 +87,18 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, made: Mapping[Pat
     _write_record(folder, job, options, inputs, overflowed)
 
 
-def write_config(folder: Path, recipe: Recipe, names: Collection[str] = (), rows: int | None = None) -> None:
+def write_config(folder: Path, recipe: Recipe, tensors: Sequence[Tensor], rows: int | None = None) -> None:
   """Writes all of an output but its weights: config.json, tokenizer and other files.
 
   Args:
     folder: the output, which exists.
     recipe: the recipe.
-    names: names of its tensors; if there are none, `tie_word_embeddings` stays as it is.
+    tensors: its tensors; if they are not known, `tie_word_embeddings` stays as it is.
     rows: size of its vocabulary; None leaves that of the config.
   """
   donor = _find_donor(recipe)
   configs.copy_companion_files(donor, folder)
+  names = {name for name, *_ in tensors}
   configs.update_config(folder, dtype=recipe.dtype, rows=rows, head=_changed_head(donor, names) if names else None,
                         layers=arrange.source_layers(recipe))
 
@@ -150,7 +151,7 @@ def _align_vocabularies(recipe: Recipe, scratch: Path) -> tuple[object, dict[Pat
   return tokenizer, vocabulary.align_rows(recipe.tokens, tokenizer.get_vocab(), known, tables, recipe.donor, scratch)
 
 
-def _changed_head(donor: Path, names: Collection[str]) -> bool | None:
+def _changed_head(donor: Path, names: set[str]) -> bool | None:
   """Returns whether the output has an output head of its own; None if that is the same as in the donor."""
   has = model_folder.HEAD in names
   with CheckpointSource({"donor": donor}) as source:

@@ -101,7 +101,7 @@ class _Reader:
 
   def recipe(self, raw: Mapping[str, Any]) -> Recipe:
     file = self._file
-    raw = {key: value for key, value in raw.items() if value is not None and value != []}
+    raw = {key: value for key, value in raw.items() if value is not None and (value or key not in ("models", "slices"))}
     if "experts" in raw:
       file.fail("experts: a mixture of experts, as mergekit-moe makes them, is not supported; expected merge_method "
                 "with models or slices")
@@ -180,7 +180,7 @@ class _Reader:
       if uses_base and not whole:
         file.fail(f"{where}: base_model is not among the sources; {method.name} needs its layers")
       if uses_base or (not has_per_model and method.bounds[1] is None):
-        entries.append((f"{where}[{len(entries)}]", {"model": base[1]}))
+        entries.append((f"{where}[{len(entries)}]", {"model": base_name}))
         names.append(base_name)
     order = [i for i in range(len(entries)) if not (uses_base and names[i] == base_name)]
     # The slice's place is no part of the labels, because `Recipe.models` puts it in front.

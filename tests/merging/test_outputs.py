@@ -88,7 +88,7 @@ def test_base_and_adapter_of_a_model_are_inputs(pair, tmp_path: Path, monkeypatc
                                   "b", "b/c", None])
 def test_a_document_writes_under_its_name_in_the_output(name: object, tmp_path: Path):
   (tmp_path / "recipe.yml").write_text(yaml.safe_dump_all([{"name": "b"}, {"name": name}, {}]))
-  with pytest.raises(UserError, match="of document 2: (each document but the last needs a name|is, holds or lies in)"):
+  with pytest.raises(UserError, match=r"of document 2: (each document but the last needs a name|is, holds or lies in)"):
     mergekit.read_names(tmp_path / "recipe.yml")
   (tmp_path / "recipe.yml").write_text(yaml.safe_dump({"name": name}))  # the name of a single one has no effect
   assert mergekit.read_names(tmp_path / "recipe.yml") == [None]

@@ -132,7 +132,7 @@ def test_a_density_of_0_leaves_a_model_out(method: str, pair, tmp_path: Path):
 
 def test_densities_that_round_to_0_are_named(pair):
   base, other = map(read, pair)
-  with pytest.raises(ValueError, match="densities=1e-06 at .*: rounds to 0"):
+  with pytest.raises(ValueError, match=r"densities=1e-06 at .*: rounds to 0"):
     merging.dare_linear(base, [other], weights=1, densities=1e-6, key=np.zeros(2, np.uint32))
 
 
