@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import yaml
 
-from imm_jax import merging
 from imm_jax.errors import UserError
 from imm_jax.merging import mergekit, registry
 from tests.merge_folders import read
@@ -128,12 +127,6 @@ def test_a_density_of_0_leaves_a_model_out(method: str, pair, tmp_path: Path):
     expected = base[name] + 0.5 * (other[name] - base[name]) if kept else base[name]
     if "layers" in name:
       np.testing.assert_allclose(x, expected, rtol=1e-6, atol=1e-6, err_msg=name)
-
-
-def test_densities_that_round_to_0_are_named(pair):
-  base, other = map(read, pair)
-  with pytest.raises(ValueError, match=r"densities=1e-06 at .*: rounds to 0"):
-    merging.dare_linear(base, [other], weights=1, densities=1e-6, key=np.zeros(2, np.uint32))
 
 
 def test_messages_say_which_slice(pair, tmp_path: Path):
