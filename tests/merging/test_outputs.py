@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from imm_jax import files
 from imm_jax.errors import ResourceError, UserError
 from imm_jax.merging import checkpoint, command, mergekit
 from imm_jax.merging.documents import Documents
+from imm_jax.merging.recipe import Recipe
 from tests.merge_folders import read
 from tests.merging.recipe_models import SHAPES, merged, save
 
@@ -21,8 +24,8 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
   return save(tmp_path / "a", 0), save(tmp_path / "b", 1)
 
 
-def linear(*models: object, **more) -> dict:
-  return {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 1}} for m in models], **more}
+def linear(*folders: object, **more) -> dict:
+  return {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 1}} for m in folders], **more}
 
 
 def documents(tmp_path: Path, *raws: dict) -> Documents:
@@ -96,35 +99,30 @@ def test_a_document_writes_under_its_name_in_the_output(name: object, tmp_path: 
 
 def test_two_merges_with_tokenizers_into_one_parent_leave_each_other_alone(pair, tmp_path: Path, monkeypatch):
   for folder in pair:
-    (folder / "tokenizer.json").write_text("{}")
+    words = models.WordLevel({f"w{i}": i for i in range(11)}, unk_token="w0")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="w0").save_pretrained(folder)
   mine = tmp_path / ".rows.part"
   mine.mkdir()
   scratches: list[Path] = []
 
-  def align(recipe, scratch: Path):
+  def align(recipe: Recipe, scratch: Path) -> object:
     scratches.append(scratch)
-    (scratch / "rows").write_text("rows")
-    return FakeTokenizer(), {}
+    return align_vocabularies(recipe, scratch)
 
-  def merge_parts(*args, **how):
+  def merge_parts(*args: object, **how: object) -> object:
+    rows = sorted(scratches[0].iterdir())
     if len(scratches) == 1:  # another merge from begin to end, while this one is under way
       merged(tmp_path, linear(*pair, tokenizer_source="union"), "second")
-    assert all((scratch / "rows").exists() == (scratch in scratches[:1]) or scratch is scratches[-1]
-               for scratch in scratches)
-    return original(*args, **how)
+    assert rows == sorted(scratches[0].iterdir()) != []
+    return merge(*args, **how)
 
-  class FakeTokenizer:
-    def save_pretrained(self, folder: Path) -> None:
-      assert not list(folder.glob(".rows*"))
-
-  original = checkpoint.merge_parts
+  align_vocabularies, merge = command._align_vocabularies, checkpoint.merge_parts
   monkeypatch.setattr(command, "_align_vocabularies", align)
   monkeypatch.setattr(checkpoint, "merge_parts", merge_parts)
   merged(tmp_path, linear(*pair, tokenizer_source="union"), "first")
   assert [scratch.parent for scratch in scratches] == [tmp_path / "first", tmp_path / "second"]
-  assert mine.is_dir()
-  assert {p.name for p in tmp_path.iterdir() if not p.name.endswith(".yml")} == {
-      "a", "b", ".rows.part", "first", "second"}
+  assert not any(scratch.exists() for scratch in scratches)
+  assert {p.name for p in tmp_path.iterdir() if p.suffix != ".yml"} == {*"ab", ".rows.part", "first", "second"}
 
 
 def stack(name: str | None = None, folder: object = "A", **more) -> dict:
