@@ -5,6 +5,7 @@ import sys
 
 from imm_jax import __version__
 from imm_jax.errors import Exit, suggest
+from imm_jax.runtime import signals
 
 # For each command the module that it runs, as `python -m MODULE` does, and a description.
 COMMANDS = {
@@ -22,6 +23,7 @@ COMMANDS = {
 
 def main() -> None:
   """Runs the command that the arguments name, in this process."""
+  signals.end_on_interrupt()
   command, *arguments = [*sys.argv[1:], ""][:max(1, len(sys.argv) - 1)]
   if command in ("--help", "-h", "help", ""):
     print(_format_help(), file=sys.stdout if command else sys.stderr)
@@ -33,11 +35,8 @@ def main() -> None:
     print(f"error: imm has no command {command!r}; {suggest(command, [*COMMANDS])}", file=sys.stderr)
     sys.exit(Exit.MISTAKE)
   sys.argv = [sys.argv[0], *arguments]
-  try:
-    # It runs as __main__, so that --help and the processes that it starts find the same module as with python -m.
-    runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
-  except KeyboardInterrupt:  # while the module was imported
-    sys.exit(Exit.INTERRUPTED)
+  # It runs as __main__, so that --help and the processes that it starts find the same module as with python -m.
+  runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
 
 
 def _format_help() -> str:

@@ -30,13 +30,14 @@ _COMPILATION_CACHE = flags.DEFINE_string(
     "folder that JAX_COMPILATION_CACHE_DIR names, else imm_jax in the user's cache folder.")
 
 
-def run(main: Callable[[], None], *, positional: Sequence[str] = ()) -> None:
+def run(main: Callable[[], None], *, positional: Sequence[str] = (), resumes: bool = False) -> None:
   """Parses the flags and calls `main`; an error is printed as one line on stderr and sets the exit code (`Exit`).
 
   Args:
     main: the command, which reads its flags itself.
     positional: names of the flags that arguments without a name set, in this order; if the last one holds a list, it
       takes all remaining arguments.
+    resumes: whether the same command goes on after what was finished; others start anew.
   """
 
   def parse(argv: list[str]) -> list[str]:
@@ -68,7 +69,7 @@ def run(main: Callable[[], None], *, positional: Sequence[str] = ()) -> None:
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # at INFO, libraries print what is of no use to users
     try:
-      signals.install_handlers()
+      signals.install_handlers(resumes=resumes)
       compilation.enable_cache(_COMPILATION_CACHE.value)
       main()
       sys.stdout.flush()
@@ -79,7 +80,7 @@ def run(main: Callable[[], None], *, positional: Sequence[str] = ()) -> None:
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
       sys.exit(1)
     except KeyboardInterrupt as e:
-      print(f"\ninterrupted; {signals.RESUME_HINT}", file=sys.stderr)
+      print(f"\ninterrupted; {signals.resume_hint()}", file=sys.stderr)
       sys.exit(exit_code(e))
     except Exception as e:
       _exit_with(e)

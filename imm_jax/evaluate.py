@@ -106,4 +106,4 @@ def _explain_foreign(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, resumes=True)

@@ -92,4 +92,4 @@ def _print_idle_keys(settings: ml_collections.ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, resumes=True)

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +31,7 @@ from imm_jax import cli, files
 from imm_jax.errors import UserError, suggest
 from imm_jax.merging import command, mergekit, recipe, registry
 from imm_jax.merging.command import OutputOptions
+from imm_jax.merging.documents import Documents
 from imm_jax.merging.options import REQUIRED, Option
 from imm_jax.merging.recipe import Recipe, Slice
 from imm_jax.merging.registry import Method
@@ -81,8 +81,10 @@ def read_recipe() -> Recipe:
   options = {name: option.suggested for name, option in known.items() if option.suggested is not option.default}
   options |= {name: _parse_option(option, _FLAGS[name].value) for name, option in known.items()
               if _FLAGS[name].value is not None}
-  models = {label: hub.resolve(path) for label, path in _read_models(method).items()}
-  return Recipe(method.name, (Slice(models, options),), _DTYPE.value)
+  names = _read_models(method)
+  models = {label: hub.resolve(name) for label, name in names.items()}
+  parts = tuple(Path(part) for name in names.values() for part in hub.split_adapter(name) or () if Path(part).exists())
+  return Recipe(method.name, (Slice(models, options),), _DTYPE.value, parts=parts)
 
 
 def _read_models(method: Method) -> dict[str, str]:
@@ -100,10 +102,8 @@ def _read_models(method: Method) -> dict[str, str]:
   models = {name: single[name].value or _BASE.value for name in single if name in inputs and (
       single[name].value or name == "start")}
   if list_input:
-    least, most = (method.least, method.most) if list_input == "models" else (1, 1)
-    if not least <= len(_MODELS.value) <= (most or len(_MODELS.value)):
-      expected = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
-      raise UserError(f"--models has {len(_MODELS.value)}; {method.name} takes {expected}")
+    if not method.accepts(len(_MODELS.value)):
+      raise UserError(f"--models has {len(_MODELS.value)}; {method.name} takes {method.count_in_words}")
     models |= {f"models[{i}]": model for i, model in enumerate(_MODELS.value)}
   if "fishers" in inputs:
     if len(_FISHERS.value) != len(_MODELS.value):
@@ -117,71 +117,42 @@ def main() -> None:
   options = OutputOptions(_SEED.value, _parse_bytes(_SHARD.value), _ALLOW.value)
   root = Path(_OUT.value)
   if not _RECIPE.value:
-    merge = read_recipe()
-    _write(root, merge.models, lambda out: {out: _plan_outputs(out, merge)}, options)
+    _write_one(root, read_recipe(), options)
     return
-  unused = [f"--{name}" for name, flag in [*_FLAGS.items(), ("base", _BASE), ("start", _START), ("tuned", _TUNED),
-                                          ("models", _MODELS), ("method", _METHOD)] if flag.present and flag.value]
+  unused = [f"--{name}" for name, flag in [*_FLAGS.items(), ("base", _BASE), ("start", _START), ("tuned", _TUNED), (
+      "models", _MODELS), ("fishers", _FISHERS), ("method", _METHOD)] if flag.present and flag.value]
   if unused:
     raise UserError(f"{', '.join(unused)}: --recipe says it all; leave out one or the other")
   path = Path(_RECIPE.value)
-  names = list(mergekit.document_names(path))
-  read = lambda i, earlier: _with_dtype(mergekit.read(path, i, earlier))
-  if len(names) == 1:
-    merge = read(0, {})
-    _write(root, merge.models, lambda out: {out: _plan_outputs(out, merge)}, options)
-  else:
-    _write_documents(root, names, read, options)
+  several = Documents(path, mergekit.read_names(path), _DTYPE.value)
+  if len(several.names) == 1:
+    _write_one(root, several.read(0, {}), options)
+    return
+  if _SWEEP.present:
+    raise UserError(f"--sweep_base_weight: is for a recipe of one document; {path} has {len(several.names)}")
+  _write(root, several.check(root), lambda out: several.merge(out, root, options))
 
 
-def _write(root: Path, inputs: Mapping[str, Path], plan: Callable[[Path], Mapping[Path, Mapping[Path, Recipe]]],
-           options: OutputOptions) -> None:
-  """Writes --out atomically; `plan` maps its temporary path to groups of outputs, which are merged one by one."""
-  started, count = time.monotonic(), 0
-  files.check_out(root, inputs, overwrite=_OVERWRITE.value, explain_foreign=_explain_foreign)
-  with files.locked(root), files.committed(root) as temporary:
-    for jobs in plan(temporary).values():
-      command.merge(jobs, options)
-      count += len(jobs)
-  size = sum(weights.stat().st_size for weights in root.rglob("*.safetensors"))
-  print(f"{root}: {count} checkpoint{'s' if count > 1 else ''}, {size / 1e9:.2f} GB in "
-        f"{time.monotonic() - started:.1f} s")
+def _write_one(root: Path, recipe: Recipe, options: OutputOptions) -> None:
+  """Writes the output of a recipe, or of each weight of a sweep."""
+  outputs = _plan_outputs(root, recipe)
+
+  def merge(out: Path) -> int:
+    command.merge({out / folder.relative_to(root): job for folder, job in outputs.items()}, options)
+    return len(outputs)
+
+  _write(root, recipe.inputs, merge)
 
 
-def _write_documents(root: Path, names: list[str | None], read: Callable[[int, Mapping[str, Path]], Recipe],
-                     options: OutputOptions) -> None:
-  """Merges the documents of a recipe one after the other; later ones may use the outputs of earlier ones as models.
-
-  If the last document has no name, its output is --out and the others are temporary; otherwise each has its own folder
-  in --out.
-  """
-  if None in names[:-1] or len(set(names)) < len(names):
-    raise UserError(f"{_RECIPE.value}: of several documents each but the last needs a name of its own")
+def _write(root: Path, inputs: Mapping[str, Path], merge: Callable[[Path], int]) -> None:
+  """Writes --out atomically; `merge` writes a folder in its place and returns the number of merges."""
   started = time.monotonic()
-  files.check_out(root, {}, overwrite=_OVERWRITE.value, explain_foreign=_explain_foreign)
-  with files.locked(root), files.committed(root) as temporary, tempfile.TemporaryDirectory(
-      prefix=f".{root.name}.", dir=_make_parent(root)) as scratch:
-    earlier: dict[str, Path] = {}
-    folder = temporary if names[-1] is not None else Path(scratch)
-    for i, name in enumerate(names):
-      out = temporary if name is None else folder / name
-      command.merge({out: read(i, earlier)}, options)
-      if name is not None:
-        earlier[name] = out
-  print(f"{root}: {len(names)} merges in {time.monotonic() - started:.1f} s")
-
-
-def _explain_foreign(out: Path) -> str:
-  return "" if any(out.rglob("merge.json")) else "is no earlier merge (it has no merge.json)"
-
-
-def _make_parent(root: Path) -> Path:
-  root.absolute().parent.mkdir(parents=True, exist_ok=True)
-  return root.absolute().parent
-
-
-def _with_dtype(merge: Recipe) -> Recipe:
-  return dataclasses.replace(merge, dtype=_DTYPE.value or merge.dtype)
+  files.check_out(root, inputs, overwrite=_OVERWRITE.value, explain_foreign=command.explain_foreign)
+  with files.locked(root), files.committed(root) as temporary:
+    count = merge(temporary)
+    command.record_files(temporary)
+  size = sum(weights.stat().st_size for weights in root.rglob("*.safetensors"))
+  print(f"{root}: {count} merge{'s' * (count > 1)}, {files.format_size(size)} in {time.monotonic() - started:.1f} s")
 
 
 def _plan_outputs(out: Path, merge: Recipe) -> dict[Path, Recipe]:
@@ -196,8 +167,11 @@ def _plan_outputs(out: Path, merge: Recipe) -> dict[Path, Recipe]:
     raise UserError("--base_weight: --sweep_base_weight gives it; leave out one or the other")
   jobs: dict[Path, Recipe] = {}
   for text in _SWEEP.value:
-    weight = _to_numbers("sweep_base_weight", text, _parse_yaml("sweep_base_weight", text))
-    if not isinstance(weight, int | float) or not 0 <= weight <= 1:
+    try:
+      weight = float(text)  # no YAML, whose remarks would become part of the folder's name
+    except ValueError:
+      weight = math.nan
+    if not 0 <= weight <= 1:
       raise UserError(f"--sweep_base_weight={text}: expected numbers from 0 to 1")
     if weight in [job.options["base_weight"] for job in jobs.values()]:
       raise UserError(f"--sweep_base_weight={','.join(_SWEEP.value)}: {text} stands in it twice")

@@ -4,17 +4,29 @@ import collections
 import contextlib
 import dataclasses
 import json
+import math
+import os
 import shutil
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from imm_jax import __version__
+import jax
+import numpy as np
+
+from imm_jax import __version__, files
 from imm_jax.errors import ResourceError, UserError, join_items
 from imm_jax.merging import arrange, checkpoint, configs, masks, recipe as recipes, vocabulary
 from imm_jax.merging.recipe import Recipe
-from imm_jax.merging.source import CheckpointSource, Table
+from imm_jax.merging.source import CheckpointSource, Table, is_floating
 from imm_jax.model import folder as model_folder
+
+# The file in an output that says how it was made and which files were written.
+RECORD = "merge.json"
+# Name, dtype and shape of a tensor to write.
+Tensor = tuple[str, np.dtype, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,40 +38,41 @@ class OutputOptions:
   allow_nonfinite: bool = False
 
 
-def merge(jobs: Mapping[Path, Recipe], options: OutputOptions) -> None:
+def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, made: Mapping[Path, Mapping[str, Any]] | None = None,
+          ) -> None:
   """Writes one checkpoint for each job, reading the models, which all jobs share, once.
 
   Args:
     jobs: folder to write -> recipe; the recipes may differ in their options only.
     options: see `OutputOptions`.
+    made: folder of a model that is at another place later, or gone -> what merge.json says of it, with `path`.
 
   Raises:
     UserError: if models or options do not fit, the disk is full, or a value is not finite.
   """
-  recipe = next(iter(jobs.values()))
-  parent = next(iter(jobs)).parent
-  parent.mkdir(parents=True, exist_ok=True)
+  recipe, made = next(iter(jobs.values())), made or {}
+  first_out = next(iter(jobs))
   configs.require_compatible(recipe.models, layers_may_differ=recipe.slices[0].layers is not None)
-  donor = recipe.donor or next(iter(recipe.models.values()))
   with contextlib.ExitStack() as stack:
     tokenizer, replacements, rows = None, {}, None
     if recipe.tokens is not None:
-      tokenizer, replacements, rows = _align_vocabularies(recipe, donor, stack.enter_context(_scratch_folder(parent)))
+      # In the output, so that two merges never share it and what a killed one leaves goes with its output.
+      first_out.mkdir(parents=True, exist_ok=True)
+      scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".rows.", dir=first_out)))
+      tokenizer, replacements, rows = _align_vocabularies(recipe, scratch)
     sources = stack.enter_context(arrange.open_parts(recipe, replacements))
-    _require_space(sources, recipe, list(jobs))
-    parts = [checkpoint.Part(source, [recipes.build_plan(source, job.method, job.slices[i].options)
+    tensors = _describe_outputs(sources, recipe)
+    # Rewritten rows are on the disk already.
+    require_space(len(jobs) * sum(map(count_bytes, tensors)), first_out)
+    parts = [checkpoint.Part(source, [recipes.build_plan(source, job.method, job.slices[i].options, recipe.prefixes[i])
                                       for job in jobs.values()], recipe.prefixes[i])
              for i, source in enumerate(sources)]
     dtype = recipes.DTYPES[recipe.dtype] if recipe.dtype else None
     result = checkpoint.merge_parts(
         parts, [(folder, dtype) for folder in jobs], key=masks.seed_words(options.seed),
         max_shard_bytes=options.max_shard_bytes, allow_nonfinite=options.allow_nonfinite)
-    names = {name for source in sources for name in source.order}
-    written = recipe.dtype or _main_dtype(sources)
   for folder, job, overflowed in zip(jobs, jobs.values(), result.overflowed, strict=True):
-    configs.copy_companion_files(donor, folder)
-    configs.update_config(folder, dtype=written, rows=rows, head=_changed_head(donor, names),
-                          layers=arrange.source_layers(recipe))
+    write_config(folder, recipe, tensors, rows)
     if tokenizer is not None:
       vocabulary.save_tokenizer(tokenizer, folder)
     if recipe.chat_template:
@@ -68,38 +81,80 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions) -> None:
       which = join_items([f"{name} ({count})" for name, count in overflowed.most_common(5)])
       print(f"note: {sum(overflowed.values())} entries are beyond what {recipe.dtype or 'the dtype'} holds and became "
             f"infinite: {which}; give a wider --out_dtype", file=sys.stderr)
-    _write_record(folder, job, options, result.digests, overflowed)
+    inputs = {label: {**made.get(path, {"path": str(path)}), "xxh3_128": result.digests[label]}
+              for label, path in job.models.items()}
+    _write_record(folder, job, options, inputs, overflowed)
 
 
-def _align_vocabularies(recipe: Recipe, donor: Path, scratch: Path) -> tuple[object, dict[Path, Table], int]:
+def write_config(folder: Path, recipe: Recipe, tensors: Sequence[Tensor], rows: int | None = None) -> None:
+  """Writes all of an output but its weights: config.json, tokenizer and other files.
+
+  Args:
+    folder: the output, which exists.
+    recipe: the recipe.
+    tensors: its tensors; if they are not known, `tie_word_embeddings` stays as it is.
+    rows: size of its vocabulary; None leaves that of the config.
+  """
+  donor = _find_donor(recipe)
+  configs.copy_companion_files(donor, folder)
+  names = {name for name, *_ in tensors}
+  configs.update_config(folder, dtype=recipe.dtype or _main_dtype(tensors), rows=rows,
+                        head=_changed_head(donor, names) if names else None, layers=arrange.source_layers(recipe))
+
+
+def _find_donor(recipe: Recipe) -> Path:
+  """Returns the folder whose config and tokenizer the output takes."""
+  return recipe.donor or next(iter(recipe.models.values()))
+
+
+def check(recipe: Recipe) -> list[Tensor]:
+  """Checks a recipe as far as that needs no tensor to be read; returns name, dtype and shape of what it will write.
+
+  Raises:
+    UserError: if models or options do not fit.
+  """
+  configs.require_compatible(recipe.models, layers_may_differ=recipe.slices[0].layers is not None)
+  with arrange.open_parts(recipe) as sources:
+    for source, part, prefix in zip(sources, recipe.slices, recipe.prefixes, strict=True):
+      with contextlib.suppress(_NeedsTensors):
+        recipes.build_plan(_HeadersOnly(source), recipe.method, part.options, prefix)
+    return _describe_outputs(sources, recipe)
+
+
+class _NeedsTensors(Exception):  # noqa: N818 (it is no error)
+  """Raised where a method's preparation begins to read."""
+
+
+class _HeadersOnly:
+  """A `Source` that knows names and shapes of tensors, and refuses to read them."""
+
+  def __init__(self, source: CheckpointSource):
+    self._source = source
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._source, name)
+
+  def reduce(self, *_: Any, **__: Any) -> Any:
+    raise _NeedsTensors
+
+
+def _align_vocabularies(recipe: Recipe, scratch: Path) -> tuple[object, dict[Path, Table], int]:
   """Builds the output's tokenizer and reorders the models' token rows to match it; returns their number too."""
   models = list(dict.fromkeys(recipe.models.values()))
-  tokenizer, known = vocabulary.build_tokenizer(recipe.tokens, donor, models)
+  tokenizer, known = vocabulary.build_tokenizer(recipe.tokens, _find_donor(recipe), models)
   with contextlib.ExitStack() as stack:
     opened = {folder: stack.enter_context(CheckpointSource({"model": folder})) for folder in models}
     tables = {folder: {name: source.entries(name)[0] for name in source.order} for folder, source in opened.items()}
   return tokenizer, *vocabulary.align_rows(recipe.tokens, tokenizer.get_vocab(), known, tables, recipe.donor, scratch)
 
 
-def _main_dtype(sources: list[CheckpointSource]) -> str:
-  """Returns the dtype of most of the weights that are written if none is given: that of the first models."""
+def _main_dtype(tensors: Sequence[Tensor]) -> str:
+  """Returns the dtype of most floating weights among those to write; float32 if they are not known."""
   counts = collections.Counter()
-  for source in sources:
-    for name in source.names:
-      counts[source.entries(name)[0].dtype.name] += source.size(name)
-  return counts.most_common(1)[0][0]
-
-
-@contextlib.contextmanager
-def _scratch_folder(parent: Path):
-  """Creates a temporary folder on the output's disk and removes it at the end of the block."""
-  path = parent / ".rows.part"
-  shutil.rmtree(path, ignore_errors=True)
-  path.mkdir(parents=True)
-  try:
-    yield path
-  finally:
-    shutil.rmtree(path, ignore_errors=True)
+  for _, dtype, shape in tensors:
+    if jax.numpy.issubdtype(dtype, jax.numpy.floating):
+      counts[dtype.name] += math.prod(shape)
+  return counts.most_common(1)[0][0] if counts else "float32"
 
 
 def _changed_head(donor: Path, names: set[str]) -> bool | None:
@@ -118,31 +173,71 @@ def _choose_chat_template(recipe: Recipe) -> str:
   return collections.Counter(templates).most_common(1)[0][0]
 
 
-def _require_space(sources: list[CheckpointSource], recipe: Recipe, out: list[Path]) -> None:
-  """Raises UserError if the disk has too little space for the outputs."""
-  width = lambda entry: (recipes.DTYPES[recipe.dtype] if recipe.dtype else entry.dtype).itemsize
-  needed = len(out) * sum(s.size(name) * width(s.entries(name)[0]) for s in sources for name in s.order)
-  free = shutil.disk_usage(next(p for p in out[0].absolute().parents if p.exists())).free
+def _describe_outputs(sources: Sequence[CheckpointSource], recipe: Recipe) -> list[Tensor]:
+  """Returns name, dtype and shape of each tensor of the output."""
+  wanted = recipes.DTYPES[recipe.dtype] if recipe.dtype else None
+  entries = {name: source.entries(name)[0] for source in sources for name in source.order}
+  return [(name, wanted if wanted is not None and is_floating(entry) else entry.dtype, entry.shape)
+          for name, entry in entries.items()]
+
+
+def count_bytes(tensor: Tensor) -> int:
+  """Returns the size of a tensor on disk."""
+  _, dtype, shape = tensor
+  return math.prod(shape) * dtype.itemsize
+
+
+def require_space(needed: int, out: Path) -> None:
+  """Raises ResourceError if the disk of an output has too little space for that many bytes."""
+  free = shutil.disk_usage(next(p for p in out.absolute().parents if p.exists())).free
   if needed > free:
-    raise ResourceError(f"--out: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; make room or give "
-                        "another folder")
+    raise ResourceError(f"--out: needs {files.format_size(needed)}, the disk has {files.format_size(free)} free; make "
+                        "room or give another folder")
 
 
-def _write_record(folder: Path, job: Recipe, options: OutputOptions, digests: Mapping[str, str],
+def _write_record(folder: Path, job: Recipe, options: OutputOptions, inputs: Mapping[str, Mapping[str, Any]],
                   overflowed: Mapping[str, int]) -> None:
   """Writes merge.json and a model card."""
   record = {"imm_jax": __version__, "method": job.method, "options": dict(job.options), "seed": options.seed,
-            "dtype": job.dtype, "inputs": {label: {"path": str(path), "xxh3_128": digests[label]}
-                                           for label, path in job.models.items()}}
+            "dtype": job.dtype, "inputs": dict(inputs)}
   if job.slices[0].layers is not None:
     record["slices"] = [{"layers": {label: list(r) for label, r in piece.layers.items()},
                          "options": dict(piece.options)} for piece in job.slices]
   if overflowed:
     record["overflowed"] = dict(overflowed)
-  (folder / "merge.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-  inputs = [f"- {label}: `{model['path']}`" for label, model in record["inputs"].items()]
+  _write_json(folder / RECORD, record)
+  listed = [f"- {label}: `{model['path']}`" for label, model in inputs.items()]
   shown = {key: record[key] for key in ("options", "slices") if key in record} | {"seed": options.seed}
+  title = folder.name.strip(".").removesuffix(".part")
   (folder / "README.md").write_text("\n".join([
-      "---", "library_name: transformers", "tags:", "- merge", "- imm_jax", "---", f"# {folder.name.strip('.')}", "",
-      f"A merge by the method `{job.method}`, made with imm_jax {__version__}.", "", *inputs, "",
+      "---", "library_name: transformers", "tags:", "- merge", "- imm_jax", "---", f"# {title}", "",
+      f"A merge by the method `{job.method}`, made with imm_jax {__version__}.", "", *listed, "",
       "```json", json.dumps(shown, indent=2), "```", ""]), encoding="utf-8")
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def record_files(out: Path) -> None:
+  """Adds the list of all files in an output to its merge.json; where the output is several checkpoints it makes one."""
+  record = files.read_json(out / RECORD) if (out / RECORD).exists() else {"imm_jax": __version__}
+  _write_json(out / RECORD, {**record, "files": sorted({RECORD, *_list_files(out)})})
+
+
+def explain_foreign(out: Path) -> str:
+  """Returns why a folder must not be replaced: it is no merge, or has files that no merge wrote; "" if it may be."""
+  if not (out / RECORD).is_file():
+    return f"is no earlier merge (it has no {RECORD})"
+  try:
+    known = files.read_json(out / RECORD)["files"]
+  except (UserError, KeyError):
+    return f"is no earlier merge ({RECORD} does not list its files)"
+  foreign = sorted(set(_list_files(out)) - set(known))
+  return f"holds {foreign[0]}, which no merge wrote" if foreign else ""
+
+
+def _list_files(out: Path) -> list[str]:
+  """Returns all that is no folder below a folder, relative to it; a link to a folder is none."""
+  return [os.path.relpath(os.path.join(folder, name), out) for folder, folders, names in os.walk(out)
+          for name in [*names, *(f for f in folders if os.path.islink(os.path.join(folder, f)))]]

@@ -80,7 +80,7 @@ def drop_at_random(numbers: Numbers, shared: Shared, *, rescale: bool,
     steps = numbers["steps"][i] if steps_by_entry is None else steps_by_entry(vector, i)
     uniform = kernels.draw_uint16(vector.shape, numbers["code"], shared, i)
     if rescale:
-      kept = masks.STEPS - steps.astype(jnp.float32)
+      kept = jnp.maximum(masks.STEPS - steps.astype(jnp.float32), 1)  # at a density of 0 all is dropped
       vector = kernels.pin(vector * (masks.STEPS / kept), shared)
     return jnp.where(uniform < steps, 0.0, vector)
 
@@ -103,10 +103,18 @@ def prepare(source: Source, settings: Settings, extra: Callable[[str], Mapping[s
 
 def drop_steps(source: Source, settings: Settings) -> Callable[[str], Scalars]:
   """Returns a function from a tensor's name to its `steps` (one for each model) and `code`, for `drop_at_random`."""
-  steps = {name: np.array([masks.drop_steps(1 - density, name, "1 - density")
-                           for density in settings.concrete_values("densities", name)], np.uint32)
-           for name in source.names}
+  steps = {name: np.array([_steps_of_density(density, name) for density in settings.concrete_values("densities", name)],
+                          np.uint32) for name in source.names}
   return lambda name: {"steps": steps[name], "code": masks.tensor_code(name)}
+
+
+def _steps_of_density(density: float, tensor: str) -> int:
+  """Quantises a density to steps of 1/65536 that are dropped: all of them only if it is 0."""
+  steps = round((1 - density) * masks.STEPS)
+  if steps == masks.STEPS and density > 0:
+    raise ValueError(f"densities={density:g} at {tensor!r}: rounds to 0, as draws have steps of 1/65536; expected 0 or "
+                     "more than that")
+  return steps
 
 
 def magnitude_bounds(source: Source, bands: Mapping[Any, tuple[int, int]], group_of: Mapping[str, Sequence[Any]],

@@ -43,10 +43,8 @@ def merge(method: Method, inputs: Mapping[str, Any], options: Mapping[str, Any],
     if label in ("models", "fishers"):
       if not isinstance(value, list | tuple):
         raise ValueError(f"{label}: expected a list of trees, got one {type(value).__name__}")
-      if label == "models" and not method.least <= len(value) <= (method.most or len(value)):
-        raise ValueError(f"models: {len(value)} given; {method.name} takes " + (
-            f"{method.least}" if method.most == method.least else f"{method.least} or more"
-            if method.most is None else f"{method.least} to {method.most}"))
+      if label == "models" and not method.accepts(len(value)):
+        raise ValueError(f"models: {len(value)} given; {method.name} takes {method.count_in_words}")
       labelled |= {f"{label}[{i}]": tree for i, tree in enumerate(value)}
     elif value is not None or label != "base" or "base" in method.inputs:
       labelled[label] = value

@@ -21,7 +21,7 @@ _PARITY = np.uint32(0x1BD11BDA)
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
-def quantise_drop_rate(drop_rate: float, name: str = "drop_rate") -> int:
+def quantise_drop_rate(drop_rate: float) -> int:
   """Rounds a drop rate to steps of 1/65536, which both the draws and the rescaling use.
 
   Raises:
@@ -32,7 +32,7 @@ def quantise_drop_rate(drop_rate: float, name: str = "drop_rate") -> int:
   """
   steps = round(drop_rate * STEPS) if math.isfinite(drop_rate) else -1
   if not 0 <= steps < STEPS or drop_rate < 0:
-    raise ValueError(f"{name}={drop_rate}: expected 0 <= {name} < 1")
+    raise ValueError(f"drop_rate={drop_rate}: expected 0 <= drop_rate < 1")
   return steps
 
 
@@ -43,9 +43,9 @@ def require_concrete(value: Any, name: str, tensor: str) -> Any:
   return value
 
 
-def drop_steps(drop_rate: Any, tensor: str, name: str = "drop_rate") -> int:
+def drop_steps(drop_rate: Any, tensor: str) -> int:
   """Quantises a tensor's drop rate; see `quantise_drop_rate`."""
-  return quantise_drop_rate(float(require_concrete(drop_rate, name, tensor)), name)
+  return quantise_drop_rate(float(require_concrete(drop_rate, "drop_rate", tensor)))
 
 
 def tensor_code(name: str) -> np.uint32:

@@ -11,7 +11,9 @@ import numpy as np
 from imm_jax.errors import UserError
 from imm_jax.merging import registry
 
-DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
+# Arithmetic is float32, so that float64 only widens what is written.
+DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32),
+          "float64": np.dtype(np.float64)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Recipe:
     donor: folder whose config and tokenizer the output takes; that of the first model by default.
     tokens: a tokenizer to build; None copies the donor's.
     chat_template: a template, or `auto`; None copies the donor's.
-    name: name by which later documents of the same file refer to the output.
+    parts: folders of bases and adapters from which models of the form BASE+ADAPTER were made.
   """
 
   method: str
@@ -64,13 +66,25 @@ class Recipe:
   donor: Path | None = None
   tokens: Tokens | None = None
   chat_template: str | None = None
-  name: str | None = None
+  parts: tuple[Path, ...] = ()
 
   @property
   def models(self) -> dict[str, Path]:
     """All folders by labels that are unique across slices."""
     return {prefix + label: folder for prefix, part in zip(self.prefixes, self.slices, strict=True)
             for label, folder in part.models.items()}
+
+  @property
+  def inputs(self) -> dict[str, Path]:
+    """All folders that the merge reads, by their names in messages."""
+    folders = {**self.models, **{f"part of a model, {part}": part for part in self.parts}}
+    if self.donor is not None:
+      folders["base_model"] = self.donor
+    if self.tokens is not None:
+      sources = [self.tokens.source, *(entry["source"] for entry in self.tokens.tokens.values())]
+      sources = [source.get("model") if isinstance(source, Mapping) else source for source in sources]
+      folders |= {f"tokenizer source {source}": source for source in sources if isinstance(source, Path)}
+    return folders
 
   @property
   def prefixes(self) -> list[str]:
@@ -83,9 +97,9 @@ class Recipe:
     return self.slices[0].options
 
 
-def build_plan(source: Any, method: str, options: Mapping[str, Any]) -> Any:
-  """Builds the plan of a method; raises UserError for invalid options."""
+def build_plan(source: Any, method: str, options: Mapping[str, Any], prefix: str = "") -> Any:
+  """Builds the plan of a method; raises UserError for invalid options, which begins with `prefix`, a slice's."""
   try:
     return registry.METHODS[method](source, **options)
   except (TypeError, ValueError) as e:
-    raise UserError(f"{method}: {e}") from e
+    raise UserError(f"{prefix.removesuffix('.')}{': ' if prefix else ''}{method}: {e}") from e

@@ -108,6 +108,23 @@ class Method:
     """Its options by name."""
     return {option.name: option for option in self.options}
 
+  @property
+  def bounds(self) -> tuple[int, int | None]:
+    """The least and the largest number of models beside the base; None for no limit."""
+    return (self.least, self.most) if "models" in self.inputs else (1, 1)
+
+  @property
+  def count_in_words(self) -> str:
+    """The number of models beside the base, such as `2 or more models`."""
+    least, most = self.bounds
+    count = f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+    return f"{count} model{'s' * (count != '1')}"
+
+  def accepts(self, count: int) -> bool:
+    """Returns whether it takes this number of models beside the base."""
+    least, most = self.bounds
+    return count >= least and (most is None or count <= most)
+
   def __call__(self, source: Source, **options: Any) -> Plan:
     """Plans a merge of these models; raises ValueError for invalid options."""
     settings = Settings(self.options, options, source, self._num_models(source))
@@ -232,8 +249,7 @@ def _make_docstring(method: Method) -> str:
   """Builds the function's docstring: the method's text with the arguments inserted before the example."""
   lines = []
   for name in method.inputs:
-    count = f", {method.least} or more" if name == "models" and method.most is None else (
-        f", {method.least}" if name == "models" and method.most == method.least else "")
+    count = f", {method.count_in_words.rpartition(' ')[0]}" if name == "models" else ""
     lines.append(f"  {name.rstrip('?')}: {INPUTS[name]}{count}.")
   for option in method.options:
     per_model = "; one for all models, or a list with one for each" if option.per_model else ""

@@ -164,7 +164,7 @@ def _fetch(repository: _Repository, names: list[str]) -> None:
     return
   if any(name.endswith(".safetensors") for name in missing):
     total = sum(repository.sizes[name] for name in missing)
-    print(f"{repository.name}: fetching {len(missing)} files, {_format_size(total)}", file=sys.stderr, flush=True)
+    print(f"{repository.name}: fetching {len(missing)} files, {files.format_size(total)}", file=sys.stderr, flush=True)
   # An interrupted download resumes.
   huggingface_hub.snapshot_download(repository.id, revision=repository.commit,
                                     allow_patterns=[glob.escape(name) for name in missing])
@@ -189,10 +189,6 @@ def _complete_from_cache(repository: _Repository) -> Path:
 def _is_side_file(name: str) -> bool:
   parent, _, file = name.rpartition("/")
   return name in SIDE_FILES or (parent == TEMPLATES and file.endswith(".jinja"))
-
-
-def _format_size(size: int) -> str:
-  return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _first_line(error: Exception) -> str:

@@ -31,11 +31,11 @@ class WeightsWriter:
     """Creates the folder, its files with their headers, and the index.
 
     Args:
-      folder: folder to create.
+      folder: folder to create; if it exists, the files must not.
       tensors: name, dtype and shape, in the order of the files.
       max_shard_bytes: see `folder.split_into_shards`.
     """
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     shards = model_folder.split_into_shards(tensors, max_shard_bytes)
     model_folder.write_index(folder, shards)
     self._places: dict[str, tuple[_File, int, np.dtype]] = {}

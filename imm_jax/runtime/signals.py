@@ -23,21 +23,31 @@ GRACE_S = 15.0
 _LAST_CALLS_S = 2.0
 # Signals within this time count as one: `timeout` and others send the same signal to a process and to its group.
 _SAME_SIGNAL_S = 1.0
-RESUME_HINT = "the same command goes on after what was finished"
+_RESUMES = "the same command goes on after what was finished"
+_STARTS_ANEW = "the same command starts anew"
+_hint = _RESUMES
 _last_calls: list[Callable[[str], None]] = []
 _stop_requested = threading.Event()
 _interrupt_lost = threading.Event()
 _saving = threading.Event()
 
 
-def install_handlers() -> None:
-  """Installs the handlers of SIGTERM and Ctrl-C that the module describes; call it once, in the main thread."""
+def install_handlers(*, resumes: bool = True) -> None:
+  """Installs the handlers of SIGTERM and Ctrl-C that the module describes; call it once, in the main thread.
+
+  Args:
+    resumes: whether the same command goes on after what was finished, which is said when it is told to stop.
+  """
+  global _hint
+  _hint = _RESUMES if resumes else _STARTS_ANEW
   if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
     return
   read, write = os.pipe()
   os.set_blocking(write, False)
   signal.set_wakeup_fd(write, warn_on_full_buffer=False)
   signal.signal(signal.SIGTERM, _stop)
+  if signal.getsignal(signal.SIGINT) is _end_at_once:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
   original = sys.unraisablehook
 
   def hook(dropped: "sys.UnraisableHookArgs") -> None:
@@ -49,6 +59,22 @@ def install_handlers() -> None:
   sys.unraisablehook = hook
   threading.Thread(target=_watch, args=(read,), daemon=True).start()
   atexit.register(_ignore_repeated)
+
+
+def end_on_interrupt() -> None:
+  """Has Ctrl-C end the process at once, with one line, until `install_handlers` is called.
+
+  While modules are imported an exception would come out as the error of whichever is being imported. A SIGINT that is
+  ignored, as in a job in the background, stays so.
+  """
+  if threading.current_thread() is threading.main_thread() and (
+      signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+    signal.signal(signal.SIGINT, _end_at_once)
+
+
+def resume_hint() -> str:
+  """Returns what the same command does after this process was told to stop."""
+  return _hint
 
 
 @contextlib.contextmanager
@@ -71,6 +97,12 @@ def before_forced_end(callback: Callable[[str], None]) -> Iterator[None]:
     _last_calls.remove(callback)
 
 
+def _end_at_once(*_: object) -> None:
+  with contextlib.suppress(OSError):
+    os.write(2, b"\ninterrupted\n")
+  os._exit(128 + signal.SIGINT)
+
+
 def _ignore_repeated() -> None:
   """Ignores SIGTERM while Python ends: it restores the default action, which would replace the exit code."""
   if _stop_requested.is_set():
@@ -80,7 +112,7 @@ def _ignore_repeated() -> None:
 def _stop(*_: object) -> None:
   if not _stop_requested.is_set():
     _stop_requested.set()
-    raise PreemptedError(f"told to stop (SIGTERM); {RESUME_HINT}")
+    raise PreemptedError(f"told to stop (SIGTERM); {_hint}")
 
 
 def _watch(read: int) -> None:
@@ -96,11 +128,11 @@ def _watch(read: int) -> None:
       elif not first:
         first, grace_start, code = now, now, 128 + number
         if number == signal.SIGTERM:
-          hint = "what is under way is finished or saved first" if _saving.is_set() else RESUME_HINT
+          hint = "what is under way is finished or saved first" if _saving.is_set() else _hint
           # Printed in another thread, because this one has to go on if stderr blocks.
           threading.Thread(target=_print, args=(f"SIGTERM: stopping; {hint}",), daemon=True).start()
       elif now - first > _SAME_SIGNAL_S:
-        _end(f"told to stop a second time; {RESUME_HINT}", 128 + number)
+        _end(f"told to stop a second time; {_hint}", 128 + number)
     if _interrupt_lost.is_set():
       _interrupt_lost.clear()
       if code:  # without a signal, the interrupt came from elsewhere and there is nothing to send again
@@ -110,7 +142,7 @@ def _watch(read: int) -> None:
     if first and _saving.is_set() and code == 128 + signal.SIGTERM:
       grace_start = now
     if first and now - grace_start > GRACE_S:
-      _end(f"told to stop, and ended while it was busy; {RESUME_HINT}", code)
+      _end(f"told to stop, and ended while it was busy; {_hint}", code)
 
 
 def _end(reason: str, code: int) -> None:

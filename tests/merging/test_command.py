@@ -75,12 +75,18 @@ def test_out_dtype_is_written_and_named_in_the_config(folders: list[Path], tmp_p
     (("--method=imm", "--base=BASE", "--tuned=BASE", "--base_weight=[x"), "is not YAML"),
     (("--method=imm", "--base=BASE", "--tuned=/no/such"), "/no/such: no such checkpoint folder"),
     (("--method=imm", "--base=BASE", "--tuned=BASE", "--sweep_base_weight=0.1,2"), "expected numbers from 0 to 1"),
+    (("--method=imm", "--base=BASE", "--tuned=BASE", "--sweep_base_weight=0.1 # /../x"), "expected numbers from 0"),
+    (("--recipe=RECIPE", "--fishers=BASE"), "--fishers: --recipe says it all"),
+    (("--recipe=RECIPE", "--sweep_base_weight=0.1"), "--sweep_base_weight: is for a recipe of one document"),
     (("--method=imm", "--base=BASE", "--tuned=BASE", "--max_shard_size=big"), "--max_shard_size=big"),
     (("--recipe=/no/such.yml",), "/no/such.yml: cannot be read")])
 def test_bad_flags_are_one_line(flags: tuple[str, ...], expected: str, folders: list[Path], tmp_path: Path):
-  done = run(*(f.replace("BASE", str(folders[0])) for f in flags), f"--out={tmp_path / 'out'}")
+  recipe = tmp_path / "recipe.yml"
+  recipe.write_text("name: a\n---\nname: b\n")
+  done = run(*(f.replace("BASE", str(folders[0])).replace("RECIPE", str(recipe)) for f in flags),
+             f"--out={tmp_path / 'out'}")
   assert expected in one_line(done)
-  assert list(tmp_path.iterdir()) == []
+  assert list(tmp_path.iterdir()) == [recipe]
 
 
 def test_an_output_that_exists_is_kept_unless_asked(folders: list[Path], tmp_path: Path):
@@ -91,10 +97,10 @@ def test_an_output_that_exists_is_kept_unless_asked(folders: list[Path], tmp_pat
   assert (tmp_path / "out/mine.txt").read_text() == "mine"
   assert "is no earlier merge" in one_line(run(*flags, f"--out={tmp_path / 'out'}", "--overwrite"))
   assert (tmp_path / "out/mine.txt").read_text() == "mine"
-  (tmp_path / "out/merge.json").write_text("{}")
-  assert run(*flags, f"--out={tmp_path / 'out'}", "--overwrite").returncode == 0
+  (tmp_path / "out/mine.txt").unlink()
+  for _ in range(2):
+    assert run(*flags, f"--out={tmp_path / 'out'}", "--overwrite").returncode == 0
   assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
-  assert not (tmp_path / "out/mine.txt").exists()
   assert "holds the input" in one_line(run(*flags, f"--out={folders[0]}", "--overwrite"))
   assert "lies in the input" in one_line(run(*flags, f"--out={folders[0] / 'merged'}"))
   (tmp_path / "link").symlink_to(tmp_path / "out")
@@ -125,7 +131,7 @@ def test_a_disk_too_small_is_refused_before_the_work(folders: list[Path], tmp_pa
     big = {"w": np.zeros((600, 1000), np.float32)}
     a, b = write(tmp_path / "a", big), write(tmp_path / "b", big)
     flags = ("--method=linear", f"--models={a},{b}", "--weights=1", f"--out={mount / 'out'}")
-    assert "needs 0.00 GB, the disk has 0.00 GB free" in one_line(run(*flags), 69)
+    assert "needs 2.4 MB, the disk has 1.0 MB free" in one_line(run(*flags), 69)
     assert list(mount.iterdir()) == []
   finally:
     subprocess.run(["umount", mount], check=True)

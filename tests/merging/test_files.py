@@ -143,10 +143,11 @@ def test_a_recipe_of_mergekit_means_what_it_says(folders: list[Path], tmp_path: 
     (("weight: 0.5", "gamma: 0.5"), "models[0].parameters.weight is missing"),
     (("weight: 0.5", "density: 0.1"), "models[0].parameters.weight is missing"),
     (("out_dtype: float32", "out_dtype: int4"), "dtype='int4'"),
-    (("dtype: bfloat16", "slices: []"), "expected models or slices, not both"),
+    (("dtype: bfloat16", "slices: [{}]"), "expected models or slices, not both"),
     (("dtype: bfloat16", "tokenizer_source: union\ntokenizer: {source: base}"), "give one of them"),
     (("merge_method: ties", "[1, 2"), "is not YAML"),
-    (("models:", "models: []\nother:"), "other is not supported"),
+    (("models:", "models: []\nother:"), "expected models or slices"),
+    (("models:", "modules: {text: {moduls: 1}}\nother:"), "modules.text.moduls is not supported; did you mean models?"),
     (("normalize: true", "normalize: [{filter: mlp, value: true}, {value: false}]"), "normalize=[{'filter': 'mlp'"),
     (("normalize: true", "normalize: 0.5"), "normalize=0.5: expected true or false"),
     (("normalize: true", "rescale: true"), "parameters.rescale: ties does not rescale")])

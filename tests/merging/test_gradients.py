@@ -141,3 +141,14 @@ def test_coefficients_may_be_arrays():
   got = merging.imm(a, a, b, base_weight=jnp.float32(0.3), drop_rate=0.0, key=KEY)
   jax.tree.map(np.testing.assert_array_equal, got, merging.imm(a, a, b, base_weight=np.float32(0.3).item(),
                                                                drop_rate=0.0, key=KEY))
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della_linear"])
+def test_a_density_of_0_leaves_the_base_in_gradients_too(method: str):
+  base, tuned = jnp.arange(6.0).reshape(2, 3), jnp.ones((2, 3))
+  merge = lambda b, t: getattr(merging, method)({"w": b}, [{"w": t}], weights=1, densities=0,
+                                                key=jax.random.key(0))["w"].sum()
+  value, (of_base, of_tuned) = jax.value_and_grad(merge, (0, 1))(base, tuned)
+  assert value == base.sum()
+  assert (of_base == 1).all()
+  assert (of_tuned == 0).all()

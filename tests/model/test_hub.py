@@ -148,7 +148,7 @@ def test_a_model_with_an_adapter_beside_it_says_that_the_adapter_is_ignored(
   note = "holds a whole model and a LoRA adapter; the adapter is ignored\n"
   for _ in range(2):  # once is enough
     assert not (hub.resolve(ID) / "adapter_model.safetensors").exists()
-  assert capsys.readouterr().err == f"{ID}: fetching 3 files, 0.0 MB\nnote: {ID}: {note}"
+  assert capsys.readouterr().err == f"{ID}: fetching 3 files, 5 bytes\nnote: {ID}: {note}"
   for name in ("config.json", "model.safetensors", "adapter_config.json"):
     (tmp_path / name).write_bytes(b"{}")
   hub.resolve(str(tmp_path))

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -130,3 +131,55 @@ def test_a_signal_that_comes_too_late_for_a_block_is_answered_after_it():
     assert heard == [1]
   finally:
     signal.signal(signal.SIGTERM, before)
+
+
+_IMPORTS = """
+import sys
+from imm_jax import __main__ as commands
+commands.COMMANDS["merge"] = ("slow_command", "")
+sys.argv = ["imm", "merge"]
+commands.main()
+"""
+# As libraries do: an interrupt comes out as another error.
+_SLOW = """
+import signal, time
+print(int(signal.getsignal(signal.SIGINT) == signal.SIG_IGN), flush=True)
+try:
+  time.sleep({seconds})
+except BaseException as e:
+  raise ImportError("cannot import") from e
+"""
+_RUNS = """
+import time
+from imm_jax import cli
+cli.run(lambda: print("runs", flush=True) or time.sleep(60), resumes={resumes})
+"""
+
+
+def _interrupt(module: str, folder: Path, *, before: str = "") -> tuple[int, str, str]:
+  """Interrupts a command once it has printed a line; returns exit code, that line and stderr."""
+  (folder / "slow_command.py").write_text(module)
+  command = ["sh", "-c", f'{before} exec "$@"', "sh", sys.executable, "-c", _IMPORTS]
+  with subprocess.Popen(command, cwd=REPO, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                        env=os.environ | {"PYTHONPATH": f"{REPO}:{folder}"}) as process:
+    said = process.stdout.readline()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+  return process.returncode, said, err
+
+
+def test_an_interrupt_while_a_command_is_imported_is_one_line(tmp_path: Path):
+  code, _, err = _interrupt(_SLOW.format(seconds=60), tmp_path)
+  assert (code, err) == (130, "\ninterrupted\n")
+
+
+def test_an_interrupt_that_is_ignored_stays_so(tmp_path: Path):
+  code, said, err = _interrupt(_SLOW.format(seconds=0.6), tmp_path, before="trap '' INT;")
+  assert (code, said, err) == (0, "1\n", "")
+
+
+@pytest.mark.parametrize(("resumes", "hint"), [(True, "goes on after what was finished"), (False, "starts anew")])
+def test_an_interrupted_command_says_whether_it_goes_on(resumes: bool, hint: str, tmp_path: Path):
+  code, _, err = _interrupt(_RUNS.format(resumes=resumes), tmp_path)
+  assert (code, err) == (130, f"\ninterrupted; the same command {hint}\n")

@@ -22,7 +22,7 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
 def dare_linear(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool, rescale: bool) -> jax.Array:
   """Task arithmetic on task vectors after DARE: base + scale * sum_i w_i DARE(t_i - base).
 
-  Densities are 1 - p, in (0, 1]; model i draws its masks with `fold_in(key, i)`.
+  Densities are 1 - p, and 0 leaves a model out; model i draws its masks with `fold_in(key, i)`.
 
   >>> import jax.numpy as jnp
   >>> merged = dare_linear({"w": jnp.zeros(99)}, [{"w": jnp.ones(99)}], weights=1, densities=0.25,
@@ -38,7 +38,7 @@ def dare_linear(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize
 def dare_ties(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool, rescale: bool) -> jax.Array:
   """TIES with DARE in place of trimming: signs are elected among the remaining entries.
 
-  Densities are 1 - p, in (0, 1]; model i draws its masks with `fold_in(key, i)`.
+  Densities are 1 - p, and 0 leaves a model out; model i draws its masks with `fold_in(key, i)`.
 
   >>> import jax.numpy as jnp
   >>> merged = dare_ties({"w": jnp.zeros(2)}, [{"w": jnp.array([1., 2.])}, {"w": jnp.array([-3., 1.])}],

@@ -25,10 +25,10 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
   for name in source.names:
     densities, epsilons = settings.concrete_values("densities", name), settings.concrete_values("epsilons", name)
     for d, e in zip(densities, epsilons, strict=True):
-      if not (d == 1 or (d - e > 0 and d + e < 1)):
+      if not (d in (0, 1) or (d - e > 0 and d + e < 1)):
         raise ValueError(f"densities, epsilons: {d:g} and {e:g} at {name!r}; expected 0 < density - epsilon and "
-                         "density + epsilon < 1, or a density of 1")
-    spread = [0.0 if d == 1 else e for d, e in zip(densities, epsilons, strict=True)]
+                         "density + epsilon < 1, or a density of 0 or 1")
+    spread = [0.0 if d in (0, 1) else e for d, e in zip(densities, epsilons, strict=True)]
     ranges[name] = {"least": np.array(densities, np.float32) - np.array(spread, np.float32),
                     "range": 2 * np.array(spread, np.float32)}
   extra = lambda name: {**ranges[name], "code": masks.tensor_code(name)}
@@ -40,7 +40,8 @@ def _drop_steps(numbers: Numbers, shared: Shared) -> Callable[[jax.Array, int], 
 
   def steps(vector: jax.Array, i: int) -> jax.Array:
     kept = numbers["least"][i] + kernels.pin(numbers["range"][i] * _relative_ranks(vector), shared)
-    return jnp.clip(jnp.rint((1 - kept) * masks.STEPS), 0, masks.STEPS - 1).astype(jnp.uint32)
+    highest = jnp.where(numbers["least"][i] > 0, masks.STEPS - 1, masks.STEPS)  # only a density of 0 drops all
+    return jnp.clip(jnp.rint((1 - kept) * masks.STEPS), 0, highest).astype(jnp.uint32)
 
   return steps
 
@@ -68,7 +69,8 @@ def della(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool
 
   In a row of n entries the one of rank r (0 for the smallest magnitude) is kept with the probability
   density - epsilon + 2 epsilon r / (n - 1), and divided by it; a tensor of one axis is one row. Equal magnitudes
-  share their mean rank; probabilities are quantised to 1/65536. A density of 1 keeps everything. Model i draws its
+  share their mean rank; probabilities are quantised to 1/65536. A density of 1 keeps everything, one of 0
+  nothing. Model i draws its
   masks with `fold_in(key, i)`.
 
   >>> import jax.numpy as jnp

@@ -1,0 +1,102 @@
+"""Merges the documents of a recipe one after the other; later ones may take the results of earlier ones for models.
+
+All documents are checked before the first one is merged: an earlier result is then a folder that has its config and the
+headers of its weights, but not their bytes.
+"""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from imm_jax.errors import UserError
+from imm_jax.merging import command, configs, mergekit
+from imm_jax.merging.recipe import Recipe
+from imm_jax.model import folder as model_folder, safetensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+  """The documents of a recipe file.
+
+  Attributes:
+    path: the file.
+    names: the name of each document; None for a last one without.
+    dtype: dtype to write in place of the file's.
+  """
+
+  path: Path
+  names: Sequence[str | None]
+  dtype: str | None = None
+
+  def read(self, number: int, earlier: dict[str, Path]) -> Recipe:
+    """Reads one document; `earlier` are the folders of earlier results by their names."""
+    recipe = mergekit.read(self.path, number, earlier)
+    return dataclasses.replace(recipe, dtype=self.dtype or recipe.dtype)
+
+  def check(self, out: Path) -> dict[str, Path]:
+    """Checks all documents and the space on the disk of `out`; returns the folders that are read, by names in messages.
+
+    Raises:
+      UserError: as `command.merge` does, as far as that can be told without reading tensors.
+    """
+    inputs: dict[str, Path] = {}
+    with tempfile.TemporaryDirectory() as name:
+      root, earlier, needed = Path(name), {}, 0
+      unknown: set[Path] = set()  # results whose tensors are known only after their vocabularies are aligned
+      for i, document in enumerate(self.names):
+        recipe = self.read(i, earlier)
+        folders = set(recipe.models.values())
+        try:
+          if recipe.tokens is not None or folders & unknown:
+            configs.require_compatible(recipe.models, layers_may_differ=recipe.slices[0].layers is not None)
+            tensors = []
+          else:
+            tensors = command.check(recipe)
+        except UserError as e:
+          raise type(e)(f"{self.path}: document {i + 1}: {str(e).replace(f'{root}/', '')}") from e
+        needed += sum(map(command.count_bytes, tensors))
+        inputs |= {f"{label} of document {i + 1}": path for label, path in recipe.inputs.items()
+                   if root not in path.parents}
+        if document is not None:
+          earlier[document] = root / document
+          _write_headers(earlier[document], recipe, tensors)
+          unknown |= {earlier[document]} if not tensors else set()
+      command.require_space(needed, out)
+    return inputs
+
+  def merge(self, out: Path, final: Path, options: command.OutputOptions) -> int:
+    """Merges all documents into the folder `out`, which is moved to `final` later; returns the number of merges.
+
+    If the last document has no name, its output is `out` and the others are temporary; otherwise each has its own
+    folder in `out`.
+    """
+    if self.names[-1] is not None:
+      earlier: dict[str, Path] = {}
+      for i, name in enumerate(self.names):
+        made = {folder: {"path": str(final / other)} for other, folder in earlier.items()}
+        command.merge({out / name: self.read(i, earlier)}, options, made)
+        earlier[name] = out / name
+      return len(self.names)
+    out.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(prefix=".documents.", dir=out) as scratch:
+      earlier, made = {}, {}
+      for i, name in enumerate(self.names):
+        folder = out if name is None else Path(scratch) / name
+        command.merge({folder: self.read(i, earlier)}, options, made)
+        if name is not None:
+          earlier[name] = folder
+          made[folder] = {"path": name, "made_by": json.loads((folder / command.RECORD).read_text(encoding="utf-8"))}
+    return len(self.names)
+
+
+def _write_headers(folder: Path, recipe: Recipe, tensors: Sequence[command.Tensor]) -> None:
+  """Writes what later documents are checked with: the config of a recipe's output and the headers of its weights."""
+  folder.mkdir(parents=True)
+  command.write_config(folder, recipe, tensors)
+  if tensors:
+    header, _ = safetensors.make_header(tensors)
+    with (folder / model_folder.WEIGHTS).open("wb") as file:
+      file.write(header)
+      file.truncate(len(header) + sum(map(command.count_bytes, tensors)))  # takes no space: a hole

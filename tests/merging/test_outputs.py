@@ -1,0 +1,176 @@
+"""What a merge replaces and where it writes; and recipes of several documents, which are checked before the first."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from imm_jax import files
+from imm_jax.errors import ResourceError, UserError
+from imm_jax.merging import checkpoint, command, mergekit
+from imm_jax.merging.documents import Documents
+from imm_jax.merging.recipe import Recipe
+from tests.merge_folders import read
+from tests.merging.recipe_models import SHAPES, merged, save
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+  return save(tmp_path / "a", 0), save(tmp_path / "b", 1)
+
+
+def linear(*folders: object, **more) -> dict:
+  return {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 1}} for m in folders], **more}
+
+
+def documents(tmp_path: Path, *raws: dict) -> Documents:
+  path = tmp_path / "recipe.yml"
+  path.write_text(yaml.safe_dump_all(raws))
+  return Documents(path, mergekit.read_names(path))
+
+
+def refusal(out: Path, inputs: dict[str, Path] | None = None) -> str:
+  try:
+    files.check_out(out, inputs or {}, overwrite=True, explain_foreign=command.explain_foreign)
+  except UserError as e:
+    return str(e)
+  return ""
+
+
+def test_overwrite_replaces_what_merges_wrote_and_nothing_else(pair, tmp_path: Path):
+  out = tmp_path / "d2/m1"
+  made = documents(tmp_path, linear(*pair, name="m1"), linear("m1", pair[0], name="org/m2"))
+  made.merge(tmp_path / "d3", tmp_path / "d3", command.OutputOptions())
+  out.parent.mkdir()
+  merged(tmp_path, linear(*pair), "d2/m1")
+  out.with_suffix(".yml").unlink()
+  for folder in (out, tmp_path / "d3"):
+    assert "does not list its files" in refusal(folder) or "has no merge.json" in refusal(folder)
+    command.record_files(folder)
+    assert refusal(folder) == ""
+  assert "d2: is no earlier merge (it has no merge.json)" in refusal(tmp_path / "d2")
+  for folder, name in ((out, "thesis.txt"), (out, "notes/a"), (tmp_path / "d3", "thesis.txt"),
+                       (tmp_path / "d3", "m1/thesis.txt"), (tmp_path / "d3", "m3/merge.json")):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("")
+    assert f"holds {name}, which no merge wrote" in refusal(folder)
+    (folder / name).unlink()
+  (out / "link").symlink_to(tmp_path / "a", target_is_directory=True)
+  assert "holds link, which no merge wrote" in refusal(out)
+  (out / "merge.json").write_text("[]")
+  assert "does not list its files" in refusal(out)
+
+
+def test_an_input_of_any_kind_is_never_replaced(pair, tmp_path: Path):
+  donor, tokens, embedding = (save(tmp_path / name, 2) for name in ("donor", "tokens", "embedding"))
+  made = documents(tmp_path, linear(*pair, name="one"), linear("one", pair[1], base_model=str(donor), tokenizer={
+      "source": str(tokens), "tokens": {"<x>": {"source": str(embedding)}, "<y>": {"source": {
+          "kind": "model_token", "model": str(pair[0]), "token_id": 1}}}}))
+  inputs = made.check(tmp_path / "out")
+  assert set(inputs.values()) == {*pair, donor, tokens, embedding}
+  for folder in (*pair, donor, tokens, embedding):
+    assert "is or holds the input" in refusal(folder, inputs)
+    assert "lies in the input" in refusal(folder / "out", inputs)
+
+
+def test_base_and_adapter_of_a_model_are_inputs(pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr("imm_jax.model.lora.materialise", lambda *_, name: pair[1])
+  adapter = tmp_path / "adapter"
+  adapter.mkdir()
+  (tmp_path / "recipe.yml").write_text(yaml.safe_dump(linear(f"{pair[0]}+{adapter}")))
+  recipe = mergekit.read(tmp_path / "recipe.yml")
+  assert set(recipe.inputs.values()) == {*pair, adapter}
+
+
+@pytest.mark.parametrize("name", ["../escape", "/abs", ".", "", "a/../../b", ".hidden", "a/.b", "merge.json", 5, ["x"],
+                                  "b", "b/c", None])
+def test_a_document_writes_under_its_name_in_the_output(name: object, tmp_path: Path):
+  (tmp_path / "recipe.yml").write_text(yaml.safe_dump_all([{"name": "b"}, {"name": name}, {}]))
+  with pytest.raises(UserError, match=r"of document 2: (each document but the last needs a name|is, holds or lies in)"):
+    mergekit.read_names(tmp_path / "recipe.yml")
+  (tmp_path / "recipe.yml").write_text(yaml.safe_dump({"name": name}))  # the name of a single one has no effect
+  assert mergekit.read_names(tmp_path / "recipe.yml") == [None]
+
+
+def test_two_merges_with_tokenizers_into_one_parent_leave_each_other_alone(pair, tmp_path: Path, monkeypatch):
+  for folder in pair:
+    words = models.WordLevel({f"w{i}": i for i in range(11)}, unk_token="w0")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="w0").save_pretrained(folder)
+  mine = tmp_path / ".rows.part"
+  mine.mkdir()
+  scratches: list[Path] = []
+
+  def align(recipe: Recipe, scratch: Path) -> object:
+    scratches.append(scratch)
+    return align_vocabularies(recipe, scratch)
+
+  def merge_parts(*args: object, **how: object) -> object:
+    rows = sorted(scratches[0].iterdir())
+    if len(scratches) == 1:  # another merge from begin to end, while this one is under way
+      merged(tmp_path, linear(*pair, tokenizer_source="union"), "second")
+    assert rows == sorted(scratches[0].iterdir()) != []
+    return merge(*args, **how)
+
+  align_vocabularies, merge = command._align_vocabularies, checkpoint.merge_parts
+  monkeypatch.setattr(command, "_align_vocabularies", align)
+  monkeypatch.setattr(checkpoint, "merge_parts", merge_parts)
+  merged(tmp_path, linear(*pair, tokenizer_source="union"), "first")
+  assert [scratch.parent for scratch in scratches] == [tmp_path / "first", tmp_path / "second"]
+  assert not any(scratch.exists() for scratch in scratches)
+  assert {p.name for p in tmp_path.iterdir() if p.suffix != ".yml"} == {*"ab", ".rows.part", "first", "second"}
+
+
+def stack(name: str | None = None, folder: object = "A", **more) -> dict:
+  """Six layers of a model of four."""
+  return {"merge_method": "passthrough", **({"name": name} if name else {}), "slices": [
+      {"sources": [{"model": str(folder), "layer_range": layers}]} for layers in ([0, 3], [1, 4])], **more}
+
+
+@pytest.mark.parametrize(("last", "expected"), [
+    (lambda a, b: stack(None, "six") | {"merge_method": "linear", "parameters": {"weight": [1, -1, 0]}},
+     "document 2: slices[0]: linear: weights: they add up to 0 at 'model.layers.2."),
+    (lambda a, b: linear("six", b), "document 2: models[1] (B) has num_hidden_layers=4 in config.json, models[0] has"),
+    (lambda a, b: stack(None, "six") | {"slices": [{"sources": [{"model": "six", "layer_range": [4, 7]}]}]},
+     "layer_range [4, 7]: six has 6 layers"),
+    (lambda a, b: {**linear(), "models": [{"model": "six"}]}, "document 2: models[0].parameters.weight is missing"),
+    (lambda a, b: linear("sxi"), "sxi: no such checkpoint folder"),
+    (lambda a, b: linear("six", "/no/such"), "/no/such: no such checkpoint folder")])
+def test_all_documents_are_checked_before_the_first_is_merged(last, expected: str, pair, tmp_path: Path):
+  made = documents(tmp_path, stack("six", pair[0]), last(*pair))
+  with pytest.raises(UserError) as error:
+    made.check(tmp_path / "out")
+  assert expected in str(error.value).replace(str(pair[1]), "B")
+  assert not (tmp_path / "out").exists()
+
+
+def test_results_of_slices_fit_where_they_have_the_same_layers(pair, tmp_path: Path):
+  shapes = SHAPES | {name.replace(".3.", f".{i}."): shape for i in (4, 5) for name, shape in SHAPES.items()}
+  six = save(tmp_path / "c", 2, shapes, num_hidden_layers=6, layer_types=["full_attention"] * 6)
+  made = documents(tmp_path, stack("org/six", pair[0], dtype="float64"),
+                   linear("org/six", six, name="mean", dtype="float32"), linear("mean", name="again"))
+  assert set(made.check(tmp_path / "out").values()) == {pair[0], six}
+  made.merge(tmp_path / "out", tmp_path / "final", command.OutputOptions())
+  got, a, c = read(tmp_path / "out/again"), read(pair[0]), read(six)
+  for i, layer in enumerate((0, 1, 2, 1, 2, 3)):
+    name = "model.layers.{}.mlp.up_proj.weight".format
+    np.testing.assert_allclose(got[name(i)], (a[name(layer)] + c[name(i)]) / 2, rtol=1e-6)
+  record = json.loads((tmp_path / "out/mean/merge.json").read_text())
+  assert {label: entry["path"] for label, entry in record["inputs"].items()} == {
+      "models[0]": str(tmp_path / "final/org/six"), "models[1]": str(six)}
+
+
+def test_the_space_that_all_documents_take_is_checked(pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  size = sum(4 * int(np.prod(shape)) for shape in SHAPES.values())
+  made = documents(tmp_path, linear(*pair, name="one"), linear("one", pair[0]))
+  for free, fails in ((2 * size, False), (2 * size - 1, True)):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(free, 0, free))
+    if fails:
+      with pytest.raises(ResourceError, match=r"needs 5\.2 kB, the disk has 5\.2 kB free"):
+        made.check(tmp_path / "out")
+    else:
+      made.check(tmp_path / "out")
