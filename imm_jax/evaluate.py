@@ -102,7 +102,12 @@ def _print_protocols(facts: Mapping[str, Any], settings: ml_collections.ConfigDi
 
 
 def _explain_foreign(folder: Path) -> str:
-  return "" if (folder / "scores.json").is_file() else "is no earlier result (it has no scores.json)"
+  """Explains why a folder is no earlier result of this command; returns "" if it is one."""
+  if not (folder / "scores.json").is_file():
+    return "is no earlier result (it has no scores.json)"
+  unknown = sorted(path.name for path in folder.iterdir() if path.is_dir() or (
+      path.suffix != ".jsonl" and path.name not in ("scores.json", "against.json")))
+  return f"is no earlier result (it holds {unknown[0]})" if unknown else ""
 
 
 if __name__ == "__main__":

@@ -45,6 +45,11 @@ def test_scores_of_one_checkpoint(environment, tmp_path):  # noqa: F811
   again = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
   assert again.returncode == 1
   assert "exists; give another folder, or --overwrite" in again.stderr
+  (tmp_path / "out/thesis.txt").touch()
+  foreign = subprocess.run([*command, "--overwrite"], cwd=REPO, env=environment, capture_output=True, text=True,
+                           check=False)
+  assert foreign.returncode == 1
+  assert "is no earlier result (it holds thesis.txt), so it is not replaced" in foreign.stderr
   itself = subprocess.run([*command, "--overwrite", f"--against={tmp_path / 'out'}"], cwd=REPO, env=environment,
                           capture_output=True, text=True, check=False)
   assert itself.returncode == 1
