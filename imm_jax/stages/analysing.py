@@ -132,7 +132,7 @@ def analyse(config: ml_collections.ConfigDict, round_: Round, out: Path) -> dict
   if not distributed.is_main():
     return {}
   change = {"sft": weight_change(round_.start, round_.folder / "sft").to_json()}
-  if round_.merge_method:
+  if round_.merges:
     change["merged"] = weight_change(round_.base, round_.folder / "merged").to_json()
   rank = spearman(scores["layers"], change["sft"]["layers"]) if scores else None
   sampled = diversity.measure_diversity(rows)._asdict() | {"token_entropy": entropy} if rows else None
