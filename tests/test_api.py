@@ -178,8 +178,8 @@ def _cells() -> str:
   return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("kind", ["script", "notebook"])
+@pytest.mark.parametrize("kind", [pytest.param("script", marks=pytest.mark.slow),
+                                  pytest.param("notebook", marks=pytest.mark.full)])
 def test_an_example_does_what_it_says(kind: str):
   command = [str(REPO / "examples/self_improvement.py")] if kind == "script" else ["-c", _cells()]
   done = subprocess.run([sys.executable, *command], cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)},

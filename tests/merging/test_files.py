@@ -27,7 +27,8 @@ OPTIONS = {
     "ramplus_tl": {"threshold": 0.05}, "breadcrumbs_ties": {"weights": 0.5, "densities": 0.6}}
 RANDOM = {"dare_linear", "dare_ties", "della", "imm"}
 COUNT = {"slerp": 2, "arcee_fusion": 2, "nuslerp": 2, "imm": 3}
-SLOW = {"della", "dare_linear", "breadcrumbs_ties", "nuslerp", "multislerp", "karcher", "ramplus_tl"}
+SLOW = {"della", "dare_linear", "dare_ties", "arcee_fusion", "sce", "breadcrumbs_ties", "nuslerp", "multislerp",
+        "karcher", "ramplus_tl"}
 # Without a base.
 PLAIN = {"linear", "karcher", "nuslerp"}
 
