@@ -46,6 +46,7 @@ def analyze(environment, tmp_path):  # noqa: F811
       capture_output=True, text=True, check=False)
 
 
+@pytest.mark.full
 def test_importance_and_weight_change_of_a_checkpoint(analyze, tuned: Path, tmp_path: Path):
   (tmp_path / "a.txt").write_text("Tom has 3 apples.\n\nSara sells 4 pens " * 80)
   text = f"text=file:{tmp_path / 'a.txt'}"

@@ -56,7 +56,7 @@ def on_disk(folders: list[Path], out: Path, method: str, *, block: int, **option
 
 
 @pytest.mark.parametrize("method", [
-    pytest.param(m, marks=pytest.mark.slow if m in SLOW else [] if m in ("linear", "imm", "ties") else pytest.mark.full)
+    pytest.param(m, marks=pytest.mark.slow if m in SLOW else [] if m in ("linear", "imm") else pytest.mark.full)
     for m in OPTIONS])
 def test_a_file_has_the_bits_of_a_tree_in_blocks_and_shards_of_any_size(method: str, folders: list[Path],
                                                                         tmp_path: Path):

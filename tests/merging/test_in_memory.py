@@ -13,7 +13,9 @@ from imm_jax.merging import registry
 from tests.merging.cases import BASE, CASES, KEY, LAYERS, SHAPES, A, B, C, call, models
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) if m == "della" else m for m in CASES])
+@pytest.mark.parametrize("method", [
+    pytest.param(m, marks=pytest.mark.slow) if m == "della" else
+    pytest.param(m, marks=pytest.mark.full) if m.startswith("dare") else m for m in CASES])
 def test_bfloat16_is_merged_in_float32_and_rounded_once(method):
   low = models(4, ml_dtypes.bfloat16)
   wide = [{name: x.astype(np.float32) for name, x in model.items()} for model in low]

@@ -212,6 +212,7 @@ def test_the_page_of_a_running_run_looks_for_a_newer_one(browser, folder: Path, 
   wait(browser, lambda: browser.title.startswith("newer"))
 
 
+@pytest.mark.full
 def test_a_hundred_thousand_answers_load_in_three_seconds_and_are_searched_in_one(browser, tmp_path: Path):
   root = report_runs.make(tmp_path / "run", rounds=1)
   rng = random.Random(0)

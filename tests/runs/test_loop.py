@@ -149,6 +149,7 @@ def test_a_second_run_ends_in_the_same_bits(finished: Path, environment: dict[st
   assert_same_run(finished, tmp_path / "again")
 
 
+@pytest.mark.full
 def test_killed_at_any_moment_it_ends_in_the_same_bits(finished: Path, environment: dict[str, str], tmp_path: Path):
   rng, kills, workdir = random.Random(int(os.environ.get("KILL_SEED", "0"))), 0, tmp_path / "killed"
   stages = len(json.loads((finished / "run.json").read_text())["stages"])

@@ -202,7 +202,7 @@ def test_a_task_of_lm_eval_without_data_is_found_before_the_run(data: Path, monk
     ({"eval.texts": ("alice",)}, "or a text of your own, alice=file:PATH.txt"),
     ({"eval.texts": ("text=x",)}, "expected hf:ID"),
     ({"eval.texts": ("text=file:a.txt", "text=file:b.txt")}, "names a text twice"),
-    ({"task.ood": ("lm_eval:arc_eazy",)}, "did you mean arc_easy"),
+    pytest.param({"task.ood": ("lm_eval:arc_eazy",)}, "did you mean arc_easy", marks=pytest.mark.full),
     ({"task.ood": ("lm_eval:arc_easy",), "eval.lm_eval.path": "/no/such"}, "no such folder"),
     ({"merge.base_weight": "auto", "merge.auto.general": ("lm_eval:arc_easy",)}, "has no train split")], ids=str)
 def test_what_cannot_be_measured_is_one_line(settings: dict, message: str) -> None:
