@@ -104,7 +104,7 @@ def test_a_checkpoint_comes_with_a_card_that_says_how_it_was_made(hub: Hub, merg
       "base_model_relation": "merge", "datasets": ["openai/gsm8k"],
       "tags": ["imm_jax", "self-improvement", "imm", "merge"]}
   assert "https://arxiv.org/abs/2503.02103" in text
-  assert "the model after round 2 of 2" in text
+  assert "the model after round 1 (rounds 0 to 1)" in text
   scores = report_runs.read_record(merged.parent.parent)["stages"]
   for stage, label in (("base/eval", "base"), ("round_1/eval/sft", "round 1 sft"),
                        ("round_1/eval/merged", "**round 1 merged**")):

@@ -41,7 +41,7 @@ def format_card(results: Results, stage: str, name: str) -> str:
   if datasets := list(dict.fromkeys(_list_datasets(results))):
     head["datasets"] = datasets
   round_ = re.match(r"round_(\d+)/", stage)
-  origin = f"round {int(round_[1]) + 1} of {config['rounds']}" if round_ else "the run"
+  origin = f"round {int(round_[1])} (rounds 0 to {config['rounds'] - 1})" if round_ else "the run"
   command = "python -m imm_jax.main --config=configs/common.py --workdir=RUN"
   changed = _list_changed(config)
   lines = [f"# {name.partition('/')[2]}", "",

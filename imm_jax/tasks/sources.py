@@ -120,8 +120,8 @@ def _read_error(source: str, error: Exception, options: ReadOptions) -> UserErro
   cause = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
   return UserError(f"{source}: split {options.split} cannot be read ({cause}); give a local copy, "
                    "--config.task.source=file:PATH for the task in domain, NAME=file:PATH in --config.task.ood or "
-                   "--config.eval.texts (or in --task of imm_jax.analyze) for another, where PATH is a "
-                   f"{', '.join(FORMATS[:-1])} file (or a folder with {options.split}.jsonl or the like) "
+                   "--config.eval.texts (or in --task of imm_jax.analyze) for another, or leave that one out; PATH is "
+                   f"a {', '.join(FORMATS[:-1])} file (or a folder with {options.split}.jsonl or the like) "
                    f"{options.needs}".rstrip())
 
 

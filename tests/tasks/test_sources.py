@@ -224,8 +224,8 @@ def test_a_download_that_fails_names_the_local_alternative(error, monkeypatch):
   assert str(raised.value) == (
       f"hf:ChilleD/SVAMP::train+test: split test cannot be read ({str(error).splitlines()[0]}); give a local copy, "
       "--config.task.source=file:PATH for the task in domain, NAME=file:PATH in --config.task.ood or "
-      "--config.eval.texts (or in --task of imm_jax.analyze) for another, where PATH is a jsonl, json, csv, xml "
-      "file (or a folder with test.jsonl or the like) with the fields body, question, answer")
+      "--config.eval.texts (or in --task of imm_jax.analyze) for another, or leave that one out; PATH is a "
+      "jsonl, json, csv, xml file (or a folder with test.jsonl or the like) with the fields body, question, answer")
 
 
 @pytest.fixture
