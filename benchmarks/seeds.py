@@ -1,17 +1,20 @@
 """The IMM loop over many seeds: does merging keep out-of-domain accuracy at little cost in domain?
 
     python benchmarks/seeds.py --workdir=runs/seeds --seeds=10
+    python benchmarks/seeds.py --workdir=/tmp/seeds --scores=benchmarks/seeds.json
 
 Each run is the command of the README (`python -m imm_jax.main --config=configs/tiny.py`) with its own seed and method,
 or with an intervention in `star`; the control `real` trains on gold answers instead of samples. Linux only (one process
 per core, with taskset); a killed benchmark resumes. Prints Markdown tables with means and standard errors, also by
 round; out-of-domain accuracy at equal in-domain accuracy, paired with imm by seed; and the changes of imm and star
 relative to the base. WORKDIR/seeds.png plots accuracy by round, WORKDIR/front.png in-domain against out-of-domain
-accuracy; WORKDIR/scores.json holds all scores.
+accuracy; WORKDIR/scores.json holds all scores. With --scores, nothing is run: tables and plots are made from that file.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import side_by_side
@@ -30,6 +33,7 @@ METHODS = {name: (f"--config.method={name}",) for name in methods.METHODS} | {
             "auto": ("--config.method=imm", "--config.merge.base_weight=auto"),
             "early_stopping": ("--config.method=star", "--config.sft.stop_share=0.1")}
 _METHODS = flags.DEFINE_list("methods", list(METHODS), "Methods to compare.")
+_SCORES = flags.DEFINE_string("scores", "", "A scores.json to make tables and plots from; empty to run the methods.")
 _OVERRIDES = flags.DEFINE_multi_string("override", [], "A flag passed on to every run, such as --config.rounds=2.")
 
 
@@ -75,30 +79,43 @@ def by_round(table: dict[str, dict[str, np.ndarray]]) -> str:
   return "\n".join(lines)
 
 
-def at_equal_id(table: dict[str, dict[str, np.ndarray]], reference: str) -> str:
-  """Tabulates OOD accuracy where a method's path (base, then each round's model) reaches half of star's gain in ID.
+def measure_paths(table: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, list[float | None]]]:
+  """Measures the path of each method and seed from the base through each round's model.
 
-  Differences to the method `reference` are paired by seed; p is from the randomization test with Holm's correction.
+  Returns:
+    measure -> method -> value of each seed: OOD accuracy where the path reaches a part of star's gain in ID accuracy,
+    None where it never does; and the area that the path dominates, from the base's ID accuracy and no OOD accuracy on.
   """
-  target = float(table["star"]["ID"][:, [0, -1]].mean())
   paths = {name: [list(zip(*rows, strict=True)) for rows in zip(scores["ID"], scores["OOD"], strict=True)]
            for name, scores in table.items()}
-  reached = {name: [front.interpolate_out(path, target) for path in of] for name, of in paths.items()}
-  area = {name: np.array([front.hypervolume(path, (path[0][0], 0.0)) for path in of]) for name, of in paths.items()}
+  base, last = (float(table["star"]["ID"][:, t].mean()) for t in (0, -1))
+  measures = {}
+  for share, part in ((0.5, "half"), (0.75, "three quarters")):
+    target = base + share * (last - base)
+    measures[f"OOD at ID {target:.3f}, {part} of star's gain"] = {
+        name: [front.interpolate_out(path, target) for path in of] for name, of in paths.items()}
+  return measures | {"hypervolume": {
+      name: [front.hypervolume(path, (path[0][0], 0.0)) for path in of] for name, of in paths.items()}}
+
+
+def compare(values: Mapping[str, Sequence[float | None]], measure: str, reference: str) -> str:
+  """Tabulates a measure by method, with the difference to a reference method paired by seed.
+
+  The interval is the 95 % bootstrap interval; p is from the randomization test with Holm's correction over methods.
+  """
   tests = {}
-  for name in table.keys() - {reference}:
-    pairs = [(a, b) for a, b in zip(reached[name], reached[reference], strict=True) if None not in (a, b)]
+  for name in values.keys() - {reference}:
+    pairs = [(a, b) for a, b in zip(values[name], values[reference], strict=True) if a is not None and b is not None]
     if len(pairs) > 1:
       tests[name] = comparison.compare_paired(*zip(*pairs, strict=True))
   corrected = dict(zip(tests, comparison.holm([test.p for test in tests.values()]), strict=True))
-  heads = (f"at ID {target:.3f}", "OOD", "seeds that reach it", f"OOD less `{reference}`'s", "p", "hypervolume")
-  lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-  for name in table:
-    values = np.array([y for y in reached[name] if y is not None])
-    ood = mean(values) if values.size > 1 else ""
-    change = f"{tests[name].value:+.3f} [{tests[name].low:+.3f}, {tests[name].high:+.3f}]" if name in tests else ""
-    p = f"{corrected[name]:.3f}" if name in tests else ""
-    lines.append(f"| `{name}` | {ood} | {values.size} | {change} | {p} | {mean(area[name])} |")
+  lines = [f"| {measure} | mean | seeds | less `{reference}`'s | p |", "|---|---|---|---|---|"]
+  for name, of_seeds in values.items():
+    measured = np.array([value for value in of_seeds if value is not None])
+    test = tests.get(name)
+    change = f"{test.value:+.3f} [{test.low:+.3f}, {test.high:+.3f}]" if test else ""
+    lines.append(f"| `{name}` | {mean(measured) if measured.size > 1 else ''} | {measured.size} | {change} | "
+                 f"{f'{corrected[name]:.3f}' if test else ''} |")
   return "\n".join(lines)
 
 
@@ -130,19 +147,15 @@ def plot(table: dict[str, dict[str, np.ndarray]], folder: Path) -> None:
   writer.save(figures.draw(*panels), folder, "seeds")
 
 
-def main(_: list[str]) -> None:
-  root = Path(_WORKDIR.value).resolve()
-  root.mkdir(parents=True, exist_ok=True)
-  side_by_side.run_all({name: METHODS[name] for name in _METHODS.value}, dict.fromkeys(_METHODS.value, _SEEDS.value),
-                       root, ["--config=configs/tiny.py", *_OVERRIDES.value])
-  raw = {method: scores_by_round(root, method, _SEEDS.value) for method in _METHODS.value}
-  (root / "scores.json").write_text(json.dumps(raw, indent=1) + "\n")
-  table = {method: {d: np.array(v) for d, v in scores.items()} for method, scores in raw.items()}
-  plot(table, root)
-  plot_front(table, root)
+def write_results(scores: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+  """Writes plots of the scores of `scores_by_round` by method, and prints their tables."""
+  table = {method: {domain: np.array(v) for domain, v in of.items()} for method, of in scores.items()}
+  plot(table, folder)
+  plot_front(table, folder)
   print(markdown(table), by_round(table), sep="\n\n")
   if "star" in table:
-    print("", at_equal_id(table, "imm" if "imm" in table else "star"), sep="\n")
+    for measure, values in measure_paths(table).items():
+      print("", compare(values, measure, "imm" if "imm" in table else "star"), sep="\n")
   if {"star", "imm"} <= table.keys():
     gain, change = ({m: float((table[m][d][:, -1] - table[m][d][:, 0]).mean()) for m in ("star", "imm")}
                     for d in ("ID", "OOD"))
@@ -151,6 +164,19 @@ def main(_: list[str]) -> None:
     share = f"{gain['imm'] / gain['star']:.0%}" if gain["star"] > 0 else "none"
     print(f"imm changes by {change['imm']:+.3f} out of domain (wanted -0.02 or more: {change['imm'] >= -0.02}), keeps "
           f"{share} of star's gain (wanted 75 %: {gain['imm'] >= 0.75 * gain['star']})")
+
+
+def main(_: list[str]) -> None:
+  root = Path(_WORKDIR.value).resolve()
+  root.mkdir(parents=True, exist_ok=True)
+  if _SCORES.value:
+    scores = json.loads(Path(_SCORES.value).read_text())
+  else:
+    side_by_side.run_all({name: METHODS[name] for name in _METHODS.value}, dict.fromkeys(_METHODS.value, _SEEDS.value),
+                         root, ["--config=configs/tiny.py", *_OVERRIDES.value])
+    scores = {method: scores_by_round(root, method, _SEEDS.value) for method in _METHODS.value}
+    (root / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+  write_results(scores, root)
 
 
 if __name__ == "__main__":
