@@ -1,4 +1,4 @@
-"""AdaMerging in forty lines: coefficients of task vectors, one for each model and layer, learnt by gradient.
+"""AdaMerging: coefficients of task vectors, one for each model and layer, learnt by gradient.
 
     python examples/adamerging.py
 

@@ -4,9 +4,10 @@ Every method under `methods/` is a function here, and needs jax and numpy alone.
 disk with the same bits. All functions share this:
 
 - Trees hold arrays of any kind and must match in paths and shapes. Floating leaves are merged in float32 from the
-  stored values and rounded once to the first tree's dtype; other leaves must be equal and are copied (random states and
-  batch counters may differ; the first tree's are taken). A leaf shared between two paths of every tree (tied weights)
-  is merged once.
+  stored values (float64 ones too, whose last bits and values above 3.4e38 are lost) and rounded once to the first
+  tree's dtype; other leaves must be equal and are copied (random states and batch counters may differ; the first
+  tree's are taken). A leaf shared between two paths of every tree (tied weights) is merged once, unless their options
+  differ.
 - `names` is a tree of tensor names of the same structure; a tuple names the tensors stacked along a leaf's axis
   `layer_axis`, so that stacked and separate layers give the same bits. By default a leaf's path is its name.
 - A setting is a number, a list that is interpolated over the layers, or a mapping from a regex of tensor names to

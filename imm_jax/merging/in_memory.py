@@ -30,8 +30,9 @@ def merge(method: Method, inputs: Mapping[str, Any], options: Mapping[str, Any],
     donate: donate the first tree's buffers to the result.
 
   Returns:
-    A tree with the structure, dtypes and shardings of the first one. Non-floating leaves are the first tree's; a leaf
-    shared between several paths (tied weights) is merged once.
+    A tree with the structure, dtypes and shardings of the first one. Non-floating leaves are the first tree's. Leaves
+    that are the same arrays at several paths (tied weights) are merged once, with the first path's masks, unless an
+    option differs between these paths.
 
   Raises:
     ValueError: see `imm_jax.merging`.
@@ -98,7 +99,7 @@ class TreeSource:
 def run(plan: Plan, source: TreeSource, *, key: jax.Array | None = None, donate: bool = False) -> PyTree:
   """Merges every leaf by a plan made from this source; the arguments are those of `merge`."""
   words = np.zeros(2, np.uint32) if key is None else masks.key_words(key)
-  merged: dict[tuple[int, ...], Any] = {}
+  merged: dict[tuple[int, ...], tuple[Mapping[str, Any], jax.Array]] = {}
   # A buffer that is used elsewhere too (base and start may be the same tree) must not be donated.
   uses = collections.Counter(id(tensor) for leaf in source.leaves for tensor in leaf.tensors)
   result = []
@@ -106,19 +107,34 @@ def run(plan: Plan, source: TreeSource, *, key: jax.Array | None = None, donate:
     if not trees.is_floating(leaf):
       result.append(leaf.tensors[0])
       continue
+    if not leaf.names:  # a stack of no layers
+      result.append(jnp.asarray(leaf.tensors[0]))
+      continue
+    scalars = [plan.scalars(name) for name in leaf.names]
+    stacked = {key: _stack([s[key] for s in scalars]) for key in scalars[0]}
     identity = tuple(id(t) for t in leaf.tensors)
-    if identity not in merged:
-      merged[identity] = _merge_leaf(plan, leaf, words, donate and uses[id(leaf.tensors[0])] == 1)
-    result.append(merged[identity])
+    if identity in merged:
+      first, tensor = merged[identity]
+      if "code" in stacked and stacked["code"].shape == first["code"].shape:
+        stacked["code"] = first["code"]
+      if _are_equal(stacked, first):
+        result.append(tensor)
+        continue
+    tensor = _merge_leaf(plan, leaf, stacked, words, donate and uses[id(leaf.tensors[0])] == 1)
+    merged.setdefault(identity, (stacked, tensor))
+    result.append(tensor)
   return source.treedef.unflatten(result)
 
 
-def _merge_leaf(plan: Plan, leaf: Leaf, words: Any, donate: bool) -> jax.Array:
+def _are_equal(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+  """Returns whether two tensors' numbers are known to be equal; traced ones only if they are the same."""
+  traced = lambda x: isinstance(x, jax.core.Tracer)
+  return all(first[key] is second[key] or (not (traced(first[key]) or traced(second[key]))
+             and np.array_equal(first[key], second[key])) for key in first)
+
+
+def _merge_leaf(plan: Plan, leaf: Leaf, stacked: Mapping[str, Any], words: Any, donate: bool) -> jax.Array:
   first, *others = leaf.tensors
-  if not leaf.names:  # a stack of no layers
-    return jnp.asarray(first)
-  scalars = [plan.scalars(name) for name in leaf.names]
-  stacked = {key: _stack([s[key] for s in scalars]) for key in scalars[0]}
   sharding = first.sharding if isinstance(first, jax.Array) and not isinstance(first, jax.core.Tracer) else None
   if not isinstance(sharding, jax.NamedSharding):
     sharding = None
@@ -147,19 +163,25 @@ def _select_tensor(stacked: jax.Array, axis: int | None, index: Any) -> jax.Arra
 def _replicate(tensor: jax.Array) -> jax.Array:
   """Replicates a tensor on a mesh of explicit axes, where sums and sorts would need an output sharding."""
   sharding = jax.typeof(tensor).sharding
-  if sharding.mesh.empty or all(kind != jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types):
+  if not _is_explicit(sharding):
     return tensor
   return jax.sharding.reshard(tensor, sharding.update(spec=jax.sharding.PartitionSpec()))
 
 
-def _auto_sharded(function: Callable[..., jax.Array], tensor: jax.Array, *, replicated: bool = False,
-                   ) -> Callable[..., jax.Array]:
+def _is_explicit(sharding: Any) -> bool:
+  """Returns whether any axis of a sharding's mesh is explicit."""
+  return any(kind == jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types)
+
+
+def _sharding(tensors: Sequence[jax.Array]) -> Any:
+  """Returns the sharding of the first tensor on a mesh of explicit axes; without any, of the first tensor."""
+  shardings = [jax.typeof(tensor).sharding for tensor in tensors]
+  return next(filter(_is_explicit, shardings), shardings[0])
+
+
+def _auto_sharded(function: Callable[..., jax.Array], out_sharding: Any) -> Callable[..., jax.Array]:
   """Lets the compiler choose a function's inner shardings where the mesh's axes are explicit; fixes the result's."""
-  sharding = jax.typeof(tensor).sharding
-  if sharding.mesh.empty or all(kind != jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types):
-    return function
-  out = sharding.update(spec=jax.sharding.PartitionSpec()) if replicated else sharding
-  return jax.sharding.auto_axes(function, out_sharding=out)
+  return jax.sharding.auto_axes(function, out_sharding=out_sharding) if _is_explicit(out_sharding) else function
 
 
 @functools.lru_cache(maxsize=1024)
@@ -174,7 +196,7 @@ def _compiled(kernel: Callable[..., jax.Array], static: tuple[tuple[str, Any], .
     return merged[0] if axis is None else jnp.moveaxis(merged, 0, axis)
 
   def merge(first: jax.Array, others: tuple[jax.Array, ...], scalars: Any, shared: Any) -> jax.Array:
-    return _auto_sharded(compute, first)(first, others, scalars, shared)
+    return _auto_sharded(compute, _sharding((first, *others)))(first, others, scalars, shared)
 
   placed = {} if sharding is None else {"out_shardings": sharding}
   return jax.jit(merge, donate_argnums=(0,) if donate else (), **placed)
@@ -192,6 +214,7 @@ def _compiled_statistic(statistic: Statistic, axis: int | None, static: tuple[tu
     return statistic(selected, **arguments, **dict(static))
 
   def measure(tensors: tuple[jax.Array, ...], arguments: Any, index: jax.Array) -> jax.Array:
-    return _auto_sharded(compute, tensors[0], replicated=True)(tensors, arguments, index)
+    replicated = _sharding(tensors).update(spec=jax.sharding.PartitionSpec())
+    return _auto_sharded(compute, replicated)(tensors, arguments, index)
 
   return jax.jit(measure)

@@ -78,6 +78,21 @@ def multiply_add(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
     return wide.astype(jnp.float32)
 
 
+@jax.custom_jvp
+def substitute(where: jax.Array, exact: jax.Array, rounded: jax.Array) -> jax.Array:
+  """Returns `exact` in place of a formula's rounded value where these are equal but for rounding.
+
+  jax.grad follows the formula: `exact` may depend on fewer of its variables.
+  """
+  return jnp.where(where, exact, rounded)
+
+
+@substitute.defjvp
+def _(primals: tuple[jax.Array, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+  substituted = substitute(*primals)
+  return substituted, jnp.broadcast_to(tangents[2], substituted.shape)
+
+
 def pin(x: jax.Array, shared: Shared) -> jax.Array:
   """Returns x and forces its rounding: no fusion crosses an exclusive or with a zero that the compiler cannot see."""
   return _flip(x, _zero(x, shared))

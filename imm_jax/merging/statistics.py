@@ -1,10 +1,9 @@
 """Statistics of whole tensors that some methods need before they merge: angles, order statistics, counts.
 
 The sums here are of integers, so that the result does not depend on blocks, devices or layout; those of `sce` are of
-float64, in the order of the blocks. A `Source` provides the
-tensors (from trees in memory or checkpoints on disk) and adds up the statistics below over a tensor's parts. For
-tensors that jax traces (under jit, grad, vmap, eval_shape) they are computed in the trace in float32, so that gradients
-flow through their smooth parts.
+float64, in the order of the blocks. A `Source` provides the tensors (from trees in memory or checkpoints on disk) and
+adds up the statistics below over a tensor's parts. For tensors that jax traces (under jit, grad, vmap, eval_shape) they
+are computed in the trace in float32, so that gradients flow through their smooth parts.
 """
 
 import math
@@ -17,7 +16,7 @@ import numpy as np
 
 from imm_jax.merging import kernels
 
-# A statistic of a tensor or part of one: (tensor of every model, arguments) -> integers.
+# A statistic of a tensor or part of one: (tensor of every model, arguments) -> sums.
 Statistic = Callable[..., jax.Array]
 _HIGH_BITS, _LOW_BITS = 16, 15
 

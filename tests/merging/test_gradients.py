@@ -152,3 +152,21 @@ def test_a_density_of_0_leaves_the_base_in_gradients_too(method: str):
   assert value == base.sum()
   assert (of_base == 1).all()
   assert (of_tuned == 0).all()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_weights_of_0_and_1_have_their_gradient(weight: float):
+  tree = lambda x: {"layers": [{"w": jnp.full(2, x)}, {"w": jnp.full(2, x)}]}
+  base, start, tuned = tree(1.0), tree(2.0), tree(5.0)
+  merged = lambda weight, importance: merging.iimm(
+      base, start, tuned, base_weight=weight, drop_rate=0, importance=importance, key=jax.random.key(0))["layers"]
+  by_weight, by_importance = jax.grad(lambda *args: merged(*args)[0]["w"].sum(), argnums=(0, 1))(weight, jnp.ones(2))
+  # Of 2 (a base + (1 - a) (start + 2 I_0 / (I_0 + I_1) (tuned - start))) at I = 1.
+  assert float(by_weight) == pytest.approx(2 * (1 - 5))
+  np.testing.assert_allclose(by_importance, 2 * (1 - weight) * 3 * np.array([0.5, -0.5]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["ram", "ramplus_tl"])
+def test_a_threshold_that_decides_a_mask_is_not_traced(method: str):
+  with pytest.raises(ValueError, match=r"threshold at .layers\.0\.w. is traced by jax, but it decides"):
+    jax.grad(lambda t: getattr(merging, method)(tree(0), [tree(1)], threshold=t)["layers.0.w"].sum())(0.05)

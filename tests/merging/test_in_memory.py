@@ -75,6 +75,8 @@ def test_names_that_stand_for_two_tensors_and_lists_without_layers_are_errors():
     merging.linear(pair, weights=1, names={"a": "q", "b": "q"})
   with pytest.raises(ValueError, match="a list over the layers, but no name"):
     merging.imm(pair[0], pair[0], pair[1], base_weight=[0.0, 1.0], drop_rate=0.0, key=KEY)
+  with pytest.raises(ValueError, match="lines scales by depth, but no name such as 'a'"):
+    merging.lines(pair[0], [pair[1]], weights=1)
   with pytest.raises(ValueError, match="holds numbers only"):
     call("imm", (BASE, A, B), base_weight=[[0.1, 0.2], 0.3])
   with pytest.raises(ValueError, match=r"normalize=.*expected True or False"):
@@ -107,6 +109,21 @@ def test_tied_leaves_are_merged_once():
   assert got["head"] is got["embed"]
   apart = merging.imm(*({**t, "head": t["embed"].copy()} for t in trees), base_weight=0.5, drop_rate=0.5, key=KEY)
   assert (np.asarray(apart["head"]) != np.asarray(apart["embed"])).any()
+
+
+def test_shared_leaves_whose_options_differ_are_merged_apart():
+  tree = lambda x: {"layers": [{"w": x}, {"w": x}]}
+  average = lambda a, b: merging.linear([tree(a), tree(b)], weights=[[1.0, 0.0], [0.0, 1.0]])
+  for run in (average, jax.jit(average)):
+    assert [float(layer["w"][0]) for layer in run(jnp.zeros(1), jnp.ones(1))["layers"]] == [0, 1]
+
+
+def test_tied_leaves_have_one_mask_while_weights_are_traced():
+  tree = lambda x: {"embed": x, "head": x}
+  zeros, ones = tree(jnp.zeros(64)), tree(jnp.ones(64))
+  merged = jax.jit(lambda a: merging.imm(zeros, zeros, ones, base_weight=a, drop_rate=0.5, key=KEY))(0.25)
+  assert 0 < np.count_nonzero(merged["embed"]) < 64
+  np.testing.assert_array_equal(merged["embed"], merged["head"])
 
 
 @pytest.mark.parametrize("method", CASES)

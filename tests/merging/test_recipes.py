@@ -165,7 +165,7 @@ def test_nan_and_infinity_are_named(method: str, value: float, pair, tmp_path: P
   made = {"merge_method": method, "parameters": {"weight": 0.5, "t": 0.5, "density": 0.5},
           "models": [{"model": str(bad)}] if method == "passthrough" else [{"model": str(m)} for m in (pair[0], bad)],
           **({} if method in ("linear", "passthrough") else {"base_model": str(pair[0])})}
-  with pytest.raises(UserError, match=r"layers\.2\.mlp\.up_proj\.weight has (NaN or infinity|values that are not)"):
+  with pytest.raises(UserError, match=r"layers\.2\.mlp\.up_proj\.weight has NaN or infinity"):
     merged(tmp_path, made)
   if method == "linear":
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(made))

@@ -50,7 +50,9 @@ for kind in (AxisType.Auto, AxisType.Explicit):
       found["different"].append(["linear", str(kind), name])
   trimmed = merging.ties(apart[0], apart[1:], densities=0.3)
   expected = merging.ties(thin[0], thin[1:], densities=0.3)
-  found["different"] += [["ties", str(kind), n] for n in thin[0] if (np.asarray(trimmed[n]) != expected[n]).any()]
+  mixed = merging.ties(thin[0], apart[1:], densities=0.3)  # a base of numpy and models on the mesh
+  found["different"] += [["ties", str(kind), n] for n in thin[0]
+                         for t in (trimmed, mixed) if (np.asarray(t[n]) != expected[n]).any()]
 put = [{k: jax.device_put(v, NamedSharding(mesh, layout[k])) for k, v in tr.items()} for tr in trees[:3]]
 imm = lambda b, s, u: merging.imm(b, s, u, base_weight=0.4, drop_rate=0.3, key=cases.KEY, names=names)
 hlo = jax.jit(imm).lower(*put).compile().as_text()

@@ -9,7 +9,7 @@ import numpy as np
 
 from imm_jax.merging import kernels, masks
 from imm_jax.merging.kernels import Numbers, Shared, Tensors
-from imm_jax.merging.options import Option, Settings
+from imm_jax.merging.options import Option, Settings, stack
 from imm_jax.merging.registry import Scalars, method
 from imm_jax.merging.statistics import Source
 from imm_jax.merging.trees import count_layers, layer_of
@@ -18,13 +18,13 @@ BASE_WEIGHT = Option("base_weight", "a, the weight of the base", low=0, high=1, 
 DROP_RATE = Option("drop_rate", "DARE's p, the share of entries to drop", low=0, high=1, below=True, in_commands=0.2)
 
 
-def _prepare(source: Source, settings: Settings, layer_scales: np.ndarray | None = None) -> tuple[Any, dict[str, Any]]:
+def _prepare(source: Source, settings: Settings, layer_scales: Any = None) -> tuple[Any, dict[str, Any]]:
   def scalars(name: str) -> Scalars:
     steps = masks.drop_steps(settings.value("drop_rate", name), name)
     layer = layer_of(name)
     layer_scale = 1.0 if layer_scales is None or layer is None else layer_scales[layer]
     return {"base_weight": settings.value("base_weight", name), "steps": np.uint32(steps),
-            "code": masks.tensor_code(name), "gain": np.float32(layer_scale * masks.STEPS / (masks.STEPS - steps))}
+            "code": masks.tensor_code(name), "gain": stack([layer_scale * masks.STEPS / (masks.STEPS - steps)])[0]}
 
   # Computed for all tensors up front, so that an invalid value is reported before the merge begins.
   by_name = {name: scalars(name) for name in source.names}
@@ -35,13 +35,14 @@ def _prepare_layers(source: Source, settings: Settings) -> tuple[Any, dict[str, 
   return _prepare(source, settings, _layer_scales(settings["importance"], source.names))
 
 
-def _layer_scales(importance: Sequence[float], names: Sequence[str]) -> np.ndarray:
-  """Computes N I_n / sum(I) for every layer (IIMM, eq. 7)."""
+def _layer_scales(importance: Sequence[float] | jax.Array, names: Sequence[str]) -> Any:
+  """Computes N I_n / sum(I) for every layer (IIMM, eq. 7); [N], of jax if the scores are traced."""
+  traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(importance))
   try:
-    scores = np.asarray(importance, np.float64)
+    scores = jnp.asarray(importance, jnp.float32) if traced else np.asarray(importance, np.float64)
   except (TypeError, ValueError):
     scores = np.zeros(())
-  if scores.ndim != 1 or not np.isfinite(scores).all() or (scores < 0).any() or scores.sum() <= 0:
+  if scores.ndim != 1 or not (traced or (np.isfinite(scores).all() and (scores >= 0).all() and scores.sum() > 0)):
     raise ValueError("importance: expected one finite score >= 0 for each layer, with a positive sum")
   counts = count_layers(names)
   if len(set(counts.values())) > 1:
@@ -61,9 +62,9 @@ def _merge(tensors: Tensors, numbers: Numbers, shared: Shared, draw: bool) -> ja
   if draw:
     delta = jnp.where(kernels.drop_mask(base.shape, numbers["code"], numbers["steps"], shared), 0.0, delta)
   # With a gain of 1 and no drops use `tuned` itself: start + (tuned - start) may differ from it in float32.
-  updated = jnp.where((gain == 1) & (numbers["steps"] == 0), tuned, start + delta)
+  updated = kernels.substitute((gain == 1) & (numbers["steps"] == 0), tuned, start + delta)
   merged = kernels.pin(weight * base, shared) + kernels.pin((1 - weight) * updated, shared)
-  return jnp.where(weight == 1, base, jnp.where(weight == 0, updated, merged))
+  return kernels.substitute(weight == 1, base, kernels.substitute(weight == 0, updated, merged))
 
 
 @method("base", "start", "tuned", options=(BASE_WEIGHT, DROP_RATE), prepare=_prepare, draws=True, gradients="masks")
@@ -73,7 +74,7 @@ def imm(tensors: Tensors, numbers: Numbers, shared: Shared, *, draw: bool) -> ja
   delta = tuned - start; delta' = DARE(delta); merged = a * base + (1 - a) * (start + delta').
 
   At a drop rate of 0 that is a * base + (1 - a) * tuned; a base weight of 1 or 0 gives the base or start + delta'
-  exactly.
+  exactly (in float32).
 
   >>> import jax.numpy as jnp
   >>> merged = imm({"w": jnp.zeros(3)}, {"w": jnp.zeros(3)}, {"w": jnp.ones(3)}, base_weight=0.25, drop_rate=0.0,

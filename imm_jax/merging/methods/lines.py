@@ -14,6 +14,8 @@ from imm_jax.merging.trees import count_layers, layer_of, num_layers_of
 
 def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
   layers = count_layers(source.names)
+  if not layers and source.names:
+    raise ValueError(f"lines scales by depth, but no name such as {source.names[0]!r} has layers.<n>.; give names")
 
   def scalars(name: str) -> Scalars:
     depth = (layer_of(name) or 0) / max(1, num_layers_of(name, layers) - 1)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imm_jax.merging import kernels, statistics
+from imm_jax.merging import kernels, masks, statistics
 from imm_jax.merging.kernels import Numbers, Shared, Tensors
 from imm_jax.merging.options import Option, Settings
 from imm_jax.merging.registry import Scalars, method
@@ -31,7 +31,16 @@ def _combine(tensors: Tensors, numbers: Numbers, shared: Shared, factors: Sequen
       changed, statistics.task_vectors(tensors), factors, strict=True)])
 
 
-@method("base", "models", reference=PAPER, options=(EPSILON,), gradients="masks")
+def _threshold(settings: Settings, name: str) -> np.float32:
+  return np.float32(masks.require_concrete(settings.value("threshold", name), "threshold", name))
+
+
+def _prepare_ram(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
+  del source
+  return (lambda name: {"threshold": _threshold(settings, name)}), {}
+
+
+@method("base", "models", reference=PAPER, options=(EPSILON,), prepare=_prepare_ram, gradients="masks")
 def ram(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
   """Adds changes that only one model has made in full, and the mean of those that several have (RAM).
 
@@ -52,7 +61,7 @@ def _counts(tensors: Sequence[jax.Array], *, threshold: jax.Array) -> jax.Array:
 
 def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
   def scalars(name: str) -> Scalars:
-    threshold = np.float32(settings.value("threshold", name))
+    threshold = _threshold(settings, name)
     if source.traced:
       shared, unique = _counts(source.tensors(name), threshold=threshold)
     else:
