@@ -59,6 +59,9 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.sampler = sampler = ml_collections.ConfigDict()
   sampler.kind = "native"  # the sampler, also in evaluation: native (this package, on the training devices) or vllm
+  # The native sampler's attention to a row's own tokens: columns (CPUs), xla, ragged (TPUs), gqa (GPUs), or auto:
+  # columns on CPUs, xla elsewhere. Ragged and gqa have not been run on their devices.
+  sampler.attention = "auto"
   sampler.vllm = vllm = ml_collections.ConfigDict()
   vllm.python = ""  # Python of an environment with vLLM, whose server each stage starts here; empty for this Python
   vllm.urls = ()  # or servers that run elsewhere and see --workdir under the same path: ("http://host:8000",)

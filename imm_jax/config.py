@@ -13,6 +13,7 @@ from imm_jax.errors import UserError, suggest
 from imm_jax.merging import quantise_drop_rate
 from imm_jax.methods import METHODS, merging_methods, method_of, samples_answers
 from imm_jax.model import attention
+from imm_jax.model.decode_kernels import KERNELS
 from imm_jax.model.decoder import REMAT
 from imm_jax.runs import metrics
 from imm_jax.sampling.engines import ENGINES
@@ -28,7 +29,8 @@ _ONE_OF = {"method": tuple(METHODS), "tracking": metrics.TRACKING, "task.kind": 
            "sft.schedule": ("cosine", "linear", "constant"), "sft.intervention": ("none", *interventions.SETTINGS),
            "sft.compute_dtype": COMPUTE_DTYPES, "sft.export": ("model", "float32"),
            "sft.remat": tuple(REMAT), "sft.attention": attention.BACKENDS,
-           "sample.compute_dtype": COMPUTE_DTYPES, "sampler.kind": tuple(ENGINES), "merge.delta_ref": ("start", "base")}
+           "sample.compute_dtype": COMPUTE_DTYPES, "sampler.kind": tuple(ENGINES),
+           "sampler.attention": ("auto", *KERNELS), "merge.delta_ref": ("start", "base")}
 _AT_LEAST_ONE = ("rounds", "sample.num_samples", "sample.max_new_tokens", "sample.batch_size", "sft.epochs",
                  "sft.global_batch", "sft.accumulation", "sft.row_length", "sft.log_every", "sft.save_interval",
                  "sft.max_to_keep", "sft.lora_rank", "eval.batch_size", "merge.auto.questions",

@@ -14,7 +14,8 @@ class Prompt(NamedTuple):
   """Holds a text to continue.
 
   Attributes:
-    id: determines the random keys of its samples, together with the seed and the sample number.
+    id: determines the random keys of its samples, together with the seed and the sample number (natively through its
+      CRC-32, which two ids share by chance with probability 2^-32).
     text: the text.
     ids: the text's token ids; empty to tokenize it with `encode_prompt`.
   """

@@ -54,10 +54,14 @@ def load(folder: Path, rows: int) -> tuple["PreTrainedTokenizerBase", tuple[int,
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt], rows: int) -> list[list[int]]:
-  """Tokenizes prompts; raises ValueError for an empty prompt, UserError for an id not below `rows`."""
+  """Tokenizes prompts; raises ValueError for an empty prompt, UserError for an id outside of the `rows`."""
   ids = [list(p.ids) or encode_prompt(tokenizer, p.text, rows=rows) for p in prompts]
   if not all(ids):
     raise ValueError(f"prompt {prompts[ids.index([])].id!r} has no tokens")
+  for prompt, tokens in zip(prompts, ids, strict=True):
+    if wrong := [i for i in (min(tokens), max(tokens)) if not 0 <= i < rows]:
+      raise UserError(f"prompt {prompt.id!r} has token id {wrong[0]}; expected ids from 0 to {rows - 1}, the rows of "
+                      "the embedding")
   return ids
 
 

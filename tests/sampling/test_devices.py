@@ -26,9 +26,9 @@ SAMPLING = {"1": (1, 1, 1), "4x2": (4, 2, 1), "1x8": (1, 8, 1)}
 PROMPTS = [Prompt(str(i), f"Tom has {i} apples and buys {i + 2} more.") for i in range(11)]
 
 
-def _mesh(*sizes: int) -> jax.sharding.Mesh:
+def _mesh(*sizes: int, first: int = 0) -> jax.sharding.Mesh:
   return jax.make_mesh(sizes, sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3,
-                       devices=jax.devices()[:int(np.prod(sizes))])
+                       devices=jax.devices()[first:first + int(np.prod(sizes))])
 
 
 def _write(folder: Path, dtype: np.dtype, tied: bool) -> None:
@@ -53,7 +53,7 @@ def _stored(folder: Path) -> dict[str, np.ndarray]:
 
 def _main(out: Path) -> None:
   """Runs on eight devices."""
-  results: dict[str, Any] = {"read": {}, "texts": {}, "cache": {}}
+  results: dict[str, Any] = {"read": {}, "texts": {}, "cache": {}, "devices": {}}
   fill, read = hf._read_into, []
   hf._read_into = lambda reader, entry, bounds, part: read.append(part.size) or fill(reader, entry, bounds, part)
   for case in CASES:
@@ -75,7 +75,9 @@ def _main(out: Path) -> None:
       or decode(params, prefix, state, *rest, **options))
   for name, sizes in SAMPLING.items():
     shapes.clear()
-    sampler = NativeSampler(hub.resolve("tiny"), compute_dtype="float32", batch_size=8, mesh=_mesh(*sizes))
+    sampler = NativeSampler(hub.resolve("tiny"), compute_dtype="float32", batch_size=8,
+                            mesh=_mesh(*sizes, first=3 if name == "1" else 0))
+    results["devices"][name] = sorted(device.id for device in jax.tree.leaves(sampler._params)[0].devices())
     done = sampler.generate(PROMPTS, max_new_tokens=24, num_samples=2, temperatures=(0.0, 2.0))
     results["texts"][name] = [[c.text for c in row] for row in done]
     results["cache"][name] = sorted(shapes)
@@ -125,6 +127,7 @@ def test_every_entry_is_read_once_on_every_mesh(results: dict[str, Any], mesh: s
 def test_texts_do_not_depend_on_the_mesh(results: dict[str, Any], mesh: str) -> None:
   assert len({text for row in results["texts"]["1"] for text in row}) > len(PROMPTS)
   assert results["texts"][mesh] == results["texts"]["1"]
+  assert results["devices"]["1"] == [3]
 
 
 @pytest.mark.full

@@ -216,4 +216,5 @@ def _constrain(arrays: State, static: Static) -> State:
 
 
 def _is_end(tokens: jax.Array, static: Static) -> jax.Array:
-  return jnp.isin(tokens, jnp.array(static.ends, jnp.int32))
+  """Returns whether each token ends its sample: an end token, or what `draws.sample` returns for broken logits."""
+  return jnp.isin(tokens, jnp.array((-1, *static.ends), jnp.int32))

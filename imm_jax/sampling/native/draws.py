@@ -17,7 +17,7 @@ _LIKELIEST = 512
 
 def sample(logits: jax.Array, keys: jax.Array, steps: jax.Array, temperatures: jax.Array, allowed: jax.Array, *,
            top_p: float, greedy: bool) -> jax.Array:
-  """Draws one token for each row; returns int32 [B].
+  """Draws one token for each row; returns int32 [B], -1 where a row's logits have NaN or infinity.
 
   Args:
     logits: float32 [B, V].
@@ -32,9 +32,11 @@ def sample(logits: jax.Array, keys: jax.Array, steps: jax.Array, temperatures: j
   size, tops = blocks.shape[1], jnp.max(blocks, axis=1)
   top_block = jnp.argmax(tops, axis=0)
   best = top_block * size + jnp.argmax(_take_blocks(blocks, top_block), axis=-1)
+  top = jnp.max(tops, axis=0)
+  checked = lambda tokens: jnp.where(jnp.isfinite(top), tokens, -1).astype(jnp.int32)  # NaN passes through maxima
   if greedy:
-    return best.astype(jnp.int32)
-  scaled = (blocks - jnp.max(tops, axis=0)) / jnp.maximum(temperatures, 1e-6)
+    return checked(best)
+  scaled = (blocks - top) / jnp.maximum(temperatures, 1e-6)
   if top_p < 1.0:
     scaled = jnp.where(scaled >= nucleus(scaled.reshape(-1, scaled.shape[-1]).T, top_p), scaled, -jnp.inf)
   step_keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys), steps)
@@ -43,7 +45,7 @@ def sample(logits: jax.Array, keys: jax.Array, steps: jax.Array, temperatures: j
   # while the Gumbel trick takes one per token.
   block = draw(jnp.sum(jnp.exp(scaled), axis=1).T, uniform[:, 0])
   drawn = block * size + draw(jnp.exp(_take_blocks(scaled, block)), uniform[:, 1])
-  return jnp.where(temperatures > 0, drawn, best).astype(jnp.int32)
+  return checked(jnp.where(temperatures > 0, drawn, best))
 
 
 def nucleus(scaled: jax.Array, top_p: float) -> jax.Array:

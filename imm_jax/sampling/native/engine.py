@@ -22,7 +22,7 @@ class Distributed:
     """Takes a digest of the model's folder and compute dtype (used on process 0), and the rows decoded at once."""
     self._sampler, self._digest, self._rows = sampler, digest, rows
 
-  def generate(self, prompts: Sequence[Prompt], *, journal: Path, label: str = "sample", **options: Any,
+  def generate(self, prompts: Sequence[Prompt], *, journal: Path | None = None, label: str = "sample", **options: Any,
                ) -> list[list[Completion]]:
     """See `Sampler.generate`; the completions are valid only on process 0."""
     return parts.generate(self._sampler.generate, prompts, journal=journal, model=self._digest, rows=self._rows,
@@ -35,7 +35,8 @@ def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, s
   """See `engines`."""
   del scratch
   dtype = hardware.compute_dtype(config.sample.compute_dtype)
-  sampler = NativeSampler(model, compute_dtype=dtype, batch_size=batch_size, mesh=sharding.local_mesh(mesh()))
+  sampler = NativeSampler(model, compute_dtype=dtype, batch_size=batch_size, mesh=sharding.local_mesh(mesh()),
+                          kernel=config.sampler.attention)
   digest = f"{folder.digest(model)} in {dtype}" if distributed.is_main() else ""
   yield Distributed(sampler, digest=digest, rows=batch_size)
 

@@ -5,8 +5,9 @@ Each size is a compilation, so there are few: numbers of slots and rows are roun
 
 import bisect
 import collections
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,8 +27,10 @@ _MIN_SLOTS = 64
 # When no sample waits, rows shrink to these shares of all rows.
 _ROW_SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
 _MIN_ROWS = 8
-# Shorter common prefixes are not shared.
-_MIN_PREFIX = 16
+# Shorter common prefixes are not shared; those of only a part of the prompts must be longer.
+_MIN_PREFIX, _MIN_GROUP_PREFIX = 16, 64
+# A call has one prefix or a few, so their numbers of slots may be many.
+_PREFIX_STEP = 128
 
 
 class Sample(NamedTuple):
@@ -87,9 +90,9 @@ class Run(NamedTuple):
 class Queue:
   """Hands out samples that wait for a row; each prompt is run once, a pack at a time."""
 
-  def __init__(self, ids: Sequence[list[int]], samples: Sequence[Sample], shape: Shape,
+  def __init__(self, ids: Mapping[int, list[int]], samples: Sequence[Sample], shape: Shape,
                run: Callable[[Pack], tuple[jax.Array, list[LayerCache]]], *, parts: int = 1):
-    """Queues samples; `ids` are the prompts' tokens without the common prefix, `parts` is as in `pack_shape`."""
+    """Queues samples; `ids` are the prompts' tokens by number, without the common prefix; `parts`: see `pack_shape`."""
     self._ids, self._shape, self._run, self._parts = ids, shape, run, parts
     by_prompt = collections.defaultdict(list)
     for sample in samples:
@@ -157,8 +160,9 @@ def pack_shape(lengths: Sequence[int], *, parts: int = 1, cpu: bool = True) -> S
   total, longest = sum(lengths), max(lengths, default=1)
   length = slots_of(max(longest, min(_MIN_ROW_LENGTH, total)))
   limit = max(1, (_PREFILL_TOKENS_CPU if cpu else _PREFILL_TOKENS) // (length * parts))
-  wanted = 1 << (max(1, math.ceil(total / (length * parts))) - 1).bit_length()
-  rows = parts * min(1 << (limit.bit_length() - 1), wanted)
+  wanted = math.ceil(total / (length * parts))
+  power = 1 << (max(1, wanted) - 1).bit_length()
+  rows = parts * min(1 << (limit.bit_length() - 1), power * 3 // 4 if power > 2 and wanted <= power * 3 // 4 else power)
   return Shape(rows, length, max(1, rows * length // _TOKENS_PER_PROMPT))
 
 
@@ -174,6 +178,54 @@ def common_prefix(ids: Sequence[Sequence[int]], samples: int) -> int:
   limit = min(map(len, ids)) - 1
   count = next((i for i in range(limit) if first[i] != last[i]), limit)
   return count if count >= _MIN_PREFIX else 0
+
+
+def group_by_prefix(ids: Sequence[Sequence[int]], *, least: int = 1) -> list[list[int]]:
+  """Groups prompts by what they begin with, such as the worked examples of several tasks.
+
+  Prompts that all begin alike, or share less than a third of their tokens, are one group. So are those whose beginning
+  fewer than `least` prompts have: the last samples of each group leave rows idle.
+
+  Returns:
+    The indices of each group's prompts, ascending.
+
+  >>> first, second = [*range(70)], [*range(100, 190)]
+  >>> group_by_prefix([[*first, 1], [*second, 1], [*first, 2], [*second, 2], [7, 8]])
+  [[0, 2], [1, 3], [4]]
+  >>> group_by_prefix([[*first, 1], [*first, 2], [7, 8]], least=3)
+  [[0, 1, 2]]
+  """
+  everything = [*range(len(ids))]
+  if len(ids) <= least or len(ids) < 3:
+    return [everything] if everything else []
+  order = sorted(everything, key=ids.__getitem__)
+  arrays = [np.asarray(ids[i]) for i in order]
+  shared = [_count_equal(a, b) for a, b in itertools.pairwise(arrays)]
+  long = [count for count in shared if count >= _MIN_GROUP_PREFIX]
+  usual = np.median(long) if long else 0
+  if 3 * sum(long) < sum(map(len, ids)) or 2 * min(shared) >= usual:
+    return [everything]
+  ends = [i + 1 for i, count in enumerate(shared) if 2 * count < usual]
+  families = [sorted(order[begin:end]) for begin, end in zip([0, *ends], [*ends, len(ids)], strict=True)]
+  groups = sorted(family for family in families if len(family) >= max(2, least))
+  rest = sorted(i for family in families if len(family) < max(2, least) for i in family)
+  return [*groups, rest] if rest else groups
+
+
+def _count_equal(first: np.ndarray, second: np.ndarray) -> int:
+  """Counts the tokens with which both begin."""
+  size = min(len(first), len(second))
+  differs = np.flatnonzero(first[:size] != second[:size])
+  return int(differs[0]) if len(differs) else size
+
+
+def prefix_slots(length: int) -> int:
+  """Rounds the length of a prefix, which each step reads, up to a number of slots: finer than `slots_of` if long.
+
+  >>> [prefix_slots(n) for n in (1, 65, 129, 1025)]
+  [64, 128, 192, 1152]
+  """
+  return min(slots_of(length), -(-length // _PREFIX_STEP) * _PREFIX_STEP)
 
 
 def slots_of(length: int) -> int:

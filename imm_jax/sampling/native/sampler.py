@@ -8,7 +8,7 @@ sample and the samples it runs with affect nothing but the rounding of sums.
 import functools
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
 
-from imm_jax.errors import print_once
+from imm_jax.errors import UserError, print_once
 from imm_jax.model import hf, sharding
 from imm_jax.model.cached import LayerCache, Prefix
-from imm_jax.model.decoder import Params, unstack_layers
+from imm_jax.model.decode_kernels import KERNELS
+from imm_jax.model.decoder import Params
 from imm_jax.model.tokenization import decode_continuation, known_ids
 from imm_jax.sampling import Completion, Prompt, completions
 from imm_jax.sampling.native import decode, queue
@@ -33,13 +34,17 @@ _STEPS = 16
 # Samples join once 1/_REFILL_SHARE of all rows are free: less often than one by one, while most rows stay busy.
 _REFILL_SHARE = 8
 _DTYPES = ("bfloat16", "float16", "float32")
+# Seconds that each program of this process took to compile, or to come from the cache.
+_COMPILED: list[float] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: _COMPILED.append(seconds) if event.endswith("/backend_compile_duration") else None)
 
 
 class NativeSampler:
   """Samples from an HF checkpoint folder, on one device or a mesh."""
 
   def __init__(self, folder: str | Path, *, compute_dtype: str = "bfloat16", batch_size: int = 64,
-               mesh: Mesh | None = None, params: Params | None = None, kernel: str = ""):
+               mesh: Mesh | None = None, params: Params | None = None, kernel: str = "auto"):
     """Loads the checkpoint.
 
     Args:
@@ -48,8 +53,8 @@ class NativeSampler:
       batch_size: number of samples decoded at once.
       mesh: mesh that weights and cache are split over, see `sharding.decoding_mesh`; None takes the first device.
       params: weights in memory that replace those of the folder, with stacked layers as in training.
-      kernel: attention kernel, one of `decode_kernels.KERNELS`; empty for `columns` on CPUs and `xla` elsewhere. The
-        kernels for GPUs and TPUs have not been run on these.
+      kernel: attention kernel, one of `decode_kernels.KERNELS`, or `auto` for `columns` on CPUs and `xla` elsewhere.
+        The kernels for GPUs and TPUs have not been run on these.
 
     Raises:
       ValueError: for an argument out of range.
@@ -59,22 +64,26 @@ class NativeSampler:
       raise ValueError(f"compute_dtype={compute_dtype!r}: expected one of {', '.join(_DTYPES)}")
     if batch_size < 1:
       raise ValueError(f"batch_size={batch_size}: expected 1 or more")
+    if kernel not in ("auto", *KERNELS):
+      raise ValueError(f"kernel={kernel!r}: expected one of auto, {', '.join(KERNELS)}")
     self._dtype = jnp.dtype(compute_dtype)
-    self._batch_size = batch_size
-    self._sizes: set[str] = set()  # sizes of compiled programs, for the log
+    self._folder, self._batch_size = folder, batch_size
+    self._sizes: set[str] = set()  # sizes of the programs that a call ran, for the log
     config = hf.read_config(folder)
     self._mesh = sharding.decoding_mesh(mesh, config.num_kv_heads) if mesh is not None and mesh.size > 1 else None
-    place = functools.partial(sharding.param_sharding, self._mesh) if self._mesh else None
+    device = SingleDeviceSharding(mesh.devices.item() if mesh is not None and mesh.size == 1 else
+                                  jax.local_devices()[0])
+    place = functools.partial(sharding.param_sharding, self._mesh) if self._mesh else lambda *_: device
     # The small files come first, so that their errors show before the weights are read.
     self.tokenizer, self._eos = completions.load(Path(folder), config.vocab_size)
     if params is None:
       self._config, self._params = hf.load(folder, dtype=self._dtype, place=place, stacked=False)
     else:
-      self._config, self._params = config, _for_decoding(params, config.num_layers, self._dtype, self._mesh)
+      self._config, self._params = config, _for_decoding(params, config.num_layers, self._dtype, place)
     known = np.zeros(self._config.vocab_size, bool)
     known[known_ids(self.tokenizer, len(known))] = True
     self._platform = next(iter(jax.tree.leaves(self._params)[0].devices())).platform
-    self._kernel = kernel or ("columns" if self._platform == "cpu" else "xla")
+    self._kernel = kernel if kernel != "auto" else "columns" if self._platform == "cpu" else "xla"
     self._allowed = jax.device_put(known, NamedSharding(self._mesh, P()) if self._mesh else
                                    jax.tree.leaves(self._params)[0].sharding)
 
@@ -94,28 +103,45 @@ class NativeSampler:
                for p in range(len(prompts)) for s in range(num_samples)]
     static = decode.Static(self._config, self._dtype, ends, top_p, not any(temperatures), self._mesh, self._kernel)
     results: list[list[Completion | None]] = [[None] * num_samples for _ in prompts]
+    groups = queue.group_by_prefix(ids, least=-(-self._batch_size // num_samples))
+    self._sizes.clear()
+    compiled = len(_COMPILED)
     with Progress(len(samples), max_new_tokens, label, quiet=quiet) as bar:
-      for ended, going in self._run(ids, samples, static, max_new_tokens, stop_texts, seed):
-        for sample, tokens in ended:
-          completion = completions.completion(self.tokenizer, tokens, ends, stop_texts)
-          results[sample.prompt][sample.number] = completion
-          bar.end(completion.num_tokens)
-        bar.draw(going)
-    logging.info("%s: %d sizes of programs so far: %s", label, len(self._sizes), ", ".join(sorted(self._sizes)))
+      for group in groups:
+        of_group = {p: ids[p] for p in group}
+        for ended, going in self._run(of_group, [s for s in samples if s.prompt in of_group], static, max_new_tokens,
+                                      stop_texts, seed):
+          for sample, tokens in ended:
+            completion = completions.completion(self.tokenizer, tokens, ends, stop_texts)
+            results[sample.prompt][sample.number] = completion
+            bar.end(completion.num_tokens)
+          bar.draw(going)
+    logging.info("%s: %d programs compiled or read from the cache, in %.1f s; sizes: %s", label,
+                 len(_COMPILED) - compiled, sum(_COMPILED[compiled:]), ", ".join(sorted(self._sizes)))
     return results
 
-  def _run(self, ids: list[list[int]], samples: list[Sample], static: decode.Static, max_new_tokens: int,
+  def _run(self, ids: dict[int, list[int]], samples: list[Sample], static: decode.Static, max_new_tokens: int,
            stop: tuple[str, ...], seed: int) -> Iterator[tuple[list[tuple[Sample, np.ndarray]], int]]:
-    """Yields, every few steps, the samples that ended with their tokens, and the token count of running samples."""
+    """Yields, every few steps, the samples that ended with their tokens, and the token count of running samples.
+
+    Args:
+      ids: tokens by the number of the prompt; what all begin with is run once.
+      samples: samples of these prompts.
+      static: see `decode.Static`.
+      max_new_tokens: as in `generate`.
+      stop: stop strings that are not single tokens.
+      seed: as in `generate`.
+    """
     parts, cpu = (self._mesh.shape["data"] if self._mesh else 1), self._platform == "cpu"
-    prefix_length = queue.common_prefix(ids, len(samples))
-    prefix = self._prefix(ids[0][:prefix_length] if ids else [], static, parts)
-    suffixes = [i[prefix_length:] for i in ids]
-    waiting = queue.Queue(suffixes, samples, queue.pack_shape(list(map(len, suffixes)), parts=parts, cpu=cpu),
+    prefix_length = queue.common_prefix([*ids.values()], len(samples))
+    prefix = self._prefix(next(iter(ids.values()))[:prefix_length], static, parts)
+    suffixes = {p: tokens[prefix_length:] for p, tokens in ids.items()}
+    lengths = [*map(len, suffixes.values())]
+    waiting = queue.Queue(suffixes, samples, queue.pack_shape(lengths, parts=parts, cpu=cpu),
                           lambda pack: self._prefill(prefix, pack, static), parts=parts)
     rows = queue.rows_of(self._batch_size, len(samples))
     refill, sizes = max(1, rows // _REFILL_SHARE), queue.fewer_rows(rows, parts)
-    max_slots = queue.most_slots(max(map(len, suffixes), default=0) + max_new_tokens)
+    max_slots = queue.most_slots(max(lengths) + max_new_tokens)
     slots = min(max_slots, queue.slots_of(1))
     state = self._commit(decode.init(rows, slots, max_new_tokens, static))
     active: list[Sample | None] = [None] * rows
@@ -156,6 +182,9 @@ class NativeSampler:
       done, counts, tokens = (np.asarray(state[name]) for name in ("done", "count", "tokens"))
       ended = []
       for i in going:
+        if done[i] and tokens[i, counts[i] - 1] < 0:
+          raise UserError(f"{self._folder}: the model's logits are NaN or infinite after prompt {active[i].id!r} in "
+                          f"{self._dtype}; its weights are broken, or out of the range of that dtype")
         if done[i] or (stop and self._stopped(tokens[i, :counts[i]], stop)):
           ended.append((active[i], tokens[i, :counts[i]].copy()))
           active[i] = None
@@ -169,7 +198,7 @@ class NativeSampler:
       return prefix
     pack = queue.pack_prompts([[ids]], queue.Shape(parts, queue.slots_of(len(ids)), 1))
     _, caches = self._prefill(prefix, pack, static)
-    return decode.prefix_of(caches, np.int32(len(ids)), slots=queue.slots_of(len(ids)), static=static)
+    return decode.prefix_of(caches, np.int32(len(ids)), slots=queue.prefix_slots(len(ids)), static=static)
 
   def _prefill(self, prefix: Prefix, pack: queue.Pack, static: decode.Static) -> tuple[jax.Array, list[LayerCache]]:
     self._sizes.add(f"prefill {pack.tokens.shape[0]} x {pack.tokens.shape[1]} after {prefix.caches[0][0].shape[1]}")
@@ -187,15 +216,19 @@ class NativeSampler:
     return shows(tokens[-recent:]) and shows(tokens)
 
 
-def _for_decoding(params: Params, layers: int, dtype: jnp.dtype, mesh: Mesh | None) -> Params:
-  """Converts stacked parameters for decoding: unstacks layers, casts, and places them on the mesh or one device."""
-  device = jax.devices()[0] if mesh is None else None
+def _for_decoding(params: Params, layers: int, dtype: jnp.dtype, place: hf.Place) -> Params:
+  """Converts stacked parameters for decoding, one layer's parameter at a time: unstacks, casts and places them."""
 
-  def put(path: tuple, leaf: jax.Array) -> jax.Array:
-    name = ".".join(str(part.key) for part in path)
-    return jax.device_put(jnp.asarray(leaf, dtype), device or sharding.param_sharding(mesh, name, leaf.shape))
+  def convert(tree: Any, prefix: tuple[str, ...], take: Callable[[jax.Array], jax.Array]) -> Any:
+    def put(path: tuple, leaf: jax.Array) -> jax.Array:
+      taken = jnp.asarray(take(leaf), dtype)
+      return jax.device_put(taken, place(".".join((*prefix, *(str(part.key) for part in path))), taken.shape))
 
-  return jax.tree_util.tree_map_with_path(put, unstack_layers(params, layers))
+    return jax.tree_util.tree_map_with_path(put, tree)
+
+  rest = convert({name: value for name, value in params.items() if name != "layers"}, (), lambda leaf: leaf)
+  return {**rest, "layers": {i: convert(params["layers"], ("layers", str(i)), lambda leaf, i=i: leaf[i])
+                             for i in range(layers)}}
 
 
 def _padded(values: Sequence[float], size: int, dtype: type, fill: int = 0) -> np.ndarray:

@@ -4,10 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from imm_jax import errors
 from imm_jax.errors import UserError
+from imm_jax.model import hf
 from imm_jax.sampling import Prompt
 from imm_jax.sampling.native import sampler as native
 from tests import TINY
@@ -31,6 +34,28 @@ def test_arguments_out_of_range_are_errors(sampler: native.NativeSampler, option
 def test_a_prompt_without_tokens_is_named(sampler: native.NativeSampler) -> None:
   with pytest.raises(ValueError, match="prompt 'empty' has no tokens"):
     sampler.generate([*ASKED, Prompt("empty", "")], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("token", [-5, 568])
+def test_a_token_outside_of_the_embedding_is_named(sampler: native.NativeSampler, token: int) -> None:
+  with pytest.raises(UserError, match=rf"prompt 'ids' has token id {token}; expected ids from 0 to 567"):
+    sampler.generate([*ASKED, Prompt("ids", "", (5, token, 7))], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("temperatures", [(0.0,), (1.0,)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("where", ["embed_tokens", "norm"])
+def test_logits_that_are_not_finite_are_an_error(temperatures: tuple[float, ...], where: str) -> None:
+  _, params = hf.load(TINY, dtype=jnp.float32)
+  value = jnp.nan if where == "norm" else jnp.inf
+  broken = {**params, where: jax.tree.map(lambda x: x.at[-1].set(value), params[where])}
+  sampler = native.NativeSampler(TINY, compute_dtype="float32", batch_size=8, params=broken)
+  with pytest.raises(UserError, match=r"logits are NaN or infinite after prompt 'question' in float32"):
+    sampler.generate(ASKED, max_new_tokens=4, temperatures=temperatures)
+
+
+def test_an_unknown_kernel_is_an_error() -> None:
+  with pytest.raises(ValueError, match="kernel='paged': expected one of auto, xla, columns, ragged, gqa"):
+    native.NativeSampler(TINY, kernel="paged")
 
 
 @pytest.mark.parametrize("dtype", ["foo", "int8", ""])

@@ -13,7 +13,7 @@ def test_every_prompt_is_packed_once_with_little_padding(parts: int) -> None:
   ids = [rng.integers(1, 1000, n).tolist() for n in np.clip(rng.normal(76, 26, 200), 20, 148).astype(int)]
   shape = queue.pack_shape(list(map(len, ids)), parts=parts)
   packs, samples = [], [queue.Sample(i, s, str(i), 0.0) for i in range(200) for s in range(2)]
-  waiting = queue.Queue(ids, samples, shape, lambda pack: packs.append(pack) or (None, []),
+  waiting = queue.Queue(dict(enumerate(ids)), samples, shape, lambda pack: packs.append(pack) or (None, []),
                         parts=parts)
   taken = []
   while waiting:
@@ -38,3 +38,32 @@ def test_the_common_prefix_leaves_each_prompt_a_token() -> None:
   assert queue.common_prefix(same[:1], 1) == 0
   assert queue.common_prefix([[*range(20), 7], [*range(20)]], 2) == 19
   assert queue.common_prefix([], 0) == 0
+
+
+@pytest.mark.parametrize(("prefixes", "expected"), [
+    ([200, 200, 0], [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]),  # two sets of examples, and prompts without
+    ([200, 200, 200], [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]),
+    ([40, 40, 40], [[*range(12)]]),  # too short to be worth three groups
+], ids=["two-and-others", "three", "short"])
+def test_prompts_that_begin_alike_are_a_group(prefixes: list[int], expected: list[list[int]]) -> None:
+  rng = np.random.default_rng(0)
+  begin = [rng.integers(1, 1000, size).tolist() for size in prefixes]
+  ids = [begin[i % 3] + rng.integers(1, 1000, 30).tolist() for i in range(12)]
+  assert queue.group_by_prefix(ids, least=4) == expected
+  assert queue.group_by_prefix(ids, least=5) == [[*range(12)]]
+  assert queue.group_by_prefix([*ids, [3, 4]], least=4)[-1][-1] == 12
+  same = [begin[0] + tail[-30:] for tail in ids]
+  assert queue.group_by_prefix(same, least=4) == [[*range(12)]]
+
+
+@pytest.mark.parametrize("count", [32, 128, 1319])
+def test_packs_of_accelerators_have_little_padding(count: int) -> None:
+  rng = np.random.default_rng(0)
+  lengths = np.clip(rng.normal(76, 26, count), 20, 148).astype(int).tolist()
+  packs: list[queue.Pack] = []
+  waiting = queue.Queue({i: [1] * n for i, n in enumerate(lengths)},
+                        [queue.Sample(i, 0, str(i), 0.0) for i in range(count)], queue.pack_shape(lengths, cpu=False),
+                        lambda pack: packs.append(pack) or (None, []))
+  while waiting:
+    waiting.take(64)
+  assert sum(pack.tokens.size for pack in packs) < (1.35 if count == 32 else 1.15) * sum(lengths)

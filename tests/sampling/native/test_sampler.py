@@ -13,7 +13,7 @@ import transformers
 from imm_jax.errors import UserError
 from imm_jax.model import hf
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.sampling import Completion, Prompt
+from imm_jax.sampling import Completion, Prompt, completions
 from imm_jax.sampling.native import decode, queue, sampler as native
 from imm_jax.tasks import arithmetic, prompts
 from tests import TINY
@@ -105,9 +105,30 @@ def test_a_sample_does_not_depend_on_other_prompts(
   assert _generate(sampler, asked) == {p.id: sampled[p.id] for p in asked}
 
 
-def test_a_sample_does_not_depend_on_the_batch_size(sampled: dict[str, list[Completion]]) -> None:
-  other = native.NativeSampler(TINY, compute_dtype="float32", batch_size=5)
-  assert _generate(other, SHORT) == {p.id: sampled[p.id] for p in SHORT}
+@pytest.mark.parametrize("rows", [5, 16])
+def test_a_sample_does_not_depend_on_the_batch_size(sampled: dict[str, list[Completion]], rows: int,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+  """Nor on rows that shrink, which those above 8 do."""
+  sizes = []
+  shrink = decode.shrink
+  monkeypatch.setattr(decode, "shrink", lambda state, rows, *args, **static: sizes.append(len(rows)) or shrink(
+      state, rows, *args, **static))
+  other = native.NativeSampler(TINY, compute_dtype="float32", batch_size=rows)
+  assert _generate(other, [*SHORT, STRANGE]) == sampled
+  assert sizes == ([] if rows == 5 else [12, 8])
+
+
+@pytest.mark.full
+def test_groups_with_examples_of_their_own_give_the_same_samples(
+    sampler: native.NativeSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+  asked = [Prompt(f"{i}/{e.id}", prompts.build_prompt(e.question, examples=examples)) for e in EXAMPLES[:3]
+           for i, examples in enumerate((EXAMPLES[3:], EXAMPLES[2:0:-1]))]
+  groups = queue.group_by_prefix
+  monkeypatch.setattr(queue, "group_by_prefix", lambda ids, *, least: groups(ids, least=3))
+  apart = sampler.generate(asked, max_new_tokens=NEW_TOKENS, num_samples=2, temperatures=(0.0, 1.0))
+  assert groups(completions.encode(sampler.tokenizer, asked, 568), least=3) == [[0, 2, 4], [1, 3, 5]]
+  monkeypatch.setattr(queue, "group_by_prefix", lambda ids, *, least: [[*range(len(ids))]])
+  assert sampler.generate(asked, max_new_tokens=NEW_TOKENS, num_samples=2, temperatures=(0.0, 1.0)) == apart
 
 
 def test_a_sample_does_not_depend_on_num_samples(
@@ -247,13 +268,12 @@ def test_no_prompts_give_no_completions(sampler: native.NativeSampler) -> None:
 def test_other_prompts_reuse_compiled_programs(sampler: native.NativeSampler) -> None:
   """Different numbers and lengths of prompts share few compiled shapes."""
   sampler.generate(ALL, max_new_tokens=NEW_TOKENS, stop=("zebra",), num_samples=3)
-  sizes = lambda: [f._cache_size() for f in (decode.prefill, decode._start, decode._join, decode.decode)]
-  before = sizes()
+  compiled = len(native._COMPILED)
   for seed in range(2):
     drawn = [arithmetic.generate(family, split="train", count=1, seed=seed)[0] for family in arithmetic.FAMILIES]
     others = [Prompt(str(i), prompts.build_prompt(example.question)) for i, example in enumerate(drawn)]
     sampler.generate([*others, LONG], max_new_tokens=NEW_TOKENS, stop=("zebra",), num_samples=3)
-  assert sizes() == before
+  assert len(native._COMPILED) == compiled
 
 
 def test_gaps_in_the_vocabulary_are_never_sampled(greedy: list[Completion]) -> None:
