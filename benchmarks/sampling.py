@@ -5,9 +5,9 @@
 There are two workloads of real questions: `svamp` without and `gsm8k` with eight worked examples. The programs are
 long-lived processes pinned to the same cores. Each warms up on the first questions (compilation); then they alternate
 over the same slices of the questions, and idle ones are stopped with SIGSTOP. Prints tokens/s by wall-clock time and,
-as others may load the machine, by CPU time (summed over cores), peak memory, and the number of equal texts. vLLM is
-left out without --vllm_python, transformers with --transformers_questions=0; transformers gets only the first
-questions.
+as others may load the machine, by CPU time (summed over cores), peak memory, and the number of equal texts; then how
+many tokens of prompts the native sampler computes. vLLM is left out without --vllm_python, transformers with
+--transformers_questions=0; transformers gets only the first questions.
 
 `stories` asks questions of the embedded model and needs no files.
 """
@@ -55,6 +55,31 @@ def workload(name: str, count: int, tokenizer: Any, vocab: int) -> list[list[int
   shots = load("train", SHOTS) if name == "gsm8k" else ()
   asked = [Prompt(e.id, prompts.build_prompt(e.question, examples=shots)) for e in load("test", count)]
   return completions.encode(tokenizer, asked, vocab)
+
+
+def count_prefill(ids: list[list[int]], rows: int, new_tokens: int) -> str:
+  """Counts what the native sampler computes and stores of prompts on a CPU, with and without shared prefixes."""
+  from imm_jax.sampling.native import queue
+
+  def count(groups: list[list[int]], shared: bool) -> tuple[int, int]:
+    computed, slots = [0], [0]
+    for group in groups:
+      prefix = queue.common_prefix([ids[i] for i in group], len(group)) if shared else 0
+      suffixes = {i: ids[i][prefix:] for i in group}
+      waiting = queue.Queue(suffixes, [queue.Sample(i, 0, "", 0.0) for i in group],
+                            queue.pack_shape([*map(len, suffixes.values())]),
+                            lambda pack: computed.append(pack.tokens.size) or (None, []))
+      computed.append(queue.slots_of(prefix) if prefix else 0)
+      while waiting:
+        waiting.take(rows)
+      slots.append(rows * queue.most_slots(max(map(len, suffixes.values())) + new_tokens)
+                   + (queue.prefix_slots(prefix) if prefix else 0))
+    return sum(computed), max(slots)
+
+  tokens, slots = count(queue.group_by_prefix(ids, least=rows), True)
+  without, slots_without = count([[*range(len(ids))]], False)
+  return (f"{sum(map(len, ids))} tokens of prompts: {tokens} are computed with padding ({without} without shared "
+          f"prefixes), and {rows} rows with {new_tokens} new tokens have {slots} slots of cache ({slots_without})")
 
 
 def native(work: dict[str, Any]):
@@ -198,15 +223,18 @@ def main(_: list[str]) -> None:
   tokenizer, eos = completions.load(folder, vocab)
   print("| workload | program | questions | tokens | s | tokens/s | processor s | tokens a processor s | GiB "
         "| texts as native's |\n|---|---|---|---|---|---|---|---|---|---|", flush=True)
+  notes = []
   with tempfile.TemporaryDirectory() as scratch:
     for name, count in zip(_WORKLOADS.value, map(int, _QUESTIONS.value), strict=False):
       ids = workload(name, count, tokenizer, vocab)
+      notes.append(f"{name}: {count_prefill(ids, _ROWS.value, _NEW.value)}")
       work = Path(scratch) / f"{name}.json"
       work.write_text(json.dumps({
           "model": str(folder), "dtype": _DTYPE.value, "ids": ids, "ends": list(eos), "max_tokens": _NEW.value,
           "rows": _ROWS.value, "peer_rows": _PEER_ROWS.value,
           "engine": {**ENGINE, "max_num_seqs": _PEER_ROWS.value}}))
       _measure(name, ids, work, lambda row: _answer(row, tokenizer, eos))
+  print("", *notes, sep="\n")
 
 
 def _answer(row: list, tokenizer: Any, eos: tuple[int, ...]) -> tuple[int, str]:
