@@ -54,9 +54,6 @@ class CheckpointSource:
         tables = [self._load_table(path) if keep is None else
                   {name: entry for name, entry in model_folder.read_entries(path).items() if keep(name)}
                   for path in self.folders.values()]
-      # If any input has an untied head, so has the output; tied inputs contribute their embedding as the head.
-      self.untied = [label for label, table in zip(labels, tables, strict=True) if _is_tied(table)
-                     and any(model_folder.HEAD in other for other in tables)]
       self._models = _align(tables)
       _require_match(labels, self._models)
     except BaseException:

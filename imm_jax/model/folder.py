@@ -157,25 +157,25 @@ def untied_error(folder: Path) -> UserError:
 
 def split_into_shards(entries: Iterable[_Tensor], max_shard_bytes: int) -> list[tuple[str, list[_Tensor]]]:
   """Assigns entries to files: one file, or shards of at most this many bytes (or a single tensor)."""
-  read_index: list[list[_Tensor]] = [[]]
+  shards: list[list[_Tensor]] = [[]]
   used = 0
   for entry in entries:
     size = int(np.prod(entry[2])) * np.dtype(entry[1]).itemsize
-    if read_index[-1] and used + size > max_shard_bytes:
-      read_index.append([])
+    if shards[-1] and used + size > max_shard_bytes:
+      shards.append([])
       used = 0
-    read_index[-1].append(entry)
+    shards[-1].append(entry)
     used += size
-  if len(read_index) == 1:
-    return [(WEIGHTS, read_index[0])]
-  return [(f"model-{i + 1:05d}-of-{len(read_index):05d}.safetensors", shard) for i, shard in enumerate(read_index)]
+  if len(shards) == 1:
+    return [(WEIGHTS, shards[0])]
+  return [(f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors", shard) for i, shard in enumerate(shards)]
 
 
-def write_index(folder: Path, read_index: Sequence[tuple[str, Sequence[tuple]]]) -> None:
-  """Writes the index if there is more than one shard."""
-  if len(read_index) > 1:
-    total = sum(int(np.prod(e[2])) * np.dtype(e[1]).itemsize for _, shard in read_index for e in shard)
-    index = {"metadata": {"total_size": total}, "weight_map": {e[0]: file for file, shard in read_index for e in shard}}
+def write_index(folder: Path, shards: Sequence[tuple[str, Sequence[tuple]]]) -> None:
+  """Writes the index if there is more than one shard; `shards` are names and tensors of `split_into_shards`."""
+  if len(shards) > 1:
+    total = sum(int(np.prod(e[2])) * np.dtype(e[1]).itemsize for _, shard in shards for e in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": {e[0]: file for file, shard in shards for e in shard}}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
