@@ -5,12 +5,12 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from imm_jax.errors import UserError, join_items
-from imm_jax.merging import roles
+from imm_jax import files
+from imm_jax.errors import UserError, join_items, print_once
+from imm_jax.merging import configs, roles
 from imm_jax.merging.recipe import Recipe
 from imm_jax.merging.source import CheckpointSource, Table
 from imm_jax.merging.trees import count_layers, layer_of
-from imm_jax.model import folder as model_folder
 
 
 @contextlib.contextmanager
@@ -31,19 +31,16 @@ def open_parts(recipe: Recipe, replacements: Mapping[Path, Table] | None = None)
       folders = recipe.slices[0].models
       tables = None
       if any(replacements.get(folder) for folder in folders.values()):
-        tables = [_read_table(label, folder) | replacements.get(folder, {}) for label, folder in folders.items()]
+        tables = [read_table(label, folder) | replacements.get(folder, {}) for label, folder in folders.items()]
       yield [stack.enter_context(CheckpointSource(folders, tables=tables))]
       return
     cache: dict[Path, Table] = {}
     for label, folder in recipe.models.items():
       if folder not in cache:
-        cache[folder] = _read_table(label, folder) | replacements.get(folder, {})
+        cache[folder] = read_table(label, folder) | replacements.get(folder, {})
         _require_one_stack(label, folder, list(cache[folder]))
-    last = [cache[folder] for folder in recipe.slices[-1].models.values()]
-    if any(model_folder.HEAD in table for table in last):
-      for table in last:  # a tied model's head is its embedding
-        if model_folder.HEAD not in table and model_folder.EMBEDDING in table:
-          table[model_folder.HEAD] = table[model_folder.EMBEDDING]
+    cache = dict(zip(cache, roles.share_heads(list(cache.values())), strict=True))
+    _note_tied_head(recipe, cache)
     parts, begin = [], 0
     for i, (prefix, part) in enumerate(zip(recipe.prefixes, recipe.slices, strict=True)):
       tables = []
@@ -70,9 +67,19 @@ def source_layers(recipe: Recipe) -> list[tuple[Path, int]] | None:
   return layers
 
 
-def _read_table(label: str, folder: Path) -> Table:
+def read_table(label: str, folder: Path) -> Table:
+  """Reads the entries of a model's tensors, without those that are computed from others (tied head, rotary)."""
   with CheckpointSource({label: folder}) as source:
     return {name: source.entries(name)[0] for name in source.order}
+
+
+def _note_tied_head(recipe: Recipe, tables: Mapping[Path, Table]) -> None:
+  """Notes that an output that is tied, as all its models are, has the first slice's head and not the last one's."""
+  first, last = (list(part.models.values()) for part in (recipe.slices[0], recipe.slices[-1]))
+  if first != last and not any(map(roles.find_heads, tables.values())) and configs.ties_embeddings(
+      files.read_json(last[0] / "config.json")):
+    print_once("note: all models of the slices tie head and embedding, and so does the output: both are the first "
+               "slice's")
 
 
 def _require_one_stack(label: str, folder: Path, names: list[str]) -> None:

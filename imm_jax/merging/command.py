@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from imm_jax import __version__, files
 from imm_jax.errors import ResourceError, UserError, join_items
-from imm_jax.merging import arrange, checkpoint, configs, masks, recipe as recipes, vocabulary
+from imm_jax.merging import arrange, checkpoint, configs, masks, recipe as recipes, roles, vocabulary
 from imm_jax.merging.recipe import Recipe
 from imm_jax.merging.source import CheckpointSource, Table, is_floating
 from imm_jax.model import folder as model_folder
@@ -71,8 +71,8 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, made: Mapping[Pat
     result = checkpoint.merge_parts(
         parts, [(folder, dtype) for folder in jobs], key=masks.seed_words(options.seed),
         max_shard_bytes=options.max_shard_bytes, allow_nonfinite=options.allow_nonfinite)
+  write_config(jobs, recipe, tensors, rows)
   for folder, job, overflowed in zip(jobs, jobs.values(), result.overflowed, strict=True):
-    write_config(folder, recipe, tensors, rows)
     if tokenizer is not None:
       vocabulary.save_tokenizer(tokenizer, folder)
     if recipe.chat_template:
@@ -86,20 +86,21 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, made: Mapping[Pat
     _write_record(folder, job, options, inputs, overflowed)
 
 
-def write_config(folder: Path, recipe: Recipe, tensors: Sequence[Tensor], rows: int | None = None) -> None:
-  """Writes all of an output but its weights: config.json, tokenizer and other files.
+def write_config(folders: Iterable[Path], recipe: Recipe, tensors: Sequence[Tensor], rows: int | None = None) -> None:
+  """Writes all of the outputs of a recipe but their weights: config.json, tokenizer and other files.
 
   Args:
-    folder: the output, which exists.
+    folders: the outputs, which exist.
     recipe: the recipe.
-    tensors: its tensors; if they are not known, `tie_word_embeddings` stays as it is.
-    rows: size of its vocabulary; None leaves that of the config.
+    tensors: their tensors; if they are not known, `tie_word_embeddings` stays as it is.
+    rows: size of their vocabulary; None leaves that of the config.
   """
   donor = _find_donor(recipe)
-  configs.copy_companion_files(donor, folder)
-  names = {name for name, *_ in tensors}
-  configs.update_config(folder, dtype=recipe.dtype or _main_dtype(tensors), rows=rows,
-                        head=_changed_head(donor, names) if names else None, layers=arrange.source_layers(recipe))
+  head = _changed_head(donor, tensors) if tensors else None  # once for all outputs of a sweep, for it reads the donor
+  for folder in folders:
+    configs.copy_companion_files(donor, folder)
+    configs.update_config(folder, dtype=recipe.dtype or _main_dtype(tensors), rows=rows, head=head,
+                          layers=arrange.source_layers(recipe))
 
 
 def _find_donor(recipe: Recipe) -> Path:
@@ -157,11 +158,12 @@ def _main_dtype(tensors: Sequence[Tensor]) -> str:
   return counts.most_common(1)[0][0] if counts else "float32"
 
 
-def _changed_head(donor: Path, names: set[str]) -> bool | None:
+def _changed_head(donor: Path, tensors: Sequence[Tensor]) -> bool | None:
   """Returns whether the output has an output head of its own; None if that is the same as in the donor."""
-  has = model_folder.HEAD in names
-  with CheckpointSource({"donor": donor}) as source:
-    return None if has == (model_folder.HEAD in source.order) else has
+  has, had = (bool(roles.find_heads(table)) for table in (
+      {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype, shape in tensors},
+      arrange.read_table("base_model", donor)))
+  return None if has == had else has
 
 
 def _choose_chat_template(recipe: Recipe) -> str:

@@ -88,7 +88,9 @@ def update_config(out: Path, *, dtype: str, rows: int | None = None, head: bool 
   if rows:
     _set_text_value(changed, ("vocab_size",), rows)
   if head is not None:
-    changed["tie_word_embeddings"] = not head
+    for _, part in _text_configs(changed):
+      if part is changed or "tie_word_embeddings" in part:
+        part["tie_word_embeddings"] = not head
   if layers is not None:
     _set_text_value(changed, _LAYER_COUNT_KEYS, len(layers))
     for names, part in _text_configs(changed):
@@ -96,6 +98,12 @@ def update_config(out: Path, *, dtype: str, rows: int | None = None, head: bool 
       _restack_lists(part, _at(config, names), sources)
   if changed != config:
     path.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+
+
+def ties_embeddings(config: dict[str, Any]) -> bool | None:
+  """Returns whether a config.json says that the output head is the embedding; None if it does not say."""
+  said = [part.get("tie_word_embeddings") for _, part in _text_configs(config)]
+  return next((bool(tied) for tied in said if tied is not None), None)
 
 
 def vocab_size(folder: Path) -> int | None:

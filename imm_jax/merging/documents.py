@@ -94,7 +94,7 @@ class Documents:
 def _write_headers(folder: Path, recipe: Recipe, tensors: Sequence[command.Tensor]) -> None:
   """Writes what later documents are checked with: the config of a recipe's output and the headers of its weights."""
   folder.mkdir(parents=True)
-  command.write_config(folder, recipe, tensors)
+  command.write_config([folder], recipe, tensors)
   if tensors:
     header, _ = safetensors.make_header(tensors)
     with (folder / model_folder.WEIGHTS).open("wb") as file:

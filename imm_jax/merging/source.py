@@ -14,7 +14,7 @@ import numpy as np
 
 from imm_jax import files
 from imm_jax.errors import UserError, join_items
-from imm_jax.merging import roles, trees
+from imm_jax.merging import configs, roles, trees
 from imm_jax.merging.statistics import Statistic
 from imm_jax.model import folder as model_folder
 from imm_jax.model.safetensors import Entry, Reader, empty_aligned
@@ -122,14 +122,13 @@ class CheckpointSource:
   def _load_table(self, path: Path) -> Table:
     """Loads the entries of a model's tensors, without those that are computed from others (tied head, rotary)."""
     table = model_folder.read_entries(path)
-    head, embedding = table.get(model_folder.HEAD), table.get(model_folder.EMBEDDING)
-    tied = files.read_json(path / "config.json").get("tie_word_embeddings")
+    tied = configs.ties_embeddings(files.read_json(path / "config.json"))
     # If config.json does not say, the family decides; equal bytes show that the head is tied.
-    if head is not None and embedding is not None and (tied or tied is None):
-      if self._are_equal([head, embedding]):
-        del table[model_folder.HEAD]
+    for head in roles.find_heads(table) if tied is not False else []:
+      if self._are_equal([table[head], table[roles.find_embedding(table)]]):
+        del table[head]
       elif tied:
-        raise model_folder.untied_error(path)
+        raise model_folder.untied_error(path, head)
     return {name: entry for name, entry in table.items() if not model_folder.is_rotary(name)}
 
   def _are_equal(self, entries: Sequence[Entry]) -> bool:
@@ -175,6 +174,11 @@ def is_floating(entry: Entry) -> bool:
   return jax.numpy.issubdtype(entry.dtype, jax.numpy.floating)
 
 
+def is_buffer(name: str) -> bool:
+  """Returns whether a tensor is one that a model's code computes, which some checkpoints hold and others do not."""
+  return _BUFFERS.search(name) is not None
+
+
 def on_cpu() -> contextlib.AbstractContextManager:
   """Makes the CPU the default device: transfers to an accelerator and back would cost more than the merge."""
   try:
@@ -183,20 +187,11 @@ def on_cpu() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _is_tied(table: Mapping[str, Entry]) -> bool:
-  return model_folder.HEAD not in table and model_folder.EMBEDDING in table
-
-
 def _align(tables: Sequence[Table]) -> list[Table]:
   """Removes differences between tables that models may have: tied or untied heads, and optional buffers."""
   names = [set(table) for table in tables]
-  one_sided = set.union(*names) - set.intersection(*names)
-  left_out = {name for name in one_sided if _BUFFERS.search(name)}
-  aligned_tables = [{n: entry for n, entry in table.items() if n not in left_out} for table in tables]
-  if model_folder.HEAD in one_sided:
-    for table in filter(_is_tied, aligned_tables):
-      table[model_folder.HEAD] = table[model_folder.EMBEDDING]
-  return aligned_tables
+  left_out = {name for name in set.union(*names) - set.intersection(*names) if is_buffer(name)}
+  return roles.share_heads([{n: entry for n, entry in table.items() if n not in left_out} for table in tables])
 
 
 def _require_match(labels: Sequence[str], models: Sequence[Mapping[str, Entry]]) -> None:

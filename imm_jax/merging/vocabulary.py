@@ -102,6 +102,7 @@ def align_rows(tokens: Tokens, vocabulary: Mapping[str, int], rows_by_token: Map
   if not tokens.tokens and all(rows_by_token[folder] == vocabulary and configs.vocab_size(folder) == size
                                for folder in tables):
     return result, size
+  tables = dict(zip(tables, roles.share_heads(list(tables.values())), strict=True))
   names = {folder: roles.token_tensors(folder, table) for folder, table in tables.items()}
   for name in dict.fromkeys(name for found in names.values() for name in found):
     old = {folder: _open_rows(tables[folder][name]) for folder in tables if name in names[folder]}

@@ -37,6 +37,8 @@ _UNSUPPORTED = {
     "save it again with save_pretrained(..., safe_serialization=True), and take that folder"}
 # Names of files and tensors that quantisation tools write.
 _QUANTISED_NAMES = re.compile(r"(quantize|quant|hf_quant)_config\.json|.*\.(qweight|weight_packed|weight\.absmax)")
+# Embeddings in other families, such as GPT-2's wte, which are not stored under the head's name alone.
+_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|\w*embeddings?|shared)\.weight$")
 # (name, dtype, shape, ...) of a tensor to be written.
 _Tensor = TypeVar("_Tensor", bound=tuple)
 
@@ -144,14 +146,14 @@ def read_entries(folder: Path) -> dict[str, Entry]:
         n not in optional if n not in entries else weight_map.get(n) != entries[n].path.name))
     if wrong:
       raise UserError(f"{folder / INDEX}: disagrees with the shards on {join_items(wrong)}; copy the checkpoint again")
-  if tied and HEAD in entries and EMBEDDING not in entries:
+  if tied and HEAD in entries and not any(map(_EMBEDDINGS.search, entries)):
     entries[EMBEDDING] = entries.pop(HEAD)
   return entries
 
 
-def untied_error(folder: Path) -> UserError:
+def untied_error(folder: Path, head: str = HEAD) -> UserError:
   """Builds the error for a config.json that ties embeddings of which two different ones are stored."""
-  return UserError(f"{folder}: config.json ties the embeddings, but {HEAD} differs from the embedding; if it is meant "
+  return UserError(f"{folder}: config.json ties the embeddings, but {head} differs from the embedding; if it is meant "
                    'to, set "tie_word_embeddings": false in config.json, or else remove it from the weights')
 
 

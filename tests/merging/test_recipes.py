@@ -134,15 +134,40 @@ def test_models_whose_configs_have_no_common_meaning_are_refused(pair, tmp_path:
   assert "models[1] has other rotary embeddings" in notes
 
 
-def test_tied_and_untied_models_make_an_untied_one(pair, tmp_path: Path):
-  shapes = {name: shape for name, shape in SHAPES.items() if name != "lm_head.weight"}
-  tied = save(tmp_path / "tied", 2, shapes, tie_word_embeddings=True)
-  for base in (pair[0], tied):
+# Family -> its embedding and head.
+TABLES = {"llama": ("model.embed_tokens.weight", "lm_head.weight"),
+          "gpt2": ("transformer.wte.weight", "lm_head.weight"),
+          "gpt_neox": ("gpt_neox.embed_in.weight", "embed_out.weight"),
+          "bert": ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight")}
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_tied_and_untied_models_make_an_untied_one(family: str, tmp_path: Path):
+  embedding, head = TABLES[family]
+  untied = save(tmp_path / "untied", 0, {embedding: (12, 8), head: (12, 8), "h.0.w": (8, 8)})
+  tied = save(tmp_path / "tied", 2, {embedding: (12, 8), "h.0.w": (8, 8)}, tie_word_embeddings=True)
+  copied = save(tmp_path / "copied", 0, tree=read(tied) | {head: read(tied)[embedding]}, tie_word_embeddings=True)
+  for base, other in ((untied, tied), (tied, tied), (untied, copied), (copied, tied)):
+    out = tmp_path / f"{base.name}-{other.name}"
     got = merged(tmp_path, {**LINEAR, "base_model": str(base), "models": [
-        {"model": str(pair[0])}, {"model": str(tied)}]}, f"from-{base.name}")
-    expected = (read(pair[0])["lm_head.weight"] + read(tied)["model.embed_tokens.weight"]) / 2
-    np.testing.assert_allclose(got["lm_head.weight"], expected, rtol=1e-6)
-    assert json.loads((tmp_path / f"from-{base.name}/config.json").read_text())["tie_word_embeddings"] is False
+        {"model": str(untied)}, {"model": str(other)}]}, out.name)
+    np.testing.assert_allclose(got[head], (read(untied)[head] + read(tied)[embedding]) / 2, rtol=1e-6)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+  assert head not in merged(tmp_path, {**LINEAR, "models": [{"model": str(copied)}, {"model": str(tied)}]})
+
+
+def test_the_head_of_slices_is_the_last_ones_unless_all_are_tied(pair, tmp_path: Path, capsys: pytest.CaptureFixture):
+  """mergekit writes no head for a tied last slice, so that an untied output lacks one."""
+  shapes = {name: shape for name, shape in SHAPES.items() if name != "lm_head.weight"}
+  a, b = (save(tmp_path / f"tied{i}", i, shapes, tie_word_embeddings=True) for i in (2, 3))
+  for first, head in ((pair[0], read(b)["model.embed_tokens.weight"]), (a, None)):
+    out = tmp_path / f"from-{first.name}"
+    got = merged(tmp_path, {"merge_method": "passthrough", "slices": [
+        {"sources": [source(first, [0, 2])]}, {"sources": [source(b, [2, 4])]}]}, out.name)
+    np.testing.assert_array_equal(got["model.embed_tokens.weight"], read(first)["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(got.get("lm_head.weight"), head)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is (head is None)
+    assert ("both are the first slice's" in capsys.readouterr().err) == (head is None)
 
 
 def test_buffers_that_one_model_has_and_counters_are_no_obstacle(tmp_path: Path):

@@ -90,6 +90,20 @@ def test_tokens_may_be_chosen_one_by_one(worded, tmp_path: Path):
     merged(tmp_path, made, "without")
 
 
+@pytest.mark.parametrize("tokens", [{}, {"<b>": {"source": "more"}}])
+def test_the_head_of_a_tied_model_is_its_embedding_for_every_token(tokens: dict, worded, tmp_path: Path):
+  tied = {name: x for name, x in read(worded["more"]).items() if name != "lm_head.weight"}
+  more = save(tmp_path / "tied", 0, tree=tied, vocab_size=14, tie_word_embeddings=True)
+  tokenizer(more, WORDS[:1] + WORDS[:0:-1], ("<a>", "<b>"))
+  got = merged(tmp_path, {"merge_method": "linear", "dtype": "float32", "models": [
+      {"model": str(folder), "parameters": {"weight": 1}} for folder in (worded["base"], more)], "tokenizer": {
+          "source": "union", "tokens": {token: {"source": str(more)} for token in tokens}}})
+  ids = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+  np.testing.assert_allclose(got["lm_head.weight"][ids["<b>"]], rows(more)["<b>"], rtol=1e-6)
+  own = read(worded["base"])["lm_head.weight"][int("w3".removeprefix("w"))]
+  np.testing.assert_allclose(got["lm_head.weight"][ids["w3"]], (own + rows(more)["w3"]) / 2, rtol=1e-5, atol=1e-6)
+
+
 def test_chat_templates(worded, tmp_path: Path):
   (worded["more"] / "chat_template.jinja").write_text("{{ messages }}")
   made = {"merge_method": "passthrough", "models": [{"model": str(worded["more"])}]}
