@@ -126,6 +126,9 @@ class _Reader:
             [(f"{where}.parameters", entry.get("parameters")), *outer], whole=False))
       if not any(end - first for part in slices for first, end in part.layers.values()):
         file.fail("slices: none of them has a layer")
+    if len(slices) > 1 and any(part.options.get("scope") == "model" for part in slices):
+      file.fail("parameters.scope='model': slices are merged one by one, so nothing is counted over the whole model; "
+                "give models in place of slices, or scope: tensor")
     dtype = raw.get("out_dtype") or raw.get("dtype")
     if dtype is not None:
       dtype = str(dtype).removeprefix("torch.")

@@ -11,7 +11,7 @@ import numpy as np
 
 from imm_jax.merging import masks
 from imm_jax.merging.statistics import Source
-from imm_jax.merging.trees import Setting, count_layers, num_layers_of, resolve
+from imm_jax.merging.trees import Setting, num_layers_of, resolve
 
 # The default of an option that must be given.
 REQUIRED = inspect.Parameter.empty
@@ -124,7 +124,6 @@ class Settings:
     if unknown := sorted(given.keys() - known.keys()):
       raise ValueError(f"{', '.join(unknown)}: not taken, but {', '.join(known) or 'no option'}")
     self._values: dict[str, Any] = {}
-    layers = count_layers(source.names)
     for option in options:
       value = given.get(option.name, option.default)
       if value is REQUIRED:
@@ -136,7 +135,7 @@ class Settings:
       per_model = _per_model_settings(value, num_models, option.name) if option.per_model else [value]
       resolved = {}
       for name in source.names:
-        numbers = [resolve(setting, name, num_layers_of(name, layers), option.name, source.first_layer)
+        numbers = [resolve(setting, name, num_layers_of(name, source.layers), option.name, source.first_layer)
                    for setting in per_model]
         for number in numbers:
           option.check(number, f" at {name!r}")

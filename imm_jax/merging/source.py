@@ -24,6 +24,8 @@ from imm_jax.runtime import progress
 BLOCK = 1 << 19
 # Buffers that a model's code computes, so that some checkpoints omit them.
 _BUFFERS = re.compile(r"(^|\.)(position_ids|masked_bias|attn\.bias|attention\.bias|num_batches_tracked)$")
+# Stacks of layers beside a language model's, which have a number of their own.
+_OTHER_STACKS = re.compile(r"vision|visual|image|audio|speech|encoder|decoder|mtp")
 Table = dict[str, Entry]
 
 
@@ -33,7 +35,7 @@ class CheckpointSource:
   traced = False
 
   def __init__(self, folders: Mapping[str, Path], *, block: int = BLOCK, keep: Callable[[str], bool] | None = None,
-               tables: Sequence[Table] | None = None, first_layer: int = 0):
+               tables: Sequence[Table] | None = None, first_layer: int = 0, num_layers: int | None = None):
     """Opens the folders and matches their tensors.
 
     Args:
@@ -42,6 +44,7 @@ class CheckpointSource:
       keep: predicate on names that selects tensors; None for all.
       tables: for each folder, output name -> entry of the tensor; None for all tensors under their own names.
       first_layer: first layer of the output among these tensors, where lists over the layers begin.
+      num_layers: number of layers of the output, of which these tensors are a slice; None for whole models.
 
     Raises:
       UserError: as `folder.read_entries` does, and if the folders' tensors differ; names those that do.
@@ -62,6 +65,9 @@ class CheckpointSource:
     self.order = sorted(self._models[0], key=model_folder.model_order)
     self.names = [name for name in self.order if is_floating(self._models[0][name])]
     self.num_models, self.has_base = len(self._models), labels[0] == "base"
+    counts = trees.count_layers(self.names)
+    self.layers = _cut_layers(counts, next(iter(self.folders.values()))) if num_layers is None else counts
+    self.output_layers = self.layers if num_layers is None else dict.fromkeys(counts, num_layers)
 
   def __enter__(self) -> "CheckpointSource":
     return self
@@ -185,6 +191,14 @@ def on_cpu() -> contextlib.AbstractContextManager:
     return jax.default_device(jax.local_devices(backend="cpu")[0])
   except RuntimeError:  # the user has disabled the CPU backend
     return contextlib.nullcontext()
+
+
+def _cut_layers(counts: Mapping[str, int], folder: Path) -> dict[str, int]:
+  """Cuts numbers of layers to that of config.json; checkpoints may hold more, such as one that looks tokens ahead."""
+  count = configs.count_layers(folder) if (folder / "config.json").exists() else None
+  texts = [stack for stack in counts if not _OTHER_STACKS.search(stack)] if len(counts) > 1 else list(counts)
+  cut = {stack: min(counts[stack], count) for stack in texts if count and len(texts) == 1}
+  return {**counts, **cut}
 
 
 def _align(tables: Sequence[Table]) -> list[Table]:

@@ -12,7 +12,7 @@ from imm_jax.errors import UserError
 from imm_jax.merging import command, mergekit
 from imm_jax.model import safetensors
 from tests.merge_folders import one_line, read, run
-from tests.merging.recipe_models import CONFIG, SHAPES, merged, save
+from tests.merging.recipe_models import CONFIG, merged, save
 
 
 @pytest.fixture
@@ -55,6 +55,20 @@ def test_gradients_go_over_a_slice(pair, tmp_path: Path):
   np.testing.assert_array_equal(got["model.norm.weight"], 0 * a["model.norm.weight"])
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "towers"])
+def test_lists_go_over_the_layers_of_the_config(family: str, tmp_path: Path):
+  """Checkpoints may hold another layer, which predicts a token further ahead; mergekit counts by the config too."""
+  stack = {"llama": "model.layers", "gpt2": "transformer.h", "towers": "language_model.model.layers"}[family]
+  config = {"num_hidden_layers": None, "n_layers": 3} if family == "gpt2" else {"num_hidden_layers": 3}
+  more = {f"vision_tower.encoder.layers.{i}.w": (2, 2) for i in range(5)} if family == "towers" else {}
+  folder = save(tmp_path / "a", 0, {f"{stack}.{i}.w": (2, 2) for i in range(4)} | more, **config)
+  got, tree = merged(tmp_path, {"merge_method": "passthrough", "models": [
+      {"model": str(folder), "parameters": {"scale": [0, 1]}}]}), read(folder)
+  scales = {f"{stack}.{i}.w": scale for i, scale in enumerate((0, 0.5, 1, 1))}
+  for name, scale in {**scales, **{name: i / 4 for i, name in enumerate(more)}}.items():
+    np.testing.assert_array_equal(got[name], np.float32(scale) * tree[name], err_msg=name)
+
+
 @pytest.mark.parametrize(("change", "expected"), [
     ({"slices": [{"sources": [{"model": "A", "layer_range": [0, 9]}]}]}, "layer_range [0, 9]: A has 4 layers"),
     ({"slices": [{"sources": [{"model": "A", "layer_range": [3, 2]}]}]}, "expected [first, end] with 0 <= first"),
@@ -63,6 +77,11 @@ def test_gradients_go_over_a_slice(pair, tmp_path: Path):
       "merge_method": "karcher"}, "the same number of layers"),
     ({"slices": [{"sources": [{"model": "A", "layer_range": [0, 2]}]}], "merge_method": "slerp", "base_model": "A",
       "parameters": {"t": 0.5}}, "slerp takes 1 model other than base_model, not 0"),
+    ({"slices": [{"sources": [{"model": "A", "layer_range": [0, 2]}, {"model": "B", "layer_range": [0, 2]}]}] * 2,
+      "merge_method": "ties", "base_model": "A", "parameters": {"weight": 1, "scope": "model"}},
+     "parameters.scope='model': slices are merged one by one"),
+    ({"models": [{"model": "A", "parameters": {"weight": [{"filter": "mlp", "value": 1}]}}], "merge_method": "linear"},
+     "add one for the others: '.*', in a recipe an entry with only a value"),
     ({"models": [{"model": "A"}], "modules": {"vision": {}, "text": {}}}, "expected one module"),
     ({"gate_mode": "hidden", "experts": [{"source_model": "A"}]}, "a mixture of experts"),
     ({"models": [{"model": "A", "parameters": [1]}], "merge_method": "linear"}, "parameters: expected a mapping"),
@@ -154,20 +173,6 @@ def test_tied_and_untied_models_make_an_untied_one(family: str, tmp_path: Path):
     np.testing.assert_allclose(got[head], (read(untied)[head] + read(tied)[embedding]) / 2, rtol=1e-6)
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
   assert head not in merged(tmp_path, {**LINEAR, "models": [{"model": str(copied)}, {"model": str(tied)}]})
-
-
-def test_the_head_of_slices_is_the_last_ones_unless_all_are_tied(pair, tmp_path: Path, capsys: pytest.CaptureFixture):
-  """mergekit writes no head for a tied last slice, so that an untied output lacks one."""
-  shapes = {name: shape for name, shape in SHAPES.items() if name != "lm_head.weight"}
-  a, b = (save(tmp_path / f"tied{i}", i, shapes, tie_word_embeddings=True) for i in (2, 3))
-  for first, head in ((pair[0], read(b)["model.embed_tokens.weight"]), (a, None)):
-    out = tmp_path / f"from-{first.name}"
-    got = merged(tmp_path, {"merge_method": "passthrough", "slices": [
-        {"sources": [source(first, [0, 2])]}, {"sources": [source(b, [2, 4])]}]}, out.name)
-    np.testing.assert_array_equal(got["model.embed_tokens.weight"], read(first)["model.embed_tokens.weight"])
-    np.testing.assert_array_equal(got.get("lm_head.weight"), head)
-    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is (head is None)
-    assert ("both are the first slice's" in capsys.readouterr().err) == (head is None)
 
 
 def test_buffers_that_one_model_has_and_counters_are_no_obstacle(tmp_path: Path):
