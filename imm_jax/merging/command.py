@@ -52,7 +52,7 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, made: Mapping[Pat
   """
   recipe, made = next(iter(jobs.values())), made or {}
   first_out = next(iter(jobs))
-  configs.require_compatible(recipe.models, layers_may_differ=recipe.slices[0].layers is not None)
+  _require_compatible(recipe)
   with contextlib.ExitStack() as stack:
     tokenizer, replacements, rows = None, {}, None
     if recipe.tokens is not None:
@@ -103,6 +103,11 @@ def write_config(folders: Iterable[Path], recipe: Recipe, tensors: Sequence[Tens
                           layers=arrange.source_layers(recipe))
 
 
+def _require_compatible(recipe: Recipe) -> None:
+  """Checks that the configs of the models and of the donor allow a merge."""
+  configs.require_compatible(recipe.models, donor=recipe.donor, layers_may_differ=recipe.slices[0].layers is not None)
+
+
 def _find_donor(recipe: Recipe) -> Path:
   """Returns the folder whose config and tokenizer the output takes."""
   return recipe.donor or next(iter(recipe.models.values()))
@@ -114,7 +119,7 @@ def check(recipe: Recipe) -> list[Tensor]:
   Raises:
     UserError: if models or options do not fit.
   """
-  configs.require_compatible(recipe.models, layers_may_differ=recipe.slices[0].layers is not None)
+  _require_compatible(recipe)
   with arrange.open_parts(recipe) as sources:
     for source, part, prefix in zip(sources, recipe.slices, recipe.prefixes, strict=True):
       with contextlib.suppress(_NeedsTensors):

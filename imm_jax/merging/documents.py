@@ -50,7 +50,8 @@ class Documents:
         folders = set(recipe.models.values())
         try:
           if recipe.tokens is not None or folders & unknown:
-            configs.require_compatible(recipe.models, layers_may_differ=recipe.slices[0].layers is not None)
+            configs.require_compatible(recipe.models, donor=recipe.donor,
+                                       layers_may_differ=recipe.slices[0].layers is not None)
             tensors = []
           else:
             tensors = command.check(recipe)

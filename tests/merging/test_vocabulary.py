@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from imm_jax.errors import UserError
 from imm_jax.merging import vocabulary
 from tests.merge_folders import read
-from tests.merging.test_recipes import SHAPES, merged, save
+from tests.merging.recipe_models import SHAPES, merged, save
 
 
 def tokenizer(folder: Path, words: list[str], added: tuple[str, ...] = ()) -> None:
