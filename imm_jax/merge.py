@@ -34,6 +34,7 @@ from imm_jax.merging.command import OutputOptions
 from imm_jax.merging.documents import Documents
 from imm_jax.merging.options import REQUIRED, Option
 from imm_jax.merging.recipe import Recipe, Slice
+from imm_jax.merging.recipe_file import YamlLoader, describe_yaml_error
 from imm_jax.merging.registry import Method
 from imm_jax.model import hub
 
@@ -194,9 +195,9 @@ def _parse_option(option: Option, text: str) -> Any:
 
 def _parse_yaml(name: str, text: str) -> Any:
   try:
-    return yaml.safe_load(text)
+    return yaml.load(text, YamlLoader)
   except yaml.YAMLError as e:
-    raise UserError(f"--{name}={text!r}: is not YAML ({' '.join(str(e).split())})") from e
+    raise UserError(f"--{name}={text!r}: {describe_yaml_error(e)}") from e
 
 
 def _to_numbers(name: str, text: str, value: Any) -> Any:

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
@@ -227,9 +227,13 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def record_files(out: Path) -> None:
-  """Adds the list of all files in an output to its merge.json; where the output is several checkpoints it makes one."""
-  record = files.read_json(out / RECORD) if (out / RECORD).exists() else {"imm_jax": __version__}
-  _write_json(out / RECORD, {**record, "files": sorted({RECORD, *_list_files(out)})})
+  """Adds the list of all files in an output to its merge.json; where the output is several checkpoints, in each.
+
+  That of the whole is made where there is none.
+  """
+  for folder in {out, *(path.parent for path in out.rglob(RECORD) if path.is_file())}:
+    record = files.read_json(folder / RECORD) if (folder / RECORD).exists() else {"imm_jax": __version__}
+    _write_json(folder / RECORD, {**record, "files": sorted({RECORD, *_list_files(folder)})})
 
 
 def explain_foreign(out: Path) -> str:
@@ -237,10 +241,13 @@ def explain_foreign(out: Path) -> str:
   if not (out / RECORD).is_file():
     return f"is no earlier merge (it has no {RECORD})"
   try:
-    known = files.read_json(out / RECORD)["files"]
-  except (UserError, KeyError):
+    known = set(files.read_json(out / RECORD)["files"])
+  except (UserError, KeyError, TypeError):
     return f"is no earlier merge ({RECORD} does not list its files)"
-  foreign = sorted(set(_list_files(out)) - set(known))
+  for name in sorted(known - {RECORD}):  # a checkpoint in it may have been replaced by itself since
+    if PurePosixPath(name).name == RECORD and not explain_foreign((out / name).parent):
+      known |= {f"{PurePosixPath(name).parent}/{file}" for file in files.read_json(out / name)["files"]}
+  foreign = sorted(set(_list_files(out)) - known)
   return f"holds {foreign[0]}, which no merge wrote" if foreign else ""
 
 

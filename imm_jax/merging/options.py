@@ -15,6 +15,8 @@ from imm_jax.merging.trees import Setting, num_layers_of, resolve
 
 # The default of an option that must be given.
 REQUIRED = inspect.Parameter.empty
+# Arithmetic is float32, in which a larger number is infinite.
+_LARGEST = float(np.finfo(np.float32).max)
 # One setting for all models, or one for each model.
 PerModel = Setting | Sequence[Setting]
 
@@ -75,7 +77,8 @@ class Option:
     if self.kind == "choice":
       return " or ".join(map(repr, self.choices))
     if self.low is None and self.high is None:
-      return {"number": "a finite number", "constant": "a finite number", "integer": "an integer"}.get(self.kind, "")
+      return {"number": "a finite number (of float32)", "constant": "a finite number (of float32)",
+              "integer": "an integer"}.get(self.kind, "")
     return (("an integer, " if self.kind == "integer" else "")
             + (f"{self.low:g} <= " if self.low is not None else "") + self.name
             + (f" {'<' if self.below else '<='} {self.high:g}" if self.high is not None else ""))
@@ -98,7 +101,7 @@ class Option:
       valid = True
     else:
       kinds = int | np.integer if self.kind == "integer" else int | float | np.number
-      valid = isinstance(value, kinds) and not isinstance(value, bool) and np.isfinite(value) and (
+      valid = isinstance(value, kinds) and not isinstance(value, bool) and abs(value) <= _LARGEST and (
           (self.low is None or value >= self.low)
           and (self.high is None or (value < self.high if self.below else value <= self.high)))
     if not valid:

@@ -211,6 +211,17 @@ def test_float64_checkpoints_come_back_as_float64(tmp_path: Path):
   np.testing.assert_allclose(got, (trees[0]["w"] + trees[1]["w"]) / 2, rtol=1e-6)
 
 
+def test_numbers_beyond_float32_are_named_and_counted(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+  folder = write(tmp_path / "wide", {"w": np.array([1.0, 1e300])})
+  with checkpoint.CheckpointSource({"a": folder}) as source:
+    outputs = [checkpoint.Output(tmp_path / "out", registry.METHODS["passthrough"](source))]
+    with pytest.raises(UserError, match="w has numbers beyond float32 in a "):
+      checkpoint.merge(source, outputs, key=WORDS)
+    done = checkpoint.merge(source, outputs, key=WORDS, allow_nonfinite=True)
+  assert done.overflowed == [{"w": 1}]
+  assert not recwarn.list
+
+
 def test_tensors_of_integers_must_be_equal(folders: list[Path], tmp_path: Path):
   other = write(tmp_path / "other", models()[1] | {"ids": np.arange(1, 6)})
   with checkpoint.CheckpointSource({"a": folders[0], "b": other}) as source:

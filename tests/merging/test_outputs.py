@@ -15,7 +15,7 @@ from imm_jax.errors import ResourceError, UserError
 from imm_jax.merging import checkpoint, command, mergekit
 from imm_jax.merging.documents import Documents
 from imm_jax.merging.recipe import Recipe
-from tests.merge_folders import read
+from tests.merge_folders import read, write
 from tests.merging.recipe_models import SHAPES, merged, save
 
 
@@ -64,6 +64,26 @@ def test_overwrite_replaces_what_merges_wrote_and_nothing_else(pair, tmp_path: P
   assert "holds link, which no merge wrote" in refusal(out)
   (out / "merge.json").write_text("[]")
   assert "does not list its files" in refusal(out)
+
+
+def test_each_checkpoint_of_an_output_may_be_replaced_by_itself(pair, tmp_path: Path):
+  made = documents(tmp_path, linear(*pair, name="m1"), linear("m1", pair[0], name="org/merge.json"))
+  out = tmp_path / "out"
+  made.merge(out, out, command.OutputOptions())
+  command.record_files(out)
+  for folder in (out, out / "m1", out / "org/merge.json"):
+    assert refusal(folder) == ""
+  (out / "m1/thesis.txt").write_text("")
+  assert refusal(out) == "" or "m1/thesis.txt" in refusal(out)
+  assert "holds thesis.txt, which no merge wrote" in refusal(out / "m1")
+  shutil.rmtree(out / "m1")
+  write(out / "m1", read(pair[0]), shards=2)  # stands for another merge under the same name
+  (out / "m1/merge.json").write_text("{}")
+  command.record_files(out / "m1")
+  assert [refusal(folder) for folder in (out, out / "m1")] == ["", ""]
+  (out / "org/notes").mkdir()
+  (out / "org/notes/merge.json").write_text(json.dumps({"files": ["merge.json"]}))
+  assert "holds org/notes/merge.json, which no merge wrote" in refusal(out)
 
 
 def test_an_input_of_any_kind_is_never_replaced(pair, tmp_path: Path):
