@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -38,6 +38,14 @@ class OutputOptions:
   allow_nonfinite: bool = False
 
 
+class Aligned(NamedTuple):
+  """The tokenizer of an output, the rewritten tensors of each model, and the size of the vocabulary."""
+
+  built: vocabulary.Built
+  replacements: dict[Path, Table]
+  rows: int
+
+
 def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, made: Mapping[Path, Mapping[str, Any]] | None = None,
           ) -> None:
   """Writes one checkpoint for each job, reading the models, which all jobs share, once.
@@ -54,13 +62,13 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, made: Mapping[Pat
   first_out = next(iter(jobs))
   _require_compatible(recipe)
   with contextlib.ExitStack() as stack:
-    tokenizer, replacements, rows = None, {}, None
+    aligned = None
     if recipe.tokens is not None:
       # In the output, so that two merges never share it and what a killed one leaves goes with its output.
       first_out.mkdir(parents=True, exist_ok=True)
       scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".rows.", dir=first_out)))
-      tokenizer, replacements, rows = _align_vocabularies(recipe, scratch)
-    sources = stack.enter_context(arrange.open_parts(recipe, replacements))
+      aligned = _align_vocabularies(recipe, scratch)
+    sources = stack.enter_context(arrange.open_parts(recipe, aligned and aligned.replacements))
     tensors = _describe_outputs(sources, recipe)
     # Rewritten rows are on the disk already.
     require_space(len(jobs) * sum(map(count_bytes, tensors)), first_out)
@@ -71,12 +79,8 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, made: Mapping[Pat
     result = checkpoint.merge_parts(
         parts, [(folder, dtype) for folder in jobs], key=masks.seed_words(options.seed),
         max_shard_bytes=options.max_shard_bytes, allow_nonfinite=options.allow_nonfinite)
-  write_config(jobs, recipe, tensors, rows)
+  write_companions(jobs, recipe, tensors, aligned)
   for folder, job, overflowed in zip(jobs, jobs.values(), result.overflowed, strict=True):
-    if tokenizer is not None:
-      vocabulary.save_tokenizer(tokenizer, folder)
-    if recipe.chat_template:
-      configs.set_chat_template(folder, _choose_chat_template(recipe))
     if overflowed:
       which = join_items([f"{name} ({count})" for name, count in overflowed.most_common(5)])
       print(f"note: {sum(overflowed.values())} entries are beyond what {recipe.dtype or 'the dtype'} holds and became "
@@ -86,21 +90,27 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, made: Mapping[Pat
     _write_record(folder, job, options, inputs, overflowed)
 
 
-def write_config(folders: Iterable[Path], recipe: Recipe, tensors: Sequence[Tensor], rows: int | None = None) -> None:
+def write_companions(folders: Iterable[Path], recipe: Recipe, tensors: Sequence[Tensor], aligned: Aligned | None,
+                     ) -> None:
   """Writes all of the outputs of a recipe but their weights: config.json, tokenizer and other files.
 
   Args:
     folders: the outputs, which exist.
     recipe: the recipe.
-    tensors: their tensors; if they are not known, `tie_word_embeddings` stays as it is.
-    rows: size of their vocabulary; None leaves that of the config.
+    tensors: their tensors.
+    aligned: the tokenizer, if the recipe asks for one.
   """
   donor = _find_donor(recipe)
-  head = _changed_head(donor, tensors) if tensors else None  # once for all outputs of a sweep, for it reads the donor
+  head = _changed_head(donor, tensors)  # once for all outputs of a sweep, for it reads the donor
+  template = _choose_chat_template(recipe) if recipe.chat_template else None
   for folder in folders:
-    configs.copy_companion_files(donor, folder)
-    configs.update_config(folder, dtype=recipe.dtype or _main_dtype(tensors), rows=rows, head=head,
+    configs.copy_companion_files(donor, folder, tokenizer=aligned is None)
+    configs.update_config(folder, dtype=recipe.dtype or _main_dtype(tensors), rows=aligned and aligned.rows, head=head,
                           layers=arrange.source_layers(recipe))
+    if aligned is not None:
+      vocabulary.save_tokenizer(aligned.built, folder)
+    if template is not None:
+      configs.set_chat_template(folder, template)
 
 
 def _require_compatible(recipe: Recipe) -> None:
@@ -113,18 +123,21 @@ def _find_donor(recipe: Recipe) -> Path:
   return recipe.donor or next(iter(recipe.models.values()))
 
 
-def check(recipe: Recipe) -> list[Tensor]:
-  """Checks a recipe as far as that needs no tensor to be read; returns name, dtype and shape of what it will write.
+def check(recipe: Recipe) -> tuple[list[Tensor], Aligned | None]:
+  """Checks a recipe as far as that needs no tensor to be read; returns what it will write, and its tokenizer.
 
   Raises:
     UserError: if models or options do not fit.
   """
   _require_compatible(recipe)
-  with arrange.open_parts(recipe) as sources:
+  aligned = None if recipe.tokens is None else _align_vocabularies(recipe, None)
+  if recipe.chat_template:
+    _choose_chat_template(recipe)
+  with arrange.open_parts(recipe, aligned and aligned.replacements) as sources:
     for source, part, prefix in zip(sources, recipe.slices, recipe.prefixes, strict=True):
       with contextlib.suppress(_NeedsTensors):
         recipes.build_plan(_HeadersOnly(source), recipe.method, part.options, prefix)
-    return _describe_outputs(sources, recipe)
+    return _describe_outputs(sources, recipe), aligned
 
 
 class _NeedsTensors(Exception):  # noqa: N818 (it is no error)
@@ -144,14 +157,15 @@ class _HeadersOnly:
     raise _NeedsTensors
 
 
-def _align_vocabularies(recipe: Recipe, scratch: Path) -> tuple[object, dict[Path, Table], int]:
-  """Builds the output's tokenizer and reorders the models' token rows to match it; returns their number too."""
+def _align_vocabularies(recipe: Recipe, scratch: Path | None) -> Aligned:
+  """Builds the output's tokenizer and reorders the models' token rows to match it; without `scratch` writes no rows."""
   models = list(dict.fromkeys(recipe.models.values()))
-  tokenizer, known = vocabulary.build_tokenizer(recipe.tokens, _find_donor(recipe), models)
+  built = vocabulary.build_tokenizer(recipe.tokens, _find_donor(recipe), models)
   with contextlib.ExitStack() as stack:
     opened = {folder: stack.enter_context(CheckpointSource({"model": folder})) for folder in models}
     tables = {folder: {name: source.entries(name)[0] for name in source.order} for folder, source in opened.items()}
-  return tokenizer, *vocabulary.align_rows(recipe.tokens, tokenizer.get_vocab(), known, tables, recipe.donor, scratch)
+  return Aligned(built, *vocabulary.align_rows(recipe.tokens, built.tokenizer.get_vocab(), built.rows_by_token, tables,
+                                               recipe.donor, scratch))
 
 
 def _main_dtype(tensors: Sequence[Tensor]) -> str:

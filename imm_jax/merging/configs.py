@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from imm_jax import files
-from imm_jax.errors import UserError, print_once
+from imm_jax.errors import UserError, join_items, print_once
 from imm_jax.model import folder as model_folder
 
 # Averaging weights is meaningless across model families or head layouts, even where the shapes agree. Families have
@@ -30,6 +30,11 @@ _ROTARY_BASES, _ROTARY_SHARES = ("rope_theta", "rotary_emb_base"), ("partial_rot
 _ROTARY_FORMS = (*_ROTARY_BASES, *_ROTARY_SHARES, "rope_parameters", "rope_scaling")
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
 _LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# Files whose auto_map names code beside them.
+_MAPPED = ("tokenizer_config.json", *model_folder.MODEL_SIDE_FILES)
+# Suffixes of files that a model may need, and names of such that none does.
+_COMPANIONS = (".json", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".codes", ".vocab", ".bpe")
+_NO_COMPANIONS = re.compile(r".*\.index\.json|(trainer_state|merge|adapter_config|.*_results)\.json|handler\.py")
 # Configs of the language model within that of a model of several parts.
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 # Lists with an entry for each layer, and lists of the layers that differ from others.
@@ -137,15 +142,23 @@ def vocab_size(folder: Path) -> int | None:
   return next((size for size in reversed(sizes) if isinstance(size, int)), None)
 
 
-def copy_companion_files(donor: Path, out: Path) -> None:
+def copy_companion_files(donor: Path, out: Path, *, tokenizer: bool = True) -> None:
   """Copies all that a model needs besides its weights: config, tokenizer, custom code and pipeline modules.
+
+  A line names files that may belong to the model too and are not known.
+
+  Args:
+    donor: the model's folder.
+    out: the folder to write.
+    tokenizer: whether to copy its tokenizer and chat templates; without, the output has others.
 
   Raises:
     UserError: if a pipeline module has weights of its own, which would not be merged.
   """
-  names = model_folder.list_side_files(donor)
-  if files.read_json(donor / "config.json").get("auto_map"):
-    names += sorted(path.name for path in donor.glob("*.py"))
+  known = model_folder.list_side_files(donor)
+  names = known if tokenizer else [name for name in known if name in model_folder.MODEL_SIDE_FILES]
+  if any(files.read_json(donor / name).get("auto_map") for name in names if name in _MAPPED):
+    names = names + sorted(path.name for path in donor.glob("*.py"))
   modules = donor / "modules.json"
   if modules.exists():  # sentence-transformers
     names += [name for name in ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
@@ -159,6 +172,10 @@ def copy_companion_files(donor: Path, out: Path) -> None:
         raise UserError(f"{donor}: modules.json names {module['path']}, which has weights of its own ({weights}), and "
                         "such are not merged; remove it from modules.json and add it to the output yourself")
       names += part_files
+  unknown = sorted(path.name for path in donor.iterdir() if path.is_file() and path.name not in {*known, *names}
+                   and path.suffix in _COMPANIONS and not _NO_COMPANIONS.fullmatch(path.name))
+  if unknown:
+    print_once(f"note: {donor}: {join_items(unknown)}: not copied; add what the model needs")
   for name in names:
     (out / name).parent.mkdir(parents=True, exist_ok=True)
   model_folder.copy_side_files(donor, out, names)

@@ -22,7 +22,11 @@ MAX_SHARD_BYTES = 5_000_000_000
 SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
               "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
               "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-              "preprocessor_config.json")
+              "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "spm.model",
+              "source.spm", "target.spm", "bpe.codes", "tiktoken.model", "qwen.tiktoken", "normalizer.json")
+# Those of them that are not the tokenizer's.
+MODEL_SIDE_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+                    "video_preprocessor_config.json")
 # Folder of the named chat templates, in which transformers stores all but the first.
 TEMPLATES = "additional_chat_templates"
 # File names of unsupported weights, and what to do about them; training_args.bin and the like are not weights.

@@ -228,6 +228,23 @@ def test_code_and_pipelines_beside_the_weights_are_copied_or_refused(tmp_path: P
     merged(tmp_path, made, "again")
 
 
+@pytest.mark.parametrize("mapped", ["config.json", "tokenizer_config.json", "processor_config.json", None])
+def test_files_that_a_model_needs_are_copied_and_others_named(mapped: str | None, pair, tmp_path: Path, capsys):
+  needed = ["processor_config.json", "video_preprocessor_config.json", "spm.model", "normalizer.json",
+            "tokenizer_config.json", "qwen.tiktoken"]
+  for name in (*needed, "tokenization_own.py", "own.json", "trainer_state.json", "train_results.json", "LICENSE"):
+    (pair[0] / name).write_text("{}")
+  if mapped:
+    config = json.loads((pair[0] / mapped).read_text())
+    (pair[0] / mapped).write_text(json.dumps({**config, "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}))
+  merged(tmp_path, {**LINEAR, "models": [{"model": str(folder)} for folder in pair]})
+  written = {path.name for path in (tmp_path / "out").iterdir()}
+  code = {"tokenization_own.py"} if mapped else set()
+  assert written == {"config.json", "model.safetensors", "merge.json", "README.md", *needed, *code}
+  names = "own.json" if mapped else "own.json, tokenization_own.py"
+  assert f"{pair[0]}: {names}: not copied; add what the model needs" in capsys.readouterr().err
+
+
 def test_model_stock_of_one_model_and_adapters_alone_are_refused(pair, tmp_path: Path):
   with pytest.raises(UserError, match="model_stock takes 2 or more models other than base_model, not 1"):
     merged(tmp_path, {"merge_method": "model_stock", "base_model": str(pair[0]), "models": [{"model": str(pair[1])}]})
