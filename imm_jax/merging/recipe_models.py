@@ -82,7 +82,7 @@ class Models:
 
   def identify(self, name: str) -> Any:
     """Returns what is equal for names of the same model, such as `la`, `./la` and `la/`, without a download."""
-    if name in self._earlier:
+    if name in self._earlier or name in self._later:
       return name
     base, *adapter = hub.split_adapter(name) or (name,)
     folder = hub.find_config_folder(base)

@@ -92,6 +92,17 @@ def test_each_checkpoint_of_an_output_may_be_replaced_by_itself(pair, tmp_path: 
   assert "holds org/notes/merge.json, which no merge wrote" in refusal(out)
 
 
+def test_the_outputs_of_a_sweep_take_their_config_from_one_reading(pair, tmp_path: Path, monkeypatch):
+  read_table, labels = command.arrange.read_table, []
+  monkeypatch.setattr(command.arrange, "read_table",
+                      lambda label, folder: labels.append(label) or read_table(label, folder))
+  (tmp_path / "recipe.yml").write_text(yaml.safe_dump(linear(*pair)))
+  job = mergekit.read(tmp_path / "recipe.yml")
+  command.merge({tmp_path / str(i): job for i in range(3)}, command.OutputOptions())
+  assert labels == ["base_model"]
+  assert len({(tmp_path / str(i) / "config.json").read_text() for i in range(3)}) == 1
+
+
 def test_an_input_of_any_kind_is_never_replaced(pair, tmp_path: Path):
   donor, tokens, embedding = (save(tmp_path / name, 2) for name in ("donor", "tokens", "embedding"))
   for folder in (*pair, donor, tokens, embedding):
@@ -169,6 +180,7 @@ def stack(name: str | None = None, folder: object = "A", **more) -> dict:
     (lambda a, b: stack(None, "six") | {"slices": [{"sources": [{"model": "six", "layer_range": [4, 7]}]}]},
      "layer_range [4, 7]: six has 6 layers"),
     (lambda a, b: {**linear(), "models": [{"model": "six"}]}, "document 2: models[0].parameters.weight is missing"),
+    (lambda a, b: {**linear("six"), "base_model": "sxi"}, "sxi: no such checkpoint folder"),
     (lambda a, b: linear("sxi"), "sxi: no such checkpoint folder"),
     (lambda a, b: linear("six", "/no/such"), "/no/such: no such checkpoint folder")])
 def test_all_documents_are_checked_before_the_first_is_merged(last, expected: str, pair, tmp_path: Path):
