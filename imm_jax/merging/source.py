@@ -67,7 +67,8 @@ class CheckpointSource:
     self.num_models, self.has_base = len(self._models), labels[0] == "base"
     counts = trees.count_layers(self.names)
     self.layers = _cut_layers(counts, next(iter(self.folders.values()))) if num_layers is None else counts
-    self.output_layers = self.layers if num_layers is None else dict.fromkeys(counts, num_layers)
+    # A slice may hold no layer, but what stands before or after them.
+    self.output_layers = self.layers if num_layers is None else dict.fromkeys(counts or ("layers",), num_layers)
 
   def __enter__(self) -> "CheckpointSource":
     return self

@@ -28,10 +28,11 @@ def stack(*folders: Path, **more) -> dict:
     ("iimm", {"importance": [1, 2, 3, 4], "base_weight": 0.5, "drop_rate": 0})])
 def test_depth_is_that_of_the_output_in_slices_too(method: str, parameters: dict, pair, tmp_path: Path):
   made = {"merge_method": method, "base_model": str(pair[0]), "parameters": parameters}
-  whole, halves = (merged(tmp_path, made | {"slices": [{"sources": [source(m, ends) for m in pair]} for ends in cut]},
-                          str(len(cut))) for cut in ([[0, 4]], [[0, 2], [2, 4]]))
-  for name, x in whole.items():
-    np.testing.assert_array_equal(halves[name], x)
+  whole, *others = (merged(tmp_path, made | {"slices": [{"sources": [source(m, ends) for m in pair]} for ends in cut]},
+                          str(len(cut))) for cut in ([[0, 4]], [[0, 2], [2, 4]], [[0, 0], [0, 4], [4, 4]]))
+  for other in others:
+    for name, x in whole.items():
+      np.testing.assert_array_equal(other[name], x)
   base, other = map(read, pair)
   for i, scale in enumerate((0, 1 / 3, 2 / 3, 1) if method == "lines" else (0.2, 0.4, 0.6, 0.8)):
     name = f"model.layers.{i}.mlp.up_proj.weight"
