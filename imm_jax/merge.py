@@ -29,11 +29,12 @@ from absl import flags
 
 from imm_jax import cli, files
 from imm_jax.errors import UserError, suggest
-from imm_jax.merging import command, mergekit, recipe, registry
+from imm_jax.merging import command, mergekit, recipe as recipes, registry
 from imm_jax.merging.command import OutputOptions
 from imm_jax.merging.documents import Documents
 from imm_jax.merging.options import REQUIRED, Option
 from imm_jax.merging.recipe import Recipe, Slice
+from imm_jax.merging.recipe_file import YamlLoader, describe_yaml_error
 from imm_jax.merging.registry import Method
 from imm_jax.model import hub
 
@@ -54,7 +55,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of all random masks, such as DARE'
                              upper_bound=2**32 - 1)
 _SWEEP = flags.DEFINE_list("sweep_base_weight", [], "For imm and iimm: base weights, 0.1,0.3,...; a checkpoint is "
                            "written for each, and the inputs are read once.")
-_DTYPE = flags.DEFINE_enum("out_dtype", None, sorted(recipe.DTYPES), "Dtype of the weights that are written; by "
+_DTYPE = flags.DEFINE_enum("out_dtype", None, sorted(recipes.DTYPES), "Dtype of the weights that are written; by "
                            "default the first model's.")
 _SHARD = flags.DEFINE_string("max_shard_size", "5GB", "Largest size of a weights file; larger weights are split.")
 _ALLOW = flags.DEFINE_bool("allow_nonfinite", False, "Also merge tensors that contain NaN or infinity.")
@@ -133,36 +134,36 @@ def main() -> None:
   _write(root, several.check(root), lambda out: several.merge(out, root, options))
 
 
-def _write_one(root: Path, recipe: Recipe, options: OutputOptions) -> None:
+def _write_one(root: Path, job: Recipe, options: OutputOptions) -> None:
   """Writes the output of a recipe, or of each weight of a sweep."""
-  outputs = _plan_outputs(root, recipe)
+  outputs = _plan_outputs(root, job)
 
-  def merge(out: Path) -> int:
-    command.merge({out / folder.relative_to(root): job for folder, job in outputs.items()}, options)
+  def write(out: Path) -> int:
+    command.merge({out / folder.relative_to(root): swept for folder, swept in outputs.items()}, options)
     return len(outputs)
 
-  _write(root, recipe.inputs, merge)
+  _write(root, job.inputs, write)
 
 
-def _write(root: Path, inputs: Mapping[str, Path], merge: Callable[[Path], int]) -> None:
-  """Writes --out atomically; `merge` writes a folder in its place and returns the number of merges."""
+def _write(root: Path, inputs: Mapping[str, Path], write: Callable[[Path], int]) -> None:
+  """Writes --out atomically; `write` writes a folder in its place and returns the number of merges."""
   started = time.monotonic()
   files.check_out(root, inputs, overwrite=_OVERWRITE.value, explain_foreign=command.explain_foreign)
   with files.locked(root), files.committed(root) as temporary:
-    count = merge(temporary)
+    count = write(temporary)
     command.record_files(temporary)
   size = sum(weights.stat().st_size for weights in root.rglob("*.safetensors"))
   print(f"{root}: {count} merge{'s' * (count > 1)}, {files.format_size(size)} in {time.monotonic() - started:.1f} s")
 
 
-def _plan_outputs(out: Path, merge: Recipe) -> dict[Path, Recipe]:
+def _plan_outputs(out: Path, job: Recipe) -> dict[Path, Recipe]:
   """Returns the recipe of each folder to write: one, or one for each weight of the sweep."""
   if not _SWEEP.value:
     if _SWEEP.present:
       raise UserError("--sweep_base_weight is empty; expected numbers from 0 to 1")
-    return {out: merge}
-  if merge.method not in ("imm", "iimm"):
-    raise UserError(f"--sweep_base_weight: {merge.method} has no base_weight; it is for imm and iimm")
+    return {out: job}
+  if job.method not in ("imm", "iimm"):
+    raise UserError(f"--sweep_base_weight: {job.method} has no base_weight; it is for imm and iimm")
   if _FLAGS["base_weight"].value is not None:
     raise UserError("--base_weight: --sweep_base_weight gives it; leave out one or the other")
   jobs: dict[Path, Recipe] = {}
@@ -173,11 +174,11 @@ def _plan_outputs(out: Path, merge: Recipe) -> dict[Path, Recipe]:
       weight = math.nan
     if not 0 <= weight <= 1:
       raise UserError(f"--sweep_base_weight={text}: expected numbers from 0 to 1")
-    if weight in [job.options["base_weight"] for job in jobs.values()]:
+    if weight in [other.options["base_weight"] for other in jobs.values()]:
       raise UserError(f"--sweep_base_weight={','.join(_SWEEP.value)}: {text} stands in it twice")
-    only_slice, = merge.slices
+    only_slice, = job.slices
     only_slice = dataclasses.replace(only_slice, options={**only_slice.options, "base_weight": weight})
-    jobs[out / f"base_weight_{text.strip()}"] = dataclasses.replace(merge, slices=(only_slice,))
+    jobs[out / f"base_weight_{text.strip()}"] = dataclasses.replace(job, slices=(only_slice,))
   return jobs
 
 
@@ -194,9 +195,9 @@ def _parse_option(option: Option, text: str) -> Any:
 
 def _parse_yaml(name: str, text: str) -> Any:
   try:
-    return yaml.safe_load(text)
+    return yaml.load(text, YamlLoader)
   except yaml.YAMLError as e:
-    raise UserError(f"--{name}={text!r}: is not YAML ({' '.join(str(e).split())})") from e
+    raise UserError(f"--{name}={text!r}: {describe_yaml_error(e)}") from e
 
 
 def _to_numbers(name: str, text: str, value: Any) -> Any:

@@ -1,16 +1,17 @@
 """Opens the models of a recipe: whole models, or slices of their layers under the output's tensor names."""
 
+import collections
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from imm_jax.errors import UserError, join_items
-from imm_jax.merging import roles
+from imm_jax import files
+from imm_jax.errors import UserError, join_items, print_once
+from imm_jax.merging import configs, roles
 from imm_jax.merging.recipe import Recipe
-from imm_jax.merging.source import CheckpointSource, Table
-from imm_jax.merging.trees import count_layers, layer_of
-from imm_jax.model import folder as model_folder
+from imm_jax.merging.source import CheckpointSource, Table, is_buffer
+from imm_jax.merging.trees import count_layers, layer_of, stack_of
 
 
 @contextlib.contextmanager
@@ -22,8 +23,9 @@ def open_parts(recipe: Recipe, replacements: Mapping[Path, Table] | None = None)
     replacements: folder -> tensors that replace its own.
 
   Raises:
-    UserError: if models do not match, a layer range exceeds a model's layers, or a model that is to be sliced has
-      several stacks of layers.
+    UserError: if models do not match, slices do not fit each other, whole models or slices do not fit the config that
+      the output takes, a layer range exceeds a model's layers, or a model that is to be sliced has several stacks of
+      layers.
   """
   replacements = replacements or {}
   with contextlib.ExitStack() as stack:
@@ -31,20 +33,23 @@ def open_parts(recipe: Recipe, replacements: Mapping[Path, Table] | None = None)
       folders = recipe.slices[0].models
       tables = None
       if any(replacements.get(folder) for folder in folders.values()):
-        tables = [_read_table(label, folder) | replacements.get(folder, {}) for label, folder in folders.items()]
-      yield [stack.enter_context(CheckpointSource(folders, tables=tables))]
+        tables = [read_table(label, folder) | replacements.get(folder, {}) for label, folder in folders.items()]
+      source = stack.enter_context(CheckpointSource(folders, tables=tables))
+      if recipe.donor not in (None, *folders.values()):
+        _require_fit(recipe, next(iter(folders)), {name: source.entries(name)[0] for name in source.order},
+                     read_table("base_model", recipe.donor))
+      yield [source]
       return
     cache: dict[Path, Table] = {}
     for label, folder in recipe.models.items():
       if folder not in cache:
-        cache[folder] = _read_table(label, folder) | replacements.get(folder, {})
+        cache[folder] = read_table(label, folder) | replacements.get(folder, {})
         _require_one_stack(label, folder, list(cache[folder]))
-    last = [cache[folder] for folder in recipe.slices[-1].models.values()]
-    if any(model_folder.HEAD in table for table in last):
-      for table in last:  # a tied model's head is its embedding
-        if model_folder.HEAD not in table and model_folder.EMBEDDING in table:
-          table[model_folder.HEAD] = table[model_folder.EMBEDDING]
-    parts, begin = [], 0
+    cache = dict(zip(cache, roles.share_heads(list(cache.values())), strict=True))
+    _note_tied_head(recipe, cache)
+    parts, begin, total = [], 0, len(source_layers(recipe))
+    reference = _find_reference(recipe)[1]
+    reference_table = cache[reference] if reference in cache else read_table("base_model", reference)
     for i, (prefix, part) in enumerate(zip(recipe.prefixes, recipe.slices, strict=True)):
       tables = []
       for label, folder in part.models.items():
@@ -54,7 +59,11 @@ def open_parts(recipe: Recipe, replacements: Mapping[Path, Table] | None = None)
           raise UserError(f"{prefix}{label}: layer_range [{first}, {end}]: {folder} has {count} layers")
         tables.append(_select_layers(cache[folder], first, end, begin, before=i == 0,
                                      after=i == len(recipe.slices) - 1))
-      parts.append(stack.enter_context(CheckpointSource(part.models, tables=tables, first_layer=begin)))
+      if next(iter(part.models.values())) != reference:
+        _require_fit(recipe, prefix + next(iter(part.models)), tables[0], reference_table, before=i == 0,
+                     after=i == len(recipe.slices) - 1)
+      parts.append(stack.enter_context(CheckpointSource(part.models, tables=tables, first_layer=begin,
+                                                   num_layers=total)))
       begin += end - first
     yield parts
 
@@ -70,9 +79,76 @@ def source_layers(recipe: Recipe) -> list[tuple[Path, int]] | None:
   return layers
 
 
-def _read_table(label: str, folder: Path) -> Table:
+def read_table(label: str, folder: Path) -> Table:
+  """Reads the entries of a model's tensors, without those that are computed from others (tied head, rotary)."""
   with CheckpointSource({label: folder}) as source:
     return {name: source.entries(name)[0] for name in source.order}
+
+
+def _find_reference(recipe: Recipe) -> tuple[str, Path]:
+  """Returns label and folder of the model whose config the output takes."""
+  return ("base_model", recipe.donor) if recipe.donor is not None else next(iter(recipe.models.items()))
+
+
+def _require_fit(recipe: Recipe, label: str, table: Table, reference: Table, *, before: bool = True, after: bool = True,
+                 ) -> None:
+  """Raises UserError unless tensors fit the model whose config the output takes.
+
+  Args:
+    recipe: the recipe.
+    label: the model that the tensors are of.
+    table: its tensors: layers, and those before or after all layers.
+    reference: all tensors of the other model.
+    before: whether those before the layers are among them.
+    after: whether those after the layers are among them.
+  """
+  shapes, examples = collections.defaultdict(set), {}
+  for name, entry in reference.items():
+    shapes[_form(name)].add(entry.shape)
+    examples.setdefault(_form(name), []).append(name)
+  # Of tied and untied models one has no head; its embedding is its head.
+  is_own_head = lambda name: layer_of(name) is None and roles.is_head(name) and name.endswith("weight")
+  if embedding := roles.find_embedding(reference):
+    for name in filter(is_own_head, table):
+      shapes[name] = shapes.get(name) or {reference[embedding].shape}
+  problems = []
+  for name, entry in table.items():
+    form, rows = _form(name), int(recipe.tokens is not None and (roles.is_embedding(name) or roles.is_head(name)))
+    if form not in shapes:
+      problems += [] if is_buffer(name) else [f"has {form}"]
+    elif entry.shape[rows:] not in {shape[rows:] for shape in shapes[form]}:
+      problems.append(f"has {form} {entry.shape}, not {join_items(sorted(map(str, shapes[form])))}")
+  layers, depth = (
+      collections.Counter(stack for stack, layer in {(stack_of(name), layer_of(name)) for name in names})
+      for names in (table, reference))
+  found = collections.Counter(map(_form, table))
+  for form, names in examples.items():
+    stack = stack_of(names[0])
+    if stack is None:
+      needed = 0 if is_own_head(form) else int(before if roles.precedes_layers(form) else after)
+    else:  # what each layer of the other model has
+      needed = layers[stack] if len(names) == depth[stack] else 0
+    if found[form] < needed and not is_buffer(names[0]):
+      problems.append(f"lacks {form}")
+  if problems:
+    other, folder = _find_reference(recipe)
+    raise UserError(f"{label} ({recipe.models[label]}) does not fit {other} ({folder}), whose config.json the output "
+                    f"takes: it {join_items(list(dict.fromkeys(problems)), '; ')}")
+
+
+def _form(name: str) -> str:
+  """Returns a tensor's name without the number of its layer."""
+  layer = layer_of(name)
+  return name if layer is None else _renumber(name, layer, "N")
+
+
+def _note_tied_head(recipe: Recipe, tables: Mapping[Path, Table]) -> None:
+  """Notes that an output that is tied, as all its models are, has the first slice's head and not the last one's."""
+  first, last = (list(part.models.values()) for part in (recipe.slices[0], recipe.slices[-1]))
+  if first != last and not any(map(roles.find_heads, tables.values())) and configs.ties_embeddings(
+      files.read_json(last[0] / "config.json")):
+    print_once("note: all models of the slices tie head and embedding, and so does the output: both are the first "
+               "slice's")
 
 
 def _require_one_stack(label: str, folder: Path, names: list[str]) -> None:
@@ -96,5 +172,5 @@ def _select_layers(table: Table, first: int, end: int, begin: int, *, before: bo
   return result
 
 
-def _renumber(name: str, layer: int, new: int) -> str:
+def _renumber(name: str, layer: int, new: int | str) -> str:
   return re.sub(rf"(?<=[._]){layer}(?=\.|$)", str(new), name, count=1)

@@ -199,7 +199,9 @@ class _MergeRun:
     if not self._allow and not all(map(_is_finite, inputs.values())):
       for label, folder, array in zip(part.source.folders, part.source.folders.values(), arrays, strict=True):
         if not _is_finite(inputs[id(array)]):
-          raise UserError(f"{name} has NaN or infinity in {label} ({folder}): a merge would spread it; take a sound "
+          is_wide = np.isfinite(inputs[id(array)].astype(np.float64)).all()
+          raise UserError(f"{name} has {'numbers beyond float32' if is_wide else 'NaN or infinity'} in {label} "
+                          f"({folder}): a merge would {'make them infinite' if is_wide else 'spread it'}; take a sound "
                           "checkpoint, or allow it (--allow_nonfinite)")
     for i, (plan, writer, numbers) in enumerate(zip(part.plans, self._writers, scalars, strict=True)):
       merged = _merge_block(plan, arrays, numbers, shared, writer.dtype(name)).reshape(-1)[:count]
@@ -212,16 +214,17 @@ class _MergeRun:
 
   def _count_overflow(self, name: str, output: int, inputs: Iterable[np.ndarray], merged: np.ndarray) -> None:
     """Counts entries that are not finite although the inputs are."""
-    finite = np.logical_and.reduce([np.isfinite(array.astype(np.float32)) for array in inputs])
+    finite = np.logical_and.reduce([np.isfinite(array.astype(np.float64)) for array in inputs])
     count = int((finite & ~np.isfinite(merged.astype(np.float32))).sum())
     with self._lock:
       self.overflowed[output] += Counter({name: count} if count else {})
 
 
 def _is_finite(array: np.ndarray) -> bool:
-  """Returns whether all entries are finite. Comparing exponent bits is several times as fast as np.isfinite."""
+  """Returns whether all entries are finite in float32. Comparing exponent bits is far faster than np.isfinite."""
   if not array.size or array.dtype.itemsize not in (2, 4):
-    return bool(np.isfinite(array.astype(np.float32)).all())
+    with np.errstate(over="ignore"):
+      return bool(np.isfinite(array.astype(np.float32)).all())
   bits = np.dtype(f"u{array.dtype.itemsize}")
   infinity = np.array(np.inf, array.dtype).view(bits)
   return bool((array.view(bits) & (np.iinfo(bits).max >> 1)).max() < infinity)

@@ -9,16 +9,16 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from imm_jax import __version__, files
 from imm_jax.errors import ResourceError, UserError, join_items
-from imm_jax.merging import arrange, checkpoint, configs, masks, recipe as recipes, vocabulary
+from imm_jax.merging import arrange, checkpoint, configs, masks, recipe as recipes, roles, vocabulary
 from imm_jax.merging.recipe import Recipe
 from imm_jax.merging.source import CheckpointSource, Table, is_floating
 from imm_jax.model import folder as model_folder
@@ -38,6 +38,14 @@ class OutputOptions:
   allow_nonfinite: bool = False
 
 
+class Aligned(NamedTuple):
+  """The tokenizer of an output, the rewritten tensors of each model, and the size of the vocabulary."""
+
+  built: vocabulary.Built
+  replacements: dict[Path, Table]
+  rows: int
+
+
 def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, made: Mapping[Path, Mapping[str, Any]] | None = None,
           ) -> None:
   """Writes one checkpoint for each job, reading the models, which all jobs share, once.
@@ -52,15 +60,15 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, made: Mapping[Pat
   """
   recipe, made = next(iter(jobs.values())), made or {}
   first_out = next(iter(jobs))
-  configs.require_compatible(recipe.models, layers_may_differ=recipe.slices[0].layers is not None)
+  _require_compatible(recipe)
   with contextlib.ExitStack() as stack:
-    tokenizer, replacements, rows = None, {}, None
+    aligned = None
     if recipe.tokens is not None:
       # In the output, so that two merges never share it and what a killed one leaves goes with its output.
       first_out.mkdir(parents=True, exist_ok=True)
       scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".rows.", dir=first_out)))
-      tokenizer, replacements, rows = _align_vocabularies(recipe, scratch)
-    sources = stack.enter_context(arrange.open_parts(recipe, replacements))
+      aligned = _align_vocabularies(recipe, scratch)
+    sources = stack.enter_context(arrange.open_parts(recipe, aligned and aligned.replacements))
     tensors = _describe_outputs(sources, recipe)
     # Rewritten rows are on the disk already.
     require_space(len(jobs) * sum(map(count_bytes, tensors)), first_out)
@@ -71,12 +79,8 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, made: Mapping[Pat
     result = checkpoint.merge_parts(
         parts, [(folder, dtype) for folder in jobs], key=masks.seed_words(options.seed),
         max_shard_bytes=options.max_shard_bytes, allow_nonfinite=options.allow_nonfinite)
+  write_companions(jobs, recipe, tensors, aligned)
   for folder, job, overflowed in zip(jobs, jobs.values(), result.overflowed, strict=True):
-    write_config(folder, recipe, tensors, rows)
-    if tokenizer is not None:
-      vocabulary.save_tokenizer(tokenizer, folder)
-    if recipe.chat_template:
-      configs.set_chat_template(folder, _choose_chat_template(recipe))
     if overflowed:
       which = join_items([f"{name} ({count})" for name, count in overflowed.most_common(5)])
       print(f"note: {sum(overflowed.values())} entries are beyond what {recipe.dtype or 'the dtype'} holds and became "
@@ -86,20 +90,32 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, made: Mapping[Pat
     _write_record(folder, job, options, inputs, overflowed)
 
 
-def write_config(folder: Path, recipe: Recipe, tensors: Sequence[Tensor], rows: int | None = None) -> None:
-  """Writes all of an output but its weights: config.json, tokenizer and other files.
+def write_companions(folders: Iterable[Path], recipe: Recipe, tensors: Sequence[Tensor], aligned: Aligned | None,
+                     ) -> None:
+  """Writes all of the outputs of a recipe but their weights: config.json, tokenizer and other files.
 
   Args:
-    folder: the output, which exists.
+    folders: the outputs, which exist.
     recipe: the recipe.
-    tensors: its tensors; if they are not known, `tie_word_embeddings` stays as it is.
-    rows: size of its vocabulary; None leaves that of the config.
+    tensors: their tensors.
+    aligned: the tokenizer, if the recipe asks for one.
   """
   donor = _find_donor(recipe)
-  configs.copy_companion_files(donor, folder)
-  names = {name for name, *_ in tensors}
-  configs.update_config(folder, dtype=recipe.dtype or _main_dtype(tensors), rows=rows,
-                        head=_changed_head(donor, names) if names else None, layers=arrange.source_layers(recipe))
+  head = _changed_head(donor, tensors)  # once for all outputs of a sweep, for it reads the donor
+  template = _choose_chat_template(recipe) if recipe.chat_template else None
+  for folder in folders:
+    configs.copy_companion_files(donor, folder, tokenizer=aligned is None)
+    configs.update_config(folder, dtype=recipe.dtype or _main_dtype(tensors), rows=aligned and aligned.rows, head=head,
+                          layers=arrange.source_layers(recipe))
+    if aligned is not None:
+      vocabulary.save_tokenizer(aligned.built, folder)
+    if template is not None:
+      configs.set_chat_template(folder, template)
+
+
+def _require_compatible(recipe: Recipe) -> None:
+  """Checks that the configs of the models and of the donor allow a merge."""
+  configs.require_compatible(recipe.models, donor=recipe.donor, layers_may_differ=recipe.slices[0].layers is not None)
 
 
 def _find_donor(recipe: Recipe) -> Path:
@@ -107,18 +123,21 @@ def _find_donor(recipe: Recipe) -> Path:
   return recipe.donor or next(iter(recipe.models.values()))
 
 
-def check(recipe: Recipe) -> list[Tensor]:
-  """Checks a recipe as far as that needs no tensor to be read; returns name, dtype and shape of what it will write.
+def check(recipe: Recipe) -> tuple[list[Tensor], Aligned | None]:
+  """Checks a recipe as far as that needs no tensor to be read; returns what it will write, and its tokenizer.
 
   Raises:
     UserError: if models or options do not fit.
   """
-  configs.require_compatible(recipe.models, layers_may_differ=recipe.slices[0].layers is not None)
-  with arrange.open_parts(recipe) as sources:
+  _require_compatible(recipe)
+  aligned = None if recipe.tokens is None else _align_vocabularies(recipe, None)
+  if recipe.chat_template:
+    _choose_chat_template(recipe)
+  with arrange.open_parts(recipe, aligned and aligned.replacements) as sources:
     for source, part, prefix in zip(sources, recipe.slices, recipe.prefixes, strict=True):
       with contextlib.suppress(_NeedsTensors):
         recipes.build_plan(_HeadersOnly(source), recipe.method, part.options, prefix)
-    return _describe_outputs(sources, recipe)
+    return _describe_outputs(sources, recipe), aligned
 
 
 class _NeedsTensors(Exception):  # noqa: N818 (it is no error)
@@ -138,14 +157,15 @@ class _HeadersOnly:
     raise _NeedsTensors
 
 
-def _align_vocabularies(recipe: Recipe, scratch: Path) -> tuple[object, dict[Path, Table], int]:
-  """Builds the output's tokenizer and reorders the models' token rows to match it; returns their number too."""
+def _align_vocabularies(recipe: Recipe, scratch: Path | None) -> Aligned:
+  """Builds the output's tokenizer and reorders the models' token rows to match it; without `scratch` writes no rows."""
   models = list(dict.fromkeys(recipe.models.values()))
-  tokenizer, known = vocabulary.build_tokenizer(recipe.tokens, _find_donor(recipe), models)
+  built = vocabulary.build_tokenizer(recipe.tokens, _find_donor(recipe), models)
   with contextlib.ExitStack() as stack:
     opened = {folder: stack.enter_context(CheckpointSource({"model": folder})) for folder in models}
     tables = {folder: {name: source.entries(name)[0] for name in source.order} for folder, source in opened.items()}
-  return tokenizer, *vocabulary.align_rows(recipe.tokens, tokenizer.get_vocab(), known, tables, recipe.donor, scratch)
+  return Aligned(built, *vocabulary.align_rows(recipe.tokens, built.tokenizer.get_vocab(), built.rows_by_token, tables,
+                                               recipe.donor, scratch))
 
 
 def _main_dtype(tensors: Sequence[Tensor]) -> str:
@@ -157,11 +177,12 @@ def _main_dtype(tensors: Sequence[Tensor]) -> str:
   return counts.most_common(1)[0][0] if counts else "float32"
 
 
-def _changed_head(donor: Path, names: set[str]) -> bool | None:
+def _changed_head(donor: Path, tensors: Sequence[Tensor]) -> bool | None:
   """Returns whether the output has an output head of its own; None if that is the same as in the donor."""
-  has = model_folder.HEAD in names
-  with CheckpointSource({"donor": donor}) as source:
-    return None if has == (model_folder.HEAD in source.order) else has
+  has, had = (bool(roles.find_heads(table)) for table in (
+      {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype, shape in tensors},
+      arrange.read_table("base_model", donor)))
+  return None if has == had else has
 
 
 def _choose_chat_template(recipe: Recipe) -> str:
@@ -220,9 +241,13 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def record_files(out: Path) -> None:
-  """Adds the list of all files in an output to its merge.json; where the output is several checkpoints it makes one."""
-  record = files.read_json(out / RECORD) if (out / RECORD).exists() else {"imm_jax": __version__}
-  _write_json(out / RECORD, {**record, "files": sorted({RECORD, *_list_files(out)})})
+  """Adds the list of all files in an output to its merge.json; where the output is several checkpoints, in each.
+
+  That of the whole is made where there is none.
+  """
+  for folder in {out, *(path.parent for path in out.rglob(RECORD) if path.is_file())}:
+    record = files.read_json(folder / RECORD) if (folder / RECORD).exists() else {"imm_jax": __version__}
+    _write_json(folder / RECORD, {**record, "files": sorted({RECORD, *_list_files(folder)})})
 
 
 def explain_foreign(out: Path) -> str:
@@ -230,10 +255,13 @@ def explain_foreign(out: Path) -> str:
   if not (out / RECORD).is_file():
     return f"is no earlier merge (it has no {RECORD})"
   try:
-    known = files.read_json(out / RECORD)["files"]
-  except (UserError, KeyError):
+    known = set(files.read_json(out / RECORD)["files"])
+  except (UserError, KeyError, TypeError):
     return f"is no earlier merge ({RECORD} does not list its files)"
-  foreign = sorted(set(_list_files(out)) - set(known))
+  for name in sorted(known - {RECORD}):  # a checkpoint in it may have been replaced by itself since
+    if PurePosixPath(name).name == RECORD and not explain_foreign((out / name).parent):
+      known |= {f"{PurePosixPath(name).parent}/{file}" for file in files.read_json(out / name)["files"]}
+  foreign = sorted(set(_list_files(out)) - known)
   return f"holds {foreign[0]}, which no merge wrote" if foreign else ""
 
 

@@ -2,23 +2,39 @@
 
 import copy
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from imm_jax import files
-from imm_jax.errors import UserError, print_once
+from imm_jax.errors import UserError, join_items, print_once
 from imm_jax.model import folder as model_folder
 
-# Averaging weights is meaningless across model families or head layouts, even where the shapes agree.
-_MUST_MATCH = ("model_type", "num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "hidden_act",
-               "hidden_activation", "activation_function", "num_experts", "num_local_experts", "num_experts_per_tok")
+# Averaging weights is meaningless across model families or head layouts, even where the shapes agree. Families have
+# names of their own for heads (num_attention_heads, encoder_attention_heads, n_head, kv_n_heads, ...) and activations
+# (hidden_act, activation_function, feed_forward_proj, ...).
+_MUST_MATCH = re.compile(
+    r"^(model_type|multi_query|alibi|d_kv|feed_forward_proj)$|(^|_)(n_heads?|num_heads|n_head_kv|head_dim|head_size|"
+    r"(attention|attn|query|key|value|kv)_heads|query_groups|((num|routed|local|shared)_)experts(_per_tok)?|"
+    r"(act|activation|afn)(_fn|_function)?)$")
+_LAYER_COUNTS = re.compile(r"(^|_)(hidden|n|num|encoder|decoder)_layers?$")
 # A mean may still make sense where these differ; the output takes the donor's values.
-_MAY_DIFFER = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "sliding_window", "max_position_embeddings",
-               "attention_bias", "embedding_multiplier", "logits_scaling", "residual_multiplier",
-               "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+_MAY_DIFFER = re.compile(
+    r"(^|_)eps(ilon)?(_|$)|^(sliding_window|max_position_embeddings|n_positions|max_seq_len|attention_bias|"
+    r"embedding_multiplier|logits_scaling|logit_scale|residual_multiplier|query_pre_attn_scalar|"
+    r"attn_logit_softcapping|final_logit_softcapping)$")
+_ROTARY = re.compile(r"(^|_)(rope|rotary|rot)(_|$)")
+# Names of the base and of the share of rotated entries, and where both and the scaling stand by now.
+_ROTARY_BASES, _ROTARY_SHARES = ("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")
+_ROTARY_FORMS = (*_ROTARY_BASES, *_ROTARY_SHARES, "rope_parameters", "rope_scaling")
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
-_LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+_LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# Files whose auto_map names code beside them.
+_MAPPED = ("tokenizer_config.json", *model_folder.MODEL_SIDE_FILES)
+# Suffixes of files that a model may need, and names of such that none does.
+_COMPANIONS = (".json", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".codes", ".vocab", ".bpe")
+_NO_COMPANIONS = re.compile(r".*\.index\.json|(trainer_state|merge|adapter_config|.*_results)\.json|handler\.py")
 # Configs of the language model within that of a model of several parts.
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 # Lists with an entry for each layer, and lists of the layers that differ from others.
@@ -28,21 +44,26 @@ _PER_LAYER = ("layer_types", "layers_block_type", "block_types", "mlp_layer_type
 _LAYER_NUMBERS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "cross_attention_layers")
 
 
-def require_compatible(models: Mapping[str, Path], *, layers_may_differ: bool = False) -> None:
+def require_compatible(models: Mapping[str, Path], *, donor: Path | None = None, layers_may_differ: bool = False,
+                       ) -> None:
   """Checks that the configs of models allow a merge, and prints a note for each tolerable difference.
 
   Nested configs, such as those of text and vision, are compared too.
 
   Args:
     models: label -> folder.
+    donor: folder of the config that the output takes, with which the others are compared; the first by default.
     layers_may_differ: allows different numbers of layers, for merges of slices.
 
   Raises:
     UserError: if a config.json is missing, or a mean is meaningless: different families, numbers of heads or
       activations, or quantised weights.
   """
+  folders = {folder: label for label, folder in reversed(models.items())}  # once, by the first label
+  first = next(iter(models.values())) if donor is None else donor
   parts = {}
-  for label, folder in models.items():
+  for folder in sorted({first: None} | dict.fromkeys(models.values()), key=lambda folder: folder != first):
+    label = folders.get(folder, "base_model")
     model_folder.require_model_folder(folder)
     parts[label] = _split_config(files.read_json(folder / "config.json"))
     for part, config in parts[label].items():
@@ -50,20 +71,23 @@ def require_compatible(models: Mapping[str, Path], *, layers_may_differ: bool = 
         raise UserError(f"{label} ({folder}) has {part}{key} in config.json: quantised weights are not merged; take "
                         "the unquantised model that they were made from")
   (first_label, first_parts), *others = parts.items()
-  must_match = (*_MUST_MATCH, *(() if layers_may_differ else _LAYER_COUNT_KEYS))
   for label, own_parts in others:
     for part in filter(own_parts.__contains__, first_parts):
-      first, config = first_parts[part], own_parts[part]
-      for key in must_match:
-        a, b = first.get(key), config.get(key)
-        if a is not None and b is not None and a != b:
-          raise UserError(f"{label} ({models[label]}) has {part}{key}={b!r} in config.json, {first_label} has {a!r}: "
-                          "their weights have no common meaning, so a merge of them makes no sense")
-      for key in _MAY_DIFFER:
-        if key in first and key in config and first[key] != config[key]:
-          print_once(f"note: {label} has {part}{key}={config[key]!r} in config.json, {first_label} {first[key]!r}; the "
+      config, other = first_parts[part], own_parts[part]
+      differing = [key for key in config if key in other and config[key] != other[key]]
+      if layers_may_differ:
+        differing = [key for key in differing if not _LAYER_COUNTS.search(key) and not isinstance(config[key], list)]
+      for key in differing:
+        if None not in (config[key], other[key]) and (_MUST_MATCH.search(key) or _LAYER_COUNTS.search(key)):
+          raise UserError(f"{label} ({models[label]}) has {part}{key}={other[key]!r} in config.json, {first_label} has "
+                          f"{config[key]!r}: their weights have no common meaning, so a merge of them makes no sense")
+        if isinstance(config[key], list) and key in _PER_LAYER + _LAYER_NUMBERS:
+          print_once(f"note: {label} has other {part}{key} in config.json than {first_label}; the output has those of "
+                     "its base")
+        elif _MAY_DIFFER.search(key) or (_ROTARY.search(key) and key not in _ROTARY_FORMS):
+          print_once(f"note: {label} has {part}{key}={other[key]!r} in config.json, {first_label} {config[key]!r}; the "
                      "output has that of its base")
-      if (a := _rotary_settings(first)) != (b := _rotary_settings(config)):
+      if (a := _rotary_settings(config)) != (b := _rotary_settings(other)):
         print_once(f"note: {label} has other rotary embeddings in {part and f'{part[:-1]} of '}config.json than "
                    f"{first_label} ({b} and {a}); the output has those of its base")
 
@@ -88,7 +112,9 @@ def update_config(out: Path, *, dtype: str, rows: int | None = None, head: bool 
   if rows:
     _set_text_value(changed, ("vocab_size",), rows)
   if head is not None:
-    changed["tie_word_embeddings"] = not head
+    for _, part in _text_configs(changed):
+      if part is changed or "tie_word_embeddings" in part:
+        part["tie_word_embeddings"] = not head
   if layers is not None:
     _set_text_value(changed, _LAYER_COUNT_KEYS, len(layers))
     for names, part in _text_configs(changed):
@@ -98,21 +124,41 @@ def update_config(out: Path, *, dtype: str, rows: int | None = None, head: bool 
     path.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
 
 
+def ties_embeddings(config: dict[str, Any]) -> bool | None:
+  """Returns whether a config.json says that the output head is the embedding; None if it does not say."""
+  said = [part.get("tie_word_embeddings") for _, part in _text_configs(config)]
+  return next((bool(tied) for tied in said if tied is not None), None)
+
+
+def count_layers(folder: Path) -> int | None:
+  """Returns the number of layers of a language model by its config.json; None if that does not say."""
+  texts = reversed(_text_configs(files.read_json(folder / "config.json")))
+  return next((part[key] for _, part in texts for key in _LAYER_COUNT_KEYS if isinstance(part.get(key), int)), None)
+
+
 def vocab_size(folder: Path) -> int | None:
   """Returns the size of a model's vocabulary by its config.json; None if that does not say."""
   sizes = [part.get("vocab_size") for _, part in _text_configs(files.read_json(folder / "config.json"))]
   return next((size for size in reversed(sizes) if isinstance(size, int)), None)
 
 
-def copy_companion_files(donor: Path, out: Path) -> None:
+def copy_companion_files(donor: Path, out: Path, *, tokenizer: bool = True) -> None:
   """Copies all that a model needs besides its weights: config, tokenizer, custom code and pipeline modules.
+
+  A line names files that may belong to the model too and are not known.
+
+  Args:
+    donor: the model's folder.
+    out: the folder to write.
+    tokenizer: whether to copy its tokenizer and chat templates; without, the output has others.
 
   Raises:
     UserError: if a pipeline module has weights of its own, which would not be merged.
   """
-  names = model_folder.list_side_files(donor)
-  if files.read_json(donor / "config.json").get("auto_map"):
-    names += sorted(path.name for path in donor.glob("*.py"))
+  known = model_folder.list_side_files(donor)
+  names = known if tokenizer else [name for name in known if name in model_folder.MODEL_SIDE_FILES]
+  if any(files.read_json(donor / name).get("auto_map") for name in names if name in _MAPPED):
+    names = names + sorted(path.name for path in donor.glob("*.py"))
   modules = donor / "modules.json"
   if modules.exists():  # sentence-transformers
     names += [name for name in ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
@@ -126,6 +172,10 @@ def copy_companion_files(donor: Path, out: Path) -> None:
         raise UserError(f"{donor}: modules.json names {module['path']}, which has weights of its own ({weights}), and "
                         "such are not merged; remove it from modules.json and add it to the output yourself")
       names += part_files
+  unknown = sorted(path.name for path in donor.iterdir() if path.is_file() and path.name not in {*known, *names}
+                   and path.suffix in _COMPANIONS and not _NO_COMPANIONS.fullmatch(path.name))
+  if unknown:
+    print_once(f"note: {donor}: {join_items(unknown)}: not copied; add what the model needs")
   for name in names:
     (out / name).parent.mkdir(parents=True, exist_ok=True)
   model_folder.copy_side_files(donor, out, names)
@@ -212,10 +262,13 @@ def _restack_lists(part: dict[str, Any], old: Mapping[str, Any], sources: Sequen
 def _rotary_settings(config: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the settings of the rotary embedding, from configs of the old or the new form."""
   parameters = config.get("rope_parameters") or {}
-  scaling = config.get("rope_scaling") or {k: v for k, v in parameters.items() if k != "rope_theta"}
+  said = {**parameters, **{key: config[key] for key in _ROTARY_FORMS if config.get(key) is not None}}
+  scaling = config.get("rope_scaling") or {k: v for k, v in parameters.items() if k not in _ROTARY_FORMS}
   scaling = {k: v for k, v in scaling.items() if v not in (None, "default")}
-  theta = config.get("rope_theta", parameters.get("rope_theta"))
-  return {"rope_theta": theta} | ({"rope_scaling": scaling} if scaling else {})
+  theta, share = (next((said[key] for key in keys if key in said), None) for keys in (_ROTARY_BASES, _ROTARY_SHARES))
+  # A share of 1, all entries, is the default.
+  return {"rope_theta": theta} | ({} if share in (None, 1) else {"partial_rotary_factor": share}) | (
+      {"rope_scaling": scaling} if scaling else {})
 
 
 def _layer_value(config: Mapping[str, Any], key: str, layer: int, default: list[Any]) -> Any:

@@ -4,14 +4,15 @@ All documents are checked before the first one is merged: an earlier result is t
 headers of its weights, but not their bytes.
 """
 
+import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from imm_jax.errors import UserError
-from imm_jax.merging import command, configs, mergekit
+from imm_jax.merging import command, mergekit
 from imm_jax.merging.recipe import Recipe
 from imm_jax.model import folder as model_folder, safetensors
 
@@ -44,27 +45,26 @@ class Documents:
     inputs: dict[str, Path] = {}
     with tempfile.TemporaryDirectory() as name:
       root, earlier, needed = Path(name), {}, 0
-      unknown: set[Path] = set()  # results whose tensors are known only after their vocabularies are aligned
       for i, document in enumerate(self.names):
         recipe = self.read(i, earlier)
-        folders = set(recipe.models.values())
-        try:
-          if recipe.tokens is not None or folders & unknown:
-            configs.require_compatible(recipe.models, layers_may_differ=recipe.slices[0].layers is not None)
-            tensors = []
-          else:
-            tensors = command.check(recipe)
-        except UserError as e:
-          raise type(e)(f"{self.path}: document {i + 1}: {str(e).replace(f'{root}/', '')}") from e
+        with self._naming(i, root):
+          tensors, aligned = command.check(recipe)
+          if document is not None:
+            earlier[document] = root / document
+            _write_headers(earlier[document], recipe, tensors, aligned)
         needed += sum(map(command.count_bytes, tensors))
         inputs |= {f"{label} of document {i + 1}": path for label, path in recipe.inputs.items()
                    if root not in path.parents}
-        if document is not None:
-          earlier[document] = root / document
-          _write_headers(earlier[document], recipe, tensors)
-          unknown |= {earlier[document]} if not tensors else set()
       command.require_space(needed, out)
     return inputs
+
+  @contextlib.contextmanager
+  def _naming(self, number: int, root: Path) -> Iterator[None]:
+    """Puts file and document in front of errors, and names results of earlier documents without their folder."""
+    try:
+      yield
+    except UserError as e:
+      raise type(e)(f"{self.path}: document {number + 1}: {str(e).replace(f'{root}/', '')}") from e
 
   def merge(self, out: Path, final: Path, options: command.OutputOptions) -> int:
     """Merges all documents into the folder `out`, which is moved to `final` later; returns the number of merges.
@@ -76,7 +76,9 @@ class Documents:
       earlier: dict[str, Path] = {}
       for i, name in enumerate(self.names):
         made = {folder: {"path": str(final / other)} for other, folder in earlier.items()}
-        command.merge({out / name: self.read(i, earlier)}, options, made)
+        recipe = self.read(i, earlier)
+        with self._naming(i, out):
+          command.merge({out / name: recipe}, options, made)
         earlier[name] = out / name
       return len(self.names)
     out.mkdir(parents=True)
@@ -84,19 +86,21 @@ class Documents:
       earlier, made = {}, {}
       for i, name in enumerate(self.names):
         folder = out if name is None else Path(scratch) / name
-        command.merge({folder: self.read(i, earlier)}, options, made)
+        recipe = self.read(i, earlier)
+        with self._naming(i, Path(scratch)):
+          command.merge({folder: recipe}, options, made)
         if name is not None:
           earlier[name] = folder
           made[folder] = {"path": name, "made_by": json.loads((folder / command.RECORD).read_text(encoding="utf-8"))}
     return len(self.names)
 
 
-def _write_headers(folder: Path, recipe: Recipe, tensors: Sequence[command.Tensor]) -> None:
-  """Writes what later documents are checked with: the config of a recipe's output and the headers of its weights."""
+def _write_headers(folder: Path, recipe: Recipe, tensors: Sequence[command.Tensor], aligned: command.Aligned | None,
+                   ) -> None:
+  """Writes what later documents are checked with: all of a recipe's output but the bytes of its weights."""
   folder.mkdir(parents=True)
-  command.write_config(folder, recipe, tensors)
-  if tensors:
-    header, _ = safetensors.make_header(tensors)
-    with (folder / model_folder.WEIGHTS).open("wb") as file:
-      file.write(header)
-      file.truncate(len(header) + sum(map(command.count_bytes, tensors)))  # takes no space: a hole
+  command.write_companions([folder], recipe, tensors, aligned)
+  header, _ = safetensors.make_header(tensors)
+  with (folder / model_folder.WEIGHTS).open("wb") as file:
+    file.write(header)
+    file.truncate(len(header) + sum(map(command.count_bytes, tensors)))  # takes no space: a hole

@@ -73,6 +73,7 @@ class TreeSource:
     self._where = {name: (leaf, i) for leaf in self.leaves if trees.is_floating(leaf)
                    for i, name in enumerate(leaf.names)}
     self.names = list(self._where)
+    self.layers = self.output_layers = trees.count_layers(self.names)
     self.traced = any(isinstance(t, jax.core.Tracer) for leaf in self.leaves for t in leaf.tensors)
     self.in_shard_map = bool(jax.sharding.get_abstract_mesh().manual_axes)
 

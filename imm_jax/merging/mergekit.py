@@ -15,7 +15,7 @@ import yaml
 from imm_jax.errors import UserError, suggest
 from imm_jax.merging import recipe_parameters, registry
 from imm_jax.merging.recipe import DTYPES, Recipe, Slice
-from imm_jax.merging.recipe_file import RecipeFile
+from imm_jax.merging.recipe_file import RecipeFile, YamlLoader, describe_yaml_error
 from imm_jax.merging.recipe_models import Models, read_model
 from imm_jax.merging.recipe_parameters import Level
 from imm_jax.merging.registry import Method
@@ -40,11 +40,13 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
     UserError: if the file does not hold recipes.
   """
   try:
-    raws = [raw for raw in yaml.safe_load_all(path.read_text(encoding="utf-8")) if raw is not None]
+    raws = [raw for raw in yaml.load_all(path.read_text(encoding="utf-8"), YamlLoader) if raw is not None]
   except OSError as e:
     raise UserError(f"{path}: cannot be read ({e.strerror})") from e
-  except (yaml.YAMLError, UnicodeDecodeError) as e:
-    raise UserError(f"{path}: is not YAML ({' '.join(str(e).split())})") from e
+  except UnicodeDecodeError as e:
+    raise UserError(f"{path}: is not YAML ({e})") from e
+  except yaml.YAMLError as e:
+    raise UserError(f"{path}: {describe_yaml_error(e)}") from e
   if not raws or not all(isinstance(raw, dict) for raw in raws):
     raise UserError(f"{path}: expected a mapping with merge_method and models")
   return raws
@@ -126,6 +128,9 @@ class _Reader:
             [(f"{where}.parameters", entry.get("parameters")), *outer], whole=False))
       if not any(end - first for part in slices for first, end in part.layers.values()):
         file.fail("slices: none of them has a layer")
+    if len(slices) > 1 and any(part.options.get("scope") == "model" for part in slices):
+      file.fail("parameters.scope='model': slices are merged one by one, so nothing is counted over the whole model; "
+                "give models in place of slices, or scope: tensor")
     dtype = raw.get("out_dtype") or raw.get("dtype")
     if dtype is not None:
       dtype = str(dtype).removeprefix("torch.")
@@ -171,22 +176,25 @@ class _Reader:
         file.fail(f"{place}: expected an entry with the key model")
     names = [read_model(file, f"{place}.model", entry["model"]) for place, entry in entries]
     base_name = None if base[1] is None else read_model(file, *base)
+    # One model may be spelled in several ways.
+    same = [base_name is not None and (name == base_name or self._models.identify(name) == self._models.identify(
+        base_name)) for name in names]
     uses_base = method.base == "required" or (method.base == "optional" and base_name is not None)
     if uses_base and base_name is None:
       file.fail(f"base_model is missing; {method.name} needs one")
     has_per_model = any(option.per_model for option in method.options)
-    if base_name is not None and base_name not in names:
+    if base_name is not None and not any(same):
       # As in mergekit, the base counts as one of the models, unless the method has options for each model.
       if uses_base and not whole:
         file.fail(f"{where}: base_model is not among the sources; {method.name} needs its layers")
       if uses_base or (not has_per_model and method.bounds[1] is None):
         entries.append((f"{where}[{len(entries)}]", {"model": base_name}))
-        names.append(base_name)
-    order = [i for i in range(len(entries)) if not (uses_base and names[i] == base_name)]
+        same.append(True)
+    order = [i for i in range(len(entries)) if not (uses_base and same[i])]
     # The slice's place is no part of the labels, because `Recipe.models` puts it in front.
     chosen = {entries[i][0].rpartition(".")[2]: entries[i] for i in order}
     if uses_base:
-      chosen = {"base": entries[names.index(base_name)], **chosen}
+      chosen = {"base": entries[same.index(True)], **chosen}
     chosen = self._label_inputs(method, where, chosen, len(order))
     own = {label: (f"{place}.parameters", entry.get("parameters")) for label, (place, entry) in chosen.items()}
     for level in own.values():

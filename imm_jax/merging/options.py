@@ -11,10 +11,12 @@ import numpy as np
 
 from imm_jax.merging import masks
 from imm_jax.merging.statistics import Source
-from imm_jax.merging.trees import Setting, count_layers, num_layers_of, resolve
+from imm_jax.merging.trees import Setting, num_layers_of, resolve
 
 # The default of an option that must be given.
 REQUIRED = inspect.Parameter.empty
+# Arithmetic is float32, in which a larger number is infinite.
+_LARGEST = float(np.finfo(np.float32).max)
 # One setting for all models, or one for each model.
 PerModel = Setting | Sequence[Setting]
 
@@ -75,7 +77,8 @@ class Option:
     if self.kind == "choice":
       return " or ".join(map(repr, self.choices))
     if self.low is None and self.high is None:
-      return {"number": "a finite number", "constant": "a finite number", "integer": "an integer"}.get(self.kind, "")
+      return {"number": "a finite number (of float32)", "constant": "a finite number (of float32)",
+              "integer": "an integer"}.get(self.kind, "")
     return (("an integer, " if self.kind == "integer" else "")
             + (f"{self.low:g} <= " if self.low is not None else "") + self.name
             + (f" {'<' if self.below else '<='} {self.high:g}" if self.high is not None else ""))
@@ -98,7 +101,7 @@ class Option:
       valid = True
     else:
       kinds = int | np.integer if self.kind == "integer" else int | float | np.number
-      valid = isinstance(value, kinds) and not isinstance(value, bool) and np.isfinite(value) and (
+      valid = isinstance(value, kinds) and not isinstance(value, bool) and abs(value) <= _LARGEST and (
           (self.low is None or value >= self.low)
           and (self.high is None or (value < self.high if self.below else value <= self.high)))
     if not valid:
@@ -124,7 +127,6 @@ class Settings:
     if unknown := sorted(given.keys() - known.keys()):
       raise ValueError(f"{', '.join(unknown)}: not taken, but {', '.join(known) or 'no option'}")
     self._values: dict[str, Any] = {}
-    layers = count_layers(source.names)
     for option in options:
       value = given.get(option.name, option.default)
       if value is REQUIRED:
@@ -136,7 +138,7 @@ class Settings:
       per_model = _per_model_settings(value, num_models, option.name) if option.per_model else [value]
       resolved = {}
       for name in source.names:
-        numbers = [resolve(setting, name, num_layers_of(name, layers), option.name, source.first_layer)
+        numbers = [resolve(setting, name, num_layers_of(name, source.layers), option.name, source.first_layer)
                    for setting in per_model]
         for number in numbers:
           option.check(number, f" at {name!r}")

@@ -4,11 +4,37 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+import yaml
+
 from imm_jax.errors import UserError, print_once, suggest
 
 # As mergekit reads them.
 _FLAGS = {"true": True, "yes": True, "on": True, "t": True, "y": True, "1": True, "1.0": True,
           "false": False, "no": False, "off": False, "f": False, "n": False, "0": False, "0.0": False}
+
+
+class _Duplicate(yaml.MarkedYAMLError):
+  """Raised for a key that stands twice in a mapping, of which YAML's own loaders silently take the last."""
+
+
+class YamlLoader(yaml.SafeLoader):
+  """Loads YAML and refuses duplicate keys; what a merge key (<<) brings may be given again."""
+
+  def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    node, seen = super().compose_mapping_node(anchor), set()
+    for key, _ in node.value:
+      if isinstance(key, yaml.ScalarNode):
+        if (key.tag, key.value) in seen:
+          raise _Duplicate(problem=f"{key.value!r} stands twice in one mapping", problem_mark=key.start_mark)
+        seen.add((key.tag, key.value))
+    return node
+
+
+def describe_yaml_error(error: yaml.YAMLError) -> str:
+  """Describes what is wrong with a text of YAML in one line."""
+  if isinstance(error, _Duplicate):
+    return f"{error.problem} (line {error.problem_mark.line + 1}); keep one of them"
+  return f"is not YAML ({' '.join(str(error).split())})"
 
 
 class RecipeFile:

@@ -41,7 +41,19 @@ def _read_path(file: RecipeFile, where: str, value: Any) -> str:
     file.fail(f"{where}={path!r}: expected a folder or a hub id, as text")
   if revision is not None and not isinstance(revision, str):
     file.fail(f"{where.removesuffix('path')}revision={revision!r}: expected a text")
-  return f"{path}@{revision}" if revision else path
+  if revision:
+    return _join_revision(file, where, path, revision)
+  if "@" not in path or Path(path).exists():
+    return path
+  parts = (part.rpartition("@") for part in path.split("+"))
+  return "+".join(_join_revision(file, where, part, revision) if at else revision for part, at, revision in parts)
+
+
+def _join_revision(file: RecipeFile, where: str, path: str, revision: str) -> str:
+  if not Path(path).is_dir():
+    return f"{path}@{revision}"
+  file.note(f"{where}: revision {revision!r} has no effect on a folder")
+  return path
 
 
 class Models:
@@ -52,6 +64,8 @@ class Models:
     self._file, self._earlier, self._later = file, earlier, later
     # Local folders of BASE+ADAPTER, which are read although no model of the recipe lies in them.
     self.parts: list[Path] = []
+    # The folder of a model under its first spelling, so that equal folders are equal paths.
+    self._folders: dict[Path, Path] = {}
 
   def find(self, where: str, value: Any) -> Path:
     """Returns a model's folder; the arguments are those of `read_model`."""
@@ -64,7 +78,16 @@ class Models:
       self._file.fail(f"{where}={name!r}: the result of a document takes no adapter")
     folder = hub.resolve(name)
     self.parts += [Path(part) for part in hub.split_adapter(name) or () if Path(part).exists()]
-    return folder
+    return self._folders.setdefault(folder.resolve(), folder)
+
+  def identify(self, name: str) -> Any:
+    """Returns what is equal for names of the same model, such as `la`, `./la` and `la/`, without a download."""
+    if name in self._earlier or name in self._later:
+      return name
+    base, *adapter = hub.split_adapter(name) or (name,)
+    folder = hub.find_config_folder(base)
+    return (base if folder is None else folder.resolve(), *(Path(part).resolve() if Path(part).exists() else part
+                                                            for part in adapter))
 
   def read_tokens(self, raw: Mapping[str, Any]) -> Tokens | None:
     """Reads a document's `tokenizer_source` or `tokenizer`; None if it has neither."""

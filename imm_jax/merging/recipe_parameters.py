@@ -107,9 +107,12 @@ def _read_numbers(file: RecipeFile, where: str, value: Any) -> Any:
   conditions = _as_conditions(file, where, value)
   if conditions is not None:
     return {pattern: _read_numbers(file, where, part) for pattern, part in conditions.items()}
+  values = value if isinstance(value, list) and value else [value]
   try:
-    # YAML parses 1e-3 as a string.
-    return [float(v) for v in value] if isinstance(value, list) and value else float(value)
+    if any(isinstance(v, bool) for v in values):  # float would take it for 0 or 1
+      raise TypeError
+    numbers = [float(v) for v in values]  # YAML parses 1e-3 as a string
+    return numbers if values is value else numbers[0]
   except (TypeError, ValueError):
     file.fail(f"{where}={value!r}: expected a number, a list of numbers, or a list of filters")
 

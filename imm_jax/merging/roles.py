@@ -5,9 +5,9 @@ error where tokens are reordered, because its rows would keep the old order.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from imm_jax import files
 from imm_jax.errors import UserError, join_items
@@ -28,6 +28,12 @@ _OTHER = re.compile(r"position|(^|\.)wpe\.|token_type|norm|(^|[._])ln")
 _BEFORE = re.compile(r"embed|(^|\.)w[tp]e\.|(^|\.)(shared|project_in)\.")
 
 
+class Shaped(Protocol):
+  """A tensor's description: an entry of a file, a `jax.ShapeDtypeStruct`, or the tensor itself."""
+
+  shape: tuple[int, ...]
+
+
 def is_embedding(name: str) -> bool:
   """Returns whether a tensor is an input embedding of tokens.
 
@@ -45,6 +51,34 @@ def is_head(name: str) -> bool:
 def precedes_layers(name: str) -> bool:
   """Returns whether a tensor outside the layers precedes them, as embeddings do; all others follow the last layer."""
   return _BEFORE.search(name) is not None and not is_head(name)
+
+
+def find_embedding(table: Mapping[str, Shaped]) -> str | None:
+  """Returns the name of a model's embedding of tokens; None if it has none or several."""
+  found = [name for name, tensor in table.items() if is_embedding(name) and len(tensor.shape) == 2]
+  return found[0] if len(found) == 1 else None
+
+
+def find_heads(table: Mapping[str, Shaped]) -> list[str]:
+  """Lists the weights of output heads of a model's own: with a row for each token, as its embedding has."""
+  embedding = find_embedding(table)
+  return [] if embedding is None else [
+      name for name, tensor in table.items() if is_head(name) and name.endswith("weight")
+      and (tensor.shape == table[embedding].shape or "lm_head" in name)]
+
+
+def share_heads(tables: Sequence[Mapping[str, Entry]]) -> list[dict[str, Entry]]:
+  """Returns the tables with a head in each if any has one: if any input is untied, so is the output.
+
+  The head of a tied model is its embedding.
+  """
+  heads = dict.fromkeys(name for table in tables for name in find_heads(table))
+  result = [dict(table) for table in tables]
+  for table in result:
+    embedding = find_embedding(table)
+    if embedding is not None and not find_heads(table):
+      table |= dict.fromkeys((name for name in heads if name not in table), table[embedding])
+  return result
 
 
 def token_tensors(folder: Path, table: Mapping[str, Entry]) -> list[str]:

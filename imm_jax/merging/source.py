@@ -14,7 +14,7 @@ import numpy as np
 
 from imm_jax import files
 from imm_jax.errors import UserError, join_items
-from imm_jax.merging import roles, trees
+from imm_jax.merging import configs, roles, trees
 from imm_jax.merging.statistics import Statistic
 from imm_jax.model import folder as model_folder
 from imm_jax.model.safetensors import Entry, Reader, empty_aligned
@@ -24,6 +24,8 @@ from imm_jax.runtime import progress
 BLOCK = 1 << 19
 # Buffers that a model's code computes, so that some checkpoints omit them.
 _BUFFERS = re.compile(r"(^|\.)(position_ids|masked_bias|attn\.bias|attention\.bias|num_batches_tracked)$")
+# Stacks of layers beside a language model's, which have a number of their own.
+_OTHER_STACKS = re.compile(r"vision|visual|image|audio|speech|encoder|decoder|mtp")
 Table = dict[str, Entry]
 
 
@@ -33,7 +35,7 @@ class CheckpointSource:
   traced = False
 
   def __init__(self, folders: Mapping[str, Path], *, block: int = BLOCK, keep: Callable[[str], bool] | None = None,
-               tables: Sequence[Table] | None = None, first_layer: int = 0):
+               tables: Sequence[Table] | None = None, first_layer: int = 0, num_layers: int | None = None):
     """Opens the folders and matches their tensors.
 
     Args:
@@ -42,6 +44,7 @@ class CheckpointSource:
       keep: predicate on names that selects tensors; None for all.
       tables: for each folder, output name -> entry of the tensor; None for all tensors under their own names.
       first_layer: first layer of the output among these tensors, where lists over the layers begin.
+      num_layers: number of layers of the output, of which these tensors are a slice; None for whole models.
 
     Raises:
       UserError: as `folder.read_entries` does, and if the folders' tensors differ; names those that do.
@@ -54,9 +57,6 @@ class CheckpointSource:
         tables = [self._load_table(path) if keep is None else
                   {name: entry for name, entry in model_folder.read_entries(path).items() if keep(name)}
                   for path in self.folders.values()]
-      # If any input has an untied head, so has the output; tied inputs contribute their embedding as the head.
-      self.untied = [label for label, table in zip(labels, tables, strict=True) if _is_tied(table)
-                     and any(model_folder.HEAD in other for other in tables)]
       self._models = _align(tables)
       _require_match(labels, self._models)
     except BaseException:
@@ -65,6 +65,10 @@ class CheckpointSource:
     self.order = sorted(self._models[0], key=model_folder.model_order)
     self.names = [name for name in self.order if is_floating(self._models[0][name])]
     self.num_models, self.has_base = len(self._models), labels[0] == "base"
+    counts = trees.count_layers(self.names)
+    self.layers = _cut_layers(counts, next(iter(self.folders.values()))) if num_layers is None else counts
+    # A slice may hold no layer, but what stands before or after them.
+    self.output_layers = self.layers if num_layers is None else dict.fromkeys(counts or ("layers",), num_layers)
 
   def __enter__(self) -> "CheckpointSource":
     return self
@@ -125,14 +129,13 @@ class CheckpointSource:
   def _load_table(self, path: Path) -> Table:
     """Loads the entries of a model's tensors, without those that are computed from others (tied head, rotary)."""
     table = model_folder.read_entries(path)
-    head, embedding = table.get(model_folder.HEAD), table.get(model_folder.EMBEDDING)
-    tied = files.read_json(path / "config.json").get("tie_word_embeddings")
+    tied = configs.ties_embeddings(files.read_json(path / "config.json"))
     # If config.json does not say, the family decides; equal bytes show that the head is tied.
-    if head is not None and embedding is not None and (tied or tied is None):
-      if self._are_equal([head, embedding]):
-        del table[model_folder.HEAD]
+    for head in roles.find_heads(table) if tied is not False else []:
+      if self._are_equal([table[head], table[roles.find_embedding(table)]]):
+        del table[head]
       elif tied:
-        raise model_folder.untied_error(path)
+        raise model_folder.untied_error(path, head)
     return {name: entry for name, entry in table.items() if not model_folder.is_rotary(name)}
 
   def _are_equal(self, entries: Sequence[Entry]) -> bool:
@@ -178,6 +181,11 @@ def is_floating(entry: Entry) -> bool:
   return jax.numpy.issubdtype(entry.dtype, jax.numpy.floating)
 
 
+def is_buffer(name: str) -> bool:
+  """Returns whether a tensor is one that a model's code computes, which some checkpoints hold and others do not."""
+  return _BUFFERS.search(name) is not None
+
+
 def on_cpu() -> contextlib.AbstractContextManager:
   """Makes the CPU the default device: transfers to an accelerator and back would cost more than the merge."""
   try:
@@ -186,20 +194,19 @@ def on_cpu() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _is_tied(table: Mapping[str, Entry]) -> bool:
-  return model_folder.HEAD not in table and model_folder.EMBEDDING in table
+def _cut_layers(counts: Mapping[str, int], folder: Path) -> dict[str, int]:
+  """Cuts numbers of layers to that of config.json; checkpoints may hold more, such as one that looks tokens ahead."""
+  count = configs.count_layers(folder) if (folder / "config.json").exists() else None
+  texts = [stack for stack in counts if not _OTHER_STACKS.search(stack)] if len(counts) > 1 else list(counts)
+  cut = {stack: min(counts[stack], count) for stack in texts if count and len(texts) == 1}
+  return {**counts, **cut}
 
 
 def _align(tables: Sequence[Table]) -> list[Table]:
   """Removes differences between tables that models may have: tied or untied heads, and optional buffers."""
   names = [set(table) for table in tables]
-  one_sided = set.union(*names) - set.intersection(*names)
-  left_out = {name for name in one_sided if _BUFFERS.search(name)}
-  aligned_tables = [{n: entry for n, entry in table.items() if n not in left_out} for table in tables]
-  if model_folder.HEAD in one_sided:
-    for table in filter(_is_tied, aligned_tables):
-      table[model_folder.HEAD] = table[model_folder.EMBEDDING]
-  return aligned_tables
+  left_out = {name for name in set.union(*names) - set.intersection(*names) if is_buffer(name)}
+  return roles.share_heads([{n: entry for n, entry in table.items() if n not in left_out} for table in tables])
 
 
 def _require_match(labels: Sequence[str], models: Sequence[Mapping[str, Entry]]) -> None:

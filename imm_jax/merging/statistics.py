@@ -32,6 +32,9 @@ class Source(Protocol):
   has_base: bool
   # First layer among the names, where lists over the layers begin.
   first_layer: int
+  # Stack of layers -> where lists over the layers end, and the number of layers of the whole output.
+  layers: Mapping[str, int]
+  output_layers: Mapping[str, int]
   # Whether jax traces the tensors, so that their values are not concrete.
   traced: bool
 

@@ -109,7 +109,8 @@ def resolve(setting: Setting, name: str, num_layers: int, option_name: str, firs
         raise ValueError(f"{option_name}: {pattern!r} is no regular expression ({e})") from e
       if matches:
         return resolve(value, name, num_layers, option_name, first_layer)
-    raise ValueError(f"{option_name}: no pattern of {list(setting)} matches {name!r}; add '.*' for the others")
+    raise ValueError(f"{option_name}: no pattern of {list(setting)} matches {name!r}; add one for the others: '.*', in "
+                     "a recipe an entry with only a value")
   if isinstance(setting, np.ndarray | jax.Array) and setting.ndim == 0:
     setting = setting if isinstance(setting, jax.core.Tracer) else setting.item()
   if isinstance(setting, jax.core.Tracer) and setting.ndim == 0:
@@ -140,7 +141,7 @@ def _interpolate(values: Any, name: str, num_layers: int, option_name: str, firs
     raise ValueError(f"{option_name}: a list over the layers, but no name such as {name!r} has layers.<n>.; give names")
   layer = layer_of(name)
   # As in mergekit, tensors outside the layers take the first value, and a single layer takes the last.
-  position = 0.0 if layer is None else (layer - first_layer) / (count - 1) if count > 1 else 1.0
+  position = 0.0 if layer is None else min((layer - first_layer) / (count - 1), 1.0) if count > 1 else 1.0
   index = position * (len(values) - 1)
   low = min(int(index), len(values) - 1)
   high = min(low + 1, len(values) - 1)

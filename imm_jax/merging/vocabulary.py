@@ -7,37 +7,46 @@ that have one, or else zeros. Tables are rewritten in blocks, so that memory doe
 import functools
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from imm_jax import files
-from imm_jax.errors import UserError
+from imm_jax.errors import UserError, print_once
 from imm_jax.merging import configs, roles
 from imm_jax.merging.recipe import Tokens
 from imm_jax.merging.source import BLOCK, Table
-from imm_jax.model import safetensors
+from imm_jax.model import folder as model_folder, safetensors
 from imm_jax.model.safetensors import Entry
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
-          "tekken.json")
+          "spm.model", "tiktoken.model", "tekken.json")
 _CONFIG = "tokenizer_config.json"
+# Keys of configs that hold ids of tokens, and the roles that tokenizers know.
+_TOKEN_IDS = re.compile(r"(^|_)token_(id|ids|index)$|^(begin_)?suppress_tokens$|^(bad|force)_words_ids$")
+_ROLES = re.compile(r"(bos|eos|pad|unk|sep|cls|mask)_token_id$")
 # In place of a model: a row that is the mean over all models that have the token, or zeros.
 _MEAN, _ZERO = -1, -2
 
 
-def build_tokenizer(tokens: Tokens, base: Path, models: Sequence[Path]) -> tuple[Any, dict[Path, dict[str, int]]]:
+class Built(NamedTuple):
+  """The output's tokenizer, the rows of each model by its tokens, and the tokens of the base by their ids."""
+
+  tokenizer: Any
+  rows_by_token: dict[Path, dict[str, int]]
+  old_tokens: dict[int, str]
+
+
+def build_tokenizer(tokens: Tokens, base: Path, models: Sequence[Path]) -> Built:
   """Builds the output's tokenizer.
 
   Args:
     tokens: specification of the tokenizer.
     base: folder of the base, whose tokenizer comes first in a union.
     models: all folders.
-
-  Returns:
-    (tokenizer, folder -> token -> row of that model).
 
   Raises:
     UserError: if a folder has no readable tokenizer.
@@ -63,22 +72,64 @@ def build_tokenizer(tokens: Tokens, base: Path, models: Sequence[Path]) -> tuple
     tokenizer.add_tokens([info for token, info in special.items() if token not in known])
     known |= plain.keys() | special.keys()
   tokenizer.add_tokens([token for token in tokens.tokens if token not in known])
-  return tokenizer, {folder: rows_by_token[folder] for folder in models}
+  return Built(tokenizer, {folder: rows_by_token[folder] for folder in models},
+               {i: token for token, i in loaded[base].get_vocab().items()})
 
 
-def save_tokenizer(tokenizer: Any, out: Path) -> None:
-  """Writes a tokenizer into a folder, under the class that its source names, which older programs know."""
-  source = Path(tokenizer.name_or_path) / _CONFIG
-  name = files.read_json(source).get("tokenizer_class") if source.exists() else None
-  tokenizer.save_pretrained(out)
+def save_tokenizer(built: Built, out: Path) -> None:
+  """Writes the tokenizer into an output that has none, and the ids of its special tokens into the configs.
+
+  It has the class that its source names, which older programs know, and its source's chat templates and code.
+  """
+  source = Path(built.tokenizer.name_or_path)
+  said = files.read_json(source / _CONFIG) if (source / _CONFIG).exists() else {}
+  built.tokenizer.save_pretrained(out)
   config = files.read_json(out / _CONFIG)
-  if name and config.get("tokenizer_class") != name:
-    (out / _CONFIG).write_text(json.dumps({**config, "tokenizer_class": name}, indent=2, ensure_ascii=False) + "\n",
-                               encoding="utf-8")
+  if (name := said.get("tokenizer_class")) and config.get("tokenizer_class") != name:
+    _write_json(out / _CONFIG, {**config, "tokenizer_class": name})
+  beside = ["chat_template.json", *(path.name for path in source.glob("*.py") if config.get("auto_map"))]
+  model_folder.copy_side_files(source, out, [name for name in beside if (source / name).exists()
+                                             and not (out / name).exists()])
+  _update_token_ids(out, built)
+
+
+def _update_token_ids(out: Path, built: Built) -> None:
+  """Gives the tokens that config.json and generation_config.json name by the old ids their ids in the new tokenizer.
+
+  In place of a token that it lacks it names its own of the same role; a line says where there is none.
+  """
+  ids = built.tokenizer.get_vocab()
+
+  def translate(key: str, value: Any) -> Any:
+    if isinstance(value, list):
+      translated = [translate(key, v) for v in value]
+      return [v for i, v in enumerate(translated) if v not in translated[:i]]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:  # a negative id stands for none
+      return value
+    token, role = built.old_tokens.get(value), _ROLES.search(key)
+    new = ids.get(token, getattr(built.tokenizer, role[0], None) if role else None)
+    if new is None:
+      print_once(f"note: {name}: {key} {value} is {'no token' if token is None else repr(token)} of the base's "
+                 "tokenizer and has no like in the output's; correct it")
+    return value if new is None else new
+
+  def update(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: update(value) if isinstance(value, dict) else
+            translate(key, value) if _TOKEN_IDS.search(key) else value for key, value in config.items()}
+
+  for name in ("config.json", "generation_config.json"):
+    if (out / name).exists():
+      config = files.read_json(out / name)
+      if (changed := update(config)) != config:
+        _write_json(out / name, changed)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def align_rows(tokens: Tokens, vocabulary: Mapping[str, int], rows_by_token: Mapping[Path, Mapping[str, int]],
-               tables: Mapping[Path, Table], base: Path | None, scratch: Path) -> tuple[dict[Path, Table], int]:
+               tables: Mapping[Path, Table], base: Path | None, scratch: Path | None) -> tuple[dict[Path, Table], int]:
   """Writes each model's embedding and head with rows in the order of the output's tokenizer.
 
   Args:
@@ -87,7 +138,7 @@ def align_rows(tokens: Tokens, vocabulary: Mapping[str, int], rows_by_token: Map
     rows_by_token: folder -> token -> row of that model.
     tables: folder -> its tensors.
     base: folder of the base, if there is one.
-    scratch: folder for the new tensors.
+    scratch: folder for the new tensors; None writes none, so that the entries have their shapes alone.
 
   Returns:
     (folder -> entries of its rewritten tensors, number of rows of the output).
@@ -102,13 +153,17 @@ def align_rows(tokens: Tokens, vocabulary: Mapping[str, int], rows_by_token: Map
   if not tokens.tokens and all(rows_by_token[folder] == vocabulary and configs.vocab_size(folder) == size
                                for folder in tables):
     return result, size
+  tables = dict(zip(tables, roles.share_heads(list(tables.values())), strict=True))
   names = {folder: roles.token_tensors(folder, table) for folder, table in tables.items()}
   for name in dict.fromkeys(name for found in names.values() for name in found):
     old = {folder: _open_rows(tables[folder][name]) for folder in tables if name in names[folder]}
     order = _Order(tokens, vocabulary, rows_by_token, old, base)
     for number, folder in enumerate(old):
-      file = scratch / f"{name}-{number}.safetensors"
       shape = (size, *old[folder].shape[1:])
+      if scratch is None:
+        result[folder][name] = tables[folder][name]._replace(shape=shape)
+        continue
+      file = scratch / f"{name}-{number}.safetensors"
       safetensors.write(file, [(name, old[folder].dtype, shape, functools.partial(order.blocks, folder, size))])
       result[folder][name] = safetensors.read_entries(file)[name]
   return result, size

@@ -22,7 +22,11 @@ MAX_SHARD_BYTES = 5_000_000_000
 SIDE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
               "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
               "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-              "preprocessor_config.json")
+              "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "spm.model",
+              "source.spm", "target.spm", "bpe.codes", "tiktoken.model", "qwen.tiktoken", "normalizer.json")
+# Those of them that are not the tokenizer's.
+MODEL_SIDE_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+                    "video_preprocessor_config.json")
 # Folder of the named chat templates, in which transformers stores all but the first.
 TEMPLATES = "additional_chat_templates"
 # File names of unsupported weights, and what to do about them; training_args.bin and the like are not weights.
@@ -37,6 +41,8 @@ _UNSUPPORTED = {
     "save it again with save_pretrained(..., safe_serialization=True), and take that folder"}
 # Names of files and tensors that quantisation tools write.
 _QUANTISED_NAMES = re.compile(r"(quantize|quant|hf_quant)_config\.json|.*\.(qweight|weight_packed|weight\.absmax)")
+# Embeddings in other families, such as GPT-2's wte, which are not stored under the head's name alone.
+_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|\w*embeddings?|shared)\.weight$")
 # (name, dtype, shape, ...) of a tensor to be written.
 _Tensor = TypeVar("_Tensor", bound=tuple)
 
@@ -144,38 +150,38 @@ def read_entries(folder: Path) -> dict[str, Entry]:
         n not in optional if n not in entries else weight_map.get(n) != entries[n].path.name))
     if wrong:
       raise UserError(f"{folder / INDEX}: disagrees with the shards on {join_items(wrong)}; copy the checkpoint again")
-  if tied and HEAD in entries and EMBEDDING not in entries:
+  if tied and HEAD in entries and not any(map(_EMBEDDINGS.search, entries)):
     entries[EMBEDDING] = entries.pop(HEAD)
   return entries
 
 
-def untied_error(folder: Path) -> UserError:
+def untied_error(folder: Path, head: str = HEAD) -> UserError:
   """Builds the error for a config.json that ties embeddings of which two different ones are stored."""
-  return UserError(f"{folder}: config.json ties the embeddings, but {HEAD} differs from the embedding; if it is meant "
+  return UserError(f"{folder}: config.json ties the embeddings, but {head} differs from the embedding; if it is meant "
                    'to, set "tie_word_embeddings": false in config.json, or else remove it from the weights')
 
 
 def split_into_shards(entries: Iterable[_Tensor], max_shard_bytes: int) -> list[tuple[str, list[_Tensor]]]:
   """Assigns entries to files: one file, or shards of at most this many bytes (or a single tensor)."""
-  read_index: list[list[_Tensor]] = [[]]
+  shards: list[list[_Tensor]] = [[]]
   used = 0
   for entry in entries:
     size = int(np.prod(entry[2])) * np.dtype(entry[1]).itemsize
-    if read_index[-1] and used + size > max_shard_bytes:
-      read_index.append([])
+    if shards[-1] and used + size > max_shard_bytes:
+      shards.append([])
       used = 0
-    read_index[-1].append(entry)
+    shards[-1].append(entry)
     used += size
-  if len(read_index) == 1:
-    return [(WEIGHTS, read_index[0])]
-  return [(f"model-{i + 1:05d}-of-{len(read_index):05d}.safetensors", shard) for i, shard in enumerate(read_index)]
+  if len(shards) == 1:
+    return [(WEIGHTS, shards[0])]
+  return [(f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors", shard) for i, shard in enumerate(shards)]
 
 
-def write_index(folder: Path, read_index: Sequence[tuple[str, Sequence[tuple]]]) -> None:
-  """Writes the index if there is more than one shard."""
-  if len(read_index) > 1:
-    total = sum(int(np.prod(e[2])) * np.dtype(e[1]).itemsize for _, shard in read_index for e in shard)
-    index = {"metadata": {"total_size": total}, "weight_map": {e[0]: file for file, shard in read_index for e in shard}}
+def write_index(folder: Path, shards: Sequence[tuple[str, Sequence[tuple]]]) -> None:
+  """Writes the index if there is more than one shard; `shards` are names and tensors of `split_into_shards`."""
+  if len(shards) > 1:
+    total = sum(int(np.prod(e[2])) * np.dtype(e[1]).itemsize for _, shard in shards for e in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": {e[0]: file for file, shard in shards for e in shard}}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

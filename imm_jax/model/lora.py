@@ -34,7 +34,6 @@ _PART = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embe
 _WHOLE = re.compile(r"(.+?)(\.base_layer)?\.(\w+)")
 _FLOATS = tuple(np.dtype(code) for code in ("bfloat16", "float16", "float32"))
 # Side files that are always the base's; the others belong to the tokenizer.
-_MODEL_SIDE_FILES = ("config.json", "generation_config.json", "preprocessor_config.json")
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
                      "sentencepiece.bpe.model", "tekken.json")
 
@@ -274,9 +273,10 @@ def _read_float32(reader: safetensors.Reader, entry: Entry) -> np.ndarray:
 
 def _copy_side_files(base: Path, adapter: Path, out: Path) -> None:
   """Copies the base's side files, but the adapter's tokenizer files: all if it has a vocabulary, else those it has."""
-  own = [name for name in model_folder.list_side_files(adapter) if name not in _MODEL_SIDE_FILES]
+  of_model = model_folder.MODEL_SIDE_FILES
+  own = [name for name in model_folder.list_side_files(adapter) if name not in of_model]
   whole_tensors = any(name in _VOCABULARY_FILES for name in own)
-  others = [name for name in model_folder.list_side_files(base) if name in _MODEL_SIDE_FILES or not whole_tensors]
+  others = [name for name in model_folder.list_side_files(base) if name in of_model or not whole_tensors]
   model_folder.copy_side_files(base, out, others)
   model_folder.copy_side_files(adapter, out, own)
 

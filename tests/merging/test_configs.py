@@ -8,10 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from imm_jax import merging
+from imm_jax import errors, merging
 from imm_jax.errors import UserError
+from imm_jax.merging.configs import require_compatible
 from tests.merge_folders import read
-from tests.merging.test_recipes import merged, save, source
+from tests.merging.recipe_models import merged, save
+from tests.merging.test_recipes import source
 
 TEXT = {"model_type": "gemma3_text", "num_hidden_layers": 4, "num_attention_heads": 4, "rope_theta": 1e6,
         "layer_types": ["a", "b", "c", "d"]}
@@ -57,6 +59,34 @@ def test_tolerable_differences_of_parts_are_said(tmp_path: Path, capsys: pytest.
   notes = capsys.readouterr().err
   assert "models[1] has other rotary embeddings in config.json than models[0]" in notes
   assert "models[2]" not in notes
+
+
+@pytest.mark.parametrize("key", ["num_attention_heads", "encoder_attention_heads", "n_head", "n_heads", "num_heads",
+                                 "num_kv_heads", "kv_n_heads", "v_head_dim", "activation_function", "hidden_act",
+                                 "feed_forward_proj", "num_local_experts", "num_decoder_layers", "n_layers"])
+def test_what_a_mean_must_not_mix_has_other_names_in_other_families(key: str, tmp_path: Path):
+  a, b = (save(tmp_path / name, i, **{key: value}) for i, (name, value) in enumerate((("a", 4), ("b", 2))))
+  with pytest.raises(UserError, match=f"has {key}=2 in config.json, models"):
+    merged(tmp_path, linear(a, b))
+
+
+@pytest.mark.parametrize(("a", "b", "expected"), [
+    ({"norm_eps": 1e-5}, {"norm_eps": 1e-2}, "models[1] has norm_eps=0.01 in config.json, models[0] 1e-05"),
+    ({"layernorm_epsilon": 1}, {"layernorm_epsilon": 2}, "models[1] has layernorm_epsilon=2"),
+    ({"rotary_dim": 4}, {"rotary_dim": 8}, "models[1] has rotary_dim=8"),
+    ({"rope_local_base_freq": 1e4}, {"rope_local_base_freq": 1e5}, "models[1] has rope_local_base_freq=100000.0"),
+    ({"rotary_pct": 0.25}, {"rope_parameters": {"partial_rotary_factor": 0.25}}, ""),
+    ({"rotary_pct": 0.25}, {"rotary_pct": 1.0}, "models[1] has other rotary embeddings"),
+    ({"rotary_pct": 0.25}, {"partial_rotary_factor": 0.5}, "models[1] has other rotary embeddings"),
+    ({"rope_theta": 1e4}, {"rope_theta": None, "rotary_emb_base": 1e6}, "models[1] has other rotary embeddings"),
+    ({"layer_types": ["a", "b"]}, {"layer_types": ["b", "a"]}, "models[1] has other layer_types in config.json"),
+    ({"mlp_only_layers": [1]}, {"mlp_only_layers": [2]}, "models[1] has other mlp_only_layers in config.json"),
+    ({"steps": 1}, {"steps": 2}, "")])
+def test_what_may_differ_is_said_whatever_a_family_calls_it(a: dict, b: dict, expected: str, tmp_path: Path, capsys):
+  errors.print_once.cache_clear()
+  require_compatible({f"models[{i}]": save(tmp_path / str(i), i, **config) for i, config in enumerate((a, b))})
+  notes = capsys.readouterr().err
+  assert expected in notes if expected else "note" not in notes
 
 
 def test_lists_go_over_the_layers_of_each_stack(tmp_path: Path):

@@ -47,6 +47,14 @@ def test_a_base_weight_out_of_range_is_an_error(base_weight):
     merge(ones, ones, ones, base_weight=base_weight)
 
 
+def test_a_number_beyond_float32_is_none(recwarn: pytest.WarningsRecorder):
+  ones = {"w": np.ones(2, np.float32)}
+  for weights in (1e39, [1.0, -1e39], np.float64(1e300)):
+    with pytest.raises(ValueError, match=r"weights=-?1e\+\d+.* at 'w': expected a finite number \(of float32\)"):
+      merging.linear([ones, ones], weights=weights)
+  assert not recwarn.list
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.bool_])
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["base", "start", "tuned"])
 def test_a_leaf_that_is_floating_in_one_model_only_is_an_error(which, dtype):

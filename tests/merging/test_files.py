@@ -142,7 +142,8 @@ def test_a_recipe_of_mergekit_means_what_it_says(folders: list[Path], tmp_path: 
     (("  lambda: 0.7", "  lamda: 0.7"), "parameters.lamda is not supported; did you mean lambda?"),
     (("weight: 0.5", "weight: heavy"), "models[0].parameters.weight='heavy'"),
     (("weight: 0.5", "gamma: 0.5"), "models[0].parameters.weight is missing"),
-    (("weight: 0.5", "density: 0.1"), "models[0].parameters.weight is missing"),
+    (("weight: 0.5", "density: 0.1"), "'density' stands twice in one mapping (line 8)"),
+    (("weight: 0.5", "lambda: 0.1"), "models[0].parameters.weight is missing"),
     (("out_dtype: float32", "out_dtype: int4"), "dtype='int4'"),
     (("dtype: bfloat16", "slices: [{}]"), "expected models or slices, not both"),
     (("dtype: bfloat16", "tokenizer_source: union\ntokenizer: {source: base}"), "give one of them"),
@@ -209,6 +210,17 @@ def test_float64_checkpoints_come_back_as_float64(tmp_path: Path):
   got = read(tmp_path / "out")["w"]
   assert got.dtype == np.float64
   np.testing.assert_allclose(got, (trees[0]["w"] + trees[1]["w"]) / 2, rtol=1e-6)
+
+
+def test_numbers_beyond_float32_are_named_and_counted(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+  folder = write(tmp_path / "wide", {"w": np.array([1.0, 1e300])})
+  with checkpoint.CheckpointSource({"a": folder}) as source:
+    outputs = [checkpoint.Output(tmp_path / "out", registry.METHODS["passthrough"](source))]
+    with pytest.raises(UserError, match="w has numbers beyond float32 in a "):
+      checkpoint.merge(source, outputs, key=WORDS)
+    done = checkpoint.merge(source, outputs, key=WORDS, allow_nonfinite=True)
+  assert done.overflowed == [{"w": 1}]
+  assert not recwarn.list
 
 
 def test_tensors_of_integers_must_be_equal(folders: list[Path], tmp_path: Path):

@@ -15,7 +15,7 @@ from imm_jax.errors import ResourceError, UserError
 from imm_jax.merging import checkpoint, command, mergekit
 from imm_jax.merging.documents import Documents
 from imm_jax.merging.recipe import Recipe
-from tests.merge_folders import read
+from tests.merge_folders import read, write
 from tests.merging.recipe_models import SHAPES, merged, save
 
 
@@ -26,6 +26,12 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 
 def linear(*folders: object, **more) -> dict:
   return {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 1}} for m in folders], **more}
+
+
+def words(folder: Path, *more: str, **special: str) -> None:
+  """Gives a model a tokenizer of eleven words, and more."""
+  model = models.WordLevel({word: i for i, word in enumerate((*(f"w{i}" for i in range(11)), *more))}, unk_token="w0")
+  PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), unk_token="w0", **special).save_pretrained(folder)
 
 
 def documents(tmp_path: Path, *raws: dict) -> Documents:
@@ -66,12 +72,49 @@ def test_overwrite_replaces_what_merges_wrote_and_nothing_else(pair, tmp_path: P
   assert "does not list its files" in refusal(out)
 
 
+def test_each_checkpoint_of_an_output_may_be_replaced_by_itself(pair, tmp_path: Path):
+  made = documents(tmp_path, linear(*pair, name="m1"), linear("m1", pair[0], name="org/merge.json"))
+  out = tmp_path / "out"
+  made.merge(out, out, command.OutputOptions())
+  command.record_files(out)
+  for folder in (out, out / "m1", out / "org/merge.json"):
+    assert refusal(folder) == ""
+  (out / "m1/thesis.txt").write_text("")
+  assert refusal(out) == "" or "m1/thesis.txt" in refusal(out)
+  assert "holds thesis.txt, which no merge wrote" in refusal(out / "m1")
+  shutil.rmtree(out / "m1")
+  write(out / "m1", read(pair[0]), shards=2)  # stands for another merge under the same name
+  (out / "m1/merge.json").write_text("{}")
+  command.record_files(out / "m1")
+  assert [refusal(folder) for folder in (out, out / "m1")] == ["", ""]
+  (out / "org/notes").mkdir()
+  (out / "org/notes/merge.json").write_text(json.dumps({"files": ["merge.json"]}))
+  assert "holds org/notes/merge.json, which no merge wrote" in refusal(out)
+
+
+def test_the_outputs_of_a_sweep_take_their_config_from_one_reading(pair, tmp_path: Path, monkeypatch):
+  read_table, labels = command.arrange.read_table, []
+  monkeypatch.setattr(command.arrange, "read_table",
+                      lambda label, folder: labels.append(label) or read_table(label, folder))
+  (tmp_path / "recipe.yml").write_text(yaml.safe_dump(linear(*pair)))
+  job = mergekit.read(tmp_path / "recipe.yml")
+  command.merge({tmp_path / str(i): job for i in range(3)}, command.OutputOptions())
+  assert labels == ["base_model"]
+  assert len({(tmp_path / str(i) / "config.json").read_text() for i in range(3)}) == 1
+
+
 def test_an_input_of_any_kind_is_never_replaced(pair, tmp_path: Path):
   donor, tokens, embedding = (save(tmp_path / name, 2) for name in ("donor", "tokens", "embedding"))
+  for folder in (*pair, donor, tokens, embedding):
+    words(folder)
+  other = {"kind": "model_token", "model": str(pair[1]), "token_id": 1}
   made = documents(tmp_path, linear(*pair, name="one"), linear("one", pair[1], base_model=str(donor), tokenizer={
-      "source": str(tokens), "tokens": {"<x>": {"source": str(embedding)}, "<y>": {"source": {
-          "kind": "model_token", "model": str(pair[0]), "token_id": 1}}}}))
+      "source": str(tokens), "tokens": {"<y>": {"source": other}}}))
   inputs = made.check(tmp_path / "out")
+  assert set(inputs.values()) == {*pair, donor, tokens}
+  # A source of tokens that is no model to merge is refused later, but is an input all the same.
+  inputs |= documents(tmp_path, linear(pair[0], tokenizer={"tokens": {
+      "<x>": {"source": str(embedding)}, "<z>": {"source": other}}})).read(0, {}).inputs
   assert set(inputs.values()) == {*pair, donor, tokens, embedding}
   for folder in (*pair, donor, tokens, embedding):
     assert "is or holds the input" in refusal(folder, inputs)
@@ -99,8 +142,7 @@ def test_a_document_writes_under_its_name_in_the_output(name: object, tmp_path: 
 
 def test_two_merges_with_tokenizers_into_one_parent_leave_each_other_alone(pair, tmp_path: Path, monkeypatch):
   for folder in pair:
-    words = models.WordLevel({f"w{i}": i for i in range(11)}, unk_token="w0")
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="w0").save_pretrained(folder)
+    words(folder)
   mine = tmp_path / ".rows.part"
   mine.mkdir()
   scratches: list[Path] = []
@@ -138,6 +180,7 @@ def stack(name: str | None = None, folder: object = "A", **more) -> dict:
     (lambda a, b: stack(None, "six") | {"slices": [{"sources": [{"model": "six", "layer_range": [4, 7]}]}]},
      "layer_range [4, 7]: six has 6 layers"),
     (lambda a, b: {**linear(), "models": [{"model": "six"}]}, "document 2: models[0].parameters.weight is missing"),
+    (lambda a, b: {**linear("six"), "base_model": "sxi"}, "sxi: no such checkpoint folder"),
     (lambda a, b: linear("sxi"), "sxi: no such checkpoint folder"),
     (lambda a, b: linear("six", "/no/such"), "/no/such: no such checkpoint folder")])
 def test_all_documents_are_checked_before_the_first_is_merged(last, expected: str, pair, tmp_path: Path):
@@ -146,6 +189,33 @@ def test_all_documents_are_checked_before_the_first_is_merged(last, expected: st
     made.check(tmp_path / "out")
   assert expected in str(error.value).replace(str(pair[1]), "B")
   assert not (tmp_path / "out").exists()
+
+
+def test_documents_with_tokenizers_are_checked_too_and_named(pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  for i, folder in enumerate(pair):
+    words(folder, f"<{i}>")
+  first = linear(*pair, name="one", tokenizer_source="union")
+  for last, expected in (
+      (linear("one", pair[0], tokenizer_source="union", parameters={"scale": 1}) | {"models": [
+          {"model": name, "parameters": {"weight": weight}} for name, weight in (("one", 1), (str(pair[0]), -1))]},
+       "document 2: linear: weights: they add up to 0"),
+      (linear("one", tokenizer={"tokens": {"<2>": {"source": "one"}}}), "tokens.<2>: one has no row for it"),
+      (linear("one", pair[0]), "model.embed_tokens.weight has shape (13, 8) in models[0], (12, 8) in models[1]"),
+      (linear("one", chat_template="auto"), "document 2: chat_template: auto: none of the models has one")):
+    with pytest.raises(UserError) as error:
+      documents(tmp_path, first, last).check(tmp_path / "out")
+    assert str(error.value).startswith(f"{tmp_path}/recipe.yml: document 2: ")
+    assert expected in str(error.value)
+  made = documents(tmp_path, first, linear("one", pair[1], tokenizer_source="union"))
+  assert set(made.check(tmp_path / "out").values()) == set(pair)
+  assert not (tmp_path / "out").exists()
+  made.merge(tmp_path / "out", tmp_path / "out", command.OutputOptions())
+  assert read(tmp_path / "out")["model.embed_tokens.weight"].shape == (13, 8)
+  tree = read(pair[1])
+  tree["model.norm.weight"][0] = np.nan  # which only the merge finds
+  made = documents(tmp_path, linear(*pair, name="one"), linear("one", save(tmp_path / "nan", 0, tree=tree)))
+  with pytest.raises(UserError, match=r"recipe\.yml: document 2: model\.norm\.weight has NaN or infinity in "):
+    made.merge(tmp_path / "nans", tmp_path / "nans", command.OutputOptions())
 
 
 def test_results_of_slices_fit_where_they_have_the_same_layers(pair, tmp_path: Path):

@@ -40,6 +40,42 @@ def test_models_may_be_written_in_all_of_mergekits_forms(pair, tmp_path: Path, m
     recipe(tmp_path, linear(form))
   assert seen == expected
   assert "models[0].model.override_architecture has no effect" in capsys.readouterr().err
+  monkeypatch.chdir(tmp_path)
+  for form in ("a@main", {"path": "a", "revision": "main"}, {"model": {"path": "a", "revision": "main"}},
+               {"model": "a@main", "lora": "a@r"}, "a@v1+a@v2"):
+    recipe(tmp_path, linear(form))
+  assert seen[len(expected):] == ["a", "a", "a", "a+a", "a+a"]
+  assert "models[0].model: revision 'main' has no effect on a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spelling", ["{a}/", "{a}/../a", "link", "a", "./a"])
+def test_a_base_is_known_however_it_is_spelled(spelling: str, pair, tmp_path: Path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "link").symlink_to(pair[0])
+  both = [{"model": str(folder)} for folder in pair]
+  base = spelling.format(a=pair[0])
+  made = recipe(tmp_path, {"merge_method": "slerp", "base_model": base, "models": both, "parameters": {"t": 0.5}})
+  assert list(made.models) == ["base", "models[1]"]
+  assert made.donor == made.models["base"]  # equal paths, so that it counts as one model everywhere
+  made = recipe(tmp_path, {"merge_method": "model_stock", "base_model": base,
+                           "models": [*both, {"model": str(save(tmp_path / "c", 2))}]})
+  assert list(made.models) == ["base", "models[1]", "models[2]"]
+  made = recipe(tmp_path, {"merge_method": "slerp", "base_model": base, "parameters": {"t": 0.5}, "slices": [
+      {"sources": [{**entry, "layer_range": [0, 2]} for entry in both]}]})
+  assert list(made.models) == ["base", "sources[1]"]
+
+
+@pytest.mark.parametrize("text", [
+    "merge_method: linear\nmerge_method: ties\n", "a: {b: [{c: 1, 'c': 2}]}\n", "a: 1\n---\nb: 1\nb: 2\n"])
+def test_a_key_that_stands_twice_is_named(text: str, tmp_path: Path):
+  with pytest.raises(UserError, match=r"recipe\.yml: '(merge_method|c|b)' stands twice in one mapping \(line \d\)"):
+    recipe(tmp_path, text)
+
+
+@pytest.mark.parametrize("value", [True, [0.5, False], [{"filter": "mlp", "value": True}, {"value": 1}]])
+def test_true_and_false_are_no_numbers(value: object, pair, tmp_path: Path):
+  with pytest.raises(UserError, match="expected a number, a list of numbers, or a list of filters"):
+    recipe(tmp_path, linear(*pair, weights=(value, 1)))
 
 
 def test_keys_of_ones_own_have_no_effect_and_a_line_says_so(pair, tmp_path: Path, capsys):

@@ -12,7 +12,7 @@ from imm_jax.errors import UserError
 from imm_jax.merging import command, mergekit
 from imm_jax.model import safetensors
 from tests.merge_folders import one_line, read, run
-from tests.merging.recipe_models import CONFIG, SHAPES, merged, save
+from tests.merging.recipe_models import CONFIG, merged, save
 
 
 @pytest.fixture
@@ -55,6 +55,20 @@ def test_gradients_go_over_a_slice(pair, tmp_path: Path):
   np.testing.assert_array_equal(got["model.norm.weight"], 0 * a["model.norm.weight"])
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "towers"])
+def test_lists_go_over_the_layers_of_the_config(family: str, tmp_path: Path):
+  """Checkpoints may hold another layer, which predicts a token further ahead; mergekit counts by the config too."""
+  stack = {"llama": "model.layers", "gpt2": "transformer.h", "towers": "language_model.model.layers"}[family]
+  config = {"num_hidden_layers": None, "n_layers": 3} if family == "gpt2" else {"num_hidden_layers": 3}
+  more = {f"vision_tower.encoder.layers.{i}.w": (2, 2) for i in range(5)} if family == "towers" else {}
+  folder = save(tmp_path / "a", 0, {f"{stack}.{i}.w": (2, 2) for i in range(4)} | more, **config)
+  got, tree = merged(tmp_path, {"merge_method": "passthrough", "models": [
+      {"model": str(folder), "parameters": {"scale": [0, 1]}}]}), read(folder)
+  scales = {f"{stack}.{i}.w": scale for i, scale in enumerate((0, 0.5, 1, 1))}
+  for name, scale in {**scales, **{name: i / 4 for i, name in enumerate(more)}}.items():
+    np.testing.assert_array_equal(got[name], np.float32(scale) * tree[name], err_msg=name)
+
+
 @pytest.mark.parametrize(("change", "expected"), [
     ({"slices": [{"sources": [{"model": "A", "layer_range": [0, 9]}]}]}, "layer_range [0, 9]: A has 4 layers"),
     ({"slices": [{"sources": [{"model": "A", "layer_range": [3, 2]}]}]}, "expected [first, end] with 0 <= first"),
@@ -63,6 +77,11 @@ def test_gradients_go_over_a_slice(pair, tmp_path: Path):
       "merge_method": "karcher"}, "the same number of layers"),
     ({"slices": [{"sources": [{"model": "A", "layer_range": [0, 2]}]}], "merge_method": "slerp", "base_model": "A",
       "parameters": {"t": 0.5}}, "slerp takes 1 model other than base_model, not 0"),
+    ({"slices": [{"sources": [{"model": "A", "layer_range": [0, 2]}, {"model": "B", "layer_range": [0, 2]}]}] * 2,
+      "merge_method": "ties", "base_model": "A", "parameters": {"weight": 1, "scope": "model"}},
+     "parameters.scope='model': slices are merged one by one"),
+    ({"models": [{"model": "A", "parameters": {"weight": [{"filter": "mlp", "value": 1}]}}], "merge_method": "linear"},
+     "add one for the others: '.*', in a recipe an entry with only a value"),
     ({"models": [{"model": "A"}], "modules": {"vision": {}, "text": {}}}, "expected one module"),
     ({"gate_mode": "hidden", "experts": [{"source_model": "A"}]}, "a mixture of experts"),
     ({"models": [{"model": "A", "parameters": [1]}], "merge_method": "linear"}, "parameters: expected a mapping"),
@@ -134,15 +153,26 @@ def test_models_whose_configs_have_no_common_meaning_are_refused(pair, tmp_path:
   assert "models[1] has other rotary embeddings" in notes
 
 
-def test_tied_and_untied_models_make_an_untied_one(pair, tmp_path: Path):
-  shapes = {name: shape for name, shape in SHAPES.items() if name != "lm_head.weight"}
-  tied = save(tmp_path / "tied", 2, shapes, tie_word_embeddings=True)
-  for base in (pair[0], tied):
+# Family -> its embedding and head.
+TABLES = {"llama": ("model.embed_tokens.weight", "lm_head.weight"),
+          "gpt2": ("transformer.wte.weight", "lm_head.weight"),
+          "gpt_neox": ("gpt_neox.embed_in.weight", "embed_out.weight"),
+          "bert": ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight")}
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_tied_and_untied_models_make_an_untied_one(family: str, tmp_path: Path):
+  embedding, head = TABLES[family]
+  untied = save(tmp_path / "untied", 0, {embedding: (12, 8), head: (12, 8), "h.0.w": (8, 8)})
+  tied = save(tmp_path / "tied", 2, {embedding: (12, 8), "h.0.w": (8, 8)}, tie_word_embeddings=True)
+  copied = save(tmp_path / "copied", 0, tree=read(tied) | {head: read(tied)[embedding]}, tie_word_embeddings=True)
+  for base, other in ((untied, tied), (tied, tied), (untied, copied), (copied, tied)):
+    out = tmp_path / f"{base.name}-{other.name}"
     got = merged(tmp_path, {**LINEAR, "base_model": str(base), "models": [
-        {"model": str(pair[0])}, {"model": str(tied)}]}, f"from-{base.name}")
-    expected = (read(pair[0])["lm_head.weight"] + read(tied)["model.embed_tokens.weight"]) / 2
-    np.testing.assert_allclose(got["lm_head.weight"], expected, rtol=1e-6)
-    assert json.loads((tmp_path / f"from-{base.name}/config.json").read_text())["tie_word_embeddings"] is False
+        {"model": str(untied)}, {"model": str(other)}]}, out.name)
+    np.testing.assert_allclose(got[head], (read(untied)[head] + read(tied)[embedding]) / 2, rtol=1e-6)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+  assert head not in merged(tmp_path, {**LINEAR, "models": [{"model": str(copied)}, {"model": str(tied)}]})
 
 
 def test_buffers_that_one_model_has_and_counters_are_no_obstacle(tmp_path: Path):
@@ -196,6 +226,23 @@ def test_code_and_pipelines_beside_the_weights_are_copied_or_refused(tmp_path: P
   (folder / "1_Pooling/model.safetensors").write_bytes(b"")
   with pytest.raises(UserError, match="1_Pooling, which has weights of its own"):
     merged(tmp_path, made, "again")
+
+
+@pytest.mark.parametrize("mapped", ["config.json", "tokenizer_config.json", "processor_config.json", None])
+def test_files_that_a_model_needs_are_copied_and_others_named(mapped: str | None, pair, tmp_path: Path, capsys):
+  needed = ["processor_config.json", "video_preprocessor_config.json", "spm.model", "normalizer.json",
+            "tokenizer_config.json", "qwen.tiktoken"]
+  for name in (*needed, "tokenization_own.py", "own.json", "trainer_state.json", "train_results.json", "LICENSE"):
+    (pair[0] / name).write_text("{}")
+  if mapped:
+    config = json.loads((pair[0] / mapped).read_text())
+    (pair[0] / mapped).write_text(json.dumps({**config, "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}))
+  merged(tmp_path, {**LINEAR, "models": [{"model": str(folder)} for folder in pair]})
+  written = {path.name for path in (tmp_path / "out").iterdir()}
+  code = {"tokenization_own.py"} if mapped else set()
+  assert written == {"config.json", "model.safetensors", "merge.json", "README.md", *needed, *code}
+  names = "own.json" if mapped else "own.json, tokenization_own.py"
+  assert f"{pair[0]}: {names}: not copied; add what the model needs" in capsys.readouterr().err
 
 
 def test_model_stock_of_one_model_and_adapters_alone_are_refused(pair, tmp_path: Path):

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from imm_jax.errors import UserError
 from imm_jax.merging import vocabulary
 from tests.merge_folders import read
-from tests.merging.test_recipes import SHAPES, merged, save
+from tests.merging.recipe_models import SHAPES, merged, save
 
 
 def tokenizer(folder: Path, words: list[str], added: tuple[str, ...] = ()) -> None:
@@ -88,6 +88,20 @@ def test_tokens_may_be_chosen_one_by_one(worded, tmp_path: Path):
   del made["tokenizer"]
   with pytest.raises(UserError, match=r"other vocabularies: a recipe with tokenizer_source"):
     merged(tmp_path, made, "without")
+
+
+@pytest.mark.parametrize("tokens", [{}, {"<b>": {"source": "more"}}])
+def test_the_head_of_a_tied_model_is_its_embedding_for_every_token(tokens: dict, worded, tmp_path: Path):
+  tied = {name: x for name, x in read(worded["more"]).items() if name != "lm_head.weight"}
+  more = save(tmp_path / "tied", 0, tree=tied, vocab_size=14, tie_word_embeddings=True)
+  tokenizer(more, WORDS[:1] + WORDS[:0:-1], ("<a>", "<b>"))
+  got = merged(tmp_path, {"merge_method": "linear", "dtype": "float32", "models": [
+      {"model": str(folder), "parameters": {"weight": 1}} for folder in (worded["base"], more)], "tokenizer": {
+          "source": "union", "tokens": {token: {"source": str(more)} for token in tokens}}})
+  ids = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+  np.testing.assert_allclose(got["lm_head.weight"][ids["<b>"]], rows(more)["<b>"], rtol=1e-6)
+  own = read(worded["base"])["lm_head.weight"][int("w3".removeprefix("w"))]
+  np.testing.assert_allclose(got["lm_head.weight"][ids["w3"]], (own + rows(more)["w3"]) / 2, rtol=1e-5, atol=1e-6)
 
 
 def test_chat_templates(worded, tmp_path: Path):
@@ -196,6 +210,51 @@ def test_a_tokenizer_keeps_the_class_that_its_source_names(worded, tmp_path: Pat
   written = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
   assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
   assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 14
+
+
+# Files of old models, which AutoTokenizer and others read beside tokenizer.json.
+STALE = {"special_tokens_map.json": '{"eos_token": "w1"}', "added_tokens.json": '{"extra": 12}', "vocab.json": "{}",
+         "tokenizer.model": "", "spm.model": "", "chat_template.jinja": "of the base", "chat_template.json": "{}"}
+
+
+@pytest.mark.parametrize("source", ["more", "union"])
+def test_a_tokenizer_of_its_own_has_no_files_of_the_base_beside_it(source: str, worded, tmp_path: Path):
+  for name, text in STALE.items():
+    (worded["base"] / name).write_text(text)
+  (worded["more"] / "chat_template.jinja").write_text("of more")
+  got = merged(tmp_path, linear([worded["base"], worded["more"]], tokenizer={
+      "source": source if source == "union" else str(worded["more"])}))
+  left = {name for name in STALE if (tmp_path / "out" / name).exists()}
+  assert left == ({"chat_template.jinja", "chat_template.json"} if source == "union" else {"chat_template.jinja"})
+  made = AutoTokenizer.from_pretrained(tmp_path / "out")
+  assert len(made) == len(got["model.embed_tokens.weight"])
+  assert ("extra" in made.get_vocab()) == (source == "union")  # it is a token of the base
+  assert made.chat_template == ("of the base" if source == "union" else "of more")
+
+
+def test_the_ids_in_configs_are_those_of_the_same_tokens(worded, tmp_path: Path, capsys: pytest.CaptureFixture):
+  base, more = worded["base"], worded["more"]
+  fast = PreTrainedTokenizerFast.from_pretrained(more, eos_token="<b>")
+  fast.save_pretrained(more)
+  tokenizer(base, [*WORDS[:10], "</s>", "<image>"])
+  ids = {"bos_token_id": 1, "eos_token_id": 10, "pad_token_id": -1, "sep_token_id": None, "image_token_index": 11,
+         "unk_token_id": 99}
+  (base / "config.json").write_text(json.dumps({**json.loads((base / "config.json").read_text()), **ids,
+                                                "text_config": {"eos_token_id": [2, 10], "vocab_size": 12}}))
+  (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [10, 2, 10], "suppress_tokens": [3],
+                                                           "bad_words_ids": [[1, 2]], "top_k": 1}))
+  merged(tmp_path, linear([base, more], tokenizer={"source": str(more)}))
+  new = fast.get_vocab()
+  config, generation = (json.loads((tmp_path / "out" / name).read_text())
+                        for name in ("config.json", "generation_config.json"))
+  assert {key: config[key] for key in ids} == {**ids, "bos_token_id": new["w1"], "eos_token_id": new["<b>"],
+                                               "unk_token_id": new["w0"]}
+  assert config["text_config"]["eos_token_id"] == [new["w2"], new["<b>"]]
+  assert generation == {"eos_token_id": [new["<b>"], new["w2"]], "suppress_tokens": [new["w3"]],
+                        "bad_words_ids": [[new["w1"], new["w2"]]], "top_k": 1}
+  notes = capsys.readouterr().err
+  assert "config.json: image_token_index 11 is '<image>' of the base's tokenizer and has no like in" in notes
+  assert "eos_token_id" not in notes
 
 
 def test_tokenizers_that_cannot_be_read_are_named(worded, tmp_path: Path):

@@ -12,7 +12,7 @@ from imm_jax.merging.kernels import Numbers, Shared, Tensors
 from imm_jax.merging.options import Option, Settings, stack
 from imm_jax.merging.registry import Scalars, method
 from imm_jax.merging.statistics import Source
-from imm_jax.merging.trees import count_layers, layer_of
+from imm_jax.merging.trees import layer_of
 
 BASE_WEIGHT = Option("base_weight", "a, the weight of the base", low=0, high=1, in_commands=0.5)
 DROP_RATE = Option("drop_rate", "DARE's p, the share of entries to drop", low=0, high=1, below=True, in_commands=0.2)
@@ -22,7 +22,7 @@ def _prepare(source: Source, settings: Settings, layer_scales: Any = None) -> tu
   def scalars(name: str) -> Scalars:
     steps = masks.drop_steps(settings.value("drop_rate", name), name)
     layer = layer_of(name)
-    layer_scale = 1.0 if layer_scales is None or layer is None else layer_scales[layer]
+    layer_scale = 1.0 if layer_scales is None or layer is None else layer_scales[min(layer, len(layer_scales) - 1)]
     return {"base_weight": settings.value("base_weight", name), "steps": np.uint32(steps),
             "code": masks.tensor_code(name), "gain": stack([layer_scale * masks.STEPS / (masks.STEPS - steps)])[0]}
 
@@ -32,10 +32,10 @@ def _prepare(source: Source, settings: Settings, layer_scales: Any = None) -> tu
 
 
 def _prepare_layers(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
-  return _prepare(source, settings, _layer_scales(settings["importance"], source.names))
+  return _prepare(source, settings, _layer_scales(settings["importance"], source))
 
 
-def _layer_scales(importance: Sequence[float] | jax.Array, names: Sequence[str]) -> Any:
+def _layer_scales(importance: Sequence[float] | jax.Array, source: Source) -> Any:
   """Computes N I_n / sum(I) for every layer (IIMM, eq. 7); [N], of jax if the scores are traced."""
   traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(importance))
   try:
@@ -44,7 +44,7 @@ def _layer_scales(importance: Sequence[float] | jax.Array, names: Sequence[str])
     scores = np.zeros(())
   if scores.ndim != 1 or not (traced or (np.isfinite(scores).all() and (scores >= 0).all() and scores.sum() > 0)):
     raise ValueError("importance: expected one finite score >= 0 for each layer, with a positive sum")
-  counts = count_layers(names)
+  counts, names = source.output_layers, source.names
   if len(set(counts.values())) > 1:
     raise ValueError(f"importance: the names have several stacks of layers ({', '.join(counts)}), and scores of one "
                      "depth; merge them one by one")
