@@ -134,8 +134,8 @@ def _abstract_layer_list(model: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> di
       shapes)
 
 
-def _with_sharding(x: Any, caches: NamedSharding) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=caches)
+def _with_sharding(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
 def describe(model: ModelConfig, slice_: topology.Slice, *, rows: int, new_tokens: int, dtype: jnp.dtype,
