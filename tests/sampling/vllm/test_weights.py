@@ -91,6 +91,21 @@ def test_a_reload_by_another_run_ends_this_one(fake: FakeVllm, tmp_path: Path) -
   assert not journal.exists()
 
 
+def test_a_restart_by_another_run_ends_this_one(fake: FakeVllm, tmp_path: Path) -> None:  # noqa: F811
+  fake.dev, journal = False, tmp_path / "journal.jsonl"
+
+  def trouble(number: int, body: dict) -> str:
+    if number == 10:
+      fake.folder = "/of/another/run"
+    return ""
+
+  fake.trouble = trouble
+  with VllmSampler(TINY, urls=[fake.url], compute_dtype="float32", restart="true") as sampler, pytest.raises(
+      UserError, match=r"was given other weights .*'/of/another/run'"):
+    sampler.generate(PROMPTS, **OPTIONS, journal=journal)
+  assert not journal.exists()
+
+
 def test_the_decoder_and_transformers_agree_to_a_hundredth_of_the_tolerance(
     fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
   result = []
