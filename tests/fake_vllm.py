@@ -57,6 +57,9 @@ class FakeVllm:
 
   Attributes:
     folder: whose weights it says that it runs.
+    replicas: number of data-parallel replicas; None if it knows nothing of them.
+    folders: whose weights single replicas run instead, by number.
+    probed: replicas that were asked for log-probabilities.
     trouble: called with (number of the request, its body); "" for an answer, or one of `_Handler.TROUBLES`.
     draw: as `tokens_of`.
     seen: the bodies of completions that were asked for, log-probabilities aside.
@@ -70,6 +73,9 @@ class FakeVllm:
     self.healthy, self.dev, self.stale, self.resets = True, True, False, True
     self.version: str | None = "default"
     self.asleep, self.sleeps = set(), True
+    self.replicas: int | None = 1
+    self.folders: dict[int | None, str] = {}
+    self.probed: list[int | None] = []
     self.seen: list[dict] = []
     self.answered: list[dict] = []
     self.steps: list[str] = []
@@ -149,11 +155,16 @@ class _Handler(BaseHTTPRequestHandler):
   def do_POST(self) -> None:
     body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
     path, fake = urlparse(self.path).path, self.fake
+    chosen = self.headers.get("X-data-parallel-rank")
+    replica = int(chosen) if chosen and fake.replicas else None
     if path != "/v1/completions":
       answer = fake.act(path, body, urlparse(self.path).query) if fake.dev else {"detail": "Not Found"}
       self.answer(answer, 200 if fake.dev else 404)
+    elif replica is not None and replica >= fake.replicas:
+      self.answer({"error": {"message": f"data_parallel_rank {replica} is out of range [0, {fake.replicas})."}}, 400)
     elif "logprobs" in body:
-      tokens, logprobs = greedy(fake.folder, tuple(body["prompt"]), body["max_tokens"])
+      fake.probed.append(replica)
+      tokens, logprobs = greedy(fake.folders.get(replica, fake.folder), tuple(body["prompt"]), body["max_tokens"])
       self.answer(_choices([{"index": 0, "token_ids": tokens, "finish_reason": "length",
                              "logprobs": {"token_logprobs": logprobs}}]))
     else:

@@ -1,5 +1,8 @@
-"""README and docs: links lead somewhere, and commands name modules, flags, configs and settings that exist."""
+"""README and docs: links lead somewhere, commands name modules, flags, configs and settings that exist, and docstrings
+the arguments.
+"""
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -78,6 +81,17 @@ def test_commands_name_what_exists(page: Path):
           setting = setting.get(part, setting)
       else:
         assert name.removeprefix("no") in known or name in known, f"{program} {argument}"
+
+
+def test_docstrings_name_the_arguments_that_there_are():
+  for path in (REPO / "imm_jax").rglob("*.py"):
+    for function in ast.walk(ast.parse(path.read_text())):
+      documented = isinstance(function, ast.FunctionDef) and re.search(
+          r"\nArgs:\n((?:  .*\n?|\n)+)", ast.get_docstring(function) or "")
+      if documented:
+        names = re.findall(r"(?m)^  \**(\w+):", documented[1])
+        taken = {a.arg for a in ast.iter_child_nodes(function.args) if isinstance(a, ast.arg)} - {"self", "cls"}
+        assert set(names) == taken, f"{path.relative_to(REPO)}: {function.name}"
 
 
 def test_the_index_has_every_page():

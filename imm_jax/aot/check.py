@@ -120,7 +120,7 @@ def run(config: ml_collections.ConfigDict, *, topology_name: str, slices: int, r
   for line in itertools.chain(
       _describe_importance(plan, report.attention), _describe_merge(plan),
       decoding.describe(plan.model, plan.slice_, rows=sample.batch_size, new_tokens=sample.max_new_tokens,
-                        dtype=plan.compute_dtype)):
+                        dtype=_resolve_dtype(sample.compute_dtype), attention=config.sampler.attention)):
     print(line, flush=True)
 
 
@@ -133,8 +133,12 @@ def make_plan(config: ml_collections.ConfigDict, *, topology_name: str, slices: 
   mesh = slice_.mesh(**config.mesh, hidden_size=model.hidden_size)
   sft = config.sft
   return Plan(model, slice_, mesh, rows_per_chip, sft.row_length, sft.accumulation, sft.remat, sft.attention,
-              jnp.dtype("bfloat16" if sft.compute_dtype == "auto" else sft.compute_dtype), sft.weight_decay,
-              sft.grad_clip, additions_of(config))
+              _resolve_dtype(sft.compute_dtype), sft.weight_decay, sft.grad_clip, additions_of(config))
+
+
+def _resolve_dtype(name: str) -> jnp.dtype:
+  """Resolves a `compute_dtype` setting for TPUs; `hardware.compute_dtype` does so for the devices of this machine."""
+  return jnp.dtype("bfloat16" if name == "auto" else name)
 
 
 def _find_model_config(model: str) -> ModelConfig:
@@ -160,7 +164,7 @@ def compile_step(plan: Plan) -> Report:
   started = time.monotonic()
   traced = training.jit_step(step, state).trace(state, _batch(plan))
   try:
-    compiled = _compile(traced)
+    compiled = topology.compile_program(traced)
   except MemoryError as e:
     return Report(backend, {}, excess=str(e), seconds=time.monotonic() - started)
   module = hlo.Module(compiled.as_text())
@@ -176,19 +180,6 @@ def _batch(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
   rows = NamedSharding(plan.mesh, sharding.BATCH)
   return {name: jax.ShapeDtypeStruct((plan.step_rows, plan.length), dtype, sharding=rows) for name, dtype in (
       ("tokens", jnp.int32), ("positions", jnp.int32), ("segment_ids", jnp.int32), ("weights", jnp.float32))}
-
-
-def _compile(traced: Any) -> Any:
-  """Compiles a traced program; raises MemoryError with one line if it does not fit."""
-  try:
-    with topology.quiet_libtpu():
-      return traced.lower().compile()
-  except jax.errors.JaxRuntimeError as e:
-    if "RESOURCE_EXHAUSTED" not in str(e):
-      raise
-    # Either "Used 18.1G of 15.75G hbm" or "temporaries (65.6G) exceeds available HBM (15.75G)".
-    sizes = re.findall(r"\d[\d.]*[KMGT]\b", str(e))
-    raise MemoryError(f"{sizes[0]} of {sizes[1]}" if len(sizes) > 1 else str(e).splitlines()[0]) from e
 
 
 def _memory(compiled: Any) -> dict[str, float]:
@@ -299,7 +290,7 @@ def _add_shardings(params: Params, mesh: Mesh) -> Params:
 def _describe_program(label: str, plan: Plan, traced: Any) -> Iterator[str]:
   started = time.monotonic()
   try:
-    compiled = _compile(traced)
+    compiled = topology.compile_program(traced)
   except MemoryError as e:
     yield f"{label}: does not fit, {e}"
     return

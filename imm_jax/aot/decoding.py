@@ -1,8 +1,9 @@
-"""Estimates the cost of sampling on a TPU slice that is not attached, by compiling a decoding step.
+"""Estimates the cost of sampling on a TPU slice that is not attached, by compiling a prefill and a decoding step.
 
 Each host of a slice samples its share of the questions on its own chips. On these, `tensor` shards weights and cache by
-heads, and `data` shards rows; all sizes that divide the key/value heads are compared. As layers are alike, models of
-two and four layers are compiled and the costs extrapolated.
+heads, and `data` shards rows; the sampler's split is compared with another. As layers are alike, models of two and four
+layers are compiled and the costs extrapolated. The programs are those of the native sampler, with the attention that it
+has on TPUs by default.
 """
 
 import collections
@@ -19,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from imm_jax.aot import costs, hlo, topology
 from imm_jax.model import sharding
+from imm_jax.model.cached import Prefix
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
 from imm_jax.sampling.native import decode, queue
@@ -29,18 +31,22 @@ _FEW_LAYERS, _MORE_LAYERS = 2, 4
 BANDWIDTH = 0.6
 # Tokens of the shared prefix, and of a question.
 _PREFIX, _QUESTION = 1024, 128
+# Questions that fill any pack.
+_MANY = 1024
 _GIB = 2**30
 
 
 class Step(NamedTuple):
-  """Costs of a decoding step on the chips of one host.
+  """Costs of sampling on the chips of one host: of a decoding step, and the memory of a prefill.
 
   Attributes:
     mesh: mesh over the host's chips.
     rows: rows that the host decodes at once.
     weights: bytes on a chip.
     cache: bytes on a chip, including the prefix.
-    temporaries: bytes on a chip.
+    prompts: bytes on a chip of a full pack of prompts that has been run and waits for rows: its caches and logits.
+    temporaries: bytes on a chip of a decoding step.
+    prefill_temporaries: bytes on a chip of the prefill of a full pack.
     collectives: (kind, number in a step, bytes in a step).
     links: seconds of collectives in a step.
     flops: FLOPs of a step on one chip.
@@ -50,10 +56,17 @@ class Step(NamedTuple):
   rows: int
   weights: float
   cache: float
+  prompts: float
   temporaries: float
+  prefill_temporaries: float
   collectives: tuple[tuple[str, int, float], ...]
   links: float
   flops: float
+
+  @property
+  def peak(self) -> float:
+    """Bytes on a chip at most: the samples of a pack join bit by bit, so that it is there while others are decoded."""
+    return self.weights + self.cache + self.prompts + max(self.temporaries, self.prefill_temporaries)
 
   def seconds(self, chip: topology.Chip) -> float:
     """Estimates a step's time: reading weights and cache at BANDWIDTH overlaps with products, but not collectives."""
@@ -61,7 +74,7 @@ class Step(NamedTuple):
 
   def fits(self, chip: topology.Chip) -> bool:
     """Returns whether everything fits in a chip's memory."""
-    return self.weights + self.cache + self.temporaries < chip.hbm
+    return self.peak < chip.hbm
 
 
 def host_slice(slice_: topology.Slice) -> topology.Slice:
@@ -80,20 +93,40 @@ def candidate_meshes(model: ModelConfig, devices: Sequence[jax.Device]) -> list[
   return [default, *(m for m in others if m.shape["tensor"] != default.shape["tensor"])]
 
 
-def compile_decoding_step(model: ModelConfig, mesh: Mesh, slice_: topology.Slice, *, rows: int, new_tokens: int,
-                          dtype: jnp.dtype) -> Step:
-  """Compiles a decoding step for a mesh and extrapolates its costs to all layers."""
+def compile_sampling(model: ModelConfig, mesh: Mesh, slice_: topology.Slice, *, rows: int, new_tokens: int,
+                     dtype: jnp.dtype) -> Step:
+  """Compiles prefill and decoding step for a mesh and extrapolates their costs to all layers.
+
+  Raises:
+    MemoryError: with one line, if a program does not fit a chip even with few layers.
+  """
   few, more = (_compile_and_measure(model, mesh, slice_, layers, rows, new_tokens, dtype)
                for layers in (_FEW_LAYERS, _MORE_LAYERS))
   extrapolate = lambda few, more: few + (more - few) * (model.num_layers - _FEW_LAYERS) / (_MORE_LAYERS - _FEW_LAYERS)
-  kinds = tuple((kind, round(extrapolate(few[3].get(kind, (0, 0.0))[0], count)),
-                 extrapolate(few[3].get(kind, (0, 0.0))[1], size)) for kind, (count, size) in sorted(more[3].items()))
-  return Step(mesh, rows, *(extrapolate(few[i], more[i]) for i in range(3)), kinds, extrapolate(few[4], more[4]),
-              extrapolate(few[5], more[5]))
+  collectives = []
+  for kind in sorted(few.collectives.keys() | more.collectives.keys()):
+    (count, size), (more_count, more_size) = (c.get(kind, (0, 0.0)) for c in (few.collectives, more.collectives))
+    collectives.append((kind, round(extrapolate(count, more_count)), extrapolate(size, more_size)))
+  sizes = {name: extrapolate(getattr(few, name), getattr(more, name)) for name in _Measured._fields
+           if name != "collectives"}
+  return Step(mesh, rows, collectives=tuple(collectives), **sizes)
+
+
+class _Measured(NamedTuple):
+  """What is read off programs with few layers: attributes of `Step`, and (number, bytes) of collectives by kind."""
+
+  weights: float
+  cache: float
+  prompts: float
+  temporaries: float
+  prefill_temporaries: float
+  links: float
+  flops: float
+  collectives: dict[str, tuple[int, float]]
 
 
 def _compile_and_measure(model: ModelConfig, mesh: Mesh, slice_: topology.Slice, layers: int, rows: int,
-                         new_tokens: int, dtype: jnp.dtype) -> tuple:
+                         new_tokens: int, dtype: jnp.dtype) -> _Measured:
   model = dataclasses.replace(model, num_layers=layers)
   static = decode.Static(model, dtype, (0,), 1.0, False, mesh)
   replicated = NamedSharding(mesh, P())
@@ -109,8 +142,8 @@ def _compile_and_measure(model: ModelConfig, mesh: Mesh, slice_: topology.Slice,
   allowed = jax.ShapeDtypeStruct((model.vocab_size,), bool, sharding=replicated)
   traced = jax.jit(decode.extend, static_argnames="static", donate_argnames="state").trace(
       params, prefix, state, allowed, static=static)
-  with topology.quiet_libtpu():
-    compiled = traced.lower().compile()
+  compiled = topology.compile_program(traced)
+  prefill = _compile_prefill(params, prefix, static).memory_analysis()
   module = hlo.Module(compiled.as_text())
   kinds: dict[str, tuple[int, float]] = collections.defaultdict(lambda: (0, 0.0))
   for c in module.collectives():
@@ -120,8 +153,23 @@ def _compile_and_measure(model: ModelConfig, mesh: Mesh, slice_: topology.Slice,
                              for x in jax.tree.leaves(tree))
   devices = mesh.devices.ravel().tolist()
   links = sum(c.times * slice_.seconds(c.kind, c.size, [devices[i] for i in c.group]) for c in module.collectives())
-  return (on_chip(params), on_chip((state["caches"], prefix.caches)), compiled.memory_analysis().temp_size_in_bytes,
-          dict(kinds), links, costs.flops(traced.jaxpr) / mesh.size)
+  return _Measured(
+      on_chip(params), on_chip((state["caches"], prefix.caches)), prefill.output_size_in_bytes,
+      compiled.memory_analysis().temp_size_in_bytes, prefill.temp_size_in_bytes, links,
+      costs.flops(traced.jaxpr) / mesh.size, dict(kinds))
+
+
+def _compile_prefill(params: dict[str, Any], prefix: Prefix, static: decode.Static) -> Any:
+  """Compiles the prefill of a pack that is as large as the sampler makes them."""
+  pack = full_pack(static.mesh)
+  tokens = jax.ShapeDtypeStruct((pack.rows, pack.length), jnp.int32)
+  last = jax.ShapeDtypeStruct((pack.prompts,), jnp.int32)
+  return topology.compile_program(decode.prefill.trace(params, prefix, tokens, tokens, tokens, last, static=static))
+
+
+def full_pack(mesh: Mesh) -> queue.Shape:
+  """Returns the shape of packs while many questions wait."""
+  return queue.pack_shape([_QUESTION] * _MANY, parts=mesh.shape["data"], cpu=False)
 
 
 def _abstract_layer_list(model: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> dict[str, Any]:
@@ -134,26 +182,53 @@ def _abstract_layer_list(model: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> di
       shapes)
 
 
-def _with_sharding(x: Any, caches: NamedSharding) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=caches)
+def _with_sharding(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
 def describe(model: ModelConfig, slice_: topology.Slice, *, rows: int, new_tokens: int, dtype: jnp.dtype,
-             ) -> Iterator[str]:
-  """Yields a line for the default sharding of a decoding step over a host's chips, and one for the next."""
+             attention: str = "auto") -> Iterator[str]:
+  """Yields a line for the default split of sampling over a host's chips, one for the next, and which is faster.
+
+  Args:
+    model: the model's config.
+    slice_: the whole slice.
+    rows: rows that each host decodes at once.
+    new_tokens: largest number of tokens of an answer.
+    dtype: dtype of weights, activations and cache.
+    attention: as config.sampler.attention; others than the default are not estimated, which a line says.
+  """
   host = host_slice(slice_)
-  hosts = len(slice_.devices) // len(host.devices)
+  hosts, meshes = len(slice_.devices) // len(host.devices), candidate_meshes(model, host.devices)[:2]
+  pack = full_pack(meshes[0])
   yield (f"sampling, {rows} rows on each of {hosts} hosts with {len(host.devices)} chips, {dtype}, a shared prefix of "
-         f"{_PREFIX} tokens and {queue.most_slots(_QUESTION + new_tokens)} slots a row, {BANDWIDTH:.0%} of the "
-         "memory's bandwidth assumed")
-  for mesh in candidate_meshes(model, host.devices)[:2]:
+         f"{_PREFIX} tokens, {queue.most_slots(_QUESTION + new_tokens)} slots a row, prompts run in packs of "
+         f"{pack.rows} x {pack.length} tokens, {BANDWIDTH:.0%} of the memory's bandwidth assumed")
+  if attention not in ("auto", "xla"):
+    yield f"  of config.sampler.attention=xla: {attention} is not estimated"
+  fitting = {}
+  for mesh in meshes:
+    name = f"data {mesh.shape['data']} x tensor {mesh.shape['tensor']}"
     if rows % mesh.shape["data"]:
+      name += f" (which does not divide {rows} rows, so that all are decoded {mesh.shape['data']} times)"
+    try:
+      step = compile_sampling(model, mesh, host, rows=rows, new_tokens=new_tokens, dtype=dtype)
+    except MemoryError as e:
+      yield f"  {name}: DOES NOT FIT, {e} with {_MORE_LAYERS} layers or fewer"
       continue
-    step = compile_decoding_step(model, mesh, host, rows=rows, new_tokens=new_tokens, dtype=dtype)
     duration = step.seconds(slice_.chip)
     moved = ", ".join(f"{count} {kind} of {size / 1e6:.2f} MB in all" for kind, count, size in step.collectives)
-    yield (f"  data {mesh.shape['data']} x tensor {mesh.shape['tensor']}: on a chip weights {step.weights / _GIB:.2f} "
-           f"GiB, cache {step.cache / _GIB:.2f}, temporaries {step.temporaries / _GIB:.2f} of "
-           f"{slice_.chip.hbm / _GIB:.2f}{'' if step.fits(slice_.chip) else ': DOES NOT FIT'}; a step "
+    yield (f"  {name}: on a chip weights {step.weights / _GIB:.2f} GiB, cache {step.cache / _GIB:.2f}, a pack's caches "
+           f"and logits {step.prompts / _GIB:.2f}, temporaries {step.temporaries / _GIB:.2f} in decoding and "
+           f"{step.prefill_temporaries / _GIB:.2f} in prefill; peak {step.peak / _GIB:.2f} of "
+           f"{slice_.chip.hbm / _GIB:.2f}: {'fits' if step.fits(slice_.chip) else 'DOES NOT FIT'}; a step "
            f"{1e3 * duration:.2f} ms, of it links {1e3 * step.links:.2f} ({moved or 'no collectives'}); "
            f"{rows / duration:,.0f} tokens/s a host, {hosts * rows / duration:,.0f} in all")
+    if step.fits(slice_.chip):
+      fitting[mesh] = duration
+  if fitting and len(meshes) > 1:
+    default, other = (fitting.get(mesh) for mesh in meshes)
+    comparison = ("is the faster one by this estimate" if default and (not other or default <= other) else
+                  f"takes {default / other:.2f} times as long as the other by this estimate" if default else
+                  "does not fit, while the other does")
+    yield f"  the sampler takes the first, which {comparison}"

@@ -248,19 +248,32 @@ def dims(shape: str) -> tuple[int, ...]:
 
 
 def _parse_group(i: Instruction) -> tuple[int, ...]:
-  """Parses the partition numbers of a collective's first group, from any of the three forms of `replica_groups`."""
-  axes = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", i.attributes)
+  """Parses the partition numbers of a collective's first group, from any of the forms of `replica_groups`.
+
+  Raises:
+    ValueError: for a form that is not known, whose group would seem empty.
+  """
+  order = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+  axes = re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({order}\))? ?\{{([^}}]*)\}}", i.attributes)
   if axes:
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes[1])}
-    numbers = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-    used = re.findall(r"'(\w+)'", axes[2])
+    numbers = _arrange(axes[2] or str(math.prod(sizes.values())), axes[3]).reshape(tuple(sizes.values()))
+    used = re.findall(r"'(\w+)'", axes[4])
     return tuple(numbers[tuple(slice(None) if name in used else 0 for name in sizes)].ravel().tolist())
-  iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", i.attributes)
+  iota = re.search(rf"replica_groups=\[([\d,]+)\]<={order}", i.attributes)
   if iota:
-    groups, dims = ([int(n) for n in part.split(",")] for part in iota.groups()[:2])
-    numbers = np.arange(math.prod(dims)).reshape(dims)
-    if iota[3]:
-      numbers = numbers.transpose([int(n) for n in iota[3].split(",")])
-    return tuple(numbers.reshape(groups)[0].tolist())
+    return tuple(_arrange(iota[2], iota[3]).reshape(_parse_numbers(iota[1]))[0].tolist())
   listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", i.attributes)
-  return tuple(int(n) for n in listed[1].split(",")) if listed else ()
+  if not listed and "replica_groups=" in i.attributes:
+    raise ValueError(f"{i.name}: its replica_groups cannot be read: {i.attributes[:200]}")
+  return tuple(_parse_numbers(listed[1])) if listed else ()
+
+
+def _arrange(dims: str, axes: str | None) -> np.ndarray:
+  """Returns the numbers from 0 in the shape `dims`, transposed to `axes` if given; both are comma-separated."""
+  numbers = np.arange(math.prod(_parse_numbers(dims))).reshape(_parse_numbers(dims))
+  return numbers.transpose(_parse_numbers(axes)) if axes else numbers
+
+
+def _parse_numbers(text: str) -> list[int]:
+  return [int(n) for n in text.split(",")]

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -127,6 +128,19 @@ def describe_slice(name: str, *, slices: int = 1) -> Slice:
   except Exception as e:  # libtpu raises several kinds
     raise UserError(f"--topology={name}: {str(e).strip().splitlines()[0]} (known are such as {examples})") from e
   return Slice(name, chip, tuple(lengths), slices, tuple(described.devices))
+
+
+def compile_program(traced: Any) -> Any:
+  """Compiles a traced program; raises MemoryError with one line if it does not fit."""
+  try:
+    with quiet_libtpu():
+      return traced.lower().compile()
+  except jax.errors.JaxRuntimeError as e:
+    if "RESOURCE_EXHAUSTED" not in str(e):
+      raise
+    # Either "Used 18.1G of 15.75G hbm" or "temporaries (65.6G) exceeds available HBM (15.75G)".
+    sizes = re.findall(r"\d[\d.]*[KMGT]\b", str(e))
+    raise MemoryError(f"{sizes[0]} of {sizes[1]}" if len(sizes) > 1 else str(e).splitlines()[0]) from e
 
 
 @contextlib.contextmanager

@@ -186,9 +186,9 @@ class Decoder(nnx.Module):
       attend: attention function, such as the result of `attention.packed`.
       compute_dtype: dtype of products and their operands; everything else is float32.
       remat: one of REMAT; what is not kept is recomputed in the backward pass.
-      use: applied to each layer before it runs, for example to gather its weights.
+      transform_layer: applied to each layer before it runs, for example to gather its weights.
       extra_params: further parameters, stacked like the layers; each layer's are passed to `transform_layer` with it.
-      pin: applied to the residual stream, for example a sharding constraint.
+      constrain: applied to the residual stream, for example a sharding constraint.
 
     Returns:
       [B, T, D] in the compute dtype.

@@ -152,7 +152,7 @@ def derived_parser(template: str) -> Parser:
   """Returns a parser of records with `question`, `choices` (a list) and `answer` (an index from 0).
 
   Args:
-    form: template of the context, with `{}` for the question.
+    template: of the context, with `{}` for the question.
   """
   return lambda record: from_index(get_text(record, "question"), _check_options(record["choices"]),
                                    _parse_index(record["answer"]), template.format(record["question"]))

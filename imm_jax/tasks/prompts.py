@@ -70,7 +70,7 @@ def build_chat(turns: Sequence[tuple[str, str]], tokenizer: "PreTrainedTokenizer
     turns: (role, text) pairs; the last one is the user's.
     tokenizer: the model's tokenizer.
     needed_by: the setting that requires a chat template, for errors.
-    otherwise: a setting that does not, for errors.
+    alternative: a setting that does not, for errors.
 
   Raises:
     UserError: if the template is missing or raises an error.

@@ -3,7 +3,6 @@
 The programs with collectives run on eight faked devices in another process (`_main`).
 """
 
-import dataclasses
 import functools
 import importlib.util
 import json
@@ -22,7 +21,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import common
-from imm_jax.aot import check, costs, decoding, hlo, topology
+from imm_jax.aot import check, costs, hlo, topology
 from imm_jax.errors import UserError
 from imm_jax.model import sharding
 from imm_jax.model.config import ModelConfig
@@ -156,6 +155,24 @@ def test_traffic_counts_what_lies_in_hbm_and_slices_alone() -> None:
   assert module.traffic(body) == 2 * 64 * 64 * 3
 
 
+@pytest.mark.parametrize(("groups", "want"), [
+    ("{{0,2},{1,3}}", (0, 2)), ("[2,2]<=[4]", (0, 1)), ("[2,2]<=[2,2]T(1,0)", (0, 2)),
+    ("mesh['a'=2,'b'=2] {'b'}", (0, 1)), ("mesh['a'=2,'b'=1,'c'=2] {'a','b','c'}", (0, 1, 2, 3)),
+    ("mesh['a'=2,'b'=2], device_ids=([4]) {'a'}", (0, 2)),
+    ("mesh['a'=2,'b'=1,'c'=2], device_ids=([2,2]T(1,0)) {'a'}", (0, 1)), ("new form", None)])
+def test_the_group_of_a_collective(groups: str, want: tuple[int, ...] | None) -> None:
+  module = hlo.Module(f"""HloModule m
+ENTRY %main (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  ROOT %y = f32[8]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, use_global_device_ids=true, to_apply=%add
+}}""")
+  if want is None:
+    with pytest.raises(ValueError, match=r"y: its replica_groups cannot be read: .*new form"):
+      module.collectives()
+  else:
+    assert [c.group for c in module.collectives()] == [want]
+
+
 def _slice(name: str, sizes: tuple[int, ...], chip: str) -> topology.Slice:
   devices = tuple(SimpleNamespace(coords=[*c, 0, 0][:3]) for c in np.ndindex(sizes))
   return topology.Slice(name, topology.CHIPS[chip], sizes, 1, devices)
@@ -277,22 +294,3 @@ def test_slices_and_meshes_that_cannot_be(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
   _main(Path(sys.argv[1]))
-
-
-@needs_libtpu
-def test_a_decoding_step_for_a_host_of_a_slice_has_the_products_collectives() -> None:
-  """Two of a layer, and those of drawing from a vocabulary that is split."""
-  host = decoding.host_slice(topology.describe_slice("v5e:4x4"))
-  assert len(host.devices) == 4
-  deep = dataclasses.replace(MODEL, num_layers=10)
-  default, other = decoding.candidate_meshes(deep, host.devices)
-  assert (default.shape["tensor"], other.shape["tensor"]) == (2, 1)
-  steps = [decoding.compile_decoding_step(model, default, host, rows=8, new_tokens=60, dtype=jnp.dtype("bfloat16"))
-           for model in (MODEL, deep)]
-  counts = [{kind: count for kind, count, _ in step.collectives} for step in steps]
-  assert counts[1]["all-reduce"] - counts[0]["all-reduce"] == 2 * 8
-  assert {k: n for k, n in counts[0].items() if k != "all-reduce"} == {
-      k: n for k, n in counts[1].items() if k != "all-reduce"}
-  assert steps[1].weights - steps[0].weights == pytest.approx(8 * LAYER / 2, rel=0.01)
-  # Keys and values of a head: a layer's 192 slots of 4 rows, and 1024 of the prefix.
-  assert steps[1].cache == 2 * 10 * 64 * 2 * (4 * 192 + 1024)

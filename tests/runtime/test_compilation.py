@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
 import pytest
+from jax._src.lru_cache import LRUCache
 
 from imm_jax.runtime import compilation
 from tests import REPO
@@ -48,10 +51,11 @@ def test_a_second_run_compiles_nothing_and_several_at_once_agree(tmp_path: Path)
   value, hits, misses = _said(_start(XDG_CACHE_HOME=str(tmp_path)))
   assert [value, value] == values
   assert (hits > 0, misses) == (True, 0)
-  # What cannot be read is compiled again.
+  # What cannot be read is compiled again, once.
   for path in entries:
     path.write_bytes(path.read_bytes()[:50])
   assert _said(_start(XDG_CACHE_HOME=str(tmp_path)))[:2] == (value, 0)
+  assert _said(_start(XDG_CACHE_HOME=str(tmp_path))) == (value, hits, 0)
 
 
 def test_a_setting_turns_it_off_and_another_moves_it(tmp_path: Path) -> None:
@@ -62,10 +66,42 @@ def test_a_setting_turns_it_off_and_another_moves_it(tmp_path: Path) -> None:
   assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_the_oldest_entries_go_when_there_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_not_used_for_longest_goes_when_there_is_too_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   for age, name in enumerate(("new", "old", "older")):
     (tmp_path / f"{name}-cache").write_bytes(b"x" * 10)
     os.utime(tmp_path / f"{name}-cache", (1000 - age, 1000 - age))
+  for name in ("get", "put"):  # put back afterwards
+    monkeypatch.setattr(LRUCache, name, getattr(LRUCache, name))
+  compilation._change_jax()
+  assert LRUCache(str(tmp_path), max_size=-1).get("older") == b"x" * 10
   monkeypatch.setattr(compilation, "_MAX_BYTES", 15)
   compilation._prune(tmp_path)
-  assert [path.name for path in tmp_path.iterdir()] == ["new-cache"]
+  assert [path.name for path in tmp_path.iterdir()] == ["older-cache"]
+
+
+def test_what_a_killed_process_was_writing_goes(tmp_path: Path) -> None:
+  for name, age in (("killed", 7200), ("writing", 5)):
+    (tmp_path / f".part-{name}").write_bytes(b"x")
+    os.utime(tmp_path / f".part-{name}", (time.time() - age,) * 2)
+  compilation._prune(tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == [".part-writing"]
+
+
+@pytest.mark.parametrize(("mode", "group", "kept"), [
+    (0o777, 0, False), (0o1777, 0, False), (0o775, 1, False), (0o775, 0, True), (0o755, 1, True), (0o700, 0, True)])
+def test_a_folder_that_others_can_write_to_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], mode: int, group: int,
+    kept: bool) -> None:
+  tmp_path.chmod(mode)
+  monkeypatch.setattr(os, "getegid", lambda: tmp_path.stat().st_gid + group)
+  assert compilation._others_write(tmp_path) is not kept
+  if mode == 0o777:
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")  # put back afterwards
+    before = jax.config.jax_enable_compilation_cache
+    try:
+      assert compilation.enable_cache(str(tmp_path)) is None
+      assert not jax.config.jax_enable_compilation_cache
+    finally:
+      jax.config.update("jax_enable_compilation_cache", before)
+    assert f"other users can write to {tmp_path}" in "".join(capfd.readouterr())

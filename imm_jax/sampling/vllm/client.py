@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ _CONNECT_TIMEOUT_S = 10.0
 _QUICK_TIMEOUT_S = 30.0  # for requests that take no work
 _BUSY_STATUSES = (408, 425, 429)
 _SERVER_STATUSES = (401, 403, 404, 405)  # the server is at fault, not the request
+# A request is answered by the data-parallel replica with the number in this header. There are never so many.
+_REPLICA_HEADER, _NO_REPLICA = "X-data-parallel-rank", 1 << 30
 # Overrides the defaults that a server may take from a checkpoint's generation_config.json.
 NEUTRAL = {"ignore_eos": True, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
            "frequency_penalty": 0.0, "skip_special_tokens": False}
@@ -131,8 +134,8 @@ class Server:
     self._model = models[0]["id"]
     return models[0]
 
-  def complete(self, prompt: list[int], *, n: int, max_tokens: int, logprobs: bool = False, **options: Any,
-               ) -> list[Generated]:
+  def complete(self, prompt: list[int], *, n: int, max_tokens: int, logprobs: bool = False,
+               replica: int | None = None, **options: Any) -> list[Generated]:
     """Continues a prompt n times.
 
     Args:
@@ -140,6 +143,7 @@ class Server:
       n: number of completions.
       max_tokens: maximum number of tokens of each.
       logprobs: whether to request the log-probabilities of the drawn tokens.
+      replica: number of the data-parallel replica that answers; None lets the server choose.
       **options: more keys of the request, such as `temperature`.
 
     Returns:
@@ -154,13 +158,38 @@ class Server:
     body = {"model": self._model, "prompt": prompt, "n": n, "max_tokens": max_tokens, "return_token_ids": True,
             "logprobs": 1 if logprobs else None, **options}
     answer = self._call("POST", "/v1/completions", {k: v for k, v in body.items() if v is not None},
-                        timeout=self._timeout, max_bytes=_MAX_BYTES + _MAX_BYTES_PER_TOKEN * n * max_tokens)
+                        headers={} if replica is None else {_REPLICA_HEADER: str(replica)}, timeout=self._timeout,
+                        max_bytes=_MAX_BYTES + _MAX_BYTES_PER_TOKEN * n * max_tokens)
     choices = _field(answer, "choices", list)
     numbers = [choice.get("index") if isinstance(choice, dict) else None for choice in choices]
     if len(numbers) != n or any(i not in numbers for i in range(n)):
       raise ServerError(f"it gave completions {numbers!s:.99}, and {n} were asked for")
     by_index = dict(zip(numbers, choices, strict=True))
     return [_generated(by_index[i], max_tokens, logprobs) for i in range(n)]
+
+  def count_replicas(self, prompt: list[int]) -> int | None:
+    """Counts the data-parallel replicas at this URL, each of which has weights and a cache of its own.
+
+    The server names the number when it refuses a request to a replica that it cannot have (vLLM 0.32).
+
+    Args:
+      prompt: token ids of any prompt that the server would continue.
+
+    Returns:
+      The number; None if the server, or a proxy before it, knows nothing of replicas.
+
+    Raises:
+      ServerError: when the response is missing or invalid.
+      UserError: when the server rejects the request for another reason.
+    """
+    try:
+      self.complete(prompt, n=1, max_tokens=1, logprobs=True, replica=_NO_REPLICA, temperature=0.0, **NEUTRAL)
+    except UserError as e:
+      if "data_parallel_rank" not in str(e):
+        raise
+      count = re.search(r"out of range \[0, (\d+)\)", str(e))
+      return int(count[1]) if count else None
+    return None
 
   def reload(self, folder: str, version: str, *, timeout: float) -> None:
     """Makes the server load the weights in `folder` and reset its prefix cache; aborts running requests.
@@ -213,13 +242,13 @@ class Server:
       raise ServerError(f"it says that its weights are {current!r:.99} and not {version!r}")
 
   def _call(self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float,
-            max_bytes: int = _MAX_BYTES, parse: bool = True) -> Any:
+            max_bytes: int = _MAX_BYTES, parse: bool = True, headers: dict[str, str] | None = None) -> Any:
     """Sends a request and returns the JSON object of the response, or None unless `parse`."""
     end = time.monotonic() + timeout
     try:
       response = self._pool.request(
-          method, self.url + path, json=body, headers=self._headers, preload_content=False, redirect=False,
-          timeout=urllib3.Timeout(connect=min(_CONNECT_TIMEOUT_S, timeout), read=timeout))
+          method, self.url + path, json=body, headers=self._headers | (headers or {}), preload_content=False,
+          redirect=False, timeout=urllib3.Timeout(connect=min(_CONNECT_TIMEOUT_S, timeout), read=timeout))
       try:
         data = bytearray()
         for chunk in response.stream(_CHUNK, decode_content=False):

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, s
       restart=vllm.restart, compute_dtype=dtype, concurrency=vllm.concurrency,
       timeout=vllm.timeout, start_timeout=vllm.start_timeout, tolerance=vllm.tolerance, sleep=vllm.sleep,
       # The scratch folder is removed with its stage, and a server that sleeps outlives that.
-      log=(Path(tempfile.mkdtemp(prefix="imm_jax-vllm-")) if vllm.sleep else scratch) / "vllm.log",
+      log=None if vllm.sleep else scratch / "vllm.log",
       mesh=None if spawns else sharding.local_mesh(mesh()), start=False) as sampler:
     yield sampler
 

@@ -1,13 +1,14 @@
 """Checks that a server runs the expected weights.
 
 A server can silently have others: after a reload that kept the prefix cache, of a checkpoint with tied embeddings on
-vLLM's CPU backend, or from a folder with a missing tensor or an extra file. So the server continues a few prompts
-greedily, and its log-probabilities are compared with those that this package's decoder gives the same tokens under the
-expected checkpoint.
+vLLM's CPU backend, or from a folder with a missing tensor or an extra file. So each replica of the server continues a
+few prompts greedily, and its log-probabilities are compared with those that this package's decoder gives the same
+tokens under the expected checkpoint.
 """
 
 import functools
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from imm_jax.errors import UserError
+from imm_jax.errors import UserError, print_once
 from imm_jax.model import hf, sharding
 from imm_jax.model.cached import LayerCache, Prefix
 from imm_jax.model.config import ModelConfig
@@ -58,8 +59,8 @@ class Agreement(NamedTuple):
 
 def check(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]], *, dtype: str, new_tokens: int,
           tolerance: float = 0.0, mesh: Mesh | None = None, earlier: Mapping[Server, Path] | None = None,
-          ) -> dict[Server, Agreement | ServerError]:
-  """Checks that servers run the weights in a folder.
+          ) -> dict[Server, list[Agreement] | ServerError]:
+  """Checks that servers, and all data-parallel replicas of each, run the weights in a folder.
 
   Args:
     servers: servers that were started or have reloaded.
@@ -73,47 +74,67 @@ def check(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]],
       bfloat16 hides it; the server must not be much nearer to the earlier weights.
 
   Returns:
-    The agreement of each server, or the error if it did not respond.
+    The agreement of each server's replicas, or the error if one did not respond.
 
   Raises:
-    UserError: when a server differs by more than the tolerance, or is nearer to its earlier weights.
+    UserError: when a replica differs by more than the tolerance, or is nearer to its server's earlier weights.
   """
   tokens = min(TOKENS, new_tokens)
   limit = tolerance or TOLERANCES[dtype]
-  score = _Scorer(folder, dtype, mesh).score
-  result: dict[Server, Agreement | ServerError] = {}
-  answers: dict[Server, list[Generated]] = {}
+  score = _Scorer(folder, dtype, mesh, prompts).score
+  result: dict[Server, list[Agreement] | ServerError] = {}
+  answers: dict[Server, list[list[Generated]]] = {}
   for server in servers:
     try:
-      greedy = [server.complete(prompt, n=1, max_tokens=tokens, logprobs=True, temperature=0.0, **NEUTRAL)[0]
-                for prompt in prompts]
+      answers[server] = _ask_replicas(server, prompts, tokens)
     except ServerError as e:
       result[server] = e
       continue
-    answers[server] = greedy
-    logprobs, best = score(prompts, [g.tokens for g in greedy])
-    result[server] = agreement = measure_agreement(greedy, logprobs, best)
-    if not agreement.within(limit):
+    result[server] = []
+    for replica, greedy in enumerate(answers[server]):
+      logprobs, best = score(greedy)
+      agreement = measure_agreement(greedy, logprobs, best)
+      result[server].append(agreement)
+      if agreement.within(limit):
+        continue
       row, t = agreement.where
       raise UserError(
-          f"{server}: does not run the weights of {folder}. Over {len(prompts)} greedy answers of {tokens} tokens its "
-          f"log-probabilities differ from the native decoder's by {agreement.mean:.3g} on average and "
-          f"{agreement.largest:.3g} at most (prompt {row}, token {t}: id {greedy[row].tokens[t]} has "
-          f"{greedy[row].logprobs[t]:.4f} there, {logprobs[row, t]:.4f} here, where the likeliest has "
-          f"{best[row, t]:.4f}); rounding to {dtype} explains {limit:g} and {_TOKEN_FACTOR * limit:g} "
+          f"{_name(server, replica, len(answers[server]))}: does not run the weights of {folder}. Over {len(prompts)} "
+          f"greedy answers of {tokens} tokens its log-probabilities differ from the native decoder's by "
+          f"{agreement.mean:.3g} on average and {agreement.largest:.3g} at most (prompt {row}, token {t}: id "
+          f"{greedy[row].tokens[t]} has {greedy[row].logprobs[t]:.4f} there, {logprobs[row, t]:.4f} here, where the "
+          f"likeliest has {best[row, t]:.4f}); rounding to {dtype} explains {limit:g} and {_TOKEN_FACTOR * limit:g} "
           "(config.sampler.vllm.tolerance). Have it start again on this folder")
   del score  # keeps only one model in memory at a time
   old = {server: path for server, path in (earlier or {}).items() if server in answers and path.is_dir()}
   for path in dict.fromkeys(old.values()):
-    score = _Scorer(path, dtype, mesh).score
+    score = _Scorer(path, dtype, mesh, prompts).score
     for server in (s for s in answers if old.get(s) == path):
-      old_agreement = measure_agreement(answers[server], *score(prompts, [g.tokens for g in answers[server]]))
-      if old_agreement.mean < _NEARER_SHARE * result[server].mean:
-        raise UserError(f"{server}: still runs the weights of {path}. From those its log-probabilities differ by "
-                        f"{old_agreement.mean:.3g} on average, from {folder}'s by {result[server].mean:.3g}. Have "
-                        "it start again on this folder")
+      for replica, (greedy, agreement) in enumerate(zip(answers[server], result[server], strict=True)):
+        old_agreement = measure_agreement(greedy, *score(greedy))
+        if old_agreement.mean < _NEARER_SHARE * agreement.mean:
+          raise UserError(f"{_name(server, replica, len(answers[server]))}: still runs the weights of {path}. From "
+                          f"those its log-probabilities differ by {old_agreement.mean:.3g} on average, from those of "
+                          f"{folder} by {agreement.mean:.3g}. Have it start again on this folder")
     del score
   return result
+
+
+def _ask_replicas(server: Server, prompts: Sequence[list[int]], tokens: int) -> list[list[Generated]]:
+  """Has each replica of a server continue all prompts greedily, at the same time as the others."""
+  ask = lambda replica: [server.complete(prompt, n=1, max_tokens=tokens, logprobs=True, replica=replica,
+                                         temperature=0.0, **NEUTRAL)[0] for prompt in prompts]
+  count = server.count_replicas(prompts[0])
+  if count is None:
+    print_once(f"warning: server {server} does not say how many data-parallel replicas it has; if there are several, "
+               f"the weights of at most {len(prompts)} of them are checked")
+    return [ask(None)]
+  with ThreadPoolExecutor(count) as pool:
+    return list(pool.map(ask, range(count)))
+
+
+def _name(server: Server, replica: int, count: int) -> str:
+  return f"{server}, replica {replica} of {count}" if count > 1 else str(server)
 
 
 def measure_agreement(greedy: Sequence[Generated], logprobs: np.ndarray, best: np.ndarray) -> Agreement:
@@ -125,9 +146,11 @@ def measure_agreement(greedy: Sequence[Generated], logprobs: np.ndarray, best: n
 
 
 class _Scorer:
-  """Scores given tokens with the native decoder and a checkpoint."""
+  """Scores given answers to prompts with the native decoder and a checkpoint."""
 
-  def __init__(self, folder: Path, dtype: str, mesh: Mesh | None):
+  def __init__(self, folder: Path, dtype: str, mesh: Mesh | None, prompts: Sequence[list[int]]):
+    self._prompts = prompts
+    self._scores: dict[tuple[tuple[int, ...], ...], tuple[np.ndarray, np.ndarray]] = {}  # replicas mostly agree
     config = hf.read_config(folder)
     if mesh is None:
       self._replicated = SingleDeviceSharding(_cpu())
@@ -139,8 +162,15 @@ class _Scorer:
     self._static = decode.Static(config, jnp.dtype(dtype), (), 1.0, True)
     _, self._params = hf.load(folder, dtype=self._static.dtype, place=place, stacked=False)
 
-  def score(self, prompts: Sequence[list[int]], tokens: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the log-probabilities of tokens [B, N] after prompts, and those of the most likely tokens instead."""
+  def score(self, greedy: Sequence[Generated]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the log-probabilities of the answers' tokens [B, N], and those of the most likely tokens instead."""
+    tokens = tuple(tuple(g.tokens) for g in greedy)
+    if tokens not in self._scores:
+      self._scores[tokens] = self._score(tokens)
+    return self._scores[tokens]
+
+  def _score(self, tokens: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    prompts = self._prompts
     # Fewer prompts are repeated to the same number of rows, to reuse the compiled program.
     rows = np.arange(max(PROMPTS, len(prompts))) % len(prompts)
     longest = max(map(len, prompts))

@@ -24,10 +24,9 @@ from imm_jax.model.tokenization import known_ids
 from imm_jax.runtime import progress
 from imm_jax.sampling import Completion, Prompt, completions
 from imm_jax.sampling.journal import Journal
-from imm_jax.sampling.vllm import freshness, sleeping
+from imm_jax.sampling.vllm import freshness, server as vllm_server, sleeping
 from imm_jax.sampling.vllm.client import NEUTRAL, Generated, Server, ServerError
 from imm_jax.sampling.vllm.dispatch import Dispatcher, no_server_message
-from imm_jax.sampling.vllm.server import SpawnedServer
 
 # The samples of a prompt at a temperature have consecutive seeds; blocks of seeds are this far apart.
 _SEED_STEP = 1 << 12
@@ -46,7 +45,7 @@ class VllmSampler:
 
   def __init__(self, folder: str | Path, *, python: str = "", urls: Sequence[str] = (), args: Sequence[str] = (),
                restart: str = "", compute_dtype: str = "bfloat16", concurrency: int = 256, timeout: float = 1800.0,
-               start_timeout: float = 1800.0, tolerance: float = 0.0, log: str | Path = "vllm.log",
+               start_timeout: float = 1800.0, tolerance: float = 0.0, log: str | Path | None = "vllm.log",
                mesh: Mesh | None = None, start: bool = True, sleep: bool = False):
     """Starts a local server, or makes remote servers reload; blocks until they are ready.
 
@@ -62,7 +61,7 @@ class VllmSampler:
       start_timeout: seconds that a server may take to start or reload.
       tolerance: allowed mean difference of the servers' log-probabilities from the native decoder's; 0 takes that of
         `compute_dtype` (`freshness.TOLERANCES`).
-      log: file for the output of a local server.
+      log: file for the output of a local server; None for one that goes with the server unless an error has named it.
       mesh: this process's own devices, for the check of the servers' weights; None takes the CPU.
       start: False defers the start to the first call of `generate` that needs a server.
       sleep: leaves a local server asleep at the end, without weights and cache, for the next sampler of this process
@@ -86,13 +85,17 @@ class VllmSampler:
     self.tokenizer, self._eos = completions.load(self._folder, config.vocab_size)
     self._unknown = frozenset(range(config.vocab_size)).difference(known_ids(self.tokenizer, config.vocab_size))
     self._vocab_size = config.vocab_size
-    self._checked, self._restarted = False, bool(restart)
+    self._checked = False
     self._earlier: dict[Server, Path] = {}
+    # What remote servers say of their weights: the version that a reload has set, or the folder they started with.
+    self._identify = _served_folder if restart else Server.weights
+    self._expected: dict[Server, str] = {}
     self._digest = checkpoint.digest(self._folder)
     self._servers: list[Server] = []
     self._out: dict[Server, str] = {}  # servers that were taken out, and why
     self._local = (python, tuple(args), compute_dtype, concurrency, config) if sleep and python else None
-    self._start = functools.partial(self._begin, python, urls, args, restart, timeout, start_timeout, Path(log))
+    self._start = functools.partial(self._begin, python, urls, args, restart, timeout, start_timeout,
+                                    log and Path(log))
     if start:
       self._begin_once()
 
@@ -106,15 +109,15 @@ class VllmSampler:
         raise
 
   def _begin(self, python: str, urls: Sequence[str], args: Sequence[str], restart: str, timeout: float,
-             start_timeout: float, log: Path) -> None:
+             start_timeout: float, log: Path | None) -> None:
     """Starts or reloads the servers; see `__init__`."""
     if python:
       if woken := sleeping.wake(self._local, self._folder, self._digest, timeout=start_timeout):
         self._servers, self._earlier = [woken[0]], dict([woken])
         return
-      self._servers = [SpawnedServer(python, self._folder, dtype=self._dtype, args=args, log=log,
-                                     connections=self._concurrency, timeout=timeout, sleeps=self._local is not None)]
-      self._servers[0].wait(start_timeout)
+      self._servers = [vllm_server.start(
+          python, self._folder, dtype=self._dtype, args=args, log=log, connections=self._concurrency, timeout=timeout,
+          sleeps=self._local is not None, start_timeout=start_timeout)]
       return
     self._servers = [Server(url, connections=self._concurrency, timeout=timeout) for url in urls]
     if restart:
@@ -238,34 +241,35 @@ class VllmSampler:
     self._take_out({server: str(e) for server, e in results.items() if isinstance(e, ServerError)})
     self._checked = True
 
-  def _reload(self, server: Server, timeout: float) -> None:
-    """Makes a remote server load the weights; raises ServerError if it runs another architecture."""
-    served = Path(str(server.model().get("root")))
+  def _reload(self, server: Server, timeout: float) -> str:
+    """Makes a remote server load the weights; returns their version, raises ServerError for another architecture."""
+    served = Path(_served_folder(server))
     if (served / "config.json").is_file() and hf.read_config(served) != hf.read_config(self._folder):
       raise ServerError(f"it serves {served}, a model of another shape than {self._folder}; start it with that one")
     server.reload(str(self._folder.resolve()), self._digest, timeout=timeout)
+    return self._digest
 
   def _check_versions(self, journal: Path | None) -> None:
     """Raises UserError and deletes the journal if a remote server's weights have changed meanwhile."""
-    if self._restarted or not self._servers or isinstance(self._servers[0], SpawnedServer):
-      return
     for server in self._usable():
+      expected = self._expected.get(server)
       try:
-        current = server.weights()
+        if expected is None or (current := self._identify(server)) == expected:
+          continue
       except ServerError:
         continue  # the next request will report it
-      if current != self._digest:
-        if journal:
-          journal.unlink(missing_ok=True)
-        raise UserError(f"{server}: was given other weights ({current!r:.99}, and not {self._digest!r}) or was started "
-                        "again while it was used here. Let no other run use it, and give the same command again")
+      if journal:
+        journal.unlink(missing_ok=True)
+      raise UserError(f"{server}: was given other weights ({current!r:.99}, and not {expected!r:.99}) or was started "
+                      "again while it was used here. Let no other run use it, and give the same command again")
 
-  def _prepare(self, prepare: Callable[[Server], None]) -> None:
-    """Prepares all servers in parallel and keeps the usable ones."""
+  def _prepare(self, prepare: Callable[[Server], str]) -> None:
+    """Prepares all servers in parallel, keeps the usable ones, and what `_identify` must return for them from then on.
+    """
 
     def attempt(server: Server) -> str:
       try:
-        prepare(server)
+        self._expected[server] = prepare(server)
       except ServerError as e:
         return str(e)
       return ""
@@ -334,12 +338,18 @@ def _restart(command: str, folder: Path, timeout: float) -> None:
                       f"{output.read().decode(errors='replace').strip()[-500:]}")
 
 
-def _wait_for(server: Server, timeout: float) -> None:
-  """Blocks until a remote server is ready; raises ServerError after `timeout` seconds."""
+def _served_folder(server: Server) -> str:
+  """Returns the folder that a server says it has loaded its weights from when it started."""
+  return str(server.model().get("root"))
+
+
+def _wait_for(server: Server, timeout: float) -> str:
+  """Blocks until a remote server is ready, and returns its folder; raises ServerError after `timeout` seconds."""
   end = time.monotonic() + timeout
   while True:
     try:
-      return server.check_health()
+      server.check_health()
+      return _served_folder(server)
     except ServerError:
       if time.monotonic() > end:
         raise

@@ -31,19 +31,20 @@ def main() -> int:
   for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, lambda number, _: received.append(number))
   # PDEATHSIG ends the command even if this process is killed.
-  with subprocess.Popen(command, preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)) as child:
-    while not received and os.getppid() == parent and child.poll() is None:
-      time.sleep(_POLL_S)
-    for number, seconds in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, _GRACE_S)):
-      end = time.monotonic() + seconds
-      for process in descendants(os.getpid()):
-        with contextlib.suppress(ProcessLookupError):
-          os.kill(process, number)
-      while descendants(os.getpid()) and time.monotonic() < end:
-        if child.poll() is not None:
-          _reap()
-        time.sleep(0.1)
-    return child.poll() or 0
+  # No context manager: it would wait without a limit for a process that cannot be killed.
+  child = subprocess.Popen(command, preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM))
+  while not received and os.getppid() == parent and child.poll() is None:
+    time.sleep(_POLL_S)
+  for number, seconds in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, _GRACE_S)):
+    end = time.monotonic() + seconds
+    for process in descendants(os.getpid()):
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(process, number)
+    while descendants(os.getpid()) and time.monotonic() < end:
+      if child.poll() is not None:
+        _reap()
+      time.sleep(0.1)
+  return child.poll() or 0
 
 
 def descendants(process: int) -> list[int]:

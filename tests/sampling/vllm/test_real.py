@@ -175,7 +175,8 @@ def test_log_probabilities_agree_to_a_tenth_of_the_tolerance(servers: list[Spawn
     ids = [sampler.tokenizer(p.text)["input_ids"] for p in PROMPTS[:freshness.PROMPTS]]
     result = freshness.check(sampler._servers, models[0], ids, dtype="float32", new_tokens=freshness.TOKENS)
   assert len(result) == 2
-  for agreement in result.values():
+  assert [server.count_replicas(ids[0]) for server in servers] == [1, 1]
+  for agreement, in result.values():
     assert agreement.within(freshness.TOLERANCES["float32"] / 10)
 
 

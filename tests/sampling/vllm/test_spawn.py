@@ -1,18 +1,21 @@
 """Starting and ending a local server, with a fake program in place of vLLM; and the output of `--check`."""
 
+import functools
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from imm_jax.errors import UserError
-from imm_jax.sampling.vllm import VllmSampler, check as vllm_check, server as vllm_server, supervisor
+from imm_jax.errors import ResourceError, UserError
+from imm_jax.sampling.vllm import VllmSampler, check as vllm_check, client, server as vllm_server, supervisor
 from imm_jax.sampling.vllm.client import Server
 from imm_jax.sampling.vllm.server import SpawnedServer
 from tests import TINY, fake_vllm
@@ -118,6 +121,56 @@ def test_a_server_ends_when_its_watcher_is_killed(python: str, tmp_path: Path, k
       assert all(map(_ends, processes))
     finally:
       parent.kill()
+
+
+def test_a_server_whose_port_is_taken_is_started_on_another(
+    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+  start = functools.partial(vllm_server.start, python, TINY, start_timeout=30, dtype="float32", log=tmp_path / "log")
+  free = vllm_server.find_port()
+  with fake_vllm.FakeVllm("/another/model") as other, socket.socket() as silent:
+    silent.bind(("127.0.0.1", 0))  # does not answer, but the server cannot listen there
+    silent.listen()
+    monkeypatch.setattr(client, "_CONNECT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(client, "_QUICK_TIMEOUT_S", 0.5)
+    ports = [other.http.server_port, silent.getsockname()[1], free]
+    monkeypatch.setattr(vllm_server, "find_port", iter(ports).__next__)
+    server = start()
+    said = capfd.readouterr().err
+    server.close()
+    assert server.url == f"http://127.0.0.1:{free}"
+    assert "another server ('/another/model') has taken the port; the vLLM server is started on another" in said
+    assert f"http://127.0.0.1:{ports[1]}: another program has taken the port; the vLLM" in said
+    monkeypatch.setattr(vllm_server, "find_port", lambda: other.http.server_port)
+    with pytest.raises(ResourceError, match="has taken the port, and before that 2 others; give the same command"):
+      start()
+
+
+def test_a_temporary_log_goes_with_its_server_unless_an_error_names_it(
+    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+  (tmp_path / "tmp").mkdir()
+  sampler = VllmSampler(TINY, python=python, log=None, start=False)
+  sampler.close()
+  assert not [*(tmp_path / "tmp").iterdir()]  # nothing was started
+  with VllmSampler(TINY, python=python, log=None):
+    assert len([*(tmp_path / "tmp").glob("*/vllm.log")]) == 1
+  assert not [*(tmp_path / "tmp").iterdir()]
+  with pytest.raises(UserError) as error:
+    VllmSampler(TINY, python=python, args=("--fake", "dies"), log=None)
+  log, = (tmp_path / "tmp").glob("*/vllm.log")
+  assert str(log) in str(error.value)
+
+
+def test_the_end_of_a_server_that_hangs_is_not_waited_for_without_a_limit(
+    spawn: Callable[..., SpawnedServer], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+  server = spawn()
+  server.wait(30)
+  processes = [server._process.pid, *supervisor.descendants(server._process.pid)]
+  os.kill(server._process.pid, signal.SIGSTOP)  # what should end the others hangs
+  monkeypatch.setattr(vllm_server, "_END_TIMEOUT_S", 0.2)
+  server.close()
+  assert f"{processes[1]}, {processes[0]}" in capfd.readouterr().err
+  assert all(map(_ends, processes))
 
 
 def test_a_killed_server_is_not_retried(spawn: Callable[..., SpawnedServer]) -> None:

@@ -1,5 +1,6 @@
 """Reloading of weights by vLLM's servers, and detection of servers with other weights."""
 
+import collections
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -64,6 +65,20 @@ def test_a_server_with_other_weights_is_detected_before_it_samples(
     assert sampler.generate(PROMPTS, **OPTIONS) == plain
 
 
+def test_every_replica_is_checked(
+    fake: FakeVllm, other: FakeVllm, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+  noisy = str(_noisy(tmp_path / "older", 0.01))
+  fake.replicas, fake.folders = 6, {5: noisy}
+  with pytest.raises(UserError, match=rf"{fake.url}, replica 5 of 6: does not run the weights of"):
+    _sample(fake)
+  assert collections.Counter(fake.probed) == dict.fromkeys(range(6), freshness.PROMPTS)
+  assert not fake.seen
+  assert "data-parallel" not in capfd.readouterr().err
+  other.replicas = None
+  _sample(other)
+  assert "does not say how many data-parallel replicas it has" in capfd.readouterr().err
+
+
 def test_small_weight_changes_are_detected_by_the_earlier_weights(
     fake: FakeVllm, tmp_path: Path) -> None:  # noqa: F811
   _sample(fake)
@@ -91,13 +106,28 @@ def test_a_reload_by_another_run_ends_this_one(fake: FakeVllm, tmp_path: Path) -
   assert not journal.exists()
 
 
+def test_a_restart_by_another_run_ends_this_one(fake: FakeVllm, tmp_path: Path) -> None:  # noqa: F811
+  fake.dev, journal = False, tmp_path / "journal.jsonl"
+
+  def trouble(number: int, body: dict) -> str:
+    if number == 10:
+      fake.folder = "/of/another/run"
+    return ""
+
+  fake.trouble = trouble
+  with VllmSampler(TINY, urls=[fake.url], compute_dtype="float32", restart="true") as sampler, pytest.raises(
+      UserError, match=r"was given other weights .*'/of/another/run'"):
+    sampler.generate(PROMPTS, **OPTIONS, journal=journal)
+  assert not journal.exists()
+
+
 def test_the_decoder_and_transformers_agree_to_a_hundredth_of_the_tolerance(
     fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
   result = []
   check = freshness.check
   monkeypatch.setattr(freshness, "check", lambda *args, **options: result.append(check(*args, **options)) or result[-1])
   _sample(fake)
-  (agreement,) = result[0].values()
+  (agreement,), = result[0].values()
   assert agreement.within(freshness.TOLERANCES["float32"] / 100)
 
 
