@@ -1,18 +1,18 @@
 """The IMM loop over many seeds: does merging keep out-of-domain accuracy at little cost in domain?
 
     python benchmarks/seeds.py --workdir=runs/seeds --seeds=10
-    python benchmarks/seeds.py --workdir=/tmp/seeds --scores=benchmarks/seeds.json
+    python benchmarks/seeds.py --workdir=runs/seeds --seeds=10 --scores=benchmarks/seeds.json
 
 Each run is the command of the README (`python -m imm_jax.main --config=configs/tiny.py`) with its own seed and method,
 or with an intervention in `star`; the control `real` trains on gold answers instead of samples. Linux only (one process
 per core, with taskset); a killed benchmark resumes. Prints Markdown tables with means and standard errors, also by
 round; out-of-domain accuracy at equal in-domain accuracy, paired with imm by seed; and the changes of imm and star
 relative to the base. WORKDIR/seeds.png plots accuracy by round, WORKDIR/front.png in-domain against out-of-domain
-accuracy; WORKDIR/scores.json holds all scores. With --scores, nothing is run: tables and plots are made from that file.
+accuracy; WORKDIR/scores.json holds all scores. Runs whose scores stand in the file of --scores are not run again.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import side_by_side
 from absl import app, flags
 
-from imm_jax import methods
+from imm_jax import files, methods
 from imm_jax.report import Results, figures, front, groups, writer
 from imm_jax.statistics import comparison
 
@@ -33,14 +33,14 @@ METHODS = {name: (f"--config.method={name}",) for name in methods.METHODS} | {
             "auto": ("--config.method=imm", "--config.merge.base_weight=auto"),
             "early_stopping": ("--config.method=star", "--config.sft.stop_share=0.1")}
 _METHODS = flags.DEFINE_list("methods", list(METHODS), "Methods to compare.")
-_SCORES = flags.DEFINE_string("scores", "", "A scores.json to make tables and plots from; empty to run the methods.")
+_SCORES = flags.DEFINE_string("scores", "", "A scores.json of earlier runs, on this machine or another, to go on from.")
 _OVERRIDES = flags.DEFINE_multi_string("override", [], "A flag passed on to every run, such as --config.rounds=2.")
 
 
-def scores_by_round(root: Path, method: str, seeds: int) -> dict[str, list[list[float]]]:
+def scores_by_round(root: Path, method: str, seeds: Iterable[int]) -> dict[str, list[list[float]]]:
   """Reads ID and OOD accuracy [seeds, rounds + 1] of the base and of the model that each round hands on."""
   table: dict[str, list[list[float]]] = {"ID": [], "OOD": []}
-  for seed in range(seeds):
+  for seed in seeds:
     results = Results.of(root / f"{method}_{seed}")
     last_models = {m.round: m for m in results.models}  # the last model of a round is the one handed on
     models = [last_models[r] for r in sorted(last_models)]
@@ -49,9 +49,9 @@ def scores_by_round(root: Path, method: str, seeds: int) -> dict[str, list[list[
   return table
 
 
-def mean(values: np.ndarray) -> str:
-  """Formats mean and standard error over seeds."""
-  return f"{values.mean():.3f} ± {values.std(ddof=1) / len(values)**0.5:.3f}"
+def mean(values: np.ndarray, sign: str = "") -> str:
+  """Formats mean and standard error over seeds; sign "+" shows the sign of a positive mean."""
+  return f"{values.mean():{sign}.3f} ± {values.std(ddof=1) / len(values)**0.5:.3f}"
 
 
 def markdown(table: dict[str, dict[str, np.ndarray]]) -> str:
@@ -63,7 +63,7 @@ def markdown(table: dict[str, dict[str, np.ndarray]]) -> str:
            f"| base | {first['ID'][0, 0]:.3f} | {first['OOD'][0, 0]:.3f} | | |"]
   for method, scores in table.items():
     cells = [mean(scores[d][:, -1]) for d in ("ID", "OOD")]
-    cells += [mean(scores[d][:, -1] - scores[d][:, 0]) for d in ("ID", "OOD")]
+    cells += [mean(scores[d][:, -1] - scores[d][:, 0], "+") for d in ("ID", "OOD")]
     lines.append(f"| `{method}` | {' | '.join(cells)} |")
   return "\n".join(lines)
 
@@ -169,13 +169,18 @@ def write_results(scores: Mapping[str, Mapping[str, Any]], folder: Path) -> None
 def main(_: list[str]) -> None:
   root = Path(_WORKDIR.value).resolve()
   root.mkdir(parents=True, exist_ok=True)
-  if _SCORES.value:
-    scores = json.loads(Path(_SCORES.value).read_text())
-  else:
-    side_by_side.run_all({name: METHODS[name] for name in _METHODS.value}, dict.fromkeys(_METHODS.value, _SEEDS.value),
-                         root, ["--config=configs/tiny.py", *_OVERRIDES.value])
-    scores = {method: scores_by_round(root, method, _SEEDS.value) for method in _METHODS.value}
-    (root / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+  earlier = json.loads(Path(_SCORES.value).read_text()) if _SCORES.value else {}
+  counts = {method: min(len(of["ID"]), _SEEDS.value) for method, of in earlier.items()}
+  side_by_side.run_all({name: METHODS[name] for name in _METHODS.value}, dict.fromkeys(_METHODS.value, _SEEDS.value),
+                       root, ["--config=configs/tiny.py", *_OVERRIDES.value],
+                       done={f"{method}_{seed}" for method, count in counts.items() for seed in range(count)})
+  scores = {}
+  for method in _METHODS.value:
+    count = counts.get(method, 0)
+    later = scores_by_round(root, method, range(count, _SEEDS.value))
+    scores[method] = {domain: [*earlier[method][domain][:count], *rows] if count else rows
+                      for domain, rows in later.items()}
+  files.write_text(root / "scores.json", json.dumps(scores, indent=1) + "\n")
   write_results(scores, root)
 
 

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -13,7 +13,7 @@ REPO = Path(__file__).parent.parent
 
 
 def run_all(methods: Mapping[str, Sequence[str]], seeds: Mapping[str, int], root: Path, command: Sequence[str], *,
-            processes: int = 0) -> None:
+            done: Collection[str] = (), processes: int = 0) -> None:
   """Runs every method with its seeds in ROOT/METHOD_SEED, one seed per core; finished stages are not repeated.
 
   Stages that a method shares with star (the base's scores, the first samples and their SFT) are computed once: star
@@ -24,6 +24,7 @@ def run_all(methods: Mapping[str, Sequence[str]], seeds: Mapping[str, int], root
     seeds: the number of seeds of each method, from 0 on.
     root: folder for the runs.
     command: the flags of all runs.
+    done: runs, as METHOD_SEED, whose scores are known from elsewhere; they are not run.
     processes: maximum number of concurrent processes; 0 for one per core.
 
   Raises:
@@ -38,8 +39,8 @@ def run_all(methods: Mapping[str, Sequence[str]], seeds: Mapping[str, int], root
     core = cores.get()
     try:
       for method in sorted(methods, key="star".__ne__):
-        if seed < seeds[method]:
-          workdir = root / f"{method}_{seed}"
+        workdir = root / f"{method}_{seed}"
+        if seed < seeds[method] and workdir.name not in done:
           again = method != "star" and _copy(root / f"star_{seed}", workdir)
           run([*command, f"--config.seed={seed}", *methods[method]] + ["--rerun"] * again, workdir,
               compiled=root / "compiled", core=core)

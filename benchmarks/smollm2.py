@@ -5,11 +5,12 @@
 
 Each method runs three rounds from SmolLM2-135M-Instruct (`configs/smollm2.py:study`), star and imm with --seeds seeds,
 the others with one; shared stages are computed once. Linux only; one process per core, about 4.5 GiB each. A killed
-benchmark resumes, and parts may run in any order (--methods, --seeds). At the end the results so far are written to
-WORKDIR/scores.json (all scores) and WORKDIR/report (plots), and a table is printed.
+benchmark resumes, and parts may run in any order (--methods, --seeds) or on several machines (--scores). At the end the
+results so far are written to WORKDIR/scores.json (all scores) and WORKDIR/report (plots), and a table is printed.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ _MODEL = flags.DEFINE_string("model", "", "Folder of the model; empty for the hu
 _DATA = flags.DEFINE_string("data", "", "Folder of data sets as published; empty for the published sources.")
 _METHODS = flags.DEFINE_list("methods", list(METHODS), "Methods to run.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Number of runs of star and imm.", lower_bound=1)
+_SCORES = flags.DEFINE_string("scores", "", "A scores.json of earlier runs, whose runs are not run again.")
 _PROCESSES = flags.DEFINE_integer("processes", 0, "Maximum number of processes; 0 for one per core.", lower_bound=0)
 _OVERRIDES = flags.DEFINE_multi_string("override", [], "A flag passed on to every run, such as --config.rounds=2.")
 
@@ -87,13 +89,18 @@ def _mean(values: list[float]) -> str:
   return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
 
 
-def collect(root: Path) -> None:
-  """Writes scores.json and the report for all runs with scores, and prints a table of the most advanced ones."""
-  folders = [path for path in sorted((root / "runs").iterdir()) if results.is_run(path) and path.suffix != ".part"]
+def collect(root: Path, earlier: Mapping[str, Any] | None = None) -> None:
+  """Writes scores.json and the report for all runs with scores, and prints a table of the most advanced ones.
+
+  Args:
+    root: work directory.
+    earlier: figures of runs that were done elsewhere, by name; they count, but the report leaves them out.
+  """
+  folders = [path for path in sorted((root / "runs").glob("*")) if results.is_run(path) and path.suffix != ".part"]
   runs = [run for path in folders if len((run := Results.of(path)).models) > 1]
-  if not runs:
+  figures = dict(earlier or {}) | {run.root.name: collect_figures(run) for run in runs}
+  if not figures:
     return
-  figures = {run.root.name: collect_figures(run) for run in runs}
   files.write_text(root / "scores.json", json.dumps(figures, indent=1) + "\n")
   if len(runs) > 1:
     compare.write(runs, root / "report")
@@ -105,10 +112,11 @@ def main(_: list[str]) -> None:
   root = Path(_WORKDIR.value).resolve()
   methods = {name: [f"--config.method={name}"] for name in _METHODS.value}
   seeds = {name: _SEEDS.value if name in _SEEDED else 1 for name in methods}
+  earlier = json.loads(Path(_SCORES.value).read_text()) if _SCORES.value else {}
   try:
-    side_by_side.run_all(methods, seeds, root / "runs", command(), processes=_PROCESSES.value)
+    side_by_side.run_all(methods, seeds, root / "runs", command(), done=earlier, processes=_PROCESSES.value)
   finally:
-    collect(root)
+    collect(root, earlier)
 
 
 if __name__ == "__main__":

@@ -74,8 +74,9 @@ def test_a_study_is_collected_as_far_as_it_has_come(tmp_path: Path) -> None:
   report_runs.make(tmp_path / "runs/kl_0.part", method="kl")
   (tmp_path / "runs/compiled").mkdir()
   code = f"import pathlib, smollm2; smollm2.collect(pathlib.Path({str(tmp_path)!r}))"
-  done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env={
-      **os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'benchmarks'}"}, capture_output=True, text=True, check=False)
+  environment = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'benchmarks'}"}
+  done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True,
+                        check=False)
   assert done.returncode == 0, done.stderr
   head, _, base, star = done.stdout.splitlines()
   assert head == "|  | seeds | stories | out of domain | groups | choice | KL in domain |"
@@ -85,6 +86,12 @@ def test_a_study_is_collected_as_far_as_it_has_come(tmp_path: Path) -> None:
   assert base.split(" | ")[1:3] == ["1", f"{found['imm_0']['models']['base']['in_domain']:.3f}"]
   assert star.startswith(f"| `star` | 2 | {sum(ends) / 2:.3f} ± {abs(ends[0] - ends[1]) / 2:.3f} | ")
   assert (tmp_path / "report/index.html").exists()
+  code = f"import json, pathlib, smollm2; smollm2.collect(pathlib.Path({str(tmp_path)!r}), json.loads(input()))"
+  for seed in range(2):  # one of the runs was done on another machine
+    (tmp_path / f"runs/star_{seed}").rename(tmp_path / f"star_{seed}")
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True,
+                          check=False, input=json.dumps({f"star_{seed}": found[f"star_{seed}"]}))
+  assert done.stdout.splitlines()[3].startswith(f"| `star` | 1 | {ends[1]:.3f} | "), done.stderr
 
 
 def test_what_methods_share_is_copied_from_star(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -110,3 +117,6 @@ def test_what_methods_share_is_copied_from_star(monkeypatch: pytest.MonkeyPatch,
   assert calls[1][1] == ["--config=X", "--config.seed=0", "--config.method=imm", "--rerun"]
   assert "--rerun" not in calls[0][1]
   assert (tmp_path / "imm_1" / "samples.jsonl").exists()
+  calls.clear()
+  side_by_side.run_all(methods, {"imm": 2, "star": 2, "kl": 0}, tmp_path, [], done=("star_0", "imm_1"), processes=1)
+  assert [name for name, _ in calls] == ["imm_0", "star_1"]
