@@ -75,7 +75,7 @@ def child() -> None:
     seconds[name] = time.perf_counter() - start
   highest = peak.stop()
   print(json.dumps({"seconds": seconds, "extra": (highest - loaded) / 2**30, "peak": highest / 2**30,
-                    "found": logprobs}))
+                    "logprobs": logprobs}))
 
 
 def _resident() -> int:
@@ -130,7 +130,7 @@ def main(_: list[str]) -> None:
   ratio = sum(theirs[best]["seconds"].values()) / sum(ours["seconds"].values())
   print(f"\n{ratio:.2f} times as fast as lm_eval at its best batch size, {best}")
   for name, choices in questions.items():
-    a, b = np.array(ours["found"][name]), np.array(theirs[best]["found"][name])
+    a, b = np.array(ours["logprobs"][name]), np.array(theirs[best]["logprobs"][name])
     wrong = {"acc": 0, "acc_norm": 0}
     right = {"acc": 0, "acc_norm": 0}
     at = 0

@@ -59,8 +59,8 @@ def main(_: list[str]) -> None:
   print("\n| recipe | method | here | furthest, bfloat16's last places | mergekit |\n|---|---|---|---|---|")
   for row in rows:
     here = "ran" if row.get("ran") else row.get("error")
-    found = row.get("different", {})
-    far = f"names differ, such as {found['lacking'][0]}" if found.get("lacking") else found.get("furthest", "")
+    apart = row.get("different", {})
+    far = f"names differ, such as {apart['lacking'][0]}" if apart.get("lacking") else apart.get("furthest", "")
     print(f"| {row['test']} | {row['method']} | {here} | {far} | {row.get('theirs', 'ran')} |")
   print(f"\n{sum(bool(row.get('ran')) for row in rows)} of {len(rows)} recipes ran.")
 

@@ -58,20 +58,20 @@ def _position(values):
 
 
 def _ulps(ours, theirs):
-  found = {}
+  differences = {}
   a, b = LazyTensorLoader.from_disk(ours), LazyTensorLoader.from_disk(theirs)
   names = set(a.index.tensor_paths) | set(b.index.tensor_paths)
   for name in names:
     x, y = a.get_tensor(name, raise_on_missing=False), b.get_tensor(name, raise_on_missing=False)
     if x is None or y is None or x.shape != y.shape:
-      found[name] = "missing here" if x is None else "missing there" if y is None else "other shape"
+      differences[name] = "missing here" if x is None else "missing there" if y is None else "other shape"
       continue
     x, y = x.float().numpy(), y.float().numpy()
     # What float32 loses to cancellation has the size of the largest entry; it can be many units of a small one.
     apart = np.abs(x - y) > 1e-6 * np.abs(y).max(initial=0)
-    found[name] = int((np.abs(_position(x) - _position(y)) * apart).max(initial=0))
-  lacking = [name for name, difference in found.items() if isinstance(difference, str)]
-  return {"tensors": len(names), "furthest": max((n for n in found.values() if isinstance(n, int)), default=0),
+    differences[name] = int((np.abs(_position(x) - _position(y)) * apart).max(initial=0))
+  lacking = [name for name, difference in differences.items() if isinstance(difference, str)]
+  return {"tensors": len(names), "furthest": max((n for n in differences.values() if isinstance(n, int)), default=0),
           "lacking": lacking[:2]}
 
 

@@ -121,14 +121,14 @@ def _require_fit(recipe: Recipe, label: str, table: Table, reference: Table, *, 
   layers, depth = (
       collections.Counter(stack for stack, layer in {(stack_of(name), layer_of(name)) for name in names})
       for names in (table, reference))
-  found = collections.Counter(map(_form, table))
+  counts = collections.Counter(map(_form, table))
   for form, names in examples.items():
     stack = stack_of(names[0])
     if stack is None:
       needed = 0 if is_own_head(form) else int(before if roles.precedes_layers(form) else after)
     else:  # what each layer of the other model has
       needed = layers[stack] if len(names) == depth[stack] else 0
-    if found[form] < needed and not is_buffer(names[0]):
+    if counts[form] < needed and not is_buffer(names[0]):
       problems.append(f"lacks {form}")
   if problems:
     other, folder = _find_reference(recipe)

@@ -232,8 +232,8 @@ def _split_config(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _set_text_value(config: dict[str, Any], keys: Sequence[str], value: int) -> None:
   """Sets those of these keys that the configs of the language model have; if there is none, the first of them."""
   texts = _text_configs(config)
-  found = [(part, key) for _, part in texts for key in keys if key in part]
-  for part, key in found or [(texts[-1][1], keys[0])]:
+  present = [(part, key) for _, part in texts for key in keys if key in part]
+  for part, key in present or [(texts[-1][1], keys[0])]:
     part[key] = value
 
 

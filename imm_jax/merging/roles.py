@@ -55,8 +55,8 @@ def precedes_layers(name: str) -> bool:
 
 def find_embedding(table: Mapping[str, Shaped]) -> str | None:
   """Returns the name of a model's embedding of tokens; None if it has none or several."""
-  found = [name for name, tensor in table.items() if is_embedding(name) and len(tensor.shape) == 2]
-  return found[0] if len(found) == 1 else None
+  embeddings = [name for name, tensor in table.items() if is_embedding(name) and len(tensor.shape) == 2]
+  return embeddings[0] if len(embeddings) == 1 else None
 
 
 def find_heads(table: Mapping[str, Shaped]) -> list[str]:
@@ -104,16 +104,16 @@ def token_tensors(folder: Path, table: Mapping[str, Entry]) -> list[str]:
                     "different numbers of tokens, which one tokenizer cannot serve; merge it without tokenizer and "
                     "tokenizer_source")
   size = next(iter(rows))[0]
-  found = embeddings + [name for name, shape in shapes.items() if is_head(name) and shape[:1] == (size,)]
+  with_rows = embeddings + [name for name, shape in shapes.items() if is_head(name) and shape[:1] == (size,)]
   sizes = {size, *_vocabulary_sizes(files.read_json(folder / "config.json"))} - {shape[1] for shape in rows}
   for name, shape in shapes.items():
     # Projections that happen to have this size are in the first layer too.
     in_all_layers = layer_of(name) is not None and re.sub(r"\d+", "0", name, count=1) in shapes
-    if name not in found and not sizes.isdisjoint(shape[:2]) and not in_all_layers and not _OTHER.search(name):
+    if name not in with_rows and not sizes.isdisjoint(shape[:2]) and not in_all_layers and not _OTHER.search(name):
       raise UserError(f"{folder}: {name} {shape} has the size of the vocabulary, but is not known as an embedding or "
                       "output head, so it cannot be reordered for another tokenizer; merge it without tokenizer and "
                       "tokenizer_source")
-  return found
+  return with_rows
 
 
 def _vocabulary_sizes(config: Mapping[str, Any]) -> Iterator[int]:

@@ -155,7 +155,7 @@ def align_rows(tokens: Tokens, vocabulary: Mapping[str, int], rows_by_token: Map
     return result, size
   tables = dict(zip(tables, roles.share_heads(list(tables.values())), strict=True))
   names = {folder: roles.token_tensors(folder, table) for folder, table in tables.items()}
-  for name in dict.fromkeys(name for found in names.values() for name in found):
+  for name in dict.fromkeys(name for of_model in names.values() for name in of_model):
     old = {folder: _open_rows(tables[folder][name]) for folder in tables if name in names[folder]}
     order = _Order(tokens, vocabulary, rows_by_token, old, base)
     for number, folder in enumerate(old):

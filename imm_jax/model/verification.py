@@ -104,13 +104,13 @@ def verify(source: Path) -> None:
     print("torch is not installed, so logits were not compared with transformers")
     return
   print("logits against transformers in float64, largest error relative to their scale:")
-  found = compare_logits(source)
-  for c in found:
+  comparisons = compare_logits(source)
+  for c in comparisons:
     print(f"  {c.kind}: {c.error:.1e} (transformers in float32: up to {c.torch_error:.1e}), KL {c.kl:.1e} nats, "
           f"same most likely token {c.agreement:.2%}")
   print("this check cuts float32 sums into short parts; sampling and training do not, and on a CPU their logits err "
         "more (SmolLM2-135M: 1.1 to 8.5 times torch's error)")
-  for c in found:
+  for c in comparisons:
     if not c.passes:
       raise UserError(
           f"{source}: the logits differ from transformers' by {c.error:.1e} of their scale ({c.kind}, position "

@@ -139,12 +139,12 @@ def _fill_template(template: str, question: str, answer: str) -> str:
 def _inline_options(question: str, lead: str, joint: str) -> str:
   """Joins a question's final lines `(A) ...`, if it has such, to one line after `lead`."""
   starts = list(_OPTIONS.finditer(question))
-  last = max((i for i, found in enumerate(starts) if found[1] == "A"), default=len(starts))
+  last = max((i for i, start in enumerate(starts) if start[1] == "A"), default=len(starts))
   starts = starts[last:]
-  if len(starts) < 2 or [found[1] for found in starts] != list("ABCDEFGH"[:len(starts)]):
+  if len(starts) < 2 or [start[1] for start in starts] != list("ABCDEFGH"[:len(starts)]):
     return question
-  ends = [found.start() for found in starts[1:]] + [len(question)]
-  options = [question[found.start() + 1:end] for found, end in zip(starts, ends, strict=True)]
+  ends = [start.start() for start in starts[1:]] + [len(question)]
+  options = [question[start.start() + 1:end] for start, end in zip(starts, ends, strict=True)]
   return question[:starts[0].start()] + lead + joint.join(options)
 
 

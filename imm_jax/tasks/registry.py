@@ -68,7 +68,7 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
                               "with the fields " + " or ".join(", ".join(f.fields) for f in task.formats),
                               with_file=bool(task.columns))  # MMLU's file names contain the subject
   form, unjudged, counts, seen = None, "", dict.fromkeys(("records", "no_gold", "repeated", "in_test"), 0), set[str]()
-  found: dict[str, list[Question]] = {}
+  by_key: dict[str, list[Question]] = {}
   for place, record in sources.read(source, where):
     form = form or next((f for f in task.formats if record.keys() >= set(f.fields)), task.formats[0])
     missing = [field for field in form.fields if field not in record]
@@ -90,13 +90,13 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
     counts["records"] += 1
     key = _question_key(question.example) if question else ""
     unjudged = unjudged or (place if not question else "")
-    exclusion = "no_gold" if not question else "repeated" if key in found else "in_test" if _without_spaces(
+    exclusion = "no_gold" if not question else "repeated" if key in by_key else "in_test" if _without_spaces(
         question.example) in test else ""
     if exclusion:
       counts[exclusion] += 1
     if not exclusion or (exclusion == "repeated" and split == "test"):
-      found.setdefault(key, []).append(question)
-  if not found:
+      by_key.setdefault(key, []).append(question)
+  if not by_key:
     raise UserError(f"{source}: holds no question for {name}/{split}" + _suggest_split(source, counts)
                     + (f"; {counts['no_gold']} of its {counts['records']} records have no answer that can be judged, "
                        f"the first of them {unjudged}; expected {_EXPECTED.get(task.kind, 'one')}"
@@ -108,7 +108,7 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
   notes = _make_notes(f"{name}/{split}: {source}", form.sizes.get(split), counts, keeps_repeated=split == "test")
   if published and split == "test" and task.paper:
     notes.append(paper_note(name))
-  questions = [question for key, group in found.items() for question in _assign_ids(f"{name}/{split}", key, group)]
+  questions = [question for key, group in by_key.items() for question in _assign_ids(f"{name}/{split}", key, group)]
   return Split(tuple(question.example for question in questions),
                {question.choice.id: question.choice for question in questions if question.choice}, counts, tuple(notes))
 

@@ -5,11 +5,7 @@ import functools
 import hashlib
 import json
 import math
-import shlex
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,13 +20,12 @@ from imm_jax.model.tokenization import known_ids
 from imm_jax.runtime import progress
 from imm_jax.sampling import Completion, Prompt, completions
 from imm_jax.sampling.journal import Journal
-from imm_jax.sampling.vllm import freshness, server as vllm_server, sleeping
+from imm_jax.sampling.vllm import freshness, remote, server as vllm_server, sleeping
 from imm_jax.sampling.vllm.client import NEUTRAL, Generated, Server, ServerError
 from imm_jax.sampling.vllm.dispatch import Dispatcher, no_server_message
 
 # The samples of a prompt at a temperature have consecutive seeds; blocks of seeds are this far apart.
 _SEED_STEP = 1 << 12
-_POLL_S = 2.0
 # URL -> checkpoint that this process last made a remote server load.
 _last_loaded: dict[str, Path] = {}
 
@@ -88,7 +83,7 @@ class VllmSampler:
     self._checked = False
     self._earlier: dict[Server, Path] = {}
     # What remote servers say of their weights: the version that a reload has set, or the folder they started with.
-    self._identify = _served_folder if restart else Server.weights
+    self._identify = remote.served_folder if restart else Server.weights
     self._expected: dict[Server, str] = {}
     self._digest = checkpoint.digest(self._folder)
     self._servers: list[Server] = []
@@ -121,8 +116,8 @@ class VllmSampler:
       return
     self._servers = [Server(url, connections=self._concurrency, timeout=timeout) for url in urls]
     if restart:
-      _restart(restart, self._folder, start_timeout)
-      self._prepare(lambda server: _wait_for(server, start_timeout))
+      remote.restart(restart, self._folder, start_timeout)
+      self._prepare(lambda server: remote.wait_for(server, start_timeout))
     else:
       self._prepare(lambda server: self._reload(server, start_timeout))
       self._earlier = {server: _last_loaded[server.url] for server in self._usable() if server.url in _last_loaded}
@@ -243,7 +238,7 @@ class VllmSampler:
 
   def _reload(self, server: Server, timeout: float) -> str:
     """Makes a remote server load the weights; returns their version, raises ServerError for another architecture."""
-    served = Path(_served_folder(server))
+    served = Path(remote.served_folder(server))
     if (served / "config.json").is_file() and hf.read_config(served) != hf.read_config(self._folder):
       raise ServerError(f"it serves {served}, a model of another shape than {self._folder}; start it with that one")
     server.reload(str(self._folder.resolve()), self._digest, timeout=timeout)
@@ -321,36 +316,3 @@ def _requests(prompts: Sequence[Prompt], ids: Sequence[list[int]], num_samples: 
       count = len(range(first, num_samples, len(temperatures)))
       result.append(_Request(p, first, ids[p], temperature, count, block * _SEED_STEP))
   return result
-
-
-def _restart(command: str, folder: Path, timeout: float) -> None:
-  """Runs the user's command that restarts remote servers."""
-  with tempfile.TemporaryFile() as output:  # not a pipe, which its background processes would keep open
-    try:
-      words = [word.replace("{model}", str(folder.resolve())) for word in shlex.split(command)]
-      code = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=timeout,
-                            check=False).returncode
-    except (OSError, ValueError, subprocess.TimeoutExpired) as e:
-      raise UserError(f"config.sampler.vllm.restart={command!r}: {e}") from e
-    if code:
-      output.seek(0)
-      raise UserError(f"config.sampler.vllm.restart={command!r}: ended with exit code {code}: "
-                      f"{output.read().decode(errors='replace').strip()[-500:]}")
-
-
-def _served_folder(server: Server) -> str:
-  """Returns the folder that a server says it has loaded its weights from when it started."""
-  return str(server.model().get("root"))
-
-
-def _wait_for(server: Server, timeout: float) -> str:
-  """Blocks until a remote server is ready, and returns its folder; raises ServerError after `timeout` seconds."""
-  end = time.monotonic() + timeout
-  while True:
-    try:
-      server.check_health()
-      return _served_folder(server)
-    except ServerError:
-      if time.monotonic() > end:
-        raise
-      time.sleep(_POLL_S)
