@@ -1,4 +1,4 @@
-"""Installs imm_jax: `pip install -e .`, with extras `test`, `aot`, `cuda13`, `harness`, `tpu`, `vllm`."""
+"""Installs imm_jax: `pip install -e .`, with extras `test`, `aot`, `cuda13`, `harness`, `tpu`, `vllm`, `wandb`."""
 
 import re
 import shutil

@@ -19,13 +19,13 @@ _ROOT = Path(__file__).resolve().parent
 FOLDER = next((folder for folder in (_ROOT / "configs", _ROOT.parent / "configs") if folder.is_dir()),
               _ROOT / "configs")
 _PACKAGE = "configs"
-# Modules that config files import, and that are no config files themselves.
-_SHARED = ("__init__", "arguments", "reasoning")
+# Modules that config files import, and the recipe of `imm_jax.pretrain`: no configs of runs.
+_NO_CONFIGS = ("__init__", "arguments", "reasoning", "tiny_pretrain")
 
 
 def list_names() -> list[str]:
   """Lists the names of the config files that come with this package."""
-  return sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in _SHARED)
+  return sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in _NO_CONFIGS)
 
 
 def find(name: str) -> Path:

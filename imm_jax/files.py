@@ -205,6 +205,14 @@ def list_files(path: Path) -> list[Path]:
   return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
 
 
+def cache_folder() -> Path:
+  """Returns the folder for what can be made again: $IMM_JAX_CACHE, or imm_jax in $XDG_CACHE_HOME or ~/.cache."""
+  if override := os.environ.get("IMM_JAX_CACHE"):
+    return Path(override)
+  cache = os.environ.get("XDG_CACHE_HOME", "")
+  return (Path(cache) if os.path.isabs(cache) else Path("~/.cache").expanduser()) / "imm_jax"
+
+
 def count_bytes(path: Path) -> int:
   """Returns the size in bytes of a file, or of all files below a folder."""
   return sum(p.stat().st_size for p in list_files(path))

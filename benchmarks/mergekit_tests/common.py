@@ -1,4 +1,4 @@
-"""Stands in for tests/common.py of mergekit: merges each recipe with mergekit in float32 and with imm_jax."""
+"""Stands in for mergekit's `tests/common.py`: merges each recipe with mergekit in float32 and with imm_jax."""
 
 import itertools
 import json

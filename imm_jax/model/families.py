@@ -1,4 +1,4 @@
-"""The supported model families, one record each; docs/model_families.md shows how to add one."""
+"""The supported model families, one record each; docs/models.md shows how to add one."""
 
 import dataclasses
 from collections.abc import Mapping

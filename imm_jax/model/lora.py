@@ -8,7 +8,6 @@ whole (modules_to_save, biases, resized embeddings) replace the base's. The resu
 import functools
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -104,7 +103,7 @@ def materialise(base: Path, adapter: Path, *, name: str) -> Path:
             (adapter, [adapter / ADAPTER_CONFIG, _weights_file(adapter), *side]))
   digests = [_digest(root, tuple((p, p.stat().st_size, p.stat().st_mtime_ns) for p in paths))
              for root, paths in inputs]
-  target = _cache_folder() / "adapters" / f"{name}-{digests[0][:16]}-{digests[1][:16]}-{_CACHE_VERSION}"
+  target = files.cache_folder() / "adapters" / f"{name}-{digests[0][:16]}-{digests[1][:16]}-{_CACHE_VERSION}"
   if not target.is_dir():
     with files.locked(target, wait=True):
       if not target.is_dir():  # another process may have made it
@@ -301,8 +300,3 @@ def _are_equal(one: Entry, other: Entry) -> bool:
 def _digest(folder: Path, stamps: tuple[tuple[Path, int, int], ...]) -> str:
   """Digests the contents of these files; `stamps` (path, size, time) key the cache."""
   return files.digest(folder, only=[path for path, *_ in stamps])
-
-
-def _cache_folder() -> Path:
-  override = os.environ.get("IMM_JAX_CACHE")
-  return Path(override or Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "imm_jax")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jax
 
+from imm_jax import files
 from imm_jax.errors import print_once
 
 # A program that compiles faster than this is not kept, since reading it would take as long.
@@ -71,15 +72,14 @@ def _turn_off() -> None:
 
 
 def _user_folder() -> Path:
-  """Returns `imm_jax/jit-KIND` in the user's cache folder, where KIND identifies this kind of CPU."""
+  """Returns `imm_jax/jit-KIND` in the cache folder, where KIND identifies this kind of CPU."""
   try:
     info = Path("/proc/cpuinfo").read_text()
     features = re.findall(r"(?m)^(?:model name|flags|Features)\s*:\s*(.*)$", info.partition("\n\n")[0])
   except OSError:
     features = []
   kind = hashlib.sha256(repr((platform.machine(), platform.processor(), features)).encode()).hexdigest()[:8]
-  cache = os.environ.get("XDG_CACHE_HOME", "")
-  return (Path(cache) if os.path.isabs(cache) else Path("~/.cache").expanduser()) / "imm_jax" / f"jit-{kind}"
+  return files.cache_folder() / f"jit-{kind}"
 
 
 def _others_write(folder: Path) -> bool:

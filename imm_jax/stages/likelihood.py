@@ -66,7 +66,7 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
 
 
 def describe(rows: Sequence[Row]) -> dict[str, Any]:
-  """Describes scoring by likelihood in the form of `evaluating.described`; no answer has a length or is cut."""
+  """Describes scoring by likelihood in the form of `evaluating.describe`; no answer has a length or is cut."""
   return {"name": "likelihood", "shots": 0, "n": len(rows), "mean_tokens": 0.0, "cut": 0.0}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from imm_jax.errors import UserError, print_once
-from imm_jax.tasks import arithmetic, registry
+from imm_jax.tasks import answers, arithmetic, prompts, registry
 from imm_jax.tasks.base import Choice, Example
 from imm_jax.tasks.catalogue import TASKS
 from imm_jax.tasks.registry import paper_note
@@ -21,6 +21,7 @@ __all__ = [
   "NAMES",
   "Choice",
   "Example",
+  "answers",
   "count_records",
   "default_measure",
   "has_choices",
@@ -30,6 +31,7 @@ __all__ = [
   "load_choices",
   "load_text",
   "paper_note",
+  "prompts",
   "published_records",
   "published_size",
   "splits",

@@ -61,9 +61,11 @@ def test_a_second_run_compiles_nothing_and_several_at_once_agree(tmp_path: Path)
 def test_a_setting_turns_it_off_and_another_moves_it(tmp_path: Path) -> None:
   off = _start("--compilation_cache=off", XDG_CACHE_HOME=str(tmp_path / "user"))
   moved = _start(f"--compilation_cache={tmp_path / 'mine'}", XDG_CACHE_HOME=str(tmp_path / "user"))
+  beside_adapters = _start(IMM_JAX_CACHE=str(tmp_path / "all"), XDG_CACHE_HOME=str(tmp_path / "user"))
   assert _said(off)[1] == 0
   _said(moved)
-  assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+  _said(beside_adapters)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "mine"]
 
 
 def test_what_was_not_used_for_longest_goes_when_there_is_too_much(
