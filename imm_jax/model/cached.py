@@ -59,8 +59,8 @@ def prefill_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, prefix: Layer
     own = segment_ids[:, begin:end, None] == segment_ids[:, None, :end]
     own &= jnp.arange(begin, end)[:, None] >= jnp.arange(end)
     outs.append(_joint_softmax(q.dtype, score_scale(q, scale), [
-        ("bkgth,ksh->bkgts", "bkgts,ksh->bkgth", queries, *prefix, jnp.arange(prefix[0].shape[1]) < length),
-        ("bkgth,bksh->bkgts", "bkgts,bksh->bkgth", queries, k[:, :, :end], v[:, :, :end], own[:, None, None])
+        ("bkgth,ksh->bkgts", queries, *prefix, jnp.arange(prefix[0].shape[1]) < length),
+        ("bkgth,bksh->bkgts", queries, k[:, :, :end], v[:, :, :end], own[:, None, None])
     ]).reshape(batch, -1, end - begin, head_dim))
   return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=2)
 
@@ -118,14 +118,21 @@ def decode_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, prefix: LayerC
 
 
 def _joint_softmax(dtype: jnp.dtype, scale: float, parts: list[tuple]) -> jax.Array:
-  """Computes one float32 softmax over parts (einsum of scores, einsum of outputs, queries, keys, values, mask)."""
-  scores = [_scores(dtype, scale, equation, q, k, seen) for equation, _, q, k, _, seen in parts]
+  """Computes one float32 softmax over parts (einsum of scores, queries, keys, values, mask)."""
+  scores = [_scores(dtype, scale, equation, q, k, seen) for equation, q, k, _, seen in parts]
   peak = functools.reduce(jnp.maximum, (jnp.max(s, axis=-1, keepdims=True) for s in scores))
   weights = [jnp.exp(s - peak) for s in scores]
   total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
-  out = sum(_einsum(dtype)(equation, w.astype(dtype), v)
-            for w, (_, equation, _, _, v, _) in zip(weights, parts, strict=True))
+  out = sum(_weigh(w.astype(dtype), v) for w, (_, _, _, v, _) in zip(weights, parts, strict=True))
   return (out / total).astype(dtype)
+
+
+def _weigh(weights: jax.Array, v: jax.Array) -> jax.Array:
+  """Multiplies weights [B, K, G, T, S] by values [B, K, S, h], or by [K, S, h] of all rows; float32 [B, K, G, T, h]."""
+  if v.ndim == 4:
+    return _einsum(v.dtype)("bkgts,bksh->bkgth", weights, v)
+  # Heads come first, since on CPUs with bfloat16 XLA (of jax 0.10) fails at this product with rows first.
+  return _einsum(v.dtype)("kbgts,ksh->kbgth", weights.swapaxes(0, 1), v).swapaxes(0, 1)
 
 
 def _partial_softmax(dtype: jnp.dtype, scale: float, equation: str, outputs: str, q: jax.Array, k: jax.Array,
