@@ -47,7 +47,8 @@ def test_a_value_that_cannot_work_is_one_line(key, value, expected):
   assert "\n" not in str(raised.value)
 
 
-def test_values_that_contradict_each_other_are_one_line():
+def test_contradictions_are_one_line():
+  """Values that contradict each other are named in one line."""
   config = run("method", "real")
   config.teacher = "tiny"
   with pytest.raises(UserError, match="method=real trains on worked answers alone"):
@@ -98,7 +99,8 @@ def test_what_cannot_be_asked_shows_before_the_run(environment, tmp_path):  # no
     ({"task.ood": ("svamp=fil:x",)}, "config.task.ood: source 'fil:x': expected hf:ID"),
     ({"prompt.header": "half \ud83d of a pair"}, "is no valid text"),
 ])
-def test_what_no_run_can_start_from_is_refused_without_a_look_at_the_questions(change, message):
+def test_task_errors_need_no_data(change, message):
+  """What no run can start from is refused without a look at the questions."""
   config = tiny.get_config()
   config.update_from_flattened_dict(change)
   with pytest.raises(UserError, match=message):
@@ -109,7 +111,8 @@ def test_what_no_run_can_start_from_is_refused_without_a_look_at_the_questions(c
     ({"merge": {"base_wieght": 0.3}}, "merge.base_wieght, which is no setting: did you mean base_weight?"),
     ({"extra": 1}, "has extra, which is no setting"), ({"sft": {"ema": None}}, "has no key sft.ema"),
     ({"data": None}, "has no key data")])
-def test_keys_of_a_config_that_was_made_anew_are_checked_too(slip: dict, message: str):
+def test_new_configs_are_checked_too(slip: dict, message: str):
+  """Keys of a config that was made anew are checked, too."""
   made = tiny.get_config().to_dict()
   for key, value in slip.items():
     inner = made.setdefault(key, {}) if isinstance(value, dict) else made

@@ -48,7 +48,8 @@ def _contents(root: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("out", ["work/source", "work", "work/source/out", "work/../work/source", "link"])
-def test_the_source_and_what_holds_it_are_never_replaced(source: Path, tmp_path: Path, out: str) -> None:
+def test_source_is_never_replaced(source: Path, tmp_path: Path, out: str) -> None:
+  """Nor is what holds it."""
   (tmp_path / "link").symlink_to(source)
   before = _contents(tmp_path)
   message = _refusal(source=source, out=tmp_path / out, to="orbax", overwrite=True)
@@ -121,7 +122,8 @@ def test_a_source_of_the_other_form_is_named(source: Path, orbax: Path, tmp_path
   assert not out.exists()
 
 
-def test_an_orbax_checkpoint_without_its_list_of_tensors_is_named(orbax: Path, tmp_path: Path) -> None:
+def test_orbax_needs_its_tensor_list(orbax: Path, tmp_path: Path) -> None:
+  """An Orbax checkpoint without its list of tensors is named."""
   damaged = shutil.copytree(orbax, tmp_path / "damaged")
   (damaged / "params/_METADATA").unlink()
   message = _refusal(source=damaged, out=tmp_path / "out", to="hf")

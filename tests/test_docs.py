@@ -83,7 +83,8 @@ def test_commands_name_what_exists(page: Path):
         assert name.removeprefix("no") in known or name in known, f"{program} {argument}"
 
 
-def test_docstrings_name_the_arguments_that_there_are():
+def test_docstrings_name_real_arguments():
+  """They name the arguments that there are, and all of them."""
   for path in (REPO / "imm_jax").rglob("*.py"):
     for function in ast.walk(ast.parse(path.read_text())):
       documented = isinstance(function, ast.FunctionDef) and re.search(
@@ -101,3 +102,10 @@ def test_the_index_has_every_page():
 
 def test_the_readme_is_short():
   assert len((REPO / "README.md").read_text().splitlines()) <= 130
+
+
+def test_names_of_tests_are_short():
+  """What a name leaves out stands in the docstring."""
+  for path in (REPO / "tests").rglob("test_*.py"):
+    for name in re.findall(r"(?m)^ *def (test_\w+)", path.read_text()):
+      assert len(name) <= 48, f"{path.relative_to(REPO)}: {name}"

@@ -58,8 +58,8 @@ def on_disk(folders: list[Path], out: Path, method: str, *, block: int, **option
 @pytest.mark.parametrize("method", [
     pytest.param(m, marks=pytest.mark.slow if m in SLOW else [] if m in ("linear", "imm") else pytest.mark.full)
     for m in OPTIONS])
-def test_a_file_has_the_bits_of_a_tree_in_blocks_and_shards_of_any_size(method: str, folders: list[Path],
-                                                                        tmp_path: Path):
+def test_file_merge_equals_tree_merge(method: str, folders: list[Path], tmp_path: Path):
+  """They are the same bits, whatever the size of blocks and shards."""
   expected = in_memory(method)
   for i, (block, shard) in enumerate([(1 << 19, 10**9), (16, 200), (4, 10**9)]):  # the last cuts rows
     got = on_disk(folders, tmp_path / str(i), method, block=block, max_shard_bytes=shard)
@@ -168,7 +168,8 @@ def refusal(folders: dict[str, Path]) -> str:
   return str(error.value)
 
 
-def test_checkpoints_that_do_not_match_are_named_tensor_by_tensor(folders: list[Path], tmp_path: Path):
+def test_mismatched_checkpoints_are_named(folders: list[Path], tmp_path: Path):
+  """The message goes tensor by tensor."""
   tree = models()[0]
   lacking = write(tmp_path / "lacking", {n: x for n, x in tree.items() if n != "one"} | {"more": tree["one"]})
   text = refusal({"a": folders[0], "b": lacking})
@@ -192,7 +193,8 @@ def test_damaged_files_are_named(folders: list[Path], tmp_path: Path):
     assert expected in refusal({"a": folders[1], "b": folder})
 
 
-def test_an_index_that_disagrees_with_its_shards_is_named(folders: list[Path], tmp_path: Path):
+def test_wrong_index_is_named(folders: list[Path], tmp_path: Path):
+  """It disagrees with its shards."""
   folder = Path(shutil.copytree(folders[2], tmp_path / "index"))
   index = folder / "model.safetensors.index.json"
   content = json.loads(index.read_text())
@@ -212,7 +214,8 @@ def test_float64_checkpoints_come_back_as_float64(tmp_path: Path):
   np.testing.assert_allclose(got, (trees[0]["w"] + trees[1]["w"]) / 2, rtol=1e-6)
 
 
-def test_numbers_beyond_float32_are_named_and_counted(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+def test_overflow_is_counted(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+  """Numbers beyond float32 are named and counted."""
   folder = write(tmp_path / "wide", {"w": np.array([1.0, 1e300])})
   with checkpoint.CheckpointSource({"a": folder}) as source:
     outputs = [checkpoint.Output(tmp_path / "out", registry.METHODS["passthrough"](source))]

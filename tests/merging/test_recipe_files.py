@@ -28,7 +28,8 @@ def linear(*models: object, weights=(1, 1), **more) -> dict:
       "weight": w}} for m, w in zip(models, weights, strict=False)], **more}
 
 
-def test_models_may_be_written_in_all_of_mergekits_forms(pair, tmp_path: Path, monkeypatch, capsys):
+def test_all_mergekit_forms_of_models(pair, tmp_path: Path, monkeypatch, capsys):
+  """Models may be written in all of mergekit's forms."""
   seen = []
   monkeypatch.setattr("imm_jax.merging.recipe_models.hub.resolve", lambda name: seen.append(name) or pair[0])
   forms = ["p", {"model": "p"}, {"model": {"path": "p"}}, {"path": "p"}, {"model": {"path": "p", "revision": "r"}},
@@ -78,7 +79,8 @@ def test_true_and_false_are_no_numbers(value: object, pair, tmp_path: Path):
     recipe(tmp_path, linear(*pair, weights=(value, 1)))
 
 
-def test_keys_of_ones_own_have_no_effect_and_a_line_says_so(pair, tmp_path: Path, capsys):
+def test_own_keys_are_noted(pair, tmp_path: Path, capsys):
+  """Keys of the user's own have no effect, and a line says so."""
   text = f"""
 x: &p {{weight: 0.5}}
 remarks: [made on a Monday]
@@ -179,7 +181,8 @@ def test_messages_say_which_slice(pair, tmp_path: Path):
       "slices[0].base", "slices[0].sources[1]", "slices[1].base", "slices[1].sources[1]"]
 
 
-def test_a_parameter_for_all_models_in_one_of_them_is_noted(pair, tmp_path: Path, capsys):
+def test_misplaced_parameter_is_noted(pair, tmp_path: Path, capsys):
+  """It is a parameter for all models that stands in one of them."""
   made = linear(*pair)
   made["models"][1]["parameters"]["normalize"] = False
   assert recipe(tmp_path, made).options == {"weights": [1.0, 1.0]}

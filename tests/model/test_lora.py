@@ -168,8 +168,8 @@ def test_blocks_make_no_difference(checkpoint, adapter: Make, tmp_path: Path, mo
      "an update of model.layers.1.self_attn.k_proj is missing"),
     ({"modules_to_save": ["lm_head"]}, "lm_head is missing, adapter_config.json names it in modules_to_save"),
     ({"lora_bias": True}, "a bias of the update of model.layers.0.self_attn.q_proj is missing")])
-def test_settings_that_change_the_result_are_refused_by_name(
-    checkpoint, adapter: Make, tmp_path: Path, config: dict, expected: str) -> None:
+def test_other_settings_are_refused(checkpoint, adapter: Make, tmp_path: Path, config: dict, expected: str) -> None:
+  """Settings that change the result are refused by name."""
   _, base = checkpoint("llama")
   made = adapter(base)
   _configure(made, **config)
@@ -299,8 +299,8 @@ def test_processes_that_ask_at_once_share_a_merge(adapter: Make, cache: Path) ->
   assert [path.name for path in cache.iterdir()] == [Path(outs[0].strip()).name]
 
 
-def test_an_adapter_of_the_hub_is_judged_before_its_weights_come(
-    adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_adapter_is_judged_first(adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """An adapter of the hub is judged before its weights come."""
   fake, made = Hub(tmp_path / "hub", monkeypatch), adapter(TINY)
   files = {name: (made / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
   others = {"README.md": b"x", "config.json": b"{}", "checkpoint-5/tokenizer.json": b"{}"}

@@ -94,7 +94,8 @@ def turn_a_verdict(root: Path) -> None:
     (put("base/eval/groups.jsonl", '{"id": "a", "question": "b", "gold": 3}\n'),
      "base/eval/groups.jsonl: lines in which one of id, question, gold"),
 ])
-def test_a_broken_run_directory_gives_a_page_that_says_what_is_missing(run: Path, tmp_path: Path, damage, said: str):
+def test_missing_parts_are_named(run: Path, tmp_path: Path, damage, said: str):
+  """A broken run directory gives a page that says what is missing."""
   root = tmp_path / "run"
   shutil.copytree(run, root)
   damage(root)
@@ -120,7 +121,8 @@ def places(value: object, path: tuple = ()) -> list[tuple]:
 
 
 @pytest.mark.parametrize("name", ["run.json", "config.json", "round_0/analysis.json", "round_0/drift.json"])
-def test_no_wrong_value_in_a_file_keeps_the_page_away(run: Path, tmp_path: Path, name: str):
+def test_wrong_values_still_give_a_page(run: Path, tmp_path: Path, name: str):
+  """No wrong value in a file keeps the page away."""
   root = tmp_path / "run"
   shutil.copytree(run, root)
   text, rng = (root / name).read_text(), random.Random(name)
@@ -138,7 +140,8 @@ def test_no_wrong_value_in_a_file_keeps_the_page_away(run: Path, tmp_path: Path,
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["run.json", "round_0/analysis.json", "round_0/samples.jsonl"])
-def test_nothing_of_a_wrong_kind_changes_the_page_without_a_word(run: Path, tmp_path: Path, name: str):
+def test_wrong_kinds_are_noticed(run: Path, tmp_path: Path, name: str):
+  """A value of a wrong kind does not change the page without a word."""
   root = tmp_path / "run"
   shutil.copytree(run, root)
   text, sound = (root / name).read_text(), quick(root)
@@ -171,7 +174,8 @@ def test_a_run_that_has_just_begun_has_a_page(run: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["pass@x", "pass@0", "best"])
-def test_a_figure_of_no_known_name_keeps_nothing_away(run: Path, tmp_path: Path, name: str):
+def test_unknown_figures_still_give_a_page(run: Path, tmp_path: Path, name: str):
+  """A figure without a known name keeps nothing away."""
   root = tmp_path / "run"
   shutil.copytree(run, root)
   change(lambda r: r["stages"]["base/eval"]["facts"]["scores"]["stories"].update(

@@ -26,7 +26,7 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "more"), [("kl", STOPPED), ("l2_sp", ()), ("ema", ()), (
     "lora", ("--config.sft.lora_rank=4",))])
-def test_a_run_that_is_killed_in_training_ends_in_the_same_bits(
+def test_killed_training_ends_in_the_same_bits(
     environment: dict[str, str], tmp_path: Path, method: str, more: tuple[str, ...]):  # noqa: F811
   given = (*QUICK, f"--config.method={method}", *more)
   whole = start(tmp_path / "whole", environment, *given)

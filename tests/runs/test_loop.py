@@ -150,7 +150,8 @@ def test_a_second_run_ends_in_the_same_bits(finished: Path, environment: dict[st
 
 
 @pytest.mark.full
-def test_killed_at_any_moment_it_ends_in_the_same_bits(finished: Path, environment: dict[str, str], tmp_path: Path):
+def test_killed_run_ends_in_the_same_bits(finished: Path, environment: dict[str, str], tmp_path: Path):
+  """It may be killed at any moment."""
   rng, kills, workdir = random.Random(int(os.environ.get("KILL_SEED", "0"))), 0, tmp_path / "killed"
   stages = len(json.loads((finished / "run.json").read_text())["stages"])
   while kills < KILLS:
@@ -174,8 +175,8 @@ def test_killed_at_any_moment_it_ends_in_the_same_bits(finished: Path, environme
   assert_same_run(finished, workdir)
 
 
-def test_a_finished_run_does_nothing_again_and_can_be_continued(finished: Path, environment: dict[str, str],
-                                                                 tmp_path: Path):
+def test_finished_run_can_be_continued(finished: Path, environment: dict[str, str], tmp_path: Path):
+  """Started again it does nothing."""
   workdir = tmp_path / "copy"
   shutil.copytree(finished, workdir)
   again = start(workdir, environment)
@@ -188,8 +189,8 @@ def test_a_finished_run_does_nothing_again_and_can_be_continued(finished: Path, 
   assert "config.rounds was 2 and is 1 now" in fewer.stderr
 
 
-def test_a_lost_or_changed_output_is_made_again_with_the_reason(finished: Path, environment: dict[str, str],
-                                                                tmp_path: Path):
+def test_lost_outputs_are_made_again(finished: Path, environment: dict[str, str], tmp_path: Path):
+  """So are changed ones, and the reason is given."""
   workdir = tmp_path / "copy"
   shutil.copytree(finished, workdir)
   weights = workdir / "round_1/merged/model.safetensors"
@@ -203,7 +204,8 @@ def test_a_lost_or_changed_output_is_made_again_with_the_reason(finished: Path, 
 
 
 @pytest.mark.slow
-def test_real_trains_on_gold_answers_and_star_goes_on_from_the_tuned_model(environment: dict[str, str], tmp_path: Path):
+def test_real_uses_gold_and_star_continues(environment: dict[str, str], tmp_path: Path):
+  """`real` trains on gold answers, and `star` goes on from the tuned model."""
   real = start(tmp_path / "real", environment, "--config.method=real", "--config.rounds=1")
   assert real.returncode == 0, real.stderr
   train = [json.loads(line) for line in (tmp_path / "real/round_0/train.jsonl").read_text().splitlines()]
@@ -217,7 +219,8 @@ def test_real_trains_on_gold_answers_and_star_goes_on_from_the_tuned_model(envir
 
 
 @pytest.mark.slow
-def test_bfloat16_runs_from_any_folder_to_the_same_bits(environment: dict[str, str], tmp_path: Path):
+def test_bfloat16_runs_repeat_bit_for_bit(environment: dict[str, str], tmp_path: Path):
+  """They do so from any folder."""
   bfloat16 = ("--config.rounds=1", "--config.sft.compute_dtype=bfloat16", "--config.sample.compute_dtype=bfloat16")
   for name in ("a", "b"):
     done = subprocess.run(command(tmp_path / name, *bfloat16), cwd=tmp_path, env=environment, capture_output=True,
@@ -229,7 +232,8 @@ def test_bfloat16_runs_from_any_folder_to_the_same_bits(environment: dict[str, s
   assert (tmp_path / "a/round_0/sft/model.safetensors").read_bytes() != (TINY / "model.safetensors").read_bytes()
 
 
-def test_a_run_directory_of_another_config_is_refused(finished: Path, environment: dict[str, str]):
+def test_foreign_run_directory_is_refused(finished: Path, environment: dict[str, str]):
+  """It belongs to another config."""
   before = contents(finished)
   done = start(finished, environment, "--config.seed=7")
   assert done.returncode == 1
@@ -308,7 +312,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(environment: dict[str, str], 
   assert done.returncode == 0, done.stderr
 
 
-def test_merged_model_gives_the_same_greedy_tokens_in_transformers(finished: Path):
+def test_merged_model_in_transformers(finished: Path):
+  """It gives the same greedy tokens."""
   torch = pytest.importorskip("torch")
   from transformers import AutoModelForCausalLM
 

@@ -14,7 +14,8 @@ from tests.runs.test_loop import command, environment, one_line, start  # noqa: 
 
 
 @pytest.mark.full
-def test_no_right_sample_stops_the_round_and_keeps_the_samples(environment: dict[str, str], tmp_path: Path):  # noqa: F811
+def test_no_right_sample_stops_the_round(environment: dict[str, str], tmp_path: Path):  # noqa: F811
+  """It keeps the samples."""
   # One token is never a whole answer.
   done = start(tmp_path / "run", environment, "--config.sample.max_new_tokens=1")
   assert done.returncode == 1
@@ -102,7 +103,7 @@ def test_the_wrong_config_file_is_one_line(environment: dict[str, str], tmp_path
   assert "config" in one_line(done.stderr)
 
 
-def test_a_kill_while_a_file_is_replaced_leaves_the_old_or_the_new_one(tmp_path: Path):
+def test_kill_while_a_file_is_replaced(tmp_path: Path):
   """The moment before the last move is the worst one."""
   script = ("import os, signal, sys, pathlib; from imm_jax import files; path = pathlib.Path(sys.argv[1]);"
             "files.write_text(path, 'old'); os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"

@@ -182,7 +182,8 @@ def test_what_was_scored_is_not_scored_again(data: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.full
-def test_a_task_of_lm_eval_without_data_is_found_before_the_run(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lm_eval_task_without_data_is_found(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """It is found before the run."""
   pytest.importorskip("lm_eval")
   monkeypatch.setenv("HF_HUB_OFFLINE", "1")
   (data / "test.jsonl").unlink()

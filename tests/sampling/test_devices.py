@@ -99,7 +99,8 @@ def results(out: Path) -> dict[str, Any]:
 @pytest.mark.full
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("case", CASES)
-def test_a_checkpoint_comes_back_byte_for_byte_from_any_mesh(out: Path, case: str, mesh: str) -> None:
+def test_any_mesh_restores_every_byte(out: Path, case: str, mesh: str) -> None:
+  """A checkpoint comes back byte for byte from any mesh."""
   saved = [out / f"{case}-{mesh}", *out.glob(f"{case}-{mesh}-trained")]
   assert len(saved) == 1 + (mesh != "1" and not case.startswith("float16"))
   expected = _stored(out / case)

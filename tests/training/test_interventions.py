@@ -169,7 +169,8 @@ def test_a_step_without_intervention_equals_optax():
   jax.tree.map(close, state["opt_state"][1][0], opt_state[1][0])  # count and moments
 
 
-def test_gradient_decay_scales_the_update_of_each_layer(optimizer_of):
+def test_decay_scales_layer_updates(optimizer_of):
+  """Gradient decay scales the update of each layer."""
   gamma, rng = 0.8, np.random.default_rng(0)
   tree = lambda: {"embed_tokens": {"weight": jnp.asarray(rng.normal(size=(5, 4)), jnp.float32)},
                   "layers": {"mlp": {"up_proj": {"weight": jnp.asarray(rng.normal(size=(3, 6, 4)), jnp.float32)}},
@@ -269,7 +270,8 @@ def test_a_resumed_masked_run_gives_the_same_bits(masked, tmp_path: Path):
 
 
 @pytest.mark.full
-def test_a_masked_run_resumes_with_its_mask_on_another_mesh(out: Path):
+def test_masked_run_resumes_on_another_mesh(out: Path):
+  """Its mask stays."""
   start = flat(make_params(make_mesh()))
   for name, changed in moved(np.load(out / "two-meshes.npz"), start).items():
     for of_matrix in matrices(name, changed):

@@ -106,7 +106,8 @@ def test_every_step_is_reported_once(params, losses, log_every):
 
 @pytest.mark.parametrize(("value", "bad", "log_every"), [
     (math.nan, 0, 1), (math.nan, 9, 4), (math.inf, 5, 3), (-math.inf, 7, 100)])
-def test_the_first_non_finite_loss_is_reported_with_its_examples(params, losses, value, bad, log_every):
+def test_first_non_finite_loss_is_reported(params, losses, value, bad, log_every):
+  """The report has its examples."""
   losses[:] = [1.0] * bad + [value] * (STEPS - bad)
   batches, reports = make_batches(), {}
   first = batches.members(bad)[0] + 1
@@ -138,7 +139,8 @@ def test_profiles_open_in_perfetto_and_tensorboard(params, tmp_path: Path):
   assert list(tmp_path.rglob("*.xplane.pb"))
 
 
-def test_a_profile_after_the_last_step_is_noted_as_empty(params, tmp_path: Path, capfd):
+def test_late_profile_is_noted_as_empty(params, tmp_path: Path, capfd):
+  """It would begin after the last step."""
   train(params, make_batches(), profile=throughput.Profile("200:204", tmp_path))
   assert "config.profile=200:204: nothing was recorded" in capfd.readouterr().err
   assert not list(tmp_path.iterdir())

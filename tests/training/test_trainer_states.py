@@ -34,7 +34,8 @@ def saved(folder: Path) -> list[int]:
 
 @pytest.mark.full
 @pytest.mark.parametrize("log_every", [1, 4])
-def test_the_last_good_state_survives_a_non_finite_loss(params, log_every, tmp_path: Path):  # noqa: F811
+def test_last_good_state_survives(params, log_every, tmp_path: Path):  # noqa: F811
+  """A loss that is not finite does not replace it."""
   bad = 5
   table = params["embed_tokens"]["weight"]
   poisoned = params | {"embed_tokens": {"weight": table.at[POISON].set(jnp.nan)}}
@@ -58,7 +59,8 @@ def test_the_last_good_state_survives_a_non_finite_loss(params, log_every, tmp_p
 
 
 @pytest.mark.parametrize("stop_after", [1, 4, 9])
-def test_a_preempted_training_resumes_to_the_same_bits(params, stop_after, tmp_path: Path):  # noqa: F811
+def test_preempted_training_repeats_its_bits(params, stop_after, tmp_path: Path):  # noqa: F811
+  """A preempted training resumes to the same bits."""
   whole_reports, reports = {}, {}
   whole = train(params, make_batches(), whole_reports)
 
@@ -86,7 +88,7 @@ def train_with(params, report, checkpoints: Checkpoints):  # noqa: F811
       schedule=optax.constant_schedule(1e-3), log_every=1, checkpoints=checkpoints)
 
 
-def test_background_saves_hold_the_state_of_their_step(params, tmp_path: Path):  # noqa: F811
+def test_background_saves_match_their_step(params, tmp_path: Path):  # noqa: F811
   """Checks that training may donate buffers while they are being written."""
   with states(tmp_path, every=1, keep=STEPS) as checkpoints:
     train(params, make_batches(), checkpoints=checkpoints)
@@ -184,7 +186,7 @@ def _fill_the_disk(folder: Path) -> None:
       (folder / "said").write_text(str(e))
 
 
-def test_a_full_disk_is_reported_in_one_line_and_keeps_the_previous_state(run_on_devices, tmp_path: Path):
+def test_full_disk_keeps_the_previous_state(run_on_devices, tmp_path: Path):
   """Runs in a child process, because orbax leaves unawaited coroutines behind."""
   run_on_devices(__file__, tmp_path, "save", devices=1)
   message = (tmp_path / "said").read_text()
@@ -206,7 +208,8 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("folder", ["bad://x", "/proc/x"])
-def test_an_unwritable_state_folder_is_reported_in_one_line(folder: str):
+def test_unwritable_folder_is_one_line(folder: str):
+  """States cannot be saved in it."""
   with pytest.raises(UserError, match="training states cannot be written there"):
     check_folder(folder)
 

@@ -77,7 +77,8 @@ def test_invalid_end_of_text_tokens_are_errors(tmp_path: Path, ids: object, file
 
 
 @pytest.mark.parametrize("ids", [None, [], 3, [3, 5]], ids=str)
-def test_end_of_text_tokens_come_from_folder_and_tokenizer(tmp_path: Path, ids: object) -> None:
+def test_end_tokens_of_folder_and_tokenizer(tmp_path: Path, ids: object) -> None:
+  """Tokens that end a text come from both."""
   folder = shutil.copytree(TINY, tmp_path / "model")
   (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
   expected = {0, *(ids if isinstance(ids, list) else [ids])} - {None}

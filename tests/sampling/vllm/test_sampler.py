@@ -79,7 +79,8 @@ def plain() -> list[list[Completion]]:
   return rows
 
 
-def test_one_request_per_question_and_temperature_has_all_settings(fake: FakeVllm) -> None:
+def test_requests_hold_all_settings(fake: FakeVllm) -> None:
+  """There is one request for each question and temperature."""
   rows = _sample(fake, stop=("zebra",), top_p=0.9)
   assert all(len(row) == 5 for row in rows)
   assert len(fake.seen) == len(PROMPTS) * 3
@@ -105,8 +106,8 @@ def test_no_two_samples_share_a_seed() -> None:
       r.seed for r in vllm._requests(prompts, [[1]] * 1000, 12, (0.2, 0.4, 0.6), 8))
 
 
-def test_samples_do_not_depend_on_order_or_on_other_prompts(
-    fake: FakeVllm, other: FakeVllm, plain: list[list[Completion]]) -> None:
+def test_samples_are_independent(fake: FakeVllm, other: FakeVllm, plain: list[list[Completion]]) -> None:
+  """They do not depend on order or on other prompts."""
   assert _sample(fake, other, prompts=PROMPTS[::-1]) == plain[::-1]
   assert _sample(fake, prompts=PROMPTS[2:5], concurrency=1) == plain[2:5]
   assert [row[:3] for row in plain] == _sample(fake, num_samples=3)
@@ -120,7 +121,8 @@ def test_transient_errors_are_retried(fake: FakeVllm, plain: list[list[Completio
   assert len(fake.answered) == len(PROMPTS) * 3
 
 
-def test_a_rejected_request_ends_the_call_with_the_servers_message(fake: FakeVllm) -> None:
+def test_rejected_request_ends_the_call(fake: FakeVllm) -> None:
+  """The message is the server's."""
   fake.trouble = lambda number, body: "400"
   with pytest.raises(UserError, match=r"/v1/completions: the server refuses \(HTTP 400\).*said no"):
     _sample(fake, concurrency=1)
@@ -144,8 +146,9 @@ def test_a_slow_server_is_taken_out(
   assert len(fake.seen) <= 4  # no second attempt
 
 
-def test_each_question_is_answered_once_if_a_server_dies(
+def test_dead_server_loses_no_question(
     fake: FakeVllm, other: FakeVllm, plain: list[list[Completion]], tmp_path: Path) -> None:
+  """Each question is answered once."""
   dead = []
 
   def trouble(number: int, body: dict) -> str:
@@ -205,7 +208,8 @@ def test_a_journal_of_other_samples_is_started_over(fake: FakeVllm, tmp_path: Pa
   assert len(journal.read_text().splitlines()) == 1 + len(fake.seen)
 
 
-def test_a_stop_string_cuts_the_text_and_counts_its_tokens(fake: FakeVllm) -> None:
+def test_stop_string_cuts_text_and_tokens(fake: FakeVllm) -> None:
+  """It cuts the text, and its tokens count."""
   tokens = TOKENIZER("18-8=10. The answer is 10.")["input_ids"]
   fake.draw = lambda prompt, seed, temperature, most: tokens[:most]
   (row,) = _sample(fake, prompts=PROMPTS[:1], num_samples=1, max_new_tokens=len(tokens), stop=(" answer",))
@@ -239,8 +243,8 @@ def test_arguments_out_of_range_are_refused(options: dict) -> None:
     VllmSampler(TINY, **{"urls": ["http://host"], **options})
 
 
-def test_a_full_disk_is_reported_in_one_line_and_the_journal_resumes(
-    fake: FakeVllm, plain: list[list[Completion]], tmp_path: Path) -> None:
+def test_full_disk_is_one_line(fake: FakeVllm, plain: list[list[Completion]], tmp_path: Path) -> None:
+  """The journal resumes."""
   path = tmp_path / "journal.jsonl"
   _sample(fake, journal=path)
   size = path.stat().st_size

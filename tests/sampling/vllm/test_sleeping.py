@@ -62,7 +62,8 @@ def test_a_server_that_cannot_sleep_is_ended(
   assert _ends(server._process.pid)
 
 
-def test_one_that_cannot_be_ended_leaves_the_others_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unending_server_spares_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+  """A server that cannot be ended leaves the others ended."""
   ended = []
 
   class Server:

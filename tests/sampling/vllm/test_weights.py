@@ -37,7 +37,8 @@ def test_a_server_that_cannot_reload_is_not_used(
     _sample(fake, other)
 
 
-def test_a_server_without_reload_endpoints_is_refused_with_advice(fake: FakeVllm) -> None:  # noqa: F811
+def test_old_server_is_refused(fake: FakeVllm) -> None:  # noqa: F811
+  """It has no endpoints for reloading; the message gives advice."""
   fake.dev = False
   with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
     _sample(fake)
@@ -54,8 +55,9 @@ def _noisy(folder: Path, noise: float) -> Path:
   return folder
 
 
-def test_a_server_with_other_weights_is_detected_before_it_samples(
+def test_other_weights_are_detected(
     fake: FakeVllm, tmp_path: Path, plain: list[list[Completion]]) -> None:  # noqa: F811
+  """They are found before the server samples."""
   fake.folder = str(_noisy(tmp_path / "older", 0.01))
   fake.stale = True
   with pytest.raises(UserError, match=r"does not run the weights of .* on average and .* at most \(prompt \d, token"):
@@ -79,8 +81,9 @@ def test_every_replica_is_checked(
   assert "does not say how many data-parallel replicas it has" in capfd.readouterr().err
 
 
-def test_small_weight_changes_are_detected_by_the_earlier_weights(
+def test_small_changes_are_detected(
     fake: FakeVllm, tmp_path: Path) -> None:  # noqa: F811
+  """The earlier weights show them."""
   _sample(fake)
   folder = _noisy(tmp_path / "newer", 0.002)
   fake.stale = True
@@ -121,8 +124,9 @@ def test_a_restart_by_another_run_ends_this_one(fake: FakeVllm, tmp_path: Path) 
   assert not journal.exists()
 
 
-def test_the_decoder_and_transformers_agree_to_a_hundredth_of_the_tolerance(
+def test_decoder_and_transformers_agree(
     fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+  """They do so to a hundredth of the tolerance."""
   result = []
   check = freshness.check
   monkeypatch.setattr(freshness, "check", lambda *args, **options: result.append(check(*args, **options)) or result[-1])
