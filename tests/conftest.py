@@ -35,7 +35,7 @@ def _rope(theta: float, kind: str = "default", **scaling: object) -> dict[str, o
   return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **scaling}}
 
 
-_ID_LENGTH = 30
+_ID_LENGTH = 25
 
 # Files that take longest go first, so that no worker is left with one at the end.
 _LONG = [
@@ -81,13 +81,15 @@ def _describe(value: object) -> str:
     return ",".join(f"{key}={_describe(x)}" for key, x in value.items()) or "{}"
   if isinstance(value, list | tuple):
     return ",".join(map(_describe, value)) or "empty"
+  if isinstance(value, bytes):
+    return value.decode(errors="ignore")
   if isinstance(value, Path):
     return value.name
   if isinstance(value, BaseException):
     return f"{type(value).__name__} {value}"
   if isinstance(value, type) or callable(value):
-    name = getattr(value, "__name__", "")
-    return "" if name == "<lambda>" else name
+    name = getattr(value, "__qualname__", "").partition(".<locals>")[0]  # of what a helper makes: the helper's
+    return "" if name == "<lambda>" else name.rpartition(".")[2]
   return str(value) if isinstance(value, str | int | float | None) else ""
 
 

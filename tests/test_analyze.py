@@ -115,7 +115,9 @@ def test_an_entry_that_is_no_task_is_named(entry: str, expected: str):
     ("gsm8k=file:DIR", b'{"question": "Tom", "answer": "#### 1"}', "gsm8k=.*: none of its 1 answers is worked out"),
     ("gsm8k=file:DIR", b'{"question": "Tom", "answer": "%s #### 1"}' % (b"so " * 300),
      "gsm8k=.*: none of its 1 answers fits with its prompt in config.sft.row_length=192 tokens; the shortest takes"),
-    ("stories", b"", "task stories, config.analysis.examples=200000: 200000 questions were asked for")])
+    ("stories", b"", "task stories, config.analysis.examples=200000: 200000 questions were asked for")],
+    ids=["empty", "blank", "blank-record", "null", "surrogate", "latin-1", "no-file", "one-token", "no-rationale",
+         "too-long", "too-few"])
 def test_unmeasurable_importance_is_one_line(entry: str, text: bytes, expected: str, tmp_path: Path):
   """What importance cannot be measured on is named."""
   config = tiny.get_config()
@@ -136,7 +138,8 @@ def test_unmeasurable_importance_is_one_line(entry: str, text: bytes, expected: 
      r"x: layers.0.gate_proj has shape \(382, 128\), in \S+tiny \(384, 128\); expected two checkpoints of one model"),
     (lambda name, x: x.astype(np.int8) if "2.mlp.up_proj" in name else x, {}, "x: .*up_proj.weight has dtype int8; "),
     (lambda name, x: x, {"model_type": "gemma"}, "config.json: model_type='gemma' is not supported"),
-    (None, {}, "x: is a file; expected a folder with config.json")])
+    (None, {}, "x: is a file; expected a folder with config.json")],
+    ids=["three-layers", "layer-missing", "layer-left", "narrow", "int8", "gemma", "file"])
 def test_unrelated_checkpoints_are_one_line(edit: Any, config: dict, expected: str, tmp_path: Path):
   """They are not of one model."""
   folder = tmp_path / "x"

@@ -214,7 +214,8 @@ def _noted(root: Path) -> dict[str, Any]:
     (lambda r: r["stages"].pop("round_1/sft"), r"round_1/merged \(a round_1/sft that is no longer there\)"),
     (lambda r: r["stages"]["round_1/sft"].update(output="x"), r"round_1/merged \(another round_1/sft\)"),
     (lambda r: r["settings"].update({"round_1/eval/merged": "x"}), r"round_1/eval/merged \(other settings\)"),
-    (lambda r: r.pop("settings"), r"round_1/merged \(other settings\)")])
+    (lambda r: r.pop("settings"), r"round_1/merged \(other settings\)")],
+    ids=["merge", "sft", "base", "sft-is-gone", "sft-changed", "eval", "no-settings"])
 def test_models_outside_the_config_are_refused(hub: Hub, merged: Path, change: Callable[[dict], object], said: str):
   """They are none of those that the config makes."""
   root = merged.parent.parent

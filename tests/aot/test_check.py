@@ -188,7 +188,8 @@ def _slice(name: str, sizes: tuple[int, ...], chip: str) -> topology.Slice:
     ("all-gather", (4, 4), slice(4), 1e9 * 3 / 4 / 50e9),
     ("all-gather", (16, 16), slice(16), 1e9 * 15 / 16 / 100e9),
     ("reduce-scatter", (16, 16), slice(None), 1e9 * 255 / 256 / 200e9),
-    ("collective-permute", (4, 4), slice(2), 1e9 / 50e9), ("send", (4, 4), slice(0), 1e9 / 3.125e9)], ids=str)
+    ("collective-permute", (4, 4), slice(2), 1e9 / 50e9), ("send", (4, 4), slice(0), 1e9 / 3.125e9)],
+    ids=["gather-corner", "reduce-corner", "gather-row", "gather-torus", "scatter-torus", "permute", "send"])
 def test_seconds_of_a_collective(kind: str, sizes: tuple[int, ...], group: slice, want: float) -> None:
   v5e = _slice("v5e", sizes, "v5e")
   assert v5e.seconds(kind, 1e9, v5e.devices[group]) == pytest.approx(want)

@@ -59,7 +59,8 @@ def test_undivided_parameters_are_named():
     (dataclasses.replace(WIDE, num_layers=4, tie_embeddings=False), 32, 128, "none", "bfloat16", 2, PLAIN),
     (dataclasses.replace(WIDE, num_layers=2), 16, 128, "full", "bfloat16", 1, Additions(kl=1.0, ema=0.9)),
     (dataclasses.replace(WIDE, num_layers=2), 16, 128, "full", "bfloat16", 1, Additions(l2_sp=1.0)),
-    (dataclasses.replace(WIDE, num_layers=2), 16, 128, "full", "bfloat16", 2, Additions(lora=Lora(8, 8.0)))])
+    (dataclasses.replace(WIDE, num_layers=2), 16, 128, "full", "bfloat16", 2, Additions(lora=Lora(8, 8.0)))],
+    ids=["plain", "deep-untied", "kl-and-ema", "l2-sp", "lora"])
 def test_a_step_takes_about_what_is_said(model, rows, length, remat, dtype, accumulation, additions):
   options = {"accumulation": accumulation, "remat": remat, "attention": "blockwise", "additions": additions}
   devices = sharding.make_mesh(data=1, fsdp=1)

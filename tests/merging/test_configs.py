@@ -82,7 +82,9 @@ def test_families_name_incompatible_keys_apart(key: str, tmp_path: Path):
     ({"rope_theta": 1e4}, {"rope_theta": None, "rotary_emb_base": 1e6}, "models[1] has other rotary embeddings"),
     ({"layer_types": ["a", "b"]}, {"layer_types": ["b", "a"]}, "models[1] has other layer_types in config.json"),
     ({"mlp_only_layers": [1]}, {"mlp_only_layers": [2]}, "models[1] has other mlp_only_layers in config.json"),
-    ({"steps": 1}, {"steps": 2}, "")])
+    ({"steps": 1}, {"steps": 2}, "")],
+    ids=["norm-eps", "layernorm-epsilon", "rotary-dim", "local-base", "equal-share", "other-pct", "other-factor",
+         "other-theta", "layer-types", "mlp-only-layers", "training-steps"])
 def test_differing_keys_are_noted(a: dict, b: dict, expected: str, tmp_path: Path, capsys):
   """What may differ is noted whatever a family calls it."""
   errors.print_once.cache_clear()

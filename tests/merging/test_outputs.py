@@ -187,7 +187,9 @@ def stack(name: str | None = None, folder: object = "A", **more) -> dict:
     (lambda a, b: {**linear(), "models": [{"model": "six"}]}, "document 2: models[0].parameters.weight is missing"),
     (lambda a, b: {**linear("six"), "base_model": "sxi"}, "sxi: no such checkpoint folder"),
     (lambda a, b: linear("sxi"), "sxi: no such checkpoint folder"),
-    (lambda a, b: linear("six", "/no/such"), "/no/such: no such checkpoint folder")])
+    (lambda a, b: linear("six", "/no/such"), "/no/such: no such checkpoint folder")],
+    ids=["weights-cancel", "other-depth", "too-few-layers", "no-weight", "base-misspelt", "model-misspelt",
+         "no-folder"])
 def test_documents_are_checked_first(last, expected: str, pair, tmp_path: Path):
   """Nothing is merged where the last one is wrong."""
   made = documents(tmp_path, stack("six", pair[0]), last(*pair))

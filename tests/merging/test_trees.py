@@ -87,7 +87,9 @@ def test_float64_stays():
     (lambda: merging.linear([A, B], weights=1, names={"w": 3}), "names: 3 at w: expected a name"),
     (lambda: merging.linear([A, B], weights=1, names={"v": "w"}), "names: expected a tree of the models' form"),
     (lambda: merging.linear([{"w": 1.0}, {"w": "text"}], weights=1), r"w is float in models\[0\], str in models\[1\]"),
-    (lambda: merging.fisher([A, B], [A]), "fishers: 1 given for 2 models")])
+    (lambda: merging.fisher([A, B], [A]), "fishers: 1 given for 2 models")],
+    ids=["one-tree", "trees-as-arguments", "key-is-int", "no-key", "abstract", "name-is-int", "other-names",
+         "text-leaf", "too-few-fishers"])
 def test_what_does_not_fit_is_named(call, expected):
   with pytest.raises(ValueError, match=expected):
     call()

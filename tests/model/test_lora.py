@@ -201,7 +201,9 @@ PREFIX = "base_model.model.model.layers.0.self_attn.q_proj."
     (lambda t: t.update({"base_model.model.lm_head.weight": np.zeros((70, 48), np.float32)}),
      "leaves model.embed_tokens.weight with 61 rows and lm_head.weight with 70"),
     (lambda t: t.update({f"{PREFIX}lora_B.weight": np.full((32, 4), np.nan, np.float32)}), "are not finite in float32"),
-    (lambda t: t.clear(), "holds no tensor")])
+    (lambda t: t.clear(), "holds no tensor")],
+    ids=["no-b", "narrow-a", "empty-b", "int-b", "weight", "foreign-module", "foreign-name", "short-norm",
+         "ninth-layer", "bias", "magnitude", "larger-head", "nan", "empty"])
 def test_tensors_that_do_not_fit_are_named(
     checkpoint, adapter: Make, tmp_path: Path, change: Callable, expected: str) -> None:
   _, base = checkpoint("llama")

@@ -117,7 +117,7 @@ def test_repeated_name_in_header_is_refused(tmp_path: Path) -> None:
     b'{"a":[]}',
     b'{"\\n":null}',
     b'{"\\ud800":null}',
-], ids=lambda header: header.decode()[:60])
+], ids=lambda header: header.decode()[:50].replace("\\", ""))
 def test_a_header_that_makes_no_sense_is_refused(tmp_path: Path, header: bytes) -> None:
   path = tmp_path / "x.safetensors"
   path.write_bytes(_file(header, bytes(8)))

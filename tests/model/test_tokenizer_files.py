@@ -72,7 +72,7 @@ def test_files_beside_tokenizer_json_count(tmp_path: Path) -> None:
     ({"eos_token": "a"}, "'a': special by the files beside tokenizer.json, and among them ordinary text"),
     ({"bos_token": "", "unk_token": "", "pad_token": ""}, None),
     ({"unk_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}, None),  # SmolLM and GPT-2: no text gives it
-], ids=str)
+])
 def test_an_end_token_that_is_none_is_refused(tmp_path: Path, changes: dict, message: str | None) -> None:
   shutil.copy(TINY / "tokenizer.json", tmp_path)
   (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", **changes}))
@@ -126,7 +126,7 @@ STRIPS = {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": Tru
 @pytest.mark.parametrize("options", [
     STRIPS, {"add_dummy_prefix": False}, {"byte_fallback": False, "vocab_size": 150},
     {"model_type": "unigram", "vocab_size": 300, **STRIPS},
-    {"user_defined_symbols": ["[INST]", "\n\n"], "add_dummy_prefix": False}], ids=str)
+    {"user_defined_symbols": ["[INST]", "\n\n"], "add_dummy_prefix": False}])
 def test_a_sentencepiece_file_alone_is_followed(tmp_path: Path, options: dict) -> None:
   model = train(**options)
   folder = alone(tmp_path, model)

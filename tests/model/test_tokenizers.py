@@ -231,7 +231,7 @@ def test_byte_level_spaces_survive_any_class(tmp_path: Path, model_type: str) ->
 
 @pytest.mark.parametrize(("after", "ends", "learned"), [
     ("<|im_end|>\n", [0, 568], 568), (" <|im_end|><|endoftext|>", [568], 568), ("<|im_end|>\n", [0], 0),
-    ("\n", [0, 568], 0), (None, [0, 568], 0)])
+    ("\n", [0, 568], 0), (None, [0, 568], 0)], ids=["turn", "both", "other-end", "newline", "no-template"])
 def test_the_end_that_a_chat_learns_is_its_templates(
     tmp_path: Path, after: str | None, ends: list[int], learned: int) -> None:
   for name in ("config.json", "tokenizer.json"):

@@ -98,7 +98,7 @@ def test_a_method_that_does_not_merge_and_one_task(tmp_path: Path):
     (lambda path: path.unlink(), "not compared: {path} cannot be read"),
     (lambda path: path.write_text("{\n"), "not compared: {path}:1: not a JSON object"),
     (lambda path: path.write_text(path.read_text().replace('"gold": "10"', '"gold": "11"')),
-     "of 40 shared ids 1 have another question or another gold answer")])
+     "of 40 shared ids 1 have another question or another gold answer")], ids=["missing", "damaged", "another-gold"])
 def test_incomparable_answers_are_named(root: Path, tmp_path: Path, damage, said: str):
   """They are left out."""
   run = tmp_path / "run"

@@ -57,9 +57,9 @@ def begin(root: Path, *, rerun: bool = False, external: dict[str, str] = EXTERNA
   return before - ({*record["stages"]} - {*run_record.list_stale(made, record, root, external)})
 
 
-def _changes(value: object) -> str:
-  """The name of a case; sets have no order."""
-  return str(value) if isinstance(value, dict) else ""
+def _changes(value: object) -> str | None:
+  """Names a case by what changes; sets have no order."""
+  return None if isinstance(value, dict) else ""
 
 
 EVALUATIONS = {"base/eval", *(f"round_{t}/eval/{model}" for t in (0, 1) for model in ("sft", "merged"))}

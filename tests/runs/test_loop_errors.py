@@ -73,7 +73,7 @@ def model(tmp_path: Path) -> Path:
     (lambda m: os.truncate(m / "model.safetensors", 100_000), "truncated"),
     (lambda m: (m / "config.json").write_text("{"), "config.json: is not JSON"),
     (lambda m: (m / "tokenizer.json").unlink(), "tokenizer"),
-])
+], ids=["no-weights", "half-weights", "no-json", "no-tokenizer"])
 def test_a_damaged_base_model_ends_in_one_line(damage, expected: str, model: Path, environment: dict[str, str],  # noqa: F811
                                                tmp_path: Path):
   damage(model)

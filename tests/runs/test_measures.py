@@ -205,7 +205,7 @@ def test_lm_eval_task_without_data_is_found(data: Path, monkeypatch: pytest.Monk
     ({"eval.texts": ("text=file:a.txt", "text=file:b.txt")}, "names a text twice"),
     pytest.param({"task.ood": ("lm_eval:arc_eazy",)}, "did you mean arc_easy", marks=pytest.mark.full),
     ({"task.ood": ("lm_eval:arc_easy",), "eval.lm_eval.path": "/no/such"}, "no such folder"),
-    ({"merge.base_weight": "auto", "merge.auto.general": ("lm_eval:arc_easy",)}, "has no train split")], ids=str)
+    ({"merge.base_weight": "auto", "merge.auto.general": ("lm_eval:arc_easy",)}, "has no train split")])
 def test_what_cannot_be_measured_is_one_line(settings: dict, message: str) -> None:
   if "lm_eval" in str(settings):
     pytest.importorskip("lm_eval")

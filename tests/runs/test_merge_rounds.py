@@ -156,7 +156,7 @@ def test_every_option_has_its_place_in_the_config() -> None:
     ({"merge.method": "karcher", "merge.options.tol": (0.1, 0.2)}, r"tol=\(0\.1, 0\.2\): expected 0 <= tol"),
     ({"method": "star", "merge.method": "ties"}, "method=star merges nothing"),
     ({"method": "star", "merge.options.scale": 2.0}, "method=star merges nothing"),
-    ({"merge.method": "karcher", "merge.sweep": (0.1,)}, "has no weight of the base")], ids=str)
+    ({"merge.method": "karcher", "merge.sweep": (0.1,)}, "has no weight of the base")])
 def test_impossible_merges_are_found_early(given: dict, message: str) -> None:
   """What cannot be merged is said before the run."""
   config = tiny.get_config()
@@ -179,7 +179,7 @@ def test_what_a_method_starts_from(method: str, start: str, needs: list[str]) ->
 @pytest.mark.parametrize("given", [
     {"merge.method": "slerp", "merge.options.t": 0.3}, {"merge.method": "linear", "merge.options.weights": (0.2, 0.8)},
     {"merge.method": "ties", "merge.options.weights": 0.4}, {"merge.method": "ties", "merge.options.normalize": True},
-    {"merge.method": "wise_ft", "merge.options.alpha": 0.4}], ids=str)
+    {"merge.method": "wise_ft", "merge.options.alpha": 0.4}])
 def test_overridden_weight_is_not_swept(given: dict, models: stage.Models, tmp_path: Path) -> None:
   """A weight that an option overrides is neither swept nor recorded."""
   outs = []
@@ -202,7 +202,7 @@ def test_overridden_weight_is_not_swept(given: dict, models: stage.Models, tmp_p
     ({}, "base_weight 0.4, drop_rate 0.2"), ({"merge.method": "ties"}, "ties, base_weight 0.4, drop_rate 0.2"),
     ({"merge.method": "ties", "merge.options.densities": 0.3}, "ties, base_weight 0.4, densities 0.3"),
     ({"merge.method": "linear", "merge.options.weights": (0.2, 0.8)}, "linear, weights (0.2, 0.8)"),
-    ({"merge.method": "sce"}, "sce"), ({"method": "lines"}, "base_weight 0.4")], ids=str)
+    ({"merge.method": "sce"}, "sce"), ({"method": "lines"}, "base_weight 0.4")])
 def test_the_plan_says_what_decides_a_merge(given: dict, said: str) -> None:
   config = tiny.get_config()
   config.update_from_flattened_dict(given)

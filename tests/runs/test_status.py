@@ -18,7 +18,8 @@ from imm_jax.runtime import progress
     (UserError("no room"), "failed", "no room", "ERROR error: no room"),
     (PreemptedError("told to stop"), "stopped", "told to stop", "WARNING told to stop"),
     (KeyboardInterrupt(), "stopped", "interrupted (Ctrl-C)", "WARNING interrupted (Ctrl-C)"),
-    (ZeroDivisionError("a bug"), "failed", "ZeroDivisionError: a bug", "ERROR error: ZeroDivisionError('a bug')")])
+    (ZeroDivisionError("a bug"), "failed", "ZeroDivisionError: a bug", "ERROR error: ZeroDivisionError('a bug')")],
+    ids=["finished", "error", "preempted", "interrupted", "bug"])
 def test_after_every_end_the_files_say_which(error: BaseException | None, state: str, why: str, logged: str | None,
                                              tmp_path: Path):
 

@@ -20,7 +20,8 @@ from tests.tasks.records import CUSTOM, gsm8k, write
     ("choice", {"gold": 0}, {"choices": "opts"}, ("P?\n(A) x\n(B) y", "A", "")),
     ("choice", {"gold": "1", "opts": ["2", "1", "0"]}, {"choices": "opts"}, ("P?\n(A) 2\n(B) 1\n(C) 0", "B", "")),
     ("choice", {"gold": "yes", "opts": ["no", "yes"]}, {"choices": "opts"}, ("P?\n(A) no\n(B) yes", "B", "")),
-])
+], ids=["number", "rationale", "int", "rationale-with-answer", "latex", "box", "letter", "option-letter",
+        "option-index", "option-number", "option-text"])
 def test_custom_records_are_read_by_the_names_given(kind, change, fields, expected, tmp_path):
   source = f"file:{write(tmp_path / 'own.jsonl', [CUSTOM | change])}"
   example, = tasks.load("custom", split="test", source=source, kind=kind,

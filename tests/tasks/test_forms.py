@@ -109,7 +109,8 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "record", "question", "gold", "kind"), FORMS)
+@pytest.mark.parametrize(("name", "record", "question", "gold", "kind"), FORMS,
+                         ids=[f"{name}-{' '.join(record)}"[:50] for name, record, *_ in FORMS])
 def test_published_forms_are_read(name, record, question, gold, kind, tmp_path):
   """Each gives question, gold answer and kind."""
   example = parsed(tmp_path, name, record)
@@ -160,7 +161,7 @@ def test_rationale_ends_in_the_answer(tmp_path):
     ("winogrande", DERIVED, "'Q.' has no gap `_`"),
     ("boolq", DERIVED, r"\['x', 'y'\] are not true and false"),
     ("mbpp", {"text": "T", "code": "C", "task_id": "x"}, "invalid literal"),
-])
+], ids=lambda value: "" if isinstance(value, dict) else None)
 def test_a_wrong_record_is_named_by_file_and_line(name, record, message, tmp_path):
   with pytest.raises(UserError, match=message) as raised:
     parsed(tmp_path, name, record)
