@@ -24,7 +24,6 @@ from imm_jax.report import analysis as output, layers as figures, writer
 from imm_jax.runs import experiments
 from imm_jax.stages import analysing
 from tests import REPO, TINY
-from tests.runs.test_loop import environment  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def analyze(environment, tmp_path):  # noqa: F811
+def analyze(environment, tmp_path):
   return lambda *flags: subprocess.run(
       [sys.executable, "-m", "imm_jax.analyze", f"--out={tmp_path / 'out'}", *flags], cwd=REPO, env=environment,
       capture_output=True, text=True, check=False)
@@ -156,7 +155,7 @@ def test_unrelated_checkpoints_are_one_line(edit: Any, config: dict, expected: s
   assert "\n" not in str(caught.value)
 
 
-def test_unmoved_model_has_a_result(environment, tmp_path: Path):  # noqa: F811
+def test_unmoved_model_has_a_result(environment, tmp_path: Path):
   """It starts fast, too."""
   command = [sys.executable, "-X", "importtime", "-m", "imm_jax.analyze", "--model=tiny", f"--tuned={TINY}"]
   done = subprocess.run([*command, f"--out={tmp_path / 'out'}"], cwd=REPO, env=environment, capture_output=True,

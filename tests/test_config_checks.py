@@ -11,7 +11,7 @@ from imm_jax import config as checks
 from imm_jax.errors import UserError
 from imm_jax.runs.run import list_idle_keys
 from tests import REPO
-from tests.runs.test_loop import SMALL, environment  # noqa: F401
+from tests.runs.helpers import SMALL
 
 
 def run(key: str, value: object) -> ml_collections.ConfigDict:
@@ -78,7 +78,7 @@ def test_contradictions_are_one_line():
 
 
 @pytest.mark.full
-def test_what_cannot_be_asked_shows_before_the_run(environment, tmp_path):  # noqa: F811
+def test_what_cannot_be_asked_shows_before_the_run(environment, tmp_path):
   """The embedded model has 256 positions and no chat template."""
   for flag, expected in (("--config.eval.max_new_tokens=250", "task stories: none of 8 prompts leaves room for "
                           "config.eval.max_new_tokens=250 in the 256 positions"),

@@ -12,8 +12,7 @@ from imm_jax import errors, merging
 from imm_jax.errors import UserError
 from imm_jax.merging.configs import require_compatible
 from tests.merge_folders import read
-from tests.merging.recipe_models import merged, save
-from tests.merging.test_recipes import source
+from tests.merging.recipe_models import merged, save, source
 
 TEXT = {"model_type": "gemma3_text", "num_hidden_layers": 4, "num_attention_heads": 4, "rope_theta": 1e6,
         "layer_types": ["a", "b", "c", "d"]}

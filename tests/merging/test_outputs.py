@@ -19,11 +19,6 @@ from tests.merge_folders import read, write
 from tests.merging.recipe_models import SHAPES, merged, save
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[Path, Path]:
-  return save(tmp_path / "a", 0), save(tmp_path / "b", 1)
-
-
 def linear(*folders: object, **more) -> dict:
   return {"merge_method": "linear", "models": [{"model": str(m), "parameters": {"weight": 1}} for m in folders], **more}
 

@@ -12,11 +12,6 @@ from tests.merge_folders import read
 from tests.merging.recipe_models import merged, save
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[Path, Path]:
-  return save(tmp_path / "a", 0), save(tmp_path / "b", 1)
-
-
 def recipe(tmp_path: Path, text: str | dict):
   path = tmp_path / "recipe.yml"
   path.write_text(text if isinstance(text, str) else yaml.safe_dump(text))

@@ -12,16 +12,7 @@ from imm_jax.errors import UserError
 from imm_jax.merging import command, mergekit
 from imm_jax.model import safetensors
 from tests.merge_folders import one_line, read, run
-from tests.merging.recipe_models import CONFIG, merged, save
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[Path, Path]:
-  return save(tmp_path / "a", 0), save(tmp_path / "b", 1)
-
-
-def source(folder: Path, layers: list[int], **parameters) -> dict:
-  return {"model": str(folder), "layer_range": layers, **({"parameters": parameters} if parameters else {})}
+from tests.merging.recipe_models import CONFIG, merged, save, source
 
 
 def test_slices_stack_layers_anew(pair, tmp_path: Path):

@@ -8,13 +8,7 @@ import pytest
 
 from imm_jax.errors import UserError
 from tests.merge_folders import read
-from tests.merging.recipe_models import SHAPES, merged, save
-from tests.merging.test_recipes import source
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[Path, Path]:
-  return save(tmp_path / "a", 0), save(tmp_path / "b", 1)
+from tests.merging.recipe_models import SHAPES, merged, save, source
 
 
 def stack(*folders: Path, **more) -> dict:

@@ -13,7 +13,7 @@ import pytest
 
 from imm_jax.model import safetensors
 from tests import REPO, TINY
-from tests.runs.test_loop import assert_same_run, command, environment, start  # noqa: F401
+from tests.runs.helpers import assert_same_run, command, start
 
 QUICK = ("--config.task.eval_questions=4",)
 STOPPED = ("--config.sft.ema=True", "--config.sft.stop_share=0.25", "--config.sft.epochs=3")
@@ -27,7 +27,7 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(("method", "more"), [("kl", STOPPED), ("l2_sp", ()), ("ema", ()), (
     "lora", ("--config.sft.lora_rank=4",))])
 def test_killed_training_ends_in_the_same_bits(
-    environment: dict[str, str], tmp_path: Path, method: str, more: tuple[str, ...]):  # noqa: F811
+    environment: dict[str, str], tmp_path: Path, method: str, more: tuple[str, ...]):
   given = (*QUICK, f"--config.method={method}", *more)
   whole = start(tmp_path / "whole", environment, *given)
   assert whole.returncode == 0, whole.stderr

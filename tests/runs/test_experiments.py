@@ -11,7 +11,7 @@ from configs import paper, tiny
 from imm_jax.errors import UserError
 from imm_jax.runs import experiments
 from tests import REPO
-from tests.runs.test_loop import SMALL, environment  # noqa: F401
+from tests.runs.helpers import SMALL
 
 
 @pytest.mark.parametrize(("method", "before"), [("star", "round_1/sft"), ("imm", "round_1/merged"),
@@ -27,7 +27,7 @@ def test_change_starts_at_the_sft_start(method: str, before: str, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_experiment_runs_in_folders(environment, tmp_path):  # noqa: F811
+def test_experiment_runs_in_folders(environment, tmp_path):
   """Each of its runs has one."""
   flags = [flag.replace("--config.", "--config.runs.tiny_stories.") for flag in SMALL]
   command = [sys.executable, "-m", "imm_jax.main", "--config=configs/paper.py:table=7,scale=tiny",

@@ -10,11 +10,11 @@ import pytest
 
 from imm_jax.runs import status
 from tests import REPO, TINY
-from tests.runs.test_loop import command, environment, one_line, start  # noqa: F401
+from tests.runs.helpers import command, one_line, start
 
 
 @pytest.mark.full
-def test_no_right_sample_stops_the_round(environment: dict[str, str], tmp_path: Path):  # noqa: F811
+def test_no_right_sample_stops_the_round(environment: dict[str, str], tmp_path: Path):
   """It keeps the samples."""
   # One token is never a whole answer.
   done = start(tmp_path / "run", environment, "--config.sample.max_new_tokens=1")
@@ -56,7 +56,7 @@ def test_no_right_sample_stops_the_round(environment: dict[str, str], tmp_path: 
     ("--config=configs/none.py", "configs/none.py"),
     ("--confg=1", "confg"),
 ])
-def test_bad_flags_end_in_one_line(flag: str, expected: str, environment: dict[str, str], tmp_path: Path):  # noqa: F811
+def test_bad_flags_end_in_one_line(flag: str, expected: str, environment: dict[str, str], tmp_path: Path):
   done = start(tmp_path / "run", environment, "--config.sft.accumulation=2", flag)
   assert done.returncode == 1
   assert expected in one_line(done.stderr)
@@ -74,7 +74,7 @@ def model(tmp_path: Path) -> Path:
     (lambda m: (m / "config.json").write_text("{"), "config.json: is not JSON"),
     (lambda m: (m / "tokenizer.json").unlink(), "tokenizer"),
 ], ids=["no-weights", "half-weights", "no-json", "no-tokenizer"])
-def test_a_damaged_base_model_ends_in_one_line(damage, expected: str, model: Path, environment: dict[str, str],  # noqa: F811
+def test_a_damaged_base_model_ends_in_one_line(damage, expected: str, model: Path, environment: dict[str, str],
                                                tmp_path: Path):
   damage(model)
   done = start(tmp_path / "run", environment, f"--config.model={model}")
@@ -83,7 +83,7 @@ def test_a_damaged_base_model_ends_in_one_line(damage, expected: str, model: Pat
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
-def test_a_folder_that_holds_other_things_is_refused(environment: dict[str, str], tmp_path: Path, dry_run: bool):  # noqa: F811
+def test_a_folder_that_holds_other_things_is_refused(environment: dict[str, str], tmp_path: Path, dry_run: bool):
   (tmp_path / "report").mkdir()
   (tmp_path / "report/thesis.txt").write_text("mine")
   done = start(tmp_path, environment, *(["--dry_run"] if dry_run else []))
@@ -92,7 +92,7 @@ def test_a_folder_that_holds_other_things_is_refused(environment: dict[str, str]
   assert (tmp_path / "report/thesis.txt").read_text() == "mine"
 
 
-def test_the_wrong_config_file_is_one_line(environment: dict[str, str], tmp_path: Path):  # noqa: F811
+def test_the_wrong_config_file_is_one_line(environment: dict[str, str], tmp_path: Path):
   done = start(tmp_path / "run", environment, f"--config={REPO / 'configs/tiny_pretrain.py'}")
   assert done.returncode == 1
   assert "error: " in one_line(done.stderr)
@@ -112,7 +112,7 @@ def test_kill_while_a_file_is_replaced(tmp_path: Path):
   assert (tmp_path / "file").read_text() == "old"
 
 
-def test_an_unwritable_run_directory_is_refused(environment: dict[str, str], tmp_path: Path):  # noqa: F811
+def test_an_unwritable_run_directory_is_refused(environment: dict[str, str], tmp_path: Path):
   (tmp_path / "file").write_text("")
   done = start(tmp_path / "file" / "run", environment)
   assert done.returncode == 1
@@ -120,7 +120,7 @@ def test_an_unwritable_run_directory_is_refused(environment: dict[str, str], tmp
 
 
 @pytest.mark.full
-def test_two_processes_cannot_share_a_run_directory(environment: dict[str, str], tmp_path: Path):  # noqa: F811
+def test_two_processes_cannot_share_a_run_directory(environment: dict[str, str], tmp_path: Path):
   first = subprocess.Popen(command(tmp_path / "run"), cwd=REPO, env=environment, stdout=subprocess.PIPE,
                            stderr=subprocess.DEVNULL, text=True)
   try:

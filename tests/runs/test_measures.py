@@ -22,7 +22,7 @@ from imm_jax.sampling.native import NativeSampler
 from imm_jax.scoring import Scorer, encode_text
 from imm_jax.stages import evaluating, likelihood, lm_eval_tasks, questions
 from tests import TINY
-from tests.runs.test_loop import command, environment  # noqa: F401
+from tests.runs.helpers import command
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.mark.full
-def test_a_run_measures_all_kinds(data: Path, tmp_path: Path, environment: dict[str, str]) -> None:  # noqa: F811
+def test_a_run_measures_all_kinds(data: Path, tmp_path: Path, environment: dict[str, str]) -> None:
   pytest.importorskip("lm_eval")
   extra = ["--config.rounds=1", "--config.method=imm", "--config.merge.base_weight=auto",
            "--config.merge.auto.weights=(0.5,)", "--config.merge.auto.questions=6",

@@ -14,11 +14,11 @@ from imm_jax.errors import UserError
 from imm_jax.model import safetensors
 from imm_jax.stages import analysing
 from tests import TINY
-from tests.runs.test_loop import assert_same_run, environment, start  # noqa: F401
+from tests.runs.helpers import start
 
 
 @pytest.fixture(scope="module")
-def run(environment, tmp_path_factory):  # noqa: F811
+def run(environment, tmp_path_factory):
   """A run with these overrides; the same ones run once."""
   done: dict[tuple[str, ...], Path] = {}
 

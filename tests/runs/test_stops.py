@@ -11,11 +11,11 @@ import pytest
 
 from imm_jax.runs import status
 from tests import REPO
-from tests.runs.test_loop import command, environment  # noqa: F401
+from tests.runs.helpers import command
 
 
 @pytest.mark.full
-def test_stop_in_any_stage(environment: dict[str, str], tmp_path: Path):  # noqa: F811
+def test_stop_in_any_stage(environment: dict[str, str], tmp_path: Path):
   """Told to stop, a run ends soon, and goes on later."""
   root, term, kill = tmp_path / "run", signal.SIGTERM, signal.SIGKILL
   small = command(root, "--config.rounds=1")

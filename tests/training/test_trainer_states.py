@@ -19,7 +19,9 @@ from imm_jax.model import sharding
 from imm_jax.model.decoder import init_params
 from imm_jax.training import optimization, step as training_step, trainer
 from imm_jax.training.checkpoints import Checkpoints, check_folder
-from tests.training.test_trainer import CONFIG, POISON, STEPS, compiled_once, make_batches, params, same, train  # noqa: F401
+from tests.training.helpers import CONFIG, POISON, STEPS, make_batches, same, train
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 IDENTITY = {"start": "a", "train": "b"}
 
@@ -34,7 +36,7 @@ def saved(folder: Path) -> list[int]:
 
 @pytest.mark.full
 @pytest.mark.parametrize("log_every", [1, 4])
-def test_last_good_state_survives(params, log_every, tmp_path: Path):  # noqa: F811
+def test_last_good_state_survives(params, log_every, tmp_path: Path):
   """A loss that is not finite does not replace it."""
   bad = 5
   table = params["embed_tokens"]["weight"]
@@ -59,7 +61,7 @@ def test_last_good_state_survives(params, log_every, tmp_path: Path):  # noqa: F
 
 
 @pytest.mark.parametrize("stop_after", [1, 4, 9])
-def test_preempted_training_repeats_its_bits(params, stop_after, tmp_path: Path):  # noqa: F811
+def test_preempted_training_repeats_its_bits(params, stop_after, tmp_path: Path):
   """A preempted training resumes to the same bits."""
   whole_reports, reports = {}, {}
   whole = train(params, make_batches(), whole_reports)
@@ -81,14 +83,14 @@ def test_preempted_training_repeats_its_bits(params, stop_after, tmp_path: Path)
   assert [reports[i]["loss"] for i in reports] == [whole_reports[i]["loss"] for i in reports]
 
 
-def train_with(params, report, checkpoints: Checkpoints):  # noqa: F811
+def train_with(params, report, checkpoints: Checkpoints):
   return trainer.train(
       CONFIG, lambda: jax.tree.map(jnp.copy, params), make_batches(), weight_decay=0.0, grad_clip=1.0, accumulation=1,
       remat="none", compute_dtype=jnp.float32, mesh=sharding.make_mesh(data=1, fsdp=1), report=report, label="SFT",
       schedule=optax.constant_schedule(1e-3), log_every=1, checkpoints=checkpoints)
 
 
-def test_background_saves_match_their_step(params, tmp_path: Path):  # noqa: F811
+def test_background_saves_match_their_step(params, tmp_path: Path):
   """Checks that training may donate buffers while they are being written."""
   with states(tmp_path, every=1, keep=STEPS) as checkpoints:
     train(params, make_batches(), checkpoints=checkpoints)
@@ -101,13 +103,13 @@ def test_background_saves_match_their_step(params, tmp_path: Path):  # noqa: F81
       assert same(train(params, make_batches(), checkpoints=checkpoints).params, whole.params)
 
 
-def test_only_max_to_keep_states_are_kept(params, tmp_path: Path):  # noqa: F811
+def test_only_max_to_keep_states_are_kept(params, tmp_path: Path):
   with states(tmp_path, every=2, keep=2) as checkpoints:
     train(params, make_batches(), checkpoints=checkpoints)
   assert saved(tmp_path) == [6, 8]
 
 
-def test_a_state_of_another_training_is_refused(params, tmp_path: Path):  # noqa: F811
+def test_a_state_of_another_training_is_refused(params, tmp_path: Path):
   with states(tmp_path) as checkpoints:
     train(params, make_batches(), checkpoints=checkpoints)
   with states(tmp_path, start="another") as checkpoints, pytest.raises(
@@ -121,7 +123,7 @@ DAMAGES = ("another model", "about", "state", "state/ocdbt.process_0")
 
 def _resume_from_damaged_states(folder: Path) -> None:
   """Resumes from a state damaged in each way; writes the errors to a file."""
-  params = init_params(CONFIG, key=jax.random.key(0))  # noqa: F811
+  params = init_params(CONFIG, key=jax.random.key(0))
   message = {}
   with states(folder / "whole") as checkpoints:
     train(params, make_batches(), checkpoints=checkpoints)
@@ -159,7 +161,7 @@ def test_an_unreadable_state_is_reported_in_one_line(run_on_devices, tmp_path: P
     assert "\n" not in text
 
 
-def test_a_killed_save_leaves_the_previous_state(params, tmp_path: Path):  # noqa: F811
+def test_a_killed_save_leaves_the_previous_state(params, tmp_path: Path):
   with states(tmp_path) as checkpoints:
     train(params, make_batches(), checkpoints=checkpoints)
   (tmp_path / "states" / "12.orbax-checkpoint-tmp").mkdir()

@@ -12,7 +12,6 @@ from imm_jax.model import hub
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.stages import questions
 from tests.fake_vllm import END, FakeVllm
-from tests.sampling.vllm.test_spawn import python  # noqa: F401
 
 TOKENIZER = load_tokenizer(hub.resolve("tiny"))
 
@@ -89,7 +88,7 @@ def test_run_survives_a_dead_remote_server(
 
 @pytest.mark.slow
 def test_local_servers_equal_the_native_run(
-    config: ml_collections.ConfigDict, python: str, tmp_path: Path) -> None:  # noqa: F811
+    config: ml_collections.ConfigDict, python: str, tmp_path: Path) -> None:
   config.update({"method": "real", "rounds": 1})
   config.sampler.vllm.update({"python": python, "args": ("--fake", "greedy")})
   loop.run(config, str(tmp_path / "vllm"))

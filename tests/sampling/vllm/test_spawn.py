@@ -19,39 +19,16 @@ from imm_jax.sampling.vllm import VllmSampler, check as vllm_check, client, serv
 from imm_jax.sampling.vllm.client import Server
 from imm_jax.sampling.vllm.server import SpawnedServer
 from tests import TINY, fake_vllm
+from tests.sampling.vllm.helpers import ends
 
 if not Path("/proc/self/stat").exists():
   pytest.skip("needs Linux", allow_module_level=True)
 
 
 @pytest.fixture
-def python(tmp_path: Path) -> str:
-  """Writes a program that runs the fake server instead of `python -m vllm...`."""
-  program = tmp_path / "bin" / "python"
-  program.parent.mkdir()
-  program.write_text("#!/bin/sh\n[ $1 = -c ] && echo vllm True && exit\nshift 2\n"
-                     f"exec {sys.executable} {fake_vllm.__file__} \"$@\"\n")
-  program.chmod(0o755)
-  return str(program)
-
-
-@pytest.fixture
 def spawn(python: str, tmp_path: Path) -> Callable[..., SpawnedServer]:
   return lambda mode="": SpawnedServer(python, TINY, dtype="float32", log=tmp_path / "logs" / "vllm.log",
                                        args=("--fake", mode) if mode else ())
-
-
-def _ends(process: int) -> bool:
-  """Returns whether a process ends within a while."""
-  end = time.monotonic() + 20
-  while time.monotonic() < end:
-    try:
-      if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-        return True
-    except OSError:
-      return True
-    time.sleep(0.05)
-  return False
 
 
 def _wait_for_log(log: Path, pattern: str) -> str:
@@ -78,7 +55,7 @@ def test_a_server_ends_with_all_its_processes(
   processes = [orphan, server._process.pid, *supervisor.descendants(server._process.pid)]
   assert len(set(processes)) == 3
   server.close()
-  assert all(map(_ends, processes))
+  assert all(map(ends, processes))
   message = log.read_text()
   assert "'HF_HUB_OFFLINE': '1'" in message
   assert "XLA_FLAGS" not in message
@@ -120,7 +97,7 @@ def test_a_server_ends_when_its_watcher_is_killed(python: str, tmp_path: Path, k
     assert processes
     os.kill(parent.pid if killed == "parent" else watcher, signal.SIGKILL)
     try:
-      assert all(map(_ends, processes))
+      assert all(map(ends, processes))
     finally:
       parent.kill()
 
@@ -174,7 +151,7 @@ def test_hanging_server_is_given_up(
   monkeypatch.setattr(vllm_server, "_END_TIMEOUT_S", 0.2)
   server.close()
   assert f"{processes[1]}, {processes[0]}" in capfd.readouterr().err
-  assert all(map(_ends, processes))
+  assert all(map(ends, processes))
 
 
 def test_a_killed_server_is_not_retried(spawn: Callable[..., SpawnedServer]) -> None:
@@ -183,7 +160,7 @@ def test_a_killed_server_is_not_retried(spawn: Callable[..., SpawnedServer]) -> 
   assert server.alive()
   for process in supervisor.descendants(server._process.pid):
     os.kill(process, signal.SIGKILL)
-  assert _ends(server._process.pid)
+  assert ends(server._process.pid)
   assert not server.alive()
   assert "the fake server" in server.log_tail()
   server.close()
