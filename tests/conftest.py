@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -157,6 +158,12 @@ def run_on_devices() -> Callable[..., str]:
 def environment() -> dict[str, str]:
   """What a command is started with; it shares compiled code with all tests, so that a start costs seconds."""
   return {**os.environ}
+
+
+@pytest.fixture(scope="module")
+def seen(out: Path) -> dict[str, Any]:
+  """What a test file, run as a program on several devices, has written into its fixture `out`."""
+  return json.loads((out / "seen.json").read_text())
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import pytest
 from imm_jax import __main__ as commands, cli, config_files
 from imm_jax.errors import Exit, LostError, PreemptedError, ResourceError, UserError, exit_code
 from tests import REPO
+from tests.helpers import chain
 
 _IMM = "import sys; sys.argv[0] = 'imm'; from imm_jax.__main__ import main; main()"
 
@@ -99,17 +100,12 @@ def test_installation_has_the_configs(tmp_path: Path):
                  check=True)
 
 
-def _chained(error: Exception, cause: Exception) -> Exception:
-  error.__cause__ = cause
-  return error
-
-
 @pytest.mark.parametrize(("error", "code"), [
     (UserError("wrong"), Exit.MISTAKE), (FileNotFoundError(errno.ENOENT, "no such file", "x"), Exit.MISTAKE),
     (ResourceError("the disk is full"), Exit.RESOURCES), (OSError(errno.ENOSPC, "full", "x"), Exit.RESOURCES),
-    (_chained(UserError("cannot be written"), OSError(errno.EDQUOT, "quota")), Exit.RESOURCES),
+    (chain(UserError("cannot be written"), OSError(errno.EDQUOT, "quota")), Exit.RESOURCES),
     (MemoryError(), Exit.RESOURCES), (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"), Exit.RESOURCES),
-    (_chained(UserError("the hub does not answer"), ConnectionResetError()), Exit.RESOURCES),
+    (chain(UserError("the hub does not answer"), ConnectionResetError()), Exit.RESOURCES),
     (LostError("a process is gone"), Exit.LOST), (KeyError("x"), Exit.BUG), (RuntimeError("wrong state"), Exit.BUG)])
 def test_exit_codes(error: Exception, code: Exit, capsys: pytest.CaptureFixture):
   """They tell what to retry from what to mend."""

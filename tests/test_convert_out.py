@@ -5,24 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 from imm_jax import convert, files
 from imm_jax.errors import UserError
 from imm_jax.model import safetensors
 from tests import TINY
-
-
-def _main(**values: object) -> None:
-  flags.FLAGS.mark_as_parsed()
-  with flagsaver.flagsaver(**{name: v if isinstance(v, bool) else str(v) for name, v in values.items()}):
-    convert.main()
+from tests.helpers import run_convert
 
 
 def _refusal(**values: object) -> str:
   with pytest.raises(UserError) as error:
-    _main(**values)
+    run_convert(**values)
   assert "\n" not in str(error.value)
   return str(error.value)
 
@@ -71,7 +64,7 @@ def test_only_what_a_conversion_wrote_is_replaced(source: Path, orbax: Path, tmp
   (out / "thesis.tex").unlink()
   assert "exists; give another folder, or --overwrite" in _refusal(source=orbax, out=out, to="hf")
   for to, read in (("hf", orbax), ("orbax", source), ("orbax", source), ("hf", orbax)):
-    _main(source=read, out=out, to=to, overwrite=True)
+    run_convert(source=read, out=out, to=to, overwrite=True)
     assert (out / "params").is_dir() == (to == "orbax")
   before, after = (safetensors.read(folder / "model.safetensors") for folder in (source, out))
   assert all(np.array_equal(before[name], after[name]) for name in before)

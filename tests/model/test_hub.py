@@ -9,6 +9,7 @@ from huggingface_hub import errors
 from imm_jax.errors import Exit, UserError, exit_code
 from imm_jax.model import hub, published
 from tests.fake_hub import Hub, http_error
+from tests.helpers import chain
 
 ID = "someone/some-model-1.5b"
 CONFIG = (hub.resolve("tiny") / "config.json").read_bytes()
@@ -159,16 +160,11 @@ def test_adapter_beside_a_model_is_noted(fake: Hub, tmp_path: Path, capsys: pyte
   assert capsys.readouterr().err == f"note: {tmp_path}: {note}"
 
 
-def _after(error: Exception, cause: Exception) -> Exception:
-  error.__cause__ = cause
-  return error
-
-
 @pytest.mark.parametrize(("error", "expected"), [
     (http_error(errors.GatedRepoError), f"is gated; accept its terms at https://huggingface.co/{ID}, run `hf auth"),
     (http_error(errors.RepositoryNotFoundError), "no such folder, and no such model on the hub"),
     (http_error(errors.HfHubHTTPError), f"the hub refuses (refused); try again, or `hf download {ID} --revision=v1"),
-    (_after(errors.LocalEntryNotFoundError("none"), http_error(errors.HfHubHTTPError, "429 Too many", 429)),
+    (chain(errors.LocalEntryNotFoundError("none"), http_error(errors.HfHubHTTPError, "429 Too many", 429)),
      "the hub refuses (429 Too many); too much was asked of it: wait, or run `hf auth login`"),
     (errors.LocalEntryNotFoundError("no network\nmore"), "the hub cannot be reached (no network); try again"),
     (ConnectionResetError("peer closed\nmore"), "the hub cannot be reached (peer closed)"),

@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
-from absl import flags
-from absl.testing import flagsaver
 
-from imm_jax import convert
 from imm_jax.errors import UserError
 from imm_jax.model import hf, hub, lora, published, safetensors
 from imm_jax.model.folder import list_side_files
 from tests import REPO, TINY
 from tests.fake_hub import Hub
+from tests.helpers import run_convert
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -244,7 +242,7 @@ def test_what_is_no_adapter_is_named(checkpoint, adapter: Make, tmp_path: Path) 
   with pytest.raises(UserError, match=rf"{made}: is a LoRA adapter of {base}, not a whole model; give {base}\+{made}"):
     hf.check_folder(hub.resolve(str(made)))
   with pytest.raises(UserError, match=rf"{made}: is a LoRA adapter of {base}, not a whole model; give {base}\+{made}"):
-    _convert(source=made, out=tmp_path / "out", to="hf")
+    run_convert(source=made, out=tmp_path / "out", to="hf")
   (made / "adapter_model.safetensors").rename(made / "adapter_model.bin")
   with pytest.raises(UserError, match=r"adapter_model\.safetensors: missing; adapter_model\.bin is a pickle"):
     hub.resolve(f"{base}+{made}")
@@ -319,20 +317,14 @@ def test_hub_adapter_is_judged_first(adapter: Make, tmp_path: Path, monkeypatch:
   assert fake.fetched == ["adapter_config.json"]
 
 
-def _convert(**values: object) -> None:
-  flags.FLAGS.mark_as_parsed()
-  with flagsaver.flagsaver(**{name: v if isinstance(v, bool) else str(v) for name, v in values.items()}):
-    convert.main()
-
-
 def test_convert_writes_a_merge_as_an_hf_folder(adapter: Make, tmp_path: Path, cache: Path) -> None:
   made = adapter(TINY)
-  _convert(source=f"tiny+{made}", out=tmp_path / "out", to="hf")
+  run_convert(source=f"tiny+{made}", out=tmp_path / "out", to="hf")
   assert not cache.exists()
   _assert_equal(tmp_path / "out", TINY, made)
-  _convert(source=f"tiny+{made}", out=tmp_path / "out", to="hf", overwrite=True)
+  run_convert(source=f"tiny+{made}", out=tmp_path / "out", to="hf", overwrite=True)
   with pytest.raises(UserError, match="is or holds the input --source, its adapter"):
-    _convert(source=f"tiny+{made}", out=made, to="hf", overwrite=True)
+    run_convert(source=f"tiny+{made}", out=made, to="hf", overwrite=True)
 
 
 def test_merges_take_models_with_adapters(adapter: Make, tmp_path: Path) -> None:

@@ -10,14 +10,7 @@ from pathlib import Path
 import pytest
 
 from imm_jax.report import live, results
-from tests import report_runs
 from tests.report_runs import change, quick
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """Nobody writes to it."""
-  return report_runs.make(tmp_path_factory.mktemp("runs") / "imm")
 
 
 def drop(*names: str):

@@ -22,12 +22,6 @@ from tests import REPO, report_runs
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """Nobody writes to it."""
-  return report_runs.make(tmp_path_factory.mktemp("runs") / "imm")
-
-
-@pytest.fixture(scope="module")
 def written(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
   out = tmp_path_factory.mktemp("reports") / "imm"
   live.write(run, out)

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
+from imm_jax.model import safetensors
 from tests import REPO
 
 # Small enough for seconds; the model, the stages and the code are those of configs/tiny.py.
@@ -61,3 +64,8 @@ def one_line(stderr: str) -> str:
   lines = [line for line in stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
   assert len(lines) == 1, stderr
   return lines[0]
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+  """A checkpoint in float64."""
+  return {name: value.astype(np.float64) for name, value in safetensors.read(folder / "model.safetensors").items()}

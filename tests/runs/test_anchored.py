@@ -11,16 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imm_jax.model import safetensors
 from tests import REPO, TINY
-from tests.runs.helpers import assert_same_run, command, start
+from tests.runs.helpers import assert_same_run, command, start, weights
 
 QUICK = ("--config.task.eval_questions=4",)
 STOPPED = ("--config.sft.ema=True", "--config.sft.stop_share=0.25", "--config.sft.epochs=3")
-
-
-def weights(folder: Path) -> dict[str, np.ndarray]:
-  return {name: value.astype(np.float64) for name, value in safetensors.read(folder / "model.safetensors").items()}
 
 
 @pytest.mark.slow

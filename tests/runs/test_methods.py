@@ -11,10 +11,9 @@ import pytest
 from configs import tiny
 from imm_jax.analysis.weight_change import spearman
 from imm_jax.errors import UserError
-from imm_jax.model import safetensors
 from imm_jax.stages import analysing
 from tests import TINY
-from tests.runs.helpers import start
+from tests.runs.helpers import start, weights
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +34,6 @@ def run(environment, tmp_path_factory):
 
 def facts(workdir: Path, stage: str) -> dict:
   return json.loads((workdir / "run.json").read_text())["stages"][stage]["facts"]
-
-
-def weights(folder: Path) -> dict[str, np.ndarray]:
-  return {name: value.astype(np.float64) for name, value in safetensors.read(folder / "model.safetensors").items()}
 
 
 @pytest.mark.slow

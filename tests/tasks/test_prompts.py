@@ -7,9 +7,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from imm_jax.errors import UserError
-from imm_jax.model import hub
 from imm_jax.model.tokenization import encode_prompt
-from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.tasks import prompts
 from imm_jax.tasks.base import Example
 
@@ -20,11 +18,6 @@ WITH_BOS = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{
 SHOTS = [Example("a", "What is 1+1?", "2", "1+1=2. The answer is 2", "number"),
          Example("b", "What is {2}+2?", "4", "The answer is 4", "number")]
 STEPS = "\n\nLet's think step by step."
-
-
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-  return load_tokenizer(hub.resolve("tiny"))
 
 
 def bos_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> PreTrainedTokenizerFast:

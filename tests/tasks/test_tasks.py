@@ -8,8 +8,6 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from imm_jax import tasks
-from imm_jax.model import hub
-from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.tasks import answers, arithmetic, prompts
 from imm_jax.tasks.base import Example
 
@@ -229,11 +227,6 @@ def test_any_seed_gives_whole_examples(seed, family, split):
     assert example.question.endswith("?") or family == "choice"
     assert re.search(r"\. The answer is \$?[0-9A-C]+\.$", example.rationale)
     assert example.kind == ("choice" if family == "choice" else "number")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-  return load_tokenizer(hub.resolve("tiny"))
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "drill"])

@@ -18,11 +18,6 @@ from tests import TINY
 ASKED = [Prompt("question", "Tom has 3 apples.")]
 
 
-@pytest.fixture(scope="module")
-def sampler() -> native.NativeSampler:
-  return native.NativeSampler(TINY, compute_dtype="float32", batch_size=8)
-
-
 @pytest.mark.parametrize("options", [
     {"max_new_tokens": 0}, {"num_samples": 0}, {"temperatures": ()}, {"temperatures": (-1.0,)}, {"top_p": 0.0},
     {"top_p": float("nan")}, {"top_p": 2.0}, {"stop": ("",)}, {"stop": "The"}, {"seed": 2**32}], ids=str)

@@ -32,11 +32,6 @@ ALL = [*SHORT, LONG, STRANGE]
 
 
 @pytest.fixture(scope="module")
-def sampler() -> native.NativeSampler:
-  return native.NativeSampler(TINY, compute_dtype="float32", batch_size=8)
-
-
-@pytest.fixture(scope="module")
 def greedy(sampler: native.NativeSampler) -> list[Completion]:
   return [c for c, in sampler.generate(ALL, max_new_tokens=NEW_TOKENS)]
 
