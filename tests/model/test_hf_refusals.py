@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy as library_numpy
@@ -182,6 +183,8 @@ def test_single_file_beside_shards_is_refused(checkpoint, tmp_path: Path) -> Non
 def test_an_index_of_a_single_file_is_read(checkpoint) -> None:
   _, folder = checkpoint("llama")
   names = library_numpy.load_file(folder / "model.safetensors")
+  config, expected = hf.load(folder)
   index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
   (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-  hf.load(folder)
+  assert hf.load(folder)[0] == config
+  jax.tree.map(np.testing.assert_array_equal, hf.load(folder)[1], expected)

@@ -156,9 +156,16 @@ def test_a_path_may_lie_in_a_bucket(tmp_path, monkeypatch):
   assert refused("file:gs://bucket/folder") == "file:gs://bucket/folder: cannot be read (no credentials)"
 
 
-@pytest.mark.parametrize("source", ["", "gsm8k", "hf:", "http://x/y", "/x.json", "hf:a@:b", "tfds:huggingface:gsm8k"])
-def test_a_source_of_no_known_form_says_the_forms(source):
-  assert "expected hf:ID" in refused(source) or "expected tfds:NAME" in refused(source)
+_SOURCES = "expected hf:ID[:config][:split], tfds:NAME[:split] or file:PATH"
+
+
+@pytest.mark.parametrize(("source", "expected"), [
+    ("", _SOURCES), ("gsm8k", _SOURCES), ("hf:", _SOURCES), ("http://x/y", _SOURCES), ("/x.json", _SOURCES),
+    ("hf:a@:b", "expected hf:ID[@revision][:config][:split]"),
+    ("tfds:huggingface:gsm8k", "expected tfds:NAME[:split]; a data set of the hub is hf:ID")],
+    ids=["empty", "name", "no-id", "address", "path", "no-revision", "tfds-of-the-hub"])
+def test_a_source_of_no_known_form_says_the_forms(source, expected):
+  assert refused(source) == f"source {source!r}: {expected}"
 
 
 @pytest.fixture

@@ -29,9 +29,11 @@ def make_batches(*, poisoned_step: int | None = None) -> PackedBatches:
 
 
 def train(params, batches: PackedBatches, reports: dict[int, dict[str, float]] | None = None, **options):
+  reported = {} if reports is None else reports
+
   def report(step: int, **values: float) -> None:
-    assert reports is None or step not in reports
-    (reports if reports is not None else {})[step] = values
+    assert step not in reported
+    reported[step] = values
 
   options = {"schedule": optax.constant_schedule(1e-3), "log_every": 1, **options}
   return trainer.train(
