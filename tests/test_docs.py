@@ -30,9 +30,12 @@ def anchors(page: Path) -> set[str]:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-  """What stands in a page's code blocks and starts one of our programs, as arguments; the program comes first."""
+  """What stands in a page's code, in lines or within a text, and starts one of our programs, as arguments; the program
+  comes first.
+  """
   text = re.sub(r"\\\n\s+", "", page.read_text())
-  for line in re.findall(r"^ {4,}(.*)$", text, re.M):
+  fenced = [line for block in re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()]
+  for line in [*re.findall(r"^ {4,}(.*)$", text, re.M), *fenced, *re.findall(r"`(imm [^`]+)`", text)]:
     for part in line.split("&&"):
       found = _COMMAND.search(part.strip())
       if found:
@@ -61,7 +64,9 @@ def test_links_lead_somewhere(page: Path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
 def test_commands_name_what_exists(page: Path):
-  defaults = common.get_config()
+  defaults, text = common.get_config().to_dict(), page.read_text()
+  # The options of all methods, and of the method that a page shows how to write.
+  defaults["merge"]["options"] = {*registry.option_help(), *re.findall(r'Option\("(\w+)"', text)}
   for program, *arguments in commands(page):
     if program == "imm_jax.harness":  # the flags of lm_eval
       continue
@@ -77,8 +82,8 @@ def test_commands_name_what_exists(page: Path):
       elif key != name:
         setting = defaults
         for part in key.split("."):
-          assert key.startswith("merge.options.") or part in setting, argument
-          setting = setting.get(part, setting)
+          assert part in setting, argument
+          setting = setting[part] if isinstance(setting, dict) else {}
       else:
         assert name.removeprefix("no") in known or name in known, f"{program} {argument}"
 
