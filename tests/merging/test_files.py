@@ -136,32 +136,6 @@ def test_a_recipe_of_mergekit_means_what_it_says(folders: list[Path], tmp_path: 
     np.testing.assert_array_equal(x, expected[name])
 
 
-@pytest.mark.parametrize(("change", "expected"), [
-    (("merge_method: ties", "merge_method: tiess"), "merge_method='tiess': did you mean ties?"),
-    (("base_model:", "base_modle:"), "base_modle is not supported; did you mean base_model?"),
-    (("  lambda: 0.7", "  lamda: 0.7"), "parameters.lamda is not supported; did you mean lambda?"),
-    (("weight: 0.5", "weight: heavy"), "models[0].parameters.weight='heavy'"),
-    (("weight: 0.5", "gamma: 0.5"), "models[0].parameters.weight is missing"),
-    (("weight: 0.5", "density: 0.1"), "'density' stands twice in one mapping (line 8)"),
-    (("weight: 0.5", "lambda: 0.1"), "models[0].parameters.weight is missing"),
-    (("out_dtype: float32", "out_dtype: int4"), "dtype='int4'"),
-    (("dtype: bfloat16", "slices: [{}]"), "expected models or slices, not both"),
-    (("dtype: bfloat16", "tokenizer_source: union\ntokenizer: {source: base}"), "give one of them"),
-    (("merge_method: ties", "[1, 2"), "is not YAML"),
-    (("models:", "models: []\nother:"), "expected models or slices"),
-    (("models:", "modules: {text: {moduls: 1}}\nother:"), "modules.text.moduls is not supported; did you mean models?"),
-    (("normalize: true", "normalize: [{filter: mlp, value: true}, {value: false}]"), "normalize=[{'filter': 'mlp'"),
-    (("normalize: true", "normalize: 0.5"), "normalize=0.5: expected true or false"),
-    (("normalize: true", "rescale: true"), "parameters.rescale: ties does not rescale")])
-def test_what_a_recipe_has_wrong_is_named(change: tuple[str, str], expected: str, folders: list[Path], tmp_path: Path):
-  path = tmp_path / "recipe.yml"
-  path.write_text(RECIPE.format(*folders).replace(*change, 1))
-  with pytest.raises(UserError) as error:
-    mergekit.read(path)
-  assert str(path) in str(error.value)
-  assert expected in str(error.value)
-
-
 def refusal(folders: dict[str, Path]) -> str:
   with pytest.raises(UserError) as error, checkpoint.CheckpointSource(folders) as source:
     registry.METHODS["linear"](source, weights=1)

@@ -60,34 +60,6 @@ def test_lists_go_over_the_layers_of_the_config(family: str, tmp_path: Path):
     np.testing.assert_array_equal(got[name], np.float32(scale) * tree[name], err_msg=name)
 
 
-@pytest.mark.parametrize(("change", "expected"), [
-    ({"slices": [{"sources": [{"model": "A", "layer_range": [0, 9]}]}]}, "layer_range [0, 9]: A has 4 layers"),
-    ({"slices": [{"sources": [{"model": "A", "layer_range": [3, 2]}]}]}, "expected [first, end] with 0 <= first"),
-    ({"slices": [{"sources": [{"model": "A"}]}]}, "layer_range=None"),
-    ({"slices": [{"sources": [{"model": "A", "layer_range": [0, 2]}, {"model": "B", "layer_range": [0, 1]}]}],
-      "merge_method": "karcher"}, "the same number of layers"),
-    ({"slices": [{"sources": [{"model": "A", "layer_range": [0, 2]}]}], "merge_method": "slerp", "base_model": "A",
-      "parameters": {"t": 0.5}}, "slerp takes 1 model other than base_model, not 0"),
-    ({"slices": [{"sources": [{"model": "A", "layer_range": [0, 2]}, {"model": "B", "layer_range": [0, 2]}]}] * 2,
-      "merge_method": "ties", "base_model": "A", "parameters": {"weight": 1, "scope": "model"}},
-     "parameters.scope='model': slices are merged one by one"),
-    ({"models": [{"model": "A", "parameters": {"weight": [{"filter": "mlp", "value": 1}]}}], "merge_method": "linear"},
-     "add one for the others: '.*', in a recipe an entry with only a value"),
-    ({"models": [{"model": "A"}], "modules": {"vision": {}, "text": {}}}, "expected one module"),
-    ({"gate_mode": "hidden", "experts": [{"source_model": "A"}]}, "a mixture of experts"),
-    ({"models": [{"model": "A", "parameters": [1]}], "merge_method": "linear"}, "parameters: expected a mapping"),
-    ({"models": [{"model": "A"}], "merge_method": "slerp"}, "base_model is missing; slerp needs one"),
-    ({"models": [{"model": "A", "parameters": {"wieght": 1}}]}, "wieght is not supported; did you mean weight?"),
-    ({"models": [{"model": "A"}], "chat_template": "alpaca"}, "expected auto, chatml or a Jinja template")])
-def test_what_a_recipe_has_wrong_is_named(change: dict, expected: str, pair, tmp_path: Path):
-  text = yaml.safe_dump({"merge_method": "passthrough", **change})
-  for name, folder in zip("AB", pair, strict=True):
-    text = text.replace(f": {name}\n", f": {folder}\n")
-  with pytest.raises(UserError) as error:
-    merged(tmp_path, text)
-  assert expected.replace("A has", f"{pair[0]} has") in str(error.value)
-
-
 def test_irrelevant_keys_change_nothing(pair, tmp_path: Path, capsys):
   """These are keys of other methods, and `modules`."""
   both = [{"model": str(folder), "parameters": {"weight": 0.5, "density": 0.5}} for folder in pair]
