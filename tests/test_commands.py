@@ -138,7 +138,6 @@ def test_what_was_told_to_stop_is_no_error():
 
 @pytest.mark.parametrize(("environment", "flags", "code", "message"), [
     ({"JAX_PLATFORMS": "cuda"}, (), Exit.RESOURCES, "error: JAX_PLATFORMS=cuda: not on this machine"),
-    ({}, ("--config.roundz=1",), Exit.MISTAKE, "error: the config has no key"),
     ({}, ("--config.merge.options.densty=1",), Exit.MISTAKE, "densty'; did you mean merge.options.densities"),
     ({}, ("--rerum",), Exit.MISTAKE, "error: Unknown command line flag 'rerum'")])
 def test_failed_start_is_one_line(environment, flags, code: Exit, message: str, tmp_path: Path):

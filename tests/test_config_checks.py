@@ -21,8 +21,13 @@ def run(key: str, value: object) -> ml_collections.ConfigDict:
 
 
 @pytest.mark.parametrize(("key", "value", "expected"), [
-    ("method", "immm", "did you mean imm"), ("task.name", "svamp", "has no train split; expected one of"),
-    ("task.name", "mbpp", "config.task.name has 'mbpp'"), ("task.ood", ("gsm9k",), "did you mean gsm8k"),
+    ("method", "imn", "did you mean imm?"), ("merge.drop_rate", float("nan"), "drop_rate=nan"),
+    ("merge.base_weight", 1.5, "base_weight=1.5: expected a number from 0 to 1"),
+    ("rounds", 0, "config.rounds=0: expected 1 or more"), ("sample.stop", ("",), "not empty"),
+    ("task.eval_questions", 1_000_000, "eval_questions=1000000"), ("profile", "3", "expected first:end"),
+    ("sft.save_interval", 0, "save_interval=0: expected 1 or more"),
+    ("task.name", "svamp", "has no train split; expected one of"), ("task.name", "mbpp", "config.task.name has 'mbpp'"),
+    ("task.ood", ("gsm9k",), "did you mean gsm8k"),
     ("task.ood", ("custom",), "only the in-domain task"), ("task.questions_per_round", 0, "expected 1 or more"),
     ("prompt.style", "chatty", "did you mean chat"), ("merge.base_weight", "automatic", "a list of them over the"),
     ("merge.base_weight", [], "a list of them over"), ("merge.base_weight", [0.1, 2.0], "a list of them over"),

@@ -40,21 +40,12 @@ def test_no_right_sample_stops_the_round(environment: dict[str, str], tmp_path: 
     ("--config.merge.base_wieght=0.4", "no key 'base_wieght'; did you mean 'base_weight'?"),
     ("--config.rounds=abc", "rounds=abc"),
     ("--config.merge.drop_rate=1.0", "drop_rate=1.0: expected 0 <= drop_rate < 1"),
-    ("--config.merge.drop_rate=nan", "drop_rate=nan"),
-    ("--config.merge.base_weight=1.5", "base_weight=1.5: expected a number from 0 to 1"),
-    ("--config.rounds=0", "config.rounds=0: expected 1 or more"),
-    ("--config.task.eval_questions=1000000", "eval_questions=1000000"),
-    ("--config.sample.stop=('',)", "not empty"),
-    ("--config.method=imn", "did you mean imm?"),
-    ("--config.profile=3", "config.profile='3': expected first:end"),
-    ("--config.sft.save_interval=0", "save_interval=0: expected 1 or more"),
     ("--config.task.name=storys", "did you mean stories?"),
     ("--config.mesh.fsdp=3", "does not fit 1 device"),
     ("--config.model=/no/such/folder", "no such checkpoint folder"),
     ("--config.model=", "name is empty"),
     (f"--workdir={REPO / 'README.md'}", "is a file"),
     ("--config=configs/none.py", "configs/none.py"),
-    ("--confg=1", "confg"),
 ])
 def test_bad_flags_end_in_one_line(flag: str, expected: str, environment: dict[str, str], tmp_path: Path):
   done = start(tmp_path / "run", environment, "--config.sft.accumulation=2", flag)
