@@ -39,7 +39,7 @@ def _rope(theta: float, kind: str = "default", **scaling: object) -> dict[str, o
 _ID_LENGTH = 25
 
 # Files that take longest go first, so that no worker is left with one at the end.
-_LONG = [
+LONG = [
     "runs/test_processes.py", "runs/test_loop.py", "runs/test_methods.py", "model/test_sharding.py",
     "training/test_trainer_states.py", "analysis/test_importance.py", "training/test_interventions.py",
     "merging/test_sharded.py", "runs/test_loop_errors.py", "sampling/vllm/test_spawn.py", "sampling/vllm/test_loop.py",
@@ -63,9 +63,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """Puts the tests of _LONG before the others."""
-  place = {REPO / "tests" / name: i for i, name in enumerate(_LONG)}
-  items.sort(key=lambda item: place.get(item.path, len(_LONG)))
+  """Puts the tests of LONG before the others."""
+  place = {REPO / "tests" / name: i for i, name in enumerate(LONG)}
+  items.sort(key=lambda item: place.get(item.path, len(LONG)))
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

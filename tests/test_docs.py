@@ -19,6 +19,7 @@ import imm_jax
 from configs import common
 from imm_jax.merging import registry
 from tests import REPO
+from tests.conftest import LONG
 
 PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md"), REPO / "benchmarks/README.md",
                 REPO / "third_party/README.md"])
@@ -209,3 +210,8 @@ def test_public_names_need_one_import():
   code = "import operator, sys, imm_jax\nfor name in sys.argv[1:]: operator.attrgetter(name)(imm_jax)"
   done = subprocess.run([sys.executable, "-c", code, *public], cwd=REPO, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
+
+
+def test_files_that_go_first_exist():
+  """A list in conftest.py has them, which take longest."""
+  assert not [name for name in LONG if not (REPO / "tests" / name).exists()]
