@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -34,8 +36,10 @@ def _rope(theta: float, kind: str = "default", **scaling: object) -> dict[str, o
   return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **scaling}}
 
 
+_ID_LENGTH = 25
+
 # Files that take longest go first, so that no worker is left with one at the end.
-_LONG = [
+LONG = [
     "runs/test_processes.py", "runs/test_loop.py", "runs/test_methods.py", "model/test_sharding.py",
     "training/test_trainer_states.py", "analysis/test_importance.py", "training/test_interventions.py",
     "merging/test_sharded.py", "runs/test_loop_errors.py", "sampling/vllm/test_spawn.py", "sampling/vllm/test_loop.py",
@@ -59,9 +63,43 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """Puts the tests of _LONG before the others."""
-  place = {REPO / "tests" / name: i for i, name in enumerate(_LONG)}
-  items.sort(key=lambda item: place.get(item.path, len(_LONG)))
+  """Puts the tests of LONG before the others."""
+  place = {REPO / "tests" / name: i for i, name in enumerate(LONG)}
+  items.sort(key=lambda item: place.get(item.path, len(LONG)))
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+  """Makes the part of a test's id for a value: a text or a setting in a few plain characters, where pytest would number
+  it or print it whole; None for what has a good one.
+  """
+  if isinstance(val, str) and len(val) <= _ID_LENGTH and val.isascii() and val.isprintable() and "\\" not in val:
+    return None
+  return _shorten(_describe(val)) or None
+
+
+def _describe(value: object) -> str:
+  if isinstance(value, dict):
+    return ",".join(f"{key}={_describe(x)}" for key, x in value.items()) or "{}"
+  if isinstance(value, list | tuple):
+    return ",".join(map(_describe, value)) or "empty"
+  if isinstance(value, bytes):
+    return value.decode(errors="ignore")
+  if isinstance(value, Path):
+    return value.name
+  if isinstance(value, BaseException):
+    return f"{type(value).__name__} {value}"
+  if isinstance(value, type) or callable(value):
+    name = getattr(value, "__qualname__", "").partition(".<locals>")[0]  # of what a helper makes: the helper's
+    return "" if name == "<lambda>" else name.rpartition(".")[2]
+  return str(value) if isinstance(value, str | int | float | None) else ""
+
+
+def _shorten(text: str) -> str:
+  """Cuts a text after a word, and leaves out what a terminal or a shell takes for something else."""
+  plain = re.sub(r"\s+", " ", re.sub(r"[\\\x00-\x08\x7f]", "", text.encode("ascii", "ignore").decode())).strip()
+  if len(plain) <= _ID_LENGTH:
+    return plain
+  return re.sub(r"[^\w)\]}]*(\w*)$", lambda end: "" if len(end[1]) < 12 else end[0], plain[:_ID_LENGTH])
 
 
 # Family and what it changes in _SIZES: the models whose arithmetic differs.
@@ -114,6 +152,18 @@ def run_on_devices() -> Callable[..., str]:
     return done.stderr
 
   return run
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+  """What a command is started with; it shares compiled code with all tests, so that a start costs seconds."""
+  return {**os.environ}
+
+
+@pytest.fixture(scope="module")
+def seen(out: Path) -> dict[str, Any]:
+  """What a test file, run as a program on several devices, has written into its fixture `out`."""
+  return json.loads((out / "seen.json").read_text())
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,6 @@ from imm_jax.report import analysis as output, layers as figures, writer
 from imm_jax.runs import experiments
 from imm_jax.stages import analysing
 from tests import REPO, TINY
-from tests.runs.test_loop import environment  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +39,15 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def analyze(environment, tmp_path):  # noqa: F811
+def analyze(environment, tmp_path):
   return lambda *flags: subprocess.run(
       [sys.executable, "-m", "imm_jax.analyze", f"--out={tmp_path / 'out'}", *flags], cwd=REPO, env=environment,
       capture_output=True, text=True, check=False)
 
 
 @pytest.mark.full
-def test_importance_and_weight_change_of_a_checkpoint(analyze, tuned: Path, tmp_path: Path):
+def test_importance_and_weight_change(analyze, tuned: Path, tmp_path: Path):
+  """Both are measured on a checkpoint."""
   (tmp_path / "a.txt").write_text("Tom has 3 apples.\n\nSara sells 4 pens " * 80)
   text = f"text=file:{tmp_path / 'a.txt'}"
   flags = ("--config=configs/tiny.py", "--model=tiny", f"--task={text}", f"--tuned={tuned}", "--examples=2",
@@ -114,8 +114,11 @@ def test_an_entry_that_is_no_task_is_named(entry: str, expected: str):
     ("gsm8k=file:DIR", b'{"question": "Tom", "answer": "#### 1"}', "gsm8k=.*: none of its 1 answers is worked out"),
     ("gsm8k=file:DIR", b'{"question": "Tom", "answer": "%s #### 1"}' % (b"so " * 300),
      "gsm8k=.*: none of its 1 answers fits with its prompt in config.sft.row_length=192 tokens; the shortest takes"),
-    ("stories", b"", "task stories, config.analysis.examples=200000: 200000 questions were asked for")])
-def test_what_importance_cannot_be_measured_on_is_one_line(entry: str, text: bytes, expected: str, tmp_path: Path):
+    ("stories", b"", "task stories, config.analysis.examples=200000: 200000 questions were asked for")],
+    ids=["empty", "blank", "blank-record", "null", "surrogate", "latin-1", "no-file", "one-token", "no-rationale",
+         "too-long", "too-few"])
+def test_unmeasurable_importance_is_one_line(entry: str, text: bytes, expected: str, tmp_path: Path):
+  """What importance cannot be measured on is named."""
   config = tiny.get_config()
   config.analysis.examples = 200_000
   (tmp_path / ("train.txt" if entry.endswith(".txt") else "train.jsonl")).write_bytes(text)
@@ -134,8 +137,10 @@ def test_what_importance_cannot_be_measured_on_is_one_line(entry: str, text: byt
      r"x: layers.0.gate_proj has shape \(382, 128\), in \S+tiny \(384, 128\); expected two checkpoints of one model"),
     (lambda name, x: x.astype(np.int8) if "2.mlp.up_proj" in name else x, {}, "x: .*up_proj.weight has dtype int8; "),
     (lambda name, x: x, {"model_type": "gemma"}, "config.json: model_type='gemma' is not supported"),
-    (None, {}, "x: is a file; expected a folder with config.json")])
-def test_checkpoints_that_are_not_of_one_model_are_one_line(edit: Any, config: dict, expected: str, tmp_path: Path):
+    (None, {}, "x: is a file; expected a folder with config.json")],
+    ids=["three-layers", "layer-missing", "layer-left", "narrow", "int8", "gemma", "file"])
+def test_unrelated_checkpoints_are_one_line(edit: Any, config: dict, expected: str, tmp_path: Path):
+  """They are not of one model."""
   folder = tmp_path / "x"
   if edit is None:
     folder.touch()
@@ -150,7 +155,8 @@ def test_checkpoints_that_are_not_of_one_model_are_one_line(edit: Any, config: d
   assert "\n" not in str(caught.value)
 
 
-def test_a_model_that_has_not_moved_has_a_result_and_starts_fast(environment, tmp_path: Path):  # noqa: F811
+def test_unmoved_model_has_a_result(environment, tmp_path: Path):
+  """It starts fast, too."""
   command = [sys.executable, "-X", "importtime", "-m", "imm_jax.analyze", "--model=tiny", f"--tuned={TINY}"]
   done = subprocess.run([*command, f"--out={tmp_path / 'out'}"], cwd=REPO, env=environment, capture_output=True,
                         text=True, check=False)
@@ -217,7 +223,8 @@ def test_every_corpus_of_the_papers_analyses_is_read(tmp_path: Path):
     analysing.examples_of(config, TINY, "svamp")
 
 
-def test_a_folder_that_holds_more_than_a_result_is_not_replaced(tmp_path: Path):
+def test_folder_with_more_is_kept(tmp_path: Path):
+  """A folder that holds more than a result is not replaced."""
   for name in (output.FILE, output.TABLE):
     assert "is no earlier result (it has no" in output.explain_foreign(tmp_path)
     (tmp_path / name).touch()
@@ -234,7 +241,8 @@ def _layers(*values: float) -> dict[str, Any]:
           "share": [v / whole for v in values]}
 
 
-def test_figures_hold_every_name_and_the_same_bytes_again(tmp_path: Path):
+def test_figures_are_complete_and_repeat(tmp_path: Path):
+  """They hold every name, and the same bytes again."""
   scores = _layers(1.0, 2.0)
   for name, draw, found in (("importance", figures.plot_importance, {"math": scores, "books": {**scores, "order": 2}}),
                             ("weight_change", figures.plot_weight_change, {f"round {i}": scores for i in range(10)})):
@@ -247,7 +255,8 @@ def test_figures_hold_every_name_and_the_same_bytes_again(tmp_path: Path):
 
 @pytest.mark.parametrize("draw", [figures.plot_importance, figures.plot_weight_change])
 @pytest.mark.parametrize("values", [(1.0,), (0.0, 0.0), (2e-9, 1e-9, 0.0), np.linspace(1e8, 2e8, 32)], ids=len)
-def test_nothing_in_a_figure_reaches_into_something_else(draw: Callable[..., Figure], values: Sequence[float]):
+def test_figure_parts_do_not_overlap(draw: Callable[..., Figure], values: Sequence[float]):
+  """Nothing in a figure reaches into something else."""
   names = [f"runs/a$b{i}/" + "a_long_name_of_32/"[:8 + 8 * (i % 2)] for i in range(10 if len(values) > 3 else 1)]
   names[0] = r"/somewhere/a$\nothing$b/" + "a_long_name_of_32"
   figure = draw(dict.fromkeys(names, _layers(*values)))
@@ -266,7 +275,8 @@ def test_nothing_in_a_figure_reaches_into_something_else(draw: Callable[..., Fig
              if 0 <= x < len(values))
 
 
-def test_the_analysis_of_figure_10_runs_and_is_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_figure_10_runs_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+  """The analysis of figure 10 runs, and is not run again."""
   config = paper.get_config("figure=10,scale=tiny")
   of = config.analyses.importance_math
   of.config.analysis.examples = 4
@@ -292,7 +302,8 @@ def test_the_analysis_of_figure_10_runs_and_is_not_run_again(tmp_path: Path, cap
 
 
 @pytest.mark.slow
-def test_the_weight_changes_of_figure_12_are_those_of_its_run(tmp_path: Path):
+def test_figure_12_uses_its_run(tmp_path: Path):
+  """The weight changes of figure 12 are those of its run."""
   config = paper.get_config("figure=12,scale=tiny")
   run = next(iter(config.runs.values()))
   run.rounds = 3

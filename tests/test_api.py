@@ -70,7 +70,8 @@ def test_a_model_is_saved_as_it_was_read(model: imm_jax.Model, tmp_path: Path):
     model.with_params(model.params | {"norm": {"weight": jnp.ones(3)}})
 
 
-def test_a_merge_in_memory_has_the_bits_of_one_on_disk(model: imm_jax.Model, tmp_path: Path):
+def test_memory_and_disk_merges_agree(model: imm_jax.Model, tmp_path: Path):
+  """A merge in memory has the bits of one on disk."""
   tuned = model.with_params(jax.tree.map(
       lambda leaf: leaf + jnp.linspace(0, 0.1, leaf.size).reshape(leaf.shape).astype(leaf.dtype), model.params))
   tuned.save(tmp_path / "tuned")
@@ -104,7 +105,8 @@ def test_fine_tuning_leaves_the_model_as_it_is():
     ("tny", {}, "did you mean tiny?"), ("tiny", {"sft.epoch": 1}, "sft.epoch is no setting: did you mean sft.epochs"),
     ("tiny", {"rounds": "three"}, "rounds='three'"), ("tiny", {"rounds": 0}, "config.rounds=0: expected 1 or more"),
     ("paper:table=5,scale=tiny", {}, "several runs")])
-def test_a_run_that_cannot_start_is_an_error_in_one_line(config: str, changes: dict, message: str, tmp_path: Path):
+def test_impossible_run_is_one_line(config: str, changes: dict, message: str, tmp_path: Path):
+  """It cannot start."""
   with pytest.raises(UserError, match=message):
     imm_jax.run(config, workdir=tmp_path / "run", **changes)
   assert not (tmp_path / "run").exists()

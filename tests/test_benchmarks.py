@@ -43,7 +43,8 @@ def test_names_of_the_package_exist(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_smallest_shape_runs_and_a_failure_is_shown() -> None:
+def test_smallest_shape_runs() -> None:
+  """A failure is shown."""
   pytest.importorskip("torch")
   flags = ("sampling.py", "--workloads=stories", "--questions=3", "--max_new_tokens=8", "--rows=2", "--peer_rows=2")
   done = _run(*flags, "--transformers_questions=2")

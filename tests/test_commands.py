@@ -12,6 +12,7 @@ import pytest
 from imm_jax import __main__ as commands, cli, config_files
 from imm_jax.errors import Exit, LostError, PreemptedError, ResourceError, UserError, exit_code
 from tests import REPO
+from tests.helpers import chain
 
 _IMM = "import sys; sys.argv[0] = 'imm'; from imm_jax.__main__ import main; main()"
 
@@ -59,7 +60,8 @@ def test_a_config_is_found_from_any_directory(config: str, tmp_path: Path):
   assert "stages to do" in done.stdout
 
 
-def test_a_file_of_ones_own_counts_before_a_name_and_imports_its_neighbours(tmp_path: Path, monkeypatch):
+def test_own_config_file_comes_first(tmp_path: Path, monkeypatch):
+  """A file of the user's counts before a name, and imports its neighbours."""
   (tmp_path / "configs").mkdir()
   (tmp_path / "configs/arguments.py").write_text("VALUE = 7\n")
   (tmp_path / "configs/tiny.py").write_text(
@@ -76,13 +78,15 @@ def test_a_file_of_ones_own_counts_before_a_name_and_imports_its_neighbours(tmp_
 @pytest.mark.parametrize(("text", "message"), [
     ("def get_config(:", "cannot be loaded: SyntaxError"), ("x = 1", "KeyError: 'get_config'"),
     ("def get_config():\n  return 3", "returns int; expected a ConfigDict")])
-def test_a_config_file_that_cannot_be_loaded_is_named(text: str, message: str, tmp_path: Path):
+def test_broken_config_file_is_named(text: str, message: str, tmp_path: Path):
+  """It cannot be loaded."""
   (tmp_path / "bad.py").write_text(text)
   with pytest.raises(UserError, match=message):
     config_files.load(str(tmp_path / "bad.py"))
 
 
-def test_an_installation_without_the_clone_has_the_configs(tmp_path: Path):
+def test_installation_has_the_configs(tmp_path: Path):
+  """It has them without the clone, too."""
   pytest.importorskip("setuptools")
   for name in ("setup.py", "configs", "imm_jax"):
     (shutil.copytree if (REPO / name).is_dir() else shutil.copy)(REPO / name, tmp_path / name)
@@ -96,20 +100,15 @@ def test_an_installation_without_the_clone_has_the_configs(tmp_path: Path):
                  check=True)
 
 
-def _chained(error: Exception, cause: Exception) -> Exception:
-  error.__cause__ = cause
-  return error
-
-
 @pytest.mark.parametrize(("error", "code"), [
     (UserError("wrong"), Exit.MISTAKE), (FileNotFoundError(errno.ENOENT, "no such file", "x"), Exit.MISTAKE),
     (ResourceError("the disk is full"), Exit.RESOURCES), (OSError(errno.ENOSPC, "full", "x"), Exit.RESOURCES),
-    (_chained(UserError("cannot be written"), OSError(errno.EDQUOT, "quota")), Exit.RESOURCES),
+    (chain(UserError("cannot be written"), OSError(errno.EDQUOT, "quota")), Exit.RESOURCES),
     (MemoryError(), Exit.RESOURCES), (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"), Exit.RESOURCES),
-    (_chained(UserError("the hub does not answer"), ConnectionResetError()), Exit.RESOURCES),
+    (chain(UserError("the hub does not answer"), ConnectionResetError()), Exit.RESOURCES),
     (LostError("a process is gone"), Exit.LOST), (KeyError("x"), Exit.BUG), (RuntimeError("wrong state"), Exit.BUG)])
-def test_exit_codes_tell_what_to_retry_from_what_to_mend(error: Exception, code: Exit,
-                                                         capsys: pytest.CaptureFixture):
+def test_exit_codes(error: Exception, code: Exit, capsys: pytest.CaptureFixture):
+  """They tell what to retry from what to mend."""
   with pytest.raises(SystemExit) as ended:
     cli._exit_with(error)
   assert ended.value.code == code == exit_code(error)
@@ -123,7 +122,8 @@ def test_exit_codes_tell_what_to_retry_from_what_to_mend(error: Exception, code:
     (["--workdirs=one,two"], 0, "one: as it was written\ntwo: as it was written"),
     ([], 1, "error: --workdirs: names no run directory; expected: DIR DIR ..."),
     (["one", "--workdirs=two"], 1, "error: 'one' is given without a name, which means --workdirs, and --workdirs is")])
-def test_a_command_takes_any_number_of_run_directories(arguments: list[str], code: int, said: str, tmp_path: Path):
+def test_commands_take_many_run_directories(arguments: list[str], code: int, said: str, tmp_path: Path):
+  """A command takes any number of them."""
   for name in ("one", "two"):
     (tmp_path / name).mkdir()
     (tmp_path / name / "run.json").write_text('{"stages": {}}')
@@ -138,10 +138,10 @@ def test_what_was_told_to_stop_is_no_error():
 
 @pytest.mark.parametrize(("environment", "flags", "code", "message"), [
     ({"JAX_PLATFORMS": "cuda"}, (), Exit.RESOURCES, "error: JAX_PLATFORMS=cuda: not on this machine"),
-    ({}, ("--config.roundz=1",), Exit.MISTAKE, "error: the config has no key"),
     ({}, ("--config.merge.options.densty=1",), Exit.MISTAKE, "densty'; did you mean merge.options.densities"),
     ({}, ("--rerum",), Exit.MISTAKE, "error: Unknown command line flag 'rerum'")])
-def test_a_command_that_cannot_start_says_why_in_a_line(environment, flags, code: Exit, message: str, tmp_path: Path):
+def test_failed_start_is_one_line(environment, flags, code: Exit, message: str, tmp_path: Path):
+  """A command that cannot start says why."""
   done = _imm("run", "--config=tiny", f"--workdir={tmp_path / 'run'}", *flags, **environment)
   assert done.returncode == code, done.stderr
   assert message in done.stderr

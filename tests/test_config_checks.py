@@ -11,7 +11,7 @@ from imm_jax import config as checks
 from imm_jax.errors import UserError
 from imm_jax.runs.run import list_idle_keys
 from tests import REPO
-from tests.runs.test_loop import SMALL, environment  # noqa: F401
+from tests.runs.helpers import SMALL
 
 
 def run(key: str, value: object) -> ml_collections.ConfigDict:
@@ -21,8 +21,13 @@ def run(key: str, value: object) -> ml_collections.ConfigDict:
 
 
 @pytest.mark.parametrize(("key", "value", "expected"), [
-    ("method", "immm", "did you mean imm"), ("task.name", "svamp", "has no train split; expected one of"),
-    ("task.name", "mbpp", "config.task.name has 'mbpp'"), ("task.ood", ("gsm9k",), "did you mean gsm8k"),
+    ("method", "imn", "did you mean imm?"), ("merge.drop_rate", float("nan"), "drop_rate=nan"),
+    ("merge.base_weight", 1.5, "base_weight=1.5: expected a number from 0 to 1"),
+    ("rounds", 0, "config.rounds=0: expected 1 or more"), ("sample.stop", ("",), "not empty"),
+    ("task.eval_questions", 1_000_000, "eval_questions=1000000"), ("profile", "3", "expected first:end"),
+    ("sft.save_interval", 0, "save_interval=0: expected 1 or more"),
+    ("task.name", "svamp", "has no train split; expected one of"), ("task.name", "mbpp", "config.task.name has 'mbpp'"),
+    ("task.ood", ("gsm9k",), "did you mean gsm8k"),
     ("task.ood", ("custom",), "only the in-domain task"), ("task.questions_per_round", 0, "expected 1 or more"),
     ("prompt.style", "chatty", "did you mean chat"), ("merge.base_weight", "automatic", "a list of them over the"),
     ("merge.base_weight", [], "a list of them over"), ("merge.base_weight", [0.1, 2.0], "a list of them over"),
@@ -47,7 +52,8 @@ def test_a_value_that_cannot_work_is_one_line(key, value, expected):
   assert "\n" not in str(raised.value)
 
 
-def test_values_that_contradict_each_other_are_one_line():
+def test_contradictions_are_one_line():
+  """Values that contradict each other are named in one line."""
   config = run("method", "real")
   config.teacher = "tiny"
   with pytest.raises(UserError, match="method=real trains on worked answers alone"):
@@ -77,7 +83,7 @@ def test_values_that_contradict_each_other_are_one_line():
 
 
 @pytest.mark.full
-def test_what_cannot_be_asked_shows_before_the_run(environment, tmp_path):  # noqa: F811
+def test_what_cannot_be_asked_shows_before_the_run(environment, tmp_path):
   """The embedded model has 256 positions and no chat template."""
   for flag, expected in (("--config.eval.max_new_tokens=250", "task stories: none of 8 prompts leaves room for "
                           "config.eval.max_new_tokens=250 in the 256 positions"),
@@ -98,7 +104,8 @@ def test_what_cannot_be_asked_shows_before_the_run(environment, tmp_path):  # no
     ({"task.ood": ("svamp=fil:x",)}, "config.task.ood: source 'fil:x': expected hf:ID"),
     ({"prompt.header": "half \ud83d of a pair"}, "is no valid text"),
 ])
-def test_what_no_run_can_start_from_is_refused_without_a_look_at_the_questions(change, message):
+def test_task_errors_need_no_data(change, message):
+  """What no run can start from is refused without a look at the questions."""
   config = tiny.get_config()
   config.update_from_flattened_dict(change)
   with pytest.raises(UserError, match=message):
@@ -109,7 +116,8 @@ def test_what_no_run_can_start_from_is_refused_without_a_look_at_the_questions(c
     ({"merge": {"base_wieght": 0.3}}, "merge.base_wieght, which is no setting: did you mean base_weight?"),
     ({"extra": 1}, "has extra, which is no setting"), ({"sft": {"ema": None}}, "has no key sft.ema"),
     ({"data": None}, "has no key data")])
-def test_keys_of_a_config_that_was_made_anew_are_checked_too(slip: dict, message: str):
+def test_new_configs_are_checked_too(slip: dict, message: str):
+  """Keys of a config that was made anew are checked, too."""
   made = tiny.get_config().to_dict()
   for key, value in slip.items():
     inner = made.setdefault(key, {}) if isinstance(value, dict) else made

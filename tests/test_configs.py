@@ -41,7 +41,8 @@ def test_an_unknown_argument_names_the_known_ones(argument):
     qwen.get_config(argument)
 
 
-def test_a_value_counts_for_the_argument_that_knows_it():
+def test_values_find_their_argument():
+  """A value counts for the argument that knows it."""
   assert arguments.parse("b,y", first=("a", "b"), second=("x", "y")) == {"first": "b", "second": "y"}
 
 
@@ -55,7 +56,8 @@ def test_every_table_and_figure_can_run(plan, scale):
     assert "run" not in analysis or analysis.run in config.runs
 
 
-def test_the_sweep_of_table_3_trains_once_for_each_task():
+def test_table_3_sweep_trains_once():
+  """It trains once for each task."""
   runs = paper.get_config("table=3").runs
   assert {name: run.rounds for name, run in runs.items()} == {"llama2_7b_gsm8k": 1, "llama2_7b_math": 1}
   for run in runs.values():
@@ -64,7 +66,8 @@ def test_the_sweep_of_table_3_trains_once_for_each_task():
     assert run.teacher == "Qwen/Qwen2.5-7B-Instruct"
 
 
-def test_the_methods_of_figure_7_and_interventions_of_table_5():
+def test_figure_7_methods_and_table_5():
+  """The methods of figure 7 and the interventions of table 5 are those of the paper."""
   methods = [run.method for run in paper.get_config("figure=7").runs.values()]
   assert {m: methods.count(m) for m in methods} == dict.fromkeys(
       ("imm", "star", "data_mixture", "data_accumulation"), 6)
@@ -87,7 +90,8 @@ def test_the_models_that_the_paper_means():
 
 
 @pytest.mark.parametrize("scale", ["paper", "tiny"])
-def test_equal_runs_and_analyses_of_several_plans_are_done_once(scale):
+def test_shared_runs_are_done_once(scale):
+  """They are runs and analyses that occur in several plans."""
   everything = paper.get_config(f"all,scale={scale}")
   texts = [run.to_json() for run in everything.runs.values()]
   analyses = [analysis.to_json() for analysis in everything.analyses.values()]
@@ -112,10 +116,12 @@ def test_what_is_no_table_or_figure_is_an_error(argument):
 
 
 @pytest.mark.parametrize(("model", "count"), SIZES.items())
-def test_shapes_of_published_models_have_the_published_number_of_parameters(model, count):
+def test_published_parameter_counts(model, count):
+  """Shapes of published models have the published number of parameters."""
   assert count_params(published.MODELS[model]) == count
 
 
-def test_a_number_alone_must_say_whether_it_is_a_table_or_a_figure():
+def test_bare_number_needs_its_kind():
+  """A number alone must say whether it is a table or a figure."""
   with pytest.raises(ValueError, match="may be table=3 or figure=3: say which"):
     paper.get_config("3")

@@ -30,7 +30,8 @@ def test_orbax_and_back_gives_every_byte(checkpoint, kind: str, dtype: torch.dty
   assert (tmp_path / "back/config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
-def test_check_bytes_finds_a_tensor_that_comes_back_otherwise(checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_bytes_finds_changes(checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+  """A tensor that comes back otherwise is found."""
   _, source = checkpoint("qwen2-tied")
   assert hf.check_round_trip(source) == (len(safetensors.read(source / "model.safetensors")), [])
   fill = hf._read_into

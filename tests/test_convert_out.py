@@ -5,24 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 from imm_jax import convert, files
 from imm_jax.errors import UserError
 from imm_jax.model import safetensors
 from tests import TINY
-
-
-def _main(**values: object) -> None:
-  flags.FLAGS.mark_as_parsed()
-  with flagsaver.flagsaver(**{name: v if isinstance(v, bool) else str(v) for name, v in values.items()}):
-    convert.main()
+from tests.helpers import run_convert
 
 
 def _refusal(**values: object) -> str:
   with pytest.raises(UserError) as error:
-    _main(**values)
+    run_convert(**values)
   assert "\n" not in str(error.value)
   return str(error.value)
 
@@ -48,7 +41,8 @@ def _contents(root: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("out", ["work/source", "work", "work/source/out", "work/../work/source", "link"])
-def test_the_source_and_what_holds_it_are_never_replaced(source: Path, tmp_path: Path, out: str) -> None:
+def test_source_is_never_replaced(source: Path, tmp_path: Path, out: str) -> None:
+  """Nor is what holds it."""
   (tmp_path / "link").symlink_to(source)
   before = _contents(tmp_path)
   message = _refusal(source=source, out=tmp_path / out, to="orbax", overwrite=True)
@@ -70,7 +64,7 @@ def test_only_what_a_conversion_wrote_is_replaced(source: Path, orbax: Path, tmp
   (out / "thesis.tex").unlink()
   assert "exists; give another folder, or --overwrite" in _refusal(source=orbax, out=out, to="hf")
   for to, read in (("hf", orbax), ("orbax", source), ("orbax", source), ("hf", orbax)):
-    _main(source=read, out=out, to=to, overwrite=True)
+    run_convert(source=read, out=out, to=to, overwrite=True)
     assert (out / "params").is_dir() == (to == "orbax")
   before, after = (safetensors.read(folder / "model.safetensors") for folder in (source, out))
   assert all(np.array_equal(before[name], after[name]) for name in before)
@@ -121,7 +115,8 @@ def test_a_source_of_the_other_form_is_named(source: Path, orbax: Path, tmp_path
   assert not out.exists()
 
 
-def test_an_orbax_checkpoint_without_its_list_of_tensors_is_named(orbax: Path, tmp_path: Path) -> None:
+def test_orbax_needs_its_tensor_list(orbax: Path, tmp_path: Path) -> None:
+  """An Orbax checkpoint without its list of tensors is named."""
   damaged = shutil.copytree(orbax, tmp_path / "damaged")
   (damaged / "params/_METADATA").unlink()
   message = _refusal(source=damaged, out=tmp_path / "out", to="hf")

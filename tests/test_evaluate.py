@@ -8,11 +8,10 @@ import pytest
 
 from imm_jax import files, tasks
 from tests import REPO
-from tests.runs.test_loop import environment  # noqa: F401
 
 
 @pytest.mark.full
-def test_scores_of_one_checkpoint(environment, tmp_path):  # noqa: F811
+def test_scores_of_one_checkpoint(environment, tmp_path):
   other, asked = tmp_path / "other", tasks.load("choice", split="test", count=5, seed=0)
   other.mkdir()
   files.write_jsonl(other / "choice.jsonl", [

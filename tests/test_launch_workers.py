@@ -107,7 +107,8 @@ def test_an_install_that_fails_starts_nothing(pod):
   assert all(pod.running(worker) == [] for worker in pod.workers())
 
 
-def test_a_folder_that_workers_share_is_taken_as_it_is(pod):
+def test_shared_folder_is_taken(pod):
+  """A folder that workers share is taken as it is."""
   pod.scenario(**{"tpu-vm": ["READY"]})
   pod.run(*START, "--workdir=/mnt/shared/run")
   for worker in pod.workers():
@@ -115,7 +116,8 @@ def test_a_folder_that_workers_share_is_taken_as_it_is(pod):
     assert not (worker / "gcsfuse").exists()
 
 
-def test_a_bucket_that_cannot_be_mounted_starts_nothing(pod):
+def test_failed_bucket_mount_starts_nothing(pod):
+  """A bucket that cannot be mounted is an error."""
   pod.scenario(**{"tpu-vm": ["READY"]})
   error = pod.run(*START, code=1, FAKE_GCSFUSE_FAILS="1").stderr
   assert "gcsfuse cannot mount gs://bucket" in error

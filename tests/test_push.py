@@ -90,7 +90,8 @@ def merged(tmp_path: Path) -> Path:
   return root / "round_1/merged"
 
 
-def test_a_checkpoint_comes_with_a_card_that_says_how_it_was_made(hub: Hub, merged: Path):
+def test_card_tells_the_making(hub: Hub, merged: Path):
+  """A checkpoint comes with a card that says how it was made."""
   (merged / "notes.txt").write_text("mine")
   assert publishing.push(merged, "me/model", private=True) == "https://hub.example/me/model"
   assert hub.private == {"me/model": True}
@@ -117,8 +118,8 @@ def test_a_checkpoint_comes_with_a_card_that_says_how_it_was_made(hub: Hub, merg
   assert "--config.seed" not in text
 
 
-def test_a_card_that_is_there_stays_and_weights_of_an_earlier_model_go(hub: Hub, merged: Path,
-                                                                       capsys: pytest.CaptureFixture):
+def test_existing_card_stays(hub: Hub, merged: Path, capsys: pytest.CaptureFixture):
+  """Weights of an earlier model go."""
   hub.create_repo("me/model", private=False, exist_ok=True)
   old = ("model-00001-of-00002.safetensors", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json",
          "adapter_config.json", "spiece.model", "additional_chat_templates/tool.jinja", "tf_model.h5")
@@ -138,7 +139,8 @@ def test_a_card_that_is_there_stays_and_weights_of_an_earlier_model_go(hub: Hub,
   assert b"base_model: Qwen" in sent["README.md"]
 
 
-def test_what_is_not_whole_or_not_the_runs_is_refused_before_anything_is_sent(hub: Hub, merged: Path):
+def test_foreign_checkpoint_is_refused(hub: Hub, merged: Path):
+  """What is not whole is refused, too, before anything is sent."""
   weights = merged / "model.safetensors"
   whole = weights.read_bytes()
   with pytest.raises(UserError, match="lies in no run directory"):
@@ -182,7 +184,8 @@ def test_what_the_hub_says_is_one_line(hub: Hub, merged: Path, error: Exception,
   assert isinstance(raised.value, ResourceError) == (code == Exit.RESOURCES)
 
 
-def test_a_fault_of_the_program_is_not_taken_for_one_of_the_hub(hub: Hub, merged: Path):
+def test_program_faults_are_not_the_hubs(hub: Hub, merged: Path):
+  """A fault of the program is not taken for one of the hub."""
   hub.raises = AttributeError("a slip")
   with pytest.raises(AttributeError, match="a slip"):
     publishing.push(merged, "me/model")
@@ -211,9 +214,10 @@ def _noted(root: Path) -> dict[str, Any]:
     (lambda r: r["stages"].pop("round_1/sft"), r"round_1/merged \(a round_1/sft that is no longer there\)"),
     (lambda r: r["stages"]["round_1/sft"].update(output="x"), r"round_1/merged \(another round_1/sft\)"),
     (lambda r: r["settings"].update({"round_1/eval/merged": "x"}), r"round_1/eval/merged \(other settings\)"),
-    (lambda r: r.pop("settings"), r"round_1/merged \(other settings\)")])
-def test_a_model_that_the_config_does_not_make_is_refused(hub: Hub, merged: Path, change: Callable[[dict], object],
-                                                          said: str):
+    (lambda r: r.pop("settings"), r"round_1/merged \(other settings\)")],
+    ids=["merge", "sft", "base", "sft-is-gone", "sft-changed", "eval", "no-settings"])
+def test_models_outside_the_config_are_refused(hub: Hub, merged: Path, change: Callable[[dict], object], said: str):
+  """They are none of those that the config makes."""
   root = merged.parent.parent
   record = _noted(root)
   report_runs.write_record(root, record)
@@ -235,7 +239,8 @@ def test_a_config_that_was_edited_is_refused(hub: Hub, merged: Path):
     publishing.push(merged, "me/model")
 
 
-def test_a_model_without_an_evaluation_is_named_as_such(hub: Hub, merged: Path, capsys: pytest.CaptureFixture):
+def test_unevaluated_model_is_named(hub: Hub, merged: Path, capsys: pytest.CaptureFixture):
+  """It has no evaluation, and the card says so."""
   publishing.push(merged, "me/first")
   assert "not been evaluated" not in hub.content["me/first"]["README.md"].decode() + capsys.readouterr().err
   record = report_runs.read_record(merged.parent.parent)
@@ -246,7 +251,8 @@ def test_a_model_without_an_evaluation_is_named_as_such(hub: Hub, merged: Path, 
   assert "**This model has not been evaluated**: the scores" in hub.content["me/model"]["README.md"].decode()
 
 
-def test_the_card_names_the_merge_that_the_config_sets(hub: Hub, merged: Path):
+def test_card_names_the_merge(hub: Hub, merged: Path):
+  """It is the one that the config sets."""
   publishing.push(merged, "me/first")
   assert "- Method: `imm`, SFT on right samples, DARE" in hub.content["me/first"]["README.md"].decode()
   path = merged.parent.parent / "config.json"

@@ -74,7 +74,7 @@ def of_torch(base: Any, model: Any, e: TokenizedExample) -> list[float]:
   return [kl, at(of), at(of_base), entropy(of), entropy(of_base)]
 
 
-def test_a_round_is_measured_on_every_kind_of_held_out_text(tmp_path: Path):
+def test_rounds_measure_all_held_out_texts(tmp_path: Path):
   """Worked answers, the right one of some options, passages; against transformers on the embedded model."""
   transformers = pytest.importorskip("transformers")
   rows = [{"question": f"What is {a} + 2?", "choices": [str(a + 3), str(a + 2)], "answer": 1} for a in range(5)]

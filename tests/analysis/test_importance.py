@@ -146,7 +146,8 @@ def test_a_mesh_gives_the_scores_of_one_device(out: Path, mesh: str):
 
 
 @pytest.mark.full
-def test_a_mesh_gives_the_second_order_the_entropy_and_the_drift_of_one_device(out: Path):
+def test_meshes_agree_with_one_device(out: Path):
+  """A mesh gives the second order, the entropy and the drift of one device."""
   found = json.loads((out / "more.json").read_text())
   np.testing.assert_allclose(found["second order, fsdp8"], found["second order, one"], rtol=5e-6)
   np.testing.assert_allclose(found["entropy, fsdp2-tensor2"], found["entropy, one"], rtol=2e-6)
@@ -155,7 +156,8 @@ def test_a_mesh_gives_the_second_order_the_entropy_and_the_drift_of_one_device(o
 
 
 @pytest.mark.parametrize("kind", ["qwen2-tied", "llama"])
-def test_scores_equal_those_of_torch_over_the_whole_data(checkpoint, kind):
+def test_scores_equal_torch(checkpoint, kind):
+  """Those of the whole data are compared."""
   model, folder = checkpoint(kind)
   config, params = hf.load(folder, place=lambda *_: t.replicated())
   examples = t.make_examples(24)
@@ -231,7 +233,8 @@ def test_scores_rank_weights_as_removing_them_does(checkpoint, monkeypatch):
 
 
 @pytest.mark.full
-def test_scores_do_not_depend_on_the_batches_and_repeat_bit_for_bit():
+def test_scores_are_independent_of_batches():
+  """They also repeat bit for bit."""
   examples, params = t.make_examples(40), make_params()
   grads = {size: gradient(params, t.pack(examples, global_batch=size)) for size in (4, 9, 40)}
   again = gradient(params, t.pack(examples, global_batch=4))

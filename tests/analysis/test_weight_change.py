@@ -14,7 +14,7 @@ from tests.analysis.test_importance import BLOCK, entropy, second_order
 from tests.training import test_step as t
 
 
-def test_second_order_equals_per_example_gradients_of_torch(checkpoint):
+def test_second_order_equals_torch_per_example(checkpoint):
   model, folder = checkpoint("qwen2-tied")
   config, params = hf.load(folder, place=lambda *_: t.replicated())
   examples = t.make_examples(12)
@@ -41,7 +41,8 @@ def test_second_order_equals_per_example_gradients_of_torch(checkpoint):
   assert 0.1 < ratio < 10
 
 
-def test_one_by_one_gives_each_example_a_step_of_its_own():
+def test_one_by_one_steps_each_example():
+  """With one example at a time, each takes a step of its own."""
   examples = t.make_examples(9)
   batches = t.pack(examples, global_batch=4, row_multiple=3).one_by_one(2)
   assert (len(batches), batches.rows) == (9, 2)
@@ -98,7 +99,8 @@ def test_weight_change_equals_numpy(tmp_path: Path):
   assert not same.share.any()
 
 
-def test_tiny_changes_of_large_weights_are_not_rounded_away(tmp_path: Path):
+def test_tiny_changes_are_not_rounded_away(tmp_path: Path):
+  """Changes of large weights that float32 differences would lose."""
   a = _tensors(0)
   b = {name: np.nextafter(x, np.float32(np.inf)) for name, x in a.items()}
   got = weight_change(_write(tmp_path / "a", a), _write(tmp_path / "b", b))
@@ -106,7 +108,8 @@ def test_tiny_changes_of_large_weights_are_not_rounded_away(tmp_path: Path):
   assert got.total[2] == pytest.approx(want, rel=1e-14)
 
 
-def test_checkpoints_that_do_not_compare_are_one_line(tmp_path: Path):
+def test_incomparable_checkpoints_are_refused(tmp_path: Path):
+  """The message is one line."""
   a = _write(tmp_path / "a", _tensors(0))
   other = _tensors(0)
   other["model.layers.1.mlp.up_proj.weight"] = other["model.layers.1.mlp.up_proj.weight"][:-1]

@@ -116,7 +116,8 @@ def test_collectives_of_a_compiled_loop_are_counted(run_on_devices: Callable[...
                      "all-reduce": (4, list(range(8)), 1)}
 
 
-def test_flops_of_loops_gradients_and_what_is_computed_again() -> None:
+def test_flops_count_loops_and_recomputation() -> None:
+  """Products in loops, in gradients and in what is computed again for them."""
   w, x = jnp.ones((3, 8, 8)), jnp.ones((4, 8))
   product = 2 * 4 * 8 * 8
 
@@ -135,7 +136,8 @@ def test_flops_of_loops_gradients_and_what_is_computed_again() -> None:
     count(lambda x: jax.lax.while_loop(lambda c: c[0, 0] > 0, lambda c: c @ w[0], x), x)
 
 
-def test_regions_cycles_and_collectives_of_a_tpu_program() -> None:
+def test_tpu_program_is_parsed() -> None:
+  """Its regions, cycles and collectives are found."""
   module = hlo.Module(TEXT)
   entry, body = module.regions()
   assert [(r.name, r.times, module.cycles(r)) for r in (entry, body)] == [("main", 1, 500), ("body", 6, 1000)]
@@ -147,7 +149,8 @@ def test_regions_cycles_and_collectives_of_a_tpu_program() -> None:
   assert (total.size, total.times, total.overlapped, total.group) == (40, 1, False, (0, 4))
 
 
-def test_traffic_counts_what_lies_in_hbm_and_slices_alone() -> None:
+def test_traffic_counts_hbm_and_slices() -> None:
+  """Only what lies in HBM counts, and of a slice the part that is read."""
   module = hlo.Module(TEXT)
   entry, body = module.regions()
   assert module.traffic(entry) == 8 * 16 * 2  # read; the result stays on the chip
@@ -185,7 +188,8 @@ def _slice(name: str, sizes: tuple[int, ...], chip: str) -> topology.Slice:
     ("all-gather", (4, 4), slice(4), 1e9 * 3 / 4 / 50e9),
     ("all-gather", (16, 16), slice(16), 1e9 * 15 / 16 / 100e9),
     ("reduce-scatter", (16, 16), slice(None), 1e9 * 255 / 256 / 200e9),
-    ("collective-permute", (4, 4), slice(2), 1e9 / 50e9), ("send", (4, 4), slice(0), 1e9 / 3.125e9)], ids=str)
+    ("collective-permute", (4, 4), slice(2), 1e9 / 50e9), ("send", (4, 4), slice(0), 1e9 / 3.125e9)],
+    ids=["gather-corner", "reduce-corner", "gather-row", "gather-torus", "scatter-torus", "permute", "send"])
 def test_seconds_of_a_collective(kind: str, sizes: tuple[int, ...], group: slice, want: float) -> None:
   v5e = _slice("v5e", sizes, "v5e")
   assert v5e.seconds(kind, 1e9, v5e.devices[group]) == pytest.approx(want)

@@ -82,8 +82,9 @@ def test_the_default_split_is_compared_with_another(
   assert said in lines[3]
 
 
-def test_settings_of_sampling_are_those_that_are_estimated(
+def test_sampling_settings_match_the_estimate(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+  """The settings of sampling are those that are estimated."""
   config = common.get_config()
   config.sft.compute_dtype, config.sample.compute_dtype = "bfloat16", "float32"
   config.sampler.attention = "ragged"

@@ -42,7 +42,8 @@ def test_what_stages_took_stands_for_those_to_come():
   assert "hours" not in cost.describe(tiny.get_config(), None, record, stages=names)  # of one kind none is done
 
 
-def test_where_no_peak_is_known_a_second_of_products_says_how_long_a_run_takes(monkeypatch):
+def test_measured_flops_estimate_the_time(monkeypatch):
+  """Where no peak is known, one second of products says how long a run takes."""
   config, model = tiny.get_config(), published.find_config("tiny")
   rates = {config.sample.batch_size: 1e9, 1024: 4e9}
   monkeypatch.setattr(hardware, "measure_flops", lambda rows, dtype: rates[rows])

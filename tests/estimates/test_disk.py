@@ -36,7 +36,8 @@ def test_checkpoints_and_states_by_hand():
   assert disk.estimate(config, MODEL, EXPECTED).peak == disk.estimate(config, MODEL, EXPECTED).final
 
 
-def test_a_line_says_what_is_free_and_where_states_are(tmp_path: Path):
+def test_line_gives_free_space_and_states(tmp_path: Path):
+  """A line says how much is free and where training states are."""
   config = tiny.get_config()
   assert " are free\n  up to 1 training state of 9.9 MiB while" in disk.describe(
       config, MODEL, EXPECTED, tmp_path / "yet/to/be", TINY)

@@ -46,7 +46,8 @@ def test_the_state_of_a_device():
       "weights and moments": 12 * 2 * 4 * (2 * 64 + 2 * 48 + 3 * 80), "frozen base": 2 * whole}
 
 
-def test_parameters_that_the_mesh_does_not_divide_are_named():
+def test_undivided_parameters_are_named():
+  """The mesh does not divide them."""
   assert sharding.find_undivided(abstract_params(MODEL), mesh(2, 4, 1)) == []
   assert sharding.find_undivided(abstract_params(ODD), mesh(2, 4, 1)) == ["embed_tokens.weight"]
   assert sharding.find_undivided(abstract_params(ODD), mesh(8, 1, 1)) == []
@@ -58,7 +59,8 @@ def test_parameters_that_the_mesh_does_not_divide_are_named():
     (dataclasses.replace(WIDE, num_layers=4, tie_embeddings=False), 32, 128, "none", "bfloat16", 2, PLAIN),
     (dataclasses.replace(WIDE, num_layers=2), 16, 128, "full", "bfloat16", 1, Additions(kl=1.0, ema=0.9)),
     (dataclasses.replace(WIDE, num_layers=2), 16, 128, "full", "bfloat16", 1, Additions(l2_sp=1.0)),
-    (dataclasses.replace(WIDE, num_layers=2), 16, 128, "full", "bfloat16", 2, Additions(lora=Lora(8, 8.0)))])
+    (dataclasses.replace(WIDE, num_layers=2), 16, 128, "full", "bfloat16", 2, Additions(lora=Lora(8, 8.0)))],
+    ids=["plain", "deep-untied", "kl-and-ema", "l2-sp", "lora"])
 def test_a_step_takes_about_what_is_said(model, rows, length, remat, dtype, accumulation, additions):
   options = {"accumulation": accumulation, "remat": remat, "attention": "blockwise", "additions": additions}
   devices = sharding.make_mesh(data=1, fsdp=1)
@@ -87,7 +89,8 @@ def test_importance_takes_about_what_is_said():
   assert sum(said.values()) == pytest.approx(compiled.temp_size_in_bytes, rel=0.25)
 
 
-def test_comparing_with_the_base_takes_about_what_is_said():
+def test_drift_estimate_matches_the_compiler():
+  """Comparing with the base takes about as much memory as is estimated."""
   devices, dtype = sharding.make_mesh(data=1, fsdp=1), jnp.dtype("float32")
   said = memory.comparison_bytes(WIDE, devices, rows=16, length=128, accumulation=1, dtype=dtype, attention="blockwise")
   program = sums._program(drift._sum_differences, WIDE, devices, dtype, "blockwise", 1)
@@ -104,7 +107,8 @@ def batch(devices: jax.sharding.Mesh, rows: int, length: int) -> dict[str, jax.S
       "tokens": jnp.int32, "positions": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}.items()}
 
 
-def test_what_samples_again_has_the_programs_of_stages_between():
+def test_later_sampling_keeps_earlier_programs():
+  """Stages that sample again have the programs of the stages between in memory, too."""
   config, devices = tiny.get_config(), sharding.make_mesh(data=1, fsdp=1)
   for rounds, again in ((1, ["later evaluation"]), (2, ["later evaluation", "later sampling"])):
     config.rounds = rounds

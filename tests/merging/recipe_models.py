@@ -33,3 +33,8 @@ def merged(tmp_path: Path, text: str | dict, name: str = "out") -> dict[str, np.
   path.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
   command.merge({tmp_path / name: mergekit.read(path)}, command.OutputOptions())
   return read(tmp_path / name)
+
+
+def source(folder: Path, layers: list[int], **parameters) -> dict:
+  """Some layers of a model, as `slices` lists them."""
+  return {"model": str(folder), "layer_range": layers, **({"parameters": parameters} if parameters else {})}

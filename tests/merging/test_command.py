@@ -52,7 +52,8 @@ def test_a_sweep_writes_what_single_merges_write(folders: list[Path], tmp_path: 
     assert json.loads((swept / "merge.json").read_text())["options"]["base_weight"] == float(weight)
 
 
-def test_out_dtype_is_written_and_named_in_the_config(folders: list[Path], tmp_path: Path):
+def test_out_dtype_is_written_and_named(folders: list[Path], tmp_path: Path):
+  """It stands in config.json, too."""
   done = run("--method=linear", f"--models={folders[0]},{folders[3]}", "--weights=1", "--out_dtype=bfloat16",
              f"--out={tmp_path / 'out'}")
   assert done.returncode == 0, done.stderr
@@ -137,7 +138,8 @@ def test_a_disk_too_small_is_refused_before_the_work(folders: list[Path], tmp_pa
     subprocess.run(["umount", mount], check=True)
 
 
-def test_a_killed_merge_leaves_no_output_and_the_next_one_is_whole(tmp_path: Path):
+def test_killed_merge_leaves_no_output(tmp_path: Path):
+  """The next one is whole."""
   rng = np.random.default_rng(0)
   folders = [write(tmp_path / str(i), {f"w{j}": rng.normal(size=(500, 1000)).astype(np.float32) for j in range(20)})
              for i in range(2)]

@@ -12,8 +12,7 @@ from imm_jax import errors, merging
 from imm_jax.errors import UserError
 from imm_jax.merging.configs import require_compatible
 from tests.merge_folders import read
-from tests.merging.recipe_models import merged, save
-from tests.merging.test_recipes import source
+from tests.merging.recipe_models import merged, save, source
 
 TEXT = {"model_type": "gemma3_text", "num_hidden_layers": 4, "num_attention_heads": 4, "rope_theta": 1e6,
         "layer_types": ["a", "b", "c", "d"]}
@@ -64,7 +63,8 @@ def test_tolerable_differences_of_parts_are_said(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize("key", ["num_attention_heads", "encoder_attention_heads", "n_head", "n_heads", "num_heads",
                                  "num_kv_heads", "kv_n_heads", "v_head_dim", "activation_function", "hidden_act",
                                  "feed_forward_proj", "num_local_experts", "num_decoder_layers", "n_layers"])
-def test_what_a_mean_must_not_mix_has_other_names_in_other_families(key: str, tmp_path: Path):
+def test_families_name_incompatible_keys_apart(key: str, tmp_path: Path):
+  """A mean must not mix models of other heads or experts, whatever a family calls their number."""
   a, b = (save(tmp_path / name, i, **{key: value}) for i, (name, value) in enumerate((("a", 4), ("b", 2))))
   with pytest.raises(UserError, match=f"has {key}=2 in config.json, models"):
     merged(tmp_path, linear(a, b))
@@ -81,8 +81,11 @@ def test_what_a_mean_must_not_mix_has_other_names_in_other_families(key: str, tm
     ({"rope_theta": 1e4}, {"rope_theta": None, "rotary_emb_base": 1e6}, "models[1] has other rotary embeddings"),
     ({"layer_types": ["a", "b"]}, {"layer_types": ["b", "a"]}, "models[1] has other layer_types in config.json"),
     ({"mlp_only_layers": [1]}, {"mlp_only_layers": [2]}, "models[1] has other mlp_only_layers in config.json"),
-    ({"steps": 1}, {"steps": 2}, "")])
-def test_what_may_differ_is_said_whatever_a_family_calls_it(a: dict, b: dict, expected: str, tmp_path: Path, capsys):
+    ({"steps": 1}, {"steps": 2}, "")],
+    ids=["norm-eps", "layernorm-epsilon", "rotary-dim", "local-base", "equal-share", "other-pct", "other-factor",
+         "other-theta", "layer-types", "mlp-only-layers", "training-steps"])
+def test_differing_keys_are_noted(a: dict, b: dict, expected: str, tmp_path: Path, capsys):
+  """What may differ is noted whatever a family calls it."""
   errors.print_once.cache_clear()
   require_compatible({f"models[{i}]": save(tmp_path / str(i), i, **config) for i, config in enumerate((a, b))})
   notes = capsys.readouterr().err
@@ -119,7 +122,7 @@ def test_slices_of_several_stacks_are_refused(tmp_path: Path):
     merged(tmp_path, passthrough((a, [0, 3]), (b, [1, 4])))
 
 
-def test_slices_of_a_nested_text_model_have_their_config_in_its_place(tmp_path: Path):
+def test_slices_edit_the_nested_text_config(tmp_path: Path):
   text_only = {name: shape for name, shape in TOWERS.items() if not name.startswith("vision")}
   a, b = (parts(tmp_path / name, i, text_only) for i, name in enumerate("ab"))
   merged(tmp_path, passthrough((a, [0, 3]), (b, [1, 4])))
@@ -130,7 +133,8 @@ def test_slices_of_a_nested_text_model_have_their_config_in_its_place(tmp_path: 
   assert config["vision_config"] == VISION
 
 
-def test_what_follows_the_layers_is_the_last_slices_in_any_family(tmp_path: Path):
+def test_last_slice_gives_the_tail(tmp_path: Path):
+  """What follows the layers is the last slice's, in any family."""
   shapes = {"gpt_neox.embed_in.weight": (5, 2), "embed_out.weight": (5, 2), "gpt_neox.final_layer_norm.weight": (2,),
             **{f"gpt_neox.layers.{i}.w": (2, 2) for i in range(2)}}
   a, b = (save(tmp_path / name, i, shapes, num_hidden_layers=2, layer_types=None) for i, name in enumerate("ab"))
@@ -166,7 +170,8 @@ def test_the_dtype_in_config_is_that_of_the_weights(tmp_path: Path):
     assert config.get("text_config", {}).get("dtype", dtype) == dtype
 
 
-def test_a_model_without_config_is_named_and_nothing_else_said(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_missing_config_is_the_only_complaint(tmp_path: Path, capsys: pytest.CaptureFixture):
+  """A model without config.json is named, and nothing else is said."""
   a, b = save(tmp_path / "a", 0), save(tmp_path / "b", 1)
   (b / "config.json").unlink()
   with pytest.raises(UserError, match=r"b/config\.json: cannot be read"):

@@ -15,7 +15,7 @@ def merge(base, start, tuned, **options):
   return merging.imm(base, start, tuned, **{"base_weight": 0.5, "drop_rate": 0.2, "key": KEY, **options})
 
 
-def test_trees_that_do_not_match_are_named_path_by_path():
+def test_mismatched_trees_are_named_by_path():
   base = {"a": np.zeros(2, np.float32), "b": {"c": np.zeros((2, 3), np.float32), "d": np.zeros(4, np.float32)}}
   start = {"a": np.zeros(2, np.float32), "b": {"c": np.zeros((3, 2), np.float32)}, "e": np.zeros(1, np.float32)}
   tuned = {"b": {"c": np.zeros((2, 3), np.float32), "d": np.zeros((), np.float32)}}
@@ -26,7 +26,8 @@ def test_trees_that_do_not_match_are_named_path_by_path():
     assert problem in str(e.value)
 
 
-def test_trees_of_equal_size_that_would_broadcast_do_not_match():
+def test_broadcastable_shapes_do_not_match():
+  """Trees of equal size whose leaves would broadcast are refused."""
   with pytest.raises(ValueError, match=r"w is \(2, 3\) in base, \(1, 3\) in tuned"):
     merge({"w": np.zeros((2, 3))}, {"w": np.zeros((2, 3))}, {"w": np.zeros((1, 3))})
 
@@ -57,7 +58,8 @@ def test_a_number_beyond_float32_is_none(recwarn: pytest.WarningsRecorder):
 
 @pytest.mark.parametrize("dtype", [np.int32, np.bool_])
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["base", "start", "tuned"])
-def test_a_leaf_that_is_floating_in_one_model_only_is_an_error(which, dtype):
+def test_mixed_floating_leaves_are_refused(which, dtype):
+  """A leaf that is floating in one model only is an error."""
   trees = [{"w": np.ones((2, 2), np.float32), "steps": np.ones(2, dtype if i == which else np.float32)}
            for i in range(3)]
   with pytest.raises(ValueError, match=r"steps is (float32 in base, (int32|bool)|(int32|bool) in base, float32)"):
@@ -65,7 +67,8 @@ def test_a_leaf_that_is_floating_in_one_model_only_is_an_error(which, dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.bool_])
-def test_leaves_that_are_not_floating_must_be_equal_and_are_copied(dtype):
+def test_integer_leaves_must_be_equal(dtype):
+  """Leaves that are not floating must be the same in all models, and are copied."""
   trees = [{"w": np.full(2, i, np.float32), "ids": np.array([1, 0], dtype)} for i in range(3)]
   assert merge(*trees)["ids"].tolist() == trees[0]["ids"].tolist()
   trees[2]["ids"] = np.array([1, 1], dtype)
@@ -75,7 +78,8 @@ def test_leaves_that_are_not_floating_must_be_equal_and_are_copied(dtype):
 
 @pytest.mark.parametrize("importance", [
     [], [0.0, 0.0], [1.0, -1.0], [1.0, math.nan], [1.0, math.inf], [[1.0, 1.0]], 1.0])
-def test_importance_must_be_one_finite_score_a_layer_with_a_positive_sum(importance):
+def test_importance_must_be_valid(importance):
+  """It has to be one finite score for each layer, with a positive sum."""
   ones = {"w": np.ones(2, np.float32)}
   with pytest.raises(ValueError, match="importance: expected one finite score >= 0"):
     merging.iimm(ones, ones, ones, base_weight=0.5, drop_rate=0.0, importance=importance, key=KEY,

@@ -65,7 +65,8 @@ def test_imm_follows_equations_5_and_6(base_weight, drop_rate):
 
 
 @pytest.mark.parametrize("drop_rate", [0.0, 0.4])
-def test_iimm_scales_each_layer_by_its_share_of_importance(drop_rate):
+def test_iimm_scales_layers_by_importance(drop_rate):
+  """Each layer by its share of it."""
   base, start, tuned = tree(0), tree(1), tree(2)
   importance = np.array([3.0, 1.0])
   merged = merging.iimm(base, start, tuned, base_weight=0.4, drop_rate=drop_rate, importance=importance, key=KEY,
@@ -85,7 +86,8 @@ def test_iimm_of_equal_importance_is_imm():
 
 
 @pytest.mark.parametrize("drop_rate", [0.0, 0.2, 0.5, 0.999])
-def test_dare_drops_by_the_mask_rule_and_rescales_by_the_quantised_rate(drop_rate):
+def test_dare_follows_the_mask_rule(drop_rate):
+  """It rescales by the quantised rate."""
   delta = tree(0)
   dropped = merging.dare(delta, drop_rate=drop_rate, key=KEY, names=NAMES)
   steps = round(drop_rate * 65_536)
@@ -96,7 +98,8 @@ def test_dare_drops_by_the_mask_rule_and_rescales_by_the_quantised_rate(drop_rat
     np.testing.assert_allclose(dropped[leaf], expected, rtol=3e-7)
 
 
-def test_a_rate_that_is_no_multiple_of_its_step_rescales_by_what_is_drawn():
+def test_rate_is_rounded_to_its_step():
+  """A rate that is no multiple of its step rescales by what is drawn."""
   kept = np.unique(merging.dare({"w": np.ones((50, 50), np.float32)}, drop_rate=0.2, key=KEY)["w"])
   np.testing.assert_allclose(kept, [0, 65_536 / (65_536 - 13_107)], rtol=1e-7)
   assert kept[1] != np.float32(1.25)
@@ -120,18 +123,21 @@ def stacked_and_apart(method, shape: tuple[int, ...], **options) -> tuple[np.nda
   return np.asarray(stacked), [np.asarray(x) for x in apart]
 
 
-def test_a_stacked_leaf_drops_as_its_layers_do_bit_for_bit():
+def test_stacked_leaf_drops_like_its_layers():
+  """The bits are the same."""
   np.testing.assert_array_equal(*stacked_and_apart(merging.dare, (3, 4, 5)))
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 5), (3, 8)])
-def test_a_stacked_leaf_merges_as_its_layers_bit_for_bit(shape):
+def test_stacked_leaf_merges_like_its_layers(shape):
+  """The bits are the same."""
   np.testing.assert_array_equal(*stacked_and_apart(merging.imm, shape, base_weight=0.4))
   importance = np.arange(1.0, shape[0] + 1)
   np.testing.assert_array_equal(*stacked_and_apart(merging.iimm, shape, base_weight=0.4, importance=importance))
 
 
-def test_without_drops_the_ends_are_the_models_themselves_bit_for_bit():
+def test_ends_are_exact_without_drops():
+  """At weights 0 and 1 the result is one of the models bit for bit."""
   base, start, tuned = tree(0), tree(1), tree(2)
   start["norm"][:3] = [1e8, 0.1, -0.0]
   tuned["norm"][:3] = [1.0, 0.3, -0.0]
@@ -144,7 +150,8 @@ def test_without_drops_the_ends_are_the_models_themselves_bit_for_bit():
     jax.tree.map(bits, merging.imm(base, start, tuned, base_weight=1.0, drop_rate=drop_rate, key=KEY), base)
 
 
-def test_a_base_weight_of_one_hides_what_is_not_finite_in_the_tuned_model():
+def test_full_base_weight_hides_infinities():
+  """A base weight of one hides what is not finite in the tuned model."""
   base, tuned = {"w": np.float32([1, 2])}, {"w": np.float32([np.nan, np.inf])}
   assert merging.imm(base, base, tuned, base_weight=1.0, drop_rate=0.5, key=KEY)["w"].tolist() == [1, 2]
 
@@ -163,7 +170,8 @@ def test_bfloat16_is_rounded_once():
   assert (twice.astype(ml_dtypes.bfloat16) != np.asarray(merged)).any()
 
 
-def test_the_result_has_the_dtype_of_each_leaf_of_the_base():
+def test_result_has_the_dtypes_of_the_base():
+  """Each leaf has that of the base's leaf."""
   base = {str(jnp.dtype(d)): jnp.zeros(3, d) for d in (jnp.bfloat16, jnp.float16, jnp.float32)}
   tuned = {name: jnp.ones(3, jnp.float32) for name in base}
   merged = merging.imm(base, base, tuned, base_weight=0.5, drop_rate=0.0, key=KEY)
@@ -171,7 +179,8 @@ def test_the_result_has_the_dtype_of_each_leaf_of_the_base():
   assert all(str(leaf.dtype) == name for name, leaf in merging.dare(base, drop_rate=0.5, key=KEY).items())
 
 
-def test_the_same_seed_drops_the_same_entries_whatever_stands_beside_them():
+def test_drops_depend_on_the_seed_alone():
+  """The same seed drops the same entries whatever stands beside them."""
   delta = tree(0)
   first = merging.dare(delta, drop_rate=0.5, key=jax.random.key(5), names=NAMES)
   again = merging.dare(delta, drop_rate=0.5, key=jax.random.key(5), names=NAMES)
@@ -186,7 +195,8 @@ def test_a_row_keeps_its_mask_when_rows_are_added():
   np.testing.assert_array_equal(drop(rows)[:4], drop(rows[:4]))
 
 
-def test_other_seeds_names_and_rows_have_independent_masks():
+def test_masks_are_independent():
+  """Other seeds, names and rows have other masks."""
   ones = np.ones((64, 256), np.float32)
   drop = lambda seed, name: np.asarray(
       merging.dare({"w": ones}, drop_rate=0.5, key=jax.random.key(seed), names={"w": name})["w"]) == 0
@@ -198,7 +208,8 @@ def test_other_seeds_names_and_rows_have_independent_masks():
 
 @settings(max_examples=60, deadline=None)
 @given(drop_rate=st.floats(0, 0.95), seed=st.integers(0, 2**31 - 1))
-def test_the_share_dropped_is_the_rate_and_the_mean_stays(drop_rate, seed):
+def test_drop_share_and_mean(drop_rate, seed):
+  """The share that is dropped is the rate, and the mean stays."""
   n = 256 * 256
   got = np.asarray(merging.dare({"w": np.ones((256, 256), np.float32)}, drop_rate=drop_rate,
                                 key=jax.random.key(seed))["w"], np.float64)
@@ -245,7 +256,8 @@ def different_when_sharded() -> set[tuple[str, str]]:
   return {tuple(pair) for pair in json.loads(done.stdout)}
 
 
-def test_sharded_models_drop_the_same_entries_bit_for_bit(different_when_sharded):
+def test_sharded_models_drop_the_same_entries(different_when_sharded):
+  """The bits are the same."""
   assert not {leaf for method, leaf in different_when_sharded if method == "dare"}
 
 

@@ -84,7 +84,8 @@ def test_gradients_are_those_of_finite_differences(method: str):
 
 
 @pytest.mark.parametrize("method", EACH)
-def test_vmap_is_a_loop_and_eval_shape_needs_no_values(method: str):
+def test_vmap_and_eval_shape(method: str):
+  """`vmap` equals a loop, and `eval_shape` needs no values."""
   trees = arguments(method)
   several = [jax.tree.map(lambda x: np.stack([x, x[::-1]]), t) for t in trees]
   mapped = jax.jit(jax.vmap(lambda ts: call(method, ts)))(several)
@@ -144,7 +145,8 @@ def test_coefficients_may_be_arrays():
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della_linear"])
-def test_a_density_of_0_leaves_the_base_in_gradients_too(method: str):
+def test_zero_density_keeps_the_base_gradient(method: str):
+  """A density of 0 leaves the base, in gradients, too."""
   base, tuned = jnp.arange(6.0).reshape(2, 3), jnp.ones((2, 3))
   merge = lambda b, t: getattr(merging, method)({"w": b}, [{"w": t}], weights=1, densities=0,
                                                 key=jax.random.key(0))["w"].sum()
@@ -167,6 +169,7 @@ def test_weights_of_0_and_1_have_their_gradient(weight: float):
 
 
 @pytest.mark.parametrize("method", ["ram", "ramplus_tl"])
-def test_a_threshold_that_decides_a_mask_is_not_traced(method: str):
+def test_traced_thresholds_are_refused(method: str):
+  """A threshold that decides a mask cannot be traced."""
   with pytest.raises(ValueError, match=r"threshold at .layers\.0\.w. is traced by jax, but it decides"):
     jax.grad(lambda t: getattr(merging, method)(tree(0), [tree(1)], threshold=t)["layers.0.w"].sum())(0.05)

@@ -16,7 +16,8 @@ from tests.merging.cases import BASE, CASES, KEY, LAYERS, SHAPES, A, B, C, call,
 @pytest.mark.parametrize("method", [
     pytest.param(m, marks=pytest.mark.slow) if m == "della" else
     pytest.param(m, marks=pytest.mark.full) if m.startswith("dare") else m for m in CASES])
-def test_bfloat16_is_merged_in_float32_and_rounded_once(method):
+def test_bfloat16_is_rounded_once(method):
+  """It is merged in float32."""
   low = models(4, ml_dtypes.bfloat16)
   wide = [{name: x.astype(np.float32) for name, x in model.items()} for model in low]
   got, expected = call(method, low), call(method, wide)
@@ -57,7 +58,7 @@ def test_results_repeat_and_donation_changes_nothing(method):
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated))
 
 
-def test_a_buffer_that_is_needed_elsewhere_is_not_donated():
+def test_shared_buffer_is_not_donated():
   """In the first round the base is the start too."""
   base, tuned = (jax.tree.map(jnp.asarray, t) for t in (BASE, A))
   got = merging.imm(base, base, tuned, base_weight=0.4, drop_rate=0.3, key=KEY, donate=True)
@@ -69,7 +70,8 @@ def test_integer_leaves_may_pass_through_jit():
   assert int(jax.jit(lambda ts: call("imm", ts))(trees)["step"]) == 3
 
 
-def test_names_that_stand_for_two_tensors_and_lists_without_layers_are_errors():
+def test_ambiguous_names_are_refused():
+  """Names that stand for two tensors, and lists without layers, are errors."""
   pair = [{"a": np.ones(2, np.float32), "b": np.ones(2, np.float32)} for _ in range(2)]
   with pytest.raises(ValueError, match=r"names: \['q'\] stand for several tensors"):
     merging.linear(pair, weights=1, names={"a": "q", "b": "q"})
@@ -111,14 +113,16 @@ def test_tied_leaves_are_merged_once():
   assert (np.asarray(apart["head"]) != np.asarray(apart["embed"])).any()
 
 
-def test_shared_leaves_whose_options_differ_are_merged_apart():
+def test_shared_leaves_with_other_options_part():
+  """Shared leaves whose options differ are merged apart."""
   tree = lambda x: {"layers": [{"w": x}, {"w": x}]}
   average = lambda a, b: merging.linear([tree(a), tree(b)], weights=[[1.0, 0.0], [0.0, 1.0]])
   for run in (average, jax.jit(average)):
     assert [float(layer["w"][0]) for layer in run(jnp.zeros(1), jnp.ones(1))["layers"]] == [0, 1]
 
 
-def test_tied_leaves_have_one_mask_while_weights_are_traced():
+def test_traced_tied_leaves_share_a_mask():
+  """Tied leaves have one mask while weights are traced."""
   tree = lambda x: {"embed": x, "head": x}
   zeros, ones = tree(jnp.zeros(64)), tree(jnp.ones(64))
   merged = jax.jit(lambda a: merging.imm(zeros, zeros, ones, base_weight=a, drop_rate=0.5, key=KEY))(0.25)

@@ -101,7 +101,8 @@ def ulps(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     {"models": [entry("a", weight=0.31), entry("b", weight=0.17), entry("c", weight=-1.3)]},
     {"models": [entry("a", weight=[0.0, 0.9]), entry("b", weight=1.1)]},
     {"models": [entry("a", weight=0.3), entry("b", weight=0.6)], "parameters": {"normalize": False}}])
-def test_linear_equals_mergekit_in_every_element_of_float32(made: dict, folders: dict[str, Path], tmp_path: Path):
+def test_linear_equals_mergekit(made: dict, folders: dict[str, Path], tmp_path: Path):
+  """Every element is equal in float32."""
   for name, (theirs, mine) in both({"merge_method": "linear", **made}, folders, tmp_path, "float32").items():
     small = is_subnormal(theirs)
     np.testing.assert_array_equal(mine[~small], theirs[~small], name)
@@ -172,7 +173,8 @@ def undecided(made: dict, folders: dict[str, Path]) -> dict[str, np.ndarray]:
                           {"value": 0.5}]}},
     {"merge_method": "model_stock", "models": [entry("a"), entry("b"), entry("c")]}],
     ids=lambda made: made["merge_method"])
-def test_methods_agree_with_mergekit_within_one_unit_of_bfloat16(made: dict, folders: dict[str, Path], tmp_path: Path):
+def test_methods_agree_with_mergekit(made: dict, folders: dict[str, Path], tmp_path: Path):
+  """They differ by at most one unit of bfloat16 in the last place."""
   different = {}
   skip = undecided(made, folders) if made["merge_method"] in ("ties", "breadcrumbs", "breadcrumbs_ties") else {}
   assert sum(mask.mean() for mask in skip.values()) < 0.2 * len(SHAPES)
@@ -183,7 +185,7 @@ def test_methods_agree_with_mergekit_within_one_unit_of_bfloat16(made: dict, fol
   assert different == {}
 
 
-def test_sce_agrees_with_mergekit_where_no_variance_is_tied(folders: dict[str, Path], tmp_path: Path):
+def test_sce_agrees_with_mergekit(folders: dict[str, Path], tmp_path: Path):
   """Of entries with the same variance mergekit selects some and we select all, which changes the weights, too."""
   stored = [safetensors.read(folders[m] / "model.safetensors") for m in ("base", "a", "b", "c")]
   shares = []
@@ -202,7 +204,7 @@ def test_sce_agrees_with_mergekit_where_no_variance_is_tied(folders: dict[str, P
     assert ulps(theirs, mine).max(initial=0) <= 1, name
 
 
-def test_dare_rescales_by_the_share_where_mergekit_restores_the_norm(folders: dict[str, Path], tmp_path: Path):
+def test_dare_rescaling_differs_from_mergekit(folders: dict[str, Path], tmp_path: Path):
   """1 / (1 - p), so that the mean over masks stays; mergekit's factor depends on the mask that was drawn."""
   made = {"merge_method": "dare_linear", "base_model": "@base@", "models": [entry("a", weight=1, density=0.5)]}
   base, tuned = (safetensors.read(folders[m] / "model.safetensors")["model.embed_tokens.weight"].astype(np.float32)

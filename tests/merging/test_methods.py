@@ -64,7 +64,8 @@ def test_ties_keeps_all_entries_of_equal_magnitude():
   assert merging.ties({"w": np.zeros(5, np.float32)}, [tuned], densities=0.0)["w"].tolist() == [0] * 5
 
 
-def test_breadcrumbs_drops_outliers_and_small_entries_of_each_tensor():
+def test_breadcrumbs_drops_both_extremes():
+  """The outliers and the small entries of each tensor are dropped."""
   got = call("breadcrumbs", (BASE, A, B, C))
   for name, shape in SHAPES.items():
     size, kept = math.prod(shape), []
@@ -79,7 +80,8 @@ def test_breadcrumbs_drops_outliers_and_small_entries_of_each_tensor():
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
-def test_dare_methods_combine_deltas_that_dare_has_thinned(method):
+def test_dare_methods_combine_thinned_deltas(method):
+  """Deltas that DARE has thinned."""
   got = call(method, (BASE, A, B, C))
   weights = CASES[method]["weights"]
   thinned = [merging.dare({n: x - BASE[n] for n, x in model.items()}, drop_rate=1 - density,
@@ -91,7 +93,8 @@ def test_dare_methods_combine_deltas_that_dare_has_thinned(method):
     np.testing.assert_allclose(got[name], BASE[name] + mixed, rtol=1e-4, atol=1e-5)
 
 
-def test_della_keeps_large_entries_more_often_and_stays_unbiased():
+def test_della_favours_large_entries():
+  """It keeps them more often, and stays unbiased."""
   n, density, epsilon = 4001, 0.5, 0.3
   base, tuned = {"w": np.zeros(n, np.float32)}, {"w": np.arange(1, n + 1, dtype=np.float32)}
   options = {"weights": 1, "densities": density, "epsilons": epsilon}
@@ -132,7 +135,7 @@ def test_slerp_of_zero_opposite_and_tiny_tensors():
 
 @pytest.mark.parametrize(("method", "options"), [
     ("nuslerp", {}), ("nuslerp", {"flatten": False, "row_wise": True}), ("multislerp", {})])
-def test_equal_and_parallel_models_have_their_mean_and_a_gradient(method, options):
+def test_parallel_models_have_mean_and_gradient(method, options):
   """Norms and what no one has tuned are the same in most models: no angle may be divided by."""
   x = np.random.default_rng(3).normal(size=(7, 33)).astype(np.float32)
   a, b = {"same": x, "twice": x}, {"same": x, "twice": 2 * x}
@@ -155,7 +158,8 @@ def test_leaves_may_be_numbers_of_python():
   assert float(merging.linear([{"w": 1.0, "n": 3}, {"w": 2.0, "n": 3}], weights=1)["w"]) == 1.5
 
 
-def test_model_stock_weighs_by_the_angle_between_deltas():
+def test_model_stock_uses_angles():
+  """It weighs by the angle between deltas."""
   got = call("model_stock", (BASE, A, B, C))
   for name in SHAPES:
     d = [x.ravel() for x in deltas(name)]
@@ -165,7 +169,8 @@ def test_model_stock_weighs_by_the_angle_between_deltas():
     np.testing.assert_allclose(got[name], ratio * mean + (1 - ratio) * BASE[name], rtol=1e-4, atol=1e-5)
 
 
-def test_model_stock_keeps_the_base_where_deltas_cancel():
+def test_model_stock_keeps_a_cancelled_base():
+  """Where deltas cancel, the base stays."""
   base, x = {"w": np.ones(2, np.float32)}, np.array([0.5, 0.0], np.float32)
   got = merging.model_stock(base, [{"w": base["w"] + x}, {"w": base["w"] - x}])
   assert got["w"].tolist() == [1, 1]
@@ -173,7 +178,8 @@ def test_model_stock_keeps_the_base_where_deltas_cancel():
 
 @settings(max_examples=30, deadline=None)
 @given(weight=st.floats(0, 1, width=32), seed=st.integers(0, 2**31 - 1))
-def test_imm_without_drops_is_a_mean_and_the_ends_are_exact(weight, seed):
+def test_imm_without_drops_is_a_mean(weight, seed):
+  """The ends are exact."""
   merge = lambda w: merging.imm(BASE, A, B, base_weight=w, drop_rate=0.0, key=jax.random.key(seed))
   for name, leaf in merge(weight).items():
     expected = weight * BASE[name].astype(np.float64) + (1 - weight) * B[name]
@@ -193,7 +199,8 @@ def test_dare_linear_is_unbiased(density, seed):
   assert abs(got.mean() - 1) <= 6 * deviation / density + 1e-4
 
 
-def test_model_stock_needs_two_models_and_directions_are_finite():
+def test_model_stock_checks_its_inputs():
+  """It needs two models, and its directions are finite."""
   with pytest.raises(ValueError, match="1 given; model_stock takes 2 or more"):
     merging.model_stock(BASE, [A])
   broken = {**A, "scale": np.array([np.nan], np.float32)}

@@ -12,11 +12,6 @@ from tests.merge_folders import read
 from tests.merging.recipe_models import merged, save
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[Path, Path]:
-  return save(tmp_path / "a", 0), save(tmp_path / "b", 1)
-
-
 def recipe(tmp_path: Path, text: str | dict):
   path = tmp_path / "recipe.yml"
   path.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
@@ -28,7 +23,8 @@ def linear(*models: object, weights=(1, 1), **more) -> dict:
       "weight": w}} for m, w in zip(models, weights, strict=False)], **more}
 
 
-def test_models_may_be_written_in_all_of_mergekits_forms(pair, tmp_path: Path, monkeypatch, capsys):
+def test_all_mergekit_forms_of_models(pair, tmp_path: Path, monkeypatch, capsys):
+  """Models may be written in all of mergekit's forms."""
   seen = []
   monkeypatch.setattr("imm_jax.merging.recipe_models.hub.resolve", lambda name: seen.append(name) or pair[0])
   forms = ["p", {"model": "p"}, {"model": {"path": "p"}}, {"path": "p"}, {"model": {"path": "p", "revision": "r"}},
@@ -78,7 +74,8 @@ def test_true_and_false_are_no_numbers(value: object, pair, tmp_path: Path):
     recipe(tmp_path, linear(*pair, weights=(value, 1)))
 
 
-def test_keys_of_ones_own_have_no_effect_and_a_line_says_so(pair, tmp_path: Path, capsys):
+def test_own_keys_are_noted(pair, tmp_path: Path, capsys):
+  """Keys of the user's own have no effect, and a line says so."""
   text = f"""
 x: &p {{weight: 0.5}}
 remarks: [made on a Monday]
@@ -93,36 +90,100 @@ slices: []
   assert all(f"{key} is not known and has no effect" in notes for key in ("x", "remarks", "models[0].remark"))
 
 
-@pytest.mark.parametrize(("change", "expected"), [
-    ({"merge_methods": "ties"}, "merge_methods is not supported; did you mean merge_method?"),
-    ({"dtpye": "float32"}, "dtpye is not supported; did you mean dtype?"),
-    ({"density": 0.5}, "density is not supported here; "),  # it belongs under parameters
-    ({"merge_method": ["ties"]}, "merge_method=['ties']: did you mean ties?"),
-    ({"merge_method": "fisher"}, "give --method=fisher with --models and --fishers"),
-    ({"base_model": {"model": {"path": "x"}, "lora": 5}}, "base_model.lora=5: expected a folder or a hub id"),
-    ({"base_model": {"model": {"revision": "x"}}}, "base_model.model.path=None: expected a folder or a hub id"),
-    ({"base_model": {"model": {"path": 5}}}, "base_model.model.path=5: expected a folder"),
-    ({"base_model": {"model": {"path": "x", "revision": 5}}}, "base_model.model.revision=5: expected a text"),
-    ({"base_model": ["A"]}, "base_model=['A']: expected a folder"),
-    ({"models": [{"model": None, "parameters": {"weight": 1}}]}, "models[0].model=None: expected a folder"),
-    ({"models": [{"model": "A", "weight": 1}]}, "models[0].weight is not supported here"),
-    ({"models": [{"model": "A", "layer_range": [0, 1]}]}, "models[0].layer_range is not supported here"),
-    ({"tokenizer": {"source": "base", "tokens": ["w1"]}}, "tokenizer.tokens: expected a mapping from tokens"),
-    ({"tokenizer": {"tokens": {"w": 1}}}, "tokenizer.tokens.w: expected a mapping with source or force"),
-    ({"tokenizer": {"tokens": {"w": {"source": {"kind": "model_token", "model": "A", "token_id": "x"}}}}},
-     "tokens.w.source.token_id='x': expected a number of a row"),
-    ({"tokenizer": {"tokens": {"w": {"source": {"kind": "model_token", "token": "x"}}}}},
-     "tokens.w.source.model=None: expected a folder"),
-    ({"tokenizer": {"tokens": {"w": {"source": "A", "force": "maybe"}}}}, "tokens.w.force='maybe': expected true or"),
-    ({"tokenizer": {"pad_to_multiple_of": True}}, "tokenizer.pad_to_multiple_of=True: expected a number of rows"),
-    ({"tokenizer": {"pad_to_multiple_of": 0}}, "tokenizer.pad_to_multiple_of=0: expected a number of rows, 1 or more"),
-    ({"tokenizer": ["a"]}, "tokenizer: expected a mapping with source"),
-    ({"parameters": {"normalize": [{"filter": "mlp", "value": False}]}}, "the same for all tensors")])
-def test_what_a_recipe_has_wrong_is_one_line(change: dict, expected: str, pair, tmp_path: Path):
-  text = yaml.safe_dump({**linear(*pair), **change}).replace(": A\n", f": {pair[0]}\n")
+def a_slice(*sources: dict, **more) -> dict:
+  """The keys of a recipe of one slice."""
+  return {"models": None, "slices": [{"sources": list(sources)}], **more}
+
+
+HALF = {"model": "A", "layer_range": [0, 2]}
+# By what is wrong: keys that differ from those of the mean of A and B (None: left out), or a text; and what is said.
+WRONG: dict[str, tuple[dict | str, str]] = {
+    "no-yaml": ("merge_method: [1, 2", "is not YAML"),
+    "unknown-method": ({"merge_method": "tiess"}, "merge_method='tiess': did you mean ties?"),
+    "list-of-methods": ({"merge_method": ["ties"]}, "merge_method=['ties']: did you mean ties?"),
+    "method-of-flags": ({"merge_method": "fisher"}, "give --method=fisher with --models and --fishers"),
+    "misspelt-key": ({"base_modle": "A"}, "base_modle is not supported; did you mean base_model?"),
+    "parameter-outside": ({"density": 0.5}, "density is not supported here; "),
+    "dtype": ({"out_dtype": "int4"}, "dtype='int4'"),
+    "experts": ({"gate_mode": "hidden", "experts": [{"source_model": "A"}]}, "a mixture of experts"),
+    "no-models": ({"models": []}, "expected models or slices"),
+    "models-and-slices": ({"slices": [{}]}, "expected models or slices, not both"),
+    "modules-key": ({"models": None, "modules": {"text": {"moduls": 1}}},
+                    "modules.text.moduls is not supported; did you mean models?"),
+    "two-modules": ({"modules": {"vision": {}, "text": {}}}, "expected one module"),
+    "no-base": ({"merge_method": "slerp"}, "base_model is missing; slerp needs one"),
+    "base-lora": ({"base_model": {"model": {"path": "x"}, "lora": 5}},
+                  "base_model.lora=5: expected a folder or a hub id"),
+    "base-no-path": ({"base_model": {"model": {"revision": "x"}}},
+                     "base_model.model.path=None: expected a folder or a"),
+    "base-path": ({"base_model": {"model": {"path": 5}}}, "base_model.model.path=5: expected a folder"),
+    "base-revision": ({"base_model": {"model": {"path": "x", "revision": 5}}},
+                      "base_model.model.revision=5: expected a text"),
+    "base-list": ({"base_model": ["A"]}, "base_model=['A']: expected a folder"),
+    "no-model": ({"models": [{"model": None, "parameters": {"weight": 1}}]}, "models[0].model=None: expected a folder"),
+    "weight-outside": ({"models": [{"model": "A", "weight": 1}]}, "models[0].weight is not supported here"),
+    "layers-outside": ({"models": [HALF]}, "models[0].layer_range is not supported here"),
+    "misspelt-parameter": ({"models": [{"model": "A", "parameters": {"wieght": 1}}]},
+                           "wieght is not supported; did you mean weight?"),
+    "misspelt-mergekit-parameter": ({"parameters": {"lamda": 0.7}},
+                                    "parameters.lamda is not supported; did you mean lambda?"),
+    "parameters-list": ({"models": [{"model": "A", "parameters": [1]}]}, "parameters: expected a mapping"),
+    "no-weight": ({"models": [{"model": "A", "parameters": {"gamma": 0.5}}]}, "models[0].parameters.weight is missing"),
+    "weight-text": ({"models": [{"model": "A", "parameters": {"weight": "heavy"}}]},
+                    "models[0].parameters.weight='heavy'"),
+    "weight-of-some": ({"models": [{"model": "A", "parameters": {"weight": [{"filter": "mlp", "value": 1}]}}]},
+                       "add one for the others: '.*', in a recipe an entry with only a value"),
+    "normalize-number": ({"parameters": {"normalize": 0.5}}, "normalize=0.5: expected true or false"),
+    "normalize-of-some": ({"parameters": {"normalize": [{"filter": "mlp", "value": False}]}},
+                          "the same for all tensors"),
+    "rescale": ({"merge_method": "ties", "base_model": "A", "parameters": {"density": 0.5, "rescale": True}},
+                "parameters.rescale: ties does not rescale"),
+    "layers-past-the-end": (a_slice({"model": "A", "layer_range": [0, 9]}, merge_method="passthrough"),
+                            "layer_range [0, 9]: A has 4 layers"),
+    "layers-backwards": (a_slice({"model": "A", "layer_range": [3, 2]}, merge_method="passthrough"),
+                         "expected [first, end] with 0 <= first"),
+    "no-layers": (a_slice({"model": "A"}, merge_method="passthrough"), "layer_range=None"),
+    "unequal-layers": (a_slice(HALF, {"model": "B", "layer_range": [0, 1]}, merge_method="karcher"),
+                       "the same number of layers"),
+    "lone-slerp": (a_slice(HALF, merge_method="slerp", base_model="A", parameters={"t": 0.5}),
+                   "slerp takes 1 model other than base_model, not 0"),
+    "scope-of-slices": ({"models": None, "slices": [{"sources": [HALF, HALF | {"model": "B"}]}] * 2,
+                         "merge_method": "ties", "base_model": "A", "parameters": {"weight": 1, "scope": "model"}},
+                        "parameters.scope='model': slices are merged one by one"),
+    "tokenizer-twice": ({"tokenizer_source": "union", "tokenizer": {"source": "base"}}, "give one of them"),
+    "tokenizer-list": ({"tokenizer": ["a"]}, "tokenizer: expected a mapping with source"),
+    "tokens-list": ({"tokenizer": {"source": "base", "tokens": ["w1"]}},
+                    "tokenizer.tokens: expected a mapping from tokens"),
+    "token-number": ({"tokenizer": {"tokens": {"w": 1}}},
+                     "tokenizer.tokens.w: expected a mapping with source or force"),
+    "token-id": ({"tokenizer": {"tokens": {"w": {"source": {"kind": "model_token", "model": "A", "token_id": "x"}}}}},
+                 "tokens.w.source.token_id='x': expected a number of a row"),
+    "token-model": ({"tokenizer": {"tokens": {"w": {"source": {"kind": "model_token", "token": "x"}}}}},
+                    "tokens.w.source.model=None: expected a folder"),
+    "token-force": ({"tokenizer": {"tokens": {"w": {"source": "A", "force": "maybe"}}}},
+                    "tokens.w.force='maybe': expected true or"),
+    "pad-true": ({"tokenizer": {"pad_to_multiple_of": True}},
+                 "tokenizer.pad_to_multiple_of=True: expected a number of rows"),
+    "pad-0": ({"tokenizer": {"pad_to_multiple_of": 0}},
+              "tokenizer.pad_to_multiple_of=0: expected a number of rows, 1 or more"),
+    "chat-template": ({"chat_template": "alpaca"}, "expected auto, chatml or a Jinja template")}
+
+
+@pytest.mark.parametrize(("change", "expected"), WRONG.values(), ids=WRONG)
+def test_what_a_recipe_has_wrong_is_one_line(change: dict | str, expected: str, pair, tmp_path: Path):
+  text = change
+  if isinstance(change, dict):
+    raw = {**linear(*pair), **change}
+    text = yaml.safe_dump({key: value for key, value in raw.items() if value is not None})
+  for name, folder in zip("AB", pair, strict=True):
+    text = text.replace(f": {name}\n", f": {folder}\n")
   with pytest.raises(UserError) as error:
-    recipe(tmp_path, text)
-  assert expected in str(error.value)
+    merged(tmp_path, text)
+  assert expected in str(error.value).replace(str(pair[0]), "A")
+  late = expected.startswith(("add one for", "layer_range [0, 9]"))  # seen with the models at hand
+  assert str(error.value).startswith(f"{tmp_path}/out.yml: ") != late
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("value", "expected"), [
@@ -179,7 +240,8 @@ def test_messages_say_which_slice(pair, tmp_path: Path):
       "slices[0].base", "slices[0].sources[1]", "slices[1].base", "slices[1].sources[1]"]
 
 
-def test_a_parameter_for_all_models_in_one_of_them_is_noted(pair, tmp_path: Path, capsys):
+def test_misplaced_parameter_is_noted(pair, tmp_path: Path, capsys):
+  """It is a parameter for all models that stands in one of them."""
   made = linear(*pair)
   made["models"][1]["parameters"]["normalize"] = False
   assert recipe(tmp_path, made).options == {"weights": [1.0, 1.0]}

@@ -12,16 +12,7 @@ from imm_jax.errors import UserError
 from imm_jax.merging import command, mergekit
 from imm_jax.model import safetensors
 from tests.merge_folders import one_line, read, run
-from tests.merging.recipe_models import CONFIG, merged, save
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[Path, Path]:
-  return save(tmp_path / "a", 0), save(tmp_path / "b", 1)
-
-
-def source(folder: Path, layers: list[int], **parameters) -> dict:
-  return {"model": str(folder), "layer_range": layers, **({"parameters": parameters} if parameters else {})}
+from tests.merging.recipe_models import CONFIG, merged, save, source
 
 
 def test_slices_stack_layers_anew(pair, tmp_path: Path):
@@ -69,35 +60,8 @@ def test_lists_go_over_the_layers_of_the_config(family: str, tmp_path: Path):
     np.testing.assert_array_equal(got[name], np.float32(scale) * tree[name], err_msg=name)
 
 
-@pytest.mark.parametrize(("change", "expected"), [
-    ({"slices": [{"sources": [{"model": "A", "layer_range": [0, 9]}]}]}, "layer_range [0, 9]: A has 4 layers"),
-    ({"slices": [{"sources": [{"model": "A", "layer_range": [3, 2]}]}]}, "expected [first, end] with 0 <= first"),
-    ({"slices": [{"sources": [{"model": "A"}]}]}, "layer_range=None"),
-    ({"slices": [{"sources": [{"model": "A", "layer_range": [0, 2]}, {"model": "B", "layer_range": [0, 1]}]}],
-      "merge_method": "karcher"}, "the same number of layers"),
-    ({"slices": [{"sources": [{"model": "A", "layer_range": [0, 2]}]}], "merge_method": "slerp", "base_model": "A",
-      "parameters": {"t": 0.5}}, "slerp takes 1 model other than base_model, not 0"),
-    ({"slices": [{"sources": [{"model": "A", "layer_range": [0, 2]}, {"model": "B", "layer_range": [0, 2]}]}] * 2,
-      "merge_method": "ties", "base_model": "A", "parameters": {"weight": 1, "scope": "model"}},
-     "parameters.scope='model': slices are merged one by one"),
-    ({"models": [{"model": "A", "parameters": {"weight": [{"filter": "mlp", "value": 1}]}}], "merge_method": "linear"},
-     "add one for the others: '.*', in a recipe an entry with only a value"),
-    ({"models": [{"model": "A"}], "modules": {"vision": {}, "text": {}}}, "expected one module"),
-    ({"gate_mode": "hidden", "experts": [{"source_model": "A"}]}, "a mixture of experts"),
-    ({"models": [{"model": "A", "parameters": [1]}], "merge_method": "linear"}, "parameters: expected a mapping"),
-    ({"models": [{"model": "A"}], "merge_method": "slerp"}, "base_model is missing; slerp needs one"),
-    ({"models": [{"model": "A", "parameters": {"wieght": 1}}]}, "wieght is not supported; did you mean weight?"),
-    ({"models": [{"model": "A"}], "chat_template": "alpaca"}, "expected auto, chatml or a Jinja template")])
-def test_what_a_recipe_has_wrong_is_named(change: dict, expected: str, pair, tmp_path: Path):
-  text = yaml.safe_dump({"merge_method": "passthrough", **change})
-  for name, folder in zip("AB", pair, strict=True):
-    text = text.replace(f": {name}\n", f": {folder}\n")
-  with pytest.raises(UserError) as error:
-    merged(tmp_path, text)
-  assert expected.replace("A has", f"{pair[0]} has") in str(error.value)
-
-
-def test_keys_of_other_methods_and_modules_change_nothing(pair, tmp_path: Path, capsys):
+def test_irrelevant_keys_change_nothing(pair, tmp_path: Path, capsys):
+  """These are keys of other methods, and `modules`."""
   both = [{"model": str(folder), "parameters": {"weight": 0.5, "density": 0.5}} for folder in pair]
   plain = merged(tmp_path, {"merge_method": "slerp", "base_model": str(pair[0]), "parameters": {"t": 0.4},
                             "models": [{"model": str(pair[1])}], "dtype": "bfloat16"}, "plain")
@@ -111,7 +75,8 @@ def test_keys_of_other_methods_and_modules_change_nothing(pair, tmp_path: Path, 
     np.testing.assert_array_equal(more[name], x)
 
 
-def test_the_base_decides_config_and_tokenizer_of_every_method(pair, tmp_path: Path):
+def test_base_gives_config_and_tokenizer(pair, tmp_path: Path):
+  """This holds for every method."""
   (pair[0] / "tokenizer.json").write_text('{"of": "a"}')
   (pair[1] / "tokenizer.json").write_text('{"of": "b"}')
   merged(tmp_path, {"merge_method": "linear", "base_model": str(pair[1]), "models": [
@@ -137,7 +102,8 @@ def test_several_documents_build_on_each_other(pair, tmp_path: Path):
 LINEAR = {"merge_method": "linear", "parameters": {"weight": 1}}
 
 
-def test_models_whose_configs_have_no_common_meaning_are_refused(pair, tmp_path: Path, capsys):
+def test_incompatible_configs_are_refused(pair, tmp_path: Path, capsys):
+  """Their configs have no common meaning."""
   for key, value in (("model_type", "mistral"), ("num_attention_heads", 4), ("hidden_act", "gelu")):
     other = save(tmp_path / key, 2, **{"hidden_act": "silu", key: value})
     first = save(tmp_path / f"{key}-first", 3, hidden_act="silu")
@@ -175,7 +141,8 @@ def test_tied_and_untied_models_make_an_untied_one(family: str, tmp_path: Path):
   assert head not in merged(tmp_path, {**LINEAR, "models": [{"model": str(copied)}, {"model": str(tied)}]})
 
 
-def test_buffers_that_one_model_has_and_counters_are_no_obstacle(tmp_path: Path):
+def test_extra_buffers_and_counters_are_ignored(tmp_path: Path):
+  """Buffers that one model alone has, and counters, are no obstacle."""
   tree = {"encoder.layer.0.w": np.ones((2, 2), np.float32), "encoder.layer.1.w": np.ones((2, 2), np.float32),
           "bn.num_batches_tracked": np.array(3)}
   a = save(tmp_path / "a", 0, tree={**tree, "embeddings.position_ids": np.arange(4)})
@@ -213,7 +180,8 @@ def test_values_beyond_the_output_dtype_are_counted(pair, tmp_path: Path, capsys
   assert json.loads((tmp_path / "out/merge.json").read_text())["overflowed"] == {"model.norm.weight": 3}
 
 
-def test_code_and_pipelines_beside_the_weights_are_copied_or_refused(tmp_path: Path):
+def test_code_is_copied_or_refused(tmp_path: Path):
+  """Code and pipelines beside the weights are copied or refused."""
   folder = save(tmp_path / "own", 0, auto_map={"AutoConfig": "configuration_own.OwnConfig"})
   (folder / "configuration_own.py").write_text("class OwnConfig: ...")
   (folder / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}]))
@@ -229,7 +197,8 @@ def test_code_and_pipelines_beside_the_weights_are_copied_or_refused(tmp_path: P
 
 
 @pytest.mark.parametrize("mapped", ["config.json", "tokenizer_config.json", "processor_config.json", None])
-def test_files_that_a_model_needs_are_copied_and_others_named(mapped: str | None, pair, tmp_path: Path, capsys):
+def test_needed_files_are_copied(mapped: str | None, pair, tmp_path: Path, capsys):
+  """Other files are named."""
   needed = ["processor_config.json", "video_preprocessor_config.json", "spm.model", "normalizer.json",
             "tokenizer_config.json", "qwen.tiktoken"]
   for name in (*needed, "tokenization_own.py", "own.json", "trainer_state.json", "train_results.json", "LICENSE"):
@@ -245,7 +214,8 @@ def test_files_that_a_model_needs_are_copied_and_others_named(mapped: str | None
   assert f"{pair[0]}: {names}: not copied; add what the model needs" in capsys.readouterr().err
 
 
-def test_model_stock_of_one_model_and_adapters_alone_are_refused(pair, tmp_path: Path):
+def test_lone_models_are_refused(pair, tmp_path: Path):
+  """These are `model_stock` of one model, and adapters alone."""
   with pytest.raises(UserError, match="model_stock takes 2 or more models other than base_model, not 1"):
     merged(tmp_path, {"merge_method": "model_stock", "base_model": str(pair[0]), "models": [{"model": str(pair[1])}]})
   adapter = tmp_path / "adapter"
@@ -277,7 +247,8 @@ def test_fisher_weighs_entry_by_entry(pair, tmp_path: Path):
     np.testing.assert_allclose(x, 0.75 * read(pair[0])[name] + 0.25 * read(pair[1])[name], rtol=1e-5, atol=1e-6)
 
 
-def test_bfloat16_is_what_is_written_without_out_dtype(pair, tmp_path: Path):
+def test_bfloat16_is_the_default_output(pair, tmp_path: Path):
+  """It is written where there is no `out_dtype`."""
   got = merged(tmp_path, {"merge_method": "passthrough", "dtype": "bfloat16", "models": [{"model": str(pair[0])}]})
   assert {x.dtype for x in got.values()} == {np.dtype(ml_dtypes.bfloat16)}
 

@@ -63,7 +63,8 @@ print(json.dumps(found))
 
 
 @pytest.mark.full
-def test_sharded_trees_give_the_bits_of_whole_ones_where_they_lie_and_imm_moves_nothing():
+def test_sharded_merge_is_bitwise_equal():
+  """Results lie where the inputs do, and IMM moves nothing between devices."""
   environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
   done = subprocess.run([sys.executable, "-c", _SHARDED], cwd=REPO, env=environment, capture_output=True, text=True,
                         check=False)

@@ -8,13 +8,7 @@ import pytest
 
 from imm_jax.errors import UserError
 from tests.merge_folders import read
-from tests.merging.recipe_models import SHAPES, merged, save
-from tests.merging.test_recipes import source
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[Path, Path]:
-  return save(tmp_path / "a", 0), save(tmp_path / "b", 1)
+from tests.merging.recipe_models import SHAPES, merged, save, source
 
 
 def stack(*folders: Path, **more) -> dict:
@@ -39,7 +33,7 @@ def test_depth_is_that_of_the_output_in_slices_too(method: str, parameters: dict
     np.testing.assert_allclose(whole[name], base[name] + scale * (other[name] - base[name]), rtol=1e-5, atol=1e-6)
 
 
-def test_the_head_of_slices_is_the_last_ones_unless_all_are_tied(pair, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_head_is_of_the_last_slice(pair, tmp_path: Path, capsys: pytest.CaptureFixture):
   """mergekit writes no head for a tied last slice, so that an untied output lacks one."""
   shapes = {name: shape for name, shape in SHAPES.items() if name != "lm_head.weight"}
   a, b = (save(tmp_path / f"tied{i}", i, shapes, tie_word_embeddings=True) for i in (2, 3))
@@ -66,7 +60,8 @@ def reshaped(**changes: tuple[int, ...] | None) -> dict[str, tuple[int, ...]]:
     (reshaped(up_proj=None), "lacks model.layers.N.mlp.up_proj.weight"),
     (reshaped(norm=None), "lacks model.norm.weight"),
     (SHAPES | {f"model.layers.{i}.mlp.up_proj.bias": (6,) for i in range(4)}, "has model.layers.N.mlp.up_proj.bias")])
-def test_slices_of_models_that_do_not_fit_are_refused(shapes: dict, expected: str, pair, tmp_path: Path):
+def test_misfitting_slices_are_refused(shapes: dict, expected: str, pair, tmp_path: Path):
+  """They are slices of models that do not fit."""
   other = save(tmp_path / "other", 2, shapes)
   for made, label, reference in (
       (stack(pair[0], other), f"slices[1].sources[0] ({other})", f"slices[0].sources[0] ({pair[0]})"),
@@ -79,7 +74,8 @@ def test_slices_of_models_that_do_not_fit_are_refused(shapes: dict, expected: st
     assert expected in str(error.value)
 
 
-def test_the_base_whose_config_the_output_takes_must_fit_though_it_is_no_input(pair, tmp_path: Path):
+def test_donor_must_fit(pair, tmp_path: Path):
+  """The base whose config the output takes has to fit though it is no input."""
   whole = {"merge_method": "passthrough", "models": [{"model": str(pair[0])}]}
   for made in (whole, stack(*pair)):
     for name, config in (("family", {"model_type": "gpt2"}), ("heads", {"num_attention_heads": 4})):

@@ -50,7 +50,8 @@ class Stack(linen.Module):
     return x
 
 
-def test_nnx_states_with_random_keys_and_linen_layers():
+def test_nnx_and_linen_states():
+  """NNX states with random keys and Linen layers can be merged."""
   states = [nnx.state(Block(nnx.Rngs(i))) for i in range(2)]
   got = merging.linear(states, weights=1)
   kernel = lambda s: np.asarray(s["linear"]["kernel"][...])
@@ -61,7 +62,7 @@ def test_nnx_states_with_random_keys_and_linen_layers():
     np.testing.assert_array_equal(got[f"layers_{i}"]["kernel"], params[i]["params"][f"layers_{i}"]["kernel"])
 
 
-def test_leaves_that_are_no_arrays_are_copied_where_they_are_the_same():
+def test_equal_other_leaves_are_copied():
   """As equinox modules hold their activations."""
   trees = [{**A, "activation": jax.nn.relu, "name": "mlp"}, {**B, "activation": jax.nn.relu, "name": "mlp"}]
   got = merging.linear(trees, weights=1)
@@ -86,7 +87,9 @@ def test_float64_stays():
     (lambda: merging.linear([A, B], weights=1, names={"w": 3}), "names: 3 at w: expected a name"),
     (lambda: merging.linear([A, B], weights=1, names={"v": "w"}), "names: expected a tree of the models' form"),
     (lambda: merging.linear([{"w": 1.0}, {"w": "text"}], weights=1), r"w is float in models\[0\], str in models\[1\]"),
-    (lambda: merging.fisher([A, B], [A]), "fishers: 1 given for 2 models")])
+    (lambda: merging.fisher([A, B], [A]), "fishers: 1 given for 2 models")],
+    ids=["one-tree", "trees-as-arguments", "key-is-int", "no-key", "abstract", "name-is-int", "other-names",
+         "text-leaf", "too-few-fishers"])
 def test_what_does_not_fit_is_named(call, expected):
   with pytest.raises(ValueError, match=expected):
     call()
@@ -142,7 +145,8 @@ print(json.dumps(found))
 @pytest.mark.parametrize(("methods", "kinds"), [
     (("linear", "ties", "della", "slerp"), "Explicit"),
     pytest.param(tuple(test_gradients.OPTIONS), "Auto,Explicit", marks=pytest.mark.slow)])
-def test_methods_on_explicit_and_automatic_meshes_and_in_shard_map(methods: tuple[str, ...], kinds: str):
+def test_meshes_and_shard_map(methods: tuple[str, ...], kinds: str):
+  """Methods run on explicit and automatic meshes and within `shard_map`."""
   environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
   done = subprocess.run([sys.executable, "-c", _MESHES, ",".join(methods), kinds], cwd=REPO, env=environment,
                         capture_output=True, text=True, check=False)

@@ -47,7 +47,8 @@ def rows(folder: Path) -> dict[str, np.ndarray]:
   return {token: embedding[i] for token, i in AutoTokenizer.from_pretrained(folder).get_vocab().items()}
 
 
-def test_a_union_gives_every_model_the_rows_of_all_tokens(worded, tmp_path: Path):
+def test_union_has_rows_for_all_tokens(worded, tmp_path: Path):
+  """Every model is given them."""
   base, more, padded = map(rows, worded.values())
   made = {"merge_method": "linear", "base_model": str(worded["base"]), "dtype": "float32",
           "tokenizer": {"source": "union", "pad_to_multiple_of": 8},
@@ -91,7 +92,8 @@ def test_tokens_may_be_chosen_one_by_one(worded, tmp_path: Path):
 
 
 @pytest.mark.parametrize("tokens", [{}, {"<b>": {"source": "more"}}])
-def test_the_head_of_a_tied_model_is_its_embedding_for_every_token(tokens: dict, worded, tmp_path: Path):
+def test_tied_head_is_the_embedding(tokens: dict, worded, tmp_path: Path):
+  """The head of a tied model is its embedding for every token."""
   tied = {name: x for name, x in read(worded["more"]).items() if name != "lm_head.weight"}
   more = save(tmp_path / "tied", 0, tree=tied, vocab_size=14, tie_word_embeddings=True)
   tokenizer(more, WORDS[:1] + WORDS[:0:-1], ("<a>", "<b>"))
@@ -185,7 +187,8 @@ def test_the_rows_of_any_family_are_aligned(family: str, tmp_path: Path):
     ({"model.embed_tokens.weight": (12, 8), "model.layers.0.q.weight": (12, 8), "model.layers.1.mtp.weight": (12, 8)},
      "layers.1.mtp.weight"),
     ({"encoder.embed_tokens.weight": (12, 8), "decoder.embed_tokens.weight": (9, 8)}, "different numbers of tokens")])
-def test_tables_that_are_not_known_are_refused_not_left_out_of_order(shapes, expected: str, tmp_path: Path):
+def test_unknown_tables_are_refused(shapes, expected: str, tmp_path: Path):
+  """Tables by token that are not known are refused, not left in the wrong order."""
   folders = [save(tmp_path / name, i, shapes) for i, name in enumerate("ab")]
   tokenizer(folders[0], WORDS)
   tokenizer(folders[1], WORDS[::-1])
@@ -203,7 +206,8 @@ def test_blocks_of_any_size_give_the_same_rows(worded, tmp_path: Path, monkeypat
     np.testing.assert_array_equal(x, whole[name])
 
 
-def test_a_tokenizer_keeps_the_class_that_its_source_names(worded, tmp_path: Path):
+def test_tokenizer_keeps_its_class(worded, tmp_path: Path):
+  """The class that its source names."""
   path = worded["base"] / "tokenizer_config.json"
   path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}))
   merged(tmp_path, linear(list(worded.values()), tokenizer_source="union"))
@@ -218,7 +222,8 @@ STALE = {"special_tokens_map.json": '{"eos_token": "w1"}', "added_tokens.json": 
 
 
 @pytest.mark.parametrize("source", ["more", "union"])
-def test_a_tokenizer_of_its_own_has_no_files_of_the_base_beside_it(source: str, worded, tmp_path: Path):
+def test_own_tokenizer_replaces_base_files(source: str, worded, tmp_path: Path):
+  """A tokenizer of its own has no files of the base beside it."""
   for name, text in STALE.items():
     (worded["base"] / name).write_text(text)
   (worded["more"] / "chat_template.jinja").write_text("of more")
@@ -232,7 +237,8 @@ def test_a_tokenizer_of_its_own_has_no_files_of_the_base_beside_it(source: str, 
   assert made.chat_template == ("of the base" if source == "union" else "of more")
 
 
-def test_the_ids_in_configs_are_those_of_the_same_tokens(worded, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_config_ids_follow_their_tokens(worded, tmp_path: Path, capsys: pytest.CaptureFixture):
+  """The ids in configs are those of the same tokens."""
   base, more = worded["base"], worded["more"]
   fast = PreTrainedTokenizerFast.from_pretrained(more, eos_token="<b>")
   fast.save_pretrained(more)

@@ -75,7 +75,8 @@ def test_blockwise_equals_xla(length: int, dtype: Any, tolerance: float) -> None
   _close(got, _run(attention.packed(ids, backend="xla"), *inputs), tolerance)
 
 
-def test_branches_see_what_is_before_them_in_their_own_text() -> None:
+def test_branches_see_their_own_past() -> None:
+  """Branches see what is before them in their own text."""
   rng = np.random.default_rng(1)
   length, parents = 150, np.full((2, 150), -1)
   for row, t in np.ndindex(2, length):  # each token follows the one before, or one of its ancestors
@@ -152,7 +153,8 @@ def test_cudnn_lowers_to_one_fused_kernel_each_way() -> None:
 
 
 @pytest.mark.parametrize("backend", ["xla", "blockwise", "splash", "cudnn"])
-def test_a_scale_in_place_of_the_usual_one_is_a_multiple_of_the_queries(backend: str) -> None:
+def test_custom_scale_multiplies_queries(backend: str) -> None:
+  """A scale in place of the usual one is a multiple of the queries."""
   q, k, v, direction = _inputs(2, 4, 2, 128, 64, jnp.float32)
   ids, scale = jnp.asarray(_segments(2, 128)), 0.3
   plain = attention.packed(ids, backend="xla")
@@ -163,7 +165,8 @@ def test_a_scale_in_place_of_the_usual_one_is_a_multiple_of_the_queries(backend:
 
 
 @pytest.mark.parametrize("backend", ["xla", "blockwise", "splash"])
-def test_padding_is_finite_and_gets_no_gradient_from_tokens(backend: str) -> None:
+def test_padding_is_finite_and_inert(backend: str) -> None:
+  """It gets no gradient from tokens."""
   q, k, v, direction = _inputs(1, 2, 1, 128, 64, jnp.float32)
   ids = jnp.asarray(np.arange(128)[None] < 100, jnp.int32)
   direction = direction * ids[:, None, :, None]
@@ -192,8 +195,8 @@ def _mesh(platform: str, *, kind: str = "chip", capability: str = "9.0", sizes: 
     ("tpu", {"sizes": (1, 2, 4)}, "xla"), ("tpu", {"sizes": (1, 4, 2)}, "splash"),
     ("gpu", {"capability": "7.0"}, "xla"), ("gpu", {"head_dim": 256}, "cudnn"),
     ("gpu", {"head_dim": 256, "capability": "8.0"}, "xla")], ids=str)
-def test_auto_takes_the_kernel_of_the_platform_where_it_can_run(platform: str, changes: dict[str, Any], want: str,
-                                                                ) -> None:
+def test_auto_takes_a_kernel_that_runs(platform: str, changes: dict[str, Any], want: str,) -> None:
+  """The kernel of the platform where it can run."""
   mesh = _mesh(platform, **{k: v for k, v in changes.items() if k in ("sizes", "capability")})
   config = dataclasses.replace(CONFIG, head_dim=changes.get("head_dim", 64))
   choose = functools.partial(attention.choose_backend, config=config, dtype=changes.get("dtype", jnp.bfloat16),
@@ -209,7 +212,8 @@ def test_auto_takes_the_kernel_of_the_platform_where_it_can_run(platform: str, c
     assert choose(kernel) == want
 
 
-def test_an_unknown_backend_is_refused_with_the_nearest_name() -> None:
+def test_unknown_backend_is_refused() -> None:
+  """The message has the nearest name."""
   config = tiny.get_config()
   config.sft.attention = "splsh"
   with pytest.raises(UserError, match=r"config\.sft\.attention='splsh': did you mean splash"):

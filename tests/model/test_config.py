@@ -95,8 +95,9 @@ PLAIN = {"model_type": "llama", "vocab_size": 61, "hidden_size": 48, "intermedia
     ({"num_key_value_heads": False}, "num_key_value_heads is False"),
     ({"vocab_size": None}, "vocab_size is None"),
     ({"max_position_embeddings": "4k"}, "max_position_embeddings is '4k'"),
-], ids=lambda value: value if isinstance(value, str) else "")
-def test_options_that_change_the_arithmetic_are_refused_by_name(change: dict[str, Any], named: str) -> None:
+])
+def test_arithmetic_options_are_refused(change: dict[str, Any], named: str) -> None:
+  """Options that change the arithmetic are refused by name."""
   with pytest.raises(UserError) as error:
     ModelConfig.from_hf({**PLAIN, **change}, source="folder/config.json")
   assert str(error.value).startswith("folder/config.json: ")
@@ -104,7 +105,8 @@ def test_options_that_change_the_arithmetic_are_refused_by_name(change: dict[str
   assert "\n" not in str(error.value)
 
 
-def test_whatever_stands_at_a_key_is_read_or_refused_in_one_line() -> None:
+def test_any_value_is_read_or_refused() -> None:
+  """Whatever stands at a key is read, or refused in one line."""
   values = (float("nan"), float("inf"), 10**400, -10**400, 1e-320, -1, 0, True, False, None, "x", "", [], [1], [{}], {},
             {"a": [1]}, {"rope_type": {}})
   scaling = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
@@ -133,8 +135,9 @@ def test_whatever_stands_at_a_key_is_read_or_refused_in_one_line() -> None:
     {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 2},
     {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": None,
      "max_window_layers": 0},
-], ids=str)
-def test_what_changes_nothing_in_transformers_is_read(change: dict[str, Any]) -> None:
+])
+def test_inert_keys_are_read(change: dict[str, Any]) -> None:
+  """They change nothing in transformers."""
   plain = ModelConfig.from_hf({**PLAIN, **{k: v for k, v in change.items() if k == "model_type"}})
   assert ModelConfig.from_hf({**PLAIN, **change}) == plain
 
@@ -179,7 +182,8 @@ LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_f
     ({"rope_theta": 5e5, **LLAMA31}, {"rope_theta": 5e5, "rope_type": "default"}),
     ({"rope_theta": 5e5, **LLAMA31}, {"rope_theta": 5e5, **LLAMA31, "factor": 32.0}),
 ], ids=["theta", "type", "factor"])
-def test_two_keys_of_rope_that_disagree_are_both_named(first: dict[str, Any], second: dict[str, Any]) -> None:
+def test_contradicting_rope_keys_are_named(first: dict[str, Any], second: dict[str, Any]) -> None:
+  """Both keys are named."""
   with pytest.raises(UserError, match=r"rope_parameters=\{.*rope_scaling=\{.*disagree"):
     ModelConfig.from_hf({**PLAIN, "rope_parameters": first, "rope_scaling": second})
 
@@ -268,7 +272,8 @@ def test_all_that_transformers_writes_is_known(family: str, tmp_path: Path) -> N
   assert ModelConfig.from_hf({**config.to_dict(), **_TRANSFORMERS4}) == want
 
 
-def test_missing_keys_mean_what_they_mean_in_transformers() -> None:
+def test_missing_keys_have_defaults() -> None:
+  """They mean what they mean in transformers."""
   few = {k: v for k, v in PLAIN.items() if k not in ("num_key_value_heads", "tie_word_embeddings")}
   expected = ModelConfig(vocab_size=61, hidden_size=48, intermediate_size=80, num_layers=2, num_heads=4, num_kv_heads=4,
                          head_dim=12, rope_theta=10_000.0, rms_norm_eps=1e-6, tie_embeddings=False, qkv_bias=False)

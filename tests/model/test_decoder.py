@@ -72,7 +72,8 @@ def _random_params(config: ModelConfig) -> Params:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_of_a_config_in_the_old_form_equal_transformers(checkpoint, kind: str) -> None:
+def test_old_configs_give_transformers_logits(checkpoint, kind: str) -> None:
+  """The config has the form of older versions of transformers."""
   model, folder = checkpoint(kind, old_rope_key=True)
   assert "rope_theta" in json.loads((folder / "config.json").read_text())
   tokens = _tokens(3, 17)
@@ -85,7 +86,7 @@ def test_logits_of_a_config_in_the_old_form_equal_transformers(checkpoint, kind:
 
 
 @pytest.mark.parametrize("kind", ["qwen2.5-math", "llama3", "llama3.1", "llama-biased", "qwen3-yarn"])
-def test_logits_equal_transformers_far_into_the_context(checkpoint, kind: str) -> None:
+def test_late_logits_equal_transformers(checkpoint, kind: str) -> None:
   """A last bit that is wrong in a rotary frequency grows with the position."""
   model, folder = checkpoint(kind, num_attention_heads=1, num_key_value_heads=1, head_dim=64)
   tokens = _tokens(1, 4096)
@@ -98,7 +99,7 @@ def test_logits_equal_transformers_far_into_the_context(checkpoint, kind: str) -
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=[] if kind in ("llama3.1", "granite") else pytest.mark.full)
                                   for kind in KINDS])
-def test_packed_rows_past_the_context_equal_transformers(checkpoint, kind: str) -> None:
+def test_long_packed_rows_equal_transformers(checkpoint, kind: str) -> None:
   """Two segments and padding in a row, logits and gradients; the first goes on where the original context ends."""
   model, folder = checkpoint(kind)
   lengths = (100, 41)
@@ -127,7 +128,7 @@ def test_packed_rows_past_the_context_equal_transformers(checkpoint, kind: str) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_errs_no_more_than_bfloat16_does_in_torch(checkpoint, kind: str) -> None:
+def test_bfloat16_errs_no_more_than_torch(checkpoint, kind: str) -> None:
   model, folder = checkpoint(kind)
   tokens = _tokens(3, 17)
   config, params = hf.load(folder)
@@ -141,7 +142,8 @@ def test_bfloat16_errs_no_more_than_bfloat16_does_in_torch(checkpoint, kind: str
 
 
 @pytest.mark.full
-def test_bfloat16_gradients_err_no_more_than_those_of_autocast(checkpoint) -> None:
+def test_bfloat16_gradients_match_autocast(checkpoint) -> None:
+  """They err no more than those of torch's autocast."""
   model, folder = checkpoint("llama", num_hidden_layers=8)
   tokens = torch.from_numpy(_tokens(4, 40)).long()
 
@@ -163,7 +165,8 @@ def test_bfloat16_gradients_err_no_more_than_those_of_autocast(checkpoint) -> No
   assert 0 < away(flat(_by_name(jax.jit(jax.grad(loss))(params)))) < 1.5 * away(gradients(True))
 
 
-def test_packed_examples_get_the_logits_they_get_alone() -> None:
+def test_packed_examples_equal_lone_ones() -> None:
+  """Packed examples get the logits that they get alone."""
   params = _random_params(CONFIG)
   ends, alone = (5, 12, 15), _plain_rows(np.zeros((3, 17), np.int32))
   packed = {k: v.copy() for k, v in _plain_rows(_tokens(3, 17)).items()}
@@ -191,7 +194,8 @@ def test_a_token_sees_no_later_token() -> None:
 
 
 @pytest.mark.full
-def test_remat_recomputes_and_gives_the_same_gradients() -> None:
+def test_remat_keeps_the_gradients() -> None:
+  """It recomputes."""
   params = _random_params(CONFIG)
   batch = _plain_rows(_tokens(3, 17))
   plain = _gradients(CONFIG, params, batch)
@@ -204,7 +208,8 @@ def test_remat_recomputes_and_gives_the_same_gradients() -> None:
   assert cost["none"] < cost["attention"] < cost["full"]
 
 
-def test_gradients_of_float32_weights_are_not_rounded_to_the_compute_dtype() -> None:
+def test_gradients_stay_float32() -> None:
+  """Gradients of float32 weights are not rounded to the compute dtype."""
   params, batch = _random_params(CONFIG), _plain_rows(_tokens(3, 17))
   loss = lambda p: token_losses(CONFIG, p, batch, compute_dtype=jnp.bfloat16)[0]
   for path, grad in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(params)):

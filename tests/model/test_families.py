@@ -32,7 +32,8 @@ def _keys_read_in(file: str) -> set[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_key_that_transformers_declares_or_reads_is_known(family: str) -> None:
+def test_transformers_keys_are_known(family: str) -> None:
+  """These are all keys that transformers declares or reads."""
   declared = {field.name for field in dataclasses.fields(_config_class(family))}
   read = _keys_read_in(f"models/{family}/modeling_{family}")
   assert {"hidden_act", "rms_norm_eps"} <= read & declared  # or the pattern has grown old
@@ -55,7 +56,8 @@ def test_keys_and_defaults_are_those_of_the_class(family: str) -> None:
 
 
 @pytest.mark.skipif(not _PUBLISHED.exists(), reason="published configs are not on this machine")
-def test_published_configs_get_the_verdict_that_transformers_classes_give_them() -> None:
+def test_published_configs_get_their_verdict() -> None:
+  """Published configs get the verdict that transformers' classes give them."""
   rows = [json.loads(line) for line in _PUBLISHED.read_text().splitlines()]
   assert len(rows) == 83
   for row in rows:

@@ -34,8 +34,9 @@ def _stored(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("shard", [None, 20_000], ids=["one-file", "shards"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["qwen2-tied", "llama"])
-def test_a_loaded_and_saved_checkpoint_is_the_same_to_the_byte(
+def test_saving_restores_every_byte(
     checkpoint, tmp_path: Path, kind: str, dtype: torch.dtype, shard: int | None) -> None:
+  """A checkpoint that is loaded and saved is the same to the byte."""
   _, folder = checkpoint(kind, dtype=dtype)
   options = {} if shard is None else {"max_shard_bytes": shard}
   first, second = tmp_path / "first", tmp_path / "second"
@@ -47,7 +48,8 @@ def test_a_loaded_and_saved_checkpoint_is_the_same_to_the_byte(
   assert sum(name.endswith(".safetensors") for name in files) == 1 if shard is None else len(files) > 4
 
 
-def test_shards_hold_at_most_their_size_and_the_index_says_where_tensors_are(checkpoint, tmp_path: Path) -> None:
+def test_shard_sizes(checkpoint, tmp_path: Path) -> None:
+  """Shards hold at most their size, and the index says where tensors are."""
   _, folder = checkpoint("qwen2-untied")
   hf.save(hf.load(folder)[1], tmp_path / "out", max_shard_bytes=20_000)
   index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -61,7 +63,8 @@ def test_shards_hold_at_most_their_size_and_the_index_says_where_tensors_are(che
   assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_a_tensor_larger_than_a_shard_has_its_own_file(checkpoint, tmp_path: Path) -> None:
+def test_large_tensor_has_its_own_file(checkpoint, tmp_path: Path) -> None:
+  """It is larger than a shard."""
   _, folder = checkpoint("llama")
   hf.save(hf.load(folder)[1], tmp_path / "out", max_shard_bytes=1)
   assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(_stored(folder))
@@ -69,7 +72,8 @@ def test_a_tensor_larger_than_a_shard_has_its_own_file(checkpoint, tmp_path: Pat
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
-def test_a_tied_head_that_is_stored_too_is_written_too(checkpoint, tmp_path: Path, dtype: torch.dtype | None) -> None:
+def test_stored_tied_head_is_written(checkpoint, tmp_path: Path, dtype: torch.dtype | None) -> None:
+  """A tied head that is stored, too, is written, too."""
   _, folder = checkpoint("qwen2-tied", dtype=dtype)
   want = hf.load(folder)[1]
   _rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
@@ -88,7 +92,7 @@ def _rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> No
   safetensors.write(folder / "model.safetensors", [(n, x.dtype, x.shape, lambda x=x: [x]) for n, x in tensors.items()])
 
 
-def test_of_a_tied_pair_either_name_serves_and_the_embeddings_is_written(checkpoint, tmp_path: Path) -> None:
+def test_tied_head_names(checkpoint, tmp_path: Path) -> None:
   """vLLM looks for no other name."""
   model, folder = checkpoint("qwen2-tied", dtype=torch.bfloat16)
   want, before = hf.load(folder)[1], _stored(folder)
@@ -104,7 +108,8 @@ def test_of_a_tied_pair_either_name_serves_and_the_embeddings_is_written(checkpo
   assert all(torch.equal(read.state_dict()[name], x) for name, x in model.state_dict().items())
 
 
-def test_layers_of_several_dtypes_are_promoted_and_written_as_they_were(checkpoint, tmp_path: Path) -> None:
+def test_mixed_dtypes(checkpoint, tmp_path: Path) -> None:
+  """Layers of several dtypes are promoted, and written as they were."""
   _, folder = checkpoint("llama", dtype=torch.bfloat16)
   norm, up = "model.layers.1.input_layernorm.weight", "model.layers.0.mlp.up_proj.weight"
   _rewrite(folder, lambda t: t.update({norm: t[norm].astype(np.float32) * np.float32(1.001),
@@ -122,7 +127,8 @@ def test_layers_of_several_dtypes_are_promoted_and_written_as_they_were(checkpoi
   assert _stored(tmp_path / "out") == _stored(folder)
 
 
-def test_the_index_may_name_what_no_shard_holds_and_nothing_needs(checkpoint, tmp_path: Path) -> None:
+def test_index_may_name_unneeded_tensors(checkpoint, tmp_path: Path) -> None:
+  """The index may name what no shard holds and nothing needs."""
   _, source = checkpoint("qwen2-tied")
   want, folder = hf.load(source)[1], tmp_path / "shards"
   hf.save(want, folder, like=source, max_shard_bytes=20_000)
@@ -154,7 +160,8 @@ def test_transformers_loads_saved_shards(checkpoint, tmp_path: Path, kind: str) 
   assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-def test_config_and_tokenizer_files_are_copied_unchanged_and_nothing_else(tmp_path: Path) -> None:
+def test_side_files_are_copied(tmp_path: Path) -> None:
+  """Files of the config and the tokenizer are copied unchanged, and nothing else is."""
   source, out = tmp_path / "source", tmp_path / "out"
   shutil.copytree(TINY, source)
   (source / "additional_chat_templates").mkdir()
@@ -172,7 +179,8 @@ def test_config_and_tokenizer_files_are_copied_unchanged_and_nothing_else(tmp_pa
   assert all((out / name).read_bytes() == (source / name).read_bytes() for name in copied)
 
 
-def test_layers_are_stacked_in_order_and_place_is_asked_for_every_parameter(checkpoint) -> None:
+def test_stacking_order(checkpoint) -> None:
+  """Layers are stacked in order, and `place` is asked for every parameter."""
   model, folder = checkpoint("llama")
   seen, device = {}, jax.sharding.SingleDeviceSharding(jax.devices()[0])
   _, params = hf.load(folder, place=lambda path, shape: seen.setdefault(path, shape) and device)

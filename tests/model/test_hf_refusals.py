@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy as library_numpy
@@ -41,7 +42,8 @@ def _refusal(folder: Path) -> str:
   return str(error.value)
 
 
-def test_a_tied_head_that_is_stored_too_must_equal_the_embedding(checkpoint) -> None:
+def test_stored_tied_head_must_be_equal(checkpoint) -> None:
+  """A tied head that is stored, too, must equal the embedding."""
   _, folder = checkpoint("qwen2-tied")
   _edit(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
   message = _refusal(folder)
@@ -53,7 +55,8 @@ def test_a_tied_head_that_is_stored_too_must_equal_the_embedding(checkpoint) -> 
   assert "missing model.embed_tokens.weight" in _refusal(folder)
 
 
-def test_rotary_frequencies_of_old_checkpoints_are_ignored_where_they_stand(checkpoint) -> None:
+def test_old_rotary_frequencies_are_ignored(checkpoint) -> None:
+  """Rotary frequencies in old checkpoints are ignored where they stand."""
   _, folder = checkpoint("llama")
   _edit(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
                                     "model.rotary_emb.inv_freq": np.ones(4, np.float32)}))
@@ -103,8 +106,9 @@ def test_missing_files_are_named(checkpoint, tmp_path: Path) -> None:
     (lambda t: t.update({Q0.replace(".weight", ".qweight"): t.pop(Q0)}), ["q_proj.qweight says that its weights are"]),
 ], ids=["missing", "unknown", "transposed", "too-few-axes", "integers", "float64", "all-problems", "compiled",
         "of-another", "inner", "gptq"])
-def test_tensors_that_do_not_fit_the_config_are_named(
+def test_misfitting_tensors_are_named(
     checkpoint, change: Callable[[dict[str, np.ndarray]], Any], words: list[str]) -> None:
+  """They do not fit the config."""
   _, folder = checkpoint("llama")
   _edit(folder, change)
   message = _refusal(folder)
@@ -160,7 +164,7 @@ def test_damaged_shards_and_indices_are_named(checkpoint, tmp_path: Path) -> Non
     assert _refusal(folder).startswith(str(index))
 
 
-def test_a_single_file_beside_shards_is_refused_and_never_made(checkpoint, tmp_path: Path) -> None:
+def test_single_file_beside_shards_is_refused(checkpoint, tmp_path: Path) -> None:
   """transformers would read the file, others the shards."""
   _, source = checkpoint("llama")
   params, folder = hf.load(source)[1], tmp_path / "both"
@@ -179,6 +183,8 @@ def test_a_single_file_beside_shards_is_refused_and_never_made(checkpoint, tmp_p
 def test_an_index_of_a_single_file_is_read(checkpoint) -> None:
   _, folder = checkpoint("llama")
   names = library_numpy.load_file(folder / "model.safetensors")
+  config, expected = hf.load(folder)
   index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
   (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-  hf.load(folder)
+  assert hf.load(folder)[0] == config
+  jax.tree.map(np.testing.assert_array_equal, hf.load(folder)[1], expected)

@@ -9,6 +9,7 @@ from huggingface_hub import errors
 from imm_jax.errors import Exit, UserError, exit_code
 from imm_jax.model import hub, published
 from tests.fake_hub import Hub, http_error
+from tests.helpers import chain
 
 ID = "someone/some-model-1.5b"
 CONFIG = (hub.resolve("tiny") / "config.json").read_bytes()
@@ -56,7 +57,8 @@ def test_a_folder_and_the_embedded_model_need_no_hub(
     (f"{ID} ", ID), (f" {ID}@main", f"{ID}@main"), (f"{ID}@", ID), (f"{ID}/", ID), (f"{ID}:v1", f"{ID}@v1"),
     ("~/models/m", str(Path.home() / "models/m")), ("/no/such/folder", ""), ("/no/such+folder", ""), ("/no/x", ""),
     ("./x", ""), ("gpt2", ""), ("models/of/mine", ""), ("a/b/tree/c/d", "")])
-def test_a_name_that_is_neither_says_what_may_be_meant(fake: Hub, name: str, meant: str) -> None:
+def test_neither_path_nor_id_is_explained(fake: Hub, name: str, meant: str) -> None:
+  """A name that is neither a folder nor a model of the hub says what may be meant."""
   fake.raises = AssertionError("asked the hub")
   message = _refusal(name)
   assert message.startswith(f"{name}: no such checkpoint folder; expected a folder with config.json")
@@ -70,7 +72,8 @@ def test_ids_that_the_hub_cannot_have_are_one_line(name: str) -> None:
     published.find_config(name)
 
 
-def test_config_comes_first_then_exactly_what_the_index_names(fake: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_comes_before_weights(fake: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+  """After it come exactly the files that the index names."""
   fake.add(ID, {**OTHERS, **SHARDS, **SIDE, "config.json": CONFIG})
   assert hub.resolve(ID) == fake.folder(ID)
   first, second, *others = fake.fetched
@@ -94,7 +97,8 @@ def test_config_comes_first_then_exactly_what_the_index_names(fake: Hub, capsys:
   assert "the hub cannot be reached (offline; the cache holds only a part of it)" in _refusal(ID)
 
 
-def test_a_revision_is_asked_for_and_all_files_are_of_its_commit(fake: Hub) -> None:
+def test_revision_pins_all_files(fake: Hub) -> None:
+  """A revision is asked for, and all files are of its commit."""
   fake.add(ID, {"config.json": CONFIG, "model.safetensors": b"old", "tokenizer.json": b"{}"}, revision="v1.0")
   fake.add(ID, {"config.json": b"{}", "model.safetensors": b"new"})
   model = f"{ID}@v1.0"
@@ -135,14 +139,15 @@ def test_a_revision_is_asked_for_and_all_files_are_of_its_commit(fake: Hub) -> N
     ({"adapter_config.json": b'{"base_model_name_or_path": "org/base"}', "adapter_model.safetensors": b"x"},
      f"{ID}: is a LoRA adapter of org/base, not a whole model; give org/base+{ID}"),
     ({"README.md": b"x"}, f"{ID}: has no config.json on the hub; expected a model of transformers")])
-def test_what_cannot_be_read_is_refused_before_weights_come(fake: Hub, files: dict[str, bytes], expected: str) -> None:
+def test_unreadable_models_download_nothing(fake: Hub, files: dict[str, bytes], expected: str) -> None:
+  """What cannot be read is refused before weights come."""
   fake.add(ID, {name: content for name, content in {"tokenizer.json": b"{}", **files}.items() if content is not None})
   assert expected in _refusal(ID)
   assert not [name for name in fake.fetched if ".safetensors@" in name]
 
 
-def test_a_model_with_an_adapter_beside_it_says_that_the_adapter_is_ignored(
-    fake: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_adapter_beside_a_model_is_noted(fake: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+  """A line says that the adapter is ignored."""
   fake.add(ID, {"config.json": CONFIG, "model.safetensors": b"x", "adapter_config.json": b"{}",
                 "adapter_model.safetensors": b"x", "tokenizer.json": b"{}"})
   note = "holds a whole model and a LoRA adapter; the adapter is ignored\n"
@@ -155,16 +160,11 @@ def test_a_model_with_an_adapter_beside_it_says_that_the_adapter_is_ignored(
   assert capsys.readouterr().err == f"note: {tmp_path}: {note}"
 
 
-def _after(error: Exception, cause: Exception) -> Exception:
-  error.__cause__ = cause
-  return error
-
-
 @pytest.mark.parametrize(("error", "expected"), [
     (http_error(errors.GatedRepoError), f"is gated; accept its terms at https://huggingface.co/{ID}, run `hf auth"),
     (http_error(errors.RepositoryNotFoundError), "no such folder, and no such model on the hub"),
     (http_error(errors.HfHubHTTPError), f"the hub refuses (refused); try again, or `hf download {ID} --revision=v1"),
-    (_after(errors.LocalEntryNotFoundError("none"), http_error(errors.HfHubHTTPError, "429 Too many", 429)),
+    (chain(errors.LocalEntryNotFoundError("none"), http_error(errors.HfHubHTTPError, "429 Too many", 429)),
      "the hub refuses (429 Too many); too much was asked of it: wait, or run `hf auth login`"),
     (errors.LocalEntryNotFoundError("no network\nmore"), "the hub cannot be reached (no network); try again"),
     (ConnectionResetError("peer closed\nmore"), "the hub cannot be reached (peer closed)"),

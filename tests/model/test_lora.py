@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
-from absl import flags
-from absl.testing import flagsaver
 
-from imm_jax import convert
 from imm_jax.errors import UserError
 from imm_jax.model import hf, hub, lora, published, safetensors
 from imm_jax.model.folder import list_side_files
 from tests import REPO, TINY
 from tests.fake_hub import Hub
+from tests.helpers import run_convert
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -168,8 +166,8 @@ def test_blocks_make_no_difference(checkpoint, adapter: Make, tmp_path: Path, mo
      "an update of model.layers.1.self_attn.k_proj is missing"),
     ({"modules_to_save": ["lm_head"]}, "lm_head is missing, adapter_config.json names it in modules_to_save"),
     ({"lora_bias": True}, "a bias of the update of model.layers.0.self_attn.q_proj is missing")])
-def test_settings_that_change_the_result_are_refused_by_name(
-    checkpoint, adapter: Make, tmp_path: Path, config: dict, expected: str) -> None:
+def test_other_settings_are_refused(checkpoint, adapter: Make, tmp_path: Path, config: dict, expected: str) -> None:
+  """Settings that change the result are refused by name."""
   _, base = checkpoint("llama")
   made = adapter(base)
   _configure(made, **config)
@@ -201,7 +199,9 @@ PREFIX = "base_model.model.model.layers.0.self_attn.q_proj."
     (lambda t: t.update({"base_model.model.lm_head.weight": np.zeros((70, 48), np.float32)}),
      "leaves model.embed_tokens.weight with 61 rows and lm_head.weight with 70"),
     (lambda t: t.update({f"{PREFIX}lora_B.weight": np.full((32, 4), np.nan, np.float32)}), "are not finite in float32"),
-    (lambda t: t.clear(), "holds no tensor")])
+    (lambda t: t.clear(), "holds no tensor")],
+    ids=["no-b", "narrow-a", "empty-b", "int-b", "weight", "foreign-module", "foreign-name", "short-norm",
+         "ninth-layer", "bias", "magnitude", "larger-head", "nan", "empty"])
 def test_tensors_that_do_not_fit_are_named(
     checkpoint, adapter: Make, tmp_path: Path, change: Callable, expected: str) -> None:
   _, base = checkpoint("llama")
@@ -242,7 +242,7 @@ def test_what_is_no_adapter_is_named(checkpoint, adapter: Make, tmp_path: Path) 
   with pytest.raises(UserError, match=rf"{made}: is a LoRA adapter of {base}, not a whole model; give {base}\+{made}"):
     hf.check_folder(hub.resolve(str(made)))
   with pytest.raises(UserError, match=rf"{made}: is a LoRA adapter of {base}, not a whole model; give {base}\+{made}"):
-    _convert(source=made, out=tmp_path / "out", to="hf")
+    run_convert(source=made, out=tmp_path / "out", to="hf")
   (made / "adapter_model.safetensors").rename(made / "adapter_model.bin")
   with pytest.raises(UserError, match=r"adapter_model\.safetensors: missing; adapter_model\.bin is a pickle"):
     hub.resolve(f"{base}+{made}")
@@ -299,8 +299,8 @@ def test_processes_that_ask_at_once_share_a_merge(adapter: Make, cache: Path) ->
   assert [path.name for path in cache.iterdir()] == [Path(outs[0].strip()).name]
 
 
-def test_an_adapter_of_the_hub_is_judged_before_its_weights_come(
-    adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_adapter_is_judged_first(adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """An adapter of the hub is judged before its weights come."""
   fake, made = Hub(tmp_path / "hub", monkeypatch), adapter(TINY)
   files = {name: (made / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
   others = {"README.md": b"x", "config.json": b"{}", "checkpoint-5/tokenizer.json": b"{}"}
@@ -317,20 +317,14 @@ def test_an_adapter_of_the_hub_is_judged_before_its_weights_come(
   assert fake.fetched == ["adapter_config.json"]
 
 
-def _convert(**values: object) -> None:
-  flags.FLAGS.mark_as_parsed()
-  with flagsaver.flagsaver(**{name: v if isinstance(v, bool) else str(v) for name, v in values.items()}):
-    convert.main()
-
-
 def test_convert_writes_a_merge_as_an_hf_folder(adapter: Make, tmp_path: Path, cache: Path) -> None:
   made = adapter(TINY)
-  _convert(source=f"tiny+{made}", out=tmp_path / "out", to="hf")
+  run_convert(source=f"tiny+{made}", out=tmp_path / "out", to="hf")
   assert not cache.exists()
   _assert_equal(tmp_path / "out", TINY, made)
-  _convert(source=f"tiny+{made}", out=tmp_path / "out", to="hf", overwrite=True)
+  run_convert(source=f"tiny+{made}", out=tmp_path / "out", to="hf", overwrite=True)
   with pytest.raises(UserError, match="is or holds the input --source, its adapter"):
-    _convert(source=f"tiny+{made}", out=made, to="hf", overwrite=True)
+    run_convert(source=f"tiny+{made}", out=made, to="hf", overwrite=True)
 
 
 def test_merges_take_models_with_adapters(adapter: Make, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_frequencies_have_the_bits_of_transformers(scaling: dict[str, Any]) -> N
       assert rope.magnitude(config.rope_scaling) == pytest.approx(wanted.attention_scaling, rel=1e-12)
 
 
-def test_a_key_that_transformers_does_not_read_is_passed_over() -> None:
+def test_unread_rope_key_is_passed_over() -> None:
   """DeepSeek-R1-0528-Qwen3 has one."""
   raw = {**LLAMA, "model_type": "llama", "rope_theta": 1e6, "rope_scaling": SCALINGS["yarn-r1"]}
   assert rope.read_config(raw, "config.json").ignored_keys == ("rope_scaling.attn_factor",)

@@ -125,11 +125,6 @@ def out(tmp_path_factory: pytest.TempPathFactory, run_on_devices: Callable[..., 
   return folder
 
 
-@pytest.fixture(scope="module")
-def seen(out: Path) -> dict[str, Any]:
-  return json.loads((out / "seen.json").read_text())
-
-
 def test_mesh_sizes_that_fit_take_all_devices(seen: dict[str, Any]) -> None:
   assert seen["devices"] == 8
   assert {sizes: tuple(seen["meshes"][str(sizes)]) for sizes in FITTING} == FITTING
@@ -148,13 +143,15 @@ def test_mesh_sizes_that_do_not_fit_are_refused(seen: dict[str, Any], sizes: tup
     (1, 896, 1, 1, (1, 1, 1)), (16, 896, 1, 1, (2, 8, 1)), (16, 3584, 1, 1, (1, 16, 1)), (256, 3584, 1, 1, (8, 32, 1)),
     (256, 4096, 1, 1, (1, 256, 1)), (512, 4096, 1, 2, (2, 256, 1)), (16, 4096, 4, 1, (1, 4, 4)),
     (8, 100, 1, 1, (8, 1, 1)), (8, 128, 1, 1, (1, 8, 1))])
-def test_a_chosen_mesh_keeps_whole_tiles_within_a_slice(count: int, hidden_size: int, tensor: int, slices: int,
-                                                        want: tuple[int, int, int]) -> None:
+def test_chosen_mesh_keeps_whole_tiles(count: int, hidden_size: int, tensor: int, slices: int,
+                                       want: tuple[int, int, int]) -> None:
+  """A parameter that is split leaves whole tiles to each device of a slice."""
   assert sharding.mesh_sizes(count, data=-1, fsdp=-1, tensor=tensor, hidden_size=hidden_size, slices=slices) == want
 
 
 @pytest.mark.parametrize("mesh", list(MESHES)[1:])
-def test_loaded_parameters_are_split_as_the_table_says(out: Path, seen: dict[str, Any], mesh: str) -> None:
+def test_loaded_parameters_follow_the_table(out: Path, seen: dict[str, Any], mesh: str) -> None:
+  """They are split as it says."""
   sizes = dict(zip(sharding.AXES, MESHES[mesh][0], strict=True))
   placed = seen[mesh]["before"]["params"]
   assert placed.keys() > SPLIT.keys()
@@ -167,7 +164,8 @@ def test_loaded_parameters_are_split_as_the_table_says(out: Path, seen: dict[str
   assert all((np.load(out / f"{mesh}-loaded.npz")[path] == whole[path]).all() for path in whole)
 
 
-def test_a_parameter_that_the_mesh_does_not_divide_is_whole_everywhere(seen: dict[str, Any]) -> None:
+def test_undivided_parameter_is_replicated(seen: dict[str, Any]) -> None:
+  """A parameter that the mesh does not divide is whole on every device."""
   assert seen["odd"] is True
 
 
@@ -189,7 +187,8 @@ def test_a_batch_is_split_over_both_axes(seen: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("mesh", list(MESHES)[1:])
-def test_a_step_on_several_devices_equals_the_step_on_one(out: Path, seen: dict[str, Any], mesh: str) -> None:
+def test_mesh_step_equals_one_device(out: Path, seen: dict[str, Any], mesh: str) -> None:
+  """One step on several devices equals that on one."""
   assert seen[mesh]["metrics"] == pytest.approx(seen["one"]["metrics"], rel=1e-6)
   load = lambda name: dict(np.load(out / f"{name}.npz"))
   start, mu, want = load("one-loaded"), load("one-mu"), load("one-params")
@@ -206,7 +205,7 @@ def test_a_step_on_several_devices_equals_the_step_on_one(out: Path, seen: dict[
 
 
 @pytest.mark.parametrize("mesh", list(MESHES)[1:])
-def test_twenty_steps_on_several_devices_equal_those_on_one(out: Path, seen: dict[str, Any], mesh: str) -> None:
+def test_twenty_mesh_steps_equal_one_device(out: Path, seen: dict[str, Any], mesh: str) -> None:
   losses = seen["one"]["losses"]
   assert losses[-1] < 0.8 * losses[0]
   assert seen[mesh]["losses"] == pytest.approx(losses, rel=2e-6)

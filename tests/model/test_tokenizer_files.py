@@ -18,7 +18,8 @@ from imm_jax.tasks import prompts
 from tests.model.test_tokenizers import PIECES, TEXTS, TINY, alone, fast, train
 
 
-def test_what_is_beside_tokenizer_json_takes_effect_and_changes_no_id(tmp_path: Path) -> None:
+def test_files_beside_tokenizer_json_count(tmp_path: Path) -> None:
+  """They take effect, and change no id."""
   shutil.copy(TINY / "tokenizer.json", tmp_path)
   loose = {"lstrip": True, "rstrip": True, "single_word": False, "normalized": True, "special": True}
   (tmp_path / "tokenizer_config.json").write_text(json.dumps({
@@ -71,7 +72,7 @@ def test_what_is_beside_tokenizer_json_takes_effect_and_changes_no_id(tmp_path: 
     ({"eos_token": "a"}, "'a': special by the files beside tokenizer.json, and among them ordinary text"),
     ({"bos_token": "", "unk_token": "", "pad_token": ""}, None),
     ({"unk_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}, None),  # SmolLM and GPT-2: no text gives it
-], ids=str)
+])
 def test_an_end_token_that_is_none_is_refused(tmp_path: Path, changes: dict, message: str | None) -> None:
   shutil.copy(TINY / "tokenizer.json", tmp_path)
   (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", **changes}))
@@ -99,13 +100,15 @@ def test_words_stay_words_whatever_is_called_special(tmp_path: Path) -> None:
     load_tokenizer(tmp_path / "copy")
 
 
-def test_an_end_token_that_stands_for_the_unknown_is_refused(tmp_path: Path) -> None:
+def test_unknown_as_end_token_is_refused(tmp_path: Path) -> None:
+  """No end token may stand for the unknown one."""
   with pytest.raises(UserError, match="end-of-text token is '<unk>', which also stands for"):
     load_tokenizer(alone(tmp_path, config={"eos_token": "<unk>"}))
 
 
 @pytest.mark.parametrize("name", [*loading.FILES, "tokenizer_config.json"])
-def test_a_pointer_of_git_lfs_or_a_folder_is_called_so(tmp_path: Path, name: str) -> None:
+def test_lfs_pointers_and_folders_are_named(tmp_path: Path, name: str) -> None:
+  """A pointer of Git LFS, or a folder, is called so."""
   if name not in loading.FILES:
     shutil.copy(TINY / "tokenizer.json", tmp_path)
   (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
@@ -123,7 +126,7 @@ STRIPS = {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": Tru
 @pytest.mark.parametrize("options", [
     STRIPS, {"add_dummy_prefix": False}, {"byte_fallback": False, "vocab_size": 150},
     {"model_type": "unigram", "vocab_size": 300, **STRIPS},
-    {"user_defined_symbols": ["[INST]", "\n\n"], "add_dummy_prefix": False}], ids=str)
+    {"user_defined_symbols": ["[INST]", "\n\n"], "add_dummy_prefix": False}])
 def test_a_sentencepiece_file_alone_is_followed(tmp_path: Path, options: dict) -> None:
   model = train(**options)
   folder = alone(tmp_path, model)
@@ -139,7 +142,7 @@ def test_a_sentencepiece_file_alone_is_followed(tmp_path: Path, options: dict) -
   assert encode_continuation(tokenizer, text + " ") == [*sampled, space]
 
 
-def test_pieces_of_the_maker_of_a_sentencepiece_file_that_come_out_otherwise_are_refused(tmp_path: Path) -> None:
+def test_changed_user_pieces_are_refused(tmp_path: Path) -> None:
   """sentencepiece puts a text's space before such a piece, and none after it."""
   folder = alone(tmp_path, train(user_defined_symbols=["[INST]", "<|x|>"]))
   with pytest.raises(UserError, match=r"gives '\[INST\]a' other ids than sentencepiece does; give a tokenizer\.json"):
@@ -148,8 +151,9 @@ def test_pieces_of_the_maker_of_a_sentencepiece_file_that_come_out_otherwise_are
 
 @pytest.mark.parametrize(("left", "message"), [
     (False, "loses the space at the end of"), (True, "where ' 3 apples' continues another text, .* other ids than")])
-def test_spaces_that_tokenizer_json_strips_stay_where_a_text_continues(
+def test_stripped_spaces_stay_inside_texts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bool, message: str) -> None:
+  """Spaces that tokenizer.json strips stay where a text goes on."""
   folder = fast(tmp_path, "always")
   file = json.loads((folder / "tokenizer.json").read_text())
   file["normalizer"] = {"type": "Strip", "strip_left": left, "strip_right": True}
@@ -179,8 +183,8 @@ def test_settings_beside_a_sentencepiece_file_count(tmp_path: Path) -> None:
     assert first.startswith("\u2581") == legacy
 
 
-def test_a_file_or_package_that_is_not_what_is_needed_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_files_or_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """So is a file that is not what is needed."""
   folder = alone(tmp_path, b"IQ== 0\nIg== 1\n")  # tiktoken's
   with pytest.raises(UserError, match=r"tokenizer\.model: is no sentencepiece model; give the tokenizer\.json"):
     load_tokenizer(folder)
@@ -192,7 +196,8 @@ def test_a_file_or_package_that_is_not_what_is_needed_is_named(
         load_tokenizer(alone(tmp_path))
 
 
-def test_vocab_and_merges_load_where_transformers_keeps_them(tmp_path: Path) -> None:
+def test_vocab_and_merges_files_load(tmp_path: Path) -> None:
+  """They lie where transformers keeps them."""
   model = json.loads((TINY / "tokenizer.json").read_text())["model"]
   (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
   merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]

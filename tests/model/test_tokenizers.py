@@ -139,7 +139,8 @@ def test_what_was_sampled_is_trained_on_as_it_was(folder: Path, prompt: str) -> 
   assert encode_continuation(tokenizer, decode_continuation(tokenizer, first, skip_special_tokens=True)) == first
 
 
-def test_a_stop_string_with_a_space_is_found_at_the_very_front(folder: Path) -> None:
+def test_leading_space_stop_string_is_found(folder: Path) -> None:
+  """It is found at the very front of a text, too."""
   tokenizer = load_tokenizer(folder)
   tokens = np.array(encode_continuation(tokenizer, " the answer"))
   assert completions.completion(tokenizer, tokens, (), (" the",)).text == ""
@@ -167,8 +168,7 @@ def test_the_embedded_tokenizer_encodes_as_ever() -> None:
   assert check_tokenizer(TINY, TEXTS, rows=568).endswith("and the texts come back")
 
 
-def test_the_sampler_s_tokens_are_the_ids_that_are_trained_on(
-    checkpoint: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampled_ids_are_trained_on(checkpoint: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   """Of a model with a token of its tokenizer past its rows, as Llama 2's fine-tunes have `[PAD]`."""
   _, model = checkpoint("llama", vocab_size=400, max_position_embeddings=256)
   for file in alone(tmp_path / "alone", config={"pad_token": "[PAD]"}).glob("tokenizer*"):
@@ -208,7 +208,8 @@ def test_the_sampler_s_tokens_are_the_ids_that_are_trained_on(
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
-def test_a_byte_level_file_keeps_its_spaces_whatever_class_is_named(tmp_path: Path, model_type: str) -> None:
+def test_byte_level_spaces_survive_any_class(tmp_path: Path, model_type: str) -> None:
+  """A byte-level file keeps its spaces whatever class is named."""
   for name in ("tokenizer.json", "config.json"):
     shutil.copy(TINY / name, tmp_path)
   config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": model_type}
@@ -230,7 +231,7 @@ def test_a_byte_level_file_keeps_its_spaces_whatever_class_is_named(tmp_path: Pa
 
 @pytest.mark.parametrize(("after", "ends", "learned"), [
     ("<|im_end|>\n", [0, 568], 568), (" <|im_end|><|endoftext|>", [568], 568), ("<|im_end|>\n", [0], 0),
-    ("\n", [0, 568], 0), (None, [0, 568], 0)])
+    ("\n", [0, 568], 0), (None, [0, 568], 0)], ids=["turn", "both", "other-end", "newline", "no-template"])
 def test_the_end_that_a_chat_learns_is_its_templates(
     tmp_path: Path, after: str | None, ends: list[int], learned: int) -> None:
   for name in ("config.json", "tokenizer.json"):

@@ -99,7 +99,7 @@ def test_logits_that_are_no_numbers_do_not_pass(checkpoint, monkeypatch: pytest.
     verification.verify(source)
 
 
-def test_errors_that_only_show_late_in_the_context_are_found(checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_late_errors_are_found(checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
   """Frequencies of which every other one is off by a unit in the last place."""
   _, source = checkpoint("llama3", head_dim=64, max_position_embeddings=131_072)
   assert all(c.passes for c in verification.compare_logits(source))
@@ -121,7 +121,8 @@ def test_a_model_with_a_tokenizer_is_given_text(capsys: pytest.CaptureFixture[st
     assert line in out
 
 
-def test_what_follows_from_the_rest_is_named_as_left_out(checkpoint, capsys: pytest.CaptureFixture[str]) -> None:
+def test_derived_tensors_are_left_out(checkpoint, capsys: pytest.CaptureFixture[str]) -> None:
+  """Tensors that follow from the others are named as left out."""
   _, source = checkpoint("qwen2-tied")
   tensors = {name: np.array(x) for name, x in safetensors.read(source / "model.safetensors").items()}
   tensors["model.rotary_emb.inv_freq"] = np.ones(6, np.float32)
@@ -132,7 +133,8 @@ def test_what_follows_from_the_rest_is_named_as_left_out(checkpoint, capsys: pyt
   assert "no tokenizer beside the weights" in out
 
 
-def test_a_tokenizer_that_is_larger_than_the_embedding_is_found(checkpoint, tmp_path: Path) -> None:
+def test_too_large_tokenizer_is_found(checkpoint, tmp_path: Path) -> None:
+  """It has more ids than the embedding has rows."""
   _, source = checkpoint("llama2")
   folder = shutil.copytree(source, tmp_path / "copy")
   rows = hf.read_config(folder).vocab_size

@@ -81,7 +81,8 @@ def choose(browser: "webdriver.Chrome", name: str, value: str) -> None:
                          "select.dispatchEvent(new Event('input', {bubbles: true}));", f"filter-{name}", value)
 
 
-def test_charts_are_drawn_and_nothing_is_fetched_or_complains(opened):
+def test_charts_draw_without_network(opened):
+  """They are drawn, nothing is fetched, and the browser complains of nothing."""
   images = opened.execute_script(
       "return [...document.images].map((i) => [i.complete, i.naturalWidth, i.clientWidth, i.alt.length > 0])")
   assert len(images) == 12
@@ -204,7 +205,8 @@ def test_it_can_be_read_without_eyes(opened):
     assert opened.execute_script(f"return {holds}"), holds
 
 
-def test_the_page_of_a_running_run_looks_for_a_newer_one(browser, folder: Path, tmp_path: Path):
+def test_running_page_looks_for_a_newer_one(browser, folder: Path, tmp_path: Path):
+  """It is the page of a run that goes on."""
   text = (folder / "index.html").read_text()
   (tmp_path / "index.html").write_text(text.replace('data-reload="0"', 'data-reload="0.2"'))
   browser.get(f"file://{tmp_path}/index.html")
@@ -213,7 +215,8 @@ def test_the_page_of_a_running_run_looks_for_a_newer_one(browser, folder: Path, 
 
 
 @pytest.mark.full
-def test_a_hundred_thousand_answers_load_in_three_seconds_and_are_searched_in_one(browser, tmp_path: Path):
+def test_load_and_search_time(browser, tmp_path: Path):
+  """A hundred thousand answers load in three seconds and are searched in one."""
   root = report_runs.make(tmp_path / "run", rounds=1)
   rng = random.Random(0)
   words = ["apples", "buys", "gives", "three", "boxes", "left", "each", "half", "then", "total"]
@@ -242,7 +245,8 @@ def test_a_hundred_thousand_answers_load_in_three_seconds_and_are_searched_in_on
   assert min(searches) < 1
 
 
-def test_runs_side_by_side_are_drawn_and_their_answers_filtered_by_run(browser, tmp_path: Path):
+def test_several_runs_are_drawn_and_filtered(browser, tmp_path: Path):
+  """Runs side by side are drawn, and their answers are filtered by run."""
   long = f"star_{'x' * 80}"
   roots = [report_runs.make(tmp_path / name, method=name.partition("_")[0]) for name in ("imm", long)]
   compare.write([Results.of(root) for root in roots], tmp_path / "page")

@@ -62,7 +62,8 @@ def panels(runs: dict[str, Results], id_: str = "accuracy") -> list[Panel]:
   return list(next(part for part in section.parts if isinstance(part, Plot)).data)
 
 
-def test_seeds_are_one_curve_their_mean_with_its_standard_error(runs: list[Results], compared: Path):
+def test_seeds_are_one_curve(runs: list[Results], compared: Path):
+  """It is their mean with its standard error."""
   into, _ = panels({run.root.name: run for run in runs})
   imm, star = into.lines
   assert (imm.label, star.label) == ("imm (2 seeds)", "star_0")
@@ -80,7 +81,7 @@ def test_seeds_are_one_curve_their_mean_with_its_standard_error(runs: list[Resul
   assert float(rows[0]["change in domain"]) == pytest.approx((scores[:, -1] - scores[:, 0]).mean())
 
 
-def test_a_method_has_one_colour_and_each_curve_a_look_of_its_own(runs: list[Results], tmp_path: Path):
+def test_curves_look_different(runs: list[Results], tmp_path: Path):
   """Also with more settings than there are kinds of line, and as many runs as nobody could read a legend of."""
   others = {f"{method}_{rounds}_{seed}": Results.of(report_runs.make(
       tmp_path / f"{method}_{rounds}_{seed}", method=method, rounds=rounds, seed=seed, questions=2))
@@ -93,7 +94,8 @@ def test_a_method_has_one_colour_and_each_curve_a_look_of_its_own(runs: list[Res
   assert lines[-1].label == "star (3 seeds)"
 
 
-def test_seeds_that_have_not_come_as_far_leave_the_mean_to_the_others(runs: list[Results]):
+def test_late_seeds_are_left_out_of_the_mean(runs: list[Results]):
+  """Seeds that have not come as far leave it to the others."""
   begun = runs[0]._replace(models=runs[0].models[:1], analysis={})
   into, _ = panels({"a": begun, "b": runs[1], "c": runs[2]})
   line = into.lines[0]
@@ -167,7 +169,8 @@ def test_an_axis_of_one_round_counts_in_rounds():
   assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [2]
 
 
-def test_a_run_that_is_named_twice_and_an_empty_name_are_refused(runs: list[Results]):
+def test_repeated_runs_are_refused(runs: list[Results]):
+  """No run may be named twice, and no name may be empty."""
   root = str(runs[0].root)
   for given, said in (([root, f"{root}/."], "is given twice"), ([str(runs[0].root.parent), root], "is given twice"),
                       ([root, "", root], "one of the names is empty")):
@@ -175,7 +178,8 @@ def test_a_run_that_is_named_twice_and_an_empty_name_are_refused(runs: list[Resu
       results.find_runs(given)
 
 
-def test_settings_that_change_nothing_do_not_keep_seeds_apart(runs: list[Results]):
+def test_inert_settings_keep_seeds_together(runs: list[Results]):
+  """Settings that change nothing do not keep seeds apart."""
   other = runs[1]._replace(config=runs[1].config | {"mesh": {"data": 8}})
   assert [len(group.runs) for group in groups.group_runs({"a": runs[0], "b": other, "c": runs[2]})] == [2, 1]
   lost = runs[1]._replace(config={})
@@ -197,7 +201,8 @@ def test_each_table_of_a_run_is_in_the_comparison(runs: list[Results], compared:
     assert mine == own
 
 
-def test_layers_and_diversity_of_the_last_round_are_drawn(runs: list[Results]):
+def test_last_layers_and_diversity_are_drawn(runs: list[Results]):
+  """They are those of the last round."""
   importance, sft, merged, rank = panels({"a": runs[0], "b": runs[2]}, "layers")
   want = np.array(runs[0].analysis[2]["importance"]["layers"])
   np.testing.assert_allclose(importance.lines[0].y, 100 * want / want.sum())
@@ -208,8 +213,9 @@ def test_layers_and_diversity_of_the_last_round_are_drawn(runs: list[Results]):
       "distinct answers a question", "share of distinct 4-grams"]
 
 
-def test_answers_of_all_runs_are_there_and_share_the_room(runs: list[Results], compared: Path, tmp_path: Path,
-                                                          monkeypatch: pytest.MonkeyPatch):
+def test_answers_of_runs_share_the_room(runs: list[Results], compared: Path, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch):
+  """The answers of all runs are there."""
   unpack = lambda text: [json.loads(gzip.decompress(base64.b64decode(chunk)))
                          for chunk in re.findall(r'class="chunk">([^<]+)<', text)]
   found = unpack((compared / "index.html").read_text())
@@ -225,7 +231,8 @@ def test_answers_of_all_runs_are_there_and_share_the_room(runs: list[Results], c
   assert "star_0: round_2/samples.jsonl: not in the browser of samples" in report_runs.text_of(text)
 
 
-def test_the_page_says_where_runs_stand_and_leads_to_their_pages(runs: list[Results], tmp_path: Path):
+def test_page_links_to_its_runs(runs: list[Results], tmp_path: Path):
+  """It says where they stand."""
   root = report_runs.make(tmp_path / "a run", rounds=1)
   live.write(root, root / "report")
   compare.write([runs[0], Results.of(root)], tmp_path / "pages/out")
@@ -252,7 +259,8 @@ def test_a_broken_run_does_not_keep_the_others_away(runs: list[Results], tmp_pat
   assert "imm_0" in text
 
 
-def test_every_run_of_the_papers_tables_is_set_beside_its_table_and_has_its_settings():
+def test_paper_runs_match_tables():
+  """Every run of the paper's tables is set beside its table and has its settings."""
   for table in plans.TABLES[1:]:  # the first holds words
     for name, config in plans.get_config(f"table={table}").runs.items():
       settings = json.loads(json.dumps(config.to_dict()))
@@ -263,7 +271,8 @@ def test_every_run_of_the_papers_tables_is_set_beside_its_table_and_has_its_sett
                                            "sft.stop_share is 0.1, of which the paper has none"]
 
 
-def test_every_figure_of_the_paper_is_of_a_task_that_a_run_of_its_table_evaluates():
+def test_paper_tasks_are_evaluated():
+  """Every figure of the paper is of a task that a run of its table evaluates."""
   for entry in paper.load()["tables"]:
     runs = plans.get_config(f"table={entry['table']}").runs.values()
     tasks = {task for run in runs for task in (run.task.name, *run.task.ood)}
@@ -297,7 +306,8 @@ def test_the_papers_figures_stand_beside_a_run(tmp_path: Path):
 
 @pytest.mark.parametrize("changes", [{"model": "tiny"}, {"method": "data_mixture"}, {"teacher": "some/model"},
                                      {"intervention": "weight_masking"}, {"task": "asdiv"}])
-def test_a_config_that_is_none_of_the_papers_is_said_in_one_line(tmp_path: Path, changes: dict[str, str]):
+def test_foreign_config_is_refused(tmp_path: Path, changes: dict[str, str]):
+  """A config that is none of the paper's is named in one line."""
   settings = {"model": QWEN, "task": "gsm8k", "rounds": 1} | changes
   section, = paper.make_sections({"": Results.of(report_runs.make(tmp_path / "run", **settings))})
   assert len(section.parts) == 1

@@ -42,7 +42,8 @@ def tables(section: Section) -> dict[str, Table]:
   return {part.name: part for part in section.parts if isinstance(part, Table)}
 
 
-def test_every_pair_of_models_is_tested_on_every_task(root: Path):
+def test_all_pairs_are_tested(root: Path):
+  """Every pair of models is tested on every task."""
   found = tables(differences.make_section(Results.of(root)))
   rows = list(csv.DictReader(to_csv(found["tests"]).splitlines()))
   folders = {"base": "base/eval"} | {f"round {t} {kind}": f"round_{t}/eval/{kind}"
@@ -66,7 +67,8 @@ def test_every_pair_of_models_is_tested_on_every_task(root: Path):
   assert [tuple(row[:2]) for row in found["differences"].rows] == pairs
 
 
-def test_what_is_real_has_a_star_and_is_what_the_page_says_first(root: Path, tmp_path: Path):
+def test_real_differences_come_first(root: Path, tmp_path: Path):
+  """They have a star, and are what the page says first."""
   run = tmp_path / "run"
   shutil.copytree(root, run)
   for name, counts in (("base/eval", (10, 40, 38)), ("round_1/eval/merged", (30, 39, 38))):
@@ -96,8 +98,9 @@ def test_a_method_that_does_not_merge_and_one_task(tmp_path: Path):
     (lambda path: path.unlink(), "not compared: {path} cannot be read"),
     (lambda path: path.write_text("{\n"), "not compared: {path}:1: not a JSON object"),
     (lambda path: path.write_text(path.read_text().replace('"gold": "10"', '"gold": "11"')),
-     "of 40 shared ids 1 have another question or another gold answer")])
-def test_answers_that_cannot_be_compared_are_left_out_and_named(root: Path, tmp_path: Path, damage, said: str):
+     "of 40 shared ids 1 have another question or another gold answer")], ids=["missing", "damaged", "another-gold"])
+def test_incomparable_answers_are_named(root: Path, tmp_path: Path, damage, said: str):
+  """They are left out."""
   run = tmp_path / "run"
   shutil.copytree(root, run)
   path = run / "round_1/eval/merged/groups.jsonl"

@@ -21,7 +21,7 @@ def drawn(seed: int, count: int) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_front_and_hypervolume_are_those_of_brute_force(seed: int):
+def test_front_and_volume_equal_brute_force(seed: int):
   points = drawn(seed, 12)
   beats = lambda p, q: p != q and p[0] >= q[0] and p[1] >= q[1]
   assert front.pareto_front(points) == sorted({q for q in points if not any(beats(p, q) for p in points)})
@@ -34,7 +34,8 @@ def test_front_and_hypervolume_are_those_of_brute_force(seed: int):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_out_of_domain_at_an_accuracy_in_domain_is_that_of_a_fine_walk(seed: int):
+def test_interpolated_ood_equals_a_fine_walk(seed: int):
+  """Accuracy out of domain at an accuracy in domain is that of a walk in small steps."""
   path = drawn(seed, 5)
   walk = np.concatenate([np.linspace(p, q, 20_001) for p, q in itertools.pairwise(path)])
   for into in (0.1, 0.35, 0.62, 0.9):
@@ -73,7 +74,8 @@ def table(section: Section, name: str) -> list[dict]:
   return [dict(zip(found.head, row, strict=True)) for row in found.rows]
 
 
-def test_what_runs_are_worth_at_the_accuracy_that_star_half_gains(made: Path):
+def test_runs_are_compared_at_equal_gain(made: Path):
+  """They are compared at the accuracy that star gains half way."""
   runs = {"star": run(made, "star", *STAR), "imm": run(made, "imm", *IMM, base_weight=0.4)}
   section = front.runs_section(runs, groups.group_runs(runs))
   star, imm = table(section, "front")
@@ -96,7 +98,8 @@ def test_what_runs_are_worth_at_the_accuracy_that_star_half_gains(made: Path):
   assert table(alone, "front")[0]["out of domain at equal ID"] == pytest.approx(0.7)
 
 
-def test_seeds_are_a_mean_over_those_that_come_to_the_equal_accuracy(made: Path):
+def test_seeds_mean_at_the_equal_accuracy(made: Path):
+  """It is taken over those that come to the equal accuracy."""
   later = run(made, "star", *STAR)
   runs = {"a": later, "b": later._replace(config=later.config | {"seed": 1}, models=later.models[:2]),
           "c": run(made, "imm", ("base", -1, 0.2, 0.8), ("sft", 0, 0.3, 0.8))}
@@ -106,7 +109,8 @@ def test_seeds_are_a_mean_over_those_that_come_to_the_equal_accuracy(made: Path)
   assert other["out of domain at equal ID"] is None
 
 
-def test_settings_of_one_method_have_markers_of_their_own(made: Path):
+def test_settings_have_their_own_markers(made: Path):
+  """Runs of one method with other settings are told apart."""
   imm = run(made, "imm", *IMM)
   runs = {str(w): imm._replace(config=imm.config | {"merge": {"base_weight": w}}) for w in range(5)}
   parts = front.runs_section(runs, groups.group_runs(runs)).parts
@@ -127,7 +131,8 @@ def test_runs_of_different_tasks_have_no_front(made: Path):
   assert front.run_section(star._replace(models=star.models[:1])).parts == []
 
 
-def test_the_page_of_several_runs_has_the_front_and_the_drift(tmp_path: Path):
+def test_page_of_runs_has_front_and_drift(tmp_path: Path):
+  """It is the page of several runs."""
   runs = [Results.of(report_runs.make(tmp_path / name, method=name, rounds=1)) for name in ("imm", "star")]
   compare.write(runs, tmp_path / "out")
   for name in ("front.png", "drift.png", "nondominated.csv"):

@@ -22,12 +22,6 @@ from tests import REPO, report_runs
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """Nobody writes to it."""
-  return report_runs.make(tmp_path_factory.mktemp("runs") / "imm")
-
-
-@pytest.fixture(scope="module")
 def written(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
   out = tmp_path_factory.mktemp("reports") / "imm"
   live.write(run, out)
@@ -90,7 +84,8 @@ def test_csv_files_hold_the_values_of_the_run(run: Path, written: Path):
   assert [float(row["Spearman"]) for row in rows_of(written / "spearman.csv")] == [-0.4, -0.4]
 
 
-def test_each_figure_is_a_file_and_stands_in_the_page_with_a_description(written: Path):
+def test_figures_are_files_with_descriptions(written: Path):
+  """Each stands in the page."""
   text = (written / "index.html").read_text()
   for name in ("accuracy", "front", "pass_at_k", "layers", "diversity", "drift"):
     assert (written / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -208,7 +203,8 @@ def test_the_page_of_a_run_that_goes_on(run: Path, tmp_path: Path, monkeypatch: 
   assert f"Failed: {len(plan)} of {len(plan) + 1} stages done; next round_2/samples.jsonl. the disk is full" in read()
 
 
-def test_a_copy_of_a_running_runs_page_does_not_look_for_a_newer_one(run: Path, tmp_path: Path):
+def test_copied_page_does_not_reload(run: Path, tmp_path: Path):
+  """A copy of the page of a run that goes on does not look for a newer one."""
   root = tmp_path / "run"
   shutil.copytree(run, root)
   with status.StatusWriter(root, list(report_runs.read_record(root)["stages"])), (root / ".lock").open("w") as lock:
@@ -220,8 +216,8 @@ def test_a_copy_of_a_running_runs_page_does_not_look_for_a_newer_one(run: Path, 
   assert re.search(r"Running: \d+ of \d+ stages done \(as of [^;]+; this page stays as it is\)", text)
 
 
-def test_figures_of_a_run_that_goes_on_are_drawn_only_when_they_change_and_there_is_time(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_live_figures_are_throttled(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  """Figures of a run that goes on are drawn only when they change and there is time."""
   root = tmp_path / "run"
   shutil.copytree(run, root)
   drawn = []
@@ -242,7 +238,8 @@ def test_figures_of_a_run_that_goes_on_are_drawn_only_when_they_change_and_there
   assert "The figure is drawn later" not in text
 
 
-def test_a_round_counts_once_the_model_that_it_hands_on_is_scored(run: Path, tmp_path: Path):
+def test_round_counts_once_scored(run: Path, tmp_path: Path):
+  """A round counts once the model that it hands on is scored."""
   root = tmp_path / "run"
   shutil.copytree(run, root)
   report_runs.change(lambda r: [r["stages"].pop(name) for name in list(r["stages"]) if name.startswith("round_1") or (

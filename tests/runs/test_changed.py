@@ -57,9 +57,9 @@ def begin(root: Path, *, rerun: bool = False, external: dict[str, str] = EXTERNA
   return before - ({*record["stages"]} - {*run_record.list_stale(made, record, root, external)})
 
 
-def _changes(value: object) -> str:
-  """The name of a case; sets have no order."""
-  return str(value) if isinstance(value, dict) else ""
+def _changes(value: object) -> str | None:
+  """Names a case by what changes; sets have no order."""
+  return None if isinstance(value, dict) else ""
 
 
 EVALUATIONS = {"base/eval", *(f"round_{t}/eval/{model}" for t in (0, 1) for model in ("sft", "merged"))}
@@ -112,8 +112,8 @@ def test_what_throws_work_away_is_asked_first(tmp_path: Path, changes: dict, los
   assert begin(root, **changes) == (set() if "rounds" in changes else lost)  # it was asked
 
 
-def test_a_manifest_that_cannot_be_written_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                          capsys: pytest.CaptureFixture) -> None:
+def test_unwritable_manifest_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture) -> None:
   def refuse(*_: object) -> None:
     raise UserError("the disk is full")
 
@@ -139,7 +139,8 @@ def test_a_method_with_the_same_first_round_keeps_it(tmp_path: Path) -> None:
   assert begin(root, rerun=True, method="star") - analyses == SECOND | merges - analyses
 
 
-def test_settings_that_another_version_counted_are_asked_for(tmp_path: Path) -> None:
+def test_other_versions_settings_are_asked_for(tmp_path: Path) -> None:
+  """They were counted by another version."""
   root = tmp_path / "run"
   finish(root)
   assert begin(root) == set()
@@ -152,20 +153,22 @@ def test_settings_that_another_version_counted_are_asked_for(tmp_path: Path) -> 
   assert begin(root, rerun=True) == SAMPLED
 
 
-def test_the_last_merge_may_change_without_being_asked(tmp_path: Path) -> None:
+def test_last_merge_may_change(tmp_path: Path) -> None:
+  """It is made again without being asked for."""
   finish(tmp_path / "run", rounds=1)
   assert begin(tmp_path / "run", rounds=1, **{"merge.base_weight": 0.7}) == {
       "round_0/merged", "round_0/eval/merged", "round_0/analysis.json", "round_0/drift.json"}
 
 
-def test_a_sweep_that_is_dropped_is_no_part_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_dropped_sweep_leaves_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+  """A sweep that is dropped is no part of the run."""
   finish(tmp_path / "run", **{"merge.sweep": (0.1, 0.9)})
   found = begin(tmp_path / "run", **{"merge.sweep": (0.1,)})
   assert found == {f"round_{t}/{name}" for t in (0, 1) for name in ("sweep", "eval/sweep_0.1", "eval/sweep_0.9")}
   assert "no longer a part of the run: round_0/eval/sweep_0.9, round_1/eval/sweep_0.9" in capsys.readouterr().err
 
 
-def test_a_round_without_a_right_answer_is_gone_past_where_others_are_done(tmp_path: Path) -> None:
+def test_rounds_without_answers_are_passed(tmp_path: Path) -> None:
   """It ends the run in a later round: what the rounds before have sampled and trained is neither lost nor asked for."""
   root = tmp_path / "run"
   finish(root)
@@ -177,8 +180,7 @@ def test_a_round_without_a_right_answer_is_gone_past_where_others_are_done(tmp_p
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_questions_or_a_model_that_were_replaced_are_asked_for_too(
-    tmp_path: Path, capsys: pytest.CaptureFixture, older: bool) -> None:
+def test_replaced_inputs_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture, older: bool) -> None:
   """The config says the same, yet all that was sampled and trained would go; once allowed it is not asked again."""
   root, other = tmp_path / "run", EXTERNAL | {"train questions": "of another file"}
   finish(root)

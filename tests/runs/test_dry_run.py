@@ -26,7 +26,8 @@ def test_a_dry_run_reads_no_text_of_the_hub(monkeypatch, tmp_path, capsys):
     assert f"{texts[0].partition('=')[0]} up to 200 passages" in capsys.readouterr().out
 
 
-def test_a_dry_run_takes_a_model_of_the_hub_as_unchanged(tmp_path, capsys):
+def test_dry_run_trusts_hub_models(tmp_path, capsys):
+  """It takes a model of the hub as unchanged."""
   config, root = tiny.get_config(), tmp_path / "run"
   config.model = "HuggingFaceTB/SmolLM2-135M"
   stage = loop.plan(Run(config, root, Model(Path(config.model), "base")))[0]

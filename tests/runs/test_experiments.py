@@ -11,12 +11,13 @@ from configs import paper, tiny
 from imm_jax.errors import UserError
 from imm_jax.runs import experiments
 from tests import REPO
-from tests.runs.test_loop import SMALL, environment  # noqa: F401
+from tests.runs.helpers import SMALL
 
 
 @pytest.mark.parametrize(("method", "before"), [("star", "round_1/sft"), ("imm", "round_1/merged"),
                                                 ("ema", "round_1/sft/ema"), ("rest_em", "")])
-def test_a_change_is_counted_from_what_sft_started_from(method: str, before: str, tmp_path: Path):
+def test_change_starts_at_the_sft_start(method: str, before: str, tmp_path: Path):
+  """A weight change is counted from what SFT started from."""
   config = ml_collections.ConfigDict({"runs": {"a": tiny.get_config()}})
   config.runs.a.method = method
   analysis = ml_collections.ConfigDict({"kind": "weight_change", "run": "a", "model": "round_2/sft"})
@@ -26,7 +27,8 @@ def test_a_change_is_counted_from_what_sft_started_from(method: str, before: str
 
 
 @pytest.mark.slow
-def test_an_experiment_runs_each_of_its_runs_in_a_folder(environment, tmp_path):  # noqa: F811
+def test_experiment_runs_in_folders(environment, tmp_path):
+  """Each of its runs has one."""
   flags = [flag.replace("--config.", "--config.runs.tiny_stories.") for flag in SMALL]
   command = [sys.executable, "-m", "imm_jax.main", "--config=configs/paper.py:table=7,scale=tiny",
              f"--workdir={tmp_path / 'all'}", *flags, "--config.runs.tiny_stories.rounds=1"]

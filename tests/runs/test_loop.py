@@ -21,31 +21,10 @@ from imm_jax.model import hf, safetensors
 from imm_jax.runs import status
 from imm_jax.training import checkpoints
 from tests import REPO, TINY
+from tests.runs.helpers import assert_same_run, command, contents, one_line, start
 
-# Small enough for seconds; the model, the stages and the code are those of configs/tiny.py.
-SMALL = ("--config.rounds=2", "--config.task.questions_per_round=24", "--config.task.eval_questions=8",
-         "--config.task.ood=('groups',)", "--config.sample.batch_size=12", "--config.eval.batch_size=8",
-         "--config.sft.epochs=2", "--config.sft.global_batch=4", "--config.sft.log_every=2",
-         "--config.sft.save_interval=2", "--config.analysis.examples=0", "--config.analysis.drift=0")
 # KILLS=10 KILL_SEED=1 in the environment kills at other moments, and more often.
 KILLS = int(os.environ.get("KILLS", "3"))
-TIMED = ("seconds", "time", "tokens_per_s", "step_s", "input_wait_s", "memory_gib")
-
-
-@pytest.fixture(scope="session")
-def environment() -> dict[str, str]:
-  """What a command is started with; it shares compiled code with all tests, so that a start costs seconds."""
-  return {**os.environ}
-
-
-def command(workdir: Path, *extra: str) -> list[str]:
-  return [sys.executable, "-m", "imm_jax.main", f"--config={REPO / 'configs/tiny.py'}",
-          f"--workdir={workdir}", *SMALL, *extra]
-
-
-def start(workdir: Path, environment: dict[str, str], *extra: str) -> subprocess.CompletedProcess:
-  return subprocess.run(command(workdir, *extra), cwd=REPO, env=environment, capture_output=True, text=True,
-                        check=False)
 
 
 @pytest.fixture(scope="session")
@@ -57,44 +36,6 @@ def finished(environment: dict[str, str], tmp_path_factory: pytest.TempPathFacto
   models = [TINY, *(workdir / f"round_{t}" / kind for t in range(2) for kind in ("sft", "merged"))]
   assert len({(m / "model.safetensors").read_bytes() for m in models}) == 5
   return workdir
-
-
-def contents(workdir: Path) -> dict[str, object]:
-  """Every file of a run, less what measures time."""
-  found: dict[str, object] = {}
-  for path in sorted(p for p in workdir.rglob("*") if p.is_file()):
-    name = str(path.relative_to(workdir))
-    # They hold times: of every record, of every stage.
-    if name.startswith("tb/") or name in (
-        "report/index.html", "report/stages.csv", "manifest.json", "status.json", "log.txt"):
-      continue
-    if path.name in ("run.json", "metrics.jsonl"):
-      records = [json.loads(line) for line in path.read_text().splitlines()] if path.suffix == ".jsonl" else json.loads(
-          path.read_text())
-      found[name] = without_times(records)
-    else:
-      found[name] = path.read_bytes()
-  return found
-
-
-def without_times(value: object) -> object:
-  if isinstance(value, dict):
-    return {k: without_times(v) for k, v in value.items() if k not in TIMED}
-  return [without_times(v) for v in value] if isinstance(value, list) else value
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-  left, right = contents(a), contents(b)
-  assert left.keys() == right.keys()
-  assert [name for name in left if left[name] != right[name]] == []
-
-
-def one_line(stderr: str) -> str:
-  """The error; progress bars may stand before it."""
-  assert "Traceback" not in stderr
-  lines = [line for line in stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
-  assert len(lines) == 1, stderr
-  return lines[0]
 
 
 def test_run_leaves_the_documented_files(finished: Path):
@@ -150,7 +91,8 @@ def test_a_second_run_ends_in_the_same_bits(finished: Path, environment: dict[st
 
 
 @pytest.mark.full
-def test_killed_at_any_moment_it_ends_in_the_same_bits(finished: Path, environment: dict[str, str], tmp_path: Path):
+def test_killed_run_ends_in_the_same_bits(finished: Path, environment: dict[str, str], tmp_path: Path):
+  """It may be killed at any moment."""
   rng, kills, workdir = random.Random(int(os.environ.get("KILL_SEED", "0"))), 0, tmp_path / "killed"
   stages = len(json.loads((finished / "run.json").read_text())["stages"])
   while kills < KILLS:
@@ -174,8 +116,8 @@ def test_killed_at_any_moment_it_ends_in_the_same_bits(finished: Path, environme
   assert_same_run(finished, workdir)
 
 
-def test_a_finished_run_does_nothing_again_and_can_be_continued(finished: Path, environment: dict[str, str],
-                                                                 tmp_path: Path):
+def test_finished_run_can_be_continued(finished: Path, environment: dict[str, str], tmp_path: Path):
+  """Started again it does nothing."""
   workdir = tmp_path / "copy"
   shutil.copytree(finished, workdir)
   again = start(workdir, environment)
@@ -188,8 +130,8 @@ def test_a_finished_run_does_nothing_again_and_can_be_continued(finished: Path, 
   assert "config.rounds was 2 and is 1 now" in fewer.stderr
 
 
-def test_a_lost_or_changed_output_is_made_again_with_the_reason(finished: Path, environment: dict[str, str],
-                                                                tmp_path: Path):
+def test_lost_outputs_are_made_again(finished: Path, environment: dict[str, str], tmp_path: Path):
+  """So are changed ones, and the reason is given."""
   workdir = tmp_path / "copy"
   shutil.copytree(finished, workdir)
   weights = workdir / "round_1/merged/model.safetensors"
@@ -203,7 +145,8 @@ def test_a_lost_or_changed_output_is_made_again_with_the_reason(finished: Path, 
 
 
 @pytest.mark.slow
-def test_real_trains_on_gold_answers_and_star_goes_on_from_the_tuned_model(environment: dict[str, str], tmp_path: Path):
+def test_real_uses_gold_and_star_continues(environment: dict[str, str], tmp_path: Path):
+  """`real` trains on gold answers, and `star` goes on from the tuned model."""
   real = start(tmp_path / "real", environment, "--config.method=real", "--config.rounds=1")
   assert real.returncode == 0, real.stderr
   train = [json.loads(line) for line in (tmp_path / "real/round_0/train.jsonl").read_text().splitlines()]
@@ -217,7 +160,8 @@ def test_real_trains_on_gold_answers_and_star_goes_on_from_the_tuned_model(envir
 
 
 @pytest.mark.slow
-def test_bfloat16_runs_from_any_folder_to_the_same_bits(environment: dict[str, str], tmp_path: Path):
+def test_bfloat16_runs_repeat_bit_for_bit(environment: dict[str, str], tmp_path: Path):
+  """They do so from any folder."""
   bfloat16 = ("--config.rounds=1", "--config.sft.compute_dtype=bfloat16", "--config.sample.compute_dtype=bfloat16")
   for name in ("a", "b"):
     done = subprocess.run(command(tmp_path / name, *bfloat16), cwd=tmp_path, env=environment, capture_output=True,
@@ -229,7 +173,8 @@ def test_bfloat16_runs_from_any_folder_to_the_same_bits(environment: dict[str, s
   assert (tmp_path / "a/round_0/sft/model.safetensors").read_bytes() != (TINY / "model.safetensors").read_bytes()
 
 
-def test_a_run_directory_of_another_config_is_refused(finished: Path, environment: dict[str, str]):
+def test_foreign_run_directory_is_refused(finished: Path, environment: dict[str, str]):
+  """It belongs to another config."""
   before = contents(finished)
   done = start(finished, environment, "--config.seed=7")
   assert done.returncode == 1
@@ -308,7 +253,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(environment: dict[str, str], 
   assert done.returncode == 0, done.stderr
 
 
-def test_merged_model_gives_the_same_greedy_tokens_in_transformers(finished: Path):
+def test_merged_model_in_transformers(finished: Path):
+  """It gives the same greedy tokens."""
   torch = pytest.importorskip("torch")
   from transformers import AutoModelForCausalLM
 

@@ -10,11 +10,12 @@ import pytest
 
 from imm_jax.runs import status
 from tests import REPO, TINY
-from tests.runs.test_loop import command, environment, one_line, start  # noqa: F401
+from tests.runs.helpers import command, one_line, start
 
 
 @pytest.mark.full
-def test_no_right_sample_stops_the_round_and_keeps_the_samples(environment: dict[str, str], tmp_path: Path):  # noqa: F811
+def test_no_right_sample_stops_the_round(environment: dict[str, str], tmp_path: Path):
+  """It keeps the samples."""
   # One token is never a whole answer.
   done = start(tmp_path / "run", environment, "--config.sample.max_new_tokens=1")
   assert done.returncode == 1
@@ -39,23 +40,14 @@ def test_no_right_sample_stops_the_round_and_keeps_the_samples(environment: dict
     ("--config.merge.base_wieght=0.4", "no key 'base_wieght'; did you mean 'base_weight'?"),
     ("--config.rounds=abc", "rounds=abc"),
     ("--config.merge.drop_rate=1.0", "drop_rate=1.0: expected 0 <= drop_rate < 1"),
-    ("--config.merge.drop_rate=nan", "drop_rate=nan"),
-    ("--config.merge.base_weight=1.5", "base_weight=1.5: expected a number from 0 to 1"),
-    ("--config.rounds=0", "config.rounds=0: expected 1 or more"),
-    ("--config.task.eval_questions=1000000", "eval_questions=1000000"),
-    ("--config.sample.stop=('',)", "not empty"),
-    ("--config.method=imn", "did you mean imm?"),
-    ("--config.profile=3", "config.profile='3': expected first:end"),
-    ("--config.sft.save_interval=0", "save_interval=0: expected 1 or more"),
     ("--config.task.name=storys", "did you mean stories?"),
     ("--config.mesh.fsdp=3", "does not fit 1 device"),
     ("--config.model=/no/such/folder", "no such checkpoint folder"),
     ("--config.model=", "name is empty"),
     (f"--workdir={REPO / 'README.md'}", "is a file"),
     ("--config=configs/none.py", "configs/none.py"),
-    ("--confg=1", "confg"),
 ])
-def test_bad_flags_end_in_one_line(flag: str, expected: str, environment: dict[str, str], tmp_path: Path):  # noqa: F811
+def test_bad_flags_end_in_one_line(flag: str, expected: str, environment: dict[str, str], tmp_path: Path):
   done = start(tmp_path / "run", environment, "--config.sft.accumulation=2", flag)
   assert done.returncode == 1
   assert expected in one_line(done.stderr)
@@ -72,8 +64,8 @@ def model(tmp_path: Path) -> Path:
     (lambda m: os.truncate(m / "model.safetensors", 100_000), "truncated"),
     (lambda m: (m / "config.json").write_text("{"), "config.json: is not JSON"),
     (lambda m: (m / "tokenizer.json").unlink(), "tokenizer"),
-])
-def test_a_damaged_base_model_ends_in_one_line(damage, expected: str, model: Path, environment: dict[str, str],  # noqa: F811
+], ids=["no-weights", "half-weights", "no-json", "no-tokenizer"])
+def test_a_damaged_base_model_ends_in_one_line(damage, expected: str, model: Path, environment: dict[str, str],
                                                tmp_path: Path):
   damage(model)
   done = start(tmp_path / "run", environment, f"--config.model={model}")
@@ -82,7 +74,7 @@ def test_a_damaged_base_model_ends_in_one_line(damage, expected: str, model: Pat
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
-def test_a_folder_that_holds_other_things_is_refused(environment: dict[str, str], tmp_path: Path, dry_run: bool):  # noqa: F811
+def test_a_folder_that_holds_other_things_is_refused(environment: dict[str, str], tmp_path: Path, dry_run: bool):
   (tmp_path / "report").mkdir()
   (tmp_path / "report/thesis.txt").write_text("mine")
   done = start(tmp_path, environment, *(["--dry_run"] if dry_run else []))
@@ -91,7 +83,7 @@ def test_a_folder_that_holds_other_things_is_refused(environment: dict[str, str]
   assert (tmp_path / "report/thesis.txt").read_text() == "mine"
 
 
-def test_the_wrong_config_file_is_one_line(environment: dict[str, str], tmp_path: Path):  # noqa: F811
+def test_the_wrong_config_file_is_one_line(environment: dict[str, str], tmp_path: Path):
   done = start(tmp_path / "run", environment, f"--config={REPO / 'configs/tiny_pretrain.py'}")
   assert done.returncode == 1
   assert "error: " in one_line(done.stderr)
@@ -102,7 +94,7 @@ def test_the_wrong_config_file_is_one_line(environment: dict[str, str], tmp_path
   assert "config" in one_line(done.stderr)
 
 
-def test_a_kill_while_a_file_is_replaced_leaves_the_old_or_the_new_one(tmp_path: Path):
+def test_kill_while_a_file_is_replaced(tmp_path: Path):
   """The moment before the last move is the worst one."""
   script = ("import os, signal, sys, pathlib; from imm_jax import files; path = pathlib.Path(sys.argv[1]);"
             "files.write_text(path, 'old'); os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
@@ -111,7 +103,7 @@ def test_a_kill_while_a_file_is_replaced_leaves_the_old_or_the_new_one(tmp_path:
   assert (tmp_path / "file").read_text() == "old"
 
 
-def test_an_unwritable_run_directory_is_refused(environment: dict[str, str], tmp_path: Path):  # noqa: F811
+def test_an_unwritable_run_directory_is_refused(environment: dict[str, str], tmp_path: Path):
   (tmp_path / "file").write_text("")
   done = start(tmp_path / "file" / "run", environment)
   assert done.returncode == 1
@@ -119,7 +111,7 @@ def test_an_unwritable_run_directory_is_refused(environment: dict[str, str], tmp
 
 
 @pytest.mark.full
-def test_two_processes_cannot_share_a_run_directory(environment: dict[str, str], tmp_path: Path):  # noqa: F811
+def test_two_processes_cannot_share_a_run_directory(environment: dict[str, str], tmp_path: Path):
   first = subprocess.Popen(command(tmp_path / "run"), cwd=REPO, env=environment, stdout=subprocess.PIPE,
                            stderr=subprocess.DEVNULL, text=True)
   try:

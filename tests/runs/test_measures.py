@@ -22,7 +22,7 @@ from imm_jax.sampling.native import NativeSampler
 from imm_jax.scoring import Scorer, encode_text
 from imm_jax.stages import evaluating, likelihood, lm_eval_tasks, questions
 from tests import TINY
-from tests.runs.test_loop import command, environment  # noqa: F401
+from tests.runs.helpers import command
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.mark.full
-def test_a_run_measures_all_kinds(data: Path, tmp_path: Path, environment: dict[str, str]) -> None:  # noqa: F811
+def test_a_run_measures_all_kinds(data: Path, tmp_path: Path, environment: dict[str, str]) -> None:
   pytest.importorskip("lm_eval")
   extra = ["--config.rounds=1", "--config.method=imm", "--config.merge.base_weight=auto",
            "--config.merge.auto.weights=(0.5,)", "--config.merge.auto.questions=6",
@@ -182,7 +182,8 @@ def test_what_was_scored_is_not_scored_again(data: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.full
-def test_a_task_of_lm_eval_without_data_is_found_before_the_run(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lm_eval_task_without_data_is_found(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """It is found before the run."""
   pytest.importorskip("lm_eval")
   monkeypatch.setenv("HF_HUB_OFFLINE", "1")
   (data / "test.jsonl").unlink()
@@ -204,7 +205,7 @@ def test_a_task_of_lm_eval_without_data_is_found_before_the_run(data: Path, monk
     ({"eval.texts": ("text=file:a.txt", "text=file:b.txt")}, "names a text twice"),
     pytest.param({"task.ood": ("lm_eval:arc_eazy",)}, "did you mean arc_easy", marks=pytest.mark.full),
     ({"task.ood": ("lm_eval:arc_easy",), "eval.lm_eval.path": "/no/such"}, "no such folder"),
-    ({"merge.base_weight": "auto", "merge.auto.general": ("lm_eval:arc_easy",)}, "has no train split")], ids=str)
+    ({"merge.base_weight": "auto", "merge.auto.general": ("lm_eval:arc_easy",)}, "has no train split")])
 def test_what_cannot_be_measured_is_one_line(settings: dict, message: str) -> None:
   if "lm_eval" in str(settings):
     pytest.importorskip("lm_eval")

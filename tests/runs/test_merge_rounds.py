@@ -53,7 +53,7 @@ def merged(config: ml_collections.ConfigDict, models: stage.Models, out: Path) -
 
 
 @pytest.mark.parametrize("method", MEANS)
-def test_a_base_weight_leads_from_the_tuned_model_to_the_base(
+def test_base_weight_ends_are_tuned_and_base(
     method: str, models: stage.Models, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
   """Where nothing is dropped; half of the way, linear methods are the mean."""
   for weight, wanted in ((0.0, trees["tuned"]), (1.0, trees["base"])):
@@ -67,8 +67,9 @@ def test_a_base_weight_leads_from_the_tuned_model_to_the_base(
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in (*MEANS, "iimm", "model_stock")])
-def test_methods_without_a_strength_are_those_of_the_library(
+def test_library_names_strengthless_methods(
     method: str, models: stage.Models, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
+  """Methods without a strength are those of the library."""
   config = settings(method, base_weight=0.25)
   found = merged(config, models, tmp_path / "out")
   base, tuned = trees["base"], trees["tuned"]
@@ -155,8 +156,9 @@ def test_every_option_has_its_place_in_the_config() -> None:
     ({"merge.method": "karcher", "merge.options.tol": (0.1, 0.2)}, r"tol=\(0\.1, 0\.2\): expected 0 <= tol"),
     ({"method": "star", "merge.method": "ties"}, "method=star merges nothing"),
     ({"method": "star", "merge.options.scale": 2.0}, "method=star merges nothing"),
-    ({"merge.method": "karcher", "merge.sweep": (0.1,)}, "has no weight of the base")], ids=str)
-def test_what_cannot_be_merged_is_said_before_the_run(given: dict, message: str) -> None:
+    ({"merge.method": "karcher", "merge.sweep": (0.1,)}, "has no weight of the base")])
+def test_impossible_merges_are_found_early(given: dict, message: str) -> None:
+  """What cannot be merged is said before the run."""
   config = tiny.get_config()
   config.update_from_flattened_dict(given)
   with pytest.raises(UserError, match=message):
@@ -177,9 +179,9 @@ def test_what_a_method_starts_from(method: str, start: str, needs: list[str]) ->
 @pytest.mark.parametrize("given", [
     {"merge.method": "slerp", "merge.options.t": 0.3}, {"merge.method": "linear", "merge.options.weights": (0.2, 0.8)},
     {"merge.method": "ties", "merge.options.weights": 0.4}, {"merge.method": "ties", "merge.options.normalize": True},
-    {"merge.method": "wise_ft", "merge.options.alpha": 0.4}], ids=str)
-def test_a_weight_that_an_option_overrides_is_neither_swept_nor_recorded(
-    given: dict, models: stage.Models, tmp_path: Path) -> None:
+    {"merge.method": "wise_ft", "merge.options.alpha": 0.4}])
+def test_overridden_weight_is_not_swept(given: dict, models: stage.Models, tmp_path: Path) -> None:
+  """A weight that an option overrides is neither swept nor recorded."""
   outs = []
   for weight in (0.2, 0.9):
     config = tiny.get_config()
@@ -200,7 +202,7 @@ def test_a_weight_that_an_option_overrides_is_neither_swept_nor_recorded(
     ({}, "base_weight 0.4, drop_rate 0.2"), ({"merge.method": "ties"}, "ties, base_weight 0.4, drop_rate 0.2"),
     ({"merge.method": "ties", "merge.options.densities": 0.3}, "ties, base_weight 0.4, densities 0.3"),
     ({"merge.method": "linear", "merge.options.weights": (0.2, 0.8)}, "linear, weights (0.2, 0.8)"),
-    ({"merge.method": "sce"}, "sce"), ({"method": "lines"}, "base_weight 0.4")], ids=str)
+    ({"merge.method": "sce"}, "sce"), ({"method": "lines"}, "base_weight 0.4")])
 def test_the_plan_says_what_decides_a_merge(given: dict, said: str) -> None:
   config = tiny.get_config()
   config.update_from_flattened_dict(given)
@@ -208,7 +210,7 @@ def test_the_plan_says_what_decides_a_merge(given: dict, said: str) -> None:
   assert stages["round_0/merged"].plan == said
 
 
-def test_a_round_without_answers_merges_unless_the_merged_model_is_handed_on(
+def test_round_without_answers_merges(
     models: stage.Models, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
   """wise_ft's last model is star's merged with the base, and star's last one is then what the round started from."""
   (tmp_path / "train.jsonl").touch()

@@ -11,14 +11,13 @@ import pytest
 from configs import tiny
 from imm_jax.analysis.weight_change import spearman
 from imm_jax.errors import UserError
-from imm_jax.model import safetensors
 from imm_jax.stages import analysing
 from tests import TINY
-from tests.runs.test_loop import assert_same_run, environment, start  # noqa: F401
+from tests.runs.helpers import start, weights
 
 
 @pytest.fixture(scope="module")
-def run(environment, tmp_path_factory):  # noqa: F811
+def run(environment, tmp_path_factory):
   """A run with these overrides; the same ones run once."""
   done: dict[tuple[str, ...], Path] = {}
 
@@ -37,12 +36,9 @@ def facts(workdir: Path, stage: str) -> dict:
   return json.loads((workdir / "run.json").read_text())["stages"][stage]["facts"]
 
 
-def weights(folder: Path) -> dict[str, np.ndarray]:
-  return {name: value.astype(np.float64) for name, value in safetensors.read(folder / "model.safetensors").items()}
-
-
 @pytest.mark.slow
-def test_imm_that_gives_the_base_no_weight_and_drops_nothing_is_star(run):
+def test_imm_without_base_or_drops_is_star(run):
+  """IMM that gives the base no weight and drops nothing."""
   imm, star = run("--config.merge.base_weight=0", "--config.merge.drop_rate=0"), run("--config.method=star")
   for t in (0, 1):
     tuned = (star / f"round_{t}/sft/model.safetensors").read_bytes()
@@ -128,7 +124,8 @@ def test_interventions_hold_back_what_they_say(run):
 
 
 @pytest.mark.slow
-def test_accumulation_differs_from_star_from_the_second_round_on(run):
+def test_accumulation_starts_in_round_two(run):
+  """It differs from star from the second round on."""
   star, both = run("--config.method=star"), run("--config.method=data_accumulation")
   assert (both / "round_0/sft/model.safetensors").read_bytes() == (star / "round_0/sft/model.safetensors").read_bytes()
   assert facts(both, "round_1/train.jsonl")["of_earlier_rounds"] == facts(both, "round_0/train.jsonl")["kept"]
@@ -136,7 +133,8 @@ def test_accumulation_differs_from_star_from_the_second_round_on(run):
 
 
 @pytest.mark.slow
-def test_a_teacher_samples_in_every_round_and_the_student_is_trained(run):
+def test_teacher_samples_and_student_trains(run):
+  """They do so in every round."""
   star = run("--config.method=star")
   taught = run("--config.rounds=1", "--config.method=star", f"--config.teacher={star / 'round_1/sft'}")
   assert (taught / "round_0/samples.jsonl").read_bytes() != (star / "round_0/samples.jsonl").read_bytes()
@@ -147,7 +145,8 @@ def test_a_teacher_samples_in_every_round_and_the_student_is_trained(run):
 
 
 @pytest.mark.slow
-def test_the_base_weight_that_is_chosen_is_the_best_of_those_tried_and_is_used(run):
+def test_auto_base_weight(run):
+  """The base weight that is chosen is the best of those tried, and is used."""
   workdir = run("--config.rounds=1", "--config.merge.base_weight=auto", "--config.merge.auto.questions=12",
                 "--config.merge.auto.weights=(0.25, 1.0)", "--config.merge.auto.groups=2",
                 "--config.merge.auto.general=('compare',)", "--config.merge.drop_rate=0",

@@ -76,9 +76,9 @@ def test_all_starts_of_a_run_are_one_run_of_wandb(wandb: Wandb, tmp_path: Path, 
   assert _steps(root) == [("round_0/sft", 7, 0.5)]
 
 
-def test_without_it_or_a_login_nothing_begins_and_later_a_run_goes_on(wandb: Wandb, tmp_path: Path,
-                                                                      monkeypatch: pytest.MonkeyPatch,
-                                                                      capsys: pytest.CaptureFixture):
+def test_wandb_is_needed_at_the_start_alone(wandb: Wandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture):
+  """Without it or a login nothing begins, and later a run goes on."""
   config = tiny.get_config()
   config.tracking = "wandb"
   wandb.refuses = "no API key"
@@ -96,7 +96,8 @@ def test_without_it_or_a_login_nothing_begins_and_later_a_run_goes_on(wandb: Wan
     metrics.check_tracking(config)
 
 
-def test_a_writer_that_cannot_be_closed_leaves_the_others_closed(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_unclosable_writer_spares_the_others(tmp_path: Path, capsys: pytest.CaptureFixture):
+  """A writer that cannot be closed leaves the others closed."""
   closed = []
 
   class Full:

@@ -12,7 +12,8 @@ from imm_jax.errors import UserError
 from imm_jax.runs import experiments
 
 
-def test_a_file_of_another_kind_is_refused_before_the_runs(tmp_path: Path):
+def test_other_files_are_refused_early(tmp_path: Path):
+  """They are refused before the runs."""
   config = paper.get_config("figure=3,scale=tiny")
   (tmp_path / "prose.docx").touch()
   config.analyses.importance_bookcorpus.task = f"text=file:{tmp_path / 'prose.docx'}"

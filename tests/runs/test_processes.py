@@ -129,7 +129,8 @@ def test_two_processes_give_the_run_of_one(alone: Path, start: Callable[..., Run
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_on_other_numbers_of_processes(alone: Path, start: Callable[..., Run], tmp_path: Path):
+def test_resumed_on_other_process_counts(alone: Path, start: Callable[..., Run], tmp_path: Path):
+  """A run that is killed goes on with other numbers of processes."""
   workdir = tmp_path / "run"
   states = workdir / "round_0/sft_state"
   for count, killed, enough in ((2, 1, 2), (4, 0, 4)):
@@ -187,7 +188,7 @@ def _text(path: Path) -> str:
 
 
 @pytest.mark.full
-def test_a_run_directory_that_is_not_shared_is_refused(start: Callable[..., Run]):
+def test_unshared_run_directory_is_refused(start: Callable[..., Run]):
   run = start("run", 2, own_workdirs=True)
   assert run.wait() == [1, 1], run.said
   assert all("not all hosts see the same run directory" in said for said in run.said)

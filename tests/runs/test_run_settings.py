@@ -20,7 +20,7 @@ def _settings(**changes: object) -> list[dict[str, object]]:
   return [json.loads(json.dumps(stage.settings)) for stage in found if "eval" not in stage.name]
 
 
-def test_a_setting_that_is_not_used_is_none_of_a_stage():
+def test_unused_settings_do_not_count():
   """Which keeps runs that were made before there was such a key."""
   star = _settings(method="star")
   assert star == _settings(**{"method": "star", "sft.lora_rank": 3, "sft.kl_weight": 9.0, "sft.ema_decay": 0.5})

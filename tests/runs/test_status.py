@@ -18,7 +18,8 @@ from imm_jax.runtime import progress
     (UserError("no room"), "failed", "no room", "ERROR error: no room"),
     (PreemptedError("told to stop"), "stopped", "told to stop", "WARNING told to stop"),
     (KeyboardInterrupt(), "stopped", "interrupted (Ctrl-C)", "WARNING interrupted (Ctrl-C)"),
-    (ZeroDivisionError("a bug"), "failed", "ZeroDivisionError: a bug", "ERROR error: ZeroDivisionError('a bug')")])
+    (ZeroDivisionError("a bug"), "failed", "ZeroDivisionError: a bug", "ERROR error: ZeroDivisionError('a bug')")],
+    ids=["finished", "error", "preempted", "interrupted", "bug"])
 def test_after_every_end_the_files_say_which(error: BaseException | None, state: str, why: str, logged: str | None,
                                              tmp_path: Path):
 
@@ -42,7 +43,8 @@ def test_after_every_end_the_files_say_which(error: BaseException | None, state:
   assert ("Traceback (most recent call last):" in lines) == isinstance(error, ZeroDivisionError)
 
 
-def test_a_process_that_is_gone_was_killed_and_one_that_has_the_lock_runs(tmp_path: Path):
+def test_dead_and_locked_runs(tmp_path: Path):
+  """A process that is gone was killed, and one that has the lock runs."""
   with status.StatusWriter(tmp_path, ["a"]) as writer:
     writer.set_stage("a")
     written = (tmp_path / status.FILE).read_text()
@@ -68,8 +70,8 @@ def test_a_process_that_is_gone_was_killed_and_one_that_has_the_lock_runs(tmp_pa
 
 
 @pytest.mark.parametrize("last", ["finished", "running"])
-def test_a_run_that_ends_or_begins_between_two_looks_was_not_killed(last: str, tmp_path: Path,
-                                                                    monkeypatch: pytest.MonkeyPatch):
+def test_change_between_looks_is_no_kill(last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  """A run that ends or begins between two looks was not killed."""
   with status.StatusWriter(tmp_path, ["a"]):
     running = json.loads((tmp_path / status.FILE).read_text())
   looks = []
@@ -84,7 +86,8 @@ def test_a_run_that_ends_or_begins_between_two_looks_was_not_killed(last: str, t
   assert status.read(tmp_path).state == last
 
 
-def test_the_log_has_lines_and_records_but_no_progress_bars(tmp_path: Path, capfd: pytest.CaptureFixture):
+def test_log_has_no_progress_bars(tmp_path: Path, capfd: pytest.CaptureFixture):
+  """It has lines and records."""
   for _ in range(2):  # a start that goes on appends
     with runlog.RunLog() as log:
       print("early")

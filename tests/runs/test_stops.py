@@ -11,11 +11,12 @@ import pytest
 
 from imm_jax.runs import status
 from tests import REPO
-from tests.runs.test_loop import command, environment  # noqa: F401
+from tests.runs.helpers import command
 
 
 @pytest.mark.full
-def test_told_to_stop_in_any_stage_a_run_ends_soon_and_goes_on(environment: dict[str, str], tmp_path: Path):  # noqa: F811
+def test_stop_in_any_stage(environment: dict[str, str], tmp_path: Path):
+  """Told to stop, a run ends soon, and goes on later."""
   root, term, kill = tmp_path / "run", signal.SIGTERM, signal.SIGKILL
   small = command(root, "--config.rounds=1")
   for stage, number, code, why in (("base/eval", term, 143, "told"), ("round_0/samples.jsonl", term, 143, "told"),

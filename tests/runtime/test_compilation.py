@@ -41,7 +41,8 @@ def _said(process: subprocess.Popen[str]) -> tuple[float, int, int]:
   return float(value), int(hits), int(misses)
 
 
-def test_a_second_run_compiles_nothing_and_several_at_once_agree(tmp_path: Path) -> None:
+def test_second_run_compiles_nothing(tmp_path: Path) -> None:
+  """Several runs at once agree."""
   first = [_start(XDG_CACHE_HOME=str(tmp_path)) for _ in range(2)]
   values = [_said(process)[0] for process in first]
   folder, = (tmp_path / "imm_jax").iterdir()
@@ -68,8 +69,8 @@ def test_a_setting_turns_it_off_and_another_moves_it(tmp_path: Path) -> None:
   assert sorted(path.name for path in tmp_path.iterdir()) == ["all", "mine"]
 
 
-def test_what_was_not_used_for_longest_goes_when_there_is_too_much(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_least_recently_used_entries_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """They go when there is too much."""
   for age, name in enumerate(("new", "old", "older")):
     (tmp_path / f"{name}-cache").write_bytes(b"x" * 10)
     os.utime(tmp_path / f"{name}-cache", (1000 - age, 1000 - age))
@@ -92,9 +93,10 @@ def test_what_a_killed_process_was_writing_goes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("mode", "group", "kept"), [
     (0o777, 0, False), (0o1777, 0, False), (0o775, 1, False), (0o775, 0, True), (0o755, 1, True), (0o700, 0, True)])
-def test_a_folder_that_others_can_write_to_is_not_used(
+def test_writable_cache_folder_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], mode: int, group: int,
     kept: bool) -> None:
+  """A folder that others can write to is not used."""
   tmp_path.chmod(mode)
   monkeypatch.setattr(os, "getegid", lambda: tmp_path.stat().st_gid + group)
   assert compilation._others_write(tmp_path) is not kept

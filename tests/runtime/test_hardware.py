@@ -11,8 +11,9 @@ from tests import REPO
 
 
 @pytest.mark.parametrize("flags", ["flags : fpu avx2", "flags : fpu avx512_bf16 avx2", "Features : fp asimd bf16", ""])
-def test_auto_is_float32_where_the_cpu_has_no_products_of_bfloat16(
+def test_auto_dtype_on_cpus(
     flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+  """It is float32 where the CPU has no products of bfloat16."""
   (tmp_path / "cpuinfo").write_text(f"model name : some\n{flags}\n\nprocessor : 1\n")
   monkeypatch.setattr(hardware, "_CPUINFO", tmp_path / "cpuinfo")
   hardware.cpu_has_bfloat16.cache_clear()
@@ -24,7 +25,8 @@ def test_auto_is_float32_where_the_cpu_has_no_products_of_bfloat16(
   hardware.cpu_has_bfloat16.cache_clear()
 
 
-def test_looking_up_a_dtype_that_is_named_starts_no_backend() -> None:
+def test_named_dtype_starts_no_backend() -> None:
+  """Looking up a dtype by name is free."""
   program = ("from imm_jax.runtime import hardware; import jax; hardware.compute_dtype('float32'); "
              "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()")
   subprocess.run([sys.executable, "-c", program], check=True, cwd=REPO)

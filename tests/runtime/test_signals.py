@@ -95,7 +95,8 @@ def test_what_blocks_does_not_keep_a_process_alive(work: str):
       process.kill()
 
 
-def test_an_interrupt_without_a_signal_leaves_the_watch_alive():
+def test_interrupt_without_signal_keeps_watch():
+  """An interrupt without a signal leaves the watch alive."""
   work = '''
   class A:
     def __del__(self):
@@ -120,7 +121,8 @@ def test_an_interrupt_without_a_signal_leaves_the_watch_alive():
   assert "Traceback" not in err
 
 
-def test_a_signal_that_comes_too_late_for_a_block_is_answered_after_it():
+def test_late_signal_is_answered_afterwards():
+  """A signal that comes too late for a block is answered after it."""
   heard = []
   before = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
   try:
@@ -169,7 +171,8 @@ def _interrupt(module: str, folder: Path, *, before: str = "") -> tuple[int, str
   return process.returncode, said, err
 
 
-def test_an_interrupt_while_a_command_is_imported_is_one_line(tmp_path: Path):
+def test_interrupted_import_is_one_line(tmp_path: Path):
+  """An interrupt while a command is imported is one line."""
   code, _, err = _interrupt(_SLOW.format(seconds=60), tmp_path)
   assert (code, err) == (130, "\ninterrupted\n")
 
@@ -180,6 +183,7 @@ def test_an_interrupt_that_is_ignored_stays_so(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("resumes", "hint"), [(True, "goes on after what was finished"), (False, "starts anew")])
-def test_an_interrupted_command_says_whether_it_goes_on(resumes: bool, hint: str, tmp_path: Path):
+def test_interrupted_command_tells_resumption(resumes: bool, hint: str, tmp_path: Path):
+  """It says whether it goes on where it was."""
   code, _, err = _interrupt(_RUNS.format(resumes=resumes), tmp_path)
   assert (code, err) == (130, f"\ninterrupted; the same command {hint}\n")

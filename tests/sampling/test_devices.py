@@ -91,15 +91,11 @@ def out(tmp_path_factory: pytest.TempPathFactory, run_on_devices: Callable[..., 
   return folder
 
 
-@pytest.fixture(scope="module")
-def results(out: Path) -> dict[str, Any]:
-  return json.loads((out / "seen.json").read_text())
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("case", CASES)
-def test_a_checkpoint_comes_back_byte_for_byte_from_any_mesh(out: Path, case: str, mesh: str) -> None:
+def test_any_mesh_restores_every_byte(out: Path, case: str, mesh: str) -> None:
+  """A checkpoint comes back byte for byte from any mesh."""
   saved = [out / f"{case}-{mesh}", *out.glob(f"{case}-{mesh}-trained")]
   assert len(saved) == 1 + (mesh != "1" and not case.startswith("float16"))
   expected = _stored(out / case)
@@ -116,27 +112,27 @@ def test_a_checkpoint_comes_back_byte_for_byte_from_any_mesh(out: Path, case: st
 
 @pytest.mark.full
 @pytest.mark.parametrize("mesh", MESHES)
-def test_every_entry_is_read_once_on_every_mesh(results: dict[str, Any], mesh: str) -> None:
+def test_every_entry_is_read_once_on_every_mesh(seen: dict[str, Any], mesh: str) -> None:
   for case in CASES:
-    read, size = results["read"][f"{case}/{mesh}"]
+    read, size = seen["read"][f"{case}/{mesh}"]
     assert read == size
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("mesh", ["4x2", "1x8"])
-def test_texts_do_not_depend_on_the_mesh(results: dict[str, Any], mesh: str) -> None:
-  assert len({text for row in results["texts"]["1"] for text in row}) > len(PROMPTS)
-  assert results["texts"][mesh] == results["texts"]["1"]
-  assert results["devices"]["1"] == [3]
+def test_texts_do_not_depend_on_the_mesh(seen: dict[str, Any], mesh: str) -> None:
+  assert len({text for row in seen["texts"]["1"] for text in row}) > len(PROMPTS)
+  assert seen["texts"][mesh] == seen["texts"]["1"]
+  assert seen["devices"]["1"] == [3]
 
 
 @pytest.mark.full
-def test_the_cache_is_split_like_the_model(results: dict[str, Any]) -> None:
+def test_the_cache_is_split_like_the_model(seen: dict[str, Any]) -> None:
   """Splits two key/value heads over two devices and eight rows over the rest."""
-  whole = {tuple(shape[:2]) for shape in results["cache"]["1"]}
+  whole = {tuple(shape[:2]) for shape in seen["cache"]["1"]}
   assert whole == {(8, 2)}
-  assert {tuple(shape[:2]) for shape in results["cache"]["4x2"]} == {(2, 1)}
-  assert {tuple(shape[:2]) for shape in results["cache"]["1x8"]} == {(2, 1)}
+  assert {tuple(shape[:2]) for shape in seen["cache"]["4x2"]} == {(2, 1)}
+  assert {tuple(shape[:2]) for shape in seen["cache"]["1x8"]} == {(2, 1)}
 
 
 @pytest.mark.full

@@ -130,7 +130,8 @@ def test_windows_score_every_token_once() -> None:
     assert all(len(r.tokens) == positions + 1 for r in requests[1:])
 
 
-def test_options_are_chosen_by_likelihood_and_per_character() -> None:
+def test_options_are_chosen_by_likelihood() -> None:
+  """They are also chosen by likelihood per character."""
   class Fixed:  # a scorer with fixed scores
     config = type("Config", (), {"vocab_size": 1000, "max_positions": None})
 
@@ -146,7 +147,8 @@ def test_options_are_chosen_by_likelihood_and_per_character() -> None:
   assert rows[0]["logprobs"] == [-4.0, -5.0, -9.0]
 
 
-def test_intervals_of_texts_have_their_nominal_coverage() -> None:
+def test_text_intervals_have_their_coverage() -> None:
+  """They hold the truth as often as they say."""
   rng = np.random.default_rng(0)
   held = 0
   for _ in range(400):
@@ -205,7 +207,7 @@ def test_unsupported_settings_are_refused(models: tuple) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_sentencepiece_answers_equal_those_of_lm_eval(tmp_path: Path) -> None:
+def test_sentencepiece_equals_lm_eval(tmp_path: Path) -> None:
   """Such tokenizers strip a leading space, also of answers, and add BOS."""
   pytest.importorskip("lm_eval")
   torch = pytest.importorskip("torch")

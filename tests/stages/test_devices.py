@@ -35,7 +35,8 @@ def _config(kind: str, *urls: str) -> ml_collections.ConfigDict:
   return config
 
 
-def test_a_child_process_works_only_with_a_local_server() -> None:
+def test_child_works_with_a_local_server() -> None:
+  """A child process works on devices only with a local server."""
   for config in (_config("native"), _config("vllm", "http://127.0.0.1:1")):
     assert devices.call(config, os.getpid) == os.getpid()
   assert devices.call(_config("vllm"), os.getppid) == os.getpid()

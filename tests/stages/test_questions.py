@@ -37,7 +37,8 @@ def _half_worked(folder, worked=(1, 3, 4, 6)):
   return config
 
 
-def test_examples_of_prompts_and_real_answers_are_rows_with_a_worked_answer_and_the_others_are_asked(tmp_path):
+def test_shots_have_rationales(tmp_path):
+  """Worked examples and real answers are rows with a worked answer; the others are asked."""
   config = _half_worked(tmp_path / "a")
   config.prompt.few_shot, config.task.questions_per_round = 3, 0
   checks.validate(config)
@@ -60,7 +61,8 @@ def test_too_few_worked_answers_are_counted(change, message, tmp_path):
     checks.validate(config)
 
 
-def test_which_examples_a_prompt_shows_does_not_change_where_all_are_worked(tmp_path):
+def test_shots_are_first_where_all_are_worked(tmp_path):
+  """Which examples a prompt shows does not change where all rows have a worked answer."""
   config = _half_worked(tmp_path / "a", worked=range(9))
   config.prompt.few_shot = 3
   pool = questions.load(config, "custom", split="train")
@@ -68,7 +70,8 @@ def test_which_examples_a_prompt_shows_does_not_change_where_all_are_worked(tmp_
   assert (found.shots, found.asked) == (pool[:3], pool[3:7])
 
 
-def test_a_task_with_fewer_test_questions_than_asked_for_gives_all_it_has(tmp_path, capsys):
+def test_short_test_sets_are_asked_whole(tmp_path, capsys):
+  """They have fewer questions than asked for."""
   config = custom_task(tmp_path / "a")
   svamp = tmp_path / "svamp.jsonl"
   svamp.write_text("\n".join(json.dumps({"Body": f"There are {i}.", "Question": "How many?", "Answer": i, "ID": str(i)})
@@ -91,7 +94,8 @@ def test_questions_that_change_are_noticed(tmp_path):
   assert set(first) == {"train questions", "test questions"}
 
 
-def test_the_dry_run_says_how_many_test_questions_are_asked_and_of_how_many(tmp_path):
+def test_dry_run_counts_test_questions(tmp_path):
+  """It says how many are asked and of how many."""
   config = custom_task(tmp_path / "a")
   (tmp_path / "a" / "test.jsonl").write_text("\n".join(
       json.dumps({"question": "Test?", "answer": a}) for a in ("1", "2", "none", "1")))

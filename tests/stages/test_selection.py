@@ -68,7 +68,8 @@ def test_right_samples_are_selected_once(method: str, config, tmp_path: Path):
   assert {r["source"] for r in rows} == {"synthetic"}
 
 
-def test_data_mixture_adds_a_share_of_each_earlier_round(config, tmp_path: Path):
+def test_mixture_adds_earlier_rounds(config, tmp_path: Path):
+  """It adds a share of each."""
   config.method, config.data.mixture_share = "data_mixture", 0.25
   assert texts(select(config, tmp_path, 0)[0]) == right(config, 0)
   rows, facts = select(config, tmp_path, 2)
@@ -82,7 +83,8 @@ def test_data_mixture_adds_a_share_of_each_earlier_round(config, tmp_path: Path)
   assert texts([r for r in select(config, tmp_path, 2)[0] if r["round"] == 0]) != mixed
 
 
-def test_data_accumulation_keeps_all_rounds_and_optionally_real_answers(config, tmp_path: Path):
+def test_accumulation_keeps_all_rounds(config, tmp_path: Path):
+  """It adds real answers where that is asked for."""
   config.method = "data_accumulation"
   everything = right(config, 0) | right(config, 1) | right(config, 2)
   assert texts(select(config, tmp_path, 2)[0]) == everything
@@ -112,7 +114,8 @@ def test_only_the_judged_text_is_learned(config, tmp_path: Path):
   assert facts["dropped_unfinished"] == 1
 
 
-def test_a_real_answer_that_was_also_sampled_counts_as_a_sample(config, tmp_path: Path):
+def test_sampled_real_answer_is_a_sample(config, tmp_path: Path):
+  """A real answer that was also sampled counts as one."""
   config.data.real_fraction = 0.5
   asked = questions.of_round(config, 0).asked
   rows = [{"id": e.id, "question": e.question, "text": e.rationale, "finish": "stop", "span": e.answer,
@@ -132,7 +135,8 @@ def test_real_fraction_mixes_in_worked_answers(fraction: float, real: int, confi
   assert texts(rows) - result == right(config, 1)
 
 
-def test_no_right_samples_is_an_error_with_the_reason(config, tmp_path: Path):
+def test_no_right_samples_is_an_error(config, tmp_path: Path):
+  """The message has the reason."""
   samples = write_samples(tmp_path, config)
   rows = [json.loads(line) | {"correct": False, "finish": "length"} for line in samples[0].read_text().splitlines()]
   samples[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -152,7 +156,8 @@ def test_damaged_samples_are_named_with_their_line(row: str, expected: str, conf
     selection.select(config, [tmp_path / "samples.jsonl"], 0, tmp_path / "out")
 
 
-def test_shown_held_out_and_asked_questions_are_disjoint(config):
+def test_question_sets_are_disjoint(config):
+  """No question is shown, held out and asked at once."""
   config.merge.base_weight, config.merge.auto.questions = "auto", 30
   seen: list[str] = []
   for t in range(ROUNDS):

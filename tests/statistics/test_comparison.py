@@ -38,12 +38,12 @@ def test_mcnemar_counts_the_ways_to_swap_the_models(wins: int, losses: int):
   assert mcnemar(wins, losses) == np.mean([(s > seen) + (s == seen) / 2 for s in sums])
 
 
-def test_models_that_are_as_often_right_do_not_differ():
+def test_equally_right_models_do_not_differ():
   assert [mcnemar(k, k) for k in (0, 1, 2, 50)] == [1, 1, 1, 1]
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
-def test_holm_rejects_what_every_intersection_rejects(ps: list[float]):
+def test_holm_rejects_like_intersections(ps: list[float]):
   """Closed testing with Bonferroni's test of each intersection, which Holm's procedure is."""
   sets = [s for k in range(1, len(ps) + 1) for s in itertools.combinations(range(len(ps)), k)]
   closed = [max(min(1, len(s) * min(ps[j] for j in s)) for s in sets if i in s) for i in range(len(ps))]
@@ -51,7 +51,7 @@ def test_holm_rejects_what_every_intersection_rejects(ps: list[float]):
 
 
 @pytest.mark.parametrize(("wins", "losses", "n"), [(8, 3, 40), (30, 5, 60), (0, 4, 200), (1, 0, 6), (70, 61, 500)])
-def test_the_interval_of_verdicts_is_that_of_all_resamples(wins: int, losses: int, n: int):
+def test_verdict_interval_is_of_all_resamples(wins: int, losses: int, n: int):
   distribution = np.ones(1)  # of wins - losses, from -n to n
   for _ in range(n):
     distribution = np.convolve(distribution, [losses / n, (n - wins - losses) / n, wins / n])
@@ -93,7 +93,8 @@ def test_intervals_and_p_keep_what_they_promise():
 
 @settings(max_examples=20)
 @given(st.integers(1, 300))
-def test_questions_that_all_end_alike_leave_room_for_others(n: int):
+def test_unanimous_questions_leave_room(n: int):
+  """Where all questions end alike, the interval has room for others."""
   same = compare_paired([1] * n, [1] * n)
   assert (same.value, same.p, same.low) == (0, 1, -same.high)
   assert (1 - same.high)**n == pytest.approx(0.05)  # with such a share of others, n in a row end alike in 5 %
@@ -143,7 +144,8 @@ def test_two_folders_task_by_task(tmp_path: Path):
   assert [line.real for line in alone.lines] == [True]
 
 
-def test_questions_that_one_lacks_are_left_out_and_said(tmp_path: Path):
+def test_missing_questions_are_left_out(tmp_path: Path):
+  """One model lacks them; a line says so."""
   a, b = write(tmp_path / "a", "add", "110011"), write(tmp_path / "b", "add", "0000", first=4)
   found = compare(a, b)
   assert [(line.paired.n, line.paired.wins) for line in found.lines] == [(2, 2)]
@@ -166,7 +168,8 @@ def test_what_are_not_the_same_questions_is_refused(tmp_path: Path, other: dict,
     compare(a, b)
 
 
-def test_other_scores_of_a_row_are_lines_of_their_own(tmp_path: Path):
+def test_other_scores_have_their_own_lines(tmp_path: Path):
+  """They are the other scores of a row of answers."""
   a, b = write(tmp_path / "a", "arc", "110", correct_norm=1.0), write(tmp_path / "b", "arc", "100", correct_norm=0.0)
   for folder, change in ((a, 0.0), (b, 0.5)):
     rows = [{"id": str(i), "nats": 2.0 * n + change * n, "bytes": n} for i, n in enumerate((10, 20, 70))]
@@ -179,7 +182,8 @@ def test_other_scores_of_a_row_are_lines_of_their_own(tmp_path: Path):
     compare(a, b)
 
 
-def test_a_folder_without_answers_says_where_some_are(tmp_path: Path):
+def test_folder_without_answers_is_helpful(tmp_path: Path):
+  """It says where some are."""
   for name in ("base/eval", "round_0/eval/sft"):
     write(tmp_path / "run" / name, "add", "10")
   (tmp_path / "run/metrics.jsonl").write_text("{}\n")

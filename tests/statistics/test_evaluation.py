@@ -23,7 +23,8 @@ def test_the_interval_is_the_published_one(correct, n, low, high):
 
 
 @given(st.integers(1, 10**6).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_the_ends_are_where_the_score_test_just_accepts(pair):
+def test_ends_solve_the_score_test(pair):
+  """The ends of an interval are where it just accepts."""
   correct, n = pair
   result = accuracy(correct, n)
   assert result[:2] == (correct / n, n)
@@ -67,7 +68,8 @@ def test_counts_that_cannot_be_are_an_error(correct, n):
 
 
 @pytest.mark.parametrize("num_samples", range(1, 8))
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(num_samples):
+def test_pass_at_k_counts_subsets(num_samples):
+  """It is the share of subsets with a right sample."""
   for correct, k in itertools.product(range(num_samples + 1), range(1, num_samples + 1)):
     subsets = list(itertools.combinations([i < correct for i in range(num_samples)], k))
     assert pass_at_k(num_samples, correct, k) == sum(map(any, subsets)) / len(subsets)
@@ -113,5 +115,6 @@ def test_scores_outside_are_an_error(scores):
 @pytest.mark.parametrize(("answers", "winner"), [
     (["a"], 0), (["a", "b", "b"], 1), (["a", "b"], 0), (["b", "a", "a", "b"], 0), ([None, None, "c"], 2),
     ([None], None), ([], None)])
-def test_majority_is_the_first_of_the_most_common_answers(answers, winner):
+def test_majority_takes_the_first_of_ties(answers, winner):
+  """It is the first of the most common answers."""
   assert majority(answers) == winner

@@ -175,7 +175,8 @@ def test_the_number_of_the_last_marker_is_read(text, gold):
     ("\n### Instruction:\nThe answer is 7.", "7"),
     ("candies of type A: 7", "7"),
 ])
-def test_what_states_no_such_number_is_wrong_when_filtering(text, gold):
+def test_unstated_numbers_fail_the_filter(text, gold):
+  """A text that states no such number is wrong when filtering."""
   assert not right(text, gold)
 
 
@@ -184,7 +185,8 @@ def test_what_states_no_such_number_is_wrong_when_filtering(text, gold):
     " I hope this helps! If the answer is unclear, let me know.", " To check the answer: 42/6 = 7.",
     " Let me verify my final answer: 42/6 = 7.", "\nThe answer is rounded. The answer is exact."])
 @pytest.mark.parametrize("stated", ["So \\boxed{42}.", "The answer is 42.", "#### 42\n"])
-def test_a_later_mention_of_an_answer_leaves_the_stated_one(stated, rest):
+def test_later_mentions_do_not_count(stated, rest):
+  """A later mention of an answer leaves the stated one."""
   assert right(stated + rest, "42")
   assert right(stated.replace("42", "B") + rest, "B", "choice")
 
@@ -208,7 +210,8 @@ def test_a_text_ends_where_a_next_question_begins(start):
 
 
 @pytest.mark.parametrize("text", ["", "Q: 7", "User: 7", "The user: 7\nHumans: 8", "<|im_start|>assistant\n7\n"])
-def test_a_text_without_a_next_question_is_left_whole(text):
+def test_text_without_a_question_is_whole(text):
+  """A text without a next question is not cut."""
   assert answers.before_next_question(text) == text
 
 
@@ -224,7 +227,8 @@ def test_a_text_without_a_next_question_is_left_whole(text):
     ("The profit is -7", "-7"),
     ("He has 7.\nQ: How many are 5?", "7"),
 ])
-def test_without_a_marker_the_last_number_counts_only_when_evaluating(text, gold):
+def test_last_number_counts_in_evaluation(text, gold):
+  """Without a marker it counts there, and not when filtering."""
   assert right(text, gold, strict=False)
   assert not right(text, gold, strict=True)
 
@@ -236,7 +240,8 @@ def test_without_a_marker_the_last_number_counts_only_when_evaluating(text, gold
     ("v1.7", "7"),
     ("nothing", "0"),
 ])
-def test_a_stated_answer_is_never_replaced_by_a_later_number(text, gold):
+def test_stated_answer_is_never_replaced(text, gold):
+  """A later number does not count."""
   assert not right(text, gold, strict=False)
 
 
@@ -261,7 +266,8 @@ def test_votes_are_counted_by_value():
   assert {answers.canonical("", kind) for kind in ("number", "choice", "latex")} == {None}
 
 
-def test_the_vote_of_a_span_is_the_value_that_was_judged():
+def test_vote_is_the_judged_value():
+  """The vote of a span is the value that was judged."""
   correct, span = answers.verdict("So he lost 12 -5", "5", "number", strict=False)
   assert correct == (answers.canonical(span, "number") == "5")
   assert answers.canonical(answers.verdict("It is 9-2", "2", "number", strict=False).span, "number") == "2"
@@ -273,7 +279,8 @@ def test_the_vote_of_a_span_is_the_value_that_was_judged():
     ("seven", "number", "not a number"), ("", "number", "not a number"), ("1/0", "number", "not a number"),
     ("2:3", "number", "not a number"), ("1,23", "number", "not a number"), ("b", "choice", "not a letter"),
     ("I", "choice", "not a letter"), ("", "choice", "not a letter"), ("7", "math", "kind='math'")])
-def test_a_gold_answer_of_another_kind_is_an_error_whatever_the_text(text, gold, kind, message, strict):
+def test_gold_of_another_kind_is_an_error(text, gold, kind, message, strict):
+  """It is one whatever the text."""
   with pytest.raises(ValueError, match=message):
     answers.verdict(text, gold, kind, strict=strict)
 

@@ -32,7 +32,8 @@ def test_an_anchored_letter_is_the_choice(text):
     "The answer is A", "The answer is A.", "The answer is A because it is less", "The answer is A, which is less",
     "The answer is A 12 km", "The answer is A is right", "The answer is (A) dog",
 ])
-def test_the_letter_a_is_a_choice_where_it_is_no_article(text):
+def test_letter_a_may_be_a_choice(text):
+  """It is one where it is no article."""
   assert right(text, "A")
 
 
@@ -50,7 +51,8 @@ def test_any_other_capital_letter_is_no_choice(text):
 
 
 @pytest.mark.parametrize("text", ["B", "(B)", "B.", "(B).", " B \n", "First A, then B.\n(B)"])
-def test_a_bare_letter_is_a_choice_only_when_evaluating(text):
+def test_bare_letters_count_in_evaluation(text):
+  """They do not count when filtering."""
   assert right(text, "B", strict=False)
   assert not right(text, "B", strict=True)
 
@@ -59,7 +61,8 @@ def test_a_bare_letter_is_a_choice_only_when_evaluating(text):
     "B) 42", "B. 42", "(B) 42 km, since 6 * 7 = 42", "**B) 42**", "It is 42.\nB) 42", "B) 42\nFor 6 * 7 = 42.",
     "Option B is correct.", "So option (B) is the right one.", "Answer **B** is the best.",
     "The answer is 42. Option B is correct."])
-def test_an_only_option_or_one_that_is_called_correct_is_a_choice_when_evaluating(text):
+def test_only_option(text):
+  """An only option, or one that is called correct, is a choice when evaluating."""
   assert right(text, "B", strict=False)
   assert not right(text, "B", strict=True)
 
@@ -75,7 +78,8 @@ def test_a_letter_in_running_text_is_no_choice(text):
 @pytest.mark.parametrize("text", [
     r"The answer is \(B\).", r"The correct answer is \( \text{B} \).", "The correct answer is:\n\n\\[ \\text{B} \\]",
     r"The answer is \[ \text{(B) } 42 \]", "The answer is ($B$)", "The answer is “B”."])
-def test_letters_in_the_dress_of_mathematics_or_quotes_are_read_in_both_modes(text):
+def test_letter_in_latex(text):
+  """Letters in mathematics or quotes are read when filtering and when evaluating."""
   for strict in (True, False):
     assert answers.verdict(text, "B", "choice", strict=strict).correct
     assert not answers.verdict(text, "C", "choice", strict=strict).correct
@@ -83,6 +87,7 @@ def test_letters_in_the_dress_of_mathematics_or_quotes_are_read_in_both_modes(te
 
 @pytest.mark.parametrize("text", [
     "So x = 5.\n\n**B**", "Hence:\n**(B)**", "B is the correct answer.", "Hence (B) is correct."])
-def test_a_bare_letter_or_one_called_correct_counts_where_no_marker_is_asked_for(text):
+def test_bare_letter(text):
+  """It counts where no marker is asked for, and so does one that is called correct."""
   assert answers.verdict(text, "B", "choice", strict=False).correct
   assert not answers.verdict(text, "B", "choice", strict=True).correct

@@ -20,7 +20,8 @@ from tests.tasks.records import CUSTOM, gsm8k, write
     ("choice", {"gold": 0}, {"choices": "opts"}, ("P?\n(A) x\n(B) y", "A", "")),
     ("choice", {"gold": "1", "opts": ["2", "1", "0"]}, {"choices": "opts"}, ("P?\n(A) 2\n(B) 1\n(C) 0", "B", "")),
     ("choice", {"gold": "yes", "opts": ["no", "yes"]}, {"choices": "opts"}, ("P?\n(A) no\n(B) yes", "B", "")),
-])
+], ids=["number", "rationale", "int", "rationale-with-answer", "latex", "box", "letter", "option-letter",
+        "option-index", "option-number", "option-text"])
 def test_custom_records_are_read_by_the_names_given(kind, change, fields, expected, tmp_path):
   source = f"file:{write(tmp_path / 'own.jsonl', [CUSTOM | change])}"
   example, = tasks.load("custom", split="test", source=source, kind=kind,
@@ -31,7 +32,8 @@ def test_custom_records_are_read_by_the_names_given(kind, change, fields, expect
 
 
 @pytest.mark.parametrize("kind", ["number", "latex", "choice"])
-def test_records_without_a_gold_are_left_out_and_counted(kind, tmp_path, capsys):
+def test_records_without_gold_are_counted(kind, tmp_path, capsys):
+  """They are left out."""
   rows = [CUSTOM | {"gold": "A" if kind == "choice" else "7"}, CUSTOM | {"Prompt": "R?", "gold": None}]
   source = f"file:{write(tmp_path / 'own.jsonl', rows)}"
   found = tasks.load("custom", split="test", source=source, kind=kind, fields={"question": "Prompt", "answer": "gold"})
@@ -39,7 +41,8 @@ def test_records_without_a_gold_are_left_out_and_counted(kind, tmp_path, capsys)
   assert "of 2 records left out 1 without an answer that can be judged" in capsys.readouterr().err
 
 
-def test_custom_needs_a_source_a_kind_and_fields_that_are_there(tmp_path):
+def test_custom_needs_source_kind_and_fields(tmp_path):
+  """The fields have to be there."""
   write(tmp_path / "train.jsonl", [CUSTOM])
   write(tmp_path / "test.jsonl", [CUSTOM | {"prompt": "Other?"}])
   source = f"file:{tmp_path}"
@@ -78,7 +81,8 @@ def test_nothing_that_can_be_judged_is_an_error(tmp_path):
     ({"gold": True}, "'gold' is True; expected text or a number"), ({"gold": ["42"]}, "expected text or a number"),
     ({"prompt": "half \ud83d"}, r"own.jsonl:1: .*surrogates not allowed"),
     ({"gold": None}, "no answer that can be judged")])
-def test_what_is_no_gold_answer_or_no_text_is_an_error_with_its_line(change, message, tmp_path):
+def test_bad_gold_is_an_error_with_its_line(change, message, tmp_path):
+  """So is a text that is none."""
   source = f"file:{write(tmp_path / 'own.jsonl', [CUSTOM | change])}"
   with pytest.raises(UserError, match=message):
     tasks.load("custom", split="test", source=source, kind="latex", fields={"question": "prompt", "answer": "gold"})

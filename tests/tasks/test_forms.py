@@ -109,8 +109,10 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "record", "question", "gold", "kind"), FORMS)
-def test_each_published_form_gives_question_gold_and_kind(name, record, question, gold, kind, tmp_path):
+@pytest.mark.parametrize(("name", "record", "question", "gold", "kind"), FORMS,
+                         ids=[f"{name}-{' '.join(record)}"[:50] for name, record, *_ in FORMS])
+def test_published_forms_are_read(name, record, question, gold, kind, tmp_path):
+  """Each gives question, gold answer and kind."""
   example = parsed(tmp_path, name, record)
   assert (example.question, example.answer, example.kind) == (question, gold, kind)
   if kind == "number":
@@ -123,7 +125,8 @@ def test_every_form_of_every_task_is_tried():
   assert tried == {(name, form.fields) for name, task in catalogue.TASKS.items() for form in task.formats}
 
 
-def test_a_rationale_ends_in_the_answer_and_holds_no_calculator_marks(tmp_path):
+def test_rationale_ends_in_the_answer(tmp_path):
+  """It holds no calculator's marks."""
   assert parsed(tmp_path / "a", "gsm8k", FORMS[0][1]).rationale == "2+3=5 and 1,600\nThe answer is 1600"
   solution = FORMS[2][1]["solution"]
   assert parsed(tmp_path / "b", "math", FORMS[2][1]).rationale == f"{solution}\nThe answer is \\frac{{1}}{{2}}"
@@ -158,7 +161,7 @@ def test_a_rationale_ends_in_the_answer_and_holds_no_calculator_marks(tmp_path):
     ("winogrande", DERIVED, "'Q.' has no gap `_`"),
     ("boolq", DERIVED, r"\['x', 'y'\] are not true and false"),
     ("mbpp", {"text": "T", "code": "C", "task_id": "x"}, "invalid literal"),
-])
+], ids=lambda value: "" if isinstance(value, dict) else None)
 def test_a_wrong_record_is_named_by_file_and_line(name, record, message, tmp_path):
   with pytest.raises(UserError, match=message) as raised:
     parsed(tmp_path, name, record)
@@ -171,13 +174,15 @@ def test_a_wrong_record_is_named_by_file_and_line(name, record, message, tmp_pat
     ("arc_easy", ARC | {"answerKey": ""}), ("piqa", {"goal": "G", "sol1": "x", "sol2": "y", "label": -1}),
     ("siqa", {"context": "C.", "question": "Q?", "answerA": "x", "answerB": "y", "answerC": "z", "label": ""}),
     ("winogrande", {"sentence": "A _.", "option1": "x", "option2": "y", "answer": ""})])
-def test_a_record_whose_gold_is_not_told_is_left_out_and_counted(name, record, tmp_path):
+def test_records_with_no_told_gold_are_counted(name, record, tmp_path):
+  """They are left out."""
   known = next(r for n, r, *_ in FORMS if n == name)
   found = registry.read(name, split="test", source=f"file:{write(tmp_path / 'a.jsonl', [known, record])}")
   assert found.counts == {"records": 2, "no_gold": 1, "repeated": 0, "in_test": 0}
 
 
-def test_problems_of_one_step_are_told_by_their_equation_and_split_by_their_words(tmp_path):
+def test_one_step_selection_and_split(tmp_path):
+  """Problems of one step are told by their equation and split by their words."""
   equations = {"5 + 2": 7.0, "6 / 3": 2.0, "(9-4)": 5.0, "5 + 2 + 1": 8.0, "0.5 * 8": 4.0, "2 - 5": -3.0, "5 + 3": 9.0,
                "8": 8.0, "7 / 2": 3.5, "4 / 0": 0.0}
   records = [{"question": f"{i} of {equation}?", "expression": equation, "result_float": result}

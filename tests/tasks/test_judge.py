@@ -64,7 +64,8 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_answers_get_a_verdict_in_time_and_judging_goes_on(text, judge):
+def test_hostile_answers_are_judged_in_time(text, judge):
+  """Judging goes on."""
   judge.verdicts([GOOD], strict=True)  # a worker has started
   started = time.monotonic()
   verdict, = judge.verdicts([(rf"so \boxed{{{text}}}", r"\sqrt{8}", "latex")], strict=True)
@@ -100,7 +101,8 @@ def test_code_is_never_run(form, judge, tmp_path):
 
 @pytest.mark.parametrize("text", [
     "__import__('os')", "x", "1+1", "9**9", "1e9999", "", "1" * 5000, "(1)", "1 2", "٣", "1_0"])
-def test_in_place_of_parse_expr_only_numbers_are_read(text):
+def test_only_numbers_are_parsed(text):
+  """Nothing else is read in place of sympy's `parse_expr`."""
   with pytest.raises(sympy.SympifyError):
     equality._parse_number(text)
   assert equality._parse_number("12.50", evaluate=False) == sympy.Float("12.50")
@@ -121,7 +123,8 @@ for code in sys.argv[1:]:
 """
 
 
-def test_the_audit_hook_ends_a_process_that_runs_text_as_code():
+def test_audit_hook_stops_code():
+  """It ends a process that runs text as code."""
   codes = {"eval('1+1')": 1, "os.system('true')": 1, "os.fork()": 1, "os.remove('nothing')": 1,
            "import subprocess; subprocess.run(['true'])": 1, "import socket; socket.socket().connect(('::1', 9))": 1,
            "exec('def monomial_mul(A): pass')": 0, "1+1": 0}
@@ -142,14 +145,16 @@ def test_verdicts_come_in_order_and_of_every_kind(judge):
     Judge(workers=0)
 
 
-def test_single_verdicts_are_judged_in_a_process_of_their_own():
+def test_single_verdicts_have_a_process():
+  """They are judged in a process of their own."""
   assert answers.verdict(*GOOD, strict=True) == answers.Verdict(True, r"2\sqrt{2}")
   started = time.monotonic()
   assert not answers.verdict(r"\boxed{9^{9^{9^9}}}", r"\sqrt{8}", "latex", strict=True).correct
   assert time.monotonic() - started < 6
 
 
-def test_workers_start_when_needed_and_do_not_import_jax():
+def test_workers_start_late_without_jax():
+  """They start when they are needed, and do not import it."""
   with Judge(workers=1) as judge:
     worker = judge._workers._all[0]
     judge.verdicts([("The answer is 7.", "7", "number"), (r"\boxed{\frac12}", "0.5", "latex")], strict=True)
@@ -201,7 +206,8 @@ def test_no_worker_outlives_its_parent(by):
   assert _gone(everyone, 5)
 
 
-def test_a_worker_that_cannot_start_is_one_clear_line(monkeypatch, tmp_path):
+def test_failed_worker_is_one_line(monkeypatch, tmp_path):
+  """It cannot start."""
   program = tmp_path / "equality.py"
   program.write_text("raise SystemExit(3)")
   monkeypatch.setattr(workers, "_PROGRAM", program)
@@ -228,14 +234,16 @@ def _wrong(rows, kind: str, *, strict: bool) -> tuple[collections.Counter, int]:
   return found, len(rows)
 
 
-def test_verdicts_on_real_numbers_are_wrong_for_less_than_one_in_a_thousand(real_rows):
+def test_number_error_rate(real_rows):
+  """Verdicts on real numbers are wrong for less than one in a thousand."""
   found, n = _wrong([r for r in real_rows if r["kind"] == "num"], "number", strict=False)
   assert n > 15_000
   assert found["false_positive"] <= 2
   assert found["false_negative"] <= 5
 
 
-def test_filtering_real_numbers_keeps_almost_nothing_wrong(real_rows):
+def test_filter_error_rate(real_rows):
+  """Filtering real numbers keeps almost nothing wrong."""
   found, _ = _wrong([r for r in real_rows if r["kind"] == "num"], "number", strict=True)
   assert found["false_positive"] <= 1
 
@@ -248,14 +256,16 @@ def test_verdicts_on_real_choices_are_right(real_rows, strict):
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_verdicts_on_real_mathematics_are_wrong_for_less_than_three_in_a_thousand(real_rows, strict):
+def test_latex_error_rate(real_rows, strict):
+  """Verdicts on real mathematics are wrong for less than three in a thousand."""
   found, n = _wrong([r for r in real_rows if r["kind"] == "tex"], "latex", strict=strict)
   assert n == 1_300
   assert found.total() <= 3
 
 
 @pytest.mark.parametrize("kind", ["num", "tex", "mc"])
-def test_a_right_answer_is_wrong_for_another_question(real_rows, kind):
+def test_right_answer_to_another_question(real_rows, kind):
+  """It is judged wrong."""
   rows = [r for r in real_rows if r["kind"] == kind and r["correct"]]
   rows = [r for r in rows if kind != "num" or answers.parse_number(r["gold"]) is not None]
   name = {"num": "number", "tex": "latex", "mc": "choice"}[kind]
@@ -268,7 +278,8 @@ def test_a_right_answer_is_wrong_for_another_question(real_rows, kind):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_every_gold_answer_of_math_is_equal_to_itself(split):
+def test_math_golds_equal_themselves(split):
+  """Every gold answer of MATH is equal to itself."""
   file = DATA / f"math/{split}.jsonl.gz"
   if not file.exists():
     pytest.skip("MATH is not at hand")

@@ -135,7 +135,8 @@ def test_the_stated_answer_is_judged(text, span):
     ("", ""),
     ("We get $1+1=2", ""),
 ])
-def test_without_a_marker_the_conclusion_counts_only_when_evaluating(text, span):
+def test_conclusion_counts_in_evaluation(text, span):
+  """Without a marker it counts there, and not when filtering."""
   assert answers.verdict(text, "0", "latex", strict=False, equal=lambda *_: False).span == span
   assert answers.verdict(text, "0", "latex", strict=True, equal=lambda *_: False) == (False, "")
 
@@ -164,7 +165,8 @@ def test_any_text_is_read_and_spelled(text):
 @given(p=st.integers(-999, 999), q=st.integers(1, 99), form=st.sampled_from([
     r"\frac{{{p}}}{{{q}}}", r"\dfrac{{{p}}}{{{q}}}", "{p}/{q}", r"x = \tfrac{{{p}}}{{{q}}}", r"$\frac{{{p}}}{{{q}}}$ ",
     r"\left. \frac{{{p}}} {{{q}}}\text{{ cm}}"]))
-def test_a_fraction_equals_itself_in_every_spelling_and_no_other(p, q, form):
+def test_fractions_equal_only_themselves(p, q, form):
+  """They do so in every spelling."""
   span = form.format(p=p, q=q)
   assert latex.compare_spelling(rf"\frac{{{p}}}{{{q}}}", span)
   assert latex.compare_spelling(rf"\frac{{{p + 1}}}{{{q}}}", span) is not True

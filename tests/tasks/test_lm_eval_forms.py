@@ -97,7 +97,8 @@ def test_every_set_that_is_scored_is_compared():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_contexts_options_and_gold_are_those_of_lm_eval(name, tmp_path, monkeypatch):
+def test_forms_equal_lm_eval(name, tmp_path, monkeypatch):
+  """Contexts, options and gold answers are those of lm_eval."""
   file, records = CASES[name]
   monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
   (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))

@@ -20,7 +20,8 @@ def right(text: str, gold: str, *, strict: bool = True) -> bool:
     "1/0.0", "5 0/0", "1/" * 5000, "9" * 400 + "e999", "\x00" * 1000 + "1", "1\x00", "٣", "²", "½", "∞", "nan",
     "inf", "1_000", "0x7", "__import__('os')", "-" * 10_000, "$" * 10_000, "= " * 10_000, "1" + " " * 10_000 + "1/",
     "{" * 10_000, "}" * 10_000, "\ud800"])
-def test_numbers_beyond_all_bounds_are_judged_at_once(number):
+def test_huge_numbers_are_judged_at_once(number):
+  """They may be beyond all bounds."""
   started = time.thread_time()
   for form in ("The answer is {}", "\\boxed{{{}}}", "{}", "The answer is 3 = {}", "7 {}"):
     answers.verdict(form.format(number), "12345", "number", strict=False)
@@ -43,7 +44,8 @@ def test_a_number_of_four_hundred_digits_is_read():
 @settings(max_examples=200, deadline=None)
 @given(value=st.decimals(-10**9, 10**9, places=3), gold=st.decimals(-10**9, 10**9, places=3),
        form=st.sampled_from(["The answer is {}.", "3 + 4 = {} #### {}", "\\boxed{{{}}}", "The answer is x = ${}$"]))
-def test_a_stated_number_is_right_exactly_when_it_equals_the_gold(value, gold, form):
+def test_number_is_right_iff_equal(value, gold, form):
+  """A stated number is right exactly when it equals the gold answer."""
   text = form.format(*[f"{value:,}"] * 2)
   assert right(text, str(value))
   assert right(text, str(gold)) == (abs(Fraction(value) - Fraction(gold)) <= Fraction(1, 10_000))

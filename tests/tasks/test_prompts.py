@@ -7,9 +7,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from imm_jax.errors import UserError
-from imm_jax.model import hub
 from imm_jax.model.tokenization import encode_prompt
-from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.tasks import prompts
 from imm_jax.tasks.base import Example
 
@@ -22,11 +20,6 @@ SHOTS = [Example("a", "What is 1+1?", "2", "1+1=2. The answer is 2", "number"),
 STEPS = "\n\nLet's think step by step."
 
 
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-  return load_tokenizer(hub.resolve("tiny"))
-
-
 def bos_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> PreTrainedTokenizerFast:
   """The same with a BOS before every text that it encodes."""
   tokenizer.add_special_tokens({"bos_token": "<s>"})
@@ -36,7 +29,8 @@ def bos_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> PreTraine
   return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def test_a_chat_holds_the_examples_as_turns_and_asks_for_the_answer(tokenizer):
+def test_chat_has_turns_for_examples(tokenizer):
+  """It asks for the answer last."""
   tokenizer.chat_template = CHATML
   built = prompts.build_prompt("What is 3+3?", header="Solve.", examples=SHOTS, style="chat", tokenizer=tokenizer)
   assert built == (
@@ -61,7 +55,8 @@ def test_a_chat_keeps_braces_and_odd_unicode(text, tokenizer):
   assert f"assistant\n{text}<|im_end|>" in built
 
 
-def test_a_bos_that_the_tokenizer_adds_itself_is_not_doubled(tokenizer, tmp_path):
+def test_bos_is_not_doubled(tokenizer, tmp_path):
+  """The tokenizer adds one itself."""
   tokenizer = bos_tokenizer(tokenizer, tmp_path)
   tokenizer.chat_template = WITH_BOS
   built = prompts.build_prompt("Q?", style="chat", tokenizer=tokenizer)
@@ -81,7 +76,8 @@ def test_a_bos_that_the_tokenizer_does_not_add_stays(tokenizer):
   assert built == f"<s>[user]Q?{STEPS}[assistant]"
 
 
-def test_without_a_chat_template_the_style_is_refused(tokenizer):
+def test_chat_style_needs_a_template(tokenizer):
+  """Without one it is refused."""
   with pytest.raises(UserError, match="its tokenizer has no chat template, which prompt style chat needs; take an"):
     prompts.build_prompt("Q?", style="chat", tokenizer=tokenizer)
   with pytest.raises(UserError, match="no chat template"):

@@ -64,7 +64,8 @@ QWEN = ("{% if messages[0].role == 'system' %}<|im_start|>system\n{{ messages[0]
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def test_qwen_prompts_are_what_transformers_makes_of_its_chat():
+def test_qwen_prompts_equal_transformers():
+  """They are what transformers makes of the chat."""
   tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
   tokenizer.chat_template = QWEN
   protocol = protocols.get_protocol(config("qwen"), "gsm8k")
@@ -148,7 +149,8 @@ def test_worked_examples_are_never_asked(custom):
   assert questions.of_round(custom, 0).asked == found.asked
 
 
-def test_worked_examples_of_a_file_take_the_place_of_others(custom, tmp_path):
+def test_file_examples_replace_others(custom, tmp_path):
+  """Worked examples of a file take the place of others."""
   before = questions.digests(custom), questions.of_round(custom, 0)
   own = [{"question": f"own {i}?", "rationale": f"So {i}. The answer is {i}"} for i in range(7)]
   shown = before[1].asked[0].question
@@ -177,7 +179,8 @@ def test_worked_examples_of_a_file_take_the_place_of_others(custom, tmp_path):
     ({"question": "There are 3. How  many?", "rationale": "r"}, r"jsonl:2: .* is a test question of svamp"),
     (None, r"shows 3 worked examples, and .*shots.jsonl has 1 for task custom; give more .*--config.eval.few_shot=1"),
     ("[", r"shots.jsonl")])
-def test_a_file_of_worked_examples_that_cannot_be_shown_is_one_line(custom, tmp_path, row, message):
+def test_bad_example_file_is_one_line(custom, tmp_path, row, message):
+  """It holds worked examples that cannot be shown."""
   more = [] if row is None else [row] * 2
   custom.eval.few_shot = 3
   path = Path(write(tmp_path, "shots.jsonl", [rows("own", 1)[0], *more]))
@@ -189,7 +192,8 @@ def test_a_file_of_worked_examples_that_cannot_be_shown_is_one_line(custom, tmp_
   assert "\n" not in str(raised.value)
 
 
-def test_a_task_without_worked_examples_says_what_to_give(custom):
+def test_missing_examples_say_what_to_give(custom):
+  """A task without worked examples says what to give."""
   custom.task.fields.rationale = ""
   with pytest.raises(UserError, match=r"shows 8 worked examples, and task custom has none: .*eval.shots_file=FILE"):
     checks.validate(custom, trains=False)

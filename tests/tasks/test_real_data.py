@@ -42,8 +42,8 @@ def lines(path: str) -> list[dict]:
 
 
 @pytest.mark.parametrize(("name", "split", "records", "no_gold", "repeated", "in_test"), COUNTS)
-def test_counts_are_the_published_ones_and_every_record_is_accounted_for(
-    name, split, records, no_gold, repeated, in_test):
+def test_counts_are_published_ones(name, split, records, no_gold, repeated, in_test):
+  """Every record is accounted for."""
   found = read(name, split)
   assert found.counts == {"records": records, "no_gold": no_gold, "repeated": repeated, "in_test": in_test}
   whole = split == "test"  # those that repeat another are asked, too
@@ -56,7 +56,8 @@ def test_counts_are_the_published_ones_and_every_record_is_accounted_for(
 
 
 @pytest.mark.parametrize(("name", "split"), [c[:2] for c in COUNTS if c[0] != "mbpp"])
-def test_every_gold_is_of_its_kind_and_every_rationale_says_it(name, split):
+def test_golds_have_their_kind(name, split):
+  """Every rationale says its gold answer."""
   for e in read(name, split).examples:
     if e.kind == "number":
       assert answers.parse_number(e.answer) is not None
@@ -92,7 +93,8 @@ def test_every_rationale_is_judged_right(name, split):
     assert answers.verdict(e.rationale, e.answer, e.kind, strict=True).correct, e
 
 
-def test_golds_of_math_stand_in_the_last_box_of_their_solutions():
+def test_math_golds_stand_in_the_last_box():
+  """The box is that of their solutions."""
   for e in (*read("math", "train").examples, *read("math").examples):
     solution = words(e.rationale.rpartition("\nThe answer is ")[0])
     assert e.answer in solution[max(solution.rfind("\\boxed"), solution.rfind("\\fbox")):]
@@ -132,7 +134,8 @@ COMMON = {"arc_easy": 2376, "arc_challenge": 1172, "boolq": 3270, "openbookqa": 
 
 
 @pytest.mark.parametrize(("name", "size"), COMMON.items())
-def test_common_sets_are_whole_and_their_golds_are_those_of_the_files(name, size):
+def test_common_sets_are_whole(name, size):
+  """Their gold answers are those of the files."""
   choices, examples = tasks.load_choices(name, source=SOURCE), tasks.load(name, split="test", source=SOURCE)
   assert len(choices) == size
   assert [c.id for c in choices] == [e.id for e in examples]
@@ -160,11 +163,13 @@ def test_choices_do_not_hang_on_the_form_of_the_file():
     ("math", ["math"]), ("svamp", ["svamp/SVAMP.json", "svamp/harness_test.jsonl"]),
     ("asdiv", ["asdiv/ASDiv.xml", "asdiv/harness_test.jsonl"]),
     ("mawps", ["mawps/harness_test.jsonl"]), ("mmlu_stem", ["mmlu_stem", "mmlu_stem/harness_test.jsonl"])])
-def test_every_published_form_gives_the_same_questions(name, files):
+def test_all_forms_give_the_same_questions(name, files):
+  """Every published form does so."""
   assert {frozenset(read(name, path=file).examples) for file in files} == {frozenset(read(name).examples)}
 
 
-def test_a_part_of_a_set_gives_a_part_of_its_questions():
+def test_part_of_a_set_gives_part():
+  """A part of a set gives a part of its questions."""
   assert set(read("mathqa", path="mathqa/harness_test.jsonl").examples) < set(read("mathqa").examples)
   assert len(read("mathqa", path="mathqa/harness_test.jsonl").examples) == 1000
   assert not read("mathqa", path="mathqa/harness_test.jsonl").notes
@@ -172,7 +177,8 @@ def test_a_part_of_a_set_gives_a_part_of_its_questions():
     assert not any(note.startswith("warning") for note in read("mawps", path=f"mawps/{file}").notes)
 
 
-def test_tfds_and_files_give_the_same_questions_of_gsm8k(tmp_path, monkeypatch):
+def test_tfds_and_files_agree_on_gsm8k(tmp_path, monkeypatch):
+  """They give the same questions."""
   registry._read.cache_clear()  # another test's tfds is another
   monkeypatch.setattr(tfds, "data_source", functools.partial(tfds.data_source, data_dir=tmp_path))
   monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", lambda _, urls: {

@@ -21,7 +21,8 @@ def test_ids_follow_from_split_and_content_alone(tmp_path):
   assert not {e.id for e in train.examples} & set(ids.values())
 
 
-def test_the_order_follows_from_seed_and_split_whatever_the_order_of_the_file(tmp_path):
+def test_order_depends_on_seed(tmp_path):
+  """It depends on the split, too, and not on the order of the file."""
   records = [gsm8k(f"Question {i}?") for i in range(50)]
   sources = [f"file:{write(tmp_path / name, rows)}" for name, rows in (
       ("a.jsonl", records), ("b.jsonl", records[::-1]))]
@@ -36,7 +37,8 @@ def test_the_order_follows_from_seed_and_split_whatever_the_order_of_the_file(tm
     load(sources[0], count=51)
 
 
-def test_what_is_in_the_test_set_or_repeated_is_left_out_and_told_once(tmp_path, capsys):
+def test_test_questions_leave_the_train_set(tmp_path, capsys):
+  """Those in the test set, and repeated ones, are left out, and told once."""
   write(tmp_path / "test.jsonl", [gsm8k("Both?"), gsm8k("Test?"), gsm8k("Test?", "4")])
   write(tmp_path / "train.jsonl", [gsm8k("Train?"), gsm8k(" Both? "), gsm8k("Train?", "5"), gsm8k("None?", "five"),
                                    gsm8k("Last?")])
@@ -55,7 +57,8 @@ def test_what_is_in_the_test_set_or_repeated_is_left_out_and_told_once(tmp_path,
   assert sorted((e.question, e.answer) for e in test) == [("Both?", "3"), ("Test?", "3"), ("Test?", "4")]
 
 
-def test_a_test_split_keeps_repeats_with_ids_that_do_not_hang_on_the_order(tmp_path):
+def test_repeated_ids_are_stable(tmp_path):
+  """A test split keeps repeats, with ids that do not depend on the order."""
   once, twice = [gsm8k("A?"), gsm8k("B?")], [gsm8k("C?", "5"), gsm8k(" C? ", "4"), gsm8k("C?", "5")]
   orders = [once + twice, twice[::-1] + once, [twice[1], *once, twice[0], twice[2]]]
   found = [registry.read("gsm8k", split="test", source=f"file:{write(tmp_path / f'{i}.jsonl', records)}")
@@ -70,7 +73,7 @@ def test_a_test_split_keeps_repeats_with_ids_that_do_not_hang_on_the_order(tmp_p
   assert sorted(id_.partition("-")[2] for id_, answer in ids[0]) == ["", "", "", "2", "3"]
 
 
-def test_a_set_of_the_published_size_gives_no_warning(tmp_path, capsys):
+def test_published_size_gives_no_warning(tmp_path, capsys):
   records = [{"question": f"P{i}?", "options": "A) 1 B) 2", "Answer": "A"} for i in range(33)]
   assert len(tasks.load("sat_math", split="test", source=f"file:{write(tmp_path / 'a.jsonl', records[:32])}")) == 32
   assert not capsys.readouterr().err
@@ -91,7 +94,8 @@ def test_a_task_without_a_train_split_says_so(name):
     tasks.load(name, split="train", count=1)
 
 
-def test_the_table_says_where_from_what_role_and_what_licence():
+def test_table_gives_source_role_licence():
+  """It says where each task is from, what its role is, and under what licence it comes."""
   for name, task in catalogue.TASKS.items():
     assert task.role in ("id", "ood", "importance")
     assert task.kind in (*formats.KINDS, "")
@@ -104,7 +108,8 @@ def test_the_table_says_where_from_what_role_and_what_licence():
   assert set(tasks.NAMES) >= {"stories", "custom", *catalogue.TASKS}
 
 
-def test_where_the_own_place_has_other_questions_than_the_paper_it_is_said_once(monkeypatch, tmp_path, capsys):
+def test_paper_note_once(monkeypatch, tmp_path, capsys):
+  """Where a task's own place has other questions than the paper, this is said once."""
   rows = [("place", {"question": f"{i}?", "result_float": i}) for i in range(520)]
   monkeypatch.setattr(registry.sources, "read", lambda *_: iter(rows))
   registry._read.cache_clear()
@@ -118,7 +123,8 @@ def test_where_the_own_place_has_other_questions_than_the_paper_it_is_said_once(
     tasks.load("tabmwp", split="test")
 
 
-def test_options_to_score_have_the_ids_and_the_order_of_the_questions(tmp_path):
+def test_options_follow_the_questions(tmp_path):
+  """Options to score have the ids and the order of the questions."""
   rows = [CUSTOM | {"prompt": f"P{i}?", "gold": i % 2} for i in range(9)]
   source = f"file:{write(tmp_path / 'own.jsonl', [*rows, rows[0]])}"
   fields = {"question": "prompt", "answer": "gold", "choices": "opts"}

@@ -58,7 +58,8 @@ def test_a_file_of_every_form_gives_the_same_records(name, text, zipped, tmp_pat
     assert [r["id"] for r in records] == ["7", "8"]
 
 
-def test_one_object_of_a_json_file_is_one_record_and_a_txt_file_too(tmp_path):
+def test_single_objects_and_txt_files(tmp_path):
+  """One object of a JSON file is one record; a .txt file is read, too."""
   (tmp_path / "a.json").write_text(json.dumps({"Problem": "P", "level": 5}, indent=2))
   assert read(f"file:{tmp_path}/a.json") == [{"problem": "P", "level": 5}]
   (tmp_path / "a.txt").write_bytes(b"one\r\n\r\ntwo")
@@ -105,7 +106,8 @@ def test_entities_of_xml_do_not_grow_without_bound(tmp_path):
 
 @pytest.mark.parametrize("name", ["test.jsonl", "test.json", "test.csv", "published.json", "task/test.jsonl",
                                   "task/published.json", "sub/1.json", "task/sub/1.json"])
-def test_a_folder_is_searched_for_the_split_and_for_the_published_names(name, tmp_path):
+def test_folder_is_searched(name, tmp_path):
+  """It is searched for the split and for the published names."""
   text = {"jsonl": JSONL, "json": json.dumps(RECORDS), "csv": CSV}[name.rpartition(".")[2]]
   (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
   (tmp_path / name).write_text(text)
@@ -154,9 +156,16 @@ def test_a_path_may_lie_in_a_bucket(tmp_path, monkeypatch):
   assert refused("file:gs://bucket/folder") == "file:gs://bucket/folder: cannot be read (no credentials)"
 
 
-@pytest.mark.parametrize("source", ["", "gsm8k", "hf:", "http://x/y", "/x.json", "hf:a@:b", "tfds:huggingface:gsm8k"])
-def test_a_source_of_no_known_form_says_the_forms(source):
-  assert "expected hf:ID" in refused(source) or "expected tfds:NAME" in refused(source)
+_SOURCES = "expected hf:ID[:config][:split], tfds:NAME[:split] or file:PATH"
+
+
+@pytest.mark.parametrize(("source", "expected"), [
+    ("", _SOURCES), ("gsm8k", _SOURCES), ("hf:", _SOURCES), ("http://x/y", _SOURCES), ("/x.json", _SOURCES),
+    ("hf:a@:b", "expected hf:ID[@revision][:config][:split]"),
+    ("tfds:huggingface:gsm8k", "expected tfds:NAME[:split]; a data set of the hub is hf:ID")],
+    ids=["empty", "name", "no-id", "address", "path", "no-revision", "tfds-of-the-hub"])
+def test_a_source_of_no_known_form_says_the_forms(source, expected):
+  assert refused(source) == f"source {source!r}: {expected}"
 
 
 @pytest.fixture
@@ -177,7 +186,8 @@ def gsm8k(i: int) -> dict[str, str]:
   return {"question": f"{i} and {i}?", "answer": f"<<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"}
 
 
-def test_the_hub_gives_the_questions_and_ids_that_files_give(hub, tmp_path):
+def test_hub_and_files_agree(hub, tmp_path):
+  """The hub gives the questions and ids that files give."""
   folder = tmp_path / "openai" / "gsm8k"
   folder.mkdir(parents=True)
   datasets.Dataset.from_list([gsm8k(i) for i in range(5)]).to_parquet(folder / "train-00000-of-00001.parquet")
@@ -214,7 +224,8 @@ def test_hub_sources_name_configs_split_and_revision(hub, tmp_path):
 @pytest.mark.parametrize("error", [
     ConnectionError("Couldn't reach 'x' on the Hub\nmore"), RuntimeError("Dataset scripts are no longer supported, but "
                                                                        "found x.py"), ValueError("BuilderConfig 'x'")])
-def test_a_download_that_fails_names_the_local_alternative(error, monkeypatch):
+def test_failed_download_names_local_files(error, monkeypatch):
+  """It says what to give instead."""
   def refuse(*_, **__):
     raise error
 
@@ -235,7 +246,8 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
   return tmp_path
 
 
-def test_tfds_builds_gsm8k_from_a_local_copy_and_gives_the_same_questions(prepared, monkeypatch):
+def test_tfds_builds_from_a_local_copy(prepared, monkeypatch):
+  """GSM8K; it gives the same questions."""
   for split, numbers in (("train", range(5)), ("test", range(5, 9))):
     (prepared / f"{split}.jsonl").write_text("\n".join(json.dumps(gsm8k(i)) for i in numbers))
   monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", lambda _, urls: {
@@ -249,7 +261,8 @@ def test_tfds_builds_gsm8k_from_a_local_copy_and_gives_the_same_questions(prepar
 
 
 @pytest.mark.parametrize(("source", "cause"), [("tfds:gsm8k", "no network"), ("tfds:no_set", "no_set not found")])
-def test_tfds_that_cannot_give_names_the_local_alternative(source, cause, prepared, monkeypatch):
+def test_failed_tfds_names_local_files(source, cause, prepared, monkeypatch):
+  """It says what to give instead."""
   def refuse(*_):
     raise requests.exceptions.ConnectionError("no network\nmore")
 

@@ -8,8 +8,6 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from imm_jax import tasks
-from imm_jax.model import hub
-from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.tasks import answers, arithmetic, prompts
 from imm_jax.tasks.base import Example
 
@@ -90,7 +88,8 @@ SOLVERS = {"groups": solve_groups, "compare": solve_compare, "price": solve_pric
            "choice": solve_choice}
 
 
-def test_the_tasks_are_the_families_without_the_drill():
+def test_tasks_exclude_the_drill():
+  """The tasks are the families without it."""
   assert tasks.NAMES[:len(FAMILIES)] == FAMILIES
   assert "drill" not in tasks.NAMES
 
@@ -101,7 +100,8 @@ def test_the_answer_follows_from_the_question_alone(family):
     assert str(SOLVERS[family](example.question)) == example.answer, example
 
 
-def test_a_story_told_again_gives_its_steps_and_its_answer():
+def test_story_is_solved_independently():
+  """A story that is told again gives its steps and its answer."""
   lengths = set()
   for example in draw("stories", count=1000):
     value, moves = solve_story(example.question)
@@ -117,7 +117,8 @@ def test_a_story_told_again_gives_its_steps_and_its_answer():
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "drill"])
-def test_every_step_of_a_rationale_is_right_and_the_last_is_the_answer(family):
+def test_rationale_steps_are_right(family):
+  """Each of them, and the last gives the answer."""
   for example in draw(family, split="pretrain", count=1000, distinct=False):
     for a, op, b, c in steps(example):
       assert _APPLY[op](a, b) == c, example
@@ -132,7 +133,8 @@ def test_every_step_of_a_rationale_is_right_and_the_last_is_the_answer(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_uses_only_numbers_that_were_given_or_found(family):
+def test_steps_use_known_numbers(family):
+  """A step uses only numbers that were given or found."""
   for example in draw(family):
     known = set(integers(example.question))
     for a, _, b, c in steps(example):
@@ -141,7 +143,8 @@ def test_a_step_uses_only_numbers_that_were_given_or_found(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_rationale_is_judged_right_and_any_other_answer_wrong(family):
+def test_only_the_rationale_is_right(family):
+  """A rationale is judged right, and any other answer wrong."""
   for example in draw(family, count=100):
     assert answers.verdict(example.rationale, example.answer, example.kind, strict=True).correct
     other = "ABC"["BCA".index(example.answer)] if family == "choice" else str(int(example.answer) + 1)
@@ -168,7 +171,8 @@ def test_splits_take_their_shares_of_all_texts():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_shorter_draw_is_the_beginning_of_a_longer_one(family):
+def test_short_draws_are_prefixes(family):
+  """A shorter draw is the beginning of a longer one."""
   longer = draw(family, count=100)
   for count in (0, 1, 17, 99):
     assert draw(family, count=count) == longer[:count]
@@ -225,11 +229,6 @@ def test_any_seed_gives_whole_examples(seed, family, split):
     assert example.kind == ("choice" if family == "choice" else "number")
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-  return load_tokenizer(hub.resolve("tiny"))
-
-
 @pytest.mark.parametrize("family", [*FAMILIES, "drill"])
 def test_the_embedded_tokenizer_keeps_every_text(tokenizer, family):
   examples = draw(family, split="pretrain", distinct=False)
@@ -239,7 +238,8 @@ def test_the_embedded_tokenizer_keeps_every_text(tokenizer, family):
   assert tokenizer.batch_decode(encoded) == texts
 
 
-def test_headers_are_one_token_each_and_prompts_stay_short(tokenizer):
+def test_headers_are_one_token(tokenizer):
+  """Prompts stay short."""
   for header in (prompts.INSTRUCTION, prompts.RESPONSE):
     assert len(tokenizer(header)["input_ids"]) == 1
   for family in FAMILIES:
@@ -255,7 +255,8 @@ def test_digits_are_tokens_of_their_own(tokenizer):
   assert [tokenizer.decode([t]) for t in tokenizer("17+5=22.")["input_ids"]] == ["1", "7", "+", "5", "=", "2", "2", "."]
 
 
-def test_a_prompt_has_header_examples_question_and_response_in_this_order():
+def test_prompt_order():
+  """A prompt has header, examples, question and response in this order."""
   shots = [Example("a", "What is 1+1?", "2", "1+1=2. The answer is 2.", "number"),
            Example("b", "What is 2+2?", "4", "2+2=4. The answer is 4.", "number")]
   # Tables 11 and 12 of the paper.

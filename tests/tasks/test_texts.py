@@ -10,7 +10,8 @@ from imm_jax.errors import UserError
 from imm_jax.tasks import texts
 
 
-def test_paragraphs_are_joined_up_to_a_length_and_none_is_lost(tmp_path):
+def test_paragraphs_are_joined(tmp_path):
+  """They are joined up to a length, and none is lost."""
   paragraphs = [f"Paragraph {i}. " + "word " * i + "end." for i in range(40)]
   (tmp_path / "a.txt").write_bytes("\r\n\r\n".join(paragraphs).encode())
   source = f"file:{tmp_path}/a.txt"
@@ -22,13 +23,15 @@ def test_paragraphs_are_joined_up_to_a_length_and_none_is_lost(tmp_path):
   assert tasks.load_text(source=source, chars=50)[-1] == paragraphs[-1]  # longer than 50: alone and whole
 
 
-def test_the_frame_of_a_project_gutenberg_file_is_left_out(tmp_path):
+def test_gutenberg_frame_is_left_out(tmp_path):
+  """What Project Gutenberg puts around a book is no part of it."""
   (tmp_path / "a.txt").write_text("The licence.\n*** START OF THIS BOOK X ***\n\nChapter I\n\nOnce.\n\n"
                                   "*** END OF THIS BOOK X ***\nMore licence.")
   assert tasks.load_text(source=f"file:{tmp_path}/a.txt") == ["Chapter I\n\nOnce."]
 
 
-def test_a_corpus_of_the_hub_is_read_no_further_than_needed(monkeypatch):
+def test_hub_corpus_is_read_lazily(monkeypatch):
+  """It is read no further than needed."""
   asked = {}
 
   def rows():

@@ -247,7 +247,8 @@ def test_l2_sp_and_average_equal_their_closed_forms():
                                atol=1e-7, err_msg=name)
 
 
-def test_a_non_finite_step_changes_neither_weights_nor_average():
+def test_non_finite_step_changes_nothing():
+  """It changes neither weights nor their average."""
   mesh, additions = i.make_mesh(), Additions(ema=0.75)
   params = make_trees()[0]
   params["norm"]["weight"][0] = np.nan
@@ -304,7 +305,8 @@ def test_lora_trains_and_merges_like_peft(checkpoint, tmp_path: Path):
   assert float(plain) == pytest.approx(float(loss), rel=1e-6)
 
 
-def test_initial_adapters_change_nothing_and_depend_on_the_key(tmp_path: Path):
+def test_initial_adapters_are_inert(tmp_path: Path):
+  """They change nothing, and depend on the key."""
   mesh, settings = i.make_mesh(), Lora(4, 8.0)
   first = lora.init(t.CONFIG, settings, mesh, key=jax.random.key(0))
   _, anchor, _ = make_trees()

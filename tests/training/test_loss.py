@@ -26,7 +26,8 @@ def _whole(x: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array) -
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 5, 14, 100])
-def test_chunked_loss_and_gradients_equal_those_of_whole_logits(chunk: int) -> None:
+def test_chunked_loss_equals_whole(chunk: int) -> None:
+  """Loss and gradients equal those of whole logits."""
   x, w, targets, weights = _inputs(jnp.float32)
   # A factor, as in a mean, must scale the gradients.
   chunked = jax.jit(jax.value_and_grad(lambda x, w: 0.3 * head_loss(x, w, targets, weights, chunk), (0, 1)))

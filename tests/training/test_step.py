@@ -57,7 +57,8 @@ _LENGTHS = st.tuples(st.integers(1, 8), st.integers(1, 8))
 @settings(max_examples=150, deadline=None)
 @given(lengths=st.lists(_LENGTHS, min_size=1, max_size=25), epochs=st.integers(1, 3), global_batch=st.integers(1, 9),
        row_length=st.integers(16, 24), row_multiple=st.integers(1, 4), seed=st.integers(0, 99))
-def test_each_epoch_holds_every_example_once_and_whole(lengths, epochs, global_batch, row_length, row_multiple, seed):
+def test_epochs_hold_examples_once(lengths, epochs, global_batch, row_length, row_multiple, seed):
+  """Each holds every example once and whole."""
   # Unique tokens tell which example they come from.
   number = iter(range(1, 10**6))
   examples = [TokenizedExample([next(number) for _ in range(p)], [next(number) for _ in range(r)]) for p, r in lengths]
@@ -92,7 +93,8 @@ def test_each_epoch_holds_every_example_once_and_whole(lengths, epochs, global_b
   assert batches.squares_per_step * len(batches) == pytest.approx(epochs * (lengths**2).sum())
 
 
-def test_padding_is_little_and_steps_have_the_requested_size():
+def test_padding_and_step_sizes():
+  """Padding is little, and steps have the requested size."""
   rng = np.random.default_rng(0)
   for shortest, longest, row_length in ((100, 400, 1024), (20, 60, 1024), (150, 600, 2048)):
     examples = [TokenizedExample([1] * 10, [2] * n) for n in rng.integers(shortest, longest, 8000) - 10]
@@ -202,7 +204,8 @@ def whole(params, descent_step):
   return examples, batch, *gradient_step(params, batch, descent_step)
 
 
-def test_the_loss_of_packed_rows_is_the_mean_over_response_tokens(params, whole):
+def test_loss_is_the_mean_over_responses(params, whole):
+  """The loss of packed rows is the mean over response tokens."""
   examples, batch, _, metrics = whole
   assert batch["segment_ids"].max() > 1
   count = sum(len(e.response) for e in examples)
@@ -210,7 +213,8 @@ def test_the_loss_of_packed_rows_is_the_mean_over_response_tokens(params, whole)
   assert metrics["loss"] == pytest.approx(sum(unpacked_loss(params, e) for e in examples) / count, rel=1e-5)
 
 
-def test_a_batch_in_two_parts_gives_the_same_gradient(params, whole):
+def test_split_batch_has_the_same_gradient(params, whole):
+  """A batch in two parts gives the gradient of the whole."""
   _, batch, change, metrics = whole
   counts = batch["weights"][:, 1:].reshape(2, -1).sum(axis=1)
   assert counts[0] != counts[1]  # a mean of the parts' means would be another loss
@@ -299,7 +303,8 @@ def test_schedules_equal_their_closed_forms(kind, total, ratio, warmup):
   assert float(schedule(warmup)) == pytest.approx(2e-5)
 
 
-def test_the_shortest_training_has_a_step_at_the_peak():
+def test_short_schedules_reach_the_peak():
+  """The shortest training has a step at the peak."""
   for total in (1, 2, 3):
     schedule = optimization.make_schedule("cosine", peak=1.0, total_steps=total, warmup_ratio=0.9)
     assert max(float(schedule(s)) for s in range(total)) == 1

@@ -85,7 +85,8 @@ def same(a, b) -> bool:
   return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b))
 
 
-def test_training_stops_at_the_first_worse_epoch_with_the_best_weights(train, losses):
+def test_training_stops_at_a_worse_epoch(train, losses):
+  """It stops at the first one, with the best weights."""
   losses[:] = [3.0, 2.0, 2.0, 2.5]
   (ended, _), (shorter, reports) = train(PLAIN), (None, None)
   assert (ended.steps, ended.held_out) == (10, (3.0, 2.0, 2.0, 2.5))
@@ -103,7 +104,8 @@ def test_training_stops_at_the_first_worse_epoch_with_the_best_weights(train, lo
   assert plain.held_out == ()
 
 
-def test_the_held_out_loss_is_the_mean_over_answer_tokens(train):
+def test_held_out_loss_is_a_token_mean(train):
+  """It is the mean over answer tokens."""
   ended, reports = train(PLAIN)
   loss = lambda params: training.token_losses(t.CONFIG, params, batch, compute_dtype=jnp.float32)
   total = count = 0.0
@@ -147,7 +149,8 @@ def timeless(reports: list, first: int) -> list:
           for step, values in reports if step >= first]
 
 
-def test_all_answers_to_a_question_are_held_out_together():
+def test_held_out_answers_stay_together():
+  """All answers to a question are held out together."""
   rows = [{"question": f"q{n % 10}", "response": str(n)} for n in range(40)]
   seen, held = tuning.hold_out(rows, 0.3, (0, 1), source="train.jsonl")
   asked = lambda indices: {rows[index]["question"] for index in indices}

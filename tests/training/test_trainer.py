@@ -9,67 +9,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
 
 from imm_jax.errors import UserError
-from imm_jax.model import sharding
-from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import init_params
 from imm_jax.training import optimization, step as training_step, throughput, trainer
 from imm_jax.training.packing import PackedBatches, TokenizedExample
+from tests.training.helpers import CONFIG, STEPS, make_batches, same, train
 
-CONFIG = ModelConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1,
-                     head_dim=8, rope_theta=100.0, rms_norm_eps=1e-5, tie_embeddings=False, qkv_bias=True)
-POISON = 60  # examples do not hold it
-STEPS = 10
-
-
-def make_batches(*, poisoned_step: int | None = None) -> PackedBatches:
-  """Returns batches of ten steps."""
-  rng = np.random.default_rng(0)
-  draw = lambda count: rng.integers(1, POISON, count).tolist()
-  examples = [TokenizedExample(draw(n), draw(8 - n)) for n in rng.integers(1, 8, 40)]
-  batches = PackedBatches(examples, epochs=1, global_batch=4, row_length=16, seed=0)
-  assert len(batches) == STEPS
-  if poisoned_step is not None:
-    examples[batches.members(poisoned_step)[0]].prompt[0] = POISON
-  return batches
-
-
-@pytest.fixture(scope="module")
-def params():
-  return init_params(CONFIG, key=jax.random.key(0))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-  """Caches the compiled step for all trainings here."""
-  mesh = sharding.make_mesh(data=1, fsdp=1)
-  schedule = optax.constant_schedule(1e-3)
-  optimizer = optimization.make_optimizer(schedule, weight_decay=0.0, grad_clip=1.0)
-  step = training_step.make_train_step(CONFIG, optimizer, compute_dtype=jnp.float32, mesh=mesh)
-  patch = pytest.MonkeyPatch()
-  patch.setattr(trainer, "make_train_step", lambda *args, **options: step)
-  yield
-  patch.undo()
-
-
-def train(params, batches: PackedBatches, reports: dict[int, dict[str, float]] | None = None, **options):
-  def report(step: int, **values: float) -> None:
-    assert reports is None or step not in reports
-    (reports if reports is not None else {})[step] = values
-
-  options = {"schedule": optax.constant_schedule(1e-3), "log_every": 1, **options}
-  return trainer.train(
-      CONFIG, lambda: jax.tree.map(jnp.copy, params), batches, weight_decay=0.0, grad_clip=1.0, accumulation=1,
-      remat="none", compute_dtype=jnp.float32, mesh=sharding.make_mesh(data=1, fsdp=1), report=report,
-      label="round 0: SFT", **options)
-
-
-def same(a, b) -> bool:
-  return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture
@@ -106,7 +54,8 @@ def test_every_step_is_reported_once(params, losses, log_every):
 
 @pytest.mark.parametrize(("value", "bad", "log_every"), [
     (math.nan, 0, 1), (math.nan, 9, 4), (math.inf, 5, 3), (-math.inf, 7, 100)])
-def test_the_first_non_finite_loss_is_reported_with_its_examples(params, losses, value, bad, log_every):
+def test_first_non_finite_loss_is_reported(params, losses, value, bad, log_every):
+  """The report has its examples."""
   losses[:] = [1.0] * bad + [value] * (STEPS - bad)
   batches, reports = make_batches(), {}
   first = batches.members(bad)[0] + 1
@@ -138,7 +87,8 @@ def test_profiles_open_in_perfetto_and_tensorboard(params, tmp_path: Path):
   assert list(tmp_path.rglob("*.xplane.pb"))
 
 
-def test_a_profile_after_the_last_step_is_noted_as_empty(params, tmp_path: Path, capfd):
+def test_late_profile_is_noted_as_empty(params, tmp_path: Path, capfd):
+  """It would begin after the last step."""
   train(params, make_batches(), profile=throughput.Profile("200:204", tmp_path))
   assert "config.profile=200:204: nothing was recorded" in capfd.readouterr().err
   assert not list(tmp_path.iterdir())

@@ -19,7 +19,9 @@ from imm_jax.model import sharding
 from imm_jax.model.decoder import init_params
 from imm_jax.training import optimization, step as training_step, trainer
 from imm_jax.training.checkpoints import Checkpoints, check_folder
-from tests.training.test_trainer import CONFIG, POISON, STEPS, compiled_once, make_batches, params, same, train  # noqa: F401
+from tests.training.helpers import CONFIG, POISON, STEPS, make_batches, same, train
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 IDENTITY = {"start": "a", "train": "b"}
 
@@ -34,7 +36,8 @@ def saved(folder: Path) -> list[int]:
 
 @pytest.mark.full
 @pytest.mark.parametrize("log_every", [1, 4])
-def test_the_last_good_state_survives_a_non_finite_loss(params, log_every, tmp_path: Path):  # noqa: F811
+def test_last_good_state_survives(params, log_every, tmp_path: Path):
+  """A loss that is not finite does not replace it."""
   bad = 5
   table = params["embed_tokens"]["weight"]
   poisoned = params | {"embed_tokens": {"weight": table.at[POISON].set(jnp.nan)}}
@@ -58,7 +61,8 @@ def test_the_last_good_state_survives_a_non_finite_loss(params, log_every, tmp_p
 
 
 @pytest.mark.parametrize("stop_after", [1, 4, 9])
-def test_a_preempted_training_resumes_to_the_same_bits(params, stop_after, tmp_path: Path):  # noqa: F811
+def test_preempted_training_repeats_its_bits(params, stop_after, tmp_path: Path):
+  """A preempted training resumes to the same bits."""
   whole_reports, reports = {}, {}
   whole = train(params, make_batches(), whole_reports)
 
@@ -79,14 +83,14 @@ def test_a_preempted_training_resumes_to_the_same_bits(params, stop_after, tmp_p
   assert [reports[i]["loss"] for i in reports] == [whole_reports[i]["loss"] for i in reports]
 
 
-def train_with(params, report, checkpoints: Checkpoints):  # noqa: F811
+def train_with(params, report, checkpoints: Checkpoints):
   return trainer.train(
       CONFIG, lambda: jax.tree.map(jnp.copy, params), make_batches(), weight_decay=0.0, grad_clip=1.0, accumulation=1,
       remat="none", compute_dtype=jnp.float32, mesh=sharding.make_mesh(data=1, fsdp=1), report=report, label="SFT",
       schedule=optax.constant_schedule(1e-3), log_every=1, checkpoints=checkpoints)
 
 
-def test_background_saves_hold_the_state_of_their_step(params, tmp_path: Path):  # noqa: F811
+def test_background_saves_match_their_step(params, tmp_path: Path):
   """Checks that training may donate buffers while they are being written."""
   with states(tmp_path, every=1, keep=STEPS) as checkpoints:
     train(params, make_batches(), checkpoints=checkpoints)
@@ -99,13 +103,13 @@ def test_background_saves_hold_the_state_of_their_step(params, tmp_path: Path): 
       assert same(train(params, make_batches(), checkpoints=checkpoints).params, whole.params)
 
 
-def test_only_max_to_keep_states_are_kept(params, tmp_path: Path):  # noqa: F811
+def test_only_max_to_keep_states_are_kept(params, tmp_path: Path):
   with states(tmp_path, every=2, keep=2) as checkpoints:
     train(params, make_batches(), checkpoints=checkpoints)
   assert saved(tmp_path) == [6, 8]
 
 
-def test_a_state_of_another_training_is_refused(params, tmp_path: Path):  # noqa: F811
+def test_a_state_of_another_training_is_refused(params, tmp_path: Path):
   with states(tmp_path) as checkpoints:
     train(params, make_batches(), checkpoints=checkpoints)
   with states(tmp_path, start="another") as checkpoints, pytest.raises(
@@ -119,7 +123,7 @@ DAMAGES = ("another model", "about", "state", "state/ocdbt.process_0")
 
 def _resume_from_damaged_states(folder: Path) -> None:
   """Resumes from a state damaged in each way; writes the errors to a file."""
-  params = init_params(CONFIG, key=jax.random.key(0))  # noqa: F811
+  params = init_params(CONFIG, key=jax.random.key(0))
   message = {}
   with states(folder / "whole") as checkpoints:
     train(params, make_batches(), checkpoints=checkpoints)
@@ -157,7 +161,7 @@ def test_an_unreadable_state_is_reported_in_one_line(run_on_devices, tmp_path: P
     assert "\n" not in text
 
 
-def test_a_killed_save_leaves_the_previous_state(params, tmp_path: Path):  # noqa: F811
+def test_a_killed_save_leaves_the_previous_state(params, tmp_path: Path):
   with states(tmp_path) as checkpoints:
     train(params, make_batches(), checkpoints=checkpoints)
   (tmp_path / "states" / "12.orbax-checkpoint-tmp").mkdir()
@@ -184,7 +188,7 @@ def _fill_the_disk(folder: Path) -> None:
       (folder / "said").write_text(str(e))
 
 
-def test_a_full_disk_is_reported_in_one_line_and_keeps_the_previous_state(run_on_devices, tmp_path: Path):
+def test_full_disk_keeps_the_previous_state(run_on_devices, tmp_path: Path):
   """Runs in a child process, because orbax leaves unawaited coroutines behind."""
   run_on_devices(__file__, tmp_path, "save", devices=1)
   message = (tmp_path / "said").read_text()
@@ -206,7 +210,8 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("folder", ["bad://x", "/proc/x"])
-def test_an_unwritable_state_folder_is_reported_in_one_line(folder: str):
+def test_unwritable_folder_is_one_line(folder: str):
+  """States cannot be saved in it."""
   with pytest.raises(UserError, match="training states cannot be written there"):
     check_folder(folder)
 

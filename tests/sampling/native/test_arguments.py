@@ -18,11 +18,6 @@ from tests import TINY
 ASKED = [Prompt("question", "Tom has 3 apples.")]
 
 
-@pytest.fixture(scope="module")
-def sampler() -> native.NativeSampler:
-  return native.NativeSampler(TINY, compute_dtype="float32", batch_size=8)
-
-
 @pytest.mark.parametrize("options", [
     {"max_new_tokens": 0}, {"num_samples": 0}, {"temperatures": ()}, {"temperatures": (-1.0,)}, {"top_p": 0.0},
     {"top_p": float("nan")}, {"top_p": 2.0}, {"stop": ("",)}, {"stop": "The"}, {"seed": 2**32}], ids=str)
@@ -77,7 +72,8 @@ def test_invalid_end_of_text_tokens_are_errors(tmp_path: Path, ids: object, file
 
 
 @pytest.mark.parametrize("ids", [None, [], 3, [3, 5]], ids=str)
-def test_end_of_text_tokens_come_from_folder_and_tokenizer(tmp_path: Path, ids: object) -> None:
+def test_end_tokens_of_folder_and_tokenizer(tmp_path: Path, ids: object) -> None:
+  """Tokens that end a text come from both."""
   folder = shutil.copytree(TINY, tmp_path / "model")
   (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
   expected = {0, *(ids if isinstance(ids, list) else [ids])} - {None}

@@ -47,7 +47,8 @@ def test_drawn_tokens_follow_softmax_and_nucleus(temperature: float, top_p: floa
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64, 1000, 5000])
-def test_draws_invert_the_cdf_and_never_have_zero_mass(size: int) -> None:
+def test_draws_invert_the_cdf(size: int) -> None:
+  """They never have zero mass."""
   rng = np.random.default_rng(size)
   weights = np.exp(rng.normal(scale=4, size=(64, size))).astype(np.float32)
   weights[rng.random(weights.shape) < 0.3] = 0
@@ -66,8 +67,8 @@ def test_draws_invert_the_cdf_and_never_have_zero_mass(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 13, 1000, 1009])
-def test_greedy_takes_the_first_of_the_most_likely_allowed_ids(
-    size: int) -> None:
+def test_greedy_takes_the_first_maximum(size: int) -> None:
+  """It is the first of the most likely allowed ids."""
   rng = np.random.default_rng(size)
   logits = rng.integers(0, 9, (64, size)).astype(np.float32)  # many are equal
   allowed = rng.random(size) < 0.5
@@ -82,7 +83,8 @@ def test_greedy_takes_the_first_of_the_most_likely_allowed_ids(
     assert allowed[drawn(1.0, top_p=top_p, greedy=False)].all()
 
 
-def test_a_nucleus_larger_than_the_first_search_is_found() -> None:
+def test_large_nucleus_is_found() -> None:
+  """It is larger than the first search."""
   rng = np.random.default_rng(0)
   logits = rng.normal(size=(6, 4 * draws._LIKELIEST)).astype(np.float32) * np.array([[9], [5], [4], [1], [0.1], [9]])
   p = np.exp(logits.astype(np.float64))
@@ -103,12 +105,13 @@ def test_each_step_draws_anew() -> None:
 
 
 @pytest.mark.parametrize("greedy", [True, False])
-def test_temperature_0_takes_the_most_likely_known_id(greedy: bool) -> None:
+def test_zero_temperature_is_the_likeliest_id(greedy: bool) -> None:
+  """Ids past the tokenizer's are left out."""
   assert set(_drawn(0.0, 0.6, greedy=greedy).tolist()) == {2}
 
 
 @pytest.mark.parametrize(("vocab", "chips"), [(151936, 4), (152064, 8), (128256, 8), (49152, 8), (32000, 8)])
-def test_blocks_of_published_vocabularies_divide_over_chips(vocab: int, chips: int) -> None:
+def test_vocabulary_blocks_divide_over_chips(vocab: int, chips: int) -> None:
   """Otherwise the logits of Qwen2.5 (small, large), Llama 3, SmolLM2 or Llama 2 would be gathered in each step."""
   blocks = jax.eval_shape(draws._blocks, jax.ShapeDtypeStruct((vocab, 2), np.float32))
   assert blocks.shape[0] * blocks.shape[1] == vocab

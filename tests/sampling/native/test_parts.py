@@ -33,7 +33,7 @@ def _run(path: Path, sampler: Sampler, **changes: Any) -> list[list[Completion]]
       "journal": path, "model": "a", "rows": 4, "label": "eval", "num_samples": 2, "seed": 1} | changes)
 
 
-def test_a_killed_run_resumes_after_the_last_whole_part(tmp_path: Path) -> None:
+def test_killed_run_resumes_after_whole_parts(tmp_path: Path) -> None:
   whole = Sampler()
   expected = _run(tmp_path / "whole", whole)
   assert [group[1].text for group in expected] == [f"{p.id}, 1" for p in PROMPTS]
@@ -56,7 +56,8 @@ def test_a_killed_run_resumes_after_the_last_whole_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_killed_evaluation_resumes_to_the_same_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_evaluation_keeps_its_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """A killed evaluation resumes to the same scores."""
   config = tiny.get_config()
   config.task.ood, config.task.eval_questions, config.eval.batch_size = ("groups",), 12, 2
   evaluate = lambda name: evaluating.evaluate(config, hub.resolve("tiny"), tmp_path / "scratch", tmp_path / name,

@@ -7,7 +7,8 @@ from imm_jax.sampling.native import queue
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_every_prompt_is_packed_once_with_little_padding(parts: int) -> None:
+def test_prompts_are_packed_once(parts: int) -> None:
+  """There is little padding."""
   rng = np.random.default_rng(0)
   # GSM8K's questions have 76 tokens on average, and at most 148.
   ids = [rng.integers(1, 1000, n).tolist() for n in np.clip(rng.normal(76, 26, 200), 20, 148).astype(int)]
@@ -31,7 +32,8 @@ def test_every_prompt_is_packed_once_with_little_padding(parts: int) -> None:
   assert sum(pack.tokens.size for pack in packs) < 1.15 * sum(map(len, ids))
 
 
-def test_the_common_prefix_leaves_each_prompt_a_token() -> None:
+def test_common_prefix_leaves_a_token() -> None:
+  """Each prompt keeps one at least."""
   same = [list(range(30))] * 3
   assert queue.common_prefix(same, 3) == 29
   assert queue.common_prefix(same[:1], 4) == 29  # one prompt, several samples

@@ -32,11 +32,6 @@ ALL = [*SHORT, LONG, STRANGE]
 
 
 @pytest.fixture(scope="module")
-def sampler() -> native.NativeSampler:
-  return native.NativeSampler(TINY, compute_dtype="float32", batch_size=8)
-
-
-@pytest.fixture(scope="module")
 def greedy(sampler: native.NativeSampler) -> list[Completion]:
   return [c for c, in sampler.generate(ALL, max_new_tokens=NEW_TOKENS)]
 
@@ -87,14 +82,15 @@ def _generate(sampler: native.NativeSampler, asked: list[Prompt]) -> dict[str, l
   return {prompt.id: row for prompt, row in zip(asked, rows, strict=True)}
 
 
-def test_temperature_0_is_greedy_next_to_other_temperatures(
-    greedy: list[Completion], sampled: dict[str, list[Completion]]) -> None:
+def test_zero_temperature_beside_others(greedy: list[Completion], sampled: dict[str, list[Completion]]) -> None:
+  """Temperature 0 is greedy next to other temperatures."""
   assert all(sampled[p.id][0] == c for p, c in zip(ALL, greedy, strict=True) if p is not LONG)
   assert all(row[2] != row[0] for row in sampled.values())
 
 
-def test_a_sample_does_not_depend_on_the_order_of_prompts(
+def test_prompt_order_does_not_matter(
     sampler: native.NativeSampler, sampled: dict[str, list[Completion]], greedy: list[Completion]) -> None:
+  """A sample does not depend on it."""
   assert _generate(sampler, [STRANGE, *SHORT[::-1]]) == sampled
   assert [c for c, in sampler.generate(ALL[::-1], max_new_tokens=NEW_TOKENS)] == greedy[::-1]
 
@@ -123,8 +119,8 @@ def test_a_sample_does_not_depend_on_the_batch_size(sampled: dict[str, list[Comp
 
 
 @pytest.mark.full
-def test_groups_with_examples_of_their_own_give_the_same_samples(
-    sampler: native.NativeSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_with_own_examples_agree(sampler: native.NativeSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Groups with examples of their own give the same samples."""
   asked = [Prompt(f"{i}/{e.id}", prompts.build_prompt(e.question, examples=examples)) for e in EXAMPLES[:3]
            for i, examples in enumerate((EXAMPLES[3:], EXAMPLES[2:0:-1]))]
   groups = queue.group_by_prefix
@@ -189,7 +185,8 @@ def test_stop_strings_only_cut_the_text(
 
 
 @pytest.mark.full
-def test_stop_strings_cut_the_same_with_refilled_rows(sampler: native.NativeSampler) -> None:
+def test_stop_strings_cut_refilled_rows(sampler: native.NativeSampler) -> None:
+  """They cut the same where rows are filled again."""
   asked = [p._replace(id=f"{p.id}/{i}") for i in range(3) for p in ALL]
   options = {"max_new_tokens": NEW_TOKENS, "num_samples": 2, "temperatures": (0.0, 1.0), "stop": ("=", "answer is 1")}
   few = native.NativeSampler(TINY, compute_dtype="float32", batch_size=3)
@@ -227,7 +224,8 @@ def test_unknown_ids_are_never_sampled(tmp_path: Path, greedy: list[Completion])
   assert rows == [[c, c] for c in greedy[:len(SHORT)]]
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
+def test_too_large_tokenizer_is_refused(tmp_path: Path) -> None:
+  """A tokenizer with more ids than the embedding has rows."""
   folder = _resized(tmp_path / "cut", lambda weight: weight[:500])
   with pytest.raises(UserError, match=r"ids up to \d+.*500 rows"):
     native.NativeSampler(folder, compute_dtype="float32")
@@ -239,8 +237,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> Non
     ((" answer is",), " answer", " answer is"),
     ((" is", "no such text"), " is", " is"),
 ], ids=["alone", "with-text", "text-after-it"])
-def test_special_tokens_match_stop_strings_but_are_not_in_texts(
-    stop: tuple[str, ...], at: str, shown: str, named: bool) -> None:
+def test_special_tokens_match_stop_strings(stop: tuple[str, ...], at: str, shown: str, named: bool) -> None:
   """Makes a word of the answers a special token, with and without an entry in `all_special_tokens`."""
   sampler = native.NativeSampler(TINY, compute_dtype="float32", batch_size=8)
   plain = [row[0] for row in sampler.generate(SHORT, max_new_tokens=NEW_TOKENS)]
@@ -290,8 +287,7 @@ def test_gaps_in_the_vocabulary_are_never_sampled(greedy: list[Completion]) -> N
 
 @pytest.mark.parametrize("kind", ["qwen2-tied", *(pytest.param(kind, marks=pytest.mark.full) for kind in (
     "llama", "qwen2-untied", "qwen2.5-math", "llama2", "llama3", "llama3.1", "qwen3"))])
-def test_greedy_tokens_of_every_family_equal_transformers(
-    checkpoint: Callable, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_families_match_transformers_greedily(checkpoint: Callable, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
   """Compares 128 tokens of prompts of several lengths, in a batch and singly; some embedding rows have no token."""
   model, folder = checkpoint(kind, vocab_size=600)
   for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -19,7 +19,8 @@ def test_an_unexpected_error_ends_the_iteration() -> None:
     list(Dispatcher([Server("http://127.0.0.1:1")], ask, [1, 2], concurrency=2))
 
 
-def test_randomly_failing_servers_lose_and_repeat_nothing() -> None:
+def test_failing_servers_lose_nothing() -> None:
+  """Servers that fail at random lose and repeat nothing."""
   rng = np.random.default_rng(0)
   servers = [Server(f"http://127.0.0.1:{port}") for port in range(1, 6)]
   doomed = {server: int(rng.integers(5, 30)) for server in servers[:-1]}

@@ -12,7 +12,6 @@ from imm_jax.model import hub
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.stages import questions
 from tests.fake_vllm import END, FakeVllm
-from tests.sampling.vllm.test_spawn import python  # noqa: F401
 
 TOKENIZER = load_tokenizer(hub.resolve("tiny"))
 
@@ -47,8 +46,9 @@ def _knows(config: ml_collections.ConfigDict, fake: FakeVllm) -> None:
 
 
 @pytest.mark.full
-def test_a_run_on_remote_servers_survives_the_death_of_one(
+def test_run_survives_a_dead_remote_server(
     config: ml_collections.ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+  """The other servers go on."""
   first, other = FakeVllm(hub.resolve("tiny")), FakeVllm(hub.resolve("tiny"))
   with first, other:
     for fake in (first, other):
@@ -87,8 +87,8 @@ def test_a_run_on_remote_servers_survives_the_death_of_one(
 
 
 @pytest.mark.slow
-def test_a_run_with_local_servers_equals_the_native_run(
-    config: ml_collections.ConfigDict, python: str, tmp_path: Path) -> None:  # noqa: F811
+def test_local_servers_equal_the_native_run(
+    config: ml_collections.ConfigDict, python: str, tmp_path: Path) -> None:
   config.update({"method": "real", "rounds": 1})
   config.sampler.vllm.update({"python": python, "args": ("--fake", "greedy")})
   loop.run(config, str(tmp_path / "vllm"))

@@ -101,7 +101,8 @@ def _on(servers: list[SpawnedServer], model: Path, **options: object) -> VllmSam
   return VllmSampler(model, urls=[s.url for s in servers], compute_dtype="float32", **options)
 
 
-def test_a_local_server_answers_like_the_native_sampler(tmp_path: Path) -> None:
+def test_local_server_agrees_with_native(tmp_path: Path) -> None:
+  """It answers like the native sampler."""
   stops = ((), (" answer is",), ("=", "10."))
   wanted = [_native(TINY, **GREEDY, stop=stop) for stop in stops]
   with VllmSampler(TINY, python=PYTHON, args=ARGS, compute_dtype="float32", log=tmp_path / "vllm.log") as sampler:
@@ -152,8 +153,8 @@ def test_a_stale_server_is_detected(servers: list[SpawnedServer], models: list[P
   print(error.value)
 
 
-def test_wrongly_reloaded_tied_embeddings_are_detected(
-    servers: list[SpawnedServer], models: list[Path]) -> None:
+def test_wrong_tied_embeddings_are_detected(servers: list[SpawnedServer], models: list[Path]) -> None:
+  """They were reloaded wrongly."""
   with _on(servers, TINY) as sampler, pytest.raises(UserError, match="does not run the weights of") as error:
     sampler.generate(PROMPTS, **GREEDY)
   print(error.value)
@@ -161,7 +162,8 @@ def test_wrongly_reloaded_tied_embeddings_are_detected(
     sampler.generate(PROMPTS[:4], **GREEDY)
 
 
-def test_a_leftover_file_of_an_earlier_checkpoint_is_detected(models: list[Path], tmp_path: Path) -> None:
+def test_leftover_files_are_detected(models: list[Path], tmp_path: Path) -> None:
+  """They belong to an earlier checkpoint."""
   folder = shutil.copytree(models[0], tmp_path / "left_over")
   shutil.copy(models[1] / "model.safetensors", folder / "old.safetensors")
   started = VllmSampler(folder, python=PYTHON, args=ARGS, compute_dtype="float32", log=tmp_path / "vllm.log")
@@ -170,7 +172,8 @@ def test_a_leftover_file_of_an_earlier_checkpoint_is_detected(models: list[Path]
   print(error.value)
 
 
-def test_log_probabilities_agree_to_a_tenth_of_the_tolerance(servers: list[SpawnedServer], models: list[Path]) -> None:
+def test_log_probabilities_agree(servers: list[SpawnedServer], models: list[Path]) -> None:
+  """They do so to a tenth of the tolerance."""
   with _on(servers, models[0]) as sampler:
     ids = [sampler.tokenizer(p.text)["input_ids"] for p in PROMPTS[:freshness.PROMPTS]]
     result = freshness.check(sampler._servers, models[0], ids, dtype="float32", new_tokens=freshness.TOKENS)
@@ -187,8 +190,9 @@ def test_check_names_the_version(servers: list[SpawnedServer]) -> None:
   assert message.endswith("reloads weights")
 
 
-def test_each_question_is_answered_once_if_one_server_is_killed(
+def test_killed_server_loses_no_question(
     servers: list[SpawnedServer], models: list[Path], native: list[list[list[Completion]]], tmp_path: Path) -> None:
+  """Each question is answered once."""
   journal = tmp_path / "journal.jsonl"
   asked = [p._replace(id=f"{p.id}/{i}") for i in range(8) for p in PROMPTS]
   lines = lambda: journal.read_text().count("\n") if journal.exists() else 0
@@ -249,9 +253,10 @@ def test_a_run_starts_its_servers(config: ml_collections.ConfigDict, tmp_path: P
   assert not [*(tmp_path / "run").rglob("*.sampling")]
 
 
-def test_a_run_survives_the_kill_of_one_of_two_servers(
+def test_run_survives_a_killed_server(
     config: ml_collections.ConfigDict, servers: list[SpawnedServer], models: list[Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str]) -> None:
+  """The other of two servers goes on."""
   root = tmp_path / "run"
   with contextlib.closing(SpawnedServer(
       PYTHON, models[0], dtype="float32", args=ARGS, log=tmp_path / "victim.log")) as victim:

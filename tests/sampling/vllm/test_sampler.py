@@ -3,7 +3,6 @@
 import json
 import resource
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,75 +11,18 @@ import pytest
 
 from imm_jax.errors import UserError
 from imm_jax.model import folder as checkpoint, hf
-from imm_jax.sampling import Completion, Prompt, completions
+from imm_jax.sampling import Completion, Prompt
 from imm_jax.sampling.vllm import VllmSampler, sampler as vllm
-from imm_jax.sampling.vllm.dispatch import Dispatcher
 from tests import TINY
-from tests.fake_vllm import END, FakeVllm, _Handler, tokens_of
+from tests.fake_vllm import END, FakeVllm, _Handler
+from tests.sampling.vllm.helpers import EOS, OPTIONS, PROMPTS, TOKENIZER, sample
 
-TOKENIZER, EOS = completions.load(TINY, 568)
-PROMPTS = [Prompt(f"q{i}", f"Tom has {i} apples. How many?") for i in range(8)]
-OPTIONS = {"max_new_tokens": 12, "num_samples": 5, "temperatures": (0.0, 0.5, 1.5), "seed": 3}
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-  """Shortens the backoff of retries."""
-  monkeypatch.setattr(Dispatcher.__init__, "__kwdefaults__", {"attempts": 4, "backoff": 0.02})
+pytestmark = pytest.mark.usefixtures("short_backoff")
 
 
-@pytest.fixture
-def fake() -> Iterator[FakeVllm]:
-  with FakeVllm(TINY) as server:
-    yield server
-
-
-@pytest.fixture
-def other() -> Iterator[FakeVllm]:
-  with FakeVllm(TINY) as server:
-    yield server
-
-
-def _sample(*fakes: FakeVllm, prompts: list[Prompt] = PROMPTS, folder: Path = TINY, concurrency: int = 4,
-            timeout: float = 30.0, **options: object) -> list[list[Completion]]:
-  with VllmSampler(folder, urls=[f.url for f in fakes], compute_dtype="float32", concurrency=concurrency,
-                   timeout=timeout) as sampler:
-    return sampler.generate(prompts, **{**OPTIONS, **options})
-
-
-def _expected(seeds: dict[tuple[int, ...], dict[float, int]]) -> list[list[Completion]]:
-  """Returns the completions for OPTIONS: sample j is number j // 3 of the request with temperature j % 3."""
-  rows = []
-  for prompt in PROMPTS:
-    ids = TOKENIZER(prompt.text)["input_ids"]
-    row = []
-    for j in range(5):
-      temperature = OPTIONS["temperatures"][j % 3]
-      tokens = tokens_of(ids, seeds[tuple(ids)][temperature] + j // 3, temperature, 12)
-      row.append(Completion(TOKENIZER.decode(tokens, skip_special_tokens=True), len(tokens),
-                            "stop" if tokens[-1] == END else "length"))
-    rows.append(row)
-  return rows
-
-
-def _seeds(fake: FakeVllm) -> dict[tuple[int, ...], dict[float, int]]:
-  seeds: dict[tuple[int, ...], dict[float, int]] = {}
-  for body in fake.seen:
-    seeds.setdefault(tuple(body["prompt"]), {})[body["temperature"]] = body["seed"]
-  return seeds
-
-
-@pytest.fixture(scope="module")
-def plain() -> list[list[Completion]]:
-  """Returns the completions of a well-behaved server."""
-  with FakeVllm(TINY) as server:
-    rows = _sample(server)
-    assert rows == _expected(_seeds(server))
-  return rows
-
-
-def test_one_request_per_question_and_temperature_has_all_settings(fake: FakeVllm) -> None:
-  rows = _sample(fake, stop=("zebra",), top_p=0.9)
+def test_requests_hold_all_settings(fake: FakeVllm) -> None:
+  """There is one request for each question and temperature."""
+  rows = sample(fake, stop=("zebra",), top_p=0.9)
   assert all(len(row) == 5 for row in rows)
   assert len(fake.seen) == len(PROMPTS) * 3
   counts = {0.0: 1, 0.5: 2, 1.5: 1}  # equal answers at temperature 0 are asked for once
@@ -105,32 +47,33 @@ def test_no_two_samples_share_a_seed() -> None:
       r.seed for r in vllm._requests(prompts, [[1]] * 1000, 12, (0.2, 0.4, 0.6), 8))
 
 
-def test_samples_do_not_depend_on_order_or_on_other_prompts(
-    fake: FakeVllm, other: FakeVllm, plain: list[list[Completion]]) -> None:
-  assert _sample(fake, other, prompts=PROMPTS[::-1]) == plain[::-1]
-  assert _sample(fake, prompts=PROMPTS[2:5], concurrency=1) == plain[2:5]
-  assert [row[:3] for row in plain] == _sample(fake, num_samples=3)
-  assert _sample(fake, seed=4) != plain
+def test_samples_are_independent(fake: FakeVllm, other: FakeVllm, plain: list[list[Completion]]) -> None:
+  """They do not depend on order or on other prompts."""
+  assert sample(fake, other, prompts=PROMPTS[::-1]) == plain[::-1]
+  assert sample(fake, prompts=PROMPTS[2:5], concurrency=1) == plain[2:5]
+  assert [row[:3] for row in plain] == sample(fake, num_samples=3)
+  assert sample(fake, seed=4) != plain
 
 
 @pytest.mark.parametrize("trouble", [t for t in _Handler.TROUBLES if t not in ("400", "slow")])
 def test_transient_errors_are_retried(fake: FakeVllm, plain: list[list[Completion]], trouble: str) -> None:
   fake.trouble = lambda number, body: trouble if fake.seen.count(body) == 1 else ""
-  assert _sample(fake) == plain
+  assert sample(fake) == plain
   assert len(fake.answered) == len(PROMPTS) * 3
 
 
-def test_a_rejected_request_ends_the_call_with_the_servers_message(fake: FakeVllm) -> None:
+def test_rejected_request_ends_the_call(fake: FakeVllm) -> None:
+  """The message is the server's."""
   fake.trouble = lambda number, body: "400"
   with pytest.raises(UserError, match=r"/v1/completions: the server refuses \(HTTP 400\).*said no"):
-    _sample(fake, concurrency=1)
+    sample(fake, concurrency=1)
   assert len(fake.seen) <= 2
 
 
 def test_a_failing_server_is_taken_out(
     fake: FakeVllm, other: FakeVllm, plain: list[list[Completion]], capfd: pytest.CaptureFixture) -> None:
   fake.trouble = lambda number, body: "500"
-  assert _sample(fake, other) == plain
+  assert sample(fake, other) == plain
   assert f"{fake.url} is taken out (/v1/completions: HTTP 500" in capfd.readouterr().err
   assert len(other.answered) == len(PROMPTS) * 3
   assert len(fake.seen) <= 4 * 4  # each thread's attempts
@@ -139,13 +82,14 @@ def test_a_failing_server_is_taken_out(
 def test_a_slow_server_is_taken_out(
     fake: FakeVllm, other: FakeVllm, plain: list[list[Completion]], capfd: pytest.CaptureFixture) -> None:
   fake.trouble = lambda number, body: "slow"
-  assert _sample(fake, other, timeout=1.0) == plain
+  assert sample(fake, other, timeout=1.0) == plain
   assert "has not answered /v1/completions for 1 s" in capfd.readouterr().err
   assert len(fake.seen) <= 4  # no second attempt
 
 
-def test_each_question_is_answered_once_if_a_server_dies(
+def test_dead_server_loses_no_question(
     fake: FakeVllm, other: FakeVllm, plain: list[list[Completion]], tmp_path: Path) -> None:
+  """Each question is answered once."""
   dead = []
 
   def trouble(number: int, body: dict) -> str:
@@ -158,7 +102,7 @@ def test_each_question_is_answered_once_if_a_server_dies(
 
   fake.trouble = trouble
   journal = tmp_path / "journal.jsonl"
-  assert _sample(fake, other, journal=journal) == plain
+  assert sample(fake, other, journal=journal) == plain
   numbers = [json.loads(line)[0] for line in journal.read_text().splitlines()[1:]]
   assert sorted(numbers) == list(range(len(PROMPTS) * 3))
   assert fake.answered
@@ -181,15 +125,15 @@ def test_a_killed_run_resumes_from_its_journal(
   journal = tmp_path / "journal.jsonl"
   fake.trouble = lambda number, body: "" if number < 10 else "500"
   with pytest.raises(UserError, match="no vLLM server is left"):
-    _sample(fake, journal=journal, concurrency=1)
+    sample(fake, journal=journal, concurrency=1)
   lines = journal.read_bytes().splitlines(keepends=True)
   assert len(lines) == 11
   journal.write_bytes(b"".join(lines[:9]) + lines[9][:-7])  # killed while it wrote the ninth answer
   fake.trouble, fake.seen = lambda number, body: "", []
-  assert _sample(fake, journal=journal) == plain
+  assert sample(fake, journal=journal) == plain
   assert len(fake.seen) == len(PROMPTS) * 3 - 8
   fake.seen.clear()
-  assert _sample(fake, journal=journal) == plain
+  assert sample(fake, journal=journal) == plain
   assert not fake.seen
 
 
@@ -198,17 +142,18 @@ def test_a_killed_run_resumes_from_its_journal(
 def test_a_journal_of_other_samples_is_started_over(fake: FakeVllm, tmp_path: Path, change: dict) -> None:
   journal = tmp_path / "journal.jsonl"
   few = {"prompts": PROMPTS[:2], **change}
-  _sample(fake, prompts=PROMPTS[:2], journal=journal)
+  sample(fake, prompts=PROMPTS[:2], journal=journal)
   fake.seen.clear()
-  _sample(fake, **few, journal=journal)
+  sample(fake, **few, journal=journal)
   assert len(fake.seen) == 3 * len(few["prompts"])
   assert len(journal.read_text().splitlines()) == 1 + len(fake.seen)
 
 
-def test_a_stop_string_cuts_the_text_and_counts_its_tokens(fake: FakeVllm) -> None:
+def test_stop_string_cuts_text_and_tokens(fake: FakeVllm) -> None:
+  """It cuts the text, and its tokens count."""
   tokens = TOKENIZER("18-8=10. The answer is 10.")["input_ids"]
   fake.draw = lambda prompt, seed, temperature, most: tokens[:most]
-  (row,) = _sample(fake, prompts=PROMPTS[:1], num_samples=1, max_new_tokens=len(tokens), stop=(" answer",))
+  (row,) = sample(fake, prompts=PROMPTS[:1], num_samples=1, max_new_tokens=len(tokens), stop=(" answer",))
   count = next(n for n in range(len(tokens)) if " answer" in TOKENIZER.decode(tokens[:n]))
   assert row == [Completion("18-8=10. The", count, "stop")]
 
@@ -221,11 +166,11 @@ def test_unknown_ids_are_drawn_again(fake: FakeVllm, tmp_path: Path) -> None:
   config = {**json.loads((TINY / "config.json").read_text()), "vocab_size": 600, "dtype": "float32"}
   (tmp_path / "padded" / "config.json").write_text(json.dumps(config))
   with pytest.raises(UserError, match="a model of another shape"):
-    _sample(fake, folder=tmp_path / "padded")
+    sample(fake, folder=tmp_path / "padded")
   assert "/pause" not in fake.steps
   fake.folder = str(tmp_path / "padded")
   fake.draw = lambda prompt, seed, temperature, most: [5, 6 if "logit_bias" in fake.seen[-1] else 580, END]
-  rows = _sample(fake, folder=tmp_path / "padded", concurrency=1)
+  rows = sample(fake, folder=tmp_path / "padded", concurrency=1)
   assert {c.text for row in rows for c in row} == {TOKENIZER.decode([5, 6])}
   biased = [body for body in fake.seen if "logit_bias" in body]
   assert len(biased) == len(fake.seen) // 2
@@ -239,10 +184,10 @@ def test_arguments_out_of_range_are_refused(options: dict) -> None:
     VllmSampler(TINY, **{"urls": ["http://host"], **options})
 
 
-def test_a_full_disk_is_reported_in_one_line_and_the_journal_resumes(
-    fake: FakeVllm, plain: list[list[Completion]], tmp_path: Path) -> None:
+def test_full_disk_is_one_line(fake: FakeVllm, plain: list[list[Completion]], tmp_path: Path) -> None:
+  """The journal resumes."""
   path = tmp_path / "journal.jsonl"
-  _sample(fake, journal=path)
+  sample(fake, journal=path)
   size = path.stat().st_size
   path.unlink()
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -250,23 +195,23 @@ def test_a_full_disk_is_reported_in_one_line_and_the_journal_resumes(
   resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
   try:
     with pytest.raises(UserError, match=r"journal.jsonl: cannot be written \("):
-      _sample(fake, journal=path)
+      sample(fake, journal=path)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     signal.signal(signal.SIGXFSZ, old)
   fake.seen.clear()
-  assert _sample(fake, journal=path) == plain
+  assert sample(fake, journal=path) == plain
   assert 0 < len(fake.seen) < len(PROMPTS) * 3
 
 
 def test_no_prompts_give_no_completions(fake: FakeVllm) -> None:
-  assert _sample(fake, prompts=[]) == []
+  assert sample(fake, prompts=[]) == []
   assert not fake.seen
 
 
 def test_a_complete_journal_starts_no_server(fake: FakeVllm, tmp_path: Path) -> None:
   journal = tmp_path / "journal.jsonl"
-  rows = _sample(fake, journal=journal)
+  rows = sample(fake, journal=journal)
   with VllmSampler(TINY, python="/no/such/python", compute_dtype="float32", start=False) as sampler:
     assert sampler.generate(PROMPTS, **OPTIONS, journal=journal) == rows
     with pytest.raises(UserError, match="/no/such/python: no such program"):

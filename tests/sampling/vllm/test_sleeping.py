@@ -10,8 +10,7 @@ from imm_jax.sampling import Prompt
 from imm_jax.sampling.vllm import VllmSampler, sleeping
 from imm_jax.sampling.vllm.server import SpawnedServer
 from tests import TINY
-from tests.sampling.vllm.test_spawn import _ends, python  # noqa: F401
-from tests.sampling.vllm.test_weights import _noisy
+from tests.sampling.vllm.helpers import add_noise, ends
 
 PROMPTS = [Prompt("a", "Tom has 7 eggs."), Prompt("b", "How many eggs does Tom have?")]
 
@@ -22,7 +21,7 @@ def end_servers() -> Iterator[None]:
   sleeping.end_all()
 
 
-def _sample(python: str, folder: Path, log: Path, **options: object) -> tuple[SpawnedServer, list[str]]:  # noqa: F811
+def _sample(python: str, folder: Path, log: Path, **options: object) -> tuple[SpawnedServer, list[str]]:
   """Returns the server that a sampler used and its greedy texts."""
   with VllmSampler(folder, python=python, args=("--fake", options.pop("mode", "greedy")), compute_dtype="float32",
                    log=log, sleep=True, start_timeout=60, **options) as sampler:
@@ -31,8 +30,8 @@ def _sample(python: str, folder: Path, log: Path, **options: object) -> tuple[Sp
 
 
 @pytest.mark.full
-def test_a_server_is_woken_with_the_next_weights(python: str, tmp_path: Path) -> None:  # noqa: F811
-  noisy = _noisy(tmp_path / "noisy", 0.03)
+def test_a_server_is_woken_with_the_next_weights(python: str, tmp_path: Path) -> None:
+  noisy = add_noise(tmp_path / "noisy", 0.03)
   first, texts = _sample(python, TINY, tmp_path / "a.log")
   second, noisy_texts = _sample(python, noisy, tmp_path / "b.log")
   assert second is first
@@ -42,27 +41,28 @@ def test_a_server_is_woken_with_the_next_weights(python: str, tmp_path: Path) ->
   assert _sample(python, TINY, tmp_path / "b.log") == (first, texts)
   third, _ = _sample(python, noisy, tmp_path / "c.log", concurrency=3)
   assert third is not first
-  assert _ends(first._process.pid)  # it would hold memory for nobody
+  assert ends(first._process.pid)  # it would hold memory for nobody
 
 
 @pytest.mark.full
-def test_a_woken_server_with_old_weights_is_detected(python: str, tmp_path: Path) -> None:  # noqa: F811
+def test_a_woken_server_with_old_weights_is_detected(python: str, tmp_path: Path) -> None:
   server, _ = _sample(python, TINY, tmp_path / "a.log", mode="stale")
   # The fake accepts another model's weights, and goes on with its own.
   with pytest.raises(UserError, match=r"does not run the weights of .*noisy"):
-    _sample(python, _noisy(tmp_path / "noisy", 0.03), tmp_path / "a.log", mode="stale")
-  assert _ends(server._process.pid)
+    _sample(python, add_noise(tmp_path / "noisy", 0.03), tmp_path / "a.log", mode="stale")
+  assert ends(server._process.pid)
 
 
 def test_a_server_that_cannot_sleep_is_ended(
-    python: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:  # noqa: F811
+    python: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
   with VllmSampler(TINY, python=python, args=("--fake", "sleepless"), log=tmp_path / "a.log", sleep=True) as sampler:
     server, sampler._checked = sampler._servers[0], True
   assert "cannot be put to sleep (it does not sleep)" in capfd.readouterr().err
-  assert _ends(server._process.pid)
+  assert ends(server._process.pid)
 
 
-def test_one_that_cannot_be_ended_leaves_the_others_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unending_server_spares_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+  """A server that cannot be ended leaves the others ended."""
   ended = []
 
   class Server:

@@ -19,39 +19,16 @@ from imm_jax.sampling.vllm import VllmSampler, check as vllm_check, client, serv
 from imm_jax.sampling.vllm.client import Server
 from imm_jax.sampling.vllm.server import SpawnedServer
 from tests import TINY, fake_vllm
+from tests.sampling.vllm.helpers import ends
 
 if not Path("/proc/self/stat").exists():
   pytest.skip("needs Linux", allow_module_level=True)
 
 
 @pytest.fixture
-def python(tmp_path: Path) -> str:
-  """Writes a program that runs the fake server instead of `python -m vllm...`."""
-  program = tmp_path / "bin" / "python"
-  program.parent.mkdir()
-  program.write_text("#!/bin/sh\n[ $1 = -c ] && echo vllm True && exit\nshift 2\n"
-                     f"exec {sys.executable} {fake_vllm.__file__} \"$@\"\n")
-  program.chmod(0o755)
-  return str(program)
-
-
-@pytest.fixture
 def spawn(python: str, tmp_path: Path) -> Callable[..., SpawnedServer]:
   return lambda mode="": SpawnedServer(python, TINY, dtype="float32", log=tmp_path / "logs" / "vllm.log",
                                        args=("--fake", mode) if mode else ())
-
-
-def _ends(process: int) -> bool:
-  """Returns whether a process ends within a while."""
-  end = time.monotonic() + 20
-  while time.monotonic() < end:
-    try:
-      if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-        return True
-    except OSError:
-      return True
-    time.sleep(0.05)
-  return False
 
 
 def _wait_for_log(log: Path, pattern: str) -> str:
@@ -78,14 +55,15 @@ def test_a_server_ends_with_all_its_processes(
   processes = [orphan, server._process.pid, *supervisor.descendants(server._process.pid)]
   assert len(set(processes)) == 3
   server.close()
-  assert all(map(_ends, processes))
+  assert all(map(ends, processes))
   message = log.read_text()
   assert "'HF_HUB_OFFLINE': '1'" in message
   assert "XLA_FLAGS" not in message
   assert "PYTHONPATH" not in message
 
 
-def test_a_server_that_fails_to_start_is_reported_with_its_errors(spawn: Callable[..., SpawnedServer]) -> None:
+def test_failed_start_is_reported(spawn: Callable[..., SpawnedServer]) -> None:
+  """The report has the server's errors."""
   server = spawn("dies")
   with pytest.raises(UserError, match=r"has ended while it started \(exit code 1\)") as error:
     server.wait(30)
@@ -95,7 +73,8 @@ def test_a_server_that_fails_to_start_is_reported_with_its_errors(spawn: Callabl
   assert lines[-1] == "  the worker failed"
 
 
-def test_a_server_that_is_never_ready_is_reported_and_ended(python: str, tmp_path: Path) -> None:
+def test_never_ready_server_is_ended(python: str, tmp_path: Path) -> None:
+  """It is reported."""
   log = tmp_path / "vllm.log"
   message = r"is not ready after 2 s \(config.sampler.vllm.start_timeout\)\n(.*\n)*  the fake server"
   with pytest.raises(UserError, match=message):
@@ -118,13 +97,14 @@ def test_a_server_ends_when_its_watcher_is_killed(python: str, tmp_path: Path, k
     assert processes
     os.kill(parent.pid if killed == "parent" else watcher, signal.SIGKILL)
     try:
-      assert all(map(_ends, processes))
+      assert all(map(ends, processes))
     finally:
       parent.kill()
 
 
-def test_a_server_whose_port_is_taken_is_started_on_another(
+def test_taken_port_is_changed(
     python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+  """A server whose port is taken is started on another."""
   start = functools.partial(vllm_server.start, python, TINY, start_timeout=30, dtype="float32", log=tmp_path / "log")
   free = vllm_server.find_port()
   with fake_vllm.FakeVllm("/another/model") as other, socket.socket() as silent:
@@ -145,8 +125,8 @@ def test_a_server_whose_port_is_taken_is_started_on_another(
       start()
 
 
-def test_a_temporary_log_goes_with_its_server_unless_an_error_names_it(
-    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_log_is_removed(python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """It goes with its server, unless an error names it."""
   monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
   (tmp_path / "tmp").mkdir()
   sampler = VllmSampler(TINY, python=python, log=None, start=False)
@@ -161,8 +141,9 @@ def test_a_temporary_log_goes_with_its_server_unless_an_error_names_it(
   assert str(log) in str(error.value)
 
 
-def test_the_end_of_a_server_that_hangs_is_not_waited_for_without_a_limit(
+def test_hanging_server_is_given_up(
     spawn: Callable[..., SpawnedServer], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+  """Its end is not waited for without a limit."""
   server = spawn()
   server.wait(30)
   processes = [server._process.pid, *supervisor.descendants(server._process.pid)]
@@ -170,7 +151,7 @@ def test_the_end_of_a_server_that_hangs_is_not_waited_for_without_a_limit(
   monkeypatch.setattr(vllm_server, "_END_TIMEOUT_S", 0.2)
   server.close()
   assert f"{processes[1]}, {processes[0]}" in capfd.readouterr().err
-  assert all(map(_ends, processes))
+  assert all(map(ends, processes))
 
 
 def test_a_killed_server_is_not_retried(spawn: Callable[..., SpawnedServer]) -> None:
@@ -179,13 +160,14 @@ def test_a_killed_server_is_not_retried(spawn: Callable[..., SpawnedServer]) -> 
   assert server.alive()
   for process in supervisor.descendants(server._process.pid):
     os.kill(process, signal.SIGKILL)
-  assert _ends(server._process.pid)
+  assert ends(server._process.pid)
   assert not server.alive()
   assert "the fake server" in server.log_tail()
   server.close()
 
 
-def test_a_servers_environment_lacks_variables_for_jax() -> None:
+def test_server_environment_lacks_jax() -> None:
+  """A server is given no variables for JAX."""
   given = {"PATH": "/bin", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "x", "PYTHONPATH": "/here", "WORLD_SIZE": "2",
            "LD_LIBRARY_PATH": f"{sys.prefix}/lib/nvidia:/usr/local/cuda/lib64", "CUDA_VISIBLE_DEVICES": "0",
            "VLLM_CPU_KVCACHE_SPACE": "1"}

@@ -3,19 +3,21 @@
 import collections
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from imm_jax.errors import UserError
-from imm_jax.model import folder as checkpoint, hf
+from imm_jax.model import folder as checkpoint
 from imm_jax.sampling import Completion
 from imm_jax.sampling.vllm import VllmSampler, freshness
+from tests import TINY
 from tests.fake_vllm import FakeVllm
-from tests.sampling.vllm.test_sampler import OPTIONS, PROMPTS, TINY, _quick, _sample, fake, other, plain  # noqa: F401
+from tests.sampling.vllm.helpers import OPTIONS, PROMPTS, add_noise, sample
+
+pytestmark = pytest.mark.usefixtures("short_backoff")
 
 
-def test_a_reload_leaves_no_old_keys_and_values(fake: FakeVllm, other: FakeVllm) -> None:  # noqa: F811
+def test_a_reload_leaves_no_old_keys_and_values(fake: FakeVllm, other: FakeVllm) -> None:
   fake.folder = "older"
   with VllmSampler(TINY, urls=[fake.url, other.url], compute_dtype="float32"):
     for server in (fake, other):
@@ -26,73 +28,65 @@ def test_a_reload_leaves_no_old_keys_and_values(fake: FakeVllm, other: FakeVllm)
 
 
 def test_a_server_that_cannot_reload_is_not_used(
-    fake: FakeVllm, other: FakeVllm, plain: list[list[Completion]], capfd: pytest.CaptureFixture) -> None:  # noqa: F811
+    fake: FakeVllm, other: FakeVllm, plain: list[list[Completion]], capfd: pytest.CaptureFixture) -> None:
   fake.resets = False
-  assert _sample(fake, other) == plain
+  assert sample(fake, other) == plain
   assert "not used in this round (its prefix cache cannot be reset)" in capfd.readouterr().err
   assert "/resume" not in fake.steps
   assert not fake.seen
   other.version = None
   with pytest.raises(UserError, match="no vLLM server is left"):
-    _sample(fake, other)
+    sample(fake, other)
 
 
-def test_a_server_without_reload_endpoints_is_refused_with_advice(fake: FakeVllm) -> None:  # noqa: F811
+def test_old_server_is_refused(fake: FakeVllm) -> None:
+  """It has no endpoints for reloading; the message gives advice."""
   fake.dev = False
   with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
-    _sample(fake)
+    sample(fake)
 
 
-def _noisy(folder: Path, noise: float) -> Path:
-  """Writes the embedded model with noise in its weights."""
-  _, params = hf.load(TINY, dtype=jnp.float32)
-  rng = np.random.default_rng(0)
-  changed = params["layers"]["mlp"]["down_proj"]["weight"]
-  params["layers"]["mlp"]["down_proj"]["weight"] = np.asarray(changed) + noise * rng.standard_normal(
-      changed.shape).astype(np.float32)
-  hf.save(params, folder, like=TINY)
-  return folder
-
-
-def test_a_server_with_other_weights_is_detected_before_it_samples(
-    fake: FakeVllm, tmp_path: Path, plain: list[list[Completion]]) -> None:  # noqa: F811
-  fake.folder = str(_noisy(tmp_path / "older", 0.01))
+def test_other_weights_are_detected(
+    fake: FakeVllm, tmp_path: Path, plain: list[list[Completion]]) -> None:
+  """They are found before the server samples."""
+  fake.folder = str(add_noise(tmp_path / "older", 0.01))
   fake.stale = True
   with pytest.raises(UserError, match=r"does not run the weights of .* on average and .* at most \(prompt \d, token"):
-    _sample(fake)
+    sample(fake)
   assert not fake.seen
   with VllmSampler(TINY, urls=[fake.url], compute_dtype="float32", tolerance=5.0) as sampler:
     assert sampler.generate(PROMPTS, **OPTIONS) == plain
 
 
 def test_every_replica_is_checked(
-    fake: FakeVllm, other: FakeVllm, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
-  noisy = str(_noisy(tmp_path / "older", 0.01))
+    fake: FakeVllm, other: FakeVllm, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+  noisy = str(add_noise(tmp_path / "older", 0.01))
   fake.replicas, fake.folders = 6, {5: noisy}
   with pytest.raises(UserError, match=rf"{fake.url}, replica 5 of 6: does not run the weights of"):
-    _sample(fake)
+    sample(fake)
   assert collections.Counter(fake.probed) == dict.fromkeys(range(6), freshness.PROMPTS)
   assert not fake.seen
   assert "data-parallel" not in capfd.readouterr().err
   other.replicas = None
-  _sample(other)
+  sample(other)
   assert "does not say how many data-parallel replicas it has" in capfd.readouterr().err
 
 
-def test_small_weight_changes_are_detected_by_the_earlier_weights(
-    fake: FakeVllm, tmp_path: Path) -> None:  # noqa: F811
-  _sample(fake)
-  folder = _noisy(tmp_path / "newer", 0.002)
+def test_small_changes_are_detected(
+    fake: FakeVllm, tmp_path: Path) -> None:
+  """The earlier weights show them."""
+  sample(fake)
+  folder = add_noise(tmp_path / "newer", 0.002)
   fake.stale = True
   with VllmSampler(folder, urls=[fake.url], compute_dtype="float32", tolerance=5.0) as sampler, pytest.raises(
       UserError, match=f"still runs the weights of {TINY}"):
     sampler.generate(PROMPTS, **OPTIONS)
   assert len(fake.seen) == len(PROMPTS) * 3  # of the first
   fake.stale = False
-  assert _sample(fake, folder=folder)
+  assert sample(fake, folder=folder)
 
 
-def test_a_reload_by_another_run_ends_this_one(fake: FakeVllm, tmp_path: Path) -> None:  # noqa: F811
+def test_a_reload_by_another_run_ends_this_one(fake: FakeVllm, tmp_path: Path) -> None:
   journal = tmp_path / "journal.jsonl"
 
   def trouble(number: int, body: dict) -> str:
@@ -102,11 +96,11 @@ def test_a_reload_by_another_run_ends_this_one(fake: FakeVllm, tmp_path: Path) -
 
   fake.trouble = trouble
   with pytest.raises(UserError, match=r"was given other weights .*'of another run'"):
-    _sample(fake, journal=journal)
+    sample(fake, journal=journal)
   assert not journal.exists()
 
 
-def test_a_restart_by_another_run_ends_this_one(fake: FakeVllm, tmp_path: Path) -> None:  # noqa: F811
+def test_a_restart_by_another_run_ends_this_one(fake: FakeVllm, tmp_path: Path) -> None:
   fake.dev, journal = False, tmp_path / "journal.jsonl"
 
   def trouble(number: int, body: dict) -> str:
@@ -121,12 +115,13 @@ def test_a_restart_by_another_run_ends_this_one(fake: FakeVllm, tmp_path: Path) 
   assert not journal.exists()
 
 
-def test_the_decoder_and_transformers_agree_to_a_hundredth_of_the_tolerance(
-    fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_decoder_and_transformers_agree(
+    fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+  """They do so to a hundredth of the tolerance."""
   result = []
   check = freshness.check
   monkeypatch.setattr(freshness, "check", lambda *args, **options: result.append(check(*args, **options)) or result[-1])
-  _sample(fake)
+  sample(fake)
   (agreement,), = result[0].values()
   assert agreement.within(freshness.TOLERANCES["float32"] / 100)
 
@@ -137,7 +132,7 @@ def test_nan_is_no_agreement() -> None:
   assert not result.within(1.0)
 
 
-def test_a_restart_command_replaces_the_reload(fake: FakeVllm, tmp_path: Path, plain: list[list[Completion]]) -> None:  # noqa: F811
+def test_a_restart_command_replaces_the_reload(fake: FakeVllm, tmp_path: Path, plain: list[list[Completion]]) -> None:
   output = tmp_path / "told"
   fake.dev = False
   command = f"cp {{model}}/config.json {output}"
