@@ -50,7 +50,7 @@ def test_a_value_that_cannot_work_is_one_line(key, value, expected):
 def test_values_that_contradict_each_other_are_one_line():
   config = run("method", "real")
   config.teacher = "tiny"
-  with pytest.raises(UserError, match="method=real trains on worked answers alone"):
+  with pytest.raises(UserError, match="method=real trains only on worked answers"):
     checks.validate(config)
   config = run("merge.base_weight", "auto")
   config.method = "star"
@@ -92,7 +92,7 @@ def test_what_cannot_be_asked_shows_before_the_run(environment, tmp_path):  # no
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"task.name": "gsm8k=file:DIR"}, "expected the name alone; .*--config.task.name=gsm8k --config.task.source=file"),
+    ({"task.name": "gsm8k=file:DIR"}, "expected only the name; .*--config.task.name=gsm8k --config.task.source=file"),
     ({"task.name": "custom"}, "needs config.task.source=file:PATH"),
     ({"task.name": "gsm8k", "task.source": "/data/gsm8k"}, "config.task.source: source '/data/gsm8k': expected hf:ID"),
     ({"task.ood": ("svamp=fil:x",)}, "config.task.ood: source 'fil:x': expected hf:ID"),

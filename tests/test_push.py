@@ -132,8 +132,8 @@ def test_a_card_that_is_there_stays_and_weights_of_an_earlier_model_go(hub: Hub,
   assert sent.keys() == {".gitattributes", "README.md", *kept, *(path.name for path in TINY.iterdir())} - {
       "recipe.json"}
   said = capsys.readouterr().out
-  assert "has a README.md, which stays" in said
-  assert f"{', '.join(sorted(old))}, of an earlier model, goes" in said
+  assert "keeping its README.md" in said
+  assert f"deleting {', '.join(sorted(old))} of an earlier model" in said
   publishing.push(merged, "me/model", revision="v1", overwrite_card=True)
   assert b"base_model: Qwen" in sent["README.md"]
 
@@ -221,7 +221,7 @@ def test_a_model_that_the_config_does_not_make_is_refused(hub: Hub, merged: Path
   hub.content.clear()
   change(record)
   report_runs.write_record(root, record)
-  with pytest.raises(UserError, match=said + ".*give the same command again"):
+  with pytest.raises(UserError, match=said + ".*repeat the command"):
     publishing.push(merged, "me/model")
   assert not hub.content
 

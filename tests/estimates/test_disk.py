@@ -38,7 +38,7 @@ def test_checkpoints_and_states_by_hand():
 
 def test_a_line_says_what_is_free_and_where_states_are(tmp_path: Path):
   config = tiny.get_config()
-  assert " are free\n  up to 1 training state of 9.9 MiB while" in disk.describe(
+  assert " free\n  up to 1 training state of 9.9 MiB during" in disk.describe(
       config, MODEL, EXPECTED, tmp_path / "yet/to/be", TINY)
   config.sft.state_dir = "/scratch"
-  assert disk.describe(config, MODEL, EXPECTED, tmp_path).endswith(" while SFT goes on, in /scratch")
+  assert disk.describe(config, MODEL, EXPECTED, tmp_path).endswith(" during SFT, in /scratch")

@@ -142,7 +142,7 @@ def test_a_recipe_of_mergekit_means_what_it_says(folders: list[Path], tmp_path: 
     (("  lambda: 0.7", "  lamda: 0.7"), "parameters.lamda is not supported; did you mean lambda?"),
     (("weight: 0.5", "weight: heavy"), "models[0].parameters.weight='heavy'"),
     (("weight: 0.5", "gamma: 0.5"), "models[0].parameters.weight is missing"),
-    (("weight: 0.5", "density: 0.1"), "'density' stands twice in one mapping (line 8)"),
+    (("weight: 0.5", "density: 0.1"), "'density' is duplicated in one mapping (line 8)"),
     (("weight: 0.5", "lambda: 0.1"), "models[0].parameters.weight is missing"),
     (("out_dtype: float32", "out_dtype: int4"), "dtype='int4'"),
     (("dtype: bfloat16", "slices: [{}]"), "expected models or slices, not both"),

@@ -129,7 +129,7 @@ def test_what_follows_from_the_rest_is_named_as_left_out(checkpoint, capsys: pyt
   verification.verify(source)
   out = capsys.readouterr().out
   assert "not written, since they follow from the rest: model.rotary_emb.inv_freq" in out
-  assert "no tokenizer beside the weights" in out
+  assert "no tokenizer next to the weights" in out
 
 
 def test_a_tokenizer_that_is_larger_than_the_embedding_is_found(checkpoint, tmp_path: Path) -> None:
