@@ -33,7 +33,7 @@ start:
   --queued            ask for a queued resource and wait until it is there
   --slices=N          multislice: so many slices of that type, queued
   --poll=SECONDS      between two looks at the queue; default 30
-  --spot              cheaper, may be taken away at any time; start again goes on
+  --spot              cheaper, may be preempted at any time; start again resumes
   --create_flag=FLAG  more for gcloud's create, for instance --create_flag=--reserved; may be repeated
 restart:
   --install           ships and installs the working tree, as start does
@@ -117,7 +117,7 @@ find_tpu() {  # sets kind and state; no state: there is none
 
 need_ready() {
   [[ -n $state ]] || die "there is no TPU or queued resource $name in $zone of $project"
-  [[ $state == READY || $state == ACTIVE ]] || die "$name is $state, not READY: start goes on when it is"
+  [[ $state == READY || $state == ACTIVE ]] || die "$name is $state, not READY: repeat start when it is"
 }
 
 check_tree() {
@@ -213,7 +213,7 @@ delete_tpu() {  # FLAG...
 wait_for_queue() {
   local before=''
   while [[ $state != ACTIVE ]]; do
-    case $state in FAILED | SUSPEND* | DELETING | '') die "$name is ${state:-gone}: start again asks anew" ;; esac
+    case $state in FAILED | SUSPEND* | DELETING | '') die "$name is ${state:-gone}: start again requests it again" ;; esac
     [[ $state == "$before" ]] || note "$name is $state; waiting (Ctrl-C leaves it in the queue, start waits on)"
     before=$state
     sleep "$poll"
@@ -235,7 +235,7 @@ start() {
   check_tree
   check_run
   case $state in PREEMPTED | TERMINATED | SUSPENDED | FAILED)
-    note "$name is $state, with nothing left of it but its name: it is made anew"
+    note "$name is $state, and only its name is left: it is created again"
     delete_tpu --quiet
     state='' ;;
   esac

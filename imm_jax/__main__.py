@@ -11,7 +11,7 @@ from imm_jax.runtime import signals
 COMMANDS = {
     "run": ("imm_jax.main", "in rounds: sample answers, keep the right ones, fine-tune, merge with the base, evaluate"),
     "evaluate": ("imm_jax.evaluate", "measure a checkpoint's accuracy on tasks: greedy answers, pass@k, majority vote"),
-    "compare": ("imm_jax.compare", "test which differences between evaluated models are real (paired tests)"),
+    "compare": ("imm_jax.compare", "test which differences between evaluated models are significant (paired tests)"),
     "analyze": ("imm_jax.analyze", "measure which layers matter for a task, and which changed between two checkpoints"),
     "merge": ("imm_jax.merge", "merge checkpoints on disk, by any method of imm_jax.merging or a mergekit recipe"),
     "convert": ("imm_jax.convert", "convert a checkpoint between HF and orbax, merge a LoRA adapter, check a folder"),

@@ -37,7 +37,7 @@ def run(main: Callable[[], None], *, positional: Sequence[str] = (), resumes: bo
     main: the command, which reads its flags itself.
     positional: names of the flags that arguments without a name set, in this order; if the last one holds a list, it
       takes all remaining arguments.
-    resumes: whether the same command goes on after what was finished; others start anew.
+    resumes: whether the same command resumes; others start over.
   """
 
   def parse(argv: list[str]) -> list[str]:

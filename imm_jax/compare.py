@@ -1,4 +1,4 @@
-"""Tests which differences between models are real, using their answers on disk; no model is loaded.
+"""Tests which differences between models are significant, using their answers on disk; no model is loaded.
 
     imm compare --this=runs/a --against=runs/b
     imm compare --this=RUN/round_2/eval/merged --against=RUN/base/eval --against=RUN/round_2/eval/sft

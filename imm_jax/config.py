@@ -198,20 +198,20 @@ def _is_weight(value: Any) -> bool:
 def _validate_data(config: ml_collections.ConfigDict) -> None:
   data = config.data
   if method_of(config).data == "worked" and (data.real_fraction or config.teacher):
-    raise UserError(f"config.method={config.method} trains on worked answers alone: data.real_fraction and teacher "
-                    "mean nothing beside it")
+    raise UserError(f"config.method={config.method} trains only on worked answers: data.real_fraction and teacher "
+                    "have no effect with it")
   if data.with_real and method_of(config).data != "accumulation":
     raise UserError(f"config.data.with_real: is for method=data_accumulation; {config.method} has data.real_fraction")
   if data.with_real and data.real_fraction:
-    raise UserError("config.data.with_real adds all real answers, so data.real_fraction means nothing beside it")
+    raise UserError("config.data.with_real adds all real answers, so data.real_fraction has no effect with it")
   if config.teacher and data.real_fraction == 1:
-    raise UserError("config.data.real_fraction=1 samples nothing, so teacher means nothing beside it")
+    raise UserError("config.data.real_fraction=1 samples nothing, so teacher has no effect with it")
 
 
 def _validate_tasks(config: ml_collections.ConfigDict, trains: bool) -> None:
   name, equals, source = config.task.name.partition("=")
   if equals:
-    raise UserError(f"config.task.name={config.task.name}: expected the name alone; say where its questions are with "
+    raise UserError(f"config.task.name={config.task.name}: expected only the name; give its source with "
                     f"--config.task.name={name} --config.task.source={source}")
   if name == "custom" and not config.task.source:
     raise UserError("config.task.name=custom needs config.task.source=file:PATH (or hf:ID, tfds:NAME)")

@@ -103,7 +103,7 @@ def main() -> None:
   """Converts or checks a checkpoint, as the flags say."""
   if _VERIFY.value is not None:
     if _SOURCE.value or _OUT.value or _TO.value:
-      raise UserError("--verify goes alone")
+      raise UserError("--verify cannot be combined with --source, --out or --to")
     verification.verify(hub.resolve(_VERIFY.value))
     return
   for name, value in (("source", _SOURCE.value), ("out", _OUT.value), ("to", _TO.value)):

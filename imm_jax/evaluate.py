@@ -9,7 +9,7 @@ Questions are asked as `eval.protocol` says (docs/protocols.md).
 OUT gets <task>.jsonl (a row per question with the answer, its verdict and the text that was judged),
 <task>_samples.jsonl, and scores.json, which records for each task the scores, the protocol, the worked examples, the
 mean tokens of an answer and the share of answers that were cut off. An error leaves no
-partial OUT. --against adds OUT/against.json, which says which differences are real.
+partial OUT. --against adds OUT/against.json, which says which differences are significant.
 """
 
 import json
@@ -95,7 +95,7 @@ def _print_protocols(facts: Mapping[str, Any], settings: ml_collections.ConfigDi
     length = f"; {stats.mean_tokens:.1f} tokens an answer, {stats.cut:.1%} cut at {limit}" if stats.mean_tokens else ""
     print(f"{task}: {stats.rule}{', chat template' * bool(protocol.get('chat'))}{length}")
     if stats.cut and stats.cut > _MAX_CUT:
-      print(f"warning: {task}: {stats.cut:.0%} of the answers were cut at {limit}, and count as they stand; raise it",
+      print(f"warning: {task}: {stats.cut:.0%} of the answers were cut at {limit} and are judged as they are; raise it",
             file=sys.stderr)
   for task, count in facts["long_prompts"].items():
     print(f"{task}: {count} questions were skipped: with their answers they do not fit in the model's context")

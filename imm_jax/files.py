@@ -188,7 +188,7 @@ def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   result = dict(pairs)
   if len(result) != len(pairs):
     names = [name for name, _ in pairs]
-    raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands in it twice")
+    raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is duplicated")
   return result
 
 

@@ -123,7 +123,7 @@ def main() -> None:
   unused = [f"--{name}" for name, flag in [*_FLAGS.items(), ("base", _BASE), ("start", _START), ("tuned", _TUNED), (
       "models", _MODELS), ("fishers", _FISHERS), ("method", _METHOD)] if flag.present and flag.value]
   if unused:
-    raise UserError(f"{', '.join(unused)}: --recipe says it all; leave out one or the other")
+    raise UserError(f"{', '.join(unused)}: cannot be combined with --recipe")
   path = Path(_RECIPE.value)
   several = Documents(path, mergekit.read_names(path), _DTYPE.value)
   if len(several.names) == 1:
@@ -175,7 +175,7 @@ def _plan_outputs(out: Path, job: Recipe) -> dict[Path, Recipe]:
     if not 0 <= weight <= 1:
       raise UserError(f"--sweep_base_weight={text}: expected numbers from 0 to 1")
     if weight in [other.options["base_weight"] for other in jobs.values()]:
-      raise UserError(f"--sweep_base_weight={','.join(_SWEEP.value)}: {text} stands in it twice")
+      raise UserError(f"--sweep_base_weight={','.join(_SWEEP.value)}: {text} is given twice")
     only_slice, = job.slices
     only_slice = dataclasses.replace(only_slice, options={**only_slice.options, "base_weight": weight})
     jobs[out / f"base_weight_{text.strip()}"] = dataclasses.replace(job, slices=(only_slice,))

@@ -47,9 +47,8 @@ METHODS = {
                                 data="accumulation"),
     "rest_em": Method("SFT of the base, in every round, on the last model's right samples",
                       "ReST-EM: Singh et al. 2023, arXiv 2312.06585", start="base"),
-    "wise_ft": Method("star; each round's model is also merged with the base, by a mean, and never handed on, so that "
-                      "the last one is star merged once at the end", "Wortsman et al. 2021, arXiv 2109.01903",
-                      merge="wise_ft"),
+    "wise_ft": Method("star; each round's model is also merged with the base by a mean; the merged model is evaluated "
+                      "and not handed on", "Wortsman et al. 2021, arXiv 2109.01903", merge="wise_ft"),
     "lines": Method("SFT on right samples, the change scaled by a factor that is linear in depth",
                     "LiNeS: Wang et al. 2024, arXiv 2410.17146; round after round is ours", merge="lines",
                     hands_on="merged"),

@@ -56,7 +56,7 @@ def test_contradictions_are_one_line():
   """Values that contradict each other are named in one line."""
   config = run("method", "real")
   config.teacher = "tiny"
-  with pytest.raises(UserError, match="method=real trains on worked answers alone"):
+  with pytest.raises(UserError, match="method=real trains only on worked answers"):
     checks.validate(config)
   config = run("merge.base_weight", "auto")
   config.method = "star"
@@ -98,7 +98,7 @@ def test_what_cannot_be_asked_shows_before_the_run(environment, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"task.name": "gsm8k=file:DIR"}, "expected the name alone; .*--config.task.name=gsm8k --config.task.source=file"),
+    ({"task.name": "gsm8k=file:DIR"}, "expected only the name; .*--config.task.name=gsm8k --config.task.source=file"),
     ({"task.name": "custom"}, "needs config.task.source=file:PATH"),
     ({"task.name": "gsm8k", "task.source": "/data/gsm8k"}, "config.task.source: source '/data/gsm8k': expected hf:ID"),
     ({"task.ood": ("svamp=fil:x",)}, "config.task.ood: source 'fil:x': expected hf:ID"),

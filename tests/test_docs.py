@@ -1,5 +1,5 @@
-"""README and docs: links lead somewhere; commands, paths, imports and dotted names name what exists, and docstrings the
-arguments; names of tests are short.
+"""README and docs: links lead somewhere; commands, paths, imports and dotted names name what exists, those for own data
+work on rows as shown, and docstrings name the arguments; names of tests are short.
 """
 
 import ast
@@ -14,10 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 import imm_jax
 from configs import common
+from imm_jax import config as checks, config_files
 from imm_jax.merging import registry
+from imm_jax.stages import merge_options
 from tests import REPO
 from tests.conftest import LONG
 
@@ -134,6 +138,35 @@ def test_commands_name_what_exists(page: Path):
           setting = setting[part] if isinstance(setting, dict) else {}
       else:
         assert name.removeprefix("no") in known or name in known, f"{program} {argument}"
+
+
+@pytest.mark.full
+def test_commands_for_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  """The commands of docs/data.md pass the checks of a run on rows like the one that the page shows."""
+  page = REPO / "docs/data.md"
+  row = re.search(r"^ {4}(\{\"question\".*\})$", page.read_text(), re.M)[1]
+  (tmp_path / "DIR").mkdir()
+  for file, names in {"mine": ("Ann", "Bea"), "DIR/test": ("Cyd", "Dan"), "DIR/train": ("Eve", "Fay")}.items():
+    (tmp_path / f"{file}.jsonl").write_text("".join(f"{row.replace('Ann', name)}\n" for name in names))
+  monkeypatch.chdir(tmp_path)
+  folders = []
+  for program, *arguments in commands(page):
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    settings = [argument for argument in arguments if argument.startswith("--config.")]
+    monkeypatch.setattr(sys, "argv", [program, *settings])  # config_flags defines a flag for each setting that it has
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config_files.load(given["--config"]), flag_values=values)
+    values(sys.argv)
+    assert not values.config.task.ood  # which may be downloads
+    checks.validate(values.config, trains=program == "imm_jax.main", downloads=False)
+    folders.append(given.get("--out") or given["--workdir"])
+  assert len(set(folders)) == len(folders) == 3
+
+
+def test_methods_without_a_base_weight():
+  listed = re.search(r"`lines` also .*?;(.*?)have no such weight", (REPO / "docs/methods.md").read_text(), re.S)[1]
+  assert set(re.findall(r"`(\w+)`", listed)) == {
+      name for name in registry.in_rounds() if not merge_options.has_strength(name)} - {"lines"}
 
 
 def test_docstrings_name_real_arguments():

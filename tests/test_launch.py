@@ -123,7 +123,7 @@ def test_a_queued_resource_is_waited_for(pod):
 def test_a_queued_resource_that_fails(pod):
   pod.scenario(after_create=["ACCEPTED", "FAILED"])
   error = pod.run(*START, "--type=v5litepod-16", "--queued", "--poll=0", code=1).stderr
-  assert error.splitlines()[-1] == "launch_tpu.sh: pod is FAILED: start again asks anew"
+  assert error.splitlines()[-1] == "launch_tpu.sh: pod is FAILED: start again requests it again"
   assert pod.changes() == ["create"]
 
 

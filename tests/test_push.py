@@ -133,8 +133,8 @@ def test_existing_card_stays(hub: Hub, merged: Path, capsys: pytest.CaptureFixtu
   assert sent.keys() == {".gitattributes", "README.md", *kept, *(path.name for path in TINY.iterdir())} - {
       "recipe.json"}
   said = capsys.readouterr().out
-  assert "has a README.md, which stays" in said
-  assert f"{', '.join(sorted(old))}, of an earlier model, goes" in said
+  assert "keeping its README.md" in said
+  assert f"deleting {', '.join(sorted(old))} of an earlier model" in said
   publishing.push(merged, "me/model", revision="v1", overwrite_card=True)
   assert b"base_model: Qwen" in sent["README.md"]
 
@@ -225,7 +225,7 @@ def test_models_outside_the_config_are_refused(hub: Hub, merged: Path, change: C
   hub.content.clear()
   change(record)
   report_runs.write_record(root, record)
-  with pytest.raises(UserError, match=said + ".*give the same command again"):
+  with pytest.raises(UserError, match=said + ".*repeat the command"):
     publishing.push(merged, "me/model")
   assert not hub.content
 

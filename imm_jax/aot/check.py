@@ -145,8 +145,8 @@ def _find_model_config(model: str) -> ModelConfig:
   """Finds the model's config without a download."""
   config = published.find_config(model)
   if config is None:
-    raise UserError(f"--config.model={model}: its shape is not known here; --compile_only reads config.json alone, so "
-                    f"`hf download {model} config.json --local-dir=DIR` and DIR will do")
+    raise UserError(f"--config.model={model}: its shape is not known here; --compile_only reads only config.json, so "
+                    f"`hf download {model} config.json --local-dir=DIR` and --config.model=DIR suffice")
   return config
 
 
@@ -197,7 +197,7 @@ def describe(plan: Plan, report: Report) -> Iterator[str]:
   if report.excess:
     return
   memory = {name: size / _GIB for name, size in report.memory.items()}
-  yield (f"memory a chip, GiB: arguments {memory['arguments']:.2f}, outputs {memory['outputs']:.2f} (of them "
+  yield (f"memory a chip, GiB: arguments {memory['arguments']:.2f}, outputs {memory['outputs']:.2f} (of which "
          f"{memory['aliased']:.2f} in place), temporaries {memory['temporaries']:.2f}; peak {memory['peak']:.2f} of "
          f"{chip.hbm / _GIB:.2f}: fits")
   e = report.estimate
@@ -207,9 +207,12 @@ def describe(plan: Plan, report: Report) -> Iterator[str]:
   longest, terms = e.roofline(plan.slice_, report.flops)
   yield (f"roofline, the longest of {', '.join(f'{name} {1e3 * t:.0f}' for name, t in terms.items())}: "
          f"{1e3 * longest:.0f} ms")
-  yield (f"step time, over all loops max(compute + kernels, collectives beside them) + collectives alone, from cycles "
-         f"{1e3 * e.compute:.0f}, splash {1e3 * e.kernels:.0f} (at {costs.KERNEL_EFFICIENCY:.0%} of the peak), beside "
-         f"{1e3 * e.overlapped:.0f}, alone {1e3 * e.exposed:.0f}: {1e3 * e.seconds:.0f} ms")
+  yield (f"step time, the sum over all loops of max(compute + kernels, overlapped collectives) + exposed collectives: "
+         f"{1e3 * e.seconds:.0f} ms")
+  yield f"  compute, from XLA's cycles  {1e3 * e.compute:6.0f} ms"
+  yield f"  splash kernels              {1e3 * e.kernels:6.0f} ms (at {costs.KERNEL_EFFICIENCY:.0%} of the peak)"
+  yield f"  overlapped collectives      {1e3 * e.overlapped:6.0f} ms"
+  yield f"  exposed collectives         {1e3 * e.exposed:6.0f} ms"
   yield (f"that is {e.seconds / report.ideal:.2f} times 6 N tokens at the peak ({1e3 * report.ideal:.0f} ms), an MFU "
          f"of {report.mfu:.1%}, {plan.tokens / e.seconds:,.0f} tokens/s a chip")
 

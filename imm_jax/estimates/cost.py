@@ -151,7 +151,7 @@ def describe(config: ml_collections.ConfigDict, model: ModelConfig | None, recor
   if peak:
     hours = (decoding_flops / ASSUMED["sampling"] + training_flops / ASSUMED["training"]) / peak / 3600
     return (f"{text}; about {hours:.2g} hours of one {kind}, if training reaches {ASSUMED['training']:.0%} and "
-            f"sampling {ASSUMED['sampling']:.0%} of its peak (once a round is done: by what it took)")
+            f"sampling {ASSUMED['sampling']:.0%} of its peak (after a round: by its times)")
   speed = hardware.measure_flops(config.sample.batch_size, hardware.compute_dtype(config.sample.compute_dtype))
   training_speed = hardware.measure_flops(_TRAINING_ROWS, hardware.compute_dtype(config.sft.compute_dtype))
   hours = (decoding_flops / speed / _REACHED["sampling"]

@@ -100,7 +100,7 @@ def describe(config: ml_collections.ConfigDict, model: ModelConfig, expected: Ex
   sizes, state_dir = estimate(config, model, expected, folder), config.sft.state_dir
   states = f"{sizes.num_states} training state{'s' * (sizes.num_states > 1)} of {format_bytes(sizes.state)}"
   existing = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
-  return (f"disk: about {format_bytes(sizes.final)} when it is done ({sizes.num_checkpoints} checkpoints of "
-          f"{format_bytes(sizes.checkpoint)}, answers {format_bytes(sizes.answers)}), most at once about "
-          f"{format_bytes(sizes.peak)}; {format_bytes(shutil.disk_usage(existing).free)} are free\n"
-          f"  up to {states} while SFT goes on{f', in {state_dir}' if state_dir else ''}")
+  return (f"disk: about {format_bytes(sizes.final)} in the end ({sizes.num_checkpoints} checkpoints of "
+          f"{format_bytes(sizes.checkpoint)}, answers {format_bytes(sizes.answers)}), at the peak about "
+          f"{format_bytes(sizes.peak)}; {format_bytes(shutil.disk_usage(existing).free)} free\n"
+          f"  up to {states} during SFT{f', in {state_dir}' if state_dir else ''}")

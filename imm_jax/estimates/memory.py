@@ -267,7 +267,7 @@ def describe(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, 
   count, peaks = count_params(model), estimate(config, model, mesh, expected, sampler)
   owner = "of this process" if _platform(mesh) == "cpu" else "of each device"
   lines = [f"{count:,} parameters",
-           f"most memory {owner}: about {format_bytes(max(p.total for p in peaks))} (SFT: {expected.rows} rows a step)"]
+           f"peak memory {owner}: about {format_bytes(max(p.total for p in peaks))} (SFT: {expected.rows} rows a step)"]
   for peak in peaks:
     parts = ", ".join(f"{name} {format_bytes(size)}"
                       for name, size in sorted(peak.parts.items(), key=lambda item: -item[1]))

@@ -19,7 +19,7 @@ from imm_jax.merging.statistics import Source
 
 # (task vector, index of its model) -> sparse task vector
 Sparsify = Callable[[jax.Array, int], jax.Array]
-WEIGHTS = Option("weights", "w, any sign; a negative one takes a task away", per_model=True, key="weight")
+WEIGHTS = Option("weights", "w; negative weights remove a task", per_model=True, key="weight")
 DENSITIES = Option("densities", "the share of a task vector that stays", per_model=True, low=0, high=1, key="density")
 SCALE = Option("scale", "factor of what is added to the base, the papers' lambda", 1.0, key="lambda")
 RESCALE = Option("rescale", "divide what stays of a random choice by the probability that it stays", True, "flag")

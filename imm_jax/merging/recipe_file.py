@@ -25,7 +25,7 @@ class YamlLoader(yaml.SafeLoader):
     for key, _ in node.value:
       if isinstance(key, yaml.ScalarNode):
         if (key.tag, key.value) in seen:
-          raise _Duplicate(problem=f"{key.value!r} stands twice in one mapping", problem_mark=key.start_mark)
+          raise _Duplicate(problem=f"{key.value!r} is duplicated in one mapping", problem_mark=key.start_mark)
         seen.add((key.tag, key.value))
     return node
 

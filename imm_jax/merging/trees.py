@@ -216,7 +216,7 @@ def match(trees: Mapping[str, PyTree], names: PyTree | None, layer_axis: int = 0
   duplicates = [n for n, count in collections.Counter(
       n for leaf in leaves if is_floating(leaf) for n in leaf.names).items() if count > 1]
   if duplicates:
-    raise ValueError(f"names: {duplicates[:8]} stand for several tensors")
+    raise ValueError(f"names: {duplicates[:8]} name several tensors")
   return leaves, treedef
 
 

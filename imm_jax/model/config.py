@@ -70,7 +70,7 @@ def read_config(folder: str | Path) -> ModelConfig:
                                             "expected a checkpoint folder of transformers"))
   config, ignored_keys = _parse(files.read_json(path), str(path))
   if ignored_keys:
-    print_once(f"note: {path}: passed over, since transformers does not read them for this model: "
+    print_once(f"note: {path}: ignored, because transformers does not read them for this model: "
                f"{join_items(ignored_keys)}")
   return config
 

@@ -39,11 +39,11 @@ NO_EFFECT = frozenset((
     "transformers_version", "transformers_weights", "_name_or_path", "unsloth_fixed", "unsloth_version"))
 
 _QUANTISED = "quantised weights are not read; take the unquantised model that they were made from"
-_PARTS = ("the model has parts beside the language model, which are not read; save its language model alone, with its "
+_PARTS = ("the model has parts besides the language model, which are not read; save only its language model, with its "
           "own config.json")
-_PAIR = "the model reads what another one (an encoder) gives, which is not supported; take a decoder alone"
+_PAIR = "the model reads the output of another one (an encoder), which is not supported; take a decoder-only model"
 _EXPERTS = "mixtures of experts are not supported; take a dense model"
-_SEVERAL = "heads for several tokens are not supported; take a model that predicts the next token alone"
+_SEVERAL = "heads for several tokens are not supported; take a model that predicts only the next token"
 # Keys of transformers' shared code that must be off (null, false, 0 or empty), and why.
 _MUST_BE_OFF = {
     "quantization_config": _QUANTISED, "quantization": _QUANTISED, "compression_config": _QUANTISED,
@@ -113,7 +113,7 @@ def _check_windows(config: Mapping[str, Any], family: Family, source: str) -> No
   other = next((kind for kind in layers or [] if kind not in ("full_attention", "attention")), None)
   if other is not None:
     raise UserError(f"{source}: layer_types={other!r} changes the arithmetic and is not supported; expected "
-                    "'full_attention' alone")
+                    "only 'full_attention'")
   if layers and len(layers) != count:
     raise UserError(f"{source}: layer_types has {len(layers)} entries, num_hidden_layers is {count!r}")
   read = make_reader(config, family)

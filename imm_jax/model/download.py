@@ -58,7 +58,7 @@ def fetch_model(name: str) -> Path:
     model_folder.refuse_quantised(name, sizes)
     if not any(file in sizes for file in tokenizer.FILES):
       raise UserError(f"{name}: has no tokenizer on the hub; expected {' or '.join(tokenizer.FILES)}; take a model "
-                      "that has, or download it, put the tokenizer beside it, and give that folder")
+                      "that has, or download it, put the tokenizer into its folder, and give that folder")
     if INDEX in sizes:
       _fetch(repository, [INDEX])
       weights = model_folder.read_index(repository.folder / INDEX)

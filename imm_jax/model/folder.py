@@ -121,7 +121,7 @@ def read_index(index: Path) -> list[str]:
     raise UserError(f"{index}: its weight_map is empty; expected the file of each tensor")
   names = sorted(set(weight_map.values()))
   if other := next((name for name in names if not name.endswith(".safetensors")), None):
-    raise UserError(f"{index}: names {other!r}, which is no safetensors file; expected weights in safetensors alone")
+    raise UserError(f"{index}: names {other!r}, which is no safetensors file; expected only safetensors files")
   return names
 
 
@@ -141,7 +141,7 @@ def read_entries(folder: Path) -> dict[str, Entry]:
   for file in weight_files(folder):
     for name, entry in safetensors.read_entries(file).items():
       if name in entries:
-        raise UserError(f"{file}: tensor {name!r} stands in {entries[name].path.name} too")
+        raise UserError(f"{file}: tensor {name!r} is also in {entries[name].path.name}")
       entries[name] = entry
   if (folder / INDEX).exists():
     weight_map = files.read_json(folder / INDEX)["weight_map"]

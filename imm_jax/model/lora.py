@@ -237,7 +237,8 @@ def _plan_update(planned: dict[str, _PlannedTensor], module: str, parts: Mapping
   if bias := parts.get("lora_B.bias"):
     own = planned.get(f"{module}.bias")
     if own is None or own.stored.shape != bias.shape:
-      return [f"{module}.lora_B.bias has shape {bias.shape}, the base's bias {own.stored.shape if own else 'is none'}"]
+      return [f"{module}.lora_B.bias has shape {bias.shape}, the base's bias "
+              f"{own.stored.shape if own else 'is missing'}"]
     planned[own.name] = own._replace(
         update=lambda begin, end: _read_float32(reader, bias)[begin:end] * np.float32(scale))
   return []

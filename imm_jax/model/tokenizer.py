@@ -110,7 +110,7 @@ def _from_json(folder: Path) -> "PreTrainedTokenizerBase":
   backend.add_tokens([*made_special, *added])
   if encode() != before:
     raise UserError(f"{folder}: {', '.join(repr(token.content) for token in (*made_special, *added))}: special by the "
-                    "files beside tokenizer.json, and among them ordinary text, which would get other ids; set "
+                    "files next to tokenizer.json, and some are ordinary text, which would get other ids; set "
                     "eos_token and the like to the model's own")
   tokenizer._tokenizer = backend
   return tokenizer
@@ -231,5 +231,5 @@ def _check_special_tokens(tokenizer: "PreTrainedTokenizerBase", folder: Path) ->
   model = tokenizer.backend_tokenizer.model
   unknown = getattr(model, "unk_token", None) if type(model).__name__ != "Unigram" else tokenizer.unk_token
   if eos == unknown:
-    raise UserError(f"{folder}: its tokenizer's end-of-text token is {eos!r}, which also stands for what it does not "
-                    "know; set eos_token in tokenizer_config.json to the model's own")
+    raise UserError(f"{folder}: its tokenizer's end-of-text token is {eos!r}, which is also its unknown token; "
+                    "set eos_token in tokenizer_config.json to the model's own")

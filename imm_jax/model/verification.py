@@ -99,7 +99,7 @@ def verify(source: Path) -> None:
   if has_tokenizer(source):
     print(check_tokenizer(source, TEXTS, rows=hf.read_config(source).vocab_size))
   else:
-    print("no tokenizer beside the weights, so none was checked")
+    print("no tokenizer next to the weights, so none was checked")
   if importlib.util.find_spec("torch") is None:
     print("torch is not installed, so logits were not compared with transformers")
     return

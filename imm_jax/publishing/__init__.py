@@ -55,7 +55,7 @@ def push(folder: Path, to: str, *, private: bool = False, revision: str | None =
   check_current(root, run_record.read(root), [model.folder for model in card.select_models(results, stage)])
   text = card.format_card(results, stage, to)
   if not card.is_evaluated(results, stage):
-    print(f"note: {folder}: has not been evaluated; its card says so, and has other models' scores alone",
+    print(f"note: {folder}: has not been evaluated; its card says so, and has only the scores of other models",
           file=sys.stderr)
   import huggingface_hub  # imported here because it is slow to import
   from huggingface_hub import errors
@@ -101,11 +101,11 @@ def _upload(api: Any, library: Any, folder: Path, names: list[str], text: str, t
                if name in checkpoint.SIDE_FILES or _CHECKPOINT_FILE.fullmatch(name))
   operations += [library.CommitOperationDelete(path_in_repo=name) for name in old]
   if old:
-    print(f"note: {to}: {join_items(old)}, of an earlier model, goes")
+    print(f"note: {to}: deleting {join_items(old)} of an earlier model")
   if _CARD not in existing or overwrite_card:
     operations.append(add(_CARD, text.encode()))
   else:
-    print(f"note: {to}: has a {_CARD}, which stays; --overwrite_card replaces it")
+    print(f"note: {to}: keeping its {_CARD}; --overwrite_card replaces it")
   commit = api.create_commit(to, operations, commit_message=f"{stage} of a run of imm_jax", revision=revision)
   return str(getattr(commit, "commit_url", commit))
 
@@ -120,7 +120,7 @@ def find_run(folder: Path) -> tuple[Path, str]:
   for root in path.parents:
     if (root / "run.json").is_file():
       return root, str(path.relative_to(root))
-  raise UserError(f"{folder}: lies in no run directory, so nobody can say what it is; expected a checkpoint of a run, "
+  raise UserError(f"{folder}: lies in no run directory, so its origin is unknown; expected a checkpoint of a run, "
                   "such as RUN/round_2/merged")
 
 
@@ -140,7 +140,7 @@ def check_recorded(root: Path, stage: str, folder: Path, names: list[str]) -> No
   stages = record["stages"]
   owner = next((name for name in stages if stage == name or stage.startswith(f"{name}/")), None)
   if owner is None:
-    raise UserError(f"{folder}: is no finished stage of the run in {root}; give the run's command again first")
+    raise UserError(f"{folder}: is no finished stage of the run in {root}; repeat the run's command first")
   subfolder = stage.removeprefix(owner).lstrip("/")
   prefix = f"{subfolder}/" if subfolder else ""
   recorded = stages[owner].get("files") or {}
@@ -150,11 +150,11 @@ def check_recorded(root: Path, stage: str, folder: Path, names: list[str]) -> No
              and not (root / owner / name).exists()]
   if differing or missing:
     raise UserError(f"{folder}: {join_items(sorted({*differing, *missing}))} differs from what the run has recorded; "
-                    "remove the folder and give the run's command again")
+                    "remove the folder and repeat the run's command")
   manifest = root / integrity.MANIFEST
   if manifest.exists() and "config.json" in integrity.list_differing(manifest, root):
-    raise UserError(f"{root / 'config.json'}: differs from what the run has written, so nobody can say how {stage} was "
-                    "made; put it back as it was, or give the run's command again")
+    raise UserError(f"{root / 'config.json'}: differs from what the run has written, so the settings of {stage} are "
+                    "unknown; restore the file, or repeat the run's command")
   check_current(root, record, [owner])
 
 
@@ -170,9 +170,9 @@ def check_current(root: Path, record: dict[str, Any], stages: Sequence[str]) -> 
     UserError: when one was made with others.
   """
   if outdated := _list_outdated(record, stages):
-    raise UserError(f"{root}: was started again and has not come to its end: config.json is not what "
-                    f"{join_items(outdated)} {'were' if len(outdated) > 1 else 'was'} made with; give the same command "
-                    "again to the end of the run, which makes anew what differs")
+    raise UserError(f"{root}: was started again and has not finished: config.json is not what "
+                    f"{join_items(outdated)} {'were' if len(outdated) > 1 else 'was'} made with; repeat the command "
+                    "and let it run to its end, which makes these stages again")
 
 
 def _list_outdated(record: Mapping[str, Any], names: Sequence[str]) -> list[str]:

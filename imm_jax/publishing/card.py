@@ -42,7 +42,7 @@ def format_card(results: Results, stage: str, name: str) -> str:
     head["datasets"] = datasets
   round_ = re.match(r"round_(\d+)/", stage)
   origin = f"round {int(round_[1])} (rounds 0 to {config['rounds'] - 1})" if round_ else "the run"
-  command = "python -m imm_jax.main --config=configs/common.py --workdir=RUN"
+  command = "imm run --config=common --workdir=RUN"
   changed = _list_changed(config)
   lines = [f"# {name.partition('/')[2]}", "",
            f"`{stage}` of a run of [{PAPER[0]}]({PAPER[1]}) with imm_jax: the model after {origin}.", "",

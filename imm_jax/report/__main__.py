@@ -21,7 +21,7 @@ _WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, DIR,DIR,..., o
                              "arguments without a name.")
 _OUT = flags.DEFINE_string("out", None, "The folder to write; by default, for one run, WORKDIR/report.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier report in --out.")
-_PAPER = flags.DEFINE_bool("paper", False, "Show the paper's published figures beside those of the runs.")
+_PAPER = flags.DEFINE_bool("paper", False, "Show the paper's published figures next to those of the runs.")
 
 
 def main() -> None:

@@ -130,8 +130,8 @@ def _runs_section(runs: Mapping[str, Results], out: Path) -> Section:
     rows.append([Link(name, href) if own.is_file() else name, groups.method_label(run), status.state or "unknown",
                  stages])
   return Section("runs", "The runs", [
-      "A run's name leads to its own page, as long as both stay where they are.",
-      Table("runs", "Where each run stands", ["run", "method", "state", "stages done"], rows)])
+      "A run's name links to its own page, as long as neither is moved.",
+      Table("runs", "State of each run", ["run", "method", "state", "stages done"], rows)])
 
 
 def _settings_section(runs: Mapping[str, Results], versions: Sequence[Table]) -> Section:

@@ -10,10 +10,10 @@ from imm_jax.statistics.against import Answers, Comparison
 
 POOLED = "all out of domain"
 _HOW = ("The models of a line answered the same questions and are compared question by question: the difference in "
-        "accuracy with its 95 % interval (paired bootstrap). A star marks a difference that is real at 5 %: p of "
-        "McNemar's test (mid-p), corrected by Holm over the columns of the line, not over the lines; so an interval "
-        "that leaves 0 out may have none. Real is what other questions of the kind would show, too; another seed of "
-        "the run may show something else.")
+        "accuracy with its 95 % interval (paired bootstrap). A star marks a difference that is significant at 5 %: p "
+        "of McNemar's test (mid-p), corrected by Holm over the columns of the line, not over the lines; so an interval "
+        "without 0 may have no star. Other questions of the kind would show a significant difference, too; another "
+        "seed of the run may not.")
 
 
 def make_section(results: Results) -> Section:
@@ -22,7 +22,7 @@ def make_section(results: Results) -> Section:
   pairs = [(by_round[kind, t], by_round[other]) for kind, t in by_round for other in (("base", -1), ("sft", t))
            if kind != "base" and other in by_round and other != (kind, t)]
   compared = [(a.label, b.label, compare_models(results, a, results, b)) for a, b in pairs]
-  return Section("differences", "Which differences are real", _make_parts(compared, results.ood_tasks, "model"))
+  return Section("differences", "Which differences are significant", _make_parts(compared, results.ood_tasks, "model"))
 
 
 def compare_runs(runs: Mapping[str, Results]) -> list[Table | str]:
@@ -72,11 +72,11 @@ def _make_parts(compared: Sequence[tuple[str, str, Comparison]], ood_tasks: Sequ
            for a, b, comparison in compared for line in comparison.lines for paired in (line.paired,)]
   tables = [
       _HOW,
-      Table(f"{prefix}differences", f"Differences, {subject} less the other; * is real",
+      Table(f"{prefix}differences", f"Differences, {subject} less the other; * is significant at 5 %",
             [subject, "against", *labels], rows),
       Table(f"{prefix}tests", "The tests behind them", [
           subject, "against", "task", "questions", "this", "other", "difference", "only this right", "only other right",
-          "p", "p (Holm)", "real at 5 %"], tests)] if rows else []
+          "p", "p (Holm)", "significant at 5 %"], tests)] if rows else []
   return [*tables, *notes]
 
 

@@ -17,11 +17,12 @@ from imm_jax.report.results import Model, Results
 Point = tuple[float, float]
 _SWEEP = ("#56B4E9", "v", "merged at other weights")
 _LINE = ("#666666", "none", "--")
-_ID, _TITLE = "front", "In and out of domain at once"
+_ID, _TITLE = "front", "Accuracy trade-off in and out of domain"
 _AXES = {"x": "accuracy in domain", "y": "accuracy out of domain", "named": True, "counts": False}
-_HOW = ("A point is a model; the line joins those that no other beats in both. Hypervolume is the area that a run's "
-        "models dominate above a reference point: its base (only what is better than the base in both counts), or the "
-        "base's accuracy in domain and 0 out of it (what is gained in domain, times what is left out of domain). ")
+_HOW = ("Each point is a model; the line is the Pareto front, the models for which no other is as good in both and "
+        "better in one. Hypervolume is the area that a run's models dominate above a reference point: its base (only "
+        "models that are better in both count), or the base's accuracy in domain and 0 out of domain (the gain in "
+        "domain times the accuracy left out of domain). ")
 _MEASURES = ("hypervolume above the base", "hypervolume above (base in domain, 0)", "out of domain at equal ID")
 
 
@@ -92,7 +93,7 @@ def run_section(run: Results) -> Section:
   equal_id, description = choose_equal_id([run])
   return Section(_ID, _TITLE, [
       _explanation(equal_id, description), *_plot(lines, [run]),
-      Table("front", "What the models are worth together", ["equal ID", *_MEASURES],
+      Table("front", "Hypervolume and matched accuracy", ["equal ID", *_MEASURES],
             [[equal_id, *_measure(run, equal_id)]]),
       _nondominated_table({"": run}, [])])
 
@@ -127,9 +128,9 @@ def runs_section(runs: Mapping[str, Results], grouped: Sequence[Group]) -> Secti
   head = [name for measure in _MEASURES for name in (measure, f"{measure}: s.e.")]
   return Section(_ID, _TITLE, [
       _explanation(equal_id, description), *_plot(lines, list(eligible.values())),
-      *([Table("front_means", "What each is worth, means over seeds with their standard errors; at equal ID over those "
-               "that come there", ["runs", "n", "equal ID", *head], means)] if several else []),
-      Table("front", "What the models of each run are worth together", ["run", "method", "equal ID", *_MEASURES], rows),
+      *([Table("front_means", "Hypervolume and matched accuracy, means over seeds with standard errors (at equal ID "
+               "over the runs that reach it)", ["runs", "n", "equal ID", *head], means)] if several else []),
+      Table("front", "Hypervolume and matched accuracy by run", ["run", "method", "equal ID", *_MEASURES], rows),
       _nondominated_table(eligible, ["run"])])
 
 
@@ -139,9 +140,10 @@ def _has_pareto_front(run: Results) -> bool:
 
 
 def _explanation(equal_id: float, description: str) -> str:
-  return (f"{_HOW}Equal ID is {equal_id:.3f} in domain, {description}: there a run has what straight lines between its "
-          "models give, from round to round of those that are handed on, and in each round from the base over merged "
-          "models, by their weight, to the tuned one; of several the highest. What lies on such a line is no model.")
+  return (f"{_HOW}Equal ID is {equal_id:.3f} in domain, {description}. A run's accuracy out of domain there is "
+          "interpolated linearly between the models handed on, round by round, and within each round from the base "
+          "through merged models, by their weight, to the tuned one; of several values the highest. Points on these "
+          "lines are interpolations, not models.")
 
 
 def _point(run: Results, model: Model) -> Point:
@@ -154,9 +156,9 @@ def _make_line(run: Results, models: Sequence[Model], label: str, style: tuple[s
 
 def _plot(lines: Sequence[Line], runs: Sequence[Results]) -> list[Plot]:
   best = pareto_front([_point(run, m) for run in runs for m in run.models])
-  line = Line("no other is better in both", *_LINE, *zip(*best, strict=True))
-  return [Plot("front", "Accuracy out of domain over accuracy in domain of every model, and a line through those that "
-               "no other beats in both; the tables below have the values", figures.draw,
+  line = Line("Pareto front", *_LINE, *zip(*best, strict=True))
+  return [Plot("front", "Accuracy out of domain over accuracy in domain of every model, and a line through the Pareto "
+               "front; the tables below have the values", figures.draw,
                (Panel("every model", lines=(*lines, line), **_AXES),))]
 
 
@@ -197,5 +199,5 @@ def _nondominated_table(runs: Mapping[str, Results], head: list[str]) -> Table:
   best = pareto_front([_point(run, m) for run in runs.values() for m in run.models])
   rows = [[*[name] * len(head), m.label, run.in_domain(m), run.out_of_domain(m)] for name, run in runs.items()
           for m in run.models if _point(run, m) in best]
-  return Table("nondominated", "Models that no other beats in both", [*head, "model", "in domain", "out of domain"],
+  return Table("nondominated", "Models on the Pareto front", [*head, "model", "in domain", "out of domain"],
                sorted(rows, key=lambda row: row[-2].value))

@@ -147,7 +147,7 @@ def render_section(part: Section, svgs: Mapping[str, Sequence[str]]) -> str:
 
 def _render_plot(plot: Plot, pictures: Sequence[str]) -> str:
   if not pictures:
-    return "<p>The figure is drawn later: while a run goes on, figures take a small share of its time.</p>"
+    return "<p>The figure is drawn later: during a run, figures take a small share of its time.</p>"
   images = "".join(f'<img alt="{html.escape(plot.alt)}" src="data:image/svg+xml;base64,'
                    f'{base64.b64encode(svg.encode()).decode()}">' for svg in pictures)
   return f'<div class="plots">{images}</div>'

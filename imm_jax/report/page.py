@@ -74,9 +74,9 @@ def assemble_page(title: str, top: str, problems: Sequence[str], parts: Sequence
 def _render_status(results: Results, status: Status, written: str, renewed: bool) -> str:
   done = [name for name in status.plan if name in results.stages]
   stages = f"{len(done)} of {len(status.plan)} stages done" if status.plan else (
-      f"{len(results.stages)} stages done, of how many is not known")
+      f"{len(results.stages)} stages done of an unknown number")
   if not isinstance(results.facts.get("stages"), dict):
-    stages = "nobody can say which stages are done"
+    stages = "the stages done are unknown"
   todo = next((name for name in status.plan if name not in results.stages), "")
   left = todo and (f"; {todo} is missing" if status.state == "finished" else f"; next {todo}")
   text = f"{status.state.capitalize()}: {stages}{left}" if status.state else stages
@@ -115,7 +115,7 @@ def _render_summary(results: Results) -> str:
 def _summarise(results: Results, first: Model, last: Model) -> str:
   model = results.config.get("model", "the base")
   if first.kind != "base":
-    return "The base model's scores are missing, so nobody can say what the run changed."
+    return "The base model's scores are missing, so the change by the run is unknown."
   if last is first:
     return f"No round of {results.variant} on {model} is done yet; these are the base model's scores."
   done = f"{last.round + 1} round{'s' * (last.round > 0)} of {results.variant} on {model}"
@@ -188,8 +188,8 @@ def _texts_table(results: Results) -> list[Table]:
   rows = [[m.label, text, *(spans[name][part] for name in ("nats_per_token", "bits_per_byte")
                             for part in ("value", "low", "high"))]
           for m in results.models for text, spans in m.texts.items()]
-  head = ["model", "text", "nats a token", "95 % from", "to", "bits a byte", "from", "to"]
-  return [Table("texts", "Likelihood of texts: less is better", head, rows)] if rows else []
+  head = ["model", "text", "nats per token", "95 % from", "to", "bits per byte", "from", "to"]
+  return [Table("texts", "Likelihood of texts (lower is better)", head, rows)] if rows else []
 
 
 def _protocols_table(results: Results) -> list[Table]:
@@ -197,7 +197,7 @@ def _protocols_table(results: Results) -> list[Table]:
   rows = [[m.label, task, a.name, a.shots, a.n, a.mean_tokens, 100 * a.cut]
           for m in results.models for task, a in m.asked.items()]
   head = ["model", "task", "protocol", "worked examples", "answers", "mean tokens", "cut at the limit, %"]
-  return [Table("protocol", "How the answers came", head, rows)] if rows else []
+  return [Table("protocol", "Protocols and lengths of answers", head, rows)] if rows else []
 
 
 def _sampled_section(results: Results) -> Section:
@@ -259,7 +259,7 @@ def _stages_section(results: Results, chunks: Sequence[Chunk]) -> Section:
       *([NO_MEMORY] * (not results.memory)),
       Table("stages", "Stages; tokens are those sampled or trained on", [
           "stage", "seconds", "tokens", "tokens/s", "bytes written",
-          *(["most memory of a device, GiB"] if results.memory else [])], rows)] if rows else [])
+          *(["peak memory of a device, GiB"] if results.memory else [])], rows)] if rows else [])
 
 
 def _stage_order(name: str) -> tuple[int, int, str]:

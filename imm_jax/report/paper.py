@@ -41,9 +41,9 @@ def make_sections(runs: Mapping[str, Results]) -> list[Section]:
   entries_by_run = {name: find_entries(run.config) for name, run in runs.items()}
   others = [(f"{name}: " if name else "") + f"model {run.config.get('model')}, task {run.id_task}, method {run.method}"
             for name, run in runs.items() if not entries_by_run[name]]
-  notice = [Section("paper_none", "Beside the paper", [
+  notice = [Section("paper_none", "Comparison with the paper", [
       f"No table of the paper has this config ({join_items(others, '; ')}), so there are no published figures "
-      "beside it."])]
+      "for it."])]
   made = [_make_section(run, name, entries_by_run[name]) for name, run in runs.items() if entries_by_run[name]]
   return made + notice * bool(others)
 
@@ -66,7 +66,7 @@ def _make_section(results: Results, label: str, entries: Sequence[Mapping[str, A
   tables = ", ".join(str(t) for t in sorted({entry["table"] for entry in entries}))
   notes = list(dict.fromkeys(entry["note"] for entry in entries if "note" in entry))
   others = list_differences(results.config)
-  return Section(name, "Beside the paper" + f": {label}" * bool(label), [
+  return Section(name, "Comparison with the paper" + f": {label}" * bool(label), [
       f"Published figures of table {tables}; the paper gives neither intervals nor the number of runs.", *notes,
       *([f"Settings that differ from the paper's: {'; '.join(others)}."] if others else []),
       *([f"{missing} figures of these tables are of tasks or models that this run has not evaluated."] * bool(missing)),

@@ -103,7 +103,7 @@ def read_memory(root: Path, trained: bool, problems: list[str]) -> dict[str, flo
   path = root / "metrics.jsonl"
   peak: dict[str, float] = collections.defaultdict(float)
   if not path.is_file():
-    problems += ["metrics.jsonl: missing, so nobody can say how much memory the devices took"] * trained
+    problems += ["metrics.jsonl: missing, so the memory that the devices used is unknown"] * trained
     return peak
   damaged = 0
   with path.open(encoding="utf-8", errors="replace") as f:

@@ -95,11 +95,11 @@ def _accuracy_section(runs: Mapping[str, Results], grouped: Sequence[Group]) -> 
   out_of_domain = lambda run: {m.round + 1: run.out_of_domain(m) for m in run.handed_on()} if run.ood_tasks else {}
   options = {"x": "rounds done", "y": "accuracy", "shares": True}
   several = any(len(group.runs) > 1 for group in grouped)
-  notes = ["Of each round the model that the next one starts from (merged, or tuned where nothing is merged), with "
-           "95 % intervals (Wilson). Each method has a colour.",
-           *(["Runs that differ in their seed alone are one curve, their mean with its standard error; where some have "
-              "not come as far, of the others."] * several),
-           *(["The runs differ in their tasks, so their curves are of different questions."]
+  notes = ["Each point is the model handed to the next round (merged, or tuned if nothing is merged), with 95 % "
+           "intervals (Wilson). Each method has its colour.",
+           *(["Runs that differ only in their seed are one curve, their mean with its standard error (means over the "
+              "runs that reached the round)."] * several),
+           *(["The runs differ in their tasks, so their curves are over different questions."]
              * (len({(run.id_task, run.ood_tasks) for run in runs.values()}) > 1))]
   return Section("accuracy", "Accuracy by round", [
       " ".join(notes),
@@ -110,8 +110,9 @@ def _accuracy_section(runs: Mapping[str, Results], grouped: Sequence[Group]) -> 
 
 
 def _differences_section(runs: Mapping[str, Results], join: Join) -> Section:
-  return Section("differences", "Which differences are real", [
-      *differences.compare_runs(runs), *join("differences", "Within each run, model less the other; * is real"),
+  return Section("differences", "Which differences are significant", [
+      *differences.compare_runs(runs),
+      *join("differences", "Within each run, model less the other; * is significant at 5 %"),
       *join("tests", "The tests within each run")])
 
 
@@ -241,11 +242,11 @@ def _cost_section(runs: Mapping[str, Results], grouped: Sequence[Group], join: J
     rows.append([name, page.total_seconds(run), tokens["sampled"], tokens["trained"], *most,
                  page.describe_devices(run)])
   return Section("stages", "Time, tokens and memory", [
-      "A bar is the mean of the runs of one curve that have come furthest." + f" {page.NO_MEMORY}" * (not memory),
+      "Bars are means over the runs of a curve that finished the most stages." + f" {page.NO_MEMORY}" * (not memory),
       *([Plot("time", "Time of each run by kind of stage; the tables below have the values", figures.draw_bars,
               (bars,))] if bars.parts else []),
       Table("cost", "All stages of each run", ["run", "seconds", "tokens sampled", "tokens trained on",
-                                               *["most memory of a device, GiB"] * memory, "devices"], rows),
+                                               *["peak memory of a device, GiB"] * memory, "devices"], rows),
       *join("stages", "By stage; tokens are those sampled or trained on")])
 
 

@@ -124,7 +124,7 @@ class RunDir:
       if lost and not rerun:
         verb = "run finished work again" if set(lost) & set(stale) else "drop finished work from the run"
         raise UserError(f"{self.path}: made with {origin} ({'; '.join(causes)}), which would {verb}: "
-                        f"{join_items(lost)}; give --rerun to have that, or use another --workdir, or {restored} it "
+                        f"{join_items(lost)}; give --rerun to allow that, or use another --workdir, or {restored} it "
                         "was made with")
       effect = f"{join_items(stale)} will be run again" if stale else "nothing is run again for it"
       notes += [f"{'; '.join(causes)}: {effect}"]
@@ -220,8 +220,8 @@ def check(path: str | Path) -> None:
   if "config.json" in names:
     files.read_json(root / "config.json")
   elif "run.json" in names:
-    raise UserError(f"{root / 'config.json'}: missing, so nobody can say whether this run has the same config; use "
-                    "another --workdir")
+    raise UserError(f"{root / 'config.json'}: missing, so the config of the run in it is unknown; use another "
+                    "--workdir")
   elif names - {".lock", ".config.json.part"}:
     raise UserError(f"{root}: is not empty and no run directory (it has no config.json); use another --workdir")
 

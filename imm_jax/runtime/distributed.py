@@ -73,7 +73,7 @@ def start(mode: str = "auto", *, coordinator: str | None = None, num_processes: 
     cause = str(e).strip().partition("\n")[0] or type(e).__name__
     kind = LostError if _LATE.search(cause) else UserError
     raise kind(f"the processes of this run do not find each other ({cause}); give --coordinator=HOST:PORT, "
-               "--num_processes and --process_id to each, or --distributed=off for one process alone") from e
+               "--num_processes and --process_id to each, or --distributed=off for a single process") from e
 
 
 def is_main() -> bool:
@@ -220,6 +220,6 @@ def _describe_error(error: Exception) -> str:
   if isinstance(error, UserError):
     return str(error)
   if _is_lost_peer(error):
-    return ("another process of this run is gone, killed perhaps; give the same command again "
+    return ("another process of this run ended unexpectedly; repeat the command in all processes "
             f"({str(error).strip().splitlines()[0][:200]})")
   return "".join(traceback.format_exception(error))

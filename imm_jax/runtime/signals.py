@@ -23,8 +23,8 @@ GRACE_S = 15.0
 _LAST_CALLS_S = 2.0
 # Signals within this time count as one: `timeout` and others send the same signal to a process and to its group.
 _SAME_SIGNAL_S = 1.0
-_RESUMES = "the same command goes on after what was finished"
-_STARTS_ANEW = "the same command starts anew"
+_RESUMES = "repeat the command to resume"
+_STARTS_ANEW = "repeat the command to start over"
 _hint = _RESUMES
 _last_calls: list[Callable[[str], None]] = []
 _stop_requested = threading.Event()
@@ -36,7 +36,7 @@ def install_handlers(*, resumes: bool = True) -> None:
   """Installs the handlers of SIGTERM and Ctrl-C that the module describes; call it once, in the main thread.
 
   Args:
-    resumes: whether the same command goes on after what was finished, which is said when it is told to stop.
+    resumes: whether the same command resumes, which the message of a stop says.
   """
   global _hint
   _hint = _RESUMES if resumes else _STARTS_ANEW

@@ -88,8 +88,8 @@ class Journal:
       raise self._write_error(e) from e
 
   def _write_error(self, error: OSError) -> UserError:
-    return UserError(f"{self._path}: cannot be written ({error.strerror}); the same command goes on after what is in "
-                     "it")
+    return UserError(f"{self._path}: cannot be written ({error.strerror}); repeat the command to resume after the "
+                     "results in it")
 
   def _sync(self) -> None:
     try:

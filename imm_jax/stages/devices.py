@@ -89,8 +89,8 @@ def call(config: ml_collections.ConfigDict, function: Callable[..., Any], *args:
     except futures.process.BrokenProcessPool as e:
       if passed_on:
         raise PreemptedError(f"told to stop (SIGTERM); {signals.resume_hint()}") from e
-      raise ResourceError("the process that had the accelerators was killed, for want of memory perhaps; the same "
-                          "command goes on after what was finished") from e
+      raise ResourceError("the process that had the accelerators was killed, possibly out of memory; repeat the "
+                          "command to resume") from e
 
 
 @contextlib.contextmanager

@@ -97,9 +97,9 @@ def check(config: ml_collections.ConfigDict) -> None:
                       f"{option.range})")
   if not weighs(config) and (config.merge.sweep or config.merge.base_weight == "auto"):
     fixed = _fixed_by(config) if has_strength(name) else ""
-    reason = (f"options.{fixed}: says how far a merge goes from the base" if fixed else
+    reason = (f"options.{fixed}: overrides base_weight" if fixed else
               f"method={name}: has no weight of the base")
-    raise UserError(f"config.merge.{reason}, so merge.sweep and base_weight=auto mean nothing beside it")
+    raise UserError(f"config.merge.{reason}, so merge.sweep and base_weight=auto have no effect with it")
 
 
 def models_of(method: registry.Method, *, base: Path, start: Path, tuned: Sequence[Path]) -> dict[str, Path] | None:

@@ -32,7 +32,7 @@ def _summarise(facts: dict[str, Any]) -> str:
   if not facts["kept"]:
     return "no right answer: the round hands on the model that it started from"
   dropped = ", ".join(f"{facts[f'dropped_{kind}']} {text}" for kind, text in (
-      ("wrong", "wrong"), ("unfinished", "cut off"), ("duplicate", "twice the same")) if facts.get(f"dropped_{kind}"))
+      ("wrong", "wrong"), ("unfinished", "cut off"), ("duplicate", "duplicates")) if facts.get(f"dropped_{kind}"))
   return (f"{facts['kept']} answers to train on" + (f", {facts['real']} of them real" if facts["real"] else "")
           + (f"; left out: {dropped}" if dropped else ""))
 

@@ -1,4 +1,4 @@
-"""Compares the answers of two models on disk, question by question, and tests which differences are real."""
+"""Compares the answers of two models on disk, question by question, and tests which differences are significant."""
 
 import functools
 import json
@@ -110,7 +110,7 @@ def _read(path: Path, *_: int) -> Answers:
   fingerprints = {row["id"]: hash(repr((row.get("question"), row.get("gold")))) for row in rows}
   if len(fingerprints) < len(rows):
     ids = [row["id"] for row in rows]
-    raise UserError(f"{path}: question {next(id_ for id_ in ids if ids.count(id_) > 1)} stands in it twice")
+    raise UserError(f"{path}: question {next(id_ for id_ in ids if ids.count(id_) > 1)} is duplicated")
   metrics = [metric for metric in METRICS if metric in rows[0]]
   if not metrics:
     raise UserError(f"{path}:1: holds no score; expected one of {', '.join(METRICS)}")
@@ -144,7 +144,7 @@ def compare(first: Mapping[str, Answers], second: Mapping[str, Answers], *, pool
   if not shared:
     raise UserError(f"no task has answers of both: {_folder(first)} has {join_items(list(first))}; "
                     f"{_folder(second)} has {join_items(list(second))}")
-  notes = [f"not compared, for {_folder(b)} has no answers to it: {task}"
+  notes = [f"not compared, because {_folder(b)} has no answers to it: {task}"
            for a, b in ((first, second), (second, first)) for task in a if task not in b]
   ids_by_task = {}
   for task in shared:
@@ -174,7 +174,7 @@ def _match_questions(first: Answers, second: Answers) -> tuple[list[str], str]:
                     f"in the other ({_list_some(differing)}), so these are not the same questions")
   unshared = [(answers, [id_ for id_ in answers.fingerprints if id_ not in other.fingerprints])
               for answers, other in ((first, second), (second, first))]
-  notes = [f"{answers.path} alone has {len(more)} ({_list_some(more)})" for answers, more in unshared if more]
+  notes = [f"{len(more)} only in {answers.path} ({_list_some(more)})" for answers, more in unshared if more]
   return ids, f"compared on the {len(ids)} questions that both answered; {'; '.join(notes)}" if notes else ""
 
 
@@ -185,7 +185,7 @@ def _compare_metric(parts: Sequence[tuple[Answers, Answers, Sequence[str]]], met
                               for i in (0, 1))
     if weights != other_weights:
       raise UserError(f"{parts[0][0].path} and {parts[0][1].path}: their {divisor} differ, as of other texts, so "
-                      f"{_describe_metric(metric)} are not to be compared")
+                      f"{_describe_metric(metric)} cannot be compared")
   return comparison.compare_paired(*([answers[i].scores[metric][id_] for *answers, ids in parts for id_ in ids]
                                      for i in (0, 1)), weights)
 
@@ -209,18 +209,18 @@ def _list_some(ids: Sequence[str]) -> str:
 
 def format_table(result: Comparison, this: Path, other: Path) -> str:
   """Formats the comparison of two folders as a table for the terminal, with its notes below."""
-  head = ["", "n", "this", "other", "difference", "only this", "only other", "p", "p (Holm)", "real at 5 %"]
+  head = ["", "n", "this", "other", "difference", "only this", "only other", "p", "p (Holm)", "significant at 5 %"]
   rows = [[line.label, str(d.n), f"{d.first:.3f}", f"{d.second:.3f}", f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]",
            *("" if count is None else str(count) for count in (d.wins, d.losses)), f"{d.p:.2g}", f"{line.p:.2g}",
            "yes" if line.real else "no"] for line in result.lines for d in (line.paired,)]
   widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
   text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
           for row in (head, *rows)]
-  tests = "McNemar's (mid-p)"
+  tests = "McNemar's test (mid-p)"
   if any(line.paired.wins is None for line in result.lines):
-    tests += ", of scores that are not 0 or 1 a randomisation test's"
-  return "\n".join([f"{this} against {other}, on the same questions; brackets are 95 % intervals (paired bootstrap), p "
-                    f"is {tests}, corrected by Holm over the {len(rows)} lines", *text, *result.notes])
+    tests += ", or a randomisation test for scores other than 0 and 1"
+  return "\n".join([f"{this} against {other}, on the same questions", *text, "brackets: 95 % intervals (paired "
+                    f"bootstrap); p: {tests}, corrected by Holm over the {len(rows)} lines", *result.notes])
 
 
 def to_json(result: Comparison, other: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Tests whether the difference between two models that answered the same questions is real: paired statistics.
+"""Tests whether the difference between two models that answered the same questions is significant: paired statistics.
 
 Models find the same questions hard, so the noise from the choice of questions is common to both. A comparison question
 by question therefore detects differences that two separate confidence intervals hide.

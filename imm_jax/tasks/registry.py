@@ -13,7 +13,7 @@ from imm_jax.tasks.multiple import Question
 
 CUSTOM_FIELDS = ("question", "answer", "rationale", "choices")
 # The answers of each kind that can be judged.
-_EXPECTED = {"number": "a number alone, such as 42", "latex": "a formula or a text", "choice": "an option"}
+_EXPECTED = {"number": "only a number, such as 42", "latex": "a formula or a text", "choice": "an option"}
 
 
 class Split(NamedTuple):

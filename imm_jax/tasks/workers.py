@@ -97,7 +97,7 @@ class _Worker:
       code = self._process.wait()
       self.stop()
       raise UserError(f"{_PROGRAM.name}, which compares LaTeX answers, ended with code {code} before it was ready; "
-                      "its error stands above. `pip install 'math-verify[antlr4_13_2]>=0.9'` if a module is missing")
+                      "see its error above; `pip install 'math-verify[antlr4_13_2]>=0.9'` if a module is missing")
     return self._process
 
   def stop(self) -> None:

@@ -210,7 +210,7 @@ class Checkpoints:
 
   def _unreadable(self, step: int, cause: str) -> UserError:
     return UserError(f"{self.folder / str(step)}: this training state cannot be read ({cause}); remove that folder to "
-                     "go on from the one before, or to begin again")
+                     "resume from the previous state, or to start over")
 
 
 def ignore_closed_loops() -> Callable[[Any], Any]:

@@ -183,8 +183,8 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
         save(done, inputs.state)
       if stop:
         checkpoints.wait()
-        raise PreemptedError(f"{label}: told to stop, after step {done} of {len(batches)}; its state is saved, and the "
-                             "same command goes on from it")
+        raise PreemptedError(f"{label}: told to stop, after step {done} of {len(batches)}; its state is saved; repeat "
+                             "the command to resume")
   best = stopping.best if stopping else state
   return Trained(best["params"], first_loss, last_loss, done, best.get("average"),
                  tuple(stopping.losses) if stopping else ())

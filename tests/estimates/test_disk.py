@@ -39,7 +39,7 @@ def test_checkpoints_and_states_by_hand():
 def test_line_gives_free_space_and_states(tmp_path: Path):
   """A line says how much is free and where training states are."""
   config = tiny.get_config()
-  assert " are free\n  up to 1 training state of 9.9 MiB while" in disk.describe(
+  assert " free\n  up to 1 training state of 9.9 MiB during" in disk.describe(
       config, MODEL, EXPECTED, tmp_path / "yet/to/be", TINY)
   config.sft.state_dir = "/scratch"
-  assert disk.describe(config, MODEL, EXPECTED, tmp_path).endswith(" while SFT goes on, in /scratch")
+  assert disk.describe(config, MODEL, EXPECTED, tmp_path).endswith(" during SFT, in /scratch")

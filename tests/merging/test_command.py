@@ -77,7 +77,7 @@ def test_out_dtype_is_written_and_named(folders: list[Path], tmp_path: Path):
     (("--method=imm", "--base=BASE", "--tuned=/no/such"), "/no/such: no such checkpoint folder"),
     (("--method=imm", "--base=BASE", "--tuned=BASE", "--sweep_base_weight=0.1,2"), "expected numbers from 0 to 1"),
     (("--method=imm", "--base=BASE", "--tuned=BASE", "--sweep_base_weight=0.1 # /../x"), "expected numbers from 0"),
-    (("--recipe=RECIPE", "--fishers=BASE"), "--fishers: --recipe says it all"),
+    (("--recipe=RECIPE", "--fishers=BASE"), "--fishers: cannot be combined with --recipe"),
     (("--recipe=RECIPE", "--sweep_base_weight=0.1"), "--sweep_base_weight: is for a recipe of one document"),
     (("--method=imm", "--base=BASE", "--tuned=BASE", "--max_shard_size=big"), "--max_shard_size=big"),
     (("--recipe=/no/such.yml",), "/no/such.yml: cannot be read")])

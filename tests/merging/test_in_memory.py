@@ -73,7 +73,7 @@ def test_integer_leaves_may_pass_through_jit():
 def test_ambiguous_names_are_refused():
   """Names that stand for two tensors, and lists without layers, are errors."""
   pair = [{"a": np.ones(2, np.float32), "b": np.ones(2, np.float32)} for _ in range(2)]
-  with pytest.raises(ValueError, match=r"names: \['q'\] stand for several tensors"):
+  with pytest.raises(ValueError, match=r"names: \['q'\] name several tensors"):
     merging.linear(pair, weights=1, names={"a": "q", "b": "q"})
   with pytest.raises(ValueError, match="a list over the layers, but no name"):
     merging.imm(pair[0], pair[0], pair[1], base_weight=[0.0, 1.0], drop_rate=0.0, key=KEY)
@@ -84,7 +84,7 @@ def test_ambiguous_names_are_refused():
   with pytest.raises(ValueError, match=r"normalize=.*expected True or False"):
     call("ties", (BASE, A, B, C), normalize=[True])
   nested = [{"a": {"b": np.ones(2, np.float32)}, "a.b": np.ones(2, np.float32)} for _ in range(2)]
-  with pytest.raises(ValueError, match=r"names: .* stand for several"):
+  with pytest.raises(ValueError, match=r"names: .* name several"):
     merging.linear(nested, weights=1)
 
 

@@ -64,7 +64,7 @@ def test_a_base_is_known_however_it_is_spelled(spelling: str, pair, tmp_path: Pa
 @pytest.mark.parametrize("text", [
     "merge_method: linear\nmerge_method: ties\n", "a: {b: [{c: 1, 'c': 2}]}\n", "a: 1\n---\nb: 1\nb: 2\n"])
 def test_a_key_that_stands_twice_is_named(text: str, tmp_path: Path):
-  with pytest.raises(UserError, match=r"recipe\.yml: '(merge_method|c|b)' stands twice in one mapping \(line \d\)"):
+  with pytest.raises(UserError, match=r"recipe\.yml: '(merge_method|c|b)' is duplicated in one mapping \(line \d\)"):
     recipe(tmp_path, text)
 
 

@@ -54,9 +54,9 @@ PLAIN = {"model_type": "llama", "vocab_size": 61, "hidden_size": 48, "intermedia
     ({"attention_bias": "yes"}, "attention_bias='yes'"),
     ({"quantization_config": {"quant_method": "gptq"}}, "take the unquantised model"),
     ({"quantization": {"bits": 4}}, "take the unquantised model"),
-    ({"text_config": {"model_type": "llama"}}, "text_config={'model_type': 'llama'}: the model has parts beside the"),
+    ({"text_config": {"model_type": "llama"}}, "text_config={'model_type': 'llama'}: the model has parts besides the"),
     ({"pruned_heads": {"0": [1]}}, "pruned_heads={'0': [1]}: heads were taken out of the model"),
-    ({"is_encoder_decoder": True}, "take a decoder alone"),
+    ({"is_encoder_decoder": True}, "take a decoder-only model"),
     ({"model_type": ["llama"]}, "model_type=['llama'] is not supported; expected one of: llama, mistral"),
     ({"num_attention_heads": 96, "num_key_value_heads": 96}, "num_attention_heads=96 is more than hidden_size=48"),
     ({"rope_theta": float("nan")}, "rope_theta=nan"),
@@ -162,7 +162,7 @@ def test_keys_that_are_passed_over_are_named_once(tmp_path: Path, capsys: pytest
   (tmp_path / "config.json").write_text(json.dumps({**PLAIN, **odd}))
   assert read_config(tmp_path) == read_config(tmp_path) == ModelConfig.from_hf(PLAIN)
   assert capsys.readouterr().err.splitlines() == [
-      f"note: {tmp_path / 'config.json'}: passed over, since transformers does not read them for this model: "
+      f"note: {tmp_path / 'config.json'}: ignored, because transformers does not read them for this model: "
       "is_llama_config, transformers.js_config, rope_scaling.x"]
 
 

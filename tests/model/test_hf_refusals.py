@@ -155,7 +155,7 @@ def test_damaged_shards_and_indices_are_named(checkpoint, tmp_path: Path) -> Non
   assert f"{shard}: truncated" in _refusal(folder)
   # A shard that holds another one's tensors.
   shutil.copyfile(sorted(folder.glob("*.safetensors"))[0], shard)
-  assert "stands in" in _refusal(folder)
+  assert "is also in" in _refusal(folder)
   first, *_ = weight_map = json.loads(index.read_text())["weight_map"]
   twice = json.dumps({"weight_map": weight_map}).replace(f'"{first}"', f'"{first}": "x", "{first}"', 1)
   for text in (twice, "{", "[]", "{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}',

@@ -194,7 +194,7 @@ PREFIX = "base_model.model.model.layers.0.self_attn.q_proj."
     (lambda t: t.update({"base_model.model.model.norm.weight": np.zeros(4, np.float32)}), "the base's (48,)"),
     (lambda t: t.update({"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": np.zeros((4, 48), np.float32)}),
      "model.layers.9.mlp.up_proj.lora_B.weight is missing"),
-    (lambda t: t.update({f"{PREFIX}lora_B.bias": np.zeros(32, np.float32)}), "the base's bias is none"),
+    (lambda t: t.update({f"{PREFIX}lora_B.bias": np.zeros(32, np.float32)}), "the base's bias is missing"),
     (lambda t: t.update({f"{PREFIX}lora_magnitude_vector": np.zeros(32, np.float32)}), "DoRA is not supported"),
     (lambda t: t.update({"base_model.model.lm_head.weight": np.zeros((70, 48), np.float32)}),
      "leaves model.embed_tokens.weight with 61 rows and lm_head.weight with 70"),

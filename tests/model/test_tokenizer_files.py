@@ -69,7 +69,7 @@ def test_files_beside_tokenizer_json_count(tmp_path: Path) -> None:
     ({"eos_token": "", "bos_token": "", "unk_token": ""}, "end-of-text token is empty"),
     ({"eos_token": "", "unk_token": "!"}, "end-of-text token is empty"),
     ({"eos_token": None}, "no end-of-text token"),
-    ({"eos_token": "a"}, "'a': special by the files beside tokenizer.json, and among them ordinary text"),
+    ({"eos_token": "a"}, "'a': special by the files next to tokenizer.json, and some are ordinary text"),
     ({"bos_token": "", "unk_token": "", "pad_token": ""}, None),
     ({"unk_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}, None),  # SmolLM and GPT-2: no text gives it
 ])
@@ -102,7 +102,7 @@ def test_words_stay_words_whatever_is_called_special(tmp_path: Path) -> None:
 
 def test_unknown_as_end_token_is_refused(tmp_path: Path) -> None:
   """No end token may stand for the unknown one."""
-  with pytest.raises(UserError, match="end-of-text token is '<unk>', which also stands for"):
+  with pytest.raises(UserError, match="end-of-text token is '<unk>', which is also its unknown"):
     load_tokenizer(alone(tmp_path, config={"eos_token": "<unk>"}))
 
 

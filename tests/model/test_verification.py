@@ -130,7 +130,7 @@ def test_derived_tensors_are_left_out(checkpoint, capsys: pytest.CaptureFixture[
   verification.verify(source)
   out = capsys.readouterr().out
   assert "not written, since they follow from the rest: model.rotary_emb.inv_freq" in out
-  assert "no tokenizer beside the weights" in out
+  assert "no tokenizer next to the weights" in out
 
 
 def test_too_large_tokenizer_is_found(checkpoint, tmp_path: Path) -> None:

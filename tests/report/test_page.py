@@ -68,7 +68,7 @@ def test_csv_files_hold_the_values_of_the_run(run: Path, written: Path):
   assert [int(row["sampled"]) for row in data] == [18, 18]
   times = {row["stage"]: row for row in rows_of(written / "stages.csv")}
   assert float(times["round_1/sft"]["seconds"]) == stages["round_1/sft"]["seconds"]
-  assert float(times["round_1/sft"]["most memory of a device, GiB"]) == 2.5
+  assert float(times["round_1/sft"]["peak memory of a device, GiB"]) == 2.5
   assert int(times["base/eval"]["tokens"]) == 3 * 6 * 10
   layers = rows_of(written / "layers.csv")
   found = json.loads((run / "round_1/analysis.json").read_text())

@@ -32,7 +32,7 @@ def test_stop_in_any_stage(environment: dict[str, str], tmp_path: Path):
       _, said = process.communicate()
     assert time.monotonic() - began < 15
     assert process.returncode == code, said
-    assert ("told to stop (SIGTERM); the same command goes on" in said) == (number == term)
+    assert ("told to stop (SIGTERM); repeat the command to resume" in said) == (number == term)
     assert "Traceback" not in said
     found = status.read(root)
     assert (found.state, why in found.why) == ("stopped", True)

@@ -34,7 +34,7 @@ def test_one_process_alone_joins_nobody():
 @pytest.mark.parametrize(("error", "expected"), [
     (UserError("the disk is full"), "the disk is full"),
     (jax.errors.JaxRuntimeError("INTERNAL: Gloo all-reduce failed: Connection closed by peer\nat line 1"),
-     "another process of this run is gone, killed perhaps; give the same command again (INTERNAL: Gloo all-reduce")])
+     "another process of this run ended unexpectedly; repeat the command in all processes (INTERNAL: Gloo all-reduce")])
 def test_what_all_processes_are_shown_is_one_line(error, expected):
   said = distributed._describe_error(error)
   assert expected in said

@@ -45,10 +45,10 @@ _HANGS = """
 
 
 @pytest.mark.parametrize(("work", "numbers", "expected"), [
-    (_SLEEPS, [signal.SIGTERM], "told to stop (SIGTERM); the same command goes on"),
-    (_SLEEPS, [signal.SIGTERM] * 2, "told to stop (SIGTERM); the same command goes on"),  # as `timeout` sends them
+    (_SLEEPS, [signal.SIGTERM], "told to stop (SIGTERM); repeat the command to resume"),
+    (_SLEEPS, [signal.SIGTERM] * 2, "told to stop (SIGTERM); repeat the command to resume"),  # as `timeout` sends them
     (_COMPUTES, [signal.SIGTERM], "last told to stop, and ended while it was busy"),
-    (_LOSES, [signal.SIGTERM], "told to stop (SIGTERM); the same command goes on"),
+    (_LOSES, [signal.SIGTERM], "told to stop (SIGTERM); repeat the command to resume"),
     (_HANGS, [signal.SIGTERM, None, signal.SIGTERM], "last told to stop a second time"),
 ], ids=["sleeps", "twice", "computes", "loses", "hangs"])
 def test_a_process_that_is_told_to_stop_ends_soon(work: str, numbers: list[int | None], expected: str):
@@ -182,8 +182,8 @@ def test_an_interrupt_that_is_ignored_stays_so(tmp_path: Path):
   assert (code, said, err) == (0, "1\n", "")
 
 
-@pytest.mark.parametrize(("resumes", "hint"), [(True, "goes on after what was finished"), (False, "starts anew")])
+@pytest.mark.parametrize(("resumes", "hint"), [(True, "to resume"), (False, "to start over")])
 def test_interrupted_command_tells_resumption(resumes: bool, hint: str, tmp_path: Path):
   """It says whether it goes on where it was."""
   code, _, err = _interrupt(_RUNS.format(resumes=resumes), tmp_path)
-  assert (code, err) == (130, f"\ninterrupted; the same command {hint}\n")
+  assert (code, err) == (130, f"\ninterrupted; repeat the command {hint}\n")

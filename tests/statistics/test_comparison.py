@@ -139,7 +139,7 @@ def test_two_folders_task_by_task(tmp_path: Path):
   assert [line.p for line in found.lines] == holm([line.paired.p for line in found.lines])
   assert lines["add"].paired.p < 0.05 < lines["add"].p  # which is real but for the others
   assert not any(line.real for line in found.lines)
-  assert found.notes == (f"not compared, for {b} has no answers to it: alone",)
+  assert found.notes == (f"not compared, because {b} has no answers to it: alone",)
   alone = compare(a, write(tmp_path / "c", "add", "0000000011"))
   assert [line.real for line in alone.lines] == [True]
 
@@ -149,15 +149,15 @@ def test_missing_questions_are_left_out(tmp_path: Path):
   a, b = write(tmp_path / "a", "add", "110011"), write(tmp_path / "b", "add", "0000", first=4)
   found = compare(a, b)
   assert [(line.paired.n, line.paired.wins) for line in found.lines] == [(2, 2)]
-  assert found.notes == (f"add: compared on the 2 questions that both answered; {a}/add.jsonl alone has 4 (add/0, "
-                         f"add/1, add/2 and 1 more); {b}/add.jsonl alone has 2 (add/6, add/7)",)
+  assert found.notes == (f"add: compared on the 2 questions that both answered; 4 only in {a}/add.jsonl (add/0, "
+                         f"add/1, add/2 and 1 more); 2 only in {b}/add.jsonl (add/6, add/7)",)
 
 
 @pytest.mark.parametrize(("other", "said"), [
     ({"gold": "7"}, "of 4 shared ids 4 have another question or another gold answer in the other"),
     ({"question": "Why?"}, "of 4 shared ids 4 have another question or another gold answer"),
     ({"first": 9}, r"share no question; the first has 4 \(add/0, add/1, add/2 and 1 more\), the second 4"),
-    ({"id": "add/0"}, "question add/0 stands in it twice"),
+    ({"id": "add/0"}, "question add/0 is duplicated"),
     ({"correct": None}, "add.jsonl:1: 'correct' is missing or no number"),
     ({"correct": float("inf")}, "add.jsonl:1: 'correct' is missing or no number"),
     ({"id": 3}, "add.jsonl:1: 'id' is missing"),
