@@ -22,7 +22,7 @@ from absl import app, flags
 
 from imm_jax import files, methods
 from imm_jax.report import Results, figures, front, groups, writer
-from imm_jax.statistics import comparison
+from imm_jax.statistics import paired_tests
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/seeds", "Folder for the run directories.")
 _SEEDS = flags.DEFINE_integer("seeds", 10, "Number of runs of each method.", lower_bound=2)
@@ -107,8 +107,8 @@ def compare(values: Mapping[str, Sequence[float | None]], measure: str, referenc
   for name in values.keys() - {reference}:
     pairs = [(a, b) for a, b in zip(values[name], values[reference], strict=True) if a is not None and b is not None]
     if len(pairs) > 1:
-      tests[name] = comparison.compare_paired(*zip(*pairs, strict=True))
-  corrected = dict(zip(tests, comparison.holm([test.p for test in tests.values()]), strict=True))
+      tests[name] = paired_tests.compare_paired(*zip(*pairs, strict=True))
+  corrected = dict(zip(tests, paired_tests.holm([test.p for test in tests.values()]), strict=True))
   lines = [f"| {measure} | mean | seeds | less `{reference}`'s | p |", "|---|---|---|---|---|"]
   for name, of_seeds in values.items():
     measured = np.array([value for value in of_seeds if value is not None])

@@ -22,14 +22,14 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from imm_jax import cli, config, files, tasks
+from imm_jax import cli, config_checks, files, tasks
 from imm_jax.errors import UserError
 from imm_jax.model import hf, hub
 from imm_jax.report.results import AnswerStats
 from imm_jax.runs import experiments
-from imm_jax.stages import devices, evaluating, questions, sampling
-from imm_jax.statistics import against
-from imm_jax.statistics.evaluation import Accuracy
+from imm_jax.stages import devices, evaluate, questions, synthesize
+from imm_jax.statistics import model_comparison
+from imm_jax.statistics.accuracy import Accuracy
 from imm_jax.tasks import protocols
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The settings, as a file or a name such as tiny or "
@@ -52,25 +52,25 @@ def main() -> None:
   settings.model = _MODEL.value
   if tasks.default_measure(settings.task.name) == "choices":  # as no answers are sampled for training
     settings.eval.by_likelihood = (*settings.eval.by_likelihood, settings.task.name)
-  config.validate(settings, trains=False)
+  config_checks.validate(settings, trains=False)
   devices.reserve_accelerators(settings)
-  sampling.check_sampler(settings)
+  synthesize.check_sampler(settings)
   out = Path(_OUT.value)
   model = hub.resolve(settings.model)
   hf.check_folder(model)
-  baselines = {Path(name): against.read_folder(Path(name)) for name in _AGAINST.value}
+  baselines = {Path(name): model_comparison.read_folder(Path(name)) for name in _AGAINST.value}
   files.check_out(out, {"model": model, **{f"--against={path}": path for path in baselines}},
                   overwrite=_OVERWRITE.value, explain_foreign=_explain_foreign)
   scratch = out.with_name(f".{out.name}.sampling")
   with files.locked(out), files.committed(out) as folder:
-    facts = evaluating.evaluate(settings, model, scratch, folder, label=model.name)
+    facts = evaluate.evaluate(settings, model, scratch, folder, label=model.name)
     files.write_text(folder / "scores.json", json.dumps({"model": settings.model, **facts}, indent=1) + "\n")
   files.remove(scratch)
   _print_scores(facts)
   _print_protocols(facts, settings)
   print(f"answers and scores: {out}")
   if baselines:
-    against.report(out, baselines, out / "against.json")
+    model_comparison.report(out, baselines, out / "against.json")
 
 
 def _print_scores(facts: Mapping[str, Any]) -> None:

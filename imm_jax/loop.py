@@ -14,37 +14,38 @@ import ml_collections
 from imm_jax import __version__, report
 from imm_jax.estimates import cost, disk, memory, shapes
 from imm_jax.methods import keeps_average, samples_answers
-from imm_jax.model import folder, hf, hub, published
+from imm_jax.model import checkpoint_folder, hf, hub, published
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.runs import metrics, record as run_record, rundir, runlog, status
 from imm_jax.runs.run import Model, Run, Stage
 from imm_jax.runtime import distributed
-from imm_jax.stages import analysing, devices, drifting, evaluating, merging, questions, sampling, selection, tuning
-from imm_jax.training.checkpoints import check_folder
+from imm_jax.stages import analyze, devices, evaluate, fine_tune, measure_drift, merge, questions, select, synthesize
+from imm_jax.training.states import check_folder
 
 
 def plan(run: Run) -> list[Stage]:
   """Returns all stages of a run in their order."""
   method, start, stages = run.method, run.base, []
   if run.samples_answers and run.config.prompt.few_shot:
-    stages.append(sampling.shots_stage(run))
-  stages.append(evaluating.stage(run, run.base, "base/eval", -1))
+    stages.append(synthesize.shots_stage(run))
+  stages.append(evaluate.stage(run, run.base, "base/eval", -1))
   for t in range(run.config.rounds):
     sampler = (run.teacher or start) if run.samples_answers else None
     if sampler:
-      stages.append(sampling.stage(run, sampler, t))
+      stages.append(synthesize.stage(run, sampler, t))
     begin = run.base if method.start == "base" else start
-    stages += [train := selection.stage(run, t), sft := tuning.stage(run, begin, train.name, t)]
+    stages += [train := select.stage(run, t), sft := fine_tune.stage(run, begin, train.name, t)]
     tuned = run.model(sft.name)
-    stages.append(evaluating.stage(run, tuned, f"round_{t}/eval/sft", t))
+    stages.append(evaluate.stage(run, tuned, f"round_{t}/eval/sft", t))
     if keeps_average(run.config):
-      stages.append(evaluating.stage(run, tuning.average_of(tuned), f"round_{t}/eval/ema", t))
+      stages.append(evaluate.stage(run, fine_tune.average_of(tuned), f"round_{t}/eval/ema", t))
     if method.merge:
-      stages += merging.stages(run, begin, tuned, train.name, t)
-    stages.append(analysing.stage(run, begin, sampler, t))
+      stages += merge.stages(run, begin, tuned, train.name, t)
+    stages.append(analyze.stage(run, begin, sampler, t))
     if questions.drift_questions(run.config):
-      stages.append(drifting.stage(run, tuned, t))
-    start = {"merged": run.model(f"round_{t}/merged"), "ema": tuning.average_of(tuned), "tuned": tuned}[method.hands_on]
+      stages.append(measure_drift.stage(run, tuned, t))
+    start = {"merged": run.model(f"round_{t}/merged"), "ema": fine_tune.average_of(tuned),
+             "tuned": tuned}[method.hands_on]
   return stages
 
 
@@ -75,7 +76,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False)
     on_host = platform == "cpu" and not devices.starts_server(config)
     external = {}
     if distributed.is_main():
-      external = {name: folder.digest(model) for name, model in models.items()} | questions.digests(config)
+      external = {name: checkpoint_folder.digest(model) for name, model in models.items()} | questions.digests(config)
       if not directory.facts:
         for model in models.values():
           hf.check_round_trip(model)
@@ -105,7 +106,7 @@ def _open(config: ml_collections.ConfigDict, workdir: str,
   Yields the model folders by role, the run directory, and the result of `devices.describe_devices`.
   """
   models = _check_models(config)
-  sampling.check_sampler(config)
+  synthesize.check_sampler(config)
   description = devices.call(config, devices.describe_devices, config)
   with rundir.RunDir(workdir, config) as directory:
     if config.sft.state_dir and distributed.is_main():
@@ -129,7 +130,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   recorded = {name: value for entry in record["stages"].values() for name, value in entry["inputs"].items()}
   # What is not on this machine counts as unchanged. The digest of a large model takes a while, so it is only computed
   # if there is a record to compare it with.
-  external = {name: folder.digest(path) if record["stages"] and is_local else recorded.get(name, "")
+  external = {name: checkpoint_folder.digest(path) if record["stages"] and is_local else recorded.get(name, "")
               for name, path in models.items()}
   if any(questions.is_remote(config, entry) for entry in questions.own(config)) or questions.has_remote_texts(config):
     external |= {name: recorded.get(name, "") for name in ("train questions", "test questions")}
@@ -169,7 +170,7 @@ def _check_models(config: ml_collections.ConfigDict, *, dry: bool = False) -> di
     load_tokenizer(model, rows=hf.check_folder(model).vocab_size)
   entries = questions.own(config)
   if not (dry and any(questions.is_remote(config, entry) for entry in entries)):
-    sampling.check(config, models["base"], models.get("teacher", models["base"]), samples_answers(config))
+    synthesize.check(config, models["base"], models.get("teacher", models["base"]), samples_answers(config))
   return models
 
 

@@ -11,7 +11,7 @@ from imm_jax import files
 from imm_jax.report import page, samples
 from imm_jax.report.results import Results
 from imm_jax.runs import status
-from imm_jax.statistics import evaluation
+from imm_jax.statistics import accuracy
 
 OOD = ("groups", "choice")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -39,10 +39,10 @@ def make(root: Path, *, method: str = "imm", rounds: int = 2, questions: int = 6
       write_rows(root / name / f"{one}.jsonl", rows)
       right = sum(r["correct"] for r in rows)
       how[one] = {"name": "paper", "shots": 0, "n": questions, "mean_tokens": 10.0, "cut": 0.25}
-      scores[one] = {"greedy": evaluation.accuracy(right, questions)._asdict()}
+      scores[one] = {"greedy": accuracy.accuracy(right, questions)._asdict()}
       if one == task:
-        scores[one] |= {f"pass@{k}": evaluation.mean([min(1, 0.3 + 0.2 * k)] * questions)._asdict() for k in (1, 2)}
-        scores[one]["majority@2"] = evaluation.accuracy(right, questions)._asdict()
+        scores[one] |= {f"pass@{k}": accuracy.mean([min(1, 0.3 + 0.2 * k)] * questions)._asdict() for k in (1, 2)}
+        scores[one]["majority@2"] = accuracy.accuracy(right, questions)._asdict()
     stage(name, scores=scores, protocol=how, long_prompts={})
 
   evaluate("base/eval")

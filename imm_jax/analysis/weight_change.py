@@ -14,10 +14,10 @@ import numpy as np
 
 from imm_jax.analysis import MODULES
 from imm_jax.errors import UserError, join_items
-from imm_jax.merging.checkpoint import CheckpointSource
+from imm_jax.merging.on_disk import CheckpointSource
+from imm_jax.model.checkpoint_folder import read_entries
 from imm_jax.model.config import read_config
 from imm_jax.model.families import FAMILIES
-from imm_jax.model.folder import read_entries
 
 _MATRIX = re.compile(rf"(?:.*\.)?layers\.(\d+)\.(?:self_attn|mlp)\.({'|'.join(MODULES)})\.weight")
 

@@ -12,7 +12,7 @@ from imm_jax.estimates import cost
 from imm_jax.estimates.memory import format_bytes
 from imm_jax.estimates.shapes import Expected
 from imm_jax.methods import keeps_average, method_of, samples_answers
-from imm_jax.model import folder as checkpoint
+from imm_jax.model import checkpoint_folder
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import count_params
 from imm_jax.stages import questions
@@ -62,8 +62,9 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, expected: Ex
   sft, method, count, additions = config.sft, method_of(config), count_params(model), additions_of(config)
   weights, side_files = 2.0 * count, 0
   if folder:
-    weights = sum(path.stat().st_size for path in checkpoint.weight_files(folder))
-    side_files = sum((folder / name).stat().st_size for name in checkpoint.SIDE_FILES if (folder / name).is_file())
+    weights = sum(path.stat().st_size for path in checkpoint_folder.weight_files(folder))
+    side_files = sum((folder / name).stat().st_size for name in checkpoint_folder.SIDE_FILES
+                     if (folder / name).is_file())
   one = weights + side_files
   tuned = (one if sft.export == "model" else 4.0 * count + side_files) * (1 + keeps_average(config))
   trained = count

@@ -15,7 +15,7 @@ from imm_jax.model.config import ModelConfig
 from imm_jax.runtime import hardware
 from imm_jax.stages import questions
 from imm_jax.stages.devices import mesh_of
-from imm_jax.stages.tuning import encoder
+from imm_jax.stages.fine_tune import encoder
 from imm_jax.training.packing import PackedBatches, TokenizedExample
 
 # Number of questions whose lengths are measured.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from imm_jax import files
 from imm_jax.errors import UserError, join_items, print_once
-from imm_jax.merging import configs, roles
+from imm_jax.merging import model_configs, roles
 from imm_jax.merging.recipe import Recipe
 from imm_jax.merging.source import CheckpointSource, Table, is_buffer
 from imm_jax.merging.trees import count_layers, layer_of, stack_of
@@ -145,7 +145,7 @@ def _form(name: str) -> str:
 def _note_tied_head(recipe: Recipe, tables: Mapping[Path, Table]) -> None:
   """Notes that an output that is tied, as all its models are, has the first slice's head and not the last one's."""
   first, last = (list(part.models.values()) for part in (recipe.slices[0], recipe.slices[-1]))
-  if first != last and not any(map(roles.find_heads, tables.values())) and configs.ties_embeddings(
+  if first != last and not any(map(roles.find_heads, tables.values())) and model_configs.ties_embeddings(
       files.read_json(last[0] / "config.json")):
     print_once("note: all models of the slices tie head and embedding, and so does the output: both are the first "
                "slice's")

@@ -18,10 +18,10 @@ import numpy as np
 
 from imm_jax import __version__, files
 from imm_jax.errors import ResourceError, UserError, join_items
-from imm_jax.merging import arrange, checkpoint, configs, masks, recipe as recipes, roles, vocabulary
+from imm_jax.merging import arrange, masks, model_configs, on_disk, recipe as recipes, roles, vocabulary
 from imm_jax.merging.recipe import Recipe
 from imm_jax.merging.source import CheckpointSource, Table, is_floating
-from imm_jax.model import folder as model_folder
+from imm_jax.model import checkpoint_folder
 
 # The file in an output that says how it was made and which files were written.
 RECORD = "merge.json"
@@ -34,7 +34,7 @@ class OutputOptions:
   """Options common to all outputs: seed of the masks, largest file size, and whether NaN and infinity are allowed."""
 
   seed: int = 0
-  max_shard_bytes: int = model_folder.MAX_SHARD_BYTES
+  max_shard_bytes: int = checkpoint_folder.MAX_SHARD_BYTES
   allow_nonfinite: bool = False
 
 
@@ -72,11 +72,11 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, made: Mapping[Pat
     tensors = _describe_outputs(sources, recipe)
     # Rewritten rows are on the disk already.
     require_space(len(jobs) * sum(map(count_bytes, tensors)), first_out)
-    parts = [checkpoint.Part(source, [recipes.build_plan(source, job.method, job.slices[i].options, recipe.prefixes[i])
-                                      for job in jobs.values()], recipe.prefixes[i])
+    parts = [on_disk.Part(source, [recipes.build_plan(source, job.method, job.slices[i].options, recipe.prefixes[i])
+                                   for job in jobs.values()], recipe.prefixes[i])
              for i, source in enumerate(sources)]
     dtype = recipes.DTYPES[recipe.dtype] if recipe.dtype else None
-    result = checkpoint.merge_parts(
+    result = on_disk.merge_parts(
         parts, [(folder, dtype) for folder in jobs], key=masks.seed_words(options.seed),
         max_shard_bytes=options.max_shard_bytes, allow_nonfinite=options.allow_nonfinite)
   write_companions(jobs, recipe, tensors, aligned)
@@ -104,18 +104,19 @@ def write_companions(folders: Iterable[Path], recipe: Recipe, tensors: Sequence[
   head = _changed_head(donor, tensors)  # once for all outputs of a sweep, for it reads the donor
   template = _choose_chat_template(recipe) if recipe.chat_template else None
   for folder in folders:
-    configs.copy_companion_files(donor, folder, tokenizer=aligned is None)
-    configs.update_config(folder, dtype=recipe.dtype or _main_dtype(tensors), rows=aligned and aligned.rows, head=head,
-                          layers=arrange.source_layers(recipe))
+    model_configs.copy_companion_files(donor, folder, tokenizer=aligned is None)
+    model_configs.update_config(folder, dtype=recipe.dtype or _main_dtype(tensors), rows=aligned and aligned.rows,
+                                head=head, layers=arrange.source_layers(recipe))
     if aligned is not None:
       vocabulary.save_tokenizer(aligned.built, folder)
     if template is not None:
-      configs.set_chat_template(folder, template)
+      model_configs.set_chat_template(folder, template)
 
 
 def _require_compatible(recipe: Recipe) -> None:
   """Checks that the configs of the models and of the donor allow a merge."""
-  configs.require_compatible(recipe.models, donor=recipe.donor, layers_may_differ=recipe.slices[0].layers is not None)
+  model_configs.require_compatible(recipe.models, donor=recipe.donor,
+                                   layers_may_differ=recipe.slices[0].layers is not None)
 
 
 def _find_donor(recipe: Recipe) -> Path:
@@ -188,7 +189,7 @@ def _changed_head(donor: Path, tensors: Sequence[Tensor]) -> bool | None:
 def _choose_chat_template(recipe: Recipe) -> str:
   if recipe.chat_template != "auto":
     return recipe.chat_template
-  templates = list(filter(None, map(configs.read_chat_template, dict.fromkeys(recipe.models.values()))))
+  templates = list(filter(None, map(model_configs.read_chat_template, dict.fromkeys(recipe.models.values()))))
   if not templates:
     raise UserError("chat_template: auto: none of the models has one")
   return collections.Counter(templates).most_common(1)[0][0]

@@ -14,7 +14,7 @@ from pathlib import Path
 from imm_jax.errors import UserError
 from imm_jax.merging import command, mergekit
 from imm_jax.merging.recipe import Recipe
-from imm_jax.model import folder as model_folder, safetensors
+from imm_jax.model import checkpoint_folder, safetensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +101,6 @@ def _write_headers(folder: Path, recipe: Recipe, tensors: Sequence[command.Tenso
   folder.mkdir(parents=True)
   command.write_companions([folder], recipe, tensors, aligned)
   header, _ = safetensors.make_header(tensors)
-  with (folder / model_folder.WEIGHTS).open("wb") as file:
+  with (folder / checkpoint_folder.WEIGHTS).open("wb") as file:
     file.write(header)
     file.truncate(len(header) + sum(map(command.count_bytes, tensors)))  # takes no space: a hole

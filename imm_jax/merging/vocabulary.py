@@ -16,10 +16,10 @@ import numpy as np
 
 from imm_jax import files
 from imm_jax.errors import UserError, print_once
-from imm_jax.merging import configs, roles
+from imm_jax.merging import model_configs, roles
 from imm_jax.merging.recipe import Tokens
 from imm_jax.merging.source import BLOCK, Table
-from imm_jax.model import folder as model_folder, safetensors
+from imm_jax.model import checkpoint_folder, safetensors
 from imm_jax.model.safetensors import Entry
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
@@ -53,7 +53,7 @@ def build_tokenizer(tokens: Tokens, base: Path, models: Sequence[Path]) -> Built
   """
   loaded = {folder: _load(folder) for folder in dict.fromkeys([base, *models])}
   # A tokenizer may have more tokens than the model has rows.
-  sizes = {folder: configs.vocab_size(folder) for folder in loaded}
+  sizes = {folder: model_configs.vocab_size(folder) for folder in loaded}
   rows_by_token = {folder: {token: i for token, i in own.get_vocab().items()
                             if sizes[folder] is None or i < sizes[folder]} for folder, own in loaded.items()}
   tokenizer = _load(tokens.source if isinstance(tokens.source, Path) else base)
@@ -88,8 +88,8 @@ def save_tokenizer(built: Built, out: Path) -> None:
   if (name := said.get("tokenizer_class")) and config.get("tokenizer_class") != name:
     _write_json(out / _CONFIG, {**config, "tokenizer_class": name})
   beside = ["chat_template.json", *(path.name for path in source.glob("*.py") if config.get("auto_map"))]
-  model_folder.copy_side_files(source, out, [name for name in beside if (source / name).exists()
-                                             and not (out / name).exists()])
+  checkpoint_folder.copy_side_files(source, out, [name for name in beside if (source / name).exists()
+                                                  and not (out / name).exists()])
   _update_token_ids(out, built)
 
 
@@ -150,7 +150,7 @@ def align_rows(tokens: Tokens, vocabulary: Mapping[str, int], rows_by_token: Map
   if tokens.pad_to_multiple_of:
     size = -(-size // tokens.pad_to_multiple_of) * tokens.pad_to_multiple_of
   result: dict[Path, Table] = {folder: {} for folder in tables}
-  if not tokens.tokens and all(rows_by_token[folder] == vocabulary and configs.vocab_size(folder) == size
+  if not tokens.tokens and all(rows_by_token[folder] == vocabulary and model_configs.vocab_size(folder) == size
                                for folder in tables):
     return result, size
   tables = dict(zip(tables, roles.share_heads(list(tables.values())), strict=True))

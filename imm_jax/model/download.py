@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from imm_jax import files
 from imm_jax.errors import ResourceError, UserError, join_items
-from imm_jax.model import folder as model_folder, tokenizer
+from imm_jax.model import checkpoint_folder, tokenizer
+from imm_jax.model.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, SIDE_FILES, TEMPLATES, WEIGHTS
 from imm_jax.model.config import ModelConfig
-from imm_jax.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, SIDE_FILES, TEMPLATES, WEIGHTS
 from imm_jax.model.lora_config import read_settings
 
 # Seconds to wait for the hub to list a repository's files.
@@ -55,13 +55,13 @@ def fetch_model(name: str) -> Path:
     sizes = repository.sizes
     if sizes is None:
       return _complete_from_cache(repository)
-    model_folder.refuse_quantised(name, sizes)
+    checkpoint_folder.refuse_quantised(name, sizes)
     if not any(file in sizes for file in tokenizer.FILES):
       raise UserError(f"{name}: has no tokenizer on the hub; expected {' or '.join(tokenizer.FILES)}; take a model "
                       "that has, or download it, put the tokenizer beside it, and give that folder")
     if INDEX in sizes:
       _fetch(repository, [INDEX])
-      weights = model_folder.read_index(repository.folder / INDEX)
+      weights = checkpoint_folder.read_index(repository.folder / INDEX)
       if WEIGHTS in sizes and weights != [WEIGHTS]:
         raise UserError(f"{name}: holds both {WEIGHTS} and {INDEX} on the hub, which are two checkpoints; download the "
                         "one that is meant, and give that folder")
@@ -71,7 +71,7 @@ def fetch_model(name: str) -> Path:
     elif WEIGHTS in sizes:
       weights = [WEIGHTS]
     else:
-      unread = model_folder.unread_weights(sizes)
+      unread = checkpoint_folder.unread_weights(sizes)
       raise UserError(f"{name}: has no {WEIGHTS} on the hub" + (
           f", only {unread}" if unread else f"; take a model that has it or {INDEX}"))
     _fetch(repository, [file for file in sizes if _is_side_file(file) or file == ADAPTER_CONFIG] + weights)
@@ -125,7 +125,7 @@ def _open_repository(name: str, first: str) -> _Repository:
                       ) from e
     _refuse_adapter(name, repo_id, revision)
     try:
-      unread = model_folder.unread_weights(_list_files(repo_id, revision or "main"))
+      unread = checkpoint_folder.unread_weights(_list_files(repo_id, revision or "main"))
     except Exception:  # only the message depends on it
       unread = ""
     raise UserError(f"{name}: has no {first} on the hub" + (
@@ -152,7 +152,7 @@ def _refuse_adapter(name: str, repo_id: str, revision: str) -> None:
     path = huggingface_hub.hf_hub_download(repo_id, ADAPTER_CONFIG, revision=revision or None)
   except Exception:  # it is no adapter, or the hub cannot be reached
     return
-  raise model_folder.adapter_error(name, Path(path))
+  raise checkpoint_folder.adapter_error(name, Path(path))
 
 
 def _fetch(repository: _Repository, names: list[str]) -> None:
@@ -173,7 +173,7 @@ def _fetch(repository: _Repository, names: list[str]) -> None:
 def _complete_from_cache(repository: _Repository) -> Path:
   """Returns the folder in the cache if it has weights and tokenizer; other files cannot be verified offline."""
   try:
-    model_folder.weight_files(repository.folder)
+    checkpoint_folder.weight_files(repository.folder)
   except UserError as e:
     raise ConnectionError(f"{repository.offline_reason}; the cache holds only a part of it") from e
   if not tokenizer.has_tokenizer(repository.folder):

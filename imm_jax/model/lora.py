@@ -19,10 +19,10 @@ import numpy as np
 
 from imm_jax import files
 from imm_jax.errors import UserError, join_items
-from imm_jax.model import folder as model_folder, safetensors
+from imm_jax.model import checkpoint_folder, safetensors
 from imm_jax.model.blocks import BLOCK
+from imm_jax.model.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EMBEDDING, HEAD
 from imm_jax.model.config import read_config
-from imm_jax.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EMBEDDING, HEAD
 from imm_jax.model.lora_config import Settings, read_settings
 from imm_jax.model.safetensors import Entry
 from imm_jax.model.writer import WeightsWriter
@@ -47,7 +47,7 @@ class _PlannedTensor(NamedTuple):
   update: Callable[[int, int], np.ndarray] | None = None
 
 
-def merge(base: Path, adapter: Path, out: Path, *, max_shard_bytes: int = model_folder.MAX_SHARD_BYTES) -> None:
+def merge(base: Path, adapter: Path, out: Path, *, max_shard_bytes: int = checkpoint_folder.MAX_SHARD_BYTES) -> None:
   """Writes an HF folder of the base with the adapter merged, tensor by tensor in blocks.
 
   Every tensor has the dtype of the base's. The tokenizer is the adapter's if it has one. config.json is the base's,
@@ -98,9 +98,10 @@ def materialise(base: Path, adapter: Path, *, name: str) -> Path:
     UserError: as `merge` does, or if the folder cannot be written.
   """
   read_settings(adapter)
-  side = [adapter / file for file in model_folder.list_side_files(adapter)]
+  side = [adapter / file for file in checkpoint_folder.list_side_files(adapter)]
   # A list and not a dict, because one folder may hold both.
-  inputs = ((base, [*(base / file for file in model_folder.list_side_files(base)), *model_folder.weight_files(base)]),
+  inputs = ((base, [*(base / file for file in checkpoint_folder.list_side_files(base)),
+                    *checkpoint_folder.weight_files(base)]),
             (adapter, [adapter / ADAPTER_CONFIG, _weights_file(adapter), *side]))
   digests = [_digest(root, tuple((p, p.stat().st_size, p.stat().st_mtime_ns) for p in paths))
              for root, paths in inputs]
@@ -117,7 +118,7 @@ def materialise(base: Path, adapter: Path, *, name: str) -> Path:
 def _plan_merge(base: Path, adapter: Path, reader: safetensors.Reader) -> tuple[list[_PlannedTensor], dict[str, Any]]:
   """Plans the tensors to write, in the order of the model, and the changes to config.json."""
   settings, tied = read_settings(adapter), read_config(base).tie_embeddings
-  stored = model_folder.read_entries(base)
+  stored = checkpoint_folder.read_entries(base)
   where = _weights_file(adapter)
   parts, whole_tensors = _read_adapter(where, stored.keys() | ({HEAD} if tied else set()))
   stored_whole, changes = frozenset(whole_tensors), {}
@@ -148,7 +149,7 @@ def _plan_merge(base: Path, adapter: Path, reader: safetensors.Reader) -> tuple[
   problems += _find_missing(stored, parts, stored_whole, settings)
   if problems:
     raise UserError(f"{where}: does not fit {base}: {join_items(problems, '; ')}")
-  return sorted(planned.values(), key=lambda tensor: model_folder.model_order(tensor.name)), changes
+  return sorted(planned.values(), key=lambda tensor: checkpoint_folder.model_order(tensor.name)), changes
 
 
 def _find_missing(stored: Mapping[str, Entry], parts: Mapping[str, Mapping[str, Entry]], whole_tensors: Set[str],
@@ -273,12 +274,12 @@ def _read_float32(reader: safetensors.Reader, entry: Entry) -> np.ndarray:
 
 def _copy_side_files(base: Path, adapter: Path, out: Path) -> None:
   """Copies the base's side files, but the adapter's tokenizer files: all if it has a vocabulary, else those it has."""
-  of_model = model_folder.MODEL_SIDE_FILES
-  own = [name for name in model_folder.list_side_files(adapter) if name not in of_model]
+  of_model = checkpoint_folder.MODEL_SIDE_FILES
+  own = [name for name in checkpoint_folder.list_side_files(adapter) if name not in of_model]
   whole_tensors = any(name in _VOCABULARY_FILES for name in own)
-  others = [name for name in model_folder.list_side_files(base) if name in of_model or not whole_tensors]
-  model_folder.copy_side_files(base, out, others)
-  model_folder.copy_side_files(adapter, out, own)
+  others = [name for name in checkpoint_folder.list_side_files(base) if name in of_model or not whole_tensors]
+  checkpoint_folder.copy_side_files(base, out, others)
+  checkpoint_folder.copy_side_files(adapter, out, own)
 
 
 def _weights_file(adapter: Path) -> Path:

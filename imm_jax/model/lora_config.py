@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from imm_jax import files
 from imm_jax.errors import UserError
-from imm_jax.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from imm_jax.model.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from imm_jax.model.numbers import parse_positive, parse_positive_integer
 
 # Keys that are read here, or that do not affect merged weights.

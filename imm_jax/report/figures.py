@@ -6,7 +6,7 @@ The colours are those of M. Okabe and K. Ito, which colour-blind readers can dis
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from imm_jax.statistics.evaluation import Accuracy
+from imm_jax.statistics.accuracy import Accuracy
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes

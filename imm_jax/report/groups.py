@@ -10,7 +10,7 @@ import numpy as np
 from imm_jax.report import figures
 from imm_jax.report.figures import Line
 from imm_jax.report.results import Results
-from imm_jax.statistics.evaluation import Accuracy
+from imm_jax.statistics.accuracy import Accuracy
 
 # Maximum length of the settings in a label.
 _MAX_LABEL = 40

@@ -11,7 +11,7 @@ from imm_jax.report.reading import COUNTS, get_count, is_number
 from imm_jax.report.results import Model, Results, list_protocols, list_skipped
 from imm_jax.report.samples import Chunk
 from imm_jax.runs.status import Status
-from imm_jax.statistics.evaluation import Accuracy
+from imm_jax.statistics.accuracy import Accuracy
 
 _RELOAD_S = 30
 PASS_AT_K = ("pass@k: the share of questions of which one of k samples is right (unbiased estimate); majority: the "

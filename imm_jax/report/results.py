@@ -9,7 +9,7 @@ from imm_jax.errors import UserError
 from imm_jax.methods import METHODS
 from imm_jax.report import reading
 from imm_jax.report.reading import is_number
-from imm_jax.statistics.evaluation import Accuracy, accuracy
+from imm_jax.statistics.accuracy import Accuracy, accuracy
 
 _METRIC = re.compile(r"(pass|majority)@[1-9]\d{0,8}|[A-Za-z]\w{0,60}")
 _SAMPLED = re.compile(r"(pass|majority)@.*")

@@ -12,7 +12,7 @@ from imm_jax.report.groups import Group
 from imm_jax.report.markup import Plot, Section, Table
 from imm_jax.report.reading import get_count
 from imm_jax.report.results import Results
-from imm_jax.statistics.evaluation import Accuracy
+from imm_jax.statistics.accuracy import Accuracy
 
 # (name, caption) -> the runs' tables of that name, joined
 Join = Callable[[str, str], list[Table]]

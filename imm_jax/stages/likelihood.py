@@ -9,13 +9,13 @@ import ml_collections
 import numpy as np
 
 from imm_jax import files
-from imm_jax.model import folder
+from imm_jax.model import checkpoint_folder
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.runtime import distributed, hardware
 from imm_jax.scoring import Scorer, encode_continuations, encode_text
 from imm_jax.stages import questions, resumable
 from imm_jax.stages.devices import mesh_of
-from imm_jax.statistics import evaluation
+from imm_jax.statistics import accuracy
 from imm_jax.tasks.base import Choice
 from imm_jax.tasks.multiple import LETTERS
 
@@ -45,7 +45,7 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
   scorer = Scorer.load(model, mesh=mesh_of(config), compute_dtype=hardware.compute_dtype(config.sample.compute_dtype))
   tokenizer = load_tokenizer(model, rows=scorer.config.vocab_size)
   dtype = hardware.compute_dtype(config.sample.compute_dtype)
-  settings = {"model": f"{folder.digest(model)} in {dtype}" if distributed.is_main() else ""}
+  settings = {"model": f"{checkpoint_folder.digest(model)} in {dtype}" if distributed.is_main() else ""}
 
   def score_parts(name: str, items: Sequence[Any], make: Callable[..., list[Row]], size: int) -> list[Row]:
     rows = resumable.compute_rows(items, lambda part, label: make(scorer, tokenizer, part, label=label), size=size,
@@ -57,7 +57,7 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
   scores, summaries, protocol = {}, {}, {}
   for name, choices in choices_by_task.items():
     rows = score_parts(name, choices, score_choices, _QUESTIONS)
-    scores[name] = {metric: evaluation.accuracy(sum(row[key] for row in rows), len(rows))._asdict()
+    scores[name] = {metric: accuracy.accuracy(sum(row[key] for row in rows), len(rows))._asdict()
                     for metric, key in (("acc", "correct"), ("acc_norm", "correct_norm"))}
     protocol[name] = describe(rows)
   for name, passages in texts.items():
@@ -66,7 +66,7 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
 
 
 def describe(rows: Sequence[Row]) -> dict[str, Any]:
-  """Describes scoring by likelihood in the form of `evaluating.described`; no answer has a length or is cut."""
+  """Describes scoring by likelihood in the form of `evaluate.described`; no answer has a length or is cut."""
   return {"name": "likelihood", "shots": 0, "n": len(rows), "mean_tokens": 0.0, "cut": 0.0}
 
 

@@ -18,7 +18,7 @@ from imm_jax.errors import UserError, suggest
 from imm_jax.runtime import distributed, hardware
 from imm_jax.sampling import Completion
 from imm_jax.stages import questions
-from imm_jax.statistics import evaluation
+from imm_jax.statistics import accuracy
 
 # The primary metric of a task is the first of these that it has.
 _PRIMARY = ("acc", "exact_match", "pass@1", "acc_norm", "f1")
@@ -61,7 +61,7 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
   results, from which a killed evaluation resumes.
 
   Returns:
-    `scores`: for each entry its metrics, the primary one first; `protocol`: as `evaluating.described`; `texts`: empty.
+    `scores`: for each entry its metrics, the primary one first; `protocol`: as `evaluate.described`; `texts`: empty.
 
   Raises:
     UserError: for a task that lm_eval cannot load, or that has no usable metric (see `_metrics`).
@@ -88,7 +88,7 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
     for row in rows:
       value = row["metrics"][metrics[0]]
       row["correct"] = bool(value) if value in (0.0, 1.0) else value
-    scores[entry] = {metric: evaluation.mean([row["metrics"][metric] for row in rows])._asdict() for metric in metrics}
+    scores[entry] = {metric: accuracy.mean([row["metrics"][metric] for row in rows])._asdict() for metric in metrics}
     shots = sorted({n for n in results["n-shot"].values() if isinstance(n, int)}) or [0]
     parts = "" if len(shots) == 1 else f", {shots[0]} to {shots[-1]} examples by part"
     protocol[entry] = {"name": f"lm_eval {lm_eval.__version__}{parts}", "shots": shots[-1], "n": len(rows),

@@ -26,9 +26,9 @@ from imm_jax import files
 from imm_jax.analysis import MODULES
 from imm_jax.model import lora as adapters_on_disk, safetensors, sharding
 from imm_jax.model.attention import precision
+from imm_jax.model.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Layer, Params, abstract_params
-from imm_jax.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 FOLDER = "adapter"  # within the folder of the merged weights
 

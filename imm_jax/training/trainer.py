@@ -18,11 +18,11 @@ from imm_jax.model.decoder import Params
 from imm_jax.runtime import progress
 from imm_jax.training import interventions, preemption, throughput
 from imm_jax.training.additions import PLAIN, Additions
-from imm_jax.training.checkpoints import Checkpoints
 from imm_jax.training.input import Input
 from imm_jax.training.interventions import Intervention
 from imm_jax.training.optimization import make_optimizer
 from imm_jax.training.packing import PackedBatches
+from imm_jax.training.states import Checkpoints
 from imm_jax.training.step import (
   Frozen,
   TrainState,

@@ -16,7 +16,7 @@ from imm_jax import loop
 from imm_jax.analysis.drift import measure_drift
 from imm_jax.model import hf, sharding
 from imm_jax.runs.run import Model, Run
-from imm_jax.stages import drifting, questions, tuning
+from imm_jax.stages import fine_tune, measure_drift as drift_stage, questions
 from imm_jax.tasks import prompts
 from imm_jax.training.loss import compare_heads
 from imm_jax.training.packing import TokenizedExample
@@ -87,14 +87,14 @@ def test_a_round_is_measured_on_every_kind_of_held_out_text(tmp_path: Path):
   tuned = tmp_path / "round_0/sft"
   noise = np.random.default_rng(0)
   move = lambda p: p + 0.02 * noise.normal(size=p.shape).astype(p.dtype)
-  hf.save(jax.tree.map(move, tuning.load_params(config, TINY)), tuned, like=TINY)
+  hf.save(jax.tree.map(move, fine_tune.load_params(config, TINY)), tuned, like=TINY)
   for same in ("round_0/merged", "round_0/sft/ema"):
     shutil.copytree(TINY, tmp_path / same)
-  stage = drifting.stage(run, Model(tuned, "round_0/sft"), 0)
+  stage = drift_stage.stage(run, Model(tuned, "round_0/sft"), 0)
   assert stage.needs == ("base", "round_0/sft", "round_0/merged", "test questions")
   facts = stage.make(tmp_path / "drift.json", {})
 
-  found, texts = json.loads((tmp_path / "drift.json").read_text()), dict(drifting.texts_of(config, TINY))
+  found, texts = json.loads((tmp_path / "drift.json").read_text()), dict(drift_stage.texts_of(config, TINY))
   assert list(found["texts"]) == list(texts) == ["stories", "groups", "arc_easy", "prose"]
   assert all(values["kl"] == 0 for kind in ("merged", "ema") for values in found["models"][kind].values())
   assert facts["kl"] == {kind: of["stories"]["kl"] for kind, of in found["models"].items()}

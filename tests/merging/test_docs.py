@@ -9,7 +9,7 @@ import pytest
 
 from configs import tiny
 from imm_jax.merging import registry
-from imm_jax.stages import merge_options
+from imm_jax.stages import merge_settings
 from tests import REPO
 
 TEXT = (REPO / "docs/merging.md").read_text()
@@ -37,8 +37,8 @@ def test_a_method_is_one_file(monkeypatch: pytest.MonkeyPatch):
     assert "soft_swap" in registry.on_disk()
     config = tiny.get_config()  # as of a run with --config.merge.method=soft_swap
     config.merge.method, config.merge.options.temperature = "soft_swap", 0.5
-    merge_options.check(config)
-    assert merge_options.settings_of(config)["options"] == {"temperature": 0.5}
+    merge_settings.check(config)
+    assert merge_settings.settings_of(config)["options"] == {"temperature": 0.5}
     assert "soft_swap: the change that is taken by half" in registry.option_help()["temperature"]
   finally:
     registry.METHODS.pop("soft_swap", None)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from imm_jax import files
 from imm_jax.errors import ResourceError, UserError
-from imm_jax.merging import checkpoint, command, mergekit
+from imm_jax.merging import command, mergekit, on_disk
 from imm_jax.merging.documents import Documents
 from imm_jax.merging.recipe import Recipe
 from tests.merge_folders import read, write
@@ -158,9 +158,9 @@ def test_two_merges_with_tokenizers_into_one_parent_leave_each_other_alone(pair,
     assert rows == sorted(scratches[0].iterdir()) != []
     return merge(*args, **how)
 
-  align_vocabularies, merge = command._align_vocabularies, checkpoint.merge_parts
+  align_vocabularies, merge = command._align_vocabularies, on_disk.merge_parts
   monkeypatch.setattr(command, "_align_vocabularies", align)
-  monkeypatch.setattr(checkpoint, "merge_parts", merge_parts)
+  monkeypatch.setattr(on_disk, "merge_parts", merge_parts)
   merged(tmp_path, linear(*pair, tokenizer_source="union"), "first")
   assert [scratch.parent for scratch in scratches] == [tmp_path / "first", tmp_path / "second"]
   assert not any(scratch.exists() for scratch in scratches)

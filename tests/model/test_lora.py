@@ -19,7 +19,7 @@ from absl.testing import flagsaver
 from imm_jax import convert
 from imm_jax.errors import UserError
 from imm_jax.model import hf, hub, lora, published, safetensors
-from imm_jax.model.folder import list_side_files
+from imm_jax.model.checkpoint_folder import list_side_files
 from tests import REPO, TINY
 from tests.fake_hub import Hub
 

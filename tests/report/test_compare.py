@@ -20,7 +20,7 @@ from imm_jax.report import compare, figures, groups, live, page, paper, results,
 from imm_jax.report.figures import Panel
 from imm_jax.report.markup import Plot, Table, to_csv
 from imm_jax.report.results import Results
-from imm_jax.statistics.evaluation import accuracy
+from imm_jax.statistics.accuracy import accuracy
 from tests import report_runs
 
 QWEN = "Qwen/Qwen2.5-1.5B-Instruct"

@@ -11,8 +11,8 @@ import pytest
 from imm_jax.report import compare, differences, page
 from imm_jax.report.markup import Section, Table, to_csv
 from imm_jax.report.results import Results
-from imm_jax.statistics import evaluation
-from imm_jax.statistics.comparison import holm, mcnemar
+from imm_jax.statistics import accuracy
+from imm_jax.statistics.paired_tests import holm, mcnemar
 from tests import report_runs
 
 POOLED = differences.POOLED
@@ -34,7 +34,7 @@ def set_verdicts(root: Path, name: str, task: str, right: int) -> None:
   path = root / name / f"{task}.jsonl"
   rows = [json.loads(line) | {"correct": q < right} for q, line in enumerate(path.read_text().splitlines())]
   report_runs.write_rows(path, rows)
-  score = evaluation.accuracy(right, len(rows))._asdict()
+  score = accuracy.accuracy(right, len(rows))._asdict()
   report_runs.change(lambda r: r["stages"][name]["facts"]["scores"][task].update(greedy=score))(root)
 
 

@@ -12,7 +12,7 @@ from imm_jax.report import compare, figures, front, groups
 from imm_jax.report.figures import Panel
 from imm_jax.report.markup import Plot, Section, Table
 from imm_jax.report.results import Model, Results
-from imm_jax.statistics.evaluation import Accuracy
+from imm_jax.statistics.accuracy import Accuracy
 from tests import report_runs
 
 

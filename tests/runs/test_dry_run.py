@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from configs import tiny
-from imm_jax import config as checks, loop, tasks
+from imm_jax import config_checks, loop, tasks
 from imm_jax.runs import record
 from imm_jax.runs.run import Model, Run
 from imm_jax.stages import questions
@@ -21,7 +21,7 @@ def test_a_dry_run_reads_no_text_of_the_hub(monkeypatch, tmp_path, capsys):
   config = tiny.get_config()
   for texts in (("tiny_shakespeare",), ("prose=hf:SOME/prose",)):
     config.eval.texts = texts
-    checks.validate(config, downloads=False)
+    config_checks.validate(config, downloads=False)
     loop.dry_run(config, str(tmp_path / "run"))
     assert f"{texts[0].partition('=')[0]} up to 200 passages" in capsys.readouterr().out
 

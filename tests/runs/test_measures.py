@@ -13,14 +13,14 @@ import pytest
 import yaml
 
 from configs import tiny
-from imm_jax import config as checks
+from imm_jax import config_checks
 from imm_jax.errors import UserError
 from imm_jax.model import sharding
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.report.results import Results
 from imm_jax.sampling.native import NativeSampler
 from imm_jax.scoring import Scorer, encode_text
-from imm_jax.stages import evaluating, likelihood, lm_eval_tasks, questions
+from imm_jax.stages import evaluate as evaluate_stage, likelihood, lm_eval_tasks, questions
 from tests import TINY
 from tests.runs.test_loop import command, environment  # noqa: F401
 
@@ -165,7 +165,8 @@ def test_what_was_scored_is_not_scored_again(data: Path, tmp_path: Path, monkeyp
 
   count(Scorer, "score")
   count(NativeSampler, "generate")
-  evaluate = lambda name: evaluating.evaluate(config, TINY, tmp_path / f"{name}_scratch", tmp_path / name, label="it")
+  evaluate = lambda name: evaluate_stage.evaluate(config, TINY, tmp_path / f"{name}_scratch", tmp_path / name,
+                                                  label="it")
   expected, whole = evaluate("whole"), calls.copy()
   assert whole == ["arc_easy (1 of 2)", "arc_easy (2 of 2)", "prose (1 of 3)", "prose (2 of 3)", "prose (3 of 3)",
                    "continuations (1 of 3)", "continuations (2 of 3)", "continuations (3 of 3)", "texts"]
@@ -189,10 +190,10 @@ def test_a_task_of_lm_eval_without_data_is_found_before_the_run(data: Path, monk
   config = tiny.get_config()
   config.task.ood, config.eval.lm_eval.path = ("lm_eval:own_options",), str(data / "lm_eval")
   with pytest.raises(UserError, match=r"config\.task\.ood: lm_eval cannot run own_options \("):
-    checks.validate(config)
+    config_checks.validate(config)
   config.task.ood = ("lm_eval:own_options=file:data",)
   with pytest.raises(UserError, match="tasks of lm_eval take no source"):
-    checks.validate(config)
+    config_checks.validate(config)
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -211,7 +212,7 @@ def test_what_cannot_be_measured_is_one_line(settings: dict, message: str) -> No
   config = tiny.get_config()
   config.update_from_flattened_dict(settings)
   with pytest.raises(UserError, match=message):
-    checks.validate(config)
+    config_checks.validate(config)
 
 
 def test_a_text_costs_what_its_tokens_cost() -> None:

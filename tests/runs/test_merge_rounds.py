@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from configs import common, tiny
-from imm_jax import config as checks, loop, merging, methods
+from imm_jax import config_checks, loop, merging, methods
 from imm_jax.errors import UserError
 from imm_jax.merging import registry
 from imm_jax.runs.run import Model, Run
-from imm_jax.stages import merge_options, merging as stage
+from imm_jax.stages import merge, merge_settings
 from tests import REPO
 from tests.merge_folders import read, write
 
 METHODS = [name for name, method in registry.on_disk().items() if "fishers" not in method.inputs and method.most != 1]
 # LiNeS scales by layer, and iimm by importance; the others give the base and the tuned model at the two ends.
-MEANS = [name for name in METHODS if merge_options.has_strength(name) and name not in ("lines", "iimm")]
+MEANS = [name for name in METHODS if merge_settings.has_strength(name) and name not in ("lines", "iimm")]
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,9 @@ def trees() -> dict[str, dict[str, np.ndarray]]:
 
 
 @pytest.fixture
-def models(trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> stage.Models:
+def models(trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> merge.Models:
   folders = {name: write(tmp_path / name, tree) for name, tree in trees.items()}
-  return stage.Models(folders["base"], folders["start"], [folders["tuned"]], None)
+  return merge.Models(folders["base"], folders["start"], [folders["tuned"]], None)
 
 
 def settings(method: str, **changes: object) -> ml_collections.ConfigDict:
@@ -47,14 +47,14 @@ def settings(method: str, **changes: object) -> ml_collections.ConfigDict:
   return config
 
 
-def merged(config: ml_collections.ConfigDict, models: stage.Models, out: Path) -> dict[str, np.ndarray]:
-  stage.merge(config, models, 0, None, out)
+def merged(config: ml_collections.ConfigDict, models: merge.Models, out: Path) -> dict[str, np.ndarray]:
+  merge.merge(config, models, 0, None, out)
   return read(out)
 
 
 @pytest.mark.parametrize("method", MEANS)
 def test_a_base_weight_leads_from_the_tuned_model_to_the_base(
-    method: str, models: stage.Models, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
+    method: str, models: merge.Models, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
   """Where nothing is dropped; half of the way, linear methods are the mean."""
   for weight, wanted in ((0.0, trees["tuned"]), (1.0, trees["base"])):
     found = merged(settings(method, base_weight=weight), models, tmp_path / f"{weight}")
@@ -68,18 +68,18 @@ def test_a_base_weight_leads_from_the_tuned_model_to_the_base(
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in (*MEANS, "iimm", "model_stock")])
 def test_methods_without_a_strength_are_those_of_the_library(
-    method: str, models: stage.Models, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
+    method: str, models: merge.Models, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
   config = settings(method, base_weight=0.25)
   found = merged(config, models, tmp_path / "out")
   base, tuned = trees["base"], trees["tuned"]
   inputs = {("base", "other"): [base, tuned], ("base", "models"): [base, [tuned]]}.get(
       registry.METHODS[method].inputs, [[base, tuned]])
-  options = merge_options.options_of(config, 0.25, None)
+  options = merge_settings.options_of(config, 0.25, None)
   for name, value in getattr(merging, method)(*inputs, **options).items():
     np.testing.assert_allclose(found[name], np.asarray(value), rtol=0, atol=1e-6, err_msg=name)
 
 
-def test_layers_have_weights_of_their_own(models: stage.Models, trees: dict[str, dict[str, np.ndarray]],
+def test_layers_have_weights_of_their_own(models: merge.Models, trees: dict[str, dict[str, np.ndarray]],
                                           tmp_path: Path) -> None:
   for method in ("linear", "task_arithmetic", "wise_ft"):
     found = merged(settings(method, base_weight=(1.0, 0.0)), models, tmp_path / method)
@@ -89,7 +89,7 @@ def test_layers_have_weights_of_their_own(models: stage.Models, trees: dict[str,
       np.testing.assert_allclose(found[name], wanted, rtol=0, atol=1e-6)
 
 
-def test_lines_is_linear_in_depth(models: stage.Models, trees: dict[str, dict[str, np.ndarray]],
+def test_lines_is_linear_in_depth(models: merge.Models, trees: dict[str, dict[str, np.ndarray]],
                                   tmp_path: Path) -> None:
   """alpha + beta (l - 1) / (L - 1) of layer l (arXiv 2410.17146, eq. 3), times 1 - base_weight."""
   config = settings("", base_weight=0.5)
@@ -101,7 +101,7 @@ def test_lines_is_linear_in_depth(models: stage.Models, trees: dict[str, dict[st
     np.testing.assert_allclose(found[name], wanted, rtol=0, atol=1e-6)
 
 
-def test_model_stock_merges_the_rounds_so_far(models: stage.Models, trees: dict[str, dict[str, np.ndarray]],
+def test_model_stock_merges_the_rounds_so_far(models: merge.Models, trees: dict[str, dict[str, np.ndarray]],
                                               tmp_path: Path) -> None:
   config = settings("model_stock")
   first = merged(config, models, tmp_path / "first")  # one model is no stock: it is handed on
@@ -117,12 +117,12 @@ def test_model_stock_merges_the_rounds_so_far(models: stage.Models, trees: dict[
   assert {"round_0/sft", "round_1/sft", "round_2/sft"} < {*stages["round_2/merged"].needs}
 
 
-def test_masks_follow_seed_and_round(models: stage.Models, tmp_path: Path) -> None:
+def test_masks_follow_seed_and_round(models: merge.Models, tmp_path: Path) -> None:
   config = settings("dare_linear", drop_rate=0.5, base_weight=0.0)
   outs = []
   for i, (seed, round_) in enumerate(((0, 0), (0, 0), (0, 1), (1, 0))):
     config.seed = seed
-    stage.merge(config, models, round_, None, tmp_path / f"{i}")
+    merge.merge(config, models, round_, None, tmp_path / f"{i}")
     outs.append(read(tmp_path / f"{i}")["model.embed_tokens.weight"])
   assert (outs[0] == outs[1]).all()
   assert (outs[0] != outs[2]).any()
@@ -160,7 +160,7 @@ def test_what_cannot_be_merged_is_said_before_the_run(given: dict, message: str)
   config = tiny.get_config()
   config.update_from_flattened_dict(given)
   with pytest.raises(UserError, match=message):
-    checks.validate(config, trains=False)
+    config_checks.validate(config, trains=False)
 
 
 @pytest.mark.parametrize(("method", "start", "needs"), [
@@ -179,13 +179,13 @@ def test_what_a_method_starts_from(method: str, start: str, needs: list[str]) ->
     {"merge.method": "ties", "merge.options.weights": 0.4}, {"merge.method": "ties", "merge.options.normalize": True},
     {"merge.method": "wise_ft", "merge.options.alpha": 0.4}], ids=str)
 def test_a_weight_that_an_option_overrides_is_neither_swept_nor_recorded(
-    given: dict, models: stage.Models, tmp_path: Path) -> None:
+    given: dict, models: merge.Models, tmp_path: Path) -> None:
   outs = []
   for weight in (0.2, 0.9):
     config = tiny.get_config()
     config.update_from_flattened_dict({**given, "merge.drop_rate": 0.0, "merge.base_weight": weight})
-    checks.validate(config, trains=False)
-    assert stage.merge(config, models, 0, None, tmp_path / f"{weight}") == {"method": config.merge.method}
+    config_checks.validate(config, trains=False)
+    assert merge.merge(config, models, 0, None, tmp_path / f"{weight}") == {"method": config.merge.method}
     outs.append(read(tmp_path / f"{weight}"))
   for name, value in outs[0].items():
     np.testing.assert_array_equal(outs[1][name], value)  # so that a sweep would say of equal models that they differ
@@ -193,7 +193,7 @@ def test_a_weight_that_an_option_overrides_is_neither_swept_nor_recorded(
     config = tiny.get_config()
     config.update_from_flattened_dict(given | more)
     with pytest.raises(UserError, match=r"config\.merge\.options\.\w+: says how far a merge goes from the base"):
-      checks.validate(config, trains=False)
+      config_checks.validate(config, trains=False)
 
 
 @pytest.mark.parametrize(("given", "said"), [
@@ -209,7 +209,7 @@ def test_the_plan_says_what_decides_a_merge(given: dict, said: str) -> None:
 
 
 def test_a_round_without_answers_merges_unless_the_merged_model_is_handed_on(
-    models: stage.Models, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
+    models: merge.Models, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
   """wise_ft's last model is star's merged with the base, and star's last one is then what the round started from."""
   (tmp_path / "train.jsonl").touch()
   empty = models._replace(tuned=[models.start], train=tmp_path / "train.jsonl")

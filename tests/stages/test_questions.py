@@ -5,9 +5,9 @@ import json
 import pytest
 
 from configs import tiny
-from imm_jax import config as checks
+from imm_jax import config_checks
 from imm_jax.errors import UserError
-from imm_jax.stages import questions, selection
+from imm_jax.stages import questions, select
 
 
 def custom_task(folder, **records):
@@ -22,10 +22,10 @@ def custom_task(folder, **records):
 
 def test_worked_examples_need_worked_answers(tmp_path):
   config = custom_task(tmp_path / "a")
-  checks.validate(config)
+  config_checks.validate(config)
   config.prompt.few_shot = 2
   with pytest.raises(UserError, match=r"few_shot=2: custom has no worked answers .*task.fields.rationale"):
-    checks.validate(config)
+    config_checks.validate(config)
 
 
 def _half_worked(folder, worked=(1, 3, 4, 6)):
@@ -40,14 +40,14 @@ def _half_worked(folder, worked=(1, 3, 4, 6)):
 def test_examples_of_prompts_and_real_answers_are_rows_with_a_worked_answer_and_the_others_are_asked(tmp_path):
   config = _half_worked(tmp_path / "a")
   config.prompt.few_shot, config.task.questions_per_round = 3, 0
-  checks.validate(config)
+  config_checks.validate(config)
   found = questions.of_round(config, 0)
   assert len(found.shots) == 3
   assert all(e.rationale for e in found.shots)
   assert len(found.asked) == 6
   assert not {e.id for e in found.asked} & {e.id for e in found.shots}
   assert sum(not e.rationale for e in found.asked) == 5
-  assert len(selection.worked_answers(config, 0)) == 1
+  assert len(select.worked_answers(config, 0)) == 1
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -57,7 +57,7 @@ def test_too_few_worked_answers_are_counted(change, message, tmp_path):
   config = _half_worked(tmp_path / "a")
   config.update_from_flattened_dict(change)
   with pytest.raises(UserError, match=message):
-    checks.validate(config)
+    config_checks.validate(config)
 
 
 def test_which_examples_a_prompt_shows_does_not_change_where_all_are_worked(tmp_path):
@@ -75,7 +75,7 @@ def test_a_task_with_fewer_test_questions_than_asked_for_gives_all_it_has(tmp_pa
                              for i in range(5)))
   config.task.update({"eval_questions": 7, "ood": ("groups", f"svamp=file:{svamp}")})
   for _ in range(2):
-    checks.validate(config, trains=False)
+    config_checks.validate(config, trains=False)
   assert {name: len(found) for name, found in questions.of_tests(config).items()} == {
       "custom": 7, "groups": 7, "svamp": 5}
   assert questions.count_tests(config) == [7, 7, 5]
@@ -103,4 +103,4 @@ def test_the_dry_run_says_how_many_test_questions_are_asked_and_of_how_many(tmp_
   assert "mawps: hf:MU-NLPC/Calc-mawps has 520 other questions than the paper's 2065" in note
   config.task.ood = ("tabmwp",)
   with pytest.raises(UserError, match="give tabmwp=file:PATH"):
-    checks.validate(config, downloads=False)
+    config_checks.validate(config, downloads=False)

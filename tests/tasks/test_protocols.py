@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from configs import tiny
-from imm_jax import config as checks, loop
+from imm_jax import config_checks, loop
 from imm_jax.errors import UserError
 from imm_jax.runs.run import Model, Run
-from imm_jax.stages import evaluating, questions
+from imm_jax.stages import evaluate, questions
 from imm_jax.tasks import protocols
 from imm_jax.tasks.answers import verdict
 from imm_jax.tasks.base import Example
@@ -130,7 +130,7 @@ def custom(tmp_path: Path) -> ml_collections.ConfigDict:
 
 def test_worked_examples_are_never_asked(custom):
   custom.merge.base_weight, custom.merge.auto.questions, custom.merge.auto.general = "auto", 6, ("groups",)
-  checks.validate(custom)
+  config_checks.validate(custom)
   entries = ("custom", *custom.task.ood)
   tests = questions.of_tests(custom)
   shots = {questions.name_of(entry): questions.shots_of(custom, entry) for entry in entries}
@@ -154,7 +154,7 @@ def test_worked_examples_of_a_file_take_the_place_of_others(custom, tmp_path):
   shown = before[1].asked[0].question
   custom.eval.shots_file = write(tmp_path, "shots.jsonl", [
       *own, {"question": shown, "answer": "It is 3.\n#### 3"}, *(r | {"task": "groups"} for r in rows("group", 8))])
-  checks.validate(custom, trains=False)
+  config_checks.validate(custom, trains=False)
   for entry in ("custom", custom.task.ood[2]):
     assert [(e.question, e.rationale) for e in questions.shots_of(custom, entry)] == [
         *((r["question"], r["rationale"]) for r in own), (shown, "It is 3.\n#### 3")]
@@ -185,23 +185,23 @@ def test_a_file_of_worked_examples_that_cannot_be_shown_is_one_line(custom, tmp_
     path.write_text("[\n")
   custom.eval.shots_file = str(path)
   with pytest.raises(UserError, match=message) as raised:
-    checks.validate(custom, trains=False)
+    config_checks.validate(custom, trains=False)
   assert "\n" not in str(raised.value)
 
 
 def test_a_task_without_worked_examples_says_what_to_give(custom):
   custom.task.fields.rationale = ""
   with pytest.raises(UserError, match=r"shows 8 worked examples, and task custom has none: .*eval.shots_file=FILE"):
-    checks.validate(custom, trains=False)
+    config_checks.validate(custom, trains=False)
   custom.eval.few_shot = 0
-  checks.validate(custom, trains=False)
+  config_checks.validate(custom, trains=False)
   custom.eval.shots_file = "x.jsonl"
   with pytest.raises(UserError, match=r"shots_file=x.jsonl: eval.protocol=harness shows no worked examples"):
-    checks.validate(custom, trains=False)
+    config_checks.validate(custom, trains=False)
   for key, value, message in (("few_shot", -2, "expected 0 or more, or -1"),
                               ("protocol", "qwenn", "did you mean qwen")):
     with pytest.raises(UserError, match=message):
-      checks.validate(config("paper", **{f"eval__{key}": value}))
+      config_checks.validate(config("paper", **{f"eval__{key}": value}))
 
 
 def test_without_a_protocol_nothing_is_set_apart(custom):
@@ -213,6 +213,6 @@ def test_without_a_protocol_nothing_is_set_apart(custom):
 def test_how_answers_came_is_counted():
   rows_of = [{"tokens": t, "finish": f} for t, f in itertools.zip_longest((4, 6, 11), ("stop", "length"),
                                                                          fillvalue="stop")]
-  assert evaluating.describe(config("harness"), "groups", rows_of) == {
+  assert evaluate.describe(config("harness"), "groups", rows_of) == {
       "name": "harness", "shots": 8, "n": 3, "mean_tokens": 7.0, "cut": 0.3333, "chat": False, "max_new_tokens": 40,
       "stop": list(protocols.get_protocol(config("harness"), "groups").stop)}

@@ -18,7 +18,7 @@ from imm_jax.errors import PreemptedError, UserError
 from imm_jax.model import sharding
 from imm_jax.model.decoder import init_params
 from imm_jax.training import optimization, step as training_step, trainer
-from imm_jax.training.checkpoints import Checkpoints, check_folder
+from imm_jax.training.states import Checkpoints, check_folder
 from tests.training.test_trainer import CONFIG, POISON, STEPS, compiled_once, make_batches, params, same, train  # noqa: F401
 
 IDENTITY = {"start": "a", "train": "b"}

@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 from jax.sharding import Mesh
 
-from imm_jax.model import folder, sharding
+from imm_jax.model import checkpoint_folder, sharding
 from imm_jax.runtime import distributed, hardware
 from imm_jax.sampling import Completion, Prompt, Sampler
 from imm_jax.sampling.native import parts
@@ -37,7 +37,7 @@ def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, s
   dtype = hardware.compute_dtype(config.sample.compute_dtype)
   sampler = NativeSampler(model, compute_dtype=dtype, batch_size=batch_size, mesh=sharding.local_mesh(mesh()),
                           kernel=config.sampler.attention)
-  digest = f"{folder.digest(model)} in {dtype}" if distributed.is_main() else ""
+  digest = f"{checkpoint_folder.digest(model)} in {dtype}" if distributed.is_main() else ""
   yield Distributed(sampler, digest=digest, rows=batch_size)
 
 

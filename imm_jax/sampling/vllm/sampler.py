@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from imm_jax.errors import UserError
-from imm_jax.model import folder as checkpoint, hf
+from imm_jax.model import checkpoint_folder, hf
 from imm_jax.model.tokenization import known_ids
 from imm_jax.runtime import progress
 from imm_jax.sampling import Completion, Prompt, completions
@@ -85,7 +85,7 @@ class VllmSampler:
     # What remote servers say of their weights: the version that a reload has set, or the folder they started with.
     self._identify = remote.served_folder if restart else Server.weights
     self._expected: dict[Server, str] = {}
-    self._digest = checkpoint.digest(self._folder)
+    self._digest = checkpoint_folder.digest(self._folder)
     self._servers: list[Server] = []
     self._out: dict[Server, str] = {}  # servers that were taken out, and why
     self._local = (python, tuple(args), compute_dtype, concurrency, config) if sleep and python else None

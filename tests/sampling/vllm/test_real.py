@@ -25,7 +25,7 @@ import pytest
 from configs import tiny
 from imm_jax import loop
 from imm_jax.errors import UserError
-from imm_jax.model import folder as checkpoint, hf, hub
+from imm_jax.model import checkpoint_folder, hf, hub
 from imm_jax.sampling import Completion, Prompt
 from imm_jax.sampling.native import NativeSampler
 from imm_jax.sampling.vllm import VllmSampler, check as vllm_check, freshness, supervisor
@@ -63,7 +63,7 @@ def _model(folder: Path, noise: float) -> Path:
   params = jax.tree.map(
       lambda x: np.asarray(x) + noise * np.std(x) * rng.standard_normal(x.shape).astype(np.float32), params)
   hf.save({**params, "lm_head": {"weight": params["embed_tokens"]["weight"]}}, folder)
-  checkpoint.copy_side_files(TINY, folder)
+  checkpoint_folder.copy_side_files(TINY, folder)
   config = {**json.loads((TINY / "config.json").read_text()), "tie_word_embeddings": False, "dtype": "float32"}
   (folder / "config.json").write_text(json.dumps(config))
   return folder

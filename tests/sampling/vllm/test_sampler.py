@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from imm_jax.errors import UserError
-from imm_jax.model import folder as checkpoint, hf
+from imm_jax.model import checkpoint_folder, hf
 from imm_jax.sampling import Completion, Prompt, completions
 from imm_jax.sampling.vllm import VllmSampler, sampler as vllm
 from imm_jax.sampling.vllm.dispatch import Dispatcher
@@ -217,7 +217,7 @@ def test_unknown_ids_are_drawn_again(fake: FakeVllm, tmp_path: Path) -> None:
   _, params = hf.load(TINY, dtype=jnp.float32)
   weight = np.asarray(params["embed_tokens"]["weight"])
   hf.save({**params, "embed_tokens": {"weight": np.concatenate([weight, 0 * weight[:32]])}}, tmp_path / "padded")
-  checkpoint.copy_side_files(TINY, tmp_path / "padded")
+  checkpoint_folder.copy_side_files(TINY, tmp_path / "padded")
   config = {**json.loads((TINY / "config.json").read_text()), "vocab_size": 600, "dtype": "float32"}
   (tmp_path / "padded" / "config.json").write_text(json.dumps(config))
   with pytest.raises(UserError, match="a model of another shape"):

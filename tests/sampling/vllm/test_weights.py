@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from imm_jax.errors import UserError
-from imm_jax.model import folder as checkpoint, hf
+from imm_jax.model import checkpoint_folder, hf
 from imm_jax.sampling import Completion
 from imm_jax.sampling.vllm import VllmSampler, freshness
 from tests.fake_vllm import FakeVllm
@@ -22,7 +22,7 @@ def test_a_reload_leaves_no_old_keys_and_values(fake: FakeVllm, other: FakeVllm)
       assert server.steps == ["/pause", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version",
                               "/weight_info", "/resume"]
       assert server.folder == str(TINY.resolve())
-      assert server.version == checkpoint.digest(TINY)
+      assert server.version == checkpoint_folder.digest(TINY)
 
 
 def test_a_server_that_cannot_reload_is_not_used(

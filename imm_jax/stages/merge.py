@@ -11,14 +11,14 @@ import numpy as np
 
 from imm_jax import files
 from imm_jax.errors import UserError
-from imm_jax.merging import checkpoint, masks, registry
+from imm_jax.merging import masks, on_disk, registry
 from imm_jax.merging.trees import Setting
 from imm_jax.methods import merge_method, method_of
-from imm_jax.model import folder, hf
+from imm_jax.model import checkpoint_folder, hf
 from imm_jax.runs.run import Model, Run, Stage
 from imm_jax.runtime import distributed
-from imm_jax.stages import analysing, devices, evaluating, likelihood, merge_options, questions, sampling, tuning
-from imm_jax.statistics import evaluation
+from imm_jax.stages import analyze, devices, evaluate, fine_tune, likelihood, merge_settings, questions, synthesize
+from imm_jax.statistics import accuracy
 
 
 class Models(NamedTuple):
@@ -57,37 +57,37 @@ def stages(run: Run, start: Model, tuned: Model, train: str, round_: int) -> lis
   importance = f"{here}/importance.json" if run.merge_method == "iimm" else ""
   models = Models(run.base.folder, start.folder, [model.folder for model in tuned],
                   run.root / importance if importance else None, run.root / train)
-  settings = run.settings("seed") | {"merge": merge_options.settings_of(config)}
+  settings = run.settings("seed") | {"merge": merge_settings.settings_of(config)}
   if importance:
-    result.append(analysing.importance_stage(run, start, train, importance))
+    result.append(analyze.importance_stage(run, start, train, importance))
     inputs.append(importance)
   if config.merge.sweep:
     result.append(Stage(f"{here}/sweep", tuple(inputs), settings | run.settings("merge.sweep"),
                         f"base weights {config.merge.sweep}", lambda out, _: sweep(config, models, round_, out)))
-    result += [evaluating.stage(run, Model(run.root / here / "sweep" / f"{weight:g}", f"{here}/sweep"),
-                                f"{here}/eval/sweep_{weight:g}", round_) for weight in config.merge.sweep]
+    result += [evaluate.stage(run, Model(run.root / here / "sweep" / f"{weight:g}", f"{here}/sweep"),
+                              f"{here}/eval/sweep_{weight:g}", round_) for weight in config.merge.sweep]
   chosen = None
   if config.merge.base_weight == "auto":
     name = f"{here}/base_weight.json"
     chosen = run.root / name
     result.append(Stage(name, (*inputs, "train questions"), settings | run.settings(
-        *questions.settings_of_round(config), "merge.auto", *evaluating.ANSWERING), _plan_choice(config),
+        *questions.settings_of_round(config), "merge.auto", *evaluate.ANSWERING), _plan_choice(config),
         lambda out, _: choose_weight(config, models, round_, run.scratch(name), out), everywhere=True,
         scratch=str(run.scratch(name))))
     inputs.append(name)
-  weight = run.settings("merge.base_weight") if merge_options.weighs(config) else {}
+  weight = run.settings("merge.base_weight") if merge_settings.weighs(config) else {}
   result.append(Stage(f"{here}/merged", tuple(inputs), settings | weight,
                       _plan(config, models), lambda out, _: merge(config, models, round_, chosen, out)))
-  return [*result, evaluating.stage(run, run.model(f"{here}/merged"), f"{here}/eval/merged", round_)]
+  return [*result, evaluate.stage(run, run.model(f"{here}/merged"), f"{here}/eval/merged", round_)]
 
 
 def _plan(config: ml_collections.ConfigDict, models: Models) -> str:
   name = merge_method(config)
-  if not merge_options.models_of(registry.METHODS[name], **_folders(config, models)):
+  if not merge_settings.models_of(registry.METHODS[name], **_folders(config, models)):
     return f"the tuned model, for {name} merges several"
   shown = "" if name == method_of(config).merge else name
-  weight = f"base_weight {config.merge.base_weight}" if merge_options.weighs(config) else ""
-  given = merge_options.settings_of(config)["options"]
+  weight = f"base_weight {config.merge.base_weight}" if merge_settings.weighs(config) else ""
+  given = merge_settings.settings_of(config)["options"]
   thins = {"drop_rate", "densities"} & registry.METHODS[name].by_option.keys() - given.keys()
   return ", ".join(filter(None, (shown, weight, f"drop_rate {config.merge.drop_rate}" if thins else "", *(
       f"{option} {value}" for option, value in given.items())))) or name
@@ -104,13 +104,13 @@ def merge(config: ml_collections.ConfigDict, models: Models, round_: int, weight
   """Writes the merged HF checkpoint, with the base weight of the config or the one chosen by `choose_weight`."""
   skipped = models.train and not models.train.stat().st_size  # data.skip_empty
   if skipped and method_of(config).hands_on == "merged":  # otherwise the tuned model equals the start and is merged
-    tuning.copy(models.start, out)
+    fine_tune.copy(models.start, out)
     return {"skipped": True}
   weight = files.read_json(weight_file)["base_weight"] if weight_file else _setting(config.merge.base_weight)
   _merge(config, models, round_, [(weight, out)])
   name = merge_method(config)
   if name not in ("imm", "iimm"):
-    return {"method": name} | ({"base_weight": weight} if merge_options.weighs(config) else {})
+    return {"method": name} | ({"base_weight": weight} if merge_settings.weighs(config) else {})
   return {"base_weight": weight, "drop_rate": config.merge.drop_rate}
 
 
@@ -148,19 +148,19 @@ def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int
     label = f"round {round_}: base weight {len(trials) + 1}"
     rows: dict[str, list[dict[str, Any]]] = {"in_domain": [], "general": []}
     protocol: dict[str, dict[str, Any]] = {}
-    with sampling.sampler_of(config, trial, config.eval.batch_size, scratch) as sampler:
+    with synthesize.sampler_of(config, trial, config.eval.batch_size, scratch) as sampler:
       for name, entry, examples in answered:
         task = questions.name_of(entry)
-        answers, _ = evaluating.answer_greedily(config, trial, sampler, entry, examples, label=f"{label}, {task}")
+        answers, _ = evaluate.answer_greedily(config, trial, sampler, entry, examples, label=f"{label}, {task}")
         rows[name] += answers
         if distributed.is_main():
-          protocol[task] = evaluating.describe(config, task, answers)
+          protocol[task] = evaluate.describe(config, task, answers)
     del sampler  # frees its weights before others are loaded for scoring
     if by_likelihood:
       for entry, answers in devices.call(config, likelihood.score_train, config, trial, by_likelihood, label).items():
         rows["general"] += answers
         protocol[questions.name_of(entry)] = likelihood.describe(answers)
-    accuracies = {name: evaluation.accuracy(sum(r["correct"] for r in group), len(group))
+    accuracies = {name: accuracy.accuracy(sum(r["correct"] for r in group), len(group))
                   for name, group in rows.items()} if distributed.is_main() else {}
     value = distributed.broadcast(sum(a.value for a in accuracies.values()) / 2)
     if distributed.is_main() and trials:
@@ -202,16 +202,16 @@ def _merge(config: ml_collections.ConfigDict, models: Models, round_: int, outpu
            ) -> None:
   """Merges with each weight in one pass over the models; all outputs drop the same entries."""
   key, name = jax.random.fold_in(jax.random.key(config.seed), round_), merge_method(config)
-  inputs = merge_options.models_of(registry.METHODS[name], **_folders(config, models))
-  options = {out: merge_options.options_of(config, weight, models.importance) if inputs else {}
+  inputs = merge_settings.models_of(registry.METHODS[name], **_folders(config, models))
+  options = {out: merge_settings.options_of(config, weight, models.importance) if inputs else {}
              for weight, out in outputs}
   try:
-    checkpoint.merge_folders(name if inputs else "passthrough", inputs or {"models[0]": models.tuned[-1]}, options,
-                             key=np.asarray(masks.key_words(key)))
+    on_disk.merge_folders(name if inputs else "passthrough", inputs or {"models[0]": models.tuned[-1]}, options,
+                          key=np.asarray(masks.key_words(key)))
   except ValueError as e:
     raise UserError(f"config.merge.method={name}: {e}") from e
   for _, out in outputs:
-    folder.copy_side_files(models.base, out)
+    checkpoint_folder.copy_side_files(models.base, out)
 
 
 def _folders(config: ml_collections.ConfigDict, models: Models) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from imm_jax.model.tokenization import check_ids
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.runs.run import Model, Run, Stage
 from imm_jax.runtime import distributed
-from imm_jax.stages import devices, questions, tuning
+from imm_jax.stages import devices, fine_tune, questions
 from imm_jax.tasks import sources, texts
 from imm_jax.training.packing import TokenizedExample
 
@@ -71,10 +71,10 @@ def importance_stage(run: Run, model: Model, train: str, name: str) -> Stage:
 
 def importance(config: ml_collections.ConfigDict, model: Path, train: Path, out: Path) -> dict[str, Any]:
   """Writes importance.json: eq. 3 for the model on all of train.jsonl, by layer and by module."""
-  examples = list(map(tuning.encoder(config, model), tuning.read_train(train)))
+  examples = list(map(fine_tune.encoder(config, model), fine_tune.read_train(train)))
   if examples:
-    data = tuning.pack(config, model, examples, source=train, epochs=1, seed=config.seed)
-    scores = _scores(data, tuning.load_params(config, model), order=1, label="importance")
+    data = fine_tune.pack(config, model, examples, source=train, epochs=1, seed=config.seed)
+    scores = _scores(data, fine_tune.load_params(config, model), order=1, label="importance")
   else:  # data.skip_empty: without data all layers count the same
     equal = [1.0] * hf.read_config(model).num_layers
     scores = {"examples": 0, "dropped_long": 0, "order": 1, "layers": equal, "modules": dict.fromkeys(MODULES, equal)}
@@ -101,9 +101,9 @@ def importances(config: ml_collections.ConfigDict, model: Path, entries: Sequenc
     UserError: for an unknown name, or a task without worked answers to train on.
   """
   # All data are read before anything is computed, so that errors come early.
-  data = {entry: tuning.pack(config, model, examples_of(config, model, entry), source=entry, epochs=1, seed=config.seed)
-          for entry in entries}
-  params = tuning.load_params(config, model)
+  data = {entry: fine_tune.pack(config, model, examples_of(config, model, entry), source=entry, epochs=1,
+                                seed=config.seed) for entry in entries}
+  params = fine_tune.load_params(config, model)
   return {entry: _scores(packed, params, order=order, label=f"importance on {entry}")
           for entry, packed in data.items()}
 
@@ -122,7 +122,7 @@ def analyse(config: ml_collections.ConfigDict, round_: Round, out: Path) -> dict
   def params(model: Path) -> Params:
     if model not in cache:
       cache.clear()
-      cache[model] = tuning.load_params(config, model)
+      cache[model] = fine_tune.load_params(config, model)
     return cache[model]
 
   scores = _importance(config, round_, rng, params)
@@ -151,9 +151,9 @@ def _importance(config: ml_collections.ConfigDict, round_: Round, rng: np.random
   train = round_.folder / "train.jsonl"
   if not train.stat().st_size:
     return None
-  examples = _draw(tuning.read_train(train), config.analysis.examples, rng, tuning.encoder(config, round_.start),
+  examples = _draw(fine_tune.read_train(train), config.analysis.examples, rng, fine_tune.encoder(config, round_.start),
                    lambda e: len(e.prompt) + len(e.response) <= config.sft.row_length)
-  data = tuning.pack(config, round_.start, examples, source=train, epochs=1, seed=config.seed, quiet=True)
+  data = fine_tune.pack(config, round_.start, examples, source=train, epochs=1, seed=config.seed, quiet=True)
   return _scores(data, params(round_.start), order=1, label=f"round {round_.number}: importance")
 
 
@@ -163,14 +163,14 @@ def _entropy(config: ml_collections.ConfigDict, round_: Round, rows: Sequence[Js
   if not (rows and config.analysis.examples):
     return None
   model = round_.sampler
-  encode = tuning.encoder(config, model, shots=questions.of_round(config, round_.number).shots, ends=False)
+  encode = fine_tune.encoder(config, model, shots=questions.of_round(config, round_.number).shots, ends=False)
   examples = _draw([{**row, "response": row["text"]} for row in rows], config.analysis.examples, rng, encode,
                    lambda e: bool(e.response))
   if not examples:
     return None
   # Prompts have worked examples here, and are longer than in training.
-  data = tuning.pack(config, model, examples, source="samples", epochs=1, seed=config.seed, quiet=True,
-                     row_length=tuning.row_for(config, examples))
+  data = fine_tune.pack(config, model, examples, source="samples", epochs=1, seed=config.seed, quiet=True,
+                        row_length=fine_tune.row_for(config, examples))
   options = {name: value for name, value in data.options.items() if name != "remat"}  # there is no backward pass
   return diversity.token_entropy(data.model, params(model), data.batches, label=f"round {round_.number}: entropy",
                                  **options)
@@ -183,7 +183,7 @@ def _draw(rows: Sequence[Json], count: int, rng: np.random.Generator, encode: Ca
   return list(itertools.islice(filter(fits, drawn), count))
 
 
-def _scores(data: tuning.Data, params: Params, *, order: int, label: str) -> Json:
+def _scores(data: fine_tune.Data, params: Params, *, order: int, label: str) -> Json:
   """Computes layer importance in the form of importance.json."""
   options = {**data.options, "label": label}
   if order == 1:
@@ -235,5 +235,5 @@ def examples_of(config: ml_collections.ConfigDict, model: Path, entry: str) -> l
   if not worked:
     raise UserError(f"task {entry}: none of its {len(examples)} answers is worked out, as importance is measured on "
                     "them; give a source whose answers are")
-  encode = tuning.encoder(config, model)
+  encode = fine_tune.encoder(config, model)
   return [encode({"question": e.question, "response": e.rationale}) for e in worked]

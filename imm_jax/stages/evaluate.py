@@ -13,8 +13,8 @@ from imm_jax.runs.metrics import StageMetrics
 from imm_jax.runs.run import Model, Run, Stage
 from imm_jax.runtime import distributed
 from imm_jax.sampling import Prompt
-from imm_jax.stages import devices, likelihood, lm_eval_tasks, questions, sampling
-from imm_jax.statistics import evaluation
+from imm_jax.stages import devices, likelihood, lm_eval_tasks, questions, synthesize
+from imm_jax.statistics import accuracy
 from imm_jax.tasks import answers, protocols
 from imm_jax.tasks.base import Example
 
@@ -67,7 +67,7 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, out:
   """
   if distributed.is_main():
     out.mkdir()
-  scores: dict[str, dict[str, evaluation.Accuracy]] = {}
+  scores: dict[str, dict[str, accuracy.Accuracy]] = {}
   protocol: dict[str, dict[str, Any]] = {}
   skipped: dict[str, int] = {}
   asked = [(entry, name, examples) for entry, (name, examples) in zip(
@@ -75,14 +75,14 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, out:
            if questions.measure_of(config, entry) == "answer"]
   with contextlib.ExitStack() as stack:
     if asked:
-      sampler = stack.enter_context(sampling.sampler_of(config, model, config.eval.batch_size, scratch))
+      sampler = stack.enter_context(synthesize.sampler_of(config, model, config.eval.batch_size, scratch))
     for entry, name, examples in asked:
       rows, skipped[name] = answer_greedily(config, model, sampler, entry, examples, label=f"{label}: {name}")
       samples = _samples(config, model, sampler, entry, examples, label=f"{label}: {name}, samples")
       if distributed.is_main():
         protocol[name] = describe(config, name, rows)
         files.write_jsonl(out / f"{name}.jsonl", rows)
-        scores[name] = {"greedy": evaluation.accuracy(sum(r["correct"] for r in rows), len(rows))}
+        scores[name] = {"greedy": accuracy.accuracy(sum(r["correct"] for r in rows), len(rows))}
         if samples:
           files.write_jsonl(out / f"{name}_samples.jsonl", samples)
           scores[name] |= score_samples(samples, [k for k in config.eval.pass_at_k if k <= config.eval.num_samples])
@@ -104,7 +104,7 @@ def _join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
   return {key: value | second[key] for key, value in first.items()}
 
 
-def answer_greedily(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Generate, entry: str,
+def answer_greedily(config: ml_collections.ConfigDict, model: Path, sampler: synthesize.Generate, entry: str,
                     examples: Sequence[Example], *, label: str) -> tuple[list[dict[str, Any]], int]:
   """Answers questions of a task greedily; `entry` is the task's entry in the config.
 
@@ -114,8 +114,8 @@ def answer_greedily(config: ml_collections.ConfigDict, model: Path, sampler: sam
   protocol, asked, long = _prepare(config, model, entry, examples, label)
   completions = sampler([Prompt(e.id, text) for e, text in asked], label=label,
                         max_new_tokens=protocols.max_new_tokens(config), stop=protocol.stop)
-  return sampling.judge_samples([e for e, _ in asked], completions, strict=False,
-                                read=protocol.read) if distributed.is_main() else [], long
+  return synthesize.judge_samples([e for e, _ in asked], completions, strict=False,
+                                  read=protocol.read) if distributed.is_main() else [], long
 
 
 def describe(config: ml_collections.ConfigDict, task: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -134,11 +134,11 @@ def _prepare(config: ml_collections.ConfigDict, model: Path, entry: str, example
              ) -> tuple[protocols.Protocol, list[tuple[Example, str]], int]:
   """Returns the protocol of a task, the questions that fit with their prompts, and how many do not fit."""
   protocol = protocols.get_protocol(config, questions.name_of(entry))
-  return protocol, *sampling.build_prompts(config, model, examples, limit="eval.max_new_tokens", source=label,
-                                           shots=questions.shots_of(config, entry), prompt=protocol.prompt)
+  return protocol, *synthesize.build_prompts(config, model, examples, limit="eval.max_new_tokens", source=label,
+                                             shots=questions.shots_of(config, entry), prompt=protocol.prompt)
 
 
-def _samples(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Generate, entry: str,
+def _samples(config: ml_collections.ConfigDict, model: Path, sampler: synthesize.Generate, entry: str,
              examples: Sequence[Example], *, label: str) -> list[dict[str, Any]]:
   settings = config.eval
   if not settings.num_samples:
@@ -148,17 +148,17 @@ def _samples(config: ml_collections.ConfigDict, model: Path, sampler: sampling.G
       [Prompt(f"eval/{e.id}", text) for e, text in asked], max_new_tokens=protocols.max_new_tokens(config),
       num_samples=settings.num_samples, temperatures=(settings.temperature,), top_p=settings.top_p,
       stop=protocol.stop, seed=config.seed, label=label)
-  return sampling.judge_samples([e for e, _ in asked], completions, strict=False, read=protocol.read,
-                                temperatures=(settings.temperature,)) if distributed.is_main() else []
+  return synthesize.judge_samples([e for e, _ in asked], completions, strict=False, read=protocol.read,
+                                  temperatures=(settings.temperature,)) if distributed.is_main() else []
 
 
-def score_samples(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, evaluation.Accuracy]:
+def score_samples(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, accuracy.Accuracy]:
   """Computes pass@k for each k and the accuracy of the majority vote; each question has the same number of samples."""
   groups: dict[str, list[dict[str, Any]]] = {}
   for row in rows:
     groups.setdefault(row["id"], []).append(row)
-  scores = {f"pass@{k}": evaluation.mean([evaluation.pass_at_k(len(g), sum(r["correct"] for r in g), k)
-                                          for g in groups.values()]) for k in ks}
-  winners = [(g, evaluation.majority([answers.canonical(r["span"], r["kind"]) for r in g])) for g in groups.values()]
+  scores = {f"pass@{k}": accuracy.mean([accuracy.pass_at_k(len(g), sum(r["correct"] for r in g), k)
+                                        for g in groups.values()]) for k in ks}
+  winners = [(g, accuracy.majority([answers.canonical(r["span"], r["kind"]) for r in g])) for g in groups.values()]
   right = sum(winner is not None and g[winner]["correct"] for g, winner in winners)
-  return scores | {f"majority@{len(next(iter(groups.values())))}": evaluation.accuracy(right, len(groups))}
+  return scores | {f"majority@{len(next(iter(groups.values())))}": accuracy.accuracy(right, len(groups))}

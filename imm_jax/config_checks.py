@@ -18,7 +18,7 @@ from imm_jax.model.decoder import REMAT
 from imm_jax.runs import metrics
 from imm_jax.sampling.engines import ENGINES
 from imm_jax.sampling.vllm.client import Server
-from imm_jax.stages import lm_eval_tasks, merge_options, questions
+from imm_jax.stages import lm_eval_tasks, merge_settings, questions
 from imm_jax.tasks import prompts, protocols, sources
 from imm_jax.training import interventions, throughput
 
@@ -186,7 +186,7 @@ def _validate_merge(config: ml_collections.ConfigDict) -> None:
   if not method_of(config).merge and (merge.sweep or merge.base_weight == "auto"):
     raise UserError(f"config.method={config.method} merges nothing: merge.sweep and merge.base_weight=auto are for "
                     f"{' and '.join(merging_methods())}")
-  merge_options.check(config)
+  merge_settings.check(config)
   if merge.base_weight == "auto" and not (merge.auto.weights and merge.auto.general):
     raise UserError("config.merge.base_weight=auto needs one or more of merge.auto.weights and of merge.auto.general")
 

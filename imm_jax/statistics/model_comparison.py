@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from imm_jax import files
 from imm_jax.errors import UserError, join_items
-from imm_jax.statistics import comparison
-from imm_jax.statistics.comparison import Paired
+from imm_jax.statistics import paired_tests
+from imm_jax.statistics.paired_tests import Paired
 
 # Fields of a row that hold a score of its question, each with the field that it is divided by, if it is a rate. A rate,
 # row["nats"] / row["bytes"], is weighted with row["bytes"], so that a mean over texts is the rate of all their bytes.
@@ -59,7 +59,7 @@ class Line(NamedTuple):
   @property
   def real(self) -> bool:
     """Returns whether the corrected p-value is below 0.05."""
-    return comparison.is_real(self.p)
+    return paired_tests.is_real(self.p)
 
 
 class Comparison(NamedTuple):
@@ -157,7 +157,7 @@ def compare(first: Mapping[str, Answers], second: Mapping[str, Answers], *, pool
       parts = [part for part in parts if metric in part[0].scores and metric in part[1].scores]
       if parts and (name in ids_by_task or len(parts) > 1):
         differences.append((name, metric, _compare_metric(parts, metric)))
-  corrected = comparison.holm([paired.p for *_, paired in differences])
+  corrected = paired_tests.holm([paired.p for *_, paired in differences])
   return Comparison(tuple(Line(*line, p) for line, p in zip(differences, corrected, strict=True)), tuple(notes))
 
 
@@ -186,8 +186,8 @@ def _compare_metric(parts: Sequence[tuple[Answers, Answers, Sequence[str]]], met
     if weights != other_weights:
       raise UserError(f"{parts[0][0].path} and {parts[0][1].path}: their {divisor} differ, as of other texts, so "
                       f"{_describe_metric(metric)} are not to be compared")
-  return comparison.compare_paired(*([answers[i].scores[metric][id_] for *answers, ids in parts for id_ in ids]
-                                     for i in (0, 1)), weights)
+  return paired_tests.compare_paired(*([answers[i].scores[metric][id_] for *answers, ids in parts for id_ in ids]
+                                       for i in (0, 1)), weights)
 
 
 def _describe_metric(metric: str) -> str:
@@ -246,7 +246,7 @@ def read_protocols(folder: Path) -> dict[str, str]:
 
 
 def _describe_protocol(protocol: Mapping[str, Any]) -> str:
-  """Describes a protocol as `evaluating.describe` recorded it; records of older versions have fewer keys."""
+  """Describes a protocol as `evaluate.describe` recorded it; records of older versions have fewer keys."""
   parts = [f"protocol {protocol['name']} with worked examples: {protocol['shots']}",
            *["chat template"] * bool(protocol.get("chat")),
            *(f"{text} {protocol[key]!r}" for key, text in (

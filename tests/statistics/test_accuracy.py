@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from imm_jax.statistics.evaluation import accuracy, majority, mean, pass_at_k
+from imm_jax.statistics.accuracy import accuracy, majority, mean, pass_at_k
 
 Z = 1.959963984540054
 

@@ -26,7 +26,7 @@ from imm_jax.merging import registry
 from imm_jax.merging.kernels import Numbers
 from imm_jax.merging.registry import Plan
 from imm_jax.merging.source import BLOCK, Buffers, CheckpointSource, is_floating, on_cpu
-from imm_jax.model import folder as model_folder
+from imm_jax.model import checkpoint_folder
 from imm_jax.model.safetensors import Entry
 from imm_jax.model.writer import WeightsWriter
 from imm_jax.runtime import progress
@@ -107,7 +107,7 @@ def merge(source: CheckpointSource, outputs: Sequence[Output], **how: Any) -> Re
 
 
 def merge_parts(parts: Sequence[Part], targets: Sequence[tuple[Path, np.dtype | None]], *, key: np.ndarray,
-                max_shard_bytes: int = model_folder.MAX_SHARD_BYTES, allow_nonfinite: bool = False) -> Result:
+                max_shard_bytes: int = checkpoint_folder.MAX_SHARD_BYTES, allow_nonfinite: bool = False) -> Result:
   """Writes checkpoints whose tensors come from several sources, such as slices of layers.
 
   Args:
@@ -121,7 +121,7 @@ def merge_parts(parts: Sequence[Part], targets: Sequence[tuple[Path, np.dtype | 
     UserError: for a tensor with NaN or infinity, unless allowed, and for non-floating tensors that differ.
   """
   tensors = sorted(((name, part) for part in parts for name in part.source.order),
-                   key=lambda item: model_folder.model_order(item[0]))
+                   key=lambda item: checkpoint_folder.model_order(item[0]))
   workers = max(2, min(_MAX_WORKERS, len(os.sched_getaffinity(0))))
   total = sum(e.size * e.dtype.itemsize for name, part in tensors for e in part.source.entries(name))
   with contextlib.ExitStack() as stack:

@@ -8,7 +8,7 @@ import pytest
 
 from configs import common
 from imm_jax.errors import UserError
-from imm_jax.stages import questions, selection
+from imm_jax.stages import questions, select as select_stage
 
 ROUNDS, COUNT = 3, 40
 
@@ -39,7 +39,7 @@ def write_samples(folder: Path, config: ml_collections.ConfigDict) -> list[Path]
 
 def select(config: ml_collections.ConfigDict, folder: Path, round_: int) -> tuple[list[dict], dict]:
   samples = write_samples(folder, config)
-  facts = selection.select(config, samples[:round_ + 1], round_, folder / "train.jsonl")
+  facts = select_stage.select(config, samples[:round_ + 1], round_, folder / "train.jsonl")
   return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()], facts
 
 
@@ -94,7 +94,7 @@ def test_data_accumulation_keeps_all_rounds_and_optionally_real_answers(config, 
 
 def test_real_trains_on_worked_answers(config, tmp_path: Path):
   config.method = "real"
-  facts = selection.select(config, [], 1, tmp_path / "train.jsonl")
+  facts = select_stage.select(config, [], 1, tmp_path / "train.jsonl")
   rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
   assert texts(rows) == worked(config, 1)
   assert facts == {"kept": COUNT, "real": COUNT, "of_earlier_rounds": 0}
@@ -106,7 +106,7 @@ def test_only_the_judged_text_is_learned(config, tmp_path: Path):
           for i, (text, finish) in enumerate([("The answer is 8.", "stop"), ("The answer is 8. And so", "length"),
                                               ("The answer is 8.\nQ: Who is next? The answer is", "length")])]
   (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  facts = selection.select(config, [tmp_path / "samples.jsonl"], 0, tmp_path / "train.jsonl")
+  facts = select_stage.select(config, [tmp_path / "samples.jsonl"], 0, tmp_path / "train.jsonl")
   train = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
   assert [(r["question"], r["response"]) for r in train] == [("q0", "The answer is 8."), ("q2", "The answer is 8.")]
   assert facts["dropped_unfinished"] == 1
@@ -118,7 +118,7 @@ def test_a_real_answer_that_was_also_sampled_counts_as_a_sample(config, tmp_path
   rows = [{"id": e.id, "question": e.question, "text": e.rationale, "finish": "stop", "span": e.answer,
            "correct": True} for e in asked[:10]]
   (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  facts = selection.select(config, [tmp_path / "samples.jsonl"], 0, tmp_path / "train.jsonl")
+  facts = select_stage.select(config, [tmp_path / "samples.jsonl"], 0, tmp_path / "train.jsonl")
   assert (facts["kept"], facts["real"]) == (20, 10)
 
 
@@ -137,9 +137,9 @@ def test_no_right_samples_is_an_error_with_the_reason(config, tmp_path: Path):
   rows = [json.loads(line) | {"correct": False, "finish": "length"} for line in samples[0].read_text().splitlines()]
   samples[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
   with pytest.raises(UserError, match=r"none of 80 samples is right \(80 cut at max_new_tokens"):
-    selection.select(config, samples[:1], 0, tmp_path / "out")
+    select_stage.select(config, samples[:1], 0, tmp_path / "out")
   config.data.skip_empty = True
-  assert selection.select(config, samples[:1], 0, tmp_path / "out")["kept"] == 0
+  assert select_stage.select(config, samples[:1], 0, tmp_path / "out")["kept"] == 0
   assert not (tmp_path / "out").read_bytes()
 
 
@@ -149,7 +149,7 @@ def test_damaged_samples_are_named_with_their_line(row: str, expected: str, conf
   good = {"id": "a", "question": "q", "text": "t", "finish": "stop", "span": "1", "correct": True}
   (tmp_path / "samples.jsonl").write_text(json.dumps(good) + "\n" + row + "\n")
   with pytest.raises(UserError, match=f"samples.jsonl:2: {expected}"):
-    selection.select(config, [tmp_path / "samples.jsonl"], 0, tmp_path / "out")
+    select_stage.select(config, [tmp_path / "samples.jsonl"], 0, tmp_path / "out")
 
 
 def test_shown_held_out_and_asked_questions_are_disjoint(config):

@@ -9,7 +9,7 @@ from typing import Any
 
 from imm_jax import files
 from imm_jax.errors import UserError, join_items, print_once
-from imm_jax.model import folder as model_folder
+from imm_jax.model import checkpoint_folder
 
 # Averaging weights is meaningless across model families or head layouts, even where the shapes agree. Families have
 # names of their own for heads (num_attention_heads, encoder_attention_heads, n_head, kv_n_heads, ...) and activations
@@ -31,7 +31,7 @@ _ROTARY_FORMS = (*_ROTARY_BASES, *_ROTARY_SHARES, "rope_parameters", "rope_scali
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
 _LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # Files whose auto_map names code beside them.
-_MAPPED = ("tokenizer_config.json", *model_folder.MODEL_SIDE_FILES)
+_MAPPED = ("tokenizer_config.json", *checkpoint_folder.MODEL_SIDE_FILES)
 # Suffixes of files that a model may need, and names of such that none does.
 _COMPANIONS = (".json", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".codes", ".vocab", ".bpe")
 _NO_COMPANIONS = re.compile(r".*\.index\.json|(trainer_state|merge|adapter_config|.*_results)\.json|handler\.py")
@@ -64,7 +64,7 @@ def require_compatible(models: Mapping[str, Path], *, donor: Path | None = None,
   parts = {}
   for folder in sorted({first: None} | dict.fromkeys(models.values()), key=lambda folder: folder != first):
     label = folders.get(folder, "base_model")
-    model_folder.require_model_folder(folder)
+    checkpoint_folder.require_model_folder(folder)
     parts[label] = _split_config(files.read_json(folder / "config.json"))
     for part, config in parts[label].items():
       if key := next((key for key in _QUANTISATION_KEYS if config.get(key)), None):
@@ -155,8 +155,8 @@ def copy_companion_files(donor: Path, out: Path, *, tokenizer: bool = True) -> N
   Raises:
     UserError: if a pipeline module has weights of its own, which would not be merged.
   """
-  known = model_folder.list_side_files(donor)
-  names = known if tokenizer else [name for name in known if name in model_folder.MODEL_SIDE_FILES]
+  known = checkpoint_folder.list_side_files(donor)
+  names = known if tokenizer else [name for name in known if name in checkpoint_folder.MODEL_SIDE_FILES]
   if any(files.read_json(donor / name).get("auto_map") for name in names if name in _MAPPED):
     names = names + sorted(path.name for path in donor.glob("*.py"))
   modules = donor / "modules.json"
@@ -178,7 +178,7 @@ def copy_companion_files(donor: Path, out: Path, *, tokenizer: bool = True) -> N
     print_once(f"note: {donor}: {join_items(unknown)}: not copied; add what the model needs")
   for name in names:
     (out / name).parent.mkdir(parents=True, exist_ok=True)
-  model_folder.copy_side_files(donor, out, names)
+  checkpoint_folder.copy_side_files(donor, out, names)
 
 
 def set_chat_template(out: Path, template: str) -> None:

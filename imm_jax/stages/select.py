@@ -11,7 +11,7 @@ from imm_jax import files
 from imm_jax.errors import UserError
 from imm_jax.methods import method_of
 from imm_jax.runs.run import Run, Stage
-from imm_jax.stages import questions, sampling
+from imm_jax.stages import questions, synthesize
 from imm_jax.tasks import answers
 
 Row = dict[str, Any]
@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 def stage(run: Run, round_: int) -> Stage:
   """Builds the stage that selects a round's training data."""
-  drawn = [sampling.samples_of(t) for t in range(round_ + 1)] if run.samples_answers else []
+  drawn = [synthesize.samples_of(t) for t in range(round_ + 1)] if run.samples_answers else []
   reads = drawn if run.method.data in ("mixture", "accumulation") else drawn[-1:]
   return Stage(f"round_{round_}/train.jsonl", ("train questions", *reads),
                run.settings(*questions.settings_of_round(run.config), "data") | {"kind": run.method.data},

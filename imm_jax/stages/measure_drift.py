@@ -20,7 +20,7 @@ from imm_jax.runs.metrics import StageMetrics
 from imm_jax.runs.run import Model, Run, Stage
 from imm_jax.runtime import distributed
 from imm_jax.scoring import encode_continuations
-from imm_jax.stages import devices, questions, tuning
+from imm_jax.stages import devices, fine_tune, questions
 from imm_jax.tasks.base import Choice, Example
 from imm_jax.training.packing import TokenizedExample
 
@@ -32,7 +32,7 @@ _SETTINGS = ("task.name", "task.source", "task.fields", "task.kind", "task.ood",
 def stage(run: Run, tuned: Model, round_: int) -> Stage:
   """Builds the stage that measures a round's tuned model and, if any, its moving average and the merged model."""
   here, count = f"round_{round_}", questions.drift_questions(run.config)
-  models = {"sft": tuned} | ({"ema": tuning.average_of(tuned)} if keeps_average(run.config) else {})
+  models = {"sft": tuned} | ({"ema": fine_tune.average_of(tuned)} if keeps_average(run.config) else {})
   models |= {"merged": run.model(f"{here}/merged")} if run.method.merge else {}
   name, folders = f"{here}/drift.json", {kind: model.folder for kind, model in models.items()}
 
@@ -60,14 +60,14 @@ def measure(config: ml_collections.ConfigDict, base: Path, models: dict[str, Pat
   all in nats per token.
   """
   texts = dict(texts_of(config, base))
-  length = tuning.row_for(config, itertools.chain(*texts.values()))
-  data = {name: tuning.pack(config, base, examples, source=f"test questions of {name}", epochs=1, seed=0, quiet=True,
-                            row_length=length) for name, examples in texts.items()}
+  length = fine_tune.row_for(config, itertools.chain(*texts.values()))
+  data = {name: fine_tune.pack(config, base, examples, source=f"test questions of {name}", epochs=1, seed=0, quiet=True,
+                               row_length=length) for name, examples in texts.items()}
   dtype = next(iter(data.values())).options["compute_dtype"]
   drifts: dict[str, Any] = {"texts": {}, "models": {}}
-  base_params = tuning.load_params(config, base, dtype)
+  base_params = fine_tune.load_params(config, base, dtype)
   for kind, folder in models.items():
-    params, drifts["models"][kind] = tuning.load_params(config, folder, dtype), {}
+    params, drifts["models"][kind] = fine_tune.load_params(config, folder, dtype), {}
     for name, packed in data.items():
       options = {key: value for key, value in packed.options.items() if key != "remat"}  # no backward pass
       result = measure_drift(packed.model, base_params, params, packed.batches, label=f"{label}, {kind} on {name}",
@@ -93,7 +93,7 @@ def texts_of(config: ml_collections.ConfigDict, model: Path) -> Iterator[tuple[s
   """
   count, model_config = questions.drift_questions(config), hf.read_config(model)
   tokenizer = load_tokenizer(model, rows=model_config.vocab_size)
-  encode = tuning.encoder(config, model)
+  encode = fine_tune.encoder(config, model)
   tests, choices = questions.of_tests(config), questions.choices_of_tests(config)
   for name, examples in tests.items():
     if name in choices:

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 
 from imm_jax import files
 from imm_jax.errors import UserError
-from imm_jax.merging import checkpoint
+from imm_jax.merging import on_disk
 from imm_jax.methods import keeps_average, method_of
-from imm_jax.model import attention, folder as checkpoint_folder, hf, sharding
+from imm_jax.model import attention, checkpoint_folder, hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params
 from imm_jax.model.tokenization import encode_continuation, encode_prompt
@@ -31,9 +31,9 @@ from imm_jax.tasks import prompts
 from imm_jax.tasks.base import Example
 from imm_jax.training import interventions, lora, throughput, trainer
 from imm_jax.training.additions import additions_of
-from imm_jax.training.checkpoints import Checkpoints
 from imm_jax.training.optimization import make_schedule
 from imm_jax.training.packing import PackedBatches, TokenizedExample
+from imm_jax.training.states import Checkpoints
 from imm_jax.training.step import Frozen
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train:
 
 def copy(model: Path, out: Path) -> None:
   """Copies a checkpoint, for a round with nothing to train on."""
-  checkpoint.merge_folders("passthrough", {"models[0]": model}, {out: {}})
+  on_disk.merge_folders("passthrough", {"models[0]": model}, {out: {}})
   checkpoint_folder.copy_side_files(model, out)
 
 
