@@ -72,7 +72,7 @@ def main() -> None:
   out = Path(_OUT.value)
   inputs = {"model": model} | {f"tuned[{i}]": folder for i, folder in enumerate(tuned_models.values())}
   files.check_out(out, inputs, overwrite=_OVERWRITE.value, explain_foreign=output.explain_foreign)
-  with files.locked(out), files.committed(out) as folder:
+  with files.lock(out), files.write_atomically(out) as folder:
     change = {name: weight_change(model, tuned_model).to_json() for name, tuned_model in tuned_models.items()}
     result = output.combine(_measure_importance(settings, model, entries) if entries else {}, change)
     output.write(folder, {"model": _MODEL.value, **result})
@@ -104,7 +104,7 @@ def _read_settings(entries: Sequence[str]) -> Any:
 def _measure_importance(settings: Any, model: Path, entries: Sequence[str]) -> Mapping[str, Any]:
   from imm_jax.stages import analyze
 
-  return analyze.importances(settings, model, entries, int(_ORDER.value))
+  return analyze.measure_importance(settings, model, entries, int(_ORDER.value))
 
 
 if __name__ == "__main__":

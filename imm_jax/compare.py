@@ -27,7 +27,7 @@ def main() -> None:
   if out and (out.exists() or out.suffix != ".json"):
     raise UserError(f"--out={out}: {'exists; give another name' if out.exists() else 'expected a name such as a.json'}")
   others = {Path(name): model_comparison.read_folder(Path(name)) for name in _AGAINST.value}
-  model_comparison.report(Path(_THIS.value), others, out)
+  model_comparison.print_and_write(Path(_THIS.value), others, out)
 
 
 if __name__ == "__main__":

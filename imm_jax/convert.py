@@ -43,7 +43,7 @@ def to_orbax(source: Path, out: Path) -> None:
   if (source / "params").is_dir() and not (source / "config.json").exists():
     raise UserError(f"{source}: is an orbax checkpoint; expected an HF folder, or --to=hf")
   _, params = hf.load(source, place=hf.place_on_host)
-  with files.committed(out) as temporary:
+  with files.write_atomically(out) as temporary:
     (temporary / "hf").mkdir(parents=True)
     checkpoint_folder.copy_side_files(source, temporary / "hf")
     with ocp.StandardCheckpointer() as checkpointer:
@@ -83,7 +83,7 @@ def from_orbax(source: Path, out: Path) -> None:
     except (ValueError, KeyError, TypeError, FileNotFoundError) as e:
       cause = str(e).strip().partition("\n")[0]
       raise UserError(f"{source / 'params'}: is no orbax checkpoint of what hf/config.json describes ({cause})") from e
-  with files.committed(out) as temporary:
+  with files.write_atomically(out) as temporary:
     hf.save(params, temporary, like=source / "hf")
 
 
@@ -116,11 +116,11 @@ def main() -> None:
   inputs = dict(zip(("--source, its base", "--source, its adapter"), map(Path, pair), strict=True)) if pair else {
       "--source": source}
   files.check_out(out, inputs, overwrite=_OVERWRITE.value, explain_foreign=_explain_foreign)
-  with files.locked(out):
+  with files.lock(out):
     if _TO.value == "orbax":
       to_orbax(hub.resolve(_SOURCE.value), out)
     elif pair:
-      with files.committed(out) as temporary:
+      with files.write_atomically(out) as temporary:
         lora.merge(*hub.resolve_pair(_SOURCE.value), temporary)
     else:
       from imm_jax.training import states  # imported here because orbax takes seconds to import

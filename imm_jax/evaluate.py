@@ -62,7 +62,7 @@ def main() -> None:
   files.check_out(out, {"model": model, **{f"--against={path}": path for path in baselines}},
                   overwrite=_OVERWRITE.value, explain_foreign=_explain_foreign)
   scratch = out.with_name(f".{out.name}.sampling")
-  with files.locked(out), files.committed(out) as folder:
+  with files.lock(out), files.write_atomically(out) as folder:
     facts = evaluate.evaluate(settings, model, scratch, folder, label=model.name)
     files.write_text(folder / "scores.json", json.dumps({"model": settings.model, **facts}, indent=1) + "\n")
   files.remove(scratch)
@@ -70,7 +70,7 @@ def main() -> None:
   _print_protocols(facts, settings)
   print(f"answers and scores: {out}")
   if baselines:
-    model_comparison.report(out, baselines, out / "against.json")
+    model_comparison.print_and_write(out, baselines, out / "against.json")
 
 
 def _print_scores(facts: Mapping[str, Any]) -> None:
@@ -93,7 +93,7 @@ def _print_protocols(facts: Mapping[str, Any], settings: ml_collections.ConfigDi
     limit = "the task's own limit" if task.startswith(questions.LM_EVAL) else (
         f"config.eval.max_new_tokens={protocols.max_new_tokens(settings)}")
     length = f"; {stats.mean_tokens:.1f} tokens an answer, {stats.cut:.1%} cut at {limit}" if stats.mean_tokens else ""
-    print(f"{task}: {stats.rule}{', chat template' * bool(protocol.get('chat'))}{length}")
+    print(f"{task}: {stats.protocol_text}{', chat template' * bool(protocol.get('chat'))}{length}")
     if stats.cut and stats.cut > _MAX_CUT:
       print(f"warning: {task}: {stats.cut:.0%} of the answers were cut at {limit}, and count as they stand; raise it",
             file=sys.stderr)

@@ -20,7 +20,7 @@ _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDI
 
 
 @contextlib.contextmanager
-def committed(target: Path) -> Iterator[Path]:
+def write_atomically(target: Path) -> Iterator[Path]:
   """Yields a path to write a file or folder to, which replaces the target when the block ends without an error.
 
   Whatever an earlier, killed attempt left behind is removed first.
@@ -49,7 +49,7 @@ def committed(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(target: Path, *, wait: bool = False) -> Iterator[None]:
+def lock(target: Path, *, wait: bool = False) -> Iterator[None]:
   """Holds a lock on a target for the length of a block, so that no other process writes it.
 
   Args:
@@ -121,7 +121,7 @@ def check_out(out: Path, inputs: Mapping[str, Path], *, overwrite: bool, explain
 
 def write_text(path: Path, text: str) -> None:
   """Writes a text file in UTF-8, atomically."""
-  with committed(path) as temporary:
+  with write_atomically(path) as temporary:
     temporary.write_text(text, encoding="utf-8")
 
 

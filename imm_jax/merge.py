@@ -35,10 +35,10 @@ from imm_jax.merging.documents import Documents
 from imm_jax.merging.options import REQUIRED, Option
 from imm_jax.merging.recipe import Recipe, Slice
 from imm_jax.merging.recipe_file import YamlLoader, describe_yaml_error
-from imm_jax.merging.registry import Method
+from imm_jax.merging.registry import MergeMethod
 from imm_jax.model import hub
 
-_METHODS = registry.on_disk()
+_METHODS = registry.list_disk_methods()
 _METHOD = flags.DEFINE_enum("method", "imm", list(_METHODS), "The merging method, without --recipe. " + " ".join(
     f"{name}: {method.summary}." for name, method in _METHODS.items()))
 _BASE = flags.DEFINE_string("base", None, "The base model: an HF folder, a hub id or BASE+ADAPTER.")
@@ -61,7 +61,7 @@ _SHARD = flags.DEFINE_string("max_shard_size", "5GB", "Largest size of a weights
 _ALLOW = flags.DEFINE_bool("allow_nonfinite", False, "Also merge tensors that contain NaN or infinity.")
 _FISHERS = flags.DEFINE_list("fishers", [], "For fisher: a folder for each of --models with the diagonal of its Fisher "
                               "matrix.")
-_FLAGS = {name: flags.DEFINE_string(name, None, text) for name, text in registry.option_help().items()}
+_FLAGS = {name: flags.DEFINE_string(name, None, text) for name, text in registry.format_option_help().items()}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -88,7 +88,7 @@ def read_recipe() -> Recipe:
   return Recipe(method.name, (Slice(models, options),), _DTYPE.value, parts=parts)
 
 
-def _read_models(method: Method) -> dict[str, str]:
+def _read_models(method: MergeMethod) -> dict[str, str]:
   """Returns the models that the flags name, by label, in the method's order; raises UserError if they do not fit it."""
   single = {"base": _BASE, "start": _START, "tuned": _TUNED}
   list_input = next((name for name in ("models", "other") if name in method.inputs), None)
@@ -149,7 +149,7 @@ def _write(root: Path, inputs: Mapping[str, Path], write: Callable[[Path], int])
   """Writes --out atomically; `write` writes a folder in its place and returns the number of merges."""
   started = time.monotonic()
   files.check_out(root, inputs, overwrite=_OVERWRITE.value, explain_foreign=command.explain_foreign)
-  with files.locked(root), files.committed(root) as temporary:
+  with files.lock(root), files.write_atomically(root) as temporary:
     count = write(temporary)
     command.record_files(temporary)
   size = sum(weights.stat().st_size for weights in root.rglob("*.safetensors"))

@@ -107,7 +107,7 @@ def main() -> None:
   validate(config)
   if out.exists() and not (out / "recipe.json").exists():
     raise UserError(f"--out={out}: exists and is no pre-trained model (it has no recipe.json); choose another folder")
-  with files.locked(out):  # before the training, so that a folder that cannot be written fails now
+  with files.lock(out):  # before the training, so that a folder that cannot be written fails now
     pretrain(config, out)
 
 
@@ -141,7 +141,7 @@ def pretrain(config: ml_collections.ConfigDict, out: Path) -> None:
       weight_decay=config.weight_decay, grad_clip=config.grad_clip, compute_dtype=jnp.dtype(config.compute_dtype),
       accumulation=1, remat="full", mesh=mesh, log_every=50,
       report=lambda step, **values: losses.append(values["loss"]), label="pretrain").params
-  with files.committed(out) as folder:
+  with files.write_atomically(out) as folder:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
     generation = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "do_sample": False}

@@ -121,7 +121,7 @@ def test_what_importance_cannot_be_measured_on_is_one_line(entry: str, text: byt
   (tmp_path / ("train.txt" if entry.endswith(".txt") else "train.jsonl")).write_bytes(text)
   (tmp_path / "test.jsonl").write_text('{"question": "in no train split", "answer": "#### 1"}')
   with pytest.raises(UserError, match=expected) as caught:
-    analyze_stage.importances(config, TINY, [entry.replace("DIR", str(tmp_path))])
+    analyze_stage.measure_importance(config, TINY, [entry.replace("DIR", str(tmp_path))])
   assert "\n" not in str(caught.value)
 
 
@@ -181,7 +181,7 @@ def test_examples_that_do_not_fit_are_counted(tmp_path: Path):
   rows = [{"question": f"How many? {i}", "answer": f"{text} #### {i}"} for i, text in enumerate(answers)]
   (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   entry = f"gsm8k=file:{tmp_path}"
-  scores = analyze_stage.importances(config, TINY, [entry])[entry]
+  scores = analyze_stage.measure_importance(config, TINY, [entry])[entry]
   assert (scores["examples"], scores["dropped_long"]) == (2, 1)
 
 
@@ -201,7 +201,7 @@ def test_every_corpus_of_the_papers_analyses_is_read(tmp_path: Path):
   tokenizer = load_tokenizer(TINY)
   for name, source in {"mbpp": "mbpp", "math": "math", "bookcorpus": "bookcorpus/all.jsonl"}.items():
     source = tmp_path / source
-    found = analyze_stage.examples_of(config, TINY, f"{name}=file:{source}")
+    found = analyze_stage.load_examples(config, TINY, f"{name}=file:{source}")
     assert len(found) == 2
     for example in found:
       prompt, response = (tokenizer.decode(ids) for ids in example)
@@ -214,7 +214,7 @@ def test_every_corpus_of_the_papers_analyses_is_read(tmp_path: Path):
         assert "Tom sells" in response
         assert example.response[-1] == tokenizer.eos_token_id
   with pytest.raises(UserError, match="task svamp has no train split"):
-    analyze_stage.examples_of(config, TINY, "svamp")
+    analyze_stage.load_examples(config, TINY, "svamp")
 
 
 def test_a_folder_that_holds_more_than_a_result_is_not_replaced(tmp_path: Path):

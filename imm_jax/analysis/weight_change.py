@@ -31,8 +31,8 @@ class LayerChange(NamedTuple):
   @property
   def share(self) -> np.ndarray:
     """Each layer's share of the total change [L], which sums to 1; zeros if nothing has changed."""
-    whole = self.total.sum()
-    return self.total / whole if whole else np.zeros_like(self.total)
+    total = self.total.sum()
+    return self.total / total if total else np.zeros_like(self.total)
 
   def to_json(self) -> dict[str, Any]:
     """Returns `layers`, `share` and `modules` in the form of analysis.json."""

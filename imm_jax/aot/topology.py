@@ -64,7 +64,7 @@ CHIPS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice:
+class TpuSlice:
   """One TPU slice or several equal ones, joined by the network."""
 
   name: str
@@ -99,7 +99,7 @@ class Slice:
     return rounds * size * (len(group) - 1) / len(group) / (links * self.chip.link) if links else 0.0
 
 
-def describe_slice(name: str, *, slices: int = 1) -> Slice:
+def describe_slice(name: str, *, slices: int = 1) -> TpuSlice:
   """Describes a slice by its name: the kind of chip and the chips along each axis, such as `v5e:4x4`.
 
   Raises:
@@ -127,7 +127,7 @@ def describe_slice(name: str, *, slices: int = 1) -> Slice:
                                                **dict(chip.options), **options)
   except Exception as e:  # libtpu raises several kinds
     raise UserError(f"--topology={name}: {str(e).strip().splitlines()[0]} (known are such as {examples})") from e
-  return Slice(name, chip, tuple(lengths), slices, tuple(described.devices))
+  return TpuSlice(name, chip, tuple(lengths), slices, tuple(described.devices))
 
 
 def compile_program(traced: Any) -> Any:

@@ -53,4 +53,4 @@ def run(config: str | os.PathLike[str] | ml_collections.ConfigDict, *, workdir: 
       raise UserError(f"{key}={value!r}: expected a value of type {kind}") from e
   config_checks.validate(settings)
   loop.run(settings, os.fspath(workdir), rerun=rerun)
-  return Results.of(Path(workdir))
+  return Results.read(Path(workdir))

@@ -46,19 +46,19 @@ class Aligned(NamedTuple):
   rows: int
 
 
-def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, made: Mapping[Path, Mapping[str, Any]] | None = None,
+def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, origins: Mapping[Path, Mapping[str, Any]] | None = None,
           ) -> None:
   """Writes one checkpoint for each job, reading the models, which all jobs share, once.
 
   Args:
     jobs: folder to write -> recipe; the recipes may differ in their options only.
     options: see `OutputOptions`.
-    made: folder of a model that is at another place later, or gone -> what merge.json says of it, with `path`.
+    origins: folder of a model that is at another place later, or gone -> what merge.json says of it, with `path`.
 
   Raises:
     UserError: if models or options do not fit, the disk is full, or a value is not finite.
   """
-  recipe, made = next(iter(jobs.values())), made or {}
+  recipe, origins = next(iter(jobs.values())), origins or {}
   first_out = next(iter(jobs))
   _require_compatible(recipe)
   with contextlib.ExitStack() as stack:
@@ -85,7 +85,7 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, made: Mapping[Pat
       which = join_items([f"{name} ({count})" for name, count in overflowed.most_common(5)])
       print(f"note: {sum(overflowed.values())} entries are beyond what {recipe.dtype or 'the dtype'} holds and became "
             f"infinite: {which}; give a wider --out_dtype", file=sys.stderr)
-    inputs = {label: {**made.get(path, {"path": str(path)}), "xxh3_128": result.digests[label]}
+    inputs = {label: {**origins.get(path, {"path": str(path)}), "xxh3_128": result.digests[label]}
               for label, path in job.models.items()}
     _write_record(folder, job, options, inputs, overflowed)
 
@@ -124,7 +124,7 @@ def _find_donor(recipe: Recipe) -> Path:
   return recipe.donor or next(iter(recipe.models.values()))
 
 
-def check(recipe: Recipe) -> tuple[list[Tensor], Aligned | None]:
+def check_recipe(recipe: Recipe) -> tuple[list[Tensor], Aligned | None]:
   """Checks a recipe as far as that needs no tensor to be read; returns what it will write, and its tokenizer.
 
   Raises:

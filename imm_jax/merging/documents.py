@@ -48,7 +48,7 @@ class Documents:
       for i, document in enumerate(self.names):
         recipe = self.read(i, earlier)
         with self._naming(i, root):
-          tensors, aligned = command.check(recipe)
+          tensors, aligned = command.check_recipe(recipe)
           if document is not None:
             earlier[document] = root / document
             _write_headers(earlier[document], recipe, tensors, aligned)
@@ -75,23 +75,23 @@ class Documents:
     if self.names[-1] is not None:
       earlier: dict[str, Path] = {}
       for i, name in enumerate(self.names):
-        made = {folder: {"path": str(final / other)} for other, folder in earlier.items()}
+        origins = {folder: {"path": str(final / other)} for other, folder in earlier.items()}
         recipe = self.read(i, earlier)
         with self._naming(i, out):
-          command.merge({out / name: recipe}, options, made)
+          command.merge({out / name: recipe}, options, origins)
         earlier[name] = out / name
       return len(self.names)
     out.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix=".documents.", dir=out) as scratch:
-      earlier, made = {}, {}
+      earlier, origins = {}, {}
       for i, name in enumerate(self.names):
         folder = out if name is None else Path(scratch) / name
         recipe = self.read(i, earlier)
         with self._naming(i, Path(scratch)):
-          command.merge({folder: recipe}, options, made)
+          command.merge({folder: recipe}, options, origins)
         if name is not None:
           earlier[name] = folder
-          made[folder] = {"path": name, "made_by": json.loads((folder / command.RECORD).read_text(encoding="utf-8"))}
+          origins[folder] = {"path": name, "made_by": json.loads((folder / command.RECORD).read_text(encoding="utf-8"))}
     return len(self.names)
 
 

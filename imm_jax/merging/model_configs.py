@@ -57,7 +57,7 @@ def require_compatible(models: Mapping[str, Path], *, donor: Path | None = None,
 
   Raises:
     UserError: if a config.json is missing, or a mean is meaningless: different families, numbers of heads or
-      activations, or quantised weights.
+      activations, or quantized weights.
   """
   folders = {folder: label for label, folder in reversed(models.items())}  # once, by the first label
   first = next(iter(models.values())) if donor is None else donor
@@ -126,11 +126,11 @@ def update_config(out: Path, *, dtype: str, rows: int | None = None, head: bool 
 
 def ties_embeddings(config: dict[str, Any]) -> bool | None:
   """Returns whether a config.json says that the output head is the embedding; None if it does not say."""
-  said = [part.get("tie_word_embeddings") for _, part in _text_configs(config)]
-  return next((bool(tied) for tied in said if tied is not None), None)
+  values = [part.get("tie_word_embeddings") for _, part in _text_configs(config)]
+  return next((bool(tied) for tied in values if tied is not None), None)
 
 
-def count_layers(folder: Path) -> int | None:
+def read_layer_count(folder: Path) -> int | None:
   """Returns the number of layers of a language model by its config.json; None if that does not say."""
   texts = reversed(_text_configs(files.read_json(folder / "config.json")))
   return next((part[key] for _, part in texts for key in _LAYER_COUNT_KEYS if isinstance(part.get(key), int)), None)
@@ -262,10 +262,11 @@ def _restack_lists(part: dict[str, Any], old: Mapping[str, Any], sources: Sequen
 def _rotary_settings(config: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the settings of the rotary embedding, from configs of the old or the new form."""
   parameters = config.get("rope_parameters") or {}
-  said = {**parameters, **{key: config[key] for key in _ROTARY_FORMS if config.get(key) is not None}}
+  values = {**parameters, **{key: config[key] for key in _ROTARY_FORMS if config.get(key) is not None}}
   scaling = config.get("rope_scaling") or {k: v for k, v in parameters.items() if k not in _ROTARY_FORMS}
   scaling = {k: v for k, v in scaling.items() if v not in (None, "default")}
-  theta, share = (next((said[key] for key in keys if key in said), None) for keys in (_ROTARY_BASES, _ROTARY_SHARES))
+  theta, share = (next((values[key] for key in keys if key in values), None)
+                  for keys in (_ROTARY_BASES, _ROTARY_SHARES))
   # A share of 1, all entries, is the default.
   return {"rope_theta": theta} | ({} if share in (None, 1) else {"partial_rotary_factor": share}) | (
       {"rope_scaling": scaling} if scaling else {})

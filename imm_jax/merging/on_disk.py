@@ -75,7 +75,7 @@ def merge_folders(method: str, models: Mapping[str, Path], outputs: Mapping[Path
   Only weights are written; `folder.copy_side_files` copies the other files.
 
   Args:
-    method: a name in `registry.on_disk()`.
+    method: a name in `registry.list_disk_methods()`.
     models: label -> folder in the method's order, `base` first where it has one, such as
       {"base": ..., "models[0]": ...}.
     outputs: folder to write -> the method's options; a setting may be a number, a list over the layers, or a mapping
@@ -128,7 +128,7 @@ def merge_parts(parts: Sequence[Part], targets: Sequence[tuple[Path, np.dtype | 
     writers = [stack.enter_context(WeightsWriter(folder, [
         (name, _output_dtype(part.source.entries(name)[0], dtype), part.source.entries(name)[0].shape)
         for name, part in tensors], max_shard_bytes)) for folder, dtype in targets]
-    bar = stack.enter_context(progress.bar(total, "merge", "B", unit_scale=True))
+    bar = stack.enter_context(progress.make_bar(total, "merge", "B", unit_scale=True))
     pool = BoundedPool(workers, workers + 2)
     stack.push(lambda kind, *_: pool.close(cancel=kind is not None))
     run = _MergeRun(writers, pool, bar, key, allow_nonfinite)

@@ -108,7 +108,7 @@ class CheckpointSource:
     names, buffers = self.names if names is None else names, Buffers()
     total = sum(e.size * e.dtype.itemsize for name in names for e in self.entries(name))
     # A pass over few tensors is part of the merge, which has its own progress bar.
-    with progress.bar(total, "measure", "B", quiet=not whole, unit_scale=True, leave=False) as bar:
+    with progress.make_bar(total, "measure", "B", quiet=not whole, unit_scale=True, leave=False) as bar:
       for name in names:
         numbers, result = dict(arguments(name)), None
         columns = max(1, self.row_length(name))
@@ -196,7 +196,7 @@ def on_cpu() -> contextlib.AbstractContextManager:
 
 def _cut_layers(counts: Mapping[str, int], folder: Path) -> dict[str, int]:
   """Cuts numbers of layers to that of config.json; checkpoints may hold more, such as one that looks tokens ahead."""
-  count = model_configs.count_layers(folder) if (folder / "config.json").exists() else None
+  count = model_configs.read_layer_count(folder) if (folder / "config.json").exists() else None
   texts = [stack for stack in counts if not _OTHER_STACKS.search(stack)] if len(counts) > 1 else list(counts)
   cut = {stack: min(counts[stack], count) for stack in texts if count and len(texts) == 1}
   return {**counts, **cut}

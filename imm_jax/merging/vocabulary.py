@@ -82,10 +82,10 @@ def save_tokenizer(built: Built, out: Path) -> None:
   It has the class that its source names, which older programs know, and its source's chat templates and code.
   """
   source = Path(built.tokenizer.name_or_path)
-  said = files.read_json(source / _CONFIG) if (source / _CONFIG).exists() else {}
+  tokenizer_config = files.read_json(source / _CONFIG) if (source / _CONFIG).exists() else {}
   built.tokenizer.save_pretrained(out)
   config = files.read_json(out / _CONFIG)
-  if (name := said.get("tokenizer_class")) and config.get("tokenizer_class") != name:
+  if (name := tokenizer_config.get("tokenizer_class")) and config.get("tokenizer_class") != name:
     _write_json(out / _CONFIG, {**config, "tokenizer_class": name})
   beside = ["chat_template.json", *(path.name for path in source.glob("*.py") if config.get("auto_map"))]
   checkpoint_folder.copy_side_files(source, out, [name for name in beside if (source / name).exists()

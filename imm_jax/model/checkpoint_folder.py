@@ -39,7 +39,7 @@ _UNSUPPORTED = {
     r"[^/]*\.gguf": "weights in GGUF ({}), which are not read; take the model in safetensors that they were made from",
     r"pytorch_model[^/]*\.bin(\.index\.json)?|consolidated[^/]*\.pth": "a pickle checkpoint ({}), which is not read; "
     "save it again with save_pretrained(..., safe_serialization=True), and take that folder"}
-# Names of files and tensors that quantisation tools write.
+# Names of files and tensors that quantization tools write.
 _QUANTISED_NAMES = re.compile(r"(quantize|quant|hf_quant)_config\.json|.*\.(qweight|weight_packed|weight\.absmax)")
 # Embeddings in other families, such as GPT-2's wte, which are not stored under the head's name alone.
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|\w*embeddings?|shared)\.weight$")
@@ -99,8 +99,8 @@ def unread_weights(names: Iterable[str]) -> str:
                if re.fullmatch(pattern, name)), "")
 
 
-def refuse_quantised(where: str, names: Iterable[str]) -> None:
-  """Raises UserError if the name of a file or tensor shows that weights are quantised, as config.json may not."""
+def refuse_quantized(where: str, names: Iterable[str]) -> None:
+  """Raises UserError if the name of a file or tensor shows that weights are quantized, as config.json may not."""
   if match := next(filter(_QUANTISED_NAMES.fullmatch, names), None):
     raise UserError(f"{where}: {match} says that its weights are quantised, and such are not read; take the "
                     "unquantised model that they were made from")

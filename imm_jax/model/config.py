@@ -7,7 +7,7 @@ from typing import Any
 from imm_jax import files
 from imm_jax.errors import UserError, join_items, print_once
 from imm_jax.model import checkpoint_folder, config_keys, rope
-from imm_jax.model.numbers import parse_positive
+from imm_jax.model.json_numbers import parse_positive
 from imm_jax.model.rope import RopeScaling
 
 # Upper limits far above any model, to detect damaged files.

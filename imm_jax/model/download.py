@@ -12,7 +12,7 @@ from imm_jax.errors import ResourceError, UserError, join_items
 from imm_jax.model import checkpoint_folder, tokenizer
 from imm_jax.model.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, SIDE_FILES, TEMPLATES, WEIGHTS
 from imm_jax.model.config import ModelConfig
-from imm_jax.model.lora_config import read_settings
+from imm_jax.model.lora_config import read_adapter_config
 
 # Seconds to wait for the hub to list a repository's files.
 _TIMEOUT = 30
@@ -55,7 +55,7 @@ def fetch_model(name: str) -> Path:
     sizes = repository.sizes
     if sizes is None:
       return _complete_from_cache(repository)
-    checkpoint_folder.refuse_quantised(name, sizes)
+    checkpoint_folder.refuse_quantized(name, sizes)
     if not any(file in sizes for file in tokenizer.FILES):
       raise UserError(f"{name}: has no tokenizer on the hub; expected {' or '.join(tokenizer.FILES)}; take a model "
                       "that has, or download it, put the tokenizer beside it, and give that folder")
@@ -82,7 +82,7 @@ def fetch_adapter(name: str) -> Path:
   """Downloads a LoRA adapter as `fetch_model` does a model: adapter_config.json first, then the other files."""
   with _translate_errors(name):
     repository = _open_repository(name, ADAPTER_CONFIG)
-    read_settings(repository.folder, source=name)
+    read_adapter_config(repository.folder, source=name)
     if repository.sizes is None:
       if not (repository.folder / ADAPTER_WEIGHTS).exists():
         raise ConnectionError(f"{repository.offline_reason}; the cache holds only a part of it")

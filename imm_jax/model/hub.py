@@ -21,7 +21,7 @@ def resolve(model: str) -> Path:
   Args:
     model: a folder; `tiny` for the embedded model; a hub id such as `Qwen/Qwen2.5-0.5B-Instruct`, with a revision
       `Qwen/Qwen2.5-0.5B-Instruct@main`; or BASE+ADAPTER, each a folder or a hub id, where ADAPTER is a LoRA adapter of
-      peft, which is merged into its base once and then taken from a cache (`lora.materialise`). Existing folders take
+      peft, which is merged into its base once and then taken from a cache (`lora.materialize`). Existing folders take
       precedence.
 
   Raises:
@@ -33,7 +33,7 @@ def resolve(model: str) -> Path:
   if pair := split_adapter(model):
     from imm_jax.model import lora  # imported here because most runs have no adapter
 
-    return lora.materialise(*resolve_pair(model), name="+".join(_label(part) for part in pair))
+    return lora.materialize(*resolve_pair(model), name="+".join(_label(part) for part in pair))
   resolved = (_EMBEDDED / model if model == "tiny" else _resolve_folder(model) if is_local(model)
               else _download().fetch_model(model))
   if (resolved / checkpoint_folder.ADAPTER_CONFIG).exists() and checkpoint_folder.has_weights(resolved):

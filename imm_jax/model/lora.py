@@ -23,7 +23,7 @@ from imm_jax.model import checkpoint_folder, safetensors
 from imm_jax.model.blocks import BLOCK
 from imm_jax.model.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EMBEDDING, HEAD
 from imm_jax.model.config import read_config
-from imm_jax.model.lora_config import Settings, read_settings
+from imm_jax.model.lora_config import AdapterConfig, read_adapter_config
 from imm_jax.model.safetensors import Entry
 from imm_jax.model.writer import WeightsWriter
 
@@ -69,7 +69,7 @@ def merge(base: Path, adapter: Path, out: Path, *, max_shard_bytes: int = checkp
     planned, changes = _plan_merge(base, adapter, reader)
     tensors = [(t.name, t.dtype, t.stored.shape) for t in planned]
     total = sum(t.stored.size * t.dtype.itemsize for t in planned)
-    with WeightsWriter(out, tensors, max_shard_bytes) as writer, progress.bar(
+    with WeightsWriter(out, tensors, max_shard_bytes) as writer, progress.make_bar(
         total, "merge adapter", "B", unit_scale=True) as bar:
       for tensor in planned:
         begin = 0
@@ -83,7 +83,7 @@ def merge(base: Path, adapter: Path, out: Path, *, max_shard_bytes: int = checkp
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def materialise(base: Path, adapter: Path, *, name: str) -> Path:
+def materialize(base: Path, adapter: Path, *, name: str) -> Path:
   """Merges an adapter into its base in the local cache, once for the contents of both inputs; returns the folder.
 
   The cache is $IMM_JAX_CACHE, or ~/.cache/imm_jax; its folder `adapters` may be emptied at any time. If several
@@ -97,7 +97,7 @@ def materialise(base: Path, adapter: Path, *, name: str) -> Path:
   Raises:
     UserError: as `merge` does, or if the folder cannot be written.
   """
-  read_settings(adapter)
+  read_adapter_config(adapter)
   side = [adapter / file for file in checkpoint_folder.list_side_files(adapter)]
   # A list and not a dict, because one folder may hold both.
   inputs = ((base, [*(base / file for file in checkpoint_folder.list_side_files(base)),
@@ -107,17 +107,17 @@ def materialise(base: Path, adapter: Path, *, name: str) -> Path:
              for root, paths in inputs]
   target = _cache_folder() / "adapters" / f"{name}-{digests[0][:16]}-{digests[1][:16]}-{_CACHE_VERSION}"
   if not target.is_dir():
-    with files.locked(target, wait=True):
+    with files.lock(target, wait=True):
       if not target.is_dir():  # another process may have made it
         print(f"merging the LoRA adapter {adapter} into {base}: {target}", file=sys.stderr, flush=True)
-        with files.committed(target) as temporary:
+        with files.write_atomically(target) as temporary:
           merge(base, adapter, temporary)
   return target
 
 
 def _plan_merge(base: Path, adapter: Path, reader: safetensors.Reader) -> tuple[list[_PlannedTensor], dict[str, Any]]:
   """Plans the tensors to write, in the order of the model, and the changes to config.json."""
-  settings, tied = read_settings(adapter), read_config(base).tie_embeddings
+  settings, tied = read_adapter_config(adapter), read_config(base).tie_embeddings
   stored = checkpoint_folder.read_entries(base)
   where = _weights_file(adapter)
   parts, whole_tensors = _read_adapter(where, stored.keys() | ({HEAD} if tied else set()))
@@ -153,7 +153,7 @@ def _plan_merge(base: Path, adapter: Path, reader: safetensors.Reader) -> tuple[
 
 
 def _find_missing(stored: Mapping[str, Entry], parts: Mapping[str, Mapping[str, Entry]], whole_tensors: Set[str],
-                  settings: Settings) -> list[str]:
+                  settings: AdapterConfig) -> list[str]:
   """Lists the tensors that adapter_config.json calls for and that are missing."""
   problems = []
   for name in sorted(stored):
@@ -181,7 +181,7 @@ def _read_adapter(where: Path, known: set[str]) -> tuple[dict[str, dict[str, Ent
   entries = safetensors.read_entries(where)
   parts: dict[str, dict[str, Entry]] = {}
   whole_tensors: dict[str, Entry] = {}
-  rest, problems = {}, []
+  whole_entries, problems = {}, []
   for key, entry in entries.items():
     if "lora_magnitude_vector" in key:
       raise UserError(f"{entry.path}: holds {key}: DoRA is not supported; merge it with peft's merge_and_unload")
@@ -191,8 +191,8 @@ def _read_adapter(where: Path, known: set[str]) -> tuple[dict[str, dict[str, Ent
     elif name != key and (match := _PART.fullmatch(name)):
       parts.setdefault(match[1], {})[match[2]] = entry
     else:
-      rest[key] = entry
-  for key, entry in rest.items():
+      whole_entries[key] = entry
+  for key, entry in whole_entries.items():
     match = _WHOLE.fullmatch(key.removeprefix(_PREFIX)) if key.startswith(_PREFIX) else None
     # peft stores a module's own tensors below base_layer if and only if the module has an update.
     if match and (match[2] is not None) == (match[1] in parts) and f"{match[1]}.{match[3]}" in known:
@@ -205,7 +205,7 @@ def _read_adapter(where: Path, known: set[str]) -> tuple[dict[str, dict[str, Ent
   return parts, whole_tensors
 
 
-def _plan_update(planned: dict[str, _PlannedTensor], module: str, parts: Mapping[str, Entry], settings: Settings,
+def _plan_update(planned: dict[str, _PlannedTensor], module: str, parts: Mapping[str, Entry], settings: AdapterConfig,
                  reader: safetensors.Reader) -> list[str]:
   """Plans a module's update; returns the problems found."""
   name = f"{module}.weight"
@@ -276,8 +276,8 @@ def _copy_side_files(base: Path, adapter: Path, out: Path) -> None:
   """Copies the base's side files, but the adapter's tokenizer files: all if it has a vocabulary, else those it has."""
   of_model = checkpoint_folder.MODEL_SIDE_FILES
   own = [name for name in checkpoint_folder.list_side_files(adapter) if name not in of_model]
-  whole_tensors = any(name in _VOCABULARY_FILES for name in own)
-  others = [name for name in checkpoint_folder.list_side_files(base) if name in of_model or not whole_tensors]
+  has_vocabulary = any(name in _VOCABULARY_FILES for name in own)
+  others = [name for name in checkpoint_folder.list_side_files(base) if name in of_model or not has_vocabulary]
   checkpoint_folder.copy_side_files(base, out, others)
   checkpoint_folder.copy_side_files(adapter, out, own)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from imm_jax.errors import UserError
-from imm_jax.model.numbers import parse_positive
+from imm_jax.model.json_numbers import parse_positive
 
 
 class LinearScaling(NamedTuple):

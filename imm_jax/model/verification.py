@@ -57,7 +57,7 @@ _ROWS, _LENGTH = 2, 64
 _CONTEXT = 4096
 
 
-class Comparison(NamedTuple):
+class LogitComparison(NamedTuple):
   """Logits of one kind of rows, against transformers in float64.
 
   Attributes:
@@ -117,7 +117,7 @@ def verify(source: Path) -> None:
           f"{c.position}); expected at most {_TIMES} times the {c.torch_error:.1e} of its float32, and {_FLOOR:.0e}")
 
 
-def compare_logits(source: Path) -> list[Comparison]:
+def compare_logits(source: Path) -> list[LogitComparison]:
   """Runs text and random tokens through our decoder in float32 and through transformers' in both; needs torch.
 
   The random tokens reach rows of the embedding that no text does. Of each kind some rows begin at position 0, others
@@ -185,7 +185,7 @@ def _load_torch(source: Path) -> Callable[[_Rows, int | None], np.ndarray]:
     module.float()  # exact, as they were float32
     return out
 
-  def moved(module: torch.nn.Module, forward: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+  def perturb_output(module: torch.nn.Module, forward: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
     out = forward(*args)
     return torch.nextafter(out, out * torch.randint(0, 3, out.shape))  # towards zero, nowhere, or away from it
 
@@ -195,8 +195,8 @@ def _load_torch(source: Path) -> Callable[[_Rows, int | None], np.ndarray]:
 
   def run(rows: _Rows, seed: int | None) -> np.ndarray:
     for module, forward in forwards:
-      manner = in_float64 if seed is None else moved if seed else None
-      module.forward = functools.partial(manner, module, forward) if manner else forward
+      wrap = in_float64 if seed is None else perturb_output if seed else None
+      module.forward = functools.partial(wrap, module, forward) if wrap else forward
     ids = torch.from_numpy(rows.tokens).long()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
       torch.manual_seed(seed or 0)
@@ -207,13 +207,13 @@ def _load_torch(source: Path) -> Callable[[_Rows, int | None], np.ndarray]:
   return run
 
 
-def _compare(rows: _Rows, exact: np.ndarray, ours: np.ndarray, torch_singles: list[np.ndarray]) -> Comparison:
+def _compare(rows: _Rows, exact: np.ndarray, ours: np.ndarray, torch_singles: list[np.ndarray]) -> LogitComparison:
   scale, error = np.abs(exact).max(), np.abs(ours - exact).max(-1)
   torch_error = max(np.abs(logits - exact).max() for logits in torch_singles)
   with np.errstate(invalid="ignore"):  # what is not a number shows in the error
     kl = max(map(_kl, exact, ours.astype(np.float64)))
-  return Comparison(rows.kind, float(error.max() / scale), float(torch_error / scale), float(kl),
-                    float((ours.argmax(-1) == exact.argmax(-1)).mean()), int(rows.positions.flat[error.argmax()]))
+  return LogitComparison(rows.kind, float(error.max() / scale), float(torch_error / scale), float(kl),
+                         float((ours.argmax(-1) == exact.argmax(-1)).mean()), int(rows.positions.flat[error.argmax()]))
 
 
 def _kl(exact: np.ndarray, ours: np.ndarray) -> np.floating:

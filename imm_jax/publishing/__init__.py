@@ -15,7 +15,7 @@ from imm_jax.runs import record as run_record
 
 _CARD = "README.md"
 # Files of a checkpoint besides its side files: weights in all formats that libraries find by name, their indices, an
-# adapter, and the settings of quantised weights.
+# adapter, and the settings of quantized weights.
 _CHECKPOINT_FILE = re.compile(
     r"[^/]*\.safetensors(\.index\.json)?|pytorch_model[^/]*\.bin(\.index\.json)?|consolidated[^/]*\.pth|params\.json|"
     r"(tf_model|flax_model)[^/]*\.(h5|msgpack)(\.index\.json)?|adapter_config\.json|adapter_model\.bin|"
@@ -49,7 +49,7 @@ def push(folder: Path, to: str, *, private: bool = False, revision: str | None =
            *[checkpoint_folder.INDEX] * (folder / checkpoint_folder.INDEX).exists(),
            *(path.name for path in checkpoint_folder.weight_files(folder))]
   check_recorded(root, stage, folder, names)
-  results = Results.of(root)
+  results = Results.read(root)
   if not results.config or not any(model.kind == "base" for model in results.models):
     raise UserError(f"{root}: config.json or what run.json says of base/eval is missing or damaged "
                     f"({join_items(results.problems)})")

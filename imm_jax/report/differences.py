@@ -4,16 +4,16 @@ from collections.abc import Mapping, Sequence
 
 from imm_jax.errors import UserError
 from imm_jax.report.markup import Difference, Section, Table
-from imm_jax.report.results import Model, Results
+from imm_jax.report.results import EvaluatedModel, Results
 from imm_jax.statistics import model_comparison
 from imm_jax.statistics.model_comparison import Answers, Comparison
 
 POOLED = "all out of domain"
-_HOW = ("The models of a line answered the same questions and are compared question by question: the difference in "
-        "accuracy with its 95 % interval (paired bootstrap). A star marks a difference that is real at 5 %: p of "
-        "McNemar's test (mid-p), corrected by Holm over the columns of the line, not over the lines; so an interval "
-        "that leaves 0 out may have none. Real is what other questions of the kind would show, too; another seed of "
-        "the run may show something else.")
+_NOTE = ("The models of a line answered the same questions and are compared question by question: the difference in "
+         "accuracy with its 95 % interval (paired bootstrap). A star marks a difference that is real at 5 %: p of "
+         "McNemar's test (mid-p), corrected by Holm over the columns of the line, not over the lines; so an interval "
+         "that leaves 0 out may have none. Real is what other questions of the kind would show, too; another seed of "
+         "the run may show something else.")
 
 
 def make_section(results: Results) -> Section:
@@ -33,7 +33,7 @@ def compare_runs(runs: Mapping[str, Results]) -> list[Table | str]:
   return _make_parts(compared, [task for run in runs.values() for task in run.ood_tasks], "run", "runs_")
 
 
-def compare_models(run: Results, model: Model, other_run: Results, other: Model) -> Comparison:
+def compare_models(run: Results, model: EvaluatedModel, other_run: Results, other: EvaluatedModel) -> Comparison:
   """Compares one model with another; if their answers cannot be compared, the result has only notes."""
   first, second = _read_answers(run, model), _read_answers(other_run, other)
   notes = [note for _, more in (first, second) for note in more]
@@ -45,7 +45,7 @@ def compare_models(run: Results, model: Model, other_run: Results, other: Model)
   return Comparison(comparison.lines, (*notes, *comparison.notes))
 
 
-def _read_answers(run: Results, model: Model) -> tuple[dict[str, Answers], list[str]]:
+def _read_answers(run: Results, model: EvaluatedModel) -> tuple[dict[str, Answers], list[str]]:
   """Reads the answers of a model by task; returns them and notes on what cannot be read."""
   answers, notes = {}, []
   for task in (run.id_task, *run.ood_tasks):
@@ -68,10 +68,10 @@ def _make_parts(compared: Sequence[tuple[str, str, Comparison]], ood_tasks: Sequ
   rows = [[a, b, *({line.label: _to_cell(line) for line in comparison.lines}.get(label) for label in labels)]
           for a, b, comparison in compared if comparison.lines]
   tests = [[a, b, line.label, paired.n, paired.first, paired.second, _to_cell(line), paired.wins, paired.losses,
-            paired.p, line.p, "yes" if line.real else "no"]
+            paired.p, line.p, "yes" if line.significant else "no"]
            for a, b, comparison in compared for line in comparison.lines for paired in (line.paired,)]
   tables = [
-      _HOW,
+      _NOTE,
       Table(f"{prefix}differences", f"Differences, {subject} less the other; * is real",
             [subject, "against", *labels], rows),
       Table(f"{prefix}tests", "The tests behind them", [
@@ -82,4 +82,4 @@ def _make_parts(compared: Sequence[tuple[str, str, Comparison]], ood_tasks: Sequ
 
 def _to_cell(line: model_comparison.Line) -> Difference:
   paired = line.paired
-  return Difference(paired.value, paired.n, paired.low, paired.high, line.real)
+  return Difference(paired.value, paired.n, paired.low, paired.high, line.significant)

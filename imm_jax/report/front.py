@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from imm_jax.report import figures, groups
-from imm_jax.report.figures import MODELS, Line, Panel
+from imm_jax.report.figures import MODELS, Curve, Panel
 from imm_jax.report.groups import Group
 from imm_jax.report.markup import Plot, Section, Table
 from imm_jax.report.reading import is_number
-from imm_jax.report.results import Model, Results
+from imm_jax.report.results import EvaluatedModel, Results
 
 # (accuracy in domain, accuracy out of domain)
 Point = tuple[float, float]
@@ -19,9 +19,9 @@ _SWEEP = ("#56B4E9", "v", "merged at other weights")
 _LINE = ("#666666", "none", "--")
 _ID, _TITLE = "front", "In and out of domain at once"
 _AXES = {"x": "accuracy in domain", "y": "accuracy out of domain", "named": True, "counts": False}
-_HOW = ("A point is a model; the line joins those that no other beats in both. Hypervolume is the area that a run's "
-        "models dominate above a reference point: its base (only what is better than the base in both counts), or the "
-        "base's accuracy in domain and 0 out of it (what is gained in domain, times what is left out of domain). ")
+_NOTE = ("A point is a model; the line joins those that no other beats in both. Hypervolume is the area that a run's "
+         "models dominate above a reference point: its base (only what is better than the base in both counts), or the "
+         "base's accuracy in domain and 0 out of it (what is gained in domain, times what is left out of domain). ")
 _MEASURES = ("hypervolume above the base", "hypervolume above (base in domain, 0)", "out of domain at equal ID")
 
 
@@ -84,7 +84,7 @@ def run_section(run: Results) -> Section:
   """Makes the section of one run."""
   if not _has_pareto_front(run):
     return Section(_ID, _TITLE, [])
-  by_kind: dict[str, list[Model]] = {}
+  by_kind: dict[str, list[EvaluatedModel]] = {}
   for m in run.models:
     by_kind.setdefault(m.kind.partition(" ")[0] + " at" * (" " in m.kind), []).append(m)
   lines = [_make_line(run, by_kind[kind], label, (colour, marker)) for kind, (colour, marker, label) in
@@ -105,15 +105,15 @@ def runs_section(runs: Mapping[str, Results], grouped: Sequence[Group]) -> Secti
   equal_id, description = choose_equal_id(list(eligible.values()))
   members_by_group = [(group, [run for name, run in group.runs.items() if name in eligible]) for group in grouped]
   base = [_point(run, run.models[0]) for run in eligible.values()]
-  lines = [Line(MODELS["base"][2], *MODELS["base"][:2], "none", *zip(*dict.fromkeys(base), strict=True))]
+  lines = [Curve(MODELS["base"][2], *MODELS["base"][:2], "none", *zip(*dict.fromkeys(base), strict=True))]
   for group, members in members_by_group:
     points = [_point(run, m) for run in members for m in run.models if m.kind != "base"]
     if points:
       # Other plots distinguish the settings of a method by line styles; here there are only markers.
       styles = [(group.style[0], figures.next_marker(group.style[1], i)) for i in range(len(figures.SERIES))]
       used = {(line.colour, line.marker) for line in lines}
-      style = next((look for look in styles if look not in used), group.style)
-      lines.append(Line(group.label, *style, "none", *zip(*points, strict=True)))
+      style = next((candidate for candidate in styles if candidate not in used), group.style)
+      lines.append(Curve(group.label, *style, "none", *zip(*points, strict=True)))
   measures = {name: _measure(run, equal_id) for name, run in eligible.items()}
   rows = [[name, groups.method_label(run), equal_id, *measures[name]] for name, run in eligible.items()]
   means = []
@@ -139,22 +139,23 @@ def _has_pareto_front(run: Results) -> bool:
 
 
 def _explanation(equal_id: float, description: str) -> str:
-  return (f"{_HOW}Equal ID is {equal_id:.3f} in domain, {description}: there a run has what straight lines between its "
-          "models give, from round to round of those that are handed on, and in each round from the base over merged "
-          "models, by their weight, to the tuned one; of several the highest. What lies on such a line is no model.")
+  return (f"{_NOTE}Equal ID is {equal_id:.3f} in domain, {description}: there a run has what straight lines between "
+          "its models give, from round to round of those that are handed on, and in each round from the base over "
+          "merged models, by their weight, to the tuned one; of several the highest. What lies on such a line is no "
+          "model.")
 
 
-def _point(run: Results, model: Model) -> Point:
+def _point(run: Results, model: EvaluatedModel) -> Point:
   return run.in_domain(model).value, run.out_of_domain(model).value
 
 
-def _make_line(run: Results, models: Sequence[Model], label: str, style: tuple[str, str]) -> Line:
-  return Line(label, *style, "none", *zip(*(_point(run, m) for m in models), strict=True))
+def _make_line(run: Results, models: Sequence[EvaluatedModel], label: str, style: tuple[str, str]) -> Curve:
+  return Curve(label, *style, "none", *zip(*(_point(run, m) for m in models), strict=True))
 
 
-def _plot(lines: Sequence[Line], runs: Sequence[Results]) -> list[Plot]:
+def _plot(lines: Sequence[Curve], runs: Sequence[Results]) -> list[Plot]:
   best = pareto_front([_point(run, m) for run in runs for m in run.models])
-  line = Line("no other is better in both", *_LINE, *zip(*best, strict=True))
+  line = Curve("no other is better in both", *_LINE, *zip(*best, strict=True))
   return [Plot("front", "Accuracy out of domain over accuracy in domain of every model, and a line through those that "
                "no other beats in both; the tables below have the values", figures.draw,
                (Panel("every model", lines=(*lines, line), **_AXES),))]
@@ -168,9 +169,9 @@ def _measure(run: Results, equal_id: float) -> list[float | None]:
   return [hypervolume(points, points[0]), hypervolume(points, (points[0][0], 0.0)), max(out_values, default=None)]
 
 
-def _model_paths(run: Results) -> list[Sequence[Model]]:
+def _model_paths(run: Results) -> list[Sequence[EvaluatedModel]]:
   """Lists paths of models: those handed on from round to round, and in each round from base to tuned by weight."""
-  paths: list[Sequence[Model]] = [run.handed_on()]
+  paths: list[Sequence[EvaluatedModel]] = [run.handed_on()]
   for t in dict.fromkeys(m.round for m in run.models[1:]):
     tuned = [m for m in run.models if (m.kind, m.round) == ("sft", t)]
     weighed = [(weight, m) for m in run.models if m.round == t and (weight := _base_weight(run, m)) is not None]
@@ -179,7 +180,7 @@ def _model_paths(run: Results) -> list[Sequence[Model]]:
   return paths
 
 
-def _base_weight(run: Results, model: Model) -> float | None:
+def _base_weight(run: Results, model: EvaluatedModel) -> float | None:
   """Returns the weight of the base in a merged model, if it is a single number."""
   kind, _, weight = model.kind.partition(" ")
   try:

@@ -64,7 +64,7 @@ class StatusWriter:
   def __enter__(self) -> "StatusWriter":
     if distributed.is_main():
       self._write()
-      self._stack.enter_context(signals.before_forced_end(lambda reason: self._end("stopped", reason)))
+      self._stack.enter_context(signals.call_before_exit(lambda reason: self._end("stopped", reason)))
       threading.Thread(target=self._write_regularly, daemon=True).start()
     return self
 

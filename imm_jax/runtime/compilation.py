@@ -47,7 +47,7 @@ def enable_cache(setting: str = "auto") -> Path | None:
   folder = Path(path).expanduser().absolute() if path else _user_folder()
   try:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if _others_write(folder):
+    if _is_writable_by_others(folder):
       print_once(f"warning: compiled programs are not kept, for other users can write to {folder}, and what lies there "
                  f"is run: `chmod go-w {folder}`, or name another folder")
       return _turn_off()  # jax itself would use a folder that the environment names
@@ -82,7 +82,7 @@ def _user_folder() -> Path:
   return (Path(cache) if os.path.isabs(cache) else Path("~/.cache").expanduser()) / "imm_jax" / f"jit-{kind}"
 
 
-def _others_write(folder: Path) -> bool:
+def _is_writable_by_others(folder: Path) -> bool:
   """Returns whether users other than this one can write to a folder; those of its own group are trusted."""
   status = folder.stat()
   return bool(status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and status.st_gid != os.getegid()))

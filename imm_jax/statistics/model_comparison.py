@@ -57,9 +57,9 @@ class Line(NamedTuple):
     return self.task if self.metric == "correct" else f"{self.task}, {_describe_metric(self.metric)}"
 
   @property
-  def real(self) -> bool:
+  def significant(self) -> bool:
     """Returns whether the corrected p-value is below 0.05."""
-    return paired_tests.is_real(self.p)
+    return paired_tests.is_significant(self.p)
 
 
 class Comparison(NamedTuple):
@@ -212,7 +212,7 @@ def format_table(result: Comparison, this: Path, other: Path) -> str:
   head = ["", "n", "this", "other", "difference", "only this", "only other", "p", "p (Holm)", "real at 5 %"]
   rows = [[line.label, str(d.n), f"{d.first:.3f}", f"{d.second:.3f}", f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]",
            *("" if count is None else str(count) for count in (d.wins, d.losses)), f"{d.p:.2g}", f"{line.p:.2g}",
-           "yes" if line.real else "no"] for line in result.lines for d in (line.paired,)]
+           "yes" if line.significant else "no"] for line in result.lines for d in (line.paired,)]
   widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
   text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
           for row in (head, *rows)]
@@ -228,7 +228,7 @@ def to_json(result: Comparison, other: Path) -> dict[str, Any]:
   return {"against": str(other), "tests": [
       {"task": line.task, "metric": line.metric, "n": d.n, "this": d.first, "other": d.second, "difference": d.value,
        "low": d.low, "high": d.high, "only_this": d.wins, "only_other": d.losses, "p": d.p, "p_holm": line.p,
-       "real": line.real} for line in result.lines for d in (line.paired,)], "notes": list(result.notes)}
+       "real": line.significant} for line in result.lines for d in (line.paired,)], "notes": list(result.notes)}
 
 
 def read_protocols(folder: Path) -> dict[str, str]:
@@ -246,7 +246,7 @@ def read_protocols(folder: Path) -> dict[str, str]:
 
 
 def _describe_protocol(protocol: Mapping[str, Any]) -> str:
-  """Describes a protocol as `evaluate.describe` recorded it; records of older versions have fewer keys."""
+  """Describes a protocol as `evaluate.describe_protocol` recorded it; records of older versions have fewer keys."""
   parts = [f"protocol {protocol['name']} with worked examples: {protocol['shots']}",
            *["chat template"] * bool(protocol.get("chat")),
            *(f"{text} {protocol[key]!r}" for key, text in (
@@ -255,7 +255,7 @@ def _describe_protocol(protocol: Mapping[str, Any]) -> str:
   return ", ".join(parts)
 
 
-def report(this: Path, baselines: Mapping[Path, Mapping[str, Answers]], out: Path | None) -> None:
+def print_and_write(this: Path, baselines: Mapping[Path, Mapping[str, Answers]], out: Path | None) -> None:
   """Compares a folder's answers with those of other folders; prints the tables and writes the tests to a JSON file.
 
   Args:

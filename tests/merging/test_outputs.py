@@ -122,7 +122,7 @@ def test_an_input_of_any_kind_is_never_replaced(pair, tmp_path: Path):
 
 
 def test_base_and_adapter_of_a_model_are_inputs(pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-  monkeypatch.setattr("imm_jax.model.lora.materialise", lambda *_, name: pair[1])
+  monkeypatch.setattr("imm_jax.model.lora.materialize", lambda *_, name: pair[1])
   adapter = tmp_path / "adapter"
   adapter.mkdir()
   (tmp_path / "recipe.yml").write_text(yaml.safe_dump(linear(f"{pair[0]}+{adapter}")))

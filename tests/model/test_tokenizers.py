@@ -189,7 +189,7 @@ def test_the_sampler_s_tokens_are_the_ids_that_are_trained_on(
   # The string names a token that is never drawn, and so may show as text alone.
   answers = sampler.generate([Prompt(q, prompts.build_prompt(q)) for q in questions], max_new_tokens=4, num_samples=8,
                              temperatures=(0.0, 2.0), stop=("[PAD]",))
-  ids, encode = dict(drawn), fine_tune.encoder(tiny.get_config(), model)
+  ids, encode = dict(drawn), fine_tune.make_encoder(tiny.get_config(), model)
   canonical = {False: 0, True: 0}
   for question, group in zip(questions, answers, strict=True):
     prompt = sampler.tokenizer(prompts.build_prompt(question))["input_ids"]
@@ -246,5 +246,5 @@ def test_the_end_that_a_chat_learns_is_its_templates(
   config = tiny.get_config()
   for style, end in (("chat", learned), ("paper", 0)):
     config.prompt.style = style
-    encode = fine_tune.encoder(config, tmp_path)
+    encode = fine_tune.make_encoder(config, tmp_path)
     assert encode({"question": "1 + 1?", "response": "It is 2."}).response[-1] == end

@@ -245,7 +245,7 @@ def test_a_hundred_thousand_answers_load_in_three_seconds_and_are_searched_in_on
 def test_runs_side_by_side_are_drawn_and_their_answers_filtered_by_run(browser, tmp_path: Path):
   long = f"star_{'x' * 80}"
   roots = [report_runs.make(tmp_path / name, method=name.partition("_")[0]) for name in ("imm", long)]
-  compare.write([Results.of(root) for root in roots], tmp_path / "page")
+  compare.write([Results.read(root) for root in roots], tmp_path / "page")
   browser.get_log("browser")
   browser.get(f"file://{tmp_path}/page/index.html")
   show_answers(browser)

@@ -177,4 +177,4 @@ def test_a_figure_of_no_known_name_keeps_nothing_away(run: Path, tmp_path: Path,
   change(lambda r: r["stages"]["base/eval"]["facts"]["scores"]["stories"].update(
       {name: r["stages"]["base/eval"]["facts"]["scores"]["stories"]["greedy"]}))(root)
   live.write(root, tmp_path / "out")
-  assert name not in results.Results.of(root).models[0].sampled.get("stories", {})
+  assert name not in results.Results.read(root).models[0].sampled.get("stories", {})

@@ -34,7 +34,7 @@ def set_verdicts(root: Path, name: str, task: str, right: int) -> None:
   path = root / name / f"{task}.jsonl"
   rows = [json.loads(line) | {"correct": q < right} for q, line in enumerate(path.read_text().splitlines())]
   report_runs.write_rows(path, rows)
-  score = accuracy.accuracy(right, len(rows))._asdict()
+  score = accuracy.compute_accuracy(right, len(rows))._asdict()
   report_runs.change(lambda r: r["stages"][name]["facts"]["scores"][task].update(greedy=score))(root)
 
 
@@ -43,7 +43,7 @@ def tables(section: Section) -> dict[str, Table]:
 
 
 def test_every_pair_of_models_is_tested_on_every_task(root: Path):
-  found = tables(differences.make_section(Results.of(root)))
+  found = tables(differences.make_section(Results.read(root)))
   rows = list(csv.DictReader(to_csv(found["tests"]).splitlines()))
   folders = {"base": "base/eval"} | {f"round {t} {kind}": f"round_{t}/eval/{kind}"
                                      for t in (0, 1) for kind in ("sft", "merged")}
@@ -82,7 +82,7 @@ def test_what_is_real_has_a_star_and_is_what_the_page_says_first(root: Path, tmp
 
 
 def test_a_method_that_does_not_merge_and_one_task(tmp_path: Path):
-  run = Results.of(report_runs.make(tmp_path / "star", method="star", ood=()))
+  run = Results.read(report_runs.make(tmp_path / "star", method="star", ood=()))
   section = differences.make_section(run)
   assert [row[:2] for row in tables(section)["differences"].rows] == [
       ["round 0 sft", "base"], ["round 1 sft", "base"]]
@@ -102,16 +102,16 @@ def test_answers_that_cannot_be_compared_are_left_out_and_named(root: Path, tmp_
   shutil.copytree(root, run)
   path = run / "round_1/eval/merged/groups.jsonl"
   damage(path)
-  section = differences.make_section(Results.of(run))
+  section = differences.make_section(Results.read(run))
   assert any(said.format(path=path) in part for part in section.parts if isinstance(part, str))
   assert len(tables(section)["differences"].rows) in (4, 6)  # other pairs stay
   assert "Config and versions" in report_runs.quick(run)
 
 
 def test_runs_are_compared_with_the_first(root: Path, tmp_path: Path):
-  runs = {"imm": Results.of(root), "star": Results.of(report_runs.make(tmp_path / "star", method="star", seed=5,
-                                                                       questions=40)),
-          "other": Results.of(report_runs.make(tmp_path / "other", task="svamp", ood=()))}
+  runs = {"imm": Results.read(root), "star": Results.read(report_runs.make(tmp_path / "star", method="star", seed=5,
+                                                                           questions=40)),
+          "other": Results.read(report_runs.make(tmp_path / "other", task="svamp", ood=()))}
   section = next(part for part in compare.make_sections(runs, {}, tmp_path) if part.id == "differences")
   found = tables(section)
   assert [row[:2] for row in found["runs_differences"].rows] == [["star: round 1 sft", "imm: round 1 merged"]]

@@ -11,7 +11,7 @@ from imm_jax.methods import METHODS
 from imm_jax.report import compare, figures, front, groups
 from imm_jax.report.figures import Panel
 from imm_jax.report.markup import Plot, Section, Table
-from imm_jax.report.results import Model, Results
+from imm_jax.report.results import EvaluatedModel, Results
 from imm_jax.statistics.accuracy import Accuracy
 from tests import report_runs
 
@@ -56,10 +56,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(made: Path, method: str, *models: tuple[str, int, float, float], name: str = "run", **facts: float) -> Results:
   """A run of these models: kind, round, accuracy in domain, and of each task out of it."""
-  found = Results.of(made)
+  found = Results.read(made)
   return found._replace(
       root=Path(name), method=method, config=found.config | {"method": method}, models=tuple(
-          Model(kind, t, {"stories": score(a), "groups": score(b), "choice": score(b)}, {}, {})
+          EvaluatedModel(kind, t, {"stories": score(a), "groups": score(b), "choice": score(b)}, {}, {})
           for kind, t, a, b in models),
       stages={"round_0/merged": {"facts": facts}})
 
@@ -128,7 +128,7 @@ def test_runs_of_different_tasks_have_no_front(made: Path):
 
 
 def test_the_page_of_several_runs_has_the_front_and_the_drift(tmp_path: Path):
-  runs = [Results.of(report_runs.make(tmp_path / name, method=name, rounds=1)) for name in ("imm", "star")]
+  runs = [Results.read(report_runs.make(tmp_path / name, method=name, rounds=1)) for name in ("imm", "star")]
   compare.write(runs, tmp_path / "out")
   for name in ("front.png", "drift.png", "nondominated.csv"):
     assert (tmp_path / "out" / name).exists()

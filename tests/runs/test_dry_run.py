@@ -8,7 +8,7 @@ import pytest
 from configs import tiny
 from imm_jax import config_checks, loop, tasks
 from imm_jax.runs import record
-from imm_jax.runs.run import Model, Run
+from imm_jax.runs.run import Checkpoint, Run
 from imm_jax.stages import questions
 
 
@@ -29,8 +29,8 @@ def test_a_dry_run_reads_no_text_of_the_hub(monkeypatch, tmp_path, capsys):
 def test_a_dry_run_takes_a_model_of_the_hub_as_unchanged(tmp_path, capsys):
   config, root = tiny.get_config(), tmp_path / "run"
   config.model = "HuggingFaceTB/SmolLM2-135M"
-  stage = loop.plan(Run(config, root, Model(Path(config.model), "base")))[0]
-  inputs = record.collect_inputs(stage, {"stages": {}}, {"base": "digest", **questions.digests(config)})
+  stage = loop.plan(Run(config, root, Checkpoint(Path(config.model), "base")))[0]
+  inputs = record.collect_inputs(stage, {"stages": {}}, {"base": "digest", **questions.compute_digests(config)})
   (root / stage.name).mkdir(parents=True)
   for name, content in {"config": config.to_dict(), "run": {"stages": {stage.name: {
       "inputs": inputs, "output": "digest", "bytes": 0, "facts": {}}}}}.items():

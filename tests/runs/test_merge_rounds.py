@@ -11,12 +11,13 @@ from configs import common, tiny
 from imm_jax import config_checks, loop, merging, methods
 from imm_jax.errors import UserError
 from imm_jax.merging import registry
-from imm_jax.runs.run import Model, Run
+from imm_jax.runs.run import Checkpoint, Run
 from imm_jax.stages import merge, merge_settings
 from tests import REPO
 from tests.merge_folders import read, write
 
-METHODS = [name for name, method in registry.on_disk().items() if "fishers" not in method.inputs and method.most != 1]
+METHODS = [name for name, method in registry.list_disk_methods().items()
+           if "fishers" not in method.inputs and method.max_models != 1]
 # LiNeS scales by layer, and iimm by importance; the others give the base and the tuned model at the two ends.
 MEANS = [name for name in METHODS if merge_settings.has_strength(name) and name not in ("lines", "iimm")]
 
@@ -33,9 +34,9 @@ def trees() -> dict[str, dict[str, np.ndarray]]:
 
 
 @pytest.fixture
-def models(trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> merge.Models:
+def models(trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> merge.MergeInputs:
   folders = {name: write(tmp_path / name, tree) for name, tree in trees.items()}
-  return merge.Models(folders["base"], folders["start"], [folders["tuned"]], None)
+  return merge.MergeInputs(folders["base"], folders["start"], [folders["tuned"]], None)
 
 
 def settings(method: str, **changes: object) -> ml_collections.ConfigDict:
@@ -47,14 +48,14 @@ def settings(method: str, **changes: object) -> ml_collections.ConfigDict:
   return config
 
 
-def merged(config: ml_collections.ConfigDict, models: merge.Models, out: Path) -> dict[str, np.ndarray]:
+def merged(config: ml_collections.ConfigDict, models: merge.MergeInputs, out: Path) -> dict[str, np.ndarray]:
   merge.merge(config, models, 0, None, out)
   return read(out)
 
 
 @pytest.mark.parametrize("method", MEANS)
 def test_a_base_weight_leads_from_the_tuned_model_to_the_base(
-    method: str, models: merge.Models, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
+    method: str, models: merge.MergeInputs, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
   """Where nothing is dropped; half of the way, linear methods are the mean."""
   for weight, wanted in ((0.0, trees["tuned"]), (1.0, trees["base"])):
     found = merged(settings(method, base_weight=weight), models, tmp_path / f"{weight}")
@@ -68,18 +69,18 @@ def test_a_base_weight_leads_from_the_tuned_model_to_the_base(
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in (*MEANS, "iimm", "model_stock")])
 def test_methods_without_a_strength_are_those_of_the_library(
-    method: str, models: merge.Models, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
+    method: str, models: merge.MergeInputs, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
   config = settings(method, base_weight=0.25)
   found = merged(config, models, tmp_path / "out")
   base, tuned = trees["base"], trees["tuned"]
   inputs = {("base", "other"): [base, tuned], ("base", "models"): [base, [tuned]]}.get(
       registry.METHODS[method].inputs, [[base, tuned]])
-  options = merge_settings.options_of(config, 0.25, None)
+  options = merge_settings.collect_options(config, 0.25, None)
   for name, value in getattr(merging, method)(*inputs, **options).items():
     np.testing.assert_allclose(found[name], np.asarray(value), rtol=0, atol=1e-6, err_msg=name)
 
 
-def test_layers_have_weights_of_their_own(models: merge.Models, trees: dict[str, dict[str, np.ndarray]],
+def test_layers_have_weights_of_their_own(models: merge.MergeInputs, trees: dict[str, dict[str, np.ndarray]],
                                           tmp_path: Path) -> None:
   for method in ("linear", "task_arithmetic", "wise_ft"):
     found = merged(settings(method, base_weight=(1.0, 0.0)), models, tmp_path / method)
@@ -89,7 +90,7 @@ def test_layers_have_weights_of_their_own(models: merge.Models, trees: dict[str,
       np.testing.assert_allclose(found[name], wanted, rtol=0, atol=1e-6)
 
 
-def test_lines_is_linear_in_depth(models: merge.Models, trees: dict[str, dict[str, np.ndarray]],
+def test_lines_is_linear_in_depth(models: merge.MergeInputs, trees: dict[str, dict[str, np.ndarray]],
                                   tmp_path: Path) -> None:
   """alpha + beta (l - 1) / (L - 1) of layer l (arXiv 2410.17146, eq. 3), times 1 - base_weight."""
   config = settings("", base_weight=0.5)
@@ -101,7 +102,7 @@ def test_lines_is_linear_in_depth(models: merge.Models, trees: dict[str, dict[st
     np.testing.assert_allclose(found[name], wanted, rtol=0, atol=1e-6)
 
 
-def test_model_stock_merges_the_rounds_so_far(models: merge.Models, trees: dict[str, dict[str, np.ndarray]],
+def test_model_stock_merges_the_rounds_so_far(models: merge.MergeInputs, trees: dict[str, dict[str, np.ndarray]],
                                               tmp_path: Path) -> None:
   config = settings("model_stock")
   first = merged(config, models, tmp_path / "first")  # one model is no stock: it is handed on
@@ -111,13 +112,13 @@ def test_model_stock_merges_the_rounds_so_far(models: merge.Models, trees: dict[
   found = merged(config, several, tmp_path / "second")
   for name, value in merging.model_stock(trees["base"], [trees["start"], trees["tuned"]]).items():
     np.testing.assert_allclose(found[name], np.asarray(value), rtol=0, atol=1e-6, err_msg=name)
-  run = Run(config, Path("run"), Model(Path("base"), "base"))
+  run = Run(config, Path("run"), Checkpoint(Path("base"), "base"))
   stages = {s.name: s for s in loop.plan(run)}
   assert stages["round_0/merged"].plan == "the tuned model, for model_stock merges several"
   assert {"round_0/sft", "round_1/sft", "round_2/sft"} < {*stages["round_2/merged"].needs}
 
 
-def test_masks_follow_seed_and_round(models: merge.Models, tmp_path: Path) -> None:
+def test_masks_follow_seed_and_round(models: merge.MergeInputs, tmp_path: Path) -> None:
   config = settings("dare_linear", drop_rate=0.5, base_weight=0.0)
   outs = []
   for i, (seed, round_) in enumerate(((0, 0), (0, 0), (0, 1), (1, 0))):
@@ -168,7 +169,7 @@ def test_what_cannot_be_merged_is_said_before_the_run(given: dict, message: str)
 def test_what_a_method_starts_from(method: str, start: str, needs: list[str]) -> None:
   config = tiny.get_config()
   config.method, config.rounds = method, 2
-  stages = {s.name: s for s in loop.plan(Run(config, Path("run"), Model(Path("base"), "base")))}
+  stages = {s.name: s for s in loop.plan(Run(config, Path("run"), Checkpoint(Path("base"), "base")))}
   assert stages["round_1/sft"].needs[0] == start
   assert stages["round_1/samples.jsonl"].needs[0] == ("round_0/sft" if method != "lines" else start)
   assert {*needs} <= stages.keys()
@@ -179,7 +180,7 @@ def test_what_a_method_starts_from(method: str, start: str, needs: list[str]) ->
     {"merge.method": "ties", "merge.options.weights": 0.4}, {"merge.method": "ties", "merge.options.normalize": True},
     {"merge.method": "wise_ft", "merge.options.alpha": 0.4}], ids=str)
 def test_a_weight_that_an_option_overrides_is_neither_swept_nor_recorded(
-    given: dict, models: merge.Models, tmp_path: Path) -> None:
+    given: dict, models: merge.MergeInputs, tmp_path: Path) -> None:
   outs = []
   for weight in (0.2, 0.9):
     config = tiny.get_config()
@@ -204,12 +205,12 @@ def test_a_weight_that_an_option_overrides_is_neither_swept_nor_recorded(
 def test_the_plan_says_what_decides_a_merge(given: dict, said: str) -> None:
   config = tiny.get_config()
   config.update_from_flattened_dict(given)
-  stages = {s.name: s for s in loop.plan(Run(config, Path("run"), Model(Path("base"), "base")))}
+  stages = {s.name: s for s in loop.plan(Run(config, Path("run"), Checkpoint(Path("base"), "base")))}
   assert stages["round_0/merged"].plan == said
 
 
 def test_a_round_without_answers_merges_unless_the_merged_model_is_handed_on(
-    models: merge.Models, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
+    models: merge.MergeInputs, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
   """wise_ft's last model is star's merged with the base, and star's last one is then what the round started from."""
   (tmp_path / "train.jsonl").touch()
   empty = models._replace(tuned=[models.start], train=tmp_path / "train.jsonl")

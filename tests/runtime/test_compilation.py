@@ -95,7 +95,7 @@ def test_a_folder_that_others_can_write_to_is_not_used(
     kept: bool) -> None:
   tmp_path.chmod(mode)
   monkeypatch.setattr(os, "getegid", lambda: tmp_path.stat().st_gid + group)
-  assert compilation._others_write(tmp_path) is not kept
+  assert compilation._is_writable_by_others(tmp_path) is not kept
   if mode == 0o777:
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")  # put back afterwards
     before = jax.config.jax_enable_compilation_cache

@@ -41,12 +41,12 @@ def test_examples_of_prompts_and_real_answers_are_rows_with_a_worked_answer_and_
   config = _half_worked(tmp_path / "a")
   config.prompt.few_shot, config.task.questions_per_round = 3, 0
   config_checks.validate(config)
-  found = questions.of_round(config, 0)
+  found = questions.load_round(config, 0)
   assert len(found.shots) == 3
   assert all(e.rationale for e in found.shots)
-  assert len(found.asked) == 6
-  assert not {e.id for e in found.asked} & {e.id for e in found.shots}
-  assert sum(not e.rationale for e in found.asked) == 5
+  assert len(found.round_questions) == 6
+  assert not {e.id for e in found.round_questions} & {e.id for e in found.shots}
+  assert sum(not e.rationale for e in found.round_questions) == 5
   assert len(select.worked_answers(config, 0)) == 1
 
 
@@ -63,9 +63,9 @@ def test_too_few_worked_answers_are_counted(change, message, tmp_path):
 def test_which_examples_a_prompt_shows_does_not_change_where_all_are_worked(tmp_path):
   config = _half_worked(tmp_path / "a", worked=range(9))
   config.prompt.few_shot = 3
-  pool = questions.load(config, "custom", split="train")
-  found = questions.of_round(config, 0)
-  assert (found.shots, found.asked) == (pool[:3], pool[3:7])
+  pool = questions.load_questions(config, "custom", split="train")
+  found = questions.load_round(config, 0)
+  assert (found.shots, found.round_questions) == (pool[:3], pool[3:7])
 
 
 def test_a_task_with_fewer_test_questions_than_asked_for_gives_all_it_has(tmp_path, capsys):
@@ -76,7 +76,7 @@ def test_a_task_with_fewer_test_questions_than_asked_for_gives_all_it_has(tmp_pa
   config.task.update({"eval_questions": 7, "ood": ("groups", f"svamp=file:{svamp}")})
   for _ in range(2):
     config_checks.validate(config, trains=False)
-  assert {name: len(found) for name, found in questions.of_tests(config).items()} == {
+  assert {name: len(found) for name, found in questions.load_tests(config).items()} == {
       "custom": 7, "groups": 7, "svamp": 5}
   assert questions.count_tests(config) == [7, 7, 5]
   told = [line for line in capsys.readouterr().err.splitlines() if "all of them are asked" in line]
@@ -84,7 +84,7 @@ def test_a_task_with_fewer_test_questions_than_asked_for_gives_all_it_has(tmp_pa
 
 
 def test_questions_that_change_are_noticed(tmp_path):
-  first, same, other = (questions.digests(custom_task(tmp_path / name, **more)) for name, more in (
+  first, same, other = (questions.compute_digests(custom_task(tmp_path / name, **more)) for name, more in (
       ("a", {}), ("b", {}), ("c", {"answer": "7"})))
   assert first == same
   assert all(first[split] != other[split] for split in first)

@@ -27,7 +27,7 @@ def write_samples(folder: Path, config: ml_collections.ConfigDict) -> list[Path]
   paths = []
   for t in range(ROUNDS):
     rows = []
-    for i, e in enumerate(questions.of_round(config, t).asked):
+    for i, e in enumerate(questions.load_round(config, t).round_questions):
       for s in range(2):
         right = i % 5 > 0 and (s == 0 or i % 4 == 0)
         rows.append({"id": e.id, "question": e.question, "text": f"round {t} says {e.answer if right else 'no'}",
@@ -49,12 +49,12 @@ def texts(rows: list[dict]) -> set[tuple[str, str]]:
 
 
 def right(config: ml_collections.ConfigDict, round_: int) -> set[tuple[str, str]]:
-  asked = questions.of_round(config, round_).asked
+  asked = questions.load_round(config, round_).round_questions
   return {(e.question, f"round {round_} says {e.answer}") for i, e in enumerate(asked) if i % 5}
 
 
 def worked(config: ml_collections.ConfigDict, round_: int) -> set[tuple[str, str]]:
-  return {(e.question, e.rationale) for e in questions.of_round(config, round_).asked}
+  return {(e.question, e.rationale) for e in questions.load_round(config, round_).round_questions}
 
 
 @pytest.mark.parametrize("method", ["imm", "iimm", "star"])
@@ -114,7 +114,7 @@ def test_only_the_judged_text_is_learned(config, tmp_path: Path):
 
 def test_a_real_answer_that_was_also_sampled_counts_as_a_sample(config, tmp_path: Path):
   config.data.real_fraction = 0.5
-  asked = questions.of_round(config, 0).asked
+  asked = questions.load_round(config, 0).round_questions
   rows = [{"id": e.id, "question": e.question, "text": e.rationale, "finish": "stop", "span": e.answer,
            "correct": True} for e in asked[:10]]
   (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -156,8 +156,8 @@ def test_shown_held_out_and_asked_questions_are_disjoint(config):
   config.merge.base_weight, config.merge.auto.questions = "auto", 30
   seen: list[str] = []
   for t in range(ROUNDS):
-    result = questions.of_round(config, t)
-    assert (len(result.shots), len(result.held_out), len(result.asked)) == (2, 30, COUNT)
-    seen += [e.question for e in result.asked]
+    result = questions.load_round(config, t)
+    assert (len(result.shots), len(result.held_out), len(result.round_questions)) == (2, 30, COUNT)
+    seen += [e.question for e in result.round_questions]
   seen += [e.question for e in result.shots + result.held_out]
   assert len(set(seen)) == len(seen) == ROUNDS * COUNT + 32

@@ -69,7 +69,7 @@ def della(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool
 
   In a row of n entries the one of rank r (0 for the smallest magnitude) is kept with the probability
   density - epsilon + 2 epsilon r / (n - 1), and divided by it; a tensor of one axis is one row. Equal magnitudes
-  share their mean rank; probabilities are quantised to 1/65536. A density of 1 keeps everything, one of 0
+  share their mean rank; probabilities are quantized to 1/65536. A density of 1 keeps everything, one of 0
   nothing. Model i draws its
   masks with `fold_in(key, i)`.
 

@@ -30,8 +30,8 @@ class Distributed:
 
 
 @contextlib.contextmanager
-def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, scratch: Path,
-           mesh: Callable[[], Mesh]) -> Iterator[Sampler]:
+def open_sampler(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, scratch: Path,
+                 mesh: Callable[[], Mesh]) -> Iterator[Sampler]:
   """See `engines`."""
   del scratch
   dtype = hardware.compute_dtype(config.sample.compute_dtype)
@@ -41,5 +41,5 @@ def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, s
   yield Distributed(sampler, digest=digest, rows=batch_size)
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check_engine(config: ml_collections.ConfigDict) -> None:
   """Raises nothing: the native sampler runs wherever jax does."""

@@ -57,9 +57,9 @@ class Agreement(NamedTuple):
     return self.mean <= tolerance and self.largest <= _TOKEN_FACTOR * tolerance
 
 
-def check(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]], *, dtype: str, new_tokens: int,
-          tolerance: float = 0.0, mesh: Mesh | None = None, earlier: Mapping[Server, Path] | None = None,
-          ) -> dict[Server, list[Agreement] | ServerError]:
+def check_weights(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]], *, dtype: str, new_tokens: int,
+                  tolerance: float = 0.0, mesh: Mesh | None = None, earlier: Mapping[Server, Path] | None = None,
+                  ) -> dict[Server, list[Agreement] | ServerError]:
   """Checks that servers, and all data-parallel replicas of each, run the weights in a folder.
 
   Args:

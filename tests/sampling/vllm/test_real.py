@@ -173,7 +173,7 @@ def test_a_leftover_file_of_an_earlier_checkpoint_is_detected(models: list[Path]
 def test_log_probabilities_agree_to_a_tenth_of_the_tolerance(servers: list[SpawnedServer], models: list[Path]) -> None:
   with _on(servers, models[0]) as sampler:
     ids = [sampler.tokenizer(p.text)["input_ids"] for p in PROMPTS[:freshness.PROMPTS]]
-    result = freshness.check(sampler._servers, models[0], ids, dtype="float32", new_tokens=freshness.TOKENS)
+    result = freshness.check_weights(sampler._servers, models[0], ids, dtype="float32", new_tokens=freshness.TOKENS)
   assert len(result) == 2
   assert [server.count_replicas(ids[0]) for server in servers] == [1, 1]
   for agreement, in result.values():
@@ -209,7 +209,7 @@ def test_each_question_is_answered_once_if_one_server_is_killed(
   assert rows == native[1] * 8
   assert at[0] < len(asked)
   servers[0]._process.wait(60)  # the process that watches over the others
-  assert [str(s) for s in sampler._out] == [servers[0].url]
+  assert [str(s) for s in sampler._failed] == [servers[0].url]
   numbers = [json.loads(line)[0] for line in journal.read_text().splitlines()[1:]]
   assert sorted(numbers) == list(range(len(asked)))
 
@@ -229,12 +229,12 @@ def _check_run(config: ml_collections.ConfigDict, root: Path) -> None:
   for t in range(2):
     rows = [json.loads(line) for line in (root / f"round_{t}/samples.jsonl").read_text().splitlines()]
     assert sorted((r["id"], r["sample"]) for r in rows) == sorted(
-        (e.id, s) for e in questions.of_round(config, t).asked for s in range(3))
+        (e.id, s) for e in questions.load_round(config, t).round_questions for s in range(3))
     assert len({r["text"] for r in rows}) > 100
   base = hub.resolve(config.model)
   for model, scores in [(base, root / "base/eval"), *(
       (root / f"round_{t}/{kind}", root / f"round_{t}/eval/{kind}") for t in range(2) for kind in ("sft", "merged"))]:
-    for task, examples in questions.of_tests(config).items():
+    for task, examples in questions.load_tests(config).items():
       rows = [json.loads(line) for line in (scores / f"{task}.jsonl").read_text().splitlines()]
       asked = [Prompt(e.id, prompts.build_prompt(e.question)) for e in examples]
       native = NativeSampler(model, compute_dtype="float32", batch_size=24)
