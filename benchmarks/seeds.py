@@ -180,7 +180,7 @@ def main(_: list[str]) -> None:
     later = scores_by_round(root, method, range(count, _SEEDS.value))
     scores[method] = {domain: [*earlier[method][domain][:count], *rows] if count else rows
                       for domain, rows in later.items()}
-  files.write_text(root / "scores.json", json.dumps(scores, indent=1) + "\n")
+  files.write_json(root / "scores.json", scores)
   write_results(scores, root)
 
 

@@ -102,7 +102,7 @@ def collect(root: Path, earlier: Mapping[str, Any] | None = None) -> None:
   figures = dict(earlier or {}) | {run.root.name: collect_figures(run) for run in runs}
   if not figures:
     return
-  files.write_text(root / "scores.json", json.dumps(figures, indent=1) + "\n")
+  files.write_json(root / "scores.json", figures)
   if len(runs) > 1:
     compare.write(runs, root / "report")
   rounds = max(len(run["handed_on"]) for run in figures.values())

@@ -12,7 +12,6 @@ mean tokens of an answer and the share of answers that were cut off. An error le
 partial OUT. --against adds OUT/against.json, which says which differences are real.
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,7 +63,7 @@ def main() -> None:
   scratch = out.with_name(f".{out.name}.sampling")
   with files.lock(out), files.write_atomically(out) as folder:
     facts = evaluate.evaluate(settings, model, scratch, folder, label=model.name)
-    files.write_text(folder / "scores.json", json.dumps({"model": settings.model, **facts}, indent=1) + "\n")
+    files.write_json(folder / "scores.json", {"model": settings.model, **facts})
   files.remove(scratch)
   _print_scores(facts)
   _print_protocols(facts, settings)

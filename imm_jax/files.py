@@ -125,6 +125,11 @@ def write_text(path: Path, text: str) -> None:
     temporary.write_text(text, encoding="utf-8")
 
 
+def write_json(path: Path, value: Any, *, indent: int = 1, **options: Any) -> None:
+  """Writes a value as JSON, atomically; `options` are those of `json.dumps`."""
+  write_text(path, json.dumps(value, indent=indent, **options) + "\n")
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
   """Writes a file of JSON lines, one object per row."""
   with path.open("w", encoding="utf-8") as f:

@@ -143,16 +143,16 @@ def pretrain(config: ml_collections.ConfigDict, out: Path) -> None:
       report=lambda step, **values: losses.append(values["loss"]), label="pretrain").params
   with files.write_atomically(out) as folder:
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+    files.write_json(folder / "config.json", hf_config, indent=2)
     generation = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "do_sample": False}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    files.write_json(folder / "generation_config.json", generation, indent=2)
     tokenizer.save_pretrained(folder)
     hf.save(jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), folder)
     recipe = {"command": shlex.join(["python", "-m", "imm_jax.pretrain", *sys.argv[1:]]),
               "config": config.to_dict(), "examples": len(examples), "tokens": tokens, "steps": len(batches),
               "final_loss": round(sum(losses[-50:]) / len(losses[-50:]), 4), "jax": jax.__version__,
               "test_accuracy": _measure_accuracy(folder, config.eval_questions)}
-    (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    files.write_json(folder / "recipe.json", recipe, indent=2)
   print(json.dumps(recipe["test_accuracy"], indent=2))
 
 

@@ -227,7 +227,7 @@ def _write_record(folder: Path, job: Recipe, options: OutputOptions, inputs: Map
                          "options": dict(piece.options)} for piece in job.slices]
   if overflowed:
     record["overflowed"] = dict(overflowed)
-  _write_json(folder / RECORD, record)
+  files.write_json(folder / RECORD, record, indent=2)
   listed = [f"- {label}: `{model['path']}`" for label, model in inputs.items()]
   shown = {key: record[key] for key in ("options", "slices") if key in record} | {"seed": options.seed}
   title = folder.name.strip(".").removesuffix(".part")
@@ -237,10 +237,6 @@ def _write_record(folder: Path, job: Recipe, options: OutputOptions, inputs: Map
       "```json", json.dumps(shown, indent=2), "```", ""]), encoding="utf-8")
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def record_files(out: Path) -> None:
   """Adds the list of all files in an output to its merge.json; where the output is several checkpoints, in each.
 
@@ -248,7 +244,7 @@ def record_files(out: Path) -> None:
   """
   for folder in {out, *(path.parent for path in out.rglob(RECORD) if path.is_file())}:
     record = files.read_json(folder / RECORD) if (folder / RECORD).exists() else {"imm_jax": __version__}
-    _write_json(folder / RECORD, {**record, "files": sorted({RECORD, *_list_files(folder)})})
+    files.write_json(folder / RECORD, {**record, "files": sorted({RECORD, *_list_files(folder)})}, indent=2)
 
 
 def explain_foreign(out: Path) -> str:

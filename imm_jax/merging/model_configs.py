@@ -121,7 +121,7 @@ def update_config(out: Path, *, dtype: str, rows: int | None = None, head: bool 
       sources = [(_at(files.read_json(folder / "config.json"), names), layer) for folder, layer in layers]
       _restack_lists(part, _at(config, names), sources)
   if changed != config:
-    path.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+    files.write_json(path, changed, indent=2)
 
 
 def ties_embeddings(config: dict[str, Any]) -> bool | None:
@@ -189,7 +189,7 @@ def set_chat_template(out: Path, template: str) -> None:
   if path.exists():
     config = files.read_json(path)
     if config.pop("chat_template", None) is not None:
-      path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+      files.write_json(path, config, indent=2, ensure_ascii=False)
 
 
 def read_chat_template(folder: Path) -> str | None:

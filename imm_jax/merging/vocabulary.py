@@ -5,7 +5,6 @@ that have one, or else zeros. Tables are rewritten in blocks, so that memory doe
 """
 
 import functools
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,7 +85,7 @@ def save_tokenizer(built: Built, out: Path) -> None:
   built.tokenizer.save_pretrained(out)
   config = files.read_json(out / _CONFIG)
   if (name := tokenizer_config.get("tokenizer_class")) and config.get("tokenizer_class") != name:
-    _write_json(out / _CONFIG, {**config, "tokenizer_class": name})
+    files.write_json(out / _CONFIG, {**config, "tokenizer_class": name}, indent=2, ensure_ascii=False)
   beside = ["chat_template.json", *(path.name for path in source.glob("*.py") if config.get("auto_map"))]
   checkpoint_folder.copy_side_files(source, out, [name for name in beside if (source / name).exists()
                                                   and not (out / name).exists()])
@@ -121,11 +120,7 @@ def _update_token_ids(out: Path, built: Built) -> None:
     if (out / name).exists():
       config = files.read_json(out / name)
       if (changed := update(config)) != config:
-        _write_json(out / name, changed)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        files.write_json(out / name, changed, indent=2, ensure_ascii=False)
 
 
 def align_rows(tokens: Tokens, vocabulary: Mapping[str, int], rows_by_token: Mapping[Path, Mapping[str, int]],

@@ -1,6 +1,5 @@
 """The files of HF checkpoint folders: weights in one safetensors file or in shards with an index, and side files."""
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -182,7 +181,7 @@ def write_index(folder: Path, shards: Sequence[tuple[str, Sequence[tuple]]]) -> 
   if len(shards) > 1:
     total = sum(int(np.prod(e[2])) * np.dtype(e[1]).itemsize for _, shard in shards for e in shard)
     index = {"metadata": {"total_size": total}, "weight_map": {e[0]: file for file, shard in shards for e in shard}}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    files.write_json(folder / INDEX, index, indent=2)
 
 
 def copy_side_files(source: Path, target: Path, names: Iterable[str] | None = None) -> None:

@@ -6,7 +6,6 @@ whole (modules_to_save, biases, resized embeddings) replace the base's. The resu
 """
 
 import functools
-import json
 import math
 import os
 import re
@@ -80,7 +79,7 @@ def merge(base: Path, adapter: Path, out: Path, *, max_shard_bytes: int = checkp
   _copy_side_files(base, adapter, out)
   if changes:
     config = files.read_json(base / "config.json") | changes
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    files.write_json(out / "config.json", config, indent=2)
 
 
 def materialize(base: Path, adapter: Path, *, name: str) -> Path:

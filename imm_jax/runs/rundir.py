@@ -135,7 +135,7 @@ class RunDir:
     self._save_record()
     self._begun = True
     (self.path / integrity.MANIFEST).unlink(missing_ok=True)  # __exit__ writes it again
-    files.write_text(self.path / "config.json", json.dumps(_to_json(self._config), indent=1, sort_keys=True) + "\n")
+    files.write_json(self.path / "config.json", _to_json(self._config), sort_keys=True)
     for line in notes:
       print(f"note: {line}", file=sys.stderr)
 
@@ -196,7 +196,7 @@ class RunDir:
     self._save_record()
 
   def _save_record(self) -> None:
-    files.write_text(self.path / "run.json", json.dumps(self._record, indent=1, sort_keys=True) + "\n")
+    files.write_json(self.path / "run.json", self._record, sort_keys=True)
 
 
 def check_workdir(path: str | Path) -> None:

@@ -1,7 +1,6 @@
 """Analyses of a round or of checkpoints: layer importance, weight change by layer, and diversity of samples."""
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,7 +79,7 @@ def write_importance(config: ml_collections.ConfigDict, model: Path, train: Path
     equal = [1.0] * hf.read_config(model).num_layers
     scores = {"examples": 0, "dropped_long": 0, "order": 1, "layers": equal, "modules": dict.fromkeys(MODULES, equal)}
   if distributed.is_main():
-    files.write_text(out, json.dumps(scores, indent=1) + "\n")
+    files.write_json(out, scores)
   return {"examples": scores["examples"], "most_important": int(np.argmax(scores["layers"]))}
 
 
@@ -138,7 +137,7 @@ def analyze_round(config: ml_collections.ConfigDict, round_: Round, out: Path) -
   rank = spearman(scores["layers"], change["sft"]["layers"]) if scores else None
   sampled = diversity.measure_diversity(rows)._asdict() | {"token_entropy": entropy} if rows else None
   analysis = {"importance": scores, "weight_change": change, "spearman": rank, "diversity": sampled}
-  files.write_text(out, json.dumps(analysis, indent=1, allow_nan=False) + "\n")
+  files.write_json(out, analysis, allow_nan=False)
   facts = {"spearman": rank} | {k: (sampled or {}).get(k) for k in ("distinct_answers", "token_entropy")}
   return {name: round(value, 6) for name, value in facts.items() if value is not None}
 

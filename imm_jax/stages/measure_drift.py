@@ -1,7 +1,6 @@
 """Drift of a round's models from the base, measured on held-out texts of every task."""
 
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ def measure(config: ml_collections.ConfigDict, base: Path, models: dict[str, Pat
       drifts["models"][kind][name] = {key: values[key] for key in ("kl", "loss", "entropy")}
     del params  # frees its memory before the next one is loaded
   if distributed.is_main():
-    files.write_text(out, json.dumps(drifts, indent=1, allow_nan=False) + "\n")
+    files.write_json(out, drifts, allow_nan=False)
   return drifts
 
 

@@ -1,6 +1,5 @@
 """Merging of a round's tuned model with the base (eq. 5 to 7)."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,7 +183,7 @@ def choose_weight(config: ml_collections.ConfigDict, models: MergeInputs, round_
         highest, chosen, best = value, weights, setting
         break
   if distributed.is_main():
-    files.write_text(out, json.dumps({"base_weight": best, "score": highest, "tried": trials}, indent=1) + "\n")
+    files.write_json(out, {"base_weight": best, "score": highest, "tried": trials})
   return {"base_weight": best, "score": highest, "tried": len(trials)}
 
 

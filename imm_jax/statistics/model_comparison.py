@@ -1,7 +1,6 @@
 """Compares the answers of two models on disk, question by question, and tests which differences are real."""
 
 import functools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -274,6 +273,6 @@ def print_and_write(this: Path, baselines: Mapping[Path, Mapping[str, Answers]],
         f"{task}: asked in other ways, this {protocols[task]}; other {other_protocols[task]}"
         for task in protocols if task in other_protocols and protocols[task] != other_protocols[task])))
   if out:
-    files.write_text(out, json.dumps([to_json(result, other) for other, result in results.items()], indent=1) + "\n")
+    files.write_json(out, [to_json(result, other) for other, result in results.items()])
   for other, result in results.items():
     print(f"\n{format_table(result, this, other)}")
