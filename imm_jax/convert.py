@@ -19,7 +19,7 @@ import jax
 from absl import flags
 
 from imm_jax import cli, files
-from imm_jax.errors import UserError
+from imm_jax.errors import UserError, first_line
 from imm_jax.model import checkpoint_folder, hf, hub, lora, verification
 from imm_jax.model.decoder import abstract_params
 
@@ -81,8 +81,8 @@ def from_orbax(source: Path, out: Path) -> None:
         raise ValueError("its tensors have other names or shapes")
       params = checkpointer.restore((source / "params").absolute(), stored)
     except (ValueError, KeyError, TypeError, FileNotFoundError) as e:
-      cause = str(e).strip().partition("\n")[0]
-      raise UserError(f"{source / 'params'}: is no orbax checkpoint of what hf/config.json describes ({cause})") from e
+      raise UserError(f"{source / 'params'}: is no orbax checkpoint of what hf/config.json describes "
+                      f"({first_line(e)})") from e
   with files.write_atomically(out) as temporary:
     hf.save(params, temporary, like=source / "hf")
 

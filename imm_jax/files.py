@@ -205,6 +205,11 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def find_existing_parent(path: Path) -> Path:
+  """Returns the path if it exists, or else the nearest folder above it that does."""
+  return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
 def list_files(path: Path) -> list[Path]:
   """Lists the file itself, or all files below a folder, sorted."""
   return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())

@@ -13,7 +13,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from imm_jax.errors import UserError, suggest
+from imm_jax.errors import UserError, first_line, suggest
 from imm_jax.model import sharding
 from imm_jax.runtime.hardware import peak_flops
 
@@ -126,7 +126,7 @@ def describe_slice(name: str, *, slices: int = 1) -> TpuSlice:
       described = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip.name}:{sizes}",
                                                **dict(chip.options), **options)
   except Exception as e:  # libtpu raises several kinds
-    raise UserError(f"--topology={name}: {str(e).strip().splitlines()[0]} (known are such as {examples})") from e
+    raise UserError(f"--topology={name}: {first_line(e)} (known are such as {examples})") from e
   return TpuSlice(name, chip, tuple(lengths), slices, tuple(described.devices))
 
 
@@ -140,7 +140,7 @@ def compile_program(traced: Any) -> Any:
       raise
     # Either "Used 18.1G of 15.75G hbm" or "temporaries (65.6G) exceeds available HBM (15.75G)".
     sizes = re.findall(r"\d[\d.]*[KMGT]\b", str(e))
-    raise MemoryError(f"{sizes[0]} of {sizes[1]}" if len(sizes) > 1 else str(e).splitlines()[0]) from e
+    raise MemoryError(f"{sizes[0]} of {sizes[1]}" if len(sizes) > 1 else first_line(e)) from e
 
 
 @contextlib.contextmanager

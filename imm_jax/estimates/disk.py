@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import ml_collections
 
+from imm_jax import files
 from imm_jax.estimates import cost
 from imm_jax.estimates.memory import format_bytes
 from imm_jax.estimates.shapes import Expected
@@ -100,7 +101,7 @@ def describe(config: ml_collections.ConfigDict, model: ModelConfig, expected: Ex
   """Describes the result of `estimate` in two lines, with the free space where `root`, the run directory, is."""
   sizes, state_dir = estimate(config, model, expected, folder), config.sft.state_dir
   states = f"{sizes.num_states} training state{'s' * (sizes.num_states > 1)} of {format_bytes(sizes.state)}"
-  existing = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+  existing = files.find_existing_parent(root)
   return (f"disk: about {format_bytes(sizes.final)} when it is done ({sizes.num_checkpoints} checkpoints of "
           f"{format_bytes(sizes.checkpoint)}, answers {format_bytes(sizes.answers)}), most at once about "
           f"{format_bytes(sizes.peak)}; {format_bytes(shutil.disk_usage(existing).free)} are free\n"

@@ -211,7 +211,7 @@ def count_bytes(tensor: Tensor) -> int:
 
 def require_space(needed: int, out: Path) -> None:
   """Raises ResourceError if the disk of an output has too little space for that many bytes."""
-  free = shutil.disk_usage(next(p for p in out.absolute().parents if p.exists())).free
+  free = shutil.disk_usage(files.find_existing_parent(out.absolute().parent)).free
   if needed > free:
     raise ResourceError(f"--out: needs {files.format_size(needed)}, the disk has {files.format_size(free)} free; make "
                         "room or give another folder")

@@ -18,7 +18,7 @@ from imm_jax.merging import model_configs, roles, trees
 from imm_jax.merging.statistics import Statistic
 from imm_jax.model import checkpoint_folder
 from imm_jax.model.safetensors import Entry, Reader, empty_aligned
-from imm_jax.runtime import progress
+from imm_jax.runtime import hardware, progress
 
 # Entries in a block: few enough to fit in CPU caches, enough to amortise the overhead of a call.
 BLOCK = 1 << 19
@@ -188,10 +188,7 @@ def is_buffer(name: str) -> bool:
 
 def on_cpu() -> contextlib.AbstractContextManager:
   """Makes the CPU the default device: transfers to an accelerator and back would cost more than the merge."""
-  try:
-    return jax.default_device(jax.local_devices(backend="cpu")[0])
-  except RuntimeError:  # the user has disabled the CPU backend
-    return contextlib.nullcontext()
+  return jax.default_device(hardware.cpu_device())
 
 
 def _cut_layers(counts: Mapping[str, int], folder: Path) -> dict[str, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from imm_jax import files
-from imm_jax.errors import ResourceError, UserError, join_items
+from imm_jax.errors import ResourceError, UserError, first_line, join_items
 from imm_jax.model import checkpoint_folder, tokenizer
 from imm_jax.model.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, SIDE_FILES, TEMPLATES, WEIGHTS
 from imm_jax.model.config import ModelConfig
@@ -133,7 +133,7 @@ def _open_repository(name: str, first: str) -> _Repository:
   try:
     return _Repository(name, repo_id, folder, _list_files(repo_id, folder.name))
   except Exception as e:  # as in `_translate_errors`; the cache may be complete
-    return _Repository(name, repo_id, folder, None, _first_line(e))
+    return _Repository(name, repo_id, folder, None, first_line(e))
 
 
 def _list_files(repo_id: str, revision: str) -> dict[str, int]:
@@ -191,10 +191,6 @@ def _is_side_file(name: str) -> bool:
   return name in SIDE_FILES or (parent == TEMPLATES and file.endswith(".jinja"))
 
 
-def _first_line(error: Exception) -> str:
-  return str(error).strip().partition("\n")[0]
-
-
 @contextlib.contextmanager
 def _translate_errors(name: str) -> Iterator[None]:
   """Translates errors of the hub, the network and the disk to a UserError of one line."""
@@ -217,7 +213,7 @@ def _translate_errors(name: str) -> Iterator[None]:
     raise UserError(f"{name}: no such folder, and no such model on the hub that you may read; check the name, or run "
                     "`hf auth login` if it is private") from e
   except errors.HFValidationError as e:
-    raise UserError(f"{name}: no such folder, and no id that the hub can have ({_first_line(e)})") from e
+    raise UserError(f"{name}: no such folder, and no id that the hub can have ({first_line(e)})") from e
   except Exception as e:  # errors of the hub, of the system, and of whichever HTTP library is in use
     chain = [e, *filter(None, (e.__cause__, e.__context__))]
     for cause in chain:
@@ -227,8 +223,8 @@ def _translate_errors(name: str) -> Iterator[None]:
     if answer is not None:
       status = getattr(getattr(answer, "response", None), "status_code", None)
       kind = ResourceError if status in (408, 429, *range(500, 600)) else UserError
-      raise kind(f"{name}: the hub refuses ({_first_line(answer)}); " + (
+      raise kind(f"{name}: the hub refuses ({first_line(answer)}); " + (
           "too much was asked of it: wait, or run `hf auth login` for a higher limit" if status == 429 else
           f"try again, {alternative}")) from e
-    raise ResourceError(f"{name}: no such folder, and the hub cannot be reached ({_first_line(e)}); try again, "
+    raise ResourceError(f"{name}: no such folder, and the hub cannot be reached ({first_line(e)}); try again, "
                     f"{alternative}") from e

@@ -24,6 +24,7 @@ from imm_jax.model.checkpoint_folder import EMBEDDING, HEAD
 from imm_jax.model.config import ModelConfig, read_config
 from imm_jax.model.decoder import Params, abstract_params, unstack_layers
 from imm_jax.model.safetensors import Entry
+from imm_jax.runtime import hardware
 
 # (path in the tree, shape) -> sharding of a parameter.
 Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
@@ -35,10 +36,7 @@ _ROTARY = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 def place_on_host(*_: object) -> jax.sharding.Sharding:
   """Places parameters in host memory, which has room for large models; a `Place`."""
-  try:
-    return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-  except RuntimeError:  # the user has disabled the CPU backend
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.sharding.SingleDeviceSharding(hardware.cpu_device())
 
 
 def tensor_names(params: Params) -> Any:

@@ -211,7 +211,7 @@ def check_workdir(path: str | Path) -> None:
   try:
     if root.exists() and not root.is_dir():
       raise UserError(f"--workdir={path}: is a file; expected a folder, or a name for a new one")
-    existing = next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())
+    existing = files.find_existing_parent(root)
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
       raise UserError(f"{root}: the run directory cannot be written ({existing} refuses); use another --workdir")
     names = {p.name for p in root.iterdir()} if root.exists() else set()

@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from imm_jax import files
-from imm_jax.errors import UserError, suggest
+from imm_jax.errors import UserError, first_line, suggest
 from imm_jax.runtime import distributed, hardware
 from imm_jax.sampling import Completion
 from imm_jax.stages import questions
@@ -109,8 +109,7 @@ def _as_user_error(where: str, task: str) -> Iterator[None]:
   except UserError:
     raise
   except Exception as e:
-    cause = str(e).strip().partition("\n")[0] or type(e).__name__
-    raise UserError(f"{where}: lm_eval cannot run {task} ({cause})") from e
+    raise UserError(f"{where}: lm_eval cannot run {task} ({first_line(e)})") from e
 
 
 @functools.lru_cache(maxsize=2)  # it reads ten thousand files
