@@ -26,7 +26,8 @@ from imm_jax.errors import UserError
 from imm_jax.model import hf, hub
 from imm_jax.report.results import AnswerStats
 from imm_jax.runs import experiments
-from imm_jax.stages import devices, evaluate, questions, synthesize
+from imm_jax.sampling import engines
+from imm_jax.stages import devices, evaluate, questions
 from imm_jax.statistics import model_comparison
 from imm_jax.statistics.accuracy import Accuracy
 from imm_jax.tasks import protocols
@@ -53,7 +54,7 @@ def main() -> None:
     settings.eval.by_likelihood = (*settings.eval.by_likelihood, settings.task.name)
   config_checks.validate(settings, trains=False)
   devices.reserve_accelerators(settings)
-  synthesize.check_sampler(settings)
+  engines.check_engine(settings)
   out = Path(_OUT.value)
   model = hub.resolve(settings.model)
   hf.check_folder(model)
@@ -77,8 +78,8 @@ def _print_scores(facts: Mapping[str, Any]) -> None:
   metric_width = max(14, *(len(metric) for scores in facts["scores"].values() for metric in scores))
   for task, scores in facts["scores"].items():
     for metric, score in scores.items():
-      a = Accuracy(**score)
-      print(f"{task:<{name_width}}  {metric:<{metric_width}}  {a.value:.3f} [{a.low:.3f}, {a.high:.3f}] n={a.n}")
+      value, n, low, high = Accuracy(**score)
+      print(f"{task:<{name_width}}  {metric:<{metric_width}}  {value:.3f} [{low:.3f}, {high:.3f}] n={n}")
   for text, scores in facts["texts"].items():
     for metric in ("nats_per_token", "bits_per_byte"):
       mean = scores[metric]

@@ -19,6 +19,7 @@ from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.runs import metrics, record as run_record, rundir, runlog, status
 from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed
+from imm_jax.sampling import engines
 from imm_jax.stages import analyze, devices, evaluate, fine_tune, measure_drift, merge, questions, select, synthesize
 from imm_jax.training.states import check_folder
 
@@ -107,7 +108,7 @@ def _open(config: ml_collections.ConfigDict, workdir: str,
   Yields the model folders by role, the run directory, and the result of `devices.describe_devices`.
   """
   models = _check_models(config)
-  synthesize.check_sampler(config)
+  engines.check_engine(config)
   description = devices.call(config, devices.describe_devices, config)
   with rundir.RunDir(workdir, config) as directory:
     if config.sft.state_dir and distributed.is_main():
@@ -121,7 +122,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   root = Path(workdir)
   is_local = all(map(hub.is_local, filter(None, (config.model, config.teacher))))
   devices.make_mesh(config)  # checks the mesh
-  models = _check_models(config, dry=True) if is_local else {"base": Path(config.model)} | (
+  models = _check_models(config, downloads=False) if is_local else {"base": Path(config.model)} | (
       {"teacher": Path(config.teacher)} if config.teacher else {})
   model = published.find_config(config.model)
   rundir.check_workdir(workdir)
@@ -165,13 +166,13 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
         f"the whole run: {tokens_and_hours}")
 
 
-def _check_models(config: ml_collections.ConfigDict, *, dry: bool = False) -> dict[str, Path]:
-  """Returns the folders of the base model and the teacher, after checks of both; `dry` downloads no questions."""
+def _check_models(config: ml_collections.ConfigDict, *, downloads: bool = True) -> dict[str, Path]:
+  """Returns the folders of the base model and the teacher, after checks of both, which may download questions."""
   models = {"base": hub.resolve(config.model)} | ({"teacher": hub.resolve(config.teacher)} if config.teacher else {})
   for model in models.values():
     load_tokenizer(model, rows=hf.check_folder(model).vocab_size)
   entries = questions.list_own_entries(config)
-  if not (dry and any(questions.is_remote(config, entry) for entry in entries)):
+  if downloads or not any(questions.is_remote(config, entry) for entry in entries):
     synthesize.check_prompts_fit(config, models["base"], models.get("teacher", models["base"]), samples_answers(config))
   return models
 

@@ -134,15 +134,15 @@ def main() -> None:
   _write(root, several.check(root), lambda out: several.merge(out, root, options))
 
 
-def _write_one(root: Path, job: Recipe, options: OutputOptions) -> None:
+def _write_one(root: Path, recipe: Recipe, options: OutputOptions) -> None:
   """Writes the output of a recipe, or of each weight of a sweep."""
-  outputs = _plan_outputs(root, job)
+  outputs = _plan_outputs(root, recipe)
 
   def write(out: Path) -> int:
     command.merge({out / folder.relative_to(root): swept for folder, swept in outputs.items()}, options)
     return len(outputs)
 
-  _write(root, job.inputs, write)
+  _write(root, recipe.inputs, write)
 
 
 def _write(root: Path, inputs: Mapping[str, Path], write: Callable[[Path], int]) -> None:
@@ -156,14 +156,14 @@ def _write(root: Path, inputs: Mapping[str, Path], write: Callable[[Path], int])
   print(f"{root}: {count} merge{'s' * (count > 1)}, {files.format_size(size)} in {time.monotonic() - started:.1f} s")
 
 
-def _plan_outputs(out: Path, job: Recipe) -> dict[Path, Recipe]:
+def _plan_outputs(out: Path, recipe: Recipe) -> dict[Path, Recipe]:
   """Returns the recipe of each folder to write: one, or one for each weight of the sweep."""
   if not _SWEEP.value:
     if _SWEEP.present:
       raise UserError("--sweep_base_weight is empty; expected numbers from 0 to 1")
-    return {out: job}
-  if job.method not in ("imm", "iimm"):
-    raise UserError(f"--sweep_base_weight: {job.method} has no base_weight; it is for imm and iimm")
+    return {out: recipe}
+  if recipe.method not in ("imm", "iimm"):
+    raise UserError(f"--sweep_base_weight: {recipe.method} has no base_weight; it is for imm and iimm")
   if _FLAGS["base_weight"].value is not None:
     raise UserError("--base_weight: --sweep_base_weight gives it; leave out one or the other")
   jobs: dict[Path, Recipe] = {}
@@ -176,9 +176,9 @@ def _plan_outputs(out: Path, job: Recipe) -> dict[Path, Recipe]:
       raise UserError(f"--sweep_base_weight={text}: expected numbers from 0 to 1")
     if weight in [other.options["base_weight"] for other in jobs.values()]:
       raise UserError(f"--sweep_base_weight={','.join(_SWEEP.value)}: {text} stands in it twice")
-    only_slice, = job.slices
+    only_slice, = recipe.slices
     only_slice = dataclasses.replace(only_slice, options={**only_slice.options, "base_weight": weight})
-    jobs[out / f"base_weight_{text.strip()}"] = dataclasses.replace(job, slices=(only_slice,))
+    jobs[out / f"base_weight_{text.strip()}"] = dataclasses.replace(recipe, slices=(only_slice,))
   return jobs
 
 

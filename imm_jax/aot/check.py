@@ -33,7 +33,7 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-  """What to compile.
+  """Holds what to compile.
 
   Attributes:
     model: the model's config.
@@ -65,18 +65,18 @@ class StepPlan:
 
   @property
   def step_rows(self) -> int:
-    """Number of rows in an optimizer step over all chips."""
+    """Returns the number of rows in an optimizer step over all chips."""
     return self.rows * self.accumulation * self.mesh.size // self.mesh.shape["tensor"]
 
   @property
   def tokens(self) -> float:
-    """Number of tokens in an optimizer step for each chip."""
+    """Returns the number of tokens in an optimizer step for each chip."""
     return self.step_rows * self.length / self.mesh.size
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """The result of compiling a plan.
+  """Holds the result of compiling a plan.
 
   Attributes:
     attention: the chosen backend.

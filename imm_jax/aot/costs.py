@@ -81,7 +81,7 @@ def count_kernel_flops(name: str, queries: Sequence[int]) -> float:
 
 
 class Estimate(NamedTuple):
-  """Estimate of a step on one chip: times in seconds, summed over all regions of the program.
+  """Holds the estimate of a step on one chip: times in seconds, summed over all regions of the program.
 
   Attributes:
     seconds: sum over the regions of the longer of computation and overlapped collectives, plus exposed collectives.

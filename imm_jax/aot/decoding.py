@@ -37,7 +37,7 @@ _GIB = 2**30
 
 
 class Step(NamedTuple):
-  """Costs of sampling on the chips of one host: of a decoding step, and the memory of a prefill.
+  """Holds the costs of sampling on the chips of one host: of a decoding step, and the memory of a prefill.
 
   Attributes:
     mesh: mesh over the host's chips.
@@ -65,7 +65,7 @@ class Step(NamedTuple):
 
   @property
   def peak(self) -> float:
-    """Bytes on a chip at most: the samples of a pack join bit by bit, so that it is there while others are decoded."""
+    """Returns the most bytes on a chip; a pack is there while others are decoded, as its samples join bit by bit."""
     return self.weights + self.cache + self.prompts + max(self.temporaries, self.prefill_temporaries)
 
   def seconds(self, chip: topology.Chip) -> float:
@@ -113,7 +113,7 @@ def compile_sampling(model: ModelConfig, mesh: Mesh, slice_: topology.TpuSlice, 
 
 
 class _Measured(NamedTuple):
-  """What is read off programs with few layers: attributes of `Step`, and (number, bytes) of collectives by kind."""
+  """Holds what programs with few layers show: attributes of `Step`, and (number, bytes) of collectives by kind."""
 
   weights: float
   cache: float

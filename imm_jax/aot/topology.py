@@ -20,7 +20,7 @@ from imm_jax.runtime.hardware import peak_flops
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One TPU chip, which jax sees as one device.
+  """Describes a TPU chip, which jax sees as one device.
 
   Attributes:
     flops: peak bfloat16 FLOP/s.
@@ -65,7 +65,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class TpuSlice:
-  """One TPU slice or several equal ones, joined by the network."""
+  """Describes a TPU slice, or several equal ones, joined by the network."""
 
   name: str
   chip: Chip

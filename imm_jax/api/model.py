@@ -111,11 +111,11 @@ class Model:
     >>> load("tiny").logits("3+4=").argmax(-1).shape
     (4,)
     """
-    given = np.asarray(self.encode(tokens) if isinstance(tokens, str) else tokens)
-    checks.check_ids(given, self.config.vocab_size, self.config.max_positions)
-    ids = jnp.asarray(given, jnp.int32)
-    logits = _compiled(self.config, hardware.compute_dtype(compute_dtype))(self.params, jnp.atleast_2d(ids))
-    return logits if ids.ndim == 2 else logits[0]
+    ids = np.asarray(self.encode(tokens) if isinstance(tokens, str) else tokens)
+    checks.check_ids(ids, self.config.vocab_size, self.config.max_positions)
+    array = jnp.asarray(ids, jnp.int32)
+    logits = _compiled(self.config, hardware.compute_dtype(compute_dtype))(self.params, jnp.atleast_2d(array))
+    return logits if array.ndim == 2 else logits[0]
 
   def sample(self, prompts: Sequence[str | Prompt], *, max_new_tokens: int = 256, num_samples: int = 1,
              temperature: float | Sequence[float] = 0.0, top_p: float = 1.0, stop: Sequence[str] = (), seed: int = 0,

@@ -217,14 +217,14 @@ def require_space(needed: int, out: Path) -> None:
                         "room or give another folder")
 
 
-def _write_record(folder: Path, job: Recipe, options: OutputOptions, inputs: Mapping[str, Mapping[str, Any]],
+def _write_record(folder: Path, recipe: Recipe, options: OutputOptions, inputs: Mapping[str, Mapping[str, Any]],
                   overflowed: Mapping[str, int]) -> None:
   """Writes merge.json and a model card."""
-  record = {"imm_jax": __version__, "method": job.method, "options": dict(job.options), "seed": options.seed,
-            "dtype": job.dtype, "inputs": dict(inputs)}
-  if job.slices[0].layers is not None:
-    record["slices"] = [{"layers": {label: list(r) for label, r in piece.layers.items()},
-                         "options": dict(piece.options)} for piece in job.slices]
+  record = {"imm_jax": __version__, "method": recipe.method, "options": dict(recipe.options), "seed": options.seed,
+            "dtype": recipe.dtype, "inputs": dict(inputs)}
+  if recipe.slices[0].layers is not None:
+    record["slices"] = [{"layers": {label: list(r) for label, r in slice_.layers.items()},
+                         "options": dict(slice_.options)} for slice_ in recipe.slices]
   if overflowed:
     record["overflowed"] = dict(overflowed)
   files.write_json(folder / RECORD, record, indent=2)
@@ -233,7 +233,7 @@ def _write_record(folder: Path, job: Recipe, options: OutputOptions, inputs: Map
   title = folder.name.strip(".").removesuffix(".part")
   (folder / "README.md").write_text("\n".join([
       "---", "library_name: transformers", "tags:", "- merge", "- imm_jax", "---", f"# {title}", "",
-      f"A merge by the method `{job.method}`, made with imm_jax {__version__}.", "", *listed, "",
+      f"A merge by the method `{recipe.method}`, made with imm_jax {__version__}.", "", *listed, "",
       "```json", json.dumps(shown, indent=2), "```", ""]), encoding="utf-8")
 
 

@@ -58,7 +58,7 @@ _CONTEXT = 4096
 
 
 class LogitComparison(NamedTuple):
-  """Logits of one kind of rows, against transformers in float64.
+  """Compares logits of one kind of rows with those of transformers in float64.
 
   Attributes:
     kind: of the rows.
@@ -78,12 +78,12 @@ class LogitComparison(NamedTuple):
 
   @property
   def passes(self) -> bool:
-    """Whether our error is of the size of transformers' own; not-a-number never is."""
+    """Returns whether our error is of the size of transformers' own; not-a-number never is."""
     return self.error <= _TIMES * self.torch_error + _FLOOR
 
 
 class _Rows(NamedTuple):
-  """Tokens and their positions, both int32 [_ROWS, _LENGTH]."""
+  """Holds tokens and their positions, both int32 [_ROWS, _LENGTH]."""
 
   kind: str
   tokens: np.ndarray
@@ -137,6 +137,7 @@ def compare_logits(source: Path) -> list[LogitComparison]:
 
 
 def _make_rows(source: Path, config: ModelConfig) -> list[_Rows]:
+  """Makes rows of text, if there is a tokenizer, and of random tokens, from position 0 and over a long context."""
   rng = np.random.default_rng(0)
   shape, context = (2 * _ROWS, _LENGTH), max(_LENGTH, config.max_positions or _CONTEXT)
   tokens = {"random tokens": rng.integers(0, config.vocab_size, shape, np.int32)}
@@ -154,6 +155,7 @@ def _make_rows(source: Path, config: ModelConfig) -> list[_Rows]:
 
 
 def _run_ours(source: Path, kinds: list[_Rows]) -> list[np.ndarray]:
+  """Computes the logits of rows with our decoder in float32."""
   config, params = hf.load(source, dtype=jnp.float32, place=hf.place_on_host)
   run = jax.jit(lambda p, tokens, positions: bind(config, p)(
       tokens, positions=positions, segment_ids=jnp.ones_like(tokens), compute_dtype=jnp.float32))
@@ -162,7 +164,7 @@ def _run_ours(source: Path, kinds: list[_Rows]) -> list[np.ndarray]:
 
 
 def _load_torch(source: Path) -> Callable[[_Rows, int | None], np.ndarray]:
-  """transformers' model, as a function from rows and the seed of a float32 run, or None for float64, to logits."""
+  """Loads transformers' model as a function from rows and a seed (None: float64) to logits."""
   import torch
   import transformers
 
@@ -170,7 +172,7 @@ def _load_torch(source: Path) -> Callable[[_Rows, int | None], np.ndarray]:
       source, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False).eval()
 
   class Float64(torch.overrides.TorchFunctionMode):
-    """Casts to float32 go to float64: norms compute in float32 whatever they are given."""
+    """Turns casts to float32 into casts to float64: norms compute in float32 whatever they are given."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
       if func is torch.Tensor.float:
@@ -179,6 +181,7 @@ def _load_torch(source: Path) -> Callable[[_Rows, int | None], np.ndarray]:
       return func(*map(swap, args), **{name: swap(x) for name, x in (kwargs or {}).items()})
 
   def in_float64(module: torch.nn.Module, forward: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    """Runs a module in float64."""
     module.double()  # for the time of the call: in float64 a model of 7 billion parameters takes 56 GB
     with Float64():
       out = forward(*args)
@@ -186,6 +189,7 @@ def _load_torch(source: Path) -> Callable[[_Rows, int | None], np.ndarray]:
     return out
 
   def perturb_output(module: torch.nn.Module, forward: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    """Runs a module and moves each output by at most one unit in the last place."""
     out = forward(*args)
     return torch.nextafter(out, out * torch.randint(0, 3, out.shape))  # towards zero, nowhere, or away from it
 
@@ -217,6 +221,6 @@ def _compare(rows: _Rows, exact: np.ndarray, ours: np.ndarray, torch_singles: li
 
 
 def _kl(exact: np.ndarray, ours: np.ndarray) -> np.floating:
-  """Largest of a row's tokens, of logits [_LENGTH, V]."""
+  """Returns the largest KL divergence of a row's tokens, of logits [_LENGTH, V]."""
   log_p, log_q = (x - np.logaddexp.reduce(x, -1, keepdims=True) for x in (exact, ours))
   return (np.exp(log_p) * (log_p - log_q)).sum(-1).max()

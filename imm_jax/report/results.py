@@ -16,7 +16,7 @@ _SAMPLED = re.compile(r"(pass|majority)@.*")
 
 
 class AnswerStats(NamedTuple):
-  """Statistics of a task's greedy answers.
+  """Holds statistics of a task's greedy answers.
 
   Attributes:
     name: name of the protocol.
@@ -39,7 +39,7 @@ class AnswerStats(NamedTuple):
 
 
 class EvaluatedModel(NamedTuple):
-  """One evaluated model.
+  """Holds an evaluated model.
 
   Attributes:
     kind: `base`, or for a round `sft`, `ema`, `merged`, or `merged 0.3` for a base weight of the sweep.
@@ -63,6 +63,7 @@ class EvaluatedModel(NamedTuple):
 
   @property
   def label(self) -> str:
+    """Returns the model's name, such as `round 0 merged`."""
     return "base" if self.kind == "base" else f"round {self.round} {self.kind}"
 
   @property

@@ -64,7 +64,7 @@ class Run(NamedTuple):
     return Checkpoint(self.root / stage, stage)
 
   def settings(self, *keys: str) -> dict[str, Any]:
-    """Calls `pick` on the run's config."""
+    """Returns some settings by key; see `pick`."""
     return pick(self.config, *keys)
 
   def scratch(self, stage: str) -> Path:

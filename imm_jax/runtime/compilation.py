@@ -21,7 +21,7 @@ from imm_jax.errors import print_once
 
 # A program that compiles faster than this is not kept, since reading it would take as long.
 _MIN_SECONDS = 0.1
-# The entries that were not used for longest are removed when the folder is larger than this.
+# The least recently used entries are removed when the folder is larger than this.
 _MAX_BYTES = 4 << 30
 # Name of an entry while it is written, and seconds after which its process must be gone.
 _PART, _PART_SECONDS = ".part-", 3600.0

@@ -22,7 +22,8 @@ from imm_jax.stages import devices, fine_tune, questions
 from imm_jax.tasks import sources, texts
 from imm_jax.training.packing import TokenizedExample
 
-_SAMPLE = {"id": str, "question": str, "text": str, "span": str, "kind": str}
+# The fields of a sample that its diversity needs.
+_DIVERSITY_FIELDS = {"id": str, "question": str, "text": str, "span": str, "kind": str}
 Json = dict[str, Any]
 
 
@@ -126,7 +127,7 @@ def analyze_round(config: ml_collections.ConfigDict, round_: Round, out: Path) -
     return cache[model]
 
   scores = _measure_round_importance(config, round_, rng, params)
-  rows = files.read_jsonl(round_.folder / "samples.jsonl", _SAMPLE) if round_.sampler else []
+  rows = files.read_jsonl(round_.folder / "samples.jsonl", _DIVERSITY_FIELDS) if round_.sampler else []
   entropy = _measure_entropy(config, round_, rows, rng, params)
   cache.clear()
   if not distributed.is_main():

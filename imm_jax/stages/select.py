@@ -15,6 +15,8 @@ from imm_jax.stages import questions, synthesize
 from imm_jax.tasks import answers
 
 Row = dict[str, Any]
+# The fields of a sample that are read here.
+_SAMPLE_FIELDS = {"id": str, "question": str, "text": str, "finish": str, "span": str, "correct": bool}
 
 
 def build_stage(run: Run, round_: int) -> Stage:
@@ -77,14 +79,14 @@ def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: i
   facts: dict[str, Any] = {}
   synthetic: list[Row] = []
   if fraction < 1:
-    this_round = files.read_jsonl(samples[round_], _SAMPLE)
+    this_round = files.read_jsonl(samples[round_], _SAMPLE_FIELDS)
     right = right_samples(this_round, round_)
     if not right and not config.data.skip_empty:
       raise UserError(_no_right_samples(samples[round_], this_round))
     facts = {"dropped_wrong": sum(not r["correct"] for r in this_round),
              "dropped_unfinished": sum(r["correct"] and _response(r) is None for r in this_round)}
     facts["dropped_duplicate"] = len(this_round) - sum(facts.values()) - len(right)
-    earlier = [right_samples(files.read_jsonl(path, _SAMPLE), t) for t, path in enumerate(samples[:round_])]
+    earlier = [right_samples(files.read_jsonl(path, _SAMPLE_FIELDS), t) for t, path in enumerate(samples[:round_])]
     if method.data == "mixture":
       earlier = [_draw(rows, round(config.data.mixture_share * len(rows)), rng) for rows in earlier]
     elif method.data != "accumulation":
@@ -103,9 +105,6 @@ def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: i
   files.write_jsonl(out, rows)
   count = sum(row["source"] == "real" for row in rows)
   return {"kept": len(rows), "real": count, "of_earlier_rounds": sum(row["round"] != round_ for row in rows), **facts}
-
-
-_SAMPLE = {"id": str, "question": str, "text": str, "finish": str, "span": str, "correct": bool}
 
 
 def right_samples(samples: Sequence[Row], round_: int) -> list[Row]:

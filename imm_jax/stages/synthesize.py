@@ -26,7 +26,6 @@ from imm_jax.tasks.judge import Judge
 _NUM_CHECKED = 100
 # `Sampler.generate` with a journal: (prompts, **options) -> completions, valid only on process 0.
 Generate = Callable[..., list[list[Completion]]]
-check_sampler = engines.check_engine
 
 
 def build_stage(run: Run, model: Checkpoint, round_: int) -> Stage:

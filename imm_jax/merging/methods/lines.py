@@ -28,7 +28,7 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
     deltas.WEIGHTS, Option("alpha", "the scale of the first layer and of tensors outside the layers", 0.5),
     Option("beta", "how much larger the scale of the last layer is", 0.5)))
 def lines(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
-  """Task arithmetic with a scale that grows linearly over the layers (LiNeS), as deeper layers are more task-specific.
+  """Applies task arithmetic with a scale that grows linearly over the layers (LiNeS), as deeper ones are task-specific.
 
   base + (alpha + beta l / (L - 1)) sum_i w_i (t_i - base) for layer l of L, in each stack of layers.
 

@@ -32,7 +32,7 @@ class Distributed:
 @contextlib.contextmanager
 def open_sampler(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, scratch: Path,
                  mesh: Callable[[], Mesh]) -> Iterator[Sampler]:
-  """See `engines`."""
+  """Opens a native sampler; see `engines`."""
   del scratch
   dtype = hardware.compute_dtype(config.sample.compute_dtype)
   sampler = NativeSampler(model, compute_dtype=dtype, batch_size=batch_size, mesh=sharding.local_mesh(mesh()),

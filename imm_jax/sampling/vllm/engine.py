@@ -31,7 +31,7 @@ class _Elsewhere:
 @contextlib.contextmanager
 def open_sampler(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, scratch: Path,
                  mesh: Callable[[], Mesh]) -> Iterator[Sampler]:
-  """See `engines`; writes vLLM's log to `scratch`. vLLM chooses its own batch size."""
+  """Opens a sampler that uses vLLM; see `engines`. Writes vLLM's log to `scratch`. vLLM chooses its own batch size."""
   del batch_size
   if not distributed.is_main():
     yield _Elsewhere()

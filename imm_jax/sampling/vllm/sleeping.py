@@ -32,7 +32,7 @@ def put_to_sleep(launch_key: Hashable, server: SpawnedServer, folder: Path) -> b
 
 
 def wake(launch_key: Hashable, folder: Path, version: str, *, timeout: float) -> tuple[SpawnedServer, Path] | None:
-  """Wakes the server that was started like this, with the weights in `folder`; ends one that was started otherwise.
+  """Wakes the sleeping server with this launch key, with the weights in `folder`; ends one that was started otherwise.
 
   Args:
     launch_key: as given to `put_to_sleep`.
