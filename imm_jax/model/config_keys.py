@@ -38,7 +38,7 @@ NO_EFFECT = frozenset((
     "dtype", "torch_dtype", "use_bfloat16", "initializer_range", "initializer_factor", "init_std",
     "transformers_version", "transformers_weights", "_name_or_path", "unsloth_fixed", "unsloth_version"))
 
-_QUANTISED = "quantised weights are not read; take the unquantised model that they were made from"
+_QUANTIZED = "quantised weights are not read; take the unquantised model that they were made from"
 _PARTS = ("the model has parts beside the language model, which are not read; save its language model alone, with its "
           "own config.json")
 _PAIR = "the model reads what another one (an encoder) gives, which is not supported; take a decoder alone"
@@ -46,7 +46,7 @@ _EXPERTS = "mixtures of experts are not supported; take a dense model"
 _SEVERAL = "heads for several tokens are not supported; take a model that predicts the next token alone"
 # Keys of transformers' shared code that must be off (null, false, 0 or empty), and why.
 _MUST_BE_OFF = {
-    "quantization_config": _QUANTISED, "quantization": _QUANTISED, "compression_config": _QUANTISED,
+    "quantization_config": _QUANTIZED, "quantization": _QUANTIZED, "compression_config": _QUANTIZED,
     "auto_map": "the model runs code of its own, which is not run; take one that transformers has a class for",
     **dict.fromkeys(("text_config", "vision_config", "audio_config", "text_encoder", "generator"), _PARTS),
     **dict.fromkeys(("encoder", "decoder", "is_encoder_decoder", "add_cross_attention",

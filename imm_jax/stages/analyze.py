@@ -48,7 +48,7 @@ class Round(NamedTuple):
 
 
 def build_stage(run: Run, start: Checkpoint, sampler: Checkpoint | None, round_: int) -> Stage:
-  """Builds the stage that analyses a round, given its initial model and, if any, the model that sampled."""
+  """Builds the stage that analyzes a round, given its initial model and, if any, the model that sampled."""
   here, merge = f"round_{round_}", run.merge_method
   needs = [run.base.stage, start.stage, f"{here}/train.jsonl", f"{here}/sft"]
   needs += [f"{here}/merged"] * bool(merge) + [f"{here}/importance.json"] * (merge == "iimm")
