@@ -39,7 +39,7 @@ _UNSUPPORTED = {
     r"pytorch_model[^/]*\.bin(\.index\.json)?|consolidated[^/]*\.pth": "a pickle checkpoint ({}), which is not read; "
     "save it again with save_pretrained(..., safe_serialization=True), and take that folder"}
 # Names of files and tensors that quantization tools write.
-_QUANTISED_NAMES = re.compile(r"(quantize|quant|hf_quant)_config\.json|.*\.(qweight|weight_packed|weight\.absmax)")
+_QUANTIZED_NAMES = re.compile(r"(quantize|quant|hf_quant)_config\.json|.*\.(qweight|weight_packed|weight\.absmax)")
 # Embeddings in other families, such as GPT-2's wte, which are not stored under the head's name alone.
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|\w*embeddings?|shared)\.weight$")
 # (name, dtype, shape, ...) of a tensor to be written.
@@ -100,7 +100,7 @@ def unread_weights(names: Iterable[str]) -> str:
 
 def refuse_quantized(where: str, names: Iterable[str]) -> None:
   """Raises UserError if the name of a file or tensor shows that weights are quantized, as config.json may not."""
-  if match := next(filter(_QUANTISED_NAMES.fullmatch, names), None):
+  if match := next(filter(_QUANTIZED_NAMES.fullmatch, names), None):
     raise UserError(f"{where}: {match} says that its weights are quantised, and such are not read; take the "
                     "unquantised model that they were made from")
 
