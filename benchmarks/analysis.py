@@ -95,23 +95,24 @@ def make_streamed(root: Path) -> tuple[dict[str, Callable[[], None]], float, flo
   import jax
 
   from imm_jax.analysis.weight_change import weight_change
-  from imm_jax.merging import checkpoint, masks, registry
-  from imm_jax.model import folder
+  from imm_jax.merging import masks, on_disk, registry
+  from imm_jax.model import checkpoint_folder
 
   a, b = (random_checkpoints.make(root / f"{_STREAMED.value}-{i}", _STREAMED.value, i) for i in (0, 1))
   out = root / "out"
 
   def merge() -> None:
     shutil.rmtree(out, ignore_errors=True)
-    with checkpoint.CheckpointSource({"a": a, "b": b}) as source:
+    with on_disk.CheckpointSource({"a": a, "b": b}) as source:
       plan = registry.METHODS["linear"](source, weights=[0.3, 0.7])
-      checkpoint.merge(source, [checkpoint.Output(out, plan)], key=np.asarray(masks.key_words(jax.random.key(0))))
+      on_disk.merge(source, [on_disk.Output(out, plan)], key=np.asarray(masks.key_words(jax.random.key(0))))
 
   def process(*command: str) -> None:
     shutil.rmtree(out, ignore_errors=True)
     subprocess.run([sys.executable, "-m", *command, f"--out={out}"], cwd=REPO, check=True, capture_output=True)
 
-  size = lambda only: 2 * sum(e.size * e.dtype.itemsize for name, e in folder.read_entries(a).items() if only(name))
+  size = lambda only: 2 * sum(e.size * e.dtype.itemsize for name, e in checkpoint_folder.read_entries(a).items()
+                              if only(name))
   return ({"linear": merge, "weight change": lambda: weight_change(a, b),
            "linear, process": lambda: process("imm_jax.merge", "--method=linear", f"--models={a},{b}",
                                               "--weights=[0.3, 0.7]"),

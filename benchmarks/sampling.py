@@ -69,11 +69,11 @@ def count_prefill(ids: list[list[int]], rows: int, new_tokens: int) -> str:
       waiting = queue.Queue(suffixes, [queue.Sample(i, 0, "", 0.0) for i in group],
                             queue.pack_shape([*map(len, suffixes.values())]),
                             lambda pack: computed.append(pack.tokens.size) or (None, []))
-      computed.append(queue.slots_of(prefix) if prefix else 0)
+      computed.append(queue.round_up_slots(prefix) if prefix else 0)
       while waiting:
         waiting.take(rows)
-      slots.append(rows * queue.most_slots(max(map(len, suffixes.values())) + new_tokens)
-                   + (queue.prefix_slots(prefix) if prefix else 0))
+      slots.append(rows * queue.compute_max_slots(max(map(len, suffixes.values())) + new_tokens)
+                   + (queue.round_up_prefix(prefix) if prefix else 0))
     return sum(computed), max(slots)
 
   tokens, slots = count(queue.group_by_prefix(ids, least=rows), True)

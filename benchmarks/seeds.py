@@ -22,7 +22,7 @@ from absl import app, flags
 
 from imm_jax import files, methods
 from imm_jax.report import Results, figures, front, groups, writer
-from imm_jax.statistics import comparison
+from imm_jax.statistics import paired_tests
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/seeds", "Folder for the run directories.")
 _SEEDS = flags.DEFINE_integer("seeds", 10, "Number of runs of each method.", lower_bound=2)
@@ -41,7 +41,7 @@ def scores_by_round(root: Path, method: str, seeds: Iterable[int]) -> dict[str, 
   """Reads ID and OOD accuracy [seeds, rounds + 1] of the base and of the model that each round hands on."""
   table: dict[str, list[list[float]]] = {"ID": [], "OOD": []}
   for seed in seeds:
-    results = Results.of(root / f"{method}_{seed}")
+    results = Results.read(root / f"{method}_{seed}")
     last_models = {m.round: m for m in results.models}  # the last model of a round is the one handed on
     models = [last_models[r] for r in sorted(last_models)]
     table["ID"].append([results.in_domain(m).value for m in models])
@@ -107,8 +107,8 @@ def compare(values: Mapping[str, Sequence[float | None]], measure: str, referenc
   for name in values.keys() - {reference}:
     pairs = [(a, b) for a, b in zip(values[name], values[reference], strict=True) if a is not None and b is not None]
     if len(pairs) > 1:
-      tests[name] = comparison.compare_paired(*zip(*pairs, strict=True))
-  corrected = dict(zip(tests, comparison.holm([test.p for test in tests.values()]), strict=True))
+      tests[name] = paired_tests.compare_paired(*zip(*pairs, strict=True))
+  corrected = dict(zip(tests, paired_tests.holm([test.p for test in tests.values()]), strict=True))
   lines = [f"| {measure} | mean | seeds | less `{reference}`'s | p |", "|---|---|---|---|---|"]
   for name, of_seeds in values.items():
     measured = np.array([value for value in of_seeds if value is not None])
@@ -121,13 +121,13 @@ def compare(values: Mapping[str, Sequence[float | None]], measure: str, referenc
 
 def style(name: str, i: int) -> tuple[str, str, str]:
   """Returns colour, marker and dash of a method's line."""
-  base_style = figures.method_style(*(("star", name) if name not in figures.METHODS else (name,)))
-  return *base_style, "-" if name in figures.METHODS else figures.dash(1 + i % 3)
+  base_style = figures.get_method_style(*(("star", name) if name not in figures.METHODS else (name,)))
+  return *base_style, "-" if name in figures.METHODS else figures.get_dash(1 + i % 3)
 
 
 def plot_front(table: dict[str, dict[str, np.ndarray]], folder: Path) -> None:
   """Plots mean ID against mean OOD accuracy, with a line through each method's rounds: front.png and front.svg."""
-  lines = tuple(figures.Line(name, *style(name, i), tuple(scores["ID"].mean(0)), tuple(scores["OOD"].mean(0)))
+  lines = tuple(figures.Curve(name, *style(name, i), tuple(scores["ID"].mean(0)), tuple(scores["OOD"].mean(0)))
                 for i, (name, scores) in enumerate(table.items()))
   panel = figures.Panel("base and each round's model", "accuracy in domain", "accuracy out of domain", lines,
                         shares=True, named=True, counts=False)
@@ -141,8 +141,8 @@ def plot(table: dict[str, dict[str, np.ndarray]], folder: Path) -> None:
     lines = []
     for i, (name, scores) in enumerate(table.items()):
       means = [groups.mean_and_error(values) for values in scores[domain].T]
-      lines.append(figures.Line(name, *style(name, i), tuple(range(len(means))), tuple(m for m, _ in means),
-                                tuple(m - e for m, e in means), tuple(m + e for m, e in means)))
+      lines.append(figures.Curve(name, *style(name, i), tuple(range(len(means))), tuple(m for m, _ in means),
+                                 tuple(m - e for m, e in means), tuple(m + e for m, e in means)))
     panels.append(figures.Panel(title, "rounds done", "accuracy", tuple(lines), shares=True))
   writer.save(figures.draw(*panels), folder, "seeds")
 
@@ -180,7 +180,7 @@ def main(_: list[str]) -> None:
     later = scores_by_round(root, method, range(count, _SEEDS.value))
     scores[method] = {domain: [*earlier[method][domain][:count], *rows] if count else rows
                       for domain, rows in later.items()}
-  files.write_text(root / "scores.json", json.dumps(scores, indent=1) + "\n")
+  files.write_json(root / "scores.json", scores)
   write_results(scores, root)
 
 

@@ -47,10 +47,11 @@ def collect_figures(run: Results) -> dict[str, Any]:
   """Collects all figures of a run: scores, nats per token and KL of each model, seconds of stages, and memory."""
   values = lambda scores: {task: score.value for task, score in scores.items()}
 
-  def of_model(model: results.Model) -> dict[str, Any]:
+  def of_model(model: results.EvaluatedModel) -> dict[str, Any]:
     drift = run.drift.get(model.round, {}).get("models", {}).get(model.kind, {})
     return {"in_domain": run.in_domain(model).value, "out_of_domain": run.out_of_domain(model).value,
-            "scores": values(model.scores), "beside": {task: values(figures) for task, figures in model.beside.items()},
+            "scores": values(model.scores),
+            "beside": {task: values(figures) for task, figures in model.other_scores.items()},
             "nats_per_token": {text: figures["nats_per_token"]["value"] for text, figures in model.texts.items()},
             "kl": {task: of_task["kl"] for task, of_task in drift.items()}}
 
@@ -97,11 +98,11 @@ def collect(root: Path, earlier: Mapping[str, Any] | None = None) -> None:
     earlier: figures of runs that were done elsewhere, by name; they count, but the report leaves them out.
   """
   folders = [path for path in sorted((root / "runs").glob("*")) if results.is_run(path) and path.suffix != ".part"]
-  runs = [run for path in folders if len((run := Results.of(path)).models) > 1]
+  runs = [run for path in folders if len((run := Results.read(path)).models) > 1]
   figures = dict(earlier or {}) | {run.root.name: collect_figures(run) for run in runs}
   if not figures:
     return
-  files.write_text(root / "scores.json", json.dumps(figures, indent=1) + "\n")
+  files.write_json(root / "scores.json", figures)
   if len(runs) > 1:
     compare.write(runs, root / "report")
   rounds = max(len(run["handed_on"]) for run in figures.values())

@@ -44,7 +44,7 @@ def cell(model: str, name: str) -> dict[str, object]:
   slice_ = topology.describe_slice(topology_name, slices=slices)
   mesh = slice_.mesh(data=data, fsdp=-1, tensor=1)
   for rows, remat in SETTINGS:
-    plan = check.Plan(MODELS[model], slice_, mesh, rows, LENGTH, 1, remat, "auto", jnp.dtype("bfloat16"))
+    plan = check.StepPlan(MODELS[model], slice_, mesh, rows, LENGTH, 1, remat, "auto", jnp.dtype("bfloat16"))
     report = check.compile_step(plan)
     if not report.excess:
       break
@@ -53,7 +53,7 @@ def cell(model: str, name: str) -> dict[str, object]:
   if report.excess:
     return result | {"needs": report.excess}
   e = report.estimate
-  longest, terms = e.roofline(slice_, report.flops)
+  longest, terms = e.compute_roofline(slice_, report.flops)
   largest = max(c.size for c in e.collectives if c.kind == "all-gather")
   return result | {
       "arguments_gib": report.memory["arguments"] / 2**30, "peak_gib": report.memory["peak"] / 2**30,

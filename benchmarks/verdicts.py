@@ -36,7 +36,7 @@ def are_different(a: str, b: str, kind: str) -> bool:
   """Returns whether two gold answers have different values."""
   if kind == "number":
     return abs(answers.parse_number(a) - answers.parse_number(b)) > answers.TOLERANCE
-  return latex.normalise(a) != latex.normalise(b) and latex.compare_spelling(a, b) is not True
+  return latex.normalize(a) != latex.normalize(b) and latex.compare_spelling(a, b) is not True
 
 
 def measure(judge: Judge, rows: Sequence[dict[str, Any]], kind: str) -> list[str]:

@@ -133,7 +133,7 @@ def get_config() -> ml_collections.ConfigDict:
   # the weight of the base in a mean, or 1 minus the scale of what is added to the base.
   merge.method = ""
   merge.options = options = ml_collections.ConfigDict()  # of that method; None for its default
-  for name in registry.round_options():
+  for name in registry.list_round_options():
     options[name] = config_dict.FieldReference(None, field_type=object)
   merge.delta_ref = "start"  # delta = tuned - start of the round (eq. 5), or tuned - "base" [code]
   merge.sweep = ()  # more base weights to merge with and to evaluate; these models are not handed on

@@ -72,7 +72,7 @@ def main() -> None:
   out = Path(_OUT.value)
   inputs = {"model": model} | {f"tuned[{i}]": folder for i, folder in enumerate(tuned_models.values())}
   files.check_out(out, inputs, overwrite=_OVERWRITE.value, explain_foreign=output.explain_foreign)
-  with files.locked(out), files.committed(out) as folder:
+  with files.lock(out), files.write_atomically(out) as folder:
     change = {name: weight_change(model, tuned_model).to_json() for name, tuned_model in tuned_models.items()}
     result = output.combine(_measure_importance(settings, model, entries) if entries else {}, change)
     output.write(folder, {"model": _MODEL.value, **result})
@@ -82,9 +82,9 @@ def main() -> None:
 
 # These two import what they need themselves: weight change needs none of it, and the imports take seconds.
 def _read_settings(entries: Sequence[str]) -> Any:
-  from imm_jax import config
+  from imm_jax import config_checks
   from imm_jax.runs import experiments
-  from imm_jax.stages import analysing
+  from imm_jax.stages import analyze
 
   if _CONFIG.value is None:
     raise UserError("--task needs --config, such as --config=configs/qwen.py: prompt, rows and mesh come from it")
@@ -94,17 +94,17 @@ def _read_settings(entries: Sequence[str]) -> Any:
   settings.model = _MODEL.value
   if _EXAMPLES.value:
     settings.analysis.examples = _EXAMPLES.value
-  config.validate(settings, trains=False, downloads=False)
-  config.require(settings, "analysis.examples", lambda n: n > 0, "expected 1 or more, or --examples")
+  config_checks.validate(settings, trains=False, downloads=False)
+  config_checks.require(settings, "analysis.examples", lambda n: n > 0, "expected 1 or more, or --examples")
   for entry in entries:
-    analysing.check_entry(entry)
+    analyze.check_entry(entry)
   return settings
 
 
 def _measure_importance(settings: Any, model: Path, entries: Sequence[str]) -> Mapping[str, Any]:
-  from imm_jax.stages import analysing
+  from imm_jax.stages import analyze
 
-  return analysing.importances(settings, model, entries, int(_ORDER.value))
+  return analyze.measure_importance(settings, model, entries, int(_ORDER.value))
 
 
 if __name__ == "__main__":

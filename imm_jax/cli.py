@@ -48,7 +48,7 @@ def run(main: Callable[[], None], *, positional: Sequence[str] = (), resumes: bo
     try:
       argv, file = _with_config_file(argv)
       with config_files.importable(file):
-        rest = flags.FLAGS(argv)
+        arguments = flags.FLAGS(argv)
     except flags.Error as e:
       lines = str(e).strip().splitlines()
       # ml_collections puts the traceback of a config file into the message; its last line is the error.
@@ -60,10 +60,10 @@ def run(main: Callable[[], None], *, positional: Sequence[str] = (), resumes: bo
       _fail(_config_message(e, argv))
     except Exception as e:  # a config file is Python and may raise anything
       _fail(f"the config file cannot be loaded: {_one_line(e)}")
-    rest = [*rest[:1], *_set_positional(positional, rest[1:])]
-    if len(rest) > 1:
-      _fail(f"unexpected argument {rest[1]!r}; options are given as --name=value (see --help)")
-    return rest
+    arguments = [*arguments[:1], *_set_positional(positional, arguments[1:])]
+    if len(arguments) > 1:
+      _fail(f"unexpected argument {arguments[1]!r}; options are given as --name=value (see --help)")
+    return arguments
 
   def call(_: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:

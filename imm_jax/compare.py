@@ -13,7 +13,7 @@ from absl import flags
 
 from imm_jax import cli
 from imm_jax.errors import UserError
-from imm_jax.statistics import against
+from imm_jax.statistics import model_comparison
 
 _THIS = flags.DEFINE_string("this", None, "The folder with the answers of a model.", required=True)
 _AGAINST = flags.DEFINE_multi_string("against", None, "The folder with the answers of another model; may be given "
@@ -26,7 +26,8 @@ def main() -> None:
   out = Path(_OUT.value) if _OUT.value else None
   if out and (out.exists() or out.suffix != ".json"):
     raise UserError(f"--out={out}: {'exists; give another name' if out.exists() else 'expected a name such as a.json'}")
-  against.report(Path(_THIS.value), {Path(name): against.read_folder(Path(name)) for name in _AGAINST.value}, out)
+  others = {Path(name): model_comparison.read_folder(Path(name)) for name in _AGAINST.value}
+  model_comparison.print_and_write(Path(_THIS.value), others, out)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import jax
 from absl import flags
 
 from imm_jax import cli, files
-from imm_jax.errors import UserError
-from imm_jax.model import folder, hf, hub, lora, verification
+from imm_jax.errors import UserError, first_line
+from imm_jax.model import checkpoint_folder, hf, hub, lora, verification
 from imm_jax.model.decoder import abstract_params
 
 _SOURCE = flags.DEFINE_string("source", None, "The checkpoint to read: an HF folder, a hub id, BASE+ADAPTER, or a "
@@ -43,9 +43,9 @@ def to_orbax(source: Path, out: Path) -> None:
   if (source / "params").is_dir() and not (source / "config.json").exists():
     raise UserError(f"{source}: is an orbax checkpoint; expected an HF folder, or --to=hf")
   _, params = hf.load(source, place=hf.place_on_host)
-  with files.committed(out) as temporary:
+  with files.write_atomically(out) as temporary:
     (temporary / "hf").mkdir(parents=True)
-    folder.copy_side_files(source, temporary / "hf")
+    checkpoint_folder.copy_side_files(source, temporary / "hf")
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save((temporary / "params").absolute(), params)
 
@@ -61,8 +61,8 @@ def from_orbax(source: Path, out: Path) -> None:
   if not source.is_dir():
     raise UserError(f"{source}: no such folder; expected one that --to=orbax wrote, or BASE+ADAPTER (a model of the "
                     "hub is in HF form already)")
-  if (source / folder.ADAPTER_CONFIG).exists() and not folder.has_weights(source):
-    raise folder.adapter_error(str(source), source / folder.ADAPTER_CONFIG)
+  if (source / checkpoint_folder.ADAPTER_CONFIG).exists() and not checkpoint_folder.has_weights(source):
+    raise checkpoint_folder.adapter_error(str(source), source / checkpoint_folder.ADAPTER_CONFIG)
   if (source / "config.json").exists():
     raise UserError(f"{source}: is an HF folder; expected one that --to=orbax wrote, or --to=orbax")
   if not (source / "params").is_dir() or not (source / "hf").is_dir():
@@ -81,9 +81,9 @@ def from_orbax(source: Path, out: Path) -> None:
         raise ValueError("its tensors have other names or shapes")
       params = checkpointer.restore((source / "params").absolute(), stored)
     except (ValueError, KeyError, TypeError, FileNotFoundError) as e:
-      cause = str(e).strip().partition("\n")[0]
-      raise UserError(f"{source / 'params'}: is no orbax checkpoint of what hf/config.json describes ({cause})") from e
-  with files.committed(out) as temporary:
+      raise UserError(f"{source / 'params'}: is no orbax checkpoint of what hf/config.json describes "
+                      f"({first_line(e)})") from e
+  with files.write_atomically(out) as temporary:
     hf.save(params, temporary, like=source / "hf")
 
 
@@ -95,7 +95,8 @@ def _explain_foreign(path: Path) -> str:
   weights = {name for name in names if name.endswith(".safetensors")}
   if not weights or "config.json" not in names:
     return "is no checkpoint"
-  unknown = sorted(names - weights - {folder.INDEX, folder.TEMPLATES, *folder.SIDE_FILES})
+  side_files = {checkpoint_folder.INDEX, checkpoint_folder.TEMPLATES, *checkpoint_folder.SIDE_FILES}
+  unknown = sorted(names - weights - side_files)
   return f"holds {unknown[0]}, which no conversion writes" if unknown else ""
 
 
@@ -115,16 +116,16 @@ def main() -> None:
   inputs = dict(zip(("--source, its base", "--source, its adapter"), map(Path, pair), strict=True)) if pair else {
       "--source": source}
   files.check_out(out, inputs, overwrite=_OVERWRITE.value, explain_foreign=_explain_foreign)
-  with files.locked(out):
+  with files.lock(out):
     if _TO.value == "orbax":
       to_orbax(hub.resolve(_SOURCE.value), out)
     elif pair:
-      with files.committed(out) as temporary:
+      with files.write_atomically(out) as temporary:
         lora.merge(*hub.resolve_pair(_SOURCE.value), temporary)
     else:
-      from imm_jax.training import checkpoints  # imported here because orbax takes seconds to import
+      from imm_jax.training import states  # imported here because orbax takes seconds to import
 
-      checkpoints.ignore_closed_loops()  # until the process ends, as they could garble the message of an error
+      states.ignore_closed_loops()  # until the process ends, as they could garble the message of an error
       from_orbax(source, out)
   print(f"{out}: written")
 

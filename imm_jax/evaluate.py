@@ -12,7 +12,6 @@ mean tokens of an answer and the share of answers that were cut off. An error le
 partial OUT. --against adds OUT/against.json, which says which differences are significant.
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,14 +21,15 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from imm_jax import cli, config, files, tasks
+from imm_jax import cli, config_checks, files, tasks
 from imm_jax.errors import UserError
 from imm_jax.model import hf, hub
 from imm_jax.report.results import AnswerStats
 from imm_jax.runs import experiments
-from imm_jax.stages import devices, evaluating, questions, sampling
-from imm_jax.statistics import against
-from imm_jax.statistics.evaluation import Accuracy
+from imm_jax.sampling import engines
+from imm_jax.stages import devices, evaluate, questions
+from imm_jax.statistics import model_comparison
+from imm_jax.statistics.accuracy import Accuracy
 from imm_jax.tasks import protocols
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The settings, as a file or a name such as tiny or "
@@ -52,25 +52,25 @@ def main() -> None:
   settings.model = _MODEL.value
   if tasks.default_measure(settings.task.name) == "choices":  # as no answers are sampled for training
     settings.eval.by_likelihood = (*settings.eval.by_likelihood, settings.task.name)
-  config.validate(settings, trains=False)
+  config_checks.validate(settings, trains=False)
   devices.reserve_accelerators(settings)
-  sampling.check_sampler(settings)
+  engines.check_engine(settings)
   out = Path(_OUT.value)
   model = hub.resolve(settings.model)
   hf.check_folder(model)
-  baselines = {Path(name): against.read_folder(Path(name)) for name in _AGAINST.value}
+  baselines = {Path(name): model_comparison.read_folder(Path(name)) for name in _AGAINST.value}
   files.check_out(out, {"model": model, **{f"--against={path}": path for path in baselines}},
                   overwrite=_OVERWRITE.value, explain_foreign=_explain_foreign)
   scratch = out.with_name(f".{out.name}.sampling")
-  with files.locked(out), files.committed(out) as folder:
-    facts = evaluating.evaluate(settings, model, scratch, folder, label=model.name)
-    files.write_text(folder / "scores.json", json.dumps({"model": settings.model, **facts}, indent=1) + "\n")
+  with files.lock(out), files.write_atomically(out) as folder:
+    facts = evaluate.evaluate(settings, model, scratch, folder, label=model.name)
+    files.write_json(folder / "scores.json", {"model": settings.model, **facts})
   files.remove(scratch)
   _print_scores(facts)
   _print_protocols(facts, settings)
   print(f"answers and scores: {out}")
   if baselines:
-    against.report(out, baselines, out / "against.json")
+    model_comparison.print_and_write(out, baselines, out / "against.json")
 
 
 def _print_scores(facts: Mapping[str, Any]) -> None:
@@ -78,8 +78,8 @@ def _print_scores(facts: Mapping[str, Any]) -> None:
   metric_width = max(14, *(len(metric) for scores in facts["scores"].values() for metric in scores))
   for task, scores in facts["scores"].items():
     for metric, score in scores.items():
-      a = Accuracy(**score)
-      print(f"{task:<{name_width}}  {metric:<{metric_width}}  {a.value:.3f} [{a.low:.3f}, {a.high:.3f}] n={a.n}")
+      value, n, low, high = Accuracy(**score)
+      print(f"{task:<{name_width}}  {metric:<{metric_width}}  {value:.3f} [{low:.3f}, {high:.3f}] n={n}")
   for text, scores in facts["texts"].items():
     for metric in ("nats_per_token", "bits_per_byte"):
       mean = scores[metric]
@@ -93,7 +93,7 @@ def _print_protocols(facts: Mapping[str, Any], settings: ml_collections.ConfigDi
     limit = "the task's own limit" if task.startswith(questions.LM_EVAL) else (
         f"config.eval.max_new_tokens={protocols.max_new_tokens(settings)}")
     length = f"; {stats.mean_tokens:.1f} tokens an answer, {stats.cut:.1%} cut at {limit}" if stats.mean_tokens else ""
-    print(f"{task}: {stats.rule}{', chat template' * bool(protocol.get('chat'))}{length}")
+    print(f"{task}: {stats.protocol_text}{', chat template' * bool(protocol.get('chat'))}{length}")
     if stats.cut and stats.cut > _MAX_CUT:
       print(f"warning: {task}: {stats.cut:.0%} of the answers were cut at {limit} and are judged as they are; raise it",
             file=sys.stderr)

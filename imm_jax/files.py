@@ -20,7 +20,7 @@ _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDI
 
 
 @contextlib.contextmanager
-def committed(target: Path) -> Iterator[Path]:
+def write_atomically(target: Path) -> Iterator[Path]:
   """Yields a path to write a file or folder to, which replaces the target when the block ends without an error.
 
   Whatever an earlier, killed attempt left behind is removed first.
@@ -49,7 +49,7 @@ def committed(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(target: Path, *, wait: bool = False) -> Iterator[None]:
+def lock(target: Path, *, wait: bool = False) -> Iterator[None]:
   """Holds a lock on a target for the length of a block, so that no other process writes it.
 
   Args:
@@ -121,8 +121,13 @@ def check_out(out: Path, inputs: Mapping[str, Path], *, overwrite: bool, explain
 
 def write_text(path: Path, text: str) -> None:
   """Writes a text file in UTF-8, atomically."""
-  with committed(path) as temporary:
+  with write_atomically(path) as temporary:
     temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, *, indent: int = 1, **options: Any) -> None:
+  """Writes a value as JSON, atomically; `options` are those of `json.dumps`."""
+  write_text(path, json.dumps(value, indent=indent, **options) + "\n")
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -198,6 +203,11 @@ def remove(path: Path) -> None:
     shutil.rmtree(path)
   else:
     path.unlink(missing_ok=True)
+
+
+def find_existing_parent(path: Path) -> Path:
+  """Returns the path if it exists, or else the nearest folder above it that does."""
+  return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
 def list_files(path: Path) -> list[Path]:

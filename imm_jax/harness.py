@@ -25,7 +25,7 @@ except ImportError as e:
   raise SystemExit(f"error: lm-evaluation-harness cannot be imported ({e}); pip install -e '.[harness]'") from e
 
 from imm_jax.errors import UserError
-from imm_jax.model import folder, hf, hub, sharding
+from imm_jax.model import checkpoint_folder, hf, hub, sharding
 from imm_jax.model.tokenization import encode_continuation, encode_prompt
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.runtime import distributed
@@ -90,7 +90,7 @@ class HarnessLM(TemplateLM):
     self._held: NativeSampler | Scorer | None = None
     self._scratch, self._calls = Path(scratch) if scratch else None, 0
     # Only saved results need to know the model that they belong to.
-    self._digest = f"{folder.digest(self._folder)} in {dtype}" if scratch and distributed.is_main() else ""
+    self._digest = f"{checkpoint_folder.digest(self._folder)} in {dtype}" if scratch and distributed.is_main() else ""
     # lm_eval expects answers that are decoded alone, in which case some tokenizers drop a leading space.
     self._drops_space = self.tokenizer.decode(encode_continuation(self.tokenizer, " a"))[:1] != " "
     # The completions of the last calls, by context and answer.

@@ -1,6 +1,5 @@
 """Records digests of the files of a run, and checks files against them."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ SEAL = ".digest.json"
 def write_digests(path: Path, root: Path, covered: Iterable[Path]) -> None:
   """Writes the digests of the `covered` files below `root`, and one over all of them, to the file `path`."""
   digests = {str(file.relative_to(root)): files.digest_files(file)["."] for file in sorted(covered)}
-  files.write_text(path, json.dumps({"files": digests, "digest": files.combine_digests(digests)}, indent=1) + "\n")
+  files.write_json(path, {"files": digests, "digest": files.combine_digests(digests)})
 
 
 def update_digests(path: Path, root: Path, folder: Path) -> None:
@@ -26,7 +25,7 @@ def update_digests(path: Path, root: Path, folder: Path) -> None:
     digests = {name: digest for name, digest in files.read_json(path).get("files", {}).items()
                if not name.startswith(f"{prefix}/")}
     digests |= {f"{prefix}/{name}": digest for name, digest in files.digest_files(folder).items()}
-    files.write_text(path, json.dumps({"files": digests, "digest": files.combine_digests(digests)}, indent=1) + "\n")
+    files.write_json(path, {"files": digests, "digest": files.combine_digests(digests)})
 
 
 def list_differing(path: Path, root: Path) -> list[str]:

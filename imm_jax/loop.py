@@ -14,37 +14,39 @@ import ml_collections
 from imm_jax import __version__, report
 from imm_jax.estimates import cost, disk, memory, shapes
 from imm_jax.methods import keeps_average, samples_answers
-from imm_jax.model import folder, hf, hub, published
+from imm_jax.model import checkpoint_folder, hf, hub, published
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.runs import metrics, record as run_record, rundir, runlog, status
-from imm_jax.runs.run import Model, Run, Stage
+from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed
-from imm_jax.stages import analysing, devices, drifting, evaluating, merging, questions, sampling, selection, tuning
-from imm_jax.training.checkpoints import check_folder
+from imm_jax.sampling import engines
+from imm_jax.stages import analyze, devices, evaluate, fine_tune, measure_drift, merge, questions, select, synthesize
+from imm_jax.training.states import check_folder
 
 
 def plan(run: Run) -> list[Stage]:
   """Returns all stages of a run in their order."""
   method, start, stages = run.method, run.base, []
   if run.samples_answers and run.config.prompt.few_shot:
-    stages.append(sampling.shots_stage(run))
-  stages.append(evaluating.stage(run, run.base, "base/eval", -1))
+    stages.append(synthesize.build_shots_stage(run))
+  stages.append(evaluate.build_stage(run, run.base, "base/eval", -1))
   for t in range(run.config.rounds):
     sampler = (run.teacher or start) if run.samples_answers else None
     if sampler:
-      stages.append(sampling.stage(run, sampler, t))
+      stages.append(synthesize.build_stage(run, sampler, t))
     begin = run.base if method.start == "base" else start
-    stages += [train := selection.stage(run, t), sft := tuning.stage(run, begin, train.name, t)]
+    stages += [train := select.build_stage(run, t), sft := fine_tune.build_stage(run, begin, train.name, t)]
     tuned = run.model(sft.name)
-    stages.append(evaluating.stage(run, tuned, f"round_{t}/eval/sft", t))
+    stages.append(evaluate.build_stage(run, tuned, f"round_{t}/eval/sft", t))
     if keeps_average(run.config):
-      stages.append(evaluating.stage(run, tuning.average_of(tuned), f"round_{t}/eval/ema", t))
+      stages.append(evaluate.build_stage(run, fine_tune.get_average(tuned), f"round_{t}/eval/ema", t))
     if method.merge:
-      stages += merging.stages(run, begin, tuned, train.name, t)
-    stages.append(analysing.stage(run, begin, sampler, t))
-    if questions.drift_questions(run.config):
-      stages.append(drifting.stage(run, tuned, t))
-    start = {"merged": run.model(f"round_{t}/merged"), "ema": tuning.average_of(tuned), "tuned": tuned}[method.hands_on]
+      stages += merge.build_stages(run, begin, tuned, train.name, t)
+    stages.append(analyze.build_stage(run, begin, sampler, t))
+    if questions.count_drift_questions(run.config):
+      stages.append(measure_drift.build_stage(run, tuned, t))
+    start = {"merged": run.model(f"round_{t}/merged"), "ema": fine_tune.get_average(tuned),
+             "tuned": tuned}[method.hands_on]
   return stages
 
 
@@ -63,19 +65,20 @@ def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False)
   """
   root = Path(workdir)
   devices.reserve_accelerators(config)
-  rundir.check(workdir)
+  rundir.check_workdir(workdir)
   metrics.check_tracking(config)
   with runlog.RunLog() as log, distributed.FailTogether(root), _open(config, workdir) as (
       models, directory, (platform, kinds)):
     # On CPU the bits of a sum depend on the number of threads that compute it.
     threads = {"threads": len(os.sched_getaffinity(0))} if platform == "cpu" else {}
-    task_names = {"id": config.task.name, "ood": [questions.name_of(entry) for entry in config.task.ood]}
+    task_names = {"id": config.task.name, "ood": [questions.get_task_name(entry) for entry in config.task.ood]}
     directory.record_facts(versions=_versions(), devices=kinds, method=config.method, tasks=task_names, **threads)
     # Otherwise the arrays are in the memory of devices or of other processes.
     on_host = platform == "cpu" and not devices.starts_server(config)
     external = {}
     if distributed.is_main():
-      external = {name: folder.digest(model) for name, model in models.items()} | questions.digests(config)
+      external = {name: checkpoint_folder.digest(model) for name, model in models.items()}
+      external |= questions.compute_digests(config)
       if not directory.facts:
         for model in models.values():
           hf.check_round_trip(model)
@@ -93,7 +96,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False)
           page.update()
     if distributed.is_main():
       print(f"{num_run} of {len(stages)} stages were run, the others were done before")
-      print(report.table(report.Results.of(root)))
+      print(report.format_table(report.Results.read(root)))
       print(f"report: {root / 'report' / 'index.html'}")
 
 
@@ -105,7 +108,7 @@ def _open(config: ml_collections.ConfigDict, workdir: str,
   Yields the model folders by role, the run directory, and the result of `devices.describe_devices`.
   """
   models = _check_models(config)
-  sampling.check_sampler(config)
+  engines.check_engine(config)
   description = devices.call(config, devices.describe_devices, config)
   with rundir.RunDir(workdir, config) as directory:
     if config.sft.state_dir and distributed.is_main():
@@ -118,23 +121,24 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Prints what `run` would do, and estimates of its cost; changes nothing and downloads nothing of a hub's model."""
   root = Path(workdir)
   is_local = all(map(hub.is_local, filter(None, (config.model, config.teacher))))
-  devices.mesh_of(config)  # checks the mesh
-  models = _check_models(config, dry=True) if is_local else {"base": Path(config.model)} | (
+  devices.make_mesh(config)  # checks the mesh
+  models = _check_models(config, downloads=False) if is_local else {"base": Path(config.model)} | (
       {"teacher": Path(config.teacher)} if config.teacher else {})
   model = published.find_config(config.model)
-  rundir.check(workdir)
+  rundir.check_workdir(workdir)
   if not distributed.is_main():
     return
   record = run_record.read(root)
   recorded = {name: value for entry in record["stages"].values() for name, value in entry["inputs"].items()}
   # What is not on this machine counts as unchanged. The digest of a large model takes a while, so it is only computed
   # if there is a record to compare it with.
-  external = {name: folder.digest(path) if record["stages"] and is_local else recorded.get(name, "")
+  external = {name: checkpoint_folder.digest(path) if record["stages"] and is_local else recorded.get(name, "")
               for name, path in models.items()}
-  if any(questions.is_remote(config, entry) for entry in questions.own(config)) or questions.has_remote_texts(config):
+  if questions.has_remote_texts(config) or any(
+      questions.is_remote(config, entry) for entry in questions.list_own_entries(config)):
     external |= {name: recorded.get(name, "") for name in ("train questions", "test questions")}
   else:
-    external |= questions.digests(config)
+    external |= questions.compute_digests(config)
   stages = plan(_make_run(config, root, models))
   to_do: set[str] = set()
   if line := status.format_line(status.read(root)):
@@ -154,7 +158,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   if model:
     base = models["base"] if is_local else None
     expected = shapes.estimate(config, model, base)
-    sizes = memory.describe(config, model, devices.mesh_of(config), expected, teacher) + "\n" + disk.describe(
+    sizes = memory.describe(config, model, devices.make_mesh(config), expected, teacher) + "\n" + disk.describe(
         config, model, expected, root, base)
     lengths = {"question": expected.question, "answer": expected.answer}
   tokens_and_hours = cost.describe(config, model, record, teacher, [stage.name for stage in stages], **lengths)
@@ -162,19 +166,19 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
         f"the whole run: {tokens_and_hours}")
 
 
-def _check_models(config: ml_collections.ConfigDict, *, dry: bool = False) -> dict[str, Path]:
-  """Returns the folders of the base model and the teacher, after checks of both; `dry` downloads no questions."""
+def _check_models(config: ml_collections.ConfigDict, *, downloads: bool = True) -> dict[str, Path]:
+  """Returns the folders of the base model and the teacher, after checks of both, which may download questions."""
   models = {"base": hub.resolve(config.model)} | ({"teacher": hub.resolve(config.teacher)} if config.teacher else {})
   for model in models.values():
     load_tokenizer(model, rows=hf.check_folder(model).vocab_size)
-  entries = questions.own(config)
-  if not (dry and any(questions.is_remote(config, entry) for entry in entries)):
-    sampling.check(config, models["base"], models.get("teacher", models["base"]), samples_answers(config))
+  entries = questions.list_own_entries(config)
+  if downloads or not any(questions.is_remote(config, entry) for entry in entries):
+    synthesize.check_prompts_fit(config, models["base"], models.get("teacher", models["base"]), samples_answers(config))
   return models
 
 
 def _make_run(config: ml_collections.ConfigDict, root: Path, models: dict[str, Path]) -> Run:
-  return Run(config, root, **{name: Model(folder, name) for name, folder in models.items()})
+  return Run(config, root, **{name: Checkpoint(folder, name) for name, folder in models.items()})
 
 
 def _versions() -> dict[str, str]:

@@ -17,13 +17,13 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from imm_jax import cli, config, loop
+from imm_jax import cli, config_checks, loop
 from imm_jax.errors import UserError
 from imm_jax.methods import merge_method
 from imm_jax.runs import experiments
 from imm_jax.runs.run import list_idle_keys
 from imm_jax.runtime import distributed
-from imm_jax.stages import merge_options
+from imm_jax.stages import merge_settings
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The settings, as a file or a name such as tiny or qwen:1.5b. --config.KEY=VALUE changes one of "
@@ -61,7 +61,8 @@ def main() -> None:
   """Runs the config's run, or all runs of an experiment; or plans or compiles them, as the flags say."""
   settings = cli.read_config(_CONFIG)
   is_experiment = experiments.is_experiment(settings)
-  (experiments if is_experiment else config).validate(settings, downloads=not (_DRY_RUN.value or _COMPILE_ONLY.value))
+  checks = experiments if is_experiment else config_checks
+  checks.validate(settings, downloads=not (_DRY_RUN.value or _COMPILE_ONLY.value))
   if not is_experiment:
     _print_idle_keys(settings)
   if _COMPILE_ONLY.value:
@@ -83,7 +84,7 @@ def _print_idle_keys(settings: ml_collections.ConfigDict) -> None:
   """Prints a note on the settings of the command line that have no effect, such as a penalty of another method."""
   given = config_flags.get_override_values(flags.FLAGS["config"])
   idle = list_idle_keys(settings, given)
-  if merge_method(settings) and "merge.base_weight" in given and not merge_options.weighs(settings):
+  if merge_method(settings) and "merge.base_weight" in given and not merge_settings.weighs(settings):
     idle.append("merge.base_weight")
   if idle:
     merging = f", merge.method={settings.merge.method}" * bool(settings.merge.method)

@@ -35,10 +35,10 @@ from imm_jax.merging.documents import Documents
 from imm_jax.merging.options import REQUIRED, Option
 from imm_jax.merging.recipe import Recipe, Slice
 from imm_jax.merging.recipe_file import YamlLoader, describe_yaml_error
-from imm_jax.merging.registry import Method
+from imm_jax.merging.registry import MergeMethod
 from imm_jax.model import hub
 
-_METHODS = registry.on_disk()
+_METHODS = registry.list_disk_methods()
 _METHOD = flags.DEFINE_enum("method", "imm", list(_METHODS), "The merging method, without --recipe. " + " ".join(
     f"{name}: {method.summary}." for name, method in _METHODS.items()))
 _BASE = flags.DEFINE_string("base", None, "The base model: an HF folder, a hub id or BASE+ADAPTER.")
@@ -61,7 +61,7 @@ _SHARD = flags.DEFINE_string("max_shard_size", "5GB", "Largest size of a weights
 _ALLOW = flags.DEFINE_bool("allow_nonfinite", False, "Also merge tensors that contain NaN or infinity.")
 _FISHERS = flags.DEFINE_list("fishers", [], "For fisher: a folder for each of --models with the diagonal of its Fisher "
                               "matrix.")
-_FLAGS = {name: flags.DEFINE_string(name, None, text) for name, text in registry.option_help().items()}
+_FLAGS = {name: flags.DEFINE_string(name, None, text) for name, text in registry.format_option_help().items()}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -88,7 +88,7 @@ def read_recipe() -> Recipe:
   return Recipe(method.name, (Slice(models, options),), _DTYPE.value, parts=parts)
 
 
-def _read_models(method: Method) -> dict[str, str]:
+def _read_models(method: MergeMethod) -> dict[str, str]:
   """Returns the models that the flags name, by label, in the method's order; raises UserError if they do not fit it."""
   single = {"base": _BASE, "start": _START, "tuned": _TUNED}
   list_input = next((name for name in ("models", "other") if name in method.inputs), None)
@@ -134,36 +134,36 @@ def main() -> None:
   _write(root, several.check(root), lambda out: several.merge(out, root, options))
 
 
-def _write_one(root: Path, job: Recipe, options: OutputOptions) -> None:
+def _write_one(root: Path, recipe: Recipe, options: OutputOptions) -> None:
   """Writes the output of a recipe, or of each weight of a sweep."""
-  outputs = _plan_outputs(root, job)
+  outputs = _plan_outputs(root, recipe)
 
   def write(out: Path) -> int:
     command.merge({out / folder.relative_to(root): swept for folder, swept in outputs.items()}, options)
     return len(outputs)
 
-  _write(root, job.inputs, write)
+  _write(root, recipe.inputs, write)
 
 
 def _write(root: Path, inputs: Mapping[str, Path], write: Callable[[Path], int]) -> None:
   """Writes --out atomically; `write` writes a folder in its place and returns the number of merges."""
   started = time.monotonic()
   files.check_out(root, inputs, overwrite=_OVERWRITE.value, explain_foreign=command.explain_foreign)
-  with files.locked(root), files.committed(root) as temporary:
+  with files.lock(root), files.write_atomically(root) as temporary:
     count = write(temporary)
     command.record_files(temporary)
   size = sum(weights.stat().st_size for weights in root.rglob("*.safetensors"))
   print(f"{root}: {count} merge{'s' * (count > 1)}, {files.format_size(size)} in {time.monotonic() - started:.1f} s")
 
 
-def _plan_outputs(out: Path, job: Recipe) -> dict[Path, Recipe]:
+def _plan_outputs(out: Path, recipe: Recipe) -> dict[Path, Recipe]:
   """Returns the recipe of each folder to write: one, or one for each weight of the sweep."""
   if not _SWEEP.value:
     if _SWEEP.present:
       raise UserError("--sweep_base_weight is empty; expected numbers from 0 to 1")
-    return {out: job}
-  if job.method not in ("imm", "iimm"):
-    raise UserError(f"--sweep_base_weight: {job.method} has no base_weight; it is for imm and iimm")
+    return {out: recipe}
+  if recipe.method not in ("imm", "iimm"):
+    raise UserError(f"--sweep_base_weight: {recipe.method} has no base_weight; it is for imm and iimm")
   if _FLAGS["base_weight"].value is not None:
     raise UserError("--base_weight: --sweep_base_weight gives it; leave out one or the other")
   jobs: dict[Path, Recipe] = {}
@@ -178,7 +178,7 @@ def _plan_outputs(out: Path, job: Recipe) -> dict[Path, Recipe]:
       raise UserError(f"--sweep_base_weight={','.join(_SWEEP.value)}: {text} is given twice")
     only_slice, = job.slices
     only_slice = dataclasses.replace(only_slice, options={**only_slice.options, "base_weight": weight})
-    jobs[out / f"base_weight_{text.strip()}"] = dataclasses.replace(job, slices=(only_slice,))
+    jobs[out / f"base_weight_{text.strip()}"] = dataclasses.replace(recipe, slices=(only_slice,))
   return jobs
 
 

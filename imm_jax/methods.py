@@ -64,26 +64,26 @@ METHODS = {
 }
 
 
-def method_of(config: ml_collections.ConfigDict) -> Method:
+def get_method(config: ml_collections.ConfigDict) -> Method:
   """Returns the record of a config's method."""
   return METHODS[config.method]
 
 
 def merge_method(config: ml_collections.ConfigDict) -> str:
   """Returns the name of each round's merging method: `merge.method` or the method's own; empty if nothing is merged."""
-  return method_of(config).merge and (config.merge.method or method_of(config).merge)
+  return get_method(config).merge and (config.merge.method or get_method(config).merge)
 
 
-def merging_methods() -> list[str]:
+def list_merging_methods() -> list[str]:
   """Lists the names of the methods that merge."""
   return [name for name, method in METHODS.items() if method.merge]
 
 
 def keeps_average(config: ml_collections.ConfigDict) -> bool:
   """Returns whether SFT keeps a moving average of the weights."""
-  return config.sft.ema or method_of(config).hands_on == "ema"
+  return config.sft.ema or get_method(config).hands_on == "ema"
 
 
 def samples_answers(config: ml_collections.ConfigDict) -> bool:
   """Returns whether a run samples answers to train on."""
-  return method_of(config).data != "worked" and config.data.real_fraction < 1
+  return get_method(config).data != "worked" and config.data.real_fraction < 1

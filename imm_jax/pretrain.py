@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
 from imm_jax import cli, files
-from imm_jax.config import DTYPES, require
+from imm_jax.config_checks import DTYPES, require
 from imm_jax.errors import UserError, suggest
 from imm_jax.model import hf, sharding
 from imm_jax.model.config import ModelConfig
@@ -107,7 +107,7 @@ def main() -> None:
   validate(config)
   if out.exists() and not (out / "recipe.json").exists():
     raise UserError(f"--out={out}: exists and is no pre-trained model (it has no recipe.json); choose another folder")
-  with files.locked(out):  # before the training, so that a folder that cannot be written fails now
+  with files.lock(out):  # before the training, so that a folder that cannot be written fails now
     pretrain(config, out)
 
 
@@ -141,18 +141,18 @@ def pretrain(config: ml_collections.ConfigDict, out: Path) -> None:
       weight_decay=config.weight_decay, grad_clip=config.grad_clip, compute_dtype=jnp.dtype(config.compute_dtype),
       accumulation=1, remat="full", mesh=mesh, log_every=50,
       report=lambda step, **values: losses.append(values["loss"]), label="pretrain").params
-  with files.committed(out) as folder:
+  with files.write_atomically(out) as folder:
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+    files.write_json(folder / "config.json", hf_config, indent=2)
     generation = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "do_sample": False}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    files.write_json(folder / "generation_config.json", generation, indent=2)
     tokenizer.save_pretrained(folder)
     hf.save(jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), folder)
     recipe = {"command": shlex.join(["python", "-m", "imm_jax.pretrain", *sys.argv[1:]]),
               "config": config.to_dict(), "examples": len(examples), "tokens": tokens, "steps": len(batches),
               "final_loss": round(sum(losses[-50:]) / len(losses[-50:]), 4), "jax": jax.__version__,
               "test_accuracy": _measure_accuracy(folder, config.eval_questions)}
-    (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    files.write_json(folder / "recipe.json", recipe, indent=2)
   print(json.dumps(recipe["test_accuracy"], indent=2))
 
 

@@ -11,7 +11,7 @@ from imm_jax import files
 from imm_jax.report import page, samples
 from imm_jax.report.results import Results
 from imm_jax.runs import status
-from imm_jax.statistics import evaluation
+from imm_jax.statistics import accuracy
 
 OOD = ("groups", "choice")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -39,10 +39,11 @@ def make(root: Path, *, method: str = "imm", rounds: int = 2, questions: int = 6
       write_rows(root / name / f"{one}.jsonl", rows)
       right = sum(r["correct"] for r in rows)
       how[one] = {"name": "paper", "shots": 0, "n": questions, "mean_tokens": 10.0, "cut": 0.25}
-      scores[one] = {"greedy": evaluation.accuracy(right, questions)._asdict()}
+      scores[one] = {"greedy": accuracy.compute_accuracy(right, questions)._asdict()}
       if one == task:
-        scores[one] |= {f"pass@{k}": evaluation.mean([min(1, 0.3 + 0.2 * k)] * questions)._asdict() for k in (1, 2)}
-        scores[one]["majority@2"] = evaluation.accuracy(right, questions)._asdict()
+        scores[one] |= {f"pass@{k}": accuracy.compute_mean([min(1, 0.3 + 0.2 * k)] * questions)._asdict()
+                        for k in (1, 2)}
+        scores[one]["majority@2"] = accuracy.compute_accuracy(right, questions)._asdict()
     stage(name, scores=scores, protocol=how, long_prompts={})
 
   evaluate("base/eval")
@@ -142,6 +143,6 @@ def text_of(page_: str) -> str:
 
 def quick(root: Path) -> str:
   """The text of a run's page without its figures."""
-  found = Results.of(root)
+  found = Results.read(root)
   chunks, problems = samples.Packer().chunks(found)
   return text_of(page.render(found, status.read(root), page.make_sections(found, chunks), chunks, problems, {}))

@@ -22,7 +22,7 @@ from imm_jax.model import safetensors
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.report import analysis as output, layers as figures, writer
 from imm_jax.runs import experiments
-from imm_jax.stages import analysing
+from imm_jax.stages import analyze as analyze_stage
 from tests import REPO, TINY
 
 
@@ -99,7 +99,7 @@ def test_bad_input_is_one_line(analyze, tmp_path: Path, flags: tuple[str, ...], 
     ("text", "needs a source"), ("stories=file:/x", "is generated and has no source"), ("bookcorpos", "bookcorpus")])
 def test_an_entry_that_is_no_task_is_named(entry: str, expected: str):
   with pytest.raises(UserError, match=expected):
-    analysing.check_entry(entry)
+    analyze_stage.check_entry(entry)
 
 
 @pytest.mark.parametrize(("entry", "text", "expected"), [
@@ -124,7 +124,7 @@ def test_unmeasurable_importance_is_one_line(entry: str, text: bytes, expected: 
   (tmp_path / ("train.txt" if entry.endswith(".txt") else "train.jsonl")).write_bytes(text)
   (tmp_path / "test.jsonl").write_text('{"question": "in no train split", "answer": "#### 1"}')
   with pytest.raises(UserError, match=expected) as caught:
-    analysing.importances(config, TINY, [entry.replace("DIR", str(tmp_path))])
+    analyze_stage.measure_importance(config, TINY, [entry.replace("DIR", str(tmp_path))])
   assert "\n" not in str(caught.value)
 
 
@@ -187,7 +187,7 @@ def test_examples_that_do_not_fit_are_counted(tmp_path: Path):
   rows = [{"question": f"How many? {i}", "answer": f"{text} #### {i}"} for i, text in enumerate(answers)]
   (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   entry = f"gsm8k=file:{tmp_path}"
-  scores = analysing.importances(config, TINY, [entry])[entry]
+  scores = analyze_stage.measure_importance(config, TINY, [entry])[entry]
   assert (scores["examples"], scores["dropped_long"]) == (2, 1)
 
 
@@ -207,7 +207,7 @@ def test_every_corpus_of_the_papers_analyses_is_read(tmp_path: Path):
   tokenizer = load_tokenizer(TINY)
   for name, source in {"mbpp": "mbpp", "math": "math", "bookcorpus": "bookcorpus/all.jsonl"}.items():
     source = tmp_path / source
-    found = analysing.examples_of(config, TINY, f"{name}=file:{source}")
+    found = analyze_stage.load_examples(config, TINY, f"{name}=file:{source}")
     assert len(found) == 2
     for example in found:
       prompt, response = (tokenizer.decode(ids) for ids in example)
@@ -220,7 +220,7 @@ def test_every_corpus_of_the_papers_analyses_is_read(tmp_path: Path):
         assert "Tom sells" in response
         assert example.response[-1] == tokenizer.eos_token_id
   with pytest.raises(UserError, match="task svamp has no train split"):
-    analysing.examples_of(config, TINY, "svamp")
+    analyze_stage.load_examples(config, TINY, "svamp")
 
 
 def test_folder_with_more_is_kept(tmp_path: Path):

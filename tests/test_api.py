@@ -16,7 +16,7 @@ import pytest
 
 import imm_jax
 from imm_jax import UserError
-from imm_jax.merging import checkpoint, masks
+from imm_jax.merging import masks, on_disk
 from imm_jax.model import safetensors
 from tests import REPO, TINY
 
@@ -76,8 +76,8 @@ def test_memory_and_disk_merges_agree(model: imm_jax.Model, tmp_path: Path):
       lambda leaf: leaf + jnp.linspace(0, 0.1, leaf.size).reshape(leaf.shape).astype(leaf.dtype), model.params))
   tuned.save(tmp_path / "tuned")
   options = {"base_weight": [0.2, 0.6], "drop_rate": 0.5}
-  checkpoint.merge_folders("imm", {"base": TINY, "start": TINY, "tuned": tmp_path / "tuned"},
-                           {tmp_path / "disk": options}, key=masks.key_words(jax.random.key(3)))
+  on_disk.merge_folders("imm", {"base": TINY, "start": TINY, "tuned": tmp_path / "tuned"},
+                        {tmp_path / "disk": options}, key=masks.key_words(jax.random.key(3)))
   merged = model.with_params(imm_jax.merging.imm(
       model.params, model.params, tuned.params, names=model.names, key=jax.random.key(3), **options))
   merged.save(tmp_path / "memory")

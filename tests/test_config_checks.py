@@ -7,7 +7,7 @@ import ml_collections
 import pytest
 
 from configs import common, tiny
-from imm_jax import config as checks
+from imm_jax import config_checks
 from imm_jax.errors import UserError
 from imm_jax.runs.run import list_idle_keys
 from tests import REPO
@@ -47,7 +47,7 @@ def run(key: str, value: object) -> ml_collections.ConfigDict:
     ("sample.temperatures", ((0.2,),) * 4, "has 4 tuples, config.rounds=3")])
 def test_a_value_that_cannot_work_is_one_line(key, value, expected):
   with pytest.raises(UserError) as raised:
-    checks.validate(run(key, value))
+    config_checks.validate(run(key, value))
   assert expected in str(raised.value)
   assert "\n" not in str(raised.value)
 
@@ -61,25 +61,25 @@ def test_contradictions_are_one_line():
   config = run("merge.base_weight", "auto")
   config.method = "star"
   with pytest.raises(UserError, match="method=star merges nothing"):
-    checks.validate(config)
+    config_checks.validate(config)
   for key, value in (("sft.intervention", "weight_masking"), ("sft.export", "float32")):
     config = run(key, value)
     config.method = "lora"
     with pytest.raises(UserError, match=rf"config\.{key}={value}: .*method=lora"):
-      checks.validate(config)
+      config_checks.validate(config)
   config = run("eval.num_samples", 8)
   config.eval.pass_at_k = (16,)
   with pytest.raises(UserError, match=r"all are more than eval\.num_samples=8"):
-    checks.validate(config)
+    config_checks.validate(config)
   for general in (("stories",), ("groups", "groups")):
     config = run("merge.auto.general", general)
     config.merge.base_weight = "auto"
     with pytest.raises(UserError, match="expected different tasks, and not the in-domain one"):
-      checks.validate(config)
+      config_checks.validate(config)
   config = run("merge.base_weight", "auto")
   config.merge.auto.general = ()
   with pytest.raises(UserError, match=r"needs one or more of merge\.auto\.weights"):
-    checks.validate(config)
+    config_checks.validate(config)
 
 
 @pytest.mark.full
@@ -109,7 +109,7 @@ def test_task_errors_need_no_data(change, message):
   config = tiny.get_config()
   config.update_from_flattened_dict(change)
   with pytest.raises(UserError, match=message):
-    checks.validate(config, downloads=False)
+    config_checks.validate(config, downloads=False)
 
 
 @pytest.mark.parametrize(("slip", "message"), [
@@ -127,7 +127,7 @@ def test_new_configs_are_checked_too(slip: dict, message: str):
       else:
         inner[name] = new
   with pytest.raises(UserError, match=message):
-    checks.validate(ml_collections.ConfigDict(made))
+    config_checks.validate(ml_collections.ConfigDict(made))
 
 
 @pytest.mark.parametrize(("settings", "idle"), [

@@ -3,7 +3,7 @@
 import pytest
 
 from configs import arguments, llama, paper, qwen, smollm2
-from imm_jax import config as checks
+from imm_jax import config_checks
 from imm_jax.model import published
 from imm_jax.model.decoder import count_params
 from imm_jax.runs import experiments
@@ -22,7 +22,7 @@ SIZES = {"HuggingFaceTB/SmolLM2-135M": 134_515_008, "Qwen/Qwen2.5-0.5B": 494_032
     (llama, "llama3-8b", "meta-llama/Meta-Llama-3-8B", "gsm8k")])
 def test_model_configs_take_size_and_task(module, argument, model, task):
   config = module.get_config(argument)
-  checks.validate(config, downloads=False)
+  config_checks.validate(config, downloads=False)
   assert (config.model, config.task.name) == (model, task)
   assert config.sample.num_samples == {"gsm8k": 3, "math": 6}[task]
   assert (config.sft.learning_rate, config.sft.epochs, config.sft.global_batch) == (2e-5, 3, 128)
@@ -31,7 +31,7 @@ def test_model_configs_take_size_and_task(module, argument, model, task):
 @pytest.mark.parametrize(("size", "rounds"), [("quick", 1), ("study", 3)])
 def test_the_small_real_model_has_two_settings(size, rounds):
   config = smollm2.get_config(size)
-  checks.validate(config, downloads=False)
+  config_checks.validate(config, downloads=False)
   assert config.rounds == rounds
 
 

@@ -79,7 +79,7 @@ def test_the_current_directory_is_never_replaced(
   for overwrite in (False, True):
     message = _refusal(source=source, out=out, to="orbax", overwrite=overwrite)
     assert f"{out}: is the current directory or holds it" in message or "the input --source" in message
-  for guard in (files.locked, files.committed):
+  for guard in (files.lock, files.write_atomically):
     with pytest.raises(UserError, match="is the current directory or holds it"), guard(Path(out)):
       pass
   assert here.is_dir()
@@ -88,7 +88,7 @@ def test_the_current_directory_is_never_replaced(
 def test_a_relative_name_with_dots_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
   (tmp_path / "here").mkdir()
   monkeypatch.chdir(tmp_path / "here")
-  with files.locked(Path("../here/../made")), files.committed(Path("../here/../made")) as temporary:
+  with files.lock(Path("../here/../made")), files.write_atomically(Path("../here/../made")) as temporary:
     temporary.mkdir()
   assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "made"]
 

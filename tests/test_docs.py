@@ -100,7 +100,7 @@ def flags_of(program: str) -> set[str]:
   path = REPO / (program if program.endswith(".py") else program.replace(".", "/"))
   files = [path.with_suffix(".py")] if path.with_suffix(".py").exists() else path.glob("*.py")
   found = {name for file in [*files, REPO / "imm_jax/cli.py"] for name in _DEFINED.findall(file.read_text())}
-  return found | _OF_ABSL | (set(registry.option_help()) if program == "imm_jax.merge" else set())
+  return found | _OF_ABSL | (set(registry.format_option_help()) if program == "imm_jax.merge" else set())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))

@@ -15,5 +15,5 @@ def shares(values: Sequence[float]) -> list[float]:
   >>> shares([1.0, 3.0]), shares([0.0])
   ([0.25, 0.75], [0.0])
   """
-  whole = sum(values)
-  return [value / whole if whole else 0.0 for value in values]
+  total = sum(values)
+  return [value / total if total else 0.0 for value in values]

@@ -74,8 +74,8 @@ def token_entropy(config: ModelConfig, params: Params, batches: PackedBatches, *
                   ) -> float:
   """Computes the mean entropy in nats of the model's next-token distribution over the tokens of given responses.
 
-  The distribution has temperature 1 and is over the whole vocabulary. Logits are held for `loss.chunk_of` positions of
-  a row at a time.
+  The distribution has temperature 1 and is over the whole vocabulary. Logits are held for `loss.choose_chunk` positions
+  of a row at a time.
 
   Args:
     config: the model's config.

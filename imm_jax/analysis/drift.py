@@ -15,7 +15,7 @@ from imm_jax.training.packing import PackedBatches
 
 
 class Drift(NamedTuple):
-  """Means over the learned tokens of some texts, in nats per token.
+  """Holds means over the learned tokens of some texts, in nats per token.
 
   Attributes:
     tokens: number of tokens.

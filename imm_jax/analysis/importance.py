@@ -113,8 +113,8 @@ def gradient_and_squares(config: ModelConfig, params: Params, batches: PackedBat
   Raises:
     UserError: if one of them is not finite.
   """
-  return _mean_gradients(config, params, batches.one_by_one(sharding.num_batch_shards(mesh)), mesh, label, order=2,
-                         compute_dtype=compute_dtype, remat=remat, attention=attention)
+  return _mean_gradients(config, params, batches.to_single_examples(sharding.num_batch_shards(mesh)), mesh, label,
+                         order=2, compute_dtype=compute_dtype, remat=remat, attention=attention)
 
 
 def _mean_gradients(config: ModelConfig, params: Params, batches: PackedBatches, mesh: Mesh, label: str, *, order: int,
@@ -122,7 +122,7 @@ def _mean_gradients(config: ModelConfig, params: Params, batches: PackedBatches,
   """Computes the sums over all batches, divided by the number of learned tokens."""
   zeros, add, finish = _programs(config, mesh, order, tuple(options.items()))
   sums, previous_loss = zeros(), None
-  with progress.bar(len(batches), label, "batch") as bar:
+  with progress.make_bar(len(batches), label, "batch") as bar:
     for batch in Input(batches, mesh):
       sums, loss = add(sums, params, batch)
       jax.block_until_ready(previous_loss)  # the host may be only one batch ahead, as batches take memory

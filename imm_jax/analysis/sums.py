@@ -13,9 +13,9 @@ from imm_jax.model.decoder import Params
 from imm_jax.runtime import progress
 from imm_jax.training import fsdp
 from imm_jax.training.input import Input
-from imm_jax.training.loss import chunk_of
+from imm_jax.training.loss import choose_chunk
 from imm_jax.training.packing import PackedBatches
-from imm_jax.training.step import head_inputs, rows_of_device
+from imm_jax.training.step import count_device_rows, head_inputs
 
 # A model's hidden states, head, targets and weights, as returned by `step.head_inputs`.
 Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -41,7 +41,7 @@ def sum_over_batches(measure: Measure, config: ModelConfig, models: Sequence[Par
   """
   program = _program(measure, config, mesh, compute_dtype, attention, accumulation)
   total, previous = 0.0, None
-  with progress.bar(len(batches), label, "batch") as bar:
+  with progress.make_bar(len(batches), label, "batch") as bar:
     for batch in Input(batches, mesh):
       current = program(tuple(models), batch)
       if previous is not None:
@@ -63,7 +63,7 @@ def _program(measure: Measure, config: ModelConfig, mesh: Mesh, compute_dtype: j
 
     def sum_part(part: dict[str, jax.Array]) -> jax.Array:
       inputs = [head_inputs(config, params, part, **options) for params in models]
-      return measure(inputs, chunk_of(rows_of_device(inputs[0][0].shape[0], options.get("mesh"))))
+      return measure(inputs, choose_chunk(count_device_rows(inputs[0][0].shape[0], options.get("mesh"))))
 
     parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
     return jnp.sum(jax.lax.map(sum_part, parts), axis=0)

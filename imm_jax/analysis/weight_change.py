@@ -14,10 +14,10 @@ import numpy as np
 
 from imm_jax.analysis import MODULES
 from imm_jax.errors import UserError, join_items
-from imm_jax.merging.checkpoint import CheckpointSource
+from imm_jax.merging.on_disk import CheckpointSource
+from imm_jax.model.checkpoint_folder import read_entries
 from imm_jax.model.config import read_config
 from imm_jax.model.families import FAMILIES
-from imm_jax.model.folder import read_entries
 
 _MATRIX = re.compile(rf"(?:.*\.)?layers\.(\d+)\.(?:self_attn|mlp)\.({'|'.join(MODULES)})\.weight")
 
@@ -31,8 +31,8 @@ class LayerChange(NamedTuple):
   @property
   def share(self) -> np.ndarray:
     """Each layer's share of the total change [L], which sums to 1; zeros if nothing has changed."""
-    whole = self.total.sum()
-    return self.total / whole if whole else np.zeros_like(self.total)
+    total = self.total.sum()
+    return self.total / total if total else np.zeros_like(self.total)
 
   def to_json(self) -> dict[str, Any]:
     """Returns `layers`, `share` and `modules` in the form of analysis.json."""

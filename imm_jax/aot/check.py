@@ -25,15 +25,15 @@ from imm_jax.model import attention, published, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params, count_params
 from imm_jax.training import optimization, step as training
-from imm_jax.training.additions import PLAIN, Additions, additions_of
+from imm_jax.training.additions import PLAIN, Additions, get_additions
 from imm_jax.training.throughput import train_flops
 
 _GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-  """What to compile.
+class StepPlan:
+  """Holds what to compile.
 
   Attributes:
     model: the model's config.
@@ -51,7 +51,7 @@ class Plan:
   """
 
   model: ModelConfig
-  slice_: topology.Slice
+  slice_: topology.TpuSlice
   mesh: Mesh
   rows: int
   length: int
@@ -65,18 +65,18 @@ class Plan:
 
   @property
   def step_rows(self) -> int:
-    """Number of rows in an optimizer step over all chips."""
+    """Returns the number of rows in an optimizer step over all chips."""
     return self.rows * self.accumulation * self.mesh.size // self.mesh.shape["tensor"]
 
   @property
   def tokens(self) -> float:
-    """Number of tokens in an optimizer step for each chip."""
+    """Returns the number of tokens in an optimizer step for each chip."""
     return self.step_rows * self.length / self.mesh.size
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """The result of compiling a plan.
+  """Holds the result of compiling a plan.
 
   Attributes:
     attention: the chosen backend.
@@ -124,7 +124,7 @@ def run(config: ml_collections.ConfigDict, *, topology_name: str, slices: int, r
     print(line, flush=True)
 
 
-def make_plan(config: ml_collections.ConfigDict, *, topology_name: str, slices: int, rows_per_chip: int) -> Plan:
+def make_plan(config: ml_collections.ConfigDict, *, topology_name: str, slices: int, rows_per_chip: int) -> StepPlan:
   """Makes the plan of a config; raises UserError as `run` does."""
   if rows_per_chip < 1:
     raise UserError(f"--rows_per_chip={rows_per_chip}: expected 1 or more")
@@ -132,8 +132,8 @@ def make_plan(config: ml_collections.ConfigDict, *, topology_name: str, slices: 
   slice_ = topology.describe_slice(topology_name, slices=slices)
   mesh = slice_.mesh(**config.mesh, hidden_size=model.hidden_size)
   sft = config.sft
-  return Plan(model, slice_, mesh, rows_per_chip, sft.row_length, sft.accumulation, sft.remat, sft.attention,
-              _resolve_dtype(sft.compute_dtype), sft.weight_decay, sft.grad_clip, additions_of(config))
+  return StepPlan(model, slice_, mesh, rows_per_chip, sft.row_length, sft.accumulation, sft.remat, sft.attention,
+                  _resolve_dtype(sft.compute_dtype), sft.weight_decay, sft.grad_clip, get_additions(config))
 
 
 def _resolve_dtype(name: str) -> jnp.dtype:
@@ -150,7 +150,7 @@ def _find_model_config(model: str) -> ModelConfig:
   return config
 
 
-def compile_step(plan: Plan) -> Report:
+def compile_step(plan: StepPlan) -> Report:
   """Compiles the SFT step of a plan and estimates its costs."""
   backend = attention.choose_backend(plan.attention, plan.model, dtype=plan.compute_dtype, length=plan.length,
                                      rows=plan.step_rows // plan.accumulation, mesh=plan.mesh)
@@ -162,7 +162,7 @@ def compile_step(plan: Plan) -> Report:
   step = training.step_function(plan.model, optimizer, additions=plan.additions, compute_dtype=plan.compute_dtype,
                                 remat=plan.remat, accumulation=plan.accumulation, attention=backend, mesh=plan.mesh)
   started = time.monotonic()
-  traced = training.jit_step(step, state).trace(state, _batch(plan))
+  traced = training.jit_step(step, state).trace(state, _make_batch(plan))
   try:
     compiled = topology.compile_program(traced)
   except MemoryError as e:
@@ -172,24 +172,24 @@ def compile_step(plan: Plan) -> Report:
   peak = plan.slice_.chip.flops
   ideal = 6 * count_params(plan.model) * plan.tokens / peak
   needed = train_flops(plan.model, tokens=plan.tokens, squares=plan.tokens * plan.length)
-  return Report(backend, _memory(compiled), "", costs.flops(traced.jaxpr) / plan.mesh.size, estimate, ideal,
+  return Report(backend, _read_memory(compiled), "", costs.count_flops(traced.jaxpr) / plan.mesh.size, estimate, ideal,
                 needed / (peak * estimate.seconds), time.monotonic() - started)
 
 
-def _batch(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
+def _make_batch(plan: StepPlan) -> dict[str, jax.ShapeDtypeStruct]:
   rows = NamedSharding(plan.mesh, sharding.BATCH)
   return {name: jax.ShapeDtypeStruct((plan.step_rows, plan.length), dtype, sharding=rows) for name, dtype in (
       ("tokens", jnp.int32), ("positions", jnp.int32), ("segment_ids", jnp.int32), ("weights", jnp.float32))}
 
 
-def _memory(compiled: Any) -> dict[str, float]:
+def _read_memory(compiled: Any) -> dict[str, float]:
   stats = compiled.memory_analysis()
   return {"arguments": stats.argument_size_in_bytes, "outputs": stats.output_size_in_bytes,
           "aliased": stats.alias_size_in_bytes, "temporaries": stats.temp_size_in_bytes,
           "peak": stats.peak_memory_in_bytes}
 
 
-def describe(plan: Plan, report: Report) -> Iterator[str]:
+def describe(plan: StepPlan, report: Report) -> Iterator[str]:
   """Yields the lines of a report."""
   chip = plan.slice_.chip
   yield (f"SFT step: {plan.rows * plan.accumulation} x {plan.length} tokens a chip, remat {plan.remat}, attention "
@@ -204,7 +204,7 @@ def describe(plan: Plan, report: Report) -> Iterator[str]:
   yield (f"a step on a chip: {report.flops / 1e12:.1f} TFLOP (6 N tokens: {report.ideal * chip.flops / 1e12:.1f}), "
          f"{e.traffic / 1e9:.0f} GB of HBM traffic")
   yield from _describe_collectives(plan, e.collectives)
-  longest, terms = e.roofline(plan.slice_, report.flops)
+  longest, terms = e.compute_roofline(plan.slice_, report.flops)
   yield (f"roofline, the longest of {', '.join(f'{name} {1e3 * t:.0f}' for name, t in terms.items())}: "
          f"{1e3 * longest:.0f} ms")
   yield (f"step time, the sum over all loops of max(compute + kernels, overlapped collectives) + exposed collectives: "
@@ -217,7 +217,7 @@ def describe(plan: Plan, report: Report) -> Iterator[str]:
          f"of {report.mfu:.1%}, {plan.tokens / e.seconds:,.0f} tokens/s a chip")
 
 
-def _describe_collectives(plan: Plan, collectives: list[hlo.Collective]) -> Iterator[str]:
+def _describe_collectives(plan: StepPlan, collectives: list[hlo.Collective]) -> Iterator[str]:
   kinds: dict[str, list[hlo.Collective]] = collections.defaultdict(list)
   for c in collectives:
     kinds[c.kind].append(c)
@@ -237,8 +237,8 @@ def largest_working_set(config: ModelConfig, dtype: jnp.dtype) -> float:
   return jnp.dtype(dtype).itemsize * max(layer, config.vocab_size * config.hidden_size)
 
 
-def suggest_fit(plan: Plan, excess: str) -> str:
-  """Tries smaller plans (more rematerialisation, fewer rows, more sharding) and describes the first that fits."""
+def suggest_fit(plan: StepPlan, excess: str) -> str:
+  """Tries smaller plans (more rematerialization, fewer rows, more sharding) and describes the first that fits."""
   match = re.match(r"([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", excess)
   scale = {"K": 1, "M": 2**10, "G": 2**20, "T": 2**30}
   factor = float(match[1]) * scale[match[2]] / (float(match[3]) * scale[match[4]]) if match else 2.0
@@ -260,22 +260,22 @@ def suggest_fit(plan: Plan, excess: str) -> str:
   return f"tried {options}, which do not fit either: take more chips"
 
 
-def _format_options(plan: Plan) -> str:
+def _format_options(plan: StepPlan) -> str:
   return (f"--rows_per_chip={plan.rows} --config.sft.remat={plan.remat} "
           f"--config.mesh.data={plan.mesh.shape['data']} --config.mesh.fsdp={plan.mesh.shape['fsdp']}")
 
 
-def _describe_importance(plan: Plan, backend: str) -> Iterator[str]:
+def _describe_importance(plan: StepPlan, backend: str) -> Iterator[str]:
   """Describes the addition of a batch's gradient to the sum over a data set (eq. 3)."""
   params = _add_shardings(abstract_params(plan.model), plan.mesh)
   sums = (params, jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(plan.mesh, PartitionSpec())))
   add = importance.make_accumulate(plan.model, compute_dtype=plan.compute_dtype, remat=plan.remat, attention=backend,
                                    mesh=plan.mesh, accumulation=plan.accumulation)
   yield from _describe_program(f"layer importance, {plan.rows * plan.accumulation} x {plan.length} tokens a chip", plan,
-                               training.jit_step(add, sums).trace(sums, params, _batch(plan)))
+                               training.jit_step(add, sums).trace(sums, params, _make_batch(plan)))
 
 
-def _describe_merge(plan: Plan) -> Iterator[str]:
+def _describe_merge(plan: StepPlan) -> Iterator[str]:
   """Describes the merge of three trees in the compute dtype with the shardings of the parameters."""
   tree = _add_shardings(abstract_params(plan.model, dtype=plan.compute_dtype), plan.mesh)
   merge = functools.partial(merging.imm, base_weight=0.5, drop_rate=0.2, key=jax.random.key(0))
@@ -290,14 +290,14 @@ def _add_shardings(params: Params, mesh: Mesh) -> Params:
                       training.state_sharding(params, mesh))
 
 
-def _describe_program(label: str, plan: Plan, traced: Any) -> Iterator[str]:
+def _describe_program(label: str, plan: StepPlan, traced: Any) -> Iterator[str]:
   started = time.monotonic()
   try:
     compiled = topology.compile_program(traced)
   except MemoryError as e:
     yield f"{label}: does not fit, {e}"
     return
-  memory = {name: size / _GIB for name, size in _memory(compiled).items()}
+  memory = {name: size / _GIB for name, size in _read_memory(compiled).items()}
   estimate = costs.estimate(hlo.Module(compiled.as_text()), plan.slice_, plan.mesh)
   moved = sum(c.size * c.times for c in estimate.collectives)
   yield (f"{label}, compiled in {time.monotonic() - started:.0f} s: on a chip arguments {memory['arguments']:.2f} GiB, "

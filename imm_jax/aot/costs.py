@@ -1,6 +1,7 @@
 """Estimates the costs of a step: FLOPs from its jaxpr, time from the compiled program.
 
-`flops` counts products (2 for each multiply-add) times the lengths of the scans around them, including recomputation.
+`count_flops` counts products (2 for each multiply-add) times the lengths of the scans around them, also where they
+are computed again.
 `estimate` combines the compiler's cycles, the kernels' FLOPs and the collectives' bytes.
 """
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from imm_jax.aot import hlo
-from imm_jax.aot.topology import Slice
+from imm_jax.aot.topology import TpuSlice
 from imm_jax.model.attention import splash_tile
 
 # Number of products of [T, S] by h in each kernel: q k and p v; q k, do v and ds k; q k, p do, do v and ds q.
@@ -23,25 +24,25 @@ _SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
 KERNEL_EFFICIENCY = 0.5
 
 
-def flops(jaxpr: Any) -> float:
+def count_flops(jaxpr: Any) -> float:
   """Counts the FLOPs of the products in a jaxpr over all devices.
 
   Raises:
     ValueError: for a loop of unknown length, or an unknown kernel.
 
   >>> x = jnp.ones((4, 4))
-  >>> flops(jax.make_jaxpr(lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, length=3)[0])(x))
+  >>> count_flops(jax.make_jaxpr(lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, length=3)[0])(x))
   384.0
   """
   total = 0.0
   for e in getattr(jaxpr, "jaxpr", jaxpr).eqns:
     kind = e.primitive.name
-    inner = [flops(j) for j in _inner_jaxprs(e)] if kind != "pallas_call" else []
+    inner = [count_flops(j) for j in _inner_jaxprs(e)] if kind != "pallas_call" else []
     if kind == "dot_general":
       (contracted, _), _ = e.params["dimension_numbers"]
       total += 2.0 * math.prod(e.outvars[0].aval.shape) * math.prod(e.invars[0].aval.shape[d] for d in contracted)
     elif kind == "pallas_call":
-      total += kernel_flops(str(e.params["name"]), next(
+      total += count_kernel_flops(str(e.params["name"]), next(
           v.aval.shape for v in e.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)))
     elif kind == "scan":
       total += e.params["length"] * sum(inner)
@@ -62,13 +63,13 @@ def _inner_jaxprs(equation: Any) -> list[Any]:
   return [p for p in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr) if is_jaxpr(p)]
 
 
-def kernel_flops(name: str, queries: Sequence[int]) -> float:
+def count_kernel_flops(name: str, queries: Sequence[int]) -> float:
   """Counts the FLOPs of a splash kernel call for queries [..., H, T, h], in the tiles on and below the diagonal.
 
   Raises:
     ValueError: for another kernel.
 
-  >>> kernel_flops("splash_mha_fwd_segmented", (2, 4, 1024, 64))  # 2 x 2 tiles, of which three run
+  >>> count_kernel_flops("splash_mha_fwd_segmented", (2, 4, 1024, 64))  # 2 x 2 tiles, of which three run
   1610612736.0
   """
   phase = re.match(r"splash_m[hq]a_(fwd|dq|dkv)_", name)
@@ -80,7 +81,7 @@ def kernel_flops(name: str, queries: Sequence[int]) -> float:
 
 
 class Estimate(NamedTuple):
-  """Estimate of a step on one chip: times in seconds, summed over all regions of the program.
+  """Holds the estimate of a step on one chip: times in seconds, summed over all regions of the program.
 
   Attributes:
     seconds: sum over the regions of the longer of computation and overlapped collectives, plus exposed collectives.
@@ -102,14 +103,14 @@ class Estimate(NamedTuple):
   traffic: float
   collectives: list[hlo.Collective]
 
-  def roofline(self, slice_: Slice, flops: float) -> tuple[float, dict[str, float]]:
+  def compute_roofline(self, slice_: TpuSlice, flops: float) -> tuple[float, dict[str, float]]:
     """Returns (longest term, terms): time of FLOPs, HBM bytes and collectives, each at its peak rate."""
     terms = {"compute": flops / slice_.chip.flops, "HBM": self.traffic / slice_.chip.hbm_rate,
              "links": self.overlapped + self.exposed - self.network, "network": self.network}
     return max(terms.values()), terms
 
 
-def estimate(module: hlo.Module, slice_: Slice, mesh: Mesh) -> Estimate:
+def estimate(module: hlo.Module, slice_: TpuSlice, mesh: Mesh) -> Estimate:
   """Estimates a step from its compiled module, in which devices are numbered as in the mesh."""
   devices = mesh.devices.ravel().tolist()
   collectives = module.collectives()
@@ -128,11 +129,11 @@ def estimate(module: hlo.Module, slice_: Slice, mesh: Mesh) -> Estimate:
   return Estimate(seconds, collectives=collectives, **totals)
 
 
-def estimate_kernel_seconds(module: hlo.Module, region: hlo.Region, slice_: Slice) -> float:
+def estimate_kernel_seconds(module: hlo.Module, region: hlo.Region, slice_: TpuSlice) -> float:
   """Estimates the seconds of splash kernels in one run of a region; heads narrower than a matrix unit underuse it."""
   total = 0.0
   for name, shapes in module.kernels(region):
     queries = next(hlo.dims(shape) for shape in shapes if re.match("bf16|f16|f32", shape))
     utilisation = min(1.0, queries[-1] / slice_.chip.unit)
-    total += kernel_flops(name, queries) / (KERNEL_EFFICIENCY * utilisation * slice_.chip.flops)
+    total += count_kernel_flops(name, queries) / (KERNEL_EFFICIENCY * utilisation * slice_.chip.flops)
   return total

@@ -37,7 +37,7 @@ _GIB = 2**30
 
 
 class Step(NamedTuple):
-  """Costs of sampling on the chips of one host: of a decoding step, and the memory of a prefill.
+  """Holds the costs of sampling on the chips of one host: of a decoding step, and the memory of a prefill.
 
   Attributes:
     mesh: mesh over the host's chips.
@@ -65,7 +65,7 @@ class Step(NamedTuple):
 
   @property
   def peak(self) -> float:
-    """Bytes on a chip at most: the samples of a pack join bit by bit, so that it is there while others are decoded."""
+    """Returns the most bytes on a chip; a pack is there while others are decoded, as its samples join bit by bit."""
     return self.weights + self.cache + self.prompts + max(self.temporaries, self.prefill_temporaries)
 
   def seconds(self, chip: topology.Chip) -> float:
@@ -77,7 +77,7 @@ class Step(NamedTuple):
     return self.peak < chip.hbm
 
 
-def host_slice(slice_: topology.Slice) -> topology.Slice:
+def host_slice(slice_: topology.TpuSlice) -> topology.TpuSlice:
   """Returns the chips of one host as a slice of their own; all hosts of a slice have equally many."""
   chips = [d for d in slice_.devices if d.process_index == slice_.devices[0].process_index]
   sizes = "x".join(str(len({d.coords[axis] for d in chips})) for axis in range(len(slice_.sizes)))
@@ -93,7 +93,7 @@ def candidate_meshes(model: ModelConfig, devices: Sequence[jax.Device]) -> list[
   return [default, *(m for m in others if m.shape["tensor"] != default.shape["tensor"])]
 
 
-def compile_sampling(model: ModelConfig, mesh: Mesh, slice_: topology.Slice, *, rows: int, new_tokens: int,
+def compile_sampling(model: ModelConfig, mesh: Mesh, slice_: topology.TpuSlice, *, rows: int, new_tokens: int,
                      dtype: jnp.dtype) -> Step:
   """Compiles prefill and decoding step for a mesh and extrapolates their costs to all layers.
 
@@ -113,7 +113,7 @@ def compile_sampling(model: ModelConfig, mesh: Mesh, slice_: topology.Slice, *, 
 
 
 class _Measured(NamedTuple):
-  """What is read off programs with few layers: attributes of `Step`, and (number, bytes) of collectives by kind."""
+  """Holds what programs with few layers show: attributes of `Step`, and (number, bytes) of collectives by kind."""
 
   weights: float
   cache: float
@@ -125,13 +125,13 @@ class _Measured(NamedTuple):
   collectives: dict[str, tuple[int, float]]
 
 
-def _compile_and_measure(model: ModelConfig, mesh: Mesh, slice_: topology.Slice, layers: int, rows: int,
+def _compile_and_measure(model: ModelConfig, mesh: Mesh, slice_: topology.TpuSlice, layers: int, rows: int,
                          new_tokens: int, dtype: jnp.dtype) -> _Measured:
   model = dataclasses.replace(model, num_layers=layers)
   static = decode.Static(model, dtype, (0,), 1.0, False, mesh)
   replicated = NamedSharding(mesh, P())
   params = _abstract_layer_list(model, mesh, dtype)
-  slots = queue.most_slots(_QUESTION + new_tokens)
+  slots = queue.compute_max_slots(_QUESTION + new_tokens)
   state = jax.eval_shape(functools.partial(decode.init, rows, slots, new_tokens, static))
   caches = sharding.cache_sharding(mesh, rows)
   shardings = {name: caches if name == "caches" else replicated for name in state}
@@ -156,7 +156,7 @@ def _compile_and_measure(model: ModelConfig, mesh: Mesh, slice_: topology.Slice,
   return _Measured(
       on_chip(params), on_chip((state["caches"], prefix.caches)), prefill.output_size_in_bytes,
       compiled.memory_analysis().temp_size_in_bytes, prefill.temp_size_in_bytes, links,
-      costs.flops(traced.jaxpr) / mesh.size, dict(kinds))
+      costs.count_flops(traced.jaxpr) / mesh.size, dict(kinds))
 
 
 def _compile_prefill(params: dict[str, Any], prefix: Prefix, static: decode.Static) -> Any:
@@ -182,11 +182,11 @@ def _abstract_layer_list(model: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> di
       shapes)
 
 
-def _with_sharding(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+def _with_sharding(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def describe(model: ModelConfig, slice_: topology.Slice, *, rows: int, new_tokens: int, dtype: jnp.dtype,
+def describe(model: ModelConfig, slice_: topology.TpuSlice, *, rows: int, new_tokens: int, dtype: jnp.dtype,
              attention: str = "auto") -> Iterator[str]:
   """Yields a line for the default split of sampling over a host's chips, one for the next, and which is faster.
 
@@ -202,7 +202,7 @@ def describe(model: ModelConfig, slice_: topology.Slice, *, rows: int, new_token
   hosts, meshes = len(slice_.devices) // len(host.devices), candidate_meshes(model, host.devices)[:2]
   pack = full_pack(meshes[0])
   yield (f"sampling, {rows} rows on each of {hosts} hosts with {len(host.devices)} chips, {dtype}, a shared prefix of "
-         f"{_PREFIX} tokens, {queue.most_slots(_QUESTION + new_tokens)} slots a row, prompts run in packs of "
+         f"{_PREFIX} tokens, {queue.compute_max_slots(_QUESTION + new_tokens)} slots a row, prompts run in packs of "
          f"{pack.rows} x {pack.length} tokens, {BANDWIDTH:.0%} of the memory's bandwidth assumed")
   if attention not in ("auto", "xla"):
     yield f"  of config.sampler.attention=xla: {attention} is not estimated"

@@ -21,7 +21,7 @@ _FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "whil
 
 
 class Instruction(NamedTuple):
-  """One line of HLO."""
+  """Holds a line of HLO."""
 
   name: str
   shape: str
@@ -36,7 +36,7 @@ class Instruction(NamedTuple):
 
 
 class Region(NamedTuple):
-  """The instructions of the entry or of a loop's body, which run `times` times in a step."""
+  """Holds the instructions of the entry or of a loop's body, which run `times` times in a step."""
 
   name: str
   times: int
@@ -44,7 +44,7 @@ class Region(NamedTuple):
 
 
 class Collective(NamedTuple):
-  """A collective of a program.
+  """Describes a collective of a program.
 
   Attributes:
     kind: opcode, such as `all-gather`.
@@ -66,7 +66,7 @@ class Collective(NamedTuple):
 
 
 class Module:
-  """A compiled module.
+  """Holds a compiled module.
 
   >>> module = Module('''HloModule m
   ... ENTRY %main (x: f32[2,3]) -> f32[2,3] {

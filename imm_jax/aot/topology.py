@@ -13,14 +13,14 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from imm_jax.errors import UserError, suggest
+from imm_jax.errors import UserError, first_line, suggest
 from imm_jax.model import sharding
 from imm_jax.runtime.hardware import peak_flops
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One TPU chip, which jax sees as one device.
+  """Describes a TPU chip, which jax sees as one device.
 
   Attributes:
     flops: peak bfloat16 FLOP/s.
@@ -64,8 +64,8 @@ CHIPS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice:
-  """One TPU slice or several equal ones, joined by the network."""
+class TpuSlice:
+  """Describes a TPU slice, or several equal ones, joined by the network."""
 
   name: str
   chip: Chip
@@ -99,7 +99,7 @@ class Slice:
     return rounds * size * (len(group) - 1) / len(group) / (links * self.chip.link) if links else 0.0
 
 
-def describe_slice(name: str, *, slices: int = 1) -> Slice:
+def describe_slice(name: str, *, slices: int = 1) -> TpuSlice:
   """Describes a slice by its name: the kind of chip and the chips along each axis, such as `v5e:4x4`.
 
   Raises:
@@ -126,8 +126,8 @@ def describe_slice(name: str, *, slices: int = 1) -> Slice:
       described = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip.name}:{sizes}",
                                                **dict(chip.options), **options)
   except Exception as e:  # libtpu raises several kinds
-    raise UserError(f"--topology={name}: {str(e).strip().splitlines()[0]} (known are such as {examples})") from e
-  return Slice(name, chip, tuple(lengths), slices, tuple(described.devices))
+    raise UserError(f"--topology={name}: {first_line(e)} (known are such as {examples})") from e
+  return TpuSlice(name, chip, tuple(lengths), slices, tuple(described.devices))
 
 
 def compile_program(traced: Any) -> Any:
@@ -140,7 +140,7 @@ def compile_program(traced: Any) -> Any:
       raise
     # Either "Used 18.1G of 15.75G hbm" or "temporaries (65.6G) exceeds available HBM (15.75G)".
     sizes = re.findall(r"\d[\d.]*[KMGT]\b", str(e))
-    raise MemoryError(f"{sizes[0]} of {sizes[1]}" if len(sizes) > 1 else str(e).splitlines()[0]) from e
+    raise MemoryError(f"{sizes[0]} of {sizes[1]}" if len(sizes) > 1 else first_line(e)) from e
 
 
 @contextlib.contextmanager

@@ -111,11 +111,11 @@ class Model:
     >>> load("tiny").logits("3+4=").argmax(-1).shape
     (4,)
     """
-    given = np.asarray(self.encode(tokens) if isinstance(tokens, str) else tokens)
-    checks.check_ids(given, self.config.vocab_size, self.config.max_positions)
-    ids = jnp.asarray(given, jnp.int32)
-    logits = _compiled(self.config, hardware.compute_dtype(compute_dtype))(self.params, jnp.atleast_2d(ids))
-    return logits if ids.ndim == 2 else logits[0]
+    ids = np.asarray(self.encode(tokens) if isinstance(tokens, str) else tokens)
+    checks.check_ids(ids, self.config.vocab_size, self.config.max_positions)
+    array = jnp.asarray(ids, jnp.int32)
+    logits = _compiled(self.config, hardware.compute_dtype(compute_dtype))(self.params, jnp.atleast_2d(array))
+    return logits if array.ndim == 2 else logits[0]
 
   def sample(self, prompts: Sequence[str | Prompt], *, max_new_tokens: int = 256, num_samples: int = 1,
              temperature: float | Sequence[float] = 0.0, top_p: float = 1.0, stop: Sequence[str] = (), seed: int = 0,
@@ -193,7 +193,7 @@ class Model:
     out = Path(folder)
     if distributed.is_main() and out.exists() and (not out.is_dir() or any(out.iterdir())):
       raise UserError(f"{out}: exists; give another name")
-    with files.committed(out) if distributed.is_main() else contextlib.nullcontext(out) as target:
+    with files.write_atomically(out) if distributed.is_main() else contextlib.nullcontext(out) as target:
       hf.save(self.params, target, like=self.folder, keep_dtypes=keep_dtypes)
 
 
@@ -246,9 +246,9 @@ def forward(config: ModelConfig, params: Params, tokens: jax.Array, *, positions
   >>> jax.grad(loss)(model.params)["norm"]["weight"].shape
   (128,)
   """
-  whole = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+  default_positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
   return bind(config, params)(
-      tokens, positions=whole if positions is None else positions,
+      tokens, positions=default_positions if positions is None else positions,
       segment_ids=jnp.ones_like(tokens) if segment_ids is None else segment_ids,
       compute_dtype=jnp.dtype(compute_dtype), remat=remat)
 

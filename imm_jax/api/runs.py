@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from imm_jax import config as checks, config_files, loop
+from imm_jax import config_checks, config_files, loop
 from imm_jax.errors import UserError, suggest
 from imm_jax.report import Results
 from imm_jax.runs import experiments
@@ -51,6 +51,6 @@ def run(config: str | os.PathLike[str] | ml_collections.ConfigDict, *, workdir: 
     except (TypeError, ValueError) as e:
       kind = type(functools.reduce(lambda at, part: at[part], key.split("."), settings)).__name__
       raise UserError(f"{key}={value!r}: expected a value of type {kind}") from e
-  checks.validate(settings)
+  config_checks.validate(settings)
   loop.run(settings, os.fspath(workdir), rerun=rerun)
-  return Results.of(Path(workdir))
+  return Results.read(Path(workdir))

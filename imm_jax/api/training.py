@@ -21,7 +21,7 @@ from imm_jax.training.optimization import make_schedule
 from imm_jax.training.packing import PackedBatches, TokenizedExample
 
 # The tokens of a packed row, unless a text is longer: then the row is the next multiple of _STEP.
-_ROW, _STEP = 512, 128
+_MIN_ROW_LENGTH, _ROW_MULTIPLE = 512, 128
 
 
 def fine_tune(model: Model, pairs: Sequence[Pair], *, learning_rate: float = 2e-5, epochs: int = 3,
@@ -128,7 +128,7 @@ def _pack(model: Model, pairs: Sequence[Pair], *, epochs: int, global_batch: int
     if not example.prompt or not example.response:
       raise ValueError(f"pairs[{i}]={pairs[i]!r:.80}: has no token of a prompt, or none to learn")
   longest = max((len(e.prompt) + len(e.response) for e in examples), default=0)
-  length = row_length or max(_ROW, -(-longest // _STEP) * _STEP)
+  length = row_length or max(_MIN_ROW_LENGTH, -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE)
   batches = PackedBatches(examples, epochs=epochs, global_batch=global_batch, row_length=length, seed=seed,
                           row_multiple=sharding.num_batch_shards(model.mesh))
   dtype = jnp.dtype(hardware.compute_dtype(compute_dtype))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from imm_jax.methods import keeps_average, merge_method, method_of, samples_answers
+from imm_jax.methods import get_method, keeps_average, merge_method, samples_answers
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import count_params
 from imm_jax.runtime import hardware
@@ -60,17 +60,17 @@ def count_tokens(config: ml_collections.ConfigDict, record: Mapping[str, Any], *
   length = tokens / samples if samples else min(
       answer or ASSUMED["length"] * config.sample.max_new_tokens, config.sample.max_new_tokens)
   right = sum(f["correct"] for f in facts) / samples if samples else ASSUMED["right"]
-  asked, tests = questions.counts(config)
-  has_samples, method = samples_answers(config), method_of(config)
-  sampled = config.rounds * asked * config.sample.num_samples * length if has_samples else 0.0
-  answers = right * asked * config.sample.num_samples if has_samples else 0.0
+  num_questions, tests = questions.count_questions(config)
+  has_samples, method = samples_answers(config), get_method(config)
+  sampled = config.rounds * num_questions * config.sample.num_samples * length if has_samples else 0.0
+  answers = right * num_questions * config.sample.num_samples if has_samples else 0.0
   answers /= max(1 - config.data.real_fraction, 0.5)
   rounds = range(1, config.rounds + 1)
   if not has_samples:
-    trained = config.rounds * asked
+    trained = config.rounds * num_questions
   elif method.data == "accumulation":
     # If every round asks all questions, the real answers are the same in each.
-    real = config.data.with_real * asked * (sum(rounds) if config.task.questions_per_round else config.rounds)
+    real = config.data.with_real * num_questions * (sum(rounds) if config.task.questions_per_round else config.rounds)
     trained = sum(rounds) * answers + real
   elif method.data == "mixture":
     trained = sum(1 + config.data.mixture_share * (t - 1) for t in rounds) * answers
@@ -80,7 +80,7 @@ def count_tokens(config: ml_collections.ConfigDict, record: Mapping[str, Any], *
   weight_search = 0
   if config.merge.base_weight == "auto" and method.merge:
     auto = config.merge.auto
-    answered = 1 + sum(questions.measure_of(config, entry) == "answer" for entry in auto.general)
+    answered = 1 + sum(questions.get_measure(config, entry) == "answer" for entry in auto.general)
     weight_search = config.rounds * (len(auto.weights) + 2 * auto.groups) * auto.questions * answered
   evaluated = models * tests * (1 + config.eval.num_samples) + weight_search
   evaluated *= min(length, protocols.max_new_tokens(config))
@@ -91,18 +91,18 @@ def count_tokens(config: ml_collections.ConfigDict, record: Mapping[str, Any], *
 
   def prompt_tokens(entry: str) -> float:
     """Returns the tokens of a test question, which has options if these are scored."""
-    return question * (1 + (questions.measure_of(config, entry) == "choices"))
+    return question * (1 + (questions.get_measure(config, entry) == "choices"))
 
-  counted = zip(questions.count_tests(config), questions.own(config), strict=True)
+  counted = zip(questions.count_tests(config), questions.list_own_entries(config), strict=True)
   test_prompts = sum(n * prompt_tokens(entry) for n, entry in counted)
   test_prompts += len(config.eval.texts) * questions.count_passages(config) * ASSUMED["passage"]
   # The base and each model of a round read the same texts.
   drift_texts = config.rounds * 2 * (1 + bool(method.merge) + keeps_average(config))
   drift_texts *= sum(min(n or limit, limit) for n in questions.count_tests(config)) if (
-      limit := questions.drift_questions(config)) else 0
+      limit := questions.count_drift_questions(config)) else 0
   eval_prompts = models * test_prompts + weight_search * prompt_tokens(config.task.name)
   return TokenCounts(sampled, (passes * trained + measured) * (length + question), evaluated,
-                     config.rounds * asked * question if has_samples else 0.0,
+                     config.rounds * num_questions * question if has_samples else 0.0,
                      eval_prompts + drift_texts * (length + question))
 
 

@@ -8,16 +8,17 @@ from typing import NamedTuple
 import jax
 import ml_collections
 
+from imm_jax import files
 from imm_jax.estimates import cost
 from imm_jax.estimates.memory import format_bytes
 from imm_jax.estimates.shapes import Expected
-from imm_jax.methods import keeps_average, method_of, samples_answers
-from imm_jax.model import folder as checkpoint
+from imm_jax.methods import get_method, keeps_average, samples_answers
+from imm_jax.model import checkpoint_folder
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import count_params
 from imm_jax.stages import questions
 from imm_jax.training import lora
-from imm_jax.training.additions import additions_of
+from imm_jax.training.additions import get_additions
 
 # Bytes of keys and numbers in a row of answers, and characters per token of its question and answer.
 _BYTES_PER_ROW, _CHARACTERS_PER_TOKEN = 185, 3
@@ -59,24 +60,25 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, expected: Ex
     expected: the result of `shapes.estimate`.
     folder: the base model's folder, or None if it is not on this machine.
   """
-  sft, method, count, additions = config.sft, method_of(config), count_params(model), additions_of(config)
+  sft, method, count, additions = config.sft, get_method(config), count_params(model), get_additions(config)
   weights, side_files = 2.0 * count, 0
   if folder:
-    weights = sum(path.stat().st_size for path in checkpoint.weight_files(folder))
-    side_files = sum((folder / name).stat().st_size for name in checkpoint.SIDE_FILES if (folder / name).is_file())
-  one = weights + side_files
-  tuned = (one if sft.export == "model" else 4.0 * count + side_files) * (1 + keeps_average(config))
+    weights = sum(path.stat().st_size for path in checkpoint_folder.weight_files(folder))
+    side_files = sum((folder / name).stat().st_size for name in checkpoint_folder.SIDE_FILES
+                     if (folder / name).is_file())
+  checkpoint_bytes = weights + side_files
+  tuned = (checkpoint_bytes if sft.export == "model" else 4.0 * count + side_files) * (1 + keeps_average(config))
   trained = count
   if additions.lora:
     trained = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(lora.abstract(model, additions.lora)))
     tuned += 4 * trained
-  merged = one * (1 + len(config.merge.sweep)) * bool(method.merge)
+  merged = checkpoint_bytes * (1 + len(config.merge.sweep)) * bool(method.merge)
   # Parameters and two moments are float32; a mask takes one byte per parameter.
   bytes_per_param = 12 + 4 * bool(additions.ema) + 4 * (1 + bool(additions.ema)) * (sft.stop_share > 0)
   state = (bytes_per_param + (sft.intervention == "weight_masking")) * trained
-  asked, tests = questions.counts(config)
-  sampled = asked * config.sample.num_samples * samples_answers(config)
-  right = sampled * cost.ASSUMED["right"] if sampled else asked
+  num_questions, tests = questions.count_questions(config)
+  sampled = num_questions * config.sample.num_samples * samples_answers(config)
+  right = sampled * cost.ASSUMED["right"] if sampled else num_questions
   saves = max(1, (math.ceil(sft.epochs * right / sft.global_batch) - 1) // sft.save_interval)
   tokens = (expected.question or cost.ASSUMED["question"]) + (
       expected.answer or cost.ASSUMED["length"] * config.sample.max_new_tokens)
@@ -90,8 +92,8 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, expected: Ex
   training = max(min(saves, sft.max_to_keep + 1) * state, min(saves, sft.max_to_keep) * state + tuned)
   training *= not sft.state_dir
   peak = max(final, final - merged - tuned + max(training, tuned))
-  return Disk(config.rounds * models_of_round, one, models, answers, state, min(saves, sft.max_to_keep + 1), final,
-              peak)
+  return Disk(config.rounds * models_of_round, checkpoint_bytes, models, answers, state,
+              min(saves, sft.max_to_keep + 1), final, peak)
 
 
 def describe(config: ml_collections.ConfigDict, model: ModelConfig, expected: Expected, root: Path,

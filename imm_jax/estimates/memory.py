@@ -13,14 +13,14 @@ from imm_jax.methods import merge_method, samples_answers
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params, count_params
 from imm_jax.model.sharding import decoding_mesh, num_batch_shards, param_sharding, path_name
-from imm_jax.runtime import hardware, resident
+from imm_jax.runtime import hardware, resident_memory
 from imm_jax.sampling.native import decode, queue
 from imm_jax.scoring import likelihood
 from imm_jax.stages import questions
 from imm_jax.tasks import protocols
 from imm_jax.training import lora, step
-from imm_jax.training.additions import PLAIN, Additions, additions_of
-from imm_jax.training.loss import chunk_of
+from imm_jax.training.additions import PLAIN, Additions, get_additions
+from imm_jax.training.loss import choose_chunk
 
 # Bytes that compilation and programs take besides their arrays, as measured; they do not depend on the model's size.
 _PROGRAM_BYTES = 0.3 * 2**30
@@ -103,7 +103,7 @@ def step_bytes(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, accumu
   layer = device_rows * activation_bytes(model, remat="none", **options) / mesh.shape["tensor"] / model.num_layers
   table = model.vocab_size * model.hidden_size
   # With one model, two arrays of the logits' size are alive at a time; with two models, five, as measured.
-  arrays, chunk = (5, chunk_of(2 * device_rows)) if additions.kl else (2, chunk_of(device_rows))
+  arrays, chunk = (5, choose_chunk(2 * device_rows)) if additions.kl else (2, choose_chunk(device_rows))
   logits = arrays * device_rows * min(length, chunk) * model.vocab_size * 4 / mesh.shape["tensor"]
   params, layers = (_count_on_device(model, mesh, prefix) for prefix in ("", "layers."))
   # The head's gradient is summed separately; the embedding's is computed when the activations are freed. With sums
@@ -170,7 +170,7 @@ def sampling_bytes(model: ModelConfig, mesh: Mesh, *, rows: int, prompt: int, ne
   layer = activation_bytes(model, length=pack.length, remat="none", dtype=dtype, widened=cpu)
   logits = 3 * pack.prompts * model.vocab_size * 4
   width = jnp.dtype(dtype).itemsize
-  slots = queue.most_slots(prompt + new_tokens)
+  slots = queue.compute_max_slots(prompt + new_tokens)
   sizes = {"weights": count_params(model) * width / shards, "cache": state(rows, slots) / mesh.size}
   prompts = (caches + pack.rows * layer / model.num_layers + logits) / mesh.size
   # XLA's CPU backend converts 2-byte numbers to float32: the keys of all layers, and the head.
@@ -205,7 +205,7 @@ def comparison_bytes(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, 
   # Layers keep nothing; about half of the activations that a backward pass would need are alive, as in scoring.
   layer = device_rows * activation_bytes(model, length=length, remat="none", dtype=dtype, attention=attention,
                                   widened=_platform(mesh) == "cpu") / model.num_layers / 2
-  logits = 4 * device_rows * min(length, chunk_of(device_rows)) * model.vocab_size * 4
+  logits = 4 * device_rows * min(length, choose_chunk(device_rows)) * model.vocab_size * 4
   return {"weights": 2 * _count_on_device(model, mesh) * dtype.itemsize, "activations": layer / mesh.shape["tensor"],
           "logits": logits / mesh.shape["tensor"]}
 
@@ -224,33 +224,33 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, 
   sft, stages = config.sft, []
   dtype = jnp.dtype(hardware.compute_dtype(config.sample.compute_dtype))
   if config.sampler.kind == "native":
-    asked, tests = questions.counts(config)
+    num_questions, tests = questions.count_questions(config)
     settings = [("evaluation", model, config.eval.batch_size, protocols.max_new_tokens(config),
                  tests * max(1, config.eval.num_samples))]
     if samples_answers(config):
       settings.append(("sampling", sampler or model, config.sample.batch_size, config.sample.max_new_tokens,
-                       asked * config.sample.num_samples))
+                       num_questions * config.sample.num_samples))
     prompt = expected.prompt or _PROMPT_TOKENS
-    stages = [Peak(name, sampling_bytes(sampled, mesh, rows=queue.rows_of(batch_size, count), prompt=prompt,
+    stages = [Peak(name, sampling_bytes(sampled, mesh, rows=queue.choose_rows(batch_size, count), prompt=prompt,
                                         new_tokens=new_tokens, dtype=dtype))
               for name, sampled, batch_size, new_tokens, count in settings]
-  if questions.scores_texts(config):
+  if questions.needs_likelihood(config):
     stages.append(Peak("likelihood", scoring_bytes(model, mesh, dtype=dtype)))
   options = {"rows": expected.rows, "length": sft.row_length, "accumulation": sft.accumulation, "remat": sft.remat,
              "dtype": jnp.dtype(hardware.compute_dtype(sft.compute_dtype)), "attention": expected.attention}
-  additions = additions_of(config)
+  additions = get_additions(config)
   state = state_bytes(model, mesh, dtype=options["dtype"], additions=additions, stops=sft.stop_share > 0)
   stages.append(Peak("SFT", state | step_bytes(model, mesh, additions=additions, **options)))
   if config.analysis.examples or merge_method(config) == "iimm":
     stages.append(Peak("importance", {"weights and sums": 8 * _count_on_device(model, mesh),
                                       **step_bytes(model, mesh, sums=True, **options)}))
-  if count := questions.drift_questions(config):
+  if count := questions.count_drift_questions(config):
     rows = math.ceil(expected.rows * min(1, count / sft.global_batch))
     stages.append(Peak("drift", comparison_bytes(model, mesh, **{k: v for k, v in options.items() if k != "remat"} | {
         "rows": rows})))
   if _platform(mesh) != "cpu":
     return stages
-  num_devices, resident_bytes = len(mesh.local_devices), resident.read_current() + _PROGRAM_BYTES
+  num_devices, resident_bytes = len(mesh.local_devices), resident_memory.read_current() + _PROGRAM_BYTES
   add_programs = lambda peak, stage, earlier: Peak(stage, {
       name: num_devices * size for name, size in peak.parts.items()} | {
           "programs": resident_bytes + earlier * _EARLIER_PROGRAM_BYTES})

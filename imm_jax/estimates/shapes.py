@@ -14,8 +14,8 @@ from imm_jax.model import attention, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.runtime import hardware
 from imm_jax.stages import questions
-from imm_jax.stages.devices import mesh_of
-from imm_jax.stages.tuning import encoder
+from imm_jax.stages.devices import make_mesh
+from imm_jax.stages.fine_tune import make_encoder
 from imm_jax.training.packing import PackedBatches, TokenizedExample
 
 # Number of questions whose lengths are measured.
@@ -51,16 +51,16 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, folder: Path
     model: config of the model.
     folder: the model's folder, or None if it is not on this machine.
   """
-  sft, mesh, count = config.sft, mesh_of(config), questions.counts(config)[0]
+  sft, mesh, count = config.sft, make_mesh(config), questions.count_questions(config)[0]
   assumed = round(cost.ASSUMED["question"] + cost.ASSUMED["length"] * config.sample.max_new_tokens)
   lengths, prompt, question, answer = [assumed], 0, 0.0, 0.0
   if folder and not questions.is_remote(config, config.task.name):
-    chosen, encode = questions.of_round(config, 0), encoder(config, folder)
+    chosen, encode = questions.load_round(config, 0), make_encoder(config, folder)
     worked = [encode({"question": e.question, "response": e.rationale})
-              for e in chosen.asked[:_NUM_MEASURED] if e.rationale]
+              for e in chosen.round_questions[:_NUM_MEASURED] if e.rationale]
     lengths = [len(e.prompt) + len(e.response) for e in worked] or lengths
-    encode_with_shots = encoder(config, folder, shots=chosen.shots if samples_answers(config) else ())
-    unanswered = [{"question": e.question, "response": ""} for e in chosen.asked[:_NUM_MEASURED]]
+    encode_with_shots = make_encoder(config, folder, shots=chosen.shots if samples_answers(config) else ())
+    unanswered = [{"question": e.question, "response": ""} for e in chosen.round_questions[:_NUM_MEASURED]]
     prompt = max(len(encode_with_shots(row).prompt) for row in unanswered)
     question = float(np.mean([len(encode(row).prompt) for row in unanswered]))
     answer = float(np.mean([len(e.response) for e in worked])) if worked else 0.0

@@ -30,7 +30,7 @@ from imm_jax.merging.trees import default_names
 if TYPE_CHECKING:
 
   def __getattr__(name: str) -> Any:
-    """The methods, which stand in the registry alone."""
+    """Returns a method's function; see the registry."""
 
 _functions = registry.load()
 globals().update(_functions)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from imm_jax import files
 from imm_jax.errors import UserError, join_items, print_once
-from imm_jax.merging import configs, roles
+from imm_jax.merging import model_configs, roles
 from imm_jax.merging.recipe import Recipe
 from imm_jax.merging.source import CheckpointSource, Table, is_buffer
-from imm_jax.merging.trees import count_layers, layer_of, stack_of
+from imm_jax.merging.trees import count_layers, get_layer, get_stack
 
 
 @contextlib.contextmanager
@@ -107,7 +107,7 @@ def _require_fit(recipe: Recipe, label: str, table: Table, reference: Table, *, 
     shapes[_form(name)].add(entry.shape)
     examples.setdefault(_form(name), []).append(name)
   # Of tied and untied models one has no head; its embedding is its head.
-  is_own_head = lambda name: layer_of(name) is None and roles.is_head(name) and name.endswith("weight")
+  is_own_head = lambda name: get_layer(name) is None and roles.is_head(name) and name.endswith("weight")
   if embedding := roles.find_embedding(reference):
     for name in filter(is_own_head, table):
       shapes[name] = shapes.get(name) or {reference[embedding].shape}
@@ -119,11 +119,11 @@ def _require_fit(recipe: Recipe, label: str, table: Table, reference: Table, *, 
     elif entry.shape[rows:] not in {shape[rows:] for shape in shapes[form]}:
       problems.append(f"has {form} {entry.shape}, not {join_items(sorted(map(str, shapes[form])))}")
   layers, depth = (
-      collections.Counter(stack for stack, layer in {(stack_of(name), layer_of(name)) for name in names})
+      collections.Counter(stack for stack, layer in {(get_stack(name), get_layer(name)) for name in names})
       for names in (table, reference))
   counts = collections.Counter(map(_form, table))
   for form, names in examples.items():
-    stack = stack_of(names[0])
+    stack = get_stack(names[0])
     if stack is None:
       needed = 0 if is_own_head(form) else int(before if roles.precedes_layers(form) else after)
     else:  # what each layer of the other model has
@@ -138,14 +138,14 @@ def _require_fit(recipe: Recipe, label: str, table: Table, reference: Table, *, 
 
 def _form(name: str) -> str:
   """Returns a tensor's name without the number of its layer."""
-  layer = layer_of(name)
+  layer = get_layer(name)
   return name if layer is None else _renumber(name, layer, "N")
 
 
 def _note_tied_head(recipe: Recipe, tables: Mapping[Path, Table]) -> None:
   """Notes that an output that is tied, as all its models are, has the first slice's head and not the last one's."""
   first, last = (list(part.models.values()) for part in (recipe.slices[0], recipe.slices[-1]))
-  if first != last and not any(map(roles.find_heads, tables.values())) and configs.ties_embeddings(
+  if first != last and not any(map(roles.find_heads, tables.values())) and model_configs.ties_embeddings(
       files.read_json(last[0] / "config.json")):
     print_once("note: all models of the slices tie head and embedding, and so does the output: both are the first "
                "slice's")
@@ -163,7 +163,7 @@ def _select_layers(table: Table, first: int, end: int, begin: int, *, before: bo
   """Selects layers [first, end), renumbered from `begin`, and on request the tensors before or after all layers."""
   result = {}
   for name, entry in table.items():
-    layer = layer_of(name)
+    layer = get_layer(name)
     if layer is None:
       if before if roles.precedes_layers(name) else after:
         result[name] = entry

@@ -18,10 +18,10 @@ import numpy as np
 
 from imm_jax import __version__, files
 from imm_jax.errors import ResourceError, UserError, join_items
-from imm_jax.merging import arrange, checkpoint, configs, masks, recipe as recipes, roles, vocabulary
+from imm_jax.merging import arrange, masks, model_configs, on_disk, recipe as recipes, roles, vocabulary
 from imm_jax.merging.recipe import Recipe
 from imm_jax.merging.source import CheckpointSource, Table, is_floating
-from imm_jax.model import folder as model_folder
+from imm_jax.model import checkpoint_folder
 
 # The file in an output that says how it was made and which files were written.
 RECORD = "merge.json"
@@ -34,7 +34,7 @@ class OutputOptions:
   """Options common to all outputs: seed of the masks, largest file size, and whether NaN and infinity are allowed."""
 
   seed: int = 0
-  max_shard_bytes: int = model_folder.MAX_SHARD_BYTES
+  max_shard_bytes: int = checkpoint_folder.MAX_SHARD_BYTES
   allow_nonfinite: bool = False
 
 
@@ -46,19 +46,19 @@ class Aligned(NamedTuple):
   rows: int
 
 
-def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, made: Mapping[Path, Mapping[str, Any]] | None = None,
+def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, origins: Mapping[Path, Mapping[str, Any]] | None = None,
           ) -> None:
   """Writes one checkpoint for each job, reading the models, which all jobs share, once.
 
   Args:
     jobs: folder to write -> recipe; the recipes may differ in their options only.
     options: see `OutputOptions`.
-    made: folder of a model that is at another place later, or gone -> what merge.json says of it, with `path`.
+    origins: folder of a model that is at another place later, or gone -> what merge.json says of it, with `path`.
 
   Raises:
     UserError: if models or options do not fit, the disk is full, or a value is not finite.
   """
-  recipe, made = next(iter(jobs.values())), made or {}
+  recipe, origins = next(iter(jobs.values())), origins or {}
   first_out = next(iter(jobs))
   _require_compatible(recipe)
   with contextlib.ExitStack() as stack:
@@ -72,11 +72,11 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, made: Mapping[Pat
     tensors = _describe_outputs(sources, recipe)
     # Rewritten rows are on the disk already.
     require_space(len(jobs) * sum(map(count_bytes, tensors)), first_out)
-    parts = [checkpoint.Part(source, [recipes.build_plan(source, job.method, job.slices[i].options, recipe.prefixes[i])
-                                      for job in jobs.values()], recipe.prefixes[i])
+    parts = [on_disk.Part(source, [recipes.build_plan(source, job.method, job.slices[i].options, recipe.prefixes[i])
+                                   for job in jobs.values()], recipe.prefixes[i])
              for i, source in enumerate(sources)]
     dtype = recipes.DTYPES[recipe.dtype] if recipe.dtype else None
-    result = checkpoint.merge_parts(
+    result = on_disk.merge_parts(
         parts, [(folder, dtype) for folder in jobs], key=masks.seed_words(options.seed),
         max_shard_bytes=options.max_shard_bytes, allow_nonfinite=options.allow_nonfinite)
   write_companions(jobs, recipe, tensors, aligned)
@@ -85,7 +85,7 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, made: Mapping[Pat
       which = join_items([f"{name} ({count})" for name, count in overflowed.most_common(5)])
       print(f"note: {sum(overflowed.values())} entries are beyond what {recipe.dtype or 'the dtype'} holds and became "
             f"infinite: {which}; give a wider --out_dtype", file=sys.stderr)
-    inputs = {label: {**made.get(path, {"path": str(path)}), "xxh3_128": result.digests[label]}
+    inputs = {label: {**origins.get(path, {"path": str(path)}), "xxh3_128": result.digests[label]}
               for label, path in job.models.items()}
     _write_record(folder, job, options, inputs, overflowed)
 
@@ -104,18 +104,19 @@ def write_companions(folders: Iterable[Path], recipe: Recipe, tensors: Sequence[
   head = _changed_head(donor, tensors)  # once for all outputs of a sweep, for it reads the donor
   template = _choose_chat_template(recipe) if recipe.chat_template else None
   for folder in folders:
-    configs.copy_companion_files(donor, folder, tokenizer=aligned is None)
-    configs.update_config(folder, dtype=recipe.dtype or _main_dtype(tensors), rows=aligned and aligned.rows, head=head,
-                          layers=arrange.source_layers(recipe))
+    model_configs.copy_companion_files(donor, folder, tokenizer=aligned is None)
+    model_configs.update_config(folder, dtype=recipe.dtype or _main_dtype(tensors), rows=aligned and aligned.rows,
+                                head=head, layers=arrange.source_layers(recipe))
     if aligned is not None:
       vocabulary.save_tokenizer(aligned.built, folder)
     if template is not None:
-      configs.set_chat_template(folder, template)
+      model_configs.set_chat_template(folder, template)
 
 
 def _require_compatible(recipe: Recipe) -> None:
   """Checks that the configs of the models and of the donor allow a merge."""
-  configs.require_compatible(recipe.models, donor=recipe.donor, layers_may_differ=recipe.slices[0].layers is not None)
+  model_configs.require_compatible(recipe.models, donor=recipe.donor,
+                                   layers_may_differ=recipe.slices[0].layers is not None)
 
 
 def _find_donor(recipe: Recipe) -> Path:
@@ -123,7 +124,7 @@ def _find_donor(recipe: Recipe) -> Path:
   return recipe.donor or next(iter(recipe.models.values()))
 
 
-def check(recipe: Recipe) -> tuple[list[Tensor], Aligned | None]:
+def check_recipe(recipe: Recipe) -> tuple[list[Tensor], Aligned | None]:
   """Checks a recipe as far as that needs no tensor to be read; returns what it will write, and its tokenizer.
 
   Raises:
@@ -188,7 +189,7 @@ def _changed_head(donor: Path, tensors: Sequence[Tensor]) -> bool | None:
 def _choose_chat_template(recipe: Recipe) -> str:
   if recipe.chat_template != "auto":
     return recipe.chat_template
-  templates = list(filter(None, map(configs.read_chat_template, dict.fromkeys(recipe.models.values()))))
+  templates = list(filter(None, map(model_configs.read_chat_template, dict.fromkeys(recipe.models.values()))))
   if not templates:
     raise UserError("chat_template: auto: none of the models has one")
   return collections.Counter(templates).most_common(1)[0][0]
@@ -210,34 +211,30 @@ def count_bytes(tensor: Tensor) -> int:
 
 def require_space(needed: int, out: Path) -> None:
   """Raises ResourceError if the disk of an output has too little space for that many bytes."""
-  free = shutil.disk_usage(next(p for p in out.absolute().parents if p.exists())).free
+  free = shutil.disk_usage(files.find_existing_parent(out.absolute().parent)).free
   if needed > free:
     raise ResourceError(f"--out: needs {files.format_size(needed)}, the disk has {files.format_size(free)} free; make "
                         "room or give another folder")
 
 
-def _write_record(folder: Path, job: Recipe, options: OutputOptions, inputs: Mapping[str, Mapping[str, Any]],
+def _write_record(folder: Path, recipe: Recipe, options: OutputOptions, inputs: Mapping[str, Mapping[str, Any]],
                   overflowed: Mapping[str, int]) -> None:
   """Writes merge.json and a model card."""
-  record = {"imm_jax": __version__, "method": job.method, "options": dict(job.options), "seed": options.seed,
-            "dtype": job.dtype, "inputs": dict(inputs)}
-  if job.slices[0].layers is not None:
-    record["slices"] = [{"layers": {label: list(r) for label, r in piece.layers.items()},
-                         "options": dict(piece.options)} for piece in job.slices]
+  record = {"imm_jax": __version__, "method": recipe.method, "options": dict(recipe.options), "seed": options.seed,
+            "dtype": recipe.dtype, "inputs": dict(inputs)}
+  if recipe.slices[0].layers is not None:
+    record["slices"] = [{"layers": {label: list(r) for label, r in slice_.layers.items()},
+                         "options": dict(slice_.options)} for slice_ in recipe.slices]
   if overflowed:
     record["overflowed"] = dict(overflowed)
-  _write_json(folder / RECORD, record)
+  files.write_json(folder / RECORD, record, indent=2)
   listed = [f"- {label}: `{model['path']}`" for label, model in inputs.items()]
   shown = {key: record[key] for key in ("options", "slices") if key in record} | {"seed": options.seed}
   title = folder.name.strip(".").removesuffix(".part")
   (folder / "README.md").write_text("\n".join([
       "---", "library_name: transformers", "tags:", "- merge", "- imm_jax", "---", f"# {title}", "",
-      f"A merge by the method `{job.method}`, made with imm_jax {__version__}.", "", *listed, "",
+      f"A merge by the method `{recipe.method}`, made with imm_jax {__version__}.", "", *listed, "",
       "```json", json.dumps(shown, indent=2), "```", ""]), encoding="utf-8")
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def record_files(out: Path) -> None:
@@ -247,7 +244,7 @@ def record_files(out: Path) -> None:
   """
   for folder in {out, *(path.parent for path in out.rglob(RECORD) if path.is_file())}:
     record = files.read_json(folder / RECORD) if (folder / RECORD).exists() else {"imm_jax": __version__}
-    _write_json(folder / RECORD, {**record, "files": sorted({RECORD, *_list_files(folder)})})
+    files.write_json(folder / RECORD, {**record, "files": sorted({RECORD, *_list_files(folder)})}, indent=2)
 
 
 def explain_foreign(out: Path) -> str:

@@ -103,13 +103,13 @@ def prepare(source: Source, settings: Settings, extra: Callable[[str], Mapping[s
 
 def drop_steps(source: Source, settings: Settings) -> Callable[[str], Scalars]:
   """Returns a function from a tensor's name to its `steps` (one for each model) and `code`, for `drop_at_random`."""
-  steps = {name: np.array([_steps_of_density(density, name) for density in settings.concrete_values("densities", name)],
+  steps = {name: np.array([_quantize_density(density, name) for density in settings.concrete_values("densities", name)],
                           np.uint32) for name in source.names}
   return lambda name: {"steps": steps[name], "code": masks.tensor_code(name)}
 
 
-def _steps_of_density(density: float, tensor: str) -> int:
-  """Quantises a density to steps of 1/65536 that are dropped: all of them only if it is 0."""
+def _quantize_density(density: float, tensor: str) -> int:
+  """Quantizes a density to steps of 1/65536 that are dropped: all of them only if it is 0."""
   steps = round((1 - density) * masks.STEPS)
   if steps == masks.STEPS and density > 0:
     raise ValueError(f"densities={density:g} at {tensor!r}: rounds to 0, as draws have steps of 1/65536; expected 0 or "
@@ -128,7 +128,7 @@ def magnitude_bounds(source: Source, bands: Mapping[Any, tuple[int, int]], group
     names: the tensors over which ranks are counted.
   """
   ranks = {group: np.maximum(band, 0) for group, band in bands.items()}
-  bits = statistics.magnitudes_of_rank(source, ranks, group_of, names)
+  bits = statistics.select_magnitudes(source, ranks, group_of, names)
 
   empty = np.array((0xFFFFFFFF, 0), np.uint32)
 

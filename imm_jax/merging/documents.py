@@ -14,7 +14,7 @@ from pathlib import Path
 from imm_jax.errors import UserError
 from imm_jax.merging import command, mergekit
 from imm_jax.merging.recipe import Recipe
-from imm_jax.model import folder as model_folder, safetensors
+from imm_jax.model import checkpoint_folder, safetensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Documents:
       for i, document in enumerate(self.names):
         recipe = self.read(i, earlier)
         with self._naming(i, root):
-          tensors, aligned = command.check(recipe)
+          tensors, aligned = command.check_recipe(recipe)
           if document is not None:
             earlier[document] = root / document
             _write_headers(earlier[document], recipe, tensors, aligned)
@@ -75,23 +75,23 @@ class Documents:
     if self.names[-1] is not None:
       earlier: dict[str, Path] = {}
       for i, name in enumerate(self.names):
-        made = {folder: {"path": str(final / other)} for other, folder in earlier.items()}
+        origins = {folder: {"path": str(final / other)} for other, folder in earlier.items()}
         recipe = self.read(i, earlier)
         with self._naming(i, out):
-          command.merge({out / name: recipe}, options, made)
+          command.merge({out / name: recipe}, options, origins)
         earlier[name] = out / name
       return len(self.names)
     out.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix=".documents.", dir=out) as scratch:
-      earlier, made = {}, {}
+      earlier, origins = {}, {}
       for i, name in enumerate(self.names):
         folder = out if name is None else Path(scratch) / name
         recipe = self.read(i, earlier)
         with self._naming(i, Path(scratch)):
-          command.merge({folder: recipe}, options, made)
+          command.merge({folder: recipe}, options, origins)
         if name is not None:
           earlier[name] = folder
-          made[folder] = {"path": name, "made_by": json.loads((folder / command.RECORD).read_text(encoding="utf-8"))}
+          origins[folder] = {"path": name, "made_by": json.loads((folder / command.RECORD).read_text(encoding="utf-8"))}
     return len(self.names)
 
 
@@ -101,6 +101,6 @@ def _write_headers(folder: Path, recipe: Recipe, tensors: Sequence[command.Tenso
   folder.mkdir(parents=True)
   command.write_companions([folder], recipe, tensors, aligned)
   header, _ = safetensors.make_header(tensors)
-  with (folder / model_folder.WEIGHTS).open("wb") as file:
+  with (folder / checkpoint_folder.WEIGHTS).open("wb") as file:
     file.write(header)
     file.truncate(len(header) + sum(map(command.count_bytes, tensors)))  # takes no space: a hole

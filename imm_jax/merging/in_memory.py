@@ -11,12 +11,12 @@ import numpy as np
 
 from imm_jax.merging import masks, trees
 from imm_jax.merging.kernels import Numbers
-from imm_jax.merging.registry import Method, Plan
+from imm_jax.merging.registry import MergeMethod, Plan
 from imm_jax.merging.statistics import Statistic, as_matrix
 from imm_jax.merging.trees import Leaf, PyTree
 
 
-def merge(method: Method, inputs: Mapping[str, Any], options: Mapping[str, Any], *, key: jax.Array | None = None,
+def merge(method: MergeMethod, inputs: Mapping[str, Any], options: Mapping[str, Any], *, key: jax.Array | None = None,
           names: PyTree | None = None, layer_axis: int = 0, donate: bool = False) -> PyTree:
   """Merges trees by a method.
 

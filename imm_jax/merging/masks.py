@@ -44,7 +44,7 @@ def require_concrete(value: Any, name: str, tensor: str) -> Any:
 
 
 def drop_steps(drop_rate: Any, tensor: str) -> int:
-  """Quantises a tensor's drop rate; see `quantise_drop_rate`."""
+  """Quantizes a tensor's drop rate; see `quantise_drop_rate`."""
   return quantise_drop_rate(float(require_concrete(drop_rate, "drop_rate", tensor)))
 
 

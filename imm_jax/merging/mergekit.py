@@ -18,10 +18,10 @@ from imm_jax.merging.recipe import DTYPES, Recipe, Slice
 from imm_jax.merging.recipe_file import RecipeFile, YamlLoader, describe_yaml_error
 from imm_jax.merging.recipe_models import Models, read_model
 from imm_jax.merging.recipe_parameters import Level
-from imm_jax.merging.registry import Method
+from imm_jax.merging.registry import MergeMethod
 
 # Methods by name that recipes may use.
-_METHODS = {name: method for name, method in registry.on_disk().items() if "fishers" not in method.inputs}
+_METHODS = {name: method for name, method in registry.list_disk_methods().items() if "fishers" not in method.inputs}
 _KEYS = {"merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype",
          "tokenizer_source", "tokenizer", "chat_template", "name"}
 # Keys that mergekit or its older versions accept and that have no effect here.
@@ -141,7 +141,7 @@ class _Reader:
     return Recipe(method.name, tuple(slices), dtype, donor, tokens, self._read_chat_template(raw),
                   tuple(self._models.parts))
 
-  def _find_method(self, name: Any) -> Method:
+  def _find_method(self, name: Any) -> MergeMethod:
     if name == "fisher":
       self._file.fail("merge_method='fisher': a recipe has no place for Fisher matrices; give --method=fisher with "
                       "--models and --fishers in place of --recipe")
@@ -164,7 +164,7 @@ class _Reader:
     content = {key: module[key] for key in ("models", "slices") if module.get(key)}
     return {**raw, **content}, [(f"modules.{name}.parameters", module.get("parameters"))]
 
-  def _read_slice(self, method: Method, where: str, raw: Any, base: Level, outer: Sequence[Level], *,
+  def _read_slice(self, method: MergeMethod, where: str, raw: Any, base: Level, outer: Sequence[Level], *,
                   whole: bool) -> Slice:
     """Reads one slice; `outer` lists the levels of parameters outside its sources, innermost first."""
     file = self._file
@@ -216,7 +216,7 @@ class _Reader:
     return Slice({label: self._models.find(f"{place}.model", entry["model"])
                   for label, (place, entry) in chosen.items()}, options, layers)
 
-  def _label_inputs(self, method: Method, where: str, chosen: dict[str, Level], count: int) -> dict[str, Level]:
+  def _label_inputs(self, method: MergeMethod, where: str, chosen: dict[str, Level], count: int) -> dict[str, Level]:
     """Labels the models in the method's order; fails if it takes another number of models."""
     if "start" in method.inputs:
       if count not in (1, 2):

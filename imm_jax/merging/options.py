@@ -11,7 +11,7 @@ import numpy as np
 
 from imm_jax.merging import masks
 from imm_jax.merging.statistics import Source
-from imm_jax.merging.trees import Setting, num_layers_of, resolve
+from imm_jax.merging.trees import Setting, get_num_layers, resolve
 
 # The default of an option that must be given.
 REQUIRED = inspect.Parameter.empty
@@ -34,7 +34,7 @@ class Option:
     per_model: whether it takes one setting for all models, or a sequence with one for each.
     low: smallest number allowed.
     high: largest number allowed.
-    below: whether `high` itself is excluded.
+    excludes_high: whether `high` itself is excluded.
     choices: values allowed for a `choice`.
     key: key in recipes; `name` by default.
     in_commands: default on the command line; `default` by default.
@@ -47,7 +47,7 @@ class Option:
   per_model: bool = False
   low: float | None = None
   high: float | None = None
-  below: bool = False
+  excludes_high: bool = False
   choices: tuple[str, ...] = ()
   key: str = ""
   in_commands: Any = REQUIRED
@@ -69,7 +69,7 @@ class Option:
   def range(self) -> str:
     """A description of the values it allows.
 
-    >>> Option("drop_rate", "p", low=0, high=1, below=True).range
+    >>> Option("drop_rate", "p", low=0, high=1, excludes_high=True).range
     '0 <= drop_rate < 1'
     """
     if self.kind == "flag":
@@ -81,7 +81,7 @@ class Option:
               "integer": "an integer"}.get(self.kind, "")
     return (("an integer, " if self.kind == "integer" else "")
             + (f"{self.low:g} <= " if self.low is not None else "") + self.name
-            + (f" {'<' if self.below else '<='} {self.high:g}" if self.high is not None else ""))
+            + (f" {'<' if self.excludes_high else '<='} {self.high:g}" if self.high is not None else ""))
 
   @property
   def annotation(self) -> Any:
@@ -103,7 +103,7 @@ class Option:
       kinds = int | np.integer if self.kind == "integer" else int | float | np.number
       valid = isinstance(value, kinds) and not isinstance(value, bool) and abs(value) <= _LARGEST and (
           (self.low is None or value >= self.low)
-          and (self.high is None or (value < self.high if self.below else value <= self.high)))
+          and (self.high is None or (value < self.high if self.excludes_high else value <= self.high)))
     if not valid:
       raise ValueError(f"{self.name}={value!r}{where}: expected {self.range}")
 
@@ -138,7 +138,7 @@ class Settings:
       per_model = _per_model_settings(value, num_models, option.name) if option.per_model else [value]
       resolved = {}
       for name in source.names:
-        numbers = [resolve(setting, name, num_layers_of(name, source.layers), option.name, source.first_layer)
+        numbers = [resolve(setting, name, get_num_layers(name, source.layers), option.name, source.first_layer)
                    for setting in per_model]
         for number in numbers:
           option.check(number, f" at {name!r}")

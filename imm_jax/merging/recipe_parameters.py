@@ -10,7 +10,7 @@ from typing import Any
 
 from imm_jax.merging.options import REQUIRED, Option
 from imm_jax.merging.recipe_file import RecipeFile
-from imm_jax.merging.registry import Method
+from imm_jax.merging.registry import MergeMethod
 
 # Parameters that mergekit or its older versions accept and that have no effect here.
 IGNORED = {"int8_mask", "embed_slerp", "normalize", "rescale"}
@@ -18,7 +18,7 @@ IGNORED = {"int8_mask", "embed_slerp", "normalize", "rescale"}
 Level = tuple[str, Any]
 
 
-def check_keys(file: RecipeFile, method: Method, level: Level, known: set[str], *, of_model: bool = False) -> None:
+def check_keys(file: RecipeFile, method: MergeMethod, level: Level, known: set[str], *, of_model: bool = False) -> None:
   """Refuses parameters that no method takes; what has no effect is noted: another method's, a common one of a model.
 
   Args:
@@ -43,7 +43,7 @@ def check_keys(file: RecipeFile, method: Method, level: Level, known: set[str], 
       file.note(f"{where}.{key} has no effect on {method.name}")
 
 
-def inherit_setting(file: RecipeFile, method: Method, option: Option, where: str, levels: Sequence[Level]) -> Any:
+def inherit_setting(file: RecipeFile, method: MergeMethod, option: Option, where: str, levels: Sequence[Level]) -> Any:
   """Returns an option's setting from the first level that has it; unmatched filters fall through to the next.
 
   Args:

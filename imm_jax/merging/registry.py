@@ -53,7 +53,7 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class MergeMethod:
   """A merging method as its file declares it.
 
   Attributes:
@@ -66,8 +66,8 @@ class Method:
     prepare: computes the kernel's numbers, from whole tensors if need be; None if they are the options themselves.
     draws: whether it draws random masks, and so needs a key.
     whole: see `Plan`; may be computed from the settings.
-    least: smallest number of `models`.
-    most: largest number of `models`; None for no limit.
+    min_models: smallest number of `models`.
+    max_models: largest number of `models`; None for no limit.
     measures: whether `prepare` reads tensors.
     gradients: `exact`, or `masks` if jax.grad treats the choice of kept entries as constant.
     layers: whether layer numbers matter beyond settings that vary over the layers.
@@ -82,8 +82,8 @@ class Method:
   prepare: Prepare | None = None
   draws: bool = False
   whole: str | Callable[[Settings], str | None] | None = None
-  least: int = 1
-  most: int | None = None
+  min_models: int = 1
+  max_models: int | None = None
   measures: bool = False
   gradients: str = "exact"
   layers: bool = False
@@ -111,19 +111,19 @@ class Method:
   @property
   def bounds(self) -> tuple[int, int | None]:
     """The least and the largest number of models beside the base; None for no limit."""
-    return (self.least, self.most) if "models" in self.inputs else (1, 1)
+    return (self.min_models, self.max_models) if "models" in self.inputs else (1, 1)
 
   @property
   def count_in_words(self) -> str:
     """The number of models beside the base, such as `2 or more models`."""
-    least, most = self.bounds
-    count = f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+    low, high = self.bounds
+    count = f"{low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
     return f"{count} model{'s' * (count != '1')}"
 
   def accepts(self, count: int) -> bool:
     """Returns whether it takes this number of models beside the base."""
-    least, most = self.bounds
-    return count >= least and (most is None or count <= most)
+    low, high = self.bounds
+    return count >= low and (high is None or count <= high)
 
   def __call__(self, source: Source, **options: Any) -> Plan:
     """Plans a merge of these models; raises ValueError for invalid options."""
@@ -143,7 +143,7 @@ class Method:
     return count // 2 if "fishers" in self.inputs else count
 
 
-METHODS: dict[str, Method] = {}
+METHODS: dict[str, MergeMethod] = {}
 
 
 def method(*inputs: str, options: Sequence[Option] = (), reference: str = "", **attributes: Any,
@@ -151,42 +151,44 @@ def method(*inputs: str, options: Sequence[Option] = (), reference: str = "", **
   """Registers a kernel as a method under its name, and turns it into a function on trees.
 
   Args:
-    inputs: see `Method`.
-    options: see `Method`.
-    reference: see `Method`.
-    attributes: further attributes of `Method`.
+    inputs: see `MergeMethod`.
+    options: see `MergeMethod`.
+    reference: see `MergeMethod`.
+    attributes: further attributes of `MergeMethod`.
   """
 
   def register(kernel: Callable[..., jax.Array]) -> Callable[..., PyTree]:
     if kernel.__name__ in METHODS and METHODS[kernel.__name__].kernel.__module__ != kernel.__module__:
       raise ValueError(f"{kernel.__name__}: two files register a method of this name")
     doc = inspect.cleandoc(kernel.__doc__ or "")
-    METHODS[kernel.__name__] = Method(kernel.__name__, doc, reference, inputs, tuple(options), kernel, **attributes)
+    METHODS[kernel.__name__] = MergeMethod(kernel.__name__, doc, reference, inputs, tuple(options), kernel,
+                                           **attributes)
     return _make_function(METHODS[kernel.__name__])
 
   return register
 
 
-def on_disk() -> dict[str, Method]:
+def list_disk_methods() -> dict[str, MergeMethod]:
   """Returns the methods that merge checkpoints, by name."""
   return {name: METHODS[name] for name in sorted(METHODS) if "delta" not in METHODS[name].inputs}
 
 
-def in_rounds() -> dict[str, Method]:
+def list_round_methods() -> dict[str, MergeMethod]:
   """Returns the methods that can merge a round's model with the base, by name."""
-  return {name: entry for name, entry in on_disk().items() if "fishers" not in entry.inputs and entry.most != 1}
+  return {name: entry for name, entry in list_disk_methods().items()
+          if "fishers" not in entry.inputs and entry.max_models != 1}
 
 
-def round_options() -> list[str]:
+def list_round_options() -> list[str]:
   """Returns the names of all options of `in_rounds()` that are settings of their own in a run (`merge.options`)."""
-  names = {option.name for entry in in_rounds().values() for option in entry.options}
+  names = {option.name for entry in list_round_methods().values() for option in entry.options}
   return sorted(names - {"base_weight", "drop_rate", "importance"})
 
 
-def option_help() -> dict[str, str]:
+def format_option_help() -> dict[str, str]:
   """Returns the help of the command's flags: for every option of `on_disk()` what it means to which methods."""
   methods_by_text: dict[str, dict[str, list[str]]] = {}
-  for entry in on_disk().values():
+  for entry in list_disk_methods().values():
     for option in entry.options:
       default = "" if option.suggested is REQUIRED else f" [default: {option.suggested}]"
       text = f"{option.help}; {option.range}{default}" if option.range else option.help + default
@@ -209,7 +211,7 @@ def load() -> dict[str, Callable[..., PyTree]]:
           if entry.kernel.__module__ == module.__name__}
 
 
-def _make_function(method: Method) -> Callable[..., PyTree]:
+def _make_function(method: MergeMethod) -> Callable[..., PyTree]:
   """Makes the function on trees from a method."""
   parameter = inspect.Parameter
   parameters = [parameter(name, parameter.POSITIONAL_OR_KEYWORD, annotation="Sequence[PyTree]" if name in (
@@ -245,7 +247,7 @@ def _make_function(method: Method) -> Callable[..., PyTree]:
   return merge
 
 
-def _make_docstring(method: Method) -> str:
+def _make_docstring(method: MergeMethod) -> str:
   """Builds the function's docstring: the method's text with the arguments inserted before the example."""
   lines = []
   for name in method.inputs:

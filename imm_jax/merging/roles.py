@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from imm_jax import files
 from imm_jax.errors import UserError, join_items
-from imm_jax.merging.trees import layer_of
+from imm_jax.merging.trees import get_layer
 from imm_jax.model.safetensors import Entry
 
 # Input embeddings: Llama and most others; GPT-2; GPT-NeoX; BERT, Falcon, Bloom, XLNet; InternLM2, ModernBERT; CLIP; T5,
@@ -108,7 +108,7 @@ def token_tensors(folder: Path, table: Mapping[str, Entry]) -> list[str]:
   sizes = {size, *_vocabulary_sizes(files.read_json(folder / "config.json"))} - {shape[1] for shape in rows}
   for name, shape in shapes.items():
     # Projections that happen to have this size are in the first layer too.
-    in_all_layers = layer_of(name) is not None and re.sub(r"\d+", "0", name, count=1) in shapes
+    in_all_layers = get_layer(name) is not None and re.sub(r"\d+", "0", name, count=1) in shapes
     if name not in with_rows and not sizes.isdisjoint(shape[:2]) and not in_all_layers and not _OTHER.search(name):
       raise UserError(f"{folder}: {name} {shape} has the size of the vocabulary, but is not known as an embedding or "
                       "output head, so it cannot be reordered for another tokenizer; merge it without tokenizer and "

@@ -14,11 +14,11 @@ import numpy as np
 
 from imm_jax import files
 from imm_jax.errors import UserError, join_items
-from imm_jax.merging import configs, roles, trees
+from imm_jax.merging import model_configs, roles, trees
 from imm_jax.merging.statistics import Statistic
-from imm_jax.model import folder as model_folder
+from imm_jax.model import checkpoint_folder
 from imm_jax.model.safetensors import Entry, Reader, empty_aligned
-from imm_jax.runtime import progress
+from imm_jax.runtime import hardware, progress
 
 # Entries in a block: few enough to fit in CPU caches, enough to amortise the overhead of a call.
 BLOCK = 1 << 19
@@ -55,14 +55,14 @@ class CheckpointSource:
       labels = self.labels = list(self.folders)
       if tables is None:
         tables = [self._load_table(path) if keep is None else
-                  {name: entry for name, entry in model_folder.read_entries(path).items() if keep(name)}
+                  {name: entry for name, entry in checkpoint_folder.read_entries(path).items() if keep(name)}
                   for path in self.folders.values()]
       self._models = _align(tables)
       _require_match(labels, self._models)
     except BaseException:
       self.close()
       raise
-    self.order = sorted(self._models[0], key=model_folder.model_order)
+    self.order = sorted(self._models[0], key=checkpoint_folder.model_order)
     self.names = [name for name in self.order if is_floating(self._models[0][name])]
     self.num_models, self.has_base = len(self._models), labels[0] == "base"
     counts = trees.count_layers(self.names)
@@ -108,7 +108,7 @@ class CheckpointSource:
     names, buffers = self.names if names is None else names, Buffers()
     total = sum(e.size * e.dtype.itemsize for name in names for e in self.entries(name))
     # A pass over few tensors is part of the merge, which has its own progress bar.
-    with progress.bar(total, "measure", "B", quiet=not whole, unit_scale=True, leave=False) as bar:
+    with progress.make_bar(total, "measure", "B", quiet=not whole, unit_scale=True, leave=False) as bar:
       for name in names:
         numbers, result = dict(arguments(name)), None
         columns = max(1, self.row_length(name))
@@ -128,15 +128,15 @@ class CheckpointSource:
 
   def _load_table(self, path: Path) -> Table:
     """Loads the entries of a model's tensors, without those that are computed from others (tied head, rotary)."""
-    table = model_folder.read_entries(path)
-    tied = configs.ties_embeddings(files.read_json(path / "config.json"))
+    table = checkpoint_folder.read_entries(path)
+    tied = model_configs.ties_embeddings(files.read_json(path / "config.json"))
     # If config.json does not say, the family decides; equal bytes show that the head is tied.
     for head in roles.find_heads(table) if tied is not False else []:
       if self._are_equal([table[head], table[roles.find_embedding(table)]]):
         del table[head]
       elif tied:
-        raise model_folder.untied_error(path, head)
-    return {name: entry for name, entry in table.items() if not model_folder.is_rotary(name)}
+        raise checkpoint_folder.untied_error(path, head)
+    return {name: entry for name, entry in table.items() if not checkpoint_folder.is_rotary(name)}
 
   def _are_equal(self, entries: Sequence[Entry]) -> bool:
     if len({(e.dtype, e.shape) for e in entries}) > 1:
@@ -188,15 +188,12 @@ def is_buffer(name: str) -> bool:
 
 def on_cpu() -> contextlib.AbstractContextManager:
   """Makes the CPU the default device: transfers to an accelerator and back would cost more than the merge."""
-  try:
-    return jax.default_device(jax.local_devices(backend="cpu")[0])
-  except RuntimeError:  # the user has disabled the CPU backend
-    return contextlib.nullcontext()
+  return jax.default_device(hardware.cpu_device())
 
 
 def _cut_layers(counts: Mapping[str, int], folder: Path) -> dict[str, int]:
   """Cuts numbers of layers to that of config.json; checkpoints may hold more, such as one that looks tokens ahead."""
-  count = configs.count_layers(folder) if (folder / "config.json").exists() else None
+  count = model_configs.read_layer_count(folder) if (folder / "config.json").exists() else None
   texts = [stack for stack in counts if not _OTHER_STACKS.search(stack)] if len(counts) > 1 else list(counts)
   cut = {stack: min(counts[stack], count) for stack in texts if count and len(texts) == 1}
   return {**counts, **cut}

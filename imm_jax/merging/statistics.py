@@ -118,9 +118,9 @@ def _traced_cosines(vectors: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]
   return lengths * peak[:, 0], jnp.clip(cosine, -1, 1)
 
 
-def magnitudes_of_rank(source: Source, ranks: Mapping[Any, np.ndarray], group_of: Mapping[str, Sequence[Any]],
-                       names: Sequence[str], view: View = task_vectors, rows: bool = False,
-                       ) -> dict[tuple[Any, int], Any]:
+def select_magnitudes(source: Source, ranks: Mapping[Any, np.ndarray], group_of: Mapping[str, Sequence[Any]],
+                      names: Sequence[str], view: View = task_vectors, rows: bool = False,
+                      ) -> dict[tuple[Any, int], Any]:
   """Finds exact order statistics of the magnitudes |v_i| of task vectors, or of the vectors that `view` returns.
 
   Args:

@@ -32,20 +32,20 @@ def default_names(tree: PyTree) -> PyTree:
   return jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path, simple=True, separator="."), tree)
 
 
-def layer_of(name: str) -> int | None:
+def get_layer(name: str) -> int | None:
   """Returns the number of the layer that a tensor belongs to, or None.
 
-  >>> layer_of("model.layers.3.mlp.up_proj.weight"), layer_of("lm_head.weight"), layer_of("params.layers_0.kernel")
+  >>> get_layer("model.layers.3.mlp.up_proj.weight"), get_layer("lm_head.weight"), get_layer("params.layers_0.kernel")
   (3, None, 0)
   """
   match = _LAYER.search(name)
   return int(match[1]) if match else None
 
 
-def stack_of(name: str) -> str | None:
+def get_stack(name: str) -> str | None:
   """Returns the path of the stack of layers that a tensor belongs to, or None.
 
-  >>> stack_of("model.layers.3.mlp.up_proj.weight"), stack_of("vision_tower.encoder.layers.0.norm.weight")
+  >>> get_stack("model.layers.3.mlp.up_proj.weight"), get_stack("vision_tower.encoder.layers.0.norm.weight")
   ('model.layers', 'vision_tower.encoder.layers')
   """
   match = _LAYER.search(name)
@@ -60,14 +60,14 @@ def count_layers(names: Sequence[str]) -> dict[str, int]:
   """
   counts: dict[str, int] = {}
   for name in names:
-    if (stack := stack_of(name)) is not None:
-      counts[stack] = max(counts.get(stack, 0), layer_of(name) + 1)
+    if (stack := get_stack(name)) is not None:
+      counts[stack] = max(counts.get(stack, 0), get_layer(name) + 1)
   return counts
 
 
-def num_layers_of(name: str, counts: Mapping[str, int]) -> int:
+def get_num_layers(name: str, counts: Mapping[str, int]) -> int:
   """Returns the number of layers of a tensor's stack, by `count_layers`; outside the layers that of the largest."""
-  return counts.get(stack_of(name), max(counts.values(), default=0))
+  return counts.get(get_stack(name), max(counts.values(), default=0))
 
 
 def is_counter(name: str) -> bool:
@@ -139,7 +139,7 @@ def _interpolate(values: Any, name: str, num_layers: int, option_name: str, firs
   count = num_layers - first_layer
   if count <= 0 and len(values) > 1:
     raise ValueError(f"{option_name}: a list over the layers, but no name such as {name!r} has layers.<n>.; give names")
-  layer = layer_of(name)
+  layer = get_layer(name)
   # As in mergekit, tensors outside the layers take the first value, and a single layer takes the last.
   position = 0.0 if layer is None else min((layer - first_layer) / (count - 1), 1.0) if count > 1 else 1.0
   index = position * (len(values) - 1)

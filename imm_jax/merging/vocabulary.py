@@ -5,7 +5,6 @@ that have one, or else zeros. Tables are rewritten in blocks, so that memory doe
 """
 
 import functools
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +15,10 @@ import numpy as np
 
 from imm_jax import files
 from imm_jax.errors import UserError, print_once
-from imm_jax.merging import configs, roles
+from imm_jax.merging import model_configs, roles
 from imm_jax.merging.recipe import Tokens
 from imm_jax.merging.source import BLOCK, Table
-from imm_jax.model import folder as model_folder, safetensors
+from imm_jax.model import checkpoint_folder, safetensors
 from imm_jax.model.safetensors import Entry
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
@@ -53,7 +52,7 @@ def build_tokenizer(tokens: Tokens, base: Path, models: Sequence[Path]) -> Built
   """
   loaded = {folder: _load(folder) for folder in dict.fromkeys([base, *models])}
   # A tokenizer may have more tokens than the model has rows.
-  sizes = {folder: configs.vocab_size(folder) for folder in loaded}
+  sizes = {folder: model_configs.vocab_size(folder) for folder in loaded}
   rows_by_token = {folder: {token: i for token, i in own.get_vocab().items()
                             if sizes[folder] is None or i < sizes[folder]} for folder, own in loaded.items()}
   tokenizer = _load(tokens.source if isinstance(tokens.source, Path) else base)
@@ -82,14 +81,14 @@ def save_tokenizer(built: Built, out: Path) -> None:
   It has the class that its source names, which older programs know, and its source's chat templates and code.
   """
   source = Path(built.tokenizer.name_or_path)
-  said = files.read_json(source / _CONFIG) if (source / _CONFIG).exists() else {}
+  tokenizer_config = files.read_json(source / _CONFIG) if (source / _CONFIG).exists() else {}
   built.tokenizer.save_pretrained(out)
   config = files.read_json(out / _CONFIG)
-  if (name := said.get("tokenizer_class")) and config.get("tokenizer_class") != name:
-    _write_json(out / _CONFIG, {**config, "tokenizer_class": name})
+  if (name := tokenizer_config.get("tokenizer_class")) and config.get("tokenizer_class") != name:
+    files.write_json(out / _CONFIG, {**config, "tokenizer_class": name}, indent=2, ensure_ascii=False)
   beside = ["chat_template.json", *(path.name for path in source.glob("*.py") if config.get("auto_map"))]
-  model_folder.copy_side_files(source, out, [name for name in beside if (source / name).exists()
-                                             and not (out / name).exists()])
+  checkpoint_folder.copy_side_files(source, out, [name for name in beside if (source / name).exists()
+                                                  and not (out / name).exists()])
   _update_token_ids(out, built)
 
 
@@ -121,11 +120,7 @@ def _update_token_ids(out: Path, built: Built) -> None:
     if (out / name).exists():
       config = files.read_json(out / name)
       if (changed := update(config)) != config:
-        _write_json(out / name, changed)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        files.write_json(out / name, changed, indent=2, ensure_ascii=False)
 
 
 def align_rows(tokens: Tokens, vocabulary: Mapping[str, int], rows_by_token: Mapping[Path, Mapping[str, int]],
@@ -150,7 +145,7 @@ def align_rows(tokens: Tokens, vocabulary: Mapping[str, int], rows_by_token: Map
   if tokens.pad_to_multiple_of:
     size = -(-size // tokens.pad_to_multiple_of) * tokens.pad_to_multiple_of
   result: dict[Path, Table] = {folder: {} for folder in tables}
-  if not tokens.tokens and all(rows_by_token[folder] == vocabulary and configs.vocab_size(folder) == size
+  if not tokens.tokens and all(rows_by_token[folder] == vocabulary and model_configs.vocab_size(folder) == size
                                for folder in tables):
     return result, size
   tables = dict(zip(tables, roles.share_heads(list(tables.values())), strict=True))

@@ -6,8 +6,8 @@ from typing import Any
 
 from imm_jax import files
 from imm_jax.errors import UserError, join_items, print_once
-from imm_jax.model import config_keys, folder as model_folder, rope
-from imm_jax.model.numbers import parse_positive
+from imm_jax.model import checkpoint_folder, config_keys, rope
+from imm_jax.model.json_numbers import parse_positive
 from imm_jax.model.rope import RopeScaling
 
 # Upper limits far above any model, to detect damaged files.
@@ -62,10 +62,10 @@ def read_config(folder: str | Path) -> ModelConfig:
   Raises:
     UserError: if it is missing or unsupported.
   """
-  model_folder.require_model_folder(Path(folder))
+  checkpoint_folder.require_model_folder(Path(folder))
   path = Path(folder) / "config.json"
   if not path.exists():
-    unread = model_folder.unread_weights(file.name for file in path.parent.iterdir())
+    unread = checkpoint_folder.unread_weights(file.name for file in path.parent.iterdir())
     raise UserError(f"{path}: missing; " + (f"found only {unread}" if unread else
                                             "expected a checkpoint folder of transformers"))
   config, ignored_keys = _parse(files.read_json(path), str(path))

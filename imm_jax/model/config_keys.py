@@ -46,7 +46,7 @@ _EXPERTS = "mixtures of experts are not supported; take a dense model"
 _SEVERAL = "heads for several tokens are not supported; take a model that predicts only the next token"
 # Keys of transformers' shared code that must be off (null, false, 0 or empty), and why.
 _MUST_BE_OFF = {
-    "quantization_config": _QUANTISED, "quantization": _QUANTISED, "compression_config": _QUANTISED,
+    "quantization_config": _QUANTIZED, "quantization": _QUANTIZED, "compression_config": _QUANTIZED,
     "auto_map": "the model runs code of its own, which is not run; take one that transformers has a class for",
     **dict.fromkeys(("text_config", "vision_config", "audio_config", "text_encoder", "generator"), _PARTS),
     **dict.fromkeys(("encoder", "decoder", "is_encoder_decoder", "add_cross_attention",

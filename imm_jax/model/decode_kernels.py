@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec as P
 
-# (unnormalised outputs float32 [B, K, G, h], largest scores [B, K, G, 1], sums of the weights [B, K, G, 1])
+# (unnormalized outputs float32 [B, K, G, h], largest scores [B, K, G, 1], sums of the weights [B, K, G, 1])
 PartialSoftmax = tuple[jax.Array, jax.Array, jax.Array]
 # `columns` is plain XLA with keys in the layout [B, K, h, S], which a CPU reads in two thirds of the time.
 KERNELS = ("xla", "columns", "ragged", "gqa")

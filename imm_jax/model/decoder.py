@@ -54,7 +54,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-  """Root-mean-square normalisation in float32; the result has `dtype`, by default that of x."""
+  """Root-mean-square normalization in float32; the result has `dtype`, by default that of x."""
 
   def __init__(self, dim: int, *, eps: float, dtype: jnp.dtype):
     self.weight = nnx.Param(jnp.ones((dim,), dtype))

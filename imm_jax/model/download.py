@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from imm_jax import files
-from imm_jax.errors import ResourceError, UserError, join_items
-from imm_jax.model import folder as model_folder, tokenizer
+from imm_jax.errors import ResourceError, UserError, first_line, join_items
+from imm_jax.model import checkpoint_folder, tokenizer
+from imm_jax.model.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, SIDE_FILES, TEMPLATES, WEIGHTS
 from imm_jax.model.config import ModelConfig
-from imm_jax.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, SIDE_FILES, TEMPLATES, WEIGHTS
-from imm_jax.model.lora_config import read_settings
+from imm_jax.model.lora_config import read_adapter_config
 
 # Seconds to wait for the hub to list a repository's files.
 _TIMEOUT = 30
@@ -55,13 +55,13 @@ def fetch_model(name: str) -> Path:
     sizes = repository.sizes
     if sizes is None:
       return _complete_from_cache(repository)
-    model_folder.refuse_quantised(name, sizes)
+    checkpoint_folder.refuse_quantized(name, sizes)
     if not any(file in sizes for file in tokenizer.FILES):
       raise UserError(f"{name}: has no tokenizer on the hub; expected {' or '.join(tokenizer.FILES)}; take a model "
                       "that has, or download it, put the tokenizer into its folder, and give that folder")
     if INDEX in sizes:
       _fetch(repository, [INDEX])
-      weights = model_folder.read_index(repository.folder / INDEX)
+      weights = checkpoint_folder.read_index(repository.folder / INDEX)
       if WEIGHTS in sizes and weights != [WEIGHTS]:
         raise UserError(f"{name}: holds both {WEIGHTS} and {INDEX} on the hub, which are two checkpoints; download the "
                         "one that is meant, and give that folder")
@@ -71,7 +71,7 @@ def fetch_model(name: str) -> Path:
     elif WEIGHTS in sizes:
       weights = [WEIGHTS]
     else:
-      unread = model_folder.unread_weights(sizes)
+      unread = checkpoint_folder.unread_weights(sizes)
       raise UserError(f"{name}: has no {WEIGHTS} on the hub" + (
           f", only {unread}" if unread else f"; take a model that has it or {INDEX}"))
     _fetch(repository, [file for file in sizes if _is_side_file(file) or file == ADAPTER_CONFIG] + weights)
@@ -82,7 +82,7 @@ def fetch_adapter(name: str) -> Path:
   """Downloads a LoRA adapter as `fetch_model` does a model: adapter_config.json first, then the other files."""
   with _translate_errors(name):
     repository = _open_repository(name, ADAPTER_CONFIG)
-    read_settings(repository.folder, source=name)
+    read_adapter_config(repository.folder, source=name)
     if repository.sizes is None:
       if not (repository.folder / ADAPTER_WEIGHTS).exists():
         raise ConnectionError(f"{repository.offline_reason}; the cache holds only a part of it")
@@ -125,7 +125,7 @@ def _open_repository(name: str, first: str) -> _Repository:
                       ) from e
     _refuse_adapter(name, repo_id, revision)
     try:
-      unread = model_folder.unread_weights(_list_files(repo_id, revision or "main"))
+      unread = checkpoint_folder.unread_weights(_list_files(repo_id, revision or "main"))
     except Exception:  # only the message depends on it
       unread = ""
     raise UserError(f"{name}: has no {first} on the hub" + (
@@ -133,7 +133,7 @@ def _open_repository(name: str, first: str) -> _Repository:
   try:
     return _Repository(name, repo_id, folder, _list_files(repo_id, folder.name))
   except Exception as e:  # as in `_translate_errors`; the cache may be complete
-    return _Repository(name, repo_id, folder, None, _first_line(e))
+    return _Repository(name, repo_id, folder, None, first_line(e))
 
 
 def _list_files(repo_id: str, revision: str) -> dict[str, int]:
@@ -152,7 +152,7 @@ def _refuse_adapter(name: str, repo_id: str, revision: str) -> None:
     path = huggingface_hub.hf_hub_download(repo_id, ADAPTER_CONFIG, revision=revision or None)
   except Exception:  # it is no adapter, or the hub cannot be reached
     return
-  raise model_folder.adapter_error(name, Path(path))
+  raise checkpoint_folder.adapter_error(name, Path(path))
 
 
 def _fetch(repository: _Repository, names: list[str]) -> None:
@@ -173,7 +173,7 @@ def _fetch(repository: _Repository, names: list[str]) -> None:
 def _complete_from_cache(repository: _Repository) -> Path:
   """Returns the folder in the cache if it has weights and tokenizer; other files cannot be verified offline."""
   try:
-    model_folder.weight_files(repository.folder)
+    checkpoint_folder.weight_files(repository.folder)
   except UserError as e:
     raise ConnectionError(f"{repository.offline_reason}; the cache holds only a part of it") from e
   if not tokenizer.has_tokenizer(repository.folder):
@@ -189,10 +189,6 @@ def _complete_from_cache(repository: _Repository) -> Path:
 def _is_side_file(name: str) -> bool:
   parent, _, file = name.rpartition("/")
   return name in SIDE_FILES or (parent == TEMPLATES and file.endswith(".jinja"))
-
-
-def _first_line(error: Exception) -> str:
-  return str(error).strip().partition("\n")[0]
 
 
 @contextlib.contextmanager
@@ -217,7 +213,7 @@ def _translate_errors(name: str) -> Iterator[None]:
     raise UserError(f"{name}: no such folder, and no such model on the hub that you may read; check the name, or run "
                     "`hf auth login` if it is private") from e
   except errors.HFValidationError as e:
-    raise UserError(f"{name}: no such folder, and no id that the hub can have ({_first_line(e)})") from e
+    raise UserError(f"{name}: no such folder, and no id that the hub can have ({first_line(e)})") from e
   except Exception as e:  # errors of the hub, of the system, and of whichever HTTP library is in use
     chain = [e, *filter(None, (e.__cause__, e.__context__))]
     for cause in chain:
@@ -227,8 +223,8 @@ def _translate_errors(name: str) -> Iterator[None]:
     if answer is not None:
       status = getattr(getattr(answer, "response", None), "status_code", None)
       kind = ResourceError if status in (408, 429, *range(500, 600)) else UserError
-      raise kind(f"{name}: the hub refuses ({_first_line(answer)}); " + (
+      raise kind(f"{name}: the hub refuses ({first_line(answer)}); " + (
           "too much was asked of it: wait, or run `hf auth login` for a higher limit" if status == 429 else
           f"try again, {alternative}")) from e
-    raise ResourceError(f"{name}: no such folder, and the hub cannot be reached ({_first_line(e)}); try again, "
+    raise ResourceError(f"{name}: no such folder, and the hub cannot be reached ({first_line(e)}); try again, "
                     f"{alternative}") from e

@@ -15,7 +15,7 @@ class Family:
       addition to `COMMON`. Biases, multipliers and other options in neither are neutral in this family, whatever
       config.json says; sizes, rotary positions and windows are read for all families.
     qkv_bias: whether q, k and v have biases; None if `attention_bias` decides, also for o.
-    qk_norm: whether the heads of q and k are normalised.
+    qk_norm: whether the heads of q and k are normalized.
     windows_by_layer: whether windows apply to the layers from `max_window_layers` on if `use_sliding_window` is true;
       otherwise to all layers if `sliding_window` is given.
   """

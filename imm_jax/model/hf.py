@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from imm_jax.errors import UserError, join_items
-from imm_jax.model import folder as model_folder, safetensors
+from imm_jax.model import checkpoint_folder, safetensors
 from imm_jax.model.blocks import BLOCK, Tensor, TensorNames, iterate_blocks, replicate, split_leaf
+from imm_jax.model.checkpoint_folder import EMBEDDING, HEAD
 from imm_jax.model.config import ModelConfig, read_config
 from imm_jax.model.decoder import Params, abstract_params, unstack_layers
-from imm_jax.model.folder import EMBEDDING, HEAD
 from imm_jax.model.safetensors import Entry
+from imm_jax.runtime import hardware
 
 # (path in the tree, shape) -> sharding of a parameter.
 Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
@@ -35,10 +36,7 @@ _ROTARY = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 def place_on_host(*_: object) -> jax.sharding.Sharding:
   """Places parameters in host memory, which has room for large models; a `Place`."""
-  try:
-    return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-  except RuntimeError:  # the user has disabled the CPU backend
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.sharding.SingleDeviceSharding(hardware.cpu_device())
 
 
 def tensor_names(params: Params) -> Any:
@@ -143,7 +141,7 @@ def load(folder: str | Path, *, dtype: jnp.dtype | None = None, place: Place | N
 
 
 def save(params: Params, folder: str | Path, *, like: str | Path | None = None, keep_dtypes: bool = False,
-         max_shard_bytes: int = model_folder.MAX_SHARD_BYTES) -> None:
+         max_shard_bytes: int = checkpoint_folder.MAX_SHARD_BYTES) -> None:
   """Saves a checkpoint folder in the format of transformers and vLLM, in blocks.
 
   With several processes all must call it, and process 0 writes; tensors that are spread over hosts are replicated one
@@ -163,8 +161,8 @@ def save(params: Params, folder: str | Path, *, like: str | Path | None = None, 
   folder = Path(folder)
   if jax.process_index() == 0 and (older := next(folder.glob("*.safetensors*"), None)):
     raise UserError(f"{folder}: holds {older.name} already; give a new folder")
-  reads_like = like is not None and (keep_dtypes or model_folder.has_weights(Path(like)))
-  stored = model_folder.read_entries(Path(like)) if reads_like else {}
+  reads_like = like is not None and (keep_dtypes or checkpoint_folder.has_weights(Path(like)))
+  stored = checkpoint_folder.read_entries(Path(like)) if reads_like else {}
   tensors = _add_tied_head(_list_tensors(params), stored)
   if keep_dtypes:
     tensors = [t._replace(dtype=stored[t.name].dtype if t.name in stored else t.dtype) for t in tensors]
@@ -173,20 +171,20 @@ def save(params: Params, folder: str | Path, *, like: str | Path | None = None, 
       jax.block_until_ready(replicate(tensor).leaf)  # one at a time, so that all processes run collectives in one order
     return
   folder.mkdir(parents=True, exist_ok=True)
-  shards = model_folder.split_into_shards(
+  shards = checkpoint_folder.split_into_shards(
       [(t.name, t.dtype, t.shape, functools.partial(iterate_blocks, t)) for t in tensors], max_shard_bytes)
   for file, shard in shards:
     safetensors.write(folder / file, shard)
-  model_folder.write_index(folder, shards)
+  checkpoint_folder.write_index(folder, shards)
   if like is not None:
-    model_folder.copy_side_files(Path(like), folder)
+    checkpoint_folder.copy_side_files(Path(like), folder)
 
 
 def _list_tensors(params: Params) -> list[Tensor]:
   """Lists the tensors in the order of the model: embedding, layer by layer, norm, head."""
   unsorted = [tensor for leaf, names in zip(jax.tree.leaves(params), _leaf_names(params), strict=True)
               for tensor in split_leaf(leaf, names)]
-  return sorted(unsorted, key=lambda tensor: model_folder.model_order(tensor.name))
+  return sorted(unsorted, key=lambda tensor: checkpoint_folder.model_order(tensor.name))
 
 
 def _add_tied_head(tensors: list[Tensor], stored: Container[str]) -> list[Tensor]:
@@ -245,7 +243,7 @@ def _read_into(reader: safetensors.Reader, entry: Entry, bounds: tuple[tuple[int
 
 def _open_checkpoint(folder: Path) -> tuple[ModelConfig, dict[str, Entry]]:
   """Reads the config and the tensors' entries, and checks that they fit each other."""
-  config, tensors = read_config(folder), model_folder.read_entries(folder)
+  config, tensors = read_config(folder), checkpoint_folder.read_entries(folder)
   abstract = abstract_params(config)
   expected = {}
   for leaf, leaf_names in zip(jax.tree.leaves(abstract), _leaf_names(abstract), strict=True):
@@ -273,9 +271,9 @@ def _open_checkpoint(folder: Path) -> tuple[ModelConfig, dict[str, Entry]]:
 
 
 def _check_names(folder: Path, expected: Set[str], actual: Set[str]) -> None:
-  """Raises UserError if the names show that weights are quantised or those of a model nested in another."""
+  """Raises UserError if the names show that weights are quantized or those of a model nested in another."""
   missing = expected - actual
-  model_folder.refuse_quantised(str(folder), (*(file.name for file in folder.iterdir()), *sorted(actual)))
+  checkpoint_folder.refuse_quantized(str(folder), (*(file.name for file in folder.iterdir()), *sorted(actual)))
   inner = EMBEDDING.removeprefix("model.")
   for name in sorted(actual):
     prefix = name.removesuffix(inner)
@@ -293,4 +291,4 @@ def _check_tied(folder: Path, head: Entry, embedding: Entry | None) -> None:
                     f"{EMBEDDING} {embedding.dtype} {embedding.shape}; store it alike, or leave it out")
   views = (np.memmap(e.path, np.uint8, "r", e.offset, e.size * e.dtype.itemsize) for e in (head, embedding))
   if not np.array_equal(*views):
-    raise model_folder.untied_error(folder)
+    raise checkpoint_folder.untied_error(folder)

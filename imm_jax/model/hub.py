@@ -5,7 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 from imm_jax.errors import UserError, print_once
-from imm_jax.model import folder as model_folder
+from imm_jax.model import checkpoint_folder
 
 _EMBEDDED = Path(__file__).parent.parent / "assets"
 # org/name with an optional @revision: a branch, a tag, a commit, or refs/pr/1.
@@ -21,7 +21,7 @@ def resolve(model: str) -> Path:
   Args:
     model: a folder; `tiny` for the embedded model; a hub id such as `Qwen/Qwen2.5-0.5B-Instruct`, with a revision
       `Qwen/Qwen2.5-0.5B-Instruct@main`; or BASE+ADAPTER, each a folder or a hub id, where ADAPTER is a LoRA adapter of
-      peft, which is merged into its base once and then taken from a cache (`lora.materialise`). Existing folders take
+      peft, which is merged into its base once and then taken from a cache (`lora.materialize`). Existing folders take
       precedence.
 
   Raises:
@@ -33,10 +33,10 @@ def resolve(model: str) -> Path:
   if pair := split_adapter(model):
     from imm_jax.model import lora  # imported here because most runs have no adapter
 
-    return lora.materialise(*resolve_pair(model), name="+".join(_label(part) for part in pair))
+    return lora.materialize(*resolve_pair(model), name="+".join(_label(part) for part in pair))
   resolved = (_EMBEDDED / model if model == "tiny" else _resolve_folder(model) if is_local(model)
               else _download().fetch_model(model))
-  if (resolved / model_folder.ADAPTER_CONFIG).exists() and model_folder.has_weights(resolved):
+  if (resolved / checkpoint_folder.ADAPTER_CONFIG).exists() and checkpoint_folder.has_weights(resolved):
     print_once(f"note: {model}: holds a whole model and a LoRA adapter; the adapter is ignored")
   return resolved
 
@@ -45,9 +45,9 @@ def resolve_pair(model: str) -> tuple[Path, Path]:
   """Returns the folders of base and adapter of BASE+ADAPTER; downloads the adapter, which is small, first."""
   base, adapter = split_adapter(model) or (model, "")
   local_path = lambda name: _EMBEDDED / name if name == "tiny" else Path(name)
-  is_adapter = lambda name: (local_path(name) / model_folder.ADAPTER_CONFIG).exists()
-  if is_adapter(base) and not model_folder.has_weights(local_path(base)) and not is_adapter(adapter) and (
-      model_folder.has_weights(local_path(adapter)) or not is_local(adapter)):
+  is_adapter = lambda name: (local_path(name) / checkpoint_folder.ADAPTER_CONFIG).exists()
+  if is_adapter(base) and not checkpoint_folder.has_weights(local_path(base)) and not is_adapter(adapter) and (
+      checkpoint_folder.has_weights(local_path(adapter)) or not is_local(adapter)):
     raise UserError(f"{model}: {base} is a LoRA adapter and {adapter} a model; give {adapter}+{base}")
   adapter_folder = local_path(adapter) if is_local(adapter) else _download().fetch_adapter(adapter)
   return resolve(base), adapter_folder
@@ -117,7 +117,7 @@ def _resolve_folder(model: str) -> Path:
   suggestion = str(Path(model).expanduser()) if model.startswith("~") else suggestion if (
       _HUB_ID.fullmatch(suggestion) or Path(suggestion).is_dir()) else ""
   raise UserError(f"{model}: no such checkpoint folder; expected a folder with config.json and "
-                  f"{model_folder.WEIGHTS}, or a hub id, org/name or org/name@revision"
+                  f"{checkpoint_folder.WEIGHTS}, or a hub id, org/name or org/name@revision"
                   + (f"; did you mean {suggestion!r}?" if suggestion and suggestion != model else ""))
 
 

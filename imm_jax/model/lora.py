@@ -6,7 +6,6 @@ whole (modules_to_save, biases, resized embeddings) replace the base's. The resu
 """
 
 import functools
-import json
 import math
 import re
 import sys
@@ -18,11 +17,11 @@ import numpy as np
 
 from imm_jax import files
 from imm_jax.errors import UserError, join_items
-from imm_jax.model import folder as model_folder, safetensors
+from imm_jax.model import checkpoint_folder, safetensors
 from imm_jax.model.blocks import BLOCK
+from imm_jax.model.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EMBEDDING, HEAD
 from imm_jax.model.config import read_config
-from imm_jax.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EMBEDDING, HEAD
-from imm_jax.model.lora_config import Settings, read_settings
+from imm_jax.model.lora_config import AdapterConfig, read_adapter_config
 from imm_jax.model.safetensors import Entry
 from imm_jax.model.writer import WeightsWriter
 
@@ -46,7 +45,7 @@ class _PlannedTensor(NamedTuple):
   update: Callable[[int, int], np.ndarray] | None = None
 
 
-def merge(base: Path, adapter: Path, out: Path, *, max_shard_bytes: int = model_folder.MAX_SHARD_BYTES) -> None:
+def merge(base: Path, adapter: Path, out: Path, *, max_shard_bytes: int = checkpoint_folder.MAX_SHARD_BYTES) -> None:
   """Writes an HF folder of the base with the adapter merged, tensor by tensor in blocks.
 
   Every tensor has the dtype of the base's. The tokenizer is the adapter's if it has one. config.json is the base's,
@@ -68,7 +67,7 @@ def merge(base: Path, adapter: Path, out: Path, *, max_shard_bytes: int = model_
     planned, changes = _plan_merge(base, adapter, reader)
     tensors = [(t.name, t.dtype, t.stored.shape) for t in planned]
     total = sum(t.stored.size * t.dtype.itemsize for t in planned)
-    with WeightsWriter(out, tensors, max_shard_bytes) as writer, progress.bar(
+    with WeightsWriter(out, tensors, max_shard_bytes) as writer, progress.make_bar(
         total, "merge adapter", "B", unit_scale=True) as bar:
       for tensor in planned:
         begin = 0
@@ -79,10 +78,10 @@ def merge(base: Path, adapter: Path, out: Path, *, max_shard_bytes: int = model_
   _copy_side_files(base, adapter, out)
   if changes:
     config = files.read_json(base / "config.json") | changes
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    files.write_json(out / "config.json", config, indent=2)
 
 
-def materialise(base: Path, adapter: Path, *, name: str) -> Path:
+def materialize(base: Path, adapter: Path, *, name: str) -> Path:
   """Merges an adapter into its base in the local cache, once for the contents of both inputs; returns the folder.
 
   The cache is $IMM_JAX_CACHE, or ~/.cache/imm_jax; its folder `adapters` may be emptied at any time. If several
@@ -96,27 +95,28 @@ def materialise(base: Path, adapter: Path, *, name: str) -> Path:
   Raises:
     UserError: as `merge` does, or if the folder cannot be written.
   """
-  read_settings(adapter)
-  side = [adapter / file for file in model_folder.list_side_files(adapter)]
+  read_adapter_config(adapter)
+  side = [adapter / file for file in checkpoint_folder.list_side_files(adapter)]
   # A list and not a dict, because one folder may hold both.
-  inputs = ((base, [*(base / file for file in model_folder.list_side_files(base)), *model_folder.weight_files(base)]),
+  inputs = ((base, [*(base / file for file in checkpoint_folder.list_side_files(base)),
+                    *checkpoint_folder.weight_files(base)]),
             (adapter, [adapter / ADAPTER_CONFIG, _weights_file(adapter), *side]))
   digests = [_digest(root, tuple((p, p.stat().st_size, p.stat().st_mtime_ns) for p in paths))
              for root, paths in inputs]
   target = files.cache_folder() / "adapters" / f"{name}-{digests[0][:16]}-{digests[1][:16]}-{_CACHE_VERSION}"
   if not target.is_dir():
-    with files.locked(target, wait=True):
+    with files.lock(target, wait=True):
       if not target.is_dir():  # another process may have made it
         print(f"merging the LoRA adapter {adapter} into {base}: {target}", file=sys.stderr, flush=True)
-        with files.committed(target) as temporary:
+        with files.write_atomically(target) as temporary:
           merge(base, adapter, temporary)
   return target
 
 
 def _plan_merge(base: Path, adapter: Path, reader: safetensors.Reader) -> tuple[list[_PlannedTensor], dict[str, Any]]:
   """Plans the tensors to write, in the order of the model, and the changes to config.json."""
-  settings, tied = read_settings(adapter), read_config(base).tie_embeddings
-  stored = model_folder.read_entries(base)
+  settings, tied = read_adapter_config(adapter), read_config(base).tie_embeddings
+  stored = checkpoint_folder.read_entries(base)
   where = _weights_file(adapter)
   parts, whole_tensors = _read_adapter(where, stored.keys() | ({HEAD} if tied else set()))
   stored_whole, changes = frozenset(whole_tensors), {}
@@ -147,11 +147,11 @@ def _plan_merge(base: Path, adapter: Path, reader: safetensors.Reader) -> tuple[
   problems += _find_missing(stored, parts, stored_whole, settings)
   if problems:
     raise UserError(f"{where}: does not fit {base}: {join_items(problems, '; ')}")
-  return sorted(planned.values(), key=lambda tensor: model_folder.model_order(tensor.name)), changes
+  return sorted(planned.values(), key=lambda tensor: checkpoint_folder.model_order(tensor.name)), changes
 
 
 def _find_missing(stored: Mapping[str, Entry], parts: Mapping[str, Mapping[str, Entry]], whole_tensors: Set[str],
-                  settings: Settings) -> list[str]:
+                  settings: AdapterConfig) -> list[str]:
   """Lists the tensors that adapter_config.json calls for and that are missing."""
   problems = []
   for name in sorted(stored):
@@ -179,7 +179,7 @@ def _read_adapter(where: Path, known: set[str]) -> tuple[dict[str, dict[str, Ent
   entries = safetensors.read_entries(where)
   parts: dict[str, dict[str, Entry]] = {}
   whole_tensors: dict[str, Entry] = {}
-  rest, problems = {}, []
+  whole_entries, problems = {}, []
   for key, entry in entries.items():
     if "lora_magnitude_vector" in key:
       raise UserError(f"{entry.path}: holds {key}: DoRA is not supported; merge it with peft's merge_and_unload")
@@ -189,8 +189,8 @@ def _read_adapter(where: Path, known: set[str]) -> tuple[dict[str, dict[str, Ent
     elif name != key and (match := _PART.fullmatch(name)):
       parts.setdefault(match[1], {})[match[2]] = entry
     else:
-      rest[key] = entry
-  for key, entry in rest.items():
+      whole_entries[key] = entry
+  for key, entry in whole_entries.items():
     match = _WHOLE.fullmatch(key.removeprefix(_PREFIX)) if key.startswith(_PREFIX) else None
     # peft stores a module's own tensors below base_layer if and only if the module has an update.
     if match and (match[2] is not None) == (match[1] in parts) and f"{match[1]}.{match[3]}" in known:
@@ -203,7 +203,7 @@ def _read_adapter(where: Path, known: set[str]) -> tuple[dict[str, dict[str, Ent
   return parts, whole_tensors
 
 
-def _plan_update(planned: dict[str, _PlannedTensor], module: str, parts: Mapping[str, Entry], settings: Settings,
+def _plan_update(planned: dict[str, _PlannedTensor], module: str, parts: Mapping[str, Entry], settings: AdapterConfig,
                  reader: safetensors.Reader) -> list[str]:
   """Plans a module's update; returns the problems found."""
   name = f"{module}.weight"
@@ -273,12 +273,12 @@ def _read_float32(reader: safetensors.Reader, entry: Entry) -> np.ndarray:
 
 def _copy_side_files(base: Path, adapter: Path, out: Path) -> None:
   """Copies the base's side files, but the adapter's tokenizer files: all if it has a vocabulary, else those it has."""
-  of_model = model_folder.MODEL_SIDE_FILES
-  own = [name for name in model_folder.list_side_files(adapter) if name not in of_model]
-  whole_tensors = any(name in _VOCABULARY_FILES for name in own)
-  others = [name for name in model_folder.list_side_files(base) if name in of_model or not whole_tensors]
-  model_folder.copy_side_files(base, out, others)
-  model_folder.copy_side_files(adapter, out, own)
+  of_model = checkpoint_folder.MODEL_SIDE_FILES
+  own = [name for name in checkpoint_folder.list_side_files(adapter) if name not in of_model]
+  has_vocabulary = any(name in _VOCABULARY_FILES for name in own)
+  others = [name for name in checkpoint_folder.list_side_files(base) if name in of_model or not has_vocabulary]
+  checkpoint_folder.copy_side_files(base, out, others)
+  checkpoint_folder.copy_side_files(adapter, out, own)
 
 
 def _weights_file(adapter: Path) -> Path:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from imm_jax import files
 from imm_jax.errors import UserError
-from imm_jax.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from imm_jax.model.numbers import parse_positive, parse_positive_integer
+from imm_jax.model.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from imm_jax.model.json_numbers import parse_positive, parse_positive_integer
 
 # Keys that are read here, or that do not affect merged weights.
 _KNOWN_KEYS = frozenset((
@@ -22,7 +22,7 @@ _KNOWN_KEYS = frozenset((
 _NEUTRAL_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
-class Settings(NamedTuple):
+class AdapterConfig(NamedTuple):
   """Settings of an adapter_config.json that affect the merged weights.
 
   Attributes:
@@ -57,7 +57,7 @@ class Settings(NamedTuple):
     return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
-def read_settings(folder: Path, *, source: str | None = None) -> Settings:
+def read_adapter_config(folder: Path, *, source: str | None = None) -> AdapterConfig:
   """Reads adapter_config.json of a folder.
 
   Args:
@@ -101,7 +101,7 @@ def read_settings(folder: Path, *, source: str | None = None) -> Settings:
     _refuse(source, "layers_to_transform", layers, "an integer or a list of them")
   if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
     _refuse(source, "modules_to_save", saved, "a list of names")
-  return Settings(
+  return AdapterConfig(
       source, parse_positive_integer(source, "r", config.get("r", 8)),
       parse_positive(source, "lora_alpha", config.get("lora_alpha", 8)),
       patterns["rank_pattern"], patterns["alpha_pattern"], rslora, _compile_targets(source, config),

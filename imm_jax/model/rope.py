@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from imm_jax.errors import UserError
-from imm_jax.model.numbers import parse_positive
+from imm_jax.model.json_numbers import parse_positive
 
 
 class LinearScaling(NamedTuple):
@@ -26,8 +26,8 @@ class LinearScaling(NamedTuple):
     del theta
     return frequencies / np.float32(self.factor)
 
-  def check(self) -> str:
-    """Says what is wrong with the values; "" where nothing is."""
+  def find_problem(self) -> str:
+    """Describes what is wrong with the values; returns "" if nothing is."""
     return ""
 
 
@@ -56,8 +56,8 @@ class Llama3Scaling(NamedTuple):
     fast = wavelengths < np.float32(self.original_max_position_embeddings / self.high_freq_factor)
     return np.where(slow, frequencies / factor, np.where(fast, frequencies, blended))
 
-  def check(self) -> str:
-    """Says what is wrong with the values; "" where nothing is."""
+  def find_problem(self) -> str:
+    """Describes what is wrong with the values; returns "" if nothing is."""
     if self.low_freq_factor < self.high_freq_factor:
       return ""
     return (f"low_freq_factor={self.low_freq_factor:g} must be less than "
@@ -96,8 +96,8 @@ class YarnScaling(NamedTuple):
     divided = np.float32(1) / (np.float32(self.factor) * _inverse_frequencies(dim, theta))
     return divided * (np.float32(1) - keep) + frequencies * keep
 
-  def check(self) -> str:
-    """Says what is wrong with the values; "" where nothing is."""
+  def find_problem(self) -> str:
+    """Describes what is wrong with the values; returns "" if nothing is."""
     if self.beta_slow < self.beta_fast:
       return ""
     return f"beta_slow={self.beta_slow:g} must be less than beta_fast={self.beta_fast:g}"
@@ -225,7 +225,7 @@ def _read_section(config: Mapping[str, Any], where: str, section: dict[str, Any]
     scaling = Llama3Scaling(number("factor"), number("low_freq_factor"), number("high_freq_factor"), original_context())
   else:
     scaling = _read_yarn(values, number, original_context, config.get("max_position_embeddings"), f"{source}: {where}")
-  if scaling and (wrong := scaling.check()):
+  if scaling and (wrong := scaling.find_problem()):
     raise UserError(f"{source}: {where}.{wrong}")
   return Rope(theta, scaling, tuple(ignored_keys))
 

@@ -117,7 +117,7 @@ def _from_json(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def _from_sentencepiece(folder: Path) -> "PreTrainedTokenizerBase":
-  """Converts tokenizer.model, whose normalisation and leading space transformers omits or changes."""
+  """Converts tokenizer.model, whose normalization and leading space transformers omits or changes."""
   from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
   path = folder / "tokenizer.model"

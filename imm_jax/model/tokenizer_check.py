@@ -38,7 +38,7 @@ def check_tokenizer(folder: str | Path, texts: Sequence[str], *, rows: int) -> s
   decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
   name, special, reference = _load_reference(folder)
   encode = lambda text: tokenizer(text, add_special_tokens=special)["input_ids"]
-  num_normalised, tokens = 0, 0
+  num_normalized, tokens = 0, 0
   for text in texts:
     ids = check_ids(tokenizer, encode(text), rows)
     expected = reference[0](text) if reference else ids
@@ -57,10 +57,10 @@ def check_tokenizer(folder: str | Path, texts: Sequence[str], *, rows: int) -> s
       raise UserError(f"{folder}: {_excerpt(text)} does not come back from the tokenizer's ids where it continues "
                       "another text")
     _check_continuation(folder, tokenizer, ids)
-    num_normalised += decoded != text
+    num_normalized += decoded != text
     tokens += len(ids)
   summary = f"the tokenizer gives the ids of {name} for {len(texts)} texts ({tokens:,} tokens)"
-  summary += ", and the texts come back" + (f" but for {num_normalised}, which it normalises" if num_normalised else "")
+  summary += ", and the texts come back" + (f" but for {num_normalized}, which it normalises" if num_normalized else "")
   return summary + _compare_auto(folder, texts, lambda text: tokenizer(text)["input_ids"])
 
 

@@ -57,8 +57,8 @@ _ROWS, _LENGTH = 2, 64
 _CONTEXT = 4096
 
 
-class Comparison(NamedTuple):
-  """Logits of one kind of rows, against transformers in float64.
+class LogitComparison(NamedTuple):
+  """Compares logits of one kind of rows with those of transformers in float64.
 
   Attributes:
     kind: of the rows.
@@ -78,12 +78,12 @@ class Comparison(NamedTuple):
 
   @property
   def passes(self) -> bool:
-    """Whether our error is of the size of transformers' own; not-a-number never is."""
+    """Returns whether our error is of the size of transformers' own; not-a-number never is."""
     return self.error <= _TIMES * self.torch_error + _FLOOR
 
 
 class _Rows(NamedTuple):
-  """Tokens and their positions, both int32 [_ROWS, _LENGTH]."""
+  """Holds tokens and their positions, both int32 [_ROWS, _LENGTH]."""
 
   kind: str
   tokens: np.ndarray
@@ -117,7 +117,7 @@ def verify(source: Path) -> None:
           f"{c.position}); expected at most {_TIMES} times the {c.torch_error:.1e} of its float32, and {_FLOOR:.0e}")
 
 
-def compare_logits(source: Path) -> list[Comparison]:
+def compare_logits(source: Path) -> list[LogitComparison]:
   """Runs text and random tokens through our decoder in float32 and through transformers' in both; needs torch.
 
   The random tokens reach rows of the embedding that no text does. Of each kind some rows begin at position 0, others
@@ -137,6 +137,7 @@ def compare_logits(source: Path) -> list[Comparison]:
 
 
 def _make_rows(source: Path, config: ModelConfig) -> list[_Rows]:
+  """Makes rows of text, if there is a tokenizer, and of random tokens, from position 0 and over a long context."""
   rng = np.random.default_rng(0)
   shape, context = (2 * _ROWS, _LENGTH), max(_LENGTH, config.max_positions or _CONTEXT)
   tokens = {"random tokens": rng.integers(0, config.vocab_size, shape, np.int32)}
@@ -154,6 +155,7 @@ def _make_rows(source: Path, config: ModelConfig) -> list[_Rows]:
 
 
 def _run_ours(source: Path, kinds: list[_Rows]) -> list[np.ndarray]:
+  """Computes the logits of rows with our decoder in float32."""
   config, params = hf.load(source, dtype=jnp.float32, place=hf.place_on_host)
   run = jax.jit(lambda p, tokens, positions: bind(config, p)(
       tokens, positions=positions, segment_ids=jnp.ones_like(tokens), compute_dtype=jnp.float32))
@@ -162,7 +164,7 @@ def _run_ours(source: Path, kinds: list[_Rows]) -> list[np.ndarray]:
 
 
 def _load_torch(source: Path) -> Callable[[_Rows, int | None], np.ndarray]:
-  """transformers' model, as a function from rows and the seed of a float32 run, or None for float64, to logits."""
+  """Loads transformers' model as a function from rows and a seed (None: float64) to logits."""
   import torch
   import transformers
 
@@ -170,7 +172,7 @@ def _load_torch(source: Path) -> Callable[[_Rows, int | None], np.ndarray]:
       source, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False).eval()
 
   class Float64(torch.overrides.TorchFunctionMode):
-    """Casts to float32 go to float64: norms compute in float32 whatever they are given."""
+    """Turns casts to float32 into casts to float64: norms compute in float32 whatever they are given."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
       if func is torch.Tensor.float:
@@ -179,13 +181,15 @@ def _load_torch(source: Path) -> Callable[[_Rows, int | None], np.ndarray]:
       return func(*map(swap, args), **{name: swap(x) for name, x in (kwargs or {}).items()})
 
   def in_float64(module: torch.nn.Module, forward: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    """Runs a module in float64."""
     module.double()  # for the time of the call: in float64 a model of 7 billion parameters takes 56 GB
     with Float64():
       out = forward(*args)
     module.float()  # exact, as they were float32
     return out
 
-  def moved(module: torch.nn.Module, forward: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+  def perturb_output(module: torch.nn.Module, forward: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    """Runs a module and moves each output by at most one unit in the last place."""
     out = forward(*args)
     return torch.nextafter(out, out * torch.randint(0, 3, out.shape))  # towards zero, nowhere, or away from it
 
@@ -195,8 +199,8 @@ def _load_torch(source: Path) -> Callable[[_Rows, int | None], np.ndarray]:
 
   def run(rows: _Rows, seed: int | None) -> np.ndarray:
     for module, forward in forwards:
-      manner = in_float64 if seed is None else moved if seed else None
-      module.forward = functools.partial(manner, module, forward) if manner else forward
+      wrap = in_float64 if seed is None else perturb_output if seed else None
+      module.forward = functools.partial(wrap, module, forward) if wrap else forward
     ids = torch.from_numpy(rows.tokens).long()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
       torch.manual_seed(seed or 0)
@@ -207,16 +211,16 @@ def _load_torch(source: Path) -> Callable[[_Rows, int | None], np.ndarray]:
   return run
 
 
-def _compare(rows: _Rows, exact: np.ndarray, ours: np.ndarray, torch_singles: list[np.ndarray]) -> Comparison:
+def _compare(rows: _Rows, exact: np.ndarray, ours: np.ndarray, torch_singles: list[np.ndarray]) -> LogitComparison:
   scale, error = np.abs(exact).max(), np.abs(ours - exact).max(-1)
   torch_error = max(np.abs(logits - exact).max() for logits in torch_singles)
   with np.errstate(invalid="ignore"):  # what is not a number shows in the error
     kl = max(map(_kl, exact, ours.astype(np.float64)))
-  return Comparison(rows.kind, float(error.max() / scale), float(torch_error / scale), float(kl),
-                    float((ours.argmax(-1) == exact.argmax(-1)).mean()), int(rows.positions.flat[error.argmax()]))
+  return LogitComparison(rows.kind, float(error.max() / scale), float(torch_error / scale), float(kl),
+                         float((ours.argmax(-1) == exact.argmax(-1)).mean()), int(rows.positions.flat[error.argmax()]))
 
 
 def _kl(exact: np.ndarray, ours: np.ndarray) -> np.floating:
-  """Largest of a row's tokens, of logits [_LENGTH, V]."""
+  """Returns the largest KL divergence of a row's tokens, of logits [_LENGTH, V]."""
   log_p, log_q = (x - np.logaddexp.reduce(x, -1, keepdims=True) for x in (exact, ours))
   return (np.exp(log_p) * (log_p - log_q)).sum(-1).max()

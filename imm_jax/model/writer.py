@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from imm_jax.model import folder as model_folder, safetensors
+from imm_jax.model import checkpoint_folder, safetensors
 from imm_jax.runtime.threads import BoundedPool
 
 _SEGMENT = 1 << 22
@@ -36,8 +36,8 @@ class WeightsWriter:
       max_shard_bytes: see `folder.split_into_shards`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shards = model_folder.split_into_shards(tensors, max_shard_bytes)
-    model_folder.write_index(folder, shards)
+    shards = checkpoint_folder.split_into_shards(tensors, max_shard_bytes)
+    checkpoint_folder.write_index(folder, shards)
     self._places: dict[str, tuple[_File, int, np.dtype]] = {}
     self._files: list[_File] = []
     self._disk = BoundedPool(2, _IN_FLIGHT)

@@ -8,18 +8,18 @@ from typing import Any
 
 from imm_jax import files, integrity
 from imm_jax.errors import ResourceError, UserError, first_line, join_items
-from imm_jax.model import folder as checkpoint, hf
+from imm_jax.model import checkpoint_folder, hf
 from imm_jax.publishing import card
 from imm_jax.report.results import Results
 from imm_jax.runs import record as run_record
 
 _CARD = "README.md"
 # Files of a checkpoint besides its side files: weights in all formats that libraries find by name, their indices, an
-# adapter, and the settings of quantised weights.
+# adapter, and the settings of quantized weights.
 _CHECKPOINT_FILE = re.compile(
     r"[^/]*\.safetensors(\.index\.json)?|pytorch_model[^/]*\.bin(\.index\.json)?|consolidated[^/]*\.pth|params\.json|"
     r"(tf_model|flax_model)[^/]*\.(h5|msgpack)(\.index\.json)?|adapter_config\.json|adapter_model\.bin|"
-    r"(quantize|quant|hf_quant)_config\.json|tokenization_[^/]*\.py|" + checkpoint.TEMPLATES + r"/[^/]*\.jinja")
+    r"(quantize|quant|hf_quant)_config\.json|tokenization_[^/]*\.py|" + checkpoint_folder.TEMPLATES + r"/[^/]*\.jinja")
 # HTTP status codes with which the hub says that the same request may succeed later.
 _RETRY_STATUS = (408, 429, *range(500, 600))
 
@@ -45,10 +45,11 @@ def push(folder: Path, to: str, *, private: bool = False, revision: str | None =
   """
   hf.check_folder(folder)
   root, stage = find_run(folder)
-  names = [*checkpoint.list_side_files(folder), *[checkpoint.INDEX] * (folder / checkpoint.INDEX).exists(),
-           *(path.name for path in checkpoint.weight_files(folder))]
+  names = [*checkpoint_folder.list_side_files(folder),
+           *[checkpoint_folder.INDEX] * (folder / checkpoint_folder.INDEX).exists(),
+           *(path.name for path in checkpoint_folder.weight_files(folder))]
   check_recorded(root, stage, folder, names)
-  results = Results.of(root)
+  results = Results.read(root)
   if not results.config or not any(model.kind == "base" for model in results.models):
     raise UserError(f"{root}: config.json or what run.json says of base/eval is missing or damaged "
                     f"({join_items(results.problems)})")
@@ -98,7 +99,7 @@ def _upload(api: Any, library: Any, folder: Path, names: list[str], text: str, t
   operations = [add(name, str(folder / name)) for name in names]
   # Weights or tokenizer files that an earlier model left would be loaded as part of this one.
   old = sorted(name for name in existing - set(names)
-               if name in checkpoint.SIDE_FILES or _CHECKPOINT_FILE.fullmatch(name))
+               if name in checkpoint_folder.SIDE_FILES or _CHECKPOINT_FILE.fullmatch(name))
   operations += [library.CommitOperationDelete(path_in_repo=name) for name in old]
   if old:
     print(f"note: {to}: deleting {join_items(old)} of an earlier model")

@@ -13,7 +13,7 @@ import yaml
 from imm_jax.merging import registry
 from imm_jax.methods import METHODS, merge_method
 from imm_jax.model import hub
-from imm_jax.report.results import Model, Results
+from imm_jax.report.results import EvaluatedModel, Results
 from imm_jax.tasks.catalogue import TASKS
 
 PAPER = ("Superficial Self-Improved Reasoners Benefit from Model Merging", "https://arxiv.org/abs/2503.02103")
@@ -59,14 +59,15 @@ def format_card(results: Results, stage: str, name: str) -> str:
   return "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True) + "---\n\n" + "\n".join(lines)
 
 
-def select_models(results: Results, stage: str) -> list[Model]:
+def select_models(results: Results, stage: str) -> list[EvaluatedModel]:
   """Returns the models whose scores are on the card: the base, this model, and the round's model after SFT."""
-  return [model for model in results.models if _stage_of(model) in ("base", f"{stage.partition('/')[0]}/sft", stage)]
+  return [model for model in results.models
+          if _get_stage_path(model) in ("base", f"{stage.partition('/')[0]}/sft", stage)]
 
 
 def is_evaluated(results: Results, stage: str) -> bool:
   """Returns whether the run has scores of a checkpoint."""
-  return any(_stage_of(model) == stage for model in results.models)
+  return any(_get_stage_path(model) == stage for model in results.models)
 
 
 def _describe_method(results: Results) -> str:
@@ -86,17 +87,17 @@ def _format_scores(results: Results, stage: str) -> list[str]:
   tasks = (results.id_task, *results.ood_tasks)
   rows = [["model", *tasks], ["---"] * (1 + len(tasks))]
   for model in models:
-    rows.append([f"**{model.label}**" if _stage_of(model) == stage else model.label, *(
+    rows.append([f"**{model.label}**" if _get_stage_path(model) == stage else model.label, *(
         f"{a.value:.3f} [{a.low:.3f}, {a.high:.3f}]" for a in (model.scores[task] for task in tasks))])
   counts = ", ".join(f"{task} {models[-1].scores[task].n}" for task in tasks)
-  rules = sorted({asked.rule for model in models for asked in model.asked.values()})
+  rules = sorted({stats.protocol_text for model in models for stats in model.answer_stats.values()})
   missing = [] if is_evaluated(results, stage) else ["**This model has not been evaluated**: the scores are those of "
                                                      "the models named.", ""]
   return missing + ["| " + " | ".join(row) + " |" for row in rows] + [
       "", f"Accuracy with its 95 % interval; questions: {counts}{f'; {chr(59).join(rules)}' if rules else ''}."]
 
 
-def _stage_of(model: Model) -> str:
+def _get_stage_path(model: EvaluatedModel) -> str:
   """Returns the path of a model's checkpoint in the run directory; `base` for the base model."""
   if model.kind == "base":
     return "base"

@@ -35,13 +35,13 @@ def main() -> None:
                     explain_foreign=_explain_foreign)
   elif status.is_running(roots[0]):
     raise UserError(f"{roots[0]}: runs, and writes {out} itself; give --out=DIR for another report")
-  with files.locked(out):
+  with files.lock(out):
     if len(roots) == 1:
-      run_results = results.Results.of(roots[0])
+      run_results = results.Results.read(roots[0])
       live.write(roots[0], out, extra=paper.make_sections({"": run_results}) if _PAPER.value else ())
-      print(results.table(run_results))
+      print(results.format_table(run_results))
     else:
-      runs = [results.Results.of(root) for root in roots]
+      runs = [results.Results.read(root) for root in roots]
       compare.write(runs, out, extra=paper.make_sections if _PAPER.value else None)
   if not _OUT.value:
     integrity.update_digests(roots[0] / integrity.MANIFEST, roots[0], out)

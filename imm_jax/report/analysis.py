@@ -1,13 +1,13 @@
 """Writes the results of an analysis: analysis.json, layers.csv and figures; formats a table for the terminal."""
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from imm_jax import files
 from imm_jax.analysis import MODULES, shares
 from imm_jax.analysis.weight_change import spearman
 from imm_jax.report import layers as figures, writer
@@ -29,7 +29,7 @@ def combine(importance: Mapping[str, Results], change: Mapping[str, Results]) ->
 def write(folder: Path, results: Results) -> None:
   """Writes all files into a new folder; `results` are those of `combine` with any additions for analysis.json."""
   folder.mkdir()
-  (folder / FILE).write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+  files.write_json(folder / FILE, results, allow_nan=False)
   with (folder / TABLE).open("w", newline="", encoding="utf-8") as f:
     rows = csv.writer(f)
     rows.writerow(["measure", "order", "of", "layer", "value", "share", *MODULES])

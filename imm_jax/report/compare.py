@@ -33,10 +33,10 @@ def write(runs: Sequence[Results], out: Path, *, extra: Callable[[Mapping[str, R
   parts = [first, *(extra(runs_by_name) if extra else []), *others]
   problems = [*(f"{name}: {problem}" for name, run in runs_by_name.items() for problem in run.problems), *problems]
   title = f"{len(runs)} runs"
-  top = f'<h1>{title}</h1><p class="sentence">{html.escape(_summarise(groups.group_runs(runs_by_name)))}</p>'
+  top = f'<h1>{title}</h1><p class="sentence">{html.escape(_summarize(groups.group_runs(runs_by_name)))}</p>'
   chunks = [chunk for run_chunks in chunks_by_run.values() for chunk in run_chunks]
   text = page.assemble_page(title, top, problems, parts, chunks, writer.Plots().svg(parts))
-  with files.committed(out) as folder:
+  with files.write_atomically(out) as folder:
     writer.write(folder, text, parts)
 
 
@@ -90,9 +90,9 @@ def _pack_answers(runs: Mapping[str, Results]) -> tuple[dict[str, list[Chunk]], 
   return chunks_by_run, problems
 
 
-def _summarise(grouped: Sequence[Group]) -> str:
-  """Summarises which runs lead, unless they have different tasks."""
-  ends = [(group.label, end) for group in grouped if (end := side_by_side.summarise_end(group))]
+def _summarize(grouped: Sequence[Group]) -> str:
+  """Summarizes which runs lead, unless they have different tasks."""
+  ends = [(group.label, end) for group in grouped if (end := side_by_side.summarize_end(group))]
   if not ends:
     return "No run has finished a round with scores of its base yet."
   if len({(run.id_task, run.ood_tasks) for group in grouped for run in group.runs.values()}) > 1:

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from imm_jax.errors import UserError
 from imm_jax.report.markup import Difference, Section, Table
-from imm_jax.report.results import Model, Results
-from imm_jax.statistics import against
-from imm_jax.statistics.against import Answers, Comparison
+from imm_jax.report.results import EvaluatedModel, Results
+from imm_jax.statistics import model_comparison
+from imm_jax.statistics.model_comparison import Answers, Comparison
 
 POOLED = "all out of domain"
 _HOW = ("The models of a line answered the same questions and are compared question by question: the difference in "
@@ -33,25 +33,25 @@ def compare_runs(runs: Mapping[str, Results]) -> list[Table | str]:
   return _make_parts(compared, [task for run in runs.values() for task in run.ood_tasks], "run", "runs_")
 
 
-def compare_models(run: Results, model: Model, other_run: Results, other: Model) -> Comparison:
+def compare_models(run: Results, model: EvaluatedModel, other_run: Results, other: EvaluatedModel) -> Comparison:
   """Compares one model with another; if their answers cannot be compared, the result has only notes."""
   first, second = _read_answers(run, model), _read_answers(other_run, other)
   notes = [note for _, more in (first, second) for note in more]
   pooled = {POOLED: run.ood_tasks} if run.ood_tasks == other_run.ood_tasks and len(run.ood_tasks) > 1 else {}
   try:
-    comparison = against.compare(first[0], second[0], pooled=pooled)
+    comparison = model_comparison.compare(first[0], second[0], pooled=pooled)
   except UserError as e:
     return Comparison((), (*notes, f"not compared: {e}") if first[0] and second[0] else tuple(notes))
   return Comparison(comparison.lines, (*notes, *comparison.notes))
 
 
-def _read_answers(run: Results, model: Model) -> tuple[dict[str, Answers], list[str]]:
+def _read_answers(run: Results, model: EvaluatedModel) -> tuple[dict[str, Answers], list[str]]:
   """Reads the answers of a model by task; returns them and notes on what cannot be read."""
   answers, notes = {}, []
   for task in (run.id_task, *run.ood_tasks):
     path = run.root / model.folder / f"{task}.jsonl"
     try:
-      answers[task] = against.read_answers(path)
+      answers[task] = model_comparison.read_answers(path)
     except UserError as e:
       notes.append(f"not compared: {e}")
     except OSError as e:
@@ -68,7 +68,7 @@ def _make_parts(compared: Sequence[tuple[str, str, Comparison]], ood_tasks: Sequ
   rows = [[a, b, *({line.label: _to_cell(line) for line in comparison.lines}.get(label) for label in labels)]
           for a, b, comparison in compared if comparison.lines]
   tests = [[a, b, line.label, paired.n, paired.first, paired.second, _to_cell(line), paired.wins, paired.losses,
-            paired.p, line.p, "yes" if line.real else "no"]
+            paired.p, line.p, "yes" if line.significant else "no"]
            for a, b, comparison in compared for line in comparison.lines for paired in (line.paired,)]
   tables = [
       _HOW,
@@ -80,6 +80,6 @@ def _make_parts(compared: Sequence[tuple[str, str, Comparison]], ood_tasks: Sequ
   return [*tables, *notes]
 
 
-def _to_cell(line: against.Line) -> Difference:
+def _to_cell(line: model_comparison.Line) -> Difference:
   paired = line.paired
-  return Difference(paired.value, paired.n, paired.low, paired.high, line.real)
+  return Difference(paired.value, paired.n, paired.low, paired.high, line.significant)

@@ -6,7 +6,7 @@ The colours are those of M. Okabe and K. Ito, which colour-blind readers can dis
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from imm_jax.statistics.evaluation import Accuracy
+from imm_jax.statistics.accuracy import Accuracy
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -30,7 +30,7 @@ _WIDTH, _HEIGHT, _ROW = 4.4, 3.3, 0.195  # inches of a panel, and of a row of it
 _MAX_NAME = 32
 
 
-class Line(NamedTuple):
+class Curve(NamedTuple):
   """A curve: its points, and the bounds of their intervals if known."""
 
   label: str
@@ -53,7 +53,7 @@ class Panel(NamedTuple):
   title: str
   x: str
   y: str
-  lines: tuple[Line, ...]
+  lines: tuple[Curve, ...]
   level: float | None = None
   shares: bool = False
   log2: bool = False
@@ -138,10 +138,10 @@ def _draw_panel(axes: "Axes", panel: Panel) -> dict[str, object]:
 
 
 def accuracy_line(label: str, style: tuple[str, str], x: Sequence[float], y: Sequence[Accuracy], dash: str = "-",
-                  ) -> Line:
+                  ) -> Curve:
   """Makes a curve of accuracies with their intervals."""
-  return Line(label, *style, dash, tuple(x), tuple(a.value for a in y), tuple(a.low for a in y),
-              tuple(a.high for a in y))
+  return Curve(label, *style, dash, tuple(x), tuple(a.value for a in y), tuple(a.low for a in y),
+               tuple(a.high for a in y))
 
 
 def draw_bars(data: Bars) -> "Figure":
@@ -154,7 +154,7 @@ def draw_bars(data: Bars) -> "Figure":
   axes = figure.subplots()
   left = [0.0] * len(data.names)
   for i, (part, values) in enumerate(data.parts.items()):
-    axes.barh(range(len(data.names)), values, left=left, color=series_style(i)[0], hatch=hatch(i),
+    axes.barh(range(len(data.names)), values, left=left, color=get_series_style(i)[0], hatch=get_hatch(i),
               edgecolor="white", linewidth=0, height=0.7, label=part)
     left = [a + b for a, b in zip(left, values, strict=True)]
   axes.set_yticks(range(len(data.names)), data.names, fontsize=9, parse_math=False)
@@ -168,7 +168,7 @@ def draw_bars(data: Bars) -> "Figure":
   return figure
 
 
-def method_style(method: str, intervention: str = "none", i: int = 0) -> tuple[str, str]:
+def get_method_style(method: str, intervention: str = "none", i: int = 0) -> tuple[str, str]:
   """Returns colour and marker of a method's i-th curve; interventions in SFT have other markers of the same colour.
 
   The marker changes too once all line styles are used.
@@ -187,17 +187,17 @@ def next_marker(marker: str, i: int) -> str:
   return markers[i % len(markers)]
 
 
-def series_style(i: int) -> tuple[str, str]:
+def get_series_style(i: int) -> tuple[str, str]:
   """Returns colour and marker of the i-th curve; when the colours repeat, the markers change."""
   return SERIES[i % len(SERIES)][0], SERIES[(i + i // len(SERIES)) % len(SERIES)][1]
 
 
-def hatch(i: int) -> str:
+def get_hatch(i: int) -> str:
   """Returns the i-th hatch pattern of bars, for print."""
   return _HATCHES[i % len(_HATCHES)]
 
 
-def dash(i: int) -> str:
+def get_dash(i: int) -> str:
   """Returns the i-th line style."""
   return _LINES[i % len(_LINES)]
 
@@ -211,6 +211,6 @@ def shorten(name: str) -> str:
   return name if len(name) <= _MAX_NAME else f"...{name[3 - _MAX_NAME:]}"
 
 
-def round_line(values: Mapping[int, float], label: str, style: tuple[str, str], dash: str = "-") -> Line:
+def round_line(values: Mapping[int, float], label: str, style: tuple[str, str], dash: str = "-") -> Curve:
   """Makes a curve of one number for each round."""
-  return Line(label, *style, dash, tuple(values), tuple(values.values()))
+  return Curve(label, *style, dash, tuple(values), tuple(values.values()))

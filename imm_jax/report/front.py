@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from imm_jax.report import figures, groups
-from imm_jax.report.figures import MODELS, Line, Panel
+from imm_jax.report.figures import MODELS, Curve, Panel
 from imm_jax.report.groups import Group
 from imm_jax.report.markup import Plot, Section, Table
 from imm_jax.report.reading import is_number
-from imm_jax.report.results import Model, Results
+from imm_jax.report.results import EvaluatedModel, Results
 
 # (accuracy in domain, accuracy out of domain)
 Point = tuple[float, float]
@@ -85,7 +85,7 @@ def run_section(run: Results) -> Section:
   """Makes the section of one run."""
   if not _has_pareto_front(run):
     return Section(_ID, _TITLE, [])
-  by_kind: dict[str, list[Model]] = {}
+  by_kind: dict[str, list[EvaluatedModel]] = {}
   for m in run.models:
     by_kind.setdefault(m.kind.partition(" ")[0] + " at" * (" " in m.kind), []).append(m)
   lines = [_make_line(run, by_kind[kind], label, (colour, marker)) for kind, (colour, marker, label) in
@@ -106,15 +106,15 @@ def runs_section(runs: Mapping[str, Results], grouped: Sequence[Group]) -> Secti
   equal_id, description = choose_equal_id(list(eligible.values()))
   members_by_group = [(group, [run for name, run in group.runs.items() if name in eligible]) for group in grouped]
   base = [_point(run, run.models[0]) for run in eligible.values()]
-  lines = [Line(MODELS["base"][2], *MODELS["base"][:2], "none", *zip(*dict.fromkeys(base), strict=True))]
+  lines = [Curve(MODELS["base"][2], *MODELS["base"][:2], "none", *zip(*dict.fromkeys(base), strict=True))]
   for group, members in members_by_group:
     points = [_point(run, m) for run in members for m in run.models if m.kind != "base"]
     if points:
       # Other plots distinguish the settings of a method by line styles; here there are only markers.
       styles = [(group.style[0], figures.next_marker(group.style[1], i)) for i in range(len(figures.SERIES))]
       used = {(line.colour, line.marker) for line in lines}
-      style = next((look for look in styles if look not in used), group.style)
-      lines.append(Line(group.label, *style, "none", *zip(*points, strict=True)))
+      style = next((candidate for candidate in styles if candidate not in used), group.style)
+      lines.append(Curve(group.label, *style, "none", *zip(*points, strict=True)))
   measures = {name: _measure(run, equal_id) for name, run in eligible.items()}
   rows = [[name, groups.method_label(run), equal_id, *measures[name]] for name, run in eligible.items()]
   means = []
@@ -146,15 +146,15 @@ def _explanation(equal_id: float, description: str) -> str:
           "lines are interpolations, not models.")
 
 
-def _point(run: Results, model: Model) -> Point:
+def _point(run: Results, model: EvaluatedModel) -> Point:
   return run.in_domain(model).value, run.out_of_domain(model).value
 
 
-def _make_line(run: Results, models: Sequence[Model], label: str, style: tuple[str, str]) -> Line:
-  return Line(label, *style, "none", *zip(*(_point(run, m) for m in models), strict=True))
+def _make_line(run: Results, models: Sequence[EvaluatedModel], label: str, style: tuple[str, str]) -> Curve:
+  return Curve(label, *style, "none", *zip(*(_point(run, m) for m in models), strict=True))
 
 
-def _plot(lines: Sequence[Line], runs: Sequence[Results]) -> list[Plot]:
+def _plot(lines: Sequence[Curve], runs: Sequence[Results]) -> list[Plot]:
   best = pareto_front([_point(run, m) for run in runs for m in run.models])
   line = Line("Pareto front", *_LINE, *zip(*best, strict=True))
   return [Plot("front", "Accuracy out of domain over accuracy in domain of every model, and a line through the Pareto "
@@ -170,9 +170,9 @@ def _measure(run: Results, equal_id: float) -> list[float | None]:
   return [hypervolume(points, points[0]), hypervolume(points, (points[0][0], 0.0)), max(out_values, default=None)]
 
 
-def _model_paths(run: Results) -> list[Sequence[Model]]:
+def _model_paths(run: Results) -> list[Sequence[EvaluatedModel]]:
   """Lists paths of models: those handed on from round to round, and in each round from base to tuned by weight."""
-  paths: list[Sequence[Model]] = [run.handed_on()]
+  paths: list[Sequence[EvaluatedModel]] = [run.handed_on()]
   for t in dict.fromkeys(m.round for m in run.models[1:]):
     tuned = [m for m in run.models if (m.kind, m.round) == ("sft", t)]
     weighed = [(weight, m) for m in run.models if m.round == t and (weight := _base_weight(run, m)) is not None]
@@ -181,7 +181,7 @@ def _model_paths(run: Results) -> list[Sequence[Model]]:
   return paths
 
 
-def _base_weight(run: Results, model: Model) -> float | None:
+def _base_weight(run: Results, model: EvaluatedModel) -> float | None:
   """Returns the weight of the base in a merged model, if it is a single number."""
   kind, _, weight = model.kind.partition(" ")
   try:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from imm_jax.report import figures
-from imm_jax.report.figures import Line
+from imm_jax.report.figures import Curve
 from imm_jax.report.results import Results
-from imm_jax.statistics.evaluation import Accuracy
+from imm_jax.statistics.accuracy import Accuracy
 
 # Maximum length of the settings in a label.
 _MAX_LABEL = 40
@@ -46,7 +46,8 @@ def group_runs(runs: Mapping[str, Results]) -> list[Group]:
   for label, members in zip(labels, members_by_key.values(), strict=True):
     run = next(iter(members.values()))
     i = seen[run.method] = seen.get(run.method, -1) + 1
-    groups.append(Group(label, figures.method_style(run.method, intervention(run), i), figures.dash(i), members))
+    groups.append(Group(label, figures.get_method_style(run.method, intervention(run), i), figures.get_dash(i),
+                        members))
   return groups
 
 
@@ -82,7 +83,7 @@ def intervention(run: Results) -> str:
   return str(sft.get("intervention", "none")) if isinstance(sft, dict) else "none"
 
 
-def make_curve(group: Group, measure: Callable[[Results], Mapping[int, Accuracy | float]]) -> Line | None:
+def make_curve(group: Group, measure: Callable[[Results], Mapping[int, Accuracy | float]]) -> Curve | None:
   """Makes a group's curve of a measure that returns values by x for each run; None if there are no values.
 
   The curve of a single run has its values, with intervals if they have any; that of several runs has the mean and its
@@ -94,8 +95,8 @@ def make_curve(group: Group, measure: Callable[[Results], Mapping[int, Accuracy 
     return None
   if len(by_run) > 1:
     means = [mean_and_error([to_number(values[x]) for values in by_run if x in values]) for x in xs]
-    return Line(group.label, *group.style, group.dash, tuple(xs), tuple(m for m, _ in means),
-                tuple(m - e for m, e in means), tuple(m + e for m, e in means))
+    return Curve(group.label, *group.style, group.dash, tuple(xs), tuple(m for m, _ in means),
+                 tuple(m - e for m, e in means), tuple(m + e for m, e in means))
   values = by_run[0]
   if all(isinstance(value, Accuracy) for value in values.values()):
     return figures.accuracy_line(group.label, group.style, list(values), list(values.values()), group.dash)
@@ -129,8 +130,8 @@ def _make_labels(groups: Sequence[Mapping[str, Results]]) -> list[str]:
       names_method = all(re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z])", name) for word in label.split(", "))
       text = figures.shorten(name) if names_method else f"{figures.shorten(name)} ({label})"
     else:
-      alike = [relevant_settings(other.config) for other, of, same in zip(first, groups, methods, strict=True)
-               if same == label and len(of) > 1]
+      alike = [relevant_settings(other.config) for other, group, same in zip(first, groups, methods, strict=True)
+               if same == label and len(group) > 1]
       different = [f"{key.rpartition('.')[2]}={_abbreviate(value)}"
                    for key, value in relevant_settings(run.config).items()
                    if any(other.get(key) != value for other in alike)]

@@ -5,7 +5,7 @@ from typing import Any
 
 from imm_jax.analysis import shares
 from imm_jax.report import figures
-from imm_jax.report.figures import MODELS, Line, Panel
+from imm_jax.report.figures import MODELS, Curve, Panel
 from imm_jax.report.markup import Plot, Section, Table
 from imm_jax.report.results import Results
 
@@ -42,7 +42,7 @@ def layers_section(results: Results) -> Section:
              for name, label in CHANGES.items() if changes[name]]
   if spearman:
     panels.append(Panel("Spearman of importance and change by SFT", "round", "rank correlation", (
-        figures.round_line(spearman, "layers", figures.series_style(0)),), level=0.0, span=(-1.05, 1.05)))
+        figures.round_line(spearman, "layers", figures.get_series_style(0)),), level=0.0, span=(-1.05, 1.05)))
   if not panels:
     return Section("layers", "Layers", [])
   return Section("layers", "Layers", [
@@ -61,7 +61,7 @@ def diversity_section(results: Results) -> Section:
   for key, label in DIVERSITY.items():
     values = {t: d[key] for t, d in diversity.items() if d.get(key) is not None}
     if values:
-      panels.append(Panel(label, "round", label, (figures.round_line(values, "samples", figures.series_style(0)),),
+      panels.append(Panel(label, "round", label, (figures.round_line(values, "samples", figures.get_series_style(0)),),
                           span=(0, 1.15 * max(values.values()) or 1)))
   rows = [[t, d.get("questions"), d.get("samples"), *(d.get(key) for key in DIVERSITY)] for t, d in diversity.items()]
   return Section("diversity", "Diversity of samples", [
@@ -81,8 +81,8 @@ def drift_section(results: Results) -> Section:
     if lines:
       highest = max(max(line.y) for line in lines)
       panels.append(Panel(where, lines=lines, span=(0, 1.1 * highest or 1), **DRIFT_AXES))
-  rows = [[t, kind, text, base["tokens"], of[text]["kl"], of[text]["loss"], base["loss"], of[text]["entropy"],
-           base["entropy"]] for t, measured in results.drift.items() for kind, of in measured["models"].items()
+  rows = [[t, kind, text, base["tokens"], entry[text]["kl"], entry[text]["loss"], base["loss"], entry[text]["entropy"],
+           base["entropy"]] for t, measured in results.drift.items() for kind, entry in measured["models"].items()
           for text, base in measured["texts"].items()]
   return Section("drift", "Drift from the base", [
       DRIFT,
@@ -96,7 +96,7 @@ def mean_kl(results: Results, kind: str, where: str) -> dict[int, float]:
   """Returns rounds done -> KL of a kind of model in domain, or its mean over the tasks out of domain that have one."""
   tasks, means = {"in domain": (results.id_task,), "out of domain": results.ood_tasks}[where], {}
   for t, measured in results.drift.items():
-    values = [of["kl"] for task, of in measured["models"].get(kind, {}).items() if task in tasks]
+    values = [entry["kl"] for task, entry in measured["models"].get(kind, {}).items() if task in tasks]
     if values:
       means[t + 1] = sum(values) / len(values)
   return means
@@ -122,8 +122,8 @@ def _layer_panel(title: str, values: Mapping[int, Sequence[float]]) -> Panel:
   rounds = list(values)
   if len(rounds) > _MAX_CURVES:
     rounds = [rounds[round(i * (len(rounds) - 1) / (_MAX_CURVES - 1))] for i in range(_MAX_CURVES)]
-  lines = tuple(Line(f"round {t}", *figures.series_style(i), "-", tuple(range(len(values[t]))),
-                     tuple(100 * v for v in values[t])) for i, t in enumerate(rounds))
+  lines = tuple(Curve(f"round {t}", *figures.get_series_style(i), "-", tuple(range(len(values[t]))),
+                      tuple(100 * v for v in values[t])) for i, t in enumerate(rounds))
   highest = max(max(line.y) for line in lines)
   return Panel(title, "layer", "% of all layers", lines, span=(0, 1.1 * highest or 1))
 
@@ -136,15 +136,15 @@ def _make_tables(results: Results, importance: Mapping[int, Any], changes: Mappi
   by_layer, by_module = [], []
   for t in results.analysis:
     measured = {name: values[t] for name, values in measures.items() if t in values}
-    count = max((len(of["layers"]) for of in measured.values()), default=0)
+    count = max((len(entry["layers"]) for entry in measured.values()), default=0)
     for layer in range(count):
       cells = [(measured[name]["layers"][layer], shares(measured[name]["layers"])[layer])
                if name in measured and layer < len(measured[name]["layers"]) else (None, None) for name in measures]
       by_layer.append([t, layer, *(value for pair in cells for value in pair)])
-    modules = {name: of.get("modules", {}) for name, of in measured.items()}
+    modules = {name: entry.get("modules", {}) for name, entry in measured.items()}
     by_module += [[t, module, *(sum(modules[name][module]) if module in modules.get(name, {}) else None
                                 for name in measures)]
-                  for module in dict.fromkeys(module for of in modules.values() for module in of)]
+                  for module in dict.fromkeys(module for entry in modules.values() for module in entry)]
   head = [part for name in measures for part in (name, "share")]
   tables = [Table("layers", "Importance and weight change by layer", ["round", "layer", *head], by_layer)]
   if by_module:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from imm_jax.report.figures import arrange, hatch, series_style, shorten
+from imm_jax.report.figures import arrange, get_hatch, get_series_style, shorten
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -30,8 +30,8 @@ def plot_importance(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
   for axes, (name, scores) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
     bottom = np.zeros(len(scores["layers"]))
     for i, (module, values) in enumerate(scores["modules"].items()):
-      handles[module] = axes.bar(range(len(values)), values, bottom=bottom, color=series_style(i)[0], hatch=hatch(i),
-                                 edgecolor="white", linewidth=0)
+      handles[module] = axes.bar(range(len(values)), values, bottom=bottom, color=get_series_style(i)[0],
+                                 hatch=get_hatch(i), edgecolor="white", linewidth=0)
       bottom += values
     _label_axes(axes, f"importance on\n{shorten(name)}", _SUMS[scores["order"]], layers=len(bottom))
   arrange(figure, list(handles.items()), title_lines=2)
@@ -49,7 +49,7 @@ def plot_weight_change(results: Mapping[str, Mapping[str, Any]]) -> "Figure":
   figure, legend = Figure(), []
   by_layer, share, by_module = figure.subplots(1, 3)
   for i, (name, change) in enumerate(results.items()):
-    style = dict(zip(("color", "marker"), series_style(i), strict=True))
+    style = dict(zip(("color", "marker"), get_series_style(i), strict=True))
     line, = by_layer.plot(change["layers"], **style)
     legend.append((shorten(name), line))
     share.plot(100 * np.asarray(change["share"]), **style)

@@ -39,7 +39,7 @@ class Live:
       return
     start = time.monotonic()
     try:
-      results = Results.of(self._root)
+      results = Results.read(self._root)
       includes_figures = status is None and self._spent <= _MAX_TIME_SHARE * (start - self._started)
       if includes_figures:
         self._chunks, self._problems = self._packer.chunks(results)
@@ -48,7 +48,7 @@ class Live:
       folder = self._root / "report"
       folder.mkdir(exist_ok=True)
       status = status or Status(self._plan, "running")
-      with files.committed(folder / "index.html") as out:
+      with files.write_atomically(folder / "index.html") as out:
         writer.write_page(out, page.render(results, status, parts, self._chunks, self._problems, svgs,
                                            written=_timestamp(status), renewed=status.state == "running"))
     except Exception as e:  # a long run must not end because of its report
@@ -88,13 +88,13 @@ def write(root: Path, out: Path, *, status: Status | None = None, extra: Sequenc
   Returns:
     The run's results.
   """
-  results = Results.of(root)
+  results = Results.read(root)
   status = status or run_status.read(root)
   chunks, problems = (packer or Packer()).chunks(results)
   first, *others = page.make_sections(results, chunks)
   parts = [first, *extra, *others]
   svgs = (plots or writer.Plots()).svg(parts)
-  with files.committed(out) as folder:
+  with files.write_atomically(out) as folder:
     writer.write(folder, page.render(results, status, parts, chunks, problems, svgs, written=_timestamp(status)), parts)
   return results
 

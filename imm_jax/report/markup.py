@@ -9,7 +9,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from imm_jax.statistics.evaluation import Accuracy
+from imm_jax.statistics.accuracy import Accuracy
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
@@ -37,7 +37,7 @@ class Difference(NamedTuple):
   n: int
   low: float
   high: float
-  real: bool
+  significant: bool
 
 
 class Table(NamedTuple):
@@ -116,7 +116,7 @@ def _render_cell(cell: "Cell") -> str:
   if isinstance(cell, Accuracy):
     return f"{cell.value:.3f} <small>[{cell.low:.3f}, {cell.high:.3f}]</small>"
   if isinstance(cell, Difference):
-    value = f"<b>{cell.value:+.3f}*</b>" if cell.real else f"{cell.value:+.3f}"
+    value = f"<b>{cell.value:+.3f}*</b>" if cell.significant else f"{cell.value:+.3f}"
     return f"{value} <small>[{cell.low:+.3f}, {cell.high:+.3f}]</small>"
   if isinstance(cell, Link):
     return f'<a href="{html.escape(cell.href)}">{html.escape(cell.text)}</a>'

@@ -8,10 +8,10 @@ from imm_jax.report import browser, differences, figures, front, insides
 from imm_jax.report.figures import MODELS, Panel
 from imm_jax.report.markup import Markup, Plot, Section, Table, render_page, render_section
 from imm_jax.report.reading import COUNTS, get_count, is_number
-from imm_jax.report.results import Model, Results, list_protocols, list_skipped
+from imm_jax.report.results import EvaluatedModel, Results, list_protocols, list_skipped
 from imm_jax.report.samples import Chunk
 from imm_jax.runs.status import Status
-from imm_jax.statistics.evaluation import Accuracy
+from imm_jax.statistics.accuracy import Accuracy
 
 _RELOAD_S = 30
 PASS_AT_K = ("pass@k: the share of questions of which one of k samples is right (unbiased estimate); majority: the "
@@ -80,8 +80,8 @@ def _render_status(results: Results, status: Status, written: str, renewed: bool
   todo = next((name for name in status.plan if name not in results.stages), "")
   left = todo and (f"; {todo} is missing" if status.state == "finished" else f"; next {todo}")
   text = f"{status.state.capitalize()}: {stages}{left}" if status.state else stages
-  how = f"the page looks for a newer one every {_RELOAD_S} s" if renewed else "this page stays as it is"
-  text += f" (as of {written}; {how})" if written else ""
+  refresh_note = f"the page looks for a newer one every {_RELOAD_S} s" if renewed else "this page stays as it is"
+  text += f" (as of {written}; {refresh_note})" if written else ""
   text += f". {status.why}" if status.why else ""
   bar = f'<progress value="{len(done)}" max="{len(status.plan)}" aria-label="stages done"></progress> ' if todo else ""
   return f'<p class="status {html.escape(status.state)}">{bar}{html.escape(text)}</p>'
@@ -98,38 +98,41 @@ def _render_summary(results: Results) -> str:
   cards = []
   for where, tasks, score in scores:
     a, before = score(last), score(first)
-    beside = f"base {before.value:.3f} [{before.low:.3f}, {before.high:.3f}]"
+    details = f"base {before.value:.3f} [{before.low:.3f}, {before.high:.3f}]"
     tuned = [m for m in results.models if (m.kind, m.round) == ("sft", last.round)]
     if last.kind == "merged" and tuned:
-      beside += f"; SFT before merging {score(tuned[0]).value:.3f}"
-    cards.append((f"{where}: {tasks}", f"{a.value:.3f}", f"95 % interval {a.low:.3f} to {a.high:.3f}, n={a.n}", beside))
+      details += f"; SFT before merging {score(tuned[0]).value:.3f}"
+    cards.append((f"{where}: {tasks}", f"{a.value:.3f}", f"95 % interval {a.low:.3f} to {a.high:.3f}, n={a.n}",
+                  details))
   if results.data:
     kept, sampled = (sum(get_count(row, key) for row in results.data) for key in ("kept", "samples"))
     cards.append(("answers trained on", f"{kept:,}", f"of {sampled:,} sampled" if sampled else "none was sampled", ""))
   cards.append(("time of all stages", _format_duration(total_seconds(results)), f"on {describe_devices(results)}", ""))
   boxes = "".join(f'<div class="card"><span>{html.escape(a)}</span><b>{html.escape(b)}</b><span>{html.escape(c)}</span>'
                   f"<span>{html.escape(d)}</span></div>" for a, b, c, d in cards)
-  return f'<p class="sentence">{html.escape(_summarise(results, first, last))}</p><div class="cards">{boxes}</div>'
+  return f'<p class="sentence">{html.escape(_summarize(results, first, last))}</p><div class="cards">{boxes}</div>'
 
 
-def _summarise(results: Results, first: Model, last: Model) -> str:
+def _summarize(results: Results, first: EvaluatedModel, last: EvaluatedModel) -> str:
   model = results.config.get("model", "the base")
   if first.kind != "base":
     return "The base model's scores are missing, so the change by the run is unknown."
   if last is first:
     return f"No round of {results.variant} on {model} is done yet; these are the base model's scores."
   done = f"{last.round + 1} round{'s' * (last.round > 0)} of {results.variant} on {model}"
-  real = {line.label: line.real for line in differences.compare_models(results, last, results, first).lines}
+  significant = {line.label: line.significant
+                 for line in differences.compare_models(results, last, results, first).lines}
   parts = [_describe_change(results.in_domain(first), results.in_domain(last), f"in domain ({results.id_task})",
-                            real.get(results.id_task))]
+                            significant.get(results.id_task))]
   if results.ood_tasks:
     tasks = f"{len(results.ood_tasks)} task{'s' * (len(results.ood_tasks) > 1)}"
     parts.append(_describe_change(results.out_of_domain(first), results.out_of_domain(last), f"out of domain ({tasks})",
-                                  real.get(differences.POOLED if len(results.ood_tasks) > 1 else results.ood_tasks[0])))
+                                  significant.get(differences.POOLED if len(results.ood_tasks) > 1
+                                                  else results.ood_tasks[0])))
   return f"After {done}, accuracy {' and '.join(parts)}."
 
 
-def _describe_change(before: Accuracy, after: Accuracy, where: str, real: bool | None) -> str:
+def _describe_change(before: Accuracy, after: Accuracy, where: str, significant: bool | None) -> str:
   """Describes a change of accuracy; if its significance is unknown, values within the other's interval are no change.
 
   >>> _describe_change(Accuracy(0.4, 100, 0.31, 0.50), Accuracy(0.6, 100, 0.50, 0.69), "in domain", True)
@@ -139,11 +142,11 @@ def _describe_change(before: Accuracy, after: Accuracy, where: str, real: bool |
   >>> _describe_change(Accuracy(0.98, 100, 0.93, 0.99), Accuracy(0.97, 100, 0.92, 0.99), "out of domain", None)
   'out of domain stayed within its interval, 0.980 and 0.970'
   """
-  if real is False and f"{before.value:.3f}" == f"{after.value:.3f}":
+  if significant is False and f"{before.value:.3f}" == f"{after.value:.3f}":
     return f"{where} stayed at {after.value:.3f}"
-  if real is False:
+  if significant is False:
     return f"{where} went from {before.value:.3f} to {after.value:.3f}, which may be chance"
-  if real is None and (after.low <= before.value <= after.high or before.low <= after.value <= before.high):
+  if significant is None and (after.low <= before.value <= after.high or before.low <= after.value <= before.high):
     return f"{where} stayed within its interval, {before.value:.3f} and {after.value:.3f}"
   return f"{where} {'rose' if after.value > before.value else 'fell'} from {before.value:.3f} to {after.value:.3f}"
 
@@ -178,7 +181,7 @@ def _accuracy_section(results: Results) -> Section:
 
 def _other_scores_table(results: Results) -> list[Table]:
   """Makes a table of further scores of tasks that have several, such as acc_norm."""
-  rows = [[m.label, task, name, a] for m in results.models for task, scores in m.beside.items()
+  rows = [[m.label, task, name, a] for m in results.models for task, scores in m.other_scores.items()
           for name, a in scores.items()]
   return [Table("beside", "Further figures", ["model", "task", "figure", "value"], rows)] if rows else []
 
@@ -195,7 +198,7 @@ def _texts_table(results: Results) -> list[Table]:
 def _protocols_table(results: Results) -> list[Table]:
   """Makes a table of the protocols and lengths of greedy answers, if known."""
   rows = [[m.label, task, a.name, a.shots, a.n, a.mean_tokens, 100 * a.cut]
-          for m in results.models for task, a in m.asked.items()]
+          for m in results.models for task, a in m.answer_stats.items()]
   head = ["model", "task", "protocol", "worked examples", "answers", "mean tokens", "cut at the limit, %"]
   return [Table("protocol", "Protocols and lengths of answers", head, rows)] if rows else []
 
@@ -225,7 +228,7 @@ def _sampled_section(results: Results) -> Section:
       *plot, Table("pass_at_k", "pass@k and majority vote", ["model", "task", *names], rows)])
 
 
-def get_pass_at_k(model: Model, task: str) -> dict[int, Accuracy]:
+def get_pass_at_k(model: EvaluatedModel, task: str) -> dict[int, Accuracy]:
   """Returns k -> pass@k of a model on a task."""
   return {int(name[5:]): a for name, a in model.sampled.get(task, {}).items() if name.startswith("pass@")}
 

@@ -148,9 +148,10 @@ def read_drift(path: Path, problems: list[str]) -> dict[str, Any]:
   try:
     drift = files.read_json(path)
     texts, models = drift["texts"], drift["models"]
-    right = all(_is_count(of["tokens"]) and _all_numbers(of, "loss", "entropy") for of in texts.values()) and all(
-        of.keys() == texts.keys() and all(_all_numbers(one, "kl", "loss", "entropy") for one in of.values())
-        for of in models.values())
+    right = all(_is_count(entry["tokens"]) and _all_numbers(entry, "loss", "entropy") for entry in texts.values())
+    right = right and all(
+        entry.keys() == texts.keys() and all(_all_numbers(one, "kl", "loss", "entropy") for one in entry.values())
+        for entry in models.values())
     if not (right and texts and models):
       raise ValueError("numbers that cannot be")
     return drift
@@ -184,7 +185,7 @@ def _are_sizes(values: Any) -> bool:
 def _is_layer_scores(scores: Mapping[str, Any]) -> bool:
   """Returns whether a mapping has scores by layer in total and for each module."""
   values = [scores["layers"], *(scores["modules"][module] for module in MODULES)]
-  return all(map(_are_sizes, values)) and len({len(of) for of in values}) == 1
+  return all(map(_are_sizes, values)) and len({len(entry) for entry in values}) == 1
 
 
 def _is_diversity(diversity: Mapping[str, Any]) -> bool:

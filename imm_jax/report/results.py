@@ -9,14 +9,14 @@ from imm_jax.errors import UserError
 from imm_jax.methods import METHODS
 from imm_jax.report import reading
 from imm_jax.report.reading import is_number
-from imm_jax.statistics.evaluation import Accuracy, accuracy
+from imm_jax.statistics.accuracy import Accuracy, compute_accuracy
 
 _METRIC = re.compile(r"(pass|majority)@[1-9]\d{0,8}|[A-Za-z]\w{0,60}")
 _SAMPLED = re.compile(r"(pass|majority)@.*")
 
 
 class AnswerStats(NamedTuple):
-  """Statistics of a task's greedy answers.
+  """Holds statistics of a task's greedy answers.
 
   Attributes:
     name: name of the protocol.
@@ -33,13 +33,13 @@ class AnswerStats(NamedTuple):
   cut: float
 
   @property
-  def rule(self) -> str:
+  def protocol_text(self) -> str:
     """A description of the protocol with its worked examples."""
     return f"protocol {self.name}, {self.shots} worked example{'s' * (self.shots != 1)}"
 
 
-class Model(NamedTuple):
-  """One evaluated model.
+class EvaluatedModel(NamedTuple):
+  """Holds an evaluated model.
 
   Attributes:
     kind: `base`, or for a round `sft`, `ema`, `merged`, or `merged 0.3` for a base weight of the sweep.
@@ -47,8 +47,8 @@ class Model(NamedTuple):
     scores: task -> main score: accuracy of greedy answers, or of the most likely options.
     sampled: task -> name (`pass@4`, `majority@16`) -> score of its samples.
     skipped: task -> number of questions that do not fit in the model's context.
-    asked: task -> statistics of its greedy answers, if known.
-    beside: task -> name (`acc_norm`) -> further score.
+    answer_stats: task -> statistics of its greedy answers, if known.
+    other_scores: task -> name (`acc_norm`) -> further score.
     texts: text -> `nats_per_token` and `bits_per_byte`, each a value with its interval.
   """
 
@@ -57,12 +57,13 @@ class Model(NamedTuple):
   scores: dict[str, Accuracy]
   sampled: dict[str, dict[str, Accuracy]]
   skipped: dict[str, int]
-  asked: Mapping[str, AnswerStats] = {}
-  beside: Mapping[str, Mapping[str, Accuracy]] = {}
+  answer_stats: Mapping[str, AnswerStats] = {}
+  other_scores: Mapping[str, Mapping[str, Accuracy]] = {}
   texts: Mapping[str, Mapping[str, Mapping[str, float]]] = {}
 
   @property
   def label(self) -> str:
+    """Returns the model's name, such as `round 0 merged`."""
     return "base" if self.kind == "base" else f"round {self.round} {self.kind}"
 
   @property
@@ -95,7 +96,7 @@ class Results(NamedTuple):
   method: str
   id_task: str
   ood_tasks: tuple[str, ...]
-  models: tuple[Model, ...]
+  models: tuple[EvaluatedModel, ...]
   data: tuple[dict[str, Any], ...]
   stages: dict[str, dict[str, Any]]
   memory: dict[str, float]
@@ -106,7 +107,7 @@ class Results(NamedTuple):
   drift: Mapping[int, Mapping[str, Any]] = {}
 
   @classmethod
-  def of(cls, root: Path) -> "Results":
+  def read(cls, root: Path) -> "Results":
     """Reads a run directory, ignoring unfinished stages.
 
     Raises:
@@ -139,14 +140,14 @@ class Results(NamedTuple):
     return cls(root, method, id_task, ood_tasks, models, data, stages, memory, analysis, record, config,
                tuple(problems), drift)
 
-  def in_domain(self, model: Model) -> Accuracy:
+  def in_domain(self, model: EvaluatedModel) -> Accuracy:
     """Returns a model's accuracy on the in-domain task."""
     return model.scores[self.id_task]
 
-  def out_of_domain(self, model: Model) -> Accuracy:
+  def out_of_domain(self, model: EvaluatedModel) -> Accuracy:
     """Returns a model's accuracy on the pooled questions of all out-of-domain tasks."""
     scores = [model.scores[task] for task in self.ood_tasks]
-    return accuracy(sum(round(s.value * s.n) for s in scores), sum(s.n for s in scores))
+    return compute_accuracy(sum(round(s.value * s.n) for s in scores), sum(s.n for s in scores))
 
   @property
   def variant(self) -> str:
@@ -155,7 +156,7 @@ class Results(NamedTuple):
     own = merge.get("method") if isinstance(merge, dict) else ""
     return f"{self.method}, merged by {own}" if own else self.method
 
-  def handed_on(self) -> tuple[Model, ...]:
+  def handed_on(self) -> tuple[EvaluatedModel, ...]:
     """Returns the base and each round's result: the merged model, or without merging the one handed to the next round.
     """
     method = METHODS.get(self.method)  # a damaged run may have another
@@ -209,7 +210,7 @@ def _read_tasks(record: Mapping[str, Any], config: Mapping[str, Any], problems: 
 
 
 def _read_models(stages: Mapping[str, Any], rounds: list[int], tasks: tuple[str, ...], problems: list[str],
-            ) -> tuple[Model, ...]:
+            ) -> tuple[EvaluatedModel, ...]:
   specs = [("base", -1, "base/eval")]
   for t in rounds:
     sweep = sorted(name for name in stages if name.startswith(f"round_{t}/eval/sweep_"))
@@ -223,13 +224,13 @@ def _read_models(stages: Mapping[str, Any], rounds: list[int], tasks: tuple[str,
         models.append(_parse_model(kind, t, stages[name]["facts"], tasks))
       except (AttributeError, KeyError, TypeError, ValueError) as e:
         problems.append(f"run.json: the scores of {name} are damaged ({e!r})")
-  unknown = [model.label for model in models if not model.asked]
+  unknown = [model.label for model in models if not model.answer_stats]
   if unknown and len(unknown) < len(models):
     problems.append(f"run.json: does not say by which protocol these were asked: {', '.join(unknown)}")
   return tuple(models)
 
 
-def _parse_model(kind: str, round_: int, facts: Mapping[str, Any], tasks: tuple[str, ...]) -> Model:
+def _parse_model(kind: str, round_: int, facts: Mapping[str, Any], tasks: tuple[str, ...]) -> EvaluatedModel:
   scores = {task: {metric: _parse_accuracy(score) for metric, score in by_metric.items()}
             for task, by_metric in facts["scores"].items()}
   scores = {task: {name: score for name, score in by_metric.items() if _METRIC.fullmatch(name)}
@@ -242,13 +243,13 @@ def _parse_model(kind: str, round_: int, facts: Mapping[str, Any], tasks: tuple[
       raise KeyError(f"{task} has no figure that counts")
     first[task] = scores[task].pop(counts[0])
   protocols = facts.get("protocol")  # older runs have none
-  asked = {task: _parse_answer_stats(protocols[task]) for task in tasks} if protocols is not None else {}
+  stats = {task: _parse_answer_stats(protocols[task]) for task in tasks} if protocols is not None else {}
   parts = [{task: chosen for task, by_metric in scores.items() if (chosen := {
       name: score for name, score in by_metric.items() if bool(_SAMPLED.fullmatch(name)) == sampled})}
            for sampled in (True, False)]
   texts = {text: {name: _parse_interval(spans[name]) for name in ("nats_per_token", "bits_per_byte")}
            for text, spans in facts.get("texts", {}).items()}
-  return Model(kind, round_, first, parts[0], dict(facts.get("long_prompts", {})), asked, parts[1], texts)
+  return EvaluatedModel(kind, round_, first, parts[0], dict(facts.get("long_prompts", {})), stats, parts[1], texts)
 
 
 def _parse_interval(raw: Mapping[str, Any]) -> dict[str, float]:
@@ -259,11 +260,11 @@ def _parse_interval(raw: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _parse_answer_stats(raw: Mapping[str, Any]) -> AnswerStats:
-  asked = AnswerStats(*(raw[name] for name in AnswerStats._fields))
-  known = isinstance(asked.name, str) and all(map(is_number, asked[1:]))
-  if not (known and min(asked[1:]) >= 0 and asked.n > 0 and asked.cut <= 1):
+  stats = AnswerStats(*(raw[name] for name in AnswerStats._fields))
+  known = isinstance(stats.name, str) and all(map(is_number, stats[1:]))
+  if not (known and min(stats[1:]) >= 0 and stats.n > 0 and stats.cut <= 1):
     raise ValueError(f"{raw} is no protocol")
-  return asked
+  return stats
 
 
 def _parse_accuracy(raw: Mapping[str, Any]) -> Accuracy:
@@ -274,7 +275,7 @@ def _parse_accuracy(raw: Mapping[str, Any]) -> Accuracy:
   return score
 
 
-def table(results: Results) -> str:
+def format_table(results: Results) -> str:
   """Formats a table of accuracies with 95 % intervals, a line for each model and a column for each task."""
   if not results.models:
     return "no model was evaluated yet"
@@ -296,9 +297,9 @@ def table(results: Results) -> str:
 
 def _format_other_scores(results: Results) -> list[str]:
   """Formats a line for each task that has further scores."""
-  tasks = dict.fromkeys(task for model in results.models for task in model.beside)
+  tasks = dict.fromkeys(task for model in results.models for task in model.other_scores)
   return [f"{task}: " + "; ".join(f"{model.label} {', '.join(f'{n} {format_accuracy(a)}' for n, a in scores.items())}"
-                                  for model in results.models if (scores := model.beside.get(task)))
+                                  for model in results.models if (scores := model.other_scores.get(task)))
           for task in tasks]
 
 
@@ -318,14 +319,14 @@ def format_accuracy(a: Accuracy) -> str:
 def list_protocols(results: Results) -> list[str]:
   """Formats a line for each protocol with its tasks."""
   tasks: dict[str, list[str]] = {}
-  for task, asked in (results.models[0].asked if results.models else {}).items():
-    tasks.setdefault(asked.rule, []).append(task)
+  for task, stats in (results.models[0].answer_stats if results.models else {}).items():
+    tasks.setdefault(stats.protocol_text, []).append(task)
   return [f"{rule}: {', '.join(names)}" for rule, names in tasks.items()]
 
 
 def _format_lengths(results: Results) -> list[str]:
   """Formats a line for each model on the lengths of its greedy answers over all tasks."""
-  stats_by_model = {m.label: [a for a in m.asked.values() if a.mean_tokens] for m in results.models}
+  stats_by_model = {m.label: [a for a in m.answer_stats.values() if a.mean_tokens] for m in results.models}
   return [f"{label}: {sum(a.mean_tokens * a.n for a in stats) / sum(a.n for a in stats):.1f} tokens an answer, "
           f"{sum(a.cut * a.n for a in stats) / sum(a.n for a in stats):.1%} of {sum(a.n for a in stats)} cut at "
           "eval.max_new_tokens" for label, stats in stats_by_model.items() if stats]

@@ -12,11 +12,11 @@ from imm_jax.report.groups import Group
 from imm_jax.report.markup import Plot, Section, Table
 from imm_jax.report.reading import get_count
 from imm_jax.report.results import Results
-from imm_jax.statistics.evaluation import Accuracy
+from imm_jax.statistics.accuracy import Accuracy
 
 # (name, caption) -> the runs' tables of that name, joined
 Join = Callable[[str, str], list[Table]]
-Curve = Callable[[Results], Mapping[int, Accuracy | float]]
+MeasureByRound = Callable[[Results], Mapping[int, Accuracy | float]]
 # Times above this many seconds are given in hours.
 _LONG_S = 3 * 3600
 # Kind of stage -> stages of a round.
@@ -32,7 +32,7 @@ def make_sections(runs: Mapping[str, Results], join: Join) -> list[Section]:
           _drift_section(grouped, join), _data_section(grouped, join), _cost_section(runs, grouped, join)]
 
 
-class End(NamedTuple):
+class GroupSummary(NamedTuple):
   """Results of a group after its last round: means and standard errors over the runs that have finished it.
 
   Attributes:
@@ -52,8 +52,8 @@ class End(NamedTuple):
   out_of_domain_change: tuple[float, float] | None
 
 
-def summarise_end(group: Group) -> End | None:
-  """Summarises a group's results after its last round; None if no run has finished a round."""
+def summarize_end(group: Group) -> GroupSummary | None:
+  """Summarizes a group's results after its last round; None if no run has finished a round."""
   ends = [(run, models[0], models[-1]) for run in group.runs.values()
           if len(models := run.handed_on()) > 1 and models[0].kind == "base"]
   if not ends:
@@ -68,10 +68,11 @@ def summarise_end(group: Group) -> End | None:
     values = [(score(run, last).value, score(run, first).value) for run, first, last in ends]
     means += [groups.mean_and_error([last for last, _ in values]),
               groups.mean_and_error([last - first for last, first in values])]
-  return End(furthest + 1, len(ends), *means)
+  return GroupSummary(furthest + 1, len(ends), *means)
 
 
-def _make_plot(name: str, what: str, grouped: Sequence[Group], measures: Mapping[str, tuple[Curve, dict[str, Any]]],
+def _make_plot(name: str, caption: str, grouped: Sequence[Group],
+               measures: Mapping[str, tuple[MeasureByRound, dict[str, Any]]],
           ) -> list[Plot]:
   """Makes a plot with a panel for each measure (title -> curve, options) that any group has; empty without any."""
   panels = []
@@ -81,7 +82,7 @@ def _make_plot(name: str, what: str, grouped: Sequence[Group], measures: Mapping
       highest = max(max(line.high or line.y) for line in lines)
       span = None if options.get("shares") else (0, 1.1 * highest or 1)
       panels.append(Panel(title=title, lines=lines, named=True, **{"span": span} | options))
-  return [Plot(name, f"{what} of every run; the tables below have the values", figures.draw, tuple(panels))] * bool(
+  return [Plot(name, f"{caption} of every run; the tables below have the values", figures.draw, tuple(panels))] * bool(
       panels)
 
 
@@ -120,10 +121,10 @@ def _means_table(grouped: Sequence[Group]) -> list[Table]:
   """Makes a table of results by group, if a group has several runs."""
   rows = []
   for group in grouped:
-    if of := summarise_end(group):
-      row: list[Any] = [group.label, of.rounds, of.count]
-      for pair in (of.in_domain, of.in_domain_change, of.out_of_domain, of.out_of_domain_change):
-        row += [pair and pair[0], pair[1] if pair and of.count > 1 else None]
+    if summary := summarize_end(group):
+      row: list[Any] = [group.label, summary.rounds, summary.count]
+      for pair in (summary.in_domain, summary.in_domain_change, summary.out_of_domain, summary.out_of_domain_change):
+        row += [pair and pair[0], pair[1] if pair and summary.count > 1 else None]
       rows.append(row)
   if all(len(group.runs) == 1 for group in grouped) or not rows:
     return []
@@ -164,7 +165,7 @@ def _sampled_section(grouped: Sequence[Group], join: Join) -> Section:
 
 
 def _layers_section(grouped: Sequence[Group], join: Join) -> Section:
-  """Makes the section on layers, with curves of the last analysed round of each group."""
+  """Makes the section on layers, with curves of the last analyzed round of each group."""
   furthest = _last_rounds(grouped, lambda run: run.analysis)
 
   def last(run: Results, *path: str) -> dict[int, float]:
@@ -187,7 +188,7 @@ def _layers_section(grouped: Sequence[Group], join: Join) -> Section:
 
 
 def _diversity_section(grouped: Sequence[Group], join: Join) -> Section:
-  def by_round(key: str) -> Curve:
+  def by_round(key: str) -> MeasureByRound:
     return lambda run: {t: value for t, of in run.analysis.items()
                         if (value := insides.get_nested(of, "diversity", key)) is not None}
   measures = {label: (by_round(key), {"x": "round", "y": label}) for key, label in insides.DIVERSITY.items()}

@@ -11,15 +11,15 @@ from typing import Any
 
 import ml_collections
 
-from imm_jax import config as configs, files, loop
+from imm_jax import config_checks, files, loop
 from imm_jax.analysis.weight_change import weight_change
 from imm_jax.errors import UserError
-from imm_jax.methods import method_of
-from imm_jax.model import folder as checkpoint, hf, hub
+from imm_jax.methods import get_method
+from imm_jax.model import checkpoint_folder, hf, hub
 from imm_jax.report import analysis as output
 from imm_jax.runs.run import pick
 from imm_jax.runtime import distributed
-from imm_jax.stages import analysing, devices
+from imm_jax.stages import analyze, devices
 
 
 def is_experiment(config: ml_collections.ConfigDict) -> bool:
@@ -35,7 +35,7 @@ def validate(config: ml_collections.ConfigDict, *, downloads: bool = True) -> No
   """
   for name, settings in config.runs.items():
     try:
-      configs.validate(settings, downloads=downloads)
+      config_checks.validate(settings, downloads=downloads)
     except UserError as e:
       raise UserError(f"run {name}: {e}") from e
   if len({devices.starts_server(settings) for settings in config.runs.values()}) > 1:
@@ -44,9 +44,9 @@ def validate(config: ml_collections.ConfigDict, *, downloads: bool = True) -> No
   for name, analysis in config.analyses.items():
     try:
       if analysis.kind == "importance":
-        configs.validate(analysis.config, trains=False, downloads=False)
-        configs.require(analysis.config, "analysis.examples", lambda n: n > 0, "expected 1 or more")
-        analysing.check_entry(analysis.task)
+        config_checks.validate(analysis.config, trains=False, downloads=False)
+        config_checks.require(analysis.config, "analysis.examples", lambda n: n > 0, "expected 1 or more")
+        analyze.check_entry(analysis.task)
     except UserError as e:
       raise UserError(f"analysis {name}: {e}") from e
 
@@ -85,7 +85,7 @@ def _run_analyses(config: ml_collections.ConfigDict, root: Path) -> None:
           for values in result[measure].values():
             measures[measure][name] = values
     if distributed.is_main():
-      with files.committed(root / "analyses" / "figures") as out:
+      with files.write_atomically(root / "analyses" / "figures") as out:
         out.mkdir()
         output.write_figures(out, measures)
       print(f"analyses: {root / 'analyses'}")
@@ -98,10 +98,11 @@ def _run_analysis(analysis: ml_collections.ConfigDict, models: dict[str, Path], 
   if analysis.kind == "importance":
     hf.check_folder(models["model"])
     analysis.config.model = analysis.model  # its size decides the mesh
-    scores = devices.call(analysis.config, analysing.importances, analysis.config, models["model"], [analysis.task])
+    scores = devices.call(analysis.config, analyze.measure_importance, analysis.config, models["model"],
+                          [analysis.task])
   if distributed.is_main():
     change = {} if scores else {analysis.get("model") or analysis.after: weight_change(**models).to_json()}
-    with files.committed(out) as folder:
+    with files.write_atomically(out) as folder:
       output.write(folder, {"asked": inputs, **output.combine(scores, change)})
   distributed.barrier(str(out))
 
@@ -117,8 +118,8 @@ def _list_models(config: ml_collections.ConfigDict, analysis: ml_collections.Con
     return {"before": analysis.before, "after": analysis.after}
   settings, run_folder = config.runs[analysis.run], root / analysis.run
   number = int(analysis.model.partition("/")[0].removeprefix("round_"))
-  handed_on = {"merged": "merged", "ema": "sft/ema", "tuned": "sft"}[method_of(settings).hands_on]
-  continues = number and method_of(settings).start == "last"
+  handed_on = {"merged": "merged", "ema": "sft/ema", "tuned": "sft"}[get_method(settings).hands_on]
+  continues = number and get_method(settings).start == "last"
   return {"before": str(run_folder / f"round_{number - 1}" / handed_on) if continues else settings.model,
           "after": str(run_folder / analysis.model)}
 
@@ -129,7 +130,7 @@ def _collect_inputs(analysis: ml_collections.ConfigDict, models: dict[str, Path]
       "config" in analysis) else {}
   return json.loads(json.dumps({
       **{key: value for key, value in analysis.items() if key != "config"}, "settings": settings,
-      "digests": {label: checkpoint.digest(model) for label, model in models.items()}}))
+      "digests": {label: checkpoint_folder.digest(model) for label, model in models.items()}}))
 
 
 def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:

@@ -170,8 +170,8 @@ def _resume_wandb_run(wandb: ModuleType, root: Path, config: dict[str, Any]) -> 
   """Resumes, or at the first start creates, the run of Weights & Biases that belongs to this run directory."""
   path = root / _WANDB
   if not path.exists():
-    files.write_text(path, json.dumps({"id": uuid.uuid4().hex[:12], "name": root.resolve().name,
-                                       "project": os.environ.get("WANDB_PROJECT", "imm_jax")}, indent=1) + "\n")
+    files.write_json(path, {"id": uuid.uuid4().hex[:12], "name": root.resolve().name,
+                            "project": os.environ.get("WANDB_PROJECT", "imm_jax")})
   identity = files.read_json(path)
   if wrong := [key for key in ("id", "name", "project") if not (isinstance(identity.get(key), str) and identity[key])]:
     raise UserError(f"{path}: {wrong[0]!r} is missing or no text; put it right, or remove the file to begin another "

@@ -17,7 +17,7 @@ RUNTIME_KEYS = ("data.skip_empty", "eval.batch_size", "mesh", "profile", "sample
                 "sft.save_interval", "sft.state_dir", "tracking")
 
 
-class Model(NamedTuple):
+class Checkpoint(NamedTuple):
   """Holds a checkpoint of a run.
 
   Attributes:
@@ -41,13 +41,13 @@ class Run(NamedTuple):
 
   config: ml_collections.ConfigDict
   root: Path
-  base: Model
-  teacher: Model | None = None
+  base: Checkpoint
+  teacher: Checkpoint | None = None
 
   @property
   def method(self) -> methods.Method:
     """Returns the record of the run's method."""
-    return methods.method_of(self.config)
+    return methods.get_method(self.config)
 
   @property
   def merge_method(self) -> str:
@@ -59,12 +59,12 @@ class Run(NamedTuple):
     """Returns whether answers are sampled to train on."""
     return methods.samples_answers(self.config)
 
-  def model(self, stage: str) -> Model:
+  def model(self, stage: str) -> Checkpoint:
     """Returns the checkpoint that a stage writes."""
-    return Model(self.root / stage, stage)
+    return Checkpoint(self.root / stage, stage)
 
   def settings(self, *keys: str) -> dict[str, Any]:
-    """Calls `pick` on the run's config."""
+    """Returns some settings by key; see `pick`."""
     return pick(self.config, *keys)
 
   def scratch(self, stage: str) -> Path:
@@ -86,7 +86,7 @@ class Stage:
     everywhere: whether all processes call `make`; otherwise only process 0 does.
     scratch: a folder, possibly in a bucket, that is removed when the stage is done; empty for none.
     costly: whether a changed config may replace its output only with `--rerun`.
-    summarise: turns its facts into a line for the user; an empty one is not printed.
+    summarize: turns its facts into a line for the user; an empty one is not printed.
   """
 
   name: str
@@ -97,7 +97,7 @@ class Stage:
   everywhere: bool = False
   scratch: str = ""
   costly: bool = False
-  summarise: Callable[[dict[str, Any]], str] = lambda facts: ""
+  summarize: Callable[[dict[str, Any]], str] = lambda facts: ""
 
 
 def pick(config: ml_collections.ConfigDict, *keys: str) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def list_idle_keys(config: ml_collections.ConfigDict, keys: Iterable[str]) -> li
 
 def _dependent_keys(config: ml_collections.ConfigDict) -> dict[str, bool]:
   """Returns for each key whose effect depends on the method, or on another key, whether it has one."""
-  method, sft = methods.method_of(config), config.sft
+  method, sft = methods.get_method(config), config.sft
   return {"sft.l2_sp_weight": method.anchor == "l2_sp", "sft.kl_weight": method.anchor == "kl",
           "sft.lora_rank": method.lora, "sft.lora_alpha": method.lora, "sft.ema_decay": methods.keeps_average(config),
           "data.mixture_share": method.data == "mixture", "data.with_real": method.data == "accumulation",

@@ -16,7 +16,7 @@ from imm_jax import files, integrity
 from imm_jax.errors import UserError, join_items
 from imm_jax.runs import record as run_record, runlog
 from imm_jax.runs.run import RUNTIME_KEYS, Stage, list_unused_keys
-from imm_jax.runtime import distributed, resident
+from imm_jax.runtime import distributed, resident_memory
 
 _LOCK_ATTEMPTS = 10  # one every 0.05 s
 
@@ -35,7 +35,7 @@ class RunDir:
     self._record: dict[str, Any] = {"stages": {}}
     self._lock = None
     if distributed.is_main():
-      check(path)
+      check_workdir(path)
       self._open(path)
 
   def _open(self, path: str | Path) -> None:
@@ -48,7 +48,7 @@ class RunDir:
     except OSError as e:
       raise UserError(f"{self.path}: the run directory cannot be written ({e.strerror}); use another --workdir") from e
     try:
-      check(path)  # again, because another process may have changed it before the lock was acquired
+      check_workdir(path)  # again, because another process may have changed it before the lock was acquired
       self._record = run_record.read(self.path)
     except BaseException:
       self._lock.close()
@@ -135,7 +135,7 @@ class RunDir:
     self._save_record()
     self._begun = True
     (self.path / integrity.MANIFEST).unlink(missing_ok=True)  # __exit__ writes it again
-    files.write_text(self.path / "config.json", json.dumps(_to_json(self._config), indent=1, sort_keys=True) + "\n")
+    files.write_json(self.path / "config.json", _to_json(self._config), sort_keys=True)
     for line in notes:
       print(f"note: {line}", file=sys.stderr)
 
@@ -163,10 +163,10 @@ class RunDir:
       # Should this process be killed from here on, the old output must not count as done.
       if self._record["stages"].pop(stage.name, None):
         self._save_record()
-      started, has_peak = time.time(), on_host and resident.reset_peak()
-      with files.committed(target) as out:
+      started, has_peak = time.time(), on_host and resident_memory.reset_peak()
+      with files.write_atomically(target) as out:
         facts = stage.make(out, inputs)
-      memory = {"memory_gib": round(resident.read_peak(), 3)} if has_peak else {}
+      memory = {"memory_gib": round(resident_memory.read_peak(), 3)} if has_peak else {}
       digests = files.digest_files(target)
       self._record["stages"][stage.name] = {
           "inputs": inputs, "output": files.combine_digests(digests), "files": digests,
@@ -174,13 +174,13 @@ class RunDir:
           **({"costly": True} if stage.costly else {})}
       self._save_record()
       runlog.log_line(f"{stage.name}: done in {self._record['stages'][stage.name]['seconds']} s")
-      if text := stage.summarise(facts):
+      if text := stage.summarize(facts):
         print(f"{stage.name}: {text}", flush=True)
       if stage.scratch:
         epath.Path(stage.scratch).rmtree(missing_ok=True)
     elif stage.everywhere:
       stage.make(target, inputs)
-    resident.release_freed()
+    resident_memory.release_freed()
     distributed.barrier(stage.name)
     return True
 
@@ -196,10 +196,10 @@ class RunDir:
     self._save_record()
 
   def _save_record(self) -> None:
-    files.write_text(self.path / "run.json", json.dumps(self._record, indent=1, sort_keys=True) + "\n")
+    files.write_json(self.path / "run.json", self._record, sort_keys=True)
 
 
-def check(path: str | Path) -> None:
+def check_workdir(path: str | Path) -> None:
   """Checks that a run can use the directory; changes nothing.
 
   Raises:
@@ -211,7 +211,7 @@ def check(path: str | Path) -> None:
   try:
     if root.exists() and not root.is_dir():
       raise UserError(f"--workdir={path}: is a file; expected a folder, or a name for a new one")
-    existing = next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())
+    existing = files.find_existing_parent(root)
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
       raise UserError(f"{root}: the run directory cannot be written ({existing} refuses); use another --workdir")
     names = {p.name for p in root.iterdir()} if root.exists() else set()

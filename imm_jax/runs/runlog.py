@@ -27,7 +27,7 @@ def log_line(line: str) -> None:
   _LOG.info(line)
 
 
-def current_file() -> Path | None:
+def get_log_file() -> Path | None:
   """Returns the log file that this process is writing, or None."""
   return next((Path(h.baseFilename) for h in _LOG.handlers if isinstance(h, logging.FileHandler)), None)
 

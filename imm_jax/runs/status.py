@@ -7,7 +7,6 @@ write its end; `read` notices that from the lock, which a run holds on its direc
 import contextlib
 import datetime
 import fcntl
-import json
 import os
 import socket
 import sys
@@ -64,7 +63,7 @@ class StatusWriter:
   def __enter__(self) -> "StatusWriter":
     if distributed.is_main():
       self._write()
-      self._stack.enter_context(signals.before_forced_end(lambda reason: self._end("stopped", reason)))
+      self._stack.enter_context(signals.call_before_exit(lambda reason: self._end("stopped", reason)))
       threading.Thread(target=self._write_regularly, daemon=True).start()
     return self
 
@@ -88,7 +87,7 @@ class StatusWriter:
         return
       self._status = self._status._replace(updated=_now(), **changes)
       try:
-        files.write_text(self._path, json.dumps(self._status._asdict(), indent=1) + "\n")
+        files.write_json(self._path, self._status._asdict())
       except (OSError, UserError) as e:  # such as a full disk; the status is no reason to end a run
         print(f"warning: {self._path} was not written ({e})", file=sys.stderr)
 

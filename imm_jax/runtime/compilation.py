@@ -22,7 +22,7 @@ from imm_jax.errors import print_once
 
 # A program that compiles faster than this is not kept, since reading it would take as long.
 _MIN_SECONDS = 0.1
-# The entries that were not used for longest are removed when the folder is larger than this.
+# The least recently used entries are removed when the folder is larger than this.
 _MAX_BYTES = 4 << 30
 # Name of an entry while it is written, and seconds after which its process must be gone.
 _PART, _PART_SECONDS = ".part-", 3600.0
@@ -48,7 +48,7 @@ def enable_cache(setting: str = "auto") -> Path | None:
   folder = Path(path).expanduser().absolute() if path else _user_folder()
   try:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if _others_write(folder):
+    if _is_writable_by_others(folder):
       print_once(f"warning: compiled programs are not kept, for other users can write to {folder}, and what lies there "
                  f"is run: `chmod go-w {folder}`, or name another folder")
       return _turn_off()  # jax itself would use a folder that the environment names
@@ -82,7 +82,7 @@ def _user_folder() -> Path:
   return files.cache_folder() / f"jit-{kind}"
 
 
-def _others_write(folder: Path) -> bool:
+def _is_writable_by_others(folder: Path) -> bool:
   """Returns whether users other than this one can write to a folder; those of its own group are trusted."""
   status = folder.stat()
   return bool(status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and status.st_gid != os.getegid()))

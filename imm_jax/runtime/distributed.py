@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from imm_jax.errors import Exit, LostError, UserError, exit_code
+from imm_jax.errors import Exit, LostError, UserError, exit_code, first_line
 
 # Environment variables from which several processes follow: Slurm, GKE with TPUs, multi-slice, jax's own.
 _SEVERAL = {"SLURM_NTASKS": lambda v: int(v) > 1, "TPU_WORKER_HOSTNAMES": lambda v: "," in v,
@@ -70,7 +70,7 @@ def start(mode: str = "auto", *, coordinator: str | None = None, num_processes: 
   try:
     jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_S)
   except (ValueError, RuntimeError, TypeError, IndexError) as e:
-    cause = str(e).strip().partition("\n")[0] or type(e).__name__
+    cause = first_line(e)
     kind = LostError if _LATE.search(cause) else UserError
     raise kind(f"the processes of this run do not find each other ({cause}); give --coordinator=HOST:PORT, "
                "--num_processes and --process_id to each, or --distributed=off for a single process") from e

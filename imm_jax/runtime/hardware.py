@@ -108,6 +108,14 @@ def compute_dtype(name: str, *, gpu: bool = False) -> str:
   return "float32"
 
 
+def cpu_device() -> jax.Device:
+  """Returns the CPU, or the first device if the user has disabled jax's CPU backend (JAX_PLATFORMS=cuda)."""
+  try:
+    return jax.local_devices(backend="cpu")[0]
+  except RuntimeError:
+    return jax.local_devices()[0]
+
+
 @functools.cache
 def cpu_has_bfloat16() -> bool:
   """Returns whether this CPU has instructions for bfloat16 products; without them XLA converts to float32 first."""

@@ -6,7 +6,7 @@ import jax
 from tqdm import tqdm
 
 
-def bar(total: int | None, label: str, unit: str, *, quiet: bool = False, **options: object) -> tqdm:
+def make_bar(total: int | None, label: str, unit: str, *, quiet: bool = False, **options: object) -> tqdm:
   """Creates a progress bar on process 0: redrawn every second on a terminal, every 30 seconds elsewhere.
 
   TQDM_DISABLE=1 in the environment hides all bars.

@@ -78,7 +78,7 @@ def resume_hint() -> str:
 
 
 @contextlib.contextmanager
-def saving() -> Iterator[None]:
+def allow_saving() -> Iterator[None]:
   """Suspends the time limit after SIGTERM for the length of a block that saves a training state."""
   _saving.set()
   try:
@@ -88,7 +88,7 @@ def saving() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def before_forced_end(callback: Callable[[str], None]) -> Iterator[None]:
+def call_before_exit(callback: Callable[[str], None]) -> Iterator[None]:
   """Registers, for the length of a block, a callback that gets the reason before the process is ended at once."""
   _last_calls.append(callback)
   try:

@@ -2,8 +2,8 @@
 
 An engine's module has two functions:
 
-    opened(config, model, *, batch_size, scratch, mesh) -> a context manager of a `Sampler`
-    check(config) -> None; raises UserError if the engine cannot run with this config
+    open_sampler(config, model, *, batch_size, scratch, mesh) -> a context manager of a `Sampler`
+    check_engine(config) -> None; raises UserError if the engine cannot run with this config
 
 `model` is a checkpoint folder and `scratch` a folder for logs. `mesh()` returns this process's devices; an engine must
 not call it before it needs them, because another process may hold them.
@@ -23,15 +23,15 @@ from imm_jax.sampling import Sampler
 ENGINES = {"native": "imm_jax.sampling.native.engine", "vllm": "imm_jax.sampling.vllm.engine"}
 
 
-def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, scratch: Path,
-           mesh: Callable[[], Mesh]) -> contextlib.AbstractContextManager[Sampler]:
+def open_sampler(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, scratch: Path,
+                 mesh: Callable[[], Mesh]) -> contextlib.AbstractContextManager[Sampler]:
   """Opens a sampler of a model with the engine that the config selects."""
-  return _engine(config).opened(config, model, batch_size=batch_size, scratch=scratch, mesh=mesh)
+  return _engine(config).open_sampler(config, model, batch_size=batch_size, scratch=scratch, mesh=mesh)
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check_engine(config: ml_collections.ConfigDict) -> None:
   """Raises UserError if the engine that the config selects cannot run."""
-  _engine(config).check(config)
+  _engine(config).check_engine(config)
 
 
 def _engine(config: ml_collections.ConfigDict):

@@ -15,7 +15,7 @@ from imm_jax.sampling import Completion
 _SYNC_EVERY_S = 5.0
 
 
-def completions_of(value: Any) -> list[Completion]:
+def parse_completions(value: Any) -> list[Completion]:
   """Converts parsed JSON to the completions of a request.
 
   Raises:
@@ -42,7 +42,7 @@ class Journal:
   {}
   """
 
-  def __init__(self, path: Path, header: dict[str, Any], parse: Callable[[Any], list[Any]] = completions_of):
+  def __init__(self, path: Path, header: dict[str, Any], parse: Callable[[Any], list[Any]] = parse_completions):
     """Opens or creates the file, and reads the results of an earlier run into `done`.
 
     Args:

@@ -24,7 +24,7 @@ from imm_jax.scoring.packing import Rows, pack
 from imm_jax.scoring.requests import Request
 from imm_jax.training import fsdp
 from imm_jax.training.loss import token_scores
-from imm_jax.training.step import hidden_states, rows_of_device
+from imm_jax.training.step import count_device_rows, hidden_states
 
 # Tokens per row, unless a text is longer, and per forward pass of a device: enough for fast matrix products.
 ROW, TOKENS = 512, 4096
@@ -110,7 +110,7 @@ class Scorer:
         np.add.at(counts, owners, 1)
         bar.update(len(set(owners)))
 
-    with progress.bar(len(requests), label, "text", quiet=quiet) as bar:
+    with progress.make_bar(len(requests), label, "text", quiet=quiet) as bar:
       pending = None
       for begin in range(0, len(packed.owners), batch):
         outputs = begin, program(self._params, _put_rows(packed, begin, batch, self._mesh))
@@ -151,7 +151,7 @@ def _program(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype, backend: str,
     x, head = hidden_states(config, params, rows["tokens"], rows["positions"], attend=attend, compute_dtype=dtype,
                             **options)
     x = jnp.take_along_axis(x, rows["places"][..., None], axis=1)
-    chunk = max(1, LOGITS // rows_of_device(x.shape[0], options.get("mesh")))
+    chunk = max(1, LOGITS // count_device_rows(x.shape[0], options.get("mesh")))
     return token_scores(x, head, rows["indices"], rows["targets"], chunk)
 
   return jax.jit(run, out_shardings=NamedSharding(mesh, P()))

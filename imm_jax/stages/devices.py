@@ -24,7 +24,7 @@ from imm_jax.training import preemption
 _POLL_S = 0.2
 
 
-def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
+def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
   """Returns the mesh over all devices that the config describes.
 
   Raises:
@@ -70,7 +70,7 @@ def call(config: ml_collections.ConfigDict, function: Callable[..., Any], *args:
     return function(*args)
   context = multiprocessing.get_context("spawn")  # a forked process would share this one's jax
   with preemption.watch() as stop_requested, futures.ProcessPoolExecutor(
-      1, context, _initialize, (runlog.current_file(),)) as pool:
+      1, context, _initialize, (runlog.get_log_file(),)) as pool:
     with _blocking_interrupts():  # Ctrl-C is handled by this process alone; the other inherits the blocked signal
       started = pool.submit(os.getpid)
     process, passed_on = None, False
@@ -122,5 +122,5 @@ def describe_devices(config: ml_collections.ConfigDict) -> tuple[str, list[str]]
     ResourceError: when there is no platform that JAX_PLATFORMS names.
   """
   with hardware.explain_missing_platform():
-    mesh_of(config)
+    make_mesh(config)
   return jax.default_backend(), [d.device_kind for d in jax.devices()]

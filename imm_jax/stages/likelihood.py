@@ -9,13 +9,13 @@ import ml_collections
 import numpy as np
 
 from imm_jax import files
-from imm_jax.model import folder
+from imm_jax.model import checkpoint_folder
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.runtime import distributed, hardware
 from imm_jax.scoring import Scorer, encode_continuations, encode_text
 from imm_jax.stages import questions, resumable
-from imm_jax.stages.devices import mesh_of
-from imm_jax.statistics import evaluation
+from imm_jax.stages.devices import make_mesh
+from imm_jax.statistics import accuracy
 from imm_jax.tasks.base import Choice
 from imm_jax.tasks.multiple import LETTERS
 
@@ -37,15 +37,15 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
 
   Returns:
     `scores`: `acc` and `acc_norm` of each task; `texts`: the result of `summarize_texts` for each text; `protocol`: the
-    result of `describe` for each task.
+    result of `describe_protocol` for each task.
   """
-  choices_by_task, texts = questions.choices_of_tests(config), questions.texts_of(config)
+  choices_by_task, texts = questions.load_test_choices(config), questions.load_passages(config)
   if not choices_by_task and not texts:
     return {"scores": {}, "texts": {}, "protocol": {}}
-  scorer = Scorer.load(model, mesh=mesh_of(config), compute_dtype=hardware.compute_dtype(config.sample.compute_dtype))
+  scorer = Scorer.load(model, mesh=make_mesh(config), compute_dtype=hardware.compute_dtype(config.sample.compute_dtype))
   tokenizer = load_tokenizer(model, rows=scorer.config.vocab_size)
   dtype = hardware.compute_dtype(config.sample.compute_dtype)
-  settings = {"model": f"{folder.digest(model)} in {dtype}" if distributed.is_main() else ""}
+  settings = {"model": f"{checkpoint_folder.digest(model)} in {dtype}" if distributed.is_main() else ""}
 
   def score_parts(name: str, items: Sequence[Any], make: Callable[..., list[Row]], size: int) -> list[Row]:
     rows = resumable.compute_rows(items, lambda part, label: make(scorer, tokenizer, part, label=label), size=size,
@@ -57,9 +57,9 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
   scores, summaries, protocol = {}, {}, {}
   for name, choices in choices_by_task.items():
     rows = score_parts(name, choices, score_choices, _QUESTIONS)
-    scores[name] = {metric: evaluation.accuracy(sum(row[key] for row in rows), len(rows))._asdict()
+    scores[name] = {metric: accuracy.compute_accuracy(sum(row[key] for row in rows), len(rows))._asdict()
                     for metric, key in (("acc", "correct"), ("acc_norm", "correct_norm"))}
-    protocol[name] = describe(rows)
+    protocol[name] = describe_protocol(rows)
   for name, passages in texts.items():
     summaries[name] = summarize_texts(score_parts(name, [*enumerate(passages)], score_texts, _PASSAGES))
   return {"scores": scores, "texts": summaries, "protocol": protocol}
@@ -73,10 +73,11 @@ def describe(rows: Sequence[Row]) -> dict[str, Any]:
 def score_train(config: ml_collections.ConfigDict, model: Path, entries: Sequence[str], label: str,
                 ) -> dict[str, list[Row]]:
   """Scores the first `merge.auto.questions` train questions of each entry; every process gets all rows."""
-  scorer = Scorer.load(model, mesh=mesh_of(config), compute_dtype=hardware.compute_dtype(config.sample.compute_dtype))
+  scorer = Scorer.load(model, mesh=make_mesh(config), compute_dtype=hardware.compute_dtype(config.sample.compute_dtype))
   tokenizer = load_tokenizer(model, rows=scorer.config.vocab_size)
-  return {entry: score_choices(scorer, tokenizer, questions.choices(
-      config, entry, split="train", count=config.merge.auto.questions), label=f"{label}, {questions.name_of(entry)}")
+  return {entry: score_choices(scorer, tokenizer, questions.load_choices(
+      config, entry, split="train", count=config.merge.auto.questions),
+      label=f"{label}, {questions.get_task_name(entry)}")
           for entry in entries}
 
 

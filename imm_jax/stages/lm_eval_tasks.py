@@ -14,19 +14,19 @@ import ml_collections
 import numpy as np
 
 from imm_jax import files
-from imm_jax.errors import UserError, suggest
+from imm_jax.errors import UserError, first_line, suggest
 from imm_jax.runtime import distributed, hardware
 from imm_jax.sampling import Completion
 from imm_jax.stages import questions
-from imm_jax.statistics import evaluation
+from imm_jax.statistics import accuracy
 
 # The primary metric of a task is the first of these that it has.
 _PRIMARY = ("acc", "exact_match", "pass@1", "acc_norm", "f1")
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check_lm_eval_tasks(config: ml_collections.ConfigDict) -> None:
   """Raises UserError if lm_eval is not installed, or does not know one of the config's tasks."""
-  names = questions.lm_eval_tasks(config)
+  names = questions.list_lm_eval_tasks(config)
   if not names:
     return
   if importlib.util.find_spec("lm_eval") is None:
@@ -49,7 +49,7 @@ def load(config: ml_collections.ConfigDict) -> None:
   Raises:
     UserError: for the first task that cannot be loaded.
   """
-  for name in questions.lm_eval_tasks(config):
+  for name in questions.list_lm_eval_tasks(config):
     with _as_user_error("config.task.ood", name):
       _manager(config.eval.lm_eval.path).load([name])
 
@@ -75,7 +75,7 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
                  batch_size=config.eval.batch_size, data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor,
                  seed=config.seed, scratch=scratch)
   manager, scores, protocol = _manager(settings.path), {}, {}
-  for name in questions.lm_eval_tasks(config):
+  for name in questions.list_lm_eval_tasks(config):
     entry = f"{questions.LM_EVAL}{name}"
     with _as_user_error(label, name):
       results = lm_eval.simple_evaluate(
@@ -88,7 +88,8 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
     for row in rows:
       value = row["metrics"][metrics[0]]
       row["correct"] = bool(value) if value in (0.0, 1.0) else value
-    scores[entry] = {metric: evaluation.mean([row["metrics"][metric] for row in rows])._asdict() for metric in metrics}
+    scores[entry] = {metric: accuracy.compute_mean([row["metrics"][metric] for row in rows])._asdict()
+                     for metric in metrics}
     shots = sorted({n for n in results["n-shot"].values() if isinstance(n, int)}) or [0]
     parts = "" if len(shots) == 1 else f", {shots[0]} to {shots[-1]} examples by part"
     protocol[entry] = {"name": f"lm_eval {lm_eval.__version__}{parts}", "shots": shots[-1], "n": len(rows),
@@ -107,8 +108,7 @@ def _as_user_error(where: str, task: str) -> Iterator[None]:
   except UserError:
     raise
   except Exception as e:
-    cause = str(e).strip().partition("\n")[0] or type(e).__name__
-    raise UserError(f"{where}: lm_eval cannot run {task} ({cause})") from e
+    raise UserError(f"{where}: lm_eval cannot run {task} ({first_line(e)})") from e
 
 
 @functools.lru_cache(maxsize=2)  # it reads ten thousand files

@@ -175,4 +175,4 @@ def canonical(span: str, kind: str) -> str | None:
   value = parse_number(span) if kind == "number" else latex.parse_value(span)
   if value is not None:
     return str(value)
-  return latex.normalise(span) if kind == "latex" else span
+  return latex.normalize(span) if kind == "latex" else span

@@ -80,11 +80,11 @@ def _draw_comparison(rng: random.Random) -> tuple[str, str, str]:
   small = rng.randint(2, 12)
   large = small + rng.randint(2, 30)
   if rng.random() < 0.5:
-    facts, asked = f"{name} owns {large} {item} and {other} owns {small}.", f"more {item} does {name} own than {other}"
+    facts, query = f"{name} owns {large} {item} and {other} owns {small}.", f"more {item} does {name} own than {other}"
   else:
-    facts, asked = f"{other} owns {small} {item} and {name} owns {large}.", f"fewer {item} does {other} own than {name}"
+    facts, query = f"{other} owns {small} {item} and {name} owns {large}.", f"fewer {item} does {other} own than {name}"
   gap = large - small
-  return f"{facts} How many {asked}?", f"{name} owns more. The difference is {large}-{small}={gap}.", str(gap)
+  return f"{facts} How many {query}?", f"{name} owns more. The difference is {large}-{small}={gap}.", str(gap)
 
 
 def _draw_price(rng: random.Random) -> tuple[str, str, str]:

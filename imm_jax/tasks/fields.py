@@ -28,7 +28,7 @@ def get_raw_text(record: Record, field: str) -> str:
 
 
 def parse_gold(value: Any) -> str | None:
-  """Normalises a gold number, removing commas, currency signs and the decimals of whole numbers; None for other text.
+  """Normalizes a gold number, removing commas, currency signs and the decimals of whole numbers; None for other text.
 
   >>> parse_gold("$1,600"), parse_gold(504.0), parse_gold(" 5/2 "), parse_gold("3:30 p.m.")
   ('1600', '504', '5/2', None)

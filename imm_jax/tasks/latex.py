@@ -140,10 +140,10 @@ def clean(text: str) -> str:
   return _SLASH.sub(r"\\frac{\1}{\2}", _ROOT.sub(r"\\sqrt{\1}", text)).strip()
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
   r"""Returns a canonical spelling of expressions that differ only in appearance.
 
-  >>> normalise(r"x = \left(\dfrac12, 10,\!000\text{ cm}^2\right).")
+  >>> normalize(r"x = \left(\dfrac12, 10,\!000\text{ cm}^2\right).")
   '(\\frac{1}{2},10000)'
   """
   text = _SPACE.sub(lambda m: m[1] or "", clean(text))
@@ -160,7 +160,7 @@ def compare_spelling(gold: str, span: str) -> bool | None:
   """
   if len(span) > MAX_CHARS:
     return False
-  a, b = normalise(gold), normalise(span)
+  a, b = normalize(gold), normalize(span)
   if not a or not b:
     return False
   if _CLOCK.search(a) and _HALF_OF_DAY.search(a) is None:
@@ -173,7 +173,7 @@ def compare_spelling(gold: str, span: str) -> bool | None:
   if a.strip("()") == b.strip("()") and re.fullmatch(r"\(?[A-Z]\)?", a):
     return True
   # Some gold answers have lost their unit, but not the unit's power.
-  if a == normalise(_UNIT_OF_POWER.sub("", span)):
+  if a == normalize(_UNIT_OF_POWER.sub("", span)):
     return True
   if _RELATION.search(b) and _to_interval(b) == _to_interval(a):
     return True
@@ -230,7 +230,7 @@ def parse_value(text: str) -> Fraction | None:
   """
   if len(text) > MAX_CHARS or _SPACED_LIST.search(text):
     return None
-  return _parse_rational(normalise(text).replace("\\%", ""))
+  return _parse_rational(normalize(text).replace("\\%", ""))
 
 
 def _replace_text(match: re.Match) -> str:

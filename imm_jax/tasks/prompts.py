@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from imm_jax.errors import UserError, suggest
+from imm_jax.errors import UserError, first_line, suggest
 from imm_jax.tasks.base import Example
 
 if TYPE_CHECKING:
@@ -83,5 +83,4 @@ def build_chat(turns: Sequence[tuple[str, str]], tokenizer: "PreTrainedTokenizer
     return tokenizer.apply_chat_template([{"role": role, "content": text} for role, text in turns], tokenize=False,
                                          add_generation_prompt=True)
   except Exception as e:  # templates may raise any exception
-    cause = str(e).strip().partition("\n")[0]
-    raise UserError(f"{name}: its chat template refuses the prompt ({cause}); take {alternative}") from e
+    raise UserError(f"{name}: its chat template refuses the prompt ({first_line(e)}); take {alternative}") from e

@@ -7,7 +7,7 @@ r"""Evaluation protocols by name: the prompt of a test question and the extracti
 | `qwen` | Qwen2.5-Math's evaluation, prompt type `qwen25-math-cot` | 0 | chat, the answer in `\boxed{}` | 2048 |
 
 Only the rules of those projects are implemented: examples come from train splits or a file
-(`stages.questions.shots_of`).
+(`stages.questions.load_shots`).
 """
 
 import re
@@ -85,8 +85,8 @@ def answer_kind(config: ml_collections.ConfigDict, task: str) -> str:
 
 def _paper(config: ml_collections.ConfigDict, _: str) -> Protocol:
   settings = config.prompt
-  prompt = lambda asked, shots, tokenizer: prompts.build_prompt(
-      asked.question, header=settings.header, examples=shots, style=settings.style, tokenizer=tokenizer)
+  prompt = lambda example, shots, tokenizer: prompts.build_prompt(
+      example.question, header=settings.header, examples=shots, style=settings.style, tokenizer=tokenizer)
   return Protocol("paper", "the paper's published code: zero-shot, greedy", 0, prompt, tuple(config.sample.stop),
                   settings.style == "chat", lambda text, kind: text)
 
@@ -102,9 +102,9 @@ def _harness(config: ml_collections.ConfigDict, task: str) -> Protocol:
                              " " if task.startswith("sat_math") else ", ")
     return _add_yes_or_no(listed, e.answer)
 
-  def prompt(asked: Example, shots: Sequence[Example], _: object) -> str:
+  def prompt(example: Example, shots: Sequence[Example], _: object) -> str:
     shots_text = "\n\n\n".join(_fill_template(ask, question(e), gap + e.rationale) for e in shots).strip()
-    return (f"{shots_text}\n\n\n" if shots_text else "") + _fill_template(ask, question(asked), "")
+    return (f"{shots_text}\n\n\n" if shots_text else "") + _fill_template(ask, question(example), "")
 
   return Protocol("harness",
                   "github.com/GAIR-NLP/math-evaluation-harness at 8e2c3cc: utils.py, parser.py, math_eval.py",
@@ -115,9 +115,9 @@ def _harness(config: ml_collections.ConfigDict, task: str) -> Protocol:
 def _qwen(config: ml_collections.ConfigDict, _: str) -> Protocol:
   question = lambda e: _add_yes_or_no(_inline_options(e.question, "\nAnswer Choices: ", " "), e.answer)
 
-  def prompt(asked: Example, shots: Sequence[Example], tokenizer: "PreTrainedTokenizerBase | None") -> str:
+  def prompt(example: Example, shots: Sequence[Example], tokenizer: "PreTrainedTokenizerBase | None") -> str:
     shots_text = [f"{question(e)}\n{e.rationale}" for e in shots]  # in one turn, as there
-    return prompts.build_chat([("system", BOXED), ("user", "\n\n".join([*shots_text, question(asked)]))], tokenizer,
+    return prompts.build_chat([("system", BOXED), ("user", "\n\n".join([*shots_text, question(example)]))], tokenizer,
                               needed_by="eval.protocol=qwen", alternative="eval.protocol=paper or harness")
 
   return Protocol("qwen", "github.com/QwenLM/Qwen2.5-Math at a45202b: evaluation/utils.py, parser.py, math_eval.py", 0,
@@ -169,7 +169,7 @@ def _read_last_box(text: str, _: str) -> str:
 def _read_harness_answer(text: str, kind: str) -> str:
   """Extracts an answer as the harness does: the first letter called the answer or choice; otherwise the last box."""
   if kind == "choice":
-    said = _STATED_LETTER.search(text.partition("Problem:")[0].replace("choice is", "answer is").lower())
-    return f"The answer is ({said[1].upper()})." if said else ""
+    match = _STATED_LETTER.search(text.partition("Problem:")[0].replace("choice is", "answer is").lower())
+    return f"The answer is ({match[1].upper()})." if match else ""
   inside, end, _ = text.partition("final answer is $")[2].partition("$. I hope")  # of the form of Minerva's examples
   return rf"\boxed{{{inside.strip()}}}" if end else _read_last_box(text, kind)

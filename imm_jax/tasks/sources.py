@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-from imm_jax.errors import UserError
+from imm_jax.errors import UserError, first_line
 
 FORMATS = ("jsonl", "json", "csv", "xml", "txt")
 _HF = re.compile(r"(?P<id>[^:@]+)(?:@(?P<revision>[^:]+))?(?::(?P<config>[^:]*))?(?::(?P<split>[^:]+))?")
@@ -117,7 +117,7 @@ def _decode(value: Any) -> Any:
 
 
 def _read_error(source: str, error: Exception, options: ReadOptions) -> UserError:
-  cause = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+  cause = first_line(error).rstrip(".")
   return UserError(f"{source}: split {options.split} cannot be read ({cause}); give a local copy, "
                    "--config.task.source=file:PATH for the task in domain, NAME=file:PATH in --config.task.ood or "
                    "--config.eval.texts (or in --task of imm_jax.analyze) for another, or leave that one out; PATH is "
@@ -240,7 +240,7 @@ def _parse_txt(file: Any, text: str, _: ReadOptions) -> Iterator[tuple[str, Any]
 
 
 def _error_cause(error: Exception) -> str:
-  return getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__
+  return getattr(error, "strerror", None) or first_line(error)
 
 
 _READERS = {"hf": _read_hf, "tfds": _read_tfds, "file": _read_files}

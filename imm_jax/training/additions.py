@@ -48,9 +48,9 @@ class Additions(NamedTuple):
 PLAIN = Additions()
 
 
-def additions_of(config: ml_collections.ConfigDict) -> Additions:
+def get_additions(config: ml_collections.ConfigDict) -> Additions:
   """Returns the additions that a run's config asks for."""
-  sft, method = config.sft, methods.method_of(config)
+  sft, method = config.sft, methods.get_method(config)
   return Additions(l2_sp=sft.l2_sp_weight if method.anchor == "l2_sp" else 0.0,
                    kl=sft.kl_weight if method.anchor == "kl" else 0.0,
                    ema=sft.ema_decay if methods.keeps_average(config) else 0.0,

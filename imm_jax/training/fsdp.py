@@ -60,8 +60,8 @@ def map_gradients(gradients: Callable[..., tuple[Any, Params, Any]], params: Par
     # The weights of a single layer lack the leading axis on which layers are stacked.
     return part if axis is None else _gather(part, dtype, axis - path.startswith("layers."))
 
-  def local(params: Params, batch: dict[str, jax.Array], sums: Params | None, frozen: Mapping[str, Params],
-            ) -> tuple[jax.Array, Params, dict[str, jax.Array]]:
+  def run_on_device(params: Params, batch: dict[str, jax.Array], sums: Params | None, frozen: Mapping[str, Params],
+                    ) -> tuple[jax.Array, Params, dict[str, jax.Array]]:
     loss, grads, numbers = gradients(params, batch, sums, frozen, gather=gather,
                                      add_up=lambda x: jax.lax.psum(x, _ROWS))
     if sums is None:
@@ -71,7 +71,7 @@ def map_gradients(gradients: Callable[..., tuple[Any, Params, Any]], params: Par
 
   # check_vma=False: nothing is differentiated across this boundary, so JAX need not track which axes values vary over.
   in_specs = (specs, sharding.BATCH, specs if sums is not None else None, frozen_specs)
-  return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(P(), specs, P()), check_vma=False)(
+  return jax.shard_map(run_on_device, mesh=mesh, in_specs=in_specs, out_specs=(P(), specs, P()), check_vma=False)(
       params, batch, sums, frozen)
 
 

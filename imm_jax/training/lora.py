@@ -11,7 +11,6 @@ Axes: L layers, r rank.
 """
 
 import functools
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +25,9 @@ from imm_jax import files
 from imm_jax.analysis import MODULES
 from imm_jax.model import lora as adapters_on_disk, safetensors, sharding
 from imm_jax.model.attention import precision
+from imm_jax.model.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Layer, Params, abstract_params
-from imm_jax.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 FOLDER = "adapter"  # within the folder of the merged weights
 
@@ -104,9 +103,9 @@ def save(adapters: Params, lora: Lora, out: Path, *, like: Path) -> None:
 def write(adapters: Params, lora: Lora, folder: Path) -> None:
   """Writes adapters in peft's format: adapter_config.json and adapter_model.safetensors."""
   folder.mkdir(parents=True, exist_ok=True)
-  files.write_text(folder / ADAPTER_CONFIG, json.dumps({
+  files.write_json(folder / ADAPTER_CONFIG, {
       "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0,
-      "bias": "none", "target_modules": list(MODULES), "inference_mode": True}, indent=1) + "\n")
+      "bias": "none", "target_modules": list(MODULES), "inference_mode": True})
   safetensors.write(folder / ADAPTER_WEIGHTS, [
       (name, array.dtype, array.shape, lambda array=array: [array]) for name, array in _named_tensors(adapters)])
 

@@ -18,10 +18,10 @@ from imm_jax.model.attention import precision
 CHUNK, CHUNK_OF_ALL = 512, 4096
 
 
-def chunk_of(rows: int) -> int:
+def choose_chunk(rows: int) -> int:
   """Returns the chunk length for a number of rows: large enough for fast matrix products, but no larger.
 
-  >>> chunk_of(8), chunk_of(32), chunk_of(5000)
+  >>> choose_chunk(8), choose_chunk(32), choose_chunk(5000)
   (512, 128, 1)
   """
   return max(1, min(CHUNK, CHUNK_OF_ALL // rows))
@@ -36,7 +36,7 @@ def head_loss(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.
     weight: [V, D], the head.
     targets: int32 [B, T].
     weights: float32 [B, T].
-    chunk: C; logits are [B, C, V]. See `chunk_of`.
+    chunk: C; logits are [B, C, V]. See `choose_chunk`.
 
   Returns:
     A float32 scalar. Gradients flow to `x` and `weight`.

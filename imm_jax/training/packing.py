@@ -114,11 +114,11 @@ class PackedBatches:
         begin = end
     return batch
 
-  def one_epoch(self) -> "PackedBatches":
+  def to_single_epoch(self) -> "PackedBatches":
     """Returns the batches of a single pass over the same examples, packed like the first epoch."""
     return self._pack(row_multiple=self._row_multiple)
 
-  def one_by_one(self, row_multiple: int) -> "PackedBatches":
+  def to_single_examples(self, row_multiple: int) -> "PackedBatches":
     """Returns the batches of a single pass over the same examples, with one example per batch."""
     return self._pack(row_multiple=row_multiple, one_per_step=True)
 

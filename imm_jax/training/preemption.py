@@ -24,7 +24,7 @@ def watch() -> Iterator[threading.Event]:
     return
   before = signal.signal(signal.SIGTERM, lambda *_: stop_requested.set())
   try:
-    with signals.saving():
+    with signals.allow_saving():
       yield stop_requested
   finally:
     signal.signal(signal.SIGTERM, before)
@@ -32,7 +32,7 @@ def watch() -> Iterator[threading.Event]:
     before(signal.SIGTERM, None)
 
 
-def agree_to_stop(stop_requested: threading.Event) -> bool:
+def any_process_stops(stop_requested: threading.Event) -> bool:
   """Returns whether any process of the run was told to stop; all processes must call it at the same step."""
   if jax.process_count() == 1:
     return stop_requested.is_set()

@@ -15,7 +15,7 @@ from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Layer, Params, abstract_params, bind
 from imm_jax.training import fsdp, lora
 from imm_jax.training.additions import PLAIN, Additions, add_l2_sp, update_average
-from imm_jax.training.loss import anchored_loss, chunk_of, head_loss
+from imm_jax.training.loss import anchored_loss, choose_chunk, head_loss
 
 # Makes XLA overlap gathering of weights and summing of gradients with computation on TPUs, one weight at a time. By
 # default it combines a layer's gradients and sends them when nothing else runs; benchmarks/README.md has the cost.
@@ -45,7 +45,7 @@ def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array
     config: model config.
     params: parameters with stacked layers.
     batch: see `packing.PackedBatches`.
-    chunk: see `loss.head_loss`; 0 chooses `loss.chunk_of` a device's rows.
+    chunk: see `loss.head_loss`; 0 chooses `loss.choose_chunk` a device's rows.
     frozen: the state's frozen weights.
     additions: only `kl` and `lora` matter here.
     **options: passed on to `head_inputs`.
@@ -60,7 +60,7 @@ def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array
     inputs = head_inputs(config, params, batch, **options)
   x, head, targets, weights = inputs
   # Half the positions, so that the logits of two models take as much memory as those of one.
-  chunk = chunk or chunk_of((2 if additions.kl else 1) * rows_of_device(x.shape[0], options.get("mesh")))
+  chunk = chunk or choose_chunk((2 if additions.kl else 1) * count_device_rows(x.shape[0], options.get("mesh")))
   tokens = {"tokens": jnp.sum(weights)}
   if not additions.kl:
     return head_loss(x, head, targets, weights, chunk), tokens
@@ -70,7 +70,7 @@ def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array
   return loss, tokens | {"kl": kl}
 
 
-def rows_of_device(rows: int, mesh: Mesh | None) -> int:
+def count_device_rows(rows: int, mesh: Mesh | None) -> int:
   """Returns how many of a batch's rows one device of the mesh has; without a mesh, all of them."""
   return -(-rows // sharding.num_batch_shards(mesh)) if mesh is not None else rows
 
@@ -208,9 +208,9 @@ def jit_step(step: Callable[..., tuple[TrainState, Metrics]], state: TrainState)
 
   The new state keeps the shardings of the old one; otherwise XLA changes some, and the second step compiles again.
   """
-  where = jax.tree.map(lambda leaf: leaf.sharding, state)
-  platform = next(iter(jax.tree.leaves(where)[0].device_set)).platform
-  return jax.jit(step, donate_argnums=0, out_shardings=(where, None),
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+  platform = next(iter(jax.tree.leaves(shardings)[0].device_set)).platform
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None),
                  compiler_options=_TPU_OPTIONS if platform == "tpu" else None)
 
 

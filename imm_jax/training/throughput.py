@@ -67,13 +67,13 @@ class Profile:
   def __init__(self, steps: str, folder: Path):
     self._window, self._folder, self._running = parse_window(steps), folder, False
 
-  def before(self, step: int) -> None:
+  def maybe_start(self, step: int) -> None:
     """Starts the recording if it begins with this step; to be called before each step."""
     if self._window and step == self._window[0]:
       jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
       self._running = True
 
-  def after(self, step: int, result: Any, *, last: bool) -> None:
+  def maybe_stop(self, step: int, result: Any, *, last: bool) -> None:
     """Ends the recording if it ends with this step, once `result` is ready; to be called after each step."""
     if self._running and (last or step + 1 == self._window[1]):
       jax.block_until_ready(result)

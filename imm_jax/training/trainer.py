@@ -18,11 +18,11 @@ from imm_jax.model.decoder import Params
 from imm_jax.runtime import progress
 from imm_jax.training import interventions, preemption, throughput
 from imm_jax.training.additions import PLAIN, Additions
-from imm_jax.training.checkpoints import Checkpoints
 from imm_jax.training.input import Input
 from imm_jax.training.interventions import Intervention
 from imm_jax.training.optimization import make_optimizer
 from imm_jax.training.packing import PackedBatches
+from imm_jax.training.states import Checkpoints
 from imm_jax.training.step import (
   Frozen,
   TrainState,
@@ -128,10 +128,10 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
                      **about)
 
   watch = preemption.watch() if checkpoints else contextlib.nullcontext(threading.Event())
-  with watch as stop_requested, progress.bar(len(batches), label, "step", initial=start) as bar:
+  with watch as stop_requested, progress.make_bar(len(batches), label, "step", initial=start) as bar:
     for step in range(start, len(batches)):
       if profile:
-        profile.before(step)
+        profile.maybe_start(step)
       position = inputs.state
       with meter.waiting():
         batch = next(inputs)
@@ -149,9 +149,9 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
       # and this one could otherwise run in different orders on different hosts.
       if sync and jax.process_count() > 1:
         jax.block_until_ready(metrics)
-      stop = preemption.agree_to_stop(stop_requested) if jax.process_count() == 1 or sync else False
+      stop = preemption.any_process_stops(stop_requested) if jax.process_count() == 1 or sync else False
       if profile:
-        profile.after(step, metrics, last=last or stop)
+        profile.maybe_stop(step, metrics, last=last or stop)
       if not (sync or stop):
         continue
       values = jax.device_get([metrics for _, metrics in pending])
@@ -176,7 +176,7 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
         report(step, held_out_loss=stopping.measure(state))
         if stopping.should_stop and not last:
           if profile:
-            profile.after(step, metrics, last=True)
+            profile.maybe_stop(step, metrics, last=True)
           break
         meter.start()
       if due or stop:
@@ -193,14 +193,14 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
 def _first_state(config: ModelConfig, params: Params, batches: PackedBatches, optimizer: optax.GradientTransformation,
                  intervention: Intervention, additions: Additions, load_frozen: Callable[[], Frozen],
                  options: dict[str, Any], label: str) -> TrainState:
-  first = lambda: init_state(params, optimizer, options["mesh"], additions=additions, frozen=load_frozen())
+  make_state = lambda: init_state(params, optimizer, options["mesh"], additions=additions, frozen=load_frozen())
   if intervention.top_p is None:
-    return first()
+    return make_state()
   # The gradient is computed before the moments are allocated, because it takes as much memory.
-  grads = importance.gradient(config, params, batches.one_epoch(), label=f"{label}: importance", **options)
+  grads = importance.gradient(config, params, batches.to_single_epoch(), label=f"{label}: importance", **options)
   mask = interventions.importance_mask(params, grads, intervention.top_p)
   del grads
-  return interventions.set_mask(first(), mask)
+  return interventions.set_mask(make_state(), mask)
 
 
 def _saved_state(checkpoints: Checkpoints, saved: dict[str, Any], like: TrainState, load_frozen: Callable[[], Frozen],

@@ -15,8 +15,8 @@ from configs import tiny
 from imm_jax import loop
 from imm_jax.analysis.drift import measure_drift
 from imm_jax.model import hf, sharding
-from imm_jax.runs.run import Model, Run
-from imm_jax.stages import drifting, questions, tuning
+from imm_jax.runs.run import Checkpoint, Run
+from imm_jax.stages import fine_tune, measure_drift as drift_stage, questions
 from imm_jax.tasks import prompts
 from imm_jax.training.loss import compare_heads
 from imm_jax.training.packing import TokenizedExample
@@ -83,28 +83,28 @@ def test_rounds_measure_all_held_out_texts(tmp_path: Path):
   config = tiny.get_config()
   config.task.ood, config.eval.texts = ("groups", f"arc_easy=file:{tmp_path}"), (f"prose=file:{tmp_path}/prose.txt",)
   config.analysis.drift, config.sft.ema = 2, True
-  run = Run(config, tmp_path, Model(TINY, "base"))
+  run = Run(config, tmp_path, Checkpoint(TINY, "base"))
   tuned = tmp_path / "round_0/sft"
   noise = np.random.default_rng(0)
   move = lambda p: p + 0.02 * noise.normal(size=p.shape).astype(p.dtype)
-  hf.save(jax.tree.map(move, tuning.load_params(config, TINY)), tuned, like=TINY)
+  hf.save(jax.tree.map(move, fine_tune.load_params(config, TINY)), tuned, like=TINY)
   for same in ("round_0/merged", "round_0/sft/ema"):
     shutil.copytree(TINY, tmp_path / same)
-  stage = drifting.stage(run, Model(tuned, "round_0/sft"), 0)
+  stage = drift_stage.build_stage(run, Checkpoint(tuned, "round_0/sft"), 0)
   assert stage.needs == ("base", "round_0/sft", "round_0/merged", "test questions")
   facts = stage.make(tmp_path / "drift.json", {})
 
-  found, texts = json.loads((tmp_path / "drift.json").read_text()), dict(drifting.texts_of(config, TINY))
+  found, texts = json.loads((tmp_path / "drift.json").read_text()), dict(drift_stage.encode_texts(config, TINY))
   assert list(found["texts"]) == list(texts) == ["stories", "groups", "arc_easy", "prose"]
   assert all(values["kl"] == 0 for kind in ("merged", "ema") for values in found["models"][kind].values())
   assert facts["kl"] == {kind: of["stories"]["kl"] for kind, of in found["models"].items()}
-  assert stage.summarise(facts).endswith("ema 0.0000, merged 0.0000")
+  assert stage.summarize(facts).endswith("ema 0.0000, merged 0.0000")
   tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
-  asked = questions.of_tests(config)["stories"][1]
+  asked = questions.load_tests(config)["stories"][1]
   assert tokenizer.decode(texts["stories"][1].prompt).endswith(f"{asked.question}\n\n{prompts.RESPONSE}\n")
   assert tokenizer.decode(texts["stories"][1].response) == f"{asked.rationale}{tokenizer.eos_token}"
   option = texts["arc_easy"][0]
-  right = questions.choices_of_tests(config)["arc_easy"][0]
+  right = questions.load_test_choices(config)["arc_easy"][0]
   assert tokenizer.decode(option.prompt + option.response) == f"{right.contexts[0]}{right.options[1]}"
   assert tokenizer.decode(option.response).strip() == right.options[1].strip()
   models = [transformers.AutoModelForCausalLM.from_pretrained(f, dtype="float32") for f in (TINY, tuned)]
@@ -121,7 +121,7 @@ def test_rounds_measure_all_held_out_texts(tmp_path: Path):
 
 def test_no_round_is_measured_where_it_is_turned_off(tmp_path: Path):
   config = tiny.get_config()
-  named = lambda: [s.name for s in loop.plan(Run(config, tmp_path, Model(TINY, "base"))) if "drift" in s.name]
+  named = lambda: [s.name for s in loop.plan(Run(config, tmp_path, Checkpoint(TINY, "base"))) if "drift" in s.name]
   assert named() == [f"round_{t}/drift.json" for t in range(3)]
   config.analysis.drift = 0
   assert named() == []

@@ -265,7 +265,7 @@ def test_the_parameters_are_left_as_they_are():
 def test_one_epoch_holds_every_example_once():
   examples = t.make_examples(30)
   three = t.pack(examples, epochs=3, global_batch=7, row_multiple=2)
-  one = three.one_epoch()
+  one = three.to_single_epoch()
   assert sorted(i for step in range(len(one)) for i in one.members(step)) == list(range(30))
   assert (one.rows % 2, one.row_length) == (0, three.row_length)
   order = lambda batches: [tuple(tokens) for i in range(len(batches)) for tokens, _, _ in t.segments(batches[i])]

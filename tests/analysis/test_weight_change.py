@@ -44,7 +44,7 @@ def test_second_order_equals_torch_per_example(checkpoint):
 def test_one_by_one_steps_each_example():
   """With one example at a time, each takes a step of its own."""
   examples = t.make_examples(9)
-  batches = t.pack(examples, global_batch=4, row_multiple=3).one_by_one(2)
+  batches = t.pack(examples, global_batch=4, row_multiple=3).to_single_examples(2)
   assert (len(batches), batches.rows) == (9, 2)
   assert sorted(i for step in range(9) for i in batches.members(step)) == list(range(9))
   assert all(len(list(t.segments(batches[step]))) == 1 for step in range(9))

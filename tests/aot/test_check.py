@@ -102,7 +102,7 @@ def _main(out: Path) -> None:
                               out_specs=(P(), P(None, "fsdp")), check_vma=False))
   traced = run.trace(jax.ShapeDtypeStruct((5, 32, 32), jnp.float32), jax.ShapeDtypeStruct((64, 32), jnp.float32))
   found = hlo.Module(traced.lower().compile().as_text()).collectives()
-  out.write_text(json.dumps({"flops": costs.flops(traced.jaxpr), "collectives": [
+  out.write_text(json.dumps({"flops": costs.count_flops(traced.jaxpr), "collectives": [
       [c.kind, c.size, sorted(c.group), c.times] for c in found]}))
 
 
@@ -126,7 +126,7 @@ def test_flops_count_loops_and_recomputation() -> None:
     layer = jax.checkpoint(layer) if again else layer
     return jnp.sum(jax.lax.scan(lambda x, w: (layer(x, w), None), x, w)[0])
 
-  count = lambda f, *args: costs.flops(jax.make_jaxpr(f)(*args))
+  count = lambda f, *args: costs.count_flops(jax.make_jaxpr(f)(*args))
   plain, again = functools.partial(loss, again=False), functools.partial(loss, again=True)
   assert count(plain, w) == 3 * product
   assert count(jax.grad(plain), w) == 3 * 3 * product
@@ -176,9 +176,9 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
     assert [c.group for c in module.collectives()] == [want]
 
 
-def _slice(name: str, sizes: tuple[int, ...], chip: str) -> topology.Slice:
+def _slice(name: str, sizes: tuple[int, ...], chip: str) -> topology.TpuSlice:
   devices = tuple(SimpleNamespace(coords=[*c, 0, 0][:3]) for c in np.ndindex(sizes))
-  return topology.Slice(name, topology.CHIPS[chip], sizes, 1, devices)
+  return topology.TpuSlice(name, topology.CHIPS[chip], sizes, 1, devices)
 
 
 @pytest.mark.parametrize(("kind", "sizes", "group", "want"), [
@@ -226,7 +226,7 @@ def test_what_cannot_be_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "\n" not in str(error.value)
 
 
-def _plan(tmp_path: Path, topology_name: str, *, slices: int = 1, rows: int = 2, **sft: Any) -> check.Plan:
+def _plan(tmp_path: Path, topology_name: str, *, slices: int = 1, rows: int = 2, **sft: Any) -> check.StepPlan:
   (tmp_path / "config.json").write_text(json.dumps(CONFIG))
   config = common.get_config()
   config.model = str(tmp_path)

@@ -88,8 +88,8 @@ def test_sampling_settings_match_the_estimate(
   config = common.get_config()
   config.sft.compute_dtype, config.sample.compute_dtype = "bfloat16", "float32"
   config.sampler.attention = "ragged"
-  plan = check.Plan(MODEL, _slice("v5e:4x4", (4, 4), "v5e"), sharding.make_mesh(data=1, fsdp=-1), 1, 256, 1, "full",
-                    "xla", BFLOAT16)
+  plan = check.StepPlan(MODEL, _slice("v5e:4x4", (4, 4), "v5e"), sharding.make_mesh(data=1, fsdp=-1), 1, 256, 1, "full",
+                        "xla", BFLOAT16)
   said = {}
   for name, value in (("make_plan", plan), ("compile_step", check.Report("xla", {})), ("describe", ()),
                       ("_describe_importance", ()), ("_describe_merge", ())):

@@ -14,7 +14,7 @@ from imm_jax.estimates import memory, shapes
 from imm_jax.model import sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
-from imm_jax.runtime import resident
+from imm_jax.runtime import resident_memory
 from imm_jax.training import optimization, step as training
 from imm_jax.training.additions import PLAIN, Additions
 from imm_jax.training.lora import Lora
@@ -122,13 +122,13 @@ def test_later_sampling_keeps_earlier_programs():
 
 
 def test_what_this_process_holds():
-  held = resident.read_current()
-  if not resident.reset_peak():
+  held = resident_memory.read_current()
+  if not resident_memory.reset_peak():
     pytest.skip("this system does not count anew")
   block = bytearray(64 << 20)
   block[::4096] = b"x" * len(block[::4096])
-  assert resident.read_peak() * 2**30 > held + (32 << 20)
+  assert resident_memory.read_peak() * 2**30 > held + (32 << 20)
   del block
-  resident.release_freed()
-  assert resident.reset_peak()
-  assert resident.read_peak() * 2**30 < held + (32 << 20)
+  resident_memory.release_freed()
+  assert resident_memory.reset_peak()
+  assert resident_memory.read_peak() * 2**30 < held + (32 << 20)

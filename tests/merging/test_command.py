@@ -106,7 +106,7 @@ def test_an_output_that_exists_is_kept_unless_asked(folders: list[Path], tmp_pat
   assert "lies in the input" in one_line(run(*flags, f"--out={folders[0] / 'merged'}"))
   (tmp_path / "link").symlink_to(tmp_path / "out")
   assert "is a link or a file" in one_line(run(*flags, f"--out={tmp_path / 'link'}", "--overwrite"))
-  with files.locked(tmp_path / "other"):
+  with files.lock(tmp_path / "other"):
     assert "another process writes it" in one_line(run(*flags, f"--out={tmp_path / 'other'}"))
 
 

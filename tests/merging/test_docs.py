@@ -9,7 +9,7 @@ import pytest
 
 from configs import tiny
 from imm_jax.merging import registry
-from imm_jax.stages import merge_options
+from imm_jax.stages import merge_settings
 from tests import REPO
 
 TEXT = (REPO / "docs/merging.md").read_text()
@@ -34,11 +34,11 @@ def test_a_method_is_one_file(monkeypatch: pytest.MonkeyPatch):
     assert merged["w"].tolist() == [0.5, 2.25]
     with pytest.raises(ValueError, match=r"temperature=-1\.0 at 'w': expected 0 <= temperature"):
       module.soft_swap({"w": jnp.zeros(2)}, {"w": jnp.zeros(2)}, temperature=-1)
-    assert "soft_swap" in registry.on_disk()
+    assert "soft_swap" in registry.list_disk_methods()
     config = tiny.get_config()  # as of a run with --config.merge.method=soft_swap
     config.merge.method, config.merge.options.temperature = "soft_swap", 0.5
-    merge_options.check(config)
-    assert merge_options.settings_of(config)["options"] == {"temperature": 0.5}
-    assert "soft_swap: the change that is taken by half" in registry.option_help()["temperature"]
+    merge_settings.check_merge_options(config)
+    assert merge_settings.collect_settings(config)["options"] == {"temperature": 0.5}
+    assert "soft_swap: the change that is taken by half" in registry.format_option_help()["temperature"]
   finally:
     registry.METHODS.pop("soft_swap", None)

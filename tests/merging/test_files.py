@@ -12,7 +12,7 @@ import pytest
 
 from imm_jax import merging
 from imm_jax.errors import UserError
-from imm_jax.merging import checkpoint, masks, mergekit, registry
+from imm_jax.merging import masks, mergekit, on_disk as merge_on_disk, registry
 from tests.merge_folders import models, read, run, write
 
 KEY = jax.random.key(7)
@@ -49,9 +49,9 @@ def in_memory(method: str):
 def on_disk(folders: list[Path], out: Path, method: str, *, block: int, **options) -> dict[str, np.ndarray]:
   labels = [f"models[{i}]" if method in PLAIN or i else "base" for i in range(COUNT.get(method, 4))]
   models = dict(zip(labels, folders, strict=False))
-  with checkpoint.CheckpointSource(models, block=block) as source:
+  with merge_on_disk.CheckpointSource(models, block=block) as source:
     plan = registry.METHODS[method](source, **OPTIONS[method])
-    checkpoint.merge(source, [checkpoint.Output(out, plan)], key=WORDS, **options)
+    merge_on_disk.merge(source, [merge_on_disk.Output(out, plan)], key=WORDS, **options)
   return read(out)
 
 
@@ -86,9 +86,9 @@ def test_bfloat16_has_the_bits_of_a_tree_too(method: str, tmp_path: Path):
 
 def test_digests_are_of_the_tensors_however_they_lie(folders: list[Path], tmp_path: Path):
   again = write(tmp_path / "again", models()[2])
-  with checkpoint.CheckpointSource({"a": folders[2], "b": again}, block=7) as source:
+  with merge_on_disk.CheckpointSource({"a": folders[2], "b": again}, block=7) as source:
     plan = registry.METHODS["linear"](source, weights=1)
-    found = checkpoint.merge(source, [checkpoint.Output(tmp_path / "out", plan)], key=WORDS)
+    found = merge_on_disk.merge(source, [merge_on_disk.Output(tmp_path / "out", plan)], key=WORDS)
   assert found.digests["a"] == found.digests["b"]
 
 
@@ -137,7 +137,7 @@ def test_a_recipe_of_mergekit_means_what_it_says(folders: list[Path], tmp_path: 
 
 
 def refusal(folders: dict[str, Path]) -> str:
-  with pytest.raises(UserError) as error, checkpoint.CheckpointSource(folders) as source:
+  with pytest.raises(UserError) as error, merge_on_disk.CheckpointSource(folders) as source:
     registry.METHODS["linear"](source, weights=1)
   return str(error.value)
 
@@ -180,9 +180,9 @@ def test_wrong_index_is_named(folders: list[Path], tmp_path: Path):
 def test_float64_checkpoints_come_back_as_float64(tmp_path: Path):
   trees = [{"w": np.random.default_rng(i).normal(size=(3, 4))} for i in range(2)]
   folders = [write(tmp_path / str(i), tree) for i, tree in enumerate(trees)]
-  with checkpoint.CheckpointSource(dict(zip("ab", folders, strict=True))) as source:
+  with merge_on_disk.CheckpointSource(dict(zip("ab", folders, strict=True))) as source:
     plan = registry.METHODS["linear"](source, weights=1)
-    checkpoint.merge(source, [checkpoint.Output(tmp_path / "out", plan)], key=WORDS)
+    merge_on_disk.merge(source, [merge_on_disk.Output(tmp_path / "out", plan)], key=WORDS)
   got = read(tmp_path / "out")["w"]
   assert got.dtype == np.float64
   np.testing.assert_allclose(got, (trees[0]["w"] + trees[1]["w"]) / 2, rtol=1e-6)
@@ -191,21 +191,21 @@ def test_float64_checkpoints_come_back_as_float64(tmp_path: Path):
 def test_overflow_is_counted(tmp_path: Path, recwarn: pytest.WarningsRecorder):
   """Numbers beyond float32 are named and counted."""
   folder = write(tmp_path / "wide", {"w": np.array([1.0, 1e300])})
-  with checkpoint.CheckpointSource({"a": folder}) as source:
-    outputs = [checkpoint.Output(tmp_path / "out", registry.METHODS["passthrough"](source))]
+  with merge_on_disk.CheckpointSource({"a": folder}) as source:
+    outputs = [merge_on_disk.Output(tmp_path / "out", registry.METHODS["passthrough"](source))]
     with pytest.raises(UserError, match="w has numbers beyond float32 in a "):
-      checkpoint.merge(source, outputs, key=WORDS)
-    done = checkpoint.merge(source, outputs, key=WORDS, allow_nonfinite=True)
+      merge_on_disk.merge(source, outputs, key=WORDS)
+    done = merge_on_disk.merge(source, outputs, key=WORDS, allow_nonfinite=True)
   assert done.overflowed == [{"w": 1}]
   assert not recwarn.list
 
 
 def test_tensors_of_integers_must_be_equal(folders: list[Path], tmp_path: Path):
   other = write(tmp_path / "other", models()[1] | {"ids": np.arange(1, 6)})
-  with checkpoint.CheckpointSource({"a": folders[0], "b": other}) as source:
+  with merge_on_disk.CheckpointSource({"a": folders[0], "b": other}) as source:
     plan = registry.METHODS["linear"](source, weights=1)
     with pytest.raises(UserError, match="ids of int64 differs between the models"):
-      checkpoint.merge(source, [checkpoint.Output(tmp_path / "out", plan)], key=WORDS)
+      merge_on_disk.merge(source, [merge_on_disk.Output(tmp_path / "out", plan)], key=WORDS)
 
 
 def test_tied_weights_are_merged_once(tmp_path: Path):
@@ -216,7 +216,7 @@ def test_tied_weights_are_merged_once(tmp_path: Path):
     embedding = rng.normal(size=(20, 4)).astype(np.float32)
     folders.append(write(tmp_path / str(i), {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding}))
     (folders[-1] / "config.json").write_text('{"tie_word_embeddings": true}')
-  with checkpoint.CheckpointSource(dict(zip("ab", folders, strict=True))) as source:
+  with merge_on_disk.CheckpointSource(dict(zip("ab", folders, strict=True))) as source:
     assert source.names == ["model.embed_tokens.weight"]
   untied = write(tmp_path / "untied", read(folders[0]) | {"lm_head.weight": np.zeros((20, 4), np.float32)})
   (untied / "config.json").write_text('{"tie_word_embeddings": true}')

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from imm_jax.merging import checkpoint, mergekit, recipe
+from imm_jax.merging import mergekit, on_disk, recipe
 from imm_jax.model import safetensors
 
 PROGRAM = os.environ.get("MERGEKIT_YAML")
@@ -70,10 +70,10 @@ def both(made: dict, folders: dict[str, Path], root: Path, out_dtype: str) -> di
   (root / "recipe.yml").write_text(text)
   subprocess.run([PROGRAM, root / "recipe.yml", root / "theirs", "--quiet"], check=True, capture_output=True)
   ours = mergekit.read(root / "recipe.yml")
-  with checkpoint.CheckpointSource(ours.models) as source:
+  with on_disk.CheckpointSource(ours.models) as source:
     plan = recipe.build_plan(source, ours.method, ours.options)
-    checkpoint.merge(source, [checkpoint.Output(root / "ours", plan, recipe.DTYPES[ours.dtype])],
-                     key=np.zeros(2, np.uint32))
+    on_disk.merge(source, [on_disk.Output(root / "ours", plan, recipe.DTYPES[ours.dtype])],
+                  key=np.zeros(2, np.uint32))
   theirs = {n: x for file in (root / "theirs").glob("*.safetensors") for n, x in safetensors.read(file).items()}
   mine = safetensors.read(root / "ours/model.safetensors")
   assert mine.keys() == theirs.keys() == SHAPES.keys()

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from imm_jax import files
 from imm_jax.errors import ResourceError, UserError
-from imm_jax.merging import checkpoint, command, mergekit
+from imm_jax.merging import command, mergekit, on_disk
 from imm_jax.merging.documents import Documents
 from imm_jax.merging.recipe import Recipe
 from tests.merge_folders import read, write
@@ -120,7 +120,7 @@ def test_an_input_of_any_kind_is_never_replaced(pair, tmp_path: Path):
 
 
 def test_base_and_adapter_of_a_model_are_inputs(pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-  monkeypatch.setattr("imm_jax.model.lora.materialise", lambda *_, name: pair[1])
+  monkeypatch.setattr("imm_jax.model.lora.materialize", lambda *_, name: pair[1])
   adapter = tmp_path / "adapter"
   adapter.mkdir()
   (tmp_path / "recipe.yml").write_text(yaml.safe_dump(linear(f"{pair[0]}+{adapter}")))
@@ -158,9 +158,9 @@ def test_parallel_tokenizer_merges_are_apart(pair, tmp_path: Path, monkeypatch):
     assert rows == sorted(scratches[0].iterdir()) != []
     return merge(*args, **how)
 
-  align_vocabularies, merge = command._align_vocabularies, checkpoint.merge_parts
+  align_vocabularies, merge = command._align_vocabularies, on_disk.merge_parts
   monkeypatch.setattr(command, "_align_vocabularies", align)
-  monkeypatch.setattr(checkpoint, "merge_parts", merge_parts)
+  monkeypatch.setattr(on_disk, "merge_parts", merge_parts)
   merged(tmp_path, linear(*pair, tokenizer_source="union"), "first")
   assert [scratch.parent for scratch in scratches] == [tmp_path / "first", tmp_path / "second"]
   assert not any(scratch.exists() for scratch in scratches)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from imm_jax import config as settings
+from imm_jax import config_checks
 from imm_jax.errors import UserError
 from imm_jax.model import attention, sharding
 from imm_jax.model.config import ModelConfig
@@ -217,7 +217,7 @@ def test_unknown_backend_is_refused() -> None:
   config = tiny.get_config()
   config.sft.attention = "splsh"
   with pytest.raises(UserError, match=r"config\.sft\.attention='splsh': did you mean splash"):
-    settings.validate(config)
+    config_checks.validate(config)
 
 
 if __name__ == "__main__":

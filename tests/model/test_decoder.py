@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imm_jax.aot.costs import flops
+from imm_jax.aot.costs import count_flops
 from imm_jax.model import hf
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import REMAT, Params, abstract_params, bind
@@ -202,7 +202,7 @@ def test_remat_keeps_the_gradients() -> None:
   for policy in ("dots", "attention", "full"):
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(_gradients(CONFIG, params, batch, policy)), strict=True):
       assert _scale_error(np.asarray(b), np.asarray(a)) < 1e-5
-  cost = {policy: flops(jax.make_jaxpr(lambda p, r=policy: _gradients(CONFIG, p, batch, r))(params))
+  cost = {policy: count_flops(jax.make_jaxpr(lambda p, r=policy: _gradients(CONFIG, p, batch, r))(params))
           for policy in REMAT}
   assert cost["none"] < cost["dots"] < cost["full"]
   assert cost["none"] < cost["attention"] < cost["full"]

@@ -15,8 +15,8 @@ import safetensors as library
 import transformers
 
 from imm_jax.errors import UserError
-from imm_jax.merging.checkpoint import CheckpointSource
-from imm_jax.model import folder as checkpoint_folder, hf, safetensors
+from imm_jax.merging.on_disk import CheckpointSource
+from imm_jax.model import checkpoint_folder, hf, safetensors
 from tests import TINY
 
 torch = pytest.importorskip("torch")

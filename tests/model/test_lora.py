@@ -16,7 +16,7 @@ import transformers
 
 from imm_jax.errors import UserError
 from imm_jax.model import hf, hub, lora, published, safetensors
-from imm_jax.model.folder import list_side_files
+from imm_jax.model.checkpoint_folder import list_side_files
 from tests import REPO, TINY
 from tests.fake_hub import Hub
 from tests.helpers import run_convert

@@ -23,7 +23,7 @@ from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.model.tokenizer_check import check_tokenizer
 from imm_jax.sampling import Prompt, completions
 from imm_jax.sampling.native import sampler as native
-from imm_jax.stages import tuning
+from imm_jax.stages import fine_tune
 from imm_jax.tasks import prompts
 from tests import TINY
 
@@ -189,7 +189,7 @@ def test_sampled_ids_are_trained_on(checkpoint: Callable, tmp_path: Path, monkey
   # The string names a token that is never drawn, and so may show as text alone.
   answers = sampler.generate([Prompt(q, prompts.build_prompt(q)) for q in questions], max_new_tokens=4, num_samples=8,
                              temperatures=(0.0, 2.0), stop=("[PAD]",))
-  ids, encode = dict(drawn), tuning.encoder(tiny.get_config(), model)
+  ids, encode = dict(drawn), fine_tune.make_encoder(tiny.get_config(), model)
   canonical = {False: 0, True: 0}
   for question, group in zip(questions, answers, strict=True):
     prompt = sampler.tokenizer(prompts.build_prompt(question))["input_ids"]
@@ -247,5 +247,5 @@ def test_the_end_that_a_chat_learns_is_its_templates(
   config = tiny.get_config()
   for style, end in (("chat", learned), ("paper", 0)):
     config.prompt.style = style
-    encode = tuning.encoder(config, tmp_path)
+    encode = fine_tune.make_encoder(config, tmp_path)
     assert encode({"question": "1 + 1?", "response": "It is 2."}).response[-1] == end

@@ -249,7 +249,7 @@ def test_several_runs_are_drawn_and_filtered(browser, tmp_path: Path):
   """Runs side by side are drawn, and their answers are filtered by run."""
   long = f"star_{'x' * 80}"
   roots = [report_runs.make(tmp_path / name, method=name.partition("_")[0]) for name in ("imm", long)]
-  compare.write([Results.of(root) for root in roots], tmp_path / "page")
+  compare.write([Results.read(root) for root in roots], tmp_path / "page")
   browser.get_log("browser")
   browser.get(f"file://{tmp_path}/page/index.html")
   show_answers(browser)

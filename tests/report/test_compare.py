@@ -20,7 +20,7 @@ from imm_jax.report import compare, figures, groups, live, page, paper, results,
 from imm_jax.report.figures import Panel
 from imm_jax.report.markup import Plot, Table, to_csv
 from imm_jax.report.results import Results
-from imm_jax.statistics.evaluation import accuracy
+from imm_jax.statistics.accuracy import compute_accuracy
 from tests import report_runs
 
 QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
@@ -29,7 +29,7 @@ QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
   root = tmp_path_factory.mktemp("runs")
-  return [Results.of(report_runs.make(root / name, method=name.partition("_")[0], seed=seed, rounds=3))
+  return [Results.read(report_runs.make(root / name, method=name.partition("_")[0], seed=seed, rounds=3))
           for seed, name in enumerate(("imm_0", "imm_1", "star_0"))]
 
 
@@ -83,7 +83,7 @@ def test_seeds_are_one_curve(runs: list[Results], compared: Path):
 
 def test_curves_look_different(runs: list[Results], tmp_path: Path):
   """Also with more settings than there are kinds of line, and as many runs as nobody could read a legend of."""
-  others = {f"{method}_{rounds}_{seed}": Results.of(report_runs.make(
+  others = {f"{method}_{rounds}_{seed}": Results.read(report_runs.make(
       tmp_path / f"{method}_{rounds}_{seed}", method=method, rounds=rounds, seed=seed, questions=2))
       for method, most in (("imm", 7), ("star", 2)) for rounds in range(1, most) for seed in range(3)}
   lines = panels(others)[0].lines
@@ -107,7 +107,7 @@ def test_late_seeds_are_left_out_of_the_mean(runs: list[Results]):
   pass_at_k, = panels({"a": begun, "b": runs[1]}, "sampled")
   assert pass_at_k.lines[0].y == tuple(a.value for a in page.get_pass_at_k(runs[1].handed_on()[-1], "stories").values())
   half = runs[0]._replace(models=runs[0].models[:3])  # one round, sft and merged
-  of = side_by_side.summarise_end(groups.group_runs({"a": half, "b": runs[1]})[0])
+  of = side_by_side.summarize_end(groups.group_runs({"a": half, "b": runs[1]})[0])
   assert (of.rounds, of.count, of.in_domain[0]) == (3, 1, line.y[-1])
   apart = [run._replace(analysis={t: run.analysis[t]}) for t, run in enumerate(runs[:2])]
   *_, rank = panels({"a": apart[0], "b": apart[1], "c": runs[2]}, "layers")
@@ -142,9 +142,9 @@ def test_a_name_tells_its_method_in_a_whole_word(runs: list[Results]):
 
 
 def test_who_leads(runs: list[Results], tmp_path: Path):
-  sentence = lambda named: compare._summarise(groups.group_runs(named))
+  sentence = lambda named: compare._summarize(groups.group_runs(named))
   values = {"a": 0.5, "b": 0.75, "c": 0.75}
-  score = lambda value: accuracy(round(4 * value), 4)
+  score = lambda value: compute_accuracy(round(4 * value), 4)
   named = {name: runs[2]._replace(config={}, models=(
       runs[2].models[0], runs[2].models[1]._replace(scores={task: score(value if task == "stories" else 0.5)
                                                             for task in runs[2].models[1].scores})))
@@ -156,14 +156,14 @@ def test_who_leads(runs: list[Results], tmp_path: Path):
   two = {name: named[name] for name in "ab"}
   assert sentence(two).startswith("After the last round b (star) is highest in domain (0.750; out of domain "
                                   f"{change} against its base); ")
-  other = Results.of(report_runs.make(tmp_path / "other", task="gsm8k", ood=()))
+  other = Results.read(report_runs.make(tmp_path / "other", task="gsm8k", ood=()))
   assert "none leads" in sentence({"a": runs[0], "b": other})
   alone = {name: run._replace(ood_tasks=()) for name, run in named.items()}
   assert sentence(alone) == "After the last round b (star) and c (star) are highest in domain (0.750)."
 
 
 def test_an_axis_of_one_round_counts_in_rounds():
-  figure = figures.draw(Panel("t", "round", "y", (figures.round_line({2: 0.5}, "a", figures.series_style(0)),)))
+  figure = figures.draw(Panel("t", "round", "y", (figures.round_line({2: 0.5}, "a", figures.get_series_style(0)),)))
   axes, = figure.axes
   low, high = axes.get_xlim()
   assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [2]
@@ -235,7 +235,7 @@ def test_page_links_to_its_runs(runs: list[Results], tmp_path: Path):
   """It says where they stand."""
   root = report_runs.make(tmp_path / "a run", rounds=1)
   live.write(root, root / "report")
-  compare.write([runs[0], Results.of(root)], tmp_path / "pages/out")
+  compare.write([runs[0], Results.read(root)], tmp_path / "pages/out")
   text = (tmp_path / "pages/out/index.html").read_text()
   link, = re.findall(r'<a href="([^"#]+)">a run</a>', text)
   assert (tmp_path / "pages/out" / urllib.parse.unquote(link)).resolve() == (root / "report/index.html").resolve()
@@ -243,7 +243,7 @@ def test_page_links_to_its_runs(runs: list[Results], tmp_path: Path):
 
 
 def test_runs_of_other_tasks_are_told_apart(runs: list[Results], tmp_path: Path):
-  other = Results.of(report_runs.make(tmp_path / "other", task="gsm8k", ood=()))
+  other = Results.read(report_runs.make(tmp_path / "other", task="gsm8k", ood=()))
   sections = compare.make_sections({"a": runs[0], "b": other}, {}, tmp_path)
   section = next(part for part in sections if part.id == "accuracy")
   assert any("differ in their tasks" in part for part in section.parts if isinstance(part, str))
@@ -253,7 +253,7 @@ def test_runs_of_other_tasks_are_told_apart(runs: list[Results], tmp_path: Path)
 def test_a_broken_run_does_not_keep_the_others_away(runs: list[Results], tmp_path: Path, missing: str):
   root = report_runs.make(tmp_path / "broken", rounds=1)
   (shutil.rmtree if (root / missing).is_dir() else os.remove)(root / missing)
-  compare.write([runs[0], Results.of(root)], tmp_path / "out")
+  compare.write([runs[0], Results.read(root)], tmp_path / "out")
   text = report_runs.text_of((tmp_path / "out/index.html").read_text())
   assert f"broken: {missing}" in text
   assert "imm_0" in text
@@ -293,7 +293,7 @@ def test_figures_are_those_of_the_paper(table: int, index: int, task: str, place
 def test_the_papers_figures_stand_beside_a_run(tmp_path: Path):
   root = report_runs.make(tmp_path / "run", model="/models/Qwen2.5-1.5B-Instruct", task="gsm8k",
                           ood=("sat_math", "mawps"), rounds=1)
-  run = Results.of(root)
+  run = Results.read(root)
   section, = paper.make_sections({"": run})
   table = section.parts[-1]
   ours = report_runs.read_record(root)["stages"]["round_0/eval/merged"]["facts"]["scores"]["gsm8k"]["greedy"]
@@ -309,6 +309,6 @@ def test_the_papers_figures_stand_beside_a_run(tmp_path: Path):
 def test_foreign_config_is_refused(tmp_path: Path, changes: dict[str, str]):
   """A config that is none of the paper's is named in one line."""
   settings = {"model": QWEN, "task": "gsm8k", "rounds": 1} | changes
-  section, = paper.make_sections({"": Results.of(report_runs.make(tmp_path / "run", **settings))})
+  section, = paper.make_sections({"": Results.read(report_runs.make(tmp_path / "run", **settings))})
   assert len(section.parts) == 1
   assert section.parts[0].startswith("No table of the paper has this config")

@@ -180,4 +180,4 @@ def test_unknown_figures_still_give_a_page(run: Path, tmp_path: Path, name: str)
   change(lambda r: r["stages"]["base/eval"]["facts"]["scores"]["stories"].update(
       {name: r["stages"]["base/eval"]["facts"]["scores"]["stories"]["greedy"]}))(root)
   live.write(root, tmp_path / "out")
-  assert name not in results.Results.of(root).models[0].sampled.get("stories", {})
+  assert name not in results.Results.read(root).models[0].sampled.get("stories", {})

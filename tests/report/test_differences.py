@@ -11,8 +11,8 @@ import pytest
 from imm_jax.report import compare, differences, page
 from imm_jax.report.markup import Section, Table, to_csv
 from imm_jax.report.results import Results
-from imm_jax.statistics import evaluation
-from imm_jax.statistics.comparison import holm, mcnemar
+from imm_jax.statistics import accuracy
+from imm_jax.statistics.paired_tests import holm, mcnemar
 from tests import report_runs
 
 POOLED = differences.POOLED
@@ -34,7 +34,7 @@ def set_verdicts(root: Path, name: str, task: str, right: int) -> None:
   path = root / name / f"{task}.jsonl"
   rows = [json.loads(line) | {"correct": q < right} for q, line in enumerate(path.read_text().splitlines())]
   report_runs.write_rows(path, rows)
-  score = evaluation.accuracy(right, len(rows))._asdict()
+  score = accuracy.compute_accuracy(right, len(rows))._asdict()
   report_runs.change(lambda r: r["stages"][name]["facts"]["scores"][task].update(greedy=score))(root)
 
 
@@ -84,7 +84,7 @@ def test_real_differences_come_first(root: Path, tmp_path: Path):
 
 
 def test_a_method_that_does_not_merge_and_one_task(tmp_path: Path):
-  run = Results.of(report_runs.make(tmp_path / "star", method="star", ood=()))
+  run = Results.read(report_runs.make(tmp_path / "star", method="star", ood=()))
   section = differences.make_section(run)
   assert [row[:2] for row in tables(section)["differences"].rows] == [
       ["round 0 sft", "base"], ["round 1 sft", "base"]]
@@ -105,16 +105,16 @@ def test_incomparable_answers_are_named(root: Path, tmp_path: Path, damage, said
   shutil.copytree(root, run)
   path = run / "round_1/eval/merged/groups.jsonl"
   damage(path)
-  section = differences.make_section(Results.of(run))
+  section = differences.make_section(Results.read(run))
   assert any(said.format(path=path) in part for part in section.parts if isinstance(part, str))
   assert len(tables(section)["differences"].rows) in (4, 6)  # other pairs stay
   assert "Config and versions" in report_runs.quick(run)
 
 
 def test_runs_are_compared_with_the_first(root: Path, tmp_path: Path):
-  runs = {"imm": Results.of(root), "star": Results.of(report_runs.make(tmp_path / "star", method="star", seed=5,
-                                                                       questions=40)),
-          "other": Results.of(report_runs.make(tmp_path / "other", task="svamp", ood=()))}
+  runs = {"imm": Results.read(root), "star": Results.read(report_runs.make(tmp_path / "star", method="star", seed=5,
+                                                                           questions=40)),
+          "other": Results.read(report_runs.make(tmp_path / "other", task="svamp", ood=()))}
   section = next(part for part in compare.make_sections(runs, {}, tmp_path) if part.id == "differences")
   found = tables(section)
   assert [row[:2] for row in found["runs_differences"].rows] == [["star: round 1 sft", "imm: round 1 merged"]]

@@ -11,8 +11,8 @@ from imm_jax.methods import METHODS
 from imm_jax.report import compare, figures, front, groups
 from imm_jax.report.figures import Panel
 from imm_jax.report.markup import Plot, Section, Table
-from imm_jax.report.results import Model, Results
-from imm_jax.statistics.evaluation import Accuracy
+from imm_jax.report.results import EvaluatedModel, Results
+from imm_jax.statistics.accuracy import Accuracy
 from tests import report_runs
 
 
@@ -57,10 +57,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(made: Path, method: str, *models: tuple[str, int, float, float], name: str = "run", **facts: float) -> Results:
   """A run of these models: kind, round, accuracy in domain, and of each task out of it."""
-  found = Results.of(made)
+  found = Results.read(made)
   return found._replace(
       root=Path(name), method=method, config=found.config | {"method": method}, models=tuple(
-          Model(kind, t, {"stories": score(a), "groups": score(b), "choice": score(b)}, {}, {})
+          EvaluatedModel(kind, t, {"stories": score(a), "groups": score(b), "choice": score(b)}, {}, {})
           for kind, t, a, b in models),
       stages={"round_0/merged": {"facts": facts}})
 

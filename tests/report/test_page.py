@@ -60,7 +60,7 @@ def test_csv_files_hold_the_values_of_the_run(run: Path, written: Path):
       ["base", task, "paper", "0", "6", "10.0", "25.0"] for task in ("stories", "groups")]
   text = report_runs.text_of((written / "index.html").read_text())
   assert "(Wilson); protocol paper, 0 worked examples: stories, groups, choice. In domain is stories" in text
-  told = results.table(Results.of(run)).splitlines()
+  told = results.format_table(Results.read(run)).splitlines()
   assert "protocol paper, 0 worked examples: stories, groups, choice" in told
   assert "base: 10.0 tokens an answer, 25.0% of 18 cut at eval.max_new_tokens" in told
   data = rows_of(written / "data.csv")
@@ -113,7 +113,7 @@ def test_the_same_run_gives_the_same_bytes(run: Path, written: Path, tmp_path: P
 
 
 def test_answers_survive_packing_as_they_were(run: Path):
-  chunks, problems = samples.Packer().chunks(Results.of(run))
+  chunks, problems = samples.Packer().chunks(Results.read(run))
   assert not problems
   assert sum(chunk.rows for chunk in chunks) == 2 * 18 + 5 * 3 * 6
   chunk = next(chunk for chunk in chunks if chunk.name == "round_0/samples.jsonl")
@@ -128,7 +128,7 @@ def test_answers_survive_packing_as_they_were(run: Path):
 
 def test_too_many_answers_are_left_out_and_named(run: Path):
   size = (run / "round_0/samples.jsonl").stat().st_size
-  chunks, problems = samples.Packer().chunks(Results.of(run), max_bytes=size + 10)
+  chunks, problems = samples.Packer().chunks(Results.read(run), max_bytes=size + 10)
   assert [chunk.name for chunk in chunks] == ["round_0/samples.jsonl"]
   assert "round_1/samples.jsonl: not in the browser of samples" in problems[0]
 
@@ -139,7 +139,7 @@ def test_names_and_settings_are_escaped(run: Path, tmp_path: Path):
   config = json.loads((root / "config.json").read_text())
   config["model"] = "</pre><script>alert(1)</script>"
   (root / "config.json").write_text(json.dumps(config))
-  found = Results.of(root)
+  found = Results.read(root)
   text = page.render(found, page.Status(), page.make_sections(found, []), [], [], {})
   assert "<b>run" not in text
   assert "<script>alert" not in text
@@ -244,7 +244,7 @@ def test_round_counts_once_scored(run: Path, tmp_path: Path):
   shutil.copytree(run, root)
   report_runs.change(lambda r: [r["stages"].pop(name) for name in list(r["stages"]) if name.startswith("round_1") or (
       name == "round_0/eval/merged")])(root)
-  found = results.Results.of(root)
+  found = results.Results.read(root)
   assert [m.label for m in found.models] == ["base", "round 0 sft"]
   assert [m.label for m in found.handed_on()] == ["base"]
 

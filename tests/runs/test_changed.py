@@ -10,7 +10,7 @@ from configs import tiny
 from imm_jax import files, integrity, loop
 from imm_jax.errors import UserError
 from imm_jax.runs import record as run_record
-from imm_jax.runs.run import Model, Run, Stage
+from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runs.rundir import RunDir
 
 EXTERNAL = {"base": "b", "train questions": "q", "test questions": "t"}
@@ -24,7 +24,7 @@ def config(**changes: object) -> ml_collections.ConfigDict:
 
 
 def stages(settings: ml_collections.ConfigDict, root: Path) -> list[Stage]:
-  return loop.plan(Run(settings, root, Model(Path("base"), "base")))
+  return loop.plan(Run(settings, root, Checkpoint(Path("base"), "base")))
 
 
 def finish(root: Path, **changes: object) -> None:

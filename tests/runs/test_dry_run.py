@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from configs import tiny
-from imm_jax import config as checks, loop, tasks
+from imm_jax import config_checks, loop, tasks
 from imm_jax.runs import record
-from imm_jax.runs.run import Model, Run
+from imm_jax.runs.run import Checkpoint, Run
 from imm_jax.stages import questions
 
 
@@ -21,7 +21,7 @@ def test_a_dry_run_reads_no_text_of_the_hub(monkeypatch, tmp_path, capsys):
   config = tiny.get_config()
   for texts in (("tiny_shakespeare",), ("prose=hf:SOME/prose",)):
     config.eval.texts = texts
-    checks.validate(config, downloads=False)
+    config_checks.validate(config, downloads=False)
     loop.dry_run(config, str(tmp_path / "run"))
     assert f"{texts[0].partition('=')[0]} up to 200 passages" in capsys.readouterr().out
 
@@ -30,8 +30,8 @@ def test_dry_run_trusts_hub_models(tmp_path, capsys):
   """It takes a model of the hub as unchanged."""
   config, root = tiny.get_config(), tmp_path / "run"
   config.model = "HuggingFaceTB/SmolLM2-135M"
-  stage = loop.plan(Run(config, root, Model(Path(config.model), "base")))[0]
-  inputs = record.collect_inputs(stage, {"stages": {}}, {"base": "digest", **questions.digests(config)})
+  stage = loop.plan(Run(config, root, Checkpoint(Path(config.model), "base")))[0]
+  inputs = record.collect_inputs(stage, {"stages": {}}, {"base": "digest", **questions.compute_digests(config)})
   (root / stage.name).mkdir(parents=True)
   for name, content in {"config": config.to_dict(), "run": {"stages": {stage.name: {
       "inputs": inputs, "output": "digest", "bytes": 0, "facts": {}}}}}.items():

@@ -19,7 +19,7 @@ from imm_jax.errors import UserError
 from imm_jax.estimates import disk, shapes
 from imm_jax.model import hf, safetensors
 from imm_jax.runs import status
-from imm_jax.training import checkpoints
+from imm_jax.training import states as training_states
 from tests import REPO, TINY
 from tests.runs.helpers import assert_same_run, command, contents, one_line, start
 
@@ -189,7 +189,8 @@ def test_every_flipped_byte_is_found(finished: Path, tmp_path: Path):
   root, rng = tmp_path / "run", random.Random(0)
   shutil.copytree(finished, root)
   identity = {"train": "a"}
-  with checkpoints.Checkpoints(root / "round_1/sft_state", save_interval=1, max_to_keep=2, identity=identity) as states:
+  with training_states.Checkpoints(root / "round_1/sft_state", save_interval=1, max_to_keep=2,
+                                   identity=identity) as states:
     for step in (1, 2):
       states.save(step, {"w": np.arange(5000.0) * step}, input={"next_index": step}, first_loss=1.0)
     states.wait()
@@ -206,8 +207,9 @@ def test_every_flipped_byte_is_found(finished: Path, tmp_path: Path):
     assert str(path.relative_to(root)) in wrong
     assert len(wrong) == 1 or path.name == "run.json"
     if path.is_relative_to(root / "round_1/sft_state/2"):
-      with checkpoints.Checkpoints(root / "round_1/sft_state", save_interval=1, max_to_keep=2,
-                                   identity=identity) as states, pytest.raises(UserError, match=f"{path.name} differs"):
+      with training_states.Checkpoints(root / "round_1/sft_state", save_interval=1, max_to_keep=2,
+                                       identity=identity) as states, pytest.raises(
+                                           UserError, match=f"{path.name} differs"):
         states.latest()
     path.write_bytes(whole)
   (root / "round_0/train.jsonl").unlink()

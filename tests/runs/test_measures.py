@@ -13,14 +13,14 @@ import pytest
 import yaml
 
 from configs import tiny
-from imm_jax import config as checks
+from imm_jax import config_checks
 from imm_jax.errors import UserError
 from imm_jax.model import sharding
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.report.results import Results
 from imm_jax.sampling.native import NativeSampler
 from imm_jax.scoring import Scorer, encode_text
-from imm_jax.stages import evaluating, likelihood, lm_eval_tasks, questions
+from imm_jax.stages import evaluate as evaluate_stage, likelihood, lm_eval_tasks, questions
 from tests import TINY
 from tests.runs.helpers import command
 
@@ -69,20 +69,20 @@ def test_a_run_measures_all_kinds(data: Path, tmp_path: Path, environment: dict[
       f"--config.task.ood=('groups','arc_easy=file:{data}','lm_eval:own_options','lm_eval:own_answers')"]
   done = subprocess.run(asked, env=environment, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
-  results = Results.of(workdir)
+  results = Results.read(workdir)
   assert not results.problems
   assert results.ood_tasks == ("groups", "arc_easy", "lm_eval:own_options", "lm_eval:own_answers")
   for model in results.models:
-    assert [model.asked[task].name.split()[0] for task in results.ood_tasks] == [
+    assert [model.answer_stats[task].name.split()[0] for task in results.ood_tasks] == [
         "paper", "likelihood", "lm_eval", "lm_eval"]
-    assert {task: list(found) for task, found in model.beside.items()} == {
+    assert {task: list(found) for task, found in model.other_scores.items()} == {
         "arc_easy": ["acc_norm"], "lm_eval:own_options": ["acc_norm"],
         "lm_eval:own_answers": ["exact_match_any_number"]}
     lines = (workdir / model.folder / "lm_eval:own_answers.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert all(row["tokens"] and row["text"] != row["span"] for row in rows)
-    assert model.asked["lm_eval:own_answers"].mean_tokens == round(sum(row["tokens"] for row in rows) / 7, 2)
-    assert model.asked["lm_eval:own_answers"].cut == round(sum(row["finish"] == "length" for row in rows) / 7, 4)
+    assert model.answer_stats["lm_eval:own_answers"].mean_tokens == round(sum(row["tokens"] for row in rows) / 7, 2)
+    assert model.answer_stats["lm_eval:own_answers"].cut == round(sum(row["finish"] == "length" for row in rows) / 7, 4)
     # lm_eval asks the same questions in a form of its own.
     rows = [json.loads(line) for line in (workdir / model.folder / "arc_easy.jsonl").read_text().splitlines()]
     assert model.scores["arc_easy"].value == sum(row["correct"] for row in rows) / 7
@@ -146,9 +146,9 @@ def test_what_was_scored_is_not_scored_again(data: Path, tmp_path: Path, monkeyp
   config.eval.texts = (f"prose=file:{data}/prose.txt",)
   config.task.ood = ("lm_eval:own_options", "lm_eval:own_answers")
   config.task.eval_questions = 2
-  assert len(questions.texts_of(config)["prose"]) == 2
+  assert len(questions.load_passages(config)["prose"]) == 2
   config.eval.passages = 1
-  assert len(questions.texts_of(config)["prose"]) == 1
+  assert len(questions.load_passages(config)["prose"]) == 1
   config.eval.passages = config.task.eval_questions = 0
   calls, limits = [], []
 
@@ -165,7 +165,8 @@ def test_what_was_scored_is_not_scored_again(data: Path, tmp_path: Path, monkeyp
 
   count(Scorer, "score")
   count(NativeSampler, "generate")
-  evaluate = lambda name: evaluating.evaluate(config, TINY, tmp_path / f"{name}_scratch", tmp_path / name, label="it")
+  evaluate = lambda name: evaluate_stage.evaluate(config, TINY, tmp_path / f"{name}_scratch", tmp_path / name,
+                                                  label="it")
   expected, whole = evaluate("whole"), calls.copy()
   assert whole == ["arc_easy (1 of 2)", "arc_easy (2 of 2)", "prose (1 of 3)", "prose (2 of 3)", "prose (3 of 3)",
                    "continuations (1 of 3)", "continuations (2 of 3)", "continuations (3 of 3)", "texts"]
@@ -190,10 +191,10 @@ def test_lm_eval_task_without_data_is_found(data: Path, monkeypatch: pytest.Monk
   config = tiny.get_config()
   config.task.ood, config.eval.lm_eval.path = ("lm_eval:own_options",), str(data / "lm_eval")
   with pytest.raises(UserError, match=r"config\.task\.ood: lm_eval cannot run own_options \("):
-    checks.validate(config)
+    config_checks.validate(config)
   config.task.ood = ("lm_eval:own_options=file:data",)
   with pytest.raises(UserError, match="tasks of lm_eval take no source"):
-    checks.validate(config)
+    config_checks.validate(config)
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -212,7 +213,7 @@ def test_what_cannot_be_measured_is_one_line(settings: dict, message: str) -> No
   config = tiny.get_config()
   config.update_from_flattened_dict(settings)
   with pytest.raises(UserError, match=message):
-    checks.validate(config)
+    config_checks.validate(config)
 
 
 def test_a_text_costs_what_its_tokens_cost() -> None:

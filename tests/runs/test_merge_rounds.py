@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 
 from configs import common, tiny
-from imm_jax import config as checks, loop, merging, methods
+from imm_jax import config_checks, loop, merging, methods
 from imm_jax.errors import UserError
 from imm_jax.merging import registry
-from imm_jax.runs.run import Model, Run
-from imm_jax.stages import merge_options, merging as stage
+from imm_jax.runs.run import Checkpoint, Run
+from imm_jax.stages import merge, merge_settings
 from tests import REPO
 from tests.merge_folders import read, write
 
-METHODS = [name for name, method in registry.on_disk().items() if "fishers" not in method.inputs and method.most != 1]
+METHODS = [name for name, method in registry.list_disk_methods().items()
+           if "fishers" not in method.inputs and method.max_models != 1]
 # LiNeS scales by layer, and iimm by importance; the others give the base and the tuned model at the two ends.
-MEANS = [name for name in METHODS if merge_options.has_strength(name) and name not in ("lines", "iimm")]
+MEANS = [name for name in METHODS if merge_settings.has_strength(name) and name not in ("lines", "iimm")]
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,9 @@ def trees() -> dict[str, dict[str, np.ndarray]]:
 
 
 @pytest.fixture
-def models(trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> stage.Models:
+def models(trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> merge.MergeInputs:
   folders = {name: write(tmp_path / name, tree) for name, tree in trees.items()}
-  return stage.Models(folders["base"], folders["start"], [folders["tuned"]], None)
+  return merge.MergeInputs(folders["base"], folders["start"], [folders["tuned"]], None)
 
 
 def settings(method: str, **changes: object) -> ml_collections.ConfigDict:
@@ -47,8 +48,8 @@ def settings(method: str, **changes: object) -> ml_collections.ConfigDict:
   return config
 
 
-def merged(config: ml_collections.ConfigDict, models: stage.Models, out: Path) -> dict[str, np.ndarray]:
-  stage.merge(config, models, 0, None, out)
+def merged(config: ml_collections.ConfigDict, models: merge.MergeInputs, out: Path) -> dict[str, np.ndarray]:
+  merge.merge(config, models, 0, None, out)
   return read(out)
 
 
@@ -75,12 +76,12 @@ def test_library_names_strengthless_methods(
   base, tuned = trees["base"], trees["tuned"]
   inputs = {("base", "other"): [base, tuned], ("base", "models"): [base, [tuned]]}.get(
       registry.METHODS[method].inputs, [[base, tuned]])
-  options = merge_options.options_of(config, 0.25, None)
+  options = merge_settings.collect_options(config, 0.25, None)
   for name, value in getattr(merging, method)(*inputs, **options).items():
     np.testing.assert_allclose(found[name], np.asarray(value), rtol=0, atol=1e-6, err_msg=name)
 
 
-def test_layers_have_weights_of_their_own(models: stage.Models, trees: dict[str, dict[str, np.ndarray]],
+def test_layers_have_weights_of_their_own(models: merge.MergeInputs, trees: dict[str, dict[str, np.ndarray]],
                                           tmp_path: Path) -> None:
   for method in ("linear", "task_arithmetic", "wise_ft"):
     found = merged(settings(method, base_weight=(1.0, 0.0)), models, tmp_path / method)
@@ -90,7 +91,7 @@ def test_layers_have_weights_of_their_own(models: stage.Models, trees: dict[str,
       np.testing.assert_allclose(found[name], wanted, rtol=0, atol=1e-6)
 
 
-def test_lines_is_linear_in_depth(models: stage.Models, trees: dict[str, dict[str, np.ndarray]],
+def test_lines_is_linear_in_depth(models: merge.MergeInputs, trees: dict[str, dict[str, np.ndarray]],
                                   tmp_path: Path) -> None:
   """alpha + beta (l - 1) / (L - 1) of layer l (arXiv 2410.17146, eq. 3), times 1 - base_weight."""
   config = settings("", base_weight=0.5)
@@ -102,7 +103,7 @@ def test_lines_is_linear_in_depth(models: stage.Models, trees: dict[str, dict[st
     np.testing.assert_allclose(found[name], wanted, rtol=0, atol=1e-6)
 
 
-def test_model_stock_merges_the_rounds_so_far(models: stage.Models, trees: dict[str, dict[str, np.ndarray]],
+def test_model_stock_merges_the_rounds_so_far(models: merge.MergeInputs, trees: dict[str, dict[str, np.ndarray]],
                                               tmp_path: Path) -> None:
   config = settings("model_stock")
   first = merged(config, models, tmp_path / "first")  # one model is no stock: it is handed on
@@ -112,18 +113,18 @@ def test_model_stock_merges_the_rounds_so_far(models: stage.Models, trees: dict[
   found = merged(config, several, tmp_path / "second")
   for name, value in merging.model_stock(trees["base"], [trees["start"], trees["tuned"]]).items():
     np.testing.assert_allclose(found[name], np.asarray(value), rtol=0, atol=1e-6, err_msg=name)
-  run = Run(config, Path("run"), Model(Path("base"), "base"))
+  run = Run(config, Path("run"), Checkpoint(Path("base"), "base"))
   stages = {s.name: s for s in loop.plan(run)}
   assert stages["round_0/merged"].plan == "the tuned model, for model_stock merges several"
   assert {"round_0/sft", "round_1/sft", "round_2/sft"} < {*stages["round_2/merged"].needs}
 
 
-def test_masks_follow_seed_and_round(models: stage.Models, tmp_path: Path) -> None:
+def test_masks_follow_seed_and_round(models: merge.MergeInputs, tmp_path: Path) -> None:
   config = settings("dare_linear", drop_rate=0.5, base_weight=0.0)
   outs = []
   for i, (seed, round_) in enumerate(((0, 0), (0, 0), (0, 1), (1, 0))):
     config.seed = seed
-    stage.merge(config, models, round_, None, tmp_path / f"{i}")
+    merge.merge(config, models, round_, None, tmp_path / f"{i}")
     outs.append(read(tmp_path / f"{i}")["model.embed_tokens.weight"])
   assert (outs[0] == outs[1]).all()
   assert (outs[0] != outs[2]).any()
@@ -162,7 +163,7 @@ def test_impossible_merges_are_found_early(given: dict, message: str) -> None:
   config = tiny.get_config()
   config.update_from_flattened_dict(given)
   with pytest.raises(UserError, match=message):
-    checks.validate(config, trains=False)
+    config_checks.validate(config, trains=False)
 
 
 @pytest.mark.parametrize(("method", "start", "needs"), [
@@ -170,7 +171,7 @@ def test_impossible_merges_are_found_early(given: dict, message: str) -> None:
 def test_what_a_method_starts_from(method: str, start: str, needs: list[str]) -> None:
   config = tiny.get_config()
   config.method, config.rounds = method, 2
-  stages = {s.name: s for s in loop.plan(Run(config, Path("run"), Model(Path("base"), "base")))}
+  stages = {s.name: s for s in loop.plan(Run(config, Path("run"), Checkpoint(Path("base"), "base")))}
   assert stages["round_1/sft"].needs[0] == start
   assert stages["round_1/samples.jsonl"].needs[0] == ("round_0/sft" if method != "lines" else start)
   assert {*needs} <= stages.keys()
@@ -186,8 +187,8 @@ def test_overridden_weight_is_not_swept(given: dict, models: stage.Models, tmp_p
   for weight in (0.2, 0.9):
     config = tiny.get_config()
     config.update_from_flattened_dict({**given, "merge.drop_rate": 0.0, "merge.base_weight": weight})
-    checks.validate(config, trains=False)
-    assert stage.merge(config, models, 0, None, tmp_path / f"{weight}") == {"method": config.merge.method}
+    config_checks.validate(config, trains=False)
+    assert merge.merge(config, models, 0, None, tmp_path / f"{weight}") == {"method": config.merge.method}
     outs.append(read(tmp_path / f"{weight}"))
   for name, value in outs[0].items():
     np.testing.assert_array_equal(outs[1][name], value)  # so that a sweep would say of equal models that they differ
@@ -195,7 +196,7 @@ def test_overridden_weight_is_not_swept(given: dict, models: stage.Models, tmp_p
     config = tiny.get_config()
     config.update_from_flattened_dict(given | more)
     with pytest.raises(UserError, match=r"config\.merge\.options\.\w+: says how far a merge goes from the base"):
-      checks.validate(config, trains=False)
+      config_checks.validate(config, trains=False)
 
 
 @pytest.mark.parametrize(("given", "said"), [
@@ -206,7 +207,7 @@ def test_overridden_weight_is_not_swept(given: dict, models: stage.Models, tmp_p
 def test_the_plan_says_what_decides_a_merge(given: dict, said: str) -> None:
   config = tiny.get_config()
   config.update_from_flattened_dict(given)
-  stages = {s.name: s for s in loop.plan(Run(config, Path("run"), Model(Path("base"), "base")))}
+  stages = {s.name: s for s in loop.plan(Run(config, Path("run"), Checkpoint(Path("base"), "base")))}
   assert stages["round_0/merged"].plan == said
 
 

@@ -91,19 +91,19 @@ def test_the_analysis_of_a_round(run, tmp_path):
   config.analysis.examples = 6
   here = shutil.copytree(workdir / "round_0", tmp_path / "round_0")
   (here / "importance.json").unlink()
-  round_ = analysing.Round(0, here, TINY, TINY, TINY, True)
-  said = analysing.analyse(config, round_, tmp_path / "analysis.json")
+  round_ = analyze.Round(0, here, TINY, TINY, TINY, True)
+  said = analyze.analyze_round(config, round_, tmp_path / "analysis.json")
   again = json.loads((tmp_path / "analysis.json").read_text())
   assert again["weight_change"] == found["weight_change"]
   assert (again["importance"]["examples"], again["importance"]["order"]) == (6, 1)
   assert 0.3 < sum(again["importance"]["layers"]) / sum(found["importance"]["layers"]) < 3
   assert 0.01 < again["diversity"]["token_entropy"] < 1
   assert said["token_entropy"] == pytest.approx(again["diversity"]["token_entropy"], abs=1e-6)
-  assert analysing.analyse(config, round_, tmp_path / "third.json") == said
+  assert analyze.analyze_round(config, round_, tmp_path / "third.json") == said
 
   (here / "train.jsonl").write_text("{}\n")
   with pytest.raises(UserError, match=r"train\.jsonl:1: 'question' is missing"):
-    analysing.analyse(config, round_, tmp_path / "fourth.json")
+    analyze.analyze_round(config, round_, tmp_path / "fourth.json")
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from configs import tiny
 from imm_jax import loop
-from imm_jax.runs.run import Model, Run
+from imm_jax.runs.run import Checkpoint, Run
 
 
 def _settings(**changes: object) -> list[dict[str, object]]:
@@ -13,7 +13,7 @@ def _settings(**changes: object) -> list[dict[str, object]]:
   config = tiny.get_config()
   config.rounds = 2
   config.update_from_flattened_dict(changes)
-  value = Run(config, Path("run"), Model(Path("base"), "base"))
+  value = Run(config, Path("run"), Checkpoint(Path("base"), "base"))
   found = [stage for stage in loop.plan(value) if stage.name.endswith(("samples.jsonl", "/sft"))]
   assert [stage.name for stage in found if "eval" not in stage.name] == [
       f"round_{t}/{name}" for t in range(2) for name in ("samples.jsonl", "sft")]

@@ -92,7 +92,7 @@ def test_log_has_no_progress_bars(tmp_path: Path, capfd: pytest.CaptureFixture):
     with runlog.RunLog() as log:
       print("early")
       log.open(tmp_path / runlog.FILE)
-      with progress.bar(3, "work", "step") as bar:
+      with progress.make_bar(3, "work", "step") as bar:
         for _ in range(3):
           bar.update()
           bar.refresh()

@@ -99,7 +99,7 @@ def test_writable_cache_folder_is_refused(
   """A folder that others can write to is not used."""
   tmp_path.chmod(mode)
   monkeypatch.setattr(os, "getegid", lambda: tmp_path.stat().st_gid + group)
-  assert compilation._others_write(tmp_path) is not kept
+  assert compilation._is_writable_by_others(tmp_path) is not kept
   if mode == 0o777:
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")  # put back afterwards
     before = jax.config.jax_enable_compilation_cache

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from configs import tiny
-from imm_jax import config as checks
+from imm_jax import config_checks
 from imm_jax.errors import UserError
-from imm_jax.stages import questions, selection
+from imm_jax.stages import questions, select
 
 
 def custom_task(folder, **records):
@@ -22,10 +22,10 @@ def custom_task(folder, **records):
 
 def test_worked_examples_need_worked_answers(tmp_path):
   config = custom_task(tmp_path / "a")
-  checks.validate(config)
+  config_checks.validate(config)
   config.prompt.few_shot = 2
   with pytest.raises(UserError, match=r"few_shot=2: custom has no worked answers .*task.fields.rationale"):
-    checks.validate(config)
+    config_checks.validate(config)
 
 
 def _half_worked(folder, worked=(1, 3, 4, 6)):
@@ -41,14 +41,14 @@ def test_shots_have_rationales(tmp_path):
   """Worked examples and real answers are rows with a worked answer; the others are asked."""
   config = _half_worked(tmp_path / "a")
   config.prompt.few_shot, config.task.questions_per_round = 3, 0
-  checks.validate(config)
-  found = questions.of_round(config, 0)
+  config_checks.validate(config)
+  found = questions.load_round(config, 0)
   assert len(found.shots) == 3
   assert all(e.rationale for e in found.shots)
-  assert len(found.asked) == 6
-  assert not {e.id for e in found.asked} & {e.id for e in found.shots}
-  assert sum(not e.rationale for e in found.asked) == 5
-  assert len(selection.worked_answers(config, 0)) == 1
+  assert len(found.round_questions) == 6
+  assert not {e.id for e in found.round_questions} & {e.id for e in found.shots}
+  assert sum(not e.rationale for e in found.round_questions) == 5
+  assert len(select.worked_answers(config, 0)) == 1
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -58,16 +58,16 @@ def test_too_few_worked_answers_are_counted(change, message, tmp_path):
   config = _half_worked(tmp_path / "a")
   config.update_from_flattened_dict(change)
   with pytest.raises(UserError, match=message):
-    checks.validate(config)
+    config_checks.validate(config)
 
 
 def test_shots_are_first_where_all_are_worked(tmp_path):
   """Which examples a prompt shows does not change where all rows have a worked answer."""
   config = _half_worked(tmp_path / "a", worked=range(9))
   config.prompt.few_shot = 3
-  pool = questions.load(config, "custom", split="train")
-  found = questions.of_round(config, 0)
-  assert (found.shots, found.asked) == (pool[:3], pool[3:7])
+  pool = questions.load_questions(config, "custom", split="train")
+  found = questions.load_round(config, 0)
+  assert (found.shots, found.round_questions) == (pool[:3], pool[3:7])
 
 
 def test_short_test_sets_are_asked_whole(tmp_path, capsys):
@@ -78,8 +78,8 @@ def test_short_test_sets_are_asked_whole(tmp_path, capsys):
                              for i in range(5)))
   config.task.update({"eval_questions": 7, "ood": ("groups", f"svamp=file:{svamp}")})
   for _ in range(2):
-    checks.validate(config, trains=False)
-  assert {name: len(found) for name, found in questions.of_tests(config).items()} == {
+    config_checks.validate(config, trains=False)
+  assert {name: len(found) for name, found in questions.load_tests(config).items()} == {
       "custom": 7, "groups": 7, "svamp": 5}
   assert questions.count_tests(config) == [7, 7, 5]
   told = [line for line in capsys.readouterr().err.splitlines() if "all of them are asked" in line]
@@ -87,7 +87,7 @@ def test_short_test_sets_are_asked_whole(tmp_path, capsys):
 
 
 def test_questions_that_change_are_noticed(tmp_path):
-  first, same, other = (questions.digests(custom_task(tmp_path / name, **more)) for name, more in (
+  first, same, other = (questions.compute_digests(custom_task(tmp_path / name, **more)) for name, more in (
       ("a", {}), ("b", {}), ("c", {"answer": "7"})))
   assert first == same
   assert all(first[split] != other[split] for split in first)
@@ -107,4 +107,4 @@ def test_dry_run_counts_test_questions(tmp_path):
   assert "mawps: hf:MU-NLPC/Calc-mawps has 520 other questions than the paper's 2065" in note
   config.task.ood = ("tabmwp",)
   with pytest.raises(UserError, match="give tabmwp=file:PATH"):
-    checks.validate(config, downloads=False)
+    config_checks.validate(config, downloads=False)

@@ -153,7 +153,7 @@ _PIECES = st.sampled_from([
 def test_any_text_is_read_and_spelled(text):
   box = latex.extract_last_boxed(text)
   assert box is None or box in text
-  assert latex.normalise(text) == latex.normalise(f" {text}")
+  assert latex.normalize(text) == latex.normalize(f" {text}")
   assert latex.compare_spelling("7", text) in (True, False, None)
   assert latex.compare_spelling(text, "7") in (True, False, None)
   assert latex.extract_stated(text[:500]) == latex.extract_stated(f"  {text[:500]}")

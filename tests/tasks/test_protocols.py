@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from configs import tiny
-from imm_jax import config as checks, loop
+from imm_jax import config_checks, loop
 from imm_jax.errors import UserError
-from imm_jax.runs.run import Model, Run
-from imm_jax.stages import evaluating, questions
+from imm_jax.runs.run import Checkpoint, Run
+from imm_jax.stages import evaluate, questions
 from imm_jax.tasks import protocols
 from imm_jax.tasks.answers import verdict
 from imm_jax.tasks.base import Example
@@ -131,40 +131,40 @@ def custom(tmp_path: Path) -> ml_collections.ConfigDict:
 
 def test_worked_examples_are_never_asked(custom):
   custom.merge.base_weight, custom.merge.auto.questions, custom.merge.auto.general = "auto", 6, ("groups",)
-  checks.validate(custom)
+  config_checks.validate(custom)
   entries = ("custom", *custom.task.ood)
-  tests = questions.of_tests(custom)
-  shots = {questions.name_of(entry): questions.shots_of(custom, entry) for entry in entries}
+  tests = questions.load_tests(custom)
+  shots = {questions.get_task_name(entry): questions.load_shots(custom, entry) for entry in entries}
   assert {name: len(found) for name, found in shots.items()} == {"custom": 8, "groups": 8, "choice": 4, "svamp": 8}
   assert shots["svamp"] == shots["custom"]  # the same kind of answer
   assert all(e.rationale.endswith(f"The answer is {e.answer}") for e in shots["custom"])
-  found = questions.of_round(custom, 0)
-  general = questions.general(custom, "groups")
-  assert (len(found.asked), len(found.held_out), len(general)) == (30 - 8 - 6, 6, 6)
+  found = questions.load_round(custom, 0)
+  general = questions.load_general_questions(custom, "groups")
+  assert (len(found.round_questions), len(found.held_out), len(general)) == (30 - 8 - 6, 6, 6)
   for task, shown in shots.items():
-    asked = (*found.asked, *found.held_out, *general, *tests[task])
+    asked = (*found.round_questions, *found.held_out, *general, *tests[task])
     assert not {e.question for e in shown} & {e.question for e in asked}
   custom.prompt.few_shot = 3
-  assert questions.of_round(custom, 0).shots == shots["custom"][:3]
-  assert questions.of_round(custom, 0).asked == found.asked
+  assert questions.load_round(custom, 0).shots == shots["custom"][:3]
+  assert questions.load_round(custom, 0).round_questions == found.round_questions
 
 
 def test_file_examples_replace_others(custom, tmp_path):
   """Worked examples of a file take the place of others."""
   before = questions.digests(custom), questions.of_round(custom, 0)
   own = [{"question": f"own {i}?", "rationale": f"So {i}. The answer is {i}"} for i in range(7)]
-  shown = before[1].asked[0].question
+  shown = before[1].round_questions[0].question
   custom.eval.shots_file = write(tmp_path, "shots.jsonl", [
       *own, {"question": shown, "answer": "It is 3.\n#### 3"}, *(r | {"task": "groups"} for r in rows("group", 8))])
-  checks.validate(custom, trains=False)
+  config_checks.validate(custom, trains=False)
   for entry in ("custom", custom.task.ood[2]):
-    assert [(e.question, e.rationale) for e in questions.shots_of(custom, entry)] == [
+    assert [(e.question, e.rationale) for e in questions.load_shots(custom, entry)] == [
         *((r["question"], r["rationale"]) for r in own), (shown, "It is 3.\n#### 3")]
-  assert questions.shots_of(custom, "groups")[1].rationale == "It is 1.\nThe answer is 1"
-  assert shown not in [e.question for e in questions.of_round(custom, 0).asked]  # nor is it asked
-  assert all(questions.digests(custom)[split] != before[0][split] for split in before[0])
+  assert questions.load_shots(custom, "groups")[1].rationale == "It is 1.\nThe answer is 1"
+  assert shown not in [e.question for e in questions.load_round(custom, 0).round_questions]  # nor is it asked
+  assert all(questions.compute_digests(custom)[split] != before[0][split] for split in before[0])
   settings = lambda of: {stage.name: stage.settings for stage in loop.plan(
-      Run(of, tmp_path / "run", base=Model(Path("base"), "base")))}
+      Run(of, tmp_path / "run", base=Checkpoint(Path("base"), "base")))}
   plan = settings(custom)
   assert plan["round_0/samples.jsonl"]["eval.shots_file"] == custom.eval.shots_file
   assert plan["base/eval"]["eval"]["protocol"] == "harness"
@@ -188,7 +188,7 @@ def test_bad_example_file_is_one_line(custom, tmp_path, row, message):
     path.write_text("[\n")
   custom.eval.shots_file = str(path)
   with pytest.raises(UserError, match=message) as raised:
-    checks.validate(custom, trains=False)
+    config_checks.validate(custom, trains=False)
   assert "\n" not in str(raised.value)
 
 
@@ -196,27 +196,27 @@ def test_missing_examples_say_what_to_give(custom):
   """A task without worked examples says what to give."""
   custom.task.fields.rationale = ""
   with pytest.raises(UserError, match=r"shows 8 worked examples, and task custom has none: .*eval.shots_file=FILE"):
-    checks.validate(custom, trains=False)
+    config_checks.validate(custom, trains=False)
   custom.eval.few_shot = 0
-  checks.validate(custom, trains=False)
+  config_checks.validate(custom, trains=False)
   custom.eval.shots_file = "x.jsonl"
   with pytest.raises(UserError, match=r"shots_file=x.jsonl: eval.protocol=harness shows no worked examples"):
-    checks.validate(custom, trains=False)
+    config_checks.validate(custom, trains=False)
   for key, value, message in (("few_shot", -2, "expected 0 or more, or -1"),
                               ("protocol", "qwenn", "did you mean qwen")):
     with pytest.raises(UserError, match=message):
-      checks.validate(config("paper", **{f"eval__{key}": value}))
+      config_checks.validate(config("paper", **{f"eval__{key}": value}))
 
 
 def test_without_a_protocol_nothing_is_set_apart(custom):
   custom.eval.protocol, custom.prompt.few_shot = "paper", 0
-  assert len(questions.of_round(custom, 0).asked) == 30
-  assert all(questions.shots_of(custom, entry) == [] for entry in ("custom", *custom.task.ood))
+  assert len(questions.load_round(custom, 0).round_questions) == 30
+  assert all(questions.load_shots(custom, entry) == [] for entry in ("custom", *custom.task.ood))
 
 
 def test_how_answers_came_is_counted():
   rows_of = [{"tokens": t, "finish": f} for t, f in itertools.zip_longest((4, 6, 11), ("stop", "length"),
                                                                          fillvalue="stop")]
-  assert evaluating.describe(config("harness"), "groups", rows_of) == {
+  assert evaluate.describe_protocol(config("harness"), "groups", rows_of) == {
       "name": "harness", "shots": 8, "n": 3, "mean_tokens": 7.0, "cut": 0.3333, "chat": False, "max_new_tokens": 40,
       "stop": list(protocols.get_protocol(config("harness"), "groups").stop)}

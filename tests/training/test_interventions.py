@@ -22,8 +22,8 @@ from imm_jax.errors import PreemptedError
 from imm_jax.model import sharding
 from imm_jax.model.decoder import Params, init_params
 from imm_jax.training import interventions, optimization, step as training, trainer
-from imm_jax.training.checkpoints import Checkpoints
 from imm_jax.training.interventions import Intervention
+from imm_jax.training.states import Checkpoints
 from tests.training import test_step as t
 
 TOP_P = 0.3

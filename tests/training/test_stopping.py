@@ -11,12 +11,12 @@ import optax
 import pytest
 
 from imm_jax.errors import PreemptedError, UserError
-from imm_jax.stages import tuning
+from imm_jax.stages import fine_tune
 from imm_jax.training import lora, step as training, stopping, trainer
 from imm_jax.training.additions import PLAIN, Additions
-from imm_jax.training.checkpoints import Checkpoints
 from imm_jax.training.lora import Lora
 from imm_jax.training.packing import PackedBatches
+from imm_jax.training.states import Checkpoints
 from tests.training import test_interventions as i, test_step as t
 
 EXAMPLES = t.make_examples(30)
@@ -152,17 +152,18 @@ def timeless(reports: list, first: int) -> list:
 def test_held_out_answers_stay_together():
   """All answers to a question are held out together."""
   rows = [{"question": f"q{n % 10}", "response": str(n)} for n in range(40)]
-  seen, held = tuning.hold_out(rows, 0.3, (0, 1), source="train.jsonl")
+  seen, held = fine_tune.hold_out(rows, 0.3, (0, 1), source="train.jsonl")
   asked = lambda indices: {rows[index]["question"] for index in indices}
   assert sorted(seen + held) == list(range(40))
   assert (len(asked(held)), len(held)) == (3, 12)
   assert not asked(seen) & asked(held)
-  assert tuning.hold_out(rows, 0.3, (0, 1), source="")[1] == held != tuning.hold_out(rows, 0.3, (0, 2), source="")[1]
-  assert tuning.hold_out(rows, 0.0, 0, source="") == (list(range(40)), [])
-  assert [len(asked(part)) for part in tuning.hold_out(rows, 0.99, 0, source="")] == [1, 9]
-  assert [len(asked(part)) for part in tuning.hold_out(rows, 0.01, 0, source="")] == [9, 1]
+  assert fine_tune.hold_out(rows, 0.3, (0, 1), source="")[1] == held
+  assert fine_tune.hold_out(rows, 0.3, (0, 2), source="")[1] != held
+  assert fine_tune.hold_out(rows, 0.0, 0, source="") == (list(range(40)), [])
+  assert [len(asked(part)) for part in fine_tune.hold_out(rows, 0.99, 0, source="")] == [1, 9]
+  assert [len(asked(part)) for part in fine_tune.hold_out(rows, 0.01, 0, source="")] == [9, 1]
   with pytest.raises(UserError, match=r"^train\.jsonl: has answers to 1 question; config\.sft\.stop_share=0\.5 needs"):
-    tuning.hold_out(rows[:1], 0.5, 0, source="train.jsonl")
+    fine_tune.hold_out(rows[:1], 0.5, 0, source="train.jsonl")
 
 
 def test_epochs_end_with_the_step_of_their_last_row():

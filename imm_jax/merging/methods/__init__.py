@@ -3,7 +3,3 @@
 Files in this folder are discovered automatically; each method becomes a function of `imm_jax.merging`, a `--method` of
 the command with its flags, and a `merge_method` of recipes. `docs/merging.md` shows how to write one.
 """
-
-from imm_jax.merging.registry import METHODS
-
-__all__ = ["METHODS"]

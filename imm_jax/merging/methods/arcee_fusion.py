@@ -28,8 +28,8 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
 
   def scalars(name: str) -> Scalars:
     ranks = np.array([int(np.float32(q) * (max(1, source.size(name)) - 1)) for q in (0.25, 0.5, 0.75)])
-    bits = statistics.magnitudes_of_rank(source, {0: ranks}, {name: [0]}, [name], view=_clipped_importance,
-                                         rows=True)[0, 0]
+    bits = statistics.select_magnitudes(source, {0: ranks}, {name: [0]}, [name], view=_clipped_importance,
+                                        rows=True)[0, 0]
     xp = statistics.namespace(bits)
     low, median, high = (jax.lax.bitcast_convert_type(bits, jnp.float32) if xp is jnp else bits.view(np.float32))
     return {"threshold": median + np.float32(1.5) * (high - low)}

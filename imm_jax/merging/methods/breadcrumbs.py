@@ -34,7 +34,7 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
 
 @method("base", "models", reference=PAPER, options=OPTIONS, prepare=_prepare, gradients="masks")
 def breadcrumbs(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool) -> jax.Array:
-  """Task arithmetic without the largest and the smallest entries (Model Breadcrumbs).
+  """Applies task arithmetic without the largest and the smallest entries (Model Breadcrumbs).
 
   From every tensor's task vector the `gamma` share of largest magnitudes is removed, and as many of the smallest as
   needed to keep the `density` share; a density of 1 keeps everything. Ties at either bound are kept.
@@ -50,7 +50,7 @@ def breadcrumbs(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize
 
 @method("base", "models", reference=PAPER, options=OPTIONS, prepare=_prepare, gradients="masks")
 def breadcrumbs_ties(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool) -> jax.Array:
-  """TIES with the trimming of Model Breadcrumbs: signs are elected among the remaining entries.
+  """Applies TIES with the trimming of Model Breadcrumbs: signs are elected among the remaining entries.
 
   >>> import jax.numpy as jnp
   >>> a, b = jnp.array([9., -4., 3., 2., 1.]), jnp.array([-9., 5., 6., 2., 1.])

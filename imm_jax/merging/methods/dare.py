@@ -24,11 +24,11 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
 
 
 @method("delta", reference="https://arxiv.org/abs/2311.03099", prepare=_prepare, draws=True, gradients="masks",
-        options=(Option("drop_rate", "p, the share of entries to drop", low=0, high=1, below=True),))
+        options=(Option("drop_rate", "p, the share of entries to drop", low=0, high=1, excludes_high=True),))
 def dare(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
   """Drops entries of a delta at random and rescales the rest to preserve its mean (DARE, eq. 1-2).
 
-  m ~ Bernoulli(p), delta' = (1 - m) * delta / (1 - p), with p quantised to 1/65536.
+  m ~ Bernoulli(p), delta' = (1 - m) * delta / (1 - p), with p quantized to 1/65536.
 
   >>> import jax.numpy as jnp
   >>> kept = dare({"w": jnp.ones((64, 64))}, drop_rate=0.5, key=jax.random.key(0))["w"]

@@ -20,7 +20,7 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
 
 @method("base", "models", reference=PAPER, options=OPTIONS, prepare=_prepare, draws=True, gradients="masks")
 def dare_linear(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool, rescale: bool) -> jax.Array:
-  """Task arithmetic on task vectors after DARE: base + scale * sum_i w_i DARE(t_i - base).
+  """Applies task arithmetic to task vectors after DARE: base + scale * sum_i w_i DARE(t_i - base).
 
   Densities are 1 - p, and 0 leaves a model out; model i draws its masks with `fold_in(key, i)`.
 
@@ -36,7 +36,7 @@ def dare_linear(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize
 
 @method("base", "models", reference=PAPER, options=OPTIONS, prepare=_prepare, draws=True, gradients="masks")
 def dare_ties(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool, rescale: bool) -> jax.Array:
-  """TIES with DARE in place of trimming: signs are elected among the remaining entries.
+  """Applies TIES with DARE in place of trimming: signs are elected among the remaining entries.
 
   Densities are 1 - p, and 0 leaves a model out; model i draws its masks with `fold_in(key, i)`.
 

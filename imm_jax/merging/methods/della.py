@@ -69,9 +69,8 @@ def della(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool
 
   In a row of n entries the one of rank r (0 for the smallest magnitude) is kept with the probability
   density - epsilon + 2 epsilon r / (n - 1), and divided by it; a tensor of one axis is one row. Equal magnitudes
-  share their mean rank; probabilities are quantised to 1/65536. A density of 1 keeps everything, one of 0
-  nothing. Model i draws its
-  masks with `fold_in(key, i)`.
+  share their mean rank; probabilities are quantized to 1/65536. A density of 1 keeps everything, one of 0
+  nothing. Model i draws its masks with `fold_in(key, i)`.
 
   >>> import jax.numpy as jnp
   >>> merged = della({"w": jnp.zeros(1000)}, [{"w": jnp.arange(1000.)}], weights=1, densities=0.5, epsilons=0.4,
@@ -86,7 +85,7 @@ def della(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool
 @method("base", "models", reference=PAPER, options=OPTIONS, prepare=_prepare, draws=True, gradients="masks",
         whole="row")
 def della_linear(tensors: Tensors, numbers: Numbers, shared: Shared, *, normalize: bool, rescale: bool) -> jax.Array:
-  """Task arithmetic on task vectors after DELLA's dropping; see `della`.
+  """Applies task arithmetic to task vectors after DELLA's dropping; see `della`.
 
   >>> import jax.numpy as jnp
   >>> merged = della_linear({"w": jnp.zeros(1000)}, [{"w": jnp.ones(1000)}], weights=1, densities=0.5,

@@ -12,16 +12,17 @@ from imm_jax.merging.kernels import Numbers, Shared, Tensors
 from imm_jax.merging.options import Option, Settings, stack
 from imm_jax.merging.registry import Scalars, method
 from imm_jax.merging.statistics import Source
-from imm_jax.merging.trees import layer_of
+from imm_jax.merging.trees import get_layer
 
 BASE_WEIGHT = Option("base_weight", "a, the weight of the base", low=0, high=1, in_commands=0.5)
-DROP_RATE = Option("drop_rate", "DARE's p, the share of entries to drop", low=0, high=1, below=True, in_commands=0.2)
+DROP_RATE = Option("drop_rate", "DARE's p, the share of entries to drop", low=0, high=1, excludes_high=True,
+                   in_commands=0.2)
 
 
 def _prepare(source: Source, settings: Settings, layer_scales: Any = None) -> tuple[Any, dict[str, Any]]:
   def scalars(name: str) -> Scalars:
     steps = masks.drop_steps(settings.value("drop_rate", name), name)
-    layer = layer_of(name)
+    layer = get_layer(name)
     layer_scale = 1.0 if layer_scales is None or layer is None else layer_scales[min(layer, len(layer_scales) - 1)]
     return {"base_weight": settings.value("base_weight", name), "steps": np.uint32(steps),
             "code": masks.tensor_code(name), "gain": stack([layer_scale * masks.STEPS / (masks.STEPS - steps)])[0]}

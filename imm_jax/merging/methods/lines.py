@@ -9,7 +9,7 @@ from imm_jax.merging.kernels import Numbers, Shared, Tensors
 from imm_jax.merging.options import Option, Settings, stack
 from imm_jax.merging.registry import Scalars, method
 from imm_jax.merging.statistics import Source
-from imm_jax.merging.trees import layer_of, num_layers_of
+from imm_jax.merging.trees import get_layer, get_num_layers
 
 
 def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
@@ -17,7 +17,7 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
     raise ValueError(f"lines scales by depth, but no name such as {source.names[0]!r} has layers.<n>.; give names")
 
   def scalars(name: str) -> Scalars:
-    depth = min(1.0, (layer_of(name) or 0) / max(1, num_layers_of(name, source.output_layers) - 1))
+    depth = min(1.0, (get_layer(name) or 0) / max(1, get_num_layers(name, source.output_layers) - 1))
     scale = settings.value("alpha", name) + depth * settings.value("beta", name)
     return {"weights": settings.value("weights", name), "scale": stack([scale])[0]}
 
@@ -28,7 +28,7 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
     deltas.WEIGHTS, Option("alpha", "the scale of the first layer and of tensors outside the layers", 0.5),
     Option("beta", "how much larger the scale of the last layer is", 0.5)))
 def lines(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
-  """Task arithmetic with a scale that grows linearly over the layers (LiNeS), as deeper layers are more task-specific.
+  """Applies task arithmetic with a scale that grows linearly over the layers (LiNeS), as deeper ones are task-specific.
 
   base + (alpha + beta l / (L - 1)) sum_i w_i (t_i - base) for layer l of L, in each stack of layers.
 

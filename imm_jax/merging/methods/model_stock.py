@@ -31,7 +31,7 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
   return (lambda name: {"ratio": ratios[name], "count": np.float32(source.num_models - 1)}), {"filter_wise": False}
 
 
-@method("base", "models", reference="https://arxiv.org/abs/2403.19522", prepare=_prepare, measures=True, least=2,
+@method("base", "models", reference="https://arxiv.org/abs/2403.19522", prepare=_prepare, measures=True, min_models=2,
         whole=lambda settings: "row" if settings["filter_wise"] else None,
         options=(Option("filter_wise", "compare row by row", False, "flag"),))
 def model_stock(tensors: Tensors, numbers: Numbers, shared: Shared, *, filter_wise: bool) -> jax.Array:

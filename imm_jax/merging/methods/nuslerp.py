@@ -37,7 +37,7 @@ def _axis(settings: Settings) -> int | None:
   return None if settings["flatten"] else -2 if settings["row_wise"] else -1
 
 
-@method("base?", "models", least=2, most=2, prepare=_prepare, measures=True,
+@method("base?", "models", min_models=2, max_models=2, prepare=_prepare, measures=True,
         whole=lambda settings: {None: None, -1: "row", -2: "tensor"}[_axis(settings)], options=(
             Option("weights", "w; the point lies at w_2 / (w_1 + w_2) of the arc", per_model=True, key="weight"),
             Option("flatten", "treat each tensor as one vector", True, "flag", key="nuslerp_flatten"),

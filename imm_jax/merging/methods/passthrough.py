@@ -8,7 +8,7 @@ from imm_jax.merging.options import Option
 from imm_jax.merging.registry import method
 
 
-@method("models", most=1, options=(Option("scales", "a factor", 1.0, per_model=True, key="scale"),))
+@method("models", max_models=1, options=(Option("scales", "a factor", 1.0, per_model=True, key="scale"),))
 def passthrough(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
   """Copies one model times a factor: s t. With slices in a recipe it restacks layers of several models.
 

@@ -77,7 +77,7 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
     Option("r", "how much to amplify unique changes for shared ones", 0.1),
     Option("alpha", "the largest ratio of shared to unique changes that counts", 0.2, low=0), EPSILON))
 def ramplus_tl(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
-  """Like `ram`, but amplifies changes that only one model has made by 1 + r min(shared / unique, alpha).
+  """Merges as `ram` does, and amplifies changes that only one model has made by 1 + r min(shared / unique, alpha).
 
   `shared` and `unique` count the entries of a tensor that the model and others, or only the model, have changed.
 

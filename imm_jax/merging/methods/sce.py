@@ -49,7 +49,7 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
     if kept == 0:
       return np.uint32(0xFFFFFFFF)
     rank = np.array([source.size(name) - kept])
-    return statistics.magnitudes_of_rank(source, {0: rank}, {name: [0]}, [name], view=_variance)[0, 0][0]
+    return statistics.select_magnitudes(source, {0: rank}, {name: [0]}, [name], view=_variance)[0, 0][0]
 
   def scalars(name: str) -> Scalars:
     floor = find_floor(name)

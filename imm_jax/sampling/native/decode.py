@@ -63,7 +63,7 @@ def no_prefix(slots: int, static: Static) -> Prefix:
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "static"))
-def prefix_of(caches: list[LayerCache], length: jax.Array, *, slots: int, static: Static) -> Prefix:
+def take_prefix(caches: list[LayerCache], length: jax.Array, *, slots: int, static: Static) -> Prefix:
   """Returns the first row of the caches of `prefill` as a prefix with P slots."""
   return _make_prefix(jax.tree.map(lambda x: x[0, :, :slots], caches), length, static)
 
@@ -184,9 +184,9 @@ def decode(params: Params, prefix: Prefix, state: State, stopped: jax.Array, ste
            allowed: jax.Array, *, static: Static) -> State:
   """Extends all rows except `stopped` [B] by at most `steps` tokens, until at least `max_done` rows are done."""
   body = lambda carry: (carry[0] + 1, extend(params, prefix, carry[1], allowed, static=static))
-  going = lambda carry: (carry[0] < steps) & (jnp.sum(carry[1]["done"]) < max_done)
+  running = lambda carry: (carry[0] < steps) & (jnp.sum(carry[1]["done"]) < max_done)
   state = state | {"done": state["done"] | stopped}
-  return jax.lax.while_loop(going, body, (jnp.int32(0), state))[1]
+  return jax.lax.while_loop(running, body, (jnp.int32(0), state))[1]
 
 
 def extend(params: Params, prefix: Prefix, state: State, allowed: jax.Array, *, static: Static) -> State:
@@ -197,12 +197,12 @@ def extend(params: Params, prefix: Prefix, state: State, allowed: jax.Array, *, 
       kernel=static.kernel, mesh=static.mesh)
   token = sample(logits, state["keys"], state["count"], state["temperatures"], allowed, top_p=static.top_p,
                  greedy=static.greedy)
-  going = ~state["done"]
-  count = state["count"] + going
-  tokens = state["tokens"].at[rows, jnp.where(going, state["count"], new_tokens)].set(token, mode="drop")
+  running = ~state["done"]
+  count = state["count"] + running
+  tokens = state["tokens"].at[rows, jnp.where(running, state["count"], new_tokens)].set(token, mode="drop")
   return _constrain(state | {
-      "caches": caches, "tokens": tokens, "count": count, "last": jnp.where(going, token, state["last"]),
-      "used": state["used"] + going, "done": state["done"] | _is_end(token, static) | (count >= new_tokens)}, static)
+      "caches": caches, "tokens": tokens, "count": count, "last": jnp.where(running, token, state["last"]),
+      "used": state["used"] + running, "done": state["done"] | _is_end(token, static) | (count >= new_tokens)}, static)
 
 
 def _constrain(arrays: State, static: Static) -> State:

@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 from jax.sharding import Mesh
 
-from imm_jax.model import folder, sharding
+from imm_jax.model import checkpoint_folder, sharding
 from imm_jax.runtime import distributed, hardware
 from imm_jax.sampling import Completion, Prompt, Sampler
 from imm_jax.sampling.native import parts
@@ -30,16 +30,16 @@ class Distributed:
 
 
 @contextlib.contextmanager
-def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, scratch: Path,
-           mesh: Callable[[], Mesh]) -> Iterator[Sampler]:
-  """See `engines`."""
+def open_sampler(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, scratch: Path,
+                 mesh: Callable[[], Mesh]) -> Iterator[Sampler]:
+  """Opens a native sampler; see `engines`."""
   del scratch
   dtype = hardware.compute_dtype(config.sample.compute_dtype)
   sampler = NativeSampler(model, compute_dtype=dtype, batch_size=batch_size, mesh=sharding.local_mesh(mesh()),
                           kernel=config.sampler.attention)
-  digest = f"{folder.digest(model)} in {dtype}" if distributed.is_main() else ""
+  digest = f"{checkpoint_folder.digest(model)} in {dtype}" if distributed.is_main() else ""
   yield Distributed(sampler, digest=digest, rows=batch_size)
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check_engine(config: ml_collections.ConfigDict) -> None:
   """Raises nothing: the native sampler runs wherever jax does."""

@@ -49,11 +49,11 @@ class Shape(NamedTuple):
   length: int
   prompts: int
 
-  def fewer(self, rows: int, prompts: int, parts: int) -> "Shape":
+  def halve_to(self, rows: int, prompts: int, parts: int) -> "Shape":
     """Halves the shape while it holds `rows` and `prompts` and its rows are a multiple of `parts`."""
     if self.rows % (2 * parts) or self.rows // 2 < rows or self.prompts // 2 < prompts:
       return self
-    return Shape(self.rows // 2, self.length, self.prompts // 2).fewer(rows, prompts, parts)
+    return Shape(self.rows // 2, self.length, self.prompts // 2).halve_to(rows, prompts, parts)
 
 
 class Pack(NamedTuple):
@@ -79,7 +79,7 @@ class Pack(NamedTuple):
     return self.starts + self.lengths - 1
 
 
-class Run(NamedTuple):
+class PrefilledPack(NamedTuple):
   """Holds a pack, its (logits, caches), and the samples that wait for a row, with their prompts' places in the pack."""
 
   pack: Pack
@@ -98,19 +98,19 @@ class Queue:
     for sample in samples:
       by_prompt[sample.prompt].append(sample)
     self._waiting = list(by_prompt.items())
-    self._current: Run | None = None
+    self._current: PrefilledPack | None = None
 
   def __bool__(self) -> bool:
     return bool(self._waiting) or self._current is not None
 
-  def take(self, count: int) -> tuple[list[tuple[int, Sample]], Run]:
+  def take(self, count: int) -> tuple[list[tuple[int, Sample]], PrefilledPack]:
     """Takes at most `count` samples, with their prompts' places in a pack, and that pack; runs one if needed."""
     current = self._current or self._next()
     samples = [current.waiting.popleft() for _ in range(min(count, len(current.waiting)))]
     self._current = current if current.waiting else None
     return samples, current
 
-  def _next(self) -> Run:
+  def _next(self) -> PrefilledPack:
     """Packs and runs prompts by first-fit decreasing among those that wait longest."""
     size = _LOOKAHEAD + self._shape.prompts
     window, self._waiting = self._waiting[:size], self._waiting[size:]
@@ -125,10 +125,10 @@ class Queue:
         packed.add(i)
     self._waiting = [w for i, w in enumerate(window) if i not in packed] + self._waiting
     chosen = [window[i] for row in rows for i in row]
-    pack = pack_prompts([[self._ids[window[i][0]] for i in row] for row in rows], self._shape.fewer(
+    pack = pack_prompts([[self._ids[window[i][0]] for i in row] for row in rows], self._shape.halve_to(
         sum(map(bool, rows)), len(chosen), self._parts))
     waiting = collections.deque((place, sample) for place, (_, samples) in enumerate(chosen) for sample in samples)
-    return Run(pack, self._run(pack), waiting)
+    return PrefilledPack(pack, self._run(pack), waiting)
 
 
 def pack_prompts(rows: Sequence[Sequence[Sequence[int]]], shape: Shape) -> Pack:
@@ -158,7 +158,7 @@ def pack_shape(lengths: Sequence[int], *, parts: int = 1, cpu: bool = True) -> S
   (Shape(rows=1, length=64, prompts=4), Shape(rows=4, length=256, prompts=64), Shape(rows=1, length=1024, prompts=64))
   """
   total, longest = sum(lengths), max(lengths, default=1)
-  length = slots_of(max(longest, min(_MIN_ROW_LENGTH, total)))
+  length = round_up_slots(max(longest, min(_MIN_ROW_LENGTH, total)))
   limit = max(1, (_PREFILL_TOKENS_CPU if cpu else _PREFILL_TOKENS) // (length * parts))
   wanted = math.ceil(total / (length * parts))
   power = 1 << (max(1, wanted) - 1).bit_length()
@@ -219,19 +219,19 @@ def _count_equal(first: np.ndarray, second: np.ndarray) -> int:
   return int(differs[0]) if len(differs) else size
 
 
-def prefix_slots(length: int) -> int:
-  """Rounds the length of a prefix, which each step reads, up to a number of slots: finer than `slots_of` if long.
+def round_up_prefix(length: int) -> int:
+  """Rounds the length of a prefix, which each step reads, up to a number of slots: finer than `round_up_slots` if long.
 
-  >>> [prefix_slots(n) for n in (1, 65, 129, 1025)]
+  >>> [round_up_prefix(n) for n in (1, 65, 129, 1025)]
   [64, 128, 192, 1152]
   """
-  return min(slots_of(length), -(-length // _PREFIX_STEP) * _PREFIX_STEP)
+  return min(round_up_slots(length), -(-length // _PREFIX_STEP) * _PREFIX_STEP)
 
 
-def slots_of(length: int) -> int:
+def round_up_slots(length: int) -> int:
   """Rounds a number of tokens up to a number of slots: 64, 128, 192, 256, 384, 512, 768, ...
 
-  >>> [slots_of(n) for n in (1, 65, 200, 257, 1500)]
+  >>> [round_up_slots(n) for n in (1, 65, 200, 257, 1500)]
   [64, 128, 256, 384, 1536]
   """
   if length <= 2 * _MIN_SLOTS:
@@ -240,20 +240,20 @@ def slots_of(length: int) -> int:
   return power * 3 // 4 if length <= power * 3 // 4 else power
 
 
-def most_slots(length: int) -> int:
+def compute_max_slots(length: int) -> int:
   """Returns the number of slots beyond which a cache of `length` tokens need not grow: a multiple of 64."""
   return -(-max(1, length) // _MIN_SLOTS) * _MIN_SLOTS
 
 
-def rows_of(batch_size: int, samples: int) -> int:
+def choose_rows(batch_size: int, samples: int) -> int:
   """Returns the number of rows for `samples` samples: those that are decoded at once."""
   return min(batch_size, 1 << (max(1, samples) - 1).bit_length())
 
 
-def fewer_rows(rows: int, parts: int = 1) -> list[int]:
+def list_row_counts(rows: int, parts: int = 1) -> list[int]:
   """Returns the numbers of rows that `rows` can shrink to, ascending, and `rows`; all multiples of `parts`.
 
-  >>> fewer_rows(64), fewer_rows(12)
+  >>> list_row_counts(64), list_row_counts(12)
   ([8, 16, 24, 32, 48, 64], [8, 9, 12])
   """
   smallest = -(-_MIN_ROWS // parts) * parts
@@ -261,6 +261,6 @@ def fewer_rows(rows: int, parts: int = 1) -> list[int]:
   return sorted({*(n for n in sizes if n < rows), rows})
 
 
-def fitting_rows(sizes: Sequence[int], going: int) -> int:
-  """Returns the smallest of the ascending `sizes` that holds `going` samples."""
-  return sizes[bisect.bisect_left(sizes, going)]
+def choose_row_count(sizes: Sequence[int], num_running: int) -> int:
+  """Returns the smallest of the ascending `sizes` that holds `num_running` samples."""
+  return sizes[bisect.bisect_left(sizes, num_running)]

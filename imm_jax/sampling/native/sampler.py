@@ -27,7 +27,7 @@ from imm_jax.model.tokenization import decode_continuation, known_ids
 from imm_jax.sampling import Completion, Prompt, completions
 from imm_jax.sampling.native import decode, queue
 from imm_jax.sampling.native.queue import Sample
-from imm_jax.sampling.progress import Progress
+from imm_jax.sampling.token_bar import Progress
 
 # Steps between checks for stop strings and rows that are done, and updates of the progress bar.
 _STEPS = 16
@@ -109,13 +109,13 @@ class NativeSampler:
     with Progress(len(samples), max_new_tokens, label, quiet=quiet) as bar:
       for group in groups:
         of_group = {p: ids[p] for p in group}
-        for ended, going in self._run(of_group, [s for s in samples if s.prompt in of_group], static, max_new_tokens,
-                                      stop_texts, seed):
+        for ended, running_tokens in self._run(of_group, [s for s in samples if s.prompt in of_group], static,
+                                               max_new_tokens, stop_texts, seed):
           for sample, tokens in ended:
             completion = completions.completion(self.tokenizer, tokens, ends, stop_texts)
             results[sample.prompt][sample.number] = completion
             bar.end(completion.num_tokens)
-          bar.draw(going)
+          bar.draw(running_tokens)
     logging.info("%s: %d programs compiled or read from the cache, in %.1f s; sizes: %s", label,
                  len(_COMPILED) - compiled, sum(_COMPILED[compiled:]), ", ".join(sorted(self._sizes)))
     return results
@@ -139,17 +139,17 @@ class NativeSampler:
     lengths = [*map(len, suffixes.values())]
     waiting = queue.Queue(suffixes, samples, queue.pack_shape(lengths, parts=parts, cpu=cpu),
                           lambda pack: self._prefill(prefix, pack, static), parts=parts)
-    rows = queue.rows_of(self._batch_size, len(samples))
-    refill, sizes = max(1, rows // _REFILL_SHARE), queue.fewer_rows(rows, parts)
-    max_slots = queue.most_slots(max(lengths) + max_new_tokens)
-    slots = min(max_slots, queue.slots_of(1))
+    rows = queue.choose_rows(self._batch_size, len(samples))
+    refill, sizes = max(1, rows // _REFILL_SHARE), queue.list_row_counts(rows, parts)
+    max_slots = queue.compute_max_slots(max(lengths) + max_new_tokens)
+    slots = min(max_slots, queue.round_up_slots(1))
     state = self._commit(decode.init(rows, slots, max_new_tokens, static))
     active: list[Sample | None] = [None] * rows
     while True:
       while waiting and (free_rows := [i for i, sample in enumerate(active) if sample is None]):
         taken, run = waiting.take(min(len(free_rows), refill))
         # Leaves room for some steps, so that no size is compiled for only a few steps.
-        slots = max(slots, min(max_slots, queue.slots_of(int(run.pack.lengths.max()) + _STEPS)))
+        slots = max(slots, min(max_slots, queue.round_up_slots(int(run.pack.lengths.max()) + _STEPS)))
         state = decode.grow(state, slots, columns=static.kernel == "columns")
         joining = [sample for _, sample in taken]
         state = decode.insert(
@@ -159,18 +159,18 @@ class NativeSampler:
         del run  # frees its caches
         for row, sample in zip(free_rows, joining, strict=False):
           active[row] = sample
-      going = [i for i, sample in enumerate(active) if sample is not None]
-      if not going:
+      running = [i for i, sample in enumerate(active) if sample is not None]
+      if not running:
         return
-      size = len(active) if waiting else queue.fitting_rows(sizes, len(going))
+      size = len(active) if waiting else queue.choose_row_count(sizes, len(running))
       if size < len(active):
-        kept_rows = np.array([*going, *[0] * (size - len(going))])
-        state = decode.shrink(state, kept_rows, np.arange(size) >= len(going), static=static)
-        active = [active[i] for i in going] + [None] * (size - len(going))
-        going = list(range(len(going)))
-      used = int(np.asarray(state["used"])[going].max())
+        kept_rows = np.array([*running, *[0] * (size - len(running))])
+        state = decode.shrink(state, kept_rows, np.arange(size) >= len(running), static=static)
+        active = [active[i] for i in running] + [None] * (size - len(running))
+        running = list(range(len(running)))
+      used = int(np.asarray(state["used"])[running].max())
       if used >= slots:
-        slots = min(max_slots, queue.slots_of(slots + 1))
+        slots = min(max_slots, queue.round_up_slots(slots + 1))
         state = decode.grow(state, slots, columns=static.kernel == "columns")
       # Decodes until enough rows are free for others to join, or for the rows to shrink.
       smaller = sizes[sizes.index(size) - 1] if size > sizes[0] else 0
@@ -181,24 +181,24 @@ class NativeSampler:
           static=static)
       done, counts, tokens = (np.asarray(state[name]) for name in ("done", "count", "tokens"))
       ended = []
-      for i in going:
+      for i in running:
         if done[i] and tokens[i, counts[i] - 1] < 0:
           raise UserError(f"{self._folder}: the model's logits are NaN or infinite after prompt {active[i].id!r} in "
                           f"{self._dtype}; its weights are broken, or out of the range of that dtype")
         if done[i] or (stop and self._stopped(tokens[i, :counts[i]], stop)):
           ended.append((active[i], tokens[i, :counts[i]].copy()))
           active[i] = None
-      yield ended, sum(int(counts[i]) for i in going if active[i] is not None)
+      yield ended, sum(int(counts[i]) for i in running if active[i] is not None)
 
   def _prefix(self, ids: list[int], static: decode.Static, parts: int) -> Prefix:
     """Runs the common prefix of all prompts."""
-    slots = queue.slots_of(1)
+    slots = queue.round_up_slots(1)
     prefix = self._commit(decode.no_prefix(slots, static))
     if not ids:
       return prefix
-    pack = queue.pack_prompts([[ids]], queue.Shape(parts, queue.slots_of(len(ids)), 1))
+    pack = queue.pack_prompts([[ids]], queue.Shape(parts, queue.round_up_slots(len(ids)), 1))
     _, caches = self._prefill(prefix, pack, static)
-    return decode.prefix_of(caches, np.int32(len(ids)), slots=queue.prefix_slots(len(ids)), static=static)
+    return decode.take_prefix(caches, np.int32(len(ids)), slots=queue.round_up_prefix(len(ids)), static=static)
 
   def _prefill(self, prefix: Prefix, pack: queue.Pack, static: decode.Static) -> tuple[jax.Array, list[LayerCache]]:
     self._sizes.add(f"prefill {pack.tokens.shape[0]} x {pack.tokens.shape[1]} after {prefix.caches[0][0].shape[1]}")

@@ -29,9 +29,9 @@ class _Elsewhere:
 
 
 @contextlib.contextmanager
-def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, scratch: Path,
-           mesh: Callable[[], Mesh]) -> Iterator[Sampler]:
-  """See `engines`; writes vLLM's log to `scratch`. vLLM chooses its own batch size."""
+def open_sampler(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, scratch: Path,
+                 mesh: Callable[[], Mesh]) -> Iterator[Sampler]:
+  """Opens a sampler that uses vLLM; see `engines`. Writes vLLM's log to `scratch`. vLLM chooses its own batch size."""
   del batch_size
   if not distributed.is_main():
     yield _Elsewhere()
@@ -50,7 +50,7 @@ def opened(config: ml_collections.ConfigDict, model: Path, *, batch_size: int, s
     yield sampler
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check_engine(config: ml_collections.ConfigDict) -> None:
   """Raises UserError if a local server is needed but cannot be started."""
   if config.sampler.vllm.urls:
     return

@@ -22,6 +22,7 @@ from imm_jax.model import hf, sharding
 from imm_jax.model.cached import LayerCache, Prefix
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, bind
+from imm_jax.runtime import hardware
 from imm_jax.sampling.native import decode, queue
 from imm_jax.sampling.vllm.client import NEUTRAL, Generated, Server, ServerError
 
@@ -57,9 +58,9 @@ class Agreement(NamedTuple):
     return self.mean <= tolerance and self.largest <= _TOKEN_FACTOR * tolerance
 
 
-def check(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]], *, dtype: str, new_tokens: int,
-          tolerance: float = 0.0, mesh: Mesh | None = None, earlier: Mapping[Server, Path] | None = None,
-          ) -> dict[Server, list[Agreement] | ServerError]:
+def check_weights(servers: Sequence[Server], folder: Path, prompts: Sequence[list[int]], *, dtype: str, new_tokens: int,
+                  tolerance: float = 0.0, mesh: Mesh | None = None, earlier: Mapping[Server, Path] | None = None,
+                  ) -> dict[Server, list[Agreement] | ServerError]:
   """Checks that servers, and all data-parallel replicas of each, run the weights in a folder.
 
   Args:
@@ -153,7 +154,7 @@ class _Scorer:
     self._scores: dict[tuple[tuple[int, ...], ...], tuple[np.ndarray, np.ndarray]] = {}  # replicas mostly agree
     config = hf.read_config(folder)
     if mesh is None:
-      self._replicated = SingleDeviceSharding(_cpu())
+      self._replicated = SingleDeviceSharding(hardware.cpu_device())
       place = lambda path, shape: self._replicated
     else:
       decoding = sharding.decoding_mesh(mesh, config.num_kv_heads)
@@ -201,11 +202,3 @@ def _scores(logits: jax.Array, tokens: jax.Array) -> jax.Array:
   """Returns the log-probabilities of tokens [B] and of the most likely ones: [2, B]."""
   logprobs = jax.nn.log_softmax(logits)
   return jnp.stack([jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0], jnp.max(logprobs, axis=1)])
-
-
-def _cpu() -> jax.Device:
-  """Returns the CPU, or the first device if JAX has no CPU backend (JAX_PLATFORMS=cuda)."""
-  try:
-    return jax.local_devices(backend="cpu")[0]
-  except RuntimeError:
-    return jax.local_devices()[0]

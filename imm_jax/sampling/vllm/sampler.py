@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from imm_jax.errors import UserError
-from imm_jax.model import folder as checkpoint, hf
+from imm_jax.model import checkpoint_folder, hf
 from imm_jax.model.tokenization import known_ids
 from imm_jax.runtime import progress
 from imm_jax.sampling import Completion, Prompt, completions
@@ -85,9 +85,9 @@ class VllmSampler:
     # What remote servers say of their weights: the version that a reload has set, or the folder they started with.
     self._identify = remote.served_folder if restart else Server.weights
     self._expected: dict[Server, str] = {}
-    self._digest = checkpoint.digest(self._folder)
+    self._digest = checkpoint_folder.digest(self._folder)
     self._servers: list[Server] = []
-    self._out: dict[Server, str] = {}  # servers that were taken out, and why
+    self._failed: dict[Server, str] = {}  # servers that were taken out, and why
     self._local = (python, tuple(args), compute_dtype, concurrency, config) if sleep and python else None
     self._start = functools.partial(self._begin, python, urls, args, restart, timeout, start_timeout,
                                     log and Path(log))
@@ -132,7 +132,7 @@ class VllmSampler:
   def close(self) -> None:
     """Closes connections, and ends a local server or puts it to sleep."""
     for server in self._servers:
-      if not (self._local and self._checked and server not in self._out
+      if not (self._local and self._checked and server not in self._failed
               and sleeping.put_to_sleep(self._local, server, self._folder)):
         server.close()
     self._servers = []
@@ -191,14 +191,14 @@ class VllmSampler:
       if remaining:
         self._begin_once()
         if not self._usable():
-          raise UserError(no_server_message(self._out))
+          raise UserError(no_server_message(self._failed))
       self._check_versions(journal)
       if remaining and not self._checked:
         self._check(list({request.prompt: request.ids for _, request in remaining}.values()), max_new_tokens)
       dispatcher = Dispatcher(self._usable(), lambda server, item: ask(server, item[1]), remaining,
                               concurrency=self._concurrency)
-      stack.callback(lambda: self._out.update(dispatcher.out))
-      bar = stack.enter_context(progress.bar(len(prompts) * num_samples, label, "sample", initial=sum(
+      stack.callback(lambda: self._failed.update(dispatcher.out))
+      bar = stack.enter_context(progress.make_bar(len(prompts) * num_samples, label, "sample", initial=sum(
           map(len, earlier.values()))))
       tokens = sum(c.num_tokens for done in earlier.values() for c in done)
       for (i, request), generated in stack.enter_context(contextlib.closing(iter(dispatcher))):
@@ -231,8 +231,9 @@ class VllmSampler:
   def _check(self, ids: Sequence[list[int]], new_tokens: int) -> None:
     """Checks the servers' weights, once, with some of the prompts to be sampled."""
     step = -(-len(ids) // freshness.PROMPTS)
-    results = freshness.check(self._usable(), self._folder, ids[::step], dtype=self._dtype, new_tokens=new_tokens,
-                              tolerance=self._tolerance, mesh=self._mesh, earlier=self._earlier)
+    results = freshness.check_weights(self._usable(), self._folder, ids[::step], dtype=self._dtype,
+                                      new_tokens=new_tokens,
+                                      tolerance=self._tolerance, mesh=self._mesh, earlier=self._earlier)
     self._take_out({server: str(e) for server, e in results.items() if isinstance(e, ServerError)})
     self._checked = True
 
@@ -275,14 +276,14 @@ class VllmSampler:
 
   def _take_out(self, failed: dict[Server, str]) -> None:
     """Takes out servers that failed; raises UserError when none is left."""
-    self._out |= failed
+    self._failed |= failed
     if not self._usable():
-      raise UserError(no_server_message(self._out))
+      raise UserError(no_server_message(self._failed))
     for server, reason in failed.items():
       print(f"warning: server {server} is not used in this round ({reason})", file=sys.stderr)
 
   def _usable(self) -> list[Server]:
-    return [server for server in self._servers if server not in self._out]
+    return [server for server in self._servers if server not in self._failed]
 
   def _header(self, settings: dict[str, Any], prompts: Sequence[Prompt]) -> dict[str, Any]:
     questions = hashlib.sha256(json.dumps([tuple(p) for p in prompts]).encode()).hexdigest()

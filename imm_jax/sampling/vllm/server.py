@@ -146,7 +146,7 @@ class SpawnedServer(Server):
       UserError: when it ends first, or takes longer than `timeout` seconds.
     """
     begin = time.monotonic()
-    with progress.bar(None, "vLLM starts", "s", bar_format="{desc}: {n:.0f} s {postfix}") as bar:
+    with progress.make_bar(None, "vLLM starts", "s", bar_format="{desc}: {n:.0f} s {postfix}") as bar:
       while True:
         try:
           self.check_health()

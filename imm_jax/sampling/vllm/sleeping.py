@@ -17,8 +17,8 @@ _TIMEOUT_S = 120.0
 _asleep: dict[Hashable, tuple[SpawnedServer, Path]] = {}
 
 
-def put_to_sleep(how: Hashable, server: SpawnedServer, folder: Path) -> bool:
-  """Puts a server to sleep for the next `wake` with the same `how`; returns whether it sleeps."""
+def put_to_sleep(launch_key: Hashable, server: SpawnedServer, folder: Path) -> bool:
+  """Puts a server to sleep for the next `wake` with the same `launch_key`; returns whether it sleeps."""
   try:
     server.sleep(timeout=_TIMEOUT_S)
   except (ServerError, UserError) as e:
@@ -27,15 +27,15 @@ def put_to_sleep(how: Hashable, server: SpawnedServer, folder: Path) -> bool:
   try:
     end_all()
   finally:
-    _asleep[how] = server, folder
+    _asleep[launch_key] = server, folder
   return True
 
 
-def wake(how: Hashable, folder: Path, version: str, *, timeout: float) -> tuple[SpawnedServer, Path] | None:
-  """Wakes the server that was started like this, with the weights in `folder`; ends one that was started otherwise.
+def wake(launch_key: Hashable, folder: Path, version: str, *, timeout: float) -> tuple[SpawnedServer, Path] | None:
+  """Wakes the sleeping server with this launch key, with the weights in `folder`; ends one that was started otherwise.
 
   Args:
-    how: as given to `put_to_sleep`.
+    launch_key: as given to `put_to_sleep`.
     folder: checkpoint of the same shape as the one before.
     version: name of its weights.
     timeout: seconds that each step may take.
@@ -43,8 +43,8 @@ def wake(how: Hashable, folder: Path, version: str, *, timeout: float) -> tuple[
   Returns:
     The server and the checkpoint that it had before, or None where a new server must be started.
   """
-  end_all(but=how)
-  server, before = _asleep.pop(how, (None, None))
+  end_all(but=launch_key)
+  server, before = _asleep.pop(launch_key, (None, None))
   if server:
     try:
       server.wake(str(folder.resolve()), version, timeout=timeout)
@@ -58,9 +58,9 @@ def wake(how: Hashable, folder: Path, version: str, *, timeout: float) -> tuple[
 def end_all(*, but: Hashable = None) -> None:
   """Ends every server that sleeps, but for the one that was started like this; then raises the first error, if any."""
   failed: list[BaseException] = []
-  for how in [how for how in _asleep if how != but]:
+  for launch_key in [launch_key for launch_key in _asleep if launch_key != but]:
     try:
-      _asleep.pop(how)[0].close()
+      _asleep.pop(launch_key)[0].close()
     except BaseException as e:  # the others hold memory, too
       failed.append(e)
   if failed:

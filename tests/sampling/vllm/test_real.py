@@ -25,7 +25,7 @@ import pytest
 from configs import tiny
 from imm_jax import loop
 from imm_jax.errors import UserError
-from imm_jax.model import folder as checkpoint, hf, hub
+from imm_jax.model import checkpoint_folder, hf, hub
 from imm_jax.sampling import Completion, Prompt
 from imm_jax.sampling.native import NativeSampler
 from imm_jax.sampling.vllm import VllmSampler, check as vllm_check, freshness, supervisor
@@ -63,7 +63,7 @@ def _model(folder: Path, noise: float) -> Path:
   params = jax.tree.map(
       lambda x: np.asarray(x) + noise * np.std(x) * rng.standard_normal(x.shape).astype(np.float32), params)
   hf.save({**params, "lm_head": {"weight": params["embed_tokens"]["weight"]}}, folder)
-  checkpoint.copy_side_files(TINY, folder)
+  checkpoint_folder.copy_side_files(TINY, folder)
   config = {**json.loads((TINY / "config.json").read_text()), "tie_word_embeddings": False, "dtype": "float32"}
   (folder / "config.json").write_text(json.dumps(config))
   return folder
@@ -176,7 +176,7 @@ def test_log_probabilities_agree(servers: list[SpawnedServer], models: list[Path
   """They do so to a tenth of the tolerance."""
   with _on(servers, models[0]) as sampler:
     ids = [sampler.tokenizer(p.text)["input_ids"] for p in PROMPTS[:freshness.PROMPTS]]
-    result = freshness.check(sampler._servers, models[0], ids, dtype="float32", new_tokens=freshness.TOKENS)
+    result = freshness.check_weights(sampler._servers, models[0], ids, dtype="float32", new_tokens=freshness.TOKENS)
   assert len(result) == 2
   assert [server.count_replicas(ids[0]) for server in servers] == [1, 1]
   for agreement, in result.values():
@@ -213,7 +213,7 @@ def test_killed_server_loses_no_question(
   assert rows == native[1] * 8
   assert at[0] < len(asked)
   servers[0]._process.wait(60)  # the process that watches over the others
-  assert [str(s) for s in sampler._out] == [servers[0].url]
+  assert [str(s) for s in sampler._failed] == [servers[0].url]
   numbers = [json.loads(line)[0] for line in journal.read_text().splitlines()[1:]]
   assert sorted(numbers) == list(range(len(asked)))
 
@@ -233,12 +233,12 @@ def _check_run(config: ml_collections.ConfigDict, root: Path) -> None:
   for t in range(2):
     rows = [json.loads(line) for line in (root / f"round_{t}/samples.jsonl").read_text().splitlines()]
     assert sorted((r["id"], r["sample"]) for r in rows) == sorted(
-        (e.id, s) for e in questions.of_round(config, t).asked for s in range(3))
+        (e.id, s) for e in questions.load_round(config, t).round_questions for s in range(3))
     assert len({r["text"] for r in rows}) > 100
   base = hub.resolve(config.model)
   for model, scores in [(base, root / "base/eval"), *(
       (root / f"round_{t}/{kind}", root / f"round_{t}/eval/{kind}") for t in range(2) for kind in ("sft", "merged"))]:
-    for task, examples in questions.of_tests(config).items():
+    for task, examples in questions.load_tests(config).items():
       rows = [json.loads(line) for line in (scores / f"{task}.jsonl").read_text().splitlines()]
       asked = [Prompt(e.id, prompts.build_prompt(e.question)) for e in examples]
       native = NativeSampler(model, compute_dtype="float32", batch_size=24)

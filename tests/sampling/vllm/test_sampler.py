@@ -162,7 +162,7 @@ def test_unknown_ids_are_drawn_again(fake: FakeVllm, tmp_path: Path) -> None:
   _, params = hf.load(TINY, dtype=jnp.float32)
   weight = np.asarray(params["embed_tokens"]["weight"])
   hf.save({**params, "embed_tokens": {"weight": np.concatenate([weight, 0 * weight[:32]])}}, tmp_path / "padded")
-  checkpoint.copy_side_files(TINY, tmp_path / "padded")
+  checkpoint_folder.copy_side_files(TINY, tmp_path / "padded")
   config = {**json.loads((TINY / "config.json").read_text()), "vocab_size": 600, "dtype": "float32"}
   (tmp_path / "padded" / "config.json").write_text(json.dumps(config))
   with pytest.raises(UserError, match="a model of another shape"):

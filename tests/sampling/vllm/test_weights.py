@@ -24,7 +24,7 @@ def test_a_reload_leaves_no_old_keys_and_values(fake: FakeVllm, other: FakeVllm)
       assert server.steps == ["/pause", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version",
                               "/weight_info", "/resume"]
       assert server.folder == str(TINY.resolve())
-      assert server.version == checkpoint.digest(TINY)
+      assert server.version == checkpoint_folder.digest(TINY)
 
 
 def test_a_server_that_cannot_reload_is_not_used(

@@ -11,14 +11,14 @@ import ml_collections
 from imm_jax import config_files, tasks
 from imm_jax.errors import UserError, suggest
 from imm_jax.merging import quantise_drop_rate
-from imm_jax.methods import METHODS, merging_methods, method_of, samples_answers
+from imm_jax.methods import METHODS, get_method, list_merging_methods, samples_answers
 from imm_jax.model import attention
 from imm_jax.model.decode_kernels import KERNELS
 from imm_jax.model.decoder import REMAT
 from imm_jax.runs import metrics
 from imm_jax.sampling.engines import ENGINES
 from imm_jax.sampling.vllm.client import Server
-from imm_jax.stages import lm_eval_tasks, merge_options, questions
+from imm_jax.stages import lm_eval_tasks, merge_settings, questions
 from imm_jax.tasks import prompts, protocols, sources
 from imm_jax.training import interventions, throughput
 
@@ -79,10 +79,10 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
   if not all(isinstance(s, str) and s for s in config.sample.stop):
     raise UserError(f"config.sample.stop={config.sample.stop}: expected strings that are not empty")
   _validate_temperatures(config)
-  if method_of(config).lora and config.sft.intervention == "weight_masking":
+  if get_method(config).lora and config.sft.intervention == "weight_masking":
     raise UserError(f"config.sft.intervention=weight_masking: masks weights, and method={config.method} trains "
                     "adapters of them; expected none, gradient_decay or gradient_clipping")
-  if method_of(config).lora and config.sft.export != "model":
+  if get_method(config).lora and config.sft.export != "model":
     raise UserError(f"config.sft.export={config.sft.export}: method={config.method} merges its adapters in the model's "
                     "own dtype; expected model")
   if not all(isinstance(k, int) and k >= 1 for k in config.eval.pass_at_k):
@@ -90,7 +90,7 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
   require(config, "eval.few_shot", lambda v: -1 <= v < 2**31, "expected 0 or more, or -1 for the protocol's own number")
   require(config, "eval.max_new_tokens", lambda v: v == -1 or 1 <= v < 2**31, "expected 1 or more, or -1 for what the "
           "protocol allows")
-  if config.eval.shots_file and not questions.shown_in_evaluation(config):
+  if config.eval.shots_file and not questions.count_eval_shots(config):
     raise UserError(f"config.eval.shots_file={config.eval.shots_file}: eval.protocol={config.eval.protocol} shows no "
                     "worked examples; give config.eval.few_shot=N, or another eval.protocol")
   if config.eval.num_samples and config.eval.pass_at_k and min(config.eval.pass_at_k) > config.eval.num_samples:
@@ -183,10 +183,10 @@ def _validate_merge(config: ml_collections.ConfigDict) -> None:
   for key, values in (("sweep", merge.sweep), ("auto.weights", merge.auto.weights)):
     if not all(map(_is_weight, values)) or len({f"{value:g}" for value in values}) < len(values):
       raise UserError(f"config.merge.{key}={values}: expected different numbers from 0 to 1")
-  if not method_of(config).merge and (merge.sweep or merge.base_weight == "auto"):
+  if not get_method(config).merge and (merge.sweep or merge.base_weight == "auto"):
     raise UserError(f"config.method={config.method} merges nothing: merge.sweep and merge.base_weight=auto are for "
-                    f"{' and '.join(merging_methods())}")
-  merge_options.check(config)
+                    f"{' and '.join(list_merging_methods())}")
+  merge_settings.check_merge_options(config)
   if merge.base_weight == "auto" and not (merge.auto.weights and merge.auto.general):
     raise UserError("config.merge.base_weight=auto needs one or more of merge.auto.weights and of merge.auto.general")
 
@@ -216,13 +216,13 @@ def _validate_tasks(config: ml_collections.ConfigDict, trains: bool) -> None:
   if name == "custom" and not config.task.source:
     raise UserError("config.task.name=custom needs config.task.source=file:PATH (or hf:ID, tfds:NAME)")
   for key, entry in (("task.name", config.task.name), *(("task.ood", e) for e in config.task.ood)):
-    if key == "task.name" or questions.measure_of(config, str(entry)) != "lm_eval":
-      _check_name(key, questions.name_of(str(entry)), tasks.JUDGED)
+    if key == "task.name" or questions.get_measure(config, str(entry)) != "lm_eval":
+      _check_name(key, questions.get_task_name(str(entry)), tasks.JUDGED)
   _validate_measures(config)
   trained = [("task.name", config.task.name)] if trains else []
   if trains and config.merge.base_weight == "auto":
-    names = [questions.name_of(entry) for entry in config.merge.auto.general]
-    if any(questions.measure_of(config, entry) == "lm_eval" for entry in config.merge.auto.general):
+    names = [questions.get_task_name(entry) for entry in config.merge.auto.general]
+    if any(questions.get_measure(config, entry) == "lm_eval" for entry in config.merge.auto.general):
       raise UserError(f"config.merge.auto.general={config.merge.auto.general}: a task of lm_eval has no train split "
                       "that can be held out here; expected tasks of this package")
     if config.task.name in names or len(set(names)) < len(names):
@@ -230,8 +230,8 @@ def _validate_tasks(config: ml_collections.ConfigDict, trains: bool) -> None:
                       "in-domain one")
     trained += [("merge.auto.general", e) for e in config.merge.auto.general]
   for key, entry in trained:
-    _check_name(key, questions.name_of(str(entry)), [name for name in tasks.JUDGED if "train" in tasks.splits(name)],
-                "has no train split; ")
+    _check_name(key, questions.get_task_name(str(entry)),
+                [name for name in tasks.JUDGED if "train" in tasks.splits(name)], "has no train split; ")
   for key, entry in (("task.source", f"{config.task.name}={config.task.source}"),
                      *(("task.ood", e) for e in config.task.ood)):
     name, _, source = entry.partition("=")
@@ -244,7 +244,7 @@ def _validate_tasks(config: ml_collections.ConfigDict, trains: bool) -> None:
         raise UserError(f"config.{key}: {e}") from e
   if config.task.name != "custom" and any(config.task.fields.values()):
     raise UserError(f"config.task.fields: is for task custom; {config.task.name} has its own")
-  ood = [questions.name_of(entry) for entry in config.task.ood]
+  ood = [questions.get_task_name(entry) for entry in config.task.ood]
   if config.task.name in ood:
     raise UserError(f"config.task.ood has {config.task.name!r}, which is the in-domain task")
   if len(set(ood)) < len(ood):
@@ -257,7 +257,7 @@ def _validate_measures(config: ml_collections.ConfigDict) -> None:
   """Checks what is measured without sampled answers: options, texts and lm_eval's tasks."""
   for name in config.eval.by_likelihood:
     _check_name("eval.by_likelihood", name, [n for n in tasks.JUDGED if tasks.has_choices(n)])
-    if name not in (config.task.name, *map(questions.name_of, config.task.ood)):
+    if name not in (config.task.name, *map(questions.get_task_name, config.task.ood)):
       raise UserError(f"config.eval.by_likelihood has {name!r}, which is neither task.name nor in task.ood")
   names = [entry.partition("=")[0] for entry in config.eval.texts]
   for name, entry in zip(names, config.eval.texts, strict=True):
@@ -269,10 +269,10 @@ def _validate_measures(config: ml_collections.ConfigDict) -> None:
         sources.validate(entry.partition("=")[2])
       except UserError as e:
         raise UserError(f"config.eval.texts: {e}") from e
-  if len(set(names)) < len(names) or {*names} & {*map(questions.name_of, config.task.ood), config.task.name}:
+  if len(set(names)) < len(names) or {*names} & {*map(questions.get_task_name, config.task.ood), config.task.name}:
     raise UserError(f"config.eval.texts={config.eval.texts} names a text twice, or as a task is named")
   require(config, "eval.lm_eval.few_shot", lambda v: -1 <= v < 2**31, "expected 0 or more, or -1 for the task's own")
-  lm_eval_tasks.check(config)
+  lm_eval_tasks.check_lm_eval_tasks(config)
 
 
 def _check_name(key: str, name: str, allowed: Sequence[str], explanation: str = "") -> None:
@@ -286,21 +286,22 @@ def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloa
   """Loads the questions, so that errors in them are reported before any computation."""
   is_loaded = lambda *entries: downloads or not any(questions.is_remote(config, entry) for entry in entries)
   checks: list[tuple[str, Callable[[], object], tuple[str, ...]]] = [
-      (f"task.eval_questions={config.task.eval_questions}", lambda: questions.of_tests(config),
-       questions.own(config))]
+      (f"task.eval_questions={config.task.eval_questions}", lambda: questions.load_tests(config),
+       questions.list_own_entries(config))]
   if downloads or not questions.has_remote_texts(config):
-    checks.append((f"eval.texts={config.eval.texts}", lambda: questions.texts_of(config), ()))
+    checks.append((f"eval.texts={config.eval.texts}", lambda: questions.load_passages(config), ()))
   if trains:
     checks.append((f"task.questions_per_round={config.task.questions_per_round} in {config.rounds} rounds",
-                   lambda: questions.of_round(config, config.rounds - 1), (config.task.name,)))
+                   lambda: questions.load_round(config, config.rounds - 1), (config.task.name,)))
   if trains and config.merge.base_weight == "auto":
     auto = config.merge.auto
-    checks += [(f"merge.auto.questions={auto.questions}", lambda entry=entry: questions.general(config, entry),
+    checks += [(f"merge.auto.questions={auto.questions}",
+                lambda entry=entry: questions.load_general_questions(config, entry),
                 (entry, config.task.name)) for entry in auto.general]
   if trains and config.prompt.few_shot and samples_answers(config):
     checks.append((f"prompt.few_shot={config.prompt.few_shot}", lambda: _check_shots(config), (config.task.name,)))
-  checks += [(f"eval.protocol={config.eval.protocol}", lambda entry=entry: questions.shots_of(config, entry),
-              (entry, config.task.name)) for entry in questions.own(config)]
+  checks += [(f"eval.protocol={config.eval.protocol}", lambda entry=entry: questions.load_shots(config, entry),
+              (entry, config.task.name)) for entry in questions.list_own_entries(config)]
   for setting, check, entries in checks:
     if is_loaded(*entries):
       try:
@@ -314,15 +315,15 @@ def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloa
     # Each round needs worked answers, unless it also trains on those of earlier rounds.
     needs_own = not samples_answers(config) or config.data.real_fraction
     for t in range(config.rounds if needs_own else 1):
-      asked = questions.of_round(config, t).asked
-      if not any(e.rationale for e in asked):
+      round_questions = questions.load_round(config, t).round_questions
+      if not any(e.rationale for e in round_questions):
         raise UserError(f"config.task.name={config.task.name}: has no worked answers, which method=real, "
                         f"data.real_fraction and data.with_real train on: {_describe_worked(config)}, and none "
-                        f"of the {len(asked)} of round {t}")
+                        f"of the {len(round_questions)} of round {t}")
 
 
 def _check_shots(config: ml_collections.ConfigDict) -> None:
-  if len(questions.of_round(config, 0).shots) < config.prompt.few_shot:
+  if len(questions.load_round(config, 0).shots) < config.prompt.few_shot:
     raise ValueError(f"{config.task.name} has no worked answers to show, or too few: {_describe_worked(config)}; name "
                      "their field in task.fields.rationale, or lower prompt.few_shot (0 for none)")
 

@@ -13,7 +13,7 @@ class Progress:
   def __init__(self, samples: int, max_tokens: int, label: str, *, quiet: bool = False):
     """Shows a bar for samples of at most `max_tokens` tokens each."""
     self._samples, self._max_tokens, self._ended, self._tokens = samples, max_tokens, 0, 0
-    self._bar = progress.bar(None, label, "token", quiet=quiet)
+    self._bar = progress.make_bar(None, label, "token", quiet=quiet)
     self.draw(0)
 
   def __enter__(self) -> "Progress":
@@ -27,9 +27,9 @@ class Progress:
     self._ended += 1
     self._tokens += tokens
 
-  def draw(self, going: int) -> None:
-    """Updates the bar; `going` is the number of tokens of samples that have not ended."""
-    total = self._tokens + going
+  def draw(self, running_tokens: int) -> None:
+    """Updates the bar; `running_tokens` is the number of tokens of samples that have not ended."""
+    total = self._tokens + running_tokens
     self._bar.total = max(total, expected(self._samples, self._max_tokens, self._ended, total))
     self._bar.set_postfix(samples=f"{self._ended}/{self._samples}", refresh=False)
     # The count can decrease when a text is cut at a stop string.

@@ -1,7 +1,6 @@
 """Analyses of a round or of checkpoints: layer importance, weight change by layer, and diversity of samples."""
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +16,14 @@ from imm_jax.model import hf
 from imm_jax.model.decoder import Params
 from imm_jax.model.tokenization import check_ids
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.runs.run import Model, Run, Stage
+from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed
-from imm_jax.stages import devices, questions, tuning
+from imm_jax.stages import devices, fine_tune, questions
 from imm_jax.tasks import sources, texts
 from imm_jax.training.packing import TokenizedExample
 
-_SAMPLE = {"id": str, "question": str, "text": str, "span": str, "kind": str}
+# The fields of a sample that its diversity needs.
+_DIVERSITY_FIELDS = {"id": str, "question": str, "text": str, "span": str, "kind": str}
 Json = dict[str, Any]
 
 
@@ -47,44 +47,45 @@ class Round(NamedTuple):
   merges: bool
 
 
-def stage(run: Run, start: Model, sampler: Model | None, round_: int) -> Stage:
-  """Builds the stage that analyses a round, given its initial model and, if any, the model that sampled."""
+def build_stage(run: Run, start: Checkpoint, sampler: Checkpoint | None, round_: int) -> Stage:
+  """Builds the stage that analyzes a round, given its initial model and, if any, the model that sampled."""
   here, merge = f"round_{round_}", run.merge_method
-  inputs = [run.base.stage, start.stage, f"{here}/train.jsonl", f"{here}/sft"]
-  inputs += [f"{here}/merged"] * bool(merge) + [f"{here}/importance.json"] * (merge == "iimm")
-  inputs += [sampler.stage, f"{here}/samples.jsonl"] if sampler else []
-  inputs_ = Round(round_, run.root / here, run.base.folder, start.folder, sampler and sampler.folder, bool(merge))
+  needs = [run.base.stage, start.stage, f"{here}/train.jsonl", f"{here}/sft"]
+  needs += [f"{here}/merged"] * bool(merge) + [f"{here}/importance.json"] * (merge == "iimm")
+  needs += [sampler.stage, f"{here}/samples.jsonl"] if sampler else []
+  round_inputs = Round(round_, run.root / here, run.base.folder, start.folder, sampler and sampler.folder, bool(merge))
   count = run.config.analysis.examples
-  return Stage(f"{here}/analysis.json", tuple(inputs),
-               run.settings(*questions.settings_of_round(run.config), "sft") | {"analysis": {"examples": count}},
+  return Stage(f"{here}/analysis.json", tuple(needs),
+               run.settings(*questions.list_round_keys(run.config), "sft") | {"analysis": {"examples": count}},
                "weight change by layer" + (f"; importance and entropy on {count} answers" if count else ""),
-               lambda out, _: devices.call(run.config, analyse, run.config, inputs_, out), everywhere=True)
+               lambda out, _: devices.call(run.config, analyze_round, run.config, round_inputs, out), everywhere=True)
 
 
-def importance_stage(run: Run, model: Model, train: str, name: str) -> Stage:
+def build_importance_stage(run: Run, model: Checkpoint, train: str, name: str) -> Stage:
   """Builds the stage that measures a model's layer importance on the training data of a round."""
   return Stage(name, (model.stage, train), run.settings("seed", "prompt", "sft"),
                "of each layer of the start, on train.jsonl (eq. 3)",
-               lambda out, _: devices.call(run.config, importance, run.config, model.folder, run.root / train, out),
+               lambda out,
+               _: devices.call(run.config, write_importance, run.config, model.folder, run.root / train, out),
                everywhere=True)
 
 
-def importance(config: ml_collections.ConfigDict, model: Path, train: Path, out: Path) -> dict[str, Any]:
+def write_importance(config: ml_collections.ConfigDict, model: Path, train: Path, out: Path) -> dict[str, Any]:
   """Writes importance.json: eq. 3 for the model on all of train.jsonl, by layer and by module."""
-  examples = list(map(tuning.encoder(config, model), tuning.read_train(train)))
+  examples = list(map(fine_tune.make_encoder(config, model), fine_tune.read_train(train)))
   if examples:
-    data = tuning.pack(config, model, examples, source=train, epochs=1, seed=config.seed)
-    scores = _scores(data, tuning.load_params(config, model), order=1, label="importance")
+    data = fine_tune.pack(config, model, examples, source=train, epochs=1, seed=config.seed)
+    scores = _compute_scores(data, fine_tune.load_params(config, model), order=1, label="importance")
   else:  # data.skip_empty: without data all layers count the same
     equal = [1.0] * hf.read_config(model).num_layers
     scores = {"examples": 0, "dropped_long": 0, "order": 1, "layers": equal, "modules": dict.fromkeys(MODULES, equal)}
   if distributed.is_main():
-    files.write_text(out, json.dumps(scores, indent=1) + "\n")
+    files.write_json(out, scores)
   return {"examples": scores["examples"], "most_important": int(np.argmax(scores["layers"]))}
 
 
-def importances(config: ml_collections.ConfigDict, model: Path, entries: Sequence[str], order: int = 1,
-                ) -> dict[str, Json]:
+def measure_importance(config: ml_collections.ConfigDict, model: Path, entries: Sequence[str], order: int = 1,
+                       ) -> dict[str, Json]:
   """Measures a model's layer importance on `config.analysis.examples` examples of each task or corpus.
 
   Args:
@@ -101,14 +102,14 @@ def importances(config: ml_collections.ConfigDict, model: Path, entries: Sequenc
     UserError: for an unknown name, or a task without worked answers to train on.
   """
   # All data are read before anything is computed, so that errors come early.
-  data = {entry: tuning.pack(config, model, examples_of(config, model, entry), source=entry, epochs=1, seed=config.seed)
-          for entry in entries}
-  params = tuning.load_params(config, model)
-  return {entry: _scores(packed, params, order=order, label=f"importance on {entry}")
+  data = {entry: fine_tune.pack(config, model, load_examples(config, model, entry), source=entry, epochs=1,
+                                seed=config.seed) for entry in entries}
+  params = fine_tune.load_params(config, model)
+  return {entry: _compute_scores(packed, params, order=order, label=f"importance on {entry}")
           for entry, packed in data.items()}
 
 
-def analyse(config: ml_collections.ConfigDict, round_: Round, out: Path) -> dict[str, Any]:
+def analyze_round(config: ml_collections.ConfigDict, round_: Round, out: Path) -> dict[str, Any]:
   """Writes analysis.json of a round and returns its main figures.
 
   The file has `importance` of the round's initial model on answers of train.jsonl; `weight_change` of `sft` relative to
@@ -122,12 +123,12 @@ def analyse(config: ml_collections.ConfigDict, round_: Round, out: Path) -> dict
   def params(model: Path) -> Params:
     if model not in cache:
       cache.clear()
-      cache[model] = tuning.load_params(config, model)
+      cache[model] = fine_tune.load_params(config, model)
     return cache[model]
 
-  scores = _importance(config, round_, rng, params)
-  rows = files.read_jsonl(round_.folder / "samples.jsonl", _SAMPLE) if round_.sampler else []
-  entropy = _entropy(config, round_, rows, rng, params)
+  scores = _measure_round_importance(config, round_, rng, params)
+  rows = files.read_jsonl(round_.folder / "samples.jsonl", _DIVERSITY_FIELDS) if round_.sampler else []
+  entropy = _measure_entropy(config, round_, rows, rng, params)
   cache.clear()
   if not distributed.is_main():
     return {}
@@ -137,13 +138,13 @@ def analyse(config: ml_collections.ConfigDict, round_: Round, out: Path) -> dict
   rank = spearman(scores["layers"], change["sft"]["layers"]) if scores else None
   sampled = diversity.measure_diversity(rows)._asdict() | {"token_entropy": entropy} if rows else None
   analysis = {"importance": scores, "weight_change": change, "spearman": rank, "diversity": sampled}
-  files.write_text(out, json.dumps(analysis, indent=1, allow_nan=False) + "\n")
+  files.write_json(out, analysis, allow_nan=False)
   facts = {"spearman": rank} | {k: (sampled or {}).get(k) for k in ("distinct_answers", "token_entropy")}
   return {name: round(value, 6) for name, value in facts.items() if value is not None}
 
 
-def _importance(config: ml_collections.ConfigDict, round_: Round, rng: np.random.Generator,
-                params: Callable[[Path], Params]) -> Json | None:
+def _measure_round_importance(config: ml_collections.ConfigDict, round_: Round, rng: np.random.Generator,
+                              params: Callable[[Path], Params]) -> Json | None:
   if (round_.folder / "importance.json").exists():
     return files.read_json(round_.folder / "importance.json")
   if not config.analysis.examples:
@@ -151,26 +152,27 @@ def _importance(config: ml_collections.ConfigDict, round_: Round, rng: np.random
   train = round_.folder / "train.jsonl"
   if not train.stat().st_size:
     return None
-  examples = _draw(tuning.read_train(train), config.analysis.examples, rng, tuning.encoder(config, round_.start),
+  examples = _draw(fine_tune.read_train(train), config.analysis.examples, rng,
+                   fine_tune.make_encoder(config, round_.start),
                    lambda e: len(e.prompt) + len(e.response) <= config.sft.row_length)
-  data = tuning.pack(config, round_.start, examples, source=train, epochs=1, seed=config.seed, quiet=True)
-  return _scores(data, params(round_.start), order=1, label=f"round {round_.number}: importance")
+  data = fine_tune.pack(config, round_.start, examples, source=train, epochs=1, seed=config.seed, quiet=True)
+  return _compute_scores(data, params(round_.start), order=1, label=f"round {round_.number}: importance")
 
 
-def _entropy(config: ml_collections.ConfigDict, round_: Round, rows: Sequence[Json], rng: np.random.Generator,
-             params: Callable[[Path], Params]) -> float | None:
+def _measure_entropy(config: ml_collections.ConfigDict, round_: Round, rows: Sequence[Json], rng: np.random.Generator,
+                     params: Callable[[Path], Params]) -> float | None:
   """Measures the token entropy of the samples' texts, without end tokens, under their own model and prompts."""
   if not (rows and config.analysis.examples):
     return None
   model = round_.sampler
-  encode = tuning.encoder(config, model, shots=questions.of_round(config, round_.number).shots, ends=False)
+  encode = fine_tune.make_encoder(config, model, shots=questions.load_round(config, round_.number).shots, ends=False)
   examples = _draw([{**row, "response": row["text"]} for row in rows], config.analysis.examples, rng, encode,
                    lambda e: bool(e.response))
   if not examples:
     return None
   # Prompts have worked examples here, and are longer than in training.
-  data = tuning.pack(config, model, examples, source="samples", epochs=1, seed=config.seed, quiet=True,
-                     row_length=tuning.row_for(config, examples))
+  data = fine_tune.pack(config, model, examples, source="samples", epochs=1, seed=config.seed, quiet=True,
+                        row_length=fine_tune.choose_row_length(config, examples))
   options = {name: value for name, value in data.options.items() if name != "remat"}  # there is no backward pass
   return diversity.token_entropy(data.model, params(model), data.batches, label=f"round {round_.number}: entropy",
                                  **options)
@@ -183,7 +185,7 @@ def _draw(rows: Sequence[Json], count: int, rng: np.random.Generator, encode: Ca
   return list(itertools.islice(filter(fits, drawn), count))
 
 
-def _scores(data: tuning.Data, params: Params, *, order: int, label: str) -> Json:
+def _compute_scores(data: fine_tune.Data, params: Params, *, order: int, label: str) -> Json:
   """Computes layer importance in the form of importance.json."""
   options = {**data.options, "label": label}
   if order == 1:
@@ -196,7 +198,7 @@ def _scores(data: tuning.Data, params: Params, *, order: int, label: str) -> Jso
 
 
 def check_entry(entry: str) -> None:
-  """Raises UserError unless an entry is valid for `importances`."""
+  """Raises UserError unless an entry is valid for `measure_importance`."""
   name, _, source = entry.partition("=")
   known = [*tasks.NAMES, *texts.CORPORA, "text"]
   if name not in known:
@@ -209,11 +211,11 @@ def check_entry(entry: str) -> None:
     sources.validate(source)
 
 
-def examples_of(config: ml_collections.ConfigDict, model: Path, entry: str) -> list[TokenizedExample]:
-  """Loads the examples of an entry of `importances`: worked answers, or passages truncated to the length of a row.
+def load_examples(config: ml_collections.ConfigDict, model: Path, entry: str) -> list[TokenizedExample]:
+  """Loads the examples of an entry of `measure_importance`: worked answers, or passages cut to the length of a row.
 
   Raises:
-    UserError: as `importances` does.
+    UserError: as `measure_importance` does.
   """
   check_entry(entry)
   (name, _, source), count = entry.partition("="), config.analysis.examples
@@ -228,12 +230,12 @@ def examples_of(config: ml_collections.ConfigDict, model: Path, entry: str) -> l
                       f"config.sft.row_length={length}); give more text")
     return cut
   try:
-    examples = questions.load(config, entry, split="train", count=count if tasks.is_generated(name) else None)
+    examples = questions.load_questions(config, entry, split="train", count=count if tasks.is_generated(name) else None)
   except ValueError as e:
     raise UserError(f"task {entry}, config.analysis.examples={count}: {e}") from e
   worked = [e for e in examples if e.rationale][:count]
   if not worked:
     raise UserError(f"task {entry}: none of its {len(examples)} answers is worked out, as importance is measured on "
                     "them; give a source whose answers are")
-  encode = tuning.encoder(config, model)
+  encode = fine_tune.make_encoder(config, model)
   return [encode({"question": e.question, "response": e.rationale}) for e in worked]

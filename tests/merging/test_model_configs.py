@@ -10,7 +10,7 @@ import pytest
 
 from imm_jax import errors, merging
 from imm_jax.errors import UserError
-from imm_jax.merging.configs import require_compatible
+from imm_jax.merging.model_configs import require_compatible
 from tests.merge_folders import read
 from tests.merging.recipe_models import merged, save, source
 

@@ -1,6 +1,5 @@
 """The files of HF checkpoint folders: weights in one safetensors file or in shards with an index, and side files."""
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -39,8 +38,8 @@ _UNSUPPORTED = {
     r"[^/]*\.gguf": "weights in GGUF ({}), which are not read; take the model in safetensors that they were made from",
     r"pytorch_model[^/]*\.bin(\.index\.json)?|consolidated[^/]*\.pth": "a pickle checkpoint ({}), which is not read; "
     "save it again with save_pretrained(..., safe_serialization=True), and take that folder"}
-# Names of files and tensors that quantisation tools write.
-_QUANTISED_NAMES = re.compile(r"(quantize|quant|hf_quant)_config\.json|.*\.(qweight|weight_packed|weight\.absmax)")
+# Names of files and tensors that quantization tools write.
+_QUANTIZED_NAMES = re.compile(r"(quantize|quant|hf_quant)_config\.json|.*\.(qweight|weight_packed|weight\.absmax)")
 # Embeddings in other families, such as GPT-2's wte, which are not stored under the head's name alone.
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|\w*embeddings?|shared)\.weight$")
 # (name, dtype, shape, ...) of a tensor to be written.
@@ -99,9 +98,9 @@ def unread_weights(names: Iterable[str]) -> str:
                if re.fullmatch(pattern, name)), "")
 
 
-def refuse_quantised(where: str, names: Iterable[str]) -> None:
-  """Raises UserError if the name of a file or tensor shows that weights are quantised, as config.json may not."""
-  if match := next(filter(_QUANTISED_NAMES.fullmatch, names), None):
+def refuse_quantized(where: str, names: Iterable[str]) -> None:
+  """Raises UserError if the name of a file or tensor shows that weights are quantized, as config.json may not."""
+  if match := next(filter(_QUANTIZED_NAMES.fullmatch, names), None):
     raise UserError(f"{where}: {match} says that its weights are quantised, and such are not read; take the "
                     "unquantised model that they were made from")
 
@@ -182,7 +181,7 @@ def write_index(folder: Path, shards: Sequence[tuple[str, Sequence[tuple]]]) -> 
   if len(shards) > 1:
     total = sum(int(np.prod(e[2])) * np.dtype(e[1]).itemsize for _, shard in shards for e in shard)
     index = {"metadata": {"total_size": total}, "weight_map": {e[0]: file for file, shard in shards for e in shard}}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    files.write_json(folder / INDEX, index, indent=2)
 
 
 def copy_side_files(source: Path, target: Path, names: Iterable[str] | None = None) -> None:

@@ -9,26 +9,28 @@ import numpy as np
 
 from imm_jax import files
 from imm_jax.errors import UserError
-from imm_jax.methods import method_of
+from imm_jax.methods import get_method
 from imm_jax.runs.run import Run, Stage
-from imm_jax.stages import questions, sampling
+from imm_jax.stages import questions, synthesize
 from imm_jax.tasks import answers
 
 Row = dict[str, Any]
+# The fields of a sample that are read here.
+_SAMPLE_FIELDS = {"id": str, "question": str, "text": str, "finish": str, "span": str, "correct": bool}
 
 
-def stage(run: Run, round_: int) -> Stage:
+def build_stage(run: Run, round_: int) -> Stage:
   """Builds the stage that selects a round's training data."""
-  drawn = [sampling.samples_of(t) for t in range(round_ + 1)] if run.samples_answers else []
+  drawn = [synthesize.get_samples_name(t) for t in range(round_ + 1)] if run.samples_answers else []
   reads = drawn if run.method.data in ("mixture", "accumulation") else drawn[-1:]
   return Stage(f"round_{round_}/train.jsonl", ("train questions", *reads),
-               run.settings(*questions.settings_of_round(run.config), "data") | {"kind": run.method.data},
+               run.settings(*questions.list_round_keys(run.config), "data") | {"kind": run.method.data},
                _plan(run.config),
                lambda out, _: select(run.config, [run.root / name for name in drawn], round_, out),
-               summarise=_summarise)
+               summarize=_summarize)
 
 
-def _summarise(facts: dict[str, Any]) -> str:
+def _summarize(facts: dict[str, Any]) -> str:
   if not facts["kept"]:
     return "no right answer: the round hands on the model that it started from"
   dropped = ", ".join(f"{facts[f'dropped_{kind}']} {text}" for kind, text in (
@@ -38,7 +40,7 @@ def _summarise(facts: dict[str, Any]) -> str:
 
 
 def _plan(config: ml_collections.ConfigDict) -> str:
-  data, kind, real = config.data, method_of(config).data, "real worked answers"
+  data, kind, real = config.data, get_method(config).data, "real worked answers"
   if kind == "worked" or data.real_fraction == 1:
     return real
   parts = {"mixture": f"the right answers, and {data.mixture_share:.0%} of each earlier round's",
@@ -72,19 +74,19 @@ def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: i
     UserError: when nothing is left to train on, unless `data.skip_empty` is set.
   """
   rng = np.random.default_rng((config.seed, round_))
-  method = method_of(config)
+  method = get_method(config)
   fraction = 1.0 if method.data == "worked" else config.data.real_fraction
   facts: dict[str, Any] = {}
   synthetic: list[Row] = []
   if fraction < 1:
-    this_round = files.read_jsonl(samples[round_], _SAMPLE)
+    this_round = files.read_jsonl(samples[round_], _SAMPLE_FIELDS)
     right = right_samples(this_round, round_)
     if not right and not config.data.skip_empty:
       raise UserError(_no_right_samples(samples[round_], this_round))
     facts = {"dropped_wrong": sum(not r["correct"] for r in this_round),
              "dropped_unfinished": sum(r["correct"] and _response(r) is None for r in this_round)}
     facts["dropped_duplicate"] = len(this_round) - sum(facts.values()) - len(right)
-    earlier = [right_samples(files.read_jsonl(path, _SAMPLE), t) for t, path in enumerate(samples[:round_])]
+    earlier = [right_samples(files.read_jsonl(path, _SAMPLE_FIELDS), t) for t, path in enumerate(samples[:round_])]
     if method.data == "mixture":
       earlier = [_draw(rows, round(config.data.mixture_share * len(rows)), rng) for rows in earlier]
     elif method.data != "accumulation":
@@ -103,9 +105,6 @@ def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: i
   files.write_jsonl(out, rows)
   count = sum(row["source"] == "real" for row in rows)
   return {"kept": len(rows), "real": count, "of_earlier_rounds": sum(row["round"] != round_ for row in rows), **facts}
-
-
-_SAMPLE = {"id": str, "question": str, "text": str, "finish": str, "span": str, "correct": bool}
 
 
 def right_samples(samples: Sequence[Row], round_: int) -> list[Row]:
@@ -127,12 +126,13 @@ def worked_answers(config: ml_collections.ConfigDict, round_: int) -> list[Row]:
   Raises:
     UserError: when the task has none.
   """
-  asked = questions.of_round(config, round_).asked
+  examples = questions.load_round(config, round_).round_questions
   rows = [{"id": e.id, "question": e.question, "response": e.rationale, "round": round_, "source": "real"}
-          for e in asked if e.rationale]
+          for e in examples if e.rationale]
   if not rows:
-    raise UserError(f"config.task.name={config.task.name}: has no worked answers to train on: none of the {len(asked)} "
-                    f"questions of round {round_} (method=real, data.real_fraction and data.with_real need them)")
+    raise UserError(f"config.task.name={config.task.name}: has no worked answers to train on: none of the "
+                    f"{len(examples)} questions of round {round_} (method=real, data.real_fraction and data.with_real "
+                    "need them)")
   return rows
 
 

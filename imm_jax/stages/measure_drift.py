@@ -1,7 +1,6 @@
 """Drift of a round's models from the base, measured on held-out texts of every task."""
 
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,22 @@ from imm_jax.model import hf
 from imm_jax.model.tokenization import check_ids
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.runs.metrics import StageMetrics
-from imm_jax.runs.run import Model, Run, Stage
+from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed
 from imm_jax.scoring import encode_continuations
-from imm_jax.stages import devices, questions, tuning
+from imm_jax.stages import devices, fine_tune, questions
 from imm_jax.tasks.base import Choice, Example
 from imm_jax.training.packing import TokenizedExample
 
-# Settings that determine the texts and the computation; `stage` adds the number of texts.
+# Settings that determine the texts and the computation; `build_stage` adds the number of texts.
 _SETTINGS = ("task.name", "task.source", "task.fields", "task.kind", "task.ood", "prompt.header", "prompt.style",
              "eval.by_likelihood", "eval.texts", "sft.row_length", "sft.global_batch", "sft.compute_dtype")
 
 
-def stage(run: Run, tuned: Model, round_: int) -> Stage:
+def build_stage(run: Run, tuned: Checkpoint, round_: int) -> Stage:
   """Builds the stage that measures a round's tuned model and, if any, its moving average and the merged model."""
-  here, count = f"round_{round_}", questions.drift_questions(run.config)
-  models = {"sft": tuned} | ({"ema": tuning.average_of(tuned)} if keeps_average(run.config) else {})
+  here, count = f"round_{round_}", questions.count_drift_questions(run.config)
+  models = {"sft": tuned} | ({"ema": fine_tune.get_average(tuned)} if keeps_average(run.config) else {})
   models |= {"merged": run.model(f"{here}/merged")} if run.method.merge else {}
   name, folders = f"{here}/drift.json", {kind: model.folder for kind, model in models.items()}
 
@@ -47,7 +46,7 @@ def stage(run: Run, tuned: Model, round_: int) -> Stage:
   inputs = dict.fromkeys([run.base.stage, *(model.stage for model in models.values()), "test questions"])
   return Stage(name, tuple(inputs), run.settings(*_SETTINGS) | {"questions": count},
                f"KL to the base and loss, on up to {count} test questions of each task", make, everywhere=True,
-               summarise=lambda facts: "KL to the base in domain, nats a token: " + ", ".join(
+               summarize=lambda facts: "KL to the base in domain, nats a token: " + ", ".join(
                    f"{kind} {value:.4f}" for kind, value in facts["kl"].items()))
 
 
@@ -59,15 +58,15 @@ def measure(config: ml_collections.ConfigDict, base: Path, models: dict[str, Pat
   base's `loss` and `entropy`; `models` has, for each model and text, `kl` (KL(base || model)), `loss` and `entropy`;
   all in nats per token.
   """
-  texts = dict(texts_of(config, base))
-  length = tuning.row_for(config, itertools.chain(*texts.values()))
-  data = {name: tuning.pack(config, base, examples, source=f"test questions of {name}", epochs=1, seed=0, quiet=True,
-                            row_length=length) for name, examples in texts.items()}
+  texts = dict(encode_texts(config, base))
+  length = fine_tune.choose_row_length(config, itertools.chain(*texts.values()))
+  data = {name: fine_tune.pack(config, base, examples, source=f"test questions of {name}", epochs=1, seed=0, quiet=True,
+                               row_length=length) for name, examples in texts.items()}
   dtype = next(iter(data.values())).options["compute_dtype"]
   drifts: dict[str, Any] = {"texts": {}, "models": {}}
-  base_params = tuning.load_params(config, base, dtype)
+  base_params = fine_tune.load_params(config, base, dtype)
   for kind, folder in models.items():
-    params, drifts["models"][kind] = tuning.load_params(config, folder, dtype), {}
+    params, drifts["models"][kind] = fine_tune.load_params(config, folder, dtype), {}
     for name, packed in data.items():
       options = {key: value for key, value in packed.options.items() if key != "remat"}  # no backward pass
       result = measure_drift(packed.model, base_params, params, packed.batches, label=f"{label}, {kind} on {name}",
@@ -80,21 +79,21 @@ def measure(config: ml_collections.ConfigDict, base: Path, models: dict[str, Pat
       drifts["models"][kind][name] = {key: values[key] for key in ("kl", "loss", "entropy")}
     del params  # frees its memory before the next one is loaded
   if distributed.is_main():
-    files.write_text(out, json.dumps(drifts, indent=1, allow_nan=False) + "\n")
+    files.write_json(out, drifts, allow_nan=False)
   return drifts
 
 
-def texts_of(config: ml_collections.ConfigDict, model: Path) -> Iterator[tuple[str, list[TokenizedExample]]]:
+def encode_texts(config: ml_collections.ConfigDict, model: Path) -> Iterator[tuple[str, list[TokenizedExample]]]:
   """Yields the held-out examples of each task and text, with its name; none without examples.
 
   Of a task with generated answers: its first test questions with the prompt of training and the worked answer, or `The
   answer is X.` if there is none. Of a multiple-choice task: the right option after its context. Of a text: passages,
   truncated to the length of a row.
   """
-  count, model_config = questions.drift_questions(config), hf.read_config(model)
+  count, model_config = questions.count_drift_questions(config), hf.read_config(model)
   tokenizer = load_tokenizer(model, rows=model_config.vocab_size)
-  encode = tuning.encoder(config, model)
-  tests, choices = questions.of_tests(config), questions.choices_of_tests(config)
+  encode = fine_tune.make_encoder(config, model)
+  tests, choices = questions.load_tests(config), questions.load_test_choices(config)
   for name, examples in tests.items():
     if name in choices:
       requests = encode_continuations(tokenizer, list(map(_right_option, choices[name][:count])),
@@ -102,7 +101,7 @@ def texts_of(config: ml_collections.ConfigDict, model: Path) -> Iterator[tuple[s
       yield name, [TokenizedExample(list(r.tokens[:r.start]), list(r.tokens[r.start:])) for r in requests]
     else:
       yield name, [encode({"question": e.question, "response": _worked_answer(e)}) for e in examples[:count]]
-  for name, passages in questions.texts_of(config).items():
+  for name, passages in questions.load_passages(config).items():
     examples = [TokenizedExample([], check_ids(tokenizer, tokenizer(text)["input_ids"], model_config.vocab_size)[
         :config.sft.row_length]) for text in passages[:count]]
     if any(len(e.response) > 1 for e in examples):  # the first token is not predicted

@@ -13,11 +13,11 @@ from imm_jax.errors import UserError
 from imm_jax.model import hf
 from imm_jax.model.tokenization import encode_prompt
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.runs.run import Model, Run, Stage
+from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed
 from imm_jax.sampling import Completion, Prompt, engines
 from imm_jax.stages import questions
-from imm_jax.stages.devices import mesh_of
+from imm_jax.stages.devices import make_mesh
 from imm_jax.tasks import prompts, protocols
 from imm_jax.tasks.base import Example
 from imm_jax.tasks.judge import Judge
@@ -26,37 +26,36 @@ from imm_jax.tasks.judge import Judge
 _NUM_CHECKED = 100
 # `Sampler.generate` with a journal: (prompts, **options) -> completions, valid only on process 0.
 Generate = Callable[..., list[list[Completion]]]
-check_sampler = engines.check
 
 
-def stage(run: Run, model: Model, round_: int) -> Stage:
+def build_stage(run: Run, model: Checkpoint, round_: int) -> Stage:
   """Builds the stage that samples in a round."""
-  name = samples_of(round_)
+  name = get_samples_name(round_)
   return Stage(name, (model.stage, "train questions"),
                _settings(run, round_), _plan(run.config, round_),
                lambda out, _: synthesize(run.config, model.folder, round_, run.scratch(name), out), everywhere=True,
-               scratch=str(run.scratch(name)), costly=True, summarise=_summarise)
+               scratch=str(run.scratch(name)), costly=True, summarize=_summarize)
 
 
-def shots_stage(run: Run) -> Stage:
+def build_shots_stage(run: Run) -> Stage:
   """Builds the stage that writes the worked examples of the prompts."""
-  return Stage("few_shot.jsonl", ("train questions",), run.settings(*questions.settings_of_round(run.config)),
+  return Stage("few_shot.jsonl", ("train questions",), run.settings(*questions.list_round_keys(run.config)),
                f"the {run.config.prompt.few_shot} worked examples of the prompt",
                lambda out, _: write_shots(run.config, out))
 
 
-def samples_of(round_: int) -> str:
+def get_samples_name(round_: int) -> str:
   """Returns the name of a round's samples in the run directory."""
   return f"round_{round_}/samples.jsonl"
 
 
-def temperatures_of(config: ml_collections.ConfigDict, round_: int) -> tuple[float, ...]:
+def get_temperatures(config: ml_collections.ConfigDict, round_: int) -> tuple[float, ...]:
   """Returns the temperatures that a round's samples use in turn.
 
   `sample.temperatures` is either one tuple for all rounds, or one per round, of which the last holds for later rounds.
 
   >>> config = ml_collections.ConfigDict({"sample": {"temperatures": ((0.2, 0.4), (0.8,))}})
-  >>> [temperatures_of(config, t) for t in range(3)]
+  >>> [get_temperatures(config, t) for t in range(3)]
   [(0.2, 0.4), (0.8,), (0.8,)]
   """
   given = config.sample.temperatures
@@ -65,22 +64,22 @@ def temperatures_of(config: ml_collections.ConfigDict, round_: int) -> tuple[flo
 
 def _settings(run: Run, round_: int) -> dict[str, Any]:
   """Returns the settings of a round's samples, with only this round's temperatures, so that others may change."""
-  settings = run.settings(*questions.settings_of_round(run.config), "sample", "sampler")
-  return settings | {"sample": settings["sample"] | {"temperatures": temperatures_of(run.config, round_)}}
+  settings = run.settings(*questions.list_round_keys(run.config), "sample", "sampler")
+  return settings | {"sample": settings["sample"] | {"temperatures": get_temperatures(run.config, round_)}}
 
 
 def _plan(config: ml_collections.ConfigDict, round_: int) -> str:
-  asked, given = config.task.questions_per_round, config.sample.temperatures
+  num_questions, given = config.task.questions_per_round, config.sample.temperatures
   per_round = isinstance(given[0], tuple | list)
-  at = f" at temperatures {', '.join(f'{t:g}' for t in temperatures_of(config, round_))}" if per_round else ""
-  if not asked:
+  at = f" at temperatures {', '.join(f'{t:g}' for t in get_temperatures(config, round_))}" if per_round else ""
+  if not num_questions:
     return f"{config.sample.num_samples} answers to every train question{at}"
-  count = asked * config.sample.num_samples
-  return (f"{asked} questions x {config.sample.num_samples} = {count} answers{at}, up to "
+  count = num_questions * config.sample.num_samples
+  return (f"{num_questions} questions x {config.sample.num_samples} = {count} answers{at}, up to "
           f"{count * config.sample.max_new_tokens:,} tokens")
 
 
-def _summarise(facts: dict[str, Any]) -> str:
+def _summarize(facts: dict[str, Any]) -> str:
   long = f", {facts['long_prompts']} questions skipped (too long)" if facts["long_prompts"] else ""
   return (f"{facts['correct']} of {facts['samples']} samples are right, {facts['unfinished']} were cut at "
           f"max_new_tokens, {facts['no_answer']} have no answer{long}")
@@ -89,11 +88,11 @@ def _summarise(facts: dict[str, Any]) -> str:
 def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, scratch: Path, out: Path,
                ) -> dict[str, Any]:
   """Samples answers to the round's questions, judges them, and writes samples.jsonl."""
-  sample, temperatures = config.sample, temperatures_of(config, round_)
-  chosen = questions.of_round(config, round_)
-  examples, long = build_prompts(config, model, chosen.asked, limit="sample.max_new_tokens",
+  sample, temperatures = config.sample, get_temperatures(config, round_)
+  chosen = questions.load_round(config, round_)
+  examples, long = build_prompts(config, model, chosen.round_questions, limit="sample.max_new_tokens",
                                  source=f"task {config.task.name}, train", shots=chosen.shots)
-  with sampler_of(config, model, sample.batch_size, scratch) as sampler:
+  with open_sampler(config, model, sample.batch_size, scratch) as sampler:
     completions = sampler(
         [Prompt(f"round_{round_}/{e.id}", text) for e, text in examples], max_new_tokens=sample.max_new_tokens,
         num_samples=sample.num_samples, temperatures=temperatures, top_p=sample.top_p, stop=sample.stop,
@@ -109,20 +108,21 @@ def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, scra
 
 def write_shots(config: ml_collections.ConfigDict, out: Path) -> dict[str, Any]:
   """Writes the worked examples of the prompts to few_shot.jsonl."""
-  shots = questions.of_round(config, 0).shots
+  shots = questions.load_round(config, 0).shots
   files.write_jsonl(out, [{"id": e.id, "question": e.question, "response": e.rationale} for e in shots])
   return {"examples": len(shots)}
 
 
 @contextlib.contextmanager
-def sampler_of(config: ml_collections.ConfigDict, model: Path, batch_size: int, scratch: Path) -> Iterator[Generate]:
+def open_sampler(config: ml_collections.ConfigDict, model: Path, batch_size: int, scratch: Path) -> Iterator[Generate]:
   """Opens a sampler of a model with the config's engine.
 
   Samples are journaled in the folder `scratch` by label, so that a killed run resumes.
   """
-  with engines.opened(config, model, batch_size=batch_size, scratch=scratch, mesh=lambda: mesh_of(config)) as sampler:
-    yield lambda asked, *, label, **options: sampler.generate(
-        asked, label=label, journal=scratch / f"{re.sub(r'[^A-Za-z0-9]+', '_', label)}.jsonl", **options)
+  with engines.open_sampler(config, model, batch_size=batch_size, scratch=scratch,
+                            mesh=lambda: make_mesh(config)) as sampler:
+    yield lambda requests, *, label, **options: sampler.generate(
+        requests, label=label, journal=scratch / f"{re.sub(r'[^A-Za-z0-9]+', '_', label)}.jsonl", **options)
 
 
 def build_prompts(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Example], *, limit: str,
@@ -151,38 +151,38 @@ def build_prompts(config: ml_collections.ConfigDict, model: Path, examples: Sequ
   max_new_tokens = config.sample.max_new_tokens if sampled else protocols.max_new_tokens(config)
   build = prompt or (lambda e, shots, tokenizer: prompts.build_prompt(
       e.question, header=config.prompt.header, examples=shots, style=config.prompt.style, tokenizer=tokenizer))
-  asked = [(e, build(e, shots, tokenizer)) for e in examples]
+  built = [(e, build(e, shots, tokenizer)) for e in examples]
   if not positions:
-    return asked, 0
+    return built, 0
   ids = lambda text: encode_prompt(tokenizer, text, rows=shape.vocab_size)
-  fit = [(e, text) for e, text in asked if len(ids(text)) + max_new_tokens <= positions]
+  fit = [(e, text) for e, text in built if len(ids(text)) + max_new_tokens <= positions]
   if not fit:
     fewer = f" or config.{'prompt' if sampled else 'eval'}.few_shot" if shots else ""
-    raise UserError(f"{source}: none of {len(asked)} prompts leaves room for config.{limit}={max_new_tokens} in the "
+    raise UserError(f"{source}: none of {len(built)} prompts leaves room for config.{limit}={max_new_tokens} in the "
                     f"{positions} positions of {model} (max_position_embeddings); lower config.{limit}{fewer}, or take "
                     "another task")
-  return fit, len(asked) - len(fit)
+  return fit, len(built) - len(fit)
 
 
-def check(config: ml_collections.ConfigDict, base: Path, sampler: Path, draws: bool) -> None:
+def check_prompts_fit(config: ml_collections.ConfigDict, base: Path, sampler: Path, draws: bool) -> None:
   """Raises UserError if a prompt cannot be built or no prompt of a task fits; called before a run.
 
   `sampler` is the model that samples for training, if the run `draws` samples.
   """
-  tests = zip(questions.own(config), questions.of_tests(config).values(), strict=True)
-  asked = [(base, entry, examples, f"task {questions.name_of(entry)}") for entry, examples in tests]
+  tests = zip(questions.list_own_entries(config), questions.load_tests(config).values(), strict=True)
+  checks = [(base, entry, examples, f"task {questions.get_task_name(entry)}") for entry, examples in tests]
   if config.merge.base_weight == "auto":
-    asked += [(base, entry, questions.general(config, entry), f"merge.auto.general {entry}")
-              for entry in config.merge.auto.general]
-  asked = [item for item in asked if questions.measure_of(config, item[1]) == "answer"]
+    checks += [(base, entry, questions.load_general_questions(config, entry), f"merge.auto.general {entry}")
+               for entry in config.merge.auto.general]
+  checks = [item for item in checks if questions.get_measure(config, item[1]) == "answer"]
   options = [(model, examples, {"limit": "eval.max_new_tokens", "source": source,
-                                "shots": questions.shots_of(config, entry),
-                                "prompt": protocols.get_protocol(config, questions.name_of(entry)).prompt})
-             for model, entry, examples, source in asked]
+                                "shots": questions.load_shots(config, entry),
+                                "prompt": protocols.get_protocol(config, questions.get_task_name(entry)).prompt})
+             for model, entry, examples, source in checks]
   if draws:
-    chosen = questions.of_round(config, 0)
-    options.append((sampler, chosen.asked, {"limit": "sample.max_new_tokens", "shots": chosen.shots,
-                                            "source": f"task {config.task.name}, train"}))
+    chosen = questions.load_round(config, 0)
+    options.append((sampler, chosen.round_questions, {"limit": "sample.max_new_tokens", "shots": chosen.shots,
+                                                      "source": f"task {config.task.name}, train"}))
   for model, examples, given in options:
     try:  # mostly a few questions suffice, which is quick
       build_prompts(config, model, examples[:_NUM_CHECKED], **given)

@@ -8,7 +8,7 @@ import pytest
 
 from configs import common
 from imm_jax.errors import UserError
-from imm_jax.stages import questions, selection
+from imm_jax.stages import questions, select as select_stage
 
 ROUNDS, COUNT = 3, 40
 
@@ -27,7 +27,7 @@ def write_samples(folder: Path, config: ml_collections.ConfigDict) -> list[Path]
   paths = []
   for t in range(ROUNDS):
     rows = []
-    for i, e in enumerate(questions.of_round(config, t).asked):
+    for i, e in enumerate(questions.load_round(config, t).round_questions):
       for s in range(2):
         right = i % 5 > 0 and (s == 0 or i % 4 == 0)
         rows.append({"id": e.id, "question": e.question, "text": f"round {t} says {e.answer if right else 'no'}",
@@ -39,7 +39,7 @@ def write_samples(folder: Path, config: ml_collections.ConfigDict) -> list[Path]
 
 def select(config: ml_collections.ConfigDict, folder: Path, round_: int) -> tuple[list[dict], dict]:
   samples = write_samples(folder, config)
-  facts = selection.select(config, samples[:round_ + 1], round_, folder / "train.jsonl")
+  facts = select_stage.select(config, samples[:round_ + 1], round_, folder / "train.jsonl")
   return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()], facts
 
 
@@ -49,12 +49,12 @@ def texts(rows: list[dict]) -> set[tuple[str, str]]:
 
 
 def right(config: ml_collections.ConfigDict, round_: int) -> set[tuple[str, str]]:
-  asked = questions.of_round(config, round_).asked
+  asked = questions.load_round(config, round_).round_questions
   return {(e.question, f"round {round_} says {e.answer}") for i, e in enumerate(asked) if i % 5}
 
 
 def worked(config: ml_collections.ConfigDict, round_: int) -> set[tuple[str, str]]:
-  return {(e.question, e.rationale) for e in questions.of_round(config, round_).asked}
+  return {(e.question, e.rationale) for e in questions.load_round(config, round_).round_questions}
 
 
 @pytest.mark.parametrize("method", ["imm", "iimm", "star"])
@@ -96,7 +96,7 @@ def test_accumulation_keeps_all_rounds(config, tmp_path: Path):
 
 def test_real_trains_on_worked_answers(config, tmp_path: Path):
   config.method = "real"
-  facts = selection.select(config, [], 1, tmp_path / "train.jsonl")
+  facts = select_stage.select(config, [], 1, tmp_path / "train.jsonl")
   rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
   assert texts(rows) == worked(config, 1)
   assert facts == {"kept": COUNT, "real": COUNT, "of_earlier_rounds": 0}
@@ -108,7 +108,7 @@ def test_only_the_judged_text_is_learned(config, tmp_path: Path):
           for i, (text, finish) in enumerate([("The answer is 8.", "stop"), ("The answer is 8. And so", "length"),
                                               ("The answer is 8.\nQ: Who is next? The answer is", "length")])]
   (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  facts = selection.select(config, [tmp_path / "samples.jsonl"], 0, tmp_path / "train.jsonl")
+  facts = select_stage.select(config, [tmp_path / "samples.jsonl"], 0, tmp_path / "train.jsonl")
   train = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
   assert [(r["question"], r["response"]) for r in train] == [("q0", "The answer is 8."), ("q2", "The answer is 8.")]
   assert facts["dropped_unfinished"] == 1
@@ -117,11 +117,11 @@ def test_only_the_judged_text_is_learned(config, tmp_path: Path):
 def test_sampled_real_answer_is_a_sample(config, tmp_path: Path):
   """A real answer that was also sampled counts as one."""
   config.data.real_fraction = 0.5
-  asked = questions.of_round(config, 0).asked
+  asked = questions.load_round(config, 0).round_questions
   rows = [{"id": e.id, "question": e.question, "text": e.rationale, "finish": "stop", "span": e.answer,
            "correct": True} for e in asked[:10]]
   (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  facts = selection.select(config, [tmp_path / "samples.jsonl"], 0, tmp_path / "train.jsonl")
+  facts = select_stage.select(config, [tmp_path / "samples.jsonl"], 0, tmp_path / "train.jsonl")
   assert (facts["kept"], facts["real"]) == (20, 10)
 
 
@@ -141,9 +141,9 @@ def test_no_right_samples_is_an_error(config, tmp_path: Path):
   rows = [json.loads(line) | {"correct": False, "finish": "length"} for line in samples[0].read_text().splitlines()]
   samples[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
   with pytest.raises(UserError, match=r"none of 80 samples is right \(80 cut at max_new_tokens"):
-    selection.select(config, samples[:1], 0, tmp_path / "out")
+    select_stage.select(config, samples[:1], 0, tmp_path / "out")
   config.data.skip_empty = True
-  assert selection.select(config, samples[:1], 0, tmp_path / "out")["kept"] == 0
+  assert select_stage.select(config, samples[:1], 0, tmp_path / "out")["kept"] == 0
   assert not (tmp_path / "out").read_bytes()
 
 
@@ -153,7 +153,7 @@ def test_damaged_samples_are_named_with_their_line(row: str, expected: str, conf
   good = {"id": "a", "question": "q", "text": "t", "finish": "stop", "span": "1", "correct": True}
   (tmp_path / "samples.jsonl").write_text(json.dumps(good) + "\n" + row + "\n")
   with pytest.raises(UserError, match=f"samples.jsonl:2: {expected}"):
-    selection.select(config, [tmp_path / "samples.jsonl"], 0, tmp_path / "out")
+    select_stage.select(config, [tmp_path / "samples.jsonl"], 0, tmp_path / "out")
 
 
 def test_question_sets_are_disjoint(config):
@@ -161,8 +161,8 @@ def test_question_sets_are_disjoint(config):
   config.merge.base_weight, config.merge.auto.questions = "auto", 30
   seen: list[str] = []
   for t in range(ROUNDS):
-    result = questions.of_round(config, t)
-    assert (len(result.shots), len(result.held_out), len(result.asked)) == (2, 30, COUNT)
-    seen += [e.question for e in result.asked]
+    result = questions.load_round(config, t)
+    assert (len(result.shots), len(result.held_out), len(result.round_questions)) == (2, 30, COUNT)
+    seen += [e.question for e in result.round_questions]
   seen += [e.question for e in result.shots + result.held_out]
   assert len(set(seen)) == len(seen) == ROUNDS * COUNT + 32

@@ -179,7 +179,7 @@ def holm(ps: Sequence[float]) -> list[float]:
   return corrected
 
 
-def is_real(p: float) -> bool:
+def is_significant(p: float) -> bool:
   """Returns whether a difference with this corrected p-value is called real."""
   return p < LEVEL
 

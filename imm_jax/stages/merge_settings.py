@@ -54,12 +54,12 @@ def _fixed_by(config: ml_collections.ConfigDict) -> str:
   return "normalize" if strength == "weights" and "base" in method.inputs and given.get("normalize") else ""
 
 
-def _strength(method: registry.Method) -> str | None:
+def _strength(method: registry.MergeMethod) -> str | None:
   names = method.by_option.keys() - (_STRENGTHS.keys() if method.name in _NO_STRENGTH else set())
   return next((name for name in ("weights", *_STRENGTHS) if name in names), None)
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check_merge_options(config: ml_collections.ConfigDict) -> None:
   """Raises UserError for a merging method that rounds cannot use, or options that it does not have."""
   given = _given(config)
   if config.merge.method and not merge_method(config):
@@ -68,7 +68,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     if given:
       raise UserError(f"config.merge.options.{next(iter(given))}: method={config.method} merges nothing")
     return
-  known = registry.in_rounds()
+  known = registry.list_round_methods()
   name = merge_method(config)
   if name not in known:
     reason = f"is not for rounds; expected one of: {', '.join(known)}" if name in registry.METHODS else suggest(
@@ -102,7 +102,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise UserError(f"config.merge.{reason}, so merge.sweep and base_weight=auto have no effect with it")
 
 
-def models_of(method: registry.Method, *, base: Path, start: Path, tuned: Sequence[Path]) -> dict[str, Path] | None:
+def collect_models(method: registry.MergeMethod, *, base: Path, start: Path,
+                   tuned: Sequence[Path]) -> dict[str, Path] | None:
   """Returns the folders that a method merges, by label and in its order; None if there are too few models yet.
 
   Args:
@@ -113,9 +114,9 @@ def models_of(method: registry.Method, *, base: Path, start: Path, tuned: Sequen
       other methods the last one.
   """
   by_name = {"base": base, "start": start, "tuned": tuned[-1], "other": tuned[-1]}
-  models = [*tuned] if method.least > 1 else [tuned[-1]]
+  models = [*tuned] if method.min_models > 1 else [tuned[-1]]
   models = models if "base" in method.inputs else [base, tuned[-1]]
-  if "models" in method.inputs and len(models) < method.least:
+  if "models" in method.inputs and len(models) < method.min_models:
     return None
   folders: dict[str, Path] = {}
   for name in method.inputs:
@@ -126,7 +127,7 @@ def models_of(method: registry.Method, *, base: Path, start: Path, tuned: Sequen
   return folders
 
 
-def options_of(config: ml_collections.ConfigDict, weight: Setting, importance: Path | None) -> dict[str, Any]:
+def collect_options(config: ml_collections.ConfigDict, weight: Setting, importance: Path | None) -> dict[str, Any]:
   """Returns the options of the config's merging method for a base weight."""
   method, given = registry.METHODS[merge_method(config)], _given(config)
   strength, result = _strength(method), {}
@@ -151,7 +152,7 @@ def options_of(config: ml_collections.ConfigDict, weight: Setting, importance: P
   return result
 
 
-def settings_of(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def collect_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Returns the settings of a config that determine a merge, except the base weight."""
   merge = config.merge
   return {"method": merge_method(config), "drop_rate": merge.drop_rate, "delta_ref": merge.delta_ref,

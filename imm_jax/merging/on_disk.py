@@ -26,7 +26,7 @@ from imm_jax.merging import registry
 from imm_jax.merging.kernels import Numbers
 from imm_jax.merging.registry import Plan
 from imm_jax.merging.source import BLOCK, Buffers, CheckpointSource, is_floating, on_cpu
-from imm_jax.model import folder as model_folder
+from imm_jax.model import checkpoint_folder
 from imm_jax.model.safetensors import Entry
 from imm_jax.model.writer import WeightsWriter
 from imm_jax.runtime import progress
@@ -69,20 +69,22 @@ class Result(NamedTuple):
 
 
 def merge_folders(method: str, models: Mapping[str, Path], outputs: Mapping[Path, Mapping[str, Any]], *,
-                  key: np.ndarray | None = None, dtype: np.dtype | None = None, **how: Any) -> Result:
+                  key: np.ndarray | None = None, dtype: np.dtype | None = None,
+                  max_shard_bytes: int = checkpoint_folder.MAX_SHARD_BYTES, allow_nonfinite: bool = False) -> Result:
   """Merges checkpoint folders into one new folder for each set of options, reading the models once.
 
   Only weights are written; `folder.copy_side_files` copies the other files.
 
   Args:
-    method: a name in `registry.on_disk()`.
+    method: a name in `registry.list_disk_methods()`.
     models: label -> folder in the method's order, `base` first where it has one, such as
       {"base": ..., "models[0]": ...}.
     outputs: folder to write -> the method's options; a setting may be a number, a list over the layers, or a mapping
       from a regex of tensor names to either, see `imm_jax.merging`.
     key: words [2] of the key of all masks, see `masks.key_words`; zeros by default.
     dtype: dtype of the weights; that of the first model by default.
-    how: further arguments of `merge_parts`.
+    max_shard_bytes: see `merge_parts`.
+    allow_nonfinite: see `merge_parts`.
 
   Raises:
     UserError: if the models do not match.
@@ -91,23 +93,28 @@ def merge_folders(method: str, models: Mapping[str, Path], outputs: Mapping[Path
   with CheckpointSource(models) as source:
     planned = [Output(folder, registry.METHODS[method](source, **settings), dtype)
                for folder, settings in outputs.items()]
-    return merge(source, planned, key=np.zeros(2, np.uint32) if key is None else key, **how)
+    return merge(source, planned, key=np.zeros(2, np.uint32) if key is None else key, max_shard_bytes=max_shard_bytes,
+                 allow_nonfinite=allow_nonfinite)
 
 
-def merge(source: CheckpointSource, outputs: Sequence[Output], **how: Any) -> Result:
+def merge(source: CheckpointSource, outputs: Sequence[Output], *, key: np.ndarray,
+          max_shard_bytes: int = checkpoint_folder.MAX_SHARD_BYTES, allow_nonfinite: bool = False) -> Result:
   """Writes merged checkpoints from one pass over the inputs; calls `merge_parts` with one part.
 
   Args:
     source: the models.
     outputs: the checkpoints to write; their folders are created.
-    how: further arguments of `merge_parts`.
+    key: see `merge_parts`.
+    max_shard_bytes: see `merge_parts`.
+    allow_nonfinite: see `merge_parts`.
   """
   targets = [(output.folder, output.dtype) for output in outputs]
-  return merge_parts([Part(source, [output.plan for output in outputs])], targets, **how)
+  return merge_parts([Part(source, [output.plan for output in outputs])], targets, key=key,
+                     max_shard_bytes=max_shard_bytes, allow_nonfinite=allow_nonfinite)
 
 
 def merge_parts(parts: Sequence[Part], targets: Sequence[tuple[Path, np.dtype | None]], *, key: np.ndarray,
-                max_shard_bytes: int = model_folder.MAX_SHARD_BYTES, allow_nonfinite: bool = False) -> Result:
+                max_shard_bytes: int = checkpoint_folder.MAX_SHARD_BYTES, allow_nonfinite: bool = False) -> Result:
   """Writes checkpoints whose tensors come from several sources, such as slices of layers.
 
   Args:
@@ -121,14 +128,14 @@ def merge_parts(parts: Sequence[Part], targets: Sequence[tuple[Path, np.dtype | 
     UserError: for a tensor with NaN or infinity, unless allowed, and for non-floating tensors that differ.
   """
   tensors = sorted(((name, part) for part in parts for name in part.source.order),
-                   key=lambda item: model_folder.model_order(item[0]))
+                   key=lambda item: checkpoint_folder.model_order(item[0]))
   workers = max(2, min(_MAX_WORKERS, len(os.sched_getaffinity(0))))
   total = sum(e.size * e.dtype.itemsize for name, part in tensors for e in part.source.entries(name))
   with contextlib.ExitStack() as stack:
     writers = [stack.enter_context(WeightsWriter(folder, [
         (name, _output_dtype(part.source.entries(name)[0], dtype), part.source.entries(name)[0].shape)
         for name, part in tensors], max_shard_bytes)) for folder, dtype in targets]
-    bar = stack.enter_context(progress.bar(total, "merge", "B", unit_scale=True))
+    bar = stack.enter_context(progress.make_bar(total, "merge", "B", unit_scale=True))
     pool = BoundedPool(workers, workers + 2)
     stack.push(lambda kind, *_: pool.close(cancel=kind is not None))
     run = _MergeRun(writers, pool, bar, key, allow_nonfinite)
@@ -204,7 +211,7 @@ class _MergeRun:
                           f"({folder}): a merge would {'make them infinite' if is_wide else 'spread it'}; take a sound "
                           "checkpoint, or allow it (--allow_nonfinite)")
     for i, (plan, writer, numbers) in enumerate(zip(part.plans, self._writers, scalars, strict=True)):
-      merged = _merge_block(plan, arrays, numbers, shared, writer.dtype(name)).reshape(-1)[:count]
+      merged = _compute_block(plan, arrays, numbers, shared, writer.dtype(name)).reshape(-1)[:count]
       if not _is_finite(merged):
         self._count_overflow(name, i, inputs.values(), merged)
       if count:
@@ -241,8 +248,8 @@ def _to_numpy(value: Any) -> np.ndarray:
   return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
-def _merge_block(plan: Plan, arrays: Sequence[np.ndarray], scalars: Any, shared: Any, dtype: np.dtype,
-                 ) -> np.ndarray:
+def _compute_block(plan: Plan, arrays: Sequence[np.ndarray], scalars: Any, shared: Any, dtype: np.dtype,
+                   ) -> np.ndarray:
   static = tuple(plan.static.items())
   pairs = (plan.draws and not plan.whole and arrays[0].shape[-1] % 2 == 0
            and {a.dtype for a in arrays} == {_BFLOAT16} == {dtype})

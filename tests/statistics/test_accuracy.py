@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from imm_jax.statistics.evaluation import accuracy, majority, mean, pass_at_k
+from imm_jax.statistics.accuracy import compute_accuracy, compute_mean, majority, pass_at_k
 
 Z = 1.959963984540054
 
@@ -17,7 +17,7 @@ Z = 1.959963984540054
 @pytest.mark.parametrize(("correct", "n", "low", "high"), [
     (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)])
 def test_the_interval_is_the_published_one(correct, n, low, high):
-  result = accuracy(correct, n)
+  result = compute_accuracy(correct, n)
   assert result.low == pytest.approx(low, abs=5e-5)
   assert result.high == pytest.approx(high, abs=5e-5)
 
@@ -26,7 +26,7 @@ def test_the_interval_is_the_published_one(correct, n, low, high):
 def test_ends_solve_the_score_test(pair):
   """The ends of an interval are where it just accepts."""
   correct, n = pair
-  result = accuracy(correct, n)
+  result = compute_accuracy(correct, n)
   assert result[:2] == (correct / n, n)
   assert 0 <= result.low <= result.value + 1e-15
   assert result.value - 1e-15 <= result.high <= 1
@@ -40,31 +40,31 @@ def test_ends_solve_the_score_test(pair):
 @given(st.integers(1, 10**4).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_right_and_wrong_answers_are_treated_alike(pair):
   correct, n = pair
-  result, mirrored = accuracy(correct, n), accuracy(n - correct, n)
+  result, mirrored = compute_accuracy(correct, n), compute_accuracy(n - correct, n)
   assert result.low == pytest.approx(1 - mirrored.high, abs=1e-12)
   assert result.high == pytest.approx(1 - mirrored.low, abs=1e-12)
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 200), (0, 1000), (10, 10), (1319, 1319)])
 def test_the_interval_never_leaves_out_the_value(correct, n):
-  result = accuracy(correct, n)
+  result = compute_accuracy(correct, n)
   assert result.low <= result.value <= result.high
 
 
 def test_more_questions_narrow_the_interval():
-  widths = [accuracy(n // 2, n) for n in (10, 100, 1000, 10_000)]
+  widths = [compute_accuracy(n // 2, n) for n in (10, 100, 1000, 10_000)]
   assert [w.high - w.low for w in widths] == sorted((w.high - w.low for w in widths), reverse=True)
 
 
 def test_none_or_all_right_keeps_an_interval():
-  assert accuracy(0, 5).low == 0 < accuracy(0, 5).high
-  assert accuracy(5, 5).low < 1 == accuracy(5, 5).high
+  assert compute_accuracy(0, 5).low == 0 < compute_accuracy(0, 5).high
+  assert compute_accuracy(5, 5).low < 1 == compute_accuracy(5, 5).high
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 0), (1, 0), (-1, 5), (6, 5), (0, -1), (-1, -1)])
 def test_counts_that_cannot_be_are_an_error(correct, n):
   with pytest.raises(ValueError, match=f"{correct} correct of {n}"):
-    accuracy(correct, n)
+    compute_accuracy(correct, n)
 
 
 @pytest.mark.parametrize("num_samples", range(1, 8))
@@ -92,7 +92,7 @@ def test_pass_at_k_of_what_cannot_be_is_an_error(num_samples, correct, k):
 
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=50))
 def test_the_mean_of_right_and_wrong_is_the_accuracy(scores):
-  assert mean(scores) == accuracy(sum(scores), len(scores))
+  assert compute_mean(scores) == compute_accuracy(sum(scores), len(scores))
 
 
 def test_the_interval_of_a_mean_covers():
@@ -101,7 +101,7 @@ def test_the_interval_of_a_mean_covers():
   inside = 0
   for _ in range(300):
     scores = rng.beta(0.5, 0.8, size=60)
-    found = mean(scores.tolist())
+    found = compute_mean(scores.tolist())
     inside += found.low <= 0.5 / 1.3 <= found.high
   assert inside >= 0.95 * 300
 
@@ -109,7 +109,7 @@ def test_the_interval_of_a_mean_covers():
 @pytest.mark.parametrize("scores", [[], [1.5], [0.5, -0.1], [math.nan]])
 def test_scores_outside_are_an_error(scores):
   with pytest.raises(ValueError, match="scores from 0 to 1"):
-    mean(scores)
+    compute_mean(scores)
 
 
 @pytest.mark.parametrize(("answers", "winner"), [

@@ -9,7 +9,7 @@ from typing import Any
 
 from imm_jax import files
 from imm_jax.errors import UserError, join_items, print_once
-from imm_jax.model import folder as model_folder
+from imm_jax.model import checkpoint_folder
 
 # Averaging weights is meaningless across model families or head layouts, even where the shapes agree. Families have
 # names of their own for heads (num_attention_heads, encoder_attention_heads, n_head, kv_n_heads, ...) and activations
@@ -31,7 +31,7 @@ _ROTARY_FORMS = (*_ROTARY_BASES, *_ROTARY_SHARES, "rope_parameters", "rope_scali
 _QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
 _LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # Files whose auto_map names code beside them.
-_MAPPED = ("tokenizer_config.json", *model_folder.MODEL_SIDE_FILES)
+_MAPPED = ("tokenizer_config.json", *checkpoint_folder.MODEL_SIDE_FILES)
 # Suffixes of files that a model may need, and names of such that none does.
 _COMPANIONS = (".json", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".codes", ".vocab", ".bpe")
 _NO_COMPANIONS = re.compile(r".*\.index\.json|(trainer_state|merge|adapter_config|.*_results)\.json|handler\.py")
@@ -57,14 +57,14 @@ def require_compatible(models: Mapping[str, Path], *, donor: Path | None = None,
 
   Raises:
     UserError: if a config.json is missing, or a mean is meaningless: different families, numbers of heads or
-      activations, or quantised weights.
+      activations, or quantized weights.
   """
   folders = {folder: label for label, folder in reversed(models.items())}  # once, by the first label
   first = next(iter(models.values())) if donor is None else donor
   parts = {}
   for folder in sorted({first: None} | dict.fromkeys(models.values()), key=lambda folder: folder != first):
     label = folders.get(folder, "base_model")
-    model_folder.require_model_folder(folder)
+    checkpoint_folder.require_model_folder(folder)
     parts[label] = _split_config(files.read_json(folder / "config.json"))
     for part, config in parts[label].items():
       if key := next((key for key in _QUANTISATION_KEYS if config.get(key)), None):
@@ -121,16 +121,16 @@ def update_config(out: Path, *, dtype: str, rows: int | None = None, head: bool 
       sources = [(_at(files.read_json(folder / "config.json"), names), layer) for folder, layer in layers]
       _restack_lists(part, _at(config, names), sources)
   if changed != config:
-    path.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+    files.write_json(path, changed, indent=2)
 
 
 def ties_embeddings(config: dict[str, Any]) -> bool | None:
   """Returns whether a config.json says that the output head is the embedding; None if it does not say."""
-  said = [part.get("tie_word_embeddings") for _, part in _text_configs(config)]
-  return next((bool(tied) for tied in said if tied is not None), None)
+  values = [part.get("tie_word_embeddings") for _, part in _text_configs(config)]
+  return next((bool(tied) for tied in values if tied is not None), None)
 
 
-def count_layers(folder: Path) -> int | None:
+def read_layer_count(folder: Path) -> int | None:
   """Returns the number of layers of a language model by its config.json; None if that does not say."""
   texts = reversed(_text_configs(files.read_json(folder / "config.json")))
   return next((part[key] for _, part in texts for key in _LAYER_COUNT_KEYS if isinstance(part.get(key), int)), None)
@@ -155,8 +155,8 @@ def copy_companion_files(donor: Path, out: Path, *, tokenizer: bool = True) -> N
   Raises:
     UserError: if a pipeline module has weights of its own, which would not be merged.
   """
-  known = model_folder.list_side_files(donor)
-  names = known if tokenizer else [name for name in known if name in model_folder.MODEL_SIDE_FILES]
+  known = checkpoint_folder.list_side_files(donor)
+  names = known if tokenizer else [name for name in known if name in checkpoint_folder.MODEL_SIDE_FILES]
   if any(files.read_json(donor / name).get("auto_map") for name in names if name in _MAPPED):
     names = names + sorted(path.name for path in donor.glob("*.py"))
   modules = donor / "modules.json"
@@ -178,7 +178,7 @@ def copy_companion_files(donor: Path, out: Path, *, tokenizer: bool = True) -> N
     print_once(f"note: {donor}: {join_items(unknown)}: not copied; add what the model needs")
   for name in names:
     (out / name).parent.mkdir(parents=True, exist_ok=True)
-  model_folder.copy_side_files(donor, out, names)
+  checkpoint_folder.copy_side_files(donor, out, names)
 
 
 def set_chat_template(out: Path, template: str) -> None:
@@ -189,7 +189,7 @@ def set_chat_template(out: Path, template: str) -> None:
   if path.exists():
     config = files.read_json(path)
     if config.pop("chat_template", None) is not None:
-      path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+      files.write_json(path, config, indent=2, ensure_ascii=False)
 
 
 def read_chat_template(folder: Path) -> str | None:
@@ -262,10 +262,11 @@ def _restack_lists(part: dict[str, Any], old: Mapping[str, Any], sources: Sequen
 def _rotary_settings(config: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the settings of the rotary embedding, from configs of the old or the new form."""
   parameters = config.get("rope_parameters") or {}
-  said = {**parameters, **{key: config[key] for key in _ROTARY_FORMS if config.get(key) is not None}}
+  values = {**parameters, **{key: config[key] for key in _ROTARY_FORMS if config.get(key) is not None}}
   scaling = config.get("rope_scaling") or {k: v for k, v in parameters.items() if k not in _ROTARY_FORMS}
   scaling = {k: v for k, v in scaling.items() if v not in (None, "default")}
-  theta, share = (next((said[key] for key in keys if key in said), None) for keys in (_ROTARY_BASES, _ROTARY_SHARES))
+  theta, share = (next((values[key] for key in keys if key in values), None)
+                  for keys in (_ROTARY_BASES, _ROTARY_SHARES))
   # A share of 1, all entries, is the default.
   return {"rope_theta": theta} | ({} if share in (None, 1) else {"partial_rotary_factor": share}) | (
       {"rope_scaling": scaling} if scaling else {})

@@ -1,6 +1,5 @@
 """Merging of a round's tuned model with the base (eq. 5 to 7)."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,17 +10,17 @@ import numpy as np
 
 from imm_jax import files
 from imm_jax.errors import UserError
-from imm_jax.merging import checkpoint, masks, registry
+from imm_jax.merging import masks, on_disk, registry
 from imm_jax.merging.trees import Setting
-from imm_jax.methods import merge_method, method_of
-from imm_jax.model import folder, hf
-from imm_jax.runs.run import Model, Run, Stage
+from imm_jax.methods import get_method, merge_method
+from imm_jax.model import checkpoint_folder, hf
+from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed
-from imm_jax.stages import analysing, devices, evaluating, likelihood, merge_options, questions, sampling, tuning
-from imm_jax.statistics import evaluation
+from imm_jax.stages import analyze, devices, evaluate, fine_tune, likelihood, merge_settings, questions, synthesize
+from imm_jax.statistics import accuracy
 
 
-class Models(NamedTuple):
+class MergeInputs(NamedTuple):
   """Holds the inputs of a round's merge.
 
   Attributes:
@@ -39,7 +38,7 @@ class Models(NamedTuple):
   train: Path | None = None
 
 
-def stages(run: Run, start: Model, tuned: Model, train: str, round_: int) -> list[Stage]:
+def build_stages(run: Run, start: Checkpoint, tuned: Checkpoint, train: str, round_: int) -> list[Stage]:
   """Builds the stages of a merge: importance, sweep and choice of the weight as needed, merge, and evaluation.
 
   Args:
@@ -51,43 +50,43 @@ def stages(run: Run, start: Model, tuned: Model, train: str, round_: int) -> lis
   """
   config, here = run.config, f"round_{round_}"
   result: list[Stage] = []
-  several = registry.METHODS[run.merge_method].least > 1
+  several = registry.METHODS[run.merge_method].min_models > 1
   tuned = [*(run.model(f"round_{t}/sft") for t in range(round_) if several), tuned]
   inputs = [run.base.stage, start.stage, *(model.stage for model in tuned)]
   importance = f"{here}/importance.json" if run.merge_method == "iimm" else ""
-  models = Models(run.base.folder, start.folder, [model.folder for model in tuned],
-                  run.root / importance if importance else None, run.root / train)
-  settings = run.settings("seed") | {"merge": merge_options.settings_of(config)}
+  models = MergeInputs(run.base.folder, start.folder, [model.folder for model in tuned],
+                       run.root / importance if importance else None, run.root / train)
+  settings = run.settings("seed") | {"merge": merge_settings.collect_settings(config)}
   if importance:
-    result.append(analysing.importance_stage(run, start, train, importance))
+    result.append(analyze.build_importance_stage(run, start, train, importance))
     inputs.append(importance)
   if config.merge.sweep:
     result.append(Stage(f"{here}/sweep", tuple(inputs), settings | run.settings("merge.sweep"),
                         f"base weights {config.merge.sweep}", lambda out, _: sweep(config, models, round_, out)))
-    result += [evaluating.stage(run, Model(run.root / here / "sweep" / f"{weight:g}", f"{here}/sweep"),
-                                f"{here}/eval/sweep_{weight:g}", round_) for weight in config.merge.sweep]
+    result += [evaluate.build_stage(run, Checkpoint(run.root / here / "sweep" / f"{weight:g}", f"{here}/sweep"),
+                                    f"{here}/eval/sweep_{weight:g}", round_) for weight in config.merge.sweep]
   chosen = None
   if config.merge.base_weight == "auto":
     name = f"{here}/base_weight.json"
     chosen = run.root / name
     result.append(Stage(name, (*inputs, "train questions"), settings | run.settings(
-        *questions.settings_of_round(config), "merge.auto", *evaluating.ANSWERING), _plan_choice(config),
+        *questions.list_round_keys(config), "merge.auto", *evaluate.ANSWERING), _plan_choice(config),
         lambda out, _: choose_weight(config, models, round_, run.scratch(name), out), everywhere=True,
         scratch=str(run.scratch(name))))
     inputs.append(name)
-  weight = run.settings("merge.base_weight") if merge_options.weighs(config) else {}
+  weight = run.settings("merge.base_weight") if merge_settings.weighs(config) else {}
   result.append(Stage(f"{here}/merged", tuple(inputs), settings | weight,
                       _plan(config, models), lambda out, _: merge(config, models, round_, chosen, out)))
-  return [*result, evaluating.stage(run, run.model(f"{here}/merged"), f"{here}/eval/merged", round_)]
+  return [*result, evaluate.build_stage(run, run.model(f"{here}/merged"), f"{here}/eval/merged", round_)]
 
 
-def _plan(config: ml_collections.ConfigDict, models: Models) -> str:
+def _plan(config: ml_collections.ConfigDict, models: MergeInputs) -> str:
   name = merge_method(config)
-  if not merge_options.models_of(registry.METHODS[name], **_folders(config, models)):
+  if not merge_settings.collect_models(registry.METHODS[name], **_folders(config, models)):
     return f"the tuned model, for {name} merges several"
-  shown = "" if name == method_of(config).merge else name
-  weight = f"base_weight {config.merge.base_weight}" if merge_options.weighs(config) else ""
-  given = merge_options.settings_of(config)["options"]
+  shown = "" if name == get_method(config).merge else name
+  weight = f"base_weight {config.merge.base_weight}" if merge_settings.weighs(config) else ""
+  given = merge_settings.collect_settings(config)["options"]
   thins = {"drop_rate", "densities"} & registry.METHODS[name].by_option.keys() - given.keys()
   return ", ".join(filter(None, (shown, weight, f"drop_rate {config.merge.drop_rate}" if thins else "", *(
       f"{option} {value}" for option, value in given.items())))) or name
@@ -99,29 +98,29 @@ def _plan_choice(config: ml_collections.ConfigDict) -> str:
   return f"{len(auto.weights)} base weights{groups}, on {1 + len(auto.general)} x {auto.questions} held-out questions"
 
 
-def merge(config: ml_collections.ConfigDict, models: Models, round_: int, weight_file: Path | None, out: Path,
+def merge(config: ml_collections.ConfigDict, models: MergeInputs, round_: int, weight_file: Path | None, out: Path,
           ) -> dict[str, Any]:
   """Writes the merged HF checkpoint, with the base weight of the config or the one chosen by `choose_weight`."""
   skipped = models.train and not models.train.stat().st_size  # data.skip_empty
-  if skipped and method_of(config).hands_on == "merged":  # otherwise the tuned model equals the start and is merged
-    tuning.copy(models.start, out)
+  if skipped and get_method(config).hands_on == "merged":  # otherwise the tuned model equals the start and is merged
+    fine_tune.copy(models.start, out)
     return {"skipped": True}
   weight = files.read_json(weight_file)["base_weight"] if weight_file else _setting(config.merge.base_weight)
   _merge(config, models, round_, [(weight, out)])
   name = merge_method(config)
   if name not in ("imm", "iimm"):
-    return {"method": name} | ({"base_weight": weight} if merge_options.weighs(config) else {})
+    return {"method": name} | ({"base_weight": weight} if merge_settings.weighs(config) else {})
   return {"base_weight": weight, "drop_rate": config.merge.drop_rate}
 
 
-def sweep(config: ml_collections.ConfigDict, models: Models, round_: int, out: Path) -> dict[str, Any]:
+def sweep(config: ml_collections.ConfigDict, models: MergeInputs, round_: int, out: Path) -> dict[str, Any]:
   """Writes a checkpoint for each weight of `config.merge.sweep`, reading the models once."""
   out.mkdir()
   _merge(config, models, round_, [(weight, out / f"{weight:g}") for weight in config.merge.sweep])
   return {"base_weights": list(config.merge.sweep)}
 
 
-def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int, scratch: Path, out: Path,
+def choose_weight(config: ml_collections.ConfigDict, models: MergeInputs, round_: int, scratch: Path, out: Path,
                   ) -> dict[str, Any]:
   """Tries base weights on held-out questions and writes the best, with all scores, to base_weight.json.
 
@@ -132,10 +131,11 @@ def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int
   by `merge.auto.step` if that improves the score. `scratch` is a folder, shared by all processes, for merged models.
   """
   auto = config.merge.auto
-  held_out = questions.of_round(config, round_).held_out
-  by_likelihood = [entry for entry in auto.general if questions.measure_of(config, entry) == "choices"]
+  held_out = questions.load_round(config, round_).held_out
+  by_likelihood = [entry for entry in auto.general if questions.get_measure(config, entry) == "choices"]
   answered = [("in_domain", config.task.name, held_out), *(
-      ("general", entry, questions.general(config, entry)) for entry in auto.general if entry not in by_likelihood)]
+      ("general", entry, questions.load_general_questions(config, entry)) for entry in auto.general
+      if entry not in by_likelihood)]
   trials: list[dict[str, Any]] = []
 
   def score(weight: Setting) -> float:
@@ -148,19 +148,19 @@ def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int
     label = f"round {round_}: base weight {len(trials) + 1}"
     rows: dict[str, list[dict[str, Any]]] = {"in_domain": [], "general": []}
     protocol: dict[str, dict[str, Any]] = {}
-    with sampling.sampler_of(config, trial, config.eval.batch_size, scratch) as sampler:
+    with synthesize.open_sampler(config, trial, config.eval.batch_size, scratch) as sampler:
       for name, entry, examples in answered:
-        task = questions.name_of(entry)
-        answers, _ = evaluating.answer_greedily(config, trial, sampler, entry, examples, label=f"{label}, {task}")
+        task = questions.get_task_name(entry)
+        answers, _ = evaluate.answer_greedily(config, trial, sampler, entry, examples, label=f"{label}, {task}")
         rows[name] += answers
         if distributed.is_main():
-          protocol[task] = evaluating.describe(config, task, answers)
+          protocol[task] = evaluate.describe_protocol(config, task, answers)
     del sampler  # frees its weights before others are loaded for scoring
     if by_likelihood:
       for entry, answers in devices.call(config, likelihood.score_train, config, trial, by_likelihood, label).items():
         rows["general"] += answers
-        protocol[questions.name_of(entry)] = likelihood.describe(answers)
-    accuracies = {name: evaluation.accuracy(sum(r["correct"] for r in group), len(group))
+        protocol[questions.get_task_name(entry)] = likelihood.describe_protocol(answers)
+    accuracies = {name: accuracy.compute_accuracy(sum(r["correct"] for r in group), len(group))
                   for name, group in rows.items()} if distributed.is_main() else {}
     value = distributed.broadcast(sum(a.value for a in accuracies.values()) / 2)
     if distributed.is_main() and trials:
@@ -183,7 +183,7 @@ def choose_weight(config: ml_collections.ConfigDict, models: Models, round_: int
         highest, chosen, best = value, weights, setting
         break
   if distributed.is_main():
-    files.write_text(out, json.dumps({"base_weight": best, "score": highest, "tried": trials}, indent=1) + "\n")
+    files.write_json(out, {"base_weight": best, "score": highest, "tried": trials})
   return {"base_weight": best, "score": highest, "tried": len(trials)}
 
 
@@ -198,23 +198,23 @@ def _by_layer(weights: Sequence[float], other: float, layers: int) -> dict[str, 
           for group, weight in zip(groups, weights, strict=False)} | {".*": other}
 
 
-def _merge(config: ml_collections.ConfigDict, models: Models, round_: int, outputs: Sequence[tuple[Setting, Path]],
+def _merge(config: ml_collections.ConfigDict, models: MergeInputs, round_: int, outputs: Sequence[tuple[Setting, Path]],
            ) -> None:
   """Merges with each weight in one pass over the models; all outputs drop the same entries."""
   key, name = jax.random.fold_in(jax.random.key(config.seed), round_), merge_method(config)
-  inputs = merge_options.models_of(registry.METHODS[name], **_folders(config, models))
-  options = {out: merge_options.options_of(config, weight, models.importance) if inputs else {}
+  inputs = merge_settings.collect_models(registry.METHODS[name], **_folders(config, models))
+  options = {out: merge_settings.collect_options(config, weight, models.importance) if inputs else {}
              for weight, out in outputs}
   try:
-    checkpoint.merge_folders(name if inputs else "passthrough", inputs or {"models[0]": models.tuned[-1]}, options,
-                             key=np.asarray(masks.key_words(key)))
+    on_disk.merge_folders(name if inputs else "passthrough", inputs or {"models[0]": models.tuned[-1]}, options,
+                          key=np.asarray(masks.key_words(key)))
   except ValueError as e:
     raise UserError(f"config.merge.method={name}: {e}") from e
   for _, out in outputs:
-    folder.copy_side_files(models.base, out)
+    checkpoint_folder.copy_side_files(models.base, out)
 
 
-def _folders(config: ml_collections.ConfigDict, models: Models) -> dict[str, Any]:
+def _folders(config: ml_collections.ConfigDict, models: MergeInputs) -> dict[str, Any]:
   start = models.base if config.merge.delta_ref == "base" else models.start
   return {"base": models.base, "start": start, "tuned": models.tuned}
 

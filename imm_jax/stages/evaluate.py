@@ -10,11 +10,11 @@ import ml_collections
 
 from imm_jax import files
 from imm_jax.runs.metrics import StageMetrics
-from imm_jax.runs.run import Model, Run, Stage
+from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed
 from imm_jax.sampling import Prompt
-from imm_jax.stages import devices, likelihood, lm_eval_tasks, questions, sampling
-from imm_jax.statistics import evaluation
+from imm_jax.stages import devices, likelihood, lm_eval_tasks, questions, synthesize
+from imm_jax.statistics import accuracy
 from imm_jax.tasks import answers, protocols
 from imm_jax.tasks.base import Example
 
@@ -22,7 +22,7 @@ from imm_jax.tasks.base import Example
 ANSWERING = ("eval", "sample.stop", "sample.compute_dtype", "sampler")
 
 
-def stage(run: Run, model: Model, name: str, round_: int) -> Stage:
+def build_stage(run: Run, model: Checkpoint, name: str, round_: int) -> Stage:
   """Builds the stage that evaluates a model; `round_` is -1 for the base."""
   return Stage(name, (model.stage, "test questions"), run.settings("seed", "task", "prompt", *ANSWERING),
                _plan(run.config), functools.partial(_measure, run, model.folder, name, round_), everywhere=True,
@@ -33,10 +33,10 @@ def _plan(config: ml_collections.ConfigDict) -> str:
   samples = f", {config.eval.num_samples} samples each" if config.eval.num_samples else ""
   limit, counts = config.task.eval_questions, questions.count_tests(config)
   fewer = any(count < limit for count in counts)
-  asked = f", {sum(counts)} questions" if fewer else f" x {limit or 'all'} questions"
-  shown = questions.shown_in_evaluation(config)
+  phrase = f", {sum(counts)} questions" if fewer else f" x {limit or 'all'} questions"
+  shown = questions.count_eval_shots(config)
   protocol = f", protocol {config.eval.protocol}" if shown or config.eval.protocol != "paper" else ""
-  return f"{len(counts)} tasks{asked}{samples}{protocol}"
+  return f"{len(counts)} tasks{phrase}{samples}{protocol}"
 
 
 def _measure(run: Run, model: Path, name: str, round_: int, out: Path, _: Any) -> dict[str, Any]:
@@ -62,38 +62,38 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, out:
 
   Returns:
     `scores`: for each task its metrics, the primary one first (`greedy`, `pass@4`, `majority@16`; `acc`, `acc_norm`;
-    lm_eval's); `texts`: see `likelihood.measure`; `protocol`: for each task how it was measured (`describe`);
+    lm_eval's); `texts`: see `likelihood.measure`; `protocol`: for each task how it was measured (`describe_protocol`);
     `long_prompts`: for each task with any, the number of questions skipped because they do not fit.
   """
   if distributed.is_main():
     out.mkdir()
-  scores: dict[str, dict[str, evaluation.Accuracy]] = {}
+  scores: dict[str, dict[str, accuracy.Accuracy]] = {}
   protocol: dict[str, dict[str, Any]] = {}
   skipped: dict[str, int] = {}
-  asked = [(entry, name, examples) for entry, (name, examples) in zip(
-      questions.own(config), questions.of_tests(config).items(), strict=True)
-           if questions.measure_of(config, entry) == "answer"]
+  answered_tasks = [(entry, name, examples) for entry, (name, examples) in zip(
+      questions.list_own_entries(config), questions.load_tests(config).items(), strict=True)
+                    if questions.get_measure(config, entry) == "answer"]
   with contextlib.ExitStack() as stack:
-    if asked:
-      sampler = stack.enter_context(sampling.sampler_of(config, model, config.eval.batch_size, scratch))
-    for entry, name, examples in asked:
+    if answered_tasks:
+      sampler = stack.enter_context(synthesize.open_sampler(config, model, config.eval.batch_size, scratch))
+    for entry, name, examples in answered_tasks:
       rows, skipped[name] = answer_greedily(config, model, sampler, entry, examples, label=f"{label}: {name}")
       samples = _samples(config, model, sampler, entry, examples, label=f"{label}: {name}, samples")
       if distributed.is_main():
-        protocol[name] = describe(config, name, rows)
+        protocol[name] = describe_protocol(config, name, rows)
         files.write_jsonl(out / f"{name}.jsonl", rows)
-        scores[name] = {"greedy": evaluation.accuracy(sum(r["correct"] for r in rows), len(rows))}
+        scores[name] = {"greedy": accuracy.compute_accuracy(sum(r["correct"] for r in rows), len(rows))}
         if samples:
           files.write_jsonl(out / f"{name}_samples.jsonl", samples)
           scores[name] |= score_samples(samples, [k for k in config.eval.pass_at_k if k <= config.eval.num_samples])
   sampler = None  # frees its weights before others are loaded for scoring
   result = {"scores": {name: {metric: score._asdict() for metric, score in metrics.items()}
                        for name, metrics in scores.items()}, "protocol": protocol, "texts": {}}
-  if questions.scores_texts(config):
+  if questions.needs_likelihood(config):
     result = _join(result, devices.call(config, likelihood.measure, config, model, scratch, out, label))
-  if questions.lm_eval_tasks(config):
+  if questions.list_lm_eval_tasks(config):
     result = _join(result, devices.call(config, lm_eval_tasks.measure, config, model, scratch, out, label))
-  names = [questions.name_of(entry) for entry in (config.task.name, *config.task.ood)]
+  names = [questions.get_task_name(entry) for entry in (config.task.name, *config.task.ood)]
   ordered = {key: {name: value[name] for name in names if name in value}
              for key, value in result.items() if key != "texts"}
   long = {name: count for name, count in skipped.items() if count}
@@ -104,21 +104,21 @@ def _join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
   return {key: value | second[key] for key, value in first.items()}
 
 
-def answer_greedily(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Generate, entry: str,
+def answer_greedily(config: ml_collections.ConfigDict, model: Path, sampler: synthesize.Generate, entry: str,
                     examples: Sequence[Example], *, label: str) -> tuple[list[dict[str, Any]], int]:
   """Answers questions of a task greedily; `entry` is the task's entry in the config.
 
   Returns:
     A row with the verdict for each answer (empty except on process 0), and the number of questions that do not fit.
   """
-  protocol, asked, long = _prepare(config, model, entry, examples, label)
-  completions = sampler([Prompt(e.id, text) for e, text in asked], label=label,
+  protocol, prompts, long = _prepare(config, model, entry, examples, label)
+  completions = sampler([Prompt(e.id, text) for e, text in prompts], label=label,
                         max_new_tokens=protocols.max_new_tokens(config), stop=protocol.stop)
-  return sampling.judge_samples([e for e, _ in asked], completions, strict=False,
-                                read=protocol.read) if distributed.is_main() else [], long
+  return synthesize.judge_samples([e for e, _ in prompts], completions, strict=False,
+                                  read=protocol.read) if distributed.is_main() else [], long
 
 
-def describe(config: ml_collections.ConfigDict, task: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def describe_protocol(config: ml_collections.ConfigDict, task: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """Describes how greedy answers were obtained: the protocol's `name`, `shots` per prompt, `n` answers, `mean_tokens`
   per answer, the share that was `cut` at `max_new_tokens`, whether prompts are a `chat`, `stop`, the paper's `header`.
   """
@@ -133,32 +133,32 @@ def describe(config: ml_collections.ConfigDict, task: str, rows: Sequence[dict[s
 def _prepare(config: ml_collections.ConfigDict, model: Path, entry: str, examples: Sequence[Example], label: str,
              ) -> tuple[protocols.Protocol, list[tuple[Example, str]], int]:
   """Returns the protocol of a task, the questions that fit with their prompts, and how many do not fit."""
-  protocol = protocols.get_protocol(config, questions.name_of(entry))
-  return protocol, *sampling.build_prompts(config, model, examples, limit="eval.max_new_tokens", source=label,
-                                           shots=questions.shots_of(config, entry), prompt=protocol.prompt)
+  protocol = protocols.get_protocol(config, questions.get_task_name(entry))
+  return protocol, *synthesize.build_prompts(config, model, examples, limit="eval.max_new_tokens", source=label,
+                                             shots=questions.load_shots(config, entry), prompt=protocol.prompt)
 
 
-def _samples(config: ml_collections.ConfigDict, model: Path, sampler: sampling.Generate, entry: str,
+def _samples(config: ml_collections.ConfigDict, model: Path, sampler: synthesize.Generate, entry: str,
              examples: Sequence[Example], *, label: str) -> list[dict[str, Any]]:
   settings = config.eval
   if not settings.num_samples:
     return []
-  protocol, asked, _ = _prepare(config, model, entry, examples, label)
+  protocol, prompts, _ = _prepare(config, model, entry, examples, label)
   completions = sampler(
-      [Prompt(f"eval/{e.id}", text) for e, text in asked], max_new_tokens=protocols.max_new_tokens(config),
+      [Prompt(f"eval/{e.id}", text) for e, text in prompts], max_new_tokens=protocols.max_new_tokens(config),
       num_samples=settings.num_samples, temperatures=(settings.temperature,), top_p=settings.top_p,
       stop=protocol.stop, seed=config.seed, label=label)
-  return sampling.judge_samples([e for e, _ in asked], completions, strict=False, read=protocol.read,
-                                temperatures=(settings.temperature,)) if distributed.is_main() else []
+  return synthesize.judge_samples([e for e, _ in prompts], completions, strict=False, read=protocol.read,
+                                  temperatures=(settings.temperature,)) if distributed.is_main() else []
 
 
-def score_samples(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, evaluation.Accuracy]:
+def score_samples(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, accuracy.Accuracy]:
   """Computes pass@k for each k and the accuracy of the majority vote; each question has the same number of samples."""
   groups: dict[str, list[dict[str, Any]]] = {}
   for row in rows:
     groups.setdefault(row["id"], []).append(row)
-  scores = {f"pass@{k}": evaluation.mean([evaluation.pass_at_k(len(g), sum(r["correct"] for r in g), k)
-                                          for g in groups.values()]) for k in ks}
-  winners = [(g, evaluation.majority([answers.canonical(r["span"], r["kind"]) for r in g])) for g in groups.values()]
+  scores = {f"pass@{k}": accuracy.compute_mean([accuracy.pass_at_k(len(g), sum(r["correct"] for r in g), k)
+                                                for g in groups.values()]) for k in ks}
+  winners = [(g, accuracy.majority([answers.canonical(r["span"], r["kind"]) for r in g])) for g in groups.values()]
   right = sum(winner is not None and g[winner]["correct"] for g, winner in winners)
-  return scores | {f"majority@{len(next(iter(groups.values())))}": evaluation.accuracy(right, len(groups))}
+  return scores | {f"majority@{len(next(iter(groups.values())))}": accuracy.compute_accuracy(right, len(groups))}

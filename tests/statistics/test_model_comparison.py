@@ -12,8 +12,8 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 
 from imm_jax.errors import UserError
-from imm_jax.statistics import against
-from imm_jax.statistics.comparison import compare_paired, holm, mcnemar
+from imm_jax.statistics import model_comparison
+from imm_jax.statistics.paired_tests import compare_paired, holm, mcnemar
 from tests import REPO
 
 
@@ -119,8 +119,8 @@ def write(folder: Path, task: str, verdicts: str, *, first: int = 0, **fields: o
   return folder
 
 
-def compare(a: Path, b: Path, **options) -> against.Comparison:
-  return against.compare(against.read_folder(a), against.read_folder(b), **options)
+def compare(a: Path, b: Path, **options) -> model_comparison.Comparison:
+  return model_comparison.compare(model_comparison.read_folder(a), model_comparison.read_folder(b), **options)
 
 
 def test_two_folders_task_by_task(tmp_path: Path):
@@ -141,7 +141,7 @@ def test_two_folders_task_by_task(tmp_path: Path):
   assert not any(line.real for line in found.lines)
   assert found.notes == (f"not compared, because {b} has no answers to it: alone",)
   alone = compare(a, write(tmp_path / "c", "add", "0000000011"))
-  assert [line.real for line in alone.lines] == [True]
+  assert [line.significant for line in alone.lines] == [True]
 
 
 def test_missing_questions_are_left_out(tmp_path: Path):
@@ -188,15 +188,15 @@ def test_folder_without_answers_is_helpful(tmp_path: Path):
     write(tmp_path / "run" / name, "add", "10")
   (tmp_path / "run/metrics.jsonl").write_text("{}\n")
   with pytest.raises(UserError, match=r"is no folder of answers .* one of .*run/base/eval, .*run/round_0/eval/sft"):
-    against.read_folder(tmp_path / "run")
+    model_comparison.read_folder(tmp_path / "run")
   with pytest.raises(UserError, match="a folder such as RUN/base/eval"):
-    against.read_folder(tmp_path / "none")
+    model_comparison.read_folder(tmp_path / "none")
 
 
 def test_a_file_that_has_changed_is_read_again(tmp_path: Path):
   folder = write(tmp_path, "add", "10")
-  assert len(against.read_answers(folder / "add.jsonl").fingerprints) == 2
-  assert len(against.read_answers(write(tmp_path, "add", "100") / "add.jsonl").fingerprints) == 3
+  assert len(model_comparison.read_answers(folder / "add.jsonl").fingerprints) == 2
+  assert len(model_comparison.read_answers(write(tmp_path, "add", "100") / "add.jsonl").fingerprints) == 3
 
 
 def command(*flags: str) -> subprocess.CompletedProcess:

@@ -15,25 +15,25 @@ from jax.sharding import Mesh
 
 from imm_jax import files
 from imm_jax.errors import UserError
-from imm_jax.merging import checkpoint
-from imm_jax.methods import keeps_average, method_of
-from imm_jax.model import attention, folder as checkpoint_folder, hf, sharding
+from imm_jax.merging import on_disk
+from imm_jax.methods import get_method, keeps_average
+from imm_jax.model import attention, checkpoint_folder, hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params
 from imm_jax.model.tokenization import encode_continuation, encode_prompt
 from imm_jax.runs.metrics import StageMetrics
-from imm_jax.runs.run import Model, Run, Stage
+from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed, hardware
 from imm_jax.sampling import completions
 from imm_jax.stages import devices
-from imm_jax.stages.devices import mesh_of
+from imm_jax.stages.devices import make_mesh
 from imm_jax.tasks import prompts
 from imm_jax.tasks.base import Example
 from imm_jax.training import interventions, lora, throughput, trainer
-from imm_jax.training.additions import additions_of
-from imm_jax.training.checkpoints import Checkpoints
+from imm_jax.training.additions import get_additions
 from imm_jax.training.optimization import make_schedule
 from imm_jax.training.packing import PackedBatches, TokenizedExample
+from imm_jax.training.states import Checkpoints
 from imm_jax.training.step import Frozen
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ _HELD_OUT = 0x51  # separates these draws from others of the same seed
 AVERAGE = "ema"
 
 
-def stage(run: Run, model: Model, train: str, round_: int) -> Stage:
+def build_stage(run: Run, model: Checkpoint, train: str, round_: int) -> Stage:
   """Builds the stage that fine-tunes a model in a round, on the rows that the stage `train` writes."""
   method = run.method
   kind = {"method": {"anchor": method.anchor, "lora": method.lora}} if method.anchor or method.lora else {}
@@ -53,10 +53,10 @@ def stage(run: Run, model: Model, train: str, round_: int) -> Stage:
                run.settings("seed", "prompt", "sft") | kind, _plan(run.config),
                functools.partial(devices.call, run.config, fine_tune, run.config, model.folder, run.base.folder,
                                  run.root / train, run.root, round_),
-               everywhere=True, scratch=states_folder(run.config, run.root, round_), costly=True, summarise=_summarise)
+               everywhere=True, scratch=states_folder(run.config, run.root, round_), costly=True, summarize=_summarize)
 
 
-def _summarise(facts: dict[str, Any]) -> str:
+def _summarize(facts: dict[str, Any]) -> str:
   if facts.get("skipped"):
     return "nothing to train on"
   long = f", {facts['dropped_long']} longer than a row left out" if facts["dropped_long"] else ""
@@ -64,13 +64,13 @@ def _summarise(facts: dict[str, Any]) -> str:
           f"{facts['last_loss']:.3f}")
 
 
-def average_of(tuned: Model) -> Model:
+def get_average(tuned: Checkpoint) -> Checkpoint:
   """Returns the moving average of a tuned model's weights over SFT."""
   return tuned._replace(folder=tuned.folder / AVERAGE)
 
 
 def _plan(config: ml_collections.ConfigDict) -> str:
-  sft, method = config.sft, method_of(config)
+  sft, method = config.sft, get_method(config)
   extras = {"l2_sp": [f"L2 to the base x {sft.l2_sp_weight:g}"], "kl": [f"KL to the base x {sft.kl_weight:g}"]}.get(
       method.anchor, [])
   extras += [f"LoRA of rank {sft.lora_rank}"] * method.lora
@@ -93,13 +93,13 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train:
       for folder in (out, *[out / AVERAGE] * keeps_average(config)):
         copy(model, folder)
     return {"examples": 0, "steps": 0, "skipped": True}
-  kept, held = hold_out(rows, sft.stop_share, (config.seed, round_), source=train)
-  examples = list(map(encoder(config, model), rows))
+  kept, held_out_indices = hold_out(rows, sft.stop_share, (config.seed, round_), source=train)
+  examples = list(map(make_encoder(config, model), rows))
   data = pack(config, model, [examples[i] for i in kept], source=train, epochs=sft.epochs, seed=(config.seed, round_),
               lines=[i + 1 for i in kept])
-  held_out = pack(config, model, [examples[i] for i in held], source=f"{train}, held out", epochs=1, seed=config.seed,
-                  quiet=True).batches if held else None
-  batches, additions, mesh = data.batches, additions_of(config), mesh_of(config)
+  held_out_batches = pack(config, model, [examples[i] for i in held_out_indices], source=f"{train}, held out",
+                          epochs=1, seed=config.seed, quiet=True).batches if held_out_indices else None
+  batches, additions, mesh = data.batches, get_additions(config), make_mesh(config)
   schedule = make_schedule(sft.schedule, peak=sft.learning_rate, total_steps=len(batches),
                            warmup_ratio=sft.warmup_ratio)
   states = Checkpoints(states_folder(config, root, round_), save_interval=sft.save_interval,
@@ -108,11 +108,12 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train:
     saved = checkpoints.latest()  # raises for a state of another training before metrics are dropped
     from_step = saved["step"] if saved else 0
     with StageMetrics(root, f"{name}/sft", from_step=from_step, tracking=config.tracking) as metrics:
-      first = (lambda: lora.init(data.model, additions.lora, mesh, key=_key(config, round_))) if additions.lora else (
+      load_initial = (lambda: lora.init(data.model, additions.lora, mesh,
+                                        key=_make_key(config, round_))) if additions.lora else (
           lambda: load_params(config, model))
       trained = trainer.train(
-          data.model, first, batches, schedule=schedule, weight_decay=sft.weight_decay,
-          additions=additions, load_frozen=lambda: _frozen(config, model, base), held_out=held_out,
+          data.model, load_initial, batches, schedule=schedule, weight_decay=sft.weight_decay,
+          additions=additions, load_frozen=lambda: _load_frozen(config, model, base), held_out=held_out_batches,
           grad_clip=sft.grad_clip, intervention=_intervention(sft),
           log_every=sft.log_every, report=metrics.write, label=f"round {round_}: SFT", checkpoints=checkpoints,
           profile=throughput.Profile(config.profile, root / "profile" / name / f"process_{jax.process_index()}"),
@@ -126,16 +127,16 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train:
            "tokens": round(batches.tokens_per_step * trained.steps), "attention": data.options["attention"],
            "examples_per_step": round(batches.per_step, 2), "padding": round(batches.padding, 4),
            "first_loss": round(trained.first_loss, 6), "last_loss": round(trained.last_loss, 6)}
-  if held:
+  if held_out_indices:
     losses = trained.held_out
-    facts |= {"held_out": len(held), "held_out_losses": [round(loss, 6) for loss in losses],
+    facts |= {"held_out": len(held_out_indices), "held_out_losses": [round(loss, 6) for loss in losses],
               "best_epoch": 1 + losses.index(min(losses))}
   return facts
 
 
 def copy(model: Path, out: Path) -> None:
   """Copies a checkpoint, for a round with nothing to train on."""
-  checkpoint.merge_folders("passthrough", {"models[0]": model}, {out: {}})
+  on_disk.merge_folders("passthrough", {"models[0]": model}, {out: {}})
   checkpoint_folder.copy_side_files(model, out)
 
 
@@ -165,15 +166,15 @@ def hold_out(rows: Sequence[Mapping[str, Any]], share: float, seed: Any, *, sour
           [i for i, row in enumerate(rows) if row["question"] in chosen])
 
 
-def _frozen(config: ml_collections.ConfigDict, model: Path, base: Path) -> Frozen:
+def _load_frozen(config: ml_collections.ConfigDict, model: Path, base: Path) -> Frozen:
   """Loads the weights that the method's SFT uses but does not train."""
-  method, compute = method_of(config), jnp.dtype(hardware.compute_dtype(config.sft.compute_dtype))
+  method, compute = get_method(config), jnp.dtype(hardware.compute_dtype(config.sft.compute_dtype))
   # L2-SP uses the base's weights as stored; weights that compute are rounded to the compute dtype.
   anchor = {"anchor": load_params(config, base, None if method.anchor == "l2_sp" else compute)} if method.anchor else {}
   return anchor | ({"base": load_params(config, model, compute)} if method.lora else {})
 
 
-def _key(config: ml_collections.ConfigDict, round_: int) -> jax.Array:
+def _make_key(config: ml_collections.ConfigDict, round_: int) -> jax.Array:
   """Returns the random key of a round's initial adapters."""
   return jax.random.fold_in(jax.random.key(config.seed), round_)
 
@@ -207,7 +208,7 @@ def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Toke
   Raises:
     UserError: when none fits in a row.
   """
-  sft, mesh, length = config.sft, mesh_of(config), row_length or config.sft.row_length
+  sft, mesh, length = config.sft, make_mesh(config), row_length or config.sft.row_length
   numbers = lines or range(1, len(examples) + 1)
   by_line = {line: e for line, e in zip(numbers, examples, strict=True) if len(e.prompt) + len(e.response) <= length}
   if not by_line:
@@ -230,7 +231,7 @@ def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Toke
   return Data(model_config, batches, list(by_line), len(examples) - len(by_line), options)
 
 
-def row_for(config: ml_collections.ConfigDict, examples: Iterable[TokenizedExample]) -> int:
+def choose_row_length(config: ml_collections.ConfigDict, examples: Iterable[TokenizedExample]) -> int:
   """Returns a row length that fits all examples: that of SFT, or a larger multiple of 128, which suits attention
   kernels and keeps shapes few."""
   longest = max(len(e.prompt) + len(e.response) for e in examples)
@@ -239,7 +240,7 @@ def row_for(config: ml_collections.ConfigDict, examples: Iterable[TokenizedExamp
 
 def load_params(config: ml_collections.ConfigDict, model: Path, dtype: jnp.dtype | None = jnp.float32) -> Params:
   """Loads a model's parameters, sharded as in SFT, in float32 or another dtype (None: the stored ones)."""
-  return hf.load(model, dtype=dtype, place=functools.partial(sharding.param_sharding, mesh_of(config)))[1]
+  return hf.load(model, dtype=dtype, place=functools.partial(sharding.param_sharding, make_mesh(config)))[1]
 
 
 def _notes(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, batches: PackedBatches, multiple: int,
@@ -270,8 +271,8 @@ def states_folder(config: ml_collections.ConfigDict, root: Path, round_: int) ->
   return f"{os.path.expanduser(config.sft.state_dir)}/round_{round_}_sft_state"
 
 
-def encoder(config: ml_collections.ConfigDict, model: Path, *, shots: Sequence[Example] = (), ends: bool = True,
-            ) -> Callable[[Mapping[str, Any]], TokenizedExample]:
+def make_encoder(config: ml_collections.ConfigDict, model: Path, *, shots: Sequence[Example] = (), ends: bool = True,
+                 ) -> Callable[[Mapping[str, Any]], TokenizedExample]:
   """Returns a function that tokenizes a question and its response to the same ids as in sampling.
 
   Args:
@@ -282,7 +283,7 @@ def encoder(config: ml_collections.ConfigDict, model: Path, *, shots: Sequence[E
   """
   rows, style = hf.read_config(model).vocab_size, config.prompt.style
   tokenizer, known = completions.load(model, rows)
-  end = [_end_of_answer(tokenizer, known, style)] if ends else []
+  end = [_find_end_of_answer(tokenizer, known, style)] if ends else []
 
   def encode(row: Mapping[str, Any]) -> TokenizedExample:
     prompt = prompts.build_prompt(row["question"], header=config.prompt.header, examples=shots, style=style,
@@ -293,7 +294,7 @@ def encoder(config: ml_collections.ConfigDict, model: Path, *, shots: Sequence[E
   return encode
 
 
-def _end_of_answer(tokenizer: "PreTrainedTokenizerBase", known: Sequence[int], style: str) -> int:
+def _find_end_of_answer(tokenizer: "PreTrainedTokenizerBase", known: Sequence[int], style: str) -> int:
   """Returns the token that ends an answer in training.
 
   In a chat it is the one with which the template ends an answer, if it is in `known`, the tokens that end samples;

@@ -23,7 +23,7 @@ class Accuracy(NamedTuple):
   high: float
 
 
-def accuracy(correct: int, n: int) -> Accuracy:
+def compute_accuracy(correct: int, n: int) -> Accuracy:
   """Returns the accuracy of `correct` right answers to `n` questions, with Wilson's 95 % interval.
 
   The interval is that of E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 22
@@ -32,7 +32,7 @@ def accuracy(correct: int, n: int) -> Accuracy:
   Raises:
     ValueError: unless 0 <= correct <= n and n > 0.
 
-  >>> [round(x, 3) for x in accuracy(8, 10)]
+  >>> [round(x, 3) for x in compute_accuracy(8, 10)]
   [0.8, 10, 0.49, 0.943]
   """
   if n <= 0 or not 0 <= correct <= n:
@@ -40,7 +40,7 @@ def accuracy(correct: int, n: int) -> Accuracy:
   return _wilson(correct / n, n)
 
 
-def mean(scores: Sequence[float]) -> Accuracy:
+def compute_mean(scores: Sequence[float]) -> Accuracy:
   """Returns the mean of scores in [0, 1], one per question, with Wilson's 95 % interval.
 
   Among all scores in [0, 1] with the same mean, 0/1 scores have the largest variance, so that the interval is valid for
@@ -49,7 +49,7 @@ def mean(scores: Sequence[float]) -> Accuracy:
   Raises:
     ValueError: when there is no score, or one is outside [0, 1].
 
-  >>> [round(x, 3) for x in mean([0.5, 1.0, 0.9])]
+  >>> [round(x, 3) for x in compute_mean([0.5, 1.0, 0.9])]
   [0.8, 3, 0.288, 0.975]
   """
   if not scores or not all(0 <= score <= 1 for score in scores):

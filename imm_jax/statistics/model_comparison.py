@@ -1,7 +1,6 @@
 """Compares the answers of two models on disk, question by question, and tests which differences are significant."""
 
 import functools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import Any, NamedTuple
 
 from imm_jax import files
 from imm_jax.errors import UserError, join_items
-from imm_jax.statistics import comparison
-from imm_jax.statistics.comparison import Paired
+from imm_jax.statistics import paired_tests
+from imm_jax.statistics.paired_tests import Paired
 
 # Fields of a row that hold a score of its question, each with the field that it is divided by, if it is a rate. A rate,
 # row["nats"] / row["bytes"], is weighted with row["bytes"], so that a mean over texts is the rate of all their bytes.
@@ -57,9 +56,9 @@ class Line(NamedTuple):
     return self.task if self.metric == "correct" else f"{self.task}, {_describe_metric(self.metric)}"
 
   @property
-  def real(self) -> bool:
+  def significant(self) -> bool:
     """Returns whether the corrected p-value is below 0.05."""
-    return comparison.is_real(self.p)
+    return paired_tests.is_significant(self.p)
 
 
 class Comparison(NamedTuple):
@@ -157,7 +156,7 @@ def compare(first: Mapping[str, Answers], second: Mapping[str, Answers], *, pool
       parts = [part for part in parts if metric in part[0].scores and metric in part[1].scores]
       if parts and (name in ids_by_task or len(parts) > 1):
         differences.append((name, metric, _compare_metric(parts, metric)))
-  corrected = comparison.holm([paired.p for *_, paired in differences])
+  corrected = paired_tests.holm([paired.p for *_, paired in differences])
   return Comparison(tuple(Line(*line, p) for line, p in zip(differences, corrected, strict=True)), tuple(notes))
 
 
@@ -212,7 +211,7 @@ def format_table(result: Comparison, this: Path, other: Path) -> str:
   head = ["", "n", "this", "other", "difference", "only this", "only other", "p", "p (Holm)", "significant at 5 %"]
   rows = [[line.label, str(d.n), f"{d.first:.3f}", f"{d.second:.3f}", f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]",
            *("" if count is None else str(count) for count in (d.wins, d.losses)), f"{d.p:.2g}", f"{line.p:.2g}",
-           "yes" if line.real else "no"] for line in result.lines for d in (line.paired,)]
+           "yes" if line.significant else "no"] for line in result.lines for d in (line.paired,)]
   widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
   text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
           for row in (head, *rows)]
@@ -228,7 +227,7 @@ def to_json(result: Comparison, other: Path) -> dict[str, Any]:
   return {"against": str(other), "tests": [
       {"task": line.task, "metric": line.metric, "n": d.n, "this": d.first, "other": d.second, "difference": d.value,
        "low": d.low, "high": d.high, "only_this": d.wins, "only_other": d.losses, "p": d.p, "p_holm": line.p,
-       "real": line.real} for line in result.lines for d in (line.paired,)], "notes": list(result.notes)}
+       "real": line.significant} for line in result.lines for d in (line.paired,)], "notes": list(result.notes)}
 
 
 def read_protocols(folder: Path) -> dict[str, str]:
@@ -246,7 +245,7 @@ def read_protocols(folder: Path) -> dict[str, str]:
 
 
 def _describe_protocol(protocol: Mapping[str, Any]) -> str:
-  """Describes a protocol as `evaluating.describe` recorded it; records of older versions have fewer keys."""
+  """Describes a protocol as `evaluate.describe_protocol` recorded it; records of older versions have fewer keys."""
   parts = [f"protocol {protocol['name']} with worked examples: {protocol['shots']}",
            *["chat template"] * bool(protocol.get("chat")),
            *(f"{text} {protocol[key]!r}" for key, text in (
@@ -255,7 +254,7 @@ def _describe_protocol(protocol: Mapping[str, Any]) -> str:
   return ", ".join(parts)
 
 
-def report(this: Path, baselines: Mapping[Path, Mapping[str, Answers]], out: Path | None) -> None:
+def print_and_write(this: Path, baselines: Mapping[Path, Mapping[str, Answers]], out: Path | None) -> None:
   """Compares a folder's answers with those of other folders; prints the tables and writes the tests to a JSON file.
 
   Args:
@@ -274,6 +273,6 @@ def report(this: Path, baselines: Mapping[Path, Mapping[str, Answers]], out: Pat
         f"{task}: asked in other ways, this {protocols[task]}; other {other_protocols[task]}"
         for task in protocols if task in other_protocols and protocols[task] != other_protocols[task])))
   if out:
-    files.write_text(out, json.dumps([to_json(result, other) for other, result in results.items()], indent=1) + "\n")
+    files.write_json(out, [to_json(result, other) for other, result in results.items()])
   for other, result in results.items():
     print(f"\n{format_table(result, this, other)}")
