@@ -197,10 +197,10 @@ def _is_weight(value: Any) -> bool:
 
 def _validate_data(config: ml_collections.ConfigDict) -> None:
   data = config.data
-  if method_of(config).data == "worked" and (data.real_fraction or config.teacher):
+  if get_method(config).data == "worked" and (data.real_fraction or config.teacher):
     raise UserError(f"config.method={config.method} trains only on worked answers: data.real_fraction and teacher "
                     "have no effect with it")
-  if data.with_real and method_of(config).data != "accumulation":
+  if data.with_real and get_method(config).data != "accumulation":
     raise UserError(f"config.data.with_real: is for method=data_accumulation; {config.method} has data.real_fraction")
   if data.with_real and data.real_fraction:
     raise UserError("config.data.with_real adds all real answers, so data.real_fraction has no effect with it")

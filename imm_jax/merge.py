@@ -176,7 +176,7 @@ def _plan_outputs(out: Path, recipe: Recipe) -> dict[Path, Recipe]:
       raise UserError(f"--sweep_base_weight={text}: expected numbers from 0 to 1")
     if weight in [other.options["base_weight"] for other in jobs.values()]:
       raise UserError(f"--sweep_base_weight={','.join(_SWEEP.value)}: {text} is given twice")
-    only_slice, = job.slices
+    only_slice, = recipe.slices
     only_slice = dataclasses.replace(only_slice, options={**only_slice.options, "base_weight": weight})
     jobs[out / f"base_weight_{text.strip()}"] = dataclasses.replace(recipe, slices=(only_slice,))
   return jobs

@@ -57,7 +57,7 @@ def test_contradictions_are_one_line():
   config = run("method", "real")
   config.teacher = "tiny"
   with pytest.raises(UserError, match="method=real trains only on worked answers"):
-    checks.validate(config)
+    config_checks.validate(config)
   config = run("merge.base_weight", "auto")
   config.method = "star"
   with pytest.raises(UserError, match="method=star merges nothing"):

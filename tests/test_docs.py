@@ -19,9 +19,9 @@ from ml_collections import config_flags
 
 import imm_jax
 from configs import common
-from imm_jax import config as checks, config_files
+from imm_jax import config_checks, config_files
 from imm_jax.merging import registry
-from imm_jax.stages import merge_options
+from imm_jax.stages import merge_settings
 from tests import REPO
 from tests.conftest import LONG
 
@@ -118,7 +118,7 @@ def test_links_lead_somewhere(page: Path):
 def test_commands_name_what_exists(page: Path):
   defaults, text = common.get_config().to_dict(), page.read_text()
   # The options of all methods, and of the method that a page shows how to write.
-  defaults["merge"]["options"] = {*registry.option_help(), *re.findall(r'Option\("(\w+)"', text)}
+  defaults["merge"]["options"] = {*registry.format_option_help(), *re.findall(r'Option\("(\w+)"', text)}
   for program, *arguments in commands(page):
     if program == "imm_jax.harness":  # the flags of lm_eval
       continue
@@ -158,7 +158,7 @@ def test_commands_for_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config_flags.DEFINE_config_dict("config", config_files.load(given["--config"]), flag_values=values)
     values(sys.argv)
     assert not values.config.task.ood  # which may be downloads
-    checks.validate(values.config, trains=program == "imm_jax.main", downloads=False)
+    config_checks.validate(values.config, trains=program == "imm_jax.main", downloads=False)
     folders.append(given.get("--out") or given["--workdir"])
   assert len(set(folders)) == len(folders) == 3
 
@@ -166,7 +166,7 @@ def test_commands_for_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_methods_without_a_base_weight():
   listed = re.search(r"`lines` also .*?;(.*?)have no such weight", (REPO / "docs/methods.md").read_text(), re.S)[1]
   assert set(re.findall(r"`(\w+)`", listed)) == {
-      name for name in registry.in_rounds() if not merge_options.has_strength(name)} - {"lines"}
+      name for name in registry.list_round_methods() if not merge_settings.has_strength(name)} - {"lines"}
 
 
 def test_docstrings_name_real_arguments():

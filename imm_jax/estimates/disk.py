@@ -101,7 +101,7 @@ def describe(config: ml_collections.ConfigDict, model: ModelConfig, expected: Ex
   """Describes the result of `estimate` in two lines, with the free space where `root`, the run directory, is."""
   sizes, state_dir = estimate(config, model, expected, folder), config.sft.state_dir
   states = f"{sizes.num_states} training state{'s' * (sizes.num_states > 1)} of {format_bytes(sizes.state)}"
-  existing = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+  existing = files.find_existing_parent(root)
   return (f"disk: about {format_bytes(sizes.final)} in the end ({sizes.num_checkpoints} checkpoints of "
           f"{format_bytes(sizes.checkpoint)}, answers {format_bytes(sizes.answers)}), at the peak about "
           f"{format_bytes(sizes.peak)}; {format_bytes(shutil.disk_usage(existing).free)} free\n"

@@ -9,11 +9,11 @@ from imm_jax.statistics import model_comparison
 from imm_jax.statistics.model_comparison import Answers, Comparison
 
 POOLED = "all out of domain"
-_HOW = ("The models of a line answered the same questions and are compared question by question: the difference in "
-        "accuracy with its 95 % interval (paired bootstrap). A star marks a difference that is significant at 5 %: p "
-        "of McNemar's test (mid-p), corrected by Holm over the columns of the line, not over the lines; so an interval "
-        "without 0 may have no star. Other questions of the kind would show a significant difference, too; another "
-        "seed of the run may not.")
+_NOTE = ("The models of a line answered the same questions and are compared question by question: the difference in "
+         "accuracy with its 95 % interval (paired bootstrap). A star marks a difference that is significant at 5 %: "
+         "p of McNemar's test (mid-p), corrected by Holm over the columns of the line, not over the lines; so an "
+         "interval without 0 may have no star. Other questions of the kind would show a significant difference, too; "
+         "another seed of the run may not.")
 
 
 def make_section(results: Results) -> Section:
@@ -71,7 +71,7 @@ def _make_parts(compared: Sequence[tuple[str, str, Comparison]], ood_tasks: Sequ
             paired.p, line.p, "yes" if line.significant else "no"]
            for a, b, comparison in compared for line in comparison.lines for paired in (line.paired,)]
   tables = [
-      _HOW,
+      _NOTE,
       Table(f"{prefix}differences", f"Differences, {subject} less the other; * is significant at 5 %",
             [subject, "against", *labels], rows),
       Table(f"{prefix}tests", "The tests behind them", [

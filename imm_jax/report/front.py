@@ -19,10 +19,10 @@ _SWEEP = ("#56B4E9", "v", "merged at other weights")
 _LINE = ("#666666", "none", "--")
 _ID, _TITLE = "front", "Accuracy trade-off in and out of domain"
 _AXES = {"x": "accuracy in domain", "y": "accuracy out of domain", "named": True, "counts": False}
-_HOW = ("Each point is a model; the line is the Pareto front, the models for which no other is as good in both and "
-        "better in one. Hypervolume is the area that a run's models dominate above a reference point: its base (only "
-        "models that are better in both count), or the base's accuracy in domain and 0 out of domain (the gain in "
-        "domain times the accuracy left out of domain). ")
+_NOTE = ("Each point is a model; the line is the Pareto front, the models for which no other is as good in both and "
+         "better in one. Hypervolume is the area that a run's models dominate above a reference point: its base (only "
+         "models that are better in both count), or the base's accuracy in domain and 0 out of domain (the gain in "
+         "domain times the accuracy left out of domain). ")
 _MEASURES = ("hypervolume above the base", "hypervolume above (base in domain, 0)", "out of domain at equal ID")
 
 
@@ -140,7 +140,7 @@ def _has_pareto_front(run: Results) -> bool:
 
 
 def _explanation(equal_id: float, description: str) -> str:
-  return (f"{_HOW}Equal ID is {equal_id:.3f} in domain, {description}. A run's accuracy out of domain there is "
+  return (f"{_NOTE}Equal ID is {equal_id:.3f} in domain, {description}. A run's accuracy out of domain there is "
           "interpolated linearly between the models handed on, round by round, and within each round from the base "
           "through merged models, by their weight, to the tuned one; of several values the highest. Points on these "
           "lines are interpolations, not models.")
@@ -156,7 +156,7 @@ def _make_line(run: Results, models: Sequence[EvaluatedModel], label: str, style
 
 def _plot(lines: Sequence[Curve], runs: Sequence[Results]) -> list[Plot]:
   best = pareto_front([_point(run, m) for run in runs for m in run.models])
-  line = Line("Pareto front", *_LINE, *zip(*best, strict=True))
+  line = Curve("Pareto front", *_LINE, *zip(*best, strict=True))
   return [Plot("front", "Accuracy out of domain over accuracy in domain of every model, and a line through the Pareto "
                "front; the tables below have the values", figures.draw,
                (Panel("every model", lines=(*lines, line), **_AXES),))]

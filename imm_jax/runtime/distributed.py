@@ -221,5 +221,5 @@ def _describe_error(error: Exception) -> str:
     return str(error)
   if _is_lost_peer(error):
     return ("another process of this run ended unexpectedly; repeat the command in all processes "
-            f"({str(error).strip().splitlines()[0][:200]})")
+            f"({first_line(error)[:200]})")
   return "".join(traceback.format_exception(error))

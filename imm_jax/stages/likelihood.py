@@ -65,8 +65,8 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
   return {"scores": scores, "texts": summaries, "protocol": protocol}
 
 
-def describe(rows: Sequence[Row]) -> dict[str, Any]:
-  """Describes scoring by likelihood in the form of `evaluating.describe`; no answer has a length or is cut."""
+def describe_protocol(rows: Sequence[Row]) -> dict[str, Any]:
+  """Describes scoring by likelihood in the form of `evaluate.describe_protocol`; no answer has a length or is cut."""
   return {"name": "likelihood", "shots": 0, "n": len(rows), "mean_tokens": 0.0, "cut": 0.0}
 
 

@@ -61,7 +61,8 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
   results, from which a killed evaluation resumes.
 
   Returns:
-    `scores`: for each entry its metrics, the primary one first; `protocol`: as `evaluating.describe`; `texts`: empty.
+    `scores`: for each entry its metrics, the primary one first; `protocol`: as `evaluate.describe_protocol`;
+    `texts`: empty.
 
   Raises:
     UserError: for a task that lm_eval cannot load, or that has no usable metric (see `_metrics`).

@@ -87,7 +87,7 @@ def test_iimm_of_equal_importance_is_imm():
 
 @pytest.mark.parametrize("drop_rate", [0.0, 0.2, 0.5, 0.999])
 def test_dare_follows_the_mask_rule(drop_rate):
-  """It rescales by the quantised rate."""
+  """It rescales by the quantized rate."""
   delta = tree(0)
   dropped = merging.dare(delta, drop_rate=drop_rate, key=KEY, names=NAMES)
   steps = round(drop_rate * 65_536)

@@ -44,7 +44,7 @@ def tables(section: Section) -> dict[str, Table]:
 
 def test_all_pairs_are_tested(root: Path):
   """Every pair of models is tested on every task."""
-  found = tables(differences.make_section(Results.of(root)))
+  found = tables(differences.make_section(Results.read(root)))
   rows = list(csv.DictReader(to_csv(found["tests"]).splitlines()))
   folders = {"base": "base/eval"} | {f"round {t} {kind}": f"round_{t}/eval/{kind}"
                                      for t in (0, 1) for kind in ("sft", "merged")}

@@ -133,7 +133,7 @@ def test_runs_of_different_tasks_have_no_front(made: Path):
 
 def test_page_of_runs_has_front_and_drift(tmp_path: Path):
   """It is the page of several runs."""
-  runs = [Results.of(report_runs.make(tmp_path / name, method=name, rounds=1)) for name in ("imm", "star")]
+  runs = [Results.read(report_runs.make(tmp_path / name, method=name, rounds=1)) for name in ("imm", "star")]
   compare.write(runs, tmp_path / "out")
   for name in ("front.png", "drift.png", "nondominated.csv"):
     assert (tmp_path / "out" / name).exists()

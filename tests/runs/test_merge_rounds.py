@@ -55,7 +55,7 @@ def merged(config: ml_collections.ConfigDict, models: merge.MergeInputs, out: Pa
 
 @pytest.mark.parametrize("method", MEANS)
 def test_base_weight_ends_are_tuned_and_base(
-    method: str, models: stage.Models, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
+    method: str, models: merge.MergeInputs, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
   """Where nothing is dropped; half of the way, linear methods are the mean."""
   for weight, wanted in ((0.0, trees["tuned"]), (1.0, trees["base"])):
     found = merged(settings(method, base_weight=weight), models, tmp_path / f"{weight}")
@@ -69,7 +69,7 @@ def test_base_weight_ends_are_tuned_and_base(
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in (*MEANS, "iimm", "model_stock")])
 def test_library_names_strengthless_methods(
-    method: str, models: stage.Models, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
+    method: str, models: merge.MergeInputs, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
   """Methods without a strength are those of the library."""
   config = settings(method, base_weight=0.25)
   found = merged(config, models, tmp_path / "out")
@@ -181,7 +181,7 @@ def test_what_a_method_starts_from(method: str, start: str, needs: list[str]) ->
     {"merge.method": "slerp", "merge.options.t": 0.3}, {"merge.method": "linear", "merge.options.weights": (0.2, 0.8)},
     {"merge.method": "ties", "merge.options.weights": 0.4}, {"merge.method": "ties", "merge.options.normalize": True},
     {"merge.method": "wise_ft", "merge.options.alpha": 0.4}])
-def test_overridden_weight_is_not_swept(given: dict, models: stage.Models, tmp_path: Path) -> None:
+def test_overridden_weight_is_not_swept(given: dict, models: merge.MergeInputs, tmp_path: Path) -> None:
   """A weight that an option overrides is neither swept nor recorded."""
   outs = []
   for weight in (0.2, 0.9):
@@ -212,7 +212,7 @@ def test_the_plan_says_what_decides_a_merge(given: dict, said: str) -> None:
 
 
 def test_round_without_answers_merges(
-    models: stage.Models, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
+    models: merge.MergeInputs, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
   """wise_ft's last model is star's merged with the base, and star's last one is then what the round started from."""
   (tmp_path / "train.jsonl").touch()
   empty = models._replace(tuned=[models.start], train=tmp_path / "train.jsonl")

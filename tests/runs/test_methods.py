@@ -11,7 +11,7 @@ import pytest
 from configs import tiny
 from imm_jax.analysis.weight_change import spearman
 from imm_jax.errors import UserError
-from imm_jax.stages import analysing
+from imm_jax.stages import analyze
 from tests import TINY
 from tests.runs.helpers import start, weights
 

@@ -138,7 +138,7 @@ def test_two_folders_task_by_task(tmp_path: Path):
       (10, 8, 1), (4, 3, 0), (4, 1, 1), (8, 4, 1)]
   assert [line.p for line in found.lines] == holm([line.paired.p for line in found.lines])
   assert lines["add"].paired.p < 0.05 < lines["add"].p  # which is real but for the others
-  assert not any(line.real for line in found.lines)
+  assert not any(line.significant for line in found.lines)
   assert found.notes == (f"not compared, because {b} has no answers to it: alone",)
   alone = compare(a, write(tmp_path / "c", "add", "0000000011"))
   assert [line.significant for line in alone.lines] == [True]

@@ -151,7 +151,7 @@ def test_worked_examples_are_never_asked(custom):
 
 def test_file_examples_replace_others(custom, tmp_path):
   """Worked examples of a file take the place of others."""
-  before = questions.digests(custom), questions.of_round(custom, 0)
+  before = questions.compute_digests(custom), questions.load_round(custom, 0)
   own = [{"question": f"own {i}?", "rationale": f"So {i}. The answer is {i}"} for i in range(7)]
   shown = before[1].round_questions[0].question
   custom.eval.shots_file = write(tmp_path, "shots.jsonl", [

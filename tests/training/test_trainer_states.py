@@ -18,7 +18,7 @@ from imm_jax.errors import PreemptedError, UserError
 from imm_jax.model import sharding
 from imm_jax.model.decoder import init_params
 from imm_jax.training import optimization, step as training_step, trainer
-from imm_jax.training.checkpoints import Checkpoints, check_folder
+from imm_jax.training.states import Checkpoints, check_folder
 from tests.training.helpers import CONFIG, POISON, STEPS, make_batches, same, train
 
 pytestmark = pytest.mark.usefixtures("compiled_once")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from imm_jax.errors import UserError
-from imm_jax.model import folder as checkpoint, hf
+from imm_jax.model import checkpoint_folder, hf
 from imm_jax.sampling import Completion, Prompt
 from imm_jax.sampling.vllm import VllmSampler, sampler as vllm
 from tests import TINY

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from imm_jax.errors import UserError
-from imm_jax.model import folder as checkpoint
+from imm_jax.model import checkpoint_folder
 from imm_jax.sampling import Completion
 from imm_jax.sampling.vllm import VllmSampler, freshness
 from tests import TINY
@@ -119,8 +119,9 @@ def test_decoder_and_transformers_agree(
     fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
   """They do so to a hundredth of the tolerance."""
   result = []
-  check = freshness.check
-  monkeypatch.setattr(freshness, "check", lambda *args, **options: result.append(check(*args, **options)) or result[-1])
+  check = freshness.check_weights
+  monkeypatch.setattr(freshness, "check_weights", lambda *args,
+                      **options: result.append(check(*args, **options)) or result[-1])
   sample(fake)
   (agreement,), = result[0].values()
   assert agreement.within(freshness.TOLERANCES["float32"] / 100)
