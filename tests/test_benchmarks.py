@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -93,6 +94,20 @@ def test_a_study_is_collected_as_far_as_it_has_come(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True,
                           check=False, input=json.dumps({f"star_{seed}": found[f"star_{seed}"]}))
   assert done.stdout.splitlines()[3].startswith(f"| `star` | 1 | {ends[1]:.3f} | "), done.stderr
+
+
+def test_documented_results_are_those_of_the_scores(tmp_path: Path) -> None:
+  scores = json.loads((REPO / "benchmarks/seeds.json").read_text())
+  seeds = len(scores["star"]["ID"])
+  printed = _run("seeds.py", f"--workdir={tmp_path}", "--scores=benchmarks/seeds.json", f"--seeds={seeds}",
+                 f"--methods={','.join(scores)}").stdout
+  tables = [block.strip() for block in printed.split("\n\n") if block.strip().startswith("|")]
+  assert len(tables) == 5
+  results = (REPO / "docs/results.md").read_text()
+  assert [table.splitlines()[0] for table in tables if table not in results] == []
+  after = {row.split("`")[1]: row.split(" | ")[1:3] for row in tables[0].splitlines()[3:]}
+  shown = re.findall(r"^\| `(\w+)`: .* \| (.+) \| (.+) \|$", (REPO / "README.md").read_text(), re.M)
+  assert {name: cells for name, *cells in shown} == {name: after[name] for name in ("star", "imm", "iimm")}
 
 
 def test_what_methods_share_is_copied_from_star(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Stands in for mergekit's `tests/common.py`: merges each recipe with mergekit in float32 and with imm_jax."""
+"""Stands in for the module `common` of mergekit's tests: merges each recipe with mergekit in float32 and here."""
 
 import itertools
 import json
