@@ -36,7 +36,7 @@ def test_scores_of_one_checkpoint(environment, tmp_path):
     assert line.startswith(f"{task}: protocol paper, 0 worked examples; ")
   assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
       "against.json", "choice.jsonl", "choice_samples.jsonl", "scores.json", "stories.jsonl", "stories_samples.jsonl"]
-  assert f"choice: compared on the 5 questions that both answered; {tmp_path}/out/choice.jsonl alone has 1" in compared
+  assert f"choice: compared on the 5 questions that both answered; 1 only in {tmp_path}/out/choice.jsonl" in compared
   (found,), rows = (json.loads((tmp_path / "out/against.json").read_text()),
                     (tmp_path / "out/choice.jsonl").read_text().splitlines()[:5])
   assert [(test["task"], test["n"], test["only_this"]) for test in found["tests"]] == [

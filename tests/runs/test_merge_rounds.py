@@ -195,7 +195,7 @@ def test_overridden_weight_is_not_swept(given: dict, models: merge.MergeInputs, 
   for more in ({"merge.sweep": (0.2, 0.8)}, {"merge.base_weight": "auto"}):
     config = tiny.get_config()
     config.update_from_flattened_dict(given | more)
-    with pytest.raises(UserError, match=r"config\.merge\.options\.\w+: says how far a merge goes from the base"):
+    with pytest.raises(UserError, match=r"config\.merge\.options\.\w+: overrides base_weight"):
       config_checks.validate(config, trains=False)
 
 

@@ -23,7 +23,7 @@ def said(work):
   except errors.PreemptedError as e:
     print(e)
     sys.exit(143)
-with signals.before_forced_end(lambda why: print("last", why, flush=True)):
+with signals.call_before_exit(lambda why: print("last", why, flush=True)):
   print("ready", flush=True)
 """
 _SLEEPS = "  said(lambda: time.sleep(60))"
