@@ -19,6 +19,7 @@ from absl import app, flags
 
 from imm_jax import files
 from imm_jax.report import Results, compare, groups, results
+from imm_jax.runs import status
 
 METHODS = ("star", "imm", "iimm", "wise_ft", "kl", "real")
 _SEEDED = ("star", "imm")  # methods with --seeds seeds
@@ -27,7 +28,7 @@ _MODEL = flags.DEFINE_string("model", "", "Folder of the model; empty for the hu
 _DATA = flags.DEFINE_string("data", "", "Folder of data sets as published; empty for the published sources.")
 _METHODS = flags.DEFINE_list("methods", list(METHODS), "Methods to run.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Number of runs of star and imm.", lower_bound=1)
-_SCORES = flags.DEFINE_string("scores", "", "A scores.json of earlier runs, whose runs are not run again.")
+_SCORES = flags.DEFINE_string("scores", "", "A scores.json of earlier runs; finished ones are not run again.")
 _PROCESSES = flags.DEFINE_integer("processes", 0, "Maximum number of processes; 0 for one per core.", lower_bound=0)
 _OVERRIDES = flags.DEFINE_multi_string("override", [], "A flag passed on to every run, such as --config.rounds=2.")
 
@@ -59,6 +60,7 @@ def collect_figures(run: Results) -> dict[str, Any]:
       "models": {model.label: of_model(model) for model in run.models},
       "n": {task: score.n for task, score in run.models[0].scores.items()},
       "handed_on": [model.label for model in run.handed_on()],
+      "finished": status.read(run.root).state == "finished",
       "data": list(run.data),
       "seconds": {name: entry.get("seconds") for name, entry in run.stages.items()},
       "memory_gib": max(run.memory.values(), default=None)}
@@ -115,7 +117,8 @@ def main(_: list[str]) -> None:
   seeds = {name: _SEEDS.value if name in _SEEDED else 1 for name in methods}
   earlier = json.loads(Path(_SCORES.value).read_text()) if _SCORES.value else {}
   try:
-    side_by_side.run_all(methods, seeds, root / "runs", command(), done=earlier, processes=_PROCESSES.value)
+    side_by_side.run_all(methods, seeds, root / "runs", command(), processes=_PROCESSES.value,
+                         done=[name for name, run in earlier.items() if run["finished"]])
   finally:
     collect(root, earlier)
 

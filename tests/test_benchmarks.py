@@ -84,6 +84,7 @@ def test_a_study_is_collected_as_far_as_it_has_come(tmp_path: Path) -> None:
   assert head == "|  | seeds | stories | out of domain | groups | choice | KL in domain |"
   found = json.loads((tmp_path / "scores.json").read_text())
   assert sorted(found) == ["imm_0", "star_0", "star_1"]
+  assert [run["finished"] for run in found.values()] == [False] * 3  # no status.json says so
   ends = [found[f"star_{seed}"]["models"]["round 1 sft"]["in_domain"] for seed in range(2)]
   assert base.split(" | ")[1:3] == ["1", f"{found['imm_0']['models']['base']['in_domain']:.3f}"]
   assert star.startswith(f"| `star` | 2 | {sum(ends) / 2:.3f} ± {abs(ends[0] - ends[1]) / 2:.3f} | ")
