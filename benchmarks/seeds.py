@@ -31,6 +31,7 @@ METHODS = {name: (f"--config.method={name}",) for name in methods.METHODS} | {
     name: ("--config.method=star", f"--config.sft.intervention={name}") for name in (
         "gradient_decay", "gradient_clipping", "weight_masking")} | {
             "auto": ("--config.method=imm", "--config.merge.base_weight=auto"),
+            "imm_0.5": ("--config.method=imm", "--config.merge.base_weight=0.5"),
             "early_stopping": ("--config.method=star", "--config.sft.stop_share=0.1")}
 _METHODS = flags.DEFINE_list("methods", list(METHODS), "Methods to compare.")
 _SCORES = flags.DEFINE_string("scores", "", "A scores.json of earlier runs, on this machine or another, to go on from.")
