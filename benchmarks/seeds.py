@@ -33,6 +33,7 @@ METHODS = {name: (f"--config.method={name}",) for name in methods.METHODS} | {
             "auto": ("--config.method=imm", "--config.merge.base_weight=auto"),
             "imm_0.5": ("--config.method=imm", "--config.merge.base_weight=0.5"),
             "early_stopping": ("--config.method=star", "--config.sft.stop_share=0.1")}
+_ENLARGED = 0.9  # accuracy out of domain from which the front is shown enlarged
 _METHODS = flags.DEFINE_list("methods", list(METHODS), "Methods to compare.")
 _SCORES = flags.DEFINE_string("scores", "", "A scores.json of earlier runs, on this machine or another, to go on from.")
 _OVERRIDES = flags.DEFINE_multi_string("override", [], "A flag passed on to every run, such as --config.rounds=2.")
@@ -122,17 +123,23 @@ def compare(values: Mapping[str, Sequence[float | None]], measure: str, referenc
 
 def style(name: str, i: int) -> tuple[str, str, str]:
   """Returns colour, marker and dash of a method's line."""
-  base_style = figures.get_method_style(*(("star", name) if name not in figures.METHODS else (name,)))
-  return *base_style, "-" if name in figures.METHODS else figures.get_dash(1 + i % 3)
+  method = METHODS[name][0].removeprefix("--config.method=")
+  return *figures.get_method_style(method, name), "-" if name == method else figures.get_dash(1 + i % 3)
 
 
 def plot_front(table: dict[str, dict[str, np.ndarray]], folder: Path) -> None:
-  """Plots mean ID against mean OOD accuracy, with a line through each method's rounds: front.png and front.svg."""
+  """Plots mean ID against mean OOD accuracy, with a line through each method's rounds: front.png and front.svg.
+
+  A second panel enlarges what keeps most of the base's OOD accuracy.
+  """
   lines = tuple(figures.Curve(name, *style(name, i), tuple(scores["ID"].mean(0)), tuple(scores["OOD"].mean(0)))
                 for i, (name, scores) in enumerate(table.items()))
+  kept = tuple(line._replace(x=line.x[:n + 1], y=line.y[:n + 1]) for line in lines
+               if (n := sum(y >= _ENLARGED for y in line.y)))
   panel = figures.Panel("base and each round's model", "accuracy in domain", "accuracy out of domain", lines,
                         shares=True, named=True, counts=False)
-  writer.save(figures.draw(panel), folder, "front")
+  enlarged = panel._replace(title=f"the same, above {_ENLARGED}", lines=kept, shares=False, span=(_ENLARGED, 1.0))
+  writer.save(figures.draw(panel, enlarged), folder, "front")
 
 
 def plot(table: dict[str, dict[str, np.ndarray]], folder: Path) -> None:
