@@ -205,7 +205,8 @@ def comparison_bytes(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, 
   # Layers keep nothing; about half of the activations that a backward pass would need are alive, as in scoring.
   layer = device_rows * activation_bytes(model, length=length, remat="none", dtype=dtype, attention=attention,
                                   widened=_platform(mesh) == "cpu") / model.num_layers / 2
-  logits = 4 * device_rows * min(length, choose_chunk(device_rows)) * model.vocab_size * 4
+  # Those of both models, their log-probabilities, and one array more: what XLA's memory analysis of it says.
+  logits = 5 * device_rows * min(length, choose_chunk(device_rows)) * model.vocab_size * 4
   return {"weights": 2 * _count_on_device(model, mesh) * dtype.itemsize, "activations": layer / mesh.shape["tensor"],
           "logits": logits / mesh.shape["tensor"]}
 
@@ -245,7 +246,9 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, 
     stages.append(Peak("importance", {"weights and sums": 8 * _count_on_device(model, mesh),
                                       **step_bytes(model, mesh, sums=True, **options)}))
   if count := questions.count_drift_questions(config):
-    rows = math.ceil(expected.rows * min(1, count / sft.global_batch))
+    # A passage of a text fills a row.
+    passages = min(count, questions.count_passages(config) or count, sft.global_batch) if config.eval.texts else 0
+    rows = max(passages, math.ceil(expected.rows * min(1, count / sft.global_batch)))
     stages.append(Peak("drift", comparison_bytes(model, mesh, **{k: v for k, v in options.items() if k != "remat"} | {
         "rows": rows})))
   if _platform(mesh) != "cpu":

@@ -121,6 +121,17 @@ def test_later_sampling_keeps_earlier_programs():
     assert found["later evaluation"].total - found["evaluation"].total == pytest.approx(0.37 * 2**30, rel=0.2)
 
 
+def test_a_passage_fills_a_row_of_drift():
+  config, devices = tiny.get_config(), sharding.make_mesh(data=1, fsdp=1)
+  config.sft.global_batch = config.analysis.drift = 8
+  config.eval.passages = 4
+  logits = []
+  for config.eval.texts in ((), ("tiny_shakespeare",)):
+    peaks = {p.stage: p for p in memory.estimate(config, MODEL, devices, shapes.Expected(2, "blockwise", 0))}
+    logits.append(peaks["drift"].parts["logits"])
+  assert logits[1] == 2 * logits[0] > 0  # 4 rows in place of 2
+
+
 def test_what_this_process_holds():
   held = resident_memory.read_current()
   if not resident_memory.reset_peak():
