@@ -6,12 +6,16 @@ Two networks were tuned from one base, each on half of the classes. Without any 
 the merged network's predictions is made small (arXiv:2310.02575): `merging.task_arithmetic` takes traced weights.
 """
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from imm_jax import merging
 
+Params = TypeVar("Params")
 CLASSES, WIDTH, LAYERS, HALVES = 8, 32, 2, (range(0, 4), range(4, 8))
 centres = jax.random.normal(jax.random.key(0), (CLASSES, WIDTH))
 
@@ -21,13 +25,13 @@ def sample(key: jax.Array, classes: range, count: int = 512) -> tuple[jax.Array,
   return centres[labels] + 1.2 * jax.random.normal(jax.random.fold_in(key, 1), (count, WIDTH)), labels
 
 
-def logits(params: dict, x: jax.Array) -> jax.Array:
+def logits(params: dict[str, Any], x: jax.Array) -> jax.Array:
   for layer in params["layers"]:
     x = x + jax.nn.relu(x @ layer["w"])
   return x @ params["head"]
 
 
-def fit(params: dict, loss, steps: int, rate: float) -> dict:
+def fit(params: Params, loss: Callable[[Params, jax.Array], jax.Array], steps: int, rate: float) -> Params:
   optimiser = optax.adam(rate)
   state, gradient = optimiser.init(params), jax.jit(jax.grad(loss))
   for step in range(steps):
@@ -36,8 +40,8 @@ def fit(params: dict, loss, steps: int, rate: float) -> dict:
   return params
 
 
-def supervised(classes: range):
-  def loss(params: dict, key: jax.Array) -> jax.Array:
+def supervised(classes: range) -> Callable[[dict[str, Any], jax.Array], jax.Array]:
+  def loss(params: dict[str, Any], key: jax.Array) -> jax.Array:
     x, labels = sample(key, classes)
     return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), labels).mean()
   return loss

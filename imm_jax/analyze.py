@@ -60,7 +60,7 @@ def main() -> None:
   settings = _read_settings(entries) if entries else None
   # Imported here because jax reads JAX_PLATFORMS when it is imported.
   from imm_jax.analysis.weight_change import check_same_model, weight_change
-  from imm_jax.report import analysis as output
+  from imm_jax.report import analysis_files as output
 
   model, tuned_models = hub.resolve(_MODEL.value), {name: hub.resolve(name) for name in tuned}
   for tuned_model in tuned_models.values():

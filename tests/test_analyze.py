@@ -20,7 +20,7 @@ from imm_jax.analysis.weight_change import check_same_model
 from imm_jax.errors import UserError
 from imm_jax.model import safetensors
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.report import analysis as output, layers as figures, writer
+from imm_jax.report import analysis_figures as figures, analysis_files as output, writer
 from imm_jax.runs import experiments
 from imm_jax.stages import analyze as analyze_stage
 from tests import REPO, TINY

@@ -94,6 +94,7 @@ def test_installation_has_the_configs(tmp_path: Path):
                  check=True, capture_output=True)
   built = tmp_path / "built/imm_jax"
   assert (built / "py.typed").exists()
+  assert (built / "merging/__init__.pyi").exists()
   assert (built / "configs/common.py").exists()
   code = f"from imm_jax import config_files as c; assert str(c.FOLDER) == {str(built / 'configs')!r}; c.load('qwen:7b')"
   subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(built.parent)},

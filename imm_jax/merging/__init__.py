@@ -21,18 +21,11 @@ disk with the same bits. All functions share this:
 - Invalid arguments raise a ValueError that names every mismatched path, or the value and the expected range.
 """
 
-from typing import TYPE_CHECKING, Any
-
 from imm_jax.merging import registry
 from imm_jax.merging.masks import quantise_drop_rate
 from imm_jax.merging.trees import default_names
 
-if TYPE_CHECKING:
-
-  def __getattr__(name: str) -> Any:
-    """Returns a method's function; see the registry."""
-
-_functions = registry.load()
+_functions = registry.load()  # __init__.pyi has their signatures for type checkers
 globals().update(_functions)
 
 __all__ = ["default_names", "quantise_drop_rate", "registry", *sorted(_functions)]

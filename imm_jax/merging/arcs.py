@@ -3,7 +3,7 @@
 Every point on an arc between vectors is a linear combination of them, so only their lengths and cosines are needed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -55,7 +55,7 @@ def combine(tensors: Tensors, numbers: Numbers, shared: Shared, *, has_base: boo
   return tensors[0] + mixed if has_base else mixed
 
 
-def lengths_and_cosines(vectors: Tensors, axis: int) -> tuple[jax.Array, jax.Array]:
+def lengths_and_cosines(vectors: Sequence[jax.Array], axis: int) -> tuple[jax.Array, jax.Array]:
   """Computes lengths [n, L, ...] and cosines [n, n, L, ...] of vectors that lie along an axis of [L, rows, columns].
 
   That axis is kept with size 1, so that coefficients computed from these broadcast against the tensors.

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from imm_jax.merging import masks, trees
 from imm_jax.merging.kernels import Numbers
@@ -39,7 +40,7 @@ def merge(method: MergeMethod, inputs: Mapping[str, Any], options: Mapping[str, 
   """
   if method.draws:
     masks.key_words(key)
-  labelled = {}
+  labelled: dict[str, PyTree] = {}
   for label, value in sorted(inputs.items(), key=lambda item: item[0] != "base"):
     if label in ("models", "fishers"):
       if not isinstance(value, list | tuple):
@@ -69,11 +70,13 @@ class TreeSource:
       raise ValueError("models: none given; expected one or more")
     self.leaves, self.treedef = trees.match(models, names, layer_axis)
     self.num_models, self.has_base, self.first_layer = len(models), "base" in models, 0
-    self.layer_axis, self.labels = layer_axis, list(models)
+    self.layer_axis = layer_axis
+    self.labels: Sequence[str] = list(models)
     self._where = {name: (leaf, i) for leaf in self.leaves if trees.is_floating(leaf)
                    for i, name in enumerate(leaf.names)}
-    self.names = list(self._where)
-    self.layers = self.output_layers = trees.count_layers(self.names)
+    self.names: Sequence[str] = list(self._where)
+    self.layers: Mapping[str, int] = trees.count_layers(self.names)
+    self.output_layers: Mapping[str, int] = self.layers
     self.traced = any(isinstance(t, jax.core.Tracer) for leaf in self.leaves for t in leaf.tensors)
     self.in_shard_map = bool(jax.sharding.get_abstract_mesh().manual_axes)
 
@@ -81,7 +84,7 @@ class TreeSource:
     return self._where[name][0].size
 
   def reduce(self, statistic: Statistic, combine: Callable[..., np.ndarray],
-             arguments: Callable[[str], Mapping[str, np.ndarray]] = lambda _: {}, names: Sequence[str] | None = None,
+             arguments: Callable[[str], Mapping[str, ArrayLike]] = lambda _: {}, names: Sequence[str] | None = None,
              **static: Any) -> Iterator[tuple[str, np.ndarray]]:
     del combine  # a tensor in memory has one part
     for name in self.names if names is None else names:
@@ -143,7 +146,8 @@ def _merge_leaf(plan: Plan, leaf: Leaf, stacked: Mapping[str, Any], words: Any, 
   inside = any(isinstance(t, jax.core.Tracer) for t in leaf.tensors)
   shared = {"key": words, "zero": None if inside else np.uint32(0), "first": np.zeros(2, np.uint32)}
   # Preserve float64 leaves of numpy, a dtype that jax disables by default.
-  with jax.enable_x64(bool(jax.config.jax_enable_x64) or getattr(first, "dtype", None) == np.float64):
+  is_enabled = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+  with jax.enable_x64(is_enabled or getattr(first, "dtype", None) == np.float64):
     return merge(first, tuple(others), stacked, shared)
 
 
@@ -199,8 +203,10 @@ def _compiled(kernel: Callable[..., jax.Array], static: tuple[tuple[str, Any], .
   def merge(first: jax.Array, others: tuple[jax.Array, ...], scalars: Any, shared: Any) -> jax.Array:
     return _auto_sharded(compute, _sharding((first, *others)))(first, others, scalars, shared)
 
-  placed = {} if sharding is None else {"out_shardings": sharding}
-  return jax.jit(merge, donate_argnums=(0,) if donate else (), **placed)
+  donated = (0,) if donate else ()
+  if sharding is None:
+    return jax.jit(merge, donate_argnums=donated)
+  return jax.jit(merge, donate_argnums=donated, out_shardings=sharding)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -57,7 +57,7 @@ def tensor_code(name: str) -> np.uint32:
   return np.uint32(zlib.crc32(name.encode()))
 
 
-def key_words(key: jax.Array) -> jax.Array:
+def key_words(key: jax.Array | None) -> jax.Array:
   """Returns the two words [2] of a threefry key, typed or raw.
 
   Raises:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from imm_jax.merging import masks
 from imm_jax.merging.statistics import Source
@@ -19,6 +20,8 @@ REQUIRED = inspect.Parameter.empty
 _LARGEST = float(np.finfo(np.float32).max)
 # One setting for all models, or one for each model.
 PerModel = Setting | Sequence[Setting]
+# Numbers that a method interprets.
+Vector = ArrayLike | Sequence[float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +87,11 @@ class Option:
             + (f" {'<' if self.excludes_high else '<='} {self.high:g}" if self.high is not None else ""))
 
   @property
-  def annotation(self) -> Any:
+  def annotation(self) -> type | str:
     """The annotation of the function's argument."""
-    return {"flag": bool, "integer": int, "constant": float, "choice": str, "vector": Sequence[float]}.get(
-        self.kind, "PerModel" if self.per_model else "Setting")
+    kinds: dict[str, type | str] = {"flag": bool, "integer": int, "constant": float, "vector": "Vector",
+                                    "choice": f"Literal[{', '.join(map(repr, self.choices))}]"}
+    return kinds.get(self.kind, "PerModel" if self.per_model else "Setting")
 
   def check(self, value: Any, where: str = "") -> None:
     """Raises ValueError if a value is out of range; traced values pass."""

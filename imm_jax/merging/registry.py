@@ -218,7 +218,7 @@ def _make_function(method: MergeMethod) -> Callable[..., PyTree]:
       "models", "fishers") else "PyTree") for name in method.inputs if name != "base?"]
   keywords = [(option.name, option.default, option.annotation) for option in method.options]
   keywords += [("base", None, "PyTree | None")] if "base?" in method.inputs else []
-  keywords += [("key", REQUIRED, jax.Array)] if method.draws else []
+  keywords += [("key", REQUIRED, "jax.Array")] if method.draws else []
   keywords += [("names", None, "PyTree | None"), ("layer_axis", 0, int), ("donate", False, bool)]
   parameters += [parameter(name, parameter.KEYWORD_ONLY, default=default, annotation=annotation)
                  for name, default, annotation in keywords]
@@ -240,7 +240,7 @@ def _make_function(method: MergeMethod) -> Callable[..., PyTree]:
     common = {name: options.pop(name) for name in ("names", "layer_axis", "donate")}
     return in_memory.merge(method, trees, options, key=options.pop("key", None), **common)
 
-  merge.__signature__ = signature
+  merge.__dict__["__signature__"] = signature
   merge.__doc__ = _make_docstring(method)
   merge.__annotations__ = {}
   del merge.__wrapped__  # `inspect` would show the kernel's signature and source

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from imm_jax import files
 from imm_jax.errors import UserError, join_items
@@ -101,7 +102,7 @@ class CheckpointSource:
     raise NotImplementedError(name)
 
   def reduce(self, statistic: Statistic, combine: Callable[..., np.ndarray],
-             arguments: Callable[[str], Mapping[str, np.ndarray]] = lambda _: {}, names: Sequence[str] | None = None,
+             arguments: Callable[[str], Mapping[str, ArrayLike]] = lambda _: {}, names: Sequence[str] | None = None,
              **static: Any) -> Iterator[tuple[str, np.ndarray]]:
     compiled = _compiled_statistic(statistic, tuple(static.items()))
     whole = names is None or len(names) == len(self.names)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from imm_jax.merging import kernels
 
@@ -42,7 +43,7 @@ class Source(Protocol):
     """Returns the number of entries of a tensor."""
 
   def reduce(self, statistic: Statistic, combine: Callable[[np.ndarray, np.ndarray], np.ndarray],
-             arguments: Callable[[str], Mapping[str, np.ndarray]] = lambda _: {}, names: Sequence[str] | None = None,
+             arguments: Callable[[str], Mapping[str, ArrayLike]] = lambda _: {}, names: Sequence[str] | None = None,
              **static: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Yields name and statistic of each tensor (of `names`); `combine` joins the statistics of a tensor's parts.
 
@@ -141,7 +142,7 @@ def select_magnitudes(source: Source, ranks: Mapping[Any, np.ndarray], group_of:
       for i, (group, vector) in enumerate(zip(group_of[name], view(tensors), strict=True)):
         parts.setdefault((group, i), []).append(kernels.magnitude_bits(vector).reshape(-1))
     return {key: jnp.sort(jnp.concatenate(bits))[ranks[key[0]]] for key, bits in parts.items()}
-  static = {"view": view} | ({"rows": True} if rows else {})
+  static: dict[str, Any] = {"view": view} | ({"rows": True} if rows else {})
   find = lambda histogram, rank: np.searchsorted(np.cumsum(histogram), rank, side="right")
   high: dict[tuple[Any, int], np.ndarray] = {}
   for name, counts in source.reduce(_high_counts, np.add, names=names, **static):

@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 PyTree = Any
 # Names of a leaf's tensors: one, or a tuple for stacked tensors.
 Names = str | tuple[str, ...]
 # A number; a list interpolated over the layers; a mapping from a regex of tensor names to either.
-Setting = float | Sequence[float] | Mapping[str, float | Sequence[float]]
+Setting = ArrayLike | Sequence[ArrayLike] | Mapping[str, ArrayLike | Sequence[ArrayLike]]
 _LAYER = re.compile(r"(?:^|[._])(?:layers?|blocks?|h|encoderblock)[._](\d+)(?:\.|$)")
 # Counters, which are not weights: the first model's are taken.
 _COUNTERS = re.compile(r"(?:^|\.)(?:num_batches_tracked|rngs(?:\.\w+)?\.count)(?:\.value)?$")
@@ -60,14 +61,15 @@ def count_layers(names: Sequence[str]) -> dict[str, int]:
   """
   counts: dict[str, int] = {}
   for name in names:
-    if (stack := get_stack(name)) is not None:
-      counts[stack] = max(counts.get(stack, 0), get_layer(name) + 1)
+    if (match := _LAYER.search(name)) is not None:
+      stack = name[:match.start(1) - 1]
+      counts[stack] = max(counts.get(stack, 0), int(match[1]) + 1)
   return counts
 
 
 def get_num_layers(name: str, counts: Mapping[str, int]) -> int:
   """Returns the number of layers of a tensor's stack, by `count_layers`; outside the layers that of the largest."""
-  return counts.get(get_stack(name), max(counts.values(), default=0))
+  return counts.get(get_stack(name) or "", max(counts.values(), default=0))
 
 
 def is_counter(name: str) -> bool:
@@ -196,14 +198,14 @@ def match(trees: Mapping[str, PyTree], names: PyTree | None, layer_axis: int = 0
       problems += _find_differences(path, first_label, expected[path], label, actual[path])
   if problems:
     raise ValueError("the trees do not match: " + "; ".join(sorted(problems)))
-  treedef = jax.tree.structure(first)
+  treedef: Any = jax.tree.structure(first)
   # A leaf's names may be a tuple, which jax would flatten as a subtree; so flatten up to the first tree's structure.
   try:
     flat_names = treedef.flatten_up_to(default_names(first) if names is None else names)
   except (TypeError, ValueError) as e:
     raise ValueError(f"names: expected a tree of the models' form, with a name or a tuple of names for each leaf ({e})"
                      ) from e
-  leaves = []
+  matched = []
   for (path, leaf), leaf_names in zip(expected.items(), flat_names, strict=True):
     shape = np.shape(leaf) if _is_array(leaf) else ()
     if not isinstance(leaf_names, str):
@@ -212,12 +214,12 @@ def match(trees: Mapping[str, PyTree], names: PyTree | None, layer_axis: int = 0
       if not -len(shape) <= layer_axis < len(shape) or len(leaf_names) != shape[layer_axis]:
         raise ValueError(f"{path}: {len(leaf_names)} names for a leaf of shape {shape} with its layers in axis "
                          f"{layer_axis}: {leaf_names}")
-    leaves.append(Leaf(path, leaf_names, tuple(by_name[path] for by_name in by_path.values()), layer_axis))
+    matched.append(Leaf(path, leaf_names, tuple(by_name[path] for by_name in by_path.values()), layer_axis))
   duplicates = [n for n, count in collections.Counter(
-      n for leaf in leaves if is_floating(leaf) for n in leaf.names).items() if count > 1]
+      n for one in matched if is_floating(one) for n in one.names).items() if count > 1]
   if duplicates:
     raise ValueError(f"names: {duplicates[:8]} name several tensors")
-  return leaves, treedef
+  return matched, treedef
 
 
 def is_floating(leaf: Leaf) -> bool:

@@ -90,7 +90,7 @@ def mesh_sizes(count: int, *, data: int, fsdp: int, tensor: int, hidden_size: in
                       f"does not divide {count}")
     raise UserError(f"config.mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {count} device(s); sizes must "
                     f"multiply to {count}, or one be -1")
-  return tuple(sizes.values())
+  return sizes["data"], sizes["fsdp"], sizes["tensor"]
 
 
 def local_mesh(mesh: Mesh) -> Mesh:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from imm_jax.errors import UserError
 
 if TYPE_CHECKING:
+  import numpy as np
   from transformers import PreTrainedTokenizerBase
 
 # Matches regexes that are anchored at an end of the text: ^ and $ (not escaped or in a class), \A, \z.
@@ -63,7 +64,8 @@ def encode_continuation(tokenizer: "PreTrainedTokenizerBase", text: str, *, rows
   return check_ids(tokenizer, ids, rows)
 
 
-def decode_continuation(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+def decode_continuation(tokenizer: "PreTrainedTokenizerBase", ids: "Sequence[int] | np.ndarray", *,
+                        skip_special_tokens: bool) -> str:
   """Decodes ids that continue others, keeping a leading space that the model wrote.
 
   Args:

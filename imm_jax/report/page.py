@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from imm_jax.report import browser, differences, figures, front, insides
 from imm_jax.report.figures import MODELS, Panel
 from imm_jax.report.markup import Markup, Plot, Section, Table, render_page, render_section
-from imm_jax.report.reading import COUNTS, get_count, is_number
+from imm_jax.report.reading import COUNTS
 from imm_jax.report.results import EvaluatedModel, Results, list_protocols, list_skipped
 from imm_jax.report.samples import Chunk
 from imm_jax.runs.status import Status
@@ -75,7 +75,7 @@ def _render_status(results: Results, status: Status, written: str, renewed: bool
   done = [name for name in status.plan if name in results.stages]
   stages = f"{len(done)} of {len(status.plan)} stages done" if status.plan else (
       f"{len(results.stages)} stages done of an unknown number")
-  if not isinstance(results.facts.get("stages"), dict):
+  if not results.facts:
     stages = "the stages done are unknown"
   todo = next((name for name in status.plan if name not in results.stages), "")
   left = todo and (f"; {todo} is missing" if status.state == "finished" else f"; next {todo}")
@@ -105,7 +105,7 @@ def _render_summary(results: Results) -> str:
     cards.append((f"{where}: {tasks}", f"{a.value:.3f}", f"95 % interval {a.low:.3f} to {a.high:.3f}, n={a.n}",
                   details))
   if results.data:
-    kept, sampled = (sum(get_count(row, key) for row in results.data) for key in ("kept", "samples"))
+    kept, sampled = (sum(row.get(key) or 0 for row in results.data) for key in ("kept", "samples"))
     cards.append(("answers trained on", f"{kept:,}", f"of {sampled:,} sampled" if sampled else "none was sampled", ""))
   cards.append(("time of all stages", _format_duration(total_seconds(results)), f"on {describe_devices(results)}", ""))
   boxes = "".join(f'<div class="card"><span>{html.escape(a)}</span><b>{html.escape(b)}</b><span>{html.escape(c)}</span>'
@@ -221,7 +221,7 @@ def _sampled_section(results: Results) -> Section:
   plot = [Plot("pass_at_k", "pass@k over k of the base model and of the last round's models; the table below has the "
                "values", figures.draw, (Panel(f"{results.id_task}, {rounds}", "k (samples)", "pass@k",
                                               tuple(lines), log2=True, shares=True),))] if lines else []
-  evaluation = results.config.get("eval") if isinstance(results.config.get("eval"), dict) else {}
+  evaluation = results.config.get("eval", {})
   return Section("sampled", "Several samples a question", [
       f"{PASS_AT_K} Of each question {evaluation.get('num_samples', '?')} samples at temperature "
       f"{evaluation.get('temperature', '?')}.",
@@ -234,8 +234,8 @@ def get_pass_at_k(model: EvaluatedModel, task: str) -> dict[int, Accuracy]:
 
 
 def _data_section(results: Results) -> Section:
-  keys = [key for key in COUNTS if any(row.get(key, 0) != 0 for row in results.data)]
-  rows = [[row["round"], *(get_count(row, key) for key in keys)] for row in results.data]
+  keys = [key for key in COUNTS if any(row.get(key) for row in results.data)]
+  rows = [[row["round"], *(row.get(key) or 0 for key in keys)] for row in results.data]
   return Section("data", "Answers kept and dropped", [Table(
       "data", "Answers by round", ["round", *(COUNTS[key] for key in keys)], rows)] if rows else [])
 
@@ -246,14 +246,14 @@ def _stages_section(results: Results, chunks: Sequence[Chunk]) -> Section:
   for chunk in chunks:
     name = chunk.name.rpartition("/")[0] if "/eval/" in chunk.name else chunk.name
     tokens[name] = tokens.get(name, 0) + chunk.tokens
-  rows, longest = [], max([stage_seconds(entry) for entry in results.stages.values()], default=0)
+  rows, longest = [], max([entry.get("seconds", 0) for entry in results.stages.values()], default=0)
   for name, entry in sorted(results.stages.items(), key=lambda item: _stage_order(item[0])):
-    duration = stage_seconds(entry)
+    duration = entry.get("seconds", 0)
     answers = (results.root / name).glob("*.jsonl") if "eval" in name else ()
     shown = all(str(path.relative_to(results.root)) in whole for path in answers)  # otherwise tokens are unknown
-    done = get_count(entry["facts"], "tokens") or (tokens.get(name) if shown else None)
+    done = entry["facts"].get("tokens") or (tokens.get(name) if shown else None)
     speed = done / duration if done and duration else None
-    rows.append([name, duration, done, speed, get_count(entry, "bytes") or None,
+    rows.append([name, duration, done, speed, entry.get("bytes") or None,
                  *([results.memory.get(name)] if results.memory else [])])
   meters = "".join(f'<div><span>{html.escape(row[0])}</span><meter min="0" max="{longest:g}" value="{row[1]:g}">'
                    f"{row[1]:g} s</meter><span>{row[1]:,.1f} s</span></div>" for row in rows)
@@ -277,14 +277,9 @@ def _stage_order(name: str) -> tuple[int, int, str]:
   return int(number) if number.isdigit() else -1, kinds.index(rest) if rest in kinds else len(kinds), name
 
 
-def stage_seconds(entry: Mapping[str, object]) -> float:
-  value = entry.get("seconds")
-  return float(value) if is_number(value) else 0.0
-
-
 def total_seconds(results: Results) -> float:
   """Sums the seconds of all stages of a run."""
-  return sum(stage_seconds(entry) for entry in results.stages.values())
+  return sum(entry.get("seconds", 0) for entry in results.stages.values())
 
 
 def _format_duration(total: float) -> str:
@@ -302,12 +297,11 @@ def _format_duration(total: float) -> str:
 def describe_devices(results: Results) -> str:
   """Describes the number and kind of a run's devices."""
   names = results.facts.get("devices")
-  return f"{len(names)} x {names[0]}" if isinstance(names, list) and names else "unknown devices"
+  return f"{len(names)} x {names[0]}" if names else "unknown devices"
 
 
 def _config_section(results: Results) -> Section:
-  versions = results.facts.get("versions") if isinstance(results.facts.get("versions"), dict) else {}
-  rows = [[name, str(version)] for name, version in sorted(versions.items())]
+  rows = [[name, str(version)] for name, version in sorted(results.facts.get("versions", {}).items())]
   return Section("config", "Config and versions", [
       *([Table("versions", f"Versions; devices: {describe_devices(results)}", ["package", "version"], rows)]
         if rows else []),

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 from imm_jax.errors import UserError
 from imm_jax.methods import METHODS
 from imm_jax.report import reading
-from imm_jax.report.reading import is_number
 from imm_jax.statistics.accuracy import Accuracy, compute_accuracy
 
-_METRIC = re.compile(r"(pass|majority)@[1-9]\d{0,8}|[A-Za-z]\w{0,60}")
-_SAMPLED = re.compile(r"(pass|majority)@.*")
+# Names of the scores of samples.
+_SAMPLED = re.compile(r"(pass|majority)@[1-9]\d{0,8}")
 
 
 class AnswerStats(NamedTuple):
@@ -116,28 +115,29 @@ class Results(NamedTuple):
     if not is_run(root):
       raise UserError(f"{root}: is no run directory (it has no run.json, and no config.json of a run)")
     problems: list[str] = []
-    config = reading.read_config(root / "config.json", problems)
-    record = reading.read_record(root / "run.json", problems)
+    config, record = reading.read_config(root, problems), reading.read_record(root, problems)
     stages = reading.read_stages(root, record, problems)
-    method, id_task, ood_tasks = _read_tasks(record, config, problems)
+    settings = config.get("task", {"name": "unknown", "ood": []})
+    id_task, ood = (record["tasks"]["id"], record["tasks"]["ood"]) if record else (settings["name"], settings["ood"])
+    tasks = (id_task, *(name.partition("=")[0] for name in ood))
     rounds = sorted({int(match[1]) for name in stages if (match := re.match(r"round_(\d+)/", name))})
-    has_stages = isinstance(record.get("stages"), dict)
-    models = _read_models(stages, rounds, (id_task, *ood_tasks), problems) if has_stages else ()
-    data = tuple({"round": t} | stages.get(f"round_{t}/samples.jsonl", {}).get("facts", {})
-                 | stages.get(f"round_{t}/train.jsonl", {}).get("facts", {})
-                 | {k: v for k, v in stages.get(f"round_{t}/sft", {}).get("facts", {}).items() if k == "dropped_long"}
+    facts = {name: entry["facts"] for name, entry in stages.items()}
+    data = tuple({"round": t} | facts.get(f"round_{t}/samples.jsonl", {}) | facts.get(f"round_{t}/train.jsonl", {})
+                 | {k: v for k, v in facts.get(f"round_{t}/sft", {}).items() if k == "dropped_long"}
                  for t in rounds if any(f"round_{t}/{file}.jsonl" in stages for file in ("samples", "train")))
     memory = reading.read_memory(root, any(name.endswith("/sft") for name in stages), problems) | {
-        name: entry["memory_gib"] for name, entry in stages.items() if reading.is_number(entry.get("memory_gib"))}
+        name: entry["memory_gib"] for name, entry in stages.items() if entry.get("memory_gib") is not None}
 
-    def measured(file: str, read: Callable[[Path, list[str]], dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    def measured(file: str, read: Callable[[Path, str, list[str]], dict[str, Any]]) -> dict[int, dict[str, Any]]:
       """Reads round -> content of a file of finished stages, or if these are unknown of all that exist."""
-      paths = {t: root / f"round_{t}" / file for t in rounds
-               if f"round_{t}/{file}" in stages or not isinstance(record.get("stages"), dict)}
-      return {t: content for t, path in paths.items() if path.exists() and (content := read(path, problems))}
+      names = {t: f"round_{t}/{file}" for t in rounds}
+      return {t: content for t, name in names.items() if (name in stages or not record) and (root / name).exists()
+              and (content := read(root, name, problems))}
 
     analysis, drift = measured("analysis.json", reading.read_analysis), measured("drift.json", reading.read_drift)
-    return cls(root, method, id_task, ood_tasks, models, data, stages, memory, analysis, record, config,
+    models = _parse_models(facts, rounds, tasks, problems) if record else ()
+    method = record.get("method", config.get("method", "unknown"))
+    return cls(root, method, id_task, tasks[1:], models, data, stages, memory, analysis, record, config,
                tuple(problems), drift)
 
   def in_domain(self, model: EvaluatedModel) -> Accuracy:
@@ -168,7 +168,7 @@ def is_run(root: Path) -> bool:
   """Returns whether a folder is a run directory, perhaps damaged; not just a checkpoint, which has a config.json too.
   """
   return (root / "run.json").is_file() or any((root / name).is_dir() for name in ("base/eval", "round_0")) or (
-      "method" in reading.read_json_object(root / "config.json", []))
+      bool(reading.read_config(root, [])))
 
 
 def find_runs(given: Sequence[str] | None) -> list[Path]:
@@ -180,7 +180,7 @@ def find_runs(given: Sequence[str] | None) -> list[Path]:
   roots: list[Path] = []
   for name in given or ():
     if not name:
-      raise UserError(f"--workdirs={','.join(given)}: one of the names is empty; expected DIR,DIR,...")
+      raise UserError(f"--workdirs={','.join(given or ())}: one of the names is empty; expected DIR,DIR,...")
     root = Path(name)
     if not root.is_dir():
       raise UserError(f"--workdirs: {name} is no folder")
@@ -197,82 +197,35 @@ def find_runs(given: Sequence[str] | None) -> list[Path]:
   return roots
 
 
-def _read_tasks(record: Mapping[str, Any], config: Mapping[str, Any], problems: list[str],
-          ) -> tuple[str, str, tuple[str, ...]]:
-  """Returns method, in-domain task and other tasks from run.json, or else from the config."""
-  task = config.get("task") if isinstance(config.get("task"), dict) else {}
-  tasks = record.get("tasks") if isinstance(record.get("tasks"), dict) else {}
-  id_task, ood = tasks.get("id", task.get("name")), tasks.get("ood", task.get("ood", ()))
-  if not isinstance(id_task, str):
-    problems.append("run.json and config.json: neither names the in-domain task")
-  ood = [name.partition("=")[0] for name in ood if isinstance(name, str)] if isinstance(ood, list) else []
-  return str(record.get("method", config.get("method", "unknown"))), str(id_task), tuple(ood)
-
-
-def _read_models(stages: Mapping[str, Any], rounds: list[int], tasks: tuple[str, ...], problems: list[str],
-            ) -> tuple[EvaluatedModel, ...]:
+def _parse_models(facts: Mapping[str, Mapping[str, Any]], rounds: Sequence[int], tasks: Sequence[str],
+                  problems: list[str]) -> tuple[EvaluatedModel, ...]:
   specs = [("base", -1, "base/eval")]
   for t in rounds:
-    sweep = sorted(name for name in stages if name.startswith(f"round_{t}/eval/sweep_"))
+    sweep = sorted(name for name in facts if name.startswith(f"round_{t}/eval/sweep_"))
     specs += [("sft", t, f"round_{t}/eval/sft"), ("ema", t, f"round_{t}/eval/ema"),
               *((f"merged {name.partition('sweep_')[2]}", t, name) for name in sweep),
               ("merged", t, f"round_{t}/eval/merged")]
-  models = []
-  for kind, t, name in specs:
-    if name in stages:
-      try:
-        models.append(_parse_model(kind, t, stages[name]["facts"], tasks))
-      except (AttributeError, KeyError, TypeError, ValueError) as e:
-        problems.append(f"run.json: the scores of {name} are damaged ({e!r})")
+  models = tuple(_parse_model(kind, t, facts[name], tasks) for kind, t, name in specs if name in facts)
   unknown = [model.label for model in models if not model.answer_stats]
   if unknown and len(unknown) < len(models):
     problems.append(f"run.json: does not say by which protocol these were asked: {', '.join(unknown)}")
-  return tuple(models)
+  return models
 
 
-def _parse_model(kind: str, round_: int, facts: Mapping[str, Any], tasks: tuple[str, ...]) -> EvaluatedModel:
-  scores = {task: {metric: _parse_accuracy(score) for metric, score in by_metric.items()}
-            for task, by_metric in facts["scores"].items()}
-  scores = {task: {name: score for name, score in by_metric.items() if _METRIC.fullmatch(name)}
-            for task, by_metric in scores.items()}
+def _parse_model(kind: str, round_: int, facts: Mapping[str, Any], tasks: Sequence[str]) -> EvaluatedModel:
+  def select(pattern: re.Pattern[str]) -> dict[str, dict[str, Accuracy]]:
+    return {task: {name: Accuracy(**score) for name, score in facts["scores"][task].items() if pattern.fullmatch(name)}
+            for task in tasks}
+
   # The main score is the first one that is not of samples; JSON preserves the order.
-  first = {}
-  for task in tasks:
-    counts = [name for name in scores[task] if not _SAMPLED.fullmatch(name)]
-    if not counts:
-      raise KeyError(f"{task} has no figure that counts")
-    first[task] = scores[task].pop(counts[0])
+  counted, sampled = select(reading.COUNTED), select(_SAMPLED)
+  main = {task: scores.pop(next(iter(scores))) for task, scores in counted.items()}
+  others, samples = ({task: scores for task, scores in part.items() if scores} for part in (counted, sampled))
   protocols = facts.get("protocol")  # older runs have none
-  stats = {task: _parse_answer_stats(protocols[task]) for task in tasks} if protocols is not None else {}
-  parts = [{task: chosen for task, by_metric in scores.items() if (chosen := {
-      name: score for name, score in by_metric.items() if bool(_SAMPLED.fullmatch(name)) == sampled})}
-           for sampled in (True, False)]
-  texts = {text: {name: _parse_interval(spans[name]) for name in ("nats_per_token", "bits_per_byte")}
-           for text, spans in facts.get("texts", {}).items()}
-  return EvaluatedModel(kind, round_, first, parts[0], dict(facts.get("long_prompts", {})), stats, parts[1], texts)
-
-
-def _parse_interval(raw: Mapping[str, Any]) -> dict[str, float]:
-  span = {name: raw[name] for name in ("value", "low", "high")}
-  if not (all(map(is_number, span.values())) and span["value"] >= 0 and span["low"] <= span["value"] <= span["high"]):
-    raise ValueError(f"{raw} is no figure with its interval")
-  return span
-
-
-def _parse_answer_stats(raw: Mapping[str, Any]) -> AnswerStats:
-  stats = AnswerStats(*(raw[name] for name in AnswerStats._fields))
-  known = isinstance(stats.name, str) and all(map(is_number, stats[1:]))
-  if not (known and min(stats[1:]) >= 0 and stats.n > 0 and stats.cut <= 1):
-    raise ValueError(f"{raw} is no protocol")
-  return stats
-
-
-def _parse_accuracy(raw: Mapping[str, Any]) -> Accuracy:
-  score = Accuracy(**raw)
-  whole = isinstance(score.n, int) and is_number(score.n) and score.n > 0
-  if not (whole and all(map(is_number, score)) and 0 <= score.low <= score.value <= score.high <= 1):
-    raise ValueError(f"{raw} is no accuracy")
-  return score
+  stats = {task: AnswerStats(*(protocols[task][name] for name in AnswerStats._fields)) for task in tasks
+           } if protocols else {}
+  return EvaluatedModel(kind, round_, main, samples, facts.get("long_prompts") or {}, stats, others,
+                        facts.get("texts") or {})
 
 
 def format_table(results: Results) -> str:
@@ -326,7 +279,7 @@ def list_protocols(results: Results) -> list[str]:
 
 def _format_lengths(results: Results) -> list[str]:
   """Formats a line for each model on the lengths of its greedy answers over all tasks."""
-  stats_by_model = {m.label: [a for a in m.answer_stats.values() if a.mean_tokens] for m in results.models}
+  stats_by_model = {m.label: [a for a in m.answer_stats.values() if a.mean_tokens and a.n] for m in results.models}
   return [f"{label}: {sum(a.mean_tokens * a.n for a in stats) / sum(a.n for a in stats):.1f} tokens an answer, "
           f"{sum(a.cut * a.n for a in stats) / sum(a.n for a in stats):.1%} of {sum(a.n for a in stats)} cut at "
           "eval.max_new_tokens" for label, stats in stats_by_model.items() if stats]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from imm_jax.errors import join_items
-from imm_jax.report.reading import get_count, is_number
+from imm_jax.report.reading import is_number
 from imm_jax.report.results import Results
 
 # Maximum size of the files whose answers the page holds; a browser needs about as much memory.
@@ -98,7 +98,7 @@ class Packer:
 
 def _expected_counts(results: Results) -> dict[str, tuple[int, int]]:
   """Returns file -> (number of answers, number of right ones) according to run.json."""
-  counts = {f"round_{row['round']}/samples.jsonl": (get_count(row, "samples"), get_count(row, "correct"))
+  counts = {f"round_{row['round']}/samples.jsonl": (row["samples"], row["correct"])
            for row in results.data if "samples" in row}
   for model in results.models:
     counts |= {f"{model.folder}/{task}.jsonl": (a.n, round(a.value * a.n)) for task, a in model.scores.items()}

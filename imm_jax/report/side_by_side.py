@@ -10,7 +10,6 @@ from imm_jax.report import differences, figures, front, groups, insides, page
 from imm_jax.report.figures import Bars, Panel
 from imm_jax.report.groups import Group
 from imm_jax.report.markup import Plot, Section, Table
-from imm_jax.report.reading import get_count
 from imm_jax.report.results import Results
 from imm_jax.statistics.accuracy import Accuracy
 
@@ -211,9 +210,9 @@ def _drift_section(grouped: Sequence[Group], join: Join) -> Section:
 
 
 def _data_section(grouped: Sequence[Group], join: Join) -> Section:
-  kept = lambda run: {row["round"]: get_count(row, "kept") for row in run.data if "kept" in row}
-  right = lambda run: {row["round"]: 100 * get_count(row, "correct") / drawn for row in run.data
-                       if (drawn := get_count(row, "samples"))}
+  kept = lambda run: {row["round"]: row["kept"] for row in run.data if "kept" in row}
+  right = lambda run: {row["round"]: 100 * row["correct"] / drawn for row in run.data
+                       if (drawn := row.get("samples"))}
   return Section("data", "Answers kept and dropped", [
       *_make_plot("data", "Answers trained on, and the share of right ones among those sampled, by round", grouped, {
           "answers trained on": (kept, {"x": "round", "y": "answers"}),
@@ -236,7 +235,7 @@ def _cost_section(runs: Mapping[str, Results], grouped: Sequence[Group], join: J
   memory = any(run.memory for run in runs.values())
   rows = []
   for name, run in runs.items():
-    tokens = {kind: sum(get_count(entry["facts"], "tokens") for stage, entry in run.stages.items()
+    tokens = {kind: sum(entry["facts"].get("tokens") or 0 for stage, entry in run.stages.items()
                         if re.fullmatch(rf"round_\d+/{name_}", stage))
               for kind, name_ in (("sampled", r"samples\.jsonl"), ("trained", "sft"))}
     most = [max(run.memory.values(), default=None)] if memory else []
@@ -257,5 +256,5 @@ def _seconds_by_kind(run: Results) -> dict[str, float]:
   for stage, entry in run.stages.items():
     name = f"{stage}/".split("/")[1]  # `eval` for round_0/eval/sft
     kind = next((kind for kind, stages in _STAGE_KINDS.items() if name in stages), "other")
-    seconds[kind] += page.stage_seconds(entry)
+    seconds[kind] += entry.get("seconds", 0)
   return seconds

@@ -16,7 +16,7 @@ from imm_jax.analysis.weight_change import weight_change
 from imm_jax.errors import UserError
 from imm_jax.methods import get_method
 from imm_jax.model import checkpoint_folder, hf, hub
-from imm_jax.report import analysis as output
+from imm_jax.report import analysis_files as output
 from imm_jax.runs.run import pick
 from imm_jax.runtime import distributed
 from imm_jax.stages import analyze, devices

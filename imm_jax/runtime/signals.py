@@ -135,10 +135,11 @@ def _watch(read: int) -> None:
         _end(f"told to stop a second time; {_hint}", 128 + number)
     if _interrupt_lost.is_set():
       _interrupt_lost.clear()
-      if code:  # without a signal, the interrupt came from elsewhere and there is nothing to send again
+      ident = threading.main_thread().ident
+      if code and ident:  # without a signal, the interrupt came from elsewhere and there is nothing to send again
         _stop_requested.clear()
         num_resent += 1
-        signal.pthread_kill(threading.main_thread().ident, code - 128)
+        signal.pthread_kill(ident, code - 128)
     if first and _saving.is_set() and code == 128 + signal.SIGTERM:
       grace_start = now
     if first and now - grace_start > GRACE_S:

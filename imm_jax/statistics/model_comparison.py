@@ -185,8 +185,8 @@ def _compare_metric(parts: Sequence[tuple[Answers, Answers, Sequence[str]]], met
     if weights != other_weights:
       raise UserError(f"{parts[0][0].path} and {parts[0][1].path}: their {divisor} differ, as of other texts, so "
                       f"{_describe_metric(metric)} cannot be compared")
-  return paired_tests.compare_paired(*([answers[i].scores[metric][id_] for *answers, ids in parts for id_ in ids]
-                                       for i in (0, 1)), weights)
+  first, second = ([answers[i].scores[metric][id_] for *answers, ids in parts for id_ in ids] for i in (0, 1))
+  return paired_tests.compare_paired(first, second, weights)
 
 
 def _describe_metric(metric: str) -> str:

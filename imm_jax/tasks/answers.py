@@ -80,7 +80,9 @@ def verdict(text: str, gold: str, kind: str, *, strict: bool,
   text = before_next_question(text)[-_MAX_CHARS:]
   if kind == "latex":
     return _latex_verdict(text, gold, strict, equal)
-  return _number_verdict(text, gold_value, strict) if kind == "number" else _choice_verdict(text, gold, strict)
+  if gold_value is not None:
+    return _number_verdict(text, gold_value, strict)
+  return _choice_verdict(text, gold, strict)
 
 
 def before_next_question(text: str) -> str:

@@ -192,7 +192,8 @@ def generate(family: str, *, split: str, count: int, seed: int, distinct: bool =
   if family == "drill" and split != "pretrain":
     raise ValueError("drill holds bare facts for pre-training only")
   rng = random.Random(f"{family}/{split}/{seed}")
-  examples, seen, misses = [], set(), 0
+  examples: list[Example] = []
+  seen, misses = set[str](), 0
   while len(examples) < count:
     question, work, answer = draw(rng)
     if (family != "drill" and assign_split(question) != split) or (distinct and question in seen):

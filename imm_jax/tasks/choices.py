@@ -29,7 +29,8 @@ def extract_stated(span: str) -> str | None:
   if match is None:
     named = _NAMED.match(span)
     return named[1] if named else None
-  return "" if _HEDGE.match(span, match.end(match.lastgroup)) else match[match.lastgroup]
+  letter = match.lastgroup or 0  # one of the groups always matches
+  return "" if _HEDGE.match(span, match.end(letter)) else match[letter]
 
 
 def extract_concluded(text: str) -> str:
@@ -46,7 +47,7 @@ def extract_concluded(text: str) -> str:
   if len(options) == 1:
     first, end = options[0].start() == 0, text.find("\n", options[0].end())
     if (first or end < 0) and not _OTHER_OPTION.search(text, options[0].end()):
-      return options[0][options[0].lastindex]
+      return options[0][1] or options[0][2]
   return find_called_correct(text)
 
 

@@ -147,7 +147,7 @@ def normalize(text: str) -> str:
   '(\\frac{1}{2},10000)'
   """
   text = _SPACE.sub(lambda m: m[1] or "", clean(text))
-  text = _BASE.sub(lambda m: f"_{2 + _BASES.index(m[m.lastindex])}", _GROUP_OF_ONE.sub(r"\1\2", text))
+  text = _BASE.sub(lambda m: f"_{2 + _BASES.index(m[m.lastindex or 0])}", _GROUP_OF_ONE.sub(r"\1\2", text))
   text = _THOUSANDS_ALONE.sub(lambda m: m[0].replace(",", ""), text)
   return _ASSIGNED.sub("", text, count=1) if _ASSIGNED.match(text) else text
 
@@ -178,7 +178,7 @@ def compare_spelling(gold: str, span: str) -> bool | None:
   if _RELATION.search(b) and _to_interval(b) == _to_interval(a):
     return True
   if x is not None and y is not None:
-    close = abs(x - y) <= (_TOLERANCE * min(1, abs(x)) if "." in a + b else 0)
+    close = abs(x - y) <= (_TOLERANCE * min(Fraction(1), abs(x)) if "." in a + b else 0)
     if close or ("%" in a) == ("%" in b):
       return close
   # math-verify reads 43_5 and 43_6 as 43, and the times 1:20 and 2:40 as one twentieth.
@@ -299,7 +299,7 @@ def extract_stated(text: str) -> str:
   formulas = list(_FORMULA.finditer(sentence))
   # Words before the formula describe it; words after it are its unit.
   if formulas and re.match("[A-Za-z]{2}", sentence):
-    return formulas[-1][formulas[-1].lastindex].strip()
+    return formulas[-1][formulas[-1].lastindex or 0].strip()
   return _DELIMITER.sub(" ", sentence).strip()
 
 
@@ -312,7 +312,7 @@ def extract_concluded(text: str) -> str:
   line = text.rstrip().rpartition("\n")[2][-2 * MAX_CHARS:].rstrip(" .*")
   formulas = list(_FORMULA.finditer(line))
   if formulas and _REST.fullmatch(line, formulas[-1].end()):
-    return formulas[-1][formulas[-1].lastindex].strip()
+    return formulas[-1][formulas[-1].lastindex or 0].strip()
   number = _NUMBER_AT_END.search(line)
   if number and (not line[:number.start()] or _WORD.search(line)):
     return number[0].strip()

@@ -220,7 +220,7 @@ def split_options(text: str) -> list[str]:
   """
   if text.startswith("[") and text.endswith("]"):
     return parse_options([a or b for a, b in _QUOTED.findall(text)])
-  starts = []
+  starts: list[re.Match[str]] = []
   for letter in LETTERS:
     marker = re.compile(rf"(?:^|(?<=[\s,])){letter}\s?[).]\s*", re.IGNORECASE)
     match = marker.search(text, starts[-1].end() if starts else 0)
@@ -287,6 +287,8 @@ def from_index(question: str, options: Sequence[str], gold: int | None, context:
     raise ValueError(f"the gold {gold!r} is none of the {len(options)} options")
   listed = "".join(f"\n({mark}) {option.strip()}" for mark, option in zip(LETTERS, options, strict=False))
   example = make_example(question + listed, LETTERS[gold], rationale, "choice")
+  if example is None:
+    return None
   contexts = (context,) if isinstance(context, str) else tuple(context)
   return Question(example, Choice("", contexts, tuple(f" {option}" for option in scored or options), gold,
                                   example.question))

@@ -59,7 +59,12 @@ def simplify(text: str) -> str:
 
 def contains_number(span: str) -> bool:
   """Returns whether the line after a marker contains a number."""
-  return _NUMBER.search(_LINE.match(span)[0]) is not None
+  return _NUMBER.search(_first_line(span)) is not None
+
+
+def _first_line(span: str) -> str:
+  match = _LINE.match(span)
+  return match[0] if match else ""
 
 
 def extract_stated(span: str, strict: bool) -> re.Match | None:
@@ -67,7 +72,7 @@ def extract_stated(span: str, strict: bool) -> re.Match | None:
 
   If there is none, returns None if `strict`, otherwise the first number of the expression, or the last of the span.
   """
-  line, first = _LINE.match(span)[0], None
+  line, first = _first_line(span), None
   # Search only the answer's sentence, unless the marker is a heading: `Answer: Tom has 3. He finds 4. 3 + 4 = 7`.
   number = None if _SENTENCE.match(line) else _NUMBER.search(line)
   following = _NEXT_SENTENCE.search(line, number.end()) if number else None
@@ -102,11 +107,12 @@ def parse_match(match: re.Match) -> Fraction | None:
   if len(exponent) > 4 or (caret and (len(caret) > 4 or exponent != "0")):
     return None
   whole, mixed, part, over = (Fraction(re.sub("[ ,]", "", p)) if p else None for p in parts)
-  if part == 0 or over == 0:
+  if whole is None or part == 0 or over == 0:
     return None
   if caret and whole != 10 and (len(parts[0]) > _MAX_BASE_CHARS or not 0 <= int(caret) <= _MAX_EXPONENT):
     return None
-  number = whole + mixed / part if part else whole / over if over else whole ** int(caret) if caret else whole
+  number = whole + mixed / part if mixed is not None and part else (
+      whole / over if over else whole ** int(caret) if caret else whole)
   if exponent != "0":
     number *= Fraction(10) ** int(exponent)
   if match["scale"] or (match["k"] and match["money"]):

@@ -25,7 +25,7 @@ def parse(record: Record) -> Example | None:
   expression, gold = _get_only(record[equation]), _get_only(record[solution])
   step = _STEP.fullmatch(re.sub(r"\s", "", expression)) if isinstance(expression, str) else None
   gold = None if step is None or gold is None else parse_gold(gold)
-  if gold is None or not gold.isdigit():
+  if step is None or gold is None or not gold.isdigit():
     return None
   a, operator, b = int(step[1]), step[2], int(step[3])
   # Some published solutions do not follow from their equations.

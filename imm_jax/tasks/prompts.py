@@ -76,11 +76,11 @@ def build_chat(turns: Sequence[tuple[str, str]], tokenizer: "PreTrainedTokenizer
     UserError: if the template is missing or raises an error.
   """
   name = getattr(tokenizer, "name_or_path", "") or "the model"
-  if getattr(tokenizer, "chat_template", None) is None:
+  if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
     raise UserError(f"{name}: its tokenizer has no chat template, which {needed_by} needs; take an instruct model, or "
                     f"{alternative}")
   try:
-    return tokenizer.apply_chat_template([{"role": role, "content": text} for role, text in turns], tokenize=False,
-                                         add_generation_prompt=True)
+    return str(tokenizer.apply_chat_template([{"role": role, "content": text} for role, text in turns], tokenize=False,
+                                             add_generation_prompt=True))
   except Exception as e:  # templates may raise any exception
     raise UserError(f"{name}: its chat template refuses the prompt ({first_line(e)}); take {alternative}") from e

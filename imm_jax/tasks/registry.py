@@ -94,7 +94,7 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
         question.example) in test else ""
     if exclusion:
       counts[exclusion] += 1
-    if not exclusion or (exclusion == "repeated" and split == "test"):
+    if question and (not exclusion or (exclusion == "repeated" and split == "test")):
       by_key.setdefault(key, []).append(question)
   if not by_key:
     raise UserError(f"{source}: holds no question for {name}/{split}" + _suggest_split(source, counts)
@@ -105,7 +105,8 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
   if rationale_field and split == "train" and rationale_field not in seen:
     raise UserError(f"{source}: no record has a field {rationale_field!r} (task.fields.rationale) but "
                     f"{', '.join(sorted(seen))}")
-  notes = _make_notes(f"{name}/{split}: {source}", form.sizes.get(split), counts, keeps_repeated=split == "test")
+  notes = _make_notes(f"{name}/{split}: {source}", form.sizes.get(split) if form else None, counts,
+                      keeps_repeated=split == "test")
   if published and split == "test" and task.paper:
     notes.append(paper_note(name))
   questions = [question for key, group in by_key.items() for question in _assign_ids(f"{name}/{split}", key, group)]

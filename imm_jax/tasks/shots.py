@@ -52,7 +52,8 @@ def _is_text(value: Any) -> bool:
 
 def _make_example(location: str, row: dict[str, Any], kind: str) -> Example:
   if not ("answer" in row and "rationale" in row):
-    return Example(location, row["question"].strip(), "", row.get("rationale", row.get("answer")).strip(), kind)
+    worked = row["rationale" if "rationale" in row else "answer"]
+    return Example(location, row["question"].strip(), "", worked.strip(), kind)
   try:
     parsed = formats.custom_parser({"question": "question", "answer": "answer", "rationale": "rationale"}, kind)(row)
   except ValueError as e:

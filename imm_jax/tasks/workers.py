@@ -78,10 +78,12 @@ class _Worker:
     """Returns whether two expressions are equal; False if that was not decided in time."""
     for _ in range(2):  # try a second process if the first had been killed
       process = self._process or self._start()
+      reply = ""
       try:
-        process.stdin.write(json.dumps([gold, answer]) + "\n")
-        process.stdin.flush()
-        reply = process.stdout.readline()
+        if process.stdin and process.stdout:  # they are pipes
+          process.stdin.write(json.dumps([gold, answer]) + "\n")
+          process.stdin.flush()
+          reply = process.stdout.readline()
       except (OSError, ValueError):  # it is dead
         reply = ""
       if reply:
@@ -93,7 +95,7 @@ class _Worker:
     # It has its own session, so that Ctrl-C reaches only this process. It ends with its stdin, and so with this one.
     self._process = subprocess.Popen([sys.executable, "-P", str(_PROGRAM)], stdin=subprocess.PIPE,
                                      stdout=subprocess.PIPE, text=True, start_new_session=True)
-    if self._process.stdout.readline() != "ready\n":
+    if self._process.stdout is None or self._process.stdout.readline() != "ready\n":
       code = self._process.wait()
       self.stop()
       raise UserError(f"{_PROGRAM.name}, which compares LaTeX answers, ended with code {code} before it was ready; "
@@ -106,7 +108,7 @@ class _Worker:
       return
     process.kill()  # its child dies with it
     process.wait()
-    for pipe in (process.stdin, process.stdout):
+    for pipe in filter(None, (process.stdin, process.stdout)):
       try:
         pipe.close()
       except OSError:  # flushing fails as the process is dead

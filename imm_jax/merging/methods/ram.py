@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from imm_jax.merging import kernels, masks, statistics
 from imm_jax.merging.kernels import Numbers, Shared, Tensors
@@ -53,7 +54,7 @@ def ram(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
   return _combine(tensors, numbers, shared, [1.0] * (len(tensors) - 1))
 
 
-def _counts(tensors: Sequence[jax.Array], *, threshold: jax.Array) -> jax.Array:
+def _counts(tensors: Sequence[jax.Array], *, threshold: ArrayLike) -> jax.Array:
   """Counts, as int32 [2, n], the changed entries that each model shares with others, and those that it alone has."""
   changed, count = _changed([t.astype(jnp.float32) for t in tensors], threshold)
   return jnp.stack([jnp.stack([jnp.sum(c & where) for c in changed]) for where in (count > 1, count == 1)])

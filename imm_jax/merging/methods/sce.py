@@ -30,7 +30,7 @@ def _squares(tensors: Sequence[jax.Array], *, floor: jax.Array) -> jax.Array:
   """Sums the squares of each model's selected changes; [n], float64 if jax has it enabled."""
   tensors = [t.astype(jnp.float32) for t in tensors]
   selected = kernels.magnitude_bits(_variance(tensors)[0]) >= floor
-  wide = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+  wide = jax.dtypes.canonicalize_dtype(jnp.float64)
   return jnp.stack([jnp.sum(jnp.where(selected, jnp.square(v.astype(wide)), 0.0))
                     for v in statistics.task_vectors(tensors)])
 
@@ -53,6 +53,7 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
 
   def scalars(name: str) -> Scalars:
     floor = find_floor(name)
+    squares: jax.Array | np.ndarray
     if source.traced:
       squares = _squares(source.tensors(name), floor=floor)
     else:

@@ -10,7 +10,7 @@ import numpy as np
 from imm_jax import files
 from imm_jax.analysis import MODULES, shares
 from imm_jax.analysis.weight_change import spearman
-from imm_jax.report import layers as figures, writer
+from imm_jax.report import analysis_figures as figures, writer
 from imm_jax.report.figures import shorten
 
 Results = dict[str, Any]
