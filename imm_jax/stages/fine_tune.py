@@ -31,6 +31,7 @@ from imm_jax.tasks import prompts
 from imm_jax.tasks.base import Example
 from imm_jax.training import interventions, lora, throughput, trainer
 from imm_jax.training.additions import get_additions
+from imm_jax.training.computation import Computation
 from imm_jax.training.optimization import make_schedule
 from imm_jax.training.packing import PackedBatches, TokenizedExample
 from imm_jax.training.states import Checkpoints
@@ -117,14 +118,14 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train:
           grad_clip=sft.grad_clip, intervention=_intervention(sft),
           log_every=sft.log_every, report=metrics.write, label=f"round {round_}: SFT", checkpoints=checkpoints,
           profile=throughput.Profile(config.profile, root / "profile" / name / f"process_{jax.process_index()}"),
-          lines=data.lines, **data.options)
+          lines=data.lines, **data.computation._asdict())
     for params, folder in ((trained.params, out), (trained.average, out / AVERAGE)):
       if params is not None and additions.lora:
         lora.save(params, additions.lora, folder, like=model)
       elif params is not None:
         hf.save(params, folder, like=model, keep_dtypes=sft.export == "model")
   facts = {"examples": len(data.lines), "dropped_long": data.dropped, "steps": trained.steps,
-           "tokens": round(batches.tokens_per_step * trained.steps), "attention": data.options["attention"],
+           "tokens": round(batches.tokens_per_step * trained.steps), "attention": data.computation.attention,
            "examples_per_step": round(batches.per_step, 2), "padding": round(batches.padding, 4),
            "first_loss": round(trained.first_loss, 6), "last_loss": round(trained.last_loss, 6)}
   if held_out_indices:
@@ -181,13 +182,13 @@ def _make_key(config: ml_collections.ConfigDict, round_: int) -> jax.Array:
 
 class Data(NamedTuple):
   """Holds packed training data: the model's config, batches, the lines of the examples in them, the number of dropped
-  (too long) examples, and the options that training and gradients share."""
+  (too long) examples, and how passes over them are computed."""
 
   model: ModelConfig
   batches: PackedBatches
   lines: list[int]
   dropped: int
-  options: dict[str, Any]
+  computation: Computation
 
 
 def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[TokenizedExample], *, source: Any,
@@ -226,9 +227,8 @@ def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Toke
       print(f"note: {note}", file=sys.stderr)
   kernel = attention.choose_backend(sft.attention, model_config, dtype=dtype, length=length,
                                     rows=batches.rows // sft.accumulation, mesh=mesh)
-  options = {"compute_dtype": dtype, "accumulation": sft.accumulation, "remat": sft.remat, "attention": kernel,
-             "mesh": mesh}
-  return Data(model_config, batches, list(by_line), len(examples) - len(by_line), options)
+  return Data(model_config, batches, list(by_line), len(examples) - len(by_line),
+              Computation(mesh, dtype, sft.accumulation, sft.remat, kernel))
 
 
 def choose_row_length(config: ml_collections.ConfigDict, examples: Iterable[TokenizedExample]) -> int:

@@ -18,6 +18,7 @@ from imm_jax.model.decoder import Params
 from imm_jax.runtime import progress
 from imm_jax.training import interventions, preemption, throughput
 from imm_jax.training.additions import PLAIN, Additions
+from imm_jax.training.computation import Computation
 from imm_jax.training.input import Input
 from imm_jax.training.interventions import Intervention
 from imm_jax.training.optimization import make_optimizer
@@ -101,10 +102,8 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
   intervention = intervention or Intervention()
   clip = grad_clip if intervention.grad_clip is None else intervention.grad_clip
   optimizer = make_optimizer(schedule, weight_decay=weight_decay, grad_clip=clip, transform=intervention.transform)
-  options = {"compute_dtype": compute_dtype, "accumulation": accumulation, "remat": remat, "attention": attention,
-             "mesh": mesh}
-  eval_options = {name: value for name, value in options.items() if name != "remat"}  # measuring has no backward pass
-  stopping = held_out and EarlyStopping(config, held_out, batches.epoch_ends, additions=additions, **eval_options)
+  computation = Computation(mesh, compute_dtype, accumulation, remat, attention)
+  stopping = held_out and EarlyStopping(config, held_out, batches.epoch_ends, computation, additions=additions)
   saved = checkpoints and checkpoints.latest()
   if saved:
     start, first_loss = saved["step"], saved["first_loss"]
@@ -112,9 +111,9 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
                          stopping)
   else:
     start, first_loss = 0, None
-    state = _first_state(config, load_params(), batches, optimizer, intervention, additions, load_frozen, options,
-                         label)
-  train_step = make_train_step(config, optimizer, additions=additions, **options)
+    state = _first_state(config, load_params(), batches, optimizer, intervention, additions, load_frozen,
+                         computation, label)
+  train_step = make_train_step(config, optimizer, computation, additions=additions)
   inputs = Input(batches, mesh, saved and saved["input"])
   meter = throughput.Meter(config, batches, mesh.size)
   learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(len(batches))))
@@ -192,12 +191,12 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
 
 def _first_state(config: ModelConfig, params: Params, batches: PackedBatches, optimizer: optax.GradientTransformation,
                  intervention: Intervention, additions: Additions, load_frozen: Callable[[], Frozen],
-                 options: dict[str, Any], label: str) -> TrainState:
-  make_state = lambda: init_state(params, optimizer, options["mesh"], additions=additions, frozen=load_frozen())
+                 computation: Computation, label: str) -> TrainState:
+  make_state = lambda: init_state(params, optimizer, computation.mesh, additions=additions, frozen=load_frozen())
   if intervention.top_p is None:
     return make_state()
   # The gradient is computed before the moments are allocated, because it takes as much memory.
-  grads = importance.gradient(config, params, batches.to_single_epoch(), label=f"{label}: importance", **options)
+  grads = importance.gradient(config, params, batches.to_single_epoch(), computation, label=f"{label}: importance")
   mask = interventions.importance_mask(params, grads, intervention.top_p)
   del grads
   return interventions.set_mask(make_state(), mask)

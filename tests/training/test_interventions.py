@@ -22,6 +22,7 @@ from imm_jax.errors import PreemptedError
 from imm_jax.model import sharding
 from imm_jax.model.decoder import Params, init_params
 from imm_jax.training import interventions, optimization, step as training, trainer
+from imm_jax.training.computation import Computation
 from imm_jax.training.interventions import Intervention
 from imm_jax.training.states import Checkpoints
 from tests.training import test_step as t
@@ -132,7 +133,7 @@ def optimizer_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Intervention], op
   def find(intervention: Intervention) -> optax.GradientTransformation:
     result = []
     metrics = {name: jnp.float32(1) for name in ("loss", "grad_norm", "tokens")}
-    monkeypatch.setattr(trainer, "make_train_step", lambda config, optimizer, **options: result.append(optimizer) or (
+    monkeypatch.setattr(trainer, "make_train_step", lambda config, optimizer, *_, **__: result.append(optimizer) or (
         lambda state, batch: (state, metrics)))
     train(make_mesh(), intervention)
     return result[0]
@@ -159,7 +160,7 @@ def test_a_step_without_intervention_equals_optax():
 
   built = optimization.make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.1, grad_clip=1.0)
   state = training.init_state(make_params(mesh), built, mesh)
-  step = training.make_train_step(t.CONFIG, built, compute_dtype=jnp.float32, mesh=mesh)
+  step = training.make_train_step(t.CONFIG, built, Computation(mesh, jnp.float32))
   params, opt_state = make_params(mesh), optimizer.init(make_params(mesh))
   for _ in range(3):
     state, _ = step(state, batch)
@@ -244,7 +245,7 @@ def masked():
   mesh = make_mesh()
   start = make_params(mesh)
   data = t.pack(t.make_examples(24), global_batch=8)
-  grads = importance.gradient(t.CONFIG, start, data, mesh=mesh, compute_dtype=jnp.float32)
+  grads = importance.gradient(t.CONFIG, start, data, Computation(mesh, jnp.float32))
   masks = {}
   for (name, weight), grad in zip(flat(start).items(), flat(grads).values(), strict=True):
     of_leaf = [sorted_mask(score, TOP_P) for score in matrices(name, np.abs(weight * grad))]
@@ -291,8 +292,8 @@ def test_masks_are_not_compiled_into_the_step():
     before = flat(params)
     mask = interventions.importance_mask(params, make_grads(mesh), share)
     state = interventions.set_mask(training.init_state(params, optimizer, mesh), mask)
-    step = step or training.jit_step(training.step_function(t.CONFIG, optimizer, compute_dtype=jnp.float32, mesh=mesh),
-                                     state)
+    step = step or training.jit_step(
+        training.step_function(t.CONFIG, optimizer, Computation(mesh, jnp.float32)), state)
     given = jax.tree.leaves(state)
     for _ in range(2):
       state, _ = step(state, batch)
