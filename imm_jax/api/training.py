@@ -17,8 +17,9 @@ from imm_jax.model.tokenization import encode_continuation
 from imm_jax.runtime import hardware
 from imm_jax.training import trainer
 from imm_jax.training.computation import Computation
-from imm_jax.training.optimization import make_schedule
+from imm_jax.training.optimization import Optimization, make_schedule
 from imm_jax.training.packing import PackedBatches, TokenizedExample
+from imm_jax.training.reporting import Reporting
 
 # The tokens of a packed row, unless a text is longer: then the row is the next multiple of _STEP.
 _MIN_ROW_LENGTH, _ROW_MULTIPLE = 512, 128
@@ -71,9 +72,8 @@ def fine_tune(model: Model, pairs: Sequence[Pair], *, learning_rate: float = 2e-
                                compute_dtype=compute_dtype, ends=ends)
   rates = make_schedule(schedule, peak=learning_rate, total_steps=len(batches), warmup_ratio=warmup_ratio)
   trained = trainer.train(
-      model.config, lambda: _float32(model.params, copied=True), batches, schedule=rates, weight_decay=weight_decay,
-      grad_clip=grad_clip, log_every=10, label="fine-tune", report=report or (lambda *_, **__: None),
-      **computation._replace(remat=remat)._asdict())
+      model.config, lambda: _float32(model.params, copied=True), batches, Optimization(rates, weight_decay, grad_clip),
+      computation._replace(remat=remat), Reporting(report or (lambda *_, **__: None), "fine-tune", log_every=10))
   return dataclasses.replace(model, params=trained.params)
 
 

@@ -32,8 +32,9 @@ from imm_jax.tasks.base import Example
 from imm_jax.training import interventions, lora, throughput, trainer
 from imm_jax.training.additions import get_additions
 from imm_jax.training.computation import Computation
-from imm_jax.training.optimization import make_schedule
+from imm_jax.training.optimization import Optimization, make_schedule
 from imm_jax.training.packing import PackedBatches, TokenizedExample
+from imm_jax.training.reporting import Reporting
 from imm_jax.training.states import Checkpoints
 from imm_jax.training.step import Frozen
 
@@ -100,25 +101,24 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train:
               lines=[i + 1 for i in kept])
   held_out_batches = pack(config, model, [examples[i] for i in held_out_indices], source=f"{train}, held out",
                           epochs=1, seed=config.seed, quiet=True).batches if held_out_indices else None
-  batches, additions, mesh = data.batches, get_additions(config), make_mesh(config)
+  batches, additions = data.batches, get_additions(config)
   schedule = make_schedule(sft.schedule, peak=sft.learning_rate, total_steps=len(batches),
                            warmup_ratio=sft.warmup_ratio)
+  optimization = Optimization(schedule, sft.weight_decay, sft.grad_clip, _make_intervention(sft), additions)
   states = Checkpoints(states_folder(config, root, round_), save_interval=sft.save_interval,
                        max_to_keep=sft.max_to_keep, identity=dict(inputs))
   with states as checkpoints:
     saved = checkpoints.latest()  # raises for a state of another training before metrics are dropped
     from_step = saved["step"] if saved else 0
     with StageMetrics(root, f"{name}/sft", from_step=from_step, tracking=config.tracking) as metrics:
-      load_initial = (lambda: lora.init(data.model, additions.lora, mesh,
+      load_initial = (lambda: lora.init(data.model, additions.lora, data.computation.mesh,
                                         key=_make_key(config, round_))) if additions.lora else (
           lambda: load_params(config, model))
+      profile = throughput.Profile(config.profile, root / "profile" / name / f"process_{jax.process_index()}")
       trained = trainer.train(
-          data.model, load_initial, batches, schedule=schedule, weight_decay=sft.weight_decay,
-          additions=additions, load_frozen=lambda: _load_frozen(config, model, base), held_out=held_out_batches,
-          grad_clip=sft.grad_clip, intervention=_intervention(sft),
-          log_every=sft.log_every, report=metrics.write, label=f"round {round_}: SFT", checkpoints=checkpoints,
-          profile=throughput.Profile(config.profile, root / "profile" / name / f"process_{jax.process_index()}"),
-          lines=data.lines, **data.computation._asdict())
+          data.model, load_initial, batches, optimization, data.computation,
+          Reporting(metrics.write, f"round {round_}: SFT", sft.log_every, data.lines, profile),
+          load_frozen=lambda: _load_frozen(config, model, base), held_out=held_out_batches, checkpoints=checkpoints)
     for params, folder in ((trained.params, out), (trained.average, out / AVERAGE)):
       if params is not None and additions.lora:
         lora.save(params, additions.lora, folder, like=model)
@@ -258,9 +258,9 @@ def _notes(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, ba
            "(max_position_embeddings): the rest was never trained")
 
 
-def _intervention(sft: ml_collections.ConfigDict) -> interventions.Intervention | None:
+def _make_intervention(sft: ml_collections.ConfigDict) -> interventions.Intervention:
   if sft.intervention == "none":
-    return None
+    return interventions.Intervention()
   return interventions.INTERVENTIONS[sft.intervention](sft[interventions.SETTINGS[sft.intervention]])
 
 

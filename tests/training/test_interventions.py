@@ -24,6 +24,8 @@ from imm_jax.model.decoder import Params, init_params
 from imm_jax.training import interventions, optimization, step as training, trainer
 from imm_jax.training.computation import Computation
 from imm_jax.training.interventions import Intervention
+from imm_jax.training.optimization import Optimization
+from imm_jax.training.reporting import Reporting
 from imm_jax.training.states import Checkpoints
 from tests.training import test_step as t
 
@@ -78,14 +80,14 @@ def sorted_mask(score: np.ndarray, top_p: float) -> np.ndarray:
   return mask.reshape(score.shape)
 
 
-def train(mesh: jax.sharding.Mesh, intervention: Intervention | None, load=None, **options) -> Params:
+def train(mesh: jax.sharding.Mesh, intervention: Intervention, load=None, report=lambda *_, **__: None, **options,
+          ) -> Params:
   batches = t.pack(t.make_examples(24), global_batch=8, epochs=2, row_multiple=8)
   assert len(batches) == STEPS
-  options = {"report": lambda *a, **b: None, "grad_clip": 1.0, **options}
   return trainer.train(
-      t.CONFIG, load or (lambda: make_params(mesh)), batches, schedule=optax.constant_schedule(1e-2), weight_decay=0.1,
-      compute_dtype=jnp.float32, accumulation=1, remat="none", mesh=mesh, log_every=1, label="SFT",
-      intervention=intervention, **options).params
+      t.CONFIG, load or (lambda: make_params(mesh)), batches,
+      Optimization(optax.constant_schedule(1e-2), 0.1, 1.0, intervention), Computation(mesh, jnp.float32),
+      Reporting(report, "SFT", log_every=1), **options).params
 
 
 def train_in_two(folder: Path, meshes: list[jax.sharding.Mesh], intervention: Intervention) -> Params:
