@@ -46,6 +46,7 @@ def make_passes(dtype: str, folder: Path) -> dict[str, Callable[[], None]]:
   from imm_jax.analysis import importance
   from imm_jax.model import attention, hf, sharding
   from imm_jax.training import optimization, step
+  from imm_jax.training.computation import Computation
   from imm_jax.training.input import Input
   from imm_jax.training.packing import PackedBatches, TokenizedExample
 
@@ -57,10 +58,10 @@ def make_passes(dtype: str, folder: Path) -> dict[str, Callable[[], None]]:
   batches = PackedBatches([TokenizedExample(row[:1], row[1:]) for row in rows], epochs=1, global_batch=_ROWS.value,
                           row_length=_LENGTH.value, seed=0)
   backend = attention.choose_backend("auto", config, dtype=dtype, length=_LENGTH.value, rows=_ROWS.value, mesh=mesh)
-  options = {"compute_dtype": jnp.dtype(dtype), "remat": _REMAT.value, "attention": backend, "mesh": mesh}
-  gradient = jax.jit(step.gradient_function(config, **options))
+  computation = Computation(mesh, jnp.dtype(dtype), remat=_REMAT.value, attention=backend)
+  gradient = jax.jit(step.gradient_function(config, computation))
   optimizer = optimization.make_optimizer(optax.constant_schedule(1e-5), weight_decay=0.0, grad_clip=1.0)
-  train_step = step.make_train_step(config, optimizer, **options)
+  train_step = step.make_train_step(config, optimizer, computation)
   state = step.init_state(hf.load(folder, dtype=jnp.float32, place=place)[1], optimizer, mesh)
 
   def forward_and_backward() -> None:
@@ -74,7 +75,7 @@ def make_passes(dtype: str, folder: Path) -> dict[str, Callable[[], None]]:
       jax.block_until_ready(metrics)
 
   return {"forward and backward": forward_and_backward,
-          "importance": lambda: jax.block_until_ready(importance.gradient(config, params, batches, **options)),
+          "importance": lambda: jax.block_until_ready(importance.gradient(config, params, batches, computation)),
           "SFT steps": whole_steps}
 
 

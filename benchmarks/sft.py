@@ -54,6 +54,7 @@ def ours(dtype: str, remat: str, folder: Path, added: str = "") -> Callable[[], 
   from imm_jax.model import attention, hf, sharding
   from imm_jax.training import lora
   from imm_jax.training.additions import Additions
+  from imm_jax.training.computation import Computation
   from imm_jax.training.optimization import make_optimizer
   from imm_jax.training.packing import PackedBatches, TokenizedExample
   from imm_jax.training.step import init_state, make_train_step
@@ -69,7 +70,7 @@ def ours(dtype: str, remat: str, folder: Path, added: str = "") -> Callable[[], 
   state = init_state(params, optimizer, mesh, additions=additions, frozen=frozen)
   del params, frozen
   backend = attention.choose_backend("auto", config, dtype=dtype, length=_LENGTH.value, rows=_ROWS.value, mesh=mesh)
-  train_step = make_train_step(config, optimizer, compute_dtype=dtype, remat=remat, attention=backend, mesh=mesh,
+  train_step = make_train_step(config, optimizer, Computation(mesh, dtype, remat=remat, attention=backend),
                                additions=additions)
   examples = [TokenizedExample(row[:1].tolist(), row[1:].tolist()) for row in tokens()]
   batch = PackedBatches(examples, epochs=1, global_batch=len(examples), row_length=_LENGTH.value, seed=0)[0]

@@ -31,8 +31,10 @@ from imm_jax.sampling.native import NativeSampler
 from imm_jax.tasks import answers, arithmetic, prompts
 from imm_jax.tasks.base import Example
 from imm_jax.training import trainer
-from imm_jax.training.optimization import make_schedule
+from imm_jax.training.computation import Computation
+from imm_jax.training.optimization import Optimization, make_schedule
 from imm_jax.training.packing import PackedBatches, TokenizedExample
+from imm_jax.training.reporting import Reporting
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, a file such as configs/tiny_pretrain.py.")
 flags.mark_flag_as_required("config")
@@ -137,10 +139,10 @@ def pretrain(config: ml_collections.ConfigDict, out: Path) -> None:
                            warmup_ratio=config.warmup_ratio)
   losses: list[float] = []
   params = trainer.train(
-      model_config, lambda: init_params(model_config, key=jax.random.key(config.seed)), batches, schedule=schedule,
-      weight_decay=config.weight_decay, grad_clip=config.grad_clip, compute_dtype=jnp.dtype(config.compute_dtype),
-      accumulation=1, remat="full", mesh=mesh, log_every=50,
-      report=lambda step, **values: losses.append(values["loss"]), label="pretrain").params
+      model_config, lambda: init_params(model_config, key=jax.random.key(config.seed)), batches,
+      Optimization(schedule, config.weight_decay, config.grad_clip),
+      Computation(mesh, jnp.dtype(config.compute_dtype), remat="full"),
+      Reporting(lambda step, **values: losses.append(values["loss"]), "pretrain", log_every=50)).params
   with files.write_atomically(out) as folder:
     folder.mkdir()
     files.write_json(folder / "config.json", hf_config, indent=2)

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from imm_jax.analysis import sums
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params
 from imm_jax.tasks import answers
+from imm_jax.training.computation import Computation
 from imm_jax.training.loss import head_entropy
 from imm_jax.training.packing import PackedBatches
 
@@ -69,9 +69,8 @@ def _ngrams(words: Sequence[str]) -> list[tuple[str, ...]]:
   return [tuple(words[i:i + NGRAM]) for i in range(len(words) - NGRAM + 1)]
 
 
-def token_entropy(config: ModelConfig, params: Params, batches: PackedBatches, *, mesh: Mesh,
-                  compute_dtype: jnp.dtype, attention: str = "xla", accumulation: int = 1, label: str = "entropy",
-                  ) -> float:
+def token_entropy(config: ModelConfig, params: Params, batches: PackedBatches, computation: Computation, *,
+                  label: str = "entropy") -> float:
   """Computes the mean entropy in nats of the model's next-token distribution over the tokens of given responses.
 
   The distribution has temperature 1 and is over the whole vocabulary. Logits are held for `loss.choose_chunk` positions
@@ -81,15 +80,10 @@ def token_entropy(config: ModelConfig, params: Params, batches: PackedBatches, *
     config: the model's config.
     params: float32 parameters with stacked layers, sharded by `sharding.RULES`.
     batches: prompts and responses, packed with `epochs=1`.
-    mesh: devices.
-    compute_dtype: dtype of activations.
-    attention: a result of `attention.choose_backend`.
-    accumulation: number of parts in which a batch is run.
+    computation: how the passes are computed.
     label: label of the progress bar.
   """
-  total, count = sums.sum_over_batches(
-      _sum_entropies, config, (params,), batches, mesh=mesh, compute_dtype=compute_dtype, attention=attention,
-      accumulation=accumulation, label=label)
+  total, count = sums.sum_over_batches(_sum_entropies, config, (params,), batches, computation, label=label)
   return float(total / count)
 
 

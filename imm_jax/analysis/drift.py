@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from imm_jax.analysis import sums
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params
+from imm_jax.training.computation import Computation
 from imm_jax.training.loss import compare_heads
 from imm_jax.training.packing import PackedBatches
 
@@ -34,9 +34,8 @@ class Drift(NamedTuple):
   base_entropy: float
 
 
-def measure_drift(config: ModelConfig, base: Params, params: Params, batches: PackedBatches, *, mesh: Mesh,
-                  compute_dtype: jnp.dtype, attention: str = "xla", accumulation: int = 1, label: str = "drift",
-                  ) -> Drift:
+def measure_drift(config: ModelConfig, base: Params, params: Params, batches: PackedBatches,
+                  computation: Computation, *, label: str = "drift") -> Drift:
   """Compares a model with the base on the responses of packed texts, with teacher forcing.
 
   "RL's Razor" (Shenfeld et al. 2025, https://arxiv.org/abs/2509.04259) finds that this KL predicts forgetting if it is
@@ -47,15 +46,10 @@ def measure_drift(config: ModelConfig, base: Params, params: Params, batches: Pa
     base: parameters of the base with stacked layers, sharded by `sharding.RULES`.
     params: parameters of the model.
     batches: prompts and responses, packed with `epochs=1`.
-    mesh: devices.
-    compute_dtype: dtype of activations.
-    attention: a result of `attention.choose_backend`.
-    accumulation: number of parts in which a batch is run.
+    computation: how the passes are computed.
     label: label of the progress bar.
   """
-  *totals, tokens = sums.sum_over_batches(
-      _sum_differences, config, (base, params), batches, mesh=mesh, compute_dtype=compute_dtype, attention=attention,
-      accumulation=accumulation, label=label)
+  *totals, tokens = sums.sum_over_batches(_sum_differences, config, (base, params), batches, computation, label=label)
   return Drift(round(float(tokens)), *(float(total / tokens) for total in totals))
 
 

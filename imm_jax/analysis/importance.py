@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from imm_jax.analysis import MODULES
 from imm_jax.errors import UserError
@@ -18,6 +18,7 @@ from imm_jax.model import sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params
 from imm_jax.runtime import progress
+from imm_jax.training.computation import Computation
 from imm_jax.training.input import Input
 from imm_jax.training.packing import PackedBatches
 from imm_jax.training.step import gradient_function, jit_step
@@ -26,13 +27,10 @@ from imm_jax.training.step import gradient_function, jit_step
 Sums = tuple[Params | jax.Array, ...]
 
 
-def make_accumulate(config: ModelConfig, *, order: int = 1, **options: Any,
-                 ) -> Callable[[Sums, Params, dict[str, jax.Array]], tuple[Sums, jax.Array]]:
-  """Returns a function (sums, params, batch) -> (updated sums, the batch's loss) to be jitted.
-
-  `options` are those of `gradient_function`.
-  """
-  gradient_of_batch = gradient_function(config, mean=False, **options)
+def make_accumulate(config: ModelConfig, computation: Computation, *, order: int = 1,
+                    ) -> Callable[[Sums, Params, dict[str, jax.Array]], tuple[Sums, jax.Array]]:
+  """Returns a function (sums, params, batch) -> (updated sums, the batch's loss) to be jitted."""
+  gradient_of_batch = gradient_function(config, computation, mean=False)
 
   def add(sums: Sums, params: Params, batch: dict[str, jax.Array]) -> tuple[Sums, jax.Array]:
     if order == 1:
@@ -56,8 +54,8 @@ class LayerImportance(NamedTuple):
     return {"layers": self.total.tolist(), "modules": {name: scores.tolist() for name, scores in self.modules.items()}}
 
 
-def gradient(config: ModelConfig, params: Params, batches: PackedBatches, *, mesh: Mesh, compute_dtype: jnp.dtype,
-             remat: str = "full", attention: str = "xla", accumulation: int = 1, label: str = "gradient") -> Params:
+def gradient(config: ModelConfig, params: Params, batches: PackedBatches, computation: Computation, *,
+             label: str = "gradient") -> Params:
   """Computes the gradient of the loss over a whole data set, the mean of -log p over all its learned tokens.
 
   It is accumulated in float32 in the order of `batches`, so that a given order and mesh always give the same bits.
@@ -67,11 +65,7 @@ def gradient(config: ModelConfig, params: Params, batches: PackedBatches, *, mes
     config: the model's config.
     params: float32 parameters with stacked layers, sharded by `sharding.RULES`; they are not donated.
     batches: the data set, packed with `epochs=1`.
-    mesh: devices.
-    compute_dtype: dtype of activations.
-    remat: one of `decoder.REMAT`.
-    attention: a result of `attention.choose_backend`.
-    accumulation: number of parts in which a batch is run.
+    computation: how the passes are computed.
     label: label of the progress bar.
 
   Returns:
@@ -80,13 +74,11 @@ def gradient(config: ModelConfig, params: Params, batches: PackedBatches, *, mes
   Raises:
     UserError: if the gradient is not finite.
   """
-  grads, = _mean_gradients(config, params, batches, mesh, label, order=1, compute_dtype=compute_dtype, remat=remat,
-                           attention=attention, accumulation=accumulation)
+  grads, = _mean_gradients(config, params, batches, computation, label, order=1)
   return grads
 
 
-def gradient_and_squares(config: ModelConfig, params: Params, batches: PackedBatches, *, mesh: Mesh,
-                         compute_dtype: jnp.dtype, remat: str = "full", attention: str = "xla",
+def gradient_and_squares(config: ModelConfig, params: Params, batches: PackedBatches, computation: Computation, *,
                          label: str = "gradient") -> tuple[Params, Params]:
   """Computes `gradient` and the sum of squared per-example gradients, which eq. 2 needs.
 
@@ -101,10 +93,7 @@ def gradient_and_squares(config: ModelConfig, params: Params, batches: PackedBat
     config: the model's config.
     params: see `gradient`.
     batches: the data set, in any packing.
-    mesh: devices.
-    compute_dtype: dtype of activations.
-    remat: one of `decoder.REMAT`.
-    attention: a result of `attention.choose_backend`.
+    computation: how the passes are computed; its `accumulation` does not matter.
     label: label of the progress bar.
 
   Returns:
@@ -113,17 +102,17 @@ def gradient_and_squares(config: ModelConfig, params: Params, batches: PackedBat
   Raises:
     UserError: if one of them is not finite.
   """
-  return _mean_gradients(config, params, batches.to_single_examples(sharding.num_batch_shards(mesh)), mesh, label,
-                         order=2, compute_dtype=compute_dtype, remat=remat, attention=attention)
+  examples = batches.to_single_examples(sharding.num_batch_shards(computation.mesh))
+  return _mean_gradients(config, params, examples, computation._replace(accumulation=1), label, order=2)
 
 
-def _mean_gradients(config: ModelConfig, params: Params, batches: PackedBatches, mesh: Mesh, label: str, *, order: int,
-                    **options: Any) -> tuple[Params, ...]:
+def _mean_gradients(config: ModelConfig, params: Params, batches: PackedBatches, computation: Computation,
+                    label: str, *, order: int) -> tuple[Params, ...]:
   """Computes the sums over all batches, divided by the number of learned tokens."""
-  zeros, add, finish = _programs(config, mesh, order, tuple(options.items()))
+  zeros, add, finish = _programs(config, computation, order)
   sums, previous_loss = zeros(), None
   with progress.make_bar(len(batches), label, "batch") as bar:
-    for batch in Input(batches, mesh):
+    for batch in Input(batches, computation.mesh):
       sums, loss = add(sums, params, batch)
       jax.block_until_ready(previous_loss)  # the host may be only one batch ahead, as batches take memory
       previous_loss = loss
@@ -136,10 +125,9 @@ def _mean_gradients(config: ModelConfig, params: Params, batches: PackedBatches,
 
 
 @functools.lru_cache(maxsize=8)  # reused in every round of a run
-def _programs(config: ModelConfig, mesh: Mesh, order: int, options: tuple[tuple[str, Any], ...],
-              ) -> tuple[Callable[..., Any], ...]:
+def _programs(config: ModelConfig, computation: Computation, order: int) -> tuple[Callable[..., Any], ...]:
   """Compiles functions that make zero sums, add a batch to them, and return means and whether they are finite."""
-  shapes = abstract_params(config)
+  shapes, mesh = abstract_params(config), computation.mesh
   param_shardings = jax.tree_util.tree_map_with_path(
       lambda path, leaf: sharding.param_sharding(mesh, sharding.path_name(path), leaf.shape), shapes)
   shardings = (*(param_shardings,) * order, NamedSharding(mesh, P()))
@@ -156,7 +144,7 @@ def _programs(config: ModelConfig, mesh: Mesh, order: int, options: tuple[tuple[
   abstract = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
                           jax.eval_shape(zeros), shardings)
   return (jax.jit(zeros, out_shardings=shardings),
-          jit_step(make_accumulate(config, order=order, mesh=mesh, **dict(options)), abstract),
+          jit_step(make_accumulate(config, computation, order=order), abstract),
           jax.jit(finish, donate_argnums=0, out_shardings=((param_shardings,) * order, None)))
 
 

@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params
 from imm_jax.runtime import progress
-from imm_jax.training import fsdp
+from imm_jax.training.computation import Computation
 from imm_jax.training.input import Input
 from imm_jax.training.loss import choose_chunk
 from imm_jax.training.packing import PackedBatches
-from imm_jax.training.step import count_device_rows, head_inputs
+from imm_jax.training.step import count_device_rows, forward_options, head_inputs
 
 # A model's hidden states, head, targets and weights, as returned by `step.head_inputs`.
 Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -23,9 +23,8 @@ Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 Measure = Callable[[Sequence[Inputs], int], jax.Array]
 
 
-def sum_over_batches(measure: Measure, config: ModelConfig, models: Sequence[Params], batches: PackedBatches, *,
-                     mesh: Mesh, compute_dtype: jnp.dtype, attention: str = "xla", accumulation: int = 1, label: str,
-                     ) -> np.ndarray:
+def sum_over_batches(measure: Measure, config: ModelConfig, models: Sequence[Params], batches: PackedBatches,
+                     computation: Computation, *, label: str) -> np.ndarray:
   """Computes the sums of a measure over all batches, float64 [N].
 
   Args:
@@ -33,16 +32,13 @@ def sum_over_batches(measure: Measure, config: ModelConfig, models: Sequence[Par
     config: config of all models.
     models: parameters with stacked layers, sharded by `sharding.RULES`.
     batches: prompts and responses, packed with `epochs=1`.
-    mesh: devices.
-    compute_dtype: dtype of activations.
-    attention: a result of `attention.choose_backend`.
-    accumulation: number of parts in which a batch is run.
+    computation: how the passes are computed.
     label: label of the progress bar.
   """
-  program = _program(measure, config, mesh, compute_dtype, attention, accumulation)
+  program = _program(measure, config, computation)
   total, previous = 0.0, None
   with progress.make_bar(len(batches), label, "batch") as bar:
-    for batch in Input(batches, mesh):
+    for batch in Input(batches, computation.mesh):
       current = program(tuple(models), batch)
       if previous is not None:
         total = total + np.asarray(previous, np.float64)
@@ -52,12 +48,10 @@ def sum_over_batches(measure: Measure, config: ModelConfig, models: Sequence[Par
 
 
 @functools.lru_cache(maxsize=8)  # reused in every round of a run
-def _program(measure: Measure, config: ModelConfig, mesh: Mesh, compute_dtype: jnp.dtype, attention: str,
-             accumulation: int) -> Callable[[tuple[Params, ...], dict[str, jax.Array]], jax.Array]:
+def _program(measure: Measure, config: ModelConfig, computation: Computation,
+             ) -> Callable[[tuple[Params, ...], dict[str, jax.Array]], jax.Array]:
   """Compiles a function (models, batch) -> sums."""
-  options = {"compute_dtype": compute_dtype, "attention": attention}
-  if mesh.size > 1:
-    options |= {"mesh": mesh, "gather": fsdp.constrained(mesh, compute_dtype)}
+  options = forward_options(computation)
 
   def sums(models: tuple[Params, ...], batch: dict[str, jax.Array]) -> jax.Array:
 
@@ -65,7 +59,8 @@ def _program(measure: Measure, config: ModelConfig, mesh: Mesh, compute_dtype: j
       inputs = [head_inputs(config, params, part, **options) for params in models]
       return measure(inputs, choose_chunk(count_device_rows(inputs[0][0].shape[0], options.get("mesh"))))
 
-    parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+    parts = jax.tree.map(lambda x: x.reshape(computation.accumulation, -1, *x.shape[1:]), batch)
     return jnp.sum(jax.lax.map(sum_part, parts), axis=0)
 
-  return jax.jit(sums, out_shardings=NamedSharding(mesh, P()))  # replicated, because every process reads them
+  # Replicated, because every process reads them.
+  return jax.jit(sums, out_shardings=NamedSharding(computation.mesh, P()))

@@ -113,7 +113,7 @@ def _squared_distance(tensors: Sequence[jax.Array]) -> jax.Array:
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
-  """Computes Spearman's rank correlation, from -1 to 1; ties share their mean rank.
+  """Computes Spearman's rank correlation of as many values, from -1 to 1; ties share their mean rank.
 
   Between layer importance and weight change it quantifies the mismatch that the paper shows by plots (section 3.2):
   near 1 if SFT moves the important layers, near or below 0 if it moves the others.
@@ -124,8 +124,6 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
   >>> spearman([1, 2, 3], [10, 20, 15]), spearman([1, 2, 2], [3, 1, 1]), spearman([1, 2], [5, 5])
   (0.5, -1.0, None)
   """
-  if len(a) != len(b):
-    raise ValueError(f"{len(a)} and {len(b)} values: expected as many of each")
   x, y = (_mean_ranks(np.asarray(values, np.float64)) - (1 + len(a)) / 2 for values in (a, b))
   norm = float(np.sqrt((x @ x) * (y @ y)))
   return round(float(x @ y) / norm, 12) if norm else None

@@ -26,6 +26,7 @@ from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params, count_params
 from imm_jax.training import optimization, step as training
 from imm_jax.training.additions import PLAIN, Additions, get_additions
+from imm_jax.training.computation import Computation
 from imm_jax.training.throughput import train_flops
 
 _GIB = 2**30
@@ -72,6 +73,10 @@ class StepPlan:
   def tokens(self) -> float:
     """Returns the number of tokens in an optimizer step for each chip."""
     return self.step_rows * self.length / self.mesh.size
+
+  def get_computation(self, backend: str) -> Computation:
+    """Returns how a step is computed with an attention backend that `attention.choose_backend` returned."""
+    return Computation(self.mesh, self.compute_dtype, self.accumulation, self.remat, backend)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +164,7 @@ def compile_step(plan: StepPlan) -> Report:
                                           grad_clip=plan.grad_clip)
   state = training.abstract_state(plan.model, optimizer, plan.mesh, additions=plan.additions,
                                   frozen_dtype=plan.compute_dtype)
-  step = training.step_function(plan.model, optimizer, additions=plan.additions, compute_dtype=plan.compute_dtype,
-                                remat=plan.remat, accumulation=plan.accumulation, attention=backend, mesh=plan.mesh)
+  step = training.step_function(plan.model, optimizer, plan.get_computation(backend), additions=plan.additions)
   started = time.monotonic()
   traced = training.jit_step(step, state).trace(state, _make_batch(plan))
   try:
@@ -269,8 +273,7 @@ def _describe_importance(plan: StepPlan, backend: str) -> Iterator[str]:
   """Describes the addition of a batch's gradient to the sum over a data set (eq. 3)."""
   params = _add_shardings(abstract_params(plan.model), plan.mesh)
   sums = (params, jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(plan.mesh, PartitionSpec())))
-  add = importance.make_accumulate(plan.model, compute_dtype=plan.compute_dtype, remat=plan.remat, attention=backend,
-                                   mesh=plan.mesh, accumulation=plan.accumulation)
+  add = importance.make_accumulate(plan.model, plan.get_computation(backend))
   yield from _describe_program(f"layer importance, {plan.rows * plan.accumulation} x {plan.length} tokens a chip", plan,
                                training.jit_step(add, sums).trace(sums, params, _make_batch(plan)))
 

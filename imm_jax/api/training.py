@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,10 @@ from imm_jax.model.decoder import REMAT, Params
 from imm_jax.model.tokenization import encode_continuation
 from imm_jax.runtime import hardware
 from imm_jax.training import trainer
-from imm_jax.training.optimization import make_schedule
+from imm_jax.training.computation import Computation
+from imm_jax.training.optimization import Optimization, make_schedule
 from imm_jax.training.packing import PackedBatches, TokenizedExample
+from imm_jax.training.reporting import Reporting
 
 # The tokens of a packed row, unless a text is longer: then the row is the next multiple of _STEP.
 _MIN_ROW_LENGTH, _ROW_MULTIPLE = 512, 128
@@ -67,13 +68,12 @@ def fine_tune(model: Model, pairs: Sequence[Pair], *, learning_rate: float = 2e-
   checks.check_choice("remat", remat, REMAT)
   if epochs < 1 or global_batch < 1:
     raise ValueError(f"epochs={epochs}, global_batch={global_batch}: expected 1 or more")
-  batches, options = _pack(model, pairs, epochs=epochs, global_batch=global_batch, row_length=row_length, seed=seed,
-                           compute_dtype=compute_dtype, ends=ends)
+  batches, computation = _pack(model, pairs, epochs=epochs, global_batch=global_batch, row_length=row_length, seed=seed,
+                               compute_dtype=compute_dtype, ends=ends)
   rates = make_schedule(schedule, peak=learning_rate, total_steps=len(batches), warmup_ratio=warmup_ratio)
   trained = trainer.train(
-      model.config, lambda: _float32(model.params, copied=True), batches, schedule=rates, weight_decay=weight_decay,
-      grad_clip=grad_clip, accumulation=1, remat=remat, mesh=model.mesh, log_every=10, label="fine-tune",
-      report=report or (lambda *_, **__: None), **options)
+      model.config, lambda: _float32(model.params, copied=True), batches, Optimization(rates, weight_decay, grad_clip),
+      computation._replace(remat=remat), Reporting(report or (lambda *_, **__: None), "fine-tune", log_every=10))
   return dataclasses.replace(model, params=trained.params)
 
 
@@ -105,19 +105,19 @@ def importance(model: Model, pairs: Sequence[Pair], *, order: int = 1, global_ba
   """
   if order not in ORDERS:
     raise ValueError(f"order={order}: expected 1 or 2")
-  batches, options = _pack(model, pairs, epochs=1, global_batch=global_batch, row_length=row_length, seed=0,
-                           compute_dtype=compute_dtype, ends=ends)
+  batches, computation = _pack(model, pairs, epochs=1, global_batch=global_batch, row_length=row_length, seed=0,
+                               compute_dtype=compute_dtype, ends=ends)
   params = _float32(model.params)
   if order == 1:
     return layers.layer_importance(params, layers.gradient(
-        model.config, params, batches, mesh=model.mesh, label="importance", **options))
+        model.config, params, batches, computation, label="importance"))
   return layers.layer_importance(params, *layers.gradient_and_squares(
-      model.config, params, batches, mesh=model.mesh, label="importance", **options))
+      model.config, params, batches, computation, label="importance"))
 
 
 def _pack(model: Model, pairs: Sequence[Pair], *, epochs: int, global_batch: int, row_length: int | None, seed: int,
-          compute_dtype: str, ends: bool) -> tuple[PackedBatches, dict[str, Any]]:
-  """Packs pairs into batches for the model's devices; also returns the options that training and gradients share."""
+          compute_dtype: str, ends: bool) -> tuple[PackedBatches, Computation]:
+  """Packs pairs into batches for the model's devices; also returns how passes over them are computed."""
   checks.check_pairs(pairs)
   if ends and model.tokenizer.eos_token_id is None:
     raise ValueError("ends=True: the tokenizer has no end-of-text token; give ends=False")
@@ -134,7 +134,7 @@ def _pack(model: Model, pairs: Sequence[Pair], *, epochs: int, global_batch: int
   dtype = jnp.dtype(hardware.compute_dtype(compute_dtype))
   backend = attention.choose_backend("auto", model.config, dtype=dtype, length=length, rows=batches.rows,
                                      mesh=model.mesh)
-  return batches, {"compute_dtype": dtype, "attention": backend}
+  return batches, Computation(model.mesh, dtype, remat="full", attention=backend)
 
 
 def _float32(params: Params, *, copied: bool = False) -> Params:

@@ -20,6 +20,7 @@ from imm_jax.stages import questions
 from imm_jax.tasks import protocols
 from imm_jax.training import lora, step
 from imm_jax.training.additions import PLAIN, Additions, get_additions
+from imm_jax.training.computation import Computation
 from imm_jax.training.loss import choose_chunk
 
 # Bytes that compilation and programs take besides their arrays, as measured; they do not depend on the model's size.
@@ -80,26 +81,22 @@ def activation_bytes(model: ModelConfig, *, length: int, remat: str, dtype: jnp.
   return residual_bytes(2) - residual_bytes(1)  # the weights, which do not grow with the rows, cancel
 
 
-def step_bytes(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, accumulation: int, remat: str,
-               dtype: jnp.dtype, attention: str, sums: bool = False, additions: Additions = PLAIN,
-               ) -> dict[str, float]:
+def step_bytes(model: ModelConfig, computation: Computation, *, rows: int, length: int, sums: bool = False,
+               additions: Additions = PLAIN) -> dict[str, float]:
   """Returns the bytes on one device that a training step takes besides its state, by name.
 
   Args:
     model: config of the model.
-    mesh: the devices.
+    computation: how the step is computed.
     rows: rows of a step, over all devices.
     length: tokens of a row.
-    accumulation: number of parts that a batch is run in.
-    remat: one of `decoder.REMAT`.
-    dtype: dtype of activations.
-    attention: the result of `attention.choose_backend`.
     sums: whether gradients are added to sums that the caller holds, as for layer importance.
     additions: additions of the training.
   """
-  options = {"length": length, "dtype": dtype, "attention": attention, "widened": _platform(mesh) == "cpu"}
+  mesh, accumulation, dtype = computation.mesh, computation.accumulation, computation.compute_dtype
+  options = {"length": length, "dtype": dtype, "attention": computation.attention, "widened": _platform(mesh) == "cpu"}
   device_rows = math.ceil(rows / accumulation / num_batch_shards(mesh))
-  activations = device_rows * activation_bytes(model, remat=remat, **options) / mesh.shape["tensor"]
+  activations = device_rows * activation_bytes(model, remat=computation.remat, **options) / mesh.shape["tensor"]
   layer = device_rows * activation_bytes(model, remat="none", **options) / mesh.shape["tensor"] / model.num_layers
   table = model.vocab_size * model.hidden_size
   # With one model, two arrays of the logits' size are alive at a time; with two models, five, as measured.
@@ -195,16 +192,17 @@ def scoring_bytes(model: ModelConfig, mesh: Mesh, *, dtype: jnp.dtype) -> dict[s
           "logits": 2 * 4 * likelihood.LOGITS * model.vocab_size / mesh.shape["tensor"]}
 
 
-def comparison_bytes(model: ModelConfig, mesh: Mesh, *, rows: int, length: int, accumulation: int, dtype: jnp.dtype,
-                     attention: str) -> dict[str, float]:
+def comparison_bytes(model: ModelConfig, computation: Computation, *, rows: int, length: int) -> dict[str, float]:
   """Returns the bytes on one device that a comparison of a model with the base takes, by name.
 
   Args are those of `step_bytes`.
   """
-  device_rows = math.ceil(rows / accumulation / num_batch_shards(mesh))
+  mesh, dtype = computation.mesh, computation.compute_dtype
+  device_rows = math.ceil(rows / computation.accumulation / num_batch_shards(mesh))
   # Layers keep nothing; about half of the activations that a backward pass would need are alive, as in scoring.
-  layer = device_rows * activation_bytes(model, length=length, remat="none", dtype=dtype, attention=attention,
-                                  widened=_platform(mesh) == "cpu") / model.num_layers / 2
+  layer = device_rows * activation_bytes(
+      model, length=length, remat="none", dtype=dtype, attention=computation.attention,
+      widened=_platform(mesh) == "cpu") / model.num_layers / 2
   # Those of both models, their log-probabilities, and one array more: what XLA's memory analysis of it says.
   logits = 5 * device_rows * min(length, choose_chunk(device_rows)) * model.vocab_size * 4
   return {"weights": 2 * _count_on_device(model, mesh) * dtype.itemsize, "activations": layer / mesh.shape["tensor"],
@@ -237,20 +235,19 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, 
               for name, sampled, batch_size, new_tokens, count in settings]
   if questions.needs_likelihood(config):
     stages.append(Peak("likelihood", scoring_bytes(model, mesh, dtype=dtype)))
-  options = {"rows": expected.rows, "length": sft.row_length, "accumulation": sft.accumulation, "remat": sft.remat,
-             "dtype": jnp.dtype(hardware.compute_dtype(sft.compute_dtype)), "attention": expected.attention}
-  additions = get_additions(config)
-  state = state_bytes(model, mesh, dtype=options["dtype"], additions=additions, stops=sft.stop_share > 0)
-  stages.append(Peak("SFT", state | step_bytes(model, mesh, additions=additions, **options)))
+  computation = Computation(mesh, jnp.dtype(hardware.compute_dtype(sft.compute_dtype)), sft.accumulation, sft.remat,
+                            expected.attention)
+  additions, shape = get_additions(config), {"rows": expected.rows, "length": sft.row_length}
+  state = state_bytes(model, mesh, dtype=computation.compute_dtype, additions=additions, stops=sft.stop_share > 0)
+  stages.append(Peak("SFT", state | step_bytes(model, computation, additions=additions, **shape)))
   if config.analysis.examples or merge_method(config) == "iimm":
     stages.append(Peak("importance", {"weights and sums": 8 * _count_on_device(model, mesh),
-                                      **step_bytes(model, mesh, sums=True, **options)}))
+                                      **step_bytes(model, computation, sums=True, **shape)}))
   if count := questions.count_drift_questions(config):
     # A passage of a text fills a row.
     passages = min(count, questions.count_passages(config) or count, sft.global_batch) if config.eval.texts else 0
     rows = max(passages, math.ceil(expected.rows * min(1, count / sft.global_batch)))
-    stages.append(Peak("drift", comparison_bytes(model, mesh, **{k: v for k, v in options.items() if k != "remat"} | {
-        "rows": rows})))
+    stages.append(Peak("drift", comparison_bytes(model, computation, rows=rows, length=sft.row_length)))
   if _platform(mesh) != "cpu":
     return stages
   num_devices, resident_bytes = len(mesh.local_devices), resident_memory.read_current() + _PROGRAM_BYTES

@@ -173,9 +173,8 @@ def _measure_entropy(config: ml_collections.ConfigDict, round_: Round, rows: Seq
   # Prompts have worked examples here, and are longer than in training.
   data = fine_tune.pack(config, model, examples, source="samples", epochs=1, seed=config.seed, quiet=True,
                         row_length=fine_tune.choose_row_length(config, examples))
-  options = {name: value for name, value in data.options.items() if name != "remat"}  # there is no backward pass
-  return diversity.token_entropy(data.model, params(model), data.batches, label=f"round {round_.number}: entropy",
-                                 **options)
+  return diversity.token_entropy(data.model, params(model), data.batches, data.computation,
+                                 label=f"round {round_.number}: entropy")
 
 
 def _draw(rows: Sequence[Json], count: int, rng: np.random.Generator, encode: Callable[[Json], TokenizedExample],
@@ -187,12 +186,10 @@ def _draw(rows: Sequence[Json], count: int, rng: np.random.Generator, encode: Ca
 
 def _compute_scores(data: fine_tune.Data, params: Params, *, order: int, label: str) -> Json:
   """Computes layer importance in the form of importance.json."""
-  options = {**data.options, "label": label}
   if order == 1:
-    sums = (layers.gradient(data.model, params, data.batches, **options),)
+    sums = (layers.gradient(data.model, params, data.batches, data.computation, label=label),)
   else:
-    del options["accumulation"]  # examples run one by one
-    sums = layers.gradient_and_squares(data.model, params, data.batches, **options)
+    sums = layers.gradient_and_squares(data.model, params, data.batches, data.computation, label=label)
   return {"examples": len(data.lines), "dropped_long": data.dropped, "order": order,
           **layers.layer_importance(params, *sums).to_json()}
 

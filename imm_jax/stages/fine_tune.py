@@ -31,8 +31,10 @@ from imm_jax.tasks import prompts
 from imm_jax.tasks.base import Example
 from imm_jax.training import interventions, lora, throughput, trainer
 from imm_jax.training.additions import get_additions
-from imm_jax.training.optimization import make_schedule
+from imm_jax.training.computation import Computation
+from imm_jax.training.optimization import Optimization, make_schedule
 from imm_jax.training.packing import PackedBatches, TokenizedExample
+from imm_jax.training.reporting import Reporting
 from imm_jax.training.states import Checkpoints
 from imm_jax.training.step import Frozen
 
@@ -99,32 +101,31 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train:
               lines=[i + 1 for i in kept])
   held_out_batches = pack(config, model, [examples[i] for i in held_out_indices], source=f"{train}, held out",
                           epochs=1, seed=config.seed, quiet=True).batches if held_out_indices else None
-  batches, additions, mesh = data.batches, get_additions(config), make_mesh(config)
+  batches, additions = data.batches, get_additions(config)
   schedule = make_schedule(sft.schedule, peak=sft.learning_rate, total_steps=len(batches),
                            warmup_ratio=sft.warmup_ratio)
+  optimization = Optimization(schedule, sft.weight_decay, sft.grad_clip, _make_intervention(sft), additions)
   states = Checkpoints(states_folder(config, root, round_), save_interval=sft.save_interval,
                        max_to_keep=sft.max_to_keep, identity=dict(inputs))
   with states as checkpoints:
     saved = checkpoints.latest()  # raises for a state of another training before metrics are dropped
     from_step = saved["step"] if saved else 0
     with StageMetrics(root, f"{name}/sft", from_step=from_step, tracking=config.tracking) as metrics:
-      load_initial = (lambda: lora.init(data.model, additions.lora, mesh,
+      load_initial = (lambda: lora.init(data.model, additions.lora, data.computation.mesh,
                                         key=_make_key(config, round_))) if additions.lora else (
           lambda: load_params(config, model))
+      profile = throughput.Profile(config.profile, root / "profile" / name / f"process_{jax.process_index()}")
       trained = trainer.train(
-          data.model, load_initial, batches, schedule=schedule, weight_decay=sft.weight_decay,
-          additions=additions, load_frozen=lambda: _load_frozen(config, model, base), held_out=held_out_batches,
-          grad_clip=sft.grad_clip, intervention=_intervention(sft),
-          log_every=sft.log_every, report=metrics.write, label=f"round {round_}: SFT", checkpoints=checkpoints,
-          profile=throughput.Profile(config.profile, root / "profile" / name / f"process_{jax.process_index()}"),
-          lines=data.lines, **data.options)
+          data.model, load_initial, batches, optimization, data.computation,
+          Reporting(metrics.write, f"round {round_}: SFT", sft.log_every, data.lines, profile),
+          load_frozen=lambda: _load_frozen(config, model, base), held_out=held_out_batches, checkpoints=checkpoints)
     for params, folder in ((trained.params, out), (trained.average, out / AVERAGE)):
       if params is not None and additions.lora:
         lora.save(params, additions.lora, folder, like=model)
       elif params is not None:
         hf.save(params, folder, like=model, keep_dtypes=sft.export == "model")
   facts = {"examples": len(data.lines), "dropped_long": data.dropped, "steps": trained.steps,
-           "tokens": round(batches.tokens_per_step * trained.steps), "attention": data.options["attention"],
+           "tokens": round(batches.tokens_per_step * trained.steps), "attention": data.computation.attention,
            "examples_per_step": round(batches.per_step, 2), "padding": round(batches.padding, 4),
            "first_loss": round(trained.first_loss, 6), "last_loss": round(trained.last_loss, 6)}
   if held_out_indices:
@@ -181,13 +182,13 @@ def _make_key(config: ml_collections.ConfigDict, round_: int) -> jax.Array:
 
 class Data(NamedTuple):
   """Holds packed training data: the model's config, batches, the lines of the examples in them, the number of dropped
-  (too long) examples, and the options that training and gradients share."""
+  (too long) examples, and how passes over them are computed."""
 
   model: ModelConfig
   batches: PackedBatches
   lines: list[int]
   dropped: int
-  options: dict[str, Any]
+  computation: Computation
 
 
 def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[TokenizedExample], *, source: Any,
@@ -226,9 +227,8 @@ def pack(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Toke
       print(f"note: {note}", file=sys.stderr)
   kernel = attention.choose_backend(sft.attention, model_config, dtype=dtype, length=length,
                                     rows=batches.rows // sft.accumulation, mesh=mesh)
-  options = {"compute_dtype": dtype, "accumulation": sft.accumulation, "remat": sft.remat, "attention": kernel,
-             "mesh": mesh}
-  return Data(model_config, batches, list(by_line), len(examples) - len(by_line), options)
+  return Data(model_config, batches, list(by_line), len(examples) - len(by_line),
+              Computation(mesh, dtype, sft.accumulation, sft.remat, kernel))
 
 
 def choose_row_length(config: ml_collections.ConfigDict, examples: Iterable[TokenizedExample]) -> int:
@@ -258,9 +258,9 @@ def _notes(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, ba
            "(max_position_embeddings): the rest was never trained")
 
 
-def _intervention(sft: ml_collections.ConfigDict) -> interventions.Intervention | None:
+def _make_intervention(sft: ml_collections.ConfigDict) -> interventions.Intervention:
   if sft.intervention == "none":
-    return None
+    return interventions.Intervention()
   return interventions.INTERVENTIONS[sft.intervention](sft[interventions.SETTINGS[sft.intervention]])
 
 

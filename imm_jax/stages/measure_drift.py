@@ -62,15 +62,14 @@ def measure(config: ml_collections.ConfigDict, base: Path, models: dict[str, Pat
   length = fine_tune.choose_row_length(config, itertools.chain(*texts.values()))
   data = {name: fine_tune.pack(config, base, examples, source=f"test questions of {name}", epochs=1, seed=0, quiet=True,
                                row_length=length) for name, examples in texts.items()}
-  dtype = next(iter(data.values())).options["compute_dtype"]
+  dtype = next(iter(data.values())).computation.compute_dtype
   drifts: dict[str, Any] = {"texts": {}, "models": {}}
   base_params = fine_tune.load_params(config, base, dtype)
   for kind, folder in models.items():
     params, drifts["models"][kind] = fine_tune.load_params(config, folder, dtype), {}
     for name, packed in data.items():
-      options = {key: value for key, value in packed.options.items() if key != "remat"}  # no backward pass
-      result = measure_drift(packed.model, base_params, params, packed.batches, label=f"{label}, {kind} on {name}",
-                             **options)
+      result = measure_drift(packed.model, base_params, params, packed.batches, packed.computation,
+                             label=f"{label}, {kind} on {name}")
       if not np.all(np.isfinite(result)):
         raise UserError(f"{folder}: its predictions on the test questions of {name} are not finite")
       values = {key: round(value, 7) for key, value in result._asdict().items()}

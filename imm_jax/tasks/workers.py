@@ -27,14 +27,8 @@ class Workers:
   """
 
   def __init__(self, count: int | None = None) -> None:
-    """Initialises a pool of `count` processes of about 0.1 GB each; by default one for each core, at most eight.
-
-    Raises:
-      ValueError: if `count` is less than one.
-    """
+    """Initialises a pool of `count` >= 1 processes of about 0.1 GB each; by default one a core, at most eight."""
     self.count = min(8, os.cpu_count() or 1) if count is None else count
-    if self.count < 1:
-      raise ValueError(f"workers={count}: expected at least 1")
     self._all = [_Worker() for _ in range(self.count)]
     self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     for worker in self._all:

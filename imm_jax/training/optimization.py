@@ -1,12 +1,39 @@
-"""The schedule of the learning rate, and the optimizer: AdamW after clipping."""
+"""What a training minimises and how: the schedule of the learning rate, and the optimizer, AdamW after clipping."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from imm_jax.model.decoder import Params
+from imm_jax.training.additions import PLAIN, Additions
+from imm_jax.training.interventions import Intervention
+
+
+class Optimization(NamedTuple):
+  """Holds what a training minimises, and how.
+
+  Attributes:
+    schedule: learning rate by step.
+    weight_decay: weight decay of AdamW.
+    grad_clip: global norm at which the gradient is clipped; 0 disables clipping.
+    intervention: change to the training, such as `interventions.gradient_decay()`.
+    additions: additions to SFT.
+  """
+
+  schedule: optax.Schedule
+  weight_decay: float
+  grad_clip: float
+  intervention: Intervention = Intervention()
+  additions: Additions = PLAIN
+
+  def make_optimizer(self) -> optax.GradientTransformation:
+    """Makes the optimizer, with the changes of the intervention."""
+    intervention = self.intervention
+    clip = self.grad_clip if intervention.grad_clip is None else intervention.grad_clip
+    return make_optimizer(self.schedule, weight_decay=self.weight_decay, grad_clip=clip,
+                          transform=intervention.transform)
 
 
 def make_schedule(kind: str, *, peak: float, total_steps: int, warmup_ratio: float) -> optax.Schedule:

@@ -15,6 +15,7 @@ from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Layer, Params, abstract_params, bind
 from imm_jax.training import fsdp, lora
 from imm_jax.training.additions import PLAIN, Additions, add_l2_sp, update_average
+from imm_jax.training.computation import Computation
 from imm_jax.training.loss import anchored_loss, choose_chunk, head_loss
 
 # Makes XLA overlap gathering of weights and summing of gradients with computation on TPUs, one weight at a time. By
@@ -31,13 +32,14 @@ _TPU_OPTIONS = {"xla_enable_async_all_gather": "true",
 # average; frozen: weights that are used but not trained, by role (`base`, which LoRA adapts, and `anchor`).
 TrainState = dict[str, Any]
 Metrics = dict[str, jax.Array]
+Step = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]
 Frozen = Mapping[str, Params]
 _STATE = ("params", "opt_state", "halted", "average", "frozen", "base", "anchor")
-_NONE: Frozen = MappingProxyType({})
+_NO_FROZEN: Frozen = MappingProxyType({})
 
 
 def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array], *, chunk: int = 0,
-                 frozen: Frozen = _NONE, additions: Additions = PLAIN, **options: Any,
+                 frozen: Frozen = _NO_FROZEN, additions: Additions = PLAIN, **options: Any,
                  ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Sums -log p over the learned tokens of a packed batch, plus the weighted KL to the base if `additions.kl`.
 
@@ -68,6 +70,13 @@ def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array
   base = jax.lax.stop_gradient(head_inputs(config, frozen["anchor"], batch, **options | {"remat": "none"})[:2])
   loss, kl = anchored_loss(x, head, *base, targets, weights, chunk, additions.kl)
   return loss, tokens | {"kl": kl}
+
+
+def forward_options(computation: Computation) -> dict[str, Any]:
+  """Returns the arguments of `head_inputs` for a pass without gradients, which the partitioner splits over a mesh."""
+  mesh, dtype = computation.mesh, computation.compute_dtype
+  split = {"mesh": mesh, "gather": fsdp.constrained(mesh, dtype)} if mesh.size > 1 else {}
+  return {"compute_dtype": dtype, "attention": computation.attention, **split}
 
 
 def count_device_rows(rows: int, mesh: Mesh | None) -> int:
@@ -152,7 +161,7 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, *,
-               additions: Additions = PLAIN, frozen: Frozen = _NONE) -> TrainState:
+               additions: Additions = PLAIN, frozen: Frozen = _NO_FROZEN) -> TrainState:
   """Creates the initial state; takes ownership of `params` and `frozen`, and shards moments like their parameters."""
   params = jax.tree.map(to_xla_memory, params)
   shardings = state_sharding(jax.eval_shape(optimizer.init, params), mesh)
@@ -189,10 +198,10 @@ def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation,
                       state_sharding(state, mesh))
 
 
-def make_train_step(*args: Any, **options: Any) -> Callable[[TrainState, dict[str, jax.Array]],
-                                                            tuple[TrainState, Metrics]]:
+def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation, computation: Computation, *,
+                    additions: Additions = PLAIN, chunk: int = 0) -> Step:
   """Jits `step_function`; it compiles at the first call, when the state's shardings are known."""
-  step = step_function(*args, **options)
+  step = step_function(config, optimizer, computation, additions=additions, chunk=chunk)
   compiled = None
 
   def run(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
@@ -203,7 +212,7 @@ def make_train_step(*args: Any, **options: Any) -> Callable[[TrainState, dict[st
   return run
 
 
-def jit_step(step: Callable[..., tuple[TrainState, Metrics]], state: TrainState) -> jax.stages.Wrapped:
+def jit_step(step: Callable[..., tuple[Any, Any]], state: Any) -> jax.stages.Wrapped:
   """Jits a step that donates its state; `state` may be shapes with shardings.
 
   The new state keeps the shardings of the old one; otherwise XLA changes some, and the second step compiles again.
@@ -214,26 +223,27 @@ def jit_step(step: Callable[..., tuple[TrainState, Metrics]], state: TrainState)
                  compiler_options=_TPU_OPTIONS if platform == "tpu" else None)
 
 
-def gradient_function(config: ModelConfig, *, compute_dtype: jnp.dtype, accumulation: int = 1, remat: str = "none",
-                      attention: str = "xla", mesh: Mesh | None = None, chunk: int = 0, mean: bool = True,
+def gradient_function(config: ModelConfig, computation: Computation, *, chunk: int = 0, mean: bool = True,
                       additions: Additions = PLAIN,
                       ) -> Callable[..., tuple[jax.Array, Params, dict[str, jax.Array]]]:
   """Returns a function (params, batch, sums=None, frozen={}) -> (loss, gradient, numbers), to be jitted.
 
-  The loss is the mean over the learned tokens of the whole batch, or their sum with `mean=False`; `accumulation` splits
-  the batch into that many parts, with the same gradient. The gradient is sharded like the parameters. If `sums`, a tree
-  like the parameters, is given, the gradient is added to it layer by layer during the backward pass, which needs no
-  second tree if the caller donates it; each part of a batch is then summed over the `data` axis. `numbers` holds
-  `tokens`, the number of learned tokens, and with `additions.kl`, which is then part of the loss, also `kl`, its mean
-  (or sum). With `additions.lora` the gradient is that of the adapters; other additions are ignored. `frozen` holds the
-  state's frozen weights.
+  The loss is the mean over the learned tokens of the whole batch, in however many parts that is run, or their sum with
+  `mean=False`. The gradient is sharded like the parameters. If `sums`, a tree like the parameters, is given, the
+  gradient is added to it layer by layer during the backward pass, which needs no second tree if the caller donates it;
+  each part of a batch is then summed over the `data` axis. `numbers` holds `tokens`, the number of learned tokens, and
+  with `additions.kl`, which is then part of the loss, also `kl`, its mean (or sum). With `additions.lora` the gradient
+  is that of the adapters; other additions are ignored. `frozen` holds the state's frozen weights. `chunk` is that of
+  `token_losses`.
   """
-  options = {"compute_dtype": compute_dtype, "remat": remat, "attention": attention, "chunk": chunk,
-             "additions": additions}
+  mesh, accumulation = computation.mesh, computation.accumulation
+  options = {"compute_dtype": computation.compute_dtype, "remat": computation.remat,
+             "attention": computation.attention, "chunk": chunk, "additions": additions}
 
-  def gradients(params: Params, batch: dict[str, jax.Array], sums: Params | None = None, frozen: Frozen = _NONE, *,
-                gather: fsdp.Gather | None = None, add_up: Callable[[jax.Array], jax.Array] = lambda x: x,
-                mesh: Mesh | None = None) -> tuple[jax.Array, Params, dict[str, jax.Array]]:
+  def gradients(params: Params, batch: dict[str, jax.Array], sums: Params | None = None,
+                frozen: Frozen = _NO_FROZEN, *, gather: fsdp.Gather | None = None,
+                add_up: Callable[[jax.Array], jax.Array] = lambda x: x, mesh: Mesh | None = None,
+                ) -> tuple[jax.Array, Params, dict[str, jax.Array]]:
     total = add_up(jnp.sum(batch["weights"][:, 1:]))
 
     def loss(params: Params, part: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -257,24 +267,23 @@ def gradient_function(config: ModelConfig, *, compute_dtype: jnp.dtype, accumula
     first = (zeros, jax.tree.map(jnp.zeros_like, params) if sums is None else sums)
     return finish(*jax.lax.scan(add, first, parts)[0])
 
-  if mesh is None or mesh.size == 1:
+  if mesh.size == 1:
     return gradients
   if mesh.shape["tensor"] == 1:
-    return functools.partial(fsdp.map_gradients, gradients, mesh=mesh, dtype=compute_dtype)
-  return functools.partial(gradients, gather=fsdp.constrained(mesh, compute_dtype), mesh=mesh)
+    return functools.partial(fsdp.map_gradients, gradients, mesh=mesh, dtype=computation.compute_dtype)
+  return functools.partial(gradients, gather=fsdp.constrained(mesh, computation.compute_dtype), mesh=mesh)
 
 
-def step_function(config: ModelConfig, optimizer: optax.GradientTransformation, *,
-                  additions: Additions = PLAIN, **options: Any,
-                  ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
-  """Returns a step (state, batch) -> (state, metrics), to be jitted; `options` are those of `gradient_function`.
+def step_function(config: ModelConfig, optimizer: optax.GradientTransformation, computation: Computation, *,
+                  additions: Additions = PLAIN, chunk: int = 0) -> Step:
+  """Returns a step (state, batch) -> (state, metrics), to be jitted.
 
   A step whose loss or gradient is not finite changes nothing but the `halted` flag, and neither do later steps. The
   optimizer must come from `make_optimizer`, whose `update` takes `halted`. Metrics: `loss` (including additions),
   `grad_norm` (before clipping), `tokens` (learned ones), and the additions to the loss: `kl` (not yet weighted) and
   `l2_sp`.
   """
-  gradients = gradient_function(config, additions=additions, **options)
+  gradients = gradient_function(config, computation, additions=additions, chunk=chunk)
 
   def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
     params = state["params"]

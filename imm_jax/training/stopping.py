@@ -2,19 +2,17 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params
-from imm_jax.training import fsdp
 from imm_jax.training.additions import PLAIN, Additions
+from imm_jax.training.computation import Computation
 from imm_jax.training.input import Input
 from imm_jax.training.packing import PackedBatches
-from imm_jax.training.step import Frozen, TrainState, token_losses
+from imm_jax.training.step import Frozen, TrainState, forward_options, token_losses
 
 # The entries of a state that are kept from the best epoch.
 BEST_KEYS = ("params", "average")
@@ -32,20 +30,19 @@ class EarlyStopping:
     should_stop: whether the last epoch was worse than the best.
   """
 
-  def __init__(self, config: ModelConfig, held_out: PackedBatches, ends: Sequence[int], *, mesh: Mesh,
-               additions: Additions = PLAIN, **options: Any):
+  def __init__(self, config: ModelConfig, held_out: PackedBatches, ends: Sequence[int],
+               computation: Computation, *, additions: Additions = PLAIN):
     """Prepares the measurement.
 
     Args:
       config: model config.
       held_out: the held-out answers, packed with `epochs=1`.
       ends: number of steps after which each epoch ends, see `PackedBatches.epoch_ends`.
-      mesh: devices.
+      computation: that of the training.
       additions: additions of the training.
-      **options: `compute_dtype`, `accumulation` and `attention` of the training.
     """
-    self._batches, self._ends, self._mesh = held_out, frozenset(ends), mesh
-    self._program = _program(config, mesh, additions, **options)
+    self._batches, self._ends, self._mesh = held_out, frozenset(ends), computation.mesh
+    self._program = _program(config, computation, additions)
     self.losses: list[float] = []
     self.best: dict[str, Params] | None = None
 
@@ -82,12 +79,10 @@ class EarlyStopping:
 
 
 @functools.lru_cache(maxsize=8)  # reused in every round of a run
-def _program(config: ModelConfig, mesh: Mesh, additions: Additions, *, compute_dtype: jnp.dtype, attention: str,
-             accumulation: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def _program(config: ModelConfig, computation: Computation, additions: Additions,
+             ) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """Compiles a function (params, frozen, batch) -> (sum of -log p of the learned tokens, their number)."""
-  options = {"compute_dtype": compute_dtype, "attention": attention, "additions": additions._replace(kl=0.0)}
-  if mesh.size > 1:
-    options |= {"mesh": mesh, "gather": fsdp.constrained(mesh, compute_dtype)}
+  options = {**forward_options(computation), "additions": additions._replace(kl=0.0)}
 
   def losses(params: Params, frozen: Frozen, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
 
@@ -95,7 +90,7 @@ def _program(config: ModelConfig, mesh: Mesh, additions: Additions, *, compute_d
       loss, numbers = token_losses(config, params, part, frozen=frozen, **options)
       return jnp.stack([loss, numbers["tokens"]])
 
-    parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+    parts = jax.tree.map(lambda x: x.reshape(computation.accumulation, -1, *x.shape[1:]), batch)
     return tuple(jnp.sum(jax.lax.map(of_part, parts), axis=0))
 
   return jax.jit(losses)

@@ -18,6 +18,7 @@ from imm_jax.model import hf, sharding
 from imm_jax.runs.run import Checkpoint, Run
 from imm_jax.stages import fine_tune, measure_drift as drift_stage, questions
 from imm_jax.tasks import prompts
+from imm_jax.training.computation import Computation
 from imm_jax.training.loss import compare_heads
 from imm_jax.training.packing import TokenizedExample
 from tests import TINY
@@ -52,12 +53,12 @@ def test_drift_equals_that_of_torch(checkpoint, tmp_path: Path):
   (config, first), (_, params) = (hf.load(f, place=lambda *_: t.replicated()) for f in (folder, tmp_path / "tuned"))
   examples = t.make_examples(11)
   want = np.sum([of_torch(base, model, e) for e in examples], axis=0) / sum(len(e.response) for e in examples)
-  options = {"mesh": sharding.make_mesh(data=1, fsdp=1), "compute_dtype": jnp.float32}
-  got = measure_drift(config, first, params, t.pack(examples, global_batch=4), **options)
+  computation = Computation(sharding.make_mesh(data=1, fsdp=1), jnp.float32)
+  got = measure_drift(config, first, params, t.pack(examples, global_batch=4), computation)
   assert got.tokens == sum(len(e.response) for e in examples)
   assert got.kl > 0.01
   np.testing.assert_allclose(got[1:], want, rtol=1e-4)
-  assert measure_drift(config, params, params, t.pack(examples, global_batch=11), **options).kl == 0
+  assert measure_drift(config, params, params, t.pack(examples, global_batch=11), computation).kl == 0
 
 
 def of_torch(base: Any, model: Any, e: TokenizedExample) -> list[float]:

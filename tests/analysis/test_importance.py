@@ -23,6 +23,7 @@ from imm_jax.model import hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params, init_params
 from imm_jax.training import step as training_step
+from imm_jax.training.computation import Computation
 from imm_jax.training.packing import PackedBatches
 from tests.training import test_step as t
 
@@ -51,27 +52,28 @@ def place(params: Params, mesh: jax.sharding.Mesh) -> Params:
       leaf, sharding.param_sharding(mesh, sharding.path_name(path), leaf.shape)), params)
 
 
-def gradient(params: Params, batches: PackedBatches, mesh: jax.sharding.Mesh | None = None, **options) -> Params:
+def gradient(params: Params, batches: PackedBatches, mesh: jax.sharding.Mesh | None = None, *,
+             config: ModelConfig = t.CONFIG, label: str = "importance", **computation) -> Params:
   mesh = mesh or sharding.make_mesh(data=1, fsdp=1)
-  return importance.gradient(options.pop("config", t.CONFIG), place(params, mesh), batches, mesh=mesh,
-                             compute_dtype=jnp.float32, **options)
+  return importance.gradient(config, place(params, mesh), batches,
+                             Computation(mesh, jnp.float32, **{"remat": "full", **computation}), label=label)
 
 
 def second_order(config: ModelConfig, params: Params, batches: PackedBatches,
                  mesh: jax.sharding.Mesh | None = None) -> LayerImportance:
   mesh = mesh or sharding.make_mesh(data=1, fsdp=1)
   params = place(params, mesh)
-  sums = importance.gradient_and_squares(config, params, batches, mesh=mesh, compute_dtype=jnp.float32, remat="none")
+  sums = importance.gradient_and_squares(config, params, batches, Computation(mesh, jnp.float32))
   return layer_importance(params, *sums)
 
 
 def entropy(config: ModelConfig, params: Params, batches: PackedBatches,
             mesh: jax.sharding.Mesh | None = None) -> float:
   mesh = mesh or sharding.make_mesh(data=1, fsdp=1)
-  return diversity.token_entropy(config, place(params, mesh), batches, mesh=mesh, compute_dtype=jnp.float32)
+  return diversity.token_entropy(config, place(params, mesh), batches, Computation(mesh, jnp.float32))
 
 
-def beside_the_two(mesh: jax.sharding.Mesh, **options: Any) -> float:
+def beside_the_two(mesh: jax.sharding.Mesh) -> float:
   """What adding a batch's gradient to the sum needs beside parameters and sum, over the parameters' size; compiled."""
   config = dataclasses.replace(t.CONFIG, vocab_size=64, hidden_size=128, intermediate_size=512, num_layers=12)
   placed = lambda shape, dtype, where: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
@@ -82,7 +84,7 @@ def beside_the_two(mesh: jax.sharding.Mesh, **options: Any) -> float:
   batch = {name: placed(rows, dtype, jax.NamedSharding(mesh, sharding.BATCH)) for name, dtype in {
       "tokens": jnp.int32, "positions": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}.items()}
   sums = (params, placed((), jnp.int32, jax.NamedSharding(mesh, sharding.P())))
-  add = importance.make_accumulate(config, compute_dtype=jnp.float32, mesh=mesh, **options)
+  add = importance.make_accumulate(config, Computation(mesh, jnp.float32, remat="full"))
   memory = training_step.jit_step(add, sums).lower(sums, params, batch).compile().memory_analysis()
   assert memory.argument_size_in_bytes == pytest.approx(2 * size, rel=0.01)
   assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 0.01 * size
@@ -118,10 +120,10 @@ def _main(out: Path) -> None:
     if name in ("one", "fsdp2-tensor2"):
       more[f"entropy, {name}"] = entropy(t.CONFIG, params, few, mesh)
       both = (place(p, mesh) for p in (make_params(3), params))
-      more[f"drift, {name}"] = measure_drift(t.CONFIG, *both, few, mesh=mesh, compute_dtype=jnp.float32)
+      more[f"drift, {name}"] = measure_drift(t.CONFIG, *both, few, Computation(mesh, jnp.float32))
     np.savez(out / f"{name}.npz", **{sharding.path_name(path): leaf for path, leaf in
                                      jax.tree_util.tree_leaves_with_path(grads)})
-  more["memory, data8"] = beside_the_two(sharding.make_mesh(data=8, fsdp=1), remat="full")
+  more["memory, data8"] = beside_the_two(sharding.make_mesh(data=8, fsdp=1))
   (out / "more.json").write_text(json.dumps(more))
 
 
@@ -247,7 +249,7 @@ def test_scores_are_independent_of_batches():
 
 def test_memory_is_the_parameters_and_one_gradient():
   """With short rows, what else is needed is less than half of the parameters."""
-  assert beside_the_two(sharding.make_mesh(data=1, fsdp=1), remat="full") < 0.5
+  assert beside_the_two(sharding.make_mesh(data=1, fsdp=1)) < 0.5
 
 
 @pytest.mark.full

@@ -17,6 +17,7 @@ from imm_jax.model.decoder import abstract_params
 from imm_jax.runtime import resident_memory
 from imm_jax.training import optimization, step as training
 from imm_jax.training.additions import PLAIN, Additions
+from imm_jax.training.computation import Computation
 from imm_jax.training.lora import Lora
 
 MODEL = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -62,13 +63,12 @@ def test_undivided_parameters_are_named():
     (dataclasses.replace(WIDE, num_layers=2), 16, 128, "full", "bfloat16", 2, Additions(lora=Lora(8, 8.0)))],
     ids=["plain", "deep-untied", "kl-and-ema", "l2-sp", "lora"])
 def test_a_step_takes_about_what_is_said(model, rows, length, remat, dtype, accumulation, additions):
-  options = {"accumulation": accumulation, "remat": remat, "attention": "blockwise", "additions": additions}
   devices = sharding.make_mesh(data=1, fsdp=1)
-  said = memory.step_bytes(model, devices, rows=rows, length=length, dtype=jnp.dtype(dtype), **options)
+  computation = Computation(devices, jnp.dtype(dtype), accumulation, remat, "blockwise")
+  said = memory.step_bytes(model, computation, rows=rows, length=length, additions=additions)
   optimizer = optimization.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.1, grad_clip=1.0)
   state = training.abstract_state(model, optimizer, devices, additions=additions, frozen_dtype=jnp.dtype(dtype))
-  options |= {"compute_dtype": jnp.dtype(dtype)}
-  step = training.step_function(model, optimizer, mesh=devices, **options)
+  step = training.step_function(model, optimizer, computation, additions=additions)
   compiled = training.jit_step(step, state).lower(state, batch(devices, rows, length)).compile().memory_analysis()
   assert compiled.argument_size_in_bytes == pytest.approx(sum(memory.state_bytes(
       model, devices, dtype=jnp.dtype(dtype), additions=additions).values()), rel=0.05)
@@ -77,10 +77,10 @@ def test_a_step_takes_about_what_is_said(model, rows, length, remat, dtype, accu
 
 
 def test_importance_takes_about_what_is_said():
-  devices, options = sharding.make_mesh(data=1, fsdp=1), {"remat": "full", "attention": "blockwise"}
-  said = memory.step_bytes(WIDE, devices, rows=16, length=128, dtype=jnp.dtype("float32"), accumulation=1,
-                           sums=True, **options)
-  add = importance.make_accumulate(WIDE, compute_dtype=jnp.dtype("float32"), mesh=devices, **options)
+  devices = sharding.make_mesh(data=1, fsdp=1)
+  computation = Computation(devices, jnp.dtype("float32"), remat="full", attention="blockwise")
+  said = memory.step_bytes(WIDE, computation, rows=16, length=128, sums=True)
+  add = importance.make_accumulate(WIDE, computation)
   optimizer = optimization.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.0, grad_clip=0.0)
   params = training.abstract_state(WIDE, optimizer, devices)["params"]
   tokens = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(devices, sharding.P()))
@@ -91,9 +91,10 @@ def test_importance_takes_about_what_is_said():
 
 def test_drift_estimate_matches_the_compiler():
   """Comparing with the base takes about as much memory as is estimated."""
-  devices, dtype = sharding.make_mesh(data=1, fsdp=1), jnp.dtype("float32")
-  said = memory.comparison_bytes(WIDE, devices, rows=16, length=128, accumulation=1, dtype=dtype, attention="blockwise")
-  program = sums._program(drift._sum_differences, WIDE, devices, dtype, "blockwise", 1)
+  devices = sharding.make_mesh(data=1, fsdp=1)
+  computation = Computation(devices, jnp.dtype("float32"), attention="blockwise")
+  said = memory.comparison_bytes(WIDE, computation, rows=16, length=128)
+  program = sums._program(drift._sum_differences, WIDE, computation)
   optimizer = optimization.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.0, grad_clip=0.0)
   params = training.abstract_state(WIDE, optimizer, devices)["params"]
   compiled = program.lower((params, params), batch(devices, 16, 128)).compile().memory_analysis()

@@ -22,6 +22,7 @@ from imm_jax.model import hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params
 from imm_jax.training import optimization, step as training
+from imm_jax.training.computation import Computation
 
 CONFIG = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
                      head_dim=8, rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=False, qkv_bias=True)
@@ -77,8 +78,8 @@ def _main(out: Path) -> None:
   (out / "seen.json").write_text(json.dumps(seen))
 
 
-def _step(out: Path, name: str, mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray], **options: Any,
-          ) -> dict[str, Any]:
+def _step(out: Path, name: str, mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray], *, chunk: int = 0,
+          **computation: Any) -> dict[str, Any]:
   config, params = hf.load(out / "checkpoint", place=functools.partial(sharding.param_sharding, mesh))
   assert config == CONFIG
   np.savez(out / f"{name}-loaded.npz", **_flat(params))
@@ -86,7 +87,7 @@ def _step(out: Path, name: str, mesh: jax.sharding.Mesh, batch: dict[str, np.nda
   state = training.init_state(params, optimizer, mesh)
   before = _shards(state)
   placed = jax.device_put(batch, jax.sharding.NamedSharding(mesh, sharding.BATCH))
-  step = training.make_train_step(config, optimizer, compute_dtype=jnp.float32, mesh=mesh, **options)
+  step = training.make_train_step(config, optimizer, Computation(mesh, jnp.float32, **computation), chunk=chunk)
   state, metrics = step(state, placed)
   np.savez(out / f"{name}-params.npz", **_flat(state["params"]))
   np.savez(out / f"{name}-mu.npz", **_flat(_moments(state)["mu"]))

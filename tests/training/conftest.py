@@ -10,6 +10,7 @@ import pytest
 from imm_jax.model import sharding
 from imm_jax.model.decoder import init_params
 from imm_jax.training import optimization, step as training_step, trainer
+from imm_jax.training.computation import Computation
 from tests.training.helpers import CONFIG
 
 
@@ -24,7 +25,7 @@ def compiled_once() -> Iterator[None]:
   mesh = sharding.make_mesh(data=1, fsdp=1)
   schedule = optax.constant_schedule(1e-3)
   optimizer = optimization.make_optimizer(schedule, weight_decay=0.0, grad_clip=1.0)
-  step = training_step.make_train_step(CONFIG, optimizer, compute_dtype=jnp.float32, mesh=mesh)
+  step = training_step.make_train_step(CONFIG, optimizer, Computation(mesh, jnp.float32))
   patch = pytest.MonkeyPatch()
   patch.setattr(trainer, "make_train_step", lambda *args, **options: step)
   yield

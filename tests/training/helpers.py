@@ -8,12 +8,17 @@ import optax
 from imm_jax.model import sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.training import trainer
+from imm_jax.training.computation import Computation
+from imm_jax.training.optimization import Optimization
 from imm_jax.training.packing import PackedBatches, TokenizedExample
+from imm_jax.training.reporting import Report, Reporting
+from imm_jax.training.throughput import Profile
 
 CONFIG = ModelConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1,
                      head_dim=8, rope_theta=100.0, rms_norm_eps=1e-5, tie_embeddings=False, qkv_bias=True)
 POISON = 60  # examples do not hold it
 STEPS = 10
+SCHEDULE = optax.constant_schedule(1e-3)
 
 
 def make_batches(*, poisoned_step: int | None = None) -> PackedBatches:
@@ -28,18 +33,23 @@ def make_batches(*, poisoned_step: int | None = None) -> PackedBatches:
   return batches
 
 
-def train(params, batches: PackedBatches, reports: dict[int, dict[str, float]] | None = None, **options):
+def train(params, batches: PackedBatches, reports: dict[int, dict[str, float]] | None = None, *,
+          schedule: optax.Schedule = SCHEDULE, log_every: int = 1, profile: Profile | None = None, **options):
   reported = {} if reports is None else reports
 
   def report(step: int, **values: float) -> None:
     assert step not in reported
     reported[step] = values
 
-  options = {"schedule": optax.constant_schedule(1e-3), "log_every": 1, **options}
+  return train_with(params, report, batches, schedule=schedule, log_every=log_every, profile=profile, **options)
+
+
+def train_with(params, report: Report, batches: PackedBatches, *, config: ModelConfig = CONFIG,
+               schedule: optax.Schedule = SCHEDULE, log_every: int = 1, profile: Profile | None = None, **options):
   return trainer.train(
-      CONFIG, lambda: jax.tree.map(jnp.copy, params), batches, weight_decay=0.0, grad_clip=1.0, accumulation=1,
-      remat="none", compute_dtype=jnp.float32, mesh=sharding.make_mesh(data=1, fsdp=1), report=report,
-      label="round 0: SFT", **options)
+      config, lambda: jax.tree.map(jnp.copy, params), batches, Optimization(schedule, 0.0, 1.0),
+      Computation(sharding.make_mesh(data=1, fsdp=1), jnp.float32),
+      Reporting(report, "round 0: SFT", log_every, profile=profile), **options)
 
 
 def same(a, b) -> bool:

@@ -16,6 +16,7 @@ from imm_jax.model import hf, lora as adapters_on_disk, safetensors, sharding
 from imm_jax.model.decoder import Params, init_params
 from imm_jax.training import lora, optimization, step as training
 from imm_jax.training.additions import Additions
+from imm_jax.training.computation import Computation
 from imm_jax.training.lora import Lora
 from imm_jax.training.loss import anchored_loss
 from tests.training import test_interventions as i, test_step as t
@@ -23,9 +24,9 @@ from tests.training import test_interventions as i, test_step as t
 EVERYTHING = Additions(kl=0.7, l2_sp=0.3, ema=0.9)
 ADAPTED = Additions(lora=Lora(4, 6.0), ema=0.8)
 LEARNING_RATE = 1e-2
-# Name -> mesh sizes and options of the step.
-MESHES = {"one": ((1, 1, 1), {}), "data2-fsdp4": ((2, 4, 1), {"accumulation": 2, "remat": "full"}),
-          "data2-fsdp2-tensor2": ((2, 2, 2), {"chunk": 7, "accumulation": 2})}
+# Name -> mesh sizes, the step's computation, and its chunk.
+MESHES = {"one": ((1, 1, 1), {}, 0), "data2-fsdp4": ((2, 4, 1), {"accumulation": 2, "remat": "full"}, 0),
+          "data2-fsdp2-tensor2": ((2, 2, 2), {"accumulation": 2}, 7)}
 
 
 def random_tree(tree: Params, seed: int, scale: float) -> Params:
@@ -47,7 +48,7 @@ def make_trees() -> tuple[Params, Params, Params]:
 
 def two_steps(name: str, additions: Additions) -> dict[str, np.ndarray]:
   """Runs two steps on a mesh; returns parameters, first moments, average and metrics."""
-  sizes, options = MESHES[name]
+  sizes, options, chunk = MESHES[name]
   mesh = i.make_mesh(sizes)
   params, anchor, adapters = make_trees()
   frozen = {"base": placed(params, mesh)} if additions.lora else {"anchor": placed(anchor, mesh)}
@@ -57,8 +58,8 @@ def two_steps(name: str, additions: Additions) -> dict[str, np.ndarray]:
   like = training.abstract_state(t.CONFIG, optimizer, mesh, additions=additions, frozen_dtype=jnp.float32)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), like)
   assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), state, like))
-  step = training.make_train_step(t.CONFIG, optimizer, additions=additions, compute_dtype=jnp.float32, mesh=mesh,
-                                  **options)
+  step = training.make_train_step(t.CONFIG, optimizer, Computation(mesh, jnp.float32, **options), additions=additions,
+                                  chunk=chunk)
   batches = t.pack(t.make_examples(40), global_batch=20, row_multiple=16)
   assert batches[0]["segment_ids"].max() > 1
   for number in range(2):
@@ -107,7 +108,7 @@ def test_steps_are_equal_on_all_meshes(out: Path, kind: str, mesh: str):
 
 
 def gradient_of(config, params: Params, batch, additions: Additions, frozen: dict[str, Params]):
-  of = training.gradient_function(config, compute_dtype=jnp.float32, additions=additions, chunk=5)
+  of = training.gradient_function(config, Computation(i.make_mesh(), jnp.float32), additions=additions, chunk=5)
   return jax.jit(lambda params, frozen: of(params, batch, None, frozen))(params, frozen)
 
 
@@ -226,8 +227,8 @@ def test_l2_sp_and_average_equal_their_closed_forms():
   state = training.init_state(placed(params, mesh), optimizer, mesh, additions=additions,
                               frozen={"anchor": placed(anchor, mesh)})
   batch = jax.tree.map(np.array, t.pack(t.make_examples(4))[0])
-  step = training.make_train_step(t.CONFIG, optimizer, additions=additions, compute_dtype=jnp.float32, mesh=mesh)
-  plain = training.gradient_function(t.CONFIG, compute_dtype=jnp.float32)
+  step = training.make_train_step(t.CONFIG, optimizer, Computation(mesh, jnp.float32), additions=additions)
+  plain = training.gradient_function(t.CONFIG, Computation(mesh, jnp.float32))
   start, base = i.flat(params), i.flat(anchor)
   loss, grads, _ = jax.jit(plain)(params, batch)
   away = {name: start[name].astype(np.float64) - base[name] for name in start}
@@ -254,7 +255,7 @@ def test_non_finite_step_changes_nothing():
   params["norm"]["weight"][0] = np.nan
   optimizer = optimization.make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.0, grad_clip=0.0)
   state = training.init_state(placed(params, mesh), optimizer, mesh, additions=additions)
-  step = training.make_train_step(t.CONFIG, optimizer, additions=additions, compute_dtype=jnp.float32, mesh=mesh)
+  step = training.make_train_step(t.CONFIG, optimizer, Computation(mesh, jnp.float32), additions=additions)
   state, _ = step(state, jax.device_put(t.pack(t.make_examples(4))[0], jax.NamedSharding(mesh, sharding.BATCH)))
   assert state["halted"]
   jax.tree.map(np.testing.assert_array_equal, state["average"], params)

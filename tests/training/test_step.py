@@ -15,6 +15,7 @@ from imm_jax.model import hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import bind, init_params
 from imm_jax.training import optimization, step as training_step
+from imm_jax.training.computation import Computation
 from imm_jax.training.packing import Batch, PackedBatches, TokenizedExample
 
 CONFIG = ModelConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1,
@@ -193,7 +194,7 @@ def gradient_step(params, batch: Batch, step):
 
 @pytest.fixture(scope="module")
 def descent_step():
-  return training_step.make_train_step(CONFIG, DESCENT, compute_dtype=jnp.float32)
+  return training_step.make_train_step(CONFIG, DESCENT, Computation(sharding.make_mesh(data=1, fsdp=1), jnp.float32))
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +219,8 @@ def test_split_batch_has_the_same_gradient(params, whole):
   _, batch, change, metrics = whole
   counts = batch["weights"][:, 1:].reshape(2, -1).sum(axis=1)
   assert counts[0] != counts[1]  # a mean of the parts' means would be another loss
-  in_parts = training_step.make_train_step(CONFIG, DESCENT, compute_dtype=jnp.float32, accumulation=2)
+  computation = Computation(sharding.make_mesh(data=1, fsdp=1), jnp.float32, accumulation=2)
+  in_parts = training_step.make_train_step(CONFIG, DESCENT, computation)
   parts_change, parts_metrics = gradient_step(params, batch, in_parts)
   largest = max(np.abs(c).max() for c in jax.tree.leaves(change))
   assert largest > 0
@@ -262,8 +264,9 @@ def test_ten_steps_equal_torch_adamw(checkpoint):
   optimizer = optimization.make_optimizer(
       optimization.make_schedule("cosine", peak=peak, total_steps=total_steps, warmup_ratio=warmup / total_steps),
       weight_decay=weight_decay, grad_clip=clip)
-  state = training_step.init_state(params, optimizer, sharding.make_mesh(data=1, fsdp=1))
-  step = training_step.make_train_step(config, optimizer, compute_dtype=jnp.float32)
+  mesh = sharding.make_mesh(data=1, fsdp=1)
+  state = training_step.init_state(params, optimizer, mesh)
+  step = training_step.make_train_step(config, optimizer, Computation(mesh, jnp.float32))
   first = {name: p.detach().clone() for name, p in model.named_parameters()}
   adamw = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=weight_decay)
   for i in range(total_steps):

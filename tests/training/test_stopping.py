@@ -14,8 +14,11 @@ from imm_jax.errors import PreemptedError, UserError
 from imm_jax.stages import fine_tune
 from imm_jax.training import lora, step as training, stopping, trainer
 from imm_jax.training.additions import PLAIN, Additions
+from imm_jax.training.computation import Computation
 from imm_jax.training.lora import Lora
+from imm_jax.training.optimization import Optimization
 from imm_jax.training.packing import PackedBatches
+from imm_jax.training.reporting import Reporting
 from imm_jax.training.states import Checkpoints
 from tests.training import test_interventions as i, test_step as t
 
@@ -62,9 +65,9 @@ def train(steps: dict, monkeypatch: pytest.MonkeyPatch):
       on_report(step)
 
     return trainer.train(
-        t.CONFIG, load, batches(), schedule=rate, weight_decay=0.1, grad_clip=1.0, compute_dtype=jnp.float32,
-        accumulation=1, remat="none", mesh=mesh, log_every=1, label="SFT", report=report, additions=additions,
-        load_frozen=frozen, held_out=held_out, checkpoints=checkpoints), reports
+        t.CONFIG, load, batches(), Optimization(rate, 0.1, 1.0, additions=additions), Computation(mesh, jnp.float32),
+        Reporting(report, "SFT", log_every=1), load_frozen=frozen, held_out=held_out,
+        checkpoints=checkpoints), reports
 
   return run
 

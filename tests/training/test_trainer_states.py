@@ -17,9 +17,9 @@ import pytest
 from imm_jax.errors import PreemptedError, UserError
 from imm_jax.model import sharding
 from imm_jax.model.decoder import init_params
-from imm_jax.training import optimization, step as training_step, trainer
+from imm_jax.training import optimization, step as training_step
 from imm_jax.training.states import Checkpoints, check_folder
-from tests.training.helpers import CONFIG, POISON, STEPS, make_batches, same, train
+from tests.training.helpers import CONFIG, POISON, STEPS, make_batches, same, train, train_with
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -72,7 +72,7 @@ def test_preempted_training_repeats_its_bits(params, stop_after, tmp_path: Path)
 
   # The signal arrives with the report of a step, so the next step is the last.
   with states(tmp_path) as checkpoints, pytest.raises(PreemptedError, match=f"after step {stop_after + 1} of {STEPS}"):
-    train_with(params, stop, checkpoints)
+    train_with(params, stop, make_batches(), checkpoints=checkpoints)
   assert saved(tmp_path)[-1] == stop_after + 1
   assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
   with states(tmp_path) as checkpoints:
@@ -81,13 +81,6 @@ def test_preempted_training_repeats_its_bits(params, stop_after, tmp_path: Path)
   assert same(resumed.params, whole.params)
   assert (resumed.first_loss, resumed.last_loss) == (whole.first_loss, whole.last_loss)
   assert [reports[i]["loss"] for i in reports] == [whole_reports[i]["loss"] for i in reports]
-
-
-def train_with(params, report, checkpoints: Checkpoints):
-  return trainer.train(
-      CONFIG, lambda: jax.tree.map(jnp.copy, params), make_batches(), weight_decay=0.0, grad_clip=1.0, accumulation=1,
-      remat="none", compute_dtype=jnp.float32, mesh=sharding.make_mesh(data=1, fsdp=1), report=report, label="SFT",
-      schedule=optax.constant_schedule(1e-3), log_every=1, checkpoints=checkpoints)
 
 
 def test_background_saves_match_their_step(params, tmp_path: Path):
@@ -131,10 +124,8 @@ def _resume_from_damaged_states(folder: Path) -> None:
     here = Path(shutil.copytree(folder / "whole", folder / str(i)))
     if damage == "another model":
       other = CONFIG.__class__(**{**vars(CONFIG), "hidden_size": 24})
-      resume = lambda checkpoints, other=other: trainer.train(
-          other, lambda: None, make_batches(), weight_decay=0.0, grad_clip=1.0, accumulation=1, remat="none",
-          compute_dtype=jnp.float32, mesh=sharding.make_mesh(data=1, fsdp=1), report=lambda *a, **b: None, label="SFT",
-          schedule=optax.constant_schedule(1e-3), log_every=1, checkpoints=checkpoints)
+      resume = lambda checkpoints, other=other: train_with(
+          None, lambda *a, **b: None, make_batches(), config=other, checkpoints=checkpoints)
     else:
       resume = lambda checkpoints: train(params, make_batches(), checkpoints=checkpoints)
       damaged = here / "states" / "9" / damage
@@ -182,7 +173,7 @@ def _fill_the_disk(folder: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
     try:
-      train_with(init_params(CONFIG, key=jax.random.key(0)), report, checkpoints)
+      train_with(init_params(CONFIG, key=jax.random.key(0)), report, make_batches(), checkpoints=checkpoints)
       checkpoints.wait()
     except UserError as e:
       (folder / "said").write_text(str(e))

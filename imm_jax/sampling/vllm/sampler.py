@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +50,7 @@ class VllmSampler:
       args: more arguments for the local server, such as `--gpu-memory-utilization=0.8`.
       restart: command that restarts the remote servers instead of a reload; `{model}` in it is replaced by the folder.
       compute_dtype: dtype of weights and activations: bfloat16, float16 or float32.
-      concurrency: maximum number of concurrent requests at each server.
+      concurrency: maximum number of concurrent requests at each server, 1 or more.
       timeout: seconds that a request may take.
       start_timeout: seconds that a server may take to start or reload.
       tolerance: allowed mean difference of the servers' log-probabilities from the native decoder's; 0 takes that of
@@ -63,17 +62,13 @@ class VllmSampler:
         with the same arguments and a model of the same shape, which then takes no start. It ends with this process.
 
     Raises:
-      ValueError: for an argument out of range.
+      ValueError: for an unknown dtype, or both or none of `python` and `urls`.
       UserError: for a checkpoint or tokenizer that cannot be read, or when no server is usable.
     """
     if compute_dtype not in freshness.TOLERANCES:
       raise ValueError(f"compute_dtype={compute_dtype!r}: expected one of {', '.join(freshness.TOLERANCES)}")
     if bool(python) == bool(urls):
       raise ValueError(f"python={python!r}, urls={urls}: expected one of the two")
-    if concurrency < 1:
-      raise ValueError(f"concurrency={concurrency}: expected 1 or more")
-    if not 0 <= tolerance < math.inf:
-      raise ValueError(f"tolerance={tolerance}: expected a number >= 0")
     self._tolerance = tolerance
     self._folder, self._dtype, self._concurrency, self._mesh = Path(folder), compute_dtype, concurrency, mesh
     config = hf.read_config(folder)

@@ -177,9 +177,8 @@ def test_unknown_ids_are_drawn_again(fake: FakeVllm, tmp_path: Path) -> None:
   assert {int(i) for i in biased[0]["logit_bias"]} >= set(range(568, 600))
 
 
-@pytest.mark.parametrize("options", [
-    {"urls": []}, {"python": "python"}, {"compute_dtype": "int8"}, {"concurrency": 0}, {"tolerance": -1.0}], ids=str)
-def test_arguments_out_of_range_are_refused(options: dict) -> None:
+@pytest.mark.parametrize("options", [{"urls": []}, {"python": "python"}, {"compute_dtype": "int8"}], ids=str)
+def test_wrong_arguments_are_refused(options: dict) -> None:
   with pytest.raises(ValueError, match="expected"):
     VllmSampler(TINY, **{"urls": ["http://host"], **options})
 
