@@ -16,8 +16,7 @@ from imm_jax.model.sharding import decoding_mesh, num_batch_shards, param_shardi
 from imm_jax.runtime import hardware, resident_memory
 from imm_jax.sampling.native import decode, queue
 from imm_jax.scoring import likelihood
-from imm_jax.stages import questions
-from imm_jax.tasks import protocols
+from imm_jax.stages.task_entries import get_tasks
 from imm_jax.training import lora, step
 from imm_jax.training.additions import PLAIN, Additions, get_additions
 from imm_jax.training.loss import choose_chunk
@@ -221,11 +220,11 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, 
     expected: the result of `shapes.estimate`.
     sampler: config of the model that samples for training, if it is another.
   """
-  sft, stages = config.sft, []
+  sft, tasks, stages = config.sft, get_tasks(config), []
   dtype = jnp.dtype(hardware.compute_dtype(config.sample.compute_dtype))
   if config.sampler.kind == "native":
-    num_questions, tests = questions.count_questions(config)
-    settings = [("evaluation", model, config.eval.batch_size, protocols.max_new_tokens(config),
+    num_questions, tests = tasks.count_questions()
+    settings = [("evaluation", model, config.eval.batch_size, tasks.protocol.token_limit,
                  tests * max(1, config.eval.num_samples))]
     if samples_answers(config):
       settings.append(("sampling", sampler or model, config.sample.batch_size, config.sample.max_new_tokens,
@@ -234,7 +233,7 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, 
     stages = [Peak(name, sampling_bytes(sampled, mesh, rows=queue.choose_rows(batch_size, count), prompt=prompt,
                                         new_tokens=new_tokens, dtype=dtype))
               for name, sampled, batch_size, new_tokens, count in settings]
-  if questions.needs_likelihood(config):
+  if tasks.needs_likelihood:
     stages.append(Peak("likelihood", scoring_bytes(model, mesh, dtype=dtype)))
   options = {"rows": expected.rows, "length": sft.row_length, "accumulation": sft.accumulation, "remat": sft.remat,
              "dtype": jnp.dtype(hardware.compute_dtype(sft.compute_dtype)), "attention": expected.attention}
@@ -244,8 +243,8 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, 
   if config.analysis.examples or merge_method(config) == "iimm":
     stages.append(Peak("importance", {"weights and sums": 8 * _count_on_device(model, mesh),
                                       **step_bytes(model, mesh, sums=True, **options)}))
-  if count := questions.count_drift_questions(config):
-    rows = math.ceil(expected.rows * min(1, count / sft.global_batch))
+  if tasks.drift:
+    rows = math.ceil(expected.rows * min(1, tasks.drift / sft.global_batch))
     stages.append(Peak("drift", comparison_bytes(model, mesh, **{k: v for k, v in options.items() if k != "remat"} | {
         "rows": rows})))
   if _platform(mesh) != "cpu":

@@ -16,7 +16,9 @@ from imm_jax.methods import get_method, merge_method
 from imm_jax.model import checkpoint_folder, hf
 from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed
-from imm_jax.stages import analyze, devices, evaluate, fine_tune, likelihood, merge_settings, questions, synthesize
+from imm_jax.stages import analyze, devices, evaluate, fine_tune, likelihood, merge_settings, synthesize
+from imm_jax.stages.round_questions import list_round_keys, load_general, load_round
+from imm_jax.stages.task_entries import get_tasks
 from imm_jax.statistics import accuracy
 
 
@@ -70,7 +72,7 @@ def build_stages(run: Run, start: Checkpoint, tuned: Checkpoint, train: str, rou
     name = f"{here}/base_weight.json"
     chosen = run.root / name
     result.append(Stage(name, (*inputs, "train questions"), settings | run.settings(
-        *questions.list_round_keys(config), "merge.auto", *evaluate.ANSWERING), _plan_choice(config),
+        *list_round_keys(get_tasks(config)), "merge.auto", *evaluate.ANSWERING), _plan_choice(config),
         lambda out, _: choose_weight(config, models, round_, run.scratch(name), out), everywhere=True,
         scratch=str(run.scratch(name))))
     inputs.append(name)
@@ -130,12 +132,10 @@ def choose_weight(config: ml_collections.ConfigDict, models: MergeInputs, round_
   the layers are then split into that many groups, and from the first to the last group the weight is moved up or down
   by `merge.auto.step` if that improves the score. `scratch` is a folder, shared by all processes, for merged models.
   """
-  auto = config.merge.auto
-  held_out = questions.load_round(config, round_).held_out
-  by_likelihood = [entry for entry in auto.general if questions.get_measure(config, entry) == "choices"]
-  answered = [("in_domain", config.task.name, held_out), *(
-      ("general", entry, questions.load_general_questions(config, entry)) for entry in auto.general
-      if entry not in by_likelihood)]
+  auto, tasks = config.merge.auto, get_tasks(config)
+  by_likelihood = [entry for entry in tasks.general if entry.measure == "choices"]
+  answered = [("in_domain", tasks.in_domain, load_round(tasks, round_).held_out), *(
+      ("general", entry, load_general(tasks, entry)) for entry in tasks.general if entry not in by_likelihood)]
   trials: list[dict[str, Any]] = []
 
   def score(weight: Setting) -> float:
@@ -150,16 +150,16 @@ def choose_weight(config: ml_collections.ConfigDict, models: MergeInputs, round_
     protocol: dict[str, dict[str, Any]] = {}
     with synthesize.open_sampler(config, trial, config.eval.batch_size, scratch) as sampler:
       for name, entry, examples in answered:
-        task = questions.get_task_name(entry)
-        answers, _ = evaluate.answer_greedily(config, trial, sampler, entry, examples, label=f"{label}, {task}")
+        answers, _ = evaluate.answer_greedily(tasks, trial, sampler, entry, examples, label=f"{label}, {entry.name}")
         rows[name] += answers
         if distributed.is_main():
-          protocol[task] = evaluate.describe_protocol(config, task, answers)
+          protocol[entry.name] = evaluate.describe_protocol(tasks, entry, answers)
     del sampler  # frees its weights before others are loaded for scoring
     if by_likelihood:
-      for entry, answers in devices.call(config, likelihood.score_train, config, trial, by_likelihood, label).items():
+      for task, answers in devices.call(config, likelihood.score_train, config, trial, by_likelihood, tasks.held_out,
+                                        label).items():
         rows["general"] += answers
-        protocol[questions.get_task_name(entry)] = likelihood.describe_protocol(answers)
+        protocol[task] = likelihood.describe_protocol(answers)
     accuracies = {name: accuracy.compute_accuracy(sum(r["correct"] for r in group), len(group))
                   for name, group in rows.items()} if distributed.is_main() else {}
     value = distributed.broadcast(sum(a.value for a in accuracies.values()) / 2)
