@@ -86,7 +86,8 @@ def count_tokens(config: ml_collections.ConfigDict, record: Mapping[str, Any], *
   evaluated *= min(length, tasks.protocol.token_limit)
   # A forward pass, of the base for the KL or of the held-out share for its loss, costs a third of a step.
   epochs = config.sft.epochs * (1 + (method.anchor == "kl") / 3) * (1 - config.sft.stop_share * 2 / 3)
-  passes = epochs + (merge_method(config) == "iimm") + (config.sft.intervention == "weight_masking")
+  measures_importance = merge_method(config.method, config.merge.method) == "iimm"
+  passes = epochs + measures_importance + (config.sft.intervention == "weight_masking")
   measured = config.rounds * min(config.analysis.examples, trained / config.rounds)
 
   def prompt_tokens(entry: Entry) -> float:

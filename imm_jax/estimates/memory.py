@@ -240,7 +240,7 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, 
   additions = get_additions(config)
   state = state_bytes(model, mesh, dtype=options["dtype"], additions=additions, stops=sft.stop_share > 0)
   stages.append(Peak("SFT", state | step_bytes(model, mesh, additions=additions, **options)))
-  if config.analysis.examples or merge_method(config) == "iimm":
+  if config.analysis.examples or merge_method(config.method, config.merge.method) == "iimm":
     stages.append(Peak("importance", {"weights and sums": 8 * _count_on_device(model, mesh),
                                       **step_bytes(model, mesh, sums=True, **options)}))
   if tasks.drift:
