@@ -99,8 +99,7 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, out:
     result = _join(result, devices.call(config, likelihood.measure, config, model, scratch, out, label))
   if tasks.lm_eval:
     result = _join(result, devices.call(config, lm_eval_tasks.measure, config, model, scratch, out, label))
-  names = [entry.name for entry in (tasks.in_domain, *tasks.ood)]
-  ordered = {key: {name: value[name] for name in names if name in value}
+  ordered = {key: {name: value[name] for name in tasks.names if name in value}
              for key, value in result.items() if key != "texts"}
   long = {name: count for name, count in skipped.items() if count}
   return {**ordered, "texts": result["texts"], "long_prompts": long}

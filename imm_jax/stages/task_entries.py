@@ -141,6 +141,11 @@ class Tasks(NamedTuple):
   passages: int
 
   @property
+  def names(self) -> tuple[str, ...]:
+    """The names of all tasks, in-domain first."""
+    return tuple(entry.name for entry in (self.in_domain, *self.ood))
+
+  @property
   def own(self) -> tuple[Entry, ...]:
     """All tasks, in-domain first, except lm_eval's, which loads its own questions."""
     return tuple(entry for entry in (self.in_domain, *self.ood) if entry.measure != "lm_eval")
@@ -219,7 +224,7 @@ def get_tasks(config: ml_collections.ConfigDict) -> Tasks:
   chooses = merge.base_weight == "auto"
   return Tasks(
       get_entry(config, task.name), tuple(get_entry(config, str(entry)) for entry in task.ood),
-      tuple(get_entry(config, entry) for entry in merge.auto.general) if chooses else (),
+      tuple(get_entry(config, str(entry)) for entry in merge.auto.general) if chooses else (),
       per_round=task.questions_per_round, per_test=task.eval_questions,
       held_out=merge.auto.questions if chooses else 0,
       drift=min(config.analysis.drift, task.eval_questions or config.analysis.drift), few_shot=prompt.few_shot,
