@@ -27,10 +27,10 @@ from imm_jax.model import hf, hub
 from imm_jax.report.results import AnswerStats
 from imm_jax.runs import experiments
 from imm_jax.sampling import engines
-from imm_jax.stages import devices, evaluate, questions
+from imm_jax.stages import devices, evaluate
+from imm_jax.stages.task_entries import LM_EVAL, get_tasks
 from imm_jax.statistics import model_comparison
 from imm_jax.statistics.accuracy import Accuracy
-from imm_jax.tasks import protocols
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The settings, as a file or a name such as tiny or "
                                           "qwen:1.5b. Used are task, prompt, eval, sampler and mesh.")
@@ -90,8 +90,8 @@ def _print_scores(facts: Mapping[str, Any]) -> None:
 def _print_protocols(facts: Mapping[str, Any], settings: ml_collections.ConfigDict) -> None:
   for task, protocol in facts["protocol"].items():
     stats = AnswerStats(*(protocol[name] for name in AnswerStats._fields))
-    limit = "the task's own limit" if task.startswith(questions.LM_EVAL) else (
-        f"config.eval.max_new_tokens={protocols.max_new_tokens(settings)}")
+    limit = "the task's own limit" if task.startswith(LM_EVAL) else (
+        f"config.eval.max_new_tokens={get_tasks(settings).protocol.token_limit}")
     length = f"; {stats.mean_tokens:.1f} tokens an answer, {stats.cut:.1%} cut at {limit}" if stats.mean_tokens else ""
     print(f"{task}: {stats.protocol_text}{', chat template' * bool(protocol.get('chat'))}{length}")
     if stats.cut and stats.cut > _MAX_CUT:

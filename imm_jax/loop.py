@@ -20,14 +20,16 @@ from imm_jax.runs import metrics, record as run_record, rundir, runlog, status
 from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed
 from imm_jax.sampling import engines
-from imm_jax.stages import analyze, devices, evaluate, fine_tune, measure_drift, merge, questions, select, synthesize
+from imm_jax.stages import analyze, devices, evaluate, fine_tune, measure_drift, merge, select, synthesize
+from imm_jax.stages.round_questions import compute_digests
+from imm_jax.stages.task_entries import get_tasks
 from imm_jax.training.states import check_folder
 
 
 def plan(run: Run) -> list[Stage]:
   """Returns all stages of a run in their order."""
-  method, start, stages = run.method, run.base, []
-  if run.samples_answers and run.config.prompt.few_shot:
+  method, tasks, start, stages = run.method, get_tasks(run.config), run.base, []
+  if run.samples_answers and tasks.few_shot:
     stages.append(synthesize.build_shots_stage(run))
   stages.append(evaluate.build_stage(run, run.base, "base/eval", -1))
   for t in range(run.config.rounds):
@@ -43,7 +45,7 @@ def plan(run: Run) -> list[Stage]:
     if method.merge:
       stages += merge.build_stages(run, begin, tuned, train.name, t)
     stages.append(analyze.build_stage(run, begin, sampler, t))
-    if questions.count_drift_questions(run.config):
+    if tasks.drift:
       stages.append(measure_drift.build_stage(run, tuned, t))
     start = {"merged": run.model(f"round_{t}/merged"), "ema": fine_tune.get_average(tuned),
              "tuned": tuned}[method.hands_on]
@@ -71,14 +73,15 @@ def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False)
       models, directory, (platform, kinds)):
     # On CPU the bits of a sum depend on the number of threads that compute it.
     threads = {"threads": len(os.sched_getaffinity(0))} if platform == "cpu" else {}
-    task_names = {"id": config.task.name, "ood": [questions.get_task_name(entry) for entry in config.task.ood]}
+    tasks = get_tasks(config)
+    task_names = {"id": tasks.in_domain.name, "ood": [entry.name for entry in tasks.ood]}
     directory.record_facts(versions=_versions(), devices=kinds, method=config.method, tasks=task_names, **threads)
     # Otherwise the arrays are in the memory of devices or of other processes.
     on_host = platform == "cpu" and not devices.starts_server(config)
     external = {}
     if distributed.is_main():
       external = {name: checkpoint_folder.digest(model) for name, model in models.items()}
-      external |= questions.compute_digests(config)
+      external |= compute_digests(tasks)
       if not directory.facts:
         for model in models.values():
           hf.check_round_trip(model)
@@ -134,11 +137,11 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   # if there is a record to compare it with.
   external = {name: checkpoint_folder.digest(path) if record["stages"] and is_local else recorded.get(name, "")
               for name, path in models.items()}
-  if questions.has_remote_texts(config) or any(
-      questions.is_remote(config, entry) for entry in questions.list_own_entries(config)):
+  tasks = get_tasks(config)
+  if tasks.has_remote_texts or any(entry.is_remote for entry in tasks.own):
     external |= {name: recorded.get(name, "") for name in ("train questions", "test questions")}
   else:
-    external |= questions.compute_digests(config)
+    external |= compute_digests(tasks)
   stages = plan(_make_run(config, root, models))
   to_do: set[str] = set()
   if line := status.format_line(status.read(root)):
@@ -162,7 +165,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
         config, model, expected, root, base)
     lengths = {"question": expected.question, "answer": expected.answer}
   tokens_and_hours = cost.describe(config, model, record, teacher, [stage.name for stage in stages], **lengths)
-  print(f"\n{len(to_do)} of {len(stages)} stages to do\n{questions.describe_tests(config)}\n{sizes}\n"
+  print(f"\n{len(to_do)} of {len(stages)} stages to do\n{tasks.describe_tests()}\n{sizes}\n"
         f"the whole run: {tokens_and_hours}")
 
 
@@ -171,8 +174,7 @@ def _check_models(config: ml_collections.ConfigDict, *, downloads: bool = True) 
   models = {"base": hub.resolve(config.model)} | ({"teacher": hub.resolve(config.teacher)} if config.teacher else {})
   for model in models.values():
     load_tokenizer(model, rows=hf.check_folder(model).vocab_size)
-  entries = questions.list_own_entries(config)
-  if downloads or not any(questions.is_remote(config, entry) for entry in entries):
+  if downloads or not any(entry.is_remote for entry in get_tasks(config).own):
     synthesize.check_prompts_fit(config, models["base"], models.get("teacher", models["base"]), samples_answers(config))
   return models
 

@@ -19,7 +19,6 @@ from ml_collections import config_flags
 
 from imm_jax import cli, config_checks, loop
 from imm_jax.errors import UserError
-from imm_jax.methods import merge_method
 from imm_jax.runs import experiments
 from imm_jax.runs.run import list_idle_keys
 from imm_jax.runtime import distributed
@@ -84,7 +83,8 @@ def _print_idle_keys(settings: ml_collections.ConfigDict) -> None:
   """Prints a note on the settings of the command line that have no effect, such as a penalty of another method."""
   given = config_flags.get_override_values(flags.FLAGS["config"])
   idle = list_idle_keys(settings, given)
-  if merge_method(settings) and "merge.base_weight" in given and not merge_settings.weighs(settings):
+  merge = merge_settings.get_settings(settings)
+  if merge.method and "merge.base_weight" in given and not merge.weighs:
     idle.append("merge.base_weight")
   if idle:
     merging = f", merge.method={settings.merge.method}" * bool(settings.merge.method)

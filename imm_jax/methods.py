@@ -69,9 +69,13 @@ def get_method(config: ml_collections.ConfigDict) -> Method:
   return METHODS[config.method]
 
 
-def merge_method(config: ml_collections.ConfigDict) -> str:
-  """Returns the name of each round's merging method: `merge.method` or the method's own; empty if nothing is merged."""
-  return get_method(config).merge and (config.merge.method or get_method(config).merge)
+def merge_method(method: str, configured: str) -> str:
+  """Returns the name of each round's merging method: `merge.method` or the method's own; empty if nothing is merged.
+
+  >>> merge_method("imm", ""), merge_method("imm", "ties"), merge_method("star", "ties")
+  ('imm', 'ties', '')
+  """
+  return METHODS[method].merge and (configured or METHODS[method].merge)
 
 
 def list_merging_methods() -> list[str]:

@@ -11,8 +11,7 @@ from imm_jax.methods import get_method, keeps_average, merge_method, samples_ans
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import count_params
 from imm_jax.runtime import hardware
-from imm_jax.stages import questions
-from imm_jax.tasks import protocols
+from imm_jax.stages.task_entries import Entry, get_tasks
 
 # Assumptions as long as nothing is measured: the share of a device's peak FLOP/s that training and sampling reach, the
 # length of an answer as a share of max_new_tokens, the share of right answers, and the tokens of a question and of a
@@ -60,7 +59,8 @@ def count_tokens(config: ml_collections.ConfigDict, record: Mapping[str, Any], *
   length = tokens / samples if samples else min(
       answer or ASSUMED["length"] * config.sample.max_new_tokens, config.sample.max_new_tokens)
   right = sum(f["correct"] for f in facts) / samples if samples else ASSUMED["right"]
-  num_questions, tests = questions.count_questions(config)
+  tasks = get_tasks(config)
+  num_questions, tests = tasks.count_questions()
   has_samples, method = samples_answers(config), get_method(config)
   sampled = config.rounds * num_questions * config.sample.num_samples * length if has_samples else 0.0
   answers = right * num_questions * config.sample.num_samples if has_samples else 0.0
@@ -80,27 +80,27 @@ def count_tokens(config: ml_collections.ConfigDict, record: Mapping[str, Any], *
   weight_search = 0
   if config.merge.base_weight == "auto" and method.merge:
     auto = config.merge.auto
-    answered = 1 + sum(questions.get_measure(config, entry) == "answer" for entry in auto.general)
+    answered = 1 + sum(entry.measure == "answer" for entry in tasks.general)
     weight_search = config.rounds * (len(auto.weights) + 2 * auto.groups) * auto.questions * answered
   evaluated = models * tests * (1 + config.eval.num_samples) + weight_search
-  evaluated *= min(length, protocols.max_new_tokens(config))
+  evaluated *= min(length, tasks.protocol.token_limit)
   # A forward pass, of the base for the KL or of the held-out share for its loss, costs a third of a step.
   epochs = config.sft.epochs * (1 + (method.anchor == "kl") / 3) * (1 - config.sft.stop_share * 2 / 3)
-  passes = epochs + (merge_method(config) == "iimm") + (config.sft.intervention == "weight_masking")
+  measures_importance = merge_method(config.method, config.merge.method) == "iimm"
+  passes = epochs + measures_importance + (config.sft.intervention == "weight_masking")
   measured = config.rounds * min(config.analysis.examples, trained / config.rounds)
 
-  def prompt_tokens(entry: str) -> float:
+  def prompt_tokens(entry: Entry) -> float:
     """Returns the tokens of a test question, which has options if these are scored."""
-    return question * (1 + (questions.get_measure(config, entry) == "choices"))
+    return question * (1 + (entry.measure == "choices"))
 
-  counted = zip(questions.count_tests(config), questions.list_own_entries(config), strict=True)
-  test_prompts = sum(n * prompt_tokens(entry) for n, entry in counted)
-  test_prompts += len(config.eval.texts) * questions.count_passages(config) * ASSUMED["passage"]
+  counts = tasks.count_tests()
+  test_prompts = sum(n * prompt_tokens(entry) for n, entry in zip(counts, tasks.own, strict=True))
+  test_prompts += len(tasks.texts) * tasks.passages * ASSUMED["passage"]
   # The base and each model of a round read the same texts.
   drift_texts = config.rounds * 2 * (1 + bool(method.merge) + keeps_average(config))
-  drift_texts *= sum(min(n or limit, limit) for n in questions.count_tests(config)) if (
-      limit := questions.count_drift_questions(config)) else 0
-  eval_prompts = models * test_prompts + weight_search * prompt_tokens(config.task.name)
+  drift_texts *= sum(min(n or tasks.drift, tasks.drift) for n in counts)
+  eval_prompts = models * test_prompts + weight_search * prompt_tokens(tasks.in_domain)
   return TokenCounts(sampled, (passes * trained + measured) * (length + question), evaluated,
                      config.rounds * num_questions * question if has_samples else 0.0,
                      eval_prompts + drift_texts * (length + question))

@@ -16,7 +16,7 @@ from imm_jax.methods import get_method, keeps_average, samples_answers
 from imm_jax.model import checkpoint_folder
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import count_params
-from imm_jax.stages import questions
+from imm_jax.stages.task_entries import get_tasks
 from imm_jax.training import lora
 from imm_jax.training.additions import get_additions
 
@@ -76,7 +76,7 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, expected: Ex
   # Parameters and two moments are float32; a mask takes one byte per parameter.
   bytes_per_param = 12 + 4 * bool(additions.ema) + 4 * (1 + bool(additions.ema)) * (sft.stop_share > 0)
   state = (bytes_per_param + (sft.intervention == "weight_masking")) * trained
-  num_questions, tests = questions.count_questions(config)
+  num_questions, tests = get_tasks(config).count_questions()
   sampled = num_questions * config.sample.num_samples * samples_answers(config)
   right = sampled * cost.ASSUMED["right"] if sampled else num_questions
   saves = max(1, (math.ceil(sft.epochs * right / sft.global_batch) - 1) // sft.save_interval)

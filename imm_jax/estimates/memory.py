@@ -16,8 +16,7 @@ from imm_jax.model.sharding import decoding_mesh, num_batch_shards, param_shardi
 from imm_jax.runtime import hardware, resident_memory
 from imm_jax.sampling.native import decode, queue
 from imm_jax.scoring import likelihood
-from imm_jax.stages import questions
-from imm_jax.tasks import protocols
+from imm_jax.stages.task_entries import get_tasks
 from imm_jax.training import lora, step
 from imm_jax.training.additions import PLAIN, Additions, get_additions
 from imm_jax.training.computation import Computation
@@ -220,11 +219,11 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, 
     expected: the result of `shapes.estimate`.
     sampler: config of the model that samples for training, if it is another.
   """
-  sft, stages = config.sft, []
+  sft, tasks, stages = config.sft, get_tasks(config), []
   dtype = jnp.dtype(hardware.compute_dtype(config.sample.compute_dtype))
   if config.sampler.kind == "native":
-    num_questions, tests = questions.count_questions(config)
-    settings = [("evaluation", model, config.eval.batch_size, protocols.max_new_tokens(config),
+    num_questions, tests = tasks.count_questions()
+    settings = [("evaluation", model, config.eval.batch_size, tasks.protocol.token_limit,
                  tests * max(1, config.eval.num_samples))]
     if samples_answers(config):
       settings.append(("sampling", sampler or model, config.sample.batch_size, config.sample.max_new_tokens,
@@ -233,20 +232,20 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, 
     stages = [Peak(name, sampling_bytes(sampled, mesh, rows=queue.choose_rows(batch_size, count), prompt=prompt,
                                         new_tokens=new_tokens, dtype=dtype))
               for name, sampled, batch_size, new_tokens, count in settings]
-  if questions.needs_likelihood(config):
+  if tasks.needs_likelihood:
     stages.append(Peak("likelihood", scoring_bytes(model, mesh, dtype=dtype)))
   computation = Computation(mesh, jnp.dtype(hardware.compute_dtype(sft.compute_dtype)), sft.accumulation, sft.remat,
                             expected.attention)
   additions, shape = get_additions(config), {"rows": expected.rows, "length": sft.row_length}
   state = state_bytes(model, mesh, dtype=computation.compute_dtype, additions=additions, stops=sft.stop_share > 0)
   stages.append(Peak("SFT", state | step_bytes(model, computation, additions=additions, **shape)))
-  if config.analysis.examples or merge_method(config) == "iimm":
+  if config.analysis.examples or merge_method(config.method, config.merge.method) == "iimm":
     stages.append(Peak("importance", {"weights and sums": 8 * _count_on_device(model, mesh),
                                       **step_bytes(model, computation, sums=True, **shape)}))
-  if count := questions.count_drift_questions(config):
+  if tasks.drift:
     # A passage of a text fills a row.
-    passages = min(count, questions.count_passages(config) or count, sft.global_batch) if config.eval.texts else 0
-    rows = max(passages, math.ceil(expected.rows * min(1, count / sft.global_batch)))
+    passages = min(tasks.drift, tasks.passages or tasks.drift, sft.global_batch) if tasks.texts else 0
+    rows = max(passages, math.ceil(expected.rows * min(1, tasks.drift / sft.global_batch)))
     stages.append(Peak("drift", comparison_bytes(model, computation, rows=rows, length=sft.row_length)))
   if _platform(mesh) != "cpu":
     return stages

@@ -13,9 +13,10 @@ from imm_jax.methods import samples_answers
 from imm_jax.model import attention, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.runtime import hardware
-from imm_jax.stages import questions
 from imm_jax.stages.devices import make_mesh
 from imm_jax.stages.fine_tune import make_encoder
+from imm_jax.stages.round_questions import load_round
+from imm_jax.stages.task_entries import get_tasks
 from imm_jax.training.packing import PackedBatches, TokenizedExample
 
 # Number of questions whose lengths are measured.
@@ -51,11 +52,12 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, folder: Path
     model: config of the model.
     folder: the model's folder, or None if it is not on this machine.
   """
-  sft, mesh, count = config.sft, make_mesh(config), questions.count_questions(config)[0]
+  sft, mesh, tasks = config.sft, make_mesh(config), get_tasks(config)
+  count, _ = tasks.count_questions()
   assumed = round(cost.ASSUMED["question"] + cost.ASSUMED["length"] * config.sample.max_new_tokens)
   lengths, prompt, question, answer = [assumed], 0, 0.0, 0.0
-  if folder and not questions.is_remote(config, config.task.name):
-    chosen, encode = questions.load_round(config, 0), make_encoder(config, folder)
+  if folder and not tasks.in_domain.is_remote:
+    chosen, encode = load_round(tasks, 0), make_encoder(config, folder)
     worked = [encode({"question": e.question, "response": e.rationale})
               for e in chosen.round_questions[:_NUM_MEASURED] if e.rationale]
     lengths = [len(e.prompt) + len(e.response) for e in worked] or lengths

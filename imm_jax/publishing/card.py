@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import ml_collections
 import yaml
 
 from imm_jax.merging import registry
@@ -73,7 +72,7 @@ def is_evaluated(results: Results, stage: str) -> bool:
 def _describe_method(results: Results) -> str:
   """Describes the run's method, with the merging method if the config sets another than the method's own."""
   method, configured = METHODS[results.method], results.config.get("merge", {}).get("method", "")
-  merge = merge_method(ml_collections.ConfigDict({"method": results.method, "merge": {"method": configured}}))
+  merge = merge_method(results.method, configured)
   if merge == method.merge:
     return f"`{results.method}`, {method.summary} ({method.source})"
   known = registry.METHODS.get(merge)  # None for a user's own method that this process has not registered

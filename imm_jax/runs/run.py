@@ -52,7 +52,7 @@ class Run(NamedTuple):
   @property
   def merge_method(self) -> str:
     """Returns the name of each round's merging method; empty if nothing is merged."""
-    return methods.merge_method(self.config)
+    return methods.merge_method(self.config.method, self.config.merge.method)
 
   @property
   def samples_answers(self) -> bool:
@@ -129,7 +129,7 @@ def list_idle_keys(config: ml_collections.ConfigDict, keys: Iterable[str]) -> li
   used = _dependent_keys(config) | dict.fromkeys(
       (f"sample.{key}" for key in ("num_samples", "max_new_tokens", "batch_size", "temperatures", "top_p")),
       methods.samples_answers(config))
-  sections = {"merge.": bool(methods.merge_method(config)), "merge.auto.": config.merge.base_weight == "auto"}
+  sections = {"merge.": bool(methods.get_method(config).merge), "merge.auto.": config.merge.base_weight == "auto"}
   return [key for key in keys if not used.get(key, True) or any(
       key.startswith(section) and not effective for section, effective in sections.items())]
 

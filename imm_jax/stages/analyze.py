@@ -18,7 +18,9 @@ from imm_jax.model.tokenization import check_ids
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed
-from imm_jax.stages import devices, fine_tune, questions
+from imm_jax.stages import devices, fine_tune
+from imm_jax.stages.round_questions import list_round_keys, load_round
+from imm_jax.stages.task_entries import get_entry, get_tasks
 from imm_jax.tasks import sources, texts
 from imm_jax.training.packing import TokenizedExample
 
@@ -56,7 +58,7 @@ def build_stage(run: Run, start: Checkpoint, sampler: Checkpoint | None, round_:
   round_inputs = Round(round_, run.root / here, run.base.folder, start.folder, sampler and sampler.folder, bool(merge))
   count = run.config.analysis.examples
   return Stage(f"{here}/analysis.json", tuple(needs),
-               run.settings(*questions.list_round_keys(run.config), "sft") | {"analysis": {"examples": count}},
+               run.settings(*list_round_keys(get_tasks(run.config)), "sft") | {"analysis": {"examples": count}},
                "weight change by layer" + (f"; importance and entropy on {count} answers" if count else ""),
                lambda out, _: devices.call(run.config, analyze_round, run.config, round_inputs, out), everywhere=True)
 
@@ -165,7 +167,8 @@ def _measure_entropy(config: ml_collections.ConfigDict, round_: Round, rows: Seq
   if not (rows and config.analysis.examples):
     return None
   model = round_.sampler
-  encode = fine_tune.make_encoder(config, model, shots=questions.load_round(config, round_.number).shots, ends=False)
+  shots = load_round(get_tasks(config), round_.number).shots
+  encode = fine_tune.make_encoder(config, model, shots=shots, ends=False)
   examples = _draw([{**row, "response": row["text"]} for row in rows], config.analysis.examples, rng, encode,
                    lambda e: bool(e.response))
   if not examples:
@@ -227,7 +230,7 @@ def load_examples(config: ml_collections.ConfigDict, model: Path, entry: str) ->
                       f"config.sft.row_length={length}); give more text")
     return cut
   try:
-    examples = questions.load_questions(config, entry, split="train", count=count if tasks.is_generated(name) else None)
+    examples = get_entry(config, entry).load(split="train", count=count if tasks.is_generated(name) else None)
   except ValueError as e:
     raise UserError(f"task {entry}, config.analysis.examples={count}: {e}") from e
   worked = [e for e in examples if e.rationale][:count]

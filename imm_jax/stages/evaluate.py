@@ -13,7 +13,9 @@ from imm_jax.runs.metrics import StageMetrics
 from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed
 from imm_jax.sampling import Prompt
-from imm_jax.stages import devices, likelihood, lm_eval_tasks, questions, synthesize
+from imm_jax.stages import devices, likelihood, lm_eval_tasks, synthesize
+from imm_jax.stages.task_entries import Entry, Tasks, get_tasks
+from imm_jax.stages.worked_examples import load_shots
 from imm_jax.statistics import accuracy
 from imm_jax.tasks import answers, protocols
 from imm_jax.tasks.base import Example
@@ -25,17 +27,18 @@ ANSWERING = ("eval", "sample.stop", "sample.compute_dtype", "sampler")
 def build_stage(run: Run, model: Checkpoint, name: str, round_: int) -> Stage:
   """Builds the stage that evaluates a model; `round_` is -1 for the base."""
   return Stage(name, (model.stage, "test questions"), run.settings("seed", "task", "prompt", *ANSWERING),
-               _plan(run.config), functools.partial(_measure, run, model.folder, name, round_), everywhere=True,
+               _plan(get_tasks(run.config), run.config.eval.num_samples),
+               functools.partial(_measure, run, model.folder, name, round_), everywhere=True,
                scratch=str(run.scratch(name)))
 
 
-def _plan(config: ml_collections.ConfigDict) -> str:
-  samples = f", {config.eval.num_samples} samples each" if config.eval.num_samples else ""
-  limit, counts = config.task.eval_questions, questions.count_tests(config)
+def _plan(tasks: Tasks, num_samples: int) -> str:
+  samples = f", {num_samples} samples each" if num_samples else ""
+  limit, counts = tasks.per_test, tasks.count_tests()
   fewer = any(count < limit for count in counts)
   phrase = f", {sum(counts)} questions" if fewer else f" x {limit or 'all'} questions"
-  shown = questions.count_eval_shots(config)
-  protocol = f", protocol {config.eval.protocol}" if shown or config.eval.protocol != "paper" else ""
+  shown, name = tasks.get_protocol(tasks.in_domain).few_shot, tasks.protocol.name
+  protocol = f", protocol {name}" if shown or name != "paper" else ""
   return f"{len(counts)} tasks{phrase}{samples}{protocol}"
 
 
@@ -70,31 +73,33 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, out:
   scores: dict[str, dict[str, accuracy.Accuracy]] = {}
   protocol: dict[str, dict[str, Any]] = {}
   skipped: dict[str, int] = {}
-  answered_tasks = [(entry, name, examples) for entry, (name, examples) in zip(
-      questions.list_own_entries(config), questions.load_tests(config).items(), strict=True)
-                    if questions.get_measure(config, entry) == "answer"]
+  tasks, settings = get_tasks(config), config.eval
+  answered_tasks = [(entry, examples) for entry, examples in zip(tasks.own, tasks.load_tests().values(), strict=True)
+                    if entry.measure == "answer"]
   with contextlib.ExitStack() as stack:
     if answered_tasks:
-      sampler = stack.enter_context(synthesize.open_sampler(config, model, config.eval.batch_size, scratch))
-    for entry, name, examples in answered_tasks:
-      rows, skipped[name] = answer_greedily(config, model, sampler, entry, examples, label=f"{label}: {name}")
-      samples = _samples(config, model, sampler, entry, examples, label=f"{label}: {name}, samples")
+      sampler = stack.enter_context(synthesize.open_sampler(config, model, settings.batch_size, scratch))
+    for entry, examples in answered_tasks:
+      name = entry.name
+      rows, skipped[name] = answer_greedily(tasks, model, sampler, entry, examples, label=f"{label}: {name}")
+      samples = _answer_repeatedly(
+          tasks, model, sampler, entry, examples, label=f"{label}: {name}, samples", num_samples=settings.num_samples,
+          temperature=settings.temperature, top_p=settings.top_p, seed=config.seed) if settings.num_samples else []
       if distributed.is_main():
-        protocol[name] = describe_protocol(config, name, rows)
+        protocol[name] = describe_protocol(tasks, entry, rows)
         files.write_jsonl(out / f"{name}.jsonl", rows)
         scores[name] = {"greedy": accuracy.compute_accuracy(sum(r["correct"] for r in rows), len(rows))}
         if samples:
           files.write_jsonl(out / f"{name}_samples.jsonl", samples)
-          scores[name] |= score_samples(samples, [k for k in config.eval.pass_at_k if k <= config.eval.num_samples])
+          scores[name] |= score_samples(samples, [k for k in settings.pass_at_k if k <= settings.num_samples])
   sampler = None  # frees its weights before others are loaded for scoring
   result = {"scores": {name: {metric: score._asdict() for metric, score in metrics.items()}
                        for name, metrics in scores.items()}, "protocol": protocol, "texts": {}}
-  if questions.needs_likelihood(config):
+  if tasks.needs_likelihood:
     result = _join(result, devices.call(config, likelihood.measure, config, model, scratch, out, label))
-  if questions.list_lm_eval_tasks(config):
+  if tasks.lm_eval:
     result = _join(result, devices.call(config, lm_eval_tasks.measure, config, model, scratch, out, label))
-  names = [questions.get_task_name(entry) for entry in (config.task.name, *config.task.ood)]
-  ordered = {key: {name: value[name] for name in names if name in value}
+  ordered = {key: {name: value[name] for name in tasks.names if name in value}
              for key, value in result.items() if key != "texts"}
   long = {name: count for name, count in skipped.items() if count}
   return {**ordered, "texts": result["texts"], "long_prompts": long}
@@ -104,52 +109,51 @@ def _join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
   return {key: value | second[key] for key, value in first.items()}
 
 
-def answer_greedily(config: ml_collections.ConfigDict, model: Path, sampler: synthesize.Generate, entry: str,
+def answer_greedily(tasks: Tasks, model: Path, sampler: synthesize.Generate, entry: Entry,
                     examples: Sequence[Example], *, label: str) -> tuple[list[dict[str, Any]], int]:
-  """Answers questions of a task greedily; `entry` is the task's entry in the config.
+  """Answers questions of a task greedily.
 
   Returns:
     A row with the verdict for each answer (empty except on process 0), and the number of questions that do not fit.
   """
-  protocol, prompts, long = _prepare(config, model, entry, examples, label)
+  protocol, prompts, long = _prepare(tasks, model, entry, examples, label)
   completions = sampler([Prompt(e.id, text) for e, text in prompts], label=label,
-                        max_new_tokens=protocols.max_new_tokens(config), stop=protocol.stop)
+                        max_new_tokens=tasks.protocol.token_limit, stop=protocol.stop)
   return synthesize.judge_samples([e for e, _ in prompts], completions, strict=False,
                                   read=protocol.read) if distributed.is_main() else [], long
 
 
-def describe_protocol(config: ml_collections.ConfigDict, task: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def describe_protocol(tasks: Tasks, entry: Entry, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """Describes how greedy answers were obtained: the protocol's `name`, `shots` per prompt, `n` answers, `mean_tokens`
   per answer, the share that was `cut` at `max_new_tokens`, whether prompts are a `chat`, `stop`, the paper's `header`.
   """
-  protocol = protocols.get_protocol(config, task)
+  protocol = tasks.get_protocol(entry)
   return {"name": protocol.name, "shots": protocol.few_shot, "n": len(rows), "chat": protocol.chat,
-          "stop": list(protocol.stop), "max_new_tokens": protocols.max_new_tokens(config),
-          **({"header": config.prompt.header} if protocol.name == "paper" else {}),
+          "stop": list(protocol.stop), "max_new_tokens": tasks.protocol.token_limit,
+          **({"header": tasks.protocol.header} if protocol.name == "paper" else {}),
           "mean_tokens": round(sum(r["tokens"] for r in rows) / len(rows), 2),
           "cut": round(sum(r["finish"] == "length" for r in rows) / len(rows), 4)}
 
 
-def _prepare(config: ml_collections.ConfigDict, model: Path, entry: str, examples: Sequence[Example], label: str,
+def _prepare(tasks: Tasks, model: Path, entry: Entry, examples: Sequence[Example], label: str,
              ) -> tuple[protocols.Protocol, list[tuple[Example, str]], int]:
   """Returns the protocol of a task, the questions that fit with their prompts, and how many do not fit."""
-  protocol = protocols.get_protocol(config, questions.get_task_name(entry))
-  return protocol, *synthesize.build_prompts(config, model, examples, limit="eval.max_new_tokens", source=label,
-                                             shots=questions.load_shots(config, entry), prompt=protocol.prompt)
+  protocol = tasks.get_protocol(entry)
+  return protocol, *synthesize.build_prompts(
+      model, examples, protocol.prompt, shots=load_shots(tasks, entry), limit="eval.max_new_tokens",
+      max_new_tokens=tasks.protocol.token_limit, source=label)
 
 
-def _samples(config: ml_collections.ConfigDict, model: Path, sampler: synthesize.Generate, entry: str,
-             examples: Sequence[Example], *, label: str) -> list[dict[str, Any]]:
-  settings = config.eval
-  if not settings.num_samples:
-    return []
-  protocol, prompts, _ = _prepare(config, model, entry, examples, label)
+def _answer_repeatedly(tasks: Tasks, model: Path, sampler: synthesize.Generate, entry: Entry,
+                       examples: Sequence[Example], *, label: str, num_samples: int, temperature: float, top_p: float,
+                       seed: int) -> list[dict[str, Any]]:
+  """Returns the rows of several answers to each question, as in `answer_greedily`."""
+  protocol, prompts, _ = _prepare(tasks, model, entry, examples, label)
   completions = sampler(
-      [Prompt(f"eval/{e.id}", text) for e, text in prompts], max_new_tokens=protocols.max_new_tokens(config),
-      num_samples=settings.num_samples, temperatures=(settings.temperature,), top_p=settings.top_p,
-      stop=protocol.stop, seed=config.seed, label=label)
+      [Prompt(f"eval/{e.id}", text) for e, text in prompts], max_new_tokens=tasks.protocol.token_limit,
+      num_samples=num_samples, temperatures=(temperature,), top_p=top_p, stop=protocol.stop, seed=seed, label=label)
   return synthesize.judge_samples([e for e, _ in prompts], completions, strict=False, read=protocol.read,
-                                  temperatures=(settings.temperature,)) if distributed.is_main() else []
+                                  temperatures=(temperature,)) if distributed.is_main() else []
 
 
 def score_samples(rows: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, accuracy.Accuracy]:

@@ -13,8 +13,9 @@ from imm_jax.model import checkpoint_folder
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.runtime import distributed, hardware
 from imm_jax.scoring import Scorer, encode_continuations, encode_text
-from imm_jax.stages import questions, resumable
+from imm_jax.stages import resumable
 from imm_jax.stages.devices import make_mesh
+from imm_jax.stages.task_entries import Entry, get_tasks
 from imm_jax.statistics import accuracy
 from imm_jax.tasks.base import Choice
 from imm_jax.tasks.multiple import LETTERS
@@ -39,7 +40,8 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
     `scores`: `acc` and `acc_norm` of each task; `texts`: the result of `summarize_texts` for each text; `protocol`: the
     result of `describe_protocol` for each task.
   """
-  choices_by_task, texts = questions.load_test_choices(config), questions.load_passages(config)
+  tasks = get_tasks(config)
+  choices_by_task, texts = tasks.load_test_choices(), tasks.load_passages()
   if not choices_by_task and not texts:
     return {"scores": {}, "texts": {}, "protocol": {}}
   scorer = Scorer.load(model, mesh=make_mesh(config), compute_dtype=hardware.compute_dtype(config.sample.compute_dtype))
@@ -70,15 +72,13 @@ def describe_protocol(rows: Sequence[Row]) -> dict[str, Any]:
   return {"name": "likelihood", "shots": 0, "n": len(rows), "mean_tokens": 0.0, "cut": 0.0}
 
 
-def score_train(config: ml_collections.ConfigDict, model: Path, entries: Sequence[str], label: str,
+def score_train(config: ml_collections.ConfigDict, model: Path, entries: Sequence[Entry], count: int, label: str,
                 ) -> dict[str, list[Row]]:
-  """Scores the first `merge.auto.questions` train questions of each entry; every process gets all rows."""
+  """Scores the first `count` train questions of each task, by name; every process gets all rows."""
   scorer = Scorer.load(model, mesh=make_mesh(config), compute_dtype=hardware.compute_dtype(config.sample.compute_dtype))
   tokenizer = load_tokenizer(model, rows=scorer.config.vocab_size)
-  return {entry: score_choices(scorer, tokenizer, questions.load_choices(
-      config, entry, split="train", count=config.merge.auto.questions),
-      label=f"{label}, {questions.get_task_name(entry)}")
-          for entry in entries}
+  return {entry.name: score_choices(scorer, tokenizer, entry.load_choices(split="train", count=count),
+                                    label=f"{label}, {entry.name}") for entry in entries}
 
 
 def score_choices(scorer: Scorer, tokenizer: "PreTrainedTokenizerBase", choices: Sequence[Choice], *, label: str,

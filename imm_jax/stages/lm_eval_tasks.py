@@ -17,7 +17,7 @@ from imm_jax import files
 from imm_jax.errors import UserError, first_line, suggest
 from imm_jax.runtime import distributed, hardware
 from imm_jax.sampling import Completion
-from imm_jax.stages import questions
+from imm_jax.stages.task_entries import LM_EVAL, get_tasks
 from imm_jax.statistics import accuracy
 
 # The primary metric of a task is the first of these that it has.
@@ -26,19 +26,19 @@ _PRIMARY = ("acc", "exact_match", "pass@1", "acc_norm", "f1")
 
 def check_lm_eval_tasks(config: ml_collections.ConfigDict) -> None:
   """Raises UserError if lm_eval is not installed, or does not know one of the config's tasks."""
-  names = questions.list_lm_eval_tasks(config)
+  names = get_tasks(config).lm_eval
   if not names:
     return
   if importlib.util.find_spec("lm_eval") is None:
-    raise UserError(f"config.task.ood has {questions.LM_EVAL}{names[0]}, and lm-evaluation-harness is not installed: "
+    raise UserError(f"config.task.ood has {LM_EVAL}{names[0]}, and lm-evaluation-harness is not installed: "
                     "pip install -e '.[harness]'")
   known = _manager(config.eval.lm_eval.path).all_tasks
   for name in names:
     if "=" in name:
-      raise UserError(f"config.task.ood has {questions.LM_EVAL}{name}: tasks of lm_eval take no source; its own YAML "
+      raise UserError(f"config.task.ood has {LM_EVAL}{name}: tasks of lm_eval take no source; its own YAML "
                       "file says where a task's data are (config.eval.lm_eval.path)")
     if name not in known:
-      raise UserError(f"config.task.ood has {questions.LM_EVAL}{name}, which lm_eval does not know: "
+      raise UserError(f"config.task.ood has {LM_EVAL}{name}, which lm_eval does not know: "
                       f"{_nearest(name, known)} (its list: `lm_eval ls "
                       "tasks`; your own YAML files: config.eval.lm_eval.path)")
 
@@ -49,7 +49,7 @@ def load(config: ml_collections.ConfigDict) -> None:
   Raises:
     UserError: for the first task that cannot be loaded.
   """
-  for name in questions.list_lm_eval_tasks(config):
+  for name in get_tasks(config).lm_eval:
     with _as_user_error("config.task.ood", name):
       _manager(config.eval.lm_eval.path).load([name])
 
@@ -76,8 +76,8 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
                  batch_size=config.eval.batch_size, data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor,
                  seed=config.seed, scratch=scratch)
   manager, scores, protocol = _manager(settings.path), {}, {}
-  for name in questions.list_lm_eval_tasks(config):
-    entry = f"{questions.LM_EVAL}{name}"
+  for name in get_tasks(config).lm_eval:
+    entry = f"{LM_EVAL}{name}"
     with _as_user_error(label, name):
       results = lm_eval.simple_evaluate(
           lm, tasks=[name], task_manager=manager, limit=config.task.eval_questions or None, bootstrap_iters=0,

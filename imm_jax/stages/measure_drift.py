@@ -19,7 +19,8 @@ from imm_jax.runs.metrics import StageMetrics
 from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed
 from imm_jax.scoring import encode_continuations
-from imm_jax.stages import devices, fine_tune, questions
+from imm_jax.stages import devices, fine_tune
+from imm_jax.stages.task_entries import get_tasks
 from imm_jax.tasks.base import Choice, Example
 from imm_jax.training.packing import TokenizedExample
 
@@ -30,7 +31,7 @@ _SETTINGS = ("task.name", "task.source", "task.fields", "task.kind", "task.ood",
 
 def build_stage(run: Run, tuned: Checkpoint, round_: int) -> Stage:
   """Builds the stage that measures a round's tuned model and, if any, its moving average and the merged model."""
-  here, count = f"round_{round_}", questions.count_drift_questions(run.config)
+  here, count = f"round_{round_}", get_tasks(run.config).drift
   models = {"sft": tuned} | ({"ema": fine_tune.get_average(tuned)} if keeps_average(run.config) else {})
   models |= {"merged": run.model(f"{here}/merged")} if run.method.merge else {}
   name, folders = f"{here}/drift.json", {kind: model.folder for kind, model in models.items()}
@@ -89,10 +90,10 @@ def encode_texts(config: ml_collections.ConfigDict, model: Path) -> Iterator[tup
   answer is X.` if there is none. Of a multiple-choice task: the right option after its context. Of a text: passages,
   truncated to the length of a row.
   """
-  count, model_config = questions.count_drift_questions(config), hf.read_config(model)
+  tasks, model_config = get_tasks(config), hf.read_config(model)
   tokenizer = load_tokenizer(model, rows=model_config.vocab_size)
   encode = fine_tune.make_encoder(config, model)
-  tests, choices = questions.load_tests(config), questions.load_test_choices(config)
+  tests, choices, count = tasks.load_tests(), tasks.load_test_choices(), tasks.drift
   for name, examples in tests.items():
     if name in choices:
       requests = encode_continuations(tokenizer, list(map(_right_option, choices[name][:count])),
@@ -100,7 +101,7 @@ def encode_texts(config: ml_collections.ConfigDict, model: Path) -> Iterator[tup
       yield name, [TokenizedExample(list(r.tokens[:r.start]), list(r.tokens[r.start:])) for r in requests]
     else:
       yield name, [encode({"question": e.question, "response": _worked_answer(e)}) for e in examples[:count]]
-  for name, passages in questions.load_passages(config).items():
+  for name, passages in tasks.load_passages().items():
     examples = [TokenizedExample([], check_ids(tokenizer, tokenizer(text)["input_ids"], model_config.vocab_size)[
         :config.sft.row_length]) for text in passages[:count]]
     if any(len(e.response) > 1 for e in examples):  # the first token is not predicted

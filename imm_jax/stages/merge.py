@@ -12,11 +12,14 @@ from imm_jax import files
 from imm_jax.errors import UserError
 from imm_jax.merging import masks, on_disk, registry
 from imm_jax.merging.trees import Setting
-from imm_jax.methods import get_method, merge_method
+from imm_jax.methods import get_method
 from imm_jax.model import checkpoint_folder, hf
 from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed
-from imm_jax.stages import analyze, devices, evaluate, fine_tune, likelihood, merge_settings, questions, synthesize
+from imm_jax.stages import analyze, devices, evaluate, fine_tune, likelihood, synthesize
+from imm_jax.stages.merge_settings import MergeSettings, get_settings
+from imm_jax.stages.round_questions import list_round_keys, load_general, load_round
+from imm_jax.stages.task_entries import get_tasks
 from imm_jax.statistics import accuracy
 
 
@@ -37,6 +40,11 @@ class MergeInputs(NamedTuple):
   importance: Path | None
   train: Path | None = None
 
+  @property
+  def folders(self) -> dict[str, Any]:
+    """The models, as `MergeSettings.collect_models` takes them."""
+    return {"base": self.base, "start": self.start, "tuned": self.tuned}
+
 
 def build_stages(run: Run, start: Checkpoint, tuned: Checkpoint, train: str, round_: int) -> list[Stage]:
   """Builds the stages of a merge: importance, sweep and choice of the weight as needed, merge, and evaluation.
@@ -48,20 +56,20 @@ def build_stages(run: Run, start: Checkpoint, tuned: Checkpoint, train: str, rou
     train: name of the stage that wrote the training data.
     round_: number of the round.
   """
-  config, here = run.config, f"round_{round_}"
+  config, settings, here = run.config, get_settings(run.config), f"round_{round_}"
   result: list[Stage] = []
-  several = registry.METHODS[run.merge_method].min_models > 1
+  several = registry.METHODS[settings.method].min_models > 1
   tuned = [*(run.model(f"round_{t}/sft") for t in range(round_) if several), tuned]
   inputs = [run.base.stage, start.stage, *(model.stage for model in tuned)]
-  importance = f"{here}/importance.json" if run.merge_method == "iimm" else ""
+  importance = f"{here}/importance.json" if settings.method == "iimm" else ""
   models = MergeInputs(run.base.folder, start.folder, [model.folder for model in tuned],
                        run.root / importance if importance else None, run.root / train)
-  settings = run.settings("seed") | {"merge": merge_settings.collect_settings(config)}
+  recorded = run.settings("seed") | {"merge": settings.to_json()}
   if importance:
     result.append(analyze.build_importance_stage(run, start, train, importance))
     inputs.append(importance)
   if config.merge.sweep:
-    result.append(Stage(f"{here}/sweep", tuple(inputs), settings | run.settings("merge.sweep"),
+    result.append(Stage(f"{here}/sweep", tuple(inputs), recorded | run.settings("merge.sweep"),
                         f"base weights {config.merge.sweep}", lambda out, _: sweep(config, models, round_, out)))
     result += [evaluate.build_stage(run, Checkpoint(run.root / here / "sweep" / f"{weight:g}", f"{here}/sweep"),
                                     f"{here}/eval/sweep_{weight:g}", round_) for weight in config.merge.sweep]
@@ -69,31 +77,31 @@ def build_stages(run: Run, start: Checkpoint, tuned: Checkpoint, train: str, rou
   if config.merge.base_weight == "auto":
     name = f"{here}/base_weight.json"
     chosen = run.root / name
-    result.append(Stage(name, (*inputs, "train questions"), settings | run.settings(
-        *questions.list_round_keys(config), "merge.auto", *evaluate.ANSWERING), _plan_choice(config),
+    result.append(Stage(name, (*inputs, "train questions"), recorded | run.settings(
+        *list_round_keys(get_tasks(config)), "merge.auto", *evaluate.ANSWERING), _plan_choice(config.merge.auto),
         lambda out, _: choose_weight(config, models, round_, run.scratch(name), out), everywhere=True,
         scratch=str(run.scratch(name))))
     inputs.append(name)
-  weight = run.settings("merge.base_weight") if merge_settings.weighs(config) else {}
-  result.append(Stage(f"{here}/merged", tuple(inputs), settings | weight,
-                      _plan(config, models), lambda out, _: merge(config, models, round_, chosen, out)))
+  weight = run.settings("merge.base_weight") if settings.weighs else {}
+  result.append(Stage(f"{here}/merged", tuple(inputs), recorded | weight,
+                      _plan(settings, models, run.method.merge, config.merge.base_weight),
+                      lambda out, _: merge(config, models, round_, chosen, out)))
   return [*result, evaluate.build_stage(run, run.model(f"{here}/merged"), f"{here}/eval/merged", round_)]
 
 
-def _plan(config: ml_collections.ConfigDict, models: MergeInputs) -> str:
-  name = merge_method(config)
-  if not merge_settings.collect_models(registry.METHODS[name], **_folders(config, models)):
-    return f"the tuned model, for {name} merges several"
-  shown = "" if name == get_method(config).merge else name
-  weight = f"base_weight {config.merge.base_weight}" if merge_settings.weighs(config) else ""
-  given = merge_settings.collect_settings(config)["options"]
-  thins = {"drop_rate", "densities"} & registry.METHODS[name].by_option.keys() - given.keys()
-  return ", ".join(filter(None, (shown, weight, f"drop_rate {config.merge.drop_rate}" if thins else "", *(
-      f"{option} {value}" for option, value in given.items())))) or name
+def _plan(settings: MergeSettings, models: MergeInputs, own: str, base_weight: Any) -> str:
+  """Describes a merge; `own` is the merging method of the run's method, which is not named again."""
+  method = registry.METHODS[settings.method]
+  if not settings.collect_models(**models.folders):
+    return f"the tuned model, for {method.name} merges several"
+  shown = "" if method.name == own else method.name
+  weight = f"base_weight {base_weight}" if settings.weighs else ""
+  thins = {"drop_rate", "densities"} & method.by_option.keys() - settings.options.keys()
+  return ", ".join(filter(None, (shown, weight, f"drop_rate {settings.drop_rate}" if thins else "", *(
+      f"{option} {value}" for option, value in settings.options.items())))) or method.name
 
 
-def _plan_choice(config: ml_collections.ConfigDict) -> str:
-  auto = config.merge.auto
+def _plan_choice(auto: ml_collections.ConfigDict) -> str:
   groups = f", up to {2 * auto.groups} more by groups of layers" if auto.groups else ""
   return f"{len(auto.weights)} base weights{groups}, on {1 + len(auto.general)} x {auto.questions} held-out questions"
 
@@ -106,18 +114,19 @@ def merge(config: ml_collections.ConfigDict, models: MergeInputs, round_: int, w
     fine_tune.copy(models.start, out)
     return {"skipped": True}
   weight = files.read_json(weight_file)["base_weight"] if weight_file else _setting(config.merge.base_weight)
-  _merge(config, models, round_, [(weight, out)])
-  name = merge_method(config)
-  if name not in ("imm", "iimm"):
-    return {"method": name} | ({"base_weight": weight} if merge_settings.weighs(config) else {})
-  return {"base_weight": weight, "drop_rate": config.merge.drop_rate}
+  settings = get_settings(config)
+  _merge(settings, models, (config.seed, round_), [(weight, out)])
+  if settings.method not in ("imm", "iimm"):
+    return {"method": settings.method} | ({"base_weight": weight} if settings.weighs else {})
+  return {"base_weight": weight, "drop_rate": settings.drop_rate}
 
 
 def sweep(config: ml_collections.ConfigDict, models: MergeInputs, round_: int, out: Path) -> dict[str, Any]:
   """Writes a checkpoint for each weight of `config.merge.sweep`, reading the models once."""
   out.mkdir()
-  _merge(config, models, round_, [(weight, out / f"{weight:g}") for weight in config.merge.sweep])
-  return {"base_weights": list(config.merge.sweep)}
+  weights = config.merge.sweep
+  _merge(get_settings(config), models, (config.seed, round_), [(weight, out / f"{weight:g}") for weight in weights])
+  return {"base_weights": list(weights)}
 
 
 def choose_weight(config: ml_collections.ConfigDict, models: MergeInputs, round_: int, scratch: Path, out: Path,
@@ -130,12 +139,10 @@ def choose_weight(config: ml_collections.ConfigDict, models: MergeInputs, round_
   the layers are then split into that many groups, and from the first to the last group the weight is moved up or down
   by `merge.auto.step` if that improves the score. `scratch` is a folder, shared by all processes, for merged models.
   """
-  auto = config.merge.auto
-  held_out = questions.load_round(config, round_).held_out
-  by_likelihood = [entry for entry in auto.general if questions.get_measure(config, entry) == "choices"]
-  answered = [("in_domain", config.task.name, held_out), *(
-      ("general", entry, questions.load_general_questions(config, entry)) for entry in auto.general
-      if entry not in by_likelihood)]
+  auto, tasks = config.merge.auto, get_tasks(config)
+  by_likelihood = [entry for entry in tasks.general if entry.measure == "choices"]
+  answered = [("in_domain", tasks.in_domain, load_round(tasks, round_).held_out), *(
+      ("general", entry, load_general(tasks, entry)) for entry in tasks.general if entry not in by_likelihood)]
   trials: list[dict[str, Any]] = []
 
   def score(weight: Setting) -> float:
@@ -143,23 +150,23 @@ def choose_weight(config: ml_collections.ConfigDict, models: MergeInputs, round_
     if distributed.is_main():
       files.remove(trial)
       scratch.mkdir(parents=True, exist_ok=True)
-      _merge(config, models, round_, [(weight, trial)])
+      _merge(get_settings(config), models, (config.seed, round_), [(weight, trial)])
     distributed.barrier("merged on trial")
     label = f"round {round_}: base weight {len(trials) + 1}"
     rows: dict[str, list[dict[str, Any]]] = {"in_domain": [], "general": []}
     protocol: dict[str, dict[str, Any]] = {}
     with synthesize.open_sampler(config, trial, config.eval.batch_size, scratch) as sampler:
       for name, entry, examples in answered:
-        task = questions.get_task_name(entry)
-        answers, _ = evaluate.answer_greedily(config, trial, sampler, entry, examples, label=f"{label}, {task}")
+        answers, _ = evaluate.answer_greedily(tasks, trial, sampler, entry, examples, label=f"{label}, {entry.name}")
         rows[name] += answers
         if distributed.is_main():
-          protocol[task] = evaluate.describe_protocol(config, task, answers)
+          protocol[entry.name] = evaluate.describe_protocol(tasks, entry, answers)
     del sampler  # frees its weights before others are loaded for scoring
     if by_likelihood:
-      for entry, answers in devices.call(config, likelihood.score_train, config, trial, by_likelihood, label).items():
+      for task, answers in devices.call(config, likelihood.score_train, config, trial, by_likelihood, tasks.held_out,
+                                        label).items():
         rows["general"] += answers
-        protocol[questions.get_task_name(entry)] = likelihood.describe_protocol(answers)
+        protocol[task] = likelihood.describe_protocol(answers)
     accuracies = {name: accuracy.compute_accuracy(sum(r["correct"] for r in group), len(group))
                   for name, group in rows.items()} if distributed.is_main() else {}
     value = distributed.broadcast(sum(a.value for a in accuracies.values()) / 2)
@@ -198,25 +205,20 @@ def _by_layer(weights: Sequence[float], other: float, layers: int) -> dict[str, 
           for group, weight in zip(groups, weights, strict=False)} | {".*": other}
 
 
-def _merge(config: ml_collections.ConfigDict, models: MergeInputs, round_: int, outputs: Sequence[tuple[Setting, Path]],
-           ) -> None:
-  """Merges with each weight in one pass over the models; all outputs drop the same entries."""
-  key, name = jax.random.fold_in(jax.random.key(config.seed), round_), merge_method(config)
-  inputs = merge_settings.collect_models(registry.METHODS[name], **_folders(config, models))
-  options = {out: merge_settings.collect_options(config, weight, models.importance) if inputs else {}
-             for weight, out in outputs}
+def _merge(settings: MergeSettings, models: MergeInputs, seeds: tuple[int, int],
+           outputs: Sequence[tuple[Setting, Path]]) -> None:
+  """Merges with each weight in one pass over the models; all outputs drop the same entries, drawn with the run's seed
+  and the round's number (`seeds`)."""
+  key = jax.random.fold_in(jax.random.key(seeds[0]), seeds[1])
+  inputs = settings.collect_models(**models.folders)
+  options = {out: settings.collect_options(weight, models.importance) if inputs else {} for weight, out in outputs}
   try:
-    on_disk.merge_folders(name if inputs else "passthrough", inputs or {"models[0]": models.tuned[-1]}, options,
-                          key=np.asarray(masks.key_words(key)))
+    on_disk.merge_folders(settings.method if inputs else "passthrough", inputs or {"models[0]": models.tuned[-1]},
+                          options, key=np.asarray(masks.key_words(key)))
   except ValueError as e:
-    raise UserError(f"config.merge.method={name}: {e}") from e
+    raise UserError(f"config.merge.method={settings.method}: {e}") from e
   for _, out in outputs:
     checkpoint_folder.copy_side_files(models.base, out)
-
-
-def _folders(config: ml_collections.ConfigDict, models: MergeInputs) -> dict[str, Any]:
-  start = models.base if config.merge.delta_ref == "base" else models.start
-  return {"base": models.base, "start": start, "tuned": models.tuned}
 
 
 def _setting(value: Any) -> Setting:

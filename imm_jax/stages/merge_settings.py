@@ -6,7 +6,7 @@ and `auto` work with all of them: a mean gives the base that weight, and a task 
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -22,6 +22,95 @@ _STRENGTHS: Mapping[str, Callable[[Setting], Setting]] = {
     "alpha": lambda weight: complement(weight)}
 # Methods whose `t` or `alpha` is not a strength.
 _NO_STRENGTH = ("nearswap", "lines", "ramplus_tl")
+
+
+class MergeSettings(NamedTuple):
+  """What a config says about the merge of each round, except the base weight.
+
+  Attributes:
+    method: name of the merging method.
+    options: the options that are given to it.
+    drop_rate: DARE's, also of methods that take a density.
+    delta_ref: `start` or `base`, the model that the delta is relative to.
+  """
+
+  method: str
+  options: Mapping[str, Any]
+  drop_rate: float
+  delta_ref: str
+
+  @property
+  def weighs(self) -> bool:
+    """Whether `merge.base_weight` has an effect: the method has a strength that no option overrides."""
+    return has_strength(self.method) and not self.fixed_by
+
+  @property
+  def fixed_by(self) -> str:
+    """The given option that overrides `merge.base_weight`; empty if there is none."""
+    method = registry.METHODS[self.method]
+    if (strength := _strength(method)) in self.options:
+      return strength
+    # A single task vector has the normalized weight 1.
+    return "normalize" if strength == "weights" and "base" in method.inputs and self.options.get("normalize") else ""
+
+  def collect_models(self, *, base: Path, start: Path, tuned: Sequence[Path]) -> dict[str, Path] | None:
+    """Returns the folders that the method merges, by label and in its order; None if there are too few models yet.
+
+    Args:
+      base: the base model.
+      start: the model that the round started from.
+      tuned: the tuned models of all rounds so far. A method that merges several models with a base gets all of them,
+        other methods the last one.
+    """
+    method = registry.METHODS[self.method]
+    by_name = {"base": base, "start": base if self.delta_ref == "base" else start, "tuned": tuned[-1],
+               "other": tuned[-1]}
+    models = [*tuned] if method.min_models > 1 else [tuned[-1]]
+    models = models if "base" in method.inputs else [base, tuned[-1]]
+    if "models" in method.inputs and len(models) < method.min_models:
+      return None
+    folders: dict[str, Path] = {}
+    for name in method.inputs:
+      if name == "models":
+        folders |= {f"models[{i}]": model for i, model in enumerate(models)}
+      elif name in by_name:
+        folders[name] = by_name[name]
+    return folders
+
+  def collect_options(self, weight: Setting, importance: Path | None) -> dict[str, Any]:
+    """Returns the options of the method for a base weight."""
+    method = registry.METHODS[self.method]
+    strength, result = _strength(method), {}
+    for option in method.options:
+      if option.name in self.options:
+        result[option.name] = self.options[option.name]
+      elif option.name == strength == "weights":
+        # One setting per model: a setting may itself be a list over the layers.
+        result["weights"] = [*([] if "base" in method.inputs else [weight]), complement(weight)]
+      elif option.name == "normalize" and strength == "weights" and "base" in method.inputs:
+        result["normalize"] = False  # with a single model it would cancel the weight
+      elif option.name == strength:
+        result[strength] = _STRENGTHS[strength](weight)
+      elif option.name == "drop_rate":
+        result["drop_rate"] = self.drop_rate
+      elif option.name == "densities":
+        result["densities"] = 1 - self.drop_rate
+      elif option.name == "importance":
+        result["importance"] = files.read_json(importance)["layers"]
+      elif option.suggested is not registry.REQUIRED:
+        result[option.name] = option.suggested
+    return result
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the settings as the stages of a merge record them."""
+    return {"method": self.method, "drop_rate": self.drop_rate, "delta_ref": self.delta_ref, "options": self.options}
+
+
+def get_settings(config: ml_collections.ConfigDict) -> MergeSettings:
+  """Returns what a config says about merges; the method is empty if nothing is merged."""
+  merge = config.merge
+  options = {name: value for name, value in merge.options.to_dict().items() if value is not None}
+  return MergeSettings(merge_method(config.method, merge.method), options, merge.drop_rate, merge.delta_ref)
 
 
 def complement(weight: Setting) -> Setting:
@@ -40,20 +129,6 @@ def has_strength(method: str) -> bool:
   return _strength(registry.METHODS[method]) is not None
 
 
-def weighs(config: ml_collections.ConfigDict) -> bool:
-  """Returns whether `merge.base_weight` has an effect: the method has a strength that no option overrides."""
-  return has_strength(merge_method(config)) and not _fixed_by(config)
-
-
-def _fixed_by(config: ml_collections.ConfigDict) -> str:
-  """Returns the given option that overrides `merge.base_weight`, or an empty string."""
-  method, given = registry.METHODS[merge_method(config)], _given(config)
-  if (strength := _strength(method)) in given:
-    return strength
-  # A single task vector has the normalized weight 1.
-  return "normalize" if strength == "weights" and "base" in method.inputs and given.get("normalize") else ""
-
-
 def _strength(method: registry.MergeMethod) -> str | None:
   names = method.by_option.keys() - (_STRENGTHS.keys() if method.name in _NO_STRENGTH else set())
   return next((name for name in ("weights", *_STRENGTHS) if name in names), None)
@@ -61,15 +136,15 @@ def _strength(method: registry.MergeMethod) -> str | None:
 
 def check_merge_options(config: ml_collections.ConfigDict) -> None:
   """Raises UserError for a merging method that rounds cannot use, or options that it does not have."""
-  given = _given(config)
-  if config.merge.method and not merge_method(config):
+  settings = get_settings(config)
+  name, given = settings.method, settings.options
+  if config.merge.method and not name:
     raise UserError(f"config.merge.method={config.merge.method}: method={config.method} merges nothing")
-  if not merge_method(config):
+  if not name:
     if given:
       raise UserError(f"config.merge.options.{next(iter(given))}: method={config.method} merges nothing")
     return
   known = registry.list_round_methods()
-  name = merge_method(config)
   if name not in known:
     reason = f"is not for rounds; expected one of: {', '.join(known)}" if name in registry.METHODS else suggest(
         name, [*known])
@@ -95,69 +170,7 @@ def check_merge_options(config: ml_collections.ConfigDict) -> None:
         *given, "densities", "drop_rate", "importance", _strength(method)}:
       raise UserError(f"config.merge.options.{option.name}: merge.method={name} needs it ({option.help}; "
                       f"{option.range})")
-  if not weighs(config) and (config.merge.sweep or config.merge.base_weight == "auto"):
-    fixed = _fixed_by(config) if has_strength(name) else ""
-    reason = (f"options.{fixed}: overrides base_weight" if fixed else
+  if not settings.weighs and (config.merge.sweep or config.merge.base_weight == "auto"):
+    reason = (f"options.{settings.fixed_by}: overrides base_weight" if has_strength(name) else
               f"method={name}: has no weight of the base")
     raise UserError(f"config.merge.{reason}, so merge.sweep and base_weight=auto have no effect with it")
-
-
-def collect_models(method: registry.MergeMethod, *, base: Path, start: Path,
-                   tuned: Sequence[Path]) -> dict[str, Path] | None:
-  """Returns the folders that a method merges, by label and in its order; None if there are too few models yet.
-
-  Args:
-    method: the merging method.
-    base: the base model.
-    start: the model that the delta is relative to.
-    tuned: the tuned models of all rounds so far. A method that merges several models with a base gets all of them,
-      other methods the last one.
-  """
-  by_name = {"base": base, "start": start, "tuned": tuned[-1], "other": tuned[-1]}
-  models = [*tuned] if method.min_models > 1 else [tuned[-1]]
-  models = models if "base" in method.inputs else [base, tuned[-1]]
-  if "models" in method.inputs and len(models) < method.min_models:
-    return None
-  folders: dict[str, Path] = {}
-  for name in method.inputs:
-    if name == "models":
-      folders |= {f"models[{i}]": model for i, model in enumerate(models)}
-    elif name in by_name:
-      folders[name] = by_name[name]
-  return folders
-
-
-def collect_options(config: ml_collections.ConfigDict, weight: Setting, importance: Path | None) -> dict[str, Any]:
-  """Returns the options of the config's merging method for a base weight."""
-  method, given = registry.METHODS[merge_method(config)], _given(config)
-  strength, result = _strength(method), {}
-  for option in method.options:
-    if option.name in given:
-      result[option.name] = given[option.name]
-    elif option.name == strength == "weights":
-      # One setting per model: a setting may itself be a list over the layers.
-      result["weights"] = [*([] if "base" in method.inputs else [weight]), complement(weight)]
-    elif option.name == "normalize" and strength == "weights" and "base" in method.inputs:
-      result["normalize"] = False  # with a single model it would cancel the weight
-    elif option.name == strength:
-      result[strength] = _STRENGTHS[strength](weight)
-    elif option.name == "drop_rate":
-      result["drop_rate"] = config.merge.drop_rate
-    elif option.name == "densities":
-      result["densities"] = 1 - config.merge.drop_rate
-    elif option.name == "importance":
-      result["importance"] = files.read_json(importance)["layers"]
-    elif option.suggested is not registry.REQUIRED:
-      result[option.name] = option.suggested
-  return result
-
-
-def collect_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns the settings of a config that determine a merge, except the base weight."""
-  merge = config.merge
-  return {"method": merge_method(config), "drop_rate": merge.drop_rate, "delta_ref": merge.delta_ref,
-          "options": _given(config)}
-
-
-def _given(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  return {name: value for name, value in config.merge.options.to_dict().items() if value is not None}

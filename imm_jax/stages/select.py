@@ -11,7 +11,9 @@ from imm_jax import files
 from imm_jax.errors import UserError
 from imm_jax.methods import get_method
 from imm_jax.runs.run import Run, Stage
-from imm_jax.stages import questions, synthesize
+from imm_jax.stages import synthesize
+from imm_jax.stages.round_questions import list_round_keys, load_round
+from imm_jax.stages.task_entries import Tasks, get_tasks
 from imm_jax.tasks import answers
 
 Row = dict[str, Any]
@@ -24,8 +26,8 @@ def build_stage(run: Run, round_: int) -> Stage:
   drawn = [synthesize.get_samples_name(t) for t in range(round_ + 1)] if run.samples_answers else []
   reads = drawn if run.method.data in ("mixture", "accumulation") else drawn[-1:]
   return Stage(f"round_{round_}/train.jsonl", ("train questions", *reads),
-               run.settings(*questions.list_round_keys(run.config), "data") | {"kind": run.method.data},
-               _plan(run.config),
+               run.settings(*list_round_keys(get_tasks(run.config)), "data") | {"kind": run.method.data},
+               _plan(run.config.data, run.method.data),
                lambda out, _: select(run.config, [run.root / name for name in drawn], round_, out),
                summarize=_summarize)
 
@@ -39,8 +41,8 @@ def _summarize(facts: dict[str, Any]) -> str:
           + (f"; left out: {dropped}" if dropped else ""))
 
 
-def _plan(config: ml_collections.ConfigDict) -> str:
-  data, kind, real = config.data, get_method(config).data, "real worked answers"
+def _plan(data: ml_collections.ConfigDict, kind: str) -> str:
+  real = "real worked answers"
   if kind == "worked" or data.real_fraction == 1:
     return real
   parts = {"mixture": f"the right answers, and {data.mixture_share:.0%} of each earlier round's",
@@ -74,7 +76,7 @@ def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: i
     UserError: when nothing is left to train on, unless `data.skip_empty` is set.
   """
   rng = np.random.default_rng((config.seed, round_))
-  method = get_method(config)
+  method, tasks = get_method(config), get_tasks(config)
   fraction = 1.0 if method.data == "worked" else config.data.real_fraction
   facts: dict[str, Any] = {}
   synthetic: list[Row] = []
@@ -94,12 +96,12 @@ def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: i
     synthetic = _unique([*(row for rows in earlier for row in rows), *right])
   real: list[Row] = []
   if method.data == "accumulation" and config.data.with_real:
-    real = _unique(row for t in range(round_ + 1) for row in worked_answers(config, t))
+    real = _unique(row for t in range(round_ + 1) for row in worked_answers(tasks, t))
   elif fraction == 1:
-    real = worked_answers(config, round_)
+    real = worked_answers(tasks, round_)
   elif fraction:
     sampled = {(row["question"], row["response"]) for row in synthetic}
-    available = [r for r in worked_answers(config, round_) if (r["question"], r["response"]) not in sampled]
+    available = [r for r in worked_answers(tasks, round_) if (r["question"], r["response"]) not in sampled]
     real = _draw(available, min(len(available), round(fraction / (1 - fraction) * len(synthetic))), rng)
   rows = _unique([*synthetic, *real])
   files.write_jsonl(out, rows)
@@ -120,17 +122,17 @@ def _response(sample: Row) -> str | None:
   return text if sample["finish"] == "stop" or text != sample["text"] else None
 
 
-def worked_answers(config: ml_collections.ConfigDict, round_: int) -> list[Row]:
+def worked_answers(tasks: Tasks, round_: int) -> list[Row]:
   """Returns the real worked answers to a round's questions.
 
   Raises:
     UserError: when the task has none.
   """
-  examples = questions.load_round(config, round_).round_questions
+  examples = load_round(tasks, round_).round_questions
   rows = [{"id": e.id, "question": e.question, "response": e.rationale, "round": round_, "source": "real"}
           for e in examples if e.rationale]
   if not rows:
-    raise UserError(f"config.task.name={config.task.name}: has no worked answers to train on: none of the "
+    raise UserError(f"config.task.name={tasks.in_domain.name}: has no worked answers to train on: none of the "
                     f"{len(examples)} questions of round {round_} (method=real, data.real_fraction and data.with_real "
                     "need them)")
   return rows

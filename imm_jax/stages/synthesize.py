@@ -16,9 +16,11 @@ from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed
 from imm_jax.sampling import Completion, Prompt, engines
-from imm_jax.stages import questions
 from imm_jax.stages.devices import make_mesh
-from imm_jax.tasks import prompts, protocols
+from imm_jax.stages.round_questions import list_round_keys, load_general, load_round
+from imm_jax.stages.task_entries import Tasks, get_tasks
+from imm_jax.stages.worked_examples import load_shots
+from imm_jax.tasks import protocols
 from imm_jax.tasks.base import Example
 from imm_jax.tasks.judge import Judge
 
@@ -30,18 +32,18 @@ Generate = Callable[..., list[list[Completion]]]
 
 def build_stage(run: Run, model: Checkpoint, round_: int) -> Stage:
   """Builds the stage that samples in a round."""
-  name = get_samples_name(round_)
-  return Stage(name, (model.stage, "train questions"),
-               _settings(run, round_), _plan(run.config, round_),
+  name, tasks = get_samples_name(round_), get_tasks(run.config)
+  return Stage(name, (model.stage, "train questions"), _settings(run, tasks, round_),
+               _plan(run.config.sample, tasks.per_round, round_),
                lambda out, _: synthesize(run.config, model.folder, round_, run.scratch(name), out), everywhere=True,
                scratch=str(run.scratch(name)), costly=True, summarize=_summarize)
 
 
 def build_shots_stage(run: Run) -> Stage:
   """Builds the stage that writes the worked examples of the prompts."""
-  return Stage("few_shot.jsonl", ("train questions",), run.settings(*questions.list_round_keys(run.config)),
-               f"the {run.config.prompt.few_shot} worked examples of the prompt",
-               lambda out, _: write_shots(run.config, out))
+  tasks = get_tasks(run.config)
+  return Stage("few_shot.jsonl", ("train questions",), run.settings(*list_round_keys(tasks)),
+               f"the {tasks.few_shot} worked examples of the prompt", lambda out, _: write_shots(tasks, out))
 
 
 def get_samples_name(round_: int) -> str:
@@ -49,34 +51,33 @@ def get_samples_name(round_: int) -> str:
   return f"round_{round_}/samples.jsonl"
 
 
-def get_temperatures(config: ml_collections.ConfigDict, round_: int) -> tuple[float, ...]:
+def get_temperatures(given: Sequence[Any], round_: int) -> tuple[float, ...]:
   """Returns the temperatures that a round's samples use in turn.
 
-  `sample.temperatures` is either one tuple for all rounds, or one per round, of which the last holds for later rounds.
+  `given` is either one tuple for all rounds, or one per round, of which the last holds for later rounds.
 
-  >>> config = ml_collections.ConfigDict({"sample": {"temperatures": ((0.2, 0.4), (0.8,))}})
-  >>> [get_temperatures(config, t) for t in range(3)]
+  >>> [get_temperatures(((0.2, 0.4), (0.8,)), t) for t in range(3)]
   [(0.2, 0.4), (0.8,), (0.8,)]
   """
-  given = config.sample.temperatures
   return tuple(given[min(round_, len(given) - 1)]) if isinstance(given[0], tuple | list) else tuple(given)
 
 
-def _settings(run: Run, round_: int) -> dict[str, Any]:
+def _settings(run: Run, tasks: Tasks, round_: int) -> dict[str, Any]:
   """Returns the settings of a round's samples, with only this round's temperatures, so that others may change."""
-  settings = run.settings(*questions.list_round_keys(run.config), "sample", "sampler")
-  return settings | {"sample": settings["sample"] | {"temperatures": get_temperatures(run.config, round_)}}
+  settings = run.settings(*list_round_keys(tasks), "sample", "sampler")
+  temperatures = get_temperatures(run.config.sample.temperatures, round_)
+  return settings | {"sample": settings["sample"] | {"temperatures": temperatures}}
 
 
-def _plan(config: ml_collections.ConfigDict, round_: int) -> str:
-  num_questions, given = config.task.questions_per_round, config.sample.temperatures
+def _plan(sample: ml_collections.ConfigDict, num_questions: int, round_: int) -> str:
+  given = sample.temperatures
   per_round = isinstance(given[0], tuple | list)
-  at = f" at temperatures {', '.join(f'{t:g}' for t in get_temperatures(config, round_))}" if per_round else ""
+  at = f" at temperatures {', '.join(f'{t:g}' for t in get_temperatures(given, round_))}" if per_round else ""
   if not num_questions:
-    return f"{config.sample.num_samples} answers to every train question{at}"
-  count = num_questions * config.sample.num_samples
-  return (f"{num_questions} questions x {config.sample.num_samples} = {count} answers{at}, up to "
-          f"{count * config.sample.max_new_tokens:,} tokens")
+    return f"{sample.num_samples} answers to every train question{at}"
+  count = num_questions * sample.num_samples
+  return (f"{num_questions} questions x {sample.num_samples} = {count} answers{at}, up to "
+          f"{count * sample.max_new_tokens:,} tokens")
 
 
 def _summarize(facts: dict[str, Any]) -> str:
@@ -88,10 +89,12 @@ def _summarize(facts: dict[str, Any]) -> str:
 def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, scratch: Path, out: Path,
                ) -> dict[str, Any]:
   """Samples answers to the round's questions, judges them, and writes samples.jsonl."""
-  sample, temperatures = config.sample, get_temperatures(config, round_)
-  chosen = questions.load_round(config, round_)
-  examples, long = build_prompts(config, model, chosen.round_questions, limit="sample.max_new_tokens",
-                                 source=f"task {config.task.name}, train", shots=chosen.shots)
+  sample, tasks = config.sample, get_tasks(config)
+  temperatures, chosen = get_temperatures(sample.temperatures, round_), load_round(tasks, round_)
+  examples, long = build_prompts(
+      model, chosen.round_questions, protocols.make_training_prompt(tasks.protocol),
+      shots=chosen.shots, limit="sample.max_new_tokens", max_new_tokens=sample.max_new_tokens,
+      source=f"task {tasks.in_domain.name}, train")
   with open_sampler(config, model, sample.batch_size, scratch) as sampler:
     completions = sampler(
         [Prompt(f"round_{round_}/{e.id}", text) for e, text in examples], max_new_tokens=sample.max_new_tokens,
@@ -106,9 +109,9 @@ def synthesize(config: ml_collections.ConfigDict, model: Path, round_: int, scra
           "long_prompts": long}
 
 
-def write_shots(config: ml_collections.ConfigDict, out: Path) -> dict[str, Any]:
+def write_shots(tasks: Tasks, out: Path) -> dict[str, Any]:
   """Writes the worked examples of the prompts to few_shot.jsonl."""
-  shots = questions.load_round(config, 0).shots
+  shots = load_round(tasks, 0).shots
   files.write_jsonl(out, [{"id": e.id, "question": e.question, "response": e.rationale} for e in shots])
   return {"examples": len(shots)}
 
@@ -125,19 +128,18 @@ def open_sampler(config: ml_collections.ConfigDict, model: Path, batch_size: int
         requests, label=label, journal=scratch / f"{re.sub(r'[^A-Za-z0-9]+', '_', label)}.jsonl", **options)
 
 
-def build_prompts(config: ml_collections.ConfigDict, model: Path, examples: Sequence[Example], *, limit: str,
-                  source: str, shots: Sequence[Example] = (), prompt: protocols.Prompt | None = None,
-                  ) -> tuple[list[tuple[Example, str]], int]:
+def build_prompts(model: Path, examples: Sequence[Example], build: protocols.Prompt, *, shots: Sequence[Example],
+                  limit: str, max_new_tokens: int, source: str) -> tuple[list[tuple[Example, str]], int]:
   """Builds prompts, and keeps those that fit in the model's context together with their answers.
 
   Args:
-    config: run config.
     model: folder of the model, for its tokenizer and context length.
     examples: the questions.
-    limit: config key of the maximum length of an answer, such as `eval.max_new_tokens`.
+    build: builds a prompt.
+    shots: worked examples of the prompts.
+    limit: config key of the maximum length of an answer, such as `eval.max_new_tokens`, for error messages.
+    max_new_tokens: this length.
     source: description of the questions for error messages.
-    shots: worked examples of the prompt.
-    prompt: a protocol's function that builds prompts; by default that of the run's samples.
 
   Returns:
     The questions that fit with their prompts, and the number of others.
@@ -147,20 +149,16 @@ def build_prompts(config: ml_collections.ConfigDict, model: Path, examples: Sequ
   """
   shape = hf.read_config(model)
   tokenizer, positions = load_tokenizer(model, rows=shape.vocab_size), shape.max_positions
-  sampled = limit.startswith("sample")
-  max_new_tokens = config.sample.max_new_tokens if sampled else protocols.max_new_tokens(config)
-  build = prompt or (lambda e, shots, tokenizer: prompts.build_prompt(
-      e.question, header=config.prompt.header, examples=shots, style=config.prompt.style, tokenizer=tokenizer))
   built = [(e, build(e, shots, tokenizer)) for e in examples]
   if not positions:
     return built, 0
   ids = lambda text: encode_prompt(tokenizer, text, rows=shape.vocab_size)
   fit = [(e, text) for e, text in built if len(ids(text)) + max_new_tokens <= positions]
   if not fit:
-    fewer = f" or config.{'prompt' if sampled else 'eval'}.few_shot" if shots else ""
+    few_shot = "prompt.few_shot" if limit.startswith("sample") else "eval.few_shot"
     raise UserError(f"{source}: none of {len(built)} prompts leaves room for config.{limit}={max_new_tokens} in the "
-                    f"{positions} positions of {model} (max_position_embeddings); lower config.{limit}{fewer}, or take "
-                    "another task")
+                    f"{positions} positions of {model} (max_position_embeddings); lower config.{limit}"
+                    f"{f' or config.{few_shot}' if shots else ''}, or take another task")
   return fit, len(built) - len(fit)
 
 
@@ -169,25 +167,26 @@ def check_prompts_fit(config: ml_collections.ConfigDict, base: Path, sampler: Pa
 
   `sampler` is the model that samples for training, if the run `draws` samples.
   """
-  tests = zip(questions.list_own_entries(config), questions.load_tests(config).values(), strict=True)
-  checks = [(base, entry, examples, f"task {questions.get_task_name(entry)}") for entry, examples in tests]
-  if config.merge.base_weight == "auto":
-    checks += [(base, entry, questions.load_general_questions(config, entry), f"merge.auto.general {entry}")
-               for entry in config.merge.auto.general]
-  checks = [item for item in checks if questions.get_measure(config, item[1]) == "answer"]
-  options = [(model, examples, {"limit": "eval.max_new_tokens", "source": source,
-                                "shots": questions.load_shots(config, entry),
-                                "prompt": protocols.get_protocol(config, questions.get_task_name(entry)).prompt})
-             for model, entry, examples, source in checks]
+  tasks = get_tasks(config)
+  asked = [(entry, examples, f"task {entry.name}")
+           for entry, examples in zip(tasks.own, tasks.load_tests().values(), strict=True)]
+  asked += [(entry, load_general(tasks, entry), f"merge.auto.general {text}")
+            for entry, text in zip(tasks.general, config.merge.auto.general, strict=False)]
+  checks: list[tuple[Path, Sequence[Example], protocols.Prompt, dict[str, Any]]] = [
+      (base, examples, tasks.get_protocol(entry).prompt,
+       {"shots": load_shots(tasks, entry), "limit": "eval.max_new_tokens",
+        "max_new_tokens": tasks.protocol.token_limit, "source": source})
+      for entry, examples, source in asked if entry.measure == "answer"]
   if draws:
-    chosen = questions.load_round(config, 0)
-    options.append((sampler, chosen.round_questions, {"limit": "sample.max_new_tokens", "shots": chosen.shots,
-                                                      "source": f"task {config.task.name}, train"}))
-  for model, examples, given in options:
+    chosen = load_round(tasks, 0)
+    checks.append((sampler, chosen.round_questions, protocols.make_training_prompt(tasks.protocol),
+                   {"shots": chosen.shots, "limit": "sample.max_new_tokens",
+                    "max_new_tokens": config.sample.max_new_tokens, "source": f"task {tasks.in_domain.name}, train"}))
+  for model, examples, build, options in checks:
     try:  # mostly a few questions suffice, which is quick
-      build_prompts(config, model, examples[:_NUM_CHECKED], **given)
+      build_prompts(model, examples[:_NUM_CHECKED], build, **options)
     except UserError:
-      build_prompts(config, model, examples, **given)
+      build_prompts(model, examples, build, **options)
 
 
 def judge_samples(examples: Sequence[Example], completions: Sequence[Sequence[Completion]], *, strict: bool,

@@ -7,14 +7,12 @@ r"""Evaluation protocols by name: the prompt of a test question and the extracti
 | `qwen` | Qwen2.5-Math's evaluation, prompt type `qwen25-math-cot` | 0 | chat, the answer in `\boxed{}` | 2048 |
 
 Only the rules of those projects are implemented: examples come from train splits or a file
-(`stages.questions.load_shots`).
+(`stages.worked_examples.load_shots`).
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
-
-import ml_collections
 
 from imm_jax.tasks import answers, latex, prompts
 from imm_jax.tasks.base import Example
@@ -52,47 +50,67 @@ class Protocol(NamedTuple):
   read: Callable[[str, str], str]
 
 
-def get_protocol(config: ml_collections.ConfigDict, task: str) -> Protocol:
-  """Returns a config's protocol for a task, given by name.
+class Settings(NamedTuple):
+  """What a config says about how test questions are asked.
 
-  >>> from configs import tiny
-  >>> get_protocol(tiny.get_config(), "groups").few_shot
-  0
+  Attributes:
+    name: name of the protocol.
+    few_shot: number of worked examples in a prompt; -1 for the protocol's own.
+    max_new_tokens: largest number of tokens of an answer; -1 for the limit of the protocol's own code.
+    header: header of the prompts of training; it, `style` and `stop` are for protocol `paper`, which asks like these.
+    style: style of the prompts of training.
+    stop: strings at which a sample for training ends.
   """
-  protocol = _PROTOCOLS[config.eval.protocol](config, task)
-  return protocol if config.eval.few_shot < 0 else protocol._replace(few_shot=config.eval.few_shot)
+
+  name: str
+  few_shot: int = -1
+  max_new_tokens: int = -1
+  header: str = ""
+  style: str = "paper"
+  stop: tuple[str, ...] = ()
+
+  @property
+  def token_limit(self) -> int:
+    """The largest number of tokens of an answer.
+
+    >>> Settings("harness").token_limit, Settings("harness", max_new_tokens=40).token_limit
+    (1024, 40)
+    """
+    return _MAX_NEW_TOKENS[self.name] if self.max_new_tokens < 0 else self.max_new_tokens
 
 
-def max_new_tokens(config: ml_collections.ConfigDict) -> int:
-  """Returns the token limit of answers in evaluation: `eval.max_new_tokens`, or if that is -1 the protocol's own.
+def get_protocol(settings: Settings, task: str, kind: str = "") -> Protocol:
+  """Returns the protocol for a task.
 
-  >>> from configs import qwen
-  >>> config = qwen.get_config()
-  >>> config.eval.protocol = "harness"
-  >>> max_new_tokens(config)
-  1024
+  Args:
+    settings: what the config says.
+    task: name of the task.
+    kind: kind of its answers, for task `custom`; by default that of the task.
+
+  >>> [get_protocol(Settings("harness"), task).few_shot for task in ("gsm8k", "math")]
+  [8, 4]
   """
-  limit = config.eval.max_new_tokens
-  return _MAX_NEW_TOKENS[config.eval.protocol] if limit < 0 else limit
+  protocol = _PROTOCOLS[settings.name](settings, task, kind or answer_kind(task))
+  return protocol if settings.few_shot < 0 else protocol._replace(few_shot=settings.few_shot)
 
 
-def answer_kind(config: ml_collections.ConfigDict, task: str) -> str:
+def answer_kind(task: str) -> str:
   """Returns the kind of (most of) a task's answers: `number`, `latex` or `choice`."""
-  if task == "custom":
-    return config.task.kind
   return TASKS[task].kind if task in TASKS else "choice" if task == "choice" else "number"
 
 
-def _paper(config: ml_collections.ConfigDict, _: str) -> Protocol:
-  settings = config.prompt
-  prompt = lambda example, shots, tokenizer: prompts.build_prompt(
+def make_training_prompt(settings: Settings) -> Prompt:
+  """Returns the function that builds the prompts of training, which in sampling have worked examples."""
+  return lambda example, shots, tokenizer: prompts.build_prompt(
       example.question, header=settings.header, examples=shots, style=settings.style, tokenizer=tokenizer)
-  return Protocol("paper", "the paper's published code: zero-shot, greedy", 0, prompt, tuple(config.sample.stop),
-                  settings.style == "chat", lambda text, kind: text)
 
 
-def _harness(config: ml_collections.ConfigDict, task: str) -> Protocol:
-  kind = answer_kind(config, task)
+def _paper(settings: Settings, _task: str, _kind: str) -> Protocol:
+  return Protocol("paper", "the paper's published code: zero-shot, greedy", 0, make_training_prompt(settings),
+                  settings.stop, settings.style == "chat", lambda text, kind: text)
+
+
+def _harness(_settings: Settings, task: str, kind: str) -> Protocol:
   ask = "Question: {}\nAnswer:{}" if kind == "number" else "Problem:\n{}\nSolution:{}"
   gap = " " if kind == "number" else "\n"  # before a worked answer
 
@@ -112,7 +130,7 @@ def _harness(config: ml_collections.ConfigDict, task: str) -> Protocol:
                   read=_read_harness_answer)
 
 
-def _qwen(config: ml_collections.ConfigDict, _: str) -> Protocol:
+def _qwen(_settings: Settings, _task: str, _kind: str) -> Protocol:
   question = lambda e: _add_yes_or_no(_inline_options(e.question, "\nAnswer Choices: ", " "), e.answer)
 
   def prompt(example: Example, shots: Sequence[Example], tokenizer: "PreTrainedTokenizerBase | None") -> str:
@@ -124,7 +142,7 @@ def _qwen(config: ml_collections.ConfigDict, _: str) -> Protocol:
                   prompt, ("</s>", "<|im_end|>", "<|endoftext|>"), True, _read_last_box)
 
 
-_PROTOCOLS: Mapping[str, Callable[[ml_collections.ConfigDict, str], Protocol]] = {
+_PROTOCOLS: Mapping[str, Callable[[Settings, str, str], Protocol]] = {
     "paper": _paper, "harness": _harness, "qwen": _qwen}
 _MAX_NEW_TOKENS = {"paper": 512, "harness": 1024, "qwen": 2048}
 NAMES = tuple(_PROTOCOLS)

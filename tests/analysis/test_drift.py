@@ -16,7 +16,8 @@ from imm_jax import loop
 from imm_jax.analysis.drift import measure_drift
 from imm_jax.model import hf, sharding
 from imm_jax.runs.run import Checkpoint, Run
-from imm_jax.stages import fine_tune, measure_drift as drift_stage, questions
+from imm_jax.stages import fine_tune, measure_drift as drift_stage
+from imm_jax.stages.task_entries import get_tasks
 from imm_jax.tasks import prompts
 from imm_jax.training.computation import Computation
 from imm_jax.training.loss import compare_heads
@@ -101,11 +102,11 @@ def test_rounds_measure_all_held_out_texts(tmp_path: Path):
   assert facts["kl"] == {kind: of["stories"]["kl"] for kind, of in found["models"].items()}
   assert stage.summarize(facts).endswith("ema 0.0000, merged 0.0000")
   tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
-  asked = questions.load_tests(config)["stories"][1]
+  asked = get_tasks(config).load_tests()["stories"][1]
   assert tokenizer.decode(texts["stories"][1].prompt).endswith(f"{asked.question}\n\n{prompts.RESPONSE}\n")
   assert tokenizer.decode(texts["stories"][1].response) == f"{asked.rationale}{tokenizer.eos_token}"
   option = texts["arc_easy"][0]
-  right = questions.load_test_choices(config)["arc_easy"][0]
+  right = get_tasks(config).load_test_choices()["arc_easy"][0]
   assert tokenizer.decode(option.prompt + option.response) == f"{right.contexts[0]}{right.options[1]}"
   assert tokenizer.decode(option.response).strip() == right.options[1].strip()
   models = [transformers.AutoModelForCausalLM.from_pretrained(f, dtype="float32") for f in (TINY, tuned)]

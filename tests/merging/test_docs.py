@@ -38,7 +38,7 @@ def test_a_method_is_one_file(monkeypatch: pytest.MonkeyPatch):
     config = tiny.get_config()  # as of a run with --config.merge.method=soft_swap
     config.merge.method, config.merge.options.temperature = "soft_swap", 0.5
     merge_settings.check_merge_options(config)
-    assert merge_settings.collect_settings(config)["options"] == {"temperature": 0.5}
+    assert merge_settings.get_settings(config).options == {"temperature": 0.5}
     assert "soft_swap: the change that is taken by half" in registry.format_option_help()["temperature"]
   finally:
     registry.METHODS.pop("soft_swap", None)

@@ -9,7 +9,8 @@ from configs import tiny
 from imm_jax import config_checks, loop, tasks
 from imm_jax.runs import record
 from imm_jax.runs.run import Checkpoint, Run
-from imm_jax.stages import questions
+from imm_jax.stages.round_questions import compute_digests
+from imm_jax.stages.task_entries import get_tasks
 
 
 @pytest.mark.full
@@ -31,7 +32,7 @@ def test_dry_run_trusts_hub_models(tmp_path, capsys):
   config, root = tiny.get_config(), tmp_path / "run"
   config.model = "HuggingFaceTB/SmolLM2-135M"
   stage = loop.plan(Run(config, root, Checkpoint(Path(config.model), "base")))[0]
-  inputs = record.collect_inputs(stage, {"stages": {}}, {"base": "digest", **questions.compute_digests(config)})
+  inputs = record.collect_inputs(stage, {"stages": {}}, {"base": "digest", **compute_digests(get_tasks(config))})
   (root / stage.name).mkdir(parents=True)
   for name, content in {"config": config.to_dict(), "run": {"stages": {stage.name: {
       "inputs": inputs, "output": "digest", "bytes": 0, "facts": {}}}}}.items():

@@ -20,7 +20,8 @@ from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.report.results import Results
 from imm_jax.sampling.native import NativeSampler
 from imm_jax.scoring import Scorer, encode_text
-from imm_jax.stages import evaluate as evaluate_stage, likelihood, lm_eval_tasks, questions
+from imm_jax.stages import evaluate as evaluate_stage, likelihood, lm_eval_tasks
+from imm_jax.stages.task_entries import get_tasks
 from tests import TINY
 from tests.runs.helpers import command
 
@@ -146,9 +147,9 @@ def test_what_was_scored_is_not_scored_again(data: Path, tmp_path: Path, monkeyp
   config.eval.texts = (f"prose=file:{data}/prose.txt",)
   config.task.ood = ("lm_eval:own_options", "lm_eval:own_answers")
   config.task.eval_questions = 2
-  assert len(questions.load_passages(config)["prose"]) == 2
+  assert len(get_tasks(config).load_passages()["prose"]) == 2
   config.eval.passages = 1
-  assert len(questions.load_passages(config)["prose"]) == 1
+  assert len(get_tasks(config).load_passages()["prose"]) == 1
   config.eval.passages = config.task.eval_questions = 0
   calls, limits = [], []
 

@@ -76,7 +76,7 @@ def test_library_names_strengthless_methods(
   base, tuned = trees["base"], trees["tuned"]
   inputs = {("base", "other"): [base, tuned], ("base", "models"): [base, [tuned]]}.get(
       registry.METHODS[method].inputs, [[base, tuned]])
-  options = merge_settings.collect_options(config, 0.25, None)
+  options = merge_settings.get_settings(config).collect_options(0.25, None)
   for name, value in getattr(merging, method)(*inputs, **options).items():
     np.testing.assert_allclose(found[name], np.asarray(value), rtol=0, atol=1e-6, err_msg=name)
 

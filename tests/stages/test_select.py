@@ -8,7 +8,9 @@ import pytest
 
 from configs import common
 from imm_jax.errors import UserError
-from imm_jax.stages import questions, select as select_stage
+from imm_jax.stages import select as select_stage
+from imm_jax.stages.round_questions import load_round
+from imm_jax.stages.task_entries import get_tasks
 
 ROUNDS, COUNT = 3, 40
 
@@ -27,7 +29,7 @@ def write_samples(folder: Path, config: ml_collections.ConfigDict) -> list[Path]
   paths = []
   for t in range(ROUNDS):
     rows = []
-    for i, e in enumerate(questions.load_round(config, t).round_questions):
+    for i, e in enumerate(load_round(get_tasks(config), t).round_questions):
       for s in range(2):
         right = i % 5 > 0 and (s == 0 or i % 4 == 0)
         rows.append({"id": e.id, "question": e.question, "text": f"round {t} says {e.answer if right else 'no'}",
@@ -49,12 +51,12 @@ def texts(rows: list[dict]) -> set[tuple[str, str]]:
 
 
 def right(config: ml_collections.ConfigDict, round_: int) -> set[tuple[str, str]]:
-  asked = questions.load_round(config, round_).round_questions
+  asked = load_round(get_tasks(config), round_).round_questions
   return {(e.question, f"round {round_} says {e.answer}") for i, e in enumerate(asked) if i % 5}
 
 
 def worked(config: ml_collections.ConfigDict, round_: int) -> set[tuple[str, str]]:
-  return {(e.question, e.rationale) for e in questions.load_round(config, round_).round_questions}
+  return {(e.question, e.rationale) for e in load_round(get_tasks(config), round_).round_questions}
 
 
 @pytest.mark.parametrize("method", ["imm", "iimm", "star"])
@@ -117,7 +119,7 @@ def test_only_the_judged_text_is_learned(config, tmp_path: Path):
 def test_sampled_real_answer_is_a_sample(config, tmp_path: Path):
   """A real answer that was also sampled counts as one."""
   config.data.real_fraction = 0.5
-  asked = questions.load_round(config, 0).round_questions
+  asked = load_round(get_tasks(config), 0).round_questions
   rows = [{"id": e.id, "question": e.question, "text": e.rationale, "finish": "stop", "span": e.answer,
            "correct": True} for e in asked[:10]]
   (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -161,7 +163,7 @@ def test_question_sets_are_disjoint(config):
   config.merge.base_weight, config.merge.auto.questions = "auto", 30
   seen: list[str] = []
   for t in range(ROUNDS):
-    result = questions.load_round(config, t)
+    result = load_round(get_tasks(config), t)
     assert (len(result.shots), len(result.held_out), len(result.round_questions)) == (2, 30, COUNT)
     seen += [e.question for e in result.round_questions]
   seen += [e.question for e in result.shots + result.held_out]

@@ -13,11 +13,15 @@ from configs import tiny
 from imm_jax import config_checks, loop
 from imm_jax.errors import UserError
 from imm_jax.runs.run import Checkpoint, Run
-from imm_jax.stages import evaluate, questions
+from imm_jax.stages import evaluate
+from imm_jax.stages.round_questions import compute_digests, load_general, load_round
+from imm_jax.stages.task_entries import get_tasks
+from imm_jax.stages.worked_examples import load_shots
 from imm_jax.tasks import protocols
 from imm_jax.tasks.answers import verdict
 from imm_jax.tasks.base import Example
 
+HARNESS = protocols.Settings("harness")
 ODD = "{} {x} \\frac{1}{2} é\u2028 $5\t100%"
 
 
@@ -32,7 +36,7 @@ def test_harness_prompts_follow_its_rule():
   """A file of examples, stripped, with three newlines between them and after them, then the question; options in a
   line."""
   shots = [(f"How many {i}? {ODD}", f" {ODD}\n\nThe answer is {i}.") for i in range(3)]
-  build = lambda task, asked, *rows: protocols.get_protocol(config("harness"), task).prompt(
+  build = lambda task, asked, *rows: protocols.get_protocol(HARNESS, task).prompt(
       asked, [Example(str(i), q, "7", a, "number") for i, (q, a) in enumerate(rows)], None)
 
   file = "".join(f"Question: {q}\nAnswer: {a}\n\n\n" for q, a in shots)
@@ -51,9 +55,9 @@ def test_harness_prompts_follow_its_rule():
     assert build(task, asked) == (f"Problem:\n{question}\n(A) x\nWhat of the following is the right choice? "
                                   f"Explain your answer.\n{joint.join(marked)}\nSolution:")
   assert build("asdiv", Example("", "Is it?", "yes", "", "latex")) == "Question: Is it? (Yes or No)\nAnswer:"
-  of = lambda task: protocols.get_protocol(config("harness"), task)
+  of = lambda task: protocols.get_protocol(HARNESS, task)
   assert [of(task).few_shot for task in ("gsm8k", "mawps", "math", "mathqa", "sat_math")] == [8, 8, 4, 4, 4]
-  assert protocols.get_protocol(config("harness", eval__few_shot=2), "gsm8k").few_shot == 2
+  assert protocols.get_protocol(HARNESS._replace(few_shot=2), "gsm8k").few_shot == 2
   assert of("gsm8k").stop == ("</s>", "\n\nQuestion:", "\n\nProblem:")
 
 
@@ -68,7 +72,7 @@ def test_qwen_prompts_equal_transformers():
   """They are what transformers makes of the chat."""
   tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
   tokenizer.chat_template = QWEN
-  protocol = protocols.get_protocol(config("qwen"), "gsm8k")
+  protocol = protocols.get_protocol(protocols.Settings("qwen"), "gsm8k")
   system = "Please reason step by step, and put your final answer within \\boxed{}."
   built = protocol.prompt(Example("", ODD, "7", "", "number"), (), tokenizer)
   assert built == tokenizer.apply_chat_template(
@@ -98,7 +102,7 @@ def test_qwen_prompts_equal_transformers():
     ("harness", "choice", "The answer is (B). So the choice is C.", "B"), ("harness", "choice", "choice is c", "C"),
     ("paper", "choice", "The answer is (B). The answer is (C).", "C"), ("harness", "choice", "(B)", None)])
 def test_answers_are_read_as_the_protocol_does(protocol, kind, text, right):
-  read = protocols.get_protocol(config(protocol), "gsm8k").read
+  read = protocols.get_protocol(protocols.Settings(protocol), "gsm8k").read
   answers = {"number": ("6", "7", "8"), "latex": ("1/2", "3", "4"), "choice": "ABC"}[kind]
   found = [a for a in answers if verdict(read(text, kind), a, kind, strict=False).correct]
   assert found == ([] if right is None else [right])
@@ -132,37 +136,38 @@ def custom(tmp_path: Path) -> ml_collections.ConfigDict:
 def test_worked_examples_are_never_asked(custom):
   custom.merge.base_weight, custom.merge.auto.questions, custom.merge.auto.general = "auto", 6, ("groups",)
   config_checks.validate(custom)
-  entries = ("custom", *custom.task.ood)
-  tests = questions.load_tests(custom)
-  shots = {questions.get_task_name(entry): questions.load_shots(custom, entry) for entry in entries}
+  asked = get_tasks(custom)
+  tests = asked.load_tests()
+  shots = {entry.name: load_shots(asked, entry) for entry in asked.own}
   assert {name: len(found) for name, found in shots.items()} == {"custom": 8, "groups": 8, "choice": 4, "svamp": 8}
   assert shots["svamp"] == shots["custom"]  # the same kind of answer
   assert all(e.rationale.endswith(f"The answer is {e.answer}") for e in shots["custom"])
-  found = questions.load_round(custom, 0)
-  general = questions.load_general_questions(custom, "groups")
+  found, general = load_round(asked, 0), load_general(asked, asked.general[0])
   assert (len(found.round_questions), len(found.held_out), len(general)) == (30 - 8 - 6, 6, 6)
   for task, shown in shots.items():
-    asked = (*found.round_questions, *found.held_out, *general, *tests[task])
-    assert not {e.question for e in shown} & {e.question for e in asked}
+    others = (*found.round_questions, *found.held_out, *general, *tests[task])
+    assert not {e.question for e in shown} & {e.question for e in others}
   custom.prompt.few_shot = 3
-  assert questions.load_round(custom, 0).shots == shots["custom"][:3]
-  assert questions.load_round(custom, 0).round_questions == found.round_questions
+  fewer = load_round(get_tasks(custom), 0)
+  assert (fewer.shots, fewer.round_questions) == (shots["custom"][:3], found.round_questions)
 
 
 def test_file_examples_replace_others(custom, tmp_path):
   """Worked examples of a file take the place of others."""
-  before = questions.compute_digests(custom), questions.load_round(custom, 0)
+  before = compute_digests(get_tasks(custom)), load_round(get_tasks(custom), 0)
   own = [{"question": f"own {i}?", "rationale": f"So {i}. The answer is {i}"} for i in range(7)]
   shown = before[1].round_questions[0].question
   custom.eval.shots_file = write(tmp_path, "shots.jsonl", [
       *own, {"question": shown, "answer": "It is 3.\n#### 3"}, *(r | {"task": "groups"} for r in rows("group", 8))])
   config_checks.validate(custom, trains=False)
-  for entry in ("custom", custom.task.ood[2]):
-    assert [(e.question, e.rationale) for e in questions.load_shots(custom, entry)] == [
+  asked = get_tasks(custom)
+  groups, _, in_file = asked.ood
+  for entry in (asked.in_domain, in_file):
+    assert [(e.question, e.rationale) for e in load_shots(asked, entry)] == [
         *((r["question"], r["rationale"]) for r in own), (shown, "It is 3.\n#### 3")]
-  assert questions.load_shots(custom, "groups")[1].rationale == "It is 1.\nThe answer is 1"
-  assert shown not in [e.question for e in questions.load_round(custom, 0).round_questions]  # nor is it asked
-  assert all(questions.compute_digests(custom)[split] != before[0][split] for split in before[0])
+  assert load_shots(asked, groups)[1].rationale == "It is 1.\nThe answer is 1"
+  assert shown not in [e.question for e in load_round(asked, 0).round_questions]  # nor is it asked
+  assert all(compute_digests(asked)[split] != before[0][split] for split in before[0])
   settings = lambda of: {stage.name: stage.settings for stage in loop.plan(
       Run(of, tmp_path / "run", base=Checkpoint(Path("base"), "base")))}
   plan = settings(custom)
@@ -210,13 +215,15 @@ def test_missing_examples_say_what_to_give(custom):
 
 def test_without_a_protocol_nothing_is_set_apart(custom):
   custom.eval.protocol, custom.prompt.few_shot = "paper", 0
-  assert len(questions.load_round(custom, 0).round_questions) == 30
-  assert all(questions.load_shots(custom, entry) == [] for entry in ("custom", *custom.task.ood))
+  asked = get_tasks(custom)
+  assert len(load_round(asked, 0).round_questions) == 30
+  assert all(load_shots(asked, entry) == [] for entry in asked.own)
 
 
 def test_how_answers_came_is_counted():
   rows_of = [{"tokens": t, "finish": f} for t, f in itertools.zip_longest((4, 6, 11), ("stop", "length"),
                                                                          fillvalue="stop")]
-  assert evaluate.describe_protocol(config("harness"), "groups", rows_of) == {
+  asked = get_tasks(config("harness"))
+  assert evaluate.describe_protocol(asked, asked.in_domain, rows_of) == {
       "name": "harness", "shots": 8, "n": 3, "mean_tokens": 7.0, "cut": 0.3333, "chat": False, "max_new_tokens": 40,
-      "stop": list(protocols.get_protocol(config("harness"), "groups").stop)}
+      "stop": list(protocols.get_protocol(HARNESS, "groups").stop)}

@@ -10,7 +10,8 @@ from configs import tiny
 from imm_jax import loop
 from imm_jax.model import hub
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.stages import questions
+from imm_jax.stages.round_questions import load_round
+from imm_jax.stages.task_entries import get_tasks
 from tests.fake_vllm import END, FakeVllm
 
 TOKENIZER = load_tokenizer(hub.resolve("tiny"))
@@ -32,9 +33,9 @@ def _rows(path: Path) -> list[dict]:
 
 def _knows(config: ml_collections.ConfigDict, fake: FakeVllm) -> None:
   """Makes a server give the worked answer to each question of the run."""
-  asked = [e for t in range(config.rounds) for e in questions.load_round(config, t).round_questions]
+  asked = [e for t in range(config.rounds) for e in load_round(get_tasks(config), t).round_questions]
   answers = {e.question: e.rationale
-             for e in [*asked, *(e for es in questions.load_tests(config).values() for e in es)]}
+             for e in [*asked, *(e for es in get_tasks(config).load_tests().values() for e in es)]}
 
   def draw(prompt: list[int], seed: int, temperature: float, most: int) -> list[int]:
     text = TOKENIZER.decode(prompt)
@@ -71,7 +72,7 @@ def test_run_survives_a_dead_remote_server(
   assert "is taken out" in capsys.readouterr().err
   for t in range(2):
     rows = _rows(root / f"round_{t}/samples.jsonl")
-    asked = questions.load_round(config, t).round_questions
+    asked = load_round(get_tasks(config), t).round_questions
     assert sorted((r["id"], r["sample"]) for r in rows) == sorted((e.id, s) for e in asked for s in range(3))
     rationales = {e.id: e.rationale for e in asked}
     assert all(r["text"].strip() == rationales[r["id"]].strip() and r["correct"] for r in rows)

@@ -31,7 +31,8 @@ from imm_jax.sampling.native import NativeSampler
 from imm_jax.sampling.vllm import VllmSampler, check as vllm_check, freshness, supervisor
 from imm_jax.sampling.vllm.client import Server
 from imm_jax.sampling.vllm.server import SpawnedServer
-from imm_jax.stages import questions
+from imm_jax.stages.round_questions import load_round
+from imm_jax.stages.task_entries import get_tasks
 from imm_jax.tasks import arithmetic, prompts
 from tests import TINY
 
@@ -233,12 +234,12 @@ def _check_run(config: ml_collections.ConfigDict, root: Path) -> None:
   for t in range(2):
     rows = [json.loads(line) for line in (root / f"round_{t}/samples.jsonl").read_text().splitlines()]
     assert sorted((r["id"], r["sample"]) for r in rows) == sorted(
-        (e.id, s) for e in questions.load_round(config, t).round_questions for s in range(3))
+        (e.id, s) for e in load_round(get_tasks(config), t).round_questions for s in range(3))
     assert len({r["text"] for r in rows}) > 100
   base = hub.resolve(config.model)
   for model, scores in [(base, root / "base/eval"), *(
       (root / f"round_{t}/{kind}", root / f"round_{t}/eval/{kind}") for t in range(2) for kind in ("sft", "merged"))]:
-    for task, examples in questions.load_tests(config).items():
+    for task, examples in get_tasks(config).load_tests().items():
       rows = [json.loads(line) for line in (scores / f"{task}.jsonl").read_text().splitlines()]
       asked = [Prompt(e.id, prompts.build_prompt(e.question)) for e in examples]
       native = NativeSampler(model, compute_dtype="float32", batch_size=24)

@@ -7,7 +7,9 @@ import pytest
 from configs import tiny
 from imm_jax import config_checks
 from imm_jax.errors import UserError
-from imm_jax.stages import questions, select
+from imm_jax.stages import select
+from imm_jax.stages.round_questions import compute_digests, load_round
+from imm_jax.stages.task_entries import get_tasks
 
 
 def custom_task(folder, **records):
@@ -42,13 +44,14 @@ def test_shots_have_rationales(tmp_path):
   config = _half_worked(tmp_path / "a")
   config.prompt.few_shot, config.task.questions_per_round = 3, 0
   config_checks.validate(config)
-  found = questions.load_round(config, 0)
+  tasks = get_tasks(config)
+  found = load_round(tasks, 0)
   assert len(found.shots) == 3
   assert all(e.rationale for e in found.shots)
   assert len(found.round_questions) == 6
   assert not {e.id for e in found.round_questions} & {e.id for e in found.shots}
   assert sum(not e.rationale for e in found.round_questions) == 5
-  assert len(select.worked_answers(config, 0)) == 1
+  assert len(select.worked_answers(tasks, 0)) == 1
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -65,8 +68,8 @@ def test_shots_are_first_where_all_are_worked(tmp_path):
   """Which examples a prompt shows does not change where all rows have a worked answer."""
   config = _half_worked(tmp_path / "a", worked=range(9))
   config.prompt.few_shot = 3
-  pool = questions.load_questions(config, "custom", split="train")
-  found = questions.load_round(config, 0)
+  tasks = get_tasks(config)
+  pool, found = tasks.in_domain.load(split="train"), load_round(tasks, 0)
   assert (found.shots, found.round_questions) == (pool[:3], pool[3:7])
 
 
@@ -79,15 +82,15 @@ def test_short_test_sets_are_asked_whole(tmp_path, capsys):
   config.task.update({"eval_questions": 7, "ood": ("groups", f"svamp=file:{svamp}")})
   for _ in range(2):
     config_checks.validate(config, trains=False)
-  assert {name: len(found) for name, found in questions.load_tests(config).items()} == {
+  assert {name: len(found) for name, found in get_tasks(config).load_tests().items()} == {
       "custom": 7, "groups": 7, "svamp": 5}
-  assert questions.count_tests(config) == [7, 7, 5]
+  assert get_tasks(config).count_tests() == [7, 7, 5]
   told = [line for line in capsys.readouterr().err.splitlines() if "all of them are asked" in line]
   assert told == ["note: task svamp has 5 test questions, and all of them are asked (config.task.eval_questions=7)"]
 
 
 def test_questions_that_change_are_noticed(tmp_path):
-  first, same, other = (questions.compute_digests(custom_task(tmp_path / name, **more)) for name, more in (
+  first, same, other = (compute_digests(get_tasks(custom_task(tmp_path / name, **more))) for name, more in (
       ("a", {}), ("b", {}), ("c", {"answer": "7"})))
   assert first == same
   assert all(first[split] != other[split] for split in first)
@@ -100,8 +103,8 @@ def test_dry_run_counts_test_questions(tmp_path):
   (tmp_path / "a" / "test.jsonl").write_text("\n".join(
       json.dumps({"question": "Test?", "answer": a}) for a in ("1", "2", "none", "1")))
   config.task.update({"eval_questions": 1000, "ood": ("groups", "mawps", "asdiv", "sciq")})
-  assert questions.count_tests(config) == [3, 1000, 520, 1000, 1000]
-  first, note = questions.describe_tests(config).splitlines()
+  assert get_tasks(config).count_tests() == [3, 1000, 520, 1000, 1000]
+  first, note = get_tasks(config).describe_tests().splitlines()
   assert first == ("test questions: custom 3 of 4 (3 have an answer that can be judged); groups 1000 (generated); "
                    "mawps 520 of 520; asdiv 1000 of 2305 (2215 have an answer that can be judged); sciq 1000 of 1000")
   assert "mawps: hf:MU-NLPC/Calc-mawps has 520 other questions than the paper's 2065" in note
