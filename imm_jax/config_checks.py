@@ -18,7 +18,8 @@ from imm_jax.model.decoder import REMAT
 from imm_jax.runs import metrics
 from imm_jax.sampling.engines import ENGINES
 from imm_jax.sampling.vllm.client import Server
-from imm_jax.stages import lm_eval_tasks, merge_settings, questions
+from imm_jax.stages import lm_eval_tasks, merge_settings, round_questions, worked_examples
+from imm_jax.stages.task_entries import Entry, Tasks, get_tasks
 from imm_jax.tasks import prompts, protocols, sources
 from imm_jax.training import interventions, throughput
 
@@ -90,7 +91,8 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
   require(config, "eval.few_shot", lambda v: -1 <= v < 2**31, "expected 0 or more, or -1 for the protocol's own number")
   require(config, "eval.max_new_tokens", lambda v: v == -1 or 1 <= v < 2**31, "expected 1 or more, or -1 for what the "
           "protocol allows")
-  if config.eval.shots_file and not questions.count_eval_shots(config):
+  named = get_tasks(config)
+  if named.shots_file and not named.get_protocol(named.in_domain).few_shot:
     raise UserError(f"config.eval.shots_file={config.eval.shots_file}: eval.protocol={config.eval.protocol} shows no "
                     "worked examples; give config.eval.few_shot=N, or another eval.protocol")
   if config.eval.num_samples and config.eval.pass_at_k and min(config.eval.pass_at_k) > config.eval.num_samples:
@@ -103,8 +105,8 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
   _validate_sampler(config)
   _validate_merge(config)
   _validate_data(config)
-  _validate_tasks(config, trains)
-  _validate_questions(config, trains, downloads)
+  _validate_tasks(config, named, trains)
+  _validate_questions(config, named, trains, downloads)
 
 
 def _check_keys(config: ml_collections.ConfigDict) -> None:
@@ -208,30 +210,30 @@ def _validate_data(config: ml_collections.ConfigDict) -> None:
     raise UserError("config.data.real_fraction=1 samples nothing, so teacher has no effect with it")
 
 
-def _validate_tasks(config: ml_collections.ConfigDict, trains: bool) -> None:
+def _validate_tasks(config: ml_collections.ConfigDict, named: Tasks, trains: bool) -> None:
   name, equals, source = config.task.name.partition("=")
   if equals:
     raise UserError(f"config.task.name={config.task.name}: expected only the name; give its source with "
                     f"--config.task.name={name} --config.task.source={source}")
   if name == "custom" and not config.task.source:
     raise UserError("config.task.name=custom needs config.task.source=file:PATH (or hf:ID, tfds:NAME)")
-  for key, entry in (("task.name", config.task.name), *(("task.ood", e) for e in config.task.ood)):
-    if key == "task.name" or questions.get_measure(config, str(entry)) != "lm_eval":
-      _check_name(key, questions.get_task_name(str(entry)), tasks.JUDGED)
-  _validate_measures(config)
-  trained = [("task.name", config.task.name)] if trains else []
-  if trains and config.merge.base_weight == "auto":
-    names = [questions.get_task_name(entry) for entry in config.merge.auto.general]
-    if any(questions.get_measure(config, entry) == "lm_eval" for entry in config.merge.auto.general):
+  for key, task in (("task.name", named.in_domain), *(("task.ood", task) for task in named.ood)):
+    if key == "task.name" or task.measure != "lm_eval":
+      _check_name(key, task.name, tasks.JUDGED)
+  _validate_measures(config, named)
+  trained = [("task.name", named.in_domain)] if trains else []
+  if trains and named.general:
+    names = [task.name for task in named.general]
+    if any(task.measure == "lm_eval" for task in named.general):
       raise UserError(f"config.merge.auto.general={config.merge.auto.general}: a task of lm_eval has no train split "
                       "that can be held out here; expected tasks of this package")
     if config.task.name in names or len(set(names)) < len(names):
       raise UserError(f"config.merge.auto.general={config.merge.auto.general}: expected different tasks, and not the "
                       "in-domain one")
-    trained += [("merge.auto.general", e) for e in config.merge.auto.general]
-  for key, entry in trained:
-    _check_name(key, questions.get_task_name(str(entry)),
-                [name for name in tasks.JUDGED if "train" in tasks.splits(name)], "has no train split; ")
+    trained += [("merge.auto.general", task) for task in named.general]
+  for key, task in trained:
+    _check_name(key, task.name, [name for name in tasks.JUDGED if "train" in tasks.splits(name)],
+                "has no train split; ")
   for key, entry in (("task.source", f"{config.task.name}={config.task.source}"),
                      *(("task.ood", e) for e in config.task.ood)):
     name, _, source = entry.partition("=")
@@ -244,7 +246,7 @@ def _validate_tasks(config: ml_collections.ConfigDict, trains: bool) -> None:
         raise UserError(f"config.{key}: {e}") from e
   if config.task.name != "custom" and any(config.task.fields.values()):
     raise UserError(f"config.task.fields: is for task custom; {config.task.name} has its own")
-  ood = [questions.get_task_name(entry) for entry in config.task.ood]
+  ood = [task.name for task in named.ood]
   if config.task.name in ood:
     raise UserError(f"config.task.ood has {config.task.name!r}, which is the in-domain task")
   if len(set(ood)) < len(ood):
@@ -253,11 +255,11 @@ def _validate_tasks(config: ml_collections.ConfigDict, trains: bool) -> None:
     raise UserError("config.task.ood has 'custom', which only the in-domain task can be")
 
 
-def _validate_measures(config: ml_collections.ConfigDict) -> None:
+def _validate_measures(config: ml_collections.ConfigDict, named: Tasks) -> None:
   """Checks what is measured without sampled answers: options, texts and lm_eval's tasks."""
   for name in config.eval.by_likelihood:
     _check_name("eval.by_likelihood", name, [n for n in tasks.JUDGED if tasks.has_choices(n)])
-    if name not in (config.task.name, *map(questions.get_task_name, config.task.ood)):
+    if name not in named.names:
       raise UserError(f"config.eval.by_likelihood has {name!r}, which is neither task.name nor in task.ood")
   names = [entry.partition("=")[0] for entry in config.eval.texts]
   for name, entry in zip(names, config.eval.texts, strict=True):
@@ -269,7 +271,7 @@ def _validate_measures(config: ml_collections.ConfigDict) -> None:
         sources.validate(entry.partition("=")[2])
       except UserError as e:
         raise UserError(f"config.eval.texts: {e}") from e
-  if len(set(names)) < len(names) or {*names} & {*map(questions.get_task_name, config.task.ood), config.task.name}:
+  if len(set(names)) < len(names) or {*names}.intersection(named.names):
     raise UserError(f"config.eval.texts={config.eval.texts} names a text twice, or as a task is named")
   require(config, "eval.lm_eval.few_shot", lambda v: -1 <= v < 2**31, "expected 0 or more, or -1 for the task's own")
   lm_eval_tasks.check_lm_eval_tasks(config)
@@ -282,57 +284,55 @@ def _check_name(key: str, name: str, allowed: Sequence[str], explanation: str = 
     raise UserError(f"config.{key} has {name!r}: {reason}{suggest(name, list(allowed))}")
 
 
-def _validate_questions(config: ml_collections.ConfigDict, trains: bool, downloads: bool) -> None:
+def _validate_questions(config: ml_collections.ConfigDict, named: Tasks, trains: bool, downloads: bool) -> None:
   """Loads the questions, so that errors in them are reported before any computation."""
-  is_loaded = lambda *entries: downloads or not any(questions.is_remote(config, entry) for entry in entries)
-  checks: list[tuple[str, Callable[[], object], tuple[str, ...]]] = [
-      (f"task.eval_questions={config.task.eval_questions}", lambda: questions.load_tests(config),
-       questions.list_own_entries(config))]
-  if downloads or not questions.has_remote_texts(config):
-    checks.append((f"eval.texts={config.eval.texts}", lambda: questions.load_passages(config), ()))
+  task = named.in_domain
+  is_loaded = lambda *read: downloads or not any(task.is_remote for task in read)
+  checks: list[tuple[str, Callable[[], object], tuple[Entry, ...]]] = [
+      (f"task.eval_questions={config.task.eval_questions}", named.load_tests, named.own)]
+  if downloads or not named.has_remote_texts:
+    checks.append((f"eval.texts={config.eval.texts}", named.load_passages, ()))
   if trains:
     checks.append((f"task.questions_per_round={config.task.questions_per_round} in {config.rounds} rounds",
-                   lambda: questions.load_round(config, config.rounds - 1), (config.task.name,)))
-  if trains and config.merge.base_weight == "auto":
-    auto = config.merge.auto
-    checks += [(f"merge.auto.questions={auto.questions}",
-                lambda entry=entry: questions.load_general_questions(config, entry),
-                (entry, config.task.name)) for entry in auto.general]
+                   lambda: round_questions.load_round(named, config.rounds - 1), (task,)))
+  checks += [(f"merge.auto.questions={named.held_out}", lambda other=other: round_questions.load_general(named, other),
+              (other, task)) for other in (named.general if trains else ())]
   if trains and config.prompt.few_shot and samples_answers(config):
-    checks.append((f"prompt.few_shot={config.prompt.few_shot}", lambda: _check_shots(config), (config.task.name,)))
-  checks += [(f"eval.protocol={config.eval.protocol}", lambda entry=entry: questions.load_shots(config, entry),
-              (entry, config.task.name)) for entry in questions.list_own_entries(config)]
-  for setting, check, entries in checks:
-    if is_loaded(*entries):
+    checks.append((f"prompt.few_shot={config.prompt.few_shot}", lambda: _check_shots(named), (task,)))
+  checks += [(f"eval.protocol={config.eval.protocol}", lambda other=other: worked_examples.load_shots(named, other),
+              (other, task)) for other in named.own]
+  for setting, check, read in checks:
+    if is_loaded(*read):
       try:
         check()
       except ValueError as e:
         raise UserError(f"config.{setting}: {e}") from e
   if downloads:
     lm_eval_tasks.load(config)
-  if trains and is_loaded(config.task.name) and (
+  if trains and is_loaded(task) and (
       not samples_answers(config) or config.data.real_fraction or config.data.with_real):
     # Each round needs worked answers, unless it also trains on those of earlier rounds.
     needs_own = not samples_answers(config) or config.data.real_fraction
     for t in range(config.rounds if needs_own else 1):
-      round_questions = questions.load_round(config, t).round_questions
-      if not any(e.rationale for e in round_questions):
+      asked = round_questions.load_round(named, t).round_questions
+      if not any(e.rationale for e in asked):
         raise UserError(f"config.task.name={config.task.name}: has no worked answers, which method=real, "
-                        f"data.real_fraction and data.with_real train on: {_describe_worked(config)}, and none "
-                        f"of the {len(round_questions)} of round {t}")
+                        f"data.real_fraction and data.with_real train on: {_describe_worked(task)}, and none "
+                        f"of the {len(asked)} of round {t}")
 
 
-def _check_shots(config: ml_collections.ConfigDict) -> None:
-  if len(questions.load_round(config, 0).shots) < config.prompt.few_shot:
-    raise ValueError(f"{config.task.name} has no worked answers to show, or too few: {_describe_worked(config)}; name "
-                     "their field in task.fields.rationale, or lower prompt.few_shot (0 for none)")
+def _check_shots(named: Tasks) -> None:
+  task = named.in_domain
+  if len(round_questions.load_round(named, 0).shots) < named.few_shot:
+    raise ValueError(f"{task.name} has no worked answers to show, or too few: {_describe_worked(task)}; name their "
+                     "field in task.fields.rationale, or lower prompt.few_shot (0 for none)")
 
 
-def _describe_worked(config: ml_collections.ConfigDict) -> str:
-  if tasks.is_generated(config.task.name):
+def _describe_worked(task: Entry) -> str:
+  if task.is_generated:
     return "its questions are generated"
-  worked, total = questions.count_worked(config)
-  return f"{worked} of its {total} train questions have one"
+  pool = task.load(split="train")
+  return f"{sum(bool(e.rationale) for e in pool)} of its {len(pool)} train questions have one"
 
 
 def _get(config: ml_collections.ConfigDict, key: str) -> Any:
