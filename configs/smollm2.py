@@ -27,12 +27,12 @@ def get_config(argument: str | None = None) -> ml_collections.ConfigDict:
   config.sft.learning_rate = 1e-4  # five times the paper's for models of 0.5 to 7 billion parameters
   config.eval.passages = 4
   config.analysis.examples, config.analysis.drift = 64, 8  # each costs a part of what SFT does
+  config.sample.num_samples = 4  # one sample of eight is right at first
   if size == "quick":
     config.rounds = 1
     config.task.questions_per_round = 200
-    config.sample.num_samples = 4
     config.task.eval_questions = 60
   else:
     config.task.questions_per_round = 350  # of 601, of which every round asks the next ones
-    config.task.eval_questions = 100  # of each task
+    config.task.eval_questions = 500  # of each task; in domain there are 354
   return config
