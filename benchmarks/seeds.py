@@ -31,6 +31,7 @@ METHODS = {name: (f"--config.method={name}",) for name in methods.METHODS} | {
     name: ("--config.method=star", f"--config.sft.intervention={name}") for name in (
         "gradient_decay", "gradient_clipping", "weight_masking")} | {
             "auto": ("--config.method=imm", "--config.merge.base_weight=auto"),
+            "lines": ("--config.method=lines", "--config.merge.base_weight=0"),  # as published: the last layer whole
             "imm_0.5": ("--config.method=imm", "--config.merge.base_weight=0.5"),
             "early_stopping": ("--config.method=star", "--config.sft.stop_share=0.1")}
 _ENLARGED = 0.9  # accuracy out of domain from which the front is shown enlarged
