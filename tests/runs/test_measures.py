@@ -21,6 +21,7 @@ from imm_jax.report.results import Results
 from imm_jax.sampling.native import NativeSampler
 from imm_jax.scoring import Scorer, encode_text
 from imm_jax.stages import evaluate as evaluate_stage, likelihood, lm_eval_tasks
+from imm_jax.stages.kept import Kept
 from imm_jax.stages.task_entries import get_tasks
 from tests import TINY
 from tests.runs.helpers import command
@@ -166,8 +167,8 @@ def test_what_was_scored_is_not_scored_again(data: Path, tmp_path: Path, monkeyp
 
   count(Scorer, "score")
   count(NativeSampler, "generate")
-  evaluate = lambda name: evaluate_stage.evaluate(config, TINY, tmp_path / f"{name}_scratch", tmp_path / name,
-                                                  label="it")
+  evaluate = lambda name: evaluate_stage.evaluate(config, TINY, tmp_path / f"{name}_scratch",
+                                                  Kept(tmp_path / name), label="it")
   expected, whole = evaluate("whole"), calls.copy()
   assert whole == ["arc_easy (1 of 2)", "arc_easy (2 of 2)", "prose (1 of 3)", "prose (2 of 3)", "prose (3 of 3)",
                    "continuations (1 of 3)", "continuations (2 of 3)", "continuations (3 of 3)", "texts"]
