@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from configs import tiny
-from imm_jax import config_checks
+from imm_jax import config_checks, files
 from imm_jax.errors import UserError
 from imm_jax.model import sharding
 from imm_jax.model.tokenizer import load_tokenizer
@@ -121,17 +121,23 @@ def test_lm_eval_scores_as_our_own_do(data: Path, tmp_path: Path, monkeypatch: p
     (data / f"lm_eval/{name}.yaml").write_text(yaml.safe_dump(task))
   config = tiny.get_config()
   config.task.ood, config.eval.lm_eval.path = ("lm_eval:own_options", "lm_eval:own_some"), str(data / "lm_eval")
-  measure = lambda module: module.measure(config, TINY, tmp_path / "scratch", tmp_path / "out", "tiny")["scores"]
-  (tmp_path / "out").mkdir()
-  found = measure(lm_eval_tasks)
+  measure = lambda module, kept: module.measure(config, TINY, tmp_path / "scratch", kept, "tiny")["scores"]
+  for name in ("out", "again"):
+    (tmp_path / name).mkdir()
+  out = Kept(tmp_path / "out", tmp_path / "none")
+  found = measure(lm_eval_tasks, out)
+  with monkeypatch.context() as patch:
+    patch.setattr(lm_eval_tasks, "_run", None)
+    assert measure(lm_eval_tasks, Kept(tmp_path / "again", out.out)) == found
+  assert files.digest(tmp_path / "again") == files.digest(out.out)
   row, *_ = map(json.loads, (tmp_path / "out/lm_eval:own_some.jsonl").read_text().splitlines())
   config.task.ood = (f"arc_easy=file:{data}",)
-  ours = measure(likelihood)["arc_easy"]
+  ours = measure(likelihood, out)["arc_easy"]
   assert found == {"lm_eval:own_options": ours, "lm_eval:own_some": {"acc_norm": ours["acc_norm"]}}
   assert row["correct"] == row["metrics"]["acc_norm"]
   config.task.ood = ("lm_eval:own_none",)
   with pytest.raises(UserError, match=r"own_none: has no figure of each document .* \(it has acc, acc_norm\)"):
-    measure(lm_eval_tasks)
+    measure(lm_eval_tasks, out)
 
 
 @pytest.mark.full
