@@ -12,6 +12,7 @@ from pathlib import Path
 import ml_collections
 
 from imm_jax import __version__, report
+from imm_jax.errors import join_items
 from imm_jax.estimates import cost, disk, memory, shapes
 from imm_jax.methods import keeps_average, samples_answers
 from imm_jax.model import checkpoint_folder, hf, hub, published
@@ -120,7 +121,7 @@ def _open(config: ml_collections.ConfigDict, workdir: str,
     yield models, directory, description
 
 
-def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
+def dry_run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False) -> None:
   """Prints what `run` would do, and estimates of its cost; changes nothing and downloads nothing of a hub's model."""
   root = Path(workdir)
   is_local = all(map(hub.is_local, filter(None, (config.model, config.teacher))))
@@ -143,6 +144,8 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
   else:
     external |= compute_digests(tasks)
   stages = plan(_make_run(config, root, models))
+  run_record.accept_former_settings(record, stages)
+  found = rundir.find_consequences(root, config, record, stages, external)
   to_do: set[str] = set()
   if line := status.format_line(status.read(root)):
     print(f"{root}: {line}")
@@ -165,6 +168,10 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
         config, model, expected, root, base)
     lengths = {"question": expected.question, "answer": expected.answer}
   tokens_and_hours = cost.describe(config, model, record, teacher, [stage.name for stage in stages], **lengths)
+  if found.dropped:
+    print(f"no longer a part of the run: {join_items(found.dropped)}")
+  if found.refusal and not rerun:
+    print(f"without --rerun this start is refused: {found.refusal}")
   print(f"\n{len(to_do)} of {len(stages)} stages to do\n{tasks.describe_tests()}\n{sizes}\n"
         f"the whole run: {tokens_and_hours}")
 

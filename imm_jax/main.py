@@ -74,7 +74,7 @@ def main() -> None:
                     process_id=_PROCESS_ID.value)
   runner = experiments if is_experiment else loop
   if _DRY_RUN.value:
-    runner.dry_run(settings, _WORKDIR.value)
+    runner.dry_run(settings, _WORKDIR.value, rerun=_RERUN.value)
   else:
     runner.run(settings, _WORKDIR.value, rerun=_RERUN.value)
 

@@ -133,7 +133,7 @@ def _collect_inputs(analysis: ml_collections.ConfigDict, models: dict[str, Path]
       "digests": {label: checkpoint_folder.digest(model) for label, model in models.items()}}))
 
 
-def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
+def dry_run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False) -> None:
   """Prints what `run` would do, run by run and analysis by analysis; downloads nothing."""
   _check(config, workdir)
   if distributed.is_main():
@@ -142,7 +142,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str) -> None:
     if distributed.is_main():
       print(f"\nrun {name}: {settings.method} on {settings.model}, {settings.rounds} rounds, in domain "
             f"{settings.task.name}, out of domain {', '.join(settings.task.ood)}")
-    loop.dry_run(settings, str(Path(workdir) / name))
+    loop.dry_run(settings, str(Path(workdir) / name), rerun=rerun)
   for name, analysis in config.analyses.items():
     if distributed.is_main():
       is_done = (Path(workdir) / "analyses" / name / output.FILE).exists()

@@ -34,6 +34,17 @@ def read(root: Path) -> dict[str, Any]:
   return record
 
 
+def accept_former_settings(record: Mapping[str, Any], stages: Sequence[Stage]) -> None:
+  """Replaces in a record the digests of settings as earlier versions counted them by those of today."""
+  for stage in stages:
+    if stage.former_settings is not None:
+      former, current = digest_settings(stage.former_settings), digest_settings(stage.settings)
+      inputs, known = record["stages"].get(stage.name, {}).get("inputs", {}), record.get("settings", {})
+      for digests, name in ((inputs, "settings"), (known, stage.name)):
+        if digests.get(name) == former:
+          digests[name] = current
+
+
 def stale_reason(stage: Stage, record: Mapping[str, Any], root: Path, external: Mapping[str, str]) -> str | None:
   """Returns the reason why a stage has to run, as the user reads it, or None if it is done.
 
@@ -49,7 +60,8 @@ def stale_reason(stage: Stage, record: Mapping[str, Any], root: Path, external: 
   inputs = collect_inputs(stage, record, external)
   changed = sorted(k for k in inputs.keys() | entry["inputs"].keys() if inputs.get(k) != entry["inputs"].get(k))
   if changed:
-    return f"run again, because of a change in: {', '.join(changed)}"
+    rest = "; what is unchanged in it is taken over" if stage.takes_over else ""
+    return f"run again, because of a change in: {', '.join(changed)}{rest}"
   if not (root / stage.name).exists():
     return "run again, because its output is missing"
   if files.count_bytes(root / stage.name) != entry["bytes"]:

@@ -87,6 +87,8 @@ class Stage:
     scratch: a folder, possibly in a bucket, that is removed when the stage is done; empty for none.
     costly: whether a changed config may replace its output only with `--rerun`.
     summarize: turns its facts into a line for the user; an empty one is not printed.
+    former_settings: the settings that earlier versions counted, with some that have no effect; None for the same.
+    takes_over: whether it takes over, when run again, what is unchanged in its earlier output.
   """
 
   name: str
@@ -98,6 +100,8 @@ class Stage:
   scratch: str = ""
   costly: bool = False
   summarize: Callable[[dict[str, Any]], str] = lambda facts: ""
+  former_settings: Mapping[str, Any] | None = None
+  takes_over: bool = False
 
 
 def pick(config: ml_collections.ConfigDict, *keys: str) -> dict[str, Any]:
@@ -129,6 +133,7 @@ def list_idle_keys(config: ml_collections.ConfigDict, keys: Iterable[str]) -> li
   used = _dependent_keys(config) | dict.fromkeys(
       (f"sample.{key}" for key in ("num_samples", "max_new_tokens", "batch_size", "temperatures", "top_p")),
       methods.samples_answers(config))
+  used |= dict.fromkeys(("eval.pass_at_k", "eval.temperature", "eval.top_p"), config.eval.num_samples > 0)
   sections = {"merge.": bool(methods.get_method(config).merge), "merge.auto.": config.merge.base_weight == "auto"}
   return [key for key in keys if not used.get(key, True) or any(
       key.startswith(section) and not effective for section, effective in sections.items())]

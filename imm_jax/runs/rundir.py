@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 from etils import epath
@@ -104,39 +104,19 @@ class RunDir:
     """
     if not distributed.is_main():
       return
-    changed = list_changes(self.path, self._config)
-    notes = [line for key, line in changed if _is_runtime_key(key)]
-    causes = [line for key, line in changed if not _is_runtime_key(key)]
-    # An input that was replaced under the same name discards work just as a changed config does.
-    origin, restored = ("another config", "the values") if causes else ("other inputs", "what")
-    causes = causes or [f"{name} is not what it was" for name in run_record.list_replaced(self._record, external)]
+    run_record.accept_former_settings(self._record, stages)
+    found = find_consequences(self.path, self._config, self._record, stages, external)
+    if found.refusal and not rerun:
+      raise UserError(found.refusal)
+    for name in found.dropped:
+      del self._record["stages"][name]
     settings = {stage.name: run_record.digest_settings(stage.settings) for stage in stages}
-    # With the same config, other settings come from another version of the package. Records of older versions lack
-    # these digests, so that there is nothing to compare with.
-    if not causes and any(self._record.get("settings", {}).get(name, now) != now for name, now in settings.items()):
-      origin, restored = "another version of imm_jax", "the version"
-      causes = ["this one counts other settings among those of a stage"]
-    if causes:
-      stale = run_record.list_stale(stages, self._record, self.path, external)
-      dropped = sorted(self._record["stages"].keys() - {stage.name for stage in stages})
-      lost = [stage.name for stage in stages if stage.costly and stage.name in stale]
-      lost += [name for name in dropped if self._record["stages"][name].get("costly")]
-      if lost and not rerun:
-        verb = "run finished work again" if set(lost) & set(stale) else "drop finished work from the run"
-        raise UserError(f"{self.path}: made with {origin} ({'; '.join(causes)}), which would {verb}: "
-                        f"{join_items(lost)}; give --rerun to allow that, or use another --workdir, or {restored} it "
-                        "was made with")
-      effect = f"{join_items(stale)} will be run again" if stale else "nothing is run again for it"
-      notes += [f"{'; '.join(causes)}: {effect}"]
-      for name in dropped:
-        del self._record["stages"][name]
-      notes += [f"no longer a part of the run: {join_items(dropped)}"] * bool(dropped)
     self._record |= {"external": dict(external), "settings": settings}
     self._save_record()
     self._begun = True
     (self.path / integrity.MANIFEST).unlink(missing_ok=True)  # __exit__ writes it again
     files.write_json(self.path / "config.json", _to_json(self._config), sort_keys=True)
-    for line in notes:
+    for line in found.notes:
       print(f"note: {line}", file=sys.stderr)
 
   def run(self, stage: Stage, external: Mapping[str, str], *, on_host: bool = False) -> bool:
@@ -224,6 +204,51 @@ def check_workdir(path: str | Path) -> None:
                     "--workdir")
   elif names - {".lock", ".config.json.part"}:
     raise UserError(f"{root}: is not empty and no run directory (it has no config.json); use another --workdir")
+
+
+class Consequences(NamedTuple):
+  """Holds what a start of a run with another config, or with other inputs, brings about.
+
+  Attributes:
+    notes: lines about it for the user.
+    dropped: finished stages that are no longer a part of the run.
+    refusal: why it is refused without `--rerun`; empty if it is not.
+  """
+
+  notes: list[str]
+  dropped: list[str]
+  refusal: str
+
+
+def find_consequences(root: Path, config: ml_collections.ConfigDict, record: Mapping[str, Any],
+                      stages: Sequence[Stage], external: Mapping[str, str]) -> Consequences:
+  """Finds what a start brings about; see `RunDir.begin` for the arguments."""
+  changed = list_changes(root, config)
+  notes = [line for key, line in changed if _is_runtime_key(key)]
+  causes = [line for key, line in changed if not _is_runtime_key(key)]
+  # An input that was replaced under the same name discards work just as a changed config does.
+  origin, restored = ("another config", "the values") if causes else ("other inputs", "what")
+  causes = causes or [f"{name} is not what it was" for name in run_record.list_replaced(record, external)]
+  # With the same config, other settings come from another version of the package. Records of older versions lack
+  # these digests, so that there is nothing to compare with.
+  known = record.get("settings", {})
+  if not causes and any(known.get(stage.name, now := run_record.digest_settings(stage.settings)) != now
+                        for stage in stages):
+    origin, restored = "another version of imm_jax", "the version"
+    causes = ["this one counts other settings among those of a stage"]
+  if not causes:
+    return Consequences(notes, [], "")
+  stale = run_record.list_stale(stages, record, root, external)
+  dropped = sorted(record["stages"].keys() - {stage.name for stage in stages})
+  lost = [stage.name for stage in stages if stage.costly and stage.name in stale]
+  lost += [name for name in dropped if record["stages"][name].get("costly")]
+  verb = "run finished work again" if set(lost) & set(stale) else "drop finished work from the run"
+  refusal = (f"{root}: made with {origin} ({'; '.join(causes)}), which would {verb}: {join_items(lost)}; give --rerun "
+             f"to allow that, or use another --workdir, or {restored} it was made with") if lost else ""
+  effect = f"{join_items(stale)} will be run again" if stale else "nothing is run again for it"
+  notes += [f"{'; '.join(causes)}: {effect}"]
+  notes += [f"no longer a part of the run: {join_items(dropped)}"] * bool(dropped)
+  return Consequences(notes, dropped, refusal)
 
 
 def list_changes(root: Path, config: ml_collections.ConfigDict) -> list[tuple[str, str]]:

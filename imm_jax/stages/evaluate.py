@@ -2,34 +2,58 @@
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
-from imm_jax import files
+from imm_jax.model import checkpoint_folder
 from imm_jax.runs.metrics import StageMetrics
 from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed
 from imm_jax.sampling import Prompt
 from imm_jax.stages import devices, likelihood, lm_eval_tasks, synthesize
+from imm_jax.stages.kept import FOLDER, Kept
 from imm_jax.stages.task_entries import Entry, Tasks, get_tasks
 from imm_jax.stages.worked_examples import load_shots
 from imm_jax.statistics import accuracy
 from imm_jax.tasks import answers, protocols
 from imm_jax.tasks.base import Example
 
-# Settings that determine greedy answers.
+# Settings that determine answers to test questions.
 ANSWERING = ("eval", "sample.stop", "sample.compute_dtype", "sampler")
+# Settings of `eval` that do not affect greedy answers: the others' samples, and what is scored by likelihood.
+_OF_SAMPLES = ("num_samples", "pass_at_k", "temperature", "top_p")
+_OF_OTHERS = ("texts", "passages", "lm_eval")
 
 
 def build_stage(run: Run, model: Checkpoint, name: str, round_: int) -> Stage:
   """Builds the stage that evaluates a model; `round_` is -1 for the base."""
-  return Stage(name, (model.stage, "test questions"), run.settings("seed", "task", "prompt", *ANSWERING),
+  former = run.settings("seed", "task", "prompt", *ANSWERING)
+  return Stage(name, (model.stage, "test questions"), _pick_effective(former, get_tasks(run.config)),
                _plan(get_tasks(run.config), run.config.eval.num_samples),
                functools.partial(_measure, run, model.folder, name, round_), everywhere=True,
-               scratch=str(run.scratch(name)))
+               scratch=str(run.scratch(name)), former_settings=former, takes_over=True)
+
+
+def _pick_effective(settings: dict[str, Any], tasks: Tasks) -> dict[str, Any]:
+  """Returns the settings of an evaluation without those that have no effect on it."""
+  asked = settings["eval"]
+  idle = () if asked["num_samples"] else _OF_SAMPLES
+  idle += () if asked["texts"] else ("passages",)
+  idle += () if tasks.lm_eval else ("lm_eval",)
+  result = settings | {"task": _without(settings["task"], "questions_per_round"), "eval": _without(asked, *idle)}
+  return result if asked["num_samples"] or tasks.lm_eval else _without(result, "seed")
+
+
+def pick_greedy(settings: dict[str, Any]) -> dict[str, Any]:
+  """Returns settings without those of `eval` that do not affect greedy answers."""
+  return settings | {"eval": _without(settings["eval"], *_OF_SAMPLES, *_OF_OTHERS)}
+
+
+def _without(settings: dict[str, Any], *keys: str) -> dict[str, Any]:
+  return {key: value for key, value in settings.items() if key not in keys}
 
 
 def _plan(tasks: Tasks, num_samples: int) -> str:
@@ -44,7 +68,8 @@ def _plan(tasks: Tasks, num_samples: int) -> str:
 
 def _measure(run: Run, model: Path, name: str, round_: int, out: Path, _: Any) -> dict[str, Any]:
   """Evaluates a model and adds the scores to the run's metrics."""
-  facts = evaluate(run.config, model, run.scratch(name), out, label=name)
+  kept = Kept(out, run.root / name, run.root / FOLDER)
+  facts = evaluate(run.config, model, run.scratch(name), kept, label=name)
   with StageMetrics(run.root, name, tracking=run.config.tracking) as metrics:
     metrics.write(round_ + 1, **{f"accuracy/{task}" if metric == "greedy" else f"{metric}/{task}": score["value"]
                                  for task, scores in facts["scores"].items() for metric, score in scores.items()},
@@ -55,10 +80,12 @@ def _measure(run: Run, model: Path, name: str, round_: int, out: Path, _: Any) -
   return facts
 
 
-def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: Path, *, label: str) -> dict[str, Any]:
+def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, kept: Kept, *, label: str,
+             ) -> dict[str, Any]:
   """Evaluates a model on all test questions of a config.
 
-  Writes a folder with <task>.jsonl, one row per question. Answers are greedy, with the prompts of `eval.protocol`; with
+  Writes the folder `kept.out` with <task>.jsonl, one row per question; files of an earlier evaluation whose model,
+  questions and settings are the same are taken over. Answers are greedy, with the prompts of `eval.protocol`; with
   `config.eval.num_samples` there is also <task>_samples.jsonl, for pass@k and the majority vote. Multiple-choice tasks
   are scored by likelihood (`likelihood`); lm-evaluation-harness runs its own tasks (`lm_eval_tasks`). `scratch` is a
   folder for partial results, from which a killed evaluation resumes.
@@ -69,40 +96,61 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, out:
     `long_prompts`: for each task with any, the number of questions skipped because they do not fit.
   """
   if distributed.is_main():
-    out.mkdir()
+    kept.out.mkdir()
   scores: dict[str, dict[str, accuracy.Accuracy]] = {}
   protocol: dict[str, dict[str, Any]] = {}
   skipped: dict[str, int] = {}
   tasks, settings = get_tasks(config), config.eval
   answered_tasks = [(entry, examples) for entry, examples in zip(tasks.own, tasks.load_tests().values(), strict=True)
                     if entry.measure == "answer"]
+  digest = checkpoint_folder.digest(model) if distributed.is_main() else ""
   with contextlib.ExitStack() as stack:
-    if answered_tasks:
-      sampler = stack.enter_context(synthesize.open_sampler(config, model, settings.batch_size, scratch))
+    sampler = functools.cache(lambda: stack.enter_context(
+        synthesize.open_sampler(config, model, settings.batch_size, scratch)))
     for entry, examples in answered_tasks:
       name = entry.name
-      rows, skipped[name] = answer_greedily(tasks, model, sampler, entry, examples, label=f"{label}: {name}")
-      samples = _answer_repeatedly(
-          tasks, model, sampler, entry, examples, label=f"{label}: {name}, samples", num_samples=settings.num_samples,
-          temperature=settings.temperature, top_p=settings.top_p, seed=config.seed) if settings.num_samples else []
+      rows, samples, skipped[name] = _answer_task(config, model, digest, sampler, entry, examples, kept, label)
       if distributed.is_main():
         protocol[name] = describe_protocol(tasks, entry, rows)
-        files.write_jsonl(out / f"{name}.jsonl", rows)
         scores[name] = {"greedy": accuracy.compute_accuracy(sum(r["correct"] for r in rows), len(rows))}
         if samples:
-          files.write_jsonl(out / f"{name}_samples.jsonl", samples)
           scores[name] |= score_samples(samples, [k for k in settings.pass_at_k if k <= settings.num_samples])
-  sampler = None  # frees its weights before others are loaded for scoring
+  sampler.cache_clear()  # frees its weights before others are loaded for scoring
   result = {"scores": {name: {metric: score._asdict() for metric, score in metrics.items()}
                        for name, metrics in scores.items()}, "protocol": protocol, "texts": {}}
   if tasks.needs_likelihood:
-    result = _join(result, devices.call(config, likelihood.measure, config, model, scratch, out, label))
+    result = _join(result, devices.call(config, likelihood.measure, config, model, scratch, kept, label))
   if tasks.lm_eval:
-    result = _join(result, devices.call(config, lm_eval_tasks.measure, config, model, scratch, out, label))
+    result = _join(result, devices.call(config, lm_eval_tasks.measure, config, model, scratch, kept, label))
   ordered = {key: {name: value[name] for name in tasks.names if name in value}
              for key, value in result.items() if key != "texts"}
   long = {name: count for name, count in skipped.items() if count}
+  if distributed.is_main():
+    kept.finish()
   return {**ordered, "texts": result["texts"], "long_prompts": long}
+
+
+def _answer_task(config: ml_collections.ConfigDict, model: Path, digest: str,
+                 sampler: Callable[[], synthesize.Generate], entry: Entry, examples: Sequence[Example], kept: Kept,
+                 label: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+  """Answers a task's questions or takes the answers over; returns both kinds of rows and the number of long prompts.
+
+  `digest` is that of the model, and `sampler` opens its sampler, which takes a while.
+  """
+  tasks, name, drawn = get_tasks(config), entry.name, config.eval.num_samples
+  protocol, prompts, long = _prepare(tasks, model, entry, examples, f"{label}: {name}")
+  asked = {"model": digest, "sampler": config.sampler.kind, "dtype": config.sample.compute_dtype,
+           "protocol": protocol.name, "stop": list(protocol.stop), "max_new_tokens": tasks.protocol.token_limit,
+           "questions": [[e.id, e.question, e.answer, e.kind, text] for e, text in prompts]}
+  rows, _ = kept.obtain(name, asked, lambda: (_answer(
+      tasks, sampler(), entry, prompts, label=f"{label}: {name}"), {}), label=label)
+  if not drawn:
+    return rows, [], long
+  drawing = {"num_samples": drawn, "temperature": config.eval.temperature, "top_p": config.eval.top_p,
+             "seed": config.seed}
+  samples, _ = kept.obtain(f"{name}_samples", asked | drawing, lambda: (_answer_repeatedly(
+      tasks, sampler(), entry, prompts, label=f"{label}: {name}, samples", **drawing), {}), label=label)
+  return rows, samples, long
 
 
 def _join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
@@ -116,11 +164,17 @@ def answer_greedily(tasks: Tasks, model: Path, sampler: synthesize.Generate, ent
   Returns:
     A row with the verdict for each answer (empty except on process 0), and the number of questions that do not fit.
   """
-  protocol, prompts, long = _prepare(tasks, model, entry, examples, label)
+  _, prompts, long = _prepare(tasks, model, entry, examples, label)
+  return _answer(tasks, sampler, entry, prompts, label=label), long
+
+
+def _answer(tasks: Tasks, sampler: synthesize.Generate, entry: Entry, prompts: Sequence[tuple[Example, str]], *,
+            label: str) -> list[dict[str, Any]]:
+  protocol = tasks.get_protocol(entry)
   completions = sampler([Prompt(e.id, text) for e, text in prompts], label=label,
                         max_new_tokens=tasks.protocol.token_limit, stop=protocol.stop)
   return synthesize.judge_samples([e for e, _ in prompts], completions, strict=False,
-                                  read=protocol.read) if distributed.is_main() else [], long
+                                  read=protocol.read) if distributed.is_main() else []
 
 
 def describe_protocol(tasks: Tasks, entry: Entry, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -144,11 +198,11 @@ def _prepare(tasks: Tasks, model: Path, entry: Entry, examples: Sequence[Example
       max_new_tokens=tasks.protocol.token_limit, source=label)
 
 
-def _answer_repeatedly(tasks: Tasks, model: Path, sampler: synthesize.Generate, entry: Entry,
-                       examples: Sequence[Example], *, label: str, num_samples: int, temperature: float, top_p: float,
-                       seed: int) -> list[dict[str, Any]]:
+def _answer_repeatedly(tasks: Tasks, sampler: synthesize.Generate, entry: Entry,
+                       prompts: Sequence[tuple[Example, str]], *, label: str, num_samples: int, temperature: float,
+                       top_p: float, seed: int) -> list[dict[str, Any]]:
   """Returns the rows of several answers to each question, as in `answer_greedily`."""
-  protocol, prompts, _ = _prepare(tasks, model, entry, examples, label)
+  protocol = tasks.get_protocol(entry)
   completions = sampler(
       [Prompt(f"eval/{e.id}", text) for e, text in prompts], max_new_tokens=tasks.protocol.token_limit,
       num_samples=num_samples, temperatures=(temperature,), top_p=top_p, stop=protocol.stop, seed=seed, label=label)

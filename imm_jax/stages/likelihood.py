@@ -1,5 +1,6 @@
 """Evaluation by likelihood, without sampling: accuracy on multiple choice, and bits per byte of texts."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import ml_collections
 import numpy as np
 
-from imm_jax import files
 from imm_jax.model import checkpoint_folder
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.runtime import distributed, hardware
 from imm_jax.scoring import Scorer, encode_continuations, encode_text
 from imm_jax.stages import resumable
 from imm_jax.stages.devices import make_mesh
+from imm_jax.stages.kept import Kept
 from imm_jax.stages.task_entries import Entry, get_tasks
 from imm_jax.statistics import accuracy
 from imm_jax.tasks.base import Choice
@@ -30,11 +31,11 @@ _WINDOW = 2048
 _QUESTIONS, _PASSAGES = 256, 64
 
 
-def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: Path, label: str) -> dict[str, Any]:
+def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, kept: Kept, label: str) -> dict[str, Any]:
   """Scores the multiple-choice tasks and the texts of a config.
 
-  Writes <task>.jsonl to `out`, one row per question or passage. `scratch` is a folder for partial results, from which a
-  killed evaluation resumes.
+  Writes <task>.jsonl, one row per question or passage, unless `kept` has it. `scratch` is a folder for partial results,
+  from which a killed evaluation resumes.
 
   Returns:
     `scores`: `acc` and `acc_norm` of each task; `texts`: the result of `summarize_texts` for each text; `protocol`: the
@@ -44,17 +45,19 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
   choices_by_task, texts = tasks.load_test_choices(), tasks.load_passages()
   if not choices_by_task and not texts:
     return {"scores": {}, "texts": {}, "protocol": {}}
-  scorer = Scorer.load(model, mesh=make_mesh(config), compute_dtype=hardware.compute_dtype(config.sample.compute_dtype))
-  tokenizer = load_tokenizer(model, rows=scorer.config.vocab_size)
   dtype = hardware.compute_dtype(config.sample.compute_dtype)
   settings = {"model": f"{checkpoint_folder.digest(model)} in {dtype}" if distributed.is_main() else ""}
 
+  @functools.cache
+  def load() -> tuple[Scorer, "PreTrainedTokenizerBase"]:
+    scorer = Scorer.load(model, mesh=make_mesh(config), compute_dtype=dtype)
+    return scorer, load_tokenizer(model, rows=scorer.config.vocab_size)
+
   def score_parts(name: str, items: Sequence[Any], make: Callable[..., list[Row]], size: int) -> list[Row]:
-    rows = resumable.compute_rows(items, lambda part, label: make(scorer, tokenizer, part, label=label), size=size,
-                             journal=scratch / f"{name}_scores.jsonl", settings=settings, label=f"{label}: {name}")
-    if distributed.is_main():
-      files.write_jsonl(out / f"{name}.jsonl", rows)
-    return rows
+    compute = lambda: resumable.compute_rows(
+        items, lambda part, label: make(*load(), part, label=label), size=size,
+        journal=scratch / f"{name}_scores.jsonl", settings=settings, label=f"{label}: {name}")
+    return kept.obtain(name, settings | {"items": items, "window": _WINDOW}, lambda: (compute(), {}), label=label)[0]
 
   scores, summaries, protocol = {}, {}, {}
   for name, choices in choices_by_task.items():

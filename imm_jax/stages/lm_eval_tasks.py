@@ -3,22 +3,28 @@
 import collections
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import math
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 import numpy as np
 
 from imm_jax import files
 from imm_jax.errors import UserError, first_line, suggest
+from imm_jax.model import checkpoint_folder
 from imm_jax.runtime import distributed, hardware
 from imm_jax.sampling import Completion
+from imm_jax.stages.kept import Kept
 from imm_jax.stages.task_entries import LM_EVAL, get_tasks
 from imm_jax.statistics import accuracy
+
+if TYPE_CHECKING:
+  from imm_jax.harness import HarnessLM
 
 # The primary metric of a task is the first of these that it has.
 _PRIMARY = ("acc", "exact_match", "pass@1", "acc_norm", "f1")
@@ -54,8 +60,8 @@ def load(config: ml_collections.ConfigDict) -> None:
       _manager(config.eval.lm_eval.path).load([name])
 
 
-def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: Path, label: str) -> dict[str, Any]:
-  """Runs the lm_eval tasks of a config, and writes <entry>.jsonl to `out`, one row per document.
+def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, kept: Kept, label: str) -> dict[str, Any]:
+  """Runs the lm_eval tasks of a config, and writes <entry>.jsonl, one row per document, unless `kept` has it.
 
   A group of tasks, such as `mmlu`, is one task here, over all documents of its parts. `scratch` is a folder for partial
   results, from which a killed evaluation resumes.
@@ -67,38 +73,55 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, out: 
   Raises:
     UserError: for a task that lm_eval cannot load, or that has no usable metric (see `_metrics`).
   """
-  import lm_eval  # lazy: it takes seconds, and most runs have no such task
-
-  from imm_jax.harness import HarnessLM
-
-  settings, mesh = config.eval.lm_eval, config.mesh
-  lm = HarnessLM(str(model), dtype=hardware.compute_dtype(config.sample.compute_dtype),
-                 batch_size=config.eval.batch_size, data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor,
-                 seed=config.seed, scratch=scratch)
-  manager, scores, protocol = _manager(settings.path), {}, {}
+  settings, scores, protocol = config.eval.lm_eval, {}, {}
+  own = Path(settings.path) if settings.path else None
+  common = {"model": checkpoint_folder.digest(model), "dtype": config.sample.compute_dtype, "seed": config.seed,
+            "limit": config.task.eval_questions, "few_shot": settings.few_shot, "chat": settings.chat,
+            "lm_eval": importlib.metadata.version("lm_eval"), "own tasks": files.digest(own) if own else "",
+            } if distributed.is_main() else {}
+  load = functools.cache(lambda: _open(config, model, scratch))
   for name in get_tasks(config).lm_eval:
     entry = f"{LM_EVAL}{name}"
-    with _as_user_error(label, name):
-      results = lm_eval.simple_evaluate(
-          lm, tasks=[name], task_manager=manager, limit=config.task.eval_questions or None, bootstrap_iters=0,
-          num_fewshot=None if settings.few_shot < 0 else settings.few_shot, apply_chat_template=settings.chat,
-          random_seed=config.seed, numpy_random_seed=config.seed, torch_random_seed=config.seed,
-          fewshot_random_seed=config.seed, log_samples=True, verbosity=None)
-    rows = _rows(results["samples"], lm.completions)
-    metrics = _metrics(rows, entry, _non_scores(results))
-    for row in rows:
-      value = row["metrics"][metrics[0]]
-      row["correct"] = bool(value) if value in (0.0, 1.0) else value
-    scores[entry] = {metric: accuracy.compute_mean([row["metrics"][metric] for row in rows])._asdict()
-                     for metric in metrics}
-    shots = sorted({n for n in results["n-shot"].values() if isinstance(n, int)}) or [0]
-    parts = "" if len(shots) == 1 else f", {shots[0]} to {shots[-1]} examples by part"
-    protocol[entry] = {"name": f"lm_eval {lm_eval.__version__}{parts}", "shots": shots[-1], "n": len(rows),
-                       "mean_tokens": round(sum(row["tokens"] for row in rows) / len(rows), 2),
-                       "cut": round(sum(row["finish"] == "length" for row in rows) / len(rows), 4)}
-    if distributed.is_main():
-      files.write_jsonl(out / f"{entry}.jsonl", rows)
+    _, facts = kept.obtain(entry, common | {"task": name}, lambda name=name: _run(config, load(), name, label),
+                           label=label)
+    scores[entry], protocol[entry] = facts["scores"], facts["protocol"]
   return {"scores": scores, "protocol": protocol, "texts": {}}
+
+
+def _open(config: ml_collections.ConfigDict, model: Path, scratch: Path) -> "HarnessLM":
+  from imm_jax.harness import HarnessLM  # lazy: it takes seconds, and most runs have no such task
+
+  mesh = config.mesh
+  return HarnessLM(str(model), dtype=hardware.compute_dtype(config.sample.compute_dtype),
+                   batch_size=config.eval.batch_size, data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor,
+                   seed=config.seed, scratch=scratch)
+
+
+def _run(config: ml_collections.ConfigDict, lm: "HarnessLM", name: str, label: str,
+         ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+  """Runs a task of lm_eval; returns its rows, and its `scores` and `protocol` as in `measure`."""
+  import lm_eval
+
+  settings, entry = config.eval.lm_eval, f"{LM_EVAL}{name}"
+  with _as_user_error(label, name):
+    results = lm_eval.simple_evaluate(
+        lm, tasks=[name], task_manager=_manager(settings.path), limit=config.task.eval_questions or None,
+        bootstrap_iters=0, num_fewshot=None if settings.few_shot < 0 else settings.few_shot,
+        apply_chat_template=settings.chat, random_seed=config.seed, numpy_random_seed=config.seed,
+        torch_random_seed=config.seed, fewshot_random_seed=config.seed, log_samples=True, verbosity=None)
+  rows = _rows(results["samples"], lm.completions)
+  metrics = _metrics(rows, entry, _non_scores(results))
+  for row in rows:
+    value = row["metrics"][metrics[0]]
+    row["correct"] = bool(value) if value in (0.0, 1.0) else value
+  shots = sorted({n for n in results["n-shot"].values() if isinstance(n, int)}) or [0]
+  parts = "" if len(shots) == 1 else f", {shots[0]} to {shots[-1]} examples by part"
+  return rows, {
+      "scores": {metric: accuracy.compute_mean([row["metrics"][metric] for row in rows])._asdict()
+                 for metric in metrics},
+      "protocol": {"name": f"lm_eval {lm_eval.__version__}{parts}", "shots": shots[-1], "n": len(rows),
+                   "mean_tokens": round(sum(row["tokens"] for row in rows) / len(rows), 2),
+                   "cut": round(sum(row["finish"] == "length" for row in rows) / len(rows), 4)}}
 
 
 @contextlib.contextmanager

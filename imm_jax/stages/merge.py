@@ -1,6 +1,6 @@
 """Merging of a round's tuned model with the base (eq. 5 to 7)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from imm_jax.methods import get_method
 from imm_jax.model import checkpoint_folder, hf
 from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed
-from imm_jax.stages import analyze, devices, evaluate, fine_tune, likelihood, synthesize
+from imm_jax.stages import analyze, devices, evaluate, fine_tune, kept, likelihood, synthesize
 from imm_jax.stages.merge_settings import MergeSettings, get_settings
 from imm_jax.stages.round_questions import list_round_keys, load_general, load_round
 from imm_jax.stages.task_entries import get_tasks
@@ -69,18 +69,22 @@ def build_stages(run: Run, start: Checkpoint, tuned: Checkpoint, train: str, rou
     result.append(analyze.build_importance_stage(run, start, train, importance))
     inputs.append(importance)
   if config.merge.sweep:
+    former = run.root / here / "sweep"
     result.append(Stage(f"{here}/sweep", tuple(inputs), recorded | run.settings("merge.sweep"),
-                        f"base weights {config.merge.sweep}", lambda out, _: sweep(config, models, round_, out)))
+                        f"base weights {config.merge.sweep}", lambda out, read: sweep(
+                            config, models, round_, former, {**read, "settings": recorded, "round": round_}, out),
+                        takes_over=True))
     result += [evaluate.build_stage(run, Checkpoint(run.root / here / "sweep" / f"{weight:g}", f"{here}/sweep"),
                                     f"{here}/eval/sweep_{weight:g}", round_) for weight in config.merge.sweep]
   chosen = None
   if config.merge.base_weight == "auto":
     name = f"{here}/base_weight.json"
     chosen = run.root / name
-    result.append(Stage(name, (*inputs, "train questions"), recorded | run.settings(
-        *list_round_keys(get_tasks(config)), "merge.auto", *evaluate.ANSWERING), _plan_choice(config.merge.auto),
+    counted = recorded | run.settings(*list_round_keys(get_tasks(config)), "merge.auto", *evaluate.ANSWERING)
+    result.append(Stage(
+        name, (*inputs, "train questions"), evaluate.pick_greedy(counted), _plan_choice(config.merge.auto),
         lambda out, _: choose_weight(config, models, round_, run.scratch(name), out), everywhere=True,
-        scratch=str(run.scratch(name))))
+        scratch=str(run.scratch(name)), former_settings=counted))
     inputs.append(name)
   weight = run.settings("merge.base_weight") if settings.weighs else {}
   result.append(Stage(f"{here}/merged", tuple(inputs), recorded | weight,
@@ -121,11 +125,23 @@ def merge(config: ml_collections.ConfigDict, models: MergeInputs, round_: int, w
   return {"base_weight": weight, "drop_rate": settings.drop_rate}
 
 
-def sweep(config: ml_collections.ConfigDict, models: MergeInputs, round_: int, out: Path) -> dict[str, Any]:
-  """Writes a checkpoint for each weight of `config.merge.sweep`, reading the models once."""
+def sweep(config: ml_collections.ConfigDict, models: MergeInputs, round_: int, former: Path,
+          inputs: Mapping[str, Any], out: Path) -> dict[str, Any]:
+  """Writes a checkpoint for each weight of `config.merge.sweep`, reading the models once.
+
+  Those that the sweep before, in the folder `former`, merged from the same `inputs` are taken over.
+  """
   out.mkdir()
   weights = config.merge.sweep
-  _merge(get_settings(config), models, (config.seed, round_), [(weight, out / f"{weight:g}") for weight in weights])
+  keys = {f"{weight:g}": kept.digest_key({"inputs": inputs, "weight": weight}) for weight in weights}
+  new = [(weight, out / name) for weight, (name, key) in zip(weights, keys.items(), strict=True)
+         if not kept.take_folder(former / name, out / name, key)]
+  if new:
+    _merge(get_settings(config), models, (config.seed, round_), new)
+  if len(new) < len(weights):
+    merged = ", ".join(out.name for _, out in new)
+    print(f"{former.parent.name}/sweep: merged with {merged or 'no new weight'}, the others are taken over", flush=True)
+  kept.record(out, keys, {})
   return {"base_weights": list(weights)}
 
 

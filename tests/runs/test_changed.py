@@ -9,9 +9,14 @@ import pytest
 from configs import tiny
 from imm_jax import files, integrity, loop
 from imm_jax.errors import UserError
+from imm_jax.estimates import cost
+from imm_jax.model import checkpoint_folder
 from imm_jax.runs import record as run_record
 from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runs.rundir import RunDir
+from imm_jax.stages.round_questions import compute_digests
+from imm_jax.stages.task_entries import get_tasks
+from tests import TINY
 
 EXTERNAL = {"base": "b", "train questions": "q", "test questions": "t"}
 
@@ -79,6 +84,8 @@ ANALYSES, DRIFTS = ({f"round_{t}/{name}.json" for t in (0, 1)} for name in ("ana
     ({"rounds": 3}, set()),
     ({"sample.batch_size": 3, "eval.batch_size": 2, "sft.accumulation": 2, "mesh.fsdp": 1}, set()),
     ({"merge.auto.questions": 7}, set()),  # nothing is chosen automatically
+    ({"eval.temperature": 0.9, "eval.pass_at_k": (1, 2), "eval.top_p": 0.5, "eval.passages": 3,
+      "eval.lm_eval.few_shot": 2}, set()),  # nothing is sampled, no text is scored, lm_eval does not run
     ({"sft.gradient_decay": 0.5, "sft.max_norm": 1.0, "sft.top_share": 0.5, "data.mixture_share": 0.7}, set())],
     ids=_changes)
 def test_only_what_depends_on_a_change_runs_again(tmp_path: Path, capsys: pytest.CaptureFixture, changes: dict,
@@ -100,7 +107,8 @@ SAMPLED = TUNED | {"round_0/samples.jsonl", "round_0/train.jsonl"}
 
 @pytest.mark.parametrize(("changes", "lost"), [
     ({"merge.base_weight": 0.7}, MERGED), ({"merge.method": "ties"}, MERGED), ({"sft.learning_rate": 1e-4}, TUNED),
-    ({"sample.top_p": 0.9}, SAMPLED), ({"seed": 1}, SAMPLED | {"base/eval"}), ({"rounds": 1}, SECOND)], ids=_changes)
+    ({"sample.top_p": 0.9}, SAMPLED), ({"seed": 1}, SAMPLED), ({"task.questions_per_round": 9}, SAMPLED),
+    ({"rounds": 1}, SECOND)], ids=_changes)
 def test_what_throws_work_away_is_asked_first(tmp_path: Path, changes: dict, lost: set[str]) -> None:
   root = tmp_path / "run"
   finish(root)
@@ -151,6 +159,62 @@ def test_other_versions_settings_are_asked_for(tmp_path: Path) -> None:
   with pytest.raises(UserError, match=r"made with another version of imm_jax .*round_0/samples.jsonl, .*--rerun"):
     begin(root)
   assert begin(root, rerun=True) == SAMPLED
+
+
+def count_formerly(root: Path, **changes: object) -> None:
+  """Makes the record of a finished run one of a version that counted settings without an effect."""
+  record = run_record.read(root)
+  for stage in stages(config(**changes), root):
+    if stage.former_settings is not None:
+      digest = run_record.digest_settings(stage.former_settings)
+      assert digest != record["stages"][stage.name]["inputs"]["settings"]
+      record["stages"][stage.name]["inputs"]["settings"] = digest
+      if "settings" in record:
+        record["settings"][stage.name] = digest
+  files.write_text(root / "run.json", json.dumps(record))
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_runs_that_counted_more_stay_finished(tmp_path: Path, capsys: pytest.CaptureFixture, older: bool) -> None:
+  """They are as if they had counted what counts today."""
+  root, auto = tmp_path / "run", {"merge.base_weight": "auto"}
+  finish(root, **auto)
+  if not older:
+    assert begin(root, **auto) == set()
+  count_formerly(root, **auto)
+  assert begin(root, **auto) == set()
+  assert begin(root, **auto, **{"eval.temperature": 0.9}) == set()
+  assert "will be run again" not in capsys.readouterr().err
+
+
+def test_samples_for_scores_choose_no_weight(tmp_path: Path) -> None:
+  """They are drawn in evaluation, and the base weight is chosen on greedy answers."""
+  auto = {"merge.base_weight": "auto"}
+  finish(tmp_path / "run", **auto)
+  assert begin(tmp_path / "run", **auto, **{"eval.num_samples": 2}) == EVALUATIONS
+
+
+@pytest.mark.parametrize("changes", [{"merge.base_weight": 0.7}, {"rounds": 1}, {"method": "star"}], ids=_changes)
+def test_dry_run_says_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+                                      changes: dict) -> None:
+  monkeypatch.setattr(cost, "describe", lambda *_, **__: "")  # finish counts no tokens
+  root = tmp_path / "run"
+  finish(root)
+  record = run_record.read(root)
+  external = {"base": checkpoint_folder.digest(TINY), **compute_digests(get_tasks(config()))}
+  for entry in record["stages"].values():
+    entry["inputs"] |= {name: external[name] for name in entry["inputs"].keys() & external}
+  files.write_text(root / "run.json", json.dumps(record))
+  loop.dry_run(config(), str(root))
+  assert "--rerun" not in capsys.readouterr().out
+  with pytest.raises(UserError) as refused:
+    begin(root, external=external, **changes)
+  loop.dry_run(config(**changes), str(root))
+  said = capsys.readouterr().out
+  assert f"\nwithout --rerun this start is refused: {refused.value}\n" in said
+  assert ("no longer a part of the run: round_" in said) == ("merge.base_weight" not in changes)
+  loop.dry_run(config(**changes), str(root), rerun=True)
+  assert "refused" not in capsys.readouterr().out
 
 
 def test_last_merge_may_change(tmp_path: Path) -> None:

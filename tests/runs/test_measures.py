@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from configs import tiny
-from imm_jax import config_checks
+from imm_jax import config_checks, files
 from imm_jax.errors import UserError
 from imm_jax.model import sharding
 from imm_jax.model.tokenizer import load_tokenizer
@@ -21,6 +21,7 @@ from imm_jax.report.results import Results
 from imm_jax.sampling.native import NativeSampler
 from imm_jax.scoring import Scorer, encode_text
 from imm_jax.stages import evaluate as evaluate_stage, likelihood, lm_eval_tasks
+from imm_jax.stages.kept import Kept
 from imm_jax.stages.task_entries import get_tasks
 from tests import TINY
 from tests.runs.helpers import command
@@ -120,17 +121,23 @@ def test_lm_eval_scores_as_our_own_do(data: Path, tmp_path: Path, monkeypatch: p
     (data / f"lm_eval/{name}.yaml").write_text(yaml.safe_dump(task))
   config = tiny.get_config()
   config.task.ood, config.eval.lm_eval.path = ("lm_eval:own_options", "lm_eval:own_some"), str(data / "lm_eval")
-  measure = lambda module: module.measure(config, TINY, tmp_path / "scratch", tmp_path / "out", "tiny")["scores"]
-  (tmp_path / "out").mkdir()
-  found = measure(lm_eval_tasks)
+  measure = lambda module, kept: module.measure(config, TINY, tmp_path / "scratch", kept, "tiny")["scores"]
+  for name in ("out", "again"):
+    (tmp_path / name).mkdir()
+  out = Kept(tmp_path / "out", tmp_path / "none")
+  found = measure(lm_eval_tasks, out)
+  with monkeypatch.context() as patch:
+    patch.setattr(lm_eval_tasks, "_run", None)
+    assert measure(lm_eval_tasks, Kept(tmp_path / "again", out.out)) == found
+  assert files.digest(tmp_path / "again") == files.digest(out.out)
   row, *_ = map(json.loads, (tmp_path / "out/lm_eval:own_some.jsonl").read_text().splitlines())
   config.task.ood = (f"arc_easy=file:{data}",)
-  ours = measure(likelihood)["arc_easy"]
+  ours = measure(likelihood, out)["arc_easy"]
   assert found == {"lm_eval:own_options": ours, "lm_eval:own_some": {"acc_norm": ours["acc_norm"]}}
   assert row["correct"] == row["metrics"]["acc_norm"]
   config.task.ood = ("lm_eval:own_none",)
   with pytest.raises(UserError, match=r"own_none: has no figure of each document .* \(it has acc, acc_norm\)"):
-    measure(lm_eval_tasks)
+    measure(lm_eval_tasks, out)
 
 
 @pytest.mark.full
@@ -166,8 +173,8 @@ def test_what_was_scored_is_not_scored_again(data: Path, tmp_path: Path, monkeyp
 
   count(Scorer, "score")
   count(NativeSampler, "generate")
-  evaluate = lambda name: evaluate_stage.evaluate(config, TINY, tmp_path / f"{name}_scratch", tmp_path / name,
-                                                  label="it")
+  evaluate = lambda name: evaluate_stage.evaluate(config, TINY, tmp_path / f"{name}_scratch",
+                                                  Kept(tmp_path / name), label="it")
   expected, whole = evaluate("whole"), calls.copy()
   assert whole == ["arc_easy (1 of 2)", "arc_easy (2 of 2)", "prose (1 of 3)", "prose (2 of 3)", "prose (3 of 3)",
                    "continuations (1 of 3)", "continuations (2 of 3)", "continuations (3 of 3)", "texts"]
