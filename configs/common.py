@@ -76,8 +76,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.data = data = ml_collections.ConfigDict()
   data.mixture_share = 0.5  # share of each earlier round's right answers that data_mixture adds [ours]
   data.with_real = False  # whether data_accumulation adds the real worked answers of all rounds' questions
-  # Whether a round without a right answer hands on the model that it started from. Otherwise it ends the run, which can
-  # be continued with other temperatures of that round (sample.temperatures).
+  # Whether a round with nothing to train on hands on the model that it started from. Otherwise it ends the run, which
+  # can be continued with other temperatures of that round (sample.temperatures).
   data.skip_empty = False
   data.real_fraction = 0.0  # share of real worked answers in what a round trains on; at 1 nothing is sampled [ours]
 

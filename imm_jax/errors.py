@@ -44,6 +44,7 @@ class Exit(enum.IntEnum):
 
   DONE = 0
   MISTAKE = 1  # the user's, in flags, config or files; the same command fails again
+  UNCHECKED = 2  # nothing that could be checked is wrong, but some files could not
   RESOURCES = 69  # a lack of memory, disk space, a device or a network
   BUG = 70  # a defect of the program; printed with its traceback
   LOST = 75  # another process of the run ended: try again

@@ -3,7 +3,8 @@
     imm verify runs/tiny
     imm verify runs/tiny runs/star
 
-Prints each file that differs on stdout, and exits with code 1 if there is one. Nothing is changed.
+Prints each file that differs on stdout, and exits with code 1 if there is one, else with 2 if a file of a run could not
+be checked. Nothing is changed.
 """
 
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 
 from absl import flags
 
-from imm_jax import cli, integrity
+from imm_jax import cli
+from imm_jax.errors import Exit, join_items
 from imm_jax.report.results import find_runs
+from imm_jax.runs.check import Findings, check_run
 from imm_jax.runs.status import is_running
 
 _WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, DIR,DIR,..., or folders that hold some; also the "
@@ -20,20 +23,29 @@ _WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, DIR,DIR,..., o
 
 
 def main() -> None:
-  """Checks the run directories, and exits with code 1 if a file differs."""
-  damaged = False
+  """Checks the run directories, and exits with code 1 if a file differs, or 2 if one could not be checked."""
+  codes = {Exit.DONE}
   for root in find_runs(_WORKDIRS.value):
-    differing, notes = integrity.check_run(Path(root))
+    found = check_run(Path(root))
     if is_running(Path(root)):
-      notes.append("a process works in it: what it is writing now may seem to differ, so look again when it has ended")
-    for note in notes:
+      found.notes.append("a process works in it: what it is writing now may seem to differ, so look again when it has "
+                         "ended")
+    for note in found.notes:
       print(f"note: {root}: {note}", file=sys.stderr)
-    for name in differing:
+    for name in found.differing:
       print(f"{root}/{name}: differs from what was written")
-    print(f"{root}: {f'{len(differing)} differ' if differing else 'as it was written'}")
-    damaged = damaged or bool(differing)
-  if damaged:
-    sys.exit(1)
+    print(f"{root}: {_summarize(found)}")
+    codes.add(Exit.MISTAKE if found.differing else Exit.UNCHECKED if found.unchecked else Exit.DONE)
+  if code := next((code for code in (Exit.MISTAKE, Exit.UNCHECKED) if code in codes), None):
+    sys.exit(code)
+
+
+def _summarize(found: Findings) -> str:
+  count = sum(found.unchecked.values())
+  unchecked = f"{count} {'file was' if count == 1 else 'files were'} not checked: {join_items(list(found.unchecked))}"
+  if found.differing:
+    return f"{len(found.differing)} differ" + (f"; {unchecked}" if count else "")
+  return f"nothing that could be checked differs; {unchecked}" if count else "as it was written"
 
 
 if __name__ == "__main__":

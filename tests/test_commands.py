@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from imm_jax import __main__ as commands, cli, config_files
+from imm_jax import __main__ as commands, cli, config_files, integrity
 from imm_jax.errors import Exit, LostError, PreemptedError, ResourceError, UserError, exit_code
 from tests import REPO
 from tests.helpers import chain
@@ -128,6 +128,7 @@ def test_commands_take_many_run_directories(arguments: list[str], code: int, sai
   for name in ("one", "two"):
     (tmp_path / name).mkdir()
     (tmp_path / name / "run.json").write_text('{"stages": {}}')
+    integrity.seal(tmp_path / name, "run.json", create=True)
   done = _imm("verify", *arguments, cwd=tmp_path)
   assert done.returncode == code, done.stderr
   assert said in (done.stderr if code else done.stdout)

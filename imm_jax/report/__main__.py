@@ -8,6 +8,7 @@ A folder that holds run directories means all of them. Without --out the report 
 --paper shows the paper's published figures beside those of runs whose config is that of one of its tables.
 """
 
+import contextlib
 from pathlib import Path
 
 from absl import flags
@@ -38,13 +39,12 @@ def main() -> None:
   with files.lock(out):
     if len(roots) == 1:
       run_results = results.Results.read(roots[0])
-      live.write(roots[0], out, extra=paper.make_sections({"": run_results}) if _PAPER.value else ())
+      with contextlib.nullcontext() if _OUT.value else integrity.rewritten(roots[0], "report"):
+        live.write(roots[0], out, extra=paper.make_sections({"": run_results}) if _PAPER.value else ())
       print(results.format_table(run_results))
     else:
       runs = [results.Results.read(root) for root in roots]
       compare.write(runs, out, extra=paper.make_sections if _PAPER.value else None)
-  if not _OUT.value:
-    integrity.update_digests(roots[0] / integrity.MANIFEST, roots[0], out)
   print(f"report: {out / 'index.html'}")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from imm_jax import files
+from imm_jax import files, integrity
 from imm_jax.report import page, writer
 from imm_jax.report.markup import Section
 from imm_jax.report.results import Results
@@ -48,7 +48,7 @@ class Live:
       folder = self._root / "report"
       folder.mkdir(exist_ok=True)
       status = status or Status(self._plan, "running")
-      with files.write_atomically(folder / "index.html") as out:
+      with integrity.rewritten(self._root, "report/index.html"), files.write_atomically(folder / "index.html") as out:
         writer.write_page(out, page.render(results, status, parts, self._chunks, self._problems, svgs,
                                            written=_timestamp(status), renewed=status.state == "running"))
     except Exception as e:  # a long run must not end because of its report
@@ -64,8 +64,9 @@ class Live:
   def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
     if error is None and distributed.is_main():
       try:
-        write(self._root, self._root / "report", status=Status(self._plan, "finished"), plots=self._plots,
-              packer=self._packer)
+        with integrity.rewritten(self._root, "report"):
+          write(self._root, self._root / "report", status=Status(self._plan, "finished"), plots=self._plots,
+                packer=self._packer)
       except Exception as e:  # as in `update`; the run is done, and its table is still to be printed
         print(f"warning: the report could not be written ({e!r}); `python -m imm_jax.report --workdirs={self._root}` "
               "writes it", file=sys.stderr)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import ml_collections
 
-from imm_jax import files
+from imm_jax import files, integrity
 from imm_jax.errors import UserError, first_line
 from imm_jax.runtime import distributed
 
@@ -80,8 +80,11 @@ class _JsonlWriter:
 
   def __init__(self, root: Path, stage: str, from_step: int):
     self._stage, path = stage, root / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    files.write_text(path, "".join(line + "\n" for line in lines if _survives(line, stage, from_step)))
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    kept = "".join(line + "\n" for line in text.splitlines() if _survives(line, stage, from_step))
+    if kept != text:
+      integrity.forget(root, path.name)
+      files.write_text(path, kept)
     self._file = path.open("a", encoding="utf-8")
 
   def write(self, step: int, values: dict[str, float]) -> None:
@@ -98,6 +101,7 @@ class _TensorBoardWriter:
   def __init__(self, root: Path, stage: str, from_step: int):
     folder = root / "tb" / stage.replace("/", "_")
     if not from_step:
+      integrity.forget(root, f"tb/{folder.name}")
       files.remove(folder)
     from tensorboardX import SummaryWriter  # imported here because it imports torch if installed, which takes seconds
 

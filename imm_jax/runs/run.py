@@ -11,7 +11,7 @@ from imm_jax import methods
 from imm_jax.training import interventions
 
 # Config keys that change how a run is computed and not its result, so that they may differ between two starts of it.
-# data.skip_empty is one of them because it only decides whether a round without a right answer ends the run.
+# data.skip_empty is one of them because it only decides whether a round with nothing to train on ends the run.
 RUNTIME_KEYS = ("data.skip_empty", "eval.batch_size", "mesh", "profile", "sample.batch_size", "sampler.attention",
                 "sampler.vllm", "sft.accumulation", "sft.attention", "sft.log_every", "sft.max_to_keep", "sft.remat",
                 "sft.save_interval", "sft.state_dir", "tracking")

@@ -14,9 +14,10 @@ from etils import epath
 
 from imm_jax import files, integrity
 from imm_jax.errors import UserError, join_items
-from imm_jax.runs import record as run_record, runlog
+from imm_jax.runs import half_trained, record as run_record, runlog
 from imm_jax.runs.run import RUNTIME_KEYS, Stage, list_unused_keys
 from imm_jax.runtime import distributed, resident_memory
+from imm_jax.training import states
 
 _LOCK_ATTEMPTS = 10  # one every 0.05 s
 
@@ -71,20 +72,11 @@ class RunDir:
     if self._lock:
       try:
         if self._begun:
-          self.write_manifest()
+          integrity.seal(self.path, *integrity.GROWING, "profile", "status.json", "wandb.json")
       except (OSError, UserError) as e:  # such as a full disk; it must not hide the error that ended the run
         print(f"warning: {self.path / integrity.MANIFEST} was not written ({e})", file=sys.stderr)
       finally:
         self._lock.close()
-
-  def write_manifest(self) -> None:
-    """Writes the digests of the files that no stage's record covers: records, metrics and report."""
-    outputs = [self.path / name for name in self._record["stages"]]
-    covered = [p for p in files.list_files(self.path) if p.name not in (".lock", integrity.MANIFEST, runlog.FILE)
-               and not any(p == out or out in p.parents for out in outputs)
-               and not any(part == "wandb" or part.endswith(("_state", ".sampling"))
-                           for part in p.relative_to(self.path).parts)]
-    integrity.write_digests(self.path / integrity.MANIFEST, self.path, covered)
 
   @property
   def facts(self) -> dict[str, dict[str, Any]]:
@@ -97,10 +89,10 @@ class RunDir:
     Args:
       stages: all stages of the run.
       external: digests of the inputs that no stage writes, by name.
-      rerun: whether the output of finished costly stages may be discarded.
+      rerun: whether the output of finished costly stages, and states of a training that is half done, may be discarded.
 
     Raises:
-      UserError: when the output of costly stages would be discarded, and `rerun` does not allow it.
+      UserError: when any of that would be discarded, and `rerun` does not allow it.
     """
     if not distributed.is_main():
       return
@@ -111,11 +103,16 @@ class RunDir:
     for name in found.dropped:
       del self._record["stages"][name]
     settings = {stage.name: run_record.digest_settings(stage.settings) for stage in stages}
+    # Before the record of the change, so that a start that is killed in between finds what is left of them again.
+    for folder in found.half_trained.values():
+      states.remove(folder)
     self._record |= {"external": dict(external), "settings": settings}
     self._save_record()
     self._begun = True
-    (self.path / integrity.MANIFEST).unlink(missing_ok=True)  # __exit__ writes it again
-    files.write_json(self.path / "config.json", _to_json(self._config), sort_keys=True)
+    integrity.seal(self.path, "run.json", create=True)
+    integrity.forget(self.path, "status.json")  # which is written all the time; __exit__ records its digest
+    with integrity.rewritten(self.path, "config.json"):
+      files.write_json(self.path / "config.json", _to_json(self._config), sort_keys=True)
     for line in found.notes:
       print(f"note: {line}", file=sys.stderr)
 
@@ -153,6 +150,7 @@ class RunDir:
           "bytes": files.count_bytes(target), "facts": facts, "seconds": round(time.time() - started, 2), **memory,
           **({"costly": True} if stage.costly else {})}
       self._save_record()
+      integrity.seal(self.path, *integrity.GROWING, "profile", "wandb.json")
       runlog.log_line(f"{stage.name}: done in {self._record['stages'][stage.name]['seconds']} s")
       if text := stage.summarize(facts):
         print(f"{stage.name}: {text}", flush=True)
@@ -176,7 +174,8 @@ class RunDir:
     self._save_record()
 
   def _save_record(self) -> None:
-    files.write_json(self.path / "run.json", self._record, sort_keys=True)
+    with integrity.rewritten(self.path, "run.json"):
+      files.write_json(self.path / "run.json", self._record, sort_keys=True)
 
 
 def check_workdir(path: str | Path) -> None:
@@ -212,11 +211,13 @@ class Consequences(NamedTuple):
   Attributes:
     notes: lines about it for the user.
     dropped: finished stages that are no longer a part of the run.
+    half_trained: folders of training states that it cannot go on from, by their names for the user.
     refusal: why it is refused without `--rerun`; empty if it is not.
   """
 
   notes: list[str]
   dropped: list[str]
+  half_trained: dict[str, str]
   refusal: str
 
 
@@ -236,19 +237,25 @@ def find_consequences(root: Path, config: ml_collections.ConfigDict, record: Map
                         for stage in stages):
     origin, restored = "another version of imm_jax", "the version"
     causes = ["this one counts other settings among those of a stage"]
+  lost_states = half_trained.list_lost(stages, record, root, external)
+  if lost_states and not causes:
+    origin, restored, causes = "other settings or inputs", "what", ["those of what is half trained"]
   if not causes:
-    return Consequences(notes, [], "")
+    return Consequences(notes, [], {}, "")
   stale = run_record.list_stale(stages, record, root, external)
   dropped = sorted(record["stages"].keys() - {stage.name for stage in stages})
   lost = [stage.name for stage in stages if stage.costly and stage.name in stale]
   lost += [name for name in dropped if record["stages"][name].get("costly")]
   verb = "run finished work again" if set(lost) & set(stale) else "drop finished work from the run"
-  refusal = (f"{root}: made with {origin} ({'; '.join(causes)}), which would {verb}: {join_items(lost)}; give --rerun "
-             f"to allow that, or use another --workdir, or {restored} it was made with") if lost else ""
+  effects = [f"{verb}: {join_items(lost)}"] * bool(lost)
+  effects += [f"lose what is half trained: {join_items(list(lost_states))}"] * bool(lost_states)
+  refusal = (f"{root}: made with {origin} ({'; '.join(causes)}), which would {', and '.join(effects)}; give --rerun to "
+             f"allow that, or use another --workdir, or {restored} it was made with") if effects else ""
+  notes += [f"removed, since it was half trained with others: {join_items(list(lost_states))}"] * bool(lost_states)
   effect = f"{join_items(stale)} will be run again" if stale else "nothing is run again for it"
   notes += [f"{'; '.join(causes)}: {effect}"]
   notes += [f"no longer a part of the run: {join_items(dropped)}"] * bool(dropped)
-  return Consequences(notes, dropped, refusal)
+  return Consequences(notes, dropped, lost_states, refusal)
 
 
 def list_changes(root: Path, config: ml_collections.ConfigDict) -> list[tuple[str, str]]:

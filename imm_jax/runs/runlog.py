@@ -4,6 +4,7 @@ It holds the lines of stdout and stderr except progress bars, and the records of
 others) at or above the level that `--verbosity` sets.
 """
 
+import contextlib
 import datetime
 import logging
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from imm_jax import integrity
 from imm_jax.errors import PreemptedError, UserError
 
 FILE = "log.txt"
@@ -49,7 +51,7 @@ class RunLog:
 
   def __init__(self) -> None:
     self._buffer = _BufferHandler()
-    self._file: logging.Handler | None = None
+    self._file: logging.FileHandler | None = None
     self._streams = sys.stdout, sys.stderr
 
   def open(self, file: Path) -> None:
@@ -87,6 +89,9 @@ class RunLog:
     if self._file:
       self._detach(self._file)
       self._file.close()
+      file = Path(self._file.baseFilename)
+      with contextlib.suppress(OSError, UserError):  # such as a full disk; must not hide an error of the run
+        integrity.seal(file.parent, file.name)
 
   def _attach(self, handler: logging.Handler) -> None:
     for logger in (_LOG, logging.root):

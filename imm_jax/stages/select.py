@@ -1,5 +1,6 @@
 """Selection of training data: right samples, of this round and possibly earlier ones, and real worked answers."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from imm_jax.tasks import answers
 Row = dict[str, Any]
 # The fields of a sample that are read here.
 _SAMPLE_FIELDS = {"id": str, "question": str, "text": str, "finish": str, "span": str, "correct": bool}
+# A smaller share of right samples is worth a warning.
+_FEW_RIGHT = 0.01
 
 
 def build_stage(run: Run, round_: int) -> Stage:
@@ -34,7 +37,7 @@ def build_stage(run: Run, round_: int) -> Stage:
 
 def _summarize(facts: dict[str, Any]) -> str:
   if not facts["kept"]:
-    return "no right answer: the round hands on the model that it started from"
+    return "nothing to train on: the round hands on the model that it started from"
   dropped = ", ".join(f"{facts[f'dropped_{kind}']} {text}" for kind, text in (
       ("wrong", "wrong"), ("unfinished", "cut off"), ("duplicate", "duplicates")) if facts.get(f"dropped_{kind}"))
   return (f"{facts['kept']} answers to train on" + (f", {facts['real']} of them real" if facts["real"] else "")
@@ -80,11 +83,10 @@ def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: i
   fraction = 1.0 if method.data == "worked" else config.data.real_fraction
   facts: dict[str, Any] = {}
   synthetic: list[Row] = []
+  this_round: list[Row] = []
   if fraction < 1:
     this_round = files.read_jsonl(samples[round_], _SAMPLE_FIELDS)
     right = right_samples(this_round, round_)
-    if not right and not config.data.skip_empty:
-      raise UserError(_no_right_samples(samples[round_], this_round))
     facts = {"dropped_wrong": sum(not r["correct"] for r in this_round),
              "dropped_unfinished": sum(r["correct"] and _response(r) is None for r in this_round)}
     facts["dropped_duplicate"] = len(this_round) - sum(facts.values()) - len(right)
@@ -104,6 +106,10 @@ def select(config: ml_collections.ConfigDict, samples: Sequence[Path], round_: i
     available = [r for r in worked_answers(tasks, round_) if (r["question"], r["response"]) not in sampled]
     real = _draw(available, min(len(available), round(fraction / (1 - fraction) * len(synthetic))), rng)
   rows = _unique([*synthetic, *real])
+  if not rows and not config.data.skip_empty:
+    raise UserError(_nothing_to_train_on(samples[round_], this_round))
+  if rows and (warning := _warn_of_few(rows, this_round, config.sft.global_batch)):
+    print(f"warning: round {round_}: {warning}", file=sys.stderr)
   files.write_jsonl(out, rows)
   count = sum(row["source"] == "real" for row in rows)
   return {"kept": len(rows), "real": count, "of_earlier_rounds": sum(row["round"] != round_ for row in rows), **facts}
@@ -151,9 +157,30 @@ def _draw(rows: Sequence[Row], count: int, rng: np.random.Generator) -> list[Row
   return [rows[i] for i in sorted(rng.choice(len(rows), count, replace=False))]
 
 
-def _no_right_samples(samples: Path, rows: Sequence[Row]) -> str:
+def _warn_of_few(rows: Sequence[Row], samples: Sequence[Row], batch: int) -> str:
+  """Returns a warning if nearly nothing was sampled that is right, or the rows to train on do not fill a batch.
+
+  >>> _warn_of_few([{}] * 20, [{"correct": i < 2} for i in range(300)], 20)
+  '2 of 300 samples are right, so that 20 answers are all there is to train on; read some samples first'
+  >>> _warn_of_few([{}] * 20, [{"correct": i < 3} for i in range(300)], 20)
+  ''
+  >>> _warn_of_few([{}], [], 20)
+  '1 answer is all there is to train on, less than a batch of 20 (sft.global_batch)'
+  """
+  right = sum(sample["correct"] for sample in samples)
+  few, small = right < _FEW_RIGHT * len(samples), len(rows) < batch
+  if not few and not small:
+    return ""
+  sampled = f"{right} of {len(samples)} samples {'is' if right == 1 else 'are'} right, so that " if samples else ""
+  trained = f"{len(rows)} {'answer is' if len(rows) == 1 else 'answers are'} all there is to train on"
+  return (sampled + trained + (f", less than a batch of {batch} (sft.global_batch)" if small else "")
+          + ("; read some samples first" if few else ""))
+
+
+def _nothing_to_train_on(samples: Path, rows: Sequence[Row]) -> str:
   return (f"{samples}: none of {len(rows)} samples is right ({sum(r['finish'] == 'length' for r in rows)} cut at "
           f"max_new_tokens, {sum(not r['span'] for r in rows)} without an answer), so there is nothing to train on; "
           "read some samples, then go past the round with config.data.skip_empty=True, or sample it anew with --rerun "
           "and other temperatures for it (config.sample.temperatures, a tuple each round), or begin again with --rerun "
-          "and more num_samples, max_new_tokens or prompt.few_shot. The samples are kept until then")
+          "and more questions (config.task.questions_per_round), num_samples, max_new_tokens or prompt.few_shot. The "
+          "samples are kept until then")

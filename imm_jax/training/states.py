@@ -6,6 +6,7 @@
 A step's folder appears atomically. It can be restored onto any mesh and any number of processes.
 """
 
+import json
 import logging as std_logging
 import os
 import re
@@ -13,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -47,6 +48,44 @@ def check_folder(folder: str) -> None:
     raise _unwritable(folder, e) from e
 
 
+class Saved(NamedTuple):
+  """Holds what a folder's newest state says of itself: its step and its identity, empty if that cannot be read."""
+
+  step: int
+  identity: dict[str, Any]
+
+
+def find_saved(folder: str) -> Saved | None:
+  """Finds the newest state in a folder, or a bucket's path; returns None if there is none."""
+  path = epath.Path(folder)
+  children = path.iterdir() if path.is_dir() else ()
+  steps = [int(child.name) for child in children if child.name.isdecimal() and (child / "about").is_dir()]
+  if not steps:
+    return None
+  try:
+    identity = json.loads((path / str(max(steps)) / "about" / "metadata").read_text())["identity"]
+  except (*_WRITE_ERRORS, KeyError, TypeError):  # Checkpoints.latest will say what is wrong with it
+    identity = {}
+  return Saved(max(steps), identity if isinstance(identity, dict) else {})
+
+
+def remove(folder: str) -> None:
+  """Removes a folder of states.
+
+  Raises:
+    UserError: when it holds something else as well.
+  """
+  path = epath.Path(folder)
+  _check_foreign(folder, path)
+  path.rmtree()
+
+
+def _check_foreign(folder: str | Path, path: epath.Path) -> None:
+  if foreign := sorted(child.name for child in path.iterdir() if not _OWN_FILES.fullmatch(child.name)):
+    raise UserError(f"{folder}: holds {foreign[0]}, which is no training state; keep states elsewhere "
+                    "(config.sft.state_dir)")
+
+
 class Checkpoints:
   """Saves and restores the states of one fine-tuning; as a context manager it waits for pending writes on exit."""
 
@@ -69,15 +108,12 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True)
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
-      foreign = sorted(path.name for path in self.folder.iterdir() if not _OWN_FILES.fullmatch(path.name))
+      _check_foreign(folder, self.folder)  # the whole folder is removed when training is done
       self._manager = ocp.CheckpointManager(
           self.folder if "://" in str(folder) else Path(folder).absolute(), options=options,
           item_handlers={"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()})
     except _WRITE_ERRORS as e:
       raise _unwritable(folder, e) from e
-    if foreign:  # the whole folder is removed when training is done
-      raise UserError(f"{folder}: holds {foreign[0]}, which is no training state; keep states elsewhere "
-                      "(config.sft.state_dir)")
 
   @property
   def step(self) -> int:

@@ -120,6 +120,70 @@ def test_what_throws_work_away_is_asked_first(tmp_path: Path, changes: dict, los
   assert begin(root, **changes) == (set() if "rounds" in changes else lost)  # it was asked
 
 
+def stop_in_training(root: Path, round_: int = 1) -> Path:
+  """Makes the directory of a run that was killed in SFT of a round, of which a training state is left."""
+  finish(root)
+  record, made = run_record.read(root), stages(config(), root)
+  stage = next(stage for stage in made if stage.name == f"round_{round_}/sft")
+  identity = run_record.collect_inputs(stage, record, EXTERNAL)
+  done = {stage.name: record["stages"][stage.name] for stage in made[:made.index(stage)]}
+  files.write_text(root / "run.json", json.dumps(record | {"stages": done}))
+  about = root / f"round_{round_}/sft_state/4/about"
+  about.mkdir(parents=True)
+  files.write_text(about / "metadata", json.dumps({"step": 4, "identity": identity}))
+  return root / f"round_{round_}/sft_state"
+
+
+@pytest.mark.parametrize(("changes", "lost", "finished"), [
+    ({"sft.learning_rate": 1e-4}, True, True), ({"merge.base_weight": 0.7}, True, True),
+    ({"sample.temperatures": ((0.2, 0.4, 0.6), (0.9,))}, True, True), ({"data.real_fraction": 0.5}, True, True),
+    ({"eval.num_samples": 4, "analysis.examples": 3, "merge.sweep": (0.5,)}, False, False),
+    ({"sft.save_interval": 3, "data.skip_empty": True}, False, False), ({}, False, False)], ids=_changes)
+def test_a_half_trained_state_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture, changes: dict, lost: bool,
+                                           finished: bool) -> None:
+  """It is named as what would be lost; once that is allowed it is removed before anything runs."""
+  root = tmp_path / "run"
+  states = stop_in_training(root)
+  if lost:
+    with pytest.raises(UserError, match=r"lose what is half trained: round_1/sft_state \(step 4 of round_1/sft\)"
+                       ) as raised:
+      begin(root, **changes)
+    assert ("finished work" in str(raised.value)) == finished
+    assert states.exists()
+  begin(root, rerun=lost, **changes)
+  assert states.exists() != lost
+  assert ("round_1/sft_state (step 4" in capsys.readouterr().err) == lost
+  begin(root, **changes)
+
+
+def test_only_half_trained_work_is_asked_for(tmp_path: Path) -> None:
+  """In the first round nothing else would be lost; other questions count, too."""
+  root = tmp_path / "run"
+  states = stop_in_training(root, 0)
+  with pytest.raises(UserError, match=r"was 0.00055 and is 0.0001 now\), which would lose what is half trained"):
+    begin(root, **{"sft.learning_rate": 1e-4, "data.skip_empty": True})
+  with pytest.raises(UserError, match=r"train questions is not what it was\), which would .*round_0/sft_state"):
+    begin(root, external=EXTERNAL | {"train questions": "others"})
+  (states / "4/about/metadata").write_text(json.dumps({"step": 4, "identity": {"settings": "of another training"}}))
+  with pytest.raises(UserError, match=r"those of what is half trained\), which would .*lose what is half trained"):
+    begin(root)
+  (states / "thesis.txt").write_text("mine")
+  with pytest.raises(UserError, match=r"holds thesis.txt, which is no training state"):
+    begin(root, rerun=True)
+  (states / "thesis.txt").unlink()
+  begin(root, rerun=True)
+  assert not states.exists()
+
+
+def test_lost_inputs_keep_the_state(tmp_path: Path) -> None:
+  """What is made again as it was, since only its file is gone, may be gone on from."""
+  root = tmp_path / "run"
+  states = stop_in_training(root)
+  (root / "round_1/train.jsonl").unlink()
+  begin(root, **{"eval.num_samples": 4})
+  assert states.exists()
+
+
 def test_unwritable_manifest_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                             capsys: pytest.CaptureFixture) -> None:
   def refuse(*_: object) -> None:
@@ -128,9 +192,9 @@ def test_unwritable_manifest_hides_no_error(tmp_path: Path, monkeypatch: pytest.
   def fail() -> None:
     with RunDir(tmp_path / "run", config()) as directory:
       directory.begin([], EXTERNAL, rerun=False)
+      monkeypatch.setattr(integrity, "seal", refuse)
       raise KeyError("what happened")
 
-  monkeypatch.setattr(integrity, "write_digests", refuse)
   with pytest.raises(KeyError, match="what happened"):
     fail()
   assert "manifest.json was not written (the disk is full)" in capsys.readouterr().err
@@ -258,19 +322,3 @@ def test_replaced_inputs_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFix
   assert "test questions is not what it was: base/eval, " in capsys.readouterr().err
   assert begin(root, external=other, rerun=True) >= SAMPLED
   assert begin(root, external=other) >= SAMPLED  # as if killed before any of them
-
-
-def test_what_verify_cannot_look_at_is_said(tmp_path: Path) -> None:
-  states = tmp_path / "round_0/sft_state"
-  (states / "4").mkdir(parents=True)
-  (states / "4/state").write_bytes(b"whole")
-  files.write_text(tmp_path / "run.json", json.dumps({"stages": {}}))
-  files.write_text(tmp_path / "config.json", json.dumps({"sft": {"state_dir": "gs://bucket/states"}}))
-  wrong, notes = integrity.check_run(tmp_path)
-  assert not wrong
-  assert "round_0/sft_state/4: has no digests" in notes[1]
-  assert "in gs://bucket/states" in notes[2]
-  integrity.write_digests(states / f"4{integrity.SEAL}", states, [states / "4/state"])
-  assert len(integrity.check_run(tmp_path)[1]) == 2
-  (states / "4/state").write_bytes(b"while")
-  assert integrity.check_run(tmp_path)[0] == ["round_0/sft_state/4/state"]

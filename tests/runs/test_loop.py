@@ -14,11 +14,12 @@ import ml_collections
 import numpy as np
 import pytest
 
-from imm_jax import files, integrity
+from imm_jax import files
 from imm_jax.errors import UserError
 from imm_jax.estimates import disk, shapes
 from imm_jax.model import hf, safetensors
 from imm_jax.runs import status
+from imm_jax.runs.check import check_run
 from imm_jax.training import states as training_states
 from tests import REPO, TINY
 from tests.runs.helpers import assert_same_run, command, contents, one_line, start
@@ -194,16 +195,15 @@ def test_every_flipped_byte_is_found(finished: Path, tmp_path: Path):
     for step in (1, 2):
       states.save(step, {"w": np.arange(5000.0) * step}, input={"next_index": step}, first_loss=1.0)
     states.wait()
-  assert integrity.check_run(root) == ([], [])
-  # The log also has what is said after the digests were written.
-  paths = [p for p in sorted(root.rglob("*")) if p.is_file() and p.stat().st_size and p.name != "log.txt"]
+  assert check_run(root) == ([], {}, [])
+  paths = [p for p in sorted(root.rglob("*")) if p.is_file() and p.stat().st_size]
   states = [p for p in paths if "sft_state" in p.parts]
   for path in [*rng.sample(paths, 14), *rng.sample(states, 4), root / "run.json", root / "manifest.json"]:
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
     path.write_bytes(flipped)
-    wrong, _ = integrity.check_run(root)
+    wrong = check_run(root).differing
     assert str(path.relative_to(root)) in wrong
     assert len(wrong) == 1 or path.name == "run.json"
     if path.is_relative_to(root / "round_1/sft_state/2"):
@@ -213,12 +213,13 @@ def test_every_flipped_byte_is_found(finished: Path, tmp_path: Path):
         states.latest()
     path.write_bytes(whole)
   (root / "round_0/train.jsonl").unlink()
-  assert integrity.check_run(root)[0] == ["round_0/train.jsonl"]
+  assert check_run(root).differing == ["round_0/train.jsonl"]
   (root / "manifest.json").unlink()
-  assert "manifest.json is missing" in integrity.check_run(root)[1][0]
+  assert "manifest.json is missing" in check_run(root).notes[0]
+  assert {"run.json", "config.json", "log.txt", "metrics.jsonl", "report/index.html"} <= {*check_run(root).unchecked}
   record = root / "run.json"  # which nothing covers now
   record.write_text(record.read_text().replace('"output": "', '"output": "0', 1))
-  assert sorted(integrity.check_run(root)[0]) == ["base/eval", "round_0/train.jsonl"]
+  assert sorted(check_run(root).differing) == ["base/eval", "round_0/train.jsonl"]
   done = subprocess.run([sys.executable, "-m", "imm_jax.verify", f"--workdirs={root}"], cwd=REPO, capture_output=True,
                         text=True, check=False)
   assert done.returncode == 1

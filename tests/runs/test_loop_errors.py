@@ -29,7 +29,7 @@ def test_no_right_sample_stops_the_round(environment: dict[str, str], tmp_path: 
   more = ("--config.sample.max_new_tokens=1", "--config.rounds=1", "--config.data.skip_empty")
   done = start(tmp_path / "run", environment, *more)
   assert done.returncode == 0, done.stderr
-  assert "round_0/train.jsonl: no right answer: the round hands on the model that it started from" in done.stdout
+  assert "round_0/train.jsonl: nothing to train on: the round hands on the model that it started from" in done.stdout
   assert (tmp_path / "run/round_0/samples.jsonl").read_bytes() == samples
   for name in ("sft", "merged"):
     weights = tmp_path / "run/round_0" / name / "model.safetensors"

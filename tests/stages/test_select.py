@@ -149,6 +149,44 @@ def test_no_right_samples_is_an_error(config, tmp_path: Path):
   assert not (tmp_path / "out").read_bytes()
 
 
+@pytest.mark.parametrize("method", ["data_accumulation", "data_mixture"])
+def test_earlier_answers_are_no_empty_round(method: str, config, tmp_path: Path, capsys: pytest.CaptureFixture):
+  """Without a right answer of its own it trains on those of the rounds before, unless there are none of those."""
+  config.method, config.sft.global_batch = method, 4
+  samples = write_samples(tmp_path, config)
+  rows = [json.loads(line) | {"correct": False} for line in samples[1].read_text().splitlines()]
+  samples[1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+  for config.data.skip_empty in (False, True):
+    facts = select_stage.select(config, samples[:2], 1, tmp_path / "out")
+    chosen = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert facts["kept"] == facts["of_earlier_rounds"] == len(chosen) == (32 if method == "data_accumulation" else 16)
+    assert texts(chosen) <= right(config, 0)
+    assert "warning: round 1: 0 of 80 samples are right, so that" in capsys.readouterr().err
+  samples[0].write_text(samples[1].read_text())
+  config.data.skip_empty = False
+  with pytest.raises(UserError, match=r"none of 80 samples is right .*nothing to train on.*more questions"):
+    select_stage.select(config, samples[:2], 1, tmp_path / "out")
+  if method == "data_accumulation":
+    config.data.with_real = True
+    assert select_stage.select(config, samples[:2], 1, tmp_path / "out")["kept"] == 2 * COUNT
+
+
+def test_nothing_mixes_into_an_empty_round(config, tmp_path: Path):
+  """Real answers are a share of what was sampled, which is nothing."""
+  config.data.real_fraction = 0.5
+  (tmp_path / "samples.jsonl").write_text(json.dumps(
+      {"id": "a", "question": "q", "text": "t", "finish": "length", "span": "", "correct": False}) + "\n")
+  with pytest.raises(UserError, match="nothing to train on"):
+    select_stage.select(config, [tmp_path / "samples.jsonl"], 0, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("batch", "warned"), [(32, False), (33, True)])
+def test_less_than_a_batch_warns(batch: int, warned: bool, config, tmp_path: Path, capsys: pytest.CaptureFixture):
+  config.sft.global_batch = batch
+  assert select(config, tmp_path, 0)[1]["kept"] == 32
+  assert ("32 answers are all there is to train on, less than a batch of 33" in capsys.readouterr().err) == warned
+
+
 @pytest.mark.parametrize(("row", "expected"), [("{}", "'id' is missing or no str"), ("[]", "not a JSON object"),
                                                ("nonsense", "not a JSON object")])
 def test_damaged_samples_are_named_with_their_line(row: str, expected: str, config, tmp_path: Path):
