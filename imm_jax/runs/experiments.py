@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_collections
 
-from imm_jax import config_checks, files, loop
+from imm_jax import config_checks, config_keys, files, loop
 from imm_jax.analysis.weight_change import weight_change
 from imm_jax.errors import UserError
 from imm_jax.methods import get_method
@@ -45,7 +45,7 @@ def validate(config: ml_collections.ConfigDict, *, downloads: bool = True) -> No
     try:
       if analysis.kind == "importance":
         config_checks.validate(analysis.config, trains=False, downloads=False)
-        config_checks.require(analysis.config, "analysis.examples", lambda n: n > 0, "expected 1 or more")
+        config_keys.require(analysis.config, "analysis.examples", lambda n: n > 0, "expected 1 or more")
         analyze.check_entry(analysis.task)
     except UserError as e:
       raise UserError(f"analysis {name}: {e}") from e
