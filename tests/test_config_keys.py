@@ -46,7 +46,7 @@ def test_wrong_keys_name_the_nearest(statement: str, expected: str, block: str, 
   assert key.strip("'") in message
   assert message.endswith(hint)
   assert "\n" not in message
-  assert len(message) < 100
+  assert len(message) < 120
 
 
 @pytest.mark.parametrize("block", ["if True", "with c.ignore_type()"], ids=["typed", "untyped"])

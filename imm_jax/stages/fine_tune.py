@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from imm_jax import files
+from imm_jax.config_keys import load_defaults
 from imm_jax.errors import UserError
 from imm_jax.merging import on_disk
 from imm_jax.methods import get_method, keeps_average
@@ -78,6 +79,10 @@ def _plan(config: ml_collections.ConfigDict) -> str:
   extras += [f"LoRA of rank {sft.lora_rank}"] * method.lora
   extras += [f"average of decay {sft.ema_decay:g}"] * keeps_average(config)
   extras += [f"stopped on {sft.stop_share:.0%} of the questions"] * (sft.stop_share > 0)
+  if sft.intervention != "none":
+    extras.append(f"{sft.intervention} {sft[interventions.SETTINGS[sft.intervention]]:g}")
+  if sft.grad_clip != load_defaults().sft.grad_clip and sft.intervention != "gradient_clipping":
+    extras.append(f"gradients clipped at {sft.grad_clip:g}" if sft.grad_clip else "gradients not clipped")
   return ", ".join([f"{sft.epochs} epochs", f"{sft.global_batch} answers a step", *extras])
 
 
