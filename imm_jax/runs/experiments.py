@@ -118,9 +118,9 @@ def _list_models(config: ml_collections.ConfigDict, analysis: ml_collections.Con
     return {"before": analysis.before, "after": analysis.after}
   settings, run_folder = config.runs[analysis.run], root / analysis.run
   number = int(analysis.model.partition("/")[0].removeprefix("round_"))
-  handed_on = {"merged": "merged", "ema": "sft/ema", "tuned": "sft"}[get_method(settings).hands_on]
-  continues = number and get_method(settings).start == "last"
-  return {"before": str(run_folder / f"round_{number - 1}" / handed_on) if continues else settings.model,
+  method = get_method(settings)
+  continues = number and method.start == "last"
+  return {"before": str(run_folder / f"round_{number - 1}" / method.handed_on) if continues else settings.model,
           "after": str(run_folder / analysis.model)}
 
 

@@ -61,7 +61,7 @@ def build_stages(run: Run, start: Checkpoint, tuned: Checkpoint, train: str, rou
   several = registry.METHODS[settings.method].min_models > 1
   tuned = [*(run.model(f"round_{t}/sft") for t in range(round_) if several), tuned]
   inputs = [run.base.stage, start.stage, *(model.stage for model in tuned)]
-  importance = f"{here}/importance.json" if settings.method == "iimm" else ""
+  importance = f"{here}/importance.json" if settings.needs_importance else ""
   models = MergeInputs(run.base.folder, start.folder, [model.folder for model in tuned],
                        run.root / importance if importance else None, run.root / train)
   recorded = run.settings("seed") | {"merge": settings.to_json()}
@@ -123,7 +123,7 @@ def merge(config: ml_collections.ConfigDict, models: MergeInputs, round_: int, w
   weight = files.read_json(weight_file)["base_weight"] if weight_file else _setting(config.merge.base_weight)
   settings = get_settings(config)
   _merge(settings, models, (config.seed, round_), [(weight, out)])
-  if settings.method not in ("imm", "iimm"):
+  if "drop_rate" not in registry.METHODS[settings.method].by_option:
     return {"method": settings.method} | ({"base_weight": weight} if settings.weighs else {})
   return {"base_weight": weight, "drop_rate": settings.drop_rate}
 

@@ -55,6 +55,11 @@ class MergeSettings(NamedTuple):
     # A single task vector has the normalized weight 1.
     return "normalize" if strength == "weights" and "base" in method.inputs and self.options.get("normalize") else ""
 
+  @property
+  def needs_importance(self) -> bool:
+    """Whether the method takes the importance of layers, which the run then measures."""
+    return bool(self.method) and "importance" in registry.METHODS[self.method].by_option
+
   def collect_models(self, *, base: Path, start: Path, tuned: Sequence[Path]) -> dict[str, Path] | None:
     """Returns the folders that the method merges, by label and in its order; None if there are too few models yet.
 
