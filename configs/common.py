@@ -126,7 +126,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.merge = merge = ml_collections.ConfigDict()
   # alpha of eq. 6, the weight of the base [paper]; table 3's alpha is 1 - base_weight. A number; a list over the
-  # layers, first to last; or auto, which chooses it in each round on held-out questions (merge.auto).
+  # layers, first to last, interpolated if it has another length; or auto, which chooses it in each round on held-out
+  # questions (merge.auto).
   merge.base_weight = config_dict.FieldReference(0.5, field_type=object)
   merge.drop_rate = 0.2  # DARE's p [code]; 1 - p is the density of methods that have one, unless options say another
   # Any method of `imm_jax.merging` (ties, slerp, model_stock, ...) in place of the method's own; `base_weight` then is

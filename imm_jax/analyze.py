@@ -82,7 +82,7 @@ def main() -> None:
 
 # These two import what they need themselves: weight change needs none of it, and the imports take seconds.
 def _read_settings(entries: Sequence[str]) -> Any:
-  from imm_jax import config_checks
+  from imm_jax import config_checks, config_keys
   from imm_jax.runs import experiments
   from imm_jax.stages import analyze
 
@@ -95,7 +95,7 @@ def _read_settings(entries: Sequence[str]) -> Any:
   if _EXAMPLES.value:
     settings.analysis.examples = _EXAMPLES.value
   config_checks.validate(settings, trains=False, downloads=False)
-  config_checks.require(settings, "analysis.examples", lambda n: n > 0, "expected 1 or more, or --examples")
+  config_keys.require(settings, "analysis.examples", lambda n: n > 0, "expected 1 or more, or --examples")
   for entry in entries:
     analyze.check_entry(entry)
   return settings

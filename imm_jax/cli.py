@@ -15,7 +15,7 @@ import ml_collections
 from absl import app, flags, logging
 
 from imm_jax import config_files
-from imm_jax.errors import Exit, PreemptedError, UserError, exit_code, suggest
+from imm_jax.errors import Exit, PreemptedError, UserError, exit_code
 from imm_jax.runtime import compilation, signals
 
 # Characters that are printed of an error message of another package.
@@ -180,14 +180,17 @@ def read_config(holder: flags.FlagHolder) -> ml_collections.ConfigDict:
 
 
 def _config_message(error: Exception, argv: list[str]) -> str:
-  """Explains an error that ml_collections raised for a `--config.KEY=VALUE`."""
+  """Explains an error that ml_collections raised for a config file or a `--config.KEY=VALUE`."""
+  from imm_jax import config_keys  # imported here because most commands take no config
+  if explained := config_keys.explain(error):
+    return explained
   text = _one_line(error).strip('"')
   hint = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', text)
   if hint:
     return f"the config has no key {hint[2]!r}; did you mean {hint[1]!r}?"
   for path in re.findall(r"(?m)^--?config\.([\w.]+)", "\n".join(argv)):
     if path.rpartition(".")[2] == text.strip("'"):
-      return f"the config has no key {path!r}; {suggest(path, config_files.list_keys(config_files.load('common')))}"
+      return f"the config has no key {path!r}; {config_keys.suggest_key(path)}"
   return f"the config has no such key or value: {text} (configs/common.py lists all keys)"
 
 

@@ -63,7 +63,9 @@ def load(name: str) -> ml_collections.ConfigDict:
     try:
       settings = runpy.run_path(str(file))["get_config"](*[argument] * bool(colon))
     except Exception as e:  # a config file is Python and may raise anything
-      raise UserError(f"{file}: cannot be loaded: {type(e).__name__}: {' '.join(str(e).split())}") from e
+      from imm_jax.config_keys import explain  # imported here because it imports this module
+      reason = explain(e) or f"{type(e).__name__}: {' '.join(str(e).split())}"
+      raise UserError(f"{file}: cannot be loaded: {reason}") from e
   if not isinstance(settings, ml_collections.ConfigDict):
     raise UserError(f"{file}: get_config() returns {type(settings).__name__}; expected a ConfigDict")
   return settings

@@ -48,8 +48,7 @@ def plan(run: Run) -> list[Stage]:
     stages.append(analyze.build_stage(run, begin, sampler, t))
     if tasks.drift:
       stages.append(measure_drift.build_stage(run, tuned, t))
-    start = {"merged": run.model(f"round_{t}/merged"), "ema": fine_tune.get_average(tuned),
-             "tuned": tuned}[method.hands_on]
+    start = run.handed_on(t)
   return stages
 
 

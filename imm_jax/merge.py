@@ -162,7 +162,7 @@ def _plan_outputs(out: Path, recipe: Recipe) -> dict[Path, Recipe]:
     if _SWEEP.present:
       raise UserError("--sweep_base_weight is empty; expected numbers from 0 to 1")
     return {out: recipe}
-  if recipe.method not in ("imm", "iimm"):
+  if "base_weight" not in _METHODS[recipe.method].by_option:
     raise UserError(f"--sweep_base_weight: {recipe.method} has no base_weight; it is for imm and iimm")
   if _FLAGS["base_weight"].value is not None:
     raise UserError("--base_weight: --sweep_base_weight gives it; leave out one or the other")

@@ -8,6 +8,24 @@ from typing import NamedTuple
 import ml_collections
 
 
+class Anchor(NamedTuple):
+  """Describes a term of the loss that keeps SFT near the base.
+
+  Attributes:
+    summary: what its weight multiplies.
+    predicts: whether it compares predictions, for which the base computes, too, rather than weights as stored.
+  """
+
+  summary: str
+  predicts: bool
+
+
+# By the name of its metric and of its weight in `training.additions`; its setting is `sft.NAME_weight`.
+ANCHORS = {"l2_sp": Anchor("L2 to the base", predicts=False), "kl": Anchor("KL to the base", predicts=True)}
+# The folder of a round in which a model is that the round may hand on, by `Method.hands_on`.
+_FOLDERS = {"merged": "merged", "tuned": "sft", "ema": "sft/ema"}
+
+
 class Method(NamedTuple):
   """Describes how the rounds of a method work.
 
@@ -21,7 +39,7 @@ class Method(NamedTuple):
     merge: name of the merging method after SFT; empty for none.
     hands_on: the model that the next round starts from and samples with: `merged`, `tuned`, or `ema`, the average of
       the tuned model's weights over SFT.
-    anchor: the term that keeps SFT near the base: `l2_sp` or `kl` (`training.additions`); empty for none.
+    anchor: the term that keeps SFT near the base, a key of ANCHORS; empty for none.
     lora: whether SFT trains LoRA adapters rather than all weights.
   """
 
@@ -33,6 +51,11 @@ class Method(NamedTuple):
   hands_on: str = "tuned"
   anchor: str = ""
   lora: bool = False
+
+  @property
+  def handed_on(self) -> str:
+    """The folder, in that of a round, of the model that the round hands on."""
+    return _FOLDERS[self.hands_on]
 
 
 METHODS = {
@@ -86,6 +109,17 @@ def list_merging_methods() -> list[str]:
 def keeps_average(config: ml_collections.ConfigDict) -> bool:
   """Returns whether SFT keeps a moving average of the weights."""
   return config.sft.ema or get_method(config).hands_on == "ema"
+
+
+def get_anchor_weights(config: ml_collections.ConfigDict) -> dict[str, float]:
+  """Returns the weight of each anchor by its name, 0 if the method has another or none.
+
+  >>> from configs import tiny
+  >>> get_anchor_weights(tiny.get_config())
+  {'l2_sp': 0.0, 'kl': 0.0}
+  """
+  own = get_method(config).anchor
+  return {name: config.sft[f"{name}_weight"] if name == own else 0.0 for name in ANCHORS}
 
 
 def samples_answers(config: ml_collections.ConfigDict) -> bool:

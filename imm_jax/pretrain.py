@@ -21,7 +21,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
 from imm_jax import cli, files
-from imm_jax.config_checks import DTYPES, require
+from imm_jax.config_checks import DTYPES
+from imm_jax.config_keys import require
 from imm_jax.errors import UserError, suggest
 from imm_jax.model import hf, sharding
 from imm_jax.model.config import ModelConfig

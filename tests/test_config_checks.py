@@ -113,7 +113,7 @@ def test_task_errors_need_no_data(change, message):
 
 
 @pytest.mark.parametrize(("slip", "message"), [
-    ({"merge": {"base_wieght": 0.3}}, "merge.base_wieght, which is no setting: did you mean base_weight?"),
+    ({"merge": {"base_wieght": 0.3}}, "merge.base_wieght, which is no setting: did you mean merge.base_weight?"),
     ({"extra": 1}, "has extra, which is no setting"), ({"sft": {"ema": None}}, "has no key sft.ema"),
     ({"data": None}, "has no key data")])
 def test_new_configs_are_checked_too(slip: dict, message: str):

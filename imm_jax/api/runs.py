@@ -8,8 +8,8 @@ from typing import Any
 
 import ml_collections
 
-from imm_jax import config_checks, config_files, loop
-from imm_jax.errors import UserError, suggest
+from imm_jax import config_checks, config_files, config_keys, loop
+from imm_jax.errors import UserError
 from imm_jax.report import Results
 from imm_jax.runs import experiments
 
@@ -45,7 +45,7 @@ def run(config: str | os.PathLike[str] | ml_collections.ConfigDict, *, workdir: 
   known = config_files.list_keys(settings)
   for key, value in changes.items():
     if key not in known:
-      raise UserError(f"{key} is no setting: {suggest(key, known)}")
+      raise UserError(f"{key} is no setting: {config_keys.suggest_key(key)}")
     try:
       settings.update_from_flattened_dict({key: value})
     except (TypeError, ValueError) as e:

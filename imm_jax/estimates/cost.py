@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from imm_jax.methods import get_method, keeps_average, merge_method, samples_answers
+from imm_jax.methods import ANCHORS, get_method, keeps_average, samples_answers
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import count_params
 from imm_jax.runtime import hardware
+from imm_jax.stages import merge_settings
 from imm_jax.stages.task_entries import Entry, get_tasks
 
 # Assumptions as long as nothing is measured: the share of a device's peak FLOP/s that training and sampling reach, the
@@ -85,9 +86,9 @@ def count_tokens(config: ml_collections.ConfigDict, record: Mapping[str, Any], *
   evaluated = models * tests * (1 + config.eval.num_samples) + weight_search
   evaluated *= min(length, tasks.protocol.token_limit)
   # A forward pass, of the base for the KL or of the held-out share for its loss, costs a third of a step.
-  epochs = config.sft.epochs * (1 + (method.anchor == "kl") / 3) * (1 - config.sft.stop_share * 2 / 3)
-  measures_importance = merge_method(config.method, config.merge.method) == "iimm"
-  passes = epochs + measures_importance + (config.sft.intervention == "weight_masking")
+  computes = bool(method.anchor) and ANCHORS[method.anchor].predicts
+  epochs = config.sft.epochs * (1 + computes / 3) * (1 - config.sft.stop_share * 2 / 3)
+  passes = epochs + merge_settings.get_settings(config).needs_importance + (config.sft.intervention == "weight_masking")
   measured = config.rounds * min(config.analysis.examples, trained / config.rounds)
 
   def prompt_tokens(entry: Entry) -> float:

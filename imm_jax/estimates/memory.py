@@ -9,13 +9,14 @@ import ml_collections
 from jax.sharding import Mesh
 
 from imm_jax.estimates.shapes import Expected
-from imm_jax.methods import merge_method, samples_answers
+from imm_jax.methods import samples_answers
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params, count_params
 from imm_jax.model.sharding import decoding_mesh, num_batch_shards, param_sharding, path_name
 from imm_jax.runtime import hardware, resident_memory
 from imm_jax.sampling.native import decode, queue
 from imm_jax.scoring import likelihood
+from imm_jax.stages import merge_settings
 from imm_jax.stages.task_entries import get_tasks
 from imm_jax.training import lora, step
 from imm_jax.training.additions import PLAIN, Additions, get_additions
@@ -239,7 +240,7 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, 
   additions, shape = get_additions(config), {"rows": expected.rows, "length": sft.row_length}
   state = state_bytes(model, mesh, dtype=computation.compute_dtype, additions=additions, stops=sft.stop_share > 0)
   stages.append(Peak("SFT", state | step_bytes(model, computation, additions=additions, **shape)))
-  if config.analysis.examples or merge_method(config.method, config.merge.method) == "iimm":
+  if config.analysis.examples or merge_settings.get_settings(config).needs_importance:
     stages.append(Peak("importance", {"weights and sums": 8 * _count_on_device(model, mesh),
                                       **step_bytes(model, computation, sums=True, **shape)}))
   if tasks.drift:

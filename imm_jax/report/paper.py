@@ -18,6 +18,10 @@ from imm_jax.report.results import Results
 _NOT_THERE = ("merge.method", "data.real_fraction", "sft.stop_share")
 
 
+# Settings that the paper does not state, with the values of our plans.
+_NOT_STATED = {"sft.grad_clip": 1.0}
+
+
 def load() -> dict[str, Any]:
   """Loads paper.json."""
   return json.loads(importlib.resources.files("imm_jax.report").joinpath("paper.json").read_text(encoding="utf-8"))
@@ -86,7 +90,9 @@ def list_differences(config: Mapping[str, Any]) -> list[str]:
   return [f"{key} is {_get_setting(config, key)}, the paper's {value or 'all'}" for key, value in wanted.items()
           if _get_setting(config, key) != value and not (key.startswith("merge.") and unmerged)] + [
               f"{key} is {value}, of which the paper has none" for key in _NOT_THERE
-              if (value := _get_setting(config, key))]
+              if (value := _get_setting(config, key))] + [
+                  f"{key} is {value}, the paper states none and ours is {ours}" for key, ours in _NOT_STATED.items()
+                  if (value := _get_setting(config, key)) not in (None, ours)]
 
 
 def _same_model(model: Any, published: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_collections
 
-from imm_jax import config_checks, files, loop
+from imm_jax import config_checks, config_keys, files, loop
 from imm_jax.analysis.weight_change import weight_change
 from imm_jax.errors import UserError
 from imm_jax.methods import get_method
@@ -45,7 +45,7 @@ def validate(config: ml_collections.ConfigDict, *, downloads: bool = True) -> No
     try:
       if analysis.kind == "importance":
         config_checks.validate(analysis.config, trains=False, downloads=False)
-        config_checks.require(analysis.config, "analysis.examples", lambda n: n > 0, "expected 1 or more")
+        config_keys.require(analysis.config, "analysis.examples", lambda n: n > 0, "expected 1 or more")
         analyze.check_entry(analysis.task)
     except UserError as e:
       raise UserError(f"analysis {name}: {e}") from e
@@ -118,9 +118,9 @@ def _list_models(config: ml_collections.ConfigDict, analysis: ml_collections.Con
     return {"before": analysis.before, "after": analysis.after}
   settings, run_folder = config.runs[analysis.run], root / analysis.run
   number = int(analysis.model.partition("/")[0].removeprefix("round_"))
-  handed_on = {"merged": "merged", "ema": "sft/ema", "tuned": "sft"}[get_method(settings).hands_on]
-  continues = number and get_method(settings).start == "last"
-  return {"before": str(run_folder / f"round_{number - 1}" / handed_on) if continues else settings.model,
+  method = get_method(settings)
+  continues = number and method.start == "last"
+  return {"before": str(run_folder / f"round_{number - 1}" / method.handed_on) if continues else settings.model,
           "after": str(run_folder / analysis.model)}
 
 

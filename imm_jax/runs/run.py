@@ -63,6 +63,11 @@ class Run(NamedTuple):
     """Returns the checkpoint that a stage writes."""
     return Checkpoint(self.root / stage, stage)
 
+  def handed_on(self, round_: int) -> Checkpoint:
+    """Returns the checkpoint that a round hands on."""
+    name = self.method.handed_on
+    return Checkpoint(self.root / f"round_{round_}" / name, f"round_{round_}/{name.partition('/')[0]}")
+
   def settings(self, *keys: str) -> dict[str, Any]:
     """Returns some settings by key; see `pick`."""
     return pick(self.config, *keys)
@@ -142,7 +147,7 @@ def list_idle_keys(config: ml_collections.ConfigDict, keys: Iterable[str]) -> li
 def _dependent_keys(config: ml_collections.ConfigDict) -> dict[str, bool]:
   """Returns for each key whose effect depends on the method, or on another key, whether it has one."""
   method, sft = methods.get_method(config), config.sft
-  return {"sft.l2_sp_weight": method.anchor == "l2_sp", "sft.kl_weight": method.anchor == "kl",
+  return {**{f"sft.{name}_weight": name == method.anchor for name in methods.ANCHORS},
           "sft.lora_rank": method.lora, "sft.lora_alpha": method.lora, "sft.ema_decay": methods.keeps_average(config),
           "data.mixture_share": method.data == "mixture", "data.with_real": method.data == "accumulation",
           **{f"sft.{setting}": sft.intervention == name for name, setting in interventions.SETTINGS.items()}}

@@ -19,6 +19,8 @@ from imm_jax.runs.run import RUNTIME_KEYS, Stage, list_unused_keys
 from imm_jax.runtime import distributed, resident_memory
 from imm_jax.training import states
 
+# Recorded facts on which the bits of a stage depend.
+_BITS_DEPEND_ON = ("versions", "devices", "threads")
 _LOCK_ATTEMPTS = 10  # one every 0.05 s
 
 
@@ -163,12 +165,12 @@ class RunDir:
     return True
 
   def record_facts(self, **values: Any) -> None:
-    """Records facts about the whole run, such as versions and devices; warns if an earlier start had others."""
+    """Records facts about the whole run; warns if an earlier start had others on which the bits of stages depend."""
     if not distributed.is_main():
       return
     for name, value in values.items():
       before = self._record.get(name, value)
-      if before != value:
+      if before != value and name in _BITS_DEPEND_ON:
         print(f"warning: {name} was {before} and is {value} now; the bits of new stages may differ", file=sys.stderr)
     self._record.update(values)
     self._save_record()

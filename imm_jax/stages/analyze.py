@@ -19,6 +19,7 @@ from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed
 from imm_jax.stages import devices, fine_tune
+from imm_jax.stages.merge_settings import get_settings
 from imm_jax.stages.round_questions import list_round_keys, load_round
 from imm_jax.stages.task_entries import get_entry, get_tasks
 from imm_jax.tasks import sources, texts
@@ -53,7 +54,8 @@ def build_stage(run: Run, start: Checkpoint, sampler: Checkpoint | None, round_:
   """Builds the stage that analyzes a round, given its initial model and, if any, the model that sampled."""
   here, merge = f"round_{round_}", run.merge_method
   needs = [run.base.stage, start.stage, f"{here}/train.jsonl", f"{here}/sft"]
-  needs += [f"{here}/merged"] * bool(merge) + [f"{here}/importance.json"] * (merge == "iimm")
+  needs += [f"{here}/merged"] * bool(merge)
+  needs += [f"{here}/importance.json"] * get_settings(run.config).needs_importance
   needs += [sampler.stage, f"{here}/samples.jsonl"] if sampler else []
   round_inputs = Round(round_, run.root / here, run.base.folder, start.folder, sampler and sampler.folder, bool(merge))
   count = run.config.analysis.examples

@@ -14,9 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from imm_jax import files
+from imm_jax.config_keys import load_defaults
 from imm_jax.errors import UserError
 from imm_jax.merging import on_disk
-from imm_jax.methods import get_method, keeps_average
+from imm_jax.methods import ANCHORS, get_anchor_weights, get_method, keeps_average
 from imm_jax.model import attention, checkpoint_folder, hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params
@@ -73,11 +74,14 @@ def get_average(tuned: Checkpoint) -> Checkpoint:
 
 def _plan(config: ml_collections.ConfigDict) -> str:
   sft, method = config.sft, get_method(config)
-  extras = {"l2_sp": [f"L2 to the base x {sft.l2_sp_weight:g}"], "kl": [f"KL to the base x {sft.kl_weight:g}"]}.get(
-      method.anchor, [])
+  extras = [f"{ANCHORS[name].summary} x {weight:g}" for name, weight in get_anchor_weights(config).items() if weight]
   extras += [f"LoRA of rank {sft.lora_rank}"] * method.lora
   extras += [f"average of decay {sft.ema_decay:g}"] * keeps_average(config)
   extras += [f"stopped on {sft.stop_share:.0%} of the questions"] * (sft.stop_share > 0)
+  if sft.intervention != "none":
+    extras.append(f"{sft.intervention} {sft[interventions.SETTINGS[sft.intervention]]:g}")
+  if sft.grad_clip != load_defaults().sft.grad_clip and sft.intervention != "gradient_clipping":
+    extras.append(f"gradients clipped at {sft.grad_clip:g}" if sft.grad_clip else "gradients not clipped")
   return ", ".join([f"{sft.epochs} epochs", f"{sft.global_batch} answers a step", *extras])
 
 
@@ -170,9 +174,10 @@ def hold_out(rows: Sequence[Mapping[str, Any]], share: float, seed: Any, *, sour
 def _load_frozen(config: ml_collections.ConfigDict, model: Path, base: Path) -> Frozen:
   """Loads the weights that the method's SFT uses but does not train."""
   method, compute = get_method(config), jnp.dtype(hardware.compute_dtype(config.sft.compute_dtype))
-  # L2-SP uses the base's weights as stored; weights that compute are rounded to the compute dtype.
-  anchor = {"anchor": load_params(config, base, None if method.anchor == "l2_sp" else compute)} if method.anchor else {}
-  return anchor | ({"base": load_params(config, model, compute)} if method.lora else {})
+  frozen = {"base": load_params(config, model, compute)} if method.lora else {}
+  if method.anchor:  # weights that compute are rounded to the compute dtype
+    frozen["anchor"] = load_params(config, base, compute if ANCHORS[method.anchor].predicts else None)
+  return frozen
 
 
 def _make_key(config: ml_collections.ConfigDict, round_: int) -> jax.Array:

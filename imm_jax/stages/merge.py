@@ -13,7 +13,7 @@ from imm_jax.errors import UserError
 from imm_jax.merging import masks, on_disk, registry
 from imm_jax.merging.trees import Setting
 from imm_jax.methods import get_method
-from imm_jax.model import checkpoint_folder, hf
+from imm_jax.model import checkpoint_folder, hf, published
 from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed
 from imm_jax.stages import analyze, devices, evaluate, fine_tune, kept, likelihood, synthesize
@@ -61,7 +61,7 @@ def build_stages(run: Run, start: Checkpoint, tuned: Checkpoint, train: str, rou
   several = registry.METHODS[settings.method].min_models > 1
   tuned = [*(run.model(f"round_{t}/sft") for t in range(round_) if several), tuned]
   inputs = [run.base.stage, start.stage, *(model.stage for model in tuned)]
-  importance = f"{here}/importance.json" if settings.method == "iimm" else ""
+  importance = f"{here}/importance.json" if settings.needs_importance else ""
   models = MergeInputs(run.base.folder, start.folder, [model.folder for model in tuned],
                        run.root / importance if importance else None, run.root / train)
   recorded = run.settings("seed") | {"merge": settings.to_json()}
@@ -88,21 +88,28 @@ def build_stages(run: Run, start: Checkpoint, tuned: Checkpoint, train: str, rou
     inputs.append(name)
   weight = run.settings("merge.base_weight") if settings.weighs else {}
   result.append(Stage(f"{here}/merged", tuple(inputs), recorded | weight,
-                      _plan(settings, models, run.method.merge, config.merge.base_weight),
+                      _plan(settings, models, run.method.merge, config),
                       lambda out, _: merge(config, models, round_, chosen, out)))
   return [*result, evaluate.build_stage(run, run.model(f"{here}/merged"), f"{here}/eval/merged", round_)]
 
 
-def _plan(settings: MergeSettings, models: MergeInputs, own: str, base_weight: Any) -> str:
+def _plan(settings: MergeSettings, models: MergeInputs, own: str, config: ml_collections.ConfigDict) -> str:
   """Describes a merge; `own` is the merging method of the run's method, which is not named again."""
   method = registry.METHODS[settings.method]
   if not settings.collect_models(**models.folders):
     return f"the tuned model, for {method.name} merges several"
   shown = "" if method.name == own else method.name
-  weight = f"base_weight {base_weight}" if settings.weighs else ""
+  weight = f"base_weight {config.merge.base_weight}{_describe_length(config)}" if settings.weighs else ""
   thins = {"drop_rate", "densities"} & method.by_option.keys() - settings.options.keys()
   return ", ".join(filter(None, (shown, weight, f"drop_rate {settings.drop_rate}" if thins else "", *(
       f"{option} {value}" for option, value in settings.options.items())))) or method.name
+
+
+def _describe_length(config: ml_collections.ConfigDict) -> str:
+  """Says so if the base weight is a list that has not a number for each layer."""
+  weight = config.merge.base_weight
+  model = published.find_config(config.model) if isinstance(weight, tuple | list) else None
+  return f" interpolated to {model.num_layers} layers" if model and len(weight) != model.num_layers else ""
 
 
 def _plan_choice(auto: ml_collections.ConfigDict) -> str:
@@ -120,7 +127,7 @@ def merge(config: ml_collections.ConfigDict, models: MergeInputs, round_: int, w
   weight = files.read_json(weight_file)["base_weight"] if weight_file else _setting(config.merge.base_weight)
   settings = get_settings(config)
   _merge(settings, models, (config.seed, round_), [(weight, out)])
-  if settings.method not in ("imm", "iimm"):
+  if "drop_rate" not in registry.METHODS[settings.method].by_option:
     return {"method": settings.method} | ({"base_weight": weight} if settings.weighs else {})
   return {"base_weight": weight, "drop_rate": settings.drop_rate}
 

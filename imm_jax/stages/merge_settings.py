@@ -20,6 +20,8 @@ from imm_jax.methods import merge_method
 _STRENGTHS: Mapping[str, Callable[[Setting], Setting]] = {
     "base_weight": lambda weight: weight, "t": lambda weight: complement(weight),
     "alpha": lambda weight: complement(weight)}
+# Options that are settings of their own in a run, or that it measures.
+_NOT_GIVEN = ("base_weight", "drop_rate", "importance")
 # Methods whose `t` or `alpha` is not a strength.
 _NO_STRENGTH = ("nearswap", "lines", "ramplus_tl")
 
@@ -52,6 +54,11 @@ class MergeSettings(NamedTuple):
       return strength
     # A single task vector has the normalized weight 1.
     return "normalize" if strength == "weights" and "base" in method.inputs and self.options.get("normalize") else ""
+
+  @property
+  def needs_importance(self) -> bool:
+    """Whether the method takes the importance of layers, which the run then measures."""
+    return bool(self.method) and "importance" in registry.METHODS[self.method].by_option
 
   def collect_models(self, *, base: Path, start: Path, tuned: Sequence[Path]) -> dict[str, Path] | None:
     """Returns the folders that the method merges, by label and in its order; None if there are too few models yet.
@@ -151,9 +158,8 @@ def check_merge_options(config: ml_collections.ConfigDict) -> None:
     raise UserError(f"config.merge.method={name!r}: {reason}")
   method = known[name]
   for option, value in given.items():
-    if option not in method.by_option or option in ("base_weight", "drop_rate", "importance"):
-      raise UserError(f"config.merge.options.{option}: is no option of {name}; "
-                      f"{suggest(option, [o for o in method.by_option if o != 'importance'])}")
+    if option not in method.by_option or option in _NOT_GIVEN:
+      raise UserError(f"config.merge.options.{option}: is no option of {name}{_describe_options(method, option)}")
     known_option, several = method.by_option[option], isinstance(value, tuple | list)
     try:
       for number in value if several and known_option.kind == "number" else [value]:
@@ -174,3 +180,13 @@ def check_merge_options(config: ml_collections.ConfigDict) -> None:
     reason = (f"options.{settings.fixed_by}: overrides base_weight" if has_strength(name) else
               f"method={name}: has no weight of the base")
     raise UserError(f"config.merge.{reason}, so merge.sweep and base_weight=auto have no effect with it")
+
+
+def _describe_options(method: registry.MergeMethod, option: str) -> str:
+  """Says where a method's options are set, for the message about one that it does not have."""
+  options = [name for name in method.by_option if name not in _NOT_GIVEN]
+  if options:
+    return f"; {suggest(option, options)}"
+  keys = ["merge.base_weight"] * has_strength(method.name) + ["merge.drop_rate"] * ("drop_rate" in method.by_option)
+  return f", which takes none here; it has {' and '.join(f'config.{key}' for key in keys)}" if keys else (
+      ", which has no options")

@@ -49,6 +49,17 @@ def load_round(tasks: Tasks, round_: int) -> Questions:
   return Questions([pool[i] for i in shown_indices[:few]], others[:held_out], round_questions)
 
 
+def count_round(tasks: Tasks) -> int:
+  """Counts the questions of a round; 0 if that takes a download because the published size is not known."""
+  task, shown = tasks.in_domain, max(tasks.few_shot, tasks.get_protocol(tasks.in_domain).few_shot)
+  if tasks.per_round or task.is_generated:
+    return tasks.per_round
+  if not task.is_remote:
+    return len(load_round(tasks, 0).round_questions)
+  # All of its worked answers count as such: those that are shown or held out are set apart.
+  return max(0, task.count_questions("train", 0) - shown - tasks.held_out)
+
+
 def list_round_keys(tasks: Tasks) -> tuple[str, ...]:
   """Returns the config keys that determine which questions a round asks, apart from those shown or held out."""
   held_out = ("merge.auto.questions",) if tasks.held_out else ()

@@ -17,7 +17,7 @@ from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed
 from imm_jax.sampling import Completion, Prompt, engines
 from imm_jax.stages.devices import make_mesh
-from imm_jax.stages.round_questions import list_round_keys, load_general, load_round
+from imm_jax.stages.round_questions import count_round, list_round_keys, load_general, load_round
 from imm_jax.stages.task_entries import Tasks, get_tasks
 from imm_jax.stages.worked_examples import load_shots
 from imm_jax.tasks import protocols
@@ -34,7 +34,7 @@ def build_stage(run: Run, model: Checkpoint, round_: int) -> Stage:
   """Builds the stage that samples in a round."""
   name, tasks = get_samples_name(round_), get_tasks(run.config)
   return Stage(name, (model.stage, "train questions"), _settings(run, tasks, round_),
-               _plan(run.config.sample, tasks.per_round, round_),
+               _plan(run.config, count_round(tasks), round_),
                lambda out, _: synthesize(run.config, model.folder, round_, run.scratch(name), out), everywhere=True,
                scratch=str(run.scratch(name)), costly=True, summarize=_summarize)
 
@@ -69,14 +69,16 @@ def _settings(run: Run, tasks: Tasks, round_: int) -> dict[str, Any]:
   return settings | {"sample": settings["sample"] | {"temperatures": temperatures}}
 
 
-def _plan(sample: ml_collections.ConfigDict, num_questions: int, round_: int) -> str:
+def _plan(config: ml_collections.ConfigDict, num_questions: int, round_: int) -> str:
+  """Describes the samples of a round with this number of questions, 0 if it is not known."""
+  sample, by = config.sample, f" by {config.teacher}" if config.teacher else ""
   given = sample.temperatures
   per_round = isinstance(given[0], tuple | list)
   at = f" at temperatures {', '.join(f'{t:g}' for t in get_temperatures(given, round_))}" if per_round else ""
   if not num_questions:
-    return f"{sample.num_samples} answers to every train question{at}"
-  count = num_questions * sample.num_samples
-  return (f"{num_questions} questions x {sample.num_samples} = {count} answers{at}, up to "
+    return f"{sample.num_samples} answers to every train question{by}{at}"
+  count, every = num_questions * sample.num_samples, "" if config.task.questions_per_round else "all "
+  return (f"{every}{num_questions} questions x {sample.num_samples} = {count} answers{by}{at}, up to "
           f"{count * sample.max_new_tokens:,} tokens")
 
 

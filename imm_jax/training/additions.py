@@ -51,8 +51,7 @@ PLAIN = Additions()
 def get_additions(config: ml_collections.ConfigDict) -> Additions:
   """Returns the additions that a run's config asks for."""
   sft, method = config.sft, methods.get_method(config)
-  return Additions(l2_sp=sft.l2_sp_weight if method.anchor == "l2_sp" else 0.0,
-                   kl=sft.kl_weight if method.anchor == "kl" else 0.0,
+  return Additions(**methods.get_anchor_weights(config),
                    ema=sft.ema_decay if methods.keeps_average(config) else 0.0,
                    lora=Lora(sft.lora_rank, sft.lora_alpha) if method.lora else None)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from imm_jax.methods import ANCHORS
 from imm_jax.runtime import progress
 from imm_jax.training.packing import PackedBatches
 from imm_jax.training.throughput import Meter, Profile
@@ -113,7 +114,7 @@ class StepLog:
     self._reporting.report(
         step, loss=self.last_loss, grad_norm=float(metrics["grad_norm"]), tokens=float(metrics["tokens"]),
         learning_rate=float(self._learning_rates[step]), **self._speed,
-        **{name: float(metrics[name]) for name in ("kl", "l2_sp") if name in metrics})
+        **{name: float(metrics[name]) for name in ANCHORS if name in metrics})
 
   def report_held_out(self, loss: float) -> None:
     """Reports the held-out loss after the last step; the time since that step's report does not count."""

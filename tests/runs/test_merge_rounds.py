@@ -151,7 +151,9 @@ def test_every_option_has_its_place_in_the_config() -> None:
     ({"merge.method": "ties", "merge.options.densities": 2.0}, r"densities=2\.0: expected 0 <= densities <= 1"),
     ({"merge.method": "ties", "merge.options.scope": "all"}, "expected 'tensor' or 'model'"),
     ({"merge.method": "nearswap"}, r"options\.t: merge\.method=nearswap needs it"),
-    ({"merge.options.scale": 2.0}, "is no option of imm"),
+    ({"merge.options.scale": 2.0}, "is no option of imm, which takes none here; it has config.merge.base_weight and "
+     r"config\.merge\.drop_rate$"),
+    ({"merge.method": "ties", "merge.options.t": 0.1}, "is no option of ties; expected one of"),
     ({"merge.method": "ties", "merge.options.densities": (0.3, 0.2)}, "expected a number, or 1 of them, for the tuned"),
     ({"merge.method": "linear", "merge.options.weights": (1, 2, 3)}, "or 2 of them, for the base and the tuned one"),
     ({"merge.method": "karcher", "merge.options.tol": (0.1, 0.2)}, r"tol=\(0\.1, 0\.2\): expected 0 <= tol"),
@@ -203,7 +205,9 @@ def test_overridden_weight_is_not_swept(given: dict, models: merge.MergeInputs, 
     ({}, "base_weight 0.4, drop_rate 0.2"), ({"merge.method": "ties"}, "ties, base_weight 0.4, drop_rate 0.2"),
     ({"merge.method": "ties", "merge.options.densities": 0.3}, "ties, base_weight 0.4, densities 0.3"),
     ({"merge.method": "linear", "merge.options.weights": (0.2, 0.8)}, "linear, weights (0.2, 0.8)"),
-    ({"merge.method": "sce"}, "sce"), ({"method": "lines"}, "base_weight 0.4")])
+    ({"merge.method": "sce"}, "sce"), ({"method": "lines"}, "base_weight 0.4"),
+    ({"merge.base_weight": [0.1, 0.2]}, "base_weight [0.1, 0.2] interpolated to 4 layers, drop_rate 0.2"),
+    ({"merge.base_weight": [0.1, 0.2, 0.3, 0.4]}, "base_weight [0.1, 0.2, 0.3, 0.4], drop_rate 0.2")])
 def test_the_plan_says_what_decides_a_merge(given: dict, said: str) -> None:
   config = tiny.get_config()
   config.update_from_flattened_dict(given)

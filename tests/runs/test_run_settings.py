@@ -3,9 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from configs import tiny
 from imm_jax import loop
+from imm_jax.estimates import cost
+from imm_jax.methods import ANCHORS, METHODS
 from imm_jax.runs.run import Checkpoint, Run
+from imm_jax.training.additions import Additions, get_additions
 
 
 def _settings(**changes: object) -> list[dict[str, object]]:
@@ -39,3 +44,35 @@ def test_a_rounds_temperatures_are_its_own():
   assert [a == b for a, b in zip(plain, changed, strict=True)] == [True, True, False, True]
   assert plain == of((0.2, 0.4))  # the last stands for later rounds
   assert changed[2]["sample"]["temperatures"] == [0.9]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_method_decides_what_anchors_sft(method: str):
+  config = tiny.get_config()
+  config.update_from_flattened_dict({"method": method, "sft.l2_sp_weight": 0.25, "sft.kl_weight": 0.5})
+  additions = get_additions(config)
+  assert (additions.l2_sp, additions.kl) == {"l2_sp": (0.25, 0.0), "kl": (0.0, 0.5)}.get(method, (0.0, 0.0))
+  assert additions.anchored == bool(METHODS[method].anchor)
+  assert {*ANCHORS} <= {*Additions._fields}
+
+
+def test_only_the_kl_costs_a_pass_of_the_base():
+  def count(method: str) -> float:
+    config = tiny.get_config()
+    config.update_from_flattened_dict({"method": method, "analysis.examples": 0})
+    return cost.count_tokens(config, {"stages": {}}).trained
+
+  assert count("kl") == pytest.approx(count("star") * 4 / 3)
+  assert count("l2_sp") == count("star") == count("imm")
+  assert count("iimm") == pytest.approx(count("imm") * 4 / 3)  # importance takes one pass more than the three epochs
+
+
+@pytest.mark.parametrize(("method", "stage", "folder"), [
+    ("imm", "round_0/merged", "round_0/merged"), ("star", "round_0/sft", "round_0/sft"),
+    ("wise_ft", "round_0/sft", "round_0/sft"), ("ema", "round_0/sft", "round_0/sft/ema")])
+def test_what_a_round_hands_on(method: str, stage: str, folder: str):
+  config = tiny.get_config()
+  config.method = method
+  run = Run(config, Path("run"), Checkpoint(Path("base"), "base"))
+  assert run.handed_on(0) == (Path("run", folder), stage)
+  assert {s.name: s for s in loop.plan(run)}["round_1/samples.jsonl"].needs[0] == stage
