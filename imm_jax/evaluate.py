@@ -28,7 +28,7 @@ from imm_jax.report.results import AnswerStats
 from imm_jax.runs import experiments
 from imm_jax.sampling import engines
 from imm_jax.stages import devices, evaluate
-from imm_jax.stages.kept import Kept
+from imm_jax.stages.result_cache import ResultCache
 from imm_jax.stages.task_entries import LM_EVAL, get_tasks
 from imm_jax.statistics import model_comparison
 from imm_jax.statistics.accuracy import Accuracy
@@ -64,7 +64,7 @@ def main() -> None:
                   overwrite=_OVERWRITE.value, explain_foreign=_explain_foreign)
   scratch = out.with_name(f".{out.name}.sampling")
   with files.lock(out), files.write_atomically(out) as folder:
-    facts = evaluate.evaluate(settings, model, scratch, Kept(folder), label=model.name)
+    facts = evaluate.evaluate(settings, model, scratch, ResultCache(folder), label=model.name)
     files.write_json(folder / "scores.json", {"model": settings.model, **facts})
   files.remove(scratch)
   _print_scores(facts)

@@ -14,7 +14,7 @@ from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed
 from imm_jax.sampling import Prompt
 from imm_jax.stages import devices, likelihood, lm_eval_tasks, synthesize
-from imm_jax.stages.kept import FOLDER, Kept
+from imm_jax.stages.result_cache import FOLDER, ResultCache
 from imm_jax.stages.task_entries import Entry, Tasks, get_tasks
 from imm_jax.stages.worked_examples import load_shots
 from imm_jax.statistics import accuracy
@@ -68,8 +68,8 @@ def _plan(tasks: Tasks, num_samples: int) -> str:
 
 def _measure(run: Run, model: Path, name: str, round_: int, out: Path, _: Any) -> dict[str, Any]:
   """Evaluates a model and adds the scores to the run's metrics."""
-  kept = Kept(out, run.root / name, run.root / FOLDER)
-  facts = evaluate(run.config, model, run.scratch(name), kept, label=name)
+  cache = ResultCache(out, run.root / name, run.root / FOLDER)
+  facts = evaluate(run.config, model, run.scratch(name), cache, label=name)
   with StageMetrics(run.root, name, tracking=run.config.tracking) as metrics:
     metrics.write(round_ + 1, **{f"accuracy/{task}" if metric == "greedy" else f"{metric}/{task}": score["value"]
                                  for task, scores in facts["scores"].items() for metric, score in scores.items()},
@@ -80,11 +80,11 @@ def _measure(run: Run, model: Path, name: str, round_: int, out: Path, _: Any) -
   return facts
 
 
-def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, kept: Kept, *, label: str,
+def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, cache: ResultCache, *, label: str,
              ) -> dict[str, Any]:
   """Evaluates a model on all test questions of a config.
 
-  Writes the folder `kept.out` with <task>.jsonl, one row per question; files of an earlier evaluation whose model,
+  Writes the folder `cache.out` with <task>.jsonl, one row per question; files of an earlier evaluation whose model,
   questions and settings are the same are taken over. Answers are greedy, with the prompts of `eval.protocol`; with
   `config.eval.num_samples` there is also <task>_samples.jsonl, for pass@k and the majority vote. Multiple-choice tasks
   are scored by likelihood (`likelihood`); lm-evaluation-harness runs its own tasks (`lm_eval_tasks`). `scratch` is a
@@ -96,7 +96,7 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, kept
     `long_prompts`: for each task with any, the number of questions skipped because they do not fit.
   """
   if distributed.is_main():
-    kept.out.mkdir()
+    cache.out.mkdir()
   scores: dict[str, dict[str, accuracy.Accuracy]] = {}
   protocol: dict[str, dict[str, Any]] = {}
   skipped: dict[str, int] = {}
@@ -109,7 +109,7 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, kept
         synthesize.open_sampler(config, model, settings.batch_size, scratch)))
     for entry, examples in answered_tasks:
       name = entry.name
-      rows, samples, skipped[name] = _answer_task(config, model, digest, sampler, entry, examples, kept, label)
+      rows, samples, skipped[name] = _answer_task(config, model, digest, sampler, entry, examples, cache, label)
       if distributed.is_main():
         protocol[name] = describe_protocol(tasks, entry, rows)
         scores[name] = {"greedy": accuracy.compute_accuracy(sum(r["correct"] for r in rows), len(rows))}
@@ -119,20 +119,20 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, kept
   result = {"scores": {name: {metric: score._asdict() for metric, score in metrics.items()}
                        for name, metrics in scores.items()}, "protocol": protocol, "texts": {}}
   if tasks.needs_likelihood:
-    result = _join(result, devices.call(config, likelihood.measure, config, model, scratch, kept, label))
+    result = _join(result, devices.call(config, likelihood.measure, config, model, scratch, cache, label))
   if tasks.lm_eval:
-    result = _join(result, devices.call(config, lm_eval_tasks.measure, config, model, scratch, kept, label))
+    result = _join(result, devices.call(config, lm_eval_tasks.measure, config, model, scratch, cache, label))
   ordered = {key: {name: value[name] for name in tasks.names if name in value}
              for key, value in result.items() if key != "texts"}
   long = {name: count for name, count in skipped.items() if count}
   if distributed.is_main():
-    kept.finish()
+    cache.finish()
   return {**ordered, "texts": result["texts"], "long_prompts": long}
 
 
 def _answer_task(config: ml_collections.ConfigDict, model: Path, digest: str,
-                 sampler: Callable[[], synthesize.Generate], entry: Entry, examples: Sequence[Example], kept: Kept,
-                 label: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+                 sampler: Callable[[], synthesize.Generate], entry: Entry, examples: Sequence[Example],
+                 cache: ResultCache, label: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
   """Answers a task's questions or takes the answers over; returns both kinds of rows and the number of long prompts.
 
   `digest` is that of the model, and `sampler` opens its sampler, which takes a while.
@@ -142,13 +142,13 @@ def _answer_task(config: ml_collections.ConfigDict, model: Path, digest: str,
   asked = {"model": digest, "sampler": config.sampler.kind, "dtype": config.sample.compute_dtype,
            "protocol": protocol.name, "stop": list(protocol.stop), "max_new_tokens": tasks.protocol.token_limit,
            "questions": [[e.id, e.question, e.answer, e.kind, text] for e, text in prompts]}
-  rows, _ = kept.obtain(name, asked, lambda: (_answer(
+  rows, _ = cache.obtain(name, asked, lambda: (_answer(
       tasks, sampler(), entry, prompts, label=f"{label}: {name}"), {}), label=label)
   if not drawn:
     return rows, [], long
   drawing = {"num_samples": drawn, "temperature": config.eval.temperature, "top_p": config.eval.top_p,
              "seed": config.seed}
-  samples, _ = kept.obtain(f"{name}_samples", asked | drawing, lambda: (_answer_repeatedly(
+  samples, _ = cache.obtain(f"{name}_samples", asked | drawing, lambda: (_answer_repeatedly(
       tasks, sampler(), entry, prompts, label=f"{label}: {name}, samples", **drawing), {}), label=label)
   return rows, samples, long
 

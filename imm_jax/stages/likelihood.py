@@ -15,7 +15,7 @@ from imm_jax.runtime import distributed, hardware
 from imm_jax.scoring import Scorer, encode_continuations, encode_text
 from imm_jax.stages import resumable
 from imm_jax.stages.devices import make_mesh
-from imm_jax.stages.kept import Kept
+from imm_jax.stages.result_cache import ResultCache
 from imm_jax.stages.task_entries import Entry, get_tasks
 from imm_jax.statistics import accuracy
 from imm_jax.tasks.base import Choice
@@ -31,11 +31,12 @@ _WINDOW = 2048
 _QUESTIONS, _PASSAGES = 256, 64
 
 
-def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, kept: Kept, label: str) -> dict[str, Any]:
+def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, cache: ResultCache, label: str,
+            ) -> dict[str, Any]:
   """Scores the multiple-choice tasks and the texts of a config.
 
-  Writes <task>.jsonl, one row per question or passage, unless `kept` has it. `scratch` is a folder for partial results,
-  from which a killed evaluation resumes.
+  Writes <task>.jsonl, one row per question or passage, unless `cache` has it. `scratch` is a folder for partial
+  results, from which a killed evaluation resumes.
 
   Returns:
     `scores`: `acc` and `acc_norm` of each task; `texts`: the result of `summarize_texts` for each text; `protocol`: the
@@ -57,7 +58,7 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, kept:
     compute = lambda: resumable.compute_rows(
         items, lambda part, label: make(*load(), part, label=label), size=size,
         journal=scratch / f"{name}_scores.jsonl", settings=settings, label=f"{label}: {name}")
-    return kept.obtain(name, settings | {"items": items, "window": _WINDOW}, lambda: (compute(), {}), label=label)[0]
+    return cache.obtain(name, settings | {"items": items, "window": _WINDOW}, lambda: (compute(), {}), label=label)[0]
 
   scores, summaries, protocol = {}, {}, {}
   for name, choices in choices_by_task.items():

@@ -19,7 +19,7 @@ from imm_jax.errors import UserError, first_line, suggest
 from imm_jax.model import checkpoint_folder
 from imm_jax.runtime import distributed, hardware
 from imm_jax.sampling import Completion
-from imm_jax.stages.kept import Kept
+from imm_jax.stages.result_cache import ResultCache
 from imm_jax.stages.task_entries import LM_EVAL, get_tasks
 from imm_jax.statistics import accuracy
 
@@ -60,8 +60,9 @@ def load(config: ml_collections.ConfigDict) -> None:
       _manager(config.eval.lm_eval.path).load([name])
 
 
-def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, kept: Kept, label: str) -> dict[str, Any]:
-  """Runs the lm_eval tasks of a config, and writes <entry>.jsonl, one row per document, unless `kept` has it.
+def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, cache: ResultCache, label: str,
+            ) -> dict[str, Any]:
+  """Runs the lm_eval tasks of a config, and writes <entry>.jsonl, one row per document, unless `cache` has it.
 
   A group of tasks, such as `mmlu`, is one task here, over all documents of its parts. `scratch` is a folder for partial
   results, from which a killed evaluation resumes.
@@ -82,7 +83,7 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, kept:
   load = functools.cache(lambda: _open(config, model, scratch))
   for name in get_tasks(config).lm_eval:
     entry = f"{LM_EVAL}{name}"
-    _, facts = kept.obtain(entry, common | {"task": name}, lambda name=name: _run(config, load(), name, label),
+    _, facts = cache.obtain(entry, common | {"task": name}, lambda name=name: _run(config, load(), name, label),
                            label=label)
     scores[entry], protocol[entry] = facts["scores"], facts["protocol"]
   return {"scores": scores, "protocol": protocol, "texts": {}}

@@ -16,7 +16,7 @@ from imm_jax.methods import get_method
 from imm_jax.model import checkpoint_folder, hf, published
 from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runtime import distributed
-from imm_jax.stages import analyze, devices, evaluate, fine_tune, kept, likelihood, synthesize
+from imm_jax.stages import analyze, devices, evaluate, fine_tune, likelihood, result_cache, synthesize
 from imm_jax.stages.merge_settings import MergeSettings, get_settings
 from imm_jax.stages.round_questions import list_round_keys, load_general, load_round
 from imm_jax.stages.task_entries import get_tasks
@@ -140,15 +140,15 @@ def sweep(config: ml_collections.ConfigDict, models: MergeInputs, round_: int, f
   """
   out.mkdir()
   weights = config.merge.sweep
-  keys = {f"{weight:g}": kept.digest_key({"inputs": inputs, "weight": weight}) for weight in weights}
+  keys = {f"{weight:g}": result_cache.digest_key({"inputs": inputs, "weight": weight}) for weight in weights}
   new = [(weight, out / name) for weight, (name, key) in zip(weights, keys.items(), strict=True)
-         if not kept.take_folder(former / name, out / name, key)]
+         if not result_cache.take_folder(former / name, out / name, key)]
   if new:
     _merge(get_settings(config), models, (config.seed, round_), new)
   if len(new) < len(weights):
     merged = ", ".join(out.name for _, out in new)
     print(f"{former.parent.name}/sweep: merged with {merged or 'no new weight'}, the others are taken over", flush=True)
-  kept.record(out, keys, {})
+  result_cache.record(out, keys, {})
   return {"base_weights": list(weights)}
 
 

@@ -21,7 +21,7 @@ from imm_jax.report.results import Results
 from imm_jax.sampling.native import NativeSampler
 from imm_jax.scoring import Scorer, encode_text
 from imm_jax.stages import evaluate as evaluate_stage, likelihood, lm_eval_tasks
-from imm_jax.stages.kept import Kept
+from imm_jax.stages.result_cache import ResultCache
 from imm_jax.stages.task_entries import get_tasks
 from tests import TINY
 from tests.runs.helpers import command
@@ -121,14 +121,14 @@ def test_lm_eval_scores_as_our_own_do(data: Path, tmp_path: Path, monkeypatch: p
     (data / f"lm_eval/{name}.yaml").write_text(yaml.safe_dump(task))
   config = tiny.get_config()
   config.task.ood, config.eval.lm_eval.path = ("lm_eval:own_options", "lm_eval:own_some"), str(data / "lm_eval")
-  measure = lambda module, kept: module.measure(config, TINY, tmp_path / "scratch", kept, "tiny")["scores"]
+  measure = lambda module, cache: module.measure(config, TINY, tmp_path / "scratch", cache, "tiny")["scores"]
   for name in ("out", "again"):
     (tmp_path / name).mkdir()
-  out = Kept(tmp_path / "out", tmp_path / "none")
+  out = ResultCache(tmp_path / "out", tmp_path / "none")
   found = measure(lm_eval_tasks, out)
   with monkeypatch.context() as patch:
     patch.setattr(lm_eval_tasks, "_run", None)
-    assert measure(lm_eval_tasks, Kept(tmp_path / "again", out.out)) == found
+    assert measure(lm_eval_tasks, ResultCache(tmp_path / "again", out.out)) == found
   assert files.digest(tmp_path / "again") == files.digest(out.out)
   row, *_ = map(json.loads, (tmp_path / "out/lm_eval:own_some.jsonl").read_text().splitlines())
   config.task.ood = (f"arc_easy=file:{data}",)
@@ -174,7 +174,7 @@ def test_what_was_scored_is_not_scored_again(data: Path, tmp_path: Path, monkeyp
   count(Scorer, "score")
   count(NativeSampler, "generate")
   evaluate = lambda name: evaluate_stage.evaluate(config, TINY, tmp_path / f"{name}_scratch",
-                                                  Kept(tmp_path / name), label="it")
+                                                  ResultCache(tmp_path / name), label="it")
   expected, whole = evaluate("whole"), calls.copy()
   assert whole == ["arc_easy (1 of 2)", "arc_easy (2 of 2)", "prose (1 of 3)", "prose (2 of 3)", "prose (3 of 3)",
                    "continuations (1 of 3)", "continuations (2 of 3)", "continuations (3 of 3)", "texts"]

@@ -10,7 +10,7 @@ from imm_jax.model import hub
 from imm_jax.sampling import Completion, Prompt
 from imm_jax.sampling.native import NativeSampler, parts
 from imm_jax.stages import evaluate as evaluate_stage
-from imm_jax.stages.kept import Kept
+from imm_jax.stages.result_cache import ResultCache
 
 PROMPTS = [Prompt(f"q{i}", f"What is {i} + 1?") for i in range(37)]
 
@@ -62,7 +62,7 @@ def test_killed_evaluation_keeps_its_scores(tmp_path: Path, monkeypatch: pytest.
   config = tiny.get_config()
   config.task.ood, config.task.eval_questions, config.eval.batch_size = ("groups",), 12, 2
   evaluate = lambda name: evaluate_stage.evaluate(config, hub.resolve("tiny"), tmp_path / "scratch",
-                                                  Kept(tmp_path / name), label="tiny")
+                                                  ResultCache(tmp_path / name), label="tiny")
   expected, calls, own = evaluate("whole"), [], NativeSampler.generate
   for path in (tmp_path / "scratch").iterdir():
     path.unlink()

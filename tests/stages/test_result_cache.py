@@ -15,7 +15,7 @@ from imm_jax import files
 from imm_jax.runs.run import Checkpoint, Run
 from imm_jax.sampling.native import NativeSampler
 from imm_jax.scoring import Scorer
-from imm_jax.stages import evaluate, kept, merge
+from imm_jax.stages import evaluate, merge, result_cache
 from tests import TINY
 from tests.merge_folders import write
 
@@ -112,7 +112,7 @@ def test_other_weights_are_evaluated_anew(measure: Callable[..., list[str]], tmp
 
 def test_damaged_answers_are_not_taken_over(measure: Callable[..., list[str]], tmp_path: Path) -> None:
   measure()
-  stories, keys = (tmp_path / "run/eval" / name for name in ("stories.jsonl", kept.KEYS))
+  stories, keys = (tmp_path / "run/eval" / name for name in ("stories.jsonl", result_cache.KEYS))
   stories.write_bytes(stories.read_bytes().replace(b"true", b"fals", 1).replace(b"false", b"true ", 1))
   assert measure() == ["stories"]
   keys.write_text(keys.read_text().replace('"facts": {}', '"facts": {"scores": 1}', 1))
@@ -167,7 +167,7 @@ def test_sweeps_are_copied_without_links(tmp_path: Path, monkeypatch: pytest.Mon
   former = tmp_path / "former/0.5"
   former.mkdir(parents=True)
   (former / "weights").write_bytes(b"w")
-  kept.record(former.parent, {"0.5": "key"}, {})
-  assert not kept.take_folder(former, tmp_path / "other", "another key")
-  assert kept.take_folder(former, tmp_path / "out", "key")
+  result_cache.record(former.parent, {"0.5": "key"}, {})
+  assert not result_cache.take_folder(former, tmp_path / "other", "another key")
+  assert result_cache.take_folder(former, tmp_path / "out", "key")
   assert (tmp_path / "out/weights").read_bytes() == b"w"

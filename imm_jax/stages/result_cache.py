@@ -1,7 +1,7 @@
 """Keeps results by what they depend on, so that a stage that is made again computes only what is new.
 
 Beside its results a folder has keys.json: for each the digest of all that determines it (its key), facts, and a digest
-of these and of the content. What a new folder does not have any more is kept in the run directory, in kept/KEY.
+of these and of the content. What a new folder does not have any more is kept in the run directory, in cache/KEY.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from imm_jax.errors import UserError
 from imm_jax.runtime import distributed
 
 KEYS = "keys.json"
-FOLDER = "kept"
+FOLDER = "cache"
 
 Row = dict[str, Any]
 
 
-class Kept(NamedTuple):
+class ResultCache(NamedTuple):
   """Says where an evaluation writes its results, and where earlier ones are.
 
   Attributes:
