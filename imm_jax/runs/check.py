@@ -7,6 +7,8 @@ from typing import NamedTuple
 from imm_jax import files, integrity
 from imm_jax.errors import UserError
 
+# Folders that no stage's record covers, and why they are not checked.
+_OTHERS = {"wandb": "is of Weights & Biases", "cache": "has earlier results, checked when they are used again"}
 _UNFINISHED = (".part", ".old", ".sampling")  # suffixes of hidden files and folders that stages write to
 
 
@@ -126,13 +128,13 @@ def _sort_out(root: Path, present: Sequence[str], covered: set[str], found: Find
       folders.setdefault("/".join(parts[:hidden + 1]) + "/" * (hidden + 1 < len(parts)), []).append(file)
     elif parts[0] in integrity.COVERED:
       found.unchecked[file] = 1
-    elif parts[0] == "wandb":
-      folders.setdefault("wandb/", []).append(file)
+    elif len(parts) > 1 and parts[0] in _OTHERS:
+      folders.setdefault(f"{parts[0]}/", []).append(file)
     else:
       strays.append(file)
   for name, inside in folders.items():
-    if name == "wandb/":
-      found.notes.append(f"{name}: is of Weights & Biases; not checked")
+    if reason := _OTHERS.get(name.removesuffix("/")):
+      found.notes.append(f"{name}: {reason}; not checked")
     else:
       _leave_out(found, name, inside, "unfinished work of a stage")
   for name in _collapse(strays, {*present} - {*strays}):

@@ -119,12 +119,14 @@ def test_strays_are_named(tmp_path: Path) -> None:
   root = tmp_path / "run"
   make_run(root, tmp_path / "killed")
   (root / "notes.txt").write_text("mine")
-  for name in ("round_1/sft/model.safetensors", "round_1/samples.jsonl", "round_0/sft/config.json", "report/own.csv"):
+  for name in ("round_1/sft/model.safetensors", "round_1/samples.jsonl", "round_0/sft/config.json", "report/own.csv",
+               "cache/0123/stories.jsonl"):
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     (root / name).write_text("left")
   found = check_run(root)
   assert (found.differing, found.unchecked) == ([], {"report/own.csv": 1})
-  assert [note.split(": ")[0] for note in found.notes] == ["notes.txt", "round_0/sft/", "round_1/"]
+  assert [note.split(": ")[0] for note in found.notes] == ["cache/", "notes.txt", "round_0/sft/",
+                                                              "round_1/"]
 
 
 def test_training_states_are_sorted(tmp_path: Path) -> None:
