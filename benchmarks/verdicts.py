@@ -1,6 +1,6 @@
 """Accuracy and speed of verdicts on labelled model outputs.
 
-    python benchmarks/verdicts.py --answers=../shared/data/answers/answers.jsonl.gz --workers=2
+    python benchmarks/verdicts.py --answers=FILE.jsonl.gz --workers=2
 
 Reads JSON lines with `output`, `gold`, `correct` and `kind` (num, tex or mc); rows whose gold answer is not of their
 kind are skipped. As a control, outputs labelled as right are judged against the different gold answers of other
