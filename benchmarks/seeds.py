@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import side_by_side
+import studies
 from absl import app, flags
 
 from imm_jax import files, methods
-from imm_jax.report import Results, figures, front, groups, writer
+from imm_jax.report import Results, figures, front, writer
 from imm_jax.statistics import paired_tests
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/seeds", "Folder for the run directories.")
@@ -52,37 +53,20 @@ def scores_by_round(root: Path, method: str, seeds: Iterable[int]) -> dict[str, 
   return table
 
 
-def mean(values: np.ndarray, sign: str = "") -> str:
-  """Formats mean and standard error over seeds; sign "+" shows the sign of a positive mean."""
-  return f"{values.mean():{sign}.3f} ± {values.std(ddof=1) / len(values)**0.5:.3f}"
-
-
-def markdown(table: dict[str, dict[str, np.ndarray]]) -> str:
+def tabulate_last(table: studies.Scores) -> str:
   """Tabulates the accuracy after the last round by method, and its change relative to the base."""
   first = next(iter(table.values()))
   seeds, rounds = first["ID"].shape[0], first["ID"].shape[1] - 1
-  lines = [f"| {seeds} seeds, after {rounds} rounds | ID | OOD | change in ID | change in OOD |",
-           "|---|---|---|---|---|",
-           f"| base | {first['ID'][0, 0]:.3f} | {first['OOD'][0, 0]:.3f} | | |"]
+  rows = [["base", f"{first['ID'][0, 0]:.3f}", f"{first['OOD'][0, 0]:.3f}", "", ""]]
   for method, scores in table.items():
-    cells = [mean(scores[d][:, -1]) for d in ("ID", "OOD")]
-    cells += [mean(scores[d][:, -1] - scores[d][:, 0], "+") for d in ("ID", "OOD")]
-    lines.append(f"| `{method}` | {' | '.join(cells)} |")
-  return "\n".join(lines)
+    cells = [studies.format_mean(scores[d][:, -1]) for d in ("ID", "OOD")]
+    rows.append([f"`{method}`", *cells, *(studies.format_mean(scores[d][:, -1] - scores[d][:, 0], "+")
+                                          for d in ("ID", "OOD"))])
+  return studies.format_table([f"{seeds} seeds, after {rounds} rounds", "ID", "OOD", "change in ID", "change in OOD"],
+                              rows)
 
 
-def by_round(table: dict[str, dict[str, np.ndarray]]) -> str:
-  """Tabulates the mean ID and OOD accuracy of the model that each round hands on."""
-  rounds = range(next(iter(table.values()))["ID"].shape[1])
-  heads = [f"{domain} {t or 'base'}" for domain in ("ID", "OOD") for t in rounds]
-  lines = [f"| by round | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
-  for method, scores in table.items():
-    cells = [f"{scores[domain][:, t].mean():.3f}" for domain in ("ID", "OOD") for t in rounds]
-    lines.append(f"| `{method}` | {' | '.join(cells)} |")
-  return "\n".join(lines)
-
-
-def measure_paths(table: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, list[float | None]]]:
+def measure_paths(table: studies.Scores) -> dict[str, dict[str, list[float | None]]]:
   """Measures the path of each method and seed from the base through each round's model.
 
   Returns:
@@ -112,14 +96,14 @@ def compare(values: Mapping[str, Sequence[float | None]], measure: str, referenc
     if len(pairs) > 1:
       tests[name] = paired_tests.compare_paired(*zip(*pairs, strict=True))
   corrected = dict(zip(tests, paired_tests.holm([test.p for test in tests.values()]), strict=True))
-  lines = [f"| {measure} | mean | seeds | less `{reference}`'s | p |", "|---|---|---|---|---|"]
+  rows = []
   for name, of_seeds in values.items():
-    measured = np.array([value for value in of_seeds if value is not None])
+    measured = [value for value in of_seeds if value is not None]
     test = tests.get(name)
     change = f"{test.value:+.3f} [{test.low:+.3f}, {test.high:+.3f}]" if test else ""
-    lines.append(f"| `{name}` | {mean(measured) if measured.size > 1 else ''} | {measured.size} | {change} | "
-                 f"{f'{corrected[name]:.3f}' if test else ''} |")
-  return "\n".join(lines)
+    rows.append([f"`{name}`", studies.format_mean(measured) if len(measured) > 1 else "", str(len(measured)), change,
+                 f"{corrected[name]:.3f}" if test else ""])
+  return studies.format_table([measure, "mean", "seeds", f"less `{reference}`'s", "p"], rows)
 
 
 def style(name: str, i: int) -> tuple[str, str, str]:
@@ -128,40 +112,24 @@ def style(name: str, i: int) -> tuple[str, str, str]:
   return *figures.get_method_style(method, name), "-" if name == method else figures.get_dash(1 + i % 3)
 
 
-def plot_front(table: dict[str, dict[str, np.ndarray]], folder: Path) -> None:
-  """Plots mean ID against mean OOD accuracy, with a line through each method's rounds: front.png and front.svg.
+def plot(table: studies.Scores, folder: Path) -> None:
+  """Plots accuracy by round (seeds.png), and in domain against out of domain (front.png), each also as SVG.
 
-  A second panel enlarges what keeps most of the base's OOD accuracy.
+  The second panel of front.png enlarges what keeps most of the base's OOD accuracy.
   """
-  lines = tuple(figures.Curve(name, *style(name, i), tuple(scores["ID"].mean(0)), tuple(scores["OOD"].mean(0)))
-                for i, (name, scores) in enumerate(table.items()))
-  kept = tuple(line._replace(x=line.x[:n + 1], y=line.y[:n + 1]) for line in lines
+  writer.save(figures.draw(*studies.make_rounds(table, style)), folder, "seeds")
+  panel = studies.make_front(table, style)
+  kept = tuple(line._replace(x=line.x[:n + 1], y=line.y[:n + 1]) for line in panel.lines
                if (n := sum(y >= _ENLARGED for y in line.y)))
-  panel = figures.Panel("base and each round's model", "accuracy in domain", "accuracy out of domain", lines,
-                        shares=True, named=True, counts=False)
   enlarged = panel._replace(title=f"the same, above {_ENLARGED}", lines=kept, shares=False, span=(_ENLARGED, 1.0))
   writer.save(figures.draw(panel, enlarged), folder, "front")
-
-
-def plot(table: dict[str, dict[str, np.ndarray]], folder: Path) -> None:
-  """Plots mean accuracy by round with standard errors: seeds.png and seeds.svg."""
-  panels = []
-  for domain, title in (("ID", "in domain"), ("OOD", "out of domain")):
-    lines = []
-    for i, (name, scores) in enumerate(table.items()):
-      means = [groups.mean_and_error(values) for values in scores[domain].T]
-      lines.append(figures.Curve(name, *style(name, i), tuple(range(len(means))), tuple(m for m, _ in means),
-                                 tuple(m - e for m, e in means), tuple(m + e for m, e in means)))
-    panels.append(figures.Panel(title, "rounds done", "accuracy", tuple(lines), shares=True))
-  writer.save(figures.draw(*panels), folder, "seeds")
 
 
 def write_results(scores: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
   """Writes plots of the scores of `scores_by_round` by method, and prints their tables."""
   table = {method: {domain: np.array(v) for domain, v in of.items()} for method, of in scores.items()}
   plot(table, folder)
-  plot_front(table, folder)
-  print(markdown(table), by_round(table), sep="\n\n")
+  print(tabulate_last(table), studies.tabulate_by_round(table), sep="\n\n")
   if "star" in table:
     for measure, values in measure_paths(table).items():
       print("", compare(values, measure, "imm" if "imm" in table else "star"), sep="\n")
