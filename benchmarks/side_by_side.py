@@ -49,7 +49,7 @@ def run_all(methods: Mapping[str, Sequence[str]], seeds: Mapping[str, int], root
       cores.put(core)
 
   with ThreadPoolExecutor(cores.qsize()) as pool:
-    list(pool.map(run_seed, range(max(seeds.values()))))
+    list(pool.map(run_seed, range(max(seeds.values(), default=0))))
 
 
 def run(flags: Sequence[str], workdir: Path, *, compiled: Path, core: int | None = None) -> None:

@@ -6,20 +6,29 @@
 Each method runs three rounds from SmolLM2-135M-Instruct (`configs/smollm2.py:study`), star and imm with --seeds seeds,
 the others with one; shared stages are computed once. Linux only; one process per core, about 4.5 GiB each. A killed
 benchmark resumes, and parts may run in any order (--methods, --seeds) or on several machines (--scores). At the end the
-results so far are written to WORKDIR/scores.json (all scores) and WORKDIR/report (plots), and a table is printed.
+results so far are written to WORKDIR: scores.json, smollm2.png, smollm2_layers.png and report/, and tables are printed.
+
+    python benchmarks/smollm2.py --workdir=runs/smollm2 --scores=benchmarks/smollm2.json --methods=
+
+only makes tables and pictures of the runs in a file of scores.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import side_by_side
+import studies
 from absl import app, flags
 
-from imm_jax import files
-from imm_jax.report import Results, compare, groups, results
+from imm_jax import analysis, files
+from imm_jax.report import Results, compare, figures, results, writer
 from imm_jax.runs import status
+from imm_jax.statistics import model_comparison, paired_tests
+
+Runs = Mapping[str, Mapping[str, Any]]  # METHOD_SEED -> figures of the run
 
 METHODS = ("star", "imm", "iimm", "wise_ft", "kl", "real")
 _SEEDED = ("star", "imm")  # methods with --seeds seeds
@@ -45,55 +54,185 @@ def command() -> list[str]:
 
 
 def collect_figures(run: Results) -> dict[str, Any]:
-  """Collects all figures of a run: scores, nats per token and KL of each model, seconds of stages, and memory."""
+  """Collects all figures of a run, among them which questions each model that is handed on answers correctly.
+
+  These are hexadecimal numbers whose bits, the highest first, are the questions in the order of their ids.
+  """
   values = lambda scores: {task: score.value for task, score in scores.items()}
+  handed_on = [model.label for model in run.handed_on()]
 
   def of_model(model: results.EvaluatedModel) -> dict[str, Any]:
     drift = run.drift.get(model.round, {}).get("models", {}).get(model.kind, {})
+    answers = {task: model_comparison.read_answers(run.root / model.folder / f"{task}.jsonl").scores["correct"]
+               for task in model.scores} if model.label in handed_on else {}
     return {"in_domain": run.in_domain(model).value, "out_of_domain": run.out_of_domain(model).value,
             "scores": values(model.scores),
-            "beside": {task: values(figures) for task, figures in model.other_scores.items()},
-            "nats_per_token": {text: figures["nats_per_token"]["value"] for text, figures in model.texts.items()},
-            "kl": {task: of_task["kl"] for task, of_task in drift.items()}}
+            "beside": {task: values(scores) for task, scores in model.other_scores.items()},
+            "nats_per_token": {text: measures["nats_per_token"]["value"] for text, measures in model.texts.items()},
+            "kl": {task: of_task["kl"] for task, of_task in drift.items()},
+            "correct": {task: f"{int(''.join(str(int(of[id_])) for id_ in sorted(of)), 2):x}"
+                        for task, of in answers.items()}}
 
   return {
       "models": {model.label: of_model(model) for model in run.models},
       "n": {task: score.n for task, score in run.models[0].scores.items()},
-      "handed_on": [model.label for model in run.handed_on()],
+      "handed_on": handed_on,
       "finished": status.read(run.root).state == "finished",
       "data": list(run.data),
+      "analysis": {str(t): _pick_analysis(of) for t, of in run.analysis.items()},
       "seconds": {name: entry.get("seconds") for name, entry in run.stages.items()},
       "memory_gib": max(run.memory.values(), default=None)}
 
 
-def markdown(figures: dict[str, dict[str, Any]]) -> str:
+def _pick_analysis(of_round: Mapping[str, Any]) -> dict[str, Any]:
+  """Picks each layer's share of importance and of weight change, their rank correlation, and diversity of samples."""
+  shares = lambda of: [round(share, 6) for share in analysis.shares(of["layers"])]
+  return {"importance": shares(of_round["importance"]),
+          "weight_change": {name: shares(of) for name, of in of_round["weight_change"].items()},
+          "spearman": of_round["spearman"], "diversity": of_round["diversity"]}
+
+
+def split(runs: Runs) -> dict[str, dict[int, Mapping[str, Any]]]:
+  """Splits runs by method and seed, those that have come as far as the most advanced ones."""
+  rounds = max(len(run["handed_on"]) for run in runs.values())
+  by_method: dict[str, dict[int, Mapping[str, Any]]] = {}
+  for name in sorted(runs, key=lambda name: METHODS.index(name.rpartition("_")[0])):
+    method, _, seed = name.rpartition("_")
+    if len(runs[name]["handed_on"]) == rounds:
+      by_method.setdefault(method, {})[int(seed)] = runs[name]
+  return by_method
+
+
+def tabulate_last(by_method: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
   """Tabulates the last model of each method: mean over seeds, with the standard error if there are several."""
-  first = next(iter(figures.values()))
+  first = next(iter(next(iter(by_method.values())).values()))
   id_task, *ood = first["n"]
-  texts = list(next(iter(first["models"].values()))["nats_per_token"])
-  heads = ["", "seeds", id_task, "out of domain", *ood, *(f"{text}, nats a token" for text in texts), "KL in domain"]
-  lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-  rows = {"base": [next(iter(first["models"].values()))]}
-  for name, run in figures.items():
-    rows.setdefault(f"`{name.rpartition('_')[0]}`", []).append(run["models"][run["handed_on"][-1]])
-  for name, models in rows.items():
-    columns = [[m["in_domain"] for m in models], [m["out_of_domain"] for m in models],
-               *([m["scores"][task] for m in models] for task in ood),
-               *([m["nats_per_token"][text] for m in models] for text in texts),
-               [m["kl"][id_task] for m in models if m["kl"]]]
-    lines.append(f"| {name} | {len(models)} | {' | '.join(map(_mean, columns))} |")
-  return "\n".join(lines)
+  base = first["models"]["base"]
+  head = ["", "seeds", id_task, "out of domain", *ood, *(f"{text}, nats a token" for text in base["nats_per_token"]),
+          "KL in domain"]
+  rows = {"base": [base]} | {f"`{method}`": [run["models"][run["handed_on"][-1]] for run in seeds.values()]
+                             for method, seeds in by_method.items()}
+  cells = lambda models: [
+      [m["in_domain"] for m in models], [m["out_of_domain"] for m in models],
+      *([m["scores"][task] for m in models] for task in ood),
+      *([m["nats_per_token"][text] for m in models] for text in base["nats_per_token"]),
+      [m["kl"][id_task] for m in models if m["kl"]]]
+  return studies.format_table(head, [[name, str(len(models)), *(
+      studies.format_mean(values) if values else "" for values in cells(models))] for name, models in rows.items()])
 
 
-def _mean(values: list[float]) -> str:
-  if not values:
-    return ""
-  mean, error = groups.mean_and_error(values) if len(values) > 1 else (values[0], None)
-  return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
+def compare_answers(by_method: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
+  """Tabulates the differences of last models to the base, star and imm: paired by question, means over common seeds.
+
+  The interval is the 95 % bootstrap interval over questions; a star is p < 0.05 after Holm over the columns of a line.
+  """
+  counts = next(iter(next(iter(by_method.values())).values()))["n"]
+  id_task, *ood = counts
+  columns = {id_task: [id_task], "out of domain": ood, **{task: [task] for task in ood}}
+
+  def read_scores(models: Iterable[Mapping[str, Any]], tasks: Sequence[str]) -> np.ndarray:
+    """Returns the share of models that answer each question of the tasks correctly, [questions]."""
+    return np.mean([np.concatenate([_read_bits(m["correct"][task], counts[task]) for task in tasks])
+                    for m in models], 0)
+
+  last = {method: {seed: run["models"][run["handed_on"][-1]] for seed, run in seeds.items()}
+          for method, seeds in by_method.items()}
+  last["base"] = {seed: run["models"]["base"] for seeds in by_method.values() for seed, run in seeds.items()}
+  rows = []
+  for other, left_out in {"base": (), "star": ("star",), "imm": ("star", "imm")}.items():
+    for method in by_method:
+      seeds = last[method].keys() & last.get(other, {}).keys()
+      if method in left_out or not seeds:
+        continue
+      pairs = [paired_tests.compare_paired(*(read_scores([last[name][seed] for seed in seeds], tasks)
+                                             for name in (method, other))) for tasks in columns.values()]
+      corrected = paired_tests.holm([pair.p for pair in pairs])
+      rows.append([f"`{method}` less {other if other == 'base' else f'`{other}`'}", str(len(seeds)), *(
+          f"{pair.value:+.3f} [{pair.low:+.3f}, {pair.high:+.3f}]" + "*" * paired_tests.is_significant(p)
+          for pair, p in zip(pairs, corrected, strict=True))])
+  return studies.format_table(["last model", "seeds", *columns], rows)
 
 
-def collect(root: Path, earlier: Mapping[str, Any] | None = None) -> None:
-  """Writes scores.json and the report for all runs with scores, and prints a table of the most advanced ones.
+def _read_bits(digits: str, count: int) -> np.ndarray:
+  return np.array([int(bit) for bit in f"{int(digits, 16):0{count}b}"], np.float64)
+
+
+def tabulate_rounds(by_method: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
+  """Tabulates samples, their diversity, and the rank correlation of importance and weight change by round."""
+  rounds = range(len(next(iter(next(iter(by_method.values())).values()))["data"]))
+  measures = {  # None where a run has none: gold answers are not sampled
+      "% right": lambda run, t: (100 * run["data"][t]["correct"] / run["data"][t]["samples"]
+                                 if run["data"][t].get("samples") else None),
+      "trained on": lambda run, t: run["data"][t].get("kept"),
+      "distinct answers": lambda run, t: _get_analysis(run, t, "diversity", "distinct_answers"),
+      "entropy": lambda run, t: _get_analysis(run, t, "diversity", "token_entropy"),
+      "Spearman": lambda run, t: _get_analysis(run, t, "spearman")}
+
+  def format_values(name: str, seeds: Mapping[int, Mapping[str, Any]], t: int) -> str:
+    values = [value for run in seeds.values() if (value := measures[name](run, t)) is not None]
+    digits = {"trained on": 0, "% right": 1}.get(name, 2)
+    return f"{np.mean(values):.{digits}f}" if values else ""
+
+  head = ["by round", *(f"{name} {t + 1}" for name in measures for t in rounds)]
+  rows = [[f"`{method}`", *(format_values(name, seeds, t) for name in measures for t in rounds)]
+          for method, seeds in by_method.items()]
+  return studies.format_table(head, rows)
+
+
+def _get_analysis(run: Mapping[str, Any], t: int, *path: str) -> Any:
+  value = run["analysis"].get(str(t))
+  for key in path:
+    value = value and value.get(key)
+  return value
+
+
+def tabulate_costs(runs: Runs) -> str:
+  """Tabulates the median seconds of stages of a kind over all runs, and the peak memory of a run."""
+  seconds: dict[str, list[float]] = {}
+  for run in runs.values():
+    for stage, value in run["seconds"].items():
+      kind = stage.partition("/")[2] if stage.startswith("round_") else stage
+      seconds.setdefault("evaluation of a model" if "eval" in kind else kind, []).append(value or 0.0)
+  rows = [[kind, f"{np.median(values):.0f}"] for kind, values in seconds.items() if np.median(values) >= 1]
+  peak = max(run["memory_gib"] or 0 for run in runs.values())
+  return studies.format_table(["stage", "seconds, median"], [*rows, ["peak memory of a run, GiB", f"{peak:.2f}"]])
+
+
+def plot(by_method: Mapping[str, Mapping[int, Mapping[str, Any]]], folder: Path) -> None:
+  """Plots accuracy by round and the front (smollm2.png), and importance against weight change (smollm2_layers.png)."""
+  scores = tabulate_scores(by_method)
+  style = lambda name, i: (*figures.get_method_style(name), "-")
+  span = lambda panel: panel._replace(shares=False, span=None)
+  writer.save(figures.draw(*studies.make_rounds(scores, style, shares=False), span(studies.make_front(scores, style))),
+              folder, "smollm2")
+  writer.save(figures.draw(*make_layers(by_method)), folder, "smollm2_layers")
+
+
+def tabulate_scores(by_method: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, dict[str, np.ndarray]]:
+  """Returns the accuracy of the models that rounds hand on as a table of scores (see `studies`)."""
+  return {method: {domain: np.array([[run["models"][label][key] for label in run["handed_on"]]
+                                     for run in seeds.values()])
+                   for domain, key in (("ID", "in_domain"), ("OOD", "out_of_domain"))}
+          for method, seeds in by_method.items()}
+
+
+def make_layers(by_method: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[figures.Panel]:
+  """Makes panels of each layer's share of importance, and of weight change by star and imm, means of the last round."""
+  def average_shares(method: str, *path: str) -> list[float]:
+    return list(100 * np.mean([_get_analysis(run, len(run["handed_on"]) - 2, *path)
+                               for run in by_method[method].values()], 0))
+
+  panels = []
+  for title, *path in (("importance by layer", "importance"), ("weight change by SFT", "weight_change", "sft")):
+    shares = {name: average_shares(name, *path) for name in ("star", "imm") if name in by_method}
+    curves = tuple(figures.round_line(dict(enumerate(values)), name, figures.get_method_style(name))
+                   for name, values in shares.items())
+    panels.append(figures.Panel(title, "layer", "% of all layers", curves, named=True))
+  return panels
+
+
+def collect(root: Path, earlier: Runs | None = None) -> None:
+  """Writes scores.json and the report for all runs with scores, and prints and plots the most advanced ones.
 
   Args:
     root: work directory.
@@ -101,14 +240,17 @@ def collect(root: Path, earlier: Mapping[str, Any] | None = None) -> None:
   """
   folders = [path for path in sorted((root / "runs").glob("*")) if results.is_run(path) and path.suffix != ".part"]
   runs = [run for path in folders if len((run := Results.read(path)).models) > 1]
-  figures = dict(earlier or {}) | {run.root.name: collect_figures(run) for run in runs}
-  if not figures:
+  collected = dict(earlier or {}) | {run.root.name: collect_figures(run) for run in runs}
+  if not collected:
     return
-  files.write_json(root / "scores.json", figures)
+  root.mkdir(parents=True, exist_ok=True)
+  files.write_json(root / "scores.json", collected)
   if len(runs) > 1:
     compare.write(runs, root / "report")
-  rounds = max(len(run["handed_on"]) for run in figures.values())
-  print(markdown({name: run for name, run in figures.items() if len(run["handed_on"]) == rounds}))
+  by_method = split(collected)
+  plot(by_method, root)
+  print(tabulate_last(by_method), studies.tabulate_by_round(tabulate_scores(by_method)), compare_answers(by_method),
+        tabulate_rounds(by_method), tabulate_costs(collected), sep="\n\n")
 
 
 def main(_: list[str]) -> None:

@@ -75,26 +75,36 @@ def test_a_study_is_collected_as_far_as_it_has_come(tmp_path: Path) -> None:
   report_runs.make(tmp_path / "runs/imm_0", rounds=1)  # not as far as the others
   report_runs.make(tmp_path / "runs/kl_0.part", method="kl")
   (tmp_path / "runs/compiled").mkdir()
-  code = f"import pathlib, smollm2; smollm2.collect(pathlib.Path({str(tmp_path)!r}))"
-  environment = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'benchmarks'}"}
-  done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True,
-                        check=False)
-  assert done.returncode == 0, done.stderr
-  head, _, base, star = done.stdout.splitlines()
+  printed = _collect_study(tmp_path)
+  last, by_round, differences, samples, costs = printed.split("\n\n")
+  head, _, base, star = last.splitlines()
   assert head == "|  | seeds | stories | out of domain | groups | choice | KL in domain |"
-  found = json.loads((tmp_path / "scores.json").read_text())
-  assert sorted(found) == ["imm_0", "star_0", "star_1"]
-  assert [run["finished"] for run in found.values()] == [False] * 3  # no status.json says so
-  ends = [found[f"star_{seed}"]["models"]["round 1 sft"]["in_domain"] for seed in range(2)]
-  assert base.split(" | ")[1:3] == ["1", f"{found['imm_0']['models']['base']['in_domain']:.3f}"]
+  scores = json.loads((tmp_path / "scores.json").read_text())
+  assert sorted(scores) == ["imm_0", "star_0", "star_1"]
+  assert [run["finished"] for run in scores.values()] == [False] * 3  # no status.json says so
+  ends = [scores[f"star_{seed}"]["models"]["round 1 sft"]["in_domain"] for seed in range(2)]
+  starts = [scores[f"star_{seed}"]["models"]["base"]["in_domain"] for seed in range(2)]
+  assert base.split(" | ")[1:3] == ["1", f"{scores['star_0']['models']['base']['in_domain']:.3f}"]
   assert star.startswith(f"| `star` | 2 | {sum(ends) / 2:.3f} ± {abs(ends[0] - ends[1]) / 2:.3f} | ")
+  assert by_round.splitlines()[2].startswith(f"| `star` | {sum(starts) / 2:.3f} | ")
+  assert differences.splitlines()[2].startswith(f"| `star` less base | 2 | {(sum(ends) - sum(starts)) / 2:+.3f} [")
+  rows = [json.loads(line) for line in (tmp_path / "runs/star_0/base/eval/stories.jsonl").read_text().splitlines()]
+  bits = "".join(str(int(row["correct"])) for row in sorted(rows, key=lambda row: row["id"]))
+  assert int(scores["star_0"]["models"]["base"]["correct"]["stories"], 16) == int(bits, 2)
+  kept = [scores[f"star_{seed}"]["data"][0]["kept"] for seed in range(2)]
+  assert samples.splitlines()[2].split(" | ")[3] == f"{sum(kept) / 2:.0f}"
+  assert costs.splitlines()[-1] == "| peak memory of a run, GiB | 2.50 |"
   assert (tmp_path / "report/index.html").exists()
-  code = f"import json, pathlib, smollm2; smollm2.collect(pathlib.Path({str(tmp_path)!r}), json.loads(input()))"
-  for seed in range(2):  # one of the runs was done on another machine
-    (tmp_path / f"runs/star_{seed}").rename(tmp_path / f"star_{seed}")
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True,
-                          check=False, input=json.dumps({f"star_{seed}": found[f"star_{seed}"]}))
-  assert done.stdout.splitlines()[3].startswith(f"| `star` | 1 | {ends[1]:.3f} | "), done.stderr
+  (tmp_path / "scores.json").rename(tmp_path / "earlier.json")
+  (tmp_path / "runs").rename(tmp_path / "elsewhere")  # all was done on another machine
+  assert _collect_study(tmp_path, tmp_path / "earlier.json") == printed
+  assert json.loads((tmp_path / "scores.json").read_text()) == scores
+
+
+def _collect_study(root: Path, earlier: Path | None = None) -> str:
+  done = _run("smollm2.py", f"--workdir={root}", "--methods=", *([f"--scores={earlier}"] if earlier else []))
+  assert done.returncode == 0, done.stderr
+  return done.stdout
 
 
 def test_documented_results_are_those_of_the_scores(tmp_path: Path) -> None:
