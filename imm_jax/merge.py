@@ -29,12 +29,13 @@ from absl import flags
 
 from imm_jax import cli, files
 from imm_jax.errors import UserError, suggest
-from imm_jax.merging import command, mergekit, recipe as recipes, registry
-from imm_jax.merging.command import OutputOptions
-from imm_jax.merging.documents import Documents
+from imm_jax.merging import registry
 from imm_jax.merging.options import REQUIRED, Option
-from imm_jax.merging.recipe import Recipe, Slice
-from imm_jax.merging.recipe_file import YamlLoader, describe_yaml_error
+from imm_jax.merging.recipes import command, mergekit
+from imm_jax.merging.recipes.command import OutputOptions
+from imm_jax.merging.recipes.documents import Documents
+from imm_jax.merging.recipes.recipe import DTYPES, Recipe, Slice
+from imm_jax.merging.recipes.recipe_file import YamlLoader, describe_yaml_error
 from imm_jax.merging.registry import MergeMethod
 from imm_jax.model import hub
 
@@ -55,7 +56,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of all random masks, such as DARE'
                              upper_bound=2**32 - 1)
 _SWEEP = flags.DEFINE_list("sweep_base_weight", [], "For imm and iimm: base weights, 0.1,0.3,...; a checkpoint is "
                            "written for each, and the inputs are read once.")
-_DTYPE = flags.DEFINE_enum("out_dtype", None, sorted(recipes.DTYPES), "Dtype of the weights that are written; by "
+_DTYPE = flags.DEFINE_enum("out_dtype", None, sorted(DTYPES), "Dtype of the weights that are written; by "
                            "default the first model's.")
 _SHARD = flags.DEFINE_string("max_shard_size", "5GB", "Largest size of a weights file; larger weights are split.")
 _ALLOW = flags.DEFINE_bool("allow_nonfinite", False, "Also merge tensors that contain NaN or infinity.")

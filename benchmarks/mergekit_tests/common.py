@@ -13,7 +13,7 @@ import transformers as tf
 from mergekit.io import LazyTensorLoader
 from mergekit.merge import MergeOptions, run_merge
 
-from imm_jax.merging import command, mergekit
+from imm_jax.merging.recipes import command, mergekit
 
 _SEEDS = itertools.count(1)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from imm_jax.merging import command, mergekit
+from imm_jax.merging.recipes import command, mergekit
 from imm_jax.model import safetensors
 from tests.merge_folders import read
 

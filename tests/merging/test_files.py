@@ -12,7 +12,8 @@ import pytest
 
 from imm_jax import merging
 from imm_jax.errors import UserError
-from imm_jax.merging import masks, mergekit, on_disk as merge_on_disk, registry
+from imm_jax.merging import masks, on_disk as merge_on_disk, registry
+from imm_jax.merging.recipes import mergekit
 from tests.merge_folders import models, read, run, write
 
 KEY = jax.random.key(7)

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from imm_jax.errors import UserError
-from imm_jax.merging import command, mergekit
-from imm_jax.merging.recipe import Recipe
+from imm_jax.merging.recipes import command, mergekit
+from imm_jax.merging.recipes.recipe import Recipe
 from imm_jax.model import checkpoint_folder, safetensors
 
 

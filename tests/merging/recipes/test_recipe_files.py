@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from imm_jax.errors import UserError
-from imm_jax.merging import mergekit, registry
+from imm_jax.merging import registry
+from imm_jax.merging.recipes import mergekit
 from tests.merge_folders import read
 from tests.merging.recipe_models import merged, save
 
@@ -26,7 +27,7 @@ def linear(*models: object, weights=(1, 1), **more) -> dict:
 def test_all_mergekit_forms_of_models(pair, tmp_path: Path, monkeypatch, capsys):
   """Models may be written in all of mergekit's forms."""
   seen = []
-  monkeypatch.setattr("imm_jax.merging.recipe_models.hub.resolve", lambda name: seen.append(name) or pair[0])
+  monkeypatch.setattr("imm_jax.merging.recipes.models.hub.resolve", lambda name: seen.append(name) or pair[0])
   forms = ["p", {"model": "p"}, {"model": {"path": "p"}}, {"path": "p"}, {"model": {"path": "p", "revision": "r"}},
            "p@r", {"model": "p@r"}, "p+l", {"model": "p", "lora": "l"}, {"model": {"path": "p"}, "lora": "l"},
            {"model": {"path": "p"}, "lora": {"path": "l", "revision": "r"}}, {"model": "p", "lora": None,

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import yaml
 
-from imm_jax.merging import mergekit, on_disk, recipe
+from imm_jax.merging import on_disk
+from imm_jax.merging.recipes import mergekit, recipe
 from imm_jax.model import safetensors
 
 PROGRAM = os.environ.get("MERGEKIT_YAML")

@@ -16,7 +16,7 @@ import numpy as np
 from imm_jax import files
 from imm_jax.errors import UserError, print_once
 from imm_jax.merging import model_configs, roles
-from imm_jax.merging.recipe import Tokens
+from imm_jax.merging.recipes.recipe import Tokens
 from imm_jax.merging.source import BLOCK, Table
 from imm_jax.model import checkpoint_folder, safetensors
 from imm_jax.model.safetensors import Entry

@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from imm_jax import files
 from imm_jax.errors import ResourceError, UserError
-from imm_jax.merging import command, mergekit, on_disk
-from imm_jax.merging.documents import Documents
-from imm_jax.merging.recipe import Recipe
+from imm_jax.merging import on_disk
+from imm_jax.merging.recipes import command, mergekit
+from imm_jax.merging.recipes.documents import Documents
+from imm_jax.merging.recipes.recipe import Recipe
 from tests.merge_folders import read, write
 from tests.merging.recipe_models import SHAPES, merged, save
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imm_jax.merging.recipe import Tokens
-from imm_jax.merging.recipe_file import RecipeFile
+from imm_jax.merging.recipes.recipe import Tokens
+from imm_jax.merging.recipes.recipe_file import RecipeFile
 from imm_jax.model import hub
 
 

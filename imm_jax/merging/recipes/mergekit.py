@@ -13,11 +13,12 @@ from typing import Any
 import yaml
 
 from imm_jax.errors import UserError, suggest
-from imm_jax.merging import recipe_parameters, registry
-from imm_jax.merging.recipe import DTYPES, Recipe, Slice
-from imm_jax.merging.recipe_file import RecipeFile, YamlLoader, describe_yaml_error
-from imm_jax.merging.recipe_models import Models, read_model
-from imm_jax.merging.recipe_parameters import Level
+from imm_jax.merging import registry
+from imm_jax.merging.recipes import parameters
+from imm_jax.merging.recipes.models import Models, read_model
+from imm_jax.merging.recipes.parameters import Level
+from imm_jax.merging.recipes.recipe import DTYPES, Recipe, Slice
+from imm_jax.merging.recipes.recipe_file import RecipeFile, YamlLoader, describe_yaml_error
 from imm_jax.merging.registry import MergeMethod
 
 # Methods by name that recipes may use.
@@ -29,7 +30,7 @@ _IGNORED_KEYS = {"random_seed", "embed_slerp", "residual_weight", "architecture"
 _CHATML = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 _PARAMETERS = {option.key for method in _METHODS.values() for option in method.options}
-_ALL_KEYS = _KEYS | _IGNORED_KEYS | _PARAMETERS | recipe_parameters.IGNORED | {
+_ALL_KEYS = _KEYS | _IGNORED_KEYS | _PARAMETERS | parameters.IGNORED | {
     "sources", "model", "layer_range", "experts", "gate_mode"}
 
 
@@ -198,18 +199,18 @@ class _Reader:
     chosen = self._label_inputs(method, where, chosen, len(order))
     own = {label: (f"{place}.parameters", entry.get("parameters")) for label, (place, entry) in chosen.items()}
     for level in own.values():
-      recipe_parameters.check_keys(file, method, level, _PARAMETERS, of_model=True)
+      parameters.check_keys(file, method, level, _PARAMETERS, of_model=True)
     for level in outer:
-      recipe_parameters.check_keys(file, method, level, _PARAMETERS)
+      parameters.check_keys(file, method, level, _PARAMETERS)
     options = {}
     for option in method.options:
       if option.per_model:
-        options[option.name] = [recipe_parameters.inherit_setting(file, method, option, own[label][0],
+        options[option.name] = [parameters.inherit_setting(file, method, option, own[label][0],
                                                                   [own[label], *outer])
                                 for label in chosen if label != "base"]
       elif option.suggested is not option.default or option.required or any(
           isinstance(level, dict) and level.get(option.key) is not None for _, level in outer):
-        options[option.name] = recipe_parameters.inherit_setting(file, method, option, outer[0][0], outer)
+        options[option.name] = parameters.inherit_setting(file, method, option, outer[0][0], outer)
     layers = None if whole else {label: self._read_layer_range(*chosen[label]) for label in chosen}
     if layers and len({end - first for first, end in layers.values()}) > 1:
       file.fail(f"{where}: layer_range: all sources of a slice need the same number of layers")

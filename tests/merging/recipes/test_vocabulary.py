@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from imm_jax.errors import UserError
-from imm_jax.merging import vocabulary
+from imm_jax.merging.recipes import vocabulary
 from tests.merge_folders import read
 from tests.merging.recipe_models import SHAPES, merged, save
 

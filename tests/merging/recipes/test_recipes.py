@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from imm_jax.errors import UserError
-from imm_jax.merging import command, mergekit
+from imm_jax.merging.recipes import command, mergekit
 from imm_jax.model import safetensors
 from tests.merge_folders import one_line, read, run
 from tests.merging.recipe_models import CONFIG, merged, save, source

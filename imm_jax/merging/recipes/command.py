@@ -18,8 +18,9 @@ import numpy as np
 
 from imm_jax import __version__, files
 from imm_jax.errors import ResourceError, UserError, join_items
-from imm_jax.merging import arrange, masks, model_configs, on_disk, recipe as recipes, roles, vocabulary
-from imm_jax.merging.recipe import Recipe
+from imm_jax.merging import masks, model_configs, on_disk, roles
+from imm_jax.merging.recipes import arrange, vocabulary
+from imm_jax.merging.recipes.recipe import DTYPES, Recipe, build_plan
 from imm_jax.merging.source import CheckpointSource, Table, is_floating
 from imm_jax.model import checkpoint_folder
 
@@ -72,10 +73,10 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, origins: Mapping[
     tensors = _describe_outputs(sources, recipe)
     # Rewritten rows are on the disk already.
     require_space(len(jobs) * sum(map(count_bytes, tensors)), first_out)
-    parts = [on_disk.Part(source, [recipes.build_plan(source, job.method, job.slices[i].options, recipe.prefixes[i])
+    parts = [on_disk.Part(source, [build_plan(source, job.method, job.slices[i].options, recipe.prefixes[i])
                                    for job in jobs.values()], recipe.prefixes[i])
              for i, source in enumerate(sources)]
-    dtype = recipes.DTYPES[recipe.dtype] if recipe.dtype else None
+    dtype = DTYPES[recipe.dtype] if recipe.dtype else None
     result = on_disk.merge_parts(
         parts, [(folder, dtype) for folder in jobs], key=masks.seed_words(options.seed),
         max_shard_bytes=options.max_shard_bytes, allow_nonfinite=options.allow_nonfinite)
@@ -137,7 +138,7 @@ def check_recipe(recipe: Recipe) -> tuple[list[Tensor], Aligned | None]:
   with arrange.open_parts(recipe, aligned and aligned.replacements) as sources:
     for source, part, prefix in zip(sources, recipe.slices, recipe.prefixes, strict=True):
       with contextlib.suppress(_NeedsTensors):
-        recipes.build_plan(_HeadersOnly(source), recipe.method, part.options, prefix)
+        build_plan(_HeadersOnly(source), recipe.method, part.options, prefix)
     return _describe_outputs(sources, recipe), aligned
 
 
@@ -197,7 +198,7 @@ def _choose_chat_template(recipe: Recipe) -> str:
 
 def _describe_outputs(sources: Sequence[CheckpointSource], recipe: Recipe) -> list[Tensor]:
   """Returns name, dtype and shape of each tensor of the output."""
-  wanted = recipes.DTYPES[recipe.dtype] if recipe.dtype else None
+  wanted = DTYPES[recipe.dtype] if recipe.dtype else None
   entries = {name: source.entries(name)[0] for source in sources for name in source.order}
   return [(name, wanted if wanted is not None and is_floating(entry) else entry.dtype, entry.shape)
           for name, entry in entries.items()]

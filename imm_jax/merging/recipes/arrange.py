@@ -9,7 +9,7 @@ from pathlib import Path
 from imm_jax import files
 from imm_jax.errors import UserError, join_items, print_once
 from imm_jax.merging import model_configs, roles
-from imm_jax.merging.recipe import Recipe
+from imm_jax.merging.recipes.recipe import Recipe
 from imm_jax.merging.source import CheckpointSource, Table, is_buffer
 from imm_jax.merging.trees import count_layers, get_layer, get_stack
 

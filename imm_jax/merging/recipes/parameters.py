@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from imm_jax.merging.options import REQUIRED, Option
-from imm_jax.merging.recipe_file import RecipeFile
+from imm_jax.merging.recipes.recipe_file import RecipeFile
 from imm_jax.merging.registry import MergeMethod
 
 # Parameters that mergekit or its older versions accept and that have no effect here.
