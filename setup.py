@@ -33,7 +33,8 @@ setup(
     cmdclass={"build_py": BuildWithConfigs},
     entry_points={"console_scripts": ["imm=imm_jax.__main__:main"]},
     package_data={"imm_jax": ["assets/prose.txt", "assets/tiny/*", "py.typed"],
-                  "imm_jax.merging": ["*.pyi"], "imm_jax.report": ["*.css", "*.html", "*.js", "*.json"]},
+                  "imm_jax.merging": ["*.pyi"], "imm_jax.report": ["*.css", "*.html", "*.js"],
+                  "imm_jax.report.sections": ["*.json"]},
     install_requires=[
         "absl-py>=2.1",
         # Since 4.0 it runs no code of a data set.

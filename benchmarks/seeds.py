@@ -22,7 +22,8 @@ import studies
 from absl import app, flags
 
 from imm_jax import files, methods
-from imm_jax.report import Results, figures, front, writer
+from imm_jax.report import Results, figures, writer
+from imm_jax.report.sections import front
 from imm_jax.statistics import paired_tests
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/seeds", "Folder for the run directories.")

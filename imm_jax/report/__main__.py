@@ -15,7 +15,8 @@ from absl import flags
 
 from imm_jax import cli, files, integrity
 from imm_jax.errors import UserError
-from imm_jax.report import compare, live, markup, paper, results
+from imm_jax.report import compare, live, markup, results
+from imm_jax.report.sections import paper
 from imm_jax.runs import status
 
 _WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, DIR,DIR,..., or folders that hold some; also the "

@@ -4,12 +4,13 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 
-from imm_jax.report import browser, differences, figures, front, insides
+from imm_jax.report import browser, figures
 from imm_jax.report.figures import MODELS, Panel
 from imm_jax.report.markup import Markup, Plot, Section, Table, render_page, render_section
 from imm_jax.report.reading import COUNTS
 from imm_jax.report.results import EvaluatedModel, Results, list_protocols, list_skipped
 from imm_jax.report.samples import Chunk
+from imm_jax.report.sections import differences, front, insides
 from imm_jax.runs.status import Status
 from imm_jax.statistics.accuracy import Accuracy
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from imm_jax.analysis import shares
-from imm_jax.report import differences, figures, front, groups, insides, page
+from imm_jax.report import figures, groups, page
 from imm_jax.report.figures import Bars, Panel
 from imm_jax.report.groups import Group
 from imm_jax.report.markup import Plot, Section, Table
 from imm_jax.report.results import Results
+from imm_jax.report.sections import differences, front, insides
 from imm_jax.statistics.accuracy import Accuracy
 
 # (name, caption) -> the runs' tables of that name, joined

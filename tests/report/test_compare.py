@@ -16,10 +16,11 @@ import pytest
 
 from configs import paper as plans
 from imm_jax.errors import UserError
-from imm_jax.report import compare, figures, groups, live, page, paper, results, samples, side_by_side
+from imm_jax.report import compare, figures, groups, live, page, results, samples, side_by_side
 from imm_jax.report.figures import Panel
 from imm_jax.report.markup import Plot, Table, to_csv
 from imm_jax.report.results import Results
+from imm_jax.report.sections import paper
 from imm_jax.statistics.accuracy import compute_accuracy
 from tests import report_runs
 

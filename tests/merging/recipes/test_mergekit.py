@@ -1,7 +1,7 @@
 """Merging beside mergekit in its float32 mode; mergekit is not a dependency, so this runs where it is pointed at:
 
     python -m venv /tmp/mergekit && /tmp/mergekit/bin/pip install mergekit==0.1.5
-    MERGEKIT_YAML=/tmp/mergekit/bin/mergekit-yaml python -m pytest tests/merging/test_mergekit.py
+    MERGEKIT_YAML=/tmp/mergekit/bin/mergekit-yaml python -m pytest tests/merging/recipes/test_mergekit.py
 """
 
 import json

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from imm_jax.methods import METHODS
-from imm_jax.report import compare, figures, front, groups
+from imm_jax.report import compare, figures, groups
 from imm_jax.report.figures import Panel
 from imm_jax.report.markup import Plot, Section, Table
 from imm_jax.report.results import EvaluatedModel, Results
+from imm_jax.report.sections import front
 from imm_jax.statistics.accuracy import Accuracy
 from tests import report_runs
 

@@ -24,7 +24,7 @@ _NOT_STATED = {"sft.grad_clip": 1.0}
 
 def load() -> dict[str, Any]:
   """Loads paper.json."""
-  return json.loads(importlib.resources.files("imm_jax.report").joinpath("paper.json").read_text(encoding="utf-8"))
+  return json.loads(importlib.resources.files(__package__).joinpath("paper.json").read_text(encoding="utf-8"))
 
 
 def find_entries(config: Mapping[str, Any]) -> list[dict[str, Any]]:

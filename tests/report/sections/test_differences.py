@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from imm_jax.report import compare, differences, page
+from imm_jax.report import compare, page
 from imm_jax.report.markup import Section, Table, to_csv
 from imm_jax.report.results import Results
+from imm_jax.report.sections import differences
 from imm_jax.statistics import accuracy
 from imm_jax.statistics.paired_tests import holm, mcnemar
 from tests import report_runs
