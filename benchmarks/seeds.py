@@ -108,7 +108,7 @@ def compare(values: Mapping[str, Sequence[float | None]], measure: str, referenc
 
 
 def style(name: str, i: int) -> tuple[str, str, str]:
-  """Returns colour, marker and dash of a method's line."""
+  """Returns color, marker and dash of a method's line."""
   method = METHODS[name][0].removeprefix("--config.method=")
   return *figures.get_method_style(method, name), "-" if name == method else figures.get_dash(1 + i % 3)
 

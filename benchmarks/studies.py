@@ -11,7 +11,7 @@ import numpy as np
 from imm_jax.report import figures, groups
 
 Scores = Mapping[str, Mapping[str, np.ndarray]]
-# Method -> colour, marker and dash of its curve.
+# Method -> color, marker and dash of its curve.
 Style = Callable[[str, int], tuple[str, str, str]]
 
 

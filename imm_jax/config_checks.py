@@ -10,7 +10,7 @@ import ml_collections
 from imm_jax import task_checks
 from imm_jax.config_keys import check_keys, get_value, require
 from imm_jax.errors import UserError, suggest
-from imm_jax.merging import quantise_drop_rate
+from imm_jax.merging import quantize_drop_rate
 from imm_jax.methods import METHODS, get_method, list_merging_methods
 from imm_jax.model import attention
 from imm_jax.model.decode_kernels import KERNELS
@@ -155,7 +155,7 @@ def _validate_sampler(config: ml_collections.ConfigDict) -> None:
 def _validate_merge(config: ml_collections.ConfigDict) -> None:
   merge = config.merge
   try:
-    quantise_drop_rate(merge.drop_rate)
+    quantize_drop_rate(merge.drop_rate)
   except ValueError as e:
     raise UserError(f"config.merge.{e}") from e
   weights = merge.base_weight if isinstance(merge.base_weight, tuple | list) else [merge.base_weight]

@@ -61,7 +61,7 @@ def test_a_config_is_found_from_any_directory(config: str, tmp_path: Path):
 
 
 def test_own_config_file_comes_first(tmp_path: Path, monkeypatch):
-  """A file of the user's counts before a name, and imports its neighbours."""
+  """A file of the user's counts before a name, and imports its neighbors."""
   (tmp_path / "configs").mkdir()
   (tmp_path / "configs/arguments.py").write_text("VALUE = 7\n")
   (tmp_path / "configs/tiny.py").write_text(

@@ -35,7 +35,7 @@ def test_the_small_real_model_has_two_settings(size, rounds):
   assert config.rounds == rounds
 
 
-@pytest.mark.parametrize("argument", ["3b", "size=3b", "size=0.5b,colour=red", "="])
+@pytest.mark.parametrize("argument", ["3b", "size=3b", "size=0.5b,color=red", "="])
 def test_an_unknown_argument_names_the_known_ones(argument):
   with pytest.raises(ValueError, match=r"known are size=0\.5b\|1\.5b\|7b; task=gsm8k\|math"):
     qwen.get_config(argument)

@@ -28,7 +28,7 @@ class Chip:
     unit: edge of a matrix unit.
     hbm: bytes of HBM that a program can use.
     hbm_rate: HBM bandwidth in bytes per second.
-    link: bandwidth of one link to a neighbour in bytes per second, one way.
+    link: bandwidth of one link to a neighbor in bytes per second, one way.
     wrap: smallest number of chips along an axis whose ends are linked to a ring.
     network: a chip's share of its host's network bandwidth in bytes per second, for traffic between slices.
     name: libtpu's name, before the sizes.
@@ -74,7 +74,7 @@ class TpuSlice:
   devices: tuple[jax.Device, ...]
 
   def mesh(self, **sizes: int) -> Mesh:
-    """Makes a mesh over all chips with physical neighbours adjacent; arguments and errors as `sharding.make_mesh`."""
+    """Makes a mesh over all chips with physical neighbors adjacent; arguments and errors as `sharding.make_mesh`."""
     return sharding.make_mesh(**sizes, devices=self.devices)
 
   def seconds(self, kind: str, size: float, group: Sequence[jax.Device]) -> float:

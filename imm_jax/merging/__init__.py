@@ -22,10 +22,10 @@ disk with the same bits. All functions share this:
 """
 
 from imm_jax.merging import registry
-from imm_jax.merging.masks import quantise_drop_rate
+from imm_jax.merging.masks import quantize_drop_rate
 from imm_jax.merging.trees import default_names
 
 _functions = registry.load()  # __init__.pyi has their signatures for type checkers
 globals().update(_functions)
 
-__all__ = ["default_names", "quantise_drop_rate", "registry", *sorted(_functions)]
+__all__ = ["default_names", "quantize_drop_rate", "registry", *sorted(_functions)]

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 
 from imm_jax.merging import registry
-from imm_jax.merging.masks import quantise_drop_rate
+from imm_jax.merging.masks import quantize_drop_rate
 from imm_jax.merging.options import PerModel, Vector
 from imm_jax.merging.trees import PyTree, Setting, default_names
 
@@ -31,7 +31,7 @@ __all__ = [
   "nearswap",
   "nuslerp",
   "passthrough",
-  "quantise_drop_rate",
+  "quantize_drop_rate",
   "ram",
   "ramplus_tl",
   "registry",

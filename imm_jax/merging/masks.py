@@ -21,13 +21,13 @@ _PARITY = np.uint32(0x1BD11BDA)
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
-def quantise_drop_rate(drop_rate: float) -> int:
+def quantize_drop_rate(drop_rate: float) -> int:
   """Rounds a drop rate to steps of 1/65536, which both the draws and the rescaling use.
 
   Raises:
     ValueError: unless 0 <= drop_rate < 1 after rounding.
 
-  >>> quantise_drop_rate(0.2)
+  >>> quantize_drop_rate(0.2)
   13107
   """
   steps = round(drop_rate * STEPS) if math.isfinite(drop_rate) else -1
@@ -44,8 +44,8 @@ def require_concrete(value: Any, name: str, tensor: str) -> Any:
 
 
 def drop_steps(drop_rate: Any, tensor: str) -> int:
-  """Quantizes a tensor's drop rate; see `quantise_drop_rate`."""
-  return quantise_drop_rate(float(require_concrete(drop_rate, "drop_rate", tensor)))
+  """Quantizes a tensor's drop rate; see `quantize_drop_rate`."""
+  return quantize_drop_rate(float(require_concrete(drop_rate, "drop_rate", tensor)))
 
 
 def tensor_code(name: str) -> np.uint32:

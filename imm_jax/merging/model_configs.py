@@ -68,8 +68,8 @@ def require_compatible(models: Mapping[str, Path], *, donor: Path | None = None,
     parts[label] = _split_config(files.read_json(folder / "config.json"))
     for part, config in parts[label].items():
       if key := next((key for key in _QUANTISATION_KEYS if config.get(key)), None):
-        raise UserError(f"{label} ({folder}) has {part}{key} in config.json: quantised weights are not merged; take "
-                        "the unquantised model that they were made from")
+        raise UserError(f"{label} ({folder}) has {part}{key} in config.json: quantized weights are not merged; take "
+                        "the unquantized model that they were made from")
   (first_label, first_parts), *others = parts.items()
   for label, own_parts in others:
     for part in filter(own_parts.__contains__, first_parts):

@@ -258,7 +258,7 @@ def _compute_block(plan: Plan, arrays: Sequence[np.ndarray], scalars: Any, share
       return np.asarray(_compiled_pairs(plan.kernel, static)(
           tuple(a.view(np.uint32) for a in arrays), scalars, shared)).view(dtype)
     # Float64 is disabled in jax by default; the arithmetic is float32 in any case.
-    with np.errstate(over="ignore", invalid="ignore"):  # the last block may end in uninitialised memory
+    with np.errstate(over="ignore", invalid="ignore"):  # the last block may end in uninitialized memory
       single = tuple(a.astype(np.float32) if a.dtype == np.float64 else a for a in arrays)
     narrow = np.dtype(np.float32) if dtype == np.float64 else dtype
     return np.asarray(_compiled(plan.kernel, static, narrow)(single, scalars, shared)).astype(dtype, copy=False)
@@ -313,7 +313,7 @@ def _compiled(kernel: Callable[..., jax.Array], static: tuple[tuple[str, Any], .
 
 @functools.cache
 def _compiled_pairs(kernel: Callable[..., jax.Array], static: tuple[tuple[str, Any], ...]) -> Callable[..., jax.Array]:
-  """Compiles the kernel on pairs of bfloat16 in 32-bit words: neighbours share a draw, which is most of the work."""
+  """Compiles the kernel on pairs of bfloat16 in 32-bit words: neighbors share a draw, which is most of the work."""
 
   def merge(tensors: tuple[jax.Array, ...], scalars: Any, shared: Any) -> jax.Array:
     halves = []

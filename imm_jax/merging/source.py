@@ -167,7 +167,7 @@ class Buffers:
     self._spare: dict[int, list[np.ndarray]] = collections.defaultdict(list)
 
   def take(self, count: int, dtype: np.dtype) -> np.ndarray:
-    """Returns an uninitialised array [count]."""
+    """Returns an uninitialized array [count]."""
     spare = self._spare[count * dtype.itemsize]
     return spare.pop().view(dtype) if spare else empty_aligned((count,), dtype)
 

@@ -20,7 +20,7 @@ from typing import Literal
 import jax
 
 from imm_jax.merging import registry
-from imm_jax.merging.masks import quantise_drop_rate
+from imm_jax.merging.masks import quantize_drop_rate
 from imm_jax.merging.options import PerModel, Vector
 from imm_jax.merging.trees import PyTree, Setting, default_names
 
@@ -31,7 +31,7 @@ _WIDTH = 120
 def make_stub() -> str:
   """Returns the content of the file."""
   functions = registry.load()
-  names = sorted([*functions, "default_names", "quantise_drop_rate", "registry"])
+  names = sorted([*functions, "default_names", "quantize_drop_rate", "registry"])
   exported = "__all__ = [\n" + "".join(f'  "{name}",\n' for name in names) + "]"
   return _HEAD + "\n\n".join([exported, *(_format(name, functions[name]) for name in sorted(functions))]) + "\n"
 

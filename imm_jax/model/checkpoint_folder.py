@@ -101,8 +101,8 @@ def unread_weights(names: Iterable[str]) -> str:
 def refuse_quantized(where: str, names: Iterable[str]) -> None:
   """Raises UserError if the name of a file or tensor shows that weights are quantized, as config.json may not."""
   if match := next(filter(_QUANTIZED_NAMES.fullmatch, names), None):
-    raise UserError(f"{where}: {match} says that its weights are quantised, and such are not read; take the "
-                    "unquantised model that they were made from")
+    raise UserError(f"{where}: {match} says that its weights are quantized, and such are not read; take the "
+                    "unquantized model that they were made from")
 
 
 def is_rotary(name: str) -> bool:

@@ -38,7 +38,7 @@ NO_EFFECT = frozenset((
     "dtype", "torch_dtype", "use_bfloat16", "initializer_range", "initializer_factor", "init_std",
     "transformers_version", "transformers_weights", "_name_or_path", "unsloth_fixed", "unsloth_version"))
 
-_QUANTIZED = "quantised weights are not read; take the unquantised model that they were made from"
+_QUANTIZED = "quantized weights are not read; take the unquantized model that they were made from"
 _PARTS = ("the model has parts besides the language model, which are not read; save only its language model, with its "
           "own config.json")
 _PAIR = "the model reads the output of another one (an encoder), which is not supported; take a decoder-only model"

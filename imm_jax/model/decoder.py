@@ -28,7 +28,7 @@ from imm_jax.model.config import ModelConfig
 from imm_jax.model.products import dot, weights_first
 
 Params = dict[str, Any]
-# Rematerialisation policies: the backward pass keeps all of a layer's activations, the results of its products with
+# Rematerialization policies: the backward pass keeps all of a layer's activations, the results of its products with
 # weights, the inputs and outputs of attention, or only its input.
 REMAT: dict[str, Callable[..., bool] | None] = {
     "none": None,

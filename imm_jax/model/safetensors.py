@@ -138,7 +138,7 @@ class Reader:
 
 
 def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """Allocates an uninitialised array at an address that XLA on CPU can use without a copy."""
+  """Allocates an uninitialized array at an address that XLA on CPU can use without a copy."""
   size = math.prod(shape) * dtype.itemsize
   raw = np.empty(size + _ALIGNMENT, np.uint8)
   start = -raw.ctypes.data % _ALIGNMENT

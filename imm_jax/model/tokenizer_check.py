@@ -60,7 +60,7 @@ def check_tokenizer(folder: str | Path, texts: Sequence[str], *, rows: int) -> s
     num_normalized += decoded != text
     tokens += len(ids)
   summary = f"the tokenizer gives the ids of {name} for {len(texts)} texts ({tokens:,} tokens)"
-  summary += ", and the texts come back" + (f" but for {num_normalized}, which it normalises" if num_normalized else "")
+  summary += ", and the texts come back" + (f" but for {num_normalized}, which it normalizes" if num_normalized else "")
   return summary + _compare_auto(folder, texts, lambda text: tokenizer(text)["input_ids"])
 
 

@@ -1,6 +1,6 @@
 """Draws the curves of a run and of a comparison with matplotlib.
 
-The colours are those of M. Okabe and K. Ito, which colour-blind readers can distinguish; markers differ too, for print.
+The colors are those of M. Okabe and K. Ito, which color-blind readers can distinguish; markers differ too, for print.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
   from matplotlib.axes import Axes
   from matplotlib.figure import Figure
 
-# Kind of model -> colour, marker, name.
+# Kind of model -> color, marker, name.
 MODELS = {"base": ("#000000", "s", "base model"), "sft": ("#D55E00", "o", "after SFT"),
           "ema": ("#009E73", "P", "average over SFT"), "merged": ("#0072B2", "^", "after merging")}
 METHODS = {"imm": ("#0072B2", "^"), "iimm": ("#56B4E9", "v"), "star": ("#D55E00", "o"),
@@ -21,7 +21,7 @@ METHODS = {"imm": ("#0072B2", "^"), "iimm": ("#56B4E9", "v"), "star": ("#D55E00"
            "l2_sp": ("#000000", "s"), "kl": ("#009E73", "s"), "ema": ("#CC79A7", "s"), "lora": ("#000000", "h")}
 _OTHER = ("#666666", "*")
 _INTERVENTIONS = {"gradient_decay": "<", "gradient_clipping": ">", "weight_masking": "d"}
-# Colours and markers of curves that do not belong to a method.
+# Colors and markers of curves that do not belong to a method.
 SERIES = (("#0072B2", "^"), ("#D55E00", "o"), ("#009E73", "s"), ("#CC79A7", "X"), ("#E69F00", "D"), ("#000000", "P"),
           ("#56B4E9", "v"), ("#F0E442", "*"))
 _HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++", "oo")
@@ -34,7 +34,7 @@ class Curve(NamedTuple):
   """A curve: its points, and the bounds of their intervals if known."""
 
   label: str
-  colour: str
+  color: str
   marker: str
   dash: str
   x: tuple[float, ...]
@@ -114,7 +114,7 @@ def _draw_panel(axes: "Axes", panel: Panel) -> dict[str, object]:
     error = [[y - a for y, a in zip(line.y, line.low, strict=True)],
              [b - y for y, b in zip(line.y, line.high, strict=True)]] if line.low else None
     x = [x + spread * (i - (len(panel.lines) - 1) / 2) for x in line.x] if line.low else line.x
-    handles[line.label] = axes.errorbar(x, line.y, yerr=error, color=line.colour, marker=line.marker,
+    handles[line.label] = axes.errorbar(x, line.y, yerr=error, color=line.color, marker=line.marker,
                                         linestyle=line.dash, capsize=3, markersize=5, linewidth=1.4)
   if panel.level is not None:
     axes.axhline(panel.level, color="#000000", linestyle=":", linewidth=1)
@@ -169,12 +169,12 @@ def draw_bars(data: Bars) -> "Figure":
 
 
 def get_method_style(method: str, intervention: str = "none", i: int = 0) -> tuple[str, str]:
-  """Returns colour and marker of a method's i-th curve; interventions in SFT have other markers of the same colour.
+  """Returns color and marker of a method's i-th curve; interventions in SFT have other markers of the same color.
 
   The marker changes too once all line styles are used.
   """
-  colour, marker = METHODS.get(method, _OTHER)
-  return colour, next_marker(_INTERVENTIONS.get(intervention, marker), i // len(_LINES))
+  color, marker = METHODS.get(method, _OTHER)
+  return color, next_marker(_INTERVENTIONS.get(intervention, marker), i // len(_LINES))
 
 
 def next_marker(marker: str, i: int) -> str:
@@ -188,7 +188,7 @@ def next_marker(marker: str, i: int) -> str:
 
 
 def get_series_style(i: int) -> tuple[str, str]:
-  """Returns colour and marker of the i-th curve; when the colours repeat, the markers change."""
+  """Returns color and marker of the i-th curve; when the colors repeat, the markers change."""
   return SERIES[i % len(SERIES)][0], SERIES[(i + i // len(SERIES)) % len(SERIES)][1]
 
 

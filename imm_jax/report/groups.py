@@ -21,7 +21,7 @@ class Group(NamedTuple):
 
   Attributes:
     label: unique label in legends and tables: the name of a single run, or what several runs have in common.
-    style: colour and marker of the method.
+    style: color and marker of the method.
     dash: line style.
     runs: the runs by name.
   """

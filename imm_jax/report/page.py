@@ -159,8 +159,8 @@ def _accuracy_section(results: Results) -> Section:
                                             if results.ood_tasks else {})
   panels = []
   for (where, tasks), score in zip(names.items(), (results.in_domain, results.out_of_domain), strict=False):
-    lines = [figures.accuracy_line(label, (colour, marker), [m.round + 1 for m in models], [score(m) for m in models])
-             for kind, (colour, marker, label) in MODELS.items()
+    lines = [figures.accuracy_line(label, (color, marker), [m.round + 1 for m in models], [score(m) for m in models])
+             for kind, (color, marker, label) in MODELS.items()
              if (models := [m for m in results.models if m.kind == kind])]
     base = [score(m).value for m in results.models if m.kind == "base"]
     panels.append(Panel(f"{where}: {tasks}", "rounds done", "accuracy", tuple(lines), level=base[0] if base else None,
@@ -217,8 +217,8 @@ def _sampled_section(results: Results) -> Section:
   for m in results.models:
     curve = get_pass_at_k(m, results.id_task)
     if m.kind in MODELS and m.round in (-1, last) and curve:
-      colour, marker, label = MODELS[m.kind]
-      lines.append(figures.accuracy_line(label, (colour, marker), list(curve), list(curve.values())))
+      color, marker, label = MODELS[m.kind]
+      lines.append(figures.accuracy_line(label, (color, marker), list(curve), list(curve.values())))
   plot = [Plot("pass_at_k", "pass@k over k of the base model and of the last round's models; the table below has the "
                "values", figures.draw, (Panel(f"{results.id_task}, {rounds}", "k (samples)", "pass@k",
                                               tuple(lines), log2=True, shares=True),))] if lines else []

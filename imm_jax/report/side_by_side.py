@@ -97,7 +97,7 @@ def _accuracy_section(runs: Mapping[str, Results], grouped: Sequence[Group]) -> 
   options = {"x": "rounds done", "y": "accuracy", "shares": True}
   several = any(len(group.runs) > 1 for group in grouped)
   notes = ["Each point is the model handed to the next round (merged, or tuned if nothing is merged), with 95 % "
-           "intervals (Wilson). Each method has its colour.",
+           "intervals (Wilson). Each method has its color.",
            *(["Runs that differ only in their seed are one curve, their mean with its standard error (means over the "
               "runs that reached the round)."] * several),
            *(["The runs differ in their tasks, so their curves are over different questions."]

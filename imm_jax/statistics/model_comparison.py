@@ -217,7 +217,7 @@ def format_table(result: Comparison, this: Path, other: Path) -> str:
           for row in (head, *rows)]
   tests = "McNemar's test (mid-p)"
   if any(line.paired.wins is None for line in result.lines):
-    tests += ", or a randomisation test for scores other than 0 and 1"
+    tests += ", or a randomization test for scores other than 0 and 1"
   return "\n".join([f"{this} against {other}, on the same questions", *text, "brackets: 95 % intervals (paired "
                     f"bootstrap); p: {tests}, corrected by Holm over the {len(rows)} lines", *result.notes])
 

@@ -52,7 +52,7 @@ def compare_paired(first: ArrayLike, second: ArrayLike, weights: ArrayLike | Non
   not observed: none in n questions means that their probability is at most 1 - 0.05^(1/n) (J. Hanley and A.
   Lippman-Hand, "If nothing goes wrong, is everything all right?", JAMA 249, 1983).
 
-  The p-value of 0/1 scores is McNemar's (`mcnemar`). For other scores it is that of the randomisation test, which swaps
+  The p-value of 0/1 scores is McNemar's (`mcnemar`). For other scores it is that of the randomization test, which swaps
   the models on a subset of the questions (E. Noreen, "Computer-Intensive Methods for Testing Hypotheses", 1989): on
   each subset of up to 13 questions; of more questions on 10,000 random subsets and the observed one (B. Phipson and
   G. Smyth, "Permutation P-values Should Never Be Zero", 2010), hence it is at least 0.0001.
@@ -83,7 +83,7 @@ def compare_paired(first: ArrayLike, second: ArrayLike, weights: ArrayLike | Non
                   mcnemar(wins, losses))
   change = a - b
   value = float(np.average(change, weights=w))
-  return Paired(*means, value, n, *_bootstrap_interval(change, w), None, None, _randomisation_p(change * w))
+  return Paired(*means, value, n, *_bootstrap_interval(change, w), None, None, _randomization_p(change * w))
 
 
 @functools.lru_cache(maxsize=4096)  # the report of a run in progress computes the same ones after each stage
@@ -110,7 +110,7 @@ def _percentile_interval(values: np.ndarray) -> tuple[float, float]:
   return float(low), float(high)
 
 
-def _randomisation_p(change: np.ndarray) -> float:
+def _randomization_p(change: np.ndarray) -> float:
   """Returns the share of swaps of the models' scores, all or random ones, whose sum of differences is as far from 0."""
   rng, total, extreme = np.random.default_rng(_SEED), change.sum(), 1
   threshold = abs(total) - 1e-12 * np.abs(change).sum()  # equal sums may differ by rounding

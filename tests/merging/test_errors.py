@@ -36,7 +36,7 @@ def test_broadcastable_shapes_do_not_match():
 def test_a_drop_rate_out_of_range_is_an_error(drop_rate):
   ones = {"w": np.ones(2, np.float32)}
   for call in (lambda: merging.dare(ones, drop_rate=drop_rate, key=KEY),
-               lambda: merge(ones, ones, ones, drop_rate=drop_rate), lambda: merging.quantise_drop_rate(drop_rate)):
+               lambda: merge(ones, ones, ones, drop_rate=drop_rate), lambda: merging.quantize_drop_rate(drop_rate)):
     with pytest.raises(ValueError, match=r"drop_rate=.*expected (0 <= drop_rate < 1|a finite number)"):
       call()
 

@@ -74,7 +74,7 @@ def test_file_merge_equals_tree_merge(method: str, folders: list[Path], tmp_path
 @pytest.mark.full
 @pytest.mark.parametrize("method", ["dare_ties", "imm"])
 def test_bfloat16_has_the_bits_of_a_tree_too(method: str, tmp_path: Path):
-  """Neighbours share a draw where all is bfloat16 and rows are even: a way of its own."""
+  """Neighbors share a draw where all is bfloat16 and rows are even: a way of its own."""
   kept = ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight")
   trees = [{n: t[n] for n in kept} for t in models((ml_dtypes.bfloat16,) * 4)]
   folders = [write(tmp_path / str(i), tree) for i, tree in enumerate(trees)]

@@ -67,7 +67,7 @@ def test_published_configs_get_their_verdict() -> None:
     except UserError as e:
       verdict, reason = "refuse", str(e)
     assert verdict == row["expected"], (row["source"], reason)
-    if row["why"] == "quantised weights":
-      assert "take the unquantised model" in reason
+    if row["why"] == "quantized weights":
+      assert "take the unquantized model" in reason
     elif row["why"] == "another architecture":
       assert "architectures=" in reason

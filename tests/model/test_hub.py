@@ -128,7 +128,7 @@ def test_revision_pins_all_files(fake: Hub) -> None:
     ({"config.json": CONFIG, "model.safetensors": b"x", "tokenizer.json": None},
      f"{ID}: has no tokenizer on the hub; expected tokenizer.json or tokenizer.model or vocab.json"),
     ({"config.json": CONFIG, "model.safetensors": b"x", "quantize_config.json": b"{}"},
-     f"{ID}: quantize_config.json says that its weights are quantised"),
+     f"{ID}: quantize_config.json says that its weights are quantized"),
     ({"config.json": CONFIG, "model.safetensors.index.json": b'{"weight_map": {}}'}, "its weight_map is empty"),
     ({"config.json": CONFIG, "pytorch_model.bin": b"x", "model.safetensors.index.json":
       b'{"weight_map": {"a": "pytorch_model.bin"}}'}, "names 'pytorch_model.bin', which is no safetensors file"),

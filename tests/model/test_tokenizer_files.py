@@ -235,4 +235,4 @@ def test_a_file_that_lowers_all_letters_is_no_error(tmp_path: Path) -> None:
   file.normalizer, file.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
   file.save(str(tmp_path / "tokenizer.json"))
   (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-  assert "the texts come back but for 1, which it normalises" in check_tokenizer(tmp_path, ["Tom has"], rows=4)
+  assert "the texts come back but for 1, which it normalizes" in check_tokenizer(tmp_path, ["Tom has"], rows=4)

@@ -89,8 +89,8 @@ def test_curves_look_different(runs: list[Results], tmp_path: Path):
       for method, most in (("imm", 7), ("star", 2)) for rounds in range(1, most) for seed in range(3)}
   lines = panels(others)[0].lines
   assert len(lines) == 7
-  assert len({(line.colour, line.marker, line.dash) for line in lines}) == 7
-  assert len({line.colour for line in lines}) == 2
+  assert len({(line.color, line.marker, line.dash) for line in lines}) == 7
+  assert len({line.color for line in lines}) == 2
   assert [line.label for line in lines][:2] == ["imm, rounds=1 (3 seeds)", "imm, rounds=2 (3 seeds)"]
   assert lines[-1].label == "star (3 seeds)"
 

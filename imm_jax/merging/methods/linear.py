@@ -20,7 +20,7 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
   if settings["normalize"]:
     for name, total in totals.items():
       if not isinstance(total, jax.Array) and total == 0:
-        raise ValueError(f"weights: they add up to 0 at {name!r}, which cannot be normalised")
+        raise ValueError(f"weights: they add up to 0 at {name!r}, which cannot be normalized")
   divide = settings["normalize"] and (traced or any(total != 1 for total in totals.values()))
   scalars: dict[str, Scalars] = {
       name: {"weights": weights_by_name[name], "total": totals[name]} for name in source.names}

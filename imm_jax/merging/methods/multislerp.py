@@ -18,7 +18,7 @@ def _coefficients(lengths: Any, cosine: Any, settings: Settings, name: str) -> A
   if settings["normalize_weights"]:
     total = weights.sum()
     if not isinstance(total, jax.Array) and abs(total) < 1e-8:
-      raise ValueError(f"weights: they add up to 0 at {name!r}, which cannot be normalised; give others, or "
+      raise ValueError(f"weights: they add up to 0 at {name!r}, which cannot be normalized; give others, or "
                        "normalize_weights=False")
     weights = weights / total
   # Inner products of the unit vectors, with 0 for zero vectors. All vectors below are linear combinations of them.

@@ -88,7 +88,7 @@ def run_section(run: Results) -> Section:
   by_kind: dict[str, list[EvaluatedModel]] = {}
   for m in run.models:
     by_kind.setdefault(m.kind.partition(" ")[0] + " at" * (" " in m.kind), []).append(m)
-  lines = [_make_line(run, by_kind[kind], label, (colour, marker)) for kind, (colour, marker, label) in
+  lines = [_make_line(run, by_kind[kind], label, (color, marker)) for kind, (color, marker, label) in
            (MODELS | {"merged at": _SWEEP}).items() if kind in by_kind]
   equal_id, description = choose_equal_id([run])
   return Section(_ID, _TITLE, [
@@ -112,7 +112,7 @@ def runs_section(runs: Mapping[str, Results], grouped: Sequence[Group]) -> Secti
     if points:
       # Other plots distinguish the settings of a method by line styles; here there are only markers.
       styles = [(group.style[0], figures.next_marker(group.style[1], i)) for i in range(len(figures.SERIES))]
-      used = {(line.colour, line.marker) for line in lines}
+      used = {(line.color, line.marker) for line in lines}
       style = next((candidate for candidate in styles if candidate not in used), group.style)
       lines.append(Curve(group.label, *style, "none", *zip(*points, strict=True)))
   measures = {name: _measure(run, equal_id) for name, run in eligible.items()}

@@ -76,8 +76,8 @@ def drift_section(results: Results) -> Section:
   """Makes the section on the drift of each round's models from the base, by task."""
   panels = []
   for where in WHERE:
-    lines = tuple(figures.round_line(values, label, (colour, marker))
-                  for kind, (colour, marker, label) in MODELS.items() if (values := mean_kl(results, kind, where)))
+    lines = tuple(figures.round_line(values, label, (color, marker))
+                  for kind, (color, marker, label) in MODELS.items() if (values := mean_kl(results, kind, where)))
     if lines:
       highest = max(max(line.y) for line in lines)
       panels.append(Panel(where, lines=lines, span=(0, 1.1 * highest or 1), **DRIFT_AXES))

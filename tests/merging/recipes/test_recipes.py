@@ -110,7 +110,7 @@ def test_incompatible_configs_are_refused(pair, tmp_path: Path, capsys):
     with pytest.raises(UserError, match=f"has {key}={value!r} in config.json"):
       merged(tmp_path, {**LINEAR, "models": [{"model": str(first)}, {"model": str(other)}]})
   other = save(tmp_path / "fp8", 2, quantization_config={"quant_method": "fp8"})
-  with pytest.raises(UserError, match=r"has quantization_config in config\.json: quantised weights are not merged"):
+  with pytest.raises(UserError, match=r"has quantization_config in config\.json: quantized weights are not merged"):
     merged(tmp_path, {**LINEAR, "models": [{"model": str(other)}, {"model": str(pair[0])}]})
   other = save(tmp_path / "far", 2, rope_theta=1e6, rms_norm_eps=1e-5)
   merged(tmp_path, {**LINEAR, "models": [{"model": str(pair[0])}, {"model": str(other)}]})

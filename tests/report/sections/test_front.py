@@ -116,7 +116,7 @@ def test_settings_have_their_own_markers(made: Path):
   runs = {str(w): imm._replace(config=imm.config | {"merge": {"base_weight": w}}) for w in range(5)}
   parts = front.runs_section(runs, groups.group_runs(runs)).parts
   panel = next(part for part in parts if isinstance(part, Plot)).data[0]
-  assert len({(line.colour, line.marker) for line in panel.lines[1:-1]}) == 5
+  assert len({(line.color, line.marker) for line in panel.lines[1:-1]}) == 5
 
 
 def test_each_method_has_a_look_of_its_own():
