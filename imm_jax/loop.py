@@ -6,13 +6,15 @@
 import contextlib
 import importlib.metadata
 import os
+import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import ml_collections
 
 from imm_jax import __version__, report
-from imm_jax.errors import join_items
+from imm_jax.errors import UserError, join_items
 from imm_jax.estimates import cost, disk, memory, shapes
 from imm_jax.methods import keeps_average, samples_answers
 from imm_jax.model import checkpoint_folder, hf, hub, published
@@ -24,7 +26,7 @@ from imm_jax.sampling import engines
 from imm_jax.stages import analyze, devices, evaluate, fine_tune, measure_drift, merge, select, synthesize
 from imm_jax.stages.round_questions import compute_digests
 from imm_jax.stages.task_entries import get_tasks
-from imm_jax.training.states import check_folder
+from imm_jax.training.states import check_folder, find_saved
 
 
 def plan(run: Run) -> list[Stage]:
@@ -89,6 +91,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False)
     directory.begin(stages, external, rerun=rerun)
     if distributed.is_main():
       log.open(root / runlog.FILE)
+      runlog.log_line(f"start of process {os.getpid()}, imm_jax {__version__}: {shlex.join(sys.argv)}")
     metrics.start_tracking(config, root)
     num_run, names = 0, [stage.name for stage in stages]
     with status.StatusWriter(root, names) as writer, report.Live(root, names) as page:
@@ -121,7 +124,11 @@ def _open(config: ml_collections.ConfigDict, workdir: str,
 
 
 def dry_run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False) -> None:
-  """Prints what `run` would do, and estimates of its cost; changes nothing and downloads nothing of a hub's model."""
+  """Prints what `run` would do, and estimates of its cost; changes nothing and downloads nothing of a hub's model.
+
+  Raises:
+    UserError: as `run` does; for changes that need `rerun` after everything is printed.
+  """
   root = Path(workdir)
   is_local = all(map(hub.is_local, filter(None, (config.model, config.teacher))))
   devices.make_mesh(config)  # checks the mesh
@@ -157,7 +164,10 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = Fa
     if reason or to_do.intersection(stage.needs):
       to_do.add(stage.name)
     suffix = f" ({reason})" if reason not in (None, "run") else ""
-    print(f"{stage.name:<24}{'to do' if stage.name in to_do else 'done':<8}{stage.plan}{suffix}")
+    state = "done" if stage.name not in to_do else "again" if stage.name in record["stages"] else "to do"
+    if state == "to do" and stage.scratch and (saved := find_saved(stage.scratch)):
+      state, suffix = "begun", f" (step {saved.step} is saved)"
+    print(f"{stage.name:<24}{state:<8}{stage.plan}{suffix}")
   teacher = published.find_config(config.teacher) if config.teacher else None
   sizes, lengths = f"{config.model} is not on this machine, so its size is not known", {}
   if model:
@@ -169,10 +179,10 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = Fa
   tokens_and_hours = cost.describe(config, model, record, teacher, [stage.name for stage in stages], **lengths)
   if found.dropped:
     print(f"no longer a part of the run: {join_items(found.dropped)}")
-  if found.refusal and not rerun:
-    print(f"without --rerun this start is refused: {found.refusal}")
   print(f"\n{len(to_do)} of {len(stages)} stages to do\n{tasks.describe_tests()}\n{sizes}\n"
         f"the whole run: {tokens_and_hours}")
+  if found.refusal and not rerun:
+    raise UserError(found.refusal)
 
 
 def _check_models(config: ml_collections.ConfigDict, *, downloads: bool = True) -> dict[str, Path]:

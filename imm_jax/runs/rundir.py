@@ -165,7 +165,10 @@ class RunDir:
     return True
 
   def record_facts(self, **values: Any) -> None:
-    """Records facts about the whole run; warns if an earlier start had others on which the bits of stages depend."""
+    """Sets facts about the whole run; warns if an earlier start had others on which the bits of stages depend.
+
+    They are written with the record, by `begin` or after the next stage: a start that is refused writes nothing.
+    """
     if not distributed.is_main():
       return
     for name, value in values.items():
@@ -173,7 +176,6 @@ class RunDir:
       if before != value and name in _BITS_DEPEND_ON:
         print(f"warning: {name} was {before} and is {value} now; the bits of new stages may differ", file=sys.stderr)
     self._record.update(values)
-    self._save_record()
 
   def _save_record(self) -> None:
     with integrity.rewritten(self.path, "run.json"):
@@ -227,7 +229,7 @@ def find_consequences(root: Path, config: ml_collections.ConfigDict, record: Map
                       stages: Sequence[Stage], external: Mapping[str, str]) -> Consequences:
   """Finds what a start brings about; see `RunDir.begin` for the arguments."""
   changed = list_changes(root, config)
-  notes = [line for key, line in changed if _is_runtime_key(key)]
+  notes = [f"{line}, for the stages that are still to run" for key, line in changed if _is_runtime_key(key)]
   causes = [line for key, line in changed if not _is_runtime_key(key)]
   # An input that was replaced under the same name discards work just as a changed config does.
   origin, restored = ("another config", "the values") if causes else ("other inputs", "what")
@@ -251,8 +253,12 @@ def find_consequences(root: Path, config: ml_collections.ConfigDict, record: Map
   verb = "run finished work again" if set(lost) & set(stale) else "drop finished work from the run"
   effects = [f"{verb}: {join_items(lost)}"] * bool(lost)
   effects += [f"lose what is half trained: {join_items(list(lost_states))}"] * bool(lost_states)
+  hint, weight = "", config.merge.base_weight
+  if weight != "auto" and [key for key, _ in changed if not _is_runtime_key(key)] == ["merge.base_weight"]:
+    hint = f", or --config.merge.sweep=\"({weight},)\" with the weight of before to evaluate this one, too"
   refusal = (f"{root}: made with {origin} ({'; '.join(causes)}), which would {', and '.join(effects)}; give --rerun to "
-             f"allow that, or use another --workdir, or {restored} it was made with") if effects else ""
+             "allow that (in a copy of the folder, if both shall stay), or use another --workdir, or "
+             f"{restored} it was made with{hint}") if effects else ""
   notes += [f"removed, since it was half trained with others: {join_items(list(lost_states))}"] * bool(lost_states)
   effect = f"{join_items(stale)} will be run again" if stale else "nothing is run again for it"
   notes += [f"{'; '.join(causes)}: {effect}"]

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from imm_jax.methods import ANCHORS
-from imm_jax.runtime import progress
+from imm_jax.runtime import distributed, progress
 from imm_jax.training.packing import PackedBatches
 from imm_jax.training.throughput import Meter, Profile
 
@@ -73,6 +73,8 @@ class StepLog:
     self._speed: dict[str, float] = {}
 
   def __enter__(self) -> Self:
+    if self.start and distributed.is_main():
+      print(f"{self._reporting.label}: resumes after step {self.start} of {self.total}, from a saved state", flush=True)
     self._bar = progress.make_bar(self.total, self._reporting.label, "step", initial=self.start)
     return self
 

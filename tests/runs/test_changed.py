@@ -57,6 +57,7 @@ def begin(root: Path, *, rerun: bool = False, external: dict[str, str] = EXTERNA
   before = {*run_record.read(root)["stages"]}
   with RunDir(root, settings) as directory:
     made = stages(settings, root)
+    directory.record_facts(method=settings.method, tasks={"id": settings.task.name, "ood": list(settings.task.ood)})
     directory.begin(made, external, rerun=rerun)
   record = run_record.read(root)
   return before - ({*record["stages"]} - {*run_record.list_stale(made, record, root, external)})
@@ -112,10 +113,12 @@ SAMPLED = TUNED | {"round_0/samples.jsonl", "round_0/train.jsonl"}
 def test_what_throws_work_away_is_asked_first(tmp_path: Path, changes: dict, lost: set[str]) -> None:
   root = tmp_path / "run"
   finish(root)
-  before = {name: (root / name).read_bytes() for name in ("run.json", "config.json")}
-  with pytest.raises(UserError, match=r"which would (run|drop) finished work .*: .*round_1/s.*; give --rerun"):
+  before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+  refusal = r"which would (run|drop) finished work .*: .*round_1/s.*; give --rerun"
+  with pytest.raises(UserError, match=refusal) as refused:
     begin(root, **changes)
-  assert before == {name: (root / name).read_bytes() for name in before}
+  assert before == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+  assert ("--config.merge.sweep" in str(refused.value)) == ("merge.base_weight" in changes)
   assert begin(root, rerun=True, **changes) == lost
   assert begin(root, **changes) == (set() if "rounds" in changes else lost)  # it was asked
 
@@ -273,12 +276,13 @@ def test_dry_run_says_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
   assert "--rerun" not in capsys.readouterr().out
   with pytest.raises(UserError) as refused:
     begin(root, external=external, **changes)
-  loop.dry_run(config(**changes), str(root))
+  with pytest.raises(UserError) as planned:
+    loop.dry_run(config(**changes), str(root))
+  assert str(planned.value) == str(refused.value)
   said = capsys.readouterr().out
-  assert f"\nwithout --rerun this start is refused: {refused.value}\n" in said
+  assert ("again   " in said) == ("rounds" not in changes)
   assert ("no longer a part of the run: round_" in said) == ("merge.base_weight" not in changes)
-  loop.dry_run(config(**changes), str(root), rerun=True)
-  assert "refused" not in capsys.readouterr().out
+  loop.dry_run(config(**changes), str(root), rerun=True)  # is not refused
 
 
 def test_last_merge_may_change(tmp_path: Path) -> None:
