@@ -1,6 +1,7 @@
 """Starts a command: parses its flags, calls its `main`, and prints errors as one line, with an exit code."""
 
 import contextlib
+import difflib
 import itertools
 import os
 import re
@@ -45,21 +46,21 @@ def run(main: Callable[[], None], *, positional: Sequence[str] = (), resumes: bo
       with contextlib.suppress(BrokenPipeError):
         print(_format_help(argv[0]), flush=True)
       os._exit(Exit.DONE)  # skips Python's own cleanup, which would complain about a closed pipe
+    file = None
     try:
-      argv, file = _with_config_file(argv)
+      argv, file = _with_config_file(_keep_last(argv))
       with config_files.importable(file):
         arguments = flags.FLAGS(argv)
     except flags.Error as e:
-      lines = str(e).strip().splitlines()
-      # ml_collections puts the traceback of a config file into the message; its last line is the error.
-      _fail(f"the config file cannot be loaded: {lines[-1]}" if "Traceback" in str(e) else _one_line(e))
+      # ml_collections puts the traceback of a config file into the message.
+      _fail(config_files.describe_failure(file, e, str(e)) if file and "Traceback" in str(e) else _explain_flag(e))
     except UserError as e:
       _fail(str(e))
     except (AttributeError, KeyError, TypeError, ValueError) as e:
       # ml_collections raises these for a config key or value that does not fit.
-      _fail(_config_message(e, argv))
+      _fail(config_files.describe_failure(file, e) if file and "get_config" in str(e) else _config_message(e, argv))
     except Exception as e:  # a config file is Python and may raise anything
-      _fail(f"the config file cannot be loaded: {_one_line(e)}")
+      _fail(config_files.describe_failure(file, e) if file else _one_line(e))
     arguments = [*arguments[:1], *_set_positional(positional, arguments[1:])]
     if len(arguments) > 1:
       _fail(f"unexpected argument {arguments[1]!r}; options are given as --name=value (see --help)")
@@ -127,6 +128,41 @@ def _exit_with(error: Exception) -> NoReturn:
           "(sample.batch_size, eval.batch_size, more of sft.accumulation), and --dry_run says how much a run will take",
           code)
   _fail(message or type(error).__name__, code)
+
+
+def _keep_last(argv: Sequence[str]) -> list[str]:
+  """Drops a `--config.KEY=VALUE` that is given again later; ml_collections would add up the items of tuples.
+
+  >>> _keep_last(["imm", "--config.a=(1,)", "--config=tiny", "--config.a=(2,)"])
+  ['imm', '--config=tiny', '--config.a=(2,)']
+  """
+  keys = [match[1] if (match := re.match(r"--?(config\.[\w.]+)=", arg)) else "" for arg in argv]
+  return [arg for i, arg in enumerate(argv) if not keys[i] or keys[i] not in keys[i + 1:]]
+
+
+def _explain_flag(error: flags.Error) -> str:
+  """Explains in one line what absl says of a flag that is unknown, missing or of another type."""
+  text = _one_line(error)
+  if isinstance(error, flags.UnrecognizedFlagError):
+    return f"Unknown command line flag {error.flagname!r}; {_suggest_flag(error.flagname)}"
+  if missing := re.findall(r"Flag --(\w+) must have a value other than None", text):
+    return f"give {' and '.join(f'--{name}=...' for name in dict.fromkeys(missing))} (see --help)"
+  if match := re.match(r"flag (--[\w.]+=.*): (invalid literal for int|could not convert string to float)", text):
+    return f"{match[1]}: expected {'a whole number' if 'int' in match[2] else 'a number'}"
+  return text
+
+
+def _suggest_flag(name: str) -> str:
+  """Returns a hint for an unknown flag: settings of this name, or the nearest flag."""
+  if "config" in flags.FLAGS:
+    from imm_jax import config_keys  # imported here because most commands take no config
+    keys = config_files.list_keys(config_keys.load_defaults())
+    if same := [f"--config.{key}" for key in keys if key.rpartition(".")[2] == name]:
+      return f"did you mean {' or '.join(same)}?"
+  own = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]) if flag.name not in _ABSL_FLAGS]
+  close = next((flag for flag in own if name.startswith(flag[:3])), "") or next(
+      iter(difflib.get_close_matches(name, own, n=1)), "")
+  return f"did you mean --{close}?" if close else "see --help"
 
 
 def _with_config_file(argv: list[str]) -> tuple[list[str], Path | None]:

@@ -1,6 +1,6 @@
 """Tests which differences between models are significant, using their answers on disk; no model is loaded.
 
-    imm compare --this=runs/a --against=runs/b
+    imm compare --this=scores/a --against=scores/b
     imm compare --this=RUN/round_2/eval/merged --against=RUN/base/eval --against=RUN/round_2/eval/sft
 
 Each folder is an --out of imm evaluate or an eval folder of a run. Models are compared on the questions that both

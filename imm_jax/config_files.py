@@ -5,8 +5,10 @@ import each other with `from configs import common`.
 """
 
 import contextlib
+import re
 import runpy
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -63,12 +65,30 @@ def load(name: str) -> ml_collections.ConfigDict:
     try:
       settings = runpy.run_path(str(file))["get_config"](*[argument] * bool(colon))
     except Exception as e:  # a config file is Python and may raise anything
-      from imm_jax.config_keys import explain  # imported here because it imports this module
-      reason = explain(e) or f"{type(e).__name__}: {' '.join(str(e).split())}"
-      raise UserError(f"{file}: cannot be loaded: {reason}") from e
+      raise UserError(describe_failure(file, e)) from e
   if not isinstance(settings, ml_collections.ConfigDict):
     raise UserError(f"{file}: get_config() returns {type(settings).__name__}; expected a ConfigDict")
   return settings
+
+
+def describe_failure(file: Path, error: Exception, text: str = "") -> str:
+  """Describes in one line why a config file cannot be loaded: the file, the line in it, and the error.
+
+  Args:
+    file: the config file.
+    error: what it raised.
+    text: the printed traceback of the error, if that is all that is known of it.
+  """
+  from imm_jax.config_keys import explain  # imported here because it imports this module
+  if isinstance(error, AttributeError | KeyError) and "get_config" in str(error):
+    return f"{file}: cannot be loaded: it defines no get_config()"
+  if text:
+    lines = re.findall(rf'File "{re.escape(str(file))}", line (\d+)', text)
+    reason = explain(Exception(text)) or text.strip().splitlines()[-1]
+  else:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    reason = explain(error) or f"{type(error).__name__}: {' '.join(str(error).split())}"
+  return f"{file}{f':{lines[-1]}' if lines else ''}: cannot be loaded: {reason}"
 
 
 @contextlib.contextmanager

@@ -76,7 +76,9 @@ def test_own_config_file_comes_first(tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("def get_config(:", "cannot be loaded: SyntaxError"), ("x = 1", "KeyError: 'get_config'"),
+    ("def get_config(:", "cannot be loaded: SyntaxError"),
+    ("x = 1", "bad.py: cannot be loaded: it defines no get_config"),
+    ("def get_config():\n  return 1 / 0", "bad.py:2: cannot be loaded: ZeroDivisionError"),
     ("def get_config():\n  return 3", "returns int; expected a ConfigDict")])
 def test_broken_config_file_is_named(text: str, message: str, tmp_path: Path):
   """It cannot be loaded."""
@@ -141,7 +143,9 @@ def test_what_was_told_to_stop_is_no_error():
 @pytest.mark.parametrize(("environment", "flags", "code", "message"), [
     ({"JAX_PLATFORMS": "cuda"}, (), Exit.RESOURCES, "error: JAX_PLATFORMS=cuda: not on this machine"),
     ({}, ("--config.merge.options.densty=1",), Exit.MISTAKE, "densty'; did you mean merge.options.densities"),
-    ({}, ("--rerum",), Exit.MISTAKE, "error: Unknown command line flag 'rerum'")])
+    ({}, ("--rerum",), Exit.MISTAKE, "error: Unknown command line flag 'rerum'; did you mean --rerun?"),
+    ({}, ("--rounds=2",), Exit.MISTAKE, "error: Unknown command line flag 'rounds'; did you mean --config.rounds?"),
+    ({}, ("--config.rounds=1.5",), Exit.MISTAKE, "error: --config.rounds=1.5: expected a whole number")])
 def test_failed_start_is_one_line(environment, flags, code: Exit, message: str, tmp_path: Path):
   """A command that cannot start says why."""
   done = _imm("run", "--config=tiny", f"--workdir={tmp_path / 'run'}", *flags, **environment)

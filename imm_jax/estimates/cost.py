@@ -1,4 +1,4 @@
-"""Estimates the tokens and device hours of a run, before it begins or when a part of it is done."""
+"""Estimates the tokens and time of a run, before it begins or when a part of it is done."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -110,9 +110,9 @@ def count_tokens(config: ml_collections.ConfigDict, record: Mapping[str, Any], *
 def describe(config: ml_collections.ConfigDict, model: ModelConfig | None, record: Mapping[str, Any],
              sampler: ModelConfig | None = None, stages: Sequence[str] = (), *, question: float = 0.0,
              answer: float = 0.0) -> str:
-  """Describes the tokens and device hours of a run in one line.
+  """Describes the tokens and time of a run in one line.
 
-  Hours follow from the time of finished stages once one of each kind is done; before that from the throughput of
+  The time follows from the time of finished stages once one of each kind is done; before that from the throughput of
   finished sampling and training; before that from a share of the device's peak FLOP/s or, if that is unknown, as on a
   CPU, from a short measurement.
 
@@ -131,13 +131,12 @@ def describe(config: ml_collections.ConfigDict, model: ModelConfig | None, recor
   devices = len(record.get("devices", ())) or 1
   if seconds := _extrapolate(record, stages):
     whole, left = seconds
-    return (f"{text}; about {whole * devices / 3600:.2g} device hours by what stages took so far on {devices} "
-            f"device(s), {left * devices / 3600:.2g} of them to come")
+    return (f"{text}; about {_format_time(whole)} by what stages took so far on {devices} device(s), "
+            f"{_format_time(left)} of it to come")
   speeds = {kind: _measure_throughput(record, kind) for kind in ("sampling", "training")}
   if all(speeds.values()):
-    hours = ((counts.sampled + counts.evaluated) / speeds["sampling"] + counts.trained / speeds["training"]
-             ) * devices / 3600
-    return (f"{text}; about {hours:.2g} device hours at the measured {_format_count(speeds['sampling'])} sampled and "
+    seconds = (counts.sampled + counts.evaluated) / speeds["sampling"] + counts.trained / speeds["training"]
+    return (f"{text}; about {_format_time(seconds)} at the measured {_format_count(speeds['sampling'])} sampled and "
             f"{_format_count(speeds['training'])} trained tokens/s on {devices} device(s)")
   if model is None:
     return text
@@ -150,16 +149,16 @@ def describe(config: ml_collections.ConfigDict, model: ModelConfig | None, recor
   kind = jax.devices()[0].device_kind
   peak = hardware.peak_flops(kind)
   if peak:
-    hours = (decoding_flops / ASSUMED["sampling"] + training_flops / ASSUMED["training"]) / peak / 3600
-    return (f"{text}; about {hours:.2g} hours of one {kind}, if training reaches {ASSUMED['training']:.0%} and "
+    seconds = (decoding_flops / ASSUMED["sampling"] + training_flops / ASSUMED["training"]) / peak
+    return (f"{text}; about {_format_time(seconds)} of one {kind}, if training reaches {ASSUMED['training']:.0%} and "
             f"sampling {ASSUMED['sampling']:.0%} of its peak (after a round: by its times)")
   speed = hardware.measure_flops(config.sample.batch_size, hardware.compute_dtype(config.sample.compute_dtype))
   training_speed = hardware.measure_flops(_TRAINING_ROWS, hardware.compute_dtype(config.sft.compute_dtype))
-  hours = (decoding_flops / speed / _REACHED["sampling"]
-           + (training_flops + recomputed_flops) / training_speed / _REACHED["training"]) / 3600
-  return (f"{text}; about {hours:.2g} hours on this machine as it is now, by a second of products: "
-          f"{training_speed / 1e9:.3g} GFLOP/s of many rows, {speed / 1e9:.3g} of {config.sample.batch_size} (once a "
-          "round is done: by what it took)")
+  seconds = (decoding_flops / speed / _REACHED["sampling"]
+             + (training_flops + recomputed_flops) / training_speed / _REACHED["training"])
+  return (f"{text}; about {_format_time(seconds)} on this machine as it is now, by a second of products: "
+          f"{training_speed / 1e9:.3g} GFLOP/s of many rows, {speed / 1e9:.3g} of {config.sample.batch_size}; and a "
+          "minute or two to compile programs at the first start (once a round is done: by what it took)")
 
 
 def _extrapolate(record: Mapping[str, Any], stages: Sequence[str]) -> tuple[float, float] | None:
@@ -185,6 +184,18 @@ def _measure_throughput(record: Mapping[str, Any], kind: str) -> float | None:
   seconds = sum(entry.get("seconds", 0.0) for entry in done)
   tokens = sum(entry["facts"].get("tokens", 0) for entry in done)
   return tokens / seconds if seconds and tokens else None
+
+
+def _format_time(seconds: float) -> str:
+  """Formats a duration with two digits.
+
+  >>> _format_time(28.1), _format_time(600), _format_time(8000)
+  ('28 seconds', '10 minutes', '2.2 hours')
+  """
+  unit, size = next((unit, size) for unit, size in (("hours", 3600), ("minutes", 60), ("seconds", 1))
+                    if seconds >= 1.5 * size or size == 1)
+  value = seconds / size
+  return f"{value:.0f} {unit}" if value >= 10 else f"{value:.2g} {unit}"
 
 
 def _format_count(number: float) -> str:
