@@ -16,6 +16,7 @@ COMMANDS = {
     "merge": ("imm_jax.merge", "merge checkpoints on disk, by any method of imm_jax.merging or a mergekit recipe"),
     "convert": ("imm_jax.convert", "convert a checkpoint between HF and orbax, merge a LoRA adapter, check a folder"),
     "report": ("imm_jax.report", "write the report of a run again, or compare several runs side by side"),
+    "status": ("imm_jax.status", "print the state of runs: running, finished, stopped or failed, where and why"),
     "push": ("imm_jax.push", "upload a checkpoint of a run to the Hugging Face hub, with a model card"),
     "verify": ("imm_jax.verify", "check that the files of a run directory are unchanged since the run wrote them"),
 }

@@ -5,15 +5,19 @@ Questions are asked as `eval.protocol` says (docs/protocols.md).
     imm evaluate --config=tiny --model=tiny --out=runs/scores
     imm evaluate --config=tiny --model=DIR --out=OUT --config.eval.num_samples=16
     imm evaluate --config=tiny --model=DIR --out=OUT --against=runs/scores
+    imm evaluate --config=tiny --model=DIR --out=OUT --dry_run
 
 OUT gets <task>.jsonl (a row per question with the answer, its verdict and the text that was judged),
 <task>_samples.jsonl, and scores.json, which records for each task the scores, the protocol, the worked examples, the
 mean tokens of an answer and the share of answers that were cut off. An error leaves no
-partial OUT. --against adds OUT/against.json, which says which differences are significant.
+partial OUT. --against adds OUT/against.json, which says which differences are significant. --dry_run shows what is
+asked, with the first prompt of each task.
 """
 
+import re
 import sys
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,8 @@ _OUT = flags.DEFINE_string("out", None, "The folder to write answers and scores 
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier result in --out.")
 _AGAINST = flags.DEFINE_multi_string("against", [], "An earlier --out, or an eval folder of a run, to compare with "
                                      "question by question; may be given several times.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the number of questions of each task, and its first prompt "
+                             "as the model gets it.")
 flags.mark_flags_as_required(["config", "model", "out"])
 # Share of answers that are cut off above which a warning is printed.
 _MAX_CUT = 0.1
@@ -50,6 +56,8 @@ def main() -> None:
   settings = cli.read_config(_CONFIG)
   if experiments.is_experiment(settings):
     raise UserError("--config: holds several runs; give the config of one, such as configs/qwen.py")
+  if any(re.match("--?config[.]model=", argument) for argument in sys.argv):
+    raise UserError(f"--config.model: is not used here, since --model={_MODEL.value} is the model; leave it out")
   settings.model = _MODEL.value
   if tasks.default_measure(settings.task.name) == "choices":  # as no answers are sampled for training
     settings.eval.by_likelihood = (*settings.eval.by_likelihood, settings.task.name)
@@ -60,8 +68,13 @@ def main() -> None:
   model = hub.resolve(settings.model)
   hf.check_folder(model)
   baselines = {Path(name): model_comparison.read_folder(Path(name)) for name in _AGAINST.value}
+  chosen = get_tasks(settings)
+  _check_baselines(baselines, (*chosen.names, *(text.partition("=")[0] for text in chosen.texts)))
   files.check_out(out, {"model": model, **{f"--against={path}": path for path in baselines}},
                   overwrite=_OVERWRITE.value, explain_foreign=_explain_foreign)
+  if _DRY_RUN.value:
+    _print_prompts(settings, model)
+    return
   scratch = out.with_name(f".{out.name}.sampling")
   with files.lock(out), files.write_atomically(out) as folder:
     facts = evaluate.evaluate(settings, model, scratch, ResultCache(folder), label=model.name)
@@ -74,6 +87,22 @@ def main() -> None:
     model_comparison.print_and_write(out, baselines, out / "against.json")
 
 
+def _check_baselines(baselines: Mapping[Path, Mapping[str, Any]], tasks_and_texts: Sequence[str]) -> None:
+  """Raises UserError if earlier answers are to none of these tasks and texts."""
+  for path, answers in baselines.items():
+    # Names of lm_eval's tasks in a group are only known once it has run.
+    if not answers.keys() & {*tasks_and_texts} and not any(name.startswith(LM_EVAL) for name in tasks_and_texts):
+      raise UserError(f"--against={path}: has answers to {', '.join(answers)}, of which nothing is asked; asked are "
+                      f"{', '.join(tasks_and_texts)}")
+
+
+def _print_prompts(settings: ml_collections.ConfigDict, model: Path) -> None:
+  """Prints for each task how many questions are asked, and the first prompt."""
+  for name, count, text in evaluate.list_first_prompts(settings, model):
+    print(f"{name}: {count}, the first of them:")
+    print(textwrap.indent(text, "  | ", lambda line: True))
+
+
 def _print_scores(facts: Mapping[str, Any]) -> None:
   name_width = max(14, *map(len, (*facts["scores"], *facts["texts"])))
   metric_width = max(14, *(len(metric) for scores in facts["scores"].values() for metric in scores))
@@ -84,8 +113,8 @@ def _print_scores(facts: Mapping[str, Any]) -> None:
   for text, scores in facts["texts"].items():
     for metric in ("nats_per_token", "bits_per_byte"):
       mean = scores[metric]
-      print(f"{text:<{name_width}}  {metric:<{metric_width}}  {mean['value']:.4f} [{mean['low']:.4f}, "
-            f"{mean['high']:.4f}] n={scores['n']}")
+      interval = f" [{mean['low']:.4f}, {mean['high']:.4f}]" if scores["n"] > 1 else ""  # one passage has none
+      print(f"{text:<{name_width}}  {metric:<{metric_width}}  {mean['value']:.4f}{interval} n={scores['n']}")
 
 
 def _print_protocols(facts: Mapping[str, Any], settings: ml_collections.ConfigDict) -> None:

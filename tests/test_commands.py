@@ -1,8 +1,10 @@
 """The command `imm`: what it lists, where it works, how flags and configs are found, and what exit codes say."""
 
 import errno
+import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +126,7 @@ def test_exit_codes(error: Exception, code: Exit, capsys: pytest.CaptureFixture)
     (["one", "two"], 0, "one: as it was written\ntwo: as it was written"),
     (["--workdirs=one,two"], 0, "one: as it was written\ntwo: as it was written"),
     ([], 1, "error: --workdirs: names no run directory; expected: DIR DIR ..."),
+    (["scores"], 1, "error: --workdirs: scores is no run directory but a result of imm evaluate; imm compare compares"),
     (["one", "--workdirs=two"], 1, "error: 'one' is given without a name, which means --workdirs, and --workdirs is")])
 def test_commands_take_many_run_directories(arguments: list[str], code: int, said: str, tmp_path: Path):
   """A command takes any number of them."""
@@ -131,9 +134,23 @@ def test_commands_take_many_run_directories(arguments: list[str], code: int, sai
     (tmp_path / name).mkdir()
     (tmp_path / name / "run.json").write_text('{"stages": {}}')
     integrity.seal(tmp_path / name, "run.json", create=True)
+  (tmp_path / "scores").mkdir()
+  (tmp_path / "scores/scores.json").write_text("{}")
   done = _imm("verify", *arguments, cwd=tmp_path)
   assert done.returncode == code, done.stderr
   assert said in (done.stderr if code else done.stdout)
+
+
+def test_status_of_each_run(tmp_path: Path):
+  host = socket.gethostname()
+  for name, state in (("a", "finished"), ("b", "running")):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "run.json").write_text('{"stages": {}}')
+    (tmp_path / name / "status.json").write_text(json.dumps(
+        {"plan": ["x", "y"], "state": state, "stage": "y", "pid": 1, "host": host, "updated": "today"}))
+  assert _imm("status", str(tmp_path), cwd=tmp_path).stdout.splitlines() == [
+      f"{tmp_path}/a: finished; 0 of 2 stages done",  # the second holds no lock
+      f"{tmp_path}/b: stopped in y: process 1 on {host} was killed; last seen today; 0 of 2 stages done"]
 
 
 def test_what_was_told_to_stop_is_no_error():

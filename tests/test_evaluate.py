@@ -1,13 +1,42 @@
 """The command that scores one checkpoint."""
 
+import contextlib
 import json
 import subprocess
 import sys
 
 import pytest
 
+from configs import tiny
 from imm_jax import files, tasks
-from tests import REPO
+from imm_jax.stages import evaluate
+from imm_jax.stages.result_cache import ResultCache
+from tests import REPO, TINY
+
+
+def test_first_prompts_are_those_sent(tmp_path, monkeypatch):
+  """They are shown before anything is asked; the same prompts reach the sampler."""
+  config = tiny.get_config()
+  (tmp_path / "text.txt").write_text("a b c " * 100)
+  files.write_jsonl(tmp_path / "arc.jsonl", [
+      {"id": "1", "question": "What is up?", "answerKey": "A",
+       "choices": {"text": ["sky", "ground"], "label": ["A", "B"]}}])
+  config.task.ood, config.task.eval_questions = (f"arc_easy=file:{tmp_path / 'arc.jsonl'}",), 3
+  config.eval.texts = (f"prose=file:{tmp_path / 'text.txt'}",)
+  listed = evaluate.list_first_prompts(config, TINY)
+  assert [(name, count) for name, count, _ in listed] == [("stories", 3), ("arc_easy", 1), ("prose", 1)]
+  sent = []
+
+  def sample(prompts, **_):
+    sent.extend(prompt.text for prompt in prompts)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(evaluate.synthesize, "open_sampler", lambda *_: contextlib.nullcontext(sample))
+  with pytest.raises(KeyboardInterrupt):
+    evaluate.evaluate(config, TINY, tmp_path / "scratch", ResultCache(tmp_path / "out"), label="tiny")
+  assert listed[0][2] == sent[0]
+  assert listed[1][2].splitlines()[1::2] == ["Answer:[ sky]", "Answer:[ ground]"]
+  assert listed[2][2] == f"{('a b c ' * 100)[:200]}..."
 
 
 @pytest.mark.full

@@ -69,9 +69,10 @@ def read_config(folder: str | Path) -> ModelConfig:
     raise UserError(f"{path}: missing; " + (f"found only {unread}" if unread else
                                             "expected a checkpoint folder of transformers"))
   config, ignored_keys = _parse(files.read_json(path), str(path))
-  if ignored_keys:
+  settings = [key for key in ignored_keys if not key.startswith("_")]  # the others are transformers' own records
+  if settings:
     print_once(f"note: {path}: ignored, because transformers does not read them for this model: "
-               f"{join_items(ignored_keys)}")
+               f"{join_items(settings)}")
   return config
 
 

@@ -184,6 +184,8 @@ def find_runs(given: Sequence[str] | None) -> list[Path]:
     root = Path(name)
     if not root.is_dir():
       raise UserError(f"--workdirs: {name} is no folder")
+    if (root / "scores.json").is_file() and not is_run(root):
+      raise UserError(f"--workdirs: {name} is no run directory but a result of imm evaluate; imm compare compares such")
     runs = [root] if is_run(root) else [p for p in sorted(root.iterdir()) if p.is_dir() and is_run(p)]
     if not runs:
       raise UserError(f"--workdirs: {name} is no run directory (it has no run.json, and no config.json of a run) and "

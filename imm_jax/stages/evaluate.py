@@ -25,6 +25,8 @@ from imm_jax.tasks.base import Example
 ANSWERING = ("eval", "sample.stop", "sample.compute_dtype", "sampler")
 # Settings of `eval` that do not affect greedy answers: the others' samples, and what is scored by likelihood.
 _OF_SAMPLES = ("num_samples", "pass_at_k", "temperature", "top_p")
+# Characters of a text that are shown.
+_BEGINNING = 200
 _OF_OTHERS = ("texts", "passages", "lm_eval")
 
 
@@ -151,6 +153,27 @@ def _answer_task(config: ml_collections.ConfigDict, model: Path, digest: str,
   samples, _ = cache.obtain(f"{name}_samples", asked | drawing, lambda: (_answer_repeatedly(
       tasks, sampler(), entry, prompts, label=f"{label}: {name}, samples", **drawing), {}), label=label)
   return rows, samples, long
+
+
+def list_first_prompts(config: ml_collections.ConfigDict, model: Path) -> list[tuple[str, int, str]]:
+  """Lists name, number of questions and first prompt of each of a config's tasks but lm_eval's.
+
+  Options whose likelihood is measured follow their context in brackets, each on a line of its own. Of a text it is the
+  number of passages, and the beginning of the first.
+  """
+  tasks = get_tasks(config)
+  listed = {}
+  for entry, examples in zip(tasks.own, tasks.load_tests().values(), strict=True):
+    if entry.measure == "answer":
+      _, prompts, long = _prepare(tasks, model, entry, examples, entry.name)
+      listed[entry.name] = (len(prompts) + long, prompts[0][1])
+  for name, choices in tasks.load_test_choices().items():
+    first = choices[0]
+    options = [f"{first.contexts[i % len(first.contexts)]}[{option}]" for i, option in enumerate(first.options)]
+    listed[name] = (len(choices), "\n".join(options))
+  for name, passages in tasks.load_passages().items():
+    listed[name] = (len(passages), f"{passages[0][:_BEGINNING]}...")
+  return [(name, *listed[name]) for name in dict.fromkeys((*tasks.names, *listed)) if name in listed]
 
 
 def _join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

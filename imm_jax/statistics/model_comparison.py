@@ -263,16 +263,23 @@ def print_and_write(this: Path, baselines: Mapping[Path, Mapping[str, Answers]],
     out: the JSON file, or None to write none.
 
   Raises:
-    UserError: as `read_folder` and `compare`.
+    UserError: as `read_folder` and, once what can be compared is printed and written, as `compare`.
   """
-  answers, results = read_folder(this), {}
+  answers, results, failures = read_folder(this), {}, []
   protocols = read_protocols(this)
   for other, other_answers in baselines.items():
-    result, other_protocols = compare(answers, other_answers), read_protocols(other)
+    try:
+      result = compare(answers, other_answers)
+    except UserError as e:
+      failures.append(e)
+      continue
+    other_protocols = read_protocols(other)
     results[other] = result._replace(notes=(*result.notes, *(
         f"{task}: asked in other ways, this {protocols[task]}; other {other_protocols[task]}"
         for task in protocols if task in other_protocols and protocols[task] != other_protocols[task])))
-  if out:
+  if out and results:
     files.write_json(out, [to_json(result, other) for other, result in results.items()])
   for other, result in results.items():
     print(f"\n{format_table(result, this, other)}")
+  if failures:
+    raise failures[0]

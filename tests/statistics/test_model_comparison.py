@@ -216,6 +216,12 @@ def test_the_command_prints_a_table_and_writes_it(tmp_path: Path):
   assert (first["tests"][0]["only_this"], first["tests"][0]["real"]) == (8, True)
   assert (second["tests"][0]["difference"], second["tests"][0]["real"]) == (0, False)
   assert "asked" not in done.stdout
+  other = write(tmp_path / "c", "subtract", "0011")
+  partly = command(f"--this={a}", f"--against={other}", f"--against={b}", f"--out={tmp_path / 'part.json'}")
+  assert partly.returncode == 1  # one of the two can be compared, and is
+  assert f"error: no task has answers of both: {a} has add; {other} has subtract" in partly.stderr
+  assert row in partly.stdout.splitlines()
+  assert json.loads((tmp_path / "part.json").read_text()) == [first]
   run = tmp_path / "run"
   merged = write(run / "round_0/eval/merged", "add", "1111111100")
   how = lambda name: {"protocol": {"add": {"name": name, "shots": 8, "n": 10, "mean_tokens": 4.0, "cut": 0.0}}}
