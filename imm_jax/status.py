@@ -19,7 +19,8 @@ _WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, DIR,DIR,..., o
 def main() -> None:
   """Prints a line for each run."""
   for root in find_runs(_WORKDIRS.value):
-    state, done = status.read(root), record.read(root)["stages"]
+    state, recorded = status.read(root), record.read(root)
+    done = recorded["stages"].keys() - {*recorded.get("outdated", ())}
     count = f"{sum(stage in done for stage in state.plan)} of {len(state.plan)}" if state.plan else str(len(done))
     print(f"{root}: {status.format_line(state) or 'unknown'}; {count} stages done")
 

@@ -74,7 +74,7 @@ def read_record(root: Path, problems: list[str]) -> dict[str, Any]:
   """Reads run.json."""
   return _read_json(root, "run.json", lambda record: {
       "method": str, "versions": dict, "devices": _are_texts, "tasks": {"id": str, "ood": _are_texts},
-      "stages": {name: {"bytes": is_number, "seconds": is_number, "memory_gib": (is_number,),
+      "outdated": (_are_texts,), "stages": {name: {"bytes": is_number, "seconds": is_number, "memory_gib": (is_number,),
                         "facts": _facts_form(name, record)} for name in record.get("stages", ())}}, problems)
 
 
@@ -139,7 +139,10 @@ def _check(value: Any, form: Form, where: str = "") -> None:
 
 
 def read_stages(root: Path, record: Mapping[str, Any], problems: list[str]) -> dict[str, dict[str, Any]]:
-  """Returns name -> entry of the finished stages in run.json; without it, of stages whose answers exist."""
+  """Returns name -> entry of the finished stages in run.json; without it, of stages whose answers exist.
+
+  Stages whose output is of other settings or inputs, and which the run has still to make again, are left out.
+  """
   outputs = sorted(str(path.relative_to(root)) for pattern in _OUTPUTS for path in root.glob(pattern)
                    if not path.name.startswith("."))  # outputs of unfinished stages are hidden
   if not record:
@@ -154,7 +157,8 @@ def read_stages(root: Path, record: Mapping[str, Any], problems: list[str]) -> d
       problems.append(f"{name}: missing, though run.json says that it was made")
     elif not is_live and (size := files.count_bytes(root / name)) != entry["bytes"]:
       problems.append(f"{name}: has {size:,} bytes, and had {entry['bytes']:,} when it was made")
-  return stages
+  outdated = record.get("outdated", ())
+  return {name: entry for name, entry in stages.items() if name not in outdated}
 
 
 def read_memory(root: Path, trained: bool, problems: list[str]) -> dict[str, float]:

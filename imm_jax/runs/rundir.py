@@ -108,7 +108,8 @@ class RunDir:
     # Before the record of the change, so that a start that is killed in between finds what is left of them again.
     for folder in found.half_trained.values():
       states.remove(folder)
-    self._record |= {"external": dict(external), "settings": settings}
+    self._record |= {"external": dict(external), "settings": settings,
+                     "outdated": run_record.list_stale(stages, self._record, self.path, external)}
     self._save_record()
     self._begun = True
     integrity.seal(self.path, "run.json", create=True)
@@ -135,12 +136,14 @@ class RunDir:
     if not is_stale:
       if stage.scratch and distributed.is_main():  # left by a start that was killed before it removed the folder
         epath.Path(stage.scratch).rmtree(missing_ok=True)
+      self._mark_current(stage.name)
       return False
     target = self.path / stage.name
     if distributed.is_main():
       print(f"{stage.name}: {reason}", flush=True)
       # Should this process be killed from here on, the old output must not count as done.
       if self._record["stages"].pop(stage.name, None):
+        self._mark_current(stage.name)
         self._save_record()
       started, has_peak = time.time(), on_host and resident_memory.reset_peak()
       with files.write_atomically(target) as out:
@@ -163,6 +166,12 @@ class RunDir:
     resident_memory.release_freed()
     distributed.barrier(stage.name)
     return True
+
+  def _mark_current(self, name: str) -> None:
+    """Takes a stage out of the list of those whose output is of other settings or inputs than the run's last start."""
+    if name in self._record.get("outdated", ()):
+      self._record["outdated"].remove(name)
+      self._save_record()
 
   def record_facts(self, **values: Any) -> None:
     """Sets facts about the whole run; warns if an earlier start had others on which the bits of stages depend.

@@ -1,5 +1,6 @@
 """A run whose config is changed where it stands: which stages run again, and what is asked first."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from imm_jax import files, integrity, loop
 from imm_jax.errors import UserError
 from imm_jax.estimates import cost
 from imm_jax.model import checkpoint_folder
+from imm_jax.report import reading
 from imm_jax.runs import record as run_record
 from imm_jax.runs.run import Checkpoint, Run, Stage
 from imm_jax.runs.rundir import RunDir
@@ -121,6 +123,25 @@ def test_what_throws_work_away_is_asked_first(tmp_path: Path, changes: dict, los
   assert ("--config.merge.sweep" in str(refused.value)) == ("merge.base_weight" in changes)
   assert begin(root, rerun=True, **changes) == lost
   assert begin(root, **changes) == (set() if "rounds" in changes else lost)  # it was asked
+
+
+def test_outdated_stages_are_not_reported(tmp_path: Path) -> None:
+  """What a start has still to make again is of the config before, until it is made or found to be the same."""
+  root, changes = tmp_path / "run", {"sft.learning_rate": 1e-4}
+  finish(root)
+  done = run_record.read(root)["stages"].keys()
+  begin(root, rerun=True, **changes)
+  record = run_record.read(root)
+  assert {*record["outdated"]} == TUNED
+  assert reading.read_stages(root, record, []).keys() == done - TUNED
+  settings = config(**changes)
+  with RunDir(root, settings) as directory:
+    first, second, *_ = [stage for stage in stages(settings, root) if stage.name in TUNED]
+    directory.begin(stages(settings, root), EXTERNAL, rerun=False)
+    directory.run(dataclasses.replace(first, make=lambda out, _: out.touch() or {}, summarize=lambda _: ""), EXTERNAL)
+  assert {*run_record.read(root)["outdated"]} == TUNED - {first.name}
+  assert first.name in reading.read_stages(root, run_record.read(root), [])
+  assert second.name not in reading.read_stages(root, run_record.read(root), [])
 
 
 def stop_in_training(root: Path, round_: int = 1) -> Path:
