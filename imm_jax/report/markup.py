@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Tables with more rows are folded.
 _LONG = 16
+# Number of intervals in a row above which they stand below their values.
+_MANY = 5
 
 # Identifies pages written by this package.
 GENERATOR = '<meta name="generator" content="imm_jax">'
@@ -100,10 +102,12 @@ def _csv_values(cell: "Cell", is_wide: bool) -> tuple[Any, ...]:
 
 def _render_table(table: Table) -> str:
   caption = f"{html.escape(table.caption)} {_download_link(f'{table.name}.csv', 'text/csv', to_csv(table))}"
-  head = "".join(f'<th scope="col">{html.escape(h)}</th>' for h in table.head)
+  head = "".join(f'<th scope="col">{html.escape(h).replace("_", "_<wbr>")}</th>' for h in table.head)
   rows = "".join('<tr><th scope="row">' + "</th><td>".join(map(_render_cell, row[:2]))
                  + "".join(f"</td><td>{_render_cell(cell)}" for cell in row[2:]) + "</td></tr>" for row in table.rows)
-  scroll = (f'<div class="scroll" role="region" aria-label="{html.escape(table.caption)}" tabindex="0"><table>'
+  intervals = sum(isinstance(cell, Accuracy | Difference) for row in table.rows[:1] for cell in row)
+  wide = ' class="wide"' * (intervals > _MANY)
+  scroll = (f'<div class="scroll" role="region" aria-label="{html.escape(table.caption)}" tabindex="0"><table{wide}>'
             f'<caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>')
   if len(table.rows) <= _LONG:
     return scroll
@@ -123,7 +127,7 @@ def _render_cell(cell: "Cell") -> str:
   if isinstance(cell, int):
     return f"{cell:,}"
   if isinstance(cell, float):
-    return f"{cell:,.0f}" if abs(cell) >= 100 else f"{cell:.3g}"
+    return f"{cell:,.0f}" if abs(cell) >= 100 else f"{cell:#.3g}"
   return html.escape(str(cell))
 
 
