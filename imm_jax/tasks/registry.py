@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from imm_jax.errors import UserError, suggest
-from imm_jax.tasks import formats, sources
+from imm_jax.tasks import custom, formats, sources
 from imm_jax.tasks.base import Choice, Example
 from imm_jax.tasks.catalogue import TASKS, Format, Task, same_source
 from imm_jax.tasks.multiple import Question
 
-CUSTOM_FIELDS = ("question", "answer", "rationale", "choices")
 # The answers of each kind that can be judged.
 _EXPECTED = {"number": "only a number, such as 42", "latex": "a formula or a text", "choice": "an option"}
 
@@ -41,7 +40,7 @@ def read(name: str, *, split: str, source: str = "", fields: Mapping[str, str] |
     name: a name in `TASKS`, or `custom`.
     split: a published split; `custom` has train and test.
     source: source in place of the task's own, see `sources`.
-    fields: for `custom`: `CUSTOM_FIELDS` -> field names of the records. Question and answer default to their own names;
+    fields: for `custom`: `custom.FIELDS` -> field names of the records. Question and answer default to their own names;
       rationale and choices are read only if given. A record may lack its rationale.
     kind: for `custom`: `number`, `latex` or `choice`.
 
@@ -72,6 +71,8 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
   for place, record in sources.read(source, where):
     form = form or next((f for f in task.formats if record.keys() >= set(f.fields)), task.formats[0])
     missing = [field for field in form.fields if field not in record]
+    if missing and seen.issuperset(missing):
+      raise UserError(f"{place}: has no field {missing[0]!r}, which the records before it have")
     if missing:
       key = next((key for key, own in fields if own.lower() == missing[0]), missing[0])
       advice = f"; name it with --config.task.fields.{key}=NAME" if name == "custom" else ""
@@ -172,9 +173,8 @@ def _make_custom_task(fields: Mapping[str, str], kind: str, source: str) -> Task
   if kind not in formats.KINDS:
     raise UserError(f"task custom: kind={kind!r} of its answers: {suggest(kind, list(formats.KINDS))}")
   for field in fields:
-    if field not in CUSTOM_FIELDS:
-      raise UserError(f"task custom has no field {field!r}: {suggest(field, list(CUSTOM_FIELDS))}")
-  names = {"question": "question", "answer": "answer"} | {field: name for field, name in fields.items() if name}
-  names = {field: name.lower() for field, name in names.items()}
-  needed = tuple(name for field, name in names.items() if field != "rationale")
-  return Task("id", kind, "", same_source(source), (Format(needed, formats.custom_parser(names, kind), {}),))
+    if field not in custom.FIELDS:
+      raise UserError(f"task custom has no field {field!r}: {suggest(field, list(custom.FIELDS))}")
+  names = custom.resolve_fields(fields)
+  needed = tuple(name for field, name in names.items() if field not in ("answer", "rationale"))
+  return Task("id", kind, "", same_source(source), (Format(needed, custom.make_parser(names, kind), {}),))

@@ -15,7 +15,7 @@ from tests.tasks.records import CUSTOM, gsm8k, write
      ("P?", "7", "It is 7. The answer is 7.")),
     ("latex", {"gold": "$\\pi$"}, {}, ("P?", "\\pi", "")),
     ("latex", {"gold": "Hence $\\boxed{\\frac12}$."}, {}, ("P?", "\\frac12", "")),
-    ("choice", {"gold": "b"}, {}, ("P?", "B", "")),
+    ("choice", {"gold": "b", "opts": None}, {}, ("P?", "B", "")),
     ("choice", {"gold": "(B)"}, {"choices": "opts"}, ("P?\n(A) x\n(B) y", "B", "")),
     ("choice", {"gold": 0}, {"choices": "opts"}, ("P?\n(A) x\n(B) y", "A", "")),
     ("choice", {"gold": "1", "opts": ["2", "1", "0"]}, {"choices": "opts"}, ("P?\n(A) 2\n(B) 1\n(C) 0", "B", "")),
@@ -34,7 +34,8 @@ def test_custom_records_are_read_by_the_names_given(kind, change, fields, expect
 @pytest.mark.parametrize("kind", ["number", "latex", "choice"])
 def test_records_without_gold_are_counted(kind, tmp_path, capsys):
   """They are left out."""
-  rows = [CUSTOM | {"gold": "A" if kind == "choice" else "7"}, CUSTOM | {"Prompt": "R?", "gold": None}]
+  rows = [CUSTOM | {"opts": "", "gold": "A" if kind == "choice" else "7"},
+          CUSTOM | {"opts": "", "Prompt": "R?", "gold": None}]
   source = f"file:{write(tmp_path / 'own.jsonl', rows)}"
   found = tasks.load("custom", split="test", source=source, kind=kind, fields={"question": "Prompt", "answer": "gold"})
   assert len(found) == 1
@@ -78,7 +79,7 @@ def test_nothing_that_can_be_judged_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"gold": True}, "'gold' is True; expected text or a number"), ({"gold": ["42"]}, "expected text or a number"),
+    ({"gold": True}, "no answer that can be judged"), ({"gold": ["42"]}, "no answer that can be judged"),
     ({"prompt": "half \ud83d"}, r"own.jsonl:1: .*surrogates not allowed"),
     ({"gold": None}, "no answer that can be judged")])
 def test_bad_gold_is_an_error_with_its_line(change, message, tmp_path):
