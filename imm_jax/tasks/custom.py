@@ -13,7 +13,7 @@ from imm_jax.tasks.multiple import LETTERS, Question
 FIELDS = ("question", "answer", "rationale", "choices")
 _MARKER = re.compile(r"answer is|answer\**:|(?<!#)####(?!#)", re.IGNORECASE)
 _FIRST_OPTION = re.compile(r"(?<![A-Za-z])A\s?[).:\]]")
-_WITH_LETTER = re.compile(r"\(?([A-H])\s?[).:]\s*(\S.*)", re.DOTALL)
+_WITH_LETTER = re.compile(r"\(?([A-Ha-h])\s?[).:]\s*(\S.*)", re.DOTALL)
 _SECOND_OPTION = re.compile(r"(?<![A-Za-z])B\s?[).:\]]")
 
 
@@ -152,8 +152,8 @@ def _find_letter(gold: Any, options: list[str], labels: list[str], field: str) -
   count = len(options) or len(LETTERS)
   letter = multiple.parse_letter(text) or ""
   lettered = _WITH_LETTER.fullmatch(text)
-  if lettered and lettered[2] == dict(zip(LETTERS, options, strict=False)).get(lettered[1]):
-    return lettered[1]
+  if lettered and lettered[2] == dict(zip(LETTERS, options, strict=False)).get(lettered[1].upper()):
+    return lettered[1].upper()
   matches = [i for i, option in enumerate(options) if option == text] if isinstance(gold, str) else []
   if len(matches) > 1 or (matches and not text.isdecimal() and letter in [*LETTERS[:count]]
                           and letter != LETTERS[matches[0]]):

@@ -175,6 +175,8 @@ def _make_custom_task(fields: Mapping[str, str], kind: str, source: str) -> Task
   for field in fields:
     if field not in custom.FIELDS:
       raise UserError(f"task custom has no field {field!r}: {suggest(field, list(custom.FIELDS))}")
+  if fields.get("choices") and kind != "choice":
+    raise UserError(f"task custom: the field {fields['choices']!r} has options, while kind={kind!r}; expected choice")
   names = custom.resolve_fields(fields)
   needed = tuple(name for field, name in names.items() if field not in ("answer", "rationale"))
   return Task("id", kind, "", same_source(source), (Format(needed, custom.make_parser(names, kind), {}),))

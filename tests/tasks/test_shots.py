@@ -76,7 +76,7 @@ def test_test_questions_are_found_among_examples(row, leaks, tmp_path):
     assert len(shown(*options)) == 1
 
 
-def test_no_round_asks_an_example_without_its_options(tmp_path):
+def test_no_round_asks_a_bare_example(tmp_path):
   rows = [{"question": f"{i}?", "options": ["x", "y"], "answer": "A"} for i in range(4)]
   write(tmp_path / "data/train.jsonl", rows[:3])
   write(tmp_path / "data/test.jsonl", rows[3:])
@@ -85,7 +85,7 @@ def test_no_round_asks_an_example_without_its_options(tmp_path):
   assert {e.question[:2] for e in load_round(asked, 0).round_questions} == {"0?", "2?"}
 
 
-def test_a_file_of_tests_alone_says_how_to_show_examples(tmp_path):
+def test_a_file_of_tests_alone_names_shots_file(tmp_path):
   tests = write(tmp_path / "test.jsonl", [{"question": "1+1?", "answer": 2, "why": "So."}])
   with pytest.raises(UserError, match=r"shows 1 worked example, and the train split of custom cannot be used: .* the "
                                       r"test set's; .*or give examples alone in --config.eval.shots_file=FILE.jsonl"):
