@@ -59,12 +59,21 @@ def list_options(question: str, value: Any) -> str:
   return question + "".join(f"\n({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
 
 
+def lists_options(question: str) -> bool:
+  """Returns whether a question lists options by letter.
+
+  >>> lists_options("Which? (A) 3 (B) 4"), lists_options("Which?")
+  (True, False)
+  """
+  return bool(_FIRST_OPTION.search(question) and _SECOND_OPTION.search(question))
+
+
 def find_unshown_options(record: Record, names: Mapping[str, str], question: str) -> str:
   """Returns the field of a record with options that no one would see, or "".
 
   These are options that neither `names` has as choices nor the question lists by letter.
   """
-  if names.get("choices") or (_FIRST_OPTION.search(question) and _SECOND_OPTION.search(question)):
+  if names.get("choices") or lists_options(question):
     return ""
   return next((field for field, value in record.items() if field not in names.values() and _is_options(value)), "")
 
@@ -92,8 +101,10 @@ def _find_stated(text: str) -> str | None:
 
 def _read_number(gold: Any) -> str | None:
   number = parse_gold(gold)
-  stated = _find_stated(gold) if number is None and isinstance(gold, str) else None
-  return number if stated is None else parse_gold(stated.strip(" .:*$"))
+  if number is not None or not isinstance(gold, str):
+    return number
+  stated = _find_stated(gold)
+  return parse_gold((gold if stated is None else stated).strip(" .:*$"))
 
 
 def _read_latex(gold: Any) -> str:

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from imm_jax.errors import UserError, suggest
-from imm_jax.tasks import custom, formats, sources
+from imm_jax.tasks import custom, custom_notes, formats, sources
 from imm_jax.tasks.base import Choice, Example
 from imm_jax.tasks.catalogue import TASKS, Format, Task, same_source
 from imm_jax.tasks.multiple import Question
 
 # The answers of each kind that can be judged.
-_EXPECTED = {"number": "only a number, such as 42", "latex": "a formula or a text", "choice": "an option"}
+_EXPECTED = {"number": "a number alone, such as 42, or stated as in `#### 42`, `\\boxed{42}` or `The answer is 42`",
+             "latex": "a formula or a text", "choice": "an option"}
 
 
 class Split(NamedTuple):
@@ -42,13 +43,13 @@ def read(name: str, *, split: str, source: str = "", fields: Mapping[str, str] |
     source: source in place of the task's own, see `sources`.
     fields: for `custom`: `custom.FIELDS` -> field names of the records. Question and answer default to their own names;
       rationale and choices are read only if given. A record may lack its rationale.
-    kind: for `custom`: `number`, `latex` or `choice`.
+    kind: for `custom`: `number`, the default, `latex` or `choice`.
 
   Raises:
     KeyError: for an unknown name.
     UserError: for an unusable source, field or record.
   """
-  return _read(name, split, source, tuple(sorted((fields or {}).items())), kind)
+  return _read(name, split, source, tuple(sorted((fields or {}).items())), kind or "number" * (name == "custom"))
 
 
 @functools.lru_cache(maxsize=64)
@@ -66,6 +67,8 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
   where = sources.ReadOptions(split, task.folder or name, task.files.get(split, ()), task.columns,
                               "with the fields " + " or ".join(", ".join(f.fields) for f in task.formats),
                               with_file=bool(task.columns))  # MMLU's file names contain the subject
+  names = custom.resolve_fields(dict(fields))
+  observed = custom_notes.Observations(names, kind) if name == "custom" else None
   form, unjudged, counts, seen = None, "", dict.fromkeys(("records", "no_gold", "repeated", "in_test"), 0), set[str]()
   by_key: dict[str, list[Question]] = {}
   for place, record in sources.read(source, where):
@@ -89,6 +92,8 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
     except (TypeError, ValueError) as e:
       raise UserError(f"{place}: {e}") from e
     counts["records"] += 1
+    if observed:
+      observed.add(place, record, question)
     key = _question_key(question.example) if question else ""
     unjudged = unjudged or (place if not question else "")
     exclusion = "no_gold" if not question else "repeated" if key in by_key else "in_test" if _without_spaces(
@@ -97,17 +102,23 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
       counts[exclusion] += 1
     if question and (not exclusion or (exclusion == "repeated" and split == "test")):
       by_key.setdefault(key, []).append(question)
+  if observed and seen and names["answer"] not in seen:
+    raise UserError(f"{source}: no record has a field {names['answer']!r} but {', '.join(sorted(seen))}; name that of "
+                    "the answers with --config.task.fields.answer=NAME")
   if not by_key:
     raise UserError(f"{source}: holds no question for {name}/{split}" + _suggest_split(source, counts)
                     + (f"; {counts['no_gold']} of its {counts['records']} records have no answer that can be judged, "
-                       f"the first of them {unjudged}; expected {_EXPECTED.get(task.kind, 'one')}"
+                       f"the first of them {observed.unjudged if observed else unjudged}; expected "
+                       f"{_EXPECTED.get(task.kind, 'one')}"
                        if counts["no_gold"] else ""))
   rationale_field = dict(fields).get("rationale", "").lower()
   if rationale_field and split == "train" and rationale_field not in seen:
     raise UserError(f"{source}: no record has a field {rationale_field!r} (task.fields.rationale) but "
                     f"{', '.join(sorted(seen))}")
-  notes = _make_notes(f"{name}/{split}: {source}", form.sizes.get(split) if form else None, counts,
-                      keeps_repeated=split == "test")
+  label = f"{name}/{split}: {source}"
+  notes = _make_notes(label, form.sizes.get(split) if form else None, counts, keeps_repeated=split == "test",
+                      observed=observed)
+  notes += observed.make_warnings(label) if observed else []
   if published and split == "test" and task.paper:
     notes.append(paper_note(name))
   questions = [question for key, group in by_key.items() for question in _assign_ids(f"{name}/{split}", key, group)]
@@ -152,7 +163,7 @@ def _without_spaces(example: Example) -> str:
 
 
 def _make_notes(label: str, sizes: Sequence[int] | None, counts: Mapping[str, int], *, keeps_repeated: bool,
-                ) -> list[str]:
+                observed: custom_notes.Observations | None) -> list[str]:
   notes = []
   if sizes and counts["records"] not in sizes:
     notes.append(f"warning: {label} holds {counts['records']} records, published are {' or '.join(map(str, sizes))}; "
@@ -162,7 +173,9 @@ def _make_notes(label: str, sizes: Sequence[int] | None, counts: Mapping[str, in
   counted = [f"{counts[exclusion]} {words}" for exclusion, words in left_out.items()
              if counts[exclusion] and not (exclusion == "repeated" and keeps_repeated)]
   if counted:
-    notes.append(f"note: {label}: of {counts['records']} records left out {', '.join(counted)}")
+    level = "warning" if observed and observed.leaves_out_many else "note"
+    which = f" ({observed.unjudged})" if observed and counts["no_gold"] else ""
+    notes.append(f"{level}: {label}: of {counts['records']} records left out {', '.join(counted)}{which}")
   return notes
 
 

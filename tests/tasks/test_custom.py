@@ -57,7 +57,7 @@ def test_custom_needs_source_kind_and_fields(tmp_path):
   write(tmp_path / "test.jsonl", [CUSTOM | {"prompt": "Other?"}])
   source = f"file:{tmp_path}"
   for options, message in [
-      ({"kind": "number"}, "needs a source"), ({"source": source}, "kind='' of its answers: "),
+      ({"kind": "number"}, "needs a source"),
       ({"source": source, "kind": "nummer"}, "did you mean number"),
       ({"source": source, "kind": "number", "fields": {"anwser": "gold"}}, "no field 'anwser': did you mean answer"),
       ({"source": source, "kind": "number"}, "has no field 'question' but prompt, gold, work, opts"),
@@ -88,7 +88,8 @@ def test_nothing_that_can_be_judged_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"gold": True}, "no answer that can be judged"), ({"gold": ["42"]}, "no answer that can be judged"),
+    ({"gold": True}, "judged, the first of them 'gold' of own.jsonl:1 is True; expected a formula"),
+    ({"gold": ["42"]}, r"the first of them 'gold' of own.jsonl:1 is \['42'\]"),
     ({"prompt": "half \ud83d"}, r"own.jsonl:1: .*surrogates not allowed"),
     ({"gold": None}, "no answer that can be judged")])
 def test_bad_gold_is_an_error_with_its_line(change, message, tmp_path):
