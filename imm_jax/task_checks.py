@@ -42,14 +42,16 @@ def validate_tasks(config: ml_collections.ConfigDict, named: Tasks, trains: bool
                      *(("task.ood", e) for e in config.task.ood)):
     name, _, source = entry.partition("=")
     if source and tasks.is_generated(name):
-      raise UserError(f"config.{key}={source}: {name} is generated and has no source")
+      advice = "; for questions of your own add --config.task.name=custom" if key == "task.source" else ""
+      raise UserError(f"config.{key}={source}: {name} is generated and has no source{advice}")
     if source:
       try:
         sources.validate(source)
       except UserError as e:
         raise UserError(f"config.{key}: {e}") from e
   if config.task.name != "custom" and any(config.task.fields.values()):
-    raise UserError(f"config.task.fields: is for task custom; {config.task.name} has its own")
+    raise UserError(f"config.task.fields: is for task custom; {config.task.name} has its own; for questions of "
+                    "your own add --config.task.name=custom")
   if config.task.fields.choices and config.task.kind != "choice":
     raise UserError(f"config.task.fields.choices={config.task.fields.choices}: names options, while "
                     f"config.task.kind={config.task.kind}; give --config.task.kind=choice")
