@@ -12,9 +12,9 @@ from imm_jax.tasks.multiple import LETTERS, Question
 
 FIELDS = ("question", "answer", "rationale", "choices")
 _MARKER = re.compile(r"answer is|answer\**:|(?<!#)####(?!#)", re.IGNORECASE)
-_FIRST_OPTION = re.compile(r"(?<![A-Za-z])A\s?[).:\]]")
+_FIRST_OPTION = re.compile(r"(?<![A-Za-z])(?:A\s?[).:\]]|a\s?\))")
 _WITH_LETTER = re.compile(r"\(?([A-Ha-h])\s?[).:]\s*(\S.*)", re.DOTALL)
-_SECOND_OPTION = re.compile(r"(?<![A-Za-z])B\s?[).:\]]")
+_SECOND_OPTION = re.compile(r"(?<![A-Za-z])(?:B\s?[).:\]]|b\s?\))")
 
 
 def resolve_fields(fields: Mapping[str, str]) -> dict[str, str]:
@@ -135,6 +135,8 @@ def _read_options(value: Any, field: str) -> tuple[list[str], list[str]]:
   labels: list[str] = []
   if isinstance(value, Mapping):
     if value.keys() == {"text", "label"} and all(isinstance(part, list) for part in value.values()):
+      if len(value["text"]) != len(value["label"]):
+        raise ValueError(f"{field!r} has {len(value['text'])} texts and {len(value['label'])} labels")
       items = list(zip(map(str, value["label"]), value["text"], strict=True))
     else:
       items = [(str(label).strip(), option) for label, option in value.items() if option is not None]
@@ -158,10 +160,12 @@ def _find_letter(gold: Any, options: list[str], labels: list[str], field: str) -
   text = str(gold).strip()
   if not text:
     return None
-  if text in labels:
-    return LETTERS[labels.index(text)]
+  lower = [label.lower() for label in labels]
+  if text.strip("().").lower() in lower:
+    return LETTERS[lower.index(text.strip("().").lower())]
   count = len(options) or len(LETTERS)
-  letter = multiple.parse_letter(text) or ""
+  # Where options have other labels, letters and indices may be meant in another order.
+  letter = "" if labels and lower != [*LETTERS[:count].lower()] else multiple.parse_letter(text) or ""
   lettered = _WITH_LETTER.fullmatch(text)
   if lettered and lettered[2] == dict(zip(LETTERS, options, strict=False)).get(lettered[1].upper()):
     return lettered[1].upper()
@@ -177,5 +181,8 @@ def _find_letter(gold: Any, options: list[str], labels: list[str], field: str) -
   if stated:
     return _find_letter(stated.strip(" .:*$"), options, labels, field)
   which = (f"none of the {count} options; expected the text of one, " if options else "no letter; expected ")
+  if labels:
+    raise ValueError(f"{field!r} is {gold!r:.60}, which names none of the {count} options; expected the text of one, "
+                     f"or its label ({', '.join(labels)})")
   raise ValueError(f"{field!r} is {gold!r:.60}, which names {which}a letter from A to {LETTERS[count - 1]}, or an "
                    f"index, which counts from 0 (to {count - 1})")

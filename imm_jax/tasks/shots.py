@@ -44,10 +44,9 @@ def _read_rows(path: str, fields: Mapping[str, str]) -> Iterator[tuple[str, dict
   own = {field: (fields.get(field) or field).lower() for field in custom.FIELDS}
   needs = f"with {own['question']}, and {own['answer']} or {own['rationale']} or both"
   for location, row in sources.read(f"file:{os.path.expanduser(path)}", sources.ReadOptions("shots", needs=needs)):
-    for field, name in own.items():
-      if name in row and name != field:
-        row = {key: value for key, value in row.items() if key != name} | {field: row[name]}
-    row = {key: value for key, value in row.items() if value is not None}
+    named = {field: row.get(name, row.get(field)) for field, name in own.items()}
+    others = {key: value for key, value in row.items() if key not in own and key not in own.values()}
+    row = {key: value for key, value in (named | others).items() if value is not None}
     invalid = [field for field in _TEXTS if not _is_text(row.get(field, "-")) and not (
         field == "answer" and "rationale" in row and isinstance(row[field], int | float))]
     if invalid or "question" not in row or not ("answer" in row or "rationale" in row):

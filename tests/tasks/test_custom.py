@@ -150,7 +150,8 @@ def test_options_need_both_settings(changes, message, tmp_path):
     (["x", "y"], "y", "B"), (["x", "y"], 1.0, "B"), (["x", "y"], "The answer is (B).", "B"), (["x", "y"], "b) y", "B"),
     (["A) x", "B) y"], "y", "B"), ({"A": "x", "B": "y"}, "B", "B"), ({"B": "y", "A": "x"}, "y", "B"),
     ({"1": "x", "2": "y"}, 2, "B"), ({"A": "x", "B": "y", "C": None}, "B", "B"),
-    ({"text": ["x", "y"], "label": ["1", "2"]}, "2", "B"), ("A) x B) y", "B", "B"), ([3, 4], "4", "B")])
+    ({"text": ["x", "y"], "label": ["1", "2"]}, "2", "B"), ({"text": ["x", "y"], "label": ["C", "d"]}, "(D)", "B"),
+    ("A) x B) y", "B", "B"), ([3, 4], "4", "B")])
 def test_options_and_answers_have_forms(options, answer, letter, tmp_path):
   source = f"file:{write(tmp_path / 'own.jsonl', [{'question': '?', 'options': options, 'answer': answer}])}"
   example, = tasks.load("custom", split="test", source=source, kind="choice", fields={"choices": "options"})
@@ -165,6 +166,8 @@ def test_options_and_answers_have_forms(options, answer, letter, tmp_path):
     (["x", "y"], "The answer is z.", "is 'z', which names none"),
     (["B", "A"], "A", "'A', which may mean different options"), (["x", "x"], "x", "may mean different options"),
     (["x", None], "A", "option 2 of 'options' is None"), (["x", ["y"]], "A", r"option 2 of 'options' is \['y'\]"),
+    ({"1": "x", "2": "y"}, 0, r"which names none of the 2 options; expected the text of one, or its label \(1, 2\)"),
+    ({"C": "x", "D": "y"}, "A", r"or its label \(C, D\)"), ({"text": ["x"], "label": []}, "A", "1 texts and 0 labels"),
     ({"right": "x", "wrong": ["y", "z"]}, "x", "option 2 of 'options'"), (["x"], "A", "is no list of 2 to 8 options"),
     ("x, y", "A", "is no list of 2 to 8 options")])
 def test_an_option_that_is_not_there_is_quoted(options, answer, message, tmp_path):

@@ -94,7 +94,8 @@ def test_options_without_a_setting_are_told(tmp_path, capsys):
   _, lines = load(tmp_path / "a", [{"question": "Which?", "options": ["4", "5"], "answer": 1}], capsys)
   assert lines == ["warning: 1 records have options in 'options', which are not shown; multiple choice is "
                    "--config.task.kind=choice --config.task.fields.choices=options"]
-  _, lines = load(tmp_path / "b", [{"question": "Which?", "answer": "A"}, {"question": "(A) 1 (B) 2", "answer": "A"}],
+  _, lines = load(tmp_path / "b", [{"question": "Which?", "answer": "A"}, {"question": "(A) 1 (B) 2", "answer": "A"},
+                                     {"question": "a) 1 b) 2", "answer": "a"}],
                   capsys, kind="choice")
   assert len(lines) == 1
   assert "1 questions list no options by letter, (A) ... (B) ..., such as own.jsonl:1; name the field" in lines[0]

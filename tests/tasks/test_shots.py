@@ -37,6 +37,10 @@ def test_own_field_names_hold_in_examples(tmp_path):
                                                                     "answer": "7"}):
     assert shown(tests, "number", write(tmp_path / "shots.jsonl", [row]), names) == [
         ("3+4?", "Add.\nThe answer is 7")]
+  work = write(tmp_path / "shots.jsonl", [{"question": "3+4?", "answer": "3+4=7.\n#### 7"}])
+  tests = write(tmp_path / "texts.jsonl", [{"problem": "What is 1+1?", "answer": "#### 2"}])
+  assert shown(tests, "number", work, {"question": "problem", "rationale": "answer"}) == [
+      ("3+4?", "3+4=7.\n#### 7\nThe answer is 7")]
   with pytest.raises(UserError, match="expected rows with problem, and answer or solution or both"):
     shown(tests, "number", write(tmp_path / "shots.jsonl", [{"problem": "3+4?"}]), names)
 
