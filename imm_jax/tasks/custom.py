@@ -94,9 +94,15 @@ def _is_options(value: Any) -> bool:
 def _find_stated(text: str) -> str | None:
   """Returns the part of an answer that states its result: in the last box, else after the last marker; else None."""
   boxed, markers = latex.extract_last_boxed(text), list(_MARKER.finditer(text))
-  if boxed is not None:
-    return boxed.strip()
-  return text[markers[-1].end():].strip().partition("\n")[0] if markers else None
+  if boxed is None and not markers:
+    return None
+  stated = text[markers[-1].end():].strip().partition("\n")[0] if boxed is None else boxed
+  return _strip_marks(stated)
+
+
+def _strip_marks(text: str) -> str:
+  """Removes marks around an answer, but not the point of `.5`."""
+  return text.lstrip(" :*$").rstrip(" .:*$")
 
 
 def _read_number(gold: Any) -> str | None:
@@ -104,15 +110,15 @@ def _read_number(gold: Any) -> str | None:
   if number is not None or not isinstance(gold, str):
     return number
   stated = _find_stated(gold)
-  return parse_gold((gold if stated is None else stated).strip(" .:*$"))
+  return parse_gold(_strip_marks(gold) if stated is None else stated)
 
 
 def _read_latex(gold: Any) -> str:
   text = str(gold).strip()
-  boxed, stated = latex.extract_last_boxed(text), _find_stated(text)
-  if boxed is not None or stated is None:
-    return text.strip("$ ") if boxed is None else boxed.strip()
-  return latex.extract_stated(stated).strip("$ ")
+  boxed, markers = latex.extract_last_boxed(text), list(_MARKER.finditer(text))
+  if boxed is None and markers:
+    return latex.extract_stated(text[markers[-1].end():]).strip("$ ")
+  return text.strip("$ ") if boxed is None else boxed.strip()
 
 
 def _parse_choice(record: Record, names: Mapping[str, str], question: str, gold: Any, rationale: str,
@@ -179,7 +185,7 @@ def _find_letter(gold: Any, options: list[str], labels: list[str], field: str) -
     return letter
   stated = _find_stated(text)
   if stated:
-    return _find_letter(stated.strip(" .:*$"), options, labels, field)
+    return _find_letter(stated, options, labels, field)
   which = (f"none of the {count} options; expected the text of one, " if options else "no letter; expected ")
   if labels:
     raise ValueError(f"{field!r} is {gold!r:.60}, which names none of the {count} options; expected the text of one, "

@@ -21,6 +21,7 @@ def load(tmp_path, rows, capsys, **options):
     ("1+2=<<1+2=7>>7.\n#### 7", "7", "nl"), ("#### 7", "7", "nl"), ("#### B", "B", "c"), ("\\boxed{7}", "7", "nl"),
     ("So $x = \\boxed{7}$.", "7", "nl"), ("9-2=7. The answer is 7", "7", "nl"), ("Final answer: 7.", "7", "nl"),
     ("It is 3, so 4. The answer is $\\frac{1}{2}$.", "\\frac{1}{2}", "l"), ("#### 1,007", "1007", "n"),
+    ("The answer is .5", ".5", "nl"), ("The answer is -.5.", "-.5", "nl"),
     ("So the answer is (B).", "B", "c"), ("$\\boxed{B}$", "B", "c")])
 def test_a_stated_answer_is_the_gold(text, gold, kinds, tmp_path, capsys):
   """Judged as if a model had written it, the text that states it is right."""
