@@ -42,14 +42,19 @@ def validate_tasks(config: ml_collections.ConfigDict, named: Tasks, trains: bool
                      *(("task.ood", e) for e in config.task.ood)):
     name, _, source = entry.partition("=")
     if source and tasks.is_generated(name):
-      raise UserError(f"config.{key}={source}: {name} is generated and has no source")
+      advice = "; for questions of your own add --config.task.name=custom" if key == "task.source" else ""
+      raise UserError(f"config.{key}={source}: {name} is generated and has no source{advice}")
     if source:
       try:
         sources.validate(source)
       except UserError as e:
         raise UserError(f"config.{key}: {e}") from e
   if config.task.name != "custom" and any(config.task.fields.values()):
-    raise UserError(f"config.task.fields: is for task custom; {config.task.name} has its own")
+    raise UserError(f"config.task.fields: is for task custom; {config.task.name} has its own; for questions of "
+                    "your own add --config.task.name=custom")
+  if config.task.fields.choices and config.task.kind != "choice":
+    raise UserError(f"config.task.fields.choices={config.task.fields.choices}: names options, while "
+                    f"config.task.kind={config.task.kind}; give --config.task.kind=choice")
   ood = [task.name for task in named.ood]
   if config.task.name in ood:
     raise UserError(f"config.task.ood has {config.task.name!r}, which is the in-domain task")
@@ -62,7 +67,10 @@ def validate_tasks(config: ml_collections.ConfigDict, named: Tasks, trains: bool
 def _validate_measures(config: ml_collections.ConfigDict, named: Tasks) -> None:
   """Checks what is measured without sampled answers: options, texts and lm_eval's tasks."""
   for name in config.eval.by_likelihood:
-    _check_name("eval.by_likelihood", name, [n for n in tasks.JUDGED if tasks.has_choices(n)])
+    if name == "custom" and not (config.task.kind == "choice" and config.task.fields.choices):
+      raise UserError("config.eval.by_likelihood has 'custom', whose options are not known: give "
+                      "--config.task.kind=choice and the name of their field, --config.task.fields.choices=NAME")
+    _check_name("eval.by_likelihood", name, [n for n in tasks.JUDGED if tasks.has_choices(n) or n == "custom"])
     if name not in named.names:
       raise UserError(f"config.eval.by_likelihood has {name!r}, which is neither task.name nor in task.ood")
   names = [entry.partition("=")[0] for entry in config.eval.texts]

@@ -142,9 +142,10 @@ def test_commands_name_what_exists(page: Path):
 
 @pytest.mark.full
 def test_commands_for_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-  """The commands of docs/data.md pass the checks of a run on rows like the one that the page shows."""
+  """The commands of docs/data.md pass the checks of a run on rows like those that the page shows."""
   page = REPO / "docs/data.md"
-  row = re.search(r"^ {4}(\{\"question\".*\})$", page.read_text(), re.M)[1]
+  row, choice = re.findall(r"^ {4}(\{\"question\".*\})$", page.read_text(), re.M)
+  (tmp_path / "choices.jsonl").write_text(f"{choice}\n")
   (tmp_path / "DIR").mkdir()
   for file, names in {"mine": ("Ann", "Bea"), "DIR/test": ("Cyd", "Dan"), "DIR/train": ("Eve", "Fay")}.items():
     (tmp_path / f"{file}.jsonl").write_text("".join(f"{row.replace('Ann', name)}\n" for name in names))
@@ -160,7 +161,7 @@ def test_commands_for_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert not values.config.task.ood  # which may be downloads
     config_checks.validate(values.config, trains=program == "imm_jax.main", downloads=False)
     folders.append(given.get("--out") or given["--workdir"])
-  assert len(set(folders)) == len(folders) == 3
+  assert len(set(folders)) == len(folders) == 4
 
 
 def test_methods_without_a_base_weight():

@@ -5,8 +5,7 @@ import json
 from typing import NamedTuple
 
 from imm_jax.stages.task_entries import Entry, Tasks
-from imm_jax.stages.worked_examples import load_shots, load_train, strip_spaces
-from imm_jax.tasks import shots
+from imm_jax.stages.worked_examples import load_shots, load_train, read_file_questions, strip_spaces
 from imm_jax.tasks.base import Example
 
 
@@ -34,9 +33,9 @@ def load_round(tasks: Tasks, round_: int) -> Questions:
   shown = max(few, tasks.get_protocol(task).few_shot)
   if task.is_generated:
     before = shown + held_out
-    pool = load_train(task, tasks.shots_file, before + (round_ + 1) * count if count else None)
+    pool = load_train(tasks, task, before + (round_ + 1) * count if count else None)
     return Questions(pool[:few], pool[shown:before], pool[before + round_ * count:])
-  pool = load_train(task, tasks.shots_file)
+  pool = load_train(tasks, task)
   shown_indices = [i for i, e in enumerate(pool) if e.rationale][:shown]
   others = [e for i, e in enumerate(pool) if i not in set(shown_indices)]
   rest = others[held_out:]
@@ -90,9 +89,8 @@ def compute_digests(tasks: Tasks) -> dict[str, str]:
   stored = lambda split, entries: [e for e in entries if not e.is_generated and split in e.splits]
   rows = lambda examples: [(e.id, e.answer, e.rationale) for e in examples]
   train: list[object] = [row for entry in stored("train", [tasks.in_domain])
-                         for row in rows(load_train(entry, tasks.shots_file))]
-  if tasks.shots_file:
-    train += shots.read_questions(tasks.shots_file)
+                         for row in rows(load_train(tasks, entry))]
+  train += read_file_questions(tasks, tasks.in_domain)
   test: list[object] = [row for entry in stored("test", tasks.own) for row in rows(entry.load(split="test"))]
   test += [(e.question, e.rationale) for entry in tasks.own for e in load_shots(tasks, entry)]
   test += list(tasks.load_passages().values())

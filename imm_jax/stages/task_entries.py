@@ -72,7 +72,8 @@ class Entry(NamedTuple):
   def load_choices(self, *, split: str, count: int) -> list[Choice]:
     """Loads the first `count` of its questions, 0 for all, as options to score."""
     try:
-      return tasks.load_choices(self.name, split=split, seed=self._seed(split), source=self.source)[:count or None]
+      return tasks.load_choices(self.name, split=split, seed=self._seed(split), source=self.source,
+                                fields=dict(self.fields) or None)[:count or None]
     except UserError as e:
       raise self._name_in(e) from e
 

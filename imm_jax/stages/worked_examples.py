@@ -1,9 +1,14 @@
 """The worked examples that prompts show in evaluation, and the train questions that are none of them."""
 
+import re
+
 from imm_jax.errors import UserError
 from imm_jax.stages.task_entries import Entry, Tasks
 from imm_jax.tasks import shots
 from imm_jax.tasks.base import Example
+
+# The letter of an option that a question lists.
+_OPTION = re.compile(r"\s\(?[A-H]\s?[).:]\s+")
 
 
 def load_shots(tasks: Tasks, entry: Entry) -> list[Example]:
@@ -18,17 +23,21 @@ def load_shots(tasks: Tasks, entry: Entry) -> list[Example]:
   count, file = tasks.get_protocol(entry).few_shot, tasks.shots_file
   if entry.measure != "answer" or not count:
     return []
+  asks = f"config.eval.protocol={tasks.protocol.name} shows {count} worked example{'s' * (count > 1)}"
   examples: dict[Entry | str, list[Example]] = {}  # by origin: the file, or a task
-  if file and (pool := shots.read_examples(file, entry.name, entry.kind)):
+  if file and (pool := shots.read_examples(file, entry.name, entry.kind, dict(tasks.in_domain.fields))):
     examples[file] = [e for e in pool if e.rationale][:count]
   else:
     for task in dict.fromkeys((entry, tasks.in_domain)):
       if "train" in task.splits and task.kind == entry.kind:
-        pool = load_train(task, file, count if task.is_generated else None)
+        try:
+          pool = load_train(tasks, task, count if task.is_generated else None)
+        except UserError as e:
+          raise UserError(f"{asks}, and the train split of {task.name} cannot be used: {e}; or give examples alone in "
+                          "--config.eval.shots_file=FILE.jsonl, rows with question, answer and rationale") from e
         # `load_round` excludes those of the in-domain task.
         examples[task] = [e for e in pool if e.rationale][:count]
   origin = max(examples, key=lambda origin: len(examples[origin]), default="")
-  asks = f"config.eval.protocol={tasks.protocol.name} shows {count} worked example{'s' * (count > 1)}"
   if not examples.get(origin):
     raise UserError(f"{asks}, and task {entry.name} has none: they come from its train split, or from the in-domain "
                     f"task's where that has answers of its kind ({entry.kind}); give --config.eval.shots_file=FILE"
@@ -39,19 +48,37 @@ def load_shots(tasks: Tasks, entry: Entry) -> list[Example]:
                     f"--config.eval.shots_file, or --config.eval.few_shot={len(examples[origin])}")
   if origin != entry:
     questions = entry.load(split="test", count=tasks.per_test if entry.is_generated else None)
-    tests = {strip_spaces(e.question) for e in questions}
+    tests = {form for e in questions for form in _list_forms(e.question, entry.kind, with_stem=True)}
     for e in examples[origin]:
-      if strip_spaces(e.question) in tests:
+      if tests.intersection(_list_forms(e.question, entry.kind)):
         raise UserError(f"{e.id}: {e.question[:60]!r} is a test question of {entry.name}, so it is no worked example "
                         "for it; give others in --config.eval.shots_file")
   return examples[origin]
 
 
-def load_train(entry: Entry, shots_file: str, count: int | None = None) -> list[Example]:
-  """Loads the first `count` train questions, or all, without those of a file of worked examples."""
-  shown = {strip_spaces(question) for question in shots.read_questions(shots_file)} if shots_file else ()
+def load_train(tasks: Tasks, entry: Entry, count: int | None = None) -> list[Example]:
+  """Loads the first `count` train questions of a task, or all, without those of a file of worked examples."""
+  shown = {form for question in read_file_questions(tasks, entry) for form in _list_forms(question, entry.kind)}
   pool = entry.load(split="train", count=None if count is None else count + len(shown))
-  return [e for e in pool if strip_spaces(e.question) not in shown][:count]
+  return [e for e in pool if shown.isdisjoint(_list_forms(e.question, entry.kind, with_stem=True))][:count]
+
+
+def read_file_questions(tasks: Tasks, entry: Entry) -> list[str]:
+  """Reads the questions of the file of worked examples, if there is one, as they are shown for a task."""
+  return shots.read_questions(tasks.shots_file, entry.kind, dict(tasks.in_domain.fields)) if tasks.shots_file else []
+
+
+def _list_forms(question: str, kind: str, *, with_stem: bool = False) -> set[str]:
+  """Returns forms of a question, of which the same question has one in common: its words however they are spaced.
+
+  In multiple choice also its words with the options in any order, and `with_stem` those before the options, because a
+  question may be written without them.
+  """
+  forms = {strip_spaces(question)}
+  stem, *options = map(strip_spaces, _OPTION.split(question)) if kind == "choice" else [""]
+  if len(options) > 1:
+    forms |= {"\n".join((stem, *sorted(options))), *([stem] if with_stem else [])}
+  return forms
 
 
 def strip_spaces(question: str) -> str:

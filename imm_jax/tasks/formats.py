@@ -1,16 +1,14 @@
 """Parsers of published records: each converts one to an Example without an id, or None without a usable gold.
 
-Those of multiple choice are in `multiple.py`. A record is a dict with lower-case keys. A value of the wrong kind raises
-a ValueError that says what was expected.
+Those of multiple choice are in `multiple.py`, that of task `custom` in `custom.py`. A record is a dict with lower-case
+keys. A value of the wrong kind raises a ValueError that says what was expected.
 """
 
 import re
-from collections.abc import Callable, Mapping
 
 from imm_jax.tasks import latex
 from imm_jax.tasks.base import Example
 from imm_jax.tasks.fields import Parser, Record, get_raw_text, get_text, make_example, parse_gold
-from imm_jax.tasks.multiple import LETTERS, Question, from_letter, parse_letter, parse_options
 
 KINDS = ("number", "latex", "choice")
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
@@ -102,38 +100,6 @@ def parse_mawps_source(record: Record) -> Example | None:
 def parse_mbpp(record: Record) -> Example | None:
   """Parses MBPP, a task and its program, for layer importance; nothing is judged."""
   return Example("", get_text(record, "text"), "", get_text(record, "code").replace("\r\n", "\n"), "")
-
-
-def custom_parser(fields: Mapping[str, str], kind: str) -> Callable[[Record], Example | Question | None]:
-  """Returns a parser of records whose field names a config gives.
-
-  Args:
-    fields: the record's field names for `question`, `answer`, and optionally `rationale` (which records may lack) and
-      `choices`.
-    kind: `number`, `latex` (the last box of the answer, if it has one) or `choice` (a letter, an index from 0, or the
-      text of an option).
-  """
-  def parse(record: Record) -> Example | Question | None:
-    question, gold = get_text(record, fields["question"]), record[fields["answer"]]
-    # A rationale is optional.
-    rationale = get_raw_text(record, fields["rationale"]).strip() if fields.get("rationale") else ""
-    if kind == "choice":
-      options = parse_options(record[fields["choices"]]) if fields.get("choices") else []
-      # The text of an option takes precedence over an index: "2" means the option "2" if there is one.
-      is_option = isinstance(gold, str) and len(gold.strip()) > 0 and gold.strip() in options
-      letter = LETTERS[options.index(gold.strip())] if is_option else parse_letter(gold)
-      return from_letter(question, options, letter, rationale)
-    if gold is None:
-      return None
-    if kind == "number":
-      return make_example(question, parse_gold(gold), rationale, kind)
-    if isinstance(gold, bool) or not isinstance(gold, str | int | float):
-      raise ValueError(f"{fields['answer']!r} is {gold!r:.50}; expected text or a number")
-    text = str(gold).strip()
-    boxed = latex.extract_last_boxed(text)
-    return make_example(question, text.strip("$ ") if boxed is None else boxed.strip(), rationale, kind)
-
-  return parse
 
 
 def _bare_example(question: str, gold: str | None, kind: str) -> Example | None:

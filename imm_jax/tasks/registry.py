@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from imm_jax.errors import UserError, suggest
-from imm_jax.tasks import formats, sources
+from imm_jax.tasks import custom, custom_notes, formats, sources
 from imm_jax.tasks.base import Choice, Example
 from imm_jax.tasks.catalogue import TASKS, Format, Task, same_source
 from imm_jax.tasks.multiple import Question
 
-CUSTOM_FIELDS = ("question", "answer", "rationale", "choices")
 # The answers of each kind that can be judged.
-_EXPECTED = {"number": "only a number, such as 42", "latex": "a formula or a text", "choice": "an option"}
+_EXPECTED = {"number": "a number alone, such as 42, or stated as in `#### 42`, `\\boxed{42}` or `The answer is 42`",
+             "latex": "a formula or a text", "choice": "an option"}
 
 
 class Split(NamedTuple):
@@ -41,15 +41,15 @@ def read(name: str, *, split: str, source: str = "", fields: Mapping[str, str] |
     name: a name in `TASKS`, or `custom`.
     split: a published split; `custom` has train and test.
     source: source in place of the task's own, see `sources`.
-    fields: for `custom`: `CUSTOM_FIELDS` -> field names of the records. Question and answer default to their own names;
+    fields: for `custom`: `custom.FIELDS` -> field names of the records. Question and answer default to their own names;
       rationale and choices are read only if given. A record may lack its rationale.
-    kind: for `custom`: `number`, `latex` or `choice`.
+    kind: for `custom`: `number`, the default, `latex` or `choice`.
 
   Raises:
     KeyError: for an unknown name.
     UserError: for an unusable source, field or record.
   """
-  return _read(name, split, source, tuple(sorted((fields or {}).items())), kind)
+  return _read(name, split, source, tuple(sorted((fields or {}).items())), kind or "number" * (name == "custom"))
 
 
 @functools.lru_cache(maxsize=64)
@@ -67,11 +67,15 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
   where = sources.ReadOptions(split, task.folder or name, task.files.get(split, ()), task.columns,
                               "with the fields " + " or ".join(", ".join(f.fields) for f in task.formats),
                               with_file=bool(task.columns))  # MMLU's file names contain the subject
+  names = custom.resolve_fields(dict(fields))
+  observed = custom_notes.Observations(names, kind) if name == "custom" else None
   form, unjudged, counts, seen = None, "", dict.fromkeys(("records", "no_gold", "repeated", "in_test"), 0), set[str]()
   by_key: dict[str, list[Question]] = {}
   for place, record in sources.read(source, where):
     form = form or next((f for f in task.formats if record.keys() >= set(f.fields)), task.formats[0])
     missing = [field for field in form.fields if field not in record]
+    if missing and seen.issuperset(missing):
+      raise UserError(f"{place}: has no field {missing[0]!r}, which the records before it have")
     if missing:
       key = next((key for key, own in fields if own.lower() == missing[0]), missing[0])
       advice = f"; name it with --config.task.fields.{key}=NAME" if name == "custom" else ""
@@ -88,6 +92,8 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
     except (TypeError, ValueError) as e:
       raise UserError(f"{place}: {e}") from e
     counts["records"] += 1
+    if observed:
+      observed.add(place, record, question)
     key = _question_key(question.example) if question else ""
     unjudged = unjudged or (place if not question else "")
     exclusion = "no_gold" if not question else "repeated" if key in by_key else "in_test" if _without_spaces(
@@ -96,17 +102,23 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
       counts[exclusion] += 1
     if question and (not exclusion or (exclusion == "repeated" and split == "test")):
       by_key.setdefault(key, []).append(question)
+  if observed and seen and names["answer"] not in seen:
+    raise UserError(f"{source}: no record has a field {names['answer']!r} but {', '.join(sorted(seen))}; name that of "
+                    "the answers with --config.task.fields.answer=NAME")
   if not by_key:
     raise UserError(f"{source}: holds no question for {name}/{split}" + _suggest_split(source, counts)
                     + (f"; {counts['no_gold']} of its {counts['records']} records have no answer that can be judged, "
-                       f"the first of them {unjudged}; expected {_EXPECTED.get(task.kind, 'one')}"
+                       f"the first of them {observed.unjudged if observed else unjudged}; expected "
+                       f"{_EXPECTED.get(task.kind, 'one')}"
                        if counts["no_gold"] else ""))
   rationale_field = dict(fields).get("rationale", "").lower()
   if rationale_field and split == "train" and rationale_field not in seen:
     raise UserError(f"{source}: no record has a field {rationale_field!r} (task.fields.rationale) but "
                     f"{', '.join(sorted(seen))}")
-  notes = _make_notes(f"{name}/{split}: {source}", form.sizes.get(split) if form else None, counts,
-                      keeps_repeated=split == "test")
+  label = f"{name}/{split}: {source}"
+  notes = _make_notes(label, form.sizes.get(split) if form else None, counts, keeps_repeated=split == "test",
+                      observed=observed)
+  notes += observed.make_warnings(label) if observed else []
   if published and split == "test" and task.paper:
     notes.append(paper_note(name))
   questions = [question for key, group in by_key.items() for question in _assign_ids(f"{name}/{split}", key, group)]
@@ -151,7 +163,7 @@ def _without_spaces(example: Example) -> str:
 
 
 def _make_notes(label: str, sizes: Sequence[int] | None, counts: Mapping[str, int], *, keeps_repeated: bool,
-                ) -> list[str]:
+                observed: custom_notes.Observations | None) -> list[str]:
   notes = []
   if sizes and counts["records"] not in sizes:
     notes.append(f"warning: {label} holds {counts['records']} records, published are {' or '.join(map(str, sizes))}; "
@@ -161,7 +173,9 @@ def _make_notes(label: str, sizes: Sequence[int] | None, counts: Mapping[str, in
   counted = [f"{counts[exclusion]} {words}" for exclusion, words in left_out.items()
              if counts[exclusion] and not (exclusion == "repeated" and keeps_repeated)]
   if counted:
-    notes.append(f"note: {label}: of {counts['records']} records left out {', '.join(counted)}")
+    level = "warning" if observed and observed.leaves_out_many else "note"
+    which = f" ({observed.unjudged})" if observed and counts["no_gold"] else ""
+    notes.append(f"{level}: {label}: of {counts['records']} records left out {', '.join(counted)}{which}")
   return notes
 
 
@@ -172,9 +186,10 @@ def _make_custom_task(fields: Mapping[str, str], kind: str, source: str) -> Task
   if kind not in formats.KINDS:
     raise UserError(f"task custom: kind={kind!r} of its answers: {suggest(kind, list(formats.KINDS))}")
   for field in fields:
-    if field not in CUSTOM_FIELDS:
-      raise UserError(f"task custom has no field {field!r}: {suggest(field, list(CUSTOM_FIELDS))}")
-  names = {"question": "question", "answer": "answer"} | {field: name for field, name in fields.items() if name}
-  names = {field: name.lower() for field, name in names.items()}
-  needed = tuple(name for field, name in names.items() if field != "rationale")
-  return Task("id", kind, "", same_source(source), (Format(needed, formats.custom_parser(names, kind), {}),))
+    if field not in custom.FIELDS:
+      raise UserError(f"task custom has no field {field!r}: {suggest(field, list(custom.FIELDS))}")
+  if fields.get("choices") and kind != "choice":
+    raise UserError(f"task custom: the field {fields['choices']!r} has options, while kind={kind!r}; expected choice")
+  names = custom.resolve_fields(fields)
+  needed = tuple(name for field, name in names.items() if field not in ("answer", "rationale"))
+  return Task("id", kind, "", same_source(source), (Format(needed, custom.make_parser(names, kind), {}),))

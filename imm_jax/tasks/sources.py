@@ -13,6 +13,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,7 +61,8 @@ def read(source: str, options: ReadOptions) -> Iterator[tuple[str, dict[str, Any
   scheme, _, rest = source.partition(":")
   for location, record in _READERS[scheme](source, rest, options):
     if not isinstance(record, dict):
-      raise UserError(f"{location}: expected an object with fields, not {type(record).__name__}")
+      advice = "; a file that is one list of records ends in .json" if isinstance(record, list) else ""
+      raise UserError(f"{location}: expected an object with fields, not {type(record).__name__}{advice}")
     yield location, {str(key).lower(): value for key, value in record.items()}
 
 
@@ -68,9 +70,15 @@ def validate(source: str) -> None:
   """Raises UserError for a source of unknown form, or a local file of unknown kind, without reading it."""
   scheme, _, rest = source.partition(":")
   if scheme not in _READERS or not rest:
-    raise UserError(f"source {source!r}: expected hf:ID[:config][:split], tfds:NAME[:split] or file:PATH")
+    advice = f"; did you mean file:{source}?" if _looks_like_path(source) else ""
+    raise UserError(f"source {source!r}: expected hf:ID[:config][:split], tfds:NAME[:split] or file:PATH{advice}")
   if scheme == "file" and (path := Path(rest)).is_file():
     _find_parser(path)
+
+
+def _looks_like_path(source: str) -> bool:
+  """Returns whether a source without `file:` is a path, by its end or because there is such a file or folder."""
+  return source.removesuffix(".gz").rpartition(".")[2].lower() in FORMATS or (bool(source) and os.path.exists(source))
 
 
 def _read_hf(source: str, rest: str, options: ReadOptions) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -136,8 +144,9 @@ def _read_files(source: str, rest: str, options: ReadOptions) -> Iterator[tuple[
   if not files:
     known = " or ".join((f"{options.split}.jsonl (.json, .csv, .xml; or with .gz)",
                          *(pattern.partition("|")[0] for pattern in options.files)))
-    raise UserError(f"{source}: {f'{path} holds no {known}' if path.is_dir() else f'{path} is no file or folder'}; "
-                    f"expected records {options.needs}".rstrip())
+    start = "" if path.is_absolute() or "://" in rest else f" in {os.getcwd()}"
+    problem = f"{path} holds no {known}" if path.is_dir() else f"{path} is no file or folder{start}"
+    raise UserError(f"{source}: {problem}; expected records {options.needs}".rstrip())
   for file in files:
     for location, record in _parse_file(file, options):
       yield location, {"file": file.name} | record if options.with_file and isinstance(record, dict) else record
@@ -183,7 +192,16 @@ def _parse_jsonl(file: Any, text: str, _: ReadOptions) -> Iterator[tuple[str, An
       try:
         yield f"{file}:{number}", json.loads(line)
       except (ValueError, RecursionError) as e:
-        raise UserError(f"{file}:{number}: not a JSON object ({e})") from e
+        advice = "; as a whole the file is JSON: end its name in .json" if _is_json(text) else ""
+        raise UserError(f"{file}:{number}: not a JSON object ({e}){advice}") from e
+
+
+def _is_json(text: str) -> bool:
+  try:
+    json.loads(text)
+  except (ValueError, RecursionError):
+    return False
+  return True
 
 
 def _parse_json(file: Any, text: str, options: ReadOptions) -> Iterator[tuple[str, Any]]:
@@ -213,6 +231,10 @@ def _parse_csv(file: Any, text: str, options: ReadOptions) -> Iterator[tuple[str
       return
     if names is None:
       lower = [name.strip().lower() for name in row]
+      other = next((mark for mark in ";\t|" if len(row) == 1 and mark in row[0]), "")
+      if other:
+        raise UserError(f"{file}:1: its only column is {row[0]!r:.80}, which {other!r} seems to separate; expected "
+                        "commas")
       has_no_header = len(options.columns) == len(row) and not set(options.columns) & set(lower)
       names = options.columns if has_no_header else lower
       if not has_no_header:

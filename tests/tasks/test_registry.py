@@ -136,7 +136,7 @@ def test_options_follow_the_questions(tmp_path):
   with pytest.raises(ValueError, match="holds 10 questions, 11 were asked for"):
     tasks.load_choices("custom", source=source, fields=fields, count=11)
   with pytest.raises(UserError, match=r"task custom has no options that can be scored; .*task.fields.choices"):
-    tasks.load_choices("custom", source=source, fields={"question": "prompt", "answer": "gold"})
+    tasks.load_choices("custom", source=f"file:{write(tmp_path / 'b.jsonl', [{'question': 'A?', 'answer': 'A'}])}")
   for name in ("stories", "gsm8k"):
     with pytest.raises(UserError, match=f"task {name} has no options that can be scored; expected one of mathqa"):
       tasks.load_choices(name, source=f"file:{write(tmp_path / 'a.jsonl', [gsm8k('A?')])}")

@@ -78,6 +78,10 @@ def test_a_place_names_file_and_line(tmp_path):
 @pytest.mark.parametrize(("name", "data", "message"), [
     ("a.jsonl", b'{"a": 1}\n{"a": \n', ":2: not a JSON object"),
     ("a.jsonl", b'{"a": 1}\n[1]\n', ":2: expected an object"),
+    ("a.jsonl", b'[\n {"a": 1}\n]\n', "; as a whole the file is JSON: end its name in .json"),
+    ("a.jsonl", b'[{"a": 1}]\n', ":1: expected an object with fields, not list; a file that is one list of "),
+    ("a.csv", b"question;answer\nq;1\n", ":1: its only column is 'question;answer', which ';' seems to separate"),
+    ("a.csv", b"question\tanswer\nq\t1\n", "which '\\t' seems to separate; expected commas"),
     ("a.jsonl", b"[" * 100_000, ":1: not a JSON object"),
     ("a.jsonl", b'{"a": "\xff"}', ": cannot be read ('utf-8' codec"),
     ("a.json", b'[\n{"a": 1},\n{"a" 2}]', ":3: not JSON"),
@@ -135,11 +139,13 @@ def test_split_stands_for_its_name_in_a_path(tmp_path):
       f"file:{tmp_path}/my_{{split}}.jsonl", WHERE._replace(split="train"))
 
 
-def test_what_is_not_there_says_what_was_looked_for(tmp_path):
+def test_what_is_not_there_says_what_was_sought(tmp_path, monkeypatch):
   assert refused(f"file:{tmp_path}") == (
       f"file:{tmp_path}: {tmp_path} holds no test.jsonl (.json, .csv, .xml; or with .gz) or published.json or "
       "sub/*.json or a.csv; expected records with the fields question, answer")
-  assert "no/such is no file or folder" in refused(f"file:{tmp_path}/no/such")
+  assert "no/such is no file or folder; " in refused(f"file:{tmp_path}/no/such")
+  monkeypatch.chdir(tmp_path)
+  assert refused("file:no.jsonl").startswith(f"file:no.jsonl: no.jsonl is no file or folder in {tmp_path}; expected")
 
 
 def test_a_path_may_lie_in_a_bucket(tmp_path, monkeypatch):
@@ -160,10 +166,12 @@ _SOURCES = "expected hf:ID[:config][:split], tfds:NAME[:split] or file:PATH"
 
 
 @pytest.mark.parametrize(("source", "expected"), [
-    ("", _SOURCES), ("gsm8k", _SOURCES), ("hf:", _SOURCES), ("http://x/y", _SOURCES), ("/x.json", _SOURCES),
+    ("", _SOURCES), ("gsm8k", _SOURCES), ("hf:", _SOURCES), ("http://x/y", _SOURCES),
+    ("/x.json", f"{_SOURCES}; did you mean file:/x.json?"), ("x.CSV.gz", f"{_SOURCES}; did you mean file:x.CSV.gz?"),
+    ("/tmp", f"{_SOURCES}; did you mean file:/tmp?"),
     ("hf:a@:b", "expected hf:ID[@revision][:config][:split]"),
     ("tfds:huggingface:gsm8k", "expected tfds:NAME[:split]; a data set of the hub is hf:ID")],
-    ids=["empty", "name", "no-id", "address", "path", "no-revision", "tfds-of-the-hub"])
+    ids=["empty", "name", "no-id", "address", "path", "zipped", "folder", "no-revision", "tfds-of-the-hub"])
 def test_a_source_of_no_known_form_says_the_forms(source, expected):
   assert refused(source) == f"source {source!r}: {expected}"
 

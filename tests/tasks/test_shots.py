@@ -1,0 +1,96 @@
+"""Worked examples for a user's own records: own field names, options, and test questions among them."""
+
+from pathlib import Path
+
+import ml_collections
+import pytest
+
+from configs import tiny
+from imm_jax.errors import UserError
+from imm_jax.stages.round_questions import load_round
+from imm_jax.stages.task_entries import get_tasks
+from imm_jax.stages.worked_examples import load_shots
+from tests.tasks.records import write
+
+STEM = "Which of these is right?"
+
+
+def config(source: Path, kind: str, shots: Path | None, **fields: str) -> ml_collections.ConfigDict:
+  found = tiny.get_config()
+  found.update_from_flattened_dict({
+      "task.name": "custom", "task.source": f"file:{source}", "task.kind": kind, "task.ood": (),
+      "task.questions_per_round": 0, "eval.protocol": "harness", "eval.few_shot": 1,
+      "eval.shots_file": str(shots or ""), **{f"task.fields.{field}": name for field, name in fields.items()}})
+  return found
+
+
+def shown(*options: object) -> list[tuple[str, str]]:
+  asked = get_tasks(config(*options[:3], **options[3]))
+  return [(e.question, e.rationale) for e in load_shots(asked, asked.in_domain)]
+
+
+def test_own_field_names_hold_in_examples(tmp_path):
+  """They do with either name, and a number is an answer as it is in the questions."""
+  tests = write(tmp_path / "test.jsonl", [{"problem": "What is 1+1?", "answer": 2}])
+  names = {"question": "Problem", "rationale": "solution"}
+  for row in ({"problem": "3+4?", "solution": "Add.", "answer": 7}, {"question": "3+4?", "rationale": "Add.",
+                                                                    "answer": "7"}):
+    assert shown(tests, "number", write(tmp_path / "shots.jsonl", [row]), names) == [
+        ("3+4?", "Add.\nThe answer is 7")]
+  work = write(tmp_path / "shots.jsonl", [{"question": "3+4?", "answer": "3+4=7.\n#### 7"}])
+  tests = write(tmp_path / "texts.jsonl", [{"problem": "What is 1+1?", "answer": "#### 2"}])
+  assert shown(tests, "number", work, {"question": "problem", "rationale": "answer"}) == [
+      ("3+4?", "3+4=7.\n#### 7\nThe answer is 7")]
+  with pytest.raises(UserError, match="expected rows with problem, and answer or solution or both"):
+    shown(tests, "number", write(tmp_path / "shots.jsonl", [{"problem": "3+4?"}]), names)
+
+
+@pytest.mark.parametrize("row", [
+    {"options": ["x", "y"], "answer": "B"}, {"choices": ["x", "y"], "answer": 1},
+    {"options": {"A": "x", "B": "y"}, "answer": "y"}])
+def test_options_are_shown_as_those_of_questions(row, tmp_path):
+  tests = write(tmp_path / "test.jsonl", [{"question": "Why?", "options": ["x", "z"], "answer": "A"}])
+  shots = write(tmp_path / "shots.jsonl", [{"question": STEM, "rationale": "So."} | row])
+  assert shown(tests, "choice", shots, {"choices": "options"}) == [
+      (f"{STEM}\n(A) x\n(B) y", "So.\nThe answer is B")]
+
+
+def test_options_of_another_name_are_refused(tmp_path):
+  """No example is shown without its options."""
+  tests = write(tmp_path / "test.jsonl", [{"question": "Why? (A) x (B) y", "answer": "A"}])
+  for more in ({"rationale": "So."}, {}):
+    shots = write(tmp_path / "shots.jsonl", [{"question": STEM, "candidates": ["x", "y"], "answer": "B"} | more])
+    with pytest.raises(UserError, match=r"shots.jsonl:1: 'candidates' looks like options.*name the field choices"):
+      shown(tests, "choice", shots, {})
+
+
+@pytest.mark.parametrize(("row", "leaks"), [
+    ({"question": STEM, "choices": ["x", "y"]}, True), ({"question": STEM, "choices": ["y", "x"]}, True),
+    ({"question": STEM}, True), ({"question": f"{STEM}\nA. x\nB. y"}, True),
+    ({"question": STEM, "choices": ["x", "z"]}, False), ({"question": "Another?", "choices": ["x", "y"]}, False)])
+def test_test_questions_are_found_among_examples(row, leaks, tmp_path):
+  """However they are written; other options make another question."""
+  tests = write(tmp_path / "test.jsonl", [{"question": STEM, "options": ["x", "y"], "answer": "A"}])
+  shots = write(tmp_path / "shots.jsonl", [row | {"rationale": "So.", "answer": "B"}])
+  options = (tests, "choice", shots, {"choices": "options"})
+  if leaks:
+    with pytest.raises(UserError, match=r"shots.jsonl:1: .*is a test question of custom"):
+      shown(*options)
+  else:
+    assert len(shown(*options)) == 1
+
+
+def test_no_round_asks_a_bare_example(tmp_path):
+  rows = [{"question": f"{i}?", "options": ["x", "y"], "answer": "A"} for i in range(4)]
+  write(tmp_path / "data/train.jsonl", rows[:3])
+  write(tmp_path / "data/test.jsonl", rows[3:])
+  shots = write(tmp_path / "shots.jsonl", [{"question": "1?", "rationale": "So.", "answer": "A"}])
+  asked = get_tasks(config(tmp_path / "data", "choice", shots, choices="options"))
+  assert {e.question[:2] for e in load_round(asked, 0).round_questions} == {"0?", "2?"}
+
+
+def test_a_file_of_tests_alone_names_shots_file(tmp_path):
+  tests = write(tmp_path / "test.jsonl", [{"question": "1+1?", "answer": 2, "why": "So."}])
+  with pytest.raises(UserError, match=r"shows 1 worked example, and the train split of custom cannot be used: .* the "
+                                      r"test set's; .*or give examples alone in --config.eval.shots_file=FILE.jsonl"):
+    shown(tests, "number", None, {"rationale": "why"})
