@@ -71,6 +71,9 @@ class MergeMethod:
     measures: whether `prepare` reads tensors.
     gradients: `exact`, or `masks` if jax.grad treats the choice of kept entries as constant.
     layers: whether layer numbers matter beyond settings that vary over the layers.
+    strength: the option that says how far a merge goes from the base (0) to the models (1), which a run sets to
+      1 - `merge.base_weight`; `1 - NAME` if it counts the other way, so that it is set to `merge.base_weight` itself;
+      empty for none. By default `weights`, one for each model, or `1 - base_weight`, where there is such an option.
   """
 
   name: str
@@ -87,6 +90,20 @@ class MergeMethod:
   measures: bool = False
   gradients: str = "exact"
   layers: bool = False
+  strength: str | None = None
+
+  @property
+  def strength_option(self) -> str:
+    """The option that a run's base weight sets; empty if there is none."""
+    if self.strength is not None:
+      return self.strength.removeprefix("1 - ")
+    weights = self.by_option.get("weights")
+    return "weights" if weights and weights.per_model else "base_weight" if "base_weight" in self.by_option else ""
+
+  @property
+  def is_base_weight(self) -> bool:
+    """Whether `strength_option` is the base's weight, which falls as the strength rises."""
+    return self.strength_option == "base_weight" if self.strength is None else self.strength.startswith("1 - ")
 
   @property
   def summary(self) -> str:

@@ -18,9 +18,10 @@ TEXT = (REPO / "docs/merging.md").read_text()
 def test_every_method_and_option_stands_in_the_table():
   for name, method in registry.METHODS.items():
     row = re.search(rf"^\| \[?`{name}`.*$", TEXT, re.M)
-    assert row, name
-    assert all(f"`{option.name}`" in row[0] for option in method.options), name
-    assert row[0].endswith(f"| {method.gradients} |")
+    assert row, f"{name} has no row in the table of docs/merging.md"
+    missing = [option.name for option in method.options if f"`{option.name}`" not in row[0]]
+    assert not missing, f"{name}'s row in docs/merging.md lacks {missing}"
+    assert row[0].endswith(f"| {method.gradients} |"), f"{name}'s row in docs/merging.md: expected {method.gradients}"
 
 
 def test_a_method_is_one_file(monkeypatch: pytest.MonkeyPatch):
