@@ -15,7 +15,7 @@ import ml_collections
 from absl import app, flags, logging
 
 from imm_jax import config_files
-from imm_jax.errors import Exit, PreemptedError, UserError, exit_code
+from imm_jax.errors import Exit, PreemptedError, UserError, exit_code, suggest
 from imm_jax.runtime import compilation, signals
 
 # Characters that are printed of an error message of another package.
@@ -52,7 +52,7 @@ def run(main: Callable[[], None], *, positional: Sequence[str] = (), resumes: bo
     except flags.Error as e:
       lines = str(e).strip().splitlines()
       # ml_collections puts the traceback of a config file into the message; its last line is the error.
-      _fail(f"the config file cannot be loaded: {lines[-1]}" if "Traceback" in str(e) else _one_line(e))
+      _fail(f"the config file cannot be loaded: {lines[-1]}" if "Traceback" in str(e) else _flag_message(e))
     except UserError as e:
       _fail(str(e))
     except (AttributeError, KeyError, TypeError, ValueError) as e:
@@ -192,6 +192,22 @@ def _config_message(error: Exception, argv: list[str]) -> str:
     if path.rpartition(".")[2] == text.strip("'"):
       return f"the config has no key {path!r}; {config_keys.suggest_key(path)}"
   return f"the config has no such key or value: {text} (configs/common.py lists all keys)"
+
+
+def _flag_message(error: Exception) -> str:
+  """Explains what absl says of a flag's value.
+
+  >>> _flag_message(ValueError("flag --method=liner: value should be one of <imm|linear>"))
+  "--method='liner': did you mean linear?"
+  >>> _flag_message(ValueError("flag --seed=no: invalid literal for int() with base 10: 'no'"))
+  "--seed='no': expected a whole number"
+  """
+  text = _one_line(error)
+  if match := re.fullmatch(r"flag --([\w.]+)=(.*): value should be one of <(.*)>", text):
+    return f"--{match[1]}={match[2]!r}: {suggest(match[2], match[3].split('|'))}"
+  if match := re.fullmatch(r"flag --([\w.]+)=(.*): (invalid literal for int|could not convert .* float).*", text):
+    return f"--{match[1]}={match[2]!r}: expected a {'whole ' * match[3].endswith('int')}number"
+  return text
 
 
 def _one_line(error: Exception) -> str:

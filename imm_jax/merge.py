@@ -37,7 +37,7 @@ from imm_jax.merging.options import REQUIRED, Option
 from imm_jax.merging.recipes import command, mergekit
 from imm_jax.merging.recipes.command import OutputOptions
 from imm_jax.merging.recipes.documents import Documents
-from imm_jax.merging.recipes.recipe import DTYPES, Recipe, Slice
+from imm_jax.merging.recipes.recipe import DTYPES, OptionError, Recipe, Slice
 from imm_jax.merging.recipes.recipe_file import YamlLoader, describe_yaml_error
 from imm_jax.merging.registry import MergeMethod
 from imm_jax.model import hub
@@ -159,7 +159,10 @@ def _write_one(root: Path, recipe: Recipe, options: OutputOptions) -> None:
   outputs = _plan_outputs(root, recipe)
 
   def write(out: Path) -> int:
-    command.merge({out / folder.relative_to(root): swept for folder, swept in outputs.items()}, options)
+    try:
+      command.merge({out / folder.relative_to(root): swept for folder, swept in outputs.items()}, options)
+    except OptionError as e:
+      raise UserError(f"{_RECIPE.value}: {e}" if _RECIPE.value else str(e)) from e
     return len(outputs)
 
   _write(root, recipe.inputs, write)

@@ -27,7 +27,8 @@ RESERVED = {
     "logtostderr", "only_check_args", "pdb", "pdb_post_mortem", "profile_file", "run_with_pdb", "run_with_profiling",
     "showprefixforinfo", "stderrthreshold", "undefok", "use_cprofile_for_profiling", "v", "verbosity"}
 # Options that a run sets by name.
-_KINDS = {"base_weight": "number", "drop_rate": "number", "densities": "number", "importance": "vector"}
+_KINDS = {"base_weight": "number", "drop_rate": "number", "densities": "number", "normalize": "flag",
+          "importance": "vector"}
 # Options that a kernel gets as keyword arguments unless `prepare` says otherwise.
 STATIC = ("flag", "choice", "integer")
 

@@ -49,6 +49,11 @@ def merge(method: MergeMethod, inputs: Mapping[str, Any], options: Mapping[str, 
       labelled |= {f"{label}[{i}]": tree for i, tree in enumerate(value)}
     elif value is not None or label != "base" or "base" in method.inputs:
       labelled[label] = value
+  is_list = {label: isinstance(tree, list | tuple) for label, tree in labelled.items()}
+  for label in method.inputs:
+    if is_list.get(label) and not all(is_list.values()):
+      other = next(other for other, others_is_list in is_list.items() if not others_is_list)
+      raise ValueError(f"{label}: expected a tree as {other} is, got a {type(labelled[label]).__name__}")
   source = TreeSource(labelled, names, layer_axis)
   if "fishers" in inputs and len(inputs["fishers"]) != len(inputs["models"]):
     raise ValueError(f"fishers: {len(inputs['fishers'])} given for {len(inputs['models'])} models; expected one for "

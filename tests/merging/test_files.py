@@ -14,7 +14,7 @@ from imm_jax import merging
 from imm_jax.errors import UserError
 from imm_jax.merging import masks, on_disk as merge_on_disk, registry
 from imm_jax.merging.recipes import mergekit
-from tests.merge_folders import models, read, run, write
+from tests.merge_folders import models, one_line, read, run, write
 from tests.merging import every_method
 
 KEY = jax.random.key(7)
@@ -137,6 +137,10 @@ def test_a_recipe_of_mergekit_means_what_it_says(folders: list[Path], tmp_path: 
   expected = merging.ties(base, others[:2], **read_recipe.options)
   for name, x in read(tmp_path / "out").items():
     np.testing.assert_array_equal(x, expected[name])
+  file = tmp_path / "wrong.yml"
+  file.write_text(RECIPE.format(*folders).replace("density: [0.2, 0.8]", "density: 2"))
+  assert one_line(run(f"--recipe={file}", f"--out={tmp_path / 'none'}")).startswith(
+      f"error: {file}: ties: densities=2.0 at ")
 
 
 def refusal(folders: dict[str, Path]) -> str:
