@@ -4,7 +4,7 @@ import runpy
 import sys
 
 from imm_jax import __version__
-from imm_jax.errors import Exit, suggest
+from imm_jax.errors import Exit, UserError, suggest
 from imm_jax.runtime import signals
 
 # For each command the module that it runs, as `python -m MODULE` does, and a description.
@@ -37,7 +37,11 @@ def main() -> None:
     sys.exit(Exit.MISTAKE)
   sys.argv = [sys.argv[0], *arguments]
   # It runs as __main__, so that --help and the processes that it starts find the same module as with python -m.
-  runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
+  try:
+    runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
+  except UserError as e:  # a merging method that cannot be registered; the command itself prints all others
+    print(f"error: {e}", file=sys.stderr)
+    sys.exit(Exit.MISTAKE)
 
 
 def _format_help() -> str:

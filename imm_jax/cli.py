@@ -16,7 +16,7 @@ import ml_collections
 from absl import app, flags, logging
 
 from imm_jax import config_files
-from imm_jax.errors import Exit, PreemptedError, UserError, exit_code
+from imm_jax.errors import Exit, PreemptedError, UserError, exit_code, suggest
 from imm_jax.runtime import compilation, signals
 
 # Characters that are printed of an error message of another package.
@@ -141,14 +141,22 @@ def _keep_last(argv: Sequence[str]) -> list[str]:
 
 
 def _explain_flag(error: flags.Error) -> str:
-  """Explains in one line what absl says of a flag that is unknown, missing or of another type."""
+  """Explains in one line what absl says of a flag that is unknown or missing, or of its value.
+
+  >>> _explain_flag(flags.Error("flag --method=liner: value should be one of <imm|linear>"))
+  "--method='liner': did you mean linear?"
+  >>> _explain_flag(flags.Error("flag --seed=no: invalid literal for int() with base 10: 'no'"))
+  "--seed='no': expected a whole number"
+  """
   text = _one_line(error)
   if isinstance(error, flags.UnrecognizedFlagError):
     return f"Unknown command line flag {error.flagname!r}; {_suggest_flag(error.flagname)}"
   if missing := re.findall(r"Flag --(\w+) must have a value other than None", text):
     return f"give {' and '.join(f'--{name}=...' for name in dict.fromkeys(missing))} (see --help)"
-  if match := re.match(r"flag (--[\w.]+=.*): (invalid literal for int|could not convert string to float)", text):
-    return f"{match[1]}: expected {'a whole number' if 'int' in match[2] else 'a number'}"
+  if match := re.fullmatch(r"flag --([\w.]+)=(.*): value should be one of <(.*)>", text):
+    return f"--{match[1]}={match[2]!r}: {suggest(match[2], match[3].split('|'))}"
+  if match := re.fullmatch(r"flag --([\w.]+)=(.*): (invalid literal for int|could not convert .* float).*", text):
+    return f"--{match[1]}={match[2]!r}: expected a {'whole ' * match[3].endswith('int')}number"
   return text
 
 

@@ -10,7 +10,7 @@ import ml_collections
 from imm_jax import task_checks
 from imm_jax.config_keys import check_keys, get_value, require
 from imm_jax.errors import UserError, suggest
-from imm_jax.merging import quantize_drop_rate
+from imm_jax.merging import quantize_drop_rate, registry as merging
 from imm_jax.methods import METHODS, get_method, list_merging_methods
 from imm_jax.model import attention
 from imm_jax.model.decode_kernels import KERNELS
@@ -65,7 +65,9 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
   for key, allowed in _ONE_OF.items():
     value = get_value(config, key)
     if value not in allowed:
-      raise UserError(f"config.{key}={value!r}: {suggest(str(value), list(allowed))}")
+      hint = (f"is a merge; config.merge.method={value} puts it in a method that merges"
+              if key == "method" and value in merging.list_round_methods() else suggest(str(value), list(allowed)))
+      raise UserError(f"config.{key}={value!r}: {hint}")
   for keys, check, expected in (
       (_AT_LEAST_ONE, lambda v: 1 <= v < 2**31, "expected 1 or more, less than 2**31"),
       (_AT_LEAST_ZERO, lambda v: 0 <= v < 2**31, "expected 0 or more, less than 2**31"),

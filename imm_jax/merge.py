@@ -5,6 +5,7 @@
     imm merge --method=linear --models=A,B --weights='[0.3, 0.7]' --out=OUT
     imm merge --method=ties --base=BASE --models=A,B --weights=1 --densities=0.2 --out=OUT
     imm merge --recipe=mergekit.yml --out=OUT
+    imm merge --import=mine.py --method=mine --base=BASE --models=A --out=OUT
 
 A setting is YAML: a number, a list over the layers, or a mapping from regex to either. A setting per model is one of
 these for all models, or a list with one for each. An error leaves no partial OUT; merge.json in it records how it was
@@ -13,8 +14,10 @@ made.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,11 +37,27 @@ from imm_jax.merging.options import REQUIRED, Option
 from imm_jax.merging.recipes import command, mergekit
 from imm_jax.merging.recipes.command import OutputOptions
 from imm_jax.merging.recipes.documents import Documents
-from imm_jax.merging.recipes.recipe import DTYPES, Recipe, Slice
+from imm_jax.merging.recipes.recipe import DTYPES, OptionError, Recipe, Slice
 from imm_jax.merging.recipes.recipe_file import YamlLoader, describe_yaml_error
 from imm_jax.merging.registry import MergeMethod
 from imm_jax.model import hub
 
+_IMPORT = flags.DEFINE_multi_string("import", [], "A Python file that registers merging methods of your own; their "
+                                    "options become flags.")
+
+
+def _import_files(arguments: list[str]) -> None:
+  """Imports the files that --import names, before the flags of their methods' options are made."""
+  for name, following in itertools.pairwise([*arguments, ""]):
+    flag, is_set, value = name.partition("=")
+    if flag in ("--import", "-import"):
+      try:
+        registry.load_file(Path(value if is_set else following))
+      except UserError as e:
+        sys.exit(f"error: {e}")
+
+
+_import_files(sys.argv[1:])
 _METHODS = registry.list_disk_methods()
 _METHOD = flags.DEFINE_enum("method", "imm", list(_METHODS), "The merging method, without --recipe. " + " ".join(
     f"{name}: {method.summary}." for name, method in _METHODS.items()))
@@ -140,7 +159,10 @@ def _write_one(root: Path, recipe: Recipe, options: OutputOptions) -> None:
   outputs = _plan_outputs(root, recipe)
 
   def write(out: Path) -> int:
-    command.merge({out / folder.relative_to(root): swept for folder, swept in outputs.items()}, options)
+    try:
+      command.merge({out / folder.relative_to(root): swept for folder, swept in outputs.items()}, options)
+    except OptionError as e:
+      raise UserError(f"{_RECIPE.value}: {e}" if _RECIPE.value else str(e)) from e
     return len(outputs)
 
   _write(root, recipe.inputs, write)

@@ -162,7 +162,7 @@ def test_what_was_told_to_stop_is_no_error():
     ({}, ("--config.merge.options.densty=1",), Exit.MISTAKE, "densty'; did you mean merge.options.densities"),
     ({}, ("--rerum",), Exit.MISTAKE, "error: Unknown command line flag 'rerum'; did you mean --rerun?"),
     ({}, ("--rounds=2",), Exit.MISTAKE, "error: Unknown command line flag 'rounds'; did you mean --config.rounds?"),
-    ({}, ("--config.rounds=1.5",), Exit.MISTAKE, "error: --config.rounds=1.5: expected a whole number")])
+    ({}, ("--config.rounds=1.5",), Exit.MISTAKE, "error: --config.rounds='1.5': expected a whole number")])
 def test_failed_start_is_one_line(environment, flags, code: Exit, message: str, tmp_path: Path):
   """A command that cannot start says why."""
   done = _imm("run", "--config=tiny", f"--workdir={tmp_path / 'run'}", *flags, **environment)

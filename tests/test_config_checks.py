@@ -21,7 +21,9 @@ def run(key: str, value: object) -> ml_collections.ConfigDict:
 
 
 @pytest.mark.parametrize(("key", "value", "expected"), [
-    ("method", "imn", "did you mean imm?"), ("merge.drop_rate", float("nan"), "drop_rate=nan"),
+    ("method", "imn", "did you mean imm?"),
+    ("method", "linear", "config.method='linear': is a merge; config.merge.method=linear puts it in a method that"),
+    ("merge.drop_rate", float("nan"), "drop_rate=nan"),
     ("merge.base_weight", 1.5, "base_weight=1.5: expected a number from 0 to 1"),
     ("rounds", 0, "config.rounds=0: expected 1 or more"), ("sample.stop", ("",), "not empty"),
     ("task.eval_questions", 1_000_000, "eval_questions=1000000"), ("profile", "3", "expected first:end"),

@@ -1,7 +1,7 @@
 """Model merging: `from imm_jax import merging; merging.imm(base, start, tuned, ...)` on any pytree.
 
-Every method under `methods/` is a function here, and needs jax and numpy alone. `checkpoint` merges HF checkpoints on
-disk with the same bits. All functions share this:
+Every method under `methods/` is a function here, and needs jax and numpy alone. `on_disk` merges HF checkpoints on disk
+with the same bits. All functions share this:
 
 - Trees hold arrays of any kind and must match in paths and shapes. Floating leaves are merged in float32 from the
   stored values (float64 ones too, whose last bits and values above 3.4e38 are lost) and rounded once to the first
@@ -9,7 +9,8 @@ disk with the same bits. All functions share this:
   tree's are taken). A leaf shared between two paths of every tree (tied weights) is merged once, unless their options
   differ.
 - `names` is a tree of tensor names of the same structure; a tuple names the tensors stacked along a leaf's axis
-  `layer_axis`, so that stacked and separate layers give the same bits. By default a leaf's path is its name.
+  `layer_axis`, so that stacked and separate layers give the same bits. By default a leaf's path is its name, and the
+  leaf is one tensor: methods that look at whole tensors (angles, largest entries) need `names` for stacked layers.
 - A setting is a number, a list that is interpolated over the layers, or a mapping from a regex of tensor names to
   either (the first match counts). `weights`, `densities` and the like take one setting for all models, or a sequence
   with one for each (so a list over layers is nested in another list). Numbers and lists may be jax arrays, also traced

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from imm_jax.merging import masks, trees
-from imm_jax.merging.kernels import Numbers
+from imm_jax.merging import kernels, masks, trees
 from imm_jax.merging.registry import MergeMethod, Plan
 from imm_jax.merging.statistics import Statistic, as_matrix
 from imm_jax.merging.trees import Leaf, PyTree
@@ -50,6 +49,11 @@ def merge(method: MergeMethod, inputs: Mapping[str, Any], options: Mapping[str, 
       labelled |= {f"{label}[{i}]": tree for i, tree in enumerate(value)}
     elif value is not None or label != "base" or "base" in method.inputs:
       labelled[label] = value
+  is_list = {label: isinstance(tree, list | tuple) for label, tree in labelled.items()}
+  for label in method.inputs:
+    if is_list.get(label) and not all(is_list.values()):
+      other = next(other for other, others_is_list in is_list.items() if not others_is_list)
+      raise ValueError(f"{label}: expected a tree as {other} is, got a {type(labelled[label]).__name__}")
   source = TreeSource(labelled, names, layer_axis)
   if "fishers" in inputs and len(inputs["fishers"]) != len(inputs["models"]):
     raise ValueError(f"fishers: {len(inputs['fishers'])} given for {len(inputs['models'])} models; expected one for "
@@ -148,7 +152,10 @@ def _merge_leaf(plan: Plan, leaf: Leaf, stacked: Mapping[str, Any], words: Any, 
   # Preserve float64 leaves of numpy, a dtype that jax disables by default.
   is_enabled = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
   with jax.enable_x64(is_enabled or getattr(first, "dtype", None) == np.float64):
-    return merge(first, tuple(others), stacked, shared)
+    try:
+      return merge(first, tuple(others), stacked, shared)
+    except kernels.KernelError as e:
+      raise ValueError(f"{leaf.names[0]}: {e}") from None
 
 
 def _stack(values: Sequence[Any]) -> Any:
@@ -197,7 +204,7 @@ def _compiled(kernel: Callable[..., jax.Array], static: tuple[tuple[str, Any], .
   def compute(first: jax.Array, others: tuple[jax.Array, ...], scalars: Any, shared: Any) -> jax.Array:
     forward = lambda t: t[None] if axis is None else jnp.moveaxis(t, axis, 0)
     tensors = tuple(forward(jnp.asarray(t)).astype(jnp.float32) for t in (first, *others))
-    merged = kernel(tensors, Numbers(scalars, tensors[0].ndim), shared, **dict(static)).astype(jnp.result_type(first))
+    merged = kernels.call(kernel, tensors, scalars, shared, dict(static)).astype(jnp.result_type(first))
     return merged[0] if axis is None else jnp.moveaxis(merged, 0, axis)
 
   def merge(first: jax.Array, others: tuple[jax.Array, ...], scalars: Any, shared: Any) -> jax.Array:

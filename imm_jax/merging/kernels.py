@@ -16,7 +16,7 @@ layout. Products that enter a sum are pinned so that the bits do not depend on t
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,10 @@ Tensors = tuple[jax.Array, ...]
 Shared = Mapping[str, Any]
 
 
+class KernelError(ValueError):
+  """Reports a mistake in a method's kernel."""
+
+
 class Numbers:
   """Settings of stacked tensors, shaped to broadcast against them."""
 
@@ -36,10 +40,33 @@ class Numbers:
     self._scalars, self._rank = scalars, rank
 
   def __getitem__(self, name: str) -> Any:
+    if name not in self._scalars:
+      raise KernelError(f"numbers has {', '.join(map(repr, self._scalars)) or 'nothing'}, not {name!r}")
     value = self._scalars[name]
     if value.ndim == 1:
       return value.reshape(-1, *(1,) * (self._rank - 1))
     return tuple(value[:, i].reshape(-1, *(1,) * (self._rank - 1)) for i in range(value.shape[1]))
+
+
+def call(kernel: Callable[..., jax.Array], tensors: Tensors, scalars: Mapping[str, jax.Array], shared: Shared,
+         static: Mapping[str, Any]) -> jax.Array:
+  """Calls a kernel.
+
+  Raises:
+    KernelError: if it asks for a number that there is not, or returns something else than an array of floats of the
+      tensors' shape.
+  """
+  expected = f"an array of floats {tensors[0].shape}"
+  try:
+    merged = kernel(tensors, Numbers(scalars, tensors[0].ndim), shared, **static)
+  except KernelError as e:
+    raise KernelError(f"{kernel.__name__}: {e}") from None
+  if not isinstance(merged, jax.Array):
+    raise KernelError(f"{kernel.__name__} returned {'nothing' if merged is None else type(merged).__name__}, expected "
+                      f"{expected}")
+  if merged.shape != tensors[0].shape or not jnp.issubdtype(merged.dtype, jnp.floating):
+    raise KernelError(f"{kernel.__name__} returned {merged.dtype} {merged.shape}, expected {expected}")
+  return merged
 
 
 def add(terms: Sequence[jax.Array]) -> jax.Array:

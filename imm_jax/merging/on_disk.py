@@ -22,8 +22,7 @@ import numpy as np
 import xxhash
 
 from imm_jax.errors import UserError
-from imm_jax.merging import registry
-from imm_jax.merging.kernels import Numbers
+from imm_jax.merging import kernels, registry
 from imm_jax.merging.registry import Plan
 from imm_jax.merging.source import BLOCK, Buffers, CheckpointSource, is_floating, on_cpu
 from imm_jax.model import checkpoint_folder
@@ -125,7 +124,8 @@ def merge_parts(parts: Sequence[Part], targets: Sequence[tuple[Path, np.dtype | 
     allow_nonfinite: also merge tensors with NaN or infinity.
 
   Raises:
-    UserError: for a tensor with NaN or infinity, unless allowed, and for non-floating tensors that differ.
+    UserError: for a tensor with NaN or infinity, unless allowed, for NaN that a method makes of finite numbers, and for
+      non-floating tensors that differ.
   """
   tensors = sorted(((name, part) for part in parts for name in part.source.order),
                    key=lambda item: checkpoint_folder.model_order(item[0]))
@@ -211,18 +211,28 @@ class _MergeRun:
                           f"({folder}): a merge would {'make them infinite' if is_wide else 'spread it'}; take a sound "
                           "checkpoint, or allow it (--allow_nonfinite)")
     for i, (plan, writer, numbers) in enumerate(zip(part.plans, self._writers, scalars, strict=True)):
-      merged = _compute_block(plan, arrays, numbers, shared, writer.dtype(name)).reshape(-1)[:count]
+      try:
+        merged = _compute_block(plan, arrays, numbers, shared, writer.dtype(name)).reshape(-1)[:count]
+      except kernels.KernelError as e:
+        raise UserError(f"{name}: {e}") from e
       if not _is_finite(merged):
-        self._count_overflow(name, i, inputs.values(), merged)
+        self._check_overflow(name, i, plan.kernel.__name__, inputs.values(), merged)
       if count:
         writer.write(name, begin, merged)
     with self._bar.get_lock():
       self._bar.update(sum(count * array.itemsize for array in arrays))
 
-  def _count_overflow(self, name: str, output: int, inputs: Iterable[np.ndarray], merged: np.ndarray) -> None:
-    """Counts entries that are not finite although the inputs are."""
+  def _check_overflow(self, name: str, output: int, method: str, inputs: Iterable[np.ndarray], merged: np.ndarray,
+                      ) -> None:
+    """Counts entries beyond the dtype's range where the inputs are finite; raises UserError if any are NaN instead."""
     finite = np.logical_and.reduce([np.isfinite(array.astype(np.float64)) for array in inputs])
-    count = int((finite & ~np.isfinite(merged.astype(np.float32))).sum())
+    wide = merged.astype(np.float32)
+    # Some dtypes of 8 bits have no infinity, but NaN instead. Where NaN is allowed, whole tensors and rows spread it.
+    has_infinity = np.isinf(np.array(np.inf).astype(merged.dtype).astype(np.float32))
+    if has_infinity and not self._allow and (undefined := int(np.isnan(wide).sum())):
+      raise UserError(f"{name}: {method} gave NaN from finite inputs ({undefined} of {merged.size} entries), as a "
+                      "division by zero does, or a number beyond float32")
+    count = int((finite & (np.isinf(wide) if has_infinity else ~np.isfinite(wide))).sum())
     with self._lock:
       self.overflowed[output] += Counter({name: count} if count else {})
 
@@ -306,7 +316,7 @@ def _compiled(kernel: Callable[..., jax.Array], static: tuple[tuple[str, Any], .
               ) -> Callable[..., jax.Array]:
   def merge(tensors: tuple[jax.Array, ...], scalars: Any, shared: Any) -> jax.Array:
     floats = tuple(t.astype(jnp.float32) for t in tensors)
-    return kernel(floats, Numbers(scalars, floats[0].ndim), shared, **dict(static)).astype(dtype)
+    return kernels.call(kernel, floats, scalars, shared, dict(static)).astype(dtype)
 
   return jax.jit(merge)
 
@@ -320,7 +330,7 @@ def _compiled_pairs(kernel: Callable[..., jax.Array], static: tuple[tuple[str, A
     for half in (0, 1):  # a bfloat16 is the high half of a float32; the first of a pair is the low half of its word
       floats = tuple(jax.lax.bitcast_convert_type(t & np.uint32(0xFFFF0000) if half else t << 16, np.float32)
                      for t in tensors)
-      merged = kernel(floats, Numbers(scalars, floats[0].ndim), {**shared, "half": half}, **dict(static))
+      merged = kernels.call(kernel, floats, scalars, {**shared, "half": half}, dict(static))
       halves.append(jax.lax.bitcast_convert_type(merged.astype(_BFLOAT16), np.uint16).astype(np.uint32))
     return halves[0] | halves[1] << 16
 

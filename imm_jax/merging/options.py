@@ -112,6 +112,10 @@ class Option:
       raise ValueError(f"{self.name}={value!r}{where}: expected {self.range}")
 
 
+class _ByTensor(dict[str, Any]):
+  """Holds an option's numbers by the tensor's name."""
+
+
 class Settings:
   """A method's validated options, with defaults, resolved for every tensor of a source."""
 
@@ -140,7 +144,7 @@ class Settings:
         self._values[option.name] = value
         continue
       per_model = _per_model_settings(value, num_models, option.name) if option.per_model else [value]
-      resolved = {}
+      resolved = _ByTensor()
       for name in source.names:
         numbers = [resolve(setting, name, get_num_layers(name, source.layers), option.name, source.first_layer)
                    for setting in per_model]
@@ -155,7 +159,9 @@ class Settings:
 
   def value(self, option: str, tensor: str) -> Any:
     """Returns an option's number for a tensor; an array [n] of one for each model if it is `per_model`."""
-    value = self._values[option][tensor]
+    value = self._values[option]
+    if isinstance(value, _ByTensor):
+      value = value[tensor]
     return stack(value) if isinstance(value, list) else value
 
   def concrete_values(self, option: str, tensor: str) -> list[float]:

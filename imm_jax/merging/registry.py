@@ -13,12 +13,17 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import runpy
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from imm_jax.errors import suggest
+from imm_jax.errors import UserError, suggest
+from imm_jax.merging import declarations
+from imm_jax.merging.declarations import INPUTS
 from imm_jax.merging.options import REQUIRED, Option, Settings
 from imm_jax.merging.statistics import Source
 from imm_jax.merging.trees import PyTree
@@ -26,11 +31,6 @@ from imm_jax.merging.trees import PyTree
 Scalars = dict[str, Any]
 # (source, settings) -> numbers of a tensor by its name, static options of the kernel.
 Prepare = Callable[[Source, Settings], tuple[Callable[[str], Scalars], dict[str, Any]]]
-# Descriptions of the inputs, for help and docstrings.
-INPUTS = {"base": "the model that all were tuned from", "base?": "the model that all were tuned from; none by default",
-          "start": "the model that was tuned; the base in the first round", "tuned": "the model after SFT",
-          "models": "a list of trees", "other": "the other model", "delta": "tuned minus base",
-          "fishers": "a list of trees, one for each model: the diagonal of its Fisher matrix"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,9 @@ class MergeMethod:
     measures: whether `prepare` reads tensors.
     gradients: `exact`, or `masks` if jax.grad treats the choice of kept entries as constant.
     layers: whether layer numbers matter beyond settings that vary over the layers.
+    strength: the option that says how far a merge goes from the base (0) to the models (1), which a run sets to
+      1 - `merge.base_weight`; `1 - NAME` if it counts the other way, so that it is set to `merge.base_weight` itself;
+      empty for none. By default `weights`, one for each model, or `1 - base_weight`, where there is such an option.
   """
 
   name: str
@@ -87,6 +90,20 @@ class MergeMethod:
   measures: bool = False
   gradients: str = "exact"
   layers: bool = False
+  strength: str | None = None
+
+  @property
+  def strength_option(self) -> str:
+    """The option that a run's base weight sets; empty if there is none."""
+    if self.strength is not None:
+      return self.strength.removeprefix("1 - ")
+    weights = self.by_option.get("weights")
+    return "weights" if weights and weights.per_model else "base_weight" if "base_weight" in self.by_option else ""
+
+  @property
+  def is_base_weight(self) -> bool:
+    """Whether `strength_option` is the base's weight, which falls as the strength rises."""
+    return self.strength_option == "base_weight" if self.strength is None else self.strength.startswith("1 - ")
 
   @property
   def summary(self) -> str:
@@ -128,11 +145,11 @@ class MergeMethod:
   def __call__(self, source: Source, **options: Any) -> Plan:
     """Plans a merge of these models; raises ValueError for invalid options."""
     settings = Settings(self.options, options, source, self._num_models(source))
-    static = {o.name: settings[o.name] for o in self.options if o.kind in ("flag", "choice", "integer")}
-    numbers = [o.name for o in self.options if o.kind == "number"]
+    static = {o.name: settings[o.name] for o in self.options if o.kind in declarations.STATIC}
+    numbers = [o.name for o in self.options if o.kind in ("number", "constant")]
     scalars: Callable[[str], Scalars] = lambda name: {option: settings.value(option, name) for option in numbers}
     if self.prepare is not None:
-      scalars, static = self.prepare(source, settings)
+      scalars, static = self.prepare(source if self.needs_whole_tensors else _Unread(source, self.name), settings)
     whole = self.whole(settings) if callable(self.whole) else self.whole
     # If no mask is drawn, blocks may have any shape.
     return Plan(self.kernel, static, scalars, self.draws and static.get("draw", True), whole)
@@ -141,6 +158,18 @@ class MergeMethod:
     """Returns the number of models that `per_model` options apply to."""
     count = source.num_models - source.has_base
     return count // 2 if "fishers" in self.inputs else count
+
+
+class _Unread:
+  """Is the `Source` of a method that does not declare that it reads tensors."""
+
+  def __init__(self, source: Source, method: str):
+    self._source, self._method = source, method
+
+  def __getattr__(self, name: str) -> Any:
+    if name in ("reduce", "tensors"):
+      raise UserError(f"{self._method}: its prepare reads tensors; @method needs measures=True")
+    return getattr(self._source, name)
 
 
 METHODS: dict[str, MergeMethod] = {}
@@ -155,17 +184,43 @@ def method(*inputs: str, options: Sequence[Option] = (), reference: str = "", **
     options: see `MergeMethod`.
     reference: see `MergeMethod`.
     attributes: further attributes of `MergeMethod`.
+
+  Raises:
+    UserError: for what cannot work; names the file, the method and the option.
   """
 
   def register(kernel: Callable[..., jax.Array]) -> Callable[..., PyTree]:
-    if kernel.__name__ in METHODS and METHODS[kernel.__name__].kernel.__module__ != kernel.__module__:
-      raise ValueError(f"{kernel.__name__}: two files register a method of this name")
-    doc = inspect.cleandoc(kernel.__doc__ or "")
-    METHODS[kernel.__name__] = MergeMethod(kernel.__name__, doc, reference, inputs, tuple(options), kernel,
-                                           **attributes)
-    return _make_function(METHODS[kernel.__name__])
+    name = kernel.__name__
+    if name in METHODS:
+      declarations.check_name(kernel, METHODS[name].kernel)
+    declarations.check_attributes(kernel, MergeMethod, options, attributes)
+    record = MergeMethod(name, inspect.cleandoc(kernel.__doc__ or ""), reference, inputs, tuple(options), kernel,
+                         **attributes)
+    declarations.check(record)
+    METHODS[name] = record
+    return _make_function(record)
 
   return register
+
+
+def load_file(path: Path) -> None:
+  """Imports a Python file of the user's that registers methods; files beside it can be imported in it.
+
+  Raises:
+    UserError: if it cannot be imported, or registers none.
+  """
+  before = dict(METHODS)
+  sys.path.insert(0, str(path.resolve().parent))
+  try:
+    runpy.run_path(str(path))
+  except UserError:
+    raise
+  except Exception as e:  # a file of the user's may raise anything
+    raise UserError(f"{path}: cannot be imported: {type(e).__name__}: {' '.join(str(e).split())}") from e
+  finally:
+    sys.path.remove(str(path.resolve().parent))
+  if all(before.get(name) is entry for name, entry in METHODS.items()):
+    raise UserError(f"{path}: registers no method with @method")
 
 
 def list_disk_methods() -> dict[str, MergeMethod]:

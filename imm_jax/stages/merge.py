@@ -99,9 +99,11 @@ def _plan(settings: MergeSettings, models: MergeInputs, own: str, config: ml_col
   if not settings.collect_models(**models.folders):
     return f"the tuned model, for {method.name} merges several"
   shown = "" if method.name == own else method.name
-  weight = f"base_weight {config.merge.base_weight}{_describe_length(config)}" if settings.weighs else ""
+  weight = f"base_weight {config.merge.base_weight}{_describe_length(config)}" + settings.describe_strength(
+      _setting(config.merge.base_weight)) if settings.weighs else ""
   thins = {"drop_rate", "densities"} & method.by_option.keys() - settings.options.keys()
-  return ", ".join(filter(None, (shown, weight, f"drop_rate {settings.drop_rate}" if thins else "", *(
+  drops = f"drop_rate {settings.drop_rate}" + f" (densities {1 - settings.drop_rate:g})" * ("densities" in thins)
+  return ", ".join(filter(None, (shown, weight, drops if thins else "", *(
       f"{option} {value}" for option, value in settings.options.items())))) or method.name
 
 

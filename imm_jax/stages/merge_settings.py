@@ -4,7 +4,7 @@
 and `auto` work with all of them: a mean gives the base that weight, and a task vector is scaled by the complement.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,14 +16,8 @@ from imm_jax.merging import registry
 from imm_jax.merging.trees import Setting
 from imm_jax.methods import merge_method
 
-# Strength options, which determine how far a merge goes from the base; `weights` is another.
-_STRENGTHS: Mapping[str, Callable[[Setting], Setting]] = {
-    "base_weight": lambda weight: weight, "t": lambda weight: complement(weight),
-    "alpha": lambda weight: complement(weight)}
 # Options that are settings of their own in a run, or that it measures.
 _NOT_GIVEN = ("base_weight", "drop_rate", "importance")
-# Methods whose `t` or `alpha` is not a strength.
-_NO_STRENGTH = ("nearswap", "lines", "ramplus_tl")
 
 
 class MergeSettings(NamedTuple):
@@ -50,7 +44,7 @@ class MergeSettings(NamedTuple):
   def fixed_by(self) -> str:
     """The given option that overrides `merge.base_weight`; empty if there is none."""
     method = registry.METHODS[self.method]
-    if (strength := _strength(method)) in self.options:
+    if (strength := method.strength_option) in self.options:
       return strength
     # A single task vector has the normalized weight 1.
     return "normalize" if strength == "weights" and "base" in method.inputs and self.options.get("normalize") else ""
@@ -87,17 +81,14 @@ class MergeSettings(NamedTuple):
   def collect_options(self, weight: Setting, importance: Path | None) -> dict[str, Any]:
     """Returns the options of the method for a base weight."""
     method = registry.METHODS[self.method]
-    strength, result = _strength(method), {}
+    strength, result = method.strength_option, {}
     for option in method.options:
       if option.name in self.options:
         result[option.name] = self.options[option.name]
-      elif option.name == strength == "weights":
-        # One setting per model: a setting may itself be a list over the layers.
-        result["weights"] = [*([] if "base" in method.inputs else [weight]), complement(weight)]
+      elif option.name == strength:
+        result[strength] = self.get_strength(weight)
       elif option.name == "normalize" and strength == "weights" and "base" in method.inputs:
         result["normalize"] = False  # with a single model it would cancel the weight
-      elif option.name == strength:
-        result[strength] = _STRENGTHS[strength](weight)
       elif option.name == "drop_rate":
         result["drop_rate"] = self.drop_rate
       elif option.name == "densities":
@@ -107,6 +98,27 @@ class MergeSettings(NamedTuple):
       elif option.suggested is not registry.REQUIRED:
         result[option.name] = option.suggested
     return result
+
+  def get_strength(self, weight: Setting) -> Any:
+    """Returns what the method's strength option gets for a base weight."""
+    method = registry.METHODS[self.method]
+    if method.is_base_weight:
+      return weight
+    if not method.by_option[method.strength_option].per_model:
+      return complement(weight)
+    # One setting per model: a setting may itself be a list over the layers.
+    return [*([] if "base" in method.inputs else [weight]), complement(weight)]
+
+  def describe_strength(self, weight: Any) -> str:
+    """Describes what the method gets for the config's base weight, where that is not the weight itself."""
+    method = registry.METHODS[self.method]
+    name = method.strength_option
+    if name == "base_weight":
+      return ""
+    if weight == "auto":
+      return f" ({name} {'base_weight' if method.is_base_weight else '1 - base_weight'})"
+    given = self.get_strength(weight)
+    return f" ({name} {_format(given[0] if method.by_option[name].per_model and len(given) == 1 else given)})"
 
   def to_json(self) -> dict[str, Any]:
     """Returns the settings as the stages of a merge record them."""
@@ -131,14 +143,16 @@ def complement(weight: Setting) -> Setting:
   return [1 - value for value in weight] if isinstance(weight, Sequence) else 1 - weight
 
 
+def _format(setting: Any) -> str:
+  """Formats a setting with the digits that people write: 1 - 0.9 as 0.1."""
+  if isinstance(setting, Mapping):
+    return f"{{{', '.join(f'{pattern!r}: {_format(value)}' for pattern, value in setting.items())}}}"
+  return f"[{', '.join(map(_format, setting))}]" if isinstance(setting, Sequence) else f"{setting:g}"
+
+
 def has_strength(method: str) -> bool:
   """Returns whether a merging method has a strength option, which the base weight sets."""
-  return _strength(registry.METHODS[method]) is not None
-
-
-def _strength(method: registry.MergeMethod) -> str | None:
-  names = method.by_option.keys() - (_STRENGTHS.keys() if method.name in _NO_STRENGTH else set())
-  return next((name for name in ("weights", *_STRENGTHS) if name in names), None)
+  return bool(registry.METHODS[method].strength_option)
 
 
 def check_merge_options(config: ml_collections.ConfigDict) -> None:
@@ -173,7 +187,7 @@ def check_merge_options(config: ml_collections.ConfigDict) -> None:
           f", or {count} of them, for {models}" if known_option.per_model else ", or a list of them over the layers"))
   for option in method.options:
     if option.suggested is registry.REQUIRED and option.name not in {
-        *given, "densities", "drop_rate", "importance", _strength(method)}:
+        *given, "densities", "drop_rate", "importance", method.strength_option}:
       raise UserError(f"config.merge.options.{option.name}: merge.method={name} needs it ({option.help}; "
                       f"{option.range})")
   if not settings.weighs and (config.merge.sweep or config.merge.base_weight == "auto"):

@@ -1,16 +1,21 @@
 """docs/merging.md: every method stands in its table, and its example of a method works as it says."""
 
 import re
+import runpy
 import sys
 import types
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import tiny
-from imm_jax.merging import registry
+from imm_jax.merging import on_disk, registry
 from imm_jax.stages import merge_settings
 from tests import REPO
+from tests.merge_folders import read, write
 
 TEXT = (REPO / "docs/merging.md").read_text()
 
@@ -18,9 +23,10 @@ TEXT = (REPO / "docs/merging.md").read_text()
 def test_every_method_and_option_stands_in_the_table():
   for name, method in registry.METHODS.items():
     row = re.search(rf"^\| \[?`{name}`.*$", TEXT, re.M)
-    assert row, name
-    assert all(f"`{option.name}`" in row[0] for option in method.options), name
-    assert row[0].endswith(f"| {method.gradients} |")
+    assert row, f"{name} has no row in the table of docs/merging.md"
+    missing = [option.name for option in method.options if f"`{option.name}`" not in row[0]]
+    assert not missing, f"{name}'s row in docs/merging.md lacks {missing}"
+    assert row[0].endswith(f"| {method.gradients} |"), f"{name}'s row in docs/merging.md: expected {method.gradients}"
 
 
 def test_a_method_is_one_file(monkeypatch: pytest.MonkeyPatch):
@@ -42,3 +48,21 @@ def test_a_method_is_one_file(monkeypatch: pytest.MonkeyPatch):
     assert "soft_swap: the change that is taken by half" in registry.format_option_help()["temperature"]
   finally:
     registry.METHODS.pop("soft_swap", None)
+
+
+def test_an_example_measures_whole_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  """Another model at the base's lengths, in memory and in blocks, as numpy computes it in float64."""
+  monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
+  file = tmp_path / "norm_swap.py"
+  file.write_text(re.findall(r"```python\n(.*?)```", TEXT, re.S)[1])
+  registry.load_file(file)
+  base, other = ({"w": np.random.default_rng(i).normal(size=(7, 30)).astype(np.float32)} for i in range(2))
+  length = lambda x: np.sqrt((x["w"].astype(np.float64)**2).sum())
+  expected = other["w"] * (length(base) / length(other))
+  folders = {label: write(tmp_path / label, tree) for label, tree in (("base", base), ("models[0]", other))}
+  with on_disk.CheckpointSource(folders, block=16) as source:
+    outputs = [on_disk.Output(tmp_path / "out", registry.METHODS["norm_swap"](source))]
+    on_disk.merge(source, outputs, key=np.zeros(2, np.uint32))
+  function = runpy.run_path(str(file))["norm_swap"]
+  for found in (read(tmp_path / "out"), function(base, other), jax.jit(function)(base, other)):
+    np.testing.assert_allclose(found["w"], expected, rtol=1e-5)

@@ -108,3 +108,11 @@ def test_names_of_another_tree_are_an_error(names):
   ones = {"w": np.ones(2, np.float32)}
   with pytest.raises(ValueError):  # noqa: PT011 (the message is jax's own)
     merge(ones, ones, ones, names=names)
+
+
+def test_a_list_in_place_of_a_tree_is_an_error():
+  """Lists are trees too, but not beside other trees."""
+  ones = {"w": np.ones(2, np.float32)}
+  with pytest.raises(ValueError, match=r"^other: expected a tree as base is, got a list$"):
+    merging.slerp(ones, [ones], t=0.5)
+  assert merging.slerp([ones], [ones], t=0.5)[0]["w"].tolist() == [1, 1]

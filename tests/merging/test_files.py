@@ -14,42 +14,40 @@ from imm_jax import merging
 from imm_jax.errors import UserError
 from imm_jax.merging import masks, on_disk as merge_on_disk, registry
 from imm_jax.merging.recipes import mergekit
-from tests.merge_folders import models, read, run, write
+from tests.merge_folders import models, one_line, read, run, write
+from tests.merging import every_method
 
 KEY = jax.random.key(7)
 WORDS = np.asarray(masks.key_words(KEY))
-OPTIONS = {
-    "linear": {"weights": [0.2, 0.5, 0.1, 0.4]}, "task_arithmetic": {"weights": 0.4},
-    "ties": {"weights": 1.0, "densities": 0.5}, "breadcrumbs": {"weights": 0.5, "densities": 0.6, "gammas": 0.1},
-    "dare_linear": {"weights": 0.5, "densities": [0.5, 0.7, 0.2]}, "dare_ties": {"weights": 0.5, "densities": 0.5},
-    "della": {"weights": 0.5, "densities": 0.5}, "model_stock": {}, "slerp": {"t": [0.2, 0.8]},
-    "imm": {"base_weight": 0.4, "drop_rate": 0.3}, "nuslerp": {"weights": [0.3, 0.9], "flatten": False},
-    "sce": {"select_topk": 0.5}, "arcee_fusion": {}, "karcher": {}, "multislerp": {"weights": 0.4},
-    "ramplus_tl": {"threshold": 0.05}, "breadcrumbs_ties": {"weights": 0.5, "densities": 0.6}}
-RANDOM = {"dare_linear", "dare_ties", "della", "imm"}
-COUNT = {"slerp": 2, "arcee_fusion": 2, "nuslerp": 2, "imm": 3}
-SLOW = {"della", "dare_linear", "dare_ties", "arcee_fusion", "sce", "breadcrumbs_ties", "nuslerp", "multislerp",
-        "karcher", "ramplus_tl"}
-# Without a base.
-PLAIN = {"linear", "karcher", "nuslerp"}
+# Options other than those of every_method.py: lists over the layers and the models, shapes of other kernels.
+OPTIONS = every_method.OPTIONS | {
+    "task_arithmetic": {"weights": 0.4}, "dare_linear": {"weights": 0.5, "densities": [0.5, 0.7]},
+    "slerp": {"t": [0.2, 0.8]}, "nuslerp": {"weights": [0.3, 0.9], "flatten": False}, "sce": {"select_topk": 0.5},
+    "karcher": {}}
+SLOW = {"della", "della_linear", "dare_linear", "dare_ties", "arcee_fusion", "sce", "breadcrumbs_ties", "nuslerp",
+        "multislerp", "karcher", "ramplus_tl", "iimm"}
+FULL = {"task_arithmetic", "ties", "breadcrumbs", "model_stock", "slerp", "lines", "wise_ft", "nearswap", "ram",
+        "passthrough", "fisher"}
+# A base and two models; a model after SFT; Fisher matrices, which are not negative.
+PLACES = {"base": 0, "models[0]": 1, "models[1]": 2, "other": 1, "start": 1, "tuned": 2}
 
 
-def in_memory(method: str):
-  trees, options = models(), dict(OPTIONS[method])
-  if method in RANDOM:
-    options["key"] = KEY
-  if method in PLAIN:
-    return getattr(merging, method)(trees[:COUNT.get(method, 4)], **options)
-  if method == "multislerp":
-    return merging.multislerp(trees[1:], base=trees[0], **options)
-  if method == "imm":
-    return merging.imm(*trees[:3], **options)
-  return getattr(merging, method)(trees[0], trees[1] if COUNT.get(method) == 2 else trees[1:], **options)
+def label_inputs(method: str) -> dict[str, int]:
+  """Returns which of the models each input of a method is, by label; an optional base is given."""
+  optional = {"base": 0} if registry.METHODS[method].base == "optional" else {}
+  return optional | {label: PLACES.get(label, 3) for label in every_method.list_inputs(method)}
+
+
+def in_memory(method: str, trees: list) -> dict:
+  places = label_inputs(method)
+  optional = {"base": trees[0]} if registry.METHODS[method].base == "optional" else {}
+  key = {"key": KEY} if registry.METHODS[method].draws else {}
+  given = [trees[places[label]] for label in every_method.list_inputs(method)]
+  return every_method.call(method, given, given_options=OPTIONS[method], **optional, **key)
 
 
 def on_disk(folders: list[Path], out: Path, method: str, *, block: int, **options) -> dict[str, np.ndarray]:
-  labels = [f"models[{i}]" if method in PLAIN or i else "base" for i in range(COUNT.get(method, 4))]
-  models = dict(zip(labels, folders, strict=False))
+  models = {label: folders[place] for label, place in label_inputs(method).items()}
   with merge_on_disk.CheckpointSource(models, block=block) as source:
     plan = registry.METHODS[method](source, **OPTIONS[method])
     merge_on_disk.merge(source, [merge_on_disk.Output(out, plan)], key=WORDS, **options)
@@ -57,17 +55,22 @@ def on_disk(folders: list[Path], out: Path, method: str, *, block: int, **option
 
 
 @pytest.mark.parametrize("method", [
-    pytest.param(m, marks=pytest.mark.slow if m in SLOW else [] if m in ("linear", "imm") else pytest.mark.full)
-    for m in OPTIONS])
-def test_file_merge_equals_tree_merge(method: str, folders: list[Path], tmp_path: Path):
+    pytest.param(m, marks=pytest.mark.slow if m in SLOW else pytest.mark.full if m in FULL else [])
+    for m in registry.list_disk_methods()])
+def test_file_merge_equals_tree_merge(method: str, tmp_path: Path):
   """They are the same bits, whatever the size of blocks and shards."""
-  expected = in_memory(method)
+  trees = models()
+  trees[3] = {name: np.abs(x) for name, x in trees[3].items()}
+  folders = [write(tmp_path / f"model{i}", tree, shards=1 + 2 * (i == 2)) for i, tree in enumerate(trees)]
+  expected = in_memory(method, trees)
   for i, (block, shard) in enumerate([(1 << 19, 10**9), (16, 200), (4, 10**9)]):  # the last cuts rows
     got = on_disk(folders, tmp_path / str(i), method, block=block, max_shard_bytes=shard)
     assert got.keys() == expected.keys()
     for name, leaf in expected.items():
       assert got[name].dtype == leaf.dtype
-      assert got[name].tobytes() == np.asarray(leaf).tobytes(), (method, block, name)
+      assert got[name].tobytes() == np.asarray(leaf).tobytes(), (
+          f"{method} in blocks of {block}: {name} is not what it is in memory; a kernel that is not elementwise needs "
+          "whole= or prepare=")
   assert len(list((tmp_path / "1").glob("*.safetensors"))) > 3
 
 
@@ -78,8 +81,7 @@ def test_bfloat16_has_the_bits_of_a_tree_too(method: str, tmp_path: Path):
   kept = ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight")
   trees = [{n: t[n] for n in kept} for t in models((ml_dtypes.bfloat16,) * 4)]
   folders = [write(tmp_path / str(i), tree) for i, tree in enumerate(trees)]
-  arguments = trees[:3] if method == "imm" else (trees[0], trees[1:])
-  expected = getattr(merging, method)(*arguments, **OPTIONS[method], key=KEY)
+  expected = in_memory(method, trees)
   for i, block in enumerate((1 << 19, 6, 4)):
     for name, x in on_disk(folders, tmp_path / f"out{i}", method, block=block).items():
       assert x.tobytes() == np.asarray(expected[name]).tobytes(), (name, block)
@@ -135,6 +137,10 @@ def test_a_recipe_of_mergekit_means_what_it_says(folders: list[Path], tmp_path: 
   expected = merging.ties(base, others[:2], **read_recipe.options)
   for name, x in read(tmp_path / "out").items():
     np.testing.assert_array_equal(x, expected[name])
+  file = tmp_path / "wrong.yml"
+  file.write_text(RECIPE.format(*folders).replace("density: [0.2, 0.8]", "density: 2"))
+  assert one_line(run(f"--recipe={file}", f"--out={tmp_path / 'none'}")).startswith(
+      f"error: {file}: ties: densities=2.0 at ")
 
 
 def refusal(folders: dict[str, Path]) -> str:

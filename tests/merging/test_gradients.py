@@ -7,57 +7,18 @@ import pytest
 
 from imm_jax import merging
 from imm_jax.merging import registry
+from tests.merging.every_method import KEY, NAMES, OPTIONS, arguments, call, tree
 
-KEY = jax.random.key(2)
-NAMES = ("layers.0.w", "layers.1.w")
-# What each method is tried with; a method that is not here has no test, which one of them says.
-OPTIONS = {
-    "linear": {"weights": [0.7, 0.4]}, "task_arithmetic": {"weights": [0.7, -0.4], "scale": 0.8},
-    "lines": {"weights": [0.7, -0.4]}, "ties": {"weights": [0.7, 0.4], "densities": 0.6},
-    "breadcrumbs": {"weights": [0.7, 0.4], "densities": 0.6, "gammas": 0.1},
-    "breadcrumbs_ties": {"weights": [0.7, 0.4], "densities": 0.6, "gammas": 0.1},
-    "dare_linear": {"weights": [0.7, 0.4], "densities": 0.6}, "dare_ties": {"weights": [0.7, 0.4], "densities": 0.6},
-    "della": {"weights": [0.7, 0.4], "densities": 0.6}, "della_linear": {"weights": [0.7, 0.4], "densities": 0.6},
-    "imm": {"base_weight": 0.4, "drop_rate": 0.3}, "dare": {"drop_rate": 0.4},
-    "iimm": {"base_weight": 0.4, "drop_rate": 0.3, "importance": [1.0, 2.0]},
-    "slerp": {"t": 0.3}, "nuslerp": {"weights": [0.7, 0.4]}, "multislerp": {"weights": [0.7, 0.4]},
-    "karcher": {"max_iter": 2},
-    "model_stock": {}, "wise_ft": {"alpha": 0.3}, "nearswap": {"t": 0.3}, "sce": {"select_topk": 0.6},
-    "ram": {"threshold": 0.05}, "ramplus_tl": {"threshold": 0.05}, "arcee_fusion": {}, "passthrough": {"scales": 0.7},
-    "fisher": {"weights": [0.7, 0.4]}}
-# One of each kind, for every run; the others have the same parts in another order.
-FAST = {"linear", "ties", "imm", "della", "slerp", "multislerp", "model_stock", "nearswap", "sce", "fisher", "ram"}
-EACH = [pytest.param(m, marks=() if m in FAST else pytest.mark.slow) for m in OPTIONS]
+# Those that have the parts of others in another order.
+SLOW = {"task_arithmetic", "lines", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della_linear",
+        "dare", "iimm", "nuslerp", "karcher", "wise_ft", "ramplus_tl", "arcee_fusion", "passthrough"}
+EACH = [pytest.param(m, marks=pytest.mark.slow if m in SLOW else ()) for m in OPTIONS]
 # Numbers that gradients go to as well.
 COEFFICIENTS = {"weights", "scale", "alpha", "beta", "t", "base_weight", "scales", "r"}
 
 
-def tree(seed: int) -> dict[str, np.ndarray]:
-  rng = np.random.default_rng(seed)
-  return {name: rng.normal(size=(4, 5)).astype(np.float32) for name in NAMES}
-
-
-def arguments(method: str) -> list:
-  """Trees for a method's inputs, all in one list."""
-  made = registry.METHODS[method]
-  count = sum(2 if name in ("models", "fishers") else 1 for name in made.inputs if name != "base?")
-  count -= method == "passthrough"
-  trees = [tree(i + 3 * (method == "arcee_fusion")) for i in range(count)]  # whose threshold lies near no entry
-  return [*trees[:2], *({n: np.abs(x) for n, x in t.items()} for t in trees[2:])] if method == "fisher" else trees
-
-
-def call(method: str, trees: list, **options):
-  made, given, rest = registry.METHODS[method], [], list(trees)
-  for i, name in enumerate(n for n in made.inputs if n != "base?"):
-    single = sum(n not in ("models", "fishers", "base?") for n in made.inputs[i + 1:])
-    take = 2 if method == "fisher" else len(rest) - single
-    given.append([rest.pop(0) for _ in range(take)] if name in ("models", "fishers") else rest.pop(0))
-  options = {**OPTIONS[method], **({"key": KEY} if made.draws else {}), **options}
-  return getattr(merging, method)(*given, **options)
-
-
 def test_every_method_is_tried():
-  assert OPTIONS.keys() == registry.METHODS.keys()
+  assert OPTIONS.keys() == registry.METHODS.keys(), "each method needs a line in tests/merging/every_method.py"
 
 
 @pytest.mark.parametrize("method", EACH)
@@ -95,6 +56,16 @@ def test_vmap_and_eval_shape(method: str):
       np.testing.assert_allclose(mapped[name][i], one[name], rtol=1e-5, atol=1e-6)
   shapes = jax.eval_shape(lambda ts: call(method, ts), trees)
   assert {n: s.shape for n, s in shapes.items()} == {n: x.shape for n, x in trees[0].items()}
+
+
+@pytest.mark.parametrize("method", EACH)
+def test_stacked_tensors_have_the_bits_of_separate(method: str):
+  """A kernel that reduces over all of its argument mixes the tensors of a stack."""
+  trees = arguments(method)
+  stacked = [{"w": np.stack([t[name] for name in NAMES])} for t in trees]
+  together, apart = call(method, stacked, names={"w": NAMES})["w"], call(method, trees)
+  for i, name in enumerate(NAMES):
+    np.testing.assert_array_equal(together[i], apart[name], err_msg=name)
 
 
 @pytest.mark.parametrize("method", EACH)

@@ -15,7 +15,7 @@ from tests import REPO
 
 def test_the_stub_is_up_to_date():
   """`python -m imm_jax.merging.stubs` would write the same."""
-  assert stubs.FILE.read_text() == stubs.make_stub()
+  assert stubs.FILE.read_text() == stubs.make_stub(), "write it with python -m imm_jax.merging.stubs"
 
 
 def test_the_stub_has_all_signatures():

@@ -12,8 +12,9 @@ import pytest
 from flax import linen, nnx
 
 from imm_jax import merging
+from imm_jax.merging import registry
 from tests import REPO
-from tests.merging import test_gradients
+from tests.merging import every_method
 
 KEY = jax.random.key(3)
 A, B = ({"w": np.full((2, 3), x, np.float32)} for x in (1.0, 3.0))
@@ -103,7 +104,7 @@ _MESHES = """
 import json, sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from tests.merging import test_gradients as t
+from tests.merging import every_method as t
 from imm_jax.merging import registry
 methods, kinds = sys.argv[1].split(","), [AxisType[kind] for kind in sys.argv[2].split(",")]
 rng = np.random.default_rng(0)
@@ -144,7 +145,7 @@ print(json.dumps(found))
 @pytest.mark.full
 @pytest.mark.parametrize(("methods", "kinds"), [
     (("linear", "ties", "della", "slerp"), "Explicit"),
-    pytest.param(tuple(test_gradients.OPTIONS), "Auto,Explicit", marks=pytest.mark.slow)])
+    pytest.param(tuple(every_method.OPTIONS), "Auto,Explicit", marks=pytest.mark.slow)])
 def test_meshes_and_shard_map(methods: tuple[str, ...], kinds: str):
   """Methods run on explicit and automatic meshes and within `shard_map`."""
   environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
@@ -154,5 +155,6 @@ def test_meshes_and_shard_map(methods: tuple[str, ...], kinds: str):
   found = json.loads(done.stdout)
   assert (found["different"], found["moved"]) == ([], [])
   # What looks at single entries alone runs there.
-  assert set(methods) - set(found["refused"]) == set(methods) & {
-      "linear", "task_arithmetic", "lines", "wise_ft", "nearswap", "passthrough", "fisher"}
+  assert set(found["refused"]) == {name for name in methods if registry.METHODS[name].needs_whole_tensors}
+  assert not {"linear", "task_arithmetic", "lines", "wise_ft", "nearswap", "passthrough", "fisher"} & set(
+      found["refused"])

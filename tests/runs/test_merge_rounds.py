@@ -1,5 +1,6 @@
 """Merging methods in the rounds: what a weight of the base means to each, and what is refused."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -11,15 +12,19 @@ from configs import common, tiny
 from imm_jax import config_checks, loop, merging, methods
 from imm_jax.errors import UserError
 from imm_jax.merging import registry
+from imm_jax.merging.options import Option
 from imm_jax.runs.run import Checkpoint, Run
 from imm_jax.stages import merge, merge_settings
 from tests import REPO
 from tests.merge_folders import read, write
+from tests.merging import every_method
 
-METHODS = [name for name, method in registry.list_disk_methods().items()
-           if "fishers" not in method.inputs and method.max_models != 1]
-# LiNeS scales by layer, and iimm by importance; the others give the base and the tuned model at the two ends.
-MEANS = [name for name in METHODS if merge_settings.has_strength(name) and name not in ("lines", "iimm")]
+METHODS = [*registry.list_round_methods()]
+# Those that scale by layer do not; the others give the base at one end, and if listed the tuned model at the other.
+MEANS = [name for name in METHODS if merge_settings.has_strength(name) and not registry.METHODS[name].layers]
+LINEAR = {"breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear", "imm", "linear",
+          "task_arithmetic", "ties", "wise_ft"}
+TO_TUNED = {*LINEAR, "slerp", "multislerp", "nuslerp"}
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +48,11 @@ def settings(method: str, **changes: object) -> ml_collections.ConfigDict:
   config = common.get_config()
   config.merge.method, config.merge.drop_rate = method, 0.0
   config.merge.update(changes)
-  if method == "nearswap":
-    config.merge.options.t = 1e-9
+  known = registry.METHODS[method] if method else None
+  for option in known.options if known else ():  # what the method needs and no other setting gives
+    if option.suggested is registry.REQUIRED and option.name not in {known.strength_option, *config.to_dict()["merge"],
+                                                                     "densities", "importance"}:
+      config.merge.options[option.name] = every_method.OPTIONS[method][option.name]
   return config
 
 
@@ -56,18 +64,35 @@ def merged(config: ml_collections.ConfigDict, models: merge.MergeInputs, out: Pa
 @pytest.mark.parametrize("method", MEANS)
 def test_base_weight_ends_are_tuned_and_base(
     method: str, models: merge.MergeInputs, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
-  """Where nothing is dropped; half of the way, linear methods are the mean."""
+  """Where nothing is dropped; half of the way, means and task vectors are half of each."""
   for weight, wanted in ((0.0, trees["tuned"]), (1.0, trees["base"])):
     found = merged(settings(method, base_weight=weight), models, tmp_path / f"{weight}")
-    for name, value in wanted.items():
+    for name, value in wanted.items() if weight == 1.0 or method in TO_TUNED else ():
       np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-5, err_msg=f"{weight}: {name}")
-  if "slerp" not in method and "multislerp" not in method:
+  if method in LINEAR:
     found = merged(settings(method, base_weight=0.5), models, tmp_path / "half")
     for name, value in trees["base"].items():
       np.testing.assert_allclose(found[name], (value + trees["tuned"][name]) / 2, rtol=0, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in (*MEANS, "iimm", "model_stock")])
+def test_a_method_declares_what_the_weight_sets() -> None:
+  """Whatever the option is called, and whichever way it counts; a `t` or `alpha` by itself is no strength."""
+  config, options = settings("wise_ft", base_weight=0.25), (Option("t", "a threshold"), Option("mix", "the mix"))
+  given = {}
+  for strength in ("mix", "1 - mix", None):
+    changed = dataclasses.replace(registry.METHODS["wise_ft"], options=options, strength=strength)
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setitem(registry.METHODS, "wise_ft", changed)
+      given[strength] = merge_settings.get_settings(config).collect_options(0.25, None)
+      assert merge_settings.has_strength("wise_ft") == bool(strength)
+      with pytest.raises(UserError, match=r"options\.t: merge\.method=wise_ft needs it"):
+        merge_settings.check_merge_options(config)
+  assert given == {"mix": {"mix": 0.75}, "1 - mix": {"mix": 0.25}, None: {}}
+
+
+@pytest.mark.parametrize("method", [
+    name for name in METHODS if name not in MEANS and "importance" not in registry.METHODS[name].by_option
+    and registry.METHODS[name].min_models == 1])
 def test_library_names_strengthless_methods(
     method: str, models: merge.MergeInputs, trees: dict[str, dict[str, np.ndarray]], tmp_path: Path) -> None:
   """Methods without a strength are those of the library."""
@@ -202,10 +227,16 @@ def test_overridden_weight_is_not_swept(given: dict, models: merge.MergeInputs, 
 
 
 @pytest.mark.parametrize(("given", "said"), [
-    ({}, "base_weight 0.4, drop_rate 0.2"), ({"merge.method": "ties"}, "ties, base_weight 0.4, drop_rate 0.2"),
-    ({"merge.method": "ties", "merge.options.densities": 0.3}, "ties, base_weight 0.4, densities 0.3"),
+    ({}, "base_weight 0.4, drop_rate 0.2"),
+    ({"merge.method": "ties"}, "ties, base_weight 0.4 (weights 0.6), drop_rate 0.2 (densities 0.8)"),
+    ({"merge.method": "ties", "merge.options.densities": 0.3}, "ties, base_weight 0.4 (weights 0.6), densities 0.3"),
+    ({"merge.method": "linear"}, "linear, base_weight 0.4 (weights [0.4, 0.6])"),
+    ({"merge.method": "slerp", "merge.base_weight": 0.9}, "slerp, base_weight 0.9 (t 0.1)"),
+    ({"merge.method": "wise_ft", "merge.base_weight": {"mlp": 0.4, "": 1.0}},
+     "wise_ft, base_weight {'mlp': 0.4, '': 1.0} (alpha {'mlp': 0.6, '': 0})"),
+    ({"merge.method": "wise_ft", "merge.base_weight": "auto"}, "wise_ft, base_weight auto (alpha 1 - base_weight)"),
     ({"merge.method": "linear", "merge.options.weights": (0.2, 0.8)}, "linear, weights (0.2, 0.8)"),
-    ({"merge.method": "sce"}, "sce"), ({"method": "lines"}, "base_weight 0.4"),
+    ({"merge.method": "sce"}, "sce"), ({"method": "lines"}, "base_weight 0.4 (weights 0.6)"),
     ({"merge.base_weight": [0.1, 0.2]}, "base_weight [0.1, 0.2] interpolated to 4 layers, drop_rate 0.2"),
     ({"merge.base_weight": [0.1, 0.2, 0.3, 0.4]}, "base_weight [0.1, 0.2, 0.3, 0.4], drop_rate 0.2")])
 def test_the_plan_says_what_decides_a_merge(given: dict, said: str) -> None:

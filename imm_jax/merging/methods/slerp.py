@@ -17,7 +17,7 @@ def _coefficients(_: Any, cosine: Any, settings: Settings, tensor: str) -> Any:
 
 
 @method("base", "other", reference="https://doi.org/10.1145/325334.325242", options=(T,),
-        prepare=arcs.prepare(_coefficients), measures=True)
+        prepare=arcs.prepare(_coefficients), measures=True, strength="t")
 def slerp(tensors: Tensors, numbers: Numbers, shared: Shared, *, has_base: bool) -> jax.Array:
   """Interpolates between two models along an arc, tensor by tensor (Shoemake 1985).
 

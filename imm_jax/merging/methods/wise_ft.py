@@ -8,7 +8,7 @@ from imm_jax.merging.options import Option
 from imm_jax.merging.registry import method
 
 
-@method("base", "other", reference="https://arxiv.org/abs/2109.01903", options=(
+@method("base", "other", reference="https://arxiv.org/abs/2109.01903", strength="alpha", options=(
     Option("alpha", "the weight of the tuned model; 0 is the base", low=0, high=1),))
 def wise_ft(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
   """Interpolates linearly between a base and a model tuned from it (WiSE-FT): (1 - alpha) base + alpha other.

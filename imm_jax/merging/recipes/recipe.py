@@ -97,9 +97,13 @@ class Recipe:
     return self.slices[0].options
 
 
+class OptionError(UserError):
+  """Reports options that do not fit a method."""
+
+
 def build_plan(source: Any, method: str, options: Mapping[str, Any], prefix: str = "") -> Any:
-  """Builds the plan of a method; raises UserError for invalid options, which begins with `prefix`, a slice's."""
+  """Builds the plan of a method; raises OptionError for invalid options, which begins with `prefix`, a slice's."""
   try:
     return registry.METHODS[method](source, **options)
   except (TypeError, ValueError) as e:
-    raise UserError(f"{prefix.removesuffix('.')}{': ' if prefix else ''}{method}: {e}") from e
+    raise OptionError(f"{prefix.removesuffix('.')}{': ' if prefix else ''}{method}: {e}") from e
