@@ -78,6 +78,7 @@ def test_importance_and_weight_change(analyze, tuned: Path, tmp_path: Path):
   assert "exists; give another folder, or --overwrite" in again.stderr
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("flags", "expected"), [
     (("--model=tiny", "--task=stories"), "--task needs --config"),
     (("--model=tiny", "--tuned=tiny", "--tuned=/no/such"), "/no/such: no such checkpoint folder"),

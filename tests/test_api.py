@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import imm_jax
-from imm_jax import UserError
+from imm_jax import UserError, files
 from imm_jax.merging import masks, on_disk
 from imm_jax.model import safetensors
 from tests import REPO, TINY
@@ -164,12 +164,14 @@ def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.full
-def test_the_examples_of_the_docs_run():
+def test_the_examples_of_the_docs_run(tmp_path, monkeypatch):
+  files.write_jsonl(tmp_path / "mine.jsonl", [{"problem": "3+4=", "answer": 7}])
+  monkeypatch.chdir(tmp_path)
   blocks = re.findall(r"```python\n(.*?)```", (REPO / "docs/python_api.md").read_text(), re.S)
   *shown, _ = blocks  # the last is a run
   names: dict = {}
   for block in shown:
-    exec(block.replace("Qwen/Qwen2.5-0.5B-Instruct", "tiny"), names)
+    exec(block.replace("Qwen/Qwen2.5-0.5B-Instruct", "tiny").replace("max_new_tokens=512", "max_new_tokens=8"), names)
   assert names["loss"](names["stepped"].params, names["tokens"]) < names["loss"](names["model"].params, names["tokens"])
   assert len(names["losses"]) == 3
   assert names["scores"].total.shape == (4,)

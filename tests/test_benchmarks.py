@@ -117,8 +117,24 @@ def test_documented_results_are_those_of_the_scores(tmp_path: Path) -> None:
   results = (REPO / "docs/results.md").read_text()
   assert [table.splitlines()[0] for table in tables if table not in results] == []
   after = {row.split("`")[1]: row.split(" | ")[1:3] for row in tables[0].splitlines()[3:]}
-  shown = re.findall(r"^\| `(\w+)`: .* \| (.+) \| (.+) \|$", (REPO / "README.md").read_text(), re.M)
+  embedded, _, _ = (REPO / "README.md").read_text().partition("### A pretrained model")
+  shown = re.findall(r"^\| `(\w+)`: .* \| (.+) \| (.+) \|$", embedded, re.M)
   assert {name: cells for name, *cells in shown} == {name: after[name] for name in ("star", "imm", "iimm")}
+
+
+def test_documented_study_is_that_of_the_scores(tmp_path: Path) -> None:
+  printed = _run("smollm2.py", f"--workdir={tmp_path}", "--scores=benchmarks/smollm2.json", "--methods=").stdout
+  tables = [block.strip() for block in printed.split("\n\n") if block.strip().startswith("|")]
+  page = (REPO / "docs/smollm2.md").read_text()
+  assert len(tables) == 5
+  assert [table.splitlines()[0] for table in tables if table not in page] == []
+  _, _, pretrained = (REPO / "README.md").read_text().partition("### A pretrained model")
+  head, _, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in tables[0].splitlines())
+  columns = [head.index(name) for name in ("mawps_one_step", "out of domain", "tiny_shakespeare, nats a token")]
+  last = {row[0]: [row[i] for i in columns] for row in rows}
+  shown = re.findall(r"^\| (base|`\w+`)(?:: .*?)? \| (.+) \| (.+) \| (.+) \|$", pretrained, re.M)
+  assert {name: cells for name, *cells in shown} == {name: last[name] for name, *_ in shown}
+  assert {"base", "`star`"} <= {name for name, *_ in shown}
 
 
 def test_what_methods_share_is_copied_from_star(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -265,6 +265,7 @@ def test_card_names_the_merge(hub: Hub, merged: Path):
   assert "DARE" not in line
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("arguments", "said"), [
     (["a"], "error: TO is missing; expected: RUN/round_2/merged ORG/NAME"),
     (["a", "b/c", "d"], "error: unexpected argument 'd'"),

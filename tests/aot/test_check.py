@@ -235,6 +235,7 @@ def _plan(tmp_path: Path, topology_name: str, *, slices: int = 1, rows: int = 2,
   return check.make_plan(config, topology_name=topology_name, slices=slices, rows_per_chip=rows)
 
 
+@pytest.mark.full
 @needs_libtpu
 @pytest.mark.parametrize(("name", "slices", "remat"), [
     ("v5e:2x2", 1, "full"), pytest.param("v5e:4x4", 1, "attention", marks=pytest.mark.full),

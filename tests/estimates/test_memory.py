@@ -76,6 +76,7 @@ def test_a_step_takes_about_what_is_said(model, rows, length, remat, dtype, accu
   assert sum(said.values()) == pytest.approx(compiled.temp_size_in_bytes, rel=0.25)
 
 
+@pytest.mark.full
 def test_importance_takes_about_what_is_said():
   devices = sharding.make_mesh(data=1, fsdp=1)
   computation = Computation(devices, jnp.dtype("float32"), remat="full", attention="blockwise")
@@ -108,6 +109,7 @@ def batch(devices: jax.sharding.Mesh, rows: int, length: int) -> dict[str, jax.S
       "tokens": jnp.int32, "positions": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}.items()}
 
 
+@pytest.mark.full
 def test_later_sampling_keeps_earlier_programs():
   """Stages that sample again have the programs of the stages between in memory, too."""
   config, devices = tiny.get_config(), sharding.make_mesh(data=1, fsdp=1)

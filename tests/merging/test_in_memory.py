@@ -13,6 +13,7 @@ from imm_jax.merging import registry
 from tests.merging.cases import BASE, CASES, KEY, LAYERS, SHAPES, A, B, C, call, models
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", [
     pytest.param(m, marks=pytest.mark.slow) if m == "della" else
     pytest.param(m, marks=pytest.mark.full) if m.startswith("dare") else m for m in CASES])

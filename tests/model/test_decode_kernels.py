@@ -39,6 +39,7 @@ def _expected(q, k, v, prefix, length: int) -> np.ndarray:
   return out
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("length", [0, 40, L])
 @pytest.mark.parametrize("kernel", decode_kernels.KERNELS)
 def test_a_softmax_over_two_parts_is_one_over_all(kernel: str, length: int) -> None:

@@ -71,6 +71,7 @@ def _random_params(config: ModelConfig) -> Params:
   return jax.tree.map(lambda leaf: rng.normal(scale=0.2, size=leaf.shape).astype(np.float32), abstract_params(config))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_old_configs_give_transformers_logits(checkpoint, kind: str) -> None:
   """The config has the form of older versions of transformers."""
@@ -85,6 +86,7 @@ def test_old_configs_give_transformers_logits(checkpoint, kind: str) -> None:
   assert _scale_error(np.asarray(got), want) < 2e-5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["qwen2.5-math", "llama3", "llama3.1", "llama-biased", "qwen3-yarn"])
 def test_late_logits_equal_transformers(checkpoint, kind: str) -> None:
   """A last bit that is wrong in a rotary frequency grows with the position."""
@@ -97,6 +99,7 @@ def test_late_logits_equal_transformers(checkpoint, kind: str) -> None:
   assert _scale_error(np.asarray(got), want) < 2e-5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=[] if kind in ("llama3.1", "granite") else pytest.mark.full)
                                   for kind in KINDS])
 def test_long_packed_rows_equal_transformers(checkpoint, kind: str) -> None:
@@ -127,6 +130,7 @@ def test_long_packed_rows_equal_transformers(checkpoint, kind: str) -> None:
   assert max(errors.values()) < 1e-4, errors
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_errs_no_more_than_torch(checkpoint, kind: str) -> None:
   model, folder = checkpoint(kind)
@@ -208,6 +212,7 @@ def test_remat_keeps_the_gradients() -> None:
   assert cost["none"] < cost["attention"] < cost["full"]
 
 
+@pytest.mark.full
 def test_gradients_stay_float32() -> None:
   """Gradients of float32 weights are not rounded to the compute dtype."""
   params, batch = _random_params(CONFIG), _plain_rows(_tokens(3, 17))

@@ -126,6 +126,7 @@ def out(tmp_path_factory: pytest.TempPathFactory, run_on_devices: Callable[..., 
   return folder
 
 
+@pytest.mark.full
 def test_mesh_sizes_that_fit_take_all_devices(seen: dict[str, Any]) -> None:
   assert seen["devices"] == 8
   assert {sizes: tuple(seen["meshes"][str(sizes)]) for sizes in FITTING} == FITTING

@@ -250,6 +250,7 @@ def test_runs_of_other_tasks_are_told_apart(runs: list[Results], tmp_path: Path)
   assert any("differ in their tasks" in part for part in section.parts if isinstance(part, str))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("missing", ["base/eval", "run.json", "round_0", "config.json"])
 def test_a_broken_run_does_not_keep_the_others_away(runs: list[Results], tmp_path: Path, missing: str):
   root = report_runs.make(tmp_path / "broken", rounds=1)

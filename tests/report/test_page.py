@@ -162,6 +162,7 @@ def command(*flags: str) -> subprocess.CompletedProcess:
                         check=False)
 
 
+@pytest.mark.full
 def test_the_command_writes_and_refuses_in_one_line(run: Path, tmp_path: Path):
   out = tmp_path / "out"
   done = command(f"--workdirs={run}", f"--out={out}", "--paper")
@@ -249,6 +250,7 @@ def test_round_counts_once_scored(run: Path, tmp_path: Path):
   assert [m.label for m in found.handed_on()] == ["base"]
 
 
+@pytest.mark.full
 def test_only_an_earlier_report_is_replaced(run: Path, tmp_path: Path):
   out = tmp_path / "www"
   command = [sys.executable, "-m", "imm_jax.report", f"--workdirs={run}", f"--out={out}", "--overwrite"]

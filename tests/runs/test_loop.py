@@ -117,6 +117,7 @@ def test_killed_run_ends_in_the_same_bits(finished: Path, environment: dict[str,
   assert_same_run(finished, workdir)
 
 
+@pytest.mark.full
 def test_finished_run_can_be_continued(finished: Path, environment: dict[str, str], tmp_path: Path):
   """Started again it does nothing."""
   workdir = tmp_path / "copy"
@@ -131,6 +132,7 @@ def test_finished_run_can_be_continued(finished: Path, environment: dict[str, st
   assert "config.rounds was 2 and is 1 now" in fewer.stderr
 
 
+@pytest.mark.full
 def test_lost_outputs_are_made_again(finished: Path, environment: dict[str, str], tmp_path: Path):
   """So are changed ones, and the reason is given."""
   workdir = tmp_path / "copy"
@@ -226,6 +228,7 @@ def test_every_flipped_byte_is_found(finished: Path, tmp_path: Path):
   assert f"{root}/round_0/train.jsonl: differs from what was written" in done.stdout
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("file", "text", "expected"), [
     ("run.json", '{"stages": {"base/eval": {}}}', "damaged"), ("run.json", "[]", "expected a JSON object"),
     ("config.json", "[]", "expected a JSON object"), ("config.json", None, "missing")])

@@ -36,9 +36,10 @@ def test_no_right_sample_stops_the_round(environment: dict[str, str], tmp_path: 
     assert weights.read_bytes() == (TINY / "model.safetensors").read_bytes()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("flag", "expected"), [
     ("--config.merge.base_wieght=0.4", "no key 'base_wieght'; did you mean 'base_weight'?"),
-    ("--config.rounds=abc", "rounds=abc"),
+    ("--config.rounds=abc", "--config.rounds='abc': expected a whole number"),
     ("--config.merge.drop_rate=1.0", "drop_rate=1.0: expected 0 <= drop_rate < 1"),
     ("--config.task.name=storys", "did you mean stories?"),
     ("--config.mesh.fsdp=3", "does not fit 1 device"),
@@ -59,6 +60,7 @@ def model(tmp_path: Path) -> Path:
   return Path(shutil.copytree(TINY, tmp_path / "model"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("damage", "expected"), [
     (lambda m: (m / "model.safetensors").unlink(), "model.safetensors: missing"),
     (lambda m: os.truncate(m / "model.safetensors", 100_000), "truncated"),
@@ -73,6 +75,7 @@ def test_a_damaged_base_model_ends_in_one_line(damage, expected: str, model: Pat
   assert expected in one_line(done.stderr)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_a_folder_that_holds_other_things_is_refused(environment: dict[str, str], tmp_path: Path, dry_run: bool):
   (tmp_path / "report").mkdir()
@@ -83,6 +86,7 @@ def test_a_folder_that_holds_other_things_is_refused(environment: dict[str, str]
   assert (tmp_path / "report/thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.full
 def test_the_wrong_config_file_is_one_line(environment: dict[str, str], tmp_path: Path):
   done = start(tmp_path / "run", environment, f"--config={REPO / 'configs/tiny_pretrain.py'}")
   assert done.returncode == 1

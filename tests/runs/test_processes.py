@@ -150,6 +150,7 @@ def test_resumed_on_other_process_counts(alone: Path, start: Callable[..., Run],
   assert not states.exists()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("failing", [0, 1])
 def test_all_processes_end_with_the_first_error(start: Callable[..., Run], tmp_path: Path, failing: int):
   """One host's copy of the model is damaged; the others wait for it in a collective."""
@@ -194,6 +195,7 @@ def test_unshared_run_directory_is_refused(start: Callable[..., Run]):
   assert all("not all hosts see the same run directory" in said for said in run.said)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("arguments", "environment", "expected"), [
     (("--distributed=on",), {}, "do not find each other"),
     (("--num_processes=2", "--process_id=2", "--coordinator=localhost:1"), {}, "do not find each other"),

@@ -41,6 +41,7 @@ def _said(process: subprocess.Popen[str]) -> tuple[float, int, int]:
   return float(value), int(hits), int(misses)
 
 
+@pytest.mark.full
 def test_second_run_compiles_nothing(tmp_path: Path) -> None:
   """Several runs at once agree."""
   first = [_start(XDG_CACHE_HOME=str(tmp_path)) for _ in range(2)]

@@ -82,6 +82,7 @@ _STUCK = '''
   said(lambda: print("full", flush=True) or hashlib.pbkdf2_hmac('sha256', b'a', b'b', 1 << 30))'''
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("work", [_BLOCKED, _STUCK], ids=["stderr", "status"])
 def test_what_blocks_does_not_keep_a_process_alive(work: str):
   with subprocess.Popen([sys.executable, "-c", "import os" + _BEGIN + work], cwd=REPO, text=True,

@@ -69,6 +69,7 @@ def measure(tmp_path: Path, computed: list[str]) -> Callable[..., list[str]]:
   return evaluate_changed
 
 
+@pytest.mark.full
 def test_only_new_tasks_are_answered(measure: Callable[..., list[str]], tmp_path: Path) -> None:
   """Tasks are added, dropped, and asked again."""
   text = {"eval.texts": (f"prose=file:{tmp_path / 'prose.txt'}",)}
@@ -82,6 +83,7 @@ def test_only_new_tasks_are_answered(measure: Callable[..., list[str]], tmp_path
   assert measure() == []
 
 
+@pytest.mark.full
 def test_only_new_samples_are_drawn(measure: Callable[..., list[str]], tmp_path: Path) -> None:
   """pass@k is arithmetic on the samples, which the seed and the temperature determine."""
   samples, two = ["stories, samples", "groups, samples"], {"eval.num_samples": 2}

@@ -63,6 +63,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_answers_are_judged_in_time(text, judge):
   """Judging goes on."""
@@ -191,6 +192,7 @@ with Judge(workers=1) as judge:
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_worker_outlives_its_parent(by):
   with subprocess.Popen([sys.executable, "-c", _PROGRAM], env={**os.environ, "PYTHONPATH": str(REPO)}, text=True,
@@ -253,6 +255,7 @@ def test_verdicts_on_real_choices_are_right(real_rows, strict):
   assert found.total() == 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("strict", [True, False])
 def test_latex_error_rate(real_rows, strict):
   """Verdicts on real mathematics are wrong for less than three in a thousand."""

@@ -177,6 +177,7 @@ def test_part_of_a_set_gives_part():
     assert not any(note.startswith("warning") for note in read("mawps", path=f"mawps/{file}").notes)
 
 
+@pytest.mark.full
 def test_tfds_and_files_agree_on_gsm8k(tmp_path, monkeypatch):
   """They give the same questions."""
   registry._read.cache_clear()  # another test's tfds is another

@@ -94,6 +94,7 @@ def test_late_profile_is_noted_as_empty(params, tmp_path: Path, capfd):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.full
 def test_flops_equal_those_that_xla_counts():
   """Compares with XLA's count for the compiled passes, which computes the whole square of attention."""
   config = CONFIG.__class__(**{**vars(CONFIG), "num_layers": 1, "hidden_size": 64, "intermediate_size": 128,

@@ -142,6 +142,7 @@ def _resume_from_damaged_states(folder: Path) -> None:
   (folder / "said.json").write_text(json.dumps(message))
 
 
+@pytest.mark.full
 def test_an_unreadable_state_is_reported_in_one_line(run_on_devices, tmp_path: Path):
   """Runs in a child process, because an aborted read leaves tensorstore callbacks to a closed event loop."""
   run_on_devices(__file__, tmp_path, "read", devices=1)
@@ -179,6 +180,7 @@ def _fill_the_disk(folder: Path) -> None:
       (folder / "said").write_text(str(e))
 
 
+@pytest.mark.full
 def test_full_disk_keeps_the_previous_state(run_on_devices, tmp_path: Path):
   """Runs in a child process, because orbax leaves unawaited coroutines behind."""
   run_on_devices(__file__, tmp_path, "save", devices=1)

@@ -41,6 +41,7 @@ def test_the_command_merges_as_the_loop_does(tmp_path: Path):
   assert "imm" in (tmp_path / "out/README.md").read_text()
 
 
+@pytest.mark.full
 def test_a_sweep_writes_what_single_merges_write(folders: list[Path], tmp_path: Path):
   flags = ["--method=imm", f"--base={folders[0]}", f"--start={folders[1]}", f"--tuned={folders[2]}", "--drop_rate=0.3"]
   assert run(*flags, f"--out={tmp_path / 'sweep'}", "--sweep_base_weight=0.1,0.5").returncode == 0
@@ -66,6 +67,7 @@ def test_out_dtype_is_written_and_named(folders: list[Path], tmp_path: Path):
   assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("flags", "expected"), [
     (("--method=imm", "--base=BASE"), "--tuned is missing"),
     (("--method=tise", "--base=BASE"), "ties"),
@@ -90,6 +92,7 @@ def test_bad_flags_are_one_line(flags: tuple[str, ...], expected: str, folders: 
   assert list(tmp_path.iterdir()) == [recipe]
 
 
+@pytest.mark.full
 def test_an_output_that_exists_is_kept_unless_asked(folders: list[Path], tmp_path: Path):
   flags = ("--method=linear", f"--models={folders[0]},{folders[1]}", "--weights=1")
   (tmp_path / "out").mkdir()

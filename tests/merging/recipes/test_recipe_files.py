@@ -213,6 +213,7 @@ def test_a_slice_may_be_empty(pair, tmp_path: Path):
     recipe(tmp_path, {"merge_method": "passthrough", "slices": slices[1:2]})
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear", "ties", "breadcrumbs"])
 def test_a_density_of_0_leaves_a_model_out(method: str, pair, tmp_path: Path):
   c = save(tmp_path / "c", 2)

@@ -101,6 +101,7 @@ def test_a_sample_does_not_depend_on_other_prompts(
   assert _generate(sampler, asked) == {p.id: sampled[p.id] for p in asked}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rows", [5, 16])
 def test_a_sample_does_not_depend_on_the_batch_size(sampled: dict[str, list[Completion]], rows: int,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:

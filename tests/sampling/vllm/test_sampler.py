@@ -47,6 +47,7 @@ def test_no_two_samples_share_a_seed() -> None:
       r.seed for r in vllm._requests(prompts, [[1]] * 1000, 12, (0.2, 0.4, 0.6), 8))
 
 
+@pytest.mark.full
 def test_samples_are_independent(fake: FakeVllm, other: FakeVllm, plain: list[list[Completion]]) -> None:
   """They do not depend on order or on other prompts."""
   assert sample(fake, other, prompts=PROMPTS[::-1]) == plain[::-1]
@@ -55,6 +56,7 @@ def test_samples_are_independent(fake: FakeVllm, other: FakeVllm, plain: list[li
   assert sample(fake, seed=4) != plain
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("trouble", [t for t in _Handler.TROUBLES if t not in ("400", "slow")])
 def test_transient_errors_are_retried(fake: FakeVllm, plain: list[list[Completion]], trouble: str) -> None:
   fake.trouble = lambda number, body: trouble if fake.seen.count(body) == 1 else ""
@@ -137,6 +139,7 @@ def test_a_killed_run_resumes_from_its_journal(
   assert not fake.seen
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("change", [{"seed": 4}, {"max_new_tokens": 11}, {"prompts": PROMPTS[1:]}, {"top_p": 0.5}],
                          ids=["seed", "max_new_tokens", "prompts", "top_p"])
 def test_a_journal_of_other_samples_is_started_over(fake: FakeVllm, tmp_path: Path, change: dict) -> None:
@@ -158,6 +161,7 @@ def test_stop_string_cuts_text_and_tokens(fake: FakeVllm) -> None:
   assert row == [Completion("18-8=10. The", count, "stop")]
 
 
+@pytest.mark.full
 def test_unknown_ids_are_drawn_again(fake: FakeVllm, tmp_path: Path) -> None:
   _, params = hf.load(TINY, dtype=jnp.float32)
   weight = np.asarray(params["embed_tokens"]["weight"])

@@ -102,6 +102,7 @@ def test_a_server_ends_when_its_watcher_is_killed(python: str, tmp_path: Path, k
       parent.kill()
 
 
+@pytest.mark.full
 def test_taken_port_is_changed(
     python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
   """A server whose port is taken is started on another."""
@@ -186,6 +187,7 @@ def test_check_describes_a_server() -> None:
     assert "cannot reload weights (start it with VLLM_SERVER_DEV_MODE=1" in vllm_check.describe_server(Server(fake.url))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("flags", "said"), [
     (["--check", "--python=/no/such/python"], "config.sampler.vllm.python=/no/such/python: no such program"),
     (["--check", f"--python={sys.executable}"], "cannot be imported (ModuleNotFoundError: No module named 'vllm')"),
