@@ -134,7 +134,7 @@ def test_documented_study_is_that_of_the_scores(tmp_path: Path) -> None:
   last = {row[0]: [row[i] for i in columns] for row in rows}
   shown = re.findall(r"^\| (base|`\w+`)(?:: .*?)? \| (.+) \| (.+) \| (.+) \|$", pretrained, re.M)
   assert {name: cells for name, *cells in shown} == {name: last[name] for name, *_ in shown}
-  assert {"base", "`star`"} <= {name for name, *_ in shown}
+  assert not pretrained or {"base", "`star`", "`imm`"} <= {name for name, *_ in shown}
 
 
 def test_what_methods_share_is_copied_from_star(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
