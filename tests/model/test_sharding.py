@@ -24,6 +24,8 @@ from imm_jax.model.decoder import Params, abstract_params
 from imm_jax.training import optimization, step as training
 from imm_jax.training.computation import Computation
 
+pytestmark = pytest.mark.full  # the other process takes a while
+
 CONFIG = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
                      head_dim=8, rope_theta=1e4, rms_norm_eps=1e-6, tie_embeddings=False, qkv_bias=True)
 HF_CONFIG = {"model_type": "qwen2", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
@@ -126,7 +128,6 @@ def out(tmp_path_factory: pytest.TempPathFactory, run_on_devices: Callable[..., 
   return folder
 
 
-@pytest.mark.full
 def test_mesh_sizes_that_fit_take_all_devices(seen: dict[str, Any]) -> None:
   assert seen["devices"] == 8
   assert {sizes: tuple(seen["meshes"][str(sizes)]) for sizes in FITTING} == FITTING
