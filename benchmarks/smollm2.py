@@ -4,7 +4,7 @@
     python benchmarks/smollm2.py --workdir=runs/smollm2 --model=FOLDER --data=FOLDER --methods=star --seeds=1
 
 Each method runs three rounds from SmolLM2-135M-Instruct (`configs/smollm2.py:study`), star and imm with --seeds seeds,
-the others with one; shared stages are computed once. Linux only; one process per core, about 4.5 GiB each. A killed
+the others with one; shared stages are computed once. Linux only; one process per core, about 5 GiB each. A killed
 benchmark resumes, and parts may run in any order (--methods, --seeds) or on several machines (--scores). At the end the
 results so far are written to WORKDIR: scores.json, smollm2.png, smollm2_layers.png and report/, and tables are printed.
 
