@@ -19,7 +19,7 @@ from imm_jax.runs import metrics
 from imm_jax.sampling.engines import ENGINES
 from imm_jax.sampling.vllm.client import Server
 from imm_jax.stages import merge_settings
-from imm_jax.stages.task_entries import get_tasks
+from imm_jax.stages.task_entries import Tasks, get_tasks
 from imm_jax.tasks import prompts, protocols
 from imm_jax.training import interventions, throughput
 
@@ -94,9 +94,7 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
   require(config, "eval.max_new_tokens", lambda v: v == -1 or 1 <= v < 2**31, "expected 1 or more, or -1 for what the "
           "protocol allows")
   named = get_tasks(config)
-  if named.shots_file and not named.get_protocol(named.in_domain).few_shot:
-    raise UserError(f"config.eval.shots_file={config.eval.shots_file}: eval.protocol={config.eval.protocol} shows no "
-                    "worked examples; give config.eval.few_shot=N, or another eval.protocol")
+  _validate_shots(config, named)
   if config.eval.num_samples and config.eval.pass_at_k and min(config.eval.pass_at_k) > config.eval.num_samples:
     raise UserError(f"config.eval.pass_at_k={config.eval.pass_at_k}: all are more than "
                     f"eval.num_samples={config.eval.num_samples}")
@@ -109,6 +107,18 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
   _validate_data(config)
   task_checks.validate_tasks(config, named, trains)
   task_checks.validate_questions(config, named, trains, downloads)
+
+
+def _validate_shots(config: ml_collections.ConfigDict, named: Tasks) -> None:
+  given = ["shots_file"] * bool(named.shots_file) + ["few_shot"] * (config.eval.few_shot > 0)
+  if given and all(entry.measure == "choices" for entry in (named.in_domain, *named.ood)):
+    verb = "is" if len(named.names) == 1 else "are"
+    raise UserError(f"config.eval.{given[0]}={config.eval[given[0]]}: {', '.join(named.names)} {verb} scored by the "
+                    "likelihood of the options, without worked examples; leave it out, or take lm_eval's task "
+                    "(config.task.ood=('lm_eval:NAME',) with config.eval.lm_eval.few_shot)")
+  if named.shots_file and not named.get_protocol(named.in_domain).few_shot:
+    raise UserError(f"config.eval.shots_file={config.eval.shots_file}: eval.protocol={config.eval.protocol} shows no "
+                    "worked examples; give config.eval.few_shot=N, or another eval.protocol")
 
 
 def _validate_temperatures(config: ml_collections.ConfigDict) -> None:

@@ -49,7 +49,7 @@ def test_help_of_a_command_shows_its_own_flags(name: str):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("config", ["tiny", "configs/tiny.py", "mine.py", "configs/mine.py"])
+@pytest.mark.parametrize("config", ["tiny", "configs/mine.py"])
 def test_a_config_is_found_from_any_directory(config: str, tmp_path: Path):
   """Also where a clone called imm_jax lies in it."""
   (tmp_path / "imm_jax").mkdir()

@@ -85,6 +85,15 @@ def test_contradictions_are_one_line():
     config_checks.validate(config)
 
 
+@pytest.mark.parametrize(("key", "value"), [("few_shot", 5), ("shots_file", "mine.jsonl")])
+def test_worked_examples_need_a_task_that_is_answered(key: str, value: object):
+  """Options are scored without, so that a score with five of them would be one with none."""
+  config = run(f"eval.{key}", value)
+  config.task.name, config.task.ood, config.eval.by_likelihood = "arc_easy", ("piqa",), ("arc_easy",)
+  with pytest.raises(UserError, match=rf"config\.eval\.{key}={value}: arc_easy, piqa are scored by the likelihood"):
+    config_checks.validate(config, trains=False)
+
+
 @pytest.mark.full
 def test_what_cannot_be_asked_shows_before_the_run(environment, tmp_path):
   """The embedded model has 256 positions and no chat template."""

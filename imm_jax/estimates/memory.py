@@ -1,5 +1,6 @@
 """Estimates the memory of a run from the shapes of the model and of its programs' arrays, before anything is loaded."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ class Peak(NamedTuple):
     return sum(self.parts.values())
 
 
+@functools.lru_cache  # tracing takes a third of a second, and several stages ask for the same
 def activation_bytes(model: ModelConfig, *, length: int, remat: str, dtype: jnp.dtype, attention: str = "xla",
                      widened: bool = False) -> int:
   """Returns the bytes that a forward pass keeps of one row for the backward pass, over all layers.

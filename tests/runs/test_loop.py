@@ -85,13 +85,6 @@ def test_merged_weights_follow_the_equations(finished: Path):
 
 
 @pytest.mark.full
-def test_a_second_run_ends_in_the_same_bits(finished: Path, environment: dict[str, str], tmp_path: Path):
-  done = start(tmp_path / "again", environment)
-  assert done.returncode == 0, done.stderr
-  assert_same_run(finished, tmp_path / "again")
-
-
-@pytest.mark.full
 def test_killed_run_ends_in_the_same_bits(finished: Path, environment: dict[str, str], tmp_path: Path):
   """It may be killed at any moment."""
   rng, kills, workdir = random.Random(int(os.environ.get("KILL_SEED", "0"))), 0, tmp_path / "killed"
