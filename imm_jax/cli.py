@@ -200,7 +200,8 @@ def _format_help(program: str) -> str:
     value = "" if flag.boolean else f"={'|'.join(choices)}" if choices and len(choices) < _MAX_VALUES else "=..."
     default = "" if flag.default in (None, "", [], False) else f" [{str(flag.default_as_str).strip(chr(39))}]"
     lines.append(f"  --{flag.name}{value}")
-    text = re.sub(r"^<.*?>: ", "", flag.help or "")  # absl puts an enum's values here
+    # absl puts an enum's values at the beginning, and a remark at the end.
+    text = re.sub(r"^<.*?>: |;\s+repeat this option.*", "", flag.help or "", flags=re.DOTALL)
     lines += textwrap.wrap(f"{text}{default}", 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
   return "\n".join([(module.__doc__ or "").strip(), "", "flags [and their defaults]:", *lines, "",
                     "--helpfull lists those of the libraries as well, such as --verbosity.",

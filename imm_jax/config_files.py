@@ -5,6 +5,7 @@ import each other with `from configs import common`.
 """
 
 import contextlib
+import inspect
 import re
 import runpy
 import sys
@@ -31,20 +32,19 @@ def list_names() -> list[str]:
 
 
 def find(name: str) -> Path:
-  """Returns the file at the path `name`, or else the config file of that name that comes with this package.
+  """Returns the file at the path `name`; for `NAME` and `configs/NAME.py` else the file that comes with this package.
 
   Raises:
     UserError: when there is neither.
 
-  >>> find("tiny") == find("no/such/folder/configs/tiny.py")
-  True
+  >>> find("tiny").name
+  'tiny.py'
   """
   path = Path(name).expanduser()
   if path.is_file():
     return path
-  bare = path.parent == Path() or path.parent.name == _PACKAGE
   stem = path.name.removesuffix(".py")
-  if bare and stem in list_names():
+  if path.parent in (Path(), Path(_PACKAGE)) and stem in list_names():
     return FOLDER / f"{stem}.py"
   raise UserError(f"--config={name}: no such file, and no config of this name comes with imm_jax; "
                   f"{suggest(stem, list_names())}")
@@ -63,7 +63,12 @@ def load(name: str) -> ml_collections.ConfigDict:
   file = find(path)
   with importable(file):
     try:
-      settings = runpy.run_path(str(file))["get_config"](*[argument] * bool(colon))
+      get_config = runpy.run_path(str(file))["get_config"]
+      if colon and not inspect.signature(get_config).parameters:
+        raise UserError(f"--config={name}: {path} takes no argument after a colon")
+      settings = get_config(*[argument] * bool(colon))
+    except UserError:
+      raise
     except Exception as e:  # a config file is Python and may raise anything
       raise UserError(describe_failure(file, e)) from e
   if not isinstance(settings, ml_collections.ConfigDict):

@@ -106,7 +106,7 @@ def first_line(error: BaseException) -> str:
   return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def suggest(name: str, known: list[str]) -> str:
+def suggest(name: str, known: Sequence[str]) -> str:
   """Returns a hint for a mistyped name: the most similar of the known names, or all of them.
 
   >>> suggest("base_wieght", ["base_weight", "drop_rate"])

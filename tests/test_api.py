@@ -103,6 +103,7 @@ def test_fine_tuning_leaves_the_model_as_it_is():
 
 @pytest.mark.parametrize(("config", "changes", "message"), [
     ("tny", {}, "did you mean tiny?"), ("tiny", {"sft.epoch": 1}, "sft.epoch is no setting: did you mean sft.epochs"),
+    ("tiny", {"sft": 3}, "sft is a group of settings; give one of them, such as sft."),
     ("tiny", {"rounds": "three"}, "rounds='three'"), ("tiny", {"rounds": 0}, "config.rounds=0: expected 1 or more"),
     ("paper:table=5,scale=tiny", {}, "several runs")])
 def test_impossible_run_is_one_line(config: str, changes: dict, message: str, tmp_path: Path):
@@ -137,10 +138,14 @@ def test_a_run_gives_its_results_and_goes_on(tmp_path: Path, capsys: pytest.Capt
     (lambda model: imm_jax.fine_tune(model, [("3+4=", "")], ends=False), "no token of a prompt, or none to learn"),
     (lambda model: imm_jax.fine_tune(model, [("3+4=", "7")], schedule="cos"), "schedule='cos': expected one of cosine"),
     (lambda model: imm_jax.fine_tune(model, [("3+4=", "7")], remat="x"), "remat='x': expected one of none"),
-    (lambda model: imm_jax.fine_tune(model, [("3+4=", "7")], epochs=0), "epochs=0"),
+    (lambda model: imm_jax.fine_tune(model, [("3+4=", "7")], epochs=0), "epochs=0: expected a finite number, 1"),
+    (lambda model: imm_jax.fine_tune(model, [("3+4=", "7")], learning_rate=math.nan), "learning_rate=nan: expected a"),
+    (lambda model: imm_jax.fine_tune(model, [("3+4=", "7")], warmup_ratio=2), "warmup_ratio=2: expected less than 1"),
+    (lambda model: imm_jax.importance(model, [("3+4=", "7")], global_batch=0), "global_batch=0: expected a finite"),
+    (lambda model: model.score([("3+4=", "7")], compute_dtype="foo"), "compute_dtype='foo': expected one of auto, bfl"),
     (lambda model: imm_jax.load("tiny", dtype="float3"), "dtype='float3': expected one of bfloat16")],
     ids=["sample", "score", "range", "kind", "length", "empty", "params", "nothing-learned", "schedule", "remat",
-         "epochs", "dtype"])
+         "epochs", "learning-rate", "warmup", "batch", "compute-dtype", "dtype"])
 def test_a_wrong_argument_is_named(call: Callable[[imm_jax.Model], object], message: str):
   with pytest.raises(ValueError, match=message):
     call(imm_jax.load("tiny"))

@@ -77,6 +77,15 @@ def test_own_config_file_comes_first(tmp_path: Path, monkeypatch):
   assert sys.path == path
 
 
+@pytest.mark.parametrize(("name", "message"), [
+    ("no/configs/tiny.py", "no such file"), ("/no/configs/qwen.py", "no such file"), ("qven", "did you mean qwen"),
+    ("tiny:0.5b", "tiny takes no argument after a colon")])
+def test_a_config_that_is_not_there_is_named(name: str, message: str):
+  """The package's own stands in for no other folder's."""
+  with pytest.raises(UserError, match=message):
+    config_files.load(name)
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("def get_config(:", "cannot be loaded: SyntaxError"),
     ("x = 1", "bad.py: cannot be loaded: it defines no get_config"),

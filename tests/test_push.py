@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
+import ml_collections
 import pytest
 import yaml
 from huggingface_hub import errors
@@ -90,9 +91,11 @@ def merged(tmp_path: Path) -> Path:
   return root / "round_1/merged"
 
 
-def test_card_tells_the_making(hub: Hub, merged: Path):
+def test_card_tells_the_making(hub: Hub, merged: Path, monkeypatch: pytest.MonkeyPatch):
   """A checkpoint comes with a card that says how it was made."""
   (merged / "notes.txt").write_text("mine")
+  # Another package that is called configs changes nothing.
+  monkeypatch.setitem(sys.modules, "configs.common", SimpleNamespace(get_config=ml_collections.ConfigDict))
   assert publishing.push(merged, "me/model", private=True) == "https://hub.example/me/model"
   assert hub.private == {"me/model": True}
   sent = hub.content["me/model"]
@@ -116,6 +119,7 @@ def test_card_tells_the_making(hub: Hub, merged: Path):
   assert " '--config.sample.temperatures=(0.5, 0.7)'" in text
   assert "--config.merge.base_weight=0.4" in text
   assert "--config.seed" not in text
+  assert "--config.eval.protocol" not in text
 
 
 def test_existing_card_stays(hub: Hub, merged: Path, capsys: pytest.CaptureFixture):

@@ -1,11 +1,15 @@
 """Checks the arguments of the Python API, where a wrong one would give a result or an error that explains nothing."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from imm_jax.runtime import hardware
+
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
+_COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def check_prompts(prompts: Any) -> None:
@@ -60,3 +64,28 @@ def check_choice(name: str, value: Any, allowed: Sequence[str] | Mapping[str, An
   """
   if value not in allowed:
     raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+
+
+def check_numbers(low: float, **values: float) -> None:
+  """Raises ValueError for a number that is not finite, or below `low`.
+
+  >>> check_numbers(1, epochs=3, global_batch=0)
+  Traceback (most recent call last):
+  ValueError: global_batch=0: expected a finite number, 1 or more
+  """
+  for name, value in values.items():
+    if not (math.isfinite(value) and value >= low):
+      raise ValueError(f"{name}={value!r}: expected a finite number, {low} or more")
+
+
+def resolve_compute_dtype(name: str) -> str:
+  """Resolves `compute_dtype`, for which `auto` is the one that suits the device.
+
+  Raises:
+    ValueError: for one that nothing is computed in.
+
+  >>> resolve_compute_dtype("float32")
+  'float32'
+  """
+  check_choice("compute_dtype", name, _COMPUTE_DTYPES)
+  return hardware.compute_dtype(name)

@@ -25,7 +25,7 @@ from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params, bind
 from imm_jax.model.tokenization import encode_prompt
 from imm_jax.model.tokenizer import load_tokenizer
-from imm_jax.runtime import distributed, hardware
+from imm_jax.runtime import distributed
 from imm_jax.sampling import Completion, Prompt
 from imm_jax.scoring import Score, Scorer, encode_continuations
 
@@ -114,7 +114,7 @@ class Model:
     ids = np.asarray(self.encode(tokens) if isinstance(tokens, str) else tokens)
     checks.check_ids(ids, self.config.vocab_size, self.config.max_positions)
     array = jnp.asarray(ids, jnp.int32)
-    logits = _compiled(self.config, hardware.compute_dtype(compute_dtype))(self.params, jnp.atleast_2d(array))
+    logits = _compiled(self.config, checks.resolve_compute_dtype(compute_dtype))(self.params, jnp.atleast_2d(array))
     return logits if array.ndim == 2 else logits[0]
 
   def sample(self, prompts: Sequence[str | Prompt], *, max_new_tokens: int = 256, num_samples: int = 1,
@@ -149,7 +149,7 @@ class Model:
 
     checks.check_prompts(prompts)
     sampler = NativeSampler(self.folder, params=self.params, mesh=self.mesh, batch_size=batch_size,
-                            compute_dtype=hardware.compute_dtype(compute_dtype))
+                            compute_dtype=checks.resolve_compute_dtype(compute_dtype))
     with_ids = [prompt if isinstance(prompt, Prompt) else Prompt(str(i), prompt) for i, prompt in enumerate(prompts)]
     temperatures = tuple(float(t) for t in np.atleast_1d(temperature))
     return sampler.generate(with_ids, max_new_tokens=max_new_tokens, num_samples=num_samples, temperatures=temperatures,
@@ -175,7 +175,7 @@ class Model:
     True
     """
     checks.check_pairs(pairs)
-    scorer = Scorer(self.config, self.params, mesh=self.mesh, compute_dtype=hardware.compute_dtype(compute_dtype))
+    scorer = Scorer(self.config, self.params, mesh=self.mesh, compute_dtype=checks.resolve_compute_dtype(compute_dtype))
     return scorer.score(encode_continuations(self.tokenizer, pairs, rows=self.config.vocab_size,
                                              positions=self.config.max_positions))
 

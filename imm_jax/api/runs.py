@@ -45,7 +45,9 @@ def run(config: str | os.PathLike[str] | ml_collections.ConfigDict, *, workdir: 
   known = config_files.list_keys(settings)
   for key, value in changes.items():
     if key not in known:
-      raise UserError(f"{key} is no setting: {config_keys.suggest_key(key)}")
+      inner = next((name for name in known if name.startswith(f"{key}.")), "")
+      raise UserError(f"{key} is a group of settings; give one of them, such as {inner}" if inner else
+                      f"{key} is no setting: {config_keys.suggest_key(key)}")
     try:
       settings.update_from_flattened_dict({key: value})
     except (TypeError, ValueError) as e:

@@ -14,14 +14,13 @@ from imm_jax.api.model import Model, Pair
 from imm_jax.model import attention, sharding
 from imm_jax.model.decoder import REMAT, Params
 from imm_jax.model.tokenization import encode_continuation
-from imm_jax.runtime import hardware
 from imm_jax.training import trainer
 from imm_jax.training.computation import Computation
 from imm_jax.training.optimization import Optimization, make_schedule
 from imm_jax.training.packing import PackedBatches, TokenizedExample
 from imm_jax.training.reporting import Reporting
 
-# The tokens of a packed row, unless a text is longer: then the row is the next multiple of _STEP.
+# A packed row has _MIN_ROW_LENGTH tokens, or where a text is longer the next multiple of _ROW_MULTIPLE.
 _MIN_ROW_LENGTH, _ROW_MULTIPLE = 512, 128
 
 
@@ -29,7 +28,7 @@ def fine_tune(model: Model, pairs: Sequence[Pair], *, learning_rate: float = 2e-
               global_batch: int = 128, schedule: str = "cosine", warmup_ratio: float = 0.03, weight_decay: float = 0.0,
               grad_clip: float = 1.0, row_length: int | None = None, seed: int = 0, compute_dtype: str = "auto",
               remat: str = "full", ends: bool = True, report: Callable[..., None] | None = None) -> Model:
-  """Fine-tunes a model on answers: minimises -log p of their tokens, given the prompt and the tokens before each.
+  """Fine-tunes a model on answers: minimizes -log p of their tokens, given the prompt and the tokens before each.
 
   AdamW with float32 weights and moments, on packed rows, as the SFT of runs; the defaults are the paper's.
 
@@ -66,8 +65,11 @@ def fine_tune(model: Model, pairs: Sequence[Pair], *, learning_rate: float = 2e-
   """
   checks.check_choice("schedule", schedule, ("cosine", "linear", "constant"))
   checks.check_choice("remat", remat, REMAT)
-  if epochs < 1 or global_batch < 1:
-    raise ValueError(f"epochs={epochs}, global_batch={global_batch}: expected 1 or more")
+  checks.check_numbers(1, epochs=epochs)
+  checks.check_numbers(0, learning_rate=learning_rate, warmup_ratio=warmup_ratio, weight_decay=weight_decay,
+                       grad_clip=grad_clip)
+  if warmup_ratio >= 1:
+    raise ValueError(f"warmup_ratio={warmup_ratio}: expected less than 1")
   batches, computation = _pack(model, pairs, epochs=epochs, global_batch=global_batch, row_length=row_length, seed=seed,
                                compute_dtype=compute_dtype, ends=ends)
   rates = make_schedule(schedule, peak=learning_rate, total_steps=len(batches), warmup_ratio=warmup_ratio)
@@ -119,6 +121,7 @@ def _pack(model: Model, pairs: Sequence[Pair], *, epochs: int, global_batch: int
           compute_dtype: str, ends: bool) -> tuple[PackedBatches, Computation]:
   """Packs pairs into batches for the model's devices; also returns how passes over them are computed."""
   checks.check_pairs(pairs)
+  checks.check_numbers(1, global_batch=global_batch)
   if ends and model.tokenizer.eos_token_id is None:
     raise ValueError("ends=True: the tokenizer has no end-of-text token; give ends=False")
   rows, end = model.config.vocab_size, [model.tokenizer.eos_token_id] * ends
@@ -131,7 +134,7 @@ def _pack(model: Model, pairs: Sequence[Pair], *, epochs: int, global_batch: int
   length = row_length or max(_MIN_ROW_LENGTH, -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE)
   batches = PackedBatches(examples, epochs=epochs, global_batch=global_batch, row_length=length, seed=seed,
                           row_multiple=sharding.num_batch_shards(model.mesh))
-  dtype = jnp.dtype(hardware.compute_dtype(compute_dtype))
+  dtype = jnp.dtype(checks.resolve_compute_dtype(compute_dtype))
   backend = attention.choose_backend("auto", model.config, dtype=dtype, length=length, rows=batches.rows,
                                      mesh=model.mesh)
   return batches, Computation(model.mesh, dtype, remat="full", attention=backend)

@@ -1,6 +1,5 @@
 """Formats the model card of a run's checkpoint, the README.md that the Hugging Face hub shows."""
 
-import importlib
 import json
 import re
 import shlex
@@ -9,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from imm_jax import config_keys
 from imm_jax.merging import registry
 from imm_jax.methods import METHODS, merge_method
 from imm_jax.model import hub
@@ -114,11 +114,8 @@ def _list_datasets(results: Results) -> Iterator[str]:
 
 
 def _list_changed(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-  """Lists the settings that differ from their defaults, by key; all settings if the defaults are not installed."""
-  try:
-    defaults = json.loads(json.dumps(importlib.import_module("configs.common").get_config().to_dict()))
-  except ImportError:
-    defaults = {}
+  """Lists the settings that differ from their defaults, by key."""
+  defaults = json.loads(json.dumps(config_keys.load_defaults().to_dict()))
 
   def walk(settings: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in settings.items():

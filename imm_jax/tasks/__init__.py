@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from imm_jax.errors import UserError, print_once
+from imm_jax.errors import UserError, print_once, suggest
 from imm_jax.tasks import answers, arithmetic, prompts, registry
 from imm_jax.tasks.base import Choice, Example
 from imm_jax.tasks.catalogue import TASKS
@@ -61,13 +61,13 @@ def load(name: str, *, split: str, count: int | None = None, seed: int = 0, sour
     kind: kind of answers for `custom`.
 
   Raises:
-    KeyError: for a name that is not in `NAMES`.
-    ValueError: if the split holds fewer questions.
+    ValueError: for a name that is not in `NAMES`, or if the split holds fewer questions.
     UserError: for a source that cannot be read or holds other data.
 
   >>> [e.kind for e in load("choice", split="test", count=2, seed=0)]
   ['choice', 'choice']
   """
+  _check_name(name)
   if is_generated(name):
     if count is None:
       raise ValueError(f"task {name} is generated and has no last question; say how many")
@@ -90,10 +90,10 @@ def load_choices(name: str, *, split: str = "test", count: int | None = None, se
     fields: field names for `custom`.
 
   Raises:
-    KeyError: for a name that is not in `NAMES`.
-    ValueError: if the split holds fewer questions.
+    ValueError: for a name that is not in `NAMES`, or if the split holds fewer questions.
     UserError: as `load` does, and for a task without options.
   """
+  _check_name(name)
   kind = "choice" if name == "custom" else ""
   split_data = None if is_generated(name) else _read_and_note(name, split, source, fields, kind)
   if split_data is None or len(split_data.choices) < len(split_data.examples):
@@ -101,6 +101,11 @@ def load_choices(name: str, *, split: str = "test", count: int | None = None, se
     raise UserError(f"task {name} has no options that can be scored; expected one of {scored}, or custom with "
                     "task.fields.choices")
   return _select_in_order(name, split, tuple(split_data.choices.values()), count, seed)
+
+
+def _check_name(name: str) -> None:
+  if name not in NAMES:
+    raise ValueError(f"task {name!r}: {suggest(name, NAMES)}")
 
 
 def _read_and_note(name: str, split: str, source: str, fields: Mapping[str, str] | None, kind: str) -> registry.Split:

@@ -210,8 +210,10 @@ def test_repeats_occur_only_where_they_are_allowed():
 def test_what_is_not_there_is_an_error():
   with pytest.raises(KeyError):
     draw("sums")
-  with pytest.raises(KeyError):
-    tasks.load("sums", split="train", count=1, seed=0)
+  with pytest.raises(ValueError, match="task 'storys': did you mean stories"):
+    tasks.load("storys", split="train", count=1, seed=0)
+  with pytest.raises(ValueError, match="task 'piqu': did you mean piqa"):
+    tasks.load_choices("piqu")
   with pytest.raises(ValueError, match="say how many"):
     tasks.load("stories", split="train")
   with pytest.raises(ValueError, match=r"expected one of pretrain, train, test"):
