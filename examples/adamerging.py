@@ -1,4 +1,4 @@
-"""AdaMerging: coefficients of task vectors, one for each model and layer, learnt by gradient.
+"""AdaMerging: coefficients of task vectors, one for each model and layer, learned by gradient.
 
     python examples/adamerging.py
 
@@ -62,9 +62,9 @@ def main() -> None:
   x, labels = sample(jax.random.key(99), range(CLASSES), 4096)
   accuracy = lambda params: float((logits(params, x).argmax(-1) == labels).mean())
   start = jnp.full((len(tuned), LAYERS), 0.3)
-  learnt = fit(start, entropy, 100, 2e-2)
+  learned = fit(start, entropy, 100, 2e-2)
   print(f"each alone {accuracy(tuned[0]):.3f}, {accuracy(tuned[1]):.3f}; weights of 0.3 {accuracy(merge(start)):.3f}; "
-        f"learnt {accuracy(merge(learnt)):.3f}, weights by model and layer {learnt.round(2).tolist()}")
+        f"learned {accuracy(merge(learned)):.3f}, weights by model and layer {learned.round(2).tolist()}")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ Questions are asked as `eval.protocol` says (docs/protocols.md).
 
 OUT gets <task>.jsonl (a row per question with the answer, its verdict and the text that was judged),
 <task>_samples.jsonl, and scores.json, which records for each task the scores, the protocol, the worked examples, the
-mean tokens of an answer and the share of answers that were cut off. An error leaves no
-partial OUT. --against adds OUT/against.json, which says which differences are significant. --dry_run shows what is
-asked, with the first prompt of each task.
+mean tokens of an answer and the share of answers that were cut off. An error leaves no partial OUT. --against adds
+OUT/against.json, which says which differences are significant. --dry_run shows what is asked, with the first prompt of
+each task.
 """
 
 import re

@@ -187,15 +187,27 @@ def _cells() -> str:
   return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
 
 
-@pytest.mark.parametrize("kind", [pytest.param("script", marks=pytest.mark.slow),
-                                  pytest.param("notebook", marks=pytest.mark.full)])
-def test_an_example_does_what_it_says(kind: str):
-  command = [str(REPO / "examples/self_improvement.py")] if kind == "script" else ["-c", _cells()]
+def _run_python(*command: str) -> str:
   done = subprocess.run([sys.executable, *command], cwd=REPO, env=os.environ | {"PYTHONPATH": str(REPO)},
                         capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
-  base, tuned, merged = (line.split() for line in done.stdout.splitlines() if line.split()[:1] and line.split()[0] in (
-      "base", "tuned", "merged"))
+  return done.stdout
+
+
+@pytest.mark.full
+def test_learned_weights_beat_fixed_ones():
+  """As examples/adamerging.py prints: of each model alone, of fixed weights, and of learned ones by layer."""
+  printed = _run_python(str(REPO / "examples/adamerging.py"))
+  first, second, fixed, learned = map(float, re.findall(r"0\.\d{3}\b", printed)[:4])
+  assert max(first, second) < fixed < learned
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["script", "notebook"])
+def test_an_example_does_what_it_says(kind: str):
+  printed = _run_python(*[str(REPO / "examples/self_improvement.py")] if kind == "script" else ["-c", _cells()])
+  rows = {line.split()[0]: line.split() for line in printed.splitlines() if line.strip()}
+  base, tuned, merged = rows["base"], rows["tuned"], rows["merged"]
   in_domain, out_of_domain = 2, 4
   assert float(base[in_domain]) < float(tuned[in_domain])
   assert float(tuned[out_of_domain]) < float(merged[out_of_domain])

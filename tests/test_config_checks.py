@@ -86,7 +86,7 @@ def test_contradictions_are_one_line():
 
 
 @pytest.mark.parametrize(("key", "value"), [("few_shot", 5), ("shots_file", "mine.jsonl")])
-def test_worked_examples_need_a_task_that_is_answered(key: str, value: object):
+def test_shots_need_a_task_that_is_answered(key: str, value: object):
   """Options are scored without, so that a score with five of them would be one with none."""
   config = run(f"eval.{key}", value)
   config.task.name, config.task.ood, config.eval.by_likelihood = "arc_easy", ("piqa",), ("arc_easy",)
