@@ -32,10 +32,10 @@ def logits(params: dict[str, Any], x: jax.Array) -> jax.Array:
 
 
 def fit(params: Params, loss: Callable[[Params, jax.Array], jax.Array], steps: int, rate: float) -> Params:
-  optimiser = optax.adam(rate)
-  state, gradient = optimiser.init(params), jax.jit(jax.grad(loss))
+  optimizer = optax.adam(rate)
+  state, gradient = optimizer.init(params), jax.jit(jax.grad(loss))
   for step in range(steps):
-    updates, state = optimiser.update(gradient(params, jax.random.key(step)), state)
+    updates, state = optimizer.update(gradient(params, jax.random.key(step)), state)
     params = optax.apply_updates(params, updates)
   return params
 

@@ -77,7 +77,7 @@ def test_tensors_without_entries_stay_as_they_are(method: str):
   assert all(np.isfinite(found[n]).all() for n in NAMES)
 
 
-def test_weights_by_layer_are_learnt_by_gradient():
+def test_weights_by_layer_are_learned_by_gradient():
   """Descent finds the coefficients that a merge was made with."""
   base, a, b = (tree(i) for i in range(3))
   truth = jnp.array([[0.2, 0.9], [0.5, -0.3]])
