@@ -3,6 +3,7 @@
 The colors are those of M. Okabe and K. Ito, which color-blind readers can distinguish; markers differ too, for print.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -121,7 +122,8 @@ def _draw_panel(axes: "Axes", panel: Panel) -> dict[str, object]:
   axes.set(xlabel=panel.x, ylabel=panel.y)
   axes.set_title(panel.title, fontsize=11, parse_math=False)  # names may contain dollar signs
   if panel.shares:
-    axes.set_ylim(-0.02, 1.02)
+    top = _choose_top(panel)
+    axes.set_ylim(-0.02 * top, 1.02 * top)
   elif panel.span:
     axes.set_ylim(*panel.span)
   if panel.log2:
@@ -135,6 +137,12 @@ def _draw_panel(axes: "Axes", panel: Panel) -> dict[str, object]:
       axes.set_xlim(min(places) - 0.6, max(places) + 0.6)
   axes.grid(alpha=0.3)
   return handles
+
+
+def _choose_top(panel: Panel) -> float:
+  """Chooses the largest share of an axis that begins at 0: 1, or where all shares are small the next tenth."""
+  highest = max((y for line in panel.lines for y in (line.high or line.y)), default=1.0)
+  return 1.0 if highest > 0.5 else max(0.1, math.ceil(10 * highest) / 10)
 
 
 def accuracy_line(label: str, style: tuple[str, str], x: Sequence[float], y: Sequence[Accuracy], dash: str = "-",

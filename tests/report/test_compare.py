@@ -170,6 +170,15 @@ def test_an_axis_of_one_round_counts_in_rounds():
   assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [2]
 
 
+@pytest.mark.parametrize(("highest", "top"), [(0.04, 0.1), (0.31, 0.4), (0.5, 0.5), (0.51, 1.0), (1.0, 1.0)])
+def test_an_axis_of_small_shares_is_short(highest: float, top: float):
+  """It begins at 0 all the same."""
+  curve = figures.accuracy_line("a", figures.get_series_style(0), [0, 1], [Accuracy(0.0, 9, 0.0, highest)] * 2)
+  low, high = figures.draw(Panel("t", "round", "accuracy", (curve,), shares=True)).axes[0].get_ylim()
+  assert low < 0
+  assert high == pytest.approx(1.02 * top)
+
+
 def test_repeated_runs_are_refused(runs: list[Results]):
   """No run may be named twice, and no name may be empty."""
   root = str(runs[0].root)

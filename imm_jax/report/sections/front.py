@@ -123,7 +123,7 @@ def runs_section(runs: Mapping[str, Results], grouped: Sequence[Group]) -> Secti
     by_measure = [[value for value in column if value is not None] for column in zip(*by_run, strict=True)]
     if by_measure:
       means.append([group.label, len(by_run), equal_id, *(
-          cell for values in by_measure for cell in (groups.mean_and_error(values) if values else (None, None)))])
+          cell for values in by_measure for cell in _tabulate_mean(values))])
   several = any(len(group.runs) > 1 for group in grouped)
   head = [name for measure in _MEASURES for name in (measure, f"{measure}: s.e.")]
   return Section(_ID, _TITLE, [
@@ -132,6 +132,12 @@ def runs_section(runs: Mapping[str, Results], grouped: Sequence[Group]) -> Secti
                "over the runs that reach it)", ["runs", "n", "equal ID", *head], means)] if several else []),
       Table("front", "Hypervolume and matched accuracy by run", ["run", "method", "equal ID", *_MEASURES], rows),
       _nondominated_table(eligible, ["run"])])
+
+
+def _tabulate_mean(values: Sequence[float]) -> tuple[float | None, float | None]:
+  """Returns the cells of the mean and its standard error, empty where there is none."""
+  mean, error = groups.mean_and_error(values) if values else (None, None)
+  return mean, error if len(values) > 1 else None
 
 
 def _has_pareto_front(run: Results) -> bool:

@@ -108,6 +108,7 @@ def test_seeds_mean_at_the_equal_accuracy(made: Path):
   assert first["equal ID"] == pytest.approx(0.2 + (0.4 + 0.3) / 2 / 2)
   assert (first["n"], first["out of domain at equal ID: s.e."]) == (2, pytest.approx(0))
   assert other["out of domain at equal ID"] is None
+  assert (other["n"], other["hypervolume above the base: s.e."]) == (1, None)
 
 
 def test_settings_have_their_own_markers(made: Path):
