@@ -21,7 +21,7 @@ from imm_jax.report.figures import Panel
 from imm_jax.report.markup import Plot, Table, to_csv
 from imm_jax.report.results import Results
 from imm_jax.report.sections import paper
-from imm_jax.statistics.accuracy import compute_accuracy
+from imm_jax.statistics.accuracy import Accuracy, compute_accuracy
 from tests import report_runs
 
 QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
