@@ -15,13 +15,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from configs import paper, tiny
+from imm_jax import experiments
 from imm_jax.analysis import MODULES
 from imm_jax.analysis.weight_change import check_same_model
 from imm_jax.errors import UserError
 from imm_jax.model import safetensors
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.report import analysis_figures as figures, analysis_files as output, writer
-from imm_jax.runs import experiments
 from imm_jax.stages import analyze as analyze_stage
 from tests import REPO, TINY
 
