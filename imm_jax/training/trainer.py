@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from imm_jax.analysis import importance
 from imm_jax.errors import PreemptedError, UserError
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params
-from imm_jax.training import interventions, preemption
+from imm_jax.training import gradients, interventions, preemption
 from imm_jax.training.computation import Computation
 from imm_jax.training.input import Input
 from imm_jax.training.optimization import Optimization
@@ -164,7 +163,7 @@ def _first_state(config: ModelConfig, params: Params, batches: PackedBatches, op
   if top_p is None:
     return make_state()
   # The gradient is computed before the moments are allocated, because it takes as much memory.
-  grads = importance.gradient(config, params, batches.to_single_epoch(), computation, label=f"{label}: importance")
+  grads = gradients.gradient(config, params, batches.to_single_epoch(), computation, label=f"{label}: importance")
   mask = interventions.importance_mask(params, grads, top_p)
   del grads
   return interventions.set_mask(make_state(), mask)

@@ -9,13 +9,13 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from configs import tiny
-from imm_jax.analysis import drift, importance, sums
+from imm_jax.analysis import drift, sums
 from imm_jax.estimates import memory, shapes
 from imm_jax.model import sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
 from imm_jax.runtime import resident_memory
-from imm_jax.training import optimization, step as training
+from imm_jax.training import gradients, optimization, step as training
 from imm_jax.training.additions import PLAIN, Additions
 from imm_jax.training.computation import Computation
 from imm_jax.training.lora import Lora
@@ -81,7 +81,7 @@ def test_importance_takes_about_what_is_said():
   devices = sharding.make_mesh(data=1, fsdp=1)
   computation = Computation(devices, jnp.dtype("float32"), remat="full", attention="blockwise")
   said = memory.step_bytes(WIDE, computation, rows=16, length=128, sums=True)
-  add = importance.make_accumulate(WIDE, computation)
+  add = gradients.make_accumulate(WIDE, computation)
   optimizer = optimization.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.0, grad_clip=0.0)
   params = training.abstract_state(WIDE, optimizer, devices)["params"]
   tokens = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(devices, sharding.P()))
