@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from imm_jax.analysis import MODULES
+from imm_jax.model.config import PROJECTIONS
 from imm_jax.model.decoder import Params
 
 
@@ -44,7 +44,7 @@ def layer_importance(params: Params, grads: Params, squares: Params | None = Non
   Returns:
     Scores of each layer, by module and in total.
 
-  >>> matrices = lambda **of: {name: {"weight": jnp.asarray(of.get(name, np.zeros((2, 1, 1))))} for name in MODULES}
+  >>> matrices = lambda **of: {name: {"weight": jnp.asarray(of.get(name, np.zeros((2, 1, 1))))} for name in PROJECTIONS}
   >>> tree = lambda **of: {"layers": {"self_attn": matrices(**of), "mlp": matrices(**of)}}
   >>> weights, grads = tree(q_proj=[[[1., -2.]], [[3., 0.]]]), tree(q_proj=[[[1., 2.]], [[-1., 9.]]])
   >>> scores = layer_importance(weights, grads)
@@ -53,13 +53,13 @@ def layer_importance(params: Params, grads: Params, squares: Params | None = Non
   >>> layer_importance(weights, grads, tree(q_proj=[[[4., 2.]], [[2., 0.]]])).total.tolist()
   [9.0, 12.0]
   """
-  weights = lambda tree: {name: tree["layers"][block][name]["weight"] for name, block in MODULES.items()}
+  weights = lambda tree: {name: tree["layers"][block][name]["weight"] for name, block in PROJECTIONS.items()}
   trees = [weights(tree) for tree in (params, grads, squares) if tree is not None]
   param_shardings = trees[0]["q_proj"].sharding
   # Replicated, so that every process can read them.
   replicated = NamedSharding(param_shardings.mesh, P()) if isinstance(param_shardings, NamedSharding) else None
   rows = jax.device_get(_row_sums(replicated)(*trees))
-  modules = {name: rows[name].astype(np.float64).sum(axis=1) for name in MODULES}  # jax sorts names
+  modules = {name: rows[name].astype(np.float64).sum(axis=1) for name in PROJECTIONS}  # jax sorts names
   return LayerImportance(sum(modules.values()), modules)
 
 

@@ -9,11 +9,12 @@ import ml_collections
 import numpy as np
 
 from imm_jax import files, tasks
-from imm_jax.analysis import MODULES, diversity
+from imm_jax.analysis import diversity
 from imm_jax.analysis.importance import layer_importance
 from imm_jax.analysis.weight_change import spearman, weight_change
 from imm_jax.errors import UserError, suggest
 from imm_jax.model import hf
+from imm_jax.model.config import PROJECTIONS
 from imm_jax.model.decoder import Params
 from imm_jax.model.tokenization import check_ids
 from imm_jax.model.tokenizer import load_tokenizer
@@ -84,7 +85,8 @@ def write_importance(config: ml_collections.ConfigDict, model: Path, train: Path
     scores = _compute_scores(data, fine_tune.load_params(config, model), order=1, label="importance")
   else:  # data.skip_empty: without data all layers count the same
     equal = [1.0] * hf.read_config(model).num_layers
-    scores = {"examples": 0, "dropped_long": 0, "order": 1, "layers": equal, "modules": dict.fromkeys(MODULES, equal)}
+    scores = {"examples": 0, "dropped_long": 0, "order": 1, "layers": equal,
+              "modules": dict.fromkeys(PROJECTIONS, equal)}
   if distributed.is_main():
     files.write_json(out, scores)
   return {"examples": scores["examples"], "most_important": int(np.argmax(scores["layers"]))}
