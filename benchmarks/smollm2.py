@@ -59,7 +59,7 @@ def collect_figures(run: Results) -> dict[str, Any]:
   These are hexadecimal numbers whose bits, the highest first, are the questions in the order of their ids.
   """
   values = lambda scores: {task: score.value for task, score in scores.items()}
-  handed_on = [model.label for model in run.handed_on()]
+  handed_on = [model.label for model in run.list_round_results()]
 
   def of_model(model: results.EvaluatedModel) -> dict[str, Any]:
     drift = run.drift.get(model.round, {}).get("models", {}).get(model.kind, {})

@@ -50,7 +50,7 @@ def plan(run: Run) -> list[Stage]:
     stages.append(analyze.build_stage(run, begin, sampler, t))
     if tasks.drift:
       stages.append(measure_drift.build_stage(run, tuned, t))
-    start = run.handed_on(t)
+    start = run.get_next_start(t)
   return stages
 
 
@@ -78,7 +78,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False)
     tasks = get_tasks(config)
     task_names = {"id": tasks.in_domain.name, "ood": [entry.name for entry in tasks.ood]}
     directory.record_facts(versions=_versions(), devices=kinds, method=config.method, tasks=task_names, **threads)
-    # Otherwise the arrays are in the memory of devices or of other processes.
+    # Only on CPU are the arrays in this process's memory, so that its peak can be recorded.
     on_host = platform == "cpu" and not devices.starts_server(config)
     external = {}
     if distributed.is_main():

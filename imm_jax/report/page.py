@@ -89,7 +89,7 @@ def _render_status(results: Results, status: Status, written: str, renewed: bool
 
 
 def _render_summary(results: Results) -> str:
-  models = results.handed_on()
+  models = results.list_round_results()
   if not models:
     return '<p class="sentence">No model was evaluated yet.</p>'
   first, last = models[0], models[-1]

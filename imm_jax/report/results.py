@@ -156,12 +156,12 @@ class Results(NamedTuple):
     own = merge.get("method") if isinstance(merge, dict) else ""
     return f"{self.method}, merged by {own}" if own else self.method
 
-  def handed_on(self) -> tuple[EvaluatedModel, ...]:
+  def list_round_results(self) -> tuple[EvaluatedModel, ...]:
     """Returns the base and each round's result: the merged model, or without merging the one handed to the next round.
     """
     method = METHODS.get(self.method)  # a damaged run may have another
-    handed_on = ("merged" if method.merge else method.hands_on.replace("tuned", "sft")) if method else "sft"
-    return tuple(m for m in self.models if m.kind in ("base", handed_on))
+    kind = ("merged" if method.merge else method.next_model.replace("tuned", "sft")) if method else "sft"
+    return tuple(m for m in self.models if m.kind in ("base", kind))
 
 
 def is_run(root: Path) -> bool:

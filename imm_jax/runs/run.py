@@ -63,9 +63,9 @@ class Run(NamedTuple):
     """Returns the checkpoint that a stage writes."""
     return Checkpoint(self.root / stage, stage)
 
-  def handed_on(self, round_: int) -> Checkpoint:
-    """Returns the checkpoint that a round hands on."""
-    name = self.method.handed_on
+  def get_next_start(self, round_: int) -> Checkpoint:
+    """Returns the checkpoint that the next round starts from and samples with."""
+    name = self.method.next_folder
     return Checkpoint(self.root / f"round_{round_}" / name, f"round_{round_}/{name.partition('/')[0]}")
 
   def settings(self, *keys: str) -> dict[str, Any]:

@@ -68,12 +68,12 @@ def test_seeds_are_one_curve(runs: list[Results], compared: Path):
   into, _ = panels({run.root.name: run for run in runs})
   imm, star = into.lines
   assert (imm.label, star.label) == ("imm (2 seeds)", "star_0")
-  scores = np.array([[run.in_domain(m).value for m in run.handed_on()] for run in runs[:2]])
+  scores = np.array([[run.in_domain(m).value for m in run.list_round_results()] for run in runs[:2]])
   error = np.abs(scores[0] - scores[1]) / 2  # of two values s / sqrt 2
   np.testing.assert_allclose(imm.y, scores.mean(0))
   np.testing.assert_allclose(imm.high, scores.mean(0) + error)
   np.testing.assert_allclose(imm.low, scores.mean(0) - error)
-  assert star.low == tuple(runs[2].in_domain(m).low for m in runs[2].handed_on())
+  assert star.low == tuple(runs[2].in_domain(m).low for m in runs[2].list_round_results())
   with (compared / "means.csv").open(newline="") as f:
     rows = list(csv.DictReader(f))
   assert [(row["runs"], row["n"]) for row in rows] == [("imm (2 seeds)", "2"), ("star_0", "1")]
@@ -102,11 +102,12 @@ def test_late_seeds_are_left_out_of_the_mean(runs: list[Results]):
   line = into.lines[0]
   assert line.label == "imm (2 seeds)"
   assert line.x == (0, 1, 2, 3)
-  assert line.y[1:] == tuple(runs[1].in_domain(m).value for m in runs[1].handed_on()[1:])
+  assert line.y[1:] == tuple(runs[1].in_domain(m).value for m in runs[1].list_round_results()[1:])
   importance = panels({"a": begun, "b": runs[1]._replace(analysis={}), "c": runs[2]}, "layers")[0]
   assert len(importance.lines) == 1
   pass_at_k, = panels({"a": begun, "b": runs[1]}, "sampled")
-  assert pass_at_k.lines[0].y == tuple(a.value for a in page.get_pass_at_k(runs[1].handed_on()[-1], "stories").values())
+  last = runs[1].list_round_results()[-1]
+  assert pass_at_k.lines[0].y == tuple(a.value for a in page.get_pass_at_k(last, "stories").values())
   half = runs[0]._replace(models=runs[0].models[:3])  # one round, sft and merged
   of = side_by_side.summarize_end(groups.group_runs({"a": half, "b": runs[1]})[0])
   assert (of.rounds, of.count, of.in_domain[0]) == (3, 1, line.y[-1])
