@@ -16,7 +16,7 @@ import ml_collections
 from imm_jax import __version__, report
 from imm_jax.errors import UserError, join_items
 from imm_jax.estimates import cost, disk, memory, shapes
-from imm_jax.methods import keeps_average, samples_answers
+from imm_jax.methods import is_sampling, keeps_average
 from imm_jax.model import checkpoint_folder, hf, hub, published
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.runs import metrics, record as run_record, rundir, runlog, status
@@ -191,7 +191,7 @@ def _check_models(config: ml_collections.ConfigDict, *, downloads: bool = True) 
   for model in models.values():
     load_tokenizer(model, rows=hf.check_folder(model).vocab_size)
   if downloads or not any(entry.is_remote for entry in get_tasks(config).own):
-    synthesize.check_prompts_fit(config, models["base"], models.get("teacher", models["base"]), samples_answers(config))
+    synthesize.check_prompts_fit(config, models["base"], models.get("teacher", models["base"]), is_sampling(config))
   return models
 
 

@@ -92,10 +92,10 @@ def get_method(config: ml_collections.ConfigDict) -> Method:
   return METHODS[config.method]
 
 
-def merge_method(method: str, configured: str) -> str:
+def get_merge_method(method: str, configured: str) -> str:
   """Returns the name of each round's merging method: `merge.method` or the method's own; empty if nothing is merged.
 
-  >>> merge_method("imm", ""), merge_method("imm", "ties"), merge_method("star", "ties")
+  >>> get_merge_method("imm", ""), get_merge_method("imm", "ties"), get_merge_method("star", "ties")
   ('imm', 'ties', '')
   """
   return METHODS[method].merge and (configured or METHODS[method].merge)
@@ -122,6 +122,6 @@ def get_anchor_weights(config: ml_collections.ConfigDict) -> dict[str, float]:
   return {name: config.sft[f"{name}_weight"] if name == own else 0.0 for name in ANCHORS}
 
 
-def samples_answers(config: ml_collections.ConfigDict) -> bool:
+def is_sampling(config: ml_collections.ConfigDict) -> bool:
   """Returns whether a run samples answers to train on."""
   return get_method(config).data != "worked" and config.data.real_fraction < 1

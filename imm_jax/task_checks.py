@@ -7,7 +7,7 @@ import ml_collections
 from imm_jax import tasks
 from imm_jax.config_keys import require
 from imm_jax.errors import UserError, suggest
-from imm_jax.methods import samples_answers
+from imm_jax.methods import is_sampling
 from imm_jax.stages import lm_eval_tasks, round_questions, worked_examples
 from imm_jax.stages.task_entries import Entry, Tasks
 from imm_jax.tasks import sources
@@ -109,7 +109,7 @@ def validate_questions(config: ml_collections.ConfigDict, named: Tasks, trains: 
                    lambda: round_questions.load_round(named, config.rounds - 1), (task,)))
   checks += [(f"merge.auto.questions={named.held_out}", lambda other=other: round_questions.load_general(named, other),
               (other, task)) for other in (named.general if trains else ())]
-  if trains and config.prompt.few_shot and samples_answers(config):
+  if trains and config.prompt.few_shot and is_sampling(config):
     checks.append((f"prompt.few_shot={config.prompt.few_shot}", lambda: _check_shots(named), (task,)))
   checks += [(f"eval.protocol={config.eval.protocol}", lambda other=other: worked_examples.load_shots(named, other),
               (other, task)) for other in named.own]
@@ -122,9 +122,9 @@ def validate_questions(config: ml_collections.ConfigDict, named: Tasks, trains: 
   if downloads:
     lm_eval_tasks.load(config)
   if trains and is_loaded(task) and (
-      not samples_answers(config) or config.data.real_fraction or config.data.with_real):
+      not is_sampling(config) or config.data.real_fraction or config.data.with_real):
     # Each round needs worked answers, unless it also trains on those of earlier rounds.
-    needs_own = not samples_answers(config) or config.data.real_fraction
+    needs_own = not is_sampling(config) or config.data.real_fraction
     for t in range(config.rounds if needs_own else 1):
       asked = round_questions.load_round(named, t).round_questions
       if not any(e.rationale for e in asked):

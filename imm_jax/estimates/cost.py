@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from imm_jax.methods import ANCHORS, get_method, keeps_average, samples_answers
+from imm_jax.methods import ANCHORS, get_method, is_sampling, keeps_average
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import count_params
 from imm_jax.runtime import hardware
@@ -62,7 +62,7 @@ def count_tokens(config: ml_collections.ConfigDict, record: Mapping[str, Any], *
   right = sum(f["correct"] for f in facts) / samples if samples else ASSUMED["right"]
   tasks = get_tasks(config)
   num_questions, tests = tasks.count_questions()
-  has_samples, method = samples_answers(config), get_method(config)
+  has_samples, method = is_sampling(config), get_method(config)
   sampled = config.rounds * num_questions * config.sample.num_samples * length if has_samples else 0.0
   answers = right * num_questions * config.sample.num_samples if has_samples else 0.0
   answers /= max(1 - config.data.real_fraction, 0.5)

@@ -12,7 +12,7 @@ from imm_jax import files
 from imm_jax.estimates import cost
 from imm_jax.estimates.memory import format_bytes
 from imm_jax.estimates.shapes import Expected
-from imm_jax.methods import get_method, keeps_average, samples_answers
+from imm_jax.methods import get_method, is_sampling, keeps_average
 from imm_jax.model import checkpoint_folder
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import count_params
@@ -77,7 +77,7 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, expected: Ex
   bytes_per_param = 12 + 4 * bool(additions.ema) + 4 * (1 + bool(additions.ema)) * (sft.stop_share > 0)
   state = (bytes_per_param + (sft.intervention == "weight_masking")) * trained
   num_questions, tests = get_tasks(config).count_questions()
-  sampled = num_questions * config.sample.num_samples * samples_answers(config)
+  sampled = num_questions * config.sample.num_samples * is_sampling(config)
   right = sampled * cost.ASSUMED["right"] if sampled else num_questions
   saves = max(1, (math.ceil(sft.epochs * right / sft.global_batch) - 1) // sft.save_interval)
   tokens = (expected.question or cost.ASSUMED["question"]) + (

@@ -10,7 +10,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from imm_jax.estimates.shapes import Expected
-from imm_jax.methods import samples_answers
+from imm_jax.methods import is_sampling
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params, count_params
 from imm_jax.model.sharding import decoding_mesh, num_batch_shards, param_sharding, path_name
@@ -228,7 +228,7 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, 
     num_questions, tests = tasks.count_questions()
     settings = [("evaluation", model, config.eval.batch_size, tasks.protocol.token_limit,
                  tests * max(1, config.eval.num_samples))]
-    if samples_answers(config):
+    if is_sampling(config):
       settings.append(("sampling", sampler or model, config.sample.batch_size, config.sample.max_new_tokens,
                        num_questions * config.sample.num_samples))
     prompt = expected.prompt or _PROMPT_TOKENS

@@ -14,7 +14,7 @@ from imm_jax import files
 from imm_jax.errors import UserError, suggest
 from imm_jax.merging import registry
 from imm_jax.merging.trees import Setting
-from imm_jax.methods import merge_method
+from imm_jax.methods import get_merge_method
 
 # Options that are settings of their own in a run, or that it measures.
 _NOT_GIVEN = ("base_weight", "drop_rate", "importance")
@@ -129,7 +129,7 @@ def get_settings(config: ml_collections.ConfigDict) -> MergeSettings:
   """Returns what a config says about merges; the method is empty if nothing is merged."""
   merge = config.merge
   options = {name: value for name, value in merge.options.to_dict().items() if value is not None}
-  return MergeSettings(merge_method(config.method, merge.method), options, merge.drop_rate, merge.delta_ref)
+  return MergeSettings(get_merge_method(config.method, merge.method), options, merge.drop_rate, merge.delta_ref)
 
 
 def complement(weight: Setting) -> Setting:
