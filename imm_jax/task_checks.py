@@ -9,7 +9,7 @@ from imm_jax.config_keys import require
 from imm_jax.errors import UserError, suggest
 from imm_jax.methods import is_sampling
 from imm_jax.stages import lm_eval_tasks, round_questions, worked_examples
-from imm_jax.stages.task_entries import Entry, Tasks
+from imm_jax.stages.task_entries import RunTask, Tasks
 from imm_jax.tasks import sources
 
 
@@ -100,7 +100,7 @@ def validate_questions(config: ml_collections.ConfigDict, named: Tasks, trains: 
   """Loads the questions, so that errors in them are reported before any computation."""
   task = named.in_domain
   is_loaded = lambda *read: downloads or not any(task.is_remote for task in read)
-  checks: list[tuple[str, Callable[[], object], tuple[Entry, ...]]] = [
+  checks: list[tuple[str, Callable[[], object], tuple[RunTask, ...]]] = [
       (f"task.eval_questions={config.task.eval_questions}", named.load_tests, named.own)]
   if downloads or not named.has_remote_texts:
     checks.append((f"eval.texts={config.eval.texts}", named.load_passages, ()))
@@ -140,7 +140,7 @@ def _check_shots(named: Tasks) -> None:
                      "field in task.fields.rationale, or lower prompt.few_shot (0 for none)")
 
 
-def _describe_worked(task: Entry) -> str:
+def _describe_worked(task: RunTask) -> str:
   if task.is_generated:
     return "its questions are generated"
   pool = task.load(split="train")

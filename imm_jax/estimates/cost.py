@@ -12,7 +12,7 @@ from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import count_params
 from imm_jax.runtime import hardware
 from imm_jax.stages import merge_settings
-from imm_jax.stages.task_entries import Entry, get_tasks
+from imm_jax.stages.task_entries import RunTask, get_tasks
 
 # Assumptions as long as nothing is measured: the share of a device's peak FLOP/s that training and sampling reach, the
 # length of an answer as a share of max_new_tokens, the share of right answers, and the tokens of a question and of a
@@ -91,7 +91,7 @@ def count_tokens(config: ml_collections.ConfigDict, record: Mapping[str, Any], *
   passes = epochs + merge_settings.get_settings(config).needs_importance + (config.sft.intervention == "weight_masking")
   measured = config.rounds * min(config.analysis.examples, trained / config.rounds)
 
-  def prompt_tokens(entry: Entry) -> float:
+  def prompt_tokens(entry: RunTask) -> float:
     """Returns the tokens of a test question, which has options if these are scored."""
     return question * (1 + (entry.measure == "choices"))
 

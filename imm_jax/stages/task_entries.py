@@ -16,7 +16,7 @@ LM_EVAL = "lm_eval:"
 _TEST_SEED = 0
 
 
-class Entry(NamedTuple):
+class RunTask(NamedTuple):
   """A task as a config names it: `NAME` or `NAME=SOURCE`.
 
   Attributes:
@@ -128,9 +128,9 @@ class Tasks(NamedTuple):
     passages: largest number of passages of each text; 0 for all.
   """
 
-  in_domain: Entry
-  ood: tuple[Entry, ...]
-  general: tuple[Entry, ...]
+  in_domain: RunTask
+  ood: tuple[RunTask, ...]
+  general: tuple[RunTask, ...]
   per_round: int
   per_test: int
   held_out: int
@@ -147,7 +147,7 @@ class Tasks(NamedTuple):
     return tuple(entry.name for entry in (self.in_domain, *self.ood))
 
   @property
-  def own(self) -> tuple[Entry, ...]:
+  def own(self) -> tuple[RunTask, ...]:
     """All tasks, in-domain first, except lm_eval's, which loads its own questions."""
     return tuple(entry for entry in (self.in_domain, *self.ood) if entry.measure != "lm_eval")
 
@@ -166,7 +166,7 @@ class Tasks(NamedTuple):
     """Whether any of the texts comes over the network: a named corpus, or a source that is no file."""
     return any(not text.partition("=")[2].startswith("file:") for text in self.texts)
 
-  def get_protocol(self, entry: Entry) -> protocols.Protocol:
+  def get_protocol(self, entry: RunTask) -> protocols.Protocol:
     """Returns the rules by which a task's test questions are asked."""
     return protocols.get_protocol(self.protocol, entry.name, entry.kind)
 
@@ -198,17 +198,17 @@ class Tasks(NamedTuple):
     return passages
 
   def count_tests(self) -> list[int]:
-    """Counts the test questions to ask of each of `own`; see `Entry.count_questions`."""
+    """Counts the test questions to ask of each of `own`; see `RunTask.count_questions`."""
     return [entry.count_questions("test", self.per_test) for entry in self.own]
 
   def count_questions(self) -> tuple[int, int]:
-    """Counts the questions that a round asks and the test questions to answer; see `Entry.count_questions`."""
+    """Counts the questions that a round asks and the test questions to answer; see `RunTask.count_questions`."""
     tests = zip(self.own, self.count_tests(), strict=True)
     return (self.in_domain.count_questions("train", self.per_round),
             sum(count for entry, count in tests if entry.measure == "answer"))
 
   def describe_tests(self) -> str:
-    """Describes in a line how many of each task's test questions are asked; see `Entry.describe_tests`.
+    """Describes in a line how many of each task's test questions are asked; see `RunTask.describe_tests`.
 
     More lines follow for tasks whose default source differs from the questions of the paper.
     """
@@ -235,7 +235,7 @@ def get_tasks(config: ml_collections.ConfigDict) -> Tasks:
       passages=evaluation.passages or task.eval_questions)
 
 
-def get_entry(config: ml_collections.ConfigDict, text: str) -> Entry:
+def get_entry(config: ml_collections.ConfigDict, text: str) -> RunTask:
   """Returns a task, given as `NAME` or `NAME=SOURCE`, with what a config says about it.
 
   >>> from configs import tiny
@@ -243,13 +243,13 @@ def get_entry(config: ml_collections.ConfigDict, text: str) -> Entry:
   [('piqa', '', 'choices'), ('svamp', 'file:DIR', 'answer'), ('lm_eval:piqa', '', 'lm_eval')]
   """
   if text.startswith(LM_EVAL):
-    return Entry(text, "", "lm_eval", config.seed)
+    return RunTask(text, "", "lm_eval", config.seed)
   (name, _, source), task = text.partition("="), config.task
   in_domain = name == task.name  # its answers are sampled, whatever its default measure
   measure = "choices" if name in config.eval.by_likelihood else "answer" if in_domain else tasks.default_measure(name)
   custom: dict[str, Any] = {"fields": tuple(sorted(task.fields.to_dict().items())),
                             "custom_kind": task.kind} if name == "custom" else {}
-  return Entry(name, source or (task.source if in_domain else ""), measure, config.seed, **custom)
+  return RunTask(name, source or (task.source if in_domain else ""), measure, config.seed, **custom)
 
 
 @functools.lru_cache(maxsize=64)
