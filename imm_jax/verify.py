@@ -15,8 +15,8 @@ from absl import flags
 from imm_jax import cli
 from imm_jax.errors import Exit, join_items
 from imm_jax.report.results import find_runs
-from imm_jax.runs.check import Findings, check_run
 from imm_jax.runs.status import is_running
+from imm_jax.runs.verification import Findings, check_run
 
 _WORKDIRS = flags.DEFINE_list("workdirs", None, "Run directories, DIR,DIR,..., or folders that hold some; also the "
                              "arguments without a name.")

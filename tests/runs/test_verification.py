@@ -16,9 +16,9 @@ from configs import tiny
 from imm_jax import files, integrity
 from imm_jax.report import live
 from imm_jax.runs import metrics, status
-from imm_jax.runs.check import Findings, check_run
 from imm_jax.runs.run import Stage
 from imm_jax.runs.rundir import RunDir
+from imm_jax.runs.verification import Findings, check_run
 from tests import REPO
 from tests.runs.helpers import command
 
