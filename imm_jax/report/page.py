@@ -1,10 +1,11 @@
 """Makes the page of one run."""
 
 import html
+import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
 
-from imm_jax.report import browser, figures
+from imm_jax.report import figures
 from imm_jax.report.figures import MODELS, Panel
 from imm_jax.report.markup import Markup, Plot, Section, Table, render_page, render_section
 from imm_jax.report.reading import COUNTS
@@ -68,8 +69,19 @@ def assemble_page(title: str, top: str, problems: Sequence[str], parts: Sequence
   links, texts = [(part.id, part.title) for part in parts], [render_section(part, svgs) for part in parts]
   if chunks:
     links.insert(-1, ("samples", "Answers"))
-    texts.insert(-1, browser.render_section(chunks))
-  return render_page(title, top, texts, links, bottom=browser.render_data(chunks), reload_s=reload_s)
+    texts.insert(-1, _render_browser(chunks))
+  return render_page(title, top, texts, links, bottom=_render_answers(chunks), reload_s=reload_s)
+
+
+def _render_browser(chunks: Sequence[Chunk]) -> str:
+  """Renders the browser of the packed answers, whose code is in page.js."""
+  text = importlib.resources.files("imm_jax.report").joinpath("browser.html").read_text(encoding="utf-8")
+  return text.replace("COUNT", f"{sum(chunk.rows for chunk in chunks):,}")
+
+
+def _render_answers(chunks: Sequence[Chunk]) -> str:
+  """Renders the packed answers, for the end of the page."""
+  return "".join(f'<script type="application/gzip+base64" class="chunk">{chunk.packed}</script>' for chunk in chunks)
 
 
 def _render_status(results: Results, status: Status, written: str, renewed: bool) -> str:

@@ -14,7 +14,7 @@ from etils import epath
 
 from imm_jax import files, integrity
 from imm_jax.errors import UserError, join_items
-from imm_jax.runs import half_trained, record as run_record, runlog
+from imm_jax.runs import record as run_record, runlog
 from imm_jax.runs.run import RUNTIME_KEYS, Stage, list_unused_keys
 from imm_jax.runtime import distributed, resident_memory
 from imm_jax.training import states
@@ -250,7 +250,7 @@ def find_consequences(root: Path, config: ml_collections.ConfigDict, record: Map
                         for stage in stages):
     origin, restored = "another version of imm_jax", "the version"
     causes = ["this one counts other settings among those of a stage"]
-  lost_states = half_trained.list_lost(stages, record, root, external)
+  lost_states = _list_lost_states(stages, record, root, external)
   if lost_states and not causes:
     origin, restored, causes = "other settings or inputs", "what", ["those of what is half trained"]
   if not causes:
@@ -273,6 +273,30 @@ def find_consequences(root: Path, config: ml_collections.ConfigDict, record: Map
   notes += [f"{'; '.join(causes)}: {effect}"]
   notes += [f"no longer a part of the run: {join_items(dropped)}"] * bool(dropped)
   return Consequences(notes, dropped, lost_states, refusal)
+
+
+def _list_lost_states(stages: Sequence[Stage], record: Mapping[str, Any], root: Path, external: Mapping[str, str],
+                      ) -> dict[str, str]:
+  """Lists the training states that were begun with other settings or inputs, or whose inputs will be made anew.
+
+  Returns the folder of each, by a name for the user.
+  """
+  changed, lost = {*run_record.list_replaced(record, external)}, {}
+  for stage in stages:
+    inputs, entry = run_record.collect_inputs(stage, record, external), record["stages"].get(stage.name)
+    known = entry["inputs"] if entry else {"settings": record.get("settings", {}).get(stage.name)}
+    if changed.intersection(stage.needs) or _differ(known, inputs):
+      changed.add(stage.name)
+    saved = states.find_saved(stage.scratch) if stage.scratch else None
+    if saved and (stage.name in changed or _differ(saved.identity, inputs)):
+      folder = stage.scratch.removeprefix(f"{root}/")
+      lost[f"{folder} (step {saved.step} of {stage.name})"] = stage.scratch
+  return lost
+
+
+def _differ(known: Mapping[str, str | None], inputs: Mapping[str, str | None]) -> bool:
+  """Returns whether an input is known to be another; what is not known (None) may still turn out the same."""
+  return any(None not in (value, inputs.get(name)) and inputs[name] != value for name, value in known.items())
 
 
 def list_changes(root: Path, config: ml_collections.ConfigDict) -> list[tuple[str, str]]:
