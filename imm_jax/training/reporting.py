@@ -137,5 +137,5 @@ class StepLog:
 
   def explain_stop(self) -> str:
     """Returns the error message after a SIGTERM."""
-    return (f"{self._reporting.label}: told to stop, after step {self.done} of {self.total}; its state is saved; "
-            "repeat the command to resume")
+    return (f"{self._reporting.label}: terminated by SIGTERM after step {self.done} of {self.total}; its state is "
+            "saved; repeat the command to resume")

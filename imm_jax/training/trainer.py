@@ -133,7 +133,7 @@ def _run_steps(train_step: Step, state: TrainState, inputs: Input, log: StepLog,
 
 
 def _must_stop(requested: threading.Event, metrics: Metrics, sync: bool) -> bool:
-  """Returns whether a process was told to stop; `sync` is whether the host waits for this step in any case.
+  """Returns whether a process has received SIGTERM; `sync` is whether the host waits for this step in any case.
 
   Several processes agree on stopping only where they wait anyway, and while no step is running: its collectives and
   this one could otherwise run in different orders on different hosts.
