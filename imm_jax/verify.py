@@ -45,7 +45,7 @@ def _summarize(found: Findings) -> str:
   unchecked = f"{count} {'file was' if count == 1 else 'files were'} not checked: {join_items(list(found.unchecked))}"
   if found.differing:
     return f"{len(found.differing)} differ" + (f"; {unchecked}" if count else "")
-  return f"nothing that could be checked differs; {unchecked}" if count else "as it was written"
+  return f"nothing that could be checked differs; {unchecked}" if count else "unchanged"
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def take_folder(former: Path, out: Path, key: str) -> bool:
 
 
 def _find(folder: Path, name: str, key: str) -> dict[str, Any] | None:
-  """Returns the record of a result if it has that key and is as it was written."""
+  """Returns the record of a result if it has that key and is unchanged."""
   entry = _read(folder).get(name)
   is_whole = entry and entry["key"] == key and (folder / name).exists() and (
       entry["digest"] == _digest(folder / name, key, entry["facts"]))
