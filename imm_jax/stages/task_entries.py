@@ -179,8 +179,9 @@ class Tasks(NamedTuple):
     for entry in self.own:
       examples = entry.load(split="test", count=limit if entry.is_generated else None)[:limit]
       if limit and len(examples) < limit:
-        print_once(f"note: task {entry.name} has {len(examples)} test questions, and all of them are asked "
-                   f"(config.task.eval_questions={limit})")
+        number = ("1 test question, and it is asked" if len(examples) == 1 else
+                  f"{len(examples)} test questions, and all of them are asked")
+        print_once(f"note: task {entry.name} has {number} (config.task.eval_questions={limit})")
       tests[entry.name] = examples
     return tests
 
