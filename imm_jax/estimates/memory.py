@@ -258,9 +258,9 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, 
           "programs": resident_bytes + earlier * _EARLIER_PROGRAM_BYTES})
   sft_index = next(i for i, peak in enumerate(stages) if peak.stage == "SFT")
   # The stages before SFT are run again after it, when the programs of all other kinds are in memory.
-  later = [add_programs(peak, f"later {peak.stage}", sft_index) for peak in stages[:sft_index]
-           if peak.stage != "sampling" or config.rounds > 1]
-  return [add_programs(peak, peak.stage, i) for i, peak in enumerate(stages)] + later
+  repeated = [add_programs(peak, f"{peak.stage} after SFT", sft_index) for peak in stages[:sft_index]
+              if peak.stage != "sampling" or config.rounds > 1]
+  return [add_programs(peak, peak.stage, i) for i, peak in enumerate(stages)] + repeated
 
 
 def describe(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, expected: Expected,
@@ -273,7 +273,7 @@ def describe(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, 
   for peak in peaks:
     parts = ", ".join(f"{name} {format_bytes(size)}"
                       for name, size in sorted(peak.parts.items(), key=lambda item: -item[1]))
-    lines.append(f"  {peak.stage:<18}{format_bytes(peak.total):>10}  {parts}")
+    lines.append(f"  {peak.stage:<21}{format_bytes(peak.total):>10}  {parts}")
   return "\n".join(lines)
 
 
