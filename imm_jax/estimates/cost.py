@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
+from imm_jax.formatting import format_duration
 from imm_jax.methods import ANCHORS, get_method, is_sampling, keeps_average
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import count_params
@@ -131,12 +132,12 @@ def describe(config: ml_collections.ConfigDict, model: ModelConfig | None, recor
   devices = len(record.get("devices", ())) or 1
   if seconds := _extrapolate(record, stages):
     whole, left = seconds
-    return (f"{text}; about {_format_time(whole)} by what stages took so far on {devices} device(s), "
-            f"{_format_time(left)} of it to come")
+    return (f"{text}; about {format_duration(whole)} by what stages took so far on {devices} device(s), "
+            f"{format_duration(left)} of it to come")
   speeds = {kind: _measure_throughput(record, kind) for kind in ("sampling", "training")}
   if all(speeds.values()):
     seconds = (counts.sampled + counts.evaluated) / speeds["sampling"] + counts.trained / speeds["training"]
-    return (f"{text}; about {_format_time(seconds)} at the measured {_format_count(speeds['sampling'])} sampled and "
+    return (f"{text}; about {format_duration(seconds)} at the measured {_format_count(speeds['sampling'])} sampled and "
             f"{_format_count(speeds['training'])} trained tokens/s on {devices} device(s)")
   if model is None:
     return text
@@ -150,13 +151,13 @@ def describe(config: ml_collections.ConfigDict, model: ModelConfig | None, recor
   peak = hardware.peak_flops(kind)
   if peak:
     seconds = (decoding_flops / ASSUMED["sampling"] + training_flops / ASSUMED["training"]) / peak
-    return (f"{text}; about {_format_time(seconds)} of one {kind}, if training reaches {ASSUMED['training']:.0%} and "
-            f"sampling {ASSUMED['sampling']:.0%} of its peak (after a round: by its times)")
+    return (f"{text}; about {format_duration(seconds)} of one {kind}, if training reaches {ASSUMED['training']:.0%} "
+            f"and sampling {ASSUMED['sampling']:.0%} of its peak (after a round: by its times)")
   speed = hardware.measure_flops(config.sample.batch_size, hardware.compute_dtype(config.sample.compute_dtype))
   training_speed = hardware.measure_flops(_TRAINING_ROWS, hardware.compute_dtype(config.sft.compute_dtype))
   seconds = (decoding_flops / speed / _REACHED["sampling"]
              + (training_flops + recomputed_flops) / training_speed / _REACHED["training"])
-  return (f"{text}; about {_format_time(seconds)} on this machine as it is now, by a second of products: "
+  return (f"{text}; about {format_duration(seconds)} on this machine as it is now, by a second of products: "
           f"{training_speed / 1e9:.3g} GFLOP/s of many rows, {speed / 1e9:.3g} of {config.sample.batch_size}; and a "
           "minute or two to compile programs at the first start (once a round is done: by what it took)")
 
@@ -184,18 +185,6 @@ def _measure_throughput(record: Mapping[str, Any], kind: str) -> float | None:
   seconds = sum(entry.get("seconds", 0.0) for entry in done)
   tokens = sum(entry["facts"].get("tokens", 0) for entry in done)
   return tokens / seconds if seconds and tokens else None
-
-
-def _format_time(seconds: float) -> str:
-  """Formats a duration with two digits.
-
-  >>> _format_time(28.1), _format_time(600), _format_time(8000)
-  ('28 seconds', '10 minutes', '2.2 hours')
-  """
-  unit, size = next((unit, size) for unit, size in (("hours", 3600), ("minutes", 60), ("seconds", 1))
-                    if seconds >= 1.5 * size or size == 1)
-  value = seconds / size
-  return f"{value:.0f} {unit}" if value >= 10 else f"{value:.2g} {unit}"
 
 
 def _format_count(number: float) -> str:

@@ -10,8 +10,8 @@ import ml_collections
 
 from imm_jax import files
 from imm_jax.estimates import cost
-from imm_jax.estimates.memory import format_bytes
 from imm_jax.estimates.shapes import Expected
+from imm_jax.formatting import format_size
 from imm_jax.methods import get_method, is_sampling, keeps_average
 from imm_jax.model import checkpoint_folder
 from imm_jax.model.config import ModelConfig
@@ -100,9 +100,9 @@ def describe(config: ml_collections.ConfigDict, model: ModelConfig, expected: Ex
              folder: Path | None = None) -> str:
   """Describes the result of `estimate` in two lines, with the free space where `root`, the run directory, is."""
   sizes, state_dir = estimate(config, model, expected, folder), config.sft.state_dir
-  states = f"{sizes.num_states} training state{'s' * (sizes.num_states > 1)} of {format_bytes(sizes.state)}"
+  states = f"{sizes.num_states} training state{'s' * (sizes.num_states > 1)} of {format_size(sizes.state)}"
   existing = files.find_existing_parent(root)
-  return (f"disk: about {format_bytes(sizes.final)} in the end ({sizes.num_checkpoints} checkpoints of "
-          f"{format_bytes(sizes.checkpoint)}, answers {format_bytes(sizes.answers)}), at the peak about "
-          f"{format_bytes(sizes.peak)}; {format_bytes(shutil.disk_usage(existing).free)} free\n"
+  return (f"disk: about {format_size(sizes.final)} in the end ({sizes.num_checkpoints} checkpoints of "
+          f"{format_size(sizes.checkpoint)}, answers {format_size(sizes.answers)}), at the peak about "
+          f"{format_size(sizes.peak)}; {format_size(shutil.disk_usage(existing).free)} free\n"
           f"  up to {states} during SFT{f', in {state_dir}' if state_dir else ''}")

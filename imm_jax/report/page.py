@@ -5,6 +5,7 @@ import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
 
+from imm_jax.formatting import format_duration
 from imm_jax.report import figures
 from imm_jax.report.figures import MODELS, Panel
 from imm_jax.report.markup import Markup, Plot, Section, Table, render_page, render_section
@@ -120,7 +121,7 @@ def _render_summary(results: Results) -> str:
   if results.data:
     kept, sampled = (sum(row.get(key) or 0 for row in results.data) for key in ("kept", "samples"))
     cards.append(("answers trained on", f"{kept:,}", f"of {sampled:,} sampled" if sampled else "none was sampled", ""))
-  cards.append(("time of all stages", _format_duration(total_seconds(results)), f"on {describe_devices(results)}", ""))
+  cards.append(("time of all stages", format_duration(total_seconds(results)), f"on {describe_devices(results)}", ""))
   boxes = "".join(f'<div class="card"><span>{html.escape(a)}</span><b>{html.escape(b)}</b><span>{html.escape(c)}</span>'
                   f"<span>{html.escape(d)}</span></div>" for a, b, c, d in cards)
   return f'<p class="sentence">{html.escape(_summarize(results, first, last))}</p><div class="cards">{boxes}</div>'
@@ -295,18 +296,6 @@ def total_seconds(results: Results) -> float:
   return sum(entry.get("seconds", 0) for entry in results.stages.values())
 
 
-def _format_duration(total: float) -> str:
-  """Formats a duration in seconds with two units.
-
-  >>> _format_duration(8.4), _format_duration(100), _format_duration(7260), _format_duration(200000)
-  ('8 s', '1 min 40 s', '2 h 1 min', '55 h 33 min')
-  """
-  if total < 60:
-    return f"{total:.0f} s"
-  minutes, rest = divmod(round(total), 60)
-  return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def describe_devices(results: Results) -> str:
   """Describes the number and kind of a run's devices."""
   names = results.facts.get("devices")
@@ -324,4 +313,3 @@ def _config_section(results: Results) -> Section:
 def fold_text(summary: str, text: str) -> str:
   """Renders a folded text as HTML."""
   return f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>"
-

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from imm_jax import files, integrity
 from imm_jax.errors import UserError
+from imm_jax.formatting import format_size
 
 # Folders that no stage's record covers, and why they are not checked.
 _OTHERS = {"wandb": "is of Weights & Biases", "cache": "has earlier results, checked when they are used again"}
@@ -60,7 +61,7 @@ def _check_manifest(root: Path, found: Findings) -> set[str]:
   for name, more in grown.items():
     if more > 0 and name not in found.differing:
       found.unchecked[name] = 1
-      found.notes.append(f"{name}: its last {files.format_size(more)} were written after its digest was")
+      found.notes.append(f"{name}: its last {format_size(more)} were written after its digest was")
   return set(digests)
 
 
