@@ -52,7 +52,7 @@ class EarlyStopping:
 
   @property
   def best_epoch(self) -> int:
-    """The number of the best epoch, from 1."""
+    """Returns the number of the best epoch, from 1."""
     return 1 + self.losses.index(min(self.losses))
 
   def due(self, done: int) -> bool:

@@ -43,6 +43,7 @@ class Trained(NamedTuple):
     steps: number of steps.
     average: moving average of the weights at the same step as `params`, or None without `additions.ema`.
     held_out: held-out loss of each epoch, with early stopping.
+    best_epoch: number of the epoch that `params` are from, from 1, with early stopping; 0 without.
   """
 
   params: Params
@@ -51,6 +52,7 @@ class Trained(NamedTuple):
   steps: int
   average: Params | None = None
   held_out: tuple[float, ...] = ()
+  best_epoch: int = 0
 
 
 def train(config: ModelConfig, load_params: Callable[[], Params], batches: PackedBatches, optimization: Optimization,
@@ -91,7 +93,7 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
     state = _run_steps(train_step, state, inputs, log, stopping, checkpoints)
   best = stopping.best if stopping else state
   return Trained(best["params"], log.first_loss, log.last_loss, log.done, best.get("average"),
-                 tuple(stopping.losses) if stopping else ())
+                 *((tuple(stopping.losses), stopping.best_epoch) if stopping else ()))
 
 
 def _run_steps(train_step: Step, state: TrainState, inputs: Input, log: StepLog, stopping: EarlyStopping | None,
