@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import optax
 
 from imm_jax.errors import PreemptedError, UserError
 from imm_jax.model.config import ModelConfig
@@ -84,8 +83,7 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
     like = abstract_state(config, optimizer, mesh, additions=additions)
     state = _saved_state(checkpoints, saved, like, load_frozen, stopping)
   else:
-    state = _first_state(config, load_params(), batches, optimizer, optimization, computation, load_frozen,
-                         reporting.label)
+    state = _first_state(config, load_params(), batches, optimization, computation, load_frozen, reporting.label)
   train_step = make_train_step(config, optimizer, computation, additions=additions)
   inputs = Input(batches, mesh, saved and saved["input"])
   meter = Meter(config, batches, mesh.size)
@@ -155,12 +153,11 @@ def _save(checkpoints: Checkpoints, done: int, position: dict[str, Any], state: 
                    **about)
 
 
-def _first_state(config: ModelConfig, params: Params, batches: PackedBatches, optimizer: optax.GradientTransformation,
-                 optimization: Optimization, computation: Computation, load_frozen: Callable[[], Frozen], label: str,
-                 ) -> TrainState:
+def _first_state(config: ModelConfig, params: Params, batches: PackedBatches, optimization: Optimization,
+                 computation: Computation, load_frozen: Callable[[], Frozen], label: str) -> TrainState:
   """Returns the state before the first step; takes ownership of `params`."""
-  make_state = lambda: init_state(params, optimizer, computation.mesh, additions=optimization.additions,
-                                  frozen=load_frozen())
+  make_state = lambda: init_state(params, optimization.make_optimizer(), computation.mesh,
+                                  additions=optimization.additions, frozen=load_frozen())
   top_p = optimization.intervention.top_p
   if top_p is None:
     return make_state()
