@@ -19,6 +19,9 @@ from imm_jax.stages.task_entries import RunTask, get_tasks
 # length of an answer as a share of max_new_tokens, the share of right answers, and the tokens of a question and of a
 # passage.
 ASSUMED = {"training": 0.4, "sampling": 0.1, "length": 0.4, "right": 0.5, "question": 128, "passage": 500}
+# The largest share of real answers that is counted on: a question has one real answer at most, so that there are too
+# few for a large `data.real_fraction`.
+_MAX_REAL = 0.5
 # For machines whose peak is unknown, the share of the FLOP/s measured in plain matrix products that SmolLM2-135M
 # reached on 2 cores in SFT (recomputed forward passes are counted) and in decoding, compilation included.
 _REACHED = {"training": 0.75, "sampling": 0.5}
@@ -66,7 +69,7 @@ def count_tokens(config: ml_collections.ConfigDict, record: Mapping[str, Any], *
   has_samples, method = is_sampling(config), get_method(config)
   sampled = config.rounds * num_questions * config.sample.num_samples * length if has_samples else 0.0
   answers = right * num_questions * config.sample.num_samples if has_samples else 0.0
-  answers /= max(1 - config.data.real_fraction, 0.5)
+  answers /= get_sampled_share(config)
   rounds = range(1, config.rounds + 1)
   if not has_samples:
     trained = config.rounds * num_questions
@@ -106,6 +109,11 @@ def count_tokens(config: ml_collections.ConfigDict, record: Mapping[str, Any], *
   return TokenCounts(sampled, (passes * trained + measured) * (length + question), evaluated,
                      config.rounds * num_questions * question if has_samples else 0.0,
                      eval_prompts + drift_texts * (length + question))
+
+
+def get_sampled_share(config: ml_collections.ConfigDict) -> float:
+  """Returns the share of sampled answers among those that a round trains on, if any are sampled."""
+  return 1 - min(config.data.real_fraction, _MAX_REAL)
 
 
 def describe(config: ml_collections.ConfigDict, model: ModelConfig | None, record: Mapping[str, Any],

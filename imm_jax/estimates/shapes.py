@@ -67,7 +67,7 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, folder: Path
     question = float(np.mean([len(encode(row).prompt) for row in unanswered]))
     answer = float(np.mean([len(e.response) for e in worked])) if worked else 0.0
   if is_sampling(config):
-    count = round(count * config.sample.num_samples * cost.ASSUMED["right"] / max(1 - config.data.real_fraction, 0.5))
+    count = round(count * config.sample.num_samples * cost.ASSUMED["right"] / cost.get_sampled_share(config))
   repeated = itertools.islice(itertools.cycle(lengths), max(1, min(count, 1000)))
   lengths = [min(length, sft.row_length) for length in repeated]
   rows = PackedBatches([TokenizedExample([], [0] * length) for length in lengths], epochs=1, row_length=sft.row_length,
