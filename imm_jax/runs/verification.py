@@ -41,7 +41,7 @@ def check_run(root: Path) -> Findings:
   states = sorted({path for path in root.glob("round_*/*_state") if path.is_dir()})
   for folder in states:
     covered.update(_check_states(root, folder, found))
-  _sort_out(root, present, covered, found)
+  _classify_uncovered(present, covered, found)
   if state_dir := _read_state_dir(root / "config.json"):
     found.notes.append(f"training states are in {state_dir}, which is not looked at here")
   return found
@@ -117,8 +117,8 @@ def _check_states(root: Path, folder: Path, found: Findings) -> Iterator[str]:
       found.notes.append(f"{of_state}: is no training state, nor a file of the run; not checked")
 
 
-def _sort_out(root: Path, present: Sequence[str], covered: set[str], found: Findings) -> None:
-  """Sorts the files that nothing covers into those of the run and others, which are named by folder where possible."""
+def _classify_uncovered(present: Sequence[str], covered: set[str], found: Findings) -> None:
+  """Classifies the files that nothing covers as those of the run and others, by folder where possible."""
   others = [file for file in present if file not in covered]
   strays: list[str] = []
   folders: dict[str, list[str]] = {}
