@@ -151,7 +151,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = Fa
     external |= compute_digests(tasks)
   stages = plan(_make_run(config, root, models))
   run_record.accept_former_settings(record, stages)
-  found = rundir.find_consequences(root, config, record, stages, external)
+  consequences = rundir.find_consequences(root, config, record, stages, external)
   to_do: set[str] = set()
   if line := status.format_line(status.read(root)):
     print(f"{root}: {line}")
@@ -177,12 +177,12 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = Fa
         config, model, expected, root, base)
     lengths = {"question": expected.question, "answer": expected.answer}
   tokens_and_hours = cost.describe(config, model, record, teacher, [stage.name for stage in stages], **lengths)
-  if found.dropped:
-    print(f"no longer a part of the run: {join_items(found.dropped)}")
+  if consequences.dropped:
+    print(f"no longer a part of the run: {join_items(consequences.dropped)}")
   print(f"\n{len(to_do)} of {len(stages)} stages to do\n{tasks.describe_tests()}\n{sizes}\n"
         f"the whole run: {tokens_and_hours}")
-  if found.refusal and not rerun:
-    raise UserError(found.refusal)
+  if consequences.refusal and not rerun:
+    raise UserError(consequences.refusal)
 
 
 def _check_models(config: ml_collections.ConfigDict, *, downloads: bool = True) -> dict[str, Path]:

@@ -99,14 +99,14 @@ class RunDir:
     if not distributed.is_main():
       return
     run_record.accept_former_settings(self._record, stages)
-    found = find_consequences(self.path, self._config, self._record, stages, external)
-    if found.refusal and not rerun:
-      raise UserError(found.refusal)
-    for name in found.dropped:
+    consequences = find_consequences(self.path, self._config, self._record, stages, external)
+    if consequences.refusal and not rerun:
+      raise UserError(consequences.refusal)
+    for name in consequences.dropped:
       del self._record["stages"][name]
     settings = {stage.name: run_record.digest_settings(stage.settings) for stage in stages}
     # Before the record of the change, so that a start that is killed in between finds what is left of them again.
-    for folder in found.half_trained.values():
+    for folder in consequences.half_trained.values():
       states.remove(folder)
     self._record |= {"external": dict(external), "settings": settings,
                      "outdated": run_record.list_stale(stages, self._record, self.path, external)}
@@ -116,7 +116,7 @@ class RunDir:
     integrity.forget(self.path, "status.json")  # which is written all the time; __exit__ records its digest
     with integrity.rewritten(self.path, "config.json"):
       files.write_json(self.path / "config.json", _to_json(self._config), sort_keys=True)
-    for line in found.notes:
+    for line in consequences.notes:
       print(f"note: {line}", file=sys.stderr)
 
   def run(self, stage: Stage, external: Mapping[str, str], *, on_host: bool = False) -> bool:
