@@ -17,7 +17,7 @@ from imm_jax.model.decoder import Params
 
 
 class LayerImportance(NamedTuple):
-  """Importance scores: `total`, float64 [L], is the sum over `modules`, name (`q_proj`) -> float64 [L]."""
+  """Holds importance scores: `total`, float64 [L], is the sum over `modules`, name (`q_proj`) -> float64 [L]."""
 
   total: np.ndarray
   modules: dict[str, np.ndarray]

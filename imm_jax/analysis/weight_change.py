@@ -22,14 +22,14 @@ _MATRIX = re.compile(rf"(?:.*\.)?layers\.(\d+)\.(?:self_attn|mlp)\.({'|'.join(PR
 
 
 class LayerChange(NamedTuple):
-  """Weight change (eq. 4): `total`, float64 [L], is the sum over `modules`, name (`q_proj`) -> float64 [L]."""
+  """Holds a weight change (eq. 4): `total`, float64 [L], is the sum over `modules`, name (`q_proj`) -> float64 [L]."""
 
   total: np.ndarray
   modules: dict[str, np.ndarray]
 
   @property
   def share(self) -> np.ndarray:
-    """Each layer's share of the total change [L], which sums to 1; zeros if nothing has changed."""
+    """Returns each layer's share of the total change [L], which sums to 1; zeros if nothing has changed."""
     total = self.total.sum()
     return self.total / total if total else np.zeros_like(self.total)
 

@@ -33,7 +33,7 @@ def make_sections(runs: Mapping[str, Results], join: Join) -> list[Section]:
 
 
 class GroupSummary(NamedTuple):
-  """Results of a group after its last round: means and standard errors over the runs that have finished it.
+  """Holds the results of a group after its last round: means and standard errors over the runs that have finished it.
 
   Attributes:
     rounds: number of finished rounds.

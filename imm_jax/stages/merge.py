@@ -42,7 +42,7 @@ class MergeInputs(NamedTuple):
 
   @property
   def folders(self) -> dict[str, Any]:
-    """The models, as `MergeSettings.collect_models` takes them."""
+    """Returns the models, as `MergeSettings.collect_models` takes them."""
     return {"base": self.base, "start": self.start, "tuned": self.tuned}
 
 

@@ -21,7 +21,7 @@ _NOT_GIVEN = ("base_weight", "drop_rate", "importance")
 
 
 class MergeSettings(NamedTuple):
-  """What a config says about the merge of each round, except the base weight.
+  """Holds what a config says about the merge of each round, except the base weight.
 
   Attributes:
     method: name of the merging method.
@@ -37,12 +37,12 @@ class MergeSettings(NamedTuple):
 
   @property
   def weighs(self) -> bool:
-    """Whether `merge.base_weight` has an effect: the method has a strength that no option overrides."""
+    """Returns whether `merge.base_weight` has an effect: the method has a strength that no option overrides."""
     return has_strength(self.method) and not self.fixed_by
 
   @property
   def fixed_by(self) -> str:
-    """The given option that overrides `merge.base_weight`; empty if there is none."""
+    """Returns the given option that overrides `merge.base_weight`; empty if there is none."""
     method = registry.METHODS[self.method]
     if (strength := method.strength_option) in self.options:
       return strength
@@ -51,7 +51,7 @@ class MergeSettings(NamedTuple):
 
   @property
   def needs_importance(self) -> bool:
-    """Whether the method takes the importance of layers, which the run then measures."""
+    """Returns whether the method takes the importance of layers, which the run then measures."""
     return bool(self.method) and "importance" in registry.METHODS[self.method].by_option
 
   def collect_models(self, *, base: Path, start: Path, tuned: Sequence[Path]) -> dict[str, Path] | None:

@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 class ResultCache(NamedTuple):
-  """Says where an evaluation writes its results, and where earlier ones are.
+  """Knows where an evaluation writes its results, and where earlier ones are.
 
   Attributes:
     out: the folder to write.

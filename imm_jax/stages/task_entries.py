@@ -17,7 +17,7 @@ _TEST_SEED = 0
 
 
 class RunTask(NamedTuple):
-  """A task as a config names it: `NAME` or `NAME=SOURCE`.
+  """Holds a task as a config names it: `NAME` or `NAME=SOURCE`.
 
   Attributes:
     name: name of the task.
@@ -37,23 +37,23 @@ class RunTask(NamedTuple):
 
   @property
   def kind(self) -> str:
-    """The kind of (most of) its answers: `number`, `latex` or `choice`."""
+    """Returns the kind of (most of) its answers: `number`, `latex` or `choice`."""
     return self.custom_kind or protocols.answer_kind(self.name)
 
   @property
   def is_generated(self) -> bool:
-    """Whether it generates its questions, and so has no fixed number of them."""
+    """Returns whether it generates its questions, and so has no fixed number of them."""
     return tasks.is_generated(self.name)
 
   @property
   def is_remote(self) -> bool:
-    """Whether its questions come over the network."""
+    """Returns whether its questions come over the network."""
     has_source = bool(self.source) or tasks.has_default_source(self.name)
     return not self.is_generated and has_source and not self.source.startswith("file:")
 
   @property
   def splits(self) -> tuple[str, ...]:
-    """The splits that it has."""
+    """Returns the splits that it has."""
     return tasks.splits(self.name)
 
   def load(self, *, split: str, count: int | None = None) -> list[Example]:
@@ -111,7 +111,7 @@ class RunTask(NamedTuple):
 
 
 class Tasks(NamedTuple):
-  """The tasks and texts of a run, how many questions of each are asked, and how.
+  """Holds the tasks and texts of a run, how many questions of each are asked, and how.
 
   Attributes:
     in_domain: the task that is sampled, trained and evaluated.
@@ -143,27 +143,27 @@ class Tasks(NamedTuple):
 
   @property
   def names(self) -> tuple[str, ...]:
-    """The names of all tasks, in-domain first."""
+    """Returns the names of all tasks, in-domain first."""
     return tuple(entry.name for entry in (self.in_domain, *self.ood))
 
   @property
   def own(self) -> tuple[RunTask, ...]:
-    """All tasks, in-domain first, except lm_eval's, which loads its own questions."""
+    """Returns all tasks, in-domain first, except lm_eval's, which loads its own questions."""
     return tuple(entry for entry in (self.in_domain, *self.ood) if entry.measure != "lm_eval")
 
   @property
   def lm_eval(self) -> tuple[str, ...]:
-    """The names that lm_eval gives to its tasks."""
+    """Returns the names that lm_eval gives to its tasks."""
     return tuple(entry.name.removeprefix(LM_EVAL) for entry in self.ood if entry.measure == "lm_eval")
 
   @property
   def needs_likelihood(self) -> bool:
-    """Whether an evaluation scores options or texts by likelihood."""
+    """Returns whether an evaluation scores options or texts by likelihood."""
     return bool(self.texts) or any(entry.measure == "choices" for entry in self.own)
 
   @property
   def has_remote_texts(self) -> bool:
-    """Whether any of the texts comes over the network: a named corpus, or a source that is no file."""
+    """Returns whether any of the texts comes over the network: a named corpus, or a source that is no file."""
     return any(not text.partition("=")[2].startswith("file:") for text in self.texts)
 
   def get_protocol(self, entry: RunTask) -> protocols.Protocol:

@@ -39,7 +39,7 @@ class Lora(NamedTuple):
 
   @property
   def scale(self) -> float:
-    """The factor s = alpha / rank."""
+    """Returns the factor s = alpha / rank."""
     return self.alpha / self.rank
 
 

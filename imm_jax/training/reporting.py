@@ -83,7 +83,7 @@ class StepLog:
 
   @property
   def full(self) -> bool:
-    """Whether `log_every` steps have been added since the last report."""
+    """Returns whether `log_every` steps have been added since the last report."""
     return len(self._pending) == self._reporting.log_every
 
   def add(self, metrics: dict[str, jax.Array], position: dict[str, Any]) -> None:

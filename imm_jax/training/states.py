@@ -117,7 +117,7 @@ class Checkpoints:
 
   @property
   def step(self) -> int:
-    """Step of the newest state; 0 if there is none."""
+    """Returns the step of the newest state; 0 if there is none."""
     return self._manager.latest_step() or 0
 
   def latest(self) -> dict[str, Any] | None:

@@ -48,6 +48,7 @@ class EarlyStopping:
 
   @property
   def should_stop(self) -> bool:
+    """Returns whether the last epoch was worse than the best."""
     return bool(self.losses) and self.losses[-1] > min(self.losses)
 
   @property
