@@ -64,7 +64,7 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
     load_params: returns the initial parameters (float32, stacked layers) or adapters; not called if training resumes
       from a saved state.
     batches: the batch of each step.
-    optimization: what is minimised, and how.
+    optimization: what is minimized, and how.
     computation: how the steps are computed.
     reporting: what is reported, and how often.
     load_frozen: returns the frozen weights that the additions need (see `step.TrainState`); also called when training
