@@ -2,7 +2,7 @@
 
     python benchmarks/analysis.py --workdir=/tmp/analysis-benchmark --cores=2
 
-Importance: `importance.gradient` over packed batches, compared with forward and backward passes of SFT over the same
+Importance: `gradients.gradient` over packed batches, compared with forward and backward passes of SFT over the same
 batches (`gradient_function`, jitted; no optimizer) and with whole SFT steps. They alternate pass by pass in one
 process; reported is the fastest pass of each over all batches, including input.
 
@@ -43,9 +43,8 @@ def make_passes(dtype: str, folder: Path) -> dict[str, Callable[[], None]]:
   import jax.numpy as jnp
   import optax
 
-  from imm_jax.analysis import importance
   from imm_jax.model import attention, hf, sharding
-  from imm_jax.training import optimization, step
+  from imm_jax.training import gradients, optimization, step
   from imm_jax.training.computation import Computation
   from imm_jax.training.input import Input
   from imm_jax.training.packing import PackedBatches, TokenizedExample
@@ -75,7 +74,7 @@ def make_passes(dtype: str, folder: Path) -> dict[str, Callable[[], None]]:
       jax.block_until_ready(metrics)
 
   return {"forward and backward": forward_and_backward,
-          "importance": lambda: jax.block_until_ready(importance.gradient(config, params, batches, computation)),
+          "importance": lambda: jax.block_until_ready(gradients.gradient(config, params, batches, computation)),
           "SFT steps": whole_steps}
 
 

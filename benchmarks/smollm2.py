@@ -24,7 +24,7 @@ import studies
 from absl import app, flags
 
 from imm_jax import analysis, files
-from imm_jax.report import Results, compare, figures, results, writer
+from imm_jax.report import Results, comparison, figures, results, writer
 from imm_jax.runs import status
 from imm_jax.statistics import model_comparison, paired_tests
 
@@ -59,7 +59,7 @@ def collect_figures(run: Results) -> dict[str, Any]:
   These are hexadecimal numbers whose bits, the highest first, are the questions in the order of their ids.
   """
   values = lambda scores: {task: score.value for task, score in scores.items()}
-  handed_on = [model.label for model in run.handed_on()]
+  handed_on = [model.label for model in run.list_round_results()]
 
   def of_model(model: results.EvaluatedModel) -> dict[str, Any]:
     drift = run.drift.get(model.round, {}).get("models", {}).get(model.kind, {})
@@ -246,7 +246,7 @@ def collect(root: Path, earlier: Runs | None = None) -> None:
   root.mkdir(parents=True, exist_ok=True)
   files.write_json(root / "scores.json", collected)
   if len(runs) > 1:
-    compare.write(runs, root / "report")
+    comparison.write(runs, root / "report")
   by_method = split(collected)
   plot(by_method, root)
   print(tabulate_last(by_method), studies.tabulate_by_round(tabulate_scores(by_method)), compare_answers(by_method),

@@ -82,8 +82,7 @@ def main() -> None:
 
 # These two import what they need themselves: weight change needs none of it, and the imports take seconds.
 def _read_settings(entries: Sequence[str]) -> Any:
-  from imm_jax import config_checks, config_keys
-  from imm_jax.runs import experiments
+  from imm_jax import config_checks, config_keys, experiments
   from imm_jax.stages import analyze
 
   if _CONFIG.value is None:

@@ -25,11 +25,10 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from imm_jax import cli, config_checks, files, tasks
+from imm_jax import cli, config_checks, experiments, files, tasks
 from imm_jax.errors import UserError
 from imm_jax.model import hf, hub
 from imm_jax.report.results import AnswerStats
-from imm_jax.runs import experiments
 from imm_jax.sampling import engines
 from imm_jax.stages import devices, evaluate
 from imm_jax.stages.result_cache import ResultCache

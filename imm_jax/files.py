@@ -228,18 +228,6 @@ def count_bytes(path: Path) -> int:
   return sum(p.stat().st_size for p in list_files(path))
 
 
-def format_size(size: int) -> str:
-  """Formats a number of bytes in the unit that suits it.
-
-  >>> format_size(950), format_size(48_200_000), format_size(15_340_000_000)
-  ('950 bytes', '48.2 MB', '15.3 GB')
-  """
-  for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-    if size >= factor:
-      return f"{size / factor:.1f} {unit}"
-  return f"{size} bytes"
-
-
 def digest_files(path: Path) -> dict[str, str]:
   """Returns the SHA-256 of each file below a folder, by relative path; of a file, under the name "."."""
   digests = {}

@@ -16,7 +16,7 @@ import ml_collections
 from imm_jax import __version__, report
 from imm_jax.errors import UserError, join_items
 from imm_jax.estimates import cost, disk, memory, shapes
-from imm_jax.methods import keeps_average, samples_answers
+from imm_jax.methods import is_sampling, keeps_average
 from imm_jax.model import checkpoint_folder, hf, hub, published
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.runs import metrics, record as run_record, rundir, runlog, status
@@ -50,7 +50,7 @@ def plan(run: Run) -> list[Stage]:
     stages.append(analyze.build_stage(run, begin, sampler, t))
     if tasks.drift:
       stages.append(measure_drift.build_stage(run, tuned, t))
-    start = run.handed_on(t)
+    start = run.get_next_start(t)
   return stages
 
 
@@ -78,7 +78,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False)
     tasks = get_tasks(config)
     task_names = {"id": tasks.in_domain.name, "ood": [entry.name for entry in tasks.ood]}
     directory.record_facts(versions=_versions(), devices=kinds, method=config.method, tasks=task_names, **threads)
-    # Otherwise the arrays are in the memory of devices or of other processes.
+    # Only on CPU are the arrays in this process's memory, so that its peak can be recorded.
     on_host = platform == "cpu" and not devices.starts_server(config)
     external = {}
     if distributed.is_main():
@@ -151,7 +151,7 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = Fa
     external |= compute_digests(tasks)
   stages = plan(_make_run(config, root, models))
   run_record.accept_former_settings(record, stages)
-  found = rundir.find_consequences(root, config, record, stages, external)
+  consequences = rundir.find_consequences(root, config, record, stages, external)
   to_do: set[str] = set()
   if line := status.format_line(status.read(root)):
     print(f"{root}: {line}")
@@ -177,12 +177,12 @@ def dry_run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = Fa
         config, model, expected, root, base)
     lengths = {"question": expected.question, "answer": expected.answer}
   tokens_and_hours = cost.describe(config, model, record, teacher, [stage.name for stage in stages], **lengths)
-  if found.dropped:
-    print(f"no longer a part of the run: {join_items(found.dropped)}")
+  if consequences.dropped:
+    print(f"no longer a part of the run: {join_items(consequences.dropped)}")
   print(f"\n{len(to_do)} of {len(stages)} stages to do\n{tasks.describe_tests()}\n{sizes}\n"
         f"the whole run: {tokens_and_hours}")
-  if found.refusal and not rerun:
-    raise UserError(found.refusal)
+  if consequences.refusal and not rerun:
+    raise UserError(consequences.refusal)
 
 
 def _check_models(config: ml_collections.ConfigDict, *, downloads: bool = True) -> dict[str, Path]:
@@ -191,7 +191,7 @@ def _check_models(config: ml_collections.ConfigDict, *, downloads: bool = True) 
   for model in models.values():
     load_tokenizer(model, rows=hf.check_folder(model).vocab_size)
   if downloads or not any(entry.is_remote for entry in get_tasks(config).own):
-    synthesize.check_prompts_fit(config, models["base"], models.get("teacher", models["base"]), samples_answers(config))
+    synthesize.check_prompts_fit(config, models["base"], models.get("teacher", models["base"]), is_sampling(config))
   return models
 
 

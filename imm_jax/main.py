@@ -17,9 +17,8 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from imm_jax import cli, config_checks, loop
+from imm_jax import cli, config_checks, experiments, loop
 from imm_jax.errors import UserError
-from imm_jax.runs import experiments
 from imm_jax.runs.run import list_idle_keys
 from imm_jax.runtime import distributed
 from imm_jax.stages import merge_settings

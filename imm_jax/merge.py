@@ -32,6 +32,7 @@ from absl import flags
 
 from imm_jax import cli, files
 from imm_jax.errors import UserError, suggest
+from imm_jax.formatting import format_size
 from imm_jax.merging import registry
 from imm_jax.merging.options import REQUIRED, Option
 from imm_jax.merging.recipes import command, mergekit
@@ -176,7 +177,7 @@ def _write(root: Path, inputs: Mapping[str, Path], write: Callable[[Path], int])
     count = write(temporary)
     command.record_files(temporary)
   size = sum(weights.stat().st_size for weights in root.rglob("*.safetensors"))
-  print(f"{root}: {count} merge{'s' * (count > 1)}, {files.format_size(size)} in {time.monotonic() - started:.1f} s")
+  print(f"{root}: {count} merge{'s' * (count > 1)}, {format_size(size)} in {time.monotonic() - started:.1f} s")
 
 
 def _plan_outputs(out: Path, recipe: Recipe) -> dict[Path, Recipe]:

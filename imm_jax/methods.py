@@ -22,7 +22,7 @@ class Anchor(NamedTuple):
 
 # By the name of its metric and of its weight in `training.additions`; its setting is `sft.NAME_weight`.
 ANCHORS = {"l2_sp": Anchor("L2 to the base", predicts=False), "kl": Anchor("KL to the base", predicts=True)}
-# The folder of a round in which a model is that the round may hand on, by `Method.hands_on`.
+# The folder of a round in which a model is that the round may hand on, by `Method.next_model`.
 _FOLDERS = {"merged": "merged", "tuned": "sft", "ema": "sft/ema"}
 
 
@@ -37,7 +37,7 @@ class Method(NamedTuple):
       sampled).
     start: the model that SFT starts from: `last`, handed on by the previous round, or `base`.
     merge: name of the merging method after SFT; empty for none.
-    hands_on: the model that the next round starts from and samples with: `merged`, `tuned`, or `ema`, the average of
+    next_model: the model that the next round starts from and samples with: `merged`, `tuned`, or `ema`, the average of
       the tuned model's weights over SFT.
     anchor: the term that keeps SFT near the base, a key of ANCHORS; empty for none.
     lora: whether SFT trains LoRA adapters rather than all weights.
@@ -48,21 +48,21 @@ class Method(NamedTuple):
   data: str = "right"
   start: str = "last"
   merge: str = ""
-  hands_on: str = "tuned"
+  next_model: str = "tuned"
   anchor: str = ""
   lora: bool = False
 
   @property
-  def handed_on(self) -> str:
-    """The folder, in that of a round, of the model that the round hands on."""
-    return _FOLDERS[self.hands_on]
+  def next_folder(self) -> str:
+    """Returns the folder, in that of a round, of the model that the next round starts from and samples with."""
+    return _FOLDERS[self.next_model]
 
 
 METHODS = {
     "imm": Method("SFT on right samples, DARE on the change, mean with the base", "the paper, eq. 5 and 6",
-                  merge="imm", hands_on="merged"),
+                  merge="imm", next_model="merged"),
     "iimm": Method("imm with each layer's change scaled by its importance", "the paper, eq. 7", merge="iimm",
-                   hands_on="merged"),
+                   next_model="merged"),
     "star": Method("SFT on right samples", "Zelikman et al. 2022, arXiv 2203.14465; from the last model: the paper"),
     "data_mixture": Method("star on a share of earlier rounds' samples too", "the paper's baseline; the share is ours",
                            data="mixture"),
@@ -74,14 +74,14 @@ METHODS = {
                       "and not handed on", "Wortsman et al. 2021, arXiv 2109.01903", merge="wise_ft"),
     "lines": Method("SFT on right samples, the change scaled by a factor that is linear in depth",
                     "LiNeS: Wang et al. 2024, arXiv 2410.17146; round after round is ours", merge="lines",
-                    hands_on="merged"),
+                    next_model="merged"),
     "real": Method("SFT on real worked answers", "the paper, figure 9", data="worked"),
     "l2_sp": Method("star with w/2 ||theta - base||^2 in the loss", "Li et al. 2018, arXiv 1802.01483; to the base in "
                     "every round: ours", anchor="l2_sp"),
     "kl": Method("star with the KL to the base on the answers' tokens in the loss", "Li & Hoiem 2016, arXiv "
                  "1606.09282, at temperature 1; on the learned tokens: ours", anchor="kl"),
     "ema": Method("star that hands on the average of the weights over SFT", "Tarvainen & Valpola 2017, arXiv "
-                  "1703.01780; in each round anew: ours", hands_on="ema"),
+                  "1703.01780; in each round anew: ours", next_model="ema"),
     "lora": Method("star with a low-rank change of each projection", "Hu et al. 2021, arXiv 2106.09685; merged after "
                    "each round: ours", lora=True),
 }
@@ -92,10 +92,10 @@ def get_method(config: ml_collections.ConfigDict) -> Method:
   return METHODS[config.method]
 
 
-def merge_method(method: str, configured: str) -> str:
+def get_merge_method(method: str, configured: str) -> str:
   """Returns the name of each round's merging method: `merge.method` or the method's own; empty if nothing is merged.
 
-  >>> merge_method("imm", ""), merge_method("imm", "ties"), merge_method("star", "ties")
+  >>> get_merge_method("imm", ""), get_merge_method("imm", "ties"), get_merge_method("star", "ties")
   ('imm', 'ties', '')
   """
   return METHODS[method].merge and (configured or METHODS[method].merge)
@@ -108,7 +108,7 @@ def list_merging_methods() -> list[str]:
 
 def keeps_average(config: ml_collections.ConfigDict) -> bool:
   """Returns whether SFT keeps a moving average of the weights."""
-  return config.sft.ema or get_method(config).hands_on == "ema"
+  return config.sft.ema or get_method(config).next_model == "ema"
 
 
 def get_anchor_weights(config: ml_collections.ConfigDict) -> dict[str, float]:
@@ -122,6 +122,6 @@ def get_anchor_weights(config: ml_collections.ConfigDict) -> dict[str, float]:
   return {name: config.sft[f"{name}_weight"] if name == own else 0.0 for name in ANCHORS}
 
 
-def samples_answers(config: ml_collections.ConfigDict) -> bool:
+def is_sampling(config: ml_collections.ConfigDict) -> bool:
   """Returns whether a run samples answers to train on."""
   return get_method(config).data != "worked" and config.data.real_fraction < 1

@@ -7,9 +7,9 @@ import ml_collections
 from imm_jax import tasks
 from imm_jax.config_keys import require
 from imm_jax.errors import UserError, suggest
-from imm_jax.methods import samples_answers
+from imm_jax.methods import is_sampling
 from imm_jax.stages import lm_eval_tasks, round_questions, worked_examples
-from imm_jax.stages.task_entries import Entry, Tasks
+from imm_jax.stages.task_entries import RunTask, Tasks
 from imm_jax.tasks import sources
 
 
@@ -100,7 +100,7 @@ def validate_questions(config: ml_collections.ConfigDict, named: Tasks, trains: 
   """Loads the questions, so that errors in them are reported before any computation."""
   task = named.in_domain
   is_loaded = lambda *read: downloads or not any(task.is_remote for task in read)
-  checks: list[tuple[str, Callable[[], object], tuple[Entry, ...]]] = [
+  checks: list[tuple[str, Callable[[], object], tuple[RunTask, ...]]] = [
       (f"task.eval_questions={config.task.eval_questions}", named.load_tests, named.own)]
   if downloads or not named.has_remote_texts:
     checks.append((f"eval.texts={config.eval.texts}", named.load_passages, ()))
@@ -109,7 +109,7 @@ def validate_questions(config: ml_collections.ConfigDict, named: Tasks, trains: 
                    lambda: round_questions.load_round(named, config.rounds - 1), (task,)))
   checks += [(f"merge.auto.questions={named.held_out}", lambda other=other: round_questions.load_general(named, other),
               (other, task)) for other in (named.general if trains else ())]
-  if trains and config.prompt.few_shot and samples_answers(config):
+  if trains and config.prompt.few_shot and is_sampling(config):
     checks.append((f"prompt.few_shot={config.prompt.few_shot}", lambda: _check_shots(named), (task,)))
   checks += [(f"eval.protocol={config.eval.protocol}", lambda other=other: worked_examples.load_shots(named, other),
               (other, task)) for other in named.own]
@@ -122,9 +122,9 @@ def validate_questions(config: ml_collections.ConfigDict, named: Tasks, trains: 
   if downloads:
     lm_eval_tasks.load(config)
   if trains and is_loaded(task) and (
-      not samples_answers(config) or config.data.real_fraction or config.data.with_real):
+      not is_sampling(config) or config.data.real_fraction or config.data.with_real):
     # Each round needs worked answers, unless it also trains on those of earlier rounds.
-    needs_own = not samples_answers(config) or config.data.real_fraction
+    needs_own = not is_sampling(config) or config.data.real_fraction
     for t in range(config.rounds if needs_own else 1):
       asked = round_questions.load_round(named, t).round_questions
       if not any(e.rationale for e in asked):
@@ -140,7 +140,7 @@ def _check_shots(named: Tasks) -> None:
                      "field in task.fields.rationale, or lower prompt.few_shot (0 for none)")
 
 
-def _describe_worked(task: Entry) -> str:
+def _describe_worked(task: RunTask) -> str:
   if task.is_generated:
     return "its questions are generated"
   pool = task.load(split="train")

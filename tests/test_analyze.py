@@ -15,13 +15,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from configs import paper, tiny
-from imm_jax.analysis import MODULES
+from imm_jax import experiments
 from imm_jax.analysis.weight_change import check_same_model
 from imm_jax.errors import UserError
 from imm_jax.model import safetensors
+from imm_jax.model.config import PROJECTIONS
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.report import analysis_figures as figures, analysis_files as output, writer
-from imm_jax.runs import experiments
 from imm_jax.stages import analyze as analyze_stage
 from tests import REPO, TINY
 
@@ -266,7 +266,7 @@ def test_figure_parts_do_not_overlap(draw: Callable[..., Figure], values: Sequen
   legend, = figure.legends  # its frame is not drawn
   parts = [*(axes.get_tightbbox(renderer) for axes in figure.axes),
            *(part.get_window_extent(renderer) for part in (*legend.get_texts(), *legend.get_patches()))]
-  assert len(parts) >= len(figure.axes) + len(names if draw is figures.plot_weight_change else MODULES)
+  assert len(parts) >= len(figure.axes) + len(names if draw is figures.plot_weight_change else PROJECTIONS)
   for i, part in enumerate(parts):
     assert (part.min >= 0).all()
     assert (part.max <= figure.bbox.max).all()

@@ -132,8 +132,8 @@ def test_exit_codes(error: Exception, code: Exit, capsys: pytest.CaptureFixture)
 
 
 @pytest.mark.parametrize(("arguments", "code", "said"), [
-    (["one", "two"], 0, "one: as it was written\ntwo: as it was written"),
-    (["--workdirs=one,two"], 0, "one: as it was written\ntwo: as it was written"),
+    (["one", "two"], 0, "one: unchanged\ntwo: unchanged"),
+    (["--workdirs=one,two"], 0, "one: unchanged\ntwo: unchanged"),
     ([], 1, "error: --workdirs: names no run directory; expected: DIR DIR ..."),
     (["scores"], 1, "error: --workdirs: scores is no run directory but a result of imm evaluate; imm compare compares"),
     (["one", "--workdirs=two"], 1, "error: 'one' is given without a name, which means --workdirs, and --workdirs is")])

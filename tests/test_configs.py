@@ -3,10 +3,9 @@
 import pytest
 
 from configs import arguments, llama, paper, qwen, smollm2
-from imm_jax import config_checks
+from imm_jax import config_checks, experiments
 from imm_jax.model import published
 from imm_jax.model.decoder import count_params
-from imm_jax.runs import experiments
 
 PLANS = ["appendix=b9", *(f"{kind}={n}" for kind, numbers in (("table", paper.TABLES), ("figure", paper.FIGURES))
                          for n in numbers)]

@@ -2,9 +2,6 @@
 
 from collections.abc import Sequence
 
-# The weights of a layer over which eq. 2 to 4 sum -> the block that holds each.
-MODULES = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
-           "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}
 # Orders of layer importance: 1 for eq. 3, 2 for eq. 2.
 ORDERS = (1, 2)
 

@@ -23,7 +23,7 @@ NGRAM = 4
 
 
 class Diversity(NamedTuple):
-  """Diversity of the sampled answers to some questions.
+  """Holds the diversity of the sampled answers to some questions.
 
   Attributes:
     questions: number of questions.

@@ -12,25 +12,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imm_jax.analysis import MODULES
 from imm_jax.errors import UserError, join_items
 from imm_jax.merging.on_disk import CheckpointSource
 from imm_jax.model.checkpoint_folder import read_entries
-from imm_jax.model.config import read_config
+from imm_jax.model.config import PROJECTIONS, read_config
 from imm_jax.model.families import FAMILIES
 
-_MATRIX = re.compile(rf"(?:.*\.)?layers\.(\d+)\.(?:self_attn|mlp)\.({'|'.join(MODULES)})\.weight")
+_MATRIX = re.compile(rf"(?:.*\.)?layers\.(\d+)\.(?:self_attn|mlp)\.({'|'.join(PROJECTIONS)})\.weight")
 
 
 class LayerChange(NamedTuple):
-  """Weight change (eq. 4): `total`, float64 [L], is the sum over `modules`, name (`q_proj`) -> float64 [L]."""
+  """Holds a weight change (eq. 4): `total`, float64 [L], is the sum over `modules`, name (`q_proj`) -> float64 [L]."""
 
   total: np.ndarray
   modules: dict[str, np.ndarray]
 
   @property
   def share(self) -> np.ndarray:
-    """Each layer's share of the total change [L], which sums to 1; zeros if nothing has changed."""
+    """Returns each layer's share of the total change [L], which sums to 1; zeros if nothing has changed."""
     total = self.total.sum()
     return self.total / total if total else np.zeros_like(self.total)
 
@@ -49,8 +48,8 @@ def check_same_model(before: Path, after: Path) -> None:
   """
   old, new = (_read_shapes(folder) for folder in (before, after))
   if len(old) != len(new):
-    raise UserError(f"{after}: has {len(new) // len(MODULES)} layers, {before} {len(old) // len(MODULES)}; expected "
-                    "two checkpoints of one model")
+    raise UserError(f"{after}: has {len(new) // len(PROJECTIONS)} layers, {before} {len(old) // len(PROJECTIONS)}; "
+                    "expected two checkpoints of one model")
   for name, shape in old.items():
     if new[name] != shape:
       raise UserError(f"{after}: {name} has shape {new[name]}, in {before} {shape}; expected two checkpoints of one "
@@ -65,7 +64,7 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
       if not jnp.issubdtype(entry.dtype, jnp.floating):
         raise UserError(f"{folder}: {name} has dtype {entry.dtype}; expected weights in BF16, F16 or F32")
       shapes["layers.{}.{}".format(*match.groups())] = entry.shape
-  expected = {f"layers.{layer}.{module}" for layer in range(layers) for module in MODULES}
+  expected = {f"layers.{layer}.{module}" for layer in range(layers) for module in PROJECTIONS}
   if problems := [f"missing {name}" for name in expected - shapes.keys()] + [
       f"unknown {name}" for name in shapes.keys() - expected]:
     raise UserError(f"{folder}: weights do not fit config.json with its {layers} layers: "
@@ -91,12 +90,12 @@ def weight_change(before: Path, after: Path) -> LayerChange:
   with CheckpointSource({"before": before, "after": after}, keep=matrices) as source:
     layer_and_module = {name: _MATRIX.fullmatch(name).groups() for name in source.names}
     layers = 1 + max((int(layer) for layer, _ in layer_and_module.values()), default=-1)
-    missing = {(str(n), module) for n in range(layers) for module in MODULES} - set(layer_and_module.values())
+    missing = {(str(n), module) for n in range(layers) for module in PROJECTIONS} - set(layer_and_module.values())
     if missing or not layers:
       layer, module = min(missing, default=("0", "q_proj"))
       raise UserError(f"{before}: layer {layer} has no {module}.weight; expected a checkpoint of one of the "
                       f"families {', '.join(FAMILIES)}")
-    modules = {module: np.zeros(layers) for module in MODULES}
+    modules = {module: np.zeros(layers) for module in PROJECTIONS}
     for name, squares in source.reduce(_squared_distance, np.add):
       layer, module = layer_and_module[name]
       modules[module][int(layer)] = np.sqrt(squares)

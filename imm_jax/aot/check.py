@@ -18,13 +18,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imm_jax import merging
-from imm_jax.analysis import importance
 from imm_jax.aot import costs, decoding, hlo, topology
 from imm_jax.errors import UserError
 from imm_jax.model import attention, published, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params, count_params
-from imm_jax.training import optimization, step as training
+from imm_jax.training import gradients, optimization, step as training
 from imm_jax.training.additions import PLAIN, Additions, get_additions
 from imm_jax.training.computation import Computation
 from imm_jax.training.throughput import train_flops
@@ -273,7 +272,7 @@ def _describe_importance(plan: StepPlan, backend: str) -> Iterator[str]:
   """Describes the addition of a batch's gradient to the sum over a data set (eq. 3)."""
   params = _add_shardings(abstract_params(plan.model), plan.mesh)
   sums = (params, jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(plan.mesh, PartitionSpec())))
-  add = importance.make_accumulate(plan.model, plan.get_computation(backend))
+  add = gradients.make_accumulate(plan.model, plan.get_computation(backend))
   yield from _describe_program(f"layer importance, {plan.rows * plan.accumulation} x {plan.length} tokens a chip", plan,
                                training.jit_step(add, sums).trace(sums, params, _make_batch(plan)))
 

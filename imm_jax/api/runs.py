@@ -8,10 +8,9 @@ from typing import Any
 
 import ml_collections
 
-from imm_jax import config_checks, config_files, config_keys, loop
+from imm_jax import config_checks, config_files, config_keys, experiments, loop
 from imm_jax.errors import UserError
 from imm_jax.report import Results
-from imm_jax.runs import experiments
 
 
 def run(config: str | os.PathLike[str] | ml_collections.ConfigDict, *, workdir: str | os.PathLike[str],

@@ -14,7 +14,7 @@ from imm_jax.api.model import Model, Pair
 from imm_jax.model import attention, sharding
 from imm_jax.model.decoder import REMAT, Params
 from imm_jax.model.tokenization import encode_continuation
-from imm_jax.training import trainer
+from imm_jax.training import gradients, trainer
 from imm_jax.training.computation import Computation
 from imm_jax.training.optimization import Optimization, make_schedule
 from imm_jax.training.packing import PackedBatches, TokenizedExample
@@ -111,9 +111,9 @@ def importance(model: Model, pairs: Sequence[Pair], *, order: int = 1, global_ba
                                compute_dtype=compute_dtype, ends=ends)
   params = _float32(model.params)
   if order == 1:
-    return layers.layer_importance(params, layers.gradient(
+    return layers.layer_importance(params, gradients.gradient(
         model.config, params, batches, computation, label="importance"))
-  return layers.layer_importance(params, *layers.gradient_and_squares(
+  return layers.layer_importance(params, *gradients.gradient_and_squares(
       model.config, params, batches, computation, label="importance"))
 
 

@@ -7,17 +7,21 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from imm_jax.methods import ANCHORS, get_method, keeps_average, samples_answers
+from imm_jax.formatting import format_duration
+from imm_jax.methods import ANCHORS, get_method, is_sampling, keeps_average
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import count_params
 from imm_jax.runtime import hardware
 from imm_jax.stages import merge_settings
-from imm_jax.stages.task_entries import Entry, get_tasks
+from imm_jax.stages.task_entries import RunTask, get_tasks
 
 # Assumptions as long as nothing is measured: the share of a device's peak FLOP/s that training and sampling reach, the
 # length of an answer as a share of max_new_tokens, the share of right answers, and the tokens of a question and of a
 # passage.
 ASSUMED = {"training": 0.4, "sampling": 0.1, "length": 0.4, "right": 0.5, "question": 128, "passage": 500}
+# The largest share of real answers that is counted on: a question has one real answer at most, so that there are too
+# few for a large `data.real_fraction`.
+_MAX_REAL = 0.5
 # For machines whose peak is unknown, the share of the FLOP/s measured in plain matrix products that SmolLM2-135M
 # reached on 2 cores in SFT (recomputed forward passes are counted) and in decoding, compilation included.
 _REACHED = {"training": 0.75, "sampling": 0.5}
@@ -62,10 +66,10 @@ def count_tokens(config: ml_collections.ConfigDict, record: Mapping[str, Any], *
   right = sum(f["correct"] for f in facts) / samples if samples else ASSUMED["right"]
   tasks = get_tasks(config)
   num_questions, tests = tasks.count_questions()
-  has_samples, method = samples_answers(config), get_method(config)
+  has_samples, method = is_sampling(config), get_method(config)
   sampled = config.rounds * num_questions * config.sample.num_samples * length if has_samples else 0.0
   answers = right * num_questions * config.sample.num_samples if has_samples else 0.0
-  answers /= max(1 - config.data.real_fraction, 0.5)
+  answers /= get_sampled_share(config)
   rounds = range(1, config.rounds + 1)
   if not has_samples:
     trained = config.rounds * num_questions
@@ -91,7 +95,7 @@ def count_tokens(config: ml_collections.ConfigDict, record: Mapping[str, Any], *
   passes = epochs + merge_settings.get_settings(config).needs_importance + (config.sft.intervention == "weight_masking")
   measured = config.rounds * min(config.analysis.examples, trained / config.rounds)
 
-  def prompt_tokens(entry: Entry) -> float:
+  def prompt_tokens(entry: RunTask) -> float:
     """Returns the tokens of a test question, which has options if these are scored."""
     return question * (1 + (entry.measure == "choices"))
 
@@ -105,6 +109,11 @@ def count_tokens(config: ml_collections.ConfigDict, record: Mapping[str, Any], *
   return TokenCounts(sampled, (passes * trained + measured) * (length + question), evaluated,
                      config.rounds * num_questions * question if has_samples else 0.0,
                      eval_prompts + drift_texts * (length + question))
+
+
+def get_sampled_share(config: ml_collections.ConfigDict) -> float:
+  """Returns the share of sampled answers among those that a round trains on, if any are sampled."""
+  return 1 - min(config.data.real_fraction, _MAX_REAL)
 
 
 def describe(config: ml_collections.ConfigDict, model: ModelConfig | None, record: Mapping[str, Any],
@@ -131,12 +140,12 @@ def describe(config: ml_collections.ConfigDict, model: ModelConfig | None, recor
   devices = len(record.get("devices", ())) or 1
   if seconds := _extrapolate(record, stages):
     whole, left = seconds
-    return (f"{text}; about {_format_time(whole)} by what stages took so far on {devices} device(s), "
-            f"{_format_time(left)} of it to come")
+    return (f"{text}; about {format_duration(whole)} by what stages took so far on {devices} device(s), "
+            f"{format_duration(left)} of it to come")
   speeds = {kind: _measure_throughput(record, kind) for kind in ("sampling", "training")}
   if all(speeds.values()):
     seconds = (counts.sampled + counts.evaluated) / speeds["sampling"] + counts.trained / speeds["training"]
-    return (f"{text}; about {_format_time(seconds)} at the measured {_format_count(speeds['sampling'])} sampled and "
+    return (f"{text}; about {format_duration(seconds)} at the measured {_format_count(speeds['sampling'])} sampled and "
             f"{_format_count(speeds['training'])} trained tokens/s on {devices} device(s)")
   if model is None:
     return text
@@ -150,13 +159,13 @@ def describe(config: ml_collections.ConfigDict, model: ModelConfig | None, recor
   peak = hardware.peak_flops(kind)
   if peak:
     seconds = (decoding_flops / ASSUMED["sampling"] + training_flops / ASSUMED["training"]) / peak
-    return (f"{text}; about {_format_time(seconds)} of one {kind}, if training reaches {ASSUMED['training']:.0%} and "
-            f"sampling {ASSUMED['sampling']:.0%} of its peak (after a round: by its times)")
+    return (f"{text}; about {format_duration(seconds)} of one {kind}, if training reaches {ASSUMED['training']:.0%} "
+            f"and sampling {ASSUMED['sampling']:.0%} of its peak (after a round: by its times)")
   speed = hardware.measure_flops(config.sample.batch_size, hardware.compute_dtype(config.sample.compute_dtype))
   training_speed = hardware.measure_flops(_TRAINING_ROWS, hardware.compute_dtype(config.sft.compute_dtype))
   seconds = (decoding_flops / speed / _REACHED["sampling"]
              + (training_flops + recomputed_flops) / training_speed / _REACHED["training"])
-  return (f"{text}; about {_format_time(seconds)} on this machine as it is now, by a second of products: "
+  return (f"{text}; about {format_duration(seconds)} on this machine as it is now, by a second of products: "
           f"{training_speed / 1e9:.3g} GFLOP/s of many rows, {speed / 1e9:.3g} of {config.sample.batch_size}; and a "
           "minute or two to compile programs at the first start (once a round is done: by what it took)")
 
@@ -184,18 +193,6 @@ def _measure_throughput(record: Mapping[str, Any], kind: str) -> float | None:
   seconds = sum(entry.get("seconds", 0.0) for entry in done)
   tokens = sum(entry["facts"].get("tokens", 0) for entry in done)
   return tokens / seconds if seconds and tokens else None
-
-
-def _format_time(seconds: float) -> str:
-  """Formats a duration with two digits.
-
-  >>> _format_time(28.1), _format_time(600), _format_time(8000)
-  ('28 seconds', '10 minutes', '2.2 hours')
-  """
-  unit, size = next((unit, size) for unit, size in (("hours", 3600), ("minutes", 60), ("seconds", 1))
-                    if seconds >= 1.5 * size or size == 1)
-  value = seconds / size
-  return f"{value:.0f} {unit}" if value >= 10 else f"{value:.2g} {unit}"
 
 
 def _format_count(number: float) -> str:

@@ -10,9 +10,9 @@ import ml_collections
 
 from imm_jax import files
 from imm_jax.estimates import cost
-from imm_jax.estimates.memory import format_bytes
 from imm_jax.estimates.shapes import Expected
-from imm_jax.methods import get_method, keeps_average, samples_answers
+from imm_jax.formatting import format_size
+from imm_jax.methods import get_method, is_sampling, keeps_average
 from imm_jax.model import checkpoint_folder
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import count_params
@@ -77,7 +77,7 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, expected: Ex
   bytes_per_param = 12 + 4 * bool(additions.ema) + 4 * (1 + bool(additions.ema)) * (sft.stop_share > 0)
   state = (bytes_per_param + (sft.intervention == "weight_masking")) * trained
   num_questions, tests = get_tasks(config).count_questions()
-  sampled = num_questions * config.sample.num_samples * samples_answers(config)
+  sampled = num_questions * config.sample.num_samples * is_sampling(config)
   right = sampled * cost.ASSUMED["right"] if sampled else num_questions
   saves = max(1, (math.ceil(sft.epochs * right / sft.global_batch) - 1) // sft.save_interval)
   tokens = (expected.question or cost.ASSUMED["question"]) + (
@@ -100,9 +100,9 @@ def describe(config: ml_collections.ConfigDict, model: ModelConfig, expected: Ex
              folder: Path | None = None) -> str:
   """Describes the result of `estimate` in two lines, with the free space where `root`, the run directory, is."""
   sizes, state_dir = estimate(config, model, expected, folder), config.sft.state_dir
-  states = f"{sizes.num_states} training state{'s' * (sizes.num_states > 1)} of {format_bytes(sizes.state)}"
+  states = f"{sizes.num_states} training state{'s' * (sizes.num_states > 1)} of {format_size(sizes.state)}"
   existing = files.find_existing_parent(root)
-  return (f"disk: about {format_bytes(sizes.final)} in the end ({sizes.num_checkpoints} checkpoints of "
-          f"{format_bytes(sizes.checkpoint)}, answers {format_bytes(sizes.answers)}), at the peak about "
-          f"{format_bytes(sizes.peak)}; {format_bytes(shutil.disk_usage(existing).free)} free\n"
+  return (f"disk: about {format_size(sizes.final)} in the end ({sizes.num_checkpoints} checkpoints of "
+          f"{format_size(sizes.checkpoint)}, answers {format_size(sizes.answers)}), at the peak about "
+          f"{format_size(sizes.peak)}; {format_size(shutil.disk_usage(existing).free)} free\n"
           f"  up to {states} during SFT{f', in {state_dir}' if state_dir else ''}")

@@ -10,7 +10,8 @@ import ml_collections
 from jax.sharding import Mesh
 
 from imm_jax.estimates.shapes import Expected
-from imm_jax.methods import samples_answers
+from imm_jax.formatting import format_size
+from imm_jax.methods import is_sampling
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params, count_params
 from imm_jax.model.sharding import decoding_mesh, num_batch_shards, param_sharding, path_name
@@ -228,7 +229,7 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, 
     num_questions, tests = tasks.count_questions()
     settings = [("evaluation", model, config.eval.batch_size, tasks.protocol.token_limit,
                  tests * max(1, config.eval.num_samples))]
-    if samples_answers(config):
+    if is_sampling(config):
       settings.append(("sampling", sampler or model, config.sample.batch_size, config.sample.max_new_tokens,
                        num_questions * config.sample.num_samples))
     prompt = expected.prompt or _PROMPT_TOKENS
@@ -258,9 +259,9 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, 
           "programs": resident_bytes + earlier * _EARLIER_PROGRAM_BYTES})
   sft_index = next(i for i, peak in enumerate(stages) if peak.stage == "SFT")
   # The stages before SFT are run again after it, when the programs of all other kinds are in memory.
-  later = [add_programs(peak, f"later {peak.stage}", sft_index) for peak in stages[:sft_index]
-           if peak.stage != "sampling" or config.rounds > 1]
-  return [add_programs(peak, peak.stage, i) for i, peak in enumerate(stages)] + later
+  repeated = [add_programs(peak, f"{peak.stage} after SFT", sft_index) for peak in stages[:sft_index]
+              if peak.stage != "sampling" or config.rounds > 1]
+  return [add_programs(peak, peak.stage, i) for i, peak in enumerate(stages)] + repeated
 
 
 def describe(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, expected: Expected,
@@ -269,11 +270,11 @@ def describe(config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, 
   count, peaks = count_params(model), estimate(config, model, mesh, expected, sampler)
   owner = "of this process" if _platform(mesh) == "cpu" else "of each device"
   lines = [f"{count:,} parameters",
-           f"peak memory {owner}: about {format_bytes(max(p.total for p in peaks))} (SFT: {expected.rows} rows a step)"]
+           f"peak memory {owner}: about {format_size(max(p.total for p in peaks))} (SFT: {expected.rows} rows a step)"]
   for peak in peaks:
-    parts = ", ".join(f"{name} {format_bytes(size)}"
+    parts = ", ".join(f"{name} {format_size(size)}"
                       for name, size in sorted(peak.parts.items(), key=lambda item: -item[1]))
-    lines.append(f"  {peak.stage:<18}{format_bytes(peak.total):>10}  {parts}")
+    lines.append(f"  {peak.stage:<21}{format_size(peak.total):>10}  {parts}")
   return "\n".join(lines)
 
 
@@ -292,16 +293,3 @@ def _size(tree: Any, min_width: int = 1) -> int:
   """Returns the bytes of a tree of shapes, with at least `min_width` bytes per floating-point number."""
   width = lambda dtype: max(min_width, dtype.itemsize) if jnp.issubdtype(dtype, jnp.floating) else dtype.itemsize
   return sum(math.prod(leaf.shape) * width(leaf.dtype) for leaf in jax.tree.leaves(tree))
-
-
-def format_bytes(num_bytes: float) -> str:
-  """Formats a number of bytes with a unit.
-
-  >>> format_bytes(3 << 19)
-  '1.5 MiB'
-  """
-  for unit in ("B", "KiB", "MiB"):
-    if num_bytes < 1024:
-      return f"{num_bytes:.1f} {unit}"
-    num_bytes /= 1024
-  return f"{num_bytes:.1f} GiB"

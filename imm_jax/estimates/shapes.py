@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 
 from imm_jax.estimates import cost
-from imm_jax.methods import samples_answers
+from imm_jax.methods import is_sampling
 from imm_jax.model import attention, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.runtime import hardware
@@ -61,13 +61,13 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, folder: Path
     worked = [encode({"question": e.question, "response": e.rationale})
               for e in chosen.round_questions[:_NUM_MEASURED] if e.rationale]
     lengths = [len(e.prompt) + len(e.response) for e in worked] or lengths
-    encode_with_shots = make_encoder(config, folder, shots=chosen.shots if samples_answers(config) else ())
+    encode_with_shots = make_encoder(config, folder, shots=chosen.shots if is_sampling(config) else ())
     unanswered = [{"question": e.question, "response": ""} for e in chosen.round_questions[:_NUM_MEASURED]]
     prompt = max(len(encode_with_shots(row).prompt) for row in unanswered)
     question = float(np.mean([len(encode(row).prompt) for row in unanswered]))
     answer = float(np.mean([len(e.response) for e in worked])) if worked else 0.0
-  if samples_answers(config):
-    count = round(count * config.sample.num_samples * cost.ASSUMED["right"] / max(1 - config.data.real_fraction, 0.5))
+  if is_sampling(config):
+    count = round(count * config.sample.num_samples * cost.ASSUMED["right"] / cost.get_sampled_share(config))
   repeated = itertools.islice(itertools.cycle(lengths), max(1, min(count, 1000)))
   lengths = [min(length, sft.row_length) for length in repeated]
   rows = PackedBatches([TokenizedExample([], [0] * length) for length in lengths], epochs=1, row_length=sft.row_length,

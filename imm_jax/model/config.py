@@ -12,6 +12,9 @@ from imm_jax.model.rope import RopeScaling
 
 # Upper limits far above any model, to detect damaged files.
 _MAX_SIZE, _MAX_LAYERS = 2**31, 10_000
+# The matrices of every layer -> the block of the layer that holds each.
+PROJECTIONS = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
+               "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}
 # Activation names of transformers -> names in `decoder.ACTIVATIONS`.
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
                 "gelu_new": "gelu_tanh", "relu": "relu"}

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from imm_jax import files
 from imm_jax.errors import ResourceError, UserError, first_line, join_items
+from imm_jax.formatting import format_size
 from imm_jax.model import checkpoint_folder, tokenizer
 from imm_jax.model.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, SIDE_FILES, TEMPLATES, WEIGHTS
 from imm_jax.model.config import ModelConfig
@@ -164,7 +165,7 @@ def _fetch(repository: _Repository, names: list[str]) -> None:
     return
   if any(name.endswith(".safetensors") for name in missing):
     total = sum(repository.sizes[name] for name in missing)
-    print(f"{repository.name}: fetching {len(missing)} files, {files.format_size(total)}", file=sys.stderr, flush=True)
+    print(f"{repository.name}: fetching {len(missing)} files, {format_size(total)}", file=sys.stderr, flush=True)
   # An interrupted download resumes.
   huggingface_hub.snapshot_download(repository.id, revision=repository.commit,
                                     allow_patterns=[glob.escape(name) for name in missing])

@@ -10,7 +10,7 @@ import yaml
 
 from imm_jax import config_keys
 from imm_jax.merging import registry
-from imm_jax.methods import METHODS, merge_method
+from imm_jax.methods import METHODS, get_merge_method
 from imm_jax.model import hub
 from imm_jax.report.results import EvaluatedModel, Results
 from imm_jax.tasks.catalogue import TASKS
@@ -72,7 +72,7 @@ def is_evaluated(results: Results, stage: str) -> bool:
 def _describe_method(results: Results) -> str:
   """Describes the run's method, with the merging method if the config sets another than the method's own."""
   method, configured = METHODS[results.method], results.config.get("merge", {}).get("method", "")
-  merge = merge_method(results.method, configured)
+  merge = get_merge_method(results.method, configured)
   if merge == method.merge:
     return f"`{results.method}`, {method.summary} ({method.source})"
   known = registry.METHODS.get(merge)  # None for a user's own method that this process has not registered

@@ -15,7 +15,7 @@ from absl import flags
 
 from imm_jax import cli, files, integrity
 from imm_jax.errors import UserError
-from imm_jax.report import compare, live, markup, results
+from imm_jax.report import comparison, live, markup, results
 from imm_jax.report.sections import paper
 from imm_jax.runs import status
 
@@ -45,7 +45,7 @@ def main() -> None:
       print(results.format_table(run_results))
     else:
       runs = [results.Results.read(root) for root in roots]
-      compare.write(runs, out, extra=paper.make_sections if _PAPER.value else None)
+      comparison.write(runs, out, extra=paper.make_sections if _PAPER.value else None)
   print(f"report: {out / 'index.html'}")
 
 

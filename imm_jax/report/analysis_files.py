@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from imm_jax import files
-from imm_jax.analysis import MODULES, shares
+from imm_jax.analysis import shares
 from imm_jax.analysis.weight_change import spearman
+from imm_jax.model.config import PROJECTIONS
 from imm_jax.report import analysis_figures as figures, writer
 from imm_jax.report.figures import shorten
 
@@ -32,10 +33,10 @@ def write(folder: Path, results: Results) -> None:
   files.write_json(folder / FILE, results, allow_nan=False)
   with (folder / TABLE).open("w", newline="", encoding="utf-8") as f:
     rows = csv.writer(f)
-    rows.writerow(["measure", "order", "of", "layer", "value", "share", *MODULES])
+    rows.writerow(["measure", "order", "of", "layer", "value", "share", *PROJECTIONS])
     for measure, name, values in _iterate_measures(results):
       for layer, (value, share) in enumerate(zip(values["layers"], shares(values["layers"]), strict=True)):
-        modules = [values["modules"][module][layer] for module in MODULES]
+        modules = [values["modules"][module][layer] for module in PROJECTIONS]
         rows.writerow([measure, values.get("order"), name, layer, value, share, *modules])
   write_figures(folder, results)
 
@@ -57,7 +58,7 @@ def format_table(results: Results) -> str:
   layers = [list(zip(values["layers"], shares(values["layers"]), strict=True)) for *_, values in columns]
   for layer, cells in enumerate(zip(*layers, strict=True)):
     rows.append([f"layer {layer}", *(f"{value:.4g} ({share:.1%})" for value, share in cells)])
-  for module in MODULES:
+  for module in PROJECTIONS:
     sums = [(sum(values["modules"][module]), sum(values["layers"])) for *_, values in columns]
     rows.append([module, *(f"{part:.4g} ({part / whole if whole else 0:.1%})" for part, whole in sums)])
   parts = np.array_split(np.arange(min(map(len, layers), default=0)), len(_THIRDS))

@@ -32,7 +32,7 @@ _MAX_NAME = 32
 
 
 class Curve(NamedTuple):
-  """A curve: its points, and the bounds of their intervals if known."""
+  """Describes a curve: its points, and the bounds of their intervals if known."""
 
   label: str
   color: str
@@ -45,7 +45,7 @@ class Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
-  """Curves in one pair of axes.
+  """Describes curves in one pair of axes.
 
   `span` fixes the limits of the y axis, `named` shows a legend even for a single curve, and `counts` marks x as whole
   numbers, such as rounds.
@@ -64,7 +64,7 @@ class Panel(NamedTuple):
 
 
 class Bars(NamedTuple):
-  """Stacked horizontal bars: their names, and name of part -> its length in every bar."""
+  """Describes stacked horizontal bars: their names, and name of part -> its length in every bar."""
 
   x: str
   names: tuple[str, ...]

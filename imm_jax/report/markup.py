@@ -26,14 +26,14 @@ GENERATOR = '<meta name="generator" content="imm_jax">'
 
 
 class Link(NamedTuple):
-  """A hyperlink; in a CSV only its text."""
+  """Holds a hyperlink; a CSV has only its text."""
 
   text: str
   href: str
 
 
 class Difference(NamedTuple):
-  """A difference between two models with its 95 % interval; significant ones are marked by a star."""
+  """Holds a difference between two models with its 95 % interval; significant ones are marked by a star."""
 
   value: float
   n: int
@@ -43,7 +43,7 @@ class Difference(NamedTuple):
 
 
 class Table(NamedTuple):
-  """A table; an `Accuracy` or a `Difference` is shown with its interval and takes four columns in the CSV."""
+  """Holds a table; an `Accuracy` or a `Difference` is shown with its interval and takes four columns in the CSV."""
 
   name: str
   caption: str
@@ -52,7 +52,7 @@ class Table(NamedTuple):
 
 
 class Plot(NamedTuple):
-  """A plot that is drawn on demand, deterministically from its data.
+  """Describes a plot that is drawn on demand, deterministically from its data.
 
   The page has an image of each piece of the data, `draw(piece)`, which stack on narrow screens; the files have a single
   image of all, `draw(*data)`.
@@ -65,11 +65,11 @@ class Plot(NamedTuple):
 
 
 class Markup(str):
-  """HTML that needs no escaping."""
+  """Holds HTML that needs no escaping."""
 
 
 class Section(NamedTuple):
-  """A heading and the parts below it; strings are paragraphs of plain text."""
+  """Holds a heading and the parts below it; strings are paragraphs of plain text."""
 
   id: str
   title: str

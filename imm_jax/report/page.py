@@ -1,10 +1,12 @@
 """Makes the page of one run."""
 
 import html
+import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
 
-from imm_jax.report import browser, figures
+from imm_jax.formatting import format_duration
+from imm_jax.report import figures
 from imm_jax.report.figures import MODELS, Panel
 from imm_jax.report.markup import Markup, Plot, Section, Table, render_page, render_section
 from imm_jax.report.reading import COUNTS
@@ -68,8 +70,19 @@ def assemble_page(title: str, top: str, problems: Sequence[str], parts: Sequence
   links, texts = [(part.id, part.title) for part in parts], [render_section(part, svgs) for part in parts]
   if chunks:
     links.insert(-1, ("samples", "Answers"))
-    texts.insert(-1, browser.render_section(chunks))
-  return render_page(title, top, texts, links, bottom=browser.render_data(chunks), reload_s=reload_s)
+    texts.insert(-1, _render_browser(chunks))
+  return render_page(title, top, texts, links, bottom=_render_answers(chunks), reload_s=reload_s)
+
+
+def _render_browser(chunks: Sequence[Chunk]) -> str:
+  """Renders the browser of the packed answers, whose code is in page.js."""
+  text = importlib.resources.files("imm_jax.report").joinpath("browser.html").read_text(encoding="utf-8")
+  return text.replace("COUNT", f"{sum(chunk.rows for chunk in chunks):,}")
+
+
+def _render_answers(chunks: Sequence[Chunk]) -> str:
+  """Renders the packed answers, for the end of the page."""
+  return "".join(f'<script type="application/gzip+base64" class="chunk">{chunk.packed}</script>' for chunk in chunks)
 
 
 def _render_status(results: Results, status: Status, written: str, renewed: bool) -> str:
@@ -89,7 +102,7 @@ def _render_status(results: Results, status: Status, written: str, renewed: bool
 
 
 def _render_summary(results: Results) -> str:
-  models = results.handed_on()
+  models = results.list_round_results()
   if not models:
     return '<p class="sentence">No model was evaluated yet.</p>'
   first, last = models[0], models[-1]
@@ -108,7 +121,7 @@ def _render_summary(results: Results) -> str:
   if results.data:
     kept, sampled = (sum(row.get(key) or 0 for row in results.data) for key in ("kept", "samples"))
     cards.append(("answers trained on", f"{kept:,}", f"of {sampled:,} sampled" if sampled else "none was sampled", ""))
-  cards.append(("time of all stages", _format_duration(total_seconds(results)), f"on {describe_devices(results)}", ""))
+  cards.append(("time of all stages", format_duration(total_seconds(results)), f"on {describe_devices(results)}", ""))
   boxes = "".join(f'<div class="card"><span>{html.escape(a)}</span><b>{html.escape(b)}</b><span>{html.escape(c)}</span>'
                   f"<span>{html.escape(d)}</span></div>" for a, b, c, d in cards)
   return f'<p class="sentence">{html.escape(_summarize(results, first, last))}</p><div class="cards">{boxes}</div>'
@@ -283,18 +296,6 @@ def total_seconds(results: Results) -> float:
   return sum(entry.get("seconds", 0) for entry in results.stages.values())
 
 
-def _format_duration(total: float) -> str:
-  """Formats a duration in seconds with two units.
-
-  >>> _format_duration(8.4), _format_duration(100), _format_duration(7260), _format_duration(200000)
-  ('8 s', '1 min 40 s', '2 h 1 min', '55 h 33 min')
-  """
-  if total < 60:
-    return f"{total:.0f} s"
-  minutes, rest = divmod(round(total), 60)
-  return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def describe_devices(results: Results) -> str:
   """Describes the number and kind of a run's devices."""
   names = results.facts.get("devices")
@@ -312,4 +313,3 @@ def _config_section(results: Results) -> Section:
 def fold_text(summary: str, text: str) -> str:
   """Renders a folded text as HTML."""
   return f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>"
-

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from imm_jax import files
-from imm_jax.analysis import MODULES
 from imm_jax.errors import UserError, join_items
+from imm_jax.model.config import PROJECTIONS
 from imm_jax.runs import status
 from imm_jax.statistics.accuracy import Accuracy
 
@@ -56,7 +56,7 @@ def _are_scores(scores: Any) -> bool:
       and 0 <= score["low"] <= score["value"] <= score["high"] <= 1 for score in scores.values())
 
 
-_LAYERS = {"layers": _are_numbers, "modules": dict.fromkeys(MODULES, _are_numbers)}
+_LAYERS = {"layers": _are_numbers, "modules": dict.fromkeys(PROJECTIONS, _are_numbers)}
 _ANALYSIS = {
     "importance": (_LAYERS,), "weight_change": ({"sft": dict, str: _LAYERS | {"share": _are_numbers}},),
     "spearman": (is_number,), "diversity": ({

@@ -33,7 +33,7 @@ class AnswerStats(NamedTuple):
 
   @property
   def protocol_text(self) -> str:
-    """A description of the protocol with its worked examples."""
+    """Describes the protocol with its worked examples."""
     return f"protocol {self.name}, {self.shots} worked example{'s' * (self.shots != 1)}"
 
 
@@ -67,13 +67,13 @@ class EvaluatedModel(NamedTuple):
 
   @property
   def folder(self) -> str:
-    """Folder of its answers in the run directory."""
+    """Returns the folder of its answers in the run directory."""
     kind = self.kind.replace("merged ", "sweep_")
     return "base/eval" if kind == "base" else f"round_{self.round}/eval/{kind}"
 
 
 class Results(NamedTuple):
-  """Results of a run: everything in its report except the samples.
+  """Holds the results of a run: everything in its report except the samples.
 
   Attributes:
     root: the run directory.
@@ -151,17 +151,17 @@ class Results(NamedTuple):
 
   @property
   def variant(self) -> str:
-    """The method's name, with the merging method where that is not the method's own."""
+    """Returns the method's name, with the merging method where that is not the method's own."""
     merge = self.config.get("merge")
     own = merge.get("method") if isinstance(merge, dict) else ""
     return f"{self.method}, merged by {own}" if own else self.method
 
-  def handed_on(self) -> tuple[EvaluatedModel, ...]:
+  def list_round_results(self) -> tuple[EvaluatedModel, ...]:
     """Returns the base and each round's result: the merged model, or without merging the one handed to the next round.
     """
     method = METHODS.get(self.method)  # a damaged run may have another
-    handed_on = ("merged" if method.merge else method.hands_on.replace("tuned", "sft")) if method else "sft"
-    return tuple(m for m in self.models if m.kind in ("base", handed_on))
+    kind = ("merged" if method.merge else method.next_model.replace("tuned", "sft")) if method else "sft"
+    return tuple(m for m in self.models if m.kind in ("base", kind))
 
 
 def is_run(root: Path) -> bool:

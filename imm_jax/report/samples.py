@@ -26,7 +26,7 @@ _ROW_TYPES = {"id": str, "question": str, "gold": str, "text": str, "span": str,
 
 
 class Chunk(NamedTuple):
-  """Answers of one file.
+  """Holds the answers of one file.
 
   Attributes:
     name: name of the file, relative to the run directory.

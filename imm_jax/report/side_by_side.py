@@ -33,7 +33,7 @@ def make_sections(runs: Mapping[str, Results], join: Join) -> list[Section]:
 
 
 class GroupSummary(NamedTuple):
-  """Results of a group after its last round: means and standard errors over the runs that have finished it.
+  """Holds the results of a group after its last round: means and standard errors over the runs that have finished it.
 
   Attributes:
     rounds: number of finished rounds.
@@ -55,7 +55,7 @@ class GroupSummary(NamedTuple):
 def summarize_end(group: Group) -> GroupSummary | None:
   """Summarizes a group's results after its last round; None if no run has finished a round."""
   ends = [(run, models[0], models[-1]) for run in group.runs.values()
-          if len(models := run.handed_on()) > 1 and models[0].kind == "base"]
+          if len(models := run.list_round_results()) > 1 and models[0].kind == "base"]
   if not ends:
     return None
   furthest = max(last.round for _, _, last in ends)
@@ -92,8 +92,9 @@ def _accuracy_section(runs: Mapping[str, Results], grouped: Sequence[Group]) -> 
            *(m.scores.get(task) for task in tasks)] for name, run in runs.items() for m in run.models]
   if not rows:
     return Section("accuracy", "Accuracy by round", [])
-  in_domain = lambda run: {m.round + 1: run.in_domain(m) for m in run.handed_on()}
-  out_of_domain = lambda run: {m.round + 1: run.out_of_domain(m) for m in run.handed_on()} if run.ood_tasks else {}
+  in_domain = lambda run: {m.round + 1: run.in_domain(m) for m in run.list_round_results()}
+  out_of_domain = lambda run: {m.round + 1: run.out_of_domain(m)
+                               for m in run.list_round_results()} if run.ood_tasks else {}
   options = {"x": "rounds done", "y": "accuracy", "shares": True}
   several = any(len(group.runs) > 1 for group in grouped)
   notes = ["Each point is the model handed to the next round (merged, or tuned if nothing is merged), with 95 % "
@@ -137,7 +138,7 @@ def _means_table(grouped: Sequence[Group]) -> list[Table]:
 def _last_round_table(runs: Mapping[str, Results]) -> list[Table]:
   rows = []
   for name, run in runs.items():
-    models = run.handed_on()
+    models = run.list_round_results()
     if models:
       scores = [run.in_domain, *([run.out_of_domain] if run.ood_tasks else [])]
       cells = [cell for score in scores for cell in (
@@ -155,8 +156,8 @@ def _last_rounds(grouped: Sequence[Group], rounds: Callable[[Results], Iterable[
 
 
 def _sampled_section(grouped: Sequence[Group], join: Join) -> Section:
-  last = _last_rounds(grouped, lambda run: [m.round for m in run.handed_on()])
-  curve = lambda run: {k: a for m in run.handed_on() if m.round == last[run.root] >= 0
+  last = _last_rounds(grouped, lambda run: [m.round for m in run.list_round_results()])
+  curve = lambda run: {k: a for m in run.list_round_results() if m.round == last[run.root] >= 0
                        for k, a in page.get_pass_at_k(m, run.id_task).items()}
   tables = join("pass_at_k", "pass@k and majority vote")
   return Section("sampled", "Several samples a question", [
@@ -200,7 +201,8 @@ def _diversity_section(grouped: Sequence[Group], join: Join) -> Section:
 
 def _drift_section(grouped: Sequence[Group], join: Join) -> Section:
   """Makes the section on drift, with curves of the models that runs hand on."""
-  by_round = lambda run, where: insides.mean_kl(run, run.handed_on()[-1].kind if run.handed_on() else "", where)
+  last_kind = lambda run: models[-1].kind if (models := run.list_round_results()) else ""
+  by_round = lambda run, where: insides.mean_kl(run, last_kind(run), where)
   measures = {f"{where}: KL to the base": (lambda run, where=where: by_round(run, where), insides.DRIFT_AXES)
               for where in insides.WHERE}
   tables = join("drift", "Against the base, nats a token")

@@ -1,1 +1,1 @@
-"""Runs: their settings and models, directory, record, log, status and metrics, and experiments of several runs."""
+"""Runs: their settings and models, directory, record, log, status and metrics."""

@@ -52,20 +52,20 @@ class Run(NamedTuple):
   @property
   def merge_method(self) -> str:
     """Returns the name of each round's merging method; empty if nothing is merged."""
-    return methods.merge_method(self.config.method, self.config.merge.method)
+    return methods.get_merge_method(self.config.method, self.config.merge.method)
 
   @property
   def samples_answers(self) -> bool:
     """Returns whether answers are sampled to train on."""
-    return methods.samples_answers(self.config)
+    return methods.is_sampling(self.config)
 
   def model(self, stage: str) -> Checkpoint:
     """Returns the checkpoint that a stage writes."""
     return Checkpoint(self.root / stage, stage)
 
-  def handed_on(self, round_: int) -> Checkpoint:
-    """Returns the checkpoint that a round hands on."""
-    name = self.method.handed_on
+  def get_next_start(self, round_: int) -> Checkpoint:
+    """Returns the checkpoint that the next round starts from and samples with."""
+    name = self.method.next_folder
     return Checkpoint(self.root / f"round_{round_}" / name, f"round_{round_}/{name.partition('/')[0]}")
 
   def settings(self, *keys: str) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def list_idle_keys(config: ml_collections.ConfigDict, keys: Iterable[str]) -> li
   # Evaluation reads sample.stop and sample.compute_dtype, too.
   used = _dependent_keys(config) | dict.fromkeys(
       (f"sample.{key}" for key in ("num_samples", "max_new_tokens", "batch_size", "temperatures", "top_p")),
-      methods.samples_answers(config))
+      methods.is_sampling(config))
   used |= dict.fromkeys(("eval.pass_at_k", "eval.temperature", "eval.top_p"), config.eval.num_samples > 0)
   sections = {"merge.": bool(methods.get_method(config).merge), "merge.auto.": config.merge.base_weight == "auto"}
   return [key for key in keys if not used.get(key, True) or any(

@@ -14,7 +14,7 @@ from etils import epath
 
 from imm_jax import files, integrity
 from imm_jax.errors import UserError, join_items
-from imm_jax.runs import half_trained, record as run_record, runlog
+from imm_jax.runs import record as run_record, runlog
 from imm_jax.runs.run import RUNTIME_KEYS, Stage, list_unused_keys
 from imm_jax.runtime import distributed, resident_memory
 from imm_jax.training import states
@@ -99,14 +99,14 @@ class RunDir:
     if not distributed.is_main():
       return
     run_record.accept_former_settings(self._record, stages)
-    found = find_consequences(self.path, self._config, self._record, stages, external)
-    if found.refusal and not rerun:
-      raise UserError(found.refusal)
-    for name in found.dropped:
+    consequences = find_consequences(self.path, self._config, self._record, stages, external)
+    if consequences.refusal and not rerun:
+      raise UserError(consequences.refusal)
+    for name in consequences.dropped:
       del self._record["stages"][name]
     settings = {stage.name: run_record.digest_settings(stage.settings) for stage in stages}
     # Before the record of the change, so that a start that is killed in between finds what is left of them again.
-    for folder in found.half_trained.values():
+    for folder in consequences.half_trained.values():
       states.remove(folder)
     self._record |= {"external": dict(external), "settings": settings,
                      "outdated": run_record.list_stale(stages, self._record, self.path, external)}
@@ -116,7 +116,7 @@ class RunDir:
     integrity.forget(self.path, "status.json")  # which is written all the time; __exit__ records its digest
     with integrity.rewritten(self.path, "config.json"):
       files.write_json(self.path / "config.json", _to_json(self._config), sort_keys=True)
-    for line in found.notes:
+    for line in consequences.notes:
       print(f"note: {line}", file=sys.stderr)
 
   def run(self, stage: Stage, external: Mapping[str, str], *, on_host: bool = False) -> bool:
@@ -250,7 +250,7 @@ def find_consequences(root: Path, config: ml_collections.ConfigDict, record: Map
                         for stage in stages):
     origin, restored = "another version of imm_jax", "the version"
     causes = ["this one counts other settings among those of a stage"]
-  lost_states = half_trained.list_lost(stages, record, root, external)
+  lost_states = _list_lost_states(stages, record, root, external)
   if lost_states and not causes:
     origin, restored, causes = "other settings or inputs", "what", ["those of what is half trained"]
   if not causes:
@@ -273,6 +273,30 @@ def find_consequences(root: Path, config: ml_collections.ConfigDict, record: Map
   notes += [f"{'; '.join(causes)}: {effect}"]
   notes += [f"no longer a part of the run: {join_items(dropped)}"] * bool(dropped)
   return Consequences(notes, dropped, lost_states, refusal)
+
+
+def _list_lost_states(stages: Sequence[Stage], record: Mapping[str, Any], root: Path, external: Mapping[str, str],
+                      ) -> dict[str, str]:
+  """Lists the training states that were begun with other settings or inputs, or whose inputs will be made anew.
+
+  Returns the folder of each, by a name for the user.
+  """
+  changed, lost = {*run_record.list_replaced(record, external)}, {}
+  for stage in stages:
+    inputs, entry = run_record.collect_inputs(stage, record, external), record["stages"].get(stage.name)
+    known = entry["inputs"] if entry else {"settings": record.get("settings", {}).get(stage.name)}
+    if changed.intersection(stage.needs) or _differ(known, inputs):
+      changed.add(stage.name)
+    saved = states.find_saved(stage.scratch) if stage.scratch else None
+    if saved and (stage.name in changed or _differ(saved.identity, inputs)):
+      folder = stage.scratch.removeprefix(f"{root}/")
+      lost[f"{folder} (step {saved.step} of {stage.name})"] = stage.scratch
+  return lost
+
+
+def _differ(known: Mapping[str, str | None], inputs: Mapping[str, str | None]) -> bool:
+  """Returns whether an input is known to be another; what is not known (None) may still turn out the same."""
+  return any(None not in (value, inputs.get(name)) and inputs[name] != value for name, value in known.items())
 
 
 def list_changes(root: Path, config: ml_collections.ConfigDict) -> list[tuple[str, str]]:

@@ -73,7 +73,7 @@ def end_on_interrupt() -> None:
 
 
 def resume_hint() -> str:
-  """Returns what the same command does after this process was told to stop."""
+  """Returns what the same command does after this process was terminated by a signal."""
   return _hint
 
 
@@ -112,7 +112,7 @@ def _ignore_repeated() -> None:
 def _stop(*_: object) -> None:
   if not _stop_requested.is_set():
     _stop_requested.set()
-    raise PreemptedError(f"told to stop (SIGTERM); {_hint}")
+    raise PreemptedError(f"terminated by SIGTERM; {_hint}")
 
 
 def _watch(read: int) -> None:
@@ -132,7 +132,7 @@ def _watch(read: int) -> None:
           # Printed in another thread, because this one has to go on if stderr blocks.
           threading.Thread(target=_print, args=(f"SIGTERM: stopping; {hint}",), daemon=True).start()
       elif now - first > _SAME_SIGNAL_S:
-        _end(f"told to stop a second time; {_hint}", 128 + number)
+        _end(f"terminated by a second {signal.Signals(number).name}; {_hint}", 128 + number)
     if _interrupt_lost.is_set():
       _interrupt_lost.clear()
       ident = threading.main_thread().ident
@@ -143,7 +143,7 @@ def _watch(read: int) -> None:
     if first and _saving.is_set() and code == 128 + signal.SIGTERM:
       grace_start = now
     if first and now - grace_start > GRACE_S:
-      _end(f"told to stop, and ended while it was busy; {_hint}", code)
+      _end(f"terminated by {signal.Signals(code - 128).name} while it was busy; {_hint}", code)
 
 
 def _end(reason: str, code: int) -> None:

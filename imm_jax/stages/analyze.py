@@ -9,10 +9,12 @@ import ml_collections
 import numpy as np
 
 from imm_jax import files, tasks
-from imm_jax.analysis import MODULES, diversity, importance as layers
+from imm_jax.analysis import diversity
+from imm_jax.analysis.importance import layer_importance
 from imm_jax.analysis.weight_change import spearman, weight_change
 from imm_jax.errors import UserError, suggest
 from imm_jax.model import hf
+from imm_jax.model.config import PROJECTIONS
 from imm_jax.model.decoder import Params
 from imm_jax.model.tokenization import check_ids
 from imm_jax.model.tokenizer import load_tokenizer
@@ -23,6 +25,7 @@ from imm_jax.stages.merge_settings import get_settings
 from imm_jax.stages.round_questions import list_round_keys, load_round
 from imm_jax.stages.task_entries import get_entry, get_tasks
 from imm_jax.tasks import sources, texts
+from imm_jax.training import gradients
 from imm_jax.training.packing import TokenizedExample
 
 # The fields of a sample that its diversity needs.
@@ -82,7 +85,8 @@ def write_importance(config: ml_collections.ConfigDict, model: Path, train: Path
     scores = _compute_scores(data, fine_tune.load_params(config, model), order=1, label="importance")
   else:  # data.skip_empty: without data all layers count the same
     equal = [1.0] * hf.read_config(model).num_layers
-    scores = {"examples": 0, "dropped_long": 0, "order": 1, "layers": equal, "modules": dict.fromkeys(MODULES, equal)}
+    scores = {"examples": 0, "dropped_long": 0, "order": 1, "layers": equal,
+              "modules": dict.fromkeys(PROJECTIONS, equal)}
   if distributed.is_main():
     files.write_json(out, scores)
   return {"examples": scores["examples"], "most_important": int(np.argmax(scores["layers"]))}
@@ -192,11 +196,11 @@ def _draw(rows: Sequence[Json], count: int, rng: np.random.Generator, encode: Ca
 def _compute_scores(data: fine_tune.Data, params: Params, *, order: int, label: str) -> Json:
   """Computes layer importance in the form of importance.json."""
   if order == 1:
-    sums = (layers.gradient(data.model, params, data.batches, data.computation, label=label),)
+    sums = (gradients.gradient(data.model, params, data.batches, data.computation, label=label),)
   else:
-    sums = layers.gradient_and_squares(data.model, params, data.batches, data.computation, label=label)
+    sums = gradients.gradient_and_squares(data.model, params, data.batches, data.computation, label=label)
   return {"examples": len(data.lines), "dropped_long": data.dropped, "order": order,
-          **layers.layer_importance(params, *sums).to_json()}
+          **layer_importance(params, *sums).to_json()}
 
 
 def check_entry(entry: str) -> None:

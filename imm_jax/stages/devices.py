@@ -88,7 +88,7 @@ def call(config: ml_collections.ConfigDict, function: Callable[..., Any], *args:
       raise
     except futures.process.BrokenProcessPool as e:
       if passed_on:
-        raise PreemptedError(f"told to stop (SIGTERM); {signals.resume_hint()}") from e
+        raise PreemptedError(f"terminated by SIGTERM; {signals.resume_hint()}") from e
       raise ResourceError("the process that had the accelerators was killed, possibly out of memory; repeat the "
                           "command to resume") from e
 

@@ -15,7 +15,7 @@ from imm_jax.runtime import distributed
 from imm_jax.sampling import Prompt
 from imm_jax.stages import devices, likelihood, lm_eval_tasks, synthesize
 from imm_jax.stages.result_cache import FOLDER, ResultCache
-from imm_jax.stages.task_entries import Entry, Tasks, get_tasks
+from imm_jax.stages.task_entries import RunTask, Tasks, get_tasks
 from imm_jax.stages.worked_examples import load_shots
 from imm_jax.statistics import accuracy
 from imm_jax.tasks import answers, protocols
@@ -133,7 +133,7 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, cach
 
 
 def _answer_task(config: ml_collections.ConfigDict, model: Path, digest: str,
-                 sampler: Callable[[], synthesize.Generate], entry: Entry, examples: Sequence[Example],
+                 sampler: Callable[[], synthesize.Generate], entry: RunTask, examples: Sequence[Example],
                  cache: ResultCache, label: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
   """Answers a task's questions or takes the answers over; returns both kinds of rows and the number of long prompts.
 
@@ -180,7 +180,7 @@ def _join(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
   return {key: value | second[key] for key, value in first.items()}
 
 
-def answer_greedily(tasks: Tasks, model: Path, sampler: synthesize.Generate, entry: Entry,
+def answer_greedily(tasks: Tasks, model: Path, sampler: synthesize.Generate, entry: RunTask,
                     examples: Sequence[Example], *, label: str) -> tuple[list[dict[str, Any]], int]:
   """Answers questions of a task greedily.
 
@@ -191,7 +191,7 @@ def answer_greedily(tasks: Tasks, model: Path, sampler: synthesize.Generate, ent
   return _answer(tasks, sampler, entry, prompts, label=label), long
 
 
-def _answer(tasks: Tasks, sampler: synthesize.Generate, entry: Entry, prompts: Sequence[tuple[Example, str]], *,
+def _answer(tasks: Tasks, sampler: synthesize.Generate, entry: RunTask, prompts: Sequence[tuple[Example, str]], *,
             label: str) -> list[dict[str, Any]]:
   protocol = tasks.get_protocol(entry)
   completions = sampler([Prompt(e.id, text) for e, text in prompts], label=label,
@@ -200,7 +200,7 @@ def _answer(tasks: Tasks, sampler: synthesize.Generate, entry: Entry, prompts: S
                                   read=protocol.read) if distributed.is_main() else []
 
 
-def describe_protocol(tasks: Tasks, entry: Entry, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def describe_protocol(tasks: Tasks, entry: RunTask, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """Describes how greedy answers were obtained: the protocol's `name`, `shots` per prompt, `n` answers, `mean_tokens`
   per answer, the share that was `cut` at `max_new_tokens`, whether prompts are a `chat`, `stop`, the paper's `header`.
   """
@@ -212,7 +212,7 @@ def describe_protocol(tasks: Tasks, entry: Entry, rows: Sequence[dict[str, Any]]
           "cut": round(sum(r["finish"] == "length" for r in rows) / len(rows), 4)}
 
 
-def _prepare(tasks: Tasks, model: Path, entry: Entry, examples: Sequence[Example], label: str,
+def _prepare(tasks: Tasks, model: Path, entry: RunTask, examples: Sequence[Example], label: str,
              ) -> tuple[protocols.Protocol, list[tuple[Example, str]], int]:
   """Returns the protocol of a task, the questions that fit with their prompts, and how many do not fit."""
   protocol = tasks.get_protocol(entry)
@@ -221,7 +221,7 @@ def _prepare(tasks: Tasks, model: Path, entry: Entry, examples: Sequence[Example
       max_new_tokens=tasks.protocol.token_limit, source=label)
 
 
-def _answer_repeatedly(tasks: Tasks, sampler: synthesize.Generate, entry: Entry,
+def _answer_repeatedly(tasks: Tasks, sampler: synthesize.Generate, entry: RunTask,
                        prompts: Sequence[tuple[Example, str]], *, label: str, num_samples: int, temperature: float,
                        top_p: float, seed: int) -> list[dict[str, Any]]:
   """Returns the rows of several answers to each question, as in `answer_greedily`."""

@@ -133,9 +133,8 @@ def fine_tune(config: ml_collections.ConfigDict, model: Path, base: Path, train:
            "examples_per_step": round(batches.per_step, 2), "padding": round(batches.padding, 4),
            "first_loss": round(trained.first_loss, 6), "last_loss": round(trained.last_loss, 6)}
   if held_out_indices:
-    losses = trained.held_out
-    facts |= {"held_out": len(held_out_indices), "held_out_losses": [round(loss, 6) for loss in losses],
-              "best_epoch": 1 + losses.index(min(losses))}
+    facts |= {"held_out": len(held_out_indices), "held_out_losses": [round(loss, 6) for loss in trained.held_out],
+              "best_epoch": trained.best_epoch}
   return facts
 
 

@@ -16,7 +16,7 @@ from imm_jax.scoring import Scorer, encode_continuations, encode_text
 from imm_jax.stages import resumable
 from imm_jax.stages.devices import make_mesh
 from imm_jax.stages.result_cache import ResultCache
-from imm_jax.stages.task_entries import Entry, get_tasks
+from imm_jax.stages.task_entries import RunTask, get_tasks
 from imm_jax.statistics import accuracy
 from imm_jax.tasks.base import Choice
 from imm_jax.tasks.multiple import LETTERS
@@ -76,7 +76,7 @@ def describe_protocol(rows: Sequence[Row]) -> dict[str, Any]:
   return {"name": "likelihood", "shots": 0, "n": len(rows), "mean_tokens": 0.0, "cut": 0.0}
 
 
-def score_train(config: ml_collections.ConfigDict, model: Path, entries: Sequence[Entry], count: int, label: str,
+def score_train(config: ml_collections.ConfigDict, model: Path, entries: Sequence[RunTask], count: int, label: str,
                 ) -> dict[str, list[Row]]:
   """Scores the first `count` train questions of each task, by name; every process gets all rows."""
   scorer = Scorer.load(model, mesh=make_mesh(config), compute_dtype=hardware.compute_dtype(config.sample.compute_dtype))

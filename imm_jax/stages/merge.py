@@ -42,7 +42,7 @@ class MergeInputs(NamedTuple):
 
   @property
   def folders(self) -> dict[str, Any]:
-    """The models, as `MergeSettings.collect_models` takes them."""
+    """Returns the models, as `MergeSettings.collect_models` takes them."""
     return {"base": self.base, "start": self.start, "tuned": self.tuned}
 
 
@@ -123,7 +123,7 @@ def merge(config: ml_collections.ConfigDict, models: MergeInputs, round_: int, w
           ) -> dict[str, Any]:
   """Writes the merged HF checkpoint, with the base weight of the config or the one chosen by `choose_weight`."""
   skipped = models.train and not models.train.stat().st_size  # data.skip_empty
-  if skipped and get_method(config).hands_on == "merged":  # otherwise the tuned model equals the start and is merged
+  if skipped and get_method(config).next_model == "merged":  # otherwise the tuned model equals the start and is merged
     fine_tune.copy(models.start, out)
     return {"skipped": True}
   weight = files.read_json(weight_file)["base_weight"] if weight_file else _setting(config.merge.base_weight)

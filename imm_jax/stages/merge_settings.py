@@ -14,14 +14,14 @@ from imm_jax import files
 from imm_jax.errors import UserError, suggest
 from imm_jax.merging import registry
 from imm_jax.merging.trees import Setting
-from imm_jax.methods import merge_method
+from imm_jax.methods import get_merge_method
 
 # Options that are settings of their own in a run, or that it measures.
 _NOT_GIVEN = ("base_weight", "drop_rate", "importance")
 
 
 class MergeSettings(NamedTuple):
-  """What a config says about the merge of each round, except the base weight.
+  """Holds what a config says about the merge of each round, except the base weight.
 
   Attributes:
     method: name of the merging method.
@@ -37,12 +37,12 @@ class MergeSettings(NamedTuple):
 
   @property
   def weighs(self) -> bool:
-    """Whether `merge.base_weight` has an effect: the method has a strength that no option overrides."""
+    """Returns whether `merge.base_weight` has an effect: the method has a strength that no option overrides."""
     return has_strength(self.method) and not self.fixed_by
 
   @property
   def fixed_by(self) -> str:
-    """The given option that overrides `merge.base_weight`; empty if there is none."""
+    """Returns the given option that overrides `merge.base_weight`; empty if there is none."""
     method = registry.METHODS[self.method]
     if (strength := method.strength_option) in self.options:
       return strength
@@ -51,7 +51,7 @@ class MergeSettings(NamedTuple):
 
   @property
   def needs_importance(self) -> bool:
-    """Whether the method takes the importance of layers, which the run then measures."""
+    """Returns whether the method takes the importance of layers, which the run then measures."""
     return bool(self.method) and "importance" in registry.METHODS[self.method].by_option
 
   def collect_models(self, *, base: Path, start: Path, tuned: Sequence[Path]) -> dict[str, Path] | None:
@@ -129,7 +129,7 @@ def get_settings(config: ml_collections.ConfigDict) -> MergeSettings:
   """Returns what a config says about merges; the method is empty if nothing is merged."""
   merge = config.merge
   options = {name: value for name, value in merge.options.to_dict().items() if value is not None}
-  return MergeSettings(merge_method(config.method, merge.method), options, merge.drop_rate, merge.delta_ref)
+  return MergeSettings(get_merge_method(config.method, merge.method), options, merge.drop_rate, merge.delta_ref)
 
 
 def complement(weight: Setting) -> Setting:

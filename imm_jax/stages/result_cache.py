@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 class ResultCache(NamedTuple):
-  """Says where an evaluation writes its results, and where earlier ones are.
+  """Knows where an evaluation writes its results, and where earlier ones are.
 
   Attributes:
     out: the folder to write.
@@ -46,9 +46,9 @@ class ResultCache(NamedTuple):
       label: name of the evaluation in messages.
     """
     file, key = f"{name}.jsonl", digest_key(settings) if distributed.is_main() else ""
-    found = distributed.broadcast(self._take(file, key) if distributed.is_main() else None)
-    if found:
-      rows, facts = found
+    cached = distributed.broadcast(self._take(file, key) if distributed.is_main() else None)
+    if cached:
+      rows, facts = cached
       if distributed.is_main():
         print(f"{label}: {name} is taken over", flush=True)
     else:
@@ -109,7 +109,7 @@ def take_folder(former: Path, out: Path, key: str) -> bool:
 
 
 def _find(folder: Path, name: str, key: str) -> dict[str, Any] | None:
-  """Returns the record of a result if it has that key and is as it was written."""
+  """Returns the record of a result if it has that key and is unchanged."""
   entry = _read(folder).get(name)
   is_whole = entry and entry["key"] == key and (folder / name).exists() and (
       entry["digest"] == _digest(folder / name, key, entry["facts"]))
@@ -119,10 +119,10 @@ def _find(folder: Path, name: str, key: str) -> dict[str, Any] | None:
 def _read(folder: Path) -> dict[str, dict[str, Any]]:
   """Reads the keys of a folder; those of a damaged file count as missing, as its results can be computed again."""
   try:
-    found = files.read_json(folder / KEYS) if (folder / KEYS).exists() else {}
+    entries = files.read_json(folder / KEYS) if (folder / KEYS).exists() else {}
   except UserError:
     return {}
-  return {name: entry for name, entry in found.items() if isinstance(entry, dict) and isinstance(
+  return {name: entry for name, entry in entries.items() if isinstance(entry, dict) and isinstance(
       entry.get("key"), str) and isinstance(entry.get("facts"), dict) and "digest" in entry}
 
 

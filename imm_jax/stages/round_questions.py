@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import NamedTuple
 
-from imm_jax.stages.task_entries import Entry, Tasks
+from imm_jax.stages.task_entries import RunTask, Tasks
 from imm_jax.stages.worked_examples import load_shots, load_train, read_file_questions, strip_spaces
 from imm_jax.tasks.base import Example
 
@@ -67,7 +67,7 @@ def list_round_keys(tasks: Tasks) -> tuple[str, ...]:
   return "seed", *task, "prompt", *held_out, *shown
 
 
-def load_general(tasks: Tasks, entry: Entry) -> list[Example]:
+def load_general(tasks: Tasks, entry: RunTask) -> list[Example]:
   """Returns the held-out questions of a task of `merge.auto.general`: of its train split, none shown in prompts.
 
   Raises:

@@ -16,8 +16,8 @@ LM_EVAL = "lm_eval:"
 _TEST_SEED = 0
 
 
-class Entry(NamedTuple):
-  """A task as a config names it: `NAME` or `NAME=SOURCE`.
+class RunTask(NamedTuple):
+  """Holds a task as a config names it: `NAME` or `NAME=SOURCE`.
 
   Attributes:
     name: name of the task.
@@ -37,23 +37,23 @@ class Entry(NamedTuple):
 
   @property
   def kind(self) -> str:
-    """The kind of (most of) its answers: `number`, `latex` or `choice`."""
+    """Returns the kind of (most of) its answers: `number`, `latex` or `choice`."""
     return self.custom_kind or protocols.answer_kind(self.name)
 
   @property
   def is_generated(self) -> bool:
-    """Whether it generates its questions, and so has no fixed number of them."""
+    """Returns whether it generates its questions, and so has no fixed number of them."""
     return tasks.is_generated(self.name)
 
   @property
   def is_remote(self) -> bool:
-    """Whether its questions come over the network."""
+    """Returns whether its questions come over the network."""
     has_source = bool(self.source) or tasks.has_default_source(self.name)
     return not self.is_generated and has_source and not self.source.startswith("file:")
 
   @property
   def splits(self) -> tuple[str, ...]:
-    """The splits that it has."""
+    """Returns the splits that it has."""
     return tasks.splits(self.name)
 
   def load(self, *, split: str, count: int | None = None) -> list[Example]:
@@ -111,7 +111,7 @@ class Entry(NamedTuple):
 
 
 class Tasks(NamedTuple):
-  """The tasks and texts of a run, how many questions of each are asked, and how.
+  """Holds the tasks and texts of a run, how many questions of each are asked, and how.
 
   Attributes:
     in_domain: the task that is sampled, trained and evaluated.
@@ -128,9 +128,9 @@ class Tasks(NamedTuple):
     passages: largest number of passages of each text; 0 for all.
   """
 
-  in_domain: Entry
-  ood: tuple[Entry, ...]
-  general: tuple[Entry, ...]
+  in_domain: RunTask
+  ood: tuple[RunTask, ...]
+  general: tuple[RunTask, ...]
   per_round: int
   per_test: int
   held_out: int
@@ -143,30 +143,30 @@ class Tasks(NamedTuple):
 
   @property
   def names(self) -> tuple[str, ...]:
-    """The names of all tasks, in-domain first."""
+    """Returns the names of all tasks, in-domain first."""
     return tuple(entry.name for entry in (self.in_domain, *self.ood))
 
   @property
-  def own(self) -> tuple[Entry, ...]:
-    """All tasks, in-domain first, except lm_eval's, which loads its own questions."""
+  def own(self) -> tuple[RunTask, ...]:
+    """Returns all tasks, in-domain first, except lm_eval's, which loads its own questions."""
     return tuple(entry for entry in (self.in_domain, *self.ood) if entry.measure != "lm_eval")
 
   @property
   def lm_eval(self) -> tuple[str, ...]:
-    """The names that lm_eval gives to its tasks."""
+    """Returns the names that lm_eval gives to its tasks."""
     return tuple(entry.name.removeprefix(LM_EVAL) for entry in self.ood if entry.measure == "lm_eval")
 
   @property
   def needs_likelihood(self) -> bool:
-    """Whether an evaluation scores options or texts by likelihood."""
+    """Returns whether an evaluation scores options or texts by likelihood."""
     return bool(self.texts) or any(entry.measure == "choices" for entry in self.own)
 
   @property
   def has_remote_texts(self) -> bool:
-    """Whether any of the texts comes over the network: a named corpus, or a source that is no file."""
+    """Returns whether any of the texts comes over the network: a named corpus, or a source that is no file."""
     return any(not text.partition("=")[2].startswith("file:") for text in self.texts)
 
-  def get_protocol(self, entry: Entry) -> protocols.Protocol:
+  def get_protocol(self, entry: RunTask) -> protocols.Protocol:
     """Returns the rules by which a task's test questions are asked."""
     return protocols.get_protocol(self.protocol, entry.name, entry.kind)
 
@@ -179,8 +179,9 @@ class Tasks(NamedTuple):
     for entry in self.own:
       examples = entry.load(split="test", count=limit if entry.is_generated else None)[:limit]
       if limit and len(examples) < limit:
-        print_once(f"note: task {entry.name} has {len(examples)} test questions, and all of them are asked "
-                   f"(config.task.eval_questions={limit})")
+        number = ("1 test question, and it is asked" if len(examples) == 1 else
+                  f"{len(examples)} test questions, and all of them are asked")
+        print_once(f"note: task {entry.name} has {number} (config.task.eval_questions={limit})")
       tests[entry.name] = examples
     return tests
 
@@ -198,17 +199,17 @@ class Tasks(NamedTuple):
     return passages
 
   def count_tests(self) -> list[int]:
-    """Counts the test questions to ask of each of `own`; see `Entry.count_questions`."""
+    """Counts the test questions to ask of each of `own`; see `RunTask.count_questions`."""
     return [entry.count_questions("test", self.per_test) for entry in self.own]
 
   def count_questions(self) -> tuple[int, int]:
-    """Counts the questions that a round asks and the test questions to answer; see `Entry.count_questions`."""
+    """Counts the questions that a round asks and the test questions to answer; see `RunTask.count_questions`."""
     tests = zip(self.own, self.count_tests(), strict=True)
     return (self.in_domain.count_questions("train", self.per_round),
             sum(count for entry, count in tests if entry.measure == "answer"))
 
   def describe_tests(self) -> str:
-    """Describes in a line how many of each task's test questions are asked; see `Entry.describe_tests`.
+    """Describes in a line how many of each task's test questions are asked; see `RunTask.describe_tests`.
 
     More lines follow for tasks whose default source differs from the questions of the paper.
     """
@@ -235,7 +236,7 @@ def get_tasks(config: ml_collections.ConfigDict) -> Tasks:
       passages=evaluation.passages or task.eval_questions)
 
 
-def get_entry(config: ml_collections.ConfigDict, text: str) -> Entry:
+def get_entry(config: ml_collections.ConfigDict, text: str) -> RunTask:
   """Returns a task, given as `NAME` or `NAME=SOURCE`, with what a config says about it.
 
   >>> from configs import tiny
@@ -243,13 +244,13 @@ def get_entry(config: ml_collections.ConfigDict, text: str) -> Entry:
   [('piqa', '', 'choices'), ('svamp', 'file:DIR', 'answer'), ('lm_eval:piqa', '', 'lm_eval')]
   """
   if text.startswith(LM_EVAL):
-    return Entry(text, "", "lm_eval", config.seed)
+    return RunTask(text, "", "lm_eval", config.seed)
   (name, _, source), task = text.partition("="), config.task
   in_domain = name == task.name  # its answers are sampled, whatever its default measure
   measure = "choices" if name in config.eval.by_likelihood else "answer" if in_domain else tasks.default_measure(name)
   custom: dict[str, Any] = {"fields": tuple(sorted(task.fields.to_dict().items())),
                             "custom_kind": task.kind} if name == "custom" else {}
-  return Entry(name, source or (task.source if in_domain else ""), measure, config.seed, **custom)
+  return RunTask(name, source or (task.source if in_domain else ""), measure, config.seed, **custom)
 
 
 @functools.lru_cache(maxsize=64)

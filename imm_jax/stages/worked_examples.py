@@ -3,7 +3,7 @@
 import re
 
 from imm_jax.errors import UserError
-from imm_jax.stages.task_entries import Entry, Tasks
+from imm_jax.stages.task_entries import RunTask, Tasks
 from imm_jax.tasks import shots
 from imm_jax.tasks.base import Example
 
@@ -11,7 +11,7 @@ from imm_jax.tasks.base import Example
 _OPTION = re.compile(r"\s\(?[A-H]\s?[).:]\s+")
 
 
-def load_shots(tasks: Tasks, entry: Entry) -> list[Example]:
+def load_shots(tasks: Tasks, entry: RunTask) -> list[Example]:
   """Returns the worked examples that `eval.protocol` shows before a task's test questions.
 
   They come from `eval.shots_file` if it has any for the task, else from the task's own train split, else from that of
@@ -24,7 +24,7 @@ def load_shots(tasks: Tasks, entry: Entry) -> list[Example]:
   if entry.measure != "answer" or not count:
     return []
   asks = f"config.eval.protocol={tasks.protocol.name} shows {count} worked example{'s' * (count > 1)}"
-  examples: dict[Entry | str, list[Example]] = {}  # by origin: the file, or a task
+  examples: dict[RunTask | str, list[Example]] = {}  # by origin: the file, or a task
   if file and (pool := shots.read_examples(file, entry.name, entry.kind, dict(tasks.in_domain.fields))):
     examples[file] = [e for e in pool if e.rationale][:count]
   else:
@@ -43,7 +43,7 @@ def load_shots(tasks: Tasks, entry: Entry) -> list[Example]:
                     f"task's where that has answers of its kind ({entry.kind}); give --config.eval.shots_file=FILE"
                     ".jsonl, rows with question, answer and rationale, or --config.eval.few_shot=0")
   if len(examples[origin]) < count:
-    where = f"the train split of {origin.name}" if isinstance(origin, Entry) else file
+    where = f"the train split of {origin.name}" if isinstance(origin, RunTask) else file
     raise UserError(f"{asks}, and {where} has {len(examples[origin])} for task {entry.name}; give more in "
                     f"--config.eval.shots_file, or --config.eval.few_shot={len(examples[origin])}")
   if origin != entry:
@@ -56,14 +56,14 @@ def load_shots(tasks: Tasks, entry: Entry) -> list[Example]:
   return examples[origin]
 
 
-def load_train(tasks: Tasks, entry: Entry, count: int | None = None) -> list[Example]:
+def load_train(tasks: Tasks, entry: RunTask, count: int | None = None) -> list[Example]:
   """Loads the first `count` train questions of a task, or all, without those of a file of worked examples."""
   shown = {form for question in read_file_questions(tasks, entry) for form in _list_forms(question, entry.kind)}
   pool = entry.load(split="train", count=None if count is None else count + len(shown))
   return [e for e in pool if shown.isdisjoint(_list_forms(e.question, entry.kind, with_stem=True))][:count]
 
 
-def read_file_questions(tasks: Tasks, entry: Entry) -> list[str]:
+def read_file_questions(tasks: Tasks, entry: RunTask) -> list[str]:
   """Reads the questions of the file of worked examples, if there is one, as they are shown for a task."""
   return shots.read_questions(tasks.shots_file, entry.kind, dict(tasks.in_domain.fields)) if tasks.shots_file else []
 

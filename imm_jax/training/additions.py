@@ -41,7 +41,7 @@ class Additions(NamedTuple):
 
   @property
   def anchored(self) -> bool:
-    """Whether the base model's weights are needed."""
+    """Returns whether the base model's weights are needed."""
     return bool(self.l2_sp or self.kl)
 
 

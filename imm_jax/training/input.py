@@ -36,7 +36,7 @@ class Input:
 
   @property
   def state(self) -> dict[str, Any]:
-    """The position after the last batch that was returned."""
+    """Returns the position after the last batch that was returned."""
     return self._iterator.get_state()
 
   def __iter__(self) -> "Input":

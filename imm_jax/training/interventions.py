@@ -18,7 +18,7 @@ from imm_jax.training.step import TrainState
 
 
 class Intervention(NamedTuple):
-  """Changes to `trainer.train`; the defaults change nothing.
+  """Describes changes to `trainer.train`; the defaults change nothing.
 
   Attributes:
     grad_clip: global norm at which the gradient is clipped, instead of `sft.grad_clip`.
@@ -152,7 +152,7 @@ def _top_share(scores: jax.Array, share: float) -> jax.Array:
 
 
 def _binary_search(holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
-  """Binary search for the largest uint32 that satisfies a monotone predicate that is true for 0."""
+  """Finds the largest uint32 that satisfies a monotone predicate, which is true for 0, by binary search."""
 
   def try_bit(i: jax.Array, value: jax.Array) -> jax.Array:
     higher = value | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))

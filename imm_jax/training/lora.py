@@ -22,11 +22,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from imm_jax import files
-from imm_jax.analysis import MODULES
 from imm_jax.model import lora as adapters_on_disk, safetensors, sharding
 from imm_jax.model.attention import precision
 from imm_jax.model.checkpoint_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from imm_jax.model.config import ModelConfig
+from imm_jax.model.config import PROJECTIONS, ModelConfig
 from imm_jax.model.decoder import Layer, Params, abstract_params
 
 FOLDER = "adapter"  # within the folder of the merged weights
@@ -40,7 +39,7 @@ class Lora(NamedTuple):
 
   @property
   def scale(self) -> float:
-    """The factor s = alpha / rank."""
+    """Returns the factor s = alpha / rank."""
     return self.alpha / self.rank
 
 
@@ -48,7 +47,7 @@ def abstract(config: ModelConfig, lora: Lora) -> Params:
   """Returns the adapters' shapes: {"layers": {block: {projection: {"lora_A": [L, r, in], "lora_B": [L, out, r]}}}}."""
   layers = abstract_params(config)["layers"]
   shapes: Params = {}
-  for name, block in MODULES.items():
+  for name, block in PROJECTIONS.items():
     count, out, width = layers[block][name]["weight"].shape
     shapes.setdefault(block, {})[name] = {"lora_A": jax.ShapeDtypeStruct((count, lora.rank, width), jnp.float32),
                                           "lora_B": jax.ShapeDtypeStruct((count, out, lora.rank), jnp.float32)}
@@ -58,7 +57,7 @@ def abstract(config: ModelConfig, lora: Lora) -> Params:
 def init(config: ModelConfig, lora: Lora, mesh: Mesh, *, key: jax.Array) -> Params:
   """Returns initial float32 adapters, which leave the model unchanged; the same on every mesh."""
   shapes = abstract(config, lora)
-  keys = dict(zip(MODULES, jax.random.split(key, len(MODULES)), strict=True))
+  keys = dict(zip(PROJECTIONS, jax.random.split(key, len(PROJECTIONS)), strict=True))
 
   def first(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     *_, module, part = (p.key for p in path)
@@ -105,7 +104,7 @@ def write(adapters: Params, lora: Lora, folder: Path) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   files.write_json(folder / ADAPTER_CONFIG, {
       "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0,
-      "bias": "none", "target_modules": list(MODULES), "inference_mode": True})
+      "bias": "none", "target_modules": list(PROJECTIONS), "inference_mode": True})
   safetensors.write(folder / ADAPTER_WEIGHTS, [
       (name, array.dtype, array.shape, lambda array=array: [array]) for name, array in _named_tensors(adapters)])
 

@@ -29,7 +29,7 @@ def choose_chunk(rows: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def head_loss(x: jax.Array, weight: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int) -> jax.Array:
-  """Weighted sum of -log softmax(x W^T)[target] over all positions.
+  """Computes the weighted sum of -log softmax(x W^T)[target] over all positions.
 
   Args:
     x: [B, T, D], inputs of the head, in the compute dtype.
@@ -110,7 +110,7 @@ anchored_loss.defvjp(_anchored_forward, _anchored_backward)
 
 
 def head_entropy(x: jax.Array, weight: jax.Array, weights: jax.Array, chunk: int) -> jax.Array:
-  """Weighted sum of the entropies of softmax(x W^T) over all positions, in nats; takes arguments as `head_loss` does.
+  """Computes the weighted sum of the entropies of softmax(x W^T) over all positions, in nats; arguments: `head_loss`.
 
   >>> x, w = jnp.zeros((1, 1, 2)), jnp.eye(2)
   >>> round(float(head_entropy(x, w, jnp.ones((1, 1)), 1)), 4)  # log 2

@@ -1,4 +1,4 @@
-"""What a training minimises and how: the schedule of the learning rate, and the optimizer, AdamW after clipping."""
+"""What a training minimizes and how: the schedule of the learning rate, and the optimizer, AdamW after clipping."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from imm_jax.training.interventions import Intervention
 
 
 class Optimization(NamedTuple):
-  """Holds what a training minimises, and how.
+  """Holds what a training minimizes, and how.
 
   Attributes:
     schedule: learning rate by step.

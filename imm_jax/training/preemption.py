@@ -33,7 +33,7 @@ def watch() -> Iterator[threading.Event]:
 
 
 def any_process_stops(stop_requested: threading.Event) -> bool:
-  """Returns whether any process of the run was told to stop; all processes must call it at the same step."""
+  """Returns whether any process of the run has received SIGTERM; all processes must call it at the same step."""
   if jax.process_count() == 1:
     return stop_requested.is_set()
   return bool(multihost_utils.process_allgather(np.int32(stop_requested.is_set())).any())

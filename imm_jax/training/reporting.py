@@ -83,7 +83,7 @@ class StepLog:
 
   @property
   def full(self) -> bool:
-    """Whether `log_every` steps have been added since the last report."""
+    """Returns whether `log_every` steps have been added since the last report."""
     return len(self._pending) == self._reporting.log_every
 
   def add(self, metrics: dict[str, jax.Array], position: dict[str, Any]) -> None:
@@ -137,5 +137,5 @@ class StepLog:
 
   def explain_stop(self) -> str:
     """Returns the error message after a SIGTERM."""
-    return (f"{self._reporting.label}: told to stop, after step {self.done} of {self.total}; its state is saved; "
-            "repeat the command to resume")
+    return (f"{self._reporting.label}: terminated by SIGTERM after step {self.done} of {self.total}; its state is "
+            "saved; repeat the command to resume")

@@ -117,7 +117,7 @@ class Checkpoints:
 
   @property
   def step(self) -> int:
-    """Step of the newest state; 0 if there is none."""
+    """Returns the step of the newest state; 0 if there is none."""
     return self._manager.latest_step() or 0
 
   def latest(self) -> dict[str, Any] | None:
@@ -192,7 +192,7 @@ class Checkpoints:
           if not other.with_name(other.name.removesuffix(integrity.SEAL)).exists():
             other.unlink(missing_ok=True)
       except (OSError, UserError) as e:
-        if state.exists():  # else it was removed in favour of a newer one
+        if state.exists():  # else it was removed in favor of a newer one
           print(f"warning: {state}: its digests were not written ({e})", file=sys.stderr)
 
   def _check_seal(self, step: int) -> None:

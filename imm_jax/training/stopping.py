@@ -48,11 +48,12 @@ class EarlyStopping:
 
   @property
   def should_stop(self) -> bool:
+    """Returns whether the last epoch was worse than the best."""
     return bool(self.losses) and self.losses[-1] > min(self.losses)
 
   @property
   def best_epoch(self) -> int:
-    """The number of the best epoch, from 1."""
+    """Returns the number of the best epoch, from 1."""
     return 1 + self.losses.index(min(self.losses))
 
   def due(self, done: int) -> bool:

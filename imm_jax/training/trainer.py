@@ -6,13 +6,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import optax
 
-from imm_jax.analysis import importance
 from imm_jax.errors import PreemptedError, UserError
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params
-from imm_jax.training import interventions, preemption
+from imm_jax.training import gradients, interventions, preemption
 from imm_jax.training.computation import Computation
 from imm_jax.training.input import Input
 from imm_jax.training.optimization import Optimization
@@ -44,6 +42,7 @@ class Trained(NamedTuple):
     steps: number of steps.
     average: moving average of the weights at the same step as `params`, or None without `additions.ema`.
     held_out: held-out loss of each epoch, with early stopping.
+    best_epoch: number of the epoch that `params` are from, from 1, with early stopping; 0 without.
   """
 
   params: Params
@@ -52,6 +51,7 @@ class Trained(NamedTuple):
   steps: int
   average: Params | None = None
   held_out: tuple[float, ...] = ()
+  best_epoch: int = 0
 
 
 def train(config: ModelConfig, load_params: Callable[[], Params], batches: PackedBatches, optimization: Optimization,
@@ -64,7 +64,7 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
     load_params: returns the initial parameters (float32, stacked layers) or adapters; not called if training resumes
       from a saved state.
     batches: the batch of each step.
-    optimization: what is minimised, and how.
+    optimization: what is minimized, and how.
     computation: how the steps are computed.
     reporting: what is reported, and how often.
     load_frozen: returns the frozen weights that the additions need (see `step.TrainState`); also called when training
@@ -83,8 +83,7 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
     like = abstract_state(config, optimizer, mesh, additions=additions)
     state = _saved_state(checkpoints, saved, like, load_frozen, stopping)
   else:
-    state = _first_state(config, load_params(), batches, optimizer, optimization, computation, load_frozen,
-                         reporting.label)
+    state = _first_state(config, load_params(), batches, optimization, computation, load_frozen, reporting.label)
   train_step = make_train_step(config, optimizer, computation, additions=additions)
   inputs = Input(batches, mesh, saved and saved["input"])
   meter = Meter(config, batches, mesh.size)
@@ -92,7 +91,7 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
     state = _run_steps(train_step, state, inputs, log, stopping, checkpoints)
   best = stopping.best if stopping else state
   return Trained(best["params"], log.first_loss, log.last_loss, log.done, best.get("average"),
-                 tuple(stopping.losses) if stopping else ())
+                 *((tuple(stopping.losses), stopping.best_epoch) if stopping else ()))
 
 
 def _run_steps(train_step: Step, state: TrainState, inputs: Input, log: StepLog, stopping: EarlyStopping | None,
@@ -134,7 +133,7 @@ def _run_steps(train_step: Step, state: TrainState, inputs: Input, log: StepLog,
 
 
 def _must_stop(requested: threading.Event, metrics: Metrics, sync: bool) -> bool:
-  """Returns whether a process was told to stop; `sync` is whether the host waits for this step in any case.
+  """Returns whether a process has received SIGTERM; `sync` is whether the host waits for this step in any case.
 
   Several processes agree on stopping only where they wait anyway, and while no step is running: its collectives and
   this one could otherwise run in different orders on different hosts.
@@ -154,17 +153,16 @@ def _save(checkpoints: Checkpoints, done: int, position: dict[str, Any], state: 
                    **about)
 
 
-def _first_state(config: ModelConfig, params: Params, batches: PackedBatches, optimizer: optax.GradientTransformation,
-                 optimization: Optimization, computation: Computation, load_frozen: Callable[[], Frozen], label: str,
-                 ) -> TrainState:
+def _first_state(config: ModelConfig, params: Params, batches: PackedBatches, optimization: Optimization,
+                 computation: Computation, load_frozen: Callable[[], Frozen], label: str) -> TrainState:
   """Returns the state before the first step; takes ownership of `params`."""
-  make_state = lambda: init_state(params, optimizer, computation.mesh, additions=optimization.additions,
-                                  frozen=load_frozen())
+  make_state = lambda: init_state(params, optimization.make_optimizer(), computation.mesh,
+                                  additions=optimization.additions, frozen=load_frozen())
   top_p = optimization.intervention.top_p
   if top_p is None:
     return make_state()
   # The gradient is computed before the moments are allocated, because it takes as much memory.
-  grads = importance.gradient(config, params, batches.to_single_epoch(), computation, label=f"{label}: importance")
+  grads = gradients.gradient(config, params, batches.to_single_epoch(), computation, label=f"{label}: importance")
   mask = interventions.importance_mask(params, grads, top_p)
   del grads
   return interventions.set_mask(make_state(), mask)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imm_jax.analysis import diversity, importance
+from imm_jax.analysis import diversity
 from imm_jax.analysis.drift import measure_drift
 from imm_jax.analysis.importance import LayerImportance, layer_importance
 from imm_jax.analysis.weight_change import spearman
@@ -22,7 +22,7 @@ from imm_jax.errors import UserError
 from imm_jax.model import hf, sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import Params, abstract_params, init_params
-from imm_jax.training import step as training_step
+from imm_jax.training import gradients, step as training_step
 from imm_jax.training.computation import Computation
 from imm_jax.training.packing import PackedBatches
 from tests.training import test_step as t
@@ -55,7 +55,7 @@ def place(params: Params, mesh: jax.sharding.Mesh) -> Params:
 def gradient(params: Params, batches: PackedBatches, mesh: jax.sharding.Mesh | None = None, *,
              config: ModelConfig = t.CONFIG, label: str = "importance", **computation) -> Params:
   mesh = mesh or sharding.make_mesh(data=1, fsdp=1)
-  return importance.gradient(config, place(params, mesh), batches,
+  return gradients.gradient(config, place(params, mesh), batches,
                              Computation(mesh, jnp.float32, **{"remat": "full", **computation}), label=label)
 
 
@@ -63,7 +63,7 @@ def second_order(config: ModelConfig, params: Params, batches: PackedBatches,
                  mesh: jax.sharding.Mesh | None = None) -> LayerImportance:
   mesh = mesh or sharding.make_mesh(data=1, fsdp=1)
   params = place(params, mesh)
-  sums = importance.gradient_and_squares(config, params, batches, Computation(mesh, jnp.float32))
+  sums = gradients.gradient_and_squares(config, params, batches, Computation(mesh, jnp.float32))
   return layer_importance(params, *sums)
 
 
@@ -84,7 +84,7 @@ def beside_the_two(mesh: jax.sharding.Mesh) -> float:
   batch = {name: placed(rows, dtype, jax.NamedSharding(mesh, sharding.BATCH)) for name, dtype in {
       "tokens": jnp.int32, "positions": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}.items()}
   sums = (params, placed((), jnp.int32, jax.NamedSharding(mesh, sharding.P())))
-  add = importance.make_accumulate(config, Computation(mesh, jnp.float32, remat="full"))
+  add = gradients.make_accumulate(config, Computation(mesh, jnp.float32, remat="full"))
   memory = training_step.jit_step(add, sums).lower(sums, params, batch).compile().memory_analysis()
   assert memory.argument_size_in_bytes == pytest.approx(2 * size, rel=0.01)
   assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 0.01 * size

@@ -26,8 +26,8 @@ def test_the_cost_of_a_run_counts_its_tokens():
   assert found.trained == pytest.approx((3 * (1 + 2) * 600 + 2 * 256) * (30 + 128))
   assert found.sample_prompts == 2 * 1000 * 128
   seconds = (found.sampled + found.evaluated) / 9000 + found.trained / 20_000
-  assert 15 < seconds < 90
-  assert f"about {seconds:.0f} seconds at the measured 9 k sampled and 20 k trained tokens/s" in cost.describe(
+  assert 60 < seconds < 90
+  assert f"about 1 min {seconds - 60:.0f} s at the measured 9 k sampled and 20 k trained tokens/s" in cost.describe(
       config, None, record)
   counted = cost.count_tokens(config, {"stages": {}}, question=50, answer=10)
   assert (counted.sampled, counted.sample_prompts) == (2 * 1000 * 3 * 10, 2 * 1000 * 50)
@@ -38,7 +38,7 @@ def test_what_stages_took_stands_for_those_to_come():
   record = {"stages": {name: {"seconds": 3600.0 * seconds, "facts": {}} for name, seconds in zip(
       names, (1, 2, 3), strict=False)}}
   assert cost.describe(tiny.get_config(), None, record, stages=names).endswith(
-      "about 11 hours by what stages took so far on 1 device(s), 5 hours of it to come")
+      "about 11 h 0 min by what stages took so far on 1 device(s), 5 h 0 min of it to come")
   del record["stages"]["round_0/eval/sft"]
   assert " by what stages" not in cost.describe(tiny.get_config(), None, record, stages=names)
 
@@ -52,4 +52,5 @@ def test_measured_flops_estimate_the_time(monkeypatch):
   seconds = (2 * params * (found.sampled + found.evaluated) / 0.5e9
              + params * (8 * found.trained + 2 * (found.sample_prompts + found.eval_prompts)) / 3e9)
   assert 5400 < seconds < 36_000
-  assert f"about {seconds / 3600:.2g} hours on this machine" in cost.describe(config, model, {"stages": {}})
+  minutes = int(seconds // 60)
+  assert f"about {minutes // 60} h {minutes % 60} min on this machine" in cost.describe(config, model, {"stages": {}})

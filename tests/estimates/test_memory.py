@@ -9,13 +9,13 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from configs import tiny
-from imm_jax.analysis import drift, importance, sums
+from imm_jax.analysis import drift, sums
 from imm_jax.estimates import memory, shapes
 from imm_jax.model import sharding
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.decoder import abstract_params
 from imm_jax.runtime import resident_memory
-from imm_jax.training import optimization, step as training
+from imm_jax.training import gradients, optimization, step as training
 from imm_jax.training.additions import PLAIN, Additions
 from imm_jax.training.computation import Computation
 from imm_jax.training.lora import Lora
@@ -81,7 +81,7 @@ def test_importance_takes_about_what_is_said():
   devices = sharding.make_mesh(data=1, fsdp=1)
   computation = Computation(devices, jnp.dtype("float32"), remat="full", attention="blockwise")
   said = memory.step_bytes(WIDE, computation, rows=16, length=128, sums=True)
-  add = importance.make_accumulate(WIDE, computation)
+  add = gradients.make_accumulate(WIDE, computation)
   optimizer = optimization.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.0, grad_clip=0.0)
   params = training.abstract_state(WIDE, optimizer, devices)["params"]
   tokens = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(devices, sharding.P()))
@@ -113,15 +113,15 @@ def batch(devices: jax.sharding.Mesh, rows: int, length: int) -> dict[str, jax.S
 def test_later_sampling_keeps_earlier_programs():
   """Stages that sample again have the programs of the stages between in memory, too."""
   config, devices = tiny.get_config(), sharding.make_mesh(data=1, fsdp=1)
-  for rounds, again in ((1, ["later evaluation"]), (2, ["later evaluation", "later sampling"])):
+  for rounds, again in ((1, ["evaluation after SFT"]), (2, ["evaluation after SFT", "sampling after SFT"])):
     config.rounds = rounds
     found = {p.stage: p for p in memory.estimate(config, MODEL, devices, shapes.Expected(8, "blockwise", 0))}
     assert list(found) == ["evaluation", "sampling", "SFT", "importance", "drift", *again]
     for name in again:
-      first, later = found[name.removeprefix("later ")].parts, found[name].parts
+      first, later = found[name.removesuffix(" after SFT")].parts, found[name].parts
       assert {**first, "programs": 0} == {**later, "programs": 0}
     # On SmolLM2 they took 0.29 GiB more where nothing was sampled for training, and 0.34 and 0.40 where it was.
-    assert found["later evaluation"].total - found["evaluation"].total == pytest.approx(0.37 * 2**30, rel=0.2)
+    assert found["evaluation after SFT"].total - found["evaluation"].total == pytest.approx(0.37 * 2**30, rel=0.2)
 
 
 def test_a_passage_fills_a_row_of_drift():

@@ -79,7 +79,7 @@ def test_config_comes_before_weights(fake: Hub, capsys: pytest.CaptureFixture[st
   first, second, *others = fake.fetched
   assert (first, second) == ("config.json", "model.safetensors.index.json@cmain")
   assert set(others) == {f"{name}@cmain" for name in (SHARDS.keys() | SIDE.keys()) - {"model.safetensors.index.json"}}
-  assert f"{ID}: fetching 7 files, 1.5 MB\n" == capsys.readouterr().err
+  assert f"{ID}: fetching 7 files, 1.4 MiB\n" == capsys.readouterr().err
   # All is there: nothing is fetched and nothing said, with a network and without.
   for fake.offline in (False, True):
     fake.fetched.clear()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from imm_jax.report import compare, live
+from imm_jax.report import comparison, live
 from imm_jax.report.results import Results
 from tests import report_runs
 
@@ -249,7 +249,7 @@ def test_several_runs_are_drawn_and_filtered(browser, tmp_path: Path):
   """Runs side by side are drawn, and their answers are filtered by run."""
   long = f"star_{'x' * 80}"
   roots = [report_runs.make(tmp_path / name, method=name.partition("_")[0]) for name in ("imm", long)]
-  compare.write([Results.read(root) for root in roots], tmp_path / "page")
+  comparison.write([Results.read(root) for root in roots], tmp_path / "page")
   browser.get_log("browser")
   browser.get(f"file://{tmp_path}/page/index.html")
   show_answers(browser)

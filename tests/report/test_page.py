@@ -247,7 +247,7 @@ def test_round_counts_once_scored(run: Path, tmp_path: Path):
       name == "round_0/eval/merged")])(root)
   found = results.Results.read(root)
   assert [m.label for m in found.models] == ["base", "round 0 sft"]
-  assert [m.label for m in found.handed_on()] == ["base"]
+  assert [m.label for m in found.list_round_results()] == ["base"]
 
 
 @pytest.mark.full

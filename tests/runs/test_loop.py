@@ -19,7 +19,7 @@ from imm_jax.errors import UserError
 from imm_jax.estimates import disk, shapes
 from imm_jax.model import hf, safetensors
 from imm_jax.runs import status
-from imm_jax.runs.check import check_run
+from imm_jax.runs.verification import check_run
 from imm_jax.training import states as training_states
 from tests import REPO, TINY
 from tests.runs.helpers import assert_same_run, command, contents, one_line, start

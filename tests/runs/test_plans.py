@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from configs import paper
+from imm_jax import experiments
 from imm_jax.errors import UserError
-from imm_jax.runs import experiments
 
 
 def test_other_files_are_refused_early(tmp_path: Path):

@@ -176,7 +176,7 @@ def test_sigterm_to_one_process_saves_and_stops_all(start: Callable[..., Run], t
     time.sleep(0.02)
   run.processes[1].send_signal(signal.SIGTERM)
   assert run.wait() == [143, 143], run.said
-  assert "told to stop, after step" in run.said[0]
+  assert "terminated by SIGTERM after step" in run.said[0]
   stopped, = (int(p.name) for p in states.iterdir() if p.name.isdigit())
   assert len(losses(tmp_path / "run")) == stopped
   assert len(list((tmp_path / "run/profile").rglob("perfetto_trace.json.gz"))) == 2

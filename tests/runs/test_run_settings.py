@@ -74,5 +74,5 @@ def test_what_a_round_hands_on(method: str, stage: str, folder: str):
   config = tiny.get_config()
   config.method = method
   run = Run(config, Path("run"), Checkpoint(Path("base"), "base"))
-  assert run.handed_on(0) == (Path("run", folder), stage)
+  assert run.get_next_start(0) == (Path("run", folder), stage)
   assert {s.name: s for s in loop.plan(run)}["round_1/samples.jsonl"].needs[0] == stage

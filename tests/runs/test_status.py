@@ -16,7 +16,7 @@ from imm_jax.runtime import progress
 @pytest.mark.parametrize(("error", "state", "why", "logged"), [
     (None, "finished", "", None),
     (UserError("no room"), "failed", "no room", "ERROR error: no room"),
-    (PreemptedError("told to stop"), "stopped", "told to stop", "WARNING told to stop"),
+    (PreemptedError("terminated by SIGTERM"), "stopped", "terminated by SIGTERM", "WARNING terminated by SIGTERM"),
     (KeyboardInterrupt(), "stopped", "interrupted (Ctrl-C)", "WARNING interrupted (Ctrl-C)"),
     (ZeroDivisionError("a bug"), "failed", "ZeroDivisionError: a bug", "ERROR error: ZeroDivisionError('a bug')")],
     ids=["finished", "error", "preempted", "interrupted", "bug"])

@@ -1,4 +1,4 @@
-"""The command, told to stop in stages other than SFT."""
+"""The command, terminated in stages other than SFT."""
 
 import os
 import signal
@@ -16,11 +16,12 @@ from tests.runs.helpers import command
 
 @pytest.mark.full
 def test_stop_in_any_stage(environment: dict[str, str], tmp_path: Path):
-  """Told to stop, a run ends soon, and goes on later."""
+  """Terminated by a signal, a run ends soon, and goes on later."""
   root, term, kill = tmp_path / "run", signal.SIGTERM, signal.SIGKILL
   small = command(root, "--config.rounds=1")
-  for stage, number, code, why in (("base/eval", term, 143, "told"), ("round_0/samples.jsonl", term, 143, "told"),
-                                   ("round_0/eval/sft", kill, -9, "was killed"), ("round_0/merged", term, 143, "told")):
+  for stage, number, code, why in (
+      ("base/eval", term, 143, "terminated"), ("round_0/samples.jsonl", term, 143, "terminated"),
+      ("round_0/eval/sft", kill, -9, "was killed"), ("round_0/merged", term, 143, "terminated")):
     with subprocess.Popen(small, cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           ) as process:
       for line in process.stdout:
@@ -32,7 +33,7 @@ def test_stop_in_any_stage(environment: dict[str, str], tmp_path: Path):
       _, said = process.communicate()
     assert time.monotonic() - began < 15
     assert process.returncode == code, said
-    assert ("told to stop (SIGTERM); repeat the command to resume" in said) == (number == term)
+    assert ("terminated by SIGTERM; repeat the command to resume" in said) == (number == term)
     assert "Traceback" not in said
     found = status.read(root)
     assert (found.state, why in found.why) == ("stopped", True)

@@ -45,13 +45,13 @@ _HANGS = """
 
 
 @pytest.mark.parametrize(("work", "numbers", "expected"), [
-    (_SLEEPS, [signal.SIGTERM], "told to stop (SIGTERM); repeat the command to resume"),
-    (_SLEEPS, [signal.SIGTERM] * 2, "told to stop (SIGTERM); repeat the command to resume"),  # as `timeout` sends them
-    (_COMPUTES, [signal.SIGTERM], "last told to stop, and ended while it was busy"),
-    (_LOSES, [signal.SIGTERM], "told to stop (SIGTERM); repeat the command to resume"),
-    (_HANGS, [signal.SIGTERM, None, signal.SIGTERM], "last told to stop a second time"),
+    (_SLEEPS, [signal.SIGTERM], "terminated by SIGTERM; repeat the command to resume"),
+    (_SLEEPS, [signal.SIGTERM] * 2, "terminated by SIGTERM; repeat the command to resume"),  # as `timeout` sends them
+    (_COMPUTES, [signal.SIGTERM], "last terminated by SIGTERM while it was busy"),
+    (_LOSES, [signal.SIGTERM], "terminated by SIGTERM; repeat the command to resume"),
+    (_HANGS, [signal.SIGTERM, None, signal.SIGTERM], "last terminated by a second SIGTERM"),
 ], ids=["sleeps", "twice", "computes", "loses", "hangs"])
-def test_a_process_that_is_told_to_stop_ends_soon(work: str, numbers: list[int | None], expected: str):
+def test_a_process_that_is_terminated_ends_soon(work: str, numbers: list[int | None], expected: str):
   with subprocess.Popen([sys.executable, "-c", _BEGIN + work], cwd=REPO, text=True, stdout=subprocess.PIPE,
                         stderr=subprocess.PIPE) as process:
     assert process.stdout.readline() == "ready\n"

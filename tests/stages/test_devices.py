@@ -73,5 +73,5 @@ def test_the_child_does_not_outlive_its_parent(number: int, tmp_path: Path) -> N
     time.sleep(0.1)
   assert not Path(f"/proc/{worker[0]}").exists()
   assert parent.returncode == {signal.SIGTERM: 143, signal.SIGKILL: -9, signal.SIGINT: 130}[number]
-  assert ("told to stop" in message) == (number == signal.SIGTERM)
+  assert ("terminated by SIGTERM" in message) == (number == signal.SIGTERM)
   assert "Traceback" not in message

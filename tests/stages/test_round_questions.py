@@ -87,6 +87,12 @@ def test_short_test_sets_are_asked_whole(tmp_path, capsys):
   assert get_tasks(config).count_tests() == [7, 7, 5]
   told = [line for line in capsys.readouterr().err.splitlines() if "all of them are asked" in line]
   assert told == ["note: task svamp has 5 test questions, and all of them are asked (config.task.eval_questions=7)"]
+  single = tmp_path / "single.jsonl"
+  single.write_text(svamp.read_text().splitlines()[0])
+  config.task.ood = (f"svamp=file:{single}",)
+  config_checks.validate(config, trains=False)
+  assert ("note: task svamp has 1 test question, and it is asked (config.task.eval_questions=7)"
+          in capsys.readouterr().err.splitlines())
 
 
 def test_questions_that_change_are_noticed(tmp_path):

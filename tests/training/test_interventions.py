@@ -17,11 +17,10 @@ import numpy as np
 import optax
 import pytest
 
-from imm_jax.analysis import importance
 from imm_jax.errors import PreemptedError
 from imm_jax.model import sharding
 from imm_jax.model.decoder import Params, init_params
-from imm_jax.training import interventions, optimization, step as training, trainer
+from imm_jax.training import gradients, interventions, optimization, step as training, trainer
 from imm_jax.training.computation import Computation
 from imm_jax.training.interventions import Intervention
 from imm_jax.training.optimization import Optimization
@@ -247,7 +246,7 @@ def masked():
   mesh = make_mesh()
   start = make_params(mesh)
   data = t.pack(t.make_examples(24), global_batch=8)
-  grads = importance.gradient(t.CONFIG, start, data, Computation(mesh, jnp.float32))
+  grads = gradients.gradient(t.CONFIG, start, data, Computation(mesh, jnp.float32))
   masks = {}
   for (name, weight), grad in zip(flat(start).items(), flat(grads).values(), strict=True):
     of_leaf = [sorted_mask(score, TOP_P) for score in matrices(name, np.abs(weight * grad))]

@@ -16,7 +16,7 @@ def fisher(tensors: Tensors, numbers: Numbers, shared: Shared) -> jax.Array:
   """Averages models weighted entry by entry with the diagonal of each one's Fisher matrix (Fisher merging).
 
   sum_i w_i F_i t_i / sum_i w_i F_i. An estimate of F is the sum of squared per-example gradients, the second result of
-  `imm_jax.analysis.importance.gradient_and_squares`.
+  `imm_jax.training.gradients.gradient_and_squares`.
 
   >>> import jax.numpy as jnp
   >>> a, b = {"w": jnp.array([0., 0.])}, {"w": jnp.array([4., 4.])}

@@ -18,6 +18,7 @@ import numpy as np
 
 from imm_jax import __version__, files
 from imm_jax.errors import ResourceError, UserError, join_items
+from imm_jax.formatting import format_size
 from imm_jax.merging import masks, model_configs, on_disk, roles
 from imm_jax.merging.recipes import arrange, vocabulary
 from imm_jax.merging.recipes.recipe import DTYPES, Recipe, build_plan
@@ -214,7 +215,7 @@ def require_space(needed: int, out: Path) -> None:
   """Raises ResourceError if the disk of an output has too little space for that many bytes."""
   free = shutil.disk_usage(files.find_existing_parent(out.absolute().parent)).free
   if needed > free:
-    raise ResourceError(f"--out: needs {files.format_size(needed)}, the disk has {files.format_size(free)} free; make "
+    raise ResourceError(f"--out: needs {format_size(needed)}, the disk has {format_size(free)} free; make "
                         "room or give another folder")
 
 

@@ -27,7 +27,7 @@ def make_section(results: Results) -> Section:
 
 def compare_runs(runs: Mapping[str, Results]) -> list[Table | str]:
   """Compares the last model that each run hands on with that of the first run."""
-  last = [(name, run, run.handed_on()[-1]) for name, run in runs.items() if run.handed_on()]
+  last = [(name, run, run.list_round_results()[-1]) for name, run in runs.items() if run.list_round_results()]
   compared = [(f"{name}: {model.label}", f"{last[0][0]}: {last[0][2].label}", compare_models(run, model, *last[0][1:]))
               for name, run, model in last[1:]]
   return _make_parts(compared, [task for run in runs.values() for task in run.ood_tasks], "run", "runs_")

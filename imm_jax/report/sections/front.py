@@ -73,7 +73,8 @@ def choose_equal_id(runs: Sequence[Results]) -> tuple[float, str] | None:
   median of all models except the base.
   """
   gains = [(run.in_domain(models[0]).value, run.in_domain(models[-1]).value) for run in runs
-           if groups.method_label(run) == "star" and len(models := run.handed_on()) > 1 and models[0].kind == "base"]
+           if groups.method_label(run) == "star" and len(models := run.list_round_results()) > 1
+           and models[0].kind == "base"]
   base, last = np.mean(gains, axis=0) if gains else (0.0, 0.0)
   if last > base:
     return float((base + last) / 2), "the base's plus half of star's gain"
@@ -178,7 +179,7 @@ def _measure(run: Results, equal_id: float) -> list[float | None]:
 
 def _model_paths(run: Results) -> list[Sequence[EvaluatedModel]]:
   """Lists paths of models: those handed on from round to round, and in each round from base to tuned by weight."""
-  paths: list[Sequence[EvaluatedModel]] = [run.handed_on()]
+  paths: list[Sequence[EvaluatedModel]] = [run.list_round_results()]
   for t in dict.fromkeys(m.round for m in run.models[1:]):
     tuned = [m for m in run.models if (m.kind, m.round) == ("sft", t)]
     weighed = [(weight, m) for m in run.models if m.round == t and (weight := _base_weight(run, m)) is not None]

@@ -135,7 +135,7 @@ def test_a_disk_too_small_is_refused_before_the_work(folders: list[Path], tmp_pa
     big = {"w": np.zeros((600, 1000), np.float32)}
     a, b = write(tmp_path / "a", big), write(tmp_path / "b", big)
     flags = ("--method=linear", f"--models={a},{b}", "--weights=1", f"--out={mount / 'out'}")
-    assert "needs 2.4 MB, the disk has 1.0 MB free" in one_line(run(*flags), 69)
+    assert "needs 2.3 MiB, the disk has 1.0 MiB free" in one_line(run(*flags), 69)
     assert list(mount.iterdir()) == []
   finally:
     subprocess.run(["umount", mount], check=True)

@@ -247,7 +247,7 @@ def test_disk_space_of_all_documents(pair, tmp_path: Path, monkeypatch: pytest.M
   for free, fails in ((2 * size, False), (2 * size - 1, True)):
     monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(free, 0, free))
     if fails:
-      with pytest.raises(ResourceError, match=r"needs 5\.2 kB, the disk has 5\.2 kB free"):
+      with pytest.raises(ResourceError, match=r"needs 5\.1 KiB, the disk has 5\.1 KiB free"):
         made.check(tmp_path / "out")
     else:
       made.check(tmp_path / "out")

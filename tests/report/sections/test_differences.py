@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from imm_jax.report import compare, page
+from imm_jax.report import comparison, page
 from imm_jax.report.markup import Section, Table, to_csv
 from imm_jax.report.results import Results
 from imm_jax.report.sections import differences
@@ -116,7 +116,7 @@ def test_runs_are_compared_with_the_first(root: Path, tmp_path: Path):
   runs = {"imm": Results.read(root), "star": Results.read(report_runs.make(tmp_path / "star", method="star", seed=5,
                                                                            questions=40)),
           "other": Results.read(report_runs.make(tmp_path / "other", task="svamp", ood=()))}
-  section = next(part for part in compare.make_sections(runs, {}, tmp_path) if part.id == "differences")
+  section = next(part for part in comparison.make_sections(runs, {}, tmp_path) if part.id == "differences")
   found = tables(section)
   assert [row[:2] for row in found["runs_differences"].rows] == [["star: round 1 sft", "imm: round 1 merged"]]
   line = next(row for row in found["runs_tests"].rows if row[2] == "stories")

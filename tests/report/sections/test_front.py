@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from imm_jax.methods import METHODS
-from imm_jax.report import compare, figures, groups
+from imm_jax.report import comparison, figures, groups
 from imm_jax.report.figures import Panel
 from imm_jax.report.markup import Plot, Section, Table
 from imm_jax.report.results import EvaluatedModel, Results
@@ -136,7 +136,7 @@ def test_runs_of_different_tasks_have_no_front(made: Path):
 def test_page_of_runs_has_front_and_drift(tmp_path: Path):
   """It is the page of several runs."""
   runs = [Results.read(report_runs.make(tmp_path / name, method=name, rounds=1)) for name in ("imm", "star")]
-  compare.write(runs, tmp_path / "out")
+  comparison.write(runs, tmp_path / "out")
   for name in ("front.png", "drift.png", "nondominated.csv"):
     assert (tmp_path / "out" / name).exists()
   with (tmp_path / "out/front.csv").open(newline="") as f:

@@ -16,9 +16,9 @@ from configs import tiny
 from imm_jax import files, integrity
 from imm_jax.report import live
 from imm_jax.runs import metrics, status
-from imm_jax.runs.check import Findings, check_run
 from imm_jax.runs.run import Stage
 from imm_jax.runs.rundir import RunDir
+from imm_jax.runs.verification import Findings, check_run
 from tests import REPO
 from tests.runs.helpers import command
 
@@ -155,7 +155,7 @@ def test_training_states_are_sorted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("damage", "code", "line"), [
-    ((), 0, "as it was written"), (("report/index.html",), 1, "1 differ"),
+    ((), 0, "unchanged"), (("report/index.html",), 1, "1 differ"),
     (("manifest.json",), 2, "nothing that could be checked differs; "),
     (("manifest.json", "base/eval"), 1, "1 differ; ")])
 def test_verify_says_what_it_left_out(tmp_path: Path, damage: tuple[str, ...], code: int, line: str) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from configs import paper as plans
 from imm_jax.errors import UserError
-from imm_jax.report import compare, figures, groups, live, page, results, samples, side_by_side
+from imm_jax.report import comparison, figures, groups, live, page, results, samples, side_by_side
 from imm_jax.report.figures import Panel
 from imm_jax.report.markup import Plot, Table, to_csv
 from imm_jax.report.results import Results
@@ -37,7 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
 @pytest.fixture(scope="module")
 def compared(runs: list[Results], tmp_path_factory: pytest.TempPathFactory) -> Path:
   out = tmp_path_factory.mktemp("reports") / "out"
-  compare.write(runs, out)
+  comparison.write(runs, out)
   return out
 
 
@@ -59,7 +59,7 @@ def test_runs_side_by_side(runs: list[Results], compared: Path):
 
 
 def panels(runs: dict[str, Results], id_: str = "accuracy") -> list[Panel]:
-  section = next(part for part in compare.make_sections(runs, {}, Path("out")) if part.id == id_)
+  section = next(part for part in comparison.make_sections(runs, {}, Path("out")) if part.id == id_)
   return list(next(part for part in section.parts if isinstance(part, Plot)).data)
 
 
@@ -68,12 +68,12 @@ def test_seeds_are_one_curve(runs: list[Results], compared: Path):
   into, _ = panels({run.root.name: run for run in runs})
   imm, star = into.lines
   assert (imm.label, star.label) == ("imm (2 seeds)", "star_0")
-  scores = np.array([[run.in_domain(m).value for m in run.handed_on()] for run in runs[:2]])
+  scores = np.array([[run.in_domain(m).value for m in run.list_round_results()] for run in runs[:2]])
   error = np.abs(scores[0] - scores[1]) / 2  # of two values s / sqrt 2
   np.testing.assert_allclose(imm.y, scores.mean(0))
   np.testing.assert_allclose(imm.high, scores.mean(0) + error)
   np.testing.assert_allclose(imm.low, scores.mean(0) - error)
-  assert star.low == tuple(runs[2].in_domain(m).low for m in runs[2].handed_on())
+  assert star.low == tuple(runs[2].in_domain(m).low for m in runs[2].list_round_results())
   with (compared / "means.csv").open(newline="") as f:
     rows = list(csv.DictReader(f))
   assert [(row["runs"], row["n"]) for row in rows] == [("imm (2 seeds)", "2"), ("star_0", "1")]
@@ -102,11 +102,12 @@ def test_late_seeds_are_left_out_of_the_mean(runs: list[Results]):
   line = into.lines[0]
   assert line.label == "imm (2 seeds)"
   assert line.x == (0, 1, 2, 3)
-  assert line.y[1:] == tuple(runs[1].in_domain(m).value for m in runs[1].handed_on()[1:])
+  assert line.y[1:] == tuple(runs[1].in_domain(m).value for m in runs[1].list_round_results()[1:])
   importance = panels({"a": begun, "b": runs[1]._replace(analysis={}), "c": runs[2]}, "layers")[0]
   assert len(importance.lines) == 1
   pass_at_k, = panels({"a": begun, "b": runs[1]}, "sampled")
-  assert pass_at_k.lines[0].y == tuple(a.value for a in page.get_pass_at_k(runs[1].handed_on()[-1], "stories").values())
+  last = runs[1].list_round_results()[-1]
+  assert pass_at_k.lines[0].y == tuple(a.value for a in page.get_pass_at_k(last, "stories").values())
   half = runs[0]._replace(models=runs[0].models[:3])  # one round, sft and merged
   of = side_by_side.summarize_end(groups.group_runs({"a": half, "b": runs[1]})[0])
   assert (of.rounds, of.count, of.in_domain[0]) == (3, 1, line.y[-1])
@@ -128,12 +129,12 @@ def test_labels_are_short_and_no_two_are_equal(runs: list[Results], tmp_path: Pa
   found = [group.label for group in groups.group_runs(many)]
   assert len(set(found)) == len(found) == 8
   assert max(map(len, found)) < 60
-  compare.write([run._replace(root=tmp_path / name) for name, run in many.items()], tmp_path / "out")
+  comparison.write([run._replace(root=tmp_path / name) for name, run in many.items()], tmp_path / "out")
   assert (tmp_path / "out/time.png").exists()
 
 
 def test_equal_figures_have_no_single_leader():
-  assert compare._describe_leaders({"a": "+0.000", "b": "+0.000"}, "is", "are", {}, "", "") == "a and b are (+0.000)"
+  assert comparison._describe_leaders({"a": "+0.000", "b": "+0.000"}, "is", "are", {}, "", "") == "a and b are (+0.000)"
 
 
 def test_a_name_tells_its_method_in_a_whole_word(runs: list[Results]):
@@ -143,7 +144,7 @@ def test_a_name_tells_its_method_in_a_whole_word(runs: list[Results]):
 
 
 def test_who_leads(runs: list[Results], tmp_path: Path):
-  sentence = lambda named: compare._summarize(groups.group_runs(named))
+  sentence = lambda named: comparison._summarize(groups.group_runs(named))
   values = {"a": 0.5, "b": 0.75, "c": 0.75}
   score = lambda value: compute_accuracy(round(4 * value), 4)
   named = {name: runs[2]._replace(config={}, models=(
@@ -234,8 +235,8 @@ def test_answers_of_runs_share_the_room(runs: list[Results], compared: Path, tmp
               if path.name not in ("metrics.jsonl", "train.jsonl"))
   assert sum(len(chunk["rows"]) for chunk in found) == count
   size = (runs[0].root / "round_0/samples.jsonl").stat().st_size
-  monkeypatch.setattr(compare, "MAX_BYTES", 3 * size + 600)
-  compare.write(runs, tmp_path / "small")
+  monkeypatch.setattr(comparison, "MAX_BYTES", 3 * size + 600)
+  comparison.write(runs, tmp_path / "small")
   text = (tmp_path / "small/index.html").read_text()
   assert {chunk["run"] for chunk in unpack(text)} == {"imm_0", "imm_1", "star_0"}
   assert "star_0: round_2/samples.jsonl: not in the browser of samples" in report_runs.text_of(text)
@@ -245,7 +246,7 @@ def test_page_links_to_its_runs(runs: list[Results], tmp_path: Path):
   """It says where they stand."""
   root = report_runs.make(tmp_path / "a run", rounds=1)
   live.write(root, root / "report")
-  compare.write([runs[0], Results.read(root)], tmp_path / "pages/out")
+  comparison.write([runs[0], Results.read(root)], tmp_path / "pages/out")
   text = (tmp_path / "pages/out/index.html").read_text()
   link, = re.findall(r'<a href="([^"#]+)">a run</a>', text)
   assert (tmp_path / "pages/out" / urllib.parse.unquote(link)).resolve() == (root / "report/index.html").resolve()
@@ -254,7 +255,7 @@ def test_page_links_to_its_runs(runs: list[Results], tmp_path: Path):
 
 def test_runs_of_other_tasks_are_told_apart(runs: list[Results], tmp_path: Path):
   other = Results.read(report_runs.make(tmp_path / "other", task="gsm8k", ood=()))
-  sections = compare.make_sections({"a": runs[0], "b": other}, {}, tmp_path)
+  sections = comparison.make_sections({"a": runs[0], "b": other}, {}, tmp_path)
   section = next(part for part in sections if part.id == "accuracy")
   assert any("differ in their tasks" in part for part in section.parts if isinstance(part, str))
 
@@ -264,7 +265,7 @@ def test_runs_of_other_tasks_are_told_apart(runs: list[Results], tmp_path: Path)
 def test_a_broken_run_does_not_keep_the_others_away(runs: list[Results], tmp_path: Path, missing: str):
   root = report_runs.make(tmp_path / "broken", rounds=1)
   (shutil.rmtree if (root / missing).is_dir() else os.remove)(root / missing)
-  compare.write([runs[0], Results.read(root)], tmp_path / "out")
+  comparison.write([runs[0], Results.read(root)], tmp_path / "out")
   text = report_runs.text_of((tmp_path / "out/index.html").read_text())
   assert f"broken: {missing}" in text
   assert "imm_0" in text

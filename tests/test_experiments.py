@@ -8,8 +8,8 @@ import ml_collections
 import pytest
 
 from configs import paper, tiny
+from imm_jax import experiments
 from imm_jax.errors import UserError
-from imm_jax.runs import experiments
 from tests import REPO
 from tests.runs.helpers import SMALL
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from imm_jax import files, integrity
 from imm_jax.errors import UserError
+from imm_jax.formatting import format_size
 
 # Folders that no stage's record covers, and why they are not checked.
 _OTHERS = {"wandb": "is of Weights & Biases", "cache": "has earlier results, checked when they are used again"}
@@ -34,59 +35,59 @@ def check_run(root: Path) -> Findings:
   """
   if not (root / "run.json").exists():
     raise UserError(f"{root}: is no run directory (it has no run.json)")
-  found = Findings([], {}, [])
+  findings = Findings([], {}, [])
   present = [str(path.relative_to(root)) for path in files.list_files(root)]
-  covered = {".lock", integrity.MANIFEST, *_check_manifest(root, found), *_check_stages(root, present, found)}
+  covered = {".lock", integrity.MANIFEST, *_check_manifest(root, findings), *_check_stages(root, present, findings)}
   states = sorted({path for path in root.glob("round_*/*_state") if path.is_dir()})
   for folder in states:
-    covered.update(_check_states(root, folder, found))
-  _sort_out(root, present, covered, found)
+    covered.update(_check_states(root, folder, findings))
+  _classify_uncovered(present, covered, findings)
   if state_dir := _read_state_dir(root / "config.json"):
-    found.notes.append(f"training states are in {state_dir}, which is not looked at here")
-  return found
+    findings.notes.append(f"training states are in {state_dir}, which is not looked at here")
+  return findings
 
 
-def _check_manifest(root: Path, found: Findings) -> set[str]:
+def _check_manifest(root: Path, findings: Findings) -> set[str]:
   """Checks what manifest.json covers, and returns it."""
   path = root / integrity.MANIFEST
   if not path.exists():
-    found.notes.append(f"{integrity.MANIFEST} is missing: nothing covers run.json, config.json, metrics and report")
+    findings.notes.append(f"{integrity.MANIFEST} is missing: nothing covers run.json, config.json, metrics and report")
     return set()
-  found.differing.extend(integrity.list_differing(path, root))
-  if integrity.MANIFEST in found.differing:
+  findings.differing.extend(integrity.list_differing(path, root))
+  if integrity.MANIFEST in findings.differing:
     return set()
   digests, sizes = integrity.read_digests(path)
   grown = {name: (root / name).stat().st_size - size for name, size in sizes.items() if (root / name).is_file()}
   for name, more in grown.items():
-    if more > 0 and name not in found.differing:
-      found.unchecked[name] = 1
-      found.notes.append(f"{name}: its last {files.format_size(more)} were written after its digest was")
+    if more > 0 and name not in findings.differing:
+      findings.unchecked[name] = 1
+      findings.notes.append(f"{name}: its last {format_size(more)} were written after its digest was")
   return set(digests)
 
 
-def _check_stages(root: Path, present: Sequence[str], found: Findings) -> set[str]:
+def _check_stages(root: Path, present: Sequence[str], findings: Findings) -> set[str]:
   """Checks the output of all finished stages, and returns the files that their records cover."""
   try:
     stages = files.read_json(root / "run.json")["stages"].items()
     recorded = [(name, entry["output"], entry.get("files")) for name, entry in stages]
   except (UserError, KeyError, AttributeError, TypeError):
-    found.differing.extend([] if "run.json" in found.differing else ["run.json"])
-    found.notes.append("without run.json no stage can be checked")
+    findings.differing.extend([] if "run.json" in findings.differing else ["run.json"])
+    findings.notes.append("without run.json no stage can be checked")
     return set()
   for name, output, digests in recorded:
     if not (root / name).exists():
-      found.differing.append(name)
+      findings.differing.append(name)
     elif files.digest(root / name) != output:
       current = files.digest_files(root / name)
       # If no file differs, the record itself does, and the stage is named.
-      found.differing.extend([f"{name}/{file}".removesuffix("/.") for file in sorted({*current, *(digests or {})})
-                              if current.get(file) != digests.get(file)]
-                             if digests and current != digests else [name])
+      findings.differing.extend([f"{name}/{file}".removesuffix("/.") for file in sorted({*current, *(digests or {})})
+                                 if current.get(file) != digests.get(file)]
+                                if digests and current != digests else [name])
   outputs = [name for name, _, _ in recorded]
   return {file for file in present if any(file == name or file.startswith(f"{name}/") for name in outputs)}
 
 
-def _check_states(root: Path, folder: Path, found: Findings) -> Iterator[str]:
+def _check_states(root: Path, folder: Path, findings: Findings) -> Iterator[str]:
   """Checks a folder of training states, and yields all files in it."""
   name = str(folder.relative_to(root))
   for child in sorted(folder.iterdir()):
@@ -95,29 +96,30 @@ def _check_states(root: Path, folder: Path, found: Findings) -> Iterator[str]:
     state = folder / child.name.removesuffix(integrity.SEAL)
     of_state = f"{name}/{child.name}" + "/" * child.is_dir()
     if "orbax-checkpoint-tmp" in child.name:
-      _leave_out(found, of_state, inside, "a training state that was not written to its end; the next start removes it")
+      _leave_out(findings, of_state, inside,
+                 "a training state that was not written to its end; the next start removes it")
     elif child.name.isdecimal() and child.is_dir():
       seal = child.with_name(child.name + integrity.SEAL)
       if not seal.exists():
-        _leave_out(found, of_state, inside, "has no digests, for its writer was killed before it had written them")
+        _leave_out(findings, of_state, inside, "has no digests, for its writer was killed before it had written them")
         continue
-      found.differing.extend(f"{name}/{file}" for file in integrity.list_differing(seal, folder))
+      findings.differing.extend(f"{name}/{file}" for file in integrity.list_differing(seal, folder))
       try:
         known = {f"{name}/{file}" for file in integrity.read_digests(seal).files}
       except UserError:  # it is listed as differing
-        _leave_out(found, of_state, inside, "its digests are damaged")
+        _leave_out(findings, of_state, inside, "its digests are damaged")
         continue
-      found.notes.extend(f"{file}: was not there when the training state was written" for file in inside
-                         if file not in known)
+      findings.notes.extend(f"{file}: was not there when the training state was written" for file in inside
+                            if file not in known)
     elif state != child and state.name.isdecimal():
       if not state.exists():
-        _leave_out(found, of_state, inside, "digests of a training state that was removed")
+        _leave_out(findings, of_state, inside, "digests of a training state that was removed")
     else:
-      found.notes.append(f"{of_state}: is no training state, nor a file of the run; not checked")
+      findings.notes.append(f"{of_state}: is no training state, nor a file of the run; not checked")
 
 
-def _sort_out(root: Path, present: Sequence[str], covered: set[str], found: Findings) -> None:
-  """Sorts the files that nothing covers into those of the run and others, which are named by folder where possible."""
+def _classify_uncovered(present: Sequence[str], covered: set[str], findings: Findings) -> None:
+  """Classifies the files that nothing covers as those of the run and others, by folder where possible."""
   others = [file for file in present if file not in covered]
   strays: list[str] = []
   folders: dict[str, list[str]] = {}
@@ -127,18 +129,18 @@ def _sort_out(root: Path, present: Sequence[str], covered: set[str], found: Find
     if hidden is not None:
       folders.setdefault("/".join(parts[:hidden + 1]) + "/" * (hidden + 1 < len(parts)), []).append(file)
     elif parts[0] in integrity.COVERED:
-      found.unchecked[file] = 1
+      findings.unchecked[file] = 1
     elif len(parts) > 1 and parts[0] in _OTHERS:
       folders.setdefault(f"{parts[0]}/", []).append(file)
     else:
       strays.append(file)
   for name, inside in folders.items():
     if reason := _OTHERS.get(name.removesuffix("/")):
-      found.notes.append(f"{name}: {reason}; not checked")
+      findings.notes.append(f"{name}: {reason}; not checked")
     else:
-      _leave_out(found, name, inside, "unfinished work of a stage")
+      _leave_out(findings, name, inside, "unfinished work of a stage")
   for name in _collapse(strays, {*present} - {*strays}):
-    found.notes.append(f"{name}: no finished stage of the run has written it; not checked")
+    findings.notes.append(f"{name}: no finished stage of the run has written it; not checked")
 
 
 def _collapse(names: Sequence[str], others: set[str]) -> list[str]:
@@ -152,9 +154,9 @@ def _collapse(names: Sequence[str], others: set[str]) -> list[str]:
   return list(dict.fromkeys(next((f"{f}/" for f in folders(name) if f not in occupied), name) for name in names))
 
 
-def _leave_out(found: Findings, name: str, inside: Sequence[str], reason: str) -> None:
-  found.unchecked[name] = len(inside)
-  found.notes.append(f"{name}: {reason}; not checked")
+def _leave_out(findings: Findings, name: str, inside: Sequence[str], reason: str) -> None:
+  findings.unchecked[name] = len(inside)
+  findings.notes.append(f"{name}: {reason}; not checked")
 
 
 def _read_state_dir(config: Path) -> str:

@@ -120,7 +120,7 @@ def _list_models(config: ml_collections.ConfigDict, analysis: ml_collections.Con
   number = int(analysis.model.partition("/")[0].removeprefix("round_"))
   method = get_method(settings)
   continues = number and method.start == "last"
-  return {"before": str(run_folder / f"round_{number - 1}" / method.handed_on) if continues else settings.model,
+  return {"before": str(run_folder / f"round_{number - 1}" / method.next_folder) if continues else settings.model,
           "after": str(run_folder / analysis.model)}
 
 
