@@ -12,8 +12,7 @@ import numpy as np
 from imm_jax.model import checkpoint_folder
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.runtime import distributed, hardware
-from imm_jax.scoring import Scorer, encode_continuations, encode_text
-from imm_jax.stages import resumable
+from imm_jax.scoring import Scorer, encode_continuations, encode_text, resumable
 from imm_jax.stages.devices import make_mesh
 from imm_jax.stages.result_cache import ResultCache
 from imm_jax.stages.task_entries import Entry, get_tasks
