@@ -6,7 +6,7 @@ from typing import Any
 
 from imm_jax import files
 from imm_jax.errors import UserError, join_items, print_once
-from imm_jax.model import checkpoint_folder, config_keys, rope
+from imm_jax.model import checkpoint_folder, hf_keys, rope
 from imm_jax.model.json_numbers import parse_positive
 from imm_jax.model.rope import RopeScaling
 
@@ -78,8 +78,8 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 def _parse(config: dict[str, Any], source: str) -> tuple[ModelConfig, tuple[str, ...]]:
   """Parses a config.json; returns the model's config and the keys that are ignored."""
-  family, ignored_keys = config_keys.check_keys(config, source)
-  positions, read = rope.read_config(config, source), config_keys.make_reader(config, family)
+  family, ignored_keys = hf_keys.check_keys(config, source)
+  positions, read = rope.read_config(config, source), hf_keys.make_reader(config, family)
 
   def parse_size(key: str, value: object) -> int:
     if type(value) is not int or not 1 <= value < _MAX_SIZE:
