@@ -118,8 +118,8 @@ def run(plan: Plan, source: TreeSource, *, key: jax.Array | None = None, donate:
     if not leaf.names:  # a stack of no layers
       result.append(jnp.asarray(leaf.tensors[0]))
       continue
-    scalars = [plan.scalars(name) for name in leaf.names]
-    stacked = {key: _stack([s[key] for s in scalars]) for key in scalars[0]}
+    numbers = [plan.numbers(name) for name in leaf.names]
+    stacked = {key: _stack([s[key] for s in numbers]) for key in numbers[0]}
     identity = tuple(id(t) for t in leaf.tensors)
     if identity in merged:
       first, tensor = merged[identity]
@@ -201,14 +201,14 @@ def _compiled(kernel: Callable[..., jax.Array], static: tuple[tuple[str, Any], .
               sharding: jax.NamedSharding | None, donate: bool) -> Callable[..., jax.Array]:
   """Compiles the merge of one leaf; `axis` is where its tensors are stacked, None for a single tensor."""
 
-  def compute(first: jax.Array, others: tuple[jax.Array, ...], scalars: Any, shared: Any) -> jax.Array:
+  def compute(first: jax.Array, others: tuple[jax.Array, ...], numbers: Any, shared: Any) -> jax.Array:
     forward = lambda t: t[None] if axis is None else jnp.moveaxis(t, axis, 0)
     tensors = tuple(forward(jnp.asarray(t)).astype(jnp.float32) for t in (first, *others))
-    merged = kernels.call(kernel, tensors, scalars, shared, dict(static)).astype(jnp.result_type(first))
+    merged = kernels.call(kernel, tensors, numbers, shared, dict(static)).astype(jnp.result_type(first))
     return merged[0] if axis is None else jnp.moveaxis(merged, 0, axis)
 
-  def merge(first: jax.Array, others: tuple[jax.Array, ...], scalars: Any, shared: Any) -> jax.Array:
-    return _auto_sharded(compute, _sharding((first, *others)))(first, others, scalars, shared)
+  def merge(first: jax.Array, others: tuple[jax.Array, ...], numbers: Any, shared: Any) -> jax.Array:
+    return _auto_sharded(compute, _sharding((first, *others)))(first, others, numbers, shared)
 
   donated = (0,) if donate else ()
   if sharding is None:
