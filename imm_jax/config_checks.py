@@ -22,12 +22,13 @@ from imm_jax.stages import merge_settings
 from imm_jax.stages.task_entries import Tasks, get_tasks
 from imm_jax.tasks import prompts, protocols
 from imm_jax.training import interventions, throughput
+from imm_jax.training.optimization import SCHEDULES
 
 DTYPES = ("bfloat16", "float32")
 COMPUTE_DTYPES = ("auto", *DTYPES)
 _ONE_OF = {"method": tuple(METHODS), "tracking": metrics.TRACKING, "task.kind": ("number", "latex", "choice"),
            "prompt.style": prompts.STYLES, "eval.protocol": protocols.NAMES,
-           "sft.schedule": ("cosine", "linear", "constant"), "sft.intervention": ("none", *interventions.SETTINGS),
+           "sft.schedule": tuple(SCHEDULES), "sft.intervention": ("none", *interventions.SETTINGS),
            "sft.compute_dtype": COMPUTE_DTYPES, "sft.export": ("model", "float32"),
            "sft.remat": tuple(REMAT), "sft.attention": attention.BACKENDS,
            "sample.compute_dtype": COMPUTE_DTYPES, "sampler.kind": tuple(ENGINES),

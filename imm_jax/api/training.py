@@ -17,7 +17,7 @@ from imm_jax.model.tokenization import encode_continuation
 from imm_jax.runtime import hardware
 from imm_jax.training import trainer
 from imm_jax.training.computation import Computation
-from imm_jax.training.optimization import Optimization, make_schedule
+from imm_jax.training.optimization import SCHEDULES, Optimization, make_schedule
 from imm_jax.training.packing import PackedBatches, TokenizedExample
 from imm_jax.training.reporting import Reporting
 
@@ -64,7 +64,7 @@ def fine_tune(model: Model, pairs: Sequence[Pair], *, learning_rate: float = 2e-
   >>> len(losses), losses[-1] < losses[0]
   (3, True)
   """
-  checks.check_choice("schedule", schedule, ("cosine", "linear", "constant"))
+  checks.check_choice("schedule", schedule, SCHEDULES)
   checks.check_choice("remat", remat, REMAT)
   if epochs < 1 or global_batch < 1:
     raise ValueError(f"epochs={epochs}, global_batch={global_batch}: expected 1 or more")
