@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import ml_collections
 import numpy as np
 
+from imm_jax.files import Row
 from imm_jax.model import checkpoint_folder
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.runtime import distributed, hardware
@@ -23,7 +24,6 @@ from imm_jax.tasks.multiple import LETTERS
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
-Row = dict[str, Any]
 # Maximum length of a window of text, in tokens.
 _WINDOW = 2048
 # Questions or passages per part: the most that a killed run loses.

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from imm_jax import files
 from imm_jax.errors import UserError
 from imm_jax.model import checkpoint_folder, hf
 from imm_jax.model.tokenization import known_ids
@@ -281,7 +281,7 @@ class VllmSampler:
     return [server for server in self._servers if server not in self._failed]
 
   def _header(self, settings: dict[str, Any], prompts: Sequence[Prompt]) -> dict[str, Any]:
-    questions = hashlib.sha256(json.dumps([tuple(p) for p in prompts]).encode()).hexdigest()
+    questions = files.digest_json([tuple(p) for p in prompts])
     return {"journal": 1, "model": self._digest, "questions": questions, **settings}
 
 
