@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from imm_jax.tasks import formats, multiple, one_step
+from imm_jax.tasks import formats, multiple
 from imm_jax.tasks.base import Example
 from imm_jax.tasks.fields import Record
 
@@ -118,9 +118,9 @@ TASKS: dict[str, Task] = {
         paper=f"has 520 other questions than the paper's 2065, which are {_HARNESS}/mawps/test.jsonl"),
     "mawps_one_step": Task(  # a selection of this project: the one-step problems of MAWPS, for training and testing
         "id", "number", "MIT", same_source("hf:MU-NLPC/Calc-mawps::train+validation+test"),
-        tuple(Format(names, one_step.parse, {}) for names in one_step.NAMES),
+        tuple(Format(names, formats.parse_one_step, {}) for names in formats.ONE_STEP_FIELDS),
         files=dict.fromkeys(("train", "test"), ("mawps_source.json", "MAWPS.json")), folder="mawps",
-        select=one_step.select),
+        select=formats.select_one_step),
     "multiarith": Task(
         "ood", "number", "none stated", {"test": "hf:ChilleD/MultiArith::train+test"},  # published as one set of 600
         (Format(("question", "final_ans"), formats.numeric_parser("question", "final_ans"), {"test": (600,)}),
