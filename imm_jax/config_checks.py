@@ -82,7 +82,7 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
       require(config, key, check, expected)
   if not all(isinstance(s, str) and s for s in config.sample.stop):
     raise UserError(f"config.sample.stop={config.sample.stop}: expected strings that are not empty")
-  _validate_temperatures(config)
+  _check_temperatures(config)
   if get_method(config).lora and config.sft.intervention == "weight_masking":
     raise UserError(f"config.sft.intervention=weight_masking: masks weights, and method={config.method} trains "
                     "adapters of them; expected none, gradient_decay or gradient_clipping")
@@ -95,7 +95,7 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
   require(config, "eval.max_new_tokens", lambda v: v == -1 or 1 <= v < 2**31, "expected 1 or more, or -1 for what the "
           "protocol allows")
   named = get_tasks(config)
-  _validate_shots(config, named)
+  _check_shots(config, named)
   if config.eval.num_samples and config.eval.pass_at_k and min(config.eval.pass_at_k) > config.eval.num_samples:
     raise UserError(f"config.eval.pass_at_k={config.eval.pass_at_k}: all are more than "
                     f"eval.num_samples={config.eval.num_samples}")
@@ -103,14 +103,14 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
     throughput.parse_window(config.profile)
   except ValueError as e:
     raise UserError(f"config.profile={e}") from e
-  _validate_sampler(config)
-  _validate_merge(config)
-  _validate_data(config)
-  task_checks.validate_tasks(config, named, trains)
-  task_checks.validate_questions(config, named, trains, downloads)
+  _check_sampler(config)
+  _check_merge(config)
+  _check_data(config)
+  task_checks.check_tasks(config, named, trains)
+  task_checks.check_questions(config, named, trains, downloads)
 
 
-def _validate_shots(config: ml_collections.ConfigDict, named: Tasks) -> None:
+def _check_shots(config: ml_collections.ConfigDict, named: Tasks) -> None:
   given = ["shots_file"] * bool(named.shots_file) + ["few_shot"] * (config.eval.few_shot > 0)
   if given and all(entry.measure == "choices" for entry in (named.in_domain, *named.ood)):
     verb = "is" if len(named.names) == 1 else "are"
@@ -122,7 +122,7 @@ def _validate_shots(config: ml_collections.ConfigDict, named: Tasks) -> None:
                     "worked examples; give config.eval.few_shot=N, or another eval.protocol")
 
 
-def _validate_temperatures(config: ml_collections.ConfigDict) -> None:
+def _check_temperatures(config: ml_collections.ConfigDict) -> None:
   value = config.sample.temperatures
   rounds = value if isinstance(value, tuple | list) and any(isinstance(t, tuple | list) for t in value) else [value]
   is_valid = lambda t: isinstance(t, int | float) and not isinstance(t, bool) and math.isfinite(t) and t >= 0
@@ -134,7 +134,7 @@ def _validate_temperatures(config: ml_collections.ConfigDict) -> None:
     raise UserError(f"config.sample.temperatures={value}: has {len(rounds)} tuples, config.rounds={config.rounds}")
 
 
-def _validate_sampler(config: ml_collections.ConfigDict) -> None:
+def _check_sampler(config: ml_collections.ConfigDict) -> None:
   vllm = config.sampler.vllm
   given = [key for key in ("python", "urls", "args", "restart", "sleep") if vllm[key]]
   if config.sampler.kind == "native" and given:
@@ -165,7 +165,7 @@ def _validate_sampler(config: ml_collections.ConfigDict) -> None:
       raise UserError(f"config.sampler.vllm.urls: {e}") from e
 
 
-def _validate_merge(config: ml_collections.ConfigDict) -> None:
+def _check_merge(config: ml_collections.ConfigDict) -> None:
   merge = config.merge
   try:
     quantize_drop_rate(merge.drop_rate)
@@ -190,7 +190,7 @@ def _is_weight(value: Any) -> bool:
   return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
-def _validate_data(config: ml_collections.ConfigDict) -> None:
+def _check_data(config: ml_collections.ConfigDict) -> None:
   data = config.data
   if get_method(config).data == "worked" and (data.real_fraction or config.teacher):
     raise UserError(f"config.method={config.method} trains only on worked answers: data.real_fraction and teacher "

@@ -44,7 +44,7 @@ _PER_LAYER = ("layer_types", "layers_block_type", "block_types", "mlp_layer_type
 _LAYER_NUMBERS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "cross_attention_layers")
 
 
-def require_compatible(models: Mapping[str, Path], *, donor: Path | None = None, layers_may_differ: bool = False,
+def check_compatible(models: Mapping[str, Path], *, donor: Path | None = None, layers_may_differ: bool = False,
                        ) -> None:
   """Checks that the configs of models allow a merge, and prints a note for each tolerable difference.
 
@@ -64,7 +64,7 @@ def require_compatible(models: Mapping[str, Path], *, donor: Path | None = None,
   parts = {}
   for folder in sorted({first: None} | dict.fromkeys(models.values()), key=lambda folder: folder != first):
     label = folders.get(folder, "base_model")
-    checkpoint_folder.require_model_folder(folder)
+    checkpoint_folder.check_model_folder(folder)
     parts[label] = _split_config(files.read_json(folder / "config.json"))
     for part, config in parts[label].items():
       if key := next((key for key in _QUANTISATION_KEYS if config.get(key)), None):

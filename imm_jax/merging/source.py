@@ -59,7 +59,7 @@ class CheckpointSource:
                   {name: entry for name, entry in checkpoint_folder.read_entries(path).items() if keep(name)}
                   for path in self.folders.values()]
       self._models = _align(tables)
-      _require_match(labels, self._models)
+      _check_match(labels, self._models)
     except BaseException:
       self.close()
       raise
@@ -207,7 +207,7 @@ def _align(tables: Sequence[Table]) -> list[Table]:
   return roles.share_heads([{n: entry for n, entry in table.items() if n not in left_out} for table in tables])
 
 
-def _require_match(labels: Sequence[str], models: Sequence[Mapping[str, Entry]]) -> None:
+def _check_match(labels: Sequence[str], models: Sequence[Mapping[str, Entry]]) -> None:
   first, problems = models[0], []
   for label, model in zip(labels[1:], models[1:], strict=True):
     problems += [f"{label} lacks {name}" for name in first.keys() - model.keys()]

@@ -62,7 +62,7 @@ def read_config(folder: str | Path) -> ModelConfig:
   Raises:
     UserError: if it is missing or unsupported.
   """
-  checkpoint_folder.require_model_folder(Path(folder))
+  checkpoint_folder.check_model_folder(Path(folder))
   path = Path(folder) / "config.json"
   if not path.exists():
     unread = checkpoint_folder.unread_weights(file.name for file in path.parent.iterdir())

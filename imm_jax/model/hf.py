@@ -273,7 +273,7 @@ def _open_checkpoint(folder: Path) -> tuple[ModelConfig, dict[str, Entry]]:
 def _check_names(folder: Path, expected: Set[str], actual: Set[str]) -> None:
   """Raises UserError if the names show that weights are quantized or those of a model nested in another."""
   missing = expected - actual
-  checkpoint_folder.refuse_quantized(str(folder), (*(file.name for file in folder.iterdir()), *sorted(actual)))
+  checkpoint_folder.check_not_quantized(str(folder), (*(file.name for file in folder.iterdir()), *sorted(actual)))
   inner = EMBEDDING.removeprefix("model.")
   for name in sorted(actual):
     prefix = name.removesuffix(inner)

@@ -52,13 +52,13 @@ class RecipeFile:
     """Prints a note on stderr, once."""
     print_once(f"note: {self._place}: {text}")
 
-  def check_mapping(self, where: str, value: Any, expected: str) -> dict[str, Any]:
+  def read_mapping(self, where: str, value: Any, expected: str) -> dict[str, Any]:
     """Returns a value that must be a mapping with texts as keys."""
     if not isinstance(value, dict):
       self.fail(f"{where}: expected {expected}")
     return value
 
-  def refuse_unknown(self, where: str, raw: Mapping[str, Any], known: set[str], ignored: set[str] | None = None,
+  def check_known(self, where: str, raw: Mapping[str, Any], known: set[str], ignored: set[str] | None = None,
                      ) -> None:
     """Fails if a mapping has another key than those known and ignored; `where` ends with a dot unless it is empty."""
     for key in raw:
