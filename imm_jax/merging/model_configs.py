@@ -175,7 +175,8 @@ def copy_companion_files(donor: Path, out: Path, *, tokenizer: bool = True) -> N
   unknown = sorted(path.name for path in donor.iterdir() if path.is_file() and path.name not in {*known, *names}
                    and path.suffix in _COMPANIONS and not _NO_COMPANIONS.fullmatch(path.name))
   if unknown:
-    print_once(f"note: {donor}: {join_items(unknown)}: not copied; add what the model needs")
+    which = "it" if len(unknown) == 1 else "them"
+    print_once(f"note: {donor}: {join_items(unknown)}: not copied; copy {which} yourself if the model needs {which}")
   for name in names:
     (out / name).parent.mkdir(parents=True, exist_ok=True)
   checkpoint_folder.copy_side_files(donor, out, names)
