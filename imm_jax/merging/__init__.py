@@ -14,7 +14,8 @@ with the same bits. All functions share this:
 - A setting is a number, a list that is interpolated over the layers, or a mapping from a regex of tensor names to
   either (the first match counts). `weights`, `densities` and the like take one setting for all models, or a sequence
   with one for each (so a list over layers is nested in another list). Numbers and lists may be jax arrays, also traced
-  ones, so that weights can be learnt by gradient; settings that decide a mask (drop rates, densities) must be concrete.
+  ones, so that weights can be learned by gradient; settings that decide a mask (drop rates, densities) must be
+  concrete.
 - The result has the sharding of the first tree. `donate=True` donates that tree's buffers to the result.
 - Functions run under jit, grad, vmap and eval_shape, on meshes of explicit and of automatic axes. Gradients to the
   models are exact; masks, whether random or by magnitude, are treated as constants. Inside jax.shard_map only

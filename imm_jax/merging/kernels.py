@@ -33,7 +33,7 @@ class KernelError(ValueError):
 
 
 class Numbers:
-  """Settings of stacked tensors, shaped to broadcast against them."""
+  """Holds the settings of stacked tensors, shaped to broadcast against them."""
 
   def __init__(self, values: Mapping[str, jax.Array], rank: int):
     """Takes arrays [L] or [L, n] and the rank of the tensors [L, ...]."""

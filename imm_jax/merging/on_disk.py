@@ -39,7 +39,7 @@ _MAX_WORKERS = 8
 
 
 class Output(NamedTuple):
-  """A merged checkpoint to write: its new folder, its plan, and its dtype (None: that of the first model)."""
+  """Describes a checkpoint to write: its new folder, its plan, and its dtype (None: that of the first model)."""
 
   folder: Path
   plan: Plan
@@ -47,7 +47,7 @@ class Output(NamedTuple):
 
 
 class Part(NamedTuple):
-  """A subset of the outputs' tensors: their source, the plan of each output, and a prefix for the inputs' labels."""
+  """Holds a part of the outputs' tensors: their source, the plan of each output, and a prefix of the inputs' labels."""
 
   source: CheckpointSource
   plans: Sequence[Plan]

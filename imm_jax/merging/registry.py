@@ -36,7 +36,7 @@ Prepare = Callable[[Source, Settings], tuple[Callable[[str], TensorNumbers], dic
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A plan for merging tensors.
+  """Plans a merge of tensors.
 
   Attributes:
     kernel: (float32 tensors, numbers, shared, **static) -> merged; see `kernels`.
@@ -55,7 +55,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class MergeMethod:
-  """A merging method as its file declares it.
+  """Describes a merging method as its file declares it.
 
   Attributes:
     name: name of the function, the `--method` and the `merge_method`.
@@ -162,7 +162,7 @@ class MergeMethod:
 
 
 class _Unread:
-  """Is the `Source` of a method that does not declare that it reads tensors."""
+  """Implements the `Source` of a method that does not declare that it reads tensors."""
 
   def __init__(self, source: Source, method: str):
     self._source, self._method = source, method

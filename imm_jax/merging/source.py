@@ -31,7 +31,7 @@ Table = dict[str, Entry]
 
 
 class CheckpointSource:
-  """A `Source` of tensors in checkpoint folders. Use it as a context manager."""
+  """Implements `Source` for tensors in checkpoint folders. Use it as a context manager."""
 
   traced = False
 
@@ -98,7 +98,7 @@ class CheckpointSource:
     self._reader.read(entry, begin, out)
 
   def tensors(self, name: str) -> list[jax.Array]:
-    """Is never called: tensors on disk are never traced."""
+    """Raises NotImplementedError, because tensors on disk are never traced."""
     raise NotImplementedError(name)
 
   def reduce(self, statistic: Statistic, combine: Callable[..., np.ndarray],
@@ -161,7 +161,7 @@ class CheckpointSource:
 
 
 class Buffers:
-  """A pool of aligned arrays for reuse, because the first touch of newly allocated memory is slow."""
+  """Keeps aligned arrays for reuse, because the first touch of newly allocated memory is slow."""
 
   def __init__(self) -> None:
     self._spare: dict[int, list[np.ndarray]] = collections.defaultdict(list)

@@ -19,7 +19,7 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_t
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Configuration of a decoder: all that its arithmetic depends on."""
+  """Holds the configuration of a decoder: all that its arithmetic depends on."""
 
   vocab_size: int
   hidden_size: int

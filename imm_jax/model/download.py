@@ -19,7 +19,7 @@ _TIMEOUT = 30
 
 
 class _Repository(NamedTuple):
-  """One commit of a repository of the hub, in the local cache.
+  """Describes one commit of a repository of the hub, in the local cache.
 
   Attributes:
     name: name given by the user.

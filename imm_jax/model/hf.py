@@ -58,7 +58,7 @@ def check_folder(folder: str | Path) -> ModelConfig:
 
 
 class RoundTrip(NamedTuple):
-  """Result of `check_round_trip`: the number of unchanged tensors, and the names of those that are not written."""
+  """Holds the result of `check_round_trip`: the number of unchanged tensors, the names of those not written."""
 
   count: int
   left_out: list[str]

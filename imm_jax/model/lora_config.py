@@ -18,12 +18,12 @@ _KNOWN_KEYS = frozenset((
     "auto_mapping", "task_type", "peft_version", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out",
     "bias", "lora_bias", "modules_to_save", "ensure_weight_tying", "loftq_config", "eva_config", "corda_config",
     "lora_ga_config", "runtime_config", "megatron_core", "qalora_group_size"))
-# Initialisations that leave the base unchanged; others (pissa, olora, corda, loftq) subtract them from it.
+# Initializations that leave the base unchanged; others (pissa, olora, corda, loftq) subtract them from it.
 _NEUTRAL_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 class AdapterConfig(NamedTuple):
-  """Settings of an adapter_config.json that affect the merged weights.
+  """Holds the settings of an adapter_config.json that affect the merged weights.
 
   Attributes:
     source: name of the file, for messages.

@@ -29,7 +29,7 @@ _STATED_LETTER = re.compile(r"answer is \(?([a-e])\)?")
 
 
 class Protocol(NamedTuple):
-  """The rules by which a task's questions are asked and judged.
+  """Holds the rules by which a task's questions are asked and judged.
 
   Attributes:
     name: name in `eval.protocol`.
@@ -51,7 +51,7 @@ class Protocol(NamedTuple):
 
 
 class ProtocolSettings(NamedTuple):
-  """What a config says about how test questions are asked.
+  """Holds the settings of a config on how test questions are asked.
 
   Attributes:
     name: name of the protocol.

@@ -18,7 +18,7 @@ _EXPECTED = {"number": "a number alone, such as 42, or stated as in `#### 42`, `
 
 
 class Split(NamedTuple):
-  """The questions of a split in a fixed order, and statistics of its records.
+  """Holds the questions of a split in a fixed order, and statistics of its records.
 
   Attributes:
     examples: questions in the order of the source. A test split includes repeated questions; other splits do not.

@@ -29,7 +29,7 @@ _TFDS = re.compile(r"(?P<name>[^:]+(?::[0-9]+\.[0-9]+\.[0-9]+)?)(?::(?P<split>[^
 
 
 class ReadOptions(NamedTuple):
-  """Options of reading a source.
+  """Holds the options of reading a source.
 
   Attributes:
     split: name of the split.

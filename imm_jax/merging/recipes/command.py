@@ -32,7 +32,7 @@ Tensor = tuple[str, np.dtype, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class OutputOptions:
-  """Options common to all outputs: seed of the masks, largest file size, and whether NaN and infinity are allowed."""
+  """Holds what all outputs share: seed of the masks, largest file size, whether NaN and infinity are allowed."""
 
   seed: int = 0
   max_shard_bytes: int = checkpoint_folder.MAX_SHARD_BYTES
@@ -40,7 +40,7 @@ class OutputOptions:
 
 
 class Aligned(NamedTuple):
-  """The tokenizer of an output, the rewritten tensors of each model, and the size of the vocabulary."""
+  """Holds the tokenizer of an output, the rewritten tensors of each model, and the size of the vocabulary."""
 
   built: vocabulary.Built
   replacements: dict[Path, Table]
@@ -143,11 +143,11 @@ def check_recipe(recipe: Recipe) -> tuple[list[Tensor], Aligned | None]:
 
 
 class _NeedsTensors(Exception):  # noqa: N818 (it is no error)
-  """Raised where a method's preparation begins to read."""
+  """Reports that a method's preparation begins to read."""
 
 
 class _HeadersOnly:
-  """A `Source` that knows names and shapes of tensors, and refuses to read them."""
+  """Implements a `Source` that knows names and shapes of tensors, and refuses to read them."""
 
   def __init__(self, source: CheckpointSource):
     self._source = source

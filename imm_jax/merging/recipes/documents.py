@@ -19,7 +19,7 @@ from imm_jax.model import checkpoint_folder, safetensors
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-  """The documents of a recipe file.
+  """Holds the documents of a recipe file.
 
   Attributes:
     path: the file.
