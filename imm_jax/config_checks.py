@@ -60,6 +60,25 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
     UserError: for the first value that cannot work, with its key and what would be right.
   """
   check_keys(config)
+  _check_values(config)
+  _check_temperatures(config)
+  _check_adapters(config)
+  _check_evaluation(config)
+  named = get_tasks(config)
+  _check_shots(config, named)
+  try:
+    throughput.parse_window(config.profile)
+  except ValueError as e:
+    raise UserError(f"config.profile={e}") from e
+  _check_sampler(config)
+  _check_merge(config)
+  _check_data(config)
+  task_checks.check_tasks(config, named, trains)
+  task_checks.check_questions(config, named, trains, downloads)
+
+
+def _check_values(config: ml_collections.ConfigDict) -> None:
+  """Checks the values that do not depend on others: texts, choices and ranges."""
   for text in (config.prompt.header, *config.sample.stop):
     if not isinstance(text, str) or (not text.isascii() and re.search("[\ud800-\udfff]", text)):
       raise UserError(f"config.prompt.header and sample.stop: {text!r} is no valid text")
@@ -82,32 +101,26 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
       require(config, key, check, expected)
   if not all(isinstance(s, str) and s for s in config.sample.stop):
     raise UserError(f"config.sample.stop={config.sample.stop}: expected strings that are not empty")
-  _check_temperatures(config)
+
+
+def _check_adapters(config: ml_collections.ConfigDict) -> None:
   if get_method(config).lora and config.sft.intervention == "weight_masking":
     raise UserError(f"config.sft.intervention=weight_masking: masks weights, and method={config.method} trains "
                     "adapters of them; expected none, gradient_decay or gradient_clipping")
   if get_method(config).lora and config.sft.export != "model":
     raise UserError(f"config.sft.export={config.sft.export}: method={config.method} merges its adapters in the model's "
                     "own dtype; expected model")
+
+
+def _check_evaluation(config: ml_collections.ConfigDict) -> None:
   if not all(isinstance(k, int) and k >= 1 for k in config.eval.pass_at_k):
     raise UserError(f"config.eval.pass_at_k={config.eval.pass_at_k}: expected whole numbers, 1 or more")
   require(config, "eval.few_shot", lambda v: -1 <= v < 2**31, "expected 0 or more, or -1 for the protocol's own number")
   require(config, "eval.max_new_tokens", lambda v: v == -1 or 1 <= v < 2**31, "expected 1 or more, or -1 for what the "
           "protocol allows")
-  named = get_tasks(config)
-  _check_shots(config, named)
   if config.eval.num_samples and config.eval.pass_at_k and min(config.eval.pass_at_k) > config.eval.num_samples:
     raise UserError(f"config.eval.pass_at_k={config.eval.pass_at_k}: all are more than "
                     f"eval.num_samples={config.eval.num_samples}")
-  try:
-    throughput.parse_window(config.profile)
-  except ValueError as e:
-    raise UserError(f"config.profile={e}") from e
-  _check_sampler(config)
-  _check_merge(config)
-  _check_data(config)
-  task_checks.check_tasks(config, named, trains)
-  task_checks.check_questions(config, named, trains, downloads)
 
 
 def _check_shots(config: ml_collections.ConfigDict, named: Tasks) -> None:
