@@ -2,7 +2,7 @@
 
     python -m imm_jax.main --config=configs/llama.py:llama3-8b,task=math --workdir=runs/llama
 
-Both are gated on the hub: accept the licence there and `hf auth login`, or give --config.model=DIR.
+Both are gated on the hub: accept the license there and `hf auth login`, or give --config.model=DIR.
 """
 
 import ml_collections

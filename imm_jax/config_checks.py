@@ -22,12 +22,13 @@ from imm_jax.stages import merge_settings
 from imm_jax.stages.task_entries import Tasks, get_tasks
 from imm_jax.tasks import prompts, protocols
 from imm_jax.training import interventions, throughput
+from imm_jax.training.optimization import SCHEDULES
 
 DTYPES = ("bfloat16", "float32")
 COMPUTE_DTYPES = ("auto", *DTYPES)
 _ONE_OF = {"method": tuple(METHODS), "tracking": metrics.TRACKING, "task.kind": ("number", "latex", "choice"),
            "prompt.style": prompts.STYLES, "eval.protocol": protocols.NAMES,
-           "sft.schedule": ("cosine", "linear", "constant"), "sft.intervention": ("none", *interventions.SETTINGS),
+           "sft.schedule": tuple(SCHEDULES), "sft.intervention": ("none", *interventions.SETTINGS),
            "sft.compute_dtype": COMPUTE_DTYPES, "sft.export": ("model", "float32"),
            "sft.remat": tuple(REMAT), "sft.attention": attention.BACKENDS,
            "sample.compute_dtype": COMPUTE_DTYPES, "sampler.kind": tuple(ENGINES),
@@ -59,6 +60,25 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
     UserError: for the first value that cannot work, with its key and what would be right.
   """
   check_keys(config)
+  _check_values(config)
+  _check_temperatures(config)
+  _check_adapters(config)
+  _check_evaluation(config)
+  named = get_tasks(config)
+  _check_shots(config, named)
+  try:
+    throughput.parse_window(config.profile)
+  except ValueError as e:
+    raise UserError(f"config.profile={e}") from e
+  _check_sampler(config)
+  _check_merge(config)
+  _check_data(config)
+  task_checks.check_tasks(config, named, trains)
+  task_checks.check_questions(config, named, trains, downloads)
+
+
+def _check_values(config: ml_collections.ConfigDict) -> None:
+  """Checks the values that do not depend on others: texts, choices and ranges."""
   for text in (config.prompt.header, *config.sample.stop):
     if not isinstance(text, str) or (not text.isascii() and re.search("[\ud800-\udfff]", text)):
       raise UserError(f"config.prompt.header and sample.stop: {text!r} is no valid text")
@@ -81,35 +101,29 @@ def validate(config: ml_collections.ConfigDict, *, trains: bool = True, download
       require(config, key, check, expected)
   if not all(isinstance(s, str) and s for s in config.sample.stop):
     raise UserError(f"config.sample.stop={config.sample.stop}: expected strings that are not empty")
-  _validate_temperatures(config)
+
+
+def _check_adapters(config: ml_collections.ConfigDict) -> None:
   if get_method(config).lora and config.sft.intervention == "weight_masking":
     raise UserError(f"config.sft.intervention=weight_masking: masks weights, and method={config.method} trains "
                     "adapters of them; expected none, gradient_decay or gradient_clipping")
   if get_method(config).lora and config.sft.export != "model":
     raise UserError(f"config.sft.export={config.sft.export}: method={config.method} merges its adapters in the model's "
                     "own dtype; expected model")
+
+
+def _check_evaluation(config: ml_collections.ConfigDict) -> None:
   if not all(isinstance(k, int) and k >= 1 for k in config.eval.pass_at_k):
     raise UserError(f"config.eval.pass_at_k={config.eval.pass_at_k}: expected whole numbers, 1 or more")
   require(config, "eval.few_shot", lambda v: -1 <= v < 2**31, "expected 0 or more, or -1 for the protocol's own number")
   require(config, "eval.max_new_tokens", lambda v: v == -1 or 1 <= v < 2**31, "expected 1 or more, or -1 for what the "
           "protocol allows")
-  named = get_tasks(config)
-  _validate_shots(config, named)
   if config.eval.num_samples and config.eval.pass_at_k and min(config.eval.pass_at_k) > config.eval.num_samples:
     raise UserError(f"config.eval.pass_at_k={config.eval.pass_at_k}: all are more than "
                     f"eval.num_samples={config.eval.num_samples}")
-  try:
-    throughput.parse_window(config.profile)
-  except ValueError as e:
-    raise UserError(f"config.profile={e}") from e
-  _validate_sampler(config)
-  _validate_merge(config)
-  _validate_data(config)
-  task_checks.validate_tasks(config, named, trains)
-  task_checks.validate_questions(config, named, trains, downloads)
 
 
-def _validate_shots(config: ml_collections.ConfigDict, named: Tasks) -> None:
+def _check_shots(config: ml_collections.ConfigDict, named: Tasks) -> None:
   given = ["shots_file"] * bool(named.shots_file) + ["few_shot"] * (config.eval.few_shot > 0)
   if given and all(entry.measure == "choices" for entry in (named.in_domain, *named.ood)):
     verb = "is" if len(named.names) == 1 else "are"
@@ -121,7 +135,7 @@ def _validate_shots(config: ml_collections.ConfigDict, named: Tasks) -> None:
                     "worked examples; give config.eval.few_shot=N, or another eval.protocol")
 
 
-def _validate_temperatures(config: ml_collections.ConfigDict) -> None:
+def _check_temperatures(config: ml_collections.ConfigDict) -> None:
   value = config.sample.temperatures
   rounds = value if isinstance(value, tuple | list) and any(isinstance(t, tuple | list) for t in value) else [value]
   is_valid = lambda t: isinstance(t, int | float) and not isinstance(t, bool) and math.isfinite(t) and t >= 0
@@ -133,7 +147,7 @@ def _validate_temperatures(config: ml_collections.ConfigDict) -> None:
     raise UserError(f"config.sample.temperatures={value}: has {len(rounds)} tuples, config.rounds={config.rounds}")
 
 
-def _validate_sampler(config: ml_collections.ConfigDict) -> None:
+def _check_sampler(config: ml_collections.ConfigDict) -> None:
   vllm = config.sampler.vllm
   given = [key for key in ("python", "urls", "args", "restart", "sleep") if vllm[key]]
   if config.sampler.kind == "native" and given:
@@ -164,7 +178,7 @@ def _validate_sampler(config: ml_collections.ConfigDict) -> None:
       raise UserError(f"config.sampler.vllm.urls: {e}") from e
 
 
-def _validate_merge(config: ml_collections.ConfigDict) -> None:
+def _check_merge(config: ml_collections.ConfigDict) -> None:
   merge = config.merge
   try:
     quantize_drop_rate(merge.drop_rate)
@@ -189,7 +203,7 @@ def _is_weight(value: Any) -> bool:
   return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
-def _validate_data(config: ml_collections.ConfigDict) -> None:
+def _check_data(config: ml_collections.ConfigDict) -> None:
   data = config.data
   if get_method(config).data == "worked" and (data.real_fraction or config.teacher):
     raise UserError(f"config.method={config.method} trains only on worked answers: data.real_fraction and teacher "

@@ -13,6 +13,8 @@ from typing import Any
 
 from imm_jax.errors import ResourceError, UserError
 
+# A row of a file of JSON lines.
+Row = dict[str, Any]
 _LFS_HEADER = b"version https://git-lfs"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
@@ -130,14 +132,14 @@ def write_json(path: Path, value: Any, *, indent: int = 1, **options: Any) -> No
   write_text(path, json.dumps(value, indent=indent, **options) + "\n")
 
 
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_jsonl(path: Path, rows: list[Row]) -> None:
   """Writes a file of JSON lines, one object per row."""
   with path.open("w", encoding="utf-8") as f:
     for row in rows:
       f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, fields: Mapping[str, type]) -> list[Row]:
   """Reads a file of JSON lines.
 
   Args:
@@ -241,6 +243,15 @@ def digest(path: Path, only: Sequence[Path] | None = None) -> str:
   """Returns one SHA-256 over the names and contents of all files below a folder (or `only` some), or of a file."""
   return combine_digests(digest_files(path) if only is None else {
       str(p.relative_to(path)): digest_files(p)["."] for p in only})
+
+
+def digest_json(value: Any, *, digits: int = 64) -> str:
+  """Returns the first hex digits of the SHA-256 of a value in JSON types.
+
+  >>> digest_json({"b": 1, "a": [2]}, digits=16)
+  '41ff4104bc489a1b'
+  """
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:digits]
 
 
 def combine_digests(digests: Mapping[str, str]) -> str:

@@ -13,7 +13,7 @@ from imm_jax.stages.task_entries import RunTask, Tasks
 from imm_jax.tasks import sources
 
 
-def validate_tasks(config: ml_collections.ConfigDict, named: Tasks, trains: bool) -> None:
+def check_tasks(config: ml_collections.ConfigDict, named: Tasks, trains: bool) -> None:
   """Checks the tasks that a config names, and their sources; `trains` as in `config_checks.validate`."""
   name, equals, source = config.task.name.partition("=")
   if equals:
@@ -24,7 +24,7 @@ def validate_tasks(config: ml_collections.ConfigDict, named: Tasks, trains: bool
   for key, task in (("task.name", named.in_domain), *(("task.ood", task) for task in named.ood)):
     if key == "task.name" or task.measure != "lm_eval":
       _check_name(key, task.name, tasks.JUDGED)
-  _validate_measures(config, named)
+  _check_measures(config, named)
   trained = [("task.name", named.in_domain)] if trains else []
   if trains and named.general:
     names = [task.name for task in named.general]
@@ -46,7 +46,7 @@ def validate_tasks(config: ml_collections.ConfigDict, named: Tasks, trains: bool
       raise UserError(f"config.{key}={source}: {name} is generated and has no source{advice}")
     if source:
       try:
-        sources.validate(source)
+        sources.check(source)
       except UserError as e:
         raise UserError(f"config.{key}: {e}") from e
   if config.task.name != "custom" and any(config.task.fields.values()):
@@ -64,7 +64,7 @@ def validate_tasks(config: ml_collections.ConfigDict, named: Tasks, trains: bool
     raise UserError("config.task.ood has 'custom', which only the in-domain task can be")
 
 
-def _validate_measures(config: ml_collections.ConfigDict, named: Tasks) -> None:
+def _check_measures(config: ml_collections.ConfigDict, named: Tasks) -> None:
   """Checks what is measured without sampled answers: options, texts and lm_eval's tasks."""
   for name in config.eval.by_likelihood:
     if name == "custom" and not (config.task.kind == "choice" and config.task.fields.choices):
@@ -80,7 +80,7 @@ def _validate_measures(config: ml_collections.ConfigDict, named: Tasks) -> None:
                       f"{name}=file:PATH.txt")
     if "=" in entry:
       try:
-        sources.validate(entry.partition("=")[2])
+        sources.check(entry.partition("=")[2])
       except UserError as e:
         raise UserError(f"config.eval.texts: {e}") from e
   if len(set(names)) < len(names) or {*names}.intersection(named.names):
@@ -96,7 +96,7 @@ def _check_name(key: str, name: str, allowed: Sequence[str], explanation: str = 
     raise UserError(f"config.{key} has {name!r}: {reason}{suggest(name, list(allowed))}")
 
 
-def validate_questions(config: ml_collections.ConfigDict, named: Tasks, trains: bool, downloads: bool) -> None:
+def check_questions(config: ml_collections.ConfigDict, named: Tasks, trains: bool, downloads: bool) -> None:
   """Loads the questions, so that errors in them are reported before any computation."""
   task = named.in_domain
   is_loaded = lambda *read: downloads or not any(task.is_remote for task in read)

@@ -89,5 +89,5 @@ def token_entropy(config: ModelConfig, params: Params, batches: PackedBatches, c
 
 def _sum_entropies(inputs: Sequence[sums.Inputs], chunk: int) -> jax.Array:
   """Returns the sum of the entropies and the number of tokens."""
-  (x, head, _, weights), = inputs
-  return jnp.stack([head_entropy(x, head, weights, chunk), jnp.sum(weights)])
+  (x, head, _, loss_mask), = inputs
+  return jnp.stack([head_entropy(x, head, loss_mask, chunk), jnp.sum(loss_mask)])

@@ -54,6 +54,6 @@ def measure_drift(config: ModelConfig, base: Params, params: Params, batches: Pa
 
 
 def _sum_differences(inputs: Sequence[sums.Inputs], chunk: int) -> jax.Array:
-  (base_x, base_head, *_), (x, head, targets, weights) = inputs
-  sums_ = compare_heads(x, head, base_x, base_head, targets, weights, chunk)
-  return jnp.concatenate([sums_, jnp.sum(weights)[None]])
+  (base_x, base_head, *_), (x, head, targets, loss_mask) = inputs
+  sums_ = compare_heads(x, head, base_x, base_head, targets, loss_mask, chunk)
+  return jnp.concatenate([sums_, jnp.sum(loss_mask)[None]])

@@ -17,7 +17,7 @@ from imm_jax.training.loss import choose_chunk
 from imm_jax.training.packing import PackedBatches
 from imm_jax.training.step import count_device_rows, forward_options, head_inputs
 
-# A model's hidden states, head, targets and weights, as returned by `step.head_inputs`.
+# A model's hidden states, head, targets and loss mask, as returned by `step.head_inputs`.
 Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 # (inputs of each model, number of positions whose logits are held at once) -> sums over a batch, float32 [N].
 Measure = Callable[[Sequence[Inputs], int], jax.Array]

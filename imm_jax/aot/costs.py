@@ -134,6 +134,6 @@ def estimate_kernel_seconds(module: hlo.Module, region: hlo.Region, slice_: TpuS
   total = 0.0
   for name, shapes in module.kernels(region):
     queries = next(hlo.dims(shape) for shape in shapes if re.match("bf16|f16|f32", shape))
-    utilisation = min(1.0, queries[-1] / slice_.chip.unit)
-    total += count_kernel_flops(name, queries) / (KERNEL_EFFICIENCY * utilisation * slice_.chip.flops)
+    utilization = min(1.0, queries[-1] / slice_.chip.unit)
+    total += count_kernel_flops(name, queries) / (KERNEL_EFFICIENCY * utilization * slice_.chip.flops)
   return total

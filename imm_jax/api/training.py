@@ -16,7 +16,7 @@ from imm_jax.model.decoder import REMAT, Params
 from imm_jax.model.tokenization import encode_continuation
 from imm_jax.training import gradients, trainer
 from imm_jax.training.computation import Computation
-from imm_jax.training.optimization import Optimization, make_schedule
+from imm_jax.training.optimization import SCHEDULES, Optimization, make_schedule
 from imm_jax.training.packing import PackedBatches, TokenizedExample
 from imm_jax.training.reporting import Reporting
 
@@ -63,7 +63,7 @@ def fine_tune(model: Model, pairs: Sequence[Pair], *, learning_rate: float = 2e-
   >>> len(losses), losses[-1] < losses[0]
   (3, True)
   """
-  checks.check_choice("schedule", schedule, ("cosine", "linear", "constant"))
+  checks.check_choice("schedule", schedule, SCHEDULES)
   checks.check_choice("remat", remat, REMAT)
   checks.check_numbers(1, epochs=epochs)
   checks.check_numbers(0, learning_rate=learning_rate, warmup_ratio=warmup_ratio, weight_decay=weight_decay,

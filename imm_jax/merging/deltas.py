@@ -14,7 +14,7 @@ import numpy as np
 from imm_jax.merging import kernels, masks, statistics
 from imm_jax.merging.kernels import Numbers, Shared, Tensors
 from imm_jax.merging.options import Option, Settings
-from imm_jax.merging.registry import Scalars
+from imm_jax.merging.registry import TensorNumbers
 from imm_jax.merging.statistics import Source
 
 # (task vector, index of its model) -> sparse task vector
@@ -88,20 +88,20 @@ def drop_at_random(numbers: Numbers, shared: Shared, *, rescale: bool,
 
 
 def prepare(source: Source, settings: Settings, extra: Callable[[str], Mapping[str, Any]] = lambda _: {},
-            flags: Sequence[str] = ("normalize",)) -> tuple[Callable[[str], Scalars], dict[str, Any]]:
+            flags: Sequence[str] = ("normalize",)) -> tuple[Callable[[str], TensorNumbers], dict[str, Any]]:
   """Prepares the numbers that `combine` needs for a tensor, extended by `extra`, and the method's flags."""
   del source
 
-  def scalars(name: str) -> Scalars:
+  def numbers(name: str) -> TensorNumbers:
     weights = settings.value("weights", name)
     total = weights.sum(dtype=np.float32)
     safe = (jnp if isinstance(total, jax.Array) else np).where(abs(total) > 1e-8, total, np.float32(1))
     return {"weights": weights, "total": safe, "scale": settings.value("scale", name), **extra(name)}
 
-  return scalars, {flag: settings[flag] for flag in flags}
+  return numbers, {flag: settings[flag] for flag in flags}
 
 
-def drop_steps(source: Source, settings: Settings) -> Callable[[str], Scalars]:
+def drop_steps(source: Source, settings: Settings) -> Callable[[str], TensorNumbers]:
   """Returns a function from a tensor's name to its `steps` (one for each model) and `code`, for `drop_at_random`."""
   steps = {name: np.array([_quantize_density(density, name) for density in settings.concrete_values("densities", name)],
                           np.uint32) for name in source.names}
@@ -118,7 +118,7 @@ def _quantize_density(density: float, tensor: str) -> int:
 
 
 def magnitude_bounds(source: Source, bands: Mapping[Any, tuple[int, int]], group_of: Mapping[str, Sequence[Any]],
-                     names: Sequence[str]) -> Callable[[str], Scalars]:
+                     names: Sequence[str]) -> Callable[[str], TensorNumbers]:
   """Returns a function from a tensor's name to `low` and `high` for `keep_by_magnitude`.
 
   Args:
@@ -132,7 +132,7 @@ def magnitude_bounds(source: Source, bands: Mapping[Any, tuple[int, int]], group
 
   empty = np.array((0xFFFFFFFF, 0), np.uint32)
 
-  def bounds(name: str) -> Scalars:
+  def bounds(name: str) -> TensorNumbers:
     rows = [empty if bands[group][1] < bands[group][0] else bits[group, i] for i, group in enumerate(group_of[name])]
     stacked = statistics.namespace(*rows).stack(rows)
     return {"low": stacked[:, 0], "high": stacked[:, 1]}

@@ -39,22 +39,22 @@ def merge(method: MergeMethod, inputs: Mapping[str, Any], options: Mapping[str, 
   """
   if method.draws:
     masks.key_words(key)
-  labelled: dict[str, PyTree] = {}
+  labeled: dict[str, PyTree] = {}
   for label, value in sorted(inputs.items(), key=lambda item: item[0] != "base"):
     if label in ("models", "fishers"):
       if not isinstance(value, list | tuple):
         raise ValueError(f"{label}: expected a list of trees, got one {type(value).__name__}")
       if label == "models" and not method.accepts(len(value)):
         raise ValueError(f"models: {len(value)} given; {method.name} takes {method.count_in_words}")
-      labelled |= {f"{label}[{i}]": tree for i, tree in enumerate(value)}
+      labeled |= {f"{label}[{i}]": tree for i, tree in enumerate(value)}
     elif value is not None or label != "base" or "base" in method.inputs:
-      labelled[label] = value
-  is_list = {label: isinstance(tree, list | tuple) for label, tree in labelled.items()}
+      labeled[label] = value
+  is_list = {label: isinstance(tree, list | tuple) for label, tree in labeled.items()}
   for label in method.inputs:
     if is_list.get(label) and not all(is_list.values()):
       other = next(other for other, others_is_list in is_list.items() if not others_is_list)
-      raise ValueError(f"{label}: expected a tree as {other} is, got a {type(labelled[label]).__name__}")
-  source = TreeSource(labelled, names, layer_axis)
+      raise ValueError(f"{label}: expected a tree as {other} is, got a {type(labeled[label]).__name__}")
+  source = TreeSource(labeled, names, layer_axis)
   if "fishers" in inputs and len(inputs["fishers"]) != len(inputs["models"]):
     raise ValueError(f"fishers: {len(inputs['fishers'])} given for {len(inputs['models'])} models; expected one for "
                      "each")
@@ -66,7 +66,7 @@ def merge(method: MergeMethod, inputs: Mapping[str, Any], options: Mapping[str, 
 
 
 class TreeSource:
-  """A `Source` of the floating leaves of matching trees."""
+  """Implements `Source` for the floating leaves of matching trees."""
 
   def __init__(self, models: Mapping[str, PyTree], names: PyTree | None = None, layer_axis: int = 0):
     """Matches the trees; raises ValueError as `trees.match` does, or if there is no tree."""
@@ -118,8 +118,8 @@ def run(plan: Plan, source: TreeSource, *, key: jax.Array | None = None, donate:
     if not leaf.names:  # a stack of no layers
       result.append(jnp.asarray(leaf.tensors[0]))
       continue
-    scalars = [plan.scalars(name) for name in leaf.names]
-    stacked = {key: _stack([s[key] for s in scalars]) for key in scalars[0]}
+    numbers = [plan.numbers(name) for name in leaf.names]
+    stacked = {key: _stack([s[key] for s in numbers]) for key in numbers[0]}
     identity = tuple(id(t) for t in leaf.tensors)
     if identity in merged:
       first, tensor = merged[identity]
@@ -201,14 +201,14 @@ def _compiled(kernel: Callable[..., jax.Array], static: tuple[tuple[str, Any], .
               sharding: jax.NamedSharding | None, donate: bool) -> Callable[..., jax.Array]:
   """Compiles the merge of one leaf; `axis` is where its tensors are stacked, None for a single tensor."""
 
-  def compute(first: jax.Array, others: tuple[jax.Array, ...], scalars: Any, shared: Any) -> jax.Array:
+  def compute(first: jax.Array, others: tuple[jax.Array, ...], numbers: Any, shared: Any) -> jax.Array:
     forward = lambda t: t[None] if axis is None else jnp.moveaxis(t, axis, 0)
     tensors = tuple(forward(jnp.asarray(t)).astype(jnp.float32) for t in (first, *others))
-    merged = kernels.call(kernel, tensors, scalars, shared, dict(static)).astype(jnp.result_type(first))
+    merged = kernels.call(kernel, tensors, numbers, shared, dict(static)).astype(jnp.result_type(first))
     return merged[0] if axis is None else jnp.moveaxis(merged, 0, axis)
 
-  def merge(first: jax.Array, others: tuple[jax.Array, ...], scalars: Any, shared: Any) -> jax.Array:
-    return _auto_sharded(compute, _sharding((first, *others)))(first, others, scalars, shared)
+  def merge(first: jax.Array, others: tuple[jax.Array, ...], numbers: Any, shared: Any) -> jax.Array:
+    return _auto_sharded(compute, _sharding((first, *others)))(first, others, numbers, shared)
 
   donated = (0,) if donate else ()
   if sharding is None:

@@ -33,22 +33,22 @@ class KernelError(ValueError):
 
 
 class Numbers:
-  """Settings of stacked tensors, shaped to broadcast against them."""
+  """Holds the settings of stacked tensors, shaped to broadcast against them."""
 
-  def __init__(self, scalars: Mapping[str, jax.Array], rank: int):
+  def __init__(self, values: Mapping[str, jax.Array], rank: int):
     """Takes arrays [L] or [L, n] and the rank of the tensors [L, ...]."""
-    self._scalars, self._rank = scalars, rank
+    self._values, self._rank = values, rank
 
   def __getitem__(self, name: str) -> Any:
-    if name not in self._scalars:
-      raise KernelError(f"numbers has {', '.join(map(repr, self._scalars)) or 'nothing'}, not {name!r}")
-    value = self._scalars[name]
+    if name not in self._values:
+      raise KernelError(f"numbers has {', '.join(map(repr, self._values)) or 'nothing'}, not {name!r}")
+    value = self._values[name]
     if value.ndim == 1:
       return value.reshape(-1, *(1,) * (self._rank - 1))
     return tuple(value[:, i].reshape(-1, *(1,) * (self._rank - 1)) for i in range(value.shape[1]))
 
 
-def call(kernel: Callable[..., jax.Array], tensors: Tensors, scalars: Mapping[str, jax.Array], shared: Shared,
+def call(kernel: Callable[..., jax.Array], tensors: Tensors, numbers: Mapping[str, jax.Array], shared: Shared,
          static: Mapping[str, Any]) -> jax.Array:
   """Calls a kernel.
 
@@ -58,7 +58,7 @@ def call(kernel: Callable[..., jax.Array], tensors: Tensors, scalars: Mapping[st
   """
   expected = f"an array of floats {tensors[0].shape}"
   try:
-    merged = kernel(tensors, Numbers(scalars, tensors[0].ndim), shared, **static)
+    merged = kernel(tensors, Numbers(numbers, tensors[0].ndim), shared, **static)
   except KernelError as e:
     raise KernelError(f"{kernel.__name__}: {e}") from None
   if not isinstance(merged, jax.Array):

@@ -75,7 +75,7 @@ def key_words(key: jax.Array | None) -> jax.Array:
 
 
 def seed_words(seed: int) -> np.ndarray:
-  """Returns the words [2] of `jax.random.key(seed)` for a 32-bit seed, without initialising a device.
+  """Returns the words [2] of `jax.random.key(seed)` for a 32-bit seed, without initializing a device.
 
   >>> bool((seed_words(7) == jax.random.key_data(jax.random.key(7))).all())
   True

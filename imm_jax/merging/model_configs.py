@@ -28,7 +28,7 @@ _ROTARY = re.compile(r"(^|_)(rope|rotary|rot)(_|$)")
 # Names of the base and of the share of rotated entries, and where both and the scaling stand by now.
 _ROTARY_BASES, _ROTARY_SHARES = ("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")
 _ROTARY_FORMS = (*_ROTARY_BASES, *_ROTARY_SHARES, "rope_parameters", "rope_scaling")
-_QUANTISATION_KEYS = ("quantization_config", "quantization", "compression_config")
+_QUANTIZATION_KEYS = ("quantization_config", "quantization", "compression_config")
 _LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # Files whose auto_map names code beside them.
 _MAPPED = ("tokenizer_config.json", *checkpoint_folder.MODEL_SIDE_FILES)
@@ -44,7 +44,7 @@ _PER_LAYER = ("layer_types", "layers_block_type", "block_types", "mlp_layer_type
 _LAYER_NUMBERS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "cross_attention_layers")
 
 
-def require_compatible(models: Mapping[str, Path], *, donor: Path | None = None, layers_may_differ: bool = False,
+def check_compatible(models: Mapping[str, Path], *, donor: Path | None = None, layers_may_differ: bool = False,
                        ) -> None:
   """Checks that the configs of models allow a merge, and prints a note for each tolerable difference.
 
@@ -64,10 +64,10 @@ def require_compatible(models: Mapping[str, Path], *, donor: Path | None = None,
   parts = {}
   for folder in sorted({first: None} | dict.fromkeys(models.values()), key=lambda folder: folder != first):
     label = folders.get(folder, "base_model")
-    checkpoint_folder.require_model_folder(folder)
+    checkpoint_folder.check_model_folder(folder)
     parts[label] = _split_config(files.read_json(folder / "config.json"))
     for part, config in parts[label].items():
-      if key := next((key for key in _QUANTISATION_KEYS if config.get(key)), None):
+      if key := next((key for key in _QUANTIZATION_KEYS if config.get(key)), None):
         raise UserError(f"{label} ({folder}) has {part}{key} in config.json: quantized weights are not merged; take "
                         "the unquantized model that they were made from")
   (first_label, first_parts), *others = parts.items()
@@ -175,7 +175,8 @@ def copy_companion_files(donor: Path, out: Path, *, tokenizer: bool = True) -> N
   unknown = sorted(path.name for path in donor.iterdir() if path.is_file() and path.name not in {*known, *names}
                    and path.suffix in _COMPANIONS and not _NO_COMPANIONS.fullmatch(path.name))
   if unknown:
-    print_once(f"note: {donor}: {join_items(unknown)}: not copied; copy it yourself if the model needs it")
+    which = "it" if len(unknown) == 1 else "them"
+    print_once(f"note: {donor}: {join_items(unknown)}: not copied; copy {which} yourself if the model needs {which}")
   for name in names:
     (out / name).parent.mkdir(parents=True, exist_ok=True)
   checkpoint_folder.copy_side_files(donor, out, names)
@@ -205,7 +206,7 @@ def _nested_configs(config: Mapping[str, Any], names: tuple[str, ...] = (),
                     ) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
   """Yields path and content of every config within a config.json, outer ones first."""
   for key, value in config.items():
-    if isinstance(value, dict) and key not in _QUANTISATION_KEYS and (key.endswith("_config") or "model_type" in value):
+    if isinstance(value, dict) and key not in _QUANTIZATION_KEYS and (key.endswith("_config") or "model_type" in value):
       yield (*names, key), value
       yield from _nested_configs(value, (*names, key))
 

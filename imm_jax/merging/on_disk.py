@@ -39,7 +39,7 @@ _MAX_WORKERS = 8
 
 
 class Output(NamedTuple):
-  """A merged checkpoint to write: its new folder, its plan, and its dtype (None: that of the first model)."""
+  """Describes a checkpoint to write: its new folder, its plan, and its dtype (None: that of the first model)."""
 
   folder: Path
   plan: Plan
@@ -47,7 +47,7 @@ class Output(NamedTuple):
 
 
 class Part(NamedTuple):
-  """A subset of the outputs' tensors: their source, the plan of each output, and a prefix for the inputs' labels."""
+  """Holds a part of the outputs' tensors: their source, the plan of each output, and a prefix of the inputs' labels."""
 
   source: CheckpointSource
   plans: Sequence[Plan]
@@ -158,7 +158,7 @@ class _MergeRun:
   def merge(self, part: Part) -> dict[str, str]:
     """Merges the tensors of a part and digests its inputs."""
     source, plans = part.source, part.plans
-    numbers_of = lambda name: [{k: _to_numpy(v) for k, v in plan.scalars(name).items()} for plan in plans]
+    numbers_of = lambda name: [{k: _to_numpy(v) for k, v in plan.numbers(name).items()} for plan in plans]
     whole = next((plan.whole for plan in plans if plan.whole == "tensor"),
                  next((plan.whole for plan in plans if plan.whole), None))
     by_rows = whole is not None or any(plan.draws for plan in plans)
@@ -183,7 +183,7 @@ class _MergeRun:
         for writer in self._writers:
           writer.write(name, 0, copied)
         continue
-      scalars, shape = numbers_of(name), shapes[name]
+      numbers, shape = numbers_of(name), shapes[name]
       for begin, count in _blocks(source.size(name), row_length(name), shape):
         self._pool.reserve()
         read: dict[Entry, np.ndarray] = {}
@@ -195,12 +195,12 @@ class _MergeRun:
           digest.update(read[entry][:count].view(np.uint8).data)
         arrays = [read[entry].reshape(1, *shape) for entry in entries]
         self._pool.submit_reserved(
-            functools.partial(self._merge_block, part, name, begin, count, arrays, scalars, row_length(name)),
+            functools.partial(self._merge_block, part, name, begin, count, arrays, numbers, row_length(name)),
             functools.partial(self._buffers.give, list(read.values())))
     return {part.prefix + label: digest.hexdigest() for label, digest in zip(source.folders, digests, strict=True)}
 
   def _merge_block(self, part: Part, name: str, begin: int, count: int, arrays: Sequence[np.ndarray],
-                   scalars: Sequence[Any], row_length: int) -> None:
+                   numbers: Sequence[Any], row_length: int) -> None:
     shared = {"key": self._key, "zero": np.uint32(0), "first": np.array(divmod(begin, row_length), np.uint32)}
     inputs = {id(array): array.reshape(-1)[:count] for array in arrays}
     if not self._allow and not all(map(_is_finite, inputs.values())):
@@ -210,9 +210,9 @@ class _MergeRun:
           raise UserError(f"{name} has {'numbers beyond float32' if is_wide else 'NaN or infinity'} in {label} "
                           f"({folder}): a merge would {'make them infinite' if is_wide else 'spread it'}; take a sound "
                           "checkpoint, or allow it (--allow_nonfinite)")
-    for i, (plan, writer, numbers) in enumerate(zip(part.plans, self._writers, scalars, strict=True)):
+    for i, (plan, writer, plan_numbers) in enumerate(zip(part.plans, self._writers, numbers, strict=True)):
       try:
-        merged = _compute_block(plan, arrays, numbers, shared, writer.dtype(name)).reshape(-1)[:count]
+        merged = _compute_block(plan, arrays, plan_numbers, shared, writer.dtype(name)).reshape(-1)[:count]
       except kernels.KernelError as e:
         raise UserError(f"{name}: {e}") from e
       if not _is_finite(merged):
@@ -258,7 +258,7 @@ def _to_numpy(value: Any) -> np.ndarray:
   return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
-def _compute_block(plan: Plan, arrays: Sequence[np.ndarray], scalars: Any, shared: Any, dtype: np.dtype,
+def _compute_block(plan: Plan, arrays: Sequence[np.ndarray], numbers: Any, shared: Any, dtype: np.dtype,
                    ) -> np.ndarray:
   static = tuple(plan.static.items())
   pairs = (plan.draws and not plan.whole and arrays[0].shape[-1] % 2 == 0
@@ -266,12 +266,12 @@ def _compute_block(plan: Plan, arrays: Sequence[np.ndarray], scalars: Any, share
   with on_cpu():
     if pairs:
       return np.asarray(_compiled_pairs(plan.kernel, static)(
-          tuple(a.view(np.uint32) for a in arrays), scalars, shared)).view(dtype)
+          tuple(a.view(np.uint32) for a in arrays), numbers, shared)).view(dtype)
     # Float64 is disabled in jax by default; the arithmetic is float32 in any case.
     with np.errstate(over="ignore", invalid="ignore"):  # the last block may end in uninitialized memory
       single = tuple(a.astype(np.float32) if a.dtype == np.float64 else a for a in arrays)
     narrow = np.dtype(np.float32) if dtype == np.float64 else dtype
-    return np.asarray(_compiled(plan.kernel, static, narrow)(single, scalars, shared)).astype(dtype, copy=False)
+    return np.asarray(_compiled(plan.kernel, static, narrow)(single, numbers, shared)).astype(dtype, copy=False)
 
 
 def _block_shapes(source: CheckpointSource, by_rows: bool, whole: str | None) -> dict[str, tuple[int, ...]]:
@@ -314,9 +314,9 @@ def _blocks(size: int, row_length: int, shape: tuple[int, ...]) -> Iterator[tupl
 @functools.cache
 def _compiled(kernel: Callable[..., jax.Array], static: tuple[tuple[str, Any], ...], dtype: np.dtype,
               ) -> Callable[..., jax.Array]:
-  def merge(tensors: tuple[jax.Array, ...], scalars: Any, shared: Any) -> jax.Array:
+  def merge(tensors: tuple[jax.Array, ...], numbers: Any, shared: Any) -> jax.Array:
     floats = tuple(t.astype(jnp.float32) for t in tensors)
-    return kernels.call(kernel, floats, scalars, shared, dict(static)).astype(dtype)
+    return kernels.call(kernel, floats, numbers, shared, dict(static)).astype(dtype)
 
   return jax.jit(merge)
 
@@ -325,12 +325,12 @@ def _compiled(kernel: Callable[..., jax.Array], static: tuple[tuple[str, Any], .
 def _compiled_pairs(kernel: Callable[..., jax.Array], static: tuple[tuple[str, Any], ...]) -> Callable[..., jax.Array]:
   """Compiles the kernel on pairs of bfloat16 in 32-bit words: neighbors share a draw, which is most of the work."""
 
-  def merge(tensors: tuple[jax.Array, ...], scalars: Any, shared: Any) -> jax.Array:
+  def merge(tensors: tuple[jax.Array, ...], numbers: Any, shared: Any) -> jax.Array:
     halves = []
     for half in (0, 1):  # a bfloat16 is the high half of a float32; the first of a pair is the low half of its word
       floats = tuple(jax.lax.bitcast_convert_type(t & np.uint32(0xFFFF0000) if half else t << 16, np.float32)
                      for t in tensors)
-      merged = kernels.call(kernel, floats, scalars, {**shared, "half": half}, dict(static))
+      merged = kernels.call(kernel, floats, numbers, {**shared, "half": half}, dict(static))
       halves.append(jax.lax.bitcast_convert_type(merged.astype(_BFLOAT16), np.uint16).astype(np.uint32))
     return halves[0] | halves[1] << 16
 

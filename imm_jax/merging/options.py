@@ -26,7 +26,7 @@ Vector = ArrayLike | Sequence[float]
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-  """One option of a method.
+  """Describes one option of a method.
 
   Attributes:
     name: name of the argument and of the flag.
@@ -117,7 +117,7 @@ class _ByTensor(dict[str, Any]):
 
 
 class Settings:
-  """A method's validated options, with defaults, resolved for every tensor of a source."""
+  """Holds a method's validated options, with defaults, resolved for every tensor of a source."""
 
   def __init__(self, options: Sequence[Option], given: Mapping[str, Any], source: Source, num_models: int):
     """Resolves all options for all tensors.

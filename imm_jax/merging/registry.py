@@ -28,33 +28,34 @@ from imm_jax.merging.options import REQUIRED, Option, Settings
 from imm_jax.merging.statistics import Source
 from imm_jax.merging.trees import PyTree
 
-Scalars = dict[str, Any]
+# The numbers that a kernel needs for a tensor, by name.
+TensorNumbers = dict[str, Any]
 # (source, settings) -> numbers of a tensor by its name, static options of the kernel.
-Prepare = Callable[[Source, Settings], tuple[Callable[[str], Scalars], dict[str, Any]]]
+Prepare = Callable[[Source, Settings], tuple[Callable[[str], TensorNumbers], dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A plan for merging tensors.
+  """Plans a merge of tensors.
 
   Attributes:
     kernel: (float32 tensors, numbers, shared, **static) -> merged; see `kernels`.
     static: static options of the kernel.
-    scalars: tensor name -> numbers that the kernel needs for it.
+    numbers: tensor name -> numbers that the kernel needs for it.
     draws: whether the kernel draws a mask, and so must know the rows of a block.
     whole: unit that the kernel must see at once, `row` or `tensor`; None if it is elementwise.
   """
 
   kernel: Callable[..., jax.Array]
   static: Mapping[str, Any]
-  scalars: Callable[[str], Scalars]
+  numbers: Callable[[str], TensorNumbers]
   draws: bool = False
   whole: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class MergeMethod:
-  """A merging method as its file declares it.
+  """Describes a merging method as its file declares it.
 
   Attributes:
     name: name of the function, the `--method` and the `merge_method`.
@@ -146,13 +147,13 @@ class MergeMethod:
     """Plans a merge of these models; raises ValueError for invalid options."""
     settings = Settings(self.options, options, source, self._num_models(source))
     static = {o.name: settings[o.name] for o in self.options if o.kind in declarations.STATIC}
-    numbers = [o.name for o in self.options if o.kind in ("number", "constant")]
-    scalars: Callable[[str], Scalars] = lambda name: {option: settings.value(option, name) for option in numbers}
+    names = [o.name for o in self.options if o.kind in ("number", "constant")]
+    numbers: Callable[[str], TensorNumbers] = lambda tensor: {name: settings.value(name, tensor) for name in names}
     if self.prepare is not None:
-      scalars, static = self.prepare(source if self.needs_whole_tensors else _Unread(source, self.name), settings)
+      numbers, static = self.prepare(source if self.needs_whole_tensors else _Unread(source, self.name), settings)
     whole = self.whole(settings) if callable(self.whole) else self.whole
     # If no mask is drawn, blocks may have any shape.
-    return Plan(self.kernel, static, scalars, self.draws and static.get("draw", True), whole)
+    return Plan(self.kernel, static, numbers, self.draws and static.get("draw", True), whole)
 
   def _num_models(self, source: Source) -> int:
     """Returns the number of models that `per_model` options apply to."""
@@ -161,7 +162,7 @@ class MergeMethod:
 
 
 class _Unread:
-  """Is the `Source` of a method that does not declare that it reads tensors."""
+  """Implements the `Source` of a method that does not declare that it reads tensors."""
 
   def __init__(self, source: Source, method: str):
     self._source, self._method = source, method
@@ -235,13 +236,13 @@ def list_round_methods() -> dict[str, MergeMethod]:
 
 
 def list_round_options() -> list[str]:
-  """Returns the names of all options of `in_rounds()` that are settings of their own in a run (`merge.options`)."""
+  """Returns the names of the options of `list_round_methods()` that are settings of their own (`merge.options`)."""
   names = {option.name for entry in list_round_methods().values() for option in entry.options}
   return sorted(names - {"base_weight", "drop_rate", "importance"})
 
 
 def format_option_help() -> dict[str, str]:
-  """Returns the help of the command's flags: for every option of `on_disk()` what it means to which methods."""
+  """Returns the help of the command's flags: for every option of `list_disk_methods()` its meaning to each method."""
   methods_by_text: dict[str, dict[str, list[str]]] = {}
   for entry in list_disk_methods().values():
     for option in entry.options:

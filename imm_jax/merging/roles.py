@@ -29,7 +29,7 @@ _BEFORE = re.compile(r"embed|(^|\.)w[tp]e\.|(^|\.)(shared|project_in)\.")
 
 
 class Shaped(Protocol):
-  """A tensor's description: an entry of a file, a `jax.ShapeDtypeStruct`, or the tensor itself."""
+  """Describes a tensor: an entry of a file, a `jax.ShapeDtypeStruct`, or the tensor itself."""
 
   shape: tuple[int, ...]
 

@@ -31,7 +31,7 @@ Table = dict[str, Entry]
 
 
 class CheckpointSource:
-  """A `Source` of tensors in checkpoint folders. Use it as a context manager."""
+  """Implements `Source` for tensors in checkpoint folders. Use it as a context manager."""
 
   traced = False
 
@@ -59,7 +59,7 @@ class CheckpointSource:
                   {name: entry for name, entry in checkpoint_folder.read_entries(path).items() if keep(name)}
                   for path in self.folders.values()]
       self._models = _align(tables)
-      _require_match(labels, self._models)
+      _check_match(labels, self._models)
     except BaseException:
       self.close()
       raise
@@ -98,7 +98,7 @@ class CheckpointSource:
     self._reader.read(entry, begin, out)
 
   def tensors(self, name: str) -> list[jax.Array]:
-    """Is never called: tensors on disk are never traced."""
+    """Raises NotImplementedError, because tensors on disk are never traced."""
     raise NotImplementedError(name)
 
   def reduce(self, statistic: Statistic, combine: Callable[..., np.ndarray],
@@ -161,7 +161,7 @@ class CheckpointSource:
 
 
 class Buffers:
-  """A pool of aligned arrays for reuse, because the first touch of newly allocated memory is slow."""
+  """Keeps aligned arrays for reuse, because the first touch of newly allocated memory is slow."""
 
   def __init__(self) -> None:
     self._spare: dict[int, list[np.ndarray]] = collections.defaultdict(list)
@@ -207,7 +207,7 @@ def _align(tables: Sequence[Table]) -> list[Table]:
   return roles.share_heads([{n: entry for n, entry in table.items() if n not in left_out} for table in tables])
 
 
-def _require_match(labels: Sequence[str], models: Sequence[Mapping[str, Entry]]) -> None:
+def _check_match(labels: Sequence[str], models: Sequence[Mapping[str, Entry]]) -> None:
   first, problems = models[0], []
   for label, model in zip(labels[1:], models[1:], strict=True):
     problems += [f"{label} lacks {name}" for name in first.keys() - model.keys()]

@@ -23,7 +23,7 @@ _HIGH_BITS, _LOW_BITS = 16, 15
 
 
 class Source(Protocol):
-  """The tensors of several models, base first where there is one."""
+  """Provides the tensors of several models, base first where there is one."""
 
   names: Sequence[str]
   num_models: int

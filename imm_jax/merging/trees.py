@@ -151,7 +151,7 @@ def _interpolate(values: Any, name: str, num_layers: int, option_name: str, firs
 
 
 class Leaf:
-  """The leaf at one path of every model, and the names of its tensors."""
+  """Holds the leaf at one path of every model, and the names of its tensors."""
 
   def __init__(self, path: str, names: Names, tensors: tuple[Any, ...], layer_axis: int = 0):
     self.path = path

@@ -146,8 +146,8 @@ def branching(until: jax.Array, *, backend: str, mesh: Mesh | None = None) -> At
 
   >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 2, 3, 8))
   >>> out = branching(jnp.array([[2, 1, 2]]), backend="xla")(q, k, v)  # the texts 0 1 and 0 2
-  >>> alone = branching(jnp.array([[1, 1]]), backend="xla")(q[:, :, ::2], k[:, :, ::2], v[:, :, ::2])
-  >>> bool(jnp.allclose(out[:, :, ::2], alone))
+  >>> separate = branching(jnp.array([[1, 1]]), backend="xla")(q[:, :, ::2], k[:, :, ::2], v[:, :, ::2])
+  >>> bool(jnp.allclose(out[:, :, ::2], separate))
   True
   """
   if backend == "blockwise":

@@ -15,7 +15,7 @@ BLOCK = 1 << 21
 
 
 class Tensor(NamedTuple):
-  """A tensor of a checkpoint: a leaf, or layer `index` of a stacked leaf."""
+  """Describes a tensor of a checkpoint: a leaf, or layer `index` of a stacked leaf."""
 
   name: str
   dtype: np.dtype

@@ -24,7 +24,7 @@ _MASKED = jnp.finfo(jnp.float32).min
 
 
 class Prefix(NamedTuple):
-  """A prefix shared by all rows.
+  """Holds a prefix shared by all rows.
 
   Attributes:
     caches: keys and values [K, P, h] of every layer.

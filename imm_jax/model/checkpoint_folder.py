@@ -46,7 +46,7 @@ _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|\w*embeddings?|share
 _Tensor = TypeVar("_Tensor", bound=tuple)
 
 
-def require_model_folder(folder: Path) -> None:
+def check_model_folder(folder: Path) -> None:
   """Raises UserError unless this is a folder with more than a LoRA adapter."""
   if not folder.is_dir():
     raise UserError(f"{folder}: {'is a file' if folder.exists() else 'no such checkpoint folder'}; expected a folder "
@@ -74,7 +74,7 @@ def weight_files(folder: Path) -> list[Path]:
     UserError: if there are none, the index is damaged or names a missing file, or there is both a single file and an
       index, of which programs read one or the other.
   """
-  require_model_folder(folder)
+  check_model_folder(folder)
   if (folder / INDEX).exists():
     names = read_index(folder / INDEX)
     if (folder / WEIGHTS).exists() and names != [WEIGHTS]:
@@ -98,7 +98,7 @@ def unread_weights(names: Iterable[str]) -> str:
                if re.fullmatch(pattern, name)), "")
 
 
-def refuse_quantized(where: str, names: Iterable[str]) -> None:
+def check_not_quantized(where: str, names: Iterable[str]) -> None:
   """Raises UserError if the name of a file or tensor shows that weights are quantized, as config.json may not."""
   if match := next(filter(_QUANTIZED_NAMES.fullmatch, names), None):
     raise UserError(f"{where}: {match} says that its weights are quantized, and such are not read; take the "

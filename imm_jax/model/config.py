@@ -6,7 +6,8 @@ from typing import Any
 
 from imm_jax import files
 from imm_jax.errors import UserError, join_items, print_once
-from imm_jax.model import checkpoint_folder, config_keys, rope
+from imm_jax.model import checkpoint_folder, hf_keys, rope
+from imm_jax.model.families import Family
 from imm_jax.model.json_numbers import parse_positive
 from imm_jax.model.rope import RopeScaling
 
@@ -22,7 +23,7 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_t
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Configuration of a decoder: all that its arithmetic depends on."""
+  """Holds the configuration of a decoder: all that its arithmetic depends on."""
 
   vocab_size: int
   hidden_size: int
@@ -65,7 +66,7 @@ def read_config(folder: str | Path) -> ModelConfig:
   Raises:
     UserError: if it is missing or unsupported.
   """
-  checkpoint_folder.require_model_folder(Path(folder))
+  checkpoint_folder.check_model_folder(Path(folder))
   path = Path(folder) / "config.json"
   if not path.exists():
     unread = checkpoint_folder.unread_weights(file.name for file in path.parent.iterdir())
@@ -81,63 +82,86 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 def _parse(config: dict[str, Any], source: str) -> tuple[ModelConfig, tuple[str, ...]]:
   """Parses a config.json; returns the model's config and the keys that are ignored."""
-  family, ignored_keys = config_keys.check_keys(config, source)
-  positions, read = rope.read_config(config, source), config_keys.make_reader(config, family)
-
-  def parse_size(key: str, value: object) -> int:
-    if type(value) is not int or not 1 <= value < _MAX_SIZE:
-      raise UserError(f"{source}: {key} is {'missing' if key not in config else f'{config[key]!r:.100}'}; "
-                      f"expected a positive integer below {_MAX_SIZE}")
-    return value
-
-  def parse_number(key: str, neutral: float | None = None) -> float:
-    value = read(key)
-    return parse_positive(source, key, neutral if value is None else value)
-
-  def parse_flag(key: str) -> bool:
-    value = read(key)
-    if value not in (None, True, False):
-      raise UserError(f"{source}: {key}={value!r}; expected true or false")
-    return bool(value)
-
-  required_size = lambda key: parse_size(key, config.get(key))
-  heads, layers, width = map(required_size, ("num_attention_heads", "num_hidden_layers", "hidden_size"))
+  family, ignored_keys = hf_keys.check_keys(config, source)
+  positions, fields = rope.read_config(config, source), _Fields(config, family, source)
+  heads, layers, width = map(fields.size, ("num_attention_heads", "num_hidden_layers", "hidden_size"))
   if layers > _MAX_LAYERS:
     raise UserError(f"{source}: num_hidden_layers={layers}; expected at most {_MAX_LAYERS}")
-  kv_heads, head_dim = read("num_key_value_heads"), config.get("head_dim", read("head_dim"))
-  kv_heads = parse_size("num_key_value_heads", heads if kv_heads is None else kv_heads)
-  if head_dim is None and heads > width:
-    raise UserError(f"{source}: num_attention_heads={heads} is more than hidden_size={width}; correct one of them, or "
-                    "give head_dim")
-  head_dim = parse_size("head_dim", width // heads if head_dim is None else head_dim)
-  if heads % kv_heads or head_dim % 2:
-    raise UserError(f"{source}: num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}, "
-                    f"and head_dim={head_dim} even")
-  activation = read("hidden_act")
+  kv_heads, head_dim = _parse_heads(fields, heads, width)
+  activation = fields.read("hidden_act")
   if not isinstance(activation, str) or activation not in _ACTIVATIONS:
     raise UserError(f"{source}: hidden_act={activation!r} is not supported; "
                     f"expected one of {', '.join(_ACTIVATIONS)}")
-  attention_bias = parse_flag("attention_bias")
+  attention_bias = fields.flag("attention_bias")
   model = ModelConfig(
-      vocab_size=required_size("vocab_size"),
+      vocab_size=fields.size("vocab_size"),
       hidden_size=width,
-      intermediate_size=required_size("intermediate_size"),
+      intermediate_size=fields.size("intermediate_size"),
       num_layers=layers,
       num_heads=heads,
       num_kv_heads=kv_heads,
       head_dim=head_dim,
       rope_theta=positions.theta,
-      rms_norm_eps=parse_number("rms_norm_eps"),
-      tie_embeddings=parse_flag("tie_word_embeddings"),
+      rms_norm_eps=fields.number("rms_norm_eps"),
+      tie_embeddings=fields.flag("tie_word_embeddings"),
       qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
       o_bias=attention_bias,
-      mlp_bias=parse_flag("mlp_bias"),
+      mlp_bias=fields.flag("mlp_bias"),
       qk_norm=family.qk_norm,
       rope_scaling=positions.scaling,
       activation=_ACTIVATIONS[activation],
-      attention_scale=parse_number("attention_multiplier") if "attention_multiplier" in family.keys else None,
-      embedding_multiplier=parse_number("embedding_multiplier", 1.0),
-      residual_multiplier=parse_number("residual_multiplier", 1.0),
-      logits_divisor=parse_number("logits_scaling", 1.0),
-      max_positions=None if config.get("max_position_embeddings") is None else required_size("max_position_embeddings"))
+      attention_scale=fields.number("attention_multiplier") if "attention_multiplier" in family.keys else None,
+      embedding_multiplier=fields.number("embedding_multiplier", 1.0),
+      residual_multiplier=fields.number("residual_multiplier", 1.0),
+      logits_divisor=fields.number("logits_scaling", 1.0),
+      max_positions=None if config.get("max_position_embeddings") is None else fields.size("max_position_embeddings"))
   return model, (*ignored_keys, *positions.ignored_keys)
+
+
+class _Fields:
+  """Reads the fields of a config.json; raises a UserError that names file and key for a value of the wrong kind."""
+
+  def __init__(self, config: dict[str, Any], family: Family, source: str):
+    """Takes the parsed file, the model's family, and the file's name in messages."""
+    self.config, self.source = config, source
+    # From a key to its value in the file, or else the family's default; see `hf_keys.make_reader`.
+    self.read = hf_keys.make_reader(config, family)
+
+  def size(self, key: str) -> int:
+    """Returns a size that the file must have."""
+    return self.parse_size(key, self.config.get(key))
+
+  def parse_size(self, key: str, value: object) -> int:
+    """Returns the value of a key, if it is a size."""
+    if type(value) is not int or not 1 <= value < _MAX_SIZE:
+      raise UserError(f"{self.source}: {key} is "
+                      f"{'missing' if key not in self.config else f'{self.config[key]!r:.100}'}; "
+                      f"expected a positive integer below {_MAX_SIZE}")
+    return value
+
+  def number(self, key: str, neutral: float | None = None) -> float:
+    """Returns a positive number; `neutral` if the file has none."""
+    value = self.read(key)
+    return parse_positive(self.source, key, neutral if value is None else value)
+
+  def flag(self, key: str) -> bool:
+    """Returns a flag, false if the file has none."""
+    value = self.read(key)
+    if value not in (None, True, False):
+      raise UserError(f"{self.source}: {key}={value!r}; expected true or false")
+    return bool(value)
+
+
+def _parse_heads(fields: _Fields, heads: int, width: int) -> tuple[int, int]:
+  """Returns the number of key/value heads and the dim of a head."""
+  config, source = fields.config, fields.source
+  kv_heads, head_dim = fields.read("num_key_value_heads"), config.get("head_dim", fields.read("head_dim"))
+  kv_heads = fields.parse_size("num_key_value_heads", heads if kv_heads is None else kv_heads)
+  if head_dim is None and heads > width:
+    raise UserError(f"{source}: num_attention_heads={heads} is more than hidden_size={width}; correct one of them, or "
+                    "give head_dim")
+  head_dim = fields.parse_size("head_dim", width // heads if head_dim is None else head_dim)
+  if heads % kv_heads or head_dim % 2:
+    raise UserError(f"{source}: num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}, "
+                    f"and head_dim={head_dim} even")
+  return kv_heads, head_dim

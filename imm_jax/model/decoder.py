@@ -41,7 +41,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Linear(nnx.Module):
-  """A linear map y = x W^T + b with W [out, in]."""
+  """Computes a linear map y = x W^T + b with W [out, in]."""
 
   def __init__(self, in_dim: int, out_dim: int, *, bias: bool, dtype: jnp.dtype, key: jax.Array):
     self.weight = nnx.Param(0.02 * jax.random.normal(key, (out_dim, in_dim), dtype))
@@ -54,7 +54,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-  """Root-mean-square normalization in float32; the result has `dtype`, by default that of x."""
+  """Normalizes by the root mean square in float32; the result has `dtype`, by default that of x."""
 
   def __init__(self, dim: int, *, eps: float, dtype: jnp.dtype):
     self.weight = nnx.Param(jnp.ones((dim,), dtype))
@@ -67,14 +67,14 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-  """A table [V, D] of token embeddings, which is also the head if the two are tied."""
+  """Holds a table [V, D] of token embeddings, which is also the head if the two are tied."""
 
   def __init__(self, vocab: int, dim: int, *, dtype: jnp.dtype, key: jax.Array):
     self.weight = nnx.Param(0.02 * jax.random.normal(key, (vocab, dim), dtype))
 
 
 class Attention(nnx.Module):
-  """Grouped-query attention with rotary position embeddings."""
+  """Computes grouped-query attention with rotary position embeddings."""
 
   def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, key: jax.Array):
     q, k, v, o = jax.random.split(key, 4)
@@ -108,7 +108,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-  """A gated feed-forward network, such as SwiGLU with silu."""
+  """Computes a gated feed-forward network, such as SwiGLU with silu."""
 
   def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, key: jax.Array):
     gate, up, down = jax.random.split(key, 3)
@@ -127,7 +127,7 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-  """A pre-norm transformer layer: attention, then the feed-forward network."""
+  """Computes a pre-norm transformer layer: attention, then the feed-forward network."""
 
   def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, key: jax.Array):
     attention, mlp = jax.random.split(key)
@@ -147,7 +147,7 @@ class Layer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-  """A decoder-only language model; `bind` builds it from parameters."""
+  """Computes a decoder-only language model; `bind` builds it from parameters."""
 
   def __init__(self, config: ModelConfig, *, key: jax.Array, dtype: jnp.dtype = jnp.float32, scan: bool = True):
     embed, layers, head = jax.random.split(key, 3)
@@ -297,7 +297,7 @@ def bind(config: ModelConfig, params: Params, *, scan: bool = True) -> Decoder:
 
 
 def init_params(config: ModelConfig, *, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Params:
-  """Initialises parameters (normal with standard deviation 0.02), with layers stacked."""
+  """Initializes parameters (normal with standard deviation 0.02), with layers stacked."""
   return nnx.to_pure_dict(nnx.state(Decoder(config, key=key, dtype=dtype)))
 
 

@@ -20,7 +20,7 @@ _TIMEOUT = 30
 
 
 class _Repository(NamedTuple):
-  """One commit of a repository of the hub, in the local cache.
+  """Describes one commit of a repository of the hub, in the local cache.
 
   Attributes:
     name: name given by the user.
@@ -56,7 +56,7 @@ def fetch_model(name: str) -> Path:
     sizes = repository.sizes
     if sizes is None:
       return _complete_from_cache(repository)
-    checkpoint_folder.refuse_quantized(name, sizes)
+    checkpoint_folder.check_not_quantized(name, sizes)
     if not any(file in sizes for file in tokenizer.FILES):
       raise UserError(f"{name}: has no tokenizer on the hub; expected {' or '.join(tokenizer.FILES)}; take a model "
                       "that has, or download it, put the tokenizer into its folder, and give that folder")
@@ -124,7 +124,7 @@ def _open_repository(name: str, first: str) -> _Repository:
     if first == ADAPTER_CONFIG:
       raise UserError(f"{name}: has no {first} on the hub; expected a LoRA adapter, as the second of BASE+ADAPTER"
                       ) from e
-    _refuse_adapter(name, repo_id, revision)
+    _check_no_adapter(name, repo_id, revision)
     try:
       unread = checkpoint_folder.unread_weights(_list_files(repo_id, revision or "main"))
     except Exception:  # only the message depends on it
@@ -145,7 +145,7 @@ def _list_files(repo_id: str, revision: str) -> dict[str, int]:
   return {file.rfilename: file.size or 0 for file in info.siblings or ()}
 
 
-def _refuse_adapter(name: str, repo_id: str, revision: str) -> None:
+def _check_no_adapter(name: str, repo_id: str, revision: str) -> None:
   """Raises UserError if a repository without config.json holds a LoRA adapter."""
   import huggingface_hub
 

@@ -58,7 +58,7 @@ def check_folder(folder: str | Path) -> ModelConfig:
 
 
 class RoundTrip(NamedTuple):
-  """Result of `check_round_trip`: the number of unchanged tensors, and the names of those that are not written."""
+  """Holds the result of `check_round_trip`: the number of unchanged tensors, the names of those not written."""
 
   count: int
   left_out: list[str]
@@ -273,7 +273,7 @@ def _open_checkpoint(folder: Path) -> tuple[ModelConfig, dict[str, Entry]]:
 def _check_names(folder: Path, expected: Set[str], actual: Set[str]) -> None:
   """Raises UserError if the names show that weights are quantized or those of a model nested in another."""
   missing = expected - actual
-  checkpoint_folder.refuse_quantized(str(folder), (*(file.name for file in folder.iterdir()), *sorted(actual)))
+  checkpoint_folder.check_not_quantized(str(folder), (*(file.name for file in folder.iterdir()), *sorted(actual)))
   inner = EMBEDDING.removeprefix("model.")
   for name in sorted(actual):
     prefix = name.removesuffix(inner)

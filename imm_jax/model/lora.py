@@ -37,7 +37,7 @@ _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.t
 
 
 class _PlannedTensor(NamedTuple):
-  """A tensor to write: its stored entry [rows, ...], and a function (begin, end) -> update of these rows."""
+  """Plans a tensor to write: its stored entry [rows, ...], and a function (begin, end) -> update of these rows."""
 
   name: str
   dtype: np.dtype

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from imm_jax import files
 from imm_jax.errors import UserError
@@ -18,12 +18,12 @@ _KNOWN_KEYS = frozenset((
     "auto_mapping", "task_type", "peft_version", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out",
     "bias", "lora_bias", "modules_to_save", "ensure_weight_tying", "loftq_config", "eva_config", "corda_config",
     "lora_ga_config", "runtime_config", "megatron_core", "qalora_group_size"))
-# Initialisations that leave the base unchanged; others (pissa, olora, corda, loftq) subtract them from it.
+# Initializations that leave the base unchanged; others (pissa, olora, corda, loftq) subtract them from it.
 _NEUTRAL_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 class AdapterConfig(NamedTuple):
-  """Settings of an adapter_config.json that affect the merged weights.
+  """Holds the settings of an adapter_config.json that affect the merged weights.
 
   Attributes:
     source: name of the file, for messages.
@@ -88,19 +88,19 @@ def read_adapter_config(folder: Path, *, source: str | None = None) -> AdapterCo
   for key, parse in (("rank_pattern", parse_positive_integer), ("alpha_pattern", parse_positive)):
     value = config.get(key) or {}
     if not isinstance(value, dict):
-      _refuse(source, key, value, "an object")
+      _fail(source, key, value, "an object")
     patterns[key] = {_check_regex(source, key, name): parse(source, f"{key}.{name}", v) for name, v in value.items()}
   rslora = config.get("use_rslora") or False
   if not isinstance(rslora, bool):
-    _refuse(source, "use_rslora", rslora, "true or false")
+    _fail(source, "use_rslora", rslora, "true or false")
   if (bias := config.get("bias", "none")) not in ("none", "all", "lora_only"):
-    _refuse(source, "bias", bias, "'none', 'all' or 'lora_only'")
+    _fail(source, "bias", bias, "'none', 'all' or 'lora_only'")
   layers, saved = config.get("layers_to_transform"), config.get("modules_to_save") or []
   layers = [layers] if isinstance(layers, int) else layers or None
   if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
-    _refuse(source, "layers_to_transform", layers, "an integer or a list of them")
+    _fail(source, "layers_to_transform", layers, "an integer or a list of them")
   if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-    _refuse(source, "modules_to_save", saved, "a list of names")
+    _fail(source, "modules_to_save", saved, "a list of names")
   return AdapterConfig(
       source, parse_positive_integer(source, "r", config.get("r", 8)),
       parse_positive(source, "lora_alpha", config.get("lora_alpha", 8)),
@@ -118,7 +118,7 @@ def _compile_targets(source: str, config: Mapping[str, Any]) -> re.Pattern[str] 
     _check_regex(source, "target_modules", value)
     return re.compile(value)
   if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-    _refuse(source, "target_modules", value, "a list of names or a regex")
+    _fail(source, "target_modules", value, "a list of names or a regex")
   return re.compile(rf"(.*\.)?({'|'.join(map(re.escape, value))})")
 
 
@@ -135,5 +135,5 @@ def _check_regex(source: str, key: str, pattern: str) -> str:
   return pattern
 
 
-def _refuse(source: str, key: str, value: Any, expected: str) -> Any:
+def _fail(source: str, key: str, value: Any, expected: str) -> NoReturn:
   raise UserError(f"{source}: {key}={value!r:.200}; expected {expected}")

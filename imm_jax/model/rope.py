@@ -16,7 +16,7 @@ from imm_jax.model.json_numbers import parse_positive
 
 
 class LinearScaling(NamedTuple):
-  """Position interpolation, which divides frequencies by `factor` (`rope_type` linear, Chen et al. 2023,
+  """Interpolates positions: divides frequencies by `factor` (`rope_type` linear, Chen et al. 2023,
   arXiv:2306.15595)."""
 
   factor: float
@@ -32,7 +32,7 @@ class LinearScaling(NamedTuple):
 
 
 class Llama3Scaling(NamedTuple):
-  """Llama 3.1's scaling (`rope_type` llama3): divides low frequencies by `factor` and keeps high ones.
+  """Scales as Llama 3.1 does (`rope_type` llama3): divides low frequencies by `factor` and keeps high ones.
 
   Low frequencies have wavelengths above original / low_freq_factor positions, high ones below
   original / high_freq_factor; those between are interpolated.
@@ -65,7 +65,7 @@ class Llama3Scaling(NamedTuple):
 
 
 class YarnScaling(NamedTuple):
-  """YaRN (`rope_type` yarn, Peng et al. 2023, arXiv:2309.00071).
+  """Scales as YaRN does (`rope_type` yarn, Peng et al. 2023, arXiv:2309.00071).
 
   Frequencies with fewer than `beta_slow` turns in the original context are divided by `factor`, those with more than
   `beta_fast` are kept, with a linear ramp over the dimensions between; cos and sin are scaled by `attention_factor`.
@@ -107,7 +107,7 @@ RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
 
 
 class Rope(NamedTuple):
-  """Rotary settings: the base theta, the scaling of frequencies, and keys without effect, as `section.key`."""
+  """Holds the rotary settings: base theta, scaling of frequencies, and keys without effect, as `section.key`."""
 
   theta: float
   scaling: RopeScaling | None

@@ -31,7 +31,7 @@ _ALIGNMENT = 64
 
 
 class Entry(NamedTuple):
-  """Location of a tensor: its data begin `offset` bytes into the file."""
+  """Locates a tensor: its data begin `offset` bytes into the file."""
 
   path: Path
   dtype: np.dtype

@@ -83,7 +83,7 @@ class WeightsWriter:
 
 
 class _File:
-  """A file of known size that is filled in any order and written in segments."""
+  """Writes a file of known size in segments, which may be filled in any order."""
 
   def __init__(self, path: Path, size: int, disk: BoundedPool):
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL

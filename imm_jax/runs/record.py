@@ -4,8 +4,6 @@ The record holds for every finished stage digests of its inputs (outputs of earl
 base model, and its settings) and of its output. A stage is skipped as long as these are unchanged.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +87,7 @@ def collect_inputs(stage: Stage, record: Mapping[str, Any], external: Mapping[st
 
 def digest_settings(settings: Mapping[str, Any]) -> str:
   """Returns the first 16 hex digits of the SHA-256 of a stage's settings."""
-  return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+  return files.digest_json(settings, digits=16)
 
 
 def list_replaced(record: Mapping[str, Any], external: Mapping[str, str]) -> list[str]:

@@ -214,7 +214,7 @@ def check_entry(entry: str) -> None:
   if source and name in tasks.NAMES and tasks.is_generated(name):
     raise UserError(f"task {entry}: {name} is generated and has no source")
   if source:
-    sources.validate(source)
+    sources.check(source)
 
 
 def load_examples(config: ml_collections.ConfigDict, model: Path, entry: str) -> list[TokenizedExample]:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import ml_collections
 import numpy as np
 
+from imm_jax.files import Row
 from imm_jax.model import checkpoint_folder
 from imm_jax.model.tokenizer import load_tokenizer
 from imm_jax.runtime import distributed, hardware
-from imm_jax.scoring import Scorer, encode_continuations, encode_text
-from imm_jax.stages import resumable
+from imm_jax.scoring import Scorer, encode_continuations, encode_text, resumable
 from imm_jax.stages.devices import make_mesh
 from imm_jax.stages.result_cache import ResultCache
 from imm_jax.stages.task_entries import RunTask, get_tasks
@@ -24,7 +24,6 @@ from imm_jax.tasks.multiple import LETTERS
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
-Row = dict[str, Any]
 # Maximum length of a window of text, in tokens.
 _WINDOW = 2048
 # Questions or passages per part: the most that a killed run loses.

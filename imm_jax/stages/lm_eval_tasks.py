@@ -24,7 +24,7 @@ from imm_jax.stages.task_entries import LM_EVAL, get_tasks
 from imm_jax.statistics import accuracy
 
 if TYPE_CHECKING:
-  from imm_jax.harness import HarnessLM
+  from imm_jax.scoring.harness import HarnessLM
 
 # The primary metric of a task is the first of these that it has.
 _PRIMARY = ("acc", "exact_match", "pass@1", "acc_norm", "f1")
@@ -90,7 +90,7 @@ def measure(config: ml_collections.ConfigDict, model: Path, scratch: Path, cache
 
 
 def _open(config: ml_collections.ConfigDict, model: Path, scratch: Path) -> "HarnessLM":
-  from imm_jax.harness import HarnessLM  # lazy: it takes seconds, and most runs have no such task
+  from imm_jax.scoring.harness import HarnessLM  # lazy: it takes seconds, and most runs have no such task
 
   mesh = config.mesh
   return HarnessLM(str(model), dtype=hardware.compute_dtype(config.sample.compute_dtype),

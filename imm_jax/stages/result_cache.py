@@ -4,7 +4,6 @@ Beside its results a folder has keys.json: for each the digest of all that deter
 of these and of the content. What a new folder does not have any more is kept in the run directory, in cache/KEY.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,12 +13,11 @@ from typing import Any, NamedTuple
 
 from imm_jax import files
 from imm_jax.errors import UserError
+from imm_jax.files import Row
 from imm_jax.runtime import distributed
 
 KEYS = "keys.json"
 FOLDER = "cache"
-
-Row = dict[str, Any]
 
 
 class ResultCache(NamedTuple):
@@ -81,7 +79,7 @@ class ResultCache(NamedTuple):
 
 def digest_key(settings: Mapping[str, Any]) -> str:
   """Returns the key of a result that depends on settings in JSON types."""
-  return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+  return files.digest_json(settings, digits=32)
 
 
 def record(out: Path, keys: Mapping[str, str], facts: Mapping[str, Any]) -> None:

@@ -1,9 +1,8 @@
 """The train questions of a run: those that a round asks, that its prompts show, and that `merge.auto` holds out."""
 
-import hashlib
-import json
 from typing import NamedTuple
 
+from imm_jax import files
 from imm_jax.stages.task_entries import RunTask, Tasks
 from imm_jax.stages.worked_examples import load_shots, load_train, read_file_questions, strip_spaces
 from imm_jax.tasks.base import Example
@@ -94,5 +93,5 @@ def compute_digests(tasks: Tasks) -> dict[str, str]:
   test: list[object] = [row for entry in stored("test", tasks.own) for row in rows(entry.load(split="test"))]
   test += [(e.question, e.rationale) for entry in tasks.own for e in load_shots(tasks, entry)]
   test += list(tasks.load_passages().values())
-  return {f"{split} questions": hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+  return {f"{split} questions": files.digest_json(content, digits=16)
           for split, content in (("train", train), ("test", test))}

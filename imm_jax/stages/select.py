@@ -10,6 +10,7 @@ import numpy as np
 
 from imm_jax import files
 from imm_jax.errors import UserError
+from imm_jax.files import Row
 from imm_jax.methods import get_method
 from imm_jax.runs.run import Run, Stage
 from imm_jax.stages import synthesize
@@ -17,7 +18,6 @@ from imm_jax.stages.round_questions import list_round_keys, load_round
 from imm_jax.stages.task_entries import Tasks, get_tasks
 from imm_jax.tasks import answers
 
-Row = dict[str, Any]
 # The fields of a sample that are read here.
 _SAMPLE_FIELDS = {"id": str, "question": str, "text": str, "finish": str, "span": str, "correct": bool}
 # A smaller share of right samples is worth a warning.

@@ -136,7 +136,7 @@ class Tasks(NamedTuple):
   held_out: int
   drift: int
   few_shot: int
-  protocol: protocols.Settings
+  protocol: protocols.ProtocolSettings
   shots_file: str
   texts: tuple[str, ...]
   passages: int
@@ -230,8 +230,8 @@ def get_tasks(config: ml_collections.ConfigDict) -> Tasks:
       per_round=task.questions_per_round, per_test=task.eval_questions,
       held_out=merge.auto.questions if chooses else 0,
       drift=min(config.analysis.drift, task.eval_questions or config.analysis.drift), few_shot=prompt.few_shot,
-      protocol=protocols.Settings(evaluation.protocol, evaluation.few_shot, evaluation.max_new_tokens, prompt.header,
-                                  prompt.style, tuple(config.sample.stop)),
+      protocol=protocols.ProtocolSettings(evaluation.protocol, evaluation.few_shot, evaluation.max_new_tokens,
+                                          prompt.header, prompt.style, tuple(config.sample.stop)),
       shots_file=evaluation.shots_file, texts=tuple(evaluation.texts),
       passages=evaluation.passages or task.eval_questions)
 

@@ -60,10 +60,10 @@ def compute_mean(scores: Sequence[float]) -> Accuracy:
 def _wilson(p: float, n: int) -> Accuracy:
   z = 1.959963984540054
   z2n = z * z / n
-  centre = (p + z2n / 2) / (1 + z2n)
+  center = (p + z2n / 2) / (1 + z2n)
   half = z * math.sqrt(p * (1 - p) / n + z2n / (4 * n)) / (1 + z2n)
   # With 0 or n correct answers an end equals the value, and rounding must not push it past the value.
-  return Accuracy(p, n, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)))
+  return Accuracy(p, n, min(p, max(0.0, center - half)), max(p, min(1.0, center + half)))
 
 
 def pass_at_k(num_samples: int, correct: int, k: int) -> float:

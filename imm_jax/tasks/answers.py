@@ -33,7 +33,7 @@ _WORDS = re.compile(r"[\s:*]*+[A-Za-z](?:[A-Za-z]|\s+[a-z]{2})")
 
 
 class Verdict(NamedTuple):
-  """Whether an answer is right, and the part of the text that was judged (empty if no answer was found)."""
+  """Says whether an answer is right, and which part of the text was judged (empty if it has no answer)."""
 
   correct: bool
   span: str
@@ -45,7 +45,7 @@ def verdict(text: str, gold: str, kind: str, *, strict: bool,
 
   The final answer follows the last marker (`answer is`, `answer:`, `####`, `A:`) or stands in the last `\\boxed`,
   whichever comes later, before the text goes on to another question. A marker without a number or letter after it
-  (`This answer is rounded`) is skipped in favour of the one before it.
+  (`This answer is rounded`) is skipped in favor of the one before it.
 
   Args:
     text: the model's output.

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Example(NamedTuple):
-  """One question of a task.
+  """Holds one question of a task.
 
   Attributes:
     id: unique in its task, stable across runs and sources; sampling keys are derived from it.
@@ -23,7 +23,7 @@ class Example(NamedTuple):
 
 
 class Choice(NamedTuple):
-  """One question whose options are scored by their likelihood, in the form of lm-evaluation-harness.
+  """Holds one question whose options are scored by their likelihood, in the form of lm-evaluation-harness.
 
   acc_norm divides by the number of characters of an option without the leading space.
 

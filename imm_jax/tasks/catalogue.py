@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from imm_jax.tasks import formats, multiple, one_step
+from imm_jax.tasks import formats, multiple
 from imm_jax.tasks.base import Example
 from imm_jax.tasks.fields import Record
 
@@ -18,7 +18,7 @@ _MBPP_SPLITS = {"prompt": range(1, 11), "test": range(11, 511), "validation": ra
 
 
 class Format(NamedTuple):
-  """One format in which a task's records are published.
+  """Describes one format in which a task's records are published.
 
   Attributes:
     fields: fields that a record must have, in lower case; the first matching format of a task is used.
@@ -33,12 +33,12 @@ class Format(NamedTuple):
 
 
 class Task(NamedTuple):
-  """A real data set.
+  """Describes a real data set.
 
   Attributes:
     role: `id` (trained on and evaluated), `ood` (evaluated), or `importance` (read for layer importance only).
     kind: kind of most of its answers: `number`, `latex`, `choice`, or empty if they are not judged.
-    licence: licence of the records.
+    license: license of the records.
     source: split -> default source; empty if none can be read in the published form.
     formats: formats of its records, that of the default source first.
     files: split -> published file names, for folders without `<split>.jsonl` or the like (see `sources.ReadOptions`).
@@ -53,7 +53,7 @@ class Task(NamedTuple):
 
   role: str
   kind: str
-  licence: str
+  license: str
   source: Mapping[str, str]
   formats: tuple[Format, ...]
   files: Mapping[str, tuple[str, ...]] = {}
@@ -70,11 +70,11 @@ def same_source(source: str, *splits: str) -> dict[str, str]:
   return dict.fromkeys(splits or ("train", "test"), source)
 
 
-def _likelihood_task(file: str, licence: str, repository: str, parsers: Sequence[tuple[str, multiple.Parser]],
+def _likelihood_task(file: str, license: str, repository: str, parsers: Sequence[tuple[str, multiple.Parser]],
                      train_size: int, test_size: int, *, test: str = "test") -> Task:
   """Makes a task scored by likelihood; `test` is the hub's split with golds, `file` its local name."""
   repository = f"hf:{repository}"
-  return Task("ood", "choice", licence, {"train": repository.removesuffix(":"), "test": f"{repository}:{test}"},
+  return Task("ood", "choice", license, {"train": repository.removesuffix(":"), "test": f"{repository}:{test}"},
               tuple(Format(tuple(names.split()), parse, {"train": (train_size,), "test": (test_size,)})
                     for names, parse in parsers),
               files={"test": (f"{file}.jsonl",)}, folder="commonsense", measure="choices")
@@ -118,9 +118,9 @@ TASKS: dict[str, Task] = {
         paper=f"has 520 other questions than the paper's 2065, which are {_HARNESS}/mawps/test.jsonl"),
     "mawps_one_step": Task(  # a selection of this project: the one-step problems of MAWPS, for training and testing
         "id", "number", "MIT", same_source("hf:MU-NLPC/Calc-mawps::train+validation+test"),
-        tuple(Format(names, one_step.parse, {}) for names in one_step.NAMES),
+        tuple(Format(names, formats.parse_one_step, {}) for names in formats.ONE_STEP_FIELDS),
         files=dict.fromkeys(("train", "test"), ("mawps_source.json", "MAWPS.json")), folder="mawps",
-        select=one_step.select),
+        select=formats.select_one_step),
     "multiarith": Task(
         "ood", "number", "none stated", {"test": "hf:ChilleD/MultiArith::train+test"},  # published as one set of 600
         (Format(("question", "final_ans"), formats.numeric_parser("question", "final_ans"), {"test": (600,)}),

@@ -76,23 +76,23 @@ class Observations:
 
   def make_warnings(self, label: str) -> list[str]:
     """Returns warnings on what was read; `label` names task, split and source."""
-    answer, found = self._names["answer"], []
+    answer, warnings = self._names["answer"], []
     if self._contradicting:
-      found.append(f"{len(self._contradicting)} questions occur with different answers, such as "
-                   f"{next(iter(self._contradicting.values()))}; all but one answer are wrong")
+      warnings.append(f"{len(self._contradicting)} questions occur with different answers, such as "
+                      f"{next(iter(self._contradicting.values()))}; all but one answer are wrong")
     if self._sentences:
-      found.append(f"{len(self._sentences)} answers look like sentences, which nothing may equal, such as "
-                   f"{self._sentences[0]}; name the field of the bare answer with --config.task.fields.answer=NAME")
+      warnings.append(f"{len(self._sentences)} answers look like sentences, which nothing may equal, such as "
+                      f"{self._sentences[0]}; name the field of the bare answer with --config.task.fields.answer=NAME")
     if len(self._indices) >= _MANY_INDICES and min(self._indices) > 0:
-      found.append(f"none of the {len(self._indices)} indices in {answer!r} is 0, from which they count; if yours "
-                   "count from 1, the wrong options are taken for right: subtract 1, or write letters")
+      warnings.append(f"none of the {len(self._indices)} indices in {answer!r} is 0, from which they count; if yours "
+                      "count from 1, the wrong options are taken for right: subtract 1, or write letters")
     if self._unlisted:
-      found.append(f"{len(self._unlisted)} questions list no options by letter, (A) ... (B) ..., such as "
-                   f"{self._unlisted[0]}; name the field of options with --config.task.fields.choices=NAME")
+      warnings.append(f"{len(self._unlisted)} questions list no options by letter, (A) ... (B) ..., such as "
+                      f"{self._unlisted[0]}; name the field of options with --config.task.fields.choices=NAME")
     if self._unshown:
-      found.append(f"{len(self._unshown)} records have options in {self._unshown[0]!r}, which are not shown; multiple "
-                   f"choice is --config.task.kind=choice --config.task.fields.choices={self._unshown[0]}")
-    return [f"warning: {label}: {text}" for text in found]
+      warnings.append(f"{len(self._unshown)} records have options in {self._unshown[0]!r}, which are not shown; "
+                      f"multiple choice is --config.task.kind=choice --config.task.fields.choices={self._unshown[0]}")
+    return [f"warning: {label}: {text}" for text in warnings]
 
   def _quote(self, place: str, record: Record) -> str:
     answer = self._names["answer"]

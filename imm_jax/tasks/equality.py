@@ -72,7 +72,7 @@ def main() -> None:
 
 
 class _Child:
-  """A fork of this process that compares one pair at a time."""
+  """Runs a fork of this process that compares one pair at a time."""
 
   def __init__(self) -> None:
     requests, self.requests = os.pipe()

@@ -4,6 +4,7 @@ Those of multiple choice are in `multiple.py`, that of task `custom` in `custom.
 keys. A value of the wrong kind raises a ValueError that says what was expected.
 """
 
+import hashlib
 import re
 
 from imm_jax.tasks import latex
@@ -15,6 +16,14 @@ _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 # A gold of ASDiv: a number with its unit in parentheses; fractions may be in parentheses too.
 _WITH_UNIT = re.compile(r"(?P<number>-?\(?-?[0-9][0-9.,/ ]*\)?)\s*(?:\([^()]*\))?")
 _ORDINAL = re.compile(r"[^0-9]*\b(?P<number>[0-9]+)(?:st|nd|rd|th)\b[^0-9]*")
+# An equation of one step: matches `7+2`, `X=(7.0+2.0)`, `7+2=x`, but no fractions such as 0.5 and no second step.
+_STEP = re.compile(r"(?:[a-z_]\w*=)?\(?([0-9]+)(?:\.0+)?([-+*/])([0-9]+)(?:\.0+)?\)?(?:=[a-z_]\w*)?", re.IGNORECASE)
+_SIGNS = {"*": "x"}
+# The published field names of question, equation and solution of MAWPS; the first triple that a record has is used.
+ONE_STEP_FIELDS = (("question", "expression", "result_float"), ("squestion", "lequations", "lsolutions"),
+                   ("original_text", "equation", "ans"))
+# One in this many one-step problems is in the test set.
+_TEST_SHARE = 3
 
 
 def parse_gsm8k(record: Record) -> Example | None:
@@ -46,7 +55,6 @@ def parse_gsm_plus(record: Record) -> Example | None:
   rationale = get_raw_text(record, "solution").partition("####")[0]
   return make_example(get_text(record, "question"), parse_gold(record["answer"]), _CALCULATOR.sub("", rationale),
                       "number")
-
 
 
 def parse_tabmwp(record: Record) -> Example | None:
@@ -95,6 +103,45 @@ def parse_mawps_source(record: Record) -> Example | None:
     raise ValueError("'lSolutions' is no list")
   gold = parse_gold(solutions[0]) if len(solutions) == 1 else None
   return _bare_example(get_text(record, "squestion"), gold, "number")
+
+
+def parse_one_step(record: Record) -> Example | None:
+  """Parses a problem of MAWPS in any of its published forms, with an answer worked from its equation.
+
+  Returns None if it takes more than one step, or other numbers than whole ones.
+
+  >>> parse_one_step({"question": "What are 7 and 2 nuts?", "expression": "7 + 2", "result_float": 9.0})[1:4]
+  ('What are 7 and 2 nuts?', '9', '7 + 2 = 9.\\nThe answer is 9')
+  """
+  question, equation, solution = next((names for names in ONE_STEP_FIELDS if record.keys() >= set(names)),
+                                      ONE_STEP_FIELDS[0])
+  expression, gold = _get_only(record[equation]), _get_only(record[solution])
+  step = _STEP.fullmatch(re.sub(r"\s", "", expression)) if isinstance(expression, str) else None
+  gold = None if step is None or gold is None else parse_gold(gold)
+  if step is None or gold is None or not gold.isdigit():
+    return None
+  a, operator, b = int(step[1]), step[2], int(step[3])
+  # Some published solutions do not follow from their equations.
+  if {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else None}[operator] != int(gold):
+    return None
+  return make_example(get_text(record, question), gold, f"{a} {_SIGNS.get(operator, operator)} {b} = {gold}.", "number")
+
+
+def _get_only(value: object) -> object:
+  """Returns the only entry of a list, None for other lists, and anything else unchanged."""
+  if isinstance(value, list):
+    return value[0] if len(value) == 1 else None
+  return value
+
+
+def select_one_step(record: Record, split: str) -> bool:
+  """Returns whether a record takes one step and belongs to the split: a third, chosen by a hash of the words, are the
+  test set, independently of the source and its order."""
+  example = parse_one_step(record)
+  if example is None:
+    return False
+  words = "".join(example.question.split())
+  return (hashlib.sha256(words.encode()).digest()[0] % _TEST_SHARE == 0) == (split == "test")
 
 
 def parse_mbpp(record: Record) -> Example | None:

@@ -22,7 +22,7 @@ class Judge:
   """
 
   def __init__(self, *, workers: int | None = None) -> None:
-    """Initialises the judge with a number of worker processes; see `Workers`."""
+    """Initializes the judge with a number of worker processes; see `Workers`."""
     self._workers = Workers(workers)
 
   def verdicts(self, items: Iterable[tuple[str, str, str]], *, strict: bool) -> list[answers.Verdict]:

@@ -83,7 +83,7 @@ _BRACKETS = re.compile(r"[()\[\]{}|]|\\(?:frac|cup|cap)")
 
 
 class Boxed(NamedTuple):
-  """The content of a box, and the position of its command in the text."""
+  """Holds the content of a box, and the position of its command in the text."""
 
   inside: str
   start: int

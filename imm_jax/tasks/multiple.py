@@ -21,7 +21,7 @@ _BRACKETED = re.compile(r"\[.*?\]")
 
 
 class Question(NamedTuple):
-  """A question in both forms, without an id; `choice` is None if the options cannot be separated."""
+  """Holds a question in both forms, without an id; `choice` is None if the options cannot be separated."""
 
   example: Example
   choice: Choice | None

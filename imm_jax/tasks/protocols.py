@@ -29,7 +29,7 @@ _STATED_LETTER = re.compile(r"answer is \(?([a-e])\)?")
 
 
 class Protocol(NamedTuple):
-  """The rules by which a task's questions are asked and judged.
+  """Holds the rules by which a task's questions are asked and judged.
 
   Attributes:
     name: name in `eval.protocol`.
@@ -50,8 +50,8 @@ class Protocol(NamedTuple):
   read: Callable[[str, str], str]
 
 
-class Settings(NamedTuple):
-  """What a config says about how test questions are asked.
+class ProtocolSettings(NamedTuple):
+  """Holds the settings of a config on how test questions are asked.
 
   Attributes:
     name: name of the protocol.
@@ -73,13 +73,13 @@ class Settings(NamedTuple):
   def token_limit(self) -> int:
     """The largest number of tokens of an answer.
 
-    >>> Settings("harness").token_limit, Settings("harness", max_new_tokens=40).token_limit
+    >>> ProtocolSettings("harness").token_limit, ProtocolSettings("harness", max_new_tokens=40).token_limit
     (1024, 40)
     """
     return _MAX_NEW_TOKENS[self.name] if self.max_new_tokens < 0 else self.max_new_tokens
 
 
-def get_protocol(settings: Settings, task: str, kind: str = "") -> Protocol:
+def get_protocol(settings: ProtocolSettings, task: str, kind: str = "") -> Protocol:
   """Returns the protocol for a task.
 
   Args:
@@ -87,7 +87,7 @@ def get_protocol(settings: Settings, task: str, kind: str = "") -> Protocol:
     task: name of the task.
     kind: kind of its answers, for task `custom`; by default that of the task.
 
-  >>> [get_protocol(Settings("harness"), task).few_shot for task in ("gsm8k", "math")]
+  >>> [get_protocol(ProtocolSettings("harness"), task).few_shot for task in ("gsm8k", "math")]
   [8, 4]
   """
   protocol = _PROTOCOLS[settings.name](settings, task, kind or answer_kind(task))
@@ -99,18 +99,18 @@ def answer_kind(task: str) -> str:
   return TASKS[task].kind if task in TASKS else "choice" if task == "choice" else "number"
 
 
-def make_training_prompt(settings: Settings) -> Prompt:
+def make_training_prompt(settings: ProtocolSettings) -> Prompt:
   """Returns the function that builds the prompts of training, which in sampling have worked examples."""
   return lambda example, shots, tokenizer: prompts.build_prompt(
       example.question, header=settings.header, examples=shots, style=settings.style, tokenizer=tokenizer)
 
 
-def _paper(settings: Settings, _task: str, _kind: str) -> Protocol:
+def _paper(settings: ProtocolSettings, _task: str, _kind: str) -> Protocol:
   return Protocol("paper", "the paper's published code: zero-shot, greedy", 0, make_training_prompt(settings),
                   settings.stop, settings.style == "chat", lambda text, kind: text)
 
 
-def _harness(_settings: Settings, task: str, kind: str) -> Protocol:
+def _harness(_settings: ProtocolSettings, task: str, kind: str) -> Protocol:
   ask = "Question: {}\nAnswer:{}" if kind == "number" else "Problem:\n{}\nSolution:{}"
   gap = " " if kind == "number" else "\n"  # before a worked answer
 
@@ -130,7 +130,7 @@ def _harness(_settings: Settings, task: str, kind: str) -> Protocol:
                   read=_read_harness_answer)
 
 
-def _qwen(_settings: Settings, _task: str, _kind: str) -> Protocol:
+def _qwen(_settings: ProtocolSettings, _task: str, _kind: str) -> Protocol:
   question = lambda e: _add_yes_or_no(_inline_options(e.question, "\nAnswer Choices: ", " "), e.answer)
 
   def prompt(example: Example, shots: Sequence[Example], tokenizer: "PreTrainedTokenizerBase | None") -> str:
@@ -142,7 +142,7 @@ def _qwen(_settings: Settings, _task: str, _kind: str) -> Protocol:
                   prompt, ("</s>", "<|im_end|>", "<|endoftext|>"), True, _read_last_box)
 
 
-_PROTOCOLS: Mapping[str, Callable[[Settings, str, str], Protocol]] = {
+_PROTOCOLS: Mapping[str, Callable[[ProtocolSettings, str, str], Protocol]] = {
     "paper": _paper, "harness": _harness, "qwen": _qwen}
 _MAX_NEW_TOKENS = {"paper": 512, "harness": 1024, "qwen": 2048}
 NAMES = tuple(_PROTOCOLS)

@@ -2,13 +2,14 @@
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 from imm_jax.errors import UserError, suggest
 from imm_jax.tasks import custom, custom_notes, formats, sources
 from imm_jax.tasks.base import Choice, Example
 from imm_jax.tasks.catalogue import TASKS, Format, Task, same_source
+from imm_jax.tasks.fields import Record
 from imm_jax.tasks.multiple import Question
 
 # The answers of each kind that can be judged.
@@ -17,7 +18,7 @@ _EXPECTED = {"number": "a number alone, such as 42, or stated as in `#### 42`, `
 
 
 class Split(NamedTuple):
-  """The questions of a split in a fixed order, and statistics of its records.
+  """Holds the questions of a split in a fixed order, and statistics of its records.
 
   Attributes:
     examples: questions in the order of the source. A test split includes repeated questions; other splits do not.
@@ -54,76 +55,129 @@ def read(name: str, *, split: str, source: str = "", fields: Mapping[str, str] |
 
 @functools.lru_cache(maxsize=64)
 def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...], kind: str) -> Split:
+  """Reads a split as `read` does; the fields are pairs, because what is cached needs arguments that can be hashed."""
+  task = _get_task(name, split, source, fields, kind)
+  test = set() if split == "test" else {_without_spaces(e) for e in _read(name, "test", source, fields, kind).examples}
+  published, source = not source, source or task.source[split]
+  if not source:
+    raise UserError(f"task {name} {task.paper}: give {name}=file:PATH")
+  options = sources.ReadOptions(split, task.folder or name, task.files.get(split, ()), task.columns,
+                                "with the fields " + " or ".join(", ".join(f.fields) for f in task.formats),
+                                with_file=bool(task.columns))  # MMLU's file names contain the subject
+  names = custom.resolve_fields(dict(fields))
+  observed = custom_notes.Observations(names, kind) if name == "custom" else None
+  form, seen, collection = None, set[str](), _Collection(split, test)
+  for place, record in sources.read(source, options):
+    form = form or next((f for f in task.formats if record.keys() >= set(f.fields)), task.formats[0])
+    if missing := [field for field in form.fields if field not in record]:
+      raise UserError(f"{place}: " + _describe_missing(missing, record, seen, options.needs, name, fields))
+    seen.update(record)
+    try:
+      if task.select and not task.select(record, split):
+        continue
+      question = _parse(form, record)
+    except (TypeError, ValueError) as e:
+      raise UserError(f"{place}: {e}") from e
+    if observed:
+      observed.add(place, record, question)
+    collection.add(place, question)
+  if observed and seen and names["answer"] not in seen:
+    raise UserError(f"{source}: no record has a field {names['answer']!r} but {', '.join(sorted(seen))}; name that of "
+                    "the answers with --config.task.fields.answer=NAME")
+  if not collection.questions:
+    raise UserError(f"{source}: holds no question for {name}/{split}{_suggest_split(source, collection.counts)}"
+                    + _describe_unjudged(collection, observed, task.kind))
+  rationale_field = dict(fields).get("rationale", "").lower()
+  if rationale_field and split == "train" and rationale_field not in seen:
+    raise UserError(f"{source}: no record has a field {rationale_field!r} (task.fields.rationale) but "
+                    f"{', '.join(sorted(seen))}")
+  label = f"{name}/{split}: {source}"
+  notes = _make_notes(label, form.sizes.get(split) if form else None, collection.counts,
+                      keeps_repeated=split == "test", observed=observed)
+  notes += observed.make_warnings(label) if observed else []
+  if published and split == "test" and task.paper:
+    notes.append(paper_note(name))
+  questions = collection.list_with_ids(f"{name}/{split}")
+  return Split(tuple(question.example for question in questions),
+               {question.choice.id: question.choice for question in questions if question.choice}, collection.counts,
+               tuple(notes))
+
+
+class _Collection:
+  """Collects the questions of a split, and counts its records and those of them that are left out.
+
+  Attributes:
+    questions: the questions by their words, in the order of the source; several of the same words in a test split.
+    counts: see `Split`.
+    unjudged: the place of the first record without a gold; "" for none.
+  """
+
+  def __init__(self, split: str, test: Set[str]):
+    """Takes the split, and the questions of the test set without white space, which other splits must not have."""
+    self._keeps_repeated, self._test = split == "test", test
+    self.questions: dict[str, list[Question]] = {}
+    self.counts = dict.fromkeys(("records", "no_gold", "repeated", "in_test"), 0)
+    self.unjudged = ""
+
+  def add(self, place: str, question: Question | None) -> None:
+    """Adds the question of a record, None for one without a gold."""
+    self.counts["records"] += 1
+    if question is None:
+      self.counts["no_gold"] += 1
+      self.unjudged = self.unjudged or place
+      return
+    key = _question_key(question.example)
+    if key in self.questions:
+      self.counts["repeated"] += 1
+      if self._keeps_repeated:
+        self.questions[key].append(question)
+    elif _without_spaces(question.example) in self._test:
+      self.counts["in_test"] += 1
+    else:
+      self.questions[key] = [question]
+
+  def list_with_ids(self, label: str) -> list[Question]:
+    """Returns all questions, those of the same words together, with ids that begin with the label."""
+    return [question for key, group in self.questions.items() for question in _assign_ids(label, key, group)]
+
+
+def _get_task(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...], kind: str) -> Task:
+  """Returns a task that has the split; raises UserError if there is none, or it takes no fields and kind."""
   task = _make_custom_task(dict(fields), kind, source) if name == "custom" else TASKS[name]
   if name != "custom" and (fields or kind):
     raise UserError(f"task {name} has its own fields and kind; only task custom takes them from the config")
   if split not in task.source:
     raise UserError(f"task {name} has no {split} split, only {', '.join(task.source)}"
                     + ("; it is for evaluation" if split == "train" else ""))
-  test = set() if split == "test" else {_without_spaces(e) for e in _read(name, "test", source, fields, kind).examples}
-  published, source = not source, source or task.source[split]
-  if not source:
-    raise UserError(f"task {name} {task.paper}: give {name}=file:PATH")
-  where = sources.ReadOptions(split, task.folder or name, task.files.get(split, ()), task.columns,
-                              "with the fields " + " or ".join(", ".join(f.fields) for f in task.formats),
-                              with_file=bool(task.columns))  # MMLU's file names contain the subject
-  names = custom.resolve_fields(dict(fields))
-  observed = custom_notes.Observations(names, kind) if name == "custom" else None
-  form, unjudged, counts, seen = None, "", dict.fromkeys(("records", "no_gold", "repeated", "in_test"), 0), set[str]()
-  by_key: dict[str, list[Question]] = {}
-  for place, record in sources.read(source, where):
-    form = form or next((f for f in task.formats if record.keys() >= set(f.fields)), task.formats[0])
-    missing = [field for field in form.fields if field not in record]
-    if missing and seen.issuperset(missing):
-      raise UserError(f"{place}: has no field {missing[0]!r}, which the records before it have")
-    if missing:
-      key = next((key for key, own in fields if own.lower() == missing[0]), missing[0])
-      advice = f"; name it with --config.task.fields.{key}=NAME" if name == "custom" else ""
-      raise UserError(f"{place}: has no field {missing[0]!r} but {', '.join(record)}; expected records {where.needs}"
-                      f"{advice}")
-    seen.update(record)
-    try:
-      if task.select and not task.select(record, split):
-        continue
-      parsed = form.parse(record)
-      question = parsed if isinstance(parsed, Question | None) else Question(parsed, None)
-      if question:  # encoding fails for lone surrogates, which JSON can express
-        "".join((*question.example, *(() if question.choice is None else question.choice.contexts))).encode()
-    except (TypeError, ValueError) as e:
-      raise UserError(f"{place}: {e}") from e
-    counts["records"] += 1
-    if observed:
-      observed.add(place, record, question)
-    key = _question_key(question.example) if question else ""
-    unjudged = unjudged or (place if not question else "")
-    exclusion = "no_gold" if not question else "repeated" if key in by_key else "in_test" if _without_spaces(
-        question.example) in test else ""
-    if exclusion:
-      counts[exclusion] += 1
-    if question and (not exclusion or (exclusion == "repeated" and split == "test")):
-      by_key.setdefault(key, []).append(question)
-  if observed and seen and names["answer"] not in seen:
-    raise UserError(f"{source}: no record has a field {names['answer']!r} but {', '.join(sorted(seen))}; name that of "
-                    "the answers with --config.task.fields.answer=NAME")
-  if not by_key:
-    raise UserError(f"{source}: holds no question for {name}/{split}" + _suggest_split(source, counts)
-                    + (f"; {counts['no_gold']} of its {counts['records']} records have no answer that can be judged, "
-                       f"the first of them {observed.unjudged if observed else unjudged}; expected "
-                       f"{_EXPECTED.get(task.kind, 'one')}"
-                       if counts["no_gold"] else ""))
-  rationale_field = dict(fields).get("rationale", "").lower()
-  if rationale_field and split == "train" and rationale_field not in seen:
-    raise UserError(f"{source}: no record has a field {rationale_field!r} (task.fields.rationale) but "
-                    f"{', '.join(sorted(seen))}")
-  label = f"{name}/{split}: {source}"
-  notes = _make_notes(label, form.sizes.get(split) if form else None, counts, keeps_repeated=split == "test",
-                      observed=observed)
-  notes += observed.make_warnings(label) if observed else []
-  if published and split == "test" and task.paper:
-    notes.append(paper_note(name))
-  questions = [question for key, group in by_key.items() for question in _assign_ids(f"{name}/{split}", key, group)]
-  return Split(tuple(question.example for question in questions),
-               {question.choice.id: question.choice for question in questions if question.choice}, counts, tuple(notes))
+  return task
+
+
+def _parse(form: Format, record: Record) -> Question | None:
+  """Parses a record; raises ValueError or TypeError if it cannot be parsed, or has what is no text."""
+  parsed = form.parse(record)
+  question = parsed if isinstance(parsed, Question | None) else Question(parsed, None)
+  if question:  # encoding fails for lone surrogates, which JSON can express
+    "".join((*question.example, *(() if question.choice is None else question.choice.contexts))).encode()
+  return question
+
+
+def _describe_missing(missing: Sequence[str], record: Record, seen: Set[str], needs: str, name: str,
+                      fields: Sequence[tuple[str, str]]) -> str:
+  """Says that a record lacks fields, which the records before it may have had (`seen`), and what was expected."""
+  if set(missing) <= seen:
+    return f"has no field {missing[0]!r}, which the records before it have"
+  key = next((key for key, own in fields if own.lower() == missing[0]), missing[0])
+  advice = f"; name it with --config.task.fields.{key}=NAME" if name == "custom" else ""
+  return f"has no field {missing[0]!r} but {', '.join(record)}; expected records {needs}{advice}"
+
+
+def _describe_unjudged(collection: _Collection, observed: custom_notes.Observations | None, kind: str) -> str:
+  """Says, where a split has no question, how many records have no gold, and what such looks like."""
+  if not collection.unjudged:
+    return ""
+  counts, first = collection.counts, observed.unjudged if observed else collection.unjudged
+  return (f"; {counts['no_gold']} of its {counts['records']} records have no answer that can be judged, the first of "
+          f"them {first}; expected {_EXPECTED.get(kind, 'one')}")
 
 
 def paper_note(name: str) -> str:

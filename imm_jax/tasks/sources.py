@@ -29,7 +29,7 @@ _TFDS = re.compile(r"(?P<name>[^:]+(?::[0-9]+\.[0-9]+\.[0-9]+)?)(?::(?P<split>[^
 
 
 class ReadOptions(NamedTuple):
-  """Options of reading a source.
+  """Holds the options of reading a source.
 
   Attributes:
     split: name of the split.
@@ -57,7 +57,7 @@ def read(source: str, options: ReadOptions) -> Iterator[tuple[str, dict[str, Any
   Raises:
     UserError: for a source of unknown form, that cannot be read, or that holds other data.
   """
-  validate(source)
+  check(source)
   scheme, _, rest = source.partition(":")
   for location, record in _READERS[scheme](source, rest, options):
     if not isinstance(record, dict):
@@ -66,7 +66,7 @@ def read(source: str, options: ReadOptions) -> Iterator[tuple[str, dict[str, Any
     yield location, {str(key).lower(): value for key, value in record.items()}
 
 
-def validate(source: str) -> None:
+def check(source: str) -> None:
   """Raises UserError for a source of unknown form, or a local file of unknown kind, without reading it."""
   scheme, _, rest = source.partition(":")
   if scheme not in _READERS or not rest:

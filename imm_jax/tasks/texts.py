@@ -19,7 +19,7 @@ def load_text(name: str = "", *, count: int | None = None, source: str = "", spl
   """Loads the first passages of a corpus in its own order.
 
   Consecutive paragraphs (of a file) or records are joined up to `chars` characters; a longer one is a passage of its
-  own. The header and licence of Project Gutenberg files are removed.
+  own. The header and license of Project Gutenberg files are removed.
 
   Args:
     name: a name in `CORPORA`; not needed with a source.

@@ -18,7 +18,7 @@ _PROGRAM = Path(__file__).with_name("equality.py")
 
 
 class Workers:
-  """A pool of worker processes, which are started on first use. Safe to share by threads.
+  """Runs a pool of worker processes, which are started on first use. Safe to share by threads.
 
   >>> workers = Workers(1)
   >>> workers.equal(r"\\sqrt{8}", r"2\\sqrt{2}")
@@ -27,7 +27,7 @@ class Workers:
   """
 
   def __init__(self, count: int | None = None) -> None:
-    """Initialises a pool of `count` >= 1 processes of about 0.1 GB each; by default one a core, at most eight."""
+    """Initializes a pool of `count` >= 1 processes of about 0.1 GB each; by default one a core, at most eight."""
     self.count = min(8, os.cpu_count() or 1) if count is None else count
     self._all = [_Worker() for _ in range(self.count)]
     self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -63,7 +63,7 @@ def shared_workers() -> Workers:
 
 
 class _Worker:
-  """A process of `equality.py`, started on first use and restarted after it dies."""
+  """Runs a process of `equality.py`, started on first use and restarted after it dies."""
 
   def __init__(self) -> None:
     self._process: subprocess.Popen[str] | None = None

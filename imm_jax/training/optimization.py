@@ -1,5 +1,6 @@
 """What a training minimizes and how: the schedule of the learning rate, and the optimizer, AdamW after clipping."""
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,11 @@ import optax
 from imm_jax.model.decoder import Params
 from imm_jax.training.additions import PLAIN, Additions
 from imm_jax.training.interventions import Intervention
+
+# Name of a schedule -> function (peak, steps) that makes the part of it after the warm-up.
+SCHEDULES: Mapping[str, Callable[[float, int], optax.Schedule]] = {
+    "cosine": optax.cosine_decay_schedule, "linear": lambda peak, steps: optax.linear_schedule(peak, 0.0, steps),
+    "constant": lambda peak, steps: optax.constant_schedule(peak)}
 
 
 class Optimization(NamedTuple):
@@ -46,9 +52,7 @@ def make_schedule(kind: str, *, peak: float, total_steps: int, warmup_ratio: flo
   (0.5, 1.0, 0.5)
   """
   warmup = min(max(1, round(total_steps * warmup_ratio)), total_steps - 1) if warmup_ratio > 0 else 0
-  decay = {"cosine": optax.cosine_decay_schedule(peak, max(1, total_steps - warmup)),
-           "linear": optax.linear_schedule(peak, 0.0, max(1, total_steps - warmup)),
-           "constant": optax.constant_schedule(peak)}[kind]
+  decay = SCHEDULES[kind](peak, max(1, total_steps - warmup))
   return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup]) if warmup else decay
 
 

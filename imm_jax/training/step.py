@@ -60,15 +60,15 @@ def token_losses(config: ModelConfig, params: Params, batch: dict[str, jax.Array
     inputs = head_inputs(config, frozen["base"], batch, adapters=params, lora_config=additions.lora, **options)
   else:
     inputs = head_inputs(config, params, batch, **options)
-  x, head, targets, weights = inputs
+  x, head, targets, loss_mask = inputs
   # Half the positions, so that the logits of two models take as much memory as those of one.
   chunk = chunk or choose_chunk((2 if additions.kl else 1) * count_device_rows(x.shape[0], options.get("mesh")))
-  tokens = {"tokens": jnp.sum(weights)}
+  tokens = {"tokens": jnp.sum(loss_mask)}
   if not additions.kl:
-    return head_loss(x, head, targets, weights, chunk), tokens
+    return head_loss(x, head, targets, loss_mask, chunk), tokens
   # The base model has no backward pass, hence nothing to rematerialize.
   base = jax.lax.stop_gradient(head_inputs(config, frozen["anchor"], batch, **options | {"remat": "none"})[:2])
-  loss, kl = anchored_loss(x, head, *base, targets, weights, chunk, additions.kl)
+  loss, kl = anchored_loss(x, head, *base, targets, loss_mask, chunk, additions.kl)
   return loss, tokens | {"kl": kl}
 
 
@@ -98,13 +98,13 @@ def head_inputs(config: ModelConfig, params: Params, batch: dict[str, jax.Array]
 
   Returns:
     The head's inputs [B, T, D] in the compute dtype, the head's weight [V, D], the next token at each position, int32
-    [B, T], and weights, float32 [B, T], 1 where that token is learned.
+    [B, T], and the loss mask, float32 [B, T], 1 where that token is learned.
   """
   attend = attention_lib.packed(batch["segment_ids"], backend=attention, mesh=mesh)
   x, head = hidden_states(config, params, batch["tokens"], batch["positions"], attend=attend, mesh=mesh, **options)
   # Token t+1 is predicted at position t. A segment's first token has weight 0, so no prediction crosses segments.
-  targets, weights = (jnp.pad(batch[name][:, 1:], ((0, 0), (0, 1))) for name in ("tokens", "weights"))
-  return x, head, targets, weights
+  targets, loss_mask = (jnp.pad(batch[name][:, 1:], ((0, 0), (0, 1))) for name in ("tokens", "weights"))
+  return x, head, targets, loss_mask
 
 
 def hidden_states(config: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array, *,

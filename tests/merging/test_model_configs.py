@@ -10,7 +10,7 @@ import pytest
 
 from imm_jax import errors, merging
 from imm_jax.errors import UserError
-from imm_jax.merging.model_configs import require_compatible
+from imm_jax.merging.model_configs import check_compatible
 from tests.merge_folders import read
 from tests.merging.recipe_models import merged, save, source
 
@@ -87,7 +87,7 @@ def test_families_name_incompatible_keys_apart(key: str, tmp_path: Path):
 def test_differing_keys_are_noted(a: dict, b: dict, expected: str, tmp_path: Path, capsys):
   """What may differ is noted whatever a family calls it."""
   errors.print_once.cache_clear()
-  require_compatible({f"models[{i}]": save(tmp_path / str(i), i, **config) for i, config in enumerate((a, b))})
+  check_compatible({f"models[{i}]": save(tmp_path / str(i), i, **config) for i, config in enumerate((a, b))})
   notes = capsys.readouterr().err
   assert expected in notes if expected else "note" not in notes
 

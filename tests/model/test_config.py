@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from imm_jax.errors import UserError
-from imm_jax.model import config_keys
+from imm_jax.model import hf_keys
 from imm_jax.model.config import ModelConfig, read_config
 from imm_jax.model.families import FAMILIES
 from imm_jax.model.rope import Llama3Scaling
@@ -112,7 +112,7 @@ def test_any_value_is_read_or_refused() -> None:
   scaling = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
              "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.5, "rope_theta": 1e4}
   found = [{**PLAIN, "model_type": family, key: value} for family in FAMILIES
-           for key in config_keys.known_keys(FAMILIES[family]) for value in values]
+           for key in hf_keys.known_keys(FAMILIES[family]) for value in values]
   found += [{**PLAIN, "max_position_embeddings": 64, "rope_scaling": {**scaling, "rope_type": kind, key: value}}
             for kind in ("default", "linear", "llama3", "yarn")
             for key in (*scaling, "rope_type", "type", "attention_factor", "truncate", "x") for value in values]

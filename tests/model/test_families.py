@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from imm_jax.errors import UserError
-from imm_jax.model import config_keys
+from imm_jax.model import hf_keys
 from imm_jax.model.config import ModelConfig
 from imm_jax.model.families import COMMON, FAMILIES
 from tests import REPO
@@ -41,7 +41,7 @@ def test_transformers_keys_are_known(family: str) -> None:
   assert {"sliding_window", "attention_chunk_size", "per_layer_config"} <= shared
   shared |= transformers.GenerationConfig._get_default_generation_params().keys()
   methods = {key for key in shared if hasattr(transformers.PreTrainedConfig, key)} - declared
-  assert declared | read | shared - methods <= config_keys.known_keys(FAMILIES[family])
+  assert declared | read | shared - methods <= hf_keys.known_keys(FAMILIES[family])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -145,7 +145,7 @@ def test_what_was_scored_is_not_scored_again(data: Path, tmp_path: Path, monkeyp
   """Killed at the third, fifth and seventh part, an evaluation by likelihood and lm_eval comes to the same bits."""
   pytest.importorskip("lm_eval")
   monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-  harness = importlib.import_module("imm_jax.harness")
+  harness = importlib.import_module("imm_jax.scoring.harness")
   for module, name, size in ((likelihood, "_QUESTIONS", 4), (likelihood, "_PASSAGES", 1), (harness, "_REQUESTS", 8)):
     monkeypatch.setattr(module, name, size)
   config = tiny.get_config()

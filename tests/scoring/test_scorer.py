@@ -170,7 +170,7 @@ def models() -> tuple:
     pytest.importorskip("torch")
     from lm_eval.models.huggingface import HFLM
 
-    from imm_jax.harness import HarnessLM
+    from imm_jax.scoring.harness import HarnessLM
     folder = str(hub.resolve("tiny"))
     return HarnessLM(folder, dtype="float32", batch_size=4), HFLM(folder, dtype="float32", device="cpu", batch_size=2)
 
@@ -215,7 +215,7 @@ def test_sentencepiece_equals_lm_eval(tmp_path: Path) -> None:
   from lm_eval.models.huggingface import HFLM
   from tokenizers import Tokenizer, decoders, models as kinds, normalizers, processors
 
-  from imm_jax.harness import HarnessLM
+  from imm_jax.scoring.harness import HarnessLM
 
   words = ["<unk>", "<s>", "</s>", *(f"\u2581{w}" for w in ("Tom", "has", "the", "sum", "of", "it")), "\u2581",
            *"Tomhasteufi"]

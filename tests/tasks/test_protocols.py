@@ -21,7 +21,7 @@ from imm_jax.tasks import protocols
 from imm_jax.tasks.answers import verdict
 from imm_jax.tasks.base import Example
 
-HARNESS = protocols.Settings("harness")
+HARNESS = protocols.ProtocolSettings("harness")
 ODD = "{} {x} \\frac{1}{2} é\u2028 $5\t100%"
 
 
@@ -72,7 +72,7 @@ def test_qwen_prompts_equal_transformers():
   """They are what transformers makes of the chat."""
   tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
   tokenizer.chat_template = QWEN
-  protocol = protocols.get_protocol(protocols.Settings("qwen"), "gsm8k")
+  protocol = protocols.get_protocol(protocols.ProtocolSettings("qwen"), "gsm8k")
   system = "Please reason step by step, and put your final answer within \\boxed{}."
   built = protocol.prompt(Example("", ODD, "7", "", "number"), (), tokenizer)
   assert built == tokenizer.apply_chat_template(
@@ -102,7 +102,7 @@ def test_qwen_prompts_equal_transformers():
     ("harness", "choice", "The answer is (B). So the choice is C.", "B"), ("harness", "choice", "choice is c", "C"),
     ("paper", "choice", "The answer is (B). The answer is (C).", "C"), ("harness", "choice", "(B)", None)])
 def test_answers_are_read_as_the_protocol_does(protocol, kind, text, right):
-  read = protocols.get_protocol(protocols.Settings(protocol), "gsm8k").read
+  read = protocols.get_protocol(protocols.ProtocolSettings(protocol), "gsm8k").read
   answers = {"number": ("6", "7", "8"), "latex": ("1/2", "3", "4"), "choice": "ABC"}[kind]
   found = [a for a in answers if verdict(read(text, kind), a, kind, strict=False).correct]
   assert found == ([] if right is None else [right])

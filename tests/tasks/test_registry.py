@@ -94,13 +94,13 @@ def test_a_task_without_a_train_split_says_so(name):
     tasks.load(name, split="train", count=1)
 
 
-def test_table_gives_source_role_licence():
-  """It says where each task is from, what its role is, and under what licence it comes."""
+def test_table_gives_source_role_license():
+  """It says where each task is from, what its role is, and under what license it comes."""
   for name, task in catalogue.TASKS.items():
     assert task.role in ("id", "ood", "importance")
     assert task.kind in (*formats.KINDS, "")
     assert (task.role == "importance") == (not task.kind) == (name not in tasks.JUDGED)
-    assert task.licence
+    assert task.license
     assert "test" in task.source
     assert all(source.startswith("hf:") for source in task.source.values()) or (name == "tabmwp" and task.paper)
     assert task.measure == ("choices" if task.folder == "commonsense" else "answer") == tasks.default_measure(name)

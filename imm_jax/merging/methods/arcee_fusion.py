@@ -10,7 +10,7 @@ import numpy as np
 from imm_jax.merging import kernels, statistics
 from imm_jax.merging.kernels import Numbers, Shared, Tensors
 from imm_jax.merging.options import Settings
-from imm_jax.merging.registry import Scalars, method
+from imm_jax.merging.registry import TensorNumbers, method
 from imm_jax.merging.statistics import Source
 
 
@@ -26,7 +26,7 @@ def _importance(tensors: Sequence[jax.Array]) -> list[jax.Array]:
 def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
   del settings
 
-  def scalars(name: str) -> Scalars:
+  def numbers(name: str) -> TensorNumbers:
     ranks = np.array([int(np.float32(q) * (max(1, source.size(name)) - 1)) for q in (0.25, 0.5, 0.75)])
     bits = statistics.select_magnitudes(source, {0: ranks}, {name: [0]}, [name], view=_clipped_importance,
                                         rows=True)[0, 0]
@@ -34,7 +34,7 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
     low, median, high = (jax.lax.bitcast_convert_type(bits, jnp.float32) if xp is jnp else bits.view(np.float32))
     return {"threshold": median + np.float32(1.5) * (high - low)}
 
-  return scalars, {}
+  return numbers, {}
 
 
 def _clipped_importance(tensors: Sequence[jax.Array]) -> list[jax.Array]:

@@ -7,7 +7,7 @@ import jax
 from imm_jax.merging import deltas
 from imm_jax.merging.kernels import Numbers, Shared, Tensors
 from imm_jax.merging.options import Option, Settings
-from imm_jax.merging.registry import Scalars, method
+from imm_jax.merging.registry import TensorNumbers, method
 from imm_jax.merging.statistics import Source
 
 OPTIONS = (deltas.WEIGHTS, deltas.DENSITIES, Option(
@@ -24,7 +24,7 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
     first = max(0, size - kept - int(gamma * size))
     return first, first + kept - 1
 
-  def bounds(name: str) -> Scalars:  # computed when the tensor is merged, so that not all bounds are held at once
+  def bounds(name: str) -> TensorNumbers:  # computed at the merge of the tensor, so that not all are held at once
     bands = dict(enumerate(band(name, d, g) for d, g in zip(
         settings.concrete_values("densities", name), settings.concrete_values("gammas", name), strict=True)))
     return deltas.magnitude_bounds(source, bands, {name: list(bands)}, [name])(name)

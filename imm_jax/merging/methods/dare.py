@@ -9,17 +9,17 @@ import numpy as np
 from imm_jax.merging import kernels, masks
 from imm_jax.merging.kernels import Numbers, Shared, Tensors
 from imm_jax.merging.options import Option, Settings
-from imm_jax.merging.registry import Scalars, method
+from imm_jax.merging.registry import TensorNumbers, method
 from imm_jax.merging.statistics import Source
 
 
 def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
-  def scalars(name: str) -> Scalars:
+  def numbers(name: str) -> TensorNumbers:
     steps = masks.drop_steps(settings.value("drop_rate", name), name)
     return {"gain": np.float32(masks.STEPS / (masks.STEPS - steps)), "steps": np.uint32(steps),
             "code": masks.tensor_code(name)}
 
-  by_name = {name: scalars(name) for name in source.names}
+  by_name = {name: numbers(name) for name in source.names}
   return by_name.__getitem__, {}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from imm_jax.merging import kernels, masks
 from imm_jax.merging.kernels import Numbers, Shared, Tensors
 from imm_jax.merging.options import Option, Settings, stack
-from imm_jax.merging.registry import Scalars, method
+from imm_jax.merging.registry import TensorNumbers, method
 from imm_jax.merging.statistics import Source
 from imm_jax.merging.trees import get_layer
 
@@ -20,7 +20,7 @@ DROP_RATE = Option("drop_rate", "DARE's p, the share of entries to drop", low=0,
 
 
 def _prepare(source: Source, settings: Settings, layer_scales: Any = None) -> tuple[Any, dict[str, Any]]:
-  def scalars(name: str) -> Scalars:
+  def numbers(name: str) -> TensorNumbers:
     steps = masks.drop_steps(settings.value("drop_rate", name), name)
     layer = get_layer(name)
     layer_scale = 1.0 if layer_scales is None or layer is None else layer_scales[min(layer, len(layer_scales) - 1)]
@@ -28,7 +28,7 @@ def _prepare(source: Source, settings: Settings, layer_scales: Any = None) -> tu
             "code": masks.tensor_code(name), "gain": stack([layer_scale * masks.STEPS / (masks.STEPS - steps)])[0]}
 
   # Computed for all tensors up front, so that an invalid value is reported before the merge begins.
-  by_name = {name: scalars(name) for name in source.names}
+  by_name = {name: numbers(name) for name in source.names}
   return by_name.__getitem__, {"draw": any(s["steps"] for s in by_name.values())}
 
 

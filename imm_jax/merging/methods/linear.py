@@ -9,7 +9,7 @@ import numpy as np
 from imm_jax.merging import kernels
 from imm_jax.merging.kernels import Numbers, Shared, Tensors
 from imm_jax.merging.options import Option, Settings
-from imm_jax.merging.registry import Scalars, method
+from imm_jax.merging.registry import TensorNumbers, method
 from imm_jax.merging.statistics import Source
 
 
@@ -22,9 +22,9 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
       if not isinstance(total, jax.Array) and total == 0:
         raise ValueError(f"weights: they add up to 0 at {name!r}, which cannot be normalized")
   divide = settings["normalize"] and (traced or any(total != 1 for total in totals.values()))
-  scalars: dict[str, Scalars] = {
+  numbers: dict[str, TensorNumbers] = {
       name: {"weights": weights_by_name[name], "total": totals[name]} for name in source.names}
-  return scalars.__getitem__, {"divide": divide}
+  return numbers.__getitem__, {"divide": divide}
 
 
 @method("models", reference="https://arxiv.org/abs/2203.05482", prepare=_prepare, options=(

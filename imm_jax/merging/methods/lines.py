@@ -7,7 +7,7 @@ import jax
 from imm_jax.merging import deltas
 from imm_jax.merging.kernels import Numbers, Shared, Tensors
 from imm_jax.merging.options import Option, Settings, stack
-from imm_jax.merging.registry import Scalars, method
+from imm_jax.merging.registry import TensorNumbers, method
 from imm_jax.merging.statistics import Source
 from imm_jax.merging.trees import get_layer, get_num_layers
 
@@ -16,12 +16,12 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
   if not source.output_layers and source.names:
     raise ValueError(f"lines scales by depth, but no name such as {source.names[0]!r} has layers.<n>.; give names")
 
-  def scalars(name: str) -> Scalars:
+  def numbers(name: str) -> TensorNumbers:
     depth = min(1.0, (get_layer(name) or 0) / max(1, get_num_layers(name, source.output_layers) - 1))
     scale = settings.value("alpha", name) + depth * settings.value("beta", name)
     return {"weights": settings.value("weights", name), "scale": stack([scale])[0]}
 
-  return scalars, {}
+  return numbers, {}
 
 
 @method("base", "models", reference="https://arxiv.org/abs/2410.17146", prepare=_prepare, layers=True, options=(

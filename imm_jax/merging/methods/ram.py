@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from imm_jax.merging import kernels, masks, statistics
 from imm_jax.merging.kernels import Numbers, Shared, Tensors
 from imm_jax.merging.options import Option, Settings
-from imm_jax.merging.registry import Scalars, method
+from imm_jax.merging.registry import TensorNumbers, method
 from imm_jax.merging.statistics import Source
 
 EPSILON = Option("threshold", "a change up to this counts as none", 1e-5, low=0, key="epsilon")
@@ -61,7 +61,7 @@ def _counts(tensors: Sequence[jax.Array], *, threshold: ArrayLike) -> jax.Array:
 
 
 def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
-  def scalars(name: str) -> Scalars:
+  def numbers(name: str) -> TensorNumbers:
     threshold = _threshold(settings, name)
     if source.traced:
       shared, unique = _counts(source.tensors(name), threshold=threshold)
@@ -71,7 +71,7 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
     ratio = xp.clip(shared / xp.maximum(unique, threshold), 0, settings.value("alpha", name))
     return {"factors": 1 + settings.value("r", name) * ratio, "threshold": threshold}
 
-  return scalars, {}
+  return numbers, {}
 
 
 @method("base", "models", reference=PAPER, prepare=_prepare, gradients="masks", options=(

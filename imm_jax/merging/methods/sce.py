@@ -10,7 +10,7 @@ import numpy as np
 from imm_jax.merging import kernels, masks, statistics
 from imm_jax.merging.kernels import Numbers, Shared, Tensors
 from imm_jax.merging.options import Option, Settings
-from imm_jax.merging.registry import Scalars, method
+from imm_jax.merging.registry import TensorNumbers, method
 from imm_jax.merging.statistics import Source
 
 
@@ -51,7 +51,7 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
     rank = np.array([source.size(name) - kept])
     return statistics.select_magnitudes(source, {0: rank}, {name: [0]}, [name], view=_variance)[0, 0][0]
 
-  def scalars(name: str) -> Scalars:
+  def numbers(name: str) -> TensorNumbers:
     floor = find_floor(name)
     squares: jax.Array | np.ndarray
     if source.traced:
@@ -64,7 +64,7 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
     weights = xp.where(total < 1e-6, 1 / len(squares), squares / xp.where(total < 1e-6, 1.0, total))
     return {"floor": floor, "weights": weights}
 
-  return scalars, {}
+  return numbers, {}
 
 
 @method("base", "models", reference="https://arxiv.org/abs/2408.07990", prepare=_prepare, gradients="masks", options=(

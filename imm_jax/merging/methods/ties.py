@@ -8,7 +8,7 @@ import jax
 from imm_jax.merging import deltas
 from imm_jax.merging.kernels import Numbers, Shared, Tensors
 from imm_jax.merging.options import Option, Settings
-from imm_jax.merging.registry import Scalars, method
+from imm_jax.merging.registry import TensorNumbers, method
 from imm_jax.merging.statistics import Source
 
 
@@ -21,7 +21,7 @@ def _prepare(source: Source, settings: Settings) -> tuple[Any, dict[str, Any]]:
 
   if settings["scope"] == "tensor":
 
-    def bounds(name: str) -> Scalars:  # computed when the tensor is merged, so that not all bounds are held at once
+    def bounds(name: str) -> TensorNumbers:  # computed at the merge of the tensor, so that not all are held at once
       bands = {i: band(source.size(name), density) for i, density in enumerate(densities[name])}
       return deltas.magnitude_bounds(source, bands, {name: list(bands)}, [name])(name)
 

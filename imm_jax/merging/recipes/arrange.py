@@ -36,7 +36,7 @@ def open_parts(recipe: Recipe, replacements: Mapping[Path, Table] | None = None)
         tables = [read_table(label, folder) | replacements.get(folder, {}) for label, folder in folders.items()]
       source = stack.enter_context(CheckpointSource(folders, tables=tables))
       if recipe.donor not in (None, *folders.values()):
-        _require_fit(recipe, next(iter(folders)), {name: source.entries(name)[0] for name in source.order},
+        _check_fit(recipe, next(iter(folders)), {name: source.entries(name)[0] for name in source.order},
                      read_table("base_model", recipe.donor))
       yield [source]
       return
@@ -44,7 +44,7 @@ def open_parts(recipe: Recipe, replacements: Mapping[Path, Table] | None = None)
     for label, folder in recipe.models.items():
       if folder not in cache:
         cache[folder] = read_table(label, folder) | replacements.get(folder, {})
-        _require_one_stack(label, folder, list(cache[folder]))
+        _check_one_stack(label, folder, list(cache[folder]))
     cache = dict(zip(cache, roles.share_heads(list(cache.values())), strict=True))
     _note_tied_head(recipe, cache)
     parts, begin, total = [], 0, len(source_layers(recipe))
@@ -60,7 +60,7 @@ def open_parts(recipe: Recipe, replacements: Mapping[Path, Table] | None = None)
         tables.append(_select_layers(cache[folder], first, end, begin, before=i == 0,
                                      after=i == len(recipe.slices) - 1))
       if next(iter(part.models.values())) != reference:
-        _require_fit(recipe, prefix + next(iter(part.models)), tables[0], reference_table, before=i == 0,
+        _check_fit(recipe, prefix + next(iter(part.models)), tables[0], reference_table, before=i == 0,
                      after=i == len(recipe.slices) - 1)
       parts.append(stack.enter_context(CheckpointSource(part.models, tables=tables, first_layer=begin,
                                                    num_layers=total)))
@@ -90,7 +90,7 @@ def _find_reference(recipe: Recipe) -> tuple[str, Path]:
   return ("base_model", recipe.donor) if recipe.donor is not None else next(iter(recipe.models.items()))
 
 
-def _require_fit(recipe: Recipe, label: str, table: Table, reference: Table, *, before: bool = True, after: bool = True,
+def _check_fit(recipe: Recipe, label: str, table: Table, reference: Table, *, before: bool = True, after: bool = True,
                  ) -> None:
   """Raises UserError unless tensors fit the model whose config the output takes.
 
@@ -151,7 +151,7 @@ def _note_tied_head(recipe: Recipe, tables: Mapping[Path, Table]) -> None:
                "slice's")
 
 
-def _require_one_stack(label: str, folder: Path, names: list[str]) -> None:
+def _check_one_stack(label: str, folder: Path, names: list[str]) -> None:
   """Raises UserError if a model has several stacks of layers, of which a range of layers does not say one."""
   stacks = list(count_layers(names))
   if len(stacks) > 1:

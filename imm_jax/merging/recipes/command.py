@@ -33,7 +33,7 @@ Tensor = tuple[str, np.dtype, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class OutputOptions:
-  """Options common to all outputs: seed of the masks, largest file size, and whether NaN and infinity are allowed."""
+  """Holds what all outputs share: seed of the masks, largest file size, whether NaN and infinity are allowed."""
 
   seed: int = 0
   max_shard_bytes: int = checkpoint_folder.MAX_SHARD_BYTES
@@ -41,7 +41,7 @@ class OutputOptions:
 
 
 class Aligned(NamedTuple):
-  """The tokenizer of an output, the rewritten tensors of each model, and the size of the vocabulary."""
+  """Holds the tokenizer of an output, the rewritten tensors of each model, and the size of the vocabulary."""
 
   built: vocabulary.Built
   replacements: dict[Path, Table]
@@ -62,7 +62,7 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, origins: Mapping[
   """
   recipe, origins = next(iter(jobs.values())), origins or {}
   first_out = next(iter(jobs))
-  _require_compatible(recipe)
+  _check_compatible(recipe)
   with contextlib.ExitStack() as stack:
     aligned = None
     if recipe.tokens is not None:
@@ -73,7 +73,7 @@ def merge(jobs: Mapping[Path, Recipe], options: OutputOptions, origins: Mapping[
     sources = stack.enter_context(arrange.open_parts(recipe, aligned and aligned.replacements))
     tensors = _describe_outputs(sources, recipe)
     # Rewritten rows are on the disk already.
-    require_space(len(jobs) * sum(map(count_bytes, tensors)), first_out)
+    check_space(len(jobs) * sum(map(count_bytes, tensors)), first_out)
     parts = [on_disk.Part(source, [build_plan(source, job.method, job.slices[i].options, recipe.prefixes[i])
                                    for job in jobs.values()], recipe.prefixes[i])
              for i, source in enumerate(sources)]
@@ -115,9 +115,9 @@ def write_companions(folders: Iterable[Path], recipe: Recipe, tensors: Sequence[
       model_configs.set_chat_template(folder, template)
 
 
-def _require_compatible(recipe: Recipe) -> None:
+def _check_compatible(recipe: Recipe) -> None:
   """Checks that the configs of the models and of the donor allow a merge."""
-  model_configs.require_compatible(recipe.models, donor=recipe.donor,
+  model_configs.check_compatible(recipe.models, donor=recipe.donor,
                                    layers_may_differ=recipe.slices[0].layers is not None)
 
 
@@ -132,7 +132,7 @@ def check_recipe(recipe: Recipe) -> tuple[list[Tensor], Aligned | None]:
   Raises:
     UserError: if models or options do not fit.
   """
-  _require_compatible(recipe)
+  _check_compatible(recipe)
   aligned = None if recipe.tokens is None else _align_vocabularies(recipe, None)
   if recipe.chat_template:
     _choose_chat_template(recipe)
@@ -144,11 +144,11 @@ def check_recipe(recipe: Recipe) -> tuple[list[Tensor], Aligned | None]:
 
 
 class _NeedsTensors(Exception):  # noqa: N818 (it is no error)
-  """Raised where a method's preparation begins to read."""
+  """Reports that a method's preparation begins to read."""
 
 
 class _HeadersOnly:
-  """A `Source` that knows names and shapes of tensors, and refuses to read them."""
+  """Implements a `Source` that knows names and shapes of tensors, and refuses to read them."""
 
   def __init__(self, source: CheckpointSource):
     self._source = source
@@ -211,7 +211,7 @@ def count_bytes(tensor: Tensor) -> int:
   return math.prod(shape) * dtype.itemsize
 
 
-def require_space(needed: int, out: Path) -> None:
+def check_space(needed: int, out: Path) -> None:
   """Raises ResourceError if the disk of an output has too little space for that many bytes."""
   free = shutil.disk_usage(files.find_existing_parent(out.absolute().parent)).free
   if needed > free:

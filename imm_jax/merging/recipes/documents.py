@@ -19,7 +19,7 @@ from imm_jax.model import checkpoint_folder, safetensors
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-  """The documents of a recipe file.
+  """Holds the documents of a recipe file.
 
   Attributes:
     path: the file.
@@ -55,7 +55,7 @@ class Documents:
         needed += sum(map(command.count_bytes, tensors))
         inputs |= {f"{label} of document {i + 1}": path for label, path in recipe.inputs.items()
                    if root not in path.parents}
-      command.require_space(needed, out)
+      command.check_space(needed, out)
     return inputs
 
   @contextlib.contextmanager

@@ -25,7 +25,7 @@ def read_model(file: RecipeFile, where: str, value: Any) -> str:
     return _read_path(file, where, value)
   if "path" in value and "model" not in value:
     value = {"model": value}
-  file.refuse_unknown(f"{where}.", value, {"model", "lora", "override_architecture"})
+  file.check_known(f"{where}.", value, {"model", "lora", "override_architecture"})
   if value.get("override_architecture") is not None:
     file.note(f"{where}.override_architecture has no effect: tensors are matched by their names")
   name = _read_path(file, f"{where}.model", value.get("model"))
@@ -35,7 +35,7 @@ def read_model(file: RecipeFile, where: str, value: Any) -> str:
 def _read_path(file: RecipeFile, where: str, value: Any) -> str:
   path, revision = value, None
   if isinstance(value, dict):
-    file.refuse_unknown(f"{where}.", value, {"path", "revision"})
+    file.check_known(f"{where}.", value, {"path", "revision"})
     path, revision, where = value.get("path"), value.get("revision"), f"{where}.path"
   if not isinstance(path, str) or not path:
     file.fail(f"{where}={path!r}: expected a folder or a hub id, as text")
@@ -97,13 +97,13 @@ class Models:
       return None if source is None else Tokens(self._find_tokenizer("tokenizer_source", source))
     if "tokenizer_source" in raw:
       file.fail("tokenizer_source and tokenizer: give one of them")
-    file.check_mapping("tokenizer", given, "a mapping with source")
-    file.refuse_unknown("tokenizer.", given, {"source", "tokens", "pad_to_multiple_of"})
+    file.read_mapping("tokenizer", given, "a mapping with source")
+    file.check_known("tokenizer.", given, {"source", "tokens", "pad_to_multiple_of"})
     multiple = given.get("pad_to_multiple_of")
     if multiple is not None and file.read_integer("tokenizer.pad_to_multiple_of", multiple, "a number of rows") < 1:
       file.fail(f"tokenizer.pad_to_multiple_of={multiple!r}: expected a number of rows, 1 or more")
     entries = given.get("tokens")
-    entries = {} if entries is None else file.check_mapping("tokenizer.tokens", entries, "a mapping from tokens to "
+    entries = {} if entries is None else file.read_mapping("tokenizer.tokens", entries, "a mapping from tokens to "
                                                             "their source")
     tokens = {str(token): self._read_token(f"tokenizer.tokens.{token}", entry) for token, entry in entries.items()}
     return Tokens(self._find_tokenizer("tokenizer.source", given.get("source", "union")), tokens,
@@ -111,11 +111,11 @@ class Models:
 
   def _read_token(self, where: str, entry: Any) -> dict[str, Any]:
     file = self._file
-    file.check_mapping(where, entry, "a mapping with source or force")
-    file.refuse_unknown(f"{where}.", entry, {"source", "force"})
+    file.read_mapping(where, entry, "a mapping with source or force")
+    file.check_known(f"{where}.", entry, {"source", "force"})
     source, where_source = entry.get("source"), f"{where}.source"
     if isinstance(source, dict) and source.get("kind") == "model_token":
-      file.refuse_unknown(f"{where_source}.", source, {"kind", "model", "token", "token_id"})
+      file.check_known(f"{where_source}.", source, {"kind", "model", "token", "token_id"})
       token, number = source.get("token"), source.get("token_id")
       if (token is None) == (number is None):
         file.fail(f"{where_source}: expected token or token_id")
@@ -126,7 +126,7 @@ class Models:
       source = {"kind": "model_token", "model": self.find(f"{where_source}.model", source.get("model")),
                 "token": token, "token_id": number}
     elif isinstance(source, dict) and source.get("kind") == "zero":
-      file.refuse_unknown(f"{where_source}.", source, {"kind"})
+      file.check_known(f"{where_source}.", source, {"kind"})
       source = {"kind": "zero"}
     elif source is not None:
       source = self.find(where_source, source)

@@ -31,11 +31,11 @@ def check_keys(file: RecipeFile, method: MergeMethod, level: Level, known: set[s
   where, raw = level
   if raw is None:
     return
-  file.check_mapping(where, raw, "a mapping")
+  file.read_mapping(where, raw, "a mapping")
   options = {option.key: option for option in method.options}
   if raw.get("rescale") and "rescale" not in options and "density" in options:
     file.fail(f"{where}.rescale: {method.name} does not rescale; mergekit restores the L1 norm of what it trims")
-  file.refuse_unknown(f"{where}.", raw, set(options), known | IGNORED)
+  file.check_known(f"{where}.", raw, set(options), known | IGNORED)
   for key in sorted(raw.keys() - (set() if of_model else options.keys())):
     if key in options and not options[key].per_model:
       file.note(f"{where}.{key} has no effect: it is one for all models, and belongs under the file's parameters")
@@ -125,7 +125,7 @@ def _as_conditions(file: RecipeFile, where: str, value: Any) -> dict[str, Any] |
     return None
   patterns: dict[str, Any] = {}
   for condition in value:
-    file.refuse_unknown(f"{where}.", condition, {"filter", "value"})
+    file.check_known(f"{where}.", condition, {"filter", "value"})
     if "value" not in condition:
       file.fail(f"{where}: an entry has no value")
     part = condition.get("filter")

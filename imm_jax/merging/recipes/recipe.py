@@ -18,7 +18,7 @@ DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """Layers of the output and the models that they are merged from.
+  """Describes layers of the output and the models that they are merged from.
 
   Attributes:
     models: label -> folder, in the method's order; the label of a base is `base`.
@@ -33,7 +33,7 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-  """The output's tokenizer, and the sources of its tokens' embeddings.
+  """Describes the output's tokenizer, and the sources of its tokens' embeddings.
 
   Attributes:
     source: `union`, `base`, or a model's folder.
@@ -48,7 +48,7 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """A merge: its method and inputs, the dtype to write, and the sources of config and tokenizer.
+  """Describes a merge: its method and inputs, the dtype to write, and the sources of config and tokenizer.
 
   Attributes:
     method: a method's name in the registry.

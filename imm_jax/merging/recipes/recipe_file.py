@@ -14,7 +14,7 @@ _FLAGS = {"true": True, "yes": True, "on": True, "t": True, "y": True, "1": True
 
 
 class _Duplicate(yaml.MarkedYAMLError):
-  """Raised for a key that stands twice in a mapping, of which YAML's own loaders silently take the last."""
+  """Reports a key that stands twice in a mapping, of which YAML's own loaders silently take the last."""
 
 
 class YamlLoader(yaml.SafeLoader):
@@ -38,7 +38,7 @@ def describe_yaml_error(error: yaml.YAMLError) -> str:
 
 
 class RecipeFile:
-  """A recipe file; its methods fail with a UserError that begins with its path."""
+  """Reads a recipe file; its methods fail with a UserError that begins with its path."""
 
   def __init__(self, place: str, keys: set[str]):
     """Takes what messages begin with, such as the path, and all keys that have a meaning anywhere in a recipe."""
@@ -52,13 +52,13 @@ class RecipeFile:
     """Prints a note on stderr, once."""
     print_once(f"note: {self._place}: {text}")
 
-  def check_mapping(self, where: str, value: Any, expected: str) -> dict[str, Any]:
+  def read_mapping(self, where: str, value: Any, expected: str) -> dict[str, Any]:
     """Returns a value that must be a mapping with texts as keys."""
     if not isinstance(value, dict):
       self.fail(f"{where}: expected {expected}")
     return value
 
-  def refuse_unknown(self, where: str, raw: Mapping[str, Any], known: set[str], ignored: set[str] | None = None,
+  def check_known(self, where: str, raw: Mapping[str, Any], known: set[str], ignored: set[str] | None = None,
                      ) -> None:
     """Fails if a mapping has another key than those known and ignored; `where` ends with a dot unless it is empty."""
     for key in raw:

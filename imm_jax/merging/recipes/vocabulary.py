@@ -32,7 +32,7 @@ _MEAN, _ZERO = -1, -2
 
 
 class Built(NamedTuple):
-  """The output's tokenizer, the rows of each model by its tokens, and the tokens of the base by their ids."""
+  """Holds the output's tokenizer, the rows of each model by its tokens, and the tokens of the base by their ids."""
 
   tokenizer: Any
   rows_by_token: dict[Path, dict[str, int]]
@@ -165,7 +165,7 @@ def align_rows(tokens: Tokens, vocabulary: Mapping[str, int], rows_by_token: Map
 
 
 class _Order:
-  """The order of a table's rows in the output, and where each model's rows come from."""
+  """Holds the order of a table's rows in the output, and where each model's rows come from."""
 
   def __init__(self, tokens: Tokens, vocabulary: Mapping[str, int], rows_by_token: Mapping[Path, Mapping[str, int]],
                old: Mapping[Path, np.ndarray], base: Path | None):

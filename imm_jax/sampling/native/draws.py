@@ -71,7 +71,7 @@ def nucleus(scaled: jax.Array, top_p: float) -> jax.Array:
 
 
 def draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-  """Inverse-CDF sampling: draws an index in proportion to `weights` [B, N] with a `uniform` number [B] in [0, 1)."""
+  """Draws an index in proportion to `weights` [B, N] by the inverse CDF, with a `uniform` number [B] in [0, 1)."""
   # Entries of weight 0 must not be drawn, however the sums are rounded.
   ends = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), -jnp.inf)
   last = jnp.max(ends, axis=-1)

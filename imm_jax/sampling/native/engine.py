@@ -24,7 +24,7 @@ class Distributed:
 
   def generate(self, prompts: Sequence[Prompt], *, journal: Path | None = None, label: str = "sample", **options: Any,
                ) -> list[list[Completion]]:
-    """See `Sampler.generate`; the completions are valid only on process 0."""
+    """Samples as `Sampler.generate` says; the completions are valid only on process 0."""
     return parts.generate(self._sampler.generate, prompts, journal=journal, model=self._digest, rows=self._rows,
                           label=label, **options)
 

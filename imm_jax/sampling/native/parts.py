@@ -1,12 +1,11 @@
 """Native sampling in parts that are saved when done, so that a killed run resumes after the last one."""
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from imm_jax import files
 from imm_jax.runtime import distributed
 from imm_jax.sampling import Completion, Prompt
 from imm_jax.sampling.journal import Journal
@@ -36,7 +35,7 @@ def generate(sampler: Callable[..., list[list[Completion]]], prompts: Sequence[P
     The completions of each prompt, in order; valid only on process 0.
   """
   size = max(1, _ROUNDS * rows * distributed.count_processes() // num_samples)
-  digest = hashlib.sha256(json.dumps([tuple(p) for p in prompts]).encode()).hexdigest()
+  digest = files.digest_json([tuple(p) for p in prompts])
   settings = {"parts": 1, "size": size, "model": model, "questions": digest, "num_samples": num_samples, **options}
   result: list[list[Completion]] = []
   with contextlib.ExitStack() as stack:

@@ -5,6 +5,7 @@ keep the device busy. Random keys are folded from (seed, prompt id, sample numbe
 sample and the samples it runs with affect nothing but the rounding of sums.
 """
 
+import dataclasses
 import functools
 import math
 import zlib
@@ -139,56 +140,61 @@ class NativeSampler:
     lengths = [*map(len, suffixes.values())]
     waiting = queue.Queue(suffixes, samples, queue.pack_shape(lengths, parts=parts, cpu=cpu),
                           lambda pack: self._prefill(prefix, pack, static), parts=parts)
-    rows = queue.choose_rows(self._batch_size, len(samples))
-    refill, sizes = max(1, rows // _REFILL_SHARE), queue.list_row_counts(rows, parts)
+    row_count = queue.choose_rows(self._batch_size, len(samples))
+    refill, sizes = max(1, row_count // _REFILL_SHARE), queue.list_row_counts(row_count, parts)
     max_slots = queue.compute_max_slots(max(lengths) + max_new_tokens)
     slots = min(max_slots, queue.round_up_slots(1))
-    state = self._commit(decode.init(rows, slots, max_new_tokens, static))
-    active: list[Sample | None] = [None] * rows
+    rows = _Rows(self._commit(decode.init(row_count, slots, max_new_tokens, static)), [None] * row_count, slots,
+                 max_slots)
     while True:
-      while waiting and (free_rows := [i for i, sample in enumerate(active) if sample is None]):
-        taken, run = waiting.take(min(len(free_rows), refill))
-        # Leaves room for some steps, so that no size is compiled for only a few steps.
-        slots = max(slots, min(max_slots, queue.round_up_slots(int(run.pack.lengths.max()) + _STEPS)))
-        state = decode.grow(state, slots, columns=static.kernel == "columns")
-        joining = [sample for _, sample in taken]
-        state = decode.insert(
-            state, *run.run, run.pack.lengths, run.pack.starts, _padded([i for i, _ in taken], refill, np.int32),
-            _padded(free_rows[:len(joining)], refill, np.int32, rows), _row_keys(seed, joining, refill),
-            _padded([s.temperature for s in joining], refill, np.float32), self._allowed, static=static)
-        del run  # frees its caches
-        for row, sample in zip(free_rows, joining, strict=False):
-          active[row] = sample
-      running = [i for i, sample in enumerate(active) if sample is not None]
-      if not running:
+      self._admit(rows, waiting, refill, seed, static)
+      if not rows.list_running():
         return
-      size = len(active) if waiting else queue.choose_row_count(sizes, len(running))
-      if size < len(active):
-        kept_rows = np.array([*running, *[0] * (size - len(running))])
-        state = decode.shrink(state, kept_rows, np.arange(size) >= len(running), static=static)
-        active = [active[i] for i in running] + [None] * (size - len(running))
-        running = list(range(len(running)))
-      used = int(np.asarray(state["used"])[running].max())
-      if used >= slots:
-        slots = min(max_slots, queue.round_up_slots(slots + 1))
-        state = decode.grow(state, slots, columns=static.kernel == "columns")
+      if not waiting:
+        rows.shrink(sizes, static)
+      running, size = rows.list_running(), len(rows.samples)
+      used = rows.make_room(running, static)
       # Decodes until enough rows are free for others to join, or for the rows to shrink.
       smaller = sizes[sizes.index(size) - 1] if size > sizes[0] else 0
-      self._sizes.add(f"decode {size} rows x {slots} slots after {prefix.caches[0][0].shape[1]}")
-      state = decode.decode(
-          self._params, prefix, state, np.array([sample is None for sample in active]),
-          np.int32(min(slots - used, _STEPS)), np.int32(refill if waiting else size - smaller), self._allowed,
+      self._sizes.add(f"decode {size} rows x {rows.slots} slots after {prefix.caches[0][0].shape[1]}")
+      rows.state = decode.decode(
+          self._params, prefix, rows.state, np.array([sample is None for sample in rows.samples]),
+          np.int32(min(rows.slots - used, _STEPS)), np.int32(refill if waiting else size - smaller), self._allowed,
           static=static)
-      done, counts, tokens = (np.asarray(state[name]) for name in ("done", "count", "tokens"))
-      ended = []
-      for i in running:
-        if done[i] and tokens[i, counts[i] - 1] < 0:
-          raise UserError(f"{self._folder}: the model's logits are NaN or infinite after prompt {active[i].id!r} in "
-                          f"{self._dtype}; its weights are broken, or out of the range of that dtype")
-        if done[i] or (stop and self._stopped(tokens[i, :counts[i]], stop)):
-          ended.append((active[i], tokens[i, :counts[i]].copy()))
-          active[i] = None
-      yield ended, sum(int(counts[i]) for i in running if active[i] is not None)
+      yield self._collect(rows, running, stop)
+
+  def _admit(self, rows: "_Rows", waiting: queue.Queue, refill: int, seed: int, static: decode.Static) -> None:
+    """Puts waiting samples into free rows, at most `refill` at a time, as long as there are both."""
+    while waiting and (free_rows := [i for i, sample in enumerate(rows.samples) if sample is None]):
+      taken, run = waiting.take(min(len(free_rows), refill))
+      # Leaves room for some steps, so that no size is compiled for only a few steps.
+      rows.grow(int(run.pack.lengths.max()) + _STEPS, static)
+      joining = [sample for _, sample in taken]
+      rows.state = decode.insert(
+          rows.state, *run.run, run.pack.lengths, run.pack.starts, _padded([i for i, _ in taken], refill, np.int32),
+          _padded(free_rows[:len(joining)], refill, np.int32, len(rows.samples)), _row_keys(seed, joining, refill),
+          _padded([s.temperature for s in joining], refill, np.float32), self._allowed, static=static)
+      del run  # frees its caches
+      for row, sample in zip(free_rows, joining, strict=False):
+        rows.samples[row] = sample
+
+  def _collect(self, rows: "_Rows", running: Sequence[int], stop: tuple[str, ...],
+               ) -> tuple[list[tuple[Sample, np.ndarray]], int]:
+    """Frees the rows whose samples have ended; returns these with their tokens, and how many tokens the others have.
+
+    Raises:
+      UserError: when the model's logits are not finite.
+    """
+    done, counts, tokens = (np.asarray(rows.state[name]) for name in ("done", "count", "tokens"))
+    ended = []
+    for i in running:
+      if done[i] and tokens[i, counts[i] - 1] < 0:
+        raise UserError(f"{self._folder}: the model's logits are NaN or infinite after prompt {rows.samples[i].id!r} "
+                        f"in {self._dtype}; its weights are broken, or out of the range of that dtype")
+      if done[i] or (stop and self._stopped(tokens[i, :counts[i]], stop)):
+        ended.append((rows.samples[i], tokens[i, :counts[i]].copy()))
+        rows.samples[i] = None
+    return ended, sum(int(counts[i]) for i in running if rows.samples[i] is not None)
 
   def _prefix(self, ids: list[int], static: decode.Static, parts: int) -> Prefix:
     """Runs the common prefix of all prompts."""
@@ -214,6 +220,48 @@ class NativeSampler:
     recent = _STEPS + 4 * max(map(len, stop))  # a character has at most four tokens
     shows = lambda part: any(s in decode_continuation(self.tokenizer, part, skip_special_tokens=False) for s in stop)
     return shows(tokens[-recent:]) and shows(tokens)
+
+
+@dataclasses.dataclass
+class _Rows:
+  """Holds the rows that are decoded together.
+
+  Attributes:
+    state: their arrays on the devices.
+    samples: the running sample of each row; None for a free one.
+    slots: cache slots of a row.
+    max_slots: the most that any sample can need.
+  """
+
+  state: decode.State
+  samples: list[Sample | None]
+  slots: int
+  max_slots: int
+
+  def list_running(self) -> list[int]:
+    """Lists the rows that are not free."""
+    return [i for i, sample in enumerate(self.samples) if sample is not None]
+
+  def shrink(self, sizes: Sequence[int], static: decode.Static) -> None:
+    """Drops free rows, down to the smallest of the sizes that holds the running ones, which come first."""
+    running = self.list_running()
+    size = queue.choose_row_count(sizes, len(running))
+    if size < len(self.samples):
+      kept_rows = np.array([*running, *[0] * (size - len(running))])
+      self.state = decode.shrink(self.state, kept_rows, np.arange(size) >= len(running), static=static)
+      self.samples = [self.samples[i] for i in running] + [None] * (size - len(running))
+
+  def grow(self, slots: int, static: decode.Static) -> None:
+    """Grows the caches to a round number of slots, at least `slots` unless that is more than any sample needs."""
+    self.slots = max(self.slots, min(self.max_slots, queue.round_up_slots(slots)))
+    self.state = decode.grow(self.state, self.slots, columns=static.kernel == "columns")
+
+  def make_room(self, running: Sequence[int], static: decode.Static) -> int:
+    """Grows the caches if a running row's is full; returns the largest number of slots that one of them uses."""
+    used = int(np.asarray(self.state["used"])[running].max())
+    if used >= self.slots:
+      self.grow(self.slots + 1, static)
+    return used
 
 
 def _for_decoding(params: Params, layers: int, dtype: jnp.dtype, place: hf.Place) -> Params:

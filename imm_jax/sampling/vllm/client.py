@@ -38,15 +38,15 @@ _KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, 
 
 
 class ServerError(Exception):
-  """Raised when a server does not respond, or responds with something invalid."""
+  """Reports that a server does not respond, or responds with something invalid."""
 
 
 class TimedOutError(ServerError):
-  """Raised when a response times out; a retry at the same server would take as long."""
+  """Reports that a response timed out; a retry at the same server would take as long."""
 
 
 class _UnavailableError(ServerError):
-  """Raised when a server lacks an endpoint or denies access to it."""
+  """Reports that a server lacks an endpoint or denies access to it."""
 
 
 class Generated(NamedTuple):

@@ -23,7 +23,7 @@ class _Elsewhere:
   """Implements `Sampler` in processes other than the first, where it does nothing."""
 
   def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[list[Completion]]:
-    """See `Sampler.generate`."""
+    """Samples as `Sampler.generate` says."""
     del prompts, options
     return []
 

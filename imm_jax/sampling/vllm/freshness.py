@@ -107,18 +107,26 @@ def check_weights(servers: Sequence[Server], folder: Path, prompts: Sequence[lis
           f"likeliest has {best[row, t]:.4f}); rounding to {dtype} explains {limit:g} and {_TOKEN_FACTOR * limit:g} "
           "(config.sampler.vllm.tolerance). Have it start again on this folder")
   del score  # keeps only one model in memory at a time
-  old = {server: path for server, path in (earlier or {}).items() if server in answers and path.is_dir()}
+  _check_not_earlier(answers, result, folder, prompts, earlier or {}, dtype=dtype, mesh=mesh)
+  return result
+
+
+def _check_not_earlier(answers: Mapping[Server, list[list[Generated]]],
+                       agreements: Mapping[Server, list[Agreement] | ServerError], folder: Path,
+                       prompts: Sequence[list[int]], earlier: Mapping[Server, Path], *, dtype: str, mesh: Mesh | None,
+                       ) -> None:
+  """Raises UserError if a server's answers agree far better with its earlier weights than with those of the folder."""
+  old = {server: path for server, path in earlier.items() if server in answers and path.is_dir()}
   for path in dict.fromkeys(old.values()):
     score = _Scorer(path, dtype, mesh, prompts).score
     for server in (s for s in answers if old.get(s) == path):
-      for replica, (greedy, agreement) in enumerate(zip(answers[server], result[server], strict=True)):
+      for replica, (greedy, agreement) in enumerate(zip(answers[server], agreements[server], strict=True)):
         old_agreement = measure_agreement(greedy, *score(greedy))
         if old_agreement.mean < _NEARER_SHARE * agreement.mean:
           raise UserError(f"{_name(server, replica, len(answers[server]))}: still runs the weights of {path}. From "
                           f"those its log-probabilities differ by {old_agreement.mean:.3g} on average, from those of "
                           f"{folder} by {agreement.mean:.3g}. Have it start again on this folder")
     del score
-  return result
 
 
 def _ask_replicas(server: Server, prompts: Sequence[list[int]], tokens: int) -> list[list[Generated]]:

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from imm_jax import files
 from imm_jax.errors import UserError
 from imm_jax.model import checkpoint_folder, hf
 from imm_jax.model.tokenization import known_ids
@@ -135,25 +135,11 @@ class VllmSampler:
   def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int, num_samples: int = 1,
                temperatures: Sequence[float] = (0.0,), top_p: float = 1.0, stop: Sequence[str] = (), seed: int = 0,
                label: str = "sample", journal: Path | None = None) -> list[list[Completion]]:
-    """Samples `num_samples` completions of every prompt, as `NativeSampler.generate` does.
+    """Samples `num_samples` completions of every prompt, see `Sampler.generate`.
 
     Prompts and completions are exchanged as token ids of the checkpoint's tokenizer, so that nothing depends on vLLM's
     tokenizer, template or detokenizer. The random draws are vLLM's: they differ from the native sampler's, but are also
     determined by (seed, prompt id, sample number).
-
-    Args:
-      prompts: see `Sampler.generate`, also for the other arguments.
-      max_new_tokens: maximum number of tokens per sample.
-      num_samples: completions per prompt.
-      temperatures: temperatures of the samples in turn.
-      top_p: probability mass of nucleus sampling.
-      stop: stop strings.
-      seed: seed of all samples.
-      label: text of the progress bar.
-      journal: file that samples are written to as they arrive; a call with the same arguments resumes from it.
-
-    Returns:
-      The completions of each prompt, in order.
 
     Raises:
       ValueError: for an empty prompt, or an argument out of range.
@@ -197,10 +183,7 @@ class VllmSampler:
           map(len, earlier.values()))))
       tokens = sum(c.num_tokens for done in earlier.values() for c in done)
       for (i, request), generated in stack.enter_context(contextlib.closing(iter(dispatcher))):
-        done = [completions.completion(self.tokenizer, np.array(g.tokens), ends, stop_texts) for g in generated]
-        # The server may have ended a sample for a reason that only it knows.
-        done = [c._replace(finish=g.finish) if g.finish == "stop" else c for c, g in zip(done, generated, strict=True)]
-        done *= request.count // len(done)
+        done = self._complete(generated, ends, stop_texts) * (request.count // len(generated))
         if file:
           file.add(i, done)
         put(request, done)
@@ -209,6 +192,12 @@ class VllmSampler:
         bar.set_postfix(tokens=tokens, refresh=False)
       self._check_versions(journal)
     return results
+
+  def _complete(self, generated: Sequence[Generated], ends: tuple[int, ...], stop: tuple[str, ...]) -> list[Completion]:
+    """Converts a server's answer to completions."""
+    done = [completions.completion(self.tokenizer, np.array(g.tokens), ends, stop) for g in generated]
+    # The server may have ended a sample for a reason that only it knows.
+    return [c._replace(finish=g.finish) if g.finish == "stop" else c for c, g in zip(done, generated, strict=True)]
 
   def _ask(self, server: Server, request: "_Request", max_new_tokens: int, options: dict[str, Any]) -> list[Generated]:
     greedy = request.temperature == 0
@@ -281,7 +270,7 @@ class VllmSampler:
     return [server for server in self._servers if server not in self._failed]
 
   def _header(self, settings: dict[str, Any], prompts: Sequence[Prompt]) -> dict[str, Any]:
-    questions = hashlib.sha256(json.dumps([tuple(p) for p in prompts]).encode()).hexdigest()
+    questions = files.digest_json([tuple(p) for p in prompts])
     return {"journal": 1, "model": self._digest, "questions": questions, **settings}
 
 

@@ -75,7 +75,7 @@ def environment(python: str, given: Mapping[str, str]) -> dict[str, str]:
 
 
 class PortTakenError(UserError):
-  """Raised when another program has taken a server's port before the server did."""
+  """Reports that another program has taken a server's port before the server did."""
 
 
 class SpawnedServer(Server):

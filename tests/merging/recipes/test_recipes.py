@@ -211,7 +211,8 @@ def test_needed_files_are_copied(mapped: str | None, pair, tmp_path: Path, capsy
   code = {"tokenization_own.py"} if mapped else set()
   assert written == {"config.json", "model.safetensors", "merge.json", "README.md", *needed, *code}
   names = "own.json" if mapped else "own.json, tokenization_own.py"
-  assert f"{pair[0]}: {names}: not copied; copy it yourself if the model needs it" in capsys.readouterr().err
+  which = "it" if mapped else "them"
+  assert f"{pair[0]}: {names}: not copied; copy {which} yourself if the model needs {which}" in capsys.readouterr().err
 
 
 def test_lone_models_are_refused(pair, tmp_path: Path):

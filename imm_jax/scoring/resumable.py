@@ -1,16 +1,15 @@
 """Computes rows in parts that are saved when done, so that a killed run resumes after the last one."""
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from imm_jax import files
+from imm_jax.files import Row
 from imm_jax.runtime import distributed
 from imm_jax.sampling.journal import Journal
 
-Row = dict[str, Any]
 Item = TypeVar("Item")
 
 
@@ -30,7 +29,7 @@ def compute_rows(items: Sequence[Item], make: Callable[[Sequence[Item], str], li
     label: text of the progress bar.
   """
   parts = [items[begin:begin + size] for begin in range(0, len(items), size)]
-  header = {**settings, "size": size, "items": hashlib.sha256(json.dumps(items).encode()).hexdigest()}
+  header = {**settings, "size": size, "items": files.digest_json(items)}
   result: list[Row] = []
   with contextlib.ExitStack() as stack:
     saves = journal is not None and distributed.is_main()

@@ -34,7 +34,7 @@ NO_EFFECT = frozenset((
     "torchscript", "chunk_size_feed_forward", "attn_implementation", "_attn_implementation",
     "_attn_implementation_autoset", "is_decoder", "tf_legacy_loss", "pretraining_tp", "gradient_checkpointing",
     "distributed_config", "fusion_config", "capture_scalar_outputs", "sub_config_name",
-    # Origin, storage and initialisation of the weights.
+    # Origin, storage and initialization of the weights.
     "dtype", "torch_dtype", "use_bfloat16", "initializer_range", "initializer_factor", "init_std",
     "transformers_version", "transformers_weights", "_name_or_path", "unsloth_fixed", "unsloth_version"))
 
