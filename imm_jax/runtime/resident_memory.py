@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 from pathlib import Path
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -34,9 +35,11 @@ def _read_status(name: str) -> int:
 
 
 def release_freed() -> None:
-  """Returns freed memory to the system.
+  """Returns freed memory to the system, also that of objects in reference cycles.
 
+  A sampler is in one, and Python may leave it there, with a whole model, until long after the next stage has begun.
   glibc keeps freed arrays of up to 32 MiB for reuse, and most weight matrices of a layer are no larger.
   """
+  gc.collect()
   with contextlib.suppress(AttributeError, OSError):  # other libraries than glibc
     ctypes.CDLL(None).malloc_trim(0)
