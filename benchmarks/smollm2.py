@@ -14,6 +14,7 @@ only makes tables and pictures of the runs in a file of scores.
 """
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ import side_by_side
 import studies
 from absl import app, flags
 
-from imm_jax import analysis, files
+from imm_jax import analysis, files, methods
+from imm_jax.errors import UserError, suggest
 from imm_jax.report import Results, comparison, figures, results, writer
 from imm_jax.runs import status
 from imm_jax.statistics import model_comparison, paired_tests
@@ -44,7 +46,8 @@ _OVERRIDES = flags.DEFINE_multi_string("override", [], "A flag passed on to ever
 
 def command() -> list[str]:
   """Returns the flags of all runs."""
-  local, model = [], [f"--config.model={_MODEL.value}"] * bool(_MODEL.value)
+  folder = Path(_MODEL.value)
+  local, model = [], [f"--config.model={folder.resolve() if folder.is_dir() else folder}"] * bool(_MODEL.value)
   if _DATA.value:
     source = f"file:{Path(_DATA.value).resolve()}"
     ood = tuple(f"{name}={source}" for name in ("svamp", "arc_easy", "piqa", "sciq", "openbookqa", "boolq"))
@@ -95,8 +98,9 @@ def _pick_analysis(of_round: Mapping[str, Any]) -> dict[str, Any]:
 def split(runs: Runs) -> dict[str, dict[int, Mapping[str, Any]]]:
   """Splits runs by method and seed, those that have come as far as the most advanced ones."""
   rounds = max(len(run["handed_on"]) for run in runs.values())
+  order = {method: i for i, method in enumerate(METHODS)}
   by_method: dict[str, dict[int, Mapping[str, Any]]] = {}
-  for name in sorted(runs, key=lambda name: METHODS.index(name.rpartition("_")[0])):
+  for name in sorted(runs, key=lambda name: order.get(name.rpartition("_")[0], len(order))):
     method, _, seed = name.rpartition("_")
     if len(runs[name]["handed_on"]) == rounds:
       by_method.setdefault(method, {})[int(seed)] = runs[name]
@@ -159,11 +163,11 @@ def _read_bits(digits: str, count: int) -> np.ndarray:
 
 def tabulate_rounds(by_method: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
   """Tabulates samples, their diversity, and the rank correlation of importance and weight change by round."""
-  rounds = range(len(next(iter(next(iter(by_method.values())).values()))["data"]))
+  rounds = range(len(next(iter(next(iter(by_method.values())).values()))["handed_on"]) - 1)
   measures = {  # None where a run has none: gold answers are not sampled
       "% right": lambda run, t: (100 * run["data"][t]["correct"] / run["data"][t]["samples"]
-                                 if run["data"][t].get("samples") else None),
-      "trained on": lambda run, t: run["data"][t].get("kept"),
+                                 if t < len(run["data"]) and run["data"][t].get("samples") else None),
+      "trained on": lambda run, t: run["data"][t].get("kept") if t < len(run["data"]) else None,
       "distinct answers": lambda run, t: _get_analysis(run, t, "diversity", "distinct_answers"),
       "entropy": lambda run, t: _get_analysis(run, t, "diversity", "token_entropy"),
       "Spearman": lambda run, t: _get_analysis(run, t, "spearman")}
@@ -186,16 +190,23 @@ def _get_analysis(run: Mapping[str, Any], t: int, *path: str) -> Any:
   return value
 
 
-def tabulate_costs(runs: Runs) -> str:
-  """Tabulates the median seconds of stages of a kind over all runs, and the peak memory of a run."""
-  seconds: dict[str, list[float]] = {}
-  for run in runs.values():
-    for stage, value in run["seconds"].items():
-      kind = stage.partition("/")[2] if stage.startswith("round_") else stage
-      seconds.setdefault("evaluation of a model" if "eval" in kind else kind, []).append(value or 0.0)
-  rows = [[kind, f"{np.median(values):.0f}"] for kind, values in seconds.items() if np.median(values) >= 1]
+def tabulate_costs(runs: Runs, by_method: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
+  """Tabulates the median seconds of each kind of stage, the hours of a run of each method, and its peak memory.
+
+  A stage that runs share counts once among the stages, and in every run that has it.
+  """
+  stages = {(stage, seconds) for run in runs.values() for stage, seconds in run["seconds"].items() if seconds}
+  by_kind: dict[str, list[float]] = {}
+  for stage, seconds in sorted(stages):
+    kind = stage.partition("/")[2] if stage.startswith("round_") else stage
+    by_kind.setdefault("evaluation of a model" if "eval" in kind else kind, []).append(seconds)
+  rows = [[f"{kind}, seconds", f"{median:.0f}"] for kind, values in by_kind.items()
+          if (median := np.median(values)) >= 1]
+  for method, seeds in by_method.items():
+    hours = np.median([sum(filter(None, run["seconds"].values())) for run in seeds.values()]) / 3600
+    rows.append([f"a run of `{method}`, hours", f"{hours:.1f}"])
   peak = max(run["memory_gib"] or 0 for run in runs.values())
-  return studies.format_table(["stage", "seconds, median"], [*rows, ["peak memory of a run, GiB", f"{peak:.2f}"]])
+  return studies.format_table(["stage or run", "median"], [*rows, ["peak memory of a run, GiB", f"{peak:.2f}"]])
 
 
 def plot(by_method: Mapping[str, Mapping[int, Mapping[str, Any]]], folder: Path) -> None:
@@ -205,7 +216,8 @@ def plot(by_method: Mapping[str, Mapping[int, Mapping[str, Any]]], folder: Path)
   span = lambda panel: panel._replace(shares=False, span=None)
   writer.save(figures.draw(*studies.make_rounds(scores, style, shares=False), span(studies.make_front(scores, style))),
               folder, "smollm2")
-  writer.save(figures.draw(*make_layers(by_method)), folder, "smollm2_layers")
+  if panels := make_layers(by_method):
+    writer.save(figures.draw(*panels), folder, "smollm2_layers")
 
 
 def tabulate_scores(by_method: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, dict[str, np.ndarray]]:
@@ -217,18 +229,43 @@ def tabulate_scores(by_method: Mapping[str, Mapping[int, Mapping[str, Any]]]) ->
 
 
 def make_layers(by_method: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[figures.Panel]:
-  """Makes panels of each layer's share of importance, and of weight change by star and imm, means of the last round."""
-  def average_shares(method: str, *path: str) -> list[float]:
-    return list(100 * np.mean([_get_analysis(run, len(run["handed_on"]) - 2, *path)
-                               for run in by_method[method].values()], 0))
+  """Makes panels of each layer's share of importance, and of weight change by star and imm, means of the last round.
 
+  Methods whose last round has not been analyzed are left out, and panels without any method.
+  """
   panels = []
   for title, *path in (("importance by layer", "importance"), ("weight change by SFT", "weight_change", "sft")):
-    shares = {name: average_shares(name, *path) for name in ("star", "imm") if name in by_method}
-    curves = tuple(figures.round_line(dict(enumerate(values)), name, figures.get_method_style(name))
-                   for name, values in shares.items())
-    panels.append(figures.Panel(title, "layer", "% of all layers", curves, named=True))
+    curves = []
+    for name in ("star", "imm"):
+      shares = [of_run for run in by_method.get(name, {}).values()
+                if (of_run := _get_analysis(run, len(run["handed_on"]) - 2, *path))]
+      if shares:
+        values = 100 * np.mean(shares, 0)
+        curves.append(figures.round_line(dict(enumerate(values.tolist())), name, figures.get_method_style(name)))
+    panels += [figures.Panel(title, "layer", "% of all layers", tuple(curves), named=True)] * bool(curves)
   return panels
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+  """Reads a file of scores.
+
+  Raises:
+    UserError: when it cannot be read or holds no such scores, or the answers of a run do not add up to its scores.
+  """
+  try:
+    runs = json.loads(path.read_text())
+    for name, run in runs.items():
+      method, _, seed = name.rpartition("_")
+      if not (method and seed.isdecimal() and isinstance(run["finished"], bool) and run["models"] and run["n"]):
+        raise ValueError(f"{name}: expected METHOD_SEED and the figures of a run")
+      for label in run["handed_on"]:
+        for task, digits in run["models"][label]["correct"].items():
+          share = int(digits, 16).bit_count() / run["n"][task]
+          if abs(share - run["models"][label]["scores"][task]) > 1e-9 or int(digits, 16) >> run["n"][task]:
+            raise ValueError(f"{name}, {label}, {task}: the answers do not add up to the score")
+  except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+    raise UserError(f"--scores={path}: is no file of scores: {type(e).__name__} {e}") from e
+  return runs
 
 
 def collect(root: Path, earlier: Runs | None = None) -> None:
@@ -240,7 +277,13 @@ def collect(root: Path, earlier: Runs | None = None) -> None:
   """
   folders = [path for path in sorted((root / "runs").glob("*")) if results.is_run(path) and path.suffix != ".part"]
   runs = [run for path in folders if len((run := Results.read(path)).models) > 1]
-  collected = dict(earlier or {}) | {run.root.name: collect_figures(run) for run in runs}
+  collected = dict(earlier or {})
+  for run in runs:
+    figures_of_run = collect_figures(run)
+    before = collected.get(run.root.name)
+    progress = lambda of: (of["finished"], len(of["handed_on"]))
+    if before is None or progress(figures_of_run) >= progress(before):
+      collected[run.root.name] = figures_of_run
   if not collected:
     return
   root.mkdir(parents=True, exist_ok=True)
@@ -248,18 +291,26 @@ def collect(root: Path, earlier: Runs | None = None) -> None:
   if len(runs) > 1:
     comparison.write(runs, root / "report")
   by_method = split(collected)
-  plot(by_method, root)
+  if behind := sorted(collected.keys() - {f"{name}_{seed}" for name, seeds in by_method.items() for seed in seeds}):
+    print(f"left out of the tables, since others have come further: {', '.join(behind)}", file=sys.stderr)
   print(tabulate_last(by_method), studies.tabulate_by_round(tabulate_scores(by_method)), compare_answers(by_method),
-        tabulate_rounds(by_method), tabulate_costs(collected), sep="\n\n")
+        tabulate_rounds(by_method), tabulate_costs(collected, by_method), sep="\n\n")
+  plot(by_method, root)
 
 
 def main(_: list[str]) -> None:
-  root = Path(_WORKDIR.value).resolve()
-  methods = {name: [f"--config.method={name}"] for name in _METHODS.value}
-  seeds = {name: _SEEDS.value if name in _SEEDED else 1 for name in methods}
-  earlier = json.loads(Path(_SCORES.value).read_text()) if _SCORES.value else {}
   try:
-    side_by_side.run_all(methods, seeds, root / "runs", command(), processes=_PROCESSES.value,
+    for name in _METHODS.value:
+      if name not in methods.METHODS:
+        raise UserError(f"--methods={name}: {suggest(name, [*methods.METHODS])}")
+    earlier = read_scores(Path(_SCORES.value)) if _SCORES.value else {}
+  except UserError as e:
+    raise SystemExit(f"error: {e}") from e
+  root = Path(_WORKDIR.value).resolve()
+  runs = {name: [f"--config.method={name}"] for name in _METHODS.value}
+  seeds = {name: _SEEDS.value if name in _SEEDED else 1 for name in runs}
+  try:
+    side_by_side.run_all(runs, seeds, root / "runs", command(), processes=_PROCESSES.value,
                          done=[name for name, run in earlier.items() if run["finished"]])
   finally:
     collect(root, earlier)

@@ -1,6 +1,7 @@
 """Benchmarks and examples use names that exist; those of the sampler run at their smallest size and show errors."""
 
 import ast
+import copy
 import importlib
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from imm_jax import files
 from tests import REPO, report_runs
 
 
@@ -107,6 +109,38 @@ def _collect_study(root: Path, earlier: Path | None = None) -> str:
   return done.stdout
 
 
+def test_any_part_of_a_study_is_collected(tmp_path: Path) -> None:
+  """A method alone, a run between two stages, and one that is done elsewhere and has begun here."""
+  scores = json.loads((REPO / "benchmarks/smollm2.json").read_text())
+  begun = copy.deepcopy(scores["star_1"]) | {"finished": False}
+  del begun["analysis"]["2"]
+  parts = {"alone": {"kl_0": scores["star_0"]}, "unanalyzed": {"star_0": scores["star_0"], "star_1": begun},
+           "sampling": {"star_0": scores["star_0"] | {"data": [{}] * 4}, "imm_0": scores["imm_0"]}}
+  for name, part in parts.items():
+    files.write_json(tmp_path / f"{name}.json", part)
+    last, *others = _collect_study(tmp_path / name, tmp_path / f"{name}.json").split("\n\n")
+    assert len(others) == 4
+    assert last.splitlines()[3].split(" | ")[1] == str(len(part) if name == "unanalyzed" else 1)
+  report_runs.make(tmp_path / "here/runs/star_0", method="star", rounds=1)
+  files.write_json(tmp_path / "there.json", {"star_0": scores["star_0"]})
+  _collect_study(tmp_path / "here", tmp_path / "there.json")
+  assert json.loads((tmp_path / "here/scores.json").read_text()) == {"star_0": scores["star_0"]}
+
+
+def test_wrong_scores_and_methods_are_one_line(tmp_path: Path) -> None:
+  run = json.loads((REPO / "benchmarks/smollm2.json").read_text())["star_0"]
+  changed = copy.deepcopy(run)
+  changed["models"]["base"]["correct"]["svamp"] = "ff"
+  for text, said in (('{"star_0": {', "JSONDecodeError"), ("[]", "no file of scores"),
+                     (json.dumps({"star_0": changed}), "star_0, base, svamp: the answers do not add up to the score")):
+    (tmp_path / "bad.json").write_text(text)
+    done = _run("smollm2.py", f"--workdir={tmp_path}", f"--scores={tmp_path / 'bad.json'}", "--methods=")
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+  assert "did you mean star?" in _run("smollm2.py", f"--workdir={tmp_path}", "--methods=sta").stderr
+
+
 def test_documented_results_are_those_of_the_scores(tmp_path: Path) -> None:
   scores = json.loads((REPO / "benchmarks/seeds.json").read_text())
   seeds = len(scores["star"]["ID"])
@@ -134,7 +168,13 @@ def test_documented_study_is_that_of_the_scores(tmp_path: Path) -> None:
   last = {row[0]: [row[i] for i in columns] for row in rows}
   shown = re.findall(r"^\| (base|`\w+`)(?:: .*?)? \| (.+) \| (.+) \| (.+) \|$", pretrained, re.M)
   assert {name: cells for name, *cells in shown} == {name: last[name] for name, *_ in shown}
-  assert not pretrained or {"base", "`star`", "`imm`"} <= {name for name, *_ in shown}
+  assert len(shown) == 4
+  scores = json.loads((REPO / "benchmarks/smollm2.json").read_text())
+  last_nats = lambda run: run["models"][run["handed_on"][-1]]["nats_per_token"]["tiny_shakespeare"]
+  before = scores["star_0"]["models"]["base"]["nats_per_token"]["tiny_shakespeare"]
+  for method in ("star", "imm"):  # as the sentence below the table has it
+    runs = [run for name, run in scores.items() if name.rpartition("_")[0] == method]
+    assert f"{sum(map(last_nats, runs)) / len(runs) - before:.3f}" in pretrained
 
 
 def test_what_methods_share_is_copied_from_star(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -156,10 +196,10 @@ def test_what_methods_share_is_copied_from_star(monkeypatch: pytest.MonkeyPatch,
   assert calls == [("kl_0", ["--config=X", "--config.seed=0"])]
   calls.clear()
   start(methods)
-  assert [name for name, _ in calls] == ["star_0", "imm_0", "kl_0", "star_1", "imm_1"]
-  assert calls[1][1] == ["--config=X", "--config.seed=0", "--config.method=imm", "--rerun"]
+  assert [name for name, _ in calls] == ["star_0", "star_1", "imm_0", "kl_0", "imm_1"]
+  assert calls[2][1] == ["--config=X", "--config.seed=0", "--config.method=imm", "--rerun"]
   assert "--rerun" not in calls[0][1]
   assert (tmp_path / "imm_1" / "samples.jsonl").exists()
   calls.clear()
   side_by_side.run_all(methods, {"imm": 2, "star": 2, "kl": 0}, tmp_path, [], done=("star_0", "imm_1"), processes=1)
-  assert [name for name, _ in calls] == ["imm_0", "star_1"]
+  assert [name for name, _ in calls] == ["star_1", "imm_0"]

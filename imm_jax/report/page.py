@@ -4,6 +4,7 @@ import html
 import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from imm_jax.formatting import format_duration
 from imm_jax.report import figures
@@ -129,6 +130,8 @@ def _render_summary(results: Results) -> str:
 
 def _summarize(results: Results, first: EvaluatedModel, last: EvaluatedModel) -> str:
   model = results.config.get("model", "the base")
+  if Path(model).is_absolute():
+    model = Path(model).name
   if first.kind != "base":
     return "The base model's scores are missing, so the change by the run is unknown."
   if last is first:
@@ -152,14 +155,14 @@ def _describe_change(before: Accuracy, after: Accuracy, where: str, significant:
   >>> _describe_change(Accuracy(0.4, 100, 0.31, 0.50), Accuracy(0.6, 100, 0.50, 0.69), "in domain", True)
   'in domain rose from 0.400 to 0.600'
   >>> _describe_change(Accuracy(0.98, 100, 0.93, 0.99), Accuracy(0.97, 100, 0.92, 0.99), "out of domain", False)
-  'out of domain went from 0.980 to 0.970, which may be chance'
+  'out of domain went from 0.980 to 0.970 (this may be chance)'
   >>> _describe_change(Accuracy(0.98, 100, 0.93, 0.99), Accuracy(0.97, 100, 0.92, 0.99), "out of domain", None)
   'out of domain stayed within its interval, 0.980 and 0.970'
   """
   if significant is False and f"{before.value:.3f}" == f"{after.value:.3f}":
     return f"{where} stayed at {after.value:.3f}"
   if significant is False:
-    return f"{where} went from {before.value:.3f} to {after.value:.3f}, which may be chance"
+    return f"{where} went from {before.value:.3f} to {after.value:.3f} (this may be chance)"
   if significant is None and (after.low <= before.value <= after.high or before.low <= after.value <= before.high):
     return f"{where} stayed within its interval, {before.value:.3f} and {after.value:.3f}"
   return f"{where} {'rose' if after.value > before.value else 'fell'} from {before.value:.3f} to {after.value:.3f}"
@@ -202,11 +205,11 @@ def _other_scores_table(results: Results) -> list[Table]:
 
 def _texts_table(results: Results) -> list[Table]:
   """Makes a table of the likelihood of texts."""
-  rows = [[m.label, text, *(spans[name][part] for name in ("nats_per_token", "bits_per_byte")
-                            for part in ("value", "low", "high"))]
-          for m in results.models for text, spans in m.texts.items()]
-  head = ["model", "text", "nats per token", "95 % from", "to", "bits per byte", "from", "to"]
-  return [Table("texts", "Likelihood of texts (lower is better)", head, rows)] if rows else []
+  rows = [[m.label, text, *(Accuracy(**measures[name], n=measures["n"])
+                            for name in ("nats_per_token", "bits_per_byte"))]
+          for m in results.models for text, measures in m.texts.items()]
+  return [Table("texts", "Likelihood of texts (lower is better), with its 95 % interval over passages",
+                ["model", "text", "nats per token", "bits per byte"], rows)] if rows else []
 
 
 def _protocols_table(results: Results) -> list[Table]:

@@ -63,7 +63,9 @@ def _make_parts(compared: Sequence[tuple[str, str, Comparison]], ood_tasks: Sequ
                 prefix: str = "") -> list[Table | str]:
   """Makes the parts of a section: an explanation, the differences, the tests behind them, and notes."""
   labels = list(dict.fromkeys(line.label for *_, comparison in compared for line in comparison.lines))
-  labels.sort(key=lambda label: (label.partition(",")[0] in ood_tasks, label != POOLED and label in ood_tasks))
+  # Accuracies first: in domain, all out of domain, each task; then in the same order what is scored beside them.
+  labels.sort(key=lambda label: (", " in label, label.partition(", ")[0] in (POOLED, *ood_tasks),
+                                 label.partition(", ")[0] in ood_tasks))
   notes = list(dict.fromkeys(note for *_, comparison in compared for note in comparison.notes))
   rows = [[a, b, *({line.label: _to_cell(line) for line in comparison.lines}.get(label) for label in labels)]
           for a, b, comparison in compared if comparison.lines]
