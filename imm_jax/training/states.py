@@ -22,7 +22,7 @@ from absl import logging
 from etils import epath
 
 from imm_jax import files, integrity
-from imm_jax.errors import UserError
+from imm_jax.errors import ResourceError, UserError
 from imm_jax.runtime import distributed
 
 # Errors that a disk, a bucket or tensorstore raises when a write fails.
@@ -235,8 +235,8 @@ class Checkpoints:
     try:
       work()
     except _WRITE_ERRORS as e:
-      raise UserError(f"{self.folder}: the training state cannot be written ({_describe(e)}); the last one that was "
-                      "written is kept; make room, then give the same command again") from e
+      raise ResourceError(f"{self.folder}: the training state cannot be written ({_describe(e)}); the last one that "
+                          "was written is kept; make room, then give the same command again") from e
 
   def _read(self, step: int, item: str, args: Any) -> Any:
     try:

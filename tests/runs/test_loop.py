@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from imm_jax import files
-from imm_jax.errors import UserError
+from imm_jax.errors import Exit, UserError
 from imm_jax.estimates import disk, shapes
 from imm_jax.model import hf, safetensors
 from imm_jax.runs import status
@@ -246,7 +246,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(environment: dict[str, str], 
   small = command(tmp_path / "run", "--config.rounds=1", f"--config.sft.save_interval={interval}")
   limited = ["bash", "-c", 'ulimit -f 1200; trap "" XFSZ; exec "$@"', "bash", *small]
   done = subprocess.run(limited, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
-  assert done.returncode == 1
+  assert done.returncode == Exit.RESOURCES
   assert f"{where} cannot be written (File too large" in one_line(done.stderr)
   done = subprocess.run(small, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
