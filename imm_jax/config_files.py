@@ -64,13 +64,12 @@ def load(name: str) -> ml_collections.ConfigDict:
   with importable(file):
     try:
       get_config = runpy.run_path(str(file))["get_config"]
-      if colon and not inspect.signature(get_config).parameters:
-        raise UserError(f"--config={name}: {path} takes no argument after a colon")
-      settings = get_config(*[argument] * bool(colon))
-    except UserError:
-      raise
+      is_refused = colon and not inspect.signature(get_config).parameters
+      settings = None if is_refused else get_config(*[argument] * bool(colon))
     except Exception as e:  # a config file is Python and may raise anything
       raise UserError(describe_failure(file, e)) from e
+  if is_refused:
+    raise UserError(f"--config={name}: {path} takes no argument after a colon")
   if not isinstance(settings, ml_collections.ConfigDict):
     raise UserError(f"{file}: get_config() returns {type(settings).__name__}; expected a ConfigDict")
   return settings
