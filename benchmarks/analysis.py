@@ -41,7 +41,6 @@ def make_passes(dtype: str, folder: Path) -> dict[str, Callable[[], None]]:
   """Returns functions by name, each of which runs a pass over all batches."""
   import jax
   import jax.numpy as jnp
-  import optax
 
   from imm_jax.model import attention, hf, sharding
   from imm_jax.training import gradients, optimization, step
@@ -59,7 +58,7 @@ def make_passes(dtype: str, folder: Path) -> dict[str, Callable[[], None]]:
   backend = attention.choose_backend("auto", config, dtype=dtype, length=_LENGTH.value, rows=_ROWS.value, mesh=mesh)
   computation = Computation(mesh, jnp.dtype(dtype), remat=_REMAT.value, attention=backend)
   gradient = jax.jit(step.gradient_function(config, computation))
-  optimizer = optimization.make_optimizer(optax.constant_schedule(1e-5), weight_decay=0.0, grad_clip=1.0)
+  optimizer = optimization.make_optimizer(weight_decay=0.0, grad_clip=1.0)
   train_step = step.make_train_step(config, optimizer, computation)
   state = step.init_state(hf.load(folder, dtype=jnp.float32, place=place)[1], optimizer, mesh)
 
@@ -70,7 +69,7 @@ def make_passes(dtype: str, folder: Path) -> dict[str, Callable[[], None]]:
   def whole_steps() -> None:
     nonlocal state
     for batch in Input(batches, mesh):
-      state, metrics = train_step(state, batch)
+      state, metrics = train_step(state, batch, 1e-5)
       jax.block_until_ready(metrics)
 
   return {"forward and backward": forward_and_backward,

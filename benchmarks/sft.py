@@ -49,7 +49,6 @@ def tokens() -> np.ndarray:
 def ours(dtype: str, remat: str, folder: Path, added: str = "") -> Callable[[], float]:
   """Returns a function that runs a training step, possibly with an addition to SFT, and returns its loss."""
   import jax
-  import optax
 
   from imm_jax.model import attention, hf, sharding
   from imm_jax.training import lora
@@ -66,7 +65,7 @@ def ours(dtype: str, remat: str, folder: Path, added: str = "") -> Callable[[], 
   frozen = {"base" if added == "lora" else "anchor": load(dtype)[1]} if added in ("l2_sp", "kl", "lora") else {}
   if added == "lora":
     params = lora.init(config, additions.lora, mesh, key=jax.random.key(0))
-  optimizer = make_optimizer(optax.constant_schedule(1e-4), weight_decay=0.0, grad_clip=1.0)
+  optimizer = make_optimizer(weight_decay=0.0, grad_clip=1.0)
   state = init_state(params, optimizer, mesh, additions=additions, frozen=frozen)
   del params, frozen
   backend = attention.choose_backend("auto", config, dtype=dtype, length=_LENGTH.value, rows=_ROWS.value, mesh=mesh)
@@ -78,7 +77,7 @@ def ours(dtype: str, remat: str, folder: Path, added: str = "") -> Callable[[], 
 
   def step() -> float:
     nonlocal state
-    state, metrics = train_step(state, jax.device_put(batch, place))
+    state, metrics = train_step(state, jax.device_put(batch, place), 1e-4)
     return float(jax.block_until_ready((state, metrics))[1]["loss"])
 
   return step

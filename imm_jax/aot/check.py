@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imm_jax import merging
@@ -158,14 +157,12 @@ def compile_step(plan: StepPlan) -> Report:
   """Compiles the SFT step of a plan and estimates its costs."""
   backend = attention.choose_backend(plan.attention, plan.model, dtype=plan.compute_dtype, length=plan.length,
                                      rows=plan.step_rows // plan.accumulation, mesh=plan.mesh)
-  # Any learning-rate schedule will do here.
-  optimizer = optimization.make_optimizer(optax.constant_schedule(1e-5), weight_decay=plan.weight_decay,
-                                          grad_clip=plan.grad_clip)
+  optimizer = optimization.make_optimizer(weight_decay=plan.weight_decay, grad_clip=plan.grad_clip)
   state = training.abstract_state(plan.model, optimizer, plan.mesh, additions=plan.additions,
                                   frozen_dtype=plan.compute_dtype)
   step = training.step_function(plan.model, optimizer, plan.get_computation(backend), additions=plan.additions)
   started = time.monotonic()
-  traced = training.jit_step(step, state).trace(state, _make_batch(plan))
+  traced = training.jit_step(step, state).trace(state, _make_batch(plan), jax.ShapeDtypeStruct((), jnp.float32))
   try:
     compiled = topology.compile_program(traced)
   except MemoryError as e:

@@ -1,7 +1,11 @@
-"""What a training minimizes and how: the schedule of the learning rate, and the optimizer, AdamW after clipping."""
+"""What a training minimizes and how: the schedule of the learning rate, and the optimizer, AdamW after clipping.
+
+The learning rate is an argument of each step. As a part of the program it would be compiled anew for every number of
+steps, which is another one in each round.
+"""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +42,7 @@ class Optimization(NamedTuple):
     """Makes the optimizer, with the changes of the intervention."""
     intervention = self.intervention
     clip = self.grad_clip if intervention.grad_clip is None else intervention.grad_clip
-    return make_optimizer(self.schedule, weight_decay=self.weight_decay, grad_clip=clip,
-                          transform=intervention.transform)
+    return make_optimizer(weight_decay=self.weight_decay, grad_clip=clip, transform=intervention.transform)
 
 
 def make_schedule(kind: str, *, peak: float, total_steps: int, warmup_ratio: float) -> optax.Schedule:
@@ -56,14 +59,15 @@ def make_schedule(kind: str, *, peak: float, total_steps: int, warmup_ratio: flo
   return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup]) if warmup else decay
 
 
-def make_optimizer(schedule: optax.Schedule, *, weight_decay: float, grad_clip: float,
-                   transform: optax.GradientTransformation | None = None) -> optax.GradientTransformation:
+def make_optimizer(*, weight_decay: float, grad_clip: float, transform: optax.GradientTransformation | None = None,
+                   ) -> optax.GradientTransformationExtraArgs:
   """Returns AdamW (b1 0.9, b2 0.999, eps 1e-8) after clipping by global norm; `grad_clip` 0 disables clipping.
 
-  `transform` is applied to AdamW's updates, which include weight decay and learning rate.
+  Its `update` takes `learning_rate`, a float32 scalar, and `halted`, see `_adamw`. `transform` is applied to AdamW's
+  updates, which include weight decay and learning rate.
   """
   clip = _clip(grad_clip) if grad_clip else optax.identity()
-  return optax.chain(clip, _adamw(schedule, weight_decay), *([transform] if transform else []))
+  return optax.chain(clip, _adamw(weight_decay), *([transform] if transform else []))
 
 
 def _clip(max_norm: float) -> optax.GradientTransformation:
@@ -77,23 +81,21 @@ def _clip(max_norm: float) -> optax.GradientTransformation:
   return optax.stateless(clip)
 
 
-def _adamw(schedule: optax.Schedule, weight_decay: float, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
+def _adamw(weight_decay: float, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8,
            ) -> optax.GradientTransformationExtraArgs:
-  """Updates as `optax.adamw` does, with the same state, but in place; `update(..., halted=True)` keeps the state.
+  """Updates as `optax.adamw` does at a `learning_rate`, but in place; `update(..., halted=True)` keeps the state.
 
   A barrier completes the moments before the update reads them. Otherwise XLA computes them twice, once for the update,
   and keeps copies of both old moments, which on CPU costs twice the memory of the parameters.
   """
-  moments, others = optax.scale_by_adam(b1, b2, eps), optax.chain(
-      optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(schedule))
+  moments = optax.scale_by_adam(b1, b2, eps)
 
-  def update(grads: Params, state: Any, params: Params | None = None, *, halted: jax.Array | bool = False,
-             **_: Any) -> tuple[Params, Any]:
-    first, *rest = state
-    keep = lambda old, new: jax.tree.map(lambda o, n: jnp.where(halted, o, n), old, new)
-    first = jax.lax.optimization_barrier(keep(first, moments.update(grads, first)[1]))
-    means = (optax.tree.bias_correction(m, b, first.count) for m, b in ((first.mu, b1), (first.nu, b2)))
-    updates, new = others.update(jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), *means), tuple(rest), params)
-    return updates, (first, *keep(tuple(rest), new))
+  def update(grads: Params, state: optax.ScaleByAdamState, params: Params, *, learning_rate: jax.Array,
+             halted: jax.Array | bool = False) -> tuple[Params, optax.ScaleByAdamState]:
+    new = jax.tree.map(lambda old, new: jnp.where(halted, old, new), state, moments.update(grads, state)[1])
+    new = jax.lax.optimization_barrier(new)
+    means = (optax.tree.bias_correction(m, b, new.count) for m, b in ((new.mu, b1), (new.nu, b2)))
+    change = lambda m, v, p: -learning_rate * (m / (jnp.sqrt(v) + eps) + weight_decay * p)
+    return jax.tree.map(change, *means, params), new
 
-  return optax.GradientTransformationExtraArgs(lambda params: (moments.init(params), *others.init(params)), update)
+  return optax.GradientTransformationExtraArgs(moments.init, update)

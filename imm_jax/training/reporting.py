@@ -54,6 +54,7 @@ class StepLog:
     start: number of steps that were done before the training resumed.
     done: number of steps that are done, these included.
     total: number of steps of the whole training.
+    learning_rates: learning rate of each of these steps, float32.
     first_loss: loss of its first step, or None before that was read.
     last_loss: loss of the last step that was read, or None.
     meter: measures the speed.
@@ -64,7 +65,7 @@ class StepLog:
                saved: dict[str, Any] | None):
     """Begins before the first step, or after those of a saved state, whose metadata are `saved`."""
     self._reporting, self._batches = reporting, batches
-    self._learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(len(batches))))
+    self.learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(len(batches))))
     self.start = self.done = saved["step"] if saved else 0
     self.total, self.meter, self.profile = len(batches), meter, reporting.profile or Profile("", Path())
     self.first_loss: float | None = saved["first_loss"] if saved else None
@@ -115,7 +116,7 @@ class StepLog:
     self.first_loss = self.last_loss if self.first_loss is None else self.first_loss
     self._reporting.report(
         step, loss=self.last_loss, grad_norm=float(metrics["grad_norm"]), tokens=float(metrics["tokens"]),
-        learning_rate=float(self._learning_rates[step]), **self._speed,
+        learning_rate=float(self.learning_rates[step]), **self._speed,
         **{name: float(metrics[name]) for name in ANCHORS if name in metrics})
 
   def report_held_out(self, loss: float) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
@@ -32,7 +33,7 @@ _TPU_OPTIONS = {"xla_enable_async_all_gather": "true",
 # average; frozen: weights that are used but not trained, by role (`base`, which LoRA adapts, and `anchor`).
 TrainState = dict[str, Any]
 Metrics = dict[str, jax.Array]
-Step = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]
+Step = Callable[[TrainState, dict[str, jax.Array], Any], tuple[TrainState, Metrics]]
 Frozen = Mapping[str, Params]
 _STATE = ("params", "opt_state", "halted", "average", "frozen", "base", "anchor")
 _NO_FROZEN: Frozen = MappingProxyType({})
@@ -163,7 +164,8 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
 def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, *,
                additions: Additions = PLAIN, frozen: Frozen = _NO_FROZEN) -> TrainState:
   """Creates the initial state; takes ownership of `params` and `frozen`, and shards moments like their parameters."""
-  params = jax.tree.map(to_xla_memory, params)
+  # Parameters that are not yet on the mesh would have the second step, whose are, compiled again.
+  params = jax.device_put(jax.tree.map(to_xla_memory, params), state_sharding(params, mesh))
   shardings = state_sharding(jax.eval_shape(optimizer.init, params), mesh)
   state = {"params": params, "opt_state": jax.jit(optimizer.init, out_shardings=shardings)(params),
            "halted": halt_flag(mesh)}
@@ -204,10 +206,10 @@ def make_train_step(config: ModelConfig, optimizer: optax.GradientTransformation
   step = step_function(config, optimizer, computation, additions=additions, chunk=chunk)
   compiled = None
 
-  def run(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+  def run(state: TrainState, batch: dict[str, jax.Array], learning_rate: float) -> tuple[TrainState, Metrics]:
     nonlocal compiled
     compiled = compiled or jit_step(step, state)
-    return compiled(state, batch)
+    return compiled(state, batch, np.float32(learning_rate))
 
   return run
 
@@ -276,16 +278,16 @@ def gradient_function(config: ModelConfig, computation: Computation, *, chunk: i
 
 def step_function(config: ModelConfig, optimizer: optax.GradientTransformation, computation: Computation, *,
                   additions: Additions = PLAIN, chunk: int = 0) -> Step:
-  """Returns a step (state, batch) -> (state, metrics), to be jitted.
+  """Returns a step (state, batch, learning_rate) -> (state, metrics), to be jitted.
 
   A step whose loss or gradient is not finite changes nothing but the `halted` flag, and neither do later steps. The
-  optimizer must come from `make_optimizer`, whose `update` takes `halted`. Metrics: `loss` (including additions),
-  `grad_norm` (before clipping), `tokens` (learned ones), and the additions to the loss: `kl` (not yet weighted) and
-  `l2_sp`.
+  optimizer must come from `make_optimizer`, whose `update` takes `learning_rate` and `halted`. Metrics: `loss` (with
+  additions), `grad_norm` (before clipping), `tokens` (learned ones), and the additions to the loss: `kl` (not yet
+  weighted) and `l2_sp`.
   """
   gradients = gradient_function(config, computation, additions=additions, chunk=chunk)
 
-  def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+  def step(state: TrainState, batch: dict[str, jax.Array], learning_rate: jax.Array) -> tuple[TrainState, Metrics]:
     params = state["params"]
     loss, grads, numbers = gradients(params, batch, None, state.get("frozen", {}))
     if additions.l2_sp:
@@ -294,7 +296,8 @@ def step_function(config: ModelConfig, optimizer: optax.GradientTransformation, 
     norm = optax.tree.norm(grads)
     # The host only reads the loss every few steps; until then the last good state must survive.
     halted = state["halted"] | ~jnp.isfinite(loss) | ~jnp.isfinite(norm)
-    updates, opt_state = optimizer.update(grads, state["opt_state"], params, halted=halted)
+    updates, opt_state = optimizer.update(grads, state["opt_state"], params, learning_rate=learning_rate,
+                                          halted=halted)
     new = jax.tree.map(lambda n, old: jnp.where(halted, old, n), optax.apply_updates(params, updates), params)
     changed = {"params": new, "opt_state": opt_state, "halted": halted}
     if additions.ema:

@@ -104,7 +104,7 @@ def _run_steps(train_step: Step, state: TrainState, inputs: Input, log: StepLog,
       position = inputs.state
       with log.meter.waiting():
         batch = next(inputs)
-      state, metrics = train_step(state, batch)
+      state, metrics = train_step(state, batch, log.learning_rates[step])
       log.add(metrics, position)
       last = log.done == log.total
       save_due = bool(checkpoints) and checkpoints.due(log.done) and not last

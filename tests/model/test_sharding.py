@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from imm_jax.errors import UserError
@@ -85,19 +84,20 @@ def _step(out: Path, name: str, mesh: jax.sharding.Mesh, batch: dict[str, np.nda
   config, params = hf.load(out / "checkpoint", place=functools.partial(sharding.param_sharding, mesh))
   assert config == CONFIG
   np.savez(out / f"{name}-loaded.npz", **_flat(params))
-  optimizer = optimization.make_optimizer(optax.constant_schedule(LEARNING_RATE), weight_decay=0.1, grad_clip=1.0)
+  optimizer = optimization.make_optimizer(weight_decay=0.1, grad_clip=1.0)
   state = training.init_state(params, optimizer, mesh)
   before = _shards(state)
   placed = jax.device_put(batch, jax.sharding.NamedSharding(mesh, sharding.BATCH))
   step = training.make_train_step(config, optimizer, Computation(mesh, jnp.float32, **computation), chunk=chunk)
-  state, metrics = step(state, placed)
+  state, metrics = step(state, placed, LEARNING_RATE)
   np.savez(out / f"{name}-params.npz", **_flat(state["params"]))
   np.savez(out / f"{name}-mu.npz", **_flat(_moments(state)["mu"]))
   after, metrics = _shards(state), {k: float(v) for k, v in metrics.items()}
   losses = []
   for i in range(1, STEPS):
     turned = {key: np.roll(rows, i, axis=0) for key, rows in batch.items()}
-    state, more = step(state, jax.device_put(turned, jax.sharding.NamedSharding(mesh, sharding.BATCH)))
+    state, more = step(state, jax.device_put(turned, jax.sharding.NamedSharding(mesh, sharding.BATCH)),
+                       LEARNING_RATE)
     losses.append(float(more["loss"]))
   np.savez(out / f"{name}-trained.npz", **_flat(state["params"]))
   return {"before": before, "after": after, "metrics": metrics, "losses": losses,

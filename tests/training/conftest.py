@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
 
 from imm_jax.model import sharding
@@ -23,8 +22,7 @@ def params():
 def compiled_once() -> Iterator[None]:
   """Caches the compiled step for all trainings of a file."""
   mesh = sharding.make_mesh(data=1, fsdp=1)
-  schedule = optax.constant_schedule(1e-3)
-  optimizer = optimization.make_optimizer(schedule, weight_decay=0.0, grad_clip=1.0)
+  optimizer = optimization.make_optimizer(weight_decay=0.0, grad_clip=1.0)
   step = training_step.make_train_step(CONFIG, optimizer, Computation(mesh, jnp.float32))
   patch = pytest.MonkeyPatch()
   patch.setattr(trainer, "make_train_step", lambda *args, **options: step)

@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from imm_jax.model import hf, lora as adapters_on_disk, safetensors, sharding
@@ -52,7 +51,7 @@ def two_steps(name: str, additions: Additions) -> dict[str, np.ndarray]:
   mesh = i.make_mesh(sizes)
   params, anchor, adapters = make_trees()
   frozen = {"base": placed(params, mesh)} if additions.lora else {"anchor": placed(anchor, mesh)}
-  optimizer = optimization.make_optimizer(optax.constant_schedule(LEARNING_RATE), weight_decay=0.1, grad_clip=1.0)
+  optimizer = optimization.make_optimizer(weight_decay=0.1, grad_clip=1.0)
   state = training.init_state(placed(adapters if additions.lora else params, mesh), optimizer, mesh,
                               additions=additions, frozen=frozen)
   like = training.abstract_state(t.CONFIG, optimizer, mesh, additions=additions, frozen_dtype=jnp.float32)
@@ -64,9 +63,9 @@ def two_steps(name: str, additions: Additions) -> dict[str, np.ndarray]:
   assert batches[0]["segment_ids"].max() > 1
   for number in range(2):
     batch = jax.device_put(batches[number], jax.NamedSharding(mesh, sharding.BATCH))
-    state, metrics = step(state, batch)
+    state, metrics = step(state, batch, LEARNING_RATE)
   assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), state, like))
-  arrays = {"params": state["params"], "mu": state["opt_state"][1][0].mu, "average": state["average"],
+  arrays = {"params": state["params"], "mu": state["opt_state"][1].mu, "average": state["average"],
             "frozen": state["frozen"]}
   return {**i.flat(arrays), **{f"metric {key}": np.asarray(value) for key, value in metrics.items()}}
 
@@ -223,7 +222,7 @@ def test_l2_sp_and_average_equal_their_closed_forms():
   """Runs two steps without learned tokens, where L2-SP alone changes the weights."""
   mesh, additions = i.make_mesh(), Additions(l2_sp=0.25, ema=0.75)
   params, anchor, _ = make_trees()
-  optimizer = optimization.make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.0, grad_clip=0.0)
+  optimizer = optimization.make_optimizer(weight_decay=0.0, grad_clip=0.0)
   state = training.init_state(placed(params, mesh), optimizer, mesh, additions=additions,
                               frozen={"anchor": placed(anchor, mesh)})
   batch = jax.tree.map(np.array, t.pack(t.make_examples(4))[0])
@@ -233,12 +232,12 @@ def test_l2_sp_and_average_equal_their_closed_forms():
   loss, grads, _ = jax.jit(plain)(params, batch)
   away = {name: start[name].astype(np.float64) - base[name] for name in start}
   pulled = {name: g + 0.25 * away[name] for name, g in i.flat(grads).items()}
-  state, metrics = step(state, jax.device_put(batch, jax.NamedSharding(mesh, sharding.BATCH)))
+  state, metrics = step(state, jax.device_put(batch, jax.NamedSharding(mesh, sharding.BATCH)), 1e-2)
   squares = sum((a**2).sum() for a in away.values())
   assert float(metrics["l2_sp"]) == pytest.approx(0.125 * squares, rel=1e-5)
   assert float(metrics["loss"]) == pytest.approx(float(loss) + 0.125 * squares, rel=1e-6)
   assert float(metrics["grad_norm"]) == pytest.approx(np.sqrt(sum((g**2).sum() for g in pulled.values())), rel=1e-5)
-  new, mu, average = i.flat(state["params"]), i.flat(state["opt_state"][1][0].mu), i.flat(state["average"])
+  new, mu, average = i.flat(state["params"]), i.flat(state["opt_state"][1].mu), i.flat(state["average"])
   for name in start:
     np.testing.assert_allclose(mu[name], 0.1 * pulled[name], rtol=1e-4, atol=1e-7, err_msg=name)
     clear = np.abs(pulled[name]) > 1e-4
@@ -253,10 +252,11 @@ def test_non_finite_step_changes_nothing():
   mesh, additions = i.make_mesh(), Additions(ema=0.75)
   params = make_trees()[0]
   params["norm"]["weight"][0] = np.nan
-  optimizer = optimization.make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.0, grad_clip=0.0)
+  optimizer = optimization.make_optimizer(weight_decay=0.0, grad_clip=0.0)
   state = training.init_state(placed(params, mesh), optimizer, mesh, additions=additions)
   step = training.make_train_step(t.CONFIG, optimizer, Computation(mesh, jnp.float32), additions=additions)
-  state, _ = step(state, jax.device_put(t.pack(t.make_examples(4))[0], jax.NamedSharding(mesh, sharding.BATCH)))
+  batch = jax.device_put(t.pack(t.make_examples(4))[0], jax.NamedSharding(mesh, sharding.BATCH))
+  state, _ = step(state, batch, 1e-2)
   assert state["halted"]
   jax.tree.map(np.testing.assert_array_equal, state["average"], params)
 

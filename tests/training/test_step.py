@@ -17,6 +17,7 @@ from imm_jax.model.decoder import bind, init_params
 from imm_jax.training import optimization, step as training_step
 from imm_jax.training.computation import Computation
 from imm_jax.training.packing import Batch, PackedBatches, TokenizedExample
+from tests.training.helpers import train
 
 CONFIG = ModelConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1,
                      head_dim=8, rope_theta=100.0, rms_norm_eps=1e-5, tie_embeddings=False, qkv_bias=True)
@@ -188,7 +189,7 @@ def gradient_step(params, batch: Batch, step):
   """Runs a step of gradient descent; returns the change of the parameters, and the metrics."""
   mesh = sharding.make_mesh(data=1, fsdp=1)
   state = training_step.init_state(jax.tree.map(jnp.copy, params), DESCENT, mesh)
-  state, metrics = step(state, jax.device_put(batch, jax.NamedSharding(mesh, sharding.BATCH)))
+  state, metrics = step(state, jax.device_put(batch, jax.NamedSharding(mesh, sharding.BATCH)), 1.0)
   return jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), state["params"], params), metrics
 
 
@@ -261,16 +262,15 @@ def test_ten_steps_equal_torch_adamw(checkpoint):
   by_tokens = {tuple(e.prompt + e.response): e for e in examples}
   assert len(batches) >= total_steps
 
-  optimizer = optimization.make_optimizer(
-      optimization.make_schedule("cosine", peak=peak, total_steps=total_steps, warmup_ratio=warmup / total_steps),
-      weight_decay=weight_decay, grad_clip=clip)
+  schedule = optimization.make_schedule("cosine", peak=peak, total_steps=total_steps, warmup_ratio=warmup / total_steps)
+  optimizer = optimization.make_optimizer(weight_decay=weight_decay, grad_clip=clip)
   mesh = sharding.make_mesh(data=1, fsdp=1)
   state = training_step.init_state(params, optimizer, mesh)
   step = training_step.make_train_step(config, optimizer, Computation(mesh, jnp.float32))
   first = {name: p.detach().clone() for name, p in model.named_parameters()}
   adamw = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=weight_decay)
   for i in range(total_steps):
-    state, metrics = step(state, jax.device_put(batches[i], replicated()))
+    state, metrics = step(state, jax.device_put(batches[i], replicated()), float(schedule(i)))
     loss = torch_loss(model, [by_tokens[tuple(tokens)] for tokens, _, _ in segments(batches[i])])
     adamw.zero_grad()
     loss.backward()
@@ -293,6 +293,27 @@ def test_ten_steps_equal_torch_adamw(checkpoint):
     assert change > 1e-4  # all are trained
     assert np.linalg.norm(np.asarray(actual[name]) - p.numpy()) < 1e-4 * p.norm().item(), name
     assert np.linalg.norm(np.asarray(actual[name]) - p.numpy()) < 1e-2 * change, name
+
+
+def test_all_rounds_compile_the_same_step(monkeypatch):
+  """The program holds neither the learning rate nor the number of steps, which is another one in each round."""
+  programs, jit_step = [], training_step.jit_step
+
+  def jit_and_record(step, state):
+    jitted = jit_step(step, state)
+    return lambda *args: programs.append(jitted.lower(*args).as_text()) or jitted(*args)
+
+  monkeypatch.setattr(training_step, "jit_step", jit_and_record)
+  weights, rates = init_params(CONFIG, key=jax.random.key(0)), {}
+  for epochs, peak in ((1, 1e-3), (2, 1e-4)):
+    batches = pack([TokenizedExample([1] * 4, [2] * 4)] * 8, epochs=epochs)
+    schedule = optimization.make_schedule("cosine", peak=peak, total_steps=len(batches), warmup_ratio=0.1)
+    rates[epochs] = {}
+    train(weights, batches, rates[epochs], schedule=schedule)
+  assert len(programs) == 2 + 4
+  assert len({*programs}) == 1
+  assert max(r["learning_rate"] for r in rates[1].values()) == pytest.approx(1e-3)
+  assert max(r["learning_rate"] for r in rates[2].values()) == pytest.approx(1e-4)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
@@ -321,7 +342,7 @@ def test_an_unknown_schedule_is_an_error():
 @pytest.mark.parametrize(("clip", "scale"), [(0.0, 1.0), (1.0, 0.2), (100.0, 1.0)])
 def test_gradients_are_clipped_by_their_global_norm(clip, scale):
   grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}  # norm 5
-  optimizer = optimization.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.0, grad_clip=clip)
-  _, state = optimizer.update(grads, optimizer.init(grads), grads)
+  optimizer = optimization.make_optimizer(weight_decay=0.0, grad_clip=clip)
+  _, state = optimizer.update(grads, optimizer.init(grads), grads, learning_rate=1.0)
   moments = optax.tree_utils.tree_get(state, "mu")
   jax.tree.map(lambda m, g: np.testing.assert_allclose(m, 0.1 * scale * g, rtol=1e-6), moments, grads)

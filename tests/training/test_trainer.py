@@ -26,7 +26,7 @@ def losses(monkeypatch) -> list[float]:
   values: list[float] = []
   steps = itertools.count()
 
-  def step(state, batch):
+  def step(state, batch, learning_rate):
     return state, {"loss": jnp.float32(values[next(steps)]), "grad_norm": jnp.float32(2), "tokens": jnp.float32(3)}
 
   monkeypatch.setattr(trainer, "make_train_step", lambda *args, **options: step)

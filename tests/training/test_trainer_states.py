@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from imm_jax.errors import PreemptedError, UserError
@@ -47,7 +46,7 @@ def test_last_good_state_survives(params, log_every, tmp_path: Path):
       train(poisoned, make_batches(poisoned_step=bad), checkpoints=checkpoints, log_every=log_every)
     assert saved(tmp_path) == [bad]
     like = training_step.abstract_state(CONFIG, optimization.make_optimizer(
-        optax.constant_schedule(1e-3), weight_decay=0.0, grad_clip=1.0), sharding.make_mesh(data=1, fsdp=1))
+        weight_decay=0.0, grad_clip=1.0), sharding.make_mesh(data=1, fsdp=1))
     kept = checkpoints.restore(bad, {name: like[name] for name in ("params", "opt_state")})["params"]
   with states(tmp_path / "other", every=bad) as checkpoints, pytest.raises(UserError):
     train(poisoned, make_batches(poisoned_step=bad), checkpoints=checkpoints, log_every=1)
