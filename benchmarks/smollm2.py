@@ -92,7 +92,7 @@ def _pick_analysis(of_round: Mapping[str, Any]) -> dict[str, Any]:
   shares = lambda of: [round(share, 6) for share in analysis.shares(of["layers"])]
   return {"importance": shares(of_round["importance"]),
           "weight_change": {name: shares(of) for name, of in of_round["weight_change"].items()},
-          "spearman": of_round["spearman"], "diversity": of_round["diversity"]}
+          "spearman": of_round["spearman"], "diversity": of_round.get("diversity")}  # gold answers are not sampled
 
 
 def split(runs: Runs) -> dict[str, dict[int, Mapping[str, Any]]]:

@@ -121,6 +121,10 @@ def test_any_part_of_a_study_is_collected(tmp_path: Path) -> None:
     last, *others = _collect_study(tmp_path / name, tmp_path / f"{name}.json").split("\n\n")
     assert len(others) == 4
     assert last.splitlines()[3].split(" | ")[1] == str(len(part) if name == "unanalyzed" else 1)
+  report_runs.make(tmp_path / "gold/runs/real_0", method="real", rounds=1)
+  analysis = tmp_path / "gold/runs/real_0/round_0/analysis.json"
+  files.write_json(analysis, json.loads(analysis.read_text()) | {"diversity": None})  # nothing is sampled
+  assert "| `real` |" in _collect_study(tmp_path / "gold")
   report_runs.make(tmp_path / "here/runs/star_0", method="star", rounds=1)
   files.write_json(tmp_path / "there.json", {"star_0": scores["star_0"]})
   _collect_study(tmp_path / "here", tmp_path / "there.json")
