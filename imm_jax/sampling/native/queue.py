@@ -24,8 +24,11 @@ _TOKENS_PER_PROMPT = 16
 # Number of waiting prompts, beyond those of a full pack, that are considered for filling it.
 _LOOKAHEAD = 64
 _MIN_SLOTS = 64
-# When no sample waits, rows shrink to these shares of all rows.
-_ROW_SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
+# Cache slots of a row at the start: as many as most samples fill, and few enough that unused ones cost little.
+FIRST_SLOTS = 128
+# When no sample waits, rows shrink to these shares of all rows. Short answers end too soon for compiling each to pay.
+_LONG_ANSWER = 128
+_ROW_SHARES, _ROW_SHARES_SHORT = (0.5, 0.25, 0.125), (0.25,)
 _MIN_ROWS = 8
 # Shorter common prefixes are not shared; those of only a part of the prompts must be longer.
 _MIN_PREFIX, _MIN_GROUP_PREFIX = 16, 64
@@ -250,14 +253,15 @@ def choose_rows(batch_size: int, samples: int) -> int:
   return min(batch_size, 1 << (max(1, samples) - 1).bit_length())
 
 
-def list_row_counts(rows: int, parts: int = 1) -> list[int]:
+def list_row_counts(rows: int, max_new_tokens: int, parts: int = 1) -> list[int]:
   """Returns the numbers of rows that `rows` can shrink to, ascending, and `rows`; all multiples of `parts`.
 
-  >>> list_row_counts(64), list_row_counts(12)
-  ([8, 16, 24, 32, 48, 64], [8, 9, 12])
+  >>> list_row_counts(64, 256), list_row_counts(12, 256), list_row_counts(64, 40)
+  ([8, 16, 32, 64], [8, 12], [16, 64])
   """
   smallest = -(-_MIN_ROWS // parts) * parts
-  sizes = {max(smallest, math.ceil(rows * share / parts) * parts) for share in _ROW_SHARES}
+  shares = _ROW_SHARES if max_new_tokens >= _LONG_ANSWER else _ROW_SHARES_SHORT
+  sizes = {max(smallest, math.ceil(rows * share / parts) * parts) for share in shares}
   return sorted({*(n for n in sizes if n < rows), rows})
 
 

@@ -141,9 +141,10 @@ class NativeSampler:
     waiting = queue.Queue(suffixes, samples, queue.pack_shape(lengths, parts=parts, cpu=cpu),
                           lambda pack: self._prefill(prefix, pack, static), parts=parts)
     row_count = queue.choose_rows(self._batch_size, len(samples))
-    refill, sizes = max(1, row_count // _REFILL_SHARE), queue.list_row_counts(row_count, parts)
+    refill = max(1, row_count // _REFILL_SHARE)
+    sizes = queue.list_row_counts(row_count, max_new_tokens, parts)
     max_slots = queue.compute_max_slots(max(lengths) + max_new_tokens)
-    slots = min(max_slots, queue.round_up_slots(1))
+    slots = min(max_slots, queue.FIRST_SLOTS)
     rows = _Rows(self._commit(decode.init(row_count, slots, max_new_tokens, static)), [None] * row_count, slots,
                  max_slots)
     while True:
