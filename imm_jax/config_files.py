@@ -100,15 +100,17 @@ def importable(file: Path | None) -> Iterator[None]:
   """Makes `from configs import NAME` import this package's config files for the length of a block.
 
   It works in any current directory, and even if another package is called `configs`. If the folder of `file` is called
-  `configs`, its files take precedence; files in another folder FOLDER can be imported with `from FOLDER import NAME`.
+  `configs`, its files take precedence; files in another folder FOLDER can be imported with `from FOLDER import NAME`
+  or `import NAME`.
   """
   parents = [] if file is None else [str(file.resolve().parent.parent)]
-  beside = [file.resolve().parent] if file is not None and file.resolve().parent.name == _PACKAGE else []
+  configs = [file.resolve().parent] if file is not None and file.resolve().parent.name == _PACKAGE else []
   hidden = {name: sys.modules.pop(name) for name in _list_loaded()}
   package = ModuleType(_PACKAGE)
-  package.__path__ = list(dict.fromkeys(map(str, (*beside, FOLDER))))
+  package.__path__ = list(dict.fromkeys(map(str, (*configs, FOLDER))))
   sys.modules[_PACKAGE] = package
-  sys.path[:0] = parents
+  beside = [] if file is None else [str(file.resolve().parent)]
+  sys.path[:] = [*parents, *sys.path, *beside]  # last, so that they hide nothing
   try:
     yield
   finally:
@@ -117,6 +119,8 @@ def importable(file: Path | None) -> Iterator[None]:
     sys.modules.update(hidden)
     for path in parents:
       sys.path.remove(path)
+    for _ in beside:
+      sys.path.pop()
 
 
 def _list_loaded() -> list[str]:

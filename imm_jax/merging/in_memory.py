@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from imm_jax.merging import kernels, masks, trees
+from imm_jax.merging import kernels, masks, trees, users_kernels
 from imm_jax.merging.registry import MergeMethod, Plan
 from imm_jax.merging.statistics import Statistic, as_matrix
 from imm_jax.merging.trees import Leaf, PyTree
@@ -120,6 +120,7 @@ def run(plan: Plan, source: TreeSource, *, key: jax.Array | None = None, donate:
       continue
     numbers = [plan.numbers(name) for name in leaf.names]
     stacked = {key: _stack([s[key] for s in numbers]) for key in numbers[0]}
+    users_kernels.check_kernel(plan, numbers[0], len(leaf.tensors))
     identity = tuple(id(t) for t in leaf.tensors)
     if identity in merged:
       first, tensor = merged[identity]

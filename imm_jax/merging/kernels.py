@@ -15,7 +15,9 @@ A compiler may fuse a product into a sum, which rounds once instead of twice, an
 layout. Products that enter a sum are pinned so that the bits do not depend on that decision.
 """
 
+import inspect
 import math
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -54,19 +56,35 @@ def call(kernel: Callable[..., jax.Array], tensors: Tensors, numbers: Mapping[st
 
   Raises:
     KernelError: if it asks for a number that there is not, or returns something else than an array of floats of the
-      tensors' shape.
+      tensors' shape; for a kernel of the user's also if it raises anything.
   """
   expected = f"an array of floats {tensors[0].shape}"
   try:
     merged = kernel(tensors, Numbers(numbers, tensors[0].ndim), shared, **static)
   except KernelError as e:
     raise KernelError(f"{kernel.__name__}: {e}") from None
+  except Exception as e:
+    if not is_users(kernel):
+      raise
+    lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == find_file(kernel)]
+    raise KernelError(f"{find_file(kernel)}{f':{lines[-1]}' if lines else ''}: {kernel.__name__} raised "
+                      f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}") from e
   if not isinstance(merged, jax.Array):
     raise KernelError(f"{kernel.__name__} returned {'nothing' if merged is None else type(merged).__name__}, expected "
                       f"{expected}")
   if merged.shape != tensors[0].shape or not jnp.issubdtype(merged.dtype, jnp.floating):
     raise KernelError(f"{kernel.__name__} returned {merged.dtype} {merged.shape}, expected {expected}")
   return merged
+
+
+def is_users(kernel: Callable[..., Any]) -> bool:
+  """Returns whether a kernel is not one of this package."""
+  return not kernel.__module__.startswith("imm_jax.")
+
+
+def find_file(kernel: Callable[..., Any]) -> str:
+  """Returns the path of the file that a kernel is written in."""
+  return inspect.unwrap(kernel).__code__.co_filename
 
 
 def add(terms: Sequence[jax.Array]) -> jax.Array:

@@ -8,6 +8,7 @@ is merged some copies in float32.
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 import threading
@@ -22,7 +23,7 @@ import numpy as np
 import xxhash
 
 from imm_jax.errors import UserError
-from imm_jax.merging import kernels, registry
+from imm_jax.merging import kernels, registry, users_kernels
 from imm_jax.merging.registry import Plan
 from imm_jax.merging.source import BLOCK, Buffers, CheckpointSource, is_floating, on_cpu
 from imm_jax.model import checkpoint_folder
@@ -165,6 +166,7 @@ class _MergeRun:
     shapes = _block_shapes(source, by_rows, whole)
     row_length = lambda name: max(1, source.row_length(name)) if by_rows else source.block
     digests = [xxhash.xxh3_128() for _ in source.folders]
+    self._check_kernels(part, shapes, numbers_of)
     # Compile all combinations of shape and dtype in parallel, rather than one by one as their tensors come up.
     kinds = {(shapes[name], *(entry.dtype for entry in source.entries(name))): name
              for name in sorted(shapes, key=source.size, reverse=True)}
@@ -198,6 +200,14 @@ class _MergeRun:
             functools.partial(self._merge_block, part, name, begin, count, arrays, numbers, row_length(name)),
             functools.partial(self._buffers.give, list(read.values())))
     return {part.prefix + label: digest.hexdigest() for label, digest in zip(source.folders, digests, strict=True)}
+
+  def _check_kernels(self, part: Part, names: Iterable[str], numbers_of: Callable[[str], Sequence[Any]]) -> None:
+    for name in itertools.islice(names, 1):
+      for plan, numbers in zip(part.plans, numbers_of(name), strict=True):
+        try:
+          users_kernels.check_kernel(plan, {key: value[0] for key, value in numbers.items()}, part.source.num_models)
+        except kernels.KernelError as e:
+          raise UserError(str(e)) from e
 
   def _merge_block(self, part: Part, name: str, begin: int, count: int, arrays: Sequence[np.ndarray],
                    numbers: Sequence[Any], row_length: int) -> None:

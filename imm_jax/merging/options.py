@@ -109,7 +109,9 @@ class Option:
           (self.low is None or value >= self.low)
           and (self.high is None or (value < self.high if self.excludes_high else value <= self.high)))
     if not valid:
-      raise ValueError(f"{self.name}={value!r}{where}: expected {self.range}")
+      kind = "a number, " if self.kind in ("number", "constant") and isinstance(value, str) and "number" not in (
+          self.range) else ""
+      raise ValueError(f"{self.name}={value!r}{where}: expected {kind}{self.range}")
 
 
 class _ByTensor(dict[str, Any]):

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from imm_jax.errors import UserError, suggest
-from imm_jax.merging import declarations
+from imm_jax.merging import declarations, kernels
 from imm_jax.merging.declarations import INPUTS
 from imm_jax.merging.options import REQUIRED, Option, Settings
 from imm_jax.merging.statistics import Source
@@ -189,6 +189,9 @@ def method(*inputs: str, options: Sequence[Option] = (), reference: str = "", **
   Raises:
     UserError: for what cannot work; names the file, the method and the option.
   """
+
+  for kernel in filter(callable, inputs):
+    raise UserError(f"{kernels.find_file(kernel)}: @method needs the names of the inputs: @method(\"base\", \"other\")")
 
   def register(kernel: Callable[..., jax.Array]) -> Callable[..., PyTree]:
     name = kernel.__name__

@@ -12,7 +12,7 @@ import ml_collections
 
 from imm_jax import files
 from imm_jax.errors import UserError, suggest
-from imm_jax.merging import registry
+from imm_jax.merging import registry, users_kernels
 from imm_jax.merging.trees import Setting
 from imm_jax.methods import get_merge_method
 
@@ -121,8 +121,10 @@ class MergeSettings(NamedTuple):
     return f" ({name} {_format(given[0] if method.by_option[name].per_model and len(given) == 1 else given)})"
 
   def to_json(self) -> dict[str, Any]:
-    """Returns the settings as the stages of a merge record them."""
-    return {"method": self.method, "drop_rate": self.drop_rate, "delta_ref": self.delta_ref, "options": self.options}
+    """Returns the settings as the stages of a merge record them, for a method of the user's own also its code."""
+    code = users_kernels.digest_code(registry.METHODS[self.method].kernel)
+    return {"method": self.method, "drop_rate": self.drop_rate, "delta_ref": self.delta_ref, "options": self.options,
+            **({"code": code} if code else {})}
 
 
 def get_settings(config: ml_collections.ConfigDict) -> MergeSettings:
@@ -169,7 +171,7 @@ def check_merge_options(config: ml_collections.ConfigDict) -> None:
   if name not in known:
     reason = f"is not for rounds; expected one of: {', '.join(known)}" if name in registry.METHODS else suggest(
         name, [*known])
-    raise UserError(f"config.merge.method={name!r}: {reason}")
+    raise UserError(f"config.merge.method={name!r}: {reason}; a method of your own is registered in the config file")
   method = known[name]
   for option, value in given.items():
     if option not in method.by_option or option in _NOT_GIVEN:

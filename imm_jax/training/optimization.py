@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from imm_jax.model.decoder import Params
@@ -37,6 +38,10 @@ class Optimization(NamedTuple):
   grad_clip: float
   intervention: Intervention = Intervention()
   additions: Additions = PLAIN
+
+  def compute_learning_rates(self, steps: int) -> np.ndarray:
+    """Computes the learning rate of each step, float32 [steps]."""
+    return np.asarray(jax.vmap(self.schedule)(jnp.arange(steps)))
 
   def make_optimizer(self) -> optax.GradientTransformation:
     """Makes the optimizer, with the changes of the intervention."""

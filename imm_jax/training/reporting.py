@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from imm_jax.methods import ANCHORS
 from imm_jax.runtime import distributed, progress
@@ -54,18 +52,16 @@ class StepLog:
     start: number of steps that were done before the training resumed.
     done: number of steps that are done, these included.
     total: number of steps of the whole training.
-    learning_rates: learning rate of each of these steps, float32.
     first_loss: loss of its first step, or None before that was read.
     last_loss: loss of the last step that was read, or None.
     meter: measures the speed.
     profile: profiles some of the steps, or none.
   """
 
-  def __init__(self, reporting: Reporting, batches: PackedBatches, schedule: optax.Schedule, meter: Meter,
+  def __init__(self, reporting: Reporting, batches: PackedBatches, learning_rates: np.ndarray, meter: Meter,
                saved: dict[str, Any] | None):
     """Begins before the first step, or after those of a saved state, whose metadata are `saved`."""
-    self._reporting, self._batches = reporting, batches
-    self.learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(len(batches))))
+    self._reporting, self._batches, self._learning_rates = reporting, batches, learning_rates
     self.start = self.done = saved["step"] if saved else 0
     self.total, self.meter, self.profile = len(batches), meter, reporting.profile or Profile("", Path())
     self.first_loss: float | None = saved["first_loss"] if saved else None
@@ -116,7 +112,7 @@ class StepLog:
     self.first_loss = self.last_loss if self.first_loss is None else self.first_loss
     self._reporting.report(
         step, loss=self.last_loss, grad_norm=float(metrics["grad_norm"]), tokens=float(metrics["tokens"]),
-        learning_rate=float(self.learning_rates[step]), **self._speed,
+        learning_rate=float(self._learning_rates[step]), **self._speed,
         **{name: float(metrics[name]) for name in ANCHORS if name in metrics})
 
   def report_held_out(self, loss: float) -> None:

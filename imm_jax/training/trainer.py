@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from imm_jax.errors import PreemptedError, UserError
 from imm_jax.model.config import ModelConfig
@@ -87,15 +88,16 @@ def train(config: ModelConfig, load_params: Callable[[], Params], batches: Packe
   train_step = make_train_step(config, optimizer, computation, additions=additions)
   inputs = Input(batches, mesh, saved and saved["input"])
   meter = Meter(config, batches, mesh.size)
-  with StepLog(reporting, batches, optimization.schedule, meter, saved) as log:
-    state = _run_steps(train_step, state, inputs, log, stopping, checkpoints)
+  rates = optimization.compute_learning_rates(len(batches))
+  with StepLog(reporting, batches, rates, meter, saved) as log:
+    state = _run_steps(train_step, state, inputs, rates, log, stopping, checkpoints)
   best = stopping.best if stopping else state
   return Trained(best["params"], log.first_loss, log.last_loss, log.done, best.get("average"),
                  *((tuple(stopping.losses), stopping.best_epoch) if stopping else ()))
 
 
-def _run_steps(train_step: Step, state: TrainState, inputs: Input, log: StepLog, stopping: EarlyStopping | None,
-               checkpoints: Checkpoints | None) -> TrainState:
+def _run_steps(train_step: Step, state: TrainState, inputs: Input, learning_rates: np.ndarray, log: StepLog,
+               stopping: EarlyStopping | None, checkpoints: Checkpoints | None) -> TrainState:
   """Runs the steps to the last, or to the end of an epoch that is worse than the best; returns the state after them."""
   watch = preemption.watch() if checkpoints else contextlib.nullcontext(threading.Event())
   with watch as stop_requested:
@@ -104,7 +106,7 @@ def _run_steps(train_step: Step, state: TrainState, inputs: Input, log: StepLog,
       position = inputs.state
       with log.meter.waiting():
         batch = next(inputs)
-      state, metrics = train_step(state, batch, log.learning_rates[step])
+      state, metrics = train_step(state, batch, learning_rates[step])
       log.add(metrics, position)
       last = log.done == log.total
       save_due = bool(checkpoints) and checkpoints.due(log.done) and not last

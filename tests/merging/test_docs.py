@@ -50,6 +50,32 @@ def test_a_method_is_one_file(monkeypatch: pytest.MonkeyPatch):
     registry.METHODS.pop("soft_swap", None)
 
 
+def test_an_example_draws_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  """Blocks, stacked and separate tensors draw the same share of entries."""
+  monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
+  file = tmp_path / "random_swap.py"
+  file.write_text(re.findall(r"```python\n(.*?)```", TEXT, re.S)[2])
+  registry.load_file(file)
+  base, other = ({f"layers.{n}.w": np.random.default_rng([i, n]).normal(size=(60, 40)).astype(np.float32)
+                  for n in range(2)} for i in range(2))
+  folders = {label: write(tmp_path / label, tree) for label, tree in (("base", base), ("models[0]", other))}
+  with on_disk.CheckpointSource(folders, block=16) as source:
+    plan = registry.METHODS["random_swap"](source, share=0.25, keep=True)
+    on_disk.merge(source, [on_disk.Output(tmp_path / "out", plan)], key=np.zeros(2, np.uint32))
+  function = runpy.run_path(str(file))["random_swap"]
+  merge = lambda *trees, **names: function(
+      *trees, share=0.25, keep=True, key=jax.random.wrap_key_data(np.zeros(2, np.uint32)), **names)
+  merged, apart = read(tmp_path / "out"), merge(base, other)
+  stacked = merge(*({"w": np.stack([*tree.values()])} for tree in (base, other)), names={"w": tuple(base)})["w"]
+  for n, name in enumerate(base):
+    larger = np.where(np.abs(other[name]) > np.abs(base[name]), other[name], base[name])
+    taken = merged[name] != larger
+    np.testing.assert_array_equal(merged[name][taken], other[name][taken])
+    assert taken.mean() == pytest.approx(0.25 / 2, abs=0.02)  # half of the other model's entries are smaller
+    np.testing.assert_array_equal(apart[name], merged[name])
+    np.testing.assert_array_equal(stacked[n], merged[name])
+
+
 def test_an_example_measures_whole_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
   """Another model at the base's lengths, in memory and in blocks, as numpy computes it in float64."""
   monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))

@@ -1,5 +1,6 @@
 """What the author of a merging method is told of mistakes, in memory and on disk."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from imm_jax.errors import UserError
-from imm_jax.merging import declarations, on_disk, registry
+from imm_jax.merging import declarations, on_disk, registry, users_kernels
 from imm_jax.merging.options import Option
 from tests import REPO
 from tests.merge_folders import one_line, read, run, write
@@ -57,6 +58,62 @@ def test_what_a_kernel_returns_is_checked(compute: Any, said: str, tmp_path: Pat
       call()
   with pytest.raises(UserError, match="^w: " + said.partition(r" \(1, 4")[0]):
     merge_on_disk(tmp_path)
+
+
+PART, STACKED = "gives a part of a tensor other values than the whole", "gives stacked tensors other values than each"
+
+
+@pytest.mark.parametrize(("compute", "attributes", "said"), [
+    (lambda t, _: t[0] + jnp.mean(t[1], tuple(range(1, t[0].ndim)), keepdims=True), {}, PART),
+    (lambda t, _: t[0] * jnp.minimum(1, 0.1 / jnp.max(jnp.abs(t[1] - t[0]), -1, keepdims=True)), {}, PART),
+    (lambda t, _: jnp.roll(t[1], 1, axis=-1), {}, PART),
+    (lambda t, _: t[0] + jnp.sum(t[1], -1, keepdims=True), {"draws": True}, PART),
+    (lambda t, _: t[0] + jnp.sum(t[1], 1, keepdims=True), {"whole": "row"}, PART),
+    (lambda t, _: t[0] / jnp.linalg.norm(t[1]), {"whole": "tensor"}, STACKED),
+    (lambda t, _: t[0] * jax.random.bernoulli(jax.random.key(0), 0.5, t[0].shape), {"whole": "tensor"}, STACKED)],
+    ids=["mean", "maximum", "neighbor", "drawn", "column", "norm", "random"])
+def test_a_kernel_that_mixes_entries_is_refused(compute: Any, attributes: dict, said: str, tmp_path: Path):
+  """Files would have other numbers in every merge, or than trees."""
+  merge = register(compute, **attributes)
+  with pytest.raises(UserError, match=f"^{__file__}: mine {said}"):
+    merge_on_disk(tmp_path)
+  options = {"key": jax.random.key(0)} if "draws" in attributes else {}
+  for call in (merge, jax.jit(merge)):
+    with pytest.raises(ValueError, match=f"mine {said}"):
+      call(*TREES, **options)
+
+
+@pytest.mark.parametrize(("compute", "attributes"), [
+    (lambda t, n: t[0] + n["t"] * jnp.tanh(t[1] - t[0]), {}),
+    (lambda t, n: t[0] / (n["t"] + jnp.sum(t[1], -1, keepdims=True)), {"whole": "row"}),
+    (lambda t, n: t[0] / (n["t"] + jnp.sum(t[1], tuple(range(1, t[0].ndim)), keepdims=True)), {"whole": "tensor"})],
+    ids=["elementwise", "row", "tensor"])
+def test_a_kernel_that_says_what_it_mixes_is_not(compute: Any, attributes: dict, tmp_path: Path):
+  merge = register(compute, options=(T,), **attributes)
+  merge_on_disk(tmp_path)
+  np.testing.assert_allclose(read(tmp_path / "out")["w"], merge(*TREES)["w"], rtol=1e-6)
+
+
+def test_what_a_kernel_raises_is_one_line(tmp_path: Path):
+  register(lambda tensors, _: tensors[0] if tensors[1].max() > 1 else tensors[1])
+  with pytest.raises(UserError, match=rf"^w: {__file__}:\d+: mine raised TracerBoolConversionError: Attempted boolean"):
+    merge_on_disk(tmp_path)
+  with pytest.raises(UserError, match=r"@method needs the names of the inputs"):
+    registry.method(lambda tensors, numbers, shared: tensors[0])
+
+
+def test_changes_of_code_are_seen(tmp_path: Path):
+  """Comments and the config of a run do not count, nor do methods of the package."""
+  file, text = tmp_path / "mine.py", write_method(tmp_path / "mine.py", "mine").read_text()
+  digests = []
+  same = f"# A comment.\n{text}\ndef get_config():\n  return 1\n"
+  for content in (text, same, text.replace("tensors[0]", "tensors[1]")):
+    file.write_text(content)
+    registry.METHODS.pop("mine", None)
+    registry.load_file(file)
+    digests.append(users_kernels.digest_code(registry.METHODS["mine"].kernel))
+  assert digests[0] == digests[1] != digests[2]
+  assert not users_kernels.digest_code(registry.METHODS["slerp"].kernel)
 
 
 def test_nan_from_finite_inputs_is_an_error(tmp_path: Path):
@@ -145,6 +202,13 @@ def test_a_method_of_the_users_own_file(tmp_path: Path):
   done = run(f"--import={own}", *given, "--tilt=0.25")
   assert done.returncode == 0, done.stderr
   np.testing.assert_array_equal(read(tmp_path / "out")["w"], TREES[0]["w"] + 0.25)
+  record = json.loads((tmp_path / "out/merge.json").read_text())
+  assert (record["file"], len(record["code"])) == (str(own), 16)
+  (tmp_path / "recipe.yml").write_text(f"merge_method: mine\nbase_model: {models[0]}\n"
+                                       f"models: [{{model: {models[1]}}}]\nparameters: {{tilt: 0.25}}\n")
+  done = run(f"--import={own}", f"--recipe={tmp_path / 'recipe.yml'}", f"--out={tmp_path / 'by_recipe'}")
+  assert done.returncode == 0, done.stderr
+  np.testing.assert_array_equal(read(tmp_path / "by_recipe")["w"], TREES[0]["w"] + 0.25)
   own.write_text(own.read_text().replace("'tilt'", "'seed'"))
   assert "own.py: mine: option seed: the name is taken, by an argument" in one_line(run(f"--import={own}", *given))
   own.write_text("import nothing_of_this_name\n")

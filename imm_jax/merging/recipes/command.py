@@ -19,7 +19,7 @@ import numpy as np
 from imm_jax import __version__, files
 from imm_jax.errors import ResourceError, UserError, join_items
 from imm_jax.formatting import format_size
-from imm_jax.merging import masks, model_configs, on_disk, roles
+from imm_jax.merging import kernels, masks, model_configs, on_disk, registry, roles, users_kernels
 from imm_jax.merging.recipes import arrange, vocabulary
 from imm_jax.merging.recipes.recipe import DTYPES, Recipe, build_plan
 from imm_jax.merging.source import CheckpointSource, Table, is_floating
@@ -224,6 +224,9 @@ def _write_record(folder: Path, recipe: Recipe, options: OutputOptions, inputs: 
   """Writes merge.json and a model card."""
   record = {"imm_jax": __version__, "method": recipe.method, "options": dict(recipe.options), "seed": options.seed,
             "dtype": recipe.dtype, "inputs": dict(inputs)}
+  kernel = registry.METHODS[recipe.method].kernel
+  if code := users_kernels.digest_code(kernel):
+    record |= {"code": code, "file": kernels.find_file(kernel)}
   if recipe.slices[0].layers is not None:
     record["slices"] = [{"layers": {label: list(r) for label, r in slice_.layers.items()},
                          "options": dict(slice_.options)} for slice_ in recipe.slices]

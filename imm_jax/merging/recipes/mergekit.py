@@ -21,17 +21,13 @@ from imm_jax.merging.recipes.recipe import DTYPES, Recipe, Slice
 from imm_jax.merging.recipes.recipe_file import RecipeFile, YamlLoader, describe_yaml_error
 from imm_jax.merging.registry import MergeMethod
 
-# Methods by name that recipes may use.
-_METHODS = {name: method for name, method in registry.list_disk_methods().items() if "fishers" not in method.inputs}
 _KEYS = {"merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype",
          "tokenizer_source", "tokenizer", "chat_template", "name"}
 # Keys that mergekit or its older versions accept and that have no effect here.
 _IGNORED_KEYS = {"random_seed", "embed_slerp", "residual_weight", "architecture"}
 _CHATML = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-_PARAMETERS = {option.key for method in _METHODS.values() for option in method.options}
-_ALL_KEYS = _KEYS | _IGNORED_KEYS | _PARAMETERS | parameters.IGNORED | {
-    "sources", "model", "layer_range", "experts", "gate_mode"}
+_INNER_KEYS = {"sources", "model", "layer_range", "experts", "gate_mode"}
 
 
 def read_documents(path: Path) -> list[dict[str, Any]]:
@@ -67,7 +63,17 @@ def read(path: Path, number: int = 0, earlier: Mapping[str, Path] | None = None)
   documents = read_documents(path)
   later = [name for raw in documents[number + 1:] if isinstance(name := raw.get("name"), str)]
   place = f"{path}: document {number + 1}" if len(documents) > 1 else str(path)
-  return _Reader(RecipeFile(place, _ALL_KEYS), earlier or {}, later).recipe(documents[number])
+  keys = _KEYS | _IGNORED_KEYS | _list_parameters() | parameters.IGNORED | _INNER_KEYS
+  return _Reader(RecipeFile(place, keys), earlier or {}, later).recipe(documents[number])
+
+
+def _list_methods() -> dict[str, MergeMethod]:
+  """Returns the methods that recipes may use, by name; those of the user's files, too."""
+  return {name: method for name, method in registry.list_disk_methods().items() if "fishers" not in method.inputs}
+
+
+def _list_parameters() -> set[str]:
+  return {option.key for method in _list_methods().values() for option in method.options}
 
 
 def read_names(path: Path) -> list[str | None]:
@@ -146,9 +152,10 @@ class _Reader:
     if name == "fisher":
       self._file.fail("merge_method='fisher': a recipe has no place for Fisher matrices; give --method=fisher with "
                       "--models and --fishers in place of --recipe")
-    method = _METHODS.get(name) if isinstance(name, str) else None
+    methods = _list_methods()
+    method = methods.get(name) if isinstance(name, str) else None
     if method is None:
-      self._file.fail(f"merge_method={name!r}: {suggest(str(name), list(_METHODS))}")
+      self._file.fail(f"merge_method={name!r}: {suggest(str(name), list(methods))}")
     return method
 
   def _unwrap_module(self, raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Level]]:
@@ -198,10 +205,11 @@ class _Reader:
       chosen = {"base": entries[same.index(True)], **chosen}
     chosen = self._label_inputs(method, where, chosen, len(order))
     own = {label: (f"{place}.parameters", entry.get("parameters")) for label, (place, entry) in chosen.items()}
+    known = _list_parameters()
     for level in own.values():
-      parameters.check_keys(file, method, level, _PARAMETERS, of_model=True)
+      parameters.check_keys(file, method, level, known, of_model=True)
     for level in outer:
-      parameters.check_keys(file, method, level, _PARAMETERS)
+      parameters.check_keys(file, method, level, known)
     options = {}
     for option in method.options:
       if option.per_model:
