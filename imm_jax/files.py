@@ -273,6 +273,11 @@ def explain_disk_error(target: str | Path, error: OSError) -> UserError | None:
   return _write_error(target, error) if error.errno in _DISK_FULL + (errno.EROFS, errno.EACCES, errno.EPERM) else None
 
 
+def is_disk_full(number: int | None) -> bool:
+  """Returns whether the system's number of an error tells of a full disk or a quota."""
+  return number in _DISK_FULL
+
+
 def _write_error(target: str | Path, error: OSError) -> UserError:
   advice = ("make room" if error.errno in _DISK_FULL else
             "give another name" if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG) else

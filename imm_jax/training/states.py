@@ -144,7 +144,7 @@ class Checkpoints:
     """Restores the state of a step with the shapes, dtypes and shardings of the ShapeDtypeStructs in `like`.
 
     Raises:
-      UserError: when it is damaged, or belongs to another model.
+      UserError: when it is damaged, or belongs to another model or version.
     """
     # Shapes are compared before anything is read: an aborted restore leaves threads and coroutines behind.
     shapes = lambda tree: sorted(tuple(leaf.shape) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape"))
@@ -152,6 +152,9 @@ class Checkpoints:
       stored = shapes(self._manager.item_metadata(step)["state"])
     except Exception as e:  # orbax may raise anything for a damaged state
       raise self._unreadable(step, _describe(e)) from e
+    if len(stored) != len(shapes(like)):
+      raise UserError(f"{self.folder / str(step)}: this training state cannot be read (another version of imm_jax has "
+                      f"written it); remove {self.folder} to start this training over")
     if stored != shapes(like):
       raise self._unreadable(step, "its tensors have other shapes than this model's")
     return self._read(step, "state", ocp.args.StandardRestore(like))
@@ -164,7 +167,8 @@ class Checkpoints:
     """Saves the state after `step` steps in the background; does nothing if that step is already saved.
 
     Raises:
-      UserError: when this save or the previous one fails; older states are kept.
+      UserError: when this save or the previous one fails; older states are kept. ResourceError for want of space, or
+        in a bucket.
     """
     if step == self._manager.latest_step():
       return
@@ -235,8 +239,10 @@ class Checkpoints:
     try:
       work()
     except _WRITE_ERRORS as e:
-      raise ResourceError(f"{self.folder}: the training state cannot be written ({_describe(e)}); the last one that "
-                          "was written is kept; make room, then give the same command again") from e
+      lacks = files.is_disk_full(_get_errno(e)) or ("://" in str(self.folder) and not isinstance(e, ImportError))
+      kind, advice = (ResourceError, "make room") if lacks else (UserError, "make it writable")
+      raise kind(f"{self.folder}: the training state cannot be written ({_describe(e)}); the last one that was written "
+                 f"is kept; {advice}, then give the same command again") from e
 
   def _read(self, step: int, item: str, args: Any) -> Any:
     try:
@@ -278,12 +284,15 @@ def _no_traceback(record: Any) -> bool:
   return not (record.exc_info and "orbax" in record.pathname)
 
 
+def _get_errno(error: BaseException) -> int | None:
+  """Returns the system's number of an error of orbax, tensorstore or the system; None if it has none."""
+  system = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore puts it at the end of a long line
+  return int(system[1]) if system else error.errno if isinstance(error, OSError) else None
+
+
 def _describe(error: BaseException) -> str:
   """Returns one line that says why orbax, tensorstore or the system failed."""
-  system = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore puts it at the end of a long line
-  if system:
-    return os.strerror(int(system[1]))
-  if isinstance(error, OSError) and error.strerror:
-    return error.strerror
+  if code := _get_errno(error):
+    return os.strerror(code)
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   return (lines or [type(error).__name__])[0][:200]

@@ -164,13 +164,21 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
 def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, *,
                additions: Additions = PLAIN, frozen: Frozen = _NO_FROZEN) -> TrainState:
   """Creates the initial state; takes ownership of `params` and `frozen`, and shards moments like their parameters."""
-  # Parameters that are not yet on the mesh would have the second step, whose are, compiled again.
-  params = jax.device_put(jax.tree.map(to_xla_memory, params), state_sharding(params, mesh))
+  params = place(params, mesh)
   shardings = state_sharding(jax.eval_shape(optimizer.init, params), mesh)
   state = {"params": params, "opt_state": jax.jit(optimizer.init, out_shardings=shardings)(params),
            "halted": halt_flag(mesh)}
   state |= {"average": jax.tree.map(jnp.copy, params)} if additions.ema else {}
-  return state | ({"frozen": jax.tree.map(to_xla_memory, dict(frozen))} if frozen else {})
+  return state | ({"frozen": {role: place(weights, mesh) for role, weights in frozen.items()}} if frozen else {})
+
+
+def place(params: Params, mesh: Mesh) -> Params:
+  """Shards parameters over a mesh, in memory that XLA can donate; takes ownership of them.
+
+  Those that are not on the mesh would make the second step, which gets the first one's results, compile again.
+  """
+  return jax.tree.map(lambda leaf, where: jax.device_put(to_xla_memory(leaf), where), params,
+                      state_sharding(params, mesh))
 
 
 def to_xla_memory(leaf: jax.Array) -> jax.Array:

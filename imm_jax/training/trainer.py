@@ -27,7 +27,7 @@ from imm_jax.training.step import (
   halt_flag,
   init_state,
   make_train_step,
-  to_xla_memory,
+  place,
 )
 from imm_jax.training.stopping import BEST_KEYS, EarlyStopping
 from imm_jax.training.throughput import Meter
@@ -179,8 +179,10 @@ def _saved_state(checkpoints: Checkpoints, saved: dict[str, Any], like: TrainSta
   state = checkpoints.restore(saved["step"], wanted)
   if stopping:
     stopping.losses, stopping.best = saved["held_out"], state.pop("best", None)
-  frozen = {"frozen": jax.tree.map(to_xla_memory, dict(load_frozen()))} if "frozen" in like else {}
-  return like | state | frozen | {"halted": halt_flag(next(iter(jax.tree.leaves(like))).sharding.mesh)}
+  mesh = next(iter(jax.tree.leaves(like))).sharding.mesh
+  if "frozen" in like:
+    state["frozen"] = {role: place(weights, mesh) for role, weights in load_frozen().items()}
+  return like | state | {"halted": halt_flag(mesh)}
 
 
 def _entries(state: TrainState, stopping: EarlyStopping | None) -> TrainState:

@@ -247,6 +247,22 @@ def test_l2_sp_and_average_equal_their_closed_forms():
                                atol=1e-7, err_msg=name)
 
 
+def test_weights_that_are_not_on_the_mesh_compile_one_step():
+  """Neither those that are trained nor frozen ones make the second step another program."""
+  mesh, additions = i.make_mesh(), Additions(l2_sp=0.25)
+  optimizer = optimization.make_optimizer(weight_decay=0.0, grad_clip=0.0)
+  plain = lambda: jax.tree.map(jnp.asarray, make_trees()[0])
+  state = training.init_state(plain(), optimizer, mesh, additions=additions, frozen={"anchor": plain()})
+  given = jax.tree.leaves(state)
+  step = training.jit_step(training.step_function(
+      t.CONFIG, optimizer, Computation(mesh, jnp.float32), additions=additions), state)
+  batch = jax.device_put(t.pack(t.make_examples(4))[0], jax.NamedSharding(mesh, sharding.BATCH))
+  for _ in range(2):
+    state, _ = step(state, batch, np.float32(1e-2))
+  assert step._cache_size() == 1
+  assert all(leaf.is_deleted() for leaf in given)  # donated
+
+
 def test_non_finite_step_changes_nothing():
   """It changes neither weights nor their average."""
   mesh, additions = i.make_mesh(), Additions(ema=0.75)

@@ -296,7 +296,7 @@ def test_ten_steps_equal_torch_adamw(checkpoint):
 
 
 def test_all_rounds_compile_the_same_step(monkeypatch):
-  """The program holds neither the learning rate nor the number of steps, which is another one in each round."""
+  """If batches have as many rows: it holds neither the learning rate nor the number of steps."""
   programs, jit_step = [], training_step.jit_step
 
   def jit_and_record(step, state):

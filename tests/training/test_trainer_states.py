@@ -1,5 +1,6 @@
 """The trainer's states on disk: saving, restoring, errors, and resumed trainings."""
 
+import errno
 import json
 import os
 import resource
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imm_jax.errors import PreemptedError, UserError
+from imm_jax.errors import PreemptedError, ResourceError, UserError
 from imm_jax.model import sharding
 from imm_jax.model.decoder import init_params
 from imm_jax.training import optimization, step as training_step
@@ -187,6 +188,30 @@ def test_full_disk_keeps_the_previous_state(run_on_devices, tmp_path: Path):
   assert "training state cannot be written" in message
   assert "\n" not in message
   assert saved(tmp_path) == [4]
+
+
+def test_a_state_of_another_version_is_not_read(tmp_path: Path):
+  """An optimizer with one counter more has other leaves; a model of another size other shapes."""
+  with states(tmp_path) as checkpoints:
+    checkpoints.save(3, {"w": jnp.ones(2), "count": jnp.int32(3)}, input={}, first_loss=1.0, last_loss=1.0)
+    checkpoints.wait()
+    for like, said in (({"w": jnp.ones(2)}, "another version of imm_jax has written it.*; remove .*states to start"),
+                       ({"w": jnp.ones(3), "count": jnp.int32(3)}, "its tensors have other shapes")):
+      with pytest.raises(UserError, match=said):
+        checkpoints.restore(3, like)
+
+
+@pytest.mark.parametrize(("error", "lacks"), [
+    (OSError(errno.ENOSPC, "No space left"), True), (PermissionError(errno.EACCES, "Permission denied"), False),
+    (ValueError("write failed [os_error_code='28']"), True), (ImportError("No module named 'gcsfs'"), False)])
+def test_only_want_of_space_can_be_tried_again(tmp_path: Path, error: Exception, lacks: bool):
+  def fail() -> None:
+    raise error
+
+  with states(tmp_path) as checkpoints, pytest.raises(UserError) as raised:
+    checkpoints._run_write(fail)
+  assert isinstance(raised.value, ResourceError) is lacks
+  assert ("make room" if lacks else "make it writable") in str(raised.value)
 
 
 def test_an_unwritable_folder_is_reported_early(tmp_path: Path):

@@ -26,8 +26,9 @@ _LOOKAHEAD = 64
 _MIN_SLOTS = 64
 # Cache slots of a row at the start: as many as most samples fill, and few enough that unused ones cost little.
 FIRST_SLOTS = 128
-# When no sample waits, rows shrink to these shares of all rows. Short answers end too soon for compiling each to pay.
+# Maximum of new tokens from which answers are long.
 _LONG_ANSWER = 128
+# When no sample waits, rows shrink to these shares of all rows. Short answers end too soon for compiling each to pay.
 _ROW_SHARES, _ROW_SHARES_SHORT = (0.5, 0.25, 0.125), (0.25,)
 _MIN_ROWS = 8
 # Shorter common prefixes are not shared; those of only a part of the prompts must be longer.
