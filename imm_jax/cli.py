@@ -58,7 +58,8 @@ def run(main: Callable[[], None], *, positional: Sequence[str] = (), resumes: bo
       _fail(str(e))
     except (AttributeError, KeyError, TypeError, ValueError) as e:
       # ml_collections raises these for a config key or value that does not fit.
-      _fail(config_files.describe_failure(file, e) if file and "get_config" in str(e) else _config_message(e, argv))
+      in_file = file and (config_files.is_raised_in(file, e) or "get_config" in str(e))
+      _fail(config_files.describe_failure(file, e) if file and in_file else _config_message(e, argv))
     except Exception as e:  # a config file is Python and may raise anything
       _fail(config_files.describe_failure(file, e) if file else _one_line(e))
     arguments = [*arguments[:1], *_set_positional(positional, arguments[1:])]
@@ -152,6 +153,8 @@ def _explain_flag(error: flags.Error) -> str:
   if isinstance(error, flags.UnrecognizedFlagError):
     return f"Unknown command line flag {error.flagname!r}; {_suggest_flag(error.flagname)}"
   if missing := re.findall(r"Flag --(\w+) must have a value other than None", text):
+    if "config" in missing and (given := [arg for arg in sys.argv if re.match("--?config=", arg)]):
+      return f"{given[-1]}: its get_config() returns None; its last line should be `return config`"
     return f"give {' and '.join(f'--{name}=...' for name in dict.fromkeys(missing))} (see --help)"
   if match := re.fullmatch(r"flag --([\w.]+)=(.*): value should be one of <(.*)>", text):
     return f"--{match[1]}={match[2]!r}: {suggest(match[2], match[3].split('|'))}"
@@ -232,7 +235,9 @@ def _config_message(error: Exception, argv: list[str]) -> str:
   text = _one_line(error).strip('"')
   hint = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', text)
   if hint:
-    return f"the config has no key {hint[2]!r}; did you mean {hint[1]!r}?"
+    paths = [path for path in re.findall(r"(?m)^--?config\.([\w.]+)", "\n".join(argv)) if path.endswith(hint[2])]
+    path = paths[-1] if paths else hint[2]
+    return f"the config has no key {path!r}; did you mean {path.removesuffix(hint[2]) + hint[1]!r}?"
   for path in re.findall(r"(?m)^--?config\.([\w.]+)", "\n".join(argv)):
     if path.rpartition(".")[2] == text.strip("'"):
       return f"the config has no key {path!r}; {config_keys.suggest_key(path)}"

@@ -75,6 +75,11 @@ def load(name: str) -> ml_collections.ConfigDict:
   return settings
 
 
+def is_raised_in(file: Path, error: Exception) -> bool:
+  """Returns whether an error comes from a config file's own lines, or what they call."""
+  return any(frame.filename == str(file) for frame in traceback.extract_tb(error.__traceback__))
+
+
 def describe_failure(file: Path, error: Exception, text: str = "") -> str:
   """Describes in one line why a config file cannot be loaded: the file, the line in it, and the error.
 

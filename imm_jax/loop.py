@@ -101,7 +101,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, *, rerun: bool = False)
           num_run += 1
           page.update()
     if distributed.is_main():
-      print(f"{num_run} of {len(stages)} stages were run, the others were done before")
+      print(f"{num_run} of {len(stages)} stages were run" + ", the others were done before" * (num_run < len(stages)))
       print(report.format_table(report.Results.read(root)))
       print(f"report: {root / 'report' / 'index.html'}")
 

@@ -1,6 +1,7 @@
 """Fine-tunes a model in memory, and computes its layer importance."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 
 import jax
@@ -22,6 +23,8 @@ from imm_jax.training.reporting import Reporting
 
 # A packed row has _MIN_ROW_LENGTH tokens, or where a text is longer the next multiple of _ROW_MULTIPLE.
 _MIN_ROW_LENGTH, _ROW_MULTIPLE = 512, 128
+# In fewer steps than this a first one at a learning rate of 0 matters.
+_FEW_STEPS = 10
 
 
 def fine_tune(model: Model, pairs: Sequence[Pair], *, learning_rate: float = 2e-5, epochs: int = 3,
@@ -39,7 +42,7 @@ def fine_tune(model: Model, pairs: Sequence[Pair], *, learning_rate: float = 2e-
     epochs: passes over the pairs.
     global_batch: pairs of a step, on average; a step has one packed row or more.
     schedule: of the learning rate after the warm-up: cosine, linear or constant.
-    warmup_ratio: share of the steps with a rising learning rate.
+    warmup_ratio: share of the steps with a rising learning rate, which is 0 in the first; 0 for none.
     weight_decay: AdamW's.
     grad_clip: largest global norm of the gradient; 0 does not clip.
     row_length: tokens of a packed row; by default 512, or what the longest pair takes.
@@ -59,7 +62,7 @@ def fine_tune(model: Model, pairs: Sequence[Pair], *, learning_rate: float = 2e-
   >>> import imm_jax
   >>> losses = []
   >>> tuned = fine_tune(imm_jax.load("tiny"), [("3+4=", "8")], learning_rate=1e-3, global_batch=1,
-  ...                   report=lambda step, loss, **_: losses.append(loss))
+  ...                   warmup_ratio=0, report=lambda step, loss, **_: losses.append(loss))
   >>> len(losses), losses[-1] < losses[0]
   (3, True)
   """
@@ -73,6 +76,7 @@ def fine_tune(model: Model, pairs: Sequence[Pair], *, learning_rate: float = 2e-
   batches, computation = _pack(model, pairs, epochs=epochs, global_batch=global_batch, row_length=row_length, seed=seed,
                                compute_dtype=compute_dtype, ends=ends)
   rates = make_schedule(schedule, peak=learning_rate, total_steps=len(batches), warmup_ratio=warmup_ratio)
+  _warn_of_few_steps(len(pairs), len(batches), epochs=epochs, global_batch=global_batch, warmup_ratio=warmup_ratio)
   trained = trainer.train(
       model.config, lambda: _float32(model.params, copied=True), batches, Optimization(rates, weight_decay, grad_clip),
       computation._replace(remat=remat), Reporting(report or (lambda *_, **__: None), "fine-tune", log_every=10))
@@ -115,6 +119,16 @@ def importance(model: Model, pairs: Sequence[Pair], *, order: int = 1, global_ba
         model.config, params, batches, computation, label="importance"))
   return layers.layer_importance(params, *gradients.gradient_and_squares(
       model.config, params, batches, computation, label="importance"))
+
+
+def _warn_of_few_steps(pairs: int, steps: int, *, epochs: int, global_batch: int, warmup_ratio: float) -> None:
+  """Warns if a training hardly trains: steps of more than all pairs, or most of its steps in the warm-up."""
+  counted = f"fine_tune: {pairs} pair{'s' * (pairs > 1)} in {epochs} epoch{'s' * (epochs > 1)}: {steps} step"
+  counted += "s" * (steps > 1)
+  if steps < epochs:
+    warnings.warn(f"{counted}; a smaller global_batch than {global_batch} gives more", stacklevel=3)
+  elif 1 < steps < _FEW_STEPS and warmup_ratio > 0:
+    warnings.warn(f"{counted}, the first at a learning rate of 0; warmup_ratio=0 has none such", stacklevel=3)
 
 
 def _pack(model: Model, pairs: Sequence[Pair], *, epochs: int, global_batch: int, row_length: int | None, seed: int,

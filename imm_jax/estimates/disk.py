@@ -98,11 +98,12 @@ def estimate(config: ml_collections.ConfigDict, model: ModelConfig, expected: Ex
 
 def describe(config: ml_collections.ConfigDict, model: ModelConfig, expected: Expected, root: Path,
              folder: Path | None = None) -> str:
-  """Describes the result of `estimate` in two lines, with the free space where `root`, the run directory, is."""
+  """Describes the result of `estimate` in lines, with the free space where `root`, the run directory, is."""
   sizes, state_dir = estimate(config, model, expected, folder), config.sft.state_dir
   states = f"{sizes.num_states} training state{'s' * (sizes.num_states > 1)} of {format_size(sizes.state)}"
-  existing = files.find_existing_parent(root)
+  free = shutil.disk_usage(files.find_existing_parent(root)).free
+  scarce = f"\n  warning: less than that is free in {root}" if free < sizes.peak else ""
   return (f"disk: about {format_size(sizes.final)} in the end ({sizes.num_checkpoints} checkpoints of "
           f"{format_size(sizes.checkpoint)}, answers {format_size(sizes.answers)}), at the peak about "
-          f"{format_size(sizes.peak)}; {format_size(shutil.disk_usage(existing).free)} free\n"
-          f"  up to {states} during SFT{f', in {state_dir}' if state_dir else ''}")
+          f"{format_size(sizes.peak)}; {format_size(free)} free\n"
+          f"  up to {states} during SFT{f', in {state_dir}' if state_dir else ''}{scarce}")

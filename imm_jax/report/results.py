@@ -183,7 +183,8 @@ def find_runs(given: Sequence[str] | None) -> list[Path]:
       raise UserError(f"--workdirs={','.join(given or ())}: one of the names is empty; expected DIR,DIR,...")
     root = Path(name)
     if not root.is_dir():
-      raise UserError(f"--workdirs: {name} is no folder")
+      hint = "; names without --workdirs= stand apart, DIR DIR" * ("," in name)
+      raise UserError(f"--workdirs: {name} is no folder{hint}")
     if (root / "scores.json").is_file() and not is_run(root):
       raise UserError(f"--workdirs: {name} is no run directory but a result of imm evaluate; imm compare compares such")
     runs = [root] if is_run(root) else [p for p in sorted(root.iterdir()) if p.is_dir() and is_run(p)]

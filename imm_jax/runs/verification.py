@@ -101,7 +101,7 @@ def _check_states(root: Path, folder: Path, findings: Findings) -> Iterator[str]
     elif child.name.isdecimal() and child.is_dir():
       seal = child.with_name(child.name + integrity.SEAL)
       if not seal.exists():
-        _leave_out(findings, of_state, inside, "has no digests, for its writer was killed before it had written them")
+        _leave_out(findings, of_state, inside, "has no digests, for its writer ended before it had written them")
         continue
       findings.differing.extend(f"{name}/{file}" for file in integrity.list_differing(seal, folder))
       try:

@@ -247,7 +247,7 @@ def test_l2_sp_and_average_equal_their_closed_forms():
                                atol=1e-7, err_msg=name)
 
 
-def test_weights_that_are_not_on_the_mesh_compile_one_step():
+def test_unplaced_weights_compile_one_step():
   """Neither those that are trained nor frozen ones make the second step another program."""
   mesh, additions = i.make_mesh(), Additions(l2_sp=0.25)
   optimizer = optimization.make_optimizer(weight_decay=0.0, grad_clip=0.0)
