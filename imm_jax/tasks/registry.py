@@ -12,10 +12,6 @@ from imm_jax.tasks.catalogue import TASKS, Format, Task, same_source
 from imm_jax.tasks.fields import Record
 from imm_jax.tasks.multiple import Question
 
-# The answers of each kind that can be judged.
-_EXPECTED = {"number": "a number alone, such as 42, or stated as in `#### 42`, `\\boxed{42}` or `The answer is 42`",
-             "latex": "a formula or a text", "choice": "an option"}
-
 
 class Split(NamedTuple):
   """Holds the questions of a split in a fixed order, and statistics of its records.
@@ -177,7 +173,7 @@ def _describe_unjudged(collection: _Collection, observed: custom_notes.Observati
     return ""
   counts, first = collection.counts, observed.unjudged if observed else collection.unjudged
   return (f"; {counts['no_gold']} of its {counts['records']} records have no answer that can be judged, the first of "
-          f"them {first}; expected {_EXPECTED.get(kind, 'one')}")
+          f"them {first}; expected {custom.EXPECTED.get(kind, 'one')}")
 
 
 def paper_note(name: str) -> str:

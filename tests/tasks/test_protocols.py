@@ -158,7 +158,8 @@ def test_file_examples_replace_others(custom, tmp_path):
   own = [{"question": f"own {i}?", "rationale": f"So {i}. The answer is {i}"} for i in range(7)]
   shown = before[1].round_questions[0].question
   custom.eval.shots_file = write(tmp_path, "shots.jsonl", [
-      *own, {"question": shown, "answer": "It is 3.\n#### 3"}, *(r | {"task": "groups"} for r in rows("group", 8))])
+      *own, {"question": shown, "answer": "It is 3.\n#### 3"}, *(r | {"task": "groups"} for r in rows("group", 8)),
+      *({"question": f"Which, {i}?", "choices": ["x", "y"], "answer": 1, "task": "choice"} for i in range(4))])
   config_checks.validate(custom, trains=False)
   asked = get_tasks(custom)
   groups, _, in_file = asked.ood
@@ -178,16 +179,16 @@ def test_file_examples_replace_others(custom, tmp_path):
 
 @pytest.mark.parametrize(("row", "message"), [
     ({"question": "q?"}, r"jsonl:2: has the fields question; expected rows with question, and answer or rationale"),
-    ({"question": "q?", "answer": 3}, r"jsonl:2: 'answer' is empty or no text"),
+    ({"question": "q?", "answer": [3]}, r"jsonl:2: 'answer' is empty or no text.*an answer may be a number"),
     ({"question": " ", "answer": "3"}, r"jsonl:2: 'question' is empty or no text"),
     ({"question": "q?", "answer": "x", "rationale": "r"}, r"jsonl:2: its answer 'x' is no number that can be judged"),
-    ({"question": "There are 3. How  many?", "rationale": "r"}, r"jsonl:2: .* is a test question of svamp"),
+    ({"question": "There are 3. How  many?", "rationale": "It is 3."}, r"jsonl:2: .* is a test question of svamp"),
     (None, r"shows 3 worked examples, and .*shots.jsonl has 1 for task custom; give more .*--config.eval.few_shot=1"),
     ("[", r"shots.jsonl")])
 def test_bad_example_file_is_one_line(custom, tmp_path, row, message):
   """It holds worked examples that cannot be shown."""
   more = [] if row is None else [row] * 2
-  custom.eval.few_shot = 3
+  custom.eval.few_shot, custom.task.ood = 3, custom.task.ood[2:]
   path = Path(write(tmp_path, "shots.jsonl", [rows("own", 1)[0], *more]))
   if row == "[":
     path.write_text("[\n")
