@@ -8,10 +8,10 @@ Questions are asked as `eval.protocol` says (docs/protocols.md).
     imm evaluate --config=tiny --model=DIR --out=OUT --dry_run
 
 OUT gets <task>.jsonl (a row per question with the answer, its verdict and the text that was judged),
-<task>_samples.jsonl, and scores.json, which records for each task the scores, the protocol, the worked examples, the
-mean tokens of an answer and the share of answers that were cut off. An error leaves no partial OUT. --against adds
-OUT/against.json, which says which differences are significant. --dry_run shows what is asked, with the first prompt of
-each task.
+<task>_samples.jsonl, and scores.json, which records for each task the scores, the protocol, the number and a digest of
+the worked examples, the mean tokens of an answer, the share of answers that were cut off and the number of those in
+which no answer was found. An error leaves no partial OUT. --against adds OUT/against.json, which says which differences
+are significant. --dry_run shows what is asked, with the first prompt of each task.
 """
 
 import re
@@ -48,6 +48,8 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the number of questio
 flags.mark_flags_as_required(["config", "model", "out"])
 # Share of answers that are cut off above which a warning is printed.
 _MAX_CUT = 0.1
+# Share of answers in which none is found from which on a line says so.
+_MANY_UNREAD = 0.1
 
 
 def main() -> None:
@@ -126,6 +128,10 @@ def _print_protocols(facts: Mapping[str, Any], settings: ml_collections.ConfigDi
     if stats.cut and stats.cut > _MAX_CUT:
       print(f"warning: {task}: {stats.cut:.0%} of the answers were cut at {limit} and are judged as they are; raise it",
             file=sys.stderr)
+    unread = protocol.get("unread", 0)
+    if unread and unread >= _MANY_UNREAD * protocol["n"]:
+      print(f"warning: {task}: in {unread} of {protocol['n']} texts no answer was found, and they count as wrong; see "
+            f"those in {task}.jsonl whose span is empty", file=sys.stderr)
   for task, count in facts["long_prompts"].items():
     print(f"{task}: {count} questions were skipped: with their answers they do not fit in the model's context")
 

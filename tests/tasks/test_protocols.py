@@ -1,6 +1,5 @@
 """Protocols of evaluation: prompts against their rules, stated here anew, and where worked examples come from."""
 
-import itertools
 import json
 from pathlib import Path
 
@@ -222,9 +221,14 @@ def test_without_a_protocol_nothing_is_set_apart(custom):
 
 
 def test_how_answers_came_is_counted():
-  rows_of = [{"tokens": t, "finish": f} for t, f in itertools.zip_longest((4, 6, 11), ("stop", "length"),
-                                                                         fillvalue="stop")]
+  rows_of = [{"tokens": t, "finish": f, "span": s} for t, f, s in (
+      (4, "stop", ""), (6, "length", "7"), (11, "stop", "7"))]
   asked = get_tasks(config("harness"))
   assert evaluate.describe_protocol(asked, asked.in_domain, rows_of) == {
-      "name": "harness", "shots": 8, "n": 3, "mean_tokens": 7.0, "cut": 0.3333, "chat": False, "max_new_tokens": 40,
-      "stop": list(protocols.get_protocol(HARNESS, "groups").stop)}
+      "name": "harness", "shots": 8, "n": 3, "mean_tokens": 7.0, "cut": 0.3333, "unread": 1, "chat": False,
+      "max_new_tokens": 40, "stop": list(protocols.get_protocol(HARNESS, "groups").stop)}
+  first, second = load_shots(asked, asked.in_domain)[:2]
+  digest = lambda *shown: evaluate.describe_protocol(asked, asked.in_domain, rows_of, shown)["shots_digest"]
+  others = [(second, first), (first,), (first, second._replace(rationale="It is 0. The answer is 0"))]
+  assert digest(first, second) == digest(first._replace(id="x"), second)
+  assert len({digest(first, second), *(digest(*other) for other in others)}) == 4
