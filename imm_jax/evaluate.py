@@ -48,6 +48,10 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the number of questio
 flags.mark_flags_as_required(["config", "model", "out"])
 # Share of answers that are cut off above which a warning is printed.
 _MAX_CUT = 0.1
+# Settings of training that have no effect here, and those of evaluation in their place.
+_COUNTERPARTS = {"prompt.few_shot": "eval.few_shot", "sample.max_new_tokens": "eval.max_new_tokens",
+                 "sample.num_samples": "eval.num_samples", "sample.temperatures": "eval.temperature",
+                 "sample.top_p": "eval.top_p", "task.questions_per_round": "task.eval_questions"}
 # Share of answers in which none is found from which on a line says so.
 _MANY_UNREAD = 0.1
 
@@ -59,6 +63,10 @@ def main() -> None:
     raise UserError("--config: holds several runs; give the config of one, such as configs/qwen.py")
   if any(re.match("--?config[.]model=", argument) for argument in sys.argv):
     raise UserError(f"--config.model: is not used here, since --model={_MODEL.value} is the model; leave it out")
+  for key, counterpart in _COUNTERPARTS.items():
+    if any(re.match(f"--?config[.]{re.escape(key)}(=|$)", argument) for argument in sys.argv):
+      print(f"note: --config.{key}: is for training and has no effect here; that of evaluation is "
+            f"--config.{counterpart}", file=sys.stderr)
   settings.model = _MODEL.value
   if tasks.default_measure(settings.task.name) == "choices":  # as no answers are sampled for training
     settings.eval.by_likelihood = (*settings.eval.by_likelihood, settings.task.name)
