@@ -12,7 +12,7 @@ from imm_jax.tasks.multiple import LETTERS, Question
 
 FIELDS = ("question", "answer", "rationale", "choices")
 _MARKER = re.compile(r"answer is|answer\**:|(?<!#)####(?!#)", re.IGNORECASE)
-_WITH_LETTER = re.compile(r"\(?([A-Ha-h])\s?[).:]\s*(\S.*)", re.DOTALL)
+_WITH_LETTER = re.compile(r"[(\[]?([A-Ha-h])\s?[).:\]]\s*(\S.*)", re.DOTALL)
 # The answers of each kind that can be judged.
 EXPECTED = {"number": "a number alone, such as 42, or stated as in `#### 42`, `\\boxed{42}` or `The answer is 42`",
             "latex": "a formula or a text", "choice": "an option"}
@@ -155,7 +155,18 @@ def _read_options(value: Any, field: str) -> tuple[list[str], list[str]]:
   for number, option in enumerate(value if isinstance(value, list) else (), 1):
     if not (is_scalar(option) or isinstance(option, bool)) or not str(option).strip():
       raise ValueError(f"option {number} of {field!r} is {option!r:.40}; expected text or a number")
-  return multiple.parse_options(value), labels
+  return _strip_letters(multiple.parse_options(value)), labels
+
+
+def _strip_letters(options: list[str]) -> list[str]:
+  """Strips the letters of options that carry them all, in order.
+
+  >>> [_strip_letters(options) for options in (["A. dog", "B. cat"], ["A. Lee", "C. Lee"], ["A.D.", "B.C."])]
+  [['dog', 'cat'], ['A. Lee', 'C. Lee'], ['A.D.', 'B.C.']]
+  """
+  found = [re.fullmatch(rf"(?:{letter}\s?[.:]\s+|[(\[]{letter}[)\]]\s*)(\S.*)", option, re.IGNORECASE | re.DOTALL)
+           for letter, option in zip(LETTERS, options, strict=False)]
+  return [match[1] for match in found if match] if all(found) else options
 
 
 def _find_letter(gold: Any, options: list[str], labels: list[str], field: str) -> str | None:
