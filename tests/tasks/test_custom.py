@@ -61,8 +61,13 @@ def test_custom_needs_source_kind_and_fields(tmp_path):
       ({"source": source, "kind": "nummer"}, "did you mean number"),
       ({"source": source, "kind": "number", "fields": {"anwser": "gold"}}, "no field 'anwser': did you mean answer"),
       ({"source": source, "kind": "number"}, "has no field 'question' but prompt, gold, work, opts"),
-      ({"source": source, "kind": "latex", "fields": {"question": "prompt", "answer": "gold", "rationale": "why"}},
-       r"no record has a field 'why' \(task.fields.rationale\) but gold, opts, prompt, work")]:
+      ({"source": source, "kind": "choice", "fields": {"question": "prompt", "choices": "A,B"}},
+       "has no field 'A,B' but prompt, gold, work, opts; expected records with the fields prompt, A,B; name it with "
+       "--config.task.fields.choices=NAME"),
+      ({"source": source, "kind": "number", "fields": {"question": "prompt", "answer": "Key"}},
+       "no record has a field 'Key' but"),
+      ({"source": source, "kind": "latex", "fields": {"question": "prompt", "answer": "gold", "rationale": "Why"}},
+       r"no record has a field 'Why' \(task.fields.rationale\) but gold, opts, prompt, work")]:
     with pytest.raises(UserError, match=message):
       tasks.load("custom", split="train", **options)
   with pytest.raises(UserError, match="task gsm8k has its own fields and kind"):
