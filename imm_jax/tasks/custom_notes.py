@@ -58,7 +58,8 @@ class Observations:
     text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
     listed = record.get(self._names.get("choices", ""))
     labels = listed.get("label", listed) if isinstance(listed, Mapping) else ()
-    is_option = isinstance(value, str) and question.choice is not None and f" {text}" in question.choice.options
+    is_option = isinstance(value, str) and f") {text}" in (
+        line[2:] for line in question.example.question.split("\n"))  # of which those of options are `(A) text`
     if text.isdecimal() and not is_option and text not in map(str, labels):
       self._indices.append(int(text))
 

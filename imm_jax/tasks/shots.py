@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from imm_jax.errors import UserError
-from imm_jax.tasks import answers, custom, sources
+from imm_jax.errors import UserError, print_once
+from imm_jax.tasks import answers, custom, custom_notes, sources
 from imm_jax.tasks.base import Example
 from imm_jax.tasks.fields import make_example
 from imm_jax.tasks.multiple import Question
@@ -33,7 +33,14 @@ def read_examples(path: str, task: str, kind: str, fields: Mapping[str, str] | N
   rows = list(_read_rows(path, fields or {}))
   own_rows = [row for row in rows if row[1].get("task") == task]
   used = own_rows or [row for row in rows if not row[1].get("task")]
-  return [_make_example(location, row, kind) for location, row in used]
+  examples = [_make_example(location, row, kind) for location, row in used]
+  observed = custom_notes.Observations({name: name for name in custom.FIELDS}, kind)
+  for example, (location, row) in zip(examples, used, strict=True):
+    if example.answer:
+      observed.add(location, row, Question(example, None))
+  for warning in observed.make_warnings(f"worked examples of {path}"):
+    print_once(warning)
+  return examples
 
 
 def read_questions(path: str, kind: str, fields: Mapping[str, str] | None = None) -> list[str]:

@@ -86,6 +86,16 @@ def test_numbers_are_shown_as_they_stand(tmp_path):
     assert shown(tests, "number", shots, {}) == [("2+2?", text)]
 
 
+def test_indices_from_one_are_suspected_here_too(tmp_path, capsys):
+  tests = write(tmp_path / "test.jsonl", [{"question": "Why?", "options": ["x", "z"], "answer": "A"}])
+  for i, (options, answer, suspected) in enumerate(((["x", "y"], 1, True), (["x", "y"], 0, False),
+                                                    (["2", "1"], "1", False), (["x", "y"], "B", False))):
+    row = {"question": STEM, "options": options, "answer": answer}
+    shown(tests, "choice", write(tmp_path / f"{i}.jsonl", [row]), {"choices": "options"})
+    said = f"worked examples of {tmp_path}/{i}.jsonl: none of the 1 indices in 'answer' is 0" in capsys.readouterr().err
+    assert said == suspected
+
+
 OPTIONS = {"question": STEM, "choices": ["milk", "tea"]}
 
 
