@@ -36,7 +36,7 @@ def read_examples(path: str, task: str, kind: str, fields: Mapping[str, str] | N
   examples = [_make_example(location, row, kind) for location, row in used]
   observed = custom_notes.Observations({name: name for name in custom.FIELDS}, kind)
   for example, (location, row) in zip(examples, used, strict=True):
-    if example.answer:
+    if example.answer and (kind != "choice" or custom.lists_options(example.question)):
       observed.add(location, row, Question(example, None))
   for warning in observed.make_warnings(f"worked examples of {path}"):
     print_once(warning)

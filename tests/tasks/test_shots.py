@@ -114,7 +114,7 @@ OPTIONS = {"question": STEM, "choices": ["milk", "tea"]}
     ("number", {"question": "2+2?", "answer": "I do not know"}, "is no number that can be judged; expected a number"),
     ("number", {"question": "2+2?", "rationale": "I do not know"}, "reads no answer"),
     ("number", {"question": "2+2?", "rationale": "\\boxed{5}, no.", "answer": 4}, "harness reads the answer '5'")])
-def test_an_example_that_is_none_is_one_line(kind, row, said, tmp_path):
+def test_an_example_that_is_none_is_one_line(kind, row, said, tmp_path, capsys):
   """Nothing is asked with it; the line names file, line and what would be right."""
   rows = {"choice": {"question": "Why? (A) x (B) z", "answer": "A"}, "number": {"question": "1+1?", "answer": 2}}
   tests = write(tmp_path / "test.jsonl", [rows[kind]])
@@ -123,6 +123,7 @@ def test_an_example_that_is_none_is_one_line(kind, row, said, tmp_path):
   assert "shots.jsonl:1: " in str(raised.value)
   assert said in str(raised.value)
   assert "\n" not in str(raised.value)
+  assert not capsys.readouterr().err
 
 
 def test_a_misread_example_of_a_train_split(tmp_path, capsys):
