@@ -128,8 +128,9 @@ def _check_shots(config: ml_collections.ConfigDict, named: Tasks) -> None:
   if given and all(entry.measure == "choices" for entry in (named.in_domain, *named.ood)):
     verb = "is" if len(named.names) == 1 else "are"
     raise UserError(f"config.eval.{given[0]}={config.eval[given[0]]}: {', '.join(named.names)} {verb} scored by the "
-                    "likelihood of the options, without worked examples; leave it out, or take lm_eval's task "
-                    "(config.task.ood=('lm_eval:NAME',) with config.eval.lm_eval.few_shot)")
+                    "likelihood of the options, without worked examples; leave it out, or " + (
+                        "config.eval.by_likelihood, so that answers are written" if named.names == ("custom",) else
+                        "take lm_eval's task (config.task.ood=('lm_eval:NAME',) with config.eval.lm_eval.few_shot)"))
   if named.shots_file and not named.get_protocol(named.in_domain).few_shot:
     raise UserError(f"config.eval.shots_file={config.eval.shots_file}: eval.protocol={config.eval.protocol} shows no "
                     "worked examples; give config.eval.few_shot=N, or another eval.protocol")

@@ -8,10 +8,10 @@ Questions are asked as `eval.protocol` says (docs/protocols.md).
     imm evaluate --config=tiny --model=DIR --out=OUT --dry_run
 
 OUT gets <task>.jsonl (a row per question with the answer, its verdict and the text that was judged),
-<task>_samples.jsonl, and scores.json, which records for each task the scores, the protocol, the worked examples, the
-mean tokens of an answer and the share of answers that were cut off. An error leaves no partial OUT. --against adds
-OUT/against.json, which says which differences are significant. --dry_run shows what is asked, with the first prompt of
-each task.
+<task>_samples.jsonl, and scores.json, which records for each task the scores, the protocol, the number and a digest of
+the worked examples, the mean tokens of an answer, the share of answers that were cut off and the number of those in
+which no answer was found. An error leaves no partial OUT. --against adds OUT/against.json, which says which differences
+are significant. --dry_run shows what is asked, with the first prompt of each task.
 """
 
 import re
@@ -48,6 +48,12 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the number of questio
 flags.mark_flags_as_required(["config", "model", "out"])
 # Share of answers that are cut off above which a warning is printed.
 _MAX_CUT = 0.1
+# Settings of training that have no effect here, and those of evaluation in their place.
+_COUNTERPARTS = {"prompt.few_shot": "eval.few_shot", "sample.max_new_tokens": "eval.max_new_tokens",
+                 "sample.num_samples": "eval.num_samples", "sample.temperatures": "eval.temperature",
+                 "sample.top_p": "eval.top_p", "task.questions_per_round": "task.eval_questions"}
+# Share of answers in which none is found from which on a line says so.
+_MANY_UNREAD = 0.1
 
 
 def main() -> None:
@@ -57,6 +63,10 @@ def main() -> None:
     raise UserError("--config: holds several runs; give the config of one, such as configs/qwen.py")
   if any(re.match("--?config[.]model=", argument) for argument in sys.argv):
     raise UserError(f"--config.model: is not used here, since --model={_MODEL.value} is the model; leave it out")
+  for key, counterpart in _COUNTERPARTS.items():
+    if any(re.match(f"--?config[.]{re.escape(key)}(=|$)", argument) for argument in sys.argv):
+      print(f"note: --config.{key}: is for training and has no effect here; that of evaluation is "
+            f"--config.{counterpart}", file=sys.stderr)
   settings.model = _MODEL.value
   if tasks.default_measure(settings.task.name) == "choices":  # as no answers are sampled for training
     settings.eval.by_likelihood = (*settings.eval.by_likelihood, settings.task.name)
@@ -126,6 +136,10 @@ def _print_protocols(facts: Mapping[str, Any], settings: ml_collections.ConfigDi
     if stats.cut and stats.cut > _MAX_CUT:
       print(f"warning: {task}: {stats.cut:.0%} of the answers were cut at {limit} and are judged as they are; raise it",
             file=sys.stderr)
+    unread = protocol.get("unread", 0)
+    if unread and unread >= _MANY_UNREAD * protocol["n"]:
+      print(f"warning: {task}: in {unread} of {protocol['n']} texts no answer was found, and they count as wrong; see "
+            f"those in {task}.jsonl whose span is empty", file=sys.stderr)
   for task, count in facts["long_prompts"].items():
     print(f"{task}: {count} questions were skipped: with their answers they do not fit in the model's context")
 

@@ -92,6 +92,10 @@ def test_shots_need_a_task_that_is_answered(key: str, value: object):
   config.task.name, config.task.ood, config.eval.by_likelihood = "arc_easy", ("piqa",), ("arc_easy",)
   with pytest.raises(UserError, match=rf"config\.eval\.{key}={value}: arc_easy, piqa are scored by the likelihood"):
     config_checks.validate(config, trains=False)
+  config.task.name, config.task.ood, config.eval.by_likelihood = "custom", (), ("custom",)
+  config.task.source, config.task.kind, config.task.fields.choices = "file:own.jsonl", "choice", "options"
+  with pytest.raises(UserError, match=rf"{value}: custom is .*; leave it out, or config\.eval\.by_likelihood"):
+    config_checks.validate(config, trains=False)
 
 
 @pytest.mark.full

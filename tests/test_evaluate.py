@@ -82,3 +82,24 @@ def test_scores_of_one_checkpoint(environment, tmp_path):
                           capture_output=True, text=True, check=False)
   assert itself.returncode == 1
   assert "is or holds the input --against" in itself.stderr
+
+
+@pytest.mark.full
+def test_answers_without_a_letter_are_counted(environment, tmp_path):
+  """The embedded model, which writes sums, finds none among the options of a user's file."""
+  files.write_jsonl(tmp_path / "own.jsonl", [
+      {"question": f"Which, {i}?", "options": ["x", "y"], "answer": i % 2} for i in range(3)])
+  done = subprocess.run(
+      [sys.executable, "-m", "imm_jax.evaluate", "--config=configs/tiny.py", "--model=tiny",
+       f"--out={tmp_path / 'out'}", "--config.task.name=custom", "--config.task.ood=()",
+       f"--config.task.source=file:{tmp_path / 'own.jsonl'}",
+       "--config.task.kind=choice", "--config.task.fields.choices=options", "--config.eval.max_new_tokens=10",
+       "--config.prompt.few_shot=3"],
+      cwd=REPO, env=environment, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  assert done.stderr.splitlines()[0] == ("note: --config.prompt.few_shot: is for training and has no effect here; that "
+                                         "of evaluation is --config.eval.few_shot")
+  rows = files.read_jsonl(tmp_path / "out/custom.jsonl", {"span": str})
+  unread = sum(not row["span"] for row in rows)
+  assert json.loads((tmp_path / "out/scores.json").read_text())["protocol"]["custom"]["unread"] == unread > 0
+  assert f"warning: custom: in {unread} of 3 texts no answer was found, and they count as wrong" in done.stderr

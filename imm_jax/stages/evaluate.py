@@ -8,6 +8,7 @@ from typing import Any
 
 import ml_collections
 
+from imm_jax import files
 from imm_jax.model import checkpoint_folder
 from imm_jax.runs.metrics import StageMetrics
 from imm_jax.runs.run import Checkpoint, Run, Stage
@@ -111,9 +112,10 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, cach
         synthesize.open_sampler(config, model, settings.batch_size, scratch)))
     for entry, examples in answered_tasks:
       name = entry.name
-      rows, samples, skipped[name] = _answer_task(config, model, digest, sampler, entry, examples, cache, label)
+      shots = load_shots(tasks, entry)
+      rows, samples, skipped[name] = _answer_task(config, model, digest, sampler, entry, examples, shots, cache, label)
       if distributed.is_main():
-        protocol[name] = describe_protocol(tasks, entry, rows)
+        protocol[name] = describe_protocol(tasks, entry, rows, shots)
         scores[name] = {"greedy": accuracy.compute_accuracy(sum(r["correct"] for r in rows), len(rows))}
         if samples:
           scores[name] |= score_samples(samples, [k for k in settings.pass_at_k if k <= settings.num_samples])
@@ -134,13 +136,14 @@ def evaluate(config: ml_collections.ConfigDict, model: Path, scratch: Path, cach
 
 def _answer_task(config: ml_collections.ConfigDict, model: Path, digest: str,
                  sampler: Callable[[], synthesize.Generate], entry: RunTask, examples: Sequence[Example],
-                 cache: ResultCache, label: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+                 shots: Sequence[Example], cache: ResultCache, label: str,
+                 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
   """Answers a task's questions or takes the answers over; returns both kinds of rows and the number of long prompts.
 
   `digest` is that of the model, and `sampler` opens its sampler, which takes a while.
   """
   tasks, name, drawn = get_tasks(config), entry.name, config.eval.num_samples
-  protocol, prompts, long = _prepare(tasks, model, entry, examples, f"{label}: {name}")
+  protocol, prompts, long = _prepare(tasks, model, entry, examples, shots, f"{label}: {name}")
   asked = {"model": digest, "sampler": config.sampler.kind, "dtype": config.sample.compute_dtype,
            "protocol": protocol.name, "stop": list(protocol.stop), "max_new_tokens": tasks.protocol.token_limit,
            "questions": [[e.id, e.question, e.answer, e.kind, text] for e, text in prompts]}
@@ -165,7 +168,7 @@ def list_first_prompts(config: ml_collections.ConfigDict, model: Path) -> list[t
   listed = {}
   for entry, examples in zip(tasks.own, tasks.load_tests().values(), strict=True):
     if entry.measure == "answer":
-      _, prompts, long = _prepare(tasks, model, entry, examples, entry.name)
+      _, prompts, long = _prepare(tasks, model, entry, examples, load_shots(tasks, entry), entry.name)
       listed[entry.name] = (len(prompts) + long, prompts[0][1])
   for name, choices in tasks.load_test_choices().items():
     first = choices[0]
@@ -187,7 +190,7 @@ def answer_greedily(tasks: Tasks, model: Path, sampler: synthesize.Generate, ent
   Returns:
     A row with the verdict for each answer (empty except on process 0), and the number of questions that do not fit.
   """
-  _, prompts, long = _prepare(tasks, model, entry, examples, label)
+  _, prompts, long = _prepare(tasks, model, entry, examples, load_shots(tasks, entry), label)
   return _answer(tasks, sampler, entry, prompts, label=label), long
 
 
@@ -200,24 +203,29 @@ def _answer(tasks: Tasks, sampler: synthesize.Generate, entry: RunTask, prompts:
                                   read=protocol.read) if distributed.is_main() else []
 
 
-def describe_protocol(tasks: Tasks, entry: RunTask, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def describe_protocol(tasks: Tasks, entry: RunTask, rows: Sequence[dict[str, Any]], shots: Sequence[Example] = (),
+                      ) -> dict[str, Any]:
   """Describes how greedy answers were obtained: the protocol's `name`, `shots` per prompt, `n` answers, `mean_tokens`
-  per answer, the share that was `cut` at `max_new_tokens`, whether prompts are a `chat`, `stop`, the paper's `header`.
+  per answer, the share that was `cut` at `max_new_tokens`, the number `unread` because nothing in them could be judged,
+  whether prompts are a `chat`, `stop`, the paper's `header`, and the `shots_digest` of the worked examples if given.
   """
   protocol = tasks.get_protocol(entry)
+  shown = [[e.question, e.rationale] for e in shots]
   return {"name": protocol.name, "shots": protocol.few_shot, "n": len(rows), "chat": protocol.chat,
           "stop": list(protocol.stop), "max_new_tokens": tasks.protocol.token_limit,
           **({"header": tasks.protocol.header} if protocol.name == "paper" else {}),
           "mean_tokens": round(sum(r["tokens"] for r in rows) / len(rows), 2),
-          "cut": round(sum(r["finish"] == "length" for r in rows) / len(rows), 4)}
+          "cut": round(sum(r["finish"] == "length" for r in rows) / len(rows), 4),
+          "unread": sum(not r["span"] for r in rows),
+          **({"shots_digest": files.digest_json(shown, digits=16)} if shown else {})}
 
 
-def _prepare(tasks: Tasks, model: Path, entry: RunTask, examples: Sequence[Example], label: str,
-             ) -> tuple[protocols.Protocol, list[tuple[Example, str]], int]:
+def _prepare(tasks: Tasks, model: Path, entry: RunTask, examples: Sequence[Example], shots: Sequence[Example],
+             label: str) -> tuple[protocols.Protocol, list[tuple[Example, str]], int]:
   """Returns the protocol of a task, the questions that fit with their prompts, and how many do not fit."""
   protocol = tasks.get_protocol(entry)
   return protocol, *synthesize.build_prompts(
-      model, examples, protocol.prompt, shots=load_shots(tasks, entry), limit="eval.max_new_tokens",
+      model, examples, protocol.prompt, shots=shots, limit="eval.max_new_tokens",
       max_new_tokens=tasks.protocol.token_limit, source=label)
 
 

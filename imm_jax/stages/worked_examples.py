@@ -2,13 +2,18 @@
 
 import re
 
-from imm_jax.errors import UserError
+from imm_jax.errors import UserError, print_once
 from imm_jax.stages.task_entries import RunTask, Tasks
-from imm_jax.tasks import shots
+from imm_jax.tasks import answers, custom, shots
 from imm_jax.tasks.base import Example
+from imm_jax.tasks.protocols import Protocol
 
 # The letter of an option that a question lists.
 _OPTION = re.compile(r"\s\(?[A-H]\s?[).:]\s+")
+# An answer of each kind, for texts whose own is unknown.
+_SOME_GOLD = {"number": "0", "latex": "0", "choice": "A"}
+# Characters of a text that are quoted.
+_QUOTED = 60
 
 
 def load_shots(tasks: Tasks, entry: RunTask) -> list[Example]:
@@ -18,7 +23,8 @@ def load_shots(tasks: Tasks, entry: RunTask) -> list[Example]:
   the in-domain task if its answers are of the same kind. No round and no `merge.auto` asks them.
 
   Raises:
-    UserError: when there are too few, or one is a test question.
+    UserError: when there are too few, or one is a test question, or one of the file would not be judged as its own
+      answer if a model had written it. For one of a train split that is a warning.
   """
   count, file = tasks.get_protocol(entry).few_shot, tasks.shots_file
   if entry.measure != "answer" or not count:
@@ -53,7 +59,43 @@ def load_shots(tasks: Tasks, entry: RunTask) -> list[Example]:
       if tests.intersection(_list_forms(e.question, entry.kind)):
         raise UserError(f"{e.id}: {e.question[:60]!r} is a test question of {entry.name}, so it is no worked example "
                         "for it; give others in --config.eval.shots_file")
+    if origin == file and entry.kind == "choice" and any(custom.lists_options(e.question) for e in questions):
+      for e in examples[origin]:
+        _check_options(e, entry.name)
+  for e in examples[origin]:
+    problem = _describe_misread(e, tasks.get_protocol(entry))
+    if problem and origin == file:
+      raise UserError(f"{e.id}: {problem}")
+    if problem:
+      print_once(f"warning: worked example {e.id}: {problem}")
   return examples[origin]
+
+
+def _check_options(example: Example, task: str) -> None:
+  """Raises UserError if an example of multiple choice does not list its options."""
+  if not custom.lists_options(example.question):
+    raise UserError(f"{example.id}: lists no options, as the questions of task {task} do; give them in a field choices "
+                    "(or as task.fields.choices names it), or in the question, as `(A) ... (B) ...`; a row for another "
+                    "task needs its name in a field task")
+  if example.answer and not custom.lists_options(example.question, example.answer):
+    raise UserError(f"{example.id}: its answer is {example.answer}, and it lists no such option")
+
+
+def _describe_misread(example: Example, protocol: Protocol) -> str:
+  """Says how a protocol's own judging misreads an example's worked answer; "" if it reads the example's answer."""
+  gold, kind = example.answer, example.kind
+  judge = lambda text: answers.verdict(protocol.read(text, kind), gold or _SOME_GOLD[kind], kind, strict=False,
+                                       equal=None if gold else lambda *_: False)
+  verdict, name = judge(example.rationale), f"eval.protocol={protocol.name}"
+  if verdict.correct if gold else verdict.span:
+    return ""
+  found = f"reads the answer {verdict.span!r:.{_QUOTED}}" if verdict.span else "reads no answer"
+  plain = f"The answer is {gold}"
+  advice = ("one that ends in `The answer is X`, or the answer in a field answer, too" if not gold else
+            f"a text from which it reads {gold}, such as {plain!r}" if judge(plain).correct else
+            f"another example, because it does not even read {plain!r}")
+  text = f"{'...' * (len(example.rationale) > _QUOTED)}{example.rationale[-_QUOTED:]}"
+  return f"from the worked answer {text!r} {name} {found}; expected {advice}"
 
 
 def load_train(tasks: Tasks, entry: RunTask, count: int | None = None) -> list[Example]:

@@ -230,8 +230,8 @@ def to_json(result: Comparison, other: Path) -> dict[str, Any]:
        "real": line.significant} for line in result.lines for d in (line.paired,)], "notes": list(result.notes)}
 
 
-def read_protocols(folder: Path) -> dict[str, str]:
-  """Describes how the questions of a folder's answers were asked, by task.
+def read_protocols(folder: Path) -> dict[str, Mapping[str, Any]]:
+  """Returns how the questions of a folder's answers were asked, by task, as `evaluate.describe_protocol` recorded it.
 
   The source is scores.json beside the answers, or run.json of their run.
   """
@@ -241,11 +241,20 @@ def read_protocols(folder: Path) -> dict[str, str]:
     run = next((above for above in folder.parents if (above / "run.json").is_file()), None)
     stages = files.read_json(run / "run.json").get("stages", {}) if run else {}
     facts = stages.get(str(folder.relative_to(run)), {}).get("facts", {}) if run else {}
-  return {task: _describe_protocol(protocol) for task, protocol in facts.get("protocol", {}).items()}
+  return dict(facts.get("protocol", {}))
+
+
+def _describe_difference(this: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+  """Says how two protocols differ, or that their worked examples do if both are recorded; "" if they do not."""
+  texts = _describe_protocol(this), _describe_protocol(other)
+  if texts[0] != texts[1]:
+    return f"asked in other ways, this {texts[0]}; other {texts[1]}"
+  digests = {protocol.get("shots_digest") for protocol in (this, other)} - {None}
+  return "asked with other worked examples" if len(digests) > 1 else ""
 
 
 def _describe_protocol(protocol: Mapping[str, Any]) -> str:
-  """Describes a protocol as `evaluate.describe_protocol` recorded it; records of older versions have fewer keys."""
+  """Describes a protocol as it was recorded; records of older versions have fewer keys."""
   parts = [f"protocol {protocol['name']} with worked examples: {protocol['shots']}",
            *["chat template"] * bool(protocol.get("chat")),
            *(f"{text} {protocol[key]!r}" for key, text in (
@@ -275,8 +284,8 @@ def print_and_write(this: Path, baselines: Mapping[Path, Mapping[str, Answers]],
       continue
     other_protocols = read_protocols(other)
     results[other] = result._replace(notes=(*result.notes, *(
-        f"{task}: asked in other ways, this {protocols[task]}; other {other_protocols[task]}"
-        for task in protocols if task in other_protocols and protocols[task] != other_protocols[task])))
+        f"{task}: {difference}" for task in protocols if task in other_protocols and (
+            difference := _describe_difference(protocols[task], other_protocols[task])))))
   if out and results:
     files.write_json(out, [to_json(result, other) for other, result in results.items()])
   for other, result in results.items():

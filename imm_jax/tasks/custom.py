@@ -12,9 +12,10 @@ from imm_jax.tasks.multiple import LETTERS, Question
 
 FIELDS = ("question", "answer", "rationale", "choices")
 _MARKER = re.compile(r"answer is|answer\**:|(?<!#)####(?!#)", re.IGNORECASE)
-_FIRST_OPTION = re.compile(r"(?<![A-Za-z])(?:A\s?[).:\]]|a\s?\))")
-_WITH_LETTER = re.compile(r"\(?([A-Ha-h])\s?[).:]\s*(\S.*)", re.DOTALL)
-_SECOND_OPTION = re.compile(r"(?<![A-Za-z])(?:B\s?[).:\]]|b\s?\))")
+_WITH_LETTER = re.compile(r"[(\[]?([A-Ha-h])\s?[).:\]]\s*(\S.*)", re.DOTALL)
+# The answers of each kind that can be judged.
+EXPECTED = {"number": "a number alone, such as 42, or stated as in `#### 42`, `\\boxed{42}` or `The answer is 42`",
+            "latex": "a formula or a text", "choice": "an option"}
 
 
 def resolve_fields(fields: Mapping[str, str]) -> dict[str, str]:
@@ -42,7 +43,7 @@ def make_parser(names: Mapping[str, str], kind: str) -> Callable[[Record], Examp
     rationale = get_raw_text(record, names["rationale"]).strip() if names.get("rationale") else ""
     if kind == "choice":
       return _parse_choice(record, names, question, gold, rationale)
-    if not _is_scalar(gold):
+    if not is_scalar(gold):
       return None
     return make_example(question, _read_number(gold) if kind == "number" else _read_latex(gold), rationale, kind)
 
@@ -59,13 +60,14 @@ def list_options(question: str, value: Any) -> str:
   return question + "".join(f"\n({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
 
 
-def lists_options(question: str) -> bool:
-  """Returns whether a question lists options by letter.
+def lists_options(question: str, letters: str = "AB") -> bool:
+  """Returns whether a question lists options by letter, these among them.
 
-  >>> lists_options("Which? (A) 3 (B) 4"), lists_options("Which?")
-  (True, False)
+  >>> lists_options("Which? (A) 3 (B) 4"), lists_options("Which? (A) 3 (B) 4", "C"), lists_options("Which?")
+  (True, False, False)
   """
-  return bool(_FIRST_OPTION.search(question) and _SECOND_OPTION.search(question))
+  return all(re.search(rf"(?<![A-Za-z])(?:{letter}\s?[).:\]]|{letter.lower()}\s?\))", question)
+             for letter in letters)
 
 
 def find_unshown_options(record: Record, names: Mapping[str, str], question: str) -> str:
@@ -78,7 +80,7 @@ def find_unshown_options(record: Record, names: Mapping[str, str], question: str
   return next((field for field, value in record.items() if field not in names.values() and _is_options(value)), "")
 
 
-def _is_scalar(value: Any) -> bool:
+def is_scalar(value: Any) -> bool:
   """Returns whether a value is text or a number."""
   return isinstance(value, str | int | float) and not isinstance(value, bool) and not (
       isinstance(value, float) and math.isnan(value))
@@ -91,7 +93,7 @@ def _is_options(value: Any) -> bool:
     return False
 
 
-def _find_stated(text: str) -> str | None:
+def find_stated(text: str) -> str | None:
   """Returns the part of an answer that states its result: in the last box, else after the last marker; else None."""
   boxed, markers = latex.extract_last_boxed(text), list(_MARKER.finditer(text))
   if boxed is None and not markers:
@@ -109,7 +111,7 @@ def _read_number(gold: Any) -> str | None:
   number = parse_gold(gold)
   if number is not None or not isinstance(gold, str):
     return number
-  stated = _find_stated(gold)
+  stated = find_stated(gold)
   return parse_gold(_strip_marks(gold) if stated is None else stated)
 
 
@@ -128,7 +130,7 @@ def _parse_choice(record: Record, names: Mapping[str, str], question: str, gold:
     raise ValueError(f"{unshown!r} looks like options, which are not shown: name it with "
                      f"--config.task.fields.choices={unshown}, or list them in the question, as `(A) ... (B) ...`")
   options, labels = _read_options(record[names["choices"]], names["choices"]) if names.get("choices") else ([], [])
-  letter = _find_letter(gold, options, labels, names["answer"]) if _is_scalar(gold) and gold != "" else None
+  letter = _find_letter(gold, options, labels, names["answer"]) if is_scalar(gold) and gold != "" else None
   return multiple.from_letter(question, options, letter, rationale)
 
 
@@ -151,9 +153,20 @@ def _read_options(value: Any, field: str) -> tuple[list[str], list[str]]:
   elif isinstance(value, str) and re.match(r"\s*\(?A\s?[).]", value, re.IGNORECASE):
     return multiple.split_options(value.strip()), []
   for number, option in enumerate(value if isinstance(value, list) else (), 1):
-    if not (_is_scalar(option) or isinstance(option, bool)) or not str(option).strip():
+    if not (is_scalar(option) or isinstance(option, bool)) or not str(option).strip():
       raise ValueError(f"option {number} of {field!r} is {option!r:.40}; expected text or a number")
-  return multiple.parse_options(value), labels
+  return _strip_letters(multiple.parse_options(value)), labels
+
+
+def _strip_letters(options: list[str]) -> list[str]:
+  """Strips the letters of options that carry them all, in order.
+
+  >>> [_strip_letters(options) for options in (["A. dog", "B. cat"], ["A. Lee", "C. Lee"], ["A.D.", "B.C."])]
+  [['dog', 'cat'], ['A. Lee', 'C. Lee'], ['A.D.', 'B.C.']]
+  """
+  found = [re.fullmatch(rf"(?:{letter}\s?[.:]\s+|[(\[]{letter}[)\]]\s*)(\S.*)", option, re.IGNORECASE | re.DOTALL)
+           for letter, option in zip(LETTERS, options, strict=False)]
+  return [match[1] for match in found if match] if all(found) else options
 
 
 def _find_letter(gold: Any, options: list[str], labels: list[str], field: str) -> str | None:
@@ -183,7 +196,7 @@ def _find_letter(gold: Any, options: list[str], labels: list[str], field: str) -
     return LETTERS[matches[0]]
   if letter in [*LETTERS[:count]]:
     return letter
-  stated = _find_stated(text)
+  stated = find_stated(text)
   if stated:
     return _find_letter(stated, options, labels, field)
   which = (f"none of the {count} options; expected the text of one, " if options else "no letter; expected ")

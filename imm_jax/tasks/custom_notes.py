@@ -10,8 +10,6 @@ from imm_jax.tasks.multiple import Question
 
 # Share of records without an answer that can be judged above which a note is a warning.
 _MAX_LEFT_OUT = 0.05
-# Number of indices, none of them 0, from which on they seem to count from 1.
-_MANY_INDICES = 8
 _NAMED = 3
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 # An answer with so many words looks like a sentence.
@@ -55,12 +53,14 @@ class Observations:
         self._unshown.append(unshown)
 
   def _add_choice(self, place: str, question: Question, value: Any, record: Record) -> None:
-    text = str(value).strip()
-    if question.choice is None:
-      if not custom.lists_options(question.example.question):
-        self._unlisted.append(shorten(place))
-    elif isinstance(record[self._names["choices"]], list) and text.isdecimal() and (
-        not isinstance(value, str) or f" {text}" not in question.choice.options):
+    if question.choice is None and not custom.lists_options(question.example.question):
+      self._unlisted.append(shorten(place))
+    text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+    listed = record.get(self._names.get("choices", ""))
+    labels = listed.get("label", listed) if isinstance(listed, Mapping) else ()
+    is_option = isinstance(value, str) and f") {text}" in (
+        line[2:] for line in question.example.question.split("\n"))  # of which those of options are `(A) text`
+    if text.isdecimal() and not is_option and text not in map(str, labels):
       self._indices.append(int(text))
 
   @property
@@ -83,7 +83,7 @@ class Observations:
     if self._sentences:
       warnings.append(f"{len(self._sentences)} answers look like sentences, which nothing may equal, such as "
                       f"{self._sentences[0]}; name the field of the bare answer with --config.task.fields.answer=NAME")
-    if len(self._indices) >= _MANY_INDICES and min(self._indices) > 0:
+    if self._indices and min(self._indices) > 0:
       warnings.append(f"none of the {len(self._indices)} indices in {answer!r} is 0, from which they count; if yours "
                       "count from 1, the wrong options are taken for right: subtract 1, or write letters")
     if self._unlisted:

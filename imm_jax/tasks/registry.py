@@ -12,10 +12,6 @@ from imm_jax.tasks.catalogue import TASKS, Format, Task, same_source
 from imm_jax.tasks.fields import Record
 from imm_jax.tasks.multiple import Question
 
-# The answers of each kind that can be judged.
-_EXPECTED = {"number": "a number alone, such as 42, or stated as in `#### 42`, `\\boxed{42}` or `The answer is 42`",
-             "latex": "a formula or a text", "choice": "an option"}
-
 
 class Split(NamedTuple):
   """Holds the questions of a split in a fixed order, and statistics of its records.
@@ -61,8 +57,11 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
   published, source = not source, source or task.source[split]
   if not source:
     raise UserError(f"task {name} {task.paper}: give {name}=file:PATH")
+  # Records have lower-case keys; messages spell a name as it was given.
+  spelling = {field.lower(): field for _, field in fields}
   options = sources.ReadOptions(split, task.folder or name, task.files.get(split, ()), task.columns,
-                                "with the fields " + " or ".join(", ".join(f.fields) for f in task.formats),
+                                "with the fields " + " or ".join(
+                                    ", ".join(spelling.get(field, field) for field in f.fields) for f in task.formats),
                                 with_file=bool(task.columns))  # MMLU's file names contain the subject
   names = custom.resolve_fields(dict(fields))
   observed = custom_notes.Observations(names, kind) if name == "custom" else None
@@ -82,14 +81,15 @@ def _read(name: str, split: str, source: str, fields: tuple[tuple[str, str], ...
       observed.add(place, record, question)
     collection.add(place, question)
   if observed and seen and names["answer"] not in seen:
-    raise UserError(f"{source}: no record has a field {names['answer']!r} but {', '.join(sorted(seen))}; name that of "
+    field = spelling.get(names["answer"], names["answer"])
+    raise UserError(f"{source}: no record has a field {field!r} but {', '.join(sorted(seen))}; name that of "
                     "the answers with --config.task.fields.answer=NAME")
   if not collection.questions:
     raise UserError(f"{source}: holds no question for {name}/{split}{_suggest_split(source, collection.counts)}"
                     + _describe_unjudged(collection, observed, task.kind))
   rationale_field = dict(fields).get("rationale", "").lower()
   if rationale_field and split == "train" and rationale_field not in seen:
-    raise UserError(f"{source}: no record has a field {rationale_field!r} (task.fields.rationale) but "
+    raise UserError(f"{source}: no record has a field {spelling[rationale_field]!r} (task.fields.rationale) but "
                     f"{', '.join(sorted(seen))}")
   label = f"{name}/{split}: {source}"
   notes = _make_notes(label, form.sizes.get(split) if form else None, collection.counts,
@@ -164,11 +164,11 @@ def _parse(form: Format, record: Record) -> Question | None:
 def _describe_missing(missing: Sequence[str], record: Record, seen: Set[str], needs: str, name: str,
                       fields: Sequence[tuple[str, str]]) -> str:
   """Says that a record lacks fields, which the records before it may have had (`seen`), and what was expected."""
+  key, field = next(((key, own) for key, own in fields if own.lower() == missing[0]), (missing[0], missing[0]))
   if set(missing) <= seen:
-    return f"has no field {missing[0]!r}, which the records before it have"
-  key = next((key for key, own in fields if own.lower() == missing[0]), missing[0])
+    return f"has no field {field!r}, which the records before it have"
   advice = f"; name it with --config.task.fields.{key}=NAME" if name == "custom" else ""
-  return f"has no field {missing[0]!r} but {', '.join(record)}; expected records {needs}{advice}"
+  return f"has no field {field!r} but {', '.join(record)}; expected records {needs}{advice}"
 
 
 def _describe_unjudged(collection: _Collection, observed: custom_notes.Observations | None, kind: str) -> str:
@@ -177,7 +177,7 @@ def _describe_unjudged(collection: _Collection, observed: custom_notes.Observati
     return ""
   counts, first = collection.counts, observed.unjudged if observed else collection.unjudged
   return (f"; {counts['no_gold']} of its {counts['records']} records have no answer that can be judged, the first of "
-          f"them {first}; expected {_EXPECTED.get(kind, 'one')}")
+          f"them {first}; expected {custom.EXPECTED.get(kind, 'one')}")
 
 
 def paper_note(name: str) -> str:

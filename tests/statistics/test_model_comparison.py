@@ -235,6 +235,12 @@ def test_the_command_prints_a_table_and_writes_it(tmp_path: Path):
   done = command(f"--this={a}", f"--against={merged}")
   assert ("this protocol paper with worked examples: 8, chat template, at most so many tokens: 80; other"
           in done.stdout.splitlines()[-1])
+  for ours, theirs, said in (("0a", "0b", True), ("0a", "0a", False), ("0a", None, False)):
+    for folder, digest in ((a, ours), (b, theirs)):
+      found = how("paper")
+      found["protocol"]["add"] |= {"shots_digest": digest} if digest else {}
+      (folder / "scores.json").write_text(json.dumps(found))
+    assert ("add: asked with other worked examples" in command(f"--this={a}", f"--against={b}").stdout) == said
   again = command(f"--this={a}", f"--against={b}", f"--out={tmp_path / 'found.json'}")
   assert again.returncode == 1
   assert again.stderr.startswith("error: --out=")

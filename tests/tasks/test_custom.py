@@ -61,8 +61,13 @@ def test_custom_needs_source_kind_and_fields(tmp_path):
       ({"source": source, "kind": "nummer"}, "did you mean number"),
       ({"source": source, "kind": "number", "fields": {"anwser": "gold"}}, "no field 'anwser': did you mean answer"),
       ({"source": source, "kind": "number"}, "has no field 'question' but prompt, gold, work, opts"),
-      ({"source": source, "kind": "latex", "fields": {"question": "prompt", "answer": "gold", "rationale": "why"}},
-       r"no record has a field 'why' \(task.fields.rationale\) but gold, opts, prompt, work")]:
+      ({"source": source, "kind": "choice", "fields": {"question": "prompt", "choices": "A,B"}},
+       "has no field 'A,B' but prompt, gold, work, opts; expected records with the fields prompt, A,B; name it with "
+       "--config.task.fields.choices=NAME"),
+      ({"source": source, "kind": "number", "fields": {"question": "prompt", "answer": "Key"}},
+       "no record has a field 'Key' but"),
+      ({"source": source, "kind": "latex", "fields": {"question": "prompt", "answer": "gold", "rationale": "Why"}},
+       r"no record has a field 'Why' \(task.fields.rationale\) but gold, opts, prompt, work")]:
     with pytest.raises(UserError, match=message):
       tasks.load("custom", split="train", **options)
   with pytest.raises(UserError, match="task gsm8k has its own fields and kind"):
@@ -151,12 +156,16 @@ def test_options_need_both_settings(changes, message, tmp_path):
     (["A) x", "B) y"], "y", "B"), ({"A": "x", "B": "y"}, "B", "B"), ({"B": "y", "A": "x"}, "y", "B"),
     ({"1": "x", "2": "y"}, 2, "B"), ({"A": "x", "B": "y", "C": None}, "B", "B"),
     ({"text": ["x", "y"], "label": ["1", "2"]}, "2", "B"), ({"text": ["x", "y"], "label": ["C", "d"]}, "(D)", "B"),
-    ("A) x B) y", "B", "B"), ([3, 4], "4", "B")])
+    ("A) x B) y", "B", "B"), ([3, 4], "4", "B"), (["A. x", "B. y"], "B. y", "B"), (["(A) x", "(B) y"], "y", "B"),
+    (["A: x", "B: y"], "B", "B"), (["[a] x", "[b] y"], "[b] y", "B"), ({"1": "A. x", "2": "B. y"}, 2, "B"),
+    ("A. x B. y", "B. y", "B")])
 def test_options_and_answers_have_forms(options, answer, letter, tmp_path):
   source = f"file:{write(tmp_path / 'own.jsonl', [{'question': '?', 'options': options, 'answer': answer}])}"
   example, = tasks.load("custom", split="test", source=source, kind="choice", fields={"choices": "options"})
   assert example.answer == letter
   assert example.question in ("?\n(A) x\n(B) y", "?\n(A) 3\n(B) 4")
+  choice, = tasks.load_choices("custom", split="test", source=source, fields={"choices": "options"})
+  assert choice.options in ((" x", " y"), (" 3", " 4"))
 
 
 @pytest.mark.parametrize(("options", "answer", "message"), [

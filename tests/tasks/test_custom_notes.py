@@ -79,16 +79,24 @@ def test_a_sentence_is_no_formula(tmp_path, capsys):
       lines[0])
 
 
-def test_indices_from_one_are_suspected(tmp_path, capsys):
-  """They are, where no option has the text."""
-  rows = lambda first, options: [{"question": f"{i}?", "options": options, "answer": first + i % 3} for i in range(9)]
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_indices_from_one_are_suspected(count, tmp_path, capsys):
+  """They are, however few and wherever options stand, but not where an option or its label has the text."""
+  texts = ["w", "x", "y", "z"]
+  forms = {"list": texts, "text": "A) w B) x C) y D) z", "object": dict(zip("ABCD", texts, strict=True))}
   options = {"kind": "choice", "fields": {"choices": "options"}}
-  for first, texts, suspected in ((1, ["w", "x", "y", "z"], True), (0, ["x", "y", "z"], False)):
-    _, lines = load(tmp_path / str(first), rows(first, texts), capsys, **options)
-    assert bool(lines) == suspected
-    assert not suspected or "none of the 9 indices in 'answer' is 0, from which they count" in lines[0]
-  texts = [row | {"answer": str(row["answer"])} for row in rows(1, ["3", "2", "1"])]
-  assert not load(tmp_path / "texts", texts, capsys, **options)[1]
+  rows = lambda form, answers: [{"question": f"{i}?", "options": form, "answer": answers[i % 3]} for i in range(count)]
+  for name, form in forms.items():
+    assert not load(tmp_path / f"{name}0", rows(form, [0, 1, 2]), capsys, **options)[1]
+    for answers in ([1, 2, 3], ["1", "2", "3"], [1.0, 2.0, 3.0]):
+      _, (line,) = load(tmp_path / f"{name}{answers[0]!r}", rows(form, answers), capsys, **options)
+      assert f"none of the {count} indices in 'answer' is 0, from which they count" in line
+  for i, form in enumerate((["3", "2", "1"], {"1": "x", "2": "y", "3": "z"},
+                             {"text": ["x", "y", "z"], "label": ["1", "2", "3"]})):
+    assert not load(tmp_path / f"texts{i}", rows(form, ["1", "2", "3"]), capsys, **options)[1]
+  _, (line,) = load(tmp_path / "own", [{"question": f"{i}? (A) x (B) y", "answer": 1} for i in range(count)], capsys,
+                    kind="choice")
+  assert f"none of the {count} indices" in line
 
 
 def test_options_without_a_setting_are_told(tmp_path, capsys):

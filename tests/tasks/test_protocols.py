@@ -1,6 +1,5 @@
 """Protocols of evaluation: prompts against their rules, stated here anew, and where worked examples come from."""
 
-import itertools
 import json
 from pathlib import Path
 
@@ -158,7 +157,8 @@ def test_file_examples_replace_others(custom, tmp_path):
   own = [{"question": f"own {i}?", "rationale": f"So {i}. The answer is {i}"} for i in range(7)]
   shown = before[1].round_questions[0].question
   custom.eval.shots_file = write(tmp_path, "shots.jsonl", [
-      *own, {"question": shown, "answer": "It is 3.\n#### 3"}, *(r | {"task": "groups"} for r in rows("group", 8))])
+      *own, {"question": shown, "answer": "It is 3.\n#### 3"}, *(r | {"task": "groups"} for r in rows("group", 8)),
+      *({"question": f"Which, {i}?", "choices": ["x", "y"], "answer": 1, "task": "choice"} for i in range(4))])
   config_checks.validate(custom, trains=False)
   asked = get_tasks(custom)
   groups, _, in_file = asked.ood
@@ -178,16 +178,16 @@ def test_file_examples_replace_others(custom, tmp_path):
 
 @pytest.mark.parametrize(("row", "message"), [
     ({"question": "q?"}, r"jsonl:2: has the fields question; expected rows with question, and answer or rationale"),
-    ({"question": "q?", "answer": 3}, r"jsonl:2: 'answer' is empty or no text"),
+    ({"question": "q?", "answer": [3]}, r"jsonl:2: 'answer' is empty or no text.*an answer may be a number"),
     ({"question": " ", "answer": "3"}, r"jsonl:2: 'question' is empty or no text"),
     ({"question": "q?", "answer": "x", "rationale": "r"}, r"jsonl:2: its answer 'x' is no number that can be judged"),
-    ({"question": "There are 3. How  many?", "rationale": "r"}, r"jsonl:2: .* is a test question of svamp"),
+    ({"question": "There are 3. How  many?", "rationale": "It is 3."}, r"jsonl:2: .* is a test question of svamp"),
     (None, r"shows 3 worked examples, and .*shots.jsonl has 1 for task custom; give more .*--config.eval.few_shot=1"),
     ("[", r"shots.jsonl")])
 def test_bad_example_file_is_one_line(custom, tmp_path, row, message):
   """It holds worked examples that cannot be shown."""
   more = [] if row is None else [row] * 2
-  custom.eval.few_shot = 3
+  custom.eval.few_shot, custom.task.ood = 3, custom.task.ood[2:]
   path = Path(write(tmp_path, "shots.jsonl", [rows("own", 1)[0], *more]))
   if row == "[":
     path.write_text("[\n")
@@ -221,9 +221,14 @@ def test_without_a_protocol_nothing_is_set_apart(custom):
 
 
 def test_how_answers_came_is_counted():
-  rows_of = [{"tokens": t, "finish": f} for t, f in itertools.zip_longest((4, 6, 11), ("stop", "length"),
-                                                                         fillvalue="stop")]
+  rows_of = [{"tokens": t, "finish": f, "span": s} for t, f, s in (
+      (4, "stop", ""), (6, "length", "7"), (11, "stop", "7"))]
   asked = get_tasks(config("harness"))
   assert evaluate.describe_protocol(asked, asked.in_domain, rows_of) == {
-      "name": "harness", "shots": 8, "n": 3, "mean_tokens": 7.0, "cut": 0.3333, "chat": False, "max_new_tokens": 40,
-      "stop": list(protocols.get_protocol(HARNESS, "groups").stop)}
+      "name": "harness", "shots": 8, "n": 3, "mean_tokens": 7.0, "cut": 0.3333, "unread": 1, "chat": False,
+      "max_new_tokens": 40, "stop": list(protocols.get_protocol(HARNESS, "groups").stop)}
+  first, second = load_shots(asked, asked.in_domain)[:2]
+  digest = lambda *shown: evaluate.describe_protocol(asked, asked.in_domain, rows_of, shown)["shots_digest"]
+  others = [(second, first), (first,), (first, second._replace(rationale="It is 0. The answer is 0"))]
+  assert digest(first, second) == digest(first._replace(id="x"), second)
+  assert len({digest(first, second), *(digest(*other) for other in others)}) == 4

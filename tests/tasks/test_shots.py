@@ -10,6 +10,7 @@ from imm_jax.errors import UserError
 from imm_jax.stages.round_questions import load_round
 from imm_jax.stages.task_entries import get_tasks
 from imm_jax.stages.worked_examples import load_shots
+from imm_jax.tasks.answers import verdict
 from tests.tasks.records import write
 
 STEM = "Which of these is right?"
@@ -41,7 +42,7 @@ def test_own_field_names_hold_in_examples(tmp_path):
   tests = write(tmp_path / "texts.jsonl", [{"problem": "What is 1+1?", "answer": "#### 2"}])
   assert shown(tests, "number", work, {"question": "problem", "rationale": "answer"}) == [
       ("3+4?", "3+4=7.\n#### 7\nThe answer is 7")]
-  with pytest.raises(UserError, match="expected rows with problem, and answer or solution or both"):
+  with pytest.raises(UserError, match="expected rows with Problem, and answer or solution or both"):
     shown(tests, "number", write(tmp_path / "shots.jsonl", [{"problem": "3+4?"}]), names)
 
 
@@ -62,6 +63,76 @@ def test_options_of_another_name_are_refused(tmp_path):
     shots = write(tmp_path / "shots.jsonl", [{"question": STEM, "candidates": ["x", "y"], "answer": "B"} | more])
     with pytest.raises(UserError, match=r"shots.jsonl:1: 'candidates' looks like options.*name the field choices"):
       shown(tests, "choice", shots, {})
+
+
+@pytest.mark.parametrize("answer", ["B", "b", "(B)", "tea", 1, "1", "B) tea", "#### B", "Tea. The answer is (B)."])
+@pytest.mark.parametrize("protocol", ["paper", "harness", "qwen"])
+def test_a_bare_answer_is_shown_as_it_is_judged(answer, protocol, tmp_path):
+  """What a model copies from it counts as right."""
+  tests = write(tmp_path / "test.jsonl", [{"question": "Why?", "options": ["x", "z"], "answer": "A"}])
+  shots = write(tmp_path / "shots.jsonl", [{"question": STEM, "options": ["milk", "tea", "ink"], "answer": answer}])
+  asked = config(tests, "choice", shots, choices="options")
+  asked.eval.protocol = protocol
+  (example,) = load_shots(get_tasks(asked), get_tasks(asked).in_domain)
+  read = get_tasks(asked).get_protocol(get_tasks(asked).in_domain).read
+  assert verdict(read(example.rationale, "choice"), "B", "choice", strict=False).correct
+  assert ("The answer is B" in example.rationale) or example.rationale == answer
+
+
+def test_numbers_are_shown_as_they_stand(tmp_path):
+  tests = write(tmp_path / "test.jsonl", [{"question": "1+1?", "answer": 2}])
+  for answer, text in ((4, "4"), ("$1,600", "$1,600"), ("3+1=4.\n#### 4", "3+1=4.\n#### 4")):
+    shots = write(tmp_path / "shots.jsonl", [{"question": "2+2?", "answer": answer}])
+    assert shown(tests, "number", shots, {}) == [("2+2?", text)]
+
+
+def test_indices_from_one_are_suspected_here_too(tmp_path, capsys):
+  tests = write(tmp_path / "test.jsonl", [{"question": "Why?", "options": ["x", "z"], "answer": "A"}])
+  for i, (options, answer, suspected) in enumerate(((["x", "y"], 1, True), (["x", "y"], 0, False),
+                                                    (["2", "1"], "1", False), (["x", "y"], "B", False))):
+    row = {"question": STEM, "options": options, "answer": answer}
+    shown(tests, "choice", write(tmp_path / f"{i}.jsonl", [row]), {"choices": "options"})
+    said = f"worked examples of {tmp_path}/{i}.jsonl: none of the 1 indices in 'answer' is 0" in capsys.readouterr().err
+    assert said == suspected
+
+
+OPTIONS = {"question": STEM, "choices": ["milk", "tea"]}
+
+
+@pytest.mark.parametrize(("kind", "row", "said"), [
+    ("choice", OPTIONS | {"answer": "D"}, "names none of the 2 options"),
+    ("choice", OPTIONS | {"answer": "coffee"}, "names none of the 2 options"),
+    ("choice", OPTIONS | {"answer": 2}, "names none of the 2 options"),
+    ("choice", {"question": f"{STEM} (A) x (B) y", "answer": "C"}, "its answer is C, and it lists no such option"),
+    ("choice", {"question": "2+2?", "answer": 4}, "lists no options, as the questions of task custom do"),
+    ("choice", {"question": "2+2?", "rationale": "It is 4."}, "lists no options, as the questions of task custom do"),
+    ("choice", OPTIONS | {"rationale": "It is tea."}, "reads no answer; expected one that ends in `The answer is X`"),
+    ("choice", OPTIONS | {"rationale": "The answer is always wet.", "answer": "B"}, "reads the answer 'A'; expected a "
+     "text from which it reads B, such as 'The answer is B'"),
+    ("choice", {"question": STEM, "choices": [*"uvwxyz"], "answer": "F"}, "does not even read 'The answer is F'"),
+    ("number", OPTIONS | {"answer": "B"}, "has options, which are not shown, while the answers are of kind number"),
+    ("number", {"question": "2+2?", "answer": "I do not know"}, "is no number that can be judged; expected a number"),
+    ("number", {"question": "2+2?", "rationale": "I do not know"}, "reads no answer"),
+    ("number", {"question": "2+2?", "rationale": "\\boxed{5}, no.", "answer": 4}, "harness reads the answer '5'")])
+def test_an_example_that_is_none_is_one_line(kind, row, said, tmp_path, capsys):
+  """Nothing is asked with it; the line names file, line and what would be right."""
+  rows = {"choice": {"question": "Why? (A) x (B) z", "answer": "A"}, "number": {"question": "1+1?", "answer": 2}}
+  tests = write(tmp_path / "test.jsonl", [rows[kind]])
+  with pytest.raises(UserError) as raised:
+    shown(tests, kind, write(tmp_path / "shots.jsonl", [row]), {})
+  assert "shots.jsonl:1: " in str(raised.value)
+  assert said in str(raised.value)
+  assert "\n" not in str(raised.value)
+  assert not capsys.readouterr().err
+
+
+def test_a_misread_example_of_a_train_split(tmp_path, capsys):
+  rows = [{"question": f"{i}?", "options": ["x", "y"], "answer": "B", "why": "The answer is a letter."} for i in (0, 1)]
+  for split, row in zip(("train", "test"), rows, strict=True):
+    write(tmp_path / f"data/{split}.jsonl", [row])
+  assert len(shown(tmp_path / "data", "choice", None, {"choices": "options", "rationale": "why"})) == 1
+  assert "warning: worked example custom/train/" in (printed := capsys.readouterr().err)
+  assert "eval.protocol=harness reads the answer 'A'" in printed
 
 
 @pytest.mark.parametrize(("row", "leaks"), [
