@@ -243,13 +243,13 @@ def find_consequences(root: Path, config: ml_collections.ConfigDict, record: Map
   # An input that was replaced under the same name discards work just as a changed config does.
   origin, restored = ("another config", "the values") if causes else ("other inputs", "what")
   causes = causes or [f"{name} is not what it was" for name in run_record.list_replaced(record, external)]
-  # With the same config, other settings come from another version of the package. Records of older versions lack
-  # these digests, so that there is nothing to compare with.
+  # With the same config, other settings come from another version of the package, or from the code of the user's own
+  # merging method. Records of older versions lack these digests, so that there is nothing to compare with.
   known = record.get("settings", {})
   if not causes and any(known.get(stage.name, now := run_record.digest_settings(stage.settings)) != now
                         for stage in stages):
-    origin, restored = "another version of imm_jax", "the version"
-    causes = ["this one counts other settings among those of a stage"]
+    origin, restored = "other code", "the code"
+    causes = ["imm_jax, or the file of an own merging method, was another version"]
   lost_states = _list_lost_states(stages, record, root, external)
   if lost_states and not causes:
     origin, restored, causes = "other settings or inputs", "what", ["those of what is half trained"]

@@ -244,7 +244,7 @@ def test_other_versions_settings_are_asked_for(tmp_path: Path) -> None:
   for name in (name for name in record["stages"] if name.endswith("samples.jsonl")):
     record["stages"][name]["inputs"]["settings"] = record["settings"][name] = "of a version before"
   files.write_text(root / "run.json", json.dumps(record))
-  with pytest.raises(UserError, match=r"made with another version of imm_jax .*round_0/samples.jsonl, .*--rerun"):
+  with pytest.raises(UserError, match=r"made with other code .*round_0/samples.jsonl, .*--rerun"):
     begin(root)
   assert begin(root, rerun=True) == SAMPLED
 
