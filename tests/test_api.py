@@ -100,9 +100,9 @@ def test_fine_tuning_leaves_the_model_as_it_is():
   with pytest.raises(ValueError, match="no example"):
     imm_jax.fine_tune(model, [])
   with pytest.warns(UserWarning, match=r"2 pairs in 3 epochs: 1 step; a smaller global_batch than 128 gives more"):
-    imm_jax.fine_tune(model, pairs[:2], learning_rate=0.0)
+    imm_jax.fine_tune(model, pairs, learning_rate=0.0, row_length=64, remat="none")
   with pytest.warns(UserWarning, match=r"2 steps, the first at a learning rate of 0; warmup_ratio=0 has none such"):
-    imm_jax.fine_tune(model, pairs[:1], learning_rate=0.0, epochs=2, global_batch=1)
+    imm_jax.fine_tune(model, pairs[:1], learning_rate=0.0, epochs=2, global_batch=1, row_length=64, remat="none")
 
 
 @pytest.mark.parametrize(("config", "changes", "message"), [

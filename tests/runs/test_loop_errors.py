@@ -38,7 +38,7 @@ def test_no_right_sample_stops_the_round(environment: dict[str, str], tmp_path: 
 
 @pytest.mark.full
 @pytest.mark.parametrize(("flag", "expected"), [
-    ("--config.merge.base_wieght=0.4", "no key 'base_wieght'; did you mean 'base_weight'?"),
+    ("--config.merge.base_wieght=0.4", "no key 'merge.base_wieght'; did you mean 'merge.base_weight'?"),
     ("--config.rounds=abc", "--config.rounds='abc': expected a whole number"),
     ("--config.merge.drop_rate=1.0", "drop_rate=1.0: expected 0 <= drop_rate < 1"),
     ("--config.task.name=storys", "did you mean stories?"),
