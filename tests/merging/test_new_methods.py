@@ -94,6 +94,19 @@ def test_a_kernel_that_says_what_it_mixes_is_not(compute: Any, attributes: dict,
   np.testing.assert_allclose(read(tmp_path / "out")["w"], merge(*TREES)["w"], rtol=1e-6)
 
 
+def test_own_methods_run_inside_transformations():
+  """The trial of the kernel is not traced, and left out where nothing can be computed apart."""
+  merge = register(lambda tensors, numbers: tensors[0] + numbers["t"] * tensors[1], options=(T,))
+  mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+  rows = jax.sharding.PartitionSpec("x")
+  both = lambda a, b: merge({"w": a}, {"w": b})["w"]
+  first, second = (jnp.asarray(tree["w"]) for tree in TREES)
+  for call in (jax.shard_map(both, mesh=mesh, in_specs=(rows, rows), out_specs=rows), jax.vmap(both), jax.jit(both)):
+    np.testing.assert_allclose(call(first, second), first + 0.5 * second)
+    users_kernels._checked.clear()
+  np.testing.assert_allclose(jax.grad(lambda a: both(a, second).sum())(first), jnp.ones_like(first))
+
+
 def test_what_a_kernel_raises_is_one_line(tmp_path: Path):
   register(lambda tensors, _: tensors[0] if tensors[1].max() > 1 else tensors[1])
   with pytest.raises(UserError, match=rf"^w: {__file__}:\d+: mine raised TracerBoolConversionError: Attempted boolean"):
