@@ -102,7 +102,8 @@ def describe(config: ml_collections.ConfigDict, model: ModelConfig, expected: Ex
   sizes, state_dir = estimate(config, model, expected, folder), config.sft.state_dir
   states = f"{sizes.num_states} training state{'s' * (sizes.num_states > 1)} of {format_size(sizes.state)}"
   free = shutil.disk_usage(files.find_existing_parent(root)).free
-  scarce = f"\n  warning: less than that is free in {root}" if free < sizes.peak else ""
+  taken = sum(path.stat().st_size for path in files.list_files(root)) if root.is_dir() else 0
+  scarce = f"\n  warning: more than is free for {root}" if sizes.peak - taken > free else ""
   return (f"disk: about {format_size(sizes.final)} in the end ({sizes.num_checkpoints} checkpoints of "
           f"{format_size(sizes.checkpoint)}, answers {format_size(sizes.answers)}), at the peak about "
           f"{format_size(sizes.peak)}; {format_size(free)} free\n"

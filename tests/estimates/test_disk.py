@@ -1,5 +1,6 @@
 """What a run is said to take of the disk, against sizes counted by hand; `runs.test_loop` compares with a run."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,15 @@ def test_line_gives_free_space_and_states(tmp_path: Path):
       config, MODEL, EXPECTED, tmp_path / "yet/to/be", TINY)
   config.sft.state_dir = "/scratch"
   assert disk.describe(config, MODEL, EXPECTED, tmp_path).endswith(" during SFT, in /scratch")
+
+
+def test_scarce_space_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  """What the run has written already is no longer needed."""
+  config = tiny.get_config()
+  peak = disk.estimate(config, MODEL, EXPECTED).peak
+  usage = shutil.disk_usage(tmp_path)
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=int(peak) - 1000))
+  warning = f"warning: more than is free for {tmp_path}"
+  assert disk.describe(config, MODEL, EXPECTED, tmp_path).endswith(warning)
+  (tmp_path / "written").write_bytes(b"x" * 2000)
+  assert warning not in disk.describe(config, MODEL, EXPECTED, tmp_path)
