@@ -235,7 +235,9 @@ def _config_message(error: Exception, argv: list[str]) -> str:
   text = _one_line(error).strip('"')
   hint = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', text)
   if hint:
-    paths = [path for path in re.findall(r"(?m)^--?config\.([\w.]+)", "\n".join(argv)) if path.endswith(hint[2])]
+    known = config_files.list_keys(config_keys.load_defaults())
+    paths = [path for path in re.findall(r"(?m)^--?config\.([\w.]+)", "\n".join(argv))
+             if path.rpartition(".")[2] == hint[2] and path not in known]
     path = paths[-1] if paths else hint[2]
     return f"the config has no key {path!r}; did you mean {path.removesuffix(hint[2]) + hint[1]!r}?"
   for path in re.findall(r"(?m)^--?config\.([\w.]+)", "\n".join(argv)):

@@ -48,7 +48,7 @@ def check_name(kernel: Callable[..., Any], earlier: Callable[..., Any]) -> None:
   if file != other and {kernel.__module__, earlier.__module__} != {"__main__"}:
     raise UserError(f"{name}: {other} and {file} register a method of this name; rename one of them")
   if file == other and Path(file).is_file() and len(re.findall(
-      rf"^def {name}\(", Path(file).read_text(encoding="utf-8"), re.M)) > 1:
+      rf"^def {name}\(".encode(), Path(file).read_bytes(), re.M)) > 1:
     raise UserError(f"{file}: registers two methods called {name}; rename one of them")
 
 

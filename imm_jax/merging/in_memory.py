@@ -111,6 +111,8 @@ def run(plan: Plan, source: TreeSource, *, key: jax.Array | None = None, donate:
   # A buffer that is used elsewhere too (base and start may be the same tree) must not be donated.
   uses = collections.Counter(id(tensor) for leaf in source.leaves for tensor in leaf.tensors)
   result = []
+  if not source.in_shard_map:  # where nothing can be computed apart
+    users_kernels.check_kernel(plan, source.names, source.num_models)
   for leaf in source.leaves:
     if not trees.is_floating(leaf):
       result.append(leaf.tensors[0])
@@ -120,8 +122,6 @@ def run(plan: Plan, source: TreeSource, *, key: jax.Array | None = None, donate:
       continue
     numbers = [plan.numbers(name) for name in leaf.names]
     stacked = {key: _stack([s[key] for s in numbers]) for key in numbers[0]}
-    if not source.in_shard_map:  # where nothing can be computed apart
-      users_kernels.check_kernel(plan, numbers[0], len(leaf.tensors))
     identity = tuple(id(t) for t in leaf.tensors)
     if identity in merged:
       first, tensor = merged[identity]

@@ -79,7 +79,7 @@ def call(kernel: Callable[..., jax.Array], tensors: Tensors, numbers: Mapping[st
 
 def is_users(kernel: Callable[..., Any]) -> bool:
   """Returns whether a kernel is not one of this package."""
-  return not kernel.__module__.startswith("imm_jax.")
+  return not (kernel.__module__ or "").startswith("imm_jax.")
 
 
 def find_file(kernel: Callable[..., Any]) -> str:

@@ -8,7 +8,6 @@ is merged some copies in float32.
 
 import contextlib
 import functools
-import itertools
 import math
 import os
 import threading
@@ -166,7 +165,7 @@ class _MergeRun:
     shapes = _block_shapes(source, by_rows, whole)
     row_length = lambda name: max(1, source.row_length(name)) if by_rows else source.block
     digests = [xxhash.xxh3_128() for _ in source.folders]
-    self._check_kernels(part, shapes, numbers_of)
+    self._check_kernels(part, shapes)
     # Compile all combinations of shape and dtype in parallel, rather than one by one as their tensors come up.
     kinds = {(shapes[name], *(entry.dtype for entry in source.entries(name))): name
              for name in sorted(shapes, key=source.size, reverse=True)}
@@ -201,13 +200,12 @@ class _MergeRun:
             functools.partial(self._buffers.give, list(read.values())))
     return {part.prefix + label: digest.hexdigest() for label, digest in zip(source.folders, digests, strict=True)}
 
-  def _check_kernels(self, part: Part, names: Iterable[str], numbers_of: Callable[[str], Sequence[Any]]) -> None:
-    for name in itertools.islice(names, 1):
-      for plan, numbers in zip(part.plans, numbers_of(name), strict=True):
-        try:
-          users_kernels.check_kernel(plan, {key: value[0] for key, value in numbers.items()}, part.source.num_models)
-        except kernels.KernelError as e:
-          raise UserError(str(e)) from e
+  def _check_kernels(self, part: Part, names: Iterable[str]) -> None:
+    for plan in part.plans:
+      try:
+        users_kernels.check_kernel(plan, names, part.source.num_models)
+      except kernels.KernelError as e:
+        raise UserError(str(e)) from e
 
   def _merge_block(self, part: Part, name: str, begin: int, count: int, arrays: Sequence[np.ndarray],
                    numbers: Sequence[Any], row_length: int) -> None:

@@ -99,9 +99,22 @@ def _make_example(location: str, row: dict[str, Any], kind: str) -> Example:
     raise UserError(f"{location}: its answer {str(row['answer'])[:50]!r} is no {kind} that can be judged; expected "
                     f"{custom.EXPECTED[kind]}")
   example = parsed.example if isinstance(parsed, Question) else parsed
+  stated = custom.find_stated(row.get("rationale", ""))
+  if stated and (other := _read_gold({**row, "answer": stated}, kind)) and not answers.verdict(
+      f"The answer is {other}", example.answer, kind, strict=False).correct:
+    raise UserError(f"{location}: its rationale states another answer, {other}, than {example.answer}")
   if "rationale" not in row:
     example = example._replace(rationale=_show_answer(str(row["answer"]).strip(), example.answer, kind))
   return example._replace(id=location)
+
+
+def _read_gold(row: dict[str, Any], kind: str) -> str:
+  """Returns the answer that a row is read as; nothing if none can be judged."""
+  try:
+    parsed = custom.make_parser({name: name for name in custom.FIELDS if name in row}, kind)(row)
+  except ValueError:
+    return ""
+  return (parsed.example if isinstance(parsed, Question) else parsed).answer if parsed else ""
 
 
 def _show_answer(text: str, gold: str, kind: str) -> str:

@@ -94,6 +94,22 @@ def test_a_kernel_that_says_what_it_mixes_is_not(compute: Any, attributes: dict,
   np.testing.assert_allclose(read(tmp_path / "out")["w"], merge(*TREES)["w"], rtol=1e-6)
 
 
+def test_numbers_and_sizes_hide_no_mixing(tmp_path: Path):
+  """A number may be 0 at first or in some layers, and a kernel may need more entries than a part has."""
+  mean = lambda d: jnp.mean(d, tuple(range(1, d.ndim)), keepdims=True)
+  merge = register(lambda tensors, numbers: tensors[0] + numbers["t"] * mean(tensors[1]), options=(T,))
+  merge(*TREES, t=0.0)
+  for strength in (1.0, {"v": 0.0, "w": 1.0}):
+    with pytest.raises(ValueError, match=PART):
+      merge(*({"v": tree["w"], **tree} for tree in TREES), t=strength)
+  registry.METHODS.pop("mine")
+  largest = lambda d: jnp.sort(d.reshape(len(d), -1))[:, [-20]].reshape(-1, *[1] * (d.ndim - 1))
+  register(lambda tensors, _: jnp.where(tensors[1] >= largest(tensors[1]), tensors[1], tensors[0])
+           if tensors[0][0].size >= 20 else 1 / 0)
+  with pytest.raises(UserError, match=PART):
+    merge_on_disk(tmp_path)
+
+
 def test_own_methods_run_inside_transformations():
   """The trial of the kernel is not traced, and left out where nothing can be computed apart."""
   merge = register(lambda tensors, numbers: tensors[0] + numbers["t"] * tensors[1], options=(T,))
@@ -127,6 +143,13 @@ def test_changes_of_code_are_seen(tmp_path: Path):
     digests.append(users_kernels.digest_code(registry.METHODS["mine"].kernel))
   assert digests[0] == digests[1] != digests[2]
   assert not users_kernels.digest_code(registry.METHODS["slerp"].kernel)
+  file.write_bytes(b"\xef\xbb\xbf" + text.encode())  # as some editors begin files
+  registry.load_file(file)
+  assert users_kernels.digest_code(registry.METHODS["mine"].kernel) == digests[0]
+  registry.METHODS.pop("mine")
+  scope: dict[str, Any] = {}
+  exec(text, scope)  # its functions have no module
+  np.testing.assert_array_equal(scope["mine"](*TREES)["w"], TREES[0]["w"] + 0.5)
 
 
 def test_nan_from_finite_inputs_is_an_error(tmp_path: Path):

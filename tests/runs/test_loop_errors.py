@@ -1,6 +1,7 @@
 """The command when something is wrong: bad flags, models and folders, no right sample, a kill, a second process."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def test_no_right_sample_stops_the_round(environment: dict[str, str], tmp_path: 
 @pytest.mark.full
 @pytest.mark.parametrize(("flag", "expected"), [
     ("--config.merge.base_wieght=0.4", "no key 'merge.base_wieght'; did you mean 'merge.base_weight'?"),
+    ("--config.merge.auto.questions=5 --config.task.questions=9", "no key 'task.questions'; did you mean 'task."),
     ("--config.rounds=abc", "--config.rounds='abc': expected a whole number"),
     ("--config.merge.drop_rate=1.0", "drop_rate=1.0: expected 0 <= drop_rate < 1"),
     ("--config.task.name=storys", "did you mean stories?"),
@@ -49,7 +51,7 @@ def test_no_right_sample_stops_the_round(environment: dict[str, str], tmp_path: 
     ("--config=configs/none.py", "configs/none.py"),
 ])
 def test_bad_flags_end_in_one_line(flag: str, expected: str, environment: dict[str, str], tmp_path: Path):
-  done = start(tmp_path / "run", environment, "--config.sft.accumulation=2", flag)
+  done = start(tmp_path / "run", environment, "--config.sft.accumulation=2", *re.split(r" (?=--)", flag))
   assert done.returncode == 1
   assert expected in one_line(done.stderr)
   assert not (tmp_path / "run" / "base").exists()

@@ -139,7 +139,7 @@ def test_teacher_samples_and_student_trains(run):
   taught = run("--config.rounds=1", "--config.method=star", f"--config.teacher={star / 'round_1/sft'}")
   assert (taught / "round_0/samples.jsonl").read_bytes() != (star / "round_0/samples.jsonl").read_bytes()
   record = json.loads((taught / "run.json").read_text())["stages"]
-  assert record["round_0/samples.jsonl"]["inputs"].keys() == {"teacher", "settings"}
+  assert record["round_0/samples.jsonl"]["inputs"].keys() == {"teacher", "settings", "train questions"}
   assert record["round_0/sft"]["inputs"].keys() == {"base", "round_0/train.jsonl", "settings"}
   assert (taught / "round_0/sft/model.safetensors").read_bytes() != (TINY / "model.safetensors").read_bytes()
 

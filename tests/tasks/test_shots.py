@@ -113,10 +113,14 @@ OPTIONS = {"question": STEM, "choices": ["milk", "tea"]}
     ("number", OPTIONS | {"answer": "B"}, "has options, which are not shown, while the answers are of kind number"),
     ("number", {"question": "2+2?", "answer": "I do not know"}, "is no number that can be judged; expected a number"),
     ("number", {"question": "2+2?", "rationale": "I do not know"}, "reads no answer"),
-    ("number", {"question": "2+2?", "rationale": "\\boxed{5}, no.", "answer": 4}, "harness reads the answer '5'")])
+    ("number", {"question": "2+2?", "rationale": "\\boxed{5}, no.", "answer": 4}, "rationale states another answer, 5"),
+    ("number", {"question": "2+2?", "rationale": "#### 5", "answer": 4}, "states another answer, 5, than 4"),
+    ("latex", {"question": "2+2?", "rationale": "So \\boxed{3}", "answer": "4"}, "states another answer, 3, than 4"),
+    ("choice", OPTIONS | {"rationale": "The answer is A.", "answer": "B"}, "its rationale states another answer, A, ")])
 def test_an_example_that_is_none_is_one_line(kind, row, said, tmp_path, capsys):
   """Nothing is asked with it; the line names file, line and what would be right."""
-  rows = {"choice": {"question": "Why? (A) x (B) z", "answer": "A"}, "number": {"question": "1+1?", "answer": 2}}
+  rows = {"choice": {"question": "Why? (A) x (B) z", "answer": "A"}, "number": {"question": "1+1?", "answer": 2},
+          "latex": {"question": "1+1?", "answer": "2"}}
   tests = write(tmp_path / "test.jsonl", [rows[kind]])
   with pytest.raises(UserError) as raised:
     shown(tests, kind, write(tmp_path / "shots.jsonl", [row]), {})
