@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from imm_jax.errors import UserError, suggest
+from imm_jax.merging.kernels import find_file
 from imm_jax.merging.options import REQUIRED, Option
 
 if TYPE_CHECKING:
@@ -33,18 +34,12 @@ _KINDS = {"base_weight": "number", "drop_rate": "number", "densities": "number",
 STATIC = ("flag", "choice", "integer")
 
 
-def file_of(kernel: Callable[..., Any]) -> str:
-  """Returns the file that a kernel stands in."""
-  code = getattr(inspect.unwrap(kernel), "__code__", None)
-  return code.co_filename if code else kernel.__module__
-
-
 def check_name(kernel: Callable[..., Any], earlier: Callable[..., Any]) -> None:
   """Raises UserError if two files register a method of this name, or one file does so twice.
 
   The same file may be loaded again, and a cell of a notebook be run again.
   """
-  name, file, other = kernel.__name__, file_of(kernel), file_of(earlier)
+  name, file, other = kernel.__name__, find_file(kernel), find_file(earlier)
   if file != other and {kernel.__module__, earlier.__module__} != {"__main__"}:
     raise UserError(f"{name}: {other} and {file} register a method of this name; rename one of them")
   if file == other and Path(file).is_file() and len(re.findall(
@@ -54,7 +49,7 @@ def check_name(kernel: Callable[..., Any], earlier: Callable[..., Any]) -> None:
 
 def check_attributes(kernel: Callable[..., Any], record: Any, options: Any, attributes: Mapping[str, Any]) -> None:
   """Raises UserError for arguments of `@method` from which no record, a dataclass, can be made."""
-  where = f"{file_of(kernel)}: {kernel.__name__}"
+  where = f"{find_file(kernel)}: {kernel.__name__}"
   own = {"name", "doc", "inputs", "kernel"}
   known = [field.name for field in dataclasses.fields(record) if field.name not in own]
   if unknown := [name for name in attributes if name not in known]:
@@ -66,7 +61,7 @@ def check_attributes(kernel: Callable[..., Any], record: Any, options: Any, attr
 def check(method: "MergeMethod") -> None:
   """Raises UserError, which names the file, for the first thing in a method's record that cannot work."""
   for problem in (*_check_inputs(method), *_check_options(method), *_check_kernel(method), *_check_rest(method)):
-    raise UserError(f"{file_of(method.kernel)}: {method.name}: {problem}")
+    raise UserError(f"{find_file(method.kernel)}: {method.name}: {problem}")
 
 
 def _check_inputs(method: "MergeMethod") -> Iterator[str]:

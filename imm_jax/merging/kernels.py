@@ -84,7 +84,8 @@ def is_users(kernel: Callable[..., Any]) -> bool:
 
 def find_file(kernel: Callable[..., Any]) -> str:
   """Returns the path of the file that a kernel is written in."""
-  return inspect.unwrap(kernel).__code__.co_filename
+  code = getattr(inspect.unwrap(kernel), "__code__", None)
+  return code.co_filename if code else kernel.__module__
 
 
 def add(terms: Sequence[jax.Array]) -> jax.Array:
