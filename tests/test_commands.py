@@ -98,6 +98,30 @@ def test_broken_config_file_is_named(text: str, message: str, tmp_path: Path):
     config_files.load(str(tmp_path / "bad.py"))
 
 
+@pytest.mark.parametrize(("text", "message"), [
+    ("  common.get_config()", "its get_config() returns None; its last line should be `return config`"),
+    ("  return common.getconfig()", "bad.py:3: cannot be loaded: AttributeError: module 'configs.common' has no"),
+    ("  c = common.get_config()\n  c.sft.learning_rte = 1.0\n  return c", "bad.py:4: cannot be loaded: the config has no")],
+    ids=["none", "attribute", "key"])
+def test_mistakes_in_a_config_file_name_its_line(text: str, message: str, tmp_path: Path):
+  (tmp_path / "bad.py").write_text(f"from configs import common\ndef get_config():\n{text}\n")
+  done = subprocess.run([sys.executable, "-m", "imm_jax", "run", f"--config={tmp_path / 'bad.py'}", "--dry_run",
+                         f"--workdir={tmp_path / 'run'}"], cwd=REPO, capture_output=True, text=True, check=False)
+  assert done.returncode == 1
+  assert message in done.stderr.splitlines()[-1]
+
+
+def test_a_config_imports_files_beside_it(tmp_path: Path):
+  """They hide no module that there is."""
+  (tmp_path / "shared_settings.py").write_text("ROUNDS = 7\n")
+  (tmp_path / "mailbox.py").write_text("raise ImportError\n")
+  (tmp_path / "mine.py").write_text("import mailbox\nimport shared_settings\nfrom configs import tiny\ndef get_config():\n"
+                                    "  c = tiny.get_config()\n  c.rounds = shared_settings.ROUNDS\n  return c\n")
+  before = [*sys.path]
+  assert config_files.load(str(tmp_path / "mine.py")).rounds == 7
+  assert sys.path == before
+
+
 def test_installation_has_the_configs(tmp_path: Path):
   """It has them without the clone, too."""
   pytest.importorskip("setuptools")
