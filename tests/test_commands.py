@@ -101,7 +101,7 @@ def test_broken_config_file_is_named(text: str, message: str, tmp_path: Path):
 @pytest.mark.parametrize(("text", "message"), [
     ("  common.get_config()", "its get_config() returns None; its last line should be `return config`"),
     ("  return common.getconfig()", "bad.py:3: cannot be loaded: AttributeError: module 'configs.common' has no"),
-    ("  c = common.get_config()\n  c.sft.learning_rte = 1.0\n  return c", "bad.py:4: cannot be loaded: the config has no")],
+    ("  c = common.get_config()\n  c.sft.learning_rte = 1.0\n  return c", "bad.py:4: cannot be loaded: the config")],
     ids=["none", "attribute", "key"])
 def test_mistakes_in_a_config_file_name_its_line(text: str, message: str, tmp_path: Path):
   (tmp_path / "bad.py").write_text(f"from configs import common\ndef get_config():\n{text}\n")
@@ -115,8 +115,8 @@ def test_a_config_imports_files_beside_it(tmp_path: Path):
   """They hide no module that there is."""
   (tmp_path / "shared_settings.py").write_text("ROUNDS = 7\n")
   (tmp_path / "mailbox.py").write_text("raise ImportError\n")
-  (tmp_path / "mine.py").write_text("import mailbox\nimport shared_settings\nfrom configs import tiny\ndef get_config():\n"
-                                    "  c = tiny.get_config()\n  c.rounds = shared_settings.ROUNDS\n  return c\n")
+  (tmp_path / "mine.py").write_text("import mailbox\nimport shared_settings\nfrom configs import tiny\n"
+                                    "def get_config():\n  c = tiny.get_config()\n  c.rounds = shared_settings.ROUNDS\n  return c\n")
   before = [*sys.path]
   assert config_files.load(str(tmp_path / "mine.py")).rounds == 7
   assert sys.path == before
