@@ -116,7 +116,8 @@ def test_a_config_imports_files_beside_it(tmp_path: Path):
   (tmp_path / "shared_settings.py").write_text("ROUNDS = 7\n")
   (tmp_path / "mailbox.py").write_text("raise ImportError\n")
   (tmp_path / "mine.py").write_text("import mailbox\nimport shared_settings\nfrom configs import tiny\n"
-                                    "def get_config():\n  c = tiny.get_config()\n  c.rounds = shared_settings.ROUNDS\n  return c\n")
+                                    "def get_config():\n  c = tiny.get_config()\n  c.rounds = shared_settings.ROUNDS\n"
+                                    "  return c\n")
   before = [*sys.path]
   assert config_files.load(str(tmp_path / "mine.py")).rounds == 7
   assert sys.path == before
