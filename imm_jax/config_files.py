@@ -114,7 +114,7 @@ def importable(file: Path | None) -> Iterator[None]:
   package = ModuleType(_PACKAGE)
   package.__path__ = list(dict.fromkeys(map(str, (*configs, FOLDER))))
   sys.modules[_PACKAGE] = package
-  beside = [] if file is None else [str(file.resolve().parent)]
+  beside = [path for path in ([str(file.resolve().parent)] if file is not None else []) if path not in sys.path]
   sys.path[:] = [*parents, *sys.path, *beside]  # last, so that they hide nothing
   try:
     yield
@@ -122,10 +122,8 @@ def importable(file: Path | None) -> Iterator[None]:
     for name in _list_loaded():
       del sys.modules[name]
     sys.modules.update(hidden)
-    for path in parents:
+    for path in (*parents, *beside):
       sys.path.remove(path)
-    for _ in beside:
-      sys.path.pop()
 
 
 def _list_loaded() -> list[str]:
